@@ -1,0 +1,2 @@
+//! Example applications.
+fn main() {}

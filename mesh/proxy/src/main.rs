@@ -1,0 +1,2 @@
+//! serin-proxy binary.
+fn main() {}
