@@ -18,6 +18,7 @@
 //! `crds/manifests/`, and a test fails when the committed files differ.
 
 pub mod flux;
+pub mod istio;
 mod text;
 
 pub use text::{Duration, DurationError, LocalObjectReference};
