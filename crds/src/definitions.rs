@@ -2,7 +2,7 @@
 //!
 //! The derive macro gives the raw definition. [`finish`] brings it to upstream's form: no `nullable` (upstream refuses
 //! or prunes `null`), the default of `status` that Flux's schemas carry, the description of the kind instead of one of
-//! the derive macro. [`served_as`] adds further served versions that share one schema.
+//! the derive macro.
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
     CustomResourceDefinition, JSON, JSONSchemaProps, JSONSchemaPropsOrArray, JSONSchemaPropsOrBool,
@@ -10,7 +10,7 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
 use kube::CustomResourceExt;
 use serde_json::Value;
 
-use crate::{flagger, flux, serin_dev};
+use crate::{flagger, flux, istio, serin_dev};
 
 /// All definitions, in a stable order.
 pub fn definitions() -> Vec<CustomResourceDefinition> {
@@ -26,6 +26,7 @@ pub fn definitions() -> Vec<CustomResourceDefinition> {
         flux::source::GitRepository::crd(),
     ]
     .into_iter()
+    .chain(istio::crds())
     .map(finish)
     .collect()
 }
@@ -50,6 +51,7 @@ pub fn manifests() -> Vec<(String, String)> {
 
 /// Brings a derived definition to upstream's form.
 pub(crate) fn finish(mut crd: CustomResourceDefinition) -> CustomResourceDefinition {
+    crd.spec.names.list_kind = Some(format!("{}List", crd.spec.names.kind));
     for version in &mut crd.spec.versions {
         let Some(schema) = version
             .schema
@@ -75,25 +77,6 @@ pub(crate) fn finish(mut crd: CustomResourceDefinition) -> CustomResourceDefinit
         if let Some(spec) = properties.get_mut("spec") {
             spec.description = Some("What is wanted.".to_owned());
         }
-    }
-    crd
-}
-
-/// Serves the (single) version of a definition under further names. The first name is the stored one.
-#[allow(dead_code)] // used by the Istio kinds, which are served under three names
-pub(crate) fn served_as(mut crd: CustomResourceDefinition, names: &[&str]) -> CustomResourceDefinition {
-    if let Some(template) = crd.spec.versions.first().cloned() {
-        crd.spec.versions = names
-            .iter()
-            .enumerate()
-            .map(|(index, name)| {
-                let mut version = template.clone();
-                version.name = (*name).to_owned();
-                version.served = true;
-                version.storage = index == 0;
-                version
-            })
-            .collect();
     }
     crd
 }

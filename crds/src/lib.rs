@@ -20,6 +20,7 @@
 mod definitions;
 pub mod flagger;
 pub mod flux;
+pub mod istio;
 mod number;
 pub mod serin_dev;
 mod text;
