@@ -14,11 +14,17 @@
 //! Not here: defaults that depend on other objects, validation across fields beyond what a schema can say, behaviour.
 //! Field defaults are stated in the doc comments; where upstream's schema carries a default, ours does too.
 //!
-//! `definitions` generates the CustomResourceDefinitions; `cargo run -p serin-crds --bin crdgen` writes them to
+//! [`definitions`] generates the CustomResourceDefinitions; `cargo run -p serin-crds --bin crdgen` writes them to
 //! `crds/manifests/`, and a test fails when the committed files differ.
 
+mod definitions;
+pub mod flagger;
 pub mod flux;
 pub mod istio;
+mod number;
+pub mod serin_dev;
 mod text;
 
+pub use definitions::{definitions, manifests};
+use text::int_or_string;
 pub use text::{Duration, DurationError, LocalObjectReference};

@@ -168,6 +168,11 @@ pub struct LocalObjectReference {
     pub name: String,
 }
 
+/// The schema of a port that is a number or a name.
+pub(crate) fn int_or_string(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    schemars::json_schema!({"x-kubernetes-int-or-string": true})
+}
+
 /// Declares an enumeration of strings that carries unknown values instead of failing on them.
 ///
 /// The first variant is the `Default`. Unknown values are kept in `Other`; the JSON schema lists the known ones only.

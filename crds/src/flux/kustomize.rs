@@ -447,6 +447,8 @@ pub struct Snapshot {
     /// Last application.
     pub last_reconciled: Time,
     /// How long the last pass took.
+    #[schemars(with = "String")]
+    // may be as short as microseconds, which the pattern of specs has no unit for
     pub last_reconciled_duration: Duration,
     /// Reason of `Ready` after the last pass.
     pub last_reconciled_status: String,
