@@ -497,8 +497,13 @@ fn good_times(world: &mut World) {
         ] {
             world.happen(&happening);
         }
+        let phase = world.phase();
         let decision = world.step();
-        if decision.actions.is_empty() && decision.wake_at.is_none() && world.status.run.is_none() {
+        if phase == world.phase()
+            && decision.actions.is_empty()
+            && decision.wake_at.is_none()
+            && world.status.run.is_none()
+        {
             return;
         }
     }

@@ -58,6 +58,9 @@ pub(crate) async fn work(shared: Arc<Shared>, key: Key, wake: Arc<Notify>, cance
     loop {
         let wake_at = match worker.once().await {
             Ok(Next::Gone) => return key,
+            // A new phase may have something to do with what is seen already.
+            Ok(Next::Again) if !cancel.is_cancelled() => continue,
+            Ok(Next::Again) => return key,
             Ok(Next::At(at)) => {
                 worker.retry = RETRY_MIN;
                 at.map(|at| worker.instant(at))
@@ -82,6 +85,7 @@ pub(crate) async fn work(shared: Arc<Shared>, key: Key, wake: Arc<Notify>, cance
 
 enum Next {
     Gone,
+    Again,
     At(Option<Timestamp>),
 }
 
@@ -130,9 +134,14 @@ impl Worker {
             acting.act(action).await?;
         }
         let wake_at = decision.wake_at;
+        let same_phase = status.phase == decision.status.phase;
         self.report(&seen, status, decision).await?;
         self.plan = Some(seen.plan);
-        Ok(Next::At(wake_at))
+        Ok(if same_phase {
+            Next::At(wake_at)
+        } else {
+            Next::Again
+        })
     }
 
     /// Listens to what this phase depends on, and to nothing else.
