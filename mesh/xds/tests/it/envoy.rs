@@ -1,0 +1,1 @@
+//! A stock Envoy as the client, in both protocol variants.
