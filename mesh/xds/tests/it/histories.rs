@@ -68,6 +68,16 @@ fn changes(change: &[(usize, u8, Option<u8>)]) -> Vec<Change> {
         .collect()
 }
 
+fn without_refusals(mut step: Step) -> Step {
+    if let Step::Change(changes) = &mut step {
+        changes
+            .iter_mut()
+            .filter_map(|(_, _, content)| content.as_mut())
+            .for_each(|content| *content += 2);
+    }
+    step
+}
+
 fn run(steps: &[Step]) -> Link {
     let mut link = Link::new();
     for resource_type in [
@@ -143,10 +153,9 @@ proptest! {
     fn a_quiet_proxy_is_sent_nothing_when_it_reconnects_or_nothing_changes(
         steps in proptest::collection::vec(step(), 0..60)
     ) {
-        let mut link = run(&steps);
+        // Refusals are not stated on reconnect and are tried once more, so there are none here.
+        let mut link = run(&steps.into_iter().map(without_refusals).collect::<Vec<_>>());
         link.quiesce();
-        // A proxy with nothing refused; refusals are not stated on reconnect and are tried once more.
-        prop_assume!(link.refused.is_empty());
         let same: Vec<_> = link.view.values().cloned().map(Change::Upsert).collect();
         link.log.clear();
         link.apply(same);
