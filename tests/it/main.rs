@@ -1,0 +1,6 @@
+//! What no single crate can show: rules of the house, promises of the documents, and the programs run as users run
+//! them.
+
+mod dependency_rules;
+mod documents;
+mod programs;
