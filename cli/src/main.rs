@@ -44,7 +44,7 @@ fn run(arguments: &Arguments, command: &Command) -> anyhow::Result<ExitCode> {
         match command {
             Command::Up(options) => commands::up::run(&cluster, options).await,
             Command::Down(options) => commands::down::run(&cluster, options).await,
-            Command::Demo(options) => demo::run(options).await,
+            Command::Demo(options) => demo::run(&arguments.demo_cluster()?, options).await,
             Command::Status(options) => commands::status::run(&cluster, options).await,
             Command::Wait(options) => commands::wait::run(&cluster, options).await,
             Command::Load(options) => commands::load::run(options).await,
