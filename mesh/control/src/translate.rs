@@ -62,7 +62,10 @@ impl Touched {
 
     /// The resources that changed, each once however many proxies share it.
     pub fn changes(&self) -> impl Iterator<Item = &Change> {
-        self.views.values().flat_map(|changes| changes.iter()).chain(self.proxies.values().flatten())
+        self.views
+            .values()
+            .flat_map(|changes| changes.iter())
+            .chain(self.proxies.values().flatten())
     }
 }
 
@@ -118,12 +121,16 @@ impl Translator {
             causes += usize::from(one.cause.is_some());
             touched.merge(one);
         }
-        let mut out = Touched { cause: touched.cause.clone().filter(|_| causes == 1), ..Touched::default() };
+        let mut out = Touched {
+            cause: touched.cause.clone().filter(|_| causes == 1),
+            ..Touched::default()
+        };
         if touched.is_empty() {
             return out;
         }
         let moved = self.moved(&touched);
-        let before: Vec<(Arc<str>, Names)> = moved.iter().map(|(id, _)| (id.clone(), self.held(id))).collect();
+        let before: Vec<(Arc<str>, Names)> =
+            moved.iter().map(|(id, _)| (id.clone(), self.held(id))).collect();
         for (key, view) in &mut self.views {
             let changes = view.update(&self.model, &touched, &mut self.interned, &mut self.work);
             if !changes.is_empty() {
@@ -149,21 +156,33 @@ impl Translator {
         for key in &keys {
             self.ensure(key);
         }
-        let id: Arc<str> = proxy.id.as_str().into();
-        self.proxies.insert(id, Assigned { proxy: proxy.clone(), keys: keys.clone() });
+        let id: Arc<str> = (*proxy.id).into();
+        self.proxies.insert(
+            id,
+            Assigned {
+                proxy: proxy.clone(),
+                keys: keys.clone(),
+            },
+        );
         self.collect();
-        let mut all: Vec<Arc<Resource>> =
-            keys.iter().filter_map(|key| self.views.get(key)).flat_map(View::resources).cloned().collect();
+        let mut all: Vec<Arc<Resource>> = keys
+            .iter()
+            .filter_map(|key| self.views.get(key))
+            .flat_map(View::resources)
+            .cloned()
+            .collect();
         all.sort_by(|a, b| (a.resource_type, &a.name).cmp(&(b.resource_type, &b.name)));
         all
     }
 
     /// What a proxy needs to hear of a change.
     pub fn changes_for(&self, proxy: &Proxy, touched: &Touched) -> Vec<Change> {
-        if let Some(changes) = touched.proxies.get(proxy.id.as_str()) {
+        if let Some(changes) = touched.proxies.get(&*proxy.id) {
             return changes.clone();
         }
-        let Some(assigned) = self.proxies.get(proxy.id.as_str()) else { return Vec::new() };
+        let Some(assigned) = self.proxies.get(&*proxy.id) else {
+            return Vec::new();
+        };
         assigned
             .keys
             .iter()
@@ -185,7 +204,7 @@ impl Translator {
     }
 
     fn keys(&self, proxy: &Proxy) -> Vec<ViewKey> {
-        let namespace: Arc<str> = proxy.namespace.as_str().into();
+        let namespace: Arc<str> = (*proxy.namespace).into();
         let scope = match proxy.kind {
             ProxyKind::Sidecar => self.model.scope(&namespace, &proxy.labels),
             ProxyKind::Router => None,
@@ -197,16 +216,20 @@ impl Translator {
             BTreeMap::new()
         };
         let locality = self.model.locality_matters().then(|| Locality {
-            region: proxy.locality.region.as_str().into(),
-            zone: proxy.locality.zone.as_str().into(),
-            sub_zone: proxy.locality.sub_zone.as_str().into(),
+            region: (*proxy.locality.region).into(),
+            zone: (*proxy.locality.zone).into(),
+            sub_zone: (*proxy.locality.sub_zone).into(),
         });
         let outbound = ViewKey::Outbound {
             side: match proxy.kind {
                 ProxyKind::Sidecar => cluster::Side::Sidecar,
                 ProxyKind::Router => cluster::Side::Router,
             },
-            client: Client { namespace: namespace.clone(), labels, scope },
+            client: Client {
+                namespace: namespace.clone(),
+                labels,
+                scope,
+            },
             locality,
             vhds: proxy.features.vhds,
         };
@@ -225,7 +248,7 @@ impl Translator {
         }
         self.proxies
             .iter()
-            .filter(|(_, assigned)| touched.views || touched.inbound.contains(assigned.proxy.namespace.as_str()))
+            .filter(|(_, assigned)| touched.views || touched.inbound.contains(&*assigned.proxy.namespace))
             .filter_map(|(id, assigned)| {
                 let keys = self.keys(&assigned.proxy);
                 (keys != assigned.keys).then(|| (id.clone(), keys))
@@ -241,7 +264,11 @@ impl Translator {
     }
 
     fn held(&self, id: &str) -> Names {
-        let keys = self.proxies.get(id).map(|assigned| assigned.keys.as_slice()).unwrap_or_default();
+        let keys = self
+            .proxies
+            .get(id)
+            .map(|assigned| assigned.keys.as_slice())
+            .unwrap_or_default();
         keys.iter()
             .filter_map(|key| self.views.get(key))
             .flat_map(View::resources)
@@ -257,15 +284,27 @@ impl Translator {
                 _ => changes.push(Change::Upsert(resource)),
             }
         }
-        changes.extend(before.into_keys().map(|(resource_type, name)| Change::Remove(resource_type, name)));
+        changes.extend(
+            before
+                .into_keys()
+                .map(|(resource_type, name)| Change::Remove(resource_type, name)),
+        );
         changes
     }
 
     fn collect(&mut self) {
-        let used: std::collections::HashSet<&ViewKey> =
-            self.proxies.values().flat_map(|assigned| &assigned.keys).collect();
+        let used: std::collections::HashSet<&ViewKey> = self
+            .proxies
+            .values()
+            .flat_map(|assigned| &assigned.keys)
+            .collect();
         if used.len() < self.views.len() {
-            let unused: Vec<ViewKey> = self.views.keys().filter(|key| !used.contains(key)).cloned().collect();
+            let unused: Vec<ViewKey> = self
+                .views
+                .keys()
+                .filter(|key| !used.contains(key))
+                .cloned()
+                .collect();
             for key in unused {
                 self.views.remove(&key);
             }
@@ -288,7 +327,11 @@ const SWEEP_EVERY: usize = 4096;
 
 impl Interner {
     fn intern(&mut self, resource: Resource) -> Arc<Resource> {
-        let key = (resource.resource_type, resource.name.clone(), resource.version.clone());
+        let key = (
+            resource.resource_type,
+            resource.name.clone(),
+            resource.version.clone(),
+        );
         if let Some(known) = self.known.get(&key).and_then(Weak::upgrade)
             && known.origins == resource.origins
         {

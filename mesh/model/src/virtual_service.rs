@@ -430,7 +430,10 @@ fn action(rule: &HttpRoute, namespace: &str, domain: &str) -> Action {
         mirrors.push((mirror, percent));
     }
     for mirror in &rule.mirrors {
-        let percent = mirror.percentage.as_ref().map(|percentage| percentage.value.map_or(0.0, |value| value.0));
+        let percent = mirror
+            .percentage
+            .as_ref()
+            .map(|percentage| percentage.value.map_or(0.0, |value| value.0));
         mirrors.push((&mirror.destination, percent));
     }
     Action::Forward(Forward {

@@ -1,9 +1,12 @@
 //! Services and policies → `envoy.config.cluster.v3.Cluster`, with Istio's names and defaults.
 
+#![allow(deprecated)] // istiod sends these fields and Envoy 1.40 reads them; their successors are not everywhere yet
+
 use std::time::Duration;
 
 use serin_crds::istio::{
-    ClientTlsMode, ConnectionPoolSettings, H2UpgradePolicy, LoadBalancerSettings, OutlierDetection, SimpleLb, TrafficPolicy,
+    ClientTlsMode, ConnectionPoolSettings, H2UpgradePolicy, LoadBalancerSettings, OutlierDetection, SimpleLb,
+    TrafficPolicy,
 };
 use serin_model::{HostPolicy, Port, Resolution, Service};
 use serin_xds::pb::envoy::config::cluster::v3 as pb;
@@ -38,23 +41,33 @@ pub(super) fn name(port: u16, subset: &str, host: &str) -> String {
 }
 
 /// Who the clusters are for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Side {
     Sidecar,
     Router,
 }
 
 /// The cluster of a port of a service, or of one of its subsets. None where the service needs none.
-pub(super) fn outbound(service: &Service, port: &Port, subset: Option<&str>, policy: Option<&HostPolicy>, side: Side) -> pb::Cluster {
+pub(super) fn outbound(
+    service: &Service,
+    port: &Port,
+    subset: Option<&str>,
+    policy: Option<&HostPolicy>,
+    side: Side,
+) -> pb::Cluster {
     let name = name(port.number, subset.unwrap_or(""), &service.host);
-    let traffic = policy.map(|policy| policy.for_port(subset, port.number)).unwrap_or_default();
+    let traffic = policy
+        .map(|policy| policy.for_port(subset, port.number))
+        .unwrap_or_default();
     let mut cluster = base(&name);
     let discovery = discovery(service, &traffic, side);
     cluster.cluster_discovery_type = Some(pb::cluster::ClusterDiscoveryType::Type(discovery as i32));
     match discovery {
         pb::cluster::DiscoveryType::Eds => {
-            cluster.eds_cluster_config =
-                Some(pb::cluster::EdsClusterConfig { eds_config: Some(wire::ads()), service_name: name.clone() });
+            cluster.eds_cluster_config = Some(pb::cluster::EdsClusterConfig {
+                eds_config: Some(wire::ads()),
+                service_name: name.clone(),
+            });
         }
         pb::cluster::DiscoveryType::StrictDns | pb::cluster::DiscoveryType::LogicalDns => {
             cluster.dns_lookup_family = pb::cluster::DnsLookupFamily::V4Only as i32;
@@ -86,13 +99,19 @@ pub(super) fn outbound(service: &Service, port: &Port, subset: Option<&str>, pol
 }
 
 /// How endpoints are found: by the service, unless the policy passes connections through.
-pub(super) fn discovery(service: &Service, traffic: &TrafficPolicy, side: Side) -> pb::cluster::DiscoveryType {
+pub(super) fn discovery(
+    service: &Service,
+    traffic: &TrafficPolicy,
+    side: Side,
+) -> pb::cluster::DiscoveryType {
     let passthrough = traffic.load_balancer.as_ref().and_then(|lb| lb.simple) == Some(SimpleLb::Passthrough);
     match service.resolution {
         Resolution::Dns => pb::cluster::DiscoveryType::StrictDns,
         Resolution::DnsRoundRobin => pb::cluster::DiscoveryType::LogicalDns,
         // A gateway has no address that its caller asked for, so it picks an endpoint of a headless Service itself.
-        Resolution::Passthrough if service.kubernetes && side == Side::Router => pb::cluster::DiscoveryType::Eds,
+        Resolution::Passthrough if service.kubernetes && side == Side::Router => {
+            pb::cluster::DiscoveryType::Eds
+        }
         Resolution::Passthrough => pb::cluster::DiscoveryType::OriginalDst,
         Resolution::Endpoints | Resolution::Alias if passthrough => pb::cluster::DiscoveryType::OriginalDst,
         Resolution::Endpoints | Resolution::Alias => pb::cluster::DiscoveryType::Eds,
@@ -105,7 +124,10 @@ fn base(name: &str) -> pb::Cluster {
         // The semicolon ends the name in statistics, where the next part follows a dot.
         alt_stat_name: format!("{name};"),
         connect_timeout: Some(wire::seconds(CONNECT_TIMEOUT)),
-        circuit_breakers: Some(pb::CircuitBreakers { thresholds: vec![unlimited()], ..Default::default() }),
+        circuit_breakers: Some(pb::CircuitBreakers {
+            thresholds: vec![unlimited()],
+            ..Default::default()
+        }),
         ..Default::default()
     }
 }
@@ -158,15 +180,26 @@ fn load_balancer(cluster: &mut pb::Cluster, settings: Option<&LoadBalancerSettin
                 })
             });
         } else {
-            let size = hash.ring_hash.as_ref().and_then(|ring| ring.minimum_ring_size).or(hash.minimum_ring_size);
+            let size = hash
+                .ring_hash
+                .as_ref()
+                .and_then(|ring| ring.minimum_ring_size)
+                .or(hash.minimum_ring_size);
             cluster.lb_policy = LbPolicy::RingHash as i32;
-            cluster.lb_config = Some(pb::cluster::LbConfig::RingHashLbConfig(pb::cluster::RingHashLbConfig {
-                minimum_ring_size: Some(wkt::UInt64Value { value: size.unwrap_or(RING_SIZE) }),
-                ..Default::default()
-            }));
+            cluster.lb_config = Some(pb::cluster::LbConfig::RingHashLbConfig(
+                pb::cluster::RingHashLbConfig {
+                    minimum_ring_size: Some(wkt::UInt64Value {
+                        value: size.unwrap_or(RING_SIZE),
+                    }),
+                    ..Default::default()
+                },
+            ));
         }
     } else {
-        match settings.and_then(|settings| settings.simple).unwrap_or(SimpleLb::Unspecified) {
+        match settings
+            .and_then(|settings| settings.simple)
+            .unwrap_or(SimpleLb::Unspecified)
+        {
             SimpleLb::Random => cluster.lb_policy = LbPolicy::Random as i32,
             SimpleLb::RoundRobin => {
                 cluster.lb_policy = LbPolicy::RoundRobin as i32;
@@ -191,8 +224,11 @@ fn load_balancer(cluster: &mut pb::Cluster, settings: Option<&LoadBalancerSettin
     if locality.is_some_and(|locality| locality.enabled != Some(false) && !locality.distribute.is_empty())
         && let Some(common) = &mut cluster.common_lb_config
     {
-        common.locality_config_specifier =
-            Some(pb::cluster::common_lb_config::LocalityConfigSpecifier::LocalityWeightedLbConfig(Default::default()));
+        common.locality_config_specifier = Some(
+            pb::cluster::common_lb_config::LocalityConfigSpecifier::LocalityWeightedLbConfig(
+                Default::default(),
+            ),
+        );
     }
 }
 
@@ -205,28 +241,41 @@ fn slow_start(settings: &LoadBalancerSettings) -> Option<pb::cluster::SlowStartC
                 // Envoy demands a key; this one is never looked up, for there is no runtime layer.
                 runtime_key: "(".to_owned(),
             }),
-            min_weight_percent: Some(ty::Percent { value: warmup.minimum_percent.map_or(10.0, |percent| percent.0) }),
+            min_weight_percent: Some(ty::Percent {
+                value: warmup.minimum_percent.map_or(10.0, |percent| percent.0),
+            }),
         });
     }
     let window = settings.warmup_duration_secs.as_ref()?.parse().ok()?;
-    Some(pb::cluster::SlowStartConfig { slow_start_window: Some(wire::duration(window)), ..Default::default() })
+    Some(pb::cluster::SlowStartConfig {
+        slow_start_window: Some(wire::duration(window)),
+        ..Default::default()
+    })
 }
 
 fn limit(value: Option<i32>) -> Option<wkt::UInt32Value> {
-    value.and_then(|value| u32::try_from(value).ok()).filter(|value| *value > 0).map(wire::uint32)
+    value
+        .and_then(|value| u32::try_from(value).ok())
+        .filter(|value| *value > 0)
+        .map(wire::uint32)
 }
 
 fn connection_pool(cluster: &mut pb::Cluster, pool: Option<&ConnectionPoolSettings>) {
     let Some(pool) = pool else { return };
     let mut thresholds = unlimited();
     if let Some(http) = &pool.http {
-        thresholds.max_pending_requests = limit(http.http1_max_pending_requests).or(thresholds.max_pending_requests);
+        thresholds.max_pending_requests =
+            limit(http.http1_max_pending_requests).or(thresholds.max_pending_requests);
         thresholds.max_requests = limit(http.http2_max_requests).or(thresholds.max_requests);
         thresholds.max_retries = limit(http.max_retries).or(thresholds.max_retries);
     }
     if let Some(tcp) = &pool.tcp {
         thresholds.max_connections = limit(tcp.max_connections).or(thresholds.max_connections);
-        if let Some(timeout) = tcp.connect_timeout.as_ref().and_then(|timeout| timeout.parse().ok()) {
+        if let Some(timeout) = tcp
+            .connect_timeout
+            .as_ref()
+            .and_then(|timeout| timeout.parse().ok())
+        {
             cluster.connect_timeout = Some(wire::duration(timeout));
         }
         if let Some(keepalive) = &tcp.tcp_keepalive {
@@ -240,21 +289,38 @@ fn connection_pool(cluster: &mut pb::Cluster, pool: Option<&ConnectionPoolSettin
                 keepalive_interval: whole(keepalive.interval.as_ref()),
             };
             if settings != core::TcpKeepalive::default() {
-                cluster.upstream_connection_options =
-                    Some(pb::UpstreamConnectionOptions { tcp_keepalive: Some(settings), ..Default::default() });
+                cluster.upstream_connection_options = Some(pb::UpstreamConnectionOptions {
+                    tcp_keepalive: Some(settings),
+                    ..Default::default()
+                });
             }
         }
     }
-    cluster.circuit_breakers = Some(pb::CircuitBreakers { thresholds: vec![thresholds], ..Default::default() });
+    cluster.circuit_breakers = Some(pb::CircuitBreakers {
+        thresholds: vec![thresholds],
+        ..Default::default()
+    });
 }
 
 fn retry_budget(cluster: &mut pb::Cluster, traffic: &TrafficPolicy) {
-    let Some(budget) = &traffic.retry_budget else { return };
-    if let Some(threshold) = cluster.circuit_breakers.as_mut().and_then(|breakers| breakers.thresholds.first_mut()) {
+    let Some(budget) = &traffic.retry_budget else {
+        return;
+    };
+    if let Some(threshold) = cluster
+        .circuit_breakers
+        .as_mut()
+        .and_then(|breakers| breakers.thresholds.first_mut())
+    {
         threshold.retry_budget = Some(pb::circuit_breakers::thresholds::RetryBudget {
-            budget_percent: Some(ty::Percent { value: budget.percent.map_or(20.0, |percent| percent.0) }),
+            budget_percent: Some(ty::Percent {
+                value: budget.percent.map_or(20.0, |percent| percent.0),
+            }),
             min_retry_concurrency: budget.min_retry_concurrency.map(wire::uint32),
-            budget_interval: budget.budget_interval.as_ref().and_then(|interval| interval.parse().ok()).map(wire::duration),
+            budget_interval: budget
+                .budget_interval
+                .as_ref()
+                .and_then(|interval| interval.parse().ok())
+                .map(wire::duration),
         });
     }
 }
@@ -262,17 +328,22 @@ fn retry_budget(cluster: &mut pb::Cluster, traffic: &TrafficPolicy) {
 /// HTTP towards the endpoints: as the port says, as the policy says, or as the caller speaks where that is found out per connection.
 fn http_options(cluster: &mut pb::Cluster, port: &Port, pool: Option<&ConnectionPoolSettings>, side: Side) {
     use upstream::http_protocol_options::explicit_http_config::ProtocolConfig;
-    use upstream::http_protocol_options::{ExplicitHttpConfig, UpstreamProtocolOptions, UseDownstreamHttpConfig};
+    use upstream::http_protocol_options::{
+        ExplicitHttpConfig, UpstreamProtocolOptions, UseDownstreamHttpConfig,
+    };
     let auto = port.protocol == serin_model::Protocol::Auto;
     if !port.protocol.is_http_or_auto() {
         return;
     }
     let http = pool.and_then(|pool| pool.http.as_ref());
-    let parsed = |value: Option<&serin_crds::istio::Duration>| value.and_then(|value| value.parse().ok()).map(wire::duration);
+    let parsed = |value: Option<&serin_crds::istio::Duration>| {
+        value.and_then(|value| value.parse().ok()).map(wire::duration)
+    };
     let common = core::HttpProtocolOptions {
         idle_timeout: parsed(http.and_then(|http| http.idle_timeout.as_ref())),
         max_connection_duration: parsed(
-            pool.and_then(|pool| pool.tcp.as_ref()).and_then(|tcp| tcp.max_connection_duration.as_ref()),
+            pool.and_then(|pool| pool.tcp.as_ref())
+                .and_then(|tcp| tcp.max_connection_duration.as_ref()),
         ),
         max_requests_per_connection: limit(http.and_then(|http| http.max_requests_per_connection)),
         ..Default::default()
@@ -307,7 +378,11 @@ fn http_options(cluster: &mut pb::Cluster, port: &Port, pool: Option<&Connection
             protocol_config: Some(ProtocolConfig::HttpProtocolOptions(Default::default())),
         })
     };
-    set_http_options(cluster, (common != core::HttpProtocolOptions::default()).then_some(common), protocol);
+    set_http_options(
+        cluster,
+        (common != core::HttpProtocolOptions::default()).then_some(common),
+        protocol,
+    );
 }
 
 fn set_http_options(
@@ -320,12 +395,21 @@ fn set_http_options(
         upstream_protocol_options: Some(protocol),
         ..Default::default()
     };
-    cluster.typed_extension_protocol_options.insert(HTTP_OPTIONS.to_owned(), wire::any(&options));
+    cluster
+        .typed_extension_protocol_options
+        .insert(HTTP_OPTIONS.to_owned(), wire::any(&options));
 }
 
 fn outlier_detection(cluster: &mut pb::Cluster, from: &OutlierDetection) {
-    let parsed = |value: Option<&serin_crds::istio::Duration>| value.and_then(|value| value.parse().ok()).map(wire::duration);
-    let percent = |value: Option<i32>| value.and_then(|value| u32::try_from(value).ok()).filter(|value| *value > 0).map(wire::uint32);
+    let parsed = |value: Option<&serin_crds::istio::Duration>| {
+        value.and_then(|value| value.parse().ok()).map(wire::duration)
+    };
+    let percent = |value: Option<i32>| {
+        value
+            .and_then(|value| u32::try_from(value).ok())
+            .filter(|value| *value > 0)
+            .map(wire::uint32)
+    };
     // A count of 0 switches its kind of ejection off; any other switches it fully on.
     let enforcing = |count: Option<u32>| count.map(|count| wire::uint32(if count > 0 { 100 } else { 0 }));
     let count = |count: Option<u32>| count.map(wire::uint32);
@@ -343,24 +427,32 @@ fn outlier_detection(cluster: &mut pb::Cluster, from: &OutlierDetection) {
     };
     if from.split_external_local_origin_errors == Some(true) {
         out.split_external_local_origin_errors = true;
-        if let Some(failures) = from.consecutive_local_origin_failures.filter(|failures| *failures > 0) {
+        if let Some(failures) = from
+            .consecutive_local_origin_failures
+            .filter(|failures| *failures > 0)
+        {
             out.consecutive_local_origin_failure = Some(wire::uint32(failures));
             out.enforcing_consecutive_local_origin_failure = Some(wire::uint32(100));
         }
         out.enforcing_local_origin_success_rate = Some(wire::uint32(0));
     }
     cluster.outlier_detection = Some(out);
-    if let (Some(percent), Some(common)) =
-        (from.min_health_percent.filter(|percent| *percent > 0), cluster.common_lb_config.as_mut())
-    {
-        common.healthy_panic_threshold = Some(ty::Percent { value: f64::from(percent) });
+    if let (Some(percent), Some(common)) = (
+        from.min_health_percent.filter(|percent| *percent > 0),
+        cluster.common_lb_config.as_mut(),
+    ) {
+        common.healthy_panic_threshold = Some(ty::Percent {
+            value: f64::from(percent),
+        });
     }
 }
 
 /// TLS towards the endpoints by certificates given as files, or by the system's authorities. The mesh's own TLS comes with its issue.
 fn client_tls(cluster: &mut pb::Cluster, traffic: &TrafficPolicy, port: &Port) {
     let Some(settings) = &traffic.tls else { return };
-    if !matches!(settings.mode, Some(ClientTlsMode::Simple | ClientTlsMode::Mutual)) || settings.credential_name.is_some() {
+    if !matches!(settings.mode, Some(ClientTlsMode::Simple | ClientTlsMode::Mutual))
+        || settings.credential_name.is_some()
+    {
         return;
     }
     let file = |path: &str| core::DataSource {
@@ -369,8 +461,8 @@ fn client_tls(cluster: &mut pb::Cluster, traffic: &TrafficPolicy, port: &Port) {
     };
     let mut common = tls::CommonTlsContext {
         tls_params: Some(tls::TlsParameters {
-            tls_minimum_protocol_version: tls::tls_parameters::TlsProtocol::TlsV12 as i32,
-            tls_maximum_protocol_version: tls::tls_parameters::TlsProtocol::TlsV13 as i32,
+            tls_minimum_protocol_version: tls::tls_parameters::TlsProtocol::TlSv12 as i32,
+            tls_maximum_protocol_version: tls::tls_parameters::TlsProtocol::TlSv13 as i32,
             ..Default::default()
         }),
         ..Default::default()
@@ -398,7 +490,9 @@ fn client_tls(cluster: &mut pb::Cluster, traffic: &TrafficPolicy, port: &Port) {
                     },
                     matcher: Some(serin_xds::pb::envoy::r#type::matcher::v3::StringMatcher {
                         match_pattern: Some(
-                            serin_xds::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern::Exact(name.clone()),
+                            serin_xds::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern::Exact(
+                                name.clone(),
+                            ),
                         ),
                         ..Default::default()
                     }),
@@ -412,26 +506,32 @@ fn client_tls(cluster: &mut pb::Cluster, traffic: &TrafficPolicy, port: &Port) {
             None => validation.system_root_certs = Some(Default::default()),
         }
         validation.crl = settings.ca_crl.as_deref().map(file);
-        common.validation_context_type =
-            Some(tls::common_tls_context::ValidationContextType::ValidationContext(validation));
+        common.validation_context_type = Some(
+            tls::common_tls_context::ValidationContextType::ValidationContext(validation),
+        );
     }
     cluster.transport_socket = Some(core::TransportSocket {
         name: "envoy.transport_sockets.tls".to_owned(),
-        config_type: Some(core::transport_socket::ConfigType::TypedConfig(wire::any(&tls::UpstreamTlsContext {
-            common_tls_context: Some(common),
-            sni: settings.sni.clone().unwrap_or_default(),
-            ..Default::default()
-        }))),
+        config_type: Some(core::transport_socket::ConfigType::TypedConfig(wire::any(
+            &tls::UpstreamTlsContext {
+                common_tls_context: Some(common),
+                sni: settings.sni.clone().unwrap_or_default(),
+                ..Default::default()
+            },
+        ))),
     });
 }
 
 /// The cluster towards the application behind a port: `inbound|8080||`.
 pub(super) fn inbound(target: u16, protocol: serin_model::Protocol, services_of: &[&Service]) -> pb::Cluster {
     use upstream::http_protocol_options::explicit_http_config::ProtocolConfig;
-    use upstream::http_protocol_options::{ExplicitHttpConfig, UpstreamProtocolOptions, UseDownstreamHttpConfig};
+    use upstream::http_protocol_options::{
+        ExplicitHttpConfig, UpstreamProtocolOptions, UseDownstreamHttpConfig,
+    };
     let mut cluster = base(&format!("inbound|{target}||"));
-    cluster.cluster_discovery_type =
-        Some(pb::cluster::ClusterDiscoveryType::Type(pb::cluster::DiscoveryType::OriginalDst as i32));
+    cluster.cluster_discovery_type = Some(pb::cluster::ClusterDiscoveryType::Type(
+        pb::cluster::DiscoveryType::OriginalDst as i32,
+    ));
     cluster.lb_policy = pb::cluster::LbPolicy::ClusterProvided as i32;
     cluster.cleanup_interval = Some(wire::seconds(NEVER));
     cluster.upstream_bind_config = Some(inbound_source());
@@ -442,18 +542,33 @@ pub(super) fn inbound(target: u16, protocol: serin_model::Protocol, services_of:
             http2_protocol_options: Some(Default::default()),
             ..Default::default()
         };
-        set_http_options(&mut cluster, None, UpstreamProtocolOptions::UseDownstreamProtocolConfig(as_caller));
+        set_http_options(
+            &mut cluster,
+            None,
+            UpstreamProtocolOptions::UseDownstreamProtocolConfig(as_caller),
+        );
     } else if protocol.is_http2() {
-        let http2 = ExplicitHttpConfig { protocol_config: Some(ProtocolConfig::Http2ProtocolOptions(Default::default())) };
-        set_http_options(&mut cluster, None, UpstreamProtocolOptions::ExplicitHttpConfig(http2));
+        let http2 = ExplicitHttpConfig {
+            protocol_config: Some(ProtocolConfig::Http2ProtocolOptions(Default::default())),
+        };
+        set_http_options(
+            &mut cluster,
+            None,
+            UpstreamProtocolOptions::ExplicitHttpConfig(http2),
+        );
     }
-    cluster.metadata =
-        Some(wire::metadata("istio", wire::structure([("services", services(services_of.iter().copied()))])));
+    cluster.metadata = Some(wire::metadata(
+        "istio",
+        wire::structure([("services", services(services_of.iter().copied()))]),
+    ));
     cluster
 }
 
 fn inbound_source() -> core::BindConfig {
-    core::BindConfig { source_address: Some(wire::socket(INBOUND_SOURCE, 0)), ..Default::default() }
+    core::BindConfig {
+        source_address: Some(wire::socket(INBOUND_SOURCE, 0)),
+        ..Default::default()
+    }
 }
 
 /// Clusters that every proxy of a side has: nothing, anything, and undeclared inbound ports.
@@ -481,12 +596,16 @@ fn passthrough(name: &str) -> pb::Cluster {
     use upstream::http_protocol_options::{UpstreamProtocolOptions, UseDownstreamHttpConfig};
     let mut cluster = base(name);
     "PassthroughCluster;".clone_into(&mut cluster.alt_stat_name);
-    cluster.cluster_discovery_type =
-        Some(pb::cluster::ClusterDiscoveryType::Type(pb::cluster::DiscoveryType::OriginalDst as i32));
+    cluster.cluster_discovery_type = Some(pb::cluster::ClusterDiscoveryType::Type(
+        pb::cluster::DiscoveryType::OriginalDst as i32,
+    ));
     cluster.lb_policy = pb::cluster::LbPolicy::ClusterProvided as i32;
     set_http_options(
         &mut cluster,
-        Some(core::HttpProtocolOptions { idle_timeout: Some(wire::seconds(PASSTHROUGH_IDLE)), ..Default::default() }),
+        Some(core::HttpProtocolOptions {
+            idle_timeout: Some(wire::seconds(PASSTHROUGH_IDLE)),
+            ..Default::default()
+        }),
         UpstreamProtocolOptions::UseDownstreamProtocolConfig(UseDownstreamHttpConfig {
             http_protocol_options: Some(Default::default()),
             http2_protocol_options: Some(Default::default()),

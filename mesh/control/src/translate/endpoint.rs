@@ -28,12 +28,16 @@ pub(super) fn assignment(
 ) -> pb::ClusterLoadAssignment {
     let mut by_locality: BTreeMap<&Locality, Vec<(&Endpoint, pb::LbEndpoint)>> = BTreeMap::new();
     for endpoint in endpoints.iter().filter(|endpoint| endpoint.has_labels(subset)) {
-        let number = if endpoint.address.starts_with("unix://") { Some(&0) } else { endpoint.ports.get(&port.name) };
+        let number = if endpoint.address.starts_with("unix://") {
+            Some(&0)
+        } else {
+            endpoint.ports.get(&port.name)
+        };
         let Some(number) = number else { continue };
-        by_locality
-            .entry(&endpoint.locality)
-            .or_default()
-            .push((endpoint, lb_endpoint(endpoint, *number, service, nearness.cluster_id)));
+        by_locality.entry(&endpoint.locality).or_default().push((
+            endpoint,
+            lb_endpoint(endpoint, *number, service, nearness.cluster_id),
+        ));
     }
     let groups: Vec<(&Locality, Vec<(&Endpoint, pb::LbEndpoint)>)> = by_locality.into_iter().collect();
     pb::ClusterLoadAssignment {
@@ -46,12 +50,20 @@ pub(super) fn assignment(
 fn lb_endpoint(endpoint: &Endpoint, port: u16, service: &Service, cluster_id: &str) -> pb::LbEndpoint {
     let address = match endpoint.address.strip_prefix("unix://") {
         Some(path) => core::Address {
-            address: Some(core::address::Address::Pipe(core::Pipe { path: path.to_owned(), mode: 0 })),
+            address: Some(core::address::Address::Pipe(core::Pipe {
+                path: path.to_owned(),
+                mode: 0,
+            })),
         },
         None => wire::address(&endpoint.address, u32::from(port)),
     };
     let workload = endpoint.workload.as_ref().map_or_else(
-        || format!("{};{};{};;{cluster_id}", service.provenance.object.name, service.namespace, service.provenance.object.name),
+        || {
+            format!(
+                "{};{};{};;{cluster_id}",
+                service.provenance.object.name, service.namespace, service.provenance.object.name
+            )
+        },
         |workload| workload.telemetry(cluster_id),
     );
     pb::LbEndpoint {
@@ -60,12 +72,20 @@ fn lb_endpoint(endpoint: &Endpoint, port: u16, service: &Service, cluster_id: &s
             ..Default::default()
         })),
         health_status: core::HealthStatus::Healthy as i32,
-        metadata: Some(wire::metadata("istio", wire::structure([("workload", wire::text(&workload))]))),
+        metadata: Some(wire::metadata(
+            "istio",
+            wire::structure([("workload", wire::text(&workload))]),
+        )),
         load_balancing_weight: Some(wire::uint32(endpoint.weight)),
     }
 }
 
-fn group(locality: &Locality, endpoints: Vec<pb::LbEndpoint>, weight: u32, priority: u32) -> pb::LocalityLbEndpoints {
+fn group(
+    locality: &Locality,
+    endpoints: Vec<pb::LbEndpoint>,
+    weight: u32,
+    priority: u32,
+) -> pb::LocalityLbEndpoints {
     pb::LocalityLbEndpoints {
         locality: Some(core::Locality {
             region: locality.region.to_string(),
@@ -86,10 +106,17 @@ fn localities(
     nearness: &Nearness<'_>,
 ) -> Vec<pb::LocalityLbEndpoints> {
     let weight = |endpoints: &[(&Endpoint, pb::LbEndpoint)]| {
-        endpoints.iter().fold(0u32, |sum, (endpoint, _)| sum.saturating_add(endpoint.weight))
+        endpoints
+            .iter()
+            .fold(0u32, |sum, (endpoint, _)| sum.saturating_add(endpoint.weight))
     };
-    let plain = |endpoints: Vec<(&Endpoint, pb::LbEndpoint)>| endpoints.into_iter().map(|(_, built)| built).collect::<Vec<_>>();
-    let setting = policy.load_balancer.as_ref().and_then(|lb| lb.locality_lb_setting.as_ref());
+    let plain = |endpoints: Vec<(&Endpoint, pb::LbEndpoint)>| {
+        endpoints.into_iter().map(|(_, built)| built).collect::<Vec<_>>()
+    };
+    let setting = policy
+        .load_balancer
+        .as_ref()
+        .and_then(|lb| lb.locality_lb_setting.as_ref());
     let enabled = setting.is_none_or(|setting| setting.enabled != Some(false));
     if enabled && let Some(shares) = setting.and_then(|setting| distribution(setting, nearness.client)) {
         return distribute(groups, shares, weight, plain);
@@ -105,7 +132,9 @@ fn localities(
             })
             .collect();
     }
-    let labels = setting.map(|setting| setting.failover_priority.as_slice()).unwrap_or_default();
+    let labels = setting
+        .map(|setting| setting.failover_priority.as_slice())
+        .unwrap_or_default();
     let mut ranked: BTreeMap<(usize, &Locality), Vec<(&Endpoint, pb::LbEndpoint)>> = BTreeMap::new();
     for (locality, endpoints) in groups {
         for (endpoint, built) in endpoints {
@@ -114,7 +143,10 @@ fn localities(
             } else {
                 label_rank(labels, nearness.labels, endpoint)
             };
-            ranked.entry((rank, locality)).or_default().push((endpoint, built));
+            ranked
+                .entry((rank, locality))
+                .or_default()
+                .push((endpoint, built));
         }
     }
     // Envoy wants priorities without gaps.
@@ -125,7 +157,12 @@ fn localities(
         .map(|((rank, locality), endpoints)| {
             let priority = ranks.iter().position(|known| *known == rank).unwrap_or(0);
             let weight = weight(&endpoints);
-            group(locality, plain(endpoints), weight, u32::try_from(priority).unwrap_or(0))
+            group(
+                locality,
+                plain(endpoints),
+                weight,
+                u32::try_from(priority).unwrap_or(0),
+            )
         })
         .collect()
 }
@@ -155,7 +192,10 @@ fn locality_rank(client: &Locality, endpoint: &Locality, setting: Option<&Locali
 /// How many labels, from the first on, do not match: the fewer the nearer.
 fn label_rank(labels: &[String], client: &BTreeMap<String, String>, endpoint: &Endpoint) -> usize {
     let empty = BTreeMap::new();
-    let theirs = endpoint.workload.as_ref().map_or(&empty, |workload| &workload.labels);
+    let theirs = endpoint
+        .workload
+        .as_ref()
+        .map_or(&empty, |workload| &workload.labels);
     let matching = labels
         .iter()
         .take_while(|label| match label.split_once('=') {
@@ -195,7 +235,12 @@ fn distribution<'a>(setting: &'a LocalityLbSetting, client: &Locality) -> Option
     setting
         .distribute
         .iter()
-        .find(|entry| entry.from.as_deref().is_some_and(|from| locality_matches(from, client)))
+        .find(|entry| {
+            entry
+                .from
+                .as_deref()
+                .is_some_and(|from| locality_matches(from, client))
+        })
         .map(|entry| &entry.to)
 }
 
@@ -207,13 +252,15 @@ fn distribute<'a>(
 ) -> Vec<pb::LocalityLbEndpoints> {
     let mut out = Vec::new();
     for (pattern, share) in shares {
-        let (matching, rest): (Vec<_>, Vec<_>) =
-            groups.into_iter().partition(|(locality, _)| locality_matches(pattern, locality));
+        let (matching, rest): (Vec<_>, Vec<_>) = groups
+            .into_iter()
+            .partition(|(locality, _)| locality_matches(pattern, locality));
         groups = rest;
         let total: u32 = matching.iter().map(|(_, endpoints)| weight(endpoints)).sum();
         for (locality, endpoints) in matching {
             // A pattern of several localities splits its share by their weights, rounded up so that none gets nothing.
-            let part = (f64::from(weight(&endpoints)) * f64::from(*share) / f64::from(total.max(1))).ceil() as u32;
+            let part =
+                (f64::from(weight(&endpoints)) * f64::from(*share) / f64::from(total.max(1))).ceil() as u32;
             if part > 0 {
                 out.push(group(locality, plain(endpoints), part, 0));
             }

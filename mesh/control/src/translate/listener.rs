@@ -51,7 +51,10 @@ pub(super) struct TcpChain {
 }
 
 fn filter(name: &str, config: serin_xds::pb::google::protobuf::Any) -> pb::Filter {
-    pb::Filter { name: name.to_owned(), config_type: Some(pb::filter::ConfigType::TypedConfig(config)) }
+    pb::Filter {
+        name: name.to_owned(),
+        config_type: Some(pb::filter::ConfigType::TypedConfig(config)),
+    }
 }
 
 fn tcp_proxy(chain: &TcpChain) -> pb::Filter {
@@ -69,7 +72,11 @@ fn tcp_proxy(chain: &TcpChain) -> pb::Filter {
                 .collect(),
         }),
     };
-    let stat_prefix = chain.destinations.first().map(|first| first.cluster.clone()).unwrap_or_default();
+    let stat_prefix = chain
+        .destinations
+        .first()
+        .map(|first| first.cluster.clone())
+        .unwrap_or_default();
     filter(
         TCP_PROXY,
         wire::any(&tcp::TcpProxy {
@@ -94,7 +101,10 @@ fn http_filters() -> Vec<hcm::HttpFilter> {
     ]
 }
 
-fn manager(stat_prefix: String, routes: hcm::http_connection_manager::RouteSpecifier) -> hcm::HttpConnectionManager {
+fn manager(
+    stat_prefix: String,
+    routes: hcm::http_connection_manager::RouteSpecifier,
+) -> hcm::HttpConnectionManager {
     hcm::HttpConnectionManager {
         stat_prefix,
         route_specifier: Some(routes),
@@ -108,7 +118,8 @@ fn manager(stat_prefix: String, routes: hcm::http_connection_manager::RouteSpeci
             ..Default::default()
         }],
         normalize_path: Some(wire::boolean(true)),
-        path_with_escaped_slashes_action: hcm::http_connection_manager::PathWithEscapedSlashesAction::KeepUnchanged as i32,
+        path_with_escaped_slashes_action:
+            hcm::http_connection_manager::PathWithEscapedSlashesAction::KeepUnchanged as i32,
         request_id_extension: Some(hcm::RequestIdExtension {
             typed_config: Some(wire::any(&UuidRequestIdConfig {
                 use_request_id_for_trace_sampling: Some(wire::boolean(true)),
@@ -143,13 +154,19 @@ fn listener_filter(name: &str, config: serin_xds::pb::google::protobuf::Any) -> 
 }
 
 fn http_inspector() -> pb::ListenerFilter {
-    listener_filter("envoy.filters.listener.http_inspector", wire::any(&HttpInspector::default()))
+    listener_filter(
+        "envoy.filters.listener.http_inspector",
+        wire::any(&HttpInspector::default()),
+    )
 }
 
 fn tls_inspector() -> pb::ListenerFilter {
     listener_filter(
         "envoy.filters.listener.tls_inspector",
-        wire::any(&TlsInspector { initial_read_buffer_size: Some(wire::uint32(512)), ..Default::default() }),
+        wire::any(&TlsInspector {
+            initial_read_buffer_size: Some(wire::uint32(512)),
+            ..Default::default()
+        }),
     )
 }
 
@@ -169,7 +186,10 @@ fn captured(address: &str, port: u16) -> pb::Listener {
 fn http_chain(listener: &str, route: &str) -> pb::FilterChain {
     pb::FilterChain {
         filter_chain_match: Some(plain_http()),
-        filters: vec![filter(HTTP_MANAGER, wire::any(&manager(format!("outbound_{listener};"), rds(route))))],
+        filters: vec![filter(
+            HTTP_MANAGER,
+            wire::any(&manager(format!("outbound_{listener};"), rds(route))),
+        )],
         transport_socket_connect_timeout: Some(wire::seconds(TRANSPORT_TIMEOUT)),
         ..Default::default()
     }
@@ -187,10 +207,17 @@ fn tcp_chain(chain: &TcpChain, timeout: bool) -> pb::FilterChain {
 
 /// The chain for what the registry does not know.
 pub(super) fn unknown(registry_only: bool, name: &str, matches: Option<pb::FilterChainMatch>) -> TcpChain {
-    let cluster = if registry_only { "BlackHoleCluster" } else { "PassthroughCluster" };
+    let cluster = if registry_only {
+        "BlackHoleCluster"
+    } else {
+        "PassthroughCluster"
+    };
     TcpChain {
         matches,
-        destinations: vec![Destination { cluster: cluster.to_owned(), weight: 1 }],
+        destinations: vec![Destination {
+            cluster: cluster.to_owned(),
+            weight: 1,
+        }],
         idle_timeout: None,
         name: name.to_owned(),
     }
@@ -200,8 +227,10 @@ pub(super) fn unknown(registry_only: bool, name: &str, matches: Option<pb::Filte
 pub(super) fn http(address: &str, port: u16, route: &str, registry_only: bool) -> pb::Listener {
     let mut listener = captured(address, port);
     listener.filter_chains = vec![http_chain(&listener.name, route)];
-    listener.default_filter_chain =
-        Some(tcp_chain(&unknown(registry_only, "PassthroughFilterChain", Some(Default::default())), false));
+    listener.default_filter_chain = Some(tcp_chain(
+        &unknown(registry_only, "PassthroughFilterChain", Some(Default::default())),
+        false,
+    ));
     listener.listener_filters = vec![http_inspector()];
     listener
 }
@@ -237,7 +266,10 @@ pub(super) fn virtual_outbound(registry_only: bool) -> pb::Listener {
         filter_chains: vec![
             // A connection to 15001 itself would go round in circles.
             tcp_chain(&unknown(true, "virtualOutbound-blackhole", Some(own)), false),
-            tcp_chain(&unknown(registry_only, "virtualOutbound-catchall-tcp", None), false),
+            tcp_chain(
+                &unknown(registry_only, "virtualOutbound-catchall-tcp", None),
+                false,
+            ),
         ],
         use_original_dst: Some(wire::boolean(true)),
         traffic_direction: core::TrafficDirection::Outbound as i32,
@@ -259,9 +291,18 @@ pub(super) struct InboundPort {
     pub(super) hosts: Vec<std::sync::Arc<str>>,
 }
 
-fn inbound_manager(stat_prefix: &str, route_name: &str, cluster: &str, port: u16, operation: &str) -> pb::Filter {
+fn inbound_manager(
+    stat_prefix: &str,
+    route_name: &str,
+    cluster: &str,
+    port: u16,
+    operation: &str,
+) -> pb::Filter {
     let mut inbound = route::inbound_route(cluster);
-    inbound.decorator = Some(route_pb::Decorator { operation: operation.to_owned(), ..Default::default() });
+    inbound.decorator = Some(route_pb::Decorator {
+        operation: operation.to_owned(),
+        ..Default::default()
+    });
     let mut manager = manager(
         format!("{stat_prefix};"),
         hcm::http_connection_manager::RouteSpecifier::RouteConfig(route_pb::RouteConfiguration {
@@ -277,13 +318,15 @@ fn inbound_manager(stat_prefix: &str, route_name: &str, cluster: &str, port: u16
         }),
     );
     manager.server_name = "istio-envoy".to_owned();
-    manager.forward_client_cert_details = hcm::http_connection_manager::ForwardClientCertDetails::AppendForward as i32;
-    manager.set_current_client_cert_details = Some(hcm::http_connection_manager::SetCurrentClientCertDetails {
-        subject: Some(wire::boolean(true)),
-        dns: true,
-        uri: true,
-        ..Default::default()
-    });
+    manager.forward_client_cert_details =
+        hcm::http_connection_manager::ForwardClientCertDetails::AppendForward as i32;
+    manager.set_current_client_cert_details =
+        Some(hcm::http_connection_manager::SetCurrentClientCertDetails {
+            subject: Some(wire::boolean(true)),
+            dns: true,
+            uri: true,
+            ..Default::default()
+        });
     filter(HTTP_MANAGER, wire::any(&manager))
 }
 
@@ -291,7 +334,10 @@ fn inbound_manager(stat_prefix: &str, route_name: &str, cluster: &str, port: u16
 pub(super) fn virtual_inbound(ports: &[InboundPort]) -> pb::Listener {
     let to = |cluster: &str| TcpChain {
         matches: None,
-        destinations: vec![Destination { cluster: cluster.to_owned(), weight: 1 }],
+        destinations: vec![Destination {
+            cluster: cluster.to_owned(),
+            weight: 1,
+        }],
         idle_timeout: None,
         name: String::new(),
     };
@@ -342,18 +388,42 @@ pub(super) fn virtual_inbound(ports: &[InboundPort]) -> pb::Listener {
 fn inbound_chains(port: &InboundPort, chains: &mut Vec<pb::FilterChain>) {
     let name = format!("0.0.0.0_{}", port.target);
     let cluster = format!("inbound|{}||", port.target);
-    let operation = format!("{}:{}/*", port.hosts.first().map_or("", |host| host), port.service_port);
+    let operation = format!(
+        "{}:{}/*",
+        port.hosts.first().map_or("", |host| host),
+        port.service_port
+    );
     let mut push = |transport: &str, http_only: bool, filters: Vec<pb::Filter>| {
-        let mut matches = if http_only { plain_http() } else { pb::FilterChainMatch::default() };
+        let mut matches = if http_only {
+            plain_http()
+        } else {
+            pb::FilterChainMatch::default()
+        };
         matches.destination_port = Some(wire::uint32(u32::from(port.target)));
         transport.clone_into(&mut matches.transport_protocol);
-        chains.push(pb::FilterChain { filter_chain_match: Some(matches), filters, name: name.clone(), ..Default::default() });
+        chains.push(pb::FilterChain {
+            filter_chain_match: Some(matches),
+            filters,
+            name: name.clone(),
+            ..Default::default()
+        });
     };
-    let http = || vec![inbound_manager(&format!("inbound_{name}"), &cluster, &cluster, port.service_port, &operation)];
+    let http = || {
+        vec![inbound_manager(
+            &format!("inbound_{name}"),
+            &cluster,
+            &cluster,
+            port.service_port,
+            &operation,
+        )]
+    };
     let tcp = || {
         vec![tcp_proxy(&TcpChain {
             matches: None,
-            destinations: vec![Destination { cluster: cluster.clone(), weight: 1 }],
+            destinations: vec![Destination {
+                cluster: cluster.clone(),
+                weight: 1,
+            }],
             idle_timeout: None,
             name: String::new(),
         })]
@@ -374,16 +444,25 @@ fn inbound_chains(port: &InboundPort, chains: &mut Vec<pb::FilterChain>) {
 fn inbound_inspectors(ports: &[InboundPort]) -> Vec<pb::ListenerFilter> {
     use pb::listener_filter_chain_match_predicate::{MatchSet, Rule};
     let range = |port: u16| pb::ListenerFilterChainMatchPredicate {
-        rule: Some(Rule::DestinationPortRange(ty::Int32Range { start: i32::from(port), end: i32::from(port) + 1 })),
+        rule: Some(Rule::DestinationPortRange(ty::Int32Range {
+            start: i32::from(port),
+            end: i32::from(port) + 1,
+        })),
     };
     let mut http = http_inspector();
-    let mut declared: Vec<u16> =
-        ports.iter().filter(|port| port.protocol != Protocol::Auto).map(|port| port.target).chain([INBOUND_PORT]).collect();
+    let mut declared: Vec<u16> = ports
+        .iter()
+        .filter(|port| port.protocol != Protocol::Auto)
+        .map(|port| port.target)
+        .chain([INBOUND_PORT])
+        .collect();
     declared.sort_unstable();
     http.filter_disabled = Some(match declared.as_slice() {
         [only] => range(*only),
         several => pb::ListenerFilterChainMatchPredicate {
-            rule: Some(Rule::OrMatch(MatchSet { rules: several.iter().map(|port| range(*port)).collect() })),
+            rule: Some(Rule::OrMatch(MatchSet {
+                rules: several.iter().map(|port| range(*port)).collect(),
+            })),
         },
     });
     let mut tls = tls_inspector();
@@ -403,14 +482,16 @@ pub(super) fn gateway_http(address: &str, port: u16, route: &str) -> pb::Listene
     manager.server_name = "istio-envoy".to_owned();
     // The peer is the client: its address is what X-Forwarded-For gets.
     manager.use_remote_address = Some(wire::boolean(true));
-    manager.forward_client_cert_details = hcm::http_connection_manager::ForwardClientCertDetails::SanitizeSet as i32;
-    manager.set_current_client_cert_details = Some(hcm::http_connection_manager::SetCurrentClientCertDetails {
-        subject: Some(wire::boolean(true)),
-        cert: true,
-        dns: true,
-        uri: true,
-        ..Default::default()
-    });
+    manager.forward_client_cert_details =
+        hcm::http_connection_manager::ForwardClientCertDetails::SanitizeSet as i32;
+    manager.set_current_client_cert_details =
+        Some(hcm::http_connection_manager::SetCurrentClientCertDetails {
+            subject: Some(wire::boolean(true)),
+            cert: true,
+            dns: true,
+            uri: true,
+            ..Default::default()
+        });
     pb::Listener {
         name,
         address: Some(wire::address(address, u32::from(port))),
@@ -442,7 +523,9 @@ pub(super) fn ranges(subnets: &[String]) -> Vec<core::CidrRange> {
     subnets
         .iter()
         .filter_map(|subnet| {
-            let (address, length) = subnet.split_once('/').map_or((subnet.as_str(), None), |(a, l)| (a, l.parse().ok()));
+            let (address, length) = subnet
+                .split_once('/')
+                .map_or((subnet.as_str(), None), |(a, l)| (a, l.parse().ok()));
             let ip: IpAddr = address.parse().ok()?;
             let full = if ip.is_ipv4() { 32 } else { 128 };
             Some(core::CidrRange {

@@ -57,7 +57,10 @@ pub(super) fn slots(service: &Service, model: &Model, client: &Client, side: Sid
         if aliased {
             // Another name for another host: only rules of its own give it a virtual host.
             if port.protocol.is_http() && model.rules(&service.host, client).is_some() {
-                slots.insert(Slot::VirtualHost(port.number.to_string().into(), service.host.clone()));
+                slots.insert(Slot::VirtualHost(
+                    port.number.to_string().into(),
+                    service.host.clone(),
+                ));
             }
             continue;
         }
@@ -85,8 +88,11 @@ fn listen_addresses(service: &Service, port: &Port, model: &Model) -> Vec<String
         return service.addresses.iter().map(ToString::to_string).collect();
     }
     if service.headless {
-        let mut addresses: Vec<String> =
-            model.endpoints(&service.host).iter().map(|endpoint| endpoint.address.to_string()).collect();
+        let mut addresses: Vec<String> = model
+            .endpoints(&service.host)
+            .iter()
+            .map(|endpoint| endpoint.address.to_string())
+            .collect();
         addresses.sort();
         addresses.dedup();
         return addresses;
@@ -97,11 +103,16 @@ fn listen_addresses(service: &Service, port: &Port, model: &Model) -> Vec<String
 /// The slots of a host that rules name and no service has.
 pub(super) fn named_slots(pattern: &Arc<str>, model: &Model, client: &Client) -> BTreeSet<Slot> {
     let mut slots = BTreeSet::new();
-    if model.rules_named(pattern, client).is_none_or(|rules| rules.http.is_empty()) {
+    if model
+        .rules_named(pattern, client)
+        .is_none_or(|rules| rules.http.is_empty())
+    {
         return slots;
     }
     let taken = if host::is_wildcard(pattern) {
-        model.visible_services(client).any(|service| host::covers(pattern, &service.host))
+        model
+            .visible_services(client)
+            .any(|service| host::covers(pattern, &service.host))
     } else {
         model.visible_service(pattern, client).is_some()
     };
@@ -117,7 +128,10 @@ pub(super) fn owner_of_short_name(name: &str, client: &Client, model: &Model) ->
     let mut parts = name.trim_end_matches('.').split('.');
     let (service, namespace) = (parts.next()?, parts.next().unwrap_or(&client.namespace));
     let full = format!("{service}.{namespace}.svc.{domain}");
-    (full != name).then(|| model.visible_service(&full, client)).flatten().map(|service| service.host.clone())
+    (full != name)
+        .then(|| model.visible_service(&full, client))
+        .flatten()
+        .map(|service| service.host.clone())
 }
 
 /// Whether rules for connections (TCP, TLS) could change what is in the slot.
@@ -127,11 +141,17 @@ pub(super) fn is_connection_listener(slot: &Slot) -> bool {
 }
 
 /// A route configuration; its hosts come on their own unless they are given.
-pub(super) fn route_configuration(name: &str, virtual_hosts: Vec<pb::VirtualHost>, vhds: bool) -> pb::RouteConfiguration {
+pub(super) fn route_configuration(
+    name: &str,
+    virtual_hosts: Vec<pb::VirtualHost>,
+    vhds: bool,
+) -> pb::RouteConfiguration {
     pb::RouteConfiguration {
         name: name.to_owned(),
         virtual_hosts,
-        vhds: vhds.then(|| pb::Vhds { config_source: Some(wire::ads()) }),
+        vhds: vhds.then(|| pb::Vhds {
+            config_source: Some(wire::ads()),
+        }),
         // A route may name a cluster that is not there yet: that request fails, the others do not.
         validate_clusters: Some(wire::boolean(false)),
         max_direct_response_body_size_bytes: Some(wire::uint32(DIRECT_RESPONSE_LIMIT)),
@@ -166,8 +186,12 @@ impl Destinations for Resolver<'_> {
     }
 
     fn policy(&self, backend: &Backend, port: u16) -> Option<TrafficPolicy> {
-        let service = self.model.visible_service(&self.host(&backend.host), self.client)?;
-        let policy = self.model.policy(&service.host, &service.namespace, self.client)?;
+        let service = self
+            .model
+            .visible_service(&self.host(&backend.host), self.client)?;
+        let policy = self
+            .model
+            .policy(&service.host, &service.namespace, self.client)?;
         Some(policy.for_port(backend.subset.as_deref(), backend.port.unwrap_or(port)))
     }
 }
@@ -175,8 +199,14 @@ impl Destinations for Resolver<'_> {
 /// Whether a rule is for this client, gateway and port.
 pub(super) fn is_for(audience: &Audience, client: &Client, gateway: &str, port: u16) -> bool {
     audience.port.is_none_or(|wanted| wanted == port)
-        && audience.namespace.as_deref().is_none_or(|wanted| wanted == &*client.namespace)
-        && audience.labels.iter().all(|(key, value)| client.labels.get(key) == Some(value))
+        && audience
+            .namespace
+            .as_deref()
+            .is_none_or(|wanted| wanted == &*client.namespace)
+        && audience
+            .labels
+            .iter()
+            .all(|(key, value)| client.labels.get(key) == Some(value))
         && (audience.gateways.is_empty() || audience.gateways.iter().any(|wanted| &**wanted == gateway))
 }
 
@@ -210,7 +240,10 @@ pub(super) type Made = Option<(pb::VirtualHost, BTreeSet<Origin>)>;
 
 impl Context<'_> {
     fn resolver(&self) -> Resolver<'_> {
-        Resolver { model: self.model, client: self.client }
+        Resolver {
+            model: self.model,
+            client: self.client,
+        }
     }
 
     pub(super) fn registry_only(&self) -> bool {
@@ -228,7 +261,9 @@ impl Context<'_> {
     /// Every port and subset of a service, with the load assignment where the endpoints are part of the cluster.
     pub(super) fn clusters(&self, host: &Arc<str>) -> Built {
         let mut built = Built::default();
-        let Some(service) = self.model.visible_service(host, self.client) else { return built };
+        let Some(service) = self.model.visible_service(host, self.client) else {
+            return built;
+        };
         let policy = self.policy(service);
         for origin in policy.iter().flat_map(|policy| &policy.provenance) {
             built.origin(origin);
@@ -241,7 +276,8 @@ impl Context<'_> {
             for subset in subsets(policy.as_ref()) {
                 let mut made = cluster::outbound(service, port, subset, policy.as_ref(), self.side);
                 if matches!(service.resolution, Resolution::Dns | Resolution::DnsRoundRobin) {
-                    made.load_assignment = Some(self.assignment(service, port, subset, policy.as_ref(), &endpoints));
+                    made.load_assignment =
+                        Some(self.assignment(service, port, subset, policy.as_ref(), &endpoints));
                 }
                 built.push(ResourceType::Cluster, &made.name.clone(), &made);
             }
@@ -257,7 +293,9 @@ impl Context<'_> {
         policy: Option<&HostPolicy>,
         endpoints: &[serin_model::Endpoint],
     ) -> serin_xds::pb::envoy::config::endpoint::v3::ClusterLoadAssignment {
-        let traffic = policy.map(|policy| policy.for_port(subset, port.number)).unwrap_or_default();
+        let traffic = policy
+            .map(|policy| policy.for_port(subset, port.number))
+            .unwrap_or_default();
         let empty = BTreeMap::new();
         let labels = subset
             .and_then(|name| policy?.subsets.iter().find(|subset| subset.name == name))
@@ -281,12 +319,17 @@ impl Context<'_> {
     /// The load assignments of a service's clusters.
     pub(super) fn endpoints(&self, host: &Arc<str>) -> Built {
         let mut built = Built::default();
-        let Some(service) = self.model.visible_service(host, self.client) else { return built };
+        let Some(service) = self.model.visible_service(host, self.client) else {
+            return built;
+        };
         let policy = self.policy(service);
         let endpoints = self.model.endpoints(host);
         for port in service.ports.iter().filter(|port| port.protocol != Protocol::Udp) {
             for subset in subsets(policy.as_ref()) {
-                let traffic = policy.as_ref().map(|policy| policy.for_port(subset, port.number)).unwrap_or_default();
+                let traffic = policy
+                    .as_ref()
+                    .map(|policy| policy.for_port(subset, port.number))
+                    .unwrap_or_default();
                 if cluster::discovery(service, &traffic, self.side) == DiscoveryType::Eds {
                     let made = self.assignment(service, port, subset, policy.as_ref(), &endpoints);
                     built.push(ResourceType::Endpoints, &made.cluster_name.clone(), &made);
@@ -311,7 +354,10 @@ impl Context<'_> {
             return (None, hosts);
         };
         let mut origins = BTreeSet::new();
-        let rules = self.model.rules(host, self.client).filter(|rules| !rules.http.is_empty());
+        let rules = self
+            .model
+            .rules(host, self.client)
+            .filter(|rules| !rules.http.is_empty());
         let mut made = Vec::new();
         if let Some(rules) = rules {
             origins.insert(wire::origin(&rules.provenance));
@@ -323,11 +369,15 @@ impl Context<'_> {
             None => vec![host.to_string()],
         };
         if made.is_empty() {
-            let Some(service) = service else { return (None, hosts) };
+            let Some(service) = service else {
+                return (None, hosts);
+            };
             let policy = self.policy(service).map(|policy| policy.for_port(None, port));
             let mut default = route::default_route(&cluster::name(port, "", host), policy.as_ref());
-            default.decorator =
-                Some(pb::Decorator { operation: format!("{host}:{port}/*"), ..Default::default() });
+            default.decorator = Some(pb::Decorator {
+                operation: format!("{host}:{port}/*"),
+                ..Default::default()
+            });
             made.push(default);
             origins.clear();
         }
@@ -347,7 +397,10 @@ impl Context<'_> {
         let claimed = |name: &String| {
             port == NAMED_PORT
                 && **name != *service.host
-                && self.model.rules_named(name, self.client).is_some_and(|rules| !rules.http.is_empty())
+                && self
+                    .model
+                    .rules_named(name, self.client)
+                    .is_some_and(|rules| !rules.http.is_empty())
         };
         let mut domains = service.domains(&self.client.namespace, domain);
         domains.retain(|name| !claimed(name));
@@ -379,7 +432,10 @@ impl Context<'_> {
             }));
             (BLOCK_ALL, route)
         } else {
-            (ALLOW_ANY, route::passthrough_route(ALLOW_ANY, "PassthroughCluster"))
+            (
+                ALLOW_ANY,
+                route::passthrough_route(ALLOW_ANY, "PassthroughCluster"),
+            )
         };
         pb::VirtualHost {
             name: name.to_owned(),
@@ -393,7 +449,10 @@ impl Context<'_> {
     /// A captured listener; `owners` are the services that ask for it, of which the first decides where they disagree.
     pub(super) fn listener(&self, name: &str, owners: Option<&BTreeSet<Arc<str>>>) -> Built {
         let mut built = Built::default();
-        let Some((address, port)) = name.rsplit_once('_').and_then(|(a, p)| Some((a, p.parse::<u16>().ok()?))) else {
+        let Some((address, port)) = name
+            .rsplit_once('_')
+            .and_then(|(a, p)| Some((a, p.parse::<u16>().ok()?)))
+        else {
             return built;
         };
         let claims: Vec<(&Arc<Service>, &Port)> = owners
@@ -403,8 +462,11 @@ impl Context<'_> {
             .filter_map(|service| service.port(port).map(|port| (service, port)))
             .collect();
         // HTTP on any address goes before a TCP service without an address of its own.
-        let Some((service, claimed)) =
-            claims.iter().find(|(_, port)| port.protocol.is_http()).or_else(|| claims.first()).copied()
+        let Some((service, claimed)) = claims
+            .iter()
+            .find(|(_, port)| port.protocol.is_http())
+            .or_else(|| claims.first())
+            .copied()
         else {
             return built;
         };
@@ -435,7 +497,11 @@ impl Context<'_> {
         let mut catch_all = false;
         built.hosts.insert(service.host.clone());
         if let Some(rules) = self.model.rules(&service.host, self.client) {
-            let tls = rules.tls.iter().filter(|_| port.protocol.is_tls()).map(|rule| (rule, true));
+            let tls = rules
+                .tls
+                .iter()
+                .filter(|_| port.protocol.is_tls())
+                .map(|rule| (rule, true));
             let tcp = rules.tcp.iter().map(|rule| (rule, false));
             'rules: for (rule, by_name) in tls.chain(tcp) {
                 let blocks: Vec<_> = rule
@@ -447,10 +513,17 @@ impl Context<'_> {
                     continue;
                 }
                 built.origin(&rule.provenance);
-                built.hosts.extend(rule.backends.iter().map(|backend| backend.host.clone()));
+                built
+                    .hosts
+                    .extend(rule.backends.iter().map(|backend| backend.host.clone()));
                 let destinations = |rule: &ConnectionRoute| destinations(rule, &resolver, port.number);
                 if rule.matches.is_empty() {
-                    chains.push(TcpChain { matches: None, destinations: destinations(rule), idle_timeout, name: String::new() });
+                    chains.push(TcpChain {
+                        matches: None,
+                        destinations: destinations(rule),
+                        idle_timeout,
+                        name: String::new(),
+                    });
                     catch_all = true;
                     break;
                 }
@@ -467,7 +540,10 @@ impl Context<'_> {
                     };
                     sni |= by_name && !block.sni.is_empty();
                     let empty = matches == listener_pb::FilterChainMatch::default();
-                    if chains.iter().any(|chain| chain.matches.as_ref() == Some(&matches)) {
+                    if chains
+                        .iter()
+                        .any(|chain| chain.matches.as_ref() == Some(&matches))
+                    {
                         continue;
                     }
                     chains.push(TcpChain {
@@ -486,7 +562,10 @@ impl Context<'_> {
         if !catch_all {
             chains.push(TcpChain {
                 matches: None,
-                destinations: vec![Destination { cluster: cluster::name(port.number, "", &service.host), weight: 1 }],
+                destinations: vec![Destination {
+                    cluster: cluster::name(port.number, "", &service.host),
+                    weight: 1,
+                }],
                 idle_timeout,
                 name: String::new(),
             });
@@ -499,13 +578,20 @@ impl Context<'_> {
 pub(super) fn destinations(rule: &ConnectionRoute, to: &impl Destinations, port: u16) -> Vec<Destination> {
     rule.backends
         .iter()
-        .map(|backend| Destination { cluster: to.cluster(backend, port), weight: backend.weight })
+        .map(|backend| Destination {
+            cluster: to.cluster(backend, port),
+            weight: backend.weight,
+        })
         .collect()
 }
 
 /// The whole service, then its subsets.
 fn subsets(policy: Option<&HostPolicy>) -> Vec<Option<&str>> {
     std::iter::once(None)
-        .chain(policy.into_iter().flat_map(|policy| policy.subsets.iter().map(|subset| Some(subset.name.as_str()))))
+        .chain(
+            policy
+                .into_iter()
+                .flat_map(|policy| policy.subsets.iter().map(|subset| Some(subset.name.as_str()))),
+        )
         .collect()
 }

@@ -1,11 +1,13 @@
 //! Model routes → `envoy.config.route.v3.Route`, with Istio's names and defaults.
 
+#![allow(deprecated)] // istiod sends these fields and Envoy 1.40 reads them; their successors are not everywhere yet
+
 use std::time::Duration;
 
 use serin_crds::istio::{ConsistentHashLb, TrafficPolicy};
 use serin_model::route::{
-    Abort, Action, Backend, Body, Cors, Fault, Forward, HeaderEdit, NamedMatch, PathMatch, PathRewrite, Redirect, RedirectPort,
-    RequestMatch, Retries, RetryPolicy, Route, TextMatch,
+    Abort, Action, Backend, Body, Cors, Fault, Forward, HeaderEdit, NamedMatch, PathMatch, PathRewrite,
+    Redirect, RedirectPort, RequestMatch, Retries, RetryPolicy, Route, TextMatch,
 };
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::route::v3 as pb;
@@ -52,9 +54,13 @@ pub(super) fn translate(route: &Route, port: u16, to: &impl Destinations) -> pb:
     match &route.action {
         Action::Forward(forward) => {
             let authority = forward.authority.clone().or_else(|| take_authority(&mut request));
-            out.action = Some(pb::route::Action::Route(forward_action(forward, authority, port, to)));
+            out.action = Some(pb::route::Action::Route(forward_action(
+                forward, authority, port, to,
+            )));
         }
-        Action::Redirect(redirect) => out.action = Some(pb::route::Action::Redirect(redirect_action(redirect, port))),
+        Action::Redirect(redirect) => {
+            out.action = Some(pb::route::Action::Redirect(redirect_action(redirect, port)))
+        }
         Action::Respond { status, body } => {
             out.action = Some(pb::route::Action::DirectResponse(pb::DirectResponseAction {
                 status: u32::from(*status),
@@ -71,10 +77,16 @@ pub(super) fn translate(route: &Route, port: u16, to: &impl Destinations) -> pb:
     }
     out.request_headers_to_add = additions(&request);
     if let Some(fault) = &route.fault {
-        out.typed_per_filter_config.insert("envoy.filters.http.fault".to_owned(), wire::any(&http_fault(fault)));
+        out.typed_per_filter_config.insert(
+            "envoy.filters.http.fault".to_owned(),
+            wire::any(&http_fault(fault)),
+        );
     }
     if let Some(cors) = &route.cors {
-        out.typed_per_filter_config.insert("envoy.filters.http.cors".to_owned(), wire::any(&cors_policy(cors)));
+        out.typed_per_filter_config.insert(
+            "envoy.filters.http.cors".to_owned(),
+            wire::any(&cors_policy(cors)),
+        );
     }
     out
 }
@@ -156,7 +168,10 @@ fn string_matcher(value: &TextMatch) -> matcher::StringMatcher {
         TextMatch::Regex(expression) => MatchPattern::SafeRegex(wire::regex(expression)),
         TextMatch::Present => MatchPattern::SafeRegex(wire::regex(".*")),
     };
-    matcher::StringMatcher { match_pattern: Some(pattern), ..Default::default() }
+    matcher::StringMatcher {
+        match_pattern: Some(pattern),
+        ..Default::default()
+    }
 }
 
 fn request_match(from: &RequestMatch) -> pb::RouteMatch {
@@ -167,7 +182,9 @@ fn request_match(from: &RequestMatch) -> pb::RouteMatch {
         Some(PathMatch::Prefix(prefix)) => PathSpecifier::Prefix(prefix.clone()),
         // Envoy refuses a separated prefix that ends with a slash.
         Some(PathMatch::SegmentPrefix(prefix)) if prefix == "/" => PathSpecifier::Prefix("/".to_owned()),
-        Some(PathMatch::SegmentPrefix(prefix)) => PathSpecifier::PathSeparatedPrefix(prefix.trim_end_matches('/').to_owned()),
+        Some(PathMatch::SegmentPrefix(prefix)) => {
+            PathSpecifier::PathSeparatedPrefix(prefix.trim_end_matches('/').to_owned())
+        }
         Some(PathMatch::Regex(expression)) => PathSpecifier::SafeRegex(wire::regex(expression)),
     };
     pb::RouteMatch {
@@ -180,12 +197,20 @@ fn request_match(from: &RequestMatch) -> pb::RouteMatch {
             .map(|named| pb::QueryParameterMatcher {
                 name: named.name.clone(),
                 query_parameter_match_specifier: Some(match &named.matcher {
-                    TextMatch::Present => pb::query_parameter_matcher::QueryParameterMatchSpecifier::PresentMatch(true),
-                    other => pb::query_parameter_matcher::QueryParameterMatchSpecifier::StringMatch(string_matcher(other)),
+                    TextMatch::Present => {
+                        pb::query_parameter_matcher::QueryParameterMatchSpecifier::PresentMatch(true)
+                    }
+                    other => pb::query_parameter_matcher::QueryParameterMatchSpecifier::StringMatch(
+                        string_matcher(other),
+                    ),
                 }),
             })
             .collect(),
-        dynamic_metadata: from.claims.iter().map(|(path, named)| claim_matcher(path, named)).collect(),
+        dynamic_metadata: from
+            .claims
+            .iter()
+            .map(|(path, named)| claim_matcher(path, named))
+            .collect(),
         ..Default::default()
     }
 }
@@ -194,7 +219,10 @@ fn header_matcher(named: &NamedMatch) -> pb::HeaderMatcher {
     use pb::header_matcher::HeaderMatchSpecifier;
     let (specifier, missing_as_empty) = match &named.matcher {
         TextMatch::Present => (HeaderMatchSpecifier::PresentMatch(true), false),
-        other => (HeaderMatchSpecifier::StringMatch(string_matcher(other)), named.negated),
+        other => (
+            HeaderMatchSpecifier::StringMatch(string_matcher(other)),
+            named.negated,
+        ),
     };
     pb::HeaderMatcher {
         name: named.name.clone(),
@@ -207,13 +235,19 @@ fn header_matcher(named: &NamedMatch) -> pb::HeaderMatcher {
 /// A claim is a string or a list of strings; either may match.
 fn claim_matcher(path: &[String], named: &NamedMatch) -> matcher::MetadataMatcher {
     use matcher::value_matcher::MatchPattern;
-    let text = || matcher::ValueMatcher { match_pattern: Some(MatchPattern::StringMatch(string_matcher(&named.matcher))) };
+    let text = || matcher::ValueMatcher {
+        match_pattern: Some(MatchPattern::StringMatch(string_matcher(&named.matcher))),
+    };
     let key = |key: &str| matcher::metadata_matcher::PathSegment {
-        segment: Some(matcher::metadata_matcher::path_segment::Segment::Key(key.to_owned())),
+        segment: Some(matcher::metadata_matcher::path_segment::Segment::Key(
+            key.to_owned(),
+        )),
     };
     matcher::MetadataMatcher {
         filter: "envoy.filters.http.jwt_authn".to_owned(),
-        path: std::iter::once(key("payload")).chain(path.iter().map(|part| key(part))).collect(),
+        path: std::iter::once(key("payload"))
+            .chain(path.iter().map(|part| key(part)))
+            .collect(),
         value: Some(matcher::ValueMatcher {
             match_pattern: Some(MatchPattern::OrMatch(matcher::OrMatcher {
                 value_matchers: vec![
@@ -233,16 +267,32 @@ fn claim_matcher(path: &[String], named: &NamedMatch) -> matcher::MetadataMatche
 fn additions(edit: &HeaderEdit) -> Vec<core::HeaderValueOption> {
     use core::header_value_option::HeaderAppendAction;
     let option = |(key, value): &(String, String), action: HeaderAppendAction| core::HeaderValueOption {
-        header: Some(core::HeaderValue { key: key.clone(), value: value.clone(), ..Default::default() }),
+        header: Some(core::HeaderValue {
+            key: key.clone(),
+            value: value.clone(),
+            ..Default::default()
+        }),
         append_action: action as i32,
         ..Default::default()
     };
-    let add = edit.add.iter().map(|pair| option(pair, HeaderAppendAction::AppendIfExistsOrAdd));
-    let set = edit.set.iter().map(|pair| option(pair, HeaderAppendAction::OverwriteIfExistsOrAdd));
+    let add = edit
+        .add
+        .iter()
+        .map(|pair| option(pair, HeaderAppendAction::AppendIfExistsOrAdd));
+    let set = edit
+        .set
+        .iter()
+        .map(|pair| option(pair, HeaderAppendAction::OverwriteIfExistsOrAdd));
     let mut all: Vec<_> = add.chain(set).collect();
     // Sorted by name and action, as istiod does, so that maps have one order.
     all.sort_by(|a, b| {
-        let key = |option: &core::HeaderValueOption| option.header.as_ref().map(|header| header.key.clone()).unwrap_or_default();
+        let key = |option: &core::HeaderValueOption| {
+            option
+                .header
+                .as_ref()
+                .map(|header| header.key.clone())
+                .unwrap_or_default()
+        };
         key(a).cmp(&key(b))
     });
     all
@@ -250,13 +300,24 @@ fn additions(edit: &HeaderEdit) -> Vec<core::HeaderValueOption> {
 
 /// Setting the Host header means rewriting the authority.
 fn take_authority(edit: &mut HeaderEdit) -> Option<String> {
-    let position = edit.set.iter().position(|(key, _)| key.eq_ignore_ascii_case("host") || key == ":authority")?;
+    let position = edit
+        .set
+        .iter()
+        .position(|(key, _)| key.eq_ignore_ascii_case("host") || key == ":authority")?;
     Some(edit.set.remove(position).1)
 }
 
-fn forward_action(forward: &Forward, authority: Option<String>, port: u16, to: &impl Destinations) -> pb::RouteAction {
+fn forward_action(
+    forward: &Forward,
+    authority: Option<String>,
+    port: u16,
+    to: &impl Destinations,
+) -> pb::RouteAction {
     let timeout = forward.timeout.unwrap_or(Duration::ZERO);
-    let policy = forward.backends.first().and_then(|backend| to.policy(backend, port));
+    let policy = forward
+        .backends
+        .first()
+        .and_then(|backend| to.policy(backend, port));
     let mut action = pb::RouteAction {
         timeout: Some(wire::duration(timeout)),
         max_grpc_timeout: Some(wire::duration(timeout)),
@@ -267,7 +328,11 @@ fn forward_action(forward: &Forward, authority: Option<String>, port: u16, to: &
             .map(|mirror| pb::route_action::RequestMirrorPolicy {
                 cluster: to.cluster(&mirror.backend, port),
                 runtime_fraction: Some(core::RuntimeFractionalPercent {
-                    default_value: Some(mirror.percent.map_or_else(|| wire::hundredths(100), wire::fraction)),
+                    default_value: Some(
+                        mirror
+                            .percent
+                            .map_or_else(|| wire::hundredths(100), wire::fraction),
+                    ),
                     ..Default::default()
                 }),
                 trace_sampled: Some(wire::boolean(false)),
@@ -275,22 +340,26 @@ fn forward_action(forward: &Forward, authority: Option<String>, port: u16, to: &
                 ..Default::default()
             })
             .collect(),
-        hash_policy: forward.backends.iter().filter_map(|backend| hash_policy(&to.policy(backend, port)?)).fold(
-            Vec::new(),
-            |mut all, policy| {
+        hash_policy: forward
+            .backends
+            .iter()
+            .filter_map(|backend| hash_policy(&to.policy(backend, port)?))
+            .fold(Vec::new(), |mut all, policy| {
                 if !all.contains(&policy) {
                     all.push(policy);
                 }
                 all
-            },
-        ),
+            }),
         host_rewrite_specifier: authority.map(pb::route_action::HostRewriteSpecifier::HostRewriteLiteral),
         ..Default::default()
     };
     match &forward.path_rewrite {
         None => {}
         Some(PathRewrite::Prefix(prefix)) => action.prefix_rewrite.clone_from(prefix),
-        Some(PathRewrite::Regex { pattern, substitution }) => {
+        Some(PathRewrite::Regex {
+            pattern,
+            substitution,
+        }) => {
             action.regex_rewrite = Some(matcher::RegexMatchAndSubstitute {
                 pattern: Some(wire::regex(pattern)),
                 substitution: substitution.clone(),
@@ -319,10 +388,18 @@ fn forward_action(forward: &Forward, authority: Option<String>, port: u16, to: &
         && only.headers != Default::default()
     {
         // Header changes of a single destination need a cluster of their own to hang on.
-        action.cluster_specifier = Some(pb::route_action::ClusterSpecifier::WeightedClusters(pb::WeightedCluster {
-            clusters: vec![weighted(&Backend { weight: only.weight.max(1), ..only.clone() }, to.cluster(only, port))],
-            ..Default::default()
-        }));
+        action.cluster_specifier = Some(pb::route_action::ClusterSpecifier::WeightedClusters(
+            pb::WeightedCluster {
+                clusters: vec![weighted(
+                    &Backend {
+                        weight: only.weight.max(1),
+                        ..only.clone()
+                    },
+                    to.cluster(only, port),
+                )],
+                ..Default::default()
+            },
+        ));
     }
     action
 }
@@ -359,7 +436,14 @@ fn retry_policy(retries: &Retries, policy: Option<&TrafficPolicy>) -> Option<pb:
         Retries::Policy(policy) => policy,
     };
     let (mut conditions, mut codes) = (Vec::new(), Vec::new());
-    for word in wanted.retry_on.as_deref().unwrap_or("").split(',').map(str::trim).filter(|word| !word.is_empty()) {
+    for word in wanted
+        .retry_on
+        .as_deref()
+        .unwrap_or("")
+        .split(',')
+        .map(str::trim)
+        .filter(|word| !word.is_empty())
+    {
         match word.parse::<u32>() {
             Ok(code) => codes.push(code),
             Err(_) => conditions.push(word),
@@ -369,24 +453,28 @@ fn retry_policy(retries: &Retries, policy: Option<&TrafficPolicy>) -> Option<pb:
         conditions.push("retriable-status-codes");
     }
     Some(pb::RetryPolicy {
-        retry_on: if wanted.retry_on.is_some() { conditions.join(",") } else { RETRY_ON.to_owned() },
+        retry_on: if wanted.retry_on.is_some() {
+            conditions.join(",")
+        } else {
+            RETRY_ON.to_owned()
+        },
         num_retries: Some(wire::uint32(wanted.attempts)),
         per_try_timeout: wanted.per_try_timeout.map(wire::duration),
         retry_host_predicate: wanted
             .ignore_previous_hosts
             .then(|| pb::retry_policy::RetryHostPredicate {
                 name: "envoy.retry_host_predicates.previous_hosts".to_owned(),
-                config_type: Some(pb::retry_policy::retry_host_predicate::ConfigType::TypedConfig(wire::any(
-                    &PreviousHostsPredicate {},
-                ))),
+                config_type: Some(pb::retry_policy::retry_host_predicate::ConfigType::TypedConfig(
+                    wire::any(&PreviousHostsPredicate {}),
+                )),
             })
             .into_iter()
             .collect(),
         retry_priority: wanted.remote_localities.then(|| pb::retry_policy::RetryPriority {
             name: "envoy.retry_priorities.previous_priorities".to_owned(),
-            config_type: Some(pb::retry_policy::retry_priority::ConfigType::TypedConfig(wire::any(
-                &PreviousPrioritiesConfig { update_frequency: 2 },
-            ))),
+            config_type: Some(pb::retry_policy::retry_priority::ConfigType::TypedConfig(
+                wire::any(&PreviousPrioritiesConfig { update_frequency: 2 }),
+            )),
         }),
         host_selection_retry_max_attempts: HOST_SELECTION_ATTEMPTS,
         retriable_status_codes: codes,
@@ -406,11 +494,18 @@ fn hash_policy(policy: &TrafficPolicy) -> Option<pb::route_action::HashPolicy> {
     use pb::route_action::hash_policy::{Cookie, CookieAttribute, Header, PolicySpecifier, QueryParameter};
     let hash = consistent_hash(policy)?;
     let specifier = if let Some(header) = &hash.http_header_name {
-        PolicySpecifier::Header(Header { header_name: header.clone(), ..Default::default() })
+        PolicySpecifier::Header(Header {
+            header_name: header.clone(),
+            ..Default::default()
+        })
     } else if let Some(cookie) = &hash.http_cookie {
         PolicySpecifier::Cookie(Cookie {
             name: cookie.name.clone(),
-            ttl: cookie.ttl.as_ref().and_then(|ttl| ttl.parse().ok()).map(wire::duration),
+            ttl: cookie
+                .ttl
+                .as_ref()
+                .and_then(|ttl| ttl.parse().ok())
+                .map(wire::duration),
             path: cookie.path.clone().unwrap_or_default(),
             attributes: cookie
                 .attributes
@@ -422,13 +517,18 @@ fn hash_policy(policy: &TrafficPolicy) -> Option<pb::route_action::HashPolicy> {
                 .collect(),
         })
     } else if hash.use_source_ip == Some(true) {
-        PolicySpecifier::ConnectionProperties(pb::route_action::hash_policy::ConnectionProperties { source_ip: true })
+        PolicySpecifier::ConnectionProperties(pb::route_action::hash_policy::ConnectionProperties {
+            source_ip: true,
+        })
     } else if let Some(name) = &hash.http_query_parameter_name {
         PolicySpecifier::QueryParameter(QueryParameter { name: name.clone() })
     } else {
         return None;
     };
-    Some(pb::route_action::HashPolicy { policy_specifier: Some(specifier), terminal: false })
+    Some(pb::route_action::HashPolicy {
+        policy_specifier: Some(specifier),
+        terminal: false,
+    })
 }
 
 fn redirect_action(redirect: &Redirect, port: u16) -> pb::RedirectAction {
@@ -454,7 +554,10 @@ fn redirect_action(redirect: &Redirect, port: u16) -> pb::RedirectAction {
             (None, Some(prefix)) => Some(PathRewriteSpecifier::PrefixRewrite(prefix.clone())),
             (None, None) => None,
         },
-        scheme_rewrite_specifier: redirect.scheme.clone().map(SchemeRewriteSpecifier::SchemeRedirect),
+        scheme_rewrite_specifier: redirect
+            .scheme
+            .clone()
+            .map(SchemeRewriteSpecifier::SchemeRedirect),
         ..Default::default()
     }
 }
@@ -465,7 +568,9 @@ fn http_fault(fault: &Fault) -> fault_pb::HttpFault {
     fault_pb::HttpFault {
         delay: fault.delay.map(|(delay, percent)| common_fault::FaultDelay {
             percentage: share(percent),
-            fault_delay_secifier: Some(common_fault::fault_delay::FaultDelaySecifier::FixedDelay(wire::duration(delay))),
+            fault_delay_secifier: Some(common_fault::fault_delay::FaultDelaySecifier::FixedDelay(
+                wire::duration(delay),
+            )),
         }),
         abort: fault.abort.as_ref().map(|(error, percent)| fault_pb::FaultAbort {
             percentage: share(*percent),
@@ -485,7 +590,10 @@ fn cors_policy(cors: &Cors) -> cors_pb::CorsPolicy {
         allow_methods: cors.methods.join(","),
         allow_headers: cors.headers.join(","),
         expose_headers: cors.expose.join(","),
-        max_age: cors.max_age.map(|age| age.as_secs().to_string()).unwrap_or_default(),
+        max_age: cors
+            .max_age
+            .map(|age| age.as_secs().to_string())
+            .unwrap_or_default(),
         allow_credentials: cors.credentials.map(wire::boolean),
         filter_enabled: Some(core::RuntimeFractionalPercent {
             default_value: Some(wire::hundredths(100)),

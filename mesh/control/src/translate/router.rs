@@ -68,9 +68,14 @@ impl Structure {
             .collect();
         for (route, port) in routes {
             if !structure.hosts.keys().any(|(of, _)| *of == route) {
-                structure
-                    .hosts
-                    .insert((route, BLACKHOLE.into()), Host { sources: Vec::new(), port, redirect: false });
+                structure.hosts.insert(
+                    (route, BLACKHOLE.into()),
+                    Host {
+                        sources: Vec::new(),
+                        port,
+                        redirect: false,
+                    },
+                );
             }
         }
         structure
@@ -106,7 +111,10 @@ impl Structure {
             return;
         }
         let route = route_name(port);
-        let redirect = server.tls.as_ref().is_some_and(|tls| tls.https_redirect == Some(true));
+        let redirect = server
+            .tls
+            .as_ref()
+            .is_some_and(|tls| tls.https_redirect == Some(true));
         for rules in model.gateway_rules(&gateway.name) {
             if !rules.visibility.includes(&client.namespace) || rules.http.is_empty() {
                 continue;
@@ -116,9 +124,16 @@ impl Structure {
                     let entry = self
                         .hosts
                         .entry((route.clone(), exposed.into()))
-                        .or_insert_with(|| Host { sources: Vec::new(), port: server.port, redirect: false });
+                        .or_insert_with(|| Host {
+                            sources: Vec::new(),
+                            port: server.port,
+                            redirect: false,
+                        });
                     entry.redirect |= redirect;
-                    let source = Source { rules: rules.provenance.object.clone(), gateway: gateway.name.clone() };
+                    let source = Source {
+                        rules: rules.provenance.object.clone(),
+                        gateway: gateway.name.clone(),
+                    };
                     if !entry.sources.contains(&source) {
                         entry.sources.push(source);
                     }
@@ -129,7 +144,11 @@ impl Structure {
             for exposed in &server.hosts {
                 self.hosts
                     .entry((route.clone(), exposed.host.clone()))
-                    .or_insert_with(|| Host { sources: Vec::new(), port: server.port, redirect: true })
+                    .or_insert_with(|| Host {
+                        sources: Vec::new(),
+                        port: server.port,
+                        redirect: true,
+                    })
                     .redirect = true;
             }
         }
@@ -143,7 +162,10 @@ impl Structure {
             .values()
             .filter(|opened| opened.http)
             .map(|opened| Slot::Route(route_name(opened.port)));
-        let hosts = self.hosts.keys().map(|(route, host)| Slot::VirtualHost(route.clone(), host.clone()));
+        let hosts = self
+            .hosts
+            .keys()
+            .map(|(route, host)| Slot::VirtualHost(route.clone(), host.clone()));
         listeners.chain(routes).chain(hosts).collect()
     }
 
@@ -184,14 +206,19 @@ impl Structure {
             );
         }
         slots.extend(
-            self.listeners.iter().filter(|(_, opened)| !opened.http).map(|(name, _)| Slot::Listener(name.clone())),
+            self.listeners
+                .iter()
+                .filter(|(_, opened)| !opened.http)
+                .map(|(name, _)| Slot::Listener(name.clone())),
         );
         slots
     }
 
     pub(super) fn listener(&self, ctx: &Context<'_>, name: &str) -> Built {
         let mut built = Built::default();
-        let Some(opened) = self.listeners.get(name) else { return built };
+        let Some(opened) = self.listeners.get(name) else {
+            return built;
+        };
         for origin in &opened.origins {
             built.origin(origin);
         }
@@ -208,9 +235,16 @@ impl Structure {
         built
     }
 
-    pub(super) fn virtual_host(&self, ctx: &Context<'_>, route: &Arc<str>, host: &Arc<str>) -> (Made, BTreeSet<Arc<str>>) {
+    pub(super) fn virtual_host(
+        &self,
+        ctx: &Context<'_>,
+        route: &Arc<str>,
+        host: &Arc<str>,
+    ) -> (Made, BTreeSet<Arc<str>>) {
         let mut hosts = BTreeSet::new();
-        let Some(known) = self.hosts.get(&(route.clone(), host.clone())) else { return (None, hosts) };
+        let Some(known) = self.hosts.get(&(route.clone(), host.clone())) else {
+            return (None, hosts);
+        };
         if &**host == BLACKHOLE {
             let blackhole = pb::VirtualHost {
                 name: format!("{BLACKHOLE}:{}", known.port),
@@ -219,15 +253,31 @@ impl Structure {
             };
             return (Some((blackhole, BTreeSet::new())), hosts);
         }
-        let resolver = Resolver { model: ctx.model, client: ctx.client };
+        let resolver = Resolver {
+            model: ctx.model,
+            client: ctx.client,
+        };
         let (mut made, mut last) = (Vec::new(), Vec::new());
         let mut origins = BTreeSet::new();
         for source in &known.sources {
-            let Some(rules) = ctx.model.rules_of(&source.rules) else { continue };
+            let Some(rules) = ctx.model.rules_of(&source.rules) else {
+                continue;
+            };
             origins.insert(wire::origin(&rules.provenance));
-            for route in routes(rules, &resolver, &source.gateway, known.port, &mut hosts, &mut origins) {
+            for route in routes(
+                rules,
+                &resolver,
+                &source.gateway,
+                known.port,
+                &mut hosts,
+                &mut origins,
+            ) {
                 // Catch-alls of one rule set must not hide the routes of the next.
-                if is_catch_all(&route) { last.push(route) } else { made.push(route) }
+                if is_catch_all(&route) {
+                    last.push(route)
+                } else {
+                    made.push(route)
+                }
             }
         }
         made.append(&mut last);
@@ -278,15 +328,23 @@ fn target_port(model: &Model, client: &Client, port: u16) -> u16 {
 
 /// The first TCP route that is for this gateway and port takes all connections that come to it.
 fn tcp_chains(ctx: &Context<'_>, opened: &Opened, built: &mut Built) -> Vec<listener::TcpChain> {
-    let resolver = Resolver { model: ctx.model, client: ctx.client };
+    let resolver = Resolver {
+        model: ctx.model,
+        client: ctx.client,
+    };
     for gateway in &opened.gateways {
         for rules in ctx.model.gateway_rules(gateway) {
             for rule in &rules.tcp {
                 let applies = rule.matches.is_empty()
-                    || rule.matches.iter().any(|block| is_for(&block.audience, ctx.client, gateway, opened.server_port));
+                    || rule
+                        .matches
+                        .iter()
+                        .any(|block| is_for(&block.audience, ctx.client, gateway, opened.server_port));
                 if applies {
                     built.origin(&rule.provenance);
-                    built.hosts.extend(rule.backends.iter().map(|backend| backend.host.clone()));
+                    built
+                        .hosts
+                        .extend(rule.backends.iter().map(|backend| backend.host.clone()));
                     return vec![listener::TcpChain {
                         matches: None,
                         destinations: destinations(rule, &resolver, opened.server_port),

@@ -15,7 +15,12 @@ use super::{Interner, Work, outbound, router, wire};
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum ViewKey {
     /// What proxies send to.
-    Outbound { side: Side, client: Client, locality: Option<Locality>, vhds: bool },
+    Outbound {
+        side: Side,
+        client: Client,
+        locality: Option<Locality>,
+        vhds: bool,
+    },
     /// What workloads receive on.
     Inbound(Vec<InboundPort>),
 }
@@ -92,7 +97,11 @@ impl View {
         view.want(NOBODY.into(), BTreeSet::from([Slot::Builtin]), &mut dirty);
         if let ViewKey::Outbound { side, client, .. } = key {
             for service in model.visible_services(client) {
-                view.want(service.host.clone(), outbound::slots(service, model, client, *side), &mut dirty);
+                view.want(
+                    service.host.clone(),
+                    outbound::slots(service, model, client, *side),
+                    &mut dirty,
+                );
             }
             match side {
                 Side::Sidecar => {
@@ -120,8 +129,16 @@ impl View {
     }
 
     /// Follows a change of the model; returns what differs for the proxies.
-    pub(super) fn update(&mut self, model: &Model, touched: &Touched, interner: &mut Interner, work: &mut Work) -> Vec<Change> {
-        let ViewKey::Outbound { side, client, .. } = self.key.clone() else { return Vec::new() };
+    pub(super) fn update(
+        &mut self,
+        model: &Model,
+        touched: &Touched,
+        interner: &mut Interner,
+        work: &mut Work,
+    ) -> Vec<Change> {
+        let ViewKey::Outbound { side, client, .. } = self.key.clone() else {
+            return Vec::new();
+        };
         let mut dirty = BTreeSet::new();
         for host in &touched.services {
             let slots = model
@@ -154,7 +171,12 @@ impl View {
                 dirty.insert(Slot::Endpoints(host.clone()));
                 dirty.extend(self.made_from.get(&host).into_iter().flatten().cloned());
                 dirty.extend(
-                    self.wanted.get(&host).into_iter().flatten().filter(|slot| !matches!(slot, Slot::Route(_))).cloned(),
+                    self.wanted
+                        .get(&host)
+                        .into_iter()
+                        .flatten()
+                        .filter(|slot| !matches!(slot, Slot::Route(_)))
+                        .cloned(),
                 );
             }
         }
@@ -165,7 +187,10 @@ impl View {
                 }
             }
             Side::Router => {
-                if !touched.gateways.is_empty() || !touched.gateway_rules.is_empty() || !touched.inbound.is_empty() {
+                if !touched.gateways.is_empty()
+                    || !touched.gateway_rules.is_empty()
+                    || !touched.inbound.is_empty()
+                {
                     self.restructure(model, &mut dirty);
                 }
                 for pattern in &touched.rules {
@@ -188,39 +213,68 @@ impl View {
             .collect()
     }
 
-    fn rules_changed(&mut self, pattern: &Arc<str>, model: &Model, client: &Client, dirty: &mut BTreeSet<Slot>) {
+    fn rules_changed(
+        &mut self,
+        pattern: &Arc<str>,
+        model: &Model,
+        client: &Client,
+        dirty: &mut BTreeSet<Slot>,
+    ) {
         for host in self.services_under(pattern, model, client) {
             dirty.extend(
                 self.wanted
                     .get(&host)
                     .into_iter()
                     .flatten()
-                    .filter(|slot| matches!(slot, Slot::VirtualHost(..)) || outbound::is_connection_listener(slot))
+                    .filter(|slot| {
+                        matches!(slot, Slot::VirtualHost(..)) || outbound::is_connection_listener(slot)
+                    })
                     .cloned(),
             );
             dirty.extend(
-                self.made_from.get(&host).into_iter().flatten().filter(|slot| outbound::is_connection_listener(slot)).cloned(),
+                self.made_from
+                    .get(&host)
+                    .into_iter()
+                    .flatten()
+                    .filter(|slot| outbound::is_connection_listener(slot))
+                    .cloned(),
             );
         }
         self.want_named(pattern, model, dirty);
         // A rule for `web.b` takes that name away from the service `web.b.svc.cluster.local`.
         if let Some(owner) = outbound::owner_of_short_name(pattern, client, model) {
             dirty.extend(
-                self.wanted.get(&owner).into_iter().flatten().filter(|slot| matches!(slot, Slot::VirtualHost(..))).cloned(),
+                self.wanted
+                    .get(&owner)
+                    .into_iter()
+                    .flatten()
+                    .filter(|slot| matches!(slot, Slot::VirtualHost(..)))
+                    .cloned(),
             );
         }
-        dirty.extend(self.wanted.get(&rule_owner(pattern)).into_iter().flatten().cloned());
+        dirty.extend(
+            self.wanted
+                .get(&rule_owner(pattern))
+                .into_iter()
+                .flatten()
+                .cloned(),
+        );
     }
 
     /// The virtual host of a host that rules name and no service has.
     fn want_named(&mut self, host: &Arc<str>, model: &Model, dirty: &mut BTreeSet<Slot>) {
-        let slots = self.client().map(|client| outbound::named_slots(host, model, client)).unwrap_or_default();
+        let slots = self
+            .client()
+            .map(|client| outbound::named_slots(host, model, client))
+            .unwrap_or_default();
         self.want(rule_owner(host), slots, dirty);
     }
 
     /// What a gateway opens, anew; only what differs gets dirty.
     fn restructure(&mut self, model: &Model, dirty: &mut BTreeSet<Slot>) {
-        let Some(client) = self.client().cloned() else { return };
+        let Some(client) = self.client().cloned() else {
+            return;
+        };
         let structure = router::Structure::of(model, &client);
         dirty.extend(structure.differing(&self.router));
         let slots = structure.slots();
@@ -243,7 +297,10 @@ impl View {
             self.mark(slot, dirty);
         }
         for slot in slots.difference(&old) {
-            self.wanted_by.entry(slot.clone()).or_default().insert(owner.clone());
+            self.wanted_by
+                .entry(slot.clone())
+                .or_default()
+                .insert(owner.clone());
             self.mark(slot, dirty);
         }
         if !slots.is_empty() {
@@ -259,7 +316,13 @@ impl View {
     }
 
     /// Translates the dirty slots and says what came out different. Route configurations with hosts inline follow their hosts.
-    fn fill(&mut self, mut dirty: BTreeSet<Slot>, model: &Model, interner: &mut Interner, work: &mut Work) -> Vec<Change> {
+    fn fill(
+        &mut self,
+        mut dirty: BTreeSet<Slot>,
+        model: &Model,
+        interner: &mut Interner,
+        work: &mut Work,
+    ) -> Vec<Change> {
         let inline = matches!(self.key, ViewKey::Outbound { vhds: false, .. });
         let mut before = Before::new();
         for slot in std::mem::take(&mut self.released) {
@@ -293,9 +356,19 @@ impl View {
     fn translate(&self, slot: &Slot, model: &Model, inline: bool, work: &mut Work) -> Built {
         let (side, client, locality) = match &self.key {
             ViewKey::Inbound(ports) => return inbound(slot, ports, model, work),
-            ViewKey::Outbound { side, client, locality, .. } => (*side, client, locality),
+            ViewKey::Outbound {
+                side,
+                client,
+                locality,
+                ..
+            } => (*side, client, locality),
         };
-        let ctx = outbound::Context { model, client, side, locality: locality.as_ref() };
+        let ctx = outbound::Context {
+            model,
+            client,
+            side,
+            locality: locality.as_ref(),
+        };
         match slot {
             Slot::Builtin => {
                 let mut built = Built::default();
@@ -333,7 +406,10 @@ impl View {
                     Side::Sidecar => ctx.virtual_host(route, host),
                     Side::Router => self.router.virtual_host(&ctx, route, host),
                 };
-                let mut built = Built { hosts, ..Built::default() };
+                let mut built = Built {
+                    hosts,
+                    ..Built::default()
+                };
                 if let Some((virtual_host, origins)) = made {
                     built.origins = origins;
                     if !inline {
@@ -367,7 +443,9 @@ impl View {
     }
 
     fn empty(&mut self, slot: &Slot, before: &mut Before) {
-        let Some(filled) = self.slots.remove(slot) else { return };
+        let Some(filled) = self.slots.remove(slot) else {
+            return;
+        };
         for resource in filled.resources {
             let name = (resource.resource_type, resource.name.clone());
             self.resources.remove(&name);
@@ -395,7 +473,10 @@ impl View {
             resources.push(resource);
         }
         for host in &built.hosts {
-            self.made_from.entry(host.clone()).or_default().insert(slot.clone());
+            self.made_from
+                .entry(host.clone())
+                .or_default()
+                .insert(slot.clone());
         }
         let filled = Filled {
             resources,
@@ -425,7 +506,8 @@ type Before = BTreeMap<(ResourceType, Arc<str>), Option<Arc<Resource>>>;
 
 impl Built {
     pub(super) fn push(&mut self, resource_type: ResourceType, name: &str, message: &impl prost::Message) {
-        self.resources.push(Resource::new(resource_type, name, message, Vec::new()));
+        self.resources
+            .push(Resource::new(resource_type, name, message, Vec::new()));
     }
 
     pub(super) fn origin(&mut self, provenance: &Provenance) {
@@ -440,8 +522,12 @@ fn inbound(slot: &Slot, ports: &[InboundPort], model: &Model, work: &mut Work) -
         return built;
     }
     for port in ports {
-        let services: Vec<&serin_model::Service> =
-            port.hosts.iter().filter_map(|host| model.service(host)).map(|service| &**service).collect();
+        let services: Vec<&serin_model::Service> = port
+            .hosts
+            .iter()
+            .filter_map(|host| model.service(host))
+            .map(|service| &**service)
+            .collect();
         let cluster = cluster::inbound(port.target, port.protocol, &services);
         work.clusters += 1;
         built.push(ResourceType::Cluster, &cluster.name.clone(), &cluster);

@@ -20,7 +20,10 @@ pub(super) fn duration(value: Duration) -> wkt::Duration {
 }
 
 pub(super) fn seconds(value: i64) -> wkt::Duration {
-    wkt::Duration { seconds: value, nanos: 0 }
+    wkt::Duration {
+        seconds: value,
+        nanos: 0,
+    }
 }
 
 pub(super) fn uint32(value: u32) -> wkt::UInt32Value {
@@ -32,28 +35,45 @@ pub(super) fn boolean(value: bool) -> wkt::BoolValue {
 }
 
 pub(super) fn any<M: Message + Name>(message: &M) -> wkt::Any {
-    wkt::Any { type_url: M::type_url(), value: message.encode_to_vec() }
+    wkt::Any {
+        type_url: M::type_url(),
+        value: message.encode_to_vec(),
+    }
 }
 
 pub(super) fn text(value: &str) -> wkt::Value {
-    wkt::Value { kind: Some(wkt::value::Kind::StringValue(value.to_owned())) }
+    wkt::Value {
+        kind: Some(wkt::value::Kind::StringValue(value.to_owned())),
+    }
 }
 
 pub(super) fn structure(fields: impl IntoIterator<Item = (&'static str, wkt::Value)>) -> wkt::Struct {
-    wkt::Struct { fields: fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect() }
+    wkt::Struct {
+        fields: fields
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect(),
+    }
 }
 
 pub(super) fn list(values: Vec<wkt::Value>) -> wkt::Value {
-    wkt::Value { kind: Some(wkt::value::Kind::ListValue(wkt::ListValue { values })) }
+    wkt::Value {
+        kind: Some(wkt::value::Kind::ListValue(wkt::ListValue { values })),
+    }
 }
 
 pub(super) fn object(fields: impl IntoIterator<Item = (&'static str, wkt::Value)>) -> wkt::Value {
-    wkt::Value { kind: Some(wkt::value::Kind::StructValue(structure(fields))) }
+    wkt::Value {
+        kind: Some(wkt::value::Kind::StructValue(structure(fields))),
+    }
 }
 
 /// Filter metadata of one namespace.
 pub(super) fn metadata(name: &str, content: wkt::Struct) -> core::Metadata {
-    core::Metadata { filter_metadata: HashMap::from([(name.to_owned(), content)]), ..Default::default() }
+    core::Metadata {
+        filter_metadata: HashMap::from([(name.to_owned(), content)]),
+        ..Default::default()
+    }
 }
 
 /// `istio.config`: the object that a route or cluster was made from, in the form that Istio's tools expect.
@@ -69,11 +89,17 @@ pub(super) fn config_path(origin: &Provenance) -> String {
         | serin_model::Kind::Pod
         | serin_model::Kind::Node => "service",
     };
-    format!("/apis/networking.istio.io/v1/namespaces/{}/{kind}/{}", origin.object.namespace, origin.object.name)
+    format!(
+        "/apis/networking.istio.io/v1/namespaces/{}/{kind}/{}",
+        origin.object.namespace, origin.object.name
+    )
 }
 
 pub(super) fn origin(provenance: &Provenance) -> Origin {
-    Origin { object: provenance.object.to_string().into(), generation: provenance.generation }
+    Origin {
+        object: provenance.object.to_string().into(),
+        generation: provenance.generation,
+    }
 }
 
 /// Configuration over the aggregated stream, awaited without limit.
@@ -87,7 +113,9 @@ pub(super) fn ads() -> core::ConfigSource {
 }
 
 pub(super) fn address(ip: &str, port: u32) -> core::Address {
-    core::Address { address: Some(core::address::Address::SocketAddress(socket(ip, port))) }
+    core::Address {
+        address: Some(core::address::Address::SocketAddress(socket(ip, port))),
+    }
 }
 
 pub(super) fn socket(ip: &str, port: u32) -> core::SocketAddress {
@@ -99,7 +127,10 @@ pub(super) fn socket(ip: &str, port: u32) -> core::SocketAddress {
 }
 
 pub(super) fn regex(expression: &str) -> matcher::RegexMatcher {
-    matcher::RegexMatcher { regex: expression.to_owned(), ..Default::default() }
+    matcher::RegexMatcher {
+        regex: expression.to_owned(),
+        ..Default::default()
+    }
 }
 
 /// A share in percent, as millionths (Istio's `translatePercentToFractionalPercent`).
