@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::Arc;
 
 use serin_xds::pb::envoy::config::core::v3::Node;
 use serin_xds::pb::google::protobuf::value::Kind as ValueKind;
@@ -37,27 +36,40 @@ pub struct Features {
     pub vhds: bool,
 }
 
+/// Where a proxy runs, as its node states it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Locality {
+    /// For example `europe-west1`.
+    pub region: String,
+    /// For example `europe-west1-b`.
+    pub zone: String,
+    /// For example a rack.
+    pub sub_zone: String,
+}
+
 /// A connected proxy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Proxy {
     /// The whole node id.
-    pub id: Arc<str>,
+    pub id: String,
     /// What it is for.
     pub kind: ProxyKind,
     /// Name of its pod.
-    pub pod: Arc<str>,
+    pub name: String,
     /// Namespace of its pod.
-    pub namespace: Arc<str>,
+    pub namespace: String,
     /// Labels of its pod.
     pub labels: BTreeMap<String, String>,
     /// Addresses of its pod, the one from the node id first.
     pub ips: Vec<IpAddr>,
     /// Service account of its pod; empty if not stated.
-    pub service_account: Arc<str>,
+    pub service_account: String,
     /// Name of the workload (Deployment and the like); empty if not stated.
-    pub workload: Arc<str>,
+    pub workload: String,
+    /// Where it runs; empty if not stated.
+    pub locality: Locality,
     /// Suffix of service names, for example `prod.svc.cluster.local`.
-    pub dns_domain: Arc<str>,
+    pub dns_domain: String,
     /// What it can do beyond the standard.
     pub features: Features,
 }
@@ -117,14 +129,22 @@ impl Proxy {
             }
         }
         Ok(Self {
-            id: node.id.as_str().into(),
+            id: node.id.clone(),
             kind,
-            pod: pod.into(),
+            name: pod.into(),
             namespace: text(metadata, "NAMESPACE").unwrap_or(namespace).into(),
             labels: labels(metadata),
             ips,
             service_account: text(metadata, "SERVICE_ACCOUNT").unwrap_or_default().into(),
             workload: text(metadata, "WORKLOAD_NAME").unwrap_or_default().into(),
+            locality: node
+                .locality
+                .clone()
+                .map_or_else(Locality::default, |locality| Locality {
+                    region: locality.region,
+                    zone: locality.zone,
+                    sub_zone: locality.sub_zone,
+                }),
             dns_domain: (*domain).into(),
             features: Features {
                 vhds: node
@@ -202,7 +222,7 @@ mod tests {
         })
         .unwrap();
         assert_eq!(
-            (proxy.kind, &*proxy.pod, &*proxy.namespace),
+            (proxy.kind, proxy.name.as_str(), proxy.namespace.as_str()),
             (ProxyKind::Sidecar, "reviews-v1-6d", "prod")
         );
         assert_eq!(
@@ -210,7 +230,7 @@ mod tests {
             ["10.1.0.7".parse::<IpAddr>().unwrap(), "fd00::7".parse().unwrap()]
         );
         assert_eq!(
-            (proxy.labels["app"].as_str(), &*proxy.service_account),
+            (proxy.labels["app"].as_str(), proxy.service_account.as_str()),
             ("reviews", "reviews")
         );
         assert!(proxy.features.vhds);
