@@ -3,6 +3,7 @@
 //! * [`ledger`]: which proxies need, were sent, acknowledged or refused each generation of each object.
 //! * [`proxy_identity`]: who a connected proxy is.
 
+pub mod ads;
 pub mod index;
 pub mod ledger;
 pub mod proxy_identity;
