@@ -4,5 +4,6 @@
 //! * [`proxy_identity`]: who a connected proxy is.
 
 pub mod ads;
+pub mod inject;
 pub mod ledger;
 pub mod proxy_identity;
