@@ -4,11 +4,8 @@
 //! * [`proxy_identity`]: who a connected proxy is.
 
 pub mod ads;
-<<<<<<< HEAD
 pub mod index;
-=======
 pub mod inject;
->>>>>>> refs/heads/xds
 pub mod ledger;
 pub mod proxy_identity;
 pub mod translate;
