@@ -81,3 +81,14 @@ pub enum Error {
     #[error(transparent)]
     Watch(#[from] serin_kit::Error),
 }
+
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes
+        .iter()
+        .fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+            // Writing to a String does not fail.
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
+}

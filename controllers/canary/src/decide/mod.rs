@@ -27,7 +27,7 @@ mod tests;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
-use serin_crds::flagger::{CanaryPhase, CanaryStatus, RunStatus};
+use serin_crds::flagger::{CanaryPhase, CanaryStatus, RunStatus, StepOutcome};
 
 use crate::observed::{Observed, Readiness, Workload};
 use crate::plan::Plan;
@@ -253,7 +253,7 @@ impl<'a> Deciding<'a> {
         }
         if self.status.run.is_some() && !promotion_failed {
             if !self.is_drained() {
-                return self.wait_for("traffic leaves the canary");
+                return;
             }
             if target.replicas > 0 {
                 self.actions.push(Action::ScaleTarget(0));
@@ -406,7 +406,7 @@ impl<'a> Deciding<'a> {
         if (has_traffic || self.weight() > 0) && !promotion_failed {
             self.actions.insert(0, Action::SetWeight(Split::PRIMARY));
             self.set_weight_status(0);
-            self.end_step(serin_crds::flagger::StepOutcome::Restarted);
+            self.end_step(StepOutcome::Restarted);
             if let Some(run) = self.status.run.as_mut() {
                 run.window_started_at = None;
             }
@@ -423,11 +423,13 @@ impl<'a> Deciding<'a> {
             return false;
         }
         if self.live_now() {
+            self.step_is_live();
+            self.end_step(StepOutcome::Passed);
             return true;
         }
         let since = self.mark_step_start();
-        let deadline = after(since, DRAIN_DEADLINE);
-        if self.now >= deadline {
+        if self.now >= after(since, DRAIN_DEADLINE) {
+            self.end_step(StepOutcome::Passed);
             return true;
         }
         self.wake_after(since, DRAIN_DEADLINE);
@@ -472,7 +474,7 @@ pub fn revision_id(
         hasher.update([0]);
     }
     let digest = hasher.finalize();
-    let hex: String = digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+    let hex = crate::hex(&digest[..16]);
     // RFC 9562 version 8: a UUID whose bits are our own business.
     format!(
         "{}-{}-8{}-8{}-{}",
