@@ -7,3 +7,4 @@ pub mod ads;
 pub mod inject;
 pub mod ledger;
 pub mod proxy_identity;
+pub mod telemetry;
