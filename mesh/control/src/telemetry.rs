@@ -243,16 +243,18 @@ impl Telemetry {
         state.newest.insert(node.to_owned(), id);
         let now = tokio::time::Instant::now();
         state.parked.retain(|_, (since, _)| now < *since + PARKED);
-        state
-            .parked
-            .remove(node)
-            .map(|(_, baseline)| baseline)
-            .unwrap_or_default()
+        let parked = state.parked.remove(node).map(|(_, baseline)| baseline);
+        (id, parked.unwrap_or_default())
     }
 
-    fn park(&self, node: String, baseline: Baseline) {
+    /// A stream has ended.
+    fn park(&self, id: u64, node: String, baseline: Baseline) {
         let mut state = self.shared.state.lock();
         state.dropped_series += baseline.dropped();
+        if state.newest.get(&node) != Some(&id) {
+            return;
+        }
+        state.newest.remove(&node);
         if state.parked.len() < MAX_PARKED {
             state.parked.insert(node, (tokio::time::Instant::now(), baseline));
         }
