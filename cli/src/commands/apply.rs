@@ -41,3 +41,12 @@ fn api_of(client: &Client, resource: &ApiResource, namespace: Option<String>) ->
         None => Api::all_with(client.clone(), resource),
     }
 }
+
+/// Applies a CustomResourceDefinition. Its own kind needs no discovery.
+pub(crate) async fn apply_definition(client: &Client, name: &str, definition: &Value) -> anyhow::Result<()> {
+    let gvk = GroupVersionKind::gvk("apiextensions.k8s.io", "v1", "CustomResourceDefinition");
+    let resource = ApiResource::from_gvk_with_plural(&gvk, "customresourcedefinitions");
+    let api = api_of(client, &resource, None);
+    api.patch(name, &PatchParams::apply(FIELD_MANAGER).force(), &Patch::Apply(definition)).await?;
+    Ok(())
+}

@@ -4,7 +4,9 @@
 //! * [`proxy_identity`]: who a connected proxy is.
 
 pub mod ads;
+pub mod index;
 pub mod inject;
 pub mod ledger;
 pub mod proxy_identity;
 pub mod telemetry;
+pub mod translate;

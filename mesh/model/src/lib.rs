@@ -115,7 +115,7 @@ impl Touched {
 }
 
 /// For whom something is looked up.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Client {
     /// Namespace of the workload.
     pub namespace: Arc<str>,
@@ -153,7 +153,7 @@ impl Model {
 
     /// Takes in a change and says what it touched.
     pub fn apply(&mut self, change: Change) -> Touched {
-        let selective = self.labels_matter();
+        let before = (self.labels_matter(), self.locality_matters());
         let (key, object) = match change {
             Change::Apply(object) => (object.key(), Some(object)),
             Change::Delete(key) => (key, None),
@@ -239,13 +239,23 @@ impl Model {
                 touched.registry(self.registry.set_entry(&key, object));
             }
         }
-        touched.views |= selective != self.labels_matter();
+        touched.views |= before != (self.labels_matter(), self.locality_matters());
         touched
     }
 
     /// Whether the labels of client workloads decide anything; while they do not, all workloads of a namespace see the same.
     pub fn labels_matter(&self) -> bool {
         self.rules.selective + self.policies.selective > 0
+    }
+
+    /// Whether the locality of clients decides anything; while it does not, all workloads of a namespace see the same.
+    pub fn locality_matters(&self) -> bool {
+        self.policies.local + self.registry.prefer_close > 0
+    }
+
+    /// ExternalName Services that stand for this host.
+    pub fn aliases_of<'a>(&'a self, host: &str) -> impl Iterator<Item = &'a Arc<Service>> + 'a {
+        self.registry.aliases_of(host)
     }
 
     /// The scope of a workload.

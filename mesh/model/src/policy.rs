@@ -79,6 +79,28 @@ pub(crate) struct PolicyIndex {
     hosts: BTreeMap<ObjectKey, (Arc<str>, Seniority)>,
     /// How many rules are for some clients only: as long as there are none, labels of clients do not matter.
     pub(crate) selective: usize,
+    /// How many rules look at localities.
+    pub(crate) local: usize,
+}
+
+/// Whether a rule orders endpoints by locality for some port or subset.
+fn is_local(object: &DestinationRule) -> bool {
+    let parts = |outlier: bool, balancer: Option<&serin_crds::istio::LoadBalancerSettings>| {
+        outlier || balancer.is_some_and(|balancer| balancer.locality_lb_setting.is_some())
+    };
+    let local = |policy: &TrafficPolicy| {
+        parts(policy.outlier_detection.is_some(), policy.load_balancer.as_ref())
+            || policy
+                .port_level_settings
+                .iter()
+                .any(|entry| parts(entry.outlier_detection.is_some(), entry.load_balancer.as_ref()))
+    };
+    let subsets = object
+        .spec
+        .subsets
+        .iter()
+        .filter_map(|subset| subset.traffic_policy.as_ref());
+    object.spec.traffic_policy.iter().chain(subsets).any(local)
 }
 
 impl PolicyIndex {
@@ -96,9 +118,9 @@ impl PolicyIndex {
                 .objects
                 .get_mut(&slot)
                 .and_then(|objects| objects.remove(&seniority))
-                && old.spec.workload_selector.is_some()
             {
-                self.selective -= 1;
+                self.selective -= usize::from(old.spec.workload_selector.is_some());
+                self.local -= usize::from(is_local(&old));
             }
             self.merge(&slot);
             touched.push(host);
@@ -116,6 +138,7 @@ impl PolicyIndex {
                 namespace: key.namespace.clone(),
             };
             self.selective += usize::from(object.spec.workload_selector.is_some());
+            self.local += usize::from(is_local(&object));
             let slot = (key.namespace.clone(), host.clone());
             self.objects
                 .entry(slot.clone())
@@ -149,40 +172,28 @@ impl PolicyIndex {
                 .map(|s| s.match_labels.clone())
                 .unwrap_or_default();
             let visibility = Visibility::parse(object.spec.export_to.iter().map(String::as_str), &slot.0);
-            match merged
-                .iter_mut()
-                .find(|existing| existing.clients == clients && existing.visibility == visibility)
-            {
-                None => merged.push(HostPolicy {
-                    host: slot.1.clone(),
-                    policy: object.spec.traffic_policy.clone(),
-                    subsets: Vec::new(),
-                    clients,
-                    visibility,
-                    provenance: vec![provenance],
-                }),
-                Some(existing) => {
-                    if existing.policy.is_none() {
-                        existing.policy.clone_from(&object.spec.traffic_policy);
-                    }
-                    existing.provenance.push(provenance);
-                }
+            let position = merged
+                .iter()
+                .position(|existing| existing.clients == clients && existing.visibility == visibility)
+                .unwrap_or_else(|| {
+                    merged.push(HostPolicy {
+                        host: slot.1.clone(),
+                        policy: None,
+                        subsets: Vec::new(),
+                        clients,
+                        visibility,
+                        provenance: Vec::new(),
+                    });
+                    merged.len() - 1
+                });
+            let existing = &mut merged[position];
+            if existing.policy.is_none() {
+                existing.policy.clone_from(&object.spec.traffic_policy);
             }
-            if let Some(existing) = merged.iter_mut().find(|existing| {
-                existing.clients
-                    == object
-                        .spec
-                        .workload_selector
-                        .as_ref()
-                        .map(|s| s.match_labels.clone())
-                        .unwrap_or_default()
-                    && existing.visibility
-                        == Visibility::parse(object.spec.export_to.iter().map(String::as_str), &slot.0)
-            }) {
-                for subset in &object.spec.subsets {
-                    if !existing.subsets.iter().any(|known| known.name == subset.name) {
-                        existing.subsets.push(subset.clone());
-                    }
+            existing.provenance.push(provenance);
+            for subset in &object.spec.subsets {
+                if !existing.subsets.iter().any(|known| known.name == subset.name) {
+                    existing.subsets.push(subset.clone());
                 }
             }
         }

@@ -54,6 +54,10 @@ pub(crate) struct Registry {
     pod_of_address: HashMap<Arc<str>, Name>,
     nodes: HashMap<Arc<str>, Locality>,
     endpoints: HashMap<Arc<str>, Arc<Vec<Endpoint>>>,
+    /// Host → ExternalName Services that stand for it.
+    aliases: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
+    /// How many services prefer near endpoints.
+    pub(crate) prefer_close: usize,
 }
 
 impl Registry {
@@ -90,12 +94,30 @@ impl Registry {
         self.nodes.get(node)
     }
 
+    pub(crate) fn aliases_of<'a>(&'a self, host: &str) -> impl Iterator<Item = &'a Arc<Service>> + 'a {
+        self.aliases
+            .get(host)
+            .into_iter()
+            .flatten()
+            .filter_map(|alias| self.service(alias))
+    }
+
     fn put_services(&mut self, key: &ObjectKey, services: Vec<Service>, touched: &mut TouchedRegistry) {
         let old_hosts = self.by_object.remove(key).unwrap_or_default();
         let old: BTreeMap<Arc<str>, Arc<Service>> = old_hosts
             .iter()
             .filter_map(|host| Some((host.clone(), self.services.get(host)?.get(key)?.clone())))
             .collect();
+        for service in old.values() {
+            self.prefer_close -= usize::from(service.prefer_close);
+            if let Some(target) = &service.alias_of {
+                // The host that it stood for loses names.
+                touched.services.insert(target.clone());
+                if let Some(aliases) = self.aliases.get_mut(target) {
+                    aliases.remove(&service.host);
+                }
+            }
+        }
         for host in &old_hosts {
             if let Some(services) = self.services.get_mut(host) {
                 services.remove(key);
@@ -121,6 +143,14 @@ impl Registry {
             if !same {
                 touched.services.insert(host.clone());
                 touched.inbound.insert(key.namespace.clone());
+            }
+            self.prefer_close += usize::from(service.prefer_close);
+            if let Some(target) = &service.alias_of {
+                touched.services.insert(target.clone());
+                self.aliases
+                    .entry(target.clone())
+                    .or_default()
+                    .insert(host.clone());
             }
             self.services
                 .entry(host.clone())

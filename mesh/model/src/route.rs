@@ -160,8 +160,8 @@ pub struct RetryPolicy {
 pub struct Mirror {
     /// Where it goes (weight has no meaning here).
     pub backend: Backend,
-    /// Share in percent.
-    pub percent: f64,
+    /// Share in percent; none means all, where nothing was written.
+    pub percent: Option<f64>,
 }
 
 /// What is done to the path.

@@ -10,7 +10,7 @@ use crate::object::{Kind, ObjectKey, Provenance, Seniority};
 use crate::service::Service;
 
 /// What the sidecars of some workloads know.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Scope {
     /// The object.
     pub provenance: Provenance,
@@ -25,7 +25,7 @@ pub struct Scope {
 }
 
 /// `namespace/host` of an egress listener.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ScopeHost {
     /// Namespace of services; none means any.
     pub namespace: Option<Arc<str>>,

@@ -423,9 +423,9 @@ fn action(rule: &HttpRoute, namespace: &str, domain: &str) -> Action {
     let mut mirrors = Vec::new();
     if let Some(mirror) = &rule.mirror {
         let percent = match (&rule.mirror_percentage, rule.mirror_percent) {
-            (Some(percentage), _) => percentage.value.map_or(0.0, |value| value.0),
-            (None, Some(percent)) => f64::from(percent),
-            (None, None) => 100.0,
+            (Some(percentage), _) => Some(percentage.value.map_or(0.0, |value| value.0)),
+            (None, Some(percent)) => Some(f64::from(percent)),
+            (None, None) => None,
         };
         mirrors.push((mirror, percent));
     }
@@ -433,7 +433,7 @@ fn action(rule: &HttpRoute, namespace: &str, domain: &str) -> Action {
         let percent = mirror
             .percentage
             .as_ref()
-            .map_or(100.0, |percentage| percentage.value.map_or(0.0, |value| value.0));
+            .map(|percentage| percentage.value.map_or(0.0, |value| value.0));
         mirrors.push((&mirror.destination, percent));
     }
     Action::Forward(Forward {
@@ -482,7 +482,7 @@ fn action(rule: &HttpRoute, namespace: &str, domain: &str) -> Action {
         },
         mirrors: mirrors
             .into_iter()
-            .filter(|(_, percent)| *percent > 0.0)
+            .filter(|(_, percent)| *percent != Some(0.0))
             .map(|(destination, percent)| Mirror {
                 backend: backend(destination, 0, None, namespace, domain),
                 percent,
