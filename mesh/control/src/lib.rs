@@ -8,4 +8,5 @@ pub mod index;
 pub mod inject;
 pub mod ledger;
 pub mod proxy_identity;
+pub mod telemetry;
 pub mod translate;
