@@ -1,21 +1,11 @@
 //! The programs, run as users run them. They are built by `make build`; a plain `cargo test` says what it left out.
 
-use std::path::PathBuf;
 use std::process::{Command, Output};
 
-/// Directory of the built programs, from `SERIN_BIN_DIR`.
-fn directory() -> Option<PathBuf> {
-    let directory = std::env::var_os("SERIN_BIN_DIR").map(PathBuf::from)?;
-    assert!(directory.join("serin").exists(), "SERIN_BIN_DIR holds no program `serin`");
-    Some(directory)
-}
+use crate::cluster::programs;
 
 fn serin(arguments: &[&str]) -> Option<Output> {
-    let Some(directory) = directory() else {
-        eprintln!("SKIPPED: SERIN_BIN_DIR is not set; `make test` sets it");
-        return None;
-    };
-    Some(Command::new(directory.join("serin")).args(arguments).output().unwrap())
+    Some(Command::new(programs()?.join("serin")).args(arguments).output().unwrap())
 }
 
 #[test]
