@@ -108,7 +108,7 @@ fn start_log() {
     use tracing_subscriber::EnvFilter;
     let filter = EnvFilter::try_from_env("SERIN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     // A second start in the same process keeps the first log.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).try_init();
 }
 
 /// Opens the Unix socket for us and TLS for kubectl, and writes the kubeconfig.
@@ -178,7 +178,7 @@ async fn start_mesh_and_controllers(
         namespace: None,
         traffic: Arc::new(serin_canary::traffic::KubeTraffic::new(client.clone(), liveness)),
         metrics: Arc::new(MeshMetrics::new(control.telemetry())),
-        options: serin_canary::Options::default(),
+        options: serin_canary::objects::Options::default(),
     };
     let gitops = serin_gitops::Context::new(client.clone(), cluster.git_cache());
     let cancel = &tasks.cancel;
