@@ -19,9 +19,9 @@ use crate::demo;
     after_help = "Examples:\n  serin up                                   start the cluster on this machine\n  serin status                               what runs, what is being rolled out, what is live\n  serin wait vs/reviews --for=live           until every proxy has acknowledged the route\n  serin demo                                 play the story from push to rollback\n  export KUBECONFIG=$(serin kubeconfig --path); kubectl get pods -A"
 )]
 pub(crate) struct Arguments {
-    /// Name of the cluster on this machine
-    #[arg(long, global = true, default_value = "default", env = "SERIN_CLUSTER")]
-    name: String,
+    /// Name of the cluster on this machine [default: default; `demo` for the demo]
+    #[arg(long, global = true, env = "SERIN_CLUSTER")]
+    name: Option<String>,
     /// Directory that holds the clusters [default: $XDG_STATE_HOME/serin or ~/.local/state/serin]
     #[arg(long, global = true, env = "SERIN_HOME", hide_env_values = true)]
     home: Option<PathBuf>,
@@ -70,7 +70,12 @@ pub(crate) enum Command {
 impl Arguments {
     /// The cluster that the command is about.
     pub(crate) fn cluster(&self) -> anyhow::Result<Cluster> {
-        Cluster::named(&self.name, self.home.as_deref())
+        Cluster::named(self.name.as_deref().unwrap_or("default"), self.home.as_deref())
+    }
+
+    /// The cluster of the demo: never by accident the one that somebody works with.
+    pub(crate) fn demo_cluster(&self) -> anyhow::Result<Cluster> {
+        Cluster::named(self.name.as_deref().unwrap_or("demo"), self.home.as_deref())
     }
 }
 

@@ -1,5 +1,6 @@
 //! One file per command of the user: its options, what it does, what it prints.
 
+pub(crate) mod apply;
 pub(crate) mod build;
 pub(crate) mod completion;
 pub(crate) mod down;
@@ -17,5 +18,5 @@ use std::time::Duration;
 
 /// Reads a duration as Go and kubectl write it, for example `1m30s` or `500ms`.
 pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
-    serin_crds::Duration::from(text.to_owned()).to_std().map_err(|error| error.to_string())
+    serin_crds::Duration::from(text).parse().map_err(|error| error.to_string())
 }

@@ -20,8 +20,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use connections::Connections;
-pub(crate) use outcome::Outcome;
-pub(crate) use report::{Counters, Report};
+use outcome::Outcome;
+pub(crate) use report::{Counters, Group, Report};
 
 /// Protocol spoken to the server, in clear text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -108,6 +108,11 @@ impl Load {
     /// The counts until now.
     pub(crate) fn counters(&self) -> Counters {
         self.counters.lock().clone()
+    }
+
+    /// The counts, for somebody who shows them while they grow.
+    pub(crate) fn shared(&self) -> Arc<Mutex<Counters>> {
+        self.counters.clone()
     }
 
     /// Runs the plan to its end (or to cancellation) and waits for what is in flight.

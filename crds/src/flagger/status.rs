@@ -1,7 +1,7 @@
 //! `status` of a Canary: Flagger's fields, and ours, which tell what was measured and when.
 
 use crate::open_enum;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, Time};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -158,13 +158,13 @@ pub struct StepStatus {
     pub weight: i32,
     /// When the weight was wanted.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub started_at: Option<Time>,
+    pub started_at: Option<MicroTime>,
     /// When every proxy that needs it had it; the measurement starts here.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub live_at: Option<Time>,
+    pub live_at: Option<MicroTime>,
     /// When the step was over.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub ended_at: Option<Time>,
+    pub ended_at: Option<MicroTime>,
     /// How it ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub outcome: Option<StepOutcome>,
@@ -225,16 +225,19 @@ pub struct WeightLive {
 pub struct RunStatus {
     /// When the run started.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub started_at: Option<Time>,
+    pub started_at: Option<MicroTime>,
     /// Since when a workload that is not available is being waited for.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub waiting_since: Option<Time>,
+    pub waiting_since: Option<MicroTime>,
     /// When the current weight was wanted.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub step_started_at: Option<Time>,
+    pub step_started_at: Option<MicroTime>,
     /// Since when the current weight is live and measured.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub window_started_at: Option<Time>,
+    pub window_started_at: Option<MicroTime>,
+    /// When the current step was last checked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checked_at: Option<MicroTime>,
     /// State of the judges.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub evidence: Option<Evidence>,

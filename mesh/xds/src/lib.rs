@@ -1,7 +1,7 @@
 //! The xDS transport protocol, both ends, free of Kubernetes: subscriptions, versions, nonces, acknowledgements.
 //!
 //! # What it is for
-//! The control plane serves per-client *views* (sets of named, versioned [`Resource`]s) through `server`; a
+//! The control plane serves per-client *views* (sets of named, versioned [`Resource`]s) through [`server`]; a
 //! proxy follows its view through [`client`]. Both ends keep an exact account of what was taken and what was refused,
 //! per resource, because progressive delivery waits for precisely that.
 //!
@@ -23,6 +23,7 @@ pub mod client;
 mod digest;
 pub mod refusal;
 pub mod resource;
+pub mod server;
 
 pub use envoy_types::pb;
 pub use refusal::Refusal;

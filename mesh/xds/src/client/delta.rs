@@ -83,6 +83,7 @@ impl ClientState {
             .collect();
         let receipt = Receipt {
             resource_type,
+            id: self.hand_over(resource_type, &upserted),
             nonce: response.nonce,
             version_info: String::new(),
             upserted: upserted

@@ -101,6 +101,7 @@ impl ClientState {
         };
         let receipt = Receipt {
             resource_type,
+            id: self.hand_over(resource_type, &upserted),
             nonce: response.nonce,
             version_info: response.version_info,
             upserted: upserted

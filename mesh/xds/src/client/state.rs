@@ -3,7 +3,7 @@
 //! The two wire variants are in `delta.rs` and `sotw.rs`; both work on this state. No clock, no network: a history of
 //! requests, responses and verdicts is a test.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -86,6 +86,8 @@ pub struct Incoming {
 pub struct Receipt {
     /// Type of the resources.
     pub resource_type: ResourceType,
+    /// Which of the responses in the consumer's hands this is.
+    pub(super) id: u64,
     pub(super) nonce: String,
     /// Of the whole response; state of the world only.
     pub(super) version_info: String,
@@ -103,6 +105,7 @@ pub struct ClientState {
     pub(super) node: Node,
     pub(super) node_sent: bool,
     pub(super) types: [TypeState; 5],
+    next_receipt: u64,
 }
 
 #[derive(Debug, Default)]
@@ -110,6 +113,9 @@ pub(super) struct TypeState {
     pub(super) interest: Interest,
     /// Name → version of everything accepted and not removed.
     pub(super) held: HashMap<Arc<str>, Arc<str>, RandomState>,
+    /// Resources in the consumer's hands, by receipt. A name whose interest goes meanwhile is taken out: the consumer
+    /// forgets it, even if the interest comes back before the verdict.
+    pub(super) in_hand: HashMap<u64, HashSet<Arc<str>>, RandomState>,
     /// What the server has been told on this stream; `None` before the first request of this type.
     pub(super) announced: Option<Interest>,
     /// Nonce and version of the last response and the last accepted one; state of the world only.
@@ -124,6 +130,7 @@ impl ClientState {
             node,
             node_sent: false,
             types: Default::default(),
+            next_receipt: 0,
         }
     }
 
@@ -132,6 +139,9 @@ impl ClientState {
     pub fn set_interest(&mut self, resource_type: ResourceType, interest: Interest) {
         let state = &mut self.types[resource_type.index()];
         state.held.retain(|name, _| interest.includes(name));
+        for names in state.in_hand.values_mut() {
+            names.retain(|name| interest.includes(name));
+        }
         state.interest = interest;
     }
 
@@ -155,6 +165,16 @@ impl ClientState {
         self.types[resource_type.index()].held.iter()
     }
 
+    /// Puts a response into the consumer's hands; returns the number of its receipt.
+    pub(super) fn hand_over(&mut self, resource_type: ResourceType, upserted: &[Received]) -> u64 {
+        self.next_receipt += 1;
+        let names = upserted.iter().map(|one| one.name.clone()).collect();
+        self.types[resource_type.index()]
+            .in_hand
+            .insert(self.next_receipt, names);
+        self.next_receipt
+    }
+
     /// The node for the first request of a stream, nothing for the others.
     pub(super) fn node_once(&mut self) -> Option<Node> {
         (!std::mem::replace(&mut self.node_sent, true)).then(|| self.node.clone())
@@ -164,10 +184,10 @@ impl ClientState {
     pub(super) fn settle(&mut self, receipt: &Receipt, mut refusals: Vec<Refusal>) -> Option<Status> {
         let state = &mut self.types[receipt.resource_type.index()];
         refusals.retain(|refusal| receipt.upserted.iter().any(|(name, _)| *name == refusal.name));
+        let in_hand = state.in_hand.remove(&receipt.id).unwrap_or_default();
         for (name, version) in &receipt.upserted {
             let refused = refusals.iter().any(|refusal| refusal.name == *name);
-            // Interest may have gone while the consumer was at work.
-            if !refused && state.interest.includes(name) {
+            if !refused && in_hand.contains(name) {
                 state.held.insert(name.clone(), version.clone());
             }
         }
