@@ -19,6 +19,8 @@ mod outbound;
 mod route;
 mod router;
 mod view;
+#[cfg(test)]
+mod tests;
 mod wire;
 
 use std::collections::{BTreeMap, HashMap};
