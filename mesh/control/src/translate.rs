@@ -18,9 +18,9 @@ mod listener;
 mod outbound;
 mod route;
 mod router;
-mod view;
 #[cfg(test)]
 mod tests;
+mod view;
 mod wire;
 
 use std::collections::{BTreeMap, HashMap};

@@ -44,8 +44,16 @@ static SCHEMA: LazyLock<Schema> = LazyLock::new(|| {
                     "map" => Card::Map,
                     _ => Card::One,
                 };
-                let field = Field { name: (*name).to_owned(), card, of: (*of).to_owned() };
-                schema.messages.get_mut(&message).unwrap().insert(number.parse().unwrap(), field);
+                let field = Field {
+                    name: (*name).to_owned(),
+                    card,
+                    of: (*of).to_owned(),
+                };
+                schema
+                    .messages
+                    .get_mut(&message)
+                    .unwrap()
+                    .insert(number.parse().unwrap(), field);
             }
             [number, name] => {
                 let values = schema.enums.entry(enumeration.clone()).or_default();
@@ -108,16 +116,23 @@ pub(super) fn message(name: &str, bytes: &[u8]) -> Value {
     if let Some(value) = well_known(name, bytes) {
         return value;
     }
-    let schema = SCHEMA.messages.get(name).unwrap_or_else(|| panic!("{name} is not in schema.txt"));
+    let schema = SCHEMA
+        .messages
+        .get(name)
+        .unwrap_or_else(|| panic!("{name} is not in schema.txt"));
     let mut out = Map::new();
     for (number, wire) in fields(bytes) {
-        let field = schema.get(&number).unwrap_or_else(|| panic!("field {number} of {name} is not in schema.txt"));
+        let field = schema
+            .get(&number)
+            .unwrap_or_else(|| panic!("field {number} of {name} is not in schema.txt"));
         match field.card {
             Card::One => {
                 out.insert(field.name.clone(), scalar(&field.of, wire));
             }
             Card::Many => {
-                let list = out.entry(field.name.clone()).or_insert_with(|| Value::Array(Vec::new()));
+                let list = out
+                    .entry(field.name.clone())
+                    .or_insert_with(|| Value::Array(Vec::new()));
                 let list = list.as_array_mut().unwrap();
                 match wire {
                     // Packed numbers.
@@ -130,7 +145,9 @@ pub(super) fn message(name: &str, bytes: &[u8]) -> Value {
                 }
             }
             Card::Map => {
-                let Wire::Bytes(entry) = wire else { panic!("a map entry of {name} is a message") };
+                let Wire::Bytes(entry) = wire else {
+                    panic!("a map entry of {name} is a message")
+                };
                 let (mut key, mut value) = (String::new(), Value::Object(Map::new()));
                 for (number, wire) in fields(entry) {
                     match (number, wire) {
@@ -138,7 +155,9 @@ pub(super) fn message(name: &str, bytes: &[u8]) -> Value {
                         (_, wire) => value = scalar(&field.of, wire),
                     }
                 }
-                let map = out.entry(field.name.clone()).or_insert_with(|| Value::Object(Map::new()));
+                let map = out
+                    .entry(field.name.clone())
+                    .or_insert_with(|| Value::Object(Map::new()));
                 map.as_object_mut().unwrap().insert(key, value);
             }
         }
@@ -161,20 +180,32 @@ fn scalar(of: &str, wire: Wire<'_>) -> Value {
         ("int64", Wire::Varint(value)) => Value::from((value as i64).to_string()),
         ("double", Wire::Fixed64(value)) => number(f64::from_bits(value)),
         ("float", Wire::Fixed32(value)) => number(f64::from(f32::from_bits(value))),
-        (name, Wire::Varint(value)) if SCHEMA.enums.contains_key(name) => {
-            Value::from(SCHEMA.enums[name].get(&value).cloned().unwrap_or_else(|| value.to_string()))
-        }
+        (name, Wire::Varint(value)) if SCHEMA.enums.contains_key(name) => Value::from(
+            SCHEMA.enums[name]
+                .get(&value)
+                .cloned()
+                .unwrap_or_else(|| value.to_string()),
+        ),
         (name, Wire::Bytes(bytes)) => message(name, bytes),
         (name, _) => panic!("a {name} cannot be on the wire like this"),
     }
 }
 
 fn number(value: f64) -> Value {
-    if value.fract() == 0.0 { Value::from(value as i64) } else { Value::from(value) }
+    if value.fract() == 0.0 {
+        Value::from(value as i64)
+    } else {
+        Value::from(value)
+    }
 }
 
 fn well_known(name: &str, bytes: &[u8]) -> Option<Value> {
-    let first = || fields(bytes).into_iter().find(|(number, _)| *number == 1).map(|(_, wire)| wire);
+    let first = || {
+        fields(bytes)
+            .into_iter()
+            .find(|(number, _)| *number == 1)
+            .map(|(_, wire)| wire)
+    };
     Some(match name {
         "google.protobuf.UInt32Value" => first().map_or(Value::from(0), |wire| scalar("uint32", wire)),
         "google.protobuf.UInt64Value" => first().map_or(Value::from("0"), |wire| scalar("uint64", wire)),
@@ -205,13 +236,18 @@ fn well_known(name: &str, bytes: &[u8]) -> Option<Value> {
                 }
             }
             let mut value = message(url.trim_start_matches("type.googleapis.com/"), content);
-            value.as_object_mut().unwrap().insert("@type".to_owned(), Value::from(url));
+            value
+                .as_object_mut()
+                .unwrap()
+                .insert("@type".to_owned(), Value::from(url));
             value
         }
         "google.protobuf.Struct" => {
             let mut out = Map::new();
             for (_, wire) in fields(bytes) {
-                let Wire::Bytes(entry) = wire else { panic!("a field of a Struct is an entry") };
+                let Wire::Bytes(entry) = wire else {
+                    panic!("a field of a Struct is an entry")
+                };
                 let (mut key, mut value) = (String::new(), Value::Null);
                 for (number, wire) in fields(entry) {
                     match (number, wire) {

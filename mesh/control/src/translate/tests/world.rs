@@ -33,16 +33,30 @@ fn object(value: Value) -> Option<Object> {
 
 /// The objects of a YAML text.
 pub(super) fn objects(text: &str) -> Vec<Object> {
+    documents(text, None)
+}
+
+fn documents(text: &str, created: Option<&str>) -> Vec<Object> {
     serde_yaml::Deserializer::from_str(text)
-        .filter_map(|document| object(Value::deserialize(document).expect("YAML")))
+        .map(|document| Value::deserialize(document).expect("YAML"))
+        .filter_map(|mut value| {
+            if let (Some(created), Some(metadata)) = (created, value["metadata"].as_object_mut()) {
+                metadata.insert("creationTimestamp".to_owned(), created.into());
+            }
+            object(value)
+        })
         .collect()
 }
 
-/// The objects of files, in order.
+/// The objects of files, in order; those of later files were created later.
 pub(super) fn changes(files: &[PathBuf]) -> Vec<Change> {
     files
         .iter()
-        .flat_map(|file| objects(&std::fs::read_to_string(file).unwrap()))
+        .enumerate()
+        .flat_map(|(second, file)| {
+            let created = format!("2026-01-01T00:00:{second:02}Z");
+            documents(&std::fs::read_to_string(file).unwrap(), Some(&created))
+        })
         .map(Change::Apply)
         .collect()
 }
