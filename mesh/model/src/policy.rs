@@ -127,16 +127,7 @@ impl PolicyIndex {
         }
         if let Some(object) = object {
             let host = host::resolve(&object.spec.host, &key.namespace, domain);
-            let seniority = Seniority {
-                created: object
-                    .metadata
-                    .creation_timestamp
-                    .as_ref()
-                    .map(|time| time.0.to_string())
-                    .unwrap_or_default(),
-                name: key.name.clone(),
-                namespace: key.namespace.clone(),
-            };
+            let seniority = Seniority::of(&object.metadata, &key.namespace);
             self.selective += usize::from(object.spec.workload_selector.is_some());
             self.local += usize::from(is_local(&object));
             let slot = (key.namespace.clone(), host.clone());

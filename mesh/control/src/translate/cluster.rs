@@ -93,7 +93,11 @@ pub(super) fn outbound(
     if let Some(outlier) = &traffic.outlier_detection {
         outlier_detection(&mut cluster, outlier);
     }
-    cluster.metadata = Some(metadata(service, subset, policy));
+    let own_tls = traffic
+        .tls
+        .as_ref()
+        .is_some_and(|tls| matches!(tls.mode, Some(ClientTlsMode::Simple | ClientTlsMode::Mutual)));
+    cluster.metadata = Some(metadata(service, subset, policy, own_tls));
     client_tls(&mut cluster, &traffic, port);
     cluster
 }
@@ -142,13 +146,25 @@ fn unlimited() -> pb::circuit_breakers::Thresholds {
     }
 }
 
-fn metadata(service: &Service, subset: Option<&str>, policy: Option<&HostPolicy>) -> core::Metadata {
+fn metadata(
+    service: &Service,
+    subset: Option<&str>,
+    policy: Option<&HostPolicy>,
+    overrides_alpn: bool,
+) -> core::Metadata {
     let mut fields = vec![("services", services([service]))];
     if let Some(origin) = policy.and_then(|policy| policy.provenance.first()) {
         fields.push(("config", wire::text(&wire::config_path(origin))));
     }
     if let Some(subset) = subset {
         fields.push(("subset", wire::text(subset)));
+    }
+    if service.external {
+        fields.push(("external", wire::flag(true)));
+    }
+    if overrides_alpn {
+        // The destination speaks its own TLS: nobody must offer it the mesh's protocols.
+        fields.push(("alpn_override", wire::text("false")));
     }
     wire::metadata("istio", wire::structure(fields))
 }
@@ -221,7 +237,7 @@ fn load_balancer(cluster: &mut pb::Cluster, settings: Option<&LoadBalancerSettin
         }
     }
     let locality = settings.and_then(|settings| settings.locality_lb_setting.as_ref());
-    if locality.is_some_and(|locality| locality.enabled != Some(false) && !locality.distribute.is_empty())
+    if locality.is_some_and(|locality| locality.enabled != Some(false))
         && let Some(common) = &mut cluster.common_lb_config
     {
         common.locality_config_specifier = Some(
@@ -332,9 +348,6 @@ fn http_options(cluster: &mut pb::Cluster, port: &Port, pool: Option<&Connection
         ExplicitHttpConfig, UpstreamProtocolOptions, UseDownstreamHttpConfig,
     };
     let auto = port.protocol == serin_model::Protocol::Auto;
-    if !port.protocol.is_http_or_auto() {
-        return;
-    }
     let http = pool.and_then(|pool| pool.http.as_ref());
     let parsed = |value: Option<&serin_crds::istio::Duration>| {
         value.and_then(|value| value.parse().ok()).map(wire::duration)
@@ -523,7 +536,15 @@ fn client_tls(cluster: &mut pb::Cluster, traffic: &TrafficPolicy, port: &Port) {
 }
 
 /// The cluster towards the application behind a port: `inbound|8080||`.
-pub(super) fn inbound(target: u16, protocol: serin_model::Protocol, services_of: &[&Service]) -> pb::Cluster {
+///
+/// Of the policy of the first service, limits and retry budget hold on this side too.
+pub(super) fn inbound(
+    target: u16,
+    protocol: serin_model::Protocol,
+    service: Option<&Service>,
+    policy: Option<&HostPolicy>,
+    service_port: u16,
+) -> pb::Cluster {
     use upstream::http_protocol_options::explicit_http_config::ProtocolConfig;
     use upstream::http_protocol_options::{
         ExplicitHttpConfig, UpstreamProtocolOptions, UseDownstreamHttpConfig,
@@ -536,6 +557,11 @@ pub(super) fn inbound(target: u16, protocol: serin_model::Protocol, services_of:
     cluster.cleanup_interval = Some(wire::seconds(NEVER));
     cluster.upstream_bind_config = Some(inbound_source());
     cluster.common_lb_config = Some(Default::default());
+    let traffic = policy
+        .map(|policy| policy.for_port(None, service_port))
+        .unwrap_or_default();
+    connection_pool(&mut cluster, traffic.connection_pool.as_ref());
+    retry_budget(&mut cluster, &traffic);
     if protocol == serin_model::Protocol::Auto {
         let as_caller = UseDownstreamHttpConfig {
             http_protocol_options: Some(Default::default()),
@@ -557,10 +583,11 @@ pub(super) fn inbound(target: u16, protocol: serin_model::Protocol, services_of:
             UpstreamProtocolOptions::ExplicitHttpConfig(http2),
         );
     }
-    cluster.metadata = Some(wire::metadata(
-        "istio",
-        wire::structure([("services", services(services_of.iter().copied()))]),
-    ));
+    let mut fields = vec![("services", services(service))];
+    if let Some(origin) = policy.and_then(|policy| policy.provenance.first()) {
+        fields.push(("config", wire::text(&wire::config_path(origin))));
+    }
+    cluster.metadata = Some(wire::metadata("istio", wire::structure(fields)));
     cluster
 }
 

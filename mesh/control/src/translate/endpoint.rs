@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use serin_crds::istio::{LocalityLbSetting, TrafficPolicy};
-use serin_model::{Endpoint, Locality, Port, Service};
+use serin_model::{Endpoint, Locality, Port, Resolution, Service};
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::endpoint::v3 as pb;
 
@@ -71,7 +71,12 @@ fn lb_endpoint(endpoint: &Endpoint, port: u16, service: &Service, cluster_id: &s
             address: Some(address),
             ..Default::default()
         })),
-        health_status: core::HealthStatus::Healthy as i32,
+        // Names that are resolved by the proxy are healthy until it finds otherwise.
+        health_status: if matches!(service.resolution, Resolution::Dns | Resolution::DnsRoundRobin) {
+            core::HealthStatus::Unknown as i32
+        } else {
+            core::HealthStatus::Healthy as i32
+        },
         metadata: Some(wire::metadata(
             "istio",
             wire::structure([("workload", wire::text(&workload))]),

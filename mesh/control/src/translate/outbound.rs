@@ -485,13 +485,28 @@ impl Context<'_> {
         built
     }
 
+    fn limits(&self, service: &Service, port: &Port) -> listener::ConnectionLimits {
+        let policy = self
+            .policy(service)
+            .map(|policy| policy.for_port(None, port.number))
+            .unwrap_or_default();
+        let tcp = policy.connection_pool.as_ref().and_then(|pool| pool.tcp.as_ref());
+        let parsed = |value: Option<&serin_crds::istio::Duration>| value.and_then(|value| value.parse().ok());
+        listener::ConnectionLimits {
+            idle_timeout: parsed(tcp.and_then(|tcp| tcp.idle_timeout.as_ref())),
+            max_duration: parsed(tcp.and_then(|tcp| tcp.max_connection_duration.as_ref())),
+            by_source: policy
+                .load_balancer
+                .as_ref()
+                .and_then(|balancer| balancer.consistent_hash.as_ref())
+                .is_some_and(|hash| hash.use_source_ip == Some(true)),
+        }
+    }
+
     /// The chains of a TCP port: those of rules with conditions, then the one for the rest.
     fn tcp_chains(&self, service: &Arc<Service>, port: &Port, built: &mut Built) -> (Vec<TcpChain>, bool) {
         let resolver = self.resolver();
-        let idle_timeout = self
-            .policy(service)
-            .map(|policy| policy.for_port(None, port.number))
-            .and_then(|policy| policy.connection_pool?.tcp?.idle_timeout?.parse().ok());
+        let limits = self.limits(service, port);
         let mut chains: Vec<TcpChain> = Vec::new();
         let mut sni = false;
         let mut catch_all = false;
@@ -521,7 +536,7 @@ impl Context<'_> {
                     chains.push(TcpChain {
                         matches: None,
                         destinations: destinations(rule),
-                        idle_timeout,
+                        limits,
                         name: String::new(),
                     });
                     catch_all = true;
@@ -549,7 +564,7 @@ impl Context<'_> {
                     chains.push(TcpChain {
                         matches: (!empty).then_some(matches),
                         destinations: destinations(rule),
-                        idle_timeout,
+                        limits,
                         name: String::new(),
                     });
                     if empty {
@@ -566,7 +581,7 @@ impl Context<'_> {
                     cluster: cluster::name(port.number, "", &service.host),
                     weight: 1,
                 }],
-                idle_timeout,
+                limits,
                 name: String::new(),
             });
         }
