@@ -55,7 +55,9 @@ pub struct Writer {
 
 impl std::fmt::Debug for Writer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Writer").field("written", &self.written.len()).finish_non_exhaustive()
+        f.debug_struct("Writer")
+            .field("written", &self.written.len())
+            .finish_non_exhaustive()
     }
 }
 
