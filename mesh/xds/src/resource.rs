@@ -4,6 +4,9 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use prost::Message;
+
+use crate::digest;
 
 /// The resource types that travel on the aggregated stream.
 ///
@@ -25,8 +28,13 @@ pub enum ResourceType {
 
 impl ResourceType {
     /// Every type, in make-before-break order.
-    pub const ALL: [ResourceType; 5] =
-        [Self::Cluster, Self::Endpoints, Self::Listener, Self::Route, Self::VirtualHost];
+    pub const ALL: [ResourceType; 5] = [
+        Self::Cluster,
+        Self::Endpoints,
+        Self::Listener,
+        Self::Route,
+        Self::VirtualHost,
+    ];
 
     /// The `type.googleapis.com/…` URL that names this type on the wire.
     pub const fn type_url(self) -> &'static str {
@@ -36,6 +44,28 @@ impl ResourceType {
             Self::Listener => "type.googleapis.com/envoy.config.listener.v3.Listener",
             Self::Route => "type.googleapis.com/envoy.config.route.v3.RouteConfiguration",
             Self::VirtualHost => "type.googleapis.com/envoy.config.route.v3.VirtualHost",
+        }
+    }
+
+    /// The abbreviation that people and logs use: CDS, EDS, LDS, RDS, VHDS.
+    pub const fn abbreviation(self) -> &'static str {
+        match self {
+            Self::Cluster => "CDS",
+            Self::Endpoints => "EDS",
+            Self::Listener => "LDS",
+            Self::Route => "RDS",
+            Self::VirtualHost => "VHDS",
+        }
+    }
+
+    /// Position in [`Self::ALL`].
+    pub(crate) const fn index(self) -> usize {
+        match self {
+            Self::Cluster => 0,
+            Self::Endpoints => 1,
+            Self::Listener => 2,
+            Self::Route => 3,
+            Self::VirtualHost => 4,
         }
     }
 
@@ -67,4 +97,65 @@ pub struct Resource {
     pub body: Bytes,
     /// The objects that it was made from; empty for what comes from Services and mesh configuration alone.
     pub origins: Arc<[Origin]>,
+}
+
+impl Resource {
+    /// Encodes `message` and versions it by its content.
+    pub fn new(
+        resource_type: ResourceType,
+        name: impl Into<Arc<str>>,
+        message: &impl Message,
+        origins: impl Into<Arc<[Origin]>>,
+    ) -> Self {
+        Self::from_encoded(resource_type, name, message.encode_to_vec().into(), origins)
+    }
+
+    /// Wraps an encoded message and versions it by its content.
+    pub fn from_encoded(
+        resource_type: ResourceType,
+        name: impl Into<Arc<str>>,
+        body: Bytes,
+        origins: impl Into<Arc<[Origin]>>,
+    ) -> Self {
+        let version = digest::content_version(&body).into();
+        Self {
+            resource_type,
+            name: name.into(),
+            version,
+            body,
+            origins: origins.into(),
+        }
+    }
+
+    /// Whether both have the same type, name and content; their origins may differ.
+    pub fn same_content(&self, other: &Self) -> bool {
+        self.resource_type == other.resource_type && self.version == other.version && self.name == other.name
+    }
+}
+
+/// One difference between two views.
+#[derive(Clone, Debug)]
+pub enum Change {
+    /// The resource is new or has a new content (or the same content with newer origins).
+    Upsert(Arc<Resource>),
+    /// The view no longer has a resource of this type and name.
+    Remove(ResourceType, Arc<str>),
+}
+
+impl Change {
+    /// The type of the resource concerned.
+    pub fn resource_type(&self) -> ResourceType {
+        match self {
+            Self::Upsert(resource) => resource.resource_type,
+            Self::Remove(resource_type, _) => *resource_type,
+        }
+    }
+
+    /// The name of the resource concerned.
+    pub fn name(&self) -> &Arc<str> {
+        match self {
+            Self::Upsert(resource) => &resource.name,
+            Self::Remove(_, name) => name,
+        }
+    }
 }

@@ -1,0 +1,177 @@
+//! What was measured: request counts and durations of one arm over one interval.
+
+use serde::{Deserialize, Serialize};
+
+/// Which of the two releases a measurement is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Arm {
+    /// The release under test.
+    Canary,
+    /// The release that serves everybody else.
+    Primary,
+}
+
+/// A histogram of durations: `counts[i]` observations were at most `bounds_ms[i]` and more than the bound before; the
+/// last count, one longer than the bounds, is what exceeded them all. Not cumulative.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Histogram {
+    /// Upper bounds in milliseconds, ascending.
+    pub bounds_ms: Vec<f64>,
+    /// Observations per bucket; one more than there are bounds.
+    pub counts: Vec<u64>,
+}
+
+impl Histogram {
+    /// An empty histogram with these bounds.
+    pub fn new(bounds_ms: Vec<f64>) -> Self {
+        let counts = vec![0; bounds_ms.len() + 1];
+        Self { bounds_ms, counts }
+    }
+
+    /// All observations.
+    pub fn total(&self) -> u64 {
+        self.counts.iter().sum()
+    }
+
+    /// Adds another histogram. Returns false, adding nothing, when the bounds differ.
+    pub fn add(&mut self, other: &Histogram) -> bool {
+        if other.counts.is_empty() {
+            return true;
+        }
+        if self.counts.is_empty() {
+            *self = other.clone();
+            return true;
+        }
+        if self.bounds_ms != other.bounds_ms {
+            return false;
+        }
+        for (mine, theirs) in self.counts.iter_mut().zip(&other.counts) {
+            *mine += theirs;
+        }
+        true
+    }
+
+    /// The quantile `q` (0 to 1) in milliseconds, interpolated linearly inside its bucket as Prometheus'
+    /// `histogram_quantile` does; the highest bound when it lies beyond all of them; `None` without observations.
+    pub fn quantile(&self, q: f64) -> Option<f64> {
+        let total = self.total();
+        if total == 0 || self.bounds_ms.is_empty() {
+            return None;
+        }
+        let rank = q.clamp(0.0, 1.0) * total as f64;
+        let mut below = 0.0;
+        for (index, (&count, &bound)) in self.counts.iter().zip(&self.bounds_ms).enumerate() {
+            let count = count as f64;
+            if count > 0.0 && below + count >= rank {
+                let lower = if index == 0 {
+                    0.0
+                } else {
+                    self.bounds_ms[index - 1]
+                };
+                return Some(lower + (bound - lower) * ((rank - below) / count).clamp(0.0, 1.0));
+            }
+            below += count;
+        }
+        self.bounds_ms.last().copied()
+    }
+}
+
+/// Requests of one arm over one interval, as the callers saw them.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Requests that were answered or failed.
+    pub requests: u64,
+    /// Those that count as errors: an HTTP status of 500 and above, a gRPC status that a server is to blame for, no
+    /// answer at all.
+    pub errors: u64,
+    /// How long they took.
+    #[serde(default, skip_serializing_if = "histogram_is_empty")]
+    pub latency: Histogram,
+}
+
+fn histogram_is_empty(histogram: &Histogram) -> bool {
+    histogram.counts.is_empty()
+}
+
+impl Counts {
+    /// Adds another interval. A histogram with other bounds is left out.
+    pub fn add(&mut self, other: &Counts) {
+        self.requests += other.requests;
+        self.errors += other.errors;
+        self.latency.add(&other.latency);
+    }
+
+    /// Share of requests without an error in percent, `None` without requests.
+    pub fn success_rate_percent(&self) -> Option<f64> {
+        (self.requests > 0)
+            .then(|| 100.0 * (self.requests - self.errors.min(self.requests)) as f64 / self.requests as f64)
+    }
+}
+
+/// Both arms over the same interval.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// End of the interval, milliseconds since the Unix epoch.
+    pub at_ms: i64,
+    /// The release under test.
+    pub canary: Counts,
+    /// The release that serves everybody else.
+    pub primary: Counts,
+}
+
+impl Sample {
+    /// Adds a later interval.
+    pub fn add(&mut self, later: &Sample) {
+        self.at_ms = self.at_ms.max(later.at_ms);
+        self.canary.add(&later.canary);
+        self.primary.add(&later.primary);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quantile_is_interpolated_inside_its_bucket() {
+        let histogram = Histogram {
+            bounds_ms: vec![10.0, 20.0, 40.0],
+            counts: vec![50, 50, 0, 0],
+        };
+        assert_eq!(histogram.quantile(0.5), Some(10.0));
+        assert_eq!(histogram.quantile(0.75), Some(15.0));
+        assert_eq!(histogram.quantile(1.0), Some(20.0));
+    }
+
+    #[test]
+    fn a_quantile_beyond_the_last_bound_is_the_last_bound() {
+        let histogram = Histogram {
+            bounds_ms: vec![10.0],
+            counts: vec![1, 99],
+        };
+        assert_eq!(histogram.quantile(0.99), Some(10.0));
+        assert_eq!(Histogram::new(vec![1.0]).quantile(0.5), None);
+    }
+
+    #[test]
+    fn histograms_with_other_bounds_are_not_mixed() {
+        let mut histogram = Histogram::new(vec![1.0]);
+        assert!(!histogram.add(&Histogram {
+            bounds_ms: vec![2.0],
+            counts: vec![3, 0]
+        }));
+        assert_eq!(histogram.total(), 0);
+    }
+
+    #[test]
+    fn the_success_rate_of_no_requests_is_unknown() {
+        assert_eq!(Counts::default().success_rate_percent(), None);
+        let counts = Counts {
+            requests: 200,
+            errors: 3,
+            ..Counts::default()
+        };
+        assert_eq!(counts.success_rate_percent(), Some(98.5));
+    }
+}

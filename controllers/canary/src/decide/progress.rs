@@ -1,0 +1,453 @@
+//! A run: readiness, steps, checks, and every reason to stop.
+
+use jiff::Timestamp;
+use serin_analysis::judge::threshold::{self, Builtin};
+use serin_analysis::verdict::Verdict;
+use serin_crds::flagger::{CanaryPhase, MetricStatus, StepOutcome, StepStatus};
+
+use super::{Action, Deciding, after, micro, revision_id};
+use crate::observed::Readiness;
+use crate::plan::MetricPlan;
+use crate::traffic::Split;
+
+/// Name of the comparison in `status.metrics`.
+pub(crate) const COMPARISON: &str = "comparison";
+/// Steps that are kept in the status.
+const HISTORY_MAX: usize = 64;
+
+impl Deciding<'_> {
+    pub(super) fn progress(&mut self) {
+        let Some(target) = self.target() else {
+            return;
+        };
+        // The state of a run that another controller (Flagger) began has no record of ours.
+        self.status.run.get_or_insert_default();
+
+        if self.seen.blocked.is_none()
+            && (self.status.last_applied_spec.as_deref() != Some(&target.template_hash)
+                || self.configs_changed())
+        {
+            return self.restart(&target.template_hash, &target.name, target.replicas);
+        }
+        if let Some(reason) = self.reason_to_abort() {
+            let canary = self.own_name();
+            self.warn(format!("Rolling back {canary} {reason}"));
+            return self.abort(&reason);
+        }
+        if self.is_blocked() {
+            return;
+        }
+        self.keep_objects();
+        if !self.seen.apex_in_place {
+            self.actions.push(Action::ApplyApex);
+        }
+        if !self.seen.rules_in_place {
+            self.actions.push(Action::ApplyRules);
+        }
+        if target.replicas == 0 {
+            // Somebody else's write, or a crash between the scale-up and the status.
+            let replicas = self
+                .seen
+                .primary
+                .as_ref()
+                .map_or(1, |primary| primary.replicas.max(1));
+            self.actions.push(Action::ScaleTarget(replicas));
+        }
+        let Some(primary) = self.seen.primary.as_ref() else {
+            return self.hold(format!("{} is being created", self.full(&self.plan.primary())));
+        };
+        if let Readiness::NotYet(reason) | Readiness::Never(reason) =
+            primary.readiness(self.plan.primary_ready_percent)
+        {
+            return self.hold(format!("{} not ready: {reason}", primary.name));
+        }
+        if !self.canary_is_ready() {
+            return;
+        }
+        if self.plan.skip_analysis {
+            return self.promote();
+        }
+        if self.seen.canary_endpoints == Some(0) {
+            return self.hold(format!(
+                "{} has no ready endpoint yet",
+                self.full(&format!("{}-canary", self.plan.apex))
+            ));
+        }
+        if self.weight() == 0 {
+            self.tell(format!("Starting canary analysis for {}", target.name));
+            return self.advance();
+        }
+        self.route_to(Split::of_canary(self.weight()));
+        if self
+            .actions
+            .contains(&Action::SetWeight(Split::of_canary(self.weight())))
+        {
+            return self.wait_for("the weight is written");
+        }
+        if !self.is_live() {
+            return;
+        }
+        self.check();
+    }
+
+    /// Everything that stops a run without waiting for an interval.
+    fn reason_to_abort(&self) -> Option<String> {
+        let target = self.target()?;
+        let weight = self.weight();
+        if weight > 0 {
+            let since = self
+                .status
+                .history
+                .first()
+                .and_then(|step| step.started_at.as_ref());
+            // Times of deaths have whole seconds.
+            let since = since.map_or(Timestamp::MIN, |since| {
+                Timestamp::from_second(since.0.as_second()).unwrap_or(since.0)
+            });
+            if let Some(dead) = self.seen.dead_pods.iter().find(|dead| dead.at >= since) {
+                return Some(format!("pod {} died: {}", dead.name, dead.reason));
+            }
+            if target.replicas > 0 && target.available == 0 {
+                return Some("no canary pod is available any more".to_owned());
+            }
+            let current = self.seen.route.as_ref().map(|route| route.generation);
+            if let Some(live) = self.seen.liveness.as_ref()
+                && live.known
+                && live.refused > 0
+                && current == Some(live.generation)
+            {
+                let reason = live.reason.as_deref().unwrap_or("no reason given");
+                return Some(format!(
+                    "{} proxies refused weight {weight}: {reason}",
+                    live.refused
+                ));
+            }
+            if let Some(options) = &self.plan.comparison
+                && let Verdict::Bad(evidence) = self.seen.measured.comparison.verdict(options)
+            {
+                return Some(evidence.explanation);
+            }
+        }
+        None
+    }
+
+    /// Ends a run: the weight goes first and nothing is waited for. Pods are scaled down when nobody uses them.
+    pub(super) fn abort(&mut self, reason: &str) {
+        self.actions.clear();
+        self.actions.push(Action::SetWeight(Split::PRIMARY));
+        let canary = self.own_name();
+        self.warn(format!("Canary failed! Scaling down {canary}"));
+        self.judge_all();
+        self.end_step(StepOutcome::Failed);
+        self.status.failed_checks = Some(0);
+        self.begin_step(0);
+        self.status.run.get_or_insert_default().waiting_since = None;
+        self.set_phase(CanaryPhase::Failed);
+        self.status.message = Some(format!("rolled back: {reason}"));
+    }
+
+    fn restart(&mut self, hash: &str, name: &str, replicas: i32) {
+        self.actions.clear();
+        self.actions.push(Action::SetWeight(Split::PRIMARY));
+        if replicas == 0 {
+            let replicas = self
+                .seen
+                .primary
+                .as_ref()
+                .map_or(1, |primary| primary.replicas.max(1));
+            self.actions.push(Action::ScaleTarget(replicas));
+        }
+        self.tell(format!("New revision detected! Restarting analysis for {name}"));
+        self.begin(hash);
+    }
+
+    /// Waits without going on. The weight stays, and what is measured meanwhile is not a window.
+    fn hold(&mut self, reason: String) {
+        if let Some(run) = self.status.run.as_mut() {
+            run.window_started_at = None;
+        }
+        self.wait_for(reason);
+    }
+
+    fn canary_is_ready(&mut self) -> bool {
+        let Some(target) = self.target() else {
+            return false;
+        };
+        let (reason, never) = match target.readiness(self.plan.canary_ready_percent) {
+            Readiness::Ready if target.can_serve(self.plan.canary_ready_percent) => {
+                if let Some(run) = self.status.run.as_mut() {
+                    run.waiting_since = None;
+                }
+                return true;
+            }
+            Readiness::Ready => (
+                "waiting for rollout to finish: no pod is available".to_owned(),
+                false,
+            ),
+            Readiness::NotYet(reason) => (reason, false),
+            Readiness::Never(reason) => (reason, true),
+        };
+        let now = self.now;
+        let since = self
+            .status
+            .run
+            .get_or_insert_default()
+            .waiting_since
+            .get_or_insert_with(|| now.into())
+            .0;
+        let message = format!("canary deployment {} not ready: {reason}", target.name);
+        if never || now >= after(since, self.plan.progress_deadline) {
+            self.warn(message.clone());
+            self.abort(&message);
+            return false;
+        }
+        self.wake_after(since, self.plan.progress_deadline);
+        self.hold(message);
+        false
+    }
+
+    /// The next step, or the promotion after the last.
+    fn advance(&mut self) {
+        let Some(next) = self.plan.next_step(self.weight()) else {
+            self.end_step(StepOutcome::Passed);
+            return self.promote();
+        };
+        self.end_step(StepOutcome::Passed);
+        self.actions.push(Action::SetWeight(Split::of_canary(next)));
+        let canary = self.own_name();
+        self.tell(format!("Advance {canary} canary weight {next}"));
+        self.begin_step(next);
+        self.wait_for(format!("weight {next} goes out to the proxies"));
+    }
+
+    /// Records that another weight is wanted from now on.
+    pub(super) fn begin_step(&mut self, weight: i32) {
+        self.set_weight_status(weight);
+        if self.status.history.len() >= HISTORY_MAX {
+            // The first step stays: it says since when there has been traffic.
+            self.status.history.remove(1);
+        }
+        self.status.history.push(StepStatus {
+            weight,
+            started_at: micro(self.now),
+            outcome: Some(StepOutcome::Running),
+            ..StepStatus::default()
+        });
+        self.status.weight_live = None;
+        let now = micro(self.now);
+        let run = self.status.run.get_or_insert_default();
+        run.step_started_at = now;
+        run.window_started_at = None;
+        run.checked_at = None;
+    }
+
+    /// Records when the current step's weight was live everywhere for the first time.
+    pub(super) fn step_is_live(&mut self) {
+        let now = micro(self.now);
+        let weight = self.weight();
+        if let Some(step) = self.status.history.last_mut()
+            && step.live_at.is_none()
+            && step.weight == weight
+        {
+            step.live_at = now;
+        }
+    }
+
+    /// Whether the current weight is live; opens the measurement window when it becomes so.
+    fn is_live(&mut self) -> bool {
+        let now = micro(self.now);
+        if self.live_now() {
+            let run = self.status.run.get_or_insert_default();
+            if run.window_started_at.is_none() {
+                run.window_started_at = now;
+                run.checked_at = None;
+            }
+            self.step_is_live();
+            return true;
+        }
+        // Was live and is not any more: a proxy joined, or the route was rewritten. The window stays open for the
+        // proxies that have it; only a weight that was never live is waited for.
+        if self
+            .status
+            .run
+            .as_ref()
+            .is_some_and(|run| run.window_started_at.is_some())
+        {
+            return true;
+        }
+        let since = self.mark_step_start();
+        let weight = self.weight();
+        if self.now >= after(since, self.plan.progress_deadline) {
+            let reason = self.live_text(weight);
+            let canary = self.own_name();
+            self.warn(format!("Rolling back {canary} {reason}"));
+            self.abort(&reason);
+            return false;
+        }
+        self.wake_after(since, self.plan.progress_deadline);
+        let text = self.live_text(weight);
+        self.wait_for(text);
+        false
+    }
+
+    fn live_text(&self, weight: i32) -> String {
+        match self.seen.liveness.as_ref().filter(|live| live.known) {
+            Some(live) => format!(
+                "weight {weight} is live in {} of {} proxies",
+                live.acked, live.needed
+            ),
+            None => format!("weight {weight} is not known to the mesh yet"),
+        }
+    }
+
+    /// Judges the window when it is complete.
+    fn check(&mut self) {
+        let (_, first_failure, missing) = self.judge_all();
+        let run = self.status.run.get_or_insert_default();
+        let opened = [
+            run.window_started_at.as_ref().map(|at| at.0),
+            run.checked_at.as_ref().map(|at| at.0),
+            self.seen.measured.since,
+        ]
+        .into_iter()
+        .flatten()
+        .max()
+        .unwrap_or(self.now);
+        let due = after(opened, self.plan.interval);
+        if self.now < due {
+            self.wake_after(opened, self.plan.interval);
+            return self.wait_for(format!("measuring at weight {}", self.weight()));
+        }
+        self.status.run.get_or_insert_default().checked_at = micro(self.now);
+        self.wake_after(self.now, self.plan.interval);
+        if let Some(failure) = first_failure {
+            let failed = self.status.failed_checks.unwrap_or(0).saturating_add(1);
+            self.status.failed_checks = Some(failed);
+            if let Some(step) = self.status.history.last_mut() {
+                step.failed_checks = Some(step.failed_checks.unwrap_or(0).saturating_add(1));
+            }
+            let canary = self.own_name();
+            self.warn(format!("Halt {canary} advancement {failure}"));
+            if failed >= self.plan.threshold {
+                let reason = format!("failed checks threshold reached {failed}");
+                self.warn(format!("Rolling back {canary} {reason}"));
+                return self.abort(&format!("{reason}: {failure}"));
+            }
+            return self.wait_for(failure);
+        }
+        if let Some(missing) = missing {
+            return self.wait_for(format!("halted, not enough data: {missing}"));
+        }
+        self.advance();
+    }
+
+    /// Judges every metric, writes the verdicts into the status, and returns them with the first failure (in Flagger's
+    /// words) and the first lack of data.
+    fn judge_all(&mut self) -> (Vec<Verdict>, Option<String>, Option<String>) {
+        let measured = &self.seen.measured;
+        let mut verdicts = Vec::new();
+        let mut metrics = Vec::new();
+        let (mut failure, mut missing) = (None, None);
+        let empty = serin_analysis::sample::Counts::default();
+        for (index, metric) in self.plan.metrics.iter().enumerate() {
+            let window = measured.windows.get(index).unwrap_or(&empty);
+            let verdict = match &measured.error {
+                Some(error) => Verdict::ProviderError {
+                    explanation: error.clone(),
+                },
+                None => threshold::judge(metric.builtin, metric.range, window),
+            };
+            match &verdict {
+                Verdict::Bad(evidence) if failure.is_none() => {
+                    failure = Some(halt_text(metric, evidence.value))
+                }
+                Verdict::NoData { .. } | Verdict::ProviderError { .. } if missing.is_none() => {
+                    missing = Some(verdict.explanation().to_owned());
+                }
+                _ => {}
+            }
+            metrics.push(metric_status(&metric.name, &verdict));
+            verdicts.push(verdict);
+        }
+        if let Some(options) = &self.plan.comparison {
+            let verdict = measured.comparison.verdict(options);
+            metrics.push(metric_status(COMPARISON, &verdict));
+            verdicts.push(verdict);
+        }
+        self.status.metrics = metrics;
+        (verdicts, failure, missing)
+    }
+
+    /// Copies the revision to the primary.
+    fn promote(&mut self) {
+        let Some(target) = self.target() else {
+            return;
+        };
+        let id = revision_id(&self.seen.name, &target.template_hash, &self.seen.configs);
+        let promotion = self.promotion(id);
+        self.actions.push(promotion);
+        self.tell(format!(
+            "Copying {} template spec to {}",
+            target.name,
+            self.full(&self.plan.primary())
+        ));
+        let now = micro(self.now);
+        let run = self.status.run.get_or_insert_default();
+        run.step_started_at = now;
+        run.window_started_at = None;
+        run.waiting_since = None;
+        self.set_phase(CanaryPhase::Promoting);
+    }
+
+    pub(super) fn end_step(&mut self, outcome: StepOutcome) {
+        let now = micro(self.now);
+        if let Some(step) = self.status.history.last_mut()
+            && step.ended_at.is_none()
+        {
+            step.ended_at = now;
+            step.outcome = Some(outcome);
+        }
+    }
+}
+
+fn metric_status(name: &str, verdict: &Verdict) -> MetricStatus {
+    let evidence = match verdict {
+        Verdict::Bad(evidence) | Verdict::Good(evidence) | Verdict::Undecided(evidence) => Some(evidence),
+        Verdict::NoData { .. } | Verdict::ProviderError { .. } => None,
+    };
+    MetricStatus {
+        name: name.to_owned(),
+        // JSON has no infinity.
+        value: evidence
+            .map(|evidence| evidence.value)
+            .filter(|value| value.is_finite()),
+        bound: evidence
+            .map(|evidence| evidence.bound)
+            .filter(|value| value.is_finite()),
+        samples: evidence.map(|evidence| i64::try_from(evidence.samples).unwrap_or(i64::MAX)),
+        verdict: verdict.word().to_owned(),
+        message: Some(verdict.explanation().to_owned()),
+    }
+}
+
+/// Why a check failed, as Flagger words it.
+fn halt_text(metric: &MetricPlan, value: f64) -> String {
+    let below = metric.range.min.filter(|min| value < *min);
+    let (sign, bound) = match below {
+        Some(min) => ("<", min),
+        None => (">", metric.range.max.unwrap_or(f64::INFINITY)),
+    };
+    match metric.builtin {
+        Builtin::RequestSuccessRate => format!("success rate {value:.2}% {sign} {bound}%"),
+        Builtin::RequestDuration => {
+            let text = |ms: f64| {
+                let duration =
+                    std::time::Duration::try_from_secs_f64(ms.max(0.0) / 1000.0).unwrap_or_default();
+                serin_crds::Duration::from(std::time::Duration::from_micros(
+                    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX),
+                ))
+            };
+            format!("request duration {} {sign} {}", text(value), text(bound))
+        }
+    }
+}

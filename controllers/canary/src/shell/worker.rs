@@ -1,0 +1,353 @@
+//! One Canary: observe, decide, act, sleep until something happens.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::stream::BoxStream;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::Resource;
+use kube::api::Api;
+use serin_analysis::Query;
+use serin_analysis::judge::comparison::Comparison;
+use serin_crds::flagger::{Canary, CanaryPhase, CanaryStatus};
+use tokio::sync::Notify;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use super::act::{Acting, within};
+use super::dead_pods::DeadPods;
+use super::measure::Measuring;
+use super::observe::{Seen, Written, observe};
+use super::{Key, Shared};
+use crate::decide::{COMPARISON_STATE, Decision, decide};
+use crate::objects::Blueprint;
+use crate::plan::Plan;
+use crate::traffic::Liveness;
+use crate::{Error, FIELD_MANAGER};
+
+/// First wait after an error; doubled up to [`RETRY_MAX`].
+const RETRY_MIN: Duration = Duration::from_millis(100);
+/// Longest wait between two tries.
+const RETRY_MAX: Duration = Duration::from_secs(10);
+/// How old measured values in the status may grow. They change every second; nobody needs a write for each.
+const VALUES_MAX_AGE: Duration = Duration::from_secs(5);
+/// Wait before a mesh that ended its report on a route is asked again.
+const LIVENESS_RETRY: Duration = Duration::from_secs(1);
+
+/// Reason of every event, as in Flagger.
+const EVENT_REASON: &str = "Synced";
+
+/// Works on a Canary until it is gone or `cancel` fires. Returns its key.
+pub(crate) async fn work(shared: Arc<Shared>, key: Key, wake: Arc<Notify>, cancel: CancellationToken) -> Key {
+    let mut worker = Worker {
+        shared,
+        key: key.clone(),
+        status: None,
+        unwritten: false,
+        written_at: None,
+        written: Written::default(),
+        measuring: Measuring::default(),
+        live: LiveWatch::default(),
+        dead_pods: None,
+        plan: None,
+        retry: RETRY_MIN,
+    };
+    loop {
+        let wake_at = match worker.once().await {
+            Ok(Next::Gone) => return key,
+            // A new phase may have something to do with what is seen already.
+            Ok(Next::Again) if !cancel.is_cancelled() => continue,
+            Ok(Next::Again) => return key,
+            Ok(Next::At(at)) => {
+                worker.retry = RETRY_MIN;
+                at.map(|at| worker.instant(at))
+            }
+            Err(error) => {
+                warn!(%error, retry_ms = worker.retry.as_millis(), "rollout step failed; it is tried again");
+                let at = Instant::now() + worker.retry;
+                worker.retry = (worker.retry * 2).min(RETRY_MAX);
+                Some(at)
+            }
+        };
+        tokio::select! {
+            () = cancel.cancelled() => return key,
+            () = wake.notified() => {}
+            () = sleep(wake_at) => {}
+            () = worker.live.next() => {}
+            () = worker.measuring.next(worker.plan.as_ref()) => {}
+            () = next_death(&mut worker.dead_pods) => {}
+        }
+    }
+}
+
+enum Next {
+    Gone,
+    Again,
+    At(Option<Timestamp>),
+}
+
+struct Worker {
+    shared: Arc<Shared>,
+    key: Key,
+    /// The status as we last wrote it. The cache may lag behind our own writes; this does not.
+    status: Option<CanaryStatus>,
+    /// Whether the status in memory is newer than the one on the API server in more than measured values.
+    unwritten: bool,
+    written_at: Option<Instant>,
+    written: Written,
+    measuring: Measuring,
+    live: LiveWatch,
+    dead_pods: Option<DeadPods>,
+    plan: Option<Plan>,
+    retry: Duration,
+}
+
+impl Worker {
+    /// One round: observe, decide, act.
+    async fn once(&mut self) -> Result<Next, Error> {
+        let Some(mut seen) = observe(&self.shared, &self.key, &self.written) else {
+            info!("Canary is gone");
+            return Ok(Next::Gone);
+        };
+        let now = self.shared.now();
+        let status = self
+            .status
+            .get_or_insert_with(|| seen.canary.status.clone().unwrap_or_default())
+            .clone();
+        self.listen(&seen, &status, now).await;
+        seen.observed.liveness = self.live.last.clone();
+        seen.observed.dead_pods = self.dead_pods.as_ref().map(DeadPods::list).unwrap_or_default();
+        seen.observed.measured = self.measuring.measured(&seen.plan, now);
+
+        let decision = decide(&seen.observed, &seen.plan, &status, now);
+        for action in &decision.actions {
+            debug!(?action, "acting");
+            let mut acting = Acting {
+                shared: &self.shared,
+                key: &self.key,
+                seen: &seen,
+                written: &mut self.written,
+            };
+            acting.act(action).await?;
+        }
+        let wake_at = decision.wake_at;
+        let same_phase = status.phase == decision.status.phase;
+        self.report(&seen, status, decision).await?;
+        self.plan = Some(seen.plan);
+        Ok(if same_phase {
+            Next::At(wake_at)
+        } else {
+            Next::Again
+        })
+    }
+
+    /// Listens to what this phase depends on, and to nothing else.
+    async fn listen(&mut self, seen: &Seen, status: &CanaryStatus, now: Timestamp) {
+        let generation = seen.observed.route.as_ref().map(|route| route.generation);
+        let settled = matches!(
+            status.phase,
+            Some(CanaryPhase::Initialized | CanaryPhase::Succeeded | CanaryPhase::Failed)
+        ) && status.run.is_none();
+        match generation.filter(|_| !settled) {
+            Some(generation) => {
+                let traffic = &self.shared.context.traffic;
+                let (namespace, apex) = (&self.key.namespace, &seen.plan.apex);
+                self.live
+                    .watch(generation, || traffic.liveness(namespace, apex, generation));
+            }
+            None => self.live = LiveWatch::default(),
+        }
+
+        let running = status.phase == Some(CanaryPhase::Progressing) && !seen.plan.suspend;
+        if !running {
+            self.measuring.stop();
+            self.dead_pods = None;
+            return;
+        }
+        if let Some(target) = seen.target.as_deref()
+            && let Ok(blueprint) = Blueprint::new(&seen.canary, target, &self.shared.context.options)
+        {
+            let selector = blueprint.target_selector();
+            if self
+                .dead_pods
+                .as_ref()
+                .is_none_or(|watch| watch.selector() != selector)
+            {
+                let client = self.shared.context.client.clone();
+                self.dead_pods = Some(DeadPods::watch(client, &self.key.namespace, selector));
+            }
+        }
+        let run = status.run.clone().unwrap_or_default();
+        let started = run
+            .started_at
+            .as_ref()
+            .map(|at| at.0)
+            .or(Some(Timestamp::UNIX_EPOCH));
+        self.measuring.run(started, || evidence(status));
+        self.measuring
+            .window(run.window_started_at.as_ref().map(|at| at.0));
+        let query = Query {
+            namespace: self.key.namespace.clone(),
+            canary_workload: seen.plan.target.clone(),
+            primary_workload: seen.plan.primary(),
+            service: seen.plan.apex.clone(),
+        };
+        self.measuring
+            .ensure(&*self.shared.context.metrics, &query, now)
+            .await;
+    }
+
+    /// Writes the status and tells the events.
+    async fn report(&mut self, seen: &Seen, before: CanaryStatus, decision: Decision) -> Result<(), Error> {
+        let fresh = self.written_at.is_some_and(|at| at.elapsed() < VALUES_MAX_AGE);
+        let changed = match (before == decision.status, fresh) {
+            (true, _) => false,
+            (false, false) => true,
+            (false, true) => without_values(&before) != without_values(&decision.status),
+        };
+        // Kept even when the write below fails: what was decided and done is not decided again from an older status.
+        self.status = Some(decision.status.clone());
+        self.unwritten |= changed;
+        self.tell(seen, &decision);
+        if !self.unwritten {
+            return Ok(());
+        }
+        let client = self.shared.context.client.clone();
+        let api: Api<Canary> = Api::namespaced(client, &self.key.namespace);
+        let object = format!("Canary {}", self.key);
+        let write = serin_kit::apply::apply_status(
+            &api,
+            FIELD_MANAGER,
+            Some(&self.key.namespace),
+            &self.key.name,
+            &decision.status,
+        );
+        match within(&object, "apply status of", async { Ok(write.await?) }).await {
+            Ok(_) => {}
+            // The finalizer was the last thing that kept it.
+            Err(_) if seen.observed.deleting && !still_there(&self.shared, &self.key) => {}
+            Err(error) => return Err(error),
+        }
+        self.unwritten = false;
+        self.written_at = Some(Instant::now());
+        Ok(())
+    }
+
+    fn tell(&self, seen: &Seen, decision: &Decision) {
+        let about = reference(&seen.canary);
+        for event in &decision.events {
+            info!(message = %event.message, "event");
+            if event.warning {
+                self.shared
+                    .recorder
+                    .warning(&about, EVENT_REASON, EVENT_REASON, &event.message);
+            } else {
+                self.shared
+                    .recorder
+                    .normal(&about, EVENT_REASON, EVENT_REASON, &event.message);
+            }
+        }
+    }
+
+    fn instant(&self, at: Timestamp) -> Instant {
+        let wait = at.duration_since(self.shared.now());
+        Instant::now() + Duration::try_from(wait).unwrap_or(Duration::ZERO)
+    }
+}
+
+fn still_there(shared: &Shared, key: &Key) -> bool {
+    shared
+        .caches
+        .canaries
+        .get(Some(&key.namespace), &key.name)
+        .is_some()
+}
+
+fn reference(canary: &Canary) -> ObjectReference {
+    canary.object_ref(&())
+}
+
+/// The evidence that a run had when its status was last written.
+fn evidence(status: &CanaryStatus) -> Option<Comparison> {
+    let state = status
+        .run
+        .as_ref()?
+        .evidence
+        .as_ref()?
+        .judges
+        .get(COMPARISON_STATE)?;
+    serde_json::from_value(state.clone()).ok()
+}
+
+/// A status without what changes with every sample.
+fn without_values(status: &CanaryStatus) -> CanaryStatus {
+    let mut status = status.clone();
+    for metric in &mut status.metrics {
+        metric.value = None;
+        metric.samples = None;
+        metric.message = None;
+    }
+    if let Some(run) = status.run.as_mut() {
+        run.evidence = None;
+    }
+    if let Some(live) = status.weight_live.as_mut() {
+        // A thousand proxies acknowledge one after the other; whether all have is what counts.
+        (live.sent, live.acked) = (None, None);
+    }
+    status
+}
+
+async fn sleep(until: Option<Instant>) {
+    match until {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn next_death(dead_pods: &mut Option<DeadPods>) {
+    match dead_pods {
+        Some(watch) => watch.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// What the mesh says about the route's current generation.
+#[derive(Default)]
+struct LiveWatch {
+    generation: Option<i64>,
+    stream: Option<BoxStream<'static, Liveness>>,
+    retry_at: Option<Instant>,
+    last: Option<Liveness>,
+}
+
+impl LiveWatch {
+    fn watch(&mut self, generation: i64, subscribe: impl FnOnce() -> BoxStream<'static, Liveness>) {
+        let waiting = self.retry_at.is_some_and(|at| Instant::now() < at);
+        if self.generation == Some(generation) && (self.stream.is_some() || waiting) {
+            return;
+        }
+        if self.generation != Some(generation) {
+            self.last = None;
+        }
+        self.generation = Some(generation);
+        self.retry_at = None;
+        self.stream = Some(subscribe());
+    }
+
+    async fn next(&mut self) {
+        match (&mut self.stream, self.retry_at) {
+            (Some(stream), _) => match stream.next().await {
+                Some(live) => self.last = Some(live),
+                None => {
+                    self.stream = None;
+                    self.retry_at = Some(Instant::now() + LIVENESS_RETRY);
+                }
+            },
+            (None, Some(at)) => tokio::time::sleep_until(at).await,
+            (None, None) => std::future::pending().await,
+        }
+    }
+}

@@ -1,0 +1,2 @@
+pub(crate) mod envsubst;
+pub(crate) mod glob;

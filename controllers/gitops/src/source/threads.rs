@@ -1,0 +1,199 @@
+//! The threads on which libgit2 runs. libgit2 blocks; a server that accepts and never answers holds its thread until
+//! libgit2's own (process-wide) timeout, whatever our caller's deadline was. So:
+//!
+//! * an operation that passes its deadline is told to stop (its callbacks look at [`Stop`]) and is abandoned: the
+//!   caller gets its error at once, the thread ends when libgit2 lets it;
+//! * at most [`RUNNING_MAX`] operations run at a time and at most [`PER_HOST_MAX`] on one host, where an abandoned
+//!   one still counts for its host. One hanging server so never takes more than [`PER_HOST_MAX`] threads from others;
+//! * when [`ABANDONED_MAX`] threads hang, new operations are refused, with the reason.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::{Semaphore, oneshot};
+
+use crate::error::Error;
+
+/// Git operations at a time. They are bound by the network, not by the processor.
+const RUNNING_MAX: usize = 8;
+/// Git operations at a time against one host.
+const PER_HOST_MAX: usize = 3;
+/// Hanging threads that we live with; each costs a stack and a socket.
+const ABANDONED_MAX: usize = 32;
+
+/// Tells an operation that nobody waits for it any more.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Stop(Arc<AtomicBool>);
+
+impl Stop {
+    /// Whether the operation must end.
+    pub(crate) fn requested(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Requests the stop when the waiting side goes away, by deadline or by cancellation.
+struct StopOnDrop(Stop);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The pool. Cloning shares it.
+#[derive(Debug, Clone)]
+pub(crate) struct Threads {
+    running: Arc<Semaphore>,
+    hosts: Arc<Mutex<HashMap<String, Arc<Semaphore>>>>,
+    abandoned: Arc<AtomicUsize>,
+}
+
+impl Threads {
+    pub(crate) fn new() -> Self {
+        Self {
+            running: Arc::new(Semaphore::new(RUNNING_MAX)),
+            hosts: Arc::default(),
+            abandoned: Arc::default(),
+        }
+    }
+
+    /// Runs `job` on a thread of its own. `action` and `url` word the errors.
+    pub(crate) async fn run<T, F>(
+        &self,
+        host: &str,
+        action: &'static str,
+        url: &str,
+        deadline: Duration,
+        job: F,
+    ) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Stop) -> Result<T, Error> + Send + 'static,
+    {
+        let hanging = self.abandoned.load(Ordering::Relaxed);
+        if hanging >= ABANDONED_MAX {
+            return Err(Error::GitExhausted {
+                url: url.to_string(),
+                hanging,
+            });
+        }
+        let late = || Error::GitTimeout {
+            action,
+            url: url.to_string(),
+            after: deadline,
+        };
+        tokio::time::timeout(deadline, self.start(host, url, job))
+            .await
+            .map_err(|_| late())?
+    }
+
+    async fn start<T, F>(&self, host: &str, url: &str, job: F) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Stop) -> Result<T, Error> + Send + 'static,
+    {
+        let of_host = self.host(host);
+        let host_permit = of_host.acquire_owned().await.map_err(|_| Error::Stopping)?;
+        let _running = self.running.acquire().await.map_err(|_| Error::Stopping)?;
+        let stop = Stop::default();
+        let guard = StopOnDrop(stop.clone());
+        let (send, receive) = oneshot::channel();
+        let abandoned = self.abandoned.clone();
+        std::thread::Builder::new()
+            .name("serin-git".into())
+            .spawn(move || {
+                let result = job(&stop);
+                if send.send(result).is_err() {
+                    abandoned.fetch_sub(1, Ordering::Relaxed);
+                }
+                drop(host_permit);
+            })
+            .map_err(|source| Error::Io {
+                action: "start a git thread for",
+                path: url.to_string(),
+                source,
+            })?;
+        let waiting = Waiting {
+            abandoned: self.abandoned.clone(),
+            answered: false,
+        };
+        let result = waiting.on(receive).await;
+        drop(guard);
+        result.unwrap_or(Err(Error::Git {
+            action: "work on",
+            url: url.to_string(),
+            reason: "the git thread ended without an answer; this is a defect of Serin".into(),
+        }))
+    }
+
+    fn host(&self, host: &str) -> Arc<Semaphore> {
+        let mut hosts = self.hosts.lock();
+        // A host that nobody uses holds all its permits and is not referenced elsewhere.
+        if hosts.len() > 256 {
+            hosts.retain(|_, s| Arc::strong_count(s) > 1 || s.available_permits() < PER_HOST_MAX);
+        }
+        hosts
+            .entry(host.to_string())
+            .or_insert_with(|| Arc::new(Semaphore::new(PER_HOST_MAX)))
+            .clone()
+    }
+}
+
+/// Counts the thread as abandoned when its waiter is dropped before the answer.
+struct Waiting {
+    abandoned: Arc<AtomicUsize>,
+    answered: bool,
+}
+
+impl Waiting {
+    async fn on<T>(mut self, receive: oneshot::Receiver<T>) -> Option<T> {
+        let answer = receive.await.ok();
+        self.answered = true;
+        answer
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if !self.answered {
+            self.abandoned.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn operations_that_hang_on_one_host_do_not_hold_up_another_host() {
+        let threads = Threads::new();
+        let (release, held) = std::sync::mpsc::channel::<()>();
+        let held = Arc::new(Mutex::new(held));
+        let mut hanging = Vec::new();
+        for _ in 0..RUNNING_MAX + 2 {
+            let held = held.clone();
+            let job = move |stop: &Stop| {
+                let _ = held.lock().recv();
+                assert!(stop.requested(), "an abandoned operation is told to stop");
+                Ok(())
+            };
+            hanging.push(threads.run("slow", "fetch", "https://slow/x", Duration::from_millis(20), job));
+        }
+        for result in futures::future::join_all(hanging).await {
+            assert!(matches!(result, Err(Error::GitTimeout { .. })), "{result:?}");
+        }
+        let other = threads
+            .run("fast", "fetch", "https://fast/x", Duration::from_secs(30), |_| {
+                Ok(7)
+            })
+            .await;
+        assert_eq!(other.unwrap(), 7);
+        assert_eq!(threads.abandoned.load(Ordering::Relaxed), PER_HOST_MAX);
+        drop(release);
+    }
+}

@@ -1,0 +1,312 @@
+//! `spec.analysis`: steps, bounds, hooks.
+
+use super::StringMatch;
+use crate::open_enum;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// How a new revision gets traffic and how it is judged.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(extend("oneOf" = [{"required": ["interval", "threshold", "iterations"]}, {"required": ["interval", "threshold", "stepWeight"]}, {"required": ["interval", "threshold", "stepWeights"]}]))]
+pub struct CanaryAnalysis {
+    /// Length of one step's measurement window, for example `30s`. Default 60 s. Windows below 10 s are
+    /// honoured (Flagger raises them to 10 s).
+    #[schemars(regex(pattern = r"^[0-9]+(m|s)"))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub interval: Option<String>,
+    /// Number of checks of a blue/green or A/B rollout. 0: a weighted rollout.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iterations: Option<i32>,
+    /// Failed checks of one run after which it is rolled back. Default 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threshold: Option<i32>,
+    /// Highest share of the canary, in percent; then it is promoted. Default 100; not looked at with
+    /// `stepWeights`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_weight: Option<i32>,
+    /// Growth of the share per step, in percent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub step_weight: Option<i32>,
+    /// Shares, in percent, in order; the last is the highest.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub step_weights: Vec<i32>,
+    /// Growth of the primary's share per step after promotion, in percent. 0: all at once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub step_weight_promotion: Option<i32>,
+    /// Copies requests to the canary before the first step. Default false.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mirror: Option<bool>,
+    /// Share of the requests that is copied, in percent. Default: all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mirror_weight: Option<i32>,
+    /// Percent of the primary's pods that must be available. Default 100.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub primary_ready_threshold: Option<i32>,
+    /// Percent of the canary's pods that must be available. Default 100.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub canary_ready_threshold: Option<i32>,
+    /// A/B: requests that go to the canary.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub r#match: Vec<AnalysisMatchRequest>,
+    /// What is measured, in order; the first failure ends a check.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub metrics: Vec<CanaryMetric>,
+    /// Who is told.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub alerts: Vec<CanaryAlert>,
+    /// Hooks and gates.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub webhooks: Vec<CanaryWebhook>,
+    /// Keeps a client at the revision it met.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub session_affinity: Option<SessionAffinity>,
+    /// Ours: the sequential comparison of canary against primary, which stops a bad release within seconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub comparison: Option<Comparison>,
+}
+
+/// Ours: options of the sequential comparison of canary against primary.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Comparison {
+    /// Whether a statistical verdict may stop the rollout. Default true.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub enabled: Option<bool>,
+    /// Highest probability with which a release within the tolerance is ever stopped. Default 0.01.
+    #[schemars(range(min = 0.000001, max = 0.5))]
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "crate::number::optional"
+    )]
+    pub alpha: Option<f64>,
+    /// Ratio of the canary's error rate to the primary's that is still tolerated, at least 1. Default 1.5.
+    #[schemars(range(min = 1.0))]
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "crate::number::optional"
+    )]
+    pub tolerance: Option<f64>,
+}
+
+/// One measured quantity and its bounds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CanaryMetric {
+    /// `request-success-rate` (percent), `request-duration` (p99 in milliseconds), or a name of one's own
+    /// together with `templateRef`.
+    pub name: String,
+    /// Window that the value is computed over. Default `1m`.
+    #[schemars(regex(pattern = r"^[0-9]+(m|s)"))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub interval: Option<String>,
+    /// Bounds, both inclusive.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threshold_range: Option<ThresholdRange>,
+    /// Deprecated: the lower bound of a success rate, the upper bound of anything else.
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "crate::number::optional"
+    )]
+    pub threshold: Option<f64>,
+    /// Deprecated: a PromQL query.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub query: Option<String>,
+    /// The MetricTemplate to ask.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub template_ref: Option<CrossNamespaceObjectReference>,
+    /// Values for `{{ variables.x }}` of the template.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub template_variables: BTreeMap<String, String>,
+}
+
+/// Bounds, both inclusive.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ThresholdRange {
+    /// Least accepted value.
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "crate::number::optional"
+    )]
+    pub min: Option<f64>,
+    /// Highest accepted value.
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "crate::number::optional"
+    )]
+    pub max: Option<f64>,
+}
+
+/// An object by name, possibly in another namespace.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CrossNamespaceObjectReference {
+    /// Name.
+    pub name: String,
+    /// Namespace. Default: the Canary's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
+}
+
+open_enum! {
+    /// Least severity that an alert passes on.
+    pub enum AlertSeverity {
+        /// ``
+        Unset = "",
+        /// `info`
+        Info = "info",
+        /// `warn`
+        Warn = "warn",
+        /// `error`
+        Error = "error",
+    }
+}
+open_enum! {
+    /// When a webhook is called.
+    pub enum HookType {
+        /// ``
+        Unset = "",
+        /// `confirm-rollout`
+        ConfirmRollout = "confirm-rollout",
+        /// `pre-rollout`
+        PreRollout = "pre-rollout",
+        /// `rollout`
+        Rollout = "rollout",
+        /// `confirm-promotion`
+        ConfirmPromotion = "confirm-promotion",
+        /// `post-rollout`
+        PostRollout = "post-rollout",
+        /// `event`
+        Event = "event",
+        /// `rollback`
+        Rollback = "rollback",
+        /// `confirm-traffic-increase`
+        ConfirmTrafficIncrease = "confirm-traffic-increase",
+    }
+}
+open_enum! {
+    /// The cookie attribute `SameSite`.
+    pub enum SameSite {
+        /// `Strict`
+        Strict = "Strict",
+        /// `Lax`
+        Lax = "Lax",
+        /// `None`
+        None = "None",
+    }
+}
+
+/// Somebody to tell.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CanaryAlert {
+    /// Name, for people.
+    pub name: String,
+    /// Least severity. Default `info`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub severity: Option<AlertSeverity>,
+    /// The AlertProvider.
+    pub provider_ref: CrossNamespaceObjectReference,
+}
+
+/// A hook or gate.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CanaryWebhook {
+    /// Name, for people.
+    pub name: String,
+    /// When it is called. Default `rollout`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub r#type: Option<HookType>,
+    /// Address that is posted to.
+    pub url: String,
+    /// Tells nobody about this hook. Default false.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mute_alert: Option<bool>,
+    /// Deadline of one attempt. Default `10s`.
+    #[schemars(regex(pattern = r"^[0-9]+(m|s)"))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<String>,
+    /// Attempts after the first. Default 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retries: Option<i32>,
+    /// Does not verify the certificate. Default false.
+    #[serde(rename = "disableTLS", skip_serializing_if = "Option::is_none")]
+    pub disable_tls: Option<bool>,
+    /// Sent along.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub metadata: BTreeMap<String, String>,
+}
+
+/// Cookies that keep a client at the revision it met.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SessionAffinity {
+    /// Cookie of the canary.
+    pub cookie_name: String,
+    /// Cookie of the primary. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub primary_cookie_name: Option<String>,
+    /// Cookie attribute `Domain`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub domain: Option<String>,
+    /// Cookie attribute `HttpOnly`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub http_only: Option<bool>,
+    /// Lifetime of the canary's cookie in seconds. Default 86400.
+    #[schemars(extend("default" = 86400))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_age: Option<i32>,
+    /// Cookie attribute `Partitioned`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub partitioned: Option<bool>,
+    /// Cookie attribute `Path`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// Cookie attribute `SameSite`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub same_site: Option<SameSite>,
+    /// Cookie attribute `Secure`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub secure: Option<bool>,
+}
+
+/// Requests of an A/B rollout that go to the canary; all given fields must match.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AnalysisMatchRequest {
+    /// Headers, by lower-case name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub headers: BTreeMap<String, AnalysisStringMatch>,
+    /// Query parameters, by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub query_params: BTreeMap<String, StringMatch>,
+    /// Labels of the caller.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub source_labels: BTreeMap<String, String>,
+}
+
+/// A match on text; exactly one field is set.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AnalysisStringMatch {
+    /// Equal to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exact: Option<String>,
+    /// Starts with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefix: Option<String>,
+    /// Ends with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub suffix: Option<String>,
+    /// RE2 expression that matches the whole text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub regex: Option<String>,
+}

@@ -1,0 +1,5 @@
+//! Flux: sources, kustomizations, notifications.
+
+pub mod kustomize;
+pub mod notification;
+pub mod source;

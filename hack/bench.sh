@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Measures. Peers (kubectl, Envoy) take part where they are installed; figures are ratios of the same run where one is.
+# Arguments name the benchmarks to run; all of them if there are none.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export SERIN_BIN_DIR="${CARGO_TARGET_DIR:?}/${PROFILE:-demo}"
+all=(kustomize xds proxy demo)
+for bench in "${@:-${all[@]}}"; do
+    echo "== $bench"
+    case $bench in
+        demo) cargo bench --locked -q -p serin-tests --bench demo ;;
+        *) cargo bench --locked -q -p "serin-$bench" ;;
+    esac
+done

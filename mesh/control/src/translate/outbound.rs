@@ -1,0 +1,612 @@
+//! What sidecars (and, for clusters and endpoints, gateways too) send to: the slots of a service and their translation.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use serin_crds::istio::TrafficPolicy;
+use serin_model::route::{Audience, Backend, ConnectionRoute, MESH};
+use serin_model::{Client, HostPolicy, Locality, Model, Port, Protocol, Resolution, RuleSet, Service, host};
+use serin_xds::pb::envoy::config::cluster::v3::cluster::DiscoveryType;
+use serin_xds::pb::envoy::config::listener::v3 as listener_pb;
+use serin_xds::pb::envoy::config::route::v3 as pb;
+use serin_xds::resource::{Origin, ResourceType};
+
+use super::cluster::{self, Side};
+use super::listener::{self, Destination, TcpChain};
+use super::route::{self, Destinations};
+use super::view::{Built, Slot};
+use super::{endpoint, wire};
+
+/// Name of the virtual host that takes what no other takes.
+const ALLOW_ANY: &str = "allow_any";
+const BLOCK_ALL: &str = "block_all";
+/// Direct responses up to this size are taken; Istio's limit.
+const DIRECT_RESPONSE_LIMIT: u32 = 1 << 20;
+/// Hosts of VirtualServices that no service has are served on this port only, as in Istio.
+const NAMED_PORT: u16 = 80;
+
+/// For whom things are translated.
+pub(super) struct Context<'a> {
+    pub(super) model: &'a Model,
+    pub(super) client: &'a Client,
+    pub(super) side: Side,
+    pub(super) locality: Option<&'a Locality>,
+}
+
+/// `80`, or `host:port` where the protocol is found out per connection.
+fn route_name(service: &Service, port: &Port) -> Arc<str> {
+    if port.protocol == Protocol::Auto {
+        format!("{}:{}", service.host, port.number).into()
+    } else {
+        port.number.to_string().into()
+    }
+}
+
+/// The slots that a service asks for.
+pub(super) fn slots(service: &Service, model: &Model, client: &Client, side: Side) -> BTreeSet<Slot> {
+    let mut slots = BTreeSet::new();
+    let aliased = service.resolution == Resolution::Alias;
+    if !aliased && service.ports.iter().any(|port| port.protocol != Protocol::Udp) {
+        slots.insert(Slot::Clusters(service.host.clone()));
+        slots.insert(Slot::Endpoints(service.host.clone()));
+    }
+    if side == Side::Router {
+        return slots;
+    }
+    for port in service.ports.iter().filter(|port| port.protocol != Protocol::Udp) {
+        if aliased {
+            // Another name for another host: only rules of its own give it a virtual host.
+            if port.protocol.is_http() && model.rules(&service.host, client).is_some() {
+                slots.insert(Slot::VirtualHost(
+                    port.number.to_string().into(),
+                    service.host.clone(),
+                ));
+            }
+            continue;
+        }
+        if port.protocol.is_http_or_auto() {
+            let name = route_name(service, port);
+            slots.insert(Slot::VirtualHost(name.clone(), service.host.clone()));
+            if port.protocol.is_http() {
+                slots.insert(Slot::VirtualHost(name.clone(), ALLOW_ANY.into()));
+            }
+            slots.insert(Slot::Route(name));
+        }
+        for address in listen_addresses(service, port, model) {
+            slots.insert(Slot::Listener(format!("{address}_{}", port.number).into()));
+        }
+    }
+    slots
+}
+
+/// Where a port is captured: HTTP on any address (the host decides), others on the service's or its Pods' addresses.
+fn listen_addresses(service: &Service, port: &Port, model: &Model) -> Vec<String> {
+    if port.protocol.is_http() {
+        return vec!["0.0.0.0".to_owned()];
+    }
+    if !service.addresses.is_empty() {
+        return service.addresses.iter().map(ToString::to_string).collect();
+    }
+    if service.headless {
+        let mut addresses: Vec<String> = model
+            .endpoints(&service.host)
+            .iter()
+            .map(|endpoint| endpoint.address.to_string())
+            .collect();
+        addresses.sort();
+        addresses.dedup();
+        return addresses;
+    }
+    vec!["0.0.0.0".to_owned()]
+}
+
+/// The slots of a host that rules name and no service has.
+pub(super) fn named_slots(pattern: &Arc<str>, model: &Model, client: &Client) -> BTreeSet<Slot> {
+    let mut slots = BTreeSet::new();
+    if model
+        .rules_named(pattern, client)
+        .is_none_or(|rules| rules.http.is_empty())
+    {
+        return slots;
+    }
+    let taken = if host::is_wildcard(pattern) {
+        model
+            .visible_services(client)
+            .any(|service| host::covers(pattern, &service.host))
+    } else {
+        model.visible_service(pattern, client).is_some()
+    };
+    if !taken {
+        slots.insert(Slot::VirtualHost(NAMED_PORT.to_string().into(), pattern.clone()));
+    }
+    slots
+}
+
+/// The service that a name like `web`, `web.b` or `web.b.svc` is one of the names of.
+pub(super) fn owner_of_short_name(name: &str, client: &Client, model: &Model) -> Option<Arc<str>> {
+    let domain = &model.config().domain;
+    let mut parts = name.trim_end_matches('.').split('.');
+    let (service, namespace) = (parts.next()?, parts.next().unwrap_or(&client.namespace));
+    let full = format!("{service}.{namespace}.svc.{domain}");
+    (full != name)
+        .then(|| model.visible_service(&full, client))
+        .flatten()
+        .map(|service| service.host.clone())
+}
+
+/// Whether rules for connections (TCP, TLS) could change what is in the slot.
+pub(super) fn is_connection_listener(slot: &Slot) -> bool {
+    matches!(slot, Slot::Listener(name) if !name.starts_with("0.0.0.0_"))
+        || matches!(slot, Slot::Listener(name) if name.starts_with("0.0.0.0_"))
+}
+
+/// A route configuration; its hosts come on their own unless they are given.
+pub(super) fn route_configuration(
+    name: &str,
+    virtual_hosts: Vec<pb::VirtualHost>,
+    vhds: bool,
+) -> pb::RouteConfiguration {
+    pb::RouteConfiguration {
+        name: name.to_owned(),
+        virtual_hosts,
+        vhds: vhds.then(|| pb::Vhds {
+            config_source: Some(wire::ads()),
+        }),
+        // A route may name a cluster that is not there yet: that request fails, the others do not.
+        validate_clusters: Some(wire::boolean(false)),
+        max_direct_response_body_size_bytes: Some(wire::uint32(DIRECT_RESPONSE_LIMIT)),
+        ignore_port_in_host_matching: true,
+        ..Default::default()
+    }
+}
+
+/// Destinations as one client sees them.
+pub(super) struct Resolver<'a> {
+    pub(super) model: &'a Model,
+    pub(super) client: &'a Client,
+}
+
+impl Resolver<'_> {
+    /// An alias stands for another host.
+    fn host(&self, host: &Arc<str>) -> Arc<str> {
+        self.model
+            .visible_service(host, self.client)
+            .and_then(|service| service.alias_of.clone())
+            .unwrap_or_else(|| host.clone())
+    }
+}
+
+impl Destinations for Resolver<'_> {
+    fn cluster(&self, backend: &Backend, port: u16) -> String {
+        cluster::name(
+            backend.port.unwrap_or(port),
+            backend.subset.as_deref().unwrap_or(""),
+            &self.host(&backend.host),
+        )
+    }
+
+    fn policy(&self, backend: &Backend, port: u16) -> Option<TrafficPolicy> {
+        let service = self
+            .model
+            .visible_service(&self.host(&backend.host), self.client)?;
+        let policy = self
+            .model
+            .policy(&service.host, &service.namespace, self.client)?;
+        Some(policy.for_port(backend.subset.as_deref(), backend.port.unwrap_or(port)))
+    }
+}
+
+/// Whether a rule is for this client, gateway and port.
+pub(super) fn is_for(audience: &Audience, client: &Client, gateway: &str, port: u16) -> bool {
+    audience.port.is_none_or(|wanted| wanted == port)
+        && audience
+            .namespace
+            .as_deref()
+            .is_none_or(|wanted| wanted == &*client.namespace)
+        && audience
+            .labels
+            .iter()
+            .all(|(key, value)| client.labels.get(key) == Some(value))
+        && (audience.gateways.is_empty() || audience.gateways.iter().any(|wanted| &**wanted == gateway))
+}
+
+/// The routes of a rule set for a client; nothing after a catch-all is sent.
+pub(super) fn routes(
+    rules: &RuleSet,
+    resolver: &Resolver<'_>,
+    gateway: &str,
+    port: u16,
+    hosts: &mut BTreeSet<Arc<str>>,
+    origins: &mut BTreeSet<Origin>,
+) -> Vec<pb::Route> {
+    let mut out = Vec::new();
+    for rule in &rules.http {
+        if !is_for(&rule.audience, resolver.client, gateway, port) {
+            continue;
+        }
+        hosts.extend(rule.hosts().map(|backend| backend.host.clone()));
+        origins.insert(wire::origin(&rule.provenance));
+        origins.extend(rule.also.iter().map(wire::origin));
+        out.push(route::translate(rule, port, resolver));
+        if rule.matches.is_catch_all() {
+            break;
+        }
+    }
+    out
+}
+
+/// A virtual host and the objects that it was made from.
+pub(super) type Made = Option<(pb::VirtualHost, BTreeSet<Origin>)>;
+
+impl Context<'_> {
+    fn resolver(&self) -> Resolver<'_> {
+        Resolver {
+            model: self.model,
+            client: self.client,
+        }
+    }
+
+    pub(super) fn registry_only(&self) -> bool {
+        self.client
+            .scope
+            .as_ref()
+            .and_then(|scope| scope.registry_only)
+            .unwrap_or(self.model.config().registry_only)
+    }
+
+    fn policy(&self, service: &Service) -> Option<HostPolicy> {
+        self.model.policy(&service.host, &service.namespace, self.client)
+    }
+
+    /// Every port and subset of a service, with the load assignment where the endpoints are part of the cluster.
+    pub(super) fn clusters(&self, host: &Arc<str>) -> Built {
+        let mut built = Built::default();
+        let Some(service) = self.model.visible_service(host, self.client) else {
+            return built;
+        };
+        let policy = self.policy(service);
+        for origin in policy.iter().flat_map(|policy| &policy.provenance) {
+            built.origin(origin);
+        }
+        if !service.kubernetes {
+            built.origin(&service.provenance);
+        }
+        let endpoints = self.model.endpoints(host);
+        for port in service.ports.iter().filter(|port| port.protocol != Protocol::Udp) {
+            for subset in subsets(policy.as_ref()) {
+                let mut made = cluster::outbound(service, port, subset, policy.as_ref(), self.side);
+                if matches!(service.resolution, Resolution::Dns | Resolution::DnsRoundRobin) {
+                    made.load_assignment =
+                        Some(self.assignment(service, port, subset, policy.as_ref(), &endpoints));
+                }
+                built.push(ResourceType::Cluster, &made.name.clone(), &made);
+            }
+        }
+        built
+    }
+
+    fn assignment(
+        &self,
+        service: &Service,
+        port: &Port,
+        subset: Option<&str>,
+        policy: Option<&HostPolicy>,
+        endpoints: &[serin_model::Endpoint],
+    ) -> serin_xds::pb::envoy::config::endpoint::v3::ClusterLoadAssignment {
+        let traffic = policy
+            .map(|policy| policy.for_port(subset, port.number))
+            .unwrap_or_default();
+        let empty = BTreeMap::new();
+        let labels = subset
+            .and_then(|name| policy?.subsets.iter().find(|subset| subset.name == name))
+            .map_or(&empty, |subset| &subset.labels);
+        let nowhere = Locality::default();
+        endpoint::assignment(
+            &cluster::name(port.number, subset.unwrap_or(""), &service.host),
+            service,
+            port,
+            endpoints,
+            labels,
+            &traffic,
+            &endpoint::Nearness {
+                client: self.locality.unwrap_or(&nowhere),
+                labels: &self.client.labels,
+                cluster_id: &self.model.config().cluster_id,
+            },
+        )
+    }
+
+    /// The load assignments of a service's clusters.
+    pub(super) fn endpoints(&self, host: &Arc<str>) -> Built {
+        let mut built = Built::default();
+        let Some(service) = self.model.visible_service(host, self.client) else {
+            return built;
+        };
+        let policy = self.policy(service);
+        let endpoints = self.model.endpoints(host);
+        for port in service.ports.iter().filter(|port| port.protocol != Protocol::Udp) {
+            for subset in subsets(policy.as_ref()) {
+                let traffic = policy
+                    .as_ref()
+                    .map(|policy| policy.for_port(subset, port.number))
+                    .unwrap_or_default();
+                if cluster::discovery(service, &traffic, self.side) == DiscoveryType::Eds {
+                    let made = self.assignment(service, port, subset, policy.as_ref(), &endpoints);
+                    built.push(ResourceType::Endpoints, &made.cluster_name.clone(), &made);
+                }
+            }
+        }
+        for origin in policy.iter().flat_map(|policy| &policy.provenance) {
+            built.origin(origin);
+        }
+        built
+    }
+
+    /// A virtual host of a sidecar's route configuration.
+    pub(super) fn virtual_host(&self, route: &str, host: &Arc<str>) -> (Made, BTreeSet<Arc<str>>) {
+        let mut hosts = BTreeSet::from([host.clone()]);
+        if &**host == ALLOW_ANY {
+            return (Some((self.catch_all(), BTreeSet::new())), BTreeSet::new());
+        }
+        let service = self.model.visible_service(host, self.client);
+        let sniffed = route.contains(':');
+        let Some(port) = route.rsplit(':').next().and_then(|port| port.parse::<u16>().ok()) else {
+            return (None, hosts);
+        };
+        let mut origins = BTreeSet::new();
+        let rules = self
+            .model
+            .rules(host, self.client)
+            .filter(|rules| !rules.http.is_empty());
+        let mut made = Vec::new();
+        if let Some(rules) = rules {
+            origins.insert(wire::origin(&rules.provenance));
+            made = routes(rules, &self.resolver(), MESH, port, &mut hosts, &mut origins);
+        }
+        let domains = match service {
+            Some(service) if !sniffed => self.domains(service, port),
+            Some(_) => vec!["*".to_owned()],
+            None => vec![host.to_string()],
+        };
+        if made.is_empty() {
+            let Some(service) = service else {
+                return (None, hosts);
+            };
+            let policy = self.policy(service).map(|policy| policy.for_port(None, port));
+            let mut default = route::default_route(&cluster::name(port, "", host), policy.as_ref());
+            default.decorator = Some(pb::Decorator {
+                operation: format!("{host}:{port}/*"),
+                ..Default::default()
+            });
+            made.push(default);
+            origins.clear();
+        }
+        let virtual_host = pb::VirtualHost {
+            name: format!("{host}:{port}"),
+            domains,
+            routes: made,
+            include_request_attempt_count: true,
+            ..Default::default()
+        };
+        (Some((virtual_host, origins)), hosts)
+    }
+
+    /// The names of a service on a port, without those that rules claim for themselves.
+    fn domains(&self, service: &Service, port: u16) -> Vec<String> {
+        let domain = &self.model.config().domain;
+        let claimed = |name: &String| {
+            port == NAMED_PORT
+                && **name != *service.host
+                && self
+                    .model
+                    .rules_named(name, self.client)
+                    .is_some_and(|rules| !rules.http.is_empty())
+        };
+        let mut domains = service.domains(&self.client.namespace, domain);
+        domains.retain(|name| !claimed(name));
+        for alias in self.model.aliases_of(&service.host) {
+            // An alias with rules of its own on this port has a virtual host of its own.
+            let own = alias.port(port).is_some_and(|port| port.protocol.is_http())
+                && self.model.rules(&alias.host, self.client).is_some();
+            if !own && alias.visibility.includes(&self.client.namespace) {
+                domains.extend(alias.domains(&self.client.namespace, domain));
+            }
+        }
+        domains.extend(service.addresses.iter().map(|address| match address {
+            std::net::IpAddr::V4(address) => address.to_string(),
+            std::net::IpAddr::V6(address) => format!("[{address}]"),
+        }));
+        if service.headless {
+            // Callers may also name single Pods: `pod.service.namespace...`.
+            domains.push(format!("*.{}", service.host));
+        }
+        domains
+    }
+
+    fn catch_all(&self) -> pb::VirtualHost {
+        let (name, route) = if self.registry_only() {
+            let mut route = route::passthrough_route(BLOCK_ALL, "");
+            route.action = Some(pb::route::Action::DirectResponse(pb::DirectResponseAction {
+                status: 502,
+                ..Default::default()
+            }));
+            (BLOCK_ALL, route)
+        } else {
+            (
+                ALLOW_ANY,
+                route::passthrough_route(ALLOW_ANY, "PassthroughCluster"),
+            )
+        };
+        pb::VirtualHost {
+            name: name.to_owned(),
+            domains: vec!["*".to_owned()],
+            routes: vec![route],
+            include_request_attempt_count: true,
+            ..Default::default()
+        }
+    }
+
+    /// A captured listener; `owners` are the services that ask for it, of which the first decides where they disagree.
+    pub(super) fn listener(&self, name: &str, owners: Option<&BTreeSet<Arc<str>>>) -> Built {
+        let mut built = Built::default();
+        let Some((address, port)) = name
+            .rsplit_once('_')
+            .and_then(|(a, p)| Some((a, p.parse::<u16>().ok()?)))
+        else {
+            return built;
+        };
+        let claims: Vec<(&Arc<Service>, &Port)> = owners
+            .into_iter()
+            .flatten()
+            .filter_map(|host| self.model.visible_service(host, self.client))
+            .filter_map(|service| service.port(port).map(|port| (service, port)))
+            .collect();
+        // HTTP on any address goes before a TCP service without an address of its own.
+        let Some((service, claimed)) = claims
+            .iter()
+            .find(|(_, port)| port.protocol.is_http())
+            .or_else(|| claims.first())
+            .copied()
+        else {
+            return built;
+        };
+        let message = if claimed.protocol.is_http() {
+            listener::http(address, port, &port.to_string(), self.registry_only())
+        } else {
+            let (chains, sni) = self.tcp_chains(service, claimed, &mut built);
+            match (claimed.protocol, chains.split_last()) {
+                (Protocol::Auto, Some((fallback, _))) => {
+                    listener::sniffed(address, port, &route_name(service, claimed), fallback)
+                }
+                _ => listener::tcp(address, port, &chains, sni),
+            }
+        };
+        built.push(ResourceType::Listener, name, &message);
+        built
+    }
+
+    fn limits(&self, service: &Service, port: &Port) -> listener::ConnectionLimits {
+        let policy = self
+            .policy(service)
+            .map(|policy| policy.for_port(None, port.number))
+            .unwrap_or_default();
+        let tcp = policy.connection_pool.as_ref().and_then(|pool| pool.tcp.as_ref());
+        let parsed = |value: Option<&serin_crds::istio::Duration>| value.and_then(|value| value.parse().ok());
+        listener::ConnectionLimits {
+            idle_timeout: parsed(tcp.and_then(|tcp| tcp.idle_timeout.as_ref())),
+            max_duration: parsed(tcp.and_then(|tcp| tcp.max_connection_duration.as_ref())),
+            by_source: policy
+                .load_balancer
+                .as_ref()
+                .and_then(|balancer| balancer.consistent_hash.as_ref())
+                .is_some_and(|hash| hash.use_source_ip == Some(true)),
+        }
+    }
+
+    /// The chains of a TCP port: those of rules with conditions, then the one for the rest.
+    fn tcp_chains(&self, service: &Arc<Service>, port: &Port, built: &mut Built) -> (Vec<TcpChain>, bool) {
+        let resolver = self.resolver();
+        let limits = self.limits(service, port);
+        let mut chains: Vec<TcpChain> = Vec::new();
+        let mut sni = false;
+        let mut catch_all = false;
+        built.hosts.insert(service.host.clone());
+        if let Some(rules) = self.model.rules(&service.host, self.client) {
+            let tls = rules
+                .tls
+                .iter()
+                .filter(|_| port.protocol.is_tls())
+                .map(|rule| (rule, true));
+            let tcp = rules.tcp.iter().map(|rule| (rule, false));
+            'rules: for (rule, by_name) in tls.chain(tcp) {
+                let blocks: Vec<_> = rule
+                    .matches
+                    .iter()
+                    .filter(|block| is_for(&block.audience, self.client, MESH, port.number))
+                    .collect();
+                if !rule.matches.is_empty() && blocks.is_empty() {
+                    continue;
+                }
+                built.origin(&rule.provenance);
+                built
+                    .hosts
+                    .extend(rule.backends.iter().map(|backend| backend.host.clone()));
+                let destinations = |rule: &ConnectionRoute| destinations(rule, &resolver, port.number);
+                if rule.matches.is_empty() {
+                    chains.push(TcpChain {
+                        matches: None,
+                        destinations: destinations(rule),
+                        limits,
+                        name: String::new(),
+                    });
+                    catch_all = true;
+                    break;
+                }
+                for block in blocks {
+                    let matches = listener_pb::FilterChainMatch {
+                        server_names: if by_name { block.sni.clone() } else { Vec::new() },
+                        prefix_ranges: listener::ranges(&block.destinations),
+                        source_prefix_ranges: block
+                            .source
+                            .as_ref()
+                            .map(|source| listener::ranges(std::slice::from_ref(source)))
+                            .unwrap_or_default(),
+                        ..Default::default()
+                    };
+                    sni |= by_name && !block.sni.is_empty();
+                    let empty = matches == listener_pb::FilterChainMatch::default();
+                    if chains
+                        .iter()
+                        .any(|chain| chain.matches.as_ref() == Some(&matches))
+                    {
+                        continue;
+                    }
+                    chains.push(TcpChain {
+                        matches: (!empty).then_some(matches),
+                        destinations: destinations(rule),
+                        limits,
+                        name: String::new(),
+                    });
+                    if empty {
+                        catch_all = true;
+                        break 'rules;
+                    }
+                }
+            }
+        }
+        if !catch_all {
+            chains.push(TcpChain {
+                matches: None,
+                destinations: vec![Destination {
+                    cluster: cluster::name(port.number, "", &service.host),
+                    weight: 1,
+                }],
+                limits,
+                name: String::new(),
+            });
+        }
+        (chains, sni)
+    }
+}
+
+/// The clusters of a connection route.
+pub(super) fn destinations(rule: &ConnectionRoute, to: &impl Destinations, port: u16) -> Vec<Destination> {
+    rule.backends
+        .iter()
+        .map(|backend| Destination {
+            cluster: to.cluster(backend, port),
+            weight: backend.weight,
+        })
+        .collect()
+}
+
+/// The whole service, then its subsets.
+fn subsets(policy: Option<&HostPolicy>) -> Vec<Option<&str>> {
+    std::iter::once(None)
+        .chain(
+            policy
+                .into_iter()
+                .flat_map(|policy| policy.subsets.iter().map(|subset| Some(subset.name.as_str()))),
+        )
+        .collect()
+}

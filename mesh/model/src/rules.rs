@@ -1,0 +1,218 @@
+//! All VirtualServices, compiled, and found by host.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use serin_crds::istio::VirtualService;
+
+use crate::host;
+use crate::object::{ObjectKey, Seniority};
+use crate::route::RuleSet;
+use crate::service::Visibility;
+use crate::virtual_service::{compile, delegations};
+
+#[derive(Debug)]
+struct Entry {
+    object: Arc<VirtualService>,
+    seniority: Seniority,
+    rules: Arc<RuleSet>,
+    targets: Vec<ObjectKey>,
+}
+
+/// VirtualServices by key, host and delegate.
+#[derive(Debug, Default)]
+pub(crate) struct RuleIndex {
+    entries: BTreeMap<ObjectKey, Entry>,
+    /// Host or wildcard → rule sets for sidecars, senior first.
+    mesh: BTreeMap<Arc<str>, BTreeMap<Seniority, Arc<RuleSet>>>,
+    /// Gateway (`namespace/name`) → rule sets bound to it, senior first.
+    gateways: BTreeMap<Arc<str>, BTreeMap<Seniority, Arc<RuleSet>>>,
+    /// Delegate → roots that name it.
+    roots: BTreeMap<ObjectKey, BTreeSet<ObjectKey>>,
+    /// Rules that are for some client workloads only.
+    pub(crate) selective: usize,
+}
+
+/// What a change of one VirtualService touched.
+#[derive(Debug, Default)]
+pub(crate) struct TouchedRules {
+    /// Hosts of rule sets that changed, before and after.
+    pub(crate) hosts: BTreeSet<Arc<str>>,
+    /// Gateways whose set of rule sets or hosts changed (not merely the content of rules).
+    pub(crate) gateways: BTreeSet<Arc<str>>,
+}
+
+fn is_selective(rules: &RuleSet) -> bool {
+    let connection = |routes: &[crate::route::ConnectionRoute]| {
+        routes
+            .iter()
+            .flat_map(|route| &route.matches)
+            .any(|m| !m.audience.labels.is_empty())
+    };
+    rules.http.iter().any(|route| !route.audience.labels.is_empty())
+        || connection(&rules.tls)
+        || connection(&rules.tcp)
+}
+
+impl RuleIndex {
+    pub(crate) fn set(
+        &mut self,
+        key: &ObjectKey,
+        object: Option<Arc<VirtualService>>,
+        domain: &str,
+    ) -> TouchedRules {
+        let mut touched = TouchedRules::default();
+        self.replace(key, object, domain, &mut touched);
+        let roots: Vec<ObjectKey> = self
+            .roots
+            .get(key)
+            .into_iter()
+            .flatten()
+            .filter(|root| *root != key)
+            .cloned()
+            .collect();
+        for root in roots {
+            if let Some(object) = self.entries.get(&root).map(|entry| entry.object.clone()) {
+                self.replace(&root, Some(object), domain, &mut touched);
+            }
+        }
+        touched
+    }
+
+    fn replace(
+        &mut self,
+        key: &ObjectKey,
+        object: Option<Arc<VirtualService>>,
+        domain: &str,
+        touched: &mut TouchedRules,
+    ) {
+        let old = self.entries.remove(key);
+        if let Some(old) = &old {
+            self.selective -= usize::from(is_selective(&old.rules));
+            for host in &old.rules.hosts {
+                take(&mut self.mesh, host, &old.seniority);
+            }
+            for gateway in &old.rules.gateways {
+                take(&mut self.gateways, gateway, &old.seniority);
+            }
+            for target in &old.targets {
+                if let Some(roots) = self.roots.get_mut(target) {
+                    roots.remove(key);
+                    if roots.is_empty() {
+                        self.roots.remove(target);
+                    }
+                }
+            }
+            touched.hosts.extend(old.rules.hosts.iter().cloned());
+        }
+        let new = object.map(|object| {
+            let rules = Arc::new(compile(&object, domain, |target| {
+                let child = &self.entries.get(target)?.object;
+                let namespace = child.metadata.namespace.as_deref().unwrap_or("default");
+                Visibility::parse(child.spec.export_to.iter().map(String::as_str), namespace)
+                    .includes(&key.namespace)
+                    .then_some(&**child)
+            }));
+            let seniority = Seniority::of(&object.metadata, &key.namespace);
+            let targets = delegations(&object)
+                .into_iter()
+                .map(|delegation| delegation.target)
+                .collect();
+            Entry {
+                object,
+                seniority,
+                rules,
+                targets,
+            }
+        });
+        if let Some(new) = new {
+            self.selective += usize::from(is_selective(&new.rules));
+            if new.rules.in_mesh() {
+                for host in &new.rules.hosts {
+                    self.mesh
+                        .entry(host.clone())
+                        .or_default()
+                        .insert(new.seniority.clone(), new.rules.clone());
+                }
+            }
+            for gateway in &new.rules.gateways {
+                if &**gateway != crate::route::MESH {
+                    self.gateways
+                        .entry(gateway.clone())
+                        .or_default()
+                        .insert(new.seniority.clone(), new.rules.clone());
+                }
+            }
+            for target in &new.targets {
+                self.roots.entry(target.clone()).or_default().insert(key.clone());
+            }
+            touched.hosts.extend(new.rules.hosts.iter().cloned());
+            self.entries.insert(key.clone(), new);
+        }
+        let shape = |entry: Option<&Entry>| {
+            entry.map(|entry| {
+                (
+                    entry.rules.hosts.clone(),
+                    entry.rules.gateways.clone(),
+                    entry.seniority.clone(),
+                )
+            })
+        };
+        if shape(old.as_ref()) != shape(self.entries.get(key)) {
+            for entry in old.as_ref().into_iter().chain(self.entries.get(key)) {
+                touched.gateways.extend(
+                    entry
+                        .rules
+                        .gateways
+                        .iter()
+                        .filter(|gateway| &***gateway != crate::route::MESH)
+                        .cloned(),
+                );
+            }
+        }
+    }
+
+    /// The compiled rules of an object.
+    pub(crate) fn get(&self, key: &ObjectKey) -> Option<&Arc<RuleSet>> {
+        self.entries.get(key).map(|entry| &entry.rules)
+    }
+
+    /// The senior visible rule set for exactly this host or wildcard.
+    pub(crate) fn exact(&self, pattern: &str, namespace: &str) -> Option<&Arc<RuleSet>> {
+        self.mesh
+            .get(pattern)?
+            .values()
+            .find(|rules| rules.visibility.includes(namespace))
+    }
+
+    /// The rule set that sidecars of `namespace` use for a host: that of the most specific host, the senior of equals.
+    pub(crate) fn for_host(&self, host: &str, namespace: &str) -> Option<&Arc<RuleSet>> {
+        if self.mesh.is_empty() {
+            return None;
+        }
+        host::patterns(host).find_map(|pattern| self.exact(&pattern, namespace))
+    }
+
+    /// Hosts and wildcards that some rule set for sidecars names.
+    pub(crate) fn mesh_hosts(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.mesh.keys()
+    }
+
+    /// Rule sets bound to a gateway, senior first.
+    pub(crate) fn of_gateway(&self, gateway: &str) -> impl Iterator<Item = &Arc<RuleSet>> {
+        self.gateways.get(gateway).into_iter().flat_map(BTreeMap::values)
+    }
+}
+
+fn take(
+    index: &mut BTreeMap<Arc<str>, BTreeMap<Seniority, Arc<RuleSet>>>,
+    name: &Arc<str>,
+    seniority: &Seniority,
+) {
+    if let Some(sets) = index.get_mut(name) {
+        sets.remove(seniority);
+        if sets.is_empty() {
+            index.remove(name);
+        }
+    }
+}

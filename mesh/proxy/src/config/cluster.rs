@@ -1,0 +1,517 @@
+//! Clusters, compiled.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serin_xds::pb::envoy::config::cluster::v3 as cluster;
+use serin_xds::pb::envoy::config::core::v3 as core;
+use serin_xds::pb::envoy::extensions::upstreams::http::v3 as upstream_http;
+
+use super::convert;
+use crate::error::{Refusal, Within};
+use crate::metrics::peer::ServiceIdentity;
+
+/// Envoy's connect timeout when none is given.
+const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Envoy's idle timeout of upstream connections.
+const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
+/// How often names are resolved again when nothing else is said (Envoy's default).
+const DEFAULT_DNS_REFRESH: Duration = Duration::from_secs(5);
+const HTTP_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
+
+/// Where the endpoints come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Discovery {
+    /// From the cluster itself.
+    Static,
+    /// From EDS under this name.
+    Eds(Box<str>),
+    /// Names of the cluster's own assignment are resolved again and again.
+    Dns {
+        /// Only the first address is used, and old connections are kept.
+        logical: bool,
+        /// Interval.
+        refresh: Duration,
+    },
+    /// The address that the client wanted to reach; the port may be replaced.
+    OriginalDst {
+        /// Replacement of the port.
+        port: Option<u16>,
+    },
+}
+
+/// How an endpoint is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LbPolicy {
+    /// In turn, by weight.
+    RoundRobin,
+    /// The one with fewer requests on their way, of that many drawn at random.
+    LeastRequest {
+        /// How many are drawn.
+        choices: u32,
+    },
+    /// At random, by weight.
+    Random,
+    /// Consistent hashing on a ring of at least that many points.
+    RingHash {
+        /// Points.
+        minimum: u64,
+    },
+    /// Consistent hashing by a Maglev table.
+    Maglev {
+        /// Entries.
+        size: u64,
+    },
+}
+
+/// HTTP towards the endpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UpstreamHttp {
+    /// HTTP/1.1.
+    Http1,
+    /// HTTP/2 with prior knowledge.
+    Http2,
+    /// What the client spoke.
+    Downstream,
+}
+
+/// Circuit breaker limits; `u32::MAX` is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections.
+    pub connections: u32,
+    /// Requests waiting for a connection.
+    pub pending: u32,
+    /// Requests.
+    pub requests: u32,
+    /// Retries at a time.
+    pub retries: u32,
+    /// Percent of active requests that may be retries, with a floor; replaces `retries`.
+    pub retry_budget: Option<(f64, u32)>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        // Envoy's defaults.
+        Self { connections: 1024, pending: 1024, requests: 1024, retries: 3, retry_budget: None }
+    }
+}
+
+/// Outlier detection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outlier {
+    /// 5xx in a row; `None` when not enforced.
+    pub consecutive_5xx: Option<u32>,
+    /// Gateway errors in a row.
+    pub consecutive_gateway: Option<u32>,
+    /// Local failures in a row (split mode only).
+    pub consecutive_local: Option<u32>,
+    /// Local failures are counted apart.
+    pub split_local: bool,
+    /// First ejection.
+    pub base_ejection: Duration,
+    /// Longest ejection.
+    pub max_ejection: Duration,
+    /// Of all hosts.
+    pub max_ejection_percent: u32,
+    /// One host may always be ejected.
+    pub always_one: bool,
+}
+
+/// A compiled cluster.
+#[derive(Debug)]
+pub struct Cluster {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Where its endpoints come from.
+    pub discovery: Discovery,
+    /// Limit for a connection to be made.
+    pub connect_timeout: Duration,
+    /// Balancer.
+    pub lb: LbPolicy,
+    /// Whether locality weights count.
+    pub locality_weighted: bool,
+    /// Percent of healthy hosts below which health is ignored.
+    pub panic_threshold: f64,
+    /// Protocol.
+    pub http: UpstreamHttp,
+    /// Limits.
+    pub limits: Limits,
+    /// Limits of high priority requests are not kept apart; see the crate docs.
+    pub outlier: Option<Outlier>,
+    /// Source address of connections.
+    pub bind: Option<IpAddr>,
+    /// Idle connections are closed after this.
+    pub idle_timeout: Duration,
+    /// Connections are closed after this many requests; 0 for no limit.
+    pub max_requests_per_connection: u32,
+    /// TCP keepalive: idle time, interval, probes.
+    pub keepalive: Option<(Duration, Duration, u32)>,
+    /// HTTP/2 streams per connection that we use at most.
+    pub max_streams: u32,
+    /// Which service it is (`istio.services`).
+    pub service: Option<Arc<ServiceIdentity>>,
+    /// Its own endpoints (static and DNS).
+    pub load_assignment: Option<serin_xds::pb::envoy::config::endpoint::v3::ClusterLoadAssignment>,
+}
+
+impl Cluster {
+    /// Compiles the message.
+    pub(crate) fn compile(from: &cluster::Cluster) -> Result<Self, Refusal> {
+        refuse_unsupported(from)?;
+        let (http, common) = compile_http(from)?;
+        let (lb, locality_weighted) = compile_lb(from)?;
+        let discovery = compile_discovery(from)?;
+        let common_lb = from.common_lb_config.as_ref();
+        let idle_timeout = match common.as_ref().and_then(|options| options.idle_timeout.as_ref()) {
+            None => DEFAULT_IDLE_TIMEOUT,
+            // Zero switches the timer off.
+            Some(value) => {
+                let value = convert::duration(value).within("idle_timeout")?;
+                if value.is_zero() { Duration::MAX } else { value }
+            }
+        };
+        let max_requests = common
+            .as_ref()
+            .and_then(|options| options.max_requests_per_connection.as_ref())
+            .or(from.max_requests_per_connection.as_ref());
+        Ok(Self {
+            name: from.name.as_str().into(),
+            discovery,
+            connect_timeout: convert::timeout(from.connect_timeout.as_ref())
+                .within("connect_timeout")?
+                .unwrap_or(DEFAULT_CONNECT_TIMEOUT),
+            lb,
+            locality_weighted,
+            panic_threshold: common_lb
+                .and_then(|config| config.healthy_panic_threshold.as_ref())
+                .map_or(50.0, |percent| percent.value),
+            http,
+            limits: compile_limits(from)?,
+            outlier: from.outlier_detection.as_ref().map(compile_outlier).transpose().within("outlier_detection")?,
+            bind: compile_bind(from)?,
+            idle_timeout,
+            max_requests_per_connection: max_requests.map_or(0, |value| value.value),
+            keepalive: from
+                .upstream_connection_options
+                .as_ref()
+                .and_then(|options| options.tcp_keepalive.as_ref())
+                .map(|keepalive| {
+                    // Linux's own defaults where nothing is said.
+                    let seconds = |value: &Option<serin_xds::pb::google::protobuf::UInt32Value>, default| {
+                        Duration::from_secs(u64::from(value.as_ref().map_or(default, |value| value.value)))
+                    };
+                    (
+                        seconds(&keepalive.keepalive_time, 7200),
+                        seconds(&keepalive.keepalive_interval, 75),
+                        keepalive.keepalive_probes.as_ref().map_or(9, |value| value.value),
+                    )
+                }),
+            max_streams: http2_options(from)
+                .and_then(|options| options.max_concurrent_streams)
+                .map_or(1024, |value| value.value.max(1)),
+            service: ServiceIdentity::of_cluster(from.metadata.as_ref()),
+            load_assignment: from.load_assignment.clone(),
+        })
+    }
+}
+
+fn refuse_unsupported(from: &cluster::Cluster) -> Result<(), Refusal> {
+    let is_raw = |socket: &core::TransportSocket| socket.name.ends_with("raw_buffer");
+    if from.transport_socket.as_ref().is_some_and(|socket| !is_raw(socket)) {
+        return Err(Refusal::new("transport_socket", "TLS towards endpoints is not supported yet"));
+    }
+    if from
+        .transport_socket_matches
+        .iter()
+        .any(|entry| entry.transport_socket.as_ref().is_some_and(|socket| !is_raw(socket)))
+    {
+        return Err(Refusal::new("transport_socket_matches", "TLS towards endpoints is not supported yet"));
+    }
+    let unsupported = [
+        ("health_checks", !from.health_checks.is_empty(), "active health checks are not supported yet"),
+        ("lb_subset_config", from.lb_subset_config.is_some(), "subsets are clusters of their own here"),
+        ("load_balancing_policy", from.load_balancing_policy.is_some(), "use lb_policy"),
+        ("queuing_policies", from.queuing_policies.is_some(), "not supported"),
+        ("upstream_config", from.upstream_config.is_some(), "not supported"),
+        (
+            "connection_pool_per_downstream_connection",
+            from.connection_pool_per_downstream_connection,
+            "not supported yet",
+        ),
+    ];
+    match unsupported.iter().find(|(_, present, _)| *present) {
+        Some((field, _, reason)) => Err(Refusal::new(*field, *reason)),
+        None => Ok(()),
+    }
+}
+
+fn compile_discovery(from: &cluster::Cluster) -> Result<Discovery, Refusal> {
+    use cluster::cluster::{ClusterDiscoveryType, DiscoveryType, LbConfig};
+    let kind = match &from.cluster_discovery_type {
+        None => DiscoveryType::Static,
+        Some(ClusterDiscoveryType::Type(number)) => DiscoveryType::try_from(*number)
+            .map_err(|_| Refusal::new("type", format!("{number} is unknown")))?,
+        Some(ClusterDiscoveryType::ClusterType(custom)) => {
+            return Err(Refusal::new("cluster_type", format!("{:?} is not supported", custom.name)));
+        }
+    };
+    Ok(match kind {
+        DiscoveryType::Static => Discovery::Static,
+        DiscoveryType::Eds => {
+            let service = from.eds_cluster_config.as_ref().map_or("", |config| config.service_name.as_str());
+            Discovery::Eds(if service.is_empty() { from.name.as_str() } else { service }.into())
+        }
+        DiscoveryType::StrictDns | DiscoveryType::LogicalDns => Discovery::Dns {
+            logical: kind == DiscoveryType::LogicalDns,
+            refresh: convert::timeout(from.dns_refresh_rate.as_ref())
+                .within("dns_refresh_rate")?
+                .unwrap_or(DEFAULT_DNS_REFRESH),
+        },
+        DiscoveryType::OriginalDst => {
+            let mut port = None;
+            if let Some(LbConfig::OriginalDstLbConfig(config)) = &from.lb_config {
+                if config.use_http_header || config.metadata_key.is_some() {
+                    return Err(Refusal::new(
+                        "original_dst_lb_config",
+                        "destinations named by headers or metadata are not supported",
+                    ));
+                }
+                port = config.upstream_port_override.as_ref().and_then(|port| u16::try_from(port.value).ok());
+            }
+            Discovery::OriginalDst { port }
+        }
+    })
+}
+
+fn compile_lb(from: &cluster::Cluster) -> Result<(LbPolicy, bool), Refusal> {
+    use cluster::cluster::{LbConfig, LbPolicy as Policy, common_lb_config::LocalityConfigSpecifier};
+    let slow_start = match &from.lb_config {
+        Some(LbConfig::LeastRequestLbConfig(config)) => config.slow_start_config.is_some(),
+        Some(LbConfig::RoundRobinLbConfig(config)) => config.slow_start_config.is_some(),
+        _ => false,
+    };
+    if slow_start {
+        return Err(Refusal::new("slow_start_config", "slow start is not supported yet"));
+    }
+    let policy = match Policy::try_from(from.lb_policy) {
+        Ok(Policy::RoundRobin | Policy::ClusterProvided) => LbPolicy::RoundRobin,
+        Ok(Policy::LeastRequest) => {
+            let mut choices = 2;
+            if let Some(LbConfig::LeastRequestLbConfig(config)) = &from.lb_config {
+                choices = config.choice_count.as_ref().map_or(2, |count| count.value.clamp(2, 16));
+            }
+            LbPolicy::LeastRequest { choices }
+        }
+        Ok(Policy::Random) => LbPolicy::Random,
+        Ok(Policy::RingHash) => {
+            let mut minimum = 1024;
+            if let Some(LbConfig::RingHashLbConfig(config)) = &from.lb_config {
+                minimum = config.minimum_ring_size.as_ref().map_or(1024, |size| size.value.clamp(1, 1 << 20));
+            }
+            LbPolicy::RingHash { minimum }
+        }
+        Ok(Policy::Maglev) => {
+            let mut size = 65_537;
+            if let Some(LbConfig::MaglevLbConfig(config)) = &from.lb_config {
+                size = config.table_size.as_ref().map_or(65_537, |size| size.value.clamp(2, 5_000_011));
+            }
+            LbPolicy::Maglev { size }
+        }
+        Ok(Policy::LoadBalancingPolicyConfig) => {
+            return Err(Refusal::new("lb_policy", "load_balancing_policy is not supported, use lb_policy"));
+        }
+        Err(_) => return Err(Refusal::new("lb_policy", format!("{} is unknown", from.lb_policy))),
+    };
+    let specifier = from.common_lb_config.as_ref().and_then(|config| config.locality_config_specifier.as_ref());
+    let weighted = matches!(specifier, Some(LocalityConfigSpecifier::LocalityWeightedLbConfig(_)));
+    Ok((policy, weighted))
+}
+
+fn http_options(from: &cluster::Cluster) -> Result<Option<upstream_http::HttpProtocolOptions>, Refusal> {
+    let mut options = None;
+    for (name, any) in &from.typed_extension_protocol_options {
+        if name == HTTP_OPTIONS {
+            options = Some(convert::unpack(any, HTTP_OPTIONS).within("typed_extension_protocol_options")?);
+        } else {
+            return Err(Refusal::new("typed_extension_protocol_options", format!("{name} is not supported")));
+        }
+    }
+    Ok(options)
+}
+
+fn compile_http(
+    from: &cluster::Cluster,
+) -> Result<(UpstreamHttp, Option<core::HttpProtocolOptions>), Refusal> {
+    use upstream_http::http_protocol_options::{
+        UpstreamProtocolOptions, explicit_http_config::ProtocolConfig,
+    };
+    let Some(options) = http_options(from)? else {
+        let http = if from.protocol_selection == cluster::cluster::ClusterProtocolSelection::UseDownstreamProtocol as i32
+        {
+            UpstreamHttp::Downstream
+        } else if from.http2_protocol_options.is_some() {
+            UpstreamHttp::Http2
+        } else {
+            UpstreamHttp::Http1
+        };
+        return Ok((http, from.common_http_protocol_options.clone()));
+    };
+    if options.http_filters.iter().any(|filter| !filter.name.ends_with("upstream_codec")) {
+        return Err(Refusal::new("http_filters", "upstream filters are not supported"));
+    }
+    let http = match &options.upstream_protocol_options {
+        Some(UpstreamProtocolOptions::ExplicitHttpConfig(explicit)) => match &explicit.protocol_config {
+            Some(ProtocolConfig::Http2ProtocolOptions(_)) => UpstreamHttp::Http2,
+            Some(ProtocolConfig::Http3ProtocolOptions(_)) => {
+                return Err(Refusal::new("http3_protocol_options", "HTTP/3 is not supported"));
+            }
+            Some(ProtocolConfig::HttpProtocolOptions(_)) | None => UpstreamHttp::Http1,
+        },
+        Some(UpstreamProtocolOptions::UseDownstreamProtocolConfig(_)) => UpstreamHttp::Downstream,
+        // ALPN needs TLS; without it Envoy speaks HTTP/1.1.
+        Some(UpstreamProtocolOptions::AutoConfig(_)) | None => UpstreamHttp::Http1,
+    };
+    Ok((http, options.common_http_protocol_options))
+}
+
+fn http2_options(from: &cluster::Cluster) -> Option<core::Http2ProtocolOptions> {
+    use upstream_http::http_protocol_options::{
+        UpstreamProtocolOptions, explicit_http_config::ProtocolConfig,
+    };
+    match http_options(from).ok()?.and_then(|options| options.upstream_protocol_options) {
+        Some(UpstreamProtocolOptions::ExplicitHttpConfig(explicit)) => match explicit.protocol_config {
+            Some(ProtocolConfig::Http2ProtocolOptions(options)) => Some(options),
+            _ => None,
+        },
+        Some(UpstreamProtocolOptions::UseDownstreamProtocolConfig(config)) => config.http2_protocol_options,
+        _ => from.http2_protocol_options.clone(),
+    }
+}
+
+fn compile_limits(from: &cluster::Cluster) -> Result<Limits, Refusal> {
+    let mut limits = Limits::default();
+    let Some(breakers) = &from.circuit_breakers else { return Ok(limits) };
+    if !breakers.per_host_thresholds.is_empty() {
+        return Err(Refusal::new("circuit_breakers.per_host_thresholds", "not supported yet"));
+    }
+    // Priority 0 is DEFAULT; thresholds of HIGH only matter to routes that ask for it, and ours use the default ones.
+    for threshold in breakers.thresholds.iter().filter(|threshold| threshold.priority == 0) {
+        let value = |given: &Option<serin_xds::pb::google::protobuf::UInt32Value>, default| {
+            given.as_ref().map_or(default, |value| value.value)
+        };
+        limits = Limits {
+            connections: value(&threshold.max_connections, limits.connections),
+            pending: value(&threshold.max_pending_requests, limits.pending),
+            requests: value(&threshold.max_requests, limits.requests),
+            retries: value(&threshold.max_retries, limits.retries),
+            retry_budget: threshold.retry_budget.as_ref().map(|budget| {
+                (
+                    budget.budget_percent.as_ref().map_or(20.0, |percent| percent.value),
+                    budget.min_retry_concurrency.as_ref().map_or(3, |value| value.value),
+                )
+            }),
+        };
+    }
+    Ok(limits)
+}
+
+fn compile_outlier(from: &cluster::OutlierDetection) -> Result<Outlier, Refusal> {
+    let value = |given: &Option<serin_xds::pb::google::protobuf::UInt32Value>, default: u32| {
+        given.as_ref().map_or(default, |value| value.value)
+    };
+    if from.failure_percentage_threshold.is_some() && value(&from.enforcing_failure_percentage, 0) > 0 {
+        return Err(Refusal::new("enforcing_failure_percentage", "ejection by failure percentage is not supported yet"));
+    }
+    // A counter is enforced with the given probability; ours are enforced always or never.
+    let enforced = |threshold: u32, percent: u32| (percent > 0 && threshold > 0).then_some(threshold);
+    let base = convert::timeout(from.base_ejection_time.as_ref())
+        .within("base_ejection_time")?
+        .unwrap_or(Duration::from_secs(30));
+    let max = convert::timeout(from.max_ejection_time.as_ref())
+        .within("max_ejection_time")?
+        .unwrap_or(Duration::from_secs(300).max(base));
+    Ok(Outlier {
+        consecutive_5xx: enforced(value(&from.consecutive_5xx, 5), value(&from.enforcing_consecutive_5xx, 100)),
+        consecutive_gateway: enforced(
+            value(&from.consecutive_gateway_failure, 5),
+            value(&from.enforcing_consecutive_gateway_failure, 0),
+        ),
+        consecutive_local: enforced(
+            value(&from.consecutive_local_origin_failure, 5),
+            value(&from.enforcing_consecutive_local_origin_failure, 100),
+        ),
+        split_local: from.split_external_local_origin_errors,
+        base_ejection: base,
+        max_ejection: max,
+        max_ejection_percent: value(&from.max_ejection_percent, 10).min(100),
+        always_one: from.always_eject_one_host.as_ref().is_some_and(|value| value.value),
+    })
+}
+
+fn compile_bind(from: &cluster::Cluster) -> Result<Option<IpAddr>, Refusal> {
+    let Some(source) = from.upstream_bind_config.as_ref().and_then(|bind| bind.source_address.as_ref()) else {
+        return Ok(None);
+    };
+    source
+        .address
+        .parse()
+        .map(Some)
+        .map_err(|_| Refusal::new("upstream_bind_config.source_address", format!("{:?} is no address", source.address)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_cluster_does_not_say_is_envoys_default() {
+        let cluster = Cluster::compile(&cluster::Cluster { name: "c".into(), ..Default::default() }).unwrap();
+        assert_eq!(cluster.limits, Limits::default());
+        assert_eq!(cluster.connect_timeout, Duration::from_secs(5));
+        assert_eq!(cluster.lb, LbPolicy::RoundRobin);
+        assert_eq!(cluster.http, UpstreamHttp::Http1);
+        assert!(cluster.outlier.is_none());
+    }
+
+    #[test]
+    fn an_eds_cluster_asks_for_its_service_name_or_its_own() {
+        let mut message = cluster::Cluster {
+            name: "outbound|80||a".into(),
+            cluster_discovery_type: Some(cluster::cluster::ClusterDiscoveryType::Type(
+                cluster::cluster::DiscoveryType::Eds as i32,
+            )),
+            ..Default::default()
+        };
+        assert_eq!(Cluster::compile(&message).unwrap().discovery, Discovery::Eds("outbound|80||a".into()));
+        message.eds_cluster_config =
+            Some(cluster::cluster::EdsClusterConfig { service_name: "other".into(), ..Default::default() });
+        assert_eq!(Cluster::compile(&message).unwrap().discovery, Discovery::Eds("other".into()));
+    }
+
+    #[test]
+    fn tls_towards_endpoints_is_refused_by_name_for_now() {
+        let message = cluster::Cluster {
+            name: "c".into(),
+            transport_socket: Some(core::TransportSocket {
+                name: "envoy.transport_sockets.tls".into(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        assert_eq!(Cluster::compile(&message).unwrap_err().path, "transport_socket");
+    }
+
+    #[test]
+    fn istios_outlier_detection_without_fields_ejects_after_five_5xx() {
+        let outlier = compile_outlier(&cluster::OutlierDetection {
+            enforcing_success_rate: Some(serin_xds::pb::google::protobuf::UInt32Value { value: 0 }),
+            ..Default::default()
+        })
+        .unwrap();
+        assert_eq!(outlier.consecutive_5xx, Some(5));
+        assert_eq!(outlier.consecutive_gateway, None);
+        assert_eq!(outlier.max_ejection_percent, 10);
+    }
+}

@@ -1,0 +1,156 @@
+//! Endpoints of a cluster (EDS), and the shared record of each host's health as requests see it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64};
+
+use serin_xds::pb::envoy::config::core::v3 as core;
+use serin_xds::pb::envoy::config::endpoint::v3 as endpoint;
+
+use super::convert::{self, Address};
+use crate::error::{Refusal, Within};
+use crate::metrics::peer::Workload;
+
+/// Envoy's overprovisioning factor: a priority level takes all its share while 1/1.4 of it is healthy.
+const DEFAULT_OVERPROVISIONING: u32 = 140;
+
+/// What outlier detection knows of a host, shared by all workers and kept over endpoint updates. Written on failures
+/// and on the first success after one, so a healthy host costs a read.
+#[derive(Debug, Default)]
+pub struct HostState {
+    /// 5xx answers in a row.
+    pub consecutive_5xx: AtomicU32,
+    /// 502, 503, 504 in a row.
+    pub consecutive_gateway: AtomicU32,
+    /// Connection failures in a row (split mode).
+    pub consecutive_local: AtomicU32,
+    /// Milliseconds on the process clock until which the host is out; 0 when it is in.
+    pub ejected_until: AtomicU64,
+    /// Ejections in a row.
+    pub ejections: AtomicU32,
+}
+
+/// One endpoint.
+#[derive(Debug)]
+pub struct Endpoint {
+    /// Where it is.
+    pub address: Address,
+    /// Its address as text, for headers and logs.
+    pub text: Arc<str>,
+    /// Host name for `auto_host_rewrite`, if given.
+    pub hostname: Box<str>,
+    /// At least 1.
+    pub weight: u32,
+    /// Whether EDS says that it may be used.
+    pub healthy: bool,
+    /// Whether EDS says that it is degraded.
+    pub degraded: bool,
+    /// Which workload it is (`istio.workload`).
+    pub workload: Option<Arc<Workload>>,
+    /// Its record.
+    pub state: Arc<HostState>,
+}
+
+/// Endpoints of one locality within one priority.
+#[derive(Debug)]
+pub struct Locality {
+    /// Load balancing weight, 0 when not given.
+    pub weight: u32,
+    /// Indices into [`EndpointSet::all`].
+    pub members: std::ops::Range<usize>,
+}
+
+/// All endpoints of a cluster.
+#[derive(Debug, Default)]
+pub struct EndpointSet {
+    /// By priority, then locality.
+    pub all: Box<[Arc<Endpoint>]>,
+    /// Localities of each priority.
+    pub priorities: Box<[Box<[Locality]>]>,
+    /// In percent.
+    pub overprovisioning: u32,
+    /// Share of requests to drop, in parts per million, by `drop_overloads`.
+    pub drop: Option<convert::Fraction>,
+}
+
+impl EndpointSet {
+    /// Compiles the message. Hosts that were in `previous` keep their record.
+    pub(crate) fn compile(
+        from: &endpoint::ClusterLoadAssignment,
+        previous: Option<&Self>,
+    ) -> Result<Self, Refusal> {
+        let mut states: HashMap<&Address, &Arc<HostState>, foldhash::fast::RandomState> = HashMap::default();
+        for endpoint in previous.iter().flat_map(|set| set.all.iter()) {
+            states.insert(&endpoint.address, &endpoint.state);
+        }
+        let highest = from.endpoints.iter().map(|group| group.priority).max().unwrap_or(0);
+        if highest > 128 {
+            return Err(Refusal::new("endpoints.priority", format!("{highest} is above 128")));
+        }
+        let mut all = Vec::new();
+        let mut priorities = Vec::new();
+        for priority in 0..=highest {
+            let mut localities = Vec::new();
+            for (index, group) in from.endpoints.iter().enumerate().filter(|(_, group)| group.priority == priority) {
+                let start = all.len();
+                for (inner, lb) in group.lb_endpoints.iter().enumerate() {
+                    let compiled = compile_endpoint(lb, &states)
+                        .within(format!("endpoints[{index}].lb_endpoints[{inner}]"))?;
+                    all.push(Arc::new(compiled));
+                }
+                localities.push(Locality {
+                    weight: group.load_balancing_weight.as_ref().map_or(0, |weight| weight.value),
+                    members: start..all.len(),
+                });
+            }
+            priorities.push(localities.into());
+        }
+        let policy = from.policy.as_ref();
+        let mut drop = None;
+        for overload in policy.iter().flat_map(|policy| &policy.drop_overloads) {
+            if drop.is_some() {
+                return Err(Refusal::new("policy.drop_overloads", "more than one category is not supported"));
+            }
+            drop = Some(
+                convert::Fraction::compile(overload.drop_percentage.as_ref(), convert::Fraction::ALL)
+                    .within("policy.drop_overloads[0].drop_percentage")?,
+            );
+        }
+        Ok(Self {
+            all: all.into(),
+            priorities: priorities.into(),
+            overprovisioning: policy
+                .and_then(|policy| policy.overprovisioning_factor.as_ref())
+                .map_or(DEFAULT_OVERPROVISIONING, |factor| factor.value),
+            drop,
+        })
+    }
+}
+
+fn compile_endpoint(
+    from: &endpoint::LbEndpoint,
+    states: &HashMap<&Address, &Arc<HostState>, foldhash::fast::RandomState>,
+) -> Result<Endpoint, Refusal> {
+    use endpoint::lb_endpoint::HostIdentifier;
+    let Some(HostIdentifier::Endpoint(inner)) = &from.host_identifier else {
+        return Err(Refusal::new("endpoint", "is missing (named endpoints are not supported)"));
+    };
+    let address = convert::address(inner.address.as_ref()).within("endpoint")?;
+    let health = core::HealthStatus::try_from(from.health_status).unwrap_or(core::HealthStatus::Unknown);
+    use core::HealthStatus;
+    let (healthy, degraded) = match health {
+        HealthStatus::Unknown | HealthStatus::Healthy => (true, false),
+        HealthStatus::Degraded => (true, true),
+        HealthStatus::Unhealthy | HealthStatus::Draining | HealthStatus::Timeout => (false, false),
+    };
+    Ok(Endpoint {
+        text: address.to_string().into(),
+        hostname: inner.hostname.as_str().into(),
+        weight: from.load_balancing_weight.as_ref().map_or(1, |weight| weight.value.max(1)),
+        healthy,
+        degraded,
+        workload: convert::metadata_string(from.metadata.as_ref(), "istio", "workload").map(Workload::parse),
+        state: states.get(&address).map(|state| Arc::clone(state)).unwrap_or_default(),
+        address,
+    })
+}

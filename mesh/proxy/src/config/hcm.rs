@@ -1,0 +1,360 @@
+//! The HTTP connection manager, compiled.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::HeaderValue;
+use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
+
+use super::convert;
+use super::filters::{Cors, Fault};
+use super::listener::Direction;
+use super::route::Context;
+use super::slot::RouteSlot;
+use super::table::RouteTable;
+use crate::error::{Refusal, Within};
+
+/// Envoy's limit of silence on a stream when none is given.
+const DEFAULT_STREAM_IDLE: Duration = Duration::from_secs(300);
+/// Envoy's limit of silence on a connection without requests.
+const DEFAULT_CONNECTION_IDLE: Duration = Duration::from_secs(3600);
+/// Envoy's limit of a request head.
+const DEFAULT_HEADERS_KB: u32 = 60;
+
+/// Which protocol the client speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Codec {
+    /// Told by the first bytes.
+    Auto,
+    /// HTTP/1.
+    Http1,
+    /// HTTP/2.
+    Http2,
+}
+
+/// What becomes of the `server` response header.
+#[derive(Clone, Debug)]
+pub enum ServerHeader {
+    /// Always ours.
+    Overwrite(HeaderValue),
+    /// Ours where there is none.
+    AppendIfAbsent(HeaderValue),
+    /// The upstream's.
+    PassThrough,
+}
+
+/// Slashes that are percent-encoded in the path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EscapedSlashes {
+    /// Left as they are.
+    Keep,
+    /// 400.
+    Reject,
+    /// Decoded, and the client told to use the result.
+    Redirect,
+    /// Decoded and forwarded.
+    Forward,
+}
+
+/// Where routes come from.
+#[derive(Debug)]
+pub enum Routes {
+    /// A named route configuration.
+    Rds(Arc<RouteSlot>),
+    /// The listener's own.
+    Inline(Arc<RouteTable>),
+}
+
+/// A compiled connection manager.
+#[derive(Debug)]
+pub struct HttpManager {
+    /// For admin output.
+    pub stat_prefix: Box<str>,
+    /// Protocol.
+    pub codec: Codec,
+    /// Side, for metrics.
+    pub direction: Direction,
+    /// Routes.
+    pub routes: Routes,
+    /// Fault injection for every route that has none of its own.
+    pub fault: Option<Fault>,
+    /// Whether the fault filter is in the chain: per-route faults count only then.
+    pub has_fault: bool,
+    /// CORS for every route that has none of its own.
+    pub cors: Option<Cors>,
+    /// Whether the CORS filter is in the chain.
+    pub has_cors: bool,
+    /// Whether Istio's metrics are kept.
+    pub stats: bool,
+    /// Unknown destinations are not named after the Host header.
+    pub disable_host_fallback: bool,
+    /// Whether peer metadata headers are exchanged.
+    pub metadata_exchange: bool,
+    /// Limit of silence on a stream.
+    pub stream_idle_timeout: Option<Duration>,
+    /// Limit for the whole request to arrive.
+    pub request_timeout: Option<Duration>,
+    /// Limit for the request head to arrive.
+    pub headers_timeout: Option<Duration>,
+    /// Limit of silence between requests.
+    pub idle_timeout: Option<Duration>,
+    /// Connections are asked to end after this.
+    pub max_connection_duration: Option<Duration>,
+    /// Streams are ended after this.
+    pub max_stream_duration: Option<Duration>,
+    /// Connections are asked to end after this many requests; 0 for no limit.
+    pub max_requests_per_connection: u32,
+    /// Bytes of a request head.
+    pub max_head: usize,
+    /// Header fields of a request.
+    pub max_header_count: usize,
+    /// HTTP/2 streams at a time.
+    pub max_streams: u32,
+    /// HTTP/2 stream window.
+    pub stream_window: u32,
+    /// HTTP/2 connection window.
+    pub connection_window: u32,
+    /// The client's address is appended to `x-forwarded-for`, and its `x-envoy-*` headers are not believed.
+    pub use_remote_address: bool,
+    /// `x-request-id` is made when absent.
+    pub generate_request_id: bool,
+    /// `x-request-id` of outside clients is kept.
+    pub preserve_request_id: bool,
+    /// `x-request-id` is put on every response.
+    pub request_id_in_response: bool,
+    /// `server` header.
+    pub server: ServerHeader,
+    /// `.` and `..` are resolved.
+    pub normalize_path: bool,
+    /// `//` becomes `/`.
+    pub merge_slashes: bool,
+    /// `%2F` and `%5C`.
+    pub escaped_slashes: EscapedSlashes,
+    /// Upgrades that are let through (`websocket`), lower case.
+    pub upgrades: Box<[Box<str>]>,
+    /// HTTP/1.0 requests without `Host` go to this authority.
+    pub default_host: Box<str>,
+    /// The port is taken off the authority before routing.
+    pub strip_port: bool,
+}
+
+impl HttpManager {
+    /// The name of its route configuration, if it is not inline.
+    pub fn rds_name(&self) -> Option<Arc<str>> {
+        match &self.routes {
+            Routes::Rds(slot) => Some(slot.name.clone()),
+            Routes::Inline(_) => None,
+        }
+    }
+
+    /// The routes as they are now.
+    pub fn table(&self) -> Option<Arc<RouteTable>> {
+        match &self.routes {
+            Routes::Rds(slot) => slot.table(),
+            Routes::Inline(table) => Some(table.clone()),
+        }
+    }
+
+    pub(super) fn compile(
+        from: &hcm::HttpConnectionManager,
+        direction: Direction,
+        context: &mut Context<'_>,
+    ) -> Result<Self, Refusal> {
+        use hcm::http_connection_manager::{CodecType, RouteSpecifier};
+        let unsupported = [
+            ("original_ip_detection_extensions", !from.original_ip_detection_extensions.is_empty()),
+            ("early_header_mutation_extensions", !from.early_header_mutation_extensions.is_empty()),
+            ("local_reply_config", from.local_reply_config.is_some()),
+            ("path_normalization_options", from.path_normalization_options.is_some()),
+            ("proxy_status_config", from.proxy_status_config.is_some()),
+        ];
+        if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
+            return Err(Refusal::new(*field, "not supported"));
+        }
+        let routes = match &from.route_specifier {
+            Some(RouteSpecifier::Rds(rds)) => Routes::Rds(context.slots.route(&rds.route_config_name)),
+            Some(RouteSpecifier::RouteConfig(config)) => {
+                let table = super::store::compile_inline_routes(config, context).within("route_config")?;
+                Routes::Inline(Arc::new(table))
+            }
+            Some(RouteSpecifier::ScopedRoutes(_)) => return Err(Refusal::new("scoped_routes", "not supported")),
+            None => return Err(Refusal::new("route_specifier", "is missing")),
+        };
+        let codec = match CodecType::try_from(from.codec_type) {
+            Ok(CodecType::Auto) => Codec::Auto,
+            Ok(CodecType::Http1) => Codec::Http1,
+            Ok(CodecType::Http2) => Codec::Http2,
+            Ok(CodecType::Http3) | Err(_) => return Err(Refusal::new("codec_type", "HTTP/3 is not supported")),
+        };
+        let common = from.common_http_protocol_options.as_ref();
+        let http1 = from.http_protocol_options.as_ref();
+        let http2 = from.http2_protocol_options.as_ref();
+        let flag = |value: &Option<serin_xds::pb::google::protobuf::BoolValue>, default: bool| {
+            value.as_ref().map_or(default, |value| value.value)
+        };
+        let mut out = Self {
+            stat_prefix: from.stat_prefix.as_str().into(),
+            codec,
+            direction,
+            routes,
+            fault: None,
+            has_fault: false,
+            cors: None,
+            has_cors: false,
+            stats: false,
+            disable_host_fallback: false,
+            metadata_exchange: false,
+            stream_idle_timeout: match &from.stream_idle_timeout {
+                None => Some(DEFAULT_STREAM_IDLE),
+                given => convert::timeout(given.as_ref()).within("stream_idle_timeout")?,
+            },
+            request_timeout: convert::timeout(from.request_timeout.as_ref()).within("request_timeout")?,
+            headers_timeout: convert::timeout(from.request_headers_timeout.as_ref())
+                .within("request_headers_timeout")?,
+            idle_timeout: match common.and_then(|options| options.idle_timeout.as_ref()) {
+                None => Some(DEFAULT_CONNECTION_IDLE),
+                given => convert::timeout(given).within("common_http_protocol_options.idle_timeout")?,
+            },
+            max_connection_duration: convert::timeout(
+                common.and_then(|options| options.max_connection_duration.as_ref()),
+            )
+            .within("common_http_protocol_options.max_connection_duration")?,
+            max_stream_duration: convert::timeout(common.and_then(|options| options.max_stream_duration.as_ref()))
+                .within("common_http_protocol_options.max_stream_duration")?,
+            max_requests_per_connection: common
+                .and_then(|options| options.max_requests_per_connection.as_ref())
+                .map_or(0, |value| value.value),
+            max_head: from.max_request_headers_kb.as_ref().map_or(DEFAULT_HEADERS_KB, |value| value.value.clamp(1, 8192))
+                as usize
+                * 1024,
+            max_header_count: common
+                .and_then(|options| options.max_headers_count.as_ref())
+                .map_or(100, |value| value.value.clamp(1, 4096)) as usize,
+            // Lower than Envoy's 1,024: h2 keeps state for each, and Rapid Reset multiplies by it.
+            max_streams: http2
+                .and_then(|options| options.max_concurrent_streams.as_ref())
+                .map_or(100, |value| value.value.max(1)),
+            stream_window: http2
+                .and_then(|options| options.initial_stream_window_size.as_ref())
+                .map_or(256 * 1024, |value| value.value),
+            connection_window: http2
+                .and_then(|options| options.initial_connection_window_size.as_ref())
+                .map_or(1024 * 1024, |value| value.value),
+            use_remote_address: flag(&from.use_remote_address, false),
+            generate_request_id: flag(&from.generate_request_id, true),
+            preserve_request_id: from.preserve_external_request_id,
+            request_id_in_response: from.always_set_request_id_in_response,
+            server: server_header(from)?,
+            normalize_path: flag(&from.normalize_path, false),
+            merge_slashes: from.merge_slashes,
+            escaped_slashes: match from.path_with_escaped_slashes_action {
+                0 | 1 => EscapedSlashes::Keep,
+                2 => EscapedSlashes::Reject,
+                3 => EscapedSlashes::Redirect,
+                4 => EscapedSlashes::Forward,
+                other => {
+                    return Err(Refusal::new("path_with_escaped_slashes_action", format!("{other} is unknown")));
+                }
+            },
+            upgrades: from
+                .upgrade_configs
+                .iter()
+                .filter(|upgrade| upgrade.enabled.as_ref().is_none_or(|value| value.value))
+                .map(|upgrade| upgrade.upgrade_type.to_ascii_lowercase().into())
+                .collect(),
+            default_host: http1.map_or("", |options| options.default_host_for_http_10.as_str()).into(),
+            strip_port: from.strip_matching_host_port
+                || matches!(
+                    from.strip_port_mode,
+                    Some(hcm::http_connection_manager::StripPortMode::StripAnyHostPort(true))
+                ),
+        };
+        if out.upgrades.iter().any(|upgrade| &**upgrade == "connect") {
+            return Err(Refusal::new("upgrade_configs", "CONNECT is not supported"));
+        }
+        let mut routed = false;
+        for (index, filter) in from.http_filters.iter().enumerate() {
+            if filter.disabled {
+                continue;
+            }
+            let path = format!("http_filters[{index}]");
+            if routed {
+                return Err(Refusal::new(path, "no filter may follow the router"));
+            }
+            match out.add_filter(filter) {
+                Ok(router) => routed = router,
+                Err(_) if filter.is_optional => {}
+                Err(refusal) => return Err(refusal.within(path)),
+            }
+        }
+        if !routed {
+            return Err(Refusal::new("http_filters", "the router filter is missing"));
+        }
+        Ok(out)
+    }
+
+    /// Whether the filter was the router.
+    fn add_filter(&mut self, filter: &hcm::HttpFilter) -> Result<bool, Refusal> {
+        let any = match &filter.config_type {
+            Some(hcm::http_filter::ConfigType::TypedConfig(any)) => Some(any),
+            Some(hcm::http_filter::ConfigType::ConfigDiscovery(_)) => {
+                return Err(Refusal::new("config_discovery", "not supported"));
+            }
+            None => None,
+        };
+        let type_name = any.map_or("", |any| any.type_url.rsplit('/').next().unwrap_or_default());
+        match filter.name.as_str() {
+            "envoy.filters.http.router" => return Ok(true),
+            "istio.metadata_exchange" => self.metadata_exchange = true,
+            "istio.stats" => {
+                self.stats = true;
+                self.disable_host_fallback =
+                    any.is_some_and(|any| any.type_url.ends_with("stats.PluginConfig") && plugin_disables_host(any));
+            }
+            // ALPN override only matters to TLS upstreams; gRPC status is always counted.
+            "istio.alpn" | "envoy.filters.http.grpc_stats" => {}
+            "envoy.filters.http.fault" => {
+                self.has_fault = true;
+                if type_name == "envoy.extensions.filters.http.fault.v3.HTTPFault"
+                    && let Some(any) = any
+                {
+                    self.fault = Fault::compile(&convert::unpack(any, type_name)?)?;
+                }
+            }
+            "envoy.filters.http.cors" => {
+                self.has_cors = true;
+                if type_name == "envoy.extensions.filters.http.cors.v3.CorsPolicy"
+                    && let Some(any) = any
+                {
+                    self.cors = Some(Cors::compile(&convert::unpack(any, type_name)?)?);
+                }
+            }
+            other => return Err(Refusal::new("name", format!("the HTTP filter {other:?} is not supported yet"))),
+        }
+        Ok(false)
+    }
+}
+
+/// `disable_host_header_fallback` of Istio's `stats.PluginConfig`, field 4 of a message whose type is not in Envoy's
+/// protobuf set; read from the wire because that is the only field that changes what we do.
+fn plugin_disables_host(any: &serin_xds::pb::google::protobuf::Any) -> bool {
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct PluginConfig {
+        #[prost(bool, tag = "4")]
+        disable_host_header_fallback: bool,
+    }
+    <PluginConfig as prost::Message>::decode(any.value.as_slice())
+        .is_ok_and(|config| config.disable_host_header_fallback)
+}
+
+fn server_header(from: &hcm::HttpConnectionManager) -> Result<ServerHeader, Refusal> {
+    use hcm::http_connection_manager::ServerHeaderTransformation;
+    let name = if from.server_name.is_empty() { "serin" } else { &from.server_name };
+    let value = HeaderValue::from_str(name).map_err(|_| Refusal::new("server_name", "is not a header value"))?;
+    Ok(match ServerHeaderTransformation::try_from(from.server_header_transformation) {
+        Ok(ServerHeaderTransformation::Overwrite) => ServerHeader::Overwrite(value),
+        Ok(ServerHeaderTransformation::AppendIfAbsent) => ServerHeader::AppendIfAbsent(value),
+        Ok(ServerHeaderTransformation::PassThrough) => ServerHeader::PassThrough,
+        Err(_) => return Err(Refusal::new("server_header_transformation", "is unknown")),
+    })
+}

@@ -1,0 +1,495 @@
+//! Listeners and filter chains, compiled.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use serin_xds::pb::envoy::config::core::v3 as core;
+use serin_xds::pb::envoy::config::listener::v3 as listener;
+use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_v3;
+
+use super::convert::{self, Address};
+use super::hcm::HttpManager;
+use super::route::Context;
+use super::slot::ClusterSlot;
+use super::weighted::{Turn, Weights};
+use crate::error::{Refusal, Within};
+
+/// Envoy's limit for protocol detection when the listener does not say.
+const DEFAULT_DETECTION: Duration = Duration::from_secs(15);
+/// Our limit where the configuration switches the limit off (`0s`, as istiod does): a client that waits for the server
+/// to speak first gets its connection after this, instead of never.
+const UNLIMITED_DETECTION: Duration = Duration::from_millis(500);
+
+/// Which side of the workload a listener serves; decides `reporter` in the metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// Towards the local application: `reporter="destination"`.
+    Inbound,
+    /// From the local application, or a gateway: `reporter="source"`.
+    Outbound,
+    /// Not said: like outbound, without Istio's metrics.
+    Unspecified,
+}
+
+/// A compiled listener.
+#[derive(Debug)]
+pub struct Listener {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Where it listens, or stands for when it is not bound.
+    pub address: SocketAddr,
+    /// Whether it has a socket.
+    pub bind: bool,
+    /// Connections are handed to the listener of their original destination.
+    pub use_original_dst: bool,
+    /// The original destination counts as destination (`original_dst` listener filter).
+    pub original_dst: bool,
+    /// Side.
+    pub direction: Direction,
+    /// Whether the first bytes are looked at for TLS.
+    pub inspect_tls: Inspect,
+    /// Whether the first bytes are looked at for HTTP.
+    pub inspect_http: Inspect,
+    /// How long to wait for these bytes.
+    pub detection_timeout: Duration,
+    /// When the time is over: go on without knowledge (or else close).
+    pub continue_on_timeout: bool,
+    chains: Box<[Arc<FilterChain>]>,
+    default_chain: Option<Arc<FilterChain>>,
+}
+
+/// A listener filter and the destination ports for which it is off.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Inspect {
+    on: bool,
+    off_ports: Box<[std::ops::Range<u16>]>,
+}
+
+impl Inspect {
+    /// Whether connections to `port` are looked at.
+    pub fn applies(&self, port: u16) -> bool {
+        self.on && !self.off_ports.iter().any(|range| range.contains(&port))
+    }
+}
+
+/// What is known of a connection when its chain is chosen.
+#[derive(Clone, Debug)]
+pub struct ConnectionFacts<'a> {
+    /// Where the client wanted to go.
+    pub destination: SocketAddr,
+    /// Who the client is.
+    pub source: SocketAddr,
+    /// `tls` or `raw_buffer`.
+    pub transport: &'a str,
+    /// Name in the TLS ClientHello.
+    pub server_name: Option<&'a str>,
+    /// `http/1.1`, `h2c`, or what ALPN offers.
+    pub application: &'a [&'a str],
+}
+
+/// A compiled filter chain.
+#[derive(Debug)]
+pub struct FilterChain {
+    /// Its name.
+    pub name: Box<str>,
+    criteria: Criteria,
+    /// What happens to the bytes.
+    pub handler: Handler,
+    retired: AtomicBool,
+}
+
+impl FilterChain {
+    /// Whether the chain was replaced: its connections should finish what they do and close.
+    pub fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::Relaxed)
+    }
+}
+
+/// The terminal network filter.
+#[derive(Debug)]
+pub enum Handler {
+    /// HTTP.
+    Http(Arc<HttpManager>),
+    /// Bytes.
+    Tcp(Arc<TcpProxy>),
+}
+
+/// A compiled TCP proxy.
+#[derive(Debug)]
+pub struct TcpProxy {
+    /// Where to.
+    pub targets: TcpTargets,
+    /// Limit of silence.
+    pub idle_timeout: Option<Duration>,
+    /// How often a connection is tried.
+    pub max_connect_attempts: u32,
+    /// Whether Istio's TCP metrics are kept.
+    pub stats: bool,
+}
+
+/// Where TCP connections go.
+#[derive(Debug)]
+pub enum TcpTargets {
+    /// One cluster.
+    One(Arc<ClusterSlot>),
+    /// Several, by weight.
+    Weighted(Box<[Arc<ClusterSlot>]>, Weights, Turn),
+}
+
+#[derive(Debug, Default)]
+struct Criteria {
+    port: Option<u16>,
+    destinations: Box<[Cidr]>,
+    server_names: Box<[Box<str>]>,
+    transport: Box<str>,
+    application: Box<[Box<str>]>,
+    source_same: Option<bool>,
+    direct_sources: Box<[Cidr]>,
+    sources: Box<[Cidr]>,
+    source_ports: Box<[u16]>,
+}
+
+/// A range of addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cidr {
+    address: IpAddr,
+    length: u8,
+}
+
+impl Cidr {
+    pub(crate) fn compile(from: &core::CidrRange) -> Result<Self, Refusal> {
+        let address: IpAddr = from
+            .address_prefix
+            .parse()
+            .map_err(|_| Refusal::new("address_prefix", format!("{:?} is no address", from.address_prefix)))?;
+        let widest = if address.is_ipv4() { 32 } else { 128 };
+        let length = from.prefix_len.as_ref().map_or(0, |length| length.value);
+        match u8::try_from(length) {
+            Ok(length) if length <= widest => Ok(Self { address, length }),
+            _ => Err(Refusal::new("prefix_len", format!("{length} is longer than the address"))),
+        }
+    }
+
+    /// Whether `address` is in the range; an IPv4-mapped IPv6 address counts as IPv4.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        match (self.address, address.to_canonical()) {
+            (IpAddr::V4(range), IpAddr::V4(address)) => {
+                let shift = 32 - u32::from(self.length);
+                u32::from(range).checked_shr(shift).unwrap_or(0) == u32::from(address).checked_shr(shift).unwrap_or(0)
+            }
+            (IpAddr::V6(range), IpAddr::V6(address)) => {
+                let shift = 128 - u32::from(self.length);
+                u128::from(range).checked_shr(shift).unwrap_or(0) == u128::from(address).checked_shr(shift).unwrap_or(0)
+            }
+            _ => false,
+        }
+    }
+}
+
+impl Criteria {
+    fn compile(from: Option<&listener::FilterChainMatch>) -> Result<Self, Refusal> {
+        use listener::filter_chain_match::ConnectionSourceType;
+        let Some(from) = from else { return Ok(Self::default()) };
+        if !from.address_suffix.is_empty() || from.suffix_len.is_some() {
+            return Err(Refusal::new("address_suffix", "not supported"));
+        }
+        let ranges = |list: &[core::CidrRange], field: &str| {
+            list.iter()
+                .enumerate()
+                .map(|(index, range)| Cidr::compile(range).within(format!("{field}[{index}]")))
+                .collect::<Result<Box<[_]>, _>>()
+        };
+        Ok(Self {
+            port: from
+                .destination_port
+                .as_ref()
+                .map(|port| u16::try_from(port.value))
+                .transpose()
+                .map_err(|_| Refusal::new("destination_port", "is not a port"))?,
+            destinations: ranges(&from.prefix_ranges, "prefix_ranges")?,
+            server_names: from.server_names.iter().map(|name| name.to_ascii_lowercase().into()).collect(),
+            transport: from.transport_protocol.as_str().into(),
+            application: from.application_protocols.iter().map(|name| name.as_str().into()).collect(),
+            source_same: match ConnectionSourceType::try_from(from.source_type) {
+                Ok(ConnectionSourceType::SameIpOrLoopback) => Some(true),
+                Ok(ConnectionSourceType::External) => Some(false),
+                Ok(ConnectionSourceType::Any) | Err(_) => None,
+            },
+            direct_sources: ranges(&from.direct_source_prefix_ranges, "direct_source_prefix_ranges")?,
+            sources: ranges(&from.source_prefix_ranges, "source_prefix_ranges")?,
+            source_ports: from.source_ports.iter().filter_map(|port| u16::try_from(*port).ok()).collect(),
+        })
+    }
+
+    /// How specifically the chain fits, in Envoy's order of criteria, or `None` if it does not.
+    fn score(&self, facts: &ConnectionFacts<'_>) -> Option<[u16; 8]> {
+        let range = |ranges: &[Cidr], address: IpAddr| match ranges {
+            [] => Some(0),
+            ranges => {
+                ranges.iter().filter(|r| r.contains(address)).map(|r| u16::from(r.length) + 1).max()
+            }
+        };
+        let port = match self.port {
+            None => 0,
+            Some(port) if port == facts.destination.port() => 1,
+            Some(_) => return None,
+        };
+        let destination = range(&self.destinations, facts.destination.ip())?;
+        let server_name = match (&*self.server_names, facts.server_name) {
+            ([], _) => 0,
+            (_, None) => return None,
+            (names, Some(name)) => names.iter().filter_map(|pattern| server_name_score(pattern, name)).max()?,
+        };
+        let transport = match &*self.transport {
+            "" => 0,
+            transport if transport == facts.transport => 1,
+            _ => return None,
+        };
+        let application = match &*self.application {
+            [] => 0,
+            list if list.iter().any(|wanted| facts.application.contains(&&**wanted)) => 1,
+            _ => return None,
+        };
+        let direct = range(&self.direct_sources, facts.source.ip())?;
+        let same = facts.source.ip().is_loopback() || facts.source.ip() == facts.destination.ip();
+        let source_type = match self.source_same {
+            None => 0,
+            Some(wanted) if wanted == same => 1,
+            Some(_) => return None,
+        };
+        let source = range(&self.sources, facts.source.ip())?;
+        if !self.source_ports.is_empty() && !self.source_ports.contains(&facts.source.port()) {
+            return None;
+        }
+        let source = source * 2 + u16::from(!self.source_ports.is_empty());
+        Some([port, destination, server_name, transport, application, direct, source_type, source])
+    }
+}
+
+fn server_name_score(pattern: &str, name: &str) -> Option<u16> {
+    match pattern.strip_prefix('*') {
+        Some("") => Some(1),
+        Some(suffix) => (name.len() > suffix.len() && name.ends_with(suffix)).then_some(2 + suffix.len() as u16),
+        None => (pattern == name).then_some(u16::MAX),
+    }
+}
+
+impl Listener {
+    /// Compiles the message.
+    pub(crate) fn compile(from: &listener::Listener, context: &mut Context<'_>) -> Result<Self, Refusal> {
+        let address = match convert::address(from.address.as_ref())? {
+            Address::Tcp(address) => address,
+            other => return Err(Refusal::new("address", format!("cannot listen on {other}"))),
+        };
+        let unsupported = [
+            ("additional_addresses", !from.additional_addresses.is_empty()),
+            ("udp_listener_config", from.udp_listener_config.is_some()),
+            ("api_listener", from.api_listener.is_some()),
+            ("filter_chain_matcher", from.filter_chain_matcher.is_some()),
+            ("transparent", from.transparent.as_ref().is_some_and(|value| value.value)),
+            ("fcds_config", from.fcds_config.is_some()),
+        ];
+        if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
+            return Err(Refusal::new(*field, "not supported"));
+        }
+        let direction = match core::TrafficDirection::try_from(from.traffic_direction) {
+            Ok(core::TrafficDirection::Inbound) => Direction::Inbound,
+            Ok(core::TrafficDirection::Outbound) => Direction::Outbound,
+            Ok(core::TrafficDirection::Unspecified) | Err(_) => Direction::Unspecified,
+        };
+        let mut out = Self {
+            name: from.name.as_str().into(),
+            address,
+            bind: from.bind_to_port.as_ref().is_none_or(|value| value.value)
+                && from
+                    .deprecated_v1
+                    .as_ref()
+                    .and_then(|old| old.bind_to_port.as_ref())
+                    .is_none_or(|value| value.value),
+            use_original_dst: from.use_original_dst.as_ref().is_some_and(|value| value.value),
+            original_dst: false,
+            direction,
+            inspect_tls: Inspect::default(),
+            inspect_http: Inspect::default(),
+            detection_timeout: match &from.listener_filters_timeout {
+                None => DEFAULT_DETECTION,
+                given => convert::timeout(given.as_ref())
+                    .within("listener_filters_timeout")?
+                    .unwrap_or(UNLIMITED_DETECTION),
+            },
+            continue_on_timeout: from.continue_on_listener_filters_timeout
+                || convert::timeout(from.listener_filters_timeout.as_ref()).ok().flatten().is_none(),
+            chains: Box::default(),
+            default_chain: None,
+        };
+        for (index, filter) in from.listener_filters.iter().enumerate() {
+            out.add_listener_filter(filter).within(format!("listener_filters[{index}]"))?;
+        }
+        out.chains = from
+            .filter_chains
+            .iter()
+            .enumerate()
+            .map(|(index, chain)| {
+                compile_chain(chain, direction, context).map(Arc::new).within(format!("filter_chains[{index}]"))
+            })
+            .collect::<Result<_, _>>()?;
+        out.default_chain = from
+            .default_filter_chain
+            .as_ref()
+            .map(|chain| compile_chain(chain, direction, context).map(Arc::new))
+            .transpose()
+            .within("default_filter_chain")?;
+        if out.chains.is_empty() && out.default_chain.is_none() {
+            return Err(Refusal::new("filter_chains", "a listener needs a filter chain"));
+        }
+        Ok(out)
+    }
+
+    fn add_listener_filter(&mut self, filter: &listener::ListenerFilter) -> Result<(), Refusal> {
+        let off_ports = match &filter.filter_disabled {
+            None => Box::default(),
+            Some(predicate) => disabled_ports(predicate).within("filter_disabled")?.into(),
+        };
+        match filter.name.as_str() {
+            "envoy.filters.listener.original_dst" => self.original_dst = true,
+            "envoy.filters.listener.tls_inspector" => self.inspect_tls = Inspect { on: true, off_ports },
+            "envoy.filters.listener.http_inspector" => self.inspect_http = Inspect { on: true, off_ports },
+            other => return Err(Refusal::new("name", format!("the listener filter {other:?} is not supported"))),
+        }
+        Ok(())
+    }
+
+    /// The chain for a connection, or `None` if it must be closed (flag `NR`).
+    pub fn select(&self, facts: &ConnectionFacts<'_>) -> Option<&Arc<FilterChain>> {
+        let mut best: Option<([u16; 8], &Arc<FilterChain>)> = None;
+        for chain in &self.chains {
+            if let Some(score) = chain.criteria.score(facts)
+                && best.as_ref().is_none_or(|(most, _)| score > *most)
+            {
+                best = Some((score, chain));
+            }
+        }
+        best.map(|(_, chain)| chain).or(self.default_chain.as_ref())
+    }
+
+    /// Every chain.
+    pub fn all_chains(&self) -> impl Iterator<Item = &Arc<FilterChain>> {
+        self.chains.iter().chain(&self.default_chain)
+    }
+
+    /// Names of the route configurations that the listener needs.
+    pub fn route_names(&self) -> impl Iterator<Item = Arc<str>> {
+        self.all_chains().filter_map(|chain| match &chain.handler {
+            Handler::Http(manager) => manager.rds_name(),
+            Handler::Tcp(_) => None,
+        })
+    }
+
+    /// Marks every chain as replaced.
+    pub fn retire(&self) {
+        for chain in self.all_chains() {
+            chain.retired.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+fn disabled_ports(
+    predicate: &listener::ListenerFilterChainMatchPredicate,
+) -> Result<Vec<std::ops::Range<u16>>, Refusal> {
+    use listener::listener_filter_chain_match_predicate::Rule;
+    match &predicate.rule {
+        Some(Rule::DestinationPortRange(range)) => {
+            let bound = |value: i32| u16::try_from(value.clamp(0, 65_535)).unwrap_or(u16::MAX);
+            Ok(vec![bound(range.start)..bound(range.end)])
+        }
+        Some(Rule::OrMatch(set)) => {
+            let mut all = Vec::new();
+            for rule in &set.rules {
+                all.extend(disabled_ports(rule)?);
+            }
+            Ok(all)
+        }
+        _ => Err(Refusal::new("", "only destination port ranges and or_match are supported")),
+    }
+}
+
+fn compile_chain(
+    from: &listener::FilterChain,
+    direction: Direction,
+    context: &mut Context<'_>,
+) -> Result<FilterChain, Refusal> {
+    if from.transport_socket.as_ref().is_some_and(|socket| !socket.name.ends_with("raw_buffer")) {
+        return Err(Refusal::new("transport_socket", "terminating TLS is not supported yet"));
+    }
+    let mut stats = false;
+    let mut handler = None;
+    for (index, filter) in from.filters.iter().enumerate() {
+        let path = format!("filters[{index}]");
+        let any = match &filter.config_type {
+            Some(listener::filter::ConfigType::TypedConfig(any)) => Some(any),
+            Some(listener::filter::ConfigType::ConfigDiscovery(_)) => {
+                return Err(Refusal::new(path, "filters by extension discovery are not supported"));
+            }
+            None => None,
+        };
+        match (filter.name.as_str(), any) {
+            // Peers are told apart by HTTP headers and endpoint metadata; without mTLS there is no ALPN to carry the
+            // TCP exchange.
+            ("istio.metadata_exchange", _) => {}
+            ("istio.stats", _) => stats = true,
+            ("envoy.filters.network.http_connection_manager", Some(any)) => {
+                let message = convert::unpack(
+                    any,
+                    "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+                )
+                .within(&path)?;
+                let manager = HttpManager::compile(&message, direction, context).within(&path)?;
+                handler = Some(Handler::Http(Arc::new(manager)));
+            }
+            ("envoy.filters.network.tcp_proxy", Some(any)) => {
+                let message =
+                    convert::unpack(any, "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy").within(&path)?;
+                let proxy = TcpProxy::compile(&message, stats, context).within(&path)?;
+                handler = Some(Handler::Tcp(Arc::new(proxy)));
+            }
+            (name, _) => return Err(Refusal::new(path, format!("the network filter {name:?} is not supported"))),
+        }
+    }
+    Ok(FilterChain {
+        name: from.name.as_str().into(),
+        criteria: Criteria::compile(from.filter_chain_match.as_ref()).within("filter_chain_match")?,
+        handler: handler.ok_or_else(|| Refusal::new("filters", "no http_connection_manager and no tcp_proxy"))?,
+        retired: AtomicBool::new(false),
+    })
+}
+
+impl TcpProxy {
+    fn compile(from: &tcp_v3::TcpProxy, stats: bool, context: &mut Context<'_>) -> Result<Self, Refusal> {
+        use tcp_v3::tcp_proxy::ClusterSpecifier;
+        if from.tunneling_config.is_some() || from.on_demand.is_some() || from.metadata_match.is_some() {
+            return Err(Refusal::new("tunneling_config", "tunnels, on-demand clusters, metadata matches: not supported"));
+        }
+        let targets = match &from.cluster_specifier {
+            Some(ClusterSpecifier::Cluster(name)) => TcpTargets::One(context.slots.cluster(name)),
+            Some(ClusterSpecifier::WeightedClusters(weighted)) => {
+                let clusters = weighted.clusters.iter().map(|cluster| context.slots.cluster(&cluster.name)).collect();
+                let weights = Weights::new(weighted.clusters.iter().map(|cluster| cluster.weight).collect::<Vec<_>>())
+                    .ok_or_else(|| Refusal::new("weighted_clusters", "the weights add up to zero"))?;
+                let turn = Turn::new(context.workers, weights.total(), context.seed % weights.total());
+                TcpTargets::Weighted(clusters, weights, turn)
+            }
+            None => return Err(Refusal::new("cluster_specifier", "is missing")),
+        };
+        Ok(Self {
+            targets,
+            idle_timeout: match &from.idle_timeout {
+                None => Some(Duration::from_secs(3600)),
+                given => convert::timeout(given.as_ref()).within("idle_timeout")?,
+            },
+            max_connect_attempts: from.max_connect_attempts.as_ref().map_or(1, |value| value.value.max(1)),
+            stats,
+        })
+    }
+}

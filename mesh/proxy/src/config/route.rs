@@ -1,0 +1,573 @@
+//! Virtual hosts and routes, compiled: matching and actions.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue, StatusCode};
+use regex::Regex;
+use serin_xds::pb::envoy::config::core::v3 as core;
+use serin_xds::pb::envoy::config::route::v3 as route;
+use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
+
+use super::convert::{self, Fraction};
+use super::filters::{Cors, PerRoute};
+use super::hash::HashPolicy;
+use super::headers::HeaderOps;
+use super::matchers::{HeaderMatch, QueryMatch, RequestView, full_regex, has_prefix};
+use super::retry::RetryPolicy;
+use super::slot::{ClusterSlot, Slots};
+use super::weighted::{Turn, Weights};
+use crate::error::{Refusal, Within};
+
+/// Envoy's route timeout when none is given.
+const DEFAULT_ROUTE_TIMEOUT: Duration = Duration::from_secs(15);
+/// Envoy's limit of what is kept of a request for retries (`per_connection_buffer_limit_bytes`, 1 MiB).
+pub const DEFAULT_REQUEST_BUFFER: usize = 1 << 20;
+/// Direct response bodies above this are refused (Envoy's default is 4 KiB, Istio sends 1 MiB).
+const MAX_DIRECT_RESPONSE: usize = 1 << 20;
+
+/// What compiling a route needs from outside.
+pub struct Context<'a> {
+    /// Names to slots.
+    pub slots: &'a mut Slots,
+    /// Number of worker threads.
+    pub workers: usize,
+    /// A random number for the start of weighted sequences.
+    pub seed: u64,
+}
+
+/// A compiled virtual host.
+#[derive(Debug)]
+pub struct VirtualHost {
+    /// Its name.
+    pub name: Arc<str>,
+    /// The domains it answers for.
+    pub domains: Box<[Box<str>]>,
+    /// Its routes, first match wins.
+    pub routes: Box<[Arc<Route>]>,
+    /// Mutations for every request of the host.
+    pub request_headers: HeaderOps,
+    /// Mutations for every response of the host.
+    pub response_headers: HeaderOps,
+    /// `x-envoy-attempt-count` on requests.
+    pub attempt_count: bool,
+    /// `x-envoy-attempt-count` on responses.
+    pub attempt_count_in_response: bool,
+    /// Filter configuration for routes that have none of their own.
+    pub per_filter: PerRoute,
+    /// Plain requests are redirected to https.
+    pub require_tls: bool,
+}
+
+/// A compiled route.
+#[derive(Debug)]
+pub struct Route {
+    /// Its name (Istio: `default`, or the name of the VirtualService's http route).
+    pub name: Box<str>,
+    matches: RouteMatch,
+    /// What happens to requests that match.
+    pub action: Action,
+    /// Mutations for requests.
+    pub request_headers: HeaderOps,
+    /// Mutations for responses.
+    pub response_headers: HeaderOps,
+    /// Filter configuration.
+    pub per_filter: PerRoute,
+}
+
+#[derive(Debug)]
+struct RouteMatch {
+    path: PathMatch,
+    case_insensitive: bool,
+    headers: Box<[HeaderMatch]>,
+    query: Box<[QueryMatch]>,
+    grpc: bool,
+    fraction: Option<Fraction>,
+}
+
+#[derive(Debug)]
+enum PathMatch {
+    Any,
+    Prefix(Box<str>),
+    Exact(Box<str>),
+    /// `/a` matches `/a` and `/a/b`, not `/ab`.
+    SeparatedPrefix(Box<str>),
+    Regex(Regex),
+}
+
+/// What a route does.
+#[derive(Debug)]
+pub enum Action {
+    /// Send the request to a cluster.
+    Forward(Box<Forward>),
+    /// Answer with a redirect.
+    Redirect(Box<Redirect>),
+    /// Answer from configuration.
+    Direct(Direct),
+}
+
+/// A direct response.
+#[derive(Debug)]
+pub struct Direct {
+    /// Its status.
+    pub status: StatusCode,
+    /// Its body.
+    pub body: Bytes,
+}
+
+/// A redirect.
+#[derive(Debug)]
+pub struct Redirect {
+    /// Its status.
+    pub status: StatusCode,
+    scheme: Option<Box<str>>,
+    host: Option<Box<str>>,
+    port: Option<u16>,
+    path: Option<Rewrite>,
+    strip_query: bool,
+}
+
+/// A change of the path.
+#[derive(Debug)]
+pub enum Rewrite {
+    /// The matched prefix is replaced.
+    Prefix(Box<str>),
+    /// The whole path is replaced.
+    Full(Box<str>),
+    /// A regular expression is replaced.
+    Regex(Regex, Box<str>),
+}
+
+/// A change of the authority.
+#[derive(Debug)]
+pub enum HostRewrite {
+    /// To this value.
+    Literal(HeaderValue),
+    /// To the endpoint's host name.
+    Auto,
+    /// To the value of that header.
+    Header(HeaderName),
+    /// To the path after this substitution.
+    PathRegex(Regex, Box<str>),
+}
+
+/// A weighted target.
+#[derive(Debug)]
+pub struct Target {
+    /// The cluster.
+    pub cluster: Arc<ClusterSlot>,
+    /// Mutations for requests that go there.
+    pub request_headers: HeaderOps,
+    /// Mutations for responses that come from there.
+    pub response_headers: HeaderOps,
+    /// Authority for requests that go there.
+    pub host_rewrite: Option<HeaderValue>,
+}
+
+/// Where requests go.
+#[derive(Debug)]
+pub enum Targets {
+    /// One cluster.
+    One(Arc<ClusterSlot>),
+    /// Several, by weight.
+    Weighted(Box<[Target]>, Weights, Turn),
+    /// Several with no weight at all: nothing can be chosen.
+    Empty,
+    /// The cluster named by a request header, among those that exist.
+    Header(HeaderName),
+}
+
+/// A copy of the traffic.
+#[derive(Debug)]
+pub struct Mirror {
+    /// Where the copies go.
+    pub cluster: Arc<ClusterSlot>,
+    /// How much is copied.
+    pub share: Fraction,
+    /// `-shadow` is appended to the host.
+    pub shadow_suffix: bool,
+    /// Or the authority is this.
+    pub host_rewrite: Option<HeaderValue>,
+}
+
+/// Forwarding.
+#[derive(Debug)]
+pub struct Forward {
+    /// Where to.
+    pub targets: Targets,
+    /// Limit for the whole exchange, retries included.
+    pub timeout: Option<Duration>,
+    /// Limit of silence on the stream; `None` inherits the listener's.
+    pub idle_timeout: Option<Option<Duration>>,
+    /// Limit of the whole stream.
+    pub max_stream_duration: Option<Duration>,
+    /// Whether and when to try again.
+    pub retry: Option<RetryPolicy>,
+    /// Path change.
+    pub rewrite: Option<Rewrite>,
+    /// Authority change.
+    pub host_rewrite: Option<HostRewrite>,
+    /// Old authority goes to `x-forwarded-host`.
+    pub append_forwarded_host: bool,
+    /// Copies.
+    pub mirrors: Box<[Mirror]>,
+    /// Status when the cluster does not exist.
+    pub cluster_not_found: StatusCode,
+    /// For consistent hashing balancers.
+    pub hash: Box<[HashPolicy]>,
+    /// Bytes of a request body that may be kept for retries.
+    pub request_buffer: usize,
+    /// Upgrades allowed or forbidden by the route itself.
+    pub upgrades: Box<[(Box<str>, bool)]>,
+}
+
+impl VirtualHost {
+    /// A virtual host without routes.
+    pub fn empty(name: &str) -> Self {
+        Self {
+            name: name.into(),
+            domains: Box::default(),
+            routes: Box::default(),
+            request_headers: HeaderOps::default(),
+            response_headers: HeaderOps::default(),
+            attempt_count: false,
+            attempt_count_in_response: false,
+            per_filter: PerRoute::default(),
+            require_tls: false,
+        }
+    }
+
+    /// Compiles the message.
+    pub(crate) fn compile(from: &route::VirtualHost, context: &mut Context<'_>) -> Result<Self, Refusal> {
+        if from.domains.is_empty() {
+            return Err(Refusal::new("domains", "a virtual host needs a domain"));
+        }
+        if from.matcher.is_some() {
+            return Err(Refusal::new("matcher", "matcher trees are not supported"));
+        }
+        if !from.rate_limits.is_empty() {
+            return Err(Refusal::new("rate_limits", "rate limits are not supported yet"));
+        }
+        if from.hedge_policy.is_some() {
+            return Err(Refusal::new("hedge_policy", "hedging is not supported yet"));
+        }
+        let mut per_filter = PerRoute::compile(&from.typed_per_filter_config)?;
+        if let Some(cors) = &from.cors {
+            per_filter.cors = Some(Cors::compile_route(cors).within("cors")?);
+        }
+        let routes = from
+            .routes
+            .iter()
+            .enumerate()
+            .map(|(index, message)| {
+                Route::compile(message, from, context).map(Arc::new).within(format!("routes[{index}]"))
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            name: from.name.as_str().into(),
+            domains: from.domains.iter().map(|domain| domain.as_str().into()).collect(),
+            routes,
+            request_headers: HeaderOps::compile(
+                &from.request_headers_to_add,
+                &from.request_headers_to_remove,
+                "request_headers",
+            )?,
+            response_headers: HeaderOps::compile(
+                &from.response_headers_to_add,
+                &from.response_headers_to_remove,
+                "response_headers",
+            )?,
+            attempt_count: from.include_request_attempt_count,
+            attempt_count_in_response: from.include_attempt_count_in_response,
+            per_filter,
+            require_tls: from.require_tls != route::virtual_host::TlsRequirementType::None as i32,
+        })
+    }
+
+    /// The first route that matches.
+    pub fn find(&self, request: &RequestView<'_>, random: impl Fn() -> u64) -> Option<&Arc<Route>> {
+        self.routes.iter().find(|route| route.matches.test(request, &random))
+    }
+}
+
+impl Route {
+    fn compile(
+        from: &route::Route,
+        host: &route::VirtualHost,
+        context: &mut Context<'_>,
+    ) -> Result<Self, Refusal> {
+        let message = from.r#match.as_ref().ok_or_else(|| Refusal::new("match", "is missing"))?;
+        let matches = RouteMatch::compile(message).within("match")?;
+        let mut per_filter = PerRoute::compile(&from.typed_per_filter_config)?;
+        let action = match &from.action {
+            Some(route::route::Action::Route(action)) => {
+                if let Some(cors) = &action.cors {
+                    per_filter.cors = Some(Cors::compile_route(cors).within("route.cors")?);
+                }
+                Action::Forward(Box::new(Forward::compile(action, from, host, context).within("route")?))
+            }
+            Some(route::route::Action::Redirect(redirect)) => {
+                Action::Redirect(Box::new(Redirect::compile(redirect).within("redirect")?))
+            }
+            Some(route::route::Action::DirectResponse(direct)) => {
+                Action::Direct(Direct::compile(direct).within("direct_response")?)
+            }
+            Some(route::route::Action::FilterAction(_) | route::route::Action::NonForwardingAction(_)) => {
+                return Err(Refusal::new("action", "only route, redirect and direct_response are supported"));
+            }
+            None => return Err(Refusal::new("action", "is missing")),
+        };
+        Ok(Self {
+            name: from.name.as_str().into(),
+            matches,
+            action,
+            request_headers: HeaderOps::compile(
+                &from.request_headers_to_add,
+                &from.request_headers_to_remove,
+                "request_headers",
+            )?,
+            response_headers: HeaderOps::compile(
+                &from.response_headers_to_add,
+                &from.response_headers_to_remove,
+                "response_headers",
+            )?,
+            per_filter,
+        })
+    }
+
+    /// The path after `rewrite`, for a request that this route matched.
+    pub fn rewritten<'a>(&self, rewrite: &'a Rewrite, path: &'a str) -> std::borrow::Cow<'a, str> {
+        rewrite.apply(path, self.matches.matched_prefix_length(path))
+    }
+
+    /// The `Location` of a redirect of `request`.
+    pub fn location(&self, redirect: &Redirect, request: &RequestView<'_>) -> String {
+        let scheme = redirect.scheme.as_deref().unwrap_or(request.scheme);
+        let (host, own_port) = split_port(request.authority);
+        let host = redirect.host.as_deref().unwrap_or(host);
+        let port = match (redirect.port, &redirect.scheme, own_port) {
+            (Some(port), _, _) => Some(port),
+            // The port of the old scheme says nothing about the new one.
+            (None, Some(_), Some(80 | 443)) => None,
+            (None, _, port) if redirect.host.is_none() => port,
+            (None, _, _) => None,
+        };
+        let default_port = if scheme == "https" { 443 } else { 80 };
+        let port = port.filter(|port| *port != default_port).map(|port| format!(":{port}")).unwrap_or_default();
+        let path = match &redirect.path {
+            None => request.path.into(),
+            Some(rewrite) => self.rewritten(rewrite, request.path),
+        };
+        let query = match request.query {
+            Some(query) if !redirect.strip_query && !path.contains('?') => format!("?{query}"),
+            _ => String::new(),
+        };
+        format!("{scheme}://{host}{port}{path}{query}")
+    }
+}
+
+fn split_port(authority: &str) -> (&str, Option<u16>) {
+    let host = super::table::strip_port(authority);
+    (host, authority.get(host.len() + 1..).and_then(|port| port.parse().ok()))
+}
+
+impl RouteMatch {
+    fn compile(from: &route::RouteMatch) -> Result<Self, Refusal> {
+        use route::route_match::PathSpecifier;
+        let path = match &from.path_specifier {
+            None => return Err(Refusal::new("path_specifier", "is missing")),
+            Some(PathSpecifier::Prefix(prefix)) if prefix.is_empty() || prefix == "/" => PathMatch::Any,
+            Some(PathSpecifier::Prefix(prefix)) => PathMatch::Prefix(prefix.as_str().into()),
+            Some(PathSpecifier::Path(path)) => PathMatch::Exact(path.as_str().into()),
+            Some(PathSpecifier::SafeRegex(regex)) => {
+                PathMatch::Regex(full_regex(&regex.regex).within("safe_regex")?)
+            }
+            Some(PathSpecifier::PathSeparatedPrefix(prefix)) => {
+                PathMatch::SeparatedPrefix(prefix.trim_end_matches('/').into())
+            }
+            Some(PathSpecifier::ConnectMatcher(_)) => {
+                return Err(Refusal::new("connect_matcher", "CONNECT is not supported"));
+            }
+            Some(PathSpecifier::PathMatchPolicy(_)) => {
+                return Err(Refusal::new("path_match_policy", "path templates are not supported yet"));
+            }
+        };
+        if from.tls_context.is_some() {
+            return Err(Refusal::new("tls_context", "not supported yet"));
+        }
+        if !from.dynamic_metadata.is_empty() {
+            return Err(Refusal::new("dynamic_metadata", "not supported yet"));
+        }
+        if !from.filter_state.is_empty() || !from.cookies.is_empty() {
+            return Err(Refusal::new("filter_state", "filter state and cookie matchers are not supported"));
+        }
+        Ok(Self {
+            path,
+            case_insensitive: from.case_sensitive.as_ref().is_some_and(|value| !value.value),
+            headers: from
+                .headers
+                .iter()
+                .enumerate()
+                .map(|(index, header)| HeaderMatch::compile(header).within(format!("headers[{index}]")))
+                .collect::<Result<_, _>>()?,
+            query: from
+                .query_parameters
+                .iter()
+                .enumerate()
+                .map(|(index, query)| QueryMatch::compile(query).within(format!("query_parameters[{index}]")))
+                .collect::<Result<_, _>>()?,
+            grpc: from.grpc.is_some(),
+            fraction: from
+                .runtime_fraction
+                .as_ref()
+                .map(|fraction| convert::runtime_fraction(Some(fraction), Fraction::ALL))
+                .transpose()
+                .within("runtime_fraction")?,
+        })
+    }
+
+    fn test(&self, request: &RequestView<'_>, random: &impl Fn() -> u64) -> bool {
+        let path = request.path;
+        let path_matches = match &self.path {
+            PathMatch::Any => true,
+            PathMatch::Prefix(prefix) => has_prefix(path, prefix, self.case_insensitive),
+            PathMatch::Exact(exact) if self.case_insensitive => exact.eq_ignore_ascii_case(path),
+            PathMatch::Exact(exact) => &**exact == path,
+            PathMatch::SeparatedPrefix(prefix) => {
+                has_prefix(path, prefix, self.case_insensitive)
+                    && matches!(path.as_bytes().get(prefix.len()), None | Some(b'/'))
+            }
+            PathMatch::Regex(regex) => regex.is_match(path),
+        };
+        path_matches
+            && self.headers.iter().all(|header| header.matches(request))
+            && self.query.iter().all(|query| query.matches(request.query))
+            && (!self.grpc || is_grpc(request.headers))
+            && self.fraction.is_none_or(|fraction| fraction.hit(random()))
+    }
+
+    fn matched_prefix_length(&self, path: &str) -> usize {
+        match &self.path {
+            // `/` and the empty prefix both match the leading slash.
+            PathMatch::Any => usize::from(path.starts_with('/')),
+            PathMatch::Prefix(prefix) | PathMatch::SeparatedPrefix(prefix) => prefix.len(),
+            PathMatch::Exact(_) | PathMatch::Regex(_) => path.len(),
+        }
+    }
+}
+
+/// Whether the content type says gRPC.
+pub fn is_grpc(headers: &http::HeaderMap) -> bool {
+    headers.get(http::header::CONTENT_TYPE).is_some_and(|value| {
+        let value = value.as_bytes();
+        value.starts_with(b"application/grpc") && matches!(value.get(16), None | Some(b'+' | b';'))
+    })
+}
+
+fn substitution(from: &matcher::RegexMatchAndSubstitute) -> Result<(Regex, Box<str>), Refusal> {
+    let pattern = from.pattern.as_ref().ok_or_else(|| Refusal::new("pattern", "is missing"))?;
+    let regex = Regex::new(&pattern.regex).map_err(|error| Refusal::new("pattern.regex", error.to_string()))?;
+    // RE2 writes groups as \1, the regex crate as ${1}; a literal $ must not be taken for one.
+    let mut out = String::with_capacity(from.substitution.len());
+    let mut chars = from.substitution.chars();
+    while let Some(char) = chars.next() {
+        match char {
+            '\\' => match chars.next() {
+                Some(digit) if digit.is_ascii_digit() => {
+                    out.push_str("${");
+                    out.push(digit);
+                    out.push('}');
+                }
+                Some('\\') => out.push('\\'),
+                _ => return Err(Refusal::new("substitution", "a backslash must be followed by a digit or backslash")),
+            },
+            '$' => out.push_str("$$"),
+            other => out.push(other),
+        }
+    }
+    Ok((regex, out.into()))
+}
+
+impl Rewrite {
+    fn apply<'a>(&'a self, path: &'a str, matched: usize) -> std::borrow::Cow<'a, str> {
+        match self {
+            Self::Prefix(with) => format!("{with}{}", path.get(matched..).unwrap_or("")).into(),
+            Self::Full(with) => (&**with).into(),
+            Self::Regex(regex, with) => regex.replace_all(path, &**with),
+        }
+    }
+}
+
+impl Redirect {
+    fn compile(from: &route::RedirectAction) -> Result<Self, Refusal> {
+        use route::redirect_action::{PathRewriteSpecifier, RedirectResponseCode, SchemeRewriteSpecifier};
+        let status = match RedirectResponseCode::try_from(from.response_code) {
+            Ok(RedirectResponseCode::MovedPermanently) => StatusCode::MOVED_PERMANENTLY,
+            Ok(RedirectResponseCode::Found) => StatusCode::FOUND,
+            Ok(RedirectResponseCode::SeeOther) => StatusCode::SEE_OTHER,
+            Ok(RedirectResponseCode::TemporaryRedirect) => StatusCode::TEMPORARY_REDIRECT,
+            Ok(RedirectResponseCode::PermanentRedirect) => StatusCode::PERMANENT_REDIRECT,
+            Err(_) => return Err(Refusal::new("response_code", format!("{} is unknown", from.response_code))),
+        };
+        let path = match &from.path_rewrite_specifier {
+            None => None,
+            Some(PathRewriteSpecifier::PathRedirect(path) | PathRewriteSpecifier::PathRewrite(path)) => {
+                Some(Rewrite::Full(path.as_str().into()))
+            }
+            Some(PathRewriteSpecifier::PrefixRewrite(prefix)) => Some(Rewrite::Prefix(prefix.as_str().into())),
+            Some(PathRewriteSpecifier::RegexRewrite(regex)) => {
+                let (regex, with) = substitution(regex).within("regex_rewrite")?;
+                Some(Rewrite::Regex(regex, with))
+            }
+        };
+        Ok(Self {
+            status,
+            scheme: match &from.scheme_rewrite_specifier {
+                Some(SchemeRewriteSpecifier::HttpsRedirect(true)) => Some("https".into()),
+                Some(SchemeRewriteSpecifier::SchemeRedirect(scheme)) => Some(scheme.as_str().into()),
+                Some(SchemeRewriteSpecifier::HttpsRedirect(false)) | None => None,
+            },
+            host: (!from.host_redirect.is_empty()).then(|| from.host_redirect.as_str().into()),
+            port: match from.port_redirect {
+                0 => None,
+                port => Some(
+                    u16::try_from(port)
+                        .map_err(|_| Refusal::new("port_redirect", format!("{port} is not a port")))?,
+                ),
+            },
+            path,
+            strip_query: from.strip_query,
+        })
+    }
+}
+
+impl Direct {
+    fn compile(from: &route::DirectResponseAction) -> Result<Self, Refusal> {
+        use core::data_source::Specifier;
+        if from.body_format.is_some() {
+            return Err(Refusal::new("body_format", "not supported"));
+        }
+        let status = u16::try_from(from.status)
+            .ok()
+            .filter(|code| (200..600).contains(code))
+            .and_then(|code| StatusCode::from_u16(code).ok())
+            .ok_or_else(|| Refusal::new("status", format!("{} is not 200 to 599", from.status)))?;
+        let body = match from.body.as_ref().and_then(|body| body.specifier.as_ref()) {
+            None => Bytes::new(),
+            Some(Specifier::InlineBytes(bytes)) => Bytes::copy_from_slice(bytes),
+            Some(Specifier::InlineString(text)) => Bytes::copy_from_slice(text.as_bytes()),
+            Some(Specifier::Filename(_) | Specifier::EnvironmentVariable(_)) => {
+                return Err(Refusal::new("body", "only inline bodies are supported"));
+            }
+        };
+        if body.len() > MAX_DIRECT_RESPONSE {
+            return Err(Refusal::new("body", format!("is longer than {MAX_DIRECT_RESPONSE} bytes")));
+        }
+        Ok(Self { status, body })
+    }
+}
+
+mod forward;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,212 @@
+//! Compiling the forwarding action.
+
+use super::*;
+
+fn header_value(text: &str, field: &str) -> Result<HeaderValue, Refusal> {
+    HeaderValue::from_str(text).map_err(|_| Refusal::new(field, format!("{text:?} is not a header value")))
+}
+
+impl Forward {
+    pub(super) fn compile(
+        from: &route::RouteAction,
+        outer: &route::Route,
+        host: &route::VirtualHost,
+        context: &mut Context<'_>,
+    ) -> Result<Self, Refusal> {
+        refuse_unsupported(from)?;
+        let retry = match from.retry_policy.as_ref().or(host.retry_policy.as_ref()) {
+            None => None,
+            Some(policy) => RetryPolicy::compile(policy).within("retry_policy")?,
+        };
+        let timeout = match &from.timeout {
+            None => Some(DEFAULT_ROUTE_TIMEOUT),
+            given => convert::timeout(given.as_ref()).within("timeout")?,
+        };
+        let mirrors = from.request_mirror_policies.iter().chain(&host.request_mirror_policies);
+        Ok(Self {
+            targets: compile_targets(from, context)?,
+            timeout,
+            idle_timeout: from
+                .idle_timeout
+                .as_ref()
+                .map(|value| convert::timeout(Some(value)))
+                .transpose()
+                .within("idle_timeout")?,
+            max_stream_duration: from
+                .max_stream_duration
+                .as_ref()
+                .map_or(Ok(None), |value| convert::timeout(value.max_stream_duration.as_ref()))
+                .within("max_stream_duration")?,
+            retry,
+            rewrite: compile_rewrite(from)?,
+            host_rewrite: compile_host_rewrite(from)?,
+            append_forwarded_host: from.append_x_forwarded_host,
+            mirrors: mirrors
+                .enumerate()
+                .filter_map(|(index, mirror)| {
+                    compile_mirror(mirror, context).within(format!("request_mirror_policies[{index}]")).transpose()
+                })
+                .collect::<Result<_, _>>()?,
+            cluster_not_found: match from.cluster_not_found_response_code {
+                0 => StatusCode::SERVICE_UNAVAILABLE,
+                1 => StatusCode::NOT_FOUND,
+                2 => StatusCode::INTERNAL_SERVER_ERROR,
+                other => {
+                    return Err(Refusal::new("cluster_not_found_response_code", format!("{other} is unknown")));
+                }
+            },
+            hash: from
+                .hash_policy
+                .iter()
+                .enumerate()
+                .map(|(index, policy)| HashPolicy::compile(policy).within(format!("hash_policy[{index}]")))
+                .collect::<Result<_, _>>()?,
+            request_buffer: outer
+                .per_request_buffer_limit_bytes
+                .as_ref()
+                .or(host.per_request_buffer_limit_bytes.as_ref())
+                .map_or(DEFAULT_REQUEST_BUFFER, |value| value.value as usize),
+            upgrades: from
+                .upgrade_configs
+                .iter()
+                .map(|upgrade| {
+                    let enabled = upgrade.enabled.as_ref().is_none_or(|value| value.value);
+                    (upgrade.upgrade_type.to_ascii_lowercase().into(), enabled)
+                })
+                .collect(),
+        })
+    }
+}
+
+fn refuse_unsupported(from: &route::RouteAction) -> Result<(), Refusal> {
+    let unsupported = [
+        ("metadata_match", from.metadata_match.is_some()),
+        ("path_rewrite_policy", from.path_rewrite_policy.is_some()),
+        ("rate_limits", !from.rate_limits.is_empty()),
+        ("internal_redirect_policy", from.internal_redirect_policy.is_some()),
+        ("hedge_policy", from.hedge_policy.is_some()),
+        ("retry_policy_typed_config", from.retry_policy_typed_config.is_some()),
+        ("early_data_policy", from.early_data_policy.is_some()),
+    ];
+    match unsupported.iter().find(|(_, present)| *present) {
+        Some((field, _)) => Err(Refusal::new(*field, "not supported")),
+        None => Ok(()),
+    }
+}
+
+fn compile_targets(from: &route::RouteAction, context: &mut Context<'_>) -> Result<Targets, Refusal> {
+    use route::route_action::ClusterSpecifier;
+    match &from.cluster_specifier {
+        Some(ClusterSpecifier::Cluster(name)) => Ok(Targets::One(context.slots.cluster(name))),
+        Some(ClusterSpecifier::ClusterHeader(name)) => HeaderName::from_bytes(name.as_bytes())
+            .map(Targets::Header)
+            .map_err(|_| Refusal::new("cluster_header", format!("{name:?} is not a header name"))),
+        Some(ClusterSpecifier::WeightedClusters(weighted)) => {
+            compile_weighted(weighted, context).within("weighted_clusters")
+        }
+        Some(ClusterSpecifier::ClusterSpecifierPlugin(_) | ClusterSpecifier::InlineClusterSpecifierPlugin(_)) => {
+            Err(Refusal::new("cluster_specifier_plugin", "not supported"))
+        }
+        None => Err(Refusal::new("cluster_specifier", "is missing")),
+    }
+}
+
+fn compile_weighted(from: &route::WeightedCluster, context: &mut Context<'_>) -> Result<Targets, Refusal> {
+    if from.random_value_specifier.is_some() {
+        return Err(Refusal::new("random_value_specifier", "not supported"));
+    }
+    let mut targets = Vec::with_capacity(from.clusters.len());
+    let mut weights = Vec::with_capacity(from.clusters.len());
+    for (index, cluster) in from.clusters.iter().enumerate() {
+        let path = format!("clusters[{index}]");
+        if !cluster.cluster_header.is_empty() || cluster.metadata_match.is_some() {
+            return Err(Refusal::new(path, "cluster_header and metadata_match are not supported"));
+        }
+        if !cluster.typed_per_filter_config.is_empty() {
+            return Err(Refusal::new(path, "typed_per_filter_config of a weighted cluster is not supported"));
+        }
+        let host_rewrite = match &cluster.host_rewrite_specifier {
+            None => None,
+            Some(route::weighted_cluster::cluster_weight::HostRewriteSpecifier::HostRewriteLiteral(host)) => {
+                Some(header_value(host, "host_rewrite_literal").within(&path)?)
+            }
+        };
+        targets.push(Target {
+            cluster: context.slots.cluster(&cluster.name),
+            request_headers: HeaderOps::compile(
+                &cluster.request_headers_to_add,
+                &cluster.request_headers_to_remove,
+                "request_headers",
+            )
+            .within(&path)?,
+            response_headers: HeaderOps::compile(
+                &cluster.response_headers_to_add,
+                &cluster.response_headers_to_remove,
+                "response_headers",
+            )
+            .within(&path)?,
+            host_rewrite,
+        });
+        weights.push(cluster.weight.as_ref().map_or(0, |weight| weight.value));
+    }
+    match Weights::new(weights) {
+        None if targets.is_empty() => Ok(Targets::Empty),
+        None => Err(Refusal::new("clusters", "the weights add up to zero")),
+        Some(weights) => {
+            let turn = Turn::new(context.workers, weights.total(), context.seed % weights.total());
+            Ok(Targets::Weighted(targets.into(), weights, turn))
+        }
+    }
+}
+
+fn compile_rewrite(from: &route::RouteAction) -> Result<Option<Rewrite>, Refusal> {
+    if let Some(regex) = &from.regex_rewrite {
+        let (regex, with) = substitution(regex).within("regex_rewrite")?;
+        return Ok(Some(Rewrite::Regex(regex, with)));
+    }
+    if !from.path_rewrite.is_empty() {
+        return Ok(Some(Rewrite::Full(from.path_rewrite.as_str().into())));
+    }
+    Ok((!from.prefix_rewrite.is_empty()).then(|| Rewrite::Prefix(from.prefix_rewrite.as_str().into())))
+}
+
+fn compile_host_rewrite(from: &route::RouteAction) -> Result<Option<HostRewrite>, Refusal> {
+    use route::route_action::HostRewriteSpecifier as Spec;
+    Ok(match &from.host_rewrite_specifier {
+        None => None,
+        Some(Spec::HostRewriteLiteral(host) | Spec::HostRewrite(host)) => {
+            Some(HostRewrite::Literal(header_value(host, "host_rewrite_literal")?))
+        }
+        Some(Spec::AutoHostRewrite(auto)) => auto.value.then_some(HostRewrite::Auto),
+        Some(Spec::HostRewriteHeader(name)) => Some(HostRewrite::Header(
+            HeaderName::from_bytes(name.as_bytes())
+                .map_err(|_| Refusal::new("host_rewrite_header", format!("{name:?} is not a header name")))?,
+        )),
+        Some(Spec::HostRewritePathRegex(regex)) => {
+            let (regex, with) = substitution(regex).within("host_rewrite_path_regex")?;
+            Some(HostRewrite::PathRegex(regex, with))
+        }
+    })
+}
+
+fn compile_mirror(
+    from: &route::route_action::RequestMirrorPolicy,
+    context: &mut Context<'_>,
+) -> Result<Option<Mirror>, Refusal> {
+    if !from.cluster_header.is_empty() || !from.request_headers_mutations.is_empty() {
+        return Err(Refusal::new("cluster_header", "cluster_header and header mutations are not supported"));
+    }
+    let share = convert::runtime_fraction(from.runtime_fraction.as_ref(), Fraction::ALL).within("runtime_fraction")?;
+    if share.is_none() {
+        return Ok(None);
+    }
+    Ok(Some(Mirror {
+        cluster: context.slots.cluster(&from.cluster),
+        share,
+        shadow_suffix: !from.disable_shadow_host_suffix_append,
+        host_rewrite: match from.host_rewrite_literal.as_str() {
+            "" => None,
+            host => Some(header_value(host, "host_rewrite_literal")?),
+        },
+    }))
+}

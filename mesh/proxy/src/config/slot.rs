@@ -1,0 +1,203 @@
+//! Slots: the cells through which configuration reaches the workers.
+//!
+//! A route refers to a cluster, a listener to a route table, a route table to its virtual hosts, each through a *slot*:
+//! a named cell whose content is swapped atomically. So one changed resource costs one swap, whatever the size of the
+//! mesh; a request that has loaded a value keeps it until it is done; and a name may be referred to before, and after,
+//! the thing exists (a route to a missing cluster answers 503 `NC`).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use arc_swap::ArcSwapOption;
+
+use super::cluster::Cluster;
+use super::endpoint::EndpointSet;
+use super::listener::Listener;
+use super::route::VirtualHost;
+use super::table::RouteTable;
+
+/// A cluster by name: its configuration and its endpoints, each replaced on its own.
+#[derive(Debug)]
+pub struct ClusterSlot {
+    /// Dense index for the workers' tables. May be used again once nobody holds the slot.
+    pub id: u32,
+    /// The cluster's name.
+    pub name: Arc<str>,
+    config: ArcSwapOption<Cluster>,
+    endpoints: ArcSwapOption<EndpointSet>,
+    version: AtomicU64,
+    /// What is in use now, over all workers.
+    pub usage: Usage,
+}
+
+/// Shared counts for circuit breakers; only written when a limit is set.
+#[derive(Debug, Default)]
+pub struct Usage {
+    /// Open or opening connections.
+    pub connections: AtomicU32,
+    /// Requests on their way.
+    pub requests: AtomicU32,
+    /// Requests waiting for a connection.
+    pub pending: AtomicU32,
+    /// Retries on their way.
+    pub retries: AtomicU32,
+}
+
+impl ClusterSlot {
+    pub(crate) fn new(id: u32, name: Arc<str>) -> Self {
+        Self {
+            id,
+            name,
+            config: ArcSwapOption::empty(),
+            endpoints: ArcSwapOption::empty(),
+            version: AtomicU64::new(1),
+            usage: Usage::default(),
+        }
+    }
+
+    /// Changes whenever the configuration or the endpoints do.
+    pub fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// The configuration, if the cluster exists.
+    pub fn config(&self) -> Option<Arc<Cluster>> {
+        self.config.load_full()
+    }
+
+    /// The endpoints, if they are known.
+    pub fn endpoints(&self) -> Option<Arc<EndpointSet>> {
+        self.endpoints.load_full()
+    }
+
+    pub(crate) fn set_config(&self, config: Option<Arc<Cluster>>) {
+        self.config.store(config);
+        self.version.fetch_add(1, Ordering::Release);
+    }
+
+    pub(crate) fn set_endpoints(&self, endpoints: Option<Arc<EndpointSet>>) {
+        self.endpoints.store(endpoints);
+        self.version.fetch_add(1, Ordering::Release);
+    }
+}
+
+/// A route configuration by name.
+#[derive(Debug)]
+pub struct RouteSlot {
+    /// The route configuration's name.
+    pub name: Arc<str>,
+    table: ArcSwapOption<RouteTable>,
+}
+
+impl RouteSlot {
+    pub(crate) fn new(name: Arc<str>) -> Self {
+        Self { name, table: ArcSwapOption::empty() }
+    }
+
+    /// The table, if it has arrived.
+    pub fn table(&self) -> Option<Arc<RouteTable>> {
+        self.table.load_full()
+    }
+
+    pub(crate) fn set(&self, table: Option<Arc<RouteTable>>) {
+        self.table.store(table);
+    }
+}
+
+/// One virtual host of a route table; replaced without touching the table.
+#[derive(Debug)]
+pub struct VirtualHostSlot(arc_swap::ArcSwap<VirtualHost>);
+
+impl VirtualHostSlot {
+    pub(crate) fn new(host: VirtualHost) -> Self {
+        Self(arc_swap::ArcSwap::from_pointee(host))
+    }
+
+    /// The virtual host as it is now.
+    pub fn load(&self) -> Arc<VirtualHost> {
+        self.0.load_full()
+    }
+
+    pub(crate) fn set(&self, host: VirtualHost) {
+        self.0.store(Arc::new(host));
+    }
+}
+
+/// A bound listener; the configuration that new connections get.
+#[derive(Debug)]
+pub struct ListenerSlot(arc_swap::ArcSwap<Listener>);
+
+impl ListenerSlot {
+    pub(crate) fn new(listener: Arc<Listener>) -> Self {
+        Self(arc_swap::ArcSwap::new(listener))
+    }
+
+    /// The listener as it is now.
+    pub fn load(&self) -> Arc<Listener> {
+        self.0.load_full()
+    }
+
+    /// Replaces the configuration and tells connections of the old one to finish.
+    pub(crate) fn set(&self, listener: Arc<Listener>) {
+        let old = self.0.swap(listener);
+        old.retire();
+    }
+}
+
+/// Cluster and route slots by name; owned by whoever compiles the configuration.
+#[derive(Debug, Default)]
+pub struct Slots {
+    clusters: std::collections::HashMap<Arc<str>, Arc<ClusterSlot>, foldhash::fast::RandomState>,
+    routes: std::collections::HashMap<Arc<str>, Arc<RouteSlot>, foldhash::fast::RandomState>,
+    free: Vec<u32>,
+    next: u32,
+}
+
+impl Slots {
+    /// The slot of that cluster, made if nobody spoke of it before.
+    pub fn cluster(&mut self, name: &str) -> Arc<ClusterSlot> {
+        if let Some(slot) = self.clusters.get(name) {
+            return slot.clone();
+        }
+        let id = self.free.pop().unwrap_or_else(|| {
+            self.next += 1;
+            self.next - 1
+        });
+        let slot = Arc::new(ClusterSlot::new(id, name.into()));
+        self.clusters.insert(slot.name.clone(), slot.clone());
+        slot
+    }
+
+    /// The slot of that route configuration.
+    pub fn route(&mut self, name: &str) -> Arc<RouteSlot> {
+        if let Some(slot) = self.routes.get(name) {
+            return slot.clone();
+        }
+        let slot = Arc::new(RouteSlot::new(name.into()));
+        self.routes.insert(slot.name.clone(), slot.clone());
+        slot
+    }
+
+    /// Every cluster slot.
+    pub fn clusters(&self) -> impl Iterator<Item = &Arc<ClusterSlot>> {
+        self.clusters.values()
+    }
+
+    /// The slot of a cluster that somebody spoke of.
+    pub fn find_cluster(&self, name: &str) -> Option<&Arc<ClusterSlot>> {
+        self.clusters.get(name)
+    }
+
+    /// Forgets slots that hold nothing and that nobody refers to any more.
+    pub fn sweep(&mut self) {
+        let free = &mut self.free;
+        self.clusters.retain(|_, slot| {
+            let keep = Arc::strong_count(slot) > 1 || slot.config.load().is_some() || slot.endpoints.load().is_some();
+            if !keep {
+                free.push(slot.id);
+            }
+            keep
+        });
+        self.routes.retain(|_, slot| Arc::strong_count(slot) > 1 || slot.table.load().is_some());
+    }
+}

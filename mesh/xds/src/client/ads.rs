@@ -1,0 +1,447 @@
+//! The client's shell: one task that keeps the stream open and moves messages between it and [`ClientState`].
+
+use std::hash::{BuildHasher, Hasher};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use envoy_types::pb::envoy::config::core::v3::Node;
+use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
+use envoy_types::pb::envoy::service::discovery::v3::{
+    DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
+};
+use futures::stream::{FuturesUnordered, StreamExt};
+use parking_lot::Mutex;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
+use tonic::{Code, Status, Streaming};
+use tracing::{debug, info, warn};
+
+use super::backoff::{Backoff, BackoffRange};
+use super::state::{ClientState, Incoming, Interest, ProtocolError, Receipt, Received};
+use super::transport::{Endpoint, EndpointError, channel};
+use crate::refusal::Refusal;
+use crate::resource::ResourceType;
+
+/// Largest response that is read: a large mesh's clusters from a server that sends them all at once.
+const MAX_RESPONSE_BYTES: usize = 64 * 1024 * 1024;
+
+/// Deliveries that may wait for the consumer; beyond it the stream is not read, which holds the server back.
+const DELIVERIES: usize = 8;
+
+/// Requests that may wait for the transport.
+const REQUESTS: usize = 64;
+
+/// How long a server may take to open the stream. Servers that answer lazily do so with the first response.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How an [`AdsClient`] finds and addresses its control plane.
+#[derive(Clone, Debug)]
+pub struct AdsClientConfig {
+    /// Where the control plane listens.
+    pub endpoint: Endpoint,
+    /// Who this client is; sent with the first request of each stream.
+    pub node: Node,
+    /// Waits between attempts.
+    pub backoff: BackoffRange,
+}
+
+/// How the connection to the control plane stands.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ConnectionState {
+    /// A stream is open and the server has answered on it.
+    pub connected: bool,
+    /// Streams that have been opened since the start.
+    pub streams: u64,
+    /// Why the last one ended or could not be opened.
+    pub last_error: Option<Arc<str>>,
+}
+
+/// A change to the configuration, to be answered.
+///
+/// Dropping it unanswered refuses all of it: nobody can say that it took effect.
+#[derive(Debug)]
+pub struct Delivery {
+    /// Type of all resources in it.
+    pub resource_type: ResourceType,
+    /// New or changed resources. Empty together with `removed` when the server says that nothing differs.
+    pub upserted: Vec<Received>,
+    /// Names of resources that exist no more (or never did, for names that were asked for).
+    pub removed: Vec<Arc<str>>,
+    reply: Option<oneshot::Sender<Vec<Refusal>>>,
+}
+
+impl Delivery {
+    /// Everything took effect.
+    pub fn accept(self) {
+        self.answer(Vec::new());
+    }
+
+    /// Everything but `refusals` took effect; what is refused keeps its last good version.
+    pub fn answer(mut self, refusals: Vec<Refusal>) {
+        if let Some(reply) = self.reply.take() {
+            let _ = reply.send(refusals); // the client may have been shut down meanwhile
+        }
+    }
+}
+
+/// Where an [`AdsClient`] puts its deliveries, in the order in which they arrived.
+pub type Deliveries = mpsc::Receiver<Delivery>;
+
+/// A handle to the client's task; see [`AdsClient::spawn`].
+#[derive(Debug)]
+pub struct AdsClient {
+    shared: Arc<Shared>,
+    state: watch::Receiver<ConnectionState>,
+    task: JoinHandle<()>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    interests: Mutex<[Interest; 5]>,
+    changed: Notify,
+}
+
+impl AdsClient {
+    /// Starts the client's task, which ends when `cancel` is cancelled or the deliveries are dropped.
+    pub fn spawn(config: AdsClientConfig, cancel: CancellationToken) -> (Self, Deliveries) {
+        let shared = Arc::new(Shared::default());
+        let (deliveries, receiver) = mpsc::channel(DELIVERIES);
+        let (state_sender, state) = watch::channel(ConnectionState::default());
+        let worker = Worker {
+            client: ClientState::new(config.node),
+            endpoint: config.endpoint,
+            shared: shared.clone(),
+            deliveries,
+            state: state_sender,
+            cancel,
+        };
+        let task = tokio::spawn(Box::pin(worker.run(Backoff::new(config.backoff))));
+        (Self { shared, state, task }, receiver)
+    }
+
+    /// States what is wanted of a type from now on, in place of what was wanted before. Returns at once.
+    ///
+    /// What is no longer wanted is forgotten without a delivery: the caller knows.
+    pub fn set_interest(&self, resource_type: ResourceType, interest: Interest) {
+        let mut interests = self.shared.interests.lock();
+        let current = &mut interests[resource_type.index()];
+        if *current != interest {
+            *current = interest;
+            drop(interests);
+            self.shared.changed.notify_one();
+        }
+    }
+
+    /// Asks for one more resource by name (on demand), beside what is wanted already.
+    pub fn want(&self, resource_type: ResourceType, name: impl Into<Arc<str>>) {
+        if self.shared.interests.lock()[resource_type.index()]
+            .names
+            .insert(name.into())
+        {
+            self.shared.changed.notify_one();
+        }
+    }
+
+    /// How the connection stands, now and from now on.
+    pub fn connection(&self) -> watch::Receiver<ConnectionState> {
+        self.state.clone()
+    }
+
+    /// Waits for the end of the client's task, after its cancellation.
+    pub async fn join(self) {
+        let _ = self.task.await; // a panic in it has been reported by the runtime already
+    }
+}
+
+/// A verdict on its way back from the consumer.
+type Verdict = Pin<Box<dyn Future<Output = (Receipt, Vec<Refusal>)> + Send>>;
+
+/// Why a stream ended.
+#[derive(Debug, thiserror::Error)]
+enum StreamEnd {
+    #[error(transparent)]
+    Connect(#[from] EndpointError),
+    #[error("the control plane ended the stream: {0}")]
+    Status(#[source] Box<Status>),
+    #[error("the control plane closed the stream")]
+    Closed,
+    #[error("the control plane did not open the stream within {} s", OPEN_TIMEOUT.as_secs())]
+    OpenTimeout,
+    #[error("this client was shut down")]
+    Shutdown,
+}
+
+impl From<Status> for StreamEnd {
+    fn from(status: Status) -> Self {
+        Self::Status(Box::new(status))
+    }
+}
+
+struct Worker {
+    client: ClientState,
+    endpoint: Endpoint,
+    shared: Arc<Shared>,
+    deliveries: mpsc::Sender<Delivery>,
+    state: watch::Sender<ConnectionState>,
+    cancel: CancellationToken,
+}
+
+impl Worker {
+    async fn run(mut self, mut backoff: Backoff) {
+        loop {
+            let end = self.connect_and_follow(&mut backoff).await;
+            let message: Arc<str> = chain(&end).into();
+            self.state.send_modify(|state| {
+                state.connected = false;
+                state.last_error = Some(message.clone());
+            });
+            if matches!(end, StreamEnd::Shutdown) {
+                return;
+            }
+            let wait = backoff.next(random());
+            info!(control_plane = %self.endpoint, error = %message, retry_in_ms = wait.as_millis(), "not connected");
+            tokio::select! {
+                () = self.cancel.cancelled() => return,
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+    }
+
+    async fn connect_and_follow(&mut self, backoff: &mut Backoff) -> StreamEnd {
+        let channel = tokio::select! {
+            () = self.cancel.cancelled() => return StreamEnd::Shutdown,
+            channel = channel(&self.endpoint) => match channel {
+                Ok(channel) => channel,
+                Err(error) => return error.into(),
+            },
+        };
+        match self.follow::<Delta>(channel.clone(), backoff).await {
+            StreamEnd::Status(status) if status.code() == Code::Unimplemented => {
+                debug!(control_plane = %self.endpoint, "no incremental variant; falling back to state of the world");
+                self.follow::<Sotw>(channel, backoff).await
+            }
+            end => end,
+        }
+    }
+
+    /// Opens a stream and serves it until it ends.
+    async fn follow<V: Variant>(&mut self, channel: Channel, backoff: &mut Backoff) -> StreamEnd {
+        let mut verdicts = FuturesUnordered::new();
+        let end = match Box::pin(self.serve::<V>(channel, backoff, &mut verdicts)).await {
+            Ok(never) => match never {},
+            Err(end) => end,
+        };
+        // What the consumer still works on must be settled before the next stream states what is held.
+        while !self.deliveries.is_closed() {
+            tokio::select! {
+                () = self.cancel.cancelled() => break,
+                verdict = verdicts.next() => match verdict {
+                    Some((receipt, refusals)) => { V::settle(&mut self.client, &receipt, refusals); }
+                    None => break,
+                },
+            }
+        }
+        end
+    }
+
+    async fn serve<V: Variant>(
+        &mut self,
+        channel: Channel,
+        backoff: &mut Backoff,
+        verdicts: &mut FuturesUnordered<Verdict>,
+    ) -> Result<std::convert::Infallible, StreamEnd> {
+        self.client.connected();
+        let (requests, outgoing) = mpsc::channel(REQUESTS);
+        let shared = self.shared.clone();
+        let cancel = self.cancel.clone();
+        // The first requests are queued before the stream is opened: some servers open it with their first response.
+        self.ask::<V>(&requests).await?;
+        let mut opening = Box::pin(V::open(channel, outgoing));
+        let deadline = tokio::time::sleep(OPEN_TIMEOUT);
+        tokio::pin!(deadline);
+        let mut responses = loop {
+            tokio::select! {
+                () = cancel.cancelled() => return Err(StreamEnd::Shutdown),
+                () = &mut deadline => return Err(StreamEnd::OpenTimeout),
+                () = shared.changed.notified() => self.ask::<V>(&requests).await?,
+                stream = &mut opening => break stream?,
+            }
+        };
+        self.state.send_modify(|state| state.streams += 1);
+        loop {
+            tokio::select! {
+                () = cancel.cancelled() => return Err(StreamEnd::Shutdown),
+                () = self.deliveries.closed() => return Err(StreamEnd::Shutdown),
+                () = shared.changed.notified() => self.ask::<V>(&requests).await?,
+                Some((receipt, refusals)) = verdicts.next() => {
+                    for refusal in &refusals {
+                        warn!(resource = %refusal.name, reason = %refusal.reason, "refused");
+                    }
+                    let request = V::settle(&mut self.client, &receipt, refusals);
+                    requests.send(request).await.map_err(|_| StreamEnd::Closed)?;
+                }
+                // Reading goes on only while the consumer keeps up.
+                response = responses.message(), if verdicts.len() < DELIVERIES => {
+                    let response = response?.ok_or(StreamEnd::Closed)?;
+                    backoff.reset();
+                    self.state.send_if_modified(|state| !std::mem::replace(&mut state.connected, true));
+                    match V::receive(&mut self.client, response) {
+                        Ok((incoming, receipt)) => {
+                            let verdict = self.deliver(incoming, receipt).await?;
+                            verdicts.push(verdict);
+                        }
+                        Err(error) => warn!(control_plane = %self.endpoint, %error, "response ignored"),
+                    }
+                }
+            }
+        }
+    }
+
+    async fn ask<V: Variant>(&mut self, requests: &mpsc::Sender<V::Request>) -> Result<(), StreamEnd> {
+        for resource_type in ResourceType::ALL {
+            let interest = self.shared.interests.lock()[resource_type.index()].clone();
+            if *self.client.interest(resource_type) != interest {
+                self.client.set_interest(resource_type, interest);
+            }
+        }
+        while let Some(request) = V::next_request(&mut self.client) {
+            requests.send(request).await.map_err(|_| StreamEnd::Closed)?;
+        }
+        Ok(())
+    }
+
+    async fn deliver(&mut self, incoming: Incoming, receipt: Receipt) -> Result<Verdict, StreamEnd> {
+        let (reply, answer) = oneshot::channel();
+        let delivery = Delivery {
+            resource_type: receipt.resource_type,
+            upserted: incoming.upserted,
+            removed: incoming.removed,
+            reply: Some(reply),
+        };
+        let names: Vec<_> = delivery.upserted.iter().map(|one| one.name.clone()).collect();
+        self.deliveries
+            .send(delivery)
+            .await
+            .map_err(|_| StreamEnd::Shutdown)?;
+        Ok(Box::pin(async move {
+            let refusals = answer.await.unwrap_or_else(|_| {
+                names
+                    .into_iter()
+                    .map(|name| Refusal::new(name, "the proxy dropped it unprocessed"))
+                    .collect()
+            });
+            (receipt, refusals)
+        }))
+    }
+}
+
+/// The two variants of the protocol, as the shell sees them.
+trait Variant: Send + 'static {
+    type Request: Send + 'static;
+    type Response: Send + 'static;
+
+    fn open(
+        channel: Channel,
+        requests: mpsc::Receiver<Self::Request>,
+    ) -> impl Future<Output = Result<Streaming<Self::Response>, Status>> + Send;
+    fn next_request(client: &mut ClientState) -> Option<Self::Request>;
+    fn receive(
+        client: &mut ClientState,
+        response: Self::Response,
+    ) -> Result<(Incoming, Receipt), ProtocolError>;
+    fn settle(client: &mut ClientState, receipt: &Receipt, refusals: Vec<Refusal>) -> Self::Request;
+}
+
+struct Delta;
+struct Sotw;
+
+impl Variant for Delta {
+    type Request = DeltaDiscoveryRequest;
+    type Response = DeltaDiscoveryResponse;
+
+    async fn open(
+        channel: Channel,
+        requests: mpsc::Receiver<Self::Request>,
+    ) -> Result<Streaming<Self::Response>, Status> {
+        let mut client =
+            AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_RESPONSE_BYTES);
+        Ok(client
+            .delta_aggregated_resources(ReceiverStream::new(requests))
+            .await?
+            .into_inner())
+    }
+
+    fn next_request(client: &mut ClientState) -> Option<Self::Request> {
+        client.next_delta_request()
+    }
+
+    fn receive(
+        client: &mut ClientState,
+        response: Self::Response,
+    ) -> Result<(Incoming, Receipt), ProtocolError> {
+        client.receive_delta(response)
+    }
+
+    fn settle(client: &mut ClientState, receipt: &Receipt, refusals: Vec<Refusal>) -> Self::Request {
+        client.settle_delta(receipt, refusals)
+    }
+}
+
+impl Variant for Sotw {
+    type Request = DiscoveryRequest;
+    type Response = DiscoveryResponse;
+
+    async fn open(
+        channel: Channel,
+        requests: mpsc::Receiver<Self::Request>,
+    ) -> Result<Streaming<Self::Response>, Status> {
+        let mut client =
+            AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_RESPONSE_BYTES);
+        Ok(client
+            .stream_aggregated_resources(ReceiverStream::new(requests))
+            .await?
+            .into_inner())
+    }
+
+    fn next_request(client: &mut ClientState) -> Option<Self::Request> {
+        client.next_sotw_request()
+    }
+
+    fn receive(
+        client: &mut ClientState,
+        response: Self::Response,
+    ) -> Result<(Incoming, Receipt), ProtocolError> {
+        client.receive_sotw(response)
+    }
+
+    fn settle(client: &mut ClientState, receipt: &Receipt, refusals: Vec<Refusal>) -> Self::Request {
+        client.settle_sotw(receipt, refusals)
+    }
+}
+
+/// Uniform in 0..1. The standard library's hash keys are the operating system's randomness; jitter needs no better.
+fn random() -> f64 {
+    let bits = std::collections::hash_map::RandomState::new()
+        .build_hasher()
+        .finish();
+    (bits >> 11) as f64 / (1u64 << 53) as f64
+}
+
+/// An error and its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}

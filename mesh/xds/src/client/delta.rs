@@ -1,0 +1,119 @@
+//! The incremental variant of the protocol (`DeltaAggregatedResources`), client end.
+
+use std::sync::Arc;
+
+use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+
+use super::state::{
+    ClientState, Incoming, Interest, ProtocolError, Receipt, Received, WILDCARD, expected_type,
+};
+use crate::refusal::Refusal;
+use crate::resource::ResourceType;
+
+impl ClientState {
+    /// The next request that the interests call for; call until `None` after each change of interest and after
+    /// [`ClientState::connected`].
+    pub fn next_delta_request(&mut self) -> Option<DeltaDiscoveryRequest> {
+        let resource_type = ResourceType::ALL.into_iter().find(|resource_type| {
+            let state = &self.types[resource_type.index()];
+            match &state.announced {
+                Some(announced) => *announced != state.interest,
+                // An empty first request would mean "everything".
+                None => !state.interest.is_empty(),
+            }
+        })?;
+        let node = self.node_once();
+        let state = &mut self.types[resource_type.index()];
+        let known = state.announced.replace(state.interest.clone());
+        let initial_resource_versions = match known {
+            Some(_) => Default::default(),
+            None => state
+                .held
+                .iter()
+                .map(|(name, version)| (name.to_string(), version.to_string()))
+                .collect(),
+        };
+        let known = known.unwrap_or_default();
+        Some(DeltaDiscoveryRequest {
+            node,
+            type_url: resource_type.type_url().to_owned(),
+            resource_names_subscribe: gained(&known, &state.interest),
+            resource_names_unsubscribe: gained(&state.interest, &known),
+            initial_resource_versions,
+            ..DeltaDiscoveryRequest::default()
+        })
+    }
+
+    /// Takes a response apart. The receipt goes back with the verdict to [`ClientState::settle_delta`].
+    pub fn receive_delta(
+        &mut self,
+        response: DeltaDiscoveryResponse,
+    ) -> Result<(Incoming, Receipt), ProtocolError> {
+        let resource_type = expected_type(self, &response.type_url)?;
+        let state = &self.types[resource_type.index()];
+        let total = response.resources.len();
+        let mut malformed = Vec::new();
+        let mut upserted = Vec::with_capacity(total);
+        for resource in response.resources {
+            if !state.is_news(&resource.name, &resource.version) {
+                continue;
+            }
+            // A resource without a body is a heartbeat of one with a time to live, which nobody sends us.
+            let Some(any) = resource.resource else { continue };
+            if any.type_url == response.type_url {
+                let (name, version) = (resource.name.into(), resource.version.into());
+                upserted.push(Received {
+                    name,
+                    version,
+                    body: any.value.into(),
+                });
+            } else {
+                let reason = format!(
+                    "the resource is a {} in a response about {}",
+                    any.type_url, response.type_url
+                );
+                malformed.push(Refusal::new(resource.name, reason));
+            }
+        }
+        let removed: Vec<Arc<str>> = response
+            .removed_resources
+            .into_iter()
+            .filter(|name| state.interest.includes(name))
+            .map(Arc::from)
+            .collect();
+        let receipt = Receipt {
+            resource_type,
+            id: self.hand_over(resource_type, &upserted),
+            nonce: response.nonce,
+            version_info: String::new(),
+            upserted: upserted
+                .iter()
+                .map(|one| (one.name.clone(), one.version.clone()))
+                .collect(),
+            removed: removed.clone(),
+            total,
+            malformed,
+        };
+        Ok((Incoming { upserted, removed }, receipt))
+    }
+
+    /// Takes over what was accepted (everything in the response but `refusals`) and returns the ACK or NACK.
+    pub fn settle_delta(&mut self, receipt: &Receipt, refusals: Vec<Refusal>) -> DeltaDiscoveryRequest {
+        let error_detail = self.settle(receipt, refusals);
+        DeltaDiscoveryRequest {
+            type_url: receipt.resource_type.type_url().to_owned(),
+            response_nonce: receipt.nonce.clone(),
+            error_detail,
+            ..DeltaDiscoveryRequest::default()
+        }
+    }
+}
+
+/// The names that `after` asks for and `before` did not.
+fn gained(before: &Interest, after: &Interest) -> Vec<String> {
+    let wildcard = (after.all && !before.all).then(|| WILDCARD.to_owned());
+    wildcard
+        .into_iter()
+        .chain(after.names.difference(&before.names).map(|name| name.to_string()))
+        .collect()
+}

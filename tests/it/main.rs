@@ -1,0 +1,9 @@
+//! What no single crate can show: rules of the house, promises of the documents, and the programs run as users run
+//! them.
+
+mod cluster;
+mod dependency_rules;
+mod documents;
+mod programs;
+mod standalone;
+mod story;
