@@ -9,7 +9,7 @@ use crate::id::Gvk;
 
 /// What refers to objects of one kind by name.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
-pub struct NameReference {
+pub(crate) struct NameReference {
     /// The kind referred to.
     pub target: Gvk,
     /// The fields that hold its name.
@@ -18,7 +18,7 @@ pub struct NameReference {
 
 /// All field specifications.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct TransformerConfig {
+pub(crate) struct TransformerConfig {
     /// `namePrefix`
     pub name_prefix: Vec<FieldSpec>,
     /// `nameSuffix`
@@ -45,7 +45,7 @@ pub struct TransformerConfig {
 
 impl TransformerConfig {
     /// The defaults of kustomize 5.7.
-    pub fn defaults() -> &'static TransformerConfig {
+    pub(crate) fn defaults() -> &'static TransformerConfig {
         static DEFAULTS: OnceLock<TransformerConfig> = OnceLock::new();
         DEFAULTS.get_or_init(|| {
             let mut config = parse_defaults(include_str!("data/field_specs.txt"));
@@ -71,7 +71,7 @@ impl TransformerConfig {
     }
 
     /// Adds another configuration.
-    pub fn merge(&mut self, mut other: TransformerConfig) -> Result<(), String> {
+    pub(crate) fn merge(&mut self, mut other: TransformerConfig) -> Result<(), String> {
         for ((name, mine), (_, theirs)) in self.lists_mut().into_iter().zip(other.lists_mut()) {
             merge_all(mine, theirs).map_err(|e| format!("failed to merge {name} fieldSpec: {e}"))?;
         }
@@ -83,7 +83,7 @@ impl TransformerConfig {
     }
 
     /// Adds what refers to one kind.
-    pub fn merge_reference(&mut self, reference: &NameReference) -> Result<(), String> {
+    pub(crate) fn merge_reference(&mut self, reference: &NameReference) -> Result<(), String> {
         match self.name_reference.iter_mut().find(|r| r.target == reference.target) {
             Some(existing) => merge_all(&mut existing.referrers, &reference.referrers),
             None => {

@@ -6,7 +6,7 @@ use crate::id::{Gvk, selects};
 
 /// One field of some kinds.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
-pub struct FieldSpec {
+pub(crate) struct FieldSpec {
     /// The kinds; empty parts are wildcards.
     pub gvk: Gvk,
     /// Path, `/` between keys, `\/` for a slash in a key, `[]` after a key that holds a list.
@@ -17,7 +17,7 @@ pub struct FieldSpec {
 
 impl FieldSpec {
     /// A field of every kind that is made where missing.
-    pub fn everywhere(path: &str) -> FieldSpec {
+    pub(crate) fn everywhere(path: &str) -> FieldSpec {
         FieldSpec { gvk: Gvk::default(), path: path.into(), create: true }
     }
 
@@ -28,7 +28,7 @@ impl FieldSpec {
 }
 
 /// Adds what is not there yet. Two specifications of one field may not disagree about `create`.
-pub fn merge_all(into: &mut Vec<FieldSpec>, incoming: &[FieldSpec]) -> Result<(), String> {
+pub(crate) fn merge_all(into: &mut Vec<FieldSpec>, incoming: &[FieldSpec]) -> Result<(), String> {
     for spec in incoming {
         merge_one(into, spec)?;
     }
@@ -36,7 +36,7 @@ pub fn merge_all(into: &mut Vec<FieldSpec>, incoming: &[FieldSpec]) -> Result<()
 }
 
 /// See [`merge_all`].
-pub fn merge_one(into: &mut Vec<FieldSpec>, spec: &FieldSpec) -> Result<(), String> {
+pub(crate) fn merge_one(into: &mut Vec<FieldSpec>, spec: &FieldSpec) -> Result<(), String> {
     match into.iter().find(|s| s.covers(spec)) {
         Some(existing) if existing.create != spec.create => Err(format!(
             "conflicting fieldspecs: {}:{} has create {} in one place and {} in another",
@@ -52,7 +52,7 @@ pub fn merge_one(into: &mut Vec<FieldSpec>, spec: &FieldSpec) -> Result<(), Stri
 
 /// What a missing field becomes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Create {
+pub(crate) enum Create {
     /// Nothing: the field is left out.
     Never,
     /// A scalar; a null that is there gets this tag.
@@ -62,7 +62,7 @@ pub enum Create {
 }
 
 /// Splits a path at a delimiter that is not escaped. A leading delimiter is ignored.
-pub fn split_path(path: &str, delimiter: char) -> Vec<String> {
+pub(crate) fn split_path(path: &str, delimiter: char) -> Vec<String> {
     let mut parts: Vec<&str> = path.split(delimiter).collect();
     if parts.len() > 1 && parts[0].is_empty() {
         parts.remove(0);
@@ -83,7 +83,7 @@ pub fn split_path(path: &str, delimiter: char) -> Vec<String> {
 
 /// A specification with its path taken apart, ready to walk.
 #[derive(Clone, Debug)]
-pub struct Walk {
+pub(crate) struct Walk {
     gvk: Gvk,
     path: Vec<String>,
     text: String,
@@ -92,27 +92,27 @@ pub struct Walk {
 
 impl Walk {
     /// Prepares a specification.
-    pub fn new(spec: &FieldSpec) -> Walk {
+    pub(crate) fn new(spec: &FieldSpec) -> Walk {
         Walk { gvk: spec.gvk.clone(), path: split_path(&spec.path, '/'), text: spec.path.clone(), create: spec.create }
     }
 
     /// The path as written.
-    pub fn path(&self) -> &str {
+    pub(crate) fn path(&self) -> &str {
         &self.text
     }
 
     /// Whether it applies to a kind.
-    pub fn applies_to(&self, group: &str, version: &str, kind: &str) -> bool {
+    pub(crate) fn applies_to(&self, group: &str, version: &str, kind: &str) -> bool {
         selects(&self.gvk, group, version, kind)
     }
 
     /// Whether it is meant for this kind by name.
-    pub fn names_kind(&self, kind: &str) -> bool {
+    pub(crate) fn names_kind(&self, kind: &str) -> bool {
         self.gvk.kind == kind
     }
 
     /// Calls `set` with every value at the path.
-    pub fn visit(
+    pub(crate) fn visit(
         &self,
         root: &mut Map,
         create: Create,
@@ -185,7 +185,7 @@ fn in_map(
 }
 
 /// Replaces a scalar, keeping how it was quoted: a number set into a quoted field yields text.
-pub fn set_scalar(target: &mut Value, text: &str, tag: Tag) -> Result<(), String> {
+pub(crate) fn set_scalar(target: &mut Value, text: &str, tag: Tag) -> Result<(), String> {
     match target {
         Value::Scalar(old) => {
             *old = Scalar { text: text.into(), pos: old.pos, tag, style: old.style, tagged: old.tagged };
@@ -196,7 +196,7 @@ pub fn set_scalar(target: &mut Value, text: &str, tag: Tag) -> Result<(), String
 }
 
 /// Sets a key of a mapping to a scalar, keeping how an existing value was quoted.
-pub fn set_entry(target: &mut Value, key: &str, text: &str, tag: Tag) -> Result<(), String> {
+pub(crate) fn set_entry(target: &mut Value, key: &str, text: &str, tag: Tag) -> Result<(), String> {
     match target {
         Value::Map(map) => {
             match map.get_mut(key) {
@@ -214,7 +214,7 @@ pub fn set_entry(target: &mut Value, key: &str, text: &str, tag: Tag) -> Result<
 }
 
 /// The message for a value of the wrong kind.
-pub fn wrong_kind(expected: &str, found: &Value) -> String {
+pub(crate) fn wrong_kind(expected: &str, found: &Value) -> String {
     let kind = match found {
         Value::Scalar(_) => "scalar",
         Value::Seq(_) => "sequence",

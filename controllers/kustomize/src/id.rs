@@ -6,7 +6,7 @@ use serin_manifests::split_api_version;
 
 /// Group, version and kind. As a selector, an empty part means "any".
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default, PartialOrd, Ord)]
-pub struct Gvk {
+pub(crate) struct Gvk {
     /// API group; empty for the core group, or for "any" in a selector.
     pub group: String,
     /// API version.
@@ -17,13 +17,13 @@ pub struct Gvk {
 
 impl Gvk {
     /// From `apiVersion` and `kind` of an object.
-    pub fn of(api_version: &str, kind: &str) -> Gvk {
+    pub(crate) fn of(api_version: &str, kind: &str) -> Gvk {
         let (group, version) = split_api_version(api_version);
         Gvk { group: group.into(), version: version.into(), kind: kind.into() }
     }
 
     /// Whether a selector with empty parts as wildcards selects this.
-    pub fn is_selected_by(&self, selector: &Gvk) -> bool {
+    pub(crate) fn is_selected_by(&self, selector: &Gvk) -> bool {
         selects(selector, &self.group, &self.version, &self.kind)
     }
 }
@@ -48,7 +48,7 @@ pub(crate) const NOT_A_NAMESPACE: &str = "_non_namespaceable_";
 
 /// An identity. `namespace` is as written; compare by [`ResId::effective_namespace`].
 #[derive(Clone, Debug, Default)]
-pub struct ResId {
+pub(crate) struct ResId {
     /// Group, version, kind.
     pub gvk: Gvk,
     /// Name.
@@ -61,29 +61,29 @@ pub struct ResId {
 
 impl ResId {
     /// The namespace that counts: `default` when none is set, a name that no namespace has for cluster-scoped kinds.
-    pub fn effective_namespace(&self) -> &str {
+    pub(crate) fn effective_namespace(&self) -> &str {
         effective_namespace(&self.namespace, self.cluster_scoped)
     }
 
     /// Same group, version, kind and name.
-    pub fn gvkn_equals(&self, other: &ResId) -> bool {
+    pub(crate) fn gvkn_equals(&self, other: &ResId) -> bool {
         self.name == other.name && self.gvk == other.gvk
     }
 
     /// Same object.
-    pub fn equals(&self, other: &ResId) -> bool {
+    pub(crate) fn equals(&self, other: &ResId) -> bool {
         self.effective_namespace() == other.effective_namespace() && self.gvkn_equals(other)
     }
 
     /// Whether a selector selects it: empty parts are wildcards, nothing is a pattern.
-    pub fn is_selected_by(&self, selector: &ResId) -> bool {
+    pub(crate) fn is_selected_by(&self, selector: &ResId) -> bool {
         (selector.name.is_empty() || selector.name == self.name)
             && (selector.namespace.is_empty() || selector.effective_namespace() == self.effective_namespace())
             && self.gvk.is_selected_by(&selector.gvk)
     }
 
     /// Whether nothing is set.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.gvk == Gvk::default() && self.name.is_empty() && self.namespace.is_empty()
     }
 }

@@ -3,13 +3,13 @@
 use crate::tree::join;
 
 /// The annotation that tells the origin.
-pub const ORIGIN_ANNOTATION: &str = "config.kubernetes.io/origin";
+pub(crate) const ORIGIN_ANNOTATION: &str = "config.kubernetes.io/origin";
 /// The annotation that tells the transformers.
-pub const TRANSFORMATIONS_ANNOTATION: &str = "alpha.config.kubernetes.io/transformations";
+pub(crate) const TRANSFORMATIONS_ANNOTATION: &str = "alpha.config.kubernetes.io/transformations";
 
 /// Where something comes from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Origin {
+pub(crate) struct Origin {
     /// The file, relative to the root of the build.
     pub path: String,
     /// The file that configures the generator or transformer.
@@ -20,12 +20,12 @@ pub struct Origin {
 
 impl Origin {
     /// The origin of something below this one.
-    pub fn append(&self, path: &str) -> Origin {
+    pub(crate) fn append(&self, path: &str) -> Origin {
         Origin { path: join_lexically(&self.path, path), ..self.clone() }
     }
 
     /// The origin of what a builtin transformer or generator of a kustomization does.
-    pub fn builtin(&self, file: &str, kind: &str) -> Origin {
+    pub(crate) fn builtin(&self, file: &str, kind: &str) -> Origin {
         Origin {
             path: String::new(),
             configured_in: join_lexically(&self.path, file),
@@ -34,7 +34,7 @@ impl Origin {
     }
 
     /// The origin as YAML.
-    pub fn to_yaml(&self) -> String {
+    pub(crate) fn to_yaml(&self) -> String {
         let mut out = String::new();
         self.write("", "", &mut out);
         if out.is_empty() { "{}\n".into() } else { out }
@@ -65,7 +65,7 @@ impl Origin {
 }
 
 /// A list of origins as YAML.
-pub fn list_to_yaml(origins: &[Origin]) -> String {
+pub(crate) fn list_to_yaml(origins: &[Origin]) -> String {
     let mut out = String::new();
     for origin in origins {
         origin.write("- ", "  ", &mut out);

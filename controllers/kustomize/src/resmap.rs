@@ -33,7 +33,7 @@ fn key_of_id(id: &ResId) -> Key {
 /// Resources in order. Whoever changes identities through [`ResMap::resources_mut`] need not care about the indexes: they
 /// are built again when they are next needed.
 #[derive(Clone, Debug, Default)]
-pub struct ResMap {
+pub(crate) struct ResMap {
     resources: Vec<Resource>,
     /// Current identities; complete unless `stale`.
     current: HashMap<Key, u32>,
@@ -44,34 +44,34 @@ pub struct ResMap {
 
 impl ResMap {
     /// No resources.
-    pub fn new() -> ResMap {
+    pub(crate) fn new() -> ResMap {
         ResMap::default()
     }
 
     /// Number of resources.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.resources.len()
     }
 
     /// The resources.
-    pub fn resources(&self) -> &[Resource] {
+    pub(crate) fn resources(&self) -> &[Resource] {
         &self.resources
     }
 
     /// The resources, to change in any way but their number.
-    pub fn resources_mut(&mut self) -> &mut [Resource] {
+    pub(crate) fn resources_mut(&mut self) -> &mut [Resource] {
         self.stale = true;
         self.any = None;
         &mut self.resources
     }
 
     /// The resources, to change without touching apiVersion, kind, name or namespace.
-    pub fn contents_mut(&mut self) -> &mut [Resource] {
+    pub(crate) fn contents_mut(&mut self) -> &mut [Resource] {
         &mut self.resources
     }
 
     /// All resources out of the map.
-    pub fn into_resources(self) -> Vec<Resource> {
+    pub(crate) fn into_resources(self) -> Vec<Resource> {
         self.resources
     }
 
@@ -90,7 +90,7 @@ impl ResMap {
     }
 
     /// Adds a resource. Its identity must be new.
-    pub fn append(&mut self, resource: Resource, schemas: &Schemas) -> Result<()> {
+    pub(crate) fn append(&mut self, resource: Resource, schemas: &Schemas) -> Result<()> {
         self.refresh(schemas);
         let key = Self::current_key(&resource, schemas);
         if let Some(&existing) = self.current.get(&key) {
@@ -103,7 +103,7 @@ impl ResMap {
     }
 
     /// Adds all resources of another map.
-    pub fn append_all(&mut self, other: ResMap, schemas: &Schemas) -> Result<()> {
+    pub(crate) fn append_all(&mut self, other: ResMap, schemas: &Schemas) -> Result<()> {
         if self.resources.is_empty() {
             *self = other;
             return Ok(());
@@ -116,7 +116,7 @@ impl ResMap {
     }
 
     /// The resources that have or had an identity.
-    pub fn by_any_id(&mut self, id: &ResId, schemas: &Schemas) -> Vec<usize> {
+    pub(crate) fn by_any_id(&mut self, id: &ResId, schemas: &Schemas) -> Vec<usize> {
         let resources = &self.resources;
         let index = self.any.get_or_insert_with(|| {
             let mut index: HashMap<Key, Vec<u32>> = HashMap::with_capacity(resources.len() * 2);
@@ -141,7 +141,7 @@ impl ResMap {
     }
 
     /// The resources that a selector of a patch means: by the original or the present name and namespace.
-    pub fn select(&self, matcher: &Matcher, schemas: &Schemas) -> Vec<usize> {
+    pub(crate) fn select(&self, matcher: &Matcher, schemas: &Schemas) -> Vec<usize> {
         let selected = self.resources.iter().enumerate().filter(|(_, r)| {
             let (group, version) = serin_manifests::split_api_version(r.api_version());
             matcher.gvk(group, version, r.kind())
@@ -153,14 +153,14 @@ impl ResMap {
     }
 
     /// Puts a resource in the place of another.
-    pub fn replace(&mut self, index: usize, resource: Resource) {
+    pub(crate) fn replace(&mut self, index: usize, resource: Resource) {
         self.resources[index] = resource;
         self.stale = true;
         self.any = None;
     }
 
     /// Takes out the resources that patches have emptied.
-    pub fn drop_empty(&mut self) {
+    pub(crate) fn drop_empty(&mut self) {
         if self.resources.iter().any(Resource::is_empty) {
             self.resources.retain(|r| !r.is_empty());
             self.stale = true;
@@ -169,14 +169,14 @@ impl ResMap {
     }
 
     /// Keeps the resources for which the test holds.
-    pub fn retain(&mut self, test: impl FnMut(&Resource) -> bool) {
+    pub(crate) fn retain(&mut self, test: impl FnMut(&Resource) -> bool) {
         self.resources.retain(test);
         self.stale = true;
         self.any = None;
     }
 
     /// Fails when two resources have one identity.
-    pub fn check_unique(&self, schemas: &Schemas) -> Result<()> {
+    pub(crate) fn check_unique(&self, schemas: &Schemas) -> Result<()> {
         let mut seen: HashMap<Key, usize> = HashMap::with_capacity(self.resources.len());
         for (i, r) in self.resources.iter().enumerate() {
             if let Some(first) = seen.insert(Self::current_key(r, schemas), i) {

@@ -8,7 +8,7 @@ use crate::schema::Schemas;
 
 /// What a generator does with a resource of the same name.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Behavior {
+pub(crate) enum Behavior {
     /// Not said; counts as create.
     #[default]
     Unspecified,
@@ -22,7 +22,7 @@ pub enum Behavior {
 
 /// An identity that a resource had before a transformer changed it. The group is always the current one.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PreviousId {
+pub(crate) struct PreviousId {
     /// The effective namespace.
     pub namespace: String,
     /// The name.
@@ -33,7 +33,7 @@ pub struct PreviousId {
 
 /// An object with its history.
 #[derive(Clone, Debug)]
-pub struct Resource {
+pub(crate) struct Resource {
     /// The object.
     pub root: Map,
     /// The file it was read from.
@@ -66,7 +66,7 @@ pub struct Resource {
 
 impl Resource {
     /// A resource of an object.
-    pub fn new(root: Map, source: Option<Source>) -> Resource {
+    pub(crate) fn new(root: Map, source: Option<Source>) -> Resource {
         Resource {
             root,
             source,
@@ -86,12 +86,12 @@ impl Resource {
     }
 
     /// `apiVersion` as text.
-    pub fn api_version(&self) -> &str {
+    pub(crate) fn api_version(&self) -> &str {
         self.root.get("apiVersion").map_or("", raw_text)
     }
 
     /// `kind` as text.
-    pub fn kind(&self) -> &str {
+    pub(crate) fn kind(&self) -> &str {
         self.root.get("kind").map_or("", raw_text)
     }
 
@@ -101,27 +101,27 @@ impl Resource {
     }
 
     /// `metadata.name`
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         self.metadata_text("name")
     }
 
     /// `metadata.namespace`
-    pub fn namespace(&self) -> &str {
+    pub(crate) fn namespace(&self) -> &str {
         self.metadata_text("namespace")
     }
 
     /// Group, version, kind.
-    pub fn gvk(&self) -> Gvk {
+    pub(crate) fn gvk(&self) -> Gvk {
         Gvk::of(self.api_version(), self.kind())
     }
 
     /// Whether its kind is known to live outside namespaces.
-    pub fn is_cluster_scoped(&self, schemas: &Schemas) -> bool {
+    pub(crate) fn is_cluster_scoped(&self, schemas: &Schemas) -> bool {
         schemas.is_cluster_scoped(self.api_version(), self.kind())
     }
 
     /// The identity it has now.
-    pub fn id(&self, schemas: &Schemas) -> ResId {
+    pub(crate) fn id(&self, schemas: &Schemas) -> ResId {
         ResId {
             gvk: self.gvk(),
             name: self.name().into(),
@@ -131,7 +131,7 @@ impl Resource {
     }
 
     /// The identity it had first.
-    pub fn original_id(&self, schemas: &Schemas) -> ResId {
+    pub(crate) fn original_id(&self, schemas: &Schemas) -> ResId {
         match self.previous.first() {
             Some(first) => self.previous_id(first),
             None => self.id(schemas),
@@ -139,7 +139,7 @@ impl Resource {
     }
 
     /// An earlier identity in full.
-    pub fn previous_id(&self, previous: &PreviousId) -> ResId {
+    pub(crate) fn previous_id(&self, previous: &PreviousId) -> ResId {
         let (group, version) = split_api_version(self.api_version());
         ResId {
             gvk: Gvk { group: group.into(), version: version.into(), kind: previous.kind.clone() },
@@ -150,20 +150,20 @@ impl Resource {
     }
 
     /// Whether a selector selects the kind it had first.
-    pub fn original_kind_is(&self, selector: &Gvk) -> bool {
+    pub(crate) fn original_kind_is(&self, selector: &Gvk) -> bool {
         let (group, version) = split_api_version(self.api_version());
         let kind = self.previous.first().map_or_else(|| self.kind(), |p| &p.kind);
         selects(selector, group, version, kind)
     }
 
     /// Whether a selector selects the kind it had at some earlier time. Never true for one that never changed.
-    pub fn was_kind(&self, selector: &Gvk) -> bool {
+    pub(crate) fn was_kind(&self, selector: &Gvk) -> bool {
         let (group, version) = split_api_version(self.api_version());
         self.previous.iter().any(|p| selects(selector, group, version, &p.kind))
     }
 
     /// The effective namespace it had first.
-    pub fn original_namespace<'a>(&'a self, schemas: &Schemas) -> &'a str {
+    pub(crate) fn original_namespace<'a>(&'a self, schemas: &Schemas) -> &'a str {
         match self.previous.first() {
             Some(first) => effective_namespace(&first.namespace, false),
             None => self.effective_namespace(schemas),
@@ -171,17 +171,17 @@ impl Resource {
     }
 
     /// The name it had first.
-    pub fn original_name(&self) -> &str {
+    pub(crate) fn original_name(&self) -> &str {
         self.previous.first().map_or_else(|| self.name(), |p| &p.name)
     }
 
     /// The effective namespace.
-    pub fn effective_namespace(&self, schemas: &Schemas) -> &str {
+    pub(crate) fn effective_namespace(&self, schemas: &Schemas) -> &str {
         effective_namespace(self.namespace(), self.is_cluster_scoped(schemas))
     }
 
     /// Remembers the identity it has now.
-    pub fn store_previous_id(&mut self, schemas: &Schemas) {
+    pub(crate) fn store_previous_id(&mut self, schemas: &Schemas) {
         let namespace = match self.is_cluster_scoped(schemas) {
             true => NOT_A_NAMESPACE.to_owned(),
             false => effective_namespace(self.namespace(), false).to_owned(),
@@ -191,7 +191,7 @@ impl Resource {
     }
 
     /// Whether kustomize would keep notes about it in annotations now: they make `metadata.annotations` exist for JSON patches.
-    pub fn has_notes(&self) -> bool {
+    pub(crate) fn has_notes(&self) -> bool {
         !self.previous.is_empty()
             || !self.prefixes.is_empty()
             || !self.suffixes.is_empty()
@@ -202,7 +202,7 @@ impl Resource {
     }
 
     /// Forgets what the notes say: a patch has removed all annotations.
-    pub fn forget_notes(&mut self) {
+    pub(crate) fn forget_notes(&mut self) {
         self.previous.clear();
         self.prefixes.clear();
         self.suffixes.clear();
@@ -213,12 +213,12 @@ impl Resource {
     }
 
     /// Whether nothing is left of it.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.deleted || self.root.is_empty()
     }
 
     /// `metadata`, made if missing.
-    pub fn metadata_mut(&mut self) -> Option<&mut Map> {
+    pub(crate) fn metadata_mut(&mut self) -> Option<&mut Map> {
         if self.root.get("metadata").is_none_or(Value::is_null) {
             self.root.set("metadata", Value::Map(Map::new()));
         }
@@ -233,12 +233,12 @@ impl Resource {
     }
 
     /// Sets the name.
-    pub fn set_name(&mut self, name: &str) {
+    pub(crate) fn set_name(&mut self, name: &str) {
         self.set_metadata("name", name);
     }
 
     /// Sets the namespace; an empty one removes it.
-    pub fn set_namespace(&mut self, namespace: &str) {
+    pub(crate) fn set_namespace(&mut self, namespace: &str) {
         if namespace.is_empty() {
             if let Some(metadata) = self.root.get_mut("metadata").and_then(Value::as_map_mut) {
                 metadata.remove("namespace");
@@ -249,18 +249,18 @@ impl Resource {
     }
 
     /// Sets the kind.
-    pub fn set_kind(&mut self, kind: &str) {
+    pub(crate) fn set_kind(&mut self, kind: &str) {
         set_keeping_style(&mut self.root, "kind", kind);
     }
 
     /// Labels or annotations as text, in the order of the manifest.
-    pub fn string_map(&self, key: &str) -> Vec<(String, String)> {
+    pub(crate) fn string_map(&self, key: &str) -> Vec<(String, String)> {
         let map = self.root.get("metadata").and_then(|m| m.get(key)).and_then(Value::as_map);
         map.into_iter().flat_map(Map::iter).map(|(k, v)| (k.to_owned(), raw_text(v).to_owned())).collect()
     }
 
     /// Writes labels or annotations anew: sorted, all values text; none at all when empty.
-    pub fn set_string_map(&mut self, key: &str, mut pairs: Vec<(String, String)>) {
+    pub(crate) fn set_string_map(&mut self, key: &str, mut pairs: Vec<(String, String)>) {
         let Some(metadata) = self.metadata_mut() else { return };
         metadata.remove(key);
         if pairs.is_empty() {

@@ -7,10 +7,10 @@ use std::sync::OnceLock;
 use serde_json::Value as Json;
 
 /// The OpenAPI version whose facts are built in, as `openapi.version` names it.
-pub const BUILTIN_VERSION: &str = "v1.21.2";
+pub(crate) const BUILTIN_VERSION: &str = "v1.21.2";
 
 /// A place in a schema.
-pub type NodeId = u32;
+pub(crate) type NodeId = u32;
 
 /// One type or field.
 #[derive(Clone, Debug, Default)]
@@ -27,7 +27,7 @@ struct Node {
 
 /// A set of types with the kinds that have them.
 #[derive(Clone, Debug, Default)]
-pub struct Schema {
+pub(crate) struct Schema {
     nodes: Vec<Node>,
     by_kind: HashMap<(Box<str>, Box<str>), NodeId>,
     namespaced: HashMap<(Box<str>, Box<str>), bool>,
@@ -35,13 +35,13 @@ pub struct Schema {
 
 impl Schema {
     /// The facts of Kubernetes 1.21, which kustomize embeds.
-    pub fn builtin() -> &'static Schema {
+    pub(crate) fn builtin() -> &'static Schema {
         static BUILTIN: OnceLock<Schema> = OnceLock::new();
         BUILTIN.get_or_init(|| parse_builtin(include_str!("data/merge_keys.txt")))
     }
 
     /// A schema in OpenAPI form: `definitions` with `x-kubernetes-group-version-kind`, `paths` for scopes.
-    pub fn from_openapi(document: &Json) -> Schema {
+    pub(crate) fn from_openapi(document: &Json) -> Schema {
         let mut builder = Builder { definitions: document.get("definitions"), schema: Schema::default(), by_name: HashMap::new() };
         if let Some(definitions) = builder.definitions.and_then(Json::as_object) {
             for (name, definition) in definitions {
@@ -194,7 +194,7 @@ fn parse_builtin(text: &str) -> Schema {
 
 /// The schemas that hold for one build: the built-in one, or one that the repository brings, or both.
 #[derive(Clone, Debug, Default)]
-pub struct Schemas {
+pub(crate) struct Schemas {
     custom: Option<Schema>,
     version_set: bool,
     /// A kind that no table knows was looked at before a custom schema came: the built-in one then stays in use.
@@ -203,30 +203,30 @@ pub struct Schemas {
 
 /// A place in one of the schemas.
 #[derive(Clone, Copy, Debug)]
-pub struct Cursor<'a> {
+pub(crate) struct Cursor<'a> {
     schema: &'a Schema,
     node: NodeId,
 }
 
 impl Schemas {
     /// Whether `openapi` has been set; the first to set it wins.
-    pub fn is_set(&self) -> bool {
+    pub(crate) fn is_set(&self) -> bool {
         self.custom.is_some() || self.version_set
     }
 
     /// Uses a schema of the repository.
-    pub fn set_custom(&mut self, schema: Schema) {
+    pub(crate) fn set_custom(&mut self, schema: Schema) {
         self.custom = Some(schema);
     }
 
     /// Uses the built-in schema explicitly.
-    pub fn set_builtin(&mut self) {
+    pub(crate) fn set_builtin(&mut self) {
         self.custom = None;
         self.version_set = true;
     }
 
     /// The schema of a kind.
-    pub fn of_kind(&self, api_version: &str, kind: &str) -> Option<Cursor<'_>> {
+    pub(crate) fn of_kind(&self, api_version: &str, kind: &str) -> Option<Cursor<'_>> {
         let in_schema = |schema: &'static Schema| schema.kind(api_version, kind).map(|node| Cursor { schema, node });
         match &self.custom {
             None => in_schema(Schema::builtin()),
@@ -238,7 +238,7 @@ impl Schemas {
     }
 
     /// Whether a kind is known to live outside namespaces. Unknown kinds count as namespaced, as in kustomize.
-    pub fn is_cluster_scoped(&self, api_version: &str, kind: &str) -> bool {
+    pub(crate) fn is_cluster_scoped(&self, api_version: &str, kind: &str) -> bool {
         static SCOPES: OnceLock<HashMap<(&'static str, &'static str), bool>> = OnceLock::new();
         let scopes = SCOPES.get_or_init(|| {
             let lines = include_str!("data/scopes.txt").lines();
@@ -275,25 +275,25 @@ impl<'a> Cursor<'a> {
     }
 
     /// The schema of a field.
-    pub fn field(&self, name: &str) -> Option<Cursor<'a>> {
+    pub(crate) fn field(&self, name: &str) -> Option<Cursor<'a>> {
         let node = self.get()?;
         let id = node.fields.get(name).copied().or(node.additional)?;
         Some(Cursor { schema: self.schema, node: id })
     }
 
     /// The schema of the elements of a list.
-    pub fn elements(&self) -> Option<Cursor<'a>> {
+    pub(crate) fn elements(&self) -> Option<Cursor<'a>> {
         let node = self.get()?.items?;
         Some(Cursor { schema: self.schema, node })
     }
 
     /// Whether patches merge this list element by element.
-    pub fn merges(&self) -> bool {
+    pub(crate) fn merges(&self) -> bool {
         self.get().is_some_and(|n| n.merges)
     }
 
     /// The keys by which elements are matched; empty for a set of scalars. `None` if there is neither strategy nor key.
-    pub fn merge_keys(&self) -> Option<&'a [Box<str>]> {
+    pub(crate) fn merge_keys(&self) -> Option<&'a [Box<str>]> {
         let node = self.get()?;
         node.has_strategy.then_some(&node.keys[..])
     }

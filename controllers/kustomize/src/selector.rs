@@ -9,7 +9,7 @@ use crate::id::Gvk;
 
 /// A selector as written.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Selector {
+pub(crate) struct Selector {
     /// Group, version, kind.
     pub gvk: Gvk,
     /// Name.

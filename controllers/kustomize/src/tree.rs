@@ -91,7 +91,7 @@ pub trait Remotes {
 }
 
 /// Whether a path in a kustomization names something on another machine.
-pub fn is_remote(path: &str) -> bool {
+pub(crate) fn is_remote(path: &str) -> bool {
     let lower = path.to_ascii_lowercase();
     path.contains("://")
         || lower.starts_with("git::")
@@ -102,7 +102,7 @@ pub fn is_remote(path: &str) -> bool {
 }
 
 /// Joins a relative path to a directory of the tree and takes out `.` and `..`. `None` when it leaves the tree.
-pub fn join(dir: &str, path: &str) -> Option<String> {
+pub(crate) fn join(dir: &str, path: &str) -> Option<String> {
     let mut parts: Vec<&str> = if dir.is_empty() { Vec::new() } else { dir.split('/').collect() };
     for part in path.split('/') {
         match part {
@@ -117,7 +117,7 @@ pub fn join(dir: &str, path: &str) -> Option<String> {
 }
 
 /// Whether a path is a directory or lies below it.
-pub fn is_in(path: &str, dir: &str) -> bool {
+pub(crate) fn is_in(path: &str, dir: &str) -> bool {
     dir.is_empty() || path == dir || (path.starts_with(dir) && path.as_bytes().get(dir.len()) == Some(&b'/'))
 }
 
