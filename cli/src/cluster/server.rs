@@ -150,9 +150,8 @@ fn write_private(path: &std::path::Path, text: &str) -> anyhow::Result<()> {
 async fn define(client: &Client) -> anyhow::Result<()> {
     let definitions = serin_crds::definitions();
     let writes = definitions.iter().map(|definition| async move {
-        let name = definition.metadata.name.clone().unwrap_or_default();
-        let json = serde_json::to_value(definition)?;
-        apply::apply_definition(client, &name, &json).await.with_context(|| format!("define {name}"))
+        let name = definition.metadata.name.as_deref().unwrap_or_default();
+        apply::define(client, definition).await.with_context(|| format!("define {name}"))
     });
     try_join_all(writes).await.map(|_| ())
 }
