@@ -133,12 +133,13 @@ impl Registry {
         for service in services {
             let host = service.host.clone();
             let service = Arc::new(service);
-            // Provenance alone (a new resourceVersion, a status) changes nothing that proxies see.
+            // Of a Service nothing but its content counts; a ServiceEntry's generation is what somebody waits to see live.
             let same = old.get(&host).is_some_and(|old| {
-                Service {
-                    provenance: service.provenance.clone(),
-                    ..(**old).clone()
-                } == *service
+                let mut old = (**old).clone();
+                if service.kubernetes {
+                    old.provenance = service.provenance.clone();
+                }
+                old == *service
             });
             if !same {
                 touched.services.insert(host.clone());

@@ -18,7 +18,7 @@ use super::view::{Built, Slot};
 use super::{endpoint, wire};
 
 /// Name of the virtual host that takes what no other takes.
-const ALLOW_ANY: &str = "allow_any";
+pub(super) const ALLOW_ANY: &str = "allow_any";
 const BLOCK_ALL: &str = "block_all";
 /// Direct responses up to this size are taken; Istio's limit.
 const DIRECT_RESPONSE_LIMIT: u32 = 1 << 20;
@@ -151,12 +151,6 @@ pub(super) fn owner_of_short_name(name: &str, client: &Client, model: &Model) ->
         .map(|service| service.host.clone())
 }
 
-/// Whether rules for connections (TCP, TLS) could change what is in the slot.
-pub(super) fn is_connection_listener(slot: &Slot) -> bool {
-    matches!(slot, Slot::Listener(name) if !name.starts_with("0.0.0.0_"))
-        || matches!(slot, Slot::Listener(name) if name.starts_with("0.0.0.0_"))
-}
-
 /// A route configuration; its hosts come on their own unless they are given.
 pub(super) fn route_configuration(
     name: &str,
@@ -241,7 +235,10 @@ pub(super) fn routes(
         if !is_for(&rule.audience, resolver.client, gateway, port) {
             continue;
         }
-        hosts.extend(rule.hosts().map(|backend| backend.host.clone()));
+        for backend in rule.hosts() {
+            hosts.insert(resolver.host(&backend.host));
+            hosts.insert(backend.host.clone());
+        }
         origins.insert(wire::origin(&rule.provenance));
         origins.extend(rule.also.iter().map(wire::origin));
         out.push(route::translate(rule, port, resolver));
