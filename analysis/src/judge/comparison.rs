@@ -86,6 +86,7 @@ impl Default for Comparison {
             log_evidence: [0.0; RATIOS.len()],
             peak: 0.0,
             totals: Totals::default(),
+            pending: Totals::default(),
         }
     }
 }

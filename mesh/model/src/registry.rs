@@ -448,12 +448,12 @@ impl Registry {
                     .collect::<BTreeMap<_, _>>(),
             )
         };
-        for entry in &object.spec.endpoints {
+        for (index, entry) in object.spec.endpoints.iter().enumerate() {
             out.push(Endpoint {
                 address: entry.address.as_deref().unwrap_or("").into(),
                 ports: by_name(&entry.ports),
                 workload: Some(Arc::new(Workload {
-                    name: object.metadata.name.as_deref().unwrap_or("").into(),
+                    name: format!("{}-{index}", object.metadata.name.as_deref().unwrap_or("")).into(),
                     namespace: service.namespace.clone(),
                     labels: entry.labels.clone(),
                     service_account: entry.service_account.as_deref().unwrap_or("").into(),

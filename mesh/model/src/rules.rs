@@ -113,16 +113,7 @@ impl RuleIndex {
                     .includes(&key.namespace)
                     .then_some(&**child)
             }));
-            let seniority = Seniority {
-                created: object
-                    .metadata
-                    .creation_timestamp
-                    .as_ref()
-                    .map(|time| time.0.to_string())
-                    .unwrap_or_default(),
-                name: key.name.clone(),
-                namespace: key.namespace.clone(),
-            };
+            let seniority = Seniority::of(&object.metadata, &key.namespace);
             let targets = delegations(&object)
                 .into_iter()
                 .map(|delegation| delegation.target)

@@ -136,8 +136,18 @@ impl View {
         interner: &mut Interner,
         work: &mut Work,
     ) -> Vec<Change> {
-        let ViewKey::Outbound { side, client, .. } = self.key.clone() else {
-            return Vec::new();
+        let (side, client) = match self.key.clone() {
+            ViewKey::Outbound { side, client, .. } => (side, client),
+            ViewKey::Inbound(ports) => {
+                let concerned =
+                    |pattern: &Arc<str>| ports.iter().any(|port| host::covers(pattern, &port.host));
+                let dirty = if touched.policies.iter().any(concerned) {
+                    BTreeSet::from([Slot::Builtin])
+                } else {
+                    BTreeSet::new()
+                };
+                return self.fill(dirty, model, interner, work);
+            }
         };
         let mut dirty = BTreeSet::new();
         for host in &touched.services {
@@ -522,13 +532,26 @@ fn inbound(slot: &Slot, ports: &[InboundPort], model: &Model, work: &mut Work) -
         return built;
     }
     for port in ports {
-        let services: Vec<&serin_model::Service> = port
-            .hosts
-            .iter()
-            .filter_map(|host| model.service(host))
-            .map(|service| &**service)
-            .collect();
-        let cluster = cluster::inbound(port.target, port.protocol, &services);
+        let service = model.service(&port.host);
+        // The workload is its own client here: rules of its namespace and of the root hold.
+        let policy = service.and_then(|service| {
+            let client = Client {
+                namespace: service.namespace.clone(),
+                labels: BTreeMap::new(),
+                scope: None,
+            };
+            model.policy(&service.host, &service.namespace, &client)
+        });
+        for origin in policy.iter().flat_map(|policy| &policy.provenance) {
+            built.origin(origin);
+        }
+        let cluster = cluster::inbound(
+            port.target,
+            port.protocol,
+            service.map(|service| &**service),
+            policy.as_ref(),
+            port.service_port,
+        );
         work.clusters += 1;
         built.push(ResourceType::Cluster, &cluster.name.clone(), &cluster);
     }

@@ -1,0 +1,3 @@
+//! The server seen from outside: through kube-rs, through kubectl, and against recorded transcripts of a real kube-apiserver.
+
+mod client;
