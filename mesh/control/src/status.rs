@@ -10,6 +10,9 @@
 //! Only the leader writes. Writes are coalesced: changes within half a second become one write, and a status that would
 //! stay the same is not written. A write that fails is tried again with the next round.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
