@@ -100,6 +100,7 @@ pub fn build(tree: &dyn FileTree, root: &str, options: &Options<'_>) -> Result<B
         warnings: Vec::new(),
         with_origin: false,
         tracer: options.trace.then(Tracer::default),
+        defaults: Rc::new(TransformerConfig::defaults().clone()),
     };
     let resources = builder.run(&dir)?;
     let mut objects = Vec::with_capacity(resources.len());
@@ -120,7 +121,7 @@ pub fn build(tree: &dyn FileTree, root: &str, options: &Options<'_>) -> Result<B
 #[derive(Default)]
 struct Accumulator {
     map: ResMap,
-    /// `None`: nothing but the defaults, or nothing at all.
+    /// `None`: nothing yet. Whatever is merged first decides which of two overlapping specifications stays.
     config: Option<Rc<TransformerConfig>>,
     vars: Vec<Var>,
 }
@@ -130,20 +131,25 @@ impl Accumulator {
         self.config.as_deref().unwrap_or_else(|| TransformerConfig::defaults())
     }
 
-    fn merge_config(&mut self, other: &TransformerConfig) -> Result<()> {
-        let mut merged = self.config().clone();
-        merged.merge(other.clone()).map_err(Cause::Transformer)?;
-        self.config = Some(Rc::new(merged));
+    fn merge_config(&mut self, other: Rc<TransformerConfig>, defaults: &Rc<TransformerConfig>) -> Result<()> {
+        let merged = match &self.config {
+            // The common case: no configuration but the defaults, anywhere.
+            None if Rc::ptr_eq(&other, defaults) => other,
+            Some(mine) if Rc::ptr_eq(mine, &other) => return Ok(()),
+            mine => {
+                let mut merged = mine.as_deref().cloned().unwrap_or_default();
+                merged.merge((*other).clone()).map_err(Cause::Transformer)?;
+                Rc::new(merged)
+            }
+        };
+        self.config = Some(merged);
         Ok(())
     }
 
-    fn merge(&mut self, other: Accumulator, schemas: &Schemas) -> Result<()> {
+    fn merge(&mut self, other: Accumulator, schemas: &Schemas, defaults: &Rc<TransformerConfig>) -> Result<()> {
         self.map.append_all(other.map, schemas)?;
-        match (&self.config, other.config) {
-            (_, None) => {}
-            (None, Some(theirs)) => self.config = Some(theirs),
-            (Some(mine), Some(theirs)) if Rc::ptr_eq(mine, &theirs) => {}
-            (Some(_), Some(theirs)) => self.merge_config(&theirs)?,
+        if let Some(config) = other.config {
+            self.merge_config(config, defaults)?;
         }
         vars::add_all(&mut self.vars, &other.vars)
     }
@@ -172,6 +178,7 @@ struct Builder<'a> {
     warnings: Vec<String>,
     with_origin: bool,
     tracer: Option<Tracer>,
+    defaults: Rc<TransformerConfig>,
 }
 
 impl Builder<'_> {
@@ -338,20 +345,26 @@ impl Builder<'_> {
 
     fn configure(&mut self, target: &Target, acc: &mut Accumulator) -> Result<()> {
         let limits = &self.options.budget.document;
-        let mut own: Option<TransformerConfig> = None;
+        let mut custom: Option<TransformerConfig> = None;
         for path in &target.k.configurations {
             let at = |e: Error| e.at_option(path.place.clone());
             let (content, file) = self.loader.load(&target.dir, &path.text).map_err(at)?;
             let text = crate::read::utf8(&content, &file)?;
             let config = kustomization::read_configuration(text, &file, limits)?;
-            match &mut own {
-                None => own = Some(config),
-                Some(own) => own.merge(config).map_err(|m| at(Cause::Transformer(m).into()))?,
+            custom
+                .get_or_insert_with(TransformerConfig::default)
+                .merge(config)
+                .map_err(|m| at(Cause::Transformer(m).into()))?;
+        }
+        let own = match custom {
+            None => self.defaults.clone(),
+            Some(custom) => {
+                let mut own = (*self.defaults).clone();
+                own.merge(custom).map_err(Cause::Transformer)?;
+                Rc::new(own)
             }
-        }
-        if let Some(own) = own {
-            acc.merge_config(&own)?;
-        }
+        };
+        acc.merge_config(own, &self.defaults)?;
         for path in &target.k.crds {
             let at = |e: Error| e.at_option(path.place.clone());
             let (content, file) = self.loader.load(&target.dir, &path.text).map_err(at)?;
@@ -360,7 +373,7 @@ impl Builder<'_> {
             let json = parse_document(text, &options)?.map_or(Ok(Json::Null), |v| v.to_json());
             let json = json.map_err(|e| Cause::OpenApi(format!("unable to parse open API definition from '{file}': {e}")))?;
             let config = crds::config_of(&json).map_err(|m| at(Cause::OpenApi(m).into()))?;
-            acc.merge_config(&config)?;
+            acc.merge_config(Rc::new(config), &self.defaults)?;
         }
         Ok(())
     }
@@ -378,7 +391,7 @@ impl Builder<'_> {
             Resolved::File(_) => self.accumulate_file(target, acc, path),
             Resolved::Dir(dir) => {
                 let sub = self.directory(target, &dir, text, None).map_err(at)?;
-                acc.merge(sub, &self.schemas).map_err(at)
+                acc.merge(sub, &self.schemas, &self.defaults).map_err(at)
             }
             Resolved::Missing if http && self.loader.load(&target.dir, text).is_ok() => {
                 self.accumulate_file(target, acc, path)
@@ -386,7 +399,7 @@ impl Builder<'_> {
             Resolved::Missing if is_remote(text) => {
                 let dir = self.loader.base(&target.dir, text).map_err(at)?;
                 let sub = self.directory(target, &dir, text, None).map_err(at)?;
-                acc.merge(sub, &self.schemas).map_err(at)
+                acc.merge(sub, &self.schemas, &self.defaults).map_err(at)
             }
             Resolved::Missing => {
                 let full = crate::tree::join(&target.dir, text).unwrap_or_else(|| text.clone());

@@ -33,11 +33,9 @@ impl Context<'_> {
         )));
         let error = error.at(self.place(value));
         match value {
-            Value::Scalar(s) if expected == "string" && !s.is_null() => error.help(format!(
-                "the file is read as YAML 1.1, where `{}` without quotes is a {}; write \"{}\"",
-                s.text,
-                value.type_name(),
-                s.text
+            Value::Scalar(_) if expected == "string" => error.help(format!(
+                "the file is read as YAML 1.1, where this is a {} without quotes; put it in quotes",
+                value.type_name()
             )),
             _ => error,
         }

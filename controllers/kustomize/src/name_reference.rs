@@ -112,9 +112,6 @@ struct Rule {
 /// Corrects all references.
 pub(crate) fn fix(map: &mut ResMap, references: &[NameReference], env: &Env<'_>) -> Result<()> {
     let candidates = Candidates::new(map, env.schemas);
-    if candidates.all.is_empty() {
-        return Ok(());
-    }
     // The rules for a kind are the same for all its objects.
     let mut rules_by_kind: HashMap<Gvk, Rc<Vec<Rule>>> = HashMap::new();
     for r in map.resources_mut() {
@@ -124,6 +121,10 @@ pub(crate) fn fix(map: &mut ResMap, references: &[NameReference], env: &Env<'_>)
             continue;
         }
         let referrer = Referrer::new(r, env.schemas)?;
+        if candidates.all.is_empty() {
+            // Nothing was renamed.
+            continue;
+        }
         let mut root = std::mem::take(&mut r.root);
         let result = referrer.apply(&mut root, &rules, &candidates, env);
         r.root = root;

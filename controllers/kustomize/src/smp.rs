@@ -487,9 +487,13 @@ fn set_element(items: &mut Vec<Value>, keys: &[&str], values: &[String], element
             out.push(item);
             continue;
         }
-        let matches = keys.iter().enumerate().all(|(j, key)| match values.get(j) {
-            None => false,
-            Some(text) => field_matches(&item, key, text),
+        // A key without a value of its own is as good as the one before it.
+        let mut previous = false;
+        let matches = keys.iter().enumerate().all(|(j, key)| {
+            if let Some(text) = values.get(j) {
+                previous = field_matches(&item, key, text);
+            }
+            previous
         });
         if !matches {
             if !values.is_empty() {

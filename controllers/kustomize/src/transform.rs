@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use serin_manifests::{Limits, Map, Scalar, Tag, Value};
+use serin_manifests::{Limits, Map, Place, Scalar, Tag, Value};
 
 use crate::error::{Cause, Error, Result, nearest};
 use crate::field_spec::{Create, FieldSpec, Walk, set_entry, set_scalar};
@@ -191,7 +191,7 @@ fn patch_target(map: &mut ResMap, patch: &Resource, env: &Env<'_>) -> Result<usi
     match map.by_any_id(&id, env.schemas)[..] {
         [index] => Ok(index),
         [] => {
-            let error = Error::new(Cause::NoPatchTarget { id: id.to_string() });
+            let error = Error::new(Cause::NoPatchTarget { id: id.to_string() }).at_option(patch_place(patch));
             Err(match suggest_target(map, patch, env) {
                 Some(help) => error.help(help),
                 None => error,
@@ -202,6 +202,11 @@ fn patch_target(map: &mut ResMap, patch: &Resource, env: &Env<'_>) -> Result<usi
         ))
         .into()),
     }
+}
+
+fn patch_place(patch: &Resource) -> Option<Place> {
+    let source = patch.source.as_ref()?;
+    Some(Place { file: source.file.to_string(), line: source.line, ..Place::default() })
 }
 
 /// What the author of a patch without target may have meant.
@@ -326,6 +331,7 @@ fn wipes_annotations(patch: &Map) -> bool {
 
 fn json_patch_one(map: &mut ResMap, index: usize, patch: &[Operation], env: &Env<'_>) -> Result<()> {
     let r = &mut map.resources_mut()[index];
+    let id = r.id(env.schemas);
     if r.has_notes() {
         // The notes of kustomize stand in annotations, so a patch can rely on `/metadata/annotations`.
         if let Some(metadata) = r.metadata_mut() {
@@ -337,7 +343,7 @@ fn json_patch_one(map: &mut ResMap, index: usize, patch: &[Operation], env: &Env
     json_patch::apply(&mut r.root, patch).map_err(|message| {
         let all: Vec<String> = patch.iter().map(Operation::describe).collect();
         Error::new(Cause::Patch(message))
-            .help(format!("the JSON patch [{}] was applied to {}", all.join(", "), r.id(env.schemas)))
+            .help(format!("the JSON patch [{}] was applied to {id}", all.join(", ")))
     })?;
     let annotations = r.string_map("annotations");
     r.set_string_map("annotations", annotations);
