@@ -1,1 +1,10 @@
-//! serin-proxy
+//! placeholder
+pub mod config;
+pub mod error;
+pub mod metrics;
+mod clock;
+mod hygiene;
+mod random;
+mod sys;
+pub mod upstream;
+pub mod worker;
