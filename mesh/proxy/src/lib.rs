@@ -1,5 +1,7 @@
 //! placeholder
+pub mod bootstrap;
 pub mod config;
+pub mod control;
 pub mod error;
 pub mod metrics;
 mod clock;
