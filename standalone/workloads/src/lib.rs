@@ -20,7 +20,7 @@
 //! Limits, said where they matter to the user: no images are pulled (see [`image`]), resource limits are not enforced,
 //! one node, IPv4 only. `docs/supported/workloads.md` lists every field.
 
-// pub mod controllers;
+pub mod controllers;
 mod dns;
 mod error;
 pub mod image;

@@ -1,7 +1,9 @@
 //! Pod templates: equality, hash, and pods made from them. Pure.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
 
 /// The label by which a ReplicaSet of a Deployment tells its pods.
 pub(crate) const HASH_LABEL: &str = "pod-template-hash";
@@ -55,6 +57,27 @@ pub(crate) fn pod(template: &PodTemplateSpec, owner: OwnerReference, namespace: 
         spec: template.spec.clone(),
         status: None,
     }
+}
+
+/// Whether a label selector matches; an empty one matches nothing here, since it would own every pod there is.
+pub(crate) fn selects(selector: &LabelSelector, labels: &BTreeMap<String, String>) -> bool {
+    let exact = selector.match_labels.iter().flatten();
+    let expressions = selector.match_expressions.iter().flatten();
+    if exact.clone().next().is_none() && expressions.clone().next().is_none() {
+        return false;
+    }
+    exact.into_iter().all(|(key, value)| labels.get(key) == Some(value))
+        && expressions.into_iter().all(|expression| {
+            let value = labels.get(&expression.key);
+            let listed = value.is_some_and(|value| expression.values.iter().flatten().any(|listed| listed == value));
+            match expression.operator.as_str() {
+                "In" => listed,
+                "NotIn" => !listed,
+                "Exists" => value.is_some(),
+                "DoesNotExist" => value.is_none(),
+                _ => false,
+            }
+        })
 }
 
 /// Whether a condition of a pod is true, and since when.
