@@ -133,7 +133,7 @@ impl Desired {
     }
 }
 
-fn set_all(metadata: &mut Value, field: &str, pairs: &[(&str, &str)]) {
+fn set_all(metadata: &mut Value, field: &str, pairs: &[(String, String)]) {
     if pairs.is_empty() {
         return;
     }
@@ -146,7 +146,7 @@ fn set_all(metadata: &mut Value, field: &str, pairs: &[(&str, &str)]) {
     }
     if let Some(map) = map.as_object_mut() {
         for (key, value) in pairs {
-            map.insert((*key).to_string(), Value::from(*value));
+            map.insert(key.clone(), Value::from(value.as_str()));
         }
     }
 }

@@ -153,7 +153,7 @@ fn only_what_is_ours_and_not_protected_is_pruned() {
 fn a_desired_object_carries_owner_and_common_metadata_and_nothing_of_the_server() {
     let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s", "creationTimestamp": null, "uid": "u", "labels": null},
         "stringData": {"a": "b"}, "data": {"c": "ZA=="}, "status": {}});
-    let d = Desired::new(secret, &owner(), &[("team", "x")], &[("note", "y")], None).unwrap();
+    let d = Desired::new(secret, &owner(), &[("team".into(), "x".into())], &[("note".into(), "y".into())], None).unwrap();
     assert_eq!(
         d.value,
         json!({"apiVersion": "v1", "kind": "Secret", "data": {"a": "Yg==", "c": "ZA=="},
