@@ -205,3 +205,19 @@ fn a_prune_budget_refuses_more_deletions_than_it_allows() {
     );
     assert!(over_budget(Some("many"), 0).is_some());
 }
+
+#[test]
+fn taking_over_merges_what_kubectl_holds_into_our_field_set_and_leaves_others_alone() {
+    let object = json!({"metadata": {"managedFields": [
+        {"manager": "kubectl-client-side-apply", "operation": "Update", "apiVersion": "v1", "fieldsV1": {"f:data": {"f:a": {}, "f:b": {}}}},
+        {"manager": "kube-controller-manager", "operation": "Update", "subresource": "status", "fieldsV1": {"f:status": {}}},
+        {"manager": FIELD_MANAGER, "operation": "Apply", "apiVersion": "v1", "fieldsV1": {"f:data": {"f:c": {}}}},
+        {"manager": "autoscaler", "operation": "Update", "fieldsV1": {"f:spec": {}}}]}});
+    let after = taken_over(&object);
+    assert_eq!(after.len(), 3);
+    assert_eq!(after[2]["fieldsV1"], json!({"f:data": {"f:a": {}, "f:b": {}, "f:c": {}}}));
+    assert_eq!((after[2]["manager"].as_str(), after[2]["operation"].as_str()), (Some(FIELD_MANAGER), Some("Apply")));
+    assert!(!after.iter().any(is_foreign));
+    let only_kubectl = json!({"metadata": {"managedFields": [{"manager": "kubectl", "operation": "Apply", "apiVersion": "v1", "fieldsV1": {"f:x": {}}}]}});
+    assert_eq!(taken_over(&only_kubectl)[0]["manager"], FIELD_MANAGER);
+}

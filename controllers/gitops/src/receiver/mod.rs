@@ -163,21 +163,21 @@ impl Inner {
         let interval = receiver.spec.interval.as_ref().map_or(INTERVAL_DEFAULT, |i| i.parse_or(INTERVAL_DEFAULT));
         self.queue.push_at(key, Instant::now() + jittered(interval, key));
         let route = self.route(key, &receiver).await;
-        let mut routes = self.routes.write();
-        routes.retain(|_, r| r.key != *key);
-        let outcome = match route {
-            Ok(route) => {
-                let digest = path_digest(&route.token.0, key);
-                routes.insert(digest.clone(), Arc::new(route));
-                Ok(format!("/hook/{digest}"))
-            }
-            Err(message) => Err(message),
-        };
-        drop(routes);
+        let outcome = self.install(key, route);
         if let Err(error) = self.say(&receiver, outcome).await {
             tracing::warn!(receiver = %key, %error, "status not written");
             self.queue.push_at(key, Instant::now() + Duration::from_secs(2));
         }
+    }
+
+    /// Puts a route in place of the one that the Receiver had; gives its path.
+    fn install(&self, key: &Key, route: Result<Route, String>) -> Result<String, String> {
+        let mut routes = self.routes.write();
+        routes.retain(|_, r| r.key != *key);
+        let route = route?;
+        let digest = path_digest(&route.token.0, key);
+        routes.insert(digest.clone(), Arc::new(route));
+        Ok(format!("/hook/{digest}"))
     }
 
     async fn route(&self, key: &Key, receiver: &Arc<Receiver>) -> Result<Route, String> {

@@ -131,7 +131,7 @@ impl Kustomizations {
             };
             let live = Live::new(discovery.clone(), Box::new(on_change), parts.cancel.clone(), parts.tasks.clone());
             Self {
-                applier: Applier::new(parts.client.clone(), discovery, live),
+                applier: Applier::new(discovery, live),
                 status: StatusWriter::new(parts.client.clone(), STATUS_MANAGER),
                 client: parts.client,
                 cache: parts.cache,

@@ -29,7 +29,7 @@ use super::git::{self, Fetched, Request};
 use super::local_watch::LocalWatches;
 use super::reference::Wanted;
 use super::store::Artifacts;
-use super::threads::Threads;
+use super::threads::{Job, Threads};
 use super::tree::{Repo, Snapshot};
 use crate::error::{Error, server_words};
 use crate::key::Key;
@@ -290,7 +290,9 @@ impl Sources {
         }
         let request = Request { place: place.clone(), auth, wanted, cache: cache.clone() };
         let url = without_credentials(&spec.url);
-        let fetched = self.threads.run(&place.host(), "fetch", &url, deadline, move |stop| git::sync(&request, stop)).await;
+        let host = place.host();
+        let job = Job { host: &host, cache: &cache, action: "fetch", url: &url, deadline };
+        let fetched = self.threads.run(job, move |stop| git::sync(&request, stop)).await;
         if let (Some(watches), Place::Local(path)) = (&self.watches, &place) {
             // Also after a failure: an empty repository gets its first commit some day.
             match watches.watch(key, path) {
