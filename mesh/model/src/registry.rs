@@ -133,12 +133,13 @@ impl Registry {
         for service in services {
             let host = service.host.clone();
             let service = Arc::new(service);
-            // Provenance alone (a new resourceVersion, a status) changes nothing that proxies see.
+            // Of a Service nothing but its content counts; a ServiceEntry's generation is what somebody waits to see live.
             let same = old.get(&host).is_some_and(|old| {
-                Service {
-                    provenance: service.provenance.clone(),
-                    ..(**old).clone()
-                } == *service
+                let mut old = (**old).clone();
+                if service.kubernetes {
+                    old.provenance = service.provenance.clone();
+                }
+                old == *service
             });
             if !same {
                 touched.services.insert(host.clone());
@@ -448,12 +449,12 @@ impl Registry {
                     .collect::<BTreeMap<_, _>>(),
             )
         };
-        for entry in &object.spec.endpoints {
+        for (index, entry) in object.spec.endpoints.iter().enumerate() {
             out.push(Endpoint {
                 address: entry.address.as_deref().unwrap_or("").into(),
                 ports: by_name(&entry.ports),
                 workload: Some(Arc::new(Workload {
-                    name: object.metadata.name.as_deref().unwrap_or("").into(),
+                    name: format!("{}-{index}", object.metadata.name.as_deref().unwrap_or("")).into(),
                     namespace: service.namespace.clone(),
                     labels: entry.labels.clone(),
                     service_account: entry.service_account.as_deref().unwrap_or("").into(),
