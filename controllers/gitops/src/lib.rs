@@ -90,10 +90,27 @@ pub struct Context {
     pub timeline: Option<mpsc::Sender<Moment>>,
 }
 
+impl Context {
+    /// A context that honours local repositories (standalone) and tells nobody. The fields are open to change.
+    pub fn new(client: Client, cache_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            client,
+            cache_dir: cache_dir.into(),
+            local_sources: true,
+            timeline: None,
+        }
+    }
+}
+
 /// Runs the source and the kustomize controllers until `cancel`. Returns early only if the definitions of our kinds are
 /// not installed.
 pub async fn run(context: Context, cancel: CancellationToken) -> Result<(), Error> {
-    let Context { client, cache_dir, local_sources, timeline } = context;
+    let Context {
+        client,
+        cache_dir,
+        local_sources,
+        timeline,
+    } = context;
     let timeline = timeline::Timeline(timeline);
     let child = cancel.child_token();
     let _stop = child.clone().drop_guard();

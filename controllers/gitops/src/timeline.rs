@@ -55,7 +55,12 @@ pub(crate) struct Timeline(pub(crate) Option<mpsc::Sender<Moment>>);
 impl Timeline {
     pub(crate) fn tell(&self, object: String, revision: &str, what: What) {
         if let Some(sink) = &self.0 {
-            let moment = Moment { at: Timestamp::now(), object, revision: revision.to_string(), what };
+            let moment = Moment {
+                at: Timestamp::now(),
+                object,
+                revision: revision.to_string(),
+                what,
+            };
             if sink.try_send(moment).is_err() {
                 tracing::debug!("a moment of the timeline was dropped: nobody takes it");
             }

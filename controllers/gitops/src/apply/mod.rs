@@ -357,7 +357,9 @@ impl Applier {
         let mut operations = vec![
             json!({"op": "test", "path": "/metadata/resourceVersion", "value": object["metadata"]["resourceVersion"]}),
         ];
-        operations.push(json!({"op": "replace", "path": "/metadata/managedFields", "value": plan::taken_over(&object)}));
+        operations.push(
+            json!({"op": "replace", "path": "/metadata/managedFields", "value": plan::taken_over(&object)}),
+        );
         if object
             .pointer("/metadata/annotations/kubectl.kubernetes.io~1last-applied-configuration")
             .is_some()

@@ -44,11 +44,20 @@ pub(crate) struct Built {
 pub(crate) fn recipe(key: &Key, spec: &KustomizationSpec, variables: Option<&Variables>) -> [u8; 32] {
     let parts = json!([
         [key.namespace, key.name],
-        [spec.path, spec.target_namespace, spec.name_prefix, spec.name_suffix],
+        [
+            spec.path,
+            spec.target_namespace,
+            spec.name_prefix,
+            spec.name_suffix
+        ],
         spec.common_metadata,
         spec.patches,
         spec.images,
-        [json!(spec.components), json!(spec.ignore_missing_components), json!(spec.build_metadata)],
+        [
+            json!(spec.components),
+            json!(spec.ignore_missing_components),
+            json!(spec.build_metadata)
+        ],
         spec.post_build.as_ref().map(|p| json!(p.substitute_strategy)),
         variables.map(|v| &v.0),
     ]);
@@ -56,18 +65,31 @@ pub(crate) fn recipe(key: &Key, spec: &KustomizationSpec, variables: Option<&Var
 }
 
 /// Builds a revision. Blocks on reading files.
-pub(crate) fn build(snapshot: &Snapshot, key: &Key, spec: &KustomizationSpec, variables: Option<&Variables>) -> Result<Built, Error> {
+pub(crate) fn build(
+    snapshot: &Snapshot,
+    key: &Key,
+    spec: &KustomizationSpec,
+    variables: Option<&Variables>,
+) -> Result<Built, Error> {
     let directory = overlay::normalise(spec.path.as_deref())?;
     let mut view = View::new(snapshot);
     if !directory.is_empty() && !view.is_directory(&directory)? {
-        return Err(Error::Build(format!("kustomization path not found: '{directory}' is not a directory of revision {}", snapshot.revision)));
+        return Err(Error::Build(format!(
+            "kustomization path not found: '{directory}' is not a directory of revision {}",
+            snapshot.revision
+        )));
     }
     overlay::lay_over(&mut view, &directory, spec)?;
     let objects = kustomize(&view, &directory)?;
     let objects = substitute_all(objects, spec, variables)?;
     let none = BTreeMap::new();
-    let (labels, annotations) = spec.common_metadata.as_ref().map_or((&none, &none), |m| (&m.labels, &m.annotations));
-    let pairs = |map: &'_ BTreeMap<String, String>| -> Vec<(String, String)> { map.iter().map(|(k, v)| (k.clone(), v.clone())).collect() };
+    let (labels, annotations) = spec
+        .common_metadata
+        .as_ref()
+        .map_or((&none, &none), |m| (&m.labels, &m.annotations));
+    let pairs = |map: &'_ BTreeMap<String, String>| -> Vec<(String, String)> {
+        map.iter().map(|(k, v)| (k.clone(), v.clone())).collect()
+    };
     let (labels, annotations) = (pairs(labels), pairs(annotations));
     let mut desired = Vec::with_capacity(objects.len());
     let mut hash = Sha256::new();
@@ -82,7 +104,8 @@ pub(crate) fn build(snapshot: &Snapshot, key: &Key, spec: &KustomizationSpec, va
                 object.name()
             )));
         }
-        let one = Desired::new(value, key, &labels, &annotations, origin).map_err(|e| Error::Build(format!("{e}{at}")))?;
+        let one = Desired::new(value, key, &labels, &annotations, origin)
+            .map_err(|e| Error::Build(format!("{e}{at}")))?;
         hash.update(one.digest);
         desired.push(one);
     }
@@ -101,7 +124,8 @@ fn kustomize(view: &View<'_>, directory: &str) -> Result<Vec<Object>, Error> {
         reorder: serin_kustomize::Reorder::None,
         ..Default::default()
     };
-    let build = serin_kustomize::build(view, directory, &options).map_err(|e| Error::Build(format!("kustomize build failed: {e}")))?;
+    let build = serin_kustomize::build(view, directory, &options)
+        .map_err(|e| Error::Build(format!("kustomize build failed: {e}")))?;
     Ok(build.objects)
 }
 
@@ -110,25 +134,43 @@ fn refuse_duplicates(objects: &[Arc<Desired>]) -> Result<(), Error> {
     let mut seen = std::collections::HashMap::new();
     for object in objects {
         if let Some(first) = seen.insert(&object.id, object) {
-            let origins: Vec<&str> = [first, object].iter().filter_map(|o| o.origin.as_deref()).collect();
-            return Err(Error::Build(format!("{} is defined twice: {}", object.id, origins.join(" and "))));
+            let origins: Vec<&str> = [first, object]
+                .iter()
+                .filter_map(|o| o.origin.as_deref())
+                .collect();
+            return Err(Error::Build(format!(
+                "{} is defined twice: {}",
+                object.id,
+                origins.join(" and ")
+            )));
         }
     }
     Ok(())
 }
 
-fn substitute_all(objects: Vec<Object>, spec: &KustomizationSpec, variables: Option<&Variables>) -> Result<Vec<Object>, Error> {
-    let (Some(post_build), Some(variables)) = (&spec.post_build, variables) else { return Ok(objects) };
+fn substitute_all(
+    objects: Vec<Object>,
+    spec: &KustomizationSpec,
+    variables: Option<&Variables>,
+) -> Result<Vec<Object>, Error> {
+    let (Some(post_build), Some(variables)) = (&spec.post_build, variables) else {
+        return Ok(objects);
+    };
     let always = post_build.substitute_strategy == Some(SubstituteStrategy::Always);
     if variables.0.is_empty() && !always {
         return Ok(objects);
     }
-    objects.into_iter().map(|object| substitute_one(object, variables)).collect()
+    objects
+        .into_iter()
+        .map(|object| substitute_one(object, variables))
+        .collect()
 }
 
 /// Substitutes in the object's YAML text and reads it again, as Flux does: an unquoted `${n}` becomes a number.
 fn substitute_one(object: Object, variables: &Variables) -> Result<Object, Error> {
-    if object.annotation(SUBSTITUTE).is_some_and(|v| v == "disabled") || object.label(SUBSTITUTE).is_some_and(|v| v == "disabled") {
+    if object.annotation(SUBSTITUTE).is_some_and(|v| v == "disabled")
+        || object.label(SUBSTITUTE).is_some_and(|v| v == "disabled")
+    {
         return Ok(object);
     }
     let text = object.to_yaml().map_err(|e| Error::Build(e.to_string()))?;
@@ -136,15 +178,25 @@ fn substitute_one(object: Object, variables: &Variables) -> Result<Object, Error
         return Ok(object);
     }
     let source = object.source().cloned();
-    let at = source.as_ref().map(|s| format!(" (from {}:{})", s.file, s.line)).unwrap_or_default();
+    let at = source
+        .as_ref()
+        .map(|s| format!(" (from {}:{})", s.file, s.line))
+        .unwrap_or_default();
     let what = format!("{}{at}", object.id());
-    let text = envsubst::substitute(text.as_bytes(), &variables.0, true)
-        .map_err(|e| Error::Build(format!("{what}: envsubst error: variable substitution failed: {e}")))?;
-    let text = String::from_utf8(text).map_err(|_| Error::Build(format!("{what}: the substituted text is not UTF-8")))?;
+    let text = envsubst::substitute(text.as_bytes(), &variables.0, true).map_err(|e| {
+        Error::Build(format!(
+            "{what}: envsubst error: variable substitution failed: {e}"
+        ))
+    })?;
+    let text = String::from_utf8(text)
+        .map_err(|_| Error::Build(format!("{what}: the substituted text is not UTF-8")))?;
     let name = format!("{what} after substitution");
-    let mut objects = serin_manifests::parse_documents(&text, &name).map_err(|e| Error::Build(e.to_string()))?;
+    let mut objects =
+        serin_manifests::parse_documents(&text, &name).map_err(|e| Error::Build(e.to_string()))?;
     match (objects.pop(), objects.is_empty()) {
         (Some(one), true) => Ok(one.with_source(source)),
-        _ => Err(Error::Build(format!("{what}: a variable's value splits the object into several"))),
+        _ => Err(Error::Build(format!(
+            "{what}: a variable's value splits the object into several"
+        ))),
     }
 }

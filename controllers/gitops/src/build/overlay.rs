@@ -24,10 +24,16 @@ pub(crate) fn normalise(path: Option<&str>) -> Result<String, Error> {
             "" | "." => {}
             ".." => {
                 if out.pop().is_none() {
-                    return Err(Error::Build(format!("spec.path '{path}' leads out of the repository")));
+                    return Err(Error::Build(format!(
+                        "spec.path '{path}' leads out of the repository"
+                    )));
                 }
             }
-            e if e.contains(['\\', '\0']) => return Err(Error::Build(format!("spec.path '{path}' is not a path of a repository"))),
+            e if e.contains(['\\', '\0']) => {
+                return Err(Error::Build(format!(
+                    "spec.path '{path}' is not a path of a repository"
+                )));
+            }
             e => out.push(e),
         }
     }
@@ -35,7 +41,11 @@ pub(crate) fn normalise(path: Option<&str>) -> Result<String, Error> {
 }
 
 fn join(directory: &str, name: &str) -> String {
-    if directory.is_empty() { name.to_string() } else { format!("{directory}/{name}") }
+    if directory.is_empty() {
+        name.to_string()
+    } else {
+        format!("{directory}/{name}")
+    }
 }
 
 /// Prepares the view: after this a build of `directory` gives what the spec asks for.
@@ -62,7 +72,8 @@ pub(crate) fn lay_over(view: &mut View<'_>, directory: &str, spec: &Kustomizatio
     };
     edit(&mut map, view, directory, spec)?;
     let mut text = String::new();
-    write_map(&map, &mut text).map_err(|e| Error::Build(format!("{path} with the fields of the spec: {e}")))?;
+    write_map(&map, &mut text)
+        .map_err(|e| Error::Build(format!("{path} with the fields of the spec: {e}")))?;
     view.put(path, text.into_bytes());
     Ok(())
 }
@@ -81,7 +92,12 @@ fn read(view: &View<'_>, path: &str) -> Result<Map, Error> {
     let text = view.read(path)?.unwrap_or_default();
     let text = String::from_utf8(text).map_err(|_| Error::Build(format!("{path} is not text")))?;
     let limits = Limits::default();
-    let options = ReadOptions { file: path, line_offset: 0, dialect: Dialect::Kubectl, limits: &limits };
+    let options = ReadOptions {
+        file: path,
+        line_offset: 0,
+        dialect: Dialect::Kubectl,
+        limits: &limits,
+    };
     match parse_document(&text, &options).map_err(|e| Error::Build(e.to_string()))? {
         None => Ok(Map::new()),
         Some(Value::Map(map)) => Ok(map),
@@ -93,7 +109,8 @@ fn read(view: &View<'_>, path: &str) -> Result<Map, Error> {
 fn made_up(view: &View<'_>, directory: &str) -> Result<Map, Error> {
     let mut resources = Vec::new();
     walk(view, directory, "", 0, &mut resources)?;
-    let Json::Object(object) = json!({"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": resources}) else {
+    let Json::Object(object) = json!({"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": resources})
+    else {
         return Ok(Map::new());
     };
     match Value::from_json(&Json::Object(object)) {
@@ -106,16 +123,23 @@ fn walk(view: &View<'_>, root: &str, below: &str, depth: usize, out: &mut Vec<St
     let here = join(root, below);
     let here = here.trim_end_matches('/');
     let Some(entries) = view.list(here)? else {
-        return Err(Error::Build(format!("kustomization path not found: '{here}' is not a directory of the revision")));
+        return Err(Error::Build(format!(
+            "kustomization path not found: '{here}' is not a directory of the revision"
+        )));
     };
     if depth > DEPTH_MAX || out.len() > FILES_MAX {
-        return Err(Error::Build(format!("'{here}': more than {DEPTH_MAX} levels or {FILES_MAX} files without a kustomization file; add one that lists what is meant")));
+        return Err(Error::Build(format!(
+            "'{here}': more than {DEPTH_MAX} levels or {FILES_MAX} files without a kustomization file; add one that lists what is meant"
+        )));
     }
     for (name, directory) in entries {
         let path = join(below, &name);
         if directory {
             let inside = join(root, &path);
-            let own = FILE_NAMES.iter().map(|n| view.is_file(&join(&inside, n))).collect::<Result<Vec<_>, _>>()?;
+            let own = FILE_NAMES
+                .iter()
+                .map(|n| view.is_file(&join(&inside, n)))
+                .collect::<Result<Vec<_>, _>>()?;
             if own.contains(&true) {
                 out.push(path);
             } else {
@@ -129,20 +153,41 @@ fn walk(view: &View<'_>, root: &str, below: &str, depth: usize, out: &mut Vec<St
 }
 
 fn append(map: &mut Map, key: &str, items: impl IntoIterator<Item = Json>) {
-    let mut all: Vec<Value> = map.get(key).and_then(Value::as_seq).map(<[Value]>::to_vec).unwrap_or_default();
+    let mut all: Vec<Value> = map
+        .get(key)
+        .and_then(Value::as_seq)
+        .map(<[Value]>::to_vec)
+        .unwrap_or_default();
     all.extend(items.into_iter().map(|i| Value::from_json(&i)));
     if !all.is_empty() {
-        map.set(key, Value::Seq(Seq { items: all, ..Seq::default() }));
+        map.set(
+            key,
+            Value::Seq(Seq {
+                items: all,
+                ..Seq::default()
+            }),
+        );
     }
 }
 
 fn edit(map: &mut Map, view: &View<'_>, directory: &str, spec: &KustomizationSpec) -> Result<(), Error> {
-    for (key, value) in [("namespace", &spec.target_namespace), ("namePrefix", &spec.name_prefix), ("nameSuffix", &spec.name_suffix)] {
+    for (key, value) in [
+        ("namespace", &spec.target_namespace),
+        ("namePrefix", &spec.name_prefix),
+        ("nameSuffix", &spec.name_suffix),
+    ] {
         if let Some(value) = value.as_ref().filter(|v| !v.is_empty()) {
             map.set(key, Value::string(value.as_str()));
         }
     }
-    append(map, "patches", spec.patches.iter().map(|p| json!({"patch": p.patch, "target": p.target})).map(without_nulls));
+    append(
+        map,
+        "patches",
+        spec.patches
+            .iter()
+            .map(|p| json!({"patch": p.patch, "target": p.target}))
+            .map(without_nulls),
+    );
     append(map, "buildMetadata", spec.build_metadata.iter().map(|m| json!(m)));
     let mut components = Vec::new();
     for component in &spec.components {
@@ -173,7 +218,9 @@ fn images(map: &mut Map, image: &serin_crds::flux::kustomize::Image) {
         .and_then(Value::as_seq)
         .map(|items| items.iter().filter_map(|i| i.to_json().ok()).collect())
         .unwrap_or_default();
-    let wanted = without_nulls(json!({"name": image.name, "newName": image.new_name, "newTag": image.new_tag, "digest": image.digest}));
+    let wanted = without_nulls(
+        json!({"name": image.name, "newName": image.new_name, "newTag": image.new_tag, "digest": image.digest}),
+    );
     match all.iter_mut().find(|i| i["name"] == image.name.as_str()) {
         Some(Json::Object(held)) => {
             if image.new_tag.is_some() || image.digest.is_some() {
@@ -186,5 +233,11 @@ fn images(map: &mut Map, image: &serin_crds::flux::kustomize::Image) {
         }
         _ => all.push(wanted),
     }
-    map.set("images", Value::Seq(Seq { items: all.iter().map(Value::from_json).collect(), ..Seq::default() }));
+    map.set(
+        "images",
+        Value::Seq(Seq {
+            items: all.iter().map(Value::from_json).collect(),
+            ..Seq::default()
+        }),
+    );
 }

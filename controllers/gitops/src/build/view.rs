@@ -61,7 +61,9 @@ fn ask(snapshot: &Snapshot, look: &Look) -> Result<Answer, Error> {
             Some(Node::Directory(_)) => Answer::Directory,
             Some(Node::Link(_) | Node::Submodule) | None => Answer::Nothing,
         },
-        Look::Listing(path) => snapshot.list(path)?.map_or(Answer::Nothing, |entries| Answer::Listing(digest(&entries))),
+        Look::Listing(path) => snapshot
+            .list(path)?
+            .map_or(Answer::Nothing, |entries| Answer::Listing(digest(&entries))),
     })
 }
 
@@ -83,7 +85,11 @@ pub(crate) struct View<'a> {
 
 impl<'a> View<'a> {
     pub(crate) fn new(snapshot: &'a Snapshot) -> Self {
-        Self { snapshot, put_over: BTreeMap::new(), looks: Mutex::default() }
+        Self {
+            snapshot,
+            put_over: BTreeMap::new(),
+            looks: Mutex::default(),
+        }
     }
 
     /// Puts a file over the revision; the path is normalised.
@@ -126,7 +132,9 @@ impl<'a> View<'a> {
     /// Names in a directory, sorted, and whether each is a directory.
     pub(crate) fn list(&self, path: &str) -> Result<Option<Vec<(String, bool)>>, Error> {
         let entries = self.snapshot.list(path)?;
-        let answer = entries.as_ref().map_or(Answer::Nothing, |e| Answer::Listing(digest(e)));
+        let answer = entries
+            .as_ref()
+            .map_or(Answer::Nothing, |e| Answer::Listing(digest(e)));
         self.note(Look::Listing(path.to_string()), answer);
         Ok(entries)
     }

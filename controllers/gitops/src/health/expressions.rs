@@ -25,8 +25,12 @@ impl std::fmt::Debug for Expression {
 impl Expression {
     /// Compiles; the error is a sentence with the expression in it.
     pub(crate) fn compile(text: &str) -> Result<Self, String> {
-        let program = Program::compile(text).map_err(|e| format!("failed to parse the CEL expression '{text}': {e}"))?;
-        Ok(Self { program: Arc::new(program), text: text.to_string() })
+        let program = Program::compile(text)
+            .map_err(|e| format!("failed to parse the CEL expression '{text}': {e}"))?;
+        Ok(Self {
+            program: Arc::new(program),
+            text: text.to_string(),
+        })
     }
 
     /// Evaluates to true or false with these variables.
@@ -39,7 +43,10 @@ impl Expression {
         match self.program.execute(&context) {
             Ok(Cel::Bool(answer)) => Ok(answer),
             Ok(_) => Err(format!("the CEL expression '{}' gives no boolean", self.text)),
-            Err(e) => Err(format!("failed to evaluate the CEL expression '{}': {e}", self.text)),
+            Err(e) => Err(format!(
+                "failed to evaluate the CEL expression '{}': {e}",
+                self.text
+            )),
         }
     }
 }
@@ -60,7 +67,12 @@ struct Rule {
 
 impl Rules {
     pub(crate) fn compile(checks: &[CustomHealthCheck]) -> Result<Self, String> {
-        let option = |text: &Option<String>| text.as_deref().filter(|t| !t.is_empty()).map(Expression::compile).transpose();
+        let option = |text: &Option<String>| {
+            text.as_deref()
+                .filter(|t| !t.is_empty())
+                .map(Expression::compile)
+                .transpose()
+        };
         checks
             .iter()
             .map(|check| {
@@ -88,13 +100,17 @@ impl Rules {
             .filter(of_group)
             .find(|r| r.kind.as_deref() == Some(kind))
             .or_else(|| self.0.iter().filter(of_group).find(|r| r.kind.is_none()))?;
-        if object.pointer("/metadata/deletionTimestamp").is_some_and(|v| !v.is_null()) {
+        if object
+            .pointer("/metadata/deletionTimestamp")
+            .is_some_and(|v| !v.is_null())
+        {
             return Some(Health::new(State::Terminating, "being deleted"));
         }
         if let Some(early) = super::generic(object).filter(|h| h.message.starts_with("generation")) {
             return Some(early);
         }
-        let variables: Vec<(&str, &Value)> = object.as_object()?.iter().map(|(k, v)| (k.as_str(), v)).collect();
+        let variables: Vec<(&str, &Value)> =
+            object.as_object()?.iter().map(|(k, v)| (k.as_str(), v)).collect();
         let holds = |expression: &Expression| expression.holds(&variables).unwrap_or(false);
         if rule.in_progress.as_ref().is_some_and(holds) {
             return Some(Health::progress("in progress by spec.healthCheckExprs"));
@@ -126,20 +142,39 @@ mod tests {
 
     #[test]
     fn expressions_judge_in_the_order_in_progress_failed_current() {
-        let rules = Rules::compile(&[check(Some("Thing"), "status.phase == 'Done'"), check(None, "true")]).unwrap();
+        let rules = Rules::compile(&[
+            check(Some("Thing"), "status.phase == 'Done'"),
+            check(None, "true"),
+        ])
+        .unwrap();
         let thing = |kind: &str, phase: &str| json!({"apiVersion": "example.com/v2", "kind": kind, "status": {"phase": phase}});
         let state = |object: &Value| rules.assess(object).map(|h| h.state);
         assert_eq!(state(&thing("Thing", "Working")), Some(State::InProgress));
         assert_eq!(state(&thing("Thing", "Broken")), Some(State::Failed));
         assert_eq!(state(&thing("Thing", "Done")), Some(State::Current));
         assert_eq!(state(&thing("Thing", "Other")), Some(State::InProgress));
-        assert_eq!(state(&thing("Another", "Other")), Some(State::Current), "the rule for the whole group");
-        assert_eq!(state(&json!({"apiVersion": "example.com/v1", "kind": "Thing"})), Some(State::InProgress), "no status yet");
-        assert_eq!(state(&json!({"apiVersion": "other.com/v1", "kind": "Thing"})), None);
+        assert_eq!(
+            state(&thing("Another", "Other")),
+            Some(State::Current),
+            "the rule for the whole group"
+        );
+        assert_eq!(
+            state(&json!({"apiVersion": "example.com/v1", "kind": "Thing"})),
+            Some(State::InProgress),
+            "no status yet"
+        );
+        assert_eq!(
+            state(&json!({"apiVersion": "other.com/v1", "kind": "Thing"})),
+            None
+        );
     }
 
     #[test]
     fn a_bad_expression_is_quoted() {
-        assert!(Rules::compile(&[check(None, "status.phase ==")]).unwrap_err().contains("'status.phase =='"));
+        assert!(
+            Rules::compile(&[check(None, "status.phase ==")])
+                .unwrap_err()
+                .contains("'status.phase =='")
+        );
     }
 }

@@ -207,7 +207,8 @@ impl LiveObject {
     /// Splits an object as the API server gave it into what we keep.
     pub(crate) fn new(mut value: Value) -> Self {
         let owned = fields::applied_by(&value, FIELD_MANAGER).cloned();
-        let foreign = annotation(&value, LAST_APPLIED).is_some() || managed_fields(&value).iter().any(is_foreign);
+        let foreign =
+            annotation(&value, LAST_APPLIED).is_some() || managed_fields(&value).iter().any(is_foreign);
         let resource_version = value
             .pointer("/metadata/resourceVersion")
             .and_then(Value::as_str)
@@ -235,17 +236,27 @@ impl LiveObject {
 /// ones. Flux takes over from the same.
 fn is_foreign(entry: &Value) -> bool {
     let manager = entry["manager"].as_str().unwrap_or_default();
-    let of_object = entry.get("subresource").and_then(Value::as_str).unwrap_or("").is_empty();
+    let of_object = entry
+        .get("subresource")
+        .and_then(Value::as_str)
+        .unwrap_or("")
+        .is_empty();
     of_object
         && match entry["operation"].as_str() {
-            Some("Update") => manager.starts_with("kubectl") || manager == "before-first-apply" || manager == FIELD_MANAGER,
+            Some("Update") => {
+                manager.starts_with("kubectl") || manager == "before-first-apply" || manager == FIELD_MANAGER
+            }
             Some("Apply") => manager == "kubectl",
             _ => false,
         }
 }
 
 fn managed_fields(object: &Value) -> &[Value] {
-    object.pointer("/metadata/managedFields").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default()
+    object
+        .pointer("/metadata/managedFields")
+        .and_then(Value::as_array)
+        .map(Vec::as_slice)
+        .unwrap_or_default()
 }
 
 /// The managedFields of an object after git took over: what was kubectl's is ours, so that the next apply also removes
@@ -259,10 +270,17 @@ pub(crate) fn taken_over(object: &Value) -> Vec<Value> {
         }
     }
     let is_ours = |e: &Value| {
-        e["manager"] == FIELD_MANAGER && e["operation"] == "Apply" && e.get("subresource").and_then(Value::as_str).unwrap_or("").is_empty()
+        e["manager"] == FIELD_MANAGER
+            && e["operation"] == "Apply"
+            && e.get("subresource")
+                .and_then(Value::as_str)
+                .unwrap_or("")
+                .is_empty()
     };
-    let (mut taken, mut rest): (Vec<Value>, Vec<Value>) =
-        managed_fields(object).iter().cloned().partition(|e| is_ours(e) || is_foreign(e));
+    let (mut taken, mut rest): (Vec<Value>, Vec<Value>) = managed_fields(object)
+        .iter()
+        .cloned()
+        .partition(|e| is_ours(e) || is_foreign(e));
     taken.sort_by_key(|e| !is_ours(e));
     let mut taken = taken.into_iter();
     if let Some(mut ours) = taken.next() {

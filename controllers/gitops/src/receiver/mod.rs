@@ -93,7 +93,9 @@ impl Receivers {
             calls: Semaphore::new(CALLS_MAX),
             client,
         };
-        Self { inner: Arc::new(inner) }
+        Self {
+            inner: Arc::new(inner),
+        }
     }
 
     /// The endpoint, to be served wherever webhooks may arrive: `POST /hook/<digest>`.
@@ -160,7 +162,11 @@ impl Inner {
             self.routes.write().retain(|_, r| r.key != *key);
             return;
         }
-        let interval = receiver.spec.interval.as_ref().map_or(INTERVAL_DEFAULT, |i| i.parse_or(INTERVAL_DEFAULT));
+        let interval = receiver
+            .spec
+            .interval
+            .as_ref()
+            .map_or(INTERVAL_DEFAULT, |i| i.parse_or(INTERVAL_DEFAULT));
         self.queue.push_at(key, Instant::now() + jittered(interval, key));
         let route = self.route(key, &receiver).await;
         let outcome = self.install(key, route);
@@ -183,20 +189,50 @@ impl Inner {
     async fn route(&self, key: &Key, receiver: &Arc<Receiver>) -> Result<Route, String> {
         let spec = &receiver.spec;
         if !verify::supported(&spec.r#type) {
-            return Err(format!("spec.type '{}' is not served yet; generic, generic-hmac, github and gitlab are", spec.r#type));
+            return Err(format!(
+                "spec.type '{}' is not served yet; generic, generic-hmac, github and gitlab are",
+                spec.r#type
+            ));
         }
-        let compile = |text: &Option<String>| text.as_deref().filter(|t| !t.is_empty()).map(Expression::compile).transpose();
+        let compile = |text: &Option<String>| {
+            text.as_deref()
+                .filter(|t| !t.is_empty())
+                .map(Expression::compile)
+                .transpose()
+        };
         let filter = compile(&spec.resource_filter)?;
-        let filters = spec.resources.iter().map(|r| compile(&r.filter)).collect::<Result<_, _>>()?;
-        let name = spec.secret_ref.as_ref().map(|r| r.name.clone()).ok_or("spec.secretRef is required: a Secret with the key 'token'")?;
+        let filters = spec
+            .resources
+            .iter()
+            .map(|r| compile(&r.filter))
+            .collect::<Result<_, _>>()?;
+        let name = spec
+            .secret_ref
+            .as_ref()
+            .map(|r| r.name.clone())
+            .ok_or("spec.secretRef is required: a Secret with the key 'token'")?;
         let api: Api<Secret> = Api::namespaced(self.client.clone(), &key.namespace);
-        let secret = api.get_opt(&name).await.map_err(|e| format!("Secret '{}/{name}': {}", key.namespace, server_words(&e)))?;
+        let secret = api
+            .get_opt(&name)
+            .await
+            .map_err(|e| format!("Secret '{}/{name}': {}", key.namespace, server_words(&e)))?;
         let token = secret
             .and_then(|s| s.data?.get("token").map(|t| t.0.clone()))
             .and_then(|t| String::from_utf8(t).ok())
             .filter(|t| !t.is_empty())
-            .ok_or_else(|| format!("Secret '{}/{name}' is missing or has no key 'token'", key.namespace))?;
-        Ok(Route { key: key.clone(), token: Redacted(token), receiver: receiver.clone(), filter, filters })
+            .ok_or_else(|| {
+                format!(
+                    "Secret '{}/{name}' is missing or has no key 'token'",
+                    key.namespace
+                )
+            })?;
+        Ok(Route {
+            key: key.clone(),
+            token: Redacted(token),
+            receiver: receiver.clone(),
+            filter,
+            filters,
+        })
     }
 
     async fn say(&self, receiver: &Arc<Receiver>, outcome: Result<String, String>) -> Result<(), Error> {
@@ -205,12 +241,27 @@ impl Inner {
         let now = Timestamp::now();
         let generation = receiver.metadata.generation;
         let mut set = |type_: &str, status: Status, reason: &str, message: &str| {
-            condition::set(&mut new.conditions, &Wanted { type_, status, reason, message, observed_generation: generation }, now);
+            condition::set(
+                &mut new.conditions,
+                &Wanted {
+                    type_,
+                    status,
+                    reason,
+                    message,
+                    observed_generation: generation,
+                },
+                now,
+            );
         };
         let mut refused = Vec::new();
         match &outcome {
             Ok(path) => {
-                set("Ready", Status::True, "Succeeded", &format!("Receiver initialized for path: {path}"));
+                set(
+                    "Ready",
+                    Status::True,
+                    "Succeeded",
+                    &format!("Receiver initialized for path: {path}"),
+                );
                 condition::remove(&mut new.conditions, "Stalled");
                 new.webhook_path = Some(path.clone());
             }
@@ -236,15 +287,24 @@ impl Inner {
         for (resource, filter) in route.receiver.spec.resources.iter().zip(&route.filters) {
             for (api, object) in self.targets(&route.key, resource).await? {
                 let value = serde_json::to_value(&object).unwrap_or(Value::Null);
-                let passes = [&route.filter, filter].into_iter().flatten().all(|e| e.holds(&[("res", &value), ("req", &request)]).unwrap_or(false));
+                let passes = [&route.filter, filter]
+                    .into_iter()
+                    .flatten()
+                    .all(|e| e.holds(&[("res", &value), ("req", &request)]).unwrap_or(false));
                 if !passes {
                     continue;
                 }
-                let patch = json!({"metadata": {"annotations": {(REQUESTED_AT): Timestamp::now().to_string()}}});
-                let params = PatchParams { field_manager: Some(STATUS_MANAGER.into()), ..Default::default() };
+                let patch =
+                    json!({"metadata": {"annotations": {(REQUESTED_AT): Timestamp::now().to_string()}}});
+                let params = PatchParams {
+                    field_manager: Some(STATUS_MANAGER.into()),
+                    ..Default::default()
+                };
                 api.patch_metadata(&object.name_any(), &params, &Patch::Merge(patch))
                     .await
-                    .map_err(|e| Error::api(format!("annotate {} {}", resource.kind, object.name_any()), e))?;
+                    .map_err(|e| {
+                        Error::api(format!("annotate {} {}", resource.kind, object.name_any()), e)
+                    })?;
                 told += 1;
                 if told >= TARGETS_MAX {
                     return Ok(told);
@@ -254,10 +314,20 @@ impl Inner {
         Ok(told)
     }
 
-    async fn targets(&self, key: &Key, resource: &ReceiverResource) -> Result<Vec<(Api<DynamicObject>, DynamicObject)>, Error> {
+    async fn targets(
+        &self,
+        key: &Key,
+        resource: &ReceiverResource,
+    ) -> Result<Vec<(Api<DynamicObject>, DynamicObject)>, Error> {
         let kind = resource.kind.to_string();
-        let api_version = resource.api_version.clone().unwrap_or_else(|| version_of(&kind).to_string());
-        let namespace = resource.namespace.clone().unwrap_or_else(|| key.namespace.clone());
+        let api_version = resource
+            .api_version
+            .clone()
+            .unwrap_or_else(|| version_of(&kind).to_string());
+        let namespace = resource
+            .namespace
+            .clone()
+            .unwrap_or_else(|| key.namespace.clone());
         let id = ObjectId {
             group: crate::key::group_version(&api_version).0.to_string(),
             kind,
@@ -268,11 +338,24 @@ impl Inner {
         let api = self.discovery.api(&served, &namespace);
         let failed = |e: kube::Error| Error::api(format!("read {id}, a target of Receiver {key}"), e);
         if resource.name == "*" {
-            let selector: Vec<String> = resource.match_labels.iter().map(|(k, v)| format!("{k}={v}")).collect();
-            let list = api.list(&ListParams::default().labels(&selector.join(","))).await.map_err(failed)?;
+            let selector: Vec<String> = resource
+                .match_labels
+                .iter()
+                .map(|(k, v)| format!("{k}={v}"))
+                .collect();
+            let list = api
+                .list(&ListParams::default().labels(&selector.join(",")))
+                .await
+                .map_err(failed)?;
             return Ok(list.items.into_iter().map(|o| (api.clone(), o)).collect());
         }
-        Ok(api.get_opt(&resource.name).await.map_err(failed)?.map(|o| (api.clone(), o)).into_iter().collect())
+        Ok(api
+            .get_opt(&resource.name)
+            .await
+            .map_err(failed)?
+            .map(|o| (api.clone(), o))
+            .into_iter()
+            .collect())
     }
 }
 
@@ -287,17 +370,34 @@ fn version_of(kind: &str) -> &'static str {
 
 /// `req` in filters: the body as JSON where it is, and the headers.
 fn request_variable(headers: &HeaderMap, body: &[u8]) -> Value {
-    let headers: BTreeMap<String, String> =
-        headers.iter().filter_map(|(k, v)| Some((k.as_str().to_string(), v.to_str().ok()?.to_string()))).collect();
+    let headers: BTreeMap<String, String> = headers
+        .iter()
+        .filter_map(|(k, v)| Some((k.as_str().to_string(), v.to_str().ok()?.to_string())))
+        .collect();
     let body: Value = serde_json::from_slice(body).unwrap_or(Value::Null);
     json!({"headers": headers, "body": body})
 }
 
-async fn call(State(inner): State<Arc<Inner>>, Path(digest): Path<String>, headers: HeaderMap, body: Bytes) -> StatusCode {
-    let Ok(_permit) = inner.calls.try_acquire() else { return StatusCode::TOO_MANY_REQUESTS };
-    let Some(route) = inner.routes.read().get(&digest).cloned() else { return StatusCode::NOT_FOUND };
+async fn call(
+    State(inner): State<Arc<Inner>>,
+    Path(digest): Path<String>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> StatusCode {
+    let Ok(_permit) = inner.calls.try_acquire() else {
+        return StatusCode::TOO_MANY_REQUESTS;
+    };
+    let Some(route) = inner.routes.read().get(&digest).cloned() else {
+        return StatusCode::NOT_FOUND;
+    };
     let spec = &route.receiver.spec;
-    if let Err(refusal) = verify::check(&spec.r#type, route.token.0.as_bytes(), &spec.events, &headers, &body) {
+    if let Err(refusal) = verify::check(
+        &spec.r#type,
+        route.token.0.as_bytes(),
+        &spec.events,
+        &headers,
+        &body,
+    ) {
         tracing::warn!(receiver = %route.key, ?refusal, "webhook call refused");
         return StatusCode::BAD_REQUEST;
     }
@@ -330,7 +430,10 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.insert("x-github-event", "push".parse().unwrap());
         let request = request_variable(&headers, br#"{"ref": "refs/heads/main"}"#);
-        let expression = Expression::compile("req.body.ref == 'refs/heads/main' && req.headers['x-github-event'] == 'push'").unwrap();
+        let expression = Expression::compile(
+            "req.body.ref == 'refs/heads/main' && req.headers['x-github-event'] == 'push'",
+        )
+        .unwrap();
         assert_eq!(expression.holds(&[("req", &request)]), Ok(true));
         assert_eq!(request_variable(&headers, b"not json")["body"], Value::Null);
     }

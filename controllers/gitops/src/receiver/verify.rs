@@ -20,7 +20,10 @@ pub(crate) enum Refusal {
 
 /// The kinds of callers that are understood.
 pub(crate) fn supported(type_: &ReceiverType) -> bool {
-    matches!(type_, ReceiverType::Generic | ReceiverType::GenericHmac | ReceiverType::Github | ReceiverType::Gitlab)
+    matches!(
+        type_,
+        ReceiverType::Generic | ReceiverType::GenericHmac | ReceiverType::Github | ReceiverType::Gitlab
+    )
 }
 
 fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
@@ -28,11 +31,21 @@ fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 }
 
 /// Checks one call.
-pub(crate) fn check(type_: &ReceiverType, token: &[u8], events: &[String], headers: &HeaderMap, body: &[u8]) -> Result<(), Refusal> {
+pub(crate) fn check(
+    type_: &ReceiverType,
+    token: &[u8],
+    events: &[String],
+    headers: &HeaderMap,
+    body: &[u8],
+) -> Result<(), Refusal> {
     match type_ {
         // The path is derived from the token, and is the secret.
         ReceiverType::Generic => Ok(()),
-        ReceiverType::GenericHmac => signature(header(headers, "x-signature").ok_or(Refusal::Missing("X-Signature"))?, token, body),
+        ReceiverType::GenericHmac => signature(
+            header(headers, "x-signature").ok_or(Refusal::Missing("X-Signature"))?,
+            token,
+            body,
+        ),
         ReceiverType::Github => {
             let given = header(headers, "x-hub-signature-256").or_else(|| header(headers, "x-hub-signature"));
             signature(given.ok_or(Refusal::Missing("X-Hub-Signature-256"))?, token, body)?;
@@ -65,12 +78,19 @@ fn unhex(text: &str) -> Option<Vec<u8>> {
     if !text.len().is_multiple_of(2) || text.len() > 256 || !text.is_ascii() {
         return None;
     }
-    (0..text.len()).step_by(2).map(|i| u8::from_str_radix(&text[i..i + 2], 16).ok()).collect()
+    (0..text.len())
+        .step_by(2)
+        .map(|i| u8::from_str_radix(&text[i..i + 2], 16).ok())
+        .collect()
 }
 
 fn event(wanted: &[String], given: Option<&str>) -> Result<(), Refusal> {
     let given = given.unwrap_or_default();
-    if wanted.is_empty() || wanted.iter().any(|w| w == given) { Ok(()) } else { Err(Refusal::Event(given.chars().take(60).collect())) }
+    if wanted.is_empty() || wanted.iter().any(|w| w == given) {
+        Ok(())
+    } else {
+        Err(Refusal::Event(given.chars().take(60).collect()))
+    }
 }
 
 #[cfg(test)]
@@ -79,22 +99,39 @@ mod tests {
     use crate::source::credentials::hex;
 
     fn headers(pairs: &[(&'static str, String)]) -> HeaderMap {
-        pairs.iter().map(|(k, v)| (http::HeaderName::from_static(k), v.parse().unwrap())).collect()
+        pairs
+            .iter()
+            .map(|(k, v)| (http::HeaderName::from_static(k), v.parse().unwrap()))
+            .collect()
     }
 
     fn signed(token: &[u8], body: &[u8]) -> String {
-        format!("sha256={}", hex(hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, token), body).as_ref()))
+        format!(
+            "sha256={}",
+            hex(hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, token), body).as_ref())
+        )
     }
 
     #[test]
     fn a_signature_must_be_of_this_body_with_this_token() {
         let good = headers(&[("x-signature", signed(b"token", b"body"))]);
-        let check = |headers: &HeaderMap, body: &[u8]| check(&ReceiverType::GenericHmac, b"token", &[], headers, body);
+        let check = |headers: &HeaderMap, body: &[u8]| {
+            check(&ReceiverType::GenericHmac, b"token", &[], headers, body)
+        };
         assert_eq!(check(&good, b"body"), Ok(()));
         assert_eq!(check(&good, b"other"), Err(Refusal::Wrong));
-        assert_eq!(check(&headers(&[("x-signature", signed(b"guess", b"body"))]), b"body"), Err(Refusal::Wrong));
-        assert_eq!(check(&headers(&[]), b"body"), Err(Refusal::Missing("X-Signature")));
-        assert_eq!(check(&headers(&[("x-signature", "md5=00".into())]), b"body"), Err(Refusal::Algorithm("md5".into())));
+        assert_eq!(
+            check(&headers(&[("x-signature", signed(b"guess", b"body"))]), b"body"),
+            Err(Refusal::Wrong)
+        );
+        assert_eq!(
+            check(&headers(&[]), b"body"),
+            Err(Refusal::Missing("X-Signature"))
+        );
+        assert_eq!(
+            check(&headers(&[("x-signature", "md5=00".into())]), b"body"),
+            Err(Refusal::Algorithm("md5".into()))
+        );
         for nonsense in ["sha256=", "sha256=zz", "sha256=é", "sha256"] {
             let value = http::HeaderValue::from_bytes(nonsense.as_bytes()).unwrap();
             let mut map = HeaderMap::new();
@@ -106,12 +143,32 @@ mod tests {
     #[test]
     fn github_and_gitlab_calls_are_checked_with_their_headers_and_events() {
         let events = ["push".to_string(), "ping".to_string()];
-        let github = |event: &str| headers(&[("x-hub-signature-256", signed(b"t", b"b")), ("x-github-event", event.into())]);
-        assert_eq!(check(&ReceiverType::Github, b"t", &events, &github("push"), b"b"), Ok(()));
-        assert_eq!(check(&ReceiverType::Github, b"t", &events, &github("star"), b"b"), Err(Refusal::Event("star".into())));
-        assert_eq!(check(&ReceiverType::Github, b"t", &[], &github("star"), b"b"), Ok(()));
-        let gitlab = headers(&[("x-gitlab-token", "t".into()), ("x-gitlab-event", "Push Hook".into())]);
+        let github = |event: &str| {
+            headers(&[
+                ("x-hub-signature-256", signed(b"t", b"b")),
+                ("x-github-event", event.into()),
+            ])
+        };
+        assert_eq!(
+            check(&ReceiverType::Github, b"t", &events, &github("push"), b"b"),
+            Ok(())
+        );
+        assert_eq!(
+            check(&ReceiverType::Github, b"t", &events, &github("star"), b"b"),
+            Err(Refusal::Event("star".into()))
+        );
+        assert_eq!(
+            check(&ReceiverType::Github, b"t", &[], &github("star"), b"b"),
+            Ok(())
+        );
+        let gitlab = headers(&[
+            ("x-gitlab-token", "t".into()),
+            ("x-gitlab-event", "Push Hook".into()),
+        ]);
         assert_eq!(check(&ReceiverType::Gitlab, b"t", &[], &gitlab, b""), Ok(()));
-        assert_eq!(check(&ReceiverType::Gitlab, b"x", &[], &gitlab, b""), Err(Refusal::Wrong));
+        assert_eq!(
+            check(&ReceiverType::Gitlab, b"x", &[], &gitlab, b""),
+            Err(Refusal::Wrong)
+        );
     }
 }

@@ -21,8 +21,18 @@ pub(crate) struct Edit<'a> {
 
 impl Edit<'_> {
     fn set(&mut self, type_: &str, status: Status, reason: &str, message: &str) {
-        let message: String = if message.chars().count() > MESSAGE_MAX { message.chars().take(MESSAGE_MAX).collect() } else { message.to_string() };
-        let wanted = Wanted { type_, status, reason, message: &message, observed_generation: self.generation };
+        let message: String = if message.chars().count() > MESSAGE_MAX {
+            message.chars().take(MESSAGE_MAX).collect()
+        } else {
+            message.to_string()
+        };
+        let wanted = Wanted {
+            type_,
+            status,
+            reason,
+            message: &message,
+            observed_generation: self.generation,
+        };
         condition::set(&mut self.status.conditions, &wanted, self.now);
     }
 
@@ -34,7 +44,12 @@ impl Edit<'_> {
     pub(crate) fn progressing(&mut self, message: &str) {
         self.remove("Stalled");
         self.set("Reconciling", Status::True, "Progressing", message);
-        self.set("Ready", Status::Unknown, "Progressing", "Reconciliation in progress");
+        self.set(
+            "Ready",
+            Status::Unknown,
+            "Progressing",
+            "Reconciliation in progress",
+        );
     }
 
     /// Applied, and waiting for health.
@@ -55,13 +70,20 @@ impl Edit<'_> {
                 if !condition::is_true(&self.status.conditions, "Healthy") {
                     self.set("Healthy", Status::True, "Succeeded", message);
                 } else {
-                    let held = condition::get(&self.status.conditions, "Healthy").map(|c| c.message.clone()).unwrap_or_default();
+                    let held = condition::get(&self.status.conditions, "Healthy")
+                        .map(|c| c.message.clone())
+                        .unwrap_or_default();
                     self.set("Healthy", Status::True, "Succeeded", &held);
                 }
             }
             None => self.remove("Healthy"),
         }
-        self.set("Ready", Status::True, "ReconciliationSucceeded", &format!("Applied revision: {revision}"));
+        self.set(
+            "Ready",
+            Status::True,
+            "ReconciliationSucceeded",
+            &format!("Applied revision: {revision}"),
+        );
         self.status.observed_generation = self.generation;
     }
 
@@ -69,7 +91,12 @@ impl Edit<'_> {
     pub(crate) fn failed(&mut self, reason: &str, message: &str, unhealthy: bool) {
         self.remove("Stalled");
         self.set("Ready", Status::False, reason, message);
-        self.set("Reconciling", Status::True, "ProgressingWithRetry", &first_line(message));
+        self.set(
+            "Reconciling",
+            Status::True,
+            "ProgressingWithRetry",
+            &first_line(message),
+        );
         if unhealthy {
             self.set("Healthy", Status::False, reason, message);
         }
@@ -86,7 +113,9 @@ impl Edit<'_> {
 
     /// Notes a result that was applied: newest first, each digest once, five at most.
     pub(crate) fn record(&mut self, digest: &str, revision: &str, took: Duration, outcome: &str) {
-        let duration = serin_crds::Duration::from(Duration::from_millis(u64::try_from(took.as_millis()).unwrap_or(u64::MAX).max(1)));
+        let duration = serin_crds::Duration::from(Duration::from_millis(
+            u64::try_from(took.as_millis()).unwrap_or(u64::MAX).max(1),
+        ));
         let now = Time(self.now);
         let metadata = [("revision".to_string(), revision.to_string())].into();
         let history = &mut self.status.history;
@@ -127,40 +156,68 @@ mod tests {
 
     fn status_of(steps: impl Fn(&mut Edit<'_>)) -> KustomizationStatus {
         let mut status = KustomizationStatus::default();
-        steps(&mut Edit { status: &mut status, generation: Some(3), now: Timestamp::UNIX_EPOCH });
+        steps(&mut Edit {
+            status: &mut status,
+            generation: Some(3),
+            now: Timestamp::UNIX_EPOCH,
+        });
         status
     }
 
     fn shape(status: &KustomizationStatus) -> Vec<String> {
-        let mut all: Vec<String> = status.conditions.iter().map(|c| format!("{}={} {}", c.type_, c.status, c.reason)).collect();
+        let mut all: Vec<String> = status
+            .conditions
+            .iter()
+            .map(|c| format!("{}={} {}", c.type_, c.status, c.reason))
+            .collect();
         all.sort();
         all
     }
 
     #[test]
     fn conditions_tell_each_phase_as_flux_does() {
-        assert_eq!(shape(&status_of(|e| e.progressing("x"))), ["Ready=Unknown Progressing", "Reconciling=True Progressing"]);
+        assert_eq!(
+            shape(&status_of(|e| e.progressing("x"))),
+            ["Ready=Unknown Progressing", "Reconciling=True Progressing"]
+        );
         let done = status_of(|e| {
             e.progressing("x");
             e.waiting_for_health("y");
             e.ready("main@sha1:1", Some("Health check passed in 1s"));
         });
-        assert_eq!(shape(&done), ["Healthy=True Succeeded", "Ready=True ReconciliationSucceeded"]);
+        assert_eq!(
+            shape(&done),
+            ["Healthy=True Succeeded", "Ready=True ReconciliationSucceeded"]
+        );
         assert_eq!(done.observed_generation, Some(3));
         let failed = status_of(|e| e.failed("BuildFailed", "a\nb", false));
-        assert_eq!(shape(&failed), ["Ready=False BuildFailed", "Reconciling=True ProgressingWithRetry"]);
+        assert_eq!(
+            shape(&failed),
+            ["Ready=False BuildFailed", "Reconciling=True ProgressingWithRetry"]
+        );
         let stalled = status_of(|e| {
             e.progressing("x");
             e.stalled("InvalidCELExpression", "z");
         });
-        assert_eq!(shape(&stalled), ["Ready=False InvalidCELExpression", "Stalled=True InvalidCELExpression"]);
+        assert_eq!(
+            shape(&stalled),
+            [
+                "Ready=False InvalidCELExpression",
+                "Stalled=True InvalidCELExpression"
+            ]
+        );
     }
 
     #[test]
     fn the_history_keeps_five_results_newest_first_and_each_once() {
         let status = status_of(|e| {
             for digest in ["a", "b", "c", "d", "e", "f", "c"] {
-                e.record(digest, "main@sha1:1", Duration::from_millis(20), "ReconciliationSucceeded");
+                e.record(
+                    digest,
+                    "main@sha1:1",
+                    Duration::from_millis(20),
+                    "ReconciliationSucceeded",
+                );
             }
         });
         let digests: Vec<&str> = status.history.iter().map(|h| h.digest.as_str()).collect();

@@ -28,7 +28,11 @@ fn fate(spec: &KustomizationSpec) -> Fate {
     if spec.suspend == Some(true) {
         return Fate::Leave;
     }
-    match spec.deletion_policy.as_ref().unwrap_or(&DeletionPolicy::MirrorPrune) {
+    match spec
+        .deletion_policy
+        .as_ref()
+        .unwrap_or(&DeletionPolicy::MirrorPrune)
+    {
         DeletionPolicy::Orphan => Fate::Leave,
         DeletionPolicy::Delete => Fate::Delete,
         DeletionPolicy::WaitForTermination => Fate::DeleteAndWait,
@@ -51,13 +55,29 @@ impl Kustomizations {
             let pruned = self.applier.prune(&all, key).await;
             if !pruned.deleted.is_empty() {
                 let lines: Vec<String> = pruned.deleted.iter().map(|id| format!("{id} deleted")).collect();
-                self.recorder.normal(&self.reference(ks), "ReconciliationSucceeded", "Delete", &lines.join("\n"));
+                self.recorder.normal(
+                    &self.reference(ks),
+                    "ReconciliationSucceeded",
+                    "Delete",
+                    &lines.join("\n"),
+                );
             }
             if !pruned.errors.is_empty() {
-                let message = Failed { errors: pruned.errors, done: Vec::new() }.message();
-                self.recorder.warning(&self.reference(ks), "PruneFailed", "Delete", &message);
-                self.queue.push_at(key, Instant::now() + times.retry.min(std::time::Duration::from_secs(10)));
-                return self.write(ks, &[], |e| e.failed("PruneFailed", &message, false)).await.map(drop);
+                let message = Failed {
+                    errors: pruned.errors,
+                    done: Vec::new(),
+                }
+                .message();
+                self.recorder
+                    .warning(&self.reference(ks), "PruneFailed", "Delete", &message);
+                self.queue.push_at(
+                    key,
+                    Instant::now() + times.retry.min(std::time::Duration::from_secs(10)),
+                );
+                return self
+                    .write(ks, &[], |e| e.failed("PruneFailed", &message, false))
+                    .await
+                    .map(drop);
             }
             if fate == Fate::DeleteAndWait {
                 let left: Vec<String> = all
@@ -65,7 +85,10 @@ impl Kustomizations {
                     .filter(|(id, _)| self.applier.live.get(id).and_then(|l| l.owner()).as_ref() == Some(key))
                     .map(|(id, _)| id.to_string())
                     .collect();
-                let waited = ks.metadata.deletion_timestamp.as_ref().and_then(|t| std::time::Duration::try_from(Timestamp::now().duration_since(t.0)).ok());
+                let waited =
+                    ks.metadata.deletion_timestamp.as_ref().and_then(|t| {
+                        std::time::Duration::try_from(Timestamp::now().duration_since(t.0)).ok()
+                    });
                 let over = waited.is_some_and(|w| w >= times.timeout);
                 if !left.is_empty() && !over {
                     let rest = times.timeout.saturating_sub(waited.unwrap_or_default());
@@ -74,13 +97,20 @@ impl Kustomizations {
                 }
                 if !left.is_empty() {
                     let message = format!("gave up waiting for the termination of {}", left.join(", "));
-                    self.recorder.warning(&self.reference(ks), "PruneFailed", "Delete", &message);
+                    self.recorder
+                        .warning(&self.reference(ks), "PruneFailed", "Delete", &message);
                 }
             }
         }
-        let rest: Vec<String> = ks.finalizers().iter().filter(|f| *f != FINALIZER).cloned().collect();
+        let rest: Vec<String> = ks
+            .finalizers()
+            .iter()
+            .filter(|f| *f != FINALIZER)
+            .cloned()
+            .collect();
         match self.patch_finalizers(key, ks, &rest).await {
-            Err(Error::Api { source, .. }) if matches!(*source, kube::Error::Api(ref s) if s.code == 404) => {}
+            Err(Error::Api { source, .. }) if matches!(*source, kube::Error::Api(ref s) if s.code == 404) => {
+            }
             other => drop(other?),
         }
         self.memory.lock().remove(key);
@@ -112,7 +142,11 @@ mod tests {
             (Some("Delete"), true, true, Fate::Leave),
             (Some("Somehow"), true, false, Fate::Leave),
         ] {
-            assert_eq!(fate(&spec(policy, prune, suspend)), want, "{policy:?} {prune} {suspend}");
+            assert_eq!(
+                fate(&spec(policy, prune, suspend)),
+                want,
+                "{policy:?} {prune} {suspend}"
+            );
         }
     }
 }

@@ -26,7 +26,13 @@ pub(crate) struct Index {
 /// The source of a Kustomization.
 pub(crate) fn source_of(key: &Key, ks: &Kustomization) -> Key {
     let reference = &ks.spec.source_ref;
-    Key::new(reference.namespace.clone().unwrap_or_else(|| key.namespace.clone()), reference.name.clone())
+    Key::new(
+        reference
+            .namespace
+            .clone()
+            .unwrap_or_else(|| key.namespace.clone()),
+        reference.name.clone(),
+    )
 }
 
 /// The dependencies of a Kustomization, in order.
@@ -34,7 +40,12 @@ pub(crate) fn dependencies_of(key: &Key, ks: &Kustomization) -> Vec<Key> {
     ks.spec
         .depends_on
         .iter()
-        .map(|d| Key::new(d.namespace.clone().unwrap_or_else(|| key.namespace.clone()), d.name.clone()))
+        .map(|d| {
+            Key::new(
+                d.namespace.clone().unwrap_or_else(|| key.namespace.clone()),
+                d.name.clone(),
+            )
+        })
         .collect()
 }
 
@@ -47,14 +58,21 @@ impl Index {
         refers.extend(dependencies_of(key, ks).into_iter().map(Refers::Dependency));
         for reference in ks.spec.post_build.iter().flat_map(|p| &p.substitute_from) {
             let object = Key::new(key.namespace.clone(), reference.name.clone());
-            refers.insert(if reference.kind == SubstituteKind::Secret { Refers::Secret(object) } else { Refers::ConfigMap(object) });
+            refers.insert(if reference.kind == SubstituteKind::Secret {
+                Refers::Secret(object)
+            } else {
+                Refers::ConfigMap(object)
+            });
         }
         if self.of.get(key) == Some(&refers) {
             return;
         }
         self.delete(key);
         for reference in &refers {
-            self.referring.entry(reference.clone()).or_default().insert(key.clone());
+            self.referring
+                .entry(reference.clone())
+                .or_default()
+                .insert(key.clone());
         }
         self.of.insert(key.clone(), refers);
     }
@@ -71,13 +89,27 @@ impl Index {
     }
 
     pub(crate) fn referring_to(&self, what: &Refers) -> Vec<Key> {
-        self.referring.get(what).map(|keys| keys.iter().cloned().collect()).unwrap_or_default()
+        self.referring
+            .get(what)
+            .map(|keys| keys.iter().cloned().collect())
+            .unwrap_or_default()
     }
 
     /// A way from `key` along dependencies back to itself, if there is one: `[key, …, key]`.
     pub(crate) fn cycle_through(&self, key: &Key) -> Option<Vec<Key>> {
         let dependencies = |k: &Key| -> Vec<Key> {
-            self.of.get(k).into_iter().flatten().filter_map(|r| if let Refers::Dependency(d) = r { Some(d.clone()) } else { None }).collect()
+            self.of
+                .get(k)
+                .into_iter()
+                .flatten()
+                .filter_map(|r| {
+                    if let Refers::Dependency(d) = r {
+                        Some(d.clone())
+                    } else {
+                        None
+                    }
+                })
+                .collect()
         };
         let mut came_from: HashMap<Key, Key> = HashMap::new();
         let mut todo = vec![key.clone()];
@@ -107,12 +139,24 @@ impl Index {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serin_crds::flux::kustomize::{CrossNamespaceSourceReference, DependencyReference, KustomizationSpec};
+    use serin_crds::flux::kustomize::{
+        CrossNamespaceSourceReference, DependencyReference, KustomizationSpec,
+    };
 
     fn ks(source: &str, depends_on: &[&str]) -> Kustomization {
         let spec = KustomizationSpec {
-            source_ref: CrossNamespaceSourceReference { kind: SourceKind::GitRepository, name: source.into(), ..Default::default() },
-            depends_on: depends_on.iter().map(|n| DependencyReference { name: (*n).into(), ..Default::default() }).collect(),
+            source_ref: CrossNamespaceSourceReference {
+                kind: SourceKind::GitRepository,
+                name: source.into(),
+                ..Default::default()
+            },
+            depends_on: depends_on
+                .iter()
+                .map(|n| DependencyReference {
+                    name: (*n).into(),
+                    ..Default::default()
+                })
+                .collect(),
             ..Default::default()
         };
         Kustomization::new("x", spec)
@@ -127,7 +171,10 @@ mod tests {
         let mut index = Index::default();
         index.apply(&key("a"), &ks("repo", &["b"]));
         index.apply(&key("c"), &ks("repo", &[]));
-        assert_eq!(index.referring_to(&Refers::Source(key("repo"))), [key("a"), key("c")]);
+        assert_eq!(
+            index.referring_to(&Refers::Source(key("repo"))),
+            [key("a"), key("c")]
+        );
         assert_eq!(index.referring_to(&Refers::Dependency(key("b"))), [key("a")]);
         index.apply(&key("a"), &ks("other", &[]));
         assert_eq!(index.referring_to(&Refers::Source(key("repo"))), [key("c")]);
@@ -146,7 +193,11 @@ mod tests {
         let path = index.cycle_through(&key("a")).unwrap();
         assert_eq!(path.first(), path.last());
         assert!(path.len() >= 4, "{path:?}");
-        assert_eq!(index.cycle_through(&key("x")).map(|p| p.len()), Some(5), "x needs b, c, a, and a needs x");
+        assert_eq!(
+            index.cycle_through(&key("x")).map(|p| p.len()),
+            Some(5),
+            "x needs b, c, a, and a needs x"
+        );
         index.apply(&key("a"), &ks("r", &[]));
         assert_eq!(index.cycle_through(&key("b")), None);
         index.apply(&key("d"), &ks("r", &["d"]));

@@ -82,8 +82,14 @@ impl DriftPause {
 
     /// A correction is made now. One that comes long after the last starts over with the shortest pause.
     pub(crate) fn corrected(&mut self, now: Instant) {
-        let calm = self.last.is_none_or(|last| now.duration_since(last) > DRIFT_PAUSE_MAX.max(self.pause * 4));
-        self.pause = if calm { DRIFT_PAUSE_MIN } else { (self.pause * 2).min(DRIFT_PAUSE_MAX) };
+        let calm = self
+            .last
+            .is_none_or(|last| now.duration_since(last) > DRIFT_PAUSE_MAX.max(self.pause * 4));
+        self.pause = if calm {
+            DRIFT_PAUSE_MIN
+        } else {
+            (self.pause * 2).min(DRIFT_PAUSE_MAX)
+        };
         self.last = Some(now);
     }
 }

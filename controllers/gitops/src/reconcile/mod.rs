@@ -87,7 +87,10 @@ impl Seen {
     }
 
     fn asks_for_a_pass(&self, before: Option<&Self>) -> bool {
-        before.is_none_or(|b| (&b.uid, b.generation, &b.requested, b.deleting) != (&self.uid, self.generation, &self.requested, self.deleting))
+        before.is_none_or(|b| {
+            (&b.uid, b.generation, &b.requested, b.deleting)
+                != (&self.uid, self.generation, &self.requested, self.deleting)
+        })
     }
 }
 
@@ -129,7 +132,12 @@ impl Kustomizations {
                     this.live_changed(id, &owner);
                 }
             };
-            let live = Live::new(discovery.clone(), Box::new(on_change), parts.cancel.clone(), parts.tasks.clone());
+            let live = Live::new(
+                discovery.clone(),
+                Box::new(on_change),
+                parts.cancel.clone(),
+                parts.tasks.clone(),
+            );
             Self {
                 applier: Applier::new(discovery, live),
                 status: StatusWriter::new(parts.client.clone(), STATUS_MANAGER),
@@ -189,8 +197,10 @@ impl Kustomizations {
         let mut sources = self.sources.changes();
         let mut artifacts = self.artifacts.changes();
         let labelled = || watcher::Config::default().labels(WATCH_LABEL);
-        let config_maps: Cache<ConfigMap> = Cache::start_with(Api::all(self.client.clone()), (), labelled(), cancel.clone());
-        let secrets: Cache<Secret> = Cache::start_with(Api::all(self.client.clone()), (), labelled(), cancel.clone());
+        let config_maps: Cache<ConfigMap> =
+            Cache::start_with(Api::all(self.client.clone()), (), labelled(), cancel.clone());
+        let secrets: Cache<Secret> =
+            Cache::start_with(Api::all(self.client.clone()), (), labelled(), cancel.clone());
         let (mut maps, mut secs) = (config_maps.changes(), secrets.changes());
         self.resync();
         loop {
@@ -229,7 +239,13 @@ impl Kustomizations {
     fn resync(&self) {
         let all = self.cache.list();
         let here: HashSet<Key> = all.iter().map(|ks| Key::of(ks.as_ref())).collect();
-        let gone: Vec<Key> = self.seen.lock().keys().filter(|k| !here.contains(*k)).cloned().collect();
+        let gone: Vec<Key> = self
+            .seen
+            .lock()
+            .keys()
+            .filter(|k| !here.contains(*k))
+            .cloned()
+            .collect();
         for key in gone {
             self.object_deleted(&key);
         }
@@ -325,7 +341,9 @@ impl Kustomizations {
             self.queue.push(owner, Urgency::High);
         }
         let waits = memory.health.is_some();
-        let Some(tracked) = memory.applied.as_mut().and_then(|a| a.objects.get_mut(id)) else { return };
+        let Some(tracked) = memory.applied.as_mut().and_then(|a| a.objects.get_mut(id)) else {
+            return;
+        };
         let action = plan::decide(&tracked.desired, live.as_deref(), tracked.accepted.as_ref());
         if matches!(action, Action::Create | Action::Configure) && !tracked.skipped {
             memory.drift = true;
@@ -334,7 +352,9 @@ impl Kustomizations {
         }
         if waits {
             // Custom rules may see what the generic ones do not, so only an unchanged verdict on a plain kind is silent.
-            let state = live.as_ref().map(|l| health::assess(&l.value, jiff::Timestamp::now()).state);
+            let state = live
+                .as_ref()
+                .map(|l| health::assess(&l.value, jiff::Timestamp::now()).state);
             let changed = state != tracked.state || id.group.contains('.');
             tracked.state = state;
             if changed {

@@ -7,13 +7,22 @@ use serin_kit::unhonoured::Field;
 pub(crate) fn fields(spec: &KustomizationSpec) -> Vec<Field> {
     let mut fields = Vec::new();
     if spec.source_ref.kind != SourceKind::GitRepository {
-        fields.push(Field::refused("spec.sourceRef.kind", format!("sources of kind {} are not served yet; use a GitRepository", spec.source_ref.kind)));
+        fields.push(Field::refused(
+            "spec.sourceRef.kind",
+            format!(
+                "sources of kind {} are not served yet; use a GitRepository",
+                spec.source_ref.kind
+            ),
+        ));
     }
     if spec.decryption.is_some() {
         fields.push(Field::refused("spec.decryption", "decryption is not there yet, and applying encrypted values would do harm; keep Secrets outside of this path"));
     }
     if spec.kube_config.is_some() {
-        fields.push(Field::refused("spec.kubeConfig", "other clusters are not served yet; run Serin in that cluster"));
+        fields.push(Field::refused(
+            "spec.kubeConfig",
+            "other clusters are not served yet; run Serin in that cluster",
+        ));
     }
     if spec.service_account_name.is_some() {
         fields.push(Field::refused("spec.serviceAccountName", "impersonation is not there yet, and applying with more rights than asked for would be wrong; remove it to apply with the controller's rights"));
@@ -27,13 +36,18 @@ pub(crate) fn fields(spec: &KustomizationSpec) -> Vec<Field> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serin_crds::flux::kustomize::{CrossNamespaceSourceReference, Decryption, IgnoreRule, KubeConfigReference};
+    use serin_crds::flux::kustomize::{
+        CrossNamespaceSourceReference, Decryption, IgnoreRule, KubeConfigReference,
+    };
     use serin_kit::unhonoured;
 
     #[test]
     fn what_would_act_otherwise_than_asked_is_refused_by_name() {
         let mut spec = KustomizationSpec {
-            source_ref: CrossNamespaceSourceReference { kind: SourceKind::GitRepository, ..Default::default() },
+            source_ref: CrossNamespaceSourceReference {
+                kind: SourceKind::GitRepository,
+                ..Default::default()
+            },
             ..Default::default()
         };
         assert!(fields(&spec).is_empty());

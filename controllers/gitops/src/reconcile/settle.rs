@@ -40,7 +40,9 @@ impl Verdict {
             State::InProgress | State::Terminating | State::NotFound => self.open.push(line),
         }
         if let Some(at) = health.look_again {
-            let wait = Duration::try_from(at.duration_since(now)).unwrap_or_default().max(Duration::from_millis(100));
+            let wait = Duration::try_from(at.duration_since(now))
+                .unwrap_or_default()
+                .max(Duration::from_millis(100));
             self.again = Some(self.again.map_or(wait, |a| a.min(wait)));
         }
     }
@@ -52,45 +54,104 @@ fn seconds(duration: Duration) -> String {
 
 impl Kustomizations {
     /// Looks at health and writes the outcome; sets the appointment.
-    pub(super) async fn settle(&self, key: &Key, ks: &Arc<Kustomization>, refused: &[Field], times: &Times, inputs: &Inputs) -> Result<(), Error> {
+    pub(super) async fn settle(
+        &self,
+        key: &Key,
+        ks: &Arc<Kustomization>,
+        refused: &[Field],
+        times: &Times,
+        inputs: &Inputs,
+    ) -> Result<(), Error> {
         let now = Instant::now();
         let (wait, started, digest, full_at, was_failing) = {
             let all = self.memory.lock();
             let Some(memory) = all.get(key) else { return Ok(()) };
-            let (Some(applied), Some(wait)) = (&memory.applied, memory.health) else { return Ok(()) };
-            (wait, applied.started, applied.digest.clone(), memory.full_at.unwrap_or(now + times.interval), memory.failure.clone())
+            let (Some(applied), Some(wait)) = (&memory.applied, memory.health) else {
+                return Ok(());
+            };
+            (
+                wait,
+                applied.started,
+                applied.digest.clone(),
+                memory.full_at.unwrap_or(now + times.interval),
+                memory.failure.clone(),
+            )
         };
         let checks = ks.spec.wait == Some(true) || !ks.spec.health_checks.is_empty();
         if !checks {
-            return self.ready(key, ks, refused, inputs, &digest, None, started, full_at).await;
+            return self
+                .ready(key, ks, refused, inputs, &digest, None, started, full_at)
+                .await;
         }
         let verdict = match self.verdict(key, ks).await {
             Ok(verdict) => verdict,
             Err(message) => {
-                return self.write(ks, refused, |e| e.stalled("InvalidCELExpression", &message)).await.map(drop);
+                return self
+                    .write(ks, refused, |e| e.stalled("InvalidCELExpression", &message))
+                    .await
+                    .map(drop);
             }
         };
         let waited = seconds(now.duration_since(wait.since));
         if !verdict.failed.is_empty() {
-            let message = format!("health check failed after {waited}: failed early due to stalled resources: [{}]", verdict.failed.join(", "));
-            return self.unhealthy(key, ks, refused, times, inputs, &message, was_failing.is_some()).await;
+            let message = format!(
+                "health check failed after {waited}: failed early due to stalled resources: [{}]",
+                verdict.failed.join(", ")
+            );
+            return self
+                .unhealthy(key, ks, refused, times, inputs, &message, was_failing.is_some())
+                .await;
         }
         if verdict.open.is_empty() {
-            self.memory.lock().entry(key.clone()).or_default().health = Some(super::memory::HealthWait { passed: true, ..wait });
+            self.memory.lock().entry(key.clone()).or_default().health =
+                Some(super::memory::HealthWait { passed: true, ..wait });
             let message = format!("Health check passed in {waited}");
-            return self.ready(key, ks, refused, inputs, &digest, Some(&message), started, full_at).await;
+            return self
+                .ready(
+                    key,
+                    ks,
+                    refused,
+                    inputs,
+                    &digest,
+                    Some(&message),
+                    started,
+                    full_at,
+                )
+                .await;
         }
         if wait.passed {
             // Healthy once; a rollout that starts by itself (a canary, an autoscaler) does not take readiness away.
-            return self.ready(key, ks, refused, inputs, &digest, Some("Health check passed"), started, full_at).await;
+            return self
+                .ready(
+                    key,
+                    ks,
+                    refused,
+                    inputs,
+                    &digest,
+                    Some("Health check passed"),
+                    started,
+                    full_at,
+                )
+                .await;
         }
         if now >= wait.deadline {
-            let message = format!("health check failed after {waited}: timeout waiting for: [{}]", verdict.open.join(", "));
-            return self.unhealthy(key, ks, refused, times, inputs, &message, was_failing.is_some()).await;
+            let message = format!(
+                "health check failed after {waited}: timeout waiting for: [{}]",
+                verdict.open.join(", ")
+            );
+            return self
+                .unhealthy(key, ks, refused, times, inputs, &message, was_failing.is_some())
+                .await;
         }
-        let again = verdict.again.map_or(wait.deadline, |d| (now + d).min(wait.deadline));
+        let again = verdict
+            .again
+            .map_or(wait.deadline, |d| (now + d).min(wait.deadline));
         self.queue.push_at(key, again);
-        let message = format!("Running health checks for revision {} with a timeout of {}s", inputs.revision, times.timeout.as_secs());
+        let message = format!(
+            "Running health checks for revision {} with a timeout of {}s",
+            inputs.revision,
+            times.timeout.as_secs()
+        );
         self.write(ks, refused, |e| {
             e.waiting_for_health(&message);
             e.status.last_attempted_revision = Some(inputs.revision.clone());
@@ -99,16 +160,39 @@ impl Kustomizations {
         .map(drop)
     }
 
-    async fn unhealthy(&self, key: &Key, ks: &Arc<Kustomization>, refused: &[Field], times: &Times, inputs: &Inputs, message: &str, already: bool) -> Result<(), Error> {
+    async fn unhealthy(
+        &self,
+        key: &Key,
+        ks: &Arc<Kustomization>,
+        refused: &[Field],
+        times: &Times,
+        inputs: &Inputs,
+        message: &str,
+        already: bool,
+    ) -> Result<(), Error> {
         if already {
             // Said before; the retry stands. Objects that recover wake this again.
-            let retry_at = self.memory.lock().get(key).and_then(|m| m.failure.as_ref().map(|f| f.retry_at));
+            let retry_at = self
+                .memory
+                .lock()
+                .get(key)
+                .and_then(|m| m.failure.as_ref().map(|f| f.retry_at));
             if let Some(at) = retry_at {
                 self.queue.push_at(key, at);
             }
             return Ok(());
         }
-        self.fail(key, ks, refused, times, inputs, "HealthCheckFailed", message, true).await
+        self.fail(
+            key,
+            ks,
+            refused,
+            times,
+            inputs,
+            "HealthCheckFailed",
+            message,
+            true,
+        )
+        .await
     }
 
     async fn ready(
@@ -126,11 +210,20 @@ impl Kustomizations {
             let mut all = self.memory.lock();
             let memory = all.entry(key.clone()).or_default();
             memory.failure = None;
-            self.queue.push_at(key, if memory.drift { memory.drift_pause.next(Instant::now()) } else { full_at });
+            self.queue.push_at(
+                key,
+                if memory.drift {
+                    memory.drift_pause.next(Instant::now())
+                } else {
+                    full_at
+                },
+            );
         }
         let status = ks.status.as_ref();
-        let was_ready = status.is_some_and(|s| conditions::ready_reason(&s.conditions) == Some("ReconciliationSucceeded"));
-        let news = !was_ready || status.and_then(|s| s.last_applied_revision.as_deref()) != Some(inputs.revision.as_str());
+        let was_ready = status
+            .is_some_and(|s| conditions::ready_reason(&s.conditions) == Some("ReconciliationSucceeded"));
+        let news = !was_ready
+            || status.and_then(|s| s.last_applied_revision.as_deref()) != Some(inputs.revision.as_str());
         let took = started.elapsed();
         self.write(ks, refused, |e| {
             e.ready(&inputs.revision, healthy);
@@ -143,9 +236,15 @@ impl Kustomizations {
         })
         .await?;
         if news {
-            let note = format!("Reconciliation finished in {}, revision {}", seconds(took), inputs.revision);
-            self.recorder.normal(&self.reference(ks), "ReconciliationSucceeded", "Reconcile", &note);
-            self.timeline.tell(format!("Kustomization/{key}"), &inputs.revision, What::Ready);
+            let note = format!(
+                "Reconciliation finished in {}, revision {}",
+                seconds(took),
+                inputs.revision
+            );
+            self.recorder
+                .normal(&self.reference(ks), "ReconciliationSucceeded", "Reconcile", &note);
+            self.timeline
+                .tell(format!("Kustomization/{key}"), &inputs.revision, What::Ready);
         }
         Ok(())
     }
@@ -154,10 +253,16 @@ impl Kustomizations {
         let rules = Rules::compile(&ks.spec.health_check_exprs)?;
         let now = Timestamp::now();
         let mut verdict = Verdict::default();
-        let judge = |object: &Value| rules.assess(object).unwrap_or_else(|| health::assess(object, now));
+        let judge = |object: &Value| {
+            rules
+                .assess(object)
+                .unwrap_or_else(|| health::assess(object, now))
+        };
         if ks.spec.wait == Some(true) {
             let mut all = self.memory.lock();
-            let Some(applied) = all.get_mut(key).and_then(|m| m.applied.as_mut()) else { return Ok(verdict) };
+            let Some(applied) = all.get_mut(key).and_then(|m| m.applied.as_mut()) else {
+                return Ok(verdict);
+            };
             for (id, tracked) in applied.objects.iter_mut().filter(|(_, t)| !t.skipped) {
                 // Waiting for its own readiness it would never be ready.
                 if id.kind == "Kustomization" && id.name == key.name && id.namespace == key.namespace {
@@ -178,7 +283,10 @@ impl Kustomizations {
             return Ok(verdict);
         }
         for check in &ks.spec.health_checks {
-            let api_version = check.api_version.clone().unwrap_or_else(|| default_version(&check.kind).to_string());
+            let api_version = check
+                .api_version
+                .clone()
+                .unwrap_or_else(|| default_version(&check.kind).to_string());
             let id = ObjectId {
                 group: group_version(&api_version).0.to_string(),
                 kind: check.kind.clone(),
@@ -203,7 +311,12 @@ impl Kustomizations {
 
     async fn foreign(&self, id: &ObjectId, api_version: &str) -> Result<Option<Value>, Error> {
         let served = self.applier.discovery.served(id, api_version).await?;
-        let object = self.applier.discovery.api(&served, &id.namespace).get_opt(&id.name).await;
+        let object = self
+            .applier
+            .discovery
+            .api(&served, &id.namespace)
+            .get_opt(&id.name)
+            .await;
         let object = object.map_err(|e| Error::api(format!("get {id}"), e))?;
         Ok(object.and_then(|o| serde_json::to_value(o).ok()))
     }
@@ -211,7 +324,10 @@ impl Kustomizations {
 
 /// A Job that removes itself has completed when it is gone.
 fn expires(desired: &Value) -> bool {
-    desired["kind"] == "Job" && desired.pointer("/spec/ttlSecondsAfterFinished").is_some_and(|v| !v.is_null())
+    desired["kind"] == "Job"
+        && desired
+            .pointer("/spec/ttlSecondsAfterFinished")
+            .is_some_and(|v| !v.is_null())
 }
 
 /// `healthChecks` may leave the version out for kinds that everyone knows.

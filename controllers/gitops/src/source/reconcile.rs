@@ -14,7 +14,9 @@ use k8s_openapi::api::core::v1::Secret;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{Api, Client, Resource as _, ResourceExt as _};
 use parking_lot::Mutex;
-use serin_crds::flux::source::{Artifact, GitProvider, GitRepository, GitRepositorySpec, GitRepositoryStatus};
+use serin_crds::flux::source::{
+    Artifact, GitProvider, GitRepository, GitRepositorySpec, GitRepositoryStatus,
+};
 use serin_kit::cache::{Cache, Change};
 use serin_kit::condition::{self, Status, Wanted as WantedCondition};
 use serin_kit::events::Recorder;
@@ -81,17 +83,28 @@ struct Fault {
 impl From<Error> for Fault {
     fn from(error: Error) -> Self {
         let reason = match &error {
-            Error::Git { .. } | Error::GitTimeout { .. } | Error::GitExhausted { .. } | Error::Reference { .. } => "GitOperationFailed",
+            Error::Git { .. }
+            | Error::GitTimeout { .. }
+            | Error::GitExhausted { .. }
+            | Error::Reference { .. } => "GitOperationFailed",
             Error::Referred { .. } => "AuthenticationFailed",
             _ => "GitOperationFailed",
         };
-        Self { reason, message: error.to_string(), terminal: false }
+        Self {
+            reason,
+            message: error.to_string(),
+            terminal: false,
+        }
     }
 }
 
 impl Fault {
     fn terminal(reason: &'static str, message: String) -> Self {
-        Self { reason, message, terminal: true }
+        Self {
+            reason,
+            message,
+            terminal: true,
+        }
     }
 }
 
@@ -102,23 +115,38 @@ fn refused(spec: &GitRepositorySpec) -> Vec<Field> {
         fields.push(Field::refused("spec.verify", "signatures are not checked yet, and an unchecked revision must not pass for a checked one; remove it to accept unsigned commits"));
     }
     if spec.recurse_submodules == Some(true) {
-        fields.push(Field::refused("spec.recurseSubmodules", "submodules are not fetched yet; make the other repository a GitRepository of its own"));
+        fields.push(Field::refused(
+            "spec.recurseSubmodules",
+            "submodules are not fetched yet; make the other repository a GitRepository of its own",
+        ));
     }
     if !spec.include.is_empty() {
-        fields.push(Field::refused("spec.include", "other repositories are not laid into the tree yet; give them a Kustomization of their own"));
+        fields.push(Field::refused(
+            "spec.include",
+            "other repositories are not laid into the tree yet; give them a Kustomization of their own",
+        ));
     }
     if spec.provider.as_ref().is_some_and(|p| *p != GitProvider::Generic) {
-        fields.push(Field::refused("spec.provider", "only 'generic' is honoured; put a token into the Secret of spec.secretRef"));
+        fields.push(Field::refused(
+            "spec.provider",
+            "only 'generic' is honoured; put a token into the Secret of spec.secretRef",
+        ));
     }
     if spec.service_account_name.is_some() {
-        fields.push(Field::refused("spec.serviceAccountName", "workload identity is not honoured; put a token into the Secret of spec.secretRef"));
+        fields.push(Field::refused(
+            "spec.serviceAccountName",
+            "workload identity is not honoured; put a token into the Secret of spec.secretRef",
+        ));
     }
     fields
 }
 
 /// The pause after this many failures in a row.
 fn pause(failures: u32, interval: Duration) -> Duration {
-    RETRY_MIN.saturating_mul(1 << failures.min(16).saturating_sub(1)).min(RETRY_MAX).min(interval.max(RETRY_MIN))
+    RETRY_MIN
+        .saturating_mul(1 << failures.min(16).saturating_sub(1))
+        .min(RETRY_MAX)
+        .min(interval.max(RETRY_MIN))
 }
 
 /// What [`Sources::new`] needs.
@@ -138,12 +166,17 @@ impl Sources {
         let queue = Arc::new(Queue::default());
         let watches = if parts.local_allowed {
             let queue = queue.clone();
-            Some(LocalWatches::new(Arc::new(move |key: &Key| queue.push(key, Urgency::High)))?)
+            Some(LocalWatches::new(Arc::new(move |key: &Key| {
+                queue.push(key, Urgency::High)
+            }))?)
         } else {
             None
         };
-        std::fs::create_dir_all(&parts.cache_dir)
-            .map_err(|source| Error::Io { action: "create the git cache", path: parts.cache_dir.display().to_string(), source })?;
+        std::fs::create_dir_all(&parts.cache_dir).map_err(|source| Error::Io {
+            action: "create the git cache",
+            path: parts.cache_dir.display().to_string(),
+            source,
+        })?;
         Ok(Arc::new(Self {
             status: StatusWriter::new(parts.client.clone(), STATUS_MANAGER),
             client: parts.client,
@@ -190,14 +223,21 @@ impl Sources {
             self.changed(&object);
         }
         let known: Vec<Key> = self.memory.lock().keys().cloned().collect();
-        for key in known.iter().filter(|k| self.cache.get(Some(&k.namespace), &k.name).is_none()) {
+        for key in known
+            .iter()
+            .filter(|k| self.cache.get(Some(&k.namespace), &k.name).is_none())
+        {
             self.queue.push(key, Urgency::High);
         }
     }
 
     fn changed(&self, object: &GitRepository) {
         let key = Key::of(object);
-        let now = (object.metadata.generation, object.annotations().get(REQUESTED_AT).cloned(), object.uid());
+        let now = (
+            object.metadata.generation,
+            object.annotations().get(REQUESTED_AT).cloned(),
+            object.uid(),
+        );
         let mut memory = self.memory.lock();
         let seen = &mut memory.entry(key.clone()).or_default().seen;
         if seen.as_ref() != Some(&now) {
@@ -268,12 +308,15 @@ impl Sources {
         };
         match &result {
             Err(fault) if fault.terminal => self.queue.cancel_at(key),
-            Err(_) => self.queue.push_at(key, Instant::now() + pause(failures, interval)),
+            Err(_) => self
+                .queue
+                .push_at(key, Instant::now() + pause(failures, interval)),
             Ok(_) => self.queue.push_at(key, Instant::now() + jittered(interval, key)),
         }
         if let Err(error) = self.say(key, &object, &refused, result).await {
             tracing::warn!(source = %key, %error, "status not written, trying again");
-            self.queue.push_at(key, Instant::now() + pause(failures.max(1), interval));
+            self.queue
+                .push_at(key, Instant::now() + pause(failures.max(1), interval));
         }
     }
 
@@ -284,20 +327,36 @@ impl Sources {
         let wanted = Wanted::from_spec(spec.r#ref.as_ref()).map_err(invalid)?;
         let auth = self.auth(key, spec, &place).await?;
         let cache = self.cache_dir.join(auth.identity(&place));
-        let deadline = spec.timeout.as_ref().map_or(TIMEOUT_DEFAULT, |t| t.parse_or(TIMEOUT_DEFAULT));
+        let deadline = spec
+            .timeout
+            .as_ref()
+            .map_or(TIMEOUT_DEFAULT, |t| t.parse_or(TIMEOUT_DEFAULT));
         if self.artifacts.get(key).is_none() {
             self.take_up(key, object, &cache).await;
         }
-        let request = Request { place: place.clone(), auth, wanted, cache: cache.clone() };
+        let request = Request {
+            place: place.clone(),
+            auth,
+            wanted,
+            cache: cache.clone(),
+        };
         let url = without_credentials(&spec.url);
         let host = place.host();
-        let job = Job { host: &host, cache: &cache, action: "fetch", url: &url, deadline };
+        let job = Job {
+            host: &host,
+            cache: &cache,
+            action: "fetch",
+            url: &url,
+            deadline,
+        };
         let fetched = self.threads.run(job, move |stop| git::sync(&request, stop)).await;
         if let (Some(watches), Place::Local(path)) = (&self.watches, &place) {
             // Also after a failure: an empty repository gets its first commit some day.
             match watches.watch(key, path) {
                 Ok(()) => {}
-                Err(error) if fetched.is_ok() => tracing::warn!(source = %key, %error, "pushes will be seen at the interval only"),
+                Err(error) if fetched.is_ok() => {
+                    tracing::warn!(source = %key, %error, "pushes will be seen at the interval only")
+                }
                 Err(_) => {}
             }
         }
@@ -305,15 +364,30 @@ impl Sources {
         let snapshot = self.snapshot(object, &cache, &fetched)?;
         let missing = {
             let snapshot = snapshot.clone();
-            tokio::task::spawn_blocking(move || snapshot.missing_sparse().map(|m| m.map(str::to_string))).await
+            tokio::task::spawn_blocking(move || snapshot.missing_sparse().map(|m| m.map(str::to_string)))
+                .await
         };
         if let Ok(Some(directory)) = missing.map_err(|_| Error::Stopping)? {
-            return Err(Fault { reason: "GitOperationFailed", message: format!("failed to sparse checkout directory '{directory}': it does not exist in revision {}", fetched.revision), terminal: false });
+            return Err(Fault {
+                reason: "GitOperationFailed",
+                message: format!(
+                    "failed to sparse checkout directory '{directory}': it does not exist in revision {}",
+                    fetched.revision
+                ),
+                terminal: false,
+            });
         }
-        let news = self.artifacts.get(key).is_none_or(|a| a.revision != fetched.revision);
+        let news = self
+            .artifacts
+            .get(key)
+            .is_none_or(|a| a.revision != fetched.revision);
         if news {
-            let what = What::RevisionSeen { subject: fetched.subject.clone(), author: fetched.author.clone() };
-            self.timeline.tell(format!("GitRepository/{key}"), &fetched.revision, what);
+            let what = What::RevisionSeen {
+                subject: fetched.subject.clone(),
+                author: fetched.author.clone(),
+            };
+            self.timeline
+                .tell(format!("GitRepository/{key}"), &fetched.revision, what);
         }
         self.artifacts.publish(key, snapshot.clone());
         Ok((snapshot, fetched))
@@ -322,9 +396,19 @@ impl Sources {
     /// After a start: the revision of the last process, if its commit is still in the cache, so that a git server that
     /// is away does not matter.
     async fn take_up(&self, key: &Key, object: &GitRepository, cache: &std::path::Path) {
-        let Some(known) = object.status.as_ref().and_then(|s| s.artifact.as_ref()).map(|a| a.revision.clone()) else { return };
+        let Some(known) = object
+            .status
+            .as_ref()
+            .and_then(|s| s.artifact.as_ref())
+            .map(|a| a.revision.clone())
+        else {
+            return;
+        };
         let at = cache.to_path_buf();
-        let fetched = tokio::task::spawn_blocking(move || git::from_cache(&at, &known)).await.ok().flatten();
+        let fetched = tokio::task::spawn_blocking(move || git::from_cache(&at, &known))
+            .await
+            .ok()
+            .flatten();
         if let Some(fetched) = fetched
             && let Ok(snapshot) = self.snapshot(object, cache, &fetched)
         {
@@ -332,7 +416,12 @@ impl Sources {
         }
     }
 
-    fn snapshot(&self, object: &GitRepository, cache: &std::path::Path, fetched: &Fetched) -> Result<Arc<Snapshot>, Error> {
+    fn snapshot(
+        &self,
+        object: &GitRepository,
+        cache: &std::path::Path,
+        fetched: &Fetched,
+    ) -> Result<Arc<Snapshot>, Error> {
         let repo = {
             let mut repos = self.repos.lock();
             // A repository that nobody reads any more is closed.
@@ -347,38 +436,75 @@ impl Sources {
             }
         };
         let spec = &object.spec;
-        let snapshot = Snapshot::new(repo, fetched.revision.clone(), &fetched.commit, fetched.tree, spec.ignore.as_deref(), &spec.sparse_checkout);
+        let snapshot = Snapshot::new(
+            repo,
+            fetched.revision.clone(),
+            &fetched.commit,
+            fetched.tree,
+            spec.ignore.as_deref(),
+            &spec.sparse_checkout,
+        );
         Ok(Arc::new(snapshot))
     }
 
     async fn auth(&self, key: &Key, spec: &GitRepositorySpec, place: &Place) -> Result<Auth, Fault> {
-        let failed = |name: &str, reason: String| Error::Referred { kind: "Secret", namespace: key.namespace.clone(), name: name.to_string(), reason };
+        let failed = |name: &str, reason: String| Error::Referred {
+            kind: "Secret",
+            namespace: key.namespace.clone(),
+            name: name.to_string(),
+            reason,
+        };
         let mut auth = match &spec.secret_ref {
             Some(reference) => {
                 let keys = self.secret(key, &reference.name).await?;
                 Auth::from_secret(place, &keys).map_err(|reason| failed(&reference.name, reason))?
             }
             None if matches!(place, Place::Ssh { .. }) => {
-                return Err(Fault::terminal("AuthenticationFailed", "spec.secretRef is required for ssh: a Secret with the keys 'identity' and 'known_hosts'".into()));
+                return Err(Fault::terminal(
+                    "AuthenticationFailed",
+                    "spec.secretRef is required for ssh: a Secret with the keys 'identity' and 'known_hosts'"
+                        .into(),
+                ));
             }
             None => Auth::default(),
         };
         if let Some(reference) = &spec.proxy_secret_ref {
             let keys = self.secret(key, &reference.name).await?;
-            auth.add_proxy(&keys).map_err(|reason| failed(&reference.name, reason))?;
+            auth.add_proxy(&keys)
+                .map_err(|reason| failed(&reference.name, reason))?;
         }
         Ok(auth)
     }
 
     async fn secret(&self, key: &Key, name: &str) -> Result<Keys, Error> {
-        let failed = |reason: String| Error::Referred { kind: "Secret", namespace: key.namespace.clone(), name: name.to_string(), reason };
+        let failed = |reason: String| Error::Referred {
+            kind: "Secret",
+            namespace: key.namespace.clone(),
+            name: name.to_string(),
+            reason,
+        };
         let api: Api<Secret> = Api::namespaced(self.client.clone(), &key.namespace);
-        let secret = api.get_opt(name).await.map_err(|e| failed(server_words(&e)))?.ok_or_else(|| failed("not found".into()))?;
-        Ok(secret.data.unwrap_or_default().into_iter().map(|(k, v)| (k, v.0)).collect())
+        let secret = api
+            .get_opt(name)
+            .await
+            .map_err(|e| failed(server_words(&e)))?
+            .ok_or_else(|| failed("not found".into()))?;
+        Ok(secret
+            .data
+            .unwrap_or_default()
+            .into_iter()
+            .map(|(k, v)| (k, v.0))
+            .collect())
     }
 
     /// Writes what came of a look.
-    async fn say(&self, key: &Key, object: &Arc<GitRepository>, refused: &[Field], result: Result<(Arc<Snapshot>, Fetched), Fault>) -> Result<(), Error> {
+    async fn say(
+        &self,
+        key: &Key,
+        object: &Arc<GitRepository>,
+        refused: &[Field],
+        result: Result<(Arc<Snapshot>, Fetched), Fault>,
+    ) -> Result<(), Error> {
         let old = object.status.clone().unwrap_or_default();
         let mut new = old.clone();
         let now = Timestamp::now();
@@ -393,13 +519,19 @@ impl Sources {
                     let note = format!("stored artifact for commit '{}'", fetched.subject);
                     self.recorder.normal(&reference, "NewArtifact", "Fetch", &note);
                 } else if condition::is_true(&old.conditions, "FetchFailed") {
-                    self.recorder.normal(&reference, "Succeeded", "Fetch", &format!("fetched again: {}", snapshot.revision));
+                    self.recorder.normal(
+                        &reference,
+                        "Succeeded",
+                        "Fetch",
+                        &format!("fetched again: {}", snapshot.revision),
+                    );
                 }
             }
             Err(fault) => {
                 let known = condition::get(&old.conditions, "Ready");
                 if known.is_none_or(|c| c.message != fault.message) {
-                    self.recorder.warning(&reference, fault.reason, "Fetch", &fault.message);
+                    self.recorder
+                        .warning(&reference, fault.reason, "Fetch", &fault.message);
                 }
             }
         }
@@ -418,7 +550,17 @@ fn describe(
 ) {
     let generation = object.metadata.generation;
     let set = |conditions: &mut Vec<Condition>, type_: &str, status: Status, reason: &str, message: &str| {
-        condition::set(conditions, &WantedCondition { type_, status, reason, message, observed_generation: generation }, now);
+        condition::set(
+            conditions,
+            &WantedCondition {
+                type_,
+                status,
+                reason,
+                message,
+                observed_generation: generation,
+            },
+            now,
+        );
     };
     match result {
         Ok((snapshot, fetched)) => {
@@ -426,9 +568,24 @@ fn describe(
             for gone in ["FetchFailed", "Reconciling", "Stalled", "ArtifactOutdated"] {
                 condition::remove(&mut status.conditions, gone);
             }
-            set(&mut status.conditions, "ArtifactInStorage", Status::True, "Succeeded", &message);
-            set(&mut status.conditions, "Ready", Status::True, "Succeeded", &message);
-            let same = status.artifact.as_ref().is_some_and(|a| a.revision == snapshot.revision && a.digest == snapshot.digest);
+            set(
+                &mut status.conditions,
+                "ArtifactInStorage",
+                Status::True,
+                "Succeeded",
+                &message,
+            );
+            set(
+                &mut status.conditions,
+                "Ready",
+                Status::True,
+                "Succeeded",
+                &message,
+            );
+            let same = status
+                .artifact
+                .as_ref()
+                .is_some_and(|a| a.revision == snapshot.revision && a.digest == snapshot.digest);
             if !same {
                 let path = format!("gitrepository/{}/{}/{}", key.namespace, key.name, snapshot.commit);
                 status.artifact = Some(Artifact {
@@ -439,24 +596,59 @@ fn describe(
                     last_update_time: Time(now),
                     size: None,
                     metadata: BTreeMap::from([
-                        ("org.opencontainers.image.revision".to_string(), fetched.revision.clone()),
-                        ("org.opencontainers.image.authors".to_string(), fetched.author.clone()),
-                        ("org.opencontainers.image.title".to_string(), fetched.subject.clone()),
+                        (
+                            "org.opencontainers.image.revision".to_string(),
+                            fetched.revision.clone(),
+                        ),
+                        (
+                            "org.opencontainers.image.authors".to_string(),
+                            fetched.author.clone(),
+                        ),
+                        (
+                            "org.opencontainers.image.title".to_string(),
+                            fetched.subject.clone(),
+                        ),
                     ]),
                 });
             }
             status.observed_ignore.clone_from(&object.spec.ignore);
-            status.observed_sparse_checkout.clone_from(&object.spec.sparse_checkout);
+            status
+                .observed_sparse_checkout
+                .clone_from(&object.spec.sparse_checkout);
         }
         Err(fault) => {
-            set(&mut status.conditions, "FetchFailed", Status::True, fault.reason, &fault.message);
-            set(&mut status.conditions, "Ready", Status::False, fault.reason, &fault.message);
+            set(
+                &mut status.conditions,
+                "FetchFailed",
+                Status::True,
+                fault.reason,
+                &fault.message,
+            );
+            set(
+                &mut status.conditions,
+                "Ready",
+                Status::False,
+                fault.reason,
+                &fault.message,
+            );
             if fault.terminal {
                 condition::remove(&mut status.conditions, "Reconciling");
-                set(&mut status.conditions, "Stalled", Status::True, fault.reason, &fault.message);
+                set(
+                    &mut status.conditions,
+                    "Stalled",
+                    Status::True,
+                    fault.reason,
+                    &fault.message,
+                );
             } else {
                 condition::remove(&mut status.conditions, "Stalled");
-                set(&mut status.conditions, "Reconciling", Status::True, "ProgressingWithRetry", "the last revision stays in use; trying again");
+                set(
+                    &mut status.conditions,
+                    "Reconciling",
+                    Status::True,
+                    "ProgressingWithRetry",
+                    "the last revision stays in use; trying again",
+                );
             }
         }
     }
@@ -488,7 +680,13 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(refused(&spec).len(), 5);
-        assert!(refused(&GitRepositorySpec { provider: Some(GitProvider::Generic), ..Default::default() }).is_empty());
+        assert!(
+            refused(&GitRepositorySpec {
+                provider: Some(GitProvider::Generic),
+                ..Default::default()
+            })
+            .is_empty()
+        );
     }
 
     #[test]
@@ -503,13 +701,42 @@ mod tests {
             size: None,
             metadata: BTreeMap::new(),
         };
-        let mut status = GitRepositoryStatus { artifact: Some(artifact.clone()), ..Default::default() };
+        let mut status = GitRepositoryStatus {
+            artifact: Some(artifact.clone()),
+            ..Default::default()
+        };
         let key = Key::new("ns", "app");
-        let fault = |terminal| Err(Fault { reason: "GitOperationFailed", message: "away".into(), terminal });
-        describe(&mut status, &object, &key, &fault(false), None, Timestamp::UNIX_EPOCH);
+        let fault = |terminal| {
+            Err(Fault {
+                reason: "GitOperationFailed",
+                message: "away".into(),
+                terminal,
+            })
+        };
+        describe(
+            &mut status,
+            &object,
+            &key,
+            &fault(false),
+            None,
+            Timestamp::UNIX_EPOCH,
+        );
         assert_eq!(status.artifact, Some(artifact));
-        assert!(condition::is_true(&status.conditions, "FetchFailed") && condition::is_true(&status.conditions, "Reconciling"));
-        describe(&mut status, &object, &key, &fault(true), None, Timestamp::UNIX_EPOCH);
-        assert!(condition::is_true(&status.conditions, "Stalled") && !condition::is_true(&status.conditions, "Reconciling"));
+        assert!(
+            condition::is_true(&status.conditions, "FetchFailed")
+                && condition::is_true(&status.conditions, "Reconciling")
+        );
+        describe(
+            &mut status,
+            &object,
+            &key,
+            &fault(true),
+            None,
+            Timestamp::UNIX_EPOCH,
+        );
+        assert!(
+            condition::is_true(&status.conditions, "Stalled")
+                && !condition::is_true(&status.conditions, "Reconciling")
+        );
     }
 }

@@ -90,10 +90,19 @@ impl Threads {
     {
         let hanging = self.abandoned.load(Ordering::Relaxed);
         if hanging >= ABANDONED_MAX {
-            return Err(Error::GitExhausted { url: job.url.to_string(), hanging });
+            return Err(Error::GitExhausted {
+                url: job.url.to_string(),
+                hanging,
+            });
         }
-        let late = || Error::GitTimeout { action: job.action, url: job.url.to_string(), after: job.deadline };
-        tokio::time::timeout(job.deadline, self.start(&job, work)).await.map_err(|_| late())?
+        let late = || Error::GitTimeout {
+            action: job.action,
+            url: job.url.to_string(),
+            after: job.deadline,
+        };
+        tokio::time::timeout(job.deadline, self.start(&job, work))
+            .await
+            .map_err(|_| late())?
     }
 
     async fn start<T, F>(&self, job: &Job<'_>, work: F) -> Result<T, Error>
@@ -120,8 +129,15 @@ impl Threads {
                 }
                 drop((host_permit, cache_permit));
             })
-            .map_err(|source| Error::Io { action: "start a git thread for", path: url.to_string(), source })?;
-        let waiting = Waiting { abandoned: self.abandoned.clone(), answered: false };
+            .map_err(|source| Error::Io {
+                action: "start a git thread for",
+                path: url.to_string(),
+                source,
+            })?;
+        let waiting = Waiting {
+            abandoned: self.abandoned.clone(),
+            answered: false,
+        };
         let result = waiting.on(receive).await;
         drop(guard);
         result.unwrap_or(Err(Error::Git {
@@ -137,7 +153,9 @@ impl Threads {
         if all.len() > 1024 {
             all.retain(|_, s| Arc::strong_count(s) > 1);
         }
-        all.entry(limit).or_insert_with(|| Arc::new(Semaphore::new(max))).clone()
+        all.entry(limit)
+            .or_insert_with(|| Arc::new(Semaphore::new(max)))
+            .clone()
     }
 }
 
@@ -172,8 +190,16 @@ mod tests {
         let threads = Threads::new();
         let (release, held) = std::sync::mpsc::channel::<()>();
         let held = Arc::new(Mutex::new(held));
-        let caches: Vec<PathBuf> = (0..RUNNING_MAX + 2).map(|i| PathBuf::from(format!("/cache/{i}"))).collect();
-        let job = |host: &'static str, cache, deadline| Job { host, cache, action: "fetch", url: "https://host/x", deadline };
+        let caches: Vec<PathBuf> = (0..RUNNING_MAX + 2)
+            .map(|i| PathBuf::from(format!("/cache/{i}")))
+            .collect();
+        let job = |host: &'static str, cache, deadline| Job {
+            host,
+            cache,
+            action: "fetch",
+            url: "https://host/x",
+            deadline,
+        };
         let mut hanging = Vec::new();
         for cache in &caches {
             let held = held.clone();
@@ -187,7 +213,12 @@ mod tests {
         for result in futures::future::join_all(hanging).await {
             assert!(matches!(result, Err(Error::GitTimeout { .. })), "{result:?}");
         }
-        let other = threads.run(job("fast", Path::new("/cache/fast"), Duration::from_secs(30)), |_| Ok(7)).await;
+        let other = threads
+            .run(
+                job("fast", Path::new("/cache/fast"), Duration::from_secs(30)),
+                |_| Ok(7),
+            )
+            .await;
         assert_eq!(other.unwrap(), 7);
         assert_eq!(threads.abandoned.load(Ordering::Relaxed), PER_HOST_MAX);
         drop(release);

@@ -9,8 +9,8 @@ use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Api, Patch, PatchParams, PostParams};
-use kube::runtime::watcher;
 use kube::runtime::wait::await_condition;
+use kube::runtime::watcher;
 use kube::{Client, Resource};
 use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
@@ -44,7 +44,9 @@ impl Cluster {
         let service = tower::ServiceBuilder::new()
             .map_request(move |request: http::Request<kube::client::Body>| {
                 if request.method() != http::Method::GET {
-                    counter.lock().push(format!("{} {}", request.method(), request.uri().path()));
+                    counter
+                        .lock()
+                        .push(format!("{} {}", request.method(), request.uri().path()));
                 }
                 request
             })
@@ -52,20 +54,37 @@ impl Cluster {
         let client = serin_kit::client::over_service(service);
         let crds: Api<CustomResourceDefinition> = Api::all(client.clone());
         for definition in serin_crds::definitions() {
-
             let name = definition.metadata.name.clone().unwrap();
             crds.create(&PostParams::default(), &definition).await.unwrap();
-            let established = await_condition(crds.clone(), &name, kube::runtime::conditions::is_crd_established());
-            tokio::time::timeout(DEADLINE, established).await.unwrap().unwrap();
+            let established = await_condition(
+                crds.clone(),
+                &name,
+                kube::runtime::conditions::is_crd_established(),
+            );
+            tokio::time::timeout(DEADLINE, established)
+                .await
+                .unwrap()
+                .unwrap();
         }
         let namespaces: Api<Namespace> = Api::all(client.clone());
         for name in [NS, "prod"] {
             let namespace = serde_json::from_value(json!({"metadata": {"name": name}})).unwrap();
-            namespaces.create(&PostParams::default(), &namespace).await.unwrap();
+            namespaces
+                .create(&PostParams::default(), &namespace)
+                .await
+                .unwrap();
         }
         let (_, moments) = mpsc::channel(1);
         let dir = tempfile::tempdir().unwrap();
-        let mut cluster = Self { client, moments, dir, writes, server, cancel: CancellationToken::new(), controllers: None };
+        let mut cluster = Self {
+            client,
+            moments,
+            dir,
+            writes,
+            server,
+            cancel: CancellationToken::new(),
+            controllers: None,
+        };
         cluster.start_controllers();
         cluster
     }
@@ -87,7 +106,11 @@ impl Cluster {
     pub async fn stop_controllers(&mut self) {
         self.cancel.cancel();
         if let Some(task) = self.controllers.take() {
-            tokio::time::timeout(DEADLINE, task).await.unwrap().unwrap().unwrap();
+            tokio::time::timeout(DEADLINE, task)
+                .await
+                .unwrap()
+                .unwrap()
+                .unwrap();
         }
     }
 
@@ -98,7 +121,9 @@ impl Cluster {
 
     pub fn repository(&self, name: &str) -> Repository {
         let path = self.dir.path().join(name);
-        Repository { repo: git2::Repository::init_bare(&path).unwrap() }
+        Repository {
+            repo: git2::Repository::init_bare(&path).unwrap(),
+        }
     }
 
     pub async fn create(&self, object: Value) {
@@ -116,7 +141,9 @@ impl Cluster {
     /// A Kustomization of source `app`; `spec` overrides.
     pub async fn kustomization(&self, name: &str, spec: Value) {
         let mut all = json!({"interval": "10m", "prune": true, "path": "./deploy", "sourceRef": {"kind": "GitRepository", "name": "app"}});
-        all.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
+        all.as_object_mut()
+            .unwrap()
+            .extend(spec.as_object().unwrap().clone());
         self.create(json!({
             "apiVersion": "kustomize.toolkit.fluxcd.io/v1", "kind": "Kustomization",
             "metadata": {"name": name, "namespace": NS}, "spec": all}))
@@ -136,8 +163,17 @@ impl Cluster {
     }
 
     /// Waits for a state of a Kustomization and gives it.
-    pub async fn ks(&self, name: &str, what: &str, done: impl Fn(&Kustomization) -> bool + Clone) -> Kustomization {
-        until(self.api(NS), name, what, move |k: Option<&Kustomization>| k.is_some_and(&done)).await.unwrap()
+    pub async fn ks(
+        &self,
+        name: &str,
+        what: &str,
+        done: impl Fn(&Kustomization) -> bool + Clone,
+    ) -> Kustomization {
+        until(self.api(NS), name, what, move |k: Option<&Kustomization>| {
+            k.is_some_and(&done)
+        })
+        .await
+        .unwrap()
     }
 
     /// Waits until a Kustomization is ready on a revision.
@@ -154,12 +190,25 @@ impl Cluster {
     /// Waits until a Kustomization is not ready for a reason and gives the message.
     pub async fn not_ready(&self, name: &str, reason: &str) -> String {
         let reason = reason.to_string();
-        let ks = self.ks(name, &format!("not Ready with reason {reason}"), move |k| condition(k, "Ready").is_some_and(|(s, r, _)| s == "False" && r == reason)).await;
+        let ks = self
+            .ks(name, &format!("not Ready with reason {reason}"), move |k| {
+                condition(k, "Ready").is_some_and(|(s, r, _)| s == "False" && r == reason)
+            })
+            .await;
         condition(&ks, "Ready").unwrap().2
     }
 
-    pub async fn git(&self, name: &str, what: &str, done: impl Fn(&GitRepository) -> bool + Clone) -> GitRepository {
-        until(self.api(NS), name, what, move |k: Option<&GitRepository>| k.is_some_and(&done)).await.unwrap()
+    pub async fn git(
+        &self,
+        name: &str,
+        what: &str,
+        done: impl Fn(&GitRepository) -> bool + Clone,
+    ) -> GitRepository {
+        until(self.api(NS), name, what, move |k: Option<&GitRepository>| {
+            k.is_some_and(&done)
+        })
+        .await
+        .unwrap()
     }
 
     pub async fn merge<K>(&self, namespace: &str, name: &str, patch: Value) -> K
@@ -167,7 +216,10 @@ impl Cluster {
         K: Resource<Scope = kube::core::NamespaceResourceScope> + DeserializeOwned + Clone + Debug,
         K::DynamicType: Default,
     {
-        self.api::<K>(namespace).patch(name, &PatchParams::default(), &Patch::Merge(patch)).await.unwrap()
+        self.api::<K>(namespace)
+            .patch(name, &PatchParams::default(), &Patch::Merge(patch))
+            .await
+            .unwrap()
     }
 
     /// The next moment of the timeline that fits.
@@ -213,13 +265,19 @@ pub trait Conditions {
 
 impl Conditions for Kustomization {
     fn conditions(&self) -> &[k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition] {
-        self.status.as_ref().map(|s| s.conditions.as_slice()).unwrap_or_default()
+        self.status
+            .as_ref()
+            .map(|s| s.conditions.as_slice())
+            .unwrap_or_default()
     }
 }
 
 impl Conditions for GitRepository {
     fn conditions(&self) -> &[k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition] {
-        self.status.as_ref().map(|s| s.conditions.as_slice()).unwrap_or_default()
+        self.status
+            .as_ref()
+            .map(|s| s.conditions.as_slice())
+            .unwrap_or_default()
     }
 }
 
@@ -265,21 +323,46 @@ impl Repository {
             let id = self.repo.blob(content.as_bytes()).unwrap();
             let path = path.as_bytes().to_vec();
             index
-                .add(&git2::IndexEntry { ctime: time, mtime: time, dev: 0, ino: 0, mode: 0o100_644, uid: 0, gid: 0, file_size: 0, id, flags: 0, flags_extended: 0, path })
+                .add(&git2::IndexEntry {
+                    ctime: time,
+                    mtime: time,
+                    dev: 0,
+                    ino: 0,
+                    mode: 0o100_644,
+                    uid: 0,
+                    gid: 0,
+                    file_size: 0,
+                    id,
+                    flags: 0,
+                    flags_extended: 0,
+                    path,
+                })
                 .unwrap();
         }
-        let tree = self.repo.find_tree(index.write_tree_to(&self.repo).unwrap()).unwrap();
-        let parent = self.repo.find_reference("refs/heads/main").ok().map(|r| r.peel_to_commit().unwrap());
+        let tree = self
+            .repo
+            .find_tree(index.write_tree_to(&self.repo).unwrap())
+            .unwrap();
+        let parent = self
+            .repo
+            .find_reference("refs/heads/main")
+            .ok()
+            .map(|r| r.peel_to_commit().unwrap());
         let parents: Vec<&git2::Commit<'_>> = parent.iter().collect();
         let who = git2::Signature::now("Ada", "ada@example.com").unwrap();
-        let id = self.repo.commit(Some("refs/heads/main"), &who, &who, "a change", &tree, &parents).unwrap();
+        let id = self
+            .repo
+            .commit(Some("refs/heads/main"), &who, &who, "a change", &tree, &parents)
+            .unwrap();
         format!("main@sha1:{id}")
     }
 }
 
 /// A ConfigMap in `prod` as a manifest.
 pub fn config_map(name: &str, value: &str) -> String {
-    format!("apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: {name}\n  namespace: prod\ndata:\n  key: \"{value}\"\n")
+    format!(
+        "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: {name}\n  namespace: prod\ndata:\n  key: \"{value}\"\n"
+    )
 }
 
 /// A Deployment in `prod` as a manifest. Nothing here makes it ready but [`settle`].
@@ -298,5 +381,7 @@ pub async fn settle(cluster: &Cluster, name: &str) {
         "readyReplicas": 1, "availableReplicas": 1, "conditions": [
             {"type": "Available", "status": "True", "reason": "MinimumReplicasAvailable"},
             {"type": "Progressing", "status": "True", "reason": "NewReplicaSetAvailable"}]}});
-    api.patch_status(name, &PatchParams::default(), &Patch::Merge(status)).await.unwrap();
+    api.patch_status(name, &PatchParams::default(), &Patch::Merge(status))
+        .await
+        .unwrap();
 }
