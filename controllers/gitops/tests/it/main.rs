@@ -3,4 +3,5 @@
 mod cluster;
 mod delivery;
 mod failures;
+mod remotes;
 mod sources;
