@@ -24,8 +24,9 @@ fn main() -> ExitCode {
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let arguments = Arguments::parse();
     let outcome = match &arguments.command {
-        // The shim supervises one pod and outlives everything else; it builds no async runtime of ours.
-        Command::Shim(shim) => return commands::internal::shim(shim),
+        // These fork and enter namespaces: they come before any thread and build what runtime they need themselves.
+        Command::Shim(options) => return commands::internal::shim(options),
+        Command::Node(options) => return commands::internal::node(options),
         command => run(&arguments, command),
     };
     match outcome {
@@ -54,8 +55,7 @@ fn run(arguments: &Arguments, command: &Command) -> anyhow::Result<ExitCode> {
             Command::Version(options) => commands::version::run(options),
             Command::Completion(options) => commands::completion::run(options),
             Command::Server(options) => commands::internal::server(&cluster, options).await,
-            Command::Node(options) => commands::internal::node(&cluster, options).await,
-            Command::Shim(_) => anyhow::bail!("the shim does not run inside the runtime"),
+            Command::Node(_) | Command::Shim(_) => anyhow::bail!("this command runs before any thread"),
         }
     })
 }

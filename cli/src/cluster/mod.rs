@@ -1,5 +1,8 @@
 //! The cluster on this machine: its files, its process, what runs inside it.
 
+pub(crate) mod admission;
+pub(crate) mod logs;
+pub(crate) mod mesh;
 pub(crate) mod process;
 pub(crate) mod server;
 

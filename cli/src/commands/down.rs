@@ -31,7 +31,10 @@ pub(crate) async fn run(cluster: &Cluster, options: &Options) -> anyhow::Result<
 /// Stops the server, then removes what runs without it. Returns whether a server ran.
 pub(crate) async fn stop(cluster: &Cluster, purge: bool) -> anyhow::Result<bool> {
     let ran = process::stop(cluster).await?;
-    serin_workloads::teardown(&cluster.node()).await.context("remove what pods left behind")?;
+    let directory = cluster.directory().to_owned();
+    tokio::task::spawn_blocking(move || serin_workloads::teardown(&directory))
+        .await?
+        .context("remove what pods left behind")?;
     for socket in [cluster.api_socket(), cluster.xds_socket()] {
         let _ = std::fs::remove_file(socket);
     }

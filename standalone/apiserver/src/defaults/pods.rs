@@ -1,0 +1,266 @@
+//! Pods and pod templates.
+
+use serde_json::{Map, Value, json};
+
+use super::set;
+use crate::meta;
+
+/// Defaults of a pod template (`metadata` is left alone).
+pub(crate) fn template(template: &mut Map<String, Value>) {
+    spec(meta::as_object_mut(
+        template.entry("spec").or_insert_with(|| json!({})),
+    ));
+}
+
+/// Defaults of a pod specification.
+pub(crate) fn spec(spec: &mut Map<String, Value>) {
+    set(spec, "dnsPolicy", json!("ClusterFirst"));
+    set(spec, "restartPolicy", json!("Always"));
+    set(spec, "securityContext", json!({}));
+    set(spec, "terminationGracePeriodSeconds", json!(30));
+    set(spec, "schedulerName", json!("default-scheduler"));
+    let account = spec
+        .get("serviceAccountName")
+        .or_else(|| spec.get("serviceAccount"))
+        .and_then(Value::as_str)
+        .unwrap_or_default()
+        .to_owned();
+    if !account.is_empty() {
+        spec.insert("serviceAccountName".into(), json!(account));
+        spec.insert("serviceAccount".into(), json!(account));
+    }
+    for list in ["containers", "initContainers", "ephemeralContainers"] {
+        for c in spec
+            .get_mut(list)
+            .and_then(Value::as_array_mut)
+            .into_iter()
+            .flatten()
+        {
+            container(meta::as_object_mut(c));
+        }
+    }
+    for v in spec
+        .get_mut("volumes")
+        .and_then(Value::as_array_mut)
+        .into_iter()
+        .flatten()
+    {
+        volume(meta::as_object_mut(v));
+    }
+}
+
+fn container(c: &mut Map<String, Value>) {
+    set(c, "resources", json!({}));
+    set(c, "terminationMessagePath", json!("/dev/termination-log"));
+    set(c, "terminationMessagePolicy", json!("File"));
+    let image = c.get("image").and_then(Value::as_str).unwrap_or_default();
+    let by_digest = image.contains('@');
+    let tag = image
+        .rsplit('/')
+        .next()
+        .and_then(|last| last.split_once(':'))
+        .map(|(_, t)| t);
+    let policy = if !by_digest && (tag.is_none() || tag == Some("latest")) {
+        "Always"
+    } else {
+        "IfNotPresent"
+    };
+    set(c, "imagePullPolicy", json!(policy));
+    for port in c
+        .get_mut("ports")
+        .and_then(Value::as_array_mut)
+        .into_iter()
+        .flatten()
+    {
+        let port = meta::as_object_mut(port);
+        set(port, "protocol", json!("TCP"));
+    }
+    for name in ["livenessProbe", "readinessProbe", "startupProbe"] {
+        if let Some(probe) = c.get_mut(name).and_then(Value::as_object_mut) {
+            set(probe, "timeoutSeconds", json!(1));
+            set(probe, "periodSeconds", json!(10));
+            set(probe, "successThreshold", json!(1));
+            set(probe, "failureThreshold", json!(3));
+            handler(probe);
+            if let Some(grpc) = probe.get_mut("grpc").and_then(Value::as_object_mut) {
+                set(grpc, "service", json!(""));
+            }
+        }
+    }
+    for hook in ["postStart", "preStop"] {
+        if let Some(hook) = c
+            .get_mut("lifecycle")
+            .and_then(|l| l.get_mut(hook))
+            .and_then(Value::as_object_mut)
+        {
+            handler(hook);
+        }
+    }
+    for env in c
+        .get_mut("env")
+        .and_then(Value::as_array_mut)
+        .into_iter()
+        .flatten()
+    {
+        if let Some(from) = env.get_mut("valueFrom").and_then(Value::as_object_mut) {
+            if let Some(field) = from.get_mut("fieldRef").and_then(Value::as_object_mut) {
+                set(field, "apiVersion", json!("v1"));
+            }
+            if let Some(field) = from.get_mut("resourceFieldRef").and_then(Value::as_object_mut) {
+                set(field, "divisor", json!("0"));
+            }
+        }
+    }
+}
+
+fn handler(probe: &mut Map<String, Value>) {
+    if let Some(http) = probe.get_mut("httpGet").and_then(Value::as_object_mut) {
+        set(http, "path", json!("/"));
+        set(http, "scheme", json!("HTTP"));
+    }
+}
+
+fn volume(v: &mut Map<String, Value>) {
+    for (source, key) in [
+        ("secret", "defaultMode"),
+        ("configMap", "defaultMode"),
+        ("downwardAPI", "defaultMode"),
+        ("projected", "defaultMode"),
+    ] {
+        if let Some(source) = v.get_mut(source).and_then(Value::as_object_mut) {
+            set(source, key, json!(0o644));
+        }
+    }
+    if let Some(host) = v.get_mut("hostPath").and_then(Value::as_object_mut) {
+        set(host, "type", json!(""));
+    }
+    for item in v
+        .get_mut("downwardAPI")
+        .and_then(|d| d.get_mut("items"))
+        .and_then(Value::as_array_mut)
+        .into_iter()
+        .flatten()
+    {
+        field_source(item);
+    }
+    for source in v
+        .get_mut("projected")
+        .and_then(|d| d.get_mut("sources"))
+        .and_then(Value::as_array_mut)
+        .into_iter()
+        .flatten()
+    {
+        if let Some(token) = source
+            .get_mut("serviceAccountToken")
+            .and_then(Value::as_object_mut)
+        {
+            set(token, "expirationSeconds", json!(3600));
+        }
+        for item in source
+            .get_mut("downwardAPI")
+            .and_then(|d| d.get_mut("items"))
+            .and_then(Value::as_array_mut)
+            .into_iter()
+            .flatten()
+        {
+            field_source(item);
+        }
+    }
+    // A volume without a source is an emptyDir.
+    if v.len() == 1 && v.contains_key("name") {
+        v.insert("emptyDir".into(), json!({}));
+    }
+}
+
+fn field_source(item: &mut Value) {
+    if let Some(field) = item.get_mut("fieldRef").and_then(Value::as_object_mut) {
+        set(field, "apiVersion", json!("v1"));
+    }
+    if let Some(field) = item.get_mut("resourceFieldRef").and_then(Value::as_object_mut) {
+        set(field, "divisor", json!("0"));
+    }
+}
+
+/// Defaults that a pod has and a template has not.
+pub(crate) fn scheme(pod: &mut Value, _live: Option<&Value>) {
+    let spec = meta::member_object(pod, "spec");
+    set(spec, "enableServiceLinks", json!(true));
+    let host_network = spec.get("hostNetwork") == Some(&Value::Bool(true));
+    for list in ["containers", "initContainers"] {
+        for c in spec.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten() {
+            let c = meta::as_object_mut(c);
+            if host_network {
+                for port in c.get_mut("ports").and_then(Value::as_array_mut).into_iter().flatten() {
+                    let port = meta::as_object_mut(port);
+                    if let Some(number) = port.get("containerPort").cloned() {
+                        set(port, "hostPort", number);
+                    }
+                }
+            }
+            // A limit without a request is the request.
+            if let Some(resources) = c.get_mut("resources").and_then(Value::as_object_mut) {
+                if let Some(limits) = resources.get("limits").and_then(Value::as_object).cloned() {
+                    let requests = meta::as_object_mut(resources.entry("requests").or_insert_with(|| json!({})));
+                    for (name, value) in limits {
+                        requests.entry(name).or_insert(value);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What admission and the strategy give a pod itself.
+pub(crate) fn created(pod: &mut Value, live: Option<&Value>) {
+    if live.is_some() {
+        return;
+    }
+    let spec = meta::member_object(pod, "spec");
+    set(spec, "priority", json!(0));
+    set(spec, "preemptionPolicy", json!("PreemptLowerPriority"));
+    if !spec.contains_key("serviceAccountName") {
+        spec.insert("serviceAccountName".into(), json!("default"));
+        spec.insert("serviceAccount".into(), json!("default"));
+    }
+    let tolerations = spec.entry("tolerations").or_insert_with(|| json!([]));
+    if let Value::Array(list) = tolerations {
+        for key in ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"] {
+            if !list
+                .iter()
+                .any(|t| t.get("key").and_then(Value::as_str) == Some(key))
+            {
+                list.push(json!({"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300}));
+            }
+        }
+    }
+    let class = quality(pod.get("spec").unwrap_or(&Value::Null));
+    meta::as_object_mut(pod).insert("status".into(), json!({"phase": "Pending", "qosClass": class}));
+}
+
+/// The quality-of-service class from requests and limits.
+fn quality(spec: &Value) -> &'static str {
+    let mut any = false;
+    let mut guaranteed = true;
+    for container in meta::list_at(spec, "containers")
+        .iter()
+        .chain(meta::list_at(spec, "initContainers"))
+    {
+        let amount = |section: &str, name: &str| {
+            meta::at(container, "resources")
+                .and_then(|r| r.get(section))
+                .and_then(|s| s.get(name))
+                .and_then(Value::as_str)
+                .filter(|q| crate::quantity::nanos(q).is_some_and(|n| n > 0))
+        };
+        for name in ["cpu", "memory"] {
+            let (request, limit) = (amount("requests", name), amount("limits", name));
+            any |= request.is_some() || limit.is_some();
+            guaranteed &= limit.is_some() && request == limit;
+        }
+    }
+    match (any, guaranteed) {
+        (false, _) => "BestEffort",
+        (true, true) => "Guaranteed",
+        (true, false) => "Burstable",
+    }
+}

@@ -1,0 +1,855 @@
+//! Creating, replacing and patching objects: one pipeline for all of them.
+//!
+//! body → fit to the type → system fields → defaults → admission → field ownership → validation → commit.
+//! A patch that loses a race is computed again from the newer object; a replacement is a conflict.
+
+use axum::body::Body;
+use bytes::Bytes;
+use http::Response;
+use serde_json::{Value, json};
+
+use super::body::{self, Document, Fit};
+use super::request::Call;
+use super::{accept, respond};
+use crate::admission::{AdmissionRequest, Denied, Operation};
+use crate::apply::managers::{self, ApplyError, Write};
+use crate::error::{ApiError, ApiResult, Cause, FieldError};
+use crate::hub::{CommitError, Hub, MODIFY_ATTEMPTS};
+use crate::kinds::Kind;
+use crate::patch;
+use crate::store::{Expect, Lost, Stored};
+use crate::{defaults, meta, strategy, table, time, validate, versions};
+
+/// A write in progress: how the new object is made from the present one.
+pub(crate) enum Change {
+    Create(Document),
+    Replace(Document),
+    Json(Value),
+    Merge(Document),
+    Strategic(Document),
+    Apply { config: Document, force: bool },
+}
+
+pub(crate) async fn create(hub: &Hub, call: &Call, request_body: Body) -> ApiResult<Response<Body>> {
+    call.check_write_options("CreateOptions")?;
+    let target = &call.target;
+    if target.kind.namespaced && target.namespace.is_empty() {
+        return Err(super::method_not_allowed(call));
+    }
+    let accepted = accept::negotiate(call.header("accept"))?;
+    let bytes = body::read(request_body).await?;
+    let document = body::decode(call, &bytes)?;
+    body::check_type(call, &document.value)?;
+    let outcome = run(hub, call, Change::Create(document)).await?;
+    Ok(answer(hub, call, accepted, &outcome))
+}
+
+pub(crate) async fn replace(hub: &Hub, call: &Call, request_body: Body) -> ApiResult<Response<Body>> {
+    call.check_write_options("UpdateOptions")?;
+    let accepted = accept::negotiate(call.header("accept"))?;
+    let bytes = body::read(request_body).await?;
+    let document = body::decode(call, &bytes)?;
+    body::check_type(call, &document.value)?;
+    let name = meta::name(&document.value);
+    if name != call.target.name {
+        return Err(if name.is_empty() {
+            ApiError::bad_request(format!(
+                "the name of the object (based on the object metadata) was undeterminable: name must be provided"
+            ))
+        } else {
+            ApiError::bad_request(format!(
+                "the name of the object ({name}) does not match the name on the URL ({})",
+                call.target.name
+            ))
+        });
+    }
+    check_namespace(call, &document.value)?;
+    let outcome = run(hub, call, Change::Replace(document)).await?;
+    Ok(answer(hub, call, accepted, &outcome))
+}
+
+pub(crate) async fn patch(hub: &Hub, call: &Call, request_body: Body) -> ApiResult<Response<Body>> {
+    let content_type = call.header("content-type").to_owned();
+    let media = content_type.split(';').next().unwrap_or_default().trim();
+    let accepted = accept::negotiate(call.header("accept"))?;
+    call.check_write_options("PatchOptions")?;
+    let change = read_patch(call, media, body::read(request_body).await?)?;
+    let outcome = run(hub, call, change).await?;
+    Ok(answer(hub, call, accepted, &outcome))
+}
+
+const PATCH_TYPES: &str =
+    "application/json-patch+json, application/merge-patch+json, application/apply-patch+yaml";
+const PATCH_TYPES_BUILTIN: &str = "application/json-patch+json, application/merge-patch+json, application/strategic-merge-patch+json, application/apply-patch+yaml";
+
+pub(crate) fn read_patch(call: &Call, media: &str, bytes: Bytes) -> ApiResult<Change> {
+    let force = !call.query.text("force").is_empty();
+    let option_errors = |field: &str, text: &str| {
+        ApiError::invalid(
+            "meta.k8s.io",
+            "PatchOptions",
+            "",
+            &[FieldError::forbidden(field, text)],
+        )
+    };
+    if force && media != "application/apply-patch+yaml" {
+        return Err(option_errors("force", "may not be specified for non-apply patch"));
+    }
+    let decode = |bytes: &Bytes| body::json_document(bytes).map_err(|_| bad_patch_json(bytes));
+    match media {
+        "application/json-patch+json" => {
+            let document = decode(&bytes)?;
+            Ok(Change::Json(document.value))
+        }
+        "application/merge-patch+json" => Ok(Change::Merge(decode(&bytes)?)),
+        "application/strategic-merge-patch+json" if !call.target.kind.is_custom() => {
+            Ok(Change::Strategic(decode(&bytes)?))
+        }
+        "application/apply-patch+yaml" => {
+            if call.query.text("fieldManager").is_empty() {
+                return Err(ApiError::invalid(
+                    "meta.k8s.io",
+                    "PatchOptions",
+                    "",
+                    &[FieldError::required(
+                        "fieldManager",
+                        "is required for apply patch",
+                    )],
+                ));
+            }
+            let config = body::yaml_document(&bytes)
+                .map_err(|e| ApiError::bad_request(format!("error decoding YAML: {}", e.message)))?;
+            if !config.value.is_object() {
+                return Err(ApiError::bad_request(
+                    "error decoding YAML: json: cannot unmarshal into Go value of type map[string]interface {}",
+                ));
+            }
+            Ok(Change::Apply {
+                config,
+                force: call.query.flag("force"),
+            })
+        }
+        _ => {
+            let types = if call.target.kind.is_custom() {
+                PATCH_TYPES
+            } else {
+                PATCH_TYPES_BUILTIN
+            };
+            Err(ApiError::unsupported_media_type(format!(
+                "the body of the request was in an unknown format - accepted media types include: {types}"
+            )))
+        }
+    }
+}
+
+fn bad_patch_json(bytes: &Bytes) -> ApiError {
+    let text = String::from_utf8_lossy(bytes);
+    ApiError::bad_request(format!(
+        "error decoding patch: invalid JSON: {}",
+        text.chars().take(80).collect::<String>()
+    ))
+}
+
+/// The object as it now is, in the version of the call.
+pub(crate) struct Outcome {
+    pub(crate) object: Value,
+    pub(crate) created: bool,
+    pub(crate) warnings: Vec<String>,
+}
+
+fn answer(hub: &Hub, call: &Call, accepted: accept::Accepted, outcome: &Outcome) -> Response<Body> {
+    let code = if outcome.created { 201 } else { 200 };
+    let target = &call.target;
+    let now = hub.clock.now();
+    respond::object(code, &outcome.object, accepted, &outcome.warnings, |o| {
+        table::of_one(
+            &target.kind,
+            target.version(),
+            o,
+            call.query.text("includeObject"),
+            now,
+        )
+    })
+}
+
+fn check_namespace(call: &Call, value: &Value) -> ApiResult<()> {
+    let target = &call.target;
+    let given = meta::namespace(value);
+    if target.kind.namespaced {
+        if !given.is_empty() && given != target.namespace {
+            return Err(ApiError::bad_request(
+                "the namespace of the provided object does not match the namespace sent on the request",
+            ));
+        }
+    } else if !given.is_empty() {
+        return Err(ApiError::bad_request("namespace can not be set for cluster-scoped resources").tap());
+    }
+    Ok(())
+}
+
+impl ApiError {
+    fn tap(self) -> Self {
+        ApiError {
+            message: "the namespace of the provided object does not match the namespace sent on the request"
+                .into(),
+            ..self
+        }
+    }
+}
+
+/// Carry a change through, again when another writer was faster.
+pub(crate) async fn run(hub: &Hub, call: &Call, change: Change) -> ApiResult<Outcome> {
+    let target = &call.target;
+    let kind = &target.kind;
+    let mut change = change;
+    let mut key = target.key();
+    if let Change::Create(document) = &mut change {
+        key = name_new(hub, call, &mut document.value)?;
+    }
+    for _ in 0..MODIFY_ATTEMPTS {
+        let current = hub.get(kind, &key);
+        let step = compute(hub, call, &change, current.as_deref(), &key).await?;
+        let (object, warnings) = match step {
+            Step::Unchanged(object, warnings) => {
+                return Ok(Outcome {
+                    object,
+                    created: false,
+                    warnings,
+                });
+            }
+            Step::Write(object, warnings) => (object, warnings),
+            Step::Remove(object, warnings) => {
+                let rv = current.as_ref().map_or(0, |c| c.rv);
+                if call.dry_run() {
+                    return Ok(Outcome {
+                        object,
+                        created: false,
+                        warnings,
+                    });
+                }
+                match hub
+                    .remove(&kind.resource, &key, versions::to_hub(kind, object.clone()), rv)
+                    .await
+                {
+                    Ok(event) => {
+                        after_removal(hub, kind, &event.object.value);
+                        // The answer is the object as it would have been written, under its last version.
+                        return Ok(Outcome { object, created: false, warnings });
+                    }
+                    Err(CommitError::Storage(text)) => return Err(Hub::storage_error(&text)),
+                    Err(CommitError::Lost(_)) => continue,
+                }
+            }
+        };
+        let created = current.is_none();
+        if call.dry_run() {
+            return Ok(Outcome {
+                object,
+                created,
+                warnings,
+            });
+        }
+        let expect = current.as_ref().map_or(Expect::Absent, |c| Expect::At(c.rv));
+        match hub
+            .put(&kind.resource, &key, versions::to_hub(kind, object), expect)
+            .await
+        {
+            Ok(event) => {
+                if kind.is("", "services") {
+                    let old = event.previous.as_ref().map(|p| &p.value);
+                    hub.addresses.lock().replace(old, &event.object.value);
+                }
+                return Ok(Outcome {
+                    object: versions::from_hub(kind, target.version(), &event.object.value),
+                    created,
+                    warnings,
+                });
+            }
+            Err(CommitError::Storage(text)) => return Err(Hub::storage_error(&text)),
+            Err(CommitError::Lost(lost)) => match (&change, lost) {
+                (Change::Create(_), Lost::Exists) => {
+                    return Err(ApiError::already_exists(
+                        &kind.group,
+                        &kind.plural,
+                        key.rsplit('/').next().unwrap_or(&key),
+                    ));
+                }
+                (Change::Replace(document), _)
+                    if !meta::text(&document.value, "resourceVersion").is_empty() =>
+                {
+                    return Err(ApiError::modified(&kind.group, &kind.plural, &target.name));
+                }
+                _ => {}
+            },
+        }
+    }
+    Err(ApiError::modified(&kind.group, &kind.plural, &target.name))
+}
+
+/// Settle the name of a new object; returns its key.
+fn name_new(hub: &Hub, call: &Call, value: &mut Value) -> ApiResult<String> {
+    let target = &call.target;
+    let kind = &target.kind;
+    if !value.is_object() {
+        *value = json!({});
+    }
+    check_namespace(call, value)?;
+    let metadata = meta::metadata_mut(value);
+    let text = |m: &serde_json::Map<String, Value>, k: &str| {
+        m.get(k).and_then(Value::as_str).unwrap_or_default().to_owned()
+    };
+    let mut name = text(metadata, "name");
+    if name.is_empty() {
+        let prefix = text(metadata, "generateName");
+        if !prefix.is_empty() {
+            let cut = prefix.char_indices().nth(58).map_or(prefix.len(), |(i, _)| i);
+            name = format!("{}{}", &prefix[..cut], hub.clock.suffix(5));
+            metadata.insert("name".into(), json!(name));
+        }
+    }
+    if !text(metadata, "resourceVersion").is_empty() {
+        return Err(ApiError::plain_internal(
+            "resourceVersion should not be set on objects to be created",
+        ));
+    }
+    if kind.namespaced {
+        metadata.insert("namespace".into(), json!(target.namespace));
+    } else {
+        metadata.remove("namespace");
+    }
+    if name.is_empty() {
+        return Err(ApiError::invalid(
+            &kind.group,
+            &kind.kind,
+            "",
+            &[FieldError::required(
+                "metadata.name",
+                "name or generateName is required",
+            )],
+        ));
+    }
+    Ok(crate::store::key(&target.namespace, &name))
+}
+
+enum Step {
+    Write(Value, Vec<String>),
+    Unchanged(Value, Vec<String>),
+    /// The last finalizer is gone.
+    Remove(Value, Vec<String>),
+}
+
+async fn compute(
+    hub: &Hub,
+    call: &Call,
+    change: &Change,
+    current: Option<&Stored>,
+    key: &str,
+) -> ApiResult<Step> {
+    let target = &call.target;
+    let kind = &target.kind;
+    let version = target.version();
+    let name = key.rsplit('/').next().unwrap_or(key);
+    let live = current.map(|c| versions::from_hub(kind, version, &c.value));
+    let now = time::seconds(hub.clock.now());
+    let manager = call.manager();
+    let api_version = target.api_version();
+    let reset = strategy::reset_fields(kind, &target.subresource);
+    let write = Write {
+        schema: &version.schema,
+        zero: &version.zero,
+        api_version: &api_version,
+        subresource: &target.subresource,
+        manager: &manager,
+        now: &now,
+        reset,
+    };
+    let mut warnings = super::read::warnings(call);
+    let (mut object, applied) = edited(call, change, live.as_ref(), &write, &mut warnings)?;
+    set_identity(call, &mut object, name);
+    check_preconditions(call, change, &object, live.as_ref(), name)?;
+    let operation = if live.is_some() {
+        Operation::Update
+    } else {
+        Operation::Create
+    };
+    defaults::apply(kind, &mut object, live.as_ref());
+    // Owned is what the client sent and the type's own defaults; what follows is the server's.
+    if !applied {
+        managers::update(&write, live.as_ref(), &mut object);
+    }
+    match &live {
+        None => {
+            namespace_is_open(hub, call, name)?;
+            strategy::prepare_create(kind, &mut object, &now, || hub.clock.uid());
+        }
+        Some(live) => strategy::prepare_update(kind, version, &target.subresource, &mut object, live),
+    }
+    defaults::admit(kind, &mut object, live.as_ref());
+    if let Some(admission) = hub
+        .admission
+        .as_ref()
+        .filter(|a| a.wants(&kind.group, &kind.plural))
+    {
+        let mut request = admission_request(
+            call,
+            operation,
+            object.clone(),
+            live.clone().unwrap_or(Value::Null),
+            call.dry_run(),
+        );
+        request.name = name.to_owned();
+        if let Some(mutated) = admission
+            .admit(&request)
+            .await
+            .map_err(|d| denied(call, name, &d))?
+        {
+            let fields = meta::metadata(&object).get("managedFields").cloned();
+            let document = Document {
+                value: mutated,
+                remarks: Vec::new(),
+            };
+            let (mut fitted, _) = body::fit(call, document, Fit::Body)?;
+            if let Some(fields) = fields {
+                meta::metadata_mut(&mut fitted).insert("managedFields".into(), fields);
+            }
+            object = fitted;
+            set_identity(call, &mut object, name);
+            defaults::apply(kind, &mut object, live.as_ref());
+        }
+    }
+    defaults::resolve(hub, kind, &mut object, live.as_ref())
+        .map_err(|errors| ApiError::invalid(&kind.group, &kind.kind, name, &errors))?;
+    if !kind.is_custom() {
+        crate::schema::conform::empty_required_to_null(&version.schema, &mut object);
+    }
+    if let Some(live) = &live {
+        strategy::bump_generation(kind, version, &mut object, live);
+        let rv = meta::metadata(live)
+            .get("resourceVersion")
+            .cloned()
+            .unwrap_or_default();
+        meta::metadata_mut(&mut object).insert("resourceVersion".into(), rv);
+    }
+    let errors = validate::object(kind, version, &object, live.as_ref(), &target.subresource);
+    if !errors.is_empty() {
+        return Err(ApiError::invalid(&kind.group, &kind.kind, name, &errors).with_warnings(warnings));
+    }
+    warnings.extend(validate::warnings(kind, &object, live.as_ref()));
+    if let Some(live) = live {
+        if managers::same_but_times(&object, &live) {
+            return Ok(Step::Unchanged(live, warnings));
+        }
+        if strategy::is_finished(kind, &object) {
+            return Ok(Step::Remove(object, warnings));
+        }
+    }
+    Ok(Step::Write(object, warnings))
+}
+
+/// The edited object, and whether its managedFields are settled already (server-side apply).
+fn edited(
+    call: &Call,
+    change: &Change,
+    live: Option<&Value>,
+    write: &Write<'_>,
+    warnings: &mut Vec<String>,
+) -> ApiResult<(Value, bool)> {
+    let target = &call.target;
+    let kind = &target.kind;
+    let existing = || live.ok_or_else(|| target.not_found());
+    let take = |document: &Document| Document {
+        value: document.value.clone(),
+        remarks: document.remarks.clone(),
+    };
+    let (document, how) = match change {
+        Change::Create(document) => {
+            if live.is_some() {
+                return Err(ApiError::already_exists(
+                    &kind.group,
+                    &kind.plural,
+                    meta::name(&document.value),
+                ));
+            }
+            (take(document), Fit::Body)
+        }
+        Change::Replace(document) => {
+            if live.is_none()
+                && !(target.subresource.is_empty()
+                    && kind.row().is_some_and(crate::kinds::Row::creates_on_update))
+            {
+                return Err(target.not_found());
+            }
+            (take(document), Fit::Body)
+        }
+        Change::Json(operations) => {
+            let mut value = existing()?.clone();
+            patch::json::apply(&mut value, operations).map_err(|failure| json_failure(&failure))?;
+            (
+                Document {
+                    value,
+                    remarks: Vec::new(),
+                },
+                Fit::Patched,
+            )
+        }
+        Change::Merge(document) => {
+            let mut value = existing()?.clone();
+            if !document.value.is_object() {
+                return Err(ApiError::bad_request(
+                    "error decoding patch: json: cannot unmarshal into Go value of type map[string]interface {}",
+                ));
+            }
+            patch::merge::apply(&mut value, &document.value);
+            let remarks = document.remarks.clone();
+            (Document { value, remarks }, Fit::Patched)
+        }
+        Change::Strategic(document) => {
+            let mut value = existing()?.clone();
+            patch::strategic::apply(&mut value, &document.value, write.schema)
+                .map_err(ApiError::plain_internal)?;
+            let remarks = document.remarks.clone();
+            (Document { value, remarks }, Fit::Patched)
+        }
+        Change::Apply { config, force } => {
+            return applied(call, config, *force, live, write, warnings).map(|object| (object, true));
+        }
+    };
+    let (value, more) = body::fit(call, document, how)?;
+    warnings.extend(more);
+    Ok((value, false))
+}
+
+fn json_failure(failure: &patch::json::Failure) -> ApiError {
+    match failure {
+        patch::json::Failure::Malformed(text) => {
+            ApiError::bad_request(format!("error decoding patch: {text}"))
+        }
+        patch::json::Failure::TooMany(n) => ApiError::new(
+            413,
+            "RequestEntityTooLarge",
+            format!(
+                "The allowed maximum operations in a JSON patch is {}, got {n}",
+                patch::json::MAX_OPERATIONS
+            ),
+        ),
+        patch::json::Failure::Operation(text) => {
+            let mut error = ApiError::new(
+                422,
+                "Invalid",
+                "the server rejected our request due to an error in our request",
+            );
+            error.details = Some(crate::error::Details::default());
+            tracing::debug!(reason = text, "JSON patch does not apply");
+            error
+        }
+    }
+}
+
+fn applied(
+    call: &Call,
+    config: &Document,
+    force: bool,
+    live: Option<&Value>,
+    write: &Write<'_>,
+    warnings: &mut Vec<String>,
+) -> ApiResult<Value> {
+    let target = &call.target;
+    let kind = &target.kind;
+    if live.is_none() && !target.subresource.is_empty() {
+        return Err(target.not_found());
+    }
+    let as_sent = &config.value;
+    let mut value = config.value.clone();
+    let text = |v: &Value, key: &str| v.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let (api_version, given_kind) = (text(&value, "apiVersion"), text(&value, "kind"));
+    if api_version.is_empty() || given_kind.is_empty() {
+        return Err(ApiError::bad_request(format!(
+            "couldn't get object from patch: Object '{}' is missing in '{}'",
+            if given_kind.is_empty() {
+                "Kind"
+            } else {
+                "apiVersion"
+            },
+            value
+        )));
+    }
+    if api_version != write.api_version || given_kind != *kind.kind {
+        return Err(ApiError::bad_request(format!(
+            "incorrect version specified in apply patch. Specified patch version: {api_version}, expected: {}",
+            write.api_version
+        )));
+    }
+    if meta::metadata(&value).contains_key("managedFields") {
+        return Err(ApiError::bad_request("metadata.managedFields must be nil"));
+    }
+    let name = meta::name(&value).to_owned();
+    if name.is_empty() {
+        return Err(ApiError::bad_request(format!(
+            "the name of the object ({} based on URL) was undeterminable: name must be provided",
+            target.name
+        )));
+    }
+    if name != target.name {
+        return Err(ApiError::bad_request(format!(
+            "the name of the object ({name}) does not match the name on the URL ({})",
+            target.name
+        )));
+    }
+    check_namespace(call, &value)?;
+    let metadata = meta::metadata_mut(&mut value);
+    metadata.remove("creationTimestamp");
+    metadata.insert("name".into(), json!(target.name));
+    if kind.namespaced {
+        metadata.insert("namespace".into(), json!(target.namespace));
+    }
+    // Types are checked before ownership; what the type lacks is an error of its own kind.
+    if !kind.is_custom() {
+        let (_, report) = crate::schema::conform::conform(write.schema, value.clone());
+        if let Some(unknown) = report.unknown.first() {
+            return Err(typed_error(call, as_sent, &format!(".{unknown}: field not declared in schema"),
+            ));
+        }
+        if let Some(error) = report.error {
+            return Err(typed_error(call, as_sent, &error));
+        }
+    } else {
+        let document = Document {
+            value,
+            remarks: config.remarks.clone(),
+        };
+        let mut unknown = Vec::new();
+        let mut pruned = document.value;
+        crate::crd::prune::prune(write.schema, &mut pruned, &mut unknown);
+        if let Some(unknown) = unknown.first() {
+            return Err(typed_error(call, as_sent, &format!(".{unknown}: field not declared in schema"),
+            ));
+        }
+        value = pruned;
+    }
+    let object = managers::apply(write, live, &value, as_sent, force).map_err(|error| match error {
+        ApplyError::Conflicts(conflicts) => conflict_error(&conflicts),
+        ApplyError::Typed(text) => typed_error(call, as_sent, &text),
+        ApplyError::BadLive(text) => {
+            ApiError::plain_internal(format!("failed to create typed live object: {text}"))
+        }
+    })?;
+    let fields = meta::metadata(&object).get("managedFields").cloned();
+    let document = Document {
+        value: object,
+        remarks: config.remarks.clone(),
+    };
+    let (mut fitted, more) = body::fit(call, document, Fit::Patched)?;
+    warnings.extend(more);
+    if let Some(fields) = fields {
+        meta::metadata_mut(&mut fitted).insert("managedFields".into(), fields);
+    }
+    Ok(fitted)
+}
+
+fn typed_error(call: &Call, sent: &Value, text: &str) -> ApiError {
+    let target = &call.target;
+    ApiError::plain_internal(format!(
+        "failed to create typed patch object ({}/{}; {}, Kind={}): {text}",
+        meta::namespace(sent),
+        meta::name(sent),
+        target.api_version(),
+        target.kind.kind
+    ))
+}
+
+fn conflict_error(conflicts: &[(String, String)]) -> ApiError {
+    let mut by_manager: Vec<(&str, Vec<&str>)> = Vec::new();
+    for (manager, path) in conflicts {
+        match by_manager.iter_mut().find(|(m, _)| m == manager) {
+            Some((_, paths)) => paths.push(path),
+            None => by_manager.push((manager, vec![path])),
+        }
+    }
+    by_manager.sort();
+    let mut lines = Vec::new();
+    for (manager, paths) in &by_manager {
+        match paths.as_slice() {
+            [one] if by_manager.len() == 1 => lines.push(format!("conflict with {manager}: {one}")),
+            many => lines.push(format!(
+                "conflicts with {manager}:{}",
+                many.iter().map(|p| format!("\n- {p}")).collect::<String>()
+            )),
+        }
+    }
+    let plural = if conflicts.len() == 1 {
+        "conflict"
+    } else {
+        "conflicts"
+    };
+    let message = format!(
+        "Apply failed with {} {plural}: {}",
+        conflicts.len(),
+        lines.join("\n")
+    );
+    let mut causes: Vec<Cause> = conflicts
+        .iter()
+        .map(|(manager, path)| Cause {
+            reason: "FieldManagerConflict".into(),
+            message: format!("conflict with {manager}"),
+            field: path.clone(),
+        })
+        .collect();
+    causes.sort_by(|a, b| (&a.field, &a.message).cmp(&(&b.field, &b.message)));
+    ApiError::new(409, "Conflict", message).with_causes(causes)
+}
+
+/// Identity comes from the path, whatever the body or a patch says.
+fn set_identity(call: &Call, object: &mut Value, name: &str) {
+    let target = &call.target;
+    let map = meta::as_object_mut(object);
+    map.insert("kind".into(), json!(&*target.kind.kind));
+    map.insert("apiVersion".into(), json!(target.api_version()));
+    let metadata = meta::metadata_mut(object);
+    if !metadata.contains_key("name") {
+        metadata.insert("name".into(), json!(name));
+    }
+    if target.kind.namespaced {
+        metadata.insert("namespace".into(), json!(target.namespace));
+    }
+}
+
+fn check_preconditions(
+    call: &Call,
+    change: &Change,
+    object: &Value,
+    live: Option<&Value>,
+    name: &str,
+) -> ApiResult<()> {
+    let kind = &call.target.kind;
+    let given = meta::text(object, "resourceVersion");
+    let given_uid = meta::uid(object);
+    let Some(live) = live else {
+        if matches!(change, Change::Apply { .. }) && !given_uid.is_empty() {
+            return Err(ApiError::conflict(
+                &kind.group,
+                &kind.plural,
+                name,
+                &format!(
+                    "uid mismatch: the provided object specified uid {given_uid}, and no existing object was found"
+                ),
+            ));
+        }
+        return Ok(());
+    };
+    if meta::name(object) != meta::name(live) {
+        return Err(ApiError::bad_request(format!(
+            "the name of the object ({}) does not match the name on the URL ({name})",
+            meta::name(object)
+        )));
+    }
+    if !given_uid.is_empty() && given_uid != meta::uid(live) {
+        return Err(ApiError::conflict(
+            &kind.group,
+            &kind.plural,
+            name,
+            &format!(
+                "Precondition failed: UID in precondition: {given_uid}, UID in object meta: {}",
+                meta::uid(live)
+            ),
+        ));
+    }
+    if given.is_empty() || given == "0" {
+        let unconditional = kind.row().is_some_and(crate::kinds::Row::unconditional_update);
+        if matches!(change, Change::Replace(_)) && !unconditional {
+            return Err(ApiError::invalid(
+                &kind.group,
+                &kind.plural,
+                name,
+                &[FieldError::invalid(
+                    "metadata.resourceVersion",
+                    &json!("0").as_str().map_or(Value::Null, |_| json!(0)),
+                    "must be specified for an update",
+                )],
+            ));
+        }
+        if given == "0" && matches!(change, Change::Apply { .. }) {
+            return Err(ApiError::modified(&kind.group, &kind.plural, name));
+        }
+        return Ok(());
+    }
+    if given.parse::<u64>().is_err() {
+        return Err(ApiError::plain_internal(format!(
+            "strconv.ParseUint: parsing {given:?}: invalid syntax"
+        )));
+    }
+    if given != meta::text(live, "resourceVersion") {
+        return Err(ApiError::modified(&kind.group, &kind.plural, name));
+    }
+    Ok(())
+}
+
+/// New objects need a namespace that exists and is not on its way out.
+fn namespace_is_open(hub: &Hub, call: &Call, name: &str) -> ApiResult<()> {
+    let target = &call.target;
+    if !target.kind.namespaced {
+        return Ok(());
+    }
+    let Some(namespace) = hub.get_at("/namespaces", &target.namespace) else {
+        return Err(ApiError::not_found("", "namespaces", &target.namespace));
+    };
+    if meta::is_terminating(&namespace.value) {
+        let why = format!(
+            "unable to create new content in namespace {} because it is being terminated",
+            target.namespace
+        );
+        return Err(
+            ApiError::forbidden(&target.kind.group, &target.kind.plural, name, &why).with_causes(vec![
+                Cause {
+                    reason: "NamespaceTerminating".into(),
+                    message: format!("namespace {} is being terminated", target.namespace),
+                    field: "metadata.namespace".into(),
+                },
+            ]),
+        );
+    }
+    Ok(())
+}
+
+pub(crate) fn admission_request(
+    call: &Call,
+    operation: Operation,
+    object: Value,
+    old_object: Value,
+    dry_run: bool,
+) -> AdmissionRequest {
+    let target = &call.target;
+    AdmissionRequest {
+        operation,
+        group: target.kind.group.to_string(),
+        version: target.version.to_string(),
+        kind: target.kind.kind.to_string(),
+        resource: target.kind.plural.to_string(),
+        subresource: target.subresource.clone(),
+        namespace: target.namespace.clone(),
+        name: target.name.clone(),
+        user: call.user.name.clone(),
+        object,
+        old_object,
+        dry_run,
+    }
+}
+
+pub(crate) fn denied(call: &Call, name: &str, denied: &Denied) -> ApiError {
+    let kind = &call.target.kind;
+    if denied.code == 403 {
+        return ApiError::forbidden(&kind.group, &kind.plural, name, &denied.message);
+    }
+    ApiError::new(
+        denied.code,
+        if denied.code == 422 { "Invalid" } else { "" },
+        denied.message.clone(),
+    )
+    .with_details(&kind.group, &kind.plural, name)
+}
+
+/// What an object held is free again.
+pub(crate) fn after_removal(hub: &Hub, kind: &Kind, object: &Value) {
+    if kind.is("", "services") {
+        hub.addresses.lock().release(object);
+    }
+}
