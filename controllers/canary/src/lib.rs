@@ -34,6 +34,8 @@
 //! `lastAppliedSpec` is ours: a Canary that Flagger managed before starts one run when it is taken over.
 
 pub mod decide;
+#[cfg(test)]
+mod golden;
 pub mod objects;
 pub mod observed;
 pub mod plan;

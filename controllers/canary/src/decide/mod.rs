@@ -16,6 +16,8 @@
 //! between decides the same again.
 
 mod finalize;
+#[cfg(test)]
+mod golden;
 mod progress;
 mod promote;
 #[cfg(test)]
@@ -50,11 +52,15 @@ pub enum Action {
     CreatePrimary {
         /// Value of the annotation `flagger-id`.
         id: String,
+        /// Replicas that it has then.
+        replicas: i32,
     },
     /// Copy the target's template, ConfigMaps and Secrets to the primary.
     PromotePrimary {
         /// Value of the annotation `flagger-id`.
         id: String,
+        /// Replicas that it has then.
+        replicas: i32,
     },
     /// Write the Services of primary and canary.
     ApplyServices,
@@ -309,8 +315,26 @@ impl<'a> Deciding<'a> {
             && let Some(target) = self.target()
         {
             let id = revision_id(&self.seen.name, &target.template_hash, &self.seen.configs);
-            self.actions.push(Action::CreatePrimary { id });
+            // Later the target is at rest at zero, and a lost primary must not come back without pods.
+            let replicas = match self.phase() {
+                CanaryPhase::Unset | CanaryPhase::Initializing => target.replicas,
+                _ => target.replicas.max(1),
+            };
+            self.actions.push(Action::CreatePrimary { id, replicas });
         }
+    }
+
+    /// The action that copies the target's revision to the primary, with as many pods as the target was given.
+    fn promotion(&self, id: String) -> Action {
+        let replicas = |workload: Option<&Workload>| {
+            workload
+                .map(|workload| workload.replicas)
+                .filter(|count| *count > 0)
+        };
+        let replicas = replicas(self.target())
+            .or(replicas(self.seen.primary.as_ref()))
+            .unwrap_or(1);
+        Action::PromotePrimary { id, replicas }
     }
 
     fn is_blocked(&mut self) -> bool {

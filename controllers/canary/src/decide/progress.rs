@@ -384,7 +384,8 @@ impl Deciding<'_> {
             return;
         };
         let id = revision_id(&self.seen.name, &target.template_hash, &self.seen.configs);
-        self.actions.push(Action::PromotePrimary { id });
+        let promotion = self.promotion(id);
+        self.actions.push(promotion);
         self.tell(format!(
             "Copying {} template spec to {}",
             target.name,

@@ -45,7 +45,8 @@ impl Deciding<'_> {
                 ));
                 return self.begin(&target.template_hash);
             }
-            self.actions.push(Action::PromotePrimary { id });
+            let promotion = self.promotion(id);
+            self.actions.push(promotion);
             return self.wait_for(format!("{} takes the revision over", primary.name));
         }
         let now = self.now;

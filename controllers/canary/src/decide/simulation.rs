@@ -5,7 +5,7 @@
 use jiff::{SignedDuration, Timestamp};
 use proptest::prelude::*;
 use serde_json::json;
-use serin_analysis::sample::{Counts, Sample};
+use serin_analysis::sample::{Counts, Histogram, Sample};
 use serin_crds::flagger::{CanaryPhase, CanaryStatus};
 
 use super::{Action, DRAIN_DEADLINE, Decision, decide};
@@ -179,7 +179,10 @@ impl World {
                 let counts = |requests, errors| Counts {
                     requests,
                     errors,
-                    ..Counts::default()
+                    latency: Histogram {
+                        bounds_ms: vec![100.0],
+                        counts: vec![requests, 0],
+                    },
                 };
                 self.samples.push(Sample {
                     at_ms: self.now.as_millisecond(),
@@ -230,7 +233,7 @@ impl World {
                 counts.add(&sample.canary);
             }
         }
-        measured.windows = vec![counts];
+        measured.windows = vec![counts; self.plan.metrics.len()];
         self.seen.measured = measured;
         self.seen.liveness = self.seen.route.as_ref().map(|route| Liveness {
             generation: route.generation,
@@ -297,14 +300,14 @@ impl World {
                     settle(target);
                 }
             }
-            Action::CreatePrimary { id } | Action::PromotePrimary { id } => {
+            Action::CreatePrimary { id, replicas } | Action::PromotePrimary { id, replicas } => {
                 let target = self.target().clone();
                 let existing = self.seen.primary.clone().unwrap_or_default();
                 if existing.promoted_id.as_deref() != Some(id) {
                     self.seen.primary = Some(Workload {
-                        name: "app-primary.ns".to_owned(),
+                        name: format!("{}.{}", self.plan.primary(), self.seen.namespace),
                         generation: existing.generation + 1,
-                        replicas: target.replicas.max(1),
+                        replicas: *replicas,
                         updated: 0,
                         deadline_exceeded: false,
                         template_hash: target.template_hash,

@@ -132,7 +132,7 @@ fn failed_checks_halt_and_at_the_threshold_roll_back_without_another_interval() 
         world.happen(&Happening::Wait(1));
         world.happen(&Happening::Measure(1000, 14));
         world.step();
-        let expected = if second < 10 { 0 } else { 1 };
+        let expected = i32::from(second >= 10);
         if second < 20 {
             assert_eq!(world.status.failed_checks, Some(expected), "second {second}");
         }
