@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 /// The program that containers of these tests run.
 pub const PROCESS: &str = env!("CARGO_BIN_EXE_serin-workloads-process");
 /// How long anything may take on a busy machine.
-pub const DEADLINE: Duration = Duration::from_secs(15);
+pub const DEADLINE: Duration = Duration::from_secs(30);
 pub const NAMESPACE: &str = "t";
 
 pub struct Cluster {
