@@ -387,9 +387,9 @@ fn http_options(
             ..Default::default()
         });
     }
-    // Only what is HTTP for certain is upgraded.
-    let upgrade =
-        spoken.is_http() && http.and_then(|http| http.h2_upgrade_policy) == Some(H2UpgradePolicy::Upgrade);
+    // What a sidecar finds out per connection stays as it came.
+    let upgrade = (!auto || side == Side::Router)
+        && http.and_then(|http| http.h2_upgrade_policy) == Some(H2UpgradePolicy::Upgrade);
     let as_caller = http.is_some_and(|http| http.use_client_protocol == Some(true));
     let protocol = if as_caller || (auto && side == Side::Sidecar && !upgrade) {
         UpstreamProtocolOptions::UseDownstreamProtocolConfig(UseDownstreamHttpConfig {
@@ -580,8 +580,6 @@ pub(super) fn inbound(
     if let Some(http) = pool.as_mut().and_then(|pool| pool.http.as_mut()) {
         http.h2_upgrade_policy = None;
         http.use_client_protocol = None;
-        http.max_concurrent_streams = None;
-        http.http2_keep_alive = None;
     }
     http_options(&mut cluster, protocol, pool.as_ref(), Side::Sidecar);
     let mut fields = vec![("services", services(services_of.iter().copied()))];

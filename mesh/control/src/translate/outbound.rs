@@ -622,7 +622,7 @@ impl Context<'_> {
                         matches: (!empty).then_some(matches),
                         destinations: destinations(rule),
                         limits,
-                        origin: empty.then(|| rule.provenance.clone()),
+                        origin: (empty || by_name).then(|| rule.provenance.clone()),
                         name: String::new(),
                     });
                     if empty {
@@ -632,7 +632,8 @@ impl Context<'_> {
                 }
             }
         }
-        if !catch_all {
+        // TLS rules take the port over: a server name that none of them has is not this service's.
+        if !catch_all && !sni {
             chains.push(TcpChain {
                 matches: None,
                 destinations: vec![Destination {

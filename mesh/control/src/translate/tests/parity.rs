@@ -148,7 +148,8 @@ fn normal(value: &Value) -> Value {
                     continue;
                 }
                 let value = normal(value);
-                let emptied = name == "filters" && value.as_array().is_some_and(Vec::is_empty);
+                let emptied = (name == "filters" && value.as_array().is_some_and(Vec::is_empty))
+                    || (name == "filterChainMatch" && value.as_object().is_some_and(Map::is_empty));
                 if !emptied {
                     out.insert(name.clone(), value);
                 }
@@ -219,6 +220,7 @@ fn unordered(mut value: Value) -> Value {
                             | "headers"
                             | "endpoints"
                             | "lbEndpoints"
+                            | "services"
                     ) || (name == "filterChains")
                     {
                         if let Some(list) = value.as_array_mut() {
