@@ -156,12 +156,6 @@ impl Resource {
         selects(selector, group, version, kind)
     }
 
-    /// Whether a selector selects the kind it had at some earlier time. Never true for one that never changed.
-    pub(crate) fn was_kind(&self, selector: &Gvk) -> bool {
-        let (group, version) = split_api_version(self.api_version());
-        self.previous.iter().any(|p| selects(selector, group, version, &p.kind))
-    }
-
     /// The effective namespace it had first.
     pub(crate) fn original_namespace<'a>(&'a self, schemas: &Schemas) -> &'a str {
         match self.previous.first() {

@@ -150,7 +150,9 @@ impl<'a> Parser<'a> {
             _ => {}
         }
         let value = self.node(true, false)?;
-        // What follows the end of a flow collection at the top is not looked at, as in go-yaml.
+        // One token further: text that cannot be a token is an error even where the document ended before it. What else
+        // follows is not looked at, as in go-yaml.
+        self.scanner.peek()?;
         Ok(Some(value))
     }
 
