@@ -1,5 +1,8 @@
 //! Everything put together: watches in, proxies and statuses out.
 
+#[cfg(test)]
+mod tests;
+
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;

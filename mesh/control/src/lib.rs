@@ -31,3 +31,4 @@ pub mod translate;
 mod world;
 
 pub use control::{Control, ControlError, ControlOptions};
+pub use world::MeshWorld;

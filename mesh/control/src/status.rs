@@ -10,6 +10,9 @@
 //! Only the leader writes. Writes are coalesced: changes within half a second become one write, and a status that would
 //! stay the same is not written. A write that fails is tried again with the next round.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -55,7 +58,9 @@ pub struct Writer {
 
 impl std::fmt::Debug for Writer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Writer").field("written", &self.written.len()).finish_non_exhaustive()
+        f.debug_struct("Writer")
+            .field("written", &self.written.len())
+            .finish_non_exhaustive()
     }
 }
 

@@ -197,7 +197,7 @@ impl Telemetry {
             self.hand_out();
             tokio::select! {
                 () = cancel.cancelled() => return,
-                () = tokio::time::sleep(SPACING - COLLECT) => {}
+                () = tokio::time::sleep(SPACING.saturating_sub(COLLECT)) => {}
             }
         }
     }

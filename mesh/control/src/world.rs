@@ -25,7 +25,7 @@ impl From<Event> for Input<Change> {
 
 /// The world of the mesh.
 #[derive(Debug)]
-pub(crate) struct MeshWorld {
+pub struct MeshWorld {
     translator: Translator,
     objects: HashMap<Arc<str>, Seen>,
 }
@@ -40,7 +40,8 @@ struct Seen {
 }
 
 impl MeshWorld {
-    pub(crate) fn new(config: MeshConfig) -> Self {
+    /// An empty world.
+    pub fn new(config: MeshConfig) -> Self {
         Self {
             translator: Translator::new(config),
             objects: HashMap::new(),

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::State;
-use bytes::Bytes;
 use http::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::service::TowerToHyperService;
@@ -138,7 +137,7 @@ struct LiveObjects {
 }
 
 impl SnapshotSource for LiveObjects {
-    fn snapshot(&self) -> (Vec<(Arc<str>, Arc<str>, u64, Bytes)>, u64) {
+    fn snapshot(&self) -> (Vec<(Arc<str>, Arc<str>, u64, Vec<u8>)>, u64) {
         let Some(hub) = self.hub.lock().upgrade() else {
             return (Vec::new(), 0);
         };
@@ -152,7 +151,7 @@ impl SnapshotSource for LiveObjects {
         };
         let encoded = objects
             .into_iter()
-            .map(|(r, k, o)| (r, k, o.rv, o.json().clone()))
+            .map(|(r, k, o)| (r, k, o.rv, o.whole()))
             .collect();
         (encoded, rv)
     }

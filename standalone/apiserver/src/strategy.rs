@@ -37,8 +37,6 @@ pub(crate) fn prepare_create(kind: &Kind, object: &mut Value, now: &str, uid: im
         "selfLink",
         "deletionTimestamp",
         "deletionGracePeriodSeconds",
-        "generation",
-        "managedFields_",
     ] {
         metadata.remove(field);
     }

@@ -107,9 +107,11 @@ pub fn normalise(reference: &str) -> String {
         None => (reference, None),
     };
     let mut name = name.to_owned();
-    let has_registry = name.split_once('/').is_some_and(|(first, _)| {
-        first.contains('.') || first.contains(':') || first == "localhost" || first.contains('*')
-    });
+    // A wildcard in front stands for any registry.
+    let has_registry = name.starts_with('*')
+        || name.split_once('/').is_some_and(|(first, _)| {
+            first.contains(['.', ':', '*']) || first == "localhost"
+        });
     if !has_registry {
         let official = if name.contains('/') { "" } else { "library/" };
         name = format!("docker.io/{official}{name}");

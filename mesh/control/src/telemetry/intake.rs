@@ -1,7 +1,7 @@
 //! From cumulative series of one proxy to increments. Pure.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasher, Hash, Hasher};
+use std::hash::BuildHasher;
 use std::sync::Arc;
 
 use serin_xds::pb::io::prometheus::client::{Histogram, LabelPair, Metric, MetricFamily};
@@ -236,11 +236,7 @@ fn since(last: u64, value: u64) -> u64 {
 /// The series' identity, whatever the order of its labels. 64 bits: ten thousand series collide once in 3e11.
 fn key(family: &str, labels: &[LabelPair]) -> u64 {
     let state = foldhash::fast::FixedState::with_seed(0x5e71);
-    let hash = |name: &str, value: &str| {
-        let mut hasher = state.build_hasher();
-        (name, value).hash(&mut hasher);
-        hasher.finish()
-    };
+    let hash = |name: &str, value: &str| state.hash_one((name, value));
     labels.iter().fold(hash(family, ""), |sum, pair| {
         sum.wrapping_add(hash(pair.name(), pair.value()))
     })

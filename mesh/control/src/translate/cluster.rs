@@ -85,10 +85,19 @@ pub(super) fn outbound(
     if discovery == pb::cluster::DiscoveryType::OriginalDst {
         cluster.lb_policy = pb::cluster::LbPolicy::ClusterProvided as i32;
     } else {
-        load_balancer(&mut cluster, traffic.load_balancer.as_ref());
+        load_balancer(
+            &mut cluster,
+            traffic.load_balancer.as_ref(),
+            traffic.outlier_detection.is_some(),
+        );
     }
     connection_pool(&mut cluster, traffic.connection_pool.as_ref());
-    http_options(&mut cluster, port, traffic.connection_pool.as_ref(), side);
+    http_options(
+        &mut cluster,
+        port.protocol,
+        traffic.connection_pool.as_ref(),
+        side,
+    );
     retry_budget(&mut cluster, &traffic);
     if let Some(outlier) = &traffic.outlier_detection {
         outlier_detection(&mut cluster, outlier);
@@ -184,7 +193,7 @@ fn services<'a>(services: impl IntoIterator<Item = &'a Service>) -> wkt::Value {
     )
 }
 
-fn load_balancer(cluster: &mut pb::Cluster, settings: Option<&LoadBalancerSettings>) {
+fn load_balancer(cluster: &mut pb::Cluster, settings: Option<&LoadBalancerSettings>, ejecting: bool) {
     use pb::cluster::LbPolicy;
     let slow_start = settings.and_then(slow_start);
     if let Some(hash) = settings.and_then(|settings| settings.consistent_hash.as_ref()) {
@@ -237,7 +246,10 @@ fn load_balancer(cluster: &mut pb::Cluster, settings: Option<&LoadBalancerSettin
         }
     }
     let locality = settings.and_then(|settings| settings.locality_lb_setting.as_ref());
-    if locality.is_some_and(|locality| locality.enabled != Some(false))
+    let weighted = |locality: &serin_crds::istio::LocalityLbSetting| {
+        locality.enabled != Some(false) && (ejecting || !locality.distribute.is_empty())
+    };
+    if locality.is_some_and(weighted)
         && let Some(common) = &mut cluster.common_lb_config
     {
         common.locality_config_specifier = Some(
@@ -304,12 +316,10 @@ fn connection_pool(cluster: &mut pb::Cluster, pool: Option<&ConnectionPoolSettin
                 keepalive_time: whole(keepalive.time.as_ref()),
                 keepalive_interval: whole(keepalive.interval.as_ref()),
             };
-            if settings != core::TcpKeepalive::default() {
-                cluster.upstream_connection_options = Some(pb::UpstreamConnectionOptions {
-                    tcp_keepalive: Some(settings),
-                    ..Default::default()
-                });
-            }
+            cluster.upstream_connection_options = Some(pb::UpstreamConnectionOptions {
+                tcp_keepalive: Some(settings),
+                ..Default::default()
+            });
         }
     }
     cluster.circuit_breakers = Some(pb::CircuitBreakers {
@@ -342,12 +352,17 @@ fn retry_budget(cluster: &mut pb::Cluster, traffic: &TrafficPolicy) {
 }
 
 /// HTTP towards the endpoints: as the port says, as the policy says, or as the caller speaks where that is found out per connection.
-fn http_options(cluster: &mut pb::Cluster, port: &Port, pool: Option<&ConnectionPoolSettings>, side: Side) {
+fn http_options(
+    cluster: &mut pb::Cluster,
+    spoken: serin_model::Protocol,
+    pool: Option<&ConnectionPoolSettings>,
+    side: Side,
+) {
     use upstream::http_protocol_options::explicit_http_config::ProtocolConfig;
     use upstream::http_protocol_options::{
         ExplicitHttpConfig, UpstreamProtocolOptions, UseDownstreamHttpConfig,
     };
-    let auto = port.protocol == serin_model::Protocol::Auto;
+    let auto = spoken == serin_model::Protocol::Auto;
     let http = pool.and_then(|pool| pool.http.as_ref());
     let parsed = |value: Option<&serin_crds::istio::Duration>| {
         value.and_then(|value| value.parse().ok()).map(wire::duration)
@@ -372,7 +387,9 @@ fn http_options(cluster: &mut pb::Cluster, port: &Port, pool: Option<&Connection
             ..Default::default()
         });
     }
-    let upgrade = http.and_then(|http| http.h2_upgrade_policy) == Some(H2UpgradePolicy::Upgrade);
+    // Only what is HTTP for certain is upgraded.
+    let upgrade =
+        spoken.is_http() && http.and_then(|http| http.h2_upgrade_policy) == Some(H2UpgradePolicy::Upgrade);
     let as_caller = http.is_some_and(|http| http.use_client_protocol == Some(true));
     let protocol = if as_caller || (auto && side == Side::Sidecar && !upgrade) {
         UpstreamProtocolOptions::UseDownstreamProtocolConfig(UseDownstreamHttpConfig {
@@ -380,7 +397,7 @@ fn http_options(cluster: &mut pb::Cluster, port: &Port, pool: Option<&Connection
             http2_protocol_options: Some(http2),
             ..Default::default()
         })
-    } else if port.protocol.is_http2() || upgrade {
+    } else if spoken.is_http2() || upgrade {
         UpstreamProtocolOptions::ExplicitHttpConfig(ExplicitHttpConfig {
             protocol_config: Some(ProtocolConfig::Http2ProtocolOptions(http2)),
         })
@@ -545,10 +562,6 @@ pub(super) fn inbound(
     policy: Option<&HostPolicy>,
     service_port: u16,
 ) -> pb::Cluster {
-    use upstream::http_protocol_options::explicit_http_config::ProtocolConfig;
-    use upstream::http_protocol_options::{
-        ExplicitHttpConfig, UpstreamProtocolOptions, UseDownstreamHttpConfig,
-    };
     let mut cluster = base(&format!("inbound|{target}||"));
     cluster.cluster_discovery_type = Some(pb::cluster::ClusterDiscoveryType::Type(
         pb::cluster::DiscoveryType::OriginalDst as i32,
@@ -562,29 +575,17 @@ pub(super) fn inbound(
         .unwrap_or_default();
     connection_pool(&mut cluster, traffic.connection_pool.as_ref());
     retry_budget(&mut cluster, &traffic);
-    if protocol == serin_model::Protocol::Auto {
-        let as_caller = UseDownstreamHttpConfig {
-            http_protocol_options: Some(Default::default()),
-            http2_protocol_options: Some(Default::default()),
-            ..Default::default()
-        };
-        set_http_options(
-            &mut cluster,
-            None,
-            UpstreamProtocolOptions::UseDownstreamProtocolConfig(as_caller),
-        );
-    } else if protocol.is_http2() {
-        let http2 = ExplicitHttpConfig {
-            protocol_config: Some(ProtocolConfig::Http2ProtocolOptions(Default::default())),
-        };
-        set_http_options(
-            &mut cluster,
-            None,
-            UpstreamProtocolOptions::ExplicitHttpConfig(http2),
-        );
-    }
+    http_options(
+        &mut cluster,
+        protocol,
+        traffic.connection_pool.as_ref(),
+        Side::Sidecar,
+    );
     let mut fields = vec![("services", services(service))];
-    if let Some(origin) = policy.and_then(|policy| policy.provenance.first()) {
+    if let Some(origin) = policy
+        .filter(|policy| policy.policy.is_some())
+        .and_then(|policy| policy.provenance.first())
+    {
         fields.push(("config", wire::text(&wire::config_path(origin))));
     }
     cluster.metadata = Some(wire::metadata("istio", wire::structure(fields)));

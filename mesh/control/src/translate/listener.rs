@@ -56,6 +56,8 @@ pub(super) struct ConnectionLimits {
 pub(super) struct TcpChain {
     pub(super) matches: Option<pb::FilterChainMatch>,
     pub(super) destinations: Vec<Destination>,
+    /// The object that the chain was made from, if it was a rule.
+    pub(super) origin: Option<serin_model::Provenance>,
     /// What the policy of the first destination says about connections.
     pub(super) limits: ConnectionLimits,
     pub(super) name: String,
@@ -221,6 +223,12 @@ fn tcp_chain(chain: &TcpChain, timeout: bool) -> pb::FilterChain {
         filters: vec![tcp_proxy(chain)],
         transport_socket_connect_timeout: timeout.then(|| wire::seconds(TRANSPORT_TIMEOUT)),
         name: chain.name.clone(),
+        metadata: chain.origin.as_ref().map(|origin| {
+            wire::metadata(
+                "istio",
+                wire::structure([("config", wire::text(&wire::config_path(origin)))]),
+            )
+        }),
         ..Default::default()
     }
 }
@@ -239,6 +247,7 @@ pub(super) fn unknown(registry_only: bool, name: &str, matches: Option<pb::Filte
             weight: 1,
         }],
         limits: ConnectionLimits::default(),
+        origin: None,
         name: name.to_owned(),
     }
 }
@@ -363,6 +372,7 @@ pub(super) fn virtual_inbound(ports: &[InboundPort]) -> pb::Listener {
             weight: 1,
         }],
         limits: ConnectionLimits::default(),
+        origin: None,
         name: String::new(),
     };
     let mut chains = vec![pb::FilterChain {
@@ -446,6 +456,7 @@ fn inbound_chains(port: &InboundPort, chains: &mut Vec<pb::FilterChain>) {
                 weight: 1,
             }],
             limits: ConnectionLimits::default(),
+            origin: None,
             name: String::new(),
         })]
     };

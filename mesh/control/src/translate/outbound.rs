@@ -18,7 +18,7 @@ use super::view::{Built, Slot};
 use super::{endpoint, wire};
 
 /// Name of the virtual host that takes what no other takes.
-const ALLOW_ANY: &str = "allow_any";
+pub(super) const ALLOW_ANY: &str = "allow_any";
 const BLOCK_ALL: &str = "block_all";
 /// Direct responses up to this size are taken; Istio's limit.
 const DIRECT_RESPONSE_LIMIT: u32 = 1 << 20;
@@ -100,15 +100,31 @@ fn listen_addresses(service: &Service, port: &Port, model: &Model) -> Vec<String
     vec!["0.0.0.0".to_owned()]
 }
 
+/// The ports on which a host that rules name and no service has is served: those of the services that the same rules name, else 80.
+fn named_ports(rules: &RuleSet, model: &Model, client: &Client) -> BTreeSet<u16> {
+    let mut ports: BTreeSet<u16> = rules
+        .hosts
+        .iter()
+        .filter_map(|host| model.visible_service(host, client))
+        .flat_map(|service| &service.ports)
+        .filter(|port| port.protocol.is_http())
+        .map(|port| port.number)
+        .collect();
+    if ports.is_empty() {
+        ports.insert(NAMED_PORT);
+    }
+    ports
+}
+
 /// The slots of a host that rules name and no service has.
 pub(super) fn named_slots(pattern: &Arc<str>, model: &Model, client: &Client) -> BTreeSet<Slot> {
     let mut slots = BTreeSet::new();
-    if model
+    let Some(rules) = model
         .rules_named(pattern, client)
-        .is_none_or(|rules| rules.http.is_empty())
-    {
+        .filter(|rules| !rules.http.is_empty())
+    else {
         return slots;
-    }
+    };
     let taken = if host::is_wildcard(pattern) {
         model
             .visible_services(client)
@@ -117,7 +133,8 @@ pub(super) fn named_slots(pattern: &Arc<str>, model: &Model, client: &Client) ->
         model.visible_service(pattern, client).is_some()
     };
     if !taken {
-        slots.insert(Slot::VirtualHost(NAMED_PORT.to_string().into(), pattern.clone()));
+        let ports = named_ports(rules, model, client).into_iter();
+        slots.extend(ports.map(|port| Slot::VirtualHost(port.to_string().into(), pattern.clone())));
     }
     slots
 }
@@ -132,12 +149,6 @@ pub(super) fn owner_of_short_name(name: &str, client: &Client, model: &Model) ->
         .then(|| model.visible_service(&full, client))
         .flatten()
         .map(|service| service.host.clone())
-}
-
-/// Whether rules for connections (TCP, TLS) could change what is in the slot.
-pub(super) fn is_connection_listener(slot: &Slot) -> bool {
-    matches!(slot, Slot::Listener(name) if !name.starts_with("0.0.0.0_"))
-        || matches!(slot, Slot::Listener(name) if name.starts_with("0.0.0.0_"))
 }
 
 /// A route configuration; its hosts come on their own unless they are given.
@@ -224,7 +235,10 @@ pub(super) fn routes(
         if !is_for(&rule.audience, resolver.client, gateway, port) {
             continue;
         }
-        hosts.extend(rule.hosts().map(|backend| backend.host.clone()));
+        for backend in rule.hosts() {
+            hosts.insert(resolver.host(&backend.host));
+            hosts.insert(backend.host.clone());
+        }
         origins.insert(wire::origin(&rule.provenance));
         origins.extend(rule.also.iter().map(wire::origin));
         out.push(route::translate(rule, port, resolver));
@@ -395,12 +409,12 @@ impl Context<'_> {
     fn domains(&self, service: &Service, port: u16) -> Vec<String> {
         let domain = &self.model.config().domain;
         let claimed = |name: &String| {
-            port == NAMED_PORT
-                && **name != *service.host
+            **name != *service.host
                 && self
                     .model
                     .rules_named(name, self.client)
-                    .is_some_and(|rules| !rules.http.is_empty())
+                    .filter(|rules| !rules.http.is_empty())
+                    .is_some_and(|rules| named_ports(rules, self.model, self.client).contains(&port))
         };
         let mut domains = service.domains(&self.client.namespace, domain);
         domains.retain(|name| !claimed(name));
@@ -418,7 +432,8 @@ impl Context<'_> {
         }));
         if service.headless {
             // Callers may also name single Pods: `pod.service.namespace...`.
-            domains.push(format!("*.{}", service.host));
+            let pods: Vec<String> = domains.iter().map(|name| format!("*.{name}")).collect();
+            domains.extend(pods);
         }
         domains
     }
@@ -517,7 +532,11 @@ impl Context<'_> {
                 .iter()
                 .filter(|_| port.protocol.is_tls())
                 .map(|rule| (rule, true));
-            let tcp = rules.tcp.iter().map(|rule| (rule, false));
+            let tcp = rules
+                .tcp
+                .iter()
+                .filter(|_| !port.protocol.is_tls())
+                .map(|rule| (rule, false));
             'rules: for (rule, by_name) in tls.chain(tcp) {
                 let blocks: Vec<_> = rule
                     .matches
@@ -537,6 +556,7 @@ impl Context<'_> {
                         matches: None,
                         destinations: destinations(rule),
                         limits,
+                        origin: Some(rule.provenance.clone()),
                         name: String::new(),
                     });
                     catch_all = true;
@@ -565,6 +585,7 @@ impl Context<'_> {
                         matches: (!empty).then_some(matches),
                         destinations: destinations(rule),
                         limits,
+                        origin: Some(rule.provenance.clone()),
                         name: String::new(),
                     });
                     if empty {
@@ -582,6 +603,7 @@ impl Context<'_> {
                     weight: 1,
                 }],
                 limits,
+                origin: None,
                 name: String::new(),
             });
         }

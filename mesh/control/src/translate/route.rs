@@ -102,7 +102,7 @@ pub(super) fn default_route(cluster: &str, policy: Option<&TrafficPolicy>) -> pb
         cluster_specifier: Some(pb::route_action::ClusterSpecifier::Cluster(cluster.to_owned())),
         timeout: Some(wire::seconds(0)),
         max_grpc_timeout: Some(wire::seconds(0)),
-        retry_policy: retry_policy(&Retries::Default, policy),
+        retry_policy: retry_policy(&Retries::Default, None),
         ..Default::default()
     };
     action.hash_policy = policy.and_then(hash_policy).into_iter().collect();

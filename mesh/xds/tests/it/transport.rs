@@ -55,7 +55,9 @@ impl Source for OneView {
 
     fn observe(&self, _: ClientId, events: &[Event]) {
         if let Some(sender) = self.events.lock().as_ref() {
-            events.iter().for_each(|event| drop(sender.send(event.clone())));
+            for event in events {
+                let _ = sender.send(event.clone());
+            }
         }
     }
 
@@ -111,7 +113,7 @@ fn client(socket: &std::path::Path, cancel: &CancellationToken) -> (AdsClient, D
 async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
     match tokio::time::timeout(Duration::from_secs(20), future).await {
         Ok(value) => value,
-        Err(_) => panic!("timed out: {what}"),
+        Err(elapsed) => panic!("{what}: {elapsed}"),
     }
 }
 

@@ -218,10 +218,10 @@ pub(crate) fn update(write: &Write<'_>, live: Option<&Value>, new: &mut Value) {
 
 /// Give what changed between `before` and `after` to the writer.
 fn take_over(write: &Write<'_>, managers: &mut Managers, before: &Value, after: &Value) {
-    let change = typed::compare(write.schema, before, after);
+    let change = typed::compare(write.schema, before, after).without(&reset_set(write.reset));
     let touched = change.added.clone().union(&change.modified);
     yield_to(managers, None, &touched, &change);
-    let own = strip(&touched).recursive_difference(&reset_set(write.reset));
+    let own = strip(&touched);
     if !own.is_empty() {
         let id = ManagerId {
             operation: Operation::Update,
@@ -234,7 +234,8 @@ fn take_over(write: &Write<'_>, managers: &mut Managers, before: &Value, after: 
             time: None,
         });
         entry.set = std::mem::take(&mut entry.set).union(&own);
-        entry.time = Some(write.now.to_owned());
+        // Kubernetes writes no time for what goes through scale.
+        entry.time = (write.subresource != "scale").then(|| write.now.to_owned());
     }
     managers.retain(|_, o| !o.set.is_empty());
 }
@@ -298,6 +299,7 @@ pub(crate) fn apply(
     write: &Write<'_>,
     live: Option<&Value>,
     config: &Value,
+    as_sent: &Value,
     force: bool,
 ) -> Result<Value, ApplyError> {
     let before = live.map_or_else(|| write.zero.clone(), bare);
@@ -328,7 +330,7 @@ pub(crate) fn apply(
     }
     let (mut object, managers) = outcome?;
     if write.manager == KUBECTL && meta::annotation(&object, LAST_APPLIED).is_some() {
-        let mut applied = bare(config);
+        let mut applied = bare(as_sent);
         if let Some(annotations) = meta::metadata_mut(&mut applied)
             .get_mut("annotations")
             .and_then(Value::as_object_mut)
@@ -382,7 +384,7 @@ fn merge_config(
         Some(last) if !last.set.is_empty() => prune(write.schema, &merged, &managers, &last.set)?,
         _ => merged,
     };
-    let change = typed::compare(write.schema, before, &object);
+    let change = typed::compare(write.schema, before, &object).without(&reset_set(write.reset));
     let touched = change.added.clone().union(&change.modified);
     let mut conflicts = Vec::new();
     for (other, owned) in &managers {
@@ -507,8 +509,8 @@ mod tests {
         let schema = builtin("core.v1.ConfigMap");
         let zero = zero_value(&schema);
         let w = write(&schema, &zero, "m");
-        let one = apply(&w, None, &json!({"data": {"a": "1", "b": "2"}}), false).expect("applies");
-        let two = apply(&w, Some(&one), &json!({"data": {"b": "2"}}), false).expect("applies");
+        let one = apply(&w, None, &json!({"data": {"a": "1", "b": "2"}}), &Value::Null, false).expect("applies");
+        let two = apply(&w, Some(&one), &json!({"data": {"b": "2"}}), &Value::Null, false).expect("applies");
         assert_eq!(two["data"], json!({"b": "2"}));
     }
 
@@ -516,19 +518,14 @@ mod tests {
     fn a_field_of_another_applier_is_a_conflict_until_forced() {
         let schema = builtin("core.v1.ConfigMap");
         let zero = zero_value(&schema);
-        let one = apply(
-            &write(&schema, &zero, "m1"),
-            None,
-            &json!({"data": {"a": "1"}}),
-            false,
-        )
+        let one = apply(&write(&schema, &zero, "m1"), None, &json!({"data": {"a": "1"}}), &Value::Null, false)
         .expect("applies");
         let other = write(&schema, &zero, "m2");
-        match apply(&other, Some(&one), &json!({"data": {"a": "2"}}), false) {
+        match apply(&other, Some(&one), &json!({"data": {"a": "2"}}), &Value::Null, false) {
             Err(ApplyError::Conflicts(c)) => assert_eq!(c, [("\"m1\"".to_owned(), ".data.a".to_owned())]),
             wrong => panic!("expected a conflict, got {wrong:?}"),
         }
-        let two = apply(&other, Some(&one), &json!({"data": {"a": "2"}}), true).expect("forced");
+        let two = apply(&other, Some(&one), &json!({"data": {"a": "2"}}), &Value::Null, true).expect("forced");
         assert_eq!(two["metadata"]["managedFields"].as_array().map(Vec::len), Some(1));
         assert_eq!(two["metadata"]["managedFields"][0]["manager"], "m2");
     }
@@ -539,8 +536,8 @@ mod tests {
         let zero = zero_value(&schema);
         let w = write(&schema, &zero, "m");
         let config = json!({"spec": {"replicas": 1, "template": {"spec": {"containers": [{"name": "c", "image": "i"}]}}}});
-        let one = apply(&w, None, &config, false).expect("applies");
-        let two = apply(&w, Some(&one), &config, false).expect("applies");
+        let one = apply(&w, None, &config, &Value::Null, false).expect("applies");
+        let two = apply(&w, Some(&one), &config, &Value::Null, false).expect("applies");
         assert!(same_but_times(&one, &two));
     }
 
@@ -548,12 +545,7 @@ mod tests {
     fn an_update_takes_fields_from_their_owner() {
         let schema = builtin("core.v1.ConfigMap");
         let zero = zero_value(&schema);
-        let one = apply(
-            &write(&schema, &zero, "m1"),
-            None,
-            &json!({"data": {"a": "1", "b": "1"}}),
-            false,
-        )
+        let one = apply(&write(&schema, &zero, "m1"), None, &json!({"data": {"a": "1", "b": "1"}}), &Value::Null, false)
         .expect("applies");
         let mut two = one.clone();
         two["data"]["b"] = json!("5");

@@ -14,6 +14,15 @@ pub(crate) struct Comparison {
 }
 
 impl Comparison {
+    /// The same but for fields that the endpoint cannot change.
+    pub(crate) fn without(self, ignored: &FieldSet) -> Self {
+        Self {
+            added: self.added.recursive_difference(ignored),
+            modified: self.modified.recursive_difference(ignored),
+            removed: self.removed.recursive_difference(ignored),
+        }
+    }
+
     pub(crate) fn is_same(&self) -> bool {
         self.added.is_empty() && self.modified.is_empty() && self.removed.is_empty()
     }
@@ -76,7 +85,7 @@ pub(crate) fn item_step(
                 match members
                     .get(key)
                     .cloned()
-                    .or(default.filter(|d| !crate::schema::is_go_zero(d)))
+                    .or(default)
                 {
                     Some(value) => {
                         out.insert(key.to_owned(), value);

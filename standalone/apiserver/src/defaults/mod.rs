@@ -18,15 +18,17 @@ pub(crate) fn apply(kind: &Kind, object: &mut Value, live: Option<&Value>) {
     match (row.group, row.plural) {
         ("", "pods") => {
             pods::spec(meta::member_object(object, "spec"));
-            pods::created(object, live);
+            pods::scheme(object, live);
         }
         ("", "services") => services::apply(object),
-        ("", "namespaces") => namespace(object, live),
+        ("", "namespaces") => namespace(object),
         ("", "secrets") => secret(object),
         ("", "nodes") => {}
-        ("", "persistentvolumeclaims") => workloads::claim(object, live),
+        ("", "persistentvolumeclaims") => set(meta::member_object(object, "spec"), "volumeMode", json!("Filesystem")),
+        ("", "persistentvolumes") => workloads::volume(object),
+        ("", "limitranges") => workloads::limit_range(object),
         ("", "podtemplates") => pods::template(meta::member_object(object, "template")),
-        ("apps" | "batch", _) | ("", "replicationcontrollers") => workloads::apply(row.plural, object, live),
+        ("apps" | "batch", _) | ("", "replicationcontrollers") => workloads::apply(row.plural, object),
         ("networking.k8s.io", "networkpolicies") => workloads::network_policy(object),
         ("rbac.authorization.k8s.io", "rolebindings" | "clusterrolebindings") => {
             workloads::role_binding(object)
@@ -49,10 +51,22 @@ pub(crate) fn apply(kind: &Kind, object: &mut Value, live: Option<&Value>) {
         ("autoscaling", _) => workloads::autoscaler(object),
         ("apiextensions.k8s.io", _) => {
             crate::crd::definition::default(object);
-            if live.is_none() {
-                crate::crd::definition::initial_status(object);
-            }
         }
+        _ => {}
+    }
+}
+
+/// What the built-in admission plug-ins and the strategy of a kind add: owned by nobody.
+pub(crate) fn admit(kind: &Kind, object: &mut Value, live: Option<&Value>) {
+    let Some(row) = kind.row() else { return };
+    match (row.group, row.plural) {
+        ("", "pods") => pods::created(object, live),
+        ("", "namespaces") => namespace_created(object, live),
+        ("", "persistentvolumeclaims") => workloads::protected(object, live, "kubernetes.io/pvc-protection"),
+        ("", "persistentvolumes") => workloads::protected(object, live, "kubernetes.io/pv-protection"),
+        ("batch", "jobs") => workloads::job_created(object, live),
+        ("apps", "replicasets" | "statefulsets") | ("", "replicationcontrollers") => workloads::counters(row.plural, object, live),
+        ("apiextensions.k8s.io", _) if live.is_none() => crate::crd::definition::initial_status(object),
         _ => {}
     }
 }
@@ -77,7 +91,7 @@ pub(crate) fn set(map: &mut Map<String, Value>, key: &str, value: Value) {
     }
 }
 
-fn namespace(object: &mut Value, live: Option<&Value>) {
+fn namespace(object: &mut Value) {
     let name = meta::name(object).to_owned();
     if !name.is_empty() {
         let labels = meta::metadata_mut(object)
@@ -85,6 +99,9 @@ fn namespace(object: &mut Value, live: Option<&Value>) {
             .or_insert_with(|| json!({}));
         meta::as_object_mut(labels).insert("kubernetes.io/metadata.name".into(), json!(name));
     }
+}
+
+fn namespace_created(object: &mut Value, live: Option<&Value>) {
     if live.is_none() {
         let spec = meta::member_object(object, "spec");
         let finalizers = spec.entry("finalizers").or_insert_with(|| json!([]));

@@ -29,7 +29,6 @@ pub(crate) fn spec(spec: &mut Map<String, Value>) {
         spec.insert("serviceAccountName".into(), json!(account));
         spec.insert("serviceAccount".into(), json!(account));
     }
-    let host_network = spec.get("hostNetwork") == Some(&Value::Bool(true));
     for list in ["containers", "initContainers", "ephemeralContainers"] {
         for c in spec
             .get_mut(list)
@@ -37,7 +36,7 @@ pub(crate) fn spec(spec: &mut Map<String, Value>) {
             .into_iter()
             .flatten()
         {
-            container(meta::as_object_mut(c), host_network);
+            container(meta::as_object_mut(c));
         }
     }
     for v in spec
@@ -50,7 +49,7 @@ pub(crate) fn spec(spec: &mut Map<String, Value>) {
     }
 }
 
-fn container(c: &mut Map<String, Value>, host_network: bool) {
+fn container(c: &mut Map<String, Value>) {
     set(c, "resources", json!({}));
     set(c, "terminationMessagePath", json!("/dev/termination-log"));
     set(c, "terminationMessagePolicy", json!("File"));
@@ -75,11 +74,6 @@ fn container(c: &mut Map<String, Value>, host_network: bool) {
     {
         let port = meta::as_object_mut(port);
         set(port, "protocol", json!("TCP"));
-        if host_network {
-            if let Some(number) = port.get("containerPort").cloned() {
-                set(port, "hostPort", number);
-            }
-        }
     }
     for name in ["livenessProbe", "readinessProbe", "startupProbe"] {
         if let Some(probe) = c.get_mut(name).and_then(Value::as_object_mut) {
@@ -114,15 +108,6 @@ fn container(c: &mut Map<String, Value>, host_network: bool) {
             }
             if let Some(field) = from.get_mut("resourceFieldRef").and_then(Value::as_object_mut) {
                 set(field, "divisor", json!("0"));
-            }
-        }
-    }
-    // A limit without a request is the request.
-    if let Some(resources) = c.get_mut("resources").and_then(Value::as_object_mut) {
-        if let Some(limits) = resources.get("limits").and_then(Value::as_object).cloned() {
-            let requests = meta::as_object_mut(resources.entry("requests").or_insert_with(|| json!({})));
-            for (name, value) in limits {
-                requests.entry(name).or_insert(value);
             }
         }
     }
@@ -196,13 +181,41 @@ fn field_source(item: &mut Value) {
     }
 }
 
+/// Defaults that a pod has and a template has not.
+pub(crate) fn scheme(pod: &mut Value, _live: Option<&Value>) {
+    let spec = meta::member_object(pod, "spec");
+    set(spec, "enableServiceLinks", json!(true));
+    let host_network = spec.get("hostNetwork") == Some(&Value::Bool(true));
+    for list in ["containers", "initContainers"] {
+        for c in spec.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten() {
+            let c = meta::as_object_mut(c);
+            if host_network {
+                for port in c.get_mut("ports").and_then(Value::as_array_mut).into_iter().flatten() {
+                    let port = meta::as_object_mut(port);
+                    if let Some(number) = port.get("containerPort").cloned() {
+                        set(port, "hostPort", number);
+                    }
+                }
+            }
+            // A limit without a request is the request.
+            if let Some(resources) = c.get_mut("resources").and_then(Value::as_object_mut) {
+                if let Some(limits) = resources.get("limits").and_then(Value::as_object).cloned() {
+                    let requests = meta::as_object_mut(resources.entry("requests").or_insert_with(|| json!({})));
+                    for (name, value) in limits {
+                        requests.entry(name).or_insert(value);
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// What admission and the strategy give a pod itself.
 pub(crate) fn created(pod: &mut Value, live: Option<&Value>) {
     if live.is_some() {
         return;
     }
     let spec = meta::member_object(pod, "spec");
-    set(spec, "enableServiceLinks", json!(true));
     set(spec, "priority", json!(0));
     set(spec, "preemptionPolicy", json!("PreemptLowerPriority"));
     if !spec.contains_key("serviceAccountName") {

@@ -39,7 +39,7 @@ pub(crate) struct Document {
 }
 
 const ACCEPTED: &str =
-    "application/json, application/yaml, application/vnd.kubernetes.protobuf, application/cbor";
+    "application/json, application/yaml, application/vnd.kubernetes.protobuf";
 
 /// Decode a whole object of a POST or PUT.
 pub(crate) fn decode(call: &Call, bytes: &Bytes) -> ApiResult<Document> {

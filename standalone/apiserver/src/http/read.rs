@@ -12,7 +12,7 @@ use super::respond;
 use crate::error::{ApiError, ApiResult, Cause, Details};
 use crate::hub::Hub;
 use crate::selector::{FieldSelector, LabelSelector};
-use crate::store::Stored;
+use crate::store::{Stored, TypeHead};
 use crate::{table, versions};
 
 /// How long a read of a version in the future waits for it, as Kubernetes does.
@@ -34,10 +34,7 @@ impl Selection {
             FieldSelector::parse(call.query.text("fieldSelector")).map_err(ApiError::bad_request)?;
         for term in &fields.0 {
             if !crate::kinds::selectable(&target.kind, target.version(), &term.path) {
-                return Err(ApiError::bad_request(format!(
-                    "field label not supported: {}",
-                    term.path
-                )));
+                return Err(ApiError::bad_request(unknown_field(&target.kind, &term.path)));
             }
         }
         if !target.name.is_empty() {
@@ -69,6 +66,19 @@ impl Selection {
     }
 }
 
+/// Kinds with selectable fields of their own have their own wording.
+fn unknown_field(kind: &crate::kinds::Kind, path: &str) -> String {
+    let own = matches!(
+        (&*kind.group, &*kind.plural),
+        ("", "pods" | "nodes" | "namespaces" | "secrets" | "services" | "replicationcontrollers" | "events") | ("batch", "jobs") | ("events.k8s.io", _)
+    );
+    if own || kind.is_custom() {
+        return format!("field label not supported: {path}");
+    }
+    let namespace = if kind.namespaced { ", \"metadata.namespace\"" } else { "" };
+    format!("{path:?} is not a known field selector: only \"metadata.name\"{namespace}")
+}
+
 pub(crate) async fn get(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
     let accepted = accept::negotiate(call.header("accept"))?;
     let target = &call.target;
@@ -89,14 +99,11 @@ pub(crate) async fn get(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
     let warnings = warnings(call);
     if accepted.form == Form::Object
         && !accepted.yaml
-        && versions::is_stored_form(&target.kind, target.version())
+        && versions::is_stored_form(&target.kind)
     {
-        return Ok(respond::bytes(
-            200,
-            stored.json().clone(),
-            "application/json",
-            &warnings,
-        ));
+        let mut out = Vec::with_capacity(stored.bare().len() + 64);
+        stored.write(&TypeHead::new(&target.kind.kind, &target.api_version()), &mut out);
+        return Ok(respond::bytes(200, out.into(), "application/json", &warnings));
     }
     let object = versions::from_hub(&target.kind, target.version(), &stored.value);
     let now = hub.clock.now();
@@ -141,7 +148,7 @@ async fn await_version(hub: &Hub, _resource: &str, wanted: u64) -> ApiResult<()>
     let mut error = ApiError::new(
         504,
         "Timeout",
-        format!("Too large resource version: {wanted}, current: {current}"),
+        format!("Timeout: Too large resource version: {wanted}, current: {current}"),
     );
     error.details = Some(Details {
         causes: vec![Cause {
@@ -168,7 +175,7 @@ fn encode_continue(rv: u64, after: &str, prefix: &str) -> String {
 }
 
 fn decode_continue(token: &str, prefix: &str) -> ApiResult<Continue> {
-    let invalid = |why: &str| ApiError::bad_request(format!("continue key is not valid: {why}"));
+    let invalid = |why: &str| ApiError::bad_request(format!("invalid continue token: continue key is not valid: {why}"));
     let bytes = base64::engine::general_purpose::URL_SAFE_NO_PAD
         .decode(token)
         .map_err(|e| invalid(&e.to_string()))?;
@@ -258,7 +265,7 @@ pub(crate) async fn list(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
     let warnings = warnings(call);
     let version = target.version();
     match accepted.form {
-        Form::Object if !accepted.yaml && versions::is_stored_form(&target.kind, version) => {
+        Form::Object if !accepted.yaml && versions::is_stored_form(&target.kind) => {
             Ok(respond::bytes(
                 200,
                 encode_list(call, &metadata, &page.items),
@@ -283,8 +290,9 @@ pub(crate) async fn list(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
             let items: Vec<Value> = page
                 .items
                 .iter()
-                .map(|o| json!({"metadata": o.value.get("metadata")}))
+                .map(|o| respond::partial(&o.value))
                 .collect();
+            let items = if items.is_empty() { Value::Null } else { Value::Array(items) };
             let list = json!({"kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": metadata, "items": items});
             Ok(respond::value(200, &list, accepted, &warnings))
         }
@@ -337,19 +345,28 @@ fn strip_type(object: &mut Value, call: &Call) {
 
 /// Write the list from the encoded objects, without cloning any.
 fn encode_list(call: &Call, metadata: &Value, items: &[std::sync::Arc<Stored>]) -> Bytes {
-    let total: usize = items.iter().map(|o| o.json().len() + 1).sum();
+    let total: usize = items.iter().map(|o| o.bare().len() + 80).sum();
     let mut out = BytesMut::with_capacity(total + 256);
-    let head = format!(
+    // Items of built-in lists come without their own type.
+    let head = call
+        .target
+        .kind
+        .is_custom()
+        .then(|| TypeHead::new(&call.target.kind.kind, &call.target.api_version()));
+    let start = format!(
         "{{\"kind\":{},\"apiVersion\":{},\"metadata\":{metadata},\"items\":[",
         json!(call.target.kind.list_kind),
         json!(call.target.api_version())
     );
-    out.put_slice(head.as_bytes());
+    out.put_slice(start.as_bytes());
     for (i, object) in items.iter().enumerate() {
         if i > 0 {
             out.put_u8(b',');
         }
-        out.put_slice(object.json());
+        match &head {
+            Some(head) => object.write(head, &mut out),
+            None => out.put_slice(object.bare()),
+        }
     }
     out.put_slice(b"]}");
     out.freeze()
@@ -375,7 +392,7 @@ pub(crate) fn check_list_options(call: &Call) -> ApiResult<()> {
         ))
         .tap_message(|e| {
             e.message =
-                format!("invalid resource version {rv:?}: strconv.ParseUint: parsing {rv:?}: invalid syntax");
+                format!("invalid resource version: resourceVersion: Invalid value: {rv:?}: strconv.ParseUint: parsing {rv:?}: invalid syntax");
         }));
     }
     if q.get("sendInitialEvents").is_some() {

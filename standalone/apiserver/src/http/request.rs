@@ -47,6 +47,9 @@ impl Target {
             [plural, name, sub] => ("", *plural, *name, *sub),
             _ => return Err(ApiError::no_such_path()),
         };
+        if !registry.has_group_version(group, version) {
+            return Err(ApiError::page_not_found());
+        }
         let kind = registry.get(group, plural).ok_or_else(ApiError::no_such_path)?;
         let v = kind.version(version).ok_or_else(ApiError::no_such_path)?;
         // A cluster-scoped kind has no path below a namespace; a namespaced object has none without.

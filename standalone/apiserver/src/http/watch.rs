@@ -22,7 +22,7 @@ use super::request::Call;
 use super::respond;
 use crate::error::{ApiError, ApiResult, FieldError};
 use crate::hub::Hub;
-use crate::store::{Change, Event, Stored};
+use crate::store::{Change, Event, Stored, TypeHead};
 use crate::{table, versions};
 
 /// Time between bookmarks to a client that asked for them.
@@ -50,6 +50,7 @@ struct Watch {
     deadline: std::pin::Pin<Box<Sleep>>,
     next_bookmark: std::pin::Pin<Box<Sleep>>,
     ended: bool,
+    head: TypeHead,
 }
 
 impl Drop for Watch {
@@ -160,6 +161,7 @@ pub(crate) async fn serve(hub: Arc<Hub>, call: Call) -> ApiResult<Response<Body>
         deadline: Box::pin(tokio::time::sleep(timeout)),
         next_bookmark: Box::pin(tokio::time::sleep(BOOKMARK_EVERY)),
         ended: false,
+        head: TypeHead::new(&call.target.kind.kind, &call.target.api_version()),
         call,
     };
     let first = if expired {
@@ -296,14 +298,13 @@ impl Watch {
         let version = target.version();
         if self.accepted.form == Form::Object
             && !self.accepted.yaml
-            && versions::is_stored_form(&target.kind, version)
+            && versions::is_stored_form(&target.kind)
         {
-            let json = object.json();
-            out.reserve(json.len() + 40);
+            out.reserve(object.bare().len() + 120);
             out.put_slice(b"{\"type\":\"");
             out.put_slice(kind.as_bytes());
             out.put_slice(b"\",\"object\":");
-            out.put_slice(json);
+            object.write(&self.head, out);
             out.put_slice(b"}\n");
             return;
         }

@@ -233,11 +233,8 @@ pub(crate) async fn run(hub: &Hub, call: &Call, change: Change) -> ApiResult<Out
                 {
                     Ok(event) => {
                         after_removal(hub, kind, &event.object.value);
-                        return Ok(Outcome {
-                            object: versions::from_hub(kind, target.version(), &event.object.value),
-                            created: false,
-                            warnings,
-                        });
+                        // The answer is the object as it would have been written, under its last version.
+                        return Ok(Outcome { object, created: false, warnings });
                     }
                     Err(CommitError::Storage(text)) => return Err(Hub::storage_error(&text)),
                     Err(CommitError::Lost(_)) => continue,
@@ -375,6 +372,11 @@ async fn compute(
     } else {
         Operation::Create
     };
+    defaults::apply(kind, &mut object, live.as_ref());
+    // Owned is what the client sent and the type's own defaults; what follows is the server's.
+    if !applied {
+        managers::update(&write, live.as_ref(), &mut object);
+    }
     match &live {
         None => {
             namespace_is_open(hub, call, name)?;
@@ -382,7 +384,7 @@ async fn compute(
         }
         Some(live) => strategy::prepare_update(kind, version, &target.subresource, &mut object, live),
     }
-    defaults::apply(kind, &mut object, live.as_ref());
+    defaults::admit(kind, &mut object, live.as_ref());
     if let Some(admission) = hub
         .admission
         .as_ref()
@@ -417,8 +419,8 @@ async fn compute(
     }
     defaults::resolve(hub, kind, &mut object, live.as_ref())
         .map_err(|errors| ApiError::invalid(&kind.group, &kind.kind, name, &errors))?;
-    if !applied {
-        managers::update(&write, live.as_ref(), &mut object);
+    if !kind.is_custom() {
+        crate::schema::conform::empty_required_to_null(&version.schema, &mut object);
     }
     if let Some(live) = &live {
         strategy::bump_generation(kind, version, &mut object, live);
@@ -556,6 +558,7 @@ fn applied(
     if live.is_none() && !target.subresource.is_empty() {
         return Err(target.not_found());
     }
+    let as_sent = &config.value;
     let mut value = config.value.clone();
     let text = |v: &Value, key: &str| v.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
     let (api_version, given_kind) = (text(&value, "apiVersion"), text(&value, "kind"));
@@ -580,7 +583,13 @@ fn applied(
         return Err(ApiError::bad_request("metadata.managedFields must be nil"));
     }
     let name = meta::name(&value).to_owned();
-    if !name.is_empty() && name != target.name {
+    if name.is_empty() {
+        return Err(ApiError::bad_request(format!(
+            "the name of the object ({} based on URL) was undeterminable: name must be provided",
+            target.name
+        )));
+    }
+    if name != target.name {
         return Err(ApiError::bad_request(format!(
             "the name of the object ({name}) does not match the name on the URL ({})",
             target.name
@@ -597,13 +606,11 @@ fn applied(
     if !kind.is_custom() {
         let (_, report) = crate::schema::conform::conform(write.schema, value.clone());
         if let Some(unknown) = report.unknown.first() {
-            return Err(typed_error(
-                call,
-                &format!(".{unknown}: field not declared in schema"),
+            return Err(typed_error(call, as_sent, &format!(".{unknown}: field not declared in schema"),
             ));
         }
         if let Some(error) = report.error {
-            return Err(typed_error(call, &error));
+            return Err(typed_error(call, as_sent, &error));
         }
     } else {
         let document = Document {
@@ -614,16 +621,14 @@ fn applied(
         let mut pruned = document.value;
         crate::crd::prune::prune(write.schema, &mut pruned, &mut unknown);
         if let Some(unknown) = unknown.first() {
-            return Err(typed_error(
-                call,
-                &format!(".{unknown}: field not declared in schema"),
+            return Err(typed_error(call, as_sent, &format!(".{unknown}: field not declared in schema"),
             ));
         }
         value = pruned;
     }
-    let object = managers::apply(write, live, &value, force).map_err(|error| match error {
+    let object = managers::apply(write, live, &value, as_sent, force).map_err(|error| match error {
         ApplyError::Conflicts(conflicts) => conflict_error(&conflicts),
-        ApplyError::Typed(text) => typed_error(call, &text),
+        ApplyError::Typed(text) => typed_error(call, as_sent, &text),
         ApplyError::BadLive(text) => {
             ApiError::plain_internal(format!("failed to create typed live object: {text}"))
         }
@@ -641,12 +646,12 @@ fn applied(
     Ok(fitted)
 }
 
-fn typed_error(call: &Call, text: &str) -> ApiError {
+fn typed_error(call: &Call, sent: &Value, text: &str) -> ApiError {
     let target = &call.target;
     ApiError::plain_internal(format!(
         "failed to create typed patch object ({}/{}; {}, Kind={}): {text}",
-        target.namespace,
-        target.name,
+        meta::namespace(sent),
+        meta::name(sent),
         target.api_version(),
         target.kind.kind
     ))

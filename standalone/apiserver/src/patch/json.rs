@@ -59,7 +59,8 @@ fn step(target: &mut Value, operation: &Value) -> Result<(), Failure> {
                     *slot = value();
                     Ok(())
                 }
-                None => Err(absent(op, path)),
+                // evanphx/json-patch in Kubernetes' configuration: replacing an absent member adds it.
+                None => add(target, path, value(), op),
             }
         }
         "move" => {

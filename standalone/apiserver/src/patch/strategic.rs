@@ -183,7 +183,11 @@ fn merge_list(
     }
     match order {
         Some(order) => reorder(merged, &before, order, patch, field),
-        None => Ok(merged),
+        // Without an explicit order the patch itself is one.
+        None => {
+            let own: Vec<Value> = patch.iter().filter(|i| i.get(PATCH).is_none()).cloned().collect();
+            reorder(merged, &before, &Value::Array(own), &[], field)
+        }
     }
 }
 

@@ -1,3 +1,4 @@
 //! The server seen from outside: through kube-rs, through kubectl, and against recorded transcripts of a real kube-apiserver.
 
 mod client;
+mod transcripts;
