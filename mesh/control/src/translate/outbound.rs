@@ -487,6 +487,8 @@ impl Context<'_> {
         };
         let message = if claimed.protocol.is_http() {
             listener::http(address, port, &port.to_string(), self.registry_only())
+        } else if address == "0.0.0.0" && claimed.protocol.is_tls() && service.addresses.is_empty() {
+            self.by_name(port, &claims, &mut built)
         } else {
             let (chains, sni) = self.tcp_chains(service, claimed, &mut built);
             match (claimed.protocol, chains.split_last()) {
@@ -498,6 +500,41 @@ impl Context<'_> {
         };
         built.push(ResourceType::Listener, name, &message);
         built
+    }
+
+    /// TLS services without an address of their own: the server name decides, and what names none of them is unknown.
+    fn by_name(
+        &self,
+        port: u16,
+        claims: &[(&Arc<Service>, &Port)],
+        built: &mut Built,
+    ) -> listener_pb::Listener {
+        let mut chains: Vec<TcpChain> = Vec::new();
+        for (service, claimed) in claims {
+            if !claimed.protocol.is_tls() {
+                continue;
+            }
+            let (made, _) = self.tcp_chains(service, claimed, built);
+            for mut chain in made {
+                chain.matches.get_or_insert_default();
+                if let Some(matches) = chain
+                    .matches
+                    .as_mut()
+                    .filter(|matches| matches.server_names.is_empty())
+                {
+                    matches.server_names = vec![service.host.to_string()];
+                }
+                if !chains.iter().any(|known| known.matches == chain.matches) {
+                    chains.push(chain);
+                }
+            }
+        }
+        chains.push(listener::unknown(
+            self.registry_only(),
+            "PassthroughFilterChain",
+            None,
+        ));
+        listener::tcp("0.0.0.0", port, &chains, true)
     }
 
     fn limits(&self, service: &Service, port: &Port) -> listener::ConnectionLimits {
@@ -585,7 +622,7 @@ impl Context<'_> {
                         matches: (!empty).then_some(matches),
                         destinations: destinations(rule),
                         limits,
-                        origin: Some(rule.provenance.clone()),
+                        origin: (empty || by_name).then(|| rule.provenance.clone()),
                         name: String::new(),
                     });
                     if empty {
@@ -595,7 +632,8 @@ impl Context<'_> {
                 }
             }
         }
-        if !catch_all {
+        // TLS rules take the port over: a server name that none of them has is not this service's.
+        if !catch_all && !sni {
             chains.push(TcpChain {
                 matches: None,
                 destinations: vec![Destination {

@@ -349,7 +349,7 @@ fn tcp_chains(ctx: &Context<'_>, opened: &Opened, built: &mut Built) -> Vec<list
                         matches: None,
                         destinations: destinations(rule, &resolver, opened.server_port),
                         limits: listener::ConnectionLimits::default(),
-                        origin: Some(rule.provenance.clone()),
+                        origin: None,
                         name: String::new(),
                     }];
                 }
