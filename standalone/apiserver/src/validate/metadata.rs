@@ -65,7 +65,7 @@ pub(crate) fn check(kind: &Kind, object: &Value, live: Option<&Value>) -> Vec<Fi
             && names::qualified_name_errors(finalizer).is_empty()
             && !kind.is_custom()
             // The rule is that of Kubernetes' own kinds; definitions carry `customresourcecleanup.apiextensions.k8s.io`.
-            && kind.group != "apiextensions.k8s.io"
+            && &*kind.group != "apiextensions.k8s.io"
         {
             errors.push(FieldError::invalid(
                 format!("metadata.finalizers[{i}]"),
