@@ -114,6 +114,7 @@ fn job(object: &mut Value) {
     set(spec, "backoffLimit", json!(6));
     set(spec, "completionMode", json!("NonIndexed"));
     set(spec, "suspend", json!(false));
+    set(spec, "manualSelector", json!(false));
     set(
         spec,
         "podReplacementPolicy",

@@ -46,8 +46,8 @@ pub(crate) fn decode(call: &Call, bytes: &Bytes) -> ApiResult<Document> {
     let content_type = call.header("content-type");
     let media = content_type.split(';').next().unwrap_or_default().trim();
     match media {
-        "" | "application/json" | "*/*" => json_document(bytes),
-        "application/yaml" => yaml_document(bytes),
+        "" | "application/json" | "*/*" => whole(call, json_document(bytes)),
+        "application/yaml" => whole(call, yaml_document(bytes)),
         "application/vnd.kubernetes.protobuf" => {
             let value = crate::protobuf::decode(bytes, &call.target.kind.kind).map_err(|unsupported| {
                 ApiError::unsupported_media_type(format!(
@@ -70,17 +70,59 @@ pub(crate) fn decode(call: &Call, bytes: &Bytes) -> ApiResult<Document> {
     }
 }
 
+/// A whole object: it has to be one, or null, which is an empty one.
+fn whole(call: &Call, document: ApiResult<Document>) -> ApiResult<Document> {
+    let prefix = format!("the object provided is unrecognized (must be of type {}): ", call.target.kind.kind);
+    let mut document = document.map_err(|mut e| {
+        e.message = format!("{prefix}{}", e.message);
+        e
+    })?;
+    let kind = match &document.value {
+        Value::Object(map) => {
+            let typed = ["apiVersion", "kind"].iter().all(|k| map.get(*k).is_none_or(|v| v.is_string() || v.is_null()));
+            if typed {
+                return Ok(document);
+            }
+            "number"
+        }
+        Value::Null => {
+            document.value = Value::Object(serde_json::Map::new());
+            return Ok(document);
+        }
+        Value::Array(_) => "array",
+        Value::String(_) => "string",
+        Value::Number(_) => "number",
+        Value::Bool(_) => "bool",
+    };
+    Err(ApiError::bad_request(format!(
+        "{prefix}couldn't get version/kind; json parse error: json: cannot unmarshal {kind} into Go value of type struct {{ APIVersion string \"json:\\\"apiVersion,omitempty\\\"\"; Kind string \"json:\\\"kind,omitempty\\\"\" }}"
+    )))
+}
+
 pub(crate) fn json_document(bytes: &[u8]) -> ApiResult<Document> {
-    let decoded = reader::decode(bytes)
-        .map_err(|e| ApiError::bad_request(format!("couldn't get version/kind; json parse error: {e}")))?;
+    let decoded = reader::decode(bytes).map_err(|e| {
+        let text = if e.is_eof() { "unexpected end of JSON input".to_owned() } else { e.to_string() };
+        ApiError::bad_request(format!("couldn't get version/kind; json parse error: {text} ({})", shown(bytes)))
+    })?;
     Ok(Document {
         value: decoded.value,
-        remarks: decoded
-            .duplicates
-            .iter()
-            .map(|d| format!("duplicate field {d:?}"))
-            .collect(),
+        remarks: decoded.duplicates.iter().map(|d| format!("duplicate field {d:?}")).collect(),
     })
+}
+
+/// The beginning of a body as Kubernetes quotes it: text for what looks like JSON, hexadecimal otherwise.
+fn shown(bytes: &[u8]) -> String {
+    const LENGTH: usize = 30;
+    if bytes.is_empty() {
+        return "<empty>".to_owned();
+    }
+    let head = bytes.get(..LENGTH.min(bytes.len())).unwrap_or_default();
+    let more = if bytes.len() > LENGTH { " ..." } else { "" };
+    if bytes.starts_with(b"{") {
+        format!("{}{more}", String::from_utf8_lossy(head))
+    } else {
+        format!("{}{more}", head.iter().map(|b| format!("{b:02x}")).collect::<String>())
+    }
 }
 
 pub(crate) fn yaml_document(bytes: &[u8]) -> ApiResult<Document> {
@@ -115,6 +157,9 @@ pub(crate) fn fit(call: &Call, document: Document, how: Fit) -> ApiResult<(Value
     } else {
         let (conformed, report) = conform::conform(&version.schema, value);
         if let Some(error) = report.error {
+            if how == Fit::Patched {
+                return Err(patched_error(call, &error));
+            }
             return Err(ApiError::bad_request(format!(
                 "{} in version {:?} cannot be handled as a {}: {error}",
                 kind.kind, &*call.target.version, kind.kind
@@ -135,25 +180,19 @@ pub(crate) fn fit(call: &Call, document: Document, how: Fit) -> ApiResult<(Value
                         "{} in version {:?} cannot be handled as a {}: strict decoding error: {list}",
                         kind.kind, &*call.target.version, kind.kind
                     )),
-                    Fit::Patched => {
-                        let error = crate::error::FieldError::invalid(
-                            "patch",
-                            &Value::String(String::new()),
-                            format!("strict decoding error: {list}"),
-                        );
-                        let mut invalid = ApiError::invalid(&kind.group, &kind.kind, &call.target.name, &[]);
-                        let _ = error;
-                        invalid.code = 422;
-                        invalid.message = format!(
-                            " \"\" is invalid: patch: Invalid value: \"\": strict decoding error: {list}"
-                        );
-                        invalid
-                    }
+                    Fit::Patched => patched_error(call, &format!("strict decoding error: {list}")),
                 });
             }
         }
     }
     Ok((value, warnings))
+}
+
+/// A patch whose outcome does not fit the type.
+fn patched_error(call: &Call, text: &str) -> ApiError {
+    let kind = &call.target.kind;
+    let error = crate::error::FieldError::invalid("patch", &Value::String(String::new()), text);
+    ApiError::invalid(&kind.group, &kind.kind, &call.target.name, &[error])
 }
 
 /// Where a document came from, which decides how a strict failure is worded.

@@ -86,7 +86,7 @@ pub(crate) async fn get(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
     if !rv.is_empty() && rv != "0" {
         let wanted: u64 = rv.parse().map_err(|_| {
             let mut error = ApiError::plain_internal(format!(
-                "Invalid value: {rv:?}: strconv.ParseUint: parsing {rv:?}: invalid syntax"
+                "resourceVersion: Invalid value: {rv:?}: strconv.ParseUint: parsing {rv:?}: invalid syntax"
             ));
             error.code = 500;
             error
@@ -379,6 +379,12 @@ pub(crate) fn check_list_options(call: &Call) -> ApiResult<()> {
     let rv = q.text("resourceVersion");
     let matching = q.text("resourceVersionMatch");
     let mut errors = Vec::new();
+    for field in ["timeoutSeconds"] {
+        let text = q.text(field);
+        if !text.is_empty() && text.parse::<i64>().is_err() {
+            return Err(ApiError::bad_request(format!("strconv.ParseInt: parsing {text:?}: invalid syntax")));
+        }
+    }
     if let Some(limit) = q.get("limit") {
         if !limit.is_empty() && limit.parse::<i64>().is_err() {
             return Err(ApiError::bad_request(format!(

@@ -135,19 +135,21 @@ pub(crate) fn read_patch(call: &Call, media: &str, bytes: Bytes) -> ApiResult<Ch
             } else {
                 PATCH_TYPES_BUILTIN
             };
-            Err(ApiError::unsupported_media_type(format!(
+            let mut error = ApiError::unsupported_media_type(format!(
                 "the body of the request was in an unknown format - accepted media types include: {types}"
-            )))
+            ));
+            error.details = Some(crate::error::Details::default());
+            Err(error)
         }
     }
 }
 
 fn bad_patch_json(bytes: &Bytes) -> ApiError {
-    let text = String::from_utf8_lossy(bytes);
-    ApiError::bad_request(format!(
-        "error decoding patch: invalid JSON: {}",
-        text.chars().take(80).collect::<String>()
-    ))
+    match crate::schema::json::decode(bytes) {
+        Err(error) if error.is_eof() => ApiError::bad_request("error decoding patch: unexpected end of JSON input"),
+        Err(error) => ApiError::bad_request(format!("error decoding patch: {error}")),
+        Ok(_) => ApiError::bad_request("error decoding patch"),
+    }
 }
 
 /// The object as it now is, in the version of the call.
@@ -228,7 +230,11 @@ pub(crate) async fn run(hub: &Hub, call: &Call, change: Change) -> ApiResult<Out
                     });
                 }
                 match hub
-                    .remove(&kind.resource, &key, versions::to_hub(kind, object.clone()), rv)
+                    .remove(&kind.resource, &key, {
+                        // Watchers see the object as it was stored last.
+                        current.as_ref().map_or(Value::Null, |c| c.value.clone())
+                    },
+                    rv)
                     .await
                 {
                     Ok(event) => {
@@ -294,6 +300,11 @@ fn name_new(hub: &Hub, call: &Call, value: &mut Value) -> ApiResult<String> {
         *value = json!({});
     }
     check_namespace(call, value)?;
+    if value.get("metadata").is_some_and(|m| !m.is_object() && !m.is_null()) || value.get("metadata").and_then(|m| m.get("name")).is_some_and(|n| !n.is_string() && !n.is_null()) {
+        // Let the decoder say what is wrong with it.
+        let document = Document { value: value.clone(), remarks: Vec::new() };
+        body::fit(call, document, Fit::Body)?;
+    }
     let metadata = meta::metadata_mut(value);
     let text = |m: &serde_json::Map<String, Value>, k: &str| {
         m.get(k).and_then(Value::as_str).unwrap_or_default().to_owned()
@@ -365,6 +376,12 @@ async fn compute(
     };
     let mut warnings = super::read::warnings(call);
     let (mut object, applied) = edited(call, change, live.as_ref(), &write, &mut warnings)?;
+    if live.is_none() {
+        let metadata = meta::metadata_mut(&mut object);
+        for field in ["deletionTimestamp", "deletionGracePeriodSeconds", "selfLink"] {
+            metadata.remove(field);
+        }
+    }
     set_identity(call, &mut object, name);
     check_preconditions(call, change, &object, live.as_ref(), name)?;
     let operation = if live.is_some() {
@@ -464,11 +481,11 @@ fn edited(
     let (document, how) = match change {
         Change::Create(document) => {
             if live.is_some() {
-                return Err(ApiError::already_exists(
-                    &kind.group,
-                    &kind.plural,
-                    meta::name(&document.value),
-                ));
+                let mut error = ApiError::already_exists(&kind.group, &kind.plural, meta::name(&document.value));
+                if live.is_some_and(meta::is_terminating) {
+                    error.message = format!("object is being deleted: {}", error.message);
+                }
+                return Err(error);
             }
             (take(document), Fit::Body)
         }
@@ -562,22 +579,8 @@ fn applied(
     let mut value = config.value.clone();
     let text = |v: &Value, key: &str| v.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
     let (api_version, given_kind) = (text(&value, "apiVersion"), text(&value, "kind"));
-    if api_version.is_empty() || given_kind.is_empty() {
-        return Err(ApiError::bad_request(format!(
-            "couldn't get object from patch: Object '{}' is missing in '{}'",
-            if given_kind.is_empty() {
-                "Kind"
-            } else {
-                "apiVersion"
-            },
-            value
-        )));
-    }
     if api_version != write.api_version || given_kind != *kind.kind {
-        return Err(ApiError::bad_request(format!(
-            "incorrect version specified in apply patch. Specified patch version: {api_version}, expected: {}",
-            write.api_version
-        )));
+        return Err(ApiError::bad_request(format!("invalid object type: {}, Kind={given_kind}", gv(&api_version))));
     }
     if meta::metadata(&value).contains_key("managedFields") {
         return Err(ApiError::bad_request("metadata.managedFields must be nil"));
@@ -652,9 +655,18 @@ fn typed_error(call: &Call, sent: &Value, text: &str) -> ApiError {
         "failed to create typed patch object ({}/{}; {}, Kind={}): {text}",
         meta::namespace(sent),
         meta::name(sent),
-        target.api_version(),
+        gv(&target.api_version()),
         target.kind.kind
     ))
+}
+
+/// Go prints a group and version with the slash even where there is no group.
+fn gv(api_version: &str) -> String {
+    match api_version {
+        "" => "/".to_owned(),
+        text if text.contains('/') => text.to_owned(),
+        core => format!("/{core}"),
+    }
 }
 
 fn conflict_error(conflicts: &[(String, String)]) -> ApiError {
@@ -748,7 +760,9 @@ fn check_preconditions(
             &kind.plural,
             name,
             &format!(
-                "Precondition failed: UID in precondition: {given_uid}, UID in object meta: {}",
+                "StorageError: invalid object, Code: 4, Key: /registry/{}/{}, ResourceVersion: 0, AdditionalErrorMsg: Precondition failed: UID in precondition: {given_uid}, UID in object meta: {}",
+                kind.plural,
+                call.target.key(),
                 meta::uid(live)
             ),
         ));
