@@ -209,7 +209,7 @@ impl Hub {
                     subresource,
                     manager,
                     now: &now,
-                    reset: &[],
+                    reset: if subresource == "status" { &["spec", "metadata"] } else { &[] },
                 };
                 crate::apply::managers::update(&write, Some(&current.value), &mut next);
             }

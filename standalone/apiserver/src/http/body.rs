@@ -14,6 +14,29 @@ use crate::schema::{conform, json as reader};
 /// At most this many warnings are sent.
 const MAX_WARNINGS: usize = 1000;
 
+impl Document {
+    pub(crate) fn of(value: Value) -> Self {
+        Self {
+            value,
+            ..Self::default()
+        }
+    }
+
+    /// Put paths into the order in which their last parts stand in the text.
+    fn in_order(&self, mut paths: Vec<String>) -> Vec<String> {
+        if paths.len() < 2 {
+            return paths;
+        }
+        let text = String::from_utf8_lossy(&self.source);
+        paths.sort_by_cached_key(|path| {
+            let last = path.rsplit('.').next().unwrap_or(path);
+            let name = last.split('[').next().unwrap_or(last);
+            text.find(&format!("{name:?}")).or_else(|| text.find(&format!("{name}:"))).unwrap_or(usize::MAX)
+        });
+        paths
+    }
+}
+
 pub(crate) async fn read(body: Body) -> ApiResult<Bytes> {
     match http_body_util::Limited::new(body, MAX_BODY).collect().await {
         Ok(collected) => Ok(collected.to_bytes()),
@@ -36,6 +59,8 @@ pub(crate) struct Document {
     pub(crate) value: Value,
     /// Duplicate and unknown fields, as `duplicate field "a"`.
     pub(crate) remarks: Vec<String>,
+    /// The text it was read from: unknown fields are reported in its order.
+    pub(crate) source: Bytes,
 }
 
 const ACCEPTED: &str =
@@ -55,10 +80,7 @@ pub(crate) fn decode(call: &Call, bytes: &Bytes) -> ApiResult<Document> {
                     crate::protobuf::KINDS.join(", ")
                 ))
             })?;
-            Ok(Document {
-                value,
-                remarks: Vec::new(),
-            })
+            Ok(Document::of(value))
         }
         other => Err(ApiError::unsupported_media_type(format!(
             "the body of the request was in an unknown format - accepted media types include: {ACCEPTED}"
@@ -99,7 +121,7 @@ fn whole(call: &Call, document: ApiResult<Document>) -> ApiResult<Document> {
     )))
 }
 
-pub(crate) fn json_document(bytes: &[u8]) -> ApiResult<Document> {
+pub(crate) fn json_document(bytes: &Bytes) -> ApiResult<Document> {
     let decoded = reader::decode(bytes).map_err(|e| {
         let text = if e.is_eof() { "unexpected end of JSON input".to_owned() } else { e.to_string() };
         ApiError::bad_request(format!("couldn't get version/kind; json parse error: {text} ({})", shown(bytes)))
@@ -107,6 +129,7 @@ pub(crate) fn json_document(bytes: &[u8]) -> ApiResult<Document> {
     Ok(Document {
         value: decoded.value,
         remarks: decoded.duplicates.iter().map(|d| format!("duplicate field {d:?}")).collect(),
+        source: bytes.clone(),
     })
 }
 
@@ -125,7 +148,7 @@ fn shown(bytes: &[u8]) -> String {
     }
 }
 
-pub(crate) fn yaml_document(bytes: &[u8]) -> ApiResult<Document> {
+pub(crate) fn yaml_document(bytes: &Bytes) -> ApiResult<Document> {
     let text = String::from_utf8_lossy(bytes);
     // A JSON document is YAML too, and by far the more common.
     if text.trim_start().starts_with('{') {
@@ -136,8 +159,8 @@ pub(crate) fn yaml_document(bytes: &[u8]) -> ApiResult<Document> {
     let value: Value = serde_yaml::from_str(&text)
         .map_err(|e| ApiError::bad_request(format!("error converting YAML to JSON: yaml: {e}")))?;
     Ok(Document {
-        value,
-        remarks: Vec::new(),
+        source: bytes.clone(),
+        ..Document::of(value)
     })
 }
 
@@ -146,12 +169,13 @@ pub(crate) fn yaml_document(bytes: &[u8]) -> ApiResult<Document> {
 pub(crate) fn fit(call: &Call, document: Document, how: Fit) -> ApiResult<(Value, Vec<String>)> {
     let kind = &call.target.kind;
     let version = call.target.version();
-    let mut remarks = document.remarks;
-    let mut value = document.value;
+    let mut document = document;
+    let mut remarks = std::mem::take(&mut document.remarks);
+    let mut value = document.value.take();
     if kind.is_custom() {
         let mut unknown = Vec::new();
         prune::prune(&version.schema, &mut value, &mut unknown);
-        unknown.sort();
+        let unknown = document.in_order(unknown);
         remarks.extend(unknown.iter().map(|u| format!("unknown field {u:?}")));
         prune::default(&version.schema, &mut value);
     } else {
@@ -166,7 +190,7 @@ pub(crate) fn fit(call: &Call, document: Document, how: Fit) -> ApiResult<(Value
             )));
         }
         value = conformed;
-        remarks.extend(report.unknown.iter().map(|u| format!("unknown field {u:?}")));
+        remarks.extend(document.in_order(report.unknown).iter().map(|u| format!("unknown field {u:?}")));
     }
     let mut warnings = Vec::new();
     if !remarks.is_empty() {
@@ -210,6 +234,10 @@ pub(crate) fn check_type(call: &Call, value: &Value) -> ApiResult<()> {
     if (!api_version.is_empty() && api_version != wanted)
         || (!kind.is_empty() && kind != &*call.target.kind.kind)
     {
+        if call.target.kind.is_custom() && api_version == wanted {
+            let error = crate::error::FieldError::invalid("kind", &Value::String(kind.to_owned()), format!("must be {}", call.target.kind.kind));
+            return Err(ApiError::invalid(&call.target.kind.group, kind, crate::meta::name(value), &[error]));
+        }
         if api_version == wanted || api_version.is_empty() {
             return Err(ApiError::bad_request(format!(
                 "{kind} in version {:?} cannot be handled as a {}: no kind {kind:?} is registered for version {wanted:?} in scheme \"k8s.io/apiserver\"",

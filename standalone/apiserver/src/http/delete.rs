@@ -29,7 +29,7 @@ pub(crate) struct DeleteOptions {
 }
 
 impl DeleteOptions {
-    fn parse(call: &Call, body: &[u8]) -> ApiResult<Self> {
+    fn parse(call: &Call, body: &bytes::Bytes) -> ApiResult<Self> {
         let mut options = Self::from_query(&call.query)?;
         if !body.is_empty() {
             let media = call.header("content-type");

@@ -209,7 +209,11 @@ pub(crate) async fn run(hub: &Hub, call: &Call, change: Change) -> ApiResult<Out
         key = name_new(hub, call, &mut document.value)?;
     }
     for _ in 0..MODIFY_ATTEMPTS {
-        let current = hub.get(kind, &key);
+        // A new object is checked before it is known whether its name is taken, as Kubernetes does.
+        let current = match &change {
+            Change::Create(_) => None,
+            _ => hub.get(kind, &key),
+        };
         let step = compute(hub, call, &change, current.as_deref(), &key).await?;
         let (object, warnings) = match step {
             Step::Unchanged(object, warnings) => {
@@ -248,6 +252,9 @@ pub(crate) async fn run(hub: &Hub, call: &Call, change: Change) -> ApiResult<Out
             }
         };
         let created = current.is_none();
+        if call.dry_run() && created && hub.get(kind, &key).is_some() {
+            return Err(taken(hub, kind, &key));
+        }
         if call.dry_run() {
             return Ok(Outcome {
                 object,
@@ -273,13 +280,7 @@ pub(crate) async fn run(hub: &Hub, call: &Call, change: Change) -> ApiResult<Out
             }
             Err(CommitError::Storage(text)) => return Err(Hub::storage_error(&text)),
             Err(CommitError::Lost(lost)) => match (&change, lost) {
-                (Change::Create(_), Lost::Exists) => {
-                    return Err(ApiError::already_exists(
-                        &kind.group,
-                        &kind.plural,
-                        key.rsplit('/').next().unwrap_or(&key),
-                    ));
-                }
+                (Change::Create(_), Lost::Exists) => return Err(taken(hub, kind, &key)),
                 (Change::Replace(document), _)
                     if !meta::text(&document.value, "resourceVersion").is_empty() =>
                 {
@@ -292,6 +293,15 @@ pub(crate) async fn run(hub: &Hub, call: &Call, change: Change) -> ApiResult<Out
     Err(ApiError::modified(&kind.group, &kind.plural, &target.name))
 }
 
+/// The name is in use.
+fn taken(hub: &Hub, kind: &Kind, key: &str) -> ApiError {
+    let mut error = ApiError::already_exists(&kind.group, &kind.plural, key.rsplit('/').next().unwrap_or(key));
+    if hub.get(kind, key).is_some_and(|o| meta::is_terminating(&o.value)) {
+        error.message = format!("object is being deleted: {}", error.message);
+    }
+    error
+}
+
 /// Settle the name of a new object; returns its key.
 fn name_new(hub: &Hub, call: &Call, value: &mut Value) -> ApiResult<String> {
     let target = &call.target;
@@ -302,7 +312,7 @@ fn name_new(hub: &Hub, call: &Call, value: &mut Value) -> ApiResult<String> {
     check_namespace(call, value)?;
     if value.get("metadata").is_some_and(|m| !m.is_object() && !m.is_null()) || value.get("metadata").and_then(|m| m.get("name")).is_some_and(|n| !n.is_string() && !n.is_null()) {
         // Let the decoder say what is wrong with it.
-        let document = Document { value: value.clone(), remarks: Vec::new() };
+        let document = Document::of(value.clone());
         body::fit(call, document, Fit::Body)?;
     }
     let metadata = meta::metadata_mut(value);
@@ -421,10 +431,7 @@ async fn compute(
             .map_err(|d| denied(call, name, &d))?
         {
             let fields = meta::metadata(&object).get("managedFields").cloned();
-            let document = Document {
-                value: mutated,
-                remarks: Vec::new(),
-            };
+            let document = Document::of(mutated);
             let (mut fitted, _) = body::fit(call, document, Fit::Body)?;
             if let Some(fields) = fields {
                 meta::metadata_mut(&mut fitted).insert("managedFields".into(), fields);
@@ -477,16 +484,10 @@ fn edited(
     let take = |document: &Document| Document {
         value: document.value.clone(),
         remarks: document.remarks.clone(),
-    };
+            source: document.source.clone(),
+        };
     let (document, how) = match change {
         Change::Create(document) => {
-            if live.is_some() {
-                let mut error = ApiError::already_exists(&kind.group, &kind.plural, meta::name(&document.value));
-                if live.is_some_and(meta::is_terminating) {
-                    error.message = format!("object is being deleted: {}", error.message);
-                }
-                return Err(error);
-            }
             (take(document), Fit::Body)
         }
         Change::Replace(document) => {
@@ -502,10 +503,7 @@ fn edited(
             let mut value = existing()?.clone();
             patch::json::apply(&mut value, operations).map_err(|failure| json_failure(&failure))?;
             (
-                Document {
-                    value,
-                    remarks: Vec::new(),
-                },
+                Document::of(value),
                 Fit::Patched,
             )
         }
@@ -518,14 +516,18 @@ fn edited(
             }
             patch::merge::apply(&mut value, &document.value);
             let remarks = document.remarks.clone();
-            (Document { value, remarks }, Fit::Patched)
+            (Document { value, remarks,
+            source: document.source.clone(),
+        }, Fit::Patched)
         }
         Change::Strategic(document) => {
             let mut value = existing()?.clone();
             patch::strategic::apply(&mut value, &document.value, write.schema)
                 .map_err(ApiError::plain_internal)?;
             let remarks = document.remarks.clone();
-            (Document { value, remarks }, Fit::Patched)
+            (Document { value, remarks,
+            source: document.source.clone(),
+        }, Fit::Patched)
         }
         Change::Apply { config, force } => {
             return applied(call, config, *force, live, write, warnings).map(|object| (object, true));
@@ -619,6 +621,7 @@ fn applied(
         let document = Document {
             value,
             remarks: config.remarks.clone(),
+            source: config.source.clone(),
         };
         let mut unknown = Vec::new();
         let mut pruned = document.value;
@@ -640,7 +643,8 @@ fn applied(
     let document = Document {
         value: object,
         remarks: config.remarks.clone(),
-    };
+            source: config.source.clone(),
+        };
     let (mut fitted, more) = body::fit(call, document, Fit::Patched)?;
     warnings.extend(more);
     if let Some(fields) = fields {
