@@ -39,6 +39,9 @@ const LIVENESS_RETRY: Duration = Duration::from_secs(1);
 
 /// Reason of every event, as in Flagger.
 const EVENT_REASON: &str = "Synced";
+/// Longest action of an event that the API takes. Events with the same reason and action are counted as one, under the
+/// first one's text; so the text itself is the action.
+const ACTION_MAX: usize = 128;
 
 /// Works on a Canary until it is gone or `cancel` fires. Returns its key.
 pub(crate) async fn work(shared: Arc<Shared>, key: Key, wake: Arc<Notify>, cancel: CancellationToken) -> Key {
@@ -240,14 +243,12 @@ impl Worker {
         let about = reference(&seen.canary);
         for event in &decision.events {
             info!(message = %event.message, "event");
+            let (recorder, note) = (&self.shared.recorder, &event.message);
+            let action = shortened(note, ACTION_MAX);
             if event.warning {
-                self.shared
-                    .recorder
-                    .warning(&about, EVENT_REASON, EVENT_REASON, &event.message);
+                recorder.warning(&about, EVENT_REASON, action, note);
             } else {
-                self.shared
-                    .recorder
-                    .normal(&about, EVENT_REASON, EVENT_REASON, &event.message);
+                recorder.normal(&about, EVENT_REASON, action, note);
             }
         }
     }
@@ -256,6 +257,14 @@ impl Worker {
         let wait = at.duration_since(self.shared.now());
         Instant::now() + Duration::try_from(wait).unwrap_or(Duration::ZERO)
     }
+}
+
+fn shortened(text: &str, max: usize) -> &str {
+    let mut end = text.len().min(max);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
 }
 
 fn still_there(shared: &Shared, key: &Key) -> bool {

@@ -63,7 +63,9 @@ pub(crate) fn check(kind: &Kind, object: &Value, live: Option<&Value>) -> Vec<Fi
         if !finalizer.contains('/')
             && !matches!(finalizer, "orphan" | "foregroundDeletion" | "kubernetes")
             && names::qualified_name_errors(finalizer).is_empty()
-            && kind.is_custom() == false
+            && !kind.is_custom()
+            // The rule is that of Kubernetes' own kinds; definitions carry `customresourcecleanup.apiextensions.k8s.io`.
+            && kind.group != "apiextensions.k8s.io"
         {
             errors.push(FieldError::invalid(
                 format!("metadata.finalizers[{i}]"),

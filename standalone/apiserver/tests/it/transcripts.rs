@@ -36,7 +36,7 @@ const GROUPS: [&str; 11] = [
 const FLOOR: f64 = 90.0;
 
 /// A wait step or an expected event may take this long.
-const DEADLINE: Duration = Duration::from_secs(3);
+const DEADLINE: Duration = Duration::from_millis(1500);
 /// How long a watch must be quiet to count as having said everything.
 const QUIET: Duration = Duration::from_millis(15);
 
