@@ -13,7 +13,7 @@ use crate::error::Error;
 /// Name of the table.
 pub const TABLE: &str = "serin_intercept";
 /// User and group of the proxy, where it has its own.
-const PROXY_ID: u32 = 1337;
+pub const PROXY_ID: u32 = 1337;
 /// Mark of the proxy's connections to other pods.
 pub const MARK_OUT: u32 = 1337;
 /// Mark of the proxy's connections to its own application, which must pass even to the pod's own address.

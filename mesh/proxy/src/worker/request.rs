@@ -60,7 +60,12 @@ pub(super) struct Routed {
 
 impl Routed {
     /// Response mutations, most specific first, as Envoy orders them.
-    pub(super) fn mutate_response(&self, headers: &mut HeaderMap, request: &HeaderMap, variables: &Variables<'_>) {
+    pub(super) fn mutate_response(
+        &self,
+        headers: &mut HeaderMap,
+        request: &HeaderMap,
+        variables: &Variables<'_>,
+    ) {
         for ops in [
             &self.route.response_headers,
             &self.host.response_headers,
