@@ -175,6 +175,8 @@ pub(crate) struct Pod {
     /// All init containers were through once; never goes back.
     pub(crate) initialized: bool,
     pub(crate) deletion: Option<Deletion>,
+    /// `spec.terminationGracePeriodSeconds`: what sidecars get when the main containers have completed.
+    pub(crate) grace: Duration,
     /// No container runs or will run again.
     pub(crate) finished: bool,
 }
@@ -204,9 +206,6 @@ impl Decision {
     }
 }
 
-/// The grace that sidecars get when the main containers have completed by themselves.
-const COMPLETION_GRACE: Duration = Duration::from_secs(30);
-
 /// What to do now. Changes only the latches `initialized` and `finished`.
 pub(crate) fn decide(pod: &mut Pod, now: Timestamp) -> Decision {
     let mut decision = Decision::default();
@@ -232,7 +231,7 @@ pub(crate) fn decide(pod: &mut Pod, now: Timestamp) -> Decision {
         return decision;
     }
     if failed_for_good(pod) || completed(pod) {
-        stop_all(pod, now + COMPLETION_GRACE, &mut decision);
+        stop_all(pod, now + pod.grace, &mut decision);
         if pod.containers.iter().all(|container| !container.is_running()) {
             pod.finished = true;
             decision.actions.push(Action::Finish);

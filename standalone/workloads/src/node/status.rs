@@ -293,6 +293,7 @@ mod tests {
             containers,
             initialized: false,
             deletion: None,
+            grace: std::time::Duration::from_secs(30),
             finished: false,
         }
     }

@@ -810,6 +810,9 @@ fn lifecycle_of(object: &PodObject) -> Pod {
         containers,
         initialized: false,
         deletion: None,
+        grace: Duration::from_secs(
+            spec.and_then(|spec| spec.termination_grace_period_seconds).unwrap_or(30).max(0).unsigned_abs(),
+        ),
         finished: false,
     }
 }

@@ -56,10 +56,10 @@ impl Lines {
         }
     }
 
-    /// What is left when the stream ends without a newline.
+    /// What is left when the stream ends without a newline: a part, so that a reader gets the bytes as written.
     pub(crate) fn finish(&mut self, mut each: impl FnMut(&[u8], bool)) {
         if !self.rest.is_empty() {
-            each(&self.rest, true);
+            each(&self.rest, false);
             self.rest.clear();
         }
     }
@@ -156,7 +156,7 @@ mod tests {
             lines.finish(|line, complete| seen.push((String::from_utf8_lossy(line).into_owned(), complete)));
             let lines: Vec<&str> = seen.iter().map(|(line, _)| line.as_str()).collect();
             assert_eq!(lines, ["one", "two", "", "last"]);
-            assert!(seen.iter().all(|(_, complete)| *complete));
+            assert!(seen[..3].iter().all(|(_, complete)| *complete) && !seen[3].1);
         }
     }
 

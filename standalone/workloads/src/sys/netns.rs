@@ -40,7 +40,13 @@ pub(crate) fn prepare_node(gateway: Ipv4Addr, prefix: u8, more: &[Ipv4Addr]) -> 
     for scope in ["all", BRIDGE] {
         std::fs::write(format!("/proc/sys/net/ipv4/conf/{scope}/send_redirects"), "0")?;
     }
-    // Most pod addresses live in the neighbour table; the default limit of 1024 would be 1000 pods.
+    // With br_netfilter a frame would pass the IP hooks inside the bridge already, be translated there and bridged back
+    // to the port it came from, which a bridge does not do: a pod could not reach itself through a Service. Where the
+    // module is not there, neither is the file.
+    let bridged = std::path::Path::new("/proc/sys/net/bridge/bridge-nf-call-iptables");
+    if bridged.exists() {
+        std::fs::write(bridged, "0")?;
+    }
     Ok(())
 }
 

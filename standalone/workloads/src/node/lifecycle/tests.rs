@@ -21,6 +21,7 @@ fn pod(policy: RestartPolicy, containers: &[(&str, Role)]) -> Pod {
         containers: containers.iter().map(|(name, role)| Container::new(name, *role)).collect(),
         initialized: false,
         deletion: None,
+        grace: Duration::from_secs(30),
         finished: false,
     }
 }
