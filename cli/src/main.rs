@@ -39,7 +39,10 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments, command: &Command) -> anyhow::Result<ExitCode> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
     runtime.block_on(async {
         let cluster = arguments.cluster()?;
         match command {

@@ -1,11 +1,11 @@
 //! placeholder
 pub mod bootstrap;
+mod clock;
 pub mod config;
 pub mod control;
 pub mod error;
-pub mod metrics;
-mod clock;
 mod hygiene;
+pub mod metrics;
 mod random;
 mod sys;
 pub mod upstream;

@@ -60,7 +60,11 @@ fn start(cli: Cli) -> anyhow::Result<()> {
     let environment: agent::Environment = std::env::vars().collect();
     match cli.command {
         None => anyhow::bail!("say what to run; see --help"),
-        Some(Command::Proxy { role, domain, concurrency }) => {
+        Some(Command::Proxy {
+            role,
+            domain,
+            concurrency,
+        }) => {
             let role = match role {
                 RoleName::Sidecar => agent::Role::Sidecar,
                 RoleName::Router => agent::Role::Router,

@@ -34,7 +34,9 @@ pub fn below(bound: usize) -> usize {
 /// A version 4 UUID as text.
 pub fn uuid() -> [u8; 36] {
     const HEX: &[u8; 16] = b"0123456789abcdef";
-    let bits = (u128::from(next()) << 64 | u128::from(next())) & !(0xF << 76) & !(0x3 << 62) | (0x4 << 76) | (0x2 << 62);
+    let bits = (u128::from(next()) << 64 | u128::from(next())) & !(0xF << 76) & !(0x3 << 62)
+        | (0x4 << 76)
+        | (0x2 << 62);
     let mut out = [b'-'; 36];
     let mut shift = 128;
     for (index, byte) in out.iter_mut().enumerate() {

@@ -156,7 +156,9 @@ impl Hub {
     fn record(&self, resource: &ResourceId, event: &Event) -> u64 {
         let Some(log) = &self.log else { return 0 };
         match event.change {
-            Change::Added | Change::Modified => log.put(resource, &event.key, event.rv, &event.object.whole()),
+            Change::Added | Change::Modified => {
+                log.put(resource, &event.key, event.rv, &event.object.whole())
+            }
             Change::Deleted => log.delete(resource, &event.key, event.rv),
         }
     }

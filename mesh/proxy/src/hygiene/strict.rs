@@ -82,7 +82,9 @@ impl<S> StrictIo<S> {
 
     /// Scans what is held and moves what is fine to `ready`.
     fn scan_held(&mut self) -> io::Result<()> {
-        let Some(scanner) = &mut self.scanner else { return Ok(()) };
+        let Some(scanner) = &mut self.scanner else {
+            return Ok(());
+        };
         match scanner.advance(&self.held) {
             Ok(fine) => {
                 if fine == self.held.len() {
@@ -192,7 +194,10 @@ impl<S: AsyncRead + Unpin> AsyncRead for StrictIo<S> {
                         this.refused = true;
                         buf.set_filled(before + fine);
                         if !scanner.in_head() {
-                            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, violation.details())));
+                            return Poll::Ready(Err(io::Error::new(
+                                io::ErrorKind::InvalidData,
+                                violation.details(),
+                            )));
                         }
                         this.ready.extend_from_slice(SUBSTITUTE);
                         if fine > 0 {

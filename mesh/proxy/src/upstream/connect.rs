@@ -39,7 +39,11 @@ pub async fn connect(cluster: &Cluster, address: &Address) -> io::Result<Stream>
 }
 
 async fn connect_tcp(cluster: &Cluster, address: SocketAddr) -> io::Result<TcpStream> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM.nonblocking().cloexec(),
+        Some(Protocol::TCP),
+    )?;
     socket.set_tcp_nodelay(true)?;
     mark(&socket);
     if let Some((idle, interval, probes)) = cluster.keepalive {

@@ -44,7 +44,12 @@ impl Table {
             .map(|(name, weight)| {
                 let hash = stable_hash(name.as_bytes());
                 let second = stable_hash(format!("{name}#").as_bytes());
-                Row { at: hash % size, skip: second % (size - 1) + 1, credit: 0, weight: u64::from(*weight) }
+                Row {
+                    at: hash % size,
+                    skip: second % (size - 1) + 1,
+                    credit: 0,
+                    weight: u64::from(*weight),
+                }
             })
             .collect();
         let mut table = vec![u32::MAX; size as usize];
@@ -110,11 +115,18 @@ mod tests {
     #[test]
     fn keys_spread_by_weight() {
         let names = names(4);
-        let hosts: Vec<_> = names.iter().enumerate().map(|(i, n)| (n.as_str(), if i == 0 { 2 } else { 1 })).collect();
+        let hosts: Vec<_> = names
+            .iter()
+            .enumerate()
+            .map(|(i, n)| (n.as_str(), if i == 0 { 2 } else { 1 }))
+            .collect();
         for table in [Table::ring(&hosts, 16_384), Table::maglev(&hosts, 65_537)] {
             let counts = spread(&table, 4);
             assert!((7_000..9_000).contains(&counts[0]), "{counts:?}");
-            assert!(counts[1..].iter().all(|count| (3_300..4_700).contains(count)), "{counts:?}");
+            assert!(
+                counts[1..].iter().all(|count| (3_300..4_700).contains(count)),
+                "{counts:?}"
+            );
         }
     }
 

@@ -62,7 +62,10 @@ impl Downstream {
         self.worker.phase() != DrainPhase::Serving
             || self.chain.is_retired()
             || (limit > 0 && self.requests.get() >= limit)
-            || self.manager.max_connection_duration.is_some_and(|limit| self.opened.elapsed() >= limit)
+            || self
+                .manager
+                .max_connection_duration
+                .is_some_and(|limit| self.opened.elapsed() >= limit)
     }
 
     /// Puts what every response carries on one: `server`, and `connection: close` when it is time.
@@ -111,7 +114,10 @@ pub async fn serve<S>(
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let gate = Arc::new(Gate::default());
-    let limits = (!http2).then_some(HeadLimits { bytes: manager.max_head, fields: manager.max_header_count });
+    let limits = (!http2).then_some(HeadLimits {
+        bytes: manager.max_head,
+        fields: manager.max_header_count,
+    });
     let io = TokioIo::new(StrictIo::new(stream, prefix, limits, gate.clone()));
     let now = Instant::now();
     let conn = Rc::new(Downstream {
@@ -129,7 +135,11 @@ pub async fn serve<S>(
         finishing: Cell::new(false),
         finish: Notify::new(),
     });
-    if http2 { serve2(conn, io).await } else { serve1(conn, io).await }
+    if http2 {
+        serve2(conn, io).await
+    } else {
+        serve1(conn, io).await
+    }
 }
 
 async fn serve1<S>(conn: Rc<Downstream>, io: TokioIo<StrictIo<S>>)

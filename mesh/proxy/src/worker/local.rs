@@ -72,10 +72,15 @@ impl LocalReply {
             exchange.code = self.status.as_u16();
         }
         if self.close && exchange.version != http::Version::HTTP_2 {
-            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            response
+                .headers_mut()
+                .insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         exchange.sent = body.len() as u64;
-        exchange.conn.clone().dress(response.headers_mut(), exchange.version);
+        exchange
+            .conn
+            .clone()
+            .dress(response.headers_mut(), exchange.version);
         exchange.finish();
         response.map(|()| ResponseBody::Full((!body.is_empty()).then_some(body)))
     }

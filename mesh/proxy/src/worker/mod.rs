@@ -18,8 +18,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
 use ::http::HeaderValue;
+use arc_swap::ArcSwap;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 
@@ -174,7 +174,9 @@ impl Worker {
                                 old.abort();
                             }
                         }
-                        Err(error) => tracing::error!(listener = %name, %error, "listening socket not usable"),
+                        Err(error) => {
+                            tracing::error!(listener = %name, %error, "listening socket not usable")
+                        }
                     }
                 }
                 Some(Command::Close(name)) => {
@@ -234,7 +236,9 @@ impl Worker {
             clusters.resize(index + 1, None);
         }
         // The id of a slot that nobody holds any more may have been given to another cluster.
-        let existing = clusters[index].as_ref().filter(|existing| Arc::ptr_eq(&existing.slot, slot));
+        let existing = clusters[index]
+            .as_ref()
+            .filter(|existing| Arc::ptr_eq(&existing.slot, slot));
         if let Some(existing) = existing
             && existing.version == slot.version()
         {

@@ -82,11 +82,7 @@ pub(crate) fn item_step(
             sorted.sort_unstable();
             for key in sorted {
                 let default = schema.item().member(key).0.default.clone();
-                match members
-                    .get(key)
-                    .cloned()
-                    .or(default)
-                {
+                match members.get(key).cloned().or(default) {
                     Some(value) => {
                         out.insert(key.to_owned(), value);
                     }

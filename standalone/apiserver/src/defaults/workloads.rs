@@ -129,7 +129,9 @@ fn job(object: &mut Value) {
 
 /// A Job without labels has those of its template.
 fn labels_of_template(object: &mut Value) {
-    let labels = meta::at(object, "spec.template.metadata.labels").filter(|l| !crate::schema::is_go_zero(l)).cloned();
+    let labels = meta::at(object, "spec.template.metadata.labels")
+        .filter(|l| !crate::schema::is_go_zero(l))
+        .cloned();
     let metadata = meta::metadata_mut(object);
     if let Some(labels) = labels.filter(|_| metadata.get("labels").is_none_or(crate::schema::is_go_zero)) {
         metadata.insert("labels".into(), labels);
@@ -167,7 +169,9 @@ pub(crate) fn job_created(object: &mut Value, live: Option<&Value>) {
 pub(crate) fn protected(object: &mut Value, live: Option<&Value>, finalizer: &str) {
     if live.is_none() {
         meta::as_object_mut(object).insert("status".into(), json!({"phase": "Pending"}));
-        let finalizers = meta::metadata_mut(object).entry("finalizers").or_insert_with(|| json!([]));
+        let finalizers = meta::metadata_mut(object)
+            .entry("finalizers")
+            .or_insert_with(|| json!([]));
         if let Value::Array(list) = finalizers {
             if !list.contains(&json!(finalizer)) {
                 list.push(json!(finalizer));
@@ -188,12 +192,21 @@ pub(crate) fn volume(object: &mut Value) {
 /// Of a container's limits each default follows from the next: max, default, defaultRequest, min.
 pub(crate) fn limit_range(object: &mut Value) {
     let spec = meta::member_object(object, "spec");
-    for item in spec.get_mut("limits").and_then(Value::as_array_mut).into_iter().flatten() {
+    for item in spec
+        .get_mut("limits")
+        .and_then(Value::as_array_mut)
+        .into_iter()
+        .flatten()
+    {
         let item = meta::as_object_mut(item);
         if item.get("type").and_then(Value::as_str) != Some("Container") {
             continue;
         }
-        for (from, to) in [("max", "default"), ("default", "defaultRequest"), ("min", "defaultRequest")] {
+        for (from, to) in [
+            ("max", "default"),
+            ("default", "defaultRequest"),
+            ("min", "defaultRequest"),
+        ] {
             if let Some(values) = item.get(from).and_then(Value::as_object).cloned() {
                 let target = meta::as_object_mut(item.entry(to).or_insert_with(|| json!({})));
                 for (name, value) in values {
@@ -207,7 +220,11 @@ pub(crate) fn limit_range(object: &mut Value) {
 /// Counts that Go writes even when they are 0.
 pub(crate) fn counters(plural: &str, object: &mut Value, live: Option<&Value>) {
     if live.is_none() {
-        let status = if plural == "statefulsets" { json!({"replicas": 0, "availableReplicas": 0}) } else { json!({"replicas": 0}) };
+        let status = if plural == "statefulsets" {
+            json!({"replicas": 0, "availableReplicas": 0})
+        } else {
+            json!({"replicas": 0})
+        };
         meta::as_object_mut(object).insert("status".into(), status);
     }
 }

@@ -38,8 +38,7 @@ pub(crate) struct Document {
     pub(crate) remarks: Vec<String>,
 }
 
-const ACCEPTED: &str =
-    "application/json, application/yaml, application/vnd.kubernetes.protobuf";
+const ACCEPTED: &str = "application/json, application/yaml, application/vnd.kubernetes.protobuf";
 
 /// Decode a whole object of a POST or PUT.
 pub(crate) fn decode(call: &Call, bytes: &Bytes) -> ApiResult<Document> {

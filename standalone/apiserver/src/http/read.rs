@@ -70,12 +70,20 @@ impl Selection {
 fn unknown_field(kind: &crate::kinds::Kind, path: &str) -> String {
     let own = matches!(
         (&*kind.group, &*kind.plural),
-        ("", "pods" | "nodes" | "namespaces" | "secrets" | "services" | "replicationcontrollers" | "events") | ("batch", "jobs") | ("events.k8s.io", _)
+        (
+            "",
+            "pods" | "nodes" | "namespaces" | "secrets" | "services" | "replicationcontrollers" | "events"
+        ) | ("batch", "jobs")
+            | ("events.k8s.io", _)
     );
     if own || kind.is_custom() {
         return format!("field label not supported: {path}");
     }
-    let namespace = if kind.namespaced { ", \"metadata.namespace\"" } else { "" };
+    let namespace = if kind.namespaced {
+        ", \"metadata.namespace\""
+    } else {
+        ""
+    };
     format!("{path:?} is not a known field selector: only \"metadata.name\"{namespace}")
 }
 
@@ -97,10 +105,7 @@ pub(crate) async fn get(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
         return Err(target.not_found());
     };
     let warnings = warnings(call);
-    if accepted.form == Form::Object
-        && !accepted.yaml
-        && versions::is_stored_form(&target.kind)
-    {
+    if accepted.form == Form::Object && !accepted.yaml && versions::is_stored_form(&target.kind) {
         let mut out = Vec::with_capacity(stored.bare().len() + 64);
         stored.write(&TypeHead::new(&target.kind.kind, &target.api_version()), &mut out);
         return Ok(respond::bytes(200, out.into(), "application/json", &warnings));
@@ -175,7 +180,11 @@ fn encode_continue(rv: u64, after: &str, prefix: &str) -> String {
 }
 
 fn decode_continue(token: &str, prefix: &str) -> ApiResult<Continue> {
-    let invalid = |why: &str| ApiError::bad_request(format!("invalid continue token: continue key is not valid: {why}"));
+    let invalid = |why: &str| {
+        ApiError::bad_request(format!(
+            "invalid continue token: continue key is not valid: {why}"
+        ))
+    };
     let bytes = base64::engine::general_purpose::URL_SAFE_NO_PAD
         .decode(token)
         .map_err(|e| invalid(&e.to_string()))?;
@@ -265,14 +274,12 @@ pub(crate) async fn list(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
     let warnings = warnings(call);
     let version = target.version();
     match accepted.form {
-        Form::Object if !accepted.yaml && versions::is_stored_form(&target.kind) => {
-            Ok(respond::bytes(
-                200,
-                encode_list(call, &metadata, &page.items),
-                "application/json",
-                &warnings,
-            ))
-        }
+        Form::Object if !accepted.yaml && versions::is_stored_form(&target.kind) => Ok(respond::bytes(
+            200,
+            encode_list(call, &metadata, &page.items),
+            "application/json",
+            &warnings,
+        )),
         Form::Object => {
             let items: Vec<Value> = page
                 .items
@@ -287,12 +294,12 @@ pub(crate) async fn list(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
             Ok(respond::value(200, &list, accepted, &warnings))
         }
         Form::Metadata => {
-            let items: Vec<Value> = page
-                .items
-                .iter()
-                .map(|o| respond::partial(&o.value))
-                .collect();
-            let items = if items.is_empty() { Value::Null } else { Value::Array(items) };
+            let items: Vec<Value> = page.items.iter().map(|o| respond::partial(&o.value)).collect();
+            let items = if items.is_empty() {
+                Value::Null
+            } else {
+                Value::Array(items)
+            };
             let list = json!({"kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": metadata, "items": items});
             Ok(respond::value(200, &list, accepted, &warnings))
         }

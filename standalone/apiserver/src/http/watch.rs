@@ -296,9 +296,7 @@ impl Watch {
     fn write(&mut self, out: &mut BytesMut, kind: &str, object: &Arc<Stored>) {
         let target = &self.call.target;
         let version = target.version();
-        if self.accepted.form == Form::Object
-            && !self.accepted.yaml
-            && versions::is_stored_form(&target.kind)
+        if self.accepted.form == Form::Object && !self.accepted.yaml && versions::is_stored_form(&target.kind)
         {
             out.reserve(object.bare().len() + 120);
             out.put_slice(b"{\"type\":\"");

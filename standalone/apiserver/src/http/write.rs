@@ -234,7 +234,11 @@ pub(crate) async fn run(hub: &Hub, call: &Call, change: Change) -> ApiResult<Out
                     Ok(event) => {
                         after_removal(hub, kind, &event.object.value);
                         // The answer is the object as it would have been written, under its last version.
-                        return Ok(Outcome { object, created: false, warnings });
+                        return Ok(Outcome {
+                            object,
+                            created: false,
+                            warnings,
+                        });
                     }
                     Err(CommitError::Storage(text)) => return Err(Hub::storage_error(&text)),
                     Err(CommitError::Lost(_)) => continue,
@@ -606,7 +610,10 @@ fn applied(
     if !kind.is_custom() {
         let (_, report) = crate::schema::conform::conform(write.schema, value.clone());
         if let Some(unknown) = report.unknown.first() {
-            return Err(typed_error(call, as_sent, &format!(".{unknown}: field not declared in schema"),
+            return Err(typed_error(
+                call,
+                as_sent,
+                &format!(".{unknown}: field not declared in schema"),
             ));
         }
         if let Some(error) = report.error {
@@ -621,7 +628,10 @@ fn applied(
         let mut pruned = document.value;
         crate::crd::prune::prune(write.schema, &mut pruned, &mut unknown);
         if let Some(unknown) = unknown.first() {
-            return Err(typed_error(call, as_sent, &format!(".{unknown}: field not declared in schema"),
+            return Err(typed_error(
+                call,
+                as_sent,
+                &format!(".{unknown}: field not declared in schema"),
             ));
         }
         value = pruned;
