@@ -410,7 +410,7 @@ fn last_lines(file: &mut File, count: usize) -> io::Result<(VecDeque<Vec<u8>>, u
     let size = file.metadata()?.len();
     let mut start = size;
     let mut bytes: Vec<u8> = Vec::new();
-    while start > 0 && bytes.iter().filter(|byte| **byte == b'\n').count() <= count {
+    while start > 0 && bytes.split(|byte| *byte == b'\n').count() <= count + 1 {
         let from = start.saturating_sub(BLOCK);
         let mut block = vec![0; usize::try_from(start - from).unwrap_or(0)];
         file.seek(SeekFrom::Start(from))?;

@@ -198,7 +198,9 @@ impl Scheduler {
             last_transition_time: Some(Time(jiff::Timestamp::now())),
             ..PodCondition::default()
         };
-        let patch = json!({"status": {"phase": "Pending", "conditions": [condition]}});
+        // With the version that was looked at: whoever has bound it meanwhile must not be told the opposite.
+        let patch = json!({"metadata": {"uid": pod.uid(), "resourceVersion": pod.resource_version()},
+                           "status": {"conditions": [condition]}});
         let written = api
             .patch_status(
                 &pod.name_any(),

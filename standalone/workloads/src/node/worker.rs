@@ -139,10 +139,12 @@ impl Worker {
         loop {
             let update = updates.borrow_and_update().clone();
             self.on_update(update);
-            if self.shim.is_none() && !self.pod.finished && self.pod.deletion.is_none() {
-                if let Some(events) = self.create_sandbox().await {
-                    shim_events = Some(events);
-                }
+            if self.shim.is_none()
+                && !self.pod.finished
+                && self.pod.deletion.is_none()
+                && let Some(events) = self.create_sandbox().await
+            {
+                shim_events = Some(events);
             }
             let wake_at = if self.shim.is_some() || self.pod.deletion.is_some() {
                 self.act().await
@@ -596,15 +598,14 @@ impl Worker {
         let left = deadline.duration_since(Timestamp::now());
         let left = Duration::try_from(left).unwrap_or_default();
         self.hooks.spawn(async move {
-            if let (Some(hook), Some(target)) = (
-                spec.lifecycle
-                    .as_ref()
-                    .and_then(|lifecycle| lifecycle.pre_stop.as_ref()),
-                target,
-            ) {
-                if let Err(reason) = start::run_hook(hook, &target, left).await {
-                    debug!(container = %name, %reason, "preStop hook");
-                }
+            let hook = spec
+                .lifecycle
+                .as_ref()
+                .and_then(|lifecycle| lifecycle.pre_stop.as_ref());
+            if let (Some(hook), Some(target)) = (hook, target)
+                && let Err(reason) = start::run_hook(hook, &target, left).await
+            {
+                debug!(container = %name, %reason, "preStop hook");
             }
             if let Err(reason) = shim.signal(&name, stop_signal(spec.lifecycle.as_ref())).await {
                 debug!(container = %name, %reason, "it ended before it was told to");

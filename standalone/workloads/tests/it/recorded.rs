@@ -45,7 +45,11 @@ fn essence(snapshot: &Value) -> Value {
             .into_iter()
             .flatten()
             .map(|condition| {
-                let reason = condition["reason"].as_str().unwrap_or_default();
+                // Either of several, where the recorder saw both.
+                let reason = condition["reason"]["$any_of"][0]
+                    .as_str()
+                    .or(condition["reason"].as_str())
+                    .unwrap_or_default();
                 let reason = match reason {
                     "NewReplicaSetCreated" | "FoundNewReplicaSet" | "ReplicaSetUpdated" => "(in progress)",
                     other => other,
@@ -310,9 +314,12 @@ async fn finish(replay: &mut Replay, wanted: &Value) {
             }
         }
     };
-    tokio::time::timeout(DEADLINE, turns)
-        .await
-        .expect("the recorded end is not reached");
+    if tokio::time::timeout(DEADLINE, turns).await.is_err() {
+        panic!(
+            "recorded end {wanted:#}\nours {:#}",
+            essence(&replay.snapshot().await)
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
