@@ -26,6 +26,7 @@ pub struct Cluster {
     server: Option<ApiServer>,
     pub state: PathBuf,
     pub config: NodeConfig,
+    user: Option<u32>,
     directory: Option<tempfile::TempDir>,
     cancel: CancellationToken,
     controllers: tokio::task::JoinHandle<()>,
@@ -43,6 +44,15 @@ fn obstacle() -> Option<&'static str> {
 impl Cluster {
     /// None, with a line that says why, where the machine does not allow it.
     pub async fn start() -> Option<Self> {
+        Self::start_as(None).await
+    }
+
+    /// With the node running as another user, which needs root for the test itself.
+    pub async fn start_as(user: Option<u32>) -> Option<Self> {
+        if user.is_some() && !nix::unistd::getuid().is_root() {
+            eprintln!("SKIPPED: only root can start a node as another user");
+            return None;
+        }
         if let Some(reason) = obstacle() {
             eprintln!("SKIPPED: {reason}");
             return None;
@@ -86,6 +96,7 @@ impl Cluster {
             server: Some(server),
             state,
             config,
+            user,
             directory: Some(directory),
             cancel,
             controllers,
@@ -95,7 +106,17 @@ impl Cluster {
     }
 
     pub fn spawn_node(&self) -> i32 {
-        let command = [PROCESS.to_owned(), "node".to_owned()];
+        let command = match self.user {
+            None => vec![PROCESS.to_owned(), "node".to_owned()],
+            Some(uid) => {
+                let state = self.state.display();
+                let script = format!(
+                    "chown {uid}:{uid} {state} {state}/api.sock && chown -R {uid}:{uid} {state}/node && \
+                     exec setpriv --reuid={uid} --regid={uid} --clear-groups {PROCESS} node \"$0\""
+                );
+                vec!["/bin/sh".to_owned(), "-c".to_owned(), script]
+            }
+        };
         serin_workloads::node::spawn(&self.config, &command, &self.state.join("node.log")).unwrap()
     }
 

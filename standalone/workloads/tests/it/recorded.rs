@@ -314,12 +314,12 @@ async fn finish(replay: &mut Replay, wanted: &Value) {
             }
         }
     };
-    if tokio::time::timeout(DEADLINE, turns).await.is_err() {
-        panic!(
-            "recorded end {wanted:#}\nours {:#}",
-            essence(&replay.snapshot().await)
-        );
-    }
+    let reached = tokio::time::timeout(DEADLINE, turns).await.is_ok();
+    assert!(
+        reached,
+        "recorded end {wanted:#}\nours {:#}",
+        essence(&replay.snapshot().await)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

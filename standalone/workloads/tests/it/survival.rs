@@ -168,3 +168,34 @@ async fn the_node_and_its_pods_outlive_the_server_and_serve_the_next_one() {
     pods.delete("first", &DeleteParams::default()).await.unwrap();
     cluster.gone(&pods, "first").await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_without_privileges_runs_pods_in_a_user_namespace_and_adopts_them() {
+    let Some(cluster) = Cluster::start_as(Some(65_534)).await else {
+        return;
+    };
+    let services: Api<Service> = cluster.api();
+    create(&services, json!({"metadata": {"name": "web"}, "spec": {"selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": 8080}]}})).await;
+    let spec = json!({"terminationGracePeriodSeconds": 1, "volumes": [{"name": "v", "emptyDir": {}}],
+        "containers": [{"name": "c", "image": "test/serve:1", "args": ["8080"],
+            "volumeMounts": [{"name": "v", "mountPath": "/opt/not/there"}],
+            "readinessProbe": {"tcpSocket": {"port": 8080}}}]});
+    let before = cluster.pod("web", spec, condition("Ready")).await;
+    let client = json!({"restartPolicy": "Never", "terminationGracePeriodSeconds": 1, "containers": [
+        {"name": "c", "image": "test/sh:1", "command": ["/bin/bash", "-c",
+            "until (exec 3<>/dev/tcp/web/80 && printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3 && cat <&3 | grep -o pod=web); do sleep 0.05; done"]}]});
+    let client = cluster
+        .pod("client", client, crate::cluster::phase("Succeeded"))
+        .await;
+    assert!(cluster.log(&client, "c").await.ends_with("pod=web\n"));
+    kill_node(&cluster);
+    cluster.spawn_node();
+    let pods: Api<Pod> = cluster.api();
+    pods.delete("client", &DeleteParams::default()).await.unwrap();
+    cluster.gone(&pods, "client").await;
+    let after = pods.get("web").await.unwrap();
+    assert_eq!(
+        container_id_and_restarts(&before),
+        container_id_and_restarts(&after)
+    );
+}
