@@ -276,10 +276,10 @@ impl Registry {
         if self.pods.get(&name) == workload.as_ref() {
             return touched;
         }
-        if let Some(old) = self.pods.remove(&name) {
-            if let Some(pods) = self.pods_on.get_mut(&old.node) {
-                pods.remove(&name);
-            }
+        if let Some(old) = self.pods.remove(&name)
+            && let Some(pods) = self.pods_on.get_mut(&old.node)
+        {
+            pods.remove(&name);
         }
         if let Some(workload) = workload {
             self.pods_on
