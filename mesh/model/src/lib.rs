@@ -26,6 +26,8 @@ pub mod route;
 mod rules;
 pub mod scope;
 pub mod service;
+#[cfg(test)]
+mod tests;
 mod unhonoured;
 mod virtual_service;
 
