@@ -89,6 +89,24 @@ impl Registry {
         self.pods.get(&(namespace.into(), name.into()))
     }
 
+    pub(crate) fn named_port(
+        &self,
+        namespace: &str,
+        labels: &BTreeMap<String, String>,
+        name: &str,
+    ) -> Option<u16> {
+        self.pods
+            .values()
+            .filter(|pod| &*pod.namespace == namespace)
+            .filter(|pod| {
+                labels
+                    .iter()
+                    .all(|(key, value)| pod.labels.get(key) == Some(value))
+            })
+            .filter_map(|pod| pod.named_ports.get(name).copied())
+            .min()
+    }
+
     pub(crate) fn locality_of_node(&self, node: &str) -> Option<&Locality> {
         self.nodes.get(node)
     }
