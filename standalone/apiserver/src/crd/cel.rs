@@ -299,12 +299,36 @@ pub(crate) fn format_holds(format: &str, text: &str) -> bool {
         "hostname" => crate::names::subdomain_errors(&text.to_ascii_lowercase()).is_empty(),
         "email" => text.split_once('@').is_some_and(|(a, b)| !a.is_empty() && !b.is_empty()),
         "uri" => text.parse::<http::Uri>().is_ok_and(|u| u.scheme().is_some() || u.path().starts_with('/')),
+        "duration" => go_duration(text),
         "byte" => {
             use base64::Engine as _;
             base64::engine::general_purpose::STANDARD.decode(text).is_ok()
         }
         _ => true,
     }
+}
+
+/// Go's durations: `1h30m`, `-1.5s`, `0`.
+fn go_duration(text: &str) -> bool {
+    let rest = text.strip_prefix(['-', '+']).unwrap_or(text);
+    if rest == "0" {
+        return true;
+    }
+    let mut rest = rest;
+    let mut any = false;
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
+        let (number, after) = rest.split_at(digits);
+        if number.is_empty() || number.parse::<f64>().is_err() {
+            return false;
+        }
+        let Some(unit) = ["ns", "us", "µs", "ms", "s", "m", "h"].into_iter().find(|u| after.starts_with(u) && !(*u == "m" && after.starts_with("ms"))) else {
+            return false;
+        };
+        rest = &after[unit.len()..];
+        any = true;
+    }
+    any
 }
 
 #[cfg(test)]

@@ -119,7 +119,7 @@ async fn kubectl_applies_both_ways_gets_describes_waits_reads_logs_and_deletes()
     assert!(out.contains("scaled"), "{out}");
     let out = k.ok(&["get", "deployment", "made", "-o", "jsonpath={.spec.replicas}"], "").await;
     assert_eq!(out, "5");
-    let pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec: {nodeName: n, containers: [{name: main, image: i}]}\n";
+    let pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec: {nodeName: node-1, containers: [{name: main, image: i}]}\n";
     k.ok(&["apply", "-f", "-"], pod).await;
     let out = k.ok(&["logs", "p"], "").await;
     assert_eq!(out, "hello from main\n");
