@@ -198,6 +198,8 @@ pub struct Pump<W: World> {
     world: W,
     hub: Arc<Hub>,
     clients: HashMap<ClientId, (Arc<Client>, Proxy)>,
+    /// Connections per node id: a proxy that reconnects may be here before its old connection is noticed to be dead.
+    connections: HashMap<String, usize>,
     debounce: Debounce,
     synced: bool,
     queries: mpsc::Receiver<Query>,
@@ -218,6 +220,7 @@ impl<W: World> Pump<W> {
             world,
             hub,
             clients: HashMap::new(),
+            connections: HashMap::new(),
             debounce: Debounce::default(),
             synced: false,
             queries,
@@ -344,14 +347,19 @@ impl<W: World> Pump<W> {
         };
         if let Some((client, proxy)) = newcomer {
             client.load(self.world.resources_for(&proxy));
+            *self.connections.entry(proxy.id.clone()).or_default() += 1;
             self.clients.insert(client.id(), (client, proxy));
         }
         for client in gone {
             let Some((_, proxy)) = self.clients.remove(&client) else {
                 continue;
             };
-            // A proxy that reconnects may be here before its old connection is noticed to be dead.
-            if !self.clients.values().any(|(_, other)| other.id == proxy.id) {
+            let Some(left) = self.connections.get_mut(&proxy.id) else {
+                continue;
+            };
+            *left -= 1;
+            if *left == 0 {
+                self.connections.remove(&proxy.id);
                 self.world.forget(&proxy.id);
             }
         }
