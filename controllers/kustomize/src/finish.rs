@@ -56,7 +56,6 @@ pub(crate) fn sort(
             }
         }
     };
-    map.check_unique(schemas)?;
     let resources = std::mem::take(map).into_resources();
     let mut keyed: Vec<(Id, i32, Resource)> = resources
         .into_iter()

@@ -361,6 +361,10 @@ fn merge_patch(
         // The patch takes the group and version of its target, and keeps its own kind.
         let api_version = r.api_version().to_owned();
         crate::resource::set_keeping_style(&mut patch.root, "apiVersion", &api_version);
+        rewrite_as_text(&mut patch, "labels");
+    }
+    if retarget || changes_identity {
+        rewrite_as_text(&mut patch, "annotations");
     }
     let (name, namespace, kind) = (r.name().to_owned(), r.namespace().to_owned(), r.kind().to_owned());
     if changes_identity {
@@ -394,6 +398,13 @@ fn merge_patch(
     }
     r.set_namespace(&namespace);
     Ok(())
+}
+
+/// kustomize writes the labels and annotations of such a patch anew, as text: a null in there deletes nothing, it becomes
+/// the text `null`, and a null in their place is lost.
+fn rewrite_as_text(patch: &mut Resource, key: &str) {
+    let pairs = patch.string_map(key);
+    patch.set_string_map(key, pairs);
 }
 
 /// kustomize keeps its notes in annotations, so a patch that removes those makes it forget.

@@ -208,6 +208,8 @@ impl Builder<'_> {
             vars::resolve(map, &vars, &config.var_reference, env)
         })?;
         drop_local(&mut acc.map);
+        // A JSON patch may have given one resource the name of another.
+        acc.map.check_unique(&self.schemas)?;
         sort(
             &mut acc.map,
             target.k.sort_options.as_ref(),

@@ -166,7 +166,7 @@ fn nothing_is_asked_of_the_tree_that_the_read_set_does_not_tell() {
     ]);
     let spy = Spy(&t, std::cell::RefCell::new(Vec::new()));
     let set = build(&spy, "o", &Options::default()).unwrap().read_set;
-    for path in spy.1.into_inner().unwrap() {
+    for path in spy.1.into_inner() {
         let told = set.files.contains(&path)
             || set.missing.contains(&path)
             || set.links.contains(&path)
