@@ -36,7 +36,7 @@ pub(crate) fn colour() -> bool {
 /// A table without frames, as kubectl's.
 pub(crate) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
-    table.load_preset(NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table.load_style(NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     if !colour() {
         table.force_no_tty();
     }

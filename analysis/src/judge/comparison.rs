@@ -56,6 +56,10 @@ pub struct Comparison {
     peak: f64,
     /// Totals, for the explanation.
     totals: Totals,
+    /// Counts of one arm that wait for counts of the other: a batch with one arm alone says nothing about the ratio.
+    /// When a batch is complete depends on requests only, never on how they ended, so the bound holds.
+    #[serde(default)]
+    pending: Totals,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -67,12 +71,22 @@ struct Totals {
     primary_bad: u64,
 }
 
+impl Totals {
+    fn add(&mut self, sample: &Sample) {
+        self.canary_requests += sample.canary.requests;
+        self.canary_bad += sample.canary.errors;
+        self.primary_requests += sample.primary.requests;
+        self.primary_bad += sample.primary.errors;
+    }
+}
+
 impl Default for Comparison {
     fn default() -> Self {
         Self {
             log_evidence: [0.0; RATIOS.len()],
             peak: 0.0,
             totals: Totals::default(),
+            pending: Totals::default(),
         }
     }
 }
@@ -80,23 +94,21 @@ impl Default for Comparison {
 impl Comparison {
     /// Takes in one batch of errors. O(1).
     pub fn observe(&mut self, sample: &Sample, options: &Options) {
-        let (canary, primary) = (&sample.canary, &sample.primary);
-        self.totals.canary_requests += canary.requests;
-        self.totals.canary_bad += canary.errors;
-        self.totals.primary_requests += primary.requests;
-        self.totals.primary_bad += primary.errors;
-        let total = canary.requests as f64 + primary.requests as f64;
-        // A batch with one arm only says nothing about the ratio: every component's factor is 1.
-        if canary.requests == 0 || primary.requests == 0 {
+        self.totals.add(sample);
+        self.pending.add(sample);
+        if self.pending.canary_requests == 0 || self.pending.primary_requests == 0 {
             return;
         }
-        let share = canary.requests as f64 / total;
-        let bad = canary.errors as f64 + primary.errors as f64;
+        let batch = std::mem::take(&mut self.pending);
+        let (canary, primary) = (batch.canary_requests as f64, batch.primary_requests as f64);
+        let share = canary / (canary + primary);
+        let canary_bad = batch.canary_bad as f64;
+        let bad = canary_bad + batch.primary_bad as f64;
         let tolerated = options.tolerance.max(1.0);
         let base = share * tolerated + 1.0 - share;
         for (log, multiple) in self.log_evidence.iter_mut().zip(RATIOS) {
             let ratio = tolerated * multiple;
-            *log += canary.errors as f64 * multiple.ln() - bad * ((share * ratio + 1.0 - share) / base).ln();
+            *log += canary_bad * multiple.ln() - bad * ((share * ratio + 1.0 - share) / base).ln();
         }
         self.peak = self.peak.max(self.log_mixture());
     }
@@ -232,6 +244,19 @@ mod tests {
             .count();
         // 5 % of 400 are 20; three standard deviations above that are 33.
         assert!(false_alarms <= 33, "{false_alarms} false alarms in {runs} runs");
+    }
+
+    #[test]
+    fn arms_that_are_reported_apart_are_compared_all_the_same() {
+        let options = Options::default();
+        let (mut together, mut apart) = (Comparison::default(), Comparison::default());
+        for _ in 0..10 {
+            together.observe(&sample((20, 6), (180, 1)), &options);
+            apart.observe(&sample((0, 0), (180, 1)), &options);
+            apart.observe(&sample((20, 6), (0, 0)), &options);
+        }
+        assert_eq!(together.evidence(), apart.evidence());
+        assert!(apart.verdict(&options).is_bad());
     }
 
     #[test]

@@ -1,9 +1,13 @@
 //! Where the mesh meets the rollouts: its ack ledger is their source of liveness, its telemetry their source of
 //! measurements. Neither crate knows the other; this is the seam between them.
 
+use async_trait::async_trait;
 use futures::stream::{self, BoxStream, StreamExt as _};
+use serin_analysis::{Counts, Histogram, MetricSource, Query, Sample, SourceError};
 use serin_canary::traffic::{Liveness, LivenessSource};
 use serin_control::ledger::Ledger;
+use serin_control::telemetry::{self, DURATION_BOUNDS_MS, Reporter, Telemetry, WorkloadKey};
+use tokio_stream::wrappers::ReceiverStream;
 
 /// Liveness of routes, out of the ack ledger.
 pub(crate) struct LedgerLiveness {
@@ -45,4 +49,55 @@ fn translate(liveness: &serin_control::ledger::Liveness) -> Liveness {
         refused: count(liveness.refused).max(u32::from(rejected.is_some())),
         reason: rejected.or(refusals),
     }
+}
+
+/// Measurements of workloads, out of what the proxies stream.
+///
+/// What counts is what the callers' proxies saw (`reporter="source"`): they also see what never reached a pod, and a
+/// caller without a proxy is not subject to weights anyway.
+pub(crate) struct MeshMetrics {
+    telemetry: Telemetry,
+}
+
+impl MeshMetrics {
+    /// Reads `telemetry`.
+    pub(crate) fn new(telemetry: Telemetry) -> Self {
+        Self { telemetry }
+    }
+
+    fn arm(&self, query: &Query, workload: &str) -> BoxStream<'static, (i64, Counts)> {
+        let key = WorkloadKey {
+            namespace: query.namespace.as_str().into(),
+            workload: workload.into(),
+            service: None,
+        };
+        let samples = ReceiverStream::new(self.telemetry.subscribe(key));
+        samples.map(|sample| (sample.at_ms, counts(&sample))).boxed()
+    }
+}
+
+#[async_trait]
+impl MetricSource for MeshMetrics {
+    fn name(&self) -> &'static str {
+        "mesh"
+    }
+
+    async fn subscribe(&self, query: &Query) -> Result<BoxStream<'static, Sample>, SourceError> {
+        let canary = self.arm(query, &query.canary_workload);
+        let primary = self.arm(query, &query.primary_workload);
+        let canary = canary.map(|(at_ms, canary)| Sample { at_ms, canary, ..Sample::default() });
+        let primary = primary.map(|(at_ms, primary)| Sample { at_ms, primary, ..Sample::default() });
+        Ok(stream::select(canary, primary).boxed())
+    }
+}
+
+fn counts(sample: &telemetry::Sample) -> Counts {
+    let (requests, errors) = sample.requests_and_errors(Reporter::Source);
+    let mut latency = Histogram::new(DURATION_BOUNDS_MS.to_vec());
+    for row in sample.rows.iter().filter(|row| row.dimensions.reporter == Reporter::Source) {
+        for (total, new) in latency.counts.iter_mut().zip(row.durations.counts) {
+            *total += new;
+        }
+    }
+    Counts { requests, errors, latency }
 }

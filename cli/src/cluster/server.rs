@@ -65,6 +65,7 @@ pub(crate) async fn run(
     let started = Instant::now();
     let _lock = ServerLock::take(cluster)?;
     private_directory(&cluster.store())?;
+    std::fs::create_dir_all(cluster.mesh()).context("make the directory of the mesh's socket")?;
     let step = |what: &str| {
         info!(what, after_ms = started.elapsed().as_millis() as u64, "started");
         say(what);
@@ -86,7 +87,7 @@ pub(crate) async fn run(
     step("kubernetes api");
 
     let mut tasks = Tasks { set: JoinSet::new(), cancel: cancel.child_token() };
-    start_mesh_and_controllers(cluster, &client, &mut tasks).await?;
+    start_mesh_and_controllers(cluster, &client, &mut tasks);
     step("mesh and controllers");
 
     start_node(cluster).await?;
@@ -108,7 +109,7 @@ fn start_log() {
     use tracing_subscriber::EnvFilter;
     let filter = EnvFilter::try_from_env("SERIN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     // A second start in the same process keeps the first log.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).try_init();
 }
 
 /// Opens the Unix socket for us and TLS for kubectl, and writes the kubeconfig.
@@ -150,46 +151,33 @@ fn write_private(path: &std::path::Path, text: &str) -> anyhow::Result<()> {
 async fn define(client: &Client) -> anyhow::Result<()> {
     let definitions = serin_crds::definitions();
     let writes = definitions.iter().map(|definition| async move {
-        let name = definition.metadata.name.clone().unwrap_or_default();
-        let json = serde_json::to_value(definition)?;
-        apply::apply_definition(client, &name, &json).await.with_context(|| format!("define {name}"))
+        let name = definition.metadata.name.as_deref().unwrap_or_default();
+        apply::define(client, definition).await.with_context(|| format!("define {name}"))
     });
     try_join_all(writes).await.map(|_| ())
 }
 
-async fn start_mesh_and_controllers(
-    cluster: &Cluster,
-    client: &Client,
-    tasks: &mut Tasks,
-) -> anyhow::Result<()> {
-    let socket = cluster.xds_socket();
-    let _ = std::fs::remove_file(&socket);
-    let control = serin_control::Control::start(
-        serin_control::Options::on_unix_socket(socket),
-        client.clone(),
-        tasks.cancel.clone(),
-    )
-    .await
-    .context("start the mesh's control plane")?;
+fn start_mesh_and_controllers(cluster: &Cluster, client: &Client, tasks: &mut Tasks) {
+    let options = serin_control::ControlOptions { socket: Some(cluster.xds_socket()), ..Default::default() };
+    let control = serin_control::Control::new(options);
 
-    let liveness = Arc::new(LedgerLiveness::new(control.ledger()));
+    let liveness = Arc::new(LedgerLiveness::new(control.ledger().clone()));
     let canary = serin_canary::Context {
         client: client.clone(),
         namespace: None,
         traffic: Arc::new(serin_canary::traffic::KubeTraffic::new(client.clone(), liveness)),
-        metrics: Arc::new(MeshMetrics::new(control.telemetry())),
-        options: serin_canary::Options::default(),
+        metrics: Arc::new(MeshMetrics::new(control.telemetry().clone())),
+        options: serin_canary::objects::Options::default(),
     };
     let gitops = serin_gitops::Context::new(client.clone(), cluster.git_cache());
     let cancel = &tasks.cancel;
-    tasks.set.spawn(named("mesh control", control.finished()));
+    tasks.set.spawn(named("mesh control", control.run(client.clone(), cancel.clone())));
     tasks.set.spawn(named("canary controller", serin_canary::run(canary, cancel.clone())));
     tasks.set.spawn(named("gitops controller", serin_gitops::run(gitops, cancel.clone())));
     tasks.set.spawn(named(
         "workload controllers",
         serin_workloads::controllers::run(client.clone(), cancel.clone()),
     ));
-    Ok(())
 }
 
 /// Starts the process that runs pods, or keeps the one that survived an earlier server.

@@ -1,9 +1,13 @@
 //! Server-side apply of manifests that the CLI brings itself: definitions, the gateway, the demo's objects.
 
+use std::time::Duration;
+
 use anyhow::Context as _;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Api, DynamicObject, Patch, PatchParams};
 use kube::core::{ApiResource, GroupVersionKind};
-use kube::{Client, discovery};
+use kube::runtime::wait::{await_condition, conditions::is_crd_established};
+use kube::{Client, ResourceExt as _, discovery};
 use serde_json::Value;
 
 /// Owner of the fields of what the CLI applies.
@@ -42,11 +46,17 @@ fn api_of(client: &Client, resource: &ApiResource, namespace: Option<String>) ->
     }
 }
 
-/// Applies a CustomResourceDefinition. Its own kind needs no discovery.
-pub(crate) async fn apply_definition(client: &Client, name: &str, definition: &Value) -> anyhow::Result<()> {
-    let gvk = GroupVersionKind::gvk("apiextensions.k8s.io", "v1", "CustomResourceDefinition");
-    let resource = ApiResource::from_gvk_with_plural(&gvk, "customresourcedefinitions");
-    let api = api_of(client, &resource, None);
-    api.patch(name, &PatchParams::apply(FIELD_MANAGER).force(), &Patch::Apply(definition)).await?;
+/// How long a definition may take until its kind is served.
+const ESTABLISH_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Applies a CustomResourceDefinition and waits until its kind is served.
+pub(crate) async fn define(client: &Client, definition: &CustomResourceDefinition) -> anyhow::Result<()> {
+    let api: Api<CustomResourceDefinition> = Api::all(client.clone());
+    let name = definition.name_any();
+    api.patch(&name, &PatchParams::apply(FIELD_MANAGER).force(), &Patch::Apply(definition)).await?;
+    let established = await_condition(api, &name, is_crd_established());
+    tokio::time::timeout(ESTABLISH_TIMEOUT, established)
+        .await
+        .with_context(|| format!("{name} is not established after {} s", ESTABLISH_TIMEOUT.as_secs()))??;
     Ok(())
 }

@@ -163,18 +163,20 @@ fn object_name(reference: &str) -> String {
     format!("{}-{hash:016x}", readable.trim_matches('-'))
 }
 
-/// Writes the entries that ship with Serin: the proxy, Istio's bookinfo, podinfo.
+/// Writes the entries that ship with Serin: the proxy, Istio's bookinfo, podinfo. Their programs lie beside this one.
 pub(crate) async fn write_built_in(client: &Client) -> anyhow::Result<()> {
     let api: Api<Image> = Api::all(client.clone());
+    let this = std::env::current_exe().context("find this program")?;
+    let beside = |name: &str| this.with_file_name(name).display().to_string();
     let example = |reference: &str, application: &str| ImageSpec {
         reference: reference.to_owned(),
-        program: "serin-example".to_owned(),
+        program: beside("serin-example"),
         args: vec![application.to_owned()],
         env: Vec::new(),
     };
     let proxy = |reference: &str| ImageSpec {
         reference: reference.to_owned(),
-        program: "serin-proxy".to_owned(),
+        program: beside("serin-proxy"),
         args: Vec::new(),
         env: Vec::new(),
     };

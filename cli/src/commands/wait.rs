@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use clap::Args;
 use futures::StreamExt as _;
 use kube::api::{Api, DynamicObject};
@@ -162,7 +162,7 @@ async fn until(
             Err(error) => tracing::debug!(%error, "watch interrupted"),
         }
     }
-    bail!("the watch of {} ended", kind.plural).context("wait")
+    bail!("the watch of {} ended", kind.plural)
 }
 
 #[cfg(test)]

@@ -12,7 +12,8 @@ use kube::{Api, Client, Resource};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serin_crds::flagger::Canary;
-use serin_crds::flux::{GitRepository, Kustomization};
+use serin_crds::flux::kustomize::Kustomization;
+use serin_crds::flux::source::GitRepository;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 

@@ -98,8 +98,12 @@ impl Connections {
                     return Outcome::of_answer(parts.status, &parts.headers, plan.group_by.as_ref());
                 }
                 // The server closed a kept connection before it saw a byte of this request.
-                Err(mut error) if !fresh && error.take_message().is_some() => {}
-                Err(_) => return Outcome::no_answer("reset"),
+                Err(mut error) => {
+                    // Sent again only if the server closed a kept connection before it saw a byte of this request.
+                    if fresh || error.take_message().is_none() {
+                        return Outcome::no_answer("reset");
+                    }
+                }
             }
         }
     }

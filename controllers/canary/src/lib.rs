@@ -34,6 +34,8 @@
 //! `lastAppliedSpec` is ours: a Canary that Flagger managed before starts one run when it is taken over.
 
 pub mod decide;
+#[cfg(test)]
+mod golden;
 pub mod objects;
 pub mod observed;
 pub mod plan;
@@ -80,4 +82,15 @@ pub enum Error {
     /// A watch did not start.
     #[error(transparent)]
     Watch(#[from] serin_kit::Error),
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes
+        .iter()
+        .fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+            // Writing to a String does not fail.
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
 }

@@ -4,6 +4,7 @@
 //! appointment in the future; an earlier push does not cancel it, a new appointment replaces it.
 
 use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -157,10 +158,18 @@ impl Queue {
     }
 }
 
+/// Objects that come due in the same second after a start would come due together for ever. Up to 5 % later, always
+/// the same for one object.
+pub(crate) fn jittered(interval: Duration, key: &Key) -> Duration {
+    use std::hash::{Hash as _, Hasher as _};
+    let mut hasher = std::hash::DefaultHasher::new();
+    key.hash(&mut hasher);
+    interval + interval.mul_f64((hasher.finish() % 1000) as f64 / 1000.0 * 0.05)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     fn key(name: &str) -> Key {
         Key::new("ns", name)
@@ -220,5 +229,15 @@ mod tests {
                 .await
                 .is_err()
         );
+    }
+
+    #[test]
+    fn intervals_are_stretched_by_at_most_a_twentieth_and_always_alike() {
+        let minute = Duration::from_secs(60);
+        for name in ["a", "b", "c", "d"] {
+            let at = jittered(minute, &key(name));
+            assert!(at >= minute && at <= Duration::from_secs(63));
+            assert_eq!(at, jittered(minute, &key(name)));
+        }
     }
 }

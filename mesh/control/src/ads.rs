@@ -19,10 +19,11 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use parking_lot::Mutex;
 use serin_xds::server::{AdsServer, Client, ClientId, Event, Options, Source};
 use serin_xds::{Change, Resource};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -36,6 +37,9 @@ use crate::proxy_identity::Proxy;
 /// Changes that may wait for the pump.
 pub const CHANGES: usize = 4096;
 
+/// Questions that may wait for the pump.
+const QUERIES: usize = 16;
+
 /// Clients served between two chances for others on the same thread.
 const CLIENTS_PER_TURN: usize = 64;
 
@@ -46,8 +50,8 @@ pub trait World: Send + 'static {
     /// What some changes mean for proxies.
     type Touched: Send;
 
-    /// Takes in changes that belong together. `verdict` is called for every user object among them.
-    fn apply(&mut self, changes: Vec<Self::Change>, verdict: &mut dyn FnMut(Verdict)) -> Self::Touched;
+    /// Takes in changes that belong together.
+    fn apply(&mut self, changes: Vec<Self::Change>) -> Applied<Self::Touched>;
 
     /// Everything that a proxy needs, from now until it is forgotten.
     fn resources_for(&mut self, proxy: &Proxy) -> Vec<Arc<Resource>>;
@@ -57,6 +61,53 @@ pub trait World: Send + 'static {
 
     /// No proxy of this id is connected any more.
     fn forget(&mut self, proxy: &str);
+
+    /// What a person should be told about a user object, as things stand.
+    fn note(&self, object: &str) -> Option<Note>;
+
+    /// Every user object that there is a note on.
+    fn noted(&self) -> Vec<Arc<str>>;
+}
+
+/// What a person should be told about a user object, and what its status says now.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Note {
+    /// Its kind, for example `VirtualService`.
+    pub kind: &'static str,
+    /// Its namespace.
+    pub namespace: Arc<str>,
+    /// Its name.
+    pub name: Arc<str>,
+    /// Its newest generation.
+    pub generation: i64,
+    /// Rules that it breaks, because of which it is not in effect.
+    pub refused: Vec<String>,
+    /// References to what is not there.
+    pub unresolved: Vec<String>,
+    /// Fields that are set and not honoured.
+    pub unhonoured: Vec<serin_kit::unhonoured::Field>,
+    /// The conditions of its status.
+    pub conditions: Vec<Condition>,
+}
+
+/// A question to the pump, which owns the world.
+#[derive(Debug)]
+pub struct Query {
+    /// Which objects.
+    pub objects: Vec<Arc<str>>,
+    /// Where the notes go; objects that are unknown are left out.
+    pub reply: oneshot::Sender<Vec<(Arc<str>, Note)>>,
+}
+
+/// What became of some changes.
+#[derive(Debug)]
+pub struct Applied<T> {
+    /// What they mean for proxies.
+    pub touched: T,
+    /// What became of the user objects among them.
+    pub verdicts: Vec<Verdict>,
+    /// Notes on any objects may be others now.
+    pub notes_changed: bool,
 }
 
 /// What became of a user object that changed.
@@ -88,8 +139,8 @@ pub enum Verdict {
 /// What the pump is fed with.
 #[derive(Debug)]
 pub enum Input<C> {
-    /// One change.
-    Change(C),
+    /// Changes, in order.
+    Changes(Vec<C>),
     /// Everything that exists has been said: proxies may be served.
     Synced,
 }
@@ -149,6 +200,8 @@ pub struct Pump<W: World> {
     clients: HashMap<ClientId, (Arc<Client>, Proxy)>,
     debounce: Debounce,
     synced: bool,
+    queries: mpsc::Receiver<Query>,
+    asking: mpsc::Sender<Query>,
 }
 
 impl<W: World> Pump<W> {
@@ -160,18 +213,29 @@ impl<W: World> Pump<W> {
             changed: Notify::new(),
         });
         let server = AdsServer::new(hub.clone(), Options::default(), cancel);
+        let (asking, queries) = mpsc::channel(QUERIES);
         let pump = Self {
             world,
             hub,
             clients: HashMap::new(),
             debounce: Debounce::default(),
             synced: false,
+            queries,
+            asking,
         };
         (pump, server)
     }
 
+    /// Where questions to the pump go.
+    pub fn asking(&self) -> mpsc::Sender<Query> {
+        self.asking.clone()
+    }
+
     /// Runs until `cancel` is cancelled or the inputs end.
-    pub async fn run(mut self, mut inputs: mpsc::Receiver<Input<W::Change>>, cancel: CancellationToken) {
+    pub async fn run<I>(mut self, mut inputs: mpsc::Receiver<I>, cancel: CancellationToken)
+    where
+        I: Into<Input<W::Change>>,
+    {
         let started = Instant::now();
         let hub = self.hub.clone();
         let mut batch = Vec::new();
@@ -190,7 +254,7 @@ impl<W: World> Pump<W> {
                 () = timer => {
                     // What arrived together goes out together.
                     while let Ok(input) = inputs.try_recv() {
-                        self.take(input, &mut batch);
+                        self.take(input.into(), &mut batch);
                     }
                     due = None;
                     if !batch.is_empty() {
@@ -201,19 +265,24 @@ impl<W: World> Pump<W> {
                 }
                 input = inputs.recv() => {
                     let Some(input) = input else { return };
-                    self.take(input, &mut batch);
+                    self.take(input.into(), &mut batch);
                     if due.is_none() {
                         due = Some(Instant::now() + self.debounce.wait(started.elapsed()));
                     }
                 }
                 () = hub.changed.notified() => self.mind_the_doors(),
+                Some(query) = self.queries.recv() => {
+                    let notes = query.objects.into_iter();
+                    let notes = notes.filter_map(|object| self.world.note(&object).map(|note| (object, note)));
+                    let _ = query.reply.send(notes.collect()); // whoever asked may have gone
+                }
             }
         }
     }
 
     fn take(&mut self, input: Input<W::Change>, batch: &mut Vec<W::Change>) {
         match input {
-            Input::Change(change) => batch.push(change),
+            Input::Changes(changes) => batch.extend(changes),
             Input::Synced => {
                 self.synced = true;
                 self.hub.changed.notify_one();
@@ -222,9 +291,12 @@ impl<W: World> Pump<W> {
     }
 
     async fn push(&mut self, batch: Vec<W::Change>) {
-        let mut verdicts = Vec::new();
         let count = batch.len();
-        let touched = self.world.apply(batch, &mut |verdict| verdicts.push(verdict));
+        let Applied {
+            touched,
+            verdicts,
+            notes_changed,
+        } = self.world.apply(batch);
         let mut told = 0;
         for (index, (client, proxy)) in self.clients.values().enumerate() {
             if index % CLIENTS_PER_TURN == CLIENTS_PER_TURN - 1 {
@@ -249,6 +321,9 @@ impl<W: World> Pump<W> {
                 } => ledger.reject(&object, generation, &reason),
                 Verdict::Deleted { object } => ledger.forget(&object),
             }
+        }
+        if notes_changed {
+            self.hub.ledger.mark(self.world.noted());
         }
     }
 

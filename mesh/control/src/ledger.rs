@@ -160,6 +160,12 @@ impl Ledger {
         }
     }
 
+    /// Reports objects as changed for another reason than liveness.
+    pub fn mark(&self, objects: impl IntoIterator<Item = Arc<str>>) {
+        self.shared.state.lock().dirty.extend(objects);
+        self.shared.changed.notify_one();
+    }
+
     fn with(&self, change: impl FnOnce(&mut Book, std::time::Duration) -> HashSet<Arc<str>>) {
         let now = self.shared.started.elapsed();
         let mut state = self.shared.state.lock();

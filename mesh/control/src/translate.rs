@@ -18,6 +18,8 @@ mod listener;
 mod outbound;
 mod route;
 mod router;
+#[cfg(test)]
+mod tests;
 mod view;
 mod wire;
 

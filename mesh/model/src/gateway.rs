@@ -119,16 +119,7 @@ impl Gateway {
                 generation: object.metadata.generation.unwrap_or(0),
                 rule: None,
             },
-            seniority: Seniority {
-                created: object
-                    .metadata
-                    .creation_timestamp
-                    .as_ref()
-                    .map(|time| time.0.to_string())
-                    .unwrap_or_default(),
-                name: name.into(),
-                namespace: namespace.into(),
-            },
+            seniority: Seniority::of(&object.metadata, namespace),
         }
     }
 

@@ -321,6 +321,16 @@ impl Model {
         self.rules.mesh_hosts()
     }
 
+    /// Hosts that are named by the same rules for sidecars as this one; their virtual hosts depend on each other.
+    pub fn rules_beside(&self, host: &str) -> BTreeSet<Arc<str>> {
+        self.rules.beside(host)
+    }
+
+    /// Hosts and wildcards that rules for sidecars name and that a service of this host matters to.
+    pub fn rules_around(&self, host: &str) -> BTreeSet<Arc<str>> {
+        self.rules.around(host)
+    }
+
     /// The compiled rules of one VirtualService.
     pub fn rules_of(&self, key: &ObjectKey) -> Option<&Arc<RuleSet>> {
         self.rules.get(key)

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serin_crds::istio::{DestinationRule, Gateway, ServiceEntry, Sidecar, VirtualService};
 
 /// The kinds that the model reads.
@@ -166,4 +167,19 @@ pub struct Seniority {
     pub name: Arc<str>,
     /// Namespace.
     pub namespace: Arc<str>,
+}
+
+impl Seniority {
+    /// That of an object.
+    pub fn of(metadata: &ObjectMeta, namespace: &str) -> Self {
+        Self {
+            created: metadata
+                .creation_timestamp
+                .as_ref()
+                .map(|time| time.0.to_string())
+                .unwrap_or_default(),
+            name: metadata.name.as_deref().unwrap_or("").into(),
+            namespace: namespace.into(),
+        }
+    }
 }

@@ -83,6 +83,28 @@ pub(crate) struct PolicyIndex {
     pub(crate) local: usize,
 }
 
+/// Whether the labels of clients decide about a rule or in it.
+fn is_selective(object: &DestinationRule) -> bool {
+    let by_labels = |balancer: Option<&serin_crds::istio::LoadBalancerSettings>| {
+        balancer
+            .and_then(|balancer| balancer.locality_lb_setting.as_ref())
+            .is_some_and(|setting| !setting.failover_priority.is_empty())
+    };
+    let policy = |policy: &TrafficPolicy| {
+        by_labels(policy.load_balancer.as_ref())
+            || policy
+                .port_level_settings
+                .iter()
+                .any(|entry| by_labels(entry.load_balancer.as_ref()))
+    };
+    let subsets = object
+        .spec
+        .subsets
+        .iter()
+        .filter_map(|subset| subset.traffic_policy.as_ref());
+    object.spec.workload_selector.is_some() || object.spec.traffic_policy.iter().chain(subsets).any(policy)
+}
+
 /// Whether a rule orders endpoints by locality for some port or subset.
 fn is_local(object: &DestinationRule) -> bool {
     let parts = |outlier: bool, balancer: Option<&serin_crds::istio::LoadBalancerSettings>| {
@@ -119,7 +141,7 @@ impl PolicyIndex {
                 .get_mut(&slot)
                 .and_then(|objects| objects.remove(&seniority))
             {
-                self.selective -= usize::from(old.spec.workload_selector.is_some());
+                self.selective -= usize::from(is_selective(&old));
                 self.local -= usize::from(is_local(&old));
             }
             self.merge(&slot);
@@ -127,17 +149,8 @@ impl PolicyIndex {
         }
         if let Some(object) = object {
             let host = host::resolve(&object.spec.host, &key.namespace, domain);
-            let seniority = Seniority {
-                created: object
-                    .metadata
-                    .creation_timestamp
-                    .as_ref()
-                    .map(|time| time.0.to_string())
-                    .unwrap_or_default(),
-                name: key.name.clone(),
-                namespace: key.namespace.clone(),
-            };
-            self.selective += usize::from(object.spec.workload_selector.is_some());
+            let seniority = Seniority::of(&object.metadata, &key.namespace);
+            self.selective += usize::from(is_selective(&object));
             self.local += usize::from(is_local(&object));
             let slot = (key.namespace.clone(), host.clone());
             self.objects

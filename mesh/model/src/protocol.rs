@@ -37,7 +37,7 @@ impl Protocol {
 
     /// Spoken as HTTP/2 towards the endpoint.
     pub fn is_http2(self) -> bool {
-        matches!(self, Self::Http2 | Self::Grpc)
+        matches!(self, Self::Http2 | Self::Grpc | Self::GrpcWeb)
     }
 
     /// HTTP, or may turn out to be.

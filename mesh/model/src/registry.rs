@@ -51,7 +51,6 @@ pub(crate) struct Registry {
     pods: HashMap<Name, Arc<Workload>>,
     hosts_of_pod: HashMap<Name, BTreeSet<Name>>,
     pods_on: HashMap<Arc<str>, BTreeSet<Name>>,
-    pod_of_address: HashMap<Arc<str>, Name>,
     nodes: HashMap<Arc<str>, Locality>,
     endpoints: HashMap<Arc<str>, Arc<Vec<Endpoint>>>,
     /// Host → ExternalName Services that stand for it.
@@ -133,12 +132,13 @@ impl Registry {
         for service in services {
             let host = service.host.clone();
             let service = Arc::new(service);
-            // Provenance alone (a new resourceVersion, a status) changes nothing that proxies see.
+            // Of a Service nothing but its content counts; a ServiceEntry's generation is what somebody waits to see live.
             let same = old.get(&host).is_some_and(|old| {
-                Service {
-                    provenance: service.provenance.clone(),
-                    ..(**old).clone()
-                } == *service
+                let mut old = (**old).clone();
+                if service.kubernetes {
+                    old.provenance = service.provenance.clone();
+                }
+                old == *service
             });
             if !same {
                 touched.services.insert(host.clone());
@@ -280,20 +280,12 @@ impl Registry {
             if let Some(pods) = self.pods_on.get_mut(&old.node) {
                 pods.remove(&name);
             }
-            for address in &old.addresses {
-                if self.pod_of_address.get(address) == Some(&name) {
-                    self.pod_of_address.remove(address);
-                }
-            }
         }
         if let Some(workload) = workload {
             self.pods_on
                 .entry(workload.node.clone())
                 .or_default()
                 .insert(name.clone());
-            for address in &workload.addresses {
-                self.pod_of_address.insert(address.clone(), name.clone());
-            }
             self.pods.insert(name.clone(), workload);
         }
         touched.inbound.insert(key.namespace.clone());
@@ -337,6 +329,9 @@ impl Registry {
             if slice.endpoints.iter().any(|endpoint| endpoint.node == key.name) {
                 services.insert((namespace.clone(), slice.service.clone()));
             }
+        }
+        for pod in self.pods_on.get(&key.name).into_iter().flatten() {
+            services.extend(self.hosts_of_pod.get(pod).into_iter().flatten().cloned());
         }
         for service in services {
             self.join_kubernetes(&service, &mut touched);
@@ -395,16 +390,7 @@ impl Registry {
                 if !endpoint.ready && !service.publish_not_ready {
                     continue;
                 }
-                let workload = endpoint
-                    .pod
-                    .as_ref()
-                    .and_then(|pod| self.pods.get(pod))
-                    .or_else(|| {
-                        self.pod_of_address
-                            .get(&endpoint.address)
-                            .and_then(|pod| self.pods.get(pod))
-                    })
-                    .cloned();
+                let workload = endpoint.pod.as_ref().and_then(|pod| self.pods.get(pod)).cloned();
                 let node = if endpoint.node.is_empty() {
                     workload.as_ref().map(|w| w.node.clone())
                 } else {
@@ -448,12 +434,12 @@ impl Registry {
                     .collect::<BTreeMap<_, _>>(),
             )
         };
-        for entry in &object.spec.endpoints {
+        for (index, entry) in object.spec.endpoints.iter().enumerate() {
             out.push(Endpoint {
                 address: entry.address.as_deref().unwrap_or("").into(),
                 ports: by_name(&entry.ports),
                 workload: Some(Arc::new(Workload {
-                    name: object.metadata.name.as_deref().unwrap_or("").into(),
+                    name: format!("{}-{index}", object.metadata.name.as_deref().unwrap_or("")).into(),
                     namespace: service.namespace.clone(),
                     labels: entry.labels.clone(),
                     service_account: entry.service_account.as_deref().unwrap_or("").into(),

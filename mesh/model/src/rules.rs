@@ -1,6 +1,7 @@
 //! All VirtualServices, compiled, and found by host.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 use std::sync::Arc;
 
 use serin_crds::istio::VirtualService;
@@ -113,16 +114,7 @@ impl RuleIndex {
                     .includes(&key.namespace)
                     .then_some(&**child)
             }));
-            let seniority = Seniority {
-                created: object
-                    .metadata
-                    .creation_timestamp
-                    .as_ref()
-                    .map(|time| time.0.to_string())
-                    .unwrap_or_default(),
-                name: key.name.clone(),
-                namespace: key.namespace.clone(),
-            };
+            let seniority = Seniority::of(&object.metadata, &key.namespace);
             let targets = delegations(&object)
                 .into_iter()
                 .map(|delegation| delegation.target)
@@ -158,11 +150,14 @@ impl RuleIndex {
             touched.hosts.extend(new.rules.hosts.iter().cloned());
             self.entries.insert(key.clone(), new);
         }
+        // What decides which virtual hosts a gateway has, as opposed to what is in them.
         let shape = |entry: Option<&Entry>| {
             entry.map(|entry| {
                 (
                     entry.rules.hosts.clone(),
                     entry.rules.gateways.clone(),
+                    entry.rules.http.is_empty(),
+                    entry.rules.visibility.clone(),
                     entry.seniority.clone(),
                 )
             })
@@ -196,8 +191,9 @@ impl RuleIndex {
 
     /// The rule set that sidecars of `namespace` use for a host: that of the most specific host, the senior of equals.
     pub(crate) fn for_host(&self, host: &str, namespace: &str) -> Option<&Arc<RuleSet>> {
-        if self.mesh.is_empty() {
-            return None;
+        // Looking up every suffix is only worth while there are wildcards.
+        if self.wildcards().next().is_none() {
+            return self.exact(host, namespace);
         }
         host::patterns(host).find_map(|pattern| self.exact(&pattern, namespace))
     }
@@ -205,6 +201,35 @@ impl RuleIndex {
     /// Hosts and wildcards that some rule set for sidecars names.
     pub(crate) fn mesh_hosts(&self) -> impl Iterator<Item = &Arc<str>> {
         self.mesh.keys()
+    }
+
+    fn wildcards(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.mesh
+            .range::<str, _>((Bound::Included("*"), Bound::Unbounded))
+            .map(|(pattern, _)| pattern)
+            .take_while(|pattern| host::is_wildcard(pattern))
+    }
+
+    /// Hosts named together with this one.
+    pub(crate) fn beside(&self, host: &str) -> BTreeSet<Arc<str>> {
+        self.mesh
+            .get(host)
+            .into_iter()
+            .flat_map(BTreeMap::values)
+            .flat_map(|rules| rules.hosts.iter().cloned())
+            .collect()
+    }
+
+    /// The host itself, hosts named together with it, and wildcards that include it.
+    pub(crate) fn around(&self, host: &str) -> BTreeSet<Arc<str>> {
+        let mut found: BTreeSet<Arc<str>> = self
+            .wildcards()
+            .filter(|pattern| host::covers(pattern, host))
+            .cloned()
+            .collect();
+        found.extend(self.beside(host));
+        found.insert(host.into());
+        found
     }
 
     /// Rule sets bound to a gateway, senior first.

@@ -113,16 +113,7 @@ impl ScopeIndex {
         if let Some(object) = object {
             let scope = Scope::compile(object);
             self.selective += usize::from(!scope.workloads.is_empty());
-            let seniority = Seniority {
-                created: object
-                    .metadata
-                    .creation_timestamp
-                    .as_ref()
-                    .map(|time| time.0.to_string())
-                    .unwrap_or_default(),
-                name: key.name.clone(),
-                namespace: key.namespace.clone(),
-            };
+            let seniority = Seniority::of(&object.metadata, &key.namespace);
             self.scopes
                 .entry(key.namespace.clone())
                 .or_default()

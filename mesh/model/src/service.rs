@@ -9,7 +9,7 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use serin_crds::istio::{ServiceEntry, ServiceEntryLocation, ServiceEntryResolution};
 
 use crate::host;
-use crate::object::{Kind, ObjectKey, Provenance};
+use crate::object::{Kind, ObjectKey, Provenance, Seniority};
 use crate::protocol::Protocol;
 
 /// How endpoints of a service are found.
@@ -126,6 +126,8 @@ pub struct Service {
     pub kubernetes: bool,
     /// The object.
     pub provenance: Provenance,
+    /// Decides between services that lead to one port of a workload.
+    pub seniority: Seniority,
 }
 
 impl Service {
@@ -215,6 +217,7 @@ impl Service {
                 generation: object.metadata.generation.unwrap_or(0),
                 rule: None,
             },
+            seniority: Seniority::of(&object.metadata, namespace),
         })
     }
 
@@ -274,6 +277,7 @@ impl Service {
                     generation: object.metadata.generation.unwrap_or(0),
                     rule: None,
                 },
+                seniority: Seniority::of(&object.metadata, namespace),
             })
             .collect()
     }
@@ -281,13 +285,13 @@ impl Service {
     /// The names under which callers of `namespace` may write the host, most complete first.
     pub fn domains(&self, caller_namespace: &str, domain: &str) -> Vec<String> {
         let mut domains = vec![self.host.to_string()];
-        if !self.kubernetes || host::is_wildcard(&self.host) {
-            return domains;
-        }
-        if &*self.host != format!("{}.{}.svc.{domain}", self.name, self.namespace).as_str() {
+        if host::is_wildcard(&self.host) {
             return domains;
         }
         domains.push(format!("{}.", self.host));
+        if !self.kubernetes || *self.host != *format!("{}.{}.svc.{domain}", self.name, self.namespace) {
+            return domains;
+        }
         if &*self.namespace == caller_namespace {
             domains.push(self.name.to_string());
         }
@@ -346,7 +350,8 @@ pub struct Workload {
 }
 
 impl Workload {
-    /// The `istio.workload` metadata of its endpoints: `name;namespace;canonical name;canonical revision;cluster`.
+    /// The `istio.workload` metadata of its endpoints: `name;namespace;canonical name;canonical revision;cluster`. The revision
+    /// `latest`, which is also that of workloads without a label, is left empty.
     pub fn telemetry(&self, cluster_id: &str) -> String {
         let canonical = ["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"]
             .iter()
@@ -359,7 +364,8 @@ impl Workload {
         ]
         .iter()
         .find_map(|label| self.labels.get(*label))
-        .map_or("latest", String::as_str);
+        .filter(|revision| *revision != "latest")
+        .map_or("", String::as_str);
         format!(
             "{};{};{canonical};{revision};{cluster_id}",
             self.name, self.namespace

@@ -6,8 +6,6 @@
 //! run of characters. The most literal entry wins: exact before wildcard, longer before shorter, the user's before
 //! the built-in.
 
-use std::path::PathBuf;
-
 use kube::Api;
 use kube::api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, Patch, PatchParams};
 use serde::{Deserialize, Serialize};
@@ -20,24 +18,15 @@ use crate::Error;
 pub struct ImageSpec {
     /// Image reference, possibly with wildcards: `docker.io/istio/examples-bookinfo-reviews-v1:*`.
     pub reference: String,
-    /// The program: a path on this machine, or a name looked up in the container's PATH.
+    /// The program: an absolute path, or a name looked up in the container's PATH.
     pub program: String,
-    /// Arguments in front of the container's own `args` (an image's ENTRYPOINT beyond the program).
+    /// Arguments in front of the container's own. `{name}` (the last element of the repository), `{tag}` and `{1}`
+    /// (the first wildcard's text) and so on are replaced, in the values of `env` too.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub args: Vec<String>,
-    /// Default arguments, replaced by the container's `args` (an image's CMD).
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub default_args: Vec<String>,
-    /// Environment under the container's own (an image's ENV).
+    /// Environment under the container's own.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub env: Vec<ImageEnv>,
-    /// Working directory (an image's WORKDIR).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub working_dir: Option<PathBuf>,
-    /// Programs that the image would contain beside its entrypoint: what `command: [./podinfo, …]` and the command of
-    /// an exec probe (`podcli …`) stand for. Compared with the command as written and with its last path element.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub commands: Vec<ImageCommand>,
 }
 
 /// A variable of [`ImageSpec::env`].
@@ -45,21 +34,9 @@ pub struct ImageSpec {
 pub struct ImageEnv {
     /// Name of the variable.
     pub name: String,
-    /// Its value.
-    pub value: String,
-}
-
-/// A program of [`ImageSpec::commands`].
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct ImageCommand {
-    /// The name under which manifests call it.
-    pub name: String,
-    /// The program on this machine.
-    pub program: String,
-    /// Arguments in front of the manifest's.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub args: Vec<String>,
+    /// Its value; empty by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value: Option<String>,
 }
 
 /// A program with its arguments, the zeroth included.
@@ -71,45 +48,54 @@ pub struct Invocation {
     pub argv: Vec<String>,
 }
 
-impl ImageSpec {
-    /// What a container with this image runs. `command` replaces the entrypoint and drops the image's default
-    /// arguments; `args` replace those only. As for an OCI image.
-    pub fn invocation(&self, command: &[String], args: &[String]) -> Invocation {
-        if let Some((first, rest)) = command.split_first() {
-            let mut invocation = self.command(first);
-            invocation.argv.extend(rest.iter().chain(args).cloned());
-            return invocation;
-        }
-        let own = if args.is_empty() { &self.default_args } else { args };
-        let mut argv = vec![self.program.clone()];
-        argv.extend(self.args.iter().chain(own).cloned());
-        Invocation {
-            program: self.program.clone(),
-            argv,
-        }
-    }
+/// What an image reference stands for: an entry with its placeholders filled in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resolved {
+    program: String,
+    args: Vec<String>,
+    /// Environment under the container's own.
+    pub env: Vec<(String, String)>,
+}
 
-    /// What a command word means in this image: one of [`ImageSpec::commands`], or the word itself.
-    pub fn command(&self, word: &str) -> Invocation {
-        let last = word.rsplit('/').next().unwrap_or(word);
-        let known = self
-            .commands
-            .iter()
-            .find(|command| command.name == word)
-            .or_else(|| self.commands.iter().find(|command| command.name == last));
-        match known {
-            Some(known) => {
-                let mut argv = vec![known.program.clone()];
-                argv.extend(known.args.iter().cloned());
+impl Resolved {
+    /// What a container runs. Without `command` the program with the entry's arguments; with one, its first word
+    /// stands for exactly that (`./podinfo` of a podinfo image) and the rest are arguments, unless the word is the
+    /// absolute path of a program of this machine (`exists`), which is then run instead. `args` follow.
+    pub fn invocation(&self, command: &[String], args: &[String], exists: impl Fn(&str) -> bool) -> Invocation {
+        match command.split_first() {
+            Some((first, rest)) if first.starts_with('/') && exists(first) => {
+                let mut argv = vec![first.clone()];
+                argv.extend(rest.iter().chain(args).cloned());
                 Invocation {
-                    program: known.program.clone(),
+                    program: first.clone(),
                     argv,
                 }
             }
-            None => Invocation {
-                program: word.to_owned(),
-                argv: vec![word.to_owned()],
+            Some((_, rest)) => self.with(rest.iter().chain(args)),
+            None => self.with(args.iter()),
+        }
+    }
+
+    /// What a command run beside the container (exec probe, hook) means: a program of this machine if there is one of
+    /// that name, else this image's program as above (`podcli check http …`).
+    pub fn command(&self, command: &[String], exists: impl Fn(&str) -> bool) -> Invocation {
+        match command.split_first() {
+            Some((first, _)) if exists(first) => Invocation {
+                program: first.clone(),
+                argv: command.to_vec(),
             },
+            Some((_, rest)) => self.with(rest.iter()),
+            None => self.with([].iter()),
+        }
+    }
+
+    fn with<'a>(&self, more: impl Iterator<Item = &'a String>) -> Invocation {
+        let mut argv = vec![self.program.clone()];
+        argv.extend(self.args.iter().cloned());
+        argv.extend(more.cloned());
+        Invocation {
+            program: self.program.clone(),
+            argv,
         }
     }
 }
@@ -121,9 +107,11 @@ pub fn normalise(reference: &str) -> String {
         None => (reference, None),
     };
     let mut name = name.to_owned();
-    let has_registry = name.split_once('/').is_some_and(|(first, _)| {
-        first.contains('.') || first.contains(':') || first == "localhost" || first.contains('*')
-    });
+    // A wildcard in front stands for any registry.
+    let has_registry = name.starts_with('*')
+        || name.split_once('/').is_some_and(|(first, _)| {
+            first.contains(['.', ':', '*']) || first == "localhost"
+        });
     if !has_registry {
         let official = if name.contains('/') { "" } else { "library/" };
         name = format!("docker.io/{official}{name}");
@@ -138,20 +126,37 @@ pub fn normalise(reference: &str) -> String {
     }
 }
 
-/// Whether `text` matches `pattern`, in which `*` stands for any run of characters.
-fn matches(pattern: &str, text: &str) -> bool {
+/// Whether `text` matches `pattern`, in which `*` stands for any run of characters: the text of each run, the shortest
+/// possible from the left.
+fn matches<'a>(pattern: &str, text: &'a str) -> Option<Vec<&'a str>> {
     let mut pieces = pattern.split('*');
-    let first = pieces.next().unwrap_or_default();
-    let Some(mut rest) = text.strip_prefix(first) else { return false };
+    let mut rest = text.strip_prefix(pieces.next().unwrap_or_default())?;
     let pieces: Vec<&str> = pieces.collect();
-    let Some((last, middle)) = pieces.split_last() else { return rest.is_empty() };
+    let Some((last, middle)) = pieces.split_last() else {
+        return rest.is_empty().then(Vec::new);
+    };
+    let mut runs = Vec::with_capacity(pieces.len());
     for piece in middle {
-        match rest.find(piece) {
-            Some(at) => rest = &rest[at + piece.len()..],
-            None => return false,
-        }
+        let at = rest.find(piece)?;
+        runs.push(&rest[..at]);
+        rest = &rest[at + piece.len()..];
     }
-    rest.ends_with(last)
+    runs.push(rest.strip_suffix(last)?);
+    Some(runs)
+}
+
+/// Fills in `{name}`, `{tag}`, `{1}` …
+fn fill(text: &str, reference: &str, runs: &[&str]) -> String {
+    if !text.contains('{') {
+        return text.to_owned();
+    }
+    let last = reference.split('@').next().unwrap_or_default().rsplit('/').next().unwrap_or_default();
+    let (name, tag) = last.split_once(':').unwrap_or((last, ""));
+    let mut text = text.replace("{name}", name).replace("{tag}", tag);
+    for (position, run) in runs.iter().enumerate() {
+        text = text.replace(&format!("{{{}}}", position + 1), run);
+    }
+    text
 }
 
 /// The entries, in the order of preference.
@@ -182,17 +187,25 @@ impl Catalogue {
         }
     }
 
-    /// The entry for an image reference.
-    pub fn find(&self, reference: &str) -> Option<&ImageSpec> {
+    /// What an image reference stands for.
+    pub fn find(&self, reference: &str) -> Option<Resolved> {
         let reference = normalise(reference);
         // `name:tag@digest` is the same image as `name:tag` here.
         let without_digest = reference.split_once('@').map(|(name, _)| normalise(name));
-        self.entries
-            .iter()
-            .find(|(pattern, _)| {
-                matches(pattern, &reference) || without_digest.as_deref().is_some_and(|name| matches(pattern, name))
+        self.entries.iter().find_map(|(pattern, entry)| {
+            let runs = matches(pattern, &reference)
+                .or_else(|| without_digest.as_deref().and_then(|name| matches(pattern, name)))?;
+            let fill = |text: &str| fill(text, &reference, &runs);
+            Some(Resolved {
+                program: entry.program.clone(),
+                args: entry.args.iter().map(|argument| fill(argument)).collect(),
+                env: entry
+                    .env
+                    .iter()
+                    .map(|variable| (variable.name.clone(), fill(variable.value.as_deref().unwrap_or_default())))
+                    .collect(),
             })
-            .map(|(_, entry)| entry)
+        })
     }
 }
 
@@ -305,35 +318,51 @@ mod tests {
                 entry("docker.io/istio/examples-bookinfo-*:*", "bookinfo"),
             ],
         );
-        let program = |reference: &str| catalogue.find(reference).map(|entry| entry.program.as_str());
-        assert_eq!(program("ghcr.io/stefanprodan/podinfo:6.0.0"), Some("exact"));
-        assert_eq!(program("ghcr.io/stefanprodan/podinfo:6.1.0"), Some("user-any"));
-        assert_eq!(program("ghcr.io/stefanprodan/podinfo:6.0.0@sha256:11"), Some("exact"));
-        assert_eq!(program("istio/examples-bookinfo-reviews-v1:1.20.3"), Some("bookinfo"));
-        assert_eq!(program("quay.io/other:1"), Some("anything"));
+        let program = |reference: &str| catalogue.find(reference).map(|entry| entry.program);
+        let named = |name: &str| Some(name.to_owned());
+        assert_eq!(program("ghcr.io/stefanprodan/podinfo:6.0.0"), named("exact"));
+        assert_eq!(program("ghcr.io/stefanprodan/podinfo:6.1.0"), named("user-any"));
+        assert_eq!(program("ghcr.io/stefanprodan/podinfo:6.0.0@sha256:11"), named("exact"));
+        assert_eq!(program("istio/examples-bookinfo-reviews-v1:1.20.3"), named("bookinfo"));
+        assert_eq!(program("quay.io/other:1"), named("anything"));
         assert_eq!(Catalogue::default().find("nginx"), None);
     }
 
     #[test]
-    fn command_and_args_replace_entrypoint_and_default_arguments_as_for_an_oci_image() {
-        let image = ImageSpec {
-            args: vec!["serve".into()],
-            default_args: vec!["--default".into()],
-            commands: vec![ImageCommand {
-                name: "podinfo".into(),
-                program: "/bin/apps".into(),
-                args: vec!["podinfo".into()],
+    fn placeholders_are_filled_from_the_reference() {
+        let catalogue = Catalogue::new(
+            [ImageSpec {
+                args: vec!["{1}".into(), "--version={tag}".into()],
+                env: vec![ImageEnv {
+                    name: "NAME".into(),
+                    value: Some("{name}".into()),
+                }],
+                ..entry("*/istio/examples-bookinfo-*-v*:*", "/bin/apps")
             }],
-            ..entry("x", "/bin/apps")
+            [],
+        );
+        let found = catalogue.find("docker.io/istio/examples-bookinfo-reviews-v1:1.20.3").unwrap();
+        assert_eq!(found.args, ["docker.io", "--version=1.20.3"]);
+        assert_eq!(found.env, [("NAME".to_owned(), "examples-bookinfo-reviews-v1".to_owned())]);
+    }
+
+    #[test]
+    fn a_command_stands_for_the_program_unless_this_machine_has_it() {
+        let image = Resolved {
+            program: "/bin/apps".into(),
+            args: vec!["podinfo".into()],
+            env: Vec::new(),
         };
-        let run = |command: &[&str], args: &[&str]| {
-            let owned = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
-            image.invocation(&owned(command), &owned(args)).argv.join(" ")
-        };
-        assert_eq!(run(&[], &[]), "/bin/apps serve --default");
-        assert_eq!(run(&[], &["--mine"]), "/bin/apps serve --mine");
+        let owned = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+        let exists = |word: &str| word == "/bin/sh" || word == "ls";
+        let run = |command: &[&str], args: &[&str]| image.invocation(&owned(command), &owned(args), exists).argv.join(" ");
+        assert_eq!(run(&[], &[]), "/bin/apps podinfo");
+        assert_eq!(run(&[], &["--mine"]), "/bin/apps podinfo --mine");
         assert_eq!(run(&["./podinfo", "--port=1"], &["-v"]), "/bin/apps podinfo --port=1 -v");
         assert_eq!(run(&["/bin/sh", "-c"], &["true"]), "/bin/sh -c true");
+        let beside = |command: &[&str]| image.command(&owned(command), exists).argv.join(" ");
+        assert_eq!(beside(&["podcli", "check", "http"]), "/bin/apps podinfo check http");
+        assert_eq!(beside(&["ls", "/"]), "ls /");
     }
 
     #[test]
@@ -347,7 +376,7 @@ mod tests {
             ("a*b*c", "a1c", false),
             ("abc", "abcd", false),
         ] {
-            assert_eq!(matches(pattern, text), expected, "{pattern} {text}");
+            assert_eq!(matches(pattern, text).is_some(), expected, "{pattern} {text}");
         }
     }
 

@@ -16,6 +16,8 @@
 //! between decides the same again.
 
 mod finalize;
+#[cfg(test)]
+mod golden;
 mod progress;
 mod promote;
 #[cfg(test)]
@@ -27,7 +29,7 @@ mod tests;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
-use serin_crds::flagger::{CanaryPhase, CanaryStatus, RunStatus};
+use serin_crds::flagger::{CanaryPhase, CanaryStatus, RunStatus, StepOutcome};
 
 use crate::observed::{Observed, Readiness, Workload};
 use crate::plan::Plan;
@@ -50,11 +52,15 @@ pub enum Action {
     CreatePrimary {
         /// Value of the annotation `flagger-id`.
         id: String,
+        /// Replicas that it has then.
+        replicas: i32,
     },
     /// Copy the target's template, ConfigMaps and Secrets to the primary.
     PromotePrimary {
         /// Value of the annotation `flagger-id`.
         id: String,
+        /// Replicas that it has then.
+        replicas: i32,
     },
     /// Write the Services of primary and canary.
     ApplyServices,
@@ -253,7 +259,7 @@ impl<'a> Deciding<'a> {
         }
         if self.status.run.is_some() && !promotion_failed {
             if !self.is_drained() {
-                return self.wait_for("traffic leaves the canary");
+                return;
             }
             if target.replicas > 0 {
                 self.actions.push(Action::ScaleTarget(0));
@@ -309,8 +315,26 @@ impl<'a> Deciding<'a> {
             && let Some(target) = self.target()
         {
             let id = revision_id(&self.seen.name, &target.template_hash, &self.seen.configs);
-            self.actions.push(Action::CreatePrimary { id });
+            // Later the target is at rest at zero, and a lost primary must not come back without pods.
+            let replicas = match self.phase() {
+                CanaryPhase::Unset | CanaryPhase::Initializing => target.replicas,
+                _ => target.replicas.max(1),
+            };
+            self.actions.push(Action::CreatePrimary { id, replicas });
         }
+    }
+
+    /// The action that copies the target's revision to the primary, with as many pods as the target was given.
+    fn promotion(&self, id: String) -> Action {
+        let replicas = |workload: Option<&Workload>| {
+            workload
+                .map(|workload| workload.replicas)
+                .filter(|count| *count > 0)
+        };
+        let replicas = replicas(self.target())
+            .or(replicas(self.seen.primary.as_ref()))
+            .unwrap_or(1);
+        Action::PromotePrimary { id, replicas }
     }
 
     fn is_blocked(&mut self) -> bool {
@@ -406,7 +430,7 @@ impl<'a> Deciding<'a> {
         if (has_traffic || self.weight() > 0) && !promotion_failed {
             self.actions.insert(0, Action::SetWeight(Split::PRIMARY));
             self.set_weight_status(0);
-            self.end_step(serin_crds::flagger::StepOutcome::Restarted);
+            self.end_step(StepOutcome::Restarted);
             if let Some(run) = self.status.run.as_mut() {
                 run.window_started_at = None;
             }
@@ -423,11 +447,13 @@ impl<'a> Deciding<'a> {
             return false;
         }
         if self.live_now() {
+            self.step_is_live();
+            self.end_step(StepOutcome::Passed);
             return true;
         }
         let since = self.mark_step_start();
-        let deadline = after(since, DRAIN_DEADLINE);
-        if self.now >= deadline {
+        if self.now >= after(since, DRAIN_DEADLINE) {
+            self.end_step(StepOutcome::Passed);
             return true;
         }
         self.wake_after(since, DRAIN_DEADLINE);
@@ -472,7 +498,7 @@ pub fn revision_id(
         hasher.update([0]);
     }
     let digest = hasher.finalize();
-    let hex: String = digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+    let hex = crate::hex(&digest[..16]);
     // RFC 9562 version 8: a UUID whose bits are our own business.
     format!(
         "{}-{}-8{}-8{}-{}",

@@ -140,14 +140,10 @@ impl Deciding<'_> {
         self.judge_all();
         self.end_step(StepOutcome::Failed);
         self.status.failed_checks = Some(0);
-        self.set_weight_status(0);
+        self.begin_step(0);
+        self.status.run.get_or_insert_default().waiting_since = None;
         self.set_phase(CanaryPhase::Failed);
         self.status.message = Some(format!("rolled back: {reason}"));
-        if let Some(run) = self.status.run.as_mut() {
-            run.step_started_at = micro(self.now);
-            run.window_started_at = None;
-            run.waiting_since = None;
-        }
     }
 
     fn restart(&mut self, hash: &str, name: &str, replicas: i32) {
@@ -220,23 +216,41 @@ impl Deciding<'_> {
         self.actions.push(Action::SetWeight(Split::of_canary(next)));
         let canary = self.own_name();
         self.tell(format!("Advance {canary} canary weight {next}"));
-        self.set_weight_status(next);
+        self.begin_step(next);
+        self.wait_for(format!("weight {next} goes out to the proxies"));
+    }
+
+    /// Records that another weight is wanted from now on.
+    pub(super) fn begin_step(&mut self, weight: i32) {
+        self.set_weight_status(weight);
         if self.status.history.len() >= HISTORY_MAX {
             // The first step stays: it says since when there has been traffic.
             self.status.history.remove(1);
         }
         self.status.history.push(StepStatus {
-            weight: next,
+            weight,
             started_at: micro(self.now),
             outcome: Some(StepOutcome::Running),
             ..StepStatus::default()
         });
         self.status.weight_live = None;
+        let now = micro(self.now);
         let run = self.status.run.get_or_insert_default();
-        run.step_started_at = micro(self.now);
+        run.step_started_at = now;
         run.window_started_at = None;
         run.checked_at = None;
-        self.wait_for(format!("weight {next} goes out to the proxies"));
+    }
+
+    /// Records when the current step's weight was live everywhere for the first time.
+    pub(super) fn step_is_live(&mut self) {
+        let now = micro(self.now);
+        let weight = self.weight();
+        if let Some(step) = self.status.history.last_mut()
+            && step.live_at.is_none()
+            && step.weight == weight
+        {
+            step.live_at = now;
+        }
     }
 
     /// Whether the current weight is live; opens the measurement window when it becomes so.
@@ -245,14 +259,10 @@ impl Deciding<'_> {
         if self.live_now() {
             let run = self.status.run.get_or_insert_default();
             if run.window_started_at.is_none() {
-                run.window_started_at.clone_from(&now);
+                run.window_started_at = now;
                 run.checked_at = None;
             }
-            if let Some(step) = self.status.history.last_mut()
-                && step.live_at.is_none()
-            {
-                step.live_at = now;
-            }
+            self.step_is_live();
             return true;
         }
         // Was live and is not any more: a proxy joined, or the route was rewritten. The window stays open for the
@@ -374,7 +384,8 @@ impl Deciding<'_> {
             return;
         };
         let id = revision_id(&self.seen.name, &target.template_hash, &self.seen.configs);
-        self.actions.push(Action::PromotePrimary { id });
+        let promotion = self.promotion(id);
+        self.actions.push(promotion);
         self.tell(format!(
             "Copying {} template spec to {}",
             target.name,

@@ -13,10 +13,17 @@ impl Deciding<'_> {
             return;
         };
         let superseded = self.status.last_applied_spec.as_deref() != Some(&target.template_hash);
-        if superseded || target.available == 0 {
+        let primary_serves = self
+            .seen
+            .primary
+            .as_ref()
+            .is_some_and(|primary| primary.available > 0);
+        if (superseded && primary_serves) || target.available == 0 {
             // Pods of a revision that nobody judged are rolling in behind the weight (or none are left): take it away.
             // The primary goes on with what was promoted.
             self.withdraw();
+        } else {
+            self.route_to(Split::of_canary(self.weight()));
         }
         if self.seen.blocked.is_none() {
             self.keep_objects();
@@ -38,7 +45,8 @@ impl Deciding<'_> {
                 ));
                 return self.begin(&target.template_hash);
             }
-            self.actions.push(Action::PromotePrimary { id });
+            let promotion = self.promotion(id);
+            self.actions.push(promotion);
             return self.wait_for(format!("{} takes the revision over", primary.name));
         }
         let now = self.now;
@@ -90,7 +98,8 @@ impl Deciding<'_> {
         self.actions
             .retain(|action| !matches!(action, Action::SetWeight(_)));
         self.actions.push(Action::SetWeight(Split::of_canary(next)));
-        self.set_weight_status(next);
+        self.end_step(StepOutcome::Promoted);
+        self.begin_step(next);
         let now = micro(self.now);
         self.status.run.get_or_insert_default().window_started_at = now;
         self.wake_after(self.now, self.plan.interval);
@@ -106,11 +115,7 @@ impl Deciding<'_> {
             .retain(|action| !matches!(action, Action::SetWeight(_)));
         self.route_to(Split::PRIMARY);
         self.end_step(StepOutcome::Promoted);
-        self.set_weight_status(0);
-        let now = micro(self.now);
-        let run = self.status.run.get_or_insert_default();
-        run.step_started_at = now;
-        run.window_started_at = None;
+        self.begin_step(0);
         self.set_phase(CanaryPhase::Finalising);
         self.wait_for("traffic leaves the canary");
     }

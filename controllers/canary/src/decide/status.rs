@@ -47,6 +47,10 @@ pub(super) fn finish(deciding: &mut Deciding<'_>, before: &CanaryStatus) {
                 judges: [(COMPARISON_STATE.to_owned(), state)].into(),
             });
     }
+    if deciding.status.message.is_none() && phase == CanaryPhase::Failed && before.phase == Some(phase) {
+        // Why the last run failed is worth knowing until the next one.
+        deciding.status.message.clone_from(&before.message);
+    }
     // Flagger's `lastTransitionTime` moves whenever the status is written with another content.
     let moved = before.phase != deciding.status.phase
         || before.canary_weight != deciding.status.canary_weight

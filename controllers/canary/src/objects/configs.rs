@@ -74,12 +74,7 @@ impl Tracked {
             }
             Self::Secret(secret) => hasher.update(go_json(&secret.data.clone().unwrap_or_default())),
         }
-        hasher
-            .finalize()
-            .iter()
-            .take(8)
-            .map(|byte| format!("{byte:02x}"))
-            .collect()
+        crate::hex(&hasher.finalize()[..8])
     }
 }
 

@@ -4,6 +4,8 @@
 //! wanted, so that nothing is written that is there.
 
 pub mod configs;
+#[cfg(test)]
+mod golden;
 mod primary;
 mod route;
 mod services;

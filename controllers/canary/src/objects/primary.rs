@@ -20,7 +20,13 @@ const NEVER_COPIED: [&str; 3] = [
 impl Blueprint<'_> {
     /// The primary. At creation the target's annotations come along; at a promotion, as in Flagger, only those with an
     /// included prefix.
-    pub fn primary(&self, tracked: &BTreeMap<Reference, Tracked>, id: &str, creating: bool) -> Value {
+    pub fn primary(
+        &self,
+        tracked: &BTreeMap<Reference, Tracked>,
+        id: &str,
+        replicas: i32,
+        creating: bool,
+    ) -> Value {
         let target = &self.target.metadata;
         let mut labels = self.included(target.labels.as_ref());
         labels.insert(self.label_key.clone(), self.primary_label_value());
@@ -50,7 +56,7 @@ impl Blueprint<'_> {
             "revisionHistoryLimit",
             source.revision_history_limit.map(Value::from),
         );
-        put("replicas", Some(json!(source.replicas.unwrap_or(1))));
+        put("replicas", Some(json!(replicas)));
         put(
             "strategy",
             source.strategy.as_ref().map(|strategy| json!(strategy)),

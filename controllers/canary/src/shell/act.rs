@@ -53,8 +53,8 @@ impl Acting<'_> {
                 let patch = json!({"spec": {"replicas": replicas}});
                 self.merge::<Deployment>(&self.seen.plan.target, &patch).await
             }
-            Action::CreatePrimary { id } => self.primary(id, true).await,
-            Action::PromotePrimary { id } => self.primary(id, false).await,
+            Action::CreatePrimary { id, replicas } => self.primary(id, *replicas, true).await,
+            Action::PromotePrimary { id, replicas } => self.primary(id, *replicas, false).await,
             Action::ApplyServices => {
                 for service in self.blueprint()?.services() {
                     self.apply::<Service>(service).await?;
@@ -124,12 +124,12 @@ impl Acting<'_> {
         self.merge::<VirtualService>(&live.name_any(), &patch).await
     }
 
-    async fn primary(&mut self, id: &str, creating: bool) -> Result<(), Error> {
+    async fn primary(&mut self, id: &str, replicas: i32, creating: bool) -> Result<(), Error> {
         let (copies, deployment) = {
             let blueprint = self.blueprint()?;
             (
                 blueprint.config_copies(&self.seen.tracked),
-                blueprint.primary(&self.seen.tracked, id, creating),
+                blueprint.primary(&self.seen.tracked, id, replicas, creating),
             )
         };
         // Before the pods roll: they read them when they start.

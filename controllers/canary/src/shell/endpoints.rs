@@ -13,6 +13,16 @@ const SERVICE_LABEL: &str = "kubernetes.io/service-name";
 
 type Service = (String, String);
 
+/// What a change of an EndpointSlice means.
+pub(crate) enum Effect {
+    /// The ready endpoints of this Service (namespace, name) changed.
+    Changed(String, String),
+    /// Nothing that counts.
+    Nothing,
+    /// Changes may have been missed.
+    Reset,
+}
+
 #[derive(Default)]
 pub(crate) struct Endpoints {
     ready: Mutex<HashMap<Service, HashMap<String, usize>>>,
@@ -40,24 +50,29 @@ impl Endpoints {
         }
     }
 
-    /// Takes a change in. `None` asks for a reset; `Some(Some(service))` names the Service whose endpoints changed.
-    pub(crate) fn apply(&self, change: &Change<EndpointSlice>) -> Option<Option<Service>> {
+    /// Takes a change in.
+    pub(crate) fn apply(&self, change: &Change<EndpointSlice>) -> Effect {
+        let (slice, now) = match change {
+            Change::Applied(slice) => (slice, Some(count(slice))),
+            Change::Deleted(slice) => (slice, None),
+            Change::Resync => return Effect::Reset,
+        };
+        let Some(service) = service_of(slice) else {
+            return Effect::Nothing;
+        };
         let mut ready = self.ready.lock();
-        match change {
-            Change::Applied(slice) => Some(service_of(slice).and_then(|service| {
-                let slices = ready.entry(service.clone()).or_default();
-                let count = count(slice);
-                (slices.insert(slice.name_any(), count) != Some(count)).then_some(service)
-            })),
-            Change::Deleted(slice) => Some(service_of(slice).inspect(|service| {
-                if let Some(slices) = ready.get_mut(service) {
-                    slices.remove(&slice.name_any());
-                    if slices.is_empty() {
-                        ready.remove(service);
-                    }
-                }
-            })),
-            Change::Resync => None,
+        let slices = ready.entry(service.clone()).or_default();
+        let before = match now {
+            Some(now) => slices.insert(slice.name_any(), now),
+            None => slices.remove(&slice.name_any()),
+        };
+        if slices.is_empty() {
+            ready.remove(&service);
+        }
+        if before == now {
+            Effect::Nothing
+        } else {
+            Effect::Changed(service.0, service.1)
         }
     }
 }

@@ -28,7 +28,7 @@ pub use caches::Caches;
 use crate::Error;
 use crate::objects::Options;
 use crate::traffic::Traffic;
-use endpoints::Endpoints;
+use endpoints::{Effect, Endpoints};
 use interests::{Interests, Kind};
 
 /// How long the first lists may take.
@@ -153,9 +153,9 @@ impl Dispatcher {
                 Some(change) = config_maps.next() => self.concern(Kind::ConfigMap, &change),
                 Some(change) = secrets.next() => self.concern(Kind::Secret, &change),
                 Some(change) = endpoints.next() => match self.shared.endpoints.apply(&change) {
-                    Some(Some((namespace, service))) => self.wake(Kind::Endpoints, &namespace, &service),
-                    Some(None) => {}
-                    None => {
+                    Effect::Changed(namespace, service) => self.wake(Kind::Endpoints, &namespace, &service),
+                    Effect::Nothing => {}
+                    Effect::Reset => {
                         self.shared.endpoints.reset(&caches.endpoints.list());
                         self.wake_all();
                     }

@@ -256,11 +256,7 @@ fn workload(deployment: &Deployment) -> Workload {
 /// Names a revision: ten hex digits of the SHA-256 of the pod template's JSON, whose maps are sorted.
 fn template_hash(template: &k8s_openapi::api::core::v1::PodTemplateSpec) -> String {
     let json = serde_json::to_vec(template).unwrap_or_default();
-    Sha256::digest(&json)
-        .iter()
-        .take(5)
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    crate::hex(&Sha256::digest(&json)[..5])
 }
 
 /// Whether an action needs the target to generate objects from.

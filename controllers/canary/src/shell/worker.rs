@@ -7,8 +7,8 @@ use futures::StreamExt;
 use futures::stream::BoxStream;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::ObjectReference;
-use kube::api::Api;
 use kube::Resource;
+use kube::api::Api;
 use serin_analysis::Query;
 use serin_analysis::judge::comparison::Comparison;
 use serin_crds::flagger::{Canary, CanaryPhase, CanaryStatus};
@@ -39,6 +39,9 @@ const LIVENESS_RETRY: Duration = Duration::from_secs(1);
 
 /// Reason of every event, as in Flagger.
 const EVENT_REASON: &str = "Synced";
+/// Longest action of an event that the API takes. Events with the same reason and action are counted as one, under the
+/// first one's text; so the text itself is the action.
+const ACTION_MAX: usize = 128;
 
 /// Works on a Canary until it is gone or `cancel` fires. Returns its key.
 pub(crate) async fn work(shared: Arc<Shared>, key: Key, wake: Arc<Notify>, cancel: CancellationToken) -> Key {
@@ -46,6 +49,7 @@ pub(crate) async fn work(shared: Arc<Shared>, key: Key, wake: Arc<Notify>, cance
         shared,
         key: key.clone(),
         status: None,
+        unwritten: false,
         written_at: None,
         written: Written::default(),
         measuring: Measuring::default(),
@@ -57,6 +61,9 @@ pub(crate) async fn work(shared: Arc<Shared>, key: Key, wake: Arc<Notify>, cance
     loop {
         let wake_at = match worker.once().await {
             Ok(Next::Gone) => return key,
+            // A new phase may have something to do with what is seen already.
+            Ok(Next::Again) if !cancel.is_cancelled() => continue,
+            Ok(Next::Again) => return key,
             Ok(Next::At(at)) => {
                 worker.retry = RETRY_MIN;
                 at.map(|at| worker.instant(at))
@@ -81,6 +88,7 @@ pub(crate) async fn work(shared: Arc<Shared>, key: Key, wake: Arc<Notify>, cance
 
 enum Next {
     Gone,
+    Again,
     At(Option<Timestamp>),
 }
 
@@ -89,6 +97,8 @@ struct Worker {
     key: Key,
     /// The status as we last wrote it. The cache may lag behind our own writes; this does not.
     status: Option<CanaryStatus>,
+    /// Whether the status in memory is newer than the one on the API server in more than measured values.
+    unwritten: bool,
     written_at: Option<Instant>,
     written: Written,
     measuring: Measuring,
@@ -127,9 +137,14 @@ impl Worker {
             acting.act(action).await?;
         }
         let wake_at = decision.wake_at;
+        let same_phase = status.phase == decision.status.phase;
         self.report(&seen, status, decision).await?;
         self.plan = Some(seen.plan);
-        Ok(Next::At(wake_at))
+        Ok(if same_phase {
+            Next::At(wake_at)
+        } else {
+            Next::Again
+        })
     }
 
     /// Listens to what this phase depends on, and to nothing else.
@@ -196,47 +211,60 @@ impl Worker {
             (false, false) => true,
             (false, true) => without_values(&before) != without_values(&decision.status),
         };
-        if changed {
-            let client = self.shared.context.client.clone();
-            let api: Api<Canary> = Api::namespaced(client, &self.key.namespace);
-            let object = format!("Canary {}", self.key);
-            let write = serin_kit::apply::apply_status(
-                &api,
-                FIELD_MANAGER,
-                Some(&self.key.namespace),
-                &self.key.name,
-                &decision.status,
-            );
-            let written = within(&object, "apply status of", async { Ok(write.await?) }).await;
-            match written {
-                Ok(_) => {}
-                // The finalizer was the last thing that kept it.
-                Err(_) if seen.observed.deleting && !still_there(&self.shared, &self.key) => {}
-                Err(error) => return Err(error),
-            }
-            self.written_at = Some(Instant::now());
-            self.status = Some(decision.status);
+        // Kept even when the write below fails: what was decided and done is not decided again from an older status.
+        self.status = Some(decision.status.clone());
+        self.unwritten |= changed;
+        self.tell(seen, &decision);
+        if !self.unwritten {
+            return Ok(());
         }
-        let about = reference(&seen.canary);
-        for event in decision.events {
-            info!(message = %event.message, "event");
-            if event.warning {
-                self.shared
-                    .recorder
-                    .warning(&about, EVENT_REASON, EVENT_REASON, &event.message);
-            } else {
-                self.shared
-                    .recorder
-                    .normal(&about, EVENT_REASON, EVENT_REASON, &event.message);
-            }
+        let client = self.shared.context.client.clone();
+        let api: Api<Canary> = Api::namespaced(client, &self.key.namespace);
+        let object = format!("Canary {}", self.key);
+        let write = serin_kit::apply::apply_status(
+            &api,
+            FIELD_MANAGER,
+            Some(&self.key.namespace),
+            &self.key.name,
+            &decision.status,
+        );
+        match within(&object, "apply status of", async { Ok(write.await?) }).await {
+            Ok(_) => {}
+            // The finalizer was the last thing that kept it.
+            Err(_) if seen.observed.deleting && !still_there(&self.shared, &self.key) => {}
+            Err(error) => return Err(error),
         }
+        self.unwritten = false;
+        self.written_at = Some(Instant::now());
         Ok(())
+    }
+
+    fn tell(&self, seen: &Seen, decision: &Decision) {
+        let about = reference(&seen.canary);
+        for event in &decision.events {
+            info!(message = %event.message, "event");
+            let (recorder, note) = (&self.shared.recorder, &event.message);
+            let action = shortened(note, ACTION_MAX);
+            if event.warning {
+                recorder.warning(&about, EVENT_REASON, action, note);
+            } else {
+                recorder.normal(&about, EVENT_REASON, action, note);
+            }
+        }
     }
 
     fn instant(&self, at: Timestamp) -> Instant {
         let wait = at.duration_since(self.shared.now());
         Instant::now() + Duration::try_from(wait).unwrap_or(Duration::ZERO)
     }
+}
+
+fn shortened(text: &str, max: usize) -> &str {
+    let mut end = text.len().min(max);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
 }
 
 fn still_there(shared: &Shared, key: &Key) -> bool {
@@ -273,6 +301,10 @@ fn without_values(status: &CanaryStatus) -> CanaryStatus {
     }
     if let Some(run) = status.run.as_mut() {
         run.evidence = None;
+    }
+    if let Some(live) = status.weight_live.as_mut() {
+        // A thousand proxies acknowledge one after the other; whether all have is what counts.
+        (live.sent, live.acked) = (None, None);
     }
     status
 }

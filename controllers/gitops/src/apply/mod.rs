@@ -13,7 +13,6 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use futures::stream;
-use kube::Client;
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions, PropagationPolicy, ValidationDirective};
 use serde_json::{Value, json};
 
@@ -89,7 +88,6 @@ impl Failed {
 /// Talks to the API server on behalf of Kustomizations. Cloning is cheap.
 #[derive(Clone)]
 pub(crate) struct Applier {
-    client: Client,
     pub(crate) discovery: Discovery,
     pub(crate) live: Live,
 }
@@ -98,12 +96,8 @@ pub(crate) struct Applier {
 pub(crate) type Known<'a> = dyn Fn(&ObjectId) -> Option<Accepted> + Send + Sync + 'a;
 
 impl Applier {
-    pub(crate) fn new(client: Client, discovery: Discovery, live: Live) -> Self {
-        Self {
-            client,
-            discovery,
-            live,
-        }
+    pub(crate) fn new(discovery: Discovery, live: Live) -> Self {
+        Self { discovery, live }
     }
 
     /// What is live of an object: from the shared watch, or, where no owner label is on it, from the API server.
@@ -349,8 +343,7 @@ impl Applier {
             .map_err(kube::Error::SerdeError)
     }
 
-    /// Takes the fields that kubectl (or a non-apply write of ours) holds, by removing those managers, and kubectl's
-    /// annotation.
+    /// Takes the fields that kubectl (or a non-apply write of ours) holds, and removes kubectl's annotation.
     async fn take_over(&self, step: &Step) -> Result<(), Error> {
         let id = &step.desired.id;
         let api = self.discovery.api(&step.served, &id.namespace);
@@ -364,12 +357,8 @@ impl Applier {
         let mut operations = vec![
             json!({"op": "test", "path": "/metadata/resourceVersion", "value": object["metadata"]["resourceVersion"]}),
         ];
-        let mut managers: Vec<usize> = plan::foreign_managers(&object).collect();
-        managers.reverse();
-        operations.extend(
-            managers
-                .iter()
-                .map(|at| json!({"op": "remove", "path": format!("/metadata/managedFields/{at}")})),
+        operations.push(
+            json!({"op": "replace", "path": "/metadata/managedFields", "value": plan::taken_over(&object)}),
         );
         if object
             .pointer("/metadata/annotations/kubectl.kubernetes.io~1last-applied-configuration")
@@ -555,11 +544,6 @@ impl Applier {
             self.delete(id, &served, live.as_deref()).await?;
         }
         Ok(verdict)
-    }
-
-    /// The client that everything here goes through.
-    pub(crate) fn client(&self) -> &Client {
-        &self.client
     }
 }
 

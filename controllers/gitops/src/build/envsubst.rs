@@ -20,7 +20,7 @@ const MAX_OUTPUT_BYTES: usize = 8 << 20;
 
 /// Why a text could not be substituted. The wording of the first five is Flux's.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum SubstituteError {
+pub(crate) enum SubstituteError {
     /// An operator that is not complete or not known.
     #[error("bad substitution")]
     BadSubstitution,
@@ -43,7 +43,7 @@ pub enum SubstituteError {
 
 /// Replaces every expansion in `text`. With `strict`, a variable that is not in `vars` is an error
 /// unless the expansion carries a default.
-pub fn substitute(
+pub(crate) fn substitute(
     text: &[u8],
     vars: &BTreeMap<String, String>,
     strict: bool,

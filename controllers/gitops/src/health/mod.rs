@@ -3,6 +3,7 @@
 //! Deliberate differences to plain kstatus, all as Flux has them: a Job is settled when it has completed (or is
 //! suspended), not when it has started. One of our own: a Pod in phase `Failed` has failed (kstatus calls it current).
 
+pub(crate) mod expressions;
 mod workloads;
 
 use jiff::Timestamp;

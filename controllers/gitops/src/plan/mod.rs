@@ -79,8 +79,8 @@ impl Desired {
     pub(crate) fn new(
         mut value: Value,
         owner: &Key,
-        labels: &[(&str, &str)],
-        annotations: &[(&str, &str)],
+        labels: &[(String, String)],
+        annotations: &[(String, String)],
         origin: Option<String>,
     ) -> Result<Arc<Self>, String> {
         let Some(id) = ObjectId::of(&value) else {
@@ -97,8 +97,8 @@ impl Desired {
             metadata,
             "labels",
             &[
-                (OWNER_NAME, owner.name.as_str()),
-                (OWNER_NAMESPACE, owner.namespace.as_str()),
+                (OWNER_NAME.to_string(), owner.name.clone()),
+                (OWNER_NAMESPACE.to_string(), owner.namespace.clone()),
             ],
         );
         let api_version = root
@@ -133,7 +133,7 @@ impl Desired {
     }
 }
 
-fn set_all(metadata: &mut Value, field: &str, pairs: &[(&str, &str)]) {
+fn set_all(metadata: &mut Value, field: &str, pairs: &[(String, String)]) {
     if pairs.is_empty() {
         return;
     }
@@ -146,7 +146,7 @@ fn set_all(metadata: &mut Value, field: &str, pairs: &[(&str, &str)]) {
     }
     if let Some(map) = map.as_object_mut() {
         for (key, value) in pairs {
-            map.insert((*key).to_string(), Value::from(*value));
+            map.insert(key.clone(), Value::from(value.as_str()));
         }
     }
 }
@@ -207,7 +207,8 @@ impl LiveObject {
     /// Splits an object as the API server gave it into what we keep.
     pub(crate) fn new(mut value: Value) -> Self {
         let owned = fields::applied_by(&value, FIELD_MANAGER).cloned();
-        let foreign = annotation(&value, LAST_APPLIED).is_some() || foreign_managers(&value).next().is_some();
+        let foreign =
+            annotation(&value, LAST_APPLIED).is_some() || managed_fields(&value).iter().any(is_foreign);
         let resource_version = value
             .pointer("/metadata/resourceVersion")
             .and_then(Value::as_str)
@@ -231,30 +232,66 @@ impl LiveObject {
     }
 }
 
-/// Indexes of the managedFields entries that would hold on to fields which git should decide: kubectl's and our own
-/// non-apply ones. Flux removes the same.
-pub(crate) fn foreign_managers(object: &Value) -> impl Iterator<Item = usize> + '_ {
-    let entries = object
-        .pointer("/metadata/managedFields")
-        .and_then(Value::as_array)
-        .map(Vec::as_slice)
-        .unwrap_or_default();
-    entries.iter().enumerate().filter_map(|(at, e)| {
-        let manager = e["manager"].as_str().unwrap_or_default();
-        let of_object = e
-            .get("subresource")
-            .and_then(Value::as_str)
-            .unwrap_or("")
-            .is_empty();
-        let takes = match e["operation"].as_str() {
+/// Whether an entry of managedFields holds on to fields which git should decide: kubectl's, and our own non-apply
+/// ones. Flux takes over from the same.
+fn is_foreign(entry: &Value) -> bool {
+    let manager = entry["manager"].as_str().unwrap_or_default();
+    let of_object = entry
+        .get("subresource")
+        .and_then(Value::as_str)
+        .unwrap_or("")
+        .is_empty();
+    of_object
+        && match entry["operation"].as_str() {
             Some("Update") => {
                 manager.starts_with("kubectl") || manager == "before-first-apply" || manager == FIELD_MANAGER
             }
             Some("Apply") => manager == "kubectl",
             _ => false,
-        };
-        (of_object && takes).then_some(at)
-    })
+        }
+}
+
+fn managed_fields(object: &Value) -> &[Value] {
+    object
+        .pointer("/metadata/managedFields")
+        .and_then(Value::as_array)
+        .map(Vec::as_slice)
+        .unwrap_or_default()
+}
+
+/// The managedFields of an object after git took over: what was kubectl's is ours, so that the next apply also removes
+/// what kubectl had set and git does not.
+pub(crate) fn taken_over(object: &Value) -> Vec<Value> {
+    fn merge(into: &mut Value, from: &Value) {
+        if let (Some(into), Some(from)) = (into.as_object_mut(), from.as_object()) {
+            for (key, value) in from {
+                merge(into.entry(key.clone()).or_insert_with(|| json!({})), value);
+            }
+        }
+    }
+    let is_ours = |e: &Value| {
+        e["manager"] == FIELD_MANAGER
+            && e["operation"] == "Apply"
+            && e.get("subresource")
+                .and_then(Value::as_str)
+                .unwrap_or("")
+                .is_empty()
+    };
+    let (mut taken, mut rest): (Vec<Value>, Vec<Value>) = managed_fields(object)
+        .iter()
+        .cloned()
+        .partition(|e| is_ours(e) || is_foreign(e));
+    taken.sort_by_key(|e| !is_ours(e));
+    let mut taken = taken.into_iter();
+    if let Some(mut ours) = taken.next() {
+        ours["manager"] = json!(FIELD_MANAGER);
+        ours["operation"] = json!("Apply");
+        for other in taken {
+            merge(&mut ours["fieldsV1"], &other["fieldsV1"]);
+        }
+        rest.push(ours);
+    }
+    rest
 }
 
 /// What to do with a desired object, given what is live.

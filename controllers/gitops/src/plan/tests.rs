@@ -153,7 +153,14 @@ fn only_what_is_ours_and_not_protected_is_pruned() {
 fn a_desired_object_carries_owner_and_common_metadata_and_nothing_of_the_server() {
     let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s", "creationTimestamp": null, "uid": "u", "labels": null},
         "stringData": {"a": "b"}, "data": {"c": "ZA=="}, "status": {}});
-    let d = Desired::new(secret, &owner(), &[("team", "x")], &[("note", "y")], None).unwrap();
+    let d = Desired::new(
+        secret,
+        &owner(),
+        &[("team".into(), "x".into())],
+        &[("note".into(), "y".into())],
+        None,
+    )
+    .unwrap();
     assert_eq!(
         d.value,
         json!({"apiVersion": "v1", "kind": "Secret", "data": {"a": "Yg==", "c": "ZA=="},
@@ -204,4 +211,26 @@ fn a_prune_budget_refuses_more_deletions_than_it_allows() {
             .contains("would delete 3 objects")
     );
     assert!(over_budget(Some("many"), 0).is_some());
+}
+
+#[test]
+fn taking_over_merges_what_kubectl_holds_into_our_field_set_and_leaves_others_alone() {
+    let object = json!({"metadata": {"managedFields": [
+        {"manager": "kubectl-client-side-apply", "operation": "Update", "apiVersion": "v1", "fieldsV1": {"f:data": {"f:a": {}, "f:b": {}}}},
+        {"manager": "kube-controller-manager", "operation": "Update", "subresource": "status", "fieldsV1": {"f:status": {}}},
+        {"manager": FIELD_MANAGER, "operation": "Apply", "apiVersion": "v1", "fieldsV1": {"f:data": {"f:c": {}}}},
+        {"manager": "autoscaler", "operation": "Update", "fieldsV1": {"f:spec": {}}}]}});
+    let after = taken_over(&object);
+    assert_eq!(after.len(), 3);
+    assert_eq!(
+        after[2]["fieldsV1"],
+        json!({"f:data": {"f:a": {}, "f:b": {}, "f:c": {}}})
+    );
+    assert_eq!(
+        (after[2]["manager"].as_str(), after[2]["operation"].as_str()),
+        (Some(FIELD_MANAGER), Some("Apply"))
+    );
+    assert!(!after.iter().any(is_foreign));
+    let only_kubectl = json!({"metadata": {"managedFields": [{"manager": "kubectl", "operation": "Apply", "apiVersion": "v1", "fieldsV1": {"f:x": {}}}]}});
+    assert_eq!(taken_over(&only_kubectl)[0]["manager"], FIELD_MANAGER);
 }

@@ -37,6 +37,7 @@ pub(crate) struct Fetched {
     pub(crate) commit: String,
     pub(crate) tree: Oid,
     /// Whether anything was transferred.
+    #[cfg_attr(not(test), expect(dead_code, reason = "tests tell a fetch from a look"))]
     pub(crate) transferred: bool,
     /// Author, subject: for messages and events.
     pub(crate) author: String,

@@ -11,6 +11,7 @@ pub(crate) mod ignore;
 pub(crate) mod known_hosts;
 pub(crate) mod local_watch;
 
+pub(crate) mod reconcile;
 pub(crate) mod reference;
 pub(crate) mod semver_range;
 pub(crate) mod store;

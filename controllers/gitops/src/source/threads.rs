@@ -8,6 +8,7 @@
 //! * when [`ABANDONED_MAX`] threads hang, new operations are refused, with the reason.
 
 use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -44,11 +45,31 @@ impl Drop for StopOnDrop {
     }
 }
 
+/// What an operation has to share.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Limit {
+    Host(String),
+    /// A bare cache: libgit2 does not let two writers create one, and one fetch serves all who want the same.
+    Cache(PathBuf),
+}
+
+/// What an operation is about, for its limits and for the words of its errors.
+#[derive(Debug, Clone)]
+pub(crate) struct Job<'a> {
+    pub(crate) host: &'a str,
+    pub(crate) cache: &'a Path,
+    pub(crate) action: &'static str,
+    /// Without credentials.
+    pub(crate) url: &'a str,
+    pub(crate) deadline: Duration,
+}
+
 /// The pool. Cloning shares it.
 #[derive(Debug, Clone)]
 pub(crate) struct Threads {
     running: Arc<Semaphore>,
-    hosts: Arc<Mutex<HashMap<String, Arc<Semaphore>>>>,
+    /// Permits by host, and by cache directory.
+    permits: Arc<Mutex<HashMap<Limit, Arc<Semaphore>>>>,
     abandoned: Arc<AtomicUsize>,
 }
 
@@ -56,20 +77,13 @@ impl Threads {
     pub(crate) fn new() -> Self {
         Self {
             running: Arc::new(Semaphore::new(RUNNING_MAX)),
-            hosts: Arc::default(),
+            permits: Arc::default(),
             abandoned: Arc::default(),
         }
     }
 
-    /// Runs `job` on a thread of its own. `action` and `url` word the errors.
-    pub(crate) async fn run<T, F>(
-        &self,
-        host: &str,
-        action: &'static str,
-        url: &str,
-        deadline: Duration,
-        job: F,
-    ) -> Result<T, Error>
+    /// Runs `work` on a thread of its own.
+    pub(crate) async fn run<T, F>(&self, job: Job<'_>, work: F) -> Result<T, Error>
     where
         T: Send + 'static,
         F: FnOnce(&Stop) -> Result<T, Error> + Send + 'static,
@@ -77,27 +91,30 @@ impl Threads {
         let hanging = self.abandoned.load(Ordering::Relaxed);
         if hanging >= ABANDONED_MAX {
             return Err(Error::GitExhausted {
-                url: url.to_string(),
+                url: job.url.to_string(),
                 hanging,
             });
         }
         let late = || Error::GitTimeout {
-            action,
-            url: url.to_string(),
-            after: deadline,
+            action: job.action,
+            url: job.url.to_string(),
+            after: job.deadline,
         };
-        tokio::time::timeout(deadline, self.start(host, url, job))
+        tokio::time::timeout(job.deadline, self.start(&job, work))
             .await
             .map_err(|_| late())?
     }
 
-    async fn start<T, F>(&self, host: &str, url: &str, job: F) -> Result<T, Error>
+    async fn start<T, F>(&self, job: &Job<'_>, work: F) -> Result<T, Error>
     where
         T: Send + 'static,
         F: FnOnce(&Stop) -> Result<T, Error> + Send + 'static,
     {
-        let of_host = self.host(host);
-        let host_permit = of_host.acquire_owned().await.map_err(|_| Error::Stopping)?;
+        let url = job.url;
+        let cache = self.limit(Limit::Cache(job.cache.to_path_buf()), 1);
+        let cache_permit = cache.acquire_owned().await.map_err(|_| Error::Stopping)?;
+        let host = self.limit(Limit::Host(job.host.to_string()), PER_HOST_MAX);
+        let host_permit = host.acquire_owned().await.map_err(|_| Error::Stopping)?;
         let _running = self.running.acquire().await.map_err(|_| Error::Stopping)?;
         let stop = Stop::default();
         let guard = StopOnDrop(stop.clone());
@@ -106,11 +123,11 @@ impl Threads {
         std::thread::Builder::new()
             .name("serin-git".into())
             .spawn(move || {
-                let result = job(&stop);
+                let result = work(&stop);
                 if send.send(result).is_err() {
                     abandoned.fetch_sub(1, Ordering::Relaxed);
                 }
-                drop(host_permit);
+                drop((host_permit, cache_permit));
             })
             .map_err(|source| Error::Io {
                 action: "start a git thread for",
@@ -130,15 +147,14 @@ impl Threads {
         }))
     }
 
-    fn host(&self, host: &str) -> Arc<Semaphore> {
-        let mut hosts = self.hosts.lock();
-        // A host that nobody uses holds all its permits and is not referenced elsewhere.
-        if hosts.len() > 256 {
-            hosts.retain(|_, s| Arc::strong_count(s) > 1 || s.available_permits() < PER_HOST_MAX);
+    fn limit(&self, limit: Limit, max: usize) -> Arc<Semaphore> {
+        let mut all = self.permits.lock();
+        // One that nobody uses is not referenced elsewhere.
+        if all.len() > 1024 {
+            all.retain(|_, s| Arc::strong_count(s) > 1);
         }
-        hosts
-            .entry(host.to_string())
-            .or_insert_with(|| Arc::new(Semaphore::new(PER_HOST_MAX)))
+        all.entry(limit)
+            .or_insert_with(|| Arc::new(Semaphore::new(max)))
             .clone()
     }
 }
@@ -174,23 +190,34 @@ mod tests {
         let threads = Threads::new();
         let (release, held) = std::sync::mpsc::channel::<()>();
         let held = Arc::new(Mutex::new(held));
+        let caches: Vec<PathBuf> = (0..RUNNING_MAX + 2)
+            .map(|i| PathBuf::from(format!("/cache/{i}")))
+            .collect();
+        let job = |host: &'static str, cache, deadline| Job {
+            host,
+            cache,
+            action: "fetch",
+            url: "https://host/x",
+            deadline,
+        };
         let mut hanging = Vec::new();
-        for _ in 0..RUNNING_MAX + 2 {
+        for cache in &caches {
             let held = held.clone();
-            let job = move |stop: &Stop| {
+            let work = move |stop: &Stop| {
                 let _ = held.lock().recv();
                 assert!(stop.requested(), "an abandoned operation is told to stop");
                 Ok(())
             };
-            hanging.push(threads.run("slow", "fetch", "https://slow/x", Duration::from_millis(20), job));
+            hanging.push(threads.run(job("slow", cache, Duration::from_millis(20)), work));
         }
         for result in futures::future::join_all(hanging).await {
             assert!(matches!(result, Err(Error::GitTimeout { .. })), "{result:?}");
         }
         let other = threads
-            .run("fast", "fetch", "https://fast/x", Duration::from_secs(30), |_| {
-                Ok(7)
-            })
+            .run(
+                job("fast", Path::new("/cache/fast"), Duration::from_secs(30)),
+                |_| Ok(7),
+            )
             .await;
         assert_eq!(other.unwrap(), 7);
         assert_eq!(threads.abandoned.load(Ordering::Relaxed), PER_HOST_MAX);

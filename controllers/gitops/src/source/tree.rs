@@ -178,11 +178,6 @@ impl Snapshot {
         }
     }
 
-    /// The cache that this revision is read from.
-    pub(crate) fn repo(&self) -> &Arc<Repo> {
-        &self.repo
-    }
-
     /// The first directory of `spec.sparseCheckout` that the revision does not have.
     pub(crate) fn missing_sparse(&self) -> Result<Option<&str>, Error> {
         for directory in &self.sparse {

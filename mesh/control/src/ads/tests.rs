@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 
-use super::{CHANGES, Input, Pump, Verdict, World};
+use super::{Applied, CHANGES, Input, Note, Pump, Verdict, World};
 use crate::ledger::{Ledger, Liveness};
 use crate::proxy_identity::Proxy;
 
@@ -26,14 +26,15 @@ impl World for Hosts {
     type Change = HostChange;
     type Touched = Vec<(String, Change)>;
 
-    fn apply(&mut self, changes: Vec<HostChange>, verdict: &mut dyn FnMut(Verdict)) -> Self::Touched {
+    fn apply(&mut self, changes: Vec<HostChange>) -> Applied<Self::Touched> {
         let mut touched = Vec::new();
+        let mut verdicts = Vec::new();
         for (namespace, name, generation, weight) in changes {
             let object: Arc<str> = format!("VirtualService/{namespace}/{name}").into();
             let key = (namespace.to_string(), name.to_string());
             match weight {
                 Some("invalid") => {
-                    verdict(Verdict::Refused {
+                    verdicts.push(Verdict::Refused {
                         object,
                         generation,
                         reason: "weights sum to zero".into(),
@@ -53,7 +54,7 @@ impl World for Hosts {
                     ));
                     self.0.insert(key, resource.clone());
                     touched.push((namespace.to_string(), Change::Upsert(resource)));
-                    verdict(Verdict::Taken { object, generation });
+                    verdicts.push(Verdict::Taken { object, generation });
                 }
                 None => {
                     self.0.remove(&key);
@@ -61,11 +62,15 @@ impl World for Hosts {
                         namespace.to_string(),
                         Change::Remove(ResourceType::VirtualHost, name.into()),
                     ));
-                    verdict(Verdict::Deleted { object });
+                    verdicts.push(Verdict::Deleted { object });
                 }
             }
         }
-        touched
+        Applied {
+            touched,
+            verdicts,
+            notes_changed: false,
+        }
     }
 
     fn resources_for(&mut self, proxy: &Proxy) -> Vec<Arc<Resource>> {
@@ -85,6 +90,14 @@ impl World for Hosts {
     }
 
     fn forget(&mut self, _: &str) {}
+
+    fn note(&self, _: &str) -> Option<Note> {
+        None
+    }
+
+    fn noted(&self) -> Vec<Arc<str>> {
+        Vec::new()
+    }
 }
 
 struct Plane {
@@ -126,7 +139,7 @@ impl Plane {
     }
 
     async fn change(&self, change: HostChange) {
-        self.inputs.send(Input::Change(change)).await.unwrap();
+        self.inputs.send(Input::Changes(vec![change])).await.unwrap();
     }
 
     async fn until(

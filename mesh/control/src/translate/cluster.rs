@@ -85,15 +85,28 @@ pub(super) fn outbound(
     if discovery == pb::cluster::DiscoveryType::OriginalDst {
         cluster.lb_policy = pb::cluster::LbPolicy::ClusterProvided as i32;
     } else {
-        load_balancer(&mut cluster, traffic.load_balancer.as_ref());
+        load_balancer(
+            &mut cluster,
+            traffic.load_balancer.as_ref(),
+            traffic.outlier_detection.is_some(),
+        );
     }
     connection_pool(&mut cluster, traffic.connection_pool.as_ref());
-    http_options(&mut cluster, port, traffic.connection_pool.as_ref(), side);
+    http_options(
+        &mut cluster,
+        port.protocol,
+        traffic.connection_pool.as_ref(),
+        side,
+    );
     retry_budget(&mut cluster, &traffic);
     if let Some(outlier) = &traffic.outlier_detection {
         outlier_detection(&mut cluster, outlier);
     }
-    cluster.metadata = Some(metadata(service, subset, policy));
+    let own_tls = traffic
+        .tls
+        .as_ref()
+        .is_some_and(|tls| matches!(tls.mode, Some(ClientTlsMode::Simple | ClientTlsMode::Mutual)));
+    cluster.metadata = Some(metadata(service, subset, policy, own_tls));
     client_tls(&mut cluster, &traffic, port);
     cluster
 }
@@ -142,13 +155,25 @@ fn unlimited() -> pb::circuit_breakers::Thresholds {
     }
 }
 
-fn metadata(service: &Service, subset: Option<&str>, policy: Option<&HostPolicy>) -> core::Metadata {
+fn metadata(
+    service: &Service,
+    subset: Option<&str>,
+    policy: Option<&HostPolicy>,
+    overrides_alpn: bool,
+) -> core::Metadata {
     let mut fields = vec![("services", services([service]))];
     if let Some(origin) = policy.and_then(|policy| policy.provenance.first()) {
         fields.push(("config", wire::text(&wire::config_path(origin))));
     }
     if let Some(subset) = subset {
         fields.push(("subset", wire::text(subset)));
+    }
+    if service.external {
+        fields.push(("external", wire::flag(true)));
+    }
+    if overrides_alpn {
+        // The destination speaks its own TLS: nobody must offer it the mesh's protocols.
+        fields.push(("alpn_override", wire::text("false")));
     }
     wire::metadata("istio", wire::structure(fields))
 }
@@ -168,7 +193,7 @@ fn services<'a>(services: impl IntoIterator<Item = &'a Service>) -> wkt::Value {
     )
 }
 
-fn load_balancer(cluster: &mut pb::Cluster, settings: Option<&LoadBalancerSettings>) {
+fn load_balancer(cluster: &mut pb::Cluster, settings: Option<&LoadBalancerSettings>, ejecting: bool) {
     use pb::cluster::LbPolicy;
     let slow_start = settings.and_then(slow_start);
     if let Some(hash) = settings.and_then(|settings| settings.consistent_hash.as_ref()) {
@@ -221,7 +246,10 @@ fn load_balancer(cluster: &mut pb::Cluster, settings: Option<&LoadBalancerSettin
         }
     }
     let locality = settings.and_then(|settings| settings.locality_lb_setting.as_ref());
-    if locality.is_some_and(|locality| locality.enabled != Some(false) && !locality.distribute.is_empty())
+    let weighted = |locality: &serin_crds::istio::LocalityLbSetting| {
+        locality.enabled != Some(false) && (ejecting || !locality.distribute.is_empty())
+    };
+    if locality.is_some_and(weighted)
         && let Some(common) = &mut cluster.common_lb_config
     {
         common.locality_config_specifier = Some(
@@ -288,12 +316,10 @@ fn connection_pool(cluster: &mut pb::Cluster, pool: Option<&ConnectionPoolSettin
                 keepalive_time: whole(keepalive.time.as_ref()),
                 keepalive_interval: whole(keepalive.interval.as_ref()),
             };
-            if settings != core::TcpKeepalive::default() {
-                cluster.upstream_connection_options = Some(pb::UpstreamConnectionOptions {
-                    tcp_keepalive: Some(settings),
-                    ..Default::default()
-                });
-            }
+            cluster.upstream_connection_options = Some(pb::UpstreamConnectionOptions {
+                tcp_keepalive: Some(settings),
+                ..Default::default()
+            });
         }
     }
     cluster.circuit_breakers = Some(pb::CircuitBreakers {
@@ -326,15 +352,17 @@ fn retry_budget(cluster: &mut pb::Cluster, traffic: &TrafficPolicy) {
 }
 
 /// HTTP towards the endpoints: as the port says, as the policy says, or as the caller speaks where that is found out per connection.
-fn http_options(cluster: &mut pb::Cluster, port: &Port, pool: Option<&ConnectionPoolSettings>, side: Side) {
+fn http_options(
+    cluster: &mut pb::Cluster,
+    spoken: serin_model::Protocol,
+    pool: Option<&ConnectionPoolSettings>,
+    side: Side,
+) {
     use upstream::http_protocol_options::explicit_http_config::ProtocolConfig;
     use upstream::http_protocol_options::{
         ExplicitHttpConfig, UpstreamProtocolOptions, UseDownstreamHttpConfig,
     };
-    let auto = port.protocol == serin_model::Protocol::Auto;
-    if !port.protocol.is_http_or_auto() {
-        return;
-    }
+    let auto = spoken == serin_model::Protocol::Auto;
     let http = pool.and_then(|pool| pool.http.as_ref());
     let parsed = |value: Option<&serin_crds::istio::Duration>| {
         value.and_then(|value| value.parse().ok()).map(wire::duration)
@@ -359,15 +387,17 @@ fn http_options(cluster: &mut pb::Cluster, port: &Port, pool: Option<&Connection
             ..Default::default()
         });
     }
-    let upgrade = http.and_then(|http| http.h2_upgrade_policy) == Some(H2UpgradePolicy::Upgrade);
+    // What a sidecar finds out per connection stays as it came.
+    let upgrade = (!auto || side == Side::Router)
+        && http.and_then(|http| http.h2_upgrade_policy) == Some(H2UpgradePolicy::Upgrade);
     let as_caller = http.is_some_and(|http| http.use_client_protocol == Some(true));
     let protocol = if as_caller || (auto && side == Side::Sidecar && !upgrade) {
         UpstreamProtocolOptions::UseDownstreamProtocolConfig(UseDownstreamHttpConfig {
             http_protocol_options: Some(Default::default()),
-            http2_protocol_options: Some(http2),
+            http2_protocol_options: Some(if auto { Default::default() } else { http2 }),
             ..Default::default()
         })
-    } else if port.protocol.is_http2() || upgrade {
+    } else if spoken.is_http2() || upgrade {
         UpstreamProtocolOptions::ExplicitHttpConfig(ExplicitHttpConfig {
             protocol_config: Some(ProtocolConfig::Http2ProtocolOptions(http2)),
         })
@@ -523,11 +553,15 @@ fn client_tls(cluster: &mut pb::Cluster, traffic: &TrafficPolicy, port: &Port) {
 }
 
 /// The cluster towards the application behind a port: `inbound|8080||`.
-pub(super) fn inbound(target: u16, protocol: serin_model::Protocol, services_of: &[&Service]) -> pb::Cluster {
-    use upstream::http_protocol_options::explicit_http_config::ProtocolConfig;
-    use upstream::http_protocol_options::{
-        ExplicitHttpConfig, UpstreamProtocolOptions, UseDownstreamHttpConfig,
-    };
+///
+/// Of the policy of the first service, limits and retry budget hold on this side too.
+pub(super) fn inbound(
+    target: u16,
+    protocol: serin_model::Protocol,
+    services_of: &[&Service],
+    policy: Option<&HostPolicy>,
+    service_port: u16,
+) -> pb::Cluster {
     let mut cluster = base(&format!("inbound|{target}||"));
     cluster.cluster_discovery_type = Some(pb::cluster::ClusterDiscoveryType::Type(
         pb::cluster::DiscoveryType::OriginalDst as i32,
@@ -536,31 +570,26 @@ pub(super) fn inbound(target: u16, protocol: serin_model::Protocol, services_of:
     cluster.cleanup_interval = Some(wire::seconds(NEVER));
     cluster.upstream_bind_config = Some(inbound_source());
     cluster.common_lb_config = Some(Default::default());
-    if protocol == serin_model::Protocol::Auto {
-        let as_caller = UseDownstreamHttpConfig {
-            http_protocol_options: Some(Default::default()),
-            http2_protocol_options: Some(Default::default()),
-            ..Default::default()
-        };
-        set_http_options(
-            &mut cluster,
-            None,
-            UpstreamProtocolOptions::UseDownstreamProtocolConfig(as_caller),
-        );
-    } else if protocol.is_http2() {
-        let http2 = ExplicitHttpConfig {
-            protocol_config: Some(ProtocolConfig::Http2ProtocolOptions(Default::default())),
-        };
-        set_http_options(
-            &mut cluster,
-            None,
-            UpstreamProtocolOptions::ExplicitHttpConfig(http2),
-        );
+    let traffic = policy
+        .map(|policy| policy.for_port(None, service_port))
+        .unwrap_or_default();
+    connection_pool(&mut cluster, traffic.connection_pool.as_ref());
+    retry_budget(&mut cluster, &traffic);
+    // How the application is spoken to is for its port to say.
+    let mut pool = traffic.connection_pool.clone();
+    if let Some(http) = pool.as_mut().and_then(|pool| pool.http.as_mut()) {
+        http.h2_upgrade_policy = None;
+        http.use_client_protocol = None;
     }
-    cluster.metadata = Some(wire::metadata(
-        "istio",
-        wire::structure([("services", services(services_of.iter().copied()))]),
-    ));
+    http_options(&mut cluster, protocol, pool.as_ref(), Side::Sidecar);
+    let mut fields = vec![("services", services(services_of.iter().copied()))];
+    if let Some(origin) = policy
+        .filter(|policy| policy.policy.is_some())
+        .and_then(|policy| policy.provenance.first())
+    {
+        fields.push(("config", wire::text(&wire::config_path(origin))));
+    }
+    cluster.metadata = Some(wire::metadata("istio", wire::structure(fields)));
     cluster
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use serin_crds::istio::{LocalityLbSetting, TrafficPolicy};
-use serin_model::{Endpoint, Locality, Port, Service};
+use serin_model::{Endpoint, Locality, Port, Resolution, Service};
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::endpoint::v3 as pb;
 
@@ -71,7 +71,14 @@ fn lb_endpoint(endpoint: &Endpoint, port: u16, service: &Service, cluster_id: &s
             address: Some(address),
             ..Default::default()
         })),
-        health_status: core::HealthStatus::Healthy as i32,
+        // Only Kubernetes says of its endpoints that they are healthy.
+        health_status: if !service.kubernetes
+            || matches!(service.resolution, Resolution::Dns | Resolution::DnsRoundRobin)
+        {
+            core::HealthStatus::Unknown as i32
+        } else {
+            core::HealthStatus::Healthy as i32
+        },
         metadata: Some(wire::metadata(
             "istio",
             wire::structure([("workload", wire::text(&workload))]),
@@ -141,7 +148,7 @@ fn localities(
             let rank = if labels.is_empty() {
                 locality_rank(nearness.client, locality, setting)
             } else {
-                label_rank(labels, nearness.labels, endpoint)
+                label_rank(labels, nearness, endpoint)
             };
             ranked
                 .entry((rank, locality))
@@ -190,7 +197,7 @@ fn locality_rank(client: &Locality, endpoint: &Locality, setting: Option<&Locali
 }
 
 /// How many labels, from the first on, do not match: the fewer the nearer.
-fn label_rank(labels: &[String], client: &BTreeMap<String, String>, endpoint: &Endpoint) -> usize {
+fn label_rank(labels: &[String], nearness: &Nearness<'_>, endpoint: &Endpoint) -> usize {
     let empty = BTreeMap::new();
     let theirs = endpoint
         .workload
@@ -202,7 +209,7 @@ fn label_rank(labels: &[String], client: &BTreeMap<String, String>, endpoint: &E
             Some((key, value)) => theirs.get(key).map(String::as_str) == Some(value),
             None => {
                 let value = topology(label, &endpoint.locality).or_else(|| theirs.get(*label).cloned());
-                value == client.get(*label).cloned()
+                value == topology(label, nearness.client).or_else(|| nearness.labels.get(*label).cloned())
             }
         })
         .count();

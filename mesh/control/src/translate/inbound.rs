@@ -8,7 +8,8 @@ use serin_model::{Model, Protocol, Service, TargetPort};
 use super::listener::InboundPort;
 use crate::proxy_identity::Proxy;
 
-/// The ports of a workload. Where two services lead to one port, the first by name decides what it speaks, and both are named.
+/// The ports of a workload. Where two services lead to one port, the senior one decides what
+/// it speaks, and those that agree with it are named too.
 ///
 /// Readiness plays no part: the sidecar must be configured before its Pod can become ready.
 pub(super) fn ports(model: &Model, proxy: &Proxy) -> Vec<InboundPort> {
@@ -16,7 +17,7 @@ pub(super) fn ports(model: &Model, proxy: &Proxy) -> Vec<InboundPort> {
     let labels = pod.map_or(&proxy.labels, |pod| &pod.labels);
     let mut by_target: BTreeMap<u16, InboundPort> = BTreeMap::new();
     let mut services: Vec<&Arc<Service>> = model.services_selecting(&proxy.namespace, labels).collect();
-    services.sort_by(|a, b| a.host.cmp(&b.host));
+    services.sort_by(|a, b| a.seniority.cmp(&b.seniority));
     for service in services {
         for port in service.ports.iter().filter(|port| port.protocol != Protocol::Udp) {
             let target = match &port.target {
@@ -30,7 +31,7 @@ pub(super) fn ports(model: &Model, proxy: &Proxy) -> Vec<InboundPort> {
                 service_port: port.number,
                 hosts: Vec::new(),
             });
-            if !entry.hosts.contains(&service.host) {
+            if entry.service_port == port.number && entry.protocol == port.protocol {
                 entry.hosts.push(service.host.clone());
             }
         }

@@ -41,12 +41,25 @@ pub(super) struct Destination {
     pub(super) weight: u32,
 }
 
+/// What a policy says about captured connections.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct ConnectionLimits {
+    /// Idle time after which connections are closed.
+    pub(super) idle_timeout: Option<std::time::Duration>,
+    /// Age at which connections are closed.
+    pub(super) max_duration: Option<std::time::Duration>,
+    /// Endpoints are chosen by the source address.
+    pub(super) by_source: bool,
+}
+
 /// The TCP part of a listener.
 pub(super) struct TcpChain {
     pub(super) matches: Option<pb::FilterChainMatch>,
     pub(super) destinations: Vec<Destination>,
-    /// Idle time after which connections are closed.
-    pub(super) idle_timeout: Option<std::time::Duration>,
+    /// The object that the chain was made from, if it was a rule.
+    pub(super) origin: Option<serin_model::Provenance>,
+    /// What the policy of the first destination says about connections.
+    pub(super) limits: ConnectionLimits,
     pub(super) name: String,
 }
 
@@ -81,7 +94,16 @@ fn tcp_proxy(chain: &TcpChain) -> pb::Filter {
         TCP_PROXY,
         wire::any(&tcp::TcpProxy {
             stat_prefix,
-            idle_timeout: chain.idle_timeout.map(wire::duration),
+            idle_timeout: chain.limits.idle_timeout.map(wire::duration),
+            max_downstream_connection_duration: chain.limits.max_duration.map(wire::duration),
+            hash_policy: chain
+                .limits
+                .by_source
+                .then(|| ty::HashPolicy {
+                    policy_specifier: Some(ty::hash_policy::PolicySpecifier::SourceIp(Default::default())),
+                })
+                .into_iter()
+                .collect(),
             cluster_specifier: Some(specifier),
             ..Default::default()
         }),
@@ -201,6 +223,12 @@ fn tcp_chain(chain: &TcpChain, timeout: bool) -> pb::FilterChain {
         filters: vec![tcp_proxy(chain)],
         transport_socket_connect_timeout: timeout.then(|| wire::seconds(TRANSPORT_TIMEOUT)),
         name: chain.name.clone(),
+        metadata: chain.origin.as_ref().map(|origin| {
+            wire::metadata(
+                "istio",
+                wire::structure([("config", wire::text(&wire::config_path(origin)))]),
+            )
+        }),
         ..Default::default()
     }
 }
@@ -218,7 +246,8 @@ pub(super) fn unknown(registry_only: bool, name: &str, matches: Option<pb::Filte
             cluster: cluster.to_owned(),
             weight: 1,
         }],
-        idle_timeout: None,
+        limits: ConnectionLimits::default(),
+        origin: None,
         name: name.to_owned(),
     }
 }
@@ -247,7 +276,15 @@ pub(super) fn sniffed(address: &str, port: u16, route: &str, fallback: &TcpChain
 /// `<address>_<port>` of a TCP port. Chains with conditions come first; `sni` says that some of them look at the server name.
 pub(super) fn tcp(address: &str, port: u16, chains: &[TcpChain], sni: bool) -> pb::Listener {
     let mut listener = captured(address, port);
-    listener.filter_chains = chains.iter().map(|chain| tcp_chain(chain, true)).collect();
+    let (conditional, rest): (Vec<&TcpChain>, Vec<&TcpChain>) =
+        chains.iter().partition(|chain| chain.matches.is_some());
+    if conditional.is_empty() {
+        listener.filter_chains = rest.iter().map(|chain| tcp_chain(chain, true)).collect();
+    } else {
+        listener.filter_chains = conditional.iter().map(|chain| tcp_chain(chain, true)).collect();
+        // What no condition takes; for unknown destinations it is named like everywhere.
+        listener.default_filter_chain = rest.first().map(|chain| tcp_chain(chain, chain.name.is_empty()));
+    }
     if sni {
         listener.listener_filters = vec![tls_inspector()];
     }
@@ -287,18 +324,19 @@ pub(super) struct InboundPort {
     pub(super) protocol: Protocol,
     /// Port of the first service that leads there.
     pub(super) service_port: u16,
-    /// Services that lead there, senior first.
+    /// Services that lead there by the same port, senior first.
     pub(super) hosts: Vec<std::sync::Arc<str>>,
 }
 
 fn inbound_manager(
+    protocol: Protocol,
     stat_prefix: &str,
     route_name: &str,
     cluster: &str,
     port: u16,
     operation: &str,
 ) -> pb::Filter {
-    let mut inbound = route::inbound_route(cluster);
+    let mut inbound = route::inbound_route(cluster, protocol);
     inbound.decorator = Some(route_pb::Decorator {
         operation: operation.to_owned(),
         ..Default::default()
@@ -317,6 +355,9 @@ fn inbound_manager(
             ..Default::default()
         }),
     );
+    if protocol.is_http2() {
+        manager.http2_protocol_options = Some(Default::default());
+    }
     manager.server_name = "istio-envoy".to_owned();
     manager.forward_client_cert_details =
         hcm::http_connection_manager::ForwardClientCertDetails::AppendForward as i32;
@@ -338,7 +379,8 @@ pub(super) fn virtual_inbound(ports: &[InboundPort]) -> pb::Listener {
             cluster: cluster.to_owned(),
             weight: 1,
         }],
-        idle_timeout: None,
+        limits: ConnectionLimits::default(),
+        origin: None,
         name: String::new(),
     };
     let mut chains = vec![pb::FilterChain {
@@ -351,7 +393,7 @@ pub(super) fn virtual_inbound(ports: &[InboundPort]) -> pb::Listener {
         ..Default::default()
     }];
     let passthrough = "InboundPassthroughCluster";
-    let http = inbound_manager(passthrough, passthrough, passthrough, 0, ":0/*");
+    let http = inbound_manager(Protocol::Auto, passthrough, passthrough, passthrough, 0, ":0/*");
     chains.push(pb::FilterChain {
         filter_chain_match: Some(plain_http()),
         filters: vec![http],
@@ -410,6 +452,7 @@ fn inbound_chains(port: &InboundPort, chains: &mut Vec<pb::FilterChain>) {
     };
     let http = || {
         vec![inbound_manager(
+            port.protocol,
             &format!("inbound_{name}"),
             &cluster,
             &cluster,
@@ -424,7 +467,8 @@ fn inbound_chains(port: &InboundPort, chains: &mut Vec<pb::FilterChain>) {
                 cluster: cluster.clone(),
                 weight: 1,
             }],
-            idle_timeout: None,
+            limits: ConnectionLimits::default(),
+            origin: None,
             name: String::new(),
         })]
     };

@@ -18,7 +18,7 @@ use super::view::{Built, Slot};
 use super::{endpoint, wire};
 
 /// Name of the virtual host that takes what no other takes.
-const ALLOW_ANY: &str = "allow_any";
+pub(super) const ALLOW_ANY: &str = "allow_any";
 const BLOCK_ALL: &str = "block_all";
 /// Direct responses up to this size are taken; Istio's limit.
 const DIRECT_RESPONSE_LIMIT: u32 = 1 << 20;
@@ -100,15 +100,31 @@ fn listen_addresses(service: &Service, port: &Port, model: &Model) -> Vec<String
     vec!["0.0.0.0".to_owned()]
 }
 
+/// The ports on which a host that rules name and no service has is served: those of the services that the same rules name, else 80.
+fn named_ports(rules: &RuleSet, model: &Model, client: &Client) -> BTreeSet<u16> {
+    let mut ports: BTreeSet<u16> = rules
+        .hosts
+        .iter()
+        .filter_map(|host| model.visible_service(host, client))
+        .flat_map(|service| &service.ports)
+        .filter(|port| port.protocol.is_http())
+        .map(|port| port.number)
+        .collect();
+    if ports.is_empty() {
+        ports.insert(NAMED_PORT);
+    }
+    ports
+}
+
 /// The slots of a host that rules name and no service has.
 pub(super) fn named_slots(pattern: &Arc<str>, model: &Model, client: &Client) -> BTreeSet<Slot> {
     let mut slots = BTreeSet::new();
-    if model
+    let Some(rules) = model
         .rules_named(pattern, client)
-        .is_none_or(|rules| rules.http.is_empty())
-    {
+        .filter(|rules| !rules.http.is_empty())
+    else {
         return slots;
-    }
+    };
     let taken = if host::is_wildcard(pattern) {
         model
             .visible_services(client)
@@ -117,7 +133,8 @@ pub(super) fn named_slots(pattern: &Arc<str>, model: &Model, client: &Client) ->
         model.visible_service(pattern, client).is_some()
     };
     if !taken {
-        slots.insert(Slot::VirtualHost(NAMED_PORT.to_string().into(), pattern.clone()));
+        let ports = named_ports(rules, model, client).into_iter();
+        slots.extend(ports.map(|port| Slot::VirtualHost(port.to_string().into(), pattern.clone())));
     }
     slots
 }
@@ -132,12 +149,6 @@ pub(super) fn owner_of_short_name(name: &str, client: &Client, model: &Model) ->
         .then(|| model.visible_service(&full, client))
         .flatten()
         .map(|service| service.host.clone())
-}
-
-/// Whether rules for connections (TCP, TLS) could change what is in the slot.
-pub(super) fn is_connection_listener(slot: &Slot) -> bool {
-    matches!(slot, Slot::Listener(name) if !name.starts_with("0.0.0.0_"))
-        || matches!(slot, Slot::Listener(name) if name.starts_with("0.0.0.0_"))
 }
 
 /// A route configuration; its hosts come on their own unless they are given.
@@ -224,7 +235,10 @@ pub(super) fn routes(
         if !is_for(&rule.audience, resolver.client, gateway, port) {
             continue;
         }
-        hosts.extend(rule.hosts().map(|backend| backend.host.clone()));
+        for backend in rule.hosts() {
+            hosts.insert(resolver.host(&backend.host));
+            hosts.insert(backend.host.clone());
+        }
         origins.insert(wire::origin(&rule.provenance));
         origins.extend(rule.also.iter().map(wire::origin));
         out.push(route::translate(rule, port, resolver));
@@ -395,12 +409,12 @@ impl Context<'_> {
     fn domains(&self, service: &Service, port: u16) -> Vec<String> {
         let domain = &self.model.config().domain;
         let claimed = |name: &String| {
-            port == NAMED_PORT
-                && **name != *service.host
+            **name != *service.host
                 && self
                     .model
                     .rules_named(name, self.client)
-                    .is_some_and(|rules| !rules.http.is_empty())
+                    .filter(|rules| !rules.http.is_empty())
+                    .is_some_and(|rules| named_ports(rules, self.model, self.client).contains(&port))
         };
         let mut domains = service.domains(&self.client.namespace, domain);
         domains.retain(|name| !claimed(name));
@@ -418,7 +432,8 @@ impl Context<'_> {
         }));
         if service.headless {
             // Callers may also name single Pods: `pod.service.namespace...`.
-            domains.push(format!("*.{}", service.host));
+            let pods: Vec<String> = domains.iter().map(|name| format!("*.{name}")).collect();
+            domains.extend(pods);
         }
         domains
     }
@@ -472,6 +487,8 @@ impl Context<'_> {
         };
         let message = if claimed.protocol.is_http() {
             listener::http(address, port, &port.to_string(), self.registry_only())
+        } else if address == "0.0.0.0" && claimed.protocol.is_tls() && service.addresses.is_empty() {
+            self.by_name(port, &claims, &mut built)
         } else {
             let (chains, sni) = self.tcp_chains(service, claimed, &mut built);
             match (claimed.protocol, chains.split_last()) {
@@ -485,13 +502,63 @@ impl Context<'_> {
         built
     }
 
+    /// TLS services without an address of their own: the server name decides, and what names none of them is unknown.
+    fn by_name(
+        &self,
+        port: u16,
+        claims: &[(&Arc<Service>, &Port)],
+        built: &mut Built,
+    ) -> listener_pb::Listener {
+        let mut chains: Vec<TcpChain> = Vec::new();
+        for (service, claimed) in claims {
+            if !claimed.protocol.is_tls() {
+                continue;
+            }
+            let (made, _) = self.tcp_chains(service, claimed, built);
+            for mut chain in made {
+                chain.matches.get_or_insert_default();
+                if let Some(matches) = chain
+                    .matches
+                    .as_mut()
+                    .filter(|matches| matches.server_names.is_empty())
+                {
+                    matches.server_names = vec![service.host.to_string()];
+                }
+                if !chains.iter().any(|known| known.matches == chain.matches) {
+                    chains.push(chain);
+                }
+            }
+        }
+        chains.push(listener::unknown(
+            self.registry_only(),
+            "PassthroughFilterChain",
+            None,
+        ));
+        listener::tcp("0.0.0.0", port, &chains, true)
+    }
+
+    fn limits(&self, service: &Service, port: &Port) -> listener::ConnectionLimits {
+        let policy = self
+            .policy(service)
+            .map(|policy| policy.for_port(None, port.number))
+            .unwrap_or_default();
+        let tcp = policy.connection_pool.as_ref().and_then(|pool| pool.tcp.as_ref());
+        let parsed = |value: Option<&serin_crds::istio::Duration>| value.and_then(|value| value.parse().ok());
+        listener::ConnectionLimits {
+            idle_timeout: parsed(tcp.and_then(|tcp| tcp.idle_timeout.as_ref())),
+            max_duration: parsed(tcp.and_then(|tcp| tcp.max_connection_duration.as_ref())),
+            by_source: policy
+                .load_balancer
+                .as_ref()
+                .and_then(|balancer| balancer.consistent_hash.as_ref())
+                .is_some_and(|hash| hash.use_source_ip == Some(true)),
+        }
+    }
+
     /// The chains of a TCP port: those of rules with conditions, then the one for the rest.
     fn tcp_chains(&self, service: &Arc<Service>, port: &Port, built: &mut Built) -> (Vec<TcpChain>, bool) {
         let resolver = self.resolver();
-        let idle_timeout = self
-            .policy(service)
-            .map(|policy| policy.for_port(None, port.number))
-            .and_then(|policy| policy.connection_pool?.tcp?.idle_timeout?.parse().ok());
+        let limits = self.limits(service, port);
         let mut chains: Vec<TcpChain> = Vec::new();
         let mut sni = false;
         let mut catch_all = false;
@@ -502,7 +569,11 @@ impl Context<'_> {
                 .iter()
                 .filter(|_| port.protocol.is_tls())
                 .map(|rule| (rule, true));
-            let tcp = rules.tcp.iter().map(|rule| (rule, false));
+            let tcp = rules
+                .tcp
+                .iter()
+                .filter(|_| !port.protocol.is_tls())
+                .map(|rule| (rule, false));
             'rules: for (rule, by_name) in tls.chain(tcp) {
                 let blocks: Vec<_> = rule
                     .matches
@@ -521,7 +592,8 @@ impl Context<'_> {
                     chains.push(TcpChain {
                         matches: None,
                         destinations: destinations(rule),
-                        idle_timeout,
+                        limits,
+                        origin: Some(rule.provenance.clone()),
                         name: String::new(),
                     });
                     catch_all = true;
@@ -549,7 +621,8 @@ impl Context<'_> {
                     chains.push(TcpChain {
                         matches: (!empty).then_some(matches),
                         destinations: destinations(rule),
-                        idle_timeout,
+                        limits,
+                        origin: (empty || by_name).then(|| rule.provenance.clone()),
                         name: String::new(),
                     });
                     if empty {
@@ -559,14 +632,16 @@ impl Context<'_> {
                 }
             }
         }
-        if !catch_all {
+        // TLS rules take the port over: a server name that none of them has is not this service's.
+        if !catch_all && !sni {
             chains.push(TcpChain {
                 matches: None,
                 destinations: vec![Destination {
                     cluster: cluster::name(port.number, "", &service.host),
                     weight: 1,
                 }],
-                idle_timeout,
+                limits,
+                origin: None,
                 name: String::new(),
             });
         }

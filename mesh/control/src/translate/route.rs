@@ -102,7 +102,7 @@ pub(super) fn default_route(cluster: &str, policy: Option<&TrafficPolicy>) -> pb
         cluster_specifier: Some(pb::route_action::ClusterSpecifier::Cluster(cluster.to_owned())),
         timeout: Some(wire::seconds(0)),
         max_grpc_timeout: Some(wire::seconds(0)),
-        retry_policy: retry_policy(&Retries::Default, policy),
+        retry_policy: retry_policy(&Retries::Default, None),
         ..Default::default()
     };
     action.hash_policy = policy.and_then(hash_policy).into_iter().collect();
@@ -115,14 +115,15 @@ pub(super) fn default_route(cluster: &str, policy: Option<&TrafficPolicy>) -> pb
 }
 
 /// The inbound side's only route: to the application, retried only when nothing of the request can have arrived.
-pub(super) fn inbound_route(cluster: &str) -> pb::Route {
+pub(super) fn inbound_route(cluster: &str, protocol: serin_model::Protocol) -> pb::Route {
     pb::Route {
         name: "default".to_owned(),
         r#match: Some(prefix_match("/")),
         action: Some(pb::route::Action::Route(pb::RouteAction {
             cluster_specifier: Some(pb::route_action::ClusterSpecifier::Cluster(cluster.to_owned())),
             timeout: Some(wire::seconds(0)),
-            retry_policy: Some(pb::RetryPolicy {
+            // gRPC clients retry on their own.
+            retry_policy: (!protocol.is_http2()).then(|| pb::RetryPolicy {
                 retry_on: "reset-before-request".to_owned(),
                 num_retries: Some(wire::uint32(RETRY_ATTEMPTS)),
                 ..Default::default()
@@ -314,10 +315,10 @@ fn forward_action(
     to: &impl Destinations,
 ) -> pb::RouteAction {
     let timeout = forward.timeout.unwrap_or(Duration::ZERO);
-    let policy = forward
-        .backends
-        .first()
-        .and_then(|backend| to.policy(backend, port));
+    let policy = match forward.backends.as_slice() {
+        [only] => to.policy(only, port),
+        _ => None,
+    };
     let mut action = pb::RouteAction {
         timeout: Some(wire::duration(timeout)),
         max_grpc_timeout: Some(wire::duration(timeout)),

@@ -348,7 +348,8 @@ fn tcp_chains(ctx: &Context<'_>, opened: &Opened, built: &mut Built) -> Vec<list
                     return vec![listener::TcpChain {
                         matches: None,
                         destinations: destinations(rule, &resolver, opened.server_port),
-                        idle_timeout: None,
+                        limits: listener::ConnectionLimits::default(),
+                        origin: None,
                         name: String::new(),
                     }];
                 }

@@ -136,8 +136,21 @@ impl View {
         interner: &mut Interner,
         work: &mut Work,
     ) -> Vec<Change> {
-        let ViewKey::Outbound { side, client, .. } = self.key.clone() else {
-            return Vec::new();
+        let (side, client) = match self.key.clone() {
+            ViewKey::Outbound { side, client, .. } => (side, client),
+            ViewKey::Inbound(ports) => {
+                let concerned = |pattern: &Arc<str>| {
+                    ports
+                        .iter()
+                        .any(|port| port.hosts.first().is_some_and(|host| host::covers(pattern, host)))
+                };
+                let dirty = if touched.policies.iter().any(concerned) {
+                    BTreeSet::from([Slot::Builtin])
+                } else {
+                    BTreeSet::new()
+                };
+                return self.fill(dirty, model, interner, work);
+            }
         };
         let mut dirty = BTreeSet::new();
         for host in &touched.services {
@@ -150,8 +163,10 @@ impl View {
             dirty.extend(self.made_from.get(host).into_iter().flatten().cloned());
             self.want(host.clone(), slots, &mut dirty);
             if side == Side::Sidecar {
-                // Whether a host that rules name is a service decides who has its virtual host.
-                self.want_named(host, model, &mut dirty);
+                // Whether a host that rules name is a service decides who has its virtual host, and on which ports.
+                for name in model.rules_around(host) {
+                    self.name_changed(&name, model, &client, &mut dirty);
+                }
             }
         }
         for host in &touched.endpoints {
@@ -221,44 +236,44 @@ impl View {
         dirty: &mut BTreeSet<Slot>,
     ) {
         for host in self.services_under(pattern, model, client) {
-            dirty.extend(
-                self.wanted
-                    .get(&host)
-                    .into_iter()
-                    .flatten()
-                    .filter(|slot| {
-                        matches!(slot, Slot::VirtualHost(..)) || outbound::is_connection_listener(slot)
-                    })
-                    .cloned(),
-            );
-            dirty.extend(
-                self.made_from
-                    .get(&host)
-                    .into_iter()
-                    .flatten()
-                    .filter(|slot| outbound::is_connection_listener(slot))
-                    .cloned(),
-            );
+            self.virtual_hosts_of(&host, dirty);
+            // Listeners of connections that rules may direct; those of HTTP ports are not made from rules.
+            let made = self.made_from.get(&host).into_iter().flatten();
+            dirty.extend(made.filter(|slot| matches!(slot, Slot::Listener(_))).cloned());
+            if let Some(service) = model.visible_service(&host, client)
+                && let Some(target) = &service.alias_of
+            {
+                // An alias has a virtual host of its own only with rules, and else is a name of its target.
+                let slots = outbound::slots(service, model, client, Side::Sidecar);
+                self.want(host.clone(), slots, dirty);
+                self.virtual_hosts_of(target, dirty);
+            }
         }
-        self.want_named(pattern, model, dirty);
-        // A rule for `web.b` takes that name away from the service `web.b.svc.cluster.local`.
-        if let Some(owner) = outbound::owner_of_short_name(pattern, client, model) {
-            dirty.extend(
-                self.wanted
-                    .get(&owner)
-                    .into_iter()
-                    .flatten()
-                    .filter(|slot| matches!(slot, Slot::VirtualHost(..)))
-                    .cloned(),
-            );
+        self.name_changed(pattern, model, client, dirty);
+        // Names without a service are served on the ports of the services that the same rules name.
+        for other in model.rules_beside(pattern) {
+            self.name_changed(&other, model, client, dirty);
         }
+    }
+
+    fn virtual_hosts_of(&self, host: &Arc<str>, dirty: &mut BTreeSet<Slot>) {
+        let wanted = self.wanted.get(host).into_iter().flatten();
         dirty.extend(
-            self.wanted
-                .get(&rule_owner(pattern))
-                .into_iter()
-                .flatten()
+            wanted
+                .filter(|slot| matches!(slot, Slot::VirtualHost(_, host) if &**host != outbound::ALLOW_ANY))
                 .cloned(),
         );
+    }
+
+    /// What rules or services mean for a host that rules name.
+    fn name_changed(&mut self, name: &Arc<str>, model: &Model, client: &Client, dirty: &mut BTreeSet<Slot>) {
+        self.want_named(name, model, dirty);
+        let named = self.wanted.get(&rule_owner(name)).into_iter().flatten();
+        dirty.extend(named.cloned());
+        // Rules for `web.b` take that name away from the service `web.b.svc.cluster.local`.
+        if let Some(owner) = outbound::owner_of_short_name(name, client, model) {
+            self.virtual_hosts_of(&owner, dirty);
+        }
     }
 
     /// The virtual host of a host that rules name and no service has.
@@ -528,7 +543,26 @@ fn inbound(slot: &Slot, ports: &[InboundPort], model: &Model, work: &mut Work) -
             .filter_map(|host| model.service(host))
             .map(|service| &**service)
             .collect();
-        let cluster = cluster::inbound(port.target, port.protocol, &services);
+        let service = services.first().copied();
+        // The workload is its own client here: rules of its namespace and of the root hold.
+        let policy = service.and_then(|service| {
+            let client = Client {
+                namespace: service.namespace.clone(),
+                labels: BTreeMap::new(),
+                scope: None,
+            };
+            model.policy(&service.host, &service.namespace, &client)
+        });
+        for origin in policy.iter().flat_map(|policy| &policy.provenance) {
+            built.origin(origin);
+        }
+        let cluster = cluster::inbound(
+            port.target,
+            port.protocol,
+            &services,
+            policy.as_ref(),
+            port.service_port,
+        );
         work.clusters += 1;
         built.push(ResourceType::Cluster, &cluster.name.clone(), &cluster);
     }

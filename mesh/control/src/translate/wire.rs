@@ -47,6 +47,12 @@ pub(super) fn text(value: &str) -> wkt::Value {
     }
 }
 
+pub(super) fn flag(value: bool) -> wkt::Value {
+    wkt::Value {
+        kind: Some(wkt::value::Kind::BoolValue(value)),
+    }
+}
+
 pub(super) fn structure(fields: impl IntoIterator<Item = (&'static str, wkt::Value)>) -> wkt::Struct {
     wkt::Struct {
         fields: fields

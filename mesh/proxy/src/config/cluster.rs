@@ -77,7 +77,7 @@ pub enum UpstreamHttp {
 }
 
 /// Circuit breaker limits; `u32::MAX` is none.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Limits {
     /// Connections.
     pub connections: u32,

@@ -335,12 +335,12 @@ impl HttpManager {
     }
 }
 
-/// `disable_host_header_fallback` of Istio's `stats.PluginConfig`, field 4 of a message whose type is not in Envoy's
+/// `disable_host_header_fallback` of Istio's `stats.PluginConfig`, field 6 of a message whose type is not in Envoy's
 /// protobuf set; read from the wire because that is the only field that changes what we do.
 fn plugin_disables_host(any: &serin_xds::pb::google::protobuf::Any) -> bool {
     #[derive(Clone, PartialEq, prost::Message)]
     struct PluginConfig {
-        #[prost(bool, tag = "4")]
+        #[prost(bool, tag = "6")]
         disable_host_header_fallback: bool,
     }
     <PluginConfig as prost::Message>::decode(any.value.as_slice())

@@ -174,8 +174,6 @@ pub enum Targets {
     Weighted(Box<[Target]>, Weights, Turn),
     /// Several with no weight at all: nothing can be chosen.
     Empty,
-    /// The cluster named by a request header, among those that exist.
-    Header(HeaderName),
 }
 
 /// A copy of the traffic.

@@ -41,6 +41,8 @@ pub struct Usage {
     pub pending: AtomicU32,
     /// Retries on their way.
     pub retries: AtomicU32,
+    /// When the last ejection by outlier detection ends (process clock, ms): after that nobody need be asked.
+    pub ejected_until: AtomicU64,
 }
 
 impl ClusterSlot {

@@ -20,23 +20,41 @@ pub struct DomainIndex {
 }
 
 impl DomainIndex {
-    /// Adds a domain; refused when another virtual host has it.
-    pub fn insert(&mut self, domain: &str, host: &Arc<VirtualHostSlot>) -> Result<(), Refusal> {
+    /// Refuses a domain that another virtual host has.
+    pub fn check(&self, domain: &str, host: &Arc<VirtualHostSlot>) -> Result<(), Refusal> {
         let domain = domain.to_ascii_lowercase();
-        let previous = if domain == "*" {
-            self.any.replace(host.clone())
-        } else if let Some(suffix) = domain.strip_prefix('*') {
-            by_length(&mut self.suffixes, suffix.len()).insert(suffix.into(), host.clone())
-        } else if let Some(prefix) = domain.strip_suffix('*') {
-            by_length(&mut self.prefixes, prefix.len()).insert(prefix.into(), host.clone())
-        } else {
-            self.exact.insert(domain.as_str().into(), host.clone())
+        let level = |levels: &[(usize, Map<Arc<VirtualHostSlot>>)], fixed: &str| {
+            levels.iter().find(|(length, _)| *length == fixed.len()).and_then(|(_, map)| map.get(fixed).cloned())
         };
-        match previous {
-            Some(previous) if !Arc::ptr_eq(&previous, host) => {
-                Err(Refusal::new("domains", format!("{domain:?} already belongs to virtual host {:?}", previous.load().name)))
-            }
+        let holder = if domain == "*" {
+            self.any.clone()
+        } else if let Some(suffix) = domain.strip_prefix('*') {
+            level(&self.suffixes, suffix)
+        } else if let Some(prefix) = domain.strip_suffix('*') {
+            level(&self.prefixes, prefix)
+        } else {
+            self.exact.get(domain.as_str()).cloned()
+        };
+        match holder {
+            Some(holder) if !Arc::ptr_eq(&holder, host) => Err(Refusal::new(
+                "domains",
+                format!("{domain:?} already belongs to virtual host {:?}", holder.load().name),
+            )),
             _ => Ok(()),
+        }
+    }
+
+    /// Adds a domain.
+    pub fn insert(&mut self, domain: &str, host: &Arc<VirtualHostSlot>) {
+        let domain = domain.to_ascii_lowercase();
+        if domain == "*" {
+            self.any = Some(host.clone());
+        } else if let Some(suffix) = domain.strip_prefix('*') {
+            by_length(&mut self.suffixes, suffix.len()).insert(suffix.into(), host.clone());
+        } else if let Some(prefix) = domain.strip_suffix('*') {
+            by_length(&mut self.prefixes, prefix.len()).insert(prefix.into(), host.clone());
+        } else {
+            self.exact.insert(domain.into(), host.clone());
         }
     }
 
@@ -129,7 +147,7 @@ mod tests {
     fn domains_are_searched_exact_then_longest_suffix_then_longest_prefix_then_star() {
         let mut index = DomainIndex::default();
         for domain in ["a.example.com", "*.example.com", "*.com", "a.*", "a.example.*", "*"] {
-            index.insert(domain, &host(domain)).unwrap();
+            index.insert(domain, &host(domain));
         }
         let cases = [
             ("a.example.com", "a.example.com"),
@@ -148,8 +166,8 @@ mod tests {
     #[test]
     fn a_domain_of_two_virtual_hosts_is_refused() {
         let mut index = DomainIndex::default();
-        index.insert("a", &host("one")).unwrap();
-        let error = index.insert("A", &host("two")).unwrap_err();
+        index.insert("a", &host("one"));
+        let error = index.check("A", &host("two")).unwrap_err();
         assert!(error.reason.contains("\"one\""), "{error}");
     }
 

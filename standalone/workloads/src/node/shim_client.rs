@@ -81,7 +81,7 @@ impl ShimClient {
 
     fn over(socket: OwnedFd) -> io::Result<(Self, mpsc::Receiver<ShimEvent>)> {
         nix::fcntl::fcntl(&socket, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
-        let socket = Arc::new(AsyncFd::new(socket)?);
+        let socket = Arc::new(fdpass::watched(socket)?);
         let waiting: Arc<Mutex<HashMap<u64, oneshot::Sender<Answer>>>> = Arc::default();
         let (events, receiver) = mpsc::channel(EVENTS);
         let reader = tokio::spawn(read(socket.clone(), waiting.clone(), events));

@@ -260,7 +260,6 @@ fn take_identity(spec: &ContainerSpec) -> io::Result<()> {
 /// A command running beside a container.
 pub(crate) struct Beside {
     pub(crate) pid: i32,
-    pub(crate) pidfd: OwnedFd,
     pub(crate) output: OwnedFd,
 }
 
@@ -274,9 +273,9 @@ pub(crate) fn run_beside(
 ) -> Result<Beside, String> {
     let (output, output_write) = pipe2(OFlag::O_CLOEXEC).map_err(|error| format!("create a pipe: {error}"))?;
     match clone_process(0).map_err(|error| format!("fork: {error}"))? {
-        Cloned::Parent { pid, pidfd } => {
+        Cloned::Parent { pid, .. } => {
             nonblocking(&output);
-            Ok(Beside { pid, pidfd, output })
+            Ok(Beside { pid, output })
         }
         Cloned::Child => {
             let code = match beside(container, spec, argv, env, &output_write) {

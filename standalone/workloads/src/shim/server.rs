@@ -428,6 +428,8 @@ impl Server {
         };
         container.exit = Some(exit);
         container.listeners.clear();
+        // Whoever follows the log learns from it that nothing more will come.
+        let _ = fs::write(crate::logs::end_marker(&container.spec.log), "");
         let message = Message::Exited {
             container: container.spec.name.clone(),
             attempt: container.spec.attempt,

@@ -12,11 +12,19 @@ use nix::sys::socket::{
     connect, listen, recvmsg, sendmsg, setsockopt, socket, socketpair, sockopt,
 };
 use nix::sys::stat::Mode;
+use tokio::io::unix::AsyncFd;
 
 /// The longest message. Container specifications travel in files, so messages are small; exec output is cut at 10 KiB.
 pub(crate) const MAX_MESSAGE: usize = 64 * 1024;
 /// The most descriptors in one message.
 pub(crate) const MAX_FDS: usize = 32;
+
+/// Registers a descriptor with the runtime's event loop.
+pub(crate) fn watched<T: AsFd + AsRawFd + 'static>(inner: T) -> io::Result<AsyncFd<T>> {
+    // SAFETY: `register` wants the descriptor to stay open and the same for as long as the value lives. Every type of
+    // this crate that comes here owns its descriptor (`OwnedFd`, or a type around one) and never replaces it.
+    unsafe { AsyncFd::register(inner) }.map_err(Into::into)
+}
 
 /// Two connected ends, both close-on-exec.
 pub(crate) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {

@@ -132,7 +132,8 @@ impl Netlink {
         peer_name: &str,
         peer_namespace: RawFd,
     ) -> io::Result<()> {
-        let mut peer = interface_header(0, true);
+        // Down: a veth that comes up before it knows its peer is refused with ENOTCONN.
+        let mut peer = interface_header(0, false);
         peer.extend(
             Attributes::default()
                 .text(IFLA_IFNAME, peer_name)

@@ -98,9 +98,9 @@ fn compile_targets(from: &route::RouteAction, context: &mut Context<'_>) -> Resu
     use route::route_action::ClusterSpecifier;
     match &from.cluster_specifier {
         Some(ClusterSpecifier::Cluster(name)) => Ok(Targets::One(context.slots.cluster(name))),
-        Some(ClusterSpecifier::ClusterHeader(name)) => HeaderName::from_bytes(name.as_bytes())
-            .map(Targets::Header)
-            .map_err(|_| Refusal::new("cluster_header", format!("{name:?} is not a header name"))),
+        Some(ClusterSpecifier::ClusterHeader(_)) => {
+            Err(Refusal::new("cluster_header", "clusters named by a request header are not supported"))
+        }
         Some(ClusterSpecifier::WeightedClusters(weighted)) => {
             compile_weighted(weighted, context).within("weighted_clusters")
         }

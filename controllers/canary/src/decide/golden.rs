@@ -1,0 +1,263 @@
+//! Recorded rollouts, told again by `decide`: the same actions from outside, each at the same point of the story, must
+//! lead through the same phases and weights and tell the same events.
+//!
+//! Times are not compared: nothing here waits for a tick. Left out of the comparison are events that a controller which
+//! does not poll has no occasion for (see [`is_of_polling`]).
+
+use serde_json::{Map, Value};
+use serin_crds::flagger::CanaryPhase;
+
+use super::simulation::{Happening, World};
+use crate::golden;
+use crate::plan::Plan;
+
+/// Told on every tick of Flagger while it waits; here the status says it.
+fn is_of_polling(message: &str) -> bool {
+    message == "all the metrics providers are available!"
+        || message.contains("observed deployment generation less than desired generation")
+        || message == "skipping canary run as object is suspended"
+}
+
+/// A place in the story.
+type Place = (String, i64);
+
+fn place_of(status: &Value) -> Place {
+    (
+        status["phase"].as_str().unwrap_or_default().to_owned(),
+        status["canaryWeight"].as_i64().unwrap_or(0),
+    )
+}
+
+fn merge(into: &mut Value, patch: &Value) {
+    match (into, patch) {
+        (Value::Object(into), Value::Object(patch)) => {
+            for (key, value) in patch {
+                merge(
+                    into.entry(key.clone()).or_insert(Value::Object(Map::new())),
+                    value,
+                );
+            }
+        }
+        (into, patch) => *into = patch.clone(),
+    }
+}
+
+struct Story {
+    world: World,
+    spec: Value,
+    template: Value,
+    success_percent: f64,
+    stuck: bool,
+    places: Vec<Place>,
+}
+
+impl Story {
+    fn begin(name: &str, case: &Value) -> Self {
+        let spec = golden::input(case, "Canary")["spec"].clone();
+        let target = golden::input(case, "Deployment");
+        let mut world = World::new(plan(&spec));
+        world.seen.name = "podinfo".to_owned();
+        world.seen.namespace = name.to_owned();
+        world.target().name = format!("podinfo.{name}");
+        let replicas = i32::try_from(target["spec"]["replicas"].as_i64().unwrap()).unwrap();
+        let workload = world.target();
+        (workload.replicas, workload.total) = (replicas, replicas);
+        (workload.updated, workload.available) = (replicas, replicas);
+        Self {
+            world,
+            spec,
+            template: Value::Null,
+            success_percent: 100.0,
+            stuck: false,
+            places: Vec::new(),
+        }
+    }
+
+    fn act(&mut self, action: &Value) {
+        let patch = &action["patch"];
+        match patch["kind"].as_str() {
+            Some("Deployment") => {
+                let template = &patch["body"]["spec"]["template"];
+                if self.template.is_null() {
+                    self.template = Value::Object(Map::new());
+                }
+                merge(&mut self.template, template);
+                self.stuck = self.template.pointer("/spec/nodeSelector").is_some();
+                let image = self
+                    .template
+                    .pointer("/spec/containers/0/image")
+                    .and_then(Value::as_str);
+                let only_image = self
+                    .template
+                    .as_object()
+                    .is_some_and(|template| template.len() == 1)
+                    && !self.stuck;
+                // The image that the case began with is the revision that was there from the start.
+                let hash = match image {
+                    Some("podinfo:1.0.0") if only_image => "r1".to_owned(),
+                    _ => self.template.to_string(),
+                };
+                let target = self.world.target();
+                target.template_hash = hash;
+                target.generation += 1;
+                target.updated = 0;
+            }
+            Some("Canary") => {
+                merge(&mut self.spec, &patch["body"]["spec"]);
+                self.world.plan = plan(&self.spec);
+            }
+            Some(other) => panic!("no such action: {other}"),
+            None => {}
+        }
+        if let Some(rate) = action["metrics"]["sr"].as_f64() {
+            self.success_percent = rate;
+        }
+    }
+
+    fn second(&mut self) {
+        let world = &mut self.world;
+        if self.stuck {
+            // Scheduled nowhere: rolled out and not available.
+            let target = world.target();
+            target.observed_generation = target.generation;
+            (target.updated, target.total, target.available) = (target.replicas, target.replicas, 0);
+        } else {
+            world.happen(&Happening::TargetReady);
+        }
+        let errors = ((100.0 - self.success_percent) * 10.0).round();
+        for happening in [
+            Happening::PrimaryReady,
+            Happening::Acknowledge,
+            Happening::Wait(1),
+            Happening::Measure(1000, errors as u64),
+        ] {
+            world.happen(&happening);
+        }
+        world.step();
+        let place = self.place();
+        if self.places.last() != Some(&place) {
+            self.places.push(place);
+        }
+    }
+
+    fn place(&self) -> Place {
+        (
+            self.world.phase().to_string(),
+            i64::from(self.world.status.canary_weight.unwrap_or(0)),
+        )
+    }
+}
+
+/// Flagger knows no comparison; its rules alone are told here.
+fn plan(spec: &Value) -> Plan {
+    let mut plan = Plan::new(&serde_json::from_value(spec.clone()).unwrap());
+    plan.comparison = None;
+    plan
+}
+
+/// The last event of a kind that repeats itself while nothing changes stands for all of them.
+fn once(messages: impl IntoIterator<Item = String>) -> Vec<String> {
+    let mut told: Vec<String> = Vec::new();
+    for message in messages.into_iter().filter(|message| !is_of_polling(message)) {
+        let waiting = message.starts_with("canary deployment ");
+        if !(waiting && told.last() == Some(&message)) {
+            told.push(message);
+        }
+    }
+    told
+}
+
+fn tell_again(name: &str) {
+    let Some(case) = golden::case(name) else { return };
+    let statuses = case["status_sequence"].as_array().unwrap();
+    let mut story = Story::begin(name, &case);
+    for action in case["actions"].as_array().unwrap().iter().skip(1) {
+        if action["action"]
+            .as_str()
+            .is_some_and(|text| text.starts_with("delete"))
+        {
+            break;
+        }
+        let at = action["t"].as_f64().unwrap();
+        let place = statuses
+            .iter()
+            .take_while(|status| status["t"].as_f64().unwrap() < at)
+            .map(|status| place_of(&status["status"]))
+            .last()
+            .unwrap();
+        let mut seconds = 0;
+        while story.place() != place {
+            story.second();
+            seconds += 1;
+            assert!(
+                seconds < 600,
+                "{name}: never at {place:?}, but {:?}: {:#?}",
+                story.place(),
+                story.world.status
+            );
+        }
+        story.act(action);
+        story.second();
+    }
+    for _ in 0..600 {
+        story.second();
+    }
+    let mut recorded: Vec<Place> = Vec::new();
+    for status in statuses.iter().map(|status| &status["status"]) {
+        let place = place_of(status);
+        if !place.0.is_empty() && place.0 != "Terminating" && recorded.last() != Some(&place) {
+            recorded.push(place);
+        }
+    }
+    assert_eq!(story.places, recorded, "{name}");
+
+    let logged = case["log"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|line| line["message"].as_str().unwrap().to_owned());
+    // Not events, only logged: objects created or changed.
+    let written = |message: &String| {
+        let plain = [
+            "Service ",
+            "Deployment ",
+            "DestinationRule ",
+            "VirtualService ",
+            "Scaling down Deployment ",
+        ];
+        plain.iter().any(|start| message.starts_with(start)) || message.starts_with("Terminat")
+    };
+    let recorded = once(logged.filter(|message| !written(message)));
+    assert_eq!(once(story.world.events.clone()), recorded, "{name}");
+    assert!(
+        matches!(story.world.phase(), CanaryPhase::Succeeded | CanaryPhase::Failed),
+        "{name} ends in {}",
+        story.world.phase()
+    );
+}
+
+macro_rules! stories {
+    ($($test:ident: $case:literal,)*) => {
+        $(#[test]
+        fn $test() {
+            tell_again($case);
+        })*
+    };
+}
+
+stories! {
+    a_good_and_a_bad_release_go_as_with_flagger: "istio-weights",
+    a_ladder_of_weights_goes_as_with_flagger: "istio-stepweights",
+    a_stepwise_promotion_goes_as_with_flagger: "istio-stepweight-promotion",
+    a_revision_in_the_middle_goes_as_with_flagger: "istio-new-revision-mid",
+    suspension_and_resumption_go_as_with_flagger: "istio-suspend",
+    a_canary_that_is_never_ready_goes_as_with_flagger: "istio-deadline",
+    restoring_and_retrying_after_a_failure_go_as_with_flagger: "istio-restore-after-failed",
+    ready_thresholds_go_as_with_flagger: "istio-ready-thresholds",
+    gateways_and_hosts_go_as_with_flagger: "istio-gateways-hosts",
+    a_delegate_goes_as_with_flagger: "istio-delegation",
+    http_options_go_as_with_flagger: "istio-http-options",
+    a_traffic_policy_goes_as_with_flagger: "istio-traffic-policy",
+    pod_spec_details_go_as_with_flagger: "istio-pod-spec",
+    a_canary_with_revert_on_deletion_goes_as_with_flagger: "istio-revert",
+}

@@ -1,0 +1,742 @@
+//! `GitRepository` objects: when to look at a remote, and what to say about it.
+//!
+//! A look is cheap when nothing moved (one listing of references), so every cause leads to one: a webhook's
+//! annotation, an event of a watched local repository, a changed spec, the interval. A revision is published before the
+//! status is written, so that who builds from it does not wait for the API server.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Secret;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::{Api, Client, Resource as _, ResourceExt as _};
+use parking_lot::Mutex;
+use serin_crds::flux::source::{
+    Artifact, GitProvider, GitRepository, GitRepositorySpec, GitRepositoryStatus,
+};
+use serin_kit::cache::{Cache, Change};
+use serin_kit::condition::{self, Status, Wanted as WantedCondition};
+use serin_kit::events::Recorder;
+use serin_kit::unhonoured::{self, Field};
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::credentials::{Auth, Keys, Place, without_credentials};
+use super::git::{self, Fetched, Request};
+use super::local_watch::LocalWatches;
+use super::reference::Wanted;
+use super::store::Artifacts;
+use super::threads::{Job, Threads};
+use super::tree::{Repo, Snapshot};
+use crate::error::{Error, server_words};
+use crate::key::Key;
+use crate::queue::{Queue, Urgency, jittered};
+use crate::reconcile::REQUESTED_AT;
+use crate::status::StatusWriter;
+use crate::timeline::{Timeline, What};
+
+/// Looks at a time; the threads of git are bounded on their own.
+const CONCURRENT: usize = 16;
+const STATUS_MANAGER: &str = "gotk-source-controller";
+/// Flux's default for `spec.timeout`.
+const TIMEOUT_DEFAULT: Duration = Duration::from_secs(60);
+const INTERVAL_DEFAULT: Duration = Duration::from_secs(60);
+/// First and longest pause after failures; the interval bounds it too. Flux: 750 ms to 15 min.
+const RETRY_MIN: Duration = Duration::from_millis(750);
+const RETRY_MAX: Duration = Duration::from_secs(900);
+
+/// The controller.
+pub(crate) struct Sources {
+    client: Client,
+    cache: Cache<GitRepository>,
+    artifacts: Artifacts,
+    threads: Threads,
+    watches: Option<LocalWatches>,
+    queue: Arc<Queue>,
+    status: StatusWriter<GitRepository>,
+    recorder: Recorder,
+    timeline: Timeline,
+    cache_dir: PathBuf,
+    local_allowed: bool,
+    memory: Mutex<HashMap<Key, Memory>>,
+    repos: Mutex<HashMap<PathBuf, Arc<Repo>>>,
+}
+
+#[derive(Debug, Default)]
+struct Memory {
+    seen: Option<(Option<i64>, Option<String>, Option<String>)>,
+    failures: u32,
+}
+
+/// Why a look failed: what the condition says, and whether trying again can help.
+struct Fault {
+    reason: &'static str,
+    message: String,
+    terminal: bool,
+}
+
+impl From<Error> for Fault {
+    fn from(error: Error) -> Self {
+        let reason = match &error {
+            Error::Git { .. }
+            | Error::GitTimeout { .. }
+            | Error::GitExhausted { .. }
+            | Error::Reference { .. } => "GitOperationFailed",
+            Error::Referred { .. } => "AuthenticationFailed",
+            _ => "GitOperationFailed",
+        };
+        Self {
+            reason,
+            message: error.to_string(),
+            terminal: false,
+        }
+    }
+}
+
+impl Fault {
+    fn terminal(reason: &'static str, message: String) -> Self {
+        Self {
+            reason,
+            message,
+            terminal: true,
+        }
+    }
+}
+
+/// Fields that are read and not honoured.
+fn refused(spec: &GitRepositorySpec) -> Vec<Field> {
+    let mut fields = Vec::new();
+    if spec.verify.is_some() {
+        fields.push(Field::refused("spec.verify", "signatures are not checked yet, and an unchecked revision must not pass for a checked one; remove it to accept unsigned commits"));
+    }
+    if spec.recurse_submodules == Some(true) {
+        fields.push(Field::refused(
+            "spec.recurseSubmodules",
+            "submodules are not fetched yet; make the other repository a GitRepository of its own",
+        ));
+    }
+    if !spec.include.is_empty() {
+        fields.push(Field::refused(
+            "spec.include",
+            "other repositories are not laid into the tree yet; give them a Kustomization of their own",
+        ));
+    }
+    if spec.provider.as_ref().is_some_and(|p| *p != GitProvider::Generic) {
+        fields.push(Field::refused(
+            "spec.provider",
+            "only 'generic' is honoured; put a token into the Secret of spec.secretRef",
+        ));
+    }
+    if spec.service_account_name.is_some() {
+        fields.push(Field::refused(
+            "spec.serviceAccountName",
+            "workload identity is not honoured; put a token into the Secret of spec.secretRef",
+        ));
+    }
+    fields
+}
+
+/// The pause after this many failures in a row.
+fn pause(failures: u32, interval: Duration) -> Duration {
+    RETRY_MIN
+        .saturating_mul(1 << failures.min(16).saturating_sub(1))
+        .min(RETRY_MAX)
+        .min(interval.max(RETRY_MIN))
+}
+
+/// What [`Sources::new`] needs.
+pub(crate) struct Parts {
+    pub(crate) client: Client,
+    pub(crate) cache: Cache<GitRepository>,
+    pub(crate) artifacts: Artifacts,
+    pub(crate) recorder: Recorder,
+    pub(crate) timeline: Timeline,
+    pub(crate) cache_dir: PathBuf,
+    pub(crate) local_allowed: bool,
+}
+
+impl Sources {
+    pub(crate) fn new(parts: Parts) -> Result<Arc<Self>, Error> {
+        crate::sys::init_libgit2();
+        let queue = Arc::new(Queue::default());
+        let watches = if parts.local_allowed {
+            let queue = queue.clone();
+            Some(LocalWatches::new(Arc::new(move |key: &Key| {
+                queue.push(key, Urgency::High)
+            }))?)
+        } else {
+            None
+        };
+        std::fs::create_dir_all(&parts.cache_dir).map_err(|source| Error::Io {
+            action: "create the git cache",
+            path: parts.cache_dir.display().to_string(),
+            source,
+        })?;
+        Ok(Arc::new(Self {
+            status: StatusWriter::new(parts.client.clone(), STATUS_MANAGER),
+            client: parts.client,
+            cache: parts.cache,
+            artifacts: parts.artifacts,
+            threads: Threads::new(),
+            watches,
+            queue,
+            recorder: parts.recorder,
+            timeline: parts.timeline,
+            cache_dir: parts.cache_dir,
+            local_allowed: parts.local_allowed,
+            memory: Mutex::default(),
+            repos: Mutex::default(),
+        }))
+    }
+
+    /// Runs until `cancel`.
+    pub(crate) async fn run(self: Arc<Self>, cancel: CancellationToken) {
+        let triggers = self.clone().triggers(cancel.clone());
+        let looks = self.clone().looks(cancel);
+        tokio::join!(triggers, looks);
+    }
+
+    async fn triggers(self: Arc<Self>, cancel: CancellationToken) {
+        let mut changes = self.cache.changes();
+        self.resync();
+        loop {
+            let change = tokio::select! {
+                () = cancel.cancelled() => return,
+                change = changes.next() => change,
+            };
+            match change {
+                Some(Change::Applied(object)) => self.changed(&object),
+                Some(Change::Deleted(object)) => self.queue.push(&Key::of(object.as_ref()), Urgency::High),
+                Some(Change::Resync) => self.resync(),
+                None => return,
+            }
+        }
+    }
+
+    fn resync(&self) {
+        for object in self.cache.list() {
+            self.changed(&object);
+        }
+        let known: Vec<Key> = self.memory.lock().keys().cloned().collect();
+        for key in known
+            .iter()
+            .filter(|k| self.cache.get(Some(&k.namespace), &k.name).is_none())
+        {
+            self.queue.push(key, Urgency::High);
+        }
+    }
+
+    fn changed(&self, object: &GitRepository) {
+        let key = Key::of(object);
+        let now = (
+            object.metadata.generation,
+            object.annotations().get(REQUESTED_AT).cloned(),
+            object.uid(),
+        );
+        let mut memory = self.memory.lock();
+        let seen = &mut memory.entry(key.clone()).or_default().seen;
+        if seen.as_ref() != Some(&now) {
+            *seen = Some(now);
+            self.queue.push(&key, Urgency::High);
+        }
+    }
+
+    async fn looks(self: Arc<Self>, cancel: CancellationToken) {
+        let permits = Arc::new(Semaphore::new(CONCURRENT));
+        let running = TaskTracker::new();
+        loop {
+            let next = async {
+                let permit = permits.clone().acquire_owned().await.ok()?;
+                Some((permit, self.queue.next().await))
+            };
+            let (permit, key) = tokio::select! {
+                () = cancel.cancelled() => break,
+                next = next => match next {
+                    Some(next) => next,
+                    None => break,
+                },
+            };
+            let this = self.clone();
+            let cancel = cancel.clone();
+            running.spawn(async move {
+                tokio::select! {
+                    () = cancel.cancelled() => {}
+                    () = this.reconcile(&key) => {}
+                }
+                this.queue.done(&key);
+                drop(permit);
+            });
+        }
+        running.close();
+        running.wait().await;
+    }
+
+    async fn reconcile(&self, key: &Key) {
+        let object = self.cache.get(Some(&key.namespace), &key.name);
+        let Some(object) = object.filter(|o| o.metadata.deletion_timestamp.is_none()) else {
+            self.artifacts.remove(key);
+            self.memory.lock().remove(key);
+            self.status.forget(key);
+            self.queue.cancel_at(key);
+            if let Some(watches) = &self.watches {
+                watches.forget(key);
+            }
+            return;
+        };
+        let object = self.status.newest(object);
+        if object.spec.suspend == Some(true) {
+            self.queue.cancel_at(key);
+            return;
+        }
+        let interval = object.spec.interval.parse_or(INTERVAL_DEFAULT);
+        let refused = refused(&object.spec);
+        let result = if unhonoured::refuses(&refused) {
+            Err(Fault::terminal("FieldsRefused", unhonoured::message(&refused)))
+        } else {
+            self.look(key, &object).await
+        };
+        let failures = {
+            let mut memory = self.memory.lock();
+            let memory = memory.entry(key.clone()).or_default();
+            memory.failures = if result.is_err() { memory.failures + 1 } else { 0 };
+            memory.failures
+        };
+        match &result {
+            Err(fault) if fault.terminal => self.queue.cancel_at(key),
+            Err(_) => self
+                .queue
+                .push_at(key, Instant::now() + pause(failures, interval)),
+            Ok(_) => self.queue.push_at(key, Instant::now() + jittered(interval, key)),
+        }
+        if let Err(error) = self.say(key, &object, &refused, result).await {
+            tracing::warn!(source = %key, %error, "status not written, trying again");
+            self.queue
+                .push_at(key, Instant::now() + pause(failures.max(1), interval));
+        }
+    }
+
+    async fn look(&self, key: &Key, object: &GitRepository) -> Result<(Arc<Snapshot>, Fetched), Fault> {
+        let spec = &object.spec;
+        let invalid = |message: String| Fault::terminal("URLInvalid", message);
+        let place = Place::parse(&spec.url, self.local_allowed).map_err(invalid)?;
+        let wanted = Wanted::from_spec(spec.r#ref.as_ref()).map_err(invalid)?;
+        let auth = self.auth(key, spec, &place).await?;
+        let cache = self.cache_dir.join(auth.identity(&place));
+        let deadline = spec
+            .timeout
+            .as_ref()
+            .map_or(TIMEOUT_DEFAULT, |t| t.parse_or(TIMEOUT_DEFAULT));
+        if self.artifacts.get(key).is_none() {
+            self.take_up(key, object, &cache).await;
+        }
+        let request = Request {
+            place: place.clone(),
+            auth,
+            wanted,
+            cache: cache.clone(),
+        };
+        let url = without_credentials(&spec.url);
+        let host = place.host();
+        let job = Job {
+            host: &host,
+            cache: &cache,
+            action: "fetch",
+            url: &url,
+            deadline,
+        };
+        let fetched = self.threads.run(job, move |stop| git::sync(&request, stop)).await;
+        if let (Some(watches), Place::Local(path)) = (&self.watches, &place) {
+            // Also after a failure: an empty repository gets its first commit some day.
+            match watches.watch(key, path) {
+                Ok(()) => {}
+                Err(error) if fetched.is_ok() => {
+                    tracing::warn!(source = %key, %error, "pushes will be seen at the interval only")
+                }
+                Err(_) => {}
+            }
+        }
+        let fetched = fetched?;
+        let snapshot = self.snapshot(object, &cache, &fetched)?;
+        let missing = {
+            let snapshot = snapshot.clone();
+            tokio::task::spawn_blocking(move || snapshot.missing_sparse().map(|m| m.map(str::to_string)))
+                .await
+        };
+        if let Ok(Some(directory)) = missing.map_err(|_| Error::Stopping)? {
+            return Err(Fault {
+                reason: "GitOperationFailed",
+                message: format!(
+                    "failed to sparse checkout directory '{directory}': it does not exist in revision {}",
+                    fetched.revision
+                ),
+                terminal: false,
+            });
+        }
+        let news = self
+            .artifacts
+            .get(key)
+            .is_none_or(|a| a.revision != fetched.revision);
+        if news {
+            let what = What::RevisionSeen {
+                subject: fetched.subject.clone(),
+                author: fetched.author.clone(),
+            };
+            self.timeline
+                .tell(format!("GitRepository/{key}"), &fetched.revision, what);
+        }
+        self.artifacts.publish(key, snapshot.clone());
+        Ok((snapshot, fetched))
+    }
+
+    /// After a start: the revision of the last process, if its commit is still in the cache, so that a git server that
+    /// is away does not matter.
+    async fn take_up(&self, key: &Key, object: &GitRepository, cache: &std::path::Path) {
+        let Some(known) = object
+            .status
+            .as_ref()
+            .and_then(|s| s.artifact.as_ref())
+            .map(|a| a.revision.clone())
+        else {
+            return;
+        };
+        let at = cache.to_path_buf();
+        let fetched = tokio::task::spawn_blocking(move || git::from_cache(&at, &known))
+            .await
+            .ok()
+            .flatten();
+        if let Some(fetched) = fetched
+            && let Ok(snapshot) = self.snapshot(object, cache, &fetched)
+        {
+            self.artifacts.publish(key, snapshot);
+        }
+    }
+
+    fn snapshot(
+        &self,
+        object: &GitRepository,
+        cache: &std::path::Path,
+        fetched: &Fetched,
+    ) -> Result<Arc<Snapshot>, Error> {
+        let repo = {
+            let mut repos = self.repos.lock();
+            // A repository that nobody reads any more is closed.
+            repos.retain(|path, repo| path == cache || Arc::strong_count(repo) > 1);
+            match repos.get(cache).filter(|r| r.path().exists()) {
+                Some(repo) => repo.clone(),
+                None => {
+                    let repo = Repo::open(cache)?;
+                    repos.insert(cache.to_path_buf(), repo.clone());
+                    repo
+                }
+            }
+        };
+        let spec = &object.spec;
+        let snapshot = Snapshot::new(
+            repo,
+            fetched.revision.clone(),
+            &fetched.commit,
+            fetched.tree,
+            spec.ignore.as_deref(),
+            &spec.sparse_checkout,
+        );
+        Ok(Arc::new(snapshot))
+    }
+
+    async fn auth(&self, key: &Key, spec: &GitRepositorySpec, place: &Place) -> Result<Auth, Fault> {
+        let failed = |name: &str, reason: String| Error::Referred {
+            kind: "Secret",
+            namespace: key.namespace.clone(),
+            name: name.to_string(),
+            reason,
+        };
+        let mut auth = match &spec.secret_ref {
+            Some(reference) => {
+                let keys = self.secret(key, &reference.name).await?;
+                Auth::from_secret(place, &keys).map_err(|reason| failed(&reference.name, reason))?
+            }
+            None if matches!(place, Place::Ssh { .. }) => {
+                return Err(Fault::terminal(
+                    "AuthenticationFailed",
+                    "spec.secretRef is required for ssh: a Secret with the keys 'identity' and 'known_hosts'"
+                        .into(),
+                ));
+            }
+            None => Auth::default(),
+        };
+        if let Some(reference) = &spec.proxy_secret_ref {
+            let keys = self.secret(key, &reference.name).await?;
+            auth.add_proxy(&keys)
+                .map_err(|reason| failed(&reference.name, reason))?;
+        }
+        Ok(auth)
+    }
+
+    async fn secret(&self, key: &Key, name: &str) -> Result<Keys, Error> {
+        let failed = |reason: String| Error::Referred {
+            kind: "Secret",
+            namespace: key.namespace.clone(),
+            name: name.to_string(),
+            reason,
+        };
+        let api: Api<Secret> = Api::namespaced(self.client.clone(), &key.namespace);
+        let secret = api
+            .get_opt(name)
+            .await
+            .map_err(|e| failed(server_words(&e)))?
+            .ok_or_else(|| failed("not found".into()))?;
+        Ok(secret
+            .data
+            .unwrap_or_default()
+            .into_iter()
+            .map(|(k, v)| (k, v.0))
+            .collect())
+    }
+
+    /// Writes what came of a look.
+    async fn say(
+        &self,
+        key: &Key,
+        object: &Arc<GitRepository>,
+        refused: &[Field],
+        result: Result<(Arc<Snapshot>, Fetched), Fault>,
+    ) -> Result<(), Error> {
+        let old = object.status.clone().unwrap_or_default();
+        let mut new = old.clone();
+        let now = Timestamp::now();
+        let requested = object.annotations().get(REQUESTED_AT).cloned();
+        describe(&mut new, object, key, &result, requested, now);
+        unhonoured::set(&mut new.conditions, refused, object.metadata.generation, now);
+        let reference = object.object_ref(&());
+        match &result {
+            Ok((snapshot, fetched)) => {
+                let before = old.artifact.as_ref().map(|a| a.revision.as_str());
+                if before != Some(snapshot.revision.as_str()) {
+                    let note = format!("stored artifact for commit '{}'", fetched.subject);
+                    self.recorder.normal(&reference, "NewArtifact", "Fetch", &note);
+                } else if condition::is_true(&old.conditions, "FetchFailed") {
+                    self.recorder.normal(
+                        &reference,
+                        "Succeeded",
+                        "Fetch",
+                        &format!("fetched again: {}", snapshot.revision),
+                    );
+                }
+            }
+            Err(fault) => {
+                let known = condition::get(&old.conditions, "Ready");
+                if known.is_none_or(|c| c.message != fault.message) {
+                    self.recorder
+                        .warning(&reference, fault.reason, "Fetch", &fault.message);
+                }
+            }
+        }
+        self.status.write(object, &old, &new).await.map(drop)
+    }
+}
+
+/// The status after a look. Pure.
+fn describe(
+    status: &mut GitRepositoryStatus,
+    object: &GitRepository,
+    key: &Key,
+    result: &Result<(Arc<Snapshot>, Fetched), Fault>,
+    requested: Option<String>,
+    now: Timestamp,
+) {
+    let generation = object.metadata.generation;
+    let set = |conditions: &mut Vec<Condition>, type_: &str, status: Status, reason: &str, message: &str| {
+        condition::set(
+            conditions,
+            &WantedCondition {
+                type_,
+                status,
+                reason,
+                message,
+                observed_generation: generation,
+            },
+            now,
+        );
+    };
+    match result {
+        Ok((snapshot, fetched)) => {
+            let message = format!("stored artifact for revision '{}'", snapshot.revision);
+            for gone in ["FetchFailed", "Reconciling", "Stalled", "ArtifactOutdated"] {
+                condition::remove(&mut status.conditions, gone);
+            }
+            set(
+                &mut status.conditions,
+                "ArtifactInStorage",
+                Status::True,
+                "Succeeded",
+                &message,
+            );
+            set(
+                &mut status.conditions,
+                "Ready",
+                Status::True,
+                "Succeeded",
+                &message,
+            );
+            let same = status
+                .artifact
+                .as_ref()
+                .is_some_and(|a| a.revision == snapshot.revision && a.digest == snapshot.digest);
+            if !same {
+                let path = format!("gitrepository/{}/{}/{}", key.namespace, key.name, snapshot.commit);
+                status.artifact = Some(Artifact {
+                    url: format!("serin://{path}"),
+                    path,
+                    revision: snapshot.revision.clone(),
+                    digest: snapshot.digest.clone(),
+                    last_update_time: Time(now),
+                    size: None,
+                    metadata: BTreeMap::from([
+                        (
+                            "org.opencontainers.image.revision".to_string(),
+                            fetched.revision.clone(),
+                        ),
+                        (
+                            "org.opencontainers.image.authors".to_string(),
+                            fetched.author.clone(),
+                        ),
+                        (
+                            "org.opencontainers.image.title".to_string(),
+                            fetched.subject.clone(),
+                        ),
+                    ]),
+                });
+            }
+            status.observed_ignore.clone_from(&object.spec.ignore);
+            status
+                .observed_sparse_checkout
+                .clone_from(&object.spec.sparse_checkout);
+        }
+        Err(fault) => {
+            set(
+                &mut status.conditions,
+                "FetchFailed",
+                Status::True,
+                fault.reason,
+                &fault.message,
+            );
+            set(
+                &mut status.conditions,
+                "Ready",
+                Status::False,
+                fault.reason,
+                &fault.message,
+            );
+            if fault.terminal {
+                condition::remove(&mut status.conditions, "Reconciling");
+                set(
+                    &mut status.conditions,
+                    "Stalled",
+                    Status::True,
+                    fault.reason,
+                    &fault.message,
+                );
+            } else {
+                condition::remove(&mut status.conditions, "Stalled");
+                set(
+                    &mut status.conditions,
+                    "Reconciling",
+                    Status::True,
+                    "ProgressingWithRetry",
+                    "the last revision stays in use; trying again",
+                );
+            }
+        }
+    }
+    status.observed_generation = generation;
+    status.last_handled_reconcile_at = requested;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_after_failures_double_up_to_the_interval() {
+        let minute = Duration::from_secs(60);
+        assert_eq!(pause(1, minute), Duration::from_millis(750));
+        assert_eq!(pause(2, minute), Duration::from_millis(1500));
+        assert_eq!(pause(30, minute), minute);
+        assert_eq!(pause(30, Duration::from_secs(3600)), RETRY_MAX);
+    }
+
+    #[test]
+    fn fields_that_would_be_a_false_promise_are_refused() {
+        let spec = GitRepositorySpec {
+            verify: Some(Default::default()),
+            recurse_submodules: Some(true),
+            include: vec![Default::default()],
+            provider: Some(GitProvider::Github),
+            service_account_name: Some("x".into()),
+            ..Default::default()
+        };
+        assert_eq!(refused(&spec).len(), 5);
+        assert!(
+            refused(&GitRepositorySpec {
+                provider: Some(GitProvider::Generic),
+                ..Default::default()
+            })
+            .is_empty()
+        );
+    }
+
+    #[test]
+    fn a_failure_keeps_the_artifact_and_a_terminal_one_stalls() {
+        let object = GitRepository::new("app", GitRepositorySpec::default());
+        let artifact = Artifact {
+            path: "p".into(),
+            url: "u".into(),
+            revision: "main@sha1:1".into(),
+            digest: "sha256:1".into(),
+            last_update_time: Time(Timestamp::UNIX_EPOCH),
+            size: None,
+            metadata: BTreeMap::new(),
+        };
+        let mut status = GitRepositoryStatus {
+            artifact: Some(artifact.clone()),
+            ..Default::default()
+        };
+        let key = Key::new("ns", "app");
+        let fault = |terminal| {
+            Err(Fault {
+                reason: "GitOperationFailed",
+                message: "away".into(),
+                terminal,
+            })
+        };
+        describe(
+            &mut status,
+            &object,
+            &key,
+            &fault(false),
+            None,
+            Timestamp::UNIX_EPOCH,
+        );
+        assert_eq!(status.artifact, Some(artifact));
+        assert!(
+            condition::is_true(&status.conditions, "FetchFailed")
+                && condition::is_true(&status.conditions, "Reconciling")
+        );
+        describe(
+            &mut status,
+            &object,
+            &key,
+            &fault(true),
+            None,
+            Timestamp::UNIX_EPOCH,
+        );
+        assert!(
+            condition::is_true(&status.conditions, "Stalled")
+                && !condition::is_true(&status.conditions, "Reconciling")
+        );
+    }
+}

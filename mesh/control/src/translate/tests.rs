@@ -1,0 +1,7 @@
+//! Tests of the translation as a whole.
+
+mod envoy;
+mod incremental;
+mod json;
+mod parity;
+mod world;

@@ -1,0 +1,5 @@
+//! What the process is told at its start: a bootstrap file in Envoy's shape ([`file`]), or the environment of a pod as
+//! Istio's agent reads it ([`agent`]); and listening sockets that the parent hands over ([`inherited`]).
+
+pub mod agent;
+pub mod inherited;

@@ -1,0 +1,21 @@
+//! Configuration: from xDS messages to what the request path reads.
+//!
+//! [`store::Store`] takes resources one by one, compiles each ([`route`], [`cluster`], [`endpoint`], [`listener`]) and
+//! swaps it into its [`slot`]. A resource that cannot be honoured is refused with the path of the offending field and
+//! the last good one stays.
+
+pub mod cluster;
+pub mod convert;
+pub mod endpoint;
+pub mod filters;
+pub mod hash;
+pub mod hcm;
+pub mod headers;
+pub mod listener;
+pub mod matchers;
+pub mod retry;
+pub mod route;
+pub mod slot;
+pub mod store;
+pub mod table;
+pub mod weighted;

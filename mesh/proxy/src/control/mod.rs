@@ -1,0 +1,288 @@
+//! The control side of the process: configuration in, measurements out, beginning and end.
+//!
+//! [`Proxy`] owns the worker threads and the [`Store`]. It can be driven by hand (tests, static configuration) or by
+//! [`xds`]; [`admin`] shows what it does.
+
+pub mod admin;
+pub mod dns;
+pub mod run;
+pub mod xds;
+
+use std::collections::HashMap;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use http::HeaderValue;
+use parking_lot::Mutex;
+use serin_xds::ResourceType;
+use serin_xds::pb::envoy::config::core::v3::Node;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::config::store::{ListenerChange, Store, Update};
+use crate::error::{Error, Refusal};
+use crate::metrics::collect::{Family, collect};
+use crate::metrics::peer::{Workload, header_of_node};
+use crate::metrics::series::Shard;
+use crate::worker::{Command, DrainPhase, Shared, Worker};
+
+/// Commands that may wait for a worker; one is some hundred bytes and takes microseconds.
+const COMMANDS: usize = 1024;
+/// Access log lines that may wait to be written.
+const LOG_LINES: usize = 1024;
+/// Connections that the kernel keeps waiting for accept.
+const BACKLOG: i32 = 4096;
+
+/// What a proxy is started with.
+#[derive(Debug, Default)]
+pub struct Options {
+    /// Who it is.
+    pub node: Node,
+    /// Worker threads; 0 for one per core.
+    pub concurrency: usize,
+    /// Listening sockets taken over from the parent, by the port of the listener that uses them.
+    pub inherited: HashMap<u16, TcpListener>,
+}
+
+struct WorkerHandle {
+    commands: mpsc::Sender<Command>,
+    thread: std::thread::JoinHandle<()>,
+}
+
+/// A running proxy.
+pub struct Proxy {
+    /// Who it is.
+    pub node: Node,
+    own: Arc<Workload>,
+    store: Mutex<Store>,
+    workers: Vec<WorkerHandle>,
+    shards: Arc<[Arc<Shard>]>,
+    inherited: HashMap<u16, TcpListener>,
+    bound: Mutex<HashMap<Arc<str>, SocketAddr>>,
+    ready: AtomicBool,
+    draining: AtomicBool,
+}
+
+impl Proxy {
+    /// Starts the workers. They serve nothing until listeners are [applied](Self::apply). The access log's lines come
+    /// out of the receiver.
+    pub fn start(options: Options) -> Result<(Arc<Self>, mpsc::Receiver<String>), Error> {
+        let count = match options.concurrency {
+            0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            given => given,
+        };
+        let store = Store::new(count);
+        let metadata = options.node.metadata.clone().unwrap_or_default();
+        let own = Workload::of_node(&metadata);
+        let (log, lines) = mpsc::channel(LOG_LINES);
+        let header = |text: &str| HeaderValue::from_str(text).unwrap_or(HeaderValue::from_static("unknown"));
+        let shared = Arc::new(Shared {
+            own: own.clone(),
+            peer_metadata: header(&header_of_node(&metadata)),
+            peer_id: header(&options.node.id),
+            virtual_listeners: store.virtual_listeners(),
+            log,
+        });
+        let shards: Arc<[Arc<Shard>]> = (0..count).map(|_| Arc::default()).collect();
+        let mut workers = Vec::with_capacity(count);
+        for (id, shard) in shards.iter().enumerate() {
+            let (commands, receiver) = mpsc::channel(COMMANDS);
+            let (shared, shard) = (shared.clone(), shard.clone());
+            let thread = std::thread::Builder::new()
+                .name(format!("worker-{id}"))
+                .spawn(move || {
+                    if let Err(error) = Worker::run(id, shared, shard, receiver) {
+                        tracing::error!(worker = id, %error, "worker ended");
+                    }
+                })
+                .map_err(|source| Error::Start { what: "a worker thread", source })?;
+            workers.push(WorkerHandle { commands, thread });
+        }
+        let proxy = Self {
+            node: options.node,
+            own,
+            store: Mutex::new(store),
+            workers,
+            shards,
+            inherited: options.inherited,
+            bound: Mutex::default(),
+            ready: AtomicBool::new(false),
+            draining: AtomicBool::new(false),
+        };
+        Ok((Arc::new(proxy), lines))
+    }
+
+    /// Takes a batch of resources; what is refused is returned by name, the rest is live on every worker.
+    pub async fn apply(
+        &self,
+        resource_type: ResourceType,
+        upserted: &[Update<'_>],
+        removed: &[&str],
+    ) -> Vec<(Box<str>, Refusal)> {
+        let (mut refused, changes) = {
+            let mut store = self.store.lock();
+            let refused = store.apply(resource_type, upserted, removed);
+            (refused, store.take_listener_changes())
+        };
+        for change in changes {
+            match change {
+                ListenerChange::Open(slot) => {
+                    let listener = slot.load();
+                    match self.bind(listener.address) {
+                        Ok(sockets) => {
+                            let address = sockets.first().and_then(|socket| socket.local_addr().ok());
+                            if let Some(address) = address {
+                                self.bound.lock().insert(listener.name.clone(), address);
+                            }
+                            for (worker, socket) in self.workers.iter().zip(sockets) {
+                                // A worker that has ended serves nothing; its end has been logged.
+                                let _ = worker.commands.send(Command::Listen(slot.clone(), socket)).await;
+                            }
+                        }
+                        Err(source) => {
+                            let error = Error::Bind {
+                                name: listener.name.to_string(),
+                                address: listener.address,
+                                source,
+                            };
+                            // Forgotten, so that the control plane's next attempt binds again.
+                            let mut store = self.store.lock();
+                            store.apply(ResourceType::Listener, &[], &[&listener.name]);
+                            store.take_listener_changes();
+                            refused.push(((*listener.name).into(), Refusal::new("address", full_text(&error))));
+                        }
+                    }
+                }
+                ListenerChange::Close(name) => {
+                    self.bound.lock().remove(&name);
+                    for worker in &self.workers {
+                        let _ = worker.commands.send(Command::Close(name.clone())).await;
+                    }
+                }
+            }
+        }
+        refused
+    }
+
+    /// One socket per worker for `address`.
+    fn bind(&self, address: SocketAddr) -> std::io::Result<Vec<TcpListener>> {
+        if let Some(inherited) = self.inherited.get(&address.port()) {
+            return self.workers.iter().map(|_| inherited.try_clone()).collect();
+        }
+        let mut sockets = Vec::with_capacity(self.workers.len());
+        let mut address = address;
+        for _ in &self.workers {
+            let socket = listening_socket(address, true)?;
+            // Port 0 is the kernel's choice once; the others join it.
+            address = socket.local_addr()?;
+            sockets.push(socket);
+        }
+        Ok(sockets)
+    }
+
+    /// Where a listener is bound.
+    pub fn listener_address(&self, name: &str) -> Option<SocketAddr> {
+        self.bound.lock().get(name).copied()
+    }
+
+    /// Reads or changes the configuration store; must not be kept over an `await`.
+    pub fn store<T>(&self, f: impl FnOnce(&mut Store) -> T) -> T {
+        f(&mut self.store.lock())
+    }
+
+    /// Everything that was counted.
+    pub fn metrics(&self) -> Vec<Family> {
+        collect(&self.own, &self.shards)
+    }
+
+    /// What the metrics pusher reads.
+    pub fn shards(&self) -> (Arc<Workload>, Arc<[Arc<Shard>]>) {
+        (self.own.clone(), self.shards.clone())
+    }
+
+    /// Says that the first full configuration is live. Stays so: later gaps are served with what there is.
+    pub fn set_ready(&self) {
+        self.ready.store(true, Ordering::Release);
+    }
+
+    /// Whether the proxy should get traffic.
+    pub fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Acquire) && !self.draining.load(Ordering::Acquire)
+    }
+
+    /// Open downstream connections.
+    pub async fn connections(&self) -> usize {
+        let mut total = 0;
+        for worker in &self.workers {
+            let (reply, answer) = oneshot::channel();
+            if worker.commands.send(Command::Connections(reply)).await.is_ok() {
+                total += answer.await.unwrap_or(0);
+            }
+        }
+        total
+    }
+
+    /// Enters a phase of the end.
+    pub async fn drain(&self, phase: DrainPhase) {
+        self.draining.store(true, Ordering::Release);
+        for worker in &self.workers {
+            let _ = worker.commands.send(Command::Drain(phase)).await;
+        }
+    }
+
+    /// Drains in order: for up to `discourage` clients are told to go elsewhere while everything is still served, then
+    /// nothing new is accepted and what runs has `finish` to end. Over earlier when nobody is connected any more.
+    pub async fn shut_down(&self, discourage: Duration, finish: Duration) {
+        /// How often connections are counted.
+        const LOOK: Duration = Duration::from_millis(100);
+        /// Nobody connected for this long means that nobody will come.
+        const QUIET: u32 = 10;
+        self.drain(DrainPhase::Discouraging).await;
+        let end = tokio::time::Instant::now() + discourage;
+        let mut quiet = 0;
+        while tokio::time::Instant::now() < end && quiet < QUIET {
+            tokio::time::sleep(LOOK).await;
+            quiet = if self.connections().await == 0 { quiet + 1 } else { 0 };
+        }
+        self.drain(DrainPhase::Closing).await;
+        let end = tokio::time::Instant::now() + finish;
+        while tokio::time::Instant::now() < end && self.connections().await > 0 {
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Ends the workers and waits for their threads. Connections still open are dropped.
+    pub async fn stop(self: Arc<Self>) {
+        for worker in &self.workers {
+            let _ = worker.commands.send(Command::Stop).await;
+        }
+        if let Some(proxy) = Arc::into_inner(self) {
+            let join = move || {
+                for worker in proxy.workers {
+                    // A panic has been reported by the thread itself.
+                    let _ = worker.thread.join();
+                }
+            };
+            let _ = tokio::task::spawn_blocking(join).await;
+        }
+    }
+}
+
+/// A listening TCP socket, ready for a runtime.
+pub(crate) fn listening_socket(address: SocketAddr, reuse_port: bool) -> std::io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    if reuse_port {
+        socket.set_reuse_port(true)?;
+    }
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+fn full_text(error: &dyn std::error::Error) -> String {
+    // The display of this crate's errors includes their source.
+    error.to_string()
+}

@@ -1,0 +1,133 @@
+//! The process: everything started, joined and ended in order.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serin_xds::ResourceType;
+use serin_xds::client::Endpoint;
+use tokio::io::AsyncWriteExt;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::admin::{AdminPort, Port};
+use super::{Options, Proxy, dns, xds};
+use crate::config::store::Update;
+use crate::error::Error;
+use crate::metrics::push::Pusher;
+
+/// Istio's time in which clients are told to go elsewhere (`TERMINATION_DRAIN_DURATION_SECONDS`).
+pub const DEFAULT_DRAIN: Duration = Duration::from_secs(5);
+/// Time for what runs to end after that.
+const FINISH: Duration = Duration::from_secs(20);
+
+/// A resource from a file.
+#[derive(Clone, Debug)]
+pub struct StaticResource {
+    /// Type.
+    pub resource_type: ResourceType,
+    /// Name.
+    pub name: String,
+    /// Encoded message.
+    pub body: Vec<u8>,
+}
+
+/// Everything that the process is told at its start.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// The proxy itself.
+    pub options: Options,
+    /// Where configuration comes from, beside the static resources.
+    pub control_plane: Option<Endpoint>,
+    /// Whether measurements are streamed there.
+    pub push_metrics: bool,
+    /// Resources that do not come from a control plane.
+    pub static_resources: Vec<StaticResource>,
+    /// Admin port.
+    pub admin: Option<SocketAddr>,
+    /// Prometheus port.
+    pub prometheus: Option<SocketAddr>,
+    /// Readiness port.
+    pub ready: Option<SocketAddr>,
+    /// For how long clients are told to go elsewhere before the end.
+    pub drain: Duration,
+}
+
+/// Runs a proxy until it is told to end by SIGTERM, SIGINT or `/quitquitquit`.
+pub async fn run(plan: Plan) -> Result<(), Error> {
+    let (proxy, lines) = Proxy::start(plan.options)?;
+    let cancel = CancellationToken::new();
+    let quit = CancellationToken::new();
+    let tasks = TaskTracker::new();
+    let log = tokio::spawn(write_log(lines));
+    let ports = [(plan.admin, Port::Admin), (plan.prometheus, Port::Prometheus), (plan.ready, Port::Ready)];
+    for (address, port) in ports {
+        if let Some(address) = address {
+            let port = AdminPort::bind(address, port)?;
+            tasks.spawn(port.serve(proxy.clone(), quit.clone(), cancel.clone()));
+        }
+    }
+    apply_static(&proxy, &plan.static_resources).await?;
+    tasks.spawn(dns::run(proxy.clone(), cancel.clone()));
+    match plan.control_plane {
+        None => proxy.set_ready(),
+        Some(endpoint) => {
+            if plan.push_metrics {
+                let (own, shards) = proxy.shards();
+                let pusher = Pusher { endpoint: endpoint.clone(), node: proxy.node.clone(), own, shards };
+                tasks.spawn(pusher.run(cancel.clone()));
+            }
+            tasks.spawn(xds::follow(proxy.clone(), endpoint, cancel.clone()));
+        }
+    }
+    let signals = |kind| signal(kind).map_err(|source| Error::Start { what: "signal handling", source });
+    let (mut terminate, mut interrupt) = (signals(SignalKind::terminate())?, signals(SignalKind::interrupt())?);
+    tokio::select! {
+        _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
+        _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
+        () = quit.cancelled() => tracing::info!("asked to quit: draining"),
+    }
+    // A second signal means now.
+    tokio::select! {
+        () = proxy.shut_down(plan.drain, FINISH) => {}
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    cancel.cancel();
+    tasks.close();
+    tasks.wait().await;
+    proxy.stop().await;
+    // Ends with the workers, which held the other ends.
+    let _ = log.await;
+    Ok(())
+}
+
+/// Applies resources in make-before-break order; the first refusal ends the start, because a file is fixed by hand.
+pub async fn apply_static(proxy: &Arc<Proxy>, resources: &[StaticResource]) -> Result<(), Error> {
+    for resource_type in ResourceType::ALL.into_iter().filter(|ty| *ty != ResourceType::Listener).chain([ResourceType::Listener])
+    {
+        let batch: Vec<_> = resources
+            .iter()
+            .filter(|resource| resource.resource_type == resource_type)
+            .map(|resource| Update { name: &resource.name, body: &resource.body })
+            .collect();
+        if batch.is_empty() {
+            continue;
+        }
+        if let Some((name, refusal)) = proxy.apply(resource_type, &batch, &[]).await.into_iter().next() {
+            return Err(refusal.within(format!("static resource {name:?}")).into());
+        }
+    }
+    Ok(())
+}
+
+async fn write_log(mut lines: mpsc::Receiver<String>) {
+    let mut stderr = tokio::io::stderr();
+    while let Some(mut line) = lines.recv().await {
+        line.push('\n');
+        // With nobody reading stderr there is nobody to tell.
+        let _ = stderr.write_all(line.as_bytes()).await;
+    }
+}

@@ -1,0 +1,138 @@
+//! Path normalisation before routing, so that a policy and an application see the same path.
+
+use std::borrow::Cow;
+
+use crate::config::hcm::EscapedSlashes;
+
+/// What becomes of a path.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Normalized<'a> {
+    /// Use this path.
+    Path(Cow<'a, str>),
+    /// Tell the client to use this path.
+    Redirect(String),
+    /// Refuse the request.
+    Refused,
+}
+
+/// Normalises `path` (without query) as the connection manager is configured.
+pub fn normalize(path: &str, dots: bool, merge_slashes: bool, escaped: EscapedSlashes) -> Normalized<'_> {
+    let bytes = path.as_bytes();
+    let mut out: Cow<'_, str> = path.into();
+    if escaped != EscapedSlashes::Keep && has_escaped_slash(bytes) {
+        match escaped {
+            EscapedSlashes::Reject => return Normalized::Refused,
+            _ => out = unescape_slashes(path).into(),
+        }
+    }
+    let unescaped = matches!(out, Cow::Owned(_));
+    if dots && needs_dots(out.as_bytes()) {
+        match resolve_dots(&out) {
+            Some(resolved) => out = resolved.into(),
+            None => return Normalized::Refused,
+        }
+    }
+    if merge_slashes && out.contains("//") {
+        let mut merged = String::with_capacity(out.len());
+        for char in out.chars() {
+            if char != '/' || !merged.ends_with('/') {
+                merged.push(char);
+            }
+        }
+        out = merged.into();
+    }
+    if unescaped && escaped == EscapedSlashes::Redirect {
+        return Normalized::Redirect(out.into_owned());
+    }
+    Normalized::Path(out)
+}
+
+fn has_escaped_slash(bytes: &[u8]) -> bool {
+    bytes.windows(3).any(|w| w[0] == b'%' && matches!((w[1], w[2] | 0x20), (b'2', b'f') | (b'5', b'c')))
+}
+
+fn unescape_slashes(path: &str) -> String {
+    path.replace("%2F", "/").replace("%2f", "/").replace("%5C", "\\").replace("%5c", "\\")
+}
+
+/// Cheap test that lets ordinary paths through untouched.
+fn needs_dots(bytes: &[u8]) -> bool {
+    bytes.contains(&b'\\')
+        || bytes.windows(2).any(|w| w == b"/.")
+        || bytes.windows(3).any(|w| w[0] == b'%' && w[1] == b'2' && w[2] | 0x20 == b'e')
+}
+
+/// RFC 3986 section 5.2.4, with `%2e` read as a dot and a backslash as a slash, as browsers do. `None` when the path
+/// climbs above its root.
+fn resolve_dots(path: &str) -> Option<String> {
+    let path = path.replace("%2e", ".").replace("%2E", ".").replace('\\', "/");
+    let mut segments: Vec<&str> = Vec::new();
+    let mut parts = path.strip_prefix('/')?.split('/').peekable();
+    while let Some(part) = parts.next() {
+        let last = parts.peek().is_none();
+        match part {
+            "." | ".." => {
+                if part == ".." {
+                    segments.pop()?;
+                }
+                if last {
+                    segments.push("");
+                }
+            }
+            other => segments.push(other),
+        }
+    }
+    Some(format!("/{}", segments.join("/")))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn dots(path: &str) -> Normalized<'_> {
+        normalize(path, true, false, EscapedSlashes::Keep)
+    }
+
+    #[test]
+    fn dot_segments_are_resolved_also_when_escaped_and_never_above_the_root() {
+        for (path, expected) in [
+            ("/a/b", "/a/b"),
+            ("/a/./b", "/a/b"),
+            ("/a/../b", "/b"),
+            ("/a/%2e%2E/b", "/b"),
+            ("/a\\..\\b", "/b"),
+            ("/a/..", "/"),
+            ("/a/.", "/a/"),
+            ("/.well-known/x", "/.well-known/x"),
+            ("/a//b", "/a//b"),
+        ] {
+            assert_eq!(dots(path), Normalized::Path(expected.into()), "{path}");
+        }
+        assert_eq!(dots("/../etc"), Normalized::Refused);
+        assert_eq!(dots("/a/../../etc"), Normalized::Refused);
+    }
+
+    #[test]
+    fn slashes_are_merged_and_escaped_ones_handled_as_configured() {
+        let merged = normalize("/a//b///c", true, true, EscapedSlashes::Keep);
+        assert_eq!(merged, Normalized::Path("/a/b/c".into()));
+        let path = "/a%2Fb";
+        assert_eq!(normalize(path, true, true, EscapedSlashes::Keep), Normalized::Path(path.into()));
+        assert_eq!(normalize(path, true, true, EscapedSlashes::Reject), Normalized::Refused);
+        assert_eq!(normalize(path, true, true, EscapedSlashes::Forward), Normalized::Path("/a/b".into()));
+        assert_eq!(normalize(path, true, true, EscapedSlashes::Redirect), Normalized::Redirect("/a/b".into()));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(128))]
+        #[test]
+        fn normalising_twice_changes_nothing(path in "/[a-b./%2e\\\\]{0,20}") {
+            if let Normalized::Path(once) = normalize(&path, true, true, EscapedSlashes::Keep) {
+                let twice = normalize(&once, true, true, EscapedSlashes::Keep);
+                prop_assert_eq!(&twice, &Normalized::Path(once.clone()));
+            }
+        }
+    }
+}

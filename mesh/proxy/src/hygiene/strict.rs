@@ -1,0 +1,236 @@
+//! The scanner as a layer of IO between the socket and hyper.
+//!
+//! A head that breaks the rules never reaches hyper: in its place hyper reads a request that the service recognises by
+//! the connection's [`Gate`] and answers with the violation's status and `connection: close`. So refusals are answered
+//! in order, logged and counted like every other request.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::task::{Context, Poll};
+
+use futures::task::AtomicWaker;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::scan::{HeadLimits, Scanner, Violation};
+
+/// What stands in for a refused head.
+const SUBSTITUTE: &[u8] = b"GET / HTTP/1.1\r\nhost: refused\r\n\r\n";
+/// Bytes after a violation that are read and thrown away, so that the answer is not lost to a connection reset.
+const MAX_DISCARDED: usize = 256 * 1024;
+
+/// What the IO layer and the service tell each other.
+#[derive(Debug, Default)]
+pub struct Gate {
+    violation: AtomicU8,
+    upgrade: AtomicU8,
+    waker: AtomicWaker,
+}
+
+impl Gate {
+    /// The violation of the request being served, if that is the substitute.
+    pub fn violation(&self) -> Option<Violation> {
+        Violation::from_code(self.violation.load(Ordering::Acquire))
+    }
+
+    /// Says whether a request to upgrade was granted.
+    pub fn decide_upgrade(&self, granted: bool) {
+        self.upgrade.store(if granted { 1 } else { 2 }, Ordering::Release);
+        self.waker.wake();
+    }
+}
+
+/// IO with the scanner on its read side. Bytes that were read before (protocol detection) come first.
+#[derive(Debug)]
+pub struct StrictIo<S> {
+    inner: S,
+    /// `None` for protocols that frame themselves (HTTP/2).
+    scanner: Option<Scanner>,
+    gate: Arc<Gate>,
+    /// Read but not yet scanned to an end (a partial head).
+    held: Vec<u8>,
+    /// Scanned, waiting for room.
+    ready: Vec<u8>,
+    ready_at: usize,
+    refused: bool,
+    discarded: usize,
+}
+
+impl<S> StrictIo<S> {
+    /// Wraps `inner`, from which `prefix` has been read already.
+    pub fn new(inner: S, prefix: Vec<u8>, limits: Option<HeadLimits>, gate: Arc<Gate>) -> Self {
+        let mut io = Self {
+            inner,
+            scanner: limits.map(Scanner::new),
+            gate,
+            held: Vec::new(),
+            ready: Vec::new(),
+            ready_at: 0,
+            refused: false,
+            discarded: 0,
+        };
+        if io.scanner.is_none() {
+            io.ready = prefix;
+        } else {
+            io.held = prefix;
+            // A violation in the very first bytes is in a head, so this cannot fail.
+            let _ = io.scan_held();
+        }
+        io
+    }
+
+    /// Scans what is held and moves what is fine to `ready`.
+    fn scan_held(&mut self) -> io::Result<()> {
+        let Some(scanner) = &mut self.scanner else { return Ok(()) };
+        match scanner.advance(&self.held) {
+            Ok(fine) => {
+                if fine == self.held.len() {
+                    self.ready = std::mem::take(&mut self.held);
+                } else {
+                    self.ready.extend(self.held.drain(..fine));
+                }
+                Ok(())
+            }
+            Err((fine, violation)) => {
+                self.gate.violation.store(violation as u8, Ordering::Release);
+                self.ready.extend_from_slice(&self.held[..fine]);
+                self.held = Vec::new();
+                self.refused = true;
+                if scanner.in_head() {
+                    self.ready.extend_from_slice(SUBSTITUTE);
+                    Ok(())
+                } else {
+                    // The head has been passed on; all that is left is to break the request off.
+                    Err(io::Error::new(io::ErrorKind::InvalidData, violation.details()))
+                }
+            }
+        }
+    }
+
+    fn take_ready(&mut self, buf: &mut ReadBuf<'_>) -> bool {
+        if self.ready_at == self.ready.len() {
+            return false;
+        }
+        let count = buf.remaining().min(self.ready.len() - self.ready_at);
+        buf.put_slice(&self.ready[self.ready_at..self.ready_at + count]);
+        self.ready_at += count;
+        if self.ready_at == self.ready.len() {
+            // Given back, so that an idle connection holds no buffer of ours.
+            self.ready = Vec::new();
+            self.ready_at = 0;
+        }
+        true
+    }
+}
+
+impl<S: AsyncRead + Unpin> StrictIo<S> {
+    fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut scratch = [0u8; 4096];
+        while self.discarded < MAX_DISCARDED {
+            let mut buf = ReadBuf::new(&mut scratch);
+            match Pin::new(&mut self.inner).poll_read(cx, &mut buf) {
+                Poll::Ready(Ok(())) if !buf.filled().is_empty() => self.discarded += buf.filled().len(),
+                // Even when the client has closed its side, the answer is still to be written; hyper closes after it.
+                Poll::Ready(_) | Poll::Pending => break,
+            }
+        }
+        Poll::Pending
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for StrictIo<S> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        loop {
+            if this.take_ready(buf) {
+                return Poll::Ready(Ok(()));
+            }
+            if this.refused {
+                return this.poll_discard(cx);
+            }
+            let Some(scanner) = &mut this.scanner else {
+                return Pin::new(&mut this.inner).poll_read(cx, buf);
+            };
+            if scanner.undecided() {
+                this.gate.waker.register(cx.waker());
+                match this.gate.upgrade.swap(0, Ordering::AcqRel) {
+                    0 => return Poll::Pending,
+                    decision => scanner.decide(decision == 1),
+                }
+                this.scan_held()?;
+                continue;
+            }
+            if scanner.opaque() && this.held.is_empty() {
+                this.scanner = None;
+                continue;
+            }
+            let before = buf.filled().len();
+            match Pin::new(&mut this.inner).poll_read(cx, buf) {
+                Poll::Ready(Ok(())) => {}
+                other => return other,
+            }
+            let read = &buf.filled()[before..];
+            if read.is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            // The usual case: nothing held, everything read is whole and fine, nothing is copied.
+            if this.held.is_empty()
+                && let Some(scanner) = &mut this.scanner
+            {
+                match scanner.advance(read) {
+                    Ok(fine) => {
+                        this.held.extend_from_slice(&read[fine..]);
+                        buf.set_filled(before + fine);
+                        if fine > 0 {
+                            return Poll::Ready(Ok(()));
+                        }
+                        continue;
+                    }
+                    Err((fine, violation)) => {
+                        this.gate.violation.store(violation as u8, Ordering::Release);
+                        this.refused = true;
+                        buf.set_filled(before + fine);
+                        if !scanner.in_head() {
+                            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, violation.details())));
+                        }
+                        this.ready.extend_from_slice(SUBSTITUTE);
+                        if fine > 0 {
+                            return Poll::Ready(Ok(()));
+                        }
+                        continue;
+                    }
+                }
+            }
+            this.held.extend_from_slice(read);
+            buf.set_filled(before);
+            this.scan_held()?;
+        }
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for StrictIo<S> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().inner).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().inner).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().inner).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,9 @@
+//! Istio's standard metrics: recorded per worker ([`series`]), read as families ([`collect`]), written for Prometheus
+//! ([`text`]) and streamed to the control plane ([`push`]).
+
+pub mod collect;
+pub mod flags;
+pub mod peer;
+pub mod push;
+pub mod series;
+pub mod text;

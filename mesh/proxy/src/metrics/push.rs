@@ -1,0 +1,201 @@
+//! Streaming metrics to the control plane: Envoy's `MetricsService`, once a second, cumulative values, and only the
+//! series that changed since they were last sent on this stream.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use serin_xds::client::{Endpoint, channel};
+use serin_xds::pb::envoy::config::core::v3::Node;
+use serin_xds::pb::envoy::service::metrics::v3::metrics_service_client::MetricsServiceClient;
+use serin_xds::pb::envoy::service::metrics::v3::{StreamMetricsMessage, stream_metrics_message::Identifier};
+use serin_xds::pb::io::prometheus::client as prometheus;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::collect::{Family, Labels, Value, collect};
+use super::peer::Workload;
+use super::series::{BOUNDS, Shard};
+
+/// How often changed series are sent.
+const INTERVAL: Duration = Duration::from_secs(1);
+/// Waits between attempts to open the stream.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What the pusher needs.
+#[derive(Clone, Debug)]
+pub struct Pusher {
+    /// Where the control plane is.
+    pub endpoint: Endpoint,
+    /// Who we are.
+    pub node: Node,
+    /// Who we are, for labels.
+    pub own: Arc<Workload>,
+    /// What is read.
+    pub shards: Arc<[Arc<Shard>]>,
+}
+
+/// Which series have been sent with which count on the present stream.
+#[derive(Debug, Default)]
+pub struct Sent(HashMap<(&'static str, Labels), u64, foldhash::fast::RandomState>);
+
+impl Sent {
+    /// The families of Istio's metrics whose series changed since the last call, as wire messages.
+    pub fn changed(&mut self, families: &[Family], timestamp_ms: i64) -> Vec<prometheus::MetricFamily> {
+        let mut out = Vec::new();
+        for family in families.iter().filter(|family| family.name.starts_with("istio_")) {
+            let mut metric = Vec::new();
+            for (labels, value) in &family.metrics {
+                let mark = match value {
+                    Value::Counter(value) | Value::Gauge(value) => value.to_bits(),
+                    Value::Histogram(histogram) => histogram.count(),
+                };
+                let last = self.0.get_mut(&(family.name, labels.clone()));
+                match last {
+                    Some(last) if *last == mark => continue,
+                    Some(last) => *last = mark,
+                    None => {
+                        self.0.insert((family.name, labels.clone()), mark);
+                    }
+                }
+                metric.push(encode(labels, value, timestamp_ms));
+            }
+            if let Some(first) = metric.first() {
+                let kind = if first.histogram.is_some() {
+                    prometheus::MetricType::Histogram
+                } else {
+                    prometheus::MetricType::Counter
+                };
+                out.push(prometheus::MetricFamily {
+                    name: Some(family.name.to_owned()),
+                    r#type: Some(kind as i32),
+                    metric,
+                    ..Default::default()
+                });
+            }
+        }
+        out
+    }
+}
+
+fn encode(labels: &Labels, value: &Value, timestamp_ms: i64) -> prometheus::Metric {
+    let mut metric = prometheus::Metric {
+        label: labels
+            .iter()
+            .map(|(name, value)| prometheus::LabelPair { name: Some((*name).to_owned()), value: Some(value.clone()) })
+            .collect(),
+        timestamp_ms: Some(timestamp_ms),
+        ..Default::default()
+    };
+    match value {
+        Value::Counter(value) => {
+            metric.counter = Some(prometheus::Counter { value: Some(*value), ..Default::default() });
+        }
+        Value::Gauge(value) => metric.gauge = Some(prometheus::Gauge { value: Some(*value) }),
+        Value::Histogram(histogram) => {
+            let mut cumulative = 0;
+            let bucket = histogram.buckets.iter().zip(BOUNDS.into_iter().chain([f64::INFINITY])).map(|(count, bound)| {
+                cumulative += count;
+                prometheus::Bucket {
+                    cumulative_count: Some(cumulative),
+                    upper_bound: Some(bound),
+                    ..Default::default()
+                }
+            });
+            metric.histogram = Some(prometheus::Histogram {
+                bucket: bucket.collect(),
+                sample_count: Some(histogram.count()),
+                sample_sum: Some(histogram.sum),
+                ..Default::default()
+            });
+        }
+    }
+    metric
+}
+
+impl Pusher {
+    /// Streams until cancelled; a stream that ends is opened again.
+    pub async fn run(self, cancel: CancellationToken) {
+        let mut reported = false;
+        loop {
+            let end = tokio::select! {
+                () = cancel.cancelled() => return,
+                end = self.stream() => end,
+            };
+            if !reported {
+                tracing::debug!(control_plane = %self.endpoint, error = %end, "metrics stream ended; will go on trying");
+                reported = true;
+            }
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                () = tokio::time::sleep(RETRY) => {}
+            }
+        }
+    }
+
+    async fn stream(&self) -> String {
+        let channel = match channel(&self.endpoint).await {
+            Ok(channel) => channel,
+            Err(error) => return error.to_string(),
+        };
+        let (sender, receiver) = mpsc::channel(4);
+        let mut client = MetricsServiceClient::new(channel);
+        let feed = async {
+            let mut sent = Sent::default();
+            let mut identifier = Some(Identifier { node: Some(self.node.clone()) });
+            let mut ticks = tokio::time::interval(INTERVAL);
+            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            loop {
+                ticks.tick().await;
+                let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+                let families = sent.changed(&collect(&self.own, &self.shards), now.as_millis() as i64);
+                // The first message goes out even when empty: it says who we are.
+                if families.is_empty() && identifier.is_none() {
+                    continue;
+                }
+                let message = StreamMetricsMessage { identifier: identifier.take(), envoy_metrics: families };
+                if sender.send(message).await.is_err() {
+                    return;
+                }
+            }
+        };
+        let call = client.stream_metrics(tokio_stream_of(receiver));
+        tokio::select! {
+            () = feed => "the control plane closed the stream".to_owned(),
+            result = call => match result {
+                Ok(_) => "the control plane closed the stream".to_owned(),
+                Err(status) => status.to_string(),
+            },
+        }
+    }
+}
+
+fn tokio_stream_of<T>(mut receiver: mpsc::Receiver<T>) -> impl futures::Stream<Item = T> {
+    futures::stream::poll_fn(move |cx| receiver.poll_recv(cx))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_series_that_changed_are_sent_again() {
+        let family = |a: f64, b: f64| {
+            vec![Family {
+                name: "istio_requests_total",
+                help: "",
+                metrics: vec![
+                    (vec![("x", "a".into())], Value::Counter(a)),
+                    (vec![("x", "b".into())], Value::Counter(b)),
+                ],
+            }]
+        };
+        let mut sent = Sent::default();
+        assert_eq!(sent.changed(&family(1.0, 1.0), 5)[0].metric.len(), 2);
+        assert!(sent.changed(&family(1.0, 1.0), 6).is_empty());
+        let changed = sent.changed(&family(1.0, 2.0), 7);
+        assert_eq!(changed[0].metric.len(), 1);
+        assert_eq!(changed[0].metric[0].label[0].value.as_deref(), Some("b"));
+        assert_eq!(changed[0].metric[0].counter.as_ref().unwrap().value, Some(2.0));
+    }
+}

@@ -1,0 +1,336 @@
+//! Metric series: cells that one worker writes and anybody reads.
+//!
+//! A worker looks a series up by a small key of numbers and pointers (no string is touched per request), and adds with
+//! plain loads and stores, because it is the only writer. Readers sum over workers.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use super::flags::Flags;
+use super::peer::{ServiceIdentity, Workload};
+
+/// Istio's bucket bounds, for milliseconds and bytes alike.
+pub const BOUNDS: [f64; 19] = [
+    0.5, 1.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1_000.0, 2_500.0, 5_000.0, 10_000.0, 30_000.0, 60_000.0,
+    300_000.0, 600_000.0, 1_800_000.0, 3_600_000.0,
+];
+/// Series that one worker may hold; what comes beyond is counted under an unknown peer and service.
+const MAX_SERIES: usize = 10_000;
+
+/// A number that one thread adds to.
+#[derive(Debug, Default)]
+pub struct Cell(AtomicU64);
+
+impl Cell {
+    /// Adds; must only be called by the owning worker.
+    pub fn add(&self, n: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    /// The current value.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// A histogram with [`BOUNDS`].
+#[derive(Debug, Default)]
+pub struct Histogram {
+    buckets: [Cell; BOUNDS.len() + 1],
+    /// In thousandths, so that half milliseconds add up exactly.
+    sum_thousandths: Cell,
+}
+
+impl Histogram {
+    /// Counts a value given in thousandths of the unit.
+    pub fn observe_thousandths(&self, value: u64) {
+        let index = BOUNDS.partition_point(|bound| *bound * 1000.0 < value as f64);
+        self.buckets[index].add(1);
+        self.sum_thousandths.add(value);
+    }
+
+    /// Adds the current content to `into`.
+    pub fn read(&self, into: &mut HistogramValue) {
+        for (cell, sum) in self.buckets.iter().zip(&mut into.buckets) {
+            *sum += cell.get();
+        }
+        into.sum += self.sum_thousandths.get() as f64 / 1000.0;
+    }
+}
+
+/// A histogram as read.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct HistogramValue {
+    /// Counts per bucket, not cumulated; the last is what lies above every bound.
+    pub buckets: [u64; BOUNDS.len() + 1],
+    /// Sum of values.
+    pub sum: f64,
+}
+
+impl HistogramValue {
+    /// Number of values.
+    pub fn count(&self) -> u64 {
+        self.buckets.iter().sum()
+    }
+}
+
+/// Who reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Reporter {
+    /// The client's proxy.
+    Source,
+    /// The server's proxy.
+    Destination,
+}
+
+/// Protocol of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Protocol {
+    /// HTTP.
+    Http,
+    /// gRPC.
+    Grpc,
+    /// Bytes.
+    Tcp,
+}
+
+/// What tells HTTP series apart.
+#[derive(Clone, Debug)]
+pub struct HttpLabels {
+    /// Who reports.
+    pub reporter: Reporter,
+    /// The other side.
+    pub peer: Arc<Workload>,
+    /// The service that was asked for.
+    pub service: Arc<ServiceIdentity>,
+    /// HTTP or gRPC.
+    pub protocol: Protocol,
+    /// Status, 0 if none was sent.
+    pub code: u16,
+    /// gRPC status, if there was one.
+    pub grpc_status: Option<u8>,
+    /// Flags.
+    pub flags: Flags,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct HttpKey {
+    peer: usize,
+    service: usize,
+    code: u16,
+    grpc_status: u16,
+    flags: Flags,
+    reporter: Reporter,
+    protocol: Protocol,
+}
+
+impl HttpLabels {
+    fn key(&self) -> HttpKey {
+        HttpKey {
+            // Interned: equal identities have equal addresses for as long as the series holds them.
+            peer: Arc::as_ptr(&self.peer).addr(),
+            service: Arc::as_ptr(&self.service).addr(),
+            code: self.code,
+            grpc_status: self.grpc_status.map_or(u16::MAX, u16::from),
+            flags: self.flags,
+            reporter: self.reporter,
+            protocol: self.protocol,
+        }
+    }
+}
+
+/// The metrics of one set of HTTP labels on one worker.
+#[derive(Debug)]
+pub struct HttpSeries {
+    /// Its labels.
+    pub labels: HttpLabels,
+    /// `istio_requests_total`.
+    pub requests: Cell,
+    /// `istio_request_duration_milliseconds`.
+    pub duration: Histogram,
+    /// `istio_request_bytes`.
+    pub request_bytes: Histogram,
+    /// `istio_response_bytes`.
+    pub response_bytes: Histogram,
+}
+
+/// What tells TCP series apart.
+#[derive(Clone, Debug)]
+pub struct TcpLabels {
+    /// Who reports.
+    pub reporter: Reporter,
+    /// The other side.
+    pub peer: Arc<Workload>,
+    /// The service.
+    pub service: Arc<ServiceIdentity>,
+    /// Flags.
+    pub flags: Flags,
+}
+
+/// The metrics of one set of TCP labels on one worker.
+#[derive(Debug)]
+pub struct TcpSeries {
+    /// Its labels.
+    pub labels: TcpLabels,
+    /// `istio_tcp_connections_opened_total`.
+    pub opened: Cell,
+    /// `istio_tcp_connections_closed_total`.
+    pub closed: Cell,
+    /// `istio_tcp_sent_bytes_total`: towards the client.
+    pub sent: Cell,
+    /// `istio_tcp_received_bytes_total`: from the client.
+    pub received: Cell,
+}
+
+/// Counters of what the proxy itself does, per worker.
+#[derive(Debug, Default)]
+pub struct WorkerCounters {
+    /// Downstream connections accepted.
+    pub connections: Cell,
+    /// Downstream connections closed.
+    pub connections_closed: Cell,
+    /// Upstream connections made.
+    pub upstream_connections: Cell,
+    /// Upstream connections that could not be made.
+    pub upstream_connect_failures: Cell,
+    /// Retries.
+    pub retries: Cell,
+    /// Requests refused by the hygiene layer.
+    pub refused_requests: Cell,
+    /// Outlier ejections.
+    pub ejections: Cell,
+    /// Series that were folded into `unknown` for lack of room.
+    pub folded_series: Cell,
+    /// Access log lines that were dropped because the sink was slow.
+    pub log_dropped: Cell,
+}
+
+/// All series of one worker; the shared half.
+#[derive(Debug, Default)]
+pub struct Shard {
+    /// HTTP series.
+    pub http: Mutex<Vec<Arc<HttpSeries>>>,
+    /// TCP series.
+    pub tcp: Mutex<Vec<Arc<TcpSeries>>>,
+    /// Own counters.
+    pub counters: WorkerCounters,
+}
+
+type TcpKey = (usize, usize, Flags, Reporter);
+
+/// All series of one worker; the worker's half.
+pub struct Recorder {
+    shard: Arc<Shard>,
+    http: RefCell<HashMap<HttpKey, Arc<HttpSeries>, foldhash::fast::RandomState>>,
+    tcp: RefCell<HashMap<TcpKey, Arc<TcpSeries>, foldhash::fast::RandomState>>,
+}
+
+impl Recorder {
+    /// The worker's half of `shard`.
+    pub fn new(shard: Arc<Shard>) -> Self {
+        Self { shard, http: RefCell::default(), tcp: RefCell::default() }
+    }
+
+    /// The worker's own counters.
+    pub fn counters(&self) -> &WorkerCounters {
+        &self.shard.counters
+    }
+
+    /// The series with these labels.
+    pub fn http(&self, labels: &HttpLabels) -> Arc<HttpSeries> {
+        let mut table = self.http.borrow_mut();
+        if let Some(series) = table.get(&labels.key()) {
+            return series.clone();
+        }
+        let mut labels = labels.clone();
+        if table.len() >= MAX_SERIES {
+            self.shard.counters.folded_series.add(1);
+            labels.peer = Workload::unknown();
+            labels.service = ServiceIdentity::unknown();
+            if let Some(series) = table.get(&labels.key()) {
+                return series.clone();
+            }
+        }
+        let series = Arc::new(HttpSeries {
+            requests: Cell::default(),
+            duration: Histogram::default(),
+            request_bytes: Histogram::default(),
+            response_bytes: Histogram::default(),
+            labels,
+        });
+        table.insert(series.labels.key(), series.clone());
+        self.shard.http.lock().push(series.clone());
+        series
+    }
+
+    /// The TCP series with these labels.
+    pub fn tcp(&self, labels: &TcpLabels) -> Arc<TcpSeries> {
+        let key = |labels: &TcpLabels| {
+            (Arc::as_ptr(&labels.peer).addr(), Arc::as_ptr(&labels.service).addr(), labels.flags, labels.reporter)
+        };
+        let mut table = self.tcp.borrow_mut();
+        if let Some(series) = table.get(&key(labels)) {
+            return series.clone();
+        }
+        let mut labels = labels.clone();
+        if table.len() >= MAX_SERIES {
+            self.shard.counters.folded_series.add(1);
+            labels.peer = Workload::unknown();
+            labels.service = ServiceIdentity::unknown();
+            if let Some(series) = table.get(&key(&labels)) {
+                return series.clone();
+            }
+        }
+        let series = Arc::new(TcpSeries {
+            opened: Cell::default(),
+            closed: Cell::default(),
+            sent: Cell::default(),
+            received: Cell::default(),
+            labels,
+        });
+        table.insert(key(&series.labels), series.clone());
+        self.shard.tcp.lock().push(series.clone());
+        series
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_fall_into_the_bucket_whose_bound_they_do_not_exceed() {
+        let histogram = Histogram::default();
+        for value in [0, 500, 501, 1_000, 3_600_000_000, 3_600_000_001] {
+            histogram.observe_thousandths(value);
+        }
+        let mut read = HistogramValue::default();
+        histogram.read(&mut read);
+        assert_eq!(read.buckets[0], 2);
+        assert_eq!(read.buckets[1], 2);
+        assert_eq!(read.buckets[18], 1);
+        assert_eq!(read.buckets[19], 1);
+        assert_eq!(read.count(), 6);
+    }
+
+    #[test]
+    fn equal_labels_are_one_series_and_different_ones_are_not() {
+        let recorder = Recorder::new(Arc::default());
+        let labels = |code| HttpLabels {
+            reporter: Reporter::Source,
+            peer: Workload::parse("a;b;c;d;e"),
+            service: ServiceIdentity::new("h", "n", "s"),
+            protocol: Protocol::Http,
+            code,
+            grpc_status: None,
+            flags: Flags::default(),
+        };
+        let first = recorder.http(&labels(200));
+        assert!(Arc::ptr_eq(&first, &recorder.http(&labels(200))));
+        assert!(!Arc::ptr_eq(&first, &recorder.http(&labels(500))));
+    }
+}

@@ -1,0 +1,8 @@
+//! The upstream side: what a worker keeps per cluster (hosts, balancing, outliers) and per host (connections).
+
+pub mod balance;
+pub mod cluster;
+pub mod connect;
+pub mod consistent;
+pub mod outlier;
+pub mod pool;

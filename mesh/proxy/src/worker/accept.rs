@@ -1,0 +1,245 @@
+//! Accepting connections: original destination, protocol detection, filter chain.
+
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use socket2::SockRef;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::Instant;
+
+use super::sniff::{self, Detected, Http};
+use super::{Worker, http, tcp};
+use crate::config::hcm::Codec;
+use crate::config::listener::{ConnectionFacts, FilterChain, Handler, Listener};
+use crate::config::slot::ListenerSlot;
+use crate::metrics::flags::Flags;
+
+/// Pause after an accept that failed for lack of descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Limit for the first bytes of an HTTP connection, when nothing else bounds them.
+const FIRST_BYTES: Duration = Duration::from_secs(3600);
+/// Bytes read at a time while detecting.
+const CHUNK: usize = 2048;
+
+/// Accepts until aborted.
+pub(super) async fn run(worker: Rc<Worker>, slot: Arc<ListenerSlot>, socket: TcpListener) {
+    loop {
+        match socket.accept().await {
+            Ok((stream, remote)) => {
+                let open = worker.open_connection();
+                let (worker, slot) = (worker.clone(), slot.clone());
+                worker.tasks.clone().spawn_local(async move {
+                    let listener = slot.load();
+                    drop(slot);
+                    connection(worker, listener, stream, remote).await;
+                    drop(open);
+                });
+            }
+            Err(error) => match error.kind() {
+                // The client gave up before it was accepted.
+                io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => {}
+                _ => {
+                    tracing::warn!(listener = %slot.load().name, %error, "cannot accept");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            },
+        }
+    }
+}
+
+/// Where the client wanted to go before interception changed it.
+fn original_destination(stream: &TcpStream, local: SocketAddr) -> SocketAddr {
+    let socket = SockRef::from(stream);
+    // A dual-stack socket with an IPv4 peer must be asked in IPv4's way.
+    let canonical = SocketAddr::new(local.ip().to_canonical(), local.port());
+    let answer = if canonical.is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() };
+    // Without connection tracking there is no answer, and the destination is the local address.
+    answer.ok().and_then(|address| address.as_socket()).unwrap_or(canonical)
+}
+
+async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream, remote: SocketAddr) {
+    // Small messages both ways; failures do no harm.
+    let _ = stream.set_nodelay(true);
+    let Ok(local) = stream.local_addr() else { return };
+    let mut destination = SocketAddr::new(local.ip().to_canonical(), local.port());
+    if bound.use_original_dst || bound.original_dst {
+        destination = original_destination(&stream, local);
+    }
+    let remote = SocketAddr::new(remote.ip().to_canonical(), remote.port());
+    let mut listener = bound;
+    if listener.use_original_dst {
+        let virtuals = worker.shared.virtual_listeners.load();
+        if let Some(found) = virtuals.find(destination) {
+            listener = found.clone();
+        }
+    }
+    let mut prefix = Vec::new();
+    let mut detected = Detected::default();
+    let port = destination.port();
+    let inspect = listener.inspect_tls.applies(port) || listener.inspect_http.applies(port);
+    let mut timed_out = false;
+    if inspect {
+        let deadline = Instant::now() + listener.detection_timeout;
+        match read_until_detected(&stream, &mut prefix, deadline).await {
+            Ok(Some(found)) => detected = found,
+            Ok(None) if listener.continue_on_timeout => timed_out = true,
+            Ok(None) | Err(_) => return,
+        }
+    }
+    let addresses = http::Addresses { remote, local: destination };
+    let Some(chain) = choose(&worker, &listener, &detected, addresses) else { return };
+    if timed_out
+        && prefix.is_empty()
+        && let Handler::Tcp(proxy) = &chain.handler
+    {
+        // Nobody has spoken. The TCP chain's upstream is asked now, and whoever speaks first decides: a server that
+        // greets gets its TCP connection, a client that was merely slow still gets HTTP.
+        let Ok(upstream) = tcp::open(&worker, proxy, &listener, destination).await else { return };
+        tokio::select! {
+            biased;
+            _ = upstream.readable() => {}
+            result = read_until_detected(&stream, &mut prefix, Instant::now() + FIRST_BYTES) => {
+                match result {
+                    Ok(Some(found)) => detected = found,
+                    Ok(None) | Err(_) => return,
+                }
+            }
+        }
+        if detected != Detected::default() {
+            drop(upstream);
+            let Some(chain) = choose(&worker, &listener, &detected, addresses) else { return };
+            return handle(worker, listener, chain, stream, prefix, addresses).await;
+        }
+        return tcp::join(worker, proxy.clone(), stream, prefix, upstream).await;
+    }
+    handle(worker, listener, chain, stream, prefix, addresses).await;
+}
+
+fn choose(
+    worker: &Worker,
+    listener: &Listener,
+    detected: &Detected,
+    addresses: http::Addresses,
+) -> Option<Arc<FilterChain>> {
+    let alpn: Vec<&str> = match detected.http {
+        Some(Http::One) => vec!["http/1.1"],
+        Some(Http::Two) => vec!["h2c"],
+        None => detected.alpn.iter().map(String::as_str).collect(),
+    };
+    let facts = ConnectionFacts {
+        destination: addresses.local,
+        source: addresses.remote,
+        transport: if detected.tls { "tls" } else { "raw_buffer" },
+        server_name: detected.server_name.as_deref(),
+        application: &alpn,
+    };
+    let chain = listener.select(&facts).cloned();
+    if chain.is_none() {
+        worker.log(
+            serde_json::json!({
+                "listener": &*listener.name,
+                "response_flags": Flags::NO_ROUTE.to_string(),
+                "response_code_details": "filter_chain_not_found",
+                "requested_server_name": detected.server_name,
+                "downstream_remote_address": addresses.remote.to_string(),
+                "downstream_local_address": addresses.local.to_string(),
+            })
+            .to_string(),
+        );
+    }
+    chain
+}
+
+async fn handle(
+    worker: Rc<Worker>,
+    listener: Arc<Listener>,
+    chain: Arc<FilterChain>,
+    stream: TcpStream,
+    mut prefix: Vec<u8>,
+    addresses: http::Addresses,
+) {
+    let direction = listener.direction;
+    match &chain.handler {
+        Handler::Tcp(proxy) => {
+            let proxy = proxy.clone();
+            match tcp::open(&worker, &proxy, &listener, addresses.local).await {
+                Ok(upstream) => tcp::join(worker, proxy, stream, prefix, upstream).await,
+                // Recorded where it failed; the client sees the connection close.
+                Err(tcp::NoUpstream) => {}
+            }
+        }
+        Handler::Http(manager) => {
+            let manager = manager.clone();
+            // Not kept over the life of the connection: the listener may be replaced meanwhile.
+            drop(listener);
+            let http2 = match manager.codec {
+                Codec::Http1 => false,
+                Codec::Http2 => true,
+                Codec::Auto => {
+                    if prefix.is_empty() {
+                        let wait = manager.idle_timeout.unwrap_or(FIRST_BYTES);
+                        match tokio::time::timeout(wait, read_preface(&stream, &mut prefix, &worker)).await {
+                            Ok(Ok(())) => {}
+                            Ok(Err(_)) | Err(_) => return,
+                        }
+                    }
+                    prefix.starts_with(b"PRI * HTTP/2")
+                }
+            };
+            Box::pin(http::serve(worker, stream, prefix, http2, chain, manager, direction, addresses)).await;
+        }
+    }
+}
+
+/// Reads until the bytes say what they are; `Ok(None)` when the time is over, an error when the client is gone.
+async fn read_until_detected(
+    stream: &TcpStream,
+    prefix: &mut Vec<u8>,
+    deadline: Instant,
+) -> io::Result<Option<Detected>> {
+    loop {
+        if let Some(detected) = sniff::detect(prefix) {
+            return Ok(Some(detected));
+        }
+        if prefix.len() >= sniff::MAX_BYTES {
+            return Ok(Some(Detected::default()));
+        }
+        match tokio::time::timeout_at(deadline, read_more(stream, prefix)).await {
+            Ok(result) => result?,
+            Err(_) => return Ok(None),
+        }
+    }
+}
+
+/// Reads until the bytes are an HTTP/2 preface or cannot become one. Ends with an error at the end of the stream or
+/// when the worker closes its idle connections.
+async fn read_preface(stream: &TcpStream, prefix: &mut Vec<u8>, worker: &Worker) -> io::Result<()> {
+    const START: &[u8] = b"PRI * HTTP/2";
+    while prefix.len() < START.len() && START.starts_with(prefix) {
+        tokio::select! {
+            result = read_more(stream, prefix) => result?,
+            () = worker.closing() => return Err(io::ErrorKind::ConnectionAborted.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Reads what there is, once. The buffer is only as large as what came, for the sake of idle connections.
+async fn read_more(stream: &TcpStream, prefix: &mut Vec<u8>) -> io::Result<()> {
+    loop {
+        stream.readable().await?;
+        let mut chunk = [0u8; CHUNK];
+        match stream.try_read(&mut chunk) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => {
+                prefix.extend_from_slice(&chunk[..count]);
+                return Ok(());
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+}

@@ -1,0 +1,337 @@
+//! One request and its response: what is remembered from the first byte to the last, and what is recorded then.
+
+use std::cell::RefCell;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Method, Uri, Version};
+use http_body::Frame;
+use tokio::time::Sleep;
+
+use super::body::{BodyError, Observer, RequestSource};
+use super::http::Downstream;
+use crate::config::listener::Direction;
+use crate::metrics::flags::Flags;
+use crate::metrics::peer::{ServiceIdentity, Workload};
+use crate::metrics::series::{HttpLabels, Protocol, Reporter};
+use crate::upstream::cluster::{Active, Host, WorkerCluster};
+use crate::upstream::pool::Lease;
+
+/// See the module. Recorded when it is finished, or, if the client goes away, when it is dropped.
+pub struct Exchange {
+    /// The connection it came on.
+    pub conn: Rc<Downstream>,
+    /// When its head had arrived.
+    pub started: Instant,
+    /// Method.
+    pub method: Method,
+    /// Target as the client sent it.
+    pub uri: Uri,
+    /// Authority.
+    pub authority: Option<HeaderValue>,
+    /// Protocol version of the client.
+    pub version: Version,
+    /// Whether it is gRPC.
+    pub grpc: bool,
+    /// `x-request-id`.
+    pub request_id: Option<HeaderValue>,
+    /// The other workload.
+    pub peer: Option<Arc<Workload>>,
+    /// The cluster that was chosen.
+    pub cluster: Option<Rc<WorkerCluster>>,
+    /// Name of the cluster, also when it does not exist.
+    pub cluster_name: Option<Arc<str>>,
+    /// The endpoint that answered, or was tried last.
+    pub host: Option<Rc<Host>>,
+    /// Name of the route.
+    pub route: Option<Arc<crate::config::route::Route>>,
+    /// The request's body.
+    pub source: Option<Rc<RefCell<RequestSource>>>,
+    /// Attempts made.
+    pub attempts: u32,
+    /// Flags.
+    pub flags: Flags,
+    /// Status sent.
+    pub code: u16,
+    /// gRPC status.
+    pub grpc_status: Option<u8>,
+    /// Why the response is what it is.
+    pub details: &'static str,
+    /// More about a failure.
+    pub failure: Option<Box<str>>,
+    /// Bytes of the response body.
+    pub sent: u64,
+    finished: bool,
+}
+
+impl Exchange {
+    /// For a request that has just arrived.
+    pub fn new(conn: Rc<Downstream>, method: Method, uri: Uri, version: Version) -> Box<Self> {
+        Box::new(Self {
+            conn,
+            started: Instant::now(),
+            method,
+            uri,
+            authority: None,
+            version,
+            grpc: false,
+            request_id: None,
+            peer: None,
+            cluster: None,
+            cluster_name: None,
+            host: None,
+            route: None,
+            source: None,
+            attempts: 0,
+            flags: Flags::default(),
+            code: 0,
+            grpc_status: None,
+            details: "",
+            failure: None,
+            sent: 0,
+            finished: false,
+        })
+    }
+
+    /// Reads a gRPC status from a head or from trailers.
+    pub fn note_grpc_status(&mut self, fields: &HeaderMap) {
+        if let Some(status) = fields.get("grpc-status") {
+            self.grpc_status = status.to_str().ok().and_then(|text| text.parse().ok());
+        }
+    }
+
+    /// Records the exchange; later calls do nothing.
+    pub fn finish(&mut self) {
+        if std::mem::replace(&mut self.finished, true) {
+            return;
+        }
+        let conn = self.conn.clone();
+        conn.request_ended();
+        if conn.manager.stats && conn.direction != Direction::Unspecified {
+            self.record(&conn);
+        }
+        if !self.flags.is_empty() || self.code >= 500 {
+            conn.worker.log(self.log_line());
+        }
+    }
+
+    fn record(&self, conn: &Downstream) {
+        let (reporter, peer) = match conn.direction {
+            Direction::Inbound => (Reporter::Destination, self.peer.clone()),
+            Direction::Outbound | Direction::Unspecified => {
+                (Reporter::Source, self.host.as_ref().and_then(|host| host.endpoint.workload.clone()))
+            }
+        };
+        let series = conn.worker.recorder.http(&HttpLabels {
+            reporter,
+            peer: peer.unwrap_or_else(Workload::unknown),
+            service: self.service(conn),
+            protocol: if self.grpc { Protocol::Grpc } else { Protocol::Http },
+            code: self.code,
+            grpc_status: self.grpc_status,
+            flags: self.flags,
+        });
+        series.requests.add(1);
+        series.duration.observe_thousandths(self.started.elapsed().as_micros() as u64);
+        series.request_bytes.observe_thousandths(self.received() * 1000);
+        series.response_bytes.observe_thousandths(self.sent * 1000);
+    }
+
+    fn received(&self) -> u64 {
+        self.source.as_ref().map_or(0, |source| source.borrow().received)
+    }
+
+    fn service(&self, conn: &Downstream) -> Arc<ServiceIdentity> {
+        if let Some(cluster) = &self.cluster {
+            if let Some(service) = &cluster.config.service {
+                return service.clone();
+            }
+            // Passthrough: Istio names the service after the cluster and the destination after the Host header.
+            if !conn.manager.disable_host_fallback
+                && let Some(host) = self.authority.as_ref().and_then(|value| value.to_str().ok())
+            {
+                return ServiceIdentity::new(host, &cluster.slot.name, "");
+            }
+        }
+        ServiceIdentity::unknown()
+    }
+
+    /// The access log line, with the keys of Istio's JSON format.
+    fn log_line(&self) -> String {
+        let text = |value: &HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
+        serde_json::json!({
+            "start_time": rfc3339(self.started),
+            "method": self.method.as_str(),
+            "path": self.uri.path_and_query().map_or("/", |path| path.as_str()),
+            "authority": self.authority.as_ref().map(text),
+            "protocol": protocol_text(self.version),
+            "request_id": self.request_id.as_ref().map(text),
+            "response_code": self.code,
+            "grpc_status": self.grpc_status,
+            "response_flags": self.flags.to_string(),
+            "response_code_details": self.details,
+            "upstream_transport_failure_reason": self.failure,
+            "bytes_received": self.received(),
+            "bytes_sent": self.sent,
+            "duration": self.started.elapsed().as_millis() as u64,
+            "attempts": self.attempts,
+            "route_name": self.route.as_ref().map(|route| &*route.name),
+            "upstream_cluster": self.cluster_name.as_deref(),
+            "upstream_host": self.host.as_ref().map(|host| &*host.endpoint.text),
+            "downstream_remote_address": self.conn.remote.to_string(),
+            "downstream_local_address": self.conn.local.to_string(),
+        })
+        .to_string()
+    }
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        if !self.finished {
+            // Dropped before its end: hyper gave up the request because the client is gone.
+            self.flags.add(Flags::DOWNSTREAM_TERMINATION);
+            if self.details.is_empty() || self.details == "via_upstream" {
+                self.details = "downstream_remote_disconnect";
+            }
+            self.finish();
+        }
+    }
+}
+
+/// `HTTP/1.1` and so on.
+pub fn protocol_text(version: Version) -> &'static str {
+    match version {
+        Version::HTTP_10 => "HTTP/1.0",
+        Version::HTTP_2 => "HTTP/2",
+        _ => "HTTP/1.1",
+    }
+}
+
+fn rfc3339(instant: Instant) -> String {
+    let at = std::time::SystemTime::now() - instant.elapsed();
+    let since = at.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let (days, seconds) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
+    // Howard Hinnant's civil-from-days: the Gregorian calendar in eras of 400 years.
+    let z = days as i64 + 719_468;
+    let era = z.div_euclid(146_097);
+    let day_of_era = z.rem_euclid(146_097);
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let year = year_of_era + era * 400 + i64::from(month <= 2);
+    format!(
+        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:03}Z",
+        seconds / 3600,
+        seconds / 60 % 60,
+        seconds % 60,
+        since.subsec_millis()
+    )
+}
+
+/// Limits of the response's time.
+#[derive(Default)]
+pub struct Limits {
+    deadline: Option<(Pin<Box<Sleep>>, Flags, &'static str)>,
+    idle: Option<(Pin<Box<Sleep>>, Duration)>,
+    last_frame: Option<Instant>,
+}
+
+impl Limits {
+    /// Up to `deadline` in all (with the flag for when it passes) and `idle` between frames.
+    pub fn new(deadline: Option<(tokio::time::Instant, Flags, &'static str)>, idle: Option<Duration>) -> Self {
+        Self {
+            deadline: deadline.map(|(at, flag, details)| (Box::pin(tokio::time::sleep_until(at)), flag, details)),
+            idle: idle.map(|idle| (Box::pin(tokio::time::sleep(idle)), idle)),
+            last_frame: None,
+        }
+    }
+}
+
+/// Watches a response from the upstream to its end.
+pub struct Watch {
+    exchange: Box<Exchange>,
+    limits: Limits,
+    lease: Option<Lease>,
+    max_requests: u32,
+    active: Option<Active>,
+}
+
+impl Watch {
+    /// Of `exchange`, whose response comes over `lease`.
+    pub fn new(exchange: Box<Exchange>, limits: Limits, lease: Lease, max_requests: u32, active: Active) -> Self {
+        Self { exchange, limits, lease: Some(lease), max_requests, active: Some(active) }
+    }
+
+    fn broken(&mut self, flag: Flags, details: &'static str) {
+        self.exchange.flags.add(flag);
+        self.exchange.details = details;
+        self.lease = None;
+        self.active = None;
+        self.exchange.finish();
+    }
+}
+
+impl Observer for Watch {
+    fn frame(&mut self, frame: &Frame<Bytes>) {
+        if let Some(data) = frame.data_ref() {
+            self.exchange.sent += data.len() as u64;
+        } else if let Some(trailers) = frame.trailers_ref() {
+            self.exchange.note_grpc_status(trailers);
+        }
+        if self.limits.idle.is_some() {
+            self.limits.last_frame = Some(Instant::now());
+        }
+    }
+
+    fn poll_limits(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {
+        if let Some((sleep, flag, details)) = &mut self.limits.deadline
+            && sleep.as_mut().poll(cx).is_ready()
+        {
+            let (flag, details) = (*flag, *details);
+            self.broken(flag, details);
+            return Poll::Ready(details.into());
+        }
+        if let Some((sleep, idle)) = &mut self.limits.idle {
+            while sleep.as_mut().poll(cx).is_ready() {
+                // The timer is armed once and looked at when it fires, not moved for every frame.
+                let quiet = self.limits.last_frame.map_or(*idle, |at| at.elapsed());
+                if quiet >= *idle {
+                    self.broken(Flags::STREAM_IDLE, "stream_idle_timeout");
+                    return Poll::Ready("stream_idle_timeout".into());
+                }
+                sleep.as_mut().reset(tokio::time::Instant::now() + (*idle - quiet));
+            }
+        }
+        Poll::Pending
+    }
+
+    fn ended(&mut self) {
+        if let Some(lease) = self.lease.take() {
+            lease.release(self.max_requests);
+        }
+        self.active = None;
+        self.exchange.finish();
+    }
+
+    fn failed(&mut self) {
+        self.broken(Flags::UPSTREAM_CONNECTION_TERMINATION, "upstream_reset_after_response_started{connection_termination}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_written_in_rfc_3339() {
+        let text = rfc3339(Instant::now());
+        assert_eq!(text.len(), 24, "{text}");
+        assert!(text.starts_with("20") && text.ends_with('Z') && text.as_bytes()[10] == b'T', "{text}");
+    }
+}

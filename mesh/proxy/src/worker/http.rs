@@ -1,0 +1,231 @@
+//! A downstream HTTP connection: hyper's server with our limits, our drain, our strict reader.
+
+use std::cell::Cell;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use http::{HeaderMap, HeaderValue, Version, header};
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::Notify;
+
+use super::{DrainPhase, LocalExecutor, Worker, request};
+use crate::config::hcm::{HttpManager, ServerHeader};
+use crate::config::listener::{Direction, FilterChain};
+use crate::hygiene::scan::HeadLimits;
+use crate::hygiene::strict::{Gate, StrictIo};
+
+/// What every request of a connection shares.
+pub struct Downstream {
+    /// The worker.
+    pub worker: Rc<Worker>,
+    /// The connection manager.
+    pub manager: Arc<HttpManager>,
+    /// The filter chain, to notice when it is replaced.
+    pub chain: Arc<FilterChain>,
+    /// Side.
+    pub direction: Direction,
+    /// The client.
+    pub remote: SocketAddr,
+    /// Where the client wanted to go.
+    pub local: SocketAddr,
+    /// Shared with the reader.
+    pub gate: Arc<Gate>,
+    requests: Cell<u32>,
+    running: Cell<u32>,
+    opened: Instant,
+    last_used: Cell<Instant>,
+    finishing: Cell<bool>,
+    finish: Notify,
+}
+
+impl Downstream {
+    /// A request begins.
+    pub fn request_began(&self) {
+        self.requests.set(self.requests.get().saturating_add(1));
+        self.running.set(self.running.get() + 1);
+    }
+
+    /// A request has ended.
+    pub fn request_ended(&self) {
+        self.running.set(self.running.get().saturating_sub(1));
+        self.last_used.set(Instant::now());
+    }
+
+    /// Whether the connection should end after the present request.
+    pub fn should_close(&self) -> bool {
+        let limit = self.manager.max_requests_per_connection;
+        self.worker.phase() != DrainPhase::Serving
+            || self.chain.is_retired()
+            || (limit > 0 && self.requests.get() >= limit)
+            || self.manager.max_connection_duration.is_some_and(|limit| self.opened.elapsed() >= limit)
+    }
+
+    /// Puts what every response carries on one: `server`, and `connection: close` when it is time.
+    pub fn dress(&self, headers: &mut HeaderMap, version: Version) {
+        match &self.manager.server {
+            ServerHeader::Overwrite(value) => {
+                headers.insert(header::SERVER, value.clone());
+            }
+            ServerHeader::AppendIfAbsent(value) => {
+                headers.entry(header::SERVER).or_insert_with(|| value.clone());
+            }
+            ServerHeader::PassThrough => {}
+        }
+        if self.should_close() {
+            if version == Version::HTTP_2 {
+                if !self.finishing.replace(true) {
+                    self.finish.notify_one();
+                }
+            } else {
+                headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+        }
+    }
+}
+
+/// What is known of an accepted connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Addresses {
+    /// The client.
+    pub remote: SocketAddr,
+    /// Where the client wanted to go.
+    pub local: SocketAddr,
+}
+
+/// Serves a connection to its end. `prefix` was read from it already; `http2` is what these bytes said.
+pub async fn serve<S>(
+    worker: Rc<Worker>,
+    stream: S,
+    prefix: Vec<u8>,
+    http2: bool,
+    chain: Arc<FilterChain>,
+    manager: Arc<HttpManager>,
+    direction: Direction,
+    addresses: Addresses,
+) where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let gate = Arc::new(Gate::default());
+    let limits = (!http2).then_some(HeadLimits { bytes: manager.max_head, fields: manager.max_header_count });
+    let io = TokioIo::new(StrictIo::new(stream, prefix, limits, gate.clone()));
+    let now = Instant::now();
+    let conn = Rc::new(Downstream {
+        worker,
+        manager,
+        chain,
+        direction,
+        remote: addresses.remote,
+        local: addresses.local,
+        gate,
+        requests: Cell::new(0),
+        running: Cell::new(0),
+        opened: now,
+        last_used: Cell::new(now),
+        finishing: Cell::new(false),
+        finish: Notify::new(),
+    });
+    if http2 { serve2(conn, io).await } else { serve1(conn, io).await }
+}
+
+async fn serve1<S>(conn: Rc<Downstream>, io: TokioIo<StrictIo<S>>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let mut builder = http1::Builder::new();
+    builder
+        .timer(TokioTimer::new())
+        .max_headers(conn.manager.max_header_count)
+        .max_buf_size((conn.manager.max_head + 4096).max(8192))
+        .header_read_timeout(conn.manager.headers_timeout);
+    let service = {
+        let conn = conn.clone();
+        service_fn(move |request| request::handle(conn.clone(), request))
+    };
+    let mut connection = std::pin::pin!(builder.serve_connection(io, service).with_upgrades());
+    loop {
+        tokio::select! {
+            // An error means that the client broke off or broke the protocol; its requests have been recorded.
+            _ = connection.as_mut() => return,
+            end = wait_for_end(&conn) => match end {
+                End::Finish => connection.as_mut().graceful_shutdown(),
+                End::Abort => return,
+            }
+        }
+    }
+}
+
+async fn serve2<S>(conn: Rc<Downstream>, io: TokioIo<StrictIo<S>>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let mut builder = http2::Builder::new(LocalExecutor);
+    builder
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(conn.manager.max_streams)
+        .initial_stream_window_size(conn.manager.stream_window)
+        .initial_connection_window_size(conn.manager.connection_window)
+        .max_header_list_size(conn.manager.max_head as u32)
+        .max_pending_accept_reset_streams(20)
+        .max_local_error_reset_streams(1024);
+    let service = {
+        let conn = conn.clone();
+        service_fn(move |request| request::handle(conn.clone(), request))
+    };
+    let mut connection = std::pin::pin!(builder.serve_connection(io, service));
+    loop {
+        tokio::select! {
+            _ = connection.as_mut() => return,
+            end = wait_for_end(&conn) => match end {
+                End::Finish => connection.as_mut().graceful_shutdown(),
+                End::Abort => return,
+            }
+        }
+    }
+}
+
+enum End {
+    /// Finish what runs, then close.
+    Finish,
+    /// Close now.
+    Abort,
+}
+
+/// Waits until the connection should end: idle for too long, drained, replaced, too old.
+async fn wait_for_end(conn: &Downstream) -> End {
+    /// How often a connection of a retired chain, or with an age limit, is looked at.
+    const LOOK: Duration = Duration::from_secs(1);
+    loop {
+        let told = conn.finishing.get();
+        if conn.worker.phase() == DrainPhase::Closing && !told {
+            conn.finishing.set(true);
+            return End::Finish;
+        }
+        let wait = match conn.manager.idle_timeout {
+            // Looked at when it may be due, so an active connection costs one timer an hour.
+            Some(idle) if conn.running.get() == 0 => idle.saturating_sub(conn.last_used.get().elapsed()),
+            Some(idle) => idle,
+            None => Duration::from_secs(3600),
+        };
+        tokio::select! {
+            () = conn.worker.phase_changed() => {
+                // While clients are only discouraged they are told with the next response; idle connections are left
+                // alone, because a request may already be on its way. The closing phase is looked at above.
+            }
+            () = conn.finish.notified() => return End::Finish,
+            () = tokio::time::sleep(wait.max(LOOK)) => {
+                let quiet = conn.running.get() == 0;
+                if quiet && conn.manager.idle_timeout.is_some_and(|idle| conn.last_used.get().elapsed() >= idle) {
+                    return if told { End::Abort } else {
+                        conn.finishing.set(true);
+                        End::Finish
+                    };
+                }
+            }
+        }
+    }
+}

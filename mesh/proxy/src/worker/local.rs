@@ -1,0 +1,94 @@
+//! Responses that the proxy makes itself.
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+
+use super::body::ResponseBody;
+use super::exchange::{Exchange, Watch};
+use crate::metrics::flags::Flags;
+
+/// The body type of every response.
+pub type Body = ResponseBody<Watch>;
+
+/// A response of our own.
+#[derive(Debug)]
+pub struct LocalReply {
+    /// Status.
+    pub status: StatusCode,
+    /// Flags to add.
+    pub flags: Flags,
+    /// Response code details.
+    pub details: &'static str,
+    /// Body.
+    pub body: Bytes,
+    /// More fields.
+    pub headers: HeaderMap,
+    /// gRPC status to send instead of the one that follows from the HTTP status.
+    pub grpc_status: Option<u32>,
+    /// Whether the connection should end.
+    pub close: bool,
+}
+
+impl LocalReply {
+    /// A reply with a text.
+    pub fn new(status: StatusCode, flags: Flags, details: &'static str, body: &'static str) -> Self {
+        Self {
+            status,
+            flags,
+            details,
+            body: Bytes::from_static(body.as_bytes()),
+            headers: HeaderMap::new(),
+            grpc_status: None,
+            close: false,
+        }
+    }
+
+    /// Turns it into a response and records the exchange. gRPC clients get a gRPC status in a 200 response.
+    pub fn send(self, mut exchange: Box<Exchange>) -> Response<Body> {
+        let mut response = Response::new(());
+        *response.headers_mut() = self.headers;
+        let headers = response.headers_mut();
+        exchange.flags.add(self.flags);
+        exchange.details = self.details;
+        let mut body = self.body;
+        let failed = self.status.is_client_error() || self.status.is_server_error();
+        if exchange.grpc && (failed || self.grpc_status.is_some()) {
+            let status = self.grpc_status.unwrap_or_else(|| grpc_of_http(self.status));
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+            headers.insert("grpc-status", HeaderValue::from(status));
+            if let Ok(message) = HeaderValue::from_bytes(&body)
+                && !body.is_empty()
+            {
+                headers.insert("grpc-message", message);
+            }
+            body = Bytes::new();
+            exchange.code = 200;
+            exchange.grpc_status = u8::try_from(status).ok();
+        } else {
+            if !body.is_empty() && !headers.contains_key(header::CONTENT_TYPE) {
+                headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+            }
+            *response.status_mut() = self.status;
+            exchange.code = self.status.as_u16();
+        }
+        if self.close && exchange.version != http::Version::HTTP_2 {
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        exchange.sent = body.len() as u64;
+        exchange.conn.clone().dress(response.headers_mut(), exchange.version);
+        exchange.finish();
+        response.map(|()| ResponseBody::Full((!body.is_empty()).then_some(body)))
+    }
+}
+
+/// gRPC's own mapping of HTTP statuses.
+fn grpc_of_http(status: StatusCode) -> u32 {
+    match status.as_u16() {
+        400 => 13,
+        401 => 16,
+        403 => 7,
+        404 => 12,
+        429 | 502 | 503 | 504 => 14,
+        _ => 2,
+    }
+}

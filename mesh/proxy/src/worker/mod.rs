@@ -1,0 +1,282 @@
+//! A worker: one thread, one `current_thread` runtime, its own listening sockets, pools and metric cells. Nothing on
+//! the request path is shared with other workers but the configuration that is read.
+
+pub mod accept;
+pub mod body;
+pub mod exchange;
+pub mod http;
+pub mod local;
+pub mod request;
+pub mod sniff;
+pub mod tcp;
+pub mod upstream;
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::future::Future;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use ::http::HeaderValue;
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio_util::task::TaskTracker;
+
+use crate::config::slot::{ClusterSlot, ListenerSlot};
+use crate::config::store::VirtualListeners;
+use crate::metrics::peer::Workload;
+use crate::metrics::series::{Recorder, Shard};
+use crate::upstream::cluster::WorkerCluster;
+
+/// How often idle connections are looked at.
+const SWEEP: Duration = Duration::from_secs(5);
+/// Peers whose metadata header one worker remembers.
+const MAX_PEERS: usize = 1024;
+
+/// What all workers know.
+#[derive(Debug)]
+pub struct Shared {
+    /// Who we are.
+    pub own: Arc<Workload>,
+    /// Who we are, for peers (`x-envoy-peer-metadata`, `-id`).
+    pub peer_metadata: HeaderValue,
+    /// Our node id.
+    pub peer_id: HeaderValue,
+    /// Listeners without sockets.
+    pub virtual_listeners: Arc<ArcSwap<VirtualListeners>>,
+    /// Where access log lines go.
+    pub log: mpsc::Sender<String>,
+}
+
+/// How far the end has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum DrainPhase {
+    /// Not at all.
+    Serving,
+    /// Clients are told to go elsewhere; new connections still get answers.
+    Discouraging,
+    /// No new connections; what is idle closes, what is busy finishes.
+    Closing,
+}
+
+/// What the control thread asks of a worker.
+#[derive(Debug)]
+pub enum Command {
+    /// Accept on this socket.
+    Listen(Arc<ListenerSlot>, std::net::TcpListener),
+    /// Stop accepting for the listener of that name; its connections drain.
+    Close(Arc<str>),
+    /// Enter that phase of the end.
+    Drain(DrainPhase),
+    /// Number of open connections.
+    Connections(oneshot::Sender<usize>),
+    /// Drop everything and end.
+    Stop,
+}
+
+/// See the module.
+pub struct Worker {
+    /// Index of the worker.
+    pub id: usize,
+    /// What all know.
+    pub shared: Arc<Shared>,
+    /// Metric cells.
+    pub recorder: Recorder,
+    /// Tasks of the worker: upstream connections, tunnels, mirrors.
+    pub tasks: TaskTracker,
+    phase: Cell<DrainPhase>,
+    phase_changed: Notify,
+    open: Cell<usize>,
+    clusters: RefCell<Vec<Option<Rc<WorkerCluster>>>>,
+    peers: RefCell<HashMap<Vec<u8>, Arc<Workload>, foldhash::fast::RandomState>>,
+}
+
+/// Spawns hyper's HTTP/2 tasks on the worker itself.
+#[derive(Clone, Copy, Debug)]
+pub struct LocalExecutor;
+
+impl<F> hyper::rt::Executor<F> for LocalExecutor
+where
+    F: Future + 'static,
+    F::Output: 'static,
+{
+    fn execute(&self, future: F) {
+        // Owned by the worker's LocalSet, which drops it when the worker ends.
+        tokio::task::spawn_local(future);
+    }
+}
+
+/// Counts a downstream connection.
+pub struct OpenConnection(Rc<Worker>);
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        self.0.open.set(self.0.open.get() - 1);
+        self.0.recorder.counters().connections_closed.add(1);
+    }
+}
+
+impl Worker {
+    fn new(id: usize, shared: Arc<Shared>, shard: Arc<Shard>) -> Rc<Self> {
+        Rc::new(Self {
+            id,
+            shared,
+            recorder: Recorder::new(shard),
+            tasks: TaskTracker::new(),
+            phase: Cell::new(DrainPhase::Serving),
+            phase_changed: Notify::new(),
+            open: Cell::new(0),
+            clusters: RefCell::default(),
+            peers: RefCell::default(),
+        })
+    }
+
+    /// Runs a worker until it is told to stop. Blocks the thread.
+    pub fn run(
+        id: usize,
+        shared: Arc<Shared>,
+        shard: Arc<Shard>,
+        commands: mpsc::Receiver<Command>,
+    ) -> std::io::Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            // Accepting and serving share the thread; asking for IO every 61 polls (the default) lets a busy
+            // connection starve new ones.
+            .event_interval(31)
+            .build()?;
+        let local = tokio::task::LocalSet::new();
+        let worker = Self::new(id, shared, shard);
+        local.block_on(&runtime, worker.clone().follow(commands));
+        Ok(())
+    }
+
+    async fn follow(self: Rc<Self>, mut commands: mpsc::Receiver<Command>) {
+        let mut listeners: HashMap<Arc<str>, tokio::task::JoinHandle<()>> = HashMap::new();
+        let mut sweep = tokio::time::interval(SWEEP);
+        sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let command = tokio::select! {
+                command = commands.recv() => command,
+                _ = sweep.tick() => {
+                    self.sweep();
+                    continue;
+                }
+            };
+            match command {
+                None | Some(Command::Stop) => break,
+                Some(Command::Listen(slot, socket)) => {
+                    let name = slot.load().name.clone();
+                    match tokio::net::TcpListener::from_std(socket) {
+                        Ok(socket) => {
+                            let task = tokio::task::spawn_local(accept::run(self.clone(), slot, socket));
+                            if let Some(old) = listeners.insert(name, task) {
+                                old.abort();
+                            }
+                        }
+                        Err(error) => tracing::error!(listener = %name, %error, "listening socket not usable"),
+                    }
+                }
+                Some(Command::Close(name)) => {
+                    if let Some(task) = listeners.remove(&name) {
+                        task.abort();
+                    }
+                }
+                Some(Command::Drain(phase)) => {
+                    self.phase.set(phase.max(self.phase.get()));
+                    self.phase_changed.notify_waiters();
+                    if self.phase.get() == DrainPhase::Closing {
+                        for (_, task) in listeners.drain() {
+                            task.abort();
+                        }
+                    }
+                }
+                Some(Command::Connections(reply)) => {
+                    // The asker may have gone.
+                    let _ = reply.send(self.open.get());
+                }
+            }
+        }
+        for (_, task) in listeners {
+            task.abort();
+        }
+    }
+
+    /// How far the end has come.
+    pub fn phase(&self) -> DrainPhase {
+        self.phase.get()
+    }
+
+    /// Waits until nothing new is served.
+    pub async fn closing(&self) {
+        while self.phase.get() != DrainPhase::Closing {
+            self.phase_changed.notified().await;
+        }
+    }
+
+    /// Waits for the next phase.
+    pub async fn phase_changed(&self) {
+        self.phase_changed.notified().await;
+    }
+
+    /// Counts a downstream connection until dropped.
+    pub fn open_connection(self: &Rc<Self>) -> OpenConnection {
+        self.open.set(self.open.get() + 1);
+        self.recorder.counters().connections.add(1);
+        OpenConnection(self.clone())
+    }
+
+    /// The cluster behind a slot as it is now, or `None` if it does not exist.
+    pub fn cluster(&self, slot: &Arc<ClusterSlot>) -> Option<Rc<WorkerCluster>> {
+        let mut clusters = self.clusters.borrow_mut();
+        let index = slot.id as usize;
+        if index >= clusters.len() {
+            clusters.resize(index + 1, None);
+        }
+        // The id of a slot that nobody holds any more may have been given to another cluster.
+        let existing = clusters[index].as_ref().filter(|existing| Arc::ptr_eq(&existing.slot, slot));
+        if let Some(existing) = existing
+            && existing.version == slot.version()
+        {
+            return Some(existing.clone());
+        }
+        let made = WorkerCluster::new(slot, existing.map(|existing| &**existing)).map(Rc::new);
+        clusters[index].clone_from(&made);
+        made
+    }
+
+    fn sweep(&self) {
+        let now = Instant::now();
+        let mut clusters = self.clusters.borrow_mut();
+        for entry in clusters.iter_mut() {
+            if let Some(cluster) = entry {
+                if cluster.version != cluster.slot.version() {
+                    *entry = WorkerCluster::new(&cluster.slot, Some(&**cluster)).map(Rc::new);
+                } else {
+                    cluster.sweep(now);
+                }
+            }
+        }
+    }
+
+    /// The workload that a peer's metadata header names.
+    pub fn peer(&self, header: &HeaderValue) -> Option<Arc<Workload>> {
+        let mut peers = self.peers.borrow_mut();
+        if let Some(peer) = peers.get(header.as_bytes()) {
+            return Some(peer.clone());
+        }
+        let peer = Workload::of_header(header.as_bytes())?;
+        if peers.len() >= MAX_PEERS {
+            peers.clear();
+        }
+        peers.insert(header.as_bytes().to_vec(), peer.clone());
+        Some(peer)
+    }
+
+    /// Hands a line to the access log; dropped, and counted, when the log is behind.
+    pub fn log(&self, line: String) {
+        if self.shared.log.try_send(line).is_err() {
+            self.recorder.counters().log_dropped.add(1);
+        }
+    }
+}

@@ -1,0 +1,400 @@
+//! The request path: hygiene, identity, routing, filters, action.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::request::Parts;
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
+use hyper::body::{Body as _, Incoming};
+
+use super::exchange::{Exchange, protocol_text};
+use super::http::Downstream;
+use super::local::{Body, LocalReply};
+use super::upstream;
+use crate::config::filters::{Cors, CorsVerdict, FaultAbort};
+use crate::config::headers::Variables;
+use crate::config::listener::Direction;
+use crate::config::matchers::RequestView;
+use crate::config::route::{Action, Route, VirtualHost, is_grpc};
+use crate::config::table::RouteTable;
+use crate::hygiene::fields::{requested_upgrade, strip_hop_by_hop};
+use crate::hygiene::path::{Normalized, normalize};
+use crate::hygiene::scan::valid_host;
+use crate::metrics::flags::Flags;
+use crate::metrics::peer::{METADATA_HEADER, METADATA_ID_HEADER};
+use crate::random;
+
+pub(super) static X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+static X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+static X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+pub(super) static PEER_METADATA: HeaderName = HeaderName::from_static(METADATA_HEADER);
+pub(super) static PEER_METADATA_ID: HeaderName = HeaderName::from_static(METADATA_ID_HEADER);
+/// Says on a response that the request was not processed and may be sent again, whatever its method. Set by an inbound
+/// proxy that could not reach its application; believed by the client's proxy, taken off before anyone else sees it.
+pub(super) static X_UNPROCESSED: HeaderName = HeaderName::from_static("x-serin-unprocessed");
+/// Fields by which clients could steer an Envoy; taken from outside clients only as text.
+const INTERNAL_FIELDS: [&str; 12] = [
+    "x-envoy-internal",
+    "x-envoy-retry-on",
+    "x-envoy-retry-grpc-on",
+    "x-envoy-max-retries",
+    "x-envoy-upstream-rq-timeout-ms",
+    "x-envoy-upstream-rq-per-try-timeout-ms",
+    "x-envoy-upstream-alt-stat-name",
+    "x-envoy-decorator-operation",
+    "x-envoy-hedge-on-per-try-timeout",
+    "x-envoy-attempt-count",
+    "x-envoy-original-path",
+    "x-serin-unprocessed",
+];
+
+/// What was decided about a request, for those that act on it.
+pub(super) struct Routed {
+    pub table: Arc<RouteTable>,
+    pub host: Arc<VirtualHost>,
+    pub route: Arc<Route>,
+}
+
+impl Routed {
+    /// Response mutations, most specific first, as Envoy orders them.
+    pub fn mutate_response(&self, headers: &mut HeaderMap, request: &HeaderMap, variables: &Variables<'_>) {
+        for ops in [&self.route.response_headers, &self.host.response_headers, &self.table.response_headers] {
+            if !ops.is_empty() {
+                ops.apply(headers, Some(request), variables);
+            }
+        }
+    }
+}
+
+/// Why a connection is broken off instead of answered.
+#[derive(Debug, thiserror::Error)]
+#[error("the connection is broken off")]
+pub struct Broken;
+
+/// Serves one request.
+pub(super) async fn handle(conn: Rc<Downstream>, request: Request<Incoming>) -> Result<Response<Body>, Broken> {
+    conn.request_began();
+    let (mut parts, incoming) = request.into_parts();
+    let mut exchange = Exchange::new(conn.clone(), parts.method.clone(), parts.uri.clone(), parts.version);
+    exchange.grpc = is_grpc(&parts.headers);
+    if let Err(reply) = admit(&conn, &mut exchange, &mut parts) {
+        conn.worker.recorder.counters().refused_requests.add(1);
+        return Ok(reply.send(exchange));
+    }
+    let upgrade = take_upgrade(&conn, &mut parts);
+    let upgrade = match upgrade {
+        Ok(upgrade) => upgrade,
+        Err(reply) => return Ok(reply.send(exchange)),
+    };
+    identify(&conn, &mut exchange, &mut parts);
+    // Boxed: the future of a request lives as long as the request, and most of it is here.
+    Ok(Box::pin(route(conn, exchange, parts, incoming, upgrade)).await)
+}
+
+/// The hygiene rules that need a parsed head: target forms, authority, path.
+fn admit(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) -> Result<(), LocalReply> {
+    let refuse = |status: StatusCode, details| {
+        let mut reply = LocalReply::new(status, Flags::DOWNSTREAM_PROTOCOL_ERROR, details, "");
+        reply.close = true;
+        reply
+    };
+    if let Some(violation) = conn.gate.violation() {
+        let status = StatusCode::from_u16(violation.status()).unwrap_or(StatusCode::BAD_REQUEST);
+        return Err(refuse(status, violation.details()));
+    }
+    if parts.method == Method::CONNECT {
+        return Err(refuse(StatusCode::METHOD_NOT_ALLOWED, "connect_not_allowed"));
+    }
+    let bad = |details| refuse(StatusCode::BAD_REQUEST, details);
+    // The authority of the target wins over Host (RFC 9112 section 3.2.2, RFC 9113 section 8.3.1).
+    if let Some(authority) = parts.uri.authority() {
+        if authority.as_str().contains('@') || !valid_host(authority.as_str().as_bytes()) {
+            return Err(bad("invalid_authority"));
+        }
+        let value = HeaderValue::from_str(authority.as_str()).map_err(|_| bad("invalid_authority"))?;
+        if parts.version == Version::HTTP_2
+            && parts.headers.get(header::HOST).is_some_and(|host| !host.as_bytes().eq_ignore_ascii_case(value.as_bytes()))
+        {
+            return Err(bad("host_and_authority_differ"));
+        }
+        parts.headers.insert(header::HOST, value);
+    } else if !parts.headers.contains_key(header::HOST) {
+        if parts.version == Version::HTTP_10 && !conn.manager.default_host.is_empty() {
+            let value = HeaderValue::from_str(&conn.manager.default_host).map_err(|_| bad("invalid_authority"))?;
+            parts.headers.insert(header::HOST, value);
+        } else if parts.version == Version::HTTP_2 {
+            return Err(bad("missing_host_header"));
+        }
+    } else if parts.version == Version::HTTP_2
+        && !parts.headers.get(header::HOST).is_some_and(|host| valid_host(host.as_bytes()))
+    {
+        return Err(bad("invalid_authority"));
+    }
+    if conn.manager.strip_port
+        && let Some(host) = parts.headers.get(header::HOST).and_then(|value| value.to_str().ok())
+    {
+        let stripped = crate::config::table::strip_port(host);
+        if stripped.len() < host.len()
+            && let Ok(value) = HeaderValue::from_str(stripped)
+        {
+            parts.headers.insert(header::HOST, value);
+        }
+    }
+    exchange.authority = parts.headers.get(header::HOST).cloned();
+    normalize_target(conn, parts)
+}
+
+/// Makes the target origin-form with a normalised path.
+fn normalize_target(conn: &Downstream, parts: &mut Parts) -> Result<(), LocalReply> {
+    let refused = |details| {
+        LocalReply::new(StatusCode::BAD_REQUEST, Flags::DOWNSTREAM_PROTOCOL_ERROR, details, "")
+    };
+    let path = parts.uri.path();
+    if path == "*" {
+        return if parts.method == Method::OPTIONS { Ok(()) } else { Err(refused("invalid_path")) };
+    }
+    let manager = &conn.manager;
+    let normalized =
+        match normalize(path, manager.normalize_path, manager.merge_slashes, manager.escaped_slashes) {
+            Normalized::Refused => return Err(refused("path_normalization_failed")),
+            Normalized::Redirect(path) => {
+                let mut reply = LocalReply::new(StatusCode::TEMPORARY_REDIRECT, Flags::default(), "path_normalized", "");
+                let location = HeaderValue::from_str(&path).map_err(|_| refused("path_normalization_failed"))?;
+                reply.headers.insert(header::LOCATION, location);
+                return Err(reply);
+            }
+            Normalized::Path(std::borrow::Cow::Borrowed(_)) => None,
+            Normalized::Path(std::borrow::Cow::Owned(path)) => Some(path),
+        };
+    let target = match normalized {
+        Some(path) => match parts.uri.query() {
+            Some(query) => format!("{path}?{query}").parse(),
+            None => path.parse(),
+        },
+        // Already origin-form, the usual case for HTTP/1: nothing is rebuilt.
+        None if parts.uri.authority().is_none() && parts.uri.scheme().is_none() => return Ok(()),
+        None => Ok(parts.uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"))),
+    };
+    parts.uri = target.map(Uri::from).map_err(|_| refused("invalid_path"))?;
+    Ok(())
+}
+
+/// Takes the hop-by-hop fields off; the upgrade that was asked for, if it may be forwarded.
+fn take_upgrade(conn: &Downstream, parts: &mut Parts) -> Result<Option<String>, LocalReply> {
+    if parts.version == Version::HTTP_2 {
+        strip_hop_by_hop(&mut parts.headers);
+        return Ok(None);
+    }
+    let upgrade = requested_upgrade(&parts.headers);
+    strip_hop_by_hop(&mut parts.headers);
+    match upgrade {
+        None => Ok(None),
+        // h2c by upgrade is deprecated (RFC 9113 section 3.1) and may be ignored.
+        Some(protocol) if protocol == "h2c" => {
+            conn.gate.decide_upgrade(false);
+            Ok(None)
+        }
+        Some(protocol) if conn.manager.upgrades.iter().any(|allowed| **allowed == *protocol) => Ok(Some(protocol)),
+        Some(_) => {
+            conn.gate.decide_upgrade(false);
+            Err(LocalReply::new(StatusCode::FORBIDDEN, Flags::default(), "upgrade_failed", ""))
+        }
+    }
+}
+
+/// Who asks, and the fields that say so to the next hop.
+fn identify(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) {
+    let headers = &mut parts.headers;
+    let manager = &conn.manager;
+    if manager.metadata_exchange || conn.direction == Direction::Inbound {
+        let metadata = headers.remove(&PEER_METADATA);
+        headers.remove(&PEER_METADATA_ID);
+        if conn.direction == Direction::Inbound {
+            exchange.peer = metadata.and_then(|value| conn.worker.peer(&value));
+        }
+    }
+    if manager.use_remote_address {
+        for name in INTERNAL_FIELDS {
+            headers.remove(name);
+        }
+        let remote = conn.remote.ip().to_canonical().to_string();
+        let value = match headers.get(&X_FORWARDED_FOR).and_then(|value| value.to_str().ok()) {
+            Some(before) => HeaderValue::try_from(format!("{before},{remote}")),
+            None => HeaderValue::try_from(remote),
+        };
+        if let Ok(value) = value {
+            headers.insert(X_FORWARDED_FOR.clone(), value);
+        }
+        headers.insert(X_FORWARDED_PROTO.clone(), HeaderValue::from_static("http"));
+    } else {
+        headers.entry(X_FORWARDED_PROTO.clone()).or_insert(HeaderValue::from_static("http"));
+    }
+    if manager.generate_request_id {
+        let fresh = || HeaderValue::from_bytes(&random::uuid()).unwrap_or(HeaderValue::from_static("-"));
+        let value = match headers.get(&X_REQUEST_ID) {
+            Some(value) if !manager.use_remote_address || manager.preserve_request_id => value.clone(),
+            _ => {
+                let value = fresh();
+                headers.insert(X_REQUEST_ID.clone(), value.clone());
+                value
+            }
+        };
+        exchange.request_id = Some(value);
+    }
+}
+
+/// A view of a request for matchers.
+pub(super) fn view<'a>(parts: &'a Parts) -> RequestView<'a> {
+    RequestView {
+        method: parts.method.as_str(),
+        path: parts.uri.path(),
+        query: parts.uri.query(),
+        authority: parts.headers.get(header::HOST).and_then(|value| value.to_str().ok()).unwrap_or(""),
+        scheme: parts.headers.get(&X_FORWARDED_PROTO).and_then(|value| value.to_str().ok()).unwrap_or("http"),
+        headers: &parts.headers,
+    }
+}
+
+/// The variables of header templates for a request.
+pub(super) fn variables<'a>(conn: &Downstream, parts: &'a Parts, route: &'a Route) -> Variables<'a> {
+    Variables {
+        downstream_remote: Some(conn.remote),
+        downstream_local: Some(conn.local),
+        protocol: protocol_text(parts.version),
+        route_name: &route.name,
+        path: parts.uri.path_and_query().map_or("/", |path| path.as_str()),
+        method: parts.method.as_str(),
+        authority: parts.headers.get(header::HOST).and_then(|value| value.to_str().ok()).unwrap_or(""),
+        ..Default::default()
+    }
+}
+
+fn find_route(conn: &Downstream, parts: &Parts) -> Option<Routed> {
+    let table = conn.manager.table()?;
+    let view = view(parts);
+    let host = table.find(view.authority)?.load();
+    let route = host.find(&view, random::next)?.clone();
+    Some(Routed { table, host, route })
+}
+
+async fn route(
+    conn: Rc<Downstream>,
+    mut exchange: Box<Exchange>,
+    parts: Parts,
+    incoming: Incoming,
+    upgrade: Option<String>,
+) -> Response<Body> {
+    let Some(routed) = find_route(&conn, &parts) else {
+        conn.gate.decide_upgrade(false);
+        return LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", "").send(exchange);
+    };
+    exchange.route = Some(routed.route.clone());
+    if routed.host.require_tls && view(&parts).scheme != "https" {
+        let location = format!("https://{}{}", view(&parts).authority, parts.uri);
+        return redirect(exchange, &routed, &parts, StatusCode::MOVED_PERMANENTLY, &location);
+    }
+    let cors = conn
+        .manager
+        .has_cors
+        .then(|| routed.route.per_filter.cors.as_ref().or(routed.host.per_filter.cors.as_ref()).or(conn.manager.cors.as_ref()))
+        .flatten();
+    let mut allowed_origin = None;
+    match cors.map_or(CorsVerdict::None, |cors| cors.judge(&parts.method, &parts.headers)) {
+        CorsVerdict::None => {}
+        CorsVerdict::Actual(origin) => allowed_origin = Some(origin),
+        CorsVerdict::Preflight(headers) => {
+            let mut reply = LocalReply::new(StatusCode::OK, Flags::default(), "cors_preflight", "");
+            reply.headers = *headers;
+            return reply.send(exchange);
+        }
+    }
+    if let Some(reply) = inject_fault(&conn, &mut exchange, &routed, &parts).await {
+        return decorate(reply.send(exchange), cors, allowed_origin);
+    }
+    let response = match &routed.route.action {
+        Action::Direct(direct) => {
+            let mut reply = LocalReply::new(direct.status, Flags::default(), "direct_response", "");
+            reply.body = direct.body.clone();
+            let variables = variables(&conn, &parts, &routed.route);
+            routed.mutate_response(&mut reply.headers, &parts.headers, &variables);
+            reply.send(exchange)
+        }
+        Action::Redirect(action) => {
+            let location = routed.route.location(action, &view(&parts));
+            redirect(exchange, &routed, &parts, action.status, &location)
+        }
+        Action::Forward(_) => {
+            let body = if incoming.is_end_stream() { None } else { Some(incoming) };
+            return decorate(upstream::forward(exchange, routed.clone_arcs(), parts, body, upgrade).await, cors, allowed_origin);
+        }
+    };
+    conn.gate.decide_upgrade(false);
+    decorate(response, cors, allowed_origin)
+}
+
+impl Routed {
+    fn clone_arcs(&self) -> Self {
+        Self { table: self.table.clone(), host: self.host.clone(), route: self.route.clone() }
+    }
+}
+
+fn decorate(mut response: Response<Body>, cors: Option<&Cors>, origin: Option<HeaderValue>) -> Response<Body> {
+    if let (Some(cors), Some(origin)) = (cors, origin) {
+        cors.decorate(origin, response.headers_mut());
+    }
+    response
+}
+
+fn redirect(
+    exchange: Box<Exchange>,
+    routed: &Routed,
+    parts: &Parts,
+    status: StatusCode,
+    location: &str,
+) -> Response<Body> {
+    let Ok(location) = HeaderValue::from_str(location) else {
+        return LocalReply::new(StatusCode::BAD_REQUEST, Flags::DOWNSTREAM_PROTOCOL_ERROR, "invalid_path", "")
+            .send(exchange);
+    };
+    let mut reply = LocalReply::new(status, Flags::default(), "direct_response", "");
+    reply.headers.insert(header::LOCATION, location);
+    let conn = exchange.conn.clone();
+    routed.mutate_response(&mut reply.headers, &parts.headers, &variables(&conn, parts, &routed.route));
+    reply.send(exchange)
+}
+
+/// Delays, and the reply of an abort.
+async fn inject_fault(
+    conn: &Downstream,
+    exchange: &mut Exchange,
+    routed: &Routed,
+    parts: &Parts,
+) -> Option<LocalReply> {
+    if !conn.manager.has_fault {
+        return None;
+    }
+    let own = routed.route.per_filter.fault.as_ref().or(routed.host.per_filter.fault.as_ref());
+    let fault = match own {
+        Some(own) => own.as_ref()?,
+        None => conn.manager.fault.as_ref()?,
+    };
+    let (delay, abort) = fault.decide(&view(parts), random::next);
+    if let Some(delay) = delay {
+        exchange.flags.add(Flags::DELAY_INJECTED);
+        tokio::time::sleep(delay.min(Duration::from_secs(3600))).await;
+    }
+    let mut reply =
+        LocalReply::new(StatusCode::OK, Flags::FAULT_INJECTED, "fault_filter_abort", "fault filter abort");
+    match abort? {
+        FaultAbort::Http(status) => reply.status = status,
+        FaultAbort::Grpc(status) => {
+            reply.grpc_status = Some(status);
+            exchange.grpc = true;
+            reply.body = Bytes::from_static(b"fault filter abort");
+        }
+    }
+    Some(reply)
+}

@@ -1,0 +1,298 @@
+//! TCP: bytes joined both ways, counted, with an idle limit. An idle connection holds no buffer: each thread has one.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::net::{Shutdown, SocketAddr};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use socket2::SockRef;
+use tokio::net::TcpStream;
+
+use super::Worker;
+use crate::config::listener::{Direction, Listener, TcpProxy, TcpTargets};
+use crate::metrics::flags::Flags;
+use crate::metrics::peer::{ServiceIdentity, Workload};
+use crate::metrics::series::{Reporter, TcpLabels, TcpSeries};
+use crate::upstream::balance::Wish;
+use crate::upstream::cluster::{Active, Host, WorkerCluster};
+use crate::upstream::connect::{self, Stream};
+use crate::upstream::outlier::Event;
+
+/// Bytes moved at a time.
+const BUFFER: usize = 64 * 1024;
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER]);
+}
+
+/// There is no connection to join with; why has been recorded.
+#[derive(Debug)]
+pub struct NoUpstream;
+
+/// A connection towards an endpoint, ready to be joined.
+pub struct Upstream {
+    stream: Stream,
+    labels: TcpLabels,
+    _active: Active,
+}
+
+impl Upstream {
+    /// Waits until the endpoint has said something (or gone).
+    pub async fn readable(&self) -> io::Result<()> {
+        self.stream.readable().await
+    }
+}
+
+/// Connects to where `proxy` sends connections.
+pub(super) async fn open(
+    worker: &Rc<Worker>,
+    proxy: &TcpProxy,
+    listener: &Listener,
+    destination: SocketAddr,
+) -> Result<Upstream, NoUpstream> {
+    let slot = match &proxy.targets {
+        TcpTargets::One(slot) => slot,
+        TcpTargets::Weighted(slots, weights, turn) => &slots[weights.pick(turn.next(worker.id))],
+    };
+    let reporter = match listener.direction {
+        Direction::Inbound => Reporter::Destination,
+        Direction::Outbound | Direction::Unspecified => Reporter::Source,
+    };
+    let mut labels =
+        TcpLabels { reporter, peer: Workload::unknown(), service: ServiceIdentity::unknown(), flags: Flags::default() };
+    let Some(cluster) = worker.cluster(slot) else {
+        return Err(fail(worker, proxy, labels, Flags::NO_CLUSTER, listener, &slot.name, destination, ""));
+    };
+    labels.service = cluster
+        .config
+        .service
+        .clone()
+        .unwrap_or_else(|| ServiceIdentity::new(&cluster.slot.name, &cluster.slot.name, ""));
+    let mut tried: Vec<Rc<Host>> = Vec::new();
+    let mut failure = String::new();
+    for _ in 0..proxy.max_connect_attempts {
+        let wish = Wish { tried: &tried, attempts: 5, ..Default::default() };
+        let Some(host) = cluster.pick(&wish, Some(destination)) else {
+            let flags = Flags::NO_HEALTHY_UPSTREAM;
+            return Err(fail(worker, proxy, labels, flags, listener, &slot.name, destination, &failure));
+        };
+        if reporter == Reporter::Source
+            && let Some(workload) = &host.endpoint.workload
+        {
+            labels.peer = workload.clone();
+        }
+        match connect_to(worker, &cluster, &host).await {
+            Ok(stream) => return Ok(Upstream { stream, labels, _active: Active::on(&host) }),
+            Err(text) => failure = text,
+        }
+        tried.push(host);
+    }
+    let mut flags = Flags::UPSTREAM_CONNECTION_FAILURE;
+    if proxy.max_connect_attempts > 1 {
+        flags.add(Flags::RETRY_LIMIT);
+    }
+    Err(fail(worker, proxy, labels, flags, listener, &slot.name, destination, &failure))
+}
+
+async fn connect_to(worker: &Worker, cluster: &WorkerCluster, host: &Host) -> Result<Stream, String> {
+    let config = &cluster.config;
+    let result =
+        tokio::time::timeout(config.connect_timeout, connect::connect(config, &host.endpoint.address)).await;
+    let counters = worker.recorder.counters();
+    match result {
+        Ok(Ok(stream)) => {
+            counters.upstream_connections.add(1);
+            // A connection is a success as TCP goes.
+            cluster.record(host, Event::Status(200));
+            Ok(stream)
+        }
+        failed => {
+            counters.upstream_connect_failures.add(1);
+            if cluster.record(host, Event::LocalFailure) {
+                counters.ejections.add(1);
+            }
+            Err(match failed {
+                Ok(Err(error)) => error.to_string(),
+                _ => "connection timeout".to_owned(),
+            })
+        }
+    }
+}
+
+fn fail(
+    worker: &Worker,
+    proxy: &TcpProxy,
+    mut labels: TcpLabels,
+    flags: Flags,
+    listener: &Listener,
+    cluster: &str,
+    destination: SocketAddr,
+    failure: &str,
+) -> NoUpstream {
+    labels.flags = flags;
+    if proxy.stats {
+        let series = worker.recorder.tcp(&labels);
+        series.opened.add(1);
+        series.closed.add(1);
+    }
+    worker.log(
+        serde_json::json!({
+            "listener": &*listener.name,
+            "upstream_cluster": cluster,
+            "response_flags": flags.to_string(),
+            "upstream_transport_failure_reason": failure,
+            "downstream_local_address": destination.to_string(),
+        })
+        .to_string(),
+    );
+    NoUpstream
+}
+
+/// Counts a connection in its series until dropped.
+struct Counted(Option<Arc<TcpSeries>>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        if let Some(series) = &self.0 {
+            series.closed.add(1);
+        }
+    }
+}
+
+/// Joins the two until both are done, one breaks, or nothing moves for too long. `prefix` goes upstream first.
+pub(super) async fn join(
+    worker: Rc<Worker>,
+    proxy: Arc<TcpProxy>,
+    downstream: TcpStream,
+    prefix: Vec<u8>,
+    upstream: Upstream,
+) {
+    let series = proxy.stats.then(|| worker.recorder.tcp(&upstream.labels));
+    if let Some(series) = &series {
+        series.opened.add(1);
+    }
+    let counted = Counted(series);
+    let downstream = Stream::Tcp(downstream);
+    let last = Cell::new(Instant::now());
+    let received = |count: usize| {
+        last.set(Instant::now());
+        if let Some(series) = &counted.0 {
+            series.received.add(count as u64);
+        }
+    };
+    let sent = |count: usize| {
+        last.set(Instant::now());
+        if let Some(series) = &counted.0 {
+            series.sent.add(count as u64);
+        }
+    };
+    let up = async {
+        if !prefix.is_empty() {
+            received(prefix.len());
+            upstream.stream.send(&prefix).await?;
+        }
+        pump(&downstream, &upstream.stream, received).await
+    };
+    let down = pump(&upstream.stream, &downstream, sent);
+    let both = async {
+        // The first error ends both; a mere end of stream is passed on and leaves the other direction open.
+        let _ = futures::future::try_join(up, down).await;
+    };
+    tokio::select! {
+        () = both => {}
+        () = quiet(&last, proxy.idle_timeout) => {}
+        () = worker.closing() => {}
+    }
+}
+
+/// Ends when nothing has moved for `limit`.
+async fn quiet(last: &Cell<Instant>, limit: Option<Duration>) {
+    let Some(limit) = limit else { return std::future::pending().await };
+    loop {
+        let passed = last.get().elapsed();
+        if passed >= limit {
+            return;
+        }
+        tokio::time::sleep(limit - passed).await;
+    }
+}
+
+async fn pump(from: &Stream, to: &Stream, moved: impl Fn(usize)) -> io::Result<()> {
+    loop {
+        from.readable().await?;
+        // What the peer does not take at once is copied out of the shared buffer.
+        let step = SCRATCH.with_borrow_mut(|buffer| -> io::Result<Option<Vec<u8>>> {
+            let count = match from.try_read(buffer) {
+                Ok(0) => return Ok(None),
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Some(Vec::new())),
+                Err(error) => return Err(error),
+            };
+            moved(count);
+            let written = match to.try_write(&buffer[..count]) {
+                Ok(written) => written,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+                Err(error) => return Err(error),
+            };
+            Ok(Some(buffer[written..count].to_vec()))
+        })?;
+        match step {
+            None => return to.end(),
+            Some(rest) if rest.is_empty() => {}
+            Some(rest) => to.send(&rest).await?,
+        }
+    }
+}
+
+impl Stream {
+    async fn readable(&self) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => stream.readable().await,
+            Self::Unix(stream) => stream.readable().await,
+        }
+    }
+
+    fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => stream.try_read(buffer),
+            Self::Unix(stream) => stream.try_read(buffer),
+        }
+    }
+
+    fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => stream.try_write(bytes),
+            Self::Unix(stream) => stream.try_write(bytes),
+        }
+    }
+
+    async fn send(&self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match self {
+                Self::Tcp(stream) => stream.writable().await?,
+                Self::Unix(stream) => stream.writable().await?,
+            }
+            match self.try_write(bytes) {
+                Ok(count) => bytes = &bytes[count..],
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Passes the end of the stream on.
+    fn end(&self) -> io::Result<()> {
+        let result = match self {
+            Self::Tcp(stream) => SockRef::from(stream).shutdown(Shutdown::Write),
+            Self::Unix(stream) => SockRef::from(stream).shutdown(Shutdown::Write),
+        };
+        match result {
+            // The peer has closed already.
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+            other => other,
+        }
+    }
+}

@@ -1,0 +1,858 @@
+//! Forwarding: cluster, endpoint, connection, attempts, response.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use http::request::Parts;
+use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
+use hyper::body::Incoming;
+use tokio::time::Instant;
+
+use super::body::{RequestSource, ResponseBody, UpstreamBody};
+use super::exchange::{Exchange, Limits, Watch};
+use super::http::Downstream;
+use super::local::{Body, LocalReply};
+use super::request::{PEER_METADATA, PEER_METADATA_ID, Routed, X_REQUEST_ID, X_UNPROCESSED, variables, view};
+use crate::config::cluster::UpstreamHttp;
+use crate::config::convert::Address;
+use crate::config::hash::request_hash;
+use crate::config::headers::Variables;
+use crate::config::listener::Direction;
+use crate::config::retry::{Outcome, RetryPolicy};
+use crate::config::route::{Action, Forward, HostRewrite, Target, Targets};
+use crate::config::slot::{ClusterSlot, Usage};
+use crate::hygiene::fields::strip_hop_by_hop;
+use crate::metrics::flags::Flags;
+use crate::random;
+use crate::upstream::balance::Wish;
+use crate::upstream::cluster::{Active, Host, WorkerCluster};
+use crate::upstream::outlier::Event;
+use crate::upstream::pool::{ConnectError, Lease};
+
+static X_ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
+static X_UPSTREAM_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
+static X_ORIGINAL_PATH: HeaderName = HeaderName::from_static("x-envoy-original-path");
+static X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+static X_OVERLOADED: HeaderName = HeaderName::from_static("x-envoy-overloaded");
+
+/// Attempts that are made again without asking the retry policy, because the connection was closed while idle or the
+/// request was provably not sent: nothing has happened yet as far as the client is concerned.
+const MAX_UNSENT: u32 = 5;
+
+/// Counts something shared against a limit; nothing is written when there is no limit.
+struct Permit(Option<(Arc<ClusterSlot>, fn(&Usage) -> &AtomicU32)>);
+
+impl Permit {
+    fn take(slot: &Arc<ClusterSlot>, which: fn(&Usage) -> &AtomicU32, limit: u32) -> Option<Self> {
+        if limit == u32::MAX {
+            return Some(Self(None));
+        }
+        if which(&slot.usage).fetch_add(1, Ordering::Relaxed) >= limit {
+            which(&slot.usage).fetch_sub(1, Ordering::Relaxed);
+            return None;
+        }
+        Some(Self(Some((slot.clone(), which))))
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        if let Some((slot, which)) = &self.0 {
+            which(&slot.usage).fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// How an attempt failed.
+enum Failure {
+    Connect(ConnectError),
+    /// The peer says that it did nothing.
+    Refused,
+    /// The connection or stream broke.
+    Reset { sent: bool, reused: bool, protocol: bool, text: String },
+    PerTryTimeout,
+    Timeout,
+    /// The client's side broke.
+    Client,
+}
+
+/// Whether a further attempt may follow.
+#[derive(Clone, Copy)]
+struct Again {
+    /// By the route's retry policy.
+    by_policy: bool,
+    /// Because the connection had been used before and may have been closed while idle.
+    quietly: bool,
+}
+
+/// Everything that stays the same over the attempts.
+struct Plan<'a> {
+    conn: &'a Rc<Downstream>,
+    cluster: &'a Rc<WorkerCluster>,
+    forward: &'a Forward,
+    http2: bool,
+    deadline: Option<Instant>,
+    hash: Option<u64>,
+    auto_host: bool,
+}
+
+/// Sends a request on and brings the response back.
+pub(super) async fn forward(
+    mut exchange: Box<Exchange>,
+    routed: Routed,
+    mut parts: Parts,
+    incoming: Option<Incoming>,
+    upgrade: Option<String>,
+) -> Response<Body> {
+    let conn = exchange.conn.clone();
+    let Action::Forward(forward) = &routed.route.action else {
+        return LocalReply::new(StatusCode::INTERNAL_SERVER_ERROR, Flags::LOCAL_RESET, "not_forwarding", "").send(exchange);
+    };
+    let (slot, target) = match &forward.targets {
+        Targets::One(slot) => (slot, None),
+        Targets::Weighted(targets, weights, turn) => {
+            let target = &targets[weights.pick(turn.next(conn.worker.id))];
+            (&target.cluster, Some(target))
+        }
+        Targets::Empty => {
+            return LocalReply::new(forward.cluster_not_found, Flags::NO_CLUSTER, "cluster_not_found", "").send(exchange);
+        }
+    };
+    exchange.cluster_name = Some(slot.name.clone());
+    let Some(cluster) = conn.worker.cluster(slot) else {
+        conn.gate.decide_upgrade(false);
+        return LocalReply::new(forward.cluster_not_found, Flags::NO_CLUSTER, "cluster_not_found", "").send(exchange);
+    };
+    exchange.cluster = Some(cluster.clone());
+    let overflow = || {
+        let mut reply = LocalReply::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            Flags::UPSTREAM_OVERFLOW,
+            "upstream_reset_before_response_started{overflow}",
+            "upstream connect error or disconnect/reset before headers. reset reason: overflow",
+        );
+        reply.headers.insert(X_OVERLOADED.clone(), HeaderValue::from_static("true"));
+        reply
+    };
+    let limits = cluster.config.limits;
+    let Some(permit) = Permit::take(slot, |usage| &usage.requests, limits.requests) else {
+        return overflow().send(exchange);
+    };
+    if cluster.drops(random::next()) {
+        return LocalReply::new(StatusCode::SERVICE_UNAVAILABLE, Flags::DROP_OVERLOAD, "drop_overload", "drop overload")
+            .send(exchange);
+    }
+    let hash = if forward.hash.is_empty() {
+        None
+    } else {
+        request_hash(&forward.hash, &view(&parts), conn.remote.ip())
+    };
+    let http2 = upgrade.is_none()
+        && match cluster.config.http {
+            UpstreamHttp::Http1 => false,
+            UpstreamHttp::Http2 => true,
+            UpstreamHttp::Downstream => parts.version == Version::HTTP_2,
+        };
+    let request_headers = (!routed.route.response_headers.is_empty()
+        || !routed.host.response_headers.is_empty()
+        || !routed.table.response_headers.is_empty())
+    .then(|| parts.headers.clone());
+    if let Err(reply) = prepare(&conn, &routed, forward, target, &cluster, &mut parts) {
+        return reply.send(exchange);
+    }
+    let source = incoming.map(|incoming| {
+        let keep = forward.retry.is_some() || !forward.mirrors.is_empty();
+        RequestSource::new(incoming, if keep { forward.request_buffer } else { 0 })
+    });
+    exchange.source.clone_from(&source);
+    let plan = Plan {
+        conn: &conn,
+        cluster: &cluster,
+        forward,
+        http2,
+        deadline: forward.timeout.map(|timeout| Instant::now() + timeout),
+        hash,
+        auto_host: matches!(forward.host_rewrite, Some(HostRewrite::Auto)),
+    };
+    let downstream_upgrade = upgrade.as_ref().map(|protocol| (protocol.clone(), take_on_upgrade(&mut parts)));
+    let mirror_head = (!forward.mirrors.is_empty()).then(|| parts.clone());
+    let outcome = attempts(&plan, &routed, &mut exchange, &mut parts, source.as_ref(), upgrade.as_deref()).await;
+    if let Some(head) = mirror_head {
+        mirror(&conn, forward, head, source.as_ref());
+    }
+    let (response, lease, active) = match outcome {
+        Ok(success) => success,
+        Err(reply) => {
+            conn.gate.decide_upgrade(false);
+            return if reply.details == "overflow" { overflow() } else { reply }.send(exchange);
+        }
+    };
+    drop(permit);
+    if let Some((_, on_upgrade)) = downstream_upgrade {
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            return switch_protocols(exchange, response, on_upgrade, active, lease);
+        }
+        conn.gate.decide_upgrade(false);
+    }
+    respond(exchange, &plan, &routed, target, request_headers, &parts, response, lease, active)
+}
+
+fn take_on_upgrade(parts: &mut Parts) -> Option<hyper::upgrade::OnUpgrade> {
+    parts.extensions.remove::<hyper::upgrade::OnUpgrade>()
+}
+
+/// Makes the request what the upstream gets: mutations, rewrites, identity.
+fn prepare(
+    conn: &Downstream,
+    routed: &Routed,
+    forward: &Forward,
+    target: Option<&Target>,
+    cluster: &WorkerCluster,
+    parts: &mut Parts,
+) -> Result<(), LocalReply> {
+    let ops = [
+        target.map(|target| &target.request_headers),
+        Some(&routed.route.request_headers),
+        Some(&routed.host.request_headers),
+        Some(&routed.table.request_headers),
+    ];
+    if ops.iter().flatten().any(|ops| !ops.is_empty()) {
+        let uri = parts.uri.clone();
+        let authority = parts.headers.get(header::HOST).cloned();
+        let method = parts.method.clone();
+        let variables = Variables {
+            downstream_remote: Some(conn.remote),
+            downstream_local: Some(conn.local),
+            protocol: super::exchange::protocol_text(parts.version),
+            route_name: &routed.route.name,
+            upstream_cluster: &cluster.slot.name,
+            path: uri.path_and_query().map_or("/", |path| path.as_str()),
+            method: method.as_str(),
+            authority: authority.as_ref().and_then(|value| value.to_str().ok()).unwrap_or(""),
+            ..Default::default()
+        };
+        for ops in ops.into_iter().flatten() {
+            ops.apply(&mut parts.headers, None, &variables);
+        }
+    }
+    let old_host = parts.headers.get(header::HOST).cloned();
+    let new_host = target.and_then(|target| target.host_rewrite.clone()).or_else(|| match &forward.host_rewrite {
+        None | Some(HostRewrite::Auto) => None,
+        Some(HostRewrite::Literal(value)) => Some(value.clone()),
+        Some(HostRewrite::Header(name)) => parts.headers.get(name).cloned(),
+        Some(HostRewrite::PathRegex(regex, with)) => {
+            HeaderValue::from_str(&regex.replace_all(parts.uri.path(), &**with)).ok()
+        }
+    });
+    if let Some(new) = new_host {
+        if forward.append_forwarded_host
+            && let Some(old) = old_host
+        {
+            parts.headers.append(X_FORWARDED_HOST.clone(), old);
+        }
+        parts.headers.insert(header::HOST, new);
+    }
+    if let Some(rewrite) = &forward.rewrite {
+        let path = routed.route.rewritten(rewrite, parts.uri.path());
+        let target = match parts.uri.query() {
+            Some(query) => format!("{path}?{query}"),
+            None => path.into_owned(),
+        };
+        if let Ok(original) = HeaderValue::from_str(parts.uri.path_and_query().map_or("/", |path| path.as_str())) {
+            parts.headers.insert(X_ORIGINAL_PATH.clone(), original);
+        }
+        parts.uri = target.parse().map_err(|_| {
+            LocalReply::new(StatusCode::BAD_REQUEST, Flags::DOWNSTREAM_PROTOCOL_ERROR, "path_rewrite_failed", "")
+        })?;
+    }
+    if conn.manager.metadata_exchange && conn.direction != Direction::Inbound {
+        parts.headers.insert(PEER_METADATA.clone(), conn.worker.shared.peer_metadata.clone());
+        parts.headers.insert(PEER_METADATA_ID.clone(), conn.worker.shared.peer_id.clone());
+    }
+    // hyper answered it, or will when the body is read; the upstream is not asked.
+    parts.headers.remove(header::EXPECT);
+    Ok(())
+}
+
+type Success = (Response<Incoming>, Lease, Active);
+
+/// Tries until there is a response or nothing more may be tried.
+async fn attempts(
+    plan: &Plan<'_>,
+    routed: &Routed,
+    exchange: &mut Exchange,
+    parts: &mut Parts,
+    source: Option<&Rc<RefCell<RequestSource>>>,
+    upgrade: Option<&str>,
+) -> Result<Success, LocalReply> {
+    let cluster = plan.cluster;
+    let policy = plan.forward.retry.as_ref().filter(|policy| upgrade.is_none() && policy.applies_to(&view(parts)));
+    let mut tried: Vec<Rc<Host>> = Vec::new();
+    let mut retries = 0;
+    let mut unsent = 0;
+    let mut retry_permit: Option<Permit> = None;
+    loop {
+        let wish = Wish {
+            hash: plan.hash,
+            tried: if policy.is_some_and(|policy| policy.previous_hosts) || unsent > 0 { &tried } else { &[] },
+            attempts: policy.map_or(1, |policy| policy.host_selection_attempts),
+            some_ejected: false,
+        };
+        let Some(host) = cluster.pick(&wish, Some(plan.conn.local)) else {
+            return Err(LocalReply::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                Flags::NO_HEALTHY_UPSTREAM,
+                "no_healthy_upstream",
+                "no healthy upstream",
+            ));
+        };
+        exchange.attempts += 1;
+        exchange.host = Some(host.clone());
+        let active = Active::on(&host);
+        let may_retry = policy.is_some_and(|policy| retries < policy.attempts);
+        let again = Again { by_policy: may_retry, quietly: unsent < MAX_UNSENT };
+        let result = attempt(plan, routed, exchange, parts, source, upgrade, &host, policy, again).await;
+        let replayable = source.is_none_or(|source| source.borrow().can_replay());
+        let outcome;
+        match &result {
+            Ok((response, _)) => {
+                let status = response.status();
+                let ejected = cluster.record(&host, Event::Status(status_for_outliers(response)));
+                note_ejection(plan, ejected);
+                let refused = response.headers().contains_key(&X_UNPROCESSED) && host.endpoint.workload.is_some();
+                outcome = if refused { Outcome::Refused } else { Outcome::Response(status, response.headers()) };
+            }
+            Err(failure) => {
+                if !matches!(failure, Failure::Client | Failure::Connect(ConnectError::Overflow)) {
+                    // A connection closed while idle says nothing about the host's health.
+                    let stale = matches!(failure, Failure::Reset { sent: false, reused: true, .. });
+                    if !stale {
+                        let ejected = cluster.record(&host, Event::LocalFailure);
+                        note_ejection(plan, ejected);
+                    }
+                }
+                outcome = match failure {
+                    Failure::Connect(ConnectError::Overflow) | Failure::Client | Failure::Timeout => {
+                        return Err(final_reply(exchange, result.err(), retries, policy));
+                    }
+                    Failure::Connect(_) => Outcome::ConnectFailure,
+                    Failure::Refused => Outcome::Refused,
+                    Failure::Reset { sent, .. } => Outcome::Reset { sent: *sent },
+                    Failure::PerTryTimeout => Outcome::PerTryTimeout,
+                };
+            }
+        }
+        // A reused connection that broke before a response was most likely closed while idle; the request is sent
+        // again, unless it may have been acted on and is not idempotent (RFC 9110 section 9.2.2).
+        let quietly = match &result {
+            Err(Failure::Reset { sent, reused, .. }) => {
+                *reused && (!sent || is_idempotent(&parts.method)) && unsent < MAX_UNSENT
+            }
+            _ => false,
+        };
+        let wanted = may_retry && policy.is_some_and(|policy| policy.wants(&outcome));
+        let in_time = plan.deadline.is_none_or(|deadline| Instant::now() < deadline);
+        if !(replayable && in_time && (quietly || wanted)) {
+            if let Some(source) = source
+                && plan.forward.mirrors.is_empty()
+            {
+                source.borrow_mut().stop_keeping();
+            }
+            return match result {
+                Ok((response, lease)) => {
+                    if wanted || policy.is_some_and(|policy| retries >= policy.attempts && policy.wants(&outcome_of(&response))) {
+                        exchange.flags.add(Flags::RETRY_LIMIT);
+                    }
+                    Ok((response, lease, active))
+                }
+                Err(failure) => Err(final_reply(exchange, Some(failure), retries, policy)),
+            };
+        }
+        if quietly {
+            unsent += 1;
+        } else {
+            let Some(permit) = take_retry_permit(plan) else {
+                exchange.flags.add(Flags::UPSTREAM_OVERFLOW);
+                return match result {
+                    Ok((response, lease)) => Ok((response, lease, active)),
+                    Err(failure) => Err(final_reply(exchange, Some(failure), retries, policy)),
+                };
+            };
+            retry_permit.replace(permit);
+            retries += 1;
+            plan.conn.worker.recorder.counters().retries.add(1);
+        }
+        drop(result);
+        tried.push(host);
+        if !quietly && let Some(policy) = policy {
+            let wait = policy.back_off(retries, random::next());
+            match plan.deadline {
+                Some(deadline) => tokio::time::sleep_until((Instant::now() + wait).min(deadline)).await,
+                None => tokio::time::sleep(wait).await,
+            }
+        }
+    }
+}
+
+fn outcome_of<B>(response: &Response<B>) -> Outcome<'_> {
+    Outcome::Response(response.status(), response.headers())
+}
+
+fn note_ejection(plan: &Plan<'_>, ejected: bool) {
+    if ejected {
+        plan.conn.worker.recorder.counters().ejections.add(1);
+    }
+}
+
+/// gRPC answers 200 always; its own status counts, by the HTTP status that means the same.
+fn status_for_outliers<B>(response: &Response<B>) -> u16 {
+    match response.headers().get("grpc-status").map(HeaderValue::as_bytes) {
+        Some(b"2" | b"13" | b"15") => 500,
+        Some(b"14") => 503,
+        Some(b"4") => 504,
+        _ => response.status().as_u16(),
+    }
+}
+
+fn take_retry_permit(plan: &Plan<'_>) -> Option<Permit> {
+    let limits = plan.cluster.config.limits;
+    let slot = &plan.cluster.slot;
+    let limit = match limits.retry_budget {
+        None => limits.retries,
+        Some((percent, floor)) => {
+            let active = slot.usage.requests.load(Ordering::Relaxed);
+            ((f64::from(active) * percent / 100.0) as u32).max(floor)
+        }
+    };
+    Permit::take(slot, |usage| &usage.retries, limit)
+}
+
+fn is_idempotent(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS | Method::PUT | Method::DELETE | Method::TRACE)
+}
+
+/// One try on one host.
+async fn attempt(
+    plan: &Plan<'_>,
+    routed: &Routed,
+    exchange: &mut Exchange,
+    parts: &mut Parts,
+    source: Option<&Rc<RefCell<RequestSource>>>,
+    upgrade: Option<&str>,
+    host: &Host,
+    policy: Option<&RetryPolicy>,
+    again: Again,
+) -> Result<(Response<Incoming>, Lease), Failure> {
+    let cluster = plan.cluster;
+    let worker = &plan.conn.worker;
+    let per_try = policy.and_then(|policy| policy.per_try_timeout).map(|limit| Instant::now() + limit);
+    let acquire = host.pool.acquire(worker, &cluster.slot, &cluster.config, &host.endpoint.address, plan.http2);
+    let pending = Permit::take(&cluster.slot, |usage| &usage.pending, cluster.config.limits.pending)
+        .ok_or(Failure::Connect(ConnectError::Overflow))?;
+    let mut lease = bounded(plan.deadline, per_try, acquire).await?.map_err(Failure::Connect)?;
+    drop(pending);
+    let request = build(plan, routed, exchange, parts, source, upgrade, host, &lease, again);
+    let reused = lease.reused();
+    let sent = match &mut lease {
+        Lease::Http1 { sender, .. } => {
+            let response = sender.try_send_request(request);
+            bounded(plan.deadline, per_try, response).await?.map_err(|mut error| {
+                let unsent = error.take_message().is_some();
+                (error.into_error(), unsent)
+            })
+        }
+        Lease::Http2(stream) => {
+            let mut sender = stream.sender();
+            let response = sender.try_send_request(request);
+            bounded(plan.deadline, per_try, response).await?.map_err(|mut error| {
+                let unsent = error.take_message().is_some();
+                (error.into_error(), unsent)
+            })
+        }
+    };
+    match sent {
+        Ok(response) => Ok((response, lease)),
+        Err((error, unsent)) => {
+            if source.is_some_and(|source| source.borrow().client_failed) {
+                return Err(Failure::Client);
+            }
+            if refused_by_peer(&error) {
+                return Err(Failure::Refused);
+            }
+            Err(Failure::Reset {
+                sent: !unsent,
+                reused,
+                protocol: error.is_parse(),
+                text: full_text(&error),
+            })
+        }
+    }
+}
+
+fn full_text(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        text.push_str(": ");
+        text.push_str(&inner.to_string());
+        source = inner.source();
+    }
+    text
+}
+
+/// Whether the peer says by HTTP/2 that it did not process the stream.
+fn refused_by_peer(error: &hyper::Error) -> bool {
+    let mut source = std::error::Error::source(error);
+    while let Some(inner) = source {
+        if let Some(h2) = inner.downcast_ref::<h2::Error>() {
+            return h2.reason() == Some(h2::Reason::REFUSED_STREAM)
+                || (h2.is_go_away() && h2.is_remote() && h2.reason() == Some(h2::Reason::NO_ERROR));
+        }
+        source = inner.source();
+    }
+    false
+}
+
+/// Waits for `work` up to the nearer of the two limits.
+async fn bounded<T>(
+    deadline: Option<Instant>,
+    per_try: Option<Instant>,
+    work: impl Future<Output = T>,
+) -> Result<T, Failure> {
+    let (limit, failure) = match (deadline, per_try) {
+        (None, None) => return Ok(work.await),
+        (Some(deadline), Some(per_try)) if per_try < deadline => (per_try, Failure::PerTryTimeout),
+        (Some(deadline), _) => (deadline, Failure::Timeout),
+        (None, Some(per_try)) => (per_try, Failure::PerTryTimeout),
+    };
+    tokio::time::timeout_at(limit, work).await.map_err(|_| failure)
+}
+
+/// The request as it goes to `host`.
+fn build(
+    plan: &Plan<'_>,
+    routed: &Routed,
+    exchange: &Exchange,
+    parts: &mut Parts,
+    source: Option<&Rc<RefCell<RequestSource>>>,
+    upgrade: Option<&str>,
+    host: &Host,
+    lease: &Lease,
+    again: Again,
+) -> Request<UpstreamBody> {
+    // A copy of the head is kept only if a further attempt is possible.
+    let again = again.by_policy || (lease.reused() && again.quietly);
+    let mut request = Request::new(match source {
+        None => UpstreamBody::Empty,
+        Some(source) => UpstreamBody::stream(source),
+    });
+    *request.method_mut() = parts.method.clone();
+    *request.headers_mut() = if again { parts.headers.clone() } else { std::mem::take(&mut parts.headers) };
+    let uri = parts.uri.clone();
+    let headers = request.headers_mut();
+    if plan.auto_host
+        && !host.endpoint.hostname.is_empty()
+        && let Ok(value) = HeaderValue::from_str(&host.endpoint.hostname)
+    {
+        headers.insert(header::HOST, value);
+    }
+    if routed.host.attempt_count {
+        headers.insert(X_ATTEMPT_COUNT.clone(), HeaderValue::from(exchange.attempts));
+    }
+    if let Some(protocol) = upgrade {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        if let Ok(value) = HeaderValue::from_str(protocol) {
+            headers.insert(header::UPGRADE, value);
+        }
+    }
+    if plan.http2 {
+        let host = headers.remove(header::HOST);
+        let authority = host.as_ref().and_then(|value| value.to_str().ok()).filter(|host| !host.is_empty());
+        let path = uri.path_and_query().cloned().unwrap_or_else(|| http::uri::PathAndQuery::from_static("/"));
+        let absolute = Uri::builder()
+            .scheme("http")
+            .authority(authority.unwrap_or("unknown"))
+            .path_and_query(path)
+            .build();
+        *request.uri_mut() = absolute.unwrap_or(uri);
+        *request.version_mut() = Version::HTTP_2;
+    } else {
+        *request.uri_mut() = uri;
+        *request.version_mut() = Version::HTTP_11;
+    }
+    request
+}
+
+/// The reply when there is no response.
+fn final_reply(
+    exchange: &mut Exchange,
+    failure: Option<Failure>,
+    retries: u32,
+    policy: Option<&RetryPolicy>,
+) -> LocalReply {
+    if retries > 0 && policy.is_some_and(|policy| retries >= policy.attempts) {
+        exchange.flags.add(Flags::RETRY_LIMIT);
+    }
+    let unavailable = |flags, details, text| LocalReply::new(StatusCode::SERVICE_UNAVAILABLE, flags, details, text);
+    match failure {
+        Some(Failure::Connect(ConnectError::Overflow)) => {
+            unavailable(Flags::UPSTREAM_OVERFLOW, "overflow", "")
+        }
+        Some(Failure::Connect(error)) => {
+            exchange.failure = Some(error.to_string().into());
+            let (details, text) = match error {
+                ConnectError::Timeout => (
+                    "upstream_reset_before_response_started{connection_timeout}",
+                    "upstream connect error or disconnect/reset before headers. reset reason: connection timeout",
+                ),
+                _ => (
+                    "upstream_reset_before_response_started{connection_failure}",
+                    "upstream connect error or disconnect/reset before headers. reset reason: connection failure",
+                ),
+            };
+            let mut reply = unavailable(Flags::UPSTREAM_CONNECTION_FAILURE, details, text);
+            if exchange.conn.direction == Direction::Inbound {
+                // The application never saw the request: the client's proxy may try another pod, whatever the method.
+                reply.headers.insert(X_UNPROCESSED.clone(), HeaderValue::from_static("1"));
+            }
+            reply
+        }
+        Some(Failure::Refused) => unavailable(
+            Flags::UPSTREAM_RESET,
+            "upstream_reset_before_response_started{remote_refused_stream_reset}",
+            "upstream connect error or disconnect/reset before headers. reset reason: remote refused stream reset",
+        ),
+        Some(Failure::Reset { protocol, text, .. }) => {
+            exchange.failure = Some(text.into());
+            if protocol {
+                let mut reply = unavailable(
+                    Flags::UPSTREAM_PROTOCOL_ERROR,
+                    "upstream_reset_before_response_started{protocol_error}",
+                    "upstream connect error or disconnect/reset before headers. reset reason: protocol error",
+                );
+                reply.status = StatusCode::BAD_GATEWAY;
+                return reply;
+            }
+            unavailable(
+                Flags::UPSTREAM_CONNECTION_TERMINATION,
+                "upstream_reset_before_response_started{connection_termination}",
+                "upstream connect error or disconnect/reset before headers. reset reason: connection termination",
+            )
+        }
+        Some(Failure::PerTryTimeout) => LocalReply::new(
+            StatusCode::GATEWAY_TIMEOUT,
+            Flags::UPSTREAM_TIMEOUT,
+            "upstream_per_try_timeout",
+            "upstream request timeout",
+        ),
+        Some(Failure::Timeout) => LocalReply::new(
+            StatusCode::GATEWAY_TIMEOUT,
+            Flags::UPSTREAM_TIMEOUT,
+            "upstream_response_timeout",
+            "upstream request timeout",
+        ),
+        Some(Failure::Client) | None => {
+            let mut reply = LocalReply::new(
+                StatusCode::BAD_REQUEST,
+                Flags::DOWNSTREAM_PROTOCOL_ERROR,
+                "downstream_request_body_failed",
+                "",
+            );
+            reply.close = true;
+            reply
+        }
+    }
+}
+
+/// The response as it goes to the client.
+fn respond(
+    mut exchange: Box<Exchange>,
+    plan: &Plan<'_>,
+    routed: &Routed,
+    target: Option<&Target>,
+    request_headers: Option<http::HeaderMap>,
+    parts: &Parts,
+    response: Response<Incoming>,
+    lease: Lease,
+    active: Active,
+) -> Response<Body> {
+    let conn = plan.conn;
+    let (mut head, incoming) = response.into_parts();
+    strip_hop_by_hop(&mut head.headers);
+    head.headers.remove(&PEER_METADATA);
+    head.headers.remove(&PEER_METADATA_ID);
+    if conn.direction != Direction::Inbound {
+        head.headers.remove(&X_UNPROCESSED);
+    }
+    let elapsed = exchange.started.elapsed().as_millis() as u64;
+    head.headers.insert(X_UPSTREAM_TIME.clone(), HeaderValue::from(elapsed));
+    if routed.host.attempt_count_in_response {
+        head.headers.insert(X_ATTEMPT_COUNT.clone(), HeaderValue::from(exchange.attempts));
+    }
+    if conn.manager.request_id_in_response
+        && let Some(id) = &exchange.request_id
+    {
+        head.headers.insert(X_REQUEST_ID.clone(), id.clone());
+    }
+    let target_ops = target.map(|target| &target.response_headers).filter(|ops| !ops.is_empty());
+    if request_headers.is_some() || target_ops.is_some() {
+        let host = exchange.host.clone();
+        let variables = Variables {
+            upstream_cluster: &plan.cluster.slot.name,
+            upstream_host: host.as_ref().map(|host| &*host.endpoint.text),
+            ..variables(conn, parts, &routed.route)
+        };
+        let request = request_headers.unwrap_or_default();
+        if let Some(ops) = target_ops {
+            ops.apply(&mut head.headers, Some(&request), &variables);
+        }
+        routed.mutate_response(&mut head.headers, &request, &variables);
+    }
+    exchange.code = head.status.as_u16();
+    exchange.details = "via_upstream";
+    exchange.note_grpc_status(&head.headers);
+    conn.dress(&mut head.headers, exchange.version);
+    head.version = Version::HTTP_11;
+    if exchange.version == Version::HTTP_2 {
+        head.version = Version::HTTP_2;
+    }
+    let stream_limit = plan.forward.max_stream_duration.or(conn.manager.max_stream_duration);
+    let deadline = match (plan.deadline, stream_limit) {
+        (Some(at), _) => Some((at, Flags::UPSTREAM_TIMEOUT, "upstream_response_timeout")),
+        (None, Some(limit)) => {
+            let at = Instant::from_std(exchange.started) + limit;
+            Some((at, Flags::MAX_STREAM_DURATION, "upstream_max_stream_duration_reached"))
+        }
+        (None, None) => None,
+    };
+    let idle = plan.forward.idle_timeout.unwrap_or(conn.manager.stream_idle_timeout);
+    let max_requests = plan.cluster.config.max_requests_per_connection;
+    // A response without a body needs no timers.
+    let limits = if hyper::body::Body::is_end_stream(&incoming) {
+        Limits::default()
+    } else {
+        Limits::new(deadline, idle)
+    };
+    let watch = Watch::new(exchange, limits, lease, max_requests, active);
+    Response::from_parts(head, ResponseBody::upstream(incoming, watch))
+}
+
+/// Joins the two sides of an upgraded connection.
+fn switch_protocols(
+    mut exchange: Box<Exchange>,
+    mut response: Response<Incoming>,
+    downstream: Option<hyper::upgrade::OnUpgrade>,
+    active: Active,
+    lease: Lease,
+) -> Response<Body> {
+    let conn = exchange.conn.clone();
+    conn.gate.decide_upgrade(true);
+    exchange.code = 101;
+    exchange.details = "via_upstream";
+    let upstream = hyper::upgrade::on(&mut response);
+    let (mut head, _) = response.into_parts();
+    let protocol = head.headers.get(header::UPGRADE).cloned();
+    strip_hop_by_hop(&mut head.headers);
+    head.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    if let Some(protocol) = protocol {
+        head.headers.insert(header::UPGRADE, protocol);
+    }
+    head.version = Version::HTTP_11;
+    let worker = conn.worker.clone();
+    worker.tasks.spawn_local(async move {
+        let Some(downstream) = downstream else { return };
+        if let (Ok(downstream), Ok(upstream)) = (downstream.await, upstream.await) {
+            let mut downstream = hyper_util::rt::TokioIo::new(downstream);
+            let mut upstream = hyper_util::rt::TokioIo::new(upstream);
+            if let Ok((_, sent)) = tokio::io::copy_bidirectional(&mut downstream, &mut upstream).await {
+                exchange.sent = sent;
+            }
+        }
+        drop((active, lease));
+        exchange.finish();
+    });
+    Response::from_parts(head, ResponseBody::Full(None))
+}
+
+/// Sends copies, without waiting for what becomes of them. A body is copied if it has been read whole and fits the
+/// buffer; otherwise nothing is mirrored.
+fn mirror(
+    conn: &Rc<Downstream>,
+    forward: &Forward,
+    head: Parts,
+    source: Option<&Rc<RefCell<RequestSource>>>,
+) {
+    /// Limit of a mirrored exchange.
+    const LIMIT: Duration = Duration::from_secs(30);
+    let body = match source {
+        None => None,
+        Some(source) => match source.borrow().copy() {
+            Some(bytes) => Some(bytes),
+            None => return,
+        },
+    };
+    for mirror in &forward.mirrors {
+        if !mirror.share.hit(random::next()) {
+            continue;
+        }
+        let Some(cluster) = conn.worker.cluster(&mirror.cluster) else { continue };
+        let Some(host) = cluster.pick(&Wish::default(), Some(conn.local)) else { continue };
+        let mut headers = head.headers.clone();
+        headers.remove(header::TRANSFER_ENCODING);
+        if let Some(rewrite) = &mirror.host_rewrite {
+            headers.insert(header::HOST, rewrite.clone());
+        } else if mirror.shadow_suffix
+            && let Some(value) = headers.get(header::HOST).and_then(|value| value.to_str().ok())
+            && let Ok(value) = HeaderValue::from_str(&shadow_host(value))
+        {
+            headers.insert(header::HOST, value);
+        }
+        let mut request = Request::new(body.clone().map_or(UpstreamBody::Empty, |bytes| UpstreamBody::Full(Some(bytes))));
+        *request.method_mut() = head.method.clone();
+        *request.uri_mut() = head.uri.clone();
+        *request.headers_mut() = headers;
+        let worker = conn.worker.clone();
+        conn.worker.tasks.spawn_local(async move {
+            let _active = Active::on(&host);
+            let work = send_mirror(&worker, &cluster, &host, request);
+            // Fire and forget: nobody waits, nobody is told.
+            let _ = tokio::time::timeout(LIMIT, work).await;
+        });
+    }
+}
+
+fn shadow_host(host: &str) -> String {
+    let name = crate::config::table::strip_port(host);
+    format!("{name}-shadow{}", &host[name.len()..])
+}
+
+async fn send_mirror(
+    worker: &super::Worker,
+    cluster: &WorkerCluster,
+    host: &Host,
+    mut request: Request<UpstreamBody>,
+) -> Option<()> {
+    let http2 = cluster.config.http == UpstreamHttp::Http2;
+    let address: &Address = &host.endpoint.address;
+    let lease = host.pool.acquire(worker, &cluster.slot, &cluster.config, address, http2).await;
+    let mut lease = lease.ok()?;
+    let response = match &mut lease {
+        Lease::Http1 { sender, .. } => sender.try_send_request(request).await.ok()?,
+        Lease::Http2(stream) => {
+            let authority = request.headers_mut().remove(header::HOST)?;
+            let path = request.uri().path_and_query()?.clone();
+            *request.uri_mut() =
+                Uri::builder().scheme("http").authority(authority.to_str().ok()?).path_and_query(path).build().ok()?;
+            stream.sender().try_send_request(request).await.ok()?
+        }
+    };
+    let mut body = response.into_body();
+    while let Some(frame) = http_body_util::BodyExt::frame(&mut body).await {
+        frame.ok()?;
+    }
+    lease.release(cluster.config.max_requests_per_connection);
+    Some(())
+}
