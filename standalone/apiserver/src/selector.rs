@@ -399,14 +399,6 @@ impl FieldSelector {
         self.0.is_empty()
     }
 
-    /// The value that the selector fixes `path` to, if it does.
-    pub(crate) fn fixed(&self, path: &str) -> Option<&str> {
-        self.0
-            .iter()
-            .find(|t| t.equal && t.path == path)
-            .map(|t| t.value.as_str())
-    }
-
     pub(crate) fn matches(&self, object: &Value) -> bool {
         self.0
             .iter()

@@ -87,6 +87,10 @@ fn check(schema: &Schema, value: &Value, path: &str, errors: &mut Vec<FieldError
             path.to_owned()
         }
     };
+    if value.is_null() {
+        // Null of an optional field is no value at all.
+        return;
+    }
     if !fits(rules, value) {
         let wanted = if rules.int_or_string {
             "integer,string"

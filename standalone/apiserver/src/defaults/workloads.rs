@@ -68,6 +68,9 @@ pub(crate) fn apply(plural: &str, object: &mut Value) {
                 }
             }
             pod_template(spec);
+            let metadata = meta::metadata_mut(object);
+            let annotations = meta::as_object_mut(metadata.entry("annotations").or_insert_with(|| json!({})));
+            set(annotations, "deprecated.daemonset.template.generation", json!("1"));
         }
         "jobs" => job(object),
         "cronjobs" => {
