@@ -209,8 +209,9 @@ impl LabelSelector {
                                 }
                                 other => {
                                     return Err(format!(
-                                        "unable to parse requirement: found '{}', expected: ',' or ')'",
-                                        other.show()
+                                        "unable to parse requirement: found '{}', expected: {}",
+                                        other.show(),
+                                        if expect_value { "',', ')' or identifier" } else { "',' or ')'" }
                                     ));
                                 }
                             }

@@ -212,7 +212,7 @@ pub(crate) fn validate(crd: &Value, old: Option<&Value>) -> Vec<FieldError> {
             ));
         }
     }
-    super::schema_errors(crd, &mut errors);
+    super::structural::check(crd, &mut errors);
     errors
 }
 

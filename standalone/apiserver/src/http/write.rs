@@ -402,6 +402,9 @@ async fn compute(
         Some(live) => strategy::prepare_update(kind, version, &target.subresource, &mut object, live),
     }
     defaults::admit(kind, &mut object, live.as_ref());
+    if live.is_none() {
+        defaults::plugins(hub, kind, name, &mut object)?;
+    }
     if let Some(admission) = hub
         .admission
         .as_ref()

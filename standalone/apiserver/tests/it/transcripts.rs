@@ -434,7 +434,9 @@ fn generate(generator: &Value) -> Vec<u8> {
 
 async fn replay(scenario: &Value) -> (usize, Vec<(usize, String)>) {
     let with_controllers = scenario["server"] == "controllers";
-    let server = ApiServer::builder().garbage_collector(with_controllers).build().await.expect("the server starts");
+    let server = ApiServer::builder()
+        .garbage_collector(with_controllers)
+        .kubernetes_admission(true).build().await.expect("the server starts");
     let mut run = Run {
         server,
         symbols: HashMap::new(),
