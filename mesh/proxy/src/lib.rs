@@ -1,11 +1,12 @@
 //! placeholder
 pub mod bootstrap;
+mod clock;
 pub mod config;
 pub mod control;
 pub mod error;
+pub mod hygiene;
+pub mod intercept;
 pub mod metrics;
-mod clock;
-mod hygiene;
 mod random;
 mod sys;
 pub mod upstream;

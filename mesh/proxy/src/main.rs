@@ -6,6 +6,7 @@ use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
 use serin_proxy::bootstrap::agent;
 use serin_proxy::control::run::{Plan, run};
+use serin_proxy::intercept::{self, Range};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -30,6 +31,36 @@ enum Command {
         /// Worker threads; 0 for one per core.
         #[arg(long, env = "PROXY_CONCURRENCY", default_value_t = 1)]
         concurrency: usize,
+    },
+    /// Programs the packet filter of the current network namespace so that TCP connections come to the proxy.
+    Intercept {
+        /// Where outgoing connections are taken.
+        #[arg(long, default_value_t = 15001)]
+        outbound_port: u16,
+        /// Where incoming connections are taken.
+        #[arg(long, default_value_t = 15006)]
+        inbound_port: u16,
+        /// Incoming connections to these ports only.
+        #[arg(long, value_delimiter = ',')]
+        include_inbound_ports: Vec<u16>,
+        /// Incoming connections to these ports pass.
+        #[arg(long, value_delimiter = ',', default_value = "15090,15021,15020")]
+        exclude_inbound_ports: Vec<u16>,
+        /// Outgoing connections to these ports pass.
+        #[arg(long, value_delimiter = ',')]
+        exclude_outbound_ports: Vec<u16>,
+        /// Outgoing connections to these addresses only (10.0.0.0/8).
+        #[arg(long, value_delimiter = ',')]
+        include_outbound_ranges: Vec<Range>,
+        /// Outgoing connections to these addresses pass.
+        #[arg(long, value_delimiter = ',')]
+        exclude_outbound_ranges: Vec<Range>,
+        /// Print the rules instead of applying them.
+        #[arg(long)]
+        dry_run: bool,
+        /// Take the rules away.
+        #[arg(long)]
+        remove: bool,
     },
 }
 
@@ -60,12 +91,43 @@ fn start(cli: Cli) -> anyhow::Result<()> {
     let environment: agent::Environment = std::env::vars().collect();
     match cli.command {
         None => anyhow::bail!("say what to run; see --help"),
-        Some(Command::Proxy { role, domain, concurrency }) => {
+        Some(Command::Proxy {
+            role,
+            domain,
+            concurrency,
+        }) => {
             let role = match role {
                 RoleName::Sidecar => agent::Role::Sidecar,
                 RoleName::Router => agent::Role::Router,
             };
             control(agent::plan(role, &domain, concurrency, &environment)?)
+        }
+        Some(Command::Intercept { remove: true, .. }) => Ok(intercept::remove()?),
+        Some(Command::Intercept {
+            outbound_port,
+            inbound_port,
+            include_inbound_ports,
+            exclude_inbound_ports,
+            exclude_outbound_ports,
+            include_outbound_ranges,
+            exclude_outbound_ranges,
+            dry_run,
+            remove: false,
+        }) => {
+            let rules = intercept::Rules {
+                outbound_port,
+                inbound_port,
+                include_inbound_ports,
+                exclude_inbound_ports,
+                exclude_outbound_ports,
+                include_outbound_ranges,
+                exclude_outbound_ranges,
+            };
+            if dry_run {
+                print!("{}", intercept::script(&rules));
+                return Ok(());
+            }
+            Ok(intercept::install(&rules)?)
         }
     }
 }

@@ -85,7 +85,11 @@ fn listen_addresses(service: &Service, port: &Port, model: &Model) -> Vec<String
         return vec!["0.0.0.0".to_owned()];
     }
     if !service.addresses.is_empty() {
-        return service.addresses.iter().map(ToString::to_string).collect();
+        let mut addresses: Vec<String> = service.addresses.iter().map(ToString::to_string).collect();
+        if !service.subnets.is_empty() {
+            addresses.push("0.0.0.0".to_owned());
+        }
+        return addresses;
     }
     if service.headless {
         let mut addresses: Vec<String> = model
@@ -426,6 +430,7 @@ impl Context<'_> {
                 domains.extend(alias.domains(&self.client.namespace, domain));
             }
         }
+        domains.extend(service.subnets.iter().cloned());
         domains.extend(service.addresses.iter().map(|address| match address {
             std::net::IpAddr::V4(address) => address.to_string(),
             std::net::IpAddr::V6(address) => format!("[{address}]"),
@@ -487,7 +492,7 @@ impl Context<'_> {
         };
         let message = if claimed.protocol.is_http() {
             listener::http(address, port, &port.to_string(), self.registry_only())
-        } else if address == "0.0.0.0" && claimed.protocol.is_tls() && service.addresses.is_empty() {
+        } else if address == "0.0.0.0" && (claimed.protocol.is_tls() || !service.subnets.is_empty()) {
             self.by_name(port, &claims, &mut built)
         } else {
             let (chains, sni) = self.tcp_chains(service, claimed, &mut built);
@@ -502,7 +507,8 @@ impl Context<'_> {
         built
     }
 
-    /// TLS services without an address of their own: the server name decides, and what names none of them is unknown.
+    /// TLS services without an address of their own, and services of whole networks: server name and network decide, and what
+    /// fits none of them is unknown.
     fn by_name(
         &self,
         port: u16,
@@ -511,7 +517,7 @@ impl Context<'_> {
     ) -> listener_pb::Listener {
         let mut chains: Vec<TcpChain> = Vec::new();
         for (service, claimed) in claims {
-            if !claimed.protocol.is_tls() {
+            if !claimed.protocol.is_tls() && service.subnets.is_empty() {
                 continue;
             }
             let (made, _) = self.tcp_chains(service, claimed, built);
@@ -534,7 +540,8 @@ impl Context<'_> {
             "PassthroughFilterChain",
             None,
         ));
-        listener::tcp("0.0.0.0", port, &chains, true)
+        let sni = claims.iter().any(|(_, port)| port.protocol.is_tls());
+        listener::tcp("0.0.0.0", port, &chains, sni)
     }
 
     fn limits(&self, service: &Service, port: &Port) -> listener::ConnectionLimits {

@@ -26,7 +26,9 @@ pub async fn run(proxy: Arc<Proxy>, cancel: CancellationToken) {
         let clusters = proxy.store(|store| store.dns_clusters());
         due.retain(|name, _| clusters.iter().any(|cluster| cluster.name == *name));
         for cluster in clusters {
-            let Discovery::Dns { logical, refresh } = cluster.discovery else { continue };
+            let Discovery::Dns { logical, refresh } = cluster.discovery else {
+                continue;
+            };
             if due.get(&cluster.name).is_some_and(|at| Instant::now() < *at) {
                 continue;
             }
@@ -62,7 +64,11 @@ async fn resolve(cluster: &Cluster, logical: bool) -> Option<endpoint::ClusterLo
                     if logical {
                         addresses.truncate(1);
                     }
-                    resolved.extend(addresses.into_iter().map(|address| with_address(entry, inner, &name, address)));
+                    resolved.extend(
+                        addresses
+                            .into_iter()
+                            .map(|address| with_address(entry, inner, &name, address)),
+                    );
                 }
                 _ => resolved.push(entry.clone()),
             }
@@ -94,11 +100,15 @@ fn with_address(
 ) -> endpoint::LbEndpoint {
     let socket = core::SocketAddress {
         address: address.ip().to_string(),
-        port_specifier: Some(core::socket_address::PortSpecifier::PortValue(u32::from(address.port()))),
+        port_specifier: Some(core::socket_address::PortSpecifier::PortValue(u32::from(
+            address.port(),
+        ))),
         ..Default::default()
     };
     let mut inner = inner.clone();
-    inner.address = Some(core::Address { address: Some(core::address::Address::SocketAddress(socket)) });
+    inner.address = Some(core::Address {
+        address: Some(core::address::Address::SocketAddress(socket)),
+    });
     if inner.hostname.is_empty() {
         inner.hostname = name.to_owned();
     }

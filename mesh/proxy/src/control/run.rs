@@ -62,7 +62,11 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
     let quit = CancellationToken::new();
     let tasks = TaskTracker::new();
     let log = tokio::spawn(write_log(lines));
-    let ports = [(plan.admin, Port::Admin), (plan.prometheus, Port::Prometheus), (plan.ready, Port::Ready)];
+    let ports = [
+        (plan.admin, Port::Admin),
+        (plan.prometheus, Port::Prometheus),
+        (plan.ready, Port::Ready),
+    ];
     for (address, port) in ports {
         if let Some(address) = address {
             let port = AdminPort::bind(address, port)?;
@@ -76,14 +80,27 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
         Some(endpoint) => {
             if plan.push_metrics {
                 let (own, shards) = proxy.shards();
-                let pusher = Pusher { endpoint: endpoint.clone(), node: proxy.node.clone(), own, shards };
+                let pusher = Pusher {
+                    endpoint: endpoint.clone(),
+                    node: proxy.node.clone(),
+                    own,
+                    shards,
+                };
                 tasks.spawn(pusher.run(cancel.clone()));
             }
             tasks.spawn(xds::follow(proxy.clone(), endpoint, cancel.clone()));
         }
     }
-    let signals = |kind| signal(kind).map_err(|source| Error::Start { what: "signal handling", source });
-    let (mut terminate, mut interrupt) = (signals(SignalKind::terminate())?, signals(SignalKind::interrupt())?);
+    let signals = |kind| {
+        signal(kind).map_err(|source| Error::Start {
+            what: "signal handling",
+            source,
+        })
+    };
+    let (mut terminate, mut interrupt) = (
+        signals(SignalKind::terminate())?,
+        signals(SignalKind::interrupt())?,
+    );
     tokio::select! {
         _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
         _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
@@ -106,12 +123,18 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
 
 /// Applies resources in make-before-break order; the first refusal ends the start, because a file is fixed by hand.
 pub async fn apply_static(proxy: &Arc<Proxy>, resources: &[StaticResource]) -> Result<(), Error> {
-    for resource_type in ResourceType::ALL.into_iter().filter(|ty| *ty != ResourceType::Listener).chain([ResourceType::Listener])
+    for resource_type in ResourceType::ALL
+        .into_iter()
+        .filter(|ty| *ty != ResourceType::Listener)
+        .chain([ResourceType::Listener])
     {
         let batch: Vec<_> = resources
             .iter()
             .filter(|resource| resource.resource_type == resource_type)
-            .map(|resource| Update { name: &resource.name, body: &resource.body })
+            .map(|resource| Update {
+                name: &resource.name,
+                body: &resource.body,
+            })
             .collect();
         if batch.is_empty() {
             continue;

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use serde_json::{Map, Value};
 use serin_model::MeshConfig;
@@ -303,8 +304,13 @@ fn cases(dir: &Path) -> Vec<(String, Vec<PathBuf>)> {
 
 type Resources = BTreeMap<&'static str, BTreeMap<String, Value>>;
 
-/// What we send to each proxy in each case.
-pub(super) fn worlds() -> Option<Vec<(String, Resources)>> {
+/// What we send to each proxy in each case; translated once for all tests.
+pub(super) fn worlds() -> Option<&'static [(String, Resources)]> {
+    static WORLDS: LazyLock<Option<Vec<(String, Resources)>>> = LazyLock::new(translate_worlds);
+    WORLDS.as_deref()
+}
+
+fn translate_worlds() -> Option<Vec<(String, Resources)>> {
     let dir = recorded()?;
     let nodes = read_json(&dir.join("baseline/nodes.json"));
     let mut all = Vec::new();
