@@ -65,6 +65,7 @@ pub(crate) async fn run(
     let started = Instant::now();
     let _lock = ServerLock::take(cluster)?;
     private_directory(&cluster.store())?;
+    std::fs::create_dir_all(cluster.mesh()).context("make the directory of the mesh's socket")?;
     let step = |what: &str| {
         info!(what, after_ms = started.elapsed().as_millis() as u64, "started");
         say(what);

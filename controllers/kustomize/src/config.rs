@@ -156,11 +156,11 @@ mod tests {
             ("labels", 0),
             ("templateLabels", 10),
             ("commonAnnotations", 9),
-            ("varReference", 82),
+            ("varReference", 72),
             ("images", 6),
             ("replicas", 4),
         ]);
         let references: usize = defaults.name_reference.iter().map(|r| r.referrers.len()).sum();
-        assert_eq!((defaults.name_reference.len(), references), (16, 163));
+        assert_eq!((defaults.name_reference.len(), references), (16, 167));
     }
 }

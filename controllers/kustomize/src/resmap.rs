@@ -43,11 +43,6 @@ pub(crate) struct ResMap {
 }
 
 impl ResMap {
-    /// No resources.
-    pub(crate) fn new() -> ResMap {
-        ResMap::default()
-    }
-
     /// Number of resources.
     pub(crate) fn len(&self) -> usize {
         self.resources.len()

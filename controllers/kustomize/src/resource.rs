@@ -156,12 +156,6 @@ impl Resource {
         selects(selector, group, version, kind)
     }
 
-    /// Whether a selector selects the kind it had at some earlier time. Never true for one that never changed.
-    pub(crate) fn was_kind(&self, selector: &Gvk) -> bool {
-        let (group, version) = split_api_version(self.api_version());
-        self.previous.iter().any(|p| selects(selector, group, version, &p.kind))
-    }
-
     /// The effective namespace it had first.
     pub(crate) fn original_namespace<'a>(&'a self, schemas: &Schemas) -> &'a str {
         match self.previous.first() {
@@ -188,6 +182,12 @@ impl Resource {
         };
         let previous = PreviousId { namespace, name: self.name().to_owned(), kind: self.kind().to_owned() };
         self.previous.push(previous);
+        // kustomize would write this into the annotations, and take anything there that is no mapping out of the way.
+        if let Some(metadata) = self.root.get_mut("metadata").and_then(Value::as_map_mut) {
+            if matches!(metadata.get("annotations"), Some(v) if v.as_map().is_none() && v.as_seq().is_none_or(<[Value]>::is_empty)) {
+                metadata.remove("annotations");
+            }
+        }
     }
 
     /// Whether kustomize would keep notes about it in annotations now: they make `metadata.annotations` exist for JSON patches.

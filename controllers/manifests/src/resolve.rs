@@ -65,7 +65,7 @@ pub(crate) fn resolve(text: &str, dialect: Dialect) -> (Tag, Plain<'_>) {
         return (Tag::Null, Plain::Null);
     };
     match first {
-        b'y' | b'Y' | b'n' | b'N' | b't' | b'T' | b'f' | b'F' | b'o' | b'O' | b'~' | b'<' => word(text, dialect),
+        b'y' | b'Y' | b'n' | b'N' | b't' | b'T' | b'f' | b'F' | b'o' | b'O' | b'~' => word(text, dialect),
         b'.' => match text {
             ".nan" | ".NaN" | ".NAN" => (Tag::Float, Plain::Float(f64::NAN)),
             ".inf" | ".Inf" | ".INF" => (Tag::Float, Plain::Float(f64::INFINITY)),
@@ -85,7 +85,6 @@ fn word(text: &str, dialect: Dialect) -> (Tag, Plain<'_>) {
         "true" | "True" | "TRUE" => (Tag::Bool, Plain::Bool(true)),
         "false" | "False" | "FALSE" => (Tag::Bool, Plain::Bool(false)),
         "~" | "null" | "Null" | "NULL" => (Tag::Null, Plain::Null),
-        "<<" => (Tag::Merge, Plain::Str(Cow::Borrowed(text))),
         "y" | "Y" | "yes" | "Yes" | "YES" | "on" | "On" | "ON" if dialect == Dialect::Kubectl => {
             (Tag::Bool, Plain::Bool(true))
         }
@@ -285,7 +284,8 @@ fn timestamp(text: &str) -> Option<String> {
 pub(crate) fn read(s: &Scalar) -> Result<Plain<'_>, String> {
     let quoted = s.style != Style::Plain || s.text.contains('\n');
     match s.tag {
-        Tag::Str | Tag::Custom => Ok(Plain::Str(Cow::Borrowed(&s.text))),
+        Tag::Str if s.style == Style::Folded => Ok(Plain::Str(refold(&s.text))),
+        Tag::Str | Tag::Custom | Tag::Merge => Ok(Plain::Str(Cow::Borrowed(&s.text))),
         Tag::Unset if quoted => Ok(Plain::Str(Cow::Borrowed(&s.text))),
         Tag::Unset => Ok(resolve(&s.text, Dialect::Kustomize).1),
         Tag::Binary => {
@@ -295,7 +295,7 @@ pub(crate) fn read(s: &Scalar) -> Result<Plain<'_>, String> {
                 .map_err(|_| "!!binary value contains invalid base64 data".to_owned())?;
             Ok(Plain::Str(Cow::Owned(String::from_utf8_lossy(&bytes).into_owned())))
         }
-        Tag::Int | Tag::Float | Tag::Bool | Tag::Null | Tag::Timestamp | Tag::Merge => {
+        Tag::Int | Tag::Float | Tag::Bool | Tag::Null | Tag::Timestamp => {
             let (found, value) = resolve(&s.text, Dialect::Kustomize);
             if found == s.tag {
                 // An untagged number in quotes is text: the tag is dropped when it is written.
@@ -307,6 +307,64 @@ pub(crate) fn read(s: &Scalar) -> Result<Plain<'_>, String> {
             }
         }
     }
+}
+
+/// What is left of folded text (`>`) once kustomize has written it out and read it again. Its writer doubles the break before
+/// an indented line, and none at all where the text starts with a space.
+fn refold(text: &str) -> Cow<'_, str> {
+    let trouble = text.starts_with([' ', '\t', '\n']) || text.contains("\n ") || text.contains("\n\t");
+    let block = !text.ends_with(' ')
+        && !text.contains(" \n")
+        && text.chars().all(|c| matches!(c, '\n' | '\t') || (!c.is_control() && (c as u32) < 0x1_0000));
+    if !trouble || !block {
+        return Cow::Borrowed(text);
+    }
+    let doubled = text.trim_start_matches('\n').starts_with(|c| !matches!(c, ' ' | '\t'));
+    let mut lines = String::with_capacity(text.len() + 16);
+    let (mut after_break, mut indented) = (true, true);
+    for c in text.chars() {
+        if c == '\n' {
+            if !after_break && !indented && doubled {
+                lines.push('\n');
+            }
+            lines.push('\n');
+            after_break = true;
+        } else {
+            if after_break {
+                indented = matches!(c, ' ' | '\t');
+                lines.push_str("  ");
+            }
+            lines.push(c);
+            after_break = false;
+        }
+    }
+    let hint = if text.starts_with([' ', '\n']) { "2" } else { "" };
+    let chomp = if !text.ends_with('\n') {
+        "-"
+    } else if text.ends_with("\n\n") || text == "\n" {
+        "+"
+    } else {
+        ""
+    };
+    crate::yaml::read_scalar(&format!(">{hint}{chomp}\n{lines}")).map_or(Cow::Borrowed(text), Cow::Owned)
+}
+
+/// What is left of text once it went through JSON into a reader of YAML: a next-line character is a line break there, and
+/// other control characters are not allowed.
+pub(crate) fn through_reader(text: &str) -> Result<Cow<'_, str>, String> {
+    // All of these are in the two-byte range that starts with 0xC2, or 0x7F, or the end of the basic plane.
+    if !text.bytes().any(|b| matches!(b, 0x7F | 0xC2 | 0xEF)) {
+        return Ok(Cow::Borrowed(text));
+    }
+    let refused = |c: char| matches!(c, '\x7F' | '\u{80}'..='\u{84}' | '\u{86}'..='\u{9F}' | '\u{FFFE}' | '\u{FFFF}');
+    if text.contains(refused) {
+        return Err("yaml: control characters are not allowed".into());
+    }
+    if !text.contains('\u{85}') {
+        return Ok(Cow::Borrowed(text));
+    }
+    let json = serde_json::Value::from(text).to_string();
+    Ok(crate::yaml::read_scalar(&json).map_or(Cow::Borrowed(text), Cow::Owned))
 }
 
 /// The short name of a tag.

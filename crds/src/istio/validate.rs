@@ -1,7 +1,9 @@
 //! The rules that a schema cannot state, as Istio's admission webhook has them. Pure: an object in, what it breaks out.
 //!
 //! Every violation names the field and the rule in the words of Istio's own messages where it has one. What Istio accepts is accepted,
-//! with one exception: a subset without labels is refused, because it selects every endpoint and is always a slip.
+//! with one exception: a subset without labels is refused, because it selects every endpoint and is always a slip. Two things that
+//! Istio's webhook refuses are accepted, because their meaning is clear: `retries` with conditions and no attempts (retries are off), and
+//! the host `*` on `mesh`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -431,13 +433,6 @@ fn named_matches(found: &mut Findings, field: &str, values: &BTreeMap<String, St
 fn retry(found: &mut Findings, field: &str, retries: &HttpRetry) {
     if retries.attempts.unwrap_or(0) < 0 {
         found.add(format!("{field}.attempts"), "attempts cannot be negative");
-    }
-    if retries.attempts.unwrap_or(0) == 0 && (retries.per_try_timeout.is_some() || retries.retry_on.is_some())
-    {
-        found.add(
-            field,
-            "http retry policy configured when attempts are set to 0 (disabled)",
-        );
     }
     found.at_least_1ms(
         &format!("{field}.perTryTimeout"),

@@ -7,6 +7,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use futures::StreamExt;
 use serin_model::MeshConfig;
@@ -23,6 +24,15 @@ use crate::index::{self, WatchError};
 use crate::ledger::Ledger;
 use crate::telemetry::Telemetry;
 use crate::world::MeshWorld;
+
+/// How long connections may take to end once everything is cancelled.
+const STOP_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// A TCP peer that is silent for this long is asked for a sign of life (a Unix peer's death is noticed at once).
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+
+/// How long a sign of life may take.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Streams that one connection may carry: configuration and metrics, with room for tools.
 const MAX_STREAMS_PER_CONNECTION: u32 = 64;
@@ -119,6 +129,7 @@ impl Control {
             tasks.spawn(serve(
                 path.display().to_string(),
                 incoming,
+                None,
                 ads.clone(),
                 telemetry.clone(),
                 cancel.clone(),
@@ -138,6 +149,7 @@ impl Control {
             tasks.spawn(serve(
                 address.to_string(),
                 incoming,
+                Some(KEEPALIVE_INTERVAL),
                 ads.clone(),
                 telemetry.clone(),
                 cancel.clone(),
@@ -172,12 +184,22 @@ impl Control {
         });
 
         let mut first_error = None;
-        while let Some(ended) = tasks.join_next().await {
+        let mut stopping = Box::pin(stop_timeout(cancel.clone()));
+        loop {
+            let ended = tokio::select! {
+                // A connection that does not end is dropped with the tasks.
+                () = &mut stopping => break,
+                ended = tasks.join_next() => match ended {
+                    Some(ended) => ended,
+                    None => break,
+                },
+            };
             if let Ok(Err(error)) = ended {
                 cancel.cancel();
                 first_error.get_or_insert(error);
             }
         }
+        tasks.shutdown().await;
         ads.drained().await;
         if let Some(path) = options.socket {
             // Gone already if a successor has replaced it.
@@ -185,6 +207,11 @@ impl Control {
         }
         first_error.map_or(Ok(()), Err)
     }
+}
+
+async fn stop_timeout(cancel: CancellationToken) {
+    cancel.cancelled().await;
+    tokio::time::sleep(STOP_TIMEOUT).await;
 }
 
 /// Listens on a Unix socket, in place of one that a former process left.
@@ -206,6 +233,7 @@ fn bind(path: &Path) -> Result<UnixListener, ControlError> {
 async fn serve<S, I>(
     address: String,
     incoming: S,
+    keepalive: Option<Duration>,
     ads: AdsServer,
     telemetry: Telemetry,
     cancel: CancellationToken,
@@ -222,8 +250,10 @@ where
     info!(address, "serving proxies");
     tonic::transport::Server::builder()
         .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
+        .http2_keepalive_interval(keepalive)
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .add_service(ads.service())
-        .add_service(telemetry.service())
+        .add_service(telemetry.service(cancel.clone()))
         .serve_with_incoming_shutdown(incoming, cancel.cancelled_owned())
         .await
         .map_err(|source| ControlError::Serve { address, source })

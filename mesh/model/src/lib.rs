@@ -12,8 +12,8 @@
 //! it stays in effect, and [`Model::problems`] names the rule.
 //!
 //! Pure: no clock, network, file system or async. Not here: xDS (crate `serin-control`), Gateway API (later), security kinds (later).
-//! Limits: one cluster, one network; ServiceEntry `workloadSelector` and Sidecar `ingress` listeners are reported by
-//! [`Model::unhonoured`] instead of being honoured.
+//! Limits: one cluster, one network. Fields that are not honoured are named by [`unhonoured()`]; where going on without one would do
+//! something else than what was asked, the object is refused.
 
 pub mod gateway;
 pub mod host;
@@ -26,6 +26,7 @@ pub mod route;
 mod rules;
 pub mod scope;
 pub mod service;
+mod unhonoured;
 mod virtual_service;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -39,6 +40,7 @@ pub use protocol::Protocol;
 pub use route::{Route, RuleSet};
 pub use scope::Scope;
 pub use service::{Endpoint, Locality, Port, Resolution, Service, TargetPort, Visibility, Workload};
+pub use unhonoured::{Unhonoured, unhonoured};
 
 /// What holds for the whole mesh.
 #[derive(Clone, Debug, PartialEq, Eq)]

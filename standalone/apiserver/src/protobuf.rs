@@ -309,6 +309,10 @@ fn message(fields: &[Field], bytes: &[u8], depth: usize) -> Result<Map<String, V
             }
             _ => {
                 let value = single(field, &content, depth)?;
+                // Go writes plain strings even when they are empty; in JSON they are absent.
+                if !field.repeated && value == json!("") {
+                    continue;
+                }
                 if field.repeated {
                     let list = out.entry(field.name).or_insert_with(|| json!([]));
                     if let Value::Array(list) = list {

@@ -139,9 +139,11 @@ where
         let mut listed: Option<BTreeMap<Key, Arc<K>>> = None;
         let mut failing = false;
         while let Some(event) = events.next().await {
-            if event.is_ok() {
+            // A watch that fails begins anew with `Init`, which says nothing about success.
+            if matches!(event, Ok(Event::InitDone | Event::Apply(_) | Event::Delete(_))) {
                 failing = false;
             }
+            tracing::trace!(what, event = ?event.as_ref().map(std::mem::discriminant), "watch");
             match event {
                 Ok(Event::Init) => listed = Some(BTreeMap::new()),
                 Ok(Event::InitApply(object)) => {

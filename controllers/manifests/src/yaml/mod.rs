@@ -10,6 +10,17 @@ pub use write::{compare_keys, write_json, write_map, write_value};
 use crate::error::{Error, Place};
 use crate::limits::Limits;
 
+/// The text of a document that is one scalar.
+pub(crate) fn read_scalar(text: &str) -> Option<String> {
+    let limits = Limits { max_file_bytes: usize::MAX, ..Limits::default() };
+    let dialect = crate::resolve::Dialect::Kustomize;
+    let options = ReadOptions { file: "", line_offset: 0, dialect, limits: &limits };
+    match parse_document(text, &options) {
+        Ok(Some(crate::value::Value::Scalar(s))) => Some(s.text.into()),
+        _ => None,
+    }
+}
+
 /// Splits a file at its `---` lines. Each part comes with the number of lines before it.
 ///
 /// A separator may be followed by a comment, by nothing else: `--- {a: 1}` is refused, as kustomize does.

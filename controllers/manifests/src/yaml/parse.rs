@@ -150,7 +150,9 @@ impl<'a> Parser<'a> {
             _ => {}
         }
         let value = self.node(true, false)?;
-        // What follows the end of a flow collection at the top is not looked at, as in go-yaml.
+        // One token further: text that cannot be a token is an error even where the document ended before it. What else
+        // follows is not looked at, as in go-yaml.
+        self.scanner.peek()?;
         Ok(Some(value))
     }
 
@@ -254,6 +256,9 @@ impl<'a> Parser<'a> {
         } else {
             let end = text[1..].find('!').map_or(1, |i| i + 2);
             let (handle, suffix) = text.split_at(end);
+            if suffix.is_empty() && handle.len() > 1 && handle.ends_with('!') {
+                return fault("did not find expected tag URI", mark);
+            }
             match (self.tag_handles.get(handle), handle) {
                 (Some(prefix), _) => format!("{prefix}{suffix}"),
                 (None, "!!") => format!("tag:yaml.org,2002:{suffix}"),
@@ -299,6 +304,15 @@ impl<'a> Parser<'a> {
         }
     }
 
+    /// Nothing inside `[]` or `{}`: written out again it needs quotes, and so becomes empty text.
+    fn empty_in_flow(&self, mark: Mark) -> Value {
+        let mut value = self.empty(mark, None);
+        if let (Value::Scalar(s), Dialect::Kustomize) = (&mut value, self.options.dialect) {
+            s.style = Style::Single;
+        }
+        value
+    }
+
     fn empty(&self, mark: Mark, tag: Option<Tag>) -> Value {
         let tag = match tag {
             None | Some(Tag::Unset) => Tag::Null,
@@ -321,6 +335,7 @@ impl<'a> Parser<'a> {
         let tag = match explicit {
             Some(tag) => tag,
             None if style != Style::Plain => Tag::Str,
+            None if text == "<<" => Tag::Merge,
             None => resolve::resolve(&text, self.options.dialect).0,
         };
         let mut scalar = Scalar { text: text.into(), pos, tag, style, tagged: explicit.is_some() };
@@ -471,7 +486,7 @@ impl<'a> Parser<'a> {
         let mark = self.scanner.next()?.mark;
         let mut builder = MapBuilder::new(self.pos(mark));
         let key = match self.scanner.peek()?.kind {
-            TokenKind::Value | TokenKind::FlowEntry | TokenKind::FlowSequenceEnd => self.empty(mark, None),
+            TokenKind::Value | TokenKind::FlowEntry | TokenKind::FlowSequenceEnd => self.empty_in_flow(mark),
             _ => self.node(false, false)?,
         };
         let value = self.flow_value(mark)?;
@@ -484,12 +499,12 @@ impl<'a> Parser<'a> {
             self.scanner.next()?;
             return match self.scanner.peek()?.kind {
                 TokenKind::FlowEntry | TokenKind::FlowSequenceEnd | TokenKind::FlowMappingEnd => {
-                    Ok(self.empty(mark, None))
+                    Ok(self.empty_in_flow(mark))
                 }
                 _ => self.node(false, false),
             };
         }
-        Ok(self.empty(mark, None))
+        Ok(self.empty_in_flow(mark))
     }
 
     fn flow_mapping(&mut self) -> Result<Value, Fault> {
@@ -514,14 +529,14 @@ impl<'a> Parser<'a> {
             if matches!(self.scanner.peek()?.kind, TokenKind::Key) {
                 self.scanner.next()?;
                 let key = match self.scanner.peek()?.kind {
-                    TokenKind::Value | TokenKind::FlowEntry | TokenKind::FlowMappingEnd => self.empty(mark, None),
+                    TokenKind::Value | TokenKind::FlowEntry | TokenKind::FlowMappingEnd => self.empty_in_flow(mark),
                     _ => self.node(false, false)?,
                 };
                 let value = self.flow_value(mark)?;
                 self.add(&mut builder, key, value, mark)?;
             } else {
                 let key = self.node(false, false)?;
-                let value = self.empty(mark, None);
+                let value = self.empty_in_flow(mark);
                 self.add(&mut builder, key, value, mark)?;
             }
         }
@@ -535,6 +550,15 @@ impl<'a> Parser<'a> {
         };
         if key.tag == Tag::Merge {
             return builder.add_merge(value, mark);
+        }
+        if self.options.dialect == Dialect::Kustomize {
+            if &*key.text == "<<" {
+                // kustomize takes out what is called like a merge key, quoted or not.
+                return Ok(());
+            }
+            if key.tag == Tag::Null {
+                return fault(format!("mapping key \"{}\" is null; put it in quotes", key.text), mark);
+            }
         }
         if let Some(existing) = builder.find(&key.text) {
             if self.options.dialect == Dialect::Kubectl {

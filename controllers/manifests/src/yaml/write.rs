@@ -118,7 +118,10 @@ impl Writer {
                 };
                 let inner = if indent < 0 { 2 } else { indent + 2 };
                 match &plain {
-                    Plain::Str(text) => self.string(text, inner, false),
+                    Plain::Str(text) => match resolve::through_reader(text) {
+                        Ok(text) => self.string(&text, inner, false),
+                        Err(message) => return path.fail(&message),
+                    },
                     other => match number_text(other) {
                         Ok(text) => self.plain(&text, inner, true),
                         Err(message) => return path.fail(&message),
@@ -168,8 +171,12 @@ impl Writer {
                     .fail(&format!("the key `{key}` is a {kind}; keys must be strings: write \"{key}\" in quotes"));
             }
             self.write_indent(inner);
-            let key = &entry.key.text;
-            path.0.push(PathPart::Key(key));
+            path.0.push(PathPart::Key(&entry.key.text));
+            let key = match resolve::through_reader(&entry.key.text) {
+                Ok(key) => key,
+                Err(message) => return path.fail(&message),
+            };
+            let key = &*key;
             if key.len() <= SIMPLE_KEY_MAX && !has_break(key) {
                 self.string(key, inner + 2, true);
                 self.indicator(":", false, false, false);

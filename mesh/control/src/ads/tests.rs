@@ -152,14 +152,15 @@ impl Plane {
         let mut watch = self
             .ledger
             .watch(&format!("VirtualService/prod/{name}"), generation);
-        let found = match tokio::time::timeout(Duration::from_secs(20), watch.wait_for(matches)).await {
+        match tokio::time::timeout(Duration::from_secs(20), watch.wait_for(matches)).await {
             Ok(found) => found.unwrap().clone(),
-            Err(_) => panic!(
-                "never {what}: {:?}",
-                self.ledger.report(&format!("VirtualService/prod/{name}"))
-            ),
-        };
-        found
+            Err(elapsed) => {
+                panic!(
+                    "never {what}, {elapsed}: {:?}",
+                    self.ledger.report(&format!("VirtualService/prod/{name}"))
+                )
+            }
+        }
     }
 
     async fn stop(self) {

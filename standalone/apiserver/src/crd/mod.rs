@@ -14,11 +14,17 @@ use crate::meta;
 
 /// What a schema may not contain: it has to be structural.
 fn schema_errors(crd: &Value, errors: &mut Vec<FieldError>) {
-    for (i, version) in meta::list_at(crd, "spec.versions").iter().enumerate() {
+    let versions = meta::list_at(crd, "spec.versions");
+    for (i, version) in versions.iter().enumerate() {
         let Some(root) = meta::at(version, "schema.openAPIV3Schema") else {
             continue;
         };
-        let path = format!("spec.versions[{i}].schema.openAPIV3Schema");
+        // Kubernetes' internal form holds the schema of a single version outside of the list.
+        let path = if versions.len() == 1 {
+            "spec.validation.openAPIV3Schema".to_owned()
+        } else {
+            format!("spec.versions[{i}].schema.openAPIV3Schema")
+        };
         if root.get("type") != Some(&Value::String("object".into())) {
             errors.push(FieldError::required(
                 format!("{path}.type"),
@@ -46,6 +52,22 @@ fn structural(node: &Value, path: &str, errors: &mut Vec<FieldError>) {
         if !text.is_empty() {
             errors.push(FieldError::required(format!("{path}.type"), text));
         }
+    }
+    cel::rule_errors(node, path, errors);
+    if node.get("additionalProperties").is_some_and(|a| a != &Value::Bool(false)) && node.get("properties").is_some_and(|p| p.as_object().is_some_and(|p| !p.is_empty())) {
+        errors.push(FieldError::forbidden(format!("{path}.additionalProperties"), "additionalProperties and properties are mutual exclusive"));
+    }
+    if flag("uniqueItems") {
+        errors.push(FieldError::forbidden(
+            format!("{path}.uniqueItems"),
+            "uniqueItems cannot be set to true since the runtime complexity becomes quadratic",
+        ));
+    }
+    if node.get("x-kubernetes-list-type") == Some(&Value::String("map".into())) && meta::list_at(node, "x-kubernetes-list-map-keys").is_empty() {
+        errors.push(FieldError::required(
+            format!("{path}.x-kubernetes-list-map-keys"),
+            "must not be empty if x-kubernetes-list-type is map",
+        ));
     }
     if node.get("$ref").is_some() {
         errors.push(FieldError::forbidden(

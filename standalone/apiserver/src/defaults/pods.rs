@@ -181,8 +181,25 @@ fn field_source(item: &mut Value) {
     }
 }
 
+/// `podIP` and the first of `podIPs` are one value.
+fn addresses(pod: &mut Value) {
+    let first = meta::list_at(pod, "status.podIPs").first().map(|i| meta::str_at(i, "ip").to_owned());
+    let single = meta::str_at(pod, "status.podIP").to_owned();
+    let status = meta::member_object(pod, "status");
+    match first {
+        Some(first) if single.is_empty() && !first.is_empty() => {
+            status.insert("podIP".into(), json!(first));
+        }
+        None if !single.is_empty() => {
+            status.insert("podIPs".into(), json!([{"ip": single}]));
+        }
+        _ => {}
+    }
+}
+
 /// Defaults that a pod has and a template has not.
 pub(crate) fn scheme(pod: &mut Value, _live: Option<&Value>) {
+    addresses(pod);
     let spec = meta::member_object(pod, "spec");
     set(spec, "enableServiceLinks", json!(true));
     let host_network = spec.get("hostNetwork") == Some(&Value::Bool(true));

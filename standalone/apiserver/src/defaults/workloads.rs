@@ -18,6 +18,9 @@ pub(crate) fn apply(plural: &str, object: &mut Value) {
             let spec = meta::member_object(object, "spec");
             set(spec, "replicas", json!(1));
             pod_template(spec);
+            if plural == "replicationcontrollers" {
+                labels_of_template(object);
+            }
         }
         "statefulsets" => {
             let spec = meta::member_object(object, "spec");
@@ -65,13 +68,6 @@ pub(crate) fn apply(plural: &str, object: &mut Value) {
                 }
             }
             pod_template(spec);
-            let metadata = meta::metadata_mut(object);
-            let annotations = meta::as_object_mut(metadata.entry("annotations").or_insert_with(|| json!({})));
-            set(
-                annotations,
-                "deprecated.daemonset.template.generation",
-                json!("1"),
-            );
         }
         "jobs" => job(object),
         "cronjobs" => {
@@ -81,6 +77,7 @@ pub(crate) fn apply(plural: &str, object: &mut Value) {
             set(spec, "successfulJobsHistoryLimit", json!(3));
             set(spec, "failedJobsHistoryLimit", json!(1));
             let template = meta::as_object_mut(spec.entry("jobTemplate").or_insert_with(|| json!({})));
+            set(template, "metadata", json!({}));
             pod_template(meta::as_object_mut(
                 template.entry("spec").or_insert_with(|| json!({})),
             ));
@@ -114,6 +111,7 @@ fn job(object: &mut Value) {
     set(spec, "backoffLimit", json!(6));
     set(spec, "completionMode", json!("NonIndexed"));
     set(spec, "suspend", json!(false));
+    set(spec, "manualSelector", json!(false));
     set(
         spec,
         "podReplacementPolicy",

@@ -221,7 +221,7 @@ async fn write_scale(
             "Scale",
             &target.name,
             &[FieldError::invalid(
-                "spec.replicas",
+                if target.kind.is_custom() { paths(call)?.spec.clone() } else { "spec.replicas".to_owned() },
                 &json!(replicas),
                 "must be greater than or equal to 0",
             )],
@@ -239,10 +239,7 @@ async fn write_scale(
     let outcome = write::run(
         hub,
         call,
-        Change::Merge(Document {
-            value: change,
-            remarks: Vec::new(),
-        }),
+        Change::Merge(Document::of(change)),
     )
     .await?;
     let scale = scale_of(call, &outcome.object)?;

@@ -7,6 +7,11 @@ use std::os::fd::FromRawFd;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_writer(std::io::stderr)
+        .with_env_filter(tracing_subscriber::EnvFilter::new("info,serin_workloads=debug"))
+        .init();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.split_first() {
         Some((command, rest)) if command == "shim" => serin_workloads::shim::main(rest),

@@ -119,6 +119,8 @@ impl Container {
 
     /// It could not be started: kubelet's `CreateContainerConfigError`, `RunContainerError`, `ErrImagePull` …
     pub(crate) fn on_start_failed(&mut self, reason: &str, message: &str, now: Timestamp) {
+        // Trying again at once would only fail again; the worker is woken when what is missing turns up.
+        self.back_off = self.back_off.max(BACK_OFF_FIRST);
         self.delay(now);
         self.phase = Phase::Waiting {
             reason: reason.to_owned(),

@@ -247,7 +247,6 @@ impl DynamicMirror {
                     continue;
                 }
                 Some(Ok(event)) => {
-                    failing = false;
                     match event {
                         watcher::Event::Init => {
                             objects.clear();
@@ -263,7 +262,7 @@ impl DynamicMirror {
                         watcher::Event::Delete(object) => {
                             objects.remove(&object.name_any());
                         }
-                        watcher::Event::InitDone => {}
+                        watcher::Event::InitDone => failing = false,
                     }
                 }
             }

@@ -702,6 +702,8 @@ impl Worker {
         if let Some(child) = self.shim_process.take() {
             self.context.reap(child);
         }
+        // Before the object goes: who sees that it is gone finds nothing of it here.
+        sandbox::clear(&self.directory);
         if !self.gone {
             self.publish();
             if let Some(write) = self.write.take() {
@@ -709,7 +711,7 @@ impl Worker {
             }
             self.delete_object().await;
         }
-        sandbox::clear(&self.directory);
+        // Only now: while the object is there, its address is its own.
         if let Some(address) = self.address.take() {
             self.context.addresses.release(address);
         }

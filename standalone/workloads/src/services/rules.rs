@@ -162,11 +162,11 @@ pub(crate) fn script(from: Option<&Ruleset>, to: &Ruleset) -> String {
                  add map {TABLE} services {{ type ipv4_addr . inet_proto . inet_service : verdict ; }}\n\
                  add set {TABLE} refused {{ type ipv4_addr . inet_proto . inet_service ; }}\n\
                  add set {TABLE} hairpin {{ type ipv4_addr . ipv4_addr ; }}\n\
-                 add chain {TABLE} prerouting {{ type nat hook prerouting priority dstnat ; }}\n\
-                 add chain {TABLE} output {{ type nat hook output priority dstnat ; }}\n\
-                 add chain {TABLE} postrouting {{ type nat hook postrouting priority srcnat ; }}\n\
-                 add chain {TABLE} refuse_forward {{ type filter hook forward priority filter ; }}\n\
-                 add chain {TABLE} refuse_output {{ type filter hook output priority filter ; }}\n\
+                 add chain {TABLE} prerouting {{ type nat hook prerouting priority -100 ; }}\n\
+                 add chain {TABLE} output {{ type nat hook output priority -100 ; }}\n\
+                 add chain {TABLE} postrouting {{ type nat hook postrouting priority 100 ; }}\n\
+                 add chain {TABLE} refuse_forward {{ type filter hook forward priority 0 ; }}\n\
+                 add chain {TABLE} refuse_output {{ type filter hook output priority 0 ; }}\n\
                  add rule {TABLE} prerouting ip daddr . meta l4proto . th dport vmap @services\n\
                  add rule {TABLE} output ip daddr . meta l4proto . th dport vmap @services\n\
                  add rule {TABLE} postrouting ct status dnat ip saddr . ip daddr @hairpin masquerade\n\

@@ -205,7 +205,12 @@ pub(crate) fn bind_all(binds: &[Bind], scratch: &Path, read_only_root: bool) -> 
     // Parents first, whatever the order in the manifest: a later mount on a parent would hide the child.
     let mut binds: Vec<&Bind> = binds.iter().collect();
     binds.sort_by_key(|bind| bind.target.components().count());
-    // Sources are opened before anything is covered: an emptyDir on /tmp may hide the node's own state directory.
+    // A new root first: what was opened before it would belong to mounts that are gone afterwards.
+    let needs_root = |target: &Path| target.ancestors().find(|path| path.is_dir()) == Some(Path::new("/"));
+    if binds.iter().any(|bind| !bind.target.exists() && needs_root(&bind.target)) {
+        cover.new_root()?;
+    }
+    // Then the sources, before anything is covered: an emptyDir on /tmp may hide the node's own state directory.
     let mut opened = Vec::with_capacity(binds.len());
     for bind in &binds {
         let file = fs::OpenOptions::new()

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 /// The program that containers of these tests run.
 pub const PROCESS: &str = env!("CARGO_BIN_EXE_serin-workloads-process");
 /// How long anything may take on a busy machine.
-pub const DEADLINE: Duration = Duration::from_secs(60);
+pub const DEADLINE: Duration = Duration::from_secs(30);
 pub const NAMESPACE: &str = "t";
 
 pub struct Cluster {
@@ -47,6 +47,8 @@ impl Cluster {
             eprintln!("SKIPPED: {reason}");
             return None;
         }
+        let filter = std::env::var("RUST_LOG").unwrap_or_else(|_| "warn".to_owned());
+        let _ = tracing_subscriber::fmt().with_test_writer().with_env_filter(filter).try_init();
         let directory = tempfile::Builder::new().prefix("serin-wl-").tempdir().unwrap();
         let state = directory.path().to_owned();
         let server = ApiServer::builder().directory(state.join("api")).build().await.unwrap();
@@ -113,6 +115,8 @@ impl Cluster {
             Ok(Err(error)) => panic!("wait for {name}: {error}"),
             Err(_) => {
                 let object = api.get(name).await;
+                let nodes: Api<k8s_openapi::api::core::v1::Node> = Api::all(self.client.clone());
+                eprintln!("{}", serde_json::to_string(&nodes.list(&ListParams::default()).await.unwrap()).unwrap());
                 panic!(
                     "{name} did not come to what was waited for:\n{}\nevents:\n{}\nnode's log:\n{}",
                     object.map(|o| serde_json::to_string_pretty(&o).unwrap()).unwrap_or_else(|e| e.to_string()),

@@ -67,8 +67,8 @@ if (exec 3<>/dev/tcp/none/80) 2>/dev/null; then echo reached; else echo refused;
     let own = json!({"restartPolicy": "Never", "terminationGracePeriodSeconds": 1, "containers": [
         {"name": "s", "image": "test/serve:1", "args": ["8080"], "ports": [{"name": "http", "containerPort": 8080}]},
         {"name": "c", "image": "test/sh:1", "command": ["/bin/bash", "-c",
-            "until (exec 3<>/dev/tcp/self/80 && printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3 && cat <&3 | grep -o pod=self); do sleep 0.05; done"]}]});
-    create(&services, json!({"metadata": {"name": "self"}, "spec": {"selector": {"app": "self"},
+            "until (exec 3<>/dev/tcp/mirror/80 && printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3 && cat <&3 | grep -o pod=self); do sleep 0.05; done"]}]});
+    create(&services, json!({"metadata": {"name": "mirror"}, "spec": {"selector": {"app": "self"},
         "ports": [{"name": "http", "port": 80, "targetPort": "http"}]}}))
     .await;
     let done = |pod: Option<&Pod>| {
