@@ -85,19 +85,9 @@ pub fn build(tree: &dyn FileTree, root: &str, options: &Options<'_>) -> Result<B
     let dir = match loader.resolve("", root)? {
         Resolved::Dir(dir) => dir,
         Resolved::File(path) => {
-            return Err(Cause::WrongEntry {
-                path,
-                expected: "a directory",
-                found: "a file",
-            }
-            .into());
+            return Err(Cause::WrongEntry { path, expected: "a directory", found: "a file" }.into());
         }
-        Resolved::Missing => {
-            return Err(Cause::Missing {
-                path: root.to_owned(),
-            }
-            .into());
-        }
+        Resolved::Missing => return Err(Cause::Missing { path: root.to_owned() }.into()),
     };
     let mut builder = Builder {
         loader: &loader,
@@ -123,20 +113,8 @@ pub fn build(tree: &dyn FileTree, root: &str, options: &Options<'_>) -> Result<B
     }
     let (kustomizations, steps, warnings) = (builder.kustomizations, builder.steps.get(), builder.warnings);
     let (read_set, bytes) = loader.into_read_set();
-    let stats = Stats {
-        kustomizations,
-        files: read_set.files.len(),
-        bytes,
-        objects: objects.len(),
-        steps,
-    };
-    Ok(Build {
-        objects,
-        read_set,
-        stats,
-        warnings,
-        trace: tracer.map(Tracer::into_trace),
-    })
+    let stats = Stats { kustomizations, files: read_set.files.len(), bytes, objects: objects.len(), steps };
+    Ok(Build { objects, read_set, stats, warnings, trace: tracer.map(Tracer::into_trace) })
 }
 
 /// Resources with the configuration that will find references among them, and the variables defined so far.
@@ -150,9 +128,7 @@ struct Accumulator {
 
 impl Accumulator {
     fn config(&self) -> &TransformerConfig {
-        self.config
-            .as_deref()
-            .unwrap_or_else(|| TransformerConfig::defaults())
+        self.config.as_deref().unwrap_or_else(|| TransformerConfig::defaults())
     }
 
     fn merge_config(&mut self, other: Rc<TransformerConfig>, defaults: &Rc<TransformerConfig>) -> Result<()> {
@@ -170,12 +146,7 @@ impl Accumulator {
         Ok(())
     }
 
-    fn merge(
-        &mut self,
-        other: Accumulator,
-        schemas: &Schemas,
-        defaults: &Rc<TransformerConfig>,
-    ) -> Result<()> {
+    fn merge(&mut self, other: Accumulator, schemas: &Schemas, defaults: &Rc<TransformerConfig>) -> Result<()> {
         self.map.append_all(other.map, schemas)?;
         if let Some(config) = other.config {
             self.merge_config(config, defaults)?;
@@ -212,11 +183,7 @@ struct Builder<'a> {
 
 impl Builder<'_> {
     fn env(&self) -> Env<'_> {
-        Env {
-            schemas: &self.schemas,
-            budget: &self.options.budget,
-            steps: &self.steps,
-        }
+        Env { schemas: &self.schemas, budget: &self.options.budget, steps: &self.steps }
     }
 
     fn run(&mut self, dir: &str) -> Result<Vec<Resource>> {
@@ -241,26 +208,16 @@ impl Builder<'_> {
 
         let config = acc.config.clone();
         let config = config.as_deref().unwrap_or_else(|| TransformerConfig::defaults());
-        self.traced("HashTransformer", &target.file, &mut acc.map, |map, env| {
-            add_hashes(map, env)
+        self.traced("HashTransformer", &target.file, &mut acc.map, |map, env| add_hashes(map, env))?;
+        self.traced("NameReferenceTransformer", &target.file, &mut acc.map, |map, env| {
+            name_reference::fix(map, &config.name_reference, env)
         })?;
-        self.traced(
-            "NameReferenceTransformer",
-            &target.file,
-            &mut acc.map,
-            |map, env| name_reference::fix(map, &config.name_reference, env),
-        )?;
         let vars = std::mem::take(&mut acc.vars);
         self.traced("RefVarTransformer", &target.file, &mut acc.map, |map, env| {
             vars::resolve(map, &vars, &config.var_reference, env)
         })?;
         drop_local(&mut acc.map);
-        sort(
-            &mut acc.map,
-            target.k.sort_options.as_ref(),
-            self.options.reorder,
-            &self.schemas,
-        )?;
+        sort(&mut acc.map, target.k.sort_options.as_ref(), self.options.reorder, &self.schemas)?;
         let mut resources = acc.map.into_resources();
         for r in &mut resources {
             finish(r, managed_by, origins, transformations);
@@ -302,38 +259,23 @@ impl Builder<'_> {
             1 => found.remove(0),
             _ => {
                 let files: Vec<&str> = found.iter().map(|f| f.0).collect();
-                return Err(Error::new(Cause::MultipleKustomizations {
-                    dir: display_dir(dir),
-                    files: files.join(", "),
-                })
-                .help("keep one of them"));
+                return Err(Error::new(Cause::MultipleKustomizations { dir: display_dir(dir), files: files.join(", ") })
+                    .help("keep one of them"));
             }
         };
         self.kustomizations += 1;
         let budget = &self.options.budget;
         if self.kustomizations > budget.max_kustomizations {
             let what = format!("{} kustomizations built", self.kustomizations);
-            return Err(Cause::Budget {
-                budget: "kustomizations",
-                what,
-                limit: budget.max_kustomizations,
-            }
-            .into());
+            return Err(Cause::Budget { budget: "kustomizations", what, limit: budget.max_kustomizations }.into());
         }
         let read = || -> Result<Kustomization> {
             let text = crate::read::utf8(&content, &file)?;
             kustomization::read(text, &file, &budget.document)
         };
         let k = read().map_err(|e| e.inside(&file))?;
-        self.warnings
-            .extend(k.warnings.iter().map(|w| format!("{file}: {w}")));
-        Ok(Target {
-            dir: dir.to_owned(),
-            file,
-            file_name,
-            k,
-            origin: None,
-        })
+        self.warnings.extend(k.warnings.iter().map(|w| format!("{file}: {w}")));
+        Ok(Target { dir: dir.to_owned(), file, file_name, k, origin: None })
     }
 
     /// Takes note of `openapi`. The root decides; below it the first one that says something.
@@ -357,12 +299,8 @@ impl Builder<'_> {
                 return Err(Cause::OpenApi(message.into()).into());
             }
             let text = crate::read::utf8(&content, &file)?;
-            let options = ReadOptions {
-                file: &file,
-                line_offset: 0,
-                dialect: Dialect::Kubectl,
-                limits: &self.options.budget.document,
-            };
+            let options =
+                ReadOptions { file: &file, line_offset: 0, dialect: Dialect::Kubectl, limits: &self.options.budget.document };
             let json = parse_document(text, &options)?.map_or(Ok(Json::Null), |v| v.to_json());
             let json = json.map_err(|e| Cause::OpenApi(format!("invalid schema file '{file}': {e}")))?;
             self.schemas.set_custom(Schema::from_openapi(&json));
@@ -374,12 +312,8 @@ impl Builder<'_> {
                 self.schemas.set_builtin();
                 Ok(())
             }
-            Some(other) => Err(Error::new(Cause::OpenApi(
-                "the specified OpenAPI version is not built in".into(),
-            ))
-            .help(format!(
-                "'{other}' is not known; '{BUILTIN_VERSION}' is, and needs no mention"
-            ))),
+            Some(other) => Err(Error::new(Cause::OpenApi("the specified OpenAPI version is not built in".into()))
+                .help(format!("'{other}' is not known; '{BUILTIN_VERSION}' is, and needs no mention"))),
         }
     }
 
@@ -393,14 +327,9 @@ impl Builder<'_> {
         self.run_generators(target, &mut acc)?;
         let components = std::mem::take(&mut target.k.components);
         for path in &components {
-            let dir = self
-                .loader
-                .base(&target.dir, &path.text)
-                .map_err(|e| e.at_option(path.place.clone()))?;
+            let dir = self.loader.base(&target.dir, &path.text).map_err(|e| e.at_option(path.place.clone()))?;
             let parent = std::mem::take(&mut acc);
-            acc = self
-                .directory(target, &dir, &path.text, Some(parent))
-                .map_err(|e| e.at_option(path.place.clone()))?;
+            acc = self.directory(target, &dir, &path.text, Some(parent)).map_err(|e| e.at_option(path.place.clone()))?;
         }
         self.run_transformers(target, &mut acc)?;
         self.run_validators(target, &mut acc)?;
@@ -409,12 +338,7 @@ impl Builder<'_> {
         let limit = self.options.budget.max_resources;
         if acc.map.len() > limit {
             let what = format!("{} resources", acc.map.len());
-            return Err(Cause::Budget {
-                budget: "resources",
-                what,
-                limit,
-            }
-            .into());
+            return Err(Cause::Budget { budget: "resources", what, limit }.into());
         }
         Ok(acc)
     }
@@ -445,16 +369,9 @@ impl Builder<'_> {
             let at = |e: Error| e.at_option(path.place.clone());
             let (content, file) = self.loader.load(&target.dir, &path.text).map_err(at)?;
             let text = crate::read::utf8(&content, &file)?;
-            let options = ReadOptions {
-                file: &file,
-                line_offset: 0,
-                dialect: Dialect::Kubectl,
-                limits,
-            };
+            let options = ReadOptions { file: &file, line_offset: 0, dialect: Dialect::Kubectl, limits };
             let json = parse_document(text, &options)?.map_or(Ok(Json::Null), |v| v.to_json());
-            let json = json.map_err(|e| {
-                Cause::OpenApi(format!("unable to parse open API definition from '{file}': {e}"))
-            })?;
+            let json = json.map_err(|e| Cause::OpenApi(format!("unable to parse open API definition from '{file}': {e}")))?;
             let config = crds::config_of(&json).map_err(|m| at(Cause::OpenApi(m).into()))?;
             acc.merge_config(Rc::new(config), &self.defaults)?;
         }
@@ -469,11 +386,7 @@ impl Builder<'_> {
             return Err(at(Cause::AbsolutePath { path: text.clone() }.into()));
         }
         let http = text.starts_with("http://") || text.starts_with("https://");
-        let resolved = if http {
-            Resolved::Missing
-        } else {
-            self.loader.resolve(&target.dir, text).map_err(at)?
-        };
+        let resolved = if http { Resolved::Missing } else { self.loader.resolve(&target.dir, text).map_err(at)? };
         match resolved {
             Resolved::File(_) => self.accumulate_file(target, acc, path),
             Resolved::Dir(dir) => {
@@ -513,45 +426,25 @@ impl Builder<'_> {
     }
 
     /// A kustomization below another. `parent` is given for a component, which works on what its parent has.
-    fn directory(
-        &mut self,
-        from: &Target,
-        dir: &str,
-        path: &str,
-        parent: Option<Accumulator>,
-    ) -> Result<Accumulator> {
+    fn directory(&mut self, from: &Target, dir: &str, path: &str, parent: Option<Accumulator>) -> Result<Accumulator> {
         for visited in self.visited.iter().rev() {
             if is_in(visited, dir) {
                 let mut cycle: Vec<String> = self.visited.iter().map(|v| display_dir(v)).collect();
                 cycle.push(display_dir(dir));
-                return Err(Error::new(Cause::Cycle {
-                    root: display_dir(dir),
-                    visited: display_dir(visited),
-                })
-                .help(format!("the cycle is {}", cycle.join(" -> "))));
+                return Err(Error::new(Cause::Cycle { root: display_dir(dir), visited: display_dir(visited) })
+                    .help(format!("the cycle is {}", cycle.join(" -> "))));
             }
         }
         let limit = self.options.budget.max_kustomization_depth;
         if self.visited.len() >= limit {
-            let what = format!(
-                "'{}' is {} kustomizations deep",
-                display_dir(dir),
-                self.visited.len() + 1
-            );
-            return Err(Cause::Budget {
-                budget: "depth",
-                what,
-                limit,
-            }
-            .into());
+            let what = format!("'{}' is {} kustomizations deep", display_dir(dir), self.visited.len() + 1);
+            return Err(Cause::Budget { budget: "depth", what, limit }.into());
         }
         let mut target = self.load(dir)?;
         target.origin = from.origin.as_ref().map(|o| o.append(path));
         let file = target.file.clone();
         let result = self.directory_inner(&mut target, parent);
-        result
-            .map_err(|e| e.inside(&file))
-            .map_err(|e| e.inside(&from.file))
+        result.map_err(|e| e.inside(&file)).map_err(|e| e.inside(&from.file))
     }
 
     fn directory_inner(&mut self, target: &mut Target, parent: Option<Accumulator>) -> Result<Accumulator> {
@@ -577,23 +470,12 @@ impl Builder<'_> {
     fn run_generators(&mut self, target: &Target, acc: &mut Accumulator) -> Result<()> {
         let k = &target.k;
         for (secret, list) in [(false, &k.config_map_generator), (true, &k.secret_generator)] {
-            let generator = Generator {
-                loader: self.loader,
-                root: &target.dir,
-                secret,
-            };
-            let kind = if secret {
-                "SecretGenerator"
-            } else {
-                "ConfigMapGenerator"
-            };
+            let generator = Generator { loader: self.loader, root: &target.dir, secret };
+            let kind = if secret { "SecretGenerator" } else { "ConfigMapGenerator" };
             for args in list {
                 let mut r = generator.generate(args, k.generator_options.as_ref())?;
                 r.origin = target.origin.as_ref().map(|o| o.builtin(target.file_name, kind));
-                r.source = args.place.as_ref().map(|p| serin_manifests::Source {
-                    file: p.file.as_str().into(),
-                    line: p.line,
-                });
+                r.source = args.place.as_ref().map(|p| serin_manifests::Source { file: p.file.as_str().into(), line: p.line });
                 self.absorb(acc, r).map_err(|e| e.at_option(args.place.clone()))?;
             }
         }
@@ -613,17 +495,9 @@ impl Builder<'_> {
         Ok(())
     }
 
-    fn with_workshop<T>(
-        &self,
-        target: &Target,
-        f: impl FnOnce(&Workshop<'_, '_, '_>) -> Result<T>,
-    ) -> Result<T> {
+    fn with_workshop<T>(&self, target: &Target, f: impl FnOnce(&Workshop<'_, '_, '_>) -> Result<T>) -> Result<T> {
         let env = self.env();
-        f(&Workshop {
-            loader: self.loader,
-            root: &target.dir,
-            env: &env,
-        })
+        f(&Workshop { loader: self.loader, root: &target.dir, env: &env })
     }
 
     /// A generated resource is added, or takes the place of one, or is merged with one.
@@ -633,25 +507,12 @@ impl Builder<'_> {
         let behavior = new.behavior.unwrap_or_default();
         match (&acc.map.by_any_id(&id, &self.schemas)[..], behavior) {
             ([], Behavior::Merge | Behavior::Replace) => {
-                let verb = if behavior == Behavior::Merge {
-                    "merge"
-                } else {
-                    "replace"
-                };
-                let error = Error::new(Cause::Generator(format!(
-                    "id {id} does not exist; cannot merge or replace"
-                )));
-                let names = acc
-                    .map
-                    .resources()
-                    .iter()
-                    .filter(|r| r.kind() == new.kind())
-                    .map(Resource::name);
+                let verb = if behavior == Behavior::Merge { "merge" } else { "replace" };
+                let error = Error::new(Cause::Generator(format!("id {id} does not exist; cannot merge or replace")));
+                let names = acc.map.resources().iter().filter(|r| r.kind() == new.kind()).map(Resource::name);
                 Err(match nearest(new.name(), names) {
                     Some(name) => error.help(format!("did you mean to {verb} '{name}'?")),
-                    None => error.help(format!(
-                        "nothing with this name comes from `resources`; leave out `behavior: {verb}`"
-                    )),
+                    None => error.help(format!("nothing with this name comes from `resources`; leave out `behavior: {verb}`")),
                 })
             }
             ([], _) => acc.map.append(new, &self.schemas),
@@ -661,13 +522,9 @@ impl Builder<'_> {
                 acc.map.replace(index, combined);
                 Ok(())
             }
-            ([_], _) => Err(Error::new(Cause::Generator(format!(
-                "id {id} exists; behavior must be merge or replace"
-            )))
-            .help("set `behavior: merge` or `behavior: replace`, or choose another name")),
-            _ => Err(
-                Cause::Generator(format!("found multiple objects that could accept merge of {id}")).into(),
-            ),
+            ([_], _) => Err(Error::new(Cause::Generator(format!("id {id} exists; behavior must be merge or replace")))
+                .help("set `behavior: merge` or `behavior: replace`, or choose another name")),
+            _ => Err(Cause::Generator(format!("found multiple objects that could accept merge of {id}")).into()),
         }
     }
 
@@ -696,10 +553,7 @@ impl Builder<'_> {
     fn run_transformers(&mut self, target: &Target, acc: &mut Accumulator) -> Result<()> {
         let transformers = self.builtin_transformers(target, acc)?;
         for transformer in &transformers {
-            let origin = target
-                .origin
-                .as_ref()
-                .map(|o| o.builtin(target.file_name, transformer.kind()));
+            let origin = target.origin.as_ref().map(|o| o.builtin(target.file_name, transformer.kind()));
             self.apply(transformer, origin, target, acc)?;
         }
         if target.k.transformers.is_empty() {
@@ -761,30 +615,17 @@ impl Builder<'_> {
                 });
             }
             if !k.name_prefix.is_empty() {
-                out.push(Transformer::Prefix {
-                    text: k.name_prefix.clone(),
-                    specs: config.name_prefix.clone(),
-                });
+                out.push(Transformer::Prefix { text: k.name_prefix.clone(), specs: config.name_prefix.clone() });
             }
             if !k.name_suffix.is_empty() {
-                out.push(Transformer::Suffix {
-                    text: k.name_suffix.clone(),
-                    specs: config.name_suffix.clone(),
-                });
+                out.push(Transformer::Suffix { text: k.name_suffix.clone(), specs: config.name_suffix.clone() });
             }
             if !k.labels.is_empty() || !k.common_labels.is_empty() {
                 for label in &k.labels {
-                    let specs = label_specs(label, config)
-                        .map_err(|m| Cause::Transformer(format!("failed to merge labels: {m}")))?;
-                    out.push(Transformer::Labels {
-                        pairs: label.pairs.clone(),
-                        specs,
-                    });
+                    let specs = label_specs(label, config).map_err(|m| Cause::Transformer(format!("failed to merge labels: {m}")))?;
+                    out.push(Transformer::Labels { pairs: label.pairs.clone(), specs });
                 }
-                out.push(Transformer::Labels {
-                    pairs: k.common_labels.clone(),
-                    specs: config.common_labels.clone(),
-                });
+                out.push(Transformer::Labels { pairs: k.common_labels.clone(), specs: config.common_labels.clone() });
             }
             if !k.common_annotations.is_empty() {
                 let (pairs, specs) = (k.common_annotations.clone(), config.common_annotations.clone());
@@ -794,10 +635,7 @@ impl Builder<'_> {
                 out.push(w.json6902(patch)?);
             }
             for replica in &k.replicas {
-                out.push(Transformer::Replicas {
-                    replica: replica.clone(),
-                    specs: config.replicas.clone(),
-                });
+                out.push(Transformer::Replicas { replica: replica.clone(), specs: config.replicas.clone() });
             }
             for image in &k.images {
                 out.push(w.image(image.clone(), config.images.clone())?);
@@ -818,16 +656,9 @@ impl Builder<'_> {
             let mut copy = acc.map.clone();
             validator.apply(&mut copy, &self.env())?;
             let same = copy.len() == acc.map.len()
-                && copy
-                    .resources()
-                    .iter()
-                    .zip(acc.map.resources())
-                    .all(|(a, b)| a.root == b.root);
+                && copy.resources().iter().zip(acc.map.resources()).all(|(a, b)| a.root == b.root);
             if !same {
-                let message = format!(
-                    "validator shouldn't modify the resource map: {}",
-                    config.id(&self.schemas)
-                );
+                let message = format!("validator shouldn't modify the resource map: {}", config.id(&self.schemas));
                 return Err(Cause::Transformer(message).into());
             }
         }
@@ -837,18 +668,8 @@ impl Builder<'_> {
 
 fn plugin_origin(config: &Resource) -> Option<Origin> {
     let origin = config.origin.as_ref()?;
-    let by = [
-        config.api_version(),
-        config.kind(),
-        config.name(),
-        config.namespace(),
-    ]
-    .map(str::to_owned);
-    Some(Origin {
-        path: String::new(),
-        configured_in: origin.path.clone(),
-        configured_by: Some(by),
-    })
+    let by = [config.api_version(), config.kind(), config.name(), config.namespace()].map(str::to_owned);
+    Some(Origin { path: String::new(), configured_in: origin.path.clone(), configured_by: Some(by) })
 }
 
 fn label_specs(label: &Label, config: &TransformerConfig) -> std::result::Result<Vec<FieldSpec>, String> {
@@ -868,9 +689,7 @@ fn label_specs(label: &Label, config: &TransformerConfig) -> std::result::Result
 fn drop_local(map: &mut ResMap) {
     let local = |r: &Resource| {
         let annotations = r.root.get("metadata").and_then(|m| m.get("annotations"));
-        annotations
-            .and_then(|a| a.get(LOCAL_CONFIG))
-            .is_some_and(|v| v.text() != Some("false"))
+        annotations.and_then(|a| a.get(LOCAL_CONFIG)).is_some_and(|v| v.text() != Some("false"))
     };
     if map.resources().iter().any(local) {
         map.retain(|r| !local(r));
@@ -882,8 +701,7 @@ fn sort(map: &mut ResMap, options: Option<&SortOptions>, reorder: Reorder, schem
         None if reorder == Reorder::None => return Ok(()),
         None => default_order(),
         Some(options) => {
-            let fail =
-                |message: String| Error::new(Cause::SortOptions(message)).at_option(options.place.clone());
+            let fail = |message: String| Error::new(Cause::SortOptions(message)).at_option(options.place.clone());
             match options.order.as_str() {
                 "fifo" if options.legacy.is_some() => {
                     return Err(fail(
@@ -892,11 +710,7 @@ fn sort(map: &mut ResMap, options: Option<&SortOptions>, reorder: Reorder, schem
                 }
                 "fifo" => return Ok(()),
                 "legacy" => options.legacy.clone().unwrap_or_else(default_order),
-                _ => {
-                    return Err(fail(
-                        "the field 'sortOptions.order' must be one of [fifo, legacy]".into(),
-                    ));
-                }
+                _ => return Err(fail("the field 'sortOptions.order' must be one of [fifo, legacy]".into())),
             }
         }
     };
@@ -943,21 +757,14 @@ fn finish(r: &mut Resource, managed_by: bool, origins: bool, transformations: bo
             }
         }
     }
-    let has_annotations = r
-        .root
-        .get("metadata")
-        .and_then(|m| m.get("annotations"))
-        .is_some();
+    let has_annotations = r.root.get("metadata").and_then(|m| m.get("annotations")).is_some();
     let mut annotations = r.string_map("annotations");
     annotations.retain(|(key, _)| !is_build_annotation(key));
     if let (true, Some(origin)) = (origins, &r.origin) {
         annotations.push((ORIGIN_ANNOTATION.to_owned(), origin.to_yaml()));
     }
     if transformations && !r.transformations.is_empty() {
-        annotations.push((
-            TRANSFORMATIONS_ANNOTATION.to_owned(),
-            origin::list_to_yaml(&r.transformations),
-        ));
+        annotations.push((TRANSFORMATIONS_ANNOTATION.to_owned(), origin::list_to_yaml(&r.transformations)));
     }
     if has_annotations || !annotations.is_empty() {
         r.set_string_map("annotations", annotations);
@@ -991,7 +798,5 @@ fn is_build_annotation(key: &str) -> bool {
     ];
     key == TRANSFORMATIONS_ANNOTATION
         || OTHERS.contains(&key)
-        || key
-            .strip_prefix("internal.config.kubernetes.io/")
-            .is_some_and(|note| NOTES.contains(&note))
+        || key.strip_prefix("internal.config.kubernetes.io/").is_some_and(|note| NOTES.contains(&note))
 }

@@ -156,9 +156,7 @@ impl Hub {
     fn record(&self, resource: &ResourceId, event: &Event) -> u64 {
         let Some(log) = &self.log else { return 0 };
         match event.change {
-            Change::Added | Change::Modified => {
-                log.put(resource, &event.key, event.rv, &event.object.whole())
-            }
+            Change::Added | Change::Modified => log.put(resource, &event.key, event.rv, &event.object.whole()),
             Change::Deleted => log.delete(resource, &event.key, event.rv),
         }
     }
@@ -187,17 +185,33 @@ impl Hub {
         &self,
         resource: &ResourceId,
         key: &str,
+        manager: &str,
+        subresource: &str,
         edit: impl Fn(&Value) -> Option<Value>,
     ) -> ApiResult<Option<Arc<Event>>> {
         for _ in 0..MODIFY_ATTEMPTS {
             let Some(current) = self.get_at(resource, key) else {
                 return Ok(None);
             };
-            let Some(next) = edit(&current.value) else {
+            let Some(mut next) = edit(&current.value) else {
                 return Ok(None);
             };
             if next == current.value {
                 return Ok(None);
+            }
+            let registry = self.registry();
+            if let Some((kind, version)) = registry.by_resource(resource).and_then(|k| k.storage_version().map(|v| (k, v))) {
+                let now = crate::time::seconds(self.clock.now());
+                let write = crate::apply::managers::Write {
+                    schema: &version.schema,
+                    zero: &version.zero,
+                    api_version: &kind.api_version(&version.name),
+                    subresource,
+                    manager,
+                    now: &now,
+                    reset: if subresource == "status" { &["spec", "metadata"] } else { &[] },
+                };
+                crate::apply::managers::update(&write, Some(&current.value), &mut next);
             }
             match self.put(resource, key, next, Expect::At(current.rv)).await {
                 Ok(event) => return Ok(Some(event)),

@@ -209,7 +209,7 @@ impl LabelSelector {
                                 }
                                 other => {
                                     return Err(format!(
-                                        "unable to parse requirement: found '{}', expected: ',', ')' or identifier",
+                                        "unable to parse requirement: found '{}', expected: ',' or ')'",
                                         other.show()
                                     ));
                                 }

@@ -275,10 +275,8 @@ pub(crate) fn applied(canary: &Canary) -> String {
 }
 
 pub(crate) async fn patiently<T>(what: &str, future: impl Future<Output = T>) -> T {
-    match tokio::time::timeout(PATIENCE, future).await {
-        Ok(value) => value,
-        Err(_) => panic!("not within {PATIENCE:?}: {what}"),
-    }
+    let done = tokio::time::timeout(PATIENCE, Box::pin(future)).await;
+    done.unwrap_or_else(|_| panic!("not within {PATIENCE:?}: {what}"))
 }
 
 /// Deployments' pods: ready at once, unless their image is broken. Endpoints of the Services follow.

@@ -57,17 +57,13 @@ async fn a_service_and_a_route_of_the_user_are_taken_over_and_given_back() {
         .delete("podinfo", &DeleteParams::default())
         .await
         .unwrap();
-    patiently("the Canary is gone", async {
-        let api = cluster.api::<Canary>();
-        kube::runtime::wait::await_condition(
-            api,
-            "podinfo",
-            kube::runtime::conditions::is_deleted(&canary.uid().unwrap()),
-        )
-        .await
-        .unwrap();
-    })
-    .await;
+    let uid = canary.uid().unwrap();
+    let gone = kube::runtime::wait::await_condition(
+        cluster.api::<Canary>(),
+        "podinfo",
+        kube::runtime::conditions::is_deleted(&uid),
+    );
+    patiently("the Canary is gone", Box::pin(gone)).await.unwrap();
     let target: Deployment = cluster.api().get("podinfo").await.unwrap();
     assert_eq!(target.spec.unwrap().replicas, Some(2));
     let service: Service = cluster.api().get("podinfo").await.unwrap();

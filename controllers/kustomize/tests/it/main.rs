@@ -11,9 +11,7 @@ use std::path::PathBuf;
 
 /// The shared data, beside the repository; `None`, with a note, where it is not.
 fn shared(part: &str) -> Option<PathBuf> {
-    let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("../../../shared/data")
-        .join(part);
+    let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data").join(part);
     if dir.is_dir() {
         return Some(dir);
     }

@@ -26,10 +26,7 @@ pub(crate) struct ScanError {
 
 impl ScanError {
     pub(crate) fn new(message: impl Into<Cow<'static, str>>, mark: Mark) -> ScanError {
-        ScanError {
-            message: message.into(),
-            mark,
-        }
+        ScanError { message: message.into(), mark }
     }
 }
 
@@ -121,9 +118,7 @@ impl<'a> Scanner<'a> {
         self.fill()?;
         let mark = self.mark;
         self.taken += 1;
-        self.tokens
-            .pop_front()
-            .ok_or_else(|| ScanError::new("unexpected end of the document", mark))
+        self.tokens.pop_front().ok_or_else(|| ScanError::new("unexpected end of the document", mark))
     }
 
     /// Scans until the first token in the queue is certain: it may still turn out to be the start of a key.
@@ -227,11 +222,7 @@ impl<'a> Scanner<'a> {
     /// One line break into the buffer: CR, LF, CRLF and NEL become LF, the separators of Unicode stay.
     fn read_line(&mut self, into: &mut String) {
         if self.at(0) == 0xE2 && self.break_len(0) == 3 {
-            into.push_str(
-                self.text
-                    .get(self.mark.index..self.mark.index + 3)
-                    .unwrap_or("\n"),
-            );
+            into.push_str(self.text.get(self.mark.index..self.mark.index + 3).unwrap_or("\n"));
         } else {
             into.push('\n');
         }
@@ -240,10 +231,7 @@ impl<'a> Scanner<'a> {
 
     fn document_indicator(&self) -> bool {
         self.mark.column == 0
-            && matches!(
-                (self.at(0), self.at(1), self.at(2)),
-                (b'-', b'-', b'-') | (b'.', b'.', b'.')
-            )
+            && matches!((self.at(0), self.at(1), self.at(2)), (b'-', b'-', b'-') | (b'.', b'.', b'.'))
             && self.is_blank_or_end(3)
     }
 
@@ -293,10 +281,7 @@ impl<'a> Scanner<'a> {
             b'\'' => self.fetch_quoted(true),
             b'"' => self.fetch_quoted(false),
             _ if self.starts_plain(c) => self.fetch_plain(),
-            _ => Err(ScanError::new(
-                "found character that cannot start any token",
-                self.mark,
-            )),
+            _ => Err(ScanError::new("found character that cannot start any token", self.mark)),
         }
     }
 
@@ -304,24 +289,8 @@ impl<'a> Scanner<'a> {
         let indicator = self.is_blank_or_end(0)
             || matches!(
                 c,
-                b'-' | b'?'
-                    | b':'
-                    | b','
-                    | b'['
-                    | b']'
-                    | b'{'
-                    | b'}'
-                    | b'#'
-                    | b'&'
-                    | b'*'
-                    | b'!'
-                    | b'|'
-                    | b'>'
-                    | b'\''
-                    | b'"'
-                    | b'%'
-                    | b'@'
-                    | b'`'
+                b'-' | b'?' | b':' | b',' | b'[' | b']' | b'{' | b'}' | b'#' | b'&' | b'*' | b'!' | b'|' | b'>'
+                    | b'\'' | b'"' | b'%' | b'@' | b'`'
             );
         !indicator
             || (c == b'-' && !self.is_blank(1))
@@ -330,14 +299,11 @@ impl<'a> Scanner<'a> {
 
     fn skip_to_token(&mut self) {
         loop {
-            if self.mark.column == 0
-                && self.bytes[self.mark.index.min(self.bytes.len())..].starts_with(b"\xEF\xBB\xBF")
+            if self.mark.column == 0 && self.bytes[self.mark.index.min(self.bytes.len())..].starts_with(b"\xEF\xBB\xBF")
             {
                 self.mark.index += 3;
             }
-            while self.at(0) == b' '
-                || ((self.flow_level > 0 || !self.simple_key_allowed) && self.at(0) == b'\t')
-            {
+            while self.at(0) == b' ' || ((self.flow_level > 0 || !self.simple_key_allowed) && self.at(0) == b'\t') {
                 self.skip();
             }
             if self.at(0) == b'#' {
@@ -359,12 +325,8 @@ impl<'a> Scanner<'a> {
         if self.simple_key_allowed {
             let required = self.flow_level == 0 && self.indent == self.mark.column as isize;
             self.remove_simple_key()?;
-            let key = SimpleKey {
-                possible: true,
-                required,
-                token: self.taken + self.tokens.len(),
-                mark: self.mark,
-            };
+            let key =
+                SimpleKey { possible: true, required, token: self.taken + self.tokens.len(), mark: self.mark };
             if let Some(last) = self.simple_keys.last_mut() {
                 *last = key;
             }
@@ -389,13 +351,7 @@ impl<'a> Scanner<'a> {
         Ok(())
     }
 
-    fn roll_indent(
-        &mut self,
-        column: usize,
-        at: Option<usize>,
-        kind: TokenKind<'a>,
-        mark: Mark,
-    ) -> Result<(), ScanError> {
+    fn roll_indent(&mut self, column: usize, at: Option<usize>, kind: TokenKind<'a>, mark: Mark) -> Result<(), ScanError> {
         if self.flow_level > 0 || self.indent >= column as isize {
             return Ok(());
         }
@@ -450,14 +406,7 @@ impl<'a> Scanner<'a> {
         for _ in 0..3 {
             self.skip();
         }
-        self.push(
-            if start {
-                TokenKind::DocumentStart
-            } else {
-                TokenKind::DocumentEnd
-            },
-            mark,
-        );
+        self.push(if start { TokenKind::DocumentStart } else { TokenKind::DocumentEnd }, mark);
         Ok(())
     }
 
@@ -498,10 +447,7 @@ impl<'a> Scanner<'a> {
     fn fetch_block_entry(&mut self) -> Result<(), ScanError> {
         if self.flow_level == 0 {
             if !self.simple_key_allowed {
-                return Err(ScanError::new(
-                    "block sequence entries are not allowed in this context",
-                    self.mark,
-                ));
+                return Err(ScanError::new("block sequence entries are not allowed in this context", self.mark));
             }
             self.roll_indent(self.mark.column, None, TokenKind::BlockSequenceStart, self.mark)?;
         }
@@ -516,10 +462,7 @@ impl<'a> Scanner<'a> {
     fn fetch_key(&mut self) -> Result<(), ScanError> {
         if self.flow_level == 0 {
             if !self.simple_key_allowed {
-                return Err(ScanError::new(
-                    "mapping keys are not allowed in this context",
-                    self.mark,
-                ));
+                return Err(ScanError::new("mapping keys are not allowed in this context", self.mark));
             }
             self.roll_indent(self.mark.column, None, TokenKind::BlockMappingStart, self.mark)?;
         }
@@ -535,28 +478,14 @@ impl<'a> Scanner<'a> {
         let last = self.simple_keys.len().saturating_sub(1);
         if !self.simple_keys.is_empty() && self.key_still_possible(last)? {
             let key = self.simple_keys[last];
-            self.insert(
-                key.token,
-                Token {
-                    kind: TokenKind::Key,
-                    mark: key.mark,
-                },
-            );
-            self.roll_indent(
-                key.mark.column,
-                Some(key.token),
-                TokenKind::BlockMappingStart,
-                key.mark,
-            )?;
+            self.insert(key.token, Token { kind: TokenKind::Key, mark: key.mark });
+            self.roll_indent(key.mark.column, Some(key.token), TokenKind::BlockMappingStart, key.mark)?;
             self.simple_keys[last].possible = false;
             self.simple_key_allowed = false;
         } else {
             if self.flow_level == 0 {
                 if !self.simple_key_allowed {
-                    return Err(ScanError::new(
-                        "mapping values are not allowed in this context",
-                        self.mark,
-                    ));
+                    return Err(ScanError::new("mapping values are not allowed in this context", self.mark));
                 }
                 self.roll_indent(self.mark.column, None, TokenKind::BlockMappingStart, self.mark)?;
             }
@@ -578,22 +507,11 @@ impl<'a> Scanner<'a> {
             self.skip();
         }
         let name = self.text.get(start..self.mark.index).unwrap_or("");
-        let ends = self.is_blank_or_end(0)
-            || matches!(self.at(0), b'?' | b':' | b',' | b']' | b'}' | b'%' | b'@' | b'`');
+        let ends = self.is_blank_or_end(0) || matches!(self.at(0), b'?' | b':' | b',' | b']' | b'}' | b'%' | b'@' | b'`');
         if name.is_empty() || !ends {
-            return Err(ScanError::new(
-                "did not find expected alphabetic or numeric character",
-                mark,
-            ));
+            return Err(ScanError::new("did not find expected alphabetic or numeric character", mark));
         }
-        self.push(
-            if alias {
-                TokenKind::Alias(name)
-            } else {
-                TokenKind::Anchor(name)
-            },
-            mark,
-        );
+        self.push(if alias { TokenKind::Alias(name) } else { TokenKind::Anchor(name) }, mark);
         Ok(())
     }
 
@@ -619,10 +537,7 @@ impl<'a> Scanner<'a> {
             }
         }
         if !self.is_blank_or_end(0) {
-            return Err(ScanError::new(
-                "did not find expected whitespace or line break",
-                mark,
-            ));
+            return Err(ScanError::new("did not find expected whitespace or line break", mark));
         }
         let tag = self.text.get(start..self.mark.index).unwrap_or("").to_owned();
         self.push(TokenKind::Tag(tag), mark);
@@ -670,17 +585,10 @@ impl<'a> Scanner<'a> {
             }
         }
         if !self.is_break_or_end() {
-            return Err(ScanError::new(
-                "did not find expected comment or line break",
-                mark,
-            ));
+            return Err(ScanError::new("did not find expected comment or line break", mark));
         }
         self.skip_line();
-        let mut indent = if increment > 0 {
-            self.indent.max(0) + increment
-        } else {
-            0
-        };
+        let mut indent = if increment > 0 { self.indent.max(0) + increment } else { 0 };
 
         let mut text = String::new();
         let mut leading_break = String::new();
@@ -720,12 +628,7 @@ impl<'a> Scanner<'a> {
     }
 
     /// Skips indentation and empty lines; finds the indentation by the first line with text if it is not given.
-    fn scan_block_breaks(
-        &mut self,
-        indent: &mut isize,
-        breaks: &mut String,
-        mark: Mark,
-    ) -> Result<(), ScanError> {
+    fn scan_block_breaks(&mut self, indent: &mut isize, breaks: &mut String, mark: Mark) -> Result<(), ScanError> {
         let mut deepest = 0isize;
         loop {
             while (*indent == 0 || (self.mark.column as isize) < *indent) && self.at(0) == b' ' {
@@ -733,10 +636,7 @@ impl<'a> Scanner<'a> {
             }
             deepest = deepest.max(self.mark.column as isize);
             if (*indent == 0 || (self.mark.column as isize) < *indent) && self.at(0) == b'\t' {
-                return Err(ScanError::new(
-                    "found a tab character where an indentation space is expected",
-                    mark,
-                ));
+                return Err(ScanError::new("found a tab character where an indentation space is expected", mark));
             }
             if self.break_len(0) == 0 {
                 break;
@@ -765,10 +665,7 @@ impl<'a> Scanner<'a> {
         // The common case: one line, nothing escaped.
         let start = self.mark.index;
         let rest = &self.bytes[start.min(self.bytes.len())..];
-        if let Some(end) = rest
-            .iter()
-            .position(|&b| b == quote || b < b' ' || b == b'\\' || b >= 0x80)
-        {
+        if let Some(end) = rest.iter().position(|&b| b == quote || b < b' ' || b == b'\\' || b >= 0x80) {
             if rest[end] == quote && rest.get(end + 1) != Some(&b'\'') {
                 self.mark.index += end + 1;
                 self.mark.column += end + 1;
@@ -878,10 +775,7 @@ impl<'a> Scanner<'a> {
             value = value << 4 | d;
         }
         let Some(c) = char::from_u32(value) else {
-            return Err(ScanError::new(
-                "found invalid Unicode character escape code",
-                mark,
-            ));
+            return Err(ScanError::new("found invalid Unicode character escape code", mark));
         };
         text.push(c);
         for _ in 0..digits {
@@ -943,10 +837,7 @@ impl<'a> Scanner<'a> {
             while self.is_blank(0) || self.break_len(0) > 0 {
                 if self.is_blank(0) {
                     if leading_blanks && (self.mark.column as isize) < indent && self.at(0) == b'\t' {
-                        return Err(ScanError::new(
-                            "found a tab character that violates indentation",
-                            mark,
-                        ));
+                        return Err(ScanError::new("found a tab character that violates indentation", mark));
                     }
                     self.skip();
                 } else if leading_blanks {

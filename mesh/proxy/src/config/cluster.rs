@@ -440,7 +440,7 @@ fn compile_http(
         } else {
             UpstreamHttp::Http1
         };
-        return Ok((http, from.common_http_protocol_options.clone()));
+        return Ok((http, from.common_http_protocol_options));
     };
     if options
         .http_filters

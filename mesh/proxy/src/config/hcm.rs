@@ -297,6 +297,13 @@ impl HttpManager {
         if out.upgrades.iter().any(|upgrade| &**upgrade == "connect") {
             return Err(Refusal::new("upgrade_configs", "CONNECT is not supported"));
         }
+        // Istio's own filters say what to measure and exchange; a control plane that sends none of them (ours, which
+        // serves Envoy as well) gets both.
+        let implicit = !from
+            .http_filters
+            .iter()
+            .any(|filter| filter.name.starts_with("istio."));
+        (out.stats, out.metadata_exchange) = (implicit, implicit);
         let mut routed = false;
         for (index, filter) in from.http_filters.iter().enumerate() {
             if filter.disabled {

@@ -453,7 +453,8 @@ fn disabled_ports(
     match &predicate.rule {
         Some(Rule::DestinationPortRange(range)) => {
             let bound = |value: i32| u16::try_from(value.clamp(0, 65_535)).unwrap_or(u16::MAX);
-            Ok(vec![bound(range.start)..bound(range.end)])
+            let ports = bound(range.start)..bound(range.end);
+            Ok(std::iter::once(ports).collect())
         }
         Some(Rule::OrMatch(set)) => {
             let mut all = Vec::new();
@@ -484,7 +485,11 @@ fn compile_chain(
             "terminating TLS is not supported yet",
         ));
     }
-    let mut stats = false;
+    // As for HTTP: measured unless Istio's own filters are there and leave it out.
+    let mut stats = !from
+        .filters
+        .iter()
+        .any(|filter| filter.name.starts_with("istio."));
     let mut handler = None;
     for (index, filter) in from.filters.iter().enumerate() {
         let path = format!("filters[{index}]");

@@ -259,7 +259,7 @@ impl RetryPolicy {
             .base_interval
             .saturating_mul((1u32 << retry.min(20)) - 1)
             .min(self.max_interval);
-        let nanos = u128::from(random) * span.as_nanos() >> 64;
+        let nanos = (u128::from(random) * span.as_nanos()) >> 64;
         Duration::from_nanos(nanos as u64)
     }
 }

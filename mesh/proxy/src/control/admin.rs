@@ -127,16 +127,16 @@ async fn answer(
     request: &Request<Incoming>,
 ) -> Response<Full<Bytes>> {
     let path = request.uri().path();
-    let ready = || match proxy.is_ready() {
-        true => plain(StatusCode::OK, "LIVE\n"),
-        false => {
-            let missing = proxy.store(|store| store.cold());
-            let shown: Vec<_> = missing.iter().take(20).cloned().collect();
-            plain(
-                StatusCode::SERVICE_UNAVAILABLE,
-                format!("not ready; waiting for: {}\n", shown.join(", ")),
-            )
+    let ready = || {
+        if proxy.is_ready() {
+            return plain(StatusCode::OK, "LIVE\n");
         }
+        let missing = proxy.store(|store| store.cold());
+        let shown: Vec<_> = missing.iter().take(20).cloned().collect();
+        plain(
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!("not ready; waiting for: {}\n", shown.join(", ")),
+        )
     };
     let allowed = match port {
         Port::Admin => true,
@@ -271,13 +271,11 @@ fn clusters(proxy: &Proxy) -> String {
 
 fn listeners(proxy: &Proxy) -> String {
     proxy.store(|store| {
-        store
-            .listeners()
-            .filter(|listener| listener.bind)
-            .map(|listener| {
-                let address = proxy.listener_address(&listener.name).unwrap_or(listener.address);
-                format!("{}::{address}\n", listener.name)
-            })
-            .collect()
+        let mut out = String::new();
+        for listener in store.listeners().filter(|listener| listener.bind) {
+            let address = proxy.listener_address(&listener.name).unwrap_or(listener.address);
+            out.push_str(&format!("{}::{address}\n", listener.name));
+        }
+        out
     })
 }

@@ -150,6 +150,7 @@ pub struct Scanner {
     searched: usize,
     /// Value of the chunk whose extension is being read.
     chunk_value: u64,
+    heads: u32,
 }
 
 impl Scanner {
@@ -161,7 +162,13 @@ impl Scanner {
             line_start: 0,
             searched: 0,
             chunk_value: 0,
+            heads: 0,
         }
+    }
+
+    /// Heads that have been passed on.
+    pub fn heads(&self) -> u32 {
+        self.heads
     }
 
     /// Whether an upgrade must be decided before anything more may be read.
@@ -236,6 +243,7 @@ impl Scanner {
                     return Err(Violation::HeadTooLarge);
                 }
                 self.state = self.judge(&bytes[..length])?;
+                self.heads = self.heads.wrapping_add(1);
                 (self.line_start, self.searched) = (0, 0);
                 return Ok(Some(length));
             }

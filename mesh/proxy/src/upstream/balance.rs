@@ -143,11 +143,8 @@ impl Balancer {
             return first.view(cluster, some_ejected);
         }
         let share = |level: &Level| {
-            if level.total == 0 {
-                0
-            } else {
-                (level.usable() * self.overprovisioning as usize / level.total).min(100)
-            }
+            let scaled = level.usable() * self.overprovisioning as usize;
+            scaled.checked_div(level.total).unwrap_or(0).min(100)
         };
         let shares: Vec<usize> = self.levels.iter().map(share).collect();
         let sum: usize = shares.iter().sum();

@@ -92,8 +92,10 @@ impl Table {
 }
 
 fn next_prime(from: u64) -> u64 {
-    let is_prime = |n: u64| n >= 2 && (2..).take_while(|d| d * d <= n).all(|d| n % d != 0);
-    (from.max(2)..).find(|n| is_prime(*n)).unwrap_or(65_537)
+    let is_prime = |n: u64| (2..=n.isqrt()).all(|divisor| !n.is_multiple_of(divisor));
+    // Bertrand: there is a prime between n and 2n.
+    let from = from.max(2);
+    (from..=2 * from).find(|n| is_prime(*n)).unwrap_or(65_537)
 }
 
 #[cfg(test)]

@@ -182,10 +182,9 @@ async fn handle(
     match &chain.handler {
         Handler::Tcp(proxy) => {
             let proxy = proxy.clone();
-            match tcp::open(&worker, &proxy, &listener, addresses.local).await {
-                Ok(upstream) => tcp::join(worker, proxy, stream, prefix, upstream).await,
-                // Recorded where it failed; the client sees the connection close.
-                Err(tcp::NoUpstream) => {}
+            // A failure has been recorded where it happened; the client sees the connection close.
+            if let Ok(upstream) = tcp::open(&worker, &proxy, &listener, addresses.local).await {
+                tcp::join(worker, proxy, stream, prefix, upstream).await;
             }
         }
         Handler::Http(manager) => {

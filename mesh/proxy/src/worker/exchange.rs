@@ -326,7 +326,7 @@ impl Observer for Watch {
                 }
                 sleep
                     .as_mut()
-                    .reset(tokio::time::Instant::now() + (*idle - quiet));
+                    .reset(tokio::time::Instant::now() + idle.saturating_sub(quiet));
             }
         }
         Poll::Pending

@@ -35,6 +35,7 @@ pub struct Downstream {
     pub local: SocketAddr,
     /// Shared with the reader.
     pub gate: Arc<Gate>,
+    upgrade_asked: Cell<bool>,
     requests: Cell<u32>,
     running: Cell<u32>,
     opened: Instant,
@@ -48,6 +49,23 @@ impl Downstream {
     pub fn request_began(&self) {
         self.requests.set(self.requests.get().saturating_add(1));
         self.running.set(self.running.get() + 1);
+    }
+
+    /// How many requests have come so far.
+    pub fn request_number(&self) -> u32 {
+        self.requests.get()
+    }
+
+    /// The present request asks for an upgrade; the reader waits for [`Self::decide_upgrade`].
+    pub fn ask_upgrade(&self) {
+        self.upgrade_asked.set(true);
+    }
+
+    /// Answers the reader, if an upgrade was asked for.
+    pub fn decide_upgrade(&self, granted: bool) {
+        if self.upgrade_asked.replace(false) {
+            self.gate.decide_upgrade(granted);
+        }
     }
 
     /// A request has ended.
@@ -128,6 +146,7 @@ pub async fn serve<S>(
         remote: addresses.remote,
         local: addresses.local,
         gate,
+        upgrade_asked: Cell::new(false),
         requests: Cell::new(0),
         running: Cell::new(0),
         opened: now,

@@ -4,11 +4,14 @@
 pub mod accept;
 pub mod body;
 pub mod exchange;
+mod failure;
 pub mod http;
 pub mod local;
+mod mirror;
 pub mod request;
 pub mod sniff;
 pub mod tcp;
+mod upgrade;
 pub mod upstream;
 
 use std::cell::{Cell, RefCell};

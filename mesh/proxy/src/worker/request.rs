@@ -60,7 +60,12 @@ pub(super) struct Routed {
 
 impl Routed {
     /// Response mutations, most specific first, as Envoy orders them.
-    pub fn mutate_response(&self, headers: &mut HeaderMap, request: &HeaderMap, variables: &Variables<'_>) {
+    pub(super) fn mutate_response(
+        &self,
+        headers: &mut HeaderMap,
+        request: &HeaderMap,
+        variables: &Variables<'_>,
+    ) {
         for ops in [
             &self.route.response_headers,
             &self.host.response_headers,
@@ -113,7 +118,7 @@ fn admit(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) -> Resul
         reply.close = true;
         reply
     };
-    if let Some(violation) = conn.gate.violation() {
+    if let Some(violation) = conn.gate.violation(conn.request_number()) {
         let status = StatusCode::from_u16(violation.status()).unwrap_or(StatusCode::BAD_REQUEST);
         return Err(refuse(status, violation.details()));
     }
@@ -233,19 +238,22 @@ fn take_upgrade(conn: &Downstream, parts: &mut Parts) -> Result<Option<String>, 
         return Ok(None);
     }
     let upgrade = requested_upgrade(&parts.headers);
+    if upgrade.is_some() {
+        conn.ask_upgrade();
+    }
     strip_hop_by_hop(&mut parts.headers);
     match upgrade {
         None => Ok(None),
         // h2c by upgrade is deprecated (RFC 9113 section 3.1) and may be ignored.
         Some(protocol) if protocol == "h2c" => {
-            conn.gate.decide_upgrade(false);
+            conn.decide_upgrade(false);
             Ok(None)
         }
         Some(protocol) if conn.manager.upgrades.iter().any(|allowed| **allowed == *protocol) => {
             Ok(Some(protocol))
         }
         Some(_) => {
-            conn.gate.decide_upgrade(false);
+            conn.decide_upgrade(false);
             Err(LocalReply::new(
                 StatusCode::FORBIDDEN,
                 Flags::default(),
@@ -303,7 +311,7 @@ fn identify(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) {
 }
 
 /// A view of a request for matchers.
-pub(super) fn view<'a>(parts: &'a Parts) -> RequestView<'a> {
+pub(super) fn view(parts: &Parts) -> RequestView<'_> {
     RequestView {
         method: parts.method.as_str(),
         path: parts.uri.path(),
@@ -356,7 +364,7 @@ async fn route(
     upgrade: Option<String>,
 ) -> Response<Body> {
     let Some(routed) = find_route(&conn, &parts) else {
-        conn.gate.decide_upgrade(false);
+        conn.decide_upgrade(false);
         return LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", "").send(exchange);
     };
     exchange.route = Some(routed.route.clone());
@@ -423,7 +431,7 @@ async fn route(
             );
         }
     };
-    conn.gate.decide_upgrade(false);
+    conn.decide_upgrade(false);
     decorate(response, cors, allowed_origin)
 }
 

@@ -161,20 +161,22 @@ mod tests {
 
     use super::*;
 
-    fn http(bytes: &[u8]) -> Option<Option<Http>> {
-        detect(bytes).map(|detected| detected.http)
-    }
-
     #[test]
     fn http_is_told_by_a_whole_request_line_or_the_preface() {
-        assert_eq!(http(b"GET / HTTP/1.1\r\n"), Some(Some(Http::One)));
-        assert_eq!(http(PREFACE), Some(Some(Http::Two)));
-        assert_eq!(http(b"GET / HT"), None);
-        assert_eq!(http(b"PRI * HTTP/2"), None);
-        assert_eq!(http(b"PO"), None);
-        assert_eq!(http(b"QUIT now\r\n"), Some(None));
-        assert_eq!(http(b"\x00\x01\x02"), Some(None));
-        assert_eq!(http(b"*3\r\n$3\r\nSET\r\n"), Some(None));
+        let detected = |http| {
+            Some(Detected {
+                http,
+                ..Default::default()
+            })
+        };
+        assert_eq!(detect(b"GET / HTTP/1.1\r\n"), detected(Some(Http::One)));
+        assert_eq!(detect(PREFACE), detected(Some(Http::Two)));
+        for more in [&b"GET / HT"[..], b"PRI * HTTP/2", b"PO"] {
+            assert_eq!(detect(more), None);
+        }
+        for other in [&b"QUIT now\r\n"[..], b"\x00\x01\x02", b"*3\r\n$3\r\nSET\r\n"] {
+            assert_eq!(detect(other), detected(None));
+        }
     }
 
     #[test]

@@ -261,7 +261,7 @@ async fn quiet(last: &Cell<Instant>, limit: Option<Duration>) {
         if passed >= limit {
             return;
         }
-        tokio::time::sleep(limit - passed).await;
+        tokio::time::sleep(limit.saturating_sub(passed)).await;
     }
 }
 

@@ -4,7 +4,6 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use http::request::Parts;
 use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
@@ -13,11 +12,13 @@ use tokio::time::Instant;
 
 use super::body::{RequestSource, ResponseBody, UpstreamBody};
 use super::exchange::{Exchange, Limits, Watch};
+use super::failure::{Failure, final_reply};
 use super::http::Downstream;
 use super::local::{Body, LocalReply};
+use super::mirror::mirror;
 use super::request::{PEER_METADATA, PEER_METADATA_ID, Routed, X_REQUEST_ID, X_UNPROCESSED, variables, view};
+use super::upgrade::switch_protocols;
 use crate::config::cluster::UpstreamHttp;
-use crate::config::convert::Address;
 use crate::config::hash::request_hash;
 use crate::config::headers::Variables;
 use crate::config::listener::Direction;
@@ -64,24 +65,6 @@ impl Drop for Permit {
             which(&slot.usage).fetch_sub(1, Ordering::Relaxed);
         }
     }
-}
-
-/// How an attempt failed.
-enum Failure {
-    Connect(ConnectError),
-    /// The peer says that it did nothing.
-    Refused,
-    /// The connection or stream broke.
-    Reset {
-        sent: bool,
-        reused: bool,
-        protocol: bool,
-        text: String,
-    },
-    PerTryTimeout,
-    Timeout,
-    /// The client's side broke.
-    Client,
 }
 
 /// Whether a further attempt may follow.
@@ -140,7 +123,7 @@ pub(super) async fn forward(
     };
     exchange.cluster_name = Some(slot.name.clone());
     let Some(cluster) = conn.worker.cluster(slot) else {
-        conn.gate.decide_upgrade(false);
+        conn.decide_upgrade(false);
         return LocalReply::new(
             forward.cluster_not_found,
             Flags::NO_CLUSTER,
@@ -226,7 +209,7 @@ pub(super) async fn forward(
     let (response, lease, active) = match outcome {
         Ok(success) => success,
         Err(reply) => {
-            conn.gate.decide_upgrade(false);
+            conn.decide_upgrade(false);
             return if reply.details == "overflow" {
                 overflow()
             } else {
@@ -240,7 +223,7 @@ pub(super) async fn forward(
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             return switch_protocols(exchange, response, on_upgrade, active, lease);
         }
-        conn.gate.decide_upgrade(false);
+        conn.decide_upgrade(false);
     }
     respond(
         exchange,
@@ -402,19 +385,18 @@ async fn attempts(
         )
         .await;
         let replayable = source.is_none_or(|source| source.borrow().can_replay());
-        let outcome;
-        match &result {
+        let outcome = match &result {
             Ok((response, _)) => {
                 let status = response.status();
                 let ejected = cluster.record(&host, Event::Status(status_for_outliers(response)));
                 note_ejection(plan, ejected);
                 let refused =
                     response.headers().contains_key(&X_UNPROCESSED) && host.endpoint.workload.is_some();
-                outcome = if refused {
+                if refused {
                     Outcome::Refused
                 } else {
                     Outcome::Response(status, response.headers())
-                };
+                }
             }
             Err(failure) => {
                 if !matches!(
@@ -422,20 +404,13 @@ async fn attempts(
                     Failure::Client | Failure::Connect(ConnectError::Overflow)
                 ) {
                     // A connection closed while idle says nothing about the host's health.
-                    let stale = matches!(
-                        failure,
-                        Failure::Reset {
-                            sent: false,
-                            reused: true,
-                            ..
-                        }
-                    );
+                    let stale = matches!(failure, Failure::Reset { reused: true, .. });
                     if !stale {
                         let ejected = cluster.record(&host, Event::LocalFailure);
                         note_ejection(plan, ejected);
                     }
                 }
-                outcome = match failure {
+                match failure {
                     Failure::Connect(ConnectError::Overflow) | Failure::Client | Failure::Timeout => {
                         return Err(final_reply(exchange, result.err(), retries, policy));
                     }
@@ -443,9 +418,9 @@ async fn attempts(
                     Failure::Refused => Outcome::Refused,
                     Failure::Reset { sent, .. } => Outcome::Reset { sent: *sent },
                     Failure::PerTryTimeout => Outcome::PerTryTimeout,
-                };
+                }
             }
-        }
+        };
         // A reused connection that broke before a response was most likely closed while idle; the request is sent
         // again, unless it may have been acted on and is not idempotent (RFC 9110 section 9.2.2).
         let quietly = match &result {
@@ -724,90 +699,6 @@ fn build(
     request
 }
 
-/// The reply when there is no response.
-fn final_reply(
-    exchange: &mut Exchange,
-    failure: Option<Failure>,
-    retries: u32,
-    policy: Option<&RetryPolicy>,
-) -> LocalReply {
-    if retries > 0 && policy.is_some_and(|policy| retries >= policy.attempts) {
-        exchange.flags.add(Flags::RETRY_LIMIT);
-    }
-    let unavailable =
-        |flags, details, text| LocalReply::new(StatusCode::SERVICE_UNAVAILABLE, flags, details, text);
-    match failure {
-        Some(Failure::Connect(ConnectError::Overflow)) => {
-            unavailable(Flags::UPSTREAM_OVERFLOW, "overflow", "")
-        }
-        Some(Failure::Connect(error)) => {
-            exchange.failure = Some(error.to_string().into());
-            let (details, text) = match error {
-                ConnectError::Timeout => (
-                    "upstream_reset_before_response_started{connection_timeout}",
-                    "upstream connect error or disconnect/reset before headers. reset reason: connection timeout",
-                ),
-                _ => (
-                    "upstream_reset_before_response_started{connection_failure}",
-                    "upstream connect error or disconnect/reset before headers. reset reason: connection failure",
-                ),
-            };
-            let mut reply = unavailable(Flags::UPSTREAM_CONNECTION_FAILURE, details, text);
-            if exchange.conn.direction == Direction::Inbound {
-                // The application never saw the request: the client's proxy may try another pod, whatever the method.
-                reply
-                    .headers
-                    .insert(X_UNPROCESSED.clone(), HeaderValue::from_static("1"));
-            }
-            reply
-        }
-        Some(Failure::Refused) => unavailable(
-            Flags::UPSTREAM_RESET,
-            "upstream_reset_before_response_started{remote_refused_stream_reset}",
-            "upstream connect error or disconnect/reset before headers. reset reason: remote refused stream reset",
-        ),
-        Some(Failure::Reset { protocol, text, .. }) => {
-            exchange.failure = Some(text.into());
-            if protocol {
-                let mut reply = unavailable(
-                    Flags::UPSTREAM_PROTOCOL_ERROR,
-                    "upstream_reset_before_response_started{protocol_error}",
-                    "upstream connect error or disconnect/reset before headers. reset reason: protocol error",
-                );
-                reply.status = StatusCode::BAD_GATEWAY;
-                return reply;
-            }
-            unavailable(
-                Flags::UPSTREAM_CONNECTION_TERMINATION,
-                "upstream_reset_before_response_started{connection_termination}",
-                "upstream connect error or disconnect/reset before headers. reset reason: connection termination",
-            )
-        }
-        Some(Failure::PerTryTimeout) => LocalReply::new(
-            StatusCode::GATEWAY_TIMEOUT,
-            Flags::UPSTREAM_TIMEOUT,
-            "upstream_per_try_timeout",
-            "upstream request timeout",
-        ),
-        Some(Failure::Timeout) => LocalReply::new(
-            StatusCode::GATEWAY_TIMEOUT,
-            Flags::UPSTREAM_TIMEOUT,
-            "upstream_response_timeout",
-            "upstream request timeout",
-        ),
-        Some(Failure::Client) | None => {
-            let mut reply = LocalReply::new(
-                StatusCode::BAD_REQUEST,
-                Flags::DOWNSTREAM_PROTOCOL_ERROR,
-                "downstream_request_body_failed",
-                "",
-            );
-            reply.close = true;
-            reply
-        }
-    }
-}
-
 /// The response as it goes to the client.
 fn respond(
     mut exchange: Box<Exchange>,
@@ -893,136 +784,4 @@ fn respond(
     };
     let watch = Watch::new(exchange, limits, lease, max_requests, active);
     Response::from_parts(head, ResponseBody::upstream(incoming, watch))
-}
-
-/// Joins the two sides of an upgraded connection.
-fn switch_protocols(
-    mut exchange: Box<Exchange>,
-    mut response: Response<Incoming>,
-    downstream: Option<hyper::upgrade::OnUpgrade>,
-    active: Active,
-    lease: Lease,
-) -> Response<Body> {
-    let conn = exchange.conn.clone();
-    conn.gate.decide_upgrade(true);
-    exchange.code = 101;
-    exchange.details = "via_upstream";
-    let upstream = hyper::upgrade::on(&mut response);
-    let (mut head, _) = response.into_parts();
-    let protocol = head.headers.get(header::UPGRADE).cloned();
-    strip_hop_by_hop(&mut head.headers);
-    head.headers
-        .insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-    if let Some(protocol) = protocol {
-        head.headers.insert(header::UPGRADE, protocol);
-    }
-    head.version = Version::HTTP_11;
-    let worker = conn.worker.clone();
-    worker.tasks.spawn_local(async move {
-        let Some(downstream) = downstream else { return };
-        if let (Ok(downstream), Ok(upstream)) = (downstream.await, upstream.await) {
-            let mut downstream = hyper_util::rt::TokioIo::new(downstream);
-            let mut upstream = hyper_util::rt::TokioIo::new(upstream);
-            if let Ok((_, sent)) = tokio::io::copy_bidirectional(&mut downstream, &mut upstream).await {
-                exchange.sent = sent;
-            }
-        }
-        drop((active, lease));
-        exchange.finish();
-    });
-    Response::from_parts(head, ResponseBody::Full(None))
-}
-
-/// Sends copies, without waiting for what becomes of them. A body is copied if it has been read whole and fits the
-/// buffer; otherwise nothing is mirrored.
-fn mirror(
-    conn: &Rc<Downstream>,
-    forward: &Forward,
-    head: Parts,
-    source: Option<&Rc<RefCell<RequestSource>>>,
-) {
-    /// Limit of a mirrored exchange.
-    const LIMIT: Duration = Duration::from_secs(30);
-    let body = match source {
-        None => None,
-        Some(source) => match source.borrow().copy() {
-            Some(bytes) => Some(bytes),
-            None => return,
-        },
-    };
-    for mirror in &forward.mirrors {
-        if !mirror.share.hit(random::next()) {
-            continue;
-        }
-        let Some(cluster) = conn.worker.cluster(&mirror.cluster) else {
-            continue;
-        };
-        let Some(host) = cluster.pick(&Wish::default(), Some(conn.local)) else {
-            continue;
-        };
-        let mut headers = head.headers.clone();
-        headers.remove(header::TRANSFER_ENCODING);
-        if let Some(rewrite) = &mirror.host_rewrite {
-            headers.insert(header::HOST, rewrite.clone());
-        } else if mirror.shadow_suffix
-            && let Some(value) = headers.get(header::HOST).and_then(|value| value.to_str().ok())
-            && let Ok(value) = HeaderValue::from_str(&shadow_host(value))
-        {
-            headers.insert(header::HOST, value);
-        }
-        let mut request = Request::new(
-            body.clone()
-                .map_or(UpstreamBody::Empty, |bytes| UpstreamBody::Full(Some(bytes))),
-        );
-        *request.method_mut() = head.method.clone();
-        *request.uri_mut() = head.uri.clone();
-        *request.headers_mut() = headers;
-        let worker = conn.worker.clone();
-        conn.worker.tasks.spawn_local(async move {
-            let _active = Active::on(&host);
-            let work = send_mirror(&worker, &cluster, &host, request);
-            // Fire and forget: nobody waits, nobody is told.
-            let _ = tokio::time::timeout(LIMIT, work).await;
-        });
-    }
-}
-
-fn shadow_host(host: &str) -> String {
-    let name = crate::config::table::strip_port(host);
-    format!("{name}-shadow{}", &host[name.len()..])
-}
-
-async fn send_mirror(
-    worker: &super::Worker,
-    cluster: &WorkerCluster,
-    host: &Host,
-    mut request: Request<UpstreamBody>,
-) -> Option<()> {
-    let http2 = cluster.config.http == UpstreamHttp::Http2;
-    let address: &Address = &host.endpoint.address;
-    let lease = host
-        .pool
-        .acquire(worker, &cluster.slot, &cluster.config, address, http2)
-        .await;
-    let mut lease = lease.ok()?;
-    let response = match &mut lease {
-        Lease::Http1 { sender, .. } => sender.try_send_request(request).await.ok()?,
-        Lease::Http2(stream) => {
-            let authority = request.headers_mut().remove(header::HOST)?;
-            let path = request.uri().path_and_query()?.clone();
-            *request.uri_mut() = Uri::builder()
-                .scheme("http")
-                .authority(authority.to_str().ok()?)
-                .path_and_query(path)
-                .build()
-                .ok()?;
-            stream.sender().try_send_request(request).await.ok()?
-        }
-    };
-    let mut body = response.into_body();
-    while let Some(frame) = http_body_util::BodyExt::frame(&mut body).await {
-        frame.ok()?;
-    }
-    lease.release(cluster.config.max_requests_per_connection);
-    Some(())
 }

@@ -28,6 +28,7 @@ pub(crate) enum Operation {
 struct ManagerId {
     operation: Operation,
     manager: String,
+    /// Empty for appliers: they are the same manager in every version.
     api_version: String,
     subresource: String,
 }
@@ -35,6 +36,7 @@ struct ManagerId {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Owned {
     set: FieldSet,
+    api_version: String,
     time: Option<String>,
 }
 
@@ -91,13 +93,17 @@ fn decode(object: &Value) -> Option<Managers> {
         let id = ManagerId {
             operation,
             manager: get("manager"),
-            api_version: get("apiVersion"),
+            api_version: if operation == Operation::Apply { String::new() } else { get("apiVersion") },
             subresource: get("subresource"),
         };
         let time = entry.get("time").and_then(Value::as_str).map(str::to_owned);
         out.entry(id)
             .and_modify(|o| o.set = o.set.clone().union(&set))
-            .or_insert(Owned { set, time });
+            .or_insert(Owned {
+                set,
+                api_version: get("apiVersion"),
+                time,
+            });
     }
     Some(out)
 }
@@ -125,7 +131,7 @@ fn encode(object: &mut Value, managers: &Managers) {
                     Operation::Update => "Update",
                 }),
             );
-            m.insert("apiVersion".into(), json!(id.api_version));
+            m.insert("apiVersion".into(), json!(owned.api_version));
             if let Some(time) = &owned.time {
                 m.insert("time".into(), json!(time));
             }
@@ -231,11 +237,12 @@ fn take_over(write: &Write<'_>, managers: &mut Managers, before: &Value, after: 
         };
         let entry = managers.entry(id).or_insert(Owned {
             set: FieldSet::default(),
+            api_version: write.api_version.to_owned(),
             time: None,
         });
         entry.set = std::mem::take(&mut entry.set).union(&own);
         // Kubernetes writes no time for what goes through scale.
-        entry.time = (write.subresource != "scale").then(|| write.now.to_owned());
+        entry.time = (write.subresource != "scale" && write.manager != BEFORE_FIRST_APPLY).then(|| write.now.to_owned());
     }
     managers.retain(|_, o| !o.set.is_empty());
 }
@@ -369,7 +376,7 @@ fn merge_config(
     let id = ManagerId {
         operation: Operation::Apply,
         manager: write.manager.to_owned(),
-        api_version: write.api_version.to_owned(),
+        api_version: String::new(),
         subresource: write.subresource.to_owned(),
     };
     let last = managers.get(&id).cloned();
@@ -377,6 +384,7 @@ fn merge_config(
         id.clone(),
         Owned {
             set,
+            api_version: write.api_version.to_owned(),
             time: last.as_ref().and_then(|l| l.time.clone()),
         },
     );
@@ -509,14 +517,7 @@ mod tests {
         let schema = builtin("core.v1.ConfigMap");
         let zero = zero_value(&schema);
         let w = write(&schema, &zero, "m");
-        let one = apply(
-            &w,
-            None,
-            &json!({"data": {"a": "1", "b": "2"}}),
-            &Value::Null,
-            false,
-        )
-        .expect("applies");
+        let one = apply(&w, None, &json!({"data": {"a": "1", "b": "2"}}), &Value::Null, false).expect("applies");
         let two = apply(&w, Some(&one), &json!({"data": {"b": "2"}}), &Value::Null, false).expect("applies");
         assert_eq!(two["data"], json!({"b": "2"}));
     }
@@ -525,33 +526,14 @@ mod tests {
     fn a_field_of_another_applier_is_a_conflict_until_forced() {
         let schema = builtin("core.v1.ConfigMap");
         let zero = zero_value(&schema);
-        let one = apply(
-            &write(&schema, &zero, "m1"),
-            None,
-            &json!({"data": {"a": "1"}}),
-            &Value::Null,
-            false,
-        )
+        let one = apply(&write(&schema, &zero, "m1"), None, &json!({"data": {"a": "1"}}), &Value::Null, false)
         .expect("applies");
         let other = write(&schema, &zero, "m2");
-        match apply(
-            &other,
-            Some(&one),
-            &json!({"data": {"a": "2"}}),
-            &Value::Null,
-            false,
-        ) {
+        match apply(&other, Some(&one), &json!({"data": {"a": "2"}}), &Value::Null, false) {
             Err(ApplyError::Conflicts(c)) => assert_eq!(c, [("\"m1\"".to_owned(), ".data.a".to_owned())]),
             wrong => panic!("expected a conflict, got {wrong:?}"),
         }
-        let two = apply(
-            &other,
-            Some(&one),
-            &json!({"data": {"a": "2"}}),
-            &Value::Null,
-            true,
-        )
-        .expect("forced");
+        let two = apply(&other, Some(&one), &json!({"data": {"a": "2"}}), &Value::Null, true).expect("forced");
         assert_eq!(two["metadata"]["managedFields"].as_array().map(Vec::len), Some(1));
         assert_eq!(two["metadata"]["managedFields"][0]["manager"], "m2");
     }
@@ -571,13 +553,7 @@ mod tests {
     fn an_update_takes_fields_from_their_owner() {
         let schema = builtin("core.v1.ConfigMap");
         let zero = zero_value(&schema);
-        let one = apply(
-            &write(&schema, &zero, "m1"),
-            None,
-            &json!({"data": {"a": "1", "b": "1"}}),
-            &Value::Null,
-            false,
-        )
+        let one = apply(&write(&schema, &zero, "m1"), None, &json!({"data": {"a": "1", "b": "1"}}), &Value::Null, false)
         .expect("applies");
         let mut two = one.clone();
         two["data"]["b"] = json!("5");

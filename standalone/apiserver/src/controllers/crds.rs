@@ -108,7 +108,7 @@ async fn settle(hub: &Hub, name: &str) {
             }
             Some(next)
         };
-        match hub.modify(&RESOURCE.into(), name, edit).await {
+        match hub.modify(&RESOURCE.into(), name, "kube-apiserver", "status", edit).await {
             Ok(Some(_)) => {}
             Ok(None) => break,
             Err(error) => {
@@ -180,7 +180,7 @@ async fn terminate(hub: &Hub, name: &str) {
             }
             Some(next)
         };
-        if let Err(error) = hub.modify(&RESOURCE.into(), name, set).await {
+        if let Err(error) = hub.modify(&RESOURCE.into(), name, "kube-apiserver", "status", set).await {
             tracing::warn!(
                 crd = name,
                 error = error.message,

@@ -188,7 +188,17 @@ pub(crate) fn validate(crd: &Value, old: Option<&Value>) -> Vec<FieldError> {
             }
         }
     }
-    super::super::crd::schema_errors(crd, &mut errors);
+    for (i, stored) in list_at(crd, "status.storedVersions").iter().enumerate() {
+        let name = stored.as_str().unwrap_or_default();
+        if old.is_some() && !versions.iter().any(|v| str_at(v, "name") == name) {
+            errors.push(FieldError::invalid(
+                format!("status.storedVersions[{i}]"),
+                stored,
+                format!("missing from spec.versions; {name} was previously a storage version, and must remain in spec.versions until a storage migration ensures no data remains persisted in {name} and removes {name} from status.storedVersions"),
+            ));
+        }
+    }
+    super::schema_errors(crd, &mut errors);
     errors
 }
 

@@ -54,17 +54,8 @@ fn structural(node: &Value, path: &str, errors: &mut Vec<FieldError>) {
         }
     }
     cel::rule_errors(node, path, errors);
-    if node
-        .get("additionalProperties")
-        .is_some_and(|a| a != &Value::Bool(false))
-        && node
-            .get("properties")
-            .is_some_and(|p| p.as_object().is_some_and(|p| !p.is_empty()))
-    {
-        errors.push(FieldError::forbidden(
-            format!("{path}.additionalProperties"),
-            "additionalProperties and properties are mutual exclusive",
-        ));
+    if node.get("additionalProperties").is_some_and(|a| a != &Value::Bool(false)) && node.get("properties").is_some_and(|p| p.as_object().is_some_and(|p| !p.is_empty())) {
+        errors.push(FieldError::forbidden(format!("{path}.additionalProperties"), "additionalProperties and properties are mutual exclusive"));
     }
     if flag("uniqueItems") {
         errors.push(FieldError::forbidden(
@@ -72,9 +63,7 @@ fn structural(node: &Value, path: &str, errors: &mut Vec<FieldError>) {
             "uniqueItems cannot be set to true since the runtime complexity becomes quadratic",
         ));
     }
-    if node.get("x-kubernetes-list-type") == Some(&Value::String("map".into()))
-        && meta::list_at(node, "x-kubernetes-list-map-keys").is_empty()
-    {
+    if node.get("x-kubernetes-list-type") == Some(&Value::String("map".into())) && meta::list_at(node, "x-kubernetes-list-map-keys").is_empty() {
         errors.push(FieldError::required(
             format!("{path}.x-kubernetes-list-map-keys"),
             "must not be empty if x-kubernetes-list-type is map",

@@ -120,6 +120,11 @@ fn check(schema: &Schema, value: &Value, path: &str, errors: &mut Vec<FieldError
         (Shape::Struct(s), Value::Object(members)) => {
             for (name, member) in members {
                 if let Some(field) = s.fields.get(name.as_str()) {
+                    let nullable = field.schema.rules.as_ref().is_none_or(|r| r.nullable);
+                    if member.is_null() && !nullable && rules.required.iter().any(|r| r == name) {
+                        errors.push(FieldError::required(child(path, name), ""));
+                        continue;
+                    }
                     check(&field.schema, member, &child(path, name), errors);
                 }
             }
@@ -219,7 +224,12 @@ fn check_rules(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
         }
         if let Some(format) = &rules.format {
             if !super::cel::format_holds(format, text) {
-                invalid(errors, format!("must be of type {format}: {text:?}"));
+                errors.push(FieldError {
+                    kind: FieldErrorKind::TypeInvalid,
+                    field: field.clone(),
+                    value: Some(show(value)),
+                    detail: format!("{path} in body must be of type {format}: {text:?}").trim_start().to_owned(),
+                });
             }
         }
     }
@@ -230,7 +240,7 @@ fn check_rules(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
                 kind: FieldErrorKind::TooMany,
                 field: field.clone(),
                 value: Some(length.to_string()),
-                detail: format!("must have at most {max} items"),
+                detail: at_most(max),
             });
         }
         if let Some(min) = rules.min_items.filter(|m| length < *m) {
@@ -259,7 +269,7 @@ fn check_rules(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
                 kind: FieldErrorKind::TooMany,
                 field: field.clone(),
                 value: Some(count.to_string()),
-                detail: format!("must have at most {max} items"),
+                detail: at_most(max),
             });
         }
         if let Some(min) = rules.min_properties.filter(|m| count < *m) {
@@ -292,21 +302,22 @@ fn check_rules(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
             });
         }
     }
-    check_logic(rules, value, path, &field, errors);
+    check_logic(rules, value, path, errors);
 }
 
-fn check_logic(rules: &Rules, value: &Value, path: &str, field: &str, errors: &mut Vec<FieldError>) {
+fn check_logic(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldError>) {
     let passes = |schema: &Schema| {
         let mut found = Vec::new();
         check(schema, value, path, &mut found);
         found
     };
     let fail = |errors: &mut Vec<FieldError>, text: &str| {
-        errors.push(FieldError::invalid(
-            field,
-            value,
-            format!("{path} in body {text}").trim_start().to_owned(),
-        ));
+        errors.push(FieldError {
+            kind: FieldErrorKind::Invalid,
+            field: "<nil>".to_owned(),
+            value: Some("\"\"".to_owned()),
+            detail: format!("{path:?} {text}"),
+        });
     };
     if !rules.any_of.is_empty() {
         let results: Vec<Vec<FieldError>> = rules.any_of.iter().map(passes).collect();
@@ -336,10 +347,10 @@ fn check_logic(rules: &Rules, value: &Value, path: &str, field: &str, errors: &m
     if !rules.all_of.is_empty() {
         let failed: Vec<FieldError> = rules.all_of.iter().flat_map(passes).collect();
         if !failed.is_empty() {
-            errors.extend(failed);
             let valid = rules.all_of.iter().filter(|s| passes(s).is_empty()).count();
             let none = if valid == 0 { ". None validated" } else { "" };
             fail(errors, &format!("must validate all the schemas (allOf){none}"));
+            errors.extend(failed);
         }
     }
     if let Some(not) = &rules.not {
@@ -357,9 +368,13 @@ fn check_embedded(members: &serde_json::Map<String, Value>, path: &str, errors: 
             .unwrap_or_default()
             .is_empty()
         {
-            errors.push(FieldError::required(child(path, name), "must not be empty"));
+            errors.push(FieldError::required(child(path, name), ""));
         }
     }
+}
+
+fn at_most(max: u64) -> String {
+    format!("must have at most {max} item{}", if max == 1 { "" } else { "s" })
 }
 
 fn too_long(field: &str, max: u64) -> FieldError {

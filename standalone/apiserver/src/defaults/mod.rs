@@ -24,11 +24,7 @@ pub(crate) fn apply(kind: &Kind, object: &mut Value, live: Option<&Value>) {
         ("", "namespaces") => namespace(object),
         ("", "secrets") => secret(object),
         ("", "nodes") => {}
-        ("", "persistentvolumeclaims") => set(
-            meta::member_object(object, "spec"),
-            "volumeMode",
-            json!("Filesystem"),
-        ),
+        ("", "persistentvolumeclaims") => set(meta::member_object(object, "spec"), "volumeMode", json!("Filesystem")),
         ("", "persistentvolumes") => workloads::volume(object),
         ("", "limitranges") => workloads::limit_range(object),
         ("", "podtemplates") => pods::template(meta::member_object(object, "template")),
@@ -69,9 +65,7 @@ pub(crate) fn admit(kind: &Kind, object: &mut Value, live: Option<&Value>) {
         ("", "persistentvolumeclaims") => workloads::protected(object, live, "kubernetes.io/pvc-protection"),
         ("", "persistentvolumes") => workloads::protected(object, live, "kubernetes.io/pv-protection"),
         ("batch", "jobs") => workloads::job_created(object, live),
-        ("apps", "replicasets" | "statefulsets") | ("", "replicationcontrollers") => {
-            workloads::counters(row.plural, object, live)
-        }
+        ("apps", "replicasets" | "statefulsets") | ("", "replicationcontrollers") => workloads::counters(row.plural, object, live),
         ("apiextensions.k8s.io", _) if live.is_none() => crate::crd::definition::initial_status(object),
         _ => {}
     }

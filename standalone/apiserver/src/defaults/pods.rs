@@ -181,26 +181,33 @@ fn field_source(item: &mut Value) {
     }
 }
 
+/// `podIP` and the first of `podIPs` are one value.
+fn addresses(pod: &mut Value) {
+    let first = meta::list_at(pod, "status.podIPs").first().map(|i| meta::str_at(i, "ip").to_owned());
+    let single = meta::str_at(pod, "status.podIP").to_owned();
+    let status = meta::member_object(pod, "status");
+    match first {
+        Some(first) if single.is_empty() && !first.is_empty() => {
+            status.insert("podIP".into(), json!(first));
+        }
+        None if !single.is_empty() => {
+            status.insert("podIPs".into(), json!([{"ip": single}]));
+        }
+        _ => {}
+    }
+}
+
 /// Defaults that a pod has and a template has not.
 pub(crate) fn scheme(pod: &mut Value, _live: Option<&Value>) {
+    addresses(pod);
     let spec = meta::member_object(pod, "spec");
     set(spec, "enableServiceLinks", json!(true));
     let host_network = spec.get("hostNetwork") == Some(&Value::Bool(true));
     for list in ["containers", "initContainers"] {
-        for c in spec
-            .get_mut(list)
-            .and_then(Value::as_array_mut)
-            .into_iter()
-            .flatten()
-        {
+        for c in spec.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten() {
             let c = meta::as_object_mut(c);
             if host_network {
-                for port in c
-                    .get_mut("ports")
-                    .and_then(Value::as_array_mut)
-                    .into_iter()
-                    .flatten()
-                {
+                for port in c.get_mut("ports").and_then(Value::as_array_mut).into_iter().flatten() {
                     let port = meta::as_object_mut(port);
                     if let Some(number) = port.get("containerPort").cloned() {
                         set(port, "hostPort", number);
@@ -210,8 +217,7 @@ pub(crate) fn scheme(pod: &mut Value, _live: Option<&Value>) {
             // A limit without a request is the request.
             if let Some(resources) = c.get_mut("resources").and_then(Value::as_object_mut) {
                 if let Some(limits) = resources.get("limits").and_then(Value::as_object).cloned() {
-                    let requests =
-                        meta::as_object_mut(resources.entry("requests").or_insert_with(|| json!({})));
+                    let requests = meta::as_object_mut(resources.entry("requests").or_insert_with(|| json!({})));
                     for (name, value) in limits {
                         requests.entry(name).or_insert(value);
                     }

@@ -18,6 +18,9 @@ pub(crate) fn apply(plural: &str, object: &mut Value) {
             let spec = meta::member_object(object, "spec");
             set(spec, "replicas", json!(1));
             pod_template(spec);
+            if plural == "replicationcontrollers" {
+                labels_of_template(object);
+            }
         }
         "statefulsets" => {
             let spec = meta::member_object(object, "spec");
@@ -65,13 +68,6 @@ pub(crate) fn apply(plural: &str, object: &mut Value) {
                 }
             }
             pod_template(spec);
-            let metadata = meta::metadata_mut(object);
-            let annotations = meta::as_object_mut(metadata.entry("annotations").or_insert_with(|| json!({})));
-            set(
-                annotations,
-                "deprecated.daemonset.template.generation",
-                json!("1"),
-            );
         }
         "jobs" => job(object),
         "cronjobs" => {
@@ -81,6 +77,7 @@ pub(crate) fn apply(plural: &str, object: &mut Value) {
             set(spec, "successfulJobsHistoryLimit", json!(3));
             set(spec, "failedJobsHistoryLimit", json!(1));
             let template = meta::as_object_mut(spec.entry("jobTemplate").or_insert_with(|| json!({})));
+            set(template, "metadata", json!({}));
             pod_template(meta::as_object_mut(
                 template.entry("spec").or_insert_with(|| json!({})),
             ));
@@ -114,6 +111,7 @@ fn job(object: &mut Value) {
     set(spec, "backoffLimit", json!(6));
     set(spec, "completionMode", json!("NonIndexed"));
     set(spec, "suspend", json!(false));
+    set(spec, "manualSelector", json!(false));
     set(
         spec,
         "podReplacementPolicy",
@@ -129,9 +127,7 @@ fn job(object: &mut Value) {
 
 /// A Job without labels has those of its template.
 fn labels_of_template(object: &mut Value) {
-    let labels = meta::at(object, "spec.template.metadata.labels")
-        .filter(|l| !crate::schema::is_go_zero(l))
-        .cloned();
+    let labels = meta::at(object, "spec.template.metadata.labels").filter(|l| !crate::schema::is_go_zero(l)).cloned();
     let metadata = meta::metadata_mut(object);
     if let Some(labels) = labels.filter(|_| metadata.get("labels").is_none_or(crate::schema::is_go_zero)) {
         metadata.insert("labels".into(), labels);
@@ -169,9 +165,7 @@ pub(crate) fn job_created(object: &mut Value, live: Option<&Value>) {
 pub(crate) fn protected(object: &mut Value, live: Option<&Value>, finalizer: &str) {
     if live.is_none() {
         meta::as_object_mut(object).insert("status".into(), json!({"phase": "Pending"}));
-        let finalizers = meta::metadata_mut(object)
-            .entry("finalizers")
-            .or_insert_with(|| json!([]));
+        let finalizers = meta::metadata_mut(object).entry("finalizers").or_insert_with(|| json!([]));
         if let Value::Array(list) = finalizers {
             if !list.contains(&json!(finalizer)) {
                 list.push(json!(finalizer));
@@ -192,21 +186,12 @@ pub(crate) fn volume(object: &mut Value) {
 /// Of a container's limits each default follows from the next: max, default, defaultRequest, min.
 pub(crate) fn limit_range(object: &mut Value) {
     let spec = meta::member_object(object, "spec");
-    for item in spec
-        .get_mut("limits")
-        .and_then(Value::as_array_mut)
-        .into_iter()
-        .flatten()
-    {
+    for item in spec.get_mut("limits").and_then(Value::as_array_mut).into_iter().flatten() {
         let item = meta::as_object_mut(item);
         if item.get("type").and_then(Value::as_str) != Some("Container") {
             continue;
         }
-        for (from, to) in [
-            ("max", "default"),
-            ("default", "defaultRequest"),
-            ("min", "defaultRequest"),
-        ] {
+        for (from, to) in [("max", "default"), ("default", "defaultRequest"), ("min", "defaultRequest")] {
             if let Some(values) = item.get(from).and_then(Value::as_object).cloned() {
                 let target = meta::as_object_mut(item.entry(to).or_insert_with(|| json!({})));
                 for (name, value) in values {
@@ -220,11 +205,7 @@ pub(crate) fn limit_range(object: &mut Value) {
 /// Counts that Go writes even when they are 0.
 pub(crate) fn counters(plural: &str, object: &mut Value, live: Option<&Value>) {
     if live.is_none() {
-        let status = if plural == "statefulsets" {
-            json!({"replicas": 0, "availableReplicas": 0})
-        } else {
-            json!({"replicas": 0})
-        };
+        let status = if plural == "statefulsets" { json!({"replicas": 0, "availableReplicas": 0}) } else { json!({"replicas": 0}) };
         meta::as_object_mut(object).insert("status".into(), status);
     }
 }

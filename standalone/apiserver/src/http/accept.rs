@@ -63,9 +63,14 @@ pub(crate) fn negotiate(accept: &str) -> ApiResult<Accepted> {
     if known {
         return Err(ApiError::new(406, "NotAcceptable", SUPPORTED));
     }
+    Err(none_acceptable())
+}
+
+/// 406 for a form that this answer does not come in.
+pub(crate) fn none_acceptable() -> ApiError {
     let mut error = ApiError::new(406, "NotAcceptable", NONE);
     error.details = Some(crate::error::Details::default());
-    Err(error)
+    error
 }
 
 #[cfg(test)]

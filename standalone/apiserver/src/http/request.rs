@@ -29,7 +29,7 @@ impl Target {
         let (group, version, mut rest) = match parts.as_slice() {
             ["api", version, rest @ ..] => ("", *version, rest),
             ["apis", group, version, rest @ ..] => (*group, *version, rest),
-            _ => return Err(ApiError::no_such_path()),
+            _ => return Err(ApiError::page_not_found()),
         };
         let mut watch = false;
         if let ["watch", after @ ..] = rest {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use axum::body::Body;
 use bytes::{BufMut as _, Bytes, BytesMut};
 use futures::stream;
-use http::{HeaderValue, Response, header};
+use http::Response;
 use serde_json::{Value, json};
 use tokio::time::{Instant, Sleep};
 
@@ -86,12 +86,6 @@ fn check_options(call: &Call) -> ApiResult<bool> {
                 &["NotOlderThan"],
             ));
         }
-        if send == Some(true) && !q.flag("allowWatchBookmarks") {
-            errors.push(FieldError::forbidden(
-                "allowWatchBookmarks",
-                "sendInitialEvents requires setting allowWatchBookmarks to true",
-            ));
-        }
     }
     let _ = call;
     if errors.is_empty() {
@@ -103,6 +97,9 @@ fn check_options(call: &Call) -> ApiResult<bool> {
 
 pub(crate) async fn serve(hub: Arc<Hub>, call: Call) -> ApiResult<Response<Body>> {
     let accepted = accept::negotiate(call.header("accept"))?;
+    if accepted.yaml {
+        return Err(accept::none_acceptable());
+    }
     let streaming_list = check_options(&call)?;
     let selection = Selection::of(&call)?;
     let rv = call.query.text("resourceVersion");
@@ -111,7 +108,7 @@ pub(crate) async fn serve(hub: Arc<Hub>, call: Call) -> ApiResult<Response<Body>
         "" | "0" => None,
         text => Some(text.parse::<u64>().map_err(|_| {
             ApiError::plain_internal(format!(
-                "Invalid value: {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax"
+                "resourceVersion: Invalid value: {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax"
             ))
         })?),
     };
@@ -155,7 +152,8 @@ pub(crate) async fn serve(hub: Arc<Hub>, call: Call) -> ApiResult<Response<Body>
         position,
         wake,
         initial,
-        initial_end: streaming_list.then_some(position),
+        // Kubernetes ends the initial events of any watch that began with some and asked for bookmarks.
+        initial_end: (bookmarks && (streaming_list || from.is_none())).then_some(position),
         bookmarks,
         first_table: true,
         deadline: Box::pin(tokio::time::sleep(timeout)),
@@ -178,11 +176,6 @@ pub(crate) async fn serve(hub: Arc<Hub>, call: Call) -> ApiResult<Response<Body>
         chunk.map(|c| (Ok::<Bytes, Infallible>(c), (watch, None)))
     });
     let mut response = respond::bytes(200, Bytes::new(), "application/json", &warnings);
-    if accepted.yaml {
-        response
-            .headers_mut()
-            .insert(header::CONTENT_TYPE, HeaderValue::from_static("application/yaml"));
-    }
     *response.body_mut() = Body::from_stream(stream);
     Ok(response)
 }
@@ -296,7 +289,9 @@ impl Watch {
     fn write(&mut self, out: &mut BytesMut, kind: &str, object: &Arc<Stored>) {
         let target = &self.call.target;
         let version = target.version();
-        if self.accepted.form == Form::Object && !self.accepted.yaml && versions::is_stored_form(&target.kind)
+        if self.accepted.form == Form::Object
+            && !self.accepted.yaml
+            && versions::is_stored_form(&target.kind)
         {
             out.reserve(object.bare().len() + 120);
             out.put_slice(b"{\"type\":\"");
@@ -326,13 +321,8 @@ impl Watch {
     }
 
     fn frame(&self, out: &mut BytesMut, event: &Value) {
-        if self.accepted.yaml {
-            out.put_slice(b"---\n");
-            out.put_slice(serde_yaml::to_string(event).unwrap_or_default().as_bytes());
-        } else {
-            out.put_slice(event.to_string().as_bytes());
-            out.put_u8(b'\n');
-        }
+        out.put_slice(event.to_string().as_bytes());
+        out.put_u8(b'\n');
     }
 
     fn bookmark(&self, out: &mut BytesMut, rv: u64, initial_end: bool) {

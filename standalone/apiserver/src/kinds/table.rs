@@ -64,6 +64,7 @@ impl Row {
                 | "resourcequotas"
                 | "podtemplates"
                 | "namespaces"
+                | "storageclasses"
         )
     }
 
@@ -86,6 +87,7 @@ impl Row {
                 | "endpointslices"
                 | "priorityclasses"
                 | "pods"
+                | "podtemplates"
         )
     }
 

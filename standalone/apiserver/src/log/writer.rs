@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+
 use super::recover::{Recovered, segment_path, snapshot_path, sync_dir};
 use super::{Shared, record};
 use crate::error::Error;

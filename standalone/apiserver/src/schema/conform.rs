@@ -295,14 +295,9 @@ pub(crate) fn empty_required_to_null(schema: &Schema, value: &mut Value) {
     match (&schema.resolve().shape, value) {
         (Shape::Struct(s), Value::Object(members)) => {
             for (name, member) in members.iter_mut() {
-                let Some(field) = s.fields.get(name.as_str()) else {
-                    continue;
-                };
-                let is_collection = matches!(
-                    field.schema.resolve().shape,
-                    Shape::List { .. } | Shape::Map { .. }
-                );
-                if field.required && is_collection && super::is_go_zero(member) {
+                let Some(field) = s.fields.get(name.as_str()) else { continue };
+                let is_collection = matches!(field.schema.resolve().shape, Shape::List { .. } | Shape::Map { .. });
+                if (field.required || field.schema.default == Some(Value::Null)) && is_collection && super::is_go_zero(member) {
                     *member = Value::Null;
                 } else {
                     empty_required_to_null(&field.schema, member);

@@ -187,6 +187,8 @@ pub(crate) fn zero_value(schema: &Schema) -> Value {
     let mut out = Map::new();
     for (name, field) in &s.fields {
         match &field.schema.default {
+            // Times that are no pointers are not members of the empty object.
+            Some(Value::Null) if !matches!(field.schema.resolve().shape, Shape::List { .. }) => {}
             Some(Value::Object(_)) => {
                 out.insert(name.to_string(), zero_value(&field.schema));
             }

@@ -18,13 +18,12 @@ fn definitions(kind: &Kind, version: &Version) -> Vec<Value> {
     if kind.is_custom() {
         let mut out = vec![definition("Name", "string", "name", NAME_DESCRIPTION, 0)];
         for c in columns(version) {
-            out.push(definition(
-                &c.name,
-                &c.r#type,
-                &c.format,
-                &c.description,
-                c.priority,
-            ));
+            let described = if c.description.is_empty() {
+                format!("Custom resource definition column (in JSONPath format): {}", c.json_path)
+            } else {
+                c.description.clone()
+            };
+            out.push(definition(&c.name, &c.r#type, &c.format, &described, c.priority));
         }
         return out;
     }

@@ -66,7 +66,8 @@ fn envoy_accepts_every_resource_of_every_recorded_case() {
     let Some(worlds) = parity::worlds() else { return };
     let (mut clusters, mut listeners): (BTreeMap<String, Value>, BTreeMap<String, Value>) =
         Default::default();
-    for (_, mut resources) in worlds {
+    for (_, resources) in worlds {
+        let mut resources = resources.clone();
         let endpoints = resources.remove("endpoints").unwrap_or_default();
         for (name, cluster) in resources.remove("clusters").unwrap_or_default() {
             let cluster = standalone(cluster, endpoints.get(&name));

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use serde_json::{Map, Value};
 use serin_model::MeshConfig;
@@ -205,27 +206,26 @@ fn by_domain(value: Value) -> Value {
     }
 }
 
-/// Order has no meaning among virtual hosts, domains, and chains of `virtualInbound`.
+/// Lists in which order has no meaning: filter chains are chosen by their conditions, headers must all match.
+const UNORDERED: [&str; 7] = [
+    "domains",
+    "queryParameters",
+    "headers",
+    "endpoints",
+    "lbEndpoints",
+    "services",
+    "filterChains",
+];
+
 fn unordered(mut value: Value) -> Value {
     fn walk(value: &mut Value) {
         match value {
             Value::Object(fields) => {
                 for (name, value) in fields.iter_mut() {
                     walk(value);
-                    if matches!(
-                        name.as_str(),
-                        "virtualHosts"
-                            | "domains"
-                            | "queryParameters"
-                            | "headers"
-                            | "endpoints"
-                            | "lbEndpoints"
-                            | "services"
-                    ) || (name == "filterChains")
-                    {
-                        if let Some(list) = value.as_array_mut() {
-                            list.sort_by_key(ToString::to_string);
-                        }
+                    let unordered = UNORDERED.contains(&name.as_str());
+                    if let Some(list) = value.as_array_mut().filter(|_| unordered) {
+                        list.sort_by_key(ToString::to_string);
                     }
                 }
             }
@@ -303,8 +303,13 @@ fn cases(dir: &Path) -> Vec<(String, Vec<PathBuf>)> {
 
 type Resources = BTreeMap<&'static str, BTreeMap<String, Value>>;
 
-/// What we send to each proxy in each case.
-pub(super) fn worlds() -> Option<Vec<(String, Resources)>> {
+/// What we send to each proxy in each case; translated once for all tests.
+pub(super) fn worlds() -> Option<&'static [(String, Resources)]> {
+    static WORLDS: LazyLock<Option<Vec<(String, Resources)>>> = LazyLock::new(translate_worlds);
+    WORLDS.as_deref()
+}
+
+fn translate_worlds() -> Option<Vec<(String, Resources)>> {
     let dir = recorded()?;
     let nodes = read_json(&dir.join("baseline/nodes.json"));
     let mut all = Vec::new();

@@ -1,0 +1,12 @@
+//! The proxy as its neighbours see it: real sockets, real worker threads, in one process.
+
+#![allow(deprecated)] // what control planes still send is tested as well
+
+mod fixture;
+mod forwarding;
+mod hygiene;
+mod interception;
+mod lifecycle;
+mod metrics;
+mod tcp;
+mod xds;
