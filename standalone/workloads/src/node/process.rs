@@ -46,7 +46,6 @@ fn run(config_file: &Path) -> Result<(), Error> {
         serde_json::from_slice(&text).map_err(|error| Error::file("read", config_file, error.into()))?;
     let paths = Paths::new(&config.state_dir);
     fs::create_dir_all(paths.pods()).map_err(|error| Error::file("create", paths.pods(), error))?;
-    let _lock = lock(&paths)?;
     let (ours, theirs) =
         fdpass::pair().map_err(|error| Error::file("create sockets for", paths.root(), error))?;
     // The broker keeps the host's namespaces, which this process is about to leave.
@@ -60,6 +59,8 @@ fn run(config_file: &Path) -> Result<(), Error> {
             }
         };
     drop(theirs);
+    // After the fork: the broker must not hold on to the lock of a node that was killed.
+    let _lock = lock(&paths)?;
     config.unprivileged = enter_namespaces(&paths)?;
     let record = NodeRecord {
         node: ProcessRecord::current().map_err(|error| Error::file("read", "/proc/self/stat", error))?,

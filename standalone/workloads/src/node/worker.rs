@@ -223,13 +223,14 @@ impl Worker {
 
     /// Takes over what an earlier node started.
     async fn adopt(&mut self) -> Option<mpsc::Receiver<ShimEvent>> {
+        self.restore_counts();
         let record = record::read_pod(&self.directory).ok()?;
         if let Ok((client, events)) = ShimClient::adopt(&self.directory) {
             let client = Arc::new(client);
             match client.state().await {
                 Ok(reports) => {
                     self.address = Some(record.address);
-                    self.restore_from_status();
+                    self.pod.initialized = was_initialized(&self.object);
                     for report in reports {
                         if let Some(container) = self
                             .pod
@@ -256,12 +257,11 @@ impl Worker {
         // Its containers died with the shim. The address is free again, and a restart is a restart.
         sandbox::clear(&self.directory);
         self.context.addresses.release(record.address);
-        self.restore_from_status();
         None
     }
 
-    /// Restart counts and past ends, as the object has them.
-    fn restore_from_status(&mut self) {
+    /// Restart counts as the object has them: what is started anew in a new sandbox has been restarted.
+    fn restore_counts(&mut self) {
         let Some(status) = self.object.status.as_ref() else {
             return;
         };
@@ -282,12 +282,6 @@ impl Worker {
             container.restarts = known.restart_count.max(0) as u32;
             container.started_once = known.container_id.is_some();
         }
-        self.pod.initialized = status
-            .conditions
-            .iter()
-            .flatten()
-            .any(|condition| condition.type_ == "Initialized" && condition.status == "True")
-            && status.phase.as_deref() != Some("Pending");
     }
 
     fn resume_probes(&mut self) {
@@ -892,6 +886,15 @@ impl Worker {
             },
         )
     }
+}
+
+/// Whether the init containers of a pod that runs were through.
+fn was_initialized(object: &PodObject) -> bool {
+    object.status.as_ref().is_some_and(|status| {
+        let mut conditions = status.conditions.iter().flatten();
+        status.phase.as_deref() != Some("Pending")
+            && conditions.any(|condition| condition.type_ == "Initialized" && condition.status == "True")
+    })
 }
 
 fn stop_signal(lifecycle: Option<&Lifecycle>) -> i32 {

@@ -245,3 +245,52 @@ async fn a_config_map_volume_follows_its_object() {
     let pod = cluster.until(&pods, "reader", phase("Succeeded")).await;
     assert_eq!(cluster.log(&pod, "c").await, "new");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_is_added_to_the_catalogue_starts_the_pod_that_waits_for_it() {
+    use kube::CustomResourceExt;
+    use serin_workloads::image;
+    let Some(cluster) = Cluster::start().await else {
+        return;
+    };
+    let client = cluster.client.clone();
+    let definitions: Api<
+        k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
+    > = Api::all(client.clone());
+    create(
+        &definitions,
+        serde_json::to_value(serin_crds::serin_dev::Image::crd()).unwrap(),
+    )
+    .await;
+    let spec = json!({"restartPolicy": "Never", "terminationGracePeriodSeconds": 1,
+        "containers": [{"name": "c", "image": "example.org/greeter:2.1", "args": ["hello"]}]});
+    let waiting = |pod: Option<&Pod>| {
+        let status = pod.and_then(|pod| pod.status.as_ref()?.container_statuses.as_ref()?.first().cloned());
+        status
+            .and_then(|status| status.state?.waiting?.reason)
+            .is_some_and(|reason| reason == "ErrImagePull")
+    };
+    cluster.pod("greeter", spec, waiting).await;
+    let entry = image::ImageSpec {
+        reference: "example.org/greeter:*".to_owned(),
+        program: "/bin/echo".to_owned(),
+        args: vec!["{name}-{tag}".to_owned()],
+        ..image::ImageSpec::default()
+    };
+    image::add(client.clone(), &entry).await.unwrap();
+    let pods: Api<Pod> = cluster.api();
+    let pod = cluster.until(&pods, "greeter", phase("Succeeded")).await;
+    assert_eq!(cluster.log(&pod, "c").await, "greeter-2.1 hello\n");
+    assert_eq!(image::list(client.clone()).await.unwrap(), [entry]);
+    assert!(
+        image::remove(client.clone(), "example.org/greeter:*")
+            .await
+            .unwrap()
+    );
+    assert!(
+        !image::remove(client.clone(), "example.org/greeter:*")
+            .await
+            .unwrap()
+    );
+    assert!(image::list(client).await.unwrap().is_empty());
+}

@@ -199,3 +199,43 @@ async fn a_node_without_privileges_runs_pods_in_a_user_namespace_and_adopts_them
         container_id_and_restarts(&after)
     );
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_handed_over_listener_answers_without_the_node_and_passes_on_to_the_next_pod_after_it() {
+    let Some(cluster) = Cluster::start().await else {
+        return;
+    };
+    let port = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
+    let services: Api<Service> = cluster.api();
+    create(&services, json!({"metadata": {"name": "gateway", "annotations": {"serin.dev/host-port": format!("80:{port}")}},
+        "spec": {"type": "LoadBalancer", "selector": {"role": "gateway"}, "ports": [{"port": 80, "targetPort": 8080}]}})).await;
+    let pods: Api<Pod> = cluster.api();
+    let gateway = |name: &str| {
+        json!({"metadata": {"name": name, "labels": {"role": "gateway"},
+        "annotations": {"serin.dev/listeners": "8080"}},
+        "spec": {"terminationGracePeriodSeconds": 1, "containers": [{"name": "c", "image": "test/serve:1", "args": ["8080"]}]}})
+    };
+    create(&pods, gateway("one")).await;
+    cluster.until(&pods, "one", condition("Ready")).await;
+    let get = || async {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        stream.write_all(b"GET / HTTP/1.0\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    };
+    assert!(get().await.contains("pod=one"));
+    kill_node(&cluster);
+    assert!(get().await.contains("pod=one"), "it needs no node to accept");
+    cluster.spawn_node();
+    create(&pods, gateway("two")).await;
+    cluster.until(&pods, "two", condition("Ready")).await;
+    pods.delete("one", &DeleteParams::default()).await.unwrap();
+    cluster.gone(&pods, "one").await;
+    assert!(get().await.contains("pod=two"));
+}
