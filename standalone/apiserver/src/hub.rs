@@ -29,6 +29,8 @@ pub(crate) struct Hub {
     pub(crate) admission: Option<Arc<dyn Admission>>,
     pub(crate) pod_logs: Option<Arc<dyn PodLogs>>,
     pub(crate) clock: Arc<dyn Clock>,
+    /// See [`crate::Builder::kubernetes_admission`].
+    pub(crate) kubernetes_admission: bool,
     pub(crate) addresses: Mutex<crate::defaults::addresses::Allocator>,
     pub(crate) shutdown: CancellationToken,
     /// Streams that are being served; watches beyond the bound are refused.
@@ -51,6 +53,7 @@ impl Hub {
         clock: Arc<dyn Clock>,
         admission: Option<Arc<dyn Admission>>,
         pod_logs: Option<Arc<dyn PodLogs>>,
+        kubernetes_admission: bool,
     ) -> Self {
         Self {
             any: watch::Sender::new(store.rv()),
@@ -61,6 +64,7 @@ impl Hub {
             admission,
             pod_logs,
             clock,
+            kubernetes_admission,
             addresses: Mutex::new(crate::defaults::addresses::Allocator::default()),
             shutdown: CancellationToken::new(),
             watchers: std::sync::atomic::AtomicUsize::new(0),

@@ -14,8 +14,6 @@ const MAX_DEPTH: usize = 32;
 #[derive(Clone, Copy)]
 enum Type {
     Text,
-    /// Bytes, base64 in JSON.
-    Bytes,
     Int,
     Bool,
     Message(&'static [Field]),
@@ -339,7 +337,6 @@ fn base64(bytes: &[u8]) -> Value {
 fn single(field: &Field, content: &Content<'_>, depth: usize) -> Result<Value, String> {
     match (field.kind, content) {
         (Type::Text, Content::Bytes(text)) => Ok(json!(String::from_utf8_lossy(text))),
-        (Type::Bytes, Content::Bytes(bytes)) => Ok(base64(bytes)),
         (Type::Int, Content::Varint(n)) => Ok(json!(i64::from_le_bytes(n.to_le_bytes()))),
         (Type::Bool, Content::Varint(n)) => Ok(json!(*n != 0)),
         (Type::Message(fields), Content::Bytes(bytes)) => message(fields, bytes, depth + 1).map(Value::Object),

@@ -206,10 +206,12 @@ impl Kustomizations {
         started: Instant,
         full_at: Instant,
     ) -> Result<(), Error> {
+        let changed;
         {
             let mut all = self.memory.lock();
             let memory = all.entry(key.clone()).or_default();
             memory.failure = None;
+            changed = memory.applied.as_ref().is_some_and(|a| a.changed);
             self.queue.push_at(
                 key,
                 if memory.drift {
@@ -236,13 +238,16 @@ impl Kustomizations {
         })
         .await?;
         if news {
-            let note = format!(
-                "Reconciliation finished in {}, revision {}",
-                seconds(took),
-                inputs.revision
-            );
-            self.recorder
-                .normal(&self.reference(ks), "ReconciliationSucceeded", "Reconcile", &note);
+            // Hundreds of objects that only note a revision are not news.
+            if changed || !was_ready {
+                let note = format!(
+                    "Reconciliation finished in {}, revision {}",
+                    seconds(took),
+                    inputs.revision
+                );
+                self.recorder
+                    .normal(&self.reference(ks), "ReconciliationSucceeded", "Reconcile", &note);
+            }
             self.timeline
                 .tell(format!("Kustomization/{key}"), &inputs.revision, What::Ready);
         }

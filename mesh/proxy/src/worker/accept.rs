@@ -110,7 +110,7 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
     {
         // Nobody has spoken. The TCP chain's upstream is asked now, and whoever speaks first decides: a server that
         // greets gets its TCP connection, a client that was merely slow still gets HTTP.
-        let Ok(upstream) = tcp::open(&worker, proxy, &listener, destination).await else {
+        let Ok(upstream) = tcp::open(&worker, proxy, &listener, remote, destination).await else {
             return;
         };
         tokio::select! {
@@ -183,7 +183,9 @@ async fn handle(
         Handler::Tcp(proxy) => {
             let proxy = proxy.clone();
             // A failure has been recorded where it happened; the client sees the connection close.
-            if let Ok(upstream) = tcp::open(&worker, &proxy, &listener, addresses.local).await {
+            if let Ok(upstream) =
+                tcp::open(&worker, &proxy, &listener, addresses.remote, addresses.local).await
+            {
                 tcp::join(worker, proxy, stream, prefix, upstream).await;
             }
         }

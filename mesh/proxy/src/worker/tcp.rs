@@ -11,6 +11,7 @@ use socket2::SockRef;
 use tokio::net::TcpStream;
 
 use super::Worker;
+use crate::config::hash::hash_of_source;
 use crate::config::listener::{Direction, Listener, TcpProxy, TcpTargets};
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
@@ -50,6 +51,7 @@ pub(super) async fn open(
     worker: &Rc<Worker>,
     proxy: &TcpProxy,
     listener: &Listener,
+    source: SocketAddr,
     destination: SocketAddr,
 ) -> Result<Upstream, NoUpstream> {
     let slot = match &proxy.targets {
@@ -87,6 +89,7 @@ pub(super) async fn open(
     let mut failure = String::new();
     for _ in 0..proxy.max_connect_attempts {
         let wish = Wish {
+            hash: proxy.hash_by_source.then(|| hash_of_source(source.ip())),
             tried: &tried,
             attempts: 5,
             ..Default::default()
@@ -248,6 +251,15 @@ pub(super) async fn join(
         () = both => {}
         () = quiet(&last, proxy.idle_timeout) => {}
         () = worker.closing() => {}
+        () = lasting(proxy.max_duration) => {}
+    }
+}
+
+/// Ends after the longest time that a connection may last.
+async fn lasting(limit: Option<Duration>) {
+    match limit {
+        Some(limit) => tokio::time::sleep(limit).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -242,7 +242,7 @@ fn take_over(write: &Write<'_>, managers: &mut Managers, before: &Value, after: 
         });
         entry.set = std::mem::take(&mut entry.set).union(&own);
         // Kubernetes writes no time for what goes through scale.
-        entry.time = (write.subresource != "scale" && write.manager != BEFORE_FIRST_APPLY).then(|| write.now.to_owned());
+        entry.time = (write.subresource != "scale").then(|| write.now.to_owned());
     }
     managers.retain(|_, o| !o.set.is_empty());
 }
@@ -413,8 +413,8 @@ fn merge_config(
     }
     yield_to(&mut managers, Some(&id), &touched, &change);
     if let Some(own) = managers.get_mut(&id) {
-        let changed = last.as_ref().is_none_or(|l| l.set != own.set) || !change.is_same();
-        if changed || own.time.is_none() {
+        // An apply that changes nothing about the object leaves the time alone, also of a new owner.
+        if !change.is_same() {
             own.time = Some(write.now.to_owned());
         }
     }

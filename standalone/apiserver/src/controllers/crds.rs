@@ -99,13 +99,6 @@ async fn settle(hub: &Hub, name: &str) {
             let mut next = crd.clone();
             let status = definition::reconcile(crd, &registry, &others, &now);
             meta::as_object_mut(&mut next).insert("status".into(), status);
-            let metadata = meta::metadata_mut(&mut next);
-            let finalizers = metadata.entry("finalizers").or_insert_with(|| json!([]));
-            if let Value::Array(list) = finalizers {
-                if !list.contains(&json!(CLEANUP)) {
-                    list.push(json!(CLEANUP));
-                }
-            }
             Some(next)
         };
         match hub.modify(&RESOURCE.into(), name, "kube-apiserver", "status", edit).await {

@@ -87,6 +87,10 @@ fn check(schema: &Schema, value: &Value, path: &str, errors: &mut Vec<FieldError
             path.to_owned()
         }
     };
+    if value.is_null() {
+        // Null of an optional field is no value at all.
+        return;
+    }
     if !fits(rules, value) {
         let wanted = if rules.int_or_string {
             "integer,string"
@@ -106,9 +110,7 @@ fn check(schema: &Schema, value: &Value, path: &str, errors: &mut Vec<FieldError
             kind: FieldErrorKind::TypeInvalid,
             field: shown_path(),
             value: Some(printed),
-            detail: format!("{path} in body must be of type {wanted}: \"{}\"", type_of(value))
-                .trim_start()
-                .to_owned(),
+            detail: format!("{path} in body must be of type {wanted}: \"{}\"", type_of(value)),
         });
         return;
     }
@@ -178,7 +180,7 @@ fn check_rules(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
         errors.push(FieldError::invalid(
             field.clone(),
             value,
-            format!("{path} in body {text}").trim_start().to_owned(),
+            format!("{path} in body {text}"),
         ));
     };
     if let Some(n) = value.as_f64() {
@@ -228,7 +230,7 @@ fn check_rules(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
                     kind: FieldErrorKind::TypeInvalid,
                     field: field.clone(),
                     value: Some(show(value)),
-                    detail: format!("{path} in body must be of type {format}: {text:?}").trim_start().to_owned(),
+                    detail: format!("{path} in body must be of type {format}: {text:?}"),
                 });
             }
         }
@@ -248,9 +250,7 @@ fn check_rules(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
                 kind: FieldErrorKind::Invalid,
                 field: field.clone(),
                 value: Some(length.to_string()),
-                detail: format!("{path} in body should have at least {min} items")
-                    .trim_start()
-                    .to_owned(),
+                detail: format!("{path} in body should have at least {min} items"),
             });
         }
         if rules.unique_items
@@ -277,9 +277,7 @@ fn check_rules(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
                 kind: FieldErrorKind::Invalid,
                 field: field.clone(),
                 value: Some(count.to_string()),
-                detail: format!("{path} in body should have at least {min} properties")
-                    .trim_start()
-                    .to_owned(),
+                detail: format!("{path} in body should have at least {min} properties"),
             });
         }
         for name in &rules.required {

@@ -7,7 +7,7 @@ mod workloads;
 
 use serde_json::{Map, Value, json};
 
-use crate::error::FieldError;
+use crate::error::{ApiResult, FieldError};
 use crate::hub::Hub;
 use crate::kinds::Kind;
 use crate::meta;
@@ -69,6 +69,23 @@ pub(crate) fn admit(kind: &Kind, object: &mut Value, live: Option<&Value>) {
         ("apiextensions.k8s.io", _) if live.is_none() => crate::crd::definition::initial_status(object),
         _ => {}
     }
+}
+
+/// Admission plug-ins that look at the rest of the cluster or are a matter of configuration; for new objects only.
+pub(crate) fn plugins(hub: &Hub, kind: &Kind, name: &str, object: &mut Value) -> ApiResult<()> {
+    if kind.is("", "pods") {
+        pods::priority(hub, name, object)?;
+        if hub.kubernetes_admission {
+            pods::token_volume(&hub.clock.suffix(5), object);
+        }
+    }
+    if kind.is("", "nodes") && hub.kubernetes_admission {
+        let taints = meta::member_object(object, "spec").entry("taints").or_insert_with(|| json!([]));
+        if let Value::Array(list) = taints {
+            list.push(json!({"key": "node.kubernetes.io/not-ready", "effect": "NoSchedule"}));
+        }
+    }
+    Ok(())
 }
 
 /// Defaults that need the rest of the cluster: addresses and ports of Services.

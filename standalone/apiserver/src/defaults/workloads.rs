@@ -68,6 +68,9 @@ pub(crate) fn apply(plural: &str, object: &mut Value) {
                 }
             }
             pod_template(spec);
+            let metadata = meta::metadata_mut(object);
+            let annotations = meta::as_object_mut(metadata.entry("annotations").or_insert_with(|| json!({})));
+            set(annotations, "deprecated.daemonset.template.generation", json!("1"));
         }
         "jobs" => job(object),
         "cronjobs" => {
@@ -164,7 +167,13 @@ pub(crate) fn job_created(object: &mut Value, live: Option<&Value>) {
 /// Claims and volumes are held by a finalizer while they are in use.
 pub(crate) fn protected(object: &mut Value, live: Option<&Value>, finalizer: &str) {
     if live.is_none() {
-        meta::as_object_mut(object).insert("status".into(), json!({"phase": "Pending"}));
+        let created = meta::text(object, "creationTimestamp").to_owned();
+        let status = if finalizer.ends_with("/pv-protection") {
+            json!({"phase": "Pending", "lastPhaseTransitionTime": created})
+        } else {
+            json!({"phase": "Pending"})
+        };
+        meta::as_object_mut(object).insert("status".into(), status);
         let finalizers = meta::metadata_mut(object).entry("finalizers").or_insert_with(|| json!([]));
         if let Value::Array(list) = finalizers {
             if !list.contains(&json!(finalizer)) {

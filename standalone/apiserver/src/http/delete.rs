@@ -290,6 +290,16 @@ fn decide(call: &Call, current: &Value, options: &DeleteOptions, now: &str) -> O
         finalizers.push(policy.to_owned());
     }
     let terminating = meta::is_terminating(current);
+    let is_definition = kind.is("apiextensions.k8s.io", "customresourcedefinitions");
+    if is_definition && !terminating && !finalizers.iter().any(|f| f == crate::controllers::crds::CLEANUP) {
+        // Its objects go first.
+        finalizers.push(crate::controllers::crds::CLEANUP.to_owned());
+        let status = meta::member_object(&mut object, "status");
+        if let Value::Array(list) = status.entry("conditions").or_insert_with(|| json!([])) {
+            list.push(json!({"type": "Terminating", "status": "True", "lastTransitionTime": now,
+                "reason": "InstanceDeletionPending", "message": "CustomResourceDefinition marked for deletion; CustomResource deletion will begin soon"}));
+        }
+    }
     let grace = grace_seconds(call, current, options);
     let is_namespace = kind.is("", "namespaces");
     let namespace_busy = is_namespace && !meta::list_at(current, "spec.finalizers").is_empty();
@@ -325,6 +335,9 @@ fn decide(call: &Call, current: &Value, options: &DeleteOptions, now: &str) -> O
         let counted = &*call.target.kind.group != "apiextensions.k8s.io";
         if let Some(generation) = metadata.get("generation").and_then(Value::as_i64).filter(|_| counted) {
             metadata.insert("generation".into(), json!(generation + 1));
+        }
+        if is_definition {
+            metadata.remove("deletionGracePeriodSeconds");
         }
         if is_namespace {
             meta::member_object(&mut object, "status").insert("phase".into(), json!("Terminating"));

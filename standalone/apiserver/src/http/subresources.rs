@@ -281,7 +281,7 @@ async fn bind(hub: &Hub, call: &Call, request_body: Body) -> ApiResult<Response<
     let conflict = |why: String| {
         ApiError::new(409, "Conflict", format!("Operation cannot be fulfilled on pods/binding \"{}\": {why}", target.name))
     };
-    loop {
+    for _ in 0..crate::hub::MODIFY_ATTEMPTS {
         let current = hub.get(&target.kind, &key).ok_or_else(|| target.not_found())?;
         let uid = meta::text(&current.value, "uid");
         if !wanted_uid.is_empty() && wanted_uid != uid {
@@ -318,6 +318,7 @@ async fn bind(hub: &Hub, call: &Call, request_body: Body) -> ApiResult<Response<
             Err(CommitError::Lost(_)) => {}
         }
     }
+    Err(conflict("the pod changed too often; please try again".to_owned()))
 }
 
 async fn log(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {

@@ -74,16 +74,10 @@ fn check_options(call: &Call) -> ApiResult<bool> {
         ));
     }
     if send.is_some() {
-        if matching.is_empty() {
+        if matching != "NotOlderThan" {
             errors.push(FieldError::forbidden(
                 "resourceVersionMatch",
                 "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan",
-            ));
-        } else if matching != "NotOlderThan" {
-            errors.push(FieldError::not_supported(
-                "resourceVersionMatch",
-                &json!(matching),
-                &["NotOlderThan"],
             ));
         }
     }

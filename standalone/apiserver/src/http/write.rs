@@ -78,9 +78,6 @@ pub(crate) async fn patch(hub: &Hub, call: &Call, request_body: Body) -> ApiResu
     Ok(answer(hub, call, accepted, &outcome))
 }
 
-const PATCH_TYPES: &str =
-    "application/json-patch+json, application/merge-patch+json, application/apply-patch+yaml";
-const PATCH_TYPES_BUILTIN: &str = "application/json-patch+json, application/merge-patch+json, application/strategic-merge-patch+json, application/apply-patch+yaml";
 
 pub(crate) fn read_patch(call: &Call, media: &str, bytes: Bytes) -> ApiResult<Change> {
     let force = !call.query.text("force").is_empty();
@@ -130,14 +127,7 @@ pub(crate) fn read_patch(call: &Call, media: &str, bytes: Bytes) -> ApiResult<Ch
             })
         }
         _ => {
-            let types = if call.target.kind.is_custom() {
-                PATCH_TYPES
-            } else {
-                PATCH_TYPES_BUILTIN
-            };
-            let mut error = ApiError::unsupported_media_type(format!(
-                "the body of the request was in an unknown format - accepted media types include: {types}"
-            ));
+            let mut error = ApiError::unsupported_media_type("415: Unsupported Media Type");
             error.details = Some(crate::error::Details::default());
             Err(error)
         }
@@ -412,6 +402,9 @@ async fn compute(
         Some(live) => strategy::prepare_update(kind, version, &target.subresource, &mut object, live),
     }
     defaults::admit(kind, &mut object, live.as_ref());
+    if live.is_none() {
+        defaults::plugins(hub, kind, name, &mut object)?;
+    }
     if let Some(admission) = hub
         .admission
         .as_ref()
@@ -533,7 +526,15 @@ fn edited(
             return applied(call, config, *force, live, write, warnings).map(|object| (object, true));
         }
     };
-    let (value, more) = body::fit(call, document, how)?;
+    // An empty list clears ownership; the decoder would not tell it from an absent one.
+    let cleared = meta::metadata(&document.value)
+        .get("managedFields")
+        .and_then(Value::as_array)
+        .is_some_and(Vec::is_empty);
+    let (mut value, more) = body::fit(call, document, how)?;
+    if cleared && live.is_some() {
+        meta::metadata_mut(&mut value).insert("managedFields".into(), json!([{}]));
+    }
     warnings.extend(more);
     Ok((value, false))
 }

@@ -124,11 +124,7 @@ fn absent(name: &str, field: &Field, out: &mut Map<String, Value>) {
     match &field.schema.default {
         Some(Value::Object(_)) => match &field.schema.resolve().shape {
             Shape::Struct(_) => {
-                let zero = super::zero_value(&field.schema);
-                // `metadata` of templates and the like are written only when they hold something (Go's omitzero).
-                if !(name == "metadata" && zero.as_object().is_some_and(Map::is_empty)) {
-                    out.insert(name.to_owned(), zero);
-                }
+                out.insert(name.to_owned(), super::zero_value(&field.schema));
             }
             // Times, quantities and open values are pointers or omitzero in the types concerned.
             _ => {}

@@ -82,13 +82,7 @@ fn custom_cell(column: &Column, found: &[&Value], now: Timestamp) -> Value {
             Some(at) => json!(time::human((now.as_second() - at.as_second()).max(0))),
             None => json!("<invalid>"),
         },
-        _ => json!(
-            found
-                .iter()
-                .map(|v| jsonpath::text(v))
-                .collect::<Vec<_>>()
-                .join(" ")
-        ),
+        _ => json!(jsonpath::text(first)),
     }
 }
 

@@ -124,6 +124,11 @@ impl Run {
                     w.sort_by_key(key);
                     f.sort_by_key(key);
                 }
+                if path.ends_with(".conditions") && w.iter().all(|c| c.get("type").is_some()) {
+                    let key = |v: &Value| v.get("type").and_then(Value::as_str).unwrap_or_default().to_owned();
+                    w.sort_by_key(key);
+                    f.sort_by_key(key);
+                }
                 if path.ends_with(".causes") {
                     let key = |v: &Value| ["field", "reason", "message"].map(|k| v.get(k).and_then(Value::as_str).unwrap_or_default().to_owned());
                     w.sort_by_key(key);
@@ -429,7 +434,9 @@ fn generate(generator: &Value) -> Vec<u8> {
 
 async fn replay(scenario: &Value) -> (usize, Vec<(usize, String)>) {
     let with_controllers = scenario["server"] == "controllers";
-    let server = ApiServer::builder().garbage_collector(with_controllers).build().await.expect("the server starts");
+    let server = ApiServer::builder()
+        .garbage_collector(with_controllers)
+        .kubernetes_admission(true).build().await.expect("the server starts");
     let mut run = Run {
         server,
         symbols: HashMap::new(),
