@@ -160,7 +160,9 @@ impl Hub {
     fn record(&self, resource: &ResourceId, event: &Event) -> u64 {
         let Some(log) = &self.log else { return 0 };
         match event.change {
-            Change::Added | Change::Modified => log.put(resource, &event.key, event.rv, &event.object.whole()),
+            Change::Added | Change::Modified => {
+                log.put(resource, &event.key, event.rv, &event.object.whole())
+            }
             Change::Deleted => log.delete(resource, &event.key, event.rv),
         }
     }
@@ -204,7 +206,10 @@ impl Hub {
                 return Ok(None);
             }
             let registry = self.registry();
-            if let Some((kind, version)) = registry.by_resource(resource).and_then(|k| k.storage_version().map(|v| (k, v))) {
+            if let Some((kind, version)) = registry
+                .by_resource(resource)
+                .and_then(|k| k.storage_version().map(|v| (k, v)))
+            {
                 let now = crate::time::seconds(self.clock.now());
                 let write = crate::apply::managers::Write {
                     schema: &version.schema,
@@ -213,7 +218,11 @@ impl Hub {
                     subresource,
                     manager,
                     now: &now,
-                    reset: if subresource == "status" { &["spec", "metadata"] } else { &[] },
+                    reset: if subresource == "status" {
+                        &["spec", "metadata"]
+                    } else {
+                        &[]
+                    },
                 };
                 crate::apply::managers::update(&write, Some(&current.value), &mut next);
             }

@@ -211,7 +211,11 @@ impl LabelSelector {
                                     return Err(format!(
                                         "unable to parse requirement: found '{}', expected: {}",
                                         other.show(),
-                                        if expect_value { "',', ')' or identifier" } else { "',' or ')'" }
+                                        if expect_value {
+                                            "',', ')' or identifier"
+                                        } else {
+                                            "',' or ')'"
+                                        }
                                     ));
                                 }
                             }

@@ -116,7 +116,14 @@ impl Builder {
                 Some(Log::start(recovered, source.clone())?)
             }
         };
-        let hub = Arc::new(Hub::new(store, log, self.clock, self.admission, self.pod_logs, self.kubernetes_admission));
+        let hub = Arc::new(Hub::new(
+            store,
+            log,
+            self.clock,
+            self.admission,
+            self.pod_logs,
+            self.kubernetes_admission,
+        ));
         *source.hub.lock() = Arc::downgrade(&hub);
         controllers::crds::restore(&hub);
         {

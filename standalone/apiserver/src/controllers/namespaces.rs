@@ -261,7 +261,15 @@ async fn write_conditions(
         }
         Some(next)
     };
-    hub.modify(&RESOURCE.into(), namespace, "kube-controller-manager", "status", edit).await.map(drop)
+    hub.modify(
+        &RESOURCE.into(),
+        namespace,
+        "kube-controller-manager",
+        "status",
+        edit,
+    )
+    .await
+    .map(drop)
 }
 
 /// Replace `spec.finalizers`; a terminating namespace without any goes.

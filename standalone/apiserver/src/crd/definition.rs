@@ -64,7 +64,7 @@ pub(crate) fn validate(crd: &Value, old: Option<&Value>) -> Vec<FieldError> {
         errors.push(FieldError::invalid(
             "metadata.name",
             &json!(name),
-            format!("must be spec.names.plural+\".\"+spec.group"),
+            "must be spec.names.plural+\".\"+spec.group".to_string(),
         ));
     }
     if group.is_empty() {
@@ -80,7 +80,9 @@ pub(crate) fn validate(crd: &Value, old: Option<&Value>) -> Vec<FieldError> {
             errors.push(FieldError::invalid("spec.group", &json!(group), e));
         }
     }
-    let protected = ["k8s.io", "kubernetes.io"].iter().any(|g| group == *g || group.ends_with(&format!(".{g}")));
+    let protected = ["k8s.io", "kubernetes.io"]
+        .iter()
+        .any(|g| group == *g || group.ends_with(&format!(".{g}")));
     if protected && meta::annotation(crd, "api-approved.kubernetes.io").is_none_or(str::is_empty) {
         errors.push(FieldError::required(
             "metadata.annotations[api-approved.kubernetes.io]",
@@ -412,7 +414,7 @@ pub(crate) fn to_kind(crd: &Value) -> Kind {
         .iter()
         .map(|v| to_version(crd, v, kind))
         .collect();
-    versions.sort_by(|a, b| version_order(&b.name).cmp(&version_order(&a.name)));
+    versions.sort_by_key(|v| std::cmp::Reverse(version_order(&v.name)));
     Kind {
         group: group.into(),
         plural: plural.into(),

@@ -7,4 +7,3 @@ pub(crate) mod prune;
 pub(crate) mod rules;
 mod structural;
 pub(crate) mod validate;
-

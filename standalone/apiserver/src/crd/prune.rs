@@ -88,15 +88,14 @@ pub(crate) fn default(schema: &Schema, value: &mut Value) {
                     Some(Value::Null) => !nullable && field.schema.default.is_some(),
                     Some(_) => false,
                 };
-                if missing {
-                    if let Some(default) = field
+                if missing
+                    && let Some(default) = field
                         .schema
                         .default
                         .as_ref()
                         .filter(|_| !matches!(field.schema.shape, Shape::Ref(_)))
-                    {
-                        members.insert(name.to_string(), default.clone());
-                    }
+                {
+                    members.insert(name.to_string(), default.clone());
                 }
                 if let Some(member) = members.get_mut(&**name) {
                     default_member(&field.schema, member);
@@ -122,4 +121,3 @@ fn default_member(schema: &Schema, member: &mut Value) {
         default(schema, member);
     }
 }
-

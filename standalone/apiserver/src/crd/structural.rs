@@ -24,9 +24,16 @@ pub(crate) fn check(crd: &Value, errors: &mut Vec<FieldError>) {
             format!("spec.versions[{i}].schema.openAPIV3Schema")
         };
         match root.get("type") {
-            None => errors.push(FieldError::required(format!("{path}.type"), "must not be empty at the root")),
+            None => errors.push(FieldError::required(
+                format!("{path}.type"),
+                "must not be empty at the root",
+            )),
             Some(Value::String(s)) if s == "object" => {}
-            Some(other) => errors.push(FieldError::invalid(format!("{path}.type"), other, "must be object at the root")),
+            Some(other) => errors.push(FieldError::invalid(
+                format!("{path}.type"),
+                other,
+                "must be object at the root",
+            )),
         }
         top_metadata(root, &path, errors);
         node(root, &path, Place::Root, errors);
@@ -35,10 +42,16 @@ pub(crate) fn check(crd: &Value, errors: &mut Vec<FieldError>) {
 
 /// Of `metadata` only the name may be constrained.
 fn top_metadata(root: &Value, path: &str, errors: &mut Vec<FieldError>) {
-    let Some(metadata) = meta::at(root, "properties.metadata") else { return };
+    let Some(metadata) = meta::at(root, "properties.metadata") else {
+        return;
+    };
     let properties = metadata.get("properties").and_then(Value::as_object);
     let path = format!("{path}.properties[metadata]");
-    if properties.into_iter().flatten().any(|(name, _)| name != "name" && name != "generateName") {
+    if properties
+        .into_iter()
+        .flatten()
+        .any(|(name, _)| name != "name" && name != "generateName")
+    {
         errors.push(FieldError::forbidden(
             path,
             "must not specify anything other than name and generateName, but metadata is implicitly specified",
@@ -68,11 +81,22 @@ fn node(schema: &Value, path: &str, place: Place, errors: &mut Vec<FieldError>) 
     if kind.is_empty() {
         let open = flag("x-kubernetes-int-or-string") || flag("x-kubernetes-preserve-unknown-fields");
         if place != Place::Root && !open {
-            let what = if place == Place::Items { "array items" } else { "object fields" };
-            errors.push(FieldError::required(format!("{path}.type"), &format!("must not be empty for specified {what}")));
+            let what = if place == Place::Items {
+                "array items"
+            } else {
+                "object fields"
+            };
+            errors.push(FieldError::required(
+                format!("{path}.type"),
+                &format!("must not be empty for specified {what}"),
+            ));
         }
     } else if !TYPES.contains(&kind) {
-        errors.push(FieldError::not_supported(format!("{path}.type"), &Value::String(kind.to_owned()), &TYPES));
+        errors.push(FieldError::not_supported(
+            format!("{path}.type"),
+            &Value::String(kind.to_owned()),
+            &TYPES,
+        ));
     }
     if schema.get("x-kubernetes-preserve-unknown-fields") == Some(&Value::Bool(false)) {
         errors.push(FieldError::invalid(
@@ -81,8 +105,15 @@ fn node(schema: &Value, path: &str, place: Place, errors: &mut Vec<FieldError>) 
             "must be true or undefined",
         ));
     }
-    let has_properties = schema.get("properties").and_then(Value::as_object).is_some_and(|p| !p.is_empty());
-    if has_properties && schema.get("additionalProperties").is_some_and(|a| a != &Value::Bool(false)) {
+    let has_properties = schema
+        .get("properties")
+        .and_then(Value::as_object)
+        .is_some_and(|p| !p.is_empty());
+    if has_properties
+        && schema
+            .get("additionalProperties")
+            .is_some_and(|a| a != &Value::Bool(false))
+    {
         errors.push(FieldError::forbidden(
             format!("{path}.additionalProperties"),
             "additionalProperties and properties are mutual exclusive",
@@ -95,19 +126,22 @@ fn node(schema: &Value, path: &str, place: Place, errors: &mut Vec<FieldError>) 
         ));
     }
     if schema.get("$ref").is_some() {
-        errors.push(FieldError::forbidden(format!("{path}.$ref"), "$ref is not supported"));
+        errors.push(FieldError::forbidden(
+            format!("{path}.$ref"),
+            "$ref is not supported",
+        ));
     }
     list_type(schema, kind, path, errors);
     default(schema, path, errors);
     cel::rule_errors(schema, path, errors);
-    if let Some(pattern) = schema.get("pattern").and_then(Value::as_str) {
-        if let Err(error) = regex::Regex::new(pattern) {
-            errors.push(FieldError::invalid(
-                format!("{path}.pattern"),
-                &Value::String(pattern.to_owned()),
-                format!("must be a valid regular expression, but isn't: {error}"),
-            ));
-        }
+    if let Some(pattern) = schema.get("pattern").and_then(Value::as_str)
+        && let Err(error) = regex::Regex::new(pattern)
+    {
+        errors.push(FieldError::invalid(
+            format!("{path}.pattern"),
+            &Value::String(pattern.to_owned()),
+            format!("must be a valid regular expression, but isn't: {error}"),
+        ));
     }
     for word in ["allOf", "anyOf", "oneOf"] {
         for (i, branch) in meta::list_at(schema, word).iter().enumerate() {
@@ -118,11 +152,21 @@ fn node(schema: &Value, path: &str, place: Place, errors: &mut Vec<FieldError>) 
     if let Some(branch) = schema.get("not") {
         branch_is_plain(branch, &format!("{path}.not"), false, errors);
     }
-    for (name, child) in schema.get("properties").and_then(Value::as_object).into_iter().flatten() {
+    for (name, child) in schema
+        .get("properties")
+        .and_then(Value::as_object)
+        .into_iter()
+        .flatten()
+    {
         node(child, &format!("{path}.properties[{name}]"), Place::Field, errors);
     }
     if let Some(child @ Value::Object(_)) = schema.get("additionalProperties") {
-        node(child, &format!("{path}.additionalProperties"), Place::Field, errors);
+        node(
+            child,
+            &format!("{path}.additionalProperties"),
+            Place::Field,
+            errors,
+        );
     }
     if let Some(child) = schema.get("items") {
         node(child, &format!("{path}.items"), Place::Items, errors);
@@ -132,7 +176,9 @@ fn node(schema: &Value, path: &str, place: Place, errors: &mut Vec<FieldError>) 
 }
 
 fn list_type(schema: &Value, kind: &str, path: &str, errors: &mut Vec<FieldError>) {
-    let Some(list_type) = schema.get("x-kubernetes-list-type") else { return };
+    let Some(list_type) = schema.get("x-kubernetes-list-type") else {
+        return;
+    };
     if kind != "array" {
         errors.push(FieldError::invalid(
             format!("{path}.type"),
@@ -145,7 +191,9 @@ fn list_type(schema: &Value, kind: &str, path: &str, errors: &mut Vec<FieldError
         "atomic" => {}
         "set" => {
             let item = meta::at(schema, "items").unwrap_or(&Value::Null);
-            if meta::str_at(item, "type") == "object" && meta::str_at(item, "x-kubernetes-map-type") != "atomic" {
+            if meta::str_at(item, "type") == "object"
+                && meta::str_at(item, "x-kubernetes-map-type") != "atomic"
+            {
                 errors.push(FieldError::invalid(
                     format!("{path}.items.x-kubernetes-map-type"),
                     &Value::Null,
@@ -159,7 +207,11 @@ fn list_type(schema: &Value, kind: &str, path: &str, errors: &mut Vec<FieldError
         )),
         "map" => {
             let properties = meta::at(schema, "items.properties");
-            let unknown = |k: &Value| properties.and_then(|p| p.get(k.as_str().unwrap_or_default())).is_none();
+            let unknown = |k: &Value| {
+                properties
+                    .and_then(|p| p.get(k.as_str().unwrap_or_default()))
+                    .is_none()
+            };
             if keys.iter().any(unknown) {
                 errors.push(FieldError::invalid(
                     format!("{path}.x-kubernetes-list-map-keys"),
@@ -169,7 +221,8 @@ fn list_type(schema: &Value, kind: &str, path: &str, errors: &mut Vec<FieldError
             }
         }
         _ => {
-            let mut error = FieldError::not_supported(format!("{path}.x-kubernetes-list-type"), list_type, &[]);
+            let mut error =
+                FieldError::not_supported(format!("{path}.x-kubernetes-list-type"), list_type, &[]);
             error.detail = "supported values: \"atomic\", \"set\", \"map\"".into();
             errors.push(error);
         }
@@ -178,7 +231,9 @@ fn list_type(schema: &Value, kind: &str, path: &str, errors: &mut Vec<FieldError
 
 /// A default has to be a value that the schema accepts.
 fn default(schema: &Value, path: &str, errors: &mut Vec<FieldError>) {
-    let Some(value) = schema.get("default") else { return };
+    let Some(value) = schema.get("default") else {
+        return;
+    };
     let found = validate::validate(&rules::parse(schema, false), value, None);
     errors.extend(found.into_iter().map(|mut e| {
         e.field = match e.field.as_str() {
@@ -191,7 +246,12 @@ fn default(schema: &Value, path: &str, errors: &mut Vec<FieldError>) {
 
 /// Branches check values; the structure is that of the node that holds them.
 fn branch_is_plain(schema: &Value, path: &str, int_or_string: bool, errors: &mut Vec<FieldError>) {
-    for (name, child) in schema.get("properties").and_then(Value::as_object).into_iter().flatten() {
+    for (name, child) in schema
+        .get("properties")
+        .and_then(Value::as_object)
+        .into_iter()
+        .flatten()
+    {
         branch_is_plain(child, &format!("{path}.properties[{name}]"), false, errors);
     }
     if let Some(child) = schema.get("items") {
@@ -201,7 +261,10 @@ fn branch_is_plain(schema: &Value, path: &str, int_or_string: bool, errors: &mut
         // `anyOf: [{type: integer}, {type: string}]` is the long form of int-or-string.
         let allowed = word == "type" && int_or_string;
         if schema.get(word).is_some() && !allowed {
-            errors.push(FieldError::forbidden(format!("{path}.{word}"), "must be empty to be structural"));
+            errors.push(FieldError::forbidden(
+                format!("{path}.{word}"),
+                "must be empty to be structural",
+            ));
         }
     }
 }
@@ -225,8 +288,14 @@ mod tests {
             (json!({"properties": {}}), "properties[spec].type: Required value"),
             (json!({"type": "foo"}), "Unsupported value: \"foo\""),
             (json!({"type": "array"}), "items: Required value"),
-            (json!({"type": "string", "default": 5}), "properties[spec].default: Invalid value: \"integer\""),
-            (json!({"type": "object", "anyOf": [{"type": "object"}]}), "anyOf[0].type: Forbidden"),
+            (
+                json!({"type": "string", "default": 5}),
+                "properties[spec].default: Invalid value: \"integer\"",
+            ),
+            (
+                json!({"type": "object", "anyOf": [{"type": "object"}]}),
+                "anyOf[0].type: Forbidden",
+            ),
         ] {
             let found = errors(schema);
             assert!(found.iter().any(|e| e.contains(wanted)), "{wanted}: {found:?}");

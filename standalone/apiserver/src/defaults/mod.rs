@@ -24,7 +24,11 @@ pub(crate) fn apply(kind: &Kind, object: &mut Value, live: Option<&Value>) {
         ("", "namespaces") => namespace(object),
         ("", "secrets") => secret(object),
         ("", "nodes") => {}
-        ("", "persistentvolumeclaims") => set(meta::member_object(object, "spec"), "volumeMode", json!("Filesystem")),
+        ("", "persistentvolumeclaims") => set(
+            meta::member_object(object, "spec"),
+            "volumeMode",
+            json!("Filesystem"),
+        ),
         ("", "persistentvolumes") => workloads::volume(object),
         ("", "limitranges") => workloads::limit_range(object),
         ("", "podtemplates") => pods::template(meta::member_object(object, "template")),
@@ -65,7 +69,9 @@ pub(crate) fn admit(kind: &Kind, object: &mut Value, live: Option<&Value>) {
         ("", "persistentvolumeclaims") => workloads::protected(object, live, "kubernetes.io/pvc-protection"),
         ("", "persistentvolumes") => workloads::protected(object, live, "kubernetes.io/pv-protection"),
         ("batch", "jobs") => workloads::job_created(object, live),
-        ("apps", "replicasets" | "statefulsets") | ("", "replicationcontrollers") => workloads::counters(row.plural, object, live),
+        ("apps", "replicasets" | "statefulsets") | ("", "replicationcontrollers") => {
+            workloads::counters(row.plural, object, live)
+        }
         ("apiextensions.k8s.io", _) if live.is_none() => crate::crd::definition::initial_status(object),
         _ => {}
     }
@@ -80,7 +86,9 @@ pub(crate) fn plugins(hub: &Hub, kind: &Kind, name: &str, object: &mut Value) ->
         }
     }
     if kind.is("", "nodes") && hub.kubernetes_admission {
-        let taints = meta::member_object(object, "spec").entry("taints").or_insert_with(|| json!([]));
+        let taints = meta::member_object(object, "spec")
+            .entry("taints")
+            .or_insert_with(|| json!([]));
         if let Value::Array(list) = taints {
             list.push(json!({"key": "node.kubernetes.io/not-ready", "effect": "NoSchedule"}));
         }
@@ -122,10 +130,10 @@ fn namespace_created(object: &mut Value, live: Option<&Value>) {
     if live.is_none() {
         let spec = meta::member_object(object, "spec");
         let finalizers = spec.entry("finalizers").or_insert_with(|| json!([]));
-        if let Value::Array(list) = finalizers {
-            if !list.contains(&json!("kubernetes")) {
-                list.push(json!("kubernetes"));
-            }
+        if let Value::Array(list) = finalizers
+            && !list.contains(&json!("kubernetes"))
+        {
+            list.push(json!("kubernetes"));
         }
         meta::as_object_mut(object).insert("status".into(), json!({"phase": "Active"}));
     }

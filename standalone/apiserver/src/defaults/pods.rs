@@ -185,7 +185,9 @@ fn field_source(item: &mut Value) {
 
 /// `podIP` and the first of `podIPs` are one value.
 fn addresses(pod: &mut Value) {
-    let first = meta::list_at(pod, "status.podIPs").first().map(|i| meta::str_at(i, "ip").to_owned());
+    let first = meta::list_at(pod, "status.podIPs")
+        .first()
+        .map(|i| meta::str_at(i, "ip").to_owned());
     let single = meta::str_at(pod, "status.podIP").to_owned();
     let status = meta::member_object(pod, "status");
     match first {
@@ -206,10 +208,20 @@ pub(crate) fn scheme(pod: &mut Value, _live: Option<&Value>) {
     set(spec, "enableServiceLinks", json!(true));
     let host_network = spec.get("hostNetwork") == Some(&Value::Bool(true));
     for list in ["containers", "initContainers"] {
-        for c in spec.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten() {
+        for c in spec
+            .get_mut(list)
+            .and_then(Value::as_array_mut)
+            .into_iter()
+            .flatten()
+        {
             let c = meta::as_object_mut(c);
             if host_network {
-                for port in c.get_mut("ports").and_then(Value::as_array_mut).into_iter().flatten() {
+                for port in c
+                    .get_mut("ports")
+                    .and_then(Value::as_array_mut)
+                    .into_iter()
+                    .flatten()
+                {
                     let port = meta::as_object_mut(port);
                     if let Some(number) = port.get("containerPort").cloned() {
                         set(port, "hostPort", number);
@@ -217,12 +229,12 @@ pub(crate) fn scheme(pod: &mut Value, _live: Option<&Value>) {
                 }
             }
             // A limit without a request is the request.
-            if let Some(resources) = c.get_mut("resources").and_then(Value::as_object_mut) {
-                if let Some(limits) = resources.get("limits").and_then(Value::as_object).cloned() {
-                    let requests = meta::as_object_mut(resources.entry("requests").or_insert_with(|| json!({})));
-                    for (name, value) in limits {
-                        requests.entry(name).or_insert(value);
-                    }
+            if let Some(resources) = c.get_mut("resources").and_then(Value::as_object_mut)
+                && let Some(limits) = resources.get("limits").and_then(Value::as_object).cloned()
+            {
+                let requests = meta::as_object_mut(resources.entry("requests").or_insert_with(|| json!({})));
+                for (name, value) in limits {
+                    requests.entry(name).or_insert(value);
                 }
             }
         }
@@ -262,7 +274,10 @@ pub(crate) fn created(pod: &mut Value, live: Option<&Value>) {
 }
 
 /// The classes that every cluster has.
-const SYSTEM_CLASSES: [(&str, i64); 2] = [("system-node-critical", 2_000_001_000), ("system-cluster-critical", 2_000_000_000)];
+const SYSTEM_CLASSES: [(&str, i64); 2] = [
+    ("system-node-critical", 2_000_001_000),
+    ("system-cluster-critical", 2_000_000_000),
+];
 
 /// Resolve the priority class of a new pod.
 pub(crate) fn priority(hub: &Hub, name: &str, pod: &mut Value) -> ApiResult<()> {
@@ -272,9 +287,16 @@ pub(crate) fn priority(hub: &Hub, name: &str, pod: &mut Value) -> ApiResult<()> 
     } else if let Some((_, value)) = SYSTEM_CLASSES.iter().find(|(n, _)| *n == class) {
         (*value, "PreemptLowerPriority".to_owned())
     } else {
-        let found = hub.get_at("scheduling.k8s.io/priorityclasses", &class).ok_or_else(|| {
-            ApiError::forbidden("", "pods", name, &format!("no PriorityClass with name {class} was found"))
-        })?;
+        let found = hub
+            .get_at("scheduling.k8s.io/priorityclasses", &class)
+            .ok_or_else(|| {
+                ApiError::forbidden(
+                    "",
+                    "pods",
+                    name,
+                    &format!("no PriorityClass with name {class} was found"),
+                )
+            })?;
         (
             meta::int_at(&found.value, "value").unwrap_or(0),
             meta::str_at(&found.value, "preemptionPolicy").to_owned(),
@@ -297,8 +319,15 @@ pub(crate) fn token_volume(suffix: &str, pod: &mut Value) {
     let spec = meta::member_object(pod, "spec");
     let mut mounted = false;
     for list in ["initContainers", "containers"] {
-        for c in spec.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten() {
-            let mounts = meta::as_object_mut(c).entry("volumeMounts").or_insert_with(|| json!([]));
+        for c in spec
+            .get_mut(list)
+            .and_then(Value::as_array_mut)
+            .into_iter()
+            .flatten()
+        {
+            let mounts = meta::as_object_mut(c)
+                .entry("volumeMounts")
+                .or_insert_with(|| json!([]));
             let Value::Array(mounts) = mounts else { continue };
             if mounts.iter().any(|m| meta::str_at(m, "mountPath") == TOKEN_PATH) {
                 continue;

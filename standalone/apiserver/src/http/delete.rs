@@ -77,16 +77,16 @@ impl DeleteOptions {
                 "orphanDependents and deletionPropagation cannot be both set",
             ));
         }
-        if let Some(policy) = &options.policy {
-            if !matches!(policy.as_str(), "Foreground" | "Background" | "Orphan" | "") {
-                let mut e = FieldError::not_supported(
-                    "propagationPolicy",
-                    &json!(policy),
-                    &["Foreground", "Background", "Orphan", "nil"],
-                );
-                e.detail = "supported values: \"Foreground\", \"Background\", \"Orphan\", \"nil\"".into();
-                errors.push(e);
-            }
+        if let Some(policy) = &options.policy
+            && !matches!(policy.as_str(), "Foreground" | "Background" | "Orphan" | "")
+        {
+            let mut e = FieldError::not_supported(
+                "propagationPolicy",
+                &json!(policy),
+                &["Foreground", "Background", "Orphan", "nil"],
+            );
+            e.detail = "supported values: \"Foreground\", \"Background\", \"Orphan\", \"nil\"".into();
+            errors.push(e);
         }
         if errors.is_empty() {
             Ok(options)
@@ -224,7 +224,11 @@ async fn delete_object(
                 if gone {
                     super::write::after_removal(hub, kind, &event.object.value);
                     // The answer shows the object as it was; a pod as it went, under a version of its own.
-                    let answer = if kind.is("", "pods") { event.object.value.clone() } else { current.value.clone() };
+                    let answer = if kind.is("", "pods") {
+                        event.object.value.clone()
+                    } else {
+                        current.value.clone()
+                    };
                     return Ok((answer, true));
                 }
                 return Ok((event.object.value.clone(), false));
@@ -333,7 +337,11 @@ fn decide(call: &Call, current: &Value, options: &DeleteOptions, now: &str) -> O
         );
         metadata.insert("deletionGracePeriodSeconds".into(), json!(grace));
         let counted = &*call.target.kind.group != "apiextensions.k8s.io";
-        if let Some(generation) = metadata.get("generation").and_then(Value::as_i64).filter(|_| counted) {
+        if let Some(generation) = metadata
+            .get("generation")
+            .and_then(Value::as_i64)
+            .filter(|_| counted)
+        {
             metadata.insert("generation".into(), json!(generation + 1));
         }
         if is_definition {

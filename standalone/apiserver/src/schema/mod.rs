@@ -155,7 +155,6 @@ impl Schema {
             _ => &ANY,
         }
     }
-
 }
 
 /// The schema of a built-in type (`apps.v1.Deployment`).
