@@ -5,6 +5,7 @@
 //! * [`demo`]: the story that `serin demo` plays, its live view and its report.
 //! * [`load`]: the open-loop load generator.
 //! * [`output`]: tables for people, JSON and YAML for programs.
+//! * `sys`: the one `unsafe` block.
 
 mod arguments;
 mod cluster;
@@ -12,6 +13,7 @@ mod commands;
 mod demo;
 mod load;
 mod output;
+mod sys;
 
 use std::process::ExitCode;
 
@@ -23,6 +25,9 @@ fn main() -> ExitCode {
     // Before anything opens a connection: rustls must be told once which provider to use.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let arguments = Arguments::parse();
+    if !matches!(arguments.command, Command::Server(_) | Command::Node(_) | Command::Shim(_)) {
+        sys::end_quietly_on_a_closed_pipe();
+    }
     let outcome = match &arguments.command {
         // These fork and enter namespaces: they come before any thread and build what runtime they need themselves.
         Command::Shim(options) => return commands::internal::shim(options),

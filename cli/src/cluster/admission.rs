@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1::{Namespace, Pod};
 use kube::{Api, Client};
 use serde_json::Value;
 use serin_apiserver::{Admission, AdmissionRequest, Denied, Operation};
-use serin_control::inject::{InjectConfig, admit};
+use serin_control::inject::{DISCOVERY_MOUNT, InjectConfig, admit};
 
 use super::Cluster;
 
@@ -22,8 +22,9 @@ pub(crate) struct SidecarInjection {
 impl SidecarInjection {
     /// Injects proxies that talk to the mesh of `cluster`.
     pub(crate) fn new(cluster: &Cluster) -> Self {
-        let address = format!("unix:{}", cluster.xds_socket().display());
-        Self { config: InjectConfig::new(address), client: OnceLock::new() }
+        let mut config = InjectConfig::new(format!("unix:{DISCOVERY_MOUNT}/xds.sock"));
+        config.discovery_directory = Some(cluster.mesh().display().to_string());
+        Self { config, client: OnceLock::new() }
     }
 
     /// Tells how to reach the API. Pods that are created before are refused.

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 
-/// A Unix socket's path may have 107 bytes (sun_path less its final zero); ours end in `/xds.sock`.
-const DIRECTORY_MAX: usize = 107 - "/xds.sock".len();
+/// A Unix socket's path may have 107 bytes (sun_path less its final zero); ours end in `/mesh/xds.sock`.
+const DIRECTORY_MAX: usize = 107 - "/mesh/xds.sock".len();
 
 /// A cluster by name, and where its files are.
 #[derive(Clone, Debug)]
@@ -58,9 +58,14 @@ impl Cluster {
         self.directory.join("api.sock")
     }
 
+    /// Directory of the mesh's socket, mounted into every proxy's container; open to their users.
+    pub(crate) fn mesh(&self) -> PathBuf {
+        self.directory.join("mesh")
+    }
+
     /// Unix socket of the mesh control plane: xDS and telemetry.
     pub(crate) fn xds_socket(&self) -> PathBuf {
-        self.directory.join("xds.sock")
+        self.mesh().join("xds.sock")
     }
 
     /// What the API server stores.

@@ -65,6 +65,7 @@ pub(crate) async fn run(
     let started = Instant::now();
     let _lock = ServerLock::take(cluster)?;
     private_directory(&cluster.store())?;
+    std::fs::create_dir_all(cluster.mesh()).context("make the directory of the mesh's socket")?;
     let step = |what: &str| {
         info!(what, after_ms = started.elapsed().as_millis() as u64, "started");
         say(what);
@@ -168,9 +169,11 @@ fn start_mesh_and_controllers(cluster: &Cluster, client: &Client, tasks: &mut Ta
         metrics: Arc::new(MeshMetrics::new(control.telemetry().clone())),
         options: serin_canary::objects::Options::default(),
     };
+    let gitops = serin_gitops::Context::new(client.clone(), cluster.git_cache());
     let cancel = &tasks.cancel;
     tasks.set.spawn(named("mesh control", control.run(client.clone(), cancel.clone())));
     tasks.set.spawn(named("canary controller", serin_canary::run(canary, cancel.clone())));
+    tasks.set.spawn(named("gitops controller", serin_gitops::run(gitops, cancel.clone())));
     tasks.set.spawn(named(
         "workload controllers",
         serin_workloads::controllers::run(client.clone(), cancel.clone()),

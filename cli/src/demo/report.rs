@@ -95,14 +95,16 @@ impl MemoryReport {
     /// Reads the memory of the server and of every proxy of the cluster that runs now.
     pub(super) fn read(cluster: &Cluster) -> Self {
         let server = process::running(cluster).ok().flatten().and_then(|pid| resident_mb(pid.as_raw()));
-        let marker = cluster.xds_socket().display().to_string();
+        let marker = cluster.directory().display().to_string();
         let mut proxies = Vec::new();
         for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
             let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
             let named = |file: &str| std::fs::read(entry.path().join(file)).unwrap_or_default();
             let is_proxy = named("comm").starts_with(b"serin-proxy");
-            let environment = named("environ");
-            let ours = environment.windows(marker.len()).any(|window| window == marker.as_bytes());
+            // A proxy's namespaces are its own; its parent, the pod's shim, knows the cluster's directory.
+            let parent = parent_of(&entry.path()).unwrap_or_default();
+            let command = std::fs::read(format!("/proc/{parent}/cmdline")).unwrap_or_default();
+            let ours = command.windows(marker.len()).any(|window| window == marker.as_bytes());
             if is_proxy && ours {
                 proxies.extend(resident_mb(pid));
             }
@@ -113,6 +115,12 @@ impl MemoryReport {
             serin_proxies: proxies.len(),
         }
     }
+}
+
+fn parent_of(process: &std::path::Path) -> Option<String> {
+    let status = std::fs::read_to_string(process.join("status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+    Some(line.trim().to_owned())
 }
 
 fn resident_mb(pid: i32) -> Option<f64> {

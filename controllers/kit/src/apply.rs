@@ -54,6 +54,7 @@ where
     let patch = json!({
         "apiVersion": K::api_version(&dynamic),
         "kind": K::kind(&dynamic),
+        "metadata": { "name": name, "namespace": namespace },
         "status": status,
     });
     api.patch_status(

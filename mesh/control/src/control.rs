@@ -7,9 +7,11 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use futures::StreamExt;
 use serin_model::MeshConfig;
+use serin_xds::client::MAX_UNIX_WAIT;
 use serin_xds::server::AdsServer;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
@@ -23,6 +25,19 @@ use crate::index::{self, WatchError};
 use crate::ledger::Ledger;
 use crate::telemetry::Telemetry;
 use crate::world::MeshWorld;
+
+/// How long proxies of a former process have to return before anything counts as live: over a Unix socket they try at
+/// least every two seconds.
+const RETURN_GRACE: Duration = MAX_UNIX_WAIT.saturating_add(Duration::from_millis(500));
+
+/// How long connections may take to end once everything is cancelled.
+const STOP_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// A TCP peer that is silent for this long is asked for a sign of life (a Unix peer's death is noticed at once).
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+
+/// How long a sign of life may take.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Streams that one connection may carry: configuration and metrics, with room for tools.
 const MAX_STREAMS_PER_CONNECTION: u32 = 64;
@@ -109,6 +124,14 @@ impl Control {
         let _stop = cancel.clone().drop_guard();
         let world = MeshWorld::new(options.mesh);
         let (pump, ads) = Pump::new(world, ledger.clone(), cancel.clone());
+        // A socket that is still there was left by a process that was killed; over TCP nobody can tell.
+        let is_successor =
+            options.listen.is_some() || options.socket.as_ref().is_some_and(|path| path.exists());
+        let pump = pump.with_return_grace(if is_successor {
+            RETURN_GRACE
+        } else {
+            Duration::ZERO
+        });
         let mut tasks: JoinSet<Result<(), ControlError>> = JoinSet::new();
 
         if options.socket.is_none() && options.listen.is_none() {
@@ -119,6 +142,7 @@ impl Control {
             tasks.spawn(serve(
                 path.display().to_string(),
                 incoming,
+                None,
                 ads.clone(),
                 telemetry.clone(),
                 cancel.clone(),
@@ -138,6 +162,7 @@ impl Control {
             tasks.spawn(serve(
                 address.to_string(),
                 incoming,
+                Some(KEEPALIVE_INTERVAL),
                 ads.clone(),
                 telemetry.clone(),
                 cancel.clone(),
@@ -172,12 +197,22 @@ impl Control {
         });
 
         let mut first_error = None;
-        while let Some(ended) = tasks.join_next().await {
+        let mut stopping = Box::pin(stop_timeout(cancel.clone()));
+        loop {
+            let ended = tokio::select! {
+                // A connection that does not end is dropped with the tasks.
+                () = &mut stopping => break,
+                ended = tasks.join_next() => match ended {
+                    Some(ended) => ended,
+                    None => break,
+                },
+            };
             if let Ok(Err(error)) = ended {
                 cancel.cancel();
                 first_error.get_or_insert(error);
             }
         }
+        tasks.shutdown().await;
         ads.drained().await;
         if let Some(path) = options.socket {
             // Gone already if a successor has replaced it.
@@ -185,6 +220,11 @@ impl Control {
         }
         first_error.map_or(Ok(()), Err)
     }
+}
+
+async fn stop_timeout(cancel: CancellationToken) {
+    cancel.cancelled().await;
+    tokio::time::sleep(STOP_TIMEOUT).await;
 }
 
 /// Listens on a Unix socket, in place of one that a former process left.
@@ -206,6 +246,7 @@ fn bind(path: &Path) -> Result<UnixListener, ControlError> {
 async fn serve<S, I>(
     address: String,
     incoming: S,
+    keepalive: Option<Duration>,
     ads: AdsServer,
     telemetry: Telemetry,
     cancel: CancellationToken,
@@ -222,8 +263,10 @@ where
     info!(address, "serving proxies");
     tonic::transport::Server::builder()
         .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
+        .http2_keepalive_interval(keepalive)
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .add_service(ads.service())
-        .add_service(telemetry.service())
+        .add_service(telemetry.service(cancel.clone()))
         .serve_with_incoming_shutdown(incoming, cancel.cancelled_owned())
         .await
         .map_err(|source| ControlError::Serve { address, source })

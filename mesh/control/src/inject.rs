@@ -19,7 +19,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
+use k8s_openapi::api::core::v1::{Container, HostPathVolumeSource, Pod, PodSpec, Volume, VolumeMount};
 
 pub use annotations::InjectError;
 use annotations::{Annotations, Template};
@@ -32,6 +32,10 @@ pub const INIT_CONTAINER: &str = "istio-init";
 pub const STATUS_ANNOTATION: &str = "sidecar.istio.io/status";
 /// Annotations that were read and not honoured.
 pub const UNHONOURED_ANNOTATION: &str = "serin.dev/unhonoured";
+
+/// Where [`InjectConfig::discovery_directory`] appears in the proxy's container.
+pub const DISCOVERY_MOUNT: &str = "/var/run/serin";
+const DISCOVERY_VOLUME: &str = "serin-discovery";
 
 /// Namespaces that are never injected, as in Istio.
 const EXCLUDED_NAMESPACES: [&str; 4] = [
@@ -46,10 +50,15 @@ const EXCLUDED_NAMESPACES: [&str; 4] = [
 pub struct InjectConfig {
     /// Image of proxy and init container; its program is `serin-proxy`.
     pub image: String,
-    /// Where the proxy finds the control plane, for example `unix:/run/serin/xds.sock`.
+    /// Where the proxy finds the control plane, for example `unix:/var/run/serin/xds.sock`.
     pub discovery_address: String,
+    /// Directory of the host that is mounted at [`DISCOVERY_MOUNT`] in the proxy's container, for a control plane that
+    /// is reached over a Unix socket. A directory, not the socket: a control plane that starts again makes a new one.
+    pub discovery_directory: Option<String>,
     /// Name of the cluster in telemetry.
     pub cluster_id: String,
+    /// DNS domain of services.
+    pub domain: String,
     /// SPIFFE trust domain.
     pub trust_domain: String,
     /// The revision that this control plane answers to in `istio.io/rev`.
@@ -62,7 +71,9 @@ impl InjectConfig {
         Self {
             image: "serin.dev/proxy".into(),
             discovery_address: discovery_address.into(),
+            discovery_directory: None,
             cluster_id: "Kubernetes".into(),
+            domain: "cluster.local".into(),
             trust_domain: "cluster.local".into(),
             revision: "default".into(),
         }
@@ -95,14 +106,42 @@ pub fn admit(
         .map(|container| container.name.clone())
         .collect();
     label(&mut pod);
-    let identity = containers::Identity::of(&pod, &namespace, &spec);
+    let identity = containers::Identity::of(&pod, &namespace, &spec, &config.domain);
     let injected = match annotations.template {
         Template::Gateway => gateway(&mut spec, config, &annotations, &identity)?,
         Template::Sidecar => sidecar(&mut spec, config, &annotations, &identity),
     };
+    if let Some(directory) = &config.discovery_directory {
+        mount_discovery(&mut spec, directory);
+    }
     pod.spec = Some(spec);
     annotate(&mut pod, config, &annotations, &names, &injected);
     Ok(Some(pod))
+}
+
+/// Mounts the directory of the control plane's socket into the proxy's container.
+fn mount_discovery(spec: &mut PodSpec, directory: &str) {
+    spec.volumes.get_or_insert_default().push(Volume {
+        name: DISCOVERY_VOLUME.into(),
+        host_path: Some(HostPathVolumeSource {
+            path: directory.to_owned(),
+            type_: Some("Directory".into()),
+        }),
+        ..Volume::default()
+    });
+    let containers = spec
+        .init_containers
+        .iter_mut()
+        .flatten()
+        .chain(&mut spec.containers);
+    for proxy in containers.filter(|container| container.name == PROXY_CONTAINER) {
+        proxy.volume_mounts.get_or_insert_default().push(VolumeMount {
+            name: DISCOVERY_VOLUME.into(),
+            mount_path: DISCOVERY_MOUNT.into(),
+            read_only: Some(true),
+            ..VolumeMount::default()
+        });
+    }
 }
 
 fn is_wanted(

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::Resource;
 use serin_crds::istio::IstioStatus;
-use serin_model::{Change, Kind, MeshConfig, Object, ObjectKey, Severity};
+use serin_kit::unhonoured::Field;
+use serin_model::{Change, Kind, MeshConfig, Object, ObjectKey, Severity, unhonoured};
 use serin_xds::resource as xds;
 
 use crate::ads::{Applied, Input, Note, Verdict, World};
@@ -37,6 +38,7 @@ struct Seen {
     uid: Option<String>,
     generation: i64,
     conditions: Vec<Condition>,
+    unhonoured: Vec<Field>,
 }
 
 impl MeshWorld {
@@ -69,6 +71,13 @@ fn seen(object: &Object) -> Option<Seen> {
                 uid: $object.meta().uid.clone(),
                 generation: $object.meta().generation.unwrap_or(0),
                 conditions: $conditions,
+                unhonoured: unhonoured(object)
+                    .into_iter()
+                    .map(|field| match field.refused {
+                        true => Field::refused(field.path, field.reason),
+                        false => Field::ignored(field.path, field.reason),
+                    })
+                    .collect(),
             })
         };
     }
@@ -171,7 +180,7 @@ impl World for MeshWorld {
             generation: seen.generation,
             refused: self.problems(&seen.key, Severity::Refused),
             unresolved: self.problems(&seen.key, Severity::Unresolved),
-            unhonoured: Vec::new(),
+            unhonoured: seen.unhonoured.clone(),
             conditions: seen.conditions.clone(),
         })
     }

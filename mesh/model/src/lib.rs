@@ -12,9 +12,10 @@
 //! it stays in effect, and [`Model::problems`] names the rule.
 //!
 //! Pure: no clock, network, file system or async. Not here: xDS (crate `serin-control`), Gateway API (later), security kinds (later).
-//! Limits: one cluster, one network; ServiceEntry `workloadSelector` and Sidecar `ingress` listeners are reported by
-//! [`Model::unhonoured`] instead of being honoured.
+//! Limits: one cluster, one network. Fields that are not honoured are named by [`unhonoured()`]; where going on without one would do
+//! something else than what was asked, the object is refused.
 
+mod delegate;
 pub mod gateway;
 pub mod host;
 pub mod object;
@@ -26,6 +27,9 @@ pub mod route;
 mod rules;
 pub mod scope;
 pub mod service;
+#[cfg(test)]
+mod tests;
+mod unhonoured;
 mod virtual_service;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -39,6 +43,7 @@ pub use protocol::Protocol;
 pub use route::{Route, RuleSet};
 pub use scope::Scope;
 pub use service::{Endpoint, Locality, Port, Resolution, Service, TargetPort, Visibility, Workload};
+pub use unhonoured::{Unhonoured, unhonoured};
 
 /// What holds for the whole mesh.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -299,6 +304,11 @@ impl Model {
     /// The workload of a Pod.
     pub fn workload(&self, namespace: &str, pod: &str) -> Option<&Arc<Workload>> {
         self.registry.workload(namespace, pod)
+    }
+
+    /// The container port of this name on the Pods of a namespace that have all of these labels; looks at all Pods.
+    pub fn named_port(&self, namespace: &str, labels: &BTreeMap<String, String>, name: &str) -> Option<u16> {
+        self.registry.named_port(namespace, labels, name)
     }
 
     /// Region and zone of a node.

@@ -7,6 +7,7 @@ use serin_crds::istio::validate;
 
 use crate::object::{Kind, Object, ObjectKey};
 use crate::route::MESH;
+use crate::unhonoured::unhonoured;
 use crate::{Model, Visibility};
 
 /// How a problem is treated.
@@ -57,6 +58,16 @@ impl ProblemIndex {
         if let Some(Object::VirtualService(object)) = object {
             found.extend(bad_expressions(&object.spec));
         }
+        let missing = object
+            .map(unhonoured)
+            .unwrap_or_default()
+            .into_iter()
+            .filter(|field| field.refused);
+        found.extend(missing.map(|field| Problem {
+            severity: Severity::Refused,
+            field: field.path,
+            rule: field.reason,
+        }));
         if found.is_empty() {
             self.refused.remove(key);
             return false;

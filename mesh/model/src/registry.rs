@@ -51,7 +51,6 @@ pub(crate) struct Registry {
     pods: HashMap<Name, Arc<Workload>>,
     hosts_of_pod: HashMap<Name, BTreeSet<Name>>,
     pods_on: HashMap<Arc<str>, BTreeSet<Name>>,
-    pod_of_address: HashMap<Arc<str>, Name>,
     nodes: HashMap<Arc<str>, Locality>,
     endpoints: HashMap<Arc<str>, Arc<Vec<Endpoint>>>,
     /// Host → ExternalName Services that stand for it.
@@ -88,6 +87,24 @@ impl Registry {
 
     pub(crate) fn workload(&self, namespace: &str, name: &str) -> Option<&Arc<Workload>> {
         self.pods.get(&(namespace.into(), name.into()))
+    }
+
+    pub(crate) fn named_port(
+        &self,
+        namespace: &str,
+        labels: &BTreeMap<String, String>,
+        name: &str,
+    ) -> Option<u16> {
+        self.pods
+            .values()
+            .filter(|pod| &*pod.namespace == namespace)
+            .filter(|pod| {
+                labels
+                    .iter()
+                    .all(|(key, value)| pod.labels.get(key) == Some(value))
+            })
+            .filter_map(|pod| pod.named_ports.get(name).copied())
+            .min()
     }
 
     pub(crate) fn locality_of_node(&self, node: &str) -> Option<&Locality> {
@@ -277,24 +294,16 @@ impl Registry {
         if self.pods.get(&name) == workload.as_ref() {
             return touched;
         }
-        if let Some(old) = self.pods.remove(&name) {
-            if let Some(pods) = self.pods_on.get_mut(&old.node) {
-                pods.remove(&name);
-            }
-            for address in &old.addresses {
-                if self.pod_of_address.get(address) == Some(&name) {
-                    self.pod_of_address.remove(address);
-                }
-            }
+        if let Some(old) = self.pods.remove(&name)
+            && let Some(pods) = self.pods_on.get_mut(&old.node)
+        {
+            pods.remove(&name);
         }
         if let Some(workload) = workload {
             self.pods_on
                 .entry(workload.node.clone())
                 .or_default()
                 .insert(name.clone());
-            for address in &workload.addresses {
-                self.pod_of_address.insert(address.clone(), name.clone());
-            }
             self.pods.insert(name.clone(), workload);
         }
         touched.inbound.insert(key.namespace.clone());
@@ -338,6 +347,9 @@ impl Registry {
             if slice.endpoints.iter().any(|endpoint| endpoint.node == key.name) {
                 services.insert((namespace.clone(), slice.service.clone()));
             }
+        }
+        for pod in self.pods_on.get(&key.name).into_iter().flatten() {
+            services.extend(self.hosts_of_pod.get(pod).into_iter().flatten().cloned());
         }
         for service in services {
             self.join_kubernetes(&service, &mut touched);
@@ -396,16 +408,7 @@ impl Registry {
                 if !endpoint.ready && !service.publish_not_ready {
                     continue;
                 }
-                let workload = endpoint
-                    .pod
-                    .as_ref()
-                    .and_then(|pod| self.pods.get(pod))
-                    .or_else(|| {
-                        self.pod_of_address
-                            .get(&endpoint.address)
-                            .and_then(|pod| self.pods.get(pod))
-                    })
-                    .cloned();
+                let workload = endpoint.pod.as_ref().and_then(|pod| self.pods.get(pod)).cloned();
                 let node = if endpoint.node.is_empty() {
                     workload.as_ref().map(|w| w.node.clone())
                 } else {

@@ -150,11 +150,14 @@ impl RuleIndex {
             touched.hosts.extend(new.rules.hosts.iter().cloned());
             self.entries.insert(key.clone(), new);
         }
+        // What decides which virtual hosts a gateway has, as opposed to what is in them.
         let shape = |entry: Option<&Entry>| {
             entry.map(|entry| {
                 (
                     entry.rules.hosts.clone(),
                     entry.rules.gateways.clone(),
+                    entry.rules.http.is_empty(),
+                    entry.rules.visibility.clone(),
                     entry.seniority.clone(),
                 )
             })

@@ -106,6 +106,8 @@ pub struct Service {
     pub ports: Vec<Port>,
     /// Virtual addresses; empty for headless services.
     pub addresses: Vec<IpAddr>,
+    /// Virtual networks (CIDR) of a ServiceEntry.
+    pub subnets: Vec<String>,
     /// Kubernetes `clusterIP: None`.
     pub headless: bool,
     /// How endpoints are found.
@@ -194,6 +196,7 @@ impl Service {
             namespace: namespace.into(),
             ports,
             addresses,
+            subnets: Vec::new(),
             headless,
             resolution: match (external_name, headless) {
                 (Some(_), _) => Resolution::Alias,
@@ -244,7 +247,13 @@ impl Service {
         let addresses: Vec<IpAddr> = spec
             .addresses
             .iter()
-            .filter_map(|text| text.split('/').next()?.parse().ok())
+            .filter_map(|text| text.parse().ok())
+            .collect();
+        let subnets: Vec<String> = spec
+            .addresses
+            .iter()
+            .filter(|text| text.contains('/'))
+            .cloned()
             .collect();
         spec.hosts
             .iter()
@@ -255,6 +264,7 @@ impl Service {
                 namespace: namespace.into(),
                 ports: ports.clone(),
                 addresses: addresses.clone(),
+                subnets: subnets.clone(),
                 headless: false,
                 resolution: match spec.resolution.unwrap_or(ServiceEntryResolution::None) {
                     ServiceEntryResolution::None | ServiceEntryResolution::DynamicDns => {

@@ -6,6 +6,6 @@ use std::time::Instant;
 static START: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 /// Now; at least 1, so that 0 can mean "never".
-pub fn now_ms() -> u64 {
+pub(crate) fn now_ms() -> u64 {
     START.elapsed().as_millis() as u64 + 1
 }

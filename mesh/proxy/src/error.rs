@@ -78,7 +78,10 @@ pub struct Refusal {
 impl Refusal {
     /// A refusal of the field at `path`.
     pub fn new(path: impl Into<String>, reason: impl Into<String>) -> Self {
-        Self { path: path.into(), reason: reason.into() }
+        Self {
+            path: path.into(),
+            reason: reason.into(),
+        }
     }
 
     /// The same refusal seen from one level further out.

@@ -16,7 +16,7 @@ fn seed() -> u64 {
 }
 
 /// The next number (splitmix64: full period, passes BigCrush).
-pub fn next() -> u64 {
+pub(crate) fn next() -> u64 {
     STATE.with(|state| {
         let mut z = state.get().wrapping_add(0x9E37_79B9_7F4A_7C15);
         state.set(z);
@@ -27,14 +27,16 @@ pub fn next() -> u64 {
 }
 
 /// A number below `bound`, which must not be zero.
-pub fn below(bound: usize) -> usize {
+pub(crate) fn below(bound: usize) -> usize {
     ((u128::from(next()) * bound as u128) >> 64) as usize
 }
 
 /// A version 4 UUID as text.
-pub fn uuid() -> [u8; 36] {
+pub(crate) fn uuid() -> [u8; 36] {
     const HEX: &[u8; 16] = b"0123456789abcdef";
-    let bits = (u128::from(next()) << 64 | u128::from(next())) & !(0xF << 76) & !(0x3 << 62) | (0x4 << 76) | (0x2 << 62);
+    let bits = (u128::from(next()) << 64 | u128::from(next())) & !(0xF << 76) & !(0x3 << 62)
+        | (0x4 << 76)
+        | (0x2 << 62);
     let mut out = [b'-'; 36];
     let mut shift = 128;
     for (index, byte) in out.iter_mut().enumerate() {

@@ -10,7 +10,9 @@ use std::os::fd::{FromRawFd, RawFd};
 /// instead of adopted.
 pub(crate) fn adopt_listener(fd: RawFd) -> std::io::Result<TcpListener> {
     if fd < 3 {
-        return Err(std::io::Error::other("descriptors 0 to 2 are the standard streams"));
+        return Err(std::io::Error::other(
+            "descriptors 0 to 2 are the standard streams",
+        ));
     }
     nix::fcntl::fcntl(
         // SAFETY: borrowed for one F_GETFD only, which fails with EBADF on a closed descriptor and changes nothing.

@@ -15,7 +15,7 @@ mod sotw;
 pub mod state;
 mod transport;
 
-pub use ads::{AdsClient, AdsClientConfig, ConnectionState, Deliveries, Delivery};
+pub use ads::{AdsClient, AdsClientConfig, ConnectionState, Deliveries, Delivery, MAX_UNIX_WAIT};
 pub use backoff::BackoffRange;
 pub use state::{Interest, ProtocolError, Received};
 pub use transport::{Endpoint, EndpointError, channel};

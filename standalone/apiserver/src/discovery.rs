@@ -63,7 +63,13 @@ pub(crate) fn versions(registry: &Registry, group: &str) -> Vec<String> {
     versions
 }
 
+/// Kubernetes lists the verbs of custom resources in another order.
+const CUSTOM_VERBS: [&str; 8] = ["delete", "deletecollection", "get", "list", "patch", "create", "update", "watch"];
+
 fn verbs(kind: &Kind) -> Vec<&'static str> {
+    if kind.is_custom() {
+        return CUSTOM_VERBS.to_vec();
+    }
     let no_collection_delete = kind.is("", "namespaces");
     VERBS
         .into_iter()

@@ -83,6 +83,9 @@ pub(crate) struct Details {
     pub(crate) retry_after_seconds: Option<u32>,
 }
 
+/// Marks an error that is answered as plain text.
+pub(crate) const PAGE: &str = "page";
+
 pub(crate) type ApiResult<T> = Result<T, ApiError>;
 
 impl ApiError {
@@ -161,6 +164,11 @@ impl ApiError {
         );
         error.details = Some(Details::default());
         error
+    }
+
+    /// Not even the group is known: a plain text answer.
+    pub(crate) fn page_not_found() -> Self {
+        Self::new(404, PAGE, "404 page not found\n")
     }
 
     pub(crate) fn already_exists(group: &str, plural: &str, name: &str) -> Self {

@@ -29,6 +29,8 @@ pub(crate) struct Hub {
     pub(crate) admission: Option<Arc<dyn Admission>>,
     pub(crate) pod_logs: Option<Arc<dyn PodLogs>>,
     pub(crate) clock: Arc<dyn Clock>,
+    /// See [`crate::Builder::kubernetes_admission`].
+    pub(crate) kubernetes_admission: bool,
     pub(crate) addresses: Mutex<crate::defaults::addresses::Allocator>,
     pub(crate) shutdown: CancellationToken,
     /// Streams that are being served; watches beyond the bound are refused.
@@ -51,6 +53,7 @@ impl Hub {
         clock: Arc<dyn Clock>,
         admission: Option<Arc<dyn Admission>>,
         pod_logs: Option<Arc<dyn PodLogs>>,
+        kubernetes_admission: bool,
     ) -> Self {
         Self {
             any: watch::Sender::new(store.rv()),
@@ -61,6 +64,7 @@ impl Hub {
             admission,
             pod_logs,
             clock,
+            kubernetes_admission,
             addresses: Mutex::new(crate::defaults::addresses::Allocator::default()),
             shutdown: CancellationToken::new(),
             watchers: std::sync::atomic::AtomicUsize::new(0),
@@ -156,7 +160,7 @@ impl Hub {
     fn record(&self, resource: &ResourceId, event: &Event) -> u64 {
         let Some(log) = &self.log else { return 0 };
         match event.change {
-            Change::Added | Change::Modified => log.put(resource, &event.key, event.rv, event.object.json()),
+            Change::Added | Change::Modified => log.put(resource, &event.key, event.rv, &event.object.whole()),
             Change::Deleted => log.delete(resource, &event.key, event.rv),
         }
     }
@@ -185,17 +189,33 @@ impl Hub {
         &self,
         resource: &ResourceId,
         key: &str,
+        manager: &str,
+        subresource: &str,
         edit: impl Fn(&Value) -> Option<Value>,
     ) -> ApiResult<Option<Arc<Event>>> {
         for _ in 0..MODIFY_ATTEMPTS {
             let Some(current) = self.get_at(resource, key) else {
                 return Ok(None);
             };
-            let Some(next) = edit(&current.value) else {
+            let Some(mut next) = edit(&current.value) else {
                 return Ok(None);
             };
             if next == current.value {
                 return Ok(None);
+            }
+            let registry = self.registry();
+            if let Some((kind, version)) = registry.by_resource(resource).and_then(|k| k.storage_version().map(|v| (k, v))) {
+                let now = crate::time::seconds(self.clock.now());
+                let write = crate::apply::managers::Write {
+                    schema: &version.schema,
+                    zero: &version.zero,
+                    api_version: &kind.api_version(&version.name),
+                    subresource,
+                    manager,
+                    now: &now,
+                    reset: if subresource == "status" { &["spec", "metadata"] } else { &[] },
+                };
+                crate::apply::managers::update(&write, Some(&current.value), &mut next);
             }
             match self.put(resource, key, next, Expect::At(current.rv)).await {
                 Ok(event) => return Ok(Some(event)),

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::State;
-use bytes::Bytes;
 use http::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::service::TowerToHyperService;
@@ -38,6 +37,7 @@ pub struct Builder {
     pod_logs: Option<Arc<dyn PodLogs>>,
     garbage_collector: bool,
     history_events: Option<usize>,
+    kubernetes_admission: bool,
 }
 
 impl Builder {
@@ -76,6 +76,14 @@ impl Builder {
         self
     }
 
+    /// Add what Kubernetes' admission adds for the sake of components that a small cluster lacks: the volume with the API token in pods
+    /// (no token is issued for it here) and the `not-ready` taint of new nodes (no node controller takes it off). Off by default.
+    #[must_use]
+    pub fn kubernetes_admission(mut self, on: bool) -> Self {
+        self.kubernetes_admission = on;
+        self
+    }
+
     /// Events kept per kind for watchers that come back (4096 by default).
     #[must_use]
     pub fn history_events(mut self, events: usize) -> Self {
@@ -108,7 +116,7 @@ impl Builder {
                 Some(Log::start(recovered, source.clone())?)
             }
         };
-        let hub = Arc::new(Hub::new(store, log, self.clock, self.admission, self.pod_logs));
+        let hub = Arc::new(Hub::new(store, log, self.clock, self.admission, self.pod_logs, self.kubernetes_admission));
         *source.hub.lock() = Arc::downgrade(&hub);
         controllers::crds::restore(&hub);
         {
@@ -138,7 +146,7 @@ struct LiveObjects {
 }
 
 impl SnapshotSource for LiveObjects {
-    fn snapshot(&self) -> (Vec<(Arc<str>, Arc<str>, u64, Bytes)>, u64) {
+    fn snapshot(&self) -> (Vec<(Arc<str>, Arc<str>, u64, Vec<u8>)>, u64) {
         let Some(hub) = self.hub.lock().upgrade() else {
             return (Vec::new(), 0);
         };
@@ -152,7 +160,7 @@ impl SnapshotSource for LiveObjects {
         };
         let encoded = objects
             .into_iter()
-            .map(|(r, k, o)| (r, k, o.rv, o.json().clone()))
+            .map(|(r, k, o)| (r, k, o.rv, o.whole()))
             .collect();
         (encoded, rv)
     }
@@ -184,6 +192,7 @@ impl ApiServer {
             pod_logs: None,
             garbage_collector: true,
             history_events: None,
+            kubernetes_admission: false,
         }
     }
 

@@ -17,7 +17,7 @@ fn has_generation(kind: &Kind) -> bool {
 /// Paths that an endpoint cannot change, hence cannot own.
 pub(crate) fn reset_fields(kind: &Kind, subresource: &str) -> &'static [&'static str] {
     match (kind.row().map(|r| r.plural), subresource) {
-        (_, "status") if kind.is_custom() => &["spec", "metadata"],
+        (_, "status") if kind.is_custom() => &["spec"],
         (Some("deployments" | "daemonsets" | "statefulsets" | "replicasets"), "status") => {
             &["spec", "metadata.labels"]
         }
@@ -37,8 +37,6 @@ pub(crate) fn prepare_create(kind: &Kind, object: &mut Value, now: &str, uid: im
         "selfLink",
         "deletionTimestamp",
         "deletionGracePeriodSeconds",
-        "generation",
-        "managedFields_",
     ] {
         metadata.remove(field);
     }

@@ -9,9 +9,9 @@ use crate::kinds::{Kind, Version};
 use crate::meta;
 use crate::selector::FieldSelector;
 
-/// Whether stored objects are served as they are.
-pub(crate) fn is_stored_form(kind: &Kind, version: &Version) -> bool {
-    !is_new_event(kind) && kind.storage_version().is_some_and(|v| v.name == version.name)
+/// Whether an object of this kind is served as it is stored, but for its apiVersion.
+pub(crate) fn is_stored_form(kind: &Kind) -> bool {
+    !is_new_event(kind)
 }
 
 fn is_new_event(kind: &Kind) -> bool {

@@ -122,7 +122,9 @@ impl Deciding<'_> {
 
     /// Nothing goes to the canary any more: it is scaled down.
     pub(super) fn finalising(&mut self) {
-        self.keep_objects();
+        if self.seen.blocked.is_none() {
+            self.keep_objects();
+        }
         self.route_to(Split::PRIMARY);
         if !self.is_drained() {
             return self.wait_for("traffic leaves the canary");

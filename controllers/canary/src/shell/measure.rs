@@ -1,12 +1,14 @@
 //! Measurements of one run: a subscription to the metric source, the window of the current weight, the evidence.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
+use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use jiff::{SignedDuration, Timestamp};
-use serin_analysis::judge::comparison::Comparison;
+use serin_analysis::judge::comparison::{Comparison, Options};
 use serin_analysis::sample::{Counts, Sample};
 use serin_analysis::{MetricSource, Query};
 use tokio::time::Instant;
@@ -18,15 +20,29 @@ use crate::plan::Plan;
 const SAMPLES_MAX: usize = 3600;
 /// Wait before a source that is not available is asked again.
 const RETRY: Duration = Duration::from_secs(1);
+/// How long counts of one arm wait for counts of the other.
+const UNPAIRED_MAX_MS: i64 = 10_000;
 /// How long a subscription may take.
 const SUBSCRIBE_TIMEOUT: Duration = Duration::from_secs(5);
 
+type Samples = BoxStream<'static, Sample>;
+
+/// Where the subscription stands. Nothing here is ever waited for by a decision.
+#[derive(Default)]
+enum Subscription {
+    #[default]
+    None,
+    Asking(BoxFuture<'static, Result<Samples, String>>),
+    Open(Samples),
+    /// It failed; asked again at this time.
+    Waiting(Instant),
+}
+
 #[derive(Default)]
 pub(crate) struct Measuring {
-    stream: Option<BoxStream<'static, Sample>>,
+    subscription: Subscription,
     /// When the current subscription began.
     since: Option<Timestamp>,
-    retry_at: Option<Instant>,
     error: Option<String>,
     /// The window that `samples` belong to.
     window: Option<Timestamp>,
@@ -34,6 +50,8 @@ pub(crate) struct Measuring {
     /// The run that `comparison` belongs to.
     run: Option<Timestamp>,
     comparison: Comparison,
+    /// Counts that the comparison has not seen, because one of the arms is missing in them.
+    unpaired: Option<Sample>,
 }
 
 impl Measuring {
@@ -42,6 +60,7 @@ impl Measuring {
         if self.run != run {
             self.run = run;
             self.comparison = evidence().unwrap_or_default();
+            self.unpaired = None;
             self.window = None;
             self.samples.clear();
         }
@@ -55,29 +74,30 @@ impl Measuring {
         }
     }
 
-    /// Subscribes where there is no subscription.
-    pub(crate) async fn ensure(&mut self, source: &dyn MetricSource, query: &Query, now: Timestamp) {
-        if self.stream.is_some() || self.retry_at.is_some_and(|at| Instant::now() < at) {
+    /// Subscribes where there is no subscription. Does not wait for the source.
+    pub(crate) fn ensure(&mut self, source: &Arc<dyn MetricSource>, query: &Query) {
+        let due = match &self.subscription {
+            Subscription::None => true,
+            Subscription::Waiting(at) => Instant::now() >= *at,
+            Subscription::Asking(_) | Subscription::Open(_) => false,
+        };
+        if !due {
             return;
         }
-        let subscribed = tokio::time::timeout(SUBSCRIBE_TIMEOUT, source.subscribe(query)).await;
-        match subscribed {
-            Ok(Ok(stream)) => {
-                self.stream = Some(stream);
-                self.since = Some(now);
-                self.retry_at = None;
-                self.error = None;
+        let (source, query) = (source.clone(), query.clone());
+        self.subscription = Subscription::Asking(Box::pin(async move {
+            match tokio::time::timeout(SUBSCRIBE_TIMEOUT, source.subscribe(&query)).await {
+                Ok(Ok(stream)) => Ok(stream),
+                Ok(Err(error)) => Err(error.to_string()),
+                Err(_) => Err(format!("metric source {} does not answer", source.name())),
             }
-            Ok(Err(error)) => self.failed(error.to_string()),
-            Err(_) => self.failed(format!("metric source {} does not answer", source.name())),
-        }
+        }));
     }
 
     fn failed(&mut self, error: String) {
-        self.stream = None;
         self.since = None;
         self.error = Some(error);
-        self.retry_at = Some(Instant::now() + RETRY);
+        self.subscription = Subscription::Waiting(Instant::now() + RETRY);
     }
 
     /// Ends the subscription.
@@ -85,18 +105,23 @@ impl Measuring {
         *self = Self::default();
     }
 
-    /// Waits for the next sample and takes it in.
-    pub(crate) async fn next(&mut self, plan: Option<&Plan>) {
-        let Some(stream) = self.stream.as_mut() else {
-            match self.retry_at {
-                Some(at) => tokio::time::sleep_until(at).await,
-                None => std::future::pending().await,
-            }
-            return;
-        };
-        match stream.next().await {
-            Some(sample) => self.take(sample, plan),
-            None => self.failed("the metric source ended the subscription".to_owned()),
+    /// Waits until there is something new, and takes it in.
+    pub(crate) async fn next(&mut self, plan: Option<&Plan>, now: impl Fn() -> Timestamp) {
+        match &mut self.subscription {
+            Subscription::None => std::future::pending().await,
+            Subscription::Waiting(at) => tokio::time::sleep_until(*at).await,
+            Subscription::Asking(asking) => match asking.await {
+                Ok(stream) => {
+                    self.subscription = Subscription::Open(stream);
+                    self.since = Some(now());
+                    self.error = None;
+                }
+                Err(error) => self.failed(error),
+            },
+            Subscription::Open(stream) => match stream.next().await {
+                Some(sample) => self.take(sample, plan),
+                None => self.failed("the metric source ended the subscription".to_owned()),
+            },
         }
     }
 
@@ -104,7 +129,7 @@ impl Measuring {
         if let Some(options) = plan.and_then(|plan| plan.comparison.as_ref())
             && self.run.is_some()
         {
-            self.comparison.observe(&sample, options);
+            self.compare(&sample, options);
         }
         let Some(window) = self.window else { return };
         if sample.at_ms < window.as_millisecond() {
@@ -114,6 +139,39 @@ impl Measuring {
             self.samples.pop_front();
         }
         self.samples.push_back(sample);
+    }
+
+    /// Feeds the comparison with batches that have both arms. A source may report the arms one after the other, and with
+    /// little traffic one of them may be silent for a while. When a batch is complete depends on how many requests
+    /// there were and never on how they went, so the evidence stays what it promises to be.
+    fn compare(&mut self, sample: &Sample, options: &Options) {
+        let bare = |counts: &Counts| Counts {
+            requests: counts.requests,
+            errors: counts.errors,
+            ..Counts::default()
+        };
+        let sample = Sample {
+            at_ms: sample.at_ms,
+            canary: bare(&sample.canary),
+            primary: bare(&sample.primary),
+        };
+        let began = self
+            .unpaired
+            .as_ref()
+            .map_or(sample.at_ms, |unpaired| unpaired.at_ms);
+        let mut batch = self.unpaired.take().unwrap_or_default();
+        batch.add(&sample);
+        if batch.canary.requests > 0 && batch.primary.requests > 0 {
+            self.comparison.observe(&batch, options);
+        } else if sample.at_ms.saturating_sub(began) < UNPAIRED_MAX_MS {
+            self.unpaired = Some(Sample {
+                at_ms: began,
+                ..batch
+            });
+        } else {
+            // Too long ago to be held against what comes now; it counts for the totals only.
+            self.comparison.observe(&batch, options);
+        }
     }
 
     /// What is known now.
@@ -166,7 +224,10 @@ mod tests {
                 requests,
                 ..Counts::default()
             },
-            ..Sample::default()
+            primary: Counts {
+                requests,
+                ..Counts::default()
+            },
         }
     }
 
@@ -188,6 +249,56 @@ mod tests {
         assert_eq!(measuring.measured(&plan, at(110)).windows[0].requests, 60);
         measuring.window(Some(at(111)));
         assert_eq!(measuring.measured(&plan, at(112)).windows[0].requests, 0);
+    }
+
+    #[test]
+    fn arms_that_are_reported_one_after_the_other_are_compared_as_one_batch() {
+        let plan = plan();
+        let counts = |requests, errors| Counts {
+            requests,
+            errors,
+            ..Counts::default()
+        };
+        let (mut apart, mut together) = (Measuring::default(), Measuring::default());
+        for measuring in [&mut apart, &mut together] {
+            measuring.run(Some(at(1)), || None);
+        }
+        for second in 2..8 {
+            let at_ms = second * 1000;
+            let (canary, primary) = (counts(10, 3), counts(40, 0));
+            apart.take(
+                Sample {
+                    at_ms,
+                    canary: canary.clone(),
+                    ..Sample::default()
+                },
+                Some(&plan),
+            );
+            apart.take(
+                Sample {
+                    at_ms,
+                    primary: primary.clone(),
+                    ..Sample::default()
+                },
+                Some(&plan),
+            );
+            together.take(
+                Sample {
+                    at_ms,
+                    canary,
+                    primary,
+                },
+                Some(&plan),
+            );
+        }
+        let verdict = |measuring: &Measuring| {
+            measuring
+                .measured(&plan, at(9))
+                .comparison
+                .verdict(&plan.comparison.unwrap())
+        };
+        assert!(verdict(&apart).is_bad());
+        assert_eq!(verdict(&apart), verdict(&together));
     }
 
     #[test]

@@ -74,7 +74,7 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// The time. The one place where the shell reads a clock.
+    /// The time.
     pub(crate) fn now(&self) -> Timestamp {
         Timestamp::now()
     }

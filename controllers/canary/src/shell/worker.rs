@@ -7,8 +7,8 @@ use futures::StreamExt;
 use futures::stream::BoxStream;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::ObjectReference;
-use kube::Resource;
 use kube::api::Api;
+use kube::{Resource, ResourceExt};
 use serin_analysis::Query;
 use serin_analysis::judge::comparison::Comparison;
 use serin_crds::flagger::{Canary, CanaryPhase, CanaryStatus};
@@ -39,12 +39,16 @@ const LIVENESS_RETRY: Duration = Duration::from_secs(1);
 
 /// Reason of every event, as in Flagger.
 const EVENT_REASON: &str = "Synced";
+/// Longest action of an event that the API takes. Events with the same reason and action are counted as one, under the
+/// first one's text; so the text itself is the action.
+const ACTION_MAX: usize = 128;
 
 /// Works on a Canary until it is gone or `cancel` fires. Returns its key.
 pub(crate) async fn work(shared: Arc<Shared>, key: Key, wake: Arc<Notify>, cancel: CancellationToken) -> Key {
     let mut worker = Worker {
         shared,
         key: key.clone(),
+        uid: None,
         status: None,
         unwritten: false,
         written_at: None,
@@ -77,7 +81,7 @@ pub(crate) async fn work(shared: Arc<Shared>, key: Key, wake: Arc<Notify>, cance
             () = wake.notified() => {}
             () = sleep(wake_at) => {}
             () = worker.live.next() => {}
-            () = worker.measuring.next(worker.plan.as_ref()) => {}
+            () = worker.measuring.next(worker.plan.as_ref(), Timestamp::now) => {}
             () = next_death(&mut worker.dead_pods) => {}
         }
     }
@@ -92,6 +96,8 @@ enum Next {
 struct Worker {
     shared: Arc<Shared>,
     key: Key,
+    /// The Canary that all of this is about.
+    uid: Option<String>,
     /// The status as we last wrote it. The cache may lag behind our own writes; this does not.
     status: Option<CanaryStatus>,
     /// Whether the status in memory is newer than the one on the API server in more than measured values.
@@ -113,11 +119,16 @@ impl Worker {
             return Ok(Next::Gone);
         };
         let now = self.shared.now();
+        if self.uid != seen.canary.uid() {
+            // Deleted and created again under the same name: nothing of the other one holds.
+            self.forget();
+            self.uid = seen.canary.uid();
+        }
         let status = self
             .status
             .get_or_insert_with(|| seen.canary.status.clone().unwrap_or_default())
             .clone();
-        self.listen(&seen, &status, now).await;
+        self.listen(&seen, &status);
         seen.observed.liveness = self.live.last.clone();
         seen.observed.dead_pods = self.dead_pods.as_ref().map(DeadPods::list).unwrap_or_default();
         seen.observed.measured = self.measuring.measured(&seen.plan, now);
@@ -144,8 +155,18 @@ impl Worker {
         })
     }
 
+    fn forget(&mut self) {
+        self.status = None;
+        self.unwritten = false;
+        self.written_at = None;
+        self.written = Written::default();
+        self.measuring.stop();
+        self.live = LiveWatch::default();
+        self.dead_pods = None;
+    }
+
     /// Listens to what this phase depends on, and to nothing else.
-    async fn listen(&mut self, seen: &Seen, status: &CanaryStatus, now: Timestamp) {
+    fn listen(&mut self, seen: &Seen, status: &CanaryStatus) {
         let generation = seen.observed.route.as_ref().map(|route| route.generation);
         let settled = matches!(
             status.phase,
@@ -195,9 +216,7 @@ impl Worker {
             primary_workload: seen.plan.primary(),
             service: seen.plan.apex.clone(),
         };
-        self.measuring
-            .ensure(&*self.shared.context.metrics, &query, now)
-            .await;
+        self.measuring.ensure(&self.shared.context.metrics, &query);
     }
 
     /// Writes the status and tells the events.
@@ -240,14 +259,12 @@ impl Worker {
         let about = reference(&seen.canary);
         for event in &decision.events {
             info!(message = %event.message, "event");
+            let (recorder, note) = (&self.shared.recorder, &event.message);
+            let action = shortened(note, ACTION_MAX);
             if event.warning {
-                self.shared
-                    .recorder
-                    .warning(&about, EVENT_REASON, EVENT_REASON, &event.message);
+                recorder.warning(&about, EVENT_REASON, action, note);
             } else {
-                self.shared
-                    .recorder
-                    .normal(&about, EVENT_REASON, EVENT_REASON, &event.message);
+                recorder.normal(&about, EVENT_REASON, action, note);
             }
         }
     }
@@ -256,6 +273,14 @@ impl Worker {
         let wait = at.duration_since(self.shared.now());
         Instant::now() + Duration::try_from(wait).unwrap_or(Duration::ZERO)
     }
+}
+
+fn shortened(text: &str, max: usize) -> &str {
+    let mut end = text.len().min(max);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
 }
 
 fn still_there(shared: &Shared, key: &Key) -> bool {

@@ -388,3 +388,39 @@ async fn without_a_listener_or_with_a_path_that_cannot_be_used_it_says_so() {
         .await;
     assert!(error.unwrap_err().to_string().contains("/proc/no/such/xds.sock"));
 }
+
+#[tokio::test]
+async fn it_stops_although_a_proxy_streams_metrics() {
+    use serin_xds::pb::envoy::service::metrics::v3::metrics_service_client::MetricsServiceClient;
+    use serin_xds::pb::envoy::service::metrics::v3::{
+        StreamMetricsMessage, stream_metrics_message::Identifier,
+    };
+
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("xds.sock");
+    let api = world();
+    let running = start(&api, &socket);
+    let cancel = CancellationToken::new();
+    let (client, consumer) = proxy(&socket, &cancel);
+    running.until(1, Liveness::is_live).await;
+    let channel = serin_xds::client::channel(&Endpoint::Unix(socket)).await.unwrap();
+    let node = Node {
+        id: "sidecar~10.1.0.9~a.prod~x".into(),
+        ..Node::default()
+    };
+    let first = StreamMetricsMessage {
+        identifier: Some(Identifier { node: Some(node) }),
+        ..StreamMetricsMessage::default()
+    };
+    let messages = futures::stream::iter([first]).chain(futures::stream::pending());
+    let call = tokio::spawn(async move { MetricsServiceClient::new(channel).stream_metrics(messages).await });
+    let stopped = tokio::time::timeout(Duration::from_secs(20), running.stop()).await;
+    assert!(
+        stopped.is_ok(),
+        "the metrics stream kept the control plane from stopping"
+    );
+    call.await.unwrap().ok();
+    cancel.cancel();
+    client.join().await;
+    consumer.await.unwrap();
+}

@@ -1,9 +1,10 @@
 //! The account, pure: events of connections in, counts out. Time is an argument.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use foldhash::fast::RandomState;
 use serin_xds::server::{ClientId, Event};
 use serin_xds::{Origin, Resource, ResourceType};
 
@@ -11,6 +12,8 @@ use super::liveness::{Liveness, ObjectReport, ProxyReport, ProxyStand, Refused};
 
 /// Refusals that a [`Liveness`] quotes; the count is complete.
 const QUOTED_REFUSALS: usize = 3;
+
+type HashMap<K, V> = std::collections::HashMap<K, V, RandomState>;
 
 type Key = (ResourceType, Arc<str>);
 
@@ -134,7 +137,7 @@ impl Book {
             client,
             Proxy {
                 id: id.into(),
-                tracked: HashMap::new(),
+                tracked: HashMap::default(),
             },
         );
         HashSet::new()

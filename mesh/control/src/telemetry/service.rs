@@ -4,6 +4,7 @@ use serin_xds::pb::envoy::service::metrics::v3::metrics_service_server::{
     MetricsService, MetricsServiceServer,
 };
 use serin_xds::pb::envoy::service::metrics::v3::{StreamMetricsMessage, StreamMetricsResponse};
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::debug;
 
@@ -14,10 +15,21 @@ use super::intake::Baseline;
 const MAX_MESSAGE_BYTES: usize = 16 * 1024 * 1024;
 
 impl Telemetry {
-    /// The gRPC service, for a tonic router.
-    pub fn service(&self) -> MetricsServiceServer<Self> {
-        MetricsServiceServer::new(self.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
+    /// The gRPC service, for a tonic router. Its streams end when `cancel` is cancelled.
+    pub fn service(&self, cancel: CancellationToken) -> MetricsServiceServer<Intake> {
+        let intake = Intake {
+            telemetry: self.clone(),
+            cancel,
+        };
+        MetricsServiceServer::new(intake).max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
+}
+
+/// The service's implementation.
+#[derive(Debug)]
+pub struct Intake {
+    telemetry: Telemetry,
+    cancel: CancellationToken,
 }
 
 /// Parks the baseline of a proxy when its stream ends, however it ends.
@@ -39,7 +51,7 @@ impl Drop for Stream {
 }
 
 #[tonic::async_trait]
-impl MetricsService for Telemetry {
+impl MetricsService for Intake {
     async fn stream_metrics(
         &self,
         request: Request<Streaming<StreamMetricsMessage>>,
@@ -54,17 +66,22 @@ impl MetricsService for Telemetry {
             .as_ref()
             .and_then(|identifier| identifier.node.as_ref());
         let node = node.ok_or_else(|| Status::invalid_argument("the first message must carry the node"))?;
-        let (id, baseline) = self.resume(&node.id);
+        let (id, baseline) = self.telemetry.resume(&node.id);
         debug!(node = node.id, "metrics stream opened");
         let mut stream = Stream {
-            telemetry: self.clone(),
+            telemetry: self.telemetry.clone(),
             id,
             node: node.id.clone(),
             baseline,
         };
-        self.add(stream.baseline.take(&first.envoy_metrics));
-        while let Some(message) = messages.message().await? {
-            self.add(stream.baseline.take(&message.envoy_metrics));
+        self.telemetry.add(stream.baseline.take(&first.envoy_metrics));
+        loop {
+            let message = tokio::select! {
+                () = self.cancel.cancelled() => break,
+                message = messages.message() => message?,
+            };
+            let Some(message) = message else { break };
+            self.telemetry.add(stream.baseline.take(&message.envoy_metrics));
         }
         Ok(Response::new(StreamMetricsResponse {}))
     }

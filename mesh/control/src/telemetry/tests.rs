@@ -294,7 +294,7 @@ async fn a_proxy_that_comes_back_goes_on_where_it_was() {
     let cancel = CancellationToken::new();
     let tasks = tokio_util::task::TaskTracker::new();
     let incoming = UnixListenerStream::new(UnixListener::bind(&socket).unwrap());
-    let router = tonic::transport::Server::builder().add_service(telemetry.service());
+    let router = tonic::transport::Server::builder().add_service(telemetry.service(cancel.clone()));
     let shutdown = cancel.clone().cancelled_owned();
     tasks.spawn(async move {
         router
@@ -354,7 +354,7 @@ async fn a_stream_that_does_not_say_whose_it_is_is_refused() {
     let incoming = UnixListenerStream::new(UnixListener::bind(&socket).unwrap());
     let cancel = CancellationToken::new();
     let shutdown = cancel.clone().cancelled_owned();
-    let router = tonic::transport::Server::builder().add_service(telemetry.service());
+    let router = tonic::transport::Server::builder().add_service(telemetry.service(cancel.clone()));
     let server = tokio::spawn(async move { router.serve_with_incoming_shutdown(incoming, shutdown).await });
     let channel = serin_xds::client::channel(&serin_xds::client::Endpoint::Unix(socket))
         .await

@@ -387,14 +387,14 @@ fn http_options(
             ..Default::default()
         });
     }
-    // Only what is HTTP for certain is upgraded.
-    let upgrade =
-        spoken.is_http() && http.and_then(|http| http.h2_upgrade_policy) == Some(H2UpgradePolicy::Upgrade);
+    // What a sidecar finds out per connection stays as it came.
+    let upgrade = (!auto || side == Side::Router)
+        && http.and_then(|http| http.h2_upgrade_policy) == Some(H2UpgradePolicy::Upgrade);
     let as_caller = http.is_some_and(|http| http.use_client_protocol == Some(true));
     let protocol = if as_caller || (auto && side == Side::Sidecar && !upgrade) {
         UpstreamProtocolOptions::UseDownstreamProtocolConfig(UseDownstreamHttpConfig {
             http_protocol_options: Some(Default::default()),
-            http2_protocol_options: Some(http2),
+            http2_protocol_options: Some(if auto { Default::default() } else { http2 }),
             ..Default::default()
         })
     } else if spoken.is_http2() || upgrade {
@@ -558,7 +558,7 @@ fn client_tls(cluster: &mut pb::Cluster, traffic: &TrafficPolicy, port: &Port) {
 pub(super) fn inbound(
     target: u16,
     protocol: serin_model::Protocol,
-    service: Option<&Service>,
+    services_of: &[&Service],
     policy: Option<&HostPolicy>,
     service_port: u16,
 ) -> pb::Cluster {
@@ -575,13 +575,14 @@ pub(super) fn inbound(
         .unwrap_or_default();
     connection_pool(&mut cluster, traffic.connection_pool.as_ref());
     retry_budget(&mut cluster, &traffic);
-    http_options(
-        &mut cluster,
-        protocol,
-        traffic.connection_pool.as_ref(),
-        Side::Sidecar,
-    );
-    let mut fields = vec![("services", services(service))];
+    // How the application is spoken to is for its port to say.
+    let mut pool = traffic.connection_pool.clone();
+    if let Some(http) = pool.as_mut().and_then(|pool| pool.http.as_mut()) {
+        http.h2_upgrade_policy = None;
+        http.use_client_protocol = None;
+    }
+    http_options(&mut cluster, protocol, pool.as_ref(), Side::Sidecar);
+    let mut fields = vec![("services", services(services_of.iter().copied()))];
     if let Some(origin) = policy
         .filter(|policy| policy.policy.is_some())
         .and_then(|policy| policy.provenance.first())

@@ -8,7 +8,8 @@ use serin_model::{Model, Protocol, Service, TargetPort};
 use super::listener::InboundPort;
 use crate::proxy_identity::Proxy;
 
-/// The ports of a workload. Where two services lead to one port, the senior one has it.
+/// The ports of a workload. Where two services lead to one port, the senior one decides what
+/// it speaks, and those that agree with it are named too.
 ///
 /// Readiness plays no part: the sidecar must be configured before its Pod can become ready.
 pub(super) fn ports(model: &Model, proxy: &Proxy) -> Vec<InboundPort> {
@@ -24,12 +25,15 @@ pub(super) fn ports(model: &Model, proxy: &Proxy) -> Vec<InboundPort> {
                 TargetPort::Name(name) => pod.and_then(|pod| pod.named_ports.get(&**name)).copied(),
             };
             let Some(target) = target else { continue };
-            by_target.entry(target).or_insert_with(|| InboundPort {
+            let entry = by_target.entry(target).or_insert_with(|| InboundPort {
                 target,
                 protocol: port.protocol,
                 service_port: port.number,
-                host: service.host.clone(),
+                hosts: Vec::new(),
             });
+            if entry.service_port == port.number && entry.protocol == port.protocol {
+                entry.hosts.push(service.host.clone());
+            }
         }
     }
     by_target.into_values().collect()

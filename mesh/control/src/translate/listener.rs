@@ -276,7 +276,15 @@ pub(super) fn sniffed(address: &str, port: u16, route: &str, fallback: &TcpChain
 /// `<address>_<port>` of a TCP port. Chains with conditions come first; `sni` says that some of them look at the server name.
 pub(super) fn tcp(address: &str, port: u16, chains: &[TcpChain], sni: bool) -> pb::Listener {
     let mut listener = captured(address, port);
-    listener.filter_chains = chains.iter().map(|chain| tcp_chain(chain, true)).collect();
+    let (conditional, rest): (Vec<&TcpChain>, Vec<&TcpChain>) =
+        chains.iter().partition(|chain| chain.matches.is_some());
+    if conditional.is_empty() {
+        listener.filter_chains = rest.iter().map(|chain| tcp_chain(chain, true)).collect();
+    } else {
+        listener.filter_chains = conditional.iter().map(|chain| tcp_chain(chain, true)).collect();
+        // What no condition takes; for unknown destinations it is named like everywhere.
+        listener.default_filter_chain = rest.first().map(|chain| tcp_chain(chain, chain.name.is_empty()));
+    }
     if sni {
         listener.listener_filters = vec![tls_inspector()];
     }
@@ -316,8 +324,8 @@ pub(super) struct InboundPort {
     pub(super) protocol: Protocol,
     /// Port of the first service that leads there.
     pub(super) service_port: u16,
-    /// The senior service that leads there.
-    pub(super) host: std::sync::Arc<str>,
+    /// Services that lead there by the same port, senior first.
+    pub(super) hosts: Vec<std::sync::Arc<str>>,
 }
 
 fn inbound_manager(
@@ -422,7 +430,11 @@ pub(super) fn virtual_inbound(ports: &[InboundPort]) -> pb::Listener {
 fn inbound_chains(port: &InboundPort, chains: &mut Vec<pb::FilterChain>) {
     let name = format!("0.0.0.0_{}", port.target);
     let cluster = format!("inbound|{}||", port.target);
-    let operation = format!("{}:{}/*", port.host, port.service_port);
+    let operation = format!(
+        "{}:{}/*",
+        port.hosts.first().map_or("", |host| host),
+        port.service_port
+    );
     let mut push = |transport: &str, http_only: bool, filters: Vec<pb::Filter>| {
         let mut matches = if http_only {
             plain_http()

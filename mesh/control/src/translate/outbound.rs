@@ -85,7 +85,11 @@ fn listen_addresses(service: &Service, port: &Port, model: &Model) -> Vec<String
         return vec!["0.0.0.0".to_owned()];
     }
     if !service.addresses.is_empty() {
-        return service.addresses.iter().map(ToString::to_string).collect();
+        let mut addresses: Vec<String> = service.addresses.iter().map(ToString::to_string).collect();
+        if !service.subnets.is_empty() {
+            addresses.push("0.0.0.0".to_owned());
+        }
+        return addresses;
     }
     if service.headless {
         let mut addresses: Vec<String> = model
@@ -187,10 +191,24 @@ impl Resolver<'_> {
     }
 }
 
+impl Resolver<'_> {
+    /// The port of a backend: the one it names, else the only one of its service, else the one of the listener.
+    fn port(&self, backend: &Backend, listener: u16) -> u16 {
+        let only = || {
+            let service = self.model.visible_service(&self.host(&backend.host), self.client)?;
+            match service.ports.as_slice() {
+                [only] => Some(only.number),
+                _ => None,
+            }
+        };
+        backend.port.or_else(only).unwrap_or(listener)
+    }
+}
+
 impl Destinations for Resolver<'_> {
     fn cluster(&self, backend: &Backend, port: u16) -> String {
         cluster::name(
-            backend.port.unwrap_or(port),
+            self.port(backend, port),
             backend.subset.as_deref().unwrap_or(""),
             &self.host(&backend.host),
         )
@@ -203,7 +221,7 @@ impl Destinations for Resolver<'_> {
         let policy = self
             .model
             .policy(&service.host, &service.namespace, self.client)?;
-        Some(policy.for_port(backend.subset.as_deref(), backend.port.unwrap_or(port)))
+        Some(policy.for_port(backend.subset.as_deref(), self.port(backend, port)))
     }
 }
 
@@ -426,6 +444,7 @@ impl Context<'_> {
                 domains.extend(alias.domains(&self.client.namespace, domain));
             }
         }
+        domains.extend(service.subnets.iter().cloned());
         domains.extend(service.addresses.iter().map(|address| match address {
             std::net::IpAddr::V4(address) => address.to_string(),
             std::net::IpAddr::V6(address) => format!("[{address}]"),
@@ -487,6 +506,8 @@ impl Context<'_> {
         };
         let message = if claimed.protocol.is_http() {
             listener::http(address, port, &port.to_string(), self.registry_only())
+        } else if address == "0.0.0.0" && (claimed.protocol.is_tls() || !service.subnets.is_empty()) {
+            self.by_name(port, &claims, &mut built)
         } else {
             let (chains, sni) = self.tcp_chains(service, claimed, &mut built);
             match (claimed.protocol, chains.split_last()) {
@@ -498,6 +519,43 @@ impl Context<'_> {
         };
         built.push(ResourceType::Listener, name, &message);
         built
+    }
+
+    /// TLS services without an address of their own, and services of whole networks: server name and network decide, and what
+    /// fits none of them is unknown.
+    fn by_name(
+        &self,
+        port: u16,
+        claims: &[(&Arc<Service>, &Port)],
+        built: &mut Built,
+    ) -> listener_pb::Listener {
+        let mut chains: Vec<TcpChain> = Vec::new();
+        for (service, claimed) in claims {
+            if !claimed.protocol.is_tls() && service.subnets.is_empty() {
+                continue;
+            }
+            let (made, _) = self.tcp_chains(service, claimed, built);
+            for mut chain in made {
+                chain.matches.get_or_insert_default();
+                if let Some(matches) = chain
+                    .matches
+                    .as_mut()
+                    .filter(|matches| matches.server_names.is_empty())
+                {
+                    matches.server_names = vec![service.host.to_string()];
+                }
+                if !chains.iter().any(|known| known.matches == chain.matches) {
+                    chains.push(chain);
+                }
+            }
+        }
+        chains.push(listener::unknown(
+            self.registry_only(),
+            "PassthroughFilterChain",
+            None,
+        ));
+        let sni = claims.iter().any(|(_, port)| port.protocol.is_tls());
+        listener::tcp("0.0.0.0", port, &chains, sni)
     }
 
     fn limits(&self, service: &Service, port: &Port) -> listener::ConnectionLimits {
@@ -585,7 +643,7 @@ impl Context<'_> {
                         matches: (!empty).then_some(matches),
                         destinations: destinations(rule),
                         limits,
-                        origin: Some(rule.provenance.clone()),
+                        origin: (empty || by_name).then(|| rule.provenance.clone()),
                         name: String::new(),
                     });
                     if empty {
@@ -595,7 +653,8 @@ impl Context<'_> {
                 }
             }
         }
-        if !catch_all {
+        // TLS rules take the port over: a server name that none of them has is not this service's.
+        if !catch_all && !sni {
             chains.push(TcpChain {
                 matches: None,
                 destinations: vec![Destination {

@@ -85,7 +85,7 @@ impl Structure {
         let http = server.protocol.is_http();
         let plain_tcp = matches!(server.protocol, Protocol::Tcp | Protocol::Mongo);
         if !http && !plain_tcp {
-            // TLS servers come with certificates; `Model::unhonoured` names them until then.
+            // TLS servers come with certificates; `serin_model::unhonoured` names them until then.
             return;
         }
         let port = target_port(model, client, server.port);
@@ -321,7 +321,7 @@ fn target_port(model: &Model, client: &Client, port: u16) -> u16 {
         .filter_map(|service| service.port(port))
         .find_map(|port| match &port.target {
             TargetPort::Number(number) => Some(*number),
-            TargetPort::Name(_) => None,
+            TargetPort::Name(name) => model.named_port(&client.namespace, &client.labels, name),
         })
         .unwrap_or(port)
 }
@@ -349,7 +349,7 @@ fn tcp_chains(ctx: &Context<'_>, opened: &Opened, built: &mut Built) -> Vec<list
                         matches: None,
                         destinations: destinations(rule, &resolver, opened.server_port),
                         limits: listener::ConnectionLimits::default(),
-                        origin: Some(rule.provenance.clone()),
+                        origin: None,
                         name: String::new(),
                     }];
                 }

@@ -1,5 +1,6 @@
 //! Tests of the translation as a whole.
 
+mod envoy;
 mod incremental;
 mod json;
 mod parity;

@@ -139,8 +139,11 @@ impl View {
         let (side, client) = match self.key.clone() {
             ViewKey::Outbound { side, client, .. } => (side, client),
             ViewKey::Inbound(ports) => {
-                let concerned =
-                    |pattern: &Arc<str>| ports.iter().any(|port| host::covers(pattern, &port.host));
+                let concerned = |pattern: &Arc<str>| {
+                    ports
+                        .iter()
+                        .any(|port| port.hosts.first().is_some_and(|host| host::covers(pattern, host)))
+                };
                 let dirty = if touched.policies.iter().any(concerned) {
                     BTreeSet::from([Slot::Builtin])
                 } else {
@@ -534,7 +537,13 @@ fn inbound(slot: &Slot, ports: &[InboundPort], model: &Model, work: &mut Work) -
         return built;
     }
     for port in ports {
-        let service = model.service(&port.host);
+        let services: Vec<&serin_model::Service> = port
+            .hosts
+            .iter()
+            .filter_map(|host| model.service(host))
+            .map(|service| &**service)
+            .collect();
+        let service = services.first().copied();
         // The workload is its own client here: rules of its namespace and of the root hold.
         let policy = service.and_then(|service| {
             let client = Client {
@@ -550,7 +559,7 @@ fn inbound(slot: &Slot, ports: &[InboundPort], model: &Model, work: &mut Work) -
         let cluster = cluster::inbound(
             port.target,
             port.protocol,
-            service.map(|service| &**service),
+            &services,
             policy.as_ref(),
             port.service_port,
         );

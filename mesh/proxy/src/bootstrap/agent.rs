@@ -33,14 +33,19 @@ pub fn node(role: Role, domain: &str, environment: &Environment) -> Result<Node,
         environment
             .get(name)
             .filter(|value| !value.is_empty())
-            .ok_or_else(|| Error::Environment { name, reason: "is not set".to_owned() })
+            .ok_or_else(|| Error::Environment {
+                name,
+                reason: "is not set".to_owned(),
+            })
     };
     let pod = required("POD_NAME")?;
     let namespace = required("POD_NAMESPACE")?;
     let ip = required("INSTANCE_IP")?;
     let mut metadata = google::Struct::default();
     let mut put = |key: &str, value: google::value::Kind| {
-        metadata.fields.insert(key.to_owned(), google::Value { kind: Some(value) });
+        metadata
+            .fields
+            .insert(key.to_owned(), google::Value { kind: Some(value) });
     };
     let text = |value: &str| google::value::Kind::StringValue(value.to_owned());
     for (name, value) in environment {
@@ -54,9 +59,18 @@ pub fn node(role: Role, domain: &str, environment: &Environment) -> Result<Node,
     if let Some(account) = environment.get("SERVICE_ACCOUNT") {
         put("SERVICE_ACCOUNT", text(account));
     }
-    for (variable, key) in [("ISTIO_METAJSON_LABELS", "LABELS"), ("ISTIO_METAJSON_ANNOTATIONS", "ANNOTATIONS")] {
+    for (variable, key) in [
+        ("ISTIO_METAJSON_LABELS", "LABELS"),
+        ("ISTIO_METAJSON_ANNOTATIONS", "ANNOTATIONS"),
+    ] {
         if let Some(json) = environment.get(variable) {
-            put(key, string_map(json).map_err(|reason| Error::Environment { name: "ISTIO_METAJSON_LABELS", reason })?);
+            put(
+                key,
+                string_map(json).map_err(|reason| Error::Environment {
+                    name: "ISTIO_METAJSON_LABELS",
+                    reason,
+                })?,
+            );
         }
     }
     let kind = match role {
@@ -65,25 +79,42 @@ pub fn node(role: Role, domain: &str, environment: &Environment) -> Result<Node,
     };
     Ok(Node {
         id: format!("{kind}~{ip}~{pod}.{namespace}~{domain}"),
-        cluster: format!("{}.{namespace}", environment.get("ISTIO_META_WORKLOAD_NAME").unwrap_or(pod)),
+        cluster: format!(
+            "{}.{namespace}",
+            environment.get("ISTIO_META_WORKLOAD_NAME").unwrap_or(pod)
+        ),
         metadata: Some(metadata),
         locality: environment.get("ISTIO_META_LOCALITY").map(|text| {
             let mut parts = text.split('/').map(str::to_owned);
             let mut next = || parts.next().unwrap_or_default();
-            Locality { region: next(), zone: next(), sub_zone: next() }
+            Locality {
+                region: next(),
+                zone: next(),
+                sub_zone: next(),
+            }
         }),
         user_agent_name: "serin-proxy".to_owned(),
-        user_agent_version_type: Some(UserAgentVersionType::UserAgentVersion(env!("CARGO_PKG_VERSION").to_owned())),
+        user_agent_version_type: Some(UserAgentVersionType::UserAgentVersion(
+            env!("CARGO_PKG_VERSION").to_owned(),
+        )),
         client_features: vec![FEATURE_VHDS.to_owned()],
         ..Default::default()
     })
 }
 
 fn string_map(json: &str) -> Result<google::value::Kind, String> {
-    let map: HashMap<String, String> = serde_json::from_str(json).map_err(|error| format!("not a JSON map: {error}"))?;
+    let map: HashMap<String, String> =
+        serde_json::from_str(json).map_err(|error| format!("not a JSON map: {error}"))?;
     let fields = map
         .into_iter()
-        .map(|(key, value)| (key, google::Value { kind: Some(google::value::Kind::StringValue(value)) }))
+        .map(|(key, value)| {
+            (
+                key,
+                google::Value {
+                    kind: Some(google::value::Kind::StringValue(value)),
+                },
+            )
+        })
         .collect();
     Ok(google::value::Kind::StructValue(google::Struct { fields }))
 }
@@ -95,9 +126,10 @@ pub fn plan(role: Role, domain: &str, concurrency: usize, environment: &Environm
         name: DISCOVERY,
         reason: "is not set; give unix:/path/to/xds.sock or host:port".to_owned(),
     })?;
-    let endpoint: Endpoint = address
-        .parse()
-        .map_err(|error| Error::ControlPlane { address: address.clone(), reason: format!("{error}") })?;
+    let endpoint: Endpoint = address.parse().map_err(|error| Error::ControlPlane {
+        address: address.clone(),
+        reason: format!("{error}"),
+    })?;
     let drain = match environment.get("TERMINATION_DRAIN_DURATION_SECONDS") {
         None => DEFAULT_DRAIN,
         Some(text) => Duration::from_secs(text.parse().map_err(|_| Error::Environment {
@@ -150,10 +182,16 @@ mod tests {
     #[test]
     fn the_node_is_named_after_the_pod_and_carries_its_labels() {
         let node = node(Role::Sidecar, "prod.svc.cluster.local", &environment()).unwrap();
-        assert_eq!(node.id, "sidecar~10.0.0.7~reviews-v1-0.prod~prod.svc.cluster.local");
+        assert_eq!(
+            node.id,
+            "sidecar~10.0.0.7~reviews-v1-0.prod~prod.svc.cluster.local"
+        );
         assert_eq!(node.client_features, ["serin.vhds"]);
         let own = Workload::of_node(node.metadata.as_ref().unwrap());
-        assert_eq!((&*own.name, &*own.namespace, &*own.app, &*own.version), ("reviews-v1", "prod", "reviews", "v1"));
+        assert_eq!(
+            (&*own.name, &*own.namespace, &*own.app, &*own.version),
+            ("reviews-v1", "prod", "reviews", "v1")
+        );
     }
 
     #[test]

@@ -16,7 +16,9 @@ pub fn parse(text: &str) -> Result<Vec<(u16, i32)>, Error> {
         .map(str::trim)
         .filter(|entry| !entry.is_empty())
         .map(|entry| {
-            let pair = entry.split_once('=').and_then(|(port, fd)| Some((port.parse().ok()?, fd.parse().ok()?)));
+            let pair = entry
+                .split_once('=')
+                .and_then(|(port, fd)| Some((port.parse().ok()?, fd.parse().ok()?)));
             pair.ok_or_else(|| Error::Environment {
                 name: VARIABLE,
                 reason: format!("{entry:?} is not port=descriptor"),
@@ -60,7 +62,12 @@ mod tests {
         let address = socket.local_addr().unwrap();
         let adopted = adopt(&format!("8080={}", socket.into_raw_fd())).unwrap();
         assert_eq!(adopted[&8080].local_addr().unwrap(), address);
-        assert!(adopt("8080=900").unwrap_err().to_string().contains("descriptor 900"));
+        assert!(
+            adopt("8080=900")
+                .unwrap_err()
+                .to_string()
+                .contains("descriptor 900")
+        );
         assert!(adopt("8080=1").is_err());
     }
 }

@@ -33,12 +33,47 @@ pub enum Discovery {
         logical: bool,
         /// Interval.
         refresh: Duration,
+        /// Which addresses count.
+        family: Family,
     },
     /// The address that the client wanted to reach; the port may be replaced.
     OriginalDst {
         /// Replacement of the port.
         port: Option<u16>,
     },
+}
+
+/// Which of a name's addresses are used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// IPv4 only.
+    V4,
+    /// IPv6 only.
+    V6,
+    /// IPv4, or IPv6 when there is none.
+    V4First,
+    /// IPv6, or IPv4 when there is none (Envoy's AUTO).
+    V6First,
+    /// Both.
+    All,
+}
+
+impl Family {
+    /// The addresses that count.
+    pub fn choose(self, mut addresses: Vec<std::net::SocketAddr>) -> Vec<std::net::SocketAddr> {
+        let (v4, v6) = (
+            addresses.iter().any(|a| a.is_ipv4()),
+            addresses.iter().any(|a| a.is_ipv6()),
+        );
+        match self {
+            Self::V4 => addresses.retain(|a| a.is_ipv4()),
+            Self::V6 => addresses.retain(|a| a.is_ipv6()),
+            Self::V4First if v4 => addresses.retain(|a| a.is_ipv4()),
+            Self::V6First if v6 => addresses.retain(|a| a.is_ipv6()),
+            Self::V4First | Self::V6First | Self::All => {}
+        }
+        addresses
+    }
 }
 
 /// How an endpoint is chosen.
@@ -94,7 +129,13 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         // Envoy's defaults.
-        Self { connections: 1024, pending: 1024, requests: 1024, retries: 3, retry_budget: None }
+        Self {
+            connections: 1024,
+            pending: 1024,
+            requests: 1024,
+            retries: 3,
+            retry_budget: None,
+        }
     }
 }
 
@@ -189,7 +230,12 @@ impl Cluster {
                 .map_or(50.0, |percent| percent.value),
             http,
             limits: compile_limits(from)?,
-            outlier: from.outlier_detection.as_ref().map(compile_outlier).transpose().within("outlier_detection")?,
+            outlier: from
+                .outlier_detection
+                .as_ref()
+                .map(compile_outlier)
+                .transpose()
+                .within("outlier_detection")?,
             bind: compile_bind(from)?,
             idle_timeout,
             max_requests_per_connection: max_requests.map_or(0, |value| value.value),
@@ -219,21 +265,48 @@ impl Cluster {
 
 fn refuse_unsupported(from: &cluster::Cluster) -> Result<(), Refusal> {
     let is_raw = |socket: &core::TransportSocket| socket.name.ends_with("raw_buffer");
-    if from.transport_socket.as_ref().is_some_and(|socket| !is_raw(socket)) {
-        return Err(Refusal::new("transport_socket", "TLS towards endpoints is not supported yet"));
-    }
     if from
-        .transport_socket_matches
-        .iter()
-        .any(|entry| entry.transport_socket.as_ref().is_some_and(|socket| !is_raw(socket)))
+        .transport_socket
+        .as_ref()
+        .is_some_and(|socket| !is_raw(socket))
     {
-        return Err(Refusal::new("transport_socket_matches", "TLS towards endpoints is not supported yet"));
+        return Err(Refusal::new(
+            "transport_socket",
+            "TLS towards endpoints is not supported yet",
+        ));
+    }
+    if from.transport_socket_matches.iter().any(|entry| {
+        entry
+            .transport_socket
+            .as_ref()
+            .is_some_and(|socket| !is_raw(socket))
+    }) {
+        return Err(Refusal::new(
+            "transport_socket_matches",
+            "TLS towards endpoints is not supported yet",
+        ));
     }
     let unsupported = [
-        ("health_checks", !from.health_checks.is_empty(), "active health checks are not supported yet"),
-        ("lb_subset_config", from.lb_subset_config.is_some(), "subsets are clusters of their own here"),
-        ("load_balancing_policy", from.load_balancing_policy.is_some(), "use lb_policy"),
-        ("queuing_policies", from.queuing_policies.is_some(), "not supported"),
+        (
+            "health_checks",
+            !from.health_checks.is_empty(),
+            "active health checks are not supported yet",
+        ),
+        (
+            "lb_subset_config",
+            from.lb_subset_config.is_some(),
+            "subsets are clusters of their own here",
+        ),
+        (
+            "load_balancing_policy",
+            from.load_balancing_policy.is_some(),
+            "use lb_policy",
+        ),
+        (
+            "queuing_policies",
+            from.queuing_policies.is_some(),
+            "not supported",
+        ),
         ("upstream_config", from.upstream_config.is_some(), "not supported"),
         (
             "connection_pool_per_downstream_connection",
@@ -254,17 +327,37 @@ fn compile_discovery(from: &cluster::Cluster) -> Result<Discovery, Refusal> {
         Some(ClusterDiscoveryType::Type(number)) => DiscoveryType::try_from(*number)
             .map_err(|_| Refusal::new("type", format!("{number} is unknown")))?,
         Some(ClusterDiscoveryType::ClusterType(custom)) => {
-            return Err(Refusal::new("cluster_type", format!("{:?} is not supported", custom.name)));
+            return Err(Refusal::new(
+                "cluster_type",
+                format!("{:?} is not supported", custom.name),
+            ));
         }
     };
     Ok(match kind {
         DiscoveryType::Static => Discovery::Static,
         DiscoveryType::Eds => {
-            let service = from.eds_cluster_config.as_ref().map_or("", |config| config.service_name.as_str());
-            Discovery::Eds(if service.is_empty() { from.name.as_str() } else { service }.into())
+            let service = from
+                .eds_cluster_config
+                .as_ref()
+                .map_or("", |config| config.service_name.as_str());
+            Discovery::Eds(
+                if service.is_empty() {
+                    from.name.as_str()
+                } else {
+                    service
+                }
+                .into(),
+            )
         }
         DiscoveryType::StrictDns | DiscoveryType::LogicalDns => Discovery::Dns {
             logical: kind == DiscoveryType::LogicalDns,
+            family: match cluster::cluster::DnsLookupFamily::try_from(from.dns_lookup_family) {
+                Ok(cluster::cluster::DnsLookupFamily::V4Only) => Family::V4,
+                Ok(cluster::cluster::DnsLookupFamily::V6Only) => Family::V6,
+                Ok(cluster::cluster::DnsLookupFamily::V4Preferred) => Family::V4First,
+                Ok(cluster::cluster::DnsLookupFamily::All) => Family::All,
+                Ok(cluster::cluster::DnsLookupFamily::Auto) | Err(_) => Family::V6First,
+            },
             refresh: convert::timeout(from.dns_refresh_rate.as_ref())
                 .within("dns_refresh_rate")?
                 .unwrap_or(DEFAULT_DNS_REFRESH),
@@ -278,7 +371,10 @@ fn compile_discovery(from: &cluster::Cluster) -> Result<Discovery, Refusal> {
                         "destinations named by headers or metadata are not supported",
                     ));
                 }
-                port = config.upstream_port_override.as_ref().and_then(|port| u16::try_from(port.value).ok());
+                port = config
+                    .upstream_port_override
+                    .as_ref()
+                    .and_then(|port| u16::try_from(port.value).ok());
             }
             Discovery::OriginalDst { port }
         }
@@ -293,14 +389,20 @@ fn compile_lb(from: &cluster::Cluster) -> Result<(LbPolicy, bool), Refusal> {
         _ => false,
     };
     if slow_start {
-        return Err(Refusal::new("slow_start_config", "slow start is not supported yet"));
+        return Err(Refusal::new(
+            "slow_start_config",
+            "slow start is not supported yet",
+        ));
     }
     let policy = match Policy::try_from(from.lb_policy) {
         Ok(Policy::RoundRobin | Policy::ClusterProvided) => LbPolicy::RoundRobin,
         Ok(Policy::LeastRequest) => {
             let mut choices = 2;
             if let Some(LbConfig::LeastRequestLbConfig(config)) = &from.lb_config {
-                choices = config.choice_count.as_ref().map_or(2, |count| count.value.clamp(2, 16));
+                choices = config
+                    .choice_count
+                    .as_ref()
+                    .map_or(2, |count| count.value.clamp(2, 16));
             }
             LbPolicy::LeastRequest { choices }
         }
@@ -308,24 +410,44 @@ fn compile_lb(from: &cluster::Cluster) -> Result<(LbPolicy, bool), Refusal> {
         Ok(Policy::RingHash) => {
             let mut minimum = 1024;
             if let Some(LbConfig::RingHashLbConfig(config)) = &from.lb_config {
-                minimum = config.minimum_ring_size.as_ref().map_or(1024, |size| size.value.clamp(1, 1 << 20));
+                minimum = config
+                    .minimum_ring_size
+                    .as_ref()
+                    .map_or(1024, |size| size.value.clamp(1, 1 << 20));
             }
             LbPolicy::RingHash { minimum }
         }
         Ok(Policy::Maglev) => {
             let mut size = 65_537;
             if let Some(LbConfig::MaglevLbConfig(config)) = &from.lb_config {
-                size = config.table_size.as_ref().map_or(65_537, |size| size.value.clamp(2, 5_000_011));
+                size = config
+                    .table_size
+                    .as_ref()
+                    .map_or(65_537, |size| size.value.clamp(2, 5_000_011));
             }
             LbPolicy::Maglev { size }
         }
         Ok(Policy::LoadBalancingPolicyConfig) => {
-            return Err(Refusal::new("lb_policy", "load_balancing_policy is not supported, use lb_policy"));
+            return Err(Refusal::new(
+                "lb_policy",
+                "load_balancing_policy is not supported, use lb_policy",
+            ));
         }
-        Err(_) => return Err(Refusal::new("lb_policy", format!("{} is unknown", from.lb_policy))),
+        Err(_) => {
+            return Err(Refusal::new(
+                "lb_policy",
+                format!("{} is unknown", from.lb_policy),
+            ));
+        }
     };
-    let specifier = from.common_lb_config.as_ref().and_then(|config| config.locality_config_specifier.as_ref());
-    let weighted = matches!(specifier, Some(LocalityConfigSpecifier::LocalityWeightedLbConfig(_)));
+    let specifier = from
+        .common_lb_config
+        .as_ref()
+        .and_then(|config| config.locality_config_specifier.as_ref());
+    let weighted = matches!(
+        specifier,
+        Some(LocalityConfigSpecifier::LocalityWeightedLbConfig(_))
+    );
     Ok((policy, weighted))
 }
 
@@ -335,7 +457,10 @@ fn http_options(from: &cluster::Cluster) -> Result<Option<upstream_http::HttpPro
         if name == HTTP_OPTIONS {
             options = Some(convert::unpack(any, HTTP_OPTIONS).within("typed_extension_protocol_options")?);
         } else {
-            return Err(Refusal::new("typed_extension_protocol_options", format!("{name} is not supported")));
+            return Err(Refusal::new(
+                "typed_extension_protocol_options",
+                format!("{name} is not supported"),
+            ));
         }
     }
     Ok(options)
@@ -348,7 +473,8 @@ fn compile_http(
         UpstreamProtocolOptions, explicit_http_config::ProtocolConfig,
     };
     let Some(options) = http_options(from)? else {
-        let http = if from.protocol_selection == cluster::cluster::ClusterProtocolSelection::UseDownstreamProtocol as i32
+        let http = if from.protocol_selection
+            == cluster::cluster::ClusterProtocolSelection::UseDownstreamProtocol as i32
         {
             UpstreamHttp::Downstream
         } else if from.http2_protocol_options.is_some() {
@@ -356,9 +482,13 @@ fn compile_http(
         } else {
             UpstreamHttp::Http1
         };
-        return Ok((http, from.common_http_protocol_options.clone()));
+        return Ok((http, from.common_http_protocol_options));
     };
-    if options.http_filters.iter().any(|filter| !filter.name.ends_with("upstream_codec")) {
+    if options
+        .http_filters
+        .iter()
+        .any(|filter| !filter.name.ends_with("upstream_codec"))
+    {
         return Err(Refusal::new("http_filters", "upstream filters are not supported"));
     }
     let http = match &options.upstream_protocol_options {
@@ -380,7 +510,10 @@ fn http2_options(from: &cluster::Cluster) -> Option<core::Http2ProtocolOptions> 
     use upstream_http::http_protocol_options::{
         UpstreamProtocolOptions, explicit_http_config::ProtocolConfig,
     };
-    match http_options(from).ok()?.and_then(|options| options.upstream_protocol_options) {
+    match http_options(from)
+        .ok()?
+        .and_then(|options| options.upstream_protocol_options)
+    {
         Some(UpstreamProtocolOptions::ExplicitHttpConfig(explicit)) => match explicit.protocol_config {
             Some(ProtocolConfig::Http2ProtocolOptions(options)) => Some(options),
             _ => None,
@@ -392,12 +525,21 @@ fn http2_options(from: &cluster::Cluster) -> Option<core::Http2ProtocolOptions> 
 
 fn compile_limits(from: &cluster::Cluster) -> Result<Limits, Refusal> {
     let mut limits = Limits::default();
-    let Some(breakers) = &from.circuit_breakers else { return Ok(limits) };
+    let Some(breakers) = &from.circuit_breakers else {
+        return Ok(limits);
+    };
     if !breakers.per_host_thresholds.is_empty() {
-        return Err(Refusal::new("circuit_breakers.per_host_thresholds", "not supported yet"));
+        return Err(Refusal::new(
+            "circuit_breakers.per_host_thresholds",
+            "not supported yet",
+        ));
     }
     // Priority 0 is DEFAULT; thresholds of HIGH only matter to routes that ask for it, and ours use the default ones.
-    for threshold in breakers.thresholds.iter().filter(|threshold| threshold.priority == 0) {
+    for threshold in breakers
+        .thresholds
+        .iter()
+        .filter(|threshold| threshold.priority == 0)
+    {
         let value = |given: &Option<serin_xds::pb::google::protobuf::UInt32Value>, default| {
             given.as_ref().map_or(default, |value| value.value)
         };
@@ -408,8 +550,14 @@ fn compile_limits(from: &cluster::Cluster) -> Result<Limits, Refusal> {
             retries: value(&threshold.max_retries, limits.retries),
             retry_budget: threshold.retry_budget.as_ref().map(|budget| {
                 (
-                    budget.budget_percent.as_ref().map_or(20.0, |percent| percent.value),
-                    budget.min_retry_concurrency.as_ref().map_or(3, |value| value.value),
+                    budget
+                        .budget_percent
+                        .as_ref()
+                        .map_or(20.0, |percent| percent.value),
+                    budget
+                        .min_retry_concurrency
+                        .as_ref()
+                        .map_or(3, |value| value.value),
                 )
             }),
         };
@@ -422,7 +570,10 @@ fn compile_outlier(from: &cluster::OutlierDetection) -> Result<Outlier, Refusal>
         given.as_ref().map_or(default, |value| value.value)
     };
     if from.failure_percentage_threshold.is_some() && value(&from.enforcing_failure_percentage, 0) > 0 {
-        return Err(Refusal::new("enforcing_failure_percentage", "ejection by failure percentage is not supported yet"));
+        return Err(Refusal::new(
+            "enforcing_failure_percentage",
+            "ejection by failure percentage is not supported yet",
+        ));
     }
     // A counter is enforced with the given probability; ours are enforced always or never.
     let enforced = |threshold: u32, percent: u32| (percent > 0 && threshold > 0).then_some(threshold);
@@ -433,7 +584,10 @@ fn compile_outlier(from: &cluster::OutlierDetection) -> Result<Outlier, Refusal>
         .within("max_ejection_time")?
         .unwrap_or(Duration::from_secs(300).max(base));
     Ok(Outlier {
-        consecutive_5xx: enforced(value(&from.consecutive_5xx, 5), value(&from.enforcing_consecutive_5xx, 100)),
+        consecutive_5xx: enforced(
+            value(&from.consecutive_5xx, 5),
+            value(&from.enforcing_consecutive_5xx, 100),
+        ),
         consecutive_gateway: enforced(
             value(&from.consecutive_gateway_failure, 5),
             value(&from.enforcing_consecutive_gateway_failure, 0),
@@ -446,19 +600,27 @@ fn compile_outlier(from: &cluster::OutlierDetection) -> Result<Outlier, Refusal>
         base_ejection: base,
         max_ejection: max,
         max_ejection_percent: value(&from.max_ejection_percent, 10).min(100),
-        always_one: from.always_eject_one_host.as_ref().is_some_and(|value| value.value),
+        always_one: from
+            .always_eject_one_host
+            .as_ref()
+            .is_some_and(|value| value.value),
     })
 }
 
 fn compile_bind(from: &cluster::Cluster) -> Result<Option<IpAddr>, Refusal> {
-    let Some(source) = from.upstream_bind_config.as_ref().and_then(|bind| bind.source_address.as_ref()) else {
+    let Some(source) = from
+        .upstream_bind_config
+        .as_ref()
+        .and_then(|bind| bind.source_address.as_ref())
+    else {
         return Ok(None);
     };
-    source
-        .address
-        .parse()
-        .map(Some)
-        .map_err(|_| Refusal::new("upstream_bind_config.source_address", format!("{:?} is no address", source.address)))
+    source.address.parse().map(Some).map_err(|_| {
+        Refusal::new(
+            "upstream_bind_config.source_address",
+            format!("{:?} is no address", source.address),
+        )
+    })
 }
 
 #[cfg(test)]
@@ -467,7 +629,11 @@ mod tests {
 
     #[test]
     fn what_a_cluster_does_not_say_is_envoys_default() {
-        let cluster = Cluster::compile(&cluster::Cluster { name: "c".into(), ..Default::default() }).unwrap();
+        let cluster = Cluster::compile(&cluster::Cluster {
+            name: "c".into(),
+            ..Default::default()
+        })
+        .unwrap();
         assert_eq!(cluster.limits, Limits::default());
         assert_eq!(cluster.connect_timeout, Duration::from_secs(5));
         assert_eq!(cluster.lb, LbPolicy::RoundRobin);
@@ -484,10 +650,18 @@ mod tests {
             )),
             ..Default::default()
         };
-        assert_eq!(Cluster::compile(&message).unwrap().discovery, Discovery::Eds("outbound|80||a".into()));
-        message.eds_cluster_config =
-            Some(cluster::cluster::EdsClusterConfig { service_name: "other".into(), ..Default::default() });
-        assert_eq!(Cluster::compile(&message).unwrap().discovery, Discovery::Eds("other".into()));
+        assert_eq!(
+            Cluster::compile(&message).unwrap().discovery,
+            Discovery::Eds("outbound|80||a".into())
+        );
+        message.eds_cluster_config = Some(cluster::cluster::EdsClusterConfig {
+            service_name: "other".into(),
+            ..Default::default()
+        });
+        assert_eq!(
+            Cluster::compile(&message).unwrap().discovery,
+            Discovery::Eds("other".into())
+        );
     }
 
     #[test]

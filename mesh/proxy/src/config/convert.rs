@@ -12,22 +12,29 @@ use crate::error::Refusal;
 
 /// A protobuf duration; negative ones are refused.
 pub(crate) fn duration(from: &google::Duration) -> Result<Duration, Refusal> {
-    let seconds = u64::try_from(from.seconds).map_err(|_| Refusal::new("", "a duration must not be negative"))?;
+    let seconds =
+        u64::try_from(from.seconds).map_err(|_| Refusal::new("", "a duration must not be negative"))?;
     let nanos = u32::try_from(from.nanos).map_err(|_| Refusal::new("", "a duration must not be negative"))?;
     Ok(Duration::new(seconds, nanos.min(999_999_999)))
 }
 
 /// A duration for which zero means "off".
 pub(crate) fn timeout(from: Option<&google::Duration>) -> Result<Option<Duration>, Refusal> {
-    from.map(duration).transpose().map(|value| value.filter(|value| !value.is_zero()))
+    from.map(duration)
+        .transpose()
+        .map(|value| value.filter(|value| !value.is_zero()))
 }
 
 /// Decodes the message of an `Any` after checking its type.
 pub(crate) fn unpack<M: Message + Default>(any: &google::Any, type_name: &str) -> Result<M, Refusal> {
     if any.type_url.rsplit('/').next() != Some(type_name) {
-        return Err(Refusal::new("typed_config", format!("expected {type_name}, found {}", any.type_url)));
+        return Err(Refusal::new(
+            "typed_config",
+            format!("expected {type_name}, found {}", any.type_url),
+        ));
     }
-    M::decode(any.value.as_slice()).map_err(|error| Refusal::new("typed_config", format!("{type_name}: {error}")))
+    M::decode(any.value.as_slice())
+        .map_err(|error| Refusal::new("typed_config", format!("{type_name}: {error}")))
 }
 
 /// Where something listens or connects.
@@ -58,9 +65,10 @@ pub(crate) fn address(from: Option<&core::Address>) -> Result<Address, Refusal> 
         None => Err(Refusal::new("address", "is missing")),
         Some(Kind::SocketAddress(socket)) => socket_address(socket),
         Some(Kind::Pipe(pipe)) => Ok(Address::Pipe(pipe.path.as_str().into())),
-        Some(Kind::EnvoyInternalAddress(_)) => {
-            Err(Refusal::new("address.envoy_internal_address", "internal listeners are not supported"))
-        }
+        Some(Kind::EnvoyInternalAddress(_)) => Err(Refusal::new(
+            "address.envoy_internal_address",
+            "internal listeners are not supported",
+        )),
     }
 }
 
@@ -74,7 +82,10 @@ pub(crate) fn socket_address(from: &core::SocketAddress) -> Result<Address, Refu
         Some(PortSpecifier::PortValue(port)) => u16::try_from(*port)
             .map_err(|_| Refusal::new("socket_address.port_value", format!("{port} is not a port")))?,
         Some(PortSpecifier::NamedPort(_)) => {
-            return Err(Refusal::new("socket_address.named_port", "named ports are not supported"));
+            return Err(Refusal::new(
+                "socket_address.named_port",
+                "named ports are not supported",
+            ));
         }
         None => 0,
     };
@@ -94,14 +105,22 @@ impl Fraction {
     pub const ALL: Self = Self(1_000_000);
 
     /// From the message; absent means `absent`.
-    pub(crate) fn compile(from: Option<&envoy_type::FractionalPercent>, absent: Self) -> Result<Self, Refusal> {
+    pub(crate) fn compile(
+        from: Option<&envoy_type::FractionalPercent>,
+        absent: Self,
+    ) -> Result<Self, Refusal> {
         let Some(from) = from else { return Ok(absent) };
         use envoy_type::fractional_percent::DenominatorType;
         let scale = match DenominatorType::try_from(from.denominator) {
             Ok(DenominatorType::Hundred) => 10_000,
             Ok(DenominatorType::TenThousand) => 100,
             Ok(DenominatorType::Million) => 1,
-            Err(_) => return Err(Refusal::new("denominator", format!("{} is unknown", from.denominator))),
+            Err(_) => {
+                return Err(Refusal::new(
+                    "denominator",
+                    format!("{} is unknown", from.denominator),
+                ));
+            }
         };
         Ok(Self(from.numerator.saturating_mul(scale).min(1_000_000)))
     }
@@ -127,8 +146,19 @@ pub(crate) fn runtime_fraction(
 }
 
 /// A string at `filter_metadata[filter][key]`.
-pub(crate) fn metadata_string<'a>(metadata: Option<&'a core::Metadata>, filter: &str, key: &str) -> Option<&'a str> {
-    match metadata?.filter_metadata.get(filter)?.fields.get(key)?.kind.as_ref()? {
+pub(crate) fn metadata_string<'a>(
+    metadata: Option<&'a core::Metadata>,
+    filter: &str,
+    key: &str,
+) -> Option<&'a str> {
+    match metadata?
+        .filter_metadata
+        .get(filter)?
+        .fields
+        .get(key)?
+        .kind
+        .as_ref()?
+    {
         google::value::Kind::StringValue(value) => Some(value),
         _ => None,
     }

@@ -83,15 +83,28 @@ impl EndpointSet {
         for endpoint in previous.iter().flat_map(|set| set.all.iter()) {
             states.insert(&endpoint.address, &endpoint.state);
         }
-        let highest = from.endpoints.iter().map(|group| group.priority).max().unwrap_or(0);
+        let highest = from
+            .endpoints
+            .iter()
+            .map(|group| group.priority)
+            .max()
+            .unwrap_or(0);
         if highest > 128 {
-            return Err(Refusal::new("endpoints.priority", format!("{highest} is above 128")));
+            return Err(Refusal::new(
+                "endpoints.priority",
+                format!("{highest} is above 128"),
+            ));
         }
         let mut all = Vec::new();
         let mut priorities = Vec::new();
         for priority in 0..=highest {
             let mut localities = Vec::new();
-            for (index, group) in from.endpoints.iter().enumerate().filter(|(_, group)| group.priority == priority) {
+            for (index, group) in from
+                .endpoints
+                .iter()
+                .enumerate()
+                .filter(|(_, group)| group.priority == priority)
+            {
                 let start = all.len();
                 for (inner, lb) in group.lb_endpoints.iter().enumerate() {
                     let compiled = compile_endpoint(lb, &states)
@@ -99,7 +112,10 @@ impl EndpointSet {
                     all.push(Arc::new(compiled));
                 }
                 localities.push(Locality {
-                    weight: group.load_balancing_weight.as_ref().map_or(0, |weight| weight.value),
+                    weight: group
+                        .load_balancing_weight
+                        .as_ref()
+                        .map_or(0, |weight| weight.value),
                     members: start..all.len(),
                 });
             }
@@ -109,7 +125,10 @@ impl EndpointSet {
         let mut drop = None;
         for overload in policy.iter().flat_map(|policy| &policy.drop_overloads) {
             if drop.is_some() {
-                return Err(Refusal::new("policy.drop_overloads", "more than one category is not supported"));
+                return Err(Refusal::new(
+                    "policy.drop_overloads",
+                    "more than one category is not supported",
+                ));
             }
             drop = Some(
                 convert::Fraction::compile(overload.drop_percentage.as_ref(), convert::Fraction::ALL)
@@ -133,7 +152,10 @@ fn compile_endpoint(
 ) -> Result<Endpoint, Refusal> {
     use endpoint::lb_endpoint::HostIdentifier;
     let Some(HostIdentifier::Endpoint(inner)) = &from.host_identifier else {
-        return Err(Refusal::new("endpoint", "is missing (named endpoints are not supported)"));
+        return Err(Refusal::new(
+            "endpoint",
+            "is missing (named endpoints are not supported)",
+        ));
     };
     let address = convert::address(inner.address.as_ref()).within("endpoint")?;
     let health = core::HealthStatus::try_from(from.health_status).unwrap_or(core::HealthStatus::Unknown);
@@ -146,11 +168,17 @@ fn compile_endpoint(
     Ok(Endpoint {
         text: address.to_string().into(),
         hostname: inner.hostname.as_str().into(),
-        weight: from.load_balancing_weight.as_ref().map_or(1, |weight| weight.value.max(1)),
+        weight: from
+            .load_balancing_weight
+            .as_ref()
+            .map_or(1, |weight| weight.value.max(1)),
         healthy,
         degraded,
         workload: convert::metadata_string(from.metadata.as_ref(), "istio", "workload").map(Workload::parse),
-        state: states.get(&address).map(|state| Arc::clone(state)).unwrap_or_default(),
+        state: states
+            .get(&address)
+            .map(|state| Arc::clone(state))
+            .unwrap_or_default(),
         address,
     })
 }

@@ -41,7 +41,10 @@ impl Fault {
             return Err(Refusal::new("max_active_faults", "not supported yet"));
         }
         if !from.upstream_cluster.is_empty() || !from.downstream_nodes.is_empty() {
-            return Err(Refusal::new("upstream_cluster", "faults by cluster or node are not supported"));
+            return Err(Refusal::new(
+                "upstream_cluster",
+                "faults by cluster or node are not supported",
+            ));
         }
         let none = Fraction::compile(
             Some(&serin_xds::pb::envoy::r#type::v3::FractionalPercent::default()),
@@ -72,7 +75,9 @@ impl Fault {
                             .ok()
                             .filter(|code| (200..600).contains(code))
                             .and_then(|code| StatusCode::from_u16(code).ok())
-                            .ok_or_else(|| Refusal::new("abort.http_status", format!("{code} is not 200 to 599")))?,
+                            .ok_or_else(|| {
+                                Refusal::new("abort.http_status", format!("{code} is not 200 to 599"))
+                            })?,
                     ),
                     Some(ErrorType::GrpcStatus(code)) => FaultAbort::Grpc(*code),
                     Some(ErrorType::HeaderAbort(_)) => {
@@ -89,8 +94,13 @@ impl Fault {
             .enumerate()
             .map(|(index, header)| HeaderMatch::compile(header).within(format!("headers[{index}]")))
             .collect::<Result<_, _>>()?;
-        let active = delay.is_some_and(|(share, _)| !share.is_none()) || abort.is_some_and(|(share, _)| !share.is_none());
-        Ok(active.then_some(Self { delay, abort, headers }))
+        let active = delay.is_some_and(|(share, _)| !share.is_none())
+            || abort.is_some_and(|(share, _)| !share.is_none());
+        Ok(active.then_some(Self {
+            delay,
+            abort,
+            headers,
+        }))
     }
 
     /// What happens to this request: a delay, an abort, or both in that order. `random` is called at most twice.
@@ -102,8 +112,12 @@ impl Fault {
         if !self.headers.iter().all(|header| header.matches(request)) {
             return (None, None);
         }
-        let delay = self.delay.and_then(|(share, time)| share.hit(random()).then_some(time));
-        let abort = self.abort.and_then(|(share, kind)| share.hit(random()).then_some(kind));
+        let delay = self
+            .delay
+            .and_then(|(share, time)| share.hit(random()).then_some(time));
+        let abort = self
+            .abort
+            .and_then(|(share, kind)| share.hit(random()).then_some(kind));
         (delay, abort)
     }
 }
@@ -134,12 +148,20 @@ pub enum CorsVerdict {
 impl Cors {
     /// Compiles the filter's own policy message.
     pub(crate) fn compile(from: &cors_v3::CorsPolicy) -> Result<Self, Refusal> {
-        let enabled = convert::runtime_fraction(from.filter_enabled.as_ref(), Fraction::ALL).within("filter_enabled")?;
+        let enabled = convert::runtime_fraction(from.filter_enabled.as_ref(), Fraction::ALL)
+            .within("filter_enabled")?;
         Self::build(
             &from.allow_origin_string_match,
-            [&from.allow_methods, &from.allow_headers, &from.expose_headers, &from.max_age],
+            [
+                &from.allow_methods,
+                &from.allow_headers,
+                &from.expose_headers,
+                &from.max_age,
+            ],
             from.allow_credentials.as_ref().is_some_and(|value| value.value),
-            from.forward_not_matching_preflights.as_ref().is_none_or(|value| value.value),
+            from.forward_not_matching_preflights
+                .as_ref()
+                .is_none_or(|value| value.value),
             enabled,
         )
     }
@@ -154,9 +176,16 @@ impl Cors {
         };
         Self::build(
             &from.allow_origin_string_match,
-            [&from.allow_methods, &from.allow_headers, &from.expose_headers, &from.max_age],
+            [
+                &from.allow_methods,
+                &from.allow_headers,
+                &from.expose_headers,
+                &from.max_age,
+            ],
             from.allow_credentials.as_ref().is_some_and(|value| value.value),
-            from.forward_not_matching_preflights.as_ref().is_none_or(|value| value.value),
+            from.forward_not_matching_preflights
+                .as_ref()
+                .is_none_or(|value| value.value),
             enabled,
         )
     }
@@ -169,13 +198,18 @@ impl Cors {
         enabled: Fraction,
     ) -> Result<Self, Refusal> {
         if enabled != Fraction::ALL {
-            return Err(Refusal::new("filter_enabled", "a partly enabled CORS policy is not supported"));
+            return Err(Refusal::new(
+                "filter_enabled",
+                "a partly enabled CORS policy is not supported",
+            ));
         }
         let value = |text: &str, field: &str| {
             if text.is_empty() {
                 return Ok(None);
             }
-            HeaderValue::from_str(text).map(Some).map_err(|_| Refusal::new(field, "is not a header value"))
+            HeaderValue::from_str(text)
+                .map(Some)
+                .map_err(|_| Refusal::new(field, "is not a header value"))
         };
         Ok(Self {
             origins: origins
@@ -196,11 +230,20 @@ impl Cors {
 
     /// Judges a request.
     pub fn judge(&self, method: &Method, request: &HeaderMap) -> CorsVerdict {
-        let Some(origin) = request.get(header::ORIGIN) else { return CorsVerdict::None };
-        let allowed = origin.to_str().is_ok_and(|text| self.origins.iter().any(|matcher| matcher.matches(text)));
-        let preflight = method == Method::OPTIONS && request.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
+        let Some(origin) = request.get(header::ORIGIN) else {
+            return CorsVerdict::None;
+        };
+        let allowed = origin
+            .to_str()
+            .is_ok_and(|text| self.origins.iter().any(|matcher| matcher.matches(text)));
+        let preflight =
+            method == Method::OPTIONS && request.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
         if !preflight {
-            return if allowed { CorsVerdict::Actual(origin.clone()) } else { CorsVerdict::None };
+            return if allowed {
+                CorsVerdict::Actual(origin.clone())
+            } else {
+                CorsVerdict::None
+            };
         }
         if !allowed {
             return if self.forward_unmatched_preflights {
@@ -220,7 +263,10 @@ impl Cors {
         put(header::ACCESS_CONTROL_ALLOW_HEADERS, &self.allow_headers);
         put(header::ACCESS_CONTROL_MAX_AGE, &self.max_age);
         if self.allow_credentials {
-            answer.insert(header::ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
+            answer.insert(
+                header::ACCESS_CONTROL_ALLOW_CREDENTIALS,
+                HeaderValue::from_static("true"),
+            );
         }
         CorsVerdict::Preflight(Box::new(answer))
     }
@@ -229,7 +275,10 @@ impl Cors {
     pub fn decorate(&self, origin: HeaderValue, response: &mut HeaderMap) {
         response.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
         if self.allow_credentials {
-            response.insert(header::ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
+            response.insert(
+                header::ACCESS_CONTROL_ALLOW_CREDENTIALS,
+                HeaderValue::from_static("true"),
+            );
         }
         if let Some(expose) = &self.expose_headers {
             response.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, expose.clone());
@@ -253,7 +302,8 @@ impl PerRoute {
     ) -> Result<Self, Refusal> {
         let mut out = Self::default();
         for (name, any) in from {
-            out.add(any).within(format!("typed_per_filter_config[{name:?}]"))?;
+            out.add(any)
+                .within(format!("typed_per_filter_config[{name:?}]"))?;
         }
         Ok(out)
     }
@@ -269,7 +319,8 @@ impl PerRoute {
                 self.cors = Some(Cors::compile(&message)?);
             }
             "envoy.config.route.v3.FilterConfig" => {
-                let message: route::FilterConfig = convert::unpack(any, "envoy.config.route.v3.FilterConfig")?;
+                let message: route::FilterConfig =
+                    convert::unpack(any, "envoy.config.route.v3.FilterConfig")?;
                 match &message.config {
                     Some(config) if !message.disabled => match self.add(config) {
                         Err(_) if message.is_optional => {}
@@ -278,7 +329,12 @@ impl PerRoute {
                     _ => {}
                 }
             }
-            other => return Err(Refusal::new("", format!("the filter configuration {other} is not supported"))),
+            other => {
+                return Err(Refusal::new(
+                    "",
+                    format!("the filter configuration {other} is not supported"),
+                ));
+            }
         }
         Ok(())
     }
@@ -304,7 +360,12 @@ mod tests {
     fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
         pairs
             .iter()
-            .map(|(name, value)| (http::HeaderName::from_static(name), HeaderValue::from_static(value)))
+            .map(|(name, value)| {
+                (
+                    http::HeaderName::from_static(name),
+                    HeaderValue::from_static(value),
+                )
+            })
             .collect()
     }
 
@@ -323,7 +384,10 @@ mod tests {
         let request = headers(&[("origin", "https://b")]);
         assert_eq!(policy().judge(&Method::GET, &request), CorsVerdict::None);
         let request = headers(&[("origin", "https://a")]);
-        assert!(matches!(policy().judge(&Method::GET, &request), CorsVerdict::Actual(_)));
+        assert!(matches!(
+            policy().judge(&Method::GET, &request),
+            CorsVerdict::Actual(_)
+        ));
     }
 
     #[test]
@@ -337,20 +401,32 @@ mod tests {
                 error_type: Some(fault_v3::fault_abort::ErrorType::HttpStatus(503)),
                 ..Default::default()
             }),
-            headers: vec![route::HeaderMatcher { name: "x-hit".into(), ..Default::default() }],
+            headers: vec![route::HeaderMatcher {
+                name: "x-hit".into(),
+                ..Default::default()
+            }],
             ..Default::default()
         })
         .unwrap()
         .unwrap();
         let hit = headers(&[("x-hit", "1")]);
         let miss = HeaderMap::new();
-        let view = |headers| RequestView { method: "GET", path: "/", query: None, authority: "", scheme: "", headers };
+        let view = |headers| RequestView {
+            method: "GET",
+            path: "/",
+            query: None,
+            authority: "",
+            scheme: "",
+            headers,
+        };
         let mut counter = 0u64;
         let mut spread = move || {
             counter = counter.wrapping_add(0x9E37_79B9_7F4A_7C15);
             counter
         };
-        let hits = (0..1000).filter(|_| fault.decide(&view(&hit), &mut spread).1.is_some()).count();
+        let hits = (0..1000)
+            .filter(|_| fault.decide(&view(&hit), &mut spread).1.is_some())
+            .count();
         assert!((480..=520).contains(&hits), "{hits}");
         assert_eq!(fault.decide(&view(&miss), &mut spread), (None, None));
     }

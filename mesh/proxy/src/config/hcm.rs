@@ -116,6 +116,10 @@ pub struct HttpManager {
     pub connection_window: u32,
     /// The client's address is appended to `x-forwarded-for`, and its `x-envoy-*` headers are not believed.
     pub use_remote_address: bool,
+    /// But its address is not appended.
+    pub skip_forwarded_for: bool,
+    /// `x-forwarded-client-cert` of clients is kept; without mTLS it says nothing that could be believed.
+    pub keep_client_cert: bool,
     /// `x-request-id` is made when absent.
     pub generate_request_id: bool,
     /// `x-request-id` of outside clients is kept.
@@ -162,11 +166,23 @@ impl HttpManager {
     ) -> Result<Self, Refusal> {
         use hcm::http_connection_manager::{CodecType, RouteSpecifier};
         let unsupported = [
-            ("original_ip_detection_extensions", !from.original_ip_detection_extensions.is_empty()),
-            ("early_header_mutation_extensions", !from.early_header_mutation_extensions.is_empty()),
+            (
+                "original_ip_detection_extensions",
+                !from.original_ip_detection_extensions.is_empty(),
+            ),
+            (
+                "early_header_mutation_extensions",
+                !from.early_header_mutation_extensions.is_empty(),
+            ),
             ("local_reply_config", from.local_reply_config.is_some()),
-            ("path_normalization_options", from.path_normalization_options.is_some()),
+            (
+                "path_normalization_options",
+                from.path_normalization_options.is_some(),
+            ),
             ("proxy_status_config", from.proxy_status_config.is_some()),
+            ("via", !from.via.is_empty()),
+            ("append_x_forwarded_port", from.append_x_forwarded_port),
+            ("xff_num_trusted_hops", from.xff_num_trusted_hops > 0),
         ];
         if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
             return Err(Refusal::new(*field, "not supported"));
@@ -177,14 +193,18 @@ impl HttpManager {
                 let table = super::store::compile_inline_routes(config, context).within("route_config")?;
                 Routes::Inline(Arc::new(table))
             }
-            Some(RouteSpecifier::ScopedRoutes(_)) => return Err(Refusal::new("scoped_routes", "not supported")),
+            Some(RouteSpecifier::ScopedRoutes(_)) => {
+                return Err(Refusal::new("scoped_routes", "not supported"));
+            }
             None => return Err(Refusal::new("route_specifier", "is missing")),
         };
         let codec = match CodecType::try_from(from.codec_type) {
             Ok(CodecType::Auto) => Codec::Auto,
             Ok(CodecType::Http1) => Codec::Http1,
             Ok(CodecType::Http2) => Codec::Http2,
-            Ok(CodecType::Http3) | Err(_) => return Err(Refusal::new("codec_type", "HTTP/3 is not supported")),
+            Ok(CodecType::Http3) | Err(_) => {
+                return Err(Refusal::new("codec_type", "HTTP/3 is not supported"));
+            }
         };
         let common = from.common_http_protocol_options.as_ref();
         let http1 = from.http_protocol_options.as_ref();
@@ -219,12 +239,17 @@ impl HttpManager {
                 common.and_then(|options| options.max_connection_duration.as_ref()),
             )
             .within("common_http_protocol_options.max_connection_duration")?,
-            max_stream_duration: convert::timeout(common.and_then(|options| options.max_stream_duration.as_ref()))
-                .within("common_http_protocol_options.max_stream_duration")?,
+            max_stream_duration: convert::timeout(
+                common.and_then(|options| options.max_stream_duration.as_ref()),
+            )
+            .within("common_http_protocol_options.max_stream_duration")?,
             max_requests_per_connection: common
                 .and_then(|options| options.max_requests_per_connection.as_ref())
                 .map_or(0, |value| value.value),
-            max_head: from.max_request_headers_kb.as_ref().map_or(DEFAULT_HEADERS_KB, |value| value.value.clamp(1, 8192))
+            max_head: from
+                .max_request_headers_kb
+                .as_ref()
+                .map_or(DEFAULT_HEADERS_KB, |value| value.value.clamp(1, 8192))
                 as usize
                 * 1024,
             max_header_count: common
@@ -241,6 +266,9 @@ impl HttpManager {
                 .and_then(|options| options.initial_connection_window_size.as_ref())
                 .map_or(1024 * 1024, |value| value.value),
             use_remote_address: flag(&from.use_remote_address, false),
+            skip_forwarded_for: from.skip_xff_append,
+            keep_client_cert: from.forward_client_cert_details
+                == hcm::http_connection_manager::ForwardClientCertDetails::AlwaysForwardOnly as i32,
             generate_request_id: flag(&from.generate_request_id, true),
             preserve_request_id: from.preserve_external_request_id,
             request_id_in_response: from.always_set_request_id_in_response,
@@ -253,7 +281,10 @@ impl HttpManager {
                 3 => EscapedSlashes::Redirect,
                 4 => EscapedSlashes::Forward,
                 other => {
-                    return Err(Refusal::new("path_with_escaped_slashes_action", format!("{other} is unknown")));
+                    return Err(Refusal::new(
+                        "path_with_escaped_slashes_action",
+                        format!("{other} is unknown"),
+                    ));
                 }
             },
             upgrades: from
@@ -262,16 +293,27 @@ impl HttpManager {
                 .filter(|upgrade| upgrade.enabled.as_ref().is_none_or(|value| value.value))
                 .map(|upgrade| upgrade.upgrade_type.to_ascii_lowercase().into())
                 .collect(),
-            default_host: http1.map_or("", |options| options.default_host_for_http_10.as_str()).into(),
+            default_host: http1
+                .map_or("", |options| options.default_host_for_http_10.as_str())
+                .into(),
             strip_port: from.strip_matching_host_port
                 || matches!(
                     from.strip_port_mode,
-                    Some(hcm::http_connection_manager::StripPortMode::StripAnyHostPort(true))
+                    Some(hcm::http_connection_manager::StripPortMode::StripAnyHostPort(
+                        true
+                    ))
                 ),
         };
         if out.upgrades.iter().any(|upgrade| &**upgrade == "connect") {
             return Err(Refusal::new("upgrade_configs", "CONNECT is not supported"));
         }
+        // Istio's own filters say what to measure and exchange; a control plane that sends none of them (ours, which
+        // serves Envoy as well) gets both.
+        let implicit = !from
+            .http_filters
+            .iter()
+            .any(|filter| filter.name.starts_with("istio."));
+        (out.stats, out.metadata_exchange) = (implicit, implicit);
         let mut routed = false;
         for (index, filter) in from.http_filters.iter().enumerate() {
             if filter.disabled {
@@ -308,8 +350,9 @@ impl HttpManager {
             "istio.metadata_exchange" => self.metadata_exchange = true,
             "istio.stats" => {
                 self.stats = true;
-                self.disable_host_fallback =
-                    any.is_some_and(|any| any.type_url.ends_with("stats.PluginConfig") && plugin_disables_host(any));
+                self.disable_host_fallback = any.is_some_and(|any| {
+                    any.type_url.ends_with("stats.PluginConfig") && plugin_disables_host(any)
+                });
             }
             // ALPN override only matters to TLS upstreams; gRPC status is always counted.
             "istio.alpn" | "envoy.filters.http.grpc_stats" => {}
@@ -329,7 +372,12 @@ impl HttpManager {
                     self.cors = Some(Cors::compile(&convert::unpack(any, type_name)?)?);
                 }
             }
-            other => return Err(Refusal::new("name", format!("the HTTP filter {other:?} is not supported yet"))),
+            other => {
+                return Err(Refusal::new(
+                    "name",
+                    format!("the HTTP filter {other:?} is not supported yet"),
+                ));
+            }
         }
         Ok(false)
     }
@@ -349,12 +397,19 @@ fn plugin_disables_host(any: &serin_xds::pb::google::protobuf::Any) -> bool {
 
 fn server_header(from: &hcm::HttpConnectionManager) -> Result<ServerHeader, Refusal> {
     use hcm::http_connection_manager::ServerHeaderTransformation;
-    let name = if from.server_name.is_empty() { "serin" } else { &from.server_name };
-    let value = HeaderValue::from_str(name).map_err(|_| Refusal::new("server_name", "is not a header value"))?;
-    Ok(match ServerHeaderTransformation::try_from(from.server_header_transformation) {
-        Ok(ServerHeaderTransformation::Overwrite) => ServerHeader::Overwrite(value),
-        Ok(ServerHeaderTransformation::AppendIfAbsent) => ServerHeader::AppendIfAbsent(value),
-        Ok(ServerHeaderTransformation::PassThrough) => ServerHeader::PassThrough,
-        Err(_) => return Err(Refusal::new("server_header_transformation", "is unknown")),
-    })
+    let name = if from.server_name.is_empty() {
+        "serin"
+    } else {
+        &from.server_name
+    };
+    let value =
+        HeaderValue::from_str(name).map_err(|_| Refusal::new("server_name", "is not a header value"))?;
+    Ok(
+        match ServerHeaderTransformation::try_from(from.server_header_transformation) {
+            Ok(ServerHeaderTransformation::Overwrite) => ServerHeader::Overwrite(value),
+            Ok(ServerHeaderTransformation::AppendIfAbsent) => ServerHeader::AppendIfAbsent(value),
+            Ok(ServerHeaderTransformation::PassThrough) => ServerHeader::PassThrough,
+            Err(_) => return Err(Refusal::new("server_header_transformation", "is unknown")),
+        },
+    )
 }

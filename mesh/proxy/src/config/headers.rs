@@ -94,9 +94,15 @@ impl HeaderOps {
             .iter()
             .enumerate()
             .map(|(index, name)| {
-                HeaderName::from_bytes(name.as_bytes()).ok().filter(|name| name != http::header::HOST).ok_or_else(|| {
-                    Refusal::new(format!("{field}_to_remove[{index}]"), format!("{name:?} cannot be removed"))
-                })
+                HeaderName::from_bytes(name.as_bytes())
+                    .ok()
+                    .filter(|name| name != http::header::HOST)
+                    .ok_or_else(|| {
+                        Refusal::new(
+                            format!("{field}_to_remove[{index}]"),
+                            format!("{name:?} cannot be removed"),
+                        )
+                    })
             })
             .collect::<Result<_, _>>()?;
         let add = add
@@ -154,7 +160,10 @@ impl HeaderOps {
 
 fn compile_addition(option: &core::HeaderValueOption) -> Result<Addition, Refusal> {
     use core::header_value_option::HeaderAppendAction;
-    let header = option.header.as_ref().ok_or_else(|| Refusal::new("header", "is missing"))?;
+    let header = option
+        .header
+        .as_ref()
+        .ok_or_else(|| Refusal::new("header", "is missing"))?;
     let name = match header.key.as_str() {
         ":authority" => Target::Authority,
         key if key.eq_ignore_ascii_case("host") => Target::Authority,
@@ -170,7 +179,12 @@ fn compile_addition(option: &core::HeaderValueOption) -> Result<Addition, Refusa
         (None, Ok(HeaderAppendAction::AddIfAbsent)) => Mode::AddIfAbsent,
         (None, Ok(HeaderAppendAction::OverwriteIfExistsOrAdd)) => Mode::Overwrite,
         (None, Ok(HeaderAppendAction::OverwriteIfExists)) => Mode::OverwriteIfExists,
-        (None, Err(_)) => return Err(Refusal::new("append_action", format!("{} is unknown", option.append_action))),
+        (None, Err(_)) => {
+            return Err(Refusal::new(
+                "append_action",
+                format!("{} is unknown", option.append_action),
+            ));
+        }
     };
     let value = if header.raw_value.is_empty() {
         compile_template(&header.value).within("header.value")?
@@ -195,7 +209,9 @@ fn compile_template(text: &str) -> Result<Template, Refusal> {
             rest = after;
             continue;
         }
-        let end = rest.find('%').ok_or_else(|| Refusal::new("", format!("{text:?}: a lone % must be written %%")))?;
+        let end = rest
+            .find('%')
+            .ok_or_else(|| Refusal::new("", format!("{text:?}: a lone % must be written %%")))?;
         if !literal.is_empty() {
             segments.push(Segment::Literal(std::mem::take(&mut literal).into()));
         }
@@ -237,7 +253,12 @@ fn compile_variable(name: &str) -> Result<Segment, Refusal> {
         "UPSTREAM_CLUSTER" => Segment::UpstreamCluster,
         "UPSTREAM_HOST" | "UPSTREAM_REMOTE_ADDRESS" => Segment::UpstreamHost,
         "RESPONSE_FLAGS" => Segment::ResponseFlags,
-        other => return Err(Refusal::new("", format!("the variable %{other}% is not supported in headers"))),
+        other => {
+            return Err(Refusal::new(
+                "",
+                format!("the variable %{other}% is not supported in headers"),
+            ));
+        }
     })
 }
 
@@ -281,7 +302,11 @@ mod tests {
 
     fn option(key: &str, value: &str, action: i32) -> core::HeaderValueOption {
         core::HeaderValueOption {
-            header: Some(core::HeaderValue { key: key.into(), value: value.into(), ..Default::default() }),
+            header: Some(core::HeaderValue {
+                key: key.into(),
+                value: value.into(),
+                ..Default::default()
+            }),
             append_action: action,
             ..Default::default()
         }
@@ -303,11 +328,22 @@ mod tests {
         )
         .unwrap();
         let mut headers = HeaderMap::new();
-        for (name, value) in [("x-append", "a"), ("x-absent", "a"), ("x-over", "a"), ("x-gone", "a")] {
+        for (name, value) in [
+            ("x-append", "a"),
+            ("x-absent", "a"),
+            ("x-over", "a"),
+            ("x-gone", "a"),
+        ] {
             headers.insert(name, HeaderValue::from_static(value));
         }
         ops.apply(&mut headers, None, &Variables::default());
-        let all = |name: &str| headers.get_all(name).iter().map(|v| v.to_str().unwrap()).collect::<Vec<_>>();
+        let all = |name: &str| {
+            headers
+                .get_all(name)
+                .iter()
+                .map(|v| v.to_str().unwrap())
+                .collect::<Vec<_>>()
+        };
         assert_eq!(all("x-append"), ["a", "b"]);
         assert_eq!(all("x-absent"), ["a"]);
         assert_eq!(all("x-new"), ["yes"]);
@@ -319,7 +355,11 @@ mod tests {
     #[test]
     fn header_values_substitute_variables_and_refuse_unknown_ones() {
         let ops = HeaderOps::compile(
-            &[option("x-v", "100%% %PROTOCOL% %REQ(x-a)% %DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%", 2)],
+            &[option(
+                "x-v",
+                "100%% %PROTOCOL% %REQ(x-a)% %DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%",
+                2,
+            )],
             &[],
             "request_headers",
         )
@@ -334,7 +374,8 @@ mod tests {
         ops.apply(&mut headers, None, &variables);
         assert_eq!(headers["x-v"], "100% HTTP/2 v 10.0.0.1");
 
-        let error = HeaderOps::compile(&[option("x-v", "%NOT_A_THING%", 2)], &[], "request_headers").unwrap_err();
+        let error =
+            HeaderOps::compile(&[option("x-v", "%NOT_A_THING%", 2)], &[], "request_headers").unwrap_err();
         assert_eq!(error.path, "request_headers_to_add[0].header.value");
         assert!(error.reason.contains("NOT_A_THING"), "{error}");
     }

@@ -123,6 +123,10 @@ pub struct TcpProxy {
     pub targets: TcpTargets,
     /// Limit of silence.
     pub idle_timeout: Option<Duration>,
+    /// Connections are ended after this.
+    pub max_duration: Option<Duration>,
+    /// Consistent hashing balancers go by the client's address.
+    pub hash_by_source: bool,
     /// How often a connection is tried.
     pub max_connect_attempts: u32,
     /// Whether Istio's TCP metrics are kept.
@@ -160,15 +164,20 @@ pub struct Cidr {
 
 impl Cidr {
     pub(crate) fn compile(from: &core::CidrRange) -> Result<Self, Refusal> {
-        let address: IpAddr = from
-            .address_prefix
-            .parse()
-            .map_err(|_| Refusal::new("address_prefix", format!("{:?} is no address", from.address_prefix)))?;
+        let address: IpAddr = from.address_prefix.parse().map_err(|_| {
+            Refusal::new(
+                "address_prefix",
+                format!("{:?} is no address", from.address_prefix),
+            )
+        })?;
         let widest = if address.is_ipv4() { 32 } else { 128 };
         let length = from.prefix_len.as_ref().map_or(0, |length| length.value);
         match u8::try_from(length) {
             Ok(length) if length <= widest => Ok(Self { address, length }),
-            _ => Err(Refusal::new("prefix_len", format!("{length} is longer than the address"))),
+            _ => Err(Refusal::new(
+                "prefix_len",
+                format!("{length} is longer than the address"),
+            )),
         }
     }
 
@@ -177,11 +186,13 @@ impl Cidr {
         match (self.address, address.to_canonical()) {
             (IpAddr::V4(range), IpAddr::V4(address)) => {
                 let shift = 32 - u32::from(self.length);
-                u32::from(range).checked_shr(shift).unwrap_or(0) == u32::from(address).checked_shr(shift).unwrap_or(0)
+                u32::from(range).checked_shr(shift).unwrap_or(0)
+                    == u32::from(address).checked_shr(shift).unwrap_or(0)
             }
             (IpAddr::V6(range), IpAddr::V6(address)) => {
                 let shift = 128 - u32::from(self.length);
-                u128::from(range).checked_shr(shift).unwrap_or(0) == u128::from(address).checked_shr(shift).unwrap_or(0)
+                u128::from(range).checked_shr(shift).unwrap_or(0)
+                    == u128::from(address).checked_shr(shift).unwrap_or(0)
             }
             _ => false,
         }
@@ -191,7 +202,9 @@ impl Cidr {
 impl Criteria {
     fn compile(from: Option<&listener::FilterChainMatch>) -> Result<Self, Refusal> {
         use listener::filter_chain_match::ConnectionSourceType;
-        let Some(from) = from else { return Ok(Self::default()) };
+        let Some(from) = from else {
+            return Ok(Self::default());
+        };
         if !from.address_suffix.is_empty() || from.suffix_len.is_some() {
             return Err(Refusal::new("address_suffix", "not supported"));
         }
@@ -209,9 +222,17 @@ impl Criteria {
                 .transpose()
                 .map_err(|_| Refusal::new("destination_port", "is not a port"))?,
             destinations: ranges(&from.prefix_ranges, "prefix_ranges")?,
-            server_names: from.server_names.iter().map(|name| name.to_ascii_lowercase().into()).collect(),
+            server_names: from
+                .server_names
+                .iter()
+                .map(|name| name.to_ascii_lowercase().into())
+                .collect(),
             transport: from.transport_protocol.as_str().into(),
-            application: from.application_protocols.iter().map(|name| name.as_str().into()).collect(),
+            application: from
+                .application_protocols
+                .iter()
+                .map(|name| name.as_str().into())
+                .collect(),
             source_same: match ConnectionSourceType::try_from(from.source_type) {
                 Ok(ConnectionSourceType::SameIpOrLoopback) => Some(true),
                 Ok(ConnectionSourceType::External) => Some(false),
@@ -219,7 +240,11 @@ impl Criteria {
             },
             direct_sources: ranges(&from.direct_source_prefix_ranges, "direct_source_prefix_ranges")?,
             sources: ranges(&from.source_prefix_ranges, "source_prefix_ranges")?,
-            source_ports: from.source_ports.iter().filter_map(|port| u16::try_from(*port).ok()).collect(),
+            source_ports: from
+                .source_ports
+                .iter()
+                .filter_map(|port| u16::try_from(*port).ok())
+                .collect(),
         })
     }
 
@@ -227,9 +252,11 @@ impl Criteria {
     fn score(&self, facts: &ConnectionFacts<'_>) -> Option<[u16; 8]> {
         let range = |ranges: &[Cidr], address: IpAddr| match ranges {
             [] => Some(0),
-            ranges => {
-                ranges.iter().filter(|r| r.contains(address)).map(|r| u16::from(r.length) + 1).max()
-            }
+            ranges => ranges
+                .iter()
+                .filter(|r| r.contains(address))
+                .map(|r| u16::from(r.length) + 1)
+                .max(),
         };
         let port = match self.port {
             None => 0,
@@ -240,7 +267,10 @@ impl Criteria {
         let server_name = match (&*self.server_names, facts.server_name) {
             ([], _) => 0,
             (_, None) => return None,
-            (names, Some(name)) => names.iter().filter_map(|pattern| server_name_score(pattern, name)).max()?,
+            (names, Some(name)) => names
+                .iter()
+                .filter_map(|pattern| server_name_score(pattern, name))
+                .max()?,
         };
         let transport = match &*self.transport {
             "" => 0,
@@ -264,14 +294,25 @@ impl Criteria {
             return None;
         }
         let source = source * 2 + u16::from(!self.source_ports.is_empty());
-        Some([port, destination, server_name, transport, application, direct, source_type, source])
+        Some([
+            port,
+            destination,
+            server_name,
+            transport,
+            application,
+            direct,
+            source_type,
+            source,
+        ])
     }
 }
 
 fn server_name_score(pattern: &str, name: &str) -> Option<u16> {
     match pattern.strip_prefix('*') {
         Some("") => Some(1),
-        Some(suffix) => (name.len() > suffix.len() && name.ends_with(suffix)).then_some(2 + suffix.len() as u16),
+        Some(suffix) => {
+            (name.len() > suffix.len() && name.ends_with(suffix)).then_some(2 + suffix.len() as u16)
+        }
         None => (pattern == name).then_some(u16::MAX),
     }
 }
@@ -288,7 +329,10 @@ impl Listener {
             ("udp_listener_config", from.udp_listener_config.is_some()),
             ("api_listener", from.api_listener.is_some()),
             ("filter_chain_matcher", from.filter_chain_matcher.is_some()),
-            ("transparent", from.transparent.as_ref().is_some_and(|value| value.value)),
+            (
+                "transparent",
+                from.transparent.as_ref().is_some_and(|value| value.value),
+            ),
             ("fcds_config", from.fcds_config.is_some()),
         ];
         if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
@@ -320,19 +364,25 @@ impl Listener {
                     .unwrap_or(UNLIMITED_DETECTION),
             },
             continue_on_timeout: from.continue_on_listener_filters_timeout
-                || convert::timeout(from.listener_filters_timeout.as_ref()).ok().flatten().is_none(),
+                || convert::timeout(from.listener_filters_timeout.as_ref())
+                    .ok()
+                    .flatten()
+                    .is_none(),
             chains: Box::default(),
             default_chain: None,
         };
         for (index, filter) in from.listener_filters.iter().enumerate() {
-            out.add_listener_filter(filter).within(format!("listener_filters[{index}]"))?;
+            out.add_listener_filter(filter)
+                .within(format!("listener_filters[{index}]"))?;
         }
         out.chains = from
             .filter_chains
             .iter()
             .enumerate()
             .map(|(index, chain)| {
-                compile_chain(chain, direction, context).map(Arc::new).within(format!("filter_chains[{index}]"))
+                compile_chain(chain, direction, context)
+                    .map(Arc::new)
+                    .within(format!("filter_chains[{index}]"))
             })
             .collect::<Result<_, _>>()?;
         out.default_chain = from
@@ -356,7 +406,12 @@ impl Listener {
             "envoy.filters.listener.original_dst" => self.original_dst = true,
             "envoy.filters.listener.tls_inspector" => self.inspect_tls = Inspect { on: true, off_ports },
             "envoy.filters.listener.http_inspector" => self.inspect_http = Inspect { on: true, off_ports },
-            other => return Err(Refusal::new("name", format!("the listener filter {other:?} is not supported"))),
+            other => {
+                return Err(Refusal::new(
+                    "name",
+                    format!("the listener filter {other:?} is not supported"),
+                ));
+            }
         }
         Ok(())
     }
@@ -402,7 +457,8 @@ fn disabled_ports(
     match &predicate.rule {
         Some(Rule::DestinationPortRange(range)) => {
             let bound = |value: i32| u16::try_from(value.clamp(0, 65_535)).unwrap_or(u16::MAX);
-            Ok(vec![bound(range.start)..bound(range.end)])
+            let ports = bound(range.start)..bound(range.end);
+            Ok(std::iter::once(ports).collect())
         }
         Some(Rule::OrMatch(set)) => {
             let mut all = Vec::new();
@@ -411,7 +467,10 @@ fn disabled_ports(
             }
             Ok(all)
         }
-        _ => Err(Refusal::new("", "only destination port ranges and or_match are supported")),
+        _ => Err(Refusal::new(
+            "",
+            "only destination port ranges and or_match are supported",
+        )),
     }
 }
 
@@ -420,17 +479,31 @@ fn compile_chain(
     direction: Direction,
     context: &mut Context<'_>,
 ) -> Result<FilterChain, Refusal> {
-    if from.transport_socket.as_ref().is_some_and(|socket| !socket.name.ends_with("raw_buffer")) {
-        return Err(Refusal::new("transport_socket", "terminating TLS is not supported yet"));
+    if from
+        .transport_socket
+        .as_ref()
+        .is_some_and(|socket| !socket.name.ends_with("raw_buffer"))
+    {
+        return Err(Refusal::new(
+            "transport_socket",
+            "terminating TLS is not supported yet",
+        ));
     }
-    let mut stats = false;
+    // As for HTTP: measured unless Istio's own filters are there and leave it out.
+    let mut stats = !from
+        .filters
+        .iter()
+        .any(|filter| filter.name.starts_with("istio."));
     let mut handler = None;
     for (index, filter) in from.filters.iter().enumerate() {
         let path = format!("filters[{index}]");
         let any = match &filter.config_type {
             Some(listener::filter::ConfigType::TypedConfig(any)) => Some(any),
             Some(listener::filter::ConfigType::ConfigDiscovery(_)) => {
-                return Err(Refusal::new(path, "filters by extension discovery are not supported"));
+                return Err(Refusal::new(
+                    path,
+                    "filters by extension discovery are not supported",
+                ));
             }
             None => None,
         };
@@ -449,18 +522,24 @@ fn compile_chain(
                 handler = Some(Handler::Http(Arc::new(manager)));
             }
             ("envoy.filters.network.tcp_proxy", Some(any)) => {
-                let message =
-                    convert::unpack(any, "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy").within(&path)?;
+                let message = convert::unpack(any, "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy")
+                    .within(&path)?;
                 let proxy = TcpProxy::compile(&message, stats, context).within(&path)?;
                 handler = Some(Handler::Tcp(Arc::new(proxy)));
             }
-            (name, _) => return Err(Refusal::new(path, format!("the network filter {name:?} is not supported"))),
+            (name, _) => {
+                return Err(Refusal::new(
+                    path,
+                    format!("the network filter {name:?} is not supported"),
+                ));
+            }
         }
     }
     Ok(FilterChain {
         name: from.name.as_str().into(),
         criteria: Criteria::compile(from.filter_chain_match.as_ref()).within("filter_chain_match")?,
-        handler: handler.ok_or_else(|| Refusal::new("filters", "no http_connection_manager and no tcp_proxy"))?,
+        handler: handler
+            .ok_or_else(|| Refusal::new("filters", "no http_connection_manager and no tcp_proxy"))?,
         retired: AtomicBool::new(false),
     })
 }
@@ -469,14 +548,27 @@ impl TcpProxy {
     fn compile(from: &tcp_v3::TcpProxy, stats: bool, context: &mut Context<'_>) -> Result<Self, Refusal> {
         use tcp_v3::tcp_proxy::ClusterSpecifier;
         if from.tunneling_config.is_some() || from.on_demand.is_some() || from.metadata_match.is_some() {
-            return Err(Refusal::new("tunneling_config", "tunnels, on-demand clusters, metadata matches: not supported"));
+            return Err(Refusal::new(
+                "tunneling_config",
+                "tunnels, on-demand clusters, metadata matches: not supported",
+            ));
         }
         let targets = match &from.cluster_specifier {
             Some(ClusterSpecifier::Cluster(name)) => TcpTargets::One(context.slots.cluster(name)),
             Some(ClusterSpecifier::WeightedClusters(weighted)) => {
-                let clusters = weighted.clusters.iter().map(|cluster| context.slots.cluster(&cluster.name)).collect();
-                let weights = Weights::new(weighted.clusters.iter().map(|cluster| cluster.weight).collect::<Vec<_>>())
-                    .ok_or_else(|| Refusal::new("weighted_clusters", "the weights add up to zero"))?;
+                let clusters = weighted
+                    .clusters
+                    .iter()
+                    .map(|cluster| context.slots.cluster(&cluster.name))
+                    .collect();
+                let weights = Weights::new(
+                    weighted
+                        .clusters
+                        .iter()
+                        .map(|cluster| cluster.weight)
+                        .collect::<Vec<_>>(),
+                )
+                .ok_or_else(|| Refusal::new("weighted_clusters", "the weights add up to zero"))?;
                 let turn = Turn::new(context.workers, weights.total(), context.seed % weights.total());
                 TcpTargets::Weighted(clusters, weights, turn)
             }
@@ -488,7 +580,29 @@ impl TcpProxy {
                 None => Some(Duration::from_secs(3600)),
                 given => convert::timeout(given.as_ref()).within("idle_timeout")?,
             },
-            max_connect_attempts: from.max_connect_attempts.as_ref().map_or(1, |value| value.value.max(1)),
+            max_duration: convert::timeout(from.max_downstream_connection_duration.as_ref())
+                .within("max_downstream_connection_duration")?,
+            hash_by_source: match from.hash_policy.as_slice() {
+                [] => false,
+                [one]
+                    if matches!(
+                        one.policy_specifier,
+                        Some(serin_xds::pb::envoy::r#type::v3::hash_policy::PolicySpecifier::SourceIp(_))
+                    ) =>
+                {
+                    true
+                }
+                _ => {
+                    return Err(Refusal::new(
+                        "hash_policy",
+                        "only the source address is supported",
+                    ));
+                }
+            },
+            max_connect_attempts: from
+                .max_connect_attempts
+                .as_ref()
+                .map_or(1, |value| value.value.max(1)),
             stats,
         })
     }

@@ -61,8 +61,12 @@ impl StringMatch {
                 Ok(Self::Contains(value.to_ascii_lowercase().into(), true))
             }
             Some(MatchPattern::Contains(value)) => Ok(Self::Contains(value.as_str().into(), false)),
-            Some(MatchPattern::SafeRegex(value)) => Ok(Self::Regex(full_regex(&value.regex).within("safe_regex")?)),
-            Some(MatchPattern::Custom(_)) => Err(Refusal::new("custom", "custom string matchers are not supported")),
+            Some(MatchPattern::SafeRegex(value)) => {
+                Ok(Self::Regex(full_regex(&value.regex).within("safe_regex")?))
+            }
+            Some(MatchPattern::Custom(_)) => {
+                Err(Refusal::new("custom", "custom string matchers are not supported"))
+            }
             None => Err(Refusal::new("match_pattern", "is missing")),
         }
     }
@@ -143,19 +147,28 @@ impl HeaderMatch {
             Some(Spec::PresentMatch(present)) => HeaderTest::Present(*present),
             Some(Spec::RangeMatch(range)) => HeaderTest::Range(range.start, range.end),
             Some(Spec::ExactMatch(value)) => HeaderTest::String(StringMatch::Exact(value.as_str().into())),
-            Some(Spec::PrefixMatch(value)) => HeaderTest::String(StringMatch::Prefix(value.as_str().into(), false)),
-            Some(Spec::SuffixMatch(value)) => HeaderTest::String(StringMatch::Suffix(value.as_str().into(), false)),
+            Some(Spec::PrefixMatch(value)) => {
+                HeaderTest::String(StringMatch::Prefix(value.as_str().into(), false))
+            }
+            Some(Spec::SuffixMatch(value)) => {
+                HeaderTest::String(StringMatch::Suffix(value.as_str().into(), false))
+            }
             Some(Spec::ContainsMatch(value)) => {
                 HeaderTest::String(StringMatch::Contains(value.as_str().into(), false))
             }
-            Some(Spec::SafeRegexMatch(value)) => {
-                HeaderTest::String(StringMatch::Regex(full_regex(&value.regex).within("safe_regex_match")?))
-            }
+            Some(Spec::SafeRegexMatch(value)) => HeaderTest::String(StringMatch::Regex(
+                full_regex(&value.regex).within("safe_regex_match")?,
+            )),
             Some(Spec::StringMatch(value)) => {
                 HeaderTest::String(StringMatch::compile(value).within("string_match")?)
             }
         };
-        Ok(Self { key, test, invert: from.invert_match, missing_is_empty: from.treat_missing_header_as_empty })
+        Ok(Self {
+            key,
+            test,
+            invert: from.invert_match,
+            missing_is_empty: from.treat_missing_header_as_empty,
+        })
     }
 
     /// Whether the request has the header as asked. A header that is absent never matches a value test, inverted or
@@ -195,9 +208,9 @@ impl HeaderMatch {
         let outcome = match (&self.test, value) {
             (HeaderTest::Present(wanted), value) => (value.is_some() || self.missing_is_empty) == *wanted,
             (_, None) if !self.missing_is_empty => return false,
-            (HeaderTest::Range(start, end), value) => {
-                value.and_then(|text| text.parse::<i64>().ok()).is_some_and(|number| (*start..*end).contains(&number))
-            }
+            (HeaderTest::Range(start, end), value) => value
+                .and_then(|text| text.parse::<i64>().ok())
+                .is_some_and(|number| (*start..*end).contains(&number)),
             (HeaderTest::String(test), value) => test.matches(value.unwrap_or("")),
         };
         outcome != self.invert
@@ -219,9 +232,15 @@ impl QueryMatch {
         let (test, present) = match &from.query_parameter_match_specifier {
             None => (None, true),
             Some(Spec::PresentMatch(present)) => (None, *present),
-            Some(Spec::StringMatch(value)) => (Some(StringMatch::compile(value).within("string_match")?), true),
+            Some(Spec::StringMatch(value)) => {
+                (Some(StringMatch::compile(value).within("string_match")?), true)
+            }
         };
-        Ok(Self { name: from.name.as_str().into(), test, present })
+        Ok(Self {
+            name: from.name.as_str().into(),
+            test,
+            present,
+        })
     }
 
     /// Whether the first parameter of that name is as asked.
@@ -245,11 +264,22 @@ mod tests {
     use super::*;
 
     fn view(headers: &HeaderMap) -> RequestView<'_> {
-        RequestView { method: "GET", path: "/a", query: Some("x=1"), authority: "a.b", scheme: "http", headers }
+        RequestView {
+            method: "GET",
+            path: "/a",
+            query: Some("x=1"),
+            authority: "a.b",
+            scheme: "http",
+            headers,
+        }
     }
 
     fn header(name: &str, spec: Option<route::header_matcher::HeaderMatchSpecifier>) -> route::HeaderMatcher {
-        route::HeaderMatcher { name: name.into(), header_match_specifier: spec, ..Default::default() }
+        route::HeaderMatcher {
+            name: name.into(),
+            header_match_specifier: spec,
+            ..Default::default()
+        }
     }
 
     #[test]
@@ -271,7 +301,10 @@ mod tests {
         headers.append("x-l", "a".parse().unwrap());
         headers.append("x-l", "b".parse().unwrap());
         let range = |start, end| {
-            Some(Spec::RangeMatch(serin_xds::pb::envoy::r#type::v3::Int64Range { start, end }))
+            Some(Spec::RangeMatch(serin_xds::pb::envoy::r#type::v3::Int64Range {
+                start,
+                end,
+            }))
         };
         let cases = [
             ("x-n", range(10, 18), true),
@@ -296,10 +329,12 @@ mod tests {
     fn a_regular_expression_must_match_the_whole_value() {
         let matcher = StringMatch::compile(&matcher::StringMatcher {
             ignore_case: false,
-            match_pattern: Some(matcher::string_matcher::MatchPattern::SafeRegex(matcher::RegexMatcher {
-                regex: "a|ab".into(),
-                ..Default::default()
-            })),
+            match_pattern: Some(matcher::string_matcher::MatchPattern::SafeRegex(
+                matcher::RegexMatcher {
+                    regex: "a|ab".into(),
+                    ..Default::default()
+                },
+            )),
         })
         .unwrap();
         assert!(matcher.matches("ab"));

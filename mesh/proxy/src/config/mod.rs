@@ -4,6 +4,8 @@
 //! swaps it into its [`slot`]. A resource that cannot be honoured is refused with the path of the offending field and
 //! the last good one stays.
 
+#![allow(deprecated)] // control planes, istiod among them, still send fields that Envoy calls deprecated
+
 pub mod cluster;
 pub mod convert;
 pub mod endpoint;

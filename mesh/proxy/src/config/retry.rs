@@ -102,7 +102,12 @@ impl RetryPolicy {
     /// Compiles the message; `None` when it can never retry anything.
     pub(crate) fn compile(from: &route::RetryPolicy) -> Result<Option<Self>, Refusal> {
         let mut on = RetryOn::default();
-        for word in from.retry_on.split(',').map(str::trim).filter(|word| !word.is_empty()) {
+        for word in from
+            .retry_on
+            .split(',')
+            .map(str::trim)
+            .filter(|word| !word.is_empty())
+        {
             // A bare status code is Istio's short form of retriable-status-codes, translated by its control plane;
             // like Envoy, words that we do not know are ignored.
             on = on | RetryOn::parse(word).unwrap_or_default();
@@ -150,8 +155,14 @@ impl RetryPolicy {
             attempts,
             per_try_timeout: convert::timeout(from.per_try_timeout.as_ref()).within("per_try_timeout")?,
             previous_hosts,
-            host_selection_attempts: u32::try_from(from.host_selection_retry_max_attempts).unwrap_or(0).clamp(1, 64),
-            status_codes: from.retriable_status_codes.iter().filter_map(|code| u16::try_from(*code).ok()).collect(),
+            host_selection_attempts: u32::try_from(from.host_selection_retry_max_attempts)
+                .unwrap_or(0)
+                .clamp(1, 64),
+            status_codes: from
+                .retriable_status_codes
+                .iter()
+                .filter_map(|code| u16::try_from(*code).ok())
+                .collect(),
             response_headers: headers(&from.retriable_headers, "retriable_headers")?,
             request_headers: headers(&from.retriable_request_headers, "retriable_request_headers")?,
             base_interval,
@@ -161,16 +172,20 @@ impl RetryPolicy {
 
     /// Whether requests like this one are retried at all (`retriable_request_headers`).
     pub fn applies_to(&self, request: &RequestView<'_>) -> bool {
-        self.request_headers.is_empty() || self.request_headers.iter().any(|matcher| matcher.matches(request))
+        self.request_headers.is_empty()
+            || self
+                .request_headers
+                .iter()
+                .any(|matcher| matcher.matches(request))
     }
 
     /// Whether an attempt that ended so should be tried again.
     pub fn wants(&self, outcome: &Outcome<'_>) -> bool {
         let on = self.on;
         match outcome {
-            Outcome::ConnectFailure => {
-                on.has(RetryOn::CONNECT_FAILURE | RetryOn::SERVER_ERROR | RetryOn::GATEWAY_ERROR | RetryOn::RESET)
-            }
+            Outcome::ConnectFailure => on.has(
+                RetryOn::CONNECT_FAILURE | RetryOn::SERVER_ERROR | RetryOn::GATEWAY_ERROR | RetryOn::RESET,
+            ),
             Outcome::Refused => on.has(
                 RetryOn::REFUSED_STREAM | RetryOn::CONNECT_FAILURE | RetryOn::RESET | RetryOn::SERVER_ERROR,
             ),
@@ -195,7 +210,14 @@ impl RetryPolicy {
             return true;
         }
         if on.has(RetryOn::HEADERS) {
-            let view = RequestView { method: "", path: "", query: None, authority: "", scheme: "", headers };
+            let view = RequestView {
+                method: "",
+                path: "",
+                query: None,
+                authority: "",
+                scheme: "",
+                headers,
+            };
             if self.response_headers.iter().any(|matcher| matcher.matches(&view)) {
                 return true;
             }
@@ -233,8 +255,11 @@ impl RetryPolicy {
     /// Fully jittered wait before retry number `retry` (1 for the first): uniform in `[0, (2^retry - 1) * base)`,
     /// capped.
     pub fn back_off(&self, retry: u32, random: u64) -> Duration {
-        let span = self.base_interval.saturating_mul((1u32 << retry.min(20)) - 1).min(self.max_interval);
-        let nanos = u128::from(random) * span.as_nanos() >> 64;
+        let span = self
+            .base_interval
+            .saturating_mul((1u32 << retry.min(20)) - 1)
+            .min(self.max_interval);
+        let nanos = (u128::from(random) * span.as_nanos()) >> 64;
         Duration::from_nanos(nanos as u64)
     }
 }
@@ -265,7 +290,11 @@ mod tests {
             ("gateway-error", Outcome::Response(status(503), &none), true),
             ("retriable-4xx", Outcome::Response(status(409), &none), true),
             ("retriable-4xx", Outcome::Response(status(404), &none), false),
-            ("retriable-status-codes", Outcome::Response(status(418), &none), true),
+            (
+                "retriable-status-codes",
+                Outcome::Response(status(418), &none),
+                true,
+            ),
             ("unavailable", Outcome::Response(status(200), &unavailable), true),
             ("cancelled", Outcome::Response(status(200), &unavailable), false),
             ("connect-failure", Outcome::ConnectFailure, true),
@@ -291,14 +320,21 @@ mod tests {
             ..Default::default()
         };
         assert!(RetryPolicy::compile(&zero).unwrap().is_none());
-        assert!(RetryPolicy::compile(&route::RetryPolicy::default()).unwrap().is_none());
+        assert!(
+            RetryPolicy::compile(&route::RetryPolicy::default())
+                .unwrap()
+                .is_none()
+        );
     }
 
     #[test]
     fn back_off_doubles_its_span_up_to_ten_times_the_base() {
         let policy = policy("5xx");
         let most = |retry| policy.back_off(retry, u64::MAX).as_micros();
-        assert_eq!([most(1), most(2), most(3), most(4), most(9)], [24_999, 74_999, 174_999, 249_999, 249_999]);
+        assert_eq!(
+            [most(1), most(2), most(3), most(4), most(9)],
+            [24_999, 74_999, 174_999, 249_999, 249_999]
+        );
         assert_eq!(policy.back_off(3, 0), Duration::ZERO);
     }
 }

@@ -259,7 +259,9 @@ impl VirtualHost {
             .iter()
             .enumerate()
             .map(|(index, message)| {
-                Route::compile(message, from, context).map(Arc::new).within(format!("routes[{index}]"))
+                Route::compile(message, from, context)
+                    .map(Arc::new)
+                    .within(format!("routes[{index}]"))
             })
             .collect::<Result<_, _>>()?;
         Ok(Self {
@@ -285,7 +287,9 @@ impl VirtualHost {
 
     /// The first route that matches.
     pub fn find(&self, request: &RequestView<'_>, random: impl Fn() -> u64) -> Option<&Arc<Route>> {
-        self.routes.iter().find(|route| route.matches.test(request, &random))
+        self.routes
+            .iter()
+            .find(|route| route.matches.test(request, &random))
     }
 }
 
@@ -295,7 +299,10 @@ impl Route {
         host: &route::VirtualHost,
         context: &mut Context<'_>,
     ) -> Result<Self, Refusal> {
-        let message = from.r#match.as_ref().ok_or_else(|| Refusal::new("match", "is missing"))?;
+        let message = from
+            .r#match
+            .as_ref()
+            .ok_or_else(|| Refusal::new("match", "is missing"))?;
         let matches = RouteMatch::compile(message).within("match")?;
         let mut per_filter = PerRoute::compile(&from.typed_per_filter_config)?;
         let action = match &from.action {
@@ -303,7 +310,9 @@ impl Route {
                 if let Some(cors) = &action.cors {
                     per_filter.cors = Some(Cors::compile_route(cors).within("route.cors")?);
                 }
-                Action::Forward(Box::new(Forward::compile(action, from, host, context).within("route")?))
+                Action::Forward(Box::new(
+                    Forward::compile(action, from, host, context).within("route")?,
+                ))
             }
             Some(route::route::Action::Redirect(redirect)) => {
                 Action::Redirect(Box::new(Redirect::compile(redirect).within("redirect")?))
@@ -312,7 +321,10 @@ impl Route {
                 Action::Direct(Direct::compile(direct).within("direct_response")?)
             }
             Some(route::route::Action::FilterAction(_) | route::route::Action::NonForwardingAction(_)) => {
-                return Err(Refusal::new("action", "only route, redirect and direct_response are supported"));
+                return Err(Refusal::new(
+                    "action",
+                    "only route, redirect and direct_response are supported",
+                ));
             }
             None => return Err(Refusal::new("action", "is missing")),
         };
@@ -352,7 +364,10 @@ impl Route {
             (None, _, _) => None,
         };
         let default_port = if scheme == "https" { 443 } else { 80 };
-        let port = port.filter(|port| *port != default_port).map(|port| format!(":{port}")).unwrap_or_default();
+        let port = port
+            .filter(|port| *port != default_port)
+            .map(|port| format!(":{port}"))
+            .unwrap_or_default();
         let path = match &redirect.path {
             None => request.path.into(),
             Some(rewrite) => self.rewritten(rewrite, request.path),
@@ -367,7 +382,10 @@ impl Route {
 
 fn split_port(authority: &str) -> (&str, Option<u16>) {
     let host = super::table::strip_port(authority);
-    (host, authority.get(host.len() + 1..).and_then(|port| port.parse().ok()))
+    (
+        host,
+        authority.get(host.len() + 1..).and_then(|port| port.parse().ok()),
+    )
 }
 
 impl RouteMatch {
@@ -388,7 +406,10 @@ impl RouteMatch {
                 return Err(Refusal::new("connect_matcher", "CONNECT is not supported"));
             }
             Some(PathSpecifier::PathMatchPolicy(_)) => {
-                return Err(Refusal::new("path_match_policy", "path templates are not supported yet"));
+                return Err(Refusal::new(
+                    "path_match_policy",
+                    "path templates are not supported yet",
+                ));
             }
         };
         if from.tls_context.is_some() {
@@ -398,7 +419,10 @@ impl RouteMatch {
             return Err(Refusal::new("dynamic_metadata", "not supported yet"));
         }
         if !from.filter_state.is_empty() || !from.cookies.is_empty() {
-            return Err(Refusal::new("filter_state", "filter state and cookie matchers are not supported"));
+            return Err(Refusal::new(
+                "filter_state",
+                "filter state and cookie matchers are not supported",
+            ));
         }
         Ok(Self {
             path,
@@ -464,8 +488,12 @@ pub fn is_grpc(headers: &http::HeaderMap) -> bool {
 }
 
 fn substitution(from: &matcher::RegexMatchAndSubstitute) -> Result<(Regex, Box<str>), Refusal> {
-    let pattern = from.pattern.as_ref().ok_or_else(|| Refusal::new("pattern", "is missing"))?;
-    let regex = Regex::new(&pattern.regex).map_err(|error| Refusal::new("pattern.regex", error.to_string()))?;
+    let pattern = from
+        .pattern
+        .as_ref()
+        .ok_or_else(|| Refusal::new("pattern", "is missing"))?;
+    let regex =
+        Regex::new(&pattern.regex).map_err(|error| Refusal::new("pattern.regex", error.to_string()))?;
     // RE2 writes groups as \1, the regex crate as ${1}; a literal $ must not be taken for one.
     let mut out = String::with_capacity(from.substitution.len());
     let mut chars = from.substitution.chars();
@@ -478,7 +506,12 @@ fn substitution(from: &matcher::RegexMatchAndSubstitute) -> Result<(Regex, Box<s
                     out.push('}');
                 }
                 Some('\\') => out.push('\\'),
-                _ => return Err(Refusal::new("substitution", "a backslash must be followed by a digit or backslash")),
+                _ => {
+                    return Err(Refusal::new(
+                        "substitution",
+                        "a backslash must be followed by a digit or backslash",
+                    ));
+                }
             },
             '$' => out.push_str("$$"),
             other => out.push(other),
@@ -506,14 +539,21 @@ impl Redirect {
             Ok(RedirectResponseCode::SeeOther) => StatusCode::SEE_OTHER,
             Ok(RedirectResponseCode::TemporaryRedirect) => StatusCode::TEMPORARY_REDIRECT,
             Ok(RedirectResponseCode::PermanentRedirect) => StatusCode::PERMANENT_REDIRECT,
-            Err(_) => return Err(Refusal::new("response_code", format!("{} is unknown", from.response_code))),
+            Err(_) => {
+                return Err(Refusal::new(
+                    "response_code",
+                    format!("{} is unknown", from.response_code),
+                ));
+            }
         };
         let path = match &from.path_rewrite_specifier {
             None => None,
             Some(PathRewriteSpecifier::PathRedirect(path) | PathRewriteSpecifier::PathRewrite(path)) => {
                 Some(Rewrite::Full(path.as_str().into()))
             }
-            Some(PathRewriteSpecifier::PrefixRewrite(prefix)) => Some(Rewrite::Prefix(prefix.as_str().into())),
+            Some(PathRewriteSpecifier::PrefixRewrite(prefix)) => {
+                Some(Rewrite::Prefix(prefix.as_str().into()))
+            }
             Some(PathRewriteSpecifier::RegexRewrite(regex)) => {
                 let (regex, with) = substitution(regex).within("regex_rewrite")?;
                 Some(Rewrite::Regex(regex, with))
@@ -560,7 +600,10 @@ impl Direct {
             }
         };
         if body.len() > MAX_DIRECT_RESPONSE {
-            return Err(Refusal::new("body", format!("is longer than {MAX_DIRECT_RESPONSE} bytes")));
+            return Err(Refusal::new(
+                "body",
+                format!("is longer than {MAX_DIRECT_RESPONSE} bytes"),
+            ));
         }
         Ok(Self { status, body })
     }

@@ -93,7 +93,10 @@ pub struct RouteSlot {
 
 impl RouteSlot {
     pub(crate) fn new(name: Arc<str>) -> Self {
-        Self { name, table: ArcSwapOption::empty() }
+        Self {
+            name,
+            table: ArcSwapOption::empty(),
+        }
     }
 
     /// The table, if it has arrived.
@@ -194,12 +197,15 @@ impl Slots {
     pub fn sweep(&mut self) {
         let free = &mut self.free;
         self.clusters.retain(|_, slot| {
-            let keep = Arc::strong_count(slot) > 1 || slot.config.load().is_some() || slot.endpoints.load().is_some();
+            let keep = Arc::strong_count(slot) > 1
+                || slot.config.load().is_some()
+                || slot.endpoints.load().is_some();
             if !keep {
                 free.push(slot.id);
             }
             keep
         });
-        self.routes.retain(|_, slot| Arc::strong_count(slot) > 1 || slot.table.load().is_some());
+        self.routes
+            .retain(|_, slot| Arc::strong_count(slot) > 1 || slot.table.load().is_some());
     }
 }

@@ -55,7 +55,9 @@ pub struct VirtualListeners {
 impl VirtualListeners {
     /// The listener for a connection to `destination`.
     pub fn find(&self, destination: SocketAddr) -> Option<&Arc<Listener>> {
-        self.exact.get(&destination).or_else(|| self.by_port.get(&destination.port()))
+        self.exact
+            .get(&destination)
+            .or_else(|| self.by_port.get(&destination.port()))
     }
 }
 
@@ -163,18 +165,27 @@ impl Store {
         let cluster = Cluster::compile(&message)?;
         let own = match (&cluster.discovery, &cluster.load_assignment) {
             (Discovery::Static, Some(assignment)) => {
-                let previous = self.slots.find_cluster(update.name).and_then(|slot| slot.endpoints());
+                let previous = self
+                    .slots
+                    .find_cluster(update.name)
+                    .and_then(|slot| slot.endpoints());
                 Some(EndpointSet::compile(assignment, previous.as_deref()).within("load_assignment")?)
             }
             (Discovery::Static, None) => Some(EndpointSet::default()),
             _ => None,
         };
         if let Some(set) = &own
-            && let Some(endpoint) = set.all.iter().find(|endpoint| matches!(endpoint.address, Address::Name(..)))
+            && let Some(endpoint) = set
+                .all
+                .iter()
+                .find(|endpoint| matches!(endpoint.address, Address::Name(..)))
         {
             return Err(Refusal::new(
                 "load_assignment",
-                format!("{} is not an address; a STATIC cluster cannot resolve names", endpoint.address),
+                format!(
+                    "{} is not an address; a STATIC cluster cannot resolve names",
+                    endpoint.address
+                ),
             ));
         }
         let slot = self.slots.cluster(update.name);
@@ -189,7 +200,10 @@ impl Store {
         }
         let mut endpoints = None;
         if let Discovery::Eds(name) = &cluster.discovery {
-            self.eds.entry(name.clone()).or_default().insert(slot.name.clone());
+            self.eds
+                .entry(name.clone())
+                .or_default()
+                .insert(slot.name.clone());
             endpoints = self
                 .assignments
                 .get(name)
@@ -215,7 +229,9 @@ impl Store {
     }
 
     fn remove_cluster(&mut self, name: &str) {
-        let Some(slot) = self.clusters.remove(name) else { return };
+        let Some(slot) = self.clusters.remove(name) else {
+            return;
+        };
         if let Some(config) = slot.config()
             && let Discovery::Eds(eds_name) = &config.discovery
         {
@@ -231,7 +247,10 @@ impl Store {
         let mut compiled = Vec::with_capacity(users.len());
         for user in &users {
             if let Some(slot) = self.clusters.get(user) {
-                compiled.push((slot.clone(), EndpointSet::compile(&message, slot.endpoints().as_deref())?));
+                compiled.push((
+                    slot.clone(),
+                    EndpointSet::compile(&message, slot.endpoints().as_deref())?,
+                ));
             }
         }
         if users.is_empty() {
@@ -269,7 +288,11 @@ impl Store {
 
     fn put_listener(&mut self, update: &Update<'_>) -> Result<(), Refusal> {
         let message = decode::<pb_listener::Listener>(update)?;
-        let mut context = Context { slots: &mut self.slots, workers: self.workers, seed: random::next() };
+        let mut context = Context {
+            slots: &mut self.slots,
+            workers: self.workers,
+            seed: random::next(),
+        };
         let listener = Arc::new(Listener::compile(&message, &mut context)?);
         for name in listener.route_names() {
             self.route_state(&name);
@@ -318,17 +341,23 @@ impl Store {
 
     fn route_state(&mut self, name: &str) -> &mut RouteState {
         let slot = self.slots.route(name);
-        self.routes.entry(slot.name.clone()).or_insert_with(|| RouteState {
-            slot,
-            base: None,
-            inline: Vec::new(),
-            discovered: BTreeMap::new(),
-        })
+        self.routes
+            .entry(slot.name.clone())
+            .or_insert_with(|| RouteState {
+                slot,
+                base: None,
+                inline: Vec::new(),
+                discovered: BTreeMap::new(),
+            })
     }
 
     fn put_route(&mut self, update: &Update<'_>, dirty: &mut BTreeSet<Arc<str>>) -> Result<(), Refusal> {
         let mut message = decode::<pb_route::RouteConfiguration>(update)?;
-        let mut context = Context { slots: &mut self.slots, workers: self.workers, seed: random::next() };
+        let mut context = Context {
+            slots: &mut self.slots,
+            workers: self.workers,
+            seed: random::next(),
+        };
         let inline = compile_hosts(&message, &mut context)?;
         // Compiled before it is kept, so that a refusal leaves the last good one.
         check_table(&message, &inline)?;
@@ -345,16 +374,29 @@ impl Store {
             state.base = None;
             state.inline.clear();
             state.slot.set(None);
-            if state.discovered.is_empty() && !self.listeners.values().any(|l| l.route_names().any(|n| &*n == name)) {
+            if state.discovered.is_empty()
+                && !self
+                    .listeners
+                    .values()
+                    .any(|l| l.route_names().any(|n| &*n == name))
+            {
                 self.routes.remove(name);
             }
         }
     }
 
-    fn put_virtual_host(&mut self, update: &Update<'_>, dirty: &mut BTreeSet<Arc<str>>) -> Result<(), Refusal> {
+    fn put_virtual_host(
+        &mut self,
+        update: &Update<'_>,
+        dirty: &mut BTreeSet<Arc<str>>,
+    ) -> Result<(), Refusal> {
         let (route_name, host_name) = split_host_name(update.name)?;
         let message = decode::<pb_route::VirtualHost>(update)?;
-        let mut context = Context { slots: &mut self.slots, workers: self.workers, seed: random::next() };
+        let mut context = Context {
+            slots: &mut self.slots,
+            workers: self.workers,
+            seed: random::next(),
+        };
         let host = VirtualHost::compile(&message, &mut context)?;
         let state = self.route_state(route_name);
         match state.discovered.get(host_name) {
@@ -362,7 +404,9 @@ impl Store {
             Some(slot) if slot.load().domains == host.domains => slot.set(host),
             _ => {
                 // A new slot also when domains change, so that until the table is rebuilt the old one stays whole.
-                state.discovered.insert(host_name.into(), Arc::new(VirtualHostSlot::new(host)));
+                state
+                    .discovered
+                    .insert(host_name.into(), Arc::new(VirtualHostSlot::new(host)));
                 dirty.insert(state.slot.name.clone());
             }
         }
@@ -370,7 +414,9 @@ impl Store {
     }
 
     fn remove_virtual_host(&mut self, name: &str, dirty: &mut BTreeSet<Arc<str>>) {
-        let Ok((route_name, host_name)) = split_host_name(name) else { return };
+        let Ok((route_name, host_name)) = split_host_name(name) else {
+            return;
+        };
         if let Some(state) = self.routes.get_mut(route_name)
             && state.discovered.remove(host_name).is_some()
         {
@@ -381,7 +427,9 @@ impl Store {
     /// Rebuilds the domain index of a route configuration. A discovered host that claims the domain of another is left
     /// out and named.
     fn rebuild(&mut self, name: &str) -> Vec<(Box<str>, Refusal)> {
-        let Some(state) = self.routes.get_mut(name) else { return Vec::new() };
+        let Some(state) = self.routes.get_mut(name) else {
+            return Vec::new();
+        };
         let Some(base) = &state.base else {
             state.slot.set(None);
             return Vec::new();
@@ -392,13 +440,15 @@ impl Store {
             // Checked when the configuration was taken.
             let _ = insert_host(&mut domains, host);
         }
-        state.discovered.retain(|host_name, host| match insert_host(&mut domains, host) {
-            Ok(()) => true,
-            Err(refusal) => {
-                refused.push((format!("{name}/{host_name}").into(), refusal));
-                false
-            }
-        });
+        state
+            .discovered
+            .retain(|host_name, host| match insert_host(&mut domains, host) {
+                Ok(()) => true,
+                Err(refusal) => {
+                    refused.push((format!("{name}/{host_name}").into(), refusal));
+                    false
+                }
+            });
         match table_of(base, domains) {
             Ok(table) => state.slot.set(Some(Arc::new(table))),
             Err(refusal) => refused.push((name.into(), refusal)),
@@ -413,12 +463,17 @@ impl Store {
 
     /// Names that the proxy must ask for by RDS.
     pub fn rds_names(&self) -> BTreeSet<Arc<str>> {
-        self.listeners.values().flat_map(|listener| listener.route_names().collect::<Vec<_>>()).collect()
+        self.listeners
+            .values()
+            .flat_map(|listener| listener.route_names().collect::<Vec<_>>())
+            .collect()
     }
 
     /// Whether any route configuration takes its virtual hosts by VHDS.
     pub fn wants_virtual_hosts(&self) -> bool {
-        self.routes.values().any(|state| state.base.as_ref().is_some_and(|base| base.vhds.is_some()))
+        self.routes
+            .values()
+            .any(|state| state.base.as_ref().is_some_and(|base| base.vhds.is_some()))
     }
 
     /// Clusters whose endpoints are names to resolve.
@@ -435,7 +490,10 @@ impl Store {
     pub fn cold(&self) -> Vec<String> {
         let mut missing = Vec::new();
         for name in self.eds.keys() {
-            if !self.answered.contains(&(ResourceType::Endpoints, Arc::from(&**name))) {
+            if !self
+                .answered
+                .contains(&(ResourceType::Endpoints, Arc::from(&**name)))
+            {
                 missing.push(format!("endpoints {name}"));
             }
         }
@@ -459,9 +517,13 @@ impl Store {
 
     /// Every route configuration: name, table, number of virtual hosts.
     pub fn routes(&self) -> impl Iterator<Item = (&Arc<str>, Option<Arc<RouteTable>>, usize)> {
-        self.routes
-            .iter()
-            .map(|(name, state)| (name, state.slot.table(), state.inline.len() + state.discovered.len()))
+        self.routes.iter().map(|(name, state)| {
+            (
+                name,
+                state.slot.table(),
+                state.inline.len() + state.discovered.len(),
+            )
+        })
     }
 }
 
@@ -470,8 +532,12 @@ fn decode<M: Message + Default>(update: &Update<'_>) -> Result<M, Refusal> {
 }
 
 fn split_host_name(name: &str) -> Result<(&str, &str), Refusal> {
-    name.split_once('/')
-        .ok_or_else(|| Refusal::new("name", "a virtual host resource is named <route configuration>/<virtual host>"))
+    name.split_once('/').ok_or_else(|| {
+        Refusal::new(
+            "name",
+            "a virtual host resource is named <route configuration>/<virtual host>",
+        )
+    })
 }
 
 fn compile_hosts(
@@ -491,8 +557,14 @@ fn compile_hosts(
 
 fn insert_host(domains: &mut DomainIndex, host: &Arc<VirtualHostSlot>) -> Result<(), Refusal> {
     let loaded = host.load();
-    loaded.domains.iter().try_for_each(|domain| domains.check(domain, host))?;
-    loaded.domains.iter().for_each(|domain| domains.insert(domain, host));
+    loaded
+        .domains
+        .iter()
+        .try_for_each(|domain| domains.check(domain, host))?;
+    loaded
+        .domains
+        .iter()
+        .for_each(|domain| domains.insert(domain, host));
     Ok(())
 }
 
@@ -507,11 +579,26 @@ fn check_table(from: &pb_route::RouteConfiguration, hosts: &[Arc<VirtualHostSlot
 fn table_of(from: &pb_route::RouteConfiguration, domains: DomainIndex) -> Result<RouteTable, Refusal> {
     let unsupported = [
         ("vhost_header", !from.vhost_header.is_empty()),
-        ("cluster_specifier_plugins", !from.cluster_specifier_plugins.is_empty()),
-        ("request_mirror_policies", !from.request_mirror_policies.is_empty()),
-        ("most_specific_header_mutations_wins", from.most_specific_header_mutations_wins),
-        ("typed_per_filter_config", !from.typed_per_filter_config.is_empty()),
-        ("ignore_path_parameters_in_path_matching", from.ignore_path_parameters_in_path_matching),
+        (
+            "cluster_specifier_plugins",
+            !from.cluster_specifier_plugins.is_empty(),
+        ),
+        (
+            "request_mirror_policies",
+            !from.request_mirror_policies.is_empty(),
+        ),
+        (
+            "most_specific_header_mutations_wins",
+            from.most_specific_header_mutations_wins,
+        ),
+        (
+            "typed_per_filter_config",
+            !from.typed_per_filter_config.is_empty(),
+        ),
+        (
+            "ignore_path_parameters_in_path_matching",
+            from.ignore_path_parameters_in_path_matching,
+        ),
     ];
     if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
         return Err(Refusal::new(*field, "not supported"));

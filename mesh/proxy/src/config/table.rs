@@ -24,7 +24,10 @@ impl DomainIndex {
     pub fn check(&self, domain: &str, host: &Arc<VirtualHostSlot>) -> Result<(), Refusal> {
         let domain = domain.to_ascii_lowercase();
         let level = |levels: &[(usize, Map<Arc<VirtualHostSlot>>)], fixed: &str| {
-            levels.iter().find(|(length, _)| *length == fixed.len()).and_then(|(_, map)| map.get(fixed).cloned())
+            levels
+                .iter()
+                .find(|(length, _)| *length == fixed.len())
+                .and_then(|(_, map)| map.get(fixed).cloned())
         };
         let holder = if domain == "*" {
             self.any.clone()
@@ -38,7 +41,10 @@ impl DomainIndex {
         match holder {
             Some(holder) if !Arc::ptr_eq(&holder, host) => Err(Refusal::new(
                 "domains",
-                format!("{domain:?} already belongs to virtual host {:?}", holder.load().name),
+                format!(
+                    "{domain:?} already belongs to virtual host {:?}",
+                    holder.load().name
+                ),
             )),
             _ => Ok(()),
         }
@@ -84,7 +90,10 @@ impl DomainIndex {
     }
 }
 
-fn by_length(levels: &mut Vec<(usize, Map<Arc<VirtualHostSlot>>)>, length: usize) -> &mut Map<Arc<VirtualHostSlot>> {
+fn by_length(
+    levels: &mut Vec<(usize, Map<Arc<VirtualHostSlot>>)>,
+    length: usize,
+) -> &mut Map<Arc<VirtualHostSlot>> {
     let index = match levels.binary_search_by(|(have, _)| length.cmp(have)) {
         Ok(index) => index,
         Err(index) => {
@@ -113,7 +122,11 @@ pub struct RouteTable {
 impl RouteTable {
     /// The virtual host that answers for `authority` as the client sent it.
     pub fn find(&self, authority: &str) -> Option<&Arc<VirtualHostSlot>> {
-        let host = if self.ignore_port { strip_port(authority) } else { authority };
+        let host = if self.ignore_port {
+            strip_port(authority)
+        } else {
+            authority
+        };
         if host.bytes().any(|byte| byte.is_ascii_uppercase()) {
             self.domains.find(&host.to_ascii_lowercase())
         } else {
@@ -125,10 +138,17 @@ impl RouteTable {
 /// The host without `:port`; an IPv6 address keeps its brackets.
 pub(crate) fn strip_port(authority: &str) -> &str {
     match authority.rfind(':') {
-        Some(colon) if authority[colon + 1..].bytes().all(|byte| byte.is_ascii_digit()) && !authority[..colon].ends_with(':') => {
+        Some(colon)
+            if authority[colon + 1..].bytes().all(|byte| byte.is_ascii_digit())
+                && !authority[..colon].ends_with(':') =>
+        {
             let host = &authority[..colon];
             // A bare IPv6 address has more colons and no brackets; its last group is not a port.
-            if host.contains(':') && !host.starts_with('[') { authority } else { host }
+            if host.contains(':') && !host.starts_with('[') {
+                authority
+            } else {
+                host
+            }
         }
         _ => authority,
     }
@@ -146,7 +166,14 @@ mod tests {
     #[test]
     fn domains_are_searched_exact_then_longest_suffix_then_longest_prefix_then_star() {
         let mut index = DomainIndex::default();
-        for domain in ["a.example.com", "*.example.com", "*.com", "a.*", "a.example.*", "*"] {
+        for domain in [
+            "a.example.com",
+            "*.example.com",
+            "*.com",
+            "a.*",
+            "a.example.*",
+            "*",
+        ] {
             index.insert(domain, &host(domain));
         }
         let cases = [
@@ -159,7 +186,11 @@ mod tests {
             (".example.com", "*.com"),
         ];
         for (authority, expected) in cases {
-            assert_eq!(&*index.find(authority).unwrap().load().name, expected, "{authority}");
+            assert_eq!(
+                &*index.find(authority).unwrap().load().name,
+                expected,
+                "{authority}"
+            );
         }
     }
 

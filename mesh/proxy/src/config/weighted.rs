@@ -67,7 +67,11 @@ impl Turn {
     /// frequent reconfiguration does not favour whatever comes first.
     pub fn new(workers: usize, total: u64, offset: u64) -> Self {
         let step = (total / workers.max(1) as u64).max(1);
-        Self((0..workers.max(1) as u64).map(|worker| Line(AtomicU64::new(offset.wrapping_add(worker * step)))).collect())
+        Self(
+            (0..workers.max(1) as u64)
+                .map(|worker| Line(AtomicU64::new(offset.wrapping_add(worker * step))))
+                .collect(),
+        )
     }
 
     /// The next number for `worker`. Only that worker writes its counter, hence load and store instead of an atomic
@@ -91,7 +95,12 @@ mod tests {
         let weights = Weights::new([95, 5]).unwrap();
         let canary: Vec<u64> = (0..100).filter(|n| weights.pick(*n) == 1).collect();
         assert_eq!(canary.len(), 5);
-        assert!(canary.windows(2).all(|pair| (19..=21).contains(&(pair[1] - pair[0]))), "{canary:?}");
+        assert!(
+            canary
+                .windows(2)
+                .all(|pair| (19..=21).contains(&(pair[1] - pair[0]))),
+            "{canary:?}"
+        );
     }
 
     #[test]

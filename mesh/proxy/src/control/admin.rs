@@ -51,7 +51,11 @@ impl AdminPort {
         let name = format!("{port:?}").to_lowercase();
         let listener = listening_socket(address, false)
             .and_then(TcpListener::from_std)
-            .map_err(|source| Error::Bind { name, address, source })?;
+            .map_err(|source| Error::Bind {
+                name,
+                address,
+                source,
+            })?;
         Ok(Self { listener, port })
     }
 
@@ -65,7 +69,9 @@ impl AdminPort {
         let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let tasks = TaskTracker::new();
         loop {
-            let Ok(permit) = permits.clone().acquire_owned().await else { return };
+            let Ok(permit) = permits.clone().acquire_owned().await else {
+                return;
+            };
             let accepted = tokio::select! {
                 () = cancel.cancelled() => break,
                 accepted = self.listener.accept() => accepted,
@@ -100,7 +106,9 @@ impl AdminPort {
 fn reply(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(body.into()));
     *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_TYPE, http::HeaderValue::from_static(content_type));
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, http::HeaderValue::from_static(content_type));
     response
 }
 
@@ -119,13 +127,16 @@ async fn answer(
     request: &Request<Incoming>,
 ) -> Response<Full<Bytes>> {
     let path = request.uri().path();
-    let ready = || match proxy.is_ready() {
-        true => plain(StatusCode::OK, "LIVE\n"),
-        false => {
-            let missing = proxy.store(|store| store.cold());
-            let shown: Vec<_> = missing.iter().take(20).cloned().collect();
-            plain(StatusCode::SERVICE_UNAVAILABLE, format!("not ready; waiting for: {}\n", shown.join(", ")))
+    let ready = || {
+        if proxy.is_ready() {
+            return plain(StatusCode::OK, "LIVE\n");
         }
+        let missing = proxy.store(|store| store.cold());
+        let shown: Vec<_> = missing.iter().take(20).cloned().collect();
+        plain(
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!("not ready; waiting for: {}\n", shown.join(", ")),
+        )
     };
     let allowed = match port {
         Port::Admin => true,
@@ -146,12 +157,22 @@ async fn answer(
         "/clusters" => reply(StatusCode::OK, "text/plain; charset=utf-8", clusters(proxy)),
         "/listeners" => plain(StatusCode::OK, listeners(proxy)),
         "/server_info" => json_reply(&server_info(proxy)),
-        "/drain_listeners" | "/quitquitquit" if !post => {
-            plain(StatusCode::METHOD_NOT_ALLOWED, "use POST for what changes something\n")
-        }
+        "/drain_listeners" | "/quitquitquit" if !post => plain(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "use POST for what changes something\n",
+        ),
         "/drain_listeners" => {
-            let graceful = request.uri().query().is_some_and(|query| query.contains("graceful"));
-            proxy.drain(if graceful { DrainPhase::Discouraging } else { DrainPhase::Closing }).await;
+            let graceful = request
+                .uri()
+                .query()
+                .is_some_and(|query| query.contains("graceful"));
+            proxy
+                .drain(if graceful {
+                    DrainPhase::Discouraging
+                } else {
+                    DrainPhase::Closing
+                })
+                .await;
             plain(StatusCode::OK, "OK\n")
         }
         "/quitquitquit" => {
@@ -250,13 +271,11 @@ fn clusters(proxy: &Proxy) -> String {
 
 fn listeners(proxy: &Proxy) -> String {
     proxy.store(|store| {
-        store
-            .listeners()
-            .filter(|listener| listener.bind)
-            .map(|listener| {
-                let address = proxy.listener_address(&listener.name).unwrap_or(listener.address);
-                format!("{}::{address}\n", listener.name)
-            })
-            .collect()
+        let mut out = String::new();
+        for listener in store.listeners().filter(|listener| listener.bind) {
+            let address = proxy.listener_address(&listener.name).unwrap_or(listener.address);
+            out.push_str(&format!("{}::{address}\n", listener.name));
+        }
+        out
     })
 }

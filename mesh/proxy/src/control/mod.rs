@@ -97,7 +97,10 @@ impl Proxy {
                         tracing::error!(worker = id, %error, "worker ended");
                     }
                 })
-                .map_err(|source| Error::Start { what: "a worker thread", source })?;
+                .map_err(|source| Error::Start {
+                    what: "a worker thread",
+                    source,
+                })?;
             workers.push(WorkerHandle { commands, thread });
         }
         let proxy = Self {
@@ -151,7 +154,10 @@ impl Proxy {
                             let mut store = self.store.lock();
                             store.apply(ResourceType::Listener, &[], &[&listener.name]);
                             store.take_listener_changes();
-                            refused.push(((*listener.name).into(), Refusal::new("address", full_text(&error))));
+                            refused.push((
+                                (*listener.name).into(),
+                                Refusal::new("address", full_text(&error)),
+                            ));
                         }
                     }
                 }
@@ -244,7 +250,11 @@ impl Proxy {
         let mut quiet = 0;
         while tokio::time::Instant::now() < end && quiet < QUIET {
             tokio::time::sleep(LOOK).await;
-            quiet = if self.connections().await == 0 { quiet + 1 } else { 0 };
+            quiet = if self.connections().await == 0 {
+                quiet + 1
+            } else {
+                0
+            };
         }
         self.drain(DrainPhase::Closing).await;
         let end = tokio::time::Instant::now() + finish;
@@ -272,7 +282,11 @@ impl Proxy {
 
 /// A listening TCP socket, ready for a runtime.
 pub(crate) fn listening_socket(address: SocketAddr, reuse_port: bool) -> std::io::Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM.nonblocking().cloexec(),
+        Some(Protocol::TCP),
+    )?;
     socket.set_reuse_address(true)?;
     if reuse_port {
         socket.set_reuse_port(true)?;

@@ -14,7 +14,7 @@ use tokio_util::task::TaskTracker;
 
 use super::admin::{AdminPort, Port};
 use super::{Options, Proxy, dns, xds};
-use crate::config::store::Update;
+use crate::config::store::{Store, Update};
 use crate::error::Error;
 use crate::metrics::push::Pusher;
 
@@ -62,7 +62,11 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
     let quit = CancellationToken::new();
     let tasks = TaskTracker::new();
     let log = tokio::spawn(write_log(lines));
-    let ports = [(plan.admin, Port::Admin), (plan.prometheus, Port::Prometheus), (plan.ready, Port::Ready)];
+    let ports = [
+        (plan.admin, Port::Admin),
+        (plan.prometheus, Port::Prometheus),
+        (plan.ready, Port::Ready),
+    ];
     for (address, port) in ports {
         if let Some(address) = address {
             let port = AdminPort::bind(address, port)?;
@@ -76,14 +80,27 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
         Some(endpoint) => {
             if plan.push_metrics {
                 let (own, shards) = proxy.shards();
-                let pusher = Pusher { endpoint: endpoint.clone(), node: proxy.node.clone(), own, shards };
+                let pusher = Pusher {
+                    endpoint: endpoint.clone(),
+                    node: proxy.node.clone(),
+                    own,
+                    shards,
+                };
                 tasks.spawn(pusher.run(cancel.clone()));
             }
             tasks.spawn(xds::follow(proxy.clone(), endpoint, cancel.clone()));
         }
     }
-    let signals = |kind| signal(kind).map_err(|source| Error::Start { what: "signal handling", source });
-    let (mut terminate, mut interrupt) = (signals(SignalKind::terminate())?, signals(SignalKind::interrupt())?);
+    let signals = |kind| {
+        signal(kind).map_err(|source| Error::Start {
+            what: "signal handling",
+            source,
+        })
+    };
+    let (mut terminate, mut interrupt) = (
+        signals(SignalKind::terminate())?,
+        signals(SignalKind::interrupt())?,
+    );
     tokio::select! {
         _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
         _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
@@ -106,17 +123,42 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
 
 /// Applies resources in make-before-break order; the first refusal ends the start, because a file is fixed by hand.
 pub async fn apply_static(proxy: &Arc<Proxy>, resources: &[StaticResource]) -> Result<(), Error> {
-    for resource_type in ResourceType::ALL.into_iter().filter(|ty| *ty != ResourceType::Listener).chain([ResourceType::Listener])
+    for resource_type in ResourceType::ALL
+        .into_iter()
+        .filter(|ty| *ty != ResourceType::Listener)
+        .chain([ResourceType::Listener])
     {
         let batch: Vec<_> = resources
             .iter()
             .filter(|resource| resource.resource_type == resource_type)
-            .map(|resource| Update { name: &resource.name, body: &resource.body })
+            .map(|resource| Update {
+                name: &resource.name,
+                body: &resource.body,
+            })
             .collect();
         if batch.is_empty() {
             continue;
         }
         if let Some((name, refusal)) = proxy.apply(resource_type, &batch, &[]).await.into_iter().next() {
+            return Err(refusal.within(format!("static resource {name:?}")).into());
+        }
+    }
+    Ok(())
+}
+
+/// Compiles resources without serving them.
+pub fn check(resources: &[StaticResource]) -> Result<(), Error> {
+    let mut store = Store::new(1);
+    for resource in resources {
+        let update = Update {
+            name: &resource.name,
+            body: &resource.body,
+        };
+        if let Some((name, refusal)) = store
+            .apply(resource.resource_type, &[update], &[])
+            .into_iter()
+            .next()
+        {
             return Err(refusal.within(format!("static resource {name:?}")).into());
         }
     }

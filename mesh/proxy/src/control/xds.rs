@@ -15,7 +15,11 @@ use crate::config::store::Update;
 
 /// Follows the control plane at `endpoint` until cancelled.
 pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationToken) {
-    let config = AdsClientConfig { endpoint, node: proxy.node.clone(), backoff: BackoffRange::default() };
+    let config = AdsClientConfig {
+        endpoint,
+        node: proxy.node.clone(),
+        backoff: BackoffRange::default(),
+    };
     let (client, mut deliveries) = AdsClient::spawn(config, cancel.clone());
     client.set_interest(ResourceType::Cluster, Interest::all());
     client.set_interest(ResourceType::Listener, Interest::all());
@@ -37,14 +41,21 @@ pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationT
             if !cold.is_empty() {
                 tracing::debug!(missing = ?cold, "configuration is not complete yet");
             }
-            (endpoints, store.rds_names(), store.wants_virtual_hosts(), cold.is_empty())
+            (
+                endpoints,
+                store.rds_names(),
+                store.wants_virtual_hosts(),
+                cold.is_empty(),
+            )
         });
         client.set_interest(ResourceType::Endpoints, Interest::names(endpoints));
         client.set_interest(ResourceType::Route, Interest::names(routes));
         if virtual_hosts {
             client.set_interest(ResourceType::VirtualHost, Interest::all());
         }
-        let first = [ResourceType::Cluster, ResourceType::Listener].iter().all(|ty| answered.contains(ty));
+        let first = [ResourceType::Cluster, ResourceType::Listener]
+            .iter()
+            .all(|ty| answered.contains(ty));
         let hosts = !virtual_hosts || answered.contains(&ResourceType::VirtualHost);
         if first && hosts && complete && !proxy.is_ready() {
             tracing::info!("the first full configuration is live");
@@ -55,8 +66,14 @@ pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationT
 }
 
 async fn deliver(proxy: &Proxy, delivery: Delivery) {
-    let upserted: Vec<Update<'_>> =
-        delivery.upserted.iter().map(|received| Update { name: &received.name, body: &received.body }).collect();
+    let upserted: Vec<Update<'_>> = delivery
+        .upserted
+        .iter()
+        .map(|received| Update {
+            name: &received.name,
+            body: &received.body,
+        })
+        .collect();
     let removed: Vec<&str> = delivery.removed.iter().map(|name| &**name).collect();
     let refused = proxy.apply(delivery.resource_type, &upserted, &removed).await;
     let refusals = refused

@@ -6,12 +6,21 @@ static KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 static PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 
 /// Fields that a `Connection` field may not take away: they say where and what the message is.
-const PROTECTED: [&str; 6] = ["host", "content-length", "content-type", "authorization", "cookie", "date"];
+const PROTECTED: [&str; 6] = [
+    "host",
+    "content-length",
+    "content-type",
+    "authorization",
+    "cookie",
+    "date",
+];
 
 /// The protocol that a request asks to upgrade to, lower case, if it does.
 pub fn requested_upgrade(headers: &HeaderMap) -> Option<String> {
     let upgrade = headers.get(header::UPGRADE)?;
-    connection_has(headers, "upgrade").then(|| upgrade.to_str().ok().map(str::to_ascii_lowercase)).flatten()
+    connection_has(headers, "upgrade")
+        .then(|| upgrade.to_str().ok().map(str::to_ascii_lowercase))
+        .flatten()
 }
 
 /// Whether the `Connection` field holds `token`.
@@ -34,7 +43,11 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
             .filter_map(|value| value.to_str().ok())
             .flat_map(|value| value.split(','))
             .map(str::trim)
-            .filter(|name| !["close", "keep-alive", "upgrade", "te"].iter().any(|own| name.eq_ignore_ascii_case(own)))
+            .filter(|name| {
+                !["close", "keep-alive", "upgrade", "te"]
+                    .iter()
+                    .any(|own| name.eq_ignore_ascii_case(own))
+            })
             .filter_map(|name| HeaderName::from_bytes(name.as_bytes()).ok())
             .filter(|name| !PROTECTED.contains(&name.as_str()))
             .collect();
@@ -48,9 +61,11 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
     headers.remove(&KEEP_ALIVE);
     headers.remove(&PROXY_CONNECTION);
     if let Some(te) = headers.get(header::TE) {
-        let trailers = te
-            .to_str()
-            .is_ok_and(|value| value.split(',').any(|coding| coding.trim().eq_ignore_ascii_case("trailers")));
+        let trailers = te.to_str().is_ok_and(|value| {
+            value
+                .split(',')
+                .any(|coding| coding.trim().eq_ignore_ascii_case("trailers"))
+        });
         if trailers {
             headers.insert(header::TE, HeaderValue::from_static("trailers"));
         } else {

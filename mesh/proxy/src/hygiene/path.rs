@@ -48,18 +48,25 @@ pub fn normalize(path: &str, dots: bool, merge_slashes: bool, escaped: EscapedSl
 }
 
 fn has_escaped_slash(bytes: &[u8]) -> bool {
-    bytes.windows(3).any(|w| w[0] == b'%' && matches!((w[1], w[2] | 0x20), (b'2', b'f') | (b'5', b'c')))
+    bytes
+        .windows(3)
+        .any(|w| w[0] == b'%' && matches!((w[1], w[2] | 0x20), (b'2', b'f') | (b'5', b'c')))
 }
 
 fn unescape_slashes(path: &str) -> String {
-    path.replace("%2F", "/").replace("%2f", "/").replace("%5C", "\\").replace("%5c", "\\")
+    path.replace("%2F", "/")
+        .replace("%2f", "/")
+        .replace("%5C", "\\")
+        .replace("%5c", "\\")
 }
 
 /// Cheap test that lets ordinary paths through untouched.
 fn needs_dots(bytes: &[u8]) -> bool {
     bytes.contains(&b'\\')
         || bytes.windows(2).any(|w| w == b"/.")
-        || bytes.windows(3).any(|w| w[0] == b'%' && w[1] == b'2' && w[2] | 0x20 == b'e')
+        || bytes
+            .windows(3)
+            .any(|w| w[0] == b'%' && w[1] == b'2' && w[2] | 0x20 == b'e')
 }
 
 /// RFC 3986 section 5.2.4, with `%2e` read as a dot and a backslash as a slash, as browsers do. `None` when the path
@@ -119,10 +126,22 @@ mod tests {
         let merged = normalize("/a//b///c", true, true, EscapedSlashes::Keep);
         assert_eq!(merged, Normalized::Path("/a/b/c".into()));
         let path = "/a%2Fb";
-        assert_eq!(normalize(path, true, true, EscapedSlashes::Keep), Normalized::Path(path.into()));
-        assert_eq!(normalize(path, true, true, EscapedSlashes::Reject), Normalized::Refused);
-        assert_eq!(normalize(path, true, true, EscapedSlashes::Forward), Normalized::Path("/a/b".into()));
-        assert_eq!(normalize(path, true, true, EscapedSlashes::Redirect), Normalized::Redirect("/a/b".into()));
+        assert_eq!(
+            normalize(path, true, true, EscapedSlashes::Keep),
+            Normalized::Path(path.into())
+        );
+        assert_eq!(
+            normalize(path, true, true, EscapedSlashes::Reject),
+            Normalized::Refused
+        );
+        assert_eq!(
+            normalize(path, true, true, EscapedSlashes::Forward),
+            Normalized::Path("/a/b".into())
+        );
+        assert_eq!(
+            normalize(path, true, true, EscapedSlashes::Redirect),
+            Normalized::Redirect("/a/b".into())
+        );
     }
 
     proptest! {

@@ -150,12 +150,25 @@ pub struct Scanner {
     searched: usize,
     /// Value of the chunk whose extension is being read.
     chunk_value: u64,
+    heads: u32,
 }
 
 impl Scanner {
     /// At the start of a stream.
     pub fn new(limits: HeadLimits) -> Self {
-        Self { state: State::Head, limits, line_start: 0, searched: 0, chunk_value: 0 }
+        Self {
+            state: State::Head,
+            limits,
+            line_start: 0,
+            searched: 0,
+            chunk_value: 0,
+            heads: 0,
+        }
+    }
+
+    /// Heads that have been passed on.
+    pub fn heads(&self) -> u32 {
+        self.heads
     }
 
     /// Whether an upgrade must be decided before anything more may be read.
@@ -192,7 +205,11 @@ impl Scanner {
                 State::Body(left) => {
                     let taken = left.min(rest.len() as u64);
                     at += taken as usize;
-                    self.state = if taken == left { State::Head } else { State::Body(left - taken) };
+                    self.state = if taken == left {
+                        State::Head
+                    } else {
+                        State::Body(left - taken)
+                    };
                 }
                 State::Chunked(chunk) => {
                     at += self.chunked(chunk, rest).map_err(|violation| (at, violation))?;
@@ -216,7 +233,9 @@ impl Scanner {
             let empty = feed - self.line_start == 1;
             self.searched = feed + 1;
             // An empty line before the request line is let pass (RFC 9112 section 2.2).
-            let leading = bytes[..self.line_start].iter().all(|byte| matches!(byte, b'\r' | b'\n'));
+            let leading = bytes[..self.line_start]
+                .iter()
+                .all(|byte| matches!(byte, b'\r' | b'\n'));
             self.line_start = feed + 1;
             if empty && !leading {
                 let length = feed + 1;
@@ -224,6 +243,7 @@ impl Scanner {
                     return Err(Violation::HeadTooLarge);
                 }
                 self.state = self.judge(&bytes[..length])?;
+                self.heads = self.heads.wrapping_add(1);
                 (self.line_start, self.searched) = (0, 0);
                 return Ok(Some(length));
             }
@@ -257,7 +277,11 @@ impl Scanner {
     fn chunked(&mut self, chunk: Chunk, bytes: &[u8]) -> Result<usize, Violation> {
         if let Chunk::Data(left) = chunk {
             let taken = left.min(bytes.len() as u64);
-            let next = if taken == left { Chunk::DataCr } else { Chunk::Data(left - taken) };
+            let next = if taken == left {
+                Chunk::DataCr
+            } else {
+                Chunk::Data(left - taken)
+            };
             self.state = State::Chunked(next);
             return Ok(taken as usize);
         }
@@ -266,7 +290,10 @@ impl Scanner {
             Chunk::Size { value, digits } => match byte {
                 b'0'..=b'9' | b'a'..=b'f' | b'A'..=b'F' if digits < 15 => {
                     let digit = (byte as char).to_digit(16).unwrap_or(0);
-                    Chunk::Size { value: value * 16 + u64::from(digit), digits: digits + 1 }
+                    Chunk::Size {
+                        value: value * 16 + u64::from(digit),
+                        digits: digits + 1,
+                    }
                 }
                 b'\r' if digits > 0 => Chunk::SizeLf { value },
                 b';' if digits > 0 => {
@@ -276,7 +303,9 @@ impl Scanner {
                 _ => return Err(Violation::BadChunk),
             },
             Chunk::Extension { length } => match byte {
-                b'\r' => Chunk::SizeLf { value: self.chunk_value },
+                b'\r' => Chunk::SizeLf {
+                    value: self.chunk_value,
+                },
                 b'\n' | 0 => return Err(Violation::BadChunk),
                 _ if length >= MAX_CHUNK_LINE => return Err(Violation::BadChunk),
                 _ => Chunk::Extension { length: length + 1 },
@@ -312,7 +341,8 @@ impl Scanner {
 /// Whether the version is HTTP/1.0.
 fn request_line(line: &[u8]) -> Result<bool, Violation> {
     let mut parts = line.split(|byte| *byte == b' ');
-    let (Some(method), Some(target), Some(version), None) = (parts.next(), parts.next(), parts.next(), parts.next())
+    let (Some(method), Some(target), Some(version), None) =
+        (parts.next(), parts.next(), parts.next(), parts.next())
     else {
         return Err(Violation::BadRequestLine);
     };
@@ -346,7 +376,10 @@ impl Facts {
         if matches!(line[0], b' ' | b'\t') {
             return Err(Violation::FoldedLine);
         }
-        let colon = line.iter().position(|byte| *byte == b':').ok_or(Violation::BadField)?;
+        let colon = line
+            .iter()
+            .position(|byte| *byte == b':')
+            .ok_or(Violation::BadField)?;
         let (name, value) = (&line[..colon], line[colon + 1..].trim_ascii());
         if name.is_empty() || name.ends_with(b" ") || name.ends_with(b"\t") || value.contains(&b'\r') {
             return Err(Violation::BadField);
@@ -370,7 +403,10 @@ impl Facts {
                     return Err(Violation::SeveralLengths);
                 }
                 let digits = !value.is_empty() && value.len() <= 19 && value.iter().all(u8::is_ascii_digit);
-                let text = std::str::from_utf8(value).ok().filter(|_| digits).ok_or(Violation::BadLength)?;
+                let text = std::str::from_utf8(value)
+                    .ok()
+                    .filter(|_| digits)
+                    .ok_or(Violation::BadLength)?;
                 self.length = Some(text.parse().map_err(|_| Violation::BadLength)?);
             }
             17 if name.eq_ignore_ascii_case(b"transfer-encoding") => {
@@ -454,19 +490,28 @@ mod tests {
 
     use super::*;
 
-    const LIMITS: HeadLimits = HeadLimits { bytes: 60 * 1024, fields: 100 };
+    const LIMITS: HeadLimits = HeadLimits {
+        bytes: 60 * 1024,
+        fields: 100,
+    };
 
     fn scan(bytes: &[u8]) -> Result<usize, Violation> {
-        Scanner::new(LIMITS).advance(bytes).map_err(|(_, violation)| violation)
+        Scanner::new(LIMITS)
+            .advance(bytes)
+            .map_err(|(_, violation)| violation)
     }
 
     fn verdict(request: &str) -> Result<(), Violation> {
-        scan(request.replace('\n', "\r\n").as_bytes()).map(|taken| assert_eq!(taken, request.replace('\n', "\r\n").len()))
+        scan(request.replace('\n', "\r\n").as_bytes())
+            .map(|taken| assert_eq!(taken, request.replace('\n', "\r\n").len()))
     }
 
     #[test]
     fn ordinary_requests_pass_one_after_the_other() {
-        verdict("GET / HTTP/1.1\nHost: a\n\nPOST / HTTP/1.1\nHost: a\nContent-Length: 3\n\nabcGET / HTTP/1.0\n\n").unwrap();
+        verdict(
+            "GET / HTTP/1.1\nHost: a\n\nPOST / HTTP/1.1\nHost: a\nContent-Length: 3\n\nabcGET / HTTP/1.0\n\n",
+        )
+        .unwrap();
         verdict(
             "POST / HTTP/1.1\nHost: a\nTransfer-Encoding: chunked\n\n5;x=1\nhello\n0\nT: v\n\nGET / HTTP/1.1\nHost: a\n\n",
         )
@@ -486,16 +531,34 @@ mod tests {
     #[test]
     fn each_attack_on_the_head_is_refused_by_name() {
         let cases = [
-            ("Host: a\nContent-Length: 3\nContent-Length: 3\n", Violation::SeveralLengths),
+            (
+                "Host: a\nContent-Length: 3\nContent-Length: 3\n",
+                Violation::SeveralLengths,
+            ),
             ("Host: a\nContent-Length: 3, 3\n", Violation::BadLength),
             ("Host: a\nContent-Length: +3\n", Violation::BadLength),
             ("Host: a\nContent-Length: 0x3\n", Violation::BadLength),
-            ("Host: a\nContent-Length: 99999999999999999999\n", Violation::BadLength),
+            (
+                "Host: a\nContent-Length: 99999999999999999999\n",
+                Violation::BadLength,
+            ),
             ("Host: a\nTransfer-Encoding: xchunked\n", Violation::UnknownCoding),
-            ("Host: a\nTransfer-Encoding: gzip, chunked\n", Violation::UnknownCoding),
-            ("Host: a\nTransfer-Encoding: chunked, identity\n", Violation::UnknownCoding),
-            ("Host: a\nTransfer-Encoding: chunked, chunked\n", Violation::BadCoding),
-            ("Host: a\nTransfer-Encoding: chunked\nTransfer-Encoding: chunked\n", Violation::BadCoding),
+            (
+                "Host: a\nTransfer-Encoding: gzip, chunked\n",
+                Violation::UnknownCoding,
+            ),
+            (
+                "Host: a\nTransfer-Encoding: chunked, identity\n",
+                Violation::UnknownCoding,
+            ),
+            (
+                "Host: a\nTransfer-Encoding: chunked, chunked\n",
+                Violation::BadCoding,
+            ),
+            (
+                "Host: a\nTransfer-Encoding: chunked\nTransfer-Encoding: chunked\n",
+                Violation::BadCoding,
+            ),
             ("Host : a\n", Violation::BadField),
             (" Host: a\n", Violation::FoldedLine),
             ("Host: a\nX: 1\n 2\n", Violation::FoldedLine),
@@ -507,25 +570,61 @@ mod tests {
             ("Host: a\nno colon\n", Violation::BadField),
         ];
         for (fields, expected) in cases {
-            assert_eq!(verdict(&format!("POST / HTTP/1.1\n{fields}\n")), Err(expected), "{fields:?}");
+            assert_eq!(
+                verdict(&format!("POST / HTTP/1.1\n{fields}\n")),
+                Err(expected),
+                "{fields:?}"
+            );
         }
-        assert_eq!(verdict("POST / HTTP/1.0\nTransfer-Encoding: chunked\n\n"), Err(Violation::BadCoding));
+        assert_eq!(
+            verdict("POST / HTTP/1.0\nTransfer-Encoding: chunked\n\n"),
+            Err(Violation::BadCoding)
+        );
         assert_eq!(verdict("GET / HTTP/1.2\nHost: a\n\n"), Err(Violation::BadVersion));
-        assert_eq!(verdict("CONNECT a:1 HTTP/1.1\nHost: a:1\n\n"), Err(Violation::Connect));
+        assert_eq!(
+            verdict("CONNECT a:1 HTTP/1.1\nHost: a:1\n\n"),
+            Err(Violation::Connect)
+        );
         assert_eq!(scan(b"GET / HTTP/1.1\nHost: a\n\n"), Err(Violation::BareLineFeed));
-        assert_eq!(scan(b"GET / HTTP/1.1\r\nHost: a\n\r\n"), Err(Violation::BareLineFeed));
-        assert_eq!(scan(b"GET / HTTP/1.1\r\nHost: a\r\nX: a\rb\r\n\r\n"), Err(Violation::BadField));
+        assert_eq!(
+            scan(b"GET / HTTP/1.1\r\nHost: a\n\r\n"),
+            Err(Violation::BareLineFeed)
+        );
+        assert_eq!(
+            scan(b"GET / HTTP/1.1\r\nHost: a\r\nX: a\rb\r\n\r\n"),
+            Err(Violation::BadField)
+        );
         let many = "X: 1\n".repeat(101);
-        assert_eq!(verdict(&format!("GET / HTTP/1.1\n{many}\n")), Err(Violation::HeadTooLarge));
+        assert_eq!(
+            verdict(&format!("GET / HTTP/1.1\n{many}\n")),
+            Err(Violation::HeadTooLarge)
+        );
         let long = "x".repeat(70_000);
-        assert_eq!(verdict(&format!("GET / HTTP/1.1\nHost: a\nX: {long}\n\n")), Err(Violation::HeadTooLarge));
+        assert_eq!(
+            verdict(&format!("GET / HTTP/1.1\nHost: a\nX: {long}\n\n")),
+            Err(Violation::HeadTooLarge)
+        );
     }
 
     #[test]
     fn loose_chunk_framing_is_refused() {
         let head = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
-        for body in ["5\nhello\r\n", "5\r\nhello\n", "5\r\nhelloX\r\n", "\r\n", "x\r\n", " 5\r\n", "0x5\r\n", "-1\r\n", "5;a\nb\r\n"] {
-            assert_eq!(scan(format!("{head}{body}").as_bytes()), Err(Violation::BadChunk), "{body:?}");
+        for body in [
+            "5\nhello\r\n",
+            "5\r\nhello\n",
+            "5\r\nhelloX\r\n",
+            "\r\n",
+            "x\r\n",
+            " 5\r\n",
+            "0x5\r\n",
+            "-1\r\n",
+            "5;a\nb\r\n",
+        ] {
+            assert_eq!(
+                scan(format!("{head}{body}").as_bytes()),
+                Err(Violation::BadChunk),
+                "{body:?}"
+            );
         }
     }
 

@@ -7,7 +7,7 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::task::{Context, Poll};
 
 use futures::task::AtomicWaker;
@@ -24,14 +24,22 @@ const MAX_DISCARDED: usize = 256 * 1024;
 #[derive(Debug, Default)]
 pub struct Gate {
     violation: AtomicU8,
+    /// Which request of the connection the violation is in, counted from 1: good ones before it may still be waiting.
+    violation_at: AtomicU32,
     upgrade: AtomicU8,
     waker: AtomicWaker,
 }
 
 impl Gate {
-    /// The violation of the request being served, if that is the substitute.
-    pub fn violation(&self) -> Option<Violation> {
-        Violation::from_code(self.violation.load(Ordering::Acquire))
+    /// The violation of the request that is the connection's `number`th, if that is the substitute.
+    pub fn violation(&self, number: u32) -> Option<Violation> {
+        let violation = Violation::from_code(self.violation.load(Ordering::Acquire))?;
+        (self.violation_at.load(Ordering::Relaxed) == number).then_some(violation)
+    }
+
+    fn refuse(&self, violation: Violation, number: u32) {
+        self.violation_at.store(number, Ordering::Relaxed);
+        self.violation.store(violation as u8, Ordering::Release);
     }
 
     /// Says whether a request to upgrade was granted.
@@ -54,6 +62,8 @@ pub struct StrictIo<S> {
     ready: Vec<u8>,
     ready_at: usize,
     refused: bool,
+    /// The violation is in a body whose head has been passed on: all that is left is to break the request off.
+    broken: Option<&'static str>,
     discarded: usize,
 }
 
@@ -68,43 +78,48 @@ impl<S> StrictIo<S> {
             ready: Vec::new(),
             ready_at: 0,
             refused: false,
+            broken: None,
             discarded: 0,
         };
         if io.scanner.is_none() {
             io.ready = prefix;
         } else {
             io.held = prefix;
-            // A violation in the very first bytes is in a head, so this cannot fail.
-            let _ = io.scan_held();
+            io.scan_held();
         }
         io
     }
 
     /// Scans what is held and moves what is fine to `ready`.
-    fn scan_held(&mut self) -> io::Result<()> {
-        let Some(scanner) = &mut self.scanner else { return Ok(()) };
+    fn scan_held(&mut self) {
+        let Some(scanner) = &mut self.scanner else { return };
         match scanner.advance(&self.held) {
             Ok(fine) => {
+                if scanner.undecided() {
+                    self.gate.upgrade.store(0, Ordering::Release);
+                }
                 if fine == self.held.len() {
                     self.ready = std::mem::take(&mut self.held);
                 } else {
                     self.ready.extend(self.held.drain(..fine));
                 }
-                Ok(())
             }
             Err((fine, violation)) => {
-                self.gate.violation.store(violation as u8, Ordering::Release);
                 self.ready.extend_from_slice(&self.held[..fine]);
                 self.held = Vec::new();
-                self.refused = true;
-                if scanner.in_head() {
-                    self.ready.extend_from_slice(SUBSTITUTE);
-                    Ok(())
-                } else {
-                    // The head has been passed on; all that is left is to break the request off.
-                    Err(io::Error::new(io::ErrorKind::InvalidData, violation.details()))
-                }
+                self.refuse(violation);
             }
+        }
+    }
+
+    fn refuse(&mut self, violation: Violation) {
+        let Some(scanner) = &self.scanner else { return };
+        self.refused = true;
+        if scanner.in_head() {
+            self.gate.refuse(violation, scanner.heads().wrapping_add(1));
+            self.ready.extend_from_slice(SUBSTITUTE);
+        } else {
+            self.broken = Some(violation.details());
         }
     }
 
@@ -146,6 +161,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for StrictIo<S> {
             if this.take_ready(buf) {
                 return Poll::Ready(Ok(()));
             }
+            if let Some(details) = this.broken {
+                return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, details)));
+            }
             if this.refused {
                 return this.poll_discard(cx);
             }
@@ -158,7 +176,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for StrictIo<S> {
                     0 => return Poll::Pending,
                     decision => scanner.decide(decision == 1),
                 }
-                this.scan_held()?;
+                this.scan_held();
                 continue;
             }
             if scanner.opaque() && this.held.is_empty() {
@@ -180,6 +198,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for StrictIo<S> {
             {
                 match scanner.advance(read) {
                     Ok(fine) => {
+                        if scanner.undecided() {
+                            this.gate.upgrade.store(0, Ordering::Release);
+                        }
                         this.held.extend_from_slice(&read[fine..]);
                         buf.set_filled(before + fine);
                         if fine > 0 {
@@ -188,13 +209,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for StrictIo<S> {
                         continue;
                     }
                     Err((fine, violation)) => {
-                        this.gate.violation.store(violation as u8, Ordering::Release);
-                        this.refused = true;
                         buf.set_filled(before + fine);
-                        if !scanner.in_head() {
-                            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, violation.details())));
-                        }
-                        this.ready.extend_from_slice(SUBSTITUTE);
+                        this.refuse(violation);
                         if fine > 0 {
                             return Poll::Ready(Ok(()));
                         }
@@ -204,7 +220,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for StrictIo<S> {
             }
             this.held.extend_from_slice(read);
             buf.set_filled(before);
-            this.scan_held()?;
+            this.scan_held();
         }
     }
 }

@@ -64,7 +64,8 @@ fn http_families(own: &Workload, shards: &[Arc<Shard>]) -> Vec<Family> {
         return Vec::new();
     }
     let mut requests = Vec::with_capacity(sums.len());
-    let [mut duration, mut request_bytes, mut response_bytes] = [(); 3].map(|()| Vec::with_capacity(sums.len()));
+    let [mut duration, mut request_bytes, mut response_bytes] =
+        [(); 3].map(|()| Vec::with_capacity(sums.len()));
     for (labels, sum) in sums {
         requests.push((labels.clone(), Value::Counter(sum.requests as f64)));
         duration.push((labels.clone(), Value::Histogram(Box::new(sum.duration))));
@@ -72,14 +73,26 @@ fn http_families(own: &Workload, shards: &[Arc<Shard>]) -> Vec<Family> {
         response_bytes.push((labels, Value::Histogram(Box::new(sum.response_bytes))));
     }
     vec![
-        Family { name: "istio_requests_total", help: "Requests.", metrics: requests },
+        Family {
+            name: "istio_requests_total",
+            help: "Requests.",
+            metrics: requests,
+        },
         Family {
             name: "istio_request_duration_milliseconds",
             help: "Time from the request's first byte to the response's last.",
             metrics: duration,
         },
-        Family { name: "istio_request_bytes", help: "Sizes of request bodies.", metrics: request_bytes },
-        Family { name: "istio_response_bytes", help: "Sizes of response bodies.", metrics: response_bytes },
+        Family {
+            name: "istio_request_bytes",
+            help: "Sizes of request bodies.",
+            metrics: request_bytes,
+        },
+        Family {
+            name: "istio_response_bytes",
+            help: "Sizes of response bodies.",
+            metrics: response_bytes,
+        },
     ]
 }
 
@@ -89,7 +102,10 @@ fn tcp_families(own: &Workload, shards: &[Arc<Shard>]) -> Vec<Family> {
         let series = shard.tcp.lock().clone();
         for series in series {
             let sum = sums.entry(tcp_labels(own, &series.labels)).or_default();
-            for (sum, cell) in sum.iter_mut().zip([&series.opened, &series.closed, &series.sent, &series.received]) {
+            for (sum, cell) in
+                sum.iter_mut()
+                    .zip([&series.opened, &series.closed, &series.sent, &series.received])
+            {
                 *sum += cell.get();
             }
         }
@@ -119,11 +135,19 @@ fn tcp_families(own: &Workload, shards: &[Arc<Shard>]) -> Vec<Family> {
 
 fn own_families(shards: &[Arc<Shard>]) -> Vec<Family> {
     let sum = |read: fn(&Shard) -> u64| shards.iter().map(|shard| read(shard)).sum::<u64>() as f64;
-    let counter = |name, help, value| Family { name, help, metrics: vec![(Vec::new(), Value::Counter(value))] };
+    let counter = |name, help, value| Family {
+        name,
+        help,
+        metrics: vec![(Vec::new(), Value::Counter(value))],
+    };
     let connections = sum(|shard| shard.counters.connections.get());
     let closed = sum(|shard| shard.counters.connections_closed.get());
     vec![
-        counter("serin_proxy_downstream_connections_total", "Connections accepted.", connections),
+        counter(
+            "serin_proxy_downstream_connections_total",
+            "Connections accepted.",
+            connections,
+        ),
         Family {
             name: "serin_proxy_downstream_connections_active",
             help: "Connections open.",
@@ -139,7 +163,11 @@ fn own_families(shards: &[Arc<Shard>]) -> Vec<Family> {
             "Connections to endpoints that failed.",
             sum(|shard| shard.counters.upstream_connect_failures.get()),
         ),
-        counter("serin_proxy_retries_total", "Retried requests.", sum(|shard| shard.counters.retries.get())),
+        counter(
+            "serin_proxy_retries_total",
+            "Retried requests.",
+            sum(|shard| shard.counters.retries.get()),
+        ),
         counter(
             "serin_proxy_refused_requests_total",
             "Requests that broke the protocol and were refused.",
@@ -188,8 +216,14 @@ fn sides(own: &Workload, reporter: Reporter, peer: &Workload) -> Labels {
         ("destination_principal", text(UNKNOWN)),
         ("destination_app", text(&destination.app)),
         ("destination_version", text(&destination.version)),
-        ("destination_canonical_service", text(&destination.canonical_service)),
-        ("destination_canonical_revision", text(&destination.canonical_revision)),
+        (
+            "destination_canonical_service",
+            text(&destination.canonical_service),
+        ),
+        (
+            "destination_canonical_revision",
+            text(&destination.canonical_revision),
+        ),
         ("destination_cluster", text(&destination.cluster)),
     ]
 }
@@ -212,10 +246,19 @@ fn http_labels(own: &Workload, labels: &HttpLabels) -> Labels {
     out.extend([
         ("destination_service", labels.service.host.to_string()),
         ("destination_service_name", labels.service.name.to_string()),
-        ("destination_service_namespace", labels.service.namespace.to_string()),
+        (
+            "destination_service_namespace",
+            labels.service.namespace.to_string(),
+        ),
         ("request_protocol", protocol.to_owned()),
         ("response_code", labels.code.to_string()),
-        ("grpc_response_status", labels.grpc_status.map(|code| code.to_string()).unwrap_or_default()),
+        (
+            "grpc_response_status",
+            labels
+                .grpc_status
+                .map(|code| code.to_string())
+                .unwrap_or_default(),
+        ),
         ("response_flags", labels.flags.to_string()),
         ("connection_security_policy", security_policy(labels.reporter)),
     ]);
@@ -227,7 +270,10 @@ fn tcp_labels(own: &Workload, labels: &TcpLabels) -> Labels {
     out.extend([
         ("destination_service", labels.service.host.to_string()),
         ("destination_service_name", labels.service.name.to_string()),
-        ("destination_service_namespace", labels.service.namespace.to_string()),
+        (
+            "destination_service_namespace",
+            labels.service.namespace.to_string(),
+        ),
         ("request_protocol", "tcp".to_owned()),
         ("response_flags", labels.flags.to_string()),
         ("connection_security_policy", security_policy(labels.reporter)),

@@ -86,6 +86,9 @@ mod tests {
     #[test]
     fn flags_are_written_as_envoy_writes_them() {
         assert_eq!(Flags::default().to_string(), "-");
-        assert_eq!((Flags::UPSTREAM_CONNECTION_FAILURE | Flags::RETRY_LIMIT).to_string(), "UF,URX");
+        assert_eq!(
+            (Flags::UPSTREAM_CONNECTION_FAILURE | Flags::RETRY_LIMIT).to_string(),
+            "UF,URX"
+        );
     }
 }

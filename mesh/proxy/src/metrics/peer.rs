@@ -73,7 +73,11 @@ static WORKLOADS: LazyLock<Interner<Workload>> = LazyLock::new(|| Interner(Mutex
 static SERVICES: LazyLock<Interner<ServiceIdentity>> = LazyLock::new(|| Interner(Mutex::default()));
 
 fn or_unknown(text: &str) -> Box<str> {
-    if text.is_empty() { UNKNOWN.into() } else { text.into() }
+    if text.is_empty() {
+        UNKNOWN.into()
+    } else {
+        text.into()
+    }
 }
 
 impl Workload {
@@ -81,8 +85,13 @@ impl Workload {
     pub fn parse(text: &str) -> Arc<Self> {
         let mut parts = text.split(';');
         let mut next = || or_unknown(parts.next().unwrap_or_default());
-        let (name, namespace, canonical_service, canonical_revision, cluster) = (next(), next(), next(), next(), next());
-        let canonical_revision = if &*canonical_revision == UNKNOWN { "latest".into() } else { canonical_revision };
+        let (name, namespace, canonical_service, canonical_revision, cluster) =
+            (next(), next(), next(), next(), next());
+        let canonical_revision = if &*canonical_revision == UNKNOWN {
+            "latest".into()
+        } else {
+            canonical_revision
+        };
         WORKLOADS.get(Self {
             app: canonical_service.clone(),
             version: canonical_revision.clone(),
@@ -114,13 +123,22 @@ impl Workload {
     /// From a proxy's node metadata.
     pub fn of_node(metadata: &google::Struct) -> Arc<Self> {
         let text = |key: &str| string(metadata, key).unwrap_or_default();
-        let labels = match metadata.fields.get("LABELS").and_then(|value| value.kind.as_ref()) {
+        let labels = match metadata
+            .fields
+            .get("LABELS")
+            .and_then(|value| value.kind.as_ref())
+        {
             Some(google::value::Kind::StructValue(labels)) => Some(labels),
             _ => None,
         };
         let label = |key: &str| labels.and_then(|labels| string(labels, key)).unwrap_or_default();
         let first = |candidates: &[&str]| {
-            candidates.iter().find(|candidate| !candidate.is_empty()).copied().unwrap_or(UNKNOWN).into()
+            candidates
+                .iter()
+                .find(|candidate| !candidate.is_empty())
+                .copied()
+                .unwrap_or(UNKNOWN)
+                .into()
         };
         let name = first(&[text("WORKLOAD_NAME")]);
         let app = label("app");
@@ -180,8 +198,10 @@ pub fn header_of_node(metadata: &google::Struct) -> String {
             out.fields.insert(key.into(), value.clone());
         }
     }
-    if let Some(google::value::Kind::StructValue(labels)) =
-        metadata.fields.get("LABELS").and_then(|value| value.kind.as_ref())
+    if let Some(google::value::Kind::StructValue(labels)) = metadata
+        .fields
+        .get("LABELS")
+        .and_then(|value| value.kind.as_ref())
     {
         let fields = labels
             .fields
@@ -190,7 +210,8 @@ pub fn header_of_node(metadata: &google::Struct) -> String {
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect();
         let kind = google::value::Kind::StructValue(google::Struct { fields });
-        out.fields.insert("LABELS".into(), google::Value { kind: Some(kind) });
+        out.fields
+            .insert("LABELS".into(), google::Value { kind: Some(kind) });
     }
     base64::engine::general_purpose::STANDARD.encode(out.encode_to_vec())
 }
@@ -198,7 +219,11 @@ pub fn header_of_node(metadata: &google::Struct) -> String {
 impl ServiceIdentity {
     /// A service by its parts.
     pub fn new(host: &str, name: &str, namespace: &str) -> Arc<Self> {
-        SERVICES.get(Self { host: or_unknown(host), name: or_unknown(name), namespace: or_unknown(namespace) })
+        SERVICES.get(Self {
+            host: or_unknown(host),
+            name: or_unknown(name),
+            namespace: or_unknown(namespace),
+        })
     }
 
     /// A service of which nothing is known.
@@ -210,8 +235,12 @@ impl ServiceIdentity {
     /// The first of `istio.services` in a cluster's metadata.
     pub(crate) fn of_cluster(metadata: Option<&core::Metadata>) -> Option<Arc<Self>> {
         let services = metadata?.filter_metadata.get("istio")?.fields.get("services")?;
-        let Some(google::value::Kind::ListValue(list)) = &services.kind else { return None };
-        let Some(google::value::Kind::StructValue(first)) = list.values.first()?.kind.as_ref() else { return None };
+        let Some(google::value::Kind::ListValue(list)) = &services.kind else {
+            return None;
+        };
+        let Some(google::value::Kind::StructValue(first)) = list.values.first()?.kind.as_ref() else {
+            return None;
+        };
         let text = |key| string(first, key).unwrap_or_default();
         Some(Self::new(text("host"), text("name"), text("namespace")))
     }
@@ -223,7 +252,9 @@ mod tests {
 
     #[test]
     fn a_peer_reads_from_the_header_what_the_node_says_of_itself() {
-        let text = |value: &str| google::Value { kind: Some(google::value::Kind::StringValue(value.into())) };
+        let text = |value: &str| google::Value {
+            kind: Some(google::value::Kind::StringValue(value.into())),
+        };
         let mut labels = google::Struct::default();
         labels.fields.insert("app".into(), text("reviews"));
         labels.fields.insert("version".into(), text("v2"));
@@ -233,13 +264,18 @@ mod tests {
         node.fields.insert("NAMESPACE".into(), text("prod"));
         node.fields.insert(
             "LABELS".into(),
-            google::Value { kind: Some(google::value::Kind::StructValue(labels)) },
+            google::Value {
+                kind: Some(google::value::Kind::StructValue(labels)),
+            },
         );
         let own = Workload::of_node(&node);
         let header = header_of_node(&node);
         let read = Workload::of_header(header.as_bytes()).unwrap();
         assert!(Arc::ptr_eq(&own, &read), "{own:?} {read:?}");
-        assert_eq!((&*read.canonical_service, &*read.canonical_revision), ("reviews", "v2"));
+        assert_eq!(
+            (&*read.canonical_service, &*read.canonical_revision),
+            ("reviews", "v2")
+        );
         assert_eq!(&*read.cluster, UNKNOWN);
         let sent = base64::engine::general_purpose::STANDARD.decode(&header).unwrap();
         assert!(!String::from_utf8_lossy(&sent).contains("not for peers"));
@@ -248,7 +284,10 @@ mod tests {
     #[test]
     fn endpoint_metadata_names_the_workload_and_garbage_headers_name_nobody() {
         let workload = Workload::parse("reviews-v1;prod;reviews;;Kubernetes");
-        assert_eq!((&*workload.name, &*workload.canonical_revision), ("reviews-v1", "latest"));
+        assert_eq!(
+            (&*workload.name, &*workload.canonical_revision),
+            ("reviews-v1", "latest")
+        );
         assert!(Workload::of_header(b"%%%").is_none());
         assert!(Workload::of_header(&[b'A'; 9000]).is_none());
     }

@@ -82,26 +82,36 @@ fn encode(labels: &Labels, value: &Value, timestamp_ms: i64) -> prometheus::Metr
     let mut metric = prometheus::Metric {
         label: labels
             .iter()
-            .map(|(name, value)| prometheus::LabelPair { name: Some((*name).to_owned()), value: Some(value.clone()) })
+            .map(|(name, value)| prometheus::LabelPair {
+                name: Some((*name).to_owned()),
+                value: Some(value.clone()),
+            })
             .collect(),
         timestamp_ms: Some(timestamp_ms),
         ..Default::default()
     };
     match value {
         Value::Counter(value) => {
-            metric.counter = Some(prometheus::Counter { value: Some(*value), ..Default::default() });
+            metric.counter = Some(prometheus::Counter {
+                value: Some(*value),
+                ..Default::default()
+            });
         }
         Value::Gauge(value) => metric.gauge = Some(prometheus::Gauge { value: Some(*value) }),
         Value::Histogram(histogram) => {
             let mut cumulative = 0;
-            let bucket = histogram.buckets.iter().zip(BOUNDS.into_iter().chain([f64::INFINITY])).map(|(count, bound)| {
-                cumulative += count;
-                prometheus::Bucket {
-                    cumulative_count: Some(cumulative),
-                    upper_bound: Some(bound),
-                    ..Default::default()
-                }
-            });
+            let bucket = histogram
+                .buckets
+                .iter()
+                .zip(BOUNDS.into_iter().chain([f64::INFINITY]))
+                .map(|(count, bound)| {
+                    cumulative += count;
+                    prometheus::Bucket {
+                        cumulative_count: Some(cumulative),
+                        upper_bound: Some(bound),
+                        ..Default::default()
+                    }
+                });
             metric.histogram = Some(prometheus::Histogram {
                 bucket: bucket.collect(),
                 sample_count: Some(histogram.count()),
@@ -142,18 +152,25 @@ impl Pusher {
         let mut client = MetricsServiceClient::new(channel);
         let feed = async {
             let mut sent = Sent::default();
-            let mut identifier = Some(Identifier { node: Some(self.node.clone()) });
+            let mut identifier = Some(Identifier {
+                node: Some(self.node.clone()),
+            });
             let mut ticks = tokio::time::interval(INTERVAL);
             ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             loop {
                 ticks.tick().await;
-                let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+                let now = SystemTime::now()
+                    .duration_since(SystemTime::UNIX_EPOCH)
+                    .unwrap_or_default();
                 let families = sent.changed(&collect(&self.own, &self.shards), now.as_millis() as i64);
                 // The first message goes out even when empty: it says who we are.
                 if families.is_empty() && identifier.is_none() {
                     continue;
                 }
-                let message = StreamMetricsMessage { identifier: identifier.take(), envoy_metrics: families };
+                let message = StreamMetricsMessage {
+                    identifier: identifier.take(),
+                    envoy_metrics: families,
+                };
                 if sender.send(message).await.is_err() {
                     return;
                 }

@@ -15,8 +15,25 @@ use super::peer::{ServiceIdentity, Workload};
 
 /// Istio's bucket bounds, for milliseconds and bytes alike.
 pub const BOUNDS: [f64; 19] = [
-    0.5, 1.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1_000.0, 2_500.0, 5_000.0, 10_000.0, 30_000.0, 60_000.0,
-    300_000.0, 600_000.0, 1_800_000.0, 3_600_000.0,
+    0.5,
+    1.0,
+    5.0,
+    10.0,
+    25.0,
+    50.0,
+    100.0,
+    250.0,
+    500.0,
+    1_000.0,
+    2_500.0,
+    5_000.0,
+    10_000.0,
+    30_000.0,
+    60_000.0,
+    300_000.0,
+    600_000.0,
+    1_800_000.0,
+    3_600_000.0,
 ];
 /// Series that one worker may hold; what comes beyond is counted under an unknown peer and service.
 const MAX_SERIES: usize = 10_000;
@@ -28,7 +45,8 @@ pub struct Cell(AtomicU64);
 impl Cell {
     /// Adds; must only be called by the owning worker.
     pub fn add(&self, n: u64) {
-        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+        self.0
+            .store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
     }
 
     /// The current value.
@@ -232,7 +250,11 @@ pub struct Recorder {
 impl Recorder {
     /// The worker's half of `shard`.
     pub fn new(shard: Arc<Shard>) -> Self {
-        Self { shard, http: RefCell::default(), tcp: RefCell::default() }
+        Self {
+            shard,
+            http: RefCell::default(),
+            tcp: RefCell::default(),
+        }
     }
 
     /// The worker's own counters.
@@ -270,7 +292,12 @@ impl Recorder {
     /// The TCP series with these labels.
     pub fn tcp(&self, labels: &TcpLabels) -> Arc<TcpSeries> {
         let key = |labels: &TcpLabels| {
-            (Arc::as_ptr(&labels.peer).addr(), Arc::as_ptr(&labels.service).addr(), labels.flags, labels.reporter)
+            (
+                Arc::as_ptr(&labels.peer).addr(),
+                Arc::as_ptr(&labels.service).addr(),
+                labels.flags,
+                labels.reporter,
+            )
         };
         let mut table = self.tcp.borrow_mut();
         if let Some(series) = table.get(&key(labels)) {

@@ -19,7 +19,11 @@ pub fn write(families: &[Family]) -> String {
             None => continue,
         };
         // Writing to a String cannot fail.
-        let _ = writeln!(out, "# HELP {} {}\n# TYPE {} {kind}", family.name, family.help, family.name);
+        let _ = writeln!(
+            out,
+            "# HELP {} {}\n# TYPE {} {kind}",
+            family.name, family.help, family.name
+        );
         for (labels, value) in &family.metrics {
             let mut text = String::new();
             for (name, value) in labels {
@@ -47,7 +51,10 @@ fn write_value(out: &mut String, name: &str, labels: &str, value: &Value) {
             let mut cumulative = 0;
             for (count, bound) in histogram.buckets.iter().zip(BOUNDS) {
                 cumulative += count;
-                let _ = writeln!(out, "{name}_bucket{{{labels}{separator}le=\"{bound}\"}} {cumulative}");
+                let _ = writeln!(
+                    out,
+                    "{name}_bucket{{{labels}{separator}le=\"{bound}\"}} {cumulative}"
+                );
             }
             let count = histogram.count();
             let _ = writeln!(out, "{name}_bucket{{{labels}{separator}le=\"+Inf\"}} {count}");
@@ -59,7 +66,11 @@ fn write_value(out: &mut String, name: &str, labels: &str, value: &Value) {
 
 fn escape(value: &str) -> std::borrow::Cow<'_, str> {
     if value.contains(['\\', '"', '\n']) {
-        value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n").into()
+        value
+            .replace('\\', "\\\\")
+            .replace('"', "\\\"")
+            .replace('\n', "\\n")
+            .into()
     } else {
         value.into()
     }
@@ -72,7 +83,10 @@ mod tests {
 
     #[test]
     fn histograms_are_cumulative_and_labels_are_escaped() {
-        let mut value = HistogramValue { sum: 1.5, ..Default::default() };
+        let mut value = HistogramValue {
+            sum: 1.5,
+            ..Default::default()
+        };
         value.buckets[0] = 2;
         value.buckets[1] = 1;
         value.buckets[19] = 1;

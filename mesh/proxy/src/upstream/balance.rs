@@ -56,8 +56,7 @@ impl Balancer {
             .priorities
             .iter()
             .map(|localities| {
-                let mut level =
-                    Level {
+                let mut level = Level {
                     hosts: Vec::new(),
                     localities: Vec::new(),
                     total: 0,
@@ -69,22 +68,35 @@ impl Balancer {
                     let start = level.hosts.len();
                     let members = &hosts[locality.members.clone()];
                     level.everybody.extend(members.iter().cloned());
-                    level.hosts.extend(members.iter().filter(|host| host.endpoint.healthy).cloned());
+                    level
+                        .hosts
+                        .extend(members.iter().filter(|host| host.endpoint.healthy).cloned());
                     level.total += members.len();
                     if level.hosts.len() > start && cluster.locality_weighted {
                         // The share shrinks only once less than 1/1.4 of the locality is usable.
                         let usable = (level.hosts.len() - start) as u64 * u64::from(set.overprovisioning);
                         let effective = u64::from(locality.weight) * usable.min(members.len() as u64 * 100);
-                        level.localities.push(((effective / members.len() as u64) as u32, start..level.hosts.len()));
+                        level.localities.push((
+                            (effective / members.len() as u64) as u32,
+                            start..level.hosts.len(),
+                        ));
                     }
                 }
-                level.heaviest = level.everybody.iter().map(|host| host.endpoint.weight).max().unwrap_or(1);
+                level.heaviest = level
+                    .everybody
+                    .iter()
+                    .map(|host| host.endpoint.weight)
+                    .max()
+                    .unwrap_or(1);
                 level.localities.retain(|(weight, _)| *weight > 0);
                 if level.localities.is_empty() {
                     level.localities.push((1, 0..level.hosts.len()));
                 }
-                let named: Vec<(&str, u32)> =
-                    level.hosts.iter().map(|host| (&*host.endpoint.text, host.endpoint.weight)).collect();
+                let named: Vec<(&str, u32)> = level
+                    .hosts
+                    .iter()
+                    .map(|host| (&*host.endpoint.text, host.endpoint.weight))
+                    .collect();
                 level.table = match cluster.lb {
                     LbPolicy::RingHash { minimum } => Some(Table::ring(&named, minimum)),
                     LbPolicy::Maglev { size } => Some(Table::maglev(&named, size)),
@@ -94,7 +106,11 @@ impl Balancer {
             })
             .collect();
         // Workers and restarts start at different hosts.
-        Self { levels, turn: Cell::new(random::next() >> 32), overprovisioning: set.overprovisioning }
+        Self {
+            levels,
+            turn: Cell::new(random::next() >> 32),
+            overprovisioning: set.overprovisioning,
+        }
     }
 
     /// A host, or `None` if no host may be used.
@@ -109,11 +125,14 @@ impl Balancer {
             last = Some(host);
         }
         // Chance kept hitting hosts that were tried: take one that was not, if there is one.
-        let fresh = level
-            .hosts
-            .iter()
-            .find(|host| !host.ejected() && !wish.tried.iter().any(|tried| Rc::ptr_eq(&tried.pool, &host.pool)));
-        if wish.tried.is_empty() { last } else { fresh.cloned().or(last) }
+        let fresh = level.hosts.iter().find(|host| {
+            !host.ejected() && !wish.tried.iter().any(|tried| Rc::ptr_eq(&tried.pool, &host.pool))
+        });
+        if wish.tried.is_empty() {
+            last
+        } else {
+            fresh.cloned().or(last)
+        }
     }
 
     /// The priority level for this request: each takes as much of the load as its usable share, times the
@@ -124,7 +143,8 @@ impl Balancer {
             return first.view(cluster, some_ejected);
         }
         let share = |level: &Level| {
-            if level.total == 0 { 0 } else { (level.usable() * self.overprovisioning as usize / level.total).min(100) }
+            let scaled = level.usable() * self.overprovisioning as usize;
+            scaled.checked_div(level.total).unwrap_or(0).min(100)
         };
         let shares: Vec<usize> = self.levels.iter().map(share).collect();
         let sum: usize = shares.iter().sum();
@@ -137,7 +157,10 @@ impl Balancer {
             point -= share;
         }
         // Nobody is usable anywhere: panic decides on the first level that has anybody.
-        self.levels.iter().find(|level| level.total > 0)?.view(cluster, some_ejected)
+        self.levels
+            .iter()
+            .find(|level| level.total > 0)?
+            .view(cluster, some_ejected)
     }
 }
 
@@ -266,7 +289,8 @@ impl LevelView<'_> {
         let heaviest = self.heaviest;
         for _ in 0..32 {
             let host = &hosts[random::below(hosts.len())];
-            if (host.endpoint.weight == heaviest || random::below(heaviest as usize) < host.endpoint.weight as usize)
+            if (host.endpoint.weight == heaviest
+                || random::below(heaviest as usize) < host.endpoint.weight as usize)
                 && self.may_use(host)
             {
                 return Some(host);

@@ -90,22 +90,41 @@ impl WorkerCluster {
                     pool: host.pool.clone(),
                     active: host.active.clone(),
                 }),
-                None => Rc::new(Host { endpoint: endpoint.clone(), pool: Rc::default(), active: Rc::default() }),
+                None => Rc::new(Host {
+                    endpoint: endpoint.clone(),
+                    pool: Rc::default(),
+                    active: Rc::default(),
+                }),
             })
             .collect();
         if let Some(previous) = previous {
             previous.retire_missing(&hosts);
         }
-        let balancer = set.as_ref().map_or_else(Balancer::default, |set| Balancer::new(&config, set, &hosts));
-        let dynamic = previous.map_or_else(RefCell::default, |previous| RefCell::new(previous.dynamic.take()));
-        Some(Self { slot: slot.clone(), config, version, set, hosts, balancer, dynamic })
+        let balancer = set
+            .as_ref()
+            .map_or_else(Balancer::default, |set| Balancer::new(&config, set, &hosts));
+        let dynamic =
+            previous.map_or_else(RefCell::default, |previous| RefCell::new(previous.dynamic.take()));
+        Some(Self {
+            slot: slot.clone(),
+            config,
+            version,
+            set,
+            hosts,
+            balancer,
+            dynamic,
+        })
     }
 
     /// Connections to hosts that are not in `next` drain.
     fn retire_missing(&self, next: &[Rc<Host>]) {
         let kept: std::collections::HashSet<&Address, foldhash::fast::RandomState> =
             next.iter().map(|host| &host.endpoint.address).collect();
-        for host in self.hosts.iter().filter(|host| !kept.contains(&host.endpoint.address)) {
+        for host in self
+            .hosts
+            .iter()
+            .filter(|host| !kept.contains(&host.endpoint.address))
+        {
             host.pool.retire();
         }
         if next.is_empty() {
@@ -126,7 +145,10 @@ impl WorkerCluster {
                 Some(self.dynamic_host(destination))
             }
             Discovery::Static | Discovery::Eds(_) | Discovery::Dns { .. } => {
-                let wish = Wish { some_ejected: self.some_ejected(), ..*wish };
+                let wish = Wish {
+                    some_ejected: self.some_ejected(),
+                    ..*wish
+                };
                 self.balancer.pick(&self.config, &wish)
             }
         }
@@ -145,7 +167,8 @@ impl WorkerCluster {
             return host.clone();
         }
         if dynamic.len() >= MAX_DYNAMIC {
-            dynamic.retain(|_, host| host.active.get() > 0 || !host.pool.sweep(Instant::now(), Duration::MAX));
+            dynamic
+                .retain(|_, host| host.active.get() > 0 || !host.pool.sweep(Instant::now(), Duration::MAX));
         }
         let endpoint = Endpoint {
             address: Address::Tcp(destination),
@@ -157,14 +180,20 @@ impl WorkerCluster {
             workload: None,
             state: Arc::default(),
         };
-        let host = Rc::new(Host { endpoint: Arc::new(endpoint), pool: Rc::default(), active: Rc::default() });
+        let host = Rc::new(Host {
+            endpoint: Arc::new(endpoint),
+            pool: Rc::default(),
+            active: Rc::default(),
+        });
         dynamic.insert(destination, host.clone());
         host
     }
 
     /// Tells outlier detection how a request to `host` went; returns whether that ejected it.
     pub fn record(&self, host: &Host, event: Event) -> bool {
-        let Some(rules) = &self.config.outlier else { return false };
+        let Some(rules) = &self.config.outlier else {
+            return false;
+        };
         let all = self.set.as_ref().map_or(&[][..], |set| &set.all);
         let ejected = outlier::record(rules, &host.endpoint.state, all, event, now_ms);
         if ejected {
@@ -176,7 +205,10 @@ impl WorkerCluster {
 
     /// Whether EDS asks to drop this request.
     pub fn drops(&self, random: u64) -> bool {
-        self.set.as_ref().and_then(|set| set.drop).is_some_and(|share| share.hit(random))
+        self.set
+            .as_ref()
+            .and_then(|set| set.drop)
+            .is_some_and(|share| share.hit(random))
     }
 
     /// Closes connections that have been idle for too long and forgets destinations without any.

@@ -13,9 +13,7 @@ use tokio::net::{TcpSocket, TcpStream, UnixStream};
 
 use crate::config::cluster::Cluster;
 use crate::config::convert::Address;
-
-/// Mark of the proxy's own sockets, by which interception lets them pass (Istio's 1337).
-pub const SOCKET_MARK: u32 = 1337;
+use crate::intercept::{MARK_IN, MARK_OUT};
 
 /// Whether marking sockets is allowed; found out once, since without CAP_NET_ADMIN every attempt fails.
 static MARK_ALLOWED: AtomicBool = AtomicBool::new(true);
@@ -39,9 +37,14 @@ pub async fn connect(cluster: &Cluster, address: &Address) -> io::Result<Stream>
 }
 
 async fn connect_tcp(cluster: &Cluster, address: SocketAddr) -> io::Result<TcpStream> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM.nonblocking().cloexec(),
+        Some(Protocol::TCP),
+    )?;
     socket.set_tcp_nodelay(true)?;
-    mark(&socket);
+    // A cluster that binds its source leads to the local application.
+    mark(&socket, if cluster.bind.is_some() { MARK_IN } else { MARK_OUT });
     if let Some((idle, interval, probes)) = cluster.keepalive {
         let keepalive = TcpKeepalive::new()
             .with_time(idle.max(Duration::from_secs(1)))
@@ -74,8 +77,9 @@ fn bind(socket: &Socket, source: IpAddr, target: SocketAddr) -> io::Result<()> {
     }
 }
 
-fn mark(socket: &Socket) {
-    if MARK_ALLOWED.load(Ordering::Relaxed) && SockRef::from(socket).set_mark(SOCKET_MARK).is_err() {
+/// Marks a socket as the proxy's own, so that interception lets it pass.
+fn mark(socket: &Socket, mark: u32) {
+    if MARK_ALLOWED.load(Ordering::Relaxed) && SockRef::from(socket).set_mark(mark).is_err() {
         MARK_ALLOWED.store(false, Ordering::Relaxed);
     }
 }

@@ -44,7 +44,12 @@ impl Table {
             .map(|(name, weight)| {
                 let hash = stable_hash(name.as_bytes());
                 let second = stable_hash(format!("{name}#").as_bytes());
-                Row { at: hash % size, skip: second % (size - 1) + 1, credit: 0, weight: u64::from(*weight) }
+                Row {
+                    at: hash % size,
+                    skip: second % (size - 1) + 1,
+                    credit: 0,
+                    weight: u64::from(*weight),
+                }
             })
             .collect();
         let mut table = vec![u32::MAX; size as usize];
@@ -87,8 +92,10 @@ impl Table {
 }
 
 fn next_prime(from: u64) -> u64 {
-    let is_prime = |n: u64| n >= 2 && (2..).take_while(|d| d * d <= n).all(|d| n % d != 0);
-    (from.max(2)..).find(|n| is_prime(*n)).unwrap_or(65_537)
+    let is_prime = |n: u64| (2..=n.isqrt()).all(|divisor| !n.is_multiple_of(divisor));
+    // Bertrand: there is a prime between n and 2n.
+    let from = from.max(2);
+    (from..=2 * from).find(|n| is_prime(*n)).unwrap_or(65_537)
 }
 
 #[cfg(test)]
@@ -110,11 +117,18 @@ mod tests {
     #[test]
     fn keys_spread_by_weight() {
         let names = names(4);
-        let hosts: Vec<_> = names.iter().enumerate().map(|(i, n)| (n.as_str(), if i == 0 { 2 } else { 1 })).collect();
+        let hosts: Vec<_> = names
+            .iter()
+            .enumerate()
+            .map(|(i, n)| (n.as_str(), if i == 0 { 2 } else { 1 }))
+            .collect();
         for table in [Table::ring(&hosts, 16_384), Table::maglev(&hosts, 65_537)] {
             let counts = spread(&table, 4);
             assert!((7_000..9_000).contains(&counts[0]), "{counts:?}");
-            assert!(counts[1..].iter().all(|count| (3_300..4_700).contains(count)), "{counts:?}");
+            assert!(
+                counts[1..].iter().all(|count| (3_300..4_700).contains(count)),
+                "{counts:?}"
+            );
         }
     }
 

@@ -40,13 +40,18 @@ pub fn record(
         // In split mode local failures have a counter of their own; otherwise they count as 503.
         Event::LocalFailure if rules.split_local => {
             let count = state.consecutive_local.fetch_add(1, Ordering::Relaxed) + 1;
-            return rules.consecutive_local.is_some_and(|limit| count >= limit) && eject(rules, state, hosts, now_ms());
+            return rules.consecutive_local.is_some_and(|limit| count >= limit)
+                && eject(rules, state, hosts, now_ms());
         }
         Event::LocalFailure => 503,
     };
     if status < 500 {
         // Written only when there is something to reset, so that a healthy host's line is not bounced between cores.
-        for counter in [&state.consecutive_5xx, &state.consecutive_gateway, &state.consecutive_local] {
+        for counter in [
+            &state.consecutive_5xx,
+            &state.consecutive_gateway,
+            &state.consecutive_local,
+        ] {
             if counter.load(Ordering::Relaxed) != 0 {
                 counter.store(0, Ordering::Relaxed);
             }
@@ -69,10 +74,14 @@ fn eject(rules: &Outlier, state: &HostState, hosts: &[Arc<Endpoint>], now: u64) 
     if is_ejected(state, || now) {
         return false;
     }
-    let out = hosts.iter().filter(|host| is_ejected(&host.state, || now)).count();
+    let out = hosts
+        .iter()
+        .filter(|host| is_ejected(&host.state, || now))
+        .count();
     // Envoy's rule: the share that is already out must be below the maximum.
     let share_allows = (out * 100) < rules.max_ejection_percent as usize * hosts.len();
-    let allowed = share_allows && (out + 1) * 100 <= rules.max_ejection_percent.max(1) as usize * hosts.len().max(1)
+    let allowed = share_allows
+        && (out + 1) * 100 <= rules.max_ejection_percent.max(1) as usize * hosts.len().max(1)
         || (rules.always_one && out == 0);
     if !allowed {
         return false;
@@ -86,7 +95,9 @@ fn eject(rules: &Outlier, state: &HostState, hosts: &[Arc<Endpoint>], now: u64) 
         times = times.saturating_sub(healthy.min(u64::from(u32::MAX)) as u32);
     }
     times += 1;
-    let length = base.saturating_mul(u64::from(times)).min(rules.max_ejection.as_millis() as u64);
+    let length = base
+        .saturating_mul(u64::from(times))
+        .min(rules.max_ejection.as_millis() as u64);
     state.ejections.store(times, Ordering::Relaxed);
     state.ejected_until.store(now + length, Ordering::Relaxed);
     state.consecutive_5xx.store(0, Ordering::Relaxed);
@@ -132,8 +143,17 @@ mod tests {
             .collect()
     }
 
-    fn fail(rules: &Outlier, hosts: &[Arc<Endpoint>], index: usize, status: u16, times: usize, now: u64) -> usize {
-        (0..times).filter(|_| record(rules, &hosts[index].state, hosts, Event::Status(status), || now)).count()
+    fn fail(
+        rules: &Outlier,
+        hosts: &[Arc<Endpoint>],
+        index: usize,
+        status: u16,
+        times: usize,
+        now: u64,
+    ) -> usize {
+        (0..times)
+            .filter(|_| record(rules, &hosts[index].state, hosts, Event::Status(status), || now))
+            .count()
     }
 
     #[test]
@@ -183,7 +203,13 @@ mod tests {
         let mut rules = rules();
         rules.split_local = true;
         let hosts = hosts(4);
-        assert!(!record(&rules, &hosts[0].state, &hosts, Event::LocalFailure, || 1));
+        assert!(!record(
+            &rules,
+            &hosts[0].state,
+            &hosts,
+            Event::LocalFailure,
+            || 1
+        ));
         assert!(record(&rules, &hosts[0].state, &hosts, Event::LocalFailure, || 1));
         assert_eq!(hosts[0].state.consecutive_5xx.load(Ordering::Relaxed), 0);
     }

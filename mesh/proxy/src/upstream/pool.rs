@@ -152,7 +152,11 @@ impl Lease {
             if !used_up && !pool.retired.get() && !sender.is_closed() {
                 let mut idle = pool.idle.borrow_mut();
                 if idle.len() < MAX_IDLE {
-                    idle.push(Idle { sender, since: Instant::now(), served });
+                    idle.push(Idle {
+                        sender,
+                        since: Instant::now(),
+                        served,
+                    });
                 }
             }
         }
@@ -171,7 +175,11 @@ impl Pool {
             index -= 1;
             if idle[index].sender.is_ready() {
                 let taken = idle.remove(index);
-                return Some(Lease::Http1 { sender: taken.sender, served: taken.served, pool: self.clone() });
+                return Some(Lease::Http1 {
+                    sender: taken.sender,
+                    served: taken.served,
+                    pool: self.clone(),
+                });
             }
             // Not ready but open: its task has yet to notice that the last exchange is over.
             if idle[index].sender.is_closed() {
@@ -187,7 +195,8 @@ impl Pool {
         let limit = cluster.max_requests_per_connection;
         let found = shared.iter().find(|connection| {
             let streams = (connection.streams.get() as u64).min(u64::from(cluster.max_streams));
-            u64::from(connection.active.get()) < streams.max(1) && (limit == 0 || connection.served.get() < limit)
+            u64::from(connection.active.get()) < streams.max(1)
+                && (limit == 0 || connection.served.get() < limit)
         })?;
         found.active.set(found.active.get() + 1);
         found.served.set(found.served.get().saturating_add(1));
@@ -243,11 +252,12 @@ impl Pool {
             }
             Counted(Some(slot.clone()))
         };
-        let result = match tokio::time::timeout(cluster.connect_timeout, connect::connect(cluster, address)).await {
-            Ok(Ok(stream)) => Ok(stream),
-            Ok(Err(error)) => Err(error.into()),
-            Err(_) => Err(ConnectError::Timeout),
-        };
+        let result =
+            match tokio::time::timeout(cluster.connect_timeout, connect::connect(cluster, address)).await {
+                Ok(Ok(stream)) => Ok(stream),
+                Ok(Err(error)) => Err(error.into()),
+                Err(_) => Err(ConnectError::Timeout),
+            };
         match result {
             Ok(stream) => {
                 worker.recorder.counters().upstream_connections.add(1);
@@ -268,14 +278,20 @@ impl Pool {
         address: &Address,
     ) -> Result<Lease, ConnectError> {
         let (stream, counted) = Self::open(worker, slot, cluster, address).await?;
-        let (sender, connection) =
-            http1::Builder::new().max_buf_size(64 * 1024).handshake::<_, UpstreamBody>(TokioIo::new(stream)).await?;
+        let (sender, connection) = http1::Builder::new()
+            .max_buf_size(64 * 1024)
+            .handshake::<_, UpstreamBody>(TokioIo::new(stream))
+            .await?;
         worker.tasks.spawn_local(async move {
             // An error also reaches the request, which reports it.
             let _ = connection.with_upgrades().await;
             drop(counted);
         });
-        Ok(Lease::Http1 { sender, served: 0, pool: self.clone() })
+        Ok(Lease::Http1 {
+            sender,
+            served: 0,
+            pool: self.clone(),
+        })
     }
 
     async fn connect2(
@@ -348,7 +364,8 @@ impl Pool {
             .retain(|idle| !idle.sender.is_closed() && now.duration_since(idle.since) < idle_timeout);
         self.shared.borrow_mut().retain(|connection| {
             !connection.sender.is_closed()
-                && (connection.active.get() > 0 || now.duration_since(connection.idle_since.get()) < idle_timeout)
+                && (connection.active.get() > 0
+                    || now.duration_since(connection.idle_since.get()) < idle_timeout)
         });
         self.idle.borrow().is_empty() && self.shared.borrow().is_empty()
     }

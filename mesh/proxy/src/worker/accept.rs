@@ -40,7 +40,8 @@ pub(super) async fn run(worker: Rc<Worker>, slot: Arc<ListenerSlot>, socket: Tcp
             }
             Err(error) => match error.kind() {
                 // The client gave up before it was accepted.
-                io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => {}
+                io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => {
+                }
                 _ => {
                     tracing::warn!(listener = %slot.load().name, %error, "cannot accept");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -55,9 +56,16 @@ fn original_destination(stream: &TcpStream, local: SocketAddr) -> SocketAddr {
     let socket = SockRef::from(stream);
     // A dual-stack socket with an IPv4 peer must be asked in IPv4's way.
     let canonical = SocketAddr::new(local.ip().to_canonical(), local.port());
-    let answer = if canonical.is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() };
+    let answer = if canonical.is_ipv4() {
+        socket.original_dst_v4()
+    } else {
+        socket.original_dst_v6()
+    };
     // Without connection tracking there is no answer, and the destination is the local address.
-    answer.ok().and_then(|address| address.as_socket()).unwrap_or(canonical)
+    answer
+        .ok()
+        .and_then(|address| address.as_socket())
+        .unwrap_or(canonical)
 }
 
 async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream, remote: SocketAddr) {
@@ -89,15 +97,22 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
             Ok(None) | Err(_) => return,
         }
     }
-    let addresses = http::Addresses { remote, local: destination };
-    let Some(chain) = choose(&worker, &listener, &detected, addresses) else { return };
+    let addresses = http::Addresses {
+        remote,
+        local: destination,
+    };
+    let Some(chain) = choose(&worker, &listener, &detected, addresses) else {
+        return;
+    };
     if timed_out
         && prefix.is_empty()
         && let Handler::Tcp(proxy) = &chain.handler
     {
         // Nobody has spoken. The TCP chain's upstream is asked now, and whoever speaks first decides: a server that
         // greets gets its TCP connection, a client that was merely slow still gets HTTP.
-        let Ok(upstream) = tcp::open(&worker, proxy, &listener, destination).await else { return };
+        let Ok(upstream) = tcp::open(&worker, proxy, &listener, remote, destination).await else {
+            return;
+        };
         tokio::select! {
             biased;
             _ = upstream.readable() => {}
@@ -110,7 +125,9 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
         }
         if detected != Detected::default() {
             drop(upstream);
-            let Some(chain) = choose(&worker, &listener, &detected, addresses) else { return };
+            let Some(chain) = choose(&worker, &listener, &detected, addresses) else {
+                return;
+            };
             return handle(worker, listener, chain, stream, prefix, addresses).await;
         }
         return tcp::join(worker, proxy.clone(), stream, prefix, upstream).await;
@@ -165,10 +182,11 @@ async fn handle(
     match &chain.handler {
         Handler::Tcp(proxy) => {
             let proxy = proxy.clone();
-            match tcp::open(&worker, &proxy, &listener, addresses.local).await {
-                Ok(upstream) => tcp::join(worker, proxy, stream, prefix, upstream).await,
-                // Recorded where it failed; the client sees the connection close.
-                Err(tcp::NoUpstream) => {}
+            // A failure has been recorded where it happened; the client sees the connection close.
+            if let Ok(upstream) =
+                tcp::open(&worker, &proxy, &listener, addresses.remote, addresses.local).await
+            {
+                tcp::join(worker, proxy, stream, prefix, upstream).await;
             }
         }
         Handler::Http(manager) => {
@@ -189,7 +207,10 @@ async fn handle(
                     prefix.starts_with(b"PRI * HTTP/2")
                 }
             };
-            Box::pin(http::serve(worker, stream, prefix, http2, chain, manager, direction, addresses)).await;
+            Box::pin(http::serve(
+                worker, stream, prefix, http2, chain, manager, direction, addresses,
+            ))
+            .await;
         }
     }
 }

@@ -112,7 +112,10 @@ pub enum UpstreamBody {
 impl UpstreamBody {
     /// A body that starts over from the first byte.
     pub fn stream(source: &Rc<RefCell<RequestSource>>) -> Self {
-        Self::Stream { source: source.clone(), position: 0 }
+        Self::Stream {
+            source: source.clone(),
+            position: 0,
+        }
     }
 }
 
@@ -120,7 +123,10 @@ impl Body for UpstreamBody {
     type Data = Bytes;
     type Error = BodyError;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         match self.get_mut() {
             Self::Empty => Poll::Ready(None),
             Self::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
@@ -186,7 +192,11 @@ impl Body for UpstreamBody {
             // Exact sizes travel in `content-length`, which hyper goes by; after frames were read the hint is short.
             Self::Stream { source, .. } => {
                 let source = source.borrow();
-                if source.received == 0 { source.incoming.size_hint() } else { SizeHint::default() }
+                if source.received == 0 {
+                    source.incoming.size_hint()
+                } else {
+                    SizeHint::default()
+                }
             }
         }
     }
@@ -227,7 +237,11 @@ impl<O: Observer> ResponseBody<O> {
         if done {
             observer.ended();
         }
-        Self::Upstream { incoming, observer, done }
+        Self::Upstream {
+            incoming,
+            observer,
+            done,
+        }
     }
 }
 
@@ -235,10 +249,17 @@ impl<O: Observer + Unpin> Body for ResponseBody<O> {
     type Data = Bytes;
     type Error = BodyError;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         match self.get_mut() {
             Self::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
-            Self::Upstream { incoming, observer, done } => match Pin::new(&mut *incoming).poll_frame(cx) {
+            Self::Upstream {
+                incoming,
+                observer,
+                done,
+            } => match Pin::new(&mut *incoming).poll_frame(cx) {
                 Poll::Pending => observer.poll_limits(cx).map(|error| Some(Err(error))),
                 Poll::Ready(None) => {
                     if !*done {

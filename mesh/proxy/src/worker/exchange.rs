@@ -122,9 +122,10 @@ impl Exchange {
     fn record(&self, conn: &Downstream) {
         let (reporter, peer) = match conn.direction {
             Direction::Inbound => (Reporter::Destination, self.peer.clone()),
-            Direction::Outbound | Direction::Unspecified => {
-                (Reporter::Source, self.host.as_ref().and_then(|host| host.endpoint.workload.clone()))
-            }
+            Direction::Outbound | Direction::Unspecified => (
+                Reporter::Source,
+                self.host.as_ref().and_then(|host| host.endpoint.workload.clone()),
+            ),
         };
         let series = conn.worker.recorder.http(&HttpLabels {
             reporter,
@@ -136,7 +137,9 @@ impl Exchange {
             flags: self.flags,
         });
         series.requests.add(1);
-        series.duration.observe_thousandths(self.started.elapsed().as_micros() as u64);
+        series
+            .duration
+            .observe_thousandths(self.started.elapsed().as_micros() as u64);
         series.request_bytes.observe_thousandths(self.received() * 1000);
         series.response_bytes.observe_thousandths(self.sent * 1000);
     }
@@ -244,9 +247,13 @@ pub struct Limits {
 
 impl Limits {
     /// Up to `deadline` in all (with the flag for when it passes) and `idle` between frames.
-    pub fn new(deadline: Option<(tokio::time::Instant, Flags, &'static str)>, idle: Option<Duration>) -> Self {
+    pub fn new(
+        deadline: Option<(tokio::time::Instant, Flags, &'static str)>,
+        idle: Option<Duration>,
+    ) -> Self {
         Self {
-            deadline: deadline.map(|(at, flag, details)| (Box::pin(tokio::time::sleep_until(at)), flag, details)),
+            deadline: deadline
+                .map(|(at, flag, details)| (Box::pin(tokio::time::sleep_until(at)), flag, details)),
             idle: idle.map(|idle| (Box::pin(tokio::time::sleep(idle)), idle)),
             last_frame: None,
         }
@@ -264,8 +271,20 @@ pub struct Watch {
 
 impl Watch {
     /// Of `exchange`, whose response comes over `lease`.
-    pub fn new(exchange: Box<Exchange>, limits: Limits, lease: Lease, max_requests: u32, active: Active) -> Self {
-        Self { exchange, limits, lease: Some(lease), max_requests, active: Some(active) }
+    pub fn new(
+        exchange: Box<Exchange>,
+        limits: Limits,
+        lease: Lease,
+        max_requests: u32,
+        active: Active,
+    ) -> Self {
+        Self {
+            exchange,
+            limits,
+            lease: Some(lease),
+            max_requests,
+            active: Some(active),
+        }
     }
 
     fn broken(&mut self, flag: Flags, details: &'static str) {
@@ -305,7 +324,9 @@ impl Observer for Watch {
                     self.broken(Flags::STREAM_IDLE, "stream_idle_timeout");
                     return Poll::Ready("stream_idle_timeout".into());
                 }
-                sleep.as_mut().reset(tokio::time::Instant::now() + (*idle - quiet));
+                sleep
+                    .as_mut()
+                    .reset(tokio::time::Instant::now() + idle.saturating_sub(quiet));
             }
         }
         Poll::Pending
@@ -320,7 +341,10 @@ impl Observer for Watch {
     }
 
     fn failed(&mut self) {
-        self.broken(Flags::UPSTREAM_CONNECTION_TERMINATION, "upstream_reset_after_response_started{connection_termination}");
+        self.broken(
+            Flags::UPSTREAM_CONNECTION_TERMINATION,
+            "upstream_reset_after_response_started{connection_termination}",
+        );
     }
 }
 
@@ -332,6 +356,9 @@ mod tests {
     fn times_are_written_in_rfc_3339() {
         let text = rfc3339(Instant::now());
         assert_eq!(text.len(), 24, "{text}");
-        assert!(text.starts_with("20") && text.ends_with('Z') && text.as_bytes()[10] == b'T', "{text}");
+        assert!(
+            text.starts_with("20") && text.ends_with('Z') && text.as_bytes()[10] == b'T',
+            "{text}"
+        );
     }
 }

@@ -35,6 +35,7 @@ pub struct Downstream {
     pub local: SocketAddr,
     /// Shared with the reader.
     pub gate: Arc<Gate>,
+    upgrade_asked: Cell<bool>,
     requests: Cell<u32>,
     running: Cell<u32>,
     opened: Instant,
@@ -50,6 +51,23 @@ impl Downstream {
         self.running.set(self.running.get() + 1);
     }
 
+    /// How many requests have come so far.
+    pub fn request_number(&self) -> u32 {
+        self.requests.get()
+    }
+
+    /// The present request asks for an upgrade; the reader waits for [`Self::decide_upgrade`].
+    pub fn ask_upgrade(&self) {
+        self.upgrade_asked.set(true);
+    }
+
+    /// Answers the reader, if an upgrade was asked for.
+    pub fn decide_upgrade(&self, granted: bool) {
+        if self.upgrade_asked.replace(false) {
+            self.gate.decide_upgrade(granted);
+        }
+    }
+
     /// A request has ended.
     pub fn request_ended(&self) {
         self.running.set(self.running.get().saturating_sub(1));
@@ -62,7 +80,10 @@ impl Downstream {
         self.worker.phase() != DrainPhase::Serving
             || self.chain.is_retired()
             || (limit > 0 && self.requests.get() >= limit)
-            || self.manager.max_connection_duration.is_some_and(|limit| self.opened.elapsed() >= limit)
+            || self
+                .manager
+                .max_connection_duration
+                .is_some_and(|limit| self.opened.elapsed() >= limit)
     }
 
     /// Puts what every response carries on one: `server`, and `connection: close` when it is time.
@@ -111,7 +132,10 @@ pub async fn serve<S>(
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let gate = Arc::new(Gate::default());
-    let limits = (!http2).then_some(HeadLimits { bytes: manager.max_head, fields: manager.max_header_count });
+    let limits = (!http2).then_some(HeadLimits {
+        bytes: manager.max_head,
+        fields: manager.max_header_count,
+    });
     let io = TokioIo::new(StrictIo::new(stream, prefix, limits, gate.clone()));
     let now = Instant::now();
     let conn = Rc::new(Downstream {
@@ -122,6 +146,7 @@ pub async fn serve<S>(
         remote: addresses.remote,
         local: addresses.local,
         gate,
+        upgrade_asked: Cell::new(false),
         requests: Cell::new(0),
         running: Cell::new(0),
         opened: now,
@@ -129,7 +154,11 @@ pub async fn serve<S>(
         finishing: Cell::new(false),
         finish: Notify::new(),
     });
-    if http2 { serve2(conn, io).await } else { serve1(conn, io).await }
+    if http2 {
+        serve2(conn, io).await
+    } else {
+        serve1(conn, io).await
+    }
 }
 
 async fn serve1<S>(conn: Rc<Downstream>, io: TokioIo<StrictIo<S>>)

@@ -7,6 +7,9 @@ use super::body::ResponseBody;
 use super::exchange::{Exchange, Watch};
 use crate::metrics::flags::Flags;
 
+/// Response flags on responses that the proxy made itself.
+static X_RESPONSE_FLAGS: http::HeaderName = http::HeaderName::from_static("x-serin-response-flags");
+
 /// The body type of every response.
 pub type Body = ResponseBody<Watch>;
 
@@ -72,10 +75,21 @@ impl LocalReply {
             exchange.code = self.status.as_u16();
         }
         if self.close && exchange.version != http::Version::HTTP_2 {
-            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            response
+                .headers_mut()
+                .insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        // Who reads a failure can tell ours from the application's, and why; passed on unchanged by gateways.
+        if !exchange.flags.is_empty()
+            && let Ok(flags) = HeaderValue::from_str(&exchange.flags.to_string())
+        {
+            response.headers_mut().insert(X_RESPONSE_FLAGS.clone(), flags);
         }
         exchange.sent = body.len() as u64;
-        exchange.conn.clone().dress(response.headers_mut(), exchange.version);
+        exchange
+            .conn
+            .clone()
+            .dress(response.headers_mut(), exchange.version);
         exchange.finish();
         response.map(|()| ResponseBody::Full((!body.is_empty()).then_some(body)))
     }

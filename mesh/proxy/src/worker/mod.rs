@@ -4,11 +4,14 @@
 pub mod accept;
 pub mod body;
 pub mod exchange;
+mod failure;
 pub mod http;
 pub mod local;
+mod mirror;
 pub mod request;
 pub mod sniff;
 pub mod tcp;
+mod upgrade;
 pub mod upstream;
 
 use std::cell::{Cell, RefCell};
@@ -18,8 +21,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
 use ::http::HeaderValue;
+use arc_swap::ArcSwap;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 
@@ -174,7 +177,9 @@ impl Worker {
                                 old.abort();
                             }
                         }
-                        Err(error) => tracing::error!(listener = %name, %error, "listening socket not usable"),
+                        Err(error) => {
+                            tracing::error!(listener = %name, %error, "listening socket not usable")
+                        }
                     }
                 }
                 Some(Command::Close(name)) => {
@@ -234,7 +239,9 @@ impl Worker {
             clusters.resize(index + 1, None);
         }
         // The id of a slot that nobody holds any more may have been given to another cluster.
-        let existing = clusters[index].as_ref().filter(|existing| Arc::ptr_eq(&existing.slot, slot));
+        let existing = clusters[index]
+            .as_ref()
+            .filter(|existing| Arc::ptr_eq(&existing.slot, slot));
         if let Some(existing) = existing
             && existing.version == slot.version()
         {

@@ -29,6 +29,7 @@ use crate::random;
 
 pub(super) static X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 static X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+static X_FORWARDED_CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 static X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 pub(super) static PEER_METADATA: HeaderName = HeaderName::from_static(METADATA_HEADER);
 pub(super) static PEER_METADATA_ID: HeaderName = HeaderName::from_static(METADATA_ID_HEADER);
@@ -60,8 +61,17 @@ pub(super) struct Routed {
 
 impl Routed {
     /// Response mutations, most specific first, as Envoy orders them.
-    pub fn mutate_response(&self, headers: &mut HeaderMap, request: &HeaderMap, variables: &Variables<'_>) {
-        for ops in [&self.route.response_headers, &self.host.response_headers, &self.table.response_headers] {
+    pub(super) fn mutate_response(
+        &self,
+        headers: &mut HeaderMap,
+        request: &HeaderMap,
+        variables: &Variables<'_>,
+    ) {
+        for ops in [
+            &self.route.response_headers,
+            &self.host.response_headers,
+            &self.table.response_headers,
+        ] {
             if !ops.is_empty() {
                 ops.apply(headers, Some(request), variables);
             }
@@ -75,10 +85,18 @@ impl Routed {
 pub struct Broken;
 
 /// Serves one request.
-pub(super) async fn handle(conn: Rc<Downstream>, request: Request<Incoming>) -> Result<Response<Body>, Broken> {
+pub(super) async fn handle(
+    conn: Rc<Downstream>,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, Broken> {
     conn.request_began();
     let (mut parts, incoming) = request.into_parts();
-    let mut exchange = Exchange::new(conn.clone(), parts.method.clone(), parts.uri.clone(), parts.version);
+    let mut exchange = Exchange::new(
+        conn.clone(),
+        parts.method.clone(),
+        parts.uri.clone(),
+        parts.version,
+    );
     exchange.grpc = is_grpc(&parts.headers);
     if let Err(reply) = admit(&conn, &mut exchange, &mut parts) {
         conn.worker.recorder.counters().refused_requests.add(1);
@@ -101,7 +119,7 @@ fn admit(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) -> Resul
         reply.close = true;
         reply
     };
-    if let Some(violation) = conn.gate.violation() {
+    if let Some(violation) = conn.gate.violation(conn.request_number()) {
         let status = StatusCode::from_u16(violation.status()).unwrap_or(StatusCode::BAD_REQUEST);
         return Err(refuse(status, violation.details()));
     }
@@ -116,25 +134,35 @@ fn admit(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) -> Resul
         }
         let value = HeaderValue::from_str(authority.as_str()).map_err(|_| bad("invalid_authority"))?;
         if parts.version == Version::HTTP_2
-            && parts.headers.get(header::HOST).is_some_and(|host| !host.as_bytes().eq_ignore_ascii_case(value.as_bytes()))
+            && parts
+                .headers
+                .get(header::HOST)
+                .is_some_and(|host| !host.as_bytes().eq_ignore_ascii_case(value.as_bytes()))
         {
             return Err(bad("host_and_authority_differ"));
         }
         parts.headers.insert(header::HOST, value);
     } else if !parts.headers.contains_key(header::HOST) {
         if parts.version == Version::HTTP_10 && !conn.manager.default_host.is_empty() {
-            let value = HeaderValue::from_str(&conn.manager.default_host).map_err(|_| bad("invalid_authority"))?;
+            let value =
+                HeaderValue::from_str(&conn.manager.default_host).map_err(|_| bad("invalid_authority"))?;
             parts.headers.insert(header::HOST, value);
         } else if parts.version == Version::HTTP_2 {
             return Err(bad("missing_host_header"));
         }
     } else if parts.version == Version::HTTP_2
-        && !parts.headers.get(header::HOST).is_some_and(|host| valid_host(host.as_bytes()))
+        && !parts
+            .headers
+            .get(header::HOST)
+            .is_some_and(|host| valid_host(host.as_bytes()))
     {
         return Err(bad("invalid_authority"));
     }
     if conn.manager.strip_port
-        && let Some(host) = parts.headers.get(header::HOST).and_then(|value| value.to_str().ok())
+        && let Some(host) = parts
+            .headers
+            .get(header::HOST)
+            .and_then(|value| value.to_str().ok())
     {
         let stripped = crate::config::table::strip_port(host);
         if stripped.len() < host.len()
@@ -150,25 +178,43 @@ fn admit(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) -> Resul
 /// Makes the target origin-form with a normalised path.
 fn normalize_target(conn: &Downstream, parts: &mut Parts) -> Result<(), LocalReply> {
     let refused = |details| {
-        LocalReply::new(StatusCode::BAD_REQUEST, Flags::DOWNSTREAM_PROTOCOL_ERROR, details, "")
+        LocalReply::new(
+            StatusCode::BAD_REQUEST,
+            Flags::DOWNSTREAM_PROTOCOL_ERROR,
+            details,
+            "",
+        )
     };
     let path = parts.uri.path();
     if path == "*" {
-        return if parts.method == Method::OPTIONS { Ok(()) } else { Err(refused("invalid_path")) };
+        return if parts.method == Method::OPTIONS {
+            Ok(())
+        } else {
+            Err(refused("invalid_path"))
+        };
     }
     let manager = &conn.manager;
-    let normalized =
-        match normalize(path, manager.normalize_path, manager.merge_slashes, manager.escaped_slashes) {
-            Normalized::Refused => return Err(refused("path_normalization_failed")),
-            Normalized::Redirect(path) => {
-                let mut reply = LocalReply::new(StatusCode::TEMPORARY_REDIRECT, Flags::default(), "path_normalized", "");
-                let location = HeaderValue::from_str(&path).map_err(|_| refused("path_normalization_failed"))?;
-                reply.headers.insert(header::LOCATION, location);
-                return Err(reply);
-            }
-            Normalized::Path(std::borrow::Cow::Borrowed(_)) => None,
-            Normalized::Path(std::borrow::Cow::Owned(path)) => Some(path),
-        };
+    let normalized = match normalize(
+        path,
+        manager.normalize_path,
+        manager.merge_slashes,
+        manager.escaped_slashes,
+    ) {
+        Normalized::Refused => return Err(refused("path_normalization_failed")),
+        Normalized::Redirect(path) => {
+            let mut reply = LocalReply::new(
+                StatusCode::TEMPORARY_REDIRECT,
+                Flags::default(),
+                "path_normalized",
+                "",
+            );
+            let location = HeaderValue::from_str(&path).map_err(|_| refused("path_normalization_failed"))?;
+            reply.headers.insert(header::LOCATION, location);
+            return Err(reply);
+        }
+        Normalized::Path(std::borrow::Cow::Borrowed(_)) => None,
+        Normalized::Path(std::borrow::Cow::Owned(path)) => Some(path),
+    };
     let target = match normalized {
         Some(path) => match parts.uri.query() {
             Some(query) => format!("{path}?{query}").parse(),
@@ -176,7 +222,11 @@ fn normalize_target(conn: &Downstream, parts: &mut Parts) -> Result<(), LocalRep
         },
         // Already origin-form, the usual case for HTTP/1: nothing is rebuilt.
         None if parts.uri.authority().is_none() && parts.uri.scheme().is_none() => return Ok(()),
-        None => Ok(parts.uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"))),
+        None => Ok(parts
+            .uri
+            .path_and_query()
+            .cloned()
+            .unwrap_or_else(|| PathAndQuery::from_static("/"))),
     };
     parts.uri = target.map(Uri::from).map_err(|_| refused("invalid_path"))?;
     Ok(())
@@ -189,18 +239,28 @@ fn take_upgrade(conn: &Downstream, parts: &mut Parts) -> Result<Option<String>, 
         return Ok(None);
     }
     let upgrade = requested_upgrade(&parts.headers);
+    if upgrade.is_some() {
+        conn.ask_upgrade();
+    }
     strip_hop_by_hop(&mut parts.headers);
     match upgrade {
         None => Ok(None),
         // h2c by upgrade is deprecated (RFC 9113 section 3.1) and may be ignored.
         Some(protocol) if protocol == "h2c" => {
-            conn.gate.decide_upgrade(false);
+            conn.decide_upgrade(false);
             Ok(None)
         }
-        Some(protocol) if conn.manager.upgrades.iter().any(|allowed| **allowed == *protocol) => Ok(Some(protocol)),
+        Some(protocol) if conn.manager.upgrades.iter().any(|allowed| **allowed == *protocol) => {
+            Ok(Some(protocol))
+        }
         Some(_) => {
-            conn.gate.decide_upgrade(false);
-            Err(LocalReply::new(StatusCode::FORBIDDEN, Flags::default(), "upgrade_failed", ""))
+            conn.decide_upgrade(false);
+            Err(LocalReply::new(
+                StatusCode::FORBIDDEN,
+                Flags::default(),
+                "upgrade_failed",
+                "",
+            ))
         }
     }
 }
@@ -216,21 +276,31 @@ fn identify(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) {
             exchange.peer = metadata.and_then(|value| conn.worker.peer(&value));
         }
     }
+    if !manager.keep_client_cert {
+        headers.remove(&X_FORWARDED_CLIENT_CERT);
+    }
     if manager.use_remote_address {
         for name in INTERNAL_FIELDS {
             headers.remove(name);
         }
         let remote = conn.remote.ip().to_canonical().to_string();
-        let value = match headers.get(&X_FORWARDED_FOR).and_then(|value| value.to_str().ok()) {
+        let value = match headers
+            .get(&X_FORWARDED_FOR)
+            .and_then(|value| value.to_str().ok())
+        {
             Some(before) => HeaderValue::try_from(format!("{before},{remote}")),
             None => HeaderValue::try_from(remote),
         };
-        if let Ok(value) = value {
+        if let Ok(value) = value
+            && !manager.skip_forwarded_for
+        {
             headers.insert(X_FORWARDED_FOR.clone(), value);
         }
         headers.insert(X_FORWARDED_PROTO.clone(), HeaderValue::from_static("http"));
     } else {
-        headers.entry(X_FORWARDED_PROTO.clone()).or_insert(HeaderValue::from_static("http"));
+        headers
+            .entry(X_FORWARDED_PROTO.clone())
+            .or_insert(HeaderValue::from_static("http"));
     }
     if manager.generate_request_id {
         let fresh = || HeaderValue::from_bytes(&random::uuid()).unwrap_or(HeaderValue::from_static("-"));
@@ -247,13 +317,21 @@ fn identify(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) {
 }
 
 /// A view of a request for matchers.
-pub(super) fn view<'a>(parts: &'a Parts) -> RequestView<'a> {
+pub(super) fn view(parts: &Parts) -> RequestView<'_> {
     RequestView {
         method: parts.method.as_str(),
         path: parts.uri.path(),
         query: parts.uri.query(),
-        authority: parts.headers.get(header::HOST).and_then(|value| value.to_str().ok()).unwrap_or(""),
-        scheme: parts.headers.get(&X_FORWARDED_PROTO).and_then(|value| value.to_str().ok()).unwrap_or("http"),
+        authority: parts
+            .headers
+            .get(header::HOST)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or(""),
+        scheme: parts
+            .headers
+            .get(&X_FORWARDED_PROTO)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or("http"),
         headers: &parts.headers,
     }
 }
@@ -267,7 +345,11 @@ pub(super) fn variables<'a>(conn: &Downstream, parts: &'a Parts, route: &'a Rout
         route_name: &route.name,
         path: parts.uri.path_and_query().map_or("/", |path| path.as_str()),
         method: parts.method.as_str(),
-        authority: parts.headers.get(header::HOST).and_then(|value| value.to_str().ok()).unwrap_or(""),
+        authority: parts
+            .headers
+            .get(header::HOST)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or(""),
         ..Default::default()
     }
 }
@@ -288,21 +370,37 @@ async fn route(
     upgrade: Option<String>,
 ) -> Response<Body> {
     let Some(routed) = find_route(&conn, &parts) else {
-        conn.gate.decide_upgrade(false);
+        conn.decide_upgrade(false);
         return LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", "").send(exchange);
     };
     exchange.route = Some(routed.route.clone());
     if routed.host.require_tls && view(&parts).scheme != "https" {
         let location = format!("https://{}{}", view(&parts).authority, parts.uri);
-        return redirect(exchange, &routed, &parts, StatusCode::MOVED_PERMANENTLY, &location);
+        return redirect(
+            exchange,
+            &routed,
+            &parts,
+            StatusCode::MOVED_PERMANENTLY,
+            &location,
+        );
     }
     let cors = conn
         .manager
         .has_cors
-        .then(|| routed.route.per_filter.cors.as_ref().or(routed.host.per_filter.cors.as_ref()).or(conn.manager.cors.as_ref()))
+        .then(|| {
+            routed
+                .route
+                .per_filter
+                .cors
+                .as_ref()
+                .or(routed.host.per_filter.cors.as_ref())
+                .or(conn.manager.cors.as_ref())
+        })
         .flatten();
     let mut allowed_origin = None;
-    match cors.map_or(CorsVerdict::None, |cors| cors.judge(&parts.method, &parts.headers)) {
+    match cors.map_or(CorsVerdict::None, |cors| {
+        cors.judge(&parts.method, &parts.headers)
+    }) {
         CorsVerdict::None => {}
         CorsVerdict::Actual(origin) => allowed_origin = Some(origin),
         CorsVerdict::Preflight(headers) => {
@@ -327,21 +425,37 @@ async fn route(
             redirect(exchange, &routed, &parts, action.status, &location)
         }
         Action::Forward(_) => {
-            let body = if incoming.is_end_stream() { None } else { Some(incoming) };
-            return decorate(upstream::forward(exchange, routed.clone_arcs(), parts, body, upgrade).await, cors, allowed_origin);
+            let body = if incoming.is_end_stream() {
+                None
+            } else {
+                Some(incoming)
+            };
+            return decorate(
+                upstream::forward(exchange, routed.clone_arcs(), parts, body, upgrade).await,
+                cors,
+                allowed_origin,
+            );
         }
     };
-    conn.gate.decide_upgrade(false);
+    conn.decide_upgrade(false);
     decorate(response, cors, allowed_origin)
 }
 
 impl Routed {
     fn clone_arcs(&self) -> Self {
-        Self { table: self.table.clone(), host: self.host.clone(), route: self.route.clone() }
+        Self {
+            table: self.table.clone(),
+            host: self.host.clone(),
+            route: self.route.clone(),
+        }
     }
 }
 
-fn decorate(mut response: Response<Body>, cors: Option<&Cors>, origin: Option<HeaderValue>) -> Response<Body> {
+fn decorate(
+    mut response: Response<Body>,
+    cors: Option<&Cors>,
+    origin: Option<HeaderValue>,
+) -> Response<Body> {
     if let (Some(cors), Some(origin)) = (cors, origin) {
         cors.decorate(origin, response.headers_mut());
     }
@@ -356,13 +470,22 @@ fn redirect(
     location: &str,
 ) -> Response<Body> {
     let Ok(location) = HeaderValue::from_str(location) else {
-        return LocalReply::new(StatusCode::BAD_REQUEST, Flags::DOWNSTREAM_PROTOCOL_ERROR, "invalid_path", "")
-            .send(exchange);
+        return LocalReply::new(
+            StatusCode::BAD_REQUEST,
+            Flags::DOWNSTREAM_PROTOCOL_ERROR,
+            "invalid_path",
+            "",
+        )
+        .send(exchange);
     };
     let mut reply = LocalReply::new(status, Flags::default(), "direct_response", "");
     reply.headers.insert(header::LOCATION, location);
     let conn = exchange.conn.clone();
-    routed.mutate_response(&mut reply.headers, &parts.headers, &variables(&conn, parts, &routed.route));
+    routed.mutate_response(
+        &mut reply.headers,
+        &parts.headers,
+        &variables(&conn, parts, &routed.route),
+    );
     reply.send(exchange)
 }
 
@@ -376,7 +499,12 @@ async fn inject_fault(
     if !conn.manager.has_fault {
         return None;
     }
-    let own = routed.route.per_filter.fault.as_ref().or(routed.host.per_filter.fault.as_ref());
+    let own = routed
+        .route
+        .per_filter
+        .fault
+        .as_ref()
+        .or(routed.host.per_filter.fault.as_ref());
     let fault = match own {
         Some(own) => own.as_ref()?,
         None => conn.manager.fault.as_ref()?,
@@ -386,8 +514,12 @@ async fn inject_fault(
         exchange.flags.add(Flags::DELAY_INJECTED);
         tokio::time::sleep(delay.min(Duration::from_secs(3600))).await;
     }
-    let mut reply =
-        LocalReply::new(StatusCode::OK, Flags::FAULT_INJECTED, "fault_filter_abort", "fault filter abort");
+    let mut reply = LocalReply::new(
+        StatusCode::OK,
+        Flags::FAULT_INJECTED,
+        "fault_filter_abort",
+        "fault filter abort",
+    );
     match abort? {
         FaultAbort::Http(status) => reply.status = status,
         FaultAbort::Grpc(status) => {

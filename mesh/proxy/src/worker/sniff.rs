@@ -34,7 +34,10 @@ pub fn detect(bytes: &[u8]) -> Option<Detected> {
     match bytes {
         [] => None,
         [0x16, ..] => detect_tls(bytes),
-        _ if bytes.starts_with(PREFACE) => Some(Detected { http: Some(Http::Two), ..Default::default() }),
+        _ if bytes.starts_with(PREFACE) => Some(Detected {
+            http: Some(Http::Two),
+            ..Default::default()
+        }),
         _ if PREFACE.starts_with(bytes) => None,
         _ => detect_http1(bytes),
     }
@@ -42,7 +45,11 @@ pub fn detect(bytes: &[u8]) -> Option<Detected> {
 
 fn detect_http1(bytes: &[u8]) -> Option<Detected> {
     // Empty lines before the request line are allowed.
-    let start = bytes.iter().take(4).take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
+    let start = bytes
+        .iter()
+        .take(4)
+        .take_while(|byte| matches!(byte, b'\r' | b'\n'))
+        .count();
     let bytes = &bytes[start..];
     let none = Some(Detected::default());
     let token = |byte: &u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(byte);
@@ -50,7 +57,11 @@ fn detect_http1(bytes: &[u8]) -> Option<Detected> {
         let plausible = bytes.len() <= MAX_METHOD && bytes.iter().all(token);
         return if plausible { None } else { none };
     };
-    if space == 0 || !bytes[..space].iter().all(|byte| byte.is_ascii_uppercase() || *byte == b'-') {
+    if space == 0
+        || !bytes[..space]
+            .iter()
+            .all(|byte| byte.is_ascii_uppercase() || *byte == b'-')
+    {
         return none;
     }
     // "QUIT foo" of some text protocol is not HTTP: the line must end in an HTTP version.
@@ -60,7 +71,10 @@ fn detect_http1(bytes: &[u8]) -> Option<Detected> {
             let line = bytes[..end].trim_ascii_end();
             let version = line.rsplit(|byte| *byte == b' ').next().unwrap_or_default();
             let http = version.starts_with(b"HTTP/").then_some(Http::One);
-            Some(Detected { http, ..Default::default() })
+            Some(Detected {
+                http,
+                ..Default::default()
+            })
         }
     }
 }
@@ -76,7 +90,11 @@ impl<'a> Cursor<'a> {
     }
 
     fn number(&mut self, bytes: usize) -> Option<usize> {
-        Some(self.take(bytes)?.iter().fold(0, |number, byte| number << 8 | usize::from(*byte)))
+        Some(
+            self.take(bytes)?
+                .iter()
+                .fold(0, |number, byte| number << 8 | usize::from(*byte)),
+        )
     }
 
     fn vector(&mut self, length_bytes: usize) -> Option<Cursor<'a>> {
@@ -98,7 +116,10 @@ fn detect_tls(bytes: &[u8]) -> Option<Detected> {
     if bytes.len() < 5 + record && bytes.len() < MAX_BYTES {
         return None;
     }
-    let mut out = Detected { tls: true, ..Default::default() };
+    let mut out = Detected {
+        tls: true,
+        ..Default::default()
+    };
     // An unreadable hello is still TLS; it just names nobody.
     let _ = read_hello(&bytes[5..bytes.len().min(5 + record)], &mut out);
     Some(out)
@@ -124,7 +145,8 @@ fn read_hello(bytes: &[u8], out: &mut Detected) -> Option<()> {
             16 => {
                 let mut list = content.vector(2)?;
                 while !list.0.is_empty() {
-                    out.alpn.push(String::from_utf8_lossy(list.vector(1)?.0).into_owned());
+                    out.alpn
+                        .push(String::from_utf8_lossy(list.vector(1)?.0).into_owned());
                 }
             }
             _ => {}
@@ -139,20 +161,22 @@ mod tests {
 
     use super::*;
 
-    fn http(bytes: &[u8]) -> Option<Option<Http>> {
-        detect(bytes).map(|detected| detected.http)
-    }
-
     #[test]
     fn http_is_told_by_a_whole_request_line_or_the_preface() {
-        assert_eq!(http(b"GET / HTTP/1.1\r\n"), Some(Some(Http::One)));
-        assert_eq!(http(PREFACE), Some(Some(Http::Two)));
-        assert_eq!(http(b"GET / HT"), None);
-        assert_eq!(http(b"PRI * HTTP/2"), None);
-        assert_eq!(http(b"PO"), None);
-        assert_eq!(http(b"QUIT now\r\n"), Some(None));
-        assert_eq!(http(b"\x00\x01\x02"), Some(None));
-        assert_eq!(http(b"*3\r\n$3\r\nSET\r\n"), Some(None));
+        let detected = |http| {
+            Some(Detected {
+                http,
+                ..Default::default()
+            })
+        };
+        assert_eq!(detect(b"GET / HTTP/1.1\r\n"), detected(Some(Http::One)));
+        assert_eq!(detect(PREFACE), detected(Some(Http::Two)));
+        for more in [&b"GET / HT"[..], b"PRI * HTTP/2", b"PO"] {
+            assert_eq!(detect(more), None);
+        }
+        for other in [&b"QUIT now\r\n"[..], b"\x00\x01\x02", b"*3\r\n$3\r\nSET\r\n"] {
+            assert_eq!(detect(other), detected(None));
+        }
     }
 
     #[test]

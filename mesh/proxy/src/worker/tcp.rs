@@ -11,6 +11,7 @@ use socket2::SockRef;
 use tokio::net::TcpStream;
 
 use super::Worker;
+use crate::config::hash::hash_of_source;
 use crate::config::listener::{Direction, Listener, TcpProxy, TcpTargets};
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
@@ -50,6 +51,7 @@ pub(super) async fn open(
     worker: &Rc<Worker>,
     proxy: &TcpProxy,
     listener: &Listener,
+    source: SocketAddr,
     destination: SocketAddr,
 ) -> Result<Upstream, NoUpstream> {
     let slot = match &proxy.targets {
@@ -60,10 +62,23 @@ pub(super) async fn open(
         Direction::Inbound => Reporter::Destination,
         Direction::Outbound | Direction::Unspecified => Reporter::Source,
     };
-    let mut labels =
-        TcpLabels { reporter, peer: Workload::unknown(), service: ServiceIdentity::unknown(), flags: Flags::default() };
+    let mut labels = TcpLabels {
+        reporter,
+        peer: Workload::unknown(),
+        service: ServiceIdentity::unknown(),
+        flags: Flags::default(),
+    };
     let Some(cluster) = worker.cluster(slot) else {
-        return Err(fail(worker, proxy, labels, Flags::NO_CLUSTER, listener, &slot.name, destination, ""));
+        return Err(fail(
+            worker,
+            proxy,
+            labels,
+            Flags::NO_CLUSTER,
+            listener,
+            &slot.name,
+            destination,
+            "",
+        ));
     };
     labels.service = cluster
         .config
@@ -73,10 +88,24 @@ pub(super) async fn open(
     let mut tried: Vec<Rc<Host>> = Vec::new();
     let mut failure = String::new();
     for _ in 0..proxy.max_connect_attempts {
-        let wish = Wish { tried: &tried, attempts: 5, ..Default::default() };
+        let wish = Wish {
+            hash: proxy.hash_by_source.then(|| hash_of_source(source.ip())),
+            tried: &tried,
+            attempts: 5,
+            ..Default::default()
+        };
         let Some(host) = cluster.pick(&wish, Some(destination)) else {
             let flags = Flags::NO_HEALTHY_UPSTREAM;
-            return Err(fail(worker, proxy, labels, flags, listener, &slot.name, destination, &failure));
+            return Err(fail(
+                worker,
+                proxy,
+                labels,
+                flags,
+                listener,
+                &slot.name,
+                destination,
+                &failure,
+            ));
         };
         if reporter == Reporter::Source
             && let Some(workload) = &host.endpoint.workload
@@ -84,7 +113,13 @@ pub(super) async fn open(
             labels.peer = workload.clone();
         }
         match connect_to(worker, &cluster, &host).await {
-            Ok(stream) => return Ok(Upstream { stream, labels, _active: Active::on(&host) }),
+            Ok(stream) => {
+                return Ok(Upstream {
+                    stream,
+                    labels,
+                    _active: Active::on(&host),
+                });
+            }
             Err(text) => failure = text,
         }
         tried.push(host);
@@ -93,13 +128,25 @@ pub(super) async fn open(
     if proxy.max_connect_attempts > 1 {
         flags.add(Flags::RETRY_LIMIT);
     }
-    Err(fail(worker, proxy, labels, flags, listener, &slot.name, destination, &failure))
+    Err(fail(
+        worker,
+        proxy,
+        labels,
+        flags,
+        listener,
+        &slot.name,
+        destination,
+        &failure,
+    ))
 }
 
 async fn connect_to(worker: &Worker, cluster: &WorkerCluster, host: &Host) -> Result<Stream, String> {
     let config = &cluster.config;
-    let result =
-        tokio::time::timeout(config.connect_timeout, connect::connect(config, &host.endpoint.address)).await;
+    let result = tokio::time::timeout(
+        config.connect_timeout,
+        connect::connect(config, &host.endpoint.address),
+    )
+    .await;
     let counters = worker.recorder.counters();
     match result {
         Ok(Ok(stream)) => {
@@ -204,18 +251,29 @@ pub(super) async fn join(
         () = both => {}
         () = quiet(&last, proxy.idle_timeout) => {}
         () = worker.closing() => {}
+        () = lasting(proxy.max_duration) => {}
+    }
+}
+
+/// Ends after the longest time that a connection may last.
+async fn lasting(limit: Option<Duration>) {
+    match limit {
+        Some(limit) => tokio::time::sleep(limit).await,
+        None => std::future::pending().await,
     }
 }
 
 /// Ends when nothing has moved for `limit`.
 async fn quiet(last: &Cell<Instant>, limit: Option<Duration>) {
-    let Some(limit) = limit else { return std::future::pending().await };
+    let Some(limit) = limit else {
+        return std::future::pending().await;
+    };
     loop {
         let passed = last.get().elapsed();
         if passed >= limit {
             return;
         }
-        tokio::time::sleep(limit - passed).await;
+        tokio::time::sleep(limit.saturating_sub(passed)).await;
     }
 }
 

@@ -4,7 +4,6 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use http::request::Parts;
 use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
@@ -13,11 +12,13 @@ use tokio::time::Instant;
 
 use super::body::{RequestSource, ResponseBody, UpstreamBody};
 use super::exchange::{Exchange, Limits, Watch};
+use super::failure::{Failure, final_reply};
 use super::http::Downstream;
 use super::local::{Body, LocalReply};
+use super::mirror::mirror;
 use super::request::{PEER_METADATA, PEER_METADATA_ID, Routed, X_REQUEST_ID, X_UNPROCESSED, variables, view};
+use super::upgrade::switch_protocols;
 use crate::config::cluster::UpstreamHttp;
-use crate::config::convert::Address;
 use crate::config::hash::request_hash;
 use crate::config::headers::Variables;
 use crate::config::listener::Direction;
@@ -66,19 +67,6 @@ impl Drop for Permit {
     }
 }
 
-/// How an attempt failed.
-enum Failure {
-    Connect(ConnectError),
-    /// The peer says that it did nothing.
-    Refused,
-    /// The connection or stream broke.
-    Reset { sent: bool, reused: bool, protocol: bool, text: String },
-    PerTryTimeout,
-    Timeout,
-    /// The client's side broke.
-    Client,
-}
-
 /// Whether a further attempt may follow.
 #[derive(Clone, Copy)]
 struct Again {
@@ -109,7 +97,13 @@ pub(super) async fn forward(
 ) -> Response<Body> {
     let conn = exchange.conn.clone();
     let Action::Forward(forward) = &routed.route.action else {
-        return LocalReply::new(StatusCode::INTERNAL_SERVER_ERROR, Flags::LOCAL_RESET, "not_forwarding", "").send(exchange);
+        return LocalReply::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            Flags::LOCAL_RESET,
+            "not_forwarding",
+            "",
+        )
+        .send(exchange);
     };
     let (slot, target) = match &forward.targets {
         Targets::One(slot) => (slot, None),
@@ -118,13 +112,25 @@ pub(super) async fn forward(
             (&target.cluster, Some(target))
         }
         Targets::Empty => {
-            return LocalReply::new(forward.cluster_not_found, Flags::NO_CLUSTER, "cluster_not_found", "").send(exchange);
+            return LocalReply::new(
+                forward.cluster_not_found,
+                Flags::NO_CLUSTER,
+                "cluster_not_found",
+                "",
+            )
+            .send(exchange);
         }
     };
     exchange.cluster_name = Some(slot.name.clone());
     let Some(cluster) = conn.worker.cluster(slot) else {
-        conn.gate.decide_upgrade(false);
-        return LocalReply::new(forward.cluster_not_found, Flags::NO_CLUSTER, "cluster_not_found", "").send(exchange);
+        conn.decide_upgrade(false);
+        return LocalReply::new(
+            forward.cluster_not_found,
+            Flags::NO_CLUSTER,
+            "cluster_not_found",
+            "",
+        )
+        .send(exchange);
     };
     exchange.cluster = Some(cluster.clone());
     let overflow = || {
@@ -134,7 +140,9 @@ pub(super) async fn forward(
             "upstream_reset_before_response_started{overflow}",
             "upstream connect error or disconnect/reset before headers. reset reason: overflow",
         );
-        reply.headers.insert(X_OVERLOADED.clone(), HeaderValue::from_static("true"));
+        reply
+            .headers
+            .insert(X_OVERLOADED.clone(), HeaderValue::from_static("true"));
         reply
     };
     let limits = cluster.config.limits;
@@ -142,8 +150,13 @@ pub(super) async fn forward(
         return overflow().send(exchange);
     };
     if cluster.drops(random::next()) {
-        return LocalReply::new(StatusCode::SERVICE_UNAVAILABLE, Flags::DROP_OVERLOAD, "drop_overload", "drop overload")
-            .send(exchange);
+        return LocalReply::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            Flags::DROP_OVERLOAD,
+            "drop_overload",
+            "drop overload",
+        )
+        .send(exchange);
     }
     let hash = if forward.hash.is_empty() {
         None
@@ -177,17 +190,32 @@ pub(super) async fn forward(
         hash,
         auto_host: matches!(forward.host_rewrite, Some(HostRewrite::Auto)),
     };
-    let downstream_upgrade = upgrade.as_ref().map(|protocol| (protocol.clone(), take_on_upgrade(&mut parts)));
+    let downstream_upgrade = upgrade
+        .as_ref()
+        .map(|protocol| (protocol.clone(), take_on_upgrade(&mut parts)));
     let mirror_head = (!forward.mirrors.is_empty()).then(|| parts.clone());
-    let outcome = attempts(&plan, &routed, &mut exchange, &mut parts, source.as_ref(), upgrade.as_deref()).await;
+    let outcome = attempts(
+        &plan,
+        &routed,
+        &mut exchange,
+        &mut parts,
+        source.as_ref(),
+        upgrade.as_deref(),
+    )
+    .await;
     if let Some(head) = mirror_head {
         mirror(&conn, forward, head, source.as_ref());
     }
     let (response, lease, active) = match outcome {
         Ok(success) => success,
         Err(reply) => {
-            conn.gate.decide_upgrade(false);
-            return if reply.details == "overflow" { overflow() } else { reply }.send(exchange);
+            conn.decide_upgrade(false);
+            return if reply.details == "overflow" {
+                overflow()
+            } else {
+                reply
+            }
+            .send(exchange);
         }
     };
     drop(permit);
@@ -195,9 +223,19 @@ pub(super) async fn forward(
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             return switch_protocols(exchange, response, on_upgrade, active, lease);
         }
-        conn.gate.decide_upgrade(false);
+        conn.decide_upgrade(false);
     }
-    respond(exchange, &plan, &routed, target, request_headers, &parts, response, lease, active)
+    respond(
+        exchange,
+        &plan,
+        &routed,
+        target,
+        request_headers,
+        &parts,
+        response,
+        lease,
+        active,
+    )
 }
 
 fn take_on_upgrade(parts: &mut Parts) -> Option<hyper::upgrade::OnUpgrade> {
@@ -231,7 +269,10 @@ fn prepare(
             upstream_cluster: &cluster.slot.name,
             path: uri.path_and_query().map_or("/", |path| path.as_str()),
             method: method.as_str(),
-            authority: authority.as_ref().and_then(|value| value.to_str().ok()).unwrap_or(""),
+            authority: authority
+                .as_ref()
+                .and_then(|value| value.to_str().ok())
+                .unwrap_or(""),
             ..Default::default()
         };
         for ops in ops.into_iter().flatten() {
@@ -239,14 +280,17 @@ fn prepare(
         }
     }
     let old_host = parts.headers.get(header::HOST).cloned();
-    let new_host = target.and_then(|target| target.host_rewrite.clone()).or_else(|| match &forward.host_rewrite {
-        None | Some(HostRewrite::Auto) => None,
-        Some(HostRewrite::Literal(value)) => Some(value.clone()),
-        Some(HostRewrite::Header(name)) => parts.headers.get(name).cloned(),
-        Some(HostRewrite::PathRegex(regex, with)) => {
-            HeaderValue::from_str(&regex.replace_all(parts.uri.path(), &**with)).ok()
-        }
-    });
+    let new_host =
+        target
+            .and_then(|target| target.host_rewrite.clone())
+            .or_else(|| match &forward.host_rewrite {
+                None | Some(HostRewrite::Auto) => None,
+                Some(HostRewrite::Literal(value)) => Some(value.clone()),
+                Some(HostRewrite::Header(name)) => parts.headers.get(name).cloned(),
+                Some(HostRewrite::PathRegex(regex, with)) => {
+                    HeaderValue::from_str(&regex.replace_all(parts.uri.path(), &**with)).ok()
+                }
+            });
     if let Some(new) = new_host {
         if forward.append_forwarded_host
             && let Some(old) = old_host
@@ -261,16 +305,27 @@ fn prepare(
             Some(query) => format!("{path}?{query}"),
             None => path.into_owned(),
         };
-        if let Ok(original) = HeaderValue::from_str(parts.uri.path_and_query().map_or("/", |path| path.as_str())) {
+        if let Ok(original) =
+            HeaderValue::from_str(parts.uri.path_and_query().map_or("/", |path| path.as_str()))
+        {
             parts.headers.insert(X_ORIGINAL_PATH.clone(), original);
         }
         parts.uri = target.parse().map_err(|_| {
-            LocalReply::new(StatusCode::BAD_REQUEST, Flags::DOWNSTREAM_PROTOCOL_ERROR, "path_rewrite_failed", "")
+            LocalReply::new(
+                StatusCode::BAD_REQUEST,
+                Flags::DOWNSTREAM_PROTOCOL_ERROR,
+                "path_rewrite_failed",
+                "",
+            )
         })?;
     }
     if conn.manager.metadata_exchange && conn.direction != Direction::Inbound {
-        parts.headers.insert(PEER_METADATA.clone(), conn.worker.shared.peer_metadata.clone());
-        parts.headers.insert(PEER_METADATA_ID.clone(), conn.worker.shared.peer_id.clone());
+        parts
+            .headers
+            .insert(PEER_METADATA.clone(), conn.worker.shared.peer_metadata.clone());
+        parts
+            .headers
+            .insert(PEER_METADATA_ID.clone(), conn.worker.shared.peer_id.clone());
     }
     // hyper answered it, or will when the body is read; the upstream is not asked.
     parts.headers.remove(header::EXPECT);
@@ -289,7 +344,11 @@ async fn attempts(
     upgrade: Option<&str>,
 ) -> Result<Success, LocalReply> {
     let cluster = plan.cluster;
-    let policy = plan.forward.retry.as_ref().filter(|policy| upgrade.is_none() && policy.applies_to(&view(parts)));
+    let policy = plan
+        .forward
+        .retry
+        .as_ref()
+        .filter(|policy| upgrade.is_none() && policy.applies_to(&view(parts)));
     let mut tried: Vec<Rc<Host>> = Vec::new();
     let mut retries = 0;
     let mut unsent = 0;
@@ -297,7 +356,11 @@ async fn attempts(
     loop {
         let wish = Wish {
             hash: plan.hash,
-            tried: if policy.is_some_and(|policy| policy.previous_hosts) || unsent > 0 { &tried } else { &[] },
+            tried: if policy.is_some_and(|policy| policy.previous_hosts) || unsent > 0 {
+                &tried
+            } else {
+                &[]
+            },
             attempts: policy.map_or(1, |policy| policy.host_selection_attempts),
             some_ejected: false,
         };
@@ -313,28 +376,41 @@ async fn attempts(
         exchange.host = Some(host.clone());
         let active = Active::on(&host);
         let may_retry = policy.is_some_and(|policy| retries < policy.attempts);
-        let again = Again { by_policy: may_retry, quietly: unsent < MAX_UNSENT };
-        let result = attempt(plan, routed, exchange, parts, source, upgrade, &host, policy, again).await;
+        let again = Again {
+            by_policy: may_retry,
+            quietly: unsent < MAX_UNSENT,
+        };
+        let result = attempt(
+            plan, routed, exchange, parts, source, upgrade, &host, policy, again,
+        )
+        .await;
         let replayable = source.is_none_or(|source| source.borrow().can_replay());
-        let outcome;
-        match &result {
+        let outcome = match &result {
             Ok((response, _)) => {
                 let status = response.status();
                 let ejected = cluster.record(&host, Event::Status(status_for_outliers(response)));
                 note_ejection(plan, ejected);
-                let refused = response.headers().contains_key(&X_UNPROCESSED) && host.endpoint.workload.is_some();
-                outcome = if refused { Outcome::Refused } else { Outcome::Response(status, response.headers()) };
+                let refused =
+                    response.headers().contains_key(&X_UNPROCESSED) && host.endpoint.workload.is_some();
+                if refused {
+                    Outcome::Refused
+                } else {
+                    Outcome::Response(status, response.headers())
+                }
             }
             Err(failure) => {
-                if !matches!(failure, Failure::Client | Failure::Connect(ConnectError::Overflow)) {
+                if !matches!(
+                    failure,
+                    Failure::Client | Failure::Connect(ConnectError::Overflow)
+                ) {
                     // A connection closed while idle says nothing about the host's health.
-                    let stale = matches!(failure, Failure::Reset { sent: false, reused: true, .. });
+                    let stale = matches!(failure, Failure::Reset { reused: true, .. });
                     if !stale {
                         let ejected = cluster.record(&host, Event::LocalFailure);
                         note_ejection(plan, ejected);
                     }
                 }
-                outcome = match failure {
+                match failure {
                     Failure::Connect(ConnectError::Overflow) | Failure::Client | Failure::Timeout => {
                         return Err(final_reply(exchange, result.err(), retries, policy));
                     }
@@ -342,9 +418,9 @@ async fn attempts(
                     Failure::Refused => Outcome::Refused,
                     Failure::Reset { sent, .. } => Outcome::Reset { sent: *sent },
                     Failure::PerTryTimeout => Outcome::PerTryTimeout,
-                };
+                }
             }
-        }
+        };
         // A reused connection that broke before a response was most likely closed while idle; the request is sent
         // again, unless it may have been acted on and is not idempotent (RFC 9110 section 9.2.2).
         let quietly = match &result {
@@ -363,7 +439,11 @@ async fn attempts(
             }
             return match result {
                 Ok((response, lease)) => {
-                    if wanted || policy.is_some_and(|policy| retries >= policy.attempts && policy.wants(&outcome_of(&response))) {
+                    if wanted
+                        || policy.is_some_and(|policy| {
+                            retries >= policy.attempts && policy.wants(&outcome_of(&response))
+                        })
+                    {
                         exchange.flags.add(Flags::RETRY_LIMIT);
                     }
                     Ok((response, lease, active))
@@ -431,7 +511,10 @@ fn take_retry_permit(plan: &Plan<'_>) -> Option<Permit> {
 }
 
 fn is_idempotent(method: &Method) -> bool {
-    matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS | Method::PUT | Method::DELETE | Method::TRACE)
+    matches!(
+        *method,
+        Method::GET | Method::HEAD | Method::OPTIONS | Method::PUT | Method::DELETE | Method::TRACE
+    )
 }
 
 /// One try on one host.
@@ -448,29 +531,49 @@ async fn attempt(
 ) -> Result<(Response<Incoming>, Lease), Failure> {
     let cluster = plan.cluster;
     let worker = &plan.conn.worker;
-    let per_try = policy.and_then(|policy| policy.per_try_timeout).map(|limit| Instant::now() + limit);
-    let acquire = host.pool.acquire(worker, &cluster.slot, &cluster.config, &host.endpoint.address, plan.http2);
-    let pending = Permit::take(&cluster.slot, |usage| &usage.pending, cluster.config.limits.pending)
-        .ok_or(Failure::Connect(ConnectError::Overflow))?;
-    let mut lease = bounded(plan.deadline, per_try, acquire).await?.map_err(Failure::Connect)?;
+    let per_try = policy
+        .and_then(|policy| policy.per_try_timeout)
+        .map(|limit| Instant::now() + limit);
+    let acquire = host.pool.acquire(
+        worker,
+        &cluster.slot,
+        &cluster.config,
+        &host.endpoint.address,
+        plan.http2,
+    );
+    let pending = Permit::take(
+        &cluster.slot,
+        |usage| &usage.pending,
+        cluster.config.limits.pending,
+    )
+    .ok_or(Failure::Connect(ConnectError::Overflow))?;
+    let mut lease = bounded(plan.deadline, per_try, acquire)
+        .await?
+        .map_err(Failure::Connect)?;
     drop(pending);
-    let request = build(plan, routed, exchange, parts, source, upgrade, host, &lease, again);
+    let request = build(
+        plan, routed, exchange, parts, source, upgrade, host, &lease, again,
+    );
     let reused = lease.reused();
     let sent = match &mut lease {
         Lease::Http1 { sender, .. } => {
             let response = sender.try_send_request(request);
-            bounded(plan.deadline, per_try, response).await?.map_err(|mut error| {
-                let unsent = error.take_message().is_some();
-                (error.into_error(), unsent)
-            })
+            bounded(plan.deadline, per_try, response)
+                .await?
+                .map_err(|mut error| {
+                    let unsent = error.take_message().is_some();
+                    (error.into_error(), unsent)
+                })
         }
         Lease::Http2(stream) => {
             let mut sender = stream.sender();
             let response = sender.try_send_request(request);
-            bounded(plan.deadline, per_try, response).await?.map_err(|mut error| {
-                let unsent = error.take_message().is_some();
-                (error.into_error(), unsent)
-            })
+            bounded(plan.deadline, per_try, response)
+                .await?
+                .map_err(|mut error| {
+                    let unsent = error.take_message().is_some();
+                    (error.into_error(), unsent)
+                })
         }
     };
     match sent {
@@ -550,7 +653,11 @@ fn build(
         Some(source) => UpstreamBody::stream(source),
     });
     *request.method_mut() = parts.method.clone();
-    *request.headers_mut() = if again { parts.headers.clone() } else { std::mem::take(&mut parts.headers) };
+    *request.headers_mut() = if again {
+        parts.headers.clone()
+    } else {
+        std::mem::take(&mut parts.headers)
+    };
     let uri = parts.uri.clone();
     let headers = request.headers_mut();
     if plan.auto_host
@@ -570,8 +677,14 @@ fn build(
     }
     if plan.http2 {
         let host = headers.remove(header::HOST);
-        let authority = host.as_ref().and_then(|value| value.to_str().ok()).filter(|host| !host.is_empty());
-        let path = uri.path_and_query().cloned().unwrap_or_else(|| http::uri::PathAndQuery::from_static("/"));
+        let authority = host
+            .as_ref()
+            .and_then(|value| value.to_str().ok())
+            .filter(|host| !host.is_empty());
+        let path = uri
+            .path_and_query()
+            .cloned()
+            .unwrap_or_else(|| http::uri::PathAndQuery::from_static("/"));
         let absolute = Uri::builder()
             .scheme("http")
             .authority(authority.unwrap_or("unknown"))
@@ -584,87 +697,6 @@ fn build(
         *request.version_mut() = Version::HTTP_11;
     }
     request
-}
-
-/// The reply when there is no response.
-fn final_reply(
-    exchange: &mut Exchange,
-    failure: Option<Failure>,
-    retries: u32,
-    policy: Option<&RetryPolicy>,
-) -> LocalReply {
-    if retries > 0 && policy.is_some_and(|policy| retries >= policy.attempts) {
-        exchange.flags.add(Flags::RETRY_LIMIT);
-    }
-    let unavailable = |flags, details, text| LocalReply::new(StatusCode::SERVICE_UNAVAILABLE, flags, details, text);
-    match failure {
-        Some(Failure::Connect(ConnectError::Overflow)) => {
-            unavailable(Flags::UPSTREAM_OVERFLOW, "overflow", "")
-        }
-        Some(Failure::Connect(error)) => {
-            exchange.failure = Some(error.to_string().into());
-            let (details, text) = match error {
-                ConnectError::Timeout => (
-                    "upstream_reset_before_response_started{connection_timeout}",
-                    "upstream connect error or disconnect/reset before headers. reset reason: connection timeout",
-                ),
-                _ => (
-                    "upstream_reset_before_response_started{connection_failure}",
-                    "upstream connect error or disconnect/reset before headers. reset reason: connection failure",
-                ),
-            };
-            let mut reply = unavailable(Flags::UPSTREAM_CONNECTION_FAILURE, details, text);
-            if exchange.conn.direction == Direction::Inbound {
-                // The application never saw the request: the client's proxy may try another pod, whatever the method.
-                reply.headers.insert(X_UNPROCESSED.clone(), HeaderValue::from_static("1"));
-            }
-            reply
-        }
-        Some(Failure::Refused) => unavailable(
-            Flags::UPSTREAM_RESET,
-            "upstream_reset_before_response_started{remote_refused_stream_reset}",
-            "upstream connect error or disconnect/reset before headers. reset reason: remote refused stream reset",
-        ),
-        Some(Failure::Reset { protocol, text, .. }) => {
-            exchange.failure = Some(text.into());
-            if protocol {
-                let mut reply = unavailable(
-                    Flags::UPSTREAM_PROTOCOL_ERROR,
-                    "upstream_reset_before_response_started{protocol_error}",
-                    "upstream connect error or disconnect/reset before headers. reset reason: protocol error",
-                );
-                reply.status = StatusCode::BAD_GATEWAY;
-                return reply;
-            }
-            unavailable(
-                Flags::UPSTREAM_CONNECTION_TERMINATION,
-                "upstream_reset_before_response_started{connection_termination}",
-                "upstream connect error or disconnect/reset before headers. reset reason: connection termination",
-            )
-        }
-        Some(Failure::PerTryTimeout) => LocalReply::new(
-            StatusCode::GATEWAY_TIMEOUT,
-            Flags::UPSTREAM_TIMEOUT,
-            "upstream_per_try_timeout",
-            "upstream request timeout",
-        ),
-        Some(Failure::Timeout) => LocalReply::new(
-            StatusCode::GATEWAY_TIMEOUT,
-            Flags::UPSTREAM_TIMEOUT,
-            "upstream_response_timeout",
-            "upstream request timeout",
-        ),
-        Some(Failure::Client) | None => {
-            let mut reply = LocalReply::new(
-                StatusCode::BAD_REQUEST,
-                Flags::DOWNSTREAM_PROTOCOL_ERROR,
-                "downstream_request_body_failed",
-                "",
-            );
-            reply.close = true;
-            reply
-        }
-    }
 }
 
 /// The response as it goes to the client.
@@ -688,16 +720,20 @@ fn respond(
         head.headers.remove(&X_UNPROCESSED);
     }
     let elapsed = exchange.started.elapsed().as_millis() as u64;
-    head.headers.insert(X_UPSTREAM_TIME.clone(), HeaderValue::from(elapsed));
+    head.headers
+        .insert(X_UPSTREAM_TIME.clone(), HeaderValue::from(elapsed));
     if routed.host.attempt_count_in_response {
-        head.headers.insert(X_ATTEMPT_COUNT.clone(), HeaderValue::from(exchange.attempts));
+        head.headers
+            .insert(X_ATTEMPT_COUNT.clone(), HeaderValue::from(exchange.attempts));
     }
     if conn.manager.request_id_in_response
         && let Some(id) = &exchange.request_id
     {
         head.headers.insert(X_REQUEST_ID.clone(), id.clone());
     }
-    let target_ops = target.map(|target| &target.response_headers).filter(|ops| !ops.is_empty());
+    let target_ops = target
+        .map(|target| &target.response_headers)
+        .filter(|ops| !ops.is_empty());
     if request_headers.is_some() || target_ops.is_some() {
         let host = exchange.host.clone();
         let variables = Variables {
@@ -719,16 +755,26 @@ fn respond(
     if exchange.version == Version::HTTP_2 {
         head.version = Version::HTTP_2;
     }
-    let stream_limit = plan.forward.max_stream_duration.or(conn.manager.max_stream_duration);
+    let stream_limit = plan
+        .forward
+        .max_stream_duration
+        .or(conn.manager.max_stream_duration);
     let deadline = match (plan.deadline, stream_limit) {
         (Some(at), _) => Some((at, Flags::UPSTREAM_TIMEOUT, "upstream_response_timeout")),
         (None, Some(limit)) => {
             let at = Instant::from_std(exchange.started) + limit;
-            Some((at, Flags::MAX_STREAM_DURATION, "upstream_max_stream_duration_reached"))
+            Some((
+                at,
+                Flags::MAX_STREAM_DURATION,
+                "upstream_max_stream_duration_reached",
+            ))
         }
         (None, None) => None,
     };
-    let idle = plan.forward.idle_timeout.unwrap_or(conn.manager.stream_idle_timeout);
+    let idle = plan
+        .forward
+        .idle_timeout
+        .unwrap_or(conn.manager.stream_idle_timeout);
     let max_requests = plan.cluster.config.max_requests_per_connection;
     // A response without a body needs no timers.
     let limits = if hyper::body::Body::is_end_stream(&incoming) {
@@ -738,121 +784,4 @@ fn respond(
     };
     let watch = Watch::new(exchange, limits, lease, max_requests, active);
     Response::from_parts(head, ResponseBody::upstream(incoming, watch))
-}
-
-/// Joins the two sides of an upgraded connection.
-fn switch_protocols(
-    mut exchange: Box<Exchange>,
-    mut response: Response<Incoming>,
-    downstream: Option<hyper::upgrade::OnUpgrade>,
-    active: Active,
-    lease: Lease,
-) -> Response<Body> {
-    let conn = exchange.conn.clone();
-    conn.gate.decide_upgrade(true);
-    exchange.code = 101;
-    exchange.details = "via_upstream";
-    let upstream = hyper::upgrade::on(&mut response);
-    let (mut head, _) = response.into_parts();
-    let protocol = head.headers.get(header::UPGRADE).cloned();
-    strip_hop_by_hop(&mut head.headers);
-    head.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-    if let Some(protocol) = protocol {
-        head.headers.insert(header::UPGRADE, protocol);
-    }
-    head.version = Version::HTTP_11;
-    let worker = conn.worker.clone();
-    worker.tasks.spawn_local(async move {
-        let Some(downstream) = downstream else { return };
-        if let (Ok(downstream), Ok(upstream)) = (downstream.await, upstream.await) {
-            let mut downstream = hyper_util::rt::TokioIo::new(downstream);
-            let mut upstream = hyper_util::rt::TokioIo::new(upstream);
-            if let Ok((_, sent)) = tokio::io::copy_bidirectional(&mut downstream, &mut upstream).await {
-                exchange.sent = sent;
-            }
-        }
-        drop((active, lease));
-        exchange.finish();
-    });
-    Response::from_parts(head, ResponseBody::Full(None))
-}
-
-/// Sends copies, without waiting for what becomes of them. A body is copied if it has been read whole and fits the
-/// buffer; otherwise nothing is mirrored.
-fn mirror(
-    conn: &Rc<Downstream>,
-    forward: &Forward,
-    head: Parts,
-    source: Option<&Rc<RefCell<RequestSource>>>,
-) {
-    /// Limit of a mirrored exchange.
-    const LIMIT: Duration = Duration::from_secs(30);
-    let body = match source {
-        None => None,
-        Some(source) => match source.borrow().copy() {
-            Some(bytes) => Some(bytes),
-            None => return,
-        },
-    };
-    for mirror in &forward.mirrors {
-        if !mirror.share.hit(random::next()) {
-            continue;
-        }
-        let Some(cluster) = conn.worker.cluster(&mirror.cluster) else { continue };
-        let Some(host) = cluster.pick(&Wish::default(), Some(conn.local)) else { continue };
-        let mut headers = head.headers.clone();
-        headers.remove(header::TRANSFER_ENCODING);
-        if let Some(rewrite) = &mirror.host_rewrite {
-            headers.insert(header::HOST, rewrite.clone());
-        } else if mirror.shadow_suffix
-            && let Some(value) = headers.get(header::HOST).and_then(|value| value.to_str().ok())
-            && let Ok(value) = HeaderValue::from_str(&shadow_host(value))
-        {
-            headers.insert(header::HOST, value);
-        }
-        let mut request = Request::new(body.clone().map_or(UpstreamBody::Empty, |bytes| UpstreamBody::Full(Some(bytes))));
-        *request.method_mut() = head.method.clone();
-        *request.uri_mut() = head.uri.clone();
-        *request.headers_mut() = headers;
-        let worker = conn.worker.clone();
-        conn.worker.tasks.spawn_local(async move {
-            let _active = Active::on(&host);
-            let work = send_mirror(&worker, &cluster, &host, request);
-            // Fire and forget: nobody waits, nobody is told.
-            let _ = tokio::time::timeout(LIMIT, work).await;
-        });
-    }
-}
-
-fn shadow_host(host: &str) -> String {
-    let name = crate::config::table::strip_port(host);
-    format!("{name}-shadow{}", &host[name.len()..])
-}
-
-async fn send_mirror(
-    worker: &super::Worker,
-    cluster: &WorkerCluster,
-    host: &Host,
-    mut request: Request<UpstreamBody>,
-) -> Option<()> {
-    let http2 = cluster.config.http == UpstreamHttp::Http2;
-    let address: &Address = &host.endpoint.address;
-    let lease = host.pool.acquire(worker, &cluster.slot, &cluster.config, address, http2).await;
-    let mut lease = lease.ok()?;
-    let response = match &mut lease {
-        Lease::Http1 { sender, .. } => sender.try_send_request(request).await.ok()?,
-        Lease::Http2(stream) => {
-            let authority = request.headers_mut().remove(header::HOST)?;
-            let path = request.uri().path_and_query()?.clone();
-            *request.uri_mut() =
-                Uri::builder().scheme("http").authority(authority.to_str().ok()?).path_and_query(path).build().ok()?;
-            stream.sender().try_send_request(request).await.ok()?
-        }
-    };
-    let mut body = response.into_body();
-    while let Some(frame) = http_body_util::BodyExt::frame(&mut body).await {
-        frame.ok()?;
-    }
-    lease.release(cluster.config.max_requests_per_connection);
-    Some(())
 }

@@ -38,6 +38,10 @@ const REQUESTS: usize = 64;
 /// How long a server may take to open the stream. Servers that answer lazily do so with the first response.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// Longest wait between attempts to reach a Unix socket: the control plane is on this machine, an attempt costs next to
+/// nothing, and a rollout waits for the proxy's return.
+pub const MAX_UNIX_WAIT: Duration = Duration::from_secs(2);
+
 /// How an [`AdsClient`] finds and addresses its control plane.
 #[derive(Clone, Debug)]
 pub struct AdsClientConfig {
@@ -45,7 +49,7 @@ pub struct AdsClientConfig {
     pub endpoint: Endpoint,
     /// Who this client is; sent with the first request of each stream.
     pub node: Node,
-    /// Waits between attempts.
+    /// Waits between attempts; over a Unix socket at most [`MAX_UNIX_WAIT`].
     pub backoff: BackoffRange,
 }
 
@@ -119,7 +123,11 @@ impl AdsClient {
             state: state_sender,
             cancel,
         };
-        let task = tokio::spawn(Box::pin(worker.run(Backoff::new(config.backoff))));
+        let mut backoff = config.backoff;
+        if matches!(worker.endpoint, Endpoint::Unix(_)) {
+            backoff.max = backoff.max.min(MAX_UNIX_WAIT);
+        }
+        let task = tokio::spawn(Box::pin(worker.run(Backoff::new(backoff))));
         (Self { shared, state, task }, receiver)
     }
 

@@ -121,7 +121,7 @@ impl Client {
         if !events.is_empty() {
             self.source.observe(self.id, &events);
         }
-        if stream.connection.deadline() != deadline {
+        if stream.connection.deadline() != deadline || stream.closed.is_some() {
             self.wake.notify_one();
         }
         result

@@ -7,6 +7,10 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use serin_xds::client::{AdsClient, AdsClientConfig, BackoffRange, Deliveries, Endpoint, Interest};
 use serin_xds::pb::envoy::config::core::v3::Node;
+use serin_xds::pb::envoy::service::discovery::v3::aggregated_discovery_service_server::{
+    AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
+};
+use serin_xds::pb::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest};
 use serin_xds::server::{AdsServer, Client, ClientId, Event, Options, Source};
 use serin_xds::{Change, Refusal, Resource, ResourceType};
 use tokio::net::UnixListener;
@@ -239,4 +243,107 @@ async fn a_client_waits_for_a_control_plane_that_is_not_there_yet() {
     cancel.cancel();
     within("client", client.join()).await;
     server.stop().await;
+}
+
+/// A server of the older variant alone.
+struct WorldOnly(AdsServer);
+
+#[tonic::async_trait]
+impl AggregatedDiscoveryService for WorldOnly {
+    type StreamAggregatedResourcesStream =
+        <AdsServer as AggregatedDiscoveryService>::StreamAggregatedResourcesStream;
+    type DeltaAggregatedResourcesStream =
+        <AdsServer as AggregatedDiscoveryService>::DeltaAggregatedResourcesStream;
+
+    async fn stream_aggregated_resources(
+        &self,
+        request: tonic::Request<tonic::Streaming<DiscoveryRequest>>,
+    ) -> Result<tonic::Response<Self::StreamAggregatedResourcesStream>, tonic::Status> {
+        self.0.stream_aggregated_resources(request).await
+    }
+
+    async fn delta_aggregated_resources(
+        &self,
+        _: tonic::Request<tonic::Streaming<DeltaDiscoveryRequest>>,
+    ) -> Result<tonic::Response<Self::DeltaAggregatedResourcesStream>, tonic::Status> {
+        Err(tonic::Status::unimplemented(
+            "method DeltaAggregatedResources not implemented",
+        ))
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_knows_only_the_state_of_the_world_is_followed_all_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("xds.sock");
+    let (source, mut events) = OneView::new();
+    let cluster = |name: &str, content: &str| Change::Upsert(resource(ResourceType::Cluster, name, content));
+    let route = |content: &str| Change::Upsert(resource(ResourceType::Route, "80", content));
+    source.apply(vec![cluster("a", "1"), cluster("b", "1"), route("1")]);
+    let cancel = CancellationToken::new();
+    let ads = AdsServer::new(source.clone(), Options::default(), cancel.clone());
+    let incoming = UnixListenerStream::new(UnixListener::bind(&socket).unwrap());
+    let service = AggregatedDiscoveryServiceServer::new(WorldOnly(ads.clone()));
+    let router = tonic::transport::Server::builder().add_service(service);
+    let shutdown = cancel.clone().cancelled_owned();
+    let server = tokio::spawn(async move {
+        router
+            .serve_with_incoming_shutdown(incoming, shutdown)
+            .await
+            .unwrap()
+    });
+
+    let stop = CancellationToken::new();
+    let (client, mut deliveries) = client(&socket, &stop);
+    client.set_interest(ResourceType::Cluster, Interest::all());
+    client.set_interest(ResourceType::Route, Interest::names(["80"]));
+    let first = within("clusters", deliveries.recv()).await.unwrap();
+    assert_eq!(
+        (first.resource_type, first.upserted.len()),
+        (ResourceType::Cluster, 2)
+    );
+    first.accept();
+    let routes = within("routes", deliveries.recv()).await.unwrap();
+    assert_eq!(
+        (routes.resource_type, routes.upserted.len()),
+        (ResourceType::Route, 1)
+    );
+    routes.accept();
+    event(
+        &mut events,
+        "route held",
+        |event| matches!(event, Event::Held(one) if &*one.name == "80"),
+    )
+    .await;
+
+    // What did not change is not delivered again, although the server sends it; what is absent is gone.
+    source.apply(vec![
+        cluster("c", "bad"),
+        Change::Remove(ResourceType::Cluster, "b".into()),
+    ]);
+    let (mut upserted, mut removed) = (Vec::new(), Vec::new());
+    while upserted.is_empty() || removed.is_empty() {
+        let next = within("the difference", deliveries.recv()).await.unwrap();
+        upserted.extend(next.upserted.iter().map(|one| one.name.to_string()));
+        removed.extend(next.removed.iter().map(ToString::to_string));
+        let refusals = next
+            .upserted
+            .iter()
+            .map(|one| Refusal::new(one.name.clone(), "no"))
+            .collect();
+        next.answer(refusals);
+    }
+    assert!(upserted.iter().all(|name| name == "c"), "{upserted:?}");
+    assert_eq!(removed, ["b"]);
+    event(
+        &mut events,
+        "refusal",
+        |event| matches!(event, Event::Refused(one, _) if &*one.name == "c"),
+    )
+    .await;
+    stop.cancel();
+    within("client", client.join()).await;
+    cancel.cancel();
+    ads.drained().await;
+    server.await.unwrap();
 }

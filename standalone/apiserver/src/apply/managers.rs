@@ -28,6 +28,7 @@ pub(crate) enum Operation {
 struct ManagerId {
     operation: Operation,
     manager: String,
+    /// Empty for appliers: they are the same manager in every version.
     api_version: String,
     subresource: String,
 }
@@ -35,6 +36,7 @@ struct ManagerId {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Owned {
     set: FieldSet,
+    api_version: String,
     time: Option<String>,
 }
 
@@ -91,13 +93,17 @@ fn decode(object: &Value) -> Option<Managers> {
         let id = ManagerId {
             operation,
             manager: get("manager"),
-            api_version: get("apiVersion"),
+            api_version: if operation == Operation::Apply { String::new() } else { get("apiVersion") },
             subresource: get("subresource"),
         };
         let time = entry.get("time").and_then(Value::as_str).map(str::to_owned);
         out.entry(id)
             .and_modify(|o| o.set = o.set.clone().union(&set))
-            .or_insert(Owned { set, time });
+            .or_insert(Owned {
+                set,
+                api_version: get("apiVersion"),
+                time,
+            });
     }
     Some(out)
 }
@@ -125,7 +131,7 @@ fn encode(object: &mut Value, managers: &Managers) {
                     Operation::Update => "Update",
                 }),
             );
-            m.insert("apiVersion".into(), json!(id.api_version));
+            m.insert("apiVersion".into(), json!(owned.api_version));
             if let Some(time) = &owned.time {
                 m.insert("time".into(), json!(time));
             }
@@ -218,10 +224,10 @@ pub(crate) fn update(write: &Write<'_>, live: Option<&Value>, new: &mut Value) {
 
 /// Give what changed between `before` and `after` to the writer.
 fn take_over(write: &Write<'_>, managers: &mut Managers, before: &Value, after: &Value) {
-    let change = typed::compare(write.schema, before, after);
+    let change = typed::compare(write.schema, before, after).without(&reset_set(write.reset));
     let touched = change.added.clone().union(&change.modified);
     yield_to(managers, None, &touched, &change);
-    let own = strip(&touched).recursive_difference(&reset_set(write.reset));
+    let own = strip(&touched);
     if !own.is_empty() {
         let id = ManagerId {
             operation: Operation::Update,
@@ -231,10 +237,12 @@ fn take_over(write: &Write<'_>, managers: &mut Managers, before: &Value, after: 
         };
         let entry = managers.entry(id).or_insert(Owned {
             set: FieldSet::default(),
+            api_version: write.api_version.to_owned(),
             time: None,
         });
         entry.set = std::mem::take(&mut entry.set).union(&own);
-        entry.time = Some(write.now.to_owned());
+        // Kubernetes writes no time for what goes through scale.
+        entry.time = (write.subresource != "scale").then(|| write.now.to_owned());
     }
     managers.retain(|_, o| !o.set.is_empty());
 }
@@ -298,6 +306,7 @@ pub(crate) fn apply(
     write: &Write<'_>,
     live: Option<&Value>,
     config: &Value,
+    as_sent: &Value,
     force: bool,
 ) -> Result<Value, ApplyError> {
     let before = live.map_or_else(|| write.zero.clone(), bare);
@@ -328,7 +337,7 @@ pub(crate) fn apply(
     }
     let (mut object, managers) = outcome?;
     if write.manager == KUBECTL && meta::annotation(&object, LAST_APPLIED).is_some() {
-        let mut applied = bare(config);
+        let mut applied = bare(as_sent);
         if let Some(annotations) = meta::metadata_mut(&mut applied)
             .get_mut("annotations")
             .and_then(Value::as_object_mut)
@@ -367,7 +376,7 @@ fn merge_config(
     let id = ManagerId {
         operation: Operation::Apply,
         manager: write.manager.to_owned(),
-        api_version: write.api_version.to_owned(),
+        api_version: String::new(),
         subresource: write.subresource.to_owned(),
     };
     let last = managers.get(&id).cloned();
@@ -375,6 +384,7 @@ fn merge_config(
         id.clone(),
         Owned {
             set,
+            api_version: write.api_version.to_owned(),
             time: last.as_ref().and_then(|l| l.time.clone()),
         },
     );
@@ -382,7 +392,7 @@ fn merge_config(
         Some(last) if !last.set.is_empty() => prune(write.schema, &merged, &managers, &last.set)?,
         _ => merged,
     };
-    let change = typed::compare(write.schema, before, &object);
+    let change = typed::compare(write.schema, before, &object).without(&reset_set(write.reset));
     let touched = change.added.clone().union(&change.modified);
     let mut conflicts = Vec::new();
     for (other, owned) in &managers {
@@ -403,8 +413,8 @@ fn merge_config(
     }
     yield_to(&mut managers, Some(&id), &touched, &change);
     if let Some(own) = managers.get_mut(&id) {
-        let changed = last.as_ref().is_none_or(|l| l.set != own.set) || !change.is_same();
-        if changed || own.time.is_none() {
+        // An apply that changes nothing about the object leaves the time alone, also of a new owner.
+        if !change.is_same() {
             own.time = Some(write.now.to_owned());
         }
     }
@@ -507,8 +517,8 @@ mod tests {
         let schema = builtin("core.v1.ConfigMap");
         let zero = zero_value(&schema);
         let w = write(&schema, &zero, "m");
-        let one = apply(&w, None, &json!({"data": {"a": "1", "b": "2"}}), false).expect("applies");
-        let two = apply(&w, Some(&one), &json!({"data": {"b": "2"}}), false).expect("applies");
+        let one = apply(&w, None, &json!({"data": {"a": "1", "b": "2"}}), &Value::Null, false).expect("applies");
+        let two = apply(&w, Some(&one), &json!({"data": {"b": "2"}}), &Value::Null, false).expect("applies");
         assert_eq!(two["data"], json!({"b": "2"}));
     }
 
@@ -516,19 +526,14 @@ mod tests {
     fn a_field_of_another_applier_is_a_conflict_until_forced() {
         let schema = builtin("core.v1.ConfigMap");
         let zero = zero_value(&schema);
-        let one = apply(
-            &write(&schema, &zero, "m1"),
-            None,
-            &json!({"data": {"a": "1"}}),
-            false,
-        )
+        let one = apply(&write(&schema, &zero, "m1"), None, &json!({"data": {"a": "1"}}), &Value::Null, false)
         .expect("applies");
         let other = write(&schema, &zero, "m2");
-        match apply(&other, Some(&one), &json!({"data": {"a": "2"}}), false) {
+        match apply(&other, Some(&one), &json!({"data": {"a": "2"}}), &Value::Null, false) {
             Err(ApplyError::Conflicts(c)) => assert_eq!(c, [("\"m1\"".to_owned(), ".data.a".to_owned())]),
             wrong => panic!("expected a conflict, got {wrong:?}"),
         }
-        let two = apply(&other, Some(&one), &json!({"data": {"a": "2"}}), true).expect("forced");
+        let two = apply(&other, Some(&one), &json!({"data": {"a": "2"}}), &Value::Null, true).expect("forced");
         assert_eq!(two["metadata"]["managedFields"].as_array().map(Vec::len), Some(1));
         assert_eq!(two["metadata"]["managedFields"][0]["manager"], "m2");
     }
@@ -539,8 +544,8 @@ mod tests {
         let zero = zero_value(&schema);
         let w = write(&schema, &zero, "m");
         let config = json!({"spec": {"replicas": 1, "template": {"spec": {"containers": [{"name": "c", "image": "i"}]}}}});
-        let one = apply(&w, None, &config, false).expect("applies");
-        let two = apply(&w, Some(&one), &config, false).expect("applies");
+        let one = apply(&w, None, &config, &Value::Null, false).expect("applies");
+        let two = apply(&w, Some(&one), &config, &Value::Null, false).expect("applies");
         assert!(same_but_times(&one, &two));
     }
 
@@ -548,12 +553,7 @@ mod tests {
     fn an_update_takes_fields_from_their_owner() {
         let schema = builtin("core.v1.ConfigMap");
         let zero = zero_value(&schema);
-        let one = apply(
-            &write(&schema, &zero, "m1"),
-            None,
-            &json!({"data": {"a": "1", "b": "1"}}),
-            false,
-        )
+        let one = apply(&write(&schema, &zero, "m1"), None, &json!({"data": {"a": "1", "b": "1"}}), &Value::Null, false)
         .expect("applies");
         let mut two = one.clone();
         two["data"]["b"] = json!("5");

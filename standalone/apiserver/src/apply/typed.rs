@@ -14,6 +14,15 @@ pub(crate) struct Comparison {
 }
 
 impl Comparison {
+    /// The same but for fields that the endpoint cannot change.
+    pub(crate) fn without(self, ignored: &FieldSet) -> Self {
+        Self {
+            added: self.added.recursive_difference(ignored),
+            modified: self.modified.recursive_difference(ignored),
+            removed: self.removed.recursive_difference(ignored),
+        }
+    }
+
     pub(crate) fn is_same(&self) -> bool {
         self.added.is_empty() && self.modified.is_empty() && self.removed.is_empty()
     }
@@ -76,7 +85,7 @@ pub(crate) fn item_step(
                 match members
                     .get(key)
                     .cloned()
-                    .or(default.filter(|d| !crate::schema::is_go_zero(d)))
+                    .or(default)
                 {
                     Some(value) => {
                         out.insert(key.to_owned(), value);
@@ -268,8 +277,9 @@ pub(crate) fn merge(schema: &Schema, live: &Value, wanted: &Value) -> Value {
     match view(schema, if wanted.is_null() { live } else { wanted }) {
         View::Leaf => wanted.clone(),
         View::Map(map) => {
+            // An applied null owns the field and leaves the live value alone.
             let Value::Object(wanted) = wanted else {
-                return wanted.clone();
+                return live.clone();
             };
             let mut out = live.as_object().cloned().unwrap_or_default();
             for (key, value) in wanted {
@@ -283,7 +293,7 @@ pub(crate) fn merge(schema: &Schema, live: &Value, wanted: &Value) -> Value {
         }
         View::List(list, kind) => {
             let Value::Array(wanted) = wanted else {
-                return wanted.clone();
+                return live.clone();
             };
             let live = live.as_array().map_or(&[][..], Vec::as_slice);
             merge_list(list, kind, live, wanted)
@@ -291,70 +301,36 @@ pub(crate) fn merge(schema: &Schema, live: &Value, wanted: &Value) -> Value {
     }
 }
 
-/// Order: items of both keep the wanted order; live-only items stay where they were relative to their neighbours.
+/// Order: live-only items stay where they are and come before what is new at their place; the rest follows the wanted order.
 fn merge_list(list: &Schema, kind: &ListKind, live: &[Value], wanted: &[Value]) -> Value {
-    let key =
-        |i: usize, item: &Value| item_step(kind, list, i, item).unwrap_or_else(|_| format!("i:{i}").into());
+    use std::collections::{HashMap, HashSet};
+    let key = |i: usize, item: &Value| item_step(kind, list, i, item).unwrap_or_else(|_| format!("i:{i}").into());
     let live_keys: Vec<Box<str>> = live.iter().enumerate().map(|(i, v)| key(i, v)).collect();
     let wanted_keys: Vec<Box<str>> = wanted.iter().enumerate().map(|(i, v)| key(i, v)).collect();
-    let live_at: std::collections::HashMap<&str, usize> = live_keys
-        .iter()
-        .enumerate()
-        .rev()
-        .map(|(i, k)| (&**k, i))
-        .collect();
-    let in_wanted: std::collections::HashSet<&str> = wanted_keys.iter().map(|k| &**k).collect();
-    let mut shared = wanted_keys
-        .iter()
-        .filter(|k| live_at.contains_key(&***k))
-        .map(|k| &**k);
-    let mut next_shared = shared.next();
+    let live_at: HashMap<&str, usize> = live_keys.iter().enumerate().rev().map(|(i, k)| (&**k, i)).collect();
+    let in_wanted: HashSet<&str> = wanted_keys.iter().map(|k| &**k).collect();
+    let mut done: HashSet<&str> = HashSet::new();
     let mut out = Vec::with_capacity(live.len() + wanted.len());
-    let mut done = std::collections::HashSet::new();
     let (mut l, mut w) = (0, 0);
-    while l < live.len() || w < wanted.len() {
-        if let Some(k) = wanted_keys.get(w) {
-            // A wanted item that is new goes in where it stands in the wanted list.
-            if !live_at.contains_key(&**k) {
-                out.extend(wanted.get(w).cloned());
-                w += 1;
+    loop {
+        if let (Some(k), Some(item)) = (live_keys.get(l), live.get(l)) {
+            if done.contains(&**k) {
+                l += 1;
                 continue;
             }
-            if live_keys.get(l).is_some_and(|lk| lk == k)
-                || Some(&**k) == next_shared && live_keys.get(l).is_none()
-            {
-                if let (Some(item), Some(old)) = (wanted.get(w), live_at.get(&**k).and_then(|i| live.get(*i)))
-                {
-                    out.push(merge(list.item(), old, item));
-                }
-                done.insert(&**k);
-                w += 1;
-                if live_keys.get(l).is_some_and(|lk| lk == k) {
-                    l += 1;
-                }
-                next_shared = shared.next();
+            if !in_wanted.contains(&**k) {
+                out.push(item.clone());
+                l += 1;
                 continue;
             }
         }
-        let Some(lk) = live_keys.get(l) else { break };
-        if in_wanted.contains(&**lk) {
-            // Stands elsewhere in the wanted order.
-            if !done.contains(&**lk) {
-                if let (Some(k), Some(item)) = (wanted_keys.get(w), wanted.get(w)) {
-                    if let Some(old) = live_at.get(&**k).and_then(|i| live.get(*i)) {
-                        out.push(merge(list.item(), old, item));
-                    }
-                    done.insert(&**k);
-                    w += 1;
-                    next_shared = shared.next();
-                    continue;
-                }
-            }
-            l += 1;
-        } else {
-            out.extend(live.get(l).cloned());
-            l += 1;
-        }
+        let (Some(k), Some(item)) = (wanted_keys.get(w), wanted.get(w)) else { break };
+        out.push(match live_at.get(&**k).and_then(|i| live.get(*i)) {
+            Some(old) => merge(list.item(), old, item),
+            None => item.clone(),
+        });
+        done.insert(&**k);
+        w += 1;
     }
     Value::Array(out)
 }

@@ -99,16 +99,9 @@ async fn settle(hub: &Hub, name: &str) {
             let mut next = crd.clone();
             let status = definition::reconcile(crd, &registry, &others, &now);
             meta::as_object_mut(&mut next).insert("status".into(), status);
-            let metadata = meta::metadata_mut(&mut next);
-            let finalizers = metadata.entry("finalizers").or_insert_with(|| json!([]));
-            if let Value::Array(list) = finalizers {
-                if !list.contains(&json!(CLEANUP)) {
-                    list.push(json!(CLEANUP));
-                }
-            }
             Some(next)
         };
-        match hub.modify(&RESOURCE.into(), name, edit).await {
+        match hub.modify(&RESOURCE.into(), name, "kube-apiserver", "status", edit).await {
             Ok(Some(_)) => {}
             Ok(None) => break,
             Err(error) => {
@@ -180,7 +173,7 @@ async fn terminate(hub: &Hub, name: &str) {
             }
             Some(next)
         };
-        if let Err(error) = hub.modify(&RESOURCE.into(), name, set).await {
+        if let Err(error) = hub.modify(&RESOURCE.into(), name, "kube-apiserver", "status", set).await {
             tracing::warn!(
                 crd = name,
                 error = error.message,

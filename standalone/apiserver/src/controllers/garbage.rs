@@ -255,7 +255,7 @@ async fn drop_owners(hub: &Hub, place: &Place, uids: &[String]) {
         }
         Some(next)
     };
-    if let Err(error) = hub.modify(&place.0, &place.1, edit).await {
+    if let Err(error) = hub.modify(&place.0, &place.1, "kube-controller-manager", "", edit).await {
         tracing::warn!(object = %place.1, resource = %place.0, error = error.message, "removing an owner reference");
     }
 }

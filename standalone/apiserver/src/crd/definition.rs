@@ -80,6 +80,20 @@ pub(crate) fn validate(crd: &Value, old: Option<&Value>) -> Vec<FieldError> {
             errors.push(FieldError::invalid("spec.group", &json!(group), e));
         }
     }
+    let protected = ["k8s.io", "kubernetes.io"].iter().any(|g| group == *g || group.ends_with(&format!(".{g}")));
+    if protected && meta::annotation(crd, "api-approved.kubernetes.io").is_none_or(str::is_empty) {
+        errors.push(FieldError::required(
+            "metadata.annotations[api-approved.kubernetes.io]",
+            "protected groups must have approval annotation \"api-approved.kubernetes.io\", see https://github.com/kubernetes/enhancements/pull/1111",
+        ));
+    }
+    if meta::at(crd, "spec.preserveUnknownFields") == Some(&Value::Bool(true)) {
+        errors.push(FieldError::invalid(
+            "spec.preserveUnknownFields",
+            &Value::Bool(true),
+            "cannot set to true, set x-kubernetes-preserve-unknown-fields to true in spec.versions[*].schema instead",
+        ));
+    }
     let scope = meta::at(crd, "spec.scope").cloned().unwrap_or_else(|| json!(""));
     if scope == json!("") {
         errors.push(FieldError::required("spec.scope", ""));
@@ -188,7 +202,17 @@ pub(crate) fn validate(crd: &Value, old: Option<&Value>) -> Vec<FieldError> {
             }
         }
     }
-    super::super::crd::schema_errors(crd, &mut errors);
+    for (i, stored) in list_at(crd, "status.storedVersions").iter().enumerate() {
+        let name = stored.as_str().unwrap_or_default();
+        if old.is_some() && !versions.iter().any(|v| str_at(v, "name") == name) {
+            errors.push(FieldError::invalid(
+                format!("status.storedVersions[{i}]"),
+                stored,
+                format!("missing from spec.versions; {name} was previously a storage version, and must remain in spec.versions until a storage migration ensures no data remains persisted in {name} and removes {name} from status.storedVersions"),
+            ));
+        }
+    }
+    super::structural::check(crd, &mut errors);
     errors
 }
 

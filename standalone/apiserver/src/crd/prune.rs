@@ -1,6 +1,6 @@
 //! Pruning (dropping what the schema does not name) and defaulting of custom resources.
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::schema::{Schema, Shape};
 
@@ -123,8 +123,3 @@ fn default_member(schema: &Schema, member: &mut Value) {
     }
 }
 
-/// Remove nulls of fields whose schema neither allows nor defaults them: Kubernetes drops them before validation only where a default exists,
-/// so this is used for `metadata` maps alone.
-pub(crate) fn drop_null_members(map: &mut Map<String, Value>) {
-    map.retain(|_, v| !v.is_null());
-}

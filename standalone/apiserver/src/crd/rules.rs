@@ -103,7 +103,14 @@ fn parse_node(json: &Value) -> Schema {
     schema.default = json.get("default").cloned();
     schema.atomic = text("x-kubernetes-map-type") == "atomic";
     let has_properties = json.get("properties").is_some();
-    schema.shape = match text("type") {
+    // Branches of allOf and the like name properties without saying that they are of an object.
+    let implied = match text("type") {
+        "" if has_properties => "object",
+        "" if json.get("items").is_some() => "array",
+        given => given,
+    };
+    let preserve = preserve || text("type").is_empty();
+    schema.shape = match implied {
         "object"
             if !has_properties
                 && json

@@ -87,6 +87,10 @@ fn check(schema: &Schema, value: &Value, path: &str, errors: &mut Vec<FieldError
             path.to_owned()
         }
     };
+    if value.is_null() {
+        // Null of an optional field is no value at all.
+        return;
+    }
     if !fits(rules, value) {
         let wanted = if rules.int_or_string {
             "integer,string"
@@ -106,9 +110,7 @@ fn check(schema: &Schema, value: &Value, path: &str, errors: &mut Vec<FieldError
             kind: FieldErrorKind::TypeInvalid,
             field: shown_path(),
             value: Some(printed),
-            detail: format!("{path} in body must be of type {wanted}: \"{}\"", type_of(value))
-                .trim_start()
-                .to_owned(),
+            detail: format!("{path} in body must be of type {wanted}: \"{}\"", type_of(value)),
         });
         return;
     }
@@ -120,6 +122,11 @@ fn check(schema: &Schema, value: &Value, path: &str, errors: &mut Vec<FieldError
         (Shape::Struct(s), Value::Object(members)) => {
             for (name, member) in members {
                 if let Some(field) = s.fields.get(name.as_str()) {
+                    let nullable = field.schema.rules.as_ref().is_none_or(|r| r.nullable);
+                    if member.is_null() && !nullable && rules.required.iter().any(|r| r == name) {
+                        errors.push(FieldError::required(child(path, name), ""));
+                        continue;
+                    }
                     check(&field.schema, member, &child(path, name), errors);
                 }
             }
@@ -173,7 +180,7 @@ fn check_rules(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
         errors.push(FieldError::invalid(
             field.clone(),
             value,
-            format!("{path} in body {text}").trim_start().to_owned(),
+            format!("{path} in body {text}"),
         ));
     };
     if let Some(n) = value.as_f64() {
@@ -219,7 +226,12 @@ fn check_rules(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
         }
         if let Some(format) = &rules.format {
             if !super::cel::format_holds(format, text) {
-                invalid(errors, format!("must be of type {format}: {text:?}"));
+                errors.push(FieldError {
+                    kind: FieldErrorKind::TypeInvalid,
+                    field: field.clone(),
+                    value: Some(show(value)),
+                    detail: format!("{path} in body must be of type {format}: {text:?}"),
+                });
             }
         }
     }
@@ -230,7 +242,7 @@ fn check_rules(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
                 kind: FieldErrorKind::TooMany,
                 field: field.clone(),
                 value: Some(length.to_string()),
-                detail: format!("must have at most {max} items"),
+                detail: at_most(max),
             });
         }
         if let Some(min) = rules.min_items.filter(|m| length < *m) {
@@ -238,9 +250,7 @@ fn check_rules(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
                 kind: FieldErrorKind::Invalid,
                 field: field.clone(),
                 value: Some(length.to_string()),
-                detail: format!("{path} in body should have at least {min} items")
-                    .trim_start()
-                    .to_owned(),
+                detail: format!("{path} in body should have at least {min} items"),
             });
         }
         if rules.unique_items
@@ -259,7 +269,7 @@ fn check_rules(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
                 kind: FieldErrorKind::TooMany,
                 field: field.clone(),
                 value: Some(count.to_string()),
-                detail: format!("must have at most {max} items"),
+                detail: at_most(max),
             });
         }
         if let Some(min) = rules.min_properties.filter(|m| count < *m) {
@@ -267,9 +277,7 @@ fn check_rules(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
                 kind: FieldErrorKind::Invalid,
                 field: field.clone(),
                 value: Some(count.to_string()),
-                detail: format!("{path} in body should have at least {min} properties")
-                    .trim_start()
-                    .to_owned(),
+                detail: format!("{path} in body should have at least {min} properties"),
             });
         }
         for name in &rules.required {
@@ -292,21 +300,22 @@ fn check_rules(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
             });
         }
     }
-    check_logic(rules, value, path, &field, errors);
+    check_logic(rules, value, path, errors);
 }
 
-fn check_logic(rules: &Rules, value: &Value, path: &str, field: &str, errors: &mut Vec<FieldError>) {
+fn check_logic(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldError>) {
     let passes = |schema: &Schema| {
         let mut found = Vec::new();
         check(schema, value, path, &mut found);
         found
     };
     let fail = |errors: &mut Vec<FieldError>, text: &str| {
-        errors.push(FieldError::invalid(
-            field,
-            value,
-            format!("{path} in body {text}").trim_start().to_owned(),
-        ));
+        errors.push(FieldError {
+            kind: FieldErrorKind::Invalid,
+            field: "<nil>".to_owned(),
+            value: Some("\"\"".to_owned()),
+            detail: format!("{path:?} {text}"),
+        });
     };
     if !rules.any_of.is_empty() {
         let results: Vec<Vec<FieldError>> = rules.any_of.iter().map(passes).collect();
@@ -336,10 +345,10 @@ fn check_logic(rules: &Rules, value: &Value, path: &str, field: &str, errors: &m
     if !rules.all_of.is_empty() {
         let failed: Vec<FieldError> = rules.all_of.iter().flat_map(passes).collect();
         if !failed.is_empty() {
-            errors.extend(failed);
             let valid = rules.all_of.iter().filter(|s| passes(s).is_empty()).count();
             let none = if valid == 0 { ". None validated" } else { "" };
             fail(errors, &format!("must validate all the schemas (allOf){none}"));
+            errors.extend(failed);
         }
     }
     if let Some(not) = &rules.not {
@@ -357,9 +366,13 @@ fn check_embedded(members: &serde_json::Map<String, Value>, path: &str, errors: 
             .unwrap_or_default()
             .is_empty()
         {
-            errors.push(FieldError::required(child(path, name), "must not be empty"));
+            errors.push(FieldError::required(child(path, name), ""));
         }
     }
+}
+
+fn at_most(max: u64) -> String {
+    format!("must have at most {max} item{}", if max == 1 { "" } else { "s" })
 }
 
 fn too_long(field: &str, max: u64) -> FieldError {

@@ -7,7 +7,7 @@ mod workloads;
 
 use serde_json::{Map, Value, json};
 
-use crate::error::FieldError;
+use crate::error::{ApiResult, FieldError};
 use crate::hub::Hub;
 use crate::kinds::Kind;
 use crate::meta;
@@ -18,15 +18,17 @@ pub(crate) fn apply(kind: &Kind, object: &mut Value, live: Option<&Value>) {
     match (row.group, row.plural) {
         ("", "pods") => {
             pods::spec(meta::member_object(object, "spec"));
-            pods::created(object, live);
+            pods::scheme(object, live);
         }
         ("", "services") => services::apply(object),
-        ("", "namespaces") => namespace(object, live),
+        ("", "namespaces") => namespace(object),
         ("", "secrets") => secret(object),
         ("", "nodes") => {}
-        ("", "persistentvolumeclaims") => workloads::claim(object, live),
+        ("", "persistentvolumeclaims") => set(meta::member_object(object, "spec"), "volumeMode", json!("Filesystem")),
+        ("", "persistentvolumes") => workloads::volume(object),
+        ("", "limitranges") => workloads::limit_range(object),
         ("", "podtemplates") => pods::template(meta::member_object(object, "template")),
-        ("apps" | "batch", _) | ("", "replicationcontrollers") => workloads::apply(row.plural, object, live),
+        ("apps" | "batch", _) | ("", "replicationcontrollers") => workloads::apply(row.plural, object),
         ("networking.k8s.io", "networkpolicies") => workloads::network_policy(object),
         ("rbac.authorization.k8s.io", "rolebindings" | "clusterrolebindings") => {
             workloads::role_binding(object)
@@ -49,12 +51,41 @@ pub(crate) fn apply(kind: &Kind, object: &mut Value, live: Option<&Value>) {
         ("autoscaling", _) => workloads::autoscaler(object),
         ("apiextensions.k8s.io", _) => {
             crate::crd::definition::default(object);
-            if live.is_none() {
-                crate::crd::definition::initial_status(object);
-            }
         }
         _ => {}
     }
+}
+
+/// What the built-in admission plug-ins and the strategy of a kind add: owned by nobody.
+pub(crate) fn admit(kind: &Kind, object: &mut Value, live: Option<&Value>) {
+    let Some(row) = kind.row() else { return };
+    match (row.group, row.plural) {
+        ("", "pods") => pods::created(object, live),
+        ("", "namespaces") => namespace_created(object, live),
+        ("", "persistentvolumeclaims") => workloads::protected(object, live, "kubernetes.io/pvc-protection"),
+        ("", "persistentvolumes") => workloads::protected(object, live, "kubernetes.io/pv-protection"),
+        ("batch", "jobs") => workloads::job_created(object, live),
+        ("apps", "replicasets" | "statefulsets") | ("", "replicationcontrollers") => workloads::counters(row.plural, object, live),
+        ("apiextensions.k8s.io", _) if live.is_none() => crate::crd::definition::initial_status(object),
+        _ => {}
+    }
+}
+
+/// Admission plug-ins that look at the rest of the cluster or are a matter of configuration; for new objects only.
+pub(crate) fn plugins(hub: &Hub, kind: &Kind, name: &str, object: &mut Value) -> ApiResult<()> {
+    if kind.is("", "pods") {
+        pods::priority(hub, name, object)?;
+        if hub.kubernetes_admission {
+            pods::token_volume(&hub.clock.suffix(5), object);
+        }
+    }
+    if kind.is("", "nodes") && hub.kubernetes_admission {
+        let taints = meta::member_object(object, "spec").entry("taints").or_insert_with(|| json!([]));
+        if let Value::Array(list) = taints {
+            list.push(json!({"key": "node.kubernetes.io/not-ready", "effect": "NoSchedule"}));
+        }
+    }
+    Ok(())
 }
 
 /// Defaults that need the rest of the cluster: addresses and ports of Services.
@@ -77,7 +108,7 @@ pub(crate) fn set(map: &mut Map<String, Value>, key: &str, value: Value) {
     }
 }
 
-fn namespace(object: &mut Value, live: Option<&Value>) {
+fn namespace(object: &mut Value) {
     let name = meta::name(object).to_owned();
     if !name.is_empty() {
         let labels = meta::metadata_mut(object)
@@ -85,6 +116,9 @@ fn namespace(object: &mut Value, live: Option<&Value>) {
             .or_insert_with(|| json!({}));
         meta::as_object_mut(labels).insert("kubernetes.io/metadata.name".into(), json!(name));
     }
+}
+
+fn namespace_created(object: &mut Value, live: Option<&Value>) {
     if live.is_none() {
         let spec = meta::member_object(object, "spec");
         let finalizers = spec.entry("finalizers").or_insert_with(|| json!([]));

@@ -11,16 +11,15 @@ fn pod_template(spec: &mut Map<String, Value>) {
     ));
 }
 
-pub(crate) fn apply(plural: &str, object: &mut Value, live: Option<&Value>) {
+pub(crate) fn apply(plural: &str, object: &mut Value) {
     match plural {
         "deployments" => deployment(meta::member_object(object, "spec")),
         "replicasets" | "replicationcontrollers" => {
             let spec = meta::member_object(object, "spec");
             set(spec, "replicas", json!(1));
             pod_template(spec);
-            if live.is_none() {
-                let replicas = json!({"replicas": 0});
-                meta::as_object_mut(object).insert("status".into(), replicas);
+            if plural == "replicationcontrollers" {
+                labels_of_template(object);
             }
         }
         "statefulsets" => {
@@ -55,10 +54,6 @@ pub(crate) fn apply(plural: &str, object: &mut Value, live: Option<&Value>) {
                 set(inner, "volumeMode", json!("Filesystem"));
                 map.insert("status".into(), json!({"phase": "Pending"}));
             }
-            if live.is_none() {
-                meta::as_object_mut(object)
-                    .insert("status".into(), json!({"replicas": 0, "availableReplicas": 0}));
-            }
         }
         "daemonsets" => {
             let spec = meta::member_object(object, "spec");
@@ -75,13 +70,9 @@ pub(crate) fn apply(plural: &str, object: &mut Value, live: Option<&Value>) {
             pod_template(spec);
             let metadata = meta::metadata_mut(object);
             let annotations = meta::as_object_mut(metadata.entry("annotations").or_insert_with(|| json!({})));
-            set(
-                annotations,
-                "deprecated.daemonset.template.generation",
-                json!("1"),
-            );
+            set(annotations, "deprecated.daemonset.template.generation", json!("1"));
         }
-        "jobs" => job(object, live),
+        "jobs" => job(object),
         "cronjobs" => {
             let spec = meta::member_object(object, "spec");
             set(spec, "concurrencyPolicy", json!("Allow"));
@@ -89,6 +80,7 @@ pub(crate) fn apply(plural: &str, object: &mut Value, live: Option<&Value>) {
             set(spec, "successfulJobsHistoryLimit", json!(3));
             set(spec, "failedJobsHistoryLimit", json!(1));
             let template = meta::as_object_mut(spec.entry("jobTemplate").or_insert_with(|| json!({})));
+            set(template, "metadata", json!({}));
             pod_template(meta::as_object_mut(
                 template.entry("spec").or_insert_with(|| json!({})),
             ));
@@ -113,9 +105,7 @@ fn deployment(spec: &mut Map<String, Value>) {
     pod_template(spec);
 }
 
-fn job(object: &mut Value, live: Option<&Value>) {
-    let uid = meta::uid(object).to_owned();
-    let name = meta::name(object).to_owned();
+fn job(object: &mut Value) {
     let spec = meta::member_object(object, "spec");
     if spec.get("completions").is_none() && spec.get("parallelism").is_none() {
         spec.insert("completions".into(), json!(1));
@@ -124,6 +114,7 @@ fn job(object: &mut Value, live: Option<&Value>) {
     set(spec, "backoffLimit", json!(6));
     set(spec, "completionMode", json!("NonIndexed"));
     set(spec, "suspend", json!(false));
+    set(spec, "manualSelector", json!(false));
     set(
         spec,
         "podReplacementPolicy",
@@ -134,6 +125,22 @@ fn job(object: &mut Value, live: Option<&Value>) {
         }),
     );
     pod_template(spec);
+    labels_of_template(object);
+}
+
+/// A Job without labels has those of its template.
+fn labels_of_template(object: &mut Value) {
+    let labels = meta::at(object, "spec.template.metadata.labels").filter(|l| !crate::schema::is_go_zero(l)).cloned();
+    let metadata = meta::metadata_mut(object);
+    if let Some(labels) = labels.filter(|_| metadata.get("labels").is_none_or(crate::schema::is_go_zero)) {
+        metadata.insert("labels".into(), labels);
+    }
+}
+
+/// The selector of a Job and the labels of its pods are made from its uid.
+pub(crate) fn job_created(object: &mut Value, live: Option<&Value>) {
+    let (uid, name) = (meta::uid(object).to_owned(), meta::name(object).to_owned());
+    let spec = meta::member_object(object, "spec");
     if live.is_none() {
         let manual = spec.get("manualSelector") == Some(&Value::Bool(true));
         if !manual && !uid.is_empty() {
@@ -154,24 +161,61 @@ fn job(object: &mut Value, live: Option<&Value>) {
             );
         }
     }
+    labels_of_template(object);
 }
 
-pub(crate) fn claim(object: &mut Value, live: Option<&Value>) {
-    set(
-        meta::member_object(object, "spec"),
-        "volumeMode",
-        json!("Filesystem"),
-    );
+/// Claims and volumes are held by a finalizer while they are in use.
+pub(crate) fn protected(object: &mut Value, live: Option<&Value>, finalizer: &str) {
     if live.is_none() {
-        meta::as_object_mut(object).insert("status".into(), json!({"phase": "Pending"}));
-        let finalizers = meta::metadata_mut(object)
-            .entry("finalizers")
-            .or_insert_with(|| json!([]));
+        let created = meta::text(object, "creationTimestamp").to_owned();
+        let status = if finalizer.ends_with("/pv-protection") {
+            json!({"phase": "Pending", "lastPhaseTransitionTime": created})
+        } else {
+            json!({"phase": "Pending"})
+        };
+        meta::as_object_mut(object).insert("status".into(), status);
+        let finalizers = meta::metadata_mut(object).entry("finalizers").or_insert_with(|| json!([]));
         if let Value::Array(list) = finalizers {
-            if !list.contains(&json!("kubernetes.io/pvc-protection")) {
-                list.push(json!("kubernetes.io/pvc-protection"));
+            if !list.contains(&json!(finalizer)) {
+                list.push(json!(finalizer));
             }
         }
+    }
+}
+
+pub(crate) fn volume(object: &mut Value) {
+    let spec = meta::member_object(object, "spec");
+    set(spec, "persistentVolumeReclaimPolicy", json!("Retain"));
+    set(spec, "volumeMode", json!("Filesystem"));
+    if let Some(host) = spec.get_mut("hostPath").and_then(Value::as_object_mut) {
+        set(host, "type", json!(""));
+    }
+}
+
+/// Of a container's limits each default follows from the next: max, default, defaultRequest, min.
+pub(crate) fn limit_range(object: &mut Value) {
+    let spec = meta::member_object(object, "spec");
+    for item in spec.get_mut("limits").and_then(Value::as_array_mut).into_iter().flatten() {
+        let item = meta::as_object_mut(item);
+        if item.get("type").and_then(Value::as_str) != Some("Container") {
+            continue;
+        }
+        for (from, to) in [("max", "default"), ("default", "defaultRequest"), ("min", "defaultRequest")] {
+            if let Some(values) = item.get(from).and_then(Value::as_object).cloned() {
+                let target = meta::as_object_mut(item.entry(to).or_insert_with(|| json!({})));
+                for (name, value) in values {
+                    target.entry(name).or_insert(value);
+                }
+            }
+        }
+    }
+}
+
+/// Counts that Go writes even when they are 0.
+pub(crate) fn counters(plural: &str, object: &mut Value, live: Option<&Value>) {
+    if live.is_none() {
+        let status = if plural == "statefulsets" { json!({"replicas": 0, "availableReplicas": 0}) } else { json!({"replicas": 0}) };
+        meta::as_object_mut(object).insert("status".into(), status);
     }
 }
 

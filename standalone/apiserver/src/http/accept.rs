@@ -18,7 +18,8 @@ pub(crate) struct Accepted {
     pub(crate) yaml: bool,
 }
 
-const SUPPORTED: &str = "only the following media types are accepted: application/json, application/yaml, application/vnd.kubernetes.protobuf, application/cbor";
+const SUPPORTED: &str = "only the following media types are accepted: application/json, application/yaml, application/vnd.kubernetes.protobuf";
+const NONE: &str = "406: Not Acceptable\n\nAvailable representations: application/json, application/yaml, application/vnd.kubernetes.protobuf";
 
 /// Choose from an Accept header. Protobuf is not written; clients that prefer it name JSON as well.
 pub(crate) fn negotiate(accept: &str) -> ApiResult<Accepted> {
@@ -29,14 +30,20 @@ pub(crate) fn negotiate(accept: &str) -> ApiResult<Accepted> {
     if accept.trim().is_empty() {
         return Ok(plain);
     }
+    let mut known = false;
     for range in accept.split(',') {
         let mut parameters = range.split(';').map(str::trim);
         let media = parameters.next().unwrap_or_default();
         let yaml = match media {
-            "application/json" | "*/*" | "application/*" => false,
+            "application/json" | "*/*" => false,
             "application/yaml" => true,
+            "application/vnd.kubernetes.protobuf" => {
+                known = true;
+                continue;
+            }
             _ => continue,
         };
+        known = true;
         let mut form = Form::Object;
         let mut fits = true;
         for parameter in parameters {
@@ -53,7 +60,17 @@ pub(crate) fn negotiate(accept: &str) -> ApiResult<Accepted> {
             return Ok(Accepted { form, yaml });
         }
     }
-    Err(ApiError::new(406, "NotAcceptable", SUPPORTED))
+    if known {
+        return Err(ApiError::new(406, "NotAcceptable", SUPPORTED));
+    }
+    Err(none_acceptable())
+}
+
+/// 406 for a form that this answer does not come in.
+pub(crate) fn none_acceptable() -> ApiError {
+    let mut error = ApiError::new(406, "NotAcceptable", NONE);
+    error.details = Some(crate::error::Details::default());
+    error
 }
 
 #[cfg(test)]

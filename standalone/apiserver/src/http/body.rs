@@ -14,6 +14,29 @@ use crate::schema::{conform, json as reader};
 /// At most this many warnings are sent.
 const MAX_WARNINGS: usize = 1000;
 
+impl Document {
+    pub(crate) fn of(value: Value) -> Self {
+        Self {
+            value,
+            ..Self::default()
+        }
+    }
+
+    /// Put paths into the order in which their last parts stand in the text.
+    fn in_order(&self, mut paths: Vec<String>) -> Vec<String> {
+        if paths.len() < 2 {
+            return paths;
+        }
+        let text = String::from_utf8_lossy(&self.source);
+        paths.sort_by_cached_key(|path| {
+            let last = path.rsplit('.').next().unwrap_or(path);
+            let name = last.split('[').next().unwrap_or(last);
+            text.find(&format!("{name:?}")).or_else(|| text.find(&format!("{name}:"))).unwrap_or(usize::MAX)
+        });
+        paths
+    }
+}
+
 pub(crate) async fn read(body: Body) -> ApiResult<Bytes> {
     match http_body_util::Limited::new(body, MAX_BODY).collect().await {
         Ok(collected) => Ok(collected.to_bytes()),
@@ -36,18 +59,20 @@ pub(crate) struct Document {
     pub(crate) value: Value,
     /// Duplicate and unknown fields, as `duplicate field "a"`.
     pub(crate) remarks: Vec<String>,
+    /// The text it was read from: unknown fields are reported in its order.
+    pub(crate) source: Bytes,
 }
 
 const ACCEPTED: &str =
-    "application/json, application/yaml, application/vnd.kubernetes.protobuf, application/cbor";
+    "application/json, application/yaml, application/vnd.kubernetes.protobuf";
 
 /// Decode a whole object of a POST or PUT.
 pub(crate) fn decode(call: &Call, bytes: &Bytes) -> ApiResult<Document> {
     let content_type = call.header("content-type");
     let media = content_type.split(';').next().unwrap_or_default().trim();
     match media {
-        "" | "application/json" | "*/*" => json_document(bytes),
-        "application/yaml" => yaml_document(bytes),
+        "" | "application/json" | "*/*" => whole(call, json_document(bytes)),
+        "application/yaml" => whole(call, yaml_document(bytes)),
         "application/vnd.kubernetes.protobuf" => {
             let value = crate::protobuf::decode(bytes, &call.target.kind.kind).map_err(|unsupported| {
                 ApiError::unsupported_media_type(format!(
@@ -55,10 +80,7 @@ pub(crate) fn decode(call: &Call, bytes: &Bytes) -> ApiResult<Document> {
                     crate::protobuf::KINDS.join(", ")
                 ))
             })?;
-            Ok(Document {
-                value,
-                remarks: Vec::new(),
-            })
+            Ok(Document::of(value))
         }
         other => Err(ApiError::unsupported_media_type(format!(
             "the body of the request was in an unknown format - accepted media types include: {ACCEPTED}"
@@ -70,20 +92,63 @@ pub(crate) fn decode(call: &Call, bytes: &Bytes) -> ApiResult<Document> {
     }
 }
 
-pub(crate) fn json_document(bytes: &[u8]) -> ApiResult<Document> {
-    let decoded = reader::decode(bytes)
-        .map_err(|e| ApiError::bad_request(format!("couldn't get version/kind; json parse error: {e}")))?;
+/// A whole object: it has to be one, or null, which is an empty one.
+fn whole(call: &Call, document: ApiResult<Document>) -> ApiResult<Document> {
+    let prefix = format!("the object provided is unrecognized (must be of type {}): ", call.target.kind.kind);
+    let mut document = document.map_err(|mut e| {
+        e.message = format!("{prefix}{}", e.message);
+        e
+    })?;
+    let kind = match &document.value {
+        Value::Object(map) => {
+            let typed = ["apiVersion", "kind"].iter().all(|k| map.get(*k).is_none_or(|v| v.is_string() || v.is_null()));
+            if typed {
+                return Ok(document);
+            }
+            "number"
+        }
+        Value::Null => {
+            document.value = Value::Object(serde_json::Map::new());
+            return Ok(document);
+        }
+        Value::Array(_) => "array",
+        Value::String(_) => "string",
+        Value::Number(_) => "number",
+        Value::Bool(_) => "bool",
+    };
+    Err(ApiError::bad_request(format!(
+        "{prefix}couldn't get version/kind; json parse error: json: cannot unmarshal {kind} into Go value of type struct {{ APIVersion string \"json:\\\"apiVersion,omitempty\\\"\"; Kind string \"json:\\\"kind,omitempty\\\"\" }}"
+    )))
+}
+
+pub(crate) fn json_document(bytes: &Bytes) -> ApiResult<Document> {
+    let decoded = reader::decode(bytes).map_err(|e| {
+        let text = if e.is_eof() { "unexpected end of JSON input".to_owned() } else { e.to_string() };
+        ApiError::bad_request(format!("couldn't get version/kind; json parse error: {text} ({})", shown(bytes)))
+    })?;
     Ok(Document {
         value: decoded.value,
-        remarks: decoded
-            .duplicates
-            .iter()
-            .map(|d| format!("duplicate field {d:?}"))
-            .collect(),
+        remarks: decoded.duplicates.iter().map(|d| format!("duplicate field {d:?}")).collect(),
+        source: bytes.clone(),
     })
 }
 
-pub(crate) fn yaml_document(bytes: &[u8]) -> ApiResult<Document> {
+/// The beginning of a body as Kubernetes quotes it: text for what looks like JSON, hexadecimal otherwise.
+fn shown(bytes: &[u8]) -> String {
+    const LENGTH: usize = 30;
+    if bytes.is_empty() {
+        return "<empty>".to_owned();
+    }
+    let head = bytes.get(..LENGTH.min(bytes.len())).unwrap_or_default();
+    let more = if bytes.len() > LENGTH { " ..." } else { "" };
+    if bytes.starts_with(b"{") {
+        format!("{}{more}", String::from_utf8_lossy(head))
+    } else {
+        format!("{}{more}", head.iter().map(|b| format!("{b:02x}")).collect::<String>())
+    }
+}
+
+pub(crate) fn yaml_document(bytes: &Bytes) -> ApiResult<Document> {
     let text = String::from_utf8_lossy(bytes);
     // A JSON document is YAML too, and by far the more common.
     if text.trim_start().starts_with('{') {
@@ -94,8 +159,8 @@ pub(crate) fn yaml_document(bytes: &[u8]) -> ApiResult<Document> {
     let value: Value = serde_yaml::from_str(&text)
         .map_err(|e| ApiError::bad_request(format!("error converting YAML to JSON: yaml: {e}")))?;
     Ok(Document {
-        value,
-        remarks: Vec::new(),
+        source: bytes.clone(),
+        ..Document::of(value)
     })
 }
 
@@ -104,24 +169,28 @@ pub(crate) fn yaml_document(bytes: &[u8]) -> ApiResult<Document> {
 pub(crate) fn fit(call: &Call, document: Document, how: Fit) -> ApiResult<(Value, Vec<String>)> {
     let kind = &call.target.kind;
     let version = call.target.version();
-    let mut remarks = document.remarks;
-    let mut value = document.value;
+    let mut document = document;
+    let mut remarks = std::mem::take(&mut document.remarks);
+    let mut value = document.value.take();
     if kind.is_custom() {
         let mut unknown = Vec::new();
         prune::prune(&version.schema, &mut value, &mut unknown);
-        unknown.sort();
+        let unknown = document.in_order(unknown);
         remarks.extend(unknown.iter().map(|u| format!("unknown field {u:?}")));
         prune::default(&version.schema, &mut value);
     } else {
         let (conformed, report) = conform::conform(&version.schema, value);
         if let Some(error) = report.error {
+            if how == Fit::Patched {
+                return Err(patched_error(call, &error));
+            }
             return Err(ApiError::bad_request(format!(
                 "{} in version {:?} cannot be handled as a {}: {error}",
                 kind.kind, &*call.target.version, kind.kind
             )));
         }
         value = conformed;
-        remarks.extend(report.unknown.iter().map(|u| format!("unknown field {u:?}")));
+        remarks.extend(document.in_order(report.unknown).iter().map(|u| format!("unknown field {u:?}")));
     }
     let mut warnings = Vec::new();
     if !remarks.is_empty() {
@@ -135,25 +204,19 @@ pub(crate) fn fit(call: &Call, document: Document, how: Fit) -> ApiResult<(Value
                         "{} in version {:?} cannot be handled as a {}: strict decoding error: {list}",
                         kind.kind, &*call.target.version, kind.kind
                     )),
-                    Fit::Patched => {
-                        let error = crate::error::FieldError::invalid(
-                            "patch",
-                            &Value::String(String::new()),
-                            format!("strict decoding error: {list}"),
-                        );
-                        let mut invalid = ApiError::invalid(&kind.group, &kind.kind, &call.target.name, &[]);
-                        let _ = error;
-                        invalid.code = 422;
-                        invalid.message = format!(
-                            " \"\" is invalid: patch: Invalid value: \"\": strict decoding error: {list}"
-                        );
-                        invalid
-                    }
+                    Fit::Patched => patched_error(call, &format!("strict decoding error: {list}")),
                 });
             }
         }
     }
     Ok((value, warnings))
+}
+
+/// A patch whose outcome does not fit the type.
+fn patched_error(call: &Call, text: &str) -> ApiError {
+    let kind = &call.target.kind;
+    let error = crate::error::FieldError::invalid("patch", &Value::String(String::new()), text);
+    ApiError::invalid(&kind.group, &kind.kind, &call.target.name, &[error])
 }
 
 /// Where a document came from, which decides how a strict failure is worded.
@@ -171,6 +234,10 @@ pub(crate) fn check_type(call: &Call, value: &Value) -> ApiResult<()> {
     if (!api_version.is_empty() && api_version != wanted)
         || (!kind.is_empty() && kind != &*call.target.kind.kind)
     {
+        if call.target.kind.is_custom() && api_version == wanted {
+            let error = crate::error::FieldError::invalid("kind", &Value::String(kind.to_owned()), format!("must be {}", call.target.kind.kind));
+            return Err(ApiError::invalid(&call.target.kind.group, kind, crate::meta::name(value), &[error]));
+        }
         if api_version == wanted || api_version.is_empty() {
             return Err(ApiError::bad_request(format!(
                 "{kind} in version {:?} cannot be handled as a {}: no kind {kind:?} is registered for version {wanted:?} in scheme \"k8s.io/apiserver\"",

@@ -29,7 +29,7 @@ pub(crate) struct DeleteOptions {
 }
 
 impl DeleteOptions {
-    fn parse(call: &Call, body: &[u8]) -> ApiResult<Self> {
+    fn parse(call: &Call, body: &bytes::Bytes) -> ApiResult<Self> {
         let mut options = Self::from_query(&call.query)?;
         if !body.is_empty() {
             let media = call.header("content-type");
@@ -42,7 +42,7 @@ impl DeleteOptions {
                 }
                 _ => {
                     return Err(ApiError::unsupported_media_type(
-                        "the body of the request was in an unknown format - accepted media types include: application/json, application/yaml, application/vnd.kubernetes.protobuf, application/cbor",
+                        "the body of the request was in an unknown format - accepted media types include: application/json, application/yaml, application/vnd.kubernetes.protobuf",
                     ));
                 }
             };
@@ -223,8 +223,9 @@ async fn delete_object(
             Ok((event, gone)) => {
                 if gone {
                     super::write::after_removal(hub, kind, &event.object.value);
-                    // The answer shows the object as it was.
-                    return Ok((current.value.clone(), true));
+                    // The answer shows the object as it was; a pod as it went, under a version of its own.
+                    let answer = if kind.is("", "pods") { event.object.value.clone() } else { current.value.clone() };
+                    return Ok((answer, true));
                 }
                 return Ok((event.object.value.clone(), false));
             }
@@ -289,10 +290,29 @@ fn decide(call: &Call, current: &Value, options: &DeleteOptions, now: &str) -> O
         finalizers.push(policy.to_owned());
     }
     let terminating = meta::is_terminating(current);
+    let is_definition = kind.is("apiextensions.k8s.io", "customresourcedefinitions");
+    if is_definition && !terminating && !finalizers.iter().any(|f| f == crate::controllers::crds::CLEANUP) {
+        // Its objects go first.
+        finalizers.push(crate::controllers::crds::CLEANUP.to_owned());
+        let status = meta::member_object(&mut object, "status");
+        if let Value::Array(list) = status.entry("conditions").or_insert_with(|| json!([])) {
+            list.push(json!({"type": "Terminating", "status": "True", "lastTransitionTime": now,
+                "reason": "InstanceDeletionPending", "message": "CustomResourceDefinition marked for deletion; CustomResource deletion will begin soon"}));
+        }
+    }
     let grace = grace_seconds(call, current, options);
     let is_namespace = kind.is("", "namespaces");
     let namespace_busy = is_namespace && !meta::list_at(current, "spec.finalizers").is_empty();
     if finalizers.is_empty() && grace == 0 && !namespace_busy {
+        if kind.is("", "pods") && !terminating {
+            // Pods always go through their grace period, even one of 0 seconds.
+            let metadata = meta::metadata_mut(&mut object);
+            metadata.insert("deletionTimestamp".into(), json!(now));
+            metadata.insert("deletionGracePeriodSeconds".into(), json!(0));
+            if let Some(generation) = metadata.get("generation").and_then(Value::as_i64) {
+                metadata.insert("generation".into(), json!(generation + 1));
+            }
+        }
         return Outcome::Remove(object);
     }
     let metadata = meta::metadata_mut(&mut object);
@@ -312,8 +332,12 @@ fn decide(call: &Call, current: &Value, options: &DeleteOptions, now: &str) -> O
             json!(at.map_or_else(|| now.to_owned(), time::seconds)),
         );
         metadata.insert("deletionGracePeriodSeconds".into(), json!(grace));
-        if let Some(generation) = metadata.get("generation").and_then(Value::as_i64) {
+        let counted = &*call.target.kind.group != "apiextensions.k8s.io";
+        if let Some(generation) = metadata.get("generation").and_then(Value::as_i64).filter(|_| counted) {
             metadata.insert("generation".into(), json!(generation + 1));
+        }
+        if is_definition {
+            metadata.remove("deletionGracePeriodSeconds");
         }
         if is_namespace {
             meta::member_object(&mut object, "status").insert("phase".into(), json!("Terminating"));

@@ -54,6 +54,7 @@ async fn serve(
     if call.target.subresource == "scale"
         || call.target.subresource == "log"
         || call.target.subresource == "finalize"
+        || call.target.subresource == "binding"
     {
         return subresources::serve(&hub, &call, &method, body).await;
     }

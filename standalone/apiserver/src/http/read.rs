@@ -12,7 +12,7 @@ use super::respond;
 use crate::error::{ApiError, ApiResult, Cause, Details};
 use crate::hub::Hub;
 use crate::selector::{FieldSelector, LabelSelector};
-use crate::store::Stored;
+use crate::store::{Stored, TypeHead};
 use crate::{table, versions};
 
 /// How long a read of a version in the future waits for it, as Kubernetes does.
@@ -34,10 +34,7 @@ impl Selection {
             FieldSelector::parse(call.query.text("fieldSelector")).map_err(ApiError::bad_request)?;
         for term in &fields.0 {
             if !crate::kinds::selectable(&target.kind, target.version(), &term.path) {
-                return Err(ApiError::bad_request(format!(
-                    "field label not supported: {}",
-                    term.path
-                )));
+                return Err(ApiError::bad_request(unknown_field(&target.kind, &term.path)));
             }
         }
         if !target.name.is_empty() {
@@ -69,6 +66,19 @@ impl Selection {
     }
 }
 
+/// Kinds with selectable fields of their own have their own wording.
+fn unknown_field(kind: &crate::kinds::Kind, path: &str) -> String {
+    let own = matches!(
+        (&*kind.group, &*kind.plural),
+        ("", "pods" | "nodes" | "namespaces" | "secrets" | "services" | "replicationcontrollers" | "events") | ("batch", "jobs") | ("events.k8s.io", _)
+    );
+    if own || kind.is_custom() {
+        return format!("field label not supported: {path}");
+    }
+    let namespace = if kind.namespaced { ", \"metadata.namespace\"" } else { "" };
+    format!("{path:?} is not a known field selector: only \"metadata.name\"{namespace}")
+}
+
 pub(crate) async fn get(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
     let accepted = accept::negotiate(call.header("accept"))?;
     let target = &call.target;
@@ -76,7 +86,7 @@ pub(crate) async fn get(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
     if !rv.is_empty() && rv != "0" {
         let wanted: u64 = rv.parse().map_err(|_| {
             let mut error = ApiError::plain_internal(format!(
-                "Invalid value: {rv:?}: strconv.ParseUint: parsing {rv:?}: invalid syntax"
+                "resourceVersion: Invalid value: {rv:?}: strconv.ParseUint: parsing {rv:?}: invalid syntax"
             ));
             error.code = 500;
             error
@@ -89,14 +99,11 @@ pub(crate) async fn get(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
     let warnings = warnings(call);
     if accepted.form == Form::Object
         && !accepted.yaml
-        && versions::is_stored_form(&target.kind, target.version())
+        && versions::is_stored_form(&target.kind)
     {
-        return Ok(respond::bytes(
-            200,
-            stored.json().clone(),
-            "application/json",
-            &warnings,
-        ));
+        let mut out = Vec::with_capacity(stored.bare().len() + 64);
+        stored.write(&TypeHead::new(&target.kind.kind, &target.api_version()), &mut out);
+        return Ok(respond::bytes(200, out.into(), "application/json", &warnings));
     }
     let object = versions::from_hub(&target.kind, target.version(), &stored.value);
     let now = hub.clock.now();
@@ -141,7 +148,7 @@ async fn await_version(hub: &Hub, _resource: &str, wanted: u64) -> ApiResult<()>
     let mut error = ApiError::new(
         504,
         "Timeout",
-        format!("Too large resource version: {wanted}, current: {current}"),
+        format!("Timeout: Too large resource version: {wanted}, current: {current}"),
     );
     error.details = Some(Details {
         causes: vec![Cause {
@@ -157,31 +164,39 @@ async fn await_version(hub: &Hub, _resource: &str, wanted: u64) -> ApiResult<()>
 
 /// Where the next page of a list begins.
 struct Continue {
-    rv: u64,
+    /// -1 goes on with what is there now.
+    rv: i64,
     after: String,
 }
 
-fn encode_continue(rv: u64, after: &str, prefix: &str) -> String {
+fn encode_continue(rv: i64, after: &str, prefix: &str) -> String {
     let start = after.strip_prefix(prefix).unwrap_or(after);
     let body = json!({"v": "meta.k8s.io/v1", "rv": rv, "start": format!("{start}\0")}).to_string();
     base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(body)
 }
 
 fn decode_continue(token: &str, prefix: &str) -> ApiResult<Continue> {
-    let invalid = |why: &str| ApiError::bad_request(format!("continue key is not valid: {why}"));
+    let invalid = |why: &str| ApiError::bad_request(format!("invalid continue token: continue key is not valid: {why}"));
     let bytes = base64::engine::general_purpose::URL_SAFE_NO_PAD
         .decode(token)
         .map_err(|e| invalid(&e.to_string()))?;
     let body: Value = serde_json::from_slice(&bytes).map_err(|e| invalid(&e.to_string()))?;
-    if body.get("v").and_then(Value::as_str) != Some("meta.k8s.io/v1") {
-        return Err(invalid("server does not recognize this encoded version"));
+    let version = body.get("v").and_then(Value::as_str).unwrap_or_default();
+    if version != "meta.k8s.io/v1" {
+        return Err(invalid(&format!("server does not recognize this encoded version {version}")));
+    }
+    if body.get("rv").and_then(Value::as_i64).unwrap_or(0) == 0 {
+        return Err(invalid("incorrect encoded start resourceVersion (version meta.k8s.io/v1)"));
     }
     let start = body.get("start").and_then(Value::as_str).unwrap_or_default();
-    if start.is_empty() || start.contains("..") {
+    if start.contains("..") {
+        return Err(invalid(start));
+    }
+    if start.is_empty() {
         return Err(invalid("encoded start key empty (version meta.k8s.io/v1)"));
     }
     Ok(Continue {
-        rv: body.get("rv").and_then(Value::as_u64).unwrap_or(0),
+        rv: body.get("rv").and_then(Value::as_i64).unwrap_or(-1),
         after: format!("{prefix}{}", start.trim_end_matches('\0')),
     })
 }
@@ -191,6 +206,9 @@ pub(crate) async fn list(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
     let target = &call.target;
     check_list_options(call)?;
     let selection = Selection::of(call)?;
+    if !call.query.text("continue").is_empty() && !matches!(call.query.text("resourceVersion"), "" | "0") {
+        return Err(ApiError::bad_request("specifying resource version is not allowed when using continue"));
+    }
     let limit = call.query.text("limit").parse::<usize>().ok().filter(|l| *l > 0);
     let token = call.query.text("continue");
     let from = if token.is_empty() {
@@ -221,13 +239,13 @@ pub(crate) async fn list(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
     }
     if let Some(from) = &from {
         let oldest = hub.store.lock().oldest(&target.kind.resource);
-        if from.rv != 0 && from.rv < oldest {
+        if from.rv >= 0 && from.rv.cast_unsigned() < oldest {
             let current = hub.store.lock().rv();
             let mut error = ApiError::expired(
                 "The provided continue parameter is too old to display a consistent list result. You can start a new list without the continue parameter, or use the continue token in this response to retrieve the remainder of the results. Continuing with the provided token results in an inconsistent list - objects that were created, modified, or deleted between the time the first chunk was returned and now may show up in the list.",
             );
             let _ = current;
-            error.continue_token = Some(encode_continue(0, &from.after, &selection.prefix));
+            error.continue_token = Some(encode_continue(-1, &from.after, &selection.prefix));
             return Err(error);
         }
     }
@@ -241,13 +259,11 @@ pub(crate) async fn list(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
             |o| selection.holds(o),
         )
     };
-    let list_rv = from
-        .as_ref()
-        .map_or(page.rv, |f| if f.rv == 0 { page.rv } else { f.rv });
+    let list_rv = from.as_ref().map_or(page.rv, |f| u64::try_from(f.rv).unwrap_or(page.rv));
     let next = page
         .next_after
         .as_ref()
-        .map(|after| encode_continue(list_rv, after, &selection.prefix));
+        .map(|after| encode_continue(list_rv.cast_signed(), after, &selection.prefix));
     let mut metadata = json!({"resourceVersion": list_rv.to_string()});
     if let Some(next) = &next {
         metadata["continue"] = json!(next);
@@ -255,10 +271,13 @@ pub(crate) async fn list(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
             metadata["remainingItemCount"] = json!(page.remaining);
         }
     }
+    if next.is_none() && target.kind.is_custom() && accepted.form == Form::Object {
+        metadata["continue"] = json!("");
+    }
     let warnings = warnings(call);
     let version = target.version();
     match accepted.form {
-        Form::Object if !accepted.yaml && versions::is_stored_form(&target.kind, version) => {
+        Form::Object if !accepted.yaml && versions::is_stored_form(&target.kind) => {
             Ok(respond::bytes(
                 200,
                 encode_list(call, &metadata, &page.items),
@@ -283,8 +302,9 @@ pub(crate) async fn list(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
             let items: Vec<Value> = page
                 .items
                 .iter()
-                .map(|o| json!({"metadata": o.value.get("metadata")}))
+                .map(|o| respond::partial(&o.value))
                 .collect();
+            let items = if items.is_empty() { Value::Null } else { Value::Array(items) };
             let list = json!({"kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": metadata, "items": items});
             Ok(respond::value(200, &list, accepted, &warnings))
         }
@@ -337,19 +357,28 @@ fn strip_type(object: &mut Value, call: &Call) {
 
 /// Write the list from the encoded objects, without cloning any.
 fn encode_list(call: &Call, metadata: &Value, items: &[std::sync::Arc<Stored>]) -> Bytes {
-    let total: usize = items.iter().map(|o| o.json().len() + 1).sum();
+    let total: usize = items.iter().map(|o| o.bare().len() + 80).sum();
     let mut out = BytesMut::with_capacity(total + 256);
-    let head = format!(
+    // Items of built-in lists come without their own type.
+    let head = call
+        .target
+        .kind
+        .is_custom()
+        .then(|| TypeHead::new(&call.target.kind.kind, &call.target.api_version()));
+    let start = format!(
         "{{\"kind\":{},\"apiVersion\":{},\"metadata\":{metadata},\"items\":[",
         json!(call.target.kind.list_kind),
         json!(call.target.api_version())
     );
-    out.put_slice(head.as_bytes());
+    out.put_slice(start.as_bytes());
     for (i, object) in items.iter().enumerate() {
         if i > 0 {
             out.put_u8(b',');
         }
-        out.put_slice(object.json());
+        match &head {
+            Some(head) => object.write(head, &mut out),
+            None => out.put_slice(object.bare()),
+        }
     }
     out.put_slice(b"]}");
     out.freeze()
@@ -362,6 +391,12 @@ pub(crate) fn check_list_options(call: &Call) -> ApiResult<()> {
     let rv = q.text("resourceVersion");
     let matching = q.text("resourceVersionMatch");
     let mut errors = Vec::new();
+    for field in ["timeoutSeconds"] {
+        let text = q.text(field);
+        if !text.is_empty() && text.parse::<i64>().is_err() {
+            return Err(ApiError::bad_request(format!("strconv.ParseInt: parsing {text:?}: invalid syntax")));
+        }
+    }
     if let Some(limit) = q.get("limit") {
         if !limit.is_empty() && limit.parse::<i64>().is_err() {
             return Err(ApiError::bad_request(format!(
@@ -375,7 +410,7 @@ pub(crate) fn check_list_options(call: &Call) -> ApiResult<()> {
         ))
         .tap_message(|e| {
             e.message =
-                format!("invalid resource version {rv:?}: strconv.ParseUint: parsing {rv:?}: invalid syntax");
+                format!("invalid resource version: resourceVersion: Invalid value: {rv:?}: strconv.ParseUint: parsing {rv:?}: invalid syntax");
         }));
     }
     if q.get("sendInitialEvents").is_some() {

@@ -29,7 +29,7 @@ impl Target {
         let (group, version, mut rest) = match parts.as_slice() {
             ["api", version, rest @ ..] => ("", *version, rest),
             ["apis", group, version, rest @ ..] => (*group, *version, rest),
-            _ => return Err(ApiError::no_such_path()),
+            _ => return Err(ApiError::page_not_found()),
         };
         let mut watch = false;
         if let ["watch", after @ ..] = rest {
@@ -47,6 +47,9 @@ impl Target {
             [plural, name, sub] => ("", *plural, *name, *sub),
             _ => return Err(ApiError::no_such_path()),
         };
+        if !registry.has_group_version(group, version) {
+            return Err(ApiError::page_not_found());
+        }
         let kind = registry.get(group, plural).ok_or_else(ApiError::no_such_path)?;
         let v = kind.version(version).ok_or_else(ApiError::no_such_path)?;
         // A cluster-scoped kind has no path below a namespace; a namespaced object has none without.

@@ -59,6 +59,9 @@ pub(crate) fn value(code: u16, value: &Value, accepted: Accepted, warnings: &[St
 }
 
 pub(crate) fn failure(error: &ApiError) -> Response<Body> {
+    if error.reason == crate::error::PAGE {
+        return text(error.code, error.message.clone());
+    }
     let mut response = json(error.code, &error.to_status(), &error.warnings);
     let seconds = error
         .retry_after

@@ -104,7 +104,7 @@ fn health_check(hub: &Hub, segments: &[&str], parts: &Parts) -> Result<String, R
     let storage = hub.log.as_ref().and_then(crate::log::Log::failure);
     if let Some(check) = segments.get(1) {
         if !checks.contains(check) {
-            return Err(respond::failure(&ApiError::no_such_path()));
+            return Err(respond::failure(&ApiError::page_not_found()));
         }
         return match (*check, &storage) {
             ("storage", Some(failure)) => {

@@ -1,4 +1,4 @@
-//! `scale`, `log` and `finalize`; what is refused.
+//! `scale`, `log`, `finalize` and `binding`; what is refused.
 
 use axum::body::Body;
 use bytes::Bytes;
@@ -12,10 +12,11 @@ use super::write::{self, Change};
 use super::{accept, respond};
 use crate::admission::LogOptions;
 use crate::error::{ApiError, ApiResult, FieldError};
-use crate::hub::Hub;
+use crate::hub::{CommitError, Hub};
 use crate::kinds::ScalePaths;
 use crate::meta;
 use crate::selector::LabelSelector;
+use crate::store::Expect;
 
 /// Subresources of pods that exist in Kubernetes and not here.
 pub(crate) fn refused(subresource: &str) -> Option<ApiError> {
@@ -25,7 +26,6 @@ pub(crate) fn refused(subresource: &str) -> Option<ApiError> {
         }
         "ephemeralcontainers" => "ephemeral containers are not supported by this server",
         "resize" => "resizing of running pods is not supported by this server; replace the pod",
-        "binding" => "pods are bound by the node that runs them; there is no scheduler to talk to",
         "eviction" => "evictions are not supported by this server; delete the pod",
         "proxy" => "proxying to pods is not supported by this server",
         _ => return None,
@@ -55,6 +55,7 @@ pub(crate) async fn serve(
         }
         ("scale", &Method::PUT | &Method::PATCH) => write_scale(hub, call, method, request_body).await,
         ("finalize", &Method::PUT) => finalize(hub, call, request_body).await,
+        ("binding", &Method::POST) => bind(hub, call, request_body).await,
         _ => Err(super::method_not_allowed(call)),
     }
 }
@@ -220,7 +221,7 @@ async fn write_scale(
             "Scale",
             &target.name,
             &[FieldError::invalid(
-                "spec.replicas",
+                if target.kind.is_custom() { paths(call)?.spec.clone() } else { "spec.replicas".to_owned() },
                 &json!(replicas),
                 "must be greater than or equal to 0",
             )],
@@ -238,10 +239,7 @@ async fn write_scale(
     let outcome = write::run(
         hub,
         call,
-        Change::Merge(Document {
-            value: change,
-            remarks: Vec::new(),
-        }),
+        Change::Merge(Document::of(change)),
     )
     .await?;
     let scale = scale_of(call, &outcome.object)?;
@@ -265,6 +263,62 @@ async fn finalize(hub: &Hub, call: &Call, request_body: Body) -> ApiResult<Respo
     }
     let last = crate::controllers::namespaces::set_finalizers(hub, &key, finalizers).await?;
     Ok(respond::value(200, &last, accepted, &[]))
+}
+
+/// Pods: gives an unbound pod its node, once, as kube-scheduler asks for it.
+async fn bind(hub: &Hub, call: &Call, request_body: Body) -> ApiResult<Response<Body>> {
+    let accepted = accept::negotiate(call.header("accept"))?;
+    let bytes = body::read(request_body).await?;
+    let binding = body::json_document(&bytes)?.value;
+    let target = &call.target;
+    let node = meta::str_at(&binding, "target.name");
+    if node.is_empty() {
+        let missing = FieldError::required("target.name", "");
+        return Err(ApiError::invalid("", "Binding", &target.name, &[missing]));
+    }
+    let wanted_uid = meta::text(&binding, "uid");
+    let key = target.key();
+    let conflict = |why: String| {
+        ApiError::new(409, "Conflict", format!("Operation cannot be fulfilled on pods/binding \"{}\": {why}", target.name))
+    };
+    for _ in 0..crate::hub::MODIFY_ATTEMPTS {
+        let current = hub.get(&target.kind, &key).ok_or_else(|| target.not_found())?;
+        let uid = meta::text(&current.value, "uid");
+        if !wanted_uid.is_empty() && wanted_uid != uid {
+            return Err(conflict(format!("Precondition failed: UID in precondition: {wanted_uid}, UID in object meta: {uid}")));
+        }
+        if !meta::text(&current.value, "deletionTimestamp").is_empty() {
+            return Err(conflict(format!("pod {} is being deleted, cannot be assigned to a host", target.name)));
+        }
+        let bound = meta::str_at(&current.value, "spec.nodeName");
+        if !bound.is_empty() {
+            return Err(conflict(format!("pod {} is already assigned to node \"{bound}\"", target.name)));
+        }
+        let mut pod = current.value.clone();
+        pod["spec"]["nodeName"] = json!(node);
+        let condition = json!({
+            "type": "PodScheduled",
+            "status": "True",
+            "lastProbeTime": null,
+            "lastTransitionTime": crate::time::seconds(hub.clock.now()),
+        });
+        match pod["status"]["conditions"].as_array_mut() {
+            Some(conditions) => {
+                conditions.retain(|condition| condition["type"] != "PodScheduled");
+                conditions.push(condition);
+            }
+            None => pod["status"]["conditions"] = json!([condition]),
+        }
+        match hub.put(&target.kind.resource, &key, pod, Expect::At(current.rv)).await {
+            Ok(_) => {
+                let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201});
+                return Ok(respond::value(201, &status, accepted, &[]));
+            }
+            Err(CommitError::Storage(text)) => return Err(Hub::storage_error(&text)),
+            Err(CommitError::Lost(_)) => {}
+        }
+    }
+    Err(conflict("the pod changed too often; please try again".to_owned()))
 }
 
 async fn log(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use axum::body::Body;
 use bytes::{BufMut as _, Bytes, BytesMut};
 use futures::stream;
-use http::{HeaderValue, Response, header};
+use http::Response;
 use serde_json::{Value, json};
 use tokio::time::{Instant, Sleep};
 
@@ -22,7 +22,7 @@ use super::request::Call;
 use super::respond;
 use crate::error::{ApiError, ApiResult, FieldError};
 use crate::hub::Hub;
-use crate::store::{Change, Event, Stored};
+use crate::store::{Change, Event, Stored, TypeHead};
 use crate::{table, versions};
 
 /// Time between bookmarks to a client that asked for them.
@@ -50,6 +50,7 @@ struct Watch {
     deadline: std::pin::Pin<Box<Sleep>>,
     next_bookmark: std::pin::Pin<Box<Sleep>>,
     ended: bool,
+    head: TypeHead,
 }
 
 impl Drop for Watch {
@@ -73,22 +74,10 @@ fn check_options(call: &Call) -> ApiResult<bool> {
         ));
     }
     if send.is_some() {
-        if matching.is_empty() {
+        if matching != "NotOlderThan" {
             errors.push(FieldError::forbidden(
                 "resourceVersionMatch",
                 "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan",
-            ));
-        } else if matching != "NotOlderThan" {
-            errors.push(FieldError::not_supported(
-                "resourceVersionMatch",
-                &json!(matching),
-                &["NotOlderThan"],
-            ));
-        }
-        if send == Some(true) && !q.flag("allowWatchBookmarks") {
-            errors.push(FieldError::forbidden(
-                "allowWatchBookmarks",
-                "sendInitialEvents requires setting allowWatchBookmarks to true",
             ));
         }
     }
@@ -102,6 +91,9 @@ fn check_options(call: &Call) -> ApiResult<bool> {
 
 pub(crate) async fn serve(hub: Arc<Hub>, call: Call) -> ApiResult<Response<Body>> {
     let accepted = accept::negotiate(call.header("accept"))?;
+    if accepted.yaml {
+        return Err(accept::none_acceptable());
+    }
     let streaming_list = check_options(&call)?;
     let selection = Selection::of(&call)?;
     let rv = call.query.text("resourceVersion");
@@ -110,7 +102,7 @@ pub(crate) async fn serve(hub: Arc<Hub>, call: Call) -> ApiResult<Response<Body>
         "" | "0" => None,
         text => Some(text.parse::<u64>().map_err(|_| {
             ApiError::plain_internal(format!(
-                "Invalid value: {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax"
+                "resourceVersion: Invalid value: {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax"
             ))
         })?),
     };
@@ -154,12 +146,14 @@ pub(crate) async fn serve(hub: Arc<Hub>, call: Call) -> ApiResult<Response<Body>
         position,
         wake,
         initial,
-        initial_end: streaming_list.then_some(position),
+        // Kubernetes ends the initial events of any watch that began with some and asked for bookmarks.
+        initial_end: (bookmarks && (streaming_list || from.is_none())).then_some(position),
         bookmarks,
         first_table: true,
         deadline: Box::pin(tokio::time::sleep(timeout)),
         next_bookmark: Box::pin(tokio::time::sleep(BOOKMARK_EVERY)),
         ended: false,
+        head: TypeHead::new(&call.target.kind.kind, &call.target.api_version()),
         call,
     };
     let first = if expired {
@@ -176,11 +170,6 @@ pub(crate) async fn serve(hub: Arc<Hub>, call: Call) -> ApiResult<Response<Body>
         chunk.map(|c| (Ok::<Bytes, Infallible>(c), (watch, None)))
     });
     let mut response = respond::bytes(200, Bytes::new(), "application/json", &warnings);
-    if accepted.yaml {
-        response
-            .headers_mut()
-            .insert(header::CONTENT_TYPE, HeaderValue::from_static("application/yaml"));
-    }
     *response.body_mut() = Body::from_stream(stream);
     Ok(response)
 }
@@ -296,14 +285,13 @@ impl Watch {
         let version = target.version();
         if self.accepted.form == Form::Object
             && !self.accepted.yaml
-            && versions::is_stored_form(&target.kind, version)
+            && versions::is_stored_form(&target.kind)
         {
-            let json = object.json();
-            out.reserve(json.len() + 40);
+            out.reserve(object.bare().len() + 120);
             out.put_slice(b"{\"type\":\"");
             out.put_slice(kind.as_bytes());
             out.put_slice(b"\",\"object\":");
-            out.put_slice(json);
+            object.write(&self.head, out);
             out.put_slice(b"}\n");
             return;
         }
@@ -327,13 +315,8 @@ impl Watch {
     }
 
     fn frame(&self, out: &mut BytesMut, event: &Value) {
-        if self.accepted.yaml {
-            out.put_slice(b"---\n");
-            out.put_slice(serde_yaml::to_string(event).unwrap_or_default().as_bytes());
-        } else {
-            out.put_slice(event.to_string().as_bytes());
-            out.put_u8(b'\n');
-        }
+        out.put_slice(event.to_string().as_bytes());
+        out.put_u8(b'\n');
     }
 
     fn bookmark(&self, out: &mut BytesMut, rv: u64, initial_end: bool) {

@@ -78,9 +78,6 @@ pub(crate) async fn patch(hub: &Hub, call: &Call, request_body: Body) -> ApiResu
     Ok(answer(hub, call, accepted, &outcome))
 }
 
-const PATCH_TYPES: &str =
-    "application/json-patch+json, application/merge-patch+json, application/apply-patch+yaml";
-const PATCH_TYPES_BUILTIN: &str = "application/json-patch+json, application/merge-patch+json, application/strategic-merge-patch+json, application/apply-patch+yaml";
 
 pub(crate) fn read_patch(call: &Call, media: &str, bytes: Bytes) -> ApiResult<Change> {
     let force = !call.query.text("force").is_empty();
@@ -130,24 +127,19 @@ pub(crate) fn read_patch(call: &Call, media: &str, bytes: Bytes) -> ApiResult<Ch
             })
         }
         _ => {
-            let types = if call.target.kind.is_custom() {
-                PATCH_TYPES
-            } else {
-                PATCH_TYPES_BUILTIN
-            };
-            Err(ApiError::unsupported_media_type(format!(
-                "the body of the request was in an unknown format - accepted media types include: {types}"
-            )))
+            let mut error = ApiError::unsupported_media_type("415: Unsupported Media Type");
+            error.details = Some(crate::error::Details::default());
+            Err(error)
         }
     }
 }
 
 fn bad_patch_json(bytes: &Bytes) -> ApiError {
-    let text = String::from_utf8_lossy(bytes);
-    ApiError::bad_request(format!(
-        "error decoding patch: invalid JSON: {}",
-        text.chars().take(80).collect::<String>()
-    ))
+    match crate::schema::json::decode(bytes) {
+        Err(error) if error.is_eof() => ApiError::bad_request("error decoding patch: unexpected end of JSON input"),
+        Err(error) => ApiError::bad_request(format!("error decoding patch: {error}")),
+        Ok(_) => ApiError::bad_request("error decoding patch"),
+    }
 }
 
 /// The object as it now is, in the version of the call.
@@ -207,7 +199,11 @@ pub(crate) async fn run(hub: &Hub, call: &Call, change: Change) -> ApiResult<Out
         key = name_new(hub, call, &mut document.value)?;
     }
     for _ in 0..MODIFY_ATTEMPTS {
-        let current = hub.get(kind, &key);
+        // A new object is checked before it is known whether its name is taken, as Kubernetes does.
+        let current = match &change {
+            Change::Create(_) => None,
+            _ => hub.get(kind, &key),
+        };
         let step = compute(hub, call, &change, current.as_deref(), &key).await?;
         let (object, warnings) = match step {
             Step::Unchanged(object, warnings) => {
@@ -228,16 +224,17 @@ pub(crate) async fn run(hub: &Hub, call: &Call, change: Change) -> ApiResult<Out
                     });
                 }
                 match hub
-                    .remove(&kind.resource, &key, versions::to_hub(kind, object.clone()), rv)
+                    .remove(&kind.resource, &key, {
+                        // Watchers see the object as it was stored last.
+                        current.as_ref().map_or(Value::Null, |c| c.value.clone())
+                    },
+                    rv)
                     .await
                 {
                     Ok(event) => {
                         after_removal(hub, kind, &event.object.value);
-                        return Ok(Outcome {
-                            object: versions::from_hub(kind, target.version(), &event.object.value),
-                            created: false,
-                            warnings,
-                        });
+                        // The answer is the object as it would have been written, under its last version.
+                        return Ok(Outcome { object, created: false, warnings });
                     }
                     Err(CommitError::Storage(text)) => return Err(Hub::storage_error(&text)),
                     Err(CommitError::Lost(_)) => continue,
@@ -245,6 +242,9 @@ pub(crate) async fn run(hub: &Hub, call: &Call, change: Change) -> ApiResult<Out
             }
         };
         let created = current.is_none();
+        if call.dry_run() && created && hub.get(kind, &key).is_some() {
+            return Err(taken(hub, kind, &key));
+        }
         if call.dry_run() {
             return Ok(Outcome {
                 object,
@@ -270,13 +270,7 @@ pub(crate) async fn run(hub: &Hub, call: &Call, change: Change) -> ApiResult<Out
             }
             Err(CommitError::Storage(text)) => return Err(Hub::storage_error(&text)),
             Err(CommitError::Lost(lost)) => match (&change, lost) {
-                (Change::Create(_), Lost::Exists) => {
-                    return Err(ApiError::already_exists(
-                        &kind.group,
-                        &kind.plural,
-                        key.rsplit('/').next().unwrap_or(&key),
-                    ));
-                }
+                (Change::Create(_), Lost::Exists) => return Err(taken(hub, kind, &key)),
                 (Change::Replace(document), _)
                     if !meta::text(&document.value, "resourceVersion").is_empty() =>
                 {
@@ -289,6 +283,15 @@ pub(crate) async fn run(hub: &Hub, call: &Call, change: Change) -> ApiResult<Out
     Err(ApiError::modified(&kind.group, &kind.plural, &target.name))
 }
 
+/// The name is in use.
+fn taken(hub: &Hub, kind: &Kind, key: &str) -> ApiError {
+    let mut error = ApiError::already_exists(&kind.group, &kind.plural, key.rsplit('/').next().unwrap_or(key));
+    if hub.get(kind, key).is_some_and(|o| meta::is_terminating(&o.value)) {
+        error.message = format!("object is being deleted: {}", error.message);
+    }
+    error
+}
+
 /// Settle the name of a new object; returns its key.
 fn name_new(hub: &Hub, call: &Call, value: &mut Value) -> ApiResult<String> {
     let target = &call.target;
@@ -297,6 +300,11 @@ fn name_new(hub: &Hub, call: &Call, value: &mut Value) -> ApiResult<String> {
         *value = json!({});
     }
     check_namespace(call, value)?;
+    if value.get("metadata").is_some_and(|m| !m.is_object() && !m.is_null()) || value.get("metadata").and_then(|m| m.get("name")).is_some_and(|n| !n.is_string() && !n.is_null()) {
+        // Let the decoder say what is wrong with it.
+        let document = Document::of(value.clone());
+        body::fit(call, document, Fit::Body)?;
+    }
     let metadata = meta::metadata_mut(value);
     let text = |m: &serde_json::Map<String, Value>, k: &str| {
         m.get(k).and_then(Value::as_str).unwrap_or_default().to_owned()
@@ -368,6 +376,12 @@ async fn compute(
     };
     let mut warnings = super::read::warnings(call);
     let (mut object, applied) = edited(call, change, live.as_ref(), &write, &mut warnings)?;
+    if live.is_none() {
+        let metadata = meta::metadata_mut(&mut object);
+        for field in ["deletionTimestamp", "deletionGracePeriodSeconds", "selfLink"] {
+            metadata.remove(field);
+        }
+    }
     set_identity(call, &mut object, name);
     check_preconditions(call, change, &object, live.as_ref(), name)?;
     let operation = if live.is_some() {
@@ -375,6 +389,11 @@ async fn compute(
     } else {
         Operation::Create
     };
+    defaults::apply(kind, &mut object, live.as_ref());
+    // Owned is what the client sent and the type's own defaults; what follows is the server's.
+    if !applied {
+        managers::update(&write, live.as_ref(), &mut object);
+    }
     match &live {
         None => {
             namespace_is_open(hub, call, name)?;
@@ -382,7 +401,10 @@ async fn compute(
         }
         Some(live) => strategy::prepare_update(kind, version, &target.subresource, &mut object, live),
     }
-    defaults::apply(kind, &mut object, live.as_ref());
+    defaults::admit(kind, &mut object, live.as_ref());
+    if live.is_none() {
+        defaults::plugins(hub, kind, name, &mut object)?;
+    }
     if let Some(admission) = hub
         .admission
         .as_ref()
@@ -402,10 +424,7 @@ async fn compute(
             .map_err(|d| denied(call, name, &d))?
         {
             let fields = meta::metadata(&object).get("managedFields").cloned();
-            let document = Document {
-                value: mutated,
-                remarks: Vec::new(),
-            };
+            let document = Document::of(mutated);
             let (mut fitted, _) = body::fit(call, document, Fit::Body)?;
             if let Some(fields) = fields {
                 meta::metadata_mut(&mut fitted).insert("managedFields".into(), fields);
@@ -417,8 +436,8 @@ async fn compute(
     }
     defaults::resolve(hub, kind, &mut object, live.as_ref())
         .map_err(|errors| ApiError::invalid(&kind.group, &kind.kind, name, &errors))?;
-    if !applied {
-        managers::update(&write, live.as_ref(), &mut object);
+    if !kind.is_custom() {
+        crate::schema::conform::empty_required_to_null(&version.schema, &mut object);
     }
     if let Some(live) = &live {
         strategy::bump_generation(kind, version, &mut object, live);
@@ -458,16 +477,10 @@ fn edited(
     let take = |document: &Document| Document {
         value: document.value.clone(),
         remarks: document.remarks.clone(),
-    };
+            source: document.source.clone(),
+        };
     let (document, how) = match change {
         Change::Create(document) => {
-            if live.is_some() {
-                return Err(ApiError::already_exists(
-                    &kind.group,
-                    &kind.plural,
-                    meta::name(&document.value),
-                ));
-            }
             (take(document), Fit::Body)
         }
         Change::Replace(document) => {
@@ -483,10 +496,7 @@ fn edited(
             let mut value = existing()?.clone();
             patch::json::apply(&mut value, operations).map_err(|failure| json_failure(&failure))?;
             (
-                Document {
-                    value,
-                    remarks: Vec::new(),
-                },
+                Document::of(value),
                 Fit::Patched,
             )
         }
@@ -499,20 +509,32 @@ fn edited(
             }
             patch::merge::apply(&mut value, &document.value);
             let remarks = document.remarks.clone();
-            (Document { value, remarks }, Fit::Patched)
+            (Document { value, remarks,
+            source: document.source.clone(),
+        }, Fit::Patched)
         }
         Change::Strategic(document) => {
             let mut value = existing()?.clone();
             patch::strategic::apply(&mut value, &document.value, write.schema)
                 .map_err(ApiError::plain_internal)?;
             let remarks = document.remarks.clone();
-            (Document { value, remarks }, Fit::Patched)
+            (Document { value, remarks,
+            source: document.source.clone(),
+        }, Fit::Patched)
         }
         Change::Apply { config, force } => {
             return applied(call, config, *force, live, write, warnings).map(|object| (object, true));
         }
     };
-    let (value, more) = body::fit(call, document, how)?;
+    // An empty list clears ownership; the decoder would not tell it from an absent one.
+    let cleared = meta::metadata(&document.value)
+        .get("managedFields")
+        .and_then(Value::as_array)
+        .is_some_and(Vec::is_empty);
+    let (mut value, more) = body::fit(call, document, how)?;
+    if cleared && live.is_some() {
+        meta::metadata_mut(&mut value).insert("managedFields".into(), json!([{}]));
+    }
     warnings.extend(more);
     Ok((value, false))
 }
@@ -556,31 +578,24 @@ fn applied(
     if live.is_none() && !target.subresource.is_empty() {
         return Err(target.not_found());
     }
+    let as_sent = &config.value;
     let mut value = config.value.clone();
     let text = |v: &Value, key: &str| v.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
     let (api_version, given_kind) = (text(&value, "apiVersion"), text(&value, "kind"));
-    if api_version.is_empty() || given_kind.is_empty() {
-        return Err(ApiError::bad_request(format!(
-            "couldn't get object from patch: Object '{}' is missing in '{}'",
-            if given_kind.is_empty() {
-                "Kind"
-            } else {
-                "apiVersion"
-            },
-            value
-        )));
-    }
     if api_version != write.api_version || given_kind != *kind.kind {
-        return Err(ApiError::bad_request(format!(
-            "incorrect version specified in apply patch. Specified patch version: {api_version}, expected: {}",
-            write.api_version
-        )));
+        return Err(ApiError::bad_request(format!("invalid object type: {}, Kind={given_kind}", gv(&api_version))));
     }
     if meta::metadata(&value).contains_key("managedFields") {
         return Err(ApiError::bad_request("metadata.managedFields must be nil"));
     }
     let name = meta::name(&value).to_owned();
-    if !name.is_empty() && name != target.name {
+    if name.is_empty() {
+        return Err(ApiError::bad_request(format!(
+            "the name of the object ({} based on URL) was undeterminable: name must be provided",
+            target.name
+        )));
+    }
+    if name != target.name {
         return Err(ApiError::bad_request(format!(
             "the name of the object ({name}) does not match the name on the URL ({})",
             target.name
@@ -597,33 +612,30 @@ fn applied(
     if !kind.is_custom() {
         let (_, report) = crate::schema::conform::conform(write.schema, value.clone());
         if let Some(unknown) = report.unknown.first() {
-            return Err(typed_error(
-                call,
-                &format!(".{unknown}: field not declared in schema"),
+            return Err(typed_error(call, as_sent, &format!(".{unknown}: field not declared in schema"),
             ));
         }
         if let Some(error) = report.error {
-            return Err(typed_error(call, &error));
+            return Err(typed_error(call, as_sent, &error));
         }
     } else {
         let document = Document {
             value,
             remarks: config.remarks.clone(),
+            source: config.source.clone(),
         };
         let mut unknown = Vec::new();
         let mut pruned = document.value;
         crate::crd::prune::prune(write.schema, &mut pruned, &mut unknown);
         if let Some(unknown) = unknown.first() {
-            return Err(typed_error(
-                call,
-                &format!(".{unknown}: field not declared in schema"),
+            return Err(typed_error(call, as_sent, &format!(".{unknown}: field not declared in schema"),
             ));
         }
         value = pruned;
     }
-    let object = managers::apply(write, live, &value, force).map_err(|error| match error {
+    let object = managers::apply(write, live, &value, as_sent, force).map_err(|error| match error {
         ApplyError::Conflicts(conflicts) => conflict_error(&conflicts),
-        ApplyError::Typed(text) => typed_error(call, &text),
+        ApplyError::Typed(text) => typed_error(call, as_sent, &text),
         ApplyError::BadLive(text) => {
             ApiError::plain_internal(format!("failed to create typed live object: {text}"))
         }
@@ -632,7 +644,8 @@ fn applied(
     let document = Document {
         value: object,
         remarks: config.remarks.clone(),
-    };
+            source: config.source.clone(),
+        };
     let (mut fitted, more) = body::fit(call, document, Fit::Patched)?;
     warnings.extend(more);
     if let Some(fields) = fields {
@@ -641,15 +654,24 @@ fn applied(
     Ok(fitted)
 }
 
-fn typed_error(call: &Call, text: &str) -> ApiError {
+fn typed_error(call: &Call, sent: &Value, text: &str) -> ApiError {
     let target = &call.target;
     ApiError::plain_internal(format!(
         "failed to create typed patch object ({}/{}; {}, Kind={}): {text}",
-        target.namespace,
-        target.name,
-        target.api_version(),
+        meta::namespace(sent),
+        meta::name(sent),
+        gv(&target.api_version()),
         target.kind.kind
     ))
+}
+
+/// Go prints a group and version with the slash even where there is no group.
+fn gv(api_version: &str) -> String {
+    match api_version {
+        "" => "/".to_owned(),
+        text if text.contains('/') => text.to_owned(),
+        core => format!("/{core}"),
+    }
 }
 
 fn conflict_error(conflicts: &[(String, String)]) -> ApiError {
@@ -743,7 +765,9 @@ fn check_preconditions(
             &kind.plural,
             name,
             &format!(
-                "Precondition failed: UID in precondition: {given_uid}, UID in object meta: {}",
+                "StorageError: invalid object, Code: 4, Key: /registry/{}/{}, ResourceVersion: 0, AdditionalErrorMsg: Precondition failed: UID in precondition: {given_uid}, UID in object meta: {}",
+                kind.plural,
+                call.target.key(),
                 meta::uid(live)
             ),
         ));

@@ -268,7 +268,7 @@ pub(crate) fn selectable(kind: &Kind, version: &Version, path: &str) -> bool {
         Some(("", "namespaces")) => &["status.phase", "name"],
         Some(("", "secrets")) => &["type"],
         Some(("", "services")) => &["spec.clusterIP", "spec.type"],
-        Some(("", "replicationcontrollers")) | Some(("apps", "replicasets")) => &["status.replicas"],
+        Some(("", "replicationcontrollers")) => &["status.replicas"],
         Some(("batch", "jobs")) => &["status.successful"],
         _ => &[],
     };

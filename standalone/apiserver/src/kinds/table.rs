@@ -64,6 +64,7 @@ impl Row {
                 | "resourcequotas"
                 | "podtemplates"
                 | "namespaces"
+                | "storageclasses"
         )
     }
 
@@ -86,6 +87,7 @@ impl Row {
                 | "endpointslices"
                 | "priorityclasses"
                 | "pods"
+                | "podtemplates"
         )
     }
 
@@ -142,7 +144,7 @@ static ROWS: [Row; 37] = [
     row("", "v1", "Node", "nodes", "node", &["no"], &[], Cluster, "core.v1.Node", &["status"]),
     row("", "v1", "PersistentVolumeClaim", "persistentvolumeclaims", "persistentvolumeclaim", &["pvc"], &[], Namespaced, "core.v1.PersistentVolumeClaim", &["status"]),
     row("", "v1", "PersistentVolume", "persistentvolumes", "persistentvolume", &["pv"], &[], Cluster, "core.v1.PersistentVolume", &["status"]),
-    row("", "v1", "Pod", "pods", "pod", &["po"], &["all"], Namespaced, "core.v1.Pod", &["log", "status"]),
+    row("", "v1", "Pod", "pods", "pod", &["po"], &["all"], Namespaced, "core.v1.Pod", &["binding", "log", "status"]),
     row("", "v1", "PodTemplate", "podtemplates", "podtemplate", &[], &[], Namespaced, "core.v1.PodTemplate", &[]),
     row("", "v1", "ReplicationController", "replicationcontrollers", "replicationcontroller", &["rc"], &["all"], Namespaced, "core.v1.ReplicationController", &["scale", "status"]),
     row("", "v1", "ResourceQuota", "resourcequotas", "resourcequota", &["quota"], &[], Namespaced, "core.v1.ResourceQuota", &["status"]),

@@ -13,7 +13,6 @@ mod writer;
 use std::path::Path;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
@@ -80,7 +79,7 @@ impl Log {
             .then(|| "the disk does not keep up with writes; try again".to_owned())
     }
 
-    pub(crate) fn put(&self, resource: &str, key: &str, rv: u64, json: &Bytes) -> u64 {
+    pub(crate) fn put(&self, resource: &str, key: &str, rv: u64, json: &[u8]) -> u64 {
         self.append(|out| record::put(out, resource, key, rv, json))
     }
 

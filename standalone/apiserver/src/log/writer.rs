@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use bytes::Bytes;
 
 use super::recover::{Recovered, segment_path, snapshot_path, sync_dir};
 use super::{Shared, record};
@@ -22,7 +21,7 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Where the live objects come from when the log is compacted.
 pub(crate) trait SnapshotSource: Send + Sync + 'static {
     /// Every object with its resource and key, and the version at which that is complete.
-    fn snapshot(&self) -> (Vec<(Arc<str>, Arc<str>, u64, Bytes)>, u64);
+    fn snapshot(&self) -> (Vec<(Arc<str>, Arc<str>, u64, Vec<u8>)>, u64);
 }
 
 struct Writer {

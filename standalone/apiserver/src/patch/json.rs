@@ -20,7 +20,7 @@ pub(crate) enum Failure {
 pub(crate) fn apply(target: &mut Value, patch: &Value) -> Result<(), Failure> {
     let Some(operations) = patch.as_array() else {
         return Err(Failure::Malformed(
-            "json: cannot unmarshal object into Go value of type jsonpatch.Patch".into(),
+            "json: cannot unmarshal object into Go value of type []handlers.jsonPatchOp".into(),
         ));
     };
     if operations.len() > MAX_OPERATIONS {
@@ -28,7 +28,7 @@ pub(crate) fn apply(target: &mut Value, patch: &Value) -> Result<(), Failure> {
     }
     if let Some(bad) = operations.iter().find(|o| !o.is_object()) {
         return Err(Failure::Malformed(format!(
-            "json: cannot unmarshal {bad} into Go value of type jsonpatch.Operation"
+            "json: cannot unmarshal {} into Go value of type handlers.jsonPatchOp", kind_of(bad)
         )));
     }
     let mut work = target.clone();
@@ -59,7 +59,8 @@ fn step(target: &mut Value, operation: &Value) -> Result<(), Failure> {
                     *slot = value();
                     Ok(())
                 }
-                None => Err(absent(op, path)),
+                // evanphx/json-patch in Kubernetes' configuration: replacing an absent member adds it.
+                None => add(target, path, value(), op),
             }
         }
         "move" => {
@@ -85,6 +86,17 @@ fn step(target: &mut Value, operation: &Value) -> Result<(), Failure> {
             }
         }
         other => Err(Failure::Operation(format!("Unexpected kind: {other}"))),
+    }
+}
+
+fn kind_of(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "bool",
+        Value::Number(_) => "number",
+        Value::String(_) => "string",
+        Value::Array(_) => "array",
+        Value::Object(_) => "object",
     }
 }
 

@@ -37,7 +37,7 @@ fn merge_map(
             return Ok(replaced);
         }
         Some(Value::String(s)) if s == "delete" => return Ok(Map::new()),
-        Some(other) => return Err(unknown_directive(other)),
+        Some(other) => return Err(unknown_directive(other, patch)),
     }
     if let Some(retain) = patch.get(RETAIN) {
         let Some(keys) = retain.as_array() else {
@@ -110,9 +110,24 @@ fn merge_map(
     Ok(original)
 }
 
-fn unknown_directive(directive: &Value) -> String {
+/// A value as Go's `%v` prints it: `map[a:1 b:2]`, `[x y]`.
+fn go(value: &Value) -> String {
+    match value {
+        Value::Object(map) => {
+            let mut parts: Vec<String> = map.iter().map(|(k, v)| format!("{k}:{}", go(v))).collect();
+            parts.sort();
+            format!("map[{}]", parts.join(" "))
+        }
+        Value::Array(list) => format!("[{}]", list.iter().map(go).collect::<Vec<_>>().join(" ")),
+        Value::String(s) => s.clone(),
+        Value::Null => "<nil>".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+fn unknown_directive(directive: &Value, members: &Map<String, Value>) -> String {
     match directive {
-        Value::String(s) => format!("unknown patch type: {s}"),
+        Value::String(s) => format!("unknown patch type: {s} in map: {}", go(&Value::Object(members.clone()))),
         other => format!("invalid value for special key {PATCH}: {other}"),
     }
 }
@@ -156,7 +171,7 @@ fn merge_list(
                     continue;
                 }
                 Some(Value::String(s)) if s == "merge" => {}
-                Some(other) => return Err(unknown_directive(other)),
+                Some(other) => return Err(unknown_directive(other, members)),
                 None => {}
             }
             let Some(wanted) = members.get(key) else {
@@ -183,7 +198,11 @@ fn merge_list(
     }
     match order {
         Some(order) => reorder(merged, &before, order, patch, field),
-        None => Ok(merged),
+        // Without an explicit order the patch itself is one.
+        None => {
+            let own: Vec<Value> = patch.iter().filter(|i| i.get(PATCH).is_none()).cloned().collect();
+            reorder(merged, &before, &Value::Array(own), &[], field)
+        }
     }
 }
 
@@ -233,7 +252,9 @@ fn reorder(
     for item in patch.iter().filter(|i| i.get(PATCH).is_none()) {
         if !order.iter().any(|o| same(o, item, key)) {
             return Err(format!(
-                "The order in patch list:\n{patch:?}\n doesn't match $setElementOrder list:\n{order:?}\n"
+                "The order in patch list:\n{}\n doesn't match $setElementOrder list:\n{}\n",
+                go(&Value::Array(patch.to_vec())),
+                go(&Value::Array(order.clone()))
             ));
         }
     }

@@ -155,7 +155,13 @@ impl<'de> Visitor<'de> for Seed<'_, '_> {
                 duplicates: &mut *self.duplicates,
                 depth: self.depth + 1,
             })?;
-            out.insert(key, value);
+            // Go decodes a repeated object into the one it already has.
+            match (out.get_mut(&key), value) {
+                (Some(Value::Object(old)), Value::Object(new)) => old.extend(new),
+                (_, value) => {
+                    out.insert(key, value);
+                }
+            }
         }
         Ok(Value::Object(out))
     }

@@ -22,7 +22,18 @@ pub(crate) const HISTORY_BYTES: usize = 32 << 20;
 pub(crate) struct Stored {
     pub(crate) value: Value,
     pub(crate) rv: u64,
-    json: OnceLock<Bytes>,
+    bare: OnceLock<Bytes>,
+}
+
+/// The beginning of an encoded object: its type.
+#[derive(Debug, Clone)]
+pub(crate) struct TypeHead(Vec<u8>);
+
+impl TypeHead {
+    pub(crate) fn new(kind: &str, api_version: &str) -> Self {
+        let text = |s: &str| serde_json::to_string(s).unwrap_or_default();
+        Self(format!("{{\"kind\":{},\"apiVersion\":{},", text(kind), text(api_version)).into_bytes())
+    }
 }
 
 impl Stored {
@@ -32,14 +43,33 @@ impl Stored {
         Self {
             value,
             rv,
-            json: OnceLock::new(),
+            bare: OnceLock::new(),
         }
     }
 
-    /// The object as JSON in the version it is stored in.
-    pub(crate) fn json(&self) -> &Bytes {
-        self.json
-            .get_or_init(|| serde_json::to_vec(&self.value).unwrap_or_default().into())
+    /// The object as JSON without its kind and apiVersion: what all its served versions share, encoded once.
+    pub(crate) fn bare(&self) -> &Bytes {
+        self.bare.get_or_init(|| {
+            let mut out = Vec::with_capacity(512);
+            let members = self.value.as_object().into_iter().flatten().filter(|(k, _)| *k != "kind" && *k != "apiVersion");
+            // An object of strings, numbers and lists always encodes.
+            let _ = serde::Serializer::collect_map(&mut serde_json::Serializer::new(&mut out), members);
+            out.into()
+        })
+    }
+
+    /// Write the object as a given type. An object always has metadata, so something follows the head.
+    pub(crate) fn write(&self, head: &TypeHead, out: &mut impl bytes::BufMut) {
+        out.put_slice(&head.0);
+        out.put_slice(self.bare().get(1..).unwrap_or_default());
+    }
+
+    /// The object as it is stored, whole.
+    pub(crate) fn whole(&self) -> Vec<u8> {
+        let text = |key: &str| self.value.get(key).and_then(Value::as_str).unwrap_or_default();
+        let mut out = Vec::with_capacity(self.bare().len() + 64);
+        self.write(&TypeHead::new(text("kind"), text("apiVersion")), &mut out);
+        out
     }
 }
 
@@ -223,13 +253,13 @@ impl Store {
         let limit = self.history_events;
         let event = Arc::new(event);
         let table = self.tables.entry(resource.clone()).or_default();
-        table.history_bytes += event.object.json().len();
+        table.history_bytes += event.object.bare().len();
         table.history.push_back(event.clone());
         while table.history.len() > limit || table.history_bytes > HISTORY_BYTES {
             let Some(old) = table.history.pop_front() else {
                 break;
             };
-            table.history_bytes -= old.object.json().len();
+            table.history_bytes -= old.object.bare().len();
             table.trimmed = old.rv;
         }
         self.journal.push_back((resource.clone(), event.clone()));

@@ -2,15 +2,13 @@
 
 mod builtin;
 pub(crate) mod jsonpath;
+mod pods;
 
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use crate::kinds::{Column, Kind, Version};
 use crate::{meta, time};
-
-/// A column of a built-in kind: name, type, format, priority (1: wide only).
-pub(crate) type Heading = (&'static str, &'static str, &'static str, i64);
 
 fn definition(name: &str, kind: &str, format: &str, description: &str, priority: i64) -> Value {
     json!({"name": name, "type": kind, "format": format, "description": description, "priority": priority})
@@ -20,20 +18,16 @@ fn definitions(kind: &Kind, version: &Version) -> Vec<Value> {
     if kind.is_custom() {
         let mut out = vec![definition("Name", "string", "name", NAME_DESCRIPTION, 0)];
         for c in columns(version) {
-            out.push(definition(
-                &c.name,
-                &c.r#type,
-                &c.format,
-                &c.description,
-                c.priority,
-            ));
+            let described = if c.description.is_empty() {
+                format!("Custom resource definition column (in JSONPath format): {}", c.json_path)
+            } else {
+                c.description.clone()
+            };
+            out.push(definition(&c.name, &c.r#type, &c.format, &described, c.priority));
         }
         return out;
     }
-    builtin::headings(kind)
-        .iter()
-        .map(|(name, t, format, priority)| definition(name, t, format, "", *priority))
-        .collect()
+    builtin::definitions(kind)
 }
 
 const NAME_DESCRIPTION: &str = "Name must be unique within a namespace. Is required when creating resources, although some resources may allow a client to request the generation of an appropriate name automatically. Name is primarily intended for creation idempotence and configuration definition. Cannot be updated. More info: https://kubernetes.io/docs/concepts/overview/working-with-objects/names#names";
@@ -85,24 +79,17 @@ fn custom_cell(column: &Column, found: &[&Value], now: Timestamp) -> Value {
             _ => Value::Null,
         },
         "date" => match first.as_str().and_then(time::parse) {
-            Some(at) => json!(time::human((now - at).get_seconds().max(0))),
+            Some(at) => json!(time::human((now.as_second() - at.as_second()).max(0))),
             None => json!("<invalid>"),
         },
-        _ => json!(
-            found
-                .iter()
-                .map(|v| jsonpath::text(v))
-                .collect::<Vec<_>>()
-                .join(" ")
-        ),
+        _ => json!(jsonpath::text(first)),
     }
 }
 
-/// Seconds of a jiff span between two timestamps come as one unit.
 fn row(kind: &Kind, version: &Version, object: &Value, include: &str, now: Timestamp) -> Value {
     let mut row = json!({"cells": cells(kind, version, object, now)});
     if &*kind.plural == "pods" && kind.group.is_empty() {
-        if let Some(conditions) = builtin::pod_row_conditions(object) {
+        if let Some(conditions) = pods::row_conditions(object) {
             row["conditions"] = conditions;
         }
     }

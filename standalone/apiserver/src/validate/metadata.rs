@@ -63,7 +63,8 @@ pub(crate) fn check(kind: &Kind, object: &Value, live: Option<&Value>) -> Vec<Fi
         if !finalizer.contains('/')
             && !matches!(finalizer, "orphan" | "foregroundDeletion" | "kubernetes")
             && names::qualified_name_errors(finalizer).is_empty()
-            && kind.is_custom() == false
+            && !kind.is_custom()
+            && &*kind.group != "apiextensions.k8s.io"
         {
             errors.push(FieldError::invalid(
                 format!("metadata.finalizers[{i}]"),
@@ -86,6 +87,11 @@ pub(crate) fn check(kind: &Kind, object: &Value, live: Option<&Value>) -> Vec<Fi
                 ),
             ));
         }
+    }
+    if live.is_some() && !kind.is_custom() && &*kind.group != "apiextensions.k8s.io" {
+        // Kubernetes checks metadata of built-in kinds twice on an update, and reports it twice.
+        let again = errors.clone();
+        errors.extend(again);
     }
     errors
 }

@@ -50,8 +50,9 @@ pub(crate) fn check(kind: &Kind, object: &Value, live: Option<&Value>, errors: &
                 ));
             } else if let Some(parsed) = parsed {
                 let labels = meta::at(object, "spec.template.metadata.labels")
+                    
                     .cloned()
-                    .unwrap_or_else(|| json!({}));
+                    .unwrap_or_default();
                 if !parsed.matches_labels(&labels) {
                     errors.push(FieldError::invalid(
                         "spec.template.metadata.labels",
@@ -61,6 +62,12 @@ pub(crate) fn check(kind: &Kind, object: &Value, live: Option<&Value>, errors: &
                 }
             }
         }
+    }
+    if meta::str_at(object, "spec.strategy.type") == "Recreate" && meta::at(object, "spec.strategy.rollingUpdate").is_some() {
+        errors.push(FieldError::forbidden(
+            "spec.strategy.rollingUpdate",
+            "may not be specified when strategy `type` is 'Recreate'",
+        ));
     }
     template(object, "spec.template", errors);
     let policy = meta::str_at(object, "spec.template.spec.restartPolicy");
@@ -81,6 +88,7 @@ fn go_selector(selector: &Value) -> String {
             let pairs: Vec<String> = map.iter().map(|(k, v)| format!("\"{k}\":{v}")).collect();
             format!("{{\"matchLabels\":{{{}}}}}", pairs.join(","))
         }
+        _ if selector.is_null() => "null".to_owned(),
         _ => "{}".to_owned(),
     };
     shown

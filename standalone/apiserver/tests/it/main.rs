@@ -1,3 +1,6 @@
 //! The server seen from outside: through kube-rs, through kubectl, and against recorded transcripts of a real kube-apiserver.
 
 mod client;
+mod durable;
+mod kubectl;
+mod transcripts;

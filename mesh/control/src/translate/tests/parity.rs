@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use serde_json::{Map, Value};
 use serin_model::MeshConfig;
@@ -72,7 +73,7 @@ fn type_name(resource: &Resource) -> &'static str {
         .trim_start_matches("type.googleapis.com/")
 }
 
-fn ours(translator: &mut Translator, proxy: &Proxy) -> BTreeMap<&'static str, BTreeMap<String, Value>> {
+fn ours(translator: &mut Translator, proxy: &Proxy) -> Resources {
     let mut out: BTreeMap<&'static str, BTreeMap<String, Value>> = BTreeMap::new();
     for resource in translator.resources_for(proxy) {
         let kind = match resource.resource_type {
@@ -148,7 +149,8 @@ fn normal(value: &Value) -> Value {
                     continue;
                 }
                 let value = normal(value);
-                let emptied = name == "filters" && value.as_array().is_some_and(Vec::is_empty);
+                let emptied = (name == "filters" && value.as_array().is_some_and(Vec::is_empty))
+                    || (name == "filterChainMatch" && value.as_object().is_some_and(Map::is_empty));
                 if !emptied {
                     out.insert(name.clone(), value);
                 }
@@ -204,26 +206,26 @@ fn by_domain(value: Value) -> Value {
     }
 }
 
-/// Order has no meaning among virtual hosts, domains, and chains of `virtualInbound`.
+/// Lists in which order has no meaning: filter chains are chosen by their conditions, headers must all match.
+const UNORDERED: [&str; 7] = [
+    "domains",
+    "queryParameters",
+    "headers",
+    "endpoints",
+    "lbEndpoints",
+    "services",
+    "filterChains",
+];
+
 fn unordered(mut value: Value) -> Value {
     fn walk(value: &mut Value) {
         match value {
             Value::Object(fields) => {
                 for (name, value) in fields.iter_mut() {
                     walk(value);
-                    if matches!(
-                        name.as_str(),
-                        "virtualHosts"
-                            | "domains"
-                            | "queryParameters"
-                            | "headers"
-                            | "endpoints"
-                            | "lbEndpoints"
-                    ) || (name == "filterChains")
-                    {
-                        if let Some(list) = value.as_array_mut() {
-                            list.sort_by_key(ToString::to_string);
-                        }
+                    let unordered = UNORDERED.contains(&name.as_str());
+                    if let Some(list) = value.as_array_mut().filter(|_| unordered) {
+                        list.sort_by_key(ToString::to_string);
                     }
                 }
             }
@@ -277,18 +279,60 @@ fn compare(ours: &BTreeMap<String, Value>, theirs: &BTreeMap<String, Value>) -> 
     out
 }
 
-#[test]
-fn what_we_send_equals_what_istiod_sends_but_for_the_listed_differences() {
-    let Some(dir) = recorded() else { return };
-    let nodes = read_json(&dir.join("baseline/nodes.json"));
+/// The recorded cases of our kinds, with the files of their worlds.
+fn cases(dir: &Path) -> Vec<(String, Vec<PathBuf>)> {
     let index = std::fs::read_to_string(dir.join("index.tsv")).unwrap();
-    let cases = index
+    let named = index
         .lines()
         .skip(1)
         .map(|line| line.split('\t').collect::<Vec<_>>())
         .filter(|row| AREAS.contains(&row[1]))
-        .map(|row| row[0])
+        .map(|row| row[0].to_owned())
         .filter(|case| !dir.join(case).join("rejected.txt").exists());
+    std::iter::once("baseline".to_owned())
+        .chain(named)
+        .map(|case| {
+            let mut files = vec![dir.join("baseline/config.yaml")];
+            if case != "baseline" {
+                files.push(dir.join(&case).join("config.yaml"));
+            }
+            (case, files)
+        })
+        .collect()
+}
+
+type Resources = BTreeMap<&'static str, BTreeMap<String, Value>>;
+
+/// What we send to each proxy in each case; translated once for all tests.
+pub(super) fn worlds() -> Option<&'static [(String, Resources)]> {
+    static WORLDS: LazyLock<Option<Vec<(String, Resources)>>> = LazyLock::new(translate_worlds);
+    WORLDS.as_deref()
+}
+
+fn translate_worlds() -> Option<Vec<(String, Resources)>> {
+    let dir = recorded()?;
+    let nodes = read_json(&dir.join("baseline/nodes.json"));
+    let mut all = Vec::new();
+    for (case, files) in cases(&dir) {
+        let mut translator = Translator::new(MeshConfig::default());
+        translator.apply_all(
+            world::kubernetes_service()
+                .into_iter()
+                .chain(world::changes(&files)),
+        );
+        for name in ["client", "server", "ingress"] {
+            all.push((
+                format!("{case} {name}"),
+                ours(&mut translator, &proxy(&nodes, name)),
+            ));
+        }
+    }
+    Some(all)
+}
+
+#[test]
+fn what_we_send_equals_what_istiod_sends_but_for_the_listed_differences() {
+    let Some(dir) = recorded() else { return };
     let listed: BTreeMap<String, String> = include_str!("parity.tsv")
         .lines()
         .filter(|line| !line.starts_with('#') && !line.is_empty())
@@ -297,41 +341,25 @@ fn what_we_send_equals_what_istiod_sends_but_for_the_listed_differences() {
         .collect();
     let only = std::env::var("PARITY_CASE").ok();
     let (mut worse, mut better, mut equal, mut total) = (Vec::new(), Vec::new(), 0, 0);
-    for case in std::iter::once("baseline").chain(cases) {
+    for (id, ours) in worlds().unwrap() {
+        let (case, name) = id.split_once(' ').unwrap();
         if only.as_deref().is_some_and(|only| only != case) {
             continue;
         }
-        let mut files = vec![dir.join("baseline/config.yaml")];
-        if case != "baseline" {
-            files.push(dir.join(case).join("config.yaml"));
-        }
-        let mut translator = Translator::new(MeshConfig::default());
-        translator.apply_all(
-            world::kubernetes_service()
-                .into_iter()
-                .chain(world::changes(&files)),
-        );
-        for name in ["client", "server", "ingress"] {
-            let ours = ours(&mut translator, &proxy(&nodes, name));
-            for (kind, theirs) in theirs(&dir, case, name) {
-                let empty = BTreeMap::new();
-                let found = compare(ours.get(kind).unwrap_or(&empty), &theirs);
-                let id = format!("{case} {name} {kind}");
-                total += 1;
-                equal += usize::from(found.is_empty());
-                match (found.is_empty(), listed.contains_key(&id)) {
-                    (true, true) => better.push(id),
-                    (false, false) => worse.push(format!(
-                        "{id}\n    {}",
-                        found
-                            .iter()
-                            .take(if only.is_some() { 200 } else { 2 })
-                            .cloned()
-                            .collect::<Vec<_>>()
-                            .join("\n    ")
-                    )),
-                    (true, false) | (false, true) => {}
+        for (kind, theirs) in theirs(&dir, case, name) {
+            let empty = BTreeMap::new();
+            let found = compare(ours.get(kind).unwrap_or(&empty), &theirs);
+            let id = format!("{id} {kind}");
+            total += 1;
+            equal += usize::from(found.is_empty());
+            match (found.is_empty(), listed.contains_key(&id)) {
+                (true, true) => better.push(id),
+                (false, false) => {
+                    let shown = if only.is_some() { 200 } else { 2 };
+                    let found: Vec<String> = found.into_iter().take(shown).collect();
+                    worse.push(format!("{id}\n    {}", found.join("\n    ")));
                 }
+                (true, false) | (false, true) => {}
             }
         }
     }

@@ -22,7 +22,10 @@ impl Forward {
             None => Some(DEFAULT_ROUTE_TIMEOUT),
             given => convert::timeout(given.as_ref()).within("timeout")?,
         };
-        let mirrors = from.request_mirror_policies.iter().chain(&host.request_mirror_policies);
+        let mirrors = from
+            .request_mirror_policies
+            .iter()
+            .chain(&host.request_mirror_policies);
         Ok(Self {
             targets: compile_targets(from, context)?,
             timeout,
@@ -35,7 +38,9 @@ impl Forward {
             max_stream_duration: from
                 .max_stream_duration
                 .as_ref()
-                .map_or(Ok(None), |value| convert::timeout(value.max_stream_duration.as_ref()))
+                .map_or(Ok(None), |value| {
+                    convert::timeout(value.max_stream_duration.as_ref())
+                })
                 .within("max_stream_duration")?,
             retry,
             rewrite: compile_rewrite(from)?,
@@ -44,7 +49,9 @@ impl Forward {
             mirrors: mirrors
                 .enumerate()
                 .filter_map(|(index, mirror)| {
-                    compile_mirror(mirror, context).within(format!("request_mirror_policies[{index}]")).transpose()
+                    compile_mirror(mirror, context)
+                        .within(format!("request_mirror_policies[{index}]"))
+                        .transpose()
                 })
                 .collect::<Result<_, _>>()?,
             cluster_not_found: match from.cluster_not_found_response_code {
@@ -52,7 +59,10 @@ impl Forward {
                 1 => StatusCode::NOT_FOUND,
                 2 => StatusCode::INTERNAL_SERVER_ERROR,
                 other => {
-                    return Err(Refusal::new("cluster_not_found_response_code", format!("{other} is unknown")));
+                    return Err(Refusal::new(
+                        "cluster_not_found_response_code",
+                        format!("{other} is unknown"),
+                    ));
                 }
             },
             hash: from
@@ -83,9 +93,15 @@ fn refuse_unsupported(from: &route::RouteAction) -> Result<(), Refusal> {
         ("metadata_match", from.metadata_match.is_some()),
         ("path_rewrite_policy", from.path_rewrite_policy.is_some()),
         ("rate_limits", !from.rate_limits.is_empty()),
-        ("internal_redirect_policy", from.internal_redirect_policy.is_some()),
+        (
+            "internal_redirect_policy",
+            from.internal_redirect_policy.is_some(),
+        ),
         ("hedge_policy", from.hedge_policy.is_some()),
-        ("retry_policy_typed_config", from.retry_policy_typed_config.is_some()),
+        (
+            "retry_policy_typed_config",
+            from.retry_policy_typed_config.is_some(),
+        ),
         ("early_data_policy", from.early_data_policy.is_some()),
     ];
     match unsupported.iter().find(|(_, present)| *present) {
@@ -98,15 +114,16 @@ fn compile_targets(from: &route::RouteAction, context: &mut Context<'_>) -> Resu
     use route::route_action::ClusterSpecifier;
     match &from.cluster_specifier {
         Some(ClusterSpecifier::Cluster(name)) => Ok(Targets::One(context.slots.cluster(name))),
-        Some(ClusterSpecifier::ClusterHeader(_)) => {
-            Err(Refusal::new("cluster_header", "clusters named by a request header are not supported"))
-        }
+        Some(ClusterSpecifier::ClusterHeader(_)) => Err(Refusal::new(
+            "cluster_header",
+            "clusters named by a request header are not supported",
+        )),
         Some(ClusterSpecifier::WeightedClusters(weighted)) => {
             compile_weighted(weighted, context).within("weighted_clusters")
         }
-        Some(ClusterSpecifier::ClusterSpecifierPlugin(_) | ClusterSpecifier::InlineClusterSpecifierPlugin(_)) => {
-            Err(Refusal::new("cluster_specifier_plugin", "not supported"))
-        }
+        Some(
+            ClusterSpecifier::ClusterSpecifierPlugin(_) | ClusterSpecifier::InlineClusterSpecifierPlugin(_),
+        ) => Err(Refusal::new("cluster_specifier_plugin", "not supported")),
         None => Err(Refusal::new("cluster_specifier", "is missing")),
     }
 }
@@ -120,10 +137,16 @@ fn compile_weighted(from: &route::WeightedCluster, context: &mut Context<'_>) ->
     for (index, cluster) in from.clusters.iter().enumerate() {
         let path = format!("clusters[{index}]");
         if !cluster.cluster_header.is_empty() || cluster.metadata_match.is_some() {
-            return Err(Refusal::new(path, "cluster_header and metadata_match are not supported"));
+            return Err(Refusal::new(
+                path,
+                "cluster_header and metadata_match are not supported",
+            ));
         }
         if !cluster.typed_per_filter_config.is_empty() {
-            return Err(Refusal::new(path, "typed_per_filter_config of a weighted cluster is not supported"));
+            return Err(Refusal::new(
+                path,
+                "typed_per_filter_config of a weighted cluster is not supported",
+            ));
         }
         let host_rewrite = match &cluster.host_rewrite_specifier {
             None => None,
@@ -194,9 +217,13 @@ fn compile_mirror(
     context: &mut Context<'_>,
 ) -> Result<Option<Mirror>, Refusal> {
     if !from.cluster_header.is_empty() || !from.request_headers_mutations.is_empty() {
-        return Err(Refusal::new("cluster_header", "cluster_header and header mutations are not supported"));
+        return Err(Refusal::new(
+            "cluster_header",
+            "cluster_header and header mutations are not supported",
+        ));
     }
-    let share = convert::runtime_fraction(from.runtime_fraction.as_ref(), Fraction::ALL).within("runtime_fraction")?;
+    let share = convert::runtime_fraction(from.runtime_fraction.as_ref(), Fraction::ALL)
+        .within("runtime_fraction")?;
     if share.is_none() {
         return Ok(None);
     }

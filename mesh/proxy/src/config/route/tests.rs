@@ -13,7 +13,10 @@ fn forward(cluster: &str) -> Option<route::route::Action> {
 fn path_route(name: &str, path: PathSpecifier) -> route::Route {
     route::Route {
         name: name.into(),
-        r#match: Some(route::RouteMatch { path_specifier: Some(path), ..Default::default() }),
+        r#match: Some(route::RouteMatch {
+            path_specifier: Some(path),
+            ..Default::default()
+        }),
         action: forward("c"),
         ..Default::default()
     }
@@ -21,18 +24,37 @@ fn path_route(name: &str, path: PathSpecifier) -> route::Route {
 
 fn compile(routes: Vec<route::Route>) -> Result<VirtualHost, Refusal> {
     let mut slots = Slots::default();
-    let mut context = Context { slots: &mut slots, workers: 1, seed: 0 };
-    let host = route::VirtualHost { name: "h".into(), domains: vec!["*".into()], routes, ..Default::default() };
+    let mut context = Context {
+        slots: &mut slots,
+        workers: 1,
+        seed: 0,
+    };
+    let host = route::VirtualHost {
+        name: "h".into(),
+        domains: vec!["*".into()],
+        routes,
+        ..Default::default()
+    };
     VirtualHost::compile(&host, &mut context)
 }
 
 fn view<'a>(path: &'a str, headers: &'a HeaderMap) -> RequestView<'a> {
-    RequestView { method: "GET", path, query: Some("q=1"), authority: "h:8080", scheme: "http", headers }
+    RequestView {
+        method: "GET",
+        path,
+        query: Some("q=1"),
+        authority: "h:8080",
+        scheme: "http",
+        headers,
+    }
 }
 
 #[test]
 fn paths_match_exactly_by_prefix_by_separated_prefix_and_by_regex_in_order() {
-    let regex = matcher::RegexMatcher { regex: "/r[0-9]+".into(), ..Default::default() };
+    let regex = matcher::RegexMatcher {
+        regex: "/r[0-9]+".into(),
+        ..Default::default()
+    };
     let host = compile(vec![
         path_route("exact", PathSpecifier::Path("/exact".into())),
         path_route("separated", PathSpecifier::PathSeparatedPrefix("/sep".into())),
@@ -53,26 +75,39 @@ fn paths_match_exactly_by_prefix_by_separated_prefix_and_by_regex_in_order() {
         ("/prefixed", "prefix"),
         ("/", "rest"),
     ] {
-        assert_eq!(&*host.find(&view(path, &headers), || 0).unwrap().name, expected, "{path}");
+        assert_eq!(
+            &*host.find(&view(path, &headers), || 0).unwrap().name,
+            expected,
+            "{path}"
+        );
     }
 }
 
 #[test]
 fn prefixes_are_rewritten_and_regex_groups_substituted() {
     let mut prefix = path_route("prefix", PathSpecifier::Prefix("/old/".into()));
-    let Some(route::route::Action::Route(action)) = &mut prefix.action else { unreachable!() };
+    let Some(route::route::Action::Route(action)) = &mut prefix.action else {
+        unreachable!()
+    };
     action.prefix_rewrite = "/new/".into();
     let mut regex = path_route("regex", PathSpecifier::Prefix("/".into()));
-    let Some(route::route::Action::Route(action)) = &mut regex.action else { unreachable!() };
+    let Some(route::route::Action::Route(action)) = &mut regex.action else {
+        unreachable!()
+    };
     action.regex_rewrite = Some(matcher::RegexMatchAndSubstitute {
-        pattern: Some(matcher::RegexMatcher { regex: "^/v([0-9])/(.*)$".into(), ..Default::default() }),
+        pattern: Some(matcher::RegexMatcher {
+            regex: "^/v([0-9])/(.*)$".into(),
+            ..Default::default()
+        }),
         substitution: r"/\2/$\1".into(),
     });
     let host = compile(vec![prefix, regex]).unwrap();
     let headers = HeaderMap::new();
     for (path, expected) in [("/old/x/y", "/new/x/y"), ("/v1/a", "/a/$1"), ("/plain", "/plain")] {
         let route = host.find(&view(path, &headers), || 0).unwrap();
-        let Action::Forward(forward) = &route.action else { unreachable!() };
+        let Action::Forward(forward) = &route.action else {
+            unreachable!()
+        };
         assert_eq!(route.rewritten(forward.rewrite.as_ref().unwrap(), path), expected);
     }
 }
@@ -82,7 +117,13 @@ fn redirects_keep_what_they_do_not_change() {
     use route::redirect_action::{PathRewriteSpecifier, SchemeRewriteSpecifier};
     let cases = [
         (route::RedirectAction::default(), "http://h:8080/a?q=1"),
-        (route::RedirectAction { host_redirect: "new".into(), ..Default::default() }, "http://new/a?q=1"),
+        (
+            route::RedirectAction {
+                host_redirect: "new".into(),
+                ..Default::default()
+            },
+            "http://new/a?q=1",
+        ),
         (
             route::RedirectAction {
                 scheme_rewrite_specifier: Some(SchemeRewriteSpecifier::HttpsRedirect(true)),
@@ -108,7 +149,9 @@ fn redirects_keep_what_they_do_not_change() {
         let headers = HeaderMap::new();
         let request = view("/a", &headers);
         let route = host.find(&request, || 0).unwrap();
-        let Action::Redirect(redirect) = &route.action else { unreachable!() };
+        let Action::Redirect(redirect) = &route.action else {
+            unreachable!()
+        };
         assert_eq!(route.location(redirect, &request), expected);
     }
 }
@@ -116,22 +159,35 @@ fn redirects_keep_what_they_do_not_change() {
 #[test]
 fn what_cannot_be_honoured_is_refused_with_its_path() {
     let mut hedged = path_route("r", PathSpecifier::Prefix("/".into()));
-    let Some(route::route::Action::Route(action)) = &mut hedged.action else { unreachable!() };
+    let Some(route::route::Action::Route(action)) = &mut hedged.action else {
+        unreachable!()
+    };
     action.hedge_policy = Some(route::HedgePolicy::default());
-    assert_eq!(compile(vec![hedged]).unwrap_err().path, "routes[0].route.hedge_policy");
+    assert_eq!(
+        compile(vec![hedged]).unwrap_err().path,
+        "routes[0].route.hedge_policy"
+    );
 
     let zero = route::Route {
         action: Some(route::route::Action::Route(route::RouteAction {
-            cluster_specifier: Some(route::route_action::ClusterSpecifier::WeightedClusters(route::WeightedCluster {
-                clusters: vec![route::weighted_cluster::ClusterWeight { name: "a".into(), ..Default::default() }],
-                ..Default::default()
-            })),
+            cluster_specifier: Some(route::route_action::ClusterSpecifier::WeightedClusters(
+                route::WeightedCluster {
+                    clusters: vec![route::weighted_cluster::ClusterWeight {
+                        name: "a".into(),
+                        ..Default::default()
+                    }],
+                    ..Default::default()
+                },
+            )),
             ..Default::default()
         })),
         ..path_route("r", PathSpecifier::Prefix("/".into()))
     };
     let error = compile(vec![zero]).unwrap_err();
-    assert_eq!(error.to_string(), "routes[0].route.weighted_clusters.clusters: the weights add up to zero");
+    assert_eq!(
+        error.to_string(),
+        "routes[0].route.weighted_clusters.clusters: the weights add up to zero"
+    );
 }
 
 #[test]

@@ -22,41 +22,93 @@ fn host(name: &str, domain: &str, cluster: &str) -> pb_route::VirtualHost {
     }
 }
 
-fn put(store: &mut Store, resource_type: ResourceType, name: &str, message: &impl Message) -> Vec<(Box<str>, Refusal)> {
+fn put(
+    store: &mut Store,
+    resource_type: ResourceType,
+    name: &str,
+    message: &impl Message,
+) -> Vec<(Box<str>, Refusal)> {
     let body = message.encode_to_vec();
     store.apply(resource_type, &[Update { name, body: &body }], &[])
 }
 
 fn vhds_config(name: &str) -> pb_route::RouteConfiguration {
-    pb_route::RouteConfiguration { name: name.into(), vhds: Some(pb_route::Vhds::default()), ..Default::default() }
+    pb_route::RouteConfiguration {
+        name: name.into(),
+        vhds: Some(pb_route::Vhds::default()),
+        ..Default::default()
+    }
 }
 
 fn table(store: &Store, name: &str) -> Arc<RouteTable> {
-    store.routes().find(|(have, ..)| &***have == name).unwrap().1.unwrap()
+    store
+        .routes()
+        .find(|(have, ..)| &***have == name)
+        .unwrap()
+        .1
+        .unwrap()
 }
 
 #[test]
 fn a_virtual_host_resource_is_replaced_without_touching_table_or_other_hosts() {
     let mut store = Store::new(1);
     assert!(put(&mut store, ResourceType::Route, "80", &vhds_config("80")).is_empty());
-    assert!(put(&mut store, ResourceType::VirtualHost, "80/a:80", &host("a:80", "a", "v1")).is_empty());
-    assert!(put(&mut store, ResourceType::VirtualHost, "80/b:80", &host("b:80", "b", "v1")).is_empty());
+    assert!(
+        put(
+            &mut store,
+            ResourceType::VirtualHost,
+            "80/a:80",
+            &host("a:80", "a", "v1")
+        )
+        .is_empty()
+    );
+    assert!(
+        put(
+            &mut store,
+            ResourceType::VirtualHost,
+            "80/b:80",
+            &host("b:80", "b", "v1")
+        )
+        .is_empty()
+    );
     let before = table(&store, "80");
     let other = before.find("b").unwrap().load();
     let one = before.find("a").unwrap().load();
 
-    assert!(put(&mut store, ResourceType::VirtualHost, "80/a:80", &host("a:80", "a", "v2")).is_empty());
+    assert!(
+        put(
+            &mut store,
+            ResourceType::VirtualHost,
+            "80/a:80",
+            &host("a:80", "a", "v2")
+        )
+        .is_empty()
+    );
 
     let after = table(&store, "80");
     assert!(Arc::ptr_eq(&before, &after), "the table was rebuilt");
-    assert!(Arc::ptr_eq(&other, &after.find("b").unwrap().load()), "the other host was replaced");
-    assert!(!Arc::ptr_eq(&one, &after.find("a").unwrap().load()), "the host was not replaced");
+    assert!(
+        Arc::ptr_eq(&other, &after.find("b").unwrap().load()),
+        "the other host was replaced"
+    );
+    assert!(
+        !Arc::ptr_eq(&one, &after.find("a").unwrap().load()),
+        "the host was not replaced"
+    );
 }
 
 #[test]
 fn virtual_hosts_that_arrive_before_their_route_configuration_wait_for_it() {
     let mut store = Store::new(1);
-    assert!(put(&mut store, ResourceType::VirtualHost, "80/a:80", &host("a:80", "a", "v1")).is_empty());
+    assert!(
+        put(
+            &mut store,
+            ResourceType::VirtualHost,
+            "80/a:80",
+            &host("a:80", "a", "v1")
+        )
+        .is_empty()
+    );
     assert!(put(&mut store, ResourceType::Route, "80", &vhds_config("80")).is_empty());
     assert!(table(&store, "80").find("a").is_some());
 }
@@ -65,7 +117,12 @@ fn virtual_hosts_that_arrive_before_their_route_configuration_wait_for_it() {
 fn a_refused_resource_leaves_the_last_good_one_and_the_rest_of_the_batch_goes_live() {
     let mut store = Store::new(1);
     put(&mut store, ResourceType::Route, "80", &vhds_config("80"));
-    put(&mut store, ResourceType::VirtualHost, "80/a:80", &host("a:80", "a", "v1"));
+    put(
+        &mut store,
+        ResourceType::VirtualHost,
+        "80/a:80",
+        &host("a:80", "a", "v1"),
+    );
     let good = table(&store, "80").find("a").unwrap().load();
 
     let mut bad = host("a:80", "a", "v2");
@@ -74,7 +131,16 @@ fn a_refused_resource_leaves_the_last_good_one_and_the_rest_of_the_batch_goes_li
     let fine = host("b:80", "b", "v1").encode_to_vec();
     let refused = store.apply(
         ResourceType::VirtualHost,
-        &[Update { name: "80/a:80", body: &bad }, Update { name: "80/b:80", body: &fine }],
+        &[
+            Update {
+                name: "80/a:80",
+                body: &bad,
+            },
+            Update {
+                name: "80/b:80",
+                body: &fine,
+            },
+        ],
         &[],
     );
     assert_eq!(refused.len(), 1);
@@ -88,8 +154,18 @@ fn a_refused_resource_leaves_the_last_good_one_and_the_rest_of_the_batch_goes_li
 fn a_domain_conflict_refuses_the_later_host_only() {
     let mut store = Store::new(1);
     put(&mut store, ResourceType::Route, "80", &vhds_config("80"));
-    put(&mut store, ResourceType::VirtualHost, "80/a", &host("a", "same", "v1"));
-    let refused = put(&mut store, ResourceType::VirtualHost, "80/b", &host("b", "same", "v1"));
+    put(
+        &mut store,
+        ResourceType::VirtualHost,
+        "80/a",
+        &host("a", "same", "v1"),
+    );
+    let refused = put(
+        &mut store,
+        ResourceType::VirtualHost,
+        "80/b",
+        &host("b", "same", "v1"),
+    );
     assert_eq!(&*refused[0].0, "80/b");
     assert_eq!(&*table(&store, "80").find("same").unwrap().load().name, "a");
 }
@@ -98,7 +174,14 @@ fn a_domain_conflict_refuses_the_later_host_only() {
 fn bytes_that_are_no_message_are_refused_for_every_type() {
     for resource_type in ResourceType::ALL {
         let mut store = Store::new(1);
-        let refused = store.apply(resource_type, &[Update { name: "80/x", body: &[0xFF, 0xFF, 0xFF] }], &[]);
+        let refused = store.apply(
+            resource_type,
+            &[Update {
+                name: "80/x",
+                body: &[0xFF, 0xFF, 0xFF],
+            }],
+            &[],
+        );
         assert_eq!(refused.len(), 1, "{resource_type:?}");
     }
 }
@@ -110,16 +193,20 @@ fn endpoints(name: &str, ports: &[u32]) -> pb_endpoint::ClusterLoadAssignment {
             lb_endpoints: ports
                 .iter()
                 .map(|port| pb_endpoint::LbEndpoint {
-                    host_identifier: Some(pb_endpoint::lb_endpoint::HostIdentifier::Endpoint(pb_endpoint::Endpoint {
-                        address: Some(core::Address {
-                            address: Some(core::address::Address::SocketAddress(core::SocketAddress {
-                                address: "127.0.0.1".into(),
-                                port_specifier: Some(core::socket_address::PortSpecifier::PortValue(*port)),
-                                ..Default::default()
-                            })),
-                        }),
-                        ..Default::default()
-                    })),
+                    host_identifier: Some(pb_endpoint::lb_endpoint::HostIdentifier::Endpoint(
+                        pb_endpoint::Endpoint {
+                            address: Some(core::Address {
+                                address: Some(core::address::Address::SocketAddress(core::SocketAddress {
+                                    address: "127.0.0.1".into(),
+                                    port_specifier: Some(core::socket_address::PortSpecifier::PortValue(
+                                        *port,
+                                    )),
+                                    ..Default::default()
+                                })),
+                            }),
+                            ..Default::default()
+                        },
+                    )),
                     ..Default::default()
                 })
                 .collect(),

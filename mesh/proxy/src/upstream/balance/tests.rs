@@ -6,8 +6,11 @@ use crate::config::endpoint::Endpoint;
 use crate::config::slot::ClusterSlot;
 
 fn cluster(lb: i32) -> Cluster {
-    let message =
-        serin_xds::pb::envoy::config::cluster::v3::Cluster { name: "c".into(), lb_policy: lb, ..Default::default() };
+    let message = serin_xds::pb::envoy::config::cluster::v3::Cluster {
+        name: "c".into(),
+        lb_policy: lb,
+        ..Default::default()
+    };
     Cluster::compile(&message).unwrap()
 }
 
@@ -37,19 +40,36 @@ fn fixture(lb: i32, hosts: &[(usize, u32, bool)]) -> Fixture {
                 state: Arc::default(),
             }));
         }
-        let locality = crate::config::endpoint::Locality { weight: 1, members: start..all.len() };
+        let locality = crate::config::endpoint::Locality {
+            weight: 1,
+            members: start..all.len(),
+        };
         priorities.push(vec![locality].into());
     }
-    let set = EndpointSet { all: all.into(), priorities: priorities.into(), overprovisioning: 140, drop: None };
+    let set = EndpointSet {
+        all: all.into(),
+        priorities: priorities.into(),
+        overprovisioning: 140,
+        drop: None,
+    };
     let hosts: Vec<_> = set
         .all
         .iter()
         .map(|endpoint| {
-            Rc::new(Host { endpoint: endpoint.clone(), pool: Rc::default(), active: Rc::default() })
+            Rc::new(Host {
+                endpoint: endpoint.clone(),
+                pool: Rc::default(),
+                active: Rc::default(),
+            })
         })
         .collect();
     let balancer = Balancer::new(&cluster, &set, &hosts);
-    Fixture { cluster, set, hosts, balancer }
+    Fixture {
+        cluster,
+        set,
+        hosts,
+        balancer,
+    }
 }
 
 impl Fixture {
@@ -93,12 +113,23 @@ fn least_request_avoids_the_busy_host() {
 #[test]
 fn ejected_hosts_are_left_out_until_panic() {
     let fixture = fixture(LEAST_REQUEST, &[(0, 1, true), (0, 1, true), (0, 1, true)]);
-    let wish = Wish { some_ejected: true, ..Default::default() };
+    let wish = Wish {
+        some_ejected: true,
+        ..Default::default()
+    };
     let out = u64::MAX;
-    fixture.hosts[0].endpoint.state.ejected_until.store(out, std::sync::atomic::Ordering::Relaxed);
+    fixture.hosts[0]
+        .endpoint
+        .state
+        .ejected_until
+        .store(out, std::sync::atomic::Ordering::Relaxed);
     assert_eq!(fixture.counts(300, &wish)[0], 0);
     // One of three left is below the threshold of 50 %: everybody is used again.
-    fixture.hosts[1].endpoint.state.ejected_until.store(out, std::sync::atomic::Ordering::Relaxed);
+    fixture.hosts[1]
+        .endpoint
+        .state
+        .ejected_until
+        .store(out, std::sync::atomic::Ordering::Relaxed);
     let counts = fixture.counts(300, &wish);
     assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
 }
@@ -128,18 +159,33 @@ fn a_lower_priority_takes_over_what_the_higher_cannot_carry() {
 fn a_retry_goes_to_a_host_that_was_not_tried() {
     let fixture = fixture(LEAST_REQUEST, &[(0, 1, true), (0, 1, true)]);
     let tried = [fixture.hosts[0].clone()];
-    let wish = Wish { tried: &tried, attempts: 3, ..Default::default() };
+    let wish = Wish {
+        tried: &tried,
+        attempts: 3,
+        ..Default::default()
+    };
     assert_eq!(fixture.counts(200, &wish), [0, 200]);
     let all = [fixture.hosts[0].clone(), fixture.hosts[1].clone()];
-    let wish = Wish { tried: &all, attempts: 3, ..Default::default() };
-    assert_eq!(fixture.counts(50, &wish).iter().sum::<usize>(), 50, "when all were tried any will do");
+    let wish = Wish {
+        tried: &all,
+        attempts: 3,
+        ..Default::default()
+    };
+    assert_eq!(
+        fixture.counts(50, &wish).iter().sum::<usize>(),
+        50,
+        "when all were tried any will do"
+    );
 }
 
 #[test]
 fn the_same_hash_finds_the_same_host() {
     for lb in [2, 5] {
         let fixture = fixture(lb, &[(0, 1, true), (0, 1, true), (0, 1, true)]);
-        let wish = Wish { hash: Some(42), ..Default::default() };
+        let wish = Wish {
+            hash: Some(42),
+            ..Default::default()
+        };
         let counts = fixture.counts(100, &wish);
         assert_eq!(counts.iter().filter(|count| **count > 0).count(), 1, "{counts:?}");
     }
@@ -153,7 +199,9 @@ fn an_endpoint_update_keeps_the_connections_of_hosts_that_stay() {
     slot.set_config(Some(Arc::new(fixture.cluster)));
     slot.set_endpoints(Some(Arc::new(fixture.set)));
     let first = WorkerCluster::new(&slot, None).unwrap();
-    let before: Vec<_> = (0..2).map(|_| first.pick(&Wish::default(), None).unwrap().pool.clone()).collect();
+    let before: Vec<_> = (0..2)
+        .map(|_| first.pick(&Wish::default(), None).unwrap().pool.clone())
+        .collect();
     slot.set_endpoints(first.slot.endpoints());
     let second = WorkerCluster::new(&slot, Some(&first)).unwrap();
     assert_ne!(first.version, second.version);

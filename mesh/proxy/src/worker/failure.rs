@@ -1,0 +1,113 @@
+//! How attempts fail, and what the client is told when nothing more can be tried.
+
+use http::{HeaderValue, StatusCode};
+
+use super::exchange::Exchange;
+use super::local::LocalReply;
+use super::request::X_UNPROCESSED;
+use crate::config::listener::Direction;
+use crate::config::retry::RetryPolicy;
+use crate::metrics::flags::Flags;
+use crate::upstream::pool::ConnectError;
+
+/// How an attempt failed.
+pub(super) enum Failure {
+    Connect(ConnectError),
+    /// The peer says that it did nothing.
+    Refused,
+    /// The connection or stream broke.
+    Reset {
+        sent: bool,
+        reused: bool,
+        protocol: bool,
+        text: String,
+    },
+    PerTryTimeout,
+    Timeout,
+    /// The client's side broke.
+    Client,
+}
+
+/// The reply when there is no response.
+pub(super) fn final_reply(
+    exchange: &mut Exchange,
+    failure: Option<Failure>,
+    retries: u32,
+    policy: Option<&RetryPolicy>,
+) -> LocalReply {
+    if retries > 0 && policy.is_some_and(|policy| retries >= policy.attempts) {
+        exchange.flags.add(Flags::RETRY_LIMIT);
+    }
+    let unavailable =
+        |flags, details, text| LocalReply::new(StatusCode::SERVICE_UNAVAILABLE, flags, details, text);
+    match failure {
+        Some(Failure::Connect(ConnectError::Overflow)) => {
+            unavailable(Flags::UPSTREAM_OVERFLOW, "overflow", "")
+        }
+        Some(Failure::Connect(error)) => {
+            exchange.failure = Some(error.to_string().into());
+            let (details, text) = match error {
+                ConnectError::Timeout => (
+                    "upstream_reset_before_response_started{connection_timeout}",
+                    "upstream connect error or disconnect/reset before headers. reset reason: connection timeout",
+                ),
+                _ => (
+                    "upstream_reset_before_response_started{connection_failure}",
+                    "upstream connect error or disconnect/reset before headers. reset reason: connection failure",
+                ),
+            };
+            let mut reply = unavailable(Flags::UPSTREAM_CONNECTION_FAILURE, details, text);
+            if exchange.conn.direction == Direction::Inbound {
+                // The application never saw the request: the client's proxy may try another pod, whatever the method.
+                reply
+                    .headers
+                    .insert(X_UNPROCESSED.clone(), HeaderValue::from_static("1"));
+            }
+            reply
+        }
+        Some(Failure::Refused) => unavailable(
+            Flags::UPSTREAM_RESET,
+            "upstream_reset_before_response_started{remote_refused_stream_reset}",
+            "upstream connect error or disconnect/reset before headers. reset reason: remote refused stream reset",
+        ),
+        Some(Failure::Reset { protocol, text, .. }) => {
+            exchange.failure = Some(text.into());
+            if protocol {
+                let mut reply = unavailable(
+                    Flags::UPSTREAM_PROTOCOL_ERROR,
+                    "upstream_reset_before_response_started{protocol_error}",
+                    "upstream connect error or disconnect/reset before headers. reset reason: protocol error",
+                );
+                reply.status = StatusCode::BAD_GATEWAY;
+                return reply;
+            }
+            unavailable(
+                Flags::UPSTREAM_CONNECTION_TERMINATION,
+                "upstream_reset_before_response_started{connection_termination}",
+                "upstream connect error or disconnect/reset before headers. reset reason: connection termination",
+            )
+        }
+        Some(Failure::PerTryTimeout) => LocalReply::new(
+            StatusCode::GATEWAY_TIMEOUT,
+            Flags::UPSTREAM_TIMEOUT,
+            "upstream_per_try_timeout",
+            "upstream request timeout",
+        ),
+        Some(Failure::Timeout) => LocalReply::new(
+            StatusCode::GATEWAY_TIMEOUT,
+            Flags::UPSTREAM_TIMEOUT,
+            "upstream_response_timeout",
+            "upstream request timeout",
+        ),
+        Some(Failure::Client) | None => {
+            let mut reply = LocalReply::new(
+                StatusCode::BAD_REQUEST,
+                Flags::DOWNSTREAM_PROTOCOL_ERROR,
+                "downstream_request_body_failed",
+                "",
+            );
+            reply.close = true;
+            reply
+        }
+    }
+}
