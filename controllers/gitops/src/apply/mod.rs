@@ -334,11 +334,12 @@ impl Applier {
     async fn patch(&self, step: &Step, dry_run: bool) -> Result<LiveObject, kube::Error> {
         let desired = &step.desired;
         let api = self.discovery.api(&step.served, &desired.id.namespace);
+        let value = plan::effective(&desired.value, step.live.as_deref());
         let mut params = PatchParams::apply(FIELD_MANAGER).force();
         params.dry_run = dry_run;
         params.field_validation = Some(ValidationDirective::Strict);
         let answer = api
-            .patch(&desired.id.name, &params, &Patch::Apply(&desired.value))
+            .patch(&desired.id.name, &params, &Patch::Apply(&*value))
             .await?;
         serde_json::to_value(answer)
             .map(LiveObject::new)

@@ -1,6 +1,6 @@
 //! What the API server refuses, and how it is told: which refusals allow a recreation, and no Secret's values in messages.
 
-use crate::error::{Error, server_words};
+use crate::error::{Error, is_transient, server_words};
 use crate::key::ObjectId;
 
 /// Only the server's own words for immutability count: other invalid values must not delete anything.
@@ -34,6 +34,7 @@ pub(super) fn object_error(
         object: id.to_string(),
         action,
         reason,
+        transient: is_transient(error),
     }
 }
 

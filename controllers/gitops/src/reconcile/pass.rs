@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::conditions::Edit;
 use super::gate::{self, Dependency, Gate, Observed, Source};
 use super::memory::{Failure, Inputs};
-use super::work::Fault;
+use super::work::{Fault, Then};
 use super::{Kustomizations, REQUESTED_AT, STATUS_MANAGER, index, refused};
 use crate::error::Error;
 use crate::key::Key;
@@ -28,6 +28,8 @@ pub(super) const FINALIZER: &str = "finalizers.fluxcd.io";
 const TIMEOUT_MARGIN: Duration = Duration::from_secs(30);
 /// An interval that cannot be read is the CRD's example value, so that the object is looked at again.
 const INTERVAL_DEFAULT: Duration = Duration::from_secs(600);
+/// After a failure that may pass by itself: the API server was busy or away, a definition is still to come.
+const RETRY_SOON: Duration = Duration::from_secs(5);
 /// After a write to the API server itself failed.
 const API_RETRY: Duration = Duration::from_secs(2);
 
@@ -304,14 +306,10 @@ impl Kustomizations {
         let result = tokio::select! {
             result = tokio::time::timeout(times.timeout, work) => match result {
                 Ok(result) => result,
-                Err(_) => Ok(Err(Fault {
-                    reason: "ReconciliationFailed",
-                    message: format!("revision {} was not applied within the timeout of {} s", inputs.revision, times.timeout.as_secs()),
-                    superseded: false,
-                })),
+                Err(_) => Ok(Err(Fault::new("ReconciliationFailed", format!("revision {} was not applied within the timeout of {} s", inputs.revision, times.timeout.as_secs())))),
             },
             // Dropping the work between two requests is safe: what it may have written is in the inventory.
-            () = superseded.cancelled() => Ok(Err(Fault { reason: "Progressing", message: String::new(), superseded: true })),
+            () = superseded.cancelled() => Ok(Err(Fault::superseded())),
         };
         let ks = self.status.newest(ks);
         match result? {
@@ -320,23 +318,11 @@ impl Kustomizations {
                 self.remember(key, &inputs, report, started, times);
                 self.settle(key, &ks, refused, times, &inputs).await
             }
-            Err(fault) if fault.superseded => {
+            Err(fault) if fault.then == Then::Supersede => {
                 self.queue.push(key, Urgency::High);
                 Ok(())
             }
-            Err(fault) => {
-                self.fail(
-                    key,
-                    &ks,
-                    refused,
-                    times,
-                    &inputs,
-                    fault.reason,
-                    &fault.message,
-                    false,
-                )
-                .await
-            }
+            Err(fault) => self.fail(key, &ks, refused, times, &inputs, &fault).await,
         }
     }
 
@@ -348,11 +334,19 @@ impl Kustomizations {
         refused: &[Field],
         times: &Times,
         inputs: &Inputs,
-        reason: &str,
-        message: &str,
-        unhealthy: bool,
+        fault: &Fault,
     ) -> Result<(), Error> {
-        let retry_at = Instant::now() + times.retry;
+        let Fault {
+            reason,
+            message,
+            then,
+        } = fault;
+        let pause = if *then == Then::RetrySoon {
+            times.retry.min(RETRY_SOON)
+        } else {
+            times.retry
+        };
+        let retry_at = Instant::now() + pause;
         self.memory.lock().entry(key.clone()).or_default().failure = Some(Failure {
             inputs: inputs.clone(),
             retry_at,
@@ -363,19 +357,19 @@ impl Kustomizations {
             .as_ref()
             .and_then(|s| serin_kit::condition::get(&s.conditions, "Ready"));
         let repeated =
-            known.is_some_and(|c| c.status == "False" && c.reason == reason && c.message == message);
+            known.is_some_and(|c| c.status == "False" && c.reason == *reason && c.message == *message);
         if !repeated {
             self.recorder
                 .warning(&self.reference(ks), reason, "Reconcile", message);
             let what = What::Failed {
-                reason: reason.to_string(),
-                message: message.to_string(),
+                reason: (*reason).to_string(),
+                message: message.clone(),
             };
             self.timeline
                 .tell(format!("Kustomization/{key}"), &inputs.revision, what);
         }
         self.write(ks, refused, |e| {
-            e.failed(reason, message, unhealthy);
+            e.failed(reason, message, *then == Then::Unhealthy);
             e.status.last_attempted_revision = Some(inputs.revision.clone());
             e.status.last_handled_reconcile_at.clone_from(&inputs.requested);
         })

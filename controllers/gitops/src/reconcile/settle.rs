@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::memory::Inputs;
 use super::pass::Times;
+use super::work::{Fault, Then};
 use super::{Kustomizations, conditions};
 use crate::error::Error;
 use crate::health::expressions::Rules;
@@ -182,17 +183,12 @@ impl Kustomizations {
             }
             return Ok(());
         }
-        self.fail(
-            key,
-            ks,
-            refused,
-            times,
-            inputs,
-            "HealthCheckFailed",
-            message,
-            true,
-        )
-        .await
+        let fault = Fault {
+            reason: "HealthCheckFailed",
+            message: message.to_string(),
+            then: Then::Unhealthy,
+        };
+        self.fail(key, ks, refused, times, inputs, &fault).await
     }
 
     async fn ready(

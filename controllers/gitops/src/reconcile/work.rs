@@ -19,20 +19,49 @@ use crate::plan::{self, Accepted, Action, Prune, STAGES, Stage, inventory};
 use crate::source::tree::Snapshot;
 use crate::timeline::What;
 
-/// Why an attempt failed: the condition's reason, and the error.
+/// Why an attempt failed: the condition's reason and message, and what follows.
 pub(super) struct Fault {
     pub(super) reason: &'static str,
     pub(super) message: String,
-    /// Nothing was tried: a newer revision is there.
-    pub(super) superseded: bool,
+    pub(super) then: Then,
+}
+
+/// What follows from a failed attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Then {
+    /// Try again after `spec.retryInterval`.
+    Retry,
+    /// The cluster may be in order again in a moment.
+    RetrySoon,
+    /// As `Retry`; what was applied is not healthy.
+    Unhealthy,
+    /// A newer revision is there; nothing is said.
+    Supersede,
 }
 
 impl Fault {
-    fn new(reason: &'static str, error: &Error) -> Self {
+    pub(super) fn new(reason: &'static str, message: impl Into<String>) -> Self {
         Self {
             reason,
-            message: error.to_string(),
-            superseded: false,
+            message: message.into(),
+            then: Then::Retry,
+        }
+    }
+
+    fn of_apply(reason: &'static str, failed: &Failed) -> Self {
+        let soon = failed.errors.iter().any(Error::may_pass);
+        Self {
+            reason,
+            message: failed.message(),
+            then: if soon { Then::RetrySoon } else { Then::Retry },
+        }
+    }
+
+    pub(super) fn superseded() -> Self {
+        Self {
+            reason: "Progressing",
+            message: String::new(),
+            then: Then::Supersede,
         }
     }
 }
@@ -85,7 +114,18 @@ impl Kustomizations {
     ) -> Result<Result<Report, Fault>, Error> {
         let built = match self.built(key, ks, snapshot).await {
             Ok(built) => built,
-            Err(error) => return Ok(Err(Fault::new("BuildFailed", &error))),
+            Err(error) => {
+                let then = if error.may_pass() {
+                    Then::RetrySoon
+                } else {
+                    Then::Retry
+                };
+                return Ok(Err(Fault {
+                    reason: "BuildFailed",
+                    message: error.to_string(),
+                    then,
+                }));
+            }
         };
         let accepted: HashMap<ObjectId, Accepted> = {
             let all = self.memory.lock();
@@ -110,11 +150,7 @@ impl Kustomizations {
                         && failed.errors.iter().all(|e| matches!(e, Error::NoKind { .. }))
                         && defines(&built) => {}
                 Err(failed) => {
-                    return Ok(Err(Fault {
-                        reason: "ReconciliationFailed",
-                        message: failed.message(),
-                        superseded: false,
-                    }));
+                    return Ok(Err(Fault::of_apply("ReconciliationFailed", &failed)));
                 }
             }
         }
@@ -126,11 +162,7 @@ impl Kustomizations {
             .cloned()
             .collect();
         if let Some(words) = self.budget(key, ks, &stale).await {
-            return Ok(Err(Fault {
-                reason: "PruneFailed",
-                message: words,
-                superseded: false,
-            }));
+            return Ok(Err(Fault::new("PruneFailed", words)));
         }
         let pending = planned.len() < STAGES.len();
         let changing = pending
@@ -191,11 +223,7 @@ impl Kustomizations {
                         .map(|d| (&d.id, d.api_version.as_str()))
                         .chain(pruned.failed.iter().map(|(id, v)| (id, v.as_str()))),
                 );
-                prune_fault = Some(Fault {
-                    reason: "PruneFailed",
-                    message: failed.message(),
-                    superseded: false,
-                });
+                prune_fault = Some(Fault::of_apply("PruneFailed", &failed));
             }
         }
         self.memory.lock().entry(key.clone()).or_default().inventory = Some(now_applied);
@@ -216,11 +244,7 @@ impl Kustomizations {
             self.recorder
                 .normal(&self.reference(ks), "Progressing", "Apply", &done);
         }
-        Fault {
-            reason: "ReconciliationFailed",
-            message: failed.message(),
-            superseded: false,
-        }
+        Fault::of_apply("ReconciliationFailed", failed)
     }
 
     /// Whether the prune budget forbids this revision.

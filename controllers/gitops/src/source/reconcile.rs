@@ -4,7 +4,7 @@
 //! annotation, an event of a watched local repository, a changed spec, the interval. A revision is published before the
 //! status is written, so that who builds from it does not wait for the API server.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -67,6 +67,8 @@ pub(crate) struct Sources {
 
 #[derive(Debug, Default)]
 struct Memory {
+    /// Its git cache, once it was looked at.
+    cache: Option<PathBuf>,
     seen: Option<(Option<i64>, Option<String>, Option<String>)>,
     failures: u32,
 }
@@ -206,6 +208,39 @@ impl Sources {
         running.wait().await;
     }
 
+    /// Removes the caches that no source uses. Does nothing while some source has not been looked at since the start.
+    async fn sweep(&self) {
+        let used: HashSet<PathBuf> = {
+            let memory = self.memory.lock();
+            let caches = self
+                .cache
+                .list()
+                .iter()
+                .map(|o| memory.get(&Key::of(o.as_ref())).and_then(|m| m.cache.clone()))
+                .collect::<Option<_>>();
+            let Some(used) = caches else { return };
+            used
+        };
+        self.repos.lock().retain(|path, _| used.contains(path));
+        let directory = self.cache_dir.clone();
+        let removal = tokio::task::spawn_blocking(move || {
+            let Ok(entries) = std::fs::read_dir(directory) else {
+                return;
+            };
+            for path in entries
+                .filter_map(|e| Some(e.ok()?.path()))
+                .filter(|p| !used.contains(p))
+            {
+                if let Err(error) = std::fs::remove_dir_all(&path) {
+                    tracing::debug!(path = %path.display(), %error, "an unused git cache stays");
+                }
+            }
+        });
+        if removal.await.is_err() {
+            tracing::warn!("removing unused git caches ended abnormally");
+        }
+    }
+
     async fn reconcile(&self, key: &Key) {
         let object = self.cache.get(Some(&key.namespace), &key.name);
         let Some(object) = object.filter(|o| o.metadata.deletion_timestamp.is_none()) else {
@@ -216,6 +251,7 @@ impl Sources {
             if let Some(watches) = &self.watches {
                 watches.forget(key);
             }
+            self.sweep().await;
             return;
         };
         let object = self.status.newest(object);
@@ -257,6 +293,14 @@ impl Sources {
         let wanted = Wanted::from_spec(spec.r#ref.as_ref()).map_err(invalid)?;
         let auth = self.auth(key, spec, &place).await?;
         let cache = self.cache_dir.join(auth.identity(&place));
+        let moved = {
+            let mut memory = self.memory.lock();
+            let held = &mut memory.entry(key.clone()).or_default().cache;
+            held.replace(cache.clone()).is_some_and(|before| before != cache)
+        };
+        if moved {
+            self.sweep().await;
+        }
         let deadline = spec
             .timeout
             .as_ref()
@@ -356,7 +400,7 @@ impl Sources {
             let mut repos = self.repos.lock();
             // A repository that nobody reads any more is closed.
             repos.retain(|path, repo| path == cache || Arc::strong_count(repo) > 1);
-            match repos.get(cache).filter(|r| r.path().exists()) {
+            match repos.get(cache).filter(|r| r.has(fetched.tree)) {
                 Some(repo) => repo.clone(),
                 None => {
                     let repo = Repo::open(cache)?;

@@ -532,3 +532,49 @@ async fn a_controller_that_dies_in_the_middle_of_an_apply_leaves_nothing_unknown
     );
     cluster.stop().await;
 }
+
+#[tokio::test]
+async fn a_controller_that_scales_a_workload_is_not_fought_and_a_person_is_corrected() {
+    let cluster = Cluster::start().await;
+    let repo = cluster.repository("app");
+    let web = |image: &str| {
+        deployment("web", image).replace("spec:\n  selector", "spec:\n  replicas: 2\n  selector")
+    };
+    let first = repo.push(&[("deploy/web.yaml", &web("web:1"))]);
+    cluster.source("app", &repo).await;
+    cluster.kustomization("app", json!({})).await;
+    cluster.applied("app", &first).await;
+    let api = cluster.api::<Deployment>("prod");
+    let scale = |manager: &'static str, replicas: i32| {
+        let params = PatchParams {
+            field_manager: Some(manager.into()),
+            ..Default::default()
+        };
+        let api = api.clone();
+        async move {
+            api.patch(
+                "web",
+                &params,
+                &Patch::Merge(json!({"spec": {"replicas": replicas}})),
+            )
+            .await
+            .unwrap()
+        }
+    };
+    let has = |replicas: i32, image: &'static str| {
+        move |d: Option<&Deployment>| {
+            let spec = d.and_then(|d| d.spec.as_ref());
+            spec.is_some_and(|s| {
+                s.replicas == Some(replicas)
+                    && s.template.spec.as_ref().unwrap().containers[0].image.as_deref() == Some(image)
+            })
+        }
+    };
+    scale("kubectl-edit", 7).await;
+    until(api.clone(), "web", "as git says", has(2, "web:1")).await;
+    scale("canary-controller", 0).await;
+    let second = repo.push(&[("deploy/web.yaml", &web("web:2"))]);
+    cluster.applied("app", &second).await;
+    until(api.clone(), "web", "changed but for its scale", has(0, "web:2")).await;
+    cluster.stop().await;
+}
