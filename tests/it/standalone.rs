@@ -5,7 +5,7 @@ use serde_json::Value;
 use crate::cluster::{KernelState, TestCluster};
 
 /// A Deployment with its Service and a route at the gateway, all in one namespace with injection.
-const APPLICATION: &str = r#"
+const APPLICATION: &str = r"
 apiVersion: v1
 kind: Namespace
 metadata: {name: shop, labels: {istio-injection: enabled}}
@@ -41,7 +41,7 @@ spec:
   gateways: [istio-system/public]
   http:
     - route: [{destination: {host: web, port: {number: 80}}}]
-"#;
+";
 
 fn pods(cluster: &TestCluster, namespace: &str) -> Option<Vec<(String, String)>> {
     let text = cluster.kubectl_ok(&["-n", namespace, "get", "pods", "-o", "json"], None)?;

@@ -83,11 +83,6 @@ impl Cluster {
         self.directory.join("git")
     }
 
-    /// What the node keeps: pods, logs, shims.
-    pub(crate) fn node(&self) -> PathBuf {
-        self.directory.join("node")
-    }
-
     /// The kubeconfig for kubectl.
     pub(crate) fn kubeconfig(&self) -> PathBuf {
         self.directory.join("kubeconfig")
