@@ -1,12 +1,13 @@
 //! The `serin-proxy` program.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
-use serin_proxy::bootstrap::agent;
-use serin_proxy::control::run::{Plan, run};
-use serin_proxy::intercept::{self, Range};
+use serin_proxy::bootstrap::{agent, file, inherited};
+use serin_proxy::control::run::{Plan, check, run};
+use serin_proxy::intercept;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -17,6 +18,21 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
+    /// Bootstrap file in Envoy's shape.
+    #[arg(short, long)]
+    config: Option<PathBuf>,
+    /// Worker threads; 0 for one per core.
+    #[arg(long, default_value_t = 0)]
+    concurrency: usize,
+    /// Whether to serve, or only to check the file.
+    #[arg(long, value_enum, default_value = "serve")]
+    mode: Mode,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Mode {
+    Serve,
+    Validate,
 }
 
 #[derive(Debug, Subcommand)]
@@ -33,35 +49,103 @@ enum Command {
         concurrency: usize,
     },
     /// Programs the packet filter of the current network namespace so that TCP connections come to the proxy.
-    Intercept {
-        /// Where outgoing connections are taken.
-        #[arg(long, default_value_t = 15001)]
-        outbound_port: u16,
-        /// Where incoming connections are taken.
-        #[arg(long, default_value_t = 15006)]
-        inbound_port: u16,
-        /// Incoming connections to these ports only.
-        #[arg(long, value_delimiter = ',')]
-        include_inbound_ports: Vec<u16>,
-        /// Incoming connections to these ports pass.
-        #[arg(long, value_delimiter = ',', default_value = "15090,15021,15020")]
-        exclude_inbound_ports: Vec<u16>,
-        /// Outgoing connections to these ports pass.
-        #[arg(long, value_delimiter = ',')]
-        exclude_outbound_ports: Vec<u16>,
-        /// Outgoing connections to these addresses only (10.0.0.0/8).
-        #[arg(long, value_delimiter = ',')]
-        include_outbound_ranges: Vec<Range>,
-        /// Outgoing connections to these addresses pass.
-        #[arg(long, value_delimiter = ',')]
-        exclude_outbound_ranges: Vec<Range>,
-        /// Print the rules instead of applying them.
-        #[arg(long)]
-        dry_run: bool,
-        /// Take the rules away.
-        #[arg(long)]
-        remove: bool,
-    },
+    Intercept(Box<Intercept>),
+}
+
+/// Options of `intercept`; the short forms are those of `istio-iptables`.
+#[derive(Debug, clap::Args)]
+struct Intercept {
+    /// Where outgoing connections are taken.
+    #[arg(short = 'p', long, default_value_t = 15001)]
+    outbound_port: u16,
+    /// Where incoming connections are taken.
+    #[arg(short = 'z', long, default_value_t = 15006)]
+    inbound_port: u16,
+    /// User of the proxy, whose own connections pass.
+    #[arg(short = 'u', long, default_value_t = 1337)]
+    proxy_uid: u32,
+    /// How connections are taken.
+    #[arg(short = 'm', long, default_value = "REDIRECT", value_parser = ["REDIRECT"])]
+    mode: String,
+    /// Incoming connections to these ports only; * for all, nothing for none.
+    #[arg(short = 'b', long, default_value = "*")]
+    include_inbound_ports: String,
+    /// Incoming connections to these ports pass.
+    #[arg(short = 'd', long, default_value = "15090,15021,15020")]
+    exclude_inbound_ports: String,
+    /// Outgoing connections to these ports are taken whatever their address.
+    #[arg(short = 'q', long, default_value = "")]
+    include_outbound_ports: String,
+    /// Outgoing connections to these ports pass.
+    #[arg(short = 'o', long, default_value = "")]
+    exclude_outbound_ports: String,
+    /// Outgoing connections to these addresses only (10.0.0.0/8); * for all, nothing for none.
+    #[arg(short = 'i', long, default_value = "*")]
+    include_outbound_ranges: String,
+    /// Outgoing connections to these addresses pass.
+    #[arg(short = 'x', long, default_value = "")]
+    exclude_outbound_ranges: String,
+    /// Interfaces whose connections pass.
+    #[arg(short = 'c', long, default_value = "")]
+    exclude_interfaces: String,
+    /// Print the rules instead of applying them.
+    #[arg(long)]
+    dry_run: bool,
+    /// Take the rules away.
+    #[arg(long)]
+    remove: bool,
+}
+
+impl Intercept {
+    fn rules(&self) -> anyhow::Result<intercept::Rules> {
+        for (flag, value) in [
+            ("-q", &self.include_outbound_ports),
+            ("-c", &self.exclude_interfaces),
+        ] {
+            anyhow::ensure!(
+                value.is_empty(),
+                "intercept {flag} {value}: not supported; leave it out"
+            );
+        }
+        anyhow::ensure!(
+            self.proxy_uid == intercept::PROXY_ID,
+            "intercept -u {}: the proxy's user is {}",
+            self.proxy_uid,
+            intercept::PROXY_ID
+        );
+        let exclude_outbound_ranges = match self.include_outbound_ranges.as_str() {
+            // Nothing is taken: every address is excluded.
+            "" => vec!["0.0.0.0/0".parse(), "::/0".parse()]
+                .into_iter()
+                .collect::<Result<_, String>>(),
+            _ => list(&self.exclude_outbound_ranges),
+        };
+        Ok(intercept::Rules {
+            outbound_port: self.outbound_port,
+            inbound_port: self.inbound_port,
+            include_inbound_ports: match self.include_inbound_ports.as_str() {
+                // Nothing is taken: no connection goes to port 0.
+                "" => vec![0],
+                ports => list(ports).map_err(anyhow::Error::msg)?,
+            },
+            exclude_inbound_ports: list(&self.exclude_inbound_ports).map_err(anyhow::Error::msg)?,
+            exclude_outbound_ports: list(&self.exclude_outbound_ports).map_err(anyhow::Error::msg)?,
+            include_outbound_ranges: list(&self.include_outbound_ranges).map_err(anyhow::Error::msg)?,
+            exclude_outbound_ranges: exclude_outbound_ranges.map_err(anyhow::Error::msg)?,
+        })
+    }
+}
+
+/// A list separated by commas; `*` is the empty list, which stands for everything.
+fn list<T: std::str::FromStr>(text: &str) -> Result<Vec<T>, String>
+where
+    T::Err: std::fmt::Display,
+{
+    text.split(',')
+        .map(str::trim)
+        .filter(|part| !part.is_empty() && *part != "*")
+        .map(|part| part.parse().map_err(|error| format!("{part:?}: {error}")))
+        .collect()
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -71,7 +155,9 @@ enum RoleName {
 }
 
 fn main() -> ExitCode {
+    use std::io::IsTerminal as _;
     tracing_subscriber::fmt()
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_default_env()
@@ -90,7 +176,21 @@ fn main() -> ExitCode {
 fn start(cli: Cli) -> anyhow::Result<()> {
     let environment: agent::Environment = std::env::vars().collect();
     match cli.command {
-        None => anyhow::bail!("say what to run; see --help"),
+        None => {
+            let Some(path) = cli.config else {
+                anyhow::bail!("say what to run: --config FILE, or a command; see --help")
+            };
+            let mut plan = file::read(&path, cli.concurrency)?;
+            if cli.mode == Mode::Validate {
+                check(&plan.static_resources)?;
+                println!("configuration '{}' OK", path.display());
+                return Ok(());
+            }
+            if let Some(text) = environment.get(inherited::VARIABLE) {
+                plan.options.inherited = inherited::adopt(text)?;
+            }
+            control(plan)
+        }
         Some(Command::Proxy {
             role,
             domain,
@@ -102,28 +202,12 @@ fn start(cli: Cli) -> anyhow::Result<()> {
             };
             control(agent::plan(role, &domain, concurrency, &environment)?)
         }
-        Some(Command::Intercept { remove: true, .. }) => Ok(intercept::remove()?),
-        Some(Command::Intercept {
-            outbound_port,
-            inbound_port,
-            include_inbound_ports,
-            exclude_inbound_ports,
-            exclude_outbound_ports,
-            include_outbound_ranges,
-            exclude_outbound_ranges,
-            dry_run,
-            remove: false,
-        }) => {
-            let rules = intercept::Rules {
-                outbound_port,
-                inbound_port,
-                include_inbound_ports,
-                exclude_inbound_ports,
-                exclude_outbound_ports,
-                include_outbound_ranges,
-                exclude_outbound_ranges,
-            };
-            if dry_run {
+        Some(Command::Intercept(options)) => {
+            if options.remove {
+                return Ok(intercept::remove()?);
+            }
+            let rules = options.rules()?;
+            if options.dry_run {
                 print!("{}", intercept::script(&rules));
                 return Ok(());
             }
