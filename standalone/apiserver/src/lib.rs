@@ -8,9 +8,9 @@
 //! administrator. No conversion or admission webhooks, no exec or port-forward: those are refused with a message.
 //! What is there is listed in `docs/supported/kubernetes-api.md`, with the test that shows it.
 //!
-//! **How data flows.** [`http`] turns a request into a target (kind, version, namespace, name) and a change; `http::write` computes the new
+//! **How data flows.** `http` turns a request into a target (kind, version, namespace, name) and a change; `http::write` computes the new
 //! object with the pure parts: `schema` (types), `patch`, `apply` (field ownership), `crd`, `defaults`, `strategy`, `validate`. The result
-//! goes through [`hub`] into the `store` (a state machine with one counter of versions) and the `log`; the writer is answered when the record
+//! goes through `hub` into the `store` (a state machine with one counter of versions) and the `log`; the writer is answered when the record
 //! is on disk. Watchers are positions in the store's history. `controllers` follow the same history.
 //!
 //! **Limits.** Bodies 3 MiB, 10,000 JSON patch operations, 20,000 watches, history 4,096 events or 32 MiB per kind.
