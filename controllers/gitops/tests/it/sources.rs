@@ -235,20 +235,20 @@ async fn the_cache_of_a_source_goes_with_it_and_a_shared_one_stays() {
             .count()
     };
     assert_eq!(caches(), 2, "sources of one repository share a cache");
+    let directory = cluster.dir.path().join("cache");
+    let (send, events) = std::sync::mpsc::channel();
+    let mut watcher = notify::recommended_watcher(move |_| {
+        let _ = send.send(());
+    })
+    .unwrap();
+    notify::Watcher::watch(&mut watcher, &directory, notify::RecursiveMode::NonRecursive).unwrap();
     let api = cluster.api::<GitRepository>(NS);
     for name in ["a", "c"] {
         api.delete(name, &kube::api::DeleteParams::default())
             .await
             .unwrap();
     }
-    let directory = cluster.dir.path().join("cache");
     let gone = tokio::task::spawn_blocking(move || {
-        let (send, events) = std::sync::mpsc::channel();
-        let mut watcher = notify::recommended_watcher(move |_| {
-            let _ = send.send(());
-        })
-        .unwrap();
-        notify::Watcher::watch(&mut watcher, &directory, notify::RecursiveMode::Recursive).unwrap();
         while std::fs::read_dir(&directory).unwrap().count() > 1 {
             events.recv_timeout(Duration::from_secs(30)).unwrap();
         }
