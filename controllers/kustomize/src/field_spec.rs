@@ -206,6 +206,7 @@ pub(crate) fn set_scalar(target: &mut Value, text: &str, tag: Tag) -> Result<(),
                 tag,
                 style: old.style,
                 tagged: old.tagged,
+                shared: old.shared,
             };
             Ok(())
         }
@@ -213,8 +214,14 @@ pub(crate) fn set_scalar(target: &mut Value, text: &str, tag: Tag) -> Result<(),
     }
 }
 
-/// Sets a key of a mapping to a scalar, keeping how an existing value was quoted.
-pub(crate) fn set_entry(target: &mut Value, key: &str, text: &str, tag: Tag) -> Result<(), String> {
+/// Sets a key of a mapping to a scalar, keeping how an existing value was quoted. A new one gets the number `shared`.
+pub(crate) fn set_entry(
+    target: &mut Value,
+    key: &str,
+    text: &str,
+    tag: Tag,
+    shared: u8,
+) -> Result<(), String> {
     match target {
         Value::Map(map) => {
             match map.get_mut(key) {
@@ -225,10 +232,17 @@ pub(crate) fn set_entry(target: &mut Value, key: &str, text: &str, tag: Tag) -> 
                         tag,
                         style: old.style,
                         tagged: old.tagged,
+                        shared: old.shared,
                     };
                 }
                 Some(other) => *other = Value::Scalar(Scalar::tagged_as(tag, text)),
-                None => map.push(key, Value::Scalar(Scalar::tagged_as(tag, text))),
+                None => {
+                    let new = Scalar {
+                        shared,
+                        ..Scalar::tagged_as(tag, text)
+                    };
+                    map.push(key, Value::Scalar(new));
+                }
             }
             Ok(())
         }

@@ -92,7 +92,7 @@ pub(crate) fn finish(r: &mut Resource, managed_by: bool, origins: bool, transfor
         }
         if let Some(labels) = metadata.get_mut("labels") {
             // Only a mapping can take it; anything else would have failed as labels long before.
-            let _ = crate::field_spec::set_entry(labels, MANAGED_BY.0, MANAGED_BY.1, Tag::Str);
+            let _ = crate::field_spec::set_entry(labels, MANAGED_BY.0, MANAGED_BY.1, Tag::Str, 0);
         }
     }
     let has_annotations = r

@@ -16,7 +16,7 @@
 //!
 //! Deliberate differences to the original: references to the environment and to plugins do not exist; `helmCharts`,
 //! executable and container plugins are refused with what to do instead; schema comments (`# {"$openapi": …}`) in resources
-//! have no effect; values that two fields share inside kustomize by accident of its data structures are not shared here.
+//! have no effect. A label that kustomize puts into several places stays one value in all of them, as it does there.
 
 mod accumulator;
 mod build;

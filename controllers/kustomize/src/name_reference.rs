@@ -393,6 +393,7 @@ fn set_text(map: &mut Map, key: &str, text: &str) {
                 tag: Tag::Unset,
                 style: old.style,
                 tagged: false,
+                shared: old.shared,
             };
         }
         Some(other) => *other = Value::Scalar(Scalar::untyped(text)),

@@ -266,6 +266,7 @@ fn copy_to(
         if let Value::Map(map) = root {
             r.root = map;
         }
+        r.sync_shared();
         let missing = |detail: &str| {
             let message = format!("unable to {verb} field \"{text}\" in replacement target{detail}");
             Error::new(Cause::Replacement(message)).help(format!(

@@ -31,6 +31,14 @@ pub(crate) struct PreviousId {
     pub kind: String,
 }
 
+/// A value that a label or annotation transformer put into several places at once.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct SharedValue {
+    text: Box<str>,
+    tag: Tag,
+    style: Style,
+}
+
 /// An object with its history.
 #[derive(Clone, Debug)]
 pub(crate) struct Resource {
@@ -62,6 +70,8 @@ pub(crate) struct Resource {
     pub deleted: bool,
     /// The number that identifies it in a trace.
     pub serial: u32,
+    /// Values that stand in several places; see [`Resource::sync_shared`].
+    pub(crate) shared: Vec<SharedValue>,
 }
 
 impl Resource {
@@ -82,6 +92,7 @@ impl Resource {
             transformations: Vec::new(),
             deleted: false,
             serial: 0,
+            shared: Vec::new(),
         }
     }
 
@@ -226,6 +237,43 @@ impl Resource {
         self.deleted || self.root.is_empty()
     }
 
+    /// A number for a new value that will stand in several places; 0 when there are too many to keep track of.
+    pub(crate) fn share(&mut self, text: &str, tag: Tag) -> u8 {
+        match u8::try_from(self.shared.len() + 1) {
+            Ok(number) => {
+                self.shared.push(SharedValue {
+                    text: text.into(),
+                    tag,
+                    style: Style::Plain,
+                });
+                number
+            }
+            Err(_) => 0,
+        }
+    }
+
+    /// To kustomize, a label that it adds to metadata, selector and template is one node in three places: whatever changes
+    /// it in one of them later (a patch, another label, a replacement) changes it in all. Builds depend on that, so after
+    /// each change the others follow.
+    pub(crate) fn sync_shared(&mut self) {
+        if self.shared.is_empty() {
+            return;
+        }
+        let mut updates: Vec<(u8, SharedValue)> = Vec::new();
+        for entry in sorted(&self.root) {
+            collect_changed(&entry.value, &self.shared, &mut updates);
+        }
+        if updates.is_empty() {
+            return;
+        }
+        for (number, value) in updates {
+            self.shared[usize::from(number) - 1] = value;
+        }
+        for entry in &mut self.root.entries {
+            apply_shared(&mut entry.value, &self.shared);
+        }
+    }
+
     /// `metadata`, made if missing.
     pub(crate) fn metadata_mut(&mut self) -> Option<&mut Map> {
         if self.root.get("metadata").is_none_or(Value::is_null) {
@@ -311,6 +359,7 @@ pub(crate) fn set_keeping_style(map: &mut Map, key: &str, text: &str) {
                 tag: Tag::Unset,
                 style: old.style,
                 tagged: false,
+                shared: old.shared,
             };
         }
         Some(other) => *other = Value::Scalar(Scalar::untyped(text)),
@@ -360,6 +409,7 @@ pub(crate) fn through_json(value: &mut Value) -> Result<(), String> {
                 tag,
                 style,
                 tagged: false,
+                shared: 0,
             };
             Ok(())
         }
@@ -387,4 +437,51 @@ pub(crate) fn check_keys(root: &Map) -> Result<(), String> {
         }
     }
     root.entries.iter().try_for_each(|e| value(&e.value))
+}
+
+/// Entries in the order in which a patch walks them: of two changes the later wins.
+fn sorted(map: &Map) -> Vec<&serin_manifests::Entry> {
+    let mut entries: Vec<_> = map.entries.iter().collect();
+    entries.sort_by(|a, b| a.key.text.cmp(&b.key.text));
+    entries
+}
+
+fn collect_changed(value: &Value, known: &[SharedValue], updates: &mut Vec<(u8, SharedValue)>) {
+    match value {
+        Value::Map(map) => sorted(map)
+            .into_iter()
+            .for_each(|e| collect_changed(&e.value, known, updates)),
+        Value::Seq(seq) => seq.items.iter().for_each(|v| collect_changed(v, known, updates)),
+        Value::Scalar(s) => {
+            let Some(old) = usize::from(s.shared).checked_sub(1).and_then(|i| known.get(i)) else {
+                return;
+            };
+            if old.text != s.text || old.tag != s.tag || old.style != s.style {
+                updates.push((
+                    s.shared,
+                    SharedValue {
+                        text: s.text.clone(),
+                        tag: s.tag,
+                        style: s.style,
+                    },
+                ));
+            }
+        }
+    }
+}
+
+fn apply_shared(value: &mut Value, known: &[SharedValue]) {
+    match value {
+        Value::Map(map) => map
+            .entries
+            .iter_mut()
+            .for_each(|e| apply_shared(&mut e.value, known)),
+        Value::Seq(seq) => seq.items.iter_mut().for_each(|v| apply_shared(v, known)),
+        Value::Scalar(s) => {
+            if let Some(new) = usize::from(s.shared).checked_sub(1).and_then(|i| known.get(i)) {
+                s.text = new.text.clone();
+                (s.tag, s.style) = (new.tag, new.style);
+            }
+        }
+    }
 }

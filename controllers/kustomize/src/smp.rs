@@ -247,11 +247,11 @@ impl<'a> Merger<'a> {
         for (mut entry, index) in dest.entries.drain(..).zip(in_origin) {
             let below = schema.and_then(|s| s.field(&entry.key.text));
             let patch = index.and_then(|i| patches[i].take());
-            let style = entry.value.as_scalar().map(|s| (s.style, s.tagged));
+            let old = entry.value.as_scalar().map(|s| (s.style, s.tagged, s.shared));
             if let Some(merged) = self.walk(Some(entry.value), patch, below)? {
                 entry.value = merged.value;
                 if let (false, Value::Scalar(s)) = (merged.is_dest, &mut entry.value) {
-                    keep_style(s, style);
+                    take_place_of(s, old);
                 }
                 kept.entries.push(entry);
             }
@@ -459,10 +459,9 @@ impl<'a> Merger<'a> {
     }
 }
 
-fn keep_style(s: &mut Scalar, style: Option<(serin_manifests::Style, bool)>) {
-    let (style, tagged) = style.unwrap_or((serin_manifests::Style::Plain, false));
-    s.style = style;
-    s.tagged = tagged;
+/// A scalar of the patch keeps how the one in its place was quoted, and in how many places that stood.
+fn take_place_of(s: &mut Scalar, old: Option<(serin_manifests::Style, bool, u8)>) {
+    (s.style, s.tagged, s.shared) = old.unwrap_or((serin_manifests::Style::Plain, false, 0));
 }
 
 fn key_text(item: &Value, key: &str) -> String {

@@ -397,6 +397,7 @@ fn merge_patch(
         r.set_name(&name);
     }
     r.set_namespace(&namespace);
+    r.sync_shared();
     Ok(())
 }
 
@@ -441,6 +442,8 @@ fn json_patch_one(map: &mut ResMap, index: usize, patch: &[Operation], env: &Env
         Error::new(Cause::Patch(message))
             .help(format!("the JSON patch [{}] was applied to {id}", all.join(", ")))
     })?;
+    // The way through JSON has made each place a value of its own.
+    r.shared.clear();
     let annotations = r.string_map("annotations");
     r.set_string_map("annotations", annotations);
     Ok(())
@@ -572,17 +575,22 @@ fn set_pairs(map: &mut ResMap, pairs: &[(String, String)], specs: &[FieldSpec], 
     for r in map.contents_mut() {
         env.step(walks.len() + pairs.len())?;
         let gvk = r.gvk();
-        for walk in walks
+        let applying: Vec<&Walk> = walks
             .iter()
             .filter(|w| w.applies_to(&gvk.group, &gvk.version, &gvk.kind))
-        {
+            .collect();
+        let numbers: Vec<u8> = match applying.len() {
+            0 | 1 => vec![0; pairs.len()],
+            _ => pairs.iter().map(|(_, text)| r.share(text, Tag::Str)).collect(),
+        };
+        for walk in applying {
             let result = walk.visit(&mut r.root, Create::Mapping, &mut |v| {
-                pairs
-                    .iter()
-                    .try_for_each(|(key, text)| set_entry(v, key, text, Tag::Str))
+                let mut with_numbers = pairs.iter().zip(&numbers);
+                with_numbers.try_for_each(|((key, text), number)| set_entry(v, key, text, Tag::Str, *number))
             });
             result.map_err(|e| transformer_error(r, env, &e))?;
         }
+        r.sync_shared();
     }
     Ok(())
 }

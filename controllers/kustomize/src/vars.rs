@@ -120,6 +120,7 @@ pub(crate) fn resolve(map: &mut ResMap, vars: &[Var], specs: &[FieldSpec], env: 
         {
             walk.visit(&mut r.root, Create::Never, &mut |v| set(v, &values))
                 .map_err(Cause::Var)?;
+            r.sync_shared();
         }
     }
     Ok(())
@@ -209,6 +210,7 @@ fn replace(s: &mut Scalar, values: &Values<'_>) {
         tag,
         style: Style::Plain,
         tagged: false,
+        shared: s.shared,
     };
 }
 

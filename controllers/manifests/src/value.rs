@@ -94,6 +94,9 @@ pub struct Scalar {
     pub style: Style,
     /// The tag was written out in the source (`!!int "5"`).
     pub tagged: bool,
+    /// Scalars of one tree with the same number (not 0) are one value that stands in several places: whoever owns the tree
+    /// keeps them equal. A reader never sets it.
+    pub shared: u8,
 }
 
 impl Scalar {
@@ -105,6 +108,7 @@ impl Scalar {
             tag: Tag::Str,
             style: Style::Plain,
             tagged: false,
+            shared: 0,
         }
     }
 
@@ -116,6 +120,7 @@ impl Scalar {
             tag: Tag::Unset,
             style: Style::Plain,
             tagged: false,
+            shared: 0,
         }
     }
 
@@ -127,6 +132,7 @@ impl Scalar {
             tag,
             style: Style::Plain,
             tagged: false,
+            shared: 0,
         }
     }
 

@@ -374,3 +374,22 @@ fn deprecated_fields_are_named_with_what_replaces_them() {
         ]
     );
 }
+
+#[test]
+fn a_label_put_into_several_places_is_changed_in_all_of_them() {
+    let deployment = "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: d}\nspec: {template: {spec: {containers: []}}}\n";
+    let patch = "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: d, labels: {app: new}}\n";
+    let t = tree(&[
+        (
+            "o/kustomization.yaml",
+            "resources: [../base]\npatches: [{path: p.yaml}]\n",
+        ),
+        ("o/p.yaml", patch),
+        (
+            "base/kustomization.yaml",
+            "commonLabels: {app: web}\nresources: [d.yaml]\n",
+        ),
+        ("base/d.yaml", deployment),
+    ]);
+    assert_eq!(yaml(&t, "o").matches("app: new").count(), 3, "{}", yaml(&t, "o"));
+}

@@ -376,6 +376,7 @@ impl<'a> Parser<'a> {
             tag,
             style: Style::Plain,
             tagged: false,
+            shared: 0,
         })
     }
 
@@ -402,6 +403,7 @@ impl<'a> Parser<'a> {
             tag,
             style,
             tagged: explicit.is_some(),
+            shared: 0,
         };
         if self.options.dialect == Dialect::Kubectl {
             self.canonical(&mut scalar, mark)?;
