@@ -195,7 +195,9 @@ impl Resolver<'_> {
     /// The port of a backend: the one it names, else the only one of its service, else the one of the listener.
     fn port(&self, backend: &Backend, listener: u16) -> u16 {
         let only = || {
-            let service = self.model.visible_service(&self.host(&backend.host), self.client)?;
+            let service = self
+                .model
+                .visible_service(&self.host(&backend.host), self.client)?;
             match service.ports.as_slice() {
                 [only] => Some(only.number),
                 _ => None,
