@@ -10,7 +10,7 @@
 //!          └─ serin shim           one per pod: holds its namespaces, runs its containers, writes its logs
 //! ```
 //!
-//! Entry points: [`controllers::run`], [`node::spawn`] and [`node::main`], [`shim::main`], [`teardown`],
+//! Entry points: [`controllers::run`], [`node::spawn`] and [`node::main`], [`shim::main()`], [`teardown`],
 //! [`logs::PodLogs`], [`image`]. `node::main` and `shim::main` fork and enter namespaces: the program must call them
 //! before it starts a thread.
 //!

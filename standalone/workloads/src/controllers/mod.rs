@@ -1,7 +1,7 @@
 //! The controllers of a cluster's workloads, over any `kube::Client`.
 //!
 //! Each is a pure decision (`deployment::decide`, `replicaset::decide`, `endpointslice::desired`) and a shell that
-//! reads from shared [mirrors](crate::mirror), acts, and writes status. They react to events only; the one clock they
+//! reads from shared mirrors, acts, and writes status. They react to events only; the one clock they
 //! look at is for `progressDeadlineSeconds`, `minReadySeconds` and retries. Words and numbers of statuses, conditions
 //! and events are Kubernetes', because kubectl, Flux and Flagger read them.
 
