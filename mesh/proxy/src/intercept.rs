@@ -163,6 +163,7 @@ fn removal() -> Vec<String> {
 
 /// Puts the rules in place in the current network namespace.
 pub fn install(rules: &Rules) -> Result<(), Error> {
+    add_ipv6_source();
     run(&script(rules))
 }
 
@@ -171,15 +172,43 @@ pub fn remove() -> Result<(), Error> {
     run(&(removal().join("\n") + "\n"))
 }
 
+/// Starts `nft`, also where the path lacks the directories of system programs.
+fn start_nft() -> std::io::Result<std::process::Child> {
+    let mut last = std::io::Error::from(std::io::ErrorKind::NotFound);
+    for program in ["nft", "/usr/sbin/nft", "/sbin/nft"] {
+        let started = Command::new(program)
+            .args(["-f", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn();
+        match started {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => last = error,
+            other => return other,
+        }
+    }
+    Err(last)
+}
+
+/// Gives the loopback interface the address that the inbound side connects from over IPv6. Without it (no IPv6, no
+/// `ip`) only applications that are reached over IPv6 by a proxy without socket marks are concerned.
+fn add_ipv6_source() {
+    for program in ["ip", "/usr/sbin/ip", "/sbin/ip"] {
+        let done = Command::new(program)
+            .args(["-6", "addr", "add", "::6/128", "dev", "lo"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        if done.is_ok() {
+            return;
+        }
+    }
+}
+
 fn run(script: &str) -> Result<(), Error> {
     let failed = |action, reason: String| Error::Intercept { action, reason };
-    let mut child = Command::new("nft")
-        .args(["-f", "-"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(|error| failed("starting nft (package nftables)", error.to_string()))?;
+    let mut child =
+        start_nft().map_err(|error| failed("starting nft (package nftables)", error.to_string()))?;
     if let Some(mut stdin) = child.stdin.take() {
         stdin
             .write_all(script.as_bytes())

@@ -1,4 +1,47 @@
-//! placeholder
+//! `serin-proxy`: the data plane, an L4/L7 proxy driven by xDS.
+//!
+//! # What it is for
+//! One of these stands beside every application (sidecar) and in front of the mesh (gateway). It takes its configuration
+//! from any standard xDS server, or from a file, and does what the configuration says: routing, weights, retries,
+//! timeouts, faults, mirroring, balancing, outlier detection, protocol translation; it counts with Istio's names and
+//! streams the counts back.
+//!
+//! # What it is not
+//! It knows no Kubernetes and no Istio object; what it cannot honour it refuses, per resource, with the path of the
+//! field, and the last good version stays. TLS, rate limits, RBAC, JWT, tracing and access log formats are not here yet
+//! (`docs/supported/proxy.md` has the list).
+//!
+//! # How data flows
+//! ```text
+//! control thread   xDS ─▶ config::store ── compile one resource ─▶ slot (swap)     admin, metrics push, DNS, log
+//!                                                                  │ read, never locked
+//! worker threads   accept ─▶ sniff ─▶ filter chain ─▶ http | tcp ──┴▶ route ─▶ cluster ─▶ endpoint ─▶ pool ─▶ socket
+//!                                                     hygiene                  balance, retry, outlier
+//! ```
+//! Each worker is a thread with a `current_thread` runtime, its own `SO_REUSEPORT` sockets, connection pools and metric
+//! cells. Routes refer to clusters, listeners to routes, routes to virtual hosts through [`config::slot`]s, atomic cells
+//! that are swapped one by one: a weight change costs one swap whatever the size of the mesh, is live on all workers
+//! before it is acknowledged, and disturbs no request that is on its way.
+//!
+//! # Decisions worth knowing
+//! - [`config::weighted`]: weights are exact over any window, per worker.
+//! - [`hygiene`]: a second, strict reader sees HTTP/1 bytes before hyper does; what is ambiguous is answered 4xx/5xx with
+//!   flag `DPE` and never forwarded.
+//! - Requests that were provably not processed (refused connection, idle connection closed under us, `REFUSED_STREAM`, a
+//!   mesh peer's `x-serin-unprocessed`) are sent again even if not idempotent; others only as the retry policy says.
+//! - Where a listener switches protocol detection's time limit off, a silent client's connection is opened towards the
+//!   TCP upstream after half a second and whoever speaks first decides, so server-first protocols never hang.
+//! - Istio's metrics are kept for every listener with a traffic direction, unless the configuration holds Istio's own
+//!   filters and leaves `istio.stats` out.
+//! - The route timeout starts with the request's head, not its last byte (Envoy), and covers retries and the response.
+//! - Responses that the proxy makes itself carry `x-serin-response-flags` when a flag is set.
+//!
+//! # Limits
+//! 60 KiB and 100 fields per request head; 1 MiB of a request body kept for retries and mirrors (larger bodies are not
+//! retried once sent, nor mirrored); 256 idle HTTP/1 connections per endpoint and worker; 4,096 destinations per
+//! ORIGINAL_DST cluster and worker; 10,000 metric series per worker, further ones are counted as `unknown`; circuit
+//! breakers count over all workers, pools and balancing are per worker.
+
 pub mod bootstrap;
 mod clock;
 pub mod config;

@@ -1,11 +1,12 @@
 //! The `serin-proxy` program.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
-use serin_proxy::bootstrap::agent;
-use serin_proxy::control::run::{Plan, run};
+use serin_proxy::bootstrap::{agent, file, inherited};
+use serin_proxy::control::run::{Plan, check, run};
 use serin_proxy::intercept;
 
 #[global_allocator]
@@ -17,6 +18,21 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
+    /// Bootstrap file in Envoy's shape.
+    #[arg(short, long)]
+    config: Option<PathBuf>,
+    /// Worker threads; 0 for one per core.
+    #[arg(long, default_value_t = 0)]
+    concurrency: usize,
+    /// Whether to serve, or only to check the file.
+    #[arg(long, value_enum, default_value = "serve")]
+    mode: Mode,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Mode {
+    Serve,
+    Validate,
 }
 
 #[derive(Debug, Subcommand)]
@@ -160,7 +176,21 @@ fn main() -> ExitCode {
 fn start(cli: Cli) -> anyhow::Result<()> {
     let environment: agent::Environment = std::env::vars().collect();
     match cli.command {
-        None => anyhow::bail!("say what to run; see --help"),
+        None => {
+            let Some(path) = cli.config else {
+                anyhow::bail!("say what to run: --config FILE, or a command; see --help")
+            };
+            let mut plan = file::read(&path, cli.concurrency)?;
+            if cli.mode == Mode::Validate {
+                check(&plan.static_resources)?;
+                println!("configuration '{}' OK", path.display());
+                return Ok(());
+            }
+            if let Some(text) = environment.get(inherited::VARIABLE) {
+                plan.options.inherited = inherited::adopt(text)?;
+            }
+            control(plan)
+        }
         Some(Command::Proxy {
             role,
             domain,

@@ -104,7 +104,10 @@ impl Deciding<'_> {
             if let Some(dead) = self.seen.dead_pods.iter().find(|dead| dead.at >= since) {
                 return Some(format!("pod {} died: {}", dead.name, dead.reason));
             }
-            if target.replicas > 0 && target.available == 0 {
+            if target.replicas == 0 {
+                return Some(format!("{} was scaled to zero", target.name));
+            }
+            if target.available == 0 {
                 return Some("no canary pod is available any more".to_owned());
             }
             let current = self.seen.route.as_ref().map(|route| route.generation);

@@ -33,12 +33,47 @@ pub enum Discovery {
         logical: bool,
         /// Interval.
         refresh: Duration,
+        /// Which addresses count.
+        family: Family,
     },
     /// The address that the client wanted to reach; the port may be replaced.
     OriginalDst {
         /// Replacement of the port.
         port: Option<u16>,
     },
+}
+
+/// Which of a name's addresses are used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// IPv4 only.
+    V4,
+    /// IPv6 only.
+    V6,
+    /// IPv4, or IPv6 when there is none.
+    V4First,
+    /// IPv6, or IPv4 when there is none (Envoy's AUTO).
+    V6First,
+    /// Both.
+    All,
+}
+
+impl Family {
+    /// The addresses that count.
+    pub fn choose(self, mut addresses: Vec<std::net::SocketAddr>) -> Vec<std::net::SocketAddr> {
+        let (v4, v6) = (
+            addresses.iter().any(|a| a.is_ipv4()),
+            addresses.iter().any(|a| a.is_ipv6()),
+        );
+        match self {
+            Self::V4 => addresses.retain(|a| a.is_ipv4()),
+            Self::V6 => addresses.retain(|a| a.is_ipv6()),
+            Self::V4First if v4 => addresses.retain(|a| a.is_ipv4()),
+            Self::V6First if v6 => addresses.retain(|a| a.is_ipv6()),
+            Self::V4First | Self::V6First | Self::All => {}
+        }
+        addresses
+    }
 }
 
 /// How an endpoint is chosen.
@@ -316,6 +351,13 @@ fn compile_discovery(from: &cluster::Cluster) -> Result<Discovery, Refusal> {
         }
         DiscoveryType::StrictDns | DiscoveryType::LogicalDns => Discovery::Dns {
             logical: kind == DiscoveryType::LogicalDns,
+            family: match cluster::cluster::DnsLookupFamily::try_from(from.dns_lookup_family) {
+                Ok(cluster::cluster::DnsLookupFamily::V4Only) => Family::V4,
+                Ok(cluster::cluster::DnsLookupFamily::V6Only) => Family::V6,
+                Ok(cluster::cluster::DnsLookupFamily::V4Preferred) => Family::V4First,
+                Ok(cluster::cluster::DnsLookupFamily::All) => Family::All,
+                Ok(cluster::cluster::DnsLookupFamily::Auto) | Err(_) => Family::V6First,
+            },
             refresh: convert::timeout(from.dns_refresh_rate.as_ref())
                 .within("dns_refresh_rate")?
                 .unwrap_or(DEFAULT_DNS_REFRESH),

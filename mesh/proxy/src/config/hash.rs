@@ -74,10 +74,7 @@ impl HashPolicy {
                     let (key, value) = pair.trim().split_once('=')?;
                     (key == &**name).then(|| stable_hash(value.as_bytes()))
                 }),
-            Kind::SourceIp => Some(match source {
-                IpAddr::V4(ip) => stable_hash(&ip.octets()),
-                IpAddr::V6(ip) => stable_hash(&ip.octets()),
-            }),
+            Kind::SourceIp => Some(hash_of_source(source)),
             Kind::Query(name) => request.query?.split('&').find_map(|pair| {
                 let (key, value) = pair.split_once('=')?;
                 (key == &**name).then(|| stable_hash(value.as_bytes()))
@@ -98,6 +95,14 @@ pub fn request_hash(policies: &[HashPolicy], request: &RequestView<'_>, source: 
         }
     }
     combined
+}
+
+/// The hash of a client's address.
+pub fn hash_of_source(source: IpAddr) -> u64 {
+    match source {
+        IpAddr::V4(ip) => stable_hash(&ip.octets()),
+        IpAddr::V6(ip) => stable_hash(&ip.octets()),
+    }
 }
 
 /// A hash that is the same in every proxy and every run, so that clients agree on the endpoint.

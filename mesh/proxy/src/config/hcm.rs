@@ -116,6 +116,10 @@ pub struct HttpManager {
     pub connection_window: u32,
     /// The client's address is appended to `x-forwarded-for`, and its `x-envoy-*` headers are not believed.
     pub use_remote_address: bool,
+    /// But its address is not appended.
+    pub skip_forwarded_for: bool,
+    /// `x-forwarded-client-cert` of clients is kept; without mTLS it says nothing that could be believed.
+    pub keep_client_cert: bool,
     /// `x-request-id` is made when absent.
     pub generate_request_id: bool,
     /// `x-request-id` of outside clients is kept.
@@ -176,6 +180,9 @@ impl HttpManager {
                 from.path_normalization_options.is_some(),
             ),
             ("proxy_status_config", from.proxy_status_config.is_some()),
+            ("via", !from.via.is_empty()),
+            ("append_x_forwarded_port", from.append_x_forwarded_port),
+            ("xff_num_trusted_hops", from.xff_num_trusted_hops > 0),
         ];
         if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
             return Err(Refusal::new(*field, "not supported"));
@@ -259,6 +266,9 @@ impl HttpManager {
                 .and_then(|options| options.initial_connection_window_size.as_ref())
                 .map_or(1024 * 1024, |value| value.value),
             use_remote_address: flag(&from.use_remote_address, false),
+            skip_forwarded_for: from.skip_xff_append,
+            keep_client_cert: from.forward_client_cert_details
+                == hcm::http_connection_manager::ForwardClientCertDetails::AlwaysForwardOnly as i32,
             generate_request_id: flag(&from.generate_request_id, true),
             preserve_request_id: from.preserve_external_request_id,
             request_id_in_response: from.always_set_request_id_in_response,

@@ -123,6 +123,10 @@ pub struct TcpProxy {
     pub targets: TcpTargets,
     /// Limit of silence.
     pub idle_timeout: Option<Duration>,
+    /// Connections are ended after this.
+    pub max_duration: Option<Duration>,
+    /// Consistent hashing balancers go by the client's address.
+    pub hash_by_source: bool,
     /// How often a connection is tried.
     pub max_connect_attempts: u32,
     /// Whether Istio's TCP metrics are kept.
@@ -575,6 +579,25 @@ impl TcpProxy {
             idle_timeout: match &from.idle_timeout {
                 None => Some(Duration::from_secs(3600)),
                 given => convert::timeout(given.as_ref()).within("idle_timeout")?,
+            },
+            max_duration: convert::timeout(from.max_downstream_connection_duration.as_ref())
+                .within("max_downstream_connection_duration")?,
+            hash_by_source: match from.hash_policy.as_slice() {
+                [] => false,
+                [one]
+                    if matches!(
+                        one.policy_specifier,
+                        Some(serin_xds::pb::envoy::r#type::v3::hash_policy::PolicySpecifier::SourceIp(_))
+                    ) =>
+                {
+                    true
+                }
+                _ => {
+                    return Err(Refusal::new(
+                        "hash_policy",
+                        "only the source address is supported",
+                    ));
+                }
             },
             max_connect_attempts: from
                 .max_connect_attempts

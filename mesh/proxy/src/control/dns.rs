@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::Proxy;
-use crate::config::cluster::{Cluster, Discovery};
+use crate::config::cluster::{Cluster, Discovery, Family};
 use crate::config::convert::{self, Address};
 
 /// How often clusters are looked at.
@@ -26,13 +26,18 @@ pub async fn run(proxy: Arc<Proxy>, cancel: CancellationToken) {
         let clusters = proxy.store(|store| store.dns_clusters());
         due.retain(|name, _| clusters.iter().any(|cluster| cluster.name == *name));
         for cluster in clusters {
-            let Discovery::Dns { logical, refresh } = cluster.discovery else {
+            let Discovery::Dns {
+                logical,
+                refresh,
+                family,
+            } = cluster.discovery
+            else {
                 continue;
             };
             if due.get(&cluster.name).is_some_and(|at| Instant::now() < *at) {
                 continue;
             }
-            if let Some(assignment) = resolve(&cluster, logical).await {
+            if let Some(assignment) = resolve(&cluster, logical, family).await {
                 let result = proxy.store(|store| store.set_resolved(&cluster.name, &assignment));
                 if let Err(refusal) = result {
                     tracing::warn!(cluster = %cluster.name, %refusal, "resolved endpoints refused");
@@ -48,7 +53,11 @@ pub async fn run(proxy: Arc<Proxy>, cancel: CancellationToken) {
 }
 
 /// The cluster's assignment with names replaced by addresses; `None` if any could not be resolved.
-async fn resolve(cluster: &Cluster, logical: bool) -> Option<endpoint::ClusterLoadAssignment> {
+async fn resolve(
+    cluster: &Cluster,
+    logical: bool,
+    family: Family,
+) -> Option<endpoint::ClusterLoadAssignment> {
     let mut out = cluster.load_assignment.clone()?;
     for group in &mut out.endpoints {
         let mut resolved = Vec::new();
@@ -58,7 +67,7 @@ async fn resolve(cluster: &Cluster, logical: bool) -> Option<endpoint::ClusterLo
             };
             match convert::address(inner.address.as_ref()) {
                 Ok(Address::Name(name, port)) => {
-                    let mut addresses = lookup(&name, port).await?;
+                    let mut addresses = family.choose(lookup(&name, port).await?);
                     addresses.sort_unstable();
                     addresses.dedup();
                     if logical {

@@ -14,7 +14,7 @@ use tokio_util::task::TaskTracker;
 
 use super::admin::{AdminPort, Port};
 use super::{Options, Proxy, dns, xds};
-use crate::config::store::Update;
+use crate::config::store::{Store, Update};
 use crate::error::Error;
 use crate::metrics::push::Pusher;
 
@@ -140,6 +140,25 @@ pub async fn apply_static(proxy: &Arc<Proxy>, resources: &[StaticResource]) -> R
             continue;
         }
         if let Some((name, refusal)) = proxy.apply(resource_type, &batch, &[]).await.into_iter().next() {
+            return Err(refusal.within(format!("static resource {name:?}")).into());
+        }
+    }
+    Ok(())
+}
+
+/// Compiles resources without serving them.
+pub fn check(resources: &[StaticResource]) -> Result<(), Error> {
+    let mut store = Store::new(1);
+    for resource in resources {
+        let update = Update {
+            name: &resource.name,
+            body: &resource.body,
+        };
+        if let Some((name, refusal)) = store
+            .apply(resource.resource_type, &[update], &[])
+            .into_iter()
+            .next()
+        {
             return Err(refusal.within(format!("static resource {name:?}")).into());
         }
     }

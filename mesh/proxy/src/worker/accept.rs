@@ -109,28 +109,39 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
         && let Handler::Tcp(proxy) = &chain.handler
     {
         // Nobody has spoken. The TCP chain's upstream is asked now, and whoever speaks first decides: a server that
-        // greets gets its TCP connection, a client that was merely slow still gets HTTP.
-        let Ok(upstream) = tcp::open(&worker, proxy, &listener, destination).await else {
-            return;
-        };
-        tokio::select! {
-            biased;
-            _ = upstream.readable() => {}
-            result = read_until_detected(&stream, &mut prefix, Instant::now() + FIRST_BYTES) => {
-                match result {
-                    Ok(Some(found)) => detected = found,
-                    Ok(None) | Err(_) => return,
-                }
+        // greets gets its TCP connection, a client that was merely slow still gets HTTP, also where nobody answers.
+        let greeting = async {
+            match tcp::open(
+                &worker,
+                proxy,
+                &listener,
+                remote,
+                destination,
+                tcp::Purpose::Probe,
+            )
+            .await
+            {
+                Ok(upstream) if upstream.readable().await.is_ok() => upstream,
+                Ok(_) | Err(tcp::NoUpstream) => std::future::pending().await,
             }
-        }
-        if detected != Detected::default() {
-            drop(upstream);
-            let Some(chain) = choose(&worker, &listener, &detected, addresses) else {
-                return;
-            };
-            return handle(worker, listener, chain, stream, prefix, addresses).await;
-        }
-        return tcp::join(worker, proxy.clone(), stream, prefix, upstream).await;
+        };
+        let upstream = tokio::select! {
+            biased;
+            result = read_until_detected(&stream, &mut prefix, Instant::now() + FIRST_BYTES) => match result {
+                Ok(Some(found)) => {
+                    detected = found;
+                    None
+                }
+                Ok(None) | Err(_) => return,
+            },
+            upstream = greeting => Some(upstream),
+            () = worker.closing() => return,
+        };
+        return match (upstream, choose(&worker, &listener, &detected, addresses)) {
+            (Some(upstream), _) => tcp::join(worker, proxy.clone(), stream, prefix, upstream).await,
+            (None, Some(chain)) => handle(worker, listener, chain, stream, prefix, addresses).await,
+            (None, None) => {}
+        };
     }
     handle(worker, listener, chain, stream, prefix, addresses).await;
 }
@@ -183,7 +194,16 @@ async fn handle(
         Handler::Tcp(proxy) => {
             let proxy = proxy.clone();
             // A failure has been recorded where it happened; the client sees the connection close.
-            if let Ok(upstream) = tcp::open(&worker, &proxy, &listener, addresses.local).await {
+            if let Ok(upstream) = tcp::open(
+                &worker,
+                &proxy,
+                &listener,
+                addresses.remote,
+                addresses.local,
+                tcp::Purpose::Serve,
+            )
+            .await
+            {
                 tcp::join(worker, proxy, stream, prefix, upstream).await;
             }
         }

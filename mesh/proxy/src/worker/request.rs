@@ -29,6 +29,7 @@ use crate::random;
 
 pub(super) static X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 static X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+static X_FORWARDED_CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 static X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 pub(super) static PEER_METADATA: HeaderName = HeaderName::from_static(METADATA_HEADER);
 pub(super) static PEER_METADATA_ID: HeaderName = HeaderName::from_static(METADATA_ID_HEADER);
@@ -275,6 +276,9 @@ fn identify(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) {
             exchange.peer = metadata.and_then(|value| conn.worker.peer(&value));
         }
     }
+    if !manager.keep_client_cert {
+        headers.remove(&X_FORWARDED_CLIENT_CERT);
+    }
     if manager.use_remote_address {
         for name in INTERNAL_FIELDS {
             headers.remove(name);
@@ -287,7 +291,9 @@ fn identify(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) {
             Some(before) => HeaderValue::try_from(format!("{before},{remote}")),
             None => HeaderValue::try_from(remote),
         };
-        if let Ok(value) = value {
+        if let Ok(value) = value
+            && !manager.skip_forwarded_for
+        {
             headers.insert(X_FORWARDED_FOR.clone(), value);
         }
         headers.insert(X_FORWARDED_PROTO.clone(), HeaderValue::from_static("http"));

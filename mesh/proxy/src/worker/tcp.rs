@@ -11,6 +11,7 @@ use socket2::SockRef;
 use tokio::net::TcpStream;
 
 use super::Worker;
+use crate::config::hash::hash_of_source;
 use crate::config::listener::{Direction, Listener, TcpProxy, TcpTargets};
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
@@ -25,6 +26,15 @@ const BUFFER: usize = 64 * 1024;
 
 thread_local! {
     static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER]);
+}
+
+/// What a connection is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// For a client that needs it: a failure is recorded.
+    Serve,
+    /// To see whether the server speaks first: a failure means nothing.
+    Probe,
 }
 
 /// There is no connection to join with; why has been recorded.
@@ -50,7 +60,9 @@ pub(super) async fn open(
     worker: &Rc<Worker>,
     proxy: &TcpProxy,
     listener: &Listener,
+    source: SocketAddr,
     destination: SocketAddr,
+    purpose: Purpose,
 ) -> Result<Upstream, NoUpstream> {
     let slot = match &proxy.targets {
         TcpTargets::One(slot) => slot,
@@ -60,6 +72,21 @@ pub(super) async fn open(
         Direction::Inbound => Reporter::Destination,
         Direction::Outbound | Direction::Unspecified => Reporter::Source,
     };
+    let no_upstream = |labels, flags, failure: &str| {
+        if purpose == Purpose::Serve {
+            record_failure(
+                worker,
+                proxy,
+                labels,
+                flags,
+                listener,
+                &slot.name,
+                destination,
+                failure,
+            );
+        }
+        Err(NoUpstream)
+    };
     let mut labels = TcpLabels {
         reporter,
         peer: Workload::unknown(),
@@ -67,16 +94,7 @@ pub(super) async fn open(
         flags: Flags::default(),
     };
     let Some(cluster) = worker.cluster(slot) else {
-        return Err(fail(
-            worker,
-            proxy,
-            labels,
-            Flags::NO_CLUSTER,
-            listener,
-            &slot.name,
-            destination,
-            "",
-        ));
+        return no_upstream(labels, Flags::NO_CLUSTER, "");
     };
     labels.service = cluster
         .config
@@ -87,22 +105,13 @@ pub(super) async fn open(
     let mut failure = String::new();
     for _ in 0..proxy.max_connect_attempts {
         let wish = Wish {
+            hash: proxy.hash_by_source.then(|| hash_of_source(source.ip())),
             tried: &tried,
             attempts: 5,
             ..Default::default()
         };
         let Some(host) = cluster.pick(&wish, Some(destination)) else {
-            let flags = Flags::NO_HEALTHY_UPSTREAM;
-            return Err(fail(
-                worker,
-                proxy,
-                labels,
-                flags,
-                listener,
-                &slot.name,
-                destination,
-                &failure,
-            ));
+            return no_upstream(labels, Flags::NO_HEALTHY_UPSTREAM, &failure);
         };
         if reporter == Reporter::Source
             && let Some(workload) = &host.endpoint.workload
@@ -125,16 +134,7 @@ pub(super) async fn open(
     if proxy.max_connect_attempts > 1 {
         flags.add(Flags::RETRY_LIMIT);
     }
-    Err(fail(
-        worker,
-        proxy,
-        labels,
-        flags,
-        listener,
-        &slot.name,
-        destination,
-        &failure,
-    ))
+    no_upstream(labels, flags, &failure)
 }
 
 async fn connect_to(worker: &Worker, cluster: &WorkerCluster, host: &Host) -> Result<Stream, String> {
@@ -165,7 +165,7 @@ async fn connect_to(worker: &Worker, cluster: &WorkerCluster, host: &Host) -> Re
     }
 }
 
-fn fail(
+fn record_failure(
     worker: &Worker,
     proxy: &TcpProxy,
     mut labels: TcpLabels,
@@ -174,7 +174,7 @@ fn fail(
     cluster: &str,
     destination: SocketAddr,
     failure: &str,
-) -> NoUpstream {
+) {
     labels.flags = flags;
     if proxy.stats {
         let series = worker.recorder.tcp(&labels);
@@ -191,7 +191,6 @@ fn fail(
         })
         .to_string(),
     );
-    NoUpstream
 }
 
 /// Counts a connection in its series until dropped.
@@ -248,6 +247,15 @@ pub(super) async fn join(
         () = both => {}
         () = quiet(&last, proxy.idle_timeout) => {}
         () = worker.closing() => {}
+        () = lasting(proxy.max_duration) => {}
+    }
+}
+
+/// Ends after the longest time that a connection may last.
+async fn lasting(limit: Option<Duration>) {
+    match limit {
+        Some(limit) => tokio::time::sleep(limit).await,
+        None => std::future::pending().await,
     }
 }
 

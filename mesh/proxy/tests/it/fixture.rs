@@ -28,33 +28,33 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 
 /// Nothing in these tests takes this long; what does, hangs.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
-pub async fn soon<T>(what: &str, work: impl Future<Output = T>) -> T {
+pub(crate) async fn soon<T>(what: &str, work: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, work)
         .await
         .unwrap_or_else(|_| panic!("{what} did not happen"))
 }
 
-pub fn any<M: Message + Name>(message: &M) -> google::Any {
+pub(crate) fn any<M: Message + Name>(message: &M) -> google::Any {
     google::Any {
         type_url: M::type_url(),
         value: message.encode_to_vec(),
     }
 }
 
-pub fn number(value: u32) -> Option<google::UInt32Value> {
+pub(crate) fn number(value: u32) -> Option<google::UInt32Value> {
     Some(google::UInt32Value { value })
 }
 
-pub fn millis(value: u64) -> Option<google::Duration> {
+pub(crate) fn millis(value: u64) -> Option<google::Duration> {
     Some(google::Duration {
         seconds: (value / 1000) as i64,
         nanos: (value % 1000 * 1_000_000) as i32,
     })
 }
 
-pub fn address(address: SocketAddr) -> Option<core::Address> {
+pub(crate) fn address(address: SocketAddr) -> Option<core::Address> {
     Some(core::Address {
         address: Some(core::address::Address::SocketAddress(core::SocketAddress {
             address: address.ip().to_string(),
@@ -66,7 +66,7 @@ pub fn address(address: SocketAddr) -> Option<core::Address> {
     })
 }
 
-pub fn string_struct(pairs: &[(&str, &str)]) -> google::Struct {
+pub(crate) fn string_struct(pairs: &[(&str, &str)]) -> google::Struct {
     let value = |text: &str| google::Value {
         kind: Some(google::value::Kind::StringValue(text.into())),
     };
@@ -78,7 +78,7 @@ pub fn string_struct(pairs: &[(&str, &str)]) -> google::Struct {
     }
 }
 
-pub fn assignment(name: &str, endpoints: &[(SocketAddr, &str)]) -> endpoint::ClusterLoadAssignment {
+pub(crate) fn assignment(name: &str, endpoints: &[(SocketAddr, &str)]) -> endpoint::ClusterLoadAssignment {
     let lb_endpoints = endpoints
         .iter()
         .map(|(at, workload)| endpoint::LbEndpoint {
@@ -105,7 +105,7 @@ pub fn assignment(name: &str, endpoints: &[(SocketAddr, &str)]) -> endpoint::Clu
     }
 }
 
-pub fn eds_cluster(name: &str) -> cluster::Cluster {
+pub(crate) fn eds_cluster(name: &str) -> cluster::Cluster {
     cluster::Cluster {
         name: name.into(),
         cluster_discovery_type: Some(cluster::cluster::ClusterDiscoveryType::Type(
@@ -142,12 +142,12 @@ pub fn eds_cluster(name: &str) -> cluster::Cluster {
 }
 
 /// The cluster speaks HTTP/2 with prior knowledge.
-pub fn speaking_h2(mut cluster: cluster::Cluster) -> cluster::Cluster {
+pub(crate) fn speaking_h2(mut cluster: cluster::Cluster) -> cluster::Cluster {
     cluster.http2_protocol_options = Some(core::Http2ProtocolOptions::default());
     cluster
 }
 
-pub fn to_cluster(name: &str) -> route::RouteAction {
+pub(crate) fn to_cluster(name: &str) -> route::RouteAction {
     route::RouteAction {
         cluster_specifier: Some(route::route_action::ClusterSpecifier::Cluster(name.into())),
         timeout: millis(0),
@@ -155,7 +155,7 @@ pub fn to_cluster(name: &str) -> route::RouteAction {
     }
 }
 
-pub fn to_weighted(clusters: &[(&str, u32)]) -> route::RouteAction {
+pub(crate) fn to_weighted(clusters: &[(&str, u32)]) -> route::RouteAction {
     route::RouteAction {
         cluster_specifier: Some(route::route_action::ClusterSpecifier::WeightedClusters(
             route::WeightedCluster {
@@ -176,7 +176,7 @@ pub fn to_weighted(clusters: &[(&str, u32)]) -> route::RouteAction {
 }
 
 /// Istio's default retry policy.
-pub fn istio_retries() -> Option<route::RetryPolicy> {
+pub(crate) fn istio_retries() -> Option<route::RetryPolicy> {
     Some(route::RetryPolicy {
         retry_on: "connect-failure,refused-stream,unavailable,cancelled,retriable-status-codes".into(),
         num_retries: number(2),
@@ -189,7 +189,7 @@ pub fn istio_retries() -> Option<route::RetryPolicy> {
     })
 }
 
-pub fn prefix_route(prefix: &str, action: route::RouteAction) -> route::Route {
+pub(crate) fn prefix_route(prefix: &str, action: route::RouteAction) -> route::Route {
     route::Route {
         name: "r".into(),
         r#match: Some(route::RouteMatch {
@@ -201,7 +201,7 @@ pub fn prefix_route(prefix: &str, action: route::RouteAction) -> route::Route {
     }
 }
 
-pub fn host(name: &str, domain: &str, routes: Vec<route::Route>) -> route::VirtualHost {
+pub(crate) fn host(name: &str, domain: &str, routes: Vec<route::Route>) -> route::VirtualHost {
     route::VirtualHost {
         name: name.into(),
         domains: vec![domain.into()],
@@ -210,7 +210,7 @@ pub fn host(name: &str, domain: &str, routes: Vec<route::Route>) -> route::Virtu
     }
 }
 
-pub fn http_filter(name: &str, config: Option<google::Any>) -> hcm::HttpFilter {
+pub(crate) fn http_filter(name: &str, config: Option<google::Any>) -> hcm::HttpFilter {
     hcm::HttpFilter {
         name: name.into(),
         config_type: config.map(hcm::http_filter::ConfigType::TypedConfig),
@@ -219,7 +219,7 @@ pub fn http_filter(name: &str, config: Option<google::Any>) -> hcm::HttpFilter {
 }
 
 /// A connection manager as our control plane sets it up, with routes by RDS.
-pub fn manager(routes: &str) -> hcm::HttpConnectionManager {
+pub(crate) fn manager(routes: &str) -> hcm::HttpConnectionManager {
     hcm::HttpConnectionManager {
         stat_prefix: "test".into(),
         http_filters: vec![
@@ -240,14 +240,14 @@ pub fn manager(routes: &str) -> hcm::HttpConnectionManager {
     }
 }
 
-pub fn network_filter(name: &str, config: Option<google::Any>) -> listener::Filter {
+pub(crate) fn network_filter(name: &str, config: Option<google::Any>) -> listener::Filter {
     listener::Filter {
         name: name.into(),
         config_type: config.map(listener::filter::ConfigType::TypedConfig),
     }
 }
 
-pub fn http_chain(manager: &hcm::HttpConnectionManager) -> listener::FilterChain {
+pub(crate) fn http_chain(manager: &hcm::HttpConnectionManager) -> listener::FilterChain {
     listener::FilterChain {
         filters: vec![network_filter(
             "envoy.filters.network.http_connection_manager",
@@ -257,7 +257,7 @@ pub fn http_chain(manager: &hcm::HttpConnectionManager) -> listener::FilterChain
     }
 }
 
-pub fn listener_of(
+pub(crate) fn listener_of(
     name: &str,
     direction: core::TrafficDirection,
     chains: Vec<listener::FilterChain>,
@@ -272,17 +272,17 @@ pub fn listener_of(
 }
 
 /// A proxy and the lines of its access log.
-pub struct Harness {
-    pub proxy: Arc<Proxy>,
-    pub log: mpsc::Receiver<String>,
+pub(crate) struct Harness {
+    pub(crate) proxy: Arc<Proxy>,
+    pub(crate) log: mpsc::Receiver<String>,
 }
 
 impl Harness {
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         Self::start_with(1)
     }
 
-    pub fn start_with(concurrency: usize) -> Self {
+    pub(crate) fn start_with(concurrency: usize) -> Self {
         let labels = google::Value {
             kind: Some(google::value::Kind::StructValue(string_struct(&[
                 ("app", "gate"),
@@ -310,7 +310,7 @@ impl Harness {
         Self { proxy, log }
     }
 
-    pub async fn try_put<M: Message>(
+    pub(crate) async fn try_put<M: Message>(
         &self,
         resource_type: ResourceType,
         name: &str,
@@ -324,7 +324,7 @@ impl Harness {
         refused.into_iter().next().map(|(_, refusal)| refusal.to_string())
     }
 
-    pub async fn put<M: Message>(&self, resource_type: ResourceType, name: &str, message: &M) {
+    pub(crate) async fn put<M: Message>(&self, resource_type: ResourceType, name: &str, message: &M) {
         assert_eq!(
             self.try_put(resource_type, name, message).await,
             None,
@@ -332,16 +332,16 @@ impl Harness {
         );
     }
 
-    pub async fn remove(&self, resource_type: ResourceType, name: &str) {
+    pub(crate) async fn remove(&self, resource_type: ResourceType, name: &str) {
         assert!(self.proxy.apply(resource_type, &[], &[name]).await.is_empty());
     }
 
-    pub async fn cluster(&self, name: &str, endpoints: &[SocketAddr]) {
+    pub(crate) async fn cluster(&self, name: &str, endpoints: &[SocketAddr]) {
         self.put(ResourceType::Cluster, name, &eds_cluster(name)).await;
         self.endpoints(name, endpoints).await;
     }
 
-    pub async fn endpoints(&self, name: &str, endpoints: &[SocketAddr]) {
+    pub(crate) async fn endpoints(&self, name: &str, endpoints: &[SocketAddr]) {
         let named: Vec<_> = endpoints
             .iter()
             .map(|at| (*at, "reviews-v1;prod;reviews;v1;k"))
@@ -351,13 +351,13 @@ impl Harness {
     }
 
     /// Routes named `80` for any host, and a listener for them.
-    pub async fn serve(&self, routes: Vec<route::Route>) -> SocketAddr {
+    pub(crate) async fn serve(&self, routes: Vec<route::Route>) -> SocketAddr {
         self.routes(vec![host("all", "*", routes)]).await;
         self.listen(&manager("80"), core::TrafficDirection::Outbound)
             .await
     }
 
-    pub async fn routes(&self, virtual_hosts: Vec<route::VirtualHost>) {
+    pub(crate) async fn routes(&self, virtual_hosts: Vec<route::VirtualHost>) {
         let config = route::RouteConfiguration {
             name: "80".into(),
             virtual_hosts,
@@ -366,7 +366,7 @@ impl Harness {
         self.put(ResourceType::Route, "80", &config).await;
     }
 
-    pub async fn listen(
+    pub(crate) async fn listen(
         &self,
         manager: &hcm::HttpConnectionManager,
         direction: core::TrafficDirection,
@@ -381,7 +381,7 @@ impl Harness {
     }
 
     /// The value of the only series of `name` whose labels contain all of `labels`, or 0.
-    pub fn counter(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
+    pub(crate) fn counter(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         let families = self.proxy.metrics();
         let mut sum = 0.0;
         for family in families.iter().filter(|family| family.name == name) {
@@ -398,7 +398,7 @@ impl Harness {
     }
 
     /// The next line of the access log as JSON.
-    pub async fn line(&mut self) -> serde_json::Value {
+    pub(crate) async fn line(&mut self) -> serde_json::Value {
         let line = soon("an access log line", self.log.recv())
             .await
             .expect("the log is open");
@@ -408,20 +408,20 @@ impl Harness {
 
 /// What a backend saw of a request.
 #[derive(Clone, Debug)]
-pub struct Seen {
-    pub method: String,
-    pub path: String,
-    pub headers: HeaderMap,
-    pub body: Bytes,
+pub(crate) struct Seen {
+    pub(crate) method: String,
+    pub(crate) path: String,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
 }
 
 type Answer = dyn Fn(&Seen) -> Response<Full<Bytes>> + Send + Sync;
 
 /// An HTTP server that speaks both versions and answers what it is told.
-pub struct Backend {
-    pub address: SocketAddr,
-    pub hits: Arc<AtomicUsize>,
-    pub seen: mpsc::UnboundedReceiver<Seen>,
+pub(crate) struct Backend {
+    pub(crate) address: SocketAddr,
+    pub(crate) hits: Arc<AtomicUsize>,
+    pub(crate) seen: mpsc::UnboundedReceiver<Seen>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -433,11 +433,13 @@ impl Drop for Backend {
 
 impl Backend {
     /// Answers its own name.
-    pub async fn named(name: &'static str) -> Self {
+    pub(crate) async fn named(name: &'static str) -> Self {
         Self::answering(move |_| Response::new(Full::from(name))).await
     }
 
-    pub async fn answering(answer: impl Fn(&Seen) -> Response<Full<Bytes>> + Send + Sync + 'static) -> Self {
+    pub(crate) async fn answering(
+        answer: impl Fn(&Seen) -> Response<Full<Bytes>> + Send + Sync + 'static,
+    ) -> Self {
         let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = socket.local_addr().unwrap();
         let hits = Arc::new(AtomicUsize::new(0));
@@ -487,17 +489,17 @@ impl Backend {
         }
     }
 
-    pub fn hits(&self) -> usize {
+    pub(crate) fn hits(&self) -> usize {
         self.hits.load(Ordering::SeqCst)
     }
 
-    pub async fn next(&mut self) -> Seen {
+    pub(crate) async fn next(&mut self) -> Seen {
         soon("a request at the backend", self.seen.recv()).await.unwrap()
     }
 }
 
 /// A port where nobody listens.
-pub async fn closed_port() -> SocketAddr {
+pub(crate) async fn closed_port() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0")
         .await
         .unwrap()
@@ -505,14 +507,14 @@ pub async fn closed_port() -> SocketAddr {
         .unwrap()
 }
 
-pub fn status(code: u16) -> Response<Full<Bytes>> {
+pub(crate) fn status(code: u16) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::from(""));
     *response.status_mut() = StatusCode::from_u16(code).unwrap();
     response
 }
 
 /// One request over a fresh HTTP/1 connection.
-pub async fn get(at: SocketAddr, path: &str) -> (u16, HeaderMap, String) {
+pub(crate) async fn get(at: SocketAddr, path: &str) -> (u16, HeaderMap, String) {
     send(
         at,
         Request::get(path)
@@ -523,7 +525,7 @@ pub async fn get(at: SocketAddr, path: &str) -> (u16, HeaderMap, String) {
     .await
 }
 
-pub async fn send(at: SocketAddr, request: Request<Full<Bytes>>) -> (u16, HeaderMap, String) {
+pub(crate) async fn send(at: SocketAddr, request: Request<Full<Bytes>>) -> (u16, HeaderMap, String) {
     let stream = soon("a connection", TcpStream::connect(at)).await.unwrap();
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
         .await
@@ -541,7 +543,7 @@ pub async fn send(at: SocketAddr, request: Request<Full<Bytes>>) -> (u16, Header
 }
 
 /// An HTTP/2 client connection.
-pub async fn h2_client(at: SocketAddr) -> hyper::client::conn::http2::SendRequest<Full<Bytes>> {
+pub(crate) async fn h2_client(at: SocketAddr) -> hyper::client::conn::http2::SendRequest<Full<Bytes>> {
     let stream = TcpStream::connect(at).await.unwrap();
     let (sender, connection) =
         hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
@@ -552,7 +554,7 @@ pub async fn h2_client(at: SocketAddr) -> hyper::client::conn::http2::SendReques
 }
 
 /// Writes bytes and reads until the peer closes.
-pub async fn raw(at: SocketAddr, bytes: &[u8]) -> String {
+pub(crate) async fn raw(at: SocketAddr, bytes: &[u8]) -> String {
     let mut stream = TcpStream::connect(at).await.unwrap();
     stream.write_all(bytes).await.unwrap();
     let mut answer = Vec::new();

@@ -233,7 +233,7 @@ async fn responses_are_retried_only_as_the_policy_says_and_bodies_are_sent_again
     let counted = calls.clone();
     let backend = Backend::answering(move |seen| {
         assert_eq!(seen.body.len(), 200_000);
-        if counted.fetch_add(1, Ordering::SeqCst) % 2 == 0 {
+        if counted.fetch_add(1, Ordering::SeqCst).is_multiple_of(2) {
             status(503)
         } else {
             status(200)
@@ -406,7 +406,7 @@ async fn requests_are_rewritten_and_decorated_on_their_way() {
     assert_eq!(headers["server"], "serin");
     assert!(headers.contains_key("x-envoy-upstream-service-time"));
     let seen = backend.next().await;
-    assert_eq!(seen.path, "/new/b?q=1");
+    assert_eq!((seen.method.as_str(), seen.path.as_str()), ("GET", "/new/b?q=1"));
     assert_eq!(seen.headers["host"], "inner");
     assert_eq!(seen.headers["x-route"], "r");
     assert_eq!(seen.headers["x-envoy-attempt-count"], "1");

@@ -213,3 +213,83 @@ async fn admin_ports_show_only_what_is_theirs() {
     soon("quit", quit.cancelled()).await;
     cancel.cancel();
 }
+
+#[test]
+fn the_program_validates_a_file_and_names_what_is_wrong_with_another() {
+    let program = || std::process::Command::new(env!("CARGO_BIN_EXE_serin-proxy"));
+    let example = concat!(env!("CARGO_MANIFEST_DIR"), "/example/bootstrap.yaml");
+    let output = program()
+        .args(["--config", example, "--mode", "validate"])
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("bad.yaml");
+    std::fs::write(
+        &path,
+        "static_resources: {clusters: [{name: a, type: STATIC, colour: red}]}",
+    )
+    .unwrap();
+    let output = program()
+        .arg("--mode")
+        .arg("validate")
+        .arg("--config")
+        .arg(&path)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success());
+    assert!(text.contains("static_resources.clusters[0].colour"), "{text}");
+}
+
+#[tokio::test]
+async fn a_process_started_from_a_file_serves_and_ends_on_sigterm() {
+    let backend = Backend::named("from file").await;
+    let gateway = closed_port().await;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("bootstrap.yaml");
+    let text = format!(
+        r#"
+static_resources:
+  clusters:
+    - name: c
+      load_assignment:
+        endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {}}}}}}}}}]}}]
+  listeners:
+    - name: l
+      address: {{socket_address: {{address: 127.0.0.1, port_value: {}}}}}
+      filter_chains:
+        - filters:
+            - name: envoy.filters.network.http_connection_manager
+              typed_config:
+                "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+                route_config:
+                  virtual_hosts: [{{name: all, domains: ["*"], routes: [{{match: {{prefix: /}}, route: {{cluster: c}}}}]}}]
+                http_filters: [{{name: envoy.filters.http.router}}]
+"#,
+        backend.address.port(),
+        gateway.port()
+    );
+    std::fs::write(&path, text).unwrap();
+    let mut child = tokio::process::Command::new(env!("CARGO_BIN_EXE_serin-proxy"))
+        .args(["--concurrency", "1", "--config"])
+        .arg(&path)
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    soon("the listener", async {
+        while TcpStream::connect(gateway).await.is_err() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    assert_eq!(get(gateway, "/").await.2, "from file");
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id().unwrap()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    let status = soon("the end of the process", child.wait()).await.unwrap();
+    assert!(status.success(), "{status}");
+}

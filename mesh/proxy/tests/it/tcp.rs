@@ -146,3 +146,33 @@ async fn a_connection_without_a_chain_is_closed_and_logged_as_nr() {
     assert_eq!(raw(at, b"").await, "");
     assert_eq!(harness.line().await["response_flags"], "NR");
 }
+
+#[tokio::test]
+async fn a_slow_http_client_is_served_also_where_the_tcp_upstream_does_not_exist() {
+    let mut harness = Harness::start();
+    let http = Backend::named("http").await;
+    harness.cluster("h", &[http.address]).await;
+    harness.cluster("tcp", &[closed_port().await]).await;
+    harness
+        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("h"))])])
+        .await;
+    let at = detecting(&harness).await;
+    let mut slow = TcpStream::connect(at).await.unwrap();
+    // Detection has given up once the TCP upstream has been tried.
+    soon("the attempt", async {
+        while harness.counter("serin_proxy_upstream_connect_failures_total", &[]) == 0.0 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    slow.write_all(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+        .await
+        .unwrap();
+    let mut answer = String::new();
+    soon("an answer", slow.read_to_string(&mut answer)).await.unwrap();
+    assert!(answer.ends_with("http"), "{answer}");
+    assert!(
+        harness.log.try_recv().is_err(),
+        "the attempt was logged as a failure"
+    );
+}

@@ -349,3 +349,59 @@ async fn measurements_are_streamed_to_the_control_plane_with_the_nodes_identity(
         .expect("the pusher ends")
         .unwrap();
 }
+
+#[tokio::test]
+async fn a_gateway_that_nothing_is_meant_for_is_ready_once_it_has_been_told_so() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("xds.sock");
+    let harness = Harness::start();
+    let control = ControlPlane::start(&socket);
+    control.source.put(ResourceType::Cluster, "c", &eds_cluster("c"));
+    control
+        .source
+        .put(ResourceType::Endpoints, "c", &assignment("c", &[]));
+    let cancel = CancellationToken::new();
+    let follower = tokio::spawn(follow(
+        harness.proxy.clone(),
+        Endpoint::Unix(socket),
+        cancel.clone(),
+    ));
+    ready(&harness).await;
+    cancel.cancel();
+    soon("the follower's end", follower).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_listener_whose_routes_have_no_virtual_host_yet_does_not_hold_readiness_up() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("xds.sock");
+    let harness = Harness::start();
+    let control = ControlPlane::start(&socket);
+    let source = &control.source;
+    source.put(
+        ResourceType::Listener,
+        "l",
+        &listener_of(
+            "l",
+            core::TrafficDirection::Outbound,
+            vec![http_chain(&manager("80"))],
+        ),
+    );
+    let config = route::RouteConfiguration {
+        name: "80".into(),
+        vhds: Some(route::Vhds::default()),
+        ..Default::default()
+    };
+    source.put(ResourceType::Route, "80", &config);
+    let cancel = CancellationToken::new();
+    let follower = tokio::spawn(follow(
+        harness.proxy.clone(),
+        Endpoint::Unix(socket),
+        cancel.clone(),
+    ));
+    ready(&harness).await;
+    let at = harness.proxy.listener_address("l").unwrap();
+    assert_eq!(get(at, "/").await.0, 404);
+    cancel.cancel();
+    soon("the follower's end", follower).await.unwrap();
+}
