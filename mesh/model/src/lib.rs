@@ -4,7 +4,7 @@
 //! translation) recomputes only that. Lookups are made for a [`Client`]: what a proxy of some namespace and labels sees. Every element
 //! carries the object, generation and rule it came from ([`Provenance`]).
 //!
-//! Front ends: Services + EndpointSlices + Pods + Nodes ([`service`]), VirtualService ([`virtual_service`] → [`route`]),
+//! Front ends: Services + EndpointSlices + Pods + Nodes ([`service`]), VirtualService → [`route`],
 //! DestinationRule ([`policy`]), Gateway ([`gateway`]), ServiceEntry ([`service`]), Sidecar ([`scope`]). Merge order and conflict rules
 //! are Istio's.
 //!

@@ -179,6 +179,7 @@ pub(super) fn route_configuration(
 pub(super) struct Resolver<'a> {
     pub(super) model: &'a Model,
     pub(super) client: &'a Client,
+    pub(super) side: Side,
 }
 
 impl Resolver<'_> {
@@ -192,14 +193,16 @@ impl Resolver<'_> {
 }
 
 impl Resolver<'_> {
-    /// The port of a backend: the one it names, else the only one of its service, else the one of the listener.
+    /// The port of a backend: the one it names, else that of the listener. A gateway, whose listener's port says nothing about
+    /// services, takes the only port of the service if it has but one; a sidecar does not, as in Istio, since there the caller
+    /// chose the port.
     fn port(&self, backend: &Backend, listener: u16) -> u16 {
         let only = || {
             let service = self
                 .model
                 .visible_service(&self.host(&backend.host), self.client)?;
             match service.ports.as_slice() {
-                [only] => Some(only.number),
+                [only] if self.side == Side::Router => Some(only.number),
                 _ => None,
             }
         };
@@ -277,6 +280,7 @@ impl Context<'_> {
         Resolver {
             model: self.model,
             client: self.client,
+            side: self.side,
         }
     }
 

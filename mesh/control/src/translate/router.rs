@@ -256,6 +256,7 @@ impl Structure {
         let resolver = Resolver {
             model: ctx.model,
             client: ctx.client,
+            side: ctx.side,
         };
         let (mut made, mut last) = (Vec::new(), Vec::new());
         let mut origins = BTreeSet::new();
@@ -331,6 +332,7 @@ fn tcp_chains(ctx: &Context<'_>, opened: &Opened, built: &mut Built) -> Vec<list
     let resolver = Resolver {
         model: ctx.model,
         client: ctx.client,
+        side: ctx.side,
     };
     for gateway in &opened.gateways {
         for rules in ctx.model.gateway_rules(gateway) {

@@ -96,7 +96,8 @@ fn object_text(kind: u8, name: u8, variant: u8) -> (Kind, &'static str, String, 
                 2 => format!("{{clusterIP: 10.1.0.{name}, selector: {{app: s{name}}}, ports: [{{name: auto, port: 80}}]}}"),
                 3 => format!("{{clusterIP: None, selector: {{app: s{name}}}, ports: [{{name: tcp, port: 9000}}, {{name: http, port: 81}}]}}"),
                 4 => "{type: ExternalName, externalName: s0.a.svc.cluster.local, ports: [{name: http, port: 80}]}".to_owned(),
-                _ => format!("{{clusterIP: 10.1.0.{name}, selector: {{app: s0}}, ports: [{{name: http, port: 80, targetPort: web}}]}}"),
+                _ => format!("{{clusterIP: 10.1.0.{name}, selector: {{app: s0}}, ports: [{{name: http, port: {}, targetPort: web}}]}}",
+                    80 + variant / 12),
             };
             let annotations = if variant % 7 == 6 {
                 ", annotations: {networking.istio.io/exportTo: '.'}"
@@ -494,5 +495,61 @@ spec: {hosts: [s1], http: [{route: [{destination: {host: s1, subset: v1}, weight
     assert!(
         problems.contains(&"spec.http[0].route: total destination weight = 0".to_owned()),
         "{problems:?}"
+    );
+}
+
+#[test]
+fn a_gateway_finds_the_only_port_of_a_destination_and_follows_it() {
+    let mut translator = Translator::new(MeshConfig::default());
+    translator.apply_all(apply(
+        "apiVersion: networking.istio.io/v1
+kind: Gateway
+metadata: {name: gw, namespace: a}
+spec: {selector: {app: gate}, servers: [{port: {number: 80, name: http, protocol: HTTP}, hosts: ['*']}]}
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: v, namespace: a}
+spec: {hosts: [example.com], gateways: [gw], http: [{route: [{destination: {host: s}}]}]}
+",
+    ));
+    let gate = proxy(ProxyKind::Router, "a", "gate", true);
+    translator.resources_for(&gate);
+    let service = |ports: &str| {
+        apply(&format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: s, namespace: a}}\nspec: {{clusterIP: 10.0.0.1, ports: [{ports}]}}\n"
+        ))
+    };
+    let mut cluster = |changes: Vec<ModelChange>| {
+        let touched = translator.apply_all(changes);
+        let changes = translator.changes_for(&gate, &touched);
+        let host = changes.iter().find_map(|change| match change {
+            Change::Upsert(resource) if resource.resource_type == ResourceType::VirtualHost => {
+                Some(resource.clone())
+            }
+            _ => None,
+        });
+        let host = super::json::message(
+            "envoy.config.route.v3.VirtualHost",
+            &host.expect("the host is sent again").body,
+        );
+        host["routes"][0]["route"]["cluster"].as_str().unwrap().to_owned()
+    };
+    let named = |port: u16| format!("outbound|{port}||s.a.svc.cluster.local");
+    assert_eq!(
+        cluster(service("{name: http, port: 9080}")),
+        named(9080),
+        "the service appears"
+    );
+    assert_eq!(
+        cluster(service("{name: http, port: 9090}")),
+        named(9090),
+        "its port changes"
+    );
+    let two = "{name: http, port: 9090}, {name: other, port: 1}";
+    assert_eq!(
+        cluster(service(two)),
+        named(80),
+        "it is not the only one any more"
     );
 }
