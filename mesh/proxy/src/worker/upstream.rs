@@ -390,8 +390,8 @@ async fn attempts(
                 let status = response.status();
                 let ejected = cluster.record(&host, Event::Status(status_for_outliers(response)));
                 note_ejection(plan, ejected);
-                let refused =
-                    response.headers().contains_key(&X_UNPROCESSED) && host.endpoint.workload.is_some();
+                // Believed from any next hop: whoever answered says that nobody acted on the request.
+                let refused = plan.conn.direction != Direction::Inbound && unprocessed(response.headers());
                 if refused {
                     Outcome::Refused
                 } else {
@@ -475,6 +475,16 @@ async fn attempts(
             }
         }
     }
+}
+
+/// Whether the next hop is a proxy that could not reach its application: by its own mark, or by the flag of a
+/// connection failure on a response that it made itself.
+fn unprocessed(headers: &http::HeaderMap) -> bool {
+    headers.contains_key(&X_UNPROCESSED)
+        || headers
+            .get("x-serin-response-flags")
+            .and_then(|flags| flags.to_str().ok())
+            .is_some_and(|flags| flags.split(',').any(|flag| flag == "UF"))
 }
 
 fn outcome_of<B>(response: &Response<B>) -> Outcome<'_> {
