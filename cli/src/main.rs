@@ -25,7 +25,10 @@ fn main() -> ExitCode {
     // Before anything opens a connection: rustls must be told once which provider to use.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let arguments = Arguments::parse();
-    if !matches!(arguments.command, Command::Server(_) | Command::Node(_) | Command::Shim(_)) {
+    if !matches!(
+        arguments.command,
+        Command::Server(_) | Command::Node(_) | Command::Shim(_)
+    ) {
         sys::end_quietly_on_a_closed_pipe();
     }
     let outcome = match &arguments.command {
@@ -44,7 +47,10 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments, command: &Command) -> anyhow::Result<ExitCode> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
     runtime.block_on(async {
         let cluster = arguments.cluster()?;
         match command {

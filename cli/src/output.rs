@@ -36,11 +36,17 @@ pub(crate) fn colour() -> bool {
 /// A table without frames, as kubectl's.
 pub(crate) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
-    table.load_style(NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table
+        .load_style(NOTHING)
+        .set_content_arrangement(ContentArrangement::Disabled);
     if !colour() {
         table.force_no_tty();
     }
-    table.set_header(header.iter().map(|name| Cell::new(name).add_attribute(Attribute::Bold)));
+    table.set_header(
+        header
+            .iter()
+            .map(|name| Cell::new(name).add_attribute(Attribute::Bold)),
+    );
     table
 }
 
@@ -72,7 +78,11 @@ pub(crate) fn paint(text: &str, mood: Mood) -> String {
         Mood::Bad => "31",
         Mood::Plain => return text.to_owned(),
     };
-    if colour() { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+    if colour() {
+        format!("\x1b[{code}m{text}\x1b[0m")
+    } else {
+        text.to_owned()
+    }
 }
 
 /// What precedes an error on standard error.

@@ -13,7 +13,10 @@ pub(crate) fn programs() -> Option<PathBuf> {
         eprintln!("SKIPPED: SERIN_BIN_DIR is not set; `make test` builds the programs and sets it");
         return None;
     };
-    assert!(directory.join("serin").exists(), "SERIN_BIN_DIR holds no program `serin`");
+    assert!(
+        directory.join("serin").exists(),
+        "SERIN_BIN_DIR holds no program `serin`"
+    );
     Some(directory)
 }
 
@@ -43,8 +46,15 @@ impl TestCluster {
         }
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("find a free port");
         let gateway_port = listener.local_addr().expect("the port found").port();
-        let home = tempfile::Builder::new().prefix("serin-").tempdir().expect("make a directory");
-        Some(Self { home, programs, gateway_port })
+        let home = tempfile::Builder::new()
+            .prefix("serin-")
+            .tempdir()
+            .expect("make a directory");
+        Some(Self {
+            home,
+            programs,
+            gateway_port,
+        })
     }
 
     /// Starts it and waits until it is ready.
@@ -100,7 +110,11 @@ impl TestCluster {
             .env("KUBECONFIG", self.directory().join("kubeconfig"))
             .env("HOME", self.home.path())
             .args(arguments)
-            .stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() })
+            .stdin(if input.is_some() {
+                Stdio::piped()
+            } else {
+                Stdio::null()
+            })
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let mut child = command.spawn().expect("run kubectl");
@@ -128,10 +142,15 @@ impl TestCluster {
         let url = format!("http://127.0.0.1:{}{path}", self.gateway_port);
         let header = format!("host: {host}");
         let rate = rate.to_string();
-        let arguments = ["load", &url, "-r", &rate, "-d", duration, "-H", &header, "-o", "json"];
+        let arguments = [
+            "load", &url, "-r", &rate, "-d", duration, "-H", &header, "-o", "json",
+        ];
         let output = self.try_serin(&arguments);
         serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
-            panic!("serin load printed no report ({error}): {}", String::from_utf8_lossy(&output.stderr))
+            panic!(
+                "serin load printed no report ({error}): {}",
+                String::from_utf8_lossy(&output.stderr)
+            )
         })
     }
 
@@ -144,7 +163,10 @@ impl TestCluster {
     /// Kills the server as `kill -9` does.
     pub(crate) fn kill_server(&self) {
         let pid = self.server_pid().to_string();
-        let status = Command::new("kill").args(["-9", &pid]).status().expect("run kill");
+        let status = Command::new("kill")
+            .args(["-9", &pid])
+            .status()
+            .expect("run kill");
         assert!(status.success(), "kill -9 {pid}");
     }
 
@@ -154,10 +176,14 @@ impl TestCluster {
         let own = std::process::id();
         let mut found = BTreeSet::new();
         for entry in std::fs::read_dir("/proc").expect("read /proc").flatten() {
-            let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
+            let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else {
+                continue;
+            };
             let names = |file: &str| {
                 let bytes = std::fs::read(entry.path().join(file)).unwrap_or_default();
-                bytes.windows(marker.len()).any(|window| window == marker.as_bytes())
+                bytes
+                    .windows(marker.len())
+                    .any(|window| window == marker.as_bytes())
             };
             if pid != own && (names("cmdline") || names("environ")) {
                 found.insert(pid);
@@ -195,7 +221,10 @@ impl KernelState {
     /// Reads it.
     pub(crate) fn read() -> Self {
         let lines = |program: &str, arguments: &[&str]| {
-            let output = Command::new(program).args(arguments).output().expect("read the kernel's state");
+            let output = Command::new(program)
+                .args(arguments)
+                .output()
+                .expect("read the kernel's state");
             String::from_utf8_lossy(&output.stdout).into_owned()
         };
         let names = |path: &str| {

@@ -12,11 +12,17 @@ const RULES: &[(&str, &[&str])] = &[
     ("serin-kit", &["serin-crds"]),
     ("serin-manifests", &[]),
     ("serin-kustomize", &["serin-manifests"]),
-    ("serin-gitops", &["serin-kustomize", "serin-manifests", "serin-kit", "serin-crds"]),
+    (
+        "serin-gitops",
+        &["serin-kustomize", "serin-manifests", "serin-kit", "serin-crds"],
+    ),
     ("serin-canary", &["serin-analysis", "serin-kit", "serin-crds"]),
     ("serin-model", &["serin-crds"]),
     ("serin-xds", &[]),
-    ("serin-control", &["serin-model", "serin-xds", "serin-kit", "serin-crds"]),
+    (
+        "serin-control",
+        &["serin-model", "serin-xds", "serin-kit", "serin-crds"],
+    ),
     ("serin-proxy", &["serin-xds"]),
     ("serin-analysis", &["serin-crds"]),
     ("serin-apiserver", &[]),
@@ -39,11 +45,22 @@ fn root() -> &'static Path {
 /// Name of each crate of ours → names of its normal dependencies.
 fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
     let output = Command::new(env!("CARGO"))
-        .args(["metadata", "--format-version", "1", "--no-deps", "--locked", "--offline"])
+        .args([
+            "metadata",
+            "--format-version",
+            "1",
+            "--no-deps",
+            "--locked",
+            "--offline",
+        ])
         .current_dir(root())
         .output()
         .expect("run cargo metadata");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     let metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
     let text = |value: &Value| value.as_str().unwrap().to_owned();
     metadata["packages"]
@@ -53,7 +70,10 @@ fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
         .map(|package| {
             let normal = package["dependencies"].as_array().unwrap().iter();
             let normal = normal.filter(|dependency| dependency["kind"].is_null());
-            (text(&package["name"]), normal.map(|dependency| text(&dependency["name"])).collect())
+            (
+                text(&package["name"]),
+                normal.map(|dependency| text(&dependency["name"])).collect(),
+            )
         })
         .collect()
 }
@@ -84,7 +104,10 @@ fn heavy_libraries_have_one_importer() {
     for (library, importer) in SOLE_IMPORTERS {
         for (name, found) in &dependencies {
             let allowed = name == importer || name == "serin";
-            assert!(allowed || !found.contains(*library), "{name} must not import {library}; {importer} does");
+            assert!(
+                allowed || !found.contains(*library),
+                "{name} must not import {library}; {importer} does"
+            );
         }
     }
 }
@@ -94,7 +117,10 @@ fn pure_crates_import_nothing_that_has_effects() {
     let dependencies = dependencies();
     for name in PURE {
         for library in IMPURE_LIBRARIES {
-            assert!(!dependencies[*name].contains(*library), "{name} is pure and must not import {library}");
+            assert!(
+                !dependencies[*name].contains(*library),
+                "{name} is pure and must not import {library}"
+            );
         }
     }
 }
@@ -103,12 +129,30 @@ fn pure_crates_import_nothing_that_has_effects() {
 fn ring_is_nowhere_in_the_tree() {
     // Cargo.lock names packages that no enabled feature uses; the tree names what is built.
     let output = Command::new(env!("CARGO"))
-        .args(["tree", "--workspace", "--edges=all", "--target=all", "--prefix=none", "--locked", "--offline"])
+        .args([
+            "tree",
+            "--workspace",
+            "--edges=all",
+            "--target=all",
+            "--prefix=none",
+            "--locked",
+            "--offline",
+        ])
         .current_dir(root())
         .output()
         .expect("run cargo tree");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     let tree = String::from_utf8(output.stdout).unwrap();
-    assert!(tree.lines().any(|line| line.starts_with("aws-lc-rs ")), "cargo tree lists the tree");
-    assert!(!tree.lines().any(|line| line.starts_with("ring ")), "find who wants it with: cargo tree -i ring");
+    assert!(
+        tree.lines().any(|line| line.starts_with("aws-lc-rs ")),
+        "cargo tree lists the tree"
+    );
+    assert!(
+        !tree.lines().any(|line| line.starts_with("ring ")),
+        "find who wants it with: cargo tree -i ring"
+    );
 }

@@ -38,15 +38,28 @@ fn every_test_named_in_the_lists_of_what_is_supported_exists() {
     let quoted = Regex::new(r"`([a-z0-9_:]+)`").unwrap();
     let mut missing = Vec::new();
     let mut rows = 0;
-    for file in files("md").into_iter().filter(|file| file.starts_with(root().join("docs/supported"))) {
+    for file in files("md")
+        .into_iter()
+        .filter(|file| file.starts_with(root().join("docs/supported")))
+    {
         let text = std::fs::read_to_string(&file).unwrap();
         for (number, line) in text.lines().enumerate() {
-            let Some(cell) = line.trim().strip_suffix('|').and_then(|line| line.rsplit_once('|')) else { continue };
+            let Some(cell) = line
+                .trim()
+                .strip_suffix('|')
+                .and_then(|line| line.rsplit_once('|'))
+            else {
+                continue;
+            };
             for name in quoted.captures_iter(cell.1) {
                 rows += 1;
                 let name = name[1].rsplit("::").next().unwrap_or_default().to_owned();
                 if !functions.contains(&name) {
-                    missing.push(format!("{}:{}: no test is called {name}", file.display(), number + 1));
+                    missing.push(format!(
+                        "{}:{}: no test is called {name}",
+                        file.display(),
+                        number + 1
+                    ));
                 }
             }
         }
@@ -79,7 +92,12 @@ fn every_make_target_in_the_documents_exists() {
         let text = std::fs::read_to_string(&file).unwrap();
         for found in target.captures_iter(&text) {
             let line = format!("\n{}:", &found[1]);
-            assert!(makefile.contains(&line), "{}: make {} is not in the Makefile", file.display(), &found[1]);
+            assert!(
+                makefile.contains(&line),
+                "{}: make {} is not in the Makefile",
+                file.display(),
+                &found[1]
+            );
         }
     }
 }

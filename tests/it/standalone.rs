@@ -52,7 +52,10 @@ fn pods(cluster: &TestCluster, namespace: &str) -> Option<Vec<(String, String)>>
         .iter()
         .map(|pod| {
             let text = |value: &Value| value.as_str().unwrap_or("").to_owned();
-            (text(&pod["metadata"]["name"]), text(&pod["status"]["containerStatuses"][0]["containerID"]))
+            (
+                text(&pod["metadata"]["name"]),
+                text(&pod["status"]["containerStatuses"][0]["containerID"]),
+            )
         })
         .collect();
     pods.sort();
@@ -64,54 +67,115 @@ fn pods_outlive_a_killed_server_and_nothing_outlives_down() {
     let Some(cluster) = TestCluster::new() else { return };
     let before = KernelState::read();
     cluster.up();
-    if cluster.kubectl_ok(&["apply", "-f", "-"], Some(APPLICATION)).is_none() {
+    if cluster
+        .kubectl_ok(&["apply", "-f", "-"], Some(APPLICATION))
+        .is_none()
+    {
         return;
     }
-    cluster.serin(&["wait", "deploy/web", "-n", "shop", "--for=available", "--timeout", "30s"]);
+    cluster.serin(&[
+        "wait",
+        "deploy/web",
+        "-n",
+        "shop",
+        "--for=available",
+        "--timeout",
+        "30s",
+    ]);
     cluster.serin(&["wait", "vs/web", "-n", "shop", "--for=live", "--timeout", "30s"]);
     let served = cluster.load("web.example.com", "/", 100, "500ms");
-    assert_eq!((served["failed_by_system"].as_u64(), served["statuses"]["200"].as_u64()), (Some(0), Some(50)));
+    assert_eq!(
+        (
+            served["failed_by_system"].as_u64(),
+            served["statuses"]["200"].as_u64()
+        ),
+        (Some(0), Some(50))
+    );
     let pods_before = pods(&cluster, "shop").unwrap();
 
     cluster.kill_server();
     let served = cluster.load("web.example.com", "/", 100, "500ms");
-    assert_eq!(served["statuses"]["200"], 50, "traffic does not notice that the server is gone: {served}");
+    assert_eq!(
+        served["statuses"]["200"], 50,
+        "traffic does not notice that the server is gone: {served}"
+    );
 
     cluster.up();
     cluster.serin(&["wait", "vs/web", "-n", "shop", "--for=live", "--timeout", "30s"]);
-    assert_eq!(pods(&cluster, "shop").unwrap(), pods_before, "the pods were adopted, not started again");
+    assert_eq!(
+        pods(&cluster, "shop").unwrap(),
+        pods_before,
+        "the pods were adopted, not started again"
+    );
     let served = cluster.load("web.example.com", "/", 100, "500ms");
     assert_eq!(served["statuses"]["200"], 50, "{served}");
 
     cluster.kill_server();
     cluster.serin(&["down", "--purge"]);
     assert_eq!(cluster.processes(), [].into(), "no process is left");
-    assert_eq!(KernelState::read(), before, "no interface, namespace, mount or rule is left");
+    assert_eq!(
+        KernelState::read(),
+        before,
+        "no interface, namespace, mount or rule is left"
+    );
 }
 
 #[test]
 fn kubectl_gets_describes_applies_follows_logs_waits_and_deletes() {
     let Some(cluster) = TestCluster::new() else { return };
     cluster.up();
-    if cluster.kubectl_ok(&["apply", "-f", "-"], Some(APPLICATION)).is_none() {
+    if cluster
+        .kubectl_ok(&["apply", "-f", "-"], Some(APPLICATION))
+        .is_none()
+    {
         return;
     }
     let ok = |arguments: &[&str]| cluster.kubectl_ok(arguments, None).unwrap();
-    ok(&["-n", "shop", "rollout", "status", "deployment/web", "--timeout=30s"]);
-    ok(&["-n", "shop", "wait", "--for=condition=Available", "deployment/web", "--timeout=30s"]);
+    ok(&[
+        "-n",
+        "shop",
+        "rollout",
+        "status",
+        "deployment/web",
+        "--timeout=30s",
+    ]);
+    ok(&[
+        "-n",
+        "shop",
+        "wait",
+        "--for=condition=Available",
+        "deployment/web",
+        "--timeout=30s",
+    ]);
     let table = ok(&["-n", "shop", "get", "deployments"]);
     assert!(table.contains("READY") && table.contains("2/2"), "{table}");
     assert!(ok(&["get", "pods", "-A", "-o", "wide"]).contains("istio-ingressgateway"));
     assert!(ok(&["-n", "shop", "describe", "deployment", "web"]).contains("ScalingReplicaSet"));
     assert!(ok(&["-n", "shop", "logs", "deployment/web", "-c", "web"]).contains("listening on port 9898"));
     let server_side = cluster.kubectl_ok(
-        &["apply", "--server-side", "--field-manager=tester", "--force-conflicts", "-f", "-"],
+        &[
+            "apply",
+            "--server-side",
+            "--field-manager=tester",
+            "--force-conflicts",
+            "-f",
+            "-",
+        ],
         Some(APPLICATION),
     );
     assert!(server_side.unwrap().contains("serverside-applied"));
     assert!(ok(&["-n", "shop", "get", "virtualservice", "web", "-o", "yaml"]).contains("web.example.com"));
     ok(&["-n", "shop", "delete", "deployment", "web", "--timeout=40s"]);
-    ok(&["-n", "shop", "wait", "--for=delete", "pod", "-l", "app=web", "--timeout=40s"]);
+    ok(&[
+        "-n",
+        "shop",
+        "wait",
+        "--for=delete",
+        "pod",
+        "-l",
+        "app=web",
+        "--timeout=40s",
+    ]);
     ok(&["delete", "namespace", "shop", "--timeout=60s"]);
 }
 
@@ -124,10 +188,26 @@ fn an_image_that_nobody_knows_is_said_to_be_missing_with_the_remedy() {
         return;
     }
     let waiting = "jsonpath={.status.containerStatuses[0].state.waiting.reason}";
-    let reason = cluster.kubectl_ok(&["wait", "pod/lost", "--for", &format!("{waiting}=ErrImagePull"), "--timeout=20s"], None);
+    let reason = cluster.kubectl_ok(
+        &[
+            "wait",
+            "pod/lost",
+            "--for",
+            &format!("{waiting}=ErrImagePull"),
+            "--timeout=20s",
+        ],
+        None,
+    );
     assert!(reason.is_some());
     let described = cluster.kubectl_ok(&["describe", "pod", "lost"], None).unwrap();
     assert!(described.contains("serin image add"), "{described}");
-    cluster.serin(&["image", "add", "example.com/unknown:1", "serin-example", "--", "podinfo"]);
+    cluster.serin(&[
+        "image",
+        "add",
+        "example.com/unknown:1",
+        "serin-example",
+        "--",
+        "podinfo",
+    ]);
     cluster.serin(&["wait", "pod/lost", "--for=ready", "--timeout", "60s"]);
 }

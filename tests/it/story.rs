@@ -39,10 +39,17 @@ fn the_demo_goes_as_told_loses_nothing_and_leaves_nothing() {
         "weight_to_live_s",
         "first_bad_to_zero_live_s",
     ] {
-        assert!(!report["intervals"][interval].is_null(), "{interval} was not measured");
+        assert!(
+            !report["intervals"][interval].is_null(),
+            "{interval} was not measured"
+        );
     }
-    let times: Vec<f64> =
-        report["events"].as_array().unwrap().iter().map(|event| event["t"].as_f64().unwrap()).collect();
+    let times: Vec<f64> = report["events"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|event| event["t"].as_f64().unwrap())
+        .collect();
     assert!(times.is_sorted(), "the timeline is in order");
     assert_eq!(KernelState::read(), before, "the demo leaves nothing behind");
     eprintln!("{told}");

@@ -24,7 +24,10 @@ impl SidecarInjection {
     pub(crate) fn new(cluster: &Cluster) -> Self {
         let mut config = InjectConfig::new(format!("unix:{DISCOVERY_MOUNT}/xds.sock"));
         config.discovery_directory = Some(cluster.mesh().display().to_string());
-        Self { config, client: OnceLock::new() }
+        Self {
+            config,
+            client: OnceLock::new(),
+        }
     }
 
     /// Tells how to reach the API. Pods that are created before are refused.
@@ -34,17 +37,28 @@ impl SidecarInjection {
 
     /// The labels as stored, not as some cache has them: the pod may follow its namespace by a millisecond.
     async fn namespace_labels(&self, name: &str) -> Result<BTreeMap<String, String>, Denied> {
-        let client = self.client.get().ok_or_else(|| denied(503, "the mesh is still starting"))?;
+        let client = self
+            .client
+            .get()
+            .ok_or_else(|| denied(503, "the mesh is still starting"))?;
         let api: Api<Namespace> = Api::all(client.clone());
         match api.get_metadata_opt(name).await {
-            Ok(found) => Ok(found.and_then(|namespace| namespace.metadata.labels).unwrap_or_default()),
-            Err(error) => Err(denied(500, &format!("read the labels of namespace {name}: {error}"))),
+            Ok(found) => Ok(found
+                .and_then(|namespace| namespace.metadata.labels)
+                .unwrap_or_default()),
+            Err(error) => Err(denied(
+                500,
+                &format!("read the labels of namespace {name}: {error}"),
+            )),
         }
     }
 }
 
 fn denied(code: u16, message: &str) -> Denied {
-    Denied { message: format!("sidecar injection: {message}"), code }
+    Denied {
+        message: format!("sidecar injection: {message}"),
+        code,
+    }
 }
 
 #[async_trait]
@@ -59,7 +73,9 @@ impl Admission for SidecarInjection {
         }
         let labels = self.namespace_labels(&request.namespace).await?;
         // A pod that cannot be read is the API server's to refuse, with the field that is wrong.
-        let Ok(pod) = serde_json::from_value::<Pod>(request.object.clone()) else { return Ok(None) };
+        let Ok(pod) = serde_json::from_value::<Pod>(request.object.clone()) else {
+            return Ok(None);
+        };
         match admit(&self.config, &request.namespace, &labels, &pod) {
             Ok(None) => Ok(None),
             Ok(Some(injected)) => serde_json::to_value(injected)

@@ -18,7 +18,9 @@ pub(crate) struct NodeLogs {
 impl NodeLogs {
     /// Reads the logs of `cluster`.
     pub(crate) fn new(cluster: &Cluster) -> Self {
-        Self { logs: logs::PodLogs::new(cluster.directory()) }
+        Self {
+            logs: logs::PodLogs::new(cluster.directory()),
+        }
     }
 }
 
@@ -46,7 +48,10 @@ impl PodLogs for NodeLogs {
             timestamps: options.timestamps,
             limit_bytes: options.limit_bytes.map(count),
         };
-        let stream = self.logs.open(&target, options).map_err(|error| error.to_string())?;
+        let stream = self
+            .logs
+            .open(&target, options)
+            .map_err(|error| error.to_string())?;
         Ok(stream.boxed())
     }
 }
@@ -59,6 +64,9 @@ fn since(options: &LogOptions) -> Result<Option<jiff::Timestamp>, String> {
     options
         .since_time
         .as_deref()
-        .map(|time| time.parse().map_err(|error| format!("sinceTime {time:?}: {error}")))
+        .map(|time| {
+            time.parse()
+                .map_err(|error| format!("sinceTime {time:?}: {error}"))
+        })
         .transpose()
 }

@@ -37,7 +37,10 @@ impl LivenessSource for LedgerLiveness {
 
 fn translate(liveness: &serin_control::ledger::Liveness) -> Liveness {
     let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
-    let refusals = liveness.refusals.first().map(|refused| refused.reason.to_string());
+    let refusals = liveness
+        .refusals
+        .first()
+        .map(|refused| refused.reason.to_string());
     // What the control plane itself refuses reaches no proxy: for a rollout that is a refusal like any other.
     let rejected = liveness.rejected.as_ref().map(ToString::to_string);
     Liveness {
@@ -85,8 +88,16 @@ impl MetricSource for MeshMetrics {
     async fn subscribe(&self, query: &Query) -> Result<BoxStream<'static, Sample>, SourceError> {
         let canary = self.arm(query, &query.canary_workload);
         let primary = self.arm(query, &query.primary_workload);
-        let canary = canary.map(|(at_ms, canary)| Sample { at_ms, canary, ..Sample::default() });
-        let primary = primary.map(|(at_ms, primary)| Sample { at_ms, primary, ..Sample::default() });
+        let canary = canary.map(|(at_ms, canary)| Sample {
+            at_ms,
+            canary,
+            ..Sample::default()
+        });
+        let primary = primary.map(|(at_ms, primary)| Sample {
+            at_ms,
+            primary,
+            ..Sample::default()
+        });
         Ok(stream::select(canary, primary).boxed())
     }
 }
@@ -94,10 +105,18 @@ impl MetricSource for MeshMetrics {
 fn counts(sample: &telemetry::Sample) -> Counts {
     let (requests, errors) = sample.requests_and_errors(Reporter::Source);
     let mut latency = Histogram::new(DURATION_BOUNDS_MS.to_vec());
-    for row in sample.rows.iter().filter(|row| row.dimensions.reporter == Reporter::Source) {
+    for row in sample
+        .rows
+        .iter()
+        .filter(|row| row.dimensions.reporter == Reporter::Source)
+    {
         for (total, new) in latency.counts.iter_mut().zip(row.durations.counts) {
             *total += new;
         }
     }
-    Counts { requests, errors, latency }
+    Counts {
+        requests,
+        errors,
+        latency,
+    }
 }

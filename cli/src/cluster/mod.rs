@@ -25,7 +25,9 @@ impl Cluster {
     pub(crate) fn named(name: &str, home: Option<&Path>) -> anyhow::Result<Self> {
         let valid = !name.is_empty()
             && name.len() <= 32
-            && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-');
+            && name
+                .bytes()
+                .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-');
         if !valid {
             bail!("cluster name {name:?}: use up to 32 lower-case letters, digits and dashes");
         }
@@ -40,7 +42,10 @@ impl Cluster {
                 directory.display()
             );
         }
-        Ok(Self { name: name.to_owned(), directory })
+        Ok(Self {
+            name: name.to_owned(),
+            directory,
+        })
     }
 
     /// Its name.
@@ -109,7 +114,11 @@ impl Cluster {
 }
 
 fn default_home() -> anyhow::Result<PathBuf> {
-    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let variable = |name: &str| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
     variable("XDG_STATE_HOME")
         .or_else(|| variable("HOME").map(|home| home.join(".local/state")))
         .map(|state| state.join("serin"))
@@ -135,7 +144,10 @@ mod tests {
         for name in ["", "..", "a/b", "UPPER", "x".repeat(33).as_str()] {
             assert!(Cluster::named(name, Some(Path::new("/h"))).is_err(), "{name}");
         }
-        assert_eq!(Cluster::named("demo", Some(Path::new("/h"))).unwrap().directory(), Path::new("/h/demo"));
+        assert_eq!(
+            Cluster::named("demo", Some(Path::new("/h"))).unwrap().directory(),
+            Path::new("/h/demo")
+        );
     }
 
     #[test]

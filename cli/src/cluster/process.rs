@@ -71,7 +71,10 @@ pub(crate) fn running(cluster: &Cluster) -> anyhow::Result<Option<Pid>> {
     let mut text = String::new();
     file.rewind()?;
     file.read_to_string(&mut text)?;
-    let pid = text.trim().parse().with_context(|| format!("read {}", cluster.lock().display()))?;
+    let pid = text
+        .trim()
+        .parse()
+        .with_context(|| format!("read {}", cluster.lock().display()))?;
     Ok(Some(Pid::from_raw(pid)))
 }
 
@@ -90,7 +93,10 @@ pub(crate) async fn start(
         .mode(0o600)
         .open(&log_path)
         .with_context(|| format!("open {}", log_path.display()))?;
-    let home = cluster.directory().parent().context("the cluster's directory has no parent")?;
+    let home = cluster
+        .directory()
+        .parent()
+        .context("the cluster's directory has no parent")?;
     let mut command = tokio::process::Command::new(std::env::current_exe().context("find this program")?);
     command
         .args(["--name", cluster.name(), "--home"])
@@ -113,15 +119,20 @@ pub(crate) async fn start(
             progress(&line);
         }
         let status = child.wait().await.context("wait for the server")?;
-        bail!("the server ended while starting ({status}); its last words:\n{}", last_words(cluster));
-    };
-    tokio::time::timeout(START_TIMEOUT, wait).await.unwrap_or_else(|_| {
         bail!(
-            "the server is not ready after {} s; see {}",
-            START_TIMEOUT.as_secs(),
-            cluster.log().display()
-        )
-    })
+            "the server ended while starting ({status}); its last words:\n{}",
+            last_words(cluster)
+        );
+    };
+    tokio::time::timeout(START_TIMEOUT, wait)
+        .await
+        .unwrap_or_else(|_| {
+            bail!(
+                "the server is not ready after {} s; see {}",
+                START_TIMEOUT.as_secs(),
+                cluster.log().display()
+            )
+        })
 }
 
 /// The end of the server's log.
@@ -134,7 +145,9 @@ fn last_words(cluster: &Cluster) -> String {
 
 /// Asks the server to stop and waits until it is gone; kills it when it does not listen. Returns whether one ran.
 pub(crate) async fn stop(cluster: &Cluster) -> anyhow::Result<bool> {
-    let Some(pid) = running(cluster)? else { return Ok(false) };
+    let Some(pid) = running(cluster)? else {
+        return Ok(false);
+    };
     let lock = open_lock(cluster)?;
     // The kernel gives us the lock at the moment in which the server is gone.
     let mut gone = tokio::task::spawn_blocking(move || Flock::lock(lock, FlockArg::LockShared).is_ok());
@@ -164,7 +177,12 @@ mod tests {
         assert_eq!(running(&cluster).unwrap(), None);
         let lock = ServerLock::take(&cluster).unwrap();
         assert_eq!(running(&cluster).unwrap(), Some(Pid::this()));
-        assert!(ServerLock::take(&cluster).unwrap_err().to_string().contains("already running"));
+        assert!(
+            ServerLock::take(&cluster)
+                .unwrap_err()
+                .to_string()
+                .contains("already running")
+        );
         drop(lock);
         assert_eq!(running(&cluster).unwrap(), None);
     }

@@ -45,12 +45,18 @@ pub(crate) struct Settings {
 impl Settings {
     /// The usual settings with another gateway port.
     pub(crate) fn with_gateway_port(gateway_port: u16) -> Self {
-        Self { gateway_port, api_port: 0 }
+        Self {
+            gateway_port,
+            api_port: 0,
+        }
     }
 
     /// The settings as they are typed.
     pub(crate) fn to_arguments(self) -> Vec<String> {
-        vec![format!("--gateway-port={}", self.gateway_port), format!("--api-port={}", self.api_port)]
+        vec![
+            format!("--gateway-port={}", self.gateway_port),
+            format!("--api-port={}", self.api_port),
+        ]
     }
 }
 
@@ -86,7 +92,10 @@ pub(crate) async fn run(
     image::write_built_in(&client).await?;
     step("kubernetes api");
 
-    let mut tasks = Tasks { set: JoinSet::new(), cancel: cancel.child_token() };
+    let mut tasks = Tasks {
+        set: JoinSet::new(),
+        cancel: cancel.child_token(),
+    };
     start_mesh_and_controllers(cluster, &client, &mut tasks);
     step("mesh and controllers");
 
@@ -109,7 +118,11 @@ fn start_log() {
     use tracing_subscriber::EnvFilter;
     let filter = EnvFilter::try_from_env("SERIN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     // A second start in the same process keeps the first log.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).try_init();
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(false)
+        .with_writer(std::io::stderr)
+        .try_init();
 }
 
 /// Opens the Unix socket for us and TLS for kubectl, and writes the kubeconfig.
@@ -122,7 +135,11 @@ async fn serve(cluster: &Cluster, settings: &Settings, api: &ApiServer) -> anyho
         Certificates::generate(cluster.name(), &[loopback.into()]).context("make the API's certificate")?;
     let token = uuid_token();
     let address = api
-        .serve_tls(SocketAddr::from((loopback, settings.api_port)), &certificates, Tokens::admin(&token))
+        .serve_tls(
+            SocketAddr::from((loopback, settings.api_port)),
+            &certificates,
+            Tokens::admin(&token),
+        )
         .await
         .with_context(|| format!("serve the API on port {}", settings.api_port))?;
     let text = serin_apiserver::kubeconfig(cluster.name(), address, &certificates.authority_pem, &token);
@@ -131,7 +148,11 @@ async fn serve(cluster: &Cluster, settings: &Settings, api: &ApiServer) -> anyho
 
 /// 244 random bits, as two UUIDs without dashes.
 fn uuid_token() -> String {
-    format!("{}{}", uuid::Uuid::new_v4().simple(), uuid::Uuid::new_v4().simple())
+    format!(
+        "{}{}",
+        uuid::Uuid::new_v4().simple(),
+        uuid::Uuid::new_v4().simple()
+    )
 }
 
 fn write_private(path: &std::path::Path, text: &str) -> anyhow::Result<()> {
@@ -144,7 +165,8 @@ fn write_private(path: &std::path::Path, text: &str) -> anyhow::Result<()> {
         .mode(0o600)
         .open(path)
         .with_context(|| format!("write {}", path.display()))?;
-    file.write_all(text.as_bytes()).with_context(|| format!("write {}", path.display()))
+    file.write_all(text.as_bytes())
+        .with_context(|| format!("write {}", path.display()))
 }
 
 /// Applies every CustomResourceDefinition.
@@ -152,13 +174,18 @@ async fn define(client: &Client) -> anyhow::Result<()> {
     let definitions = serin_crds::definitions();
     let writes = definitions.iter().map(|definition| async move {
         let name = definition.metadata.name.as_deref().unwrap_or_default();
-        apply::define(client, definition).await.with_context(|| format!("define {name}"))
+        apply::define(client, definition)
+            .await
+            .with_context(|| format!("define {name}"))
     });
     try_join_all(writes).await.map(|_| ())
 }
 
 fn start_mesh_and_controllers(cluster: &Cluster, client: &Client, tasks: &mut Tasks) {
-    let options = serin_control::ControlOptions { socket: Some(cluster.xds_socket()), ..Default::default() };
+    let options = serin_control::ControlOptions {
+        socket: Some(cluster.xds_socket()),
+        ..Default::default()
+    };
     let control = serin_control::Control::new(options);
 
     let liveness = Arc::new(LedgerLiveness::new(control.ledger().clone()));
@@ -171,9 +198,17 @@ fn start_mesh_and_controllers(cluster: &Cluster, client: &Client, tasks: &mut Ta
     };
     let gitops = serin_gitops::Context::new(client.clone(), cluster.git_cache());
     let cancel = &tasks.cancel;
-    tasks.set.spawn(named("mesh control", control.run(client.clone(), cancel.clone())));
-    tasks.set.spawn(named("canary controller", serin_canary::run(canary, cancel.clone())));
-    tasks.set.spawn(named("gitops controller", serin_gitops::run(gitops, cancel.clone())));
+    tasks
+        .set
+        .spawn(named("mesh control", control.run(client.clone(), cancel.clone())));
+    tasks.set.spawn(named(
+        "canary controller",
+        serin_canary::run(canary, cancel.clone()),
+    ));
+    tasks.set.spawn(named(
+        "gitops controller",
+        serin_gitops::run(gitops, cancel.clone()),
+    ));
     tasks.set.spawn(named(
         "workload controllers",
         serin_workloads::controllers::run(client.clone(), cancel.clone()),
@@ -183,7 +218,10 @@ fn start_mesh_and_controllers(cluster: &Cluster, client: &Client, tasks: &mut Ta
 /// Starts the process that runs pods, or keeps the one that survived an earlier server.
 async fn start_node(cluster: &Cluster) -> anyhow::Result<()> {
     let program = std::env::current_exe().context("find this program")?;
-    let program = program.to_str().context("this program's path is not UTF-8")?.to_owned();
+    let program = program
+        .to_str()
+        .context("this program's path is not UTF-8")?
+        .to_owned();
     let config = serin_workloads::node::NodeConfig::new(
         cluster.directory().to_owned(),
         cluster.api_socket(),
@@ -209,7 +247,9 @@ async fn named<E>(name: &'static str, task: impl Future<Output = Result<(), E>>)
 where
     E: Into<anyhow::Error>,
 {
-    task.await.map_err(Into::into).with_context(|| format!("the {name} ended"))
+    task.await
+        .map_err(Into::into)
+        .with_context(|| format!("the {name} ended"))
 }
 
 impl Tasks {

@@ -17,7 +17,9 @@ pub(crate) const FIELD_MANAGER: &str = "serin";
 pub(crate) async fn apply_manifests(client: &Client, text: &str, file: &str) -> anyhow::Result<()> {
     for object in serin_manifests::parse_documents(text, file)? {
         let json = object.to_json()?;
-        apply(client, &json).await.with_context(|| format!("apply {} {} of {file}", object.kind(), object.name()))?;
+        apply(client, &json)
+            .await
+            .with_context(|| format!("apply {} {} of {file}", object.kind(), object.name()))?;
     }
     Ok(())
 }
@@ -32,9 +34,18 @@ pub(crate) async fn apply(client: &Client, object: &Value) -> anyhow::Result<()>
         .await
         .with_context(|| format!("find kind {kind} of {api_version} in the cluster"))?;
     let namespaced = capabilities.scope == discovery::Scope::Namespaced;
-    let api = api_of(client, &resource, namespaced.then(|| text(&object["metadata"]["namespace"])));
+    let api = api_of(
+        client,
+        &resource,
+        namespaced.then(|| text(&object["metadata"]["namespace"])),
+    );
     let name = text(&object["metadata"]["name"]);
-    api.patch(&name, &PatchParams::apply(FIELD_MANAGER).force(), &Patch::Apply(object)).await?;
+    api.patch(
+        &name,
+        &PatchParams::apply(FIELD_MANAGER).force(),
+        &Patch::Apply(object),
+    )
+    .await?;
     Ok(())
 }
 
@@ -53,10 +64,20 @@ const ESTABLISH_TIMEOUT: Duration = Duration::from_secs(20);
 pub(crate) async fn define(client: &Client, definition: &CustomResourceDefinition) -> anyhow::Result<()> {
     let api: Api<CustomResourceDefinition> = Api::all(client.clone());
     let name = definition.name_any();
-    api.patch(&name, &PatchParams::apply(FIELD_MANAGER).force(), &Patch::Apply(definition)).await?;
+    api.patch(
+        &name,
+        &PatchParams::apply(FIELD_MANAGER).force(),
+        &Patch::Apply(definition),
+    )
+    .await?;
     let established = await_condition(api, &name, is_crd_established());
     tokio::time::timeout(ESTABLISH_TIMEOUT, established)
         .await
-        .with_context(|| format!("{name} is not established after {} s", ESTABLISH_TIMEOUT.as_secs()))??;
+        .with_context(|| {
+            format!(
+                "{name} is not established after {} s",
+                ESTABLISH_TIMEOUT.as_secs()
+            )
+        })??;
     Ok(())
 }

@@ -115,7 +115,11 @@ fn print_objects(built: &Build, print: Print) -> anyhow::Result<()> {
     match print {
         Print::Yaml => print!("{}", built.to_yaml()?),
         Print::Json => {
-            let items = built.objects.iter().map(serin_manifests::Object::to_json).collect::<Result<Vec<_>, _>>()?;
+            let items = built
+                .objects
+                .iter()
+                .map(serin_manifests::Object::to_json)
+                .collect::<Result<Vec<_>, _>>()?;
             let list = serde_json::json!({ "apiVersion": "v1", "kind": "List", "items": items });
             println!("{}", serde_json::to_string_pretty(&list)?);
         }
@@ -135,9 +139,15 @@ fn explain(trace: &Trace, target: &str) -> anyhow::Result<String> {
         .iter()
         .find(|candidate| candidate.id.kind.eq_ignore_ascii_case(kind) && candidate.id.name == name);
     let Some((found, steps)) = found.and_then(|found| trace.explain(&found.id, path)) else {
-        let known: Vec<String> =
-            trace.objects.iter().map(|object| format!("{}/{}", object.id.kind, object.id.name)).collect();
-        bail!("--explain {target}: the build has no such object; it has {}", known.join(", "));
+        let known: Vec<String> = trace
+            .objects
+            .iter()
+            .map(|object| format!("{}/{}", object.id.kind, object.id.name))
+            .collect();
+        bail!(
+            "--explain {target}: the build has no such object; it has {}",
+            known.join(", ")
+        );
     };
     let mut text = format!("{} {}\n", found.id.kind, found.id.name);
     match &found.source {
@@ -166,7 +176,12 @@ fn describe(change: &Change) -> anyhow::Result<String> {
             None => "nothing".to_owned(),
         })
     };
-    Ok(format!("{}: {} → {}", change.path, shown(&change.before)?, shown(&change.after)?))
+    Ok(format!(
+        "{}: {} → {}",
+        change.path,
+        shown(&change.before)?,
+        shown(&change.after)?
+    ))
 }
 
 #[cfg(test)]
@@ -178,9 +193,15 @@ mod tests {
     fn traced() -> Trace {
         let tree = MemoryTree::from_iter([
             ("kustomization.yaml", "resources: [a.yaml]\nnamePrefix: x-\n"),
-            ("a.yaml", "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: a\n"),
+            (
+                "a.yaml",
+                "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: a\n",
+            ),
         ]);
-        let options = BuildOptions { trace: true, ..BuildOptions::default() };
+        let options = BuildOptions {
+            trace: true,
+            ..BuildOptions::default()
+        };
         build(&tree, "", &options).unwrap().trace.unwrap()
     }
 
@@ -193,6 +214,11 @@ mod tests {
 
     #[test]
     fn an_object_that_is_not_there_is_said_to_be_missing_with_those_that_are() {
-        assert!(explain(&traced(), "configmap/b").unwrap_err().to_string().contains("ConfigMap/x-a"));
+        assert!(
+            explain(&traced(), "configmap/b")
+                .unwrap_err()
+                .to_string()
+                .contains("ConfigMap/x-a")
+        );
     }
 }

@@ -9,7 +9,9 @@ use crate::arguments::Arguments;
 
 /// Options of `serin completion`.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  source <(serin completion bash)\n  serin completion fish > ~/.config/fish/completions/serin.fish")]
+#[command(
+    after_help = "Examples:\n  source <(serin completion bash)\n  serin completion fish > ~/.config/fish/completions/serin.fish"
+)]
 pub(crate) struct Options {
     /// The shell to complete for
     shell: Shell,
@@ -17,6 +19,11 @@ pub(crate) struct Options {
 
 /// Prints the script.
 pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
-    clap_complete::generate(options.shell, &mut Arguments::command(), "serin", &mut std::io::stdout());
+    clap_complete::generate(
+        options.shell,
+        &mut Arguments::command(),
+        "serin",
+        &mut std::io::stdout(),
+    );
     Ok(ExitCode::SUCCESS)
 }

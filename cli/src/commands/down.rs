@@ -9,7 +9,9 @@ use crate::cluster::{Cluster, process};
 
 /// Options of `serin down`.
 #[derive(Clone, Copy, Debug, Args)]
-#[command(after_help = "Examples:\n  serin down                                 stop; the next `serin up` finds its objects again\n  serin down --purge                         stop and forget everything")]
+#[command(
+    after_help = "Examples:\n  serin down                                 stop; the next `serin up` finds its objects again\n  serin down --purge                         stop and forget everything"
+)]
 pub(crate) struct Options {
     /// Forget the cluster's objects, caches and logs as well
     #[arg(long)]
@@ -23,7 +25,10 @@ pub(crate) async fn run(cluster: &Cluster, options: &Options) -> anyhow::Result<
     if ran {
         println!("cluster {} is {what}", cluster.name());
     } else {
-        println!("cluster {} was not running; what was left of it is {what}", cluster.name());
+        println!(
+            "cluster {} was not running; what was left of it is {what}",
+            cluster.name()
+        );
     }
     Ok(ExitCode::SUCCESS)
 }

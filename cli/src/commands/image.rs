@@ -114,16 +114,26 @@ async fn add(api: &Api<Image>, options: &Add) -> anyhow::Result<()> {
     let program = if options.program.contains('/') {
         let path = std::fs::canonicalize(&options.program)
             .with_context(|| format!("find the program {}", options.program))?;
-        path.to_str().context("the program's path is not UTF-8")?.to_owned()
+        path.to_str()
+            .context("the program's path is not UTF-8")?
+            .to_owned()
     } else {
         options.program.clone()
     };
     let env = options
         .env
         .iter()
-        .map(|(name, value)| ImageEnv { name: name.clone(), value: Some(value.clone()) })
+        .map(|(name, value)| ImageEnv {
+            name: name.clone(),
+            value: Some(value.clone()),
+        })
         .collect();
-    let spec = ImageSpec { reference: options.reference.clone(), program, args: options.arguments.clone(), env };
+    let spec = ImageSpec {
+        reference: options.reference.clone(),
+        program,
+        args: options.arguments.clone(),
+        env,
+    };
     write(api, spec, false).await?;
     println!("image {} added", options.reference);
     Ok(())
@@ -143,10 +153,18 @@ async fn write(api: &Api<Image>, spec: ImageSpec, built_in: bool) -> anyhow::Res
     let name = object_name(&spec.reference);
     let labels = built_in.then(|| [(BUILT_IN.to_owned(), "true".to_owned())].into());
     let mut image = Image::new(&name, spec);
-    image.metadata = ObjectMeta { name: Some(name.clone()), labels, ..ObjectMeta::default() };
-    api.patch(&name, &PatchParams::apply(FIELD_MANAGER).force(), &Patch::Apply(&image))
-        .await
-        .with_context(|| format!("write image {}", image.spec.reference))?;
+    image.metadata = ObjectMeta {
+        name: Some(name.clone()),
+        labels,
+        ..ObjectMeta::default()
+    };
+    api.patch(
+        &name,
+        &PatchParams::apply(FIELD_MANAGER).force(),
+        &Patch::Apply(&image),
+    )
+    .await
+    .with_context(|| format!("write image {}", image.spec.reference))?;
     Ok(())
 }
 
@@ -154,7 +172,13 @@ async fn write(api: &Api<Image>, spec: ImageSpec, built_in: bool) -> anyhow::Res
 fn object_name(reference: &str) -> String {
     let readable: String = reference
         .chars()
-        .map(|c| if c.is_ascii_lowercase() || c.is_ascii_digit() { c } else { '-' })
+        .map(|c| {
+            if c.is_ascii_lowercase() || c.is_ascii_digit() {
+                c
+            } else {
+                '-'
+            }
+        })
         .take(48)
         .collect();
     let hash = reference.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
@@ -211,7 +235,10 @@ mod tests {
     #[test]
     fn the_object_of_a_pattern_has_a_valid_name_that_depends_on_the_whole_pattern() {
         let name = object_name("*/istio/examples-bookinfo-reviews-*");
-        assert!(name.starts_with("istio-examples-bookinfo-reviews-") && name.len() <= 65, "{name}");
+        assert!(
+            name.starts_with("istio-examples-bookinfo-reviews-") && name.len() <= 65,
+            "{name}"
+        );
         assert_ne!(object_name("a:1"), object_name("a-1"));
     }
 }

@@ -21,24 +21,67 @@ const fn kind(
     plural: &'static str,
     short: &'static [&'static str],
 ) -> Kind {
-    Kind { group, version, kind, plural, short, namespaced: true }
+    Kind {
+        group,
+        version,
+        kind,
+        plural,
+        short,
+        namespaced: true,
+    }
 }
 
 /// Every kind with conditions or phases that one may want to wait for.
 pub(crate) const KINDS: &[Kind] = &[
-    kind("networking.istio.io", "v1", "VirtualService", "virtualservices", &["vs"]),
-    kind("networking.istio.io", "v1", "DestinationRule", "destinationrules", &["dr"]),
+    kind(
+        "networking.istio.io",
+        "v1",
+        "VirtualService",
+        "virtualservices",
+        &["vs"],
+    ),
+    kind(
+        "networking.istio.io",
+        "v1",
+        "DestinationRule",
+        "destinationrules",
+        &["dr"],
+    ),
     kind("networking.istio.io", "v1", "Gateway", "gateways", &["gw"]),
     kind("flagger.app", "v1beta1", "Canary", "canaries", &["can"]),
-    kind("source.toolkit.fluxcd.io", "v1", "GitRepository", "gitrepositories", &["gitrepo"]),
-    kind("kustomize.toolkit.fluxcd.io", "v1", "Kustomization", "kustomizations", &["ks"]),
-    kind("notification.toolkit.fluxcd.io", "v1", "Receiver", "receivers", &[]),
+    kind(
+        "source.toolkit.fluxcd.io",
+        "v1",
+        "GitRepository",
+        "gitrepositories",
+        &["gitrepo"],
+    ),
+    kind(
+        "kustomize.toolkit.fluxcd.io",
+        "v1",
+        "Kustomization",
+        "kustomizations",
+        &["ks"],
+    ),
+    kind(
+        "notification.toolkit.fluxcd.io",
+        "v1",
+        "Receiver",
+        "receivers",
+        &[],
+    ),
     kind("apps", "v1", "Deployment", "deployments", &["deploy"]),
     kind("apps", "v1", "ReplicaSet", "replicasets", &["rs"]),
     kind("", "v1", "Pod", "pods", &["po"]),
     kind("", "v1", "Service", "services", &["svc"]),
-    Kind { namespaced: false, ..kind("", "v1", "Namespace", "namespaces", &["ns"]) },
-    Kind { namespaced: false, ..kind("", "v1", "Node", "nodes", &["no"]) },
+    Kind {
+        namespaced: false,
+        ..kind("", "v1", "Namespace", "namespaces", &["ns"])
+    },
+    Kind {
+        namespaced: false,
+        ..kind("", "v1", "Node", "nodes", &["no"])
+    },
 ];
 
 impl Kind {
@@ -52,7 +95,10 @@ impl Kind {
             Some(kind) => Ok(*kind),
             None => {
                 let known: Vec<&str> = KINDS.iter().map(|kind| kind.plural).collect();
-                bail!("{name:?} is not a kind that this command knows; it knows {}", known.join(", "))
+                bail!(
+                    "{name:?} is not a kind that this command knows; it knows {}",
+                    known.join(", ")
+                )
             }
         }
     }

@@ -9,7 +9,9 @@ use crate::cluster::Cluster;
 
 /// Options of `serin kubeconfig`.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  export KUBECONFIG=$(serin kubeconfig --path)\n  serin kubeconfig > ~/.kube/serin.yaml")]
+#[command(
+    after_help = "Examples:\n  export KUBECONFIG=$(serin kubeconfig --path)\n  serin kubeconfig > ~/.kube/serin.yaml"
+)]
 pub(crate) struct Options {
     /// Print the path of the file instead of its content
     #[arg(long)]
@@ -20,12 +22,18 @@ pub(crate) struct Options {
 pub(crate) fn run(cluster: &Cluster, options: &Options) -> anyhow::Result<ExitCode> {
     let path = cluster.kubeconfig();
     if !path.exists() {
-        bail!("cluster {} has no kubeconfig yet; start it with: serin up", cluster.name());
+        bail!(
+            "cluster {} has no kubeconfig yet; start it with: serin up",
+            cluster.name()
+        );
     }
     if options.path {
         println!("{}", path.display());
     } else {
-        print!("{}", std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?);
+        print!(
+            "{}",
+            std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?
+        );
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -56,22 +56,41 @@ pub(crate) async fn run(options: &Options) -> anyhow::Result<ExitCode> {
     plan.duration = options.duration;
     plan.connections = options.connections;
     plan.timeout = options.timeout;
-    plan.protocol = if options.http2 { Protocol::Http2 } else { Protocol::Http1 };
+    plan.protocol = if options.http2 {
+        Protocol::Http2
+    } else {
+        Protocol::Http1
+    };
     plan.group_by.clone_from(&options.group_by);
     let cancel = serin_kit::shutdown::on_signal().context("watch for Ctrl-C")?;
     let started = Instant::now();
     let counters = Load::start(plan, cancel).finish().await?;
-    let report = Report::new(options.url.to_string(), options.rate, started.elapsed(), &counters);
+    let report = Report::new(
+        options.url.to_string(),
+        options.rate,
+        started.elapsed(),
+        &counters,
+    );
     if !print_structured(&report, options.output)? {
         println!("{}", report.to_text());
     }
-    Ok(if report.is_clean() { ExitCode::SUCCESS } else { ExitCode::from(2) })
+    Ok(if report.is_clean() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(2)
+    })
 }
 
 fn parse_header(text: &str) -> Result<(HeaderName, HeaderValue), String> {
     let (name, value) = text.split_once(':').ok_or("a header is written `name: value`")?;
-    let name = name.trim().parse().map_err(|error| format!("header name {name:?}: {error}"))?;
-    let value = value.trim().parse().map_err(|error| format!("header value {value:?}: {error}"))?;
+    let name = name
+        .trim()
+        .parse()
+        .map_err(|error| format!("header name {name:?}: {error}"))?;
+    let value = value
+        .trim()
+        .parse()
+        .map_err(|error| format!("header value {value:?}: {error}"))?;
     Ok((name, value))
 }
 
@@ -82,7 +101,10 @@ mod tests {
     #[test]
     fn a_header_is_a_name_and_a_value() {
         let (name, value) = parse_header("Host: a.example.com").unwrap();
-        assert_eq!((name.as_str(), value.to_str().unwrap()), ("host", "a.example.com"));
+        assert_eq!(
+            (name.as_str(), value.to_str().unwrap()),
+            ("host", "a.example.com")
+        );
         assert!(parse_header("nothing").is_err());
     }
 }

@@ -18,5 +18,7 @@ use std::time::Duration;
 
 /// Reads a duration as Go and kubectl write it, for example `1m30s` or `500ms`.
 pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
-    serin_crds::Duration::from(text).parse().map_err(|error| error.to_string())
+    serin_crds::Duration::from(text)
+        .parse()
+        .map_err(|error| error.to_string())
 }

@@ -119,12 +119,17 @@ fn condition<'a>(object: &'a DynamicObject, type_: &str) -> Option<&'a Value> {
 }
 
 fn word(value: Option<&Value>, field: &str) -> String {
-    value.and_then(|value| value[field].as_str()).unwrap_or("").to_owned()
+    value
+        .and_then(|value| value[field].as_str())
+        .unwrap_or("")
+        .to_owned()
 }
 
 fn source(kind: &'static str, object: &DynamicObject) -> Source {
     let status = &object.data["status"];
-    let revision = status["lastAppliedRevision"].as_str().or_else(|| status["artifact"]["revision"].as_str());
+    let revision = status["lastAppliedRevision"]
+        .as_str()
+        .or_else(|| status["artifact"]["revision"].as_str());
     let ready = condition(object, "Ready");
     let mut message = word(ready, "message");
     if let Some(unhonoured) = condition(object, serin_kit::unhonoured::CONDITION) {
@@ -143,7 +148,9 @@ fn source(kind: &'static str, object: &DynamicObject) -> Source {
 fn canary(object: &DynamicObject, now: Timestamp) -> Canary {
     let status = &object.data["status"];
     let live = &status["weightLive"];
-    let since = status["lastTransitionTime"].as_str().and_then(|time| time.parse::<Timestamp>().ok());
+    let since = status["lastTransitionTime"]
+        .as_str()
+        .and_then(|time| time.parse::<Timestamp>().ok());
     let metrics = status["metrics"].as_array().into_iter().flatten().map(|metric| {
         let name = metric["name"].as_str().unwrap_or("");
         let verdict = metric["verdict"].as_str().unwrap_or("");
@@ -207,7 +214,15 @@ fn print(status: &Status) {
         println!("\n{sources}");
     }
     if !status.canaries.is_empty() {
-        let mut canaries = table(&["NAMESPACE", "CANARY", "PHASE", "WEIGHT", "LIVE", "METRICS", "MESSAGE"]);
+        let mut canaries = table(&[
+            "NAMESPACE",
+            "CANARY",
+            "PHASE",
+            "WEIGHT",
+            "LIVE",
+            "METRICS",
+            "MESSAGE",
+        ]);
         for canary in &status.canaries {
             let mood = match canary.phase.as_str() {
                 "Succeeded" | "Initialized" => Mood::Good,

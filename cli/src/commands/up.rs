@@ -32,7 +32,10 @@ pub(crate) async fn run(cluster: &Cluster, options: &Options) -> anyhow::Result<
         return super::internal::foreground(cluster, &options.settings).await;
     }
     let started = Instant::now();
-    process::start(cluster, &options.settings.to_arguments(), |line| eprintln!("  {line}")).await?;
+    process::start(cluster, &options.settings.to_arguments(), |line| {
+        eprintln!("  {line}")
+    })
+    .await?;
     println!(
         "cluster {} is {} after {:.1} s",
         cluster.name(),

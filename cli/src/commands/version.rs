@@ -30,7 +30,10 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         platform: format!("{}/{}", std::env::consts::OS, std::env::consts::ARCH),
     };
     if !print_structured(&version, options.output)? {
-        println!("serin {} ({}, Kubernetes API {})", version.serin, version.platform, version.kubernetes);
+        println!(
+            "serin {} ({}, Kubernetes API {})",
+            version.serin, version.platform, version.kubernetes
+        );
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -7,8 +7,8 @@ use anyhow::bail;
 use clap::Args;
 use futures::StreamExt as _;
 use kube::api::{Api, DynamicObject};
-use kube::runtime::watcher::{self, Event};
 use kube::runtime::WatchStreamExt as _;
+use kube::runtime::watcher::{self, Event};
 
 use super::kinds::{Kind, parse_target};
 use super::parse_duration;
@@ -43,7 +43,10 @@ enum Goal {
 
 impl Goal {
     fn parse(text: &str) -> anyhow::Result<Self> {
-        let holds = |type_: &str| Self::Condition { type_: type_.to_owned(), status: "True".to_owned() };
+        let holds = |type_: &str| Self::Condition {
+            type_: type_.to_owned(),
+            status: "True".to_owned(),
+        };
         Ok(match text.split_once('=') {
             None => match text.to_lowercase().as_str() {
                 "live" => holds("Live"),
@@ -55,9 +58,10 @@ impl Goal {
             Some(("phase", phase)) => Self::Phase(phase.to_owned()),
             Some(("condition", condition)) => match condition.split_once('=') {
                 None => holds(condition),
-                Some((type_, status)) => {
-                    Self::Condition { type_: type_.to_owned(), status: status.to_owned() }
-                }
+                Some((type_, status)) => Self::Condition {
+                    type_: type_.to_owned(),
+                    status: status.to_owned(),
+                },
             },
             Some(_) => bail!("--for={text}: say live, ready, deleted, phase=NAME or condition=TYPE[=STATUS]"),
         })
@@ -69,7 +73,10 @@ impl Goal {
         match self {
             Self::Deleted => false,
             Self::Phase(phase) => status["phase"].as_str() == Some(phase),
-            Self::Condition { type_, status: wanted } => {
+            Self::Condition {
+                type_,
+                status: wanted,
+            } => {
                 let generation = object.metadata.generation;
                 let conditions = status["conditions"].as_array();
                 conditions.into_iter().flatten().any(|condition| {
@@ -78,8 +85,12 @@ impl Goal {
                         .or_else(|| status["observedGeneration"].as_i64());
                     let current = observed.is_none() || generation.is_none() || observed >= generation;
                     current
-                        && condition["type"].as_str().is_some_and(|found| found.eq_ignore_ascii_case(type_))
-                        && condition["status"].as_str().is_some_and(|found| found.eq_ignore_ascii_case(wanted))
+                        && condition["type"]
+                            .as_str()
+                            .is_some_and(|found| found.eq_ignore_ascii_case(type_))
+                        && condition["status"]
+                            .as_str()
+                            .is_some_and(|found| found.eq_ignore_ascii_case(wanted))
                 })
             }
         }
@@ -101,7 +112,11 @@ fn why_not(object: &DynamicObject) -> String {
     if let Some(phase) = status["phase"].as_str() {
         words.insert(0, format!("phase {phase}"));
     }
-    if words.is_empty() { "it has no conditions".to_owned() } else { words.join("; ") }
+    if words.is_empty() {
+        "it has no conditions".to_owned()
+    } else {
+        words.join("; ")
+    }
 }
 
 /// Waits, and says what it waited for in vain when the time is up.
@@ -114,7 +129,9 @@ pub(crate) async fn run(cluster: &Cluster, options: &Options) -> anyhow::Result<
     match tokio::time::timeout(options.timeout, wait).await {
         Ok(outcome) => outcome?,
         Err(_) => {
-            let state = last.as_ref().map_or_else(|| "it does not exist".to_owned(), why_not);
+            let state = last
+                .as_ref()
+                .map_or_else(|| "it does not exist".to_owned(), why_not);
             bail!(
                 "{}/{name} in namespace {} is not {} after {} s: {state}",
                 kind.plural,
@@ -190,9 +207,15 @@ mod tests {
 
     #[test]
     fn goals_are_read_as_kubectl_writes_them() {
-        let wanted = Goal::Condition { type_: "Promoted".to_owned(), status: "False".to_owned() };
+        let wanted = Goal::Condition {
+            type_: "Promoted".to_owned(),
+            status: "False".to_owned(),
+        };
         assert_eq!(Goal::parse("condition=Promoted=False").unwrap(), wanted);
-        assert_eq!(Goal::parse("phase=Succeeded").unwrap(), Goal::Phase("Succeeded".to_owned()));
+        assert_eq!(
+            Goal::parse("phase=Succeeded").unwrap(),
+            Goal::Phase("Succeeded".to_owned())
+        );
         assert!(Goal::parse("sometime").is_err());
     }
 

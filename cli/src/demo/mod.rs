@@ -9,8 +9,8 @@
 //! * [`report`]: the figures, as text and as JSON; whether the story went as told.
 
 mod observe;
-mod repository;
 mod report;
+mod repository;
 mod story;
 mod view;
 
@@ -56,7 +56,9 @@ pub(crate) async fn run(cluster: &Cluster, options: &Options) -> anyhow::Result<
         );
     }
     let cancel = serin_kit::shutdown::on_signal().context("watch for Ctrl-C")?;
-    down::stop(cluster, true).await.context("clear what an earlier demo left")?;
+    down::stop(cluster, true)
+        .await
+        .context("clear what an earlier demo left")?;
     let told = tokio::select! {
         told = story::tell(cluster, options) => told,
         () = cancel.cancelled() => Err(anyhow::anyhow!("interrupted")),
@@ -68,18 +70,27 @@ pub(crate) async fn run(cluster: &Cluster, options: &Options) -> anyhow::Result<
                 let json = serde_json::to_string_pretty(&report)?;
                 std::fs::write(path, json + "\n").with_context(|| format!("write {}", path.display()))?;
             }
-            Ok(if report.went_as_told() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+            Ok(if report.went_as_told() {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            })
         }
         Err(error) => Err(error),
     };
     if options.keep && !cancel.is_cancelled() {
-        println!("\nthe cluster is still running; look at it with: serin --name {} status", cluster.name());
+        println!(
+            "\nthe cluster is still running; look at it with: serin --name {} status",
+            cluster.name()
+        );
         println!("stop it with: serin --name {} down --purge", cluster.name());
     } else {
         if outcome.is_err() {
             keep_log(cluster);
         }
-        down::stop(cluster, true).await.context("remove the demo's cluster")?;
+        down::stop(cluster, true)
+            .await
+            .context("remove the demo's cluster")?;
     }
     outcome
 }

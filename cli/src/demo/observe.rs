@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use futures::StreamExt as _;
 use k8s_openapi::api::apps::v1::Deployment;
-use kube::runtime::watcher::{self, Event};
 use kube::runtime::WatchStreamExt as _;
+use kube::runtime::watcher::{self, Event};
 use kube::{Api, Client, Resource};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -47,7 +47,11 @@ pub(super) enum Fact {
     /// Every proxy that needs it has this share.
     WeightLive { weight: i32, acked: i32, needed: i32 },
     /// A verdict on a metric changed.
-    Verdict { metric: String, verdict: String, message: String },
+    Verdict {
+        metric: String,
+        verdict: String,
+        message: String,
+    },
     /// The first bad answer of a version was seen by a client.
     FirstBadAnswer { version: String },
     /// Something else worth a line.
@@ -123,7 +127,12 @@ impl Timeline {
     pub(super) async fn until(&self, since: f64, wanted: impl Fn(&Fact) -> bool) -> Entry {
         let mut count = self.count.subscribe();
         loop {
-            let found = self.events.lock().iter().find(|event| event.t >= since && wanted(&event.fact)).cloned();
+            let found = self
+                .events
+                .lock()
+                .iter()
+                .find(|event| event.t >= since && wanted(&event.fact))
+                .cloned();
             if let Some(found) = found {
                 return found;
             }
@@ -139,38 +148,63 @@ pub(super) fn start(client: &Client, timeline: &Timeline) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
     let mut seen = BTreeSet::new();
     let target = timeline.clone();
-    tasks.spawn(each(Api::namespaced(client.clone(), NAMESPACE), move |object: GitRepository| {
-        let revision = object.status.and_then(|status| status.artifact).map(|artifact| artifact.revision);
-        if let Some(commit) = revision.as_deref().and_then(commit_of)
-            && seen.insert(commit.to_owned())
-        {
-            target.add(Fact::Seen { commit: commit.to_owned() });
-        }
-    }));
+    tasks.spawn(each(
+        Api::namespaced(client.clone(), NAMESPACE),
+        move |object: GitRepository| {
+            let revision = object
+                .status
+                .and_then(|status| status.artifact)
+                .map(|artifact| artifact.revision);
+            if let Some(commit) = revision.as_deref().and_then(commit_of)
+                && seen.insert(commit.to_owned())
+            {
+                target.add(Fact::Seen {
+                    commit: commit.to_owned(),
+                });
+            }
+        },
+    ));
     let mut applied = BTreeSet::new();
     let target = timeline.clone();
-    tasks.spawn(each(Api::namespaced(client.clone(), NAMESPACE), move |object: Kustomization| {
-        let revision = object.status.and_then(|status| status.last_applied_revision);
-        if let Some(commit) = revision.as_deref().and_then(commit_of)
-            && applied.insert(commit.to_owned())
-        {
-            target.add(Fact::Applied { commit: commit.to_owned() });
-        }
-    }));
+    tasks.spawn(each(
+        Api::namespaced(client.clone(), NAMESPACE),
+        move |object: Kustomization| {
+            let revision = object.status.and_then(|status| status.last_applied_revision);
+            if let Some(commit) = revision.as_deref().and_then(commit_of)
+                && applied.insert(commit.to_owned())
+            {
+                target.add(Fact::Applied {
+                    commit: commit.to_owned(),
+                });
+            }
+        },
+    ));
     let mut deployment = DeploymentFacts::default();
     let target = timeline.clone();
-    tasks.spawn(each(Api::namespaced(client.clone(), NAMESPACE), move |object: Deployment| {
-        if object.metadata.name.as_deref() == Some(APPLICATION) {
-            deployment.facts(&object).into_iter().for_each(|fact| target.add(fact));
-        }
-    }));
+    tasks.spawn(each(
+        Api::namespaced(client.clone(), NAMESPACE),
+        move |object: Deployment| {
+            if object.metadata.name.as_deref() == Some(APPLICATION) {
+                deployment
+                    .facts(&object)
+                    .into_iter()
+                    .for_each(|fact| target.add(fact));
+            }
+        },
+    ));
     let mut canary = CanaryFacts::default();
     let target = timeline.clone();
-    tasks.spawn(each(Api::namespaced(client.clone(), NAMESPACE), move |object: Canary| {
-        if object.metadata.name.as_deref() == Some(APPLICATION) {
-            canary.facts(&object).into_iter().for_each(|fact| target.add(fact));
-        }
-    }));
+    tasks.spawn(each(
+        Api::namespaced(client.clone(), NAMESPACE),
+        move |object: Canary| {
+            if object.metadata.name.as_deref() == Some(APPLICATION) {
+                canary
+                    .facts(&object)
+                    .into_iter()
+                    .for_each(|fact| target.add(fact));
+            }
+        },
+    ));
     tasks
 }
 
@@ -178,7 +212,9 @@ async fn each<K>(api: Api<K>, mut look: impl FnMut(K))
 where
     K: Resource + Clone + std::fmt::Debug + DeserializeOwned + Send + 'static,
 {
-    let mut events = watcher::watcher(api, watcher::Config::default()).default_backoff().boxed();
+    let mut events = watcher::watcher(api, watcher::Config::default())
+        .default_backoff()
+        .boxed();
     while let Some(event) = events.next().await {
         if let Ok(Event::Apply(object) | Event::InitApply(object)) = event {
             look(object);
@@ -204,7 +240,10 @@ impl DeploymentFacts {
         let mut facts = Vec::new();
         let Some(spec) = &object.spec else { return facts };
         let containers = spec.template.spec.iter().flat_map(|pod| &pod.containers);
-        let image = containers.filter_map(|container| container.image.clone()).next().unwrap_or_default();
+        let image = containers
+            .filter_map(|container| container.image.clone())
+            .next()
+            .unwrap_or_default();
         if image != self.image {
             if !self.image.is_empty() {
                 facts.push(Fact::ImageChanged { image: image.clone() });
@@ -215,7 +254,11 @@ impl DeploymentFacts {
         if replicas > 0 && self.replicas == 0 {
             facts.push(Fact::CanaryRequested);
         }
-        let available = object.status.as_ref().and_then(|status| status.available_replicas).unwrap_or(0);
+        let available = object
+            .status
+            .as_ref()
+            .and_then(|status| status.available_replicas)
+            .unwrap_or(0);
         let ready = replicas > 0 && available >= replicas;
         if ready && !self.ready {
             facts.push(Fact::CanaryReady);
@@ -238,11 +281,16 @@ struct CanaryFacts {
 impl CanaryFacts {
     fn facts(&mut self, object: &Canary) -> Vec<Fact> {
         let mut facts = Vec::new();
-        let Some(status) = &object.status else { return facts };
+        let Some(status) = &object.status else {
+            return facts;
+        };
         let phase = status.phase.as_ref().map(ToString::to_string).unwrap_or_default();
         if phase != self.phase {
             let message = status.message.clone().unwrap_or_default();
-            facts.push(Fact::Phase { phase: phase.clone(), message });
+            facts.push(Fact::Phase {
+                phase: phase.clone(),
+                message,
+            });
             self.phase = phase;
         }
         for metric in &status.metrics {
@@ -300,7 +348,14 @@ mod tests {
             "phase": "Progressing", "canaryWeight": 10,
             "weightLive": {"weight": 10, "generation": 2, "acked": 3, "needed": 3, "live": true},
         });
-        assert_eq!(facts.facts(&canary(status.clone())), [Fact::WeightLive { weight: 10, acked: 3, needed: 3 }]);
+        assert_eq!(
+            facts.facts(&canary(status.clone())),
+            [Fact::WeightLive {
+                weight: 10,
+                acked: 3,
+                needed: 3
+            }]
+        );
         assert_eq!(facts.facts(&canary(status)), []);
     }
 
@@ -308,7 +363,8 @@ mod tests {
     async fn whoever_waits_for_a_fact_hears_of_it_once_it_is_there() {
         let (timeline, _announced) = Timeline::new();
         let waiting = timeline.clone();
-        let wait = tokio::spawn(async move { waiting.until(0.0, |fact| *fact == Fact::CanaryRequested).await });
+        let wait =
+            tokio::spawn(async move { waiting.until(0.0, |fact| *fact == Fact::CanaryRequested).await });
         timeline.add(Fact::CanaryReady);
         timeline.add(Fact::CanaryRequested);
         assert_eq!(wait.await.unwrap().fact, Fact::CanaryRequested);

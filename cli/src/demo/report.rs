@@ -94,17 +94,24 @@ pub(super) enum Outcome {
 impl MemoryReport {
     /// Reads the memory of the server and of every proxy of the cluster that runs now.
     pub(super) fn read(cluster: &Cluster) -> Self {
-        let server = process::running(cluster).ok().flatten().and_then(|pid| resident_mb(pid.as_raw()));
+        let server = process::running(cluster)
+            .ok()
+            .flatten()
+            .and_then(|pid| resident_mb(pid.as_raw()));
         let marker = cluster.directory().display().to_string();
         let mut proxies = Vec::new();
         for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-            let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
+            let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else {
+                continue;
+            };
             let named = |file: &str| std::fs::read(entry.path().join(file)).unwrap_or_default();
             let is_proxy = named("comm").starts_with(b"serin-proxy");
             // A proxy's namespaces are its own; its parent, the pod's shim, knows the cluster's directory.
             let parent = parent_of(&entry.path()).unwrap_or_default();
             let command = std::fs::read(format!("/proc/{parent}/cmdline")).unwrap_or_default();
-            let ours = command.windows(marker.len()).any(|window| window == marker.as_bytes());
+            let ours = command
+                .windows(marker.len())
+                .any(|window| window == marker.as_bytes());
             if is_proxy && ours {
                 proxies.extend(resident_mb(pid));
             }
@@ -153,7 +160,13 @@ impl Report {
             latency_p50_ms: counters.latency_ms(0.5),
             latency_p99_ms: counters.latency_ms(0.99),
         };
-        Self { events, requests, intervals, memory, outcome }
+        Self {
+            events,
+            requests,
+            intervals,
+            memory,
+            outcome,
+        }
     }
 
     /// Whether each release ended as it should have, every request was answered, and only the bad version failed any.
@@ -174,19 +187,31 @@ impl Report {
         if self.requests.failed_by_system > 0 || self.requests.answered != self.requests.sent {
             faults.push(format!(
                 "{} of {} requests were lost to the system: {:?}",
-                self.requests.failed_by_system.max(self.requests.sent - self.requests.answered),
+                self.requests
+                    .failed_by_system
+                    .max(self.requests.sent - self.requests.answered),
                 self.requests.sent,
                 self.requests.failed_by_system_by_flag
             ));
         }
         for (version, group) in &self.requests.revisions {
-            let bad = self.outcome.iter().any(|release| release.version == *version && release.error_percent > 0);
+            let bad = self
+                .outcome
+                .iter()
+                .any(|release| release.version == *version && release.error_percent > 0);
             if group.failed_by_app > 0 && !bad {
-                faults.push(format!("version {version} failed {} requests", group.failed_by_app));
+                faults.push(format!(
+                    "version {version} failed {} requests",
+                    group.failed_by_app
+                ));
             }
         }
         for release in &self.outcome {
-            let served = self.requests.revisions.get(&release.version).is_some_and(|group| group.answered > 0);
+            let served = self
+                .requests
+                .revisions
+                .get(&release.version)
+                .is_some_and(|group| group.answered > 0);
             if !served {
                 faults.push(format!("version {} never answered a request", release.version));
             }
@@ -204,9 +229,17 @@ impl Report {
             requests.sent, requests.answered, requests.failed_by_app, requests.failed_by_system
         );
         for (version, group) in &requests.revisions {
-            let _ = writeln!(text, "           version {version}: {} answered, {} failed", group.answered, group.failed_by_app);
+            let _ = writeln!(
+                text,
+                "           version {version}: {} answered, {} failed",
+                group.answered, group.failed_by_app
+            );
         }
-        let _ = writeln!(text, "latency    p50 {:.2} ms, p99 {:.2} ms", requests.latency_p50_ms, requests.latency_p99_ms);
+        let _ = writeln!(
+            text,
+            "latency    p50 {:.2} ms, p99 {:.2} ms",
+            requests.latency_p50_ms, requests.latency_p99_ms
+        );
         let intervals = &self.intervals;
         let mut row = |name: &str, value: Option<f64>, goal: &str| {
             if let Some(value) = value {
@@ -215,11 +248,31 @@ impl Report {
         };
         row("up to ready", Some(intervals.up_s), "≤ 3 s");
         row("push → revision seen", intervals.push_to_seen_s, "≤ 100 ms");
-        row("push → changed objects applied", intervals.push_to_applied_s, "≤ 150 ms");
-        row("image change → canary pods asked for", intervals.image_change_to_canary_requested_s, "≤ 100 ms");
-        row("canary ready → first weight live", intervals.canary_ready_to_first_weight_live_s, "≤ 300 ms");
-        row("weight written → live everywhere (p99)", intervals.weight_to_live_s.map(|q| q.p99), "≤ 50 ms");
-        row("first bad answer → weight 0 live", intervals.first_bad_to_zero_live_s, "≤ 3 s");
+        row(
+            "push → changed objects applied",
+            intervals.push_to_applied_s,
+            "≤ 150 ms",
+        );
+        row(
+            "image change → canary pods asked for",
+            intervals.image_change_to_canary_requested_s,
+            "≤ 100 ms",
+        );
+        row(
+            "canary ready → first weight live",
+            intervals.canary_ready_to_first_weight_live_s,
+            "≤ 300 ms",
+        );
+        row(
+            "weight written → live everywhere (p99)",
+            intervals.weight_to_live_s.map(|q| q.p99),
+            "≤ 50 ms",
+        );
+        row(
+            "first bad answer → weight 0 live",
+            intervals.first_bad_to_zero_live_s,
+            "≤ 3 s",
+        );
         if let (Some(serin), Some(proxy)) = (self.memory.serin_mb, self.memory.serin_proxy_max_mb) {
             let _ = writeln!(
                 text,
@@ -242,7 +295,11 @@ impl Report {
 
 impl Intervals {
     fn new(up_s: f64, events: &[Entry], releases: &[ReleaseReport], steps: Vec<f64>) -> Self {
-        let mut intervals = Self { up_s, weight_to_live_s: Quantiles::of(steps), ..Self::default() };
+        let mut intervals = Self {
+            up_s,
+            weight_to_live_s: Quantiles::of(steps),
+            ..Self::default()
+        };
         let longest = |longest: &mut Option<f64>, value: Option<f64>| {
             if let Some(value) = value {
                 *longest = Some(longest.map_or(value, |before| before.max(value)));
@@ -250,20 +307,38 @@ impl Intervals {
         };
         for release in releases {
             let first = |since: f64, wanted: &dyn Fn(&Fact) -> bool| {
-                events.iter().find(|event| event.t >= since && wanted(&event.fact)).map(|event| event.t)
+                events
+                    .iter()
+                    .find(|event| event.t >= since && wanted(&event.fact))
+                    .map(|event| event.t)
             };
             let since = release.pushed_at;
-            let seen = first(since, &|fact| matches!(fact, Fact::Seen { commit } if *commit == release.commit));
-            let applied = first(since, &|fact| matches!(fact, Fact::Applied { commit } if *commit == release.commit));
+            let seen = first(
+                since,
+                &|fact| matches!(fact, Fact::Seen { commit } if *commit == release.commit),
+            );
+            let applied = first(
+                since,
+                &|fact| matches!(fact, Fact::Applied { commit } if *commit == release.commit),
+            );
             longest(&mut intervals.push_to_seen_s, seen.map(|t| t - since));
             longest(&mut intervals.push_to_applied_s, applied.map(|t| t - since));
             if let Some(changed) = first(since, &|fact| matches!(fact, Fact::ImageChanged { .. })) {
                 let asked = first(changed, &|fact| matches!(fact, Fact::CanaryRequested));
-                longest(&mut intervals.image_change_to_canary_requested_s, asked.map(|t| t - changed));
+                longest(
+                    &mut intervals.image_change_to_canary_requested_s,
+                    asked.map(|t| t - changed),
+                );
             }
             if let Some(ready) = first(since, &|fact| matches!(fact, Fact::CanaryReady)) {
-                let live = first(ready, &|fact| matches!(fact, Fact::WeightLive { weight, .. } if *weight > 0));
-                longest(&mut intervals.canary_ready_to_first_weight_live_s, live.map(|t| t - ready));
+                let live = first(
+                    ready,
+                    &|fact| matches!(fact, Fact::WeightLive { weight, .. } if *weight > 0),
+                );
+                longest(
+                    &mut intervals.canary_ready_to_first_weight_live_s,
+                    live.map(|t| t - ready),
+                );
             }
             if let Some(bad) = first(since, &|fact| matches!(fact, Fact::FirstBadAnswer { .. })) {
                 let zero = first(bad, &|fact| matches!(fact, Fact::WeightLive { weight: 0, .. }));
@@ -282,7 +357,11 @@ impl Quantiles {
             let index = (q * values.len() as f64).ceil() as usize;
             values.get(index.saturating_sub(1)).copied()
         };
-        Some(Self { p50: rank(0.5)?, p99: rank(0.99)?, max: *values.last()? })
+        Some(Self {
+            p50: rank(0.5)?,
+            p99: rank(0.99)?,
+            max: *values.last()?,
+        })
     }
 }
 
@@ -309,14 +388,50 @@ mod tests {
     #[test]
     fn intervals_are_taken_from_the_facts_after_each_push() {
         let events = [
-            entry(9.0, Fact::WeightLive { weight: 0, acked: 1, needed: 1 }),
-            entry(10.04, Fact::Seen { commit: "c".to_owned() }),
-            entry(10.1, Fact::ImageChanged { image: "x".to_owned() }),
+            entry(
+                9.0,
+                Fact::WeightLive {
+                    weight: 0,
+                    acked: 1,
+                    needed: 1,
+                },
+            ),
+            entry(
+                10.04,
+                Fact::Seen {
+                    commit: "c".to_owned(),
+                },
+            ),
+            entry(
+                10.1,
+                Fact::ImageChanged {
+                    image: "x".to_owned(),
+                },
+            ),
             entry(10.15, Fact::CanaryRequested),
             entry(11.0, Fact::CanaryReady),
-            entry(11.2, Fact::WeightLive { weight: 10, acked: 1, needed: 1 }),
-            entry(11.5, Fact::FirstBadAnswer { version: "3".to_owned() }),
-            entry(13.0, Fact::WeightLive { weight: 0, acked: 1, needed: 1 }),
+            entry(
+                11.2,
+                Fact::WeightLive {
+                    weight: 10,
+                    acked: 1,
+                    needed: 1,
+                },
+            ),
+            entry(
+                11.5,
+                Fact::FirstBadAnswer {
+                    version: "3".to_owned(),
+                },
+            ),
+            entry(
+                13.0,
+                Fact::WeightLive {
+                    weight: 0,
+                    acked: 1,
+                    needed: 1,
+                },
+            ),
         ];
         let releases = [release(Outcome::RolledBack, 30)];
         let intervals = Intervals::new(1.0, &events, &releases, vec![0.01, 0.03]);
@@ -325,14 +440,27 @@ mod tests {
         near(intervals.image_change_to_canary_requested_s, 0.05);
         near(intervals.canary_ready_to_first_weight_live_s, 0.2);
         near(intervals.first_bad_to_zero_live_s, 1.5);
-        assert_eq!(intervals.weight_to_live_s, Some(Quantiles { p50: 0.01, p99: 0.03, max: 0.03 }));
+        assert_eq!(
+            intervals.weight_to_live_s,
+            Some(Quantiles {
+                p50: 0.01,
+                p99: 0.03,
+                max: 0.03
+            })
+        );
     }
 
     #[test]
     fn a_bad_release_that_was_promoted_is_a_fault() {
         let counters = Counters::default();
-        let report =
-            Report::new(1.0, &[], &counters, vec![release(Outcome::Promoted, 30)], vec![], MemoryReport::default());
+        let report = Report::new(
+            1.0,
+            &[],
+            &counters,
+            vec![release(Outcome::Promoted, 30)],
+            vec![],
+            MemoryReport::default(),
+        );
         assert!(!report.went_as_told());
         assert!(report.to_text().contains("should have been RolledBack"));
     }

@@ -7,9 +7,18 @@ use git2::{IndexAddOption, Repository, Signature};
 
 /// The files of `examples/demo/repository`, as they are in our own tree.
 const FILES: &[(&str, &str)] = &[
-    ("base/kustomization.yaml", include_str!("../../../examples/demo/repository/base/kustomization.yaml")),
-    ("base/deployment.yaml", include_str!("../../../examples/demo/repository/base/deployment.yaml")),
-    ("base/canary.yaml", include_str!("../../../examples/demo/repository/base/canary.yaml")),
+    (
+        "base/kustomization.yaml",
+        include_str!("../../../examples/demo/repository/base/kustomization.yaml"),
+    ),
+    (
+        "base/deployment.yaml",
+        include_str!("../../../examples/demo/repository/base/deployment.yaml"),
+    ),
+    (
+        "base/canary.yaml",
+        include_str!("../../../examples/demo/repository/base/canary.yaml"),
+    ),
     (
         "overlays/demo/kustomization.yaml",
         include_str!("../../../examples/demo/repository/overlays/demo/kustomization.yaml"),
@@ -44,7 +53,10 @@ impl DemoRepository {
         let mut options = git2::RepositoryInitOptions::new();
         options.initial_head(BRANCH).mkpath(true);
         let clone = Repository::init_opts(directory.join("clone"), &options).context("create the clone")?;
-        clone.remote("origin", bare.to_str().context("the demo's directory is not UTF-8")?)?;
+        clone.remote(
+            "origin",
+            bare.to_str().context("the demo's directory is not UTF-8")?,
+        )?;
         let repository = Self { bare, clone };
         for (path, content) in FILES {
             repository.write(path, content)?;
@@ -60,7 +72,10 @@ impl DemoRepository {
 
     /// Commits a release and pushes it. Returns the commit's id.
     pub(super) fn release(&self, release: Release) -> anyhow::Result<String> {
-        let (_, overlay) = FILES.iter().find(|(path, _)| *path == OVERLAY).context("the overlay is missing")?;
+        let (_, overlay) = FILES
+            .iter()
+            .find(|(path, _)| *path == OVERLAY)
+            .context("the overlay is missing")?;
         let mut overlay = overlay.replace("newTag: 1.0.0", &format!("newTag: {}", release.version));
         if release.error_percent > 0 {
             overlay.push_str(&format!(
@@ -89,10 +104,14 @@ impl DemoRepository {
         let author = Signature::now("A developer", "developer@example.com")?;
         let parent = self.clone.head().ok().and_then(|head| head.peel_to_commit().ok());
         let parents: Vec<_> = parent.iter().collect();
-        let commit = self.clone.commit(Some("HEAD"), &author, &author, message, &tree, &parents)?;
+        let commit = self
+            .clone
+            .commit(Some("HEAD"), &author, &author, message, &tree, &parents)?;
         let mut remote = self.clone.find_remote("origin")?;
         let refspec = format!("refs/heads/{BRANCH}:refs/heads/{BRANCH}");
-        remote.push(&[refspec], None).context("push to the demo's repository")?;
+        remote
+            .push(&[refspec], None)
+            .context("push to the demo's repository")?;
         Ok(commit.to_string())
     }
 }
@@ -105,14 +124,26 @@ mod tests {
     fn a_release_is_pushed_as_a_commit_that_changes_the_overlay() {
         let directory = tempfile::tempdir().unwrap();
         let repository = DemoRepository::create(directory.path()).unwrap();
-        let commit = repository.release(Release { version: "3.0.0", error_percent: 30 }).unwrap();
+        let commit = repository
+            .release(Release {
+                version: "3.0.0",
+                error_percent: 30,
+            })
+            .unwrap();
         let bare = Repository::open_bare(directory.path().join("repository.git")).unwrap();
-        let head = bare.find_reference("refs/heads/main").unwrap().peel_to_commit().unwrap();
+        let head = bare
+            .find_reference("refs/heads/main")
+            .unwrap()
+            .peel_to_commit()
+            .unwrap();
         assert_eq!(head.id().to_string(), commit);
         let entry = head.tree().unwrap().get_path(Path::new(OVERLAY)).unwrap();
         let blob = bare.find_blob(entry.id()).unwrap();
         let text = std::str::from_utf8(blob.content()).unwrap();
-        assert!(text.contains("newTag: 3.0.0") && text.contains("value: \"30\""), "{text}");
+        assert!(
+            text.contains("newTag: 3.0.0") && text.contains("value: \"30\""),
+            "{text}"
+        );
         assert_eq!(head.parent_count(), 1);
     }
 }

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::observe::{self, Fact, NAMESPACE, Timeline};
-use super::report::{MemoryReport, Outcome, Report, ReleaseReport};
+use super::report::{MemoryReport, Outcome, ReleaseReport, Report};
 use super::repository::{DemoRepository, Release};
 use super::{Options, view};
 use crate::cluster::server::Settings;
@@ -28,8 +28,14 @@ const WARM_UP: Duration = Duration::from_secs(3);
 /// Load that runs after the last verdict, so that a late loss would show.
 const COOL_DOWN: Duration = Duration::from_secs(2);
 
-const GOOD: Release = Release { version: "2.0.0", error_percent: 0 };
-const BAD: Release = Release { version: "3.0.0", error_percent: 30 };
+const GOOD: Release = Release {
+    version: "2.0.0",
+    error_percent: 0,
+};
+const BAD: Release = Release {
+    version: "3.0.0",
+    error_percent: 30,
+};
 
 /// Plays the story and returns its report. Whatever ends it early is an error that names the point.
 pub(super) async fn tell(cluster: &Cluster, options: &Options) -> anyhow::Result<Report> {
@@ -42,19 +48,26 @@ pub(super) async fn tell(cluster: &Cluster, options: &Options) -> anyhow::Result
     let started = Instant::now();
     process::start(cluster, &settings.to_arguments(), |line| note(line.to_owned())).await?;
     let up = started.elapsed().as_secs_f64();
-    note(format!("cluster up after {up:.1} s, gateway at http://127.0.0.1:{port}"));
+    note(format!(
+        "cluster up after {up:.1} s, gateway at http://127.0.0.1:{port}"
+    ));
 
     let repository = DemoRepository::create(&cluster.directory().join("demo"))?;
     let client = cluster.client()?;
     let _watches = observe::start(&client, &timeline);
     begin(&client, &repository).await?;
-    let settled = until(&timeline, options.patience, 0.0, "version 1 to run", |fact| {
-        matches!(fact, Fact::Phase { phase, .. } if phase == "Initialized")
-    });
+    let settled = until(
+        &timeline,
+        options.patience,
+        0.0,
+        "version 1 to run",
+        |fact| matches!(fact, Fact::Phase { phase, .. } if phase == "Initialized"),
+    );
     settled.await?;
 
     let mut plan = Plan::new(format!("http://127.0.0.1:{port}/").parse()?, options.rate)?;
-    plan.headers.push((http::header::HOST, HeaderValue::from_static(HOST)));
+    plan.headers
+        .push((http::header::HOST, HeaderValue::from_static(HOST)));
     plan.group_by = Some(VERSION_HEADER);
     wait_for_gateway(&plan, options.patience).await?;
     note(format!("load: {} requests a second to version 1", options.rate));
@@ -68,13 +81,29 @@ pub(super) async fn tell(cluster: &Cluster, options: &Options) -> anyhow::Result
     tokio::time::sleep(COOL_DOWN).await;
     let memory = MemoryReport::read(cluster);
     let counters = load.stop().await?;
-    if let Some(first) = counters.groups.get(BAD.version).and_then(|group| group.first_failure_us) {
+    if let Some(first) = counters
+        .groups
+        .get(BAD.version)
+        .and_then(|group| group.first_failure_us)
+    {
         let t = load_started + first as f64 / 1e6;
-        timeline.add_at(t, Fact::FirstBadAnswer { version: BAD.version.to_owned() });
+        timeline.add_at(
+            t,
+            Fact::FirstBadAnswer {
+                version: BAD.version.to_owned(),
+            },
+        );
     }
     let steps = steps_of(&client).await?;
     screen.finish().await;
-    Ok(Report::new(up, &timeline.events(), &counters, vec![good, bad], steps, memory))
+    Ok(Report::new(
+        up,
+        &timeline.events(),
+        &counters,
+        vec![good, bad],
+        steps,
+        memory,
+    ))
 }
 
 /// Applies the namespace and the sync; everything else comes from git.
@@ -93,28 +122,50 @@ async fn release(
 ) -> anyhow::Result<ReleaseReport> {
     let pushed = timeline.now();
     let commit = repository.release(release)?;
-    timeline.add_at(pushed, Fact::Pushed { version: release.version.to_owned(), commit: commit.clone() });
+    timeline.add_at(
+        pushed,
+        Fact::Pushed {
+            version: release.version.to_owned(),
+            commit: commit.clone(),
+        },
+    );
     let what = format!("release {} to start", release.version);
-    until(timeline, options.patience, pushed, &what, |fact| {
-        matches!(fact, Fact::Phase { phase, .. } if phase == "Progressing")
-    })
+    until(
+        timeline,
+        options.patience,
+        pushed,
+        &what,
+        |fact| matches!(fact, Fact::Phase { phase, .. } if phase == "Progressing"),
+    )
     .await?;
     let what = format!("release {} to end", release.version);
-    let end = until(timeline, options.patience, pushed, &what, |fact| {
-        matches!(fact, Fact::Phase { phase, .. } if phase == "Succeeded" || phase == "Failed")
-    })
+    let end = until(
+        timeline,
+        options.patience,
+        pushed,
+        &what,
+        |fact| matches!(fact, Fact::Phase { phase, .. } if phase == "Succeeded" || phase == "Failed"),
+    )
     .await?;
     let outcome = match &end.fact {
         Fact::Phase { phase, .. } if phase == "Succeeded" => Outcome::Promoted,
         _ => Outcome::RolledBack,
     };
     if outcome == Outcome::RolledBack {
-        until(timeline, options.patience, pushed, "weight 0 to be live", |fact| {
-            matches!(fact, Fact::WeightLive { weight: 0, .. })
-        })
+        until(
+            timeline,
+            options.patience,
+            pushed,
+            "weight 0 to be live",
+            |fact| matches!(fact, Fact::WeightLive { weight: 0, .. }),
+        )
         .await?;
     }
-    let wanted = if release.error_percent == 0 { Outcome::Promoted } else { Outcome::RolledBack };
+    let wanted = if release.error_percent == 0 {
+        Outcome::Promoted
+    } else {
+        Outcome::RolledBack
+    };
     Ok(ReleaseReport {
         version: release.version.to_owned(),
         commit,
@@ -135,7 +186,13 @@ async fn until(
 ) -> anyhow::Result<observe::Entry> {
     timeout(patience, timeline.until(since, wanted))
         .await
-        .with_context(|| format!("waited {} s in vain for {what}; the story so far:\n{}", patience.as_secs(), view::so_far(timeline)))
+        .with_context(|| {
+            format!(
+                "waited {} s in vain for {what}; the story so far:\n{}",
+                patience.as_secs(),
+                view::so_far(timeline)
+            )
+        })
 }
 
 /// The gateway's route is live when the VirtualService is acknowledged; the first request proves the way through.
@@ -146,7 +203,9 @@ async fn wait_for_gateway(plan: &Plan, patience: Duration) -> anyhow::Result<()>
     single.duration = Some(Duration::from_millis(20));
     let tries = async {
         for _ in 0..ATTEMPTS {
-            let counters = Load::start(single.clone(), CancellationToken::new()).finish().await?;
+            let counters = Load::start(single.clone(), CancellationToken::new())
+                .finish()
+                .await?;
             if counters.statuses.contains_key(&200) {
                 return anyhow::Ok(());
             }

@@ -47,7 +47,11 @@ impl Screen {
                 println!("{}", line(&event));
             }
         });
-        Self { state, printer, redraw: Mutex::new(None) }
+        Self {
+            state,
+            printer,
+            redraw: Mutex::new(None),
+        }
     }
 
     /// Draws the live line while a load runs. Only on a terminal; a log gets the facts alone.
@@ -90,7 +94,11 @@ impl State {
     fn take_in(&mut self, fact: &Fact) {
         match fact {
             Fact::WeightWanted { weight } => self.wanted = *weight,
-            Fact::WeightLive { weight, acked, needed } => {
+            Fact::WeightLive {
+                weight,
+                acked,
+                needed,
+            } => {
                 (self.live, self.acked, self.needed) = (*weight, *acked, *needed);
             }
             Fact::Phase { phase, .. } => self.phase.clone_from(phase),
@@ -119,9 +127,14 @@ fn live_line(state: &State, before: &Counters, now: &Counters, elapsed: Duration
     let failed = now.failed_by_app - before.failed_by_app;
     let rate = answered as f64 / REDRAW.as_secs_f64();
     let success = 100.0 * (answered - failed.min(answered)) as f64 / (answered.max(1)) as f64;
-    let bar: String = (0..20).map(|cell| if cell * 5 < state.live { '█' } else { '░' }).collect();
+    let bar: String = (0..20)
+        .map(|cell| if cell * 5 < state.live { '█' } else { '░' })
+        .collect();
     let lost = now.failed_by_system_total();
-    let lost = paint(&format!("{lost} lost"), if lost == 0 { Mood::Good } else { Mood::Bad });
+    let lost = paint(
+        &format!("{lost} lost"),
+        if lost == 0 { Mood::Good } else { Mood::Bad },
+    );
     format!(
         "{:7.1}s  {bar} canary {:3} % wanted, {:3} % live ({}/{})  {rate:5.0} rps  {success:6.2} % good  {lost}  {}",
         elapsed.as_secs_f64(),
@@ -141,9 +154,10 @@ fn line(event: &Entry) -> String {
 fn describe(fact: &Fact) -> String {
     let short = |commit: &str| commit.get(..8).unwrap_or(commit).to_owned();
     match fact {
-        Fact::Pushed { version, commit } => {
-            paint(&format!("push       version {version} ({})", short(commit)), Mood::Busy)
-        }
+        Fact::Pushed { version, commit } => paint(
+            &format!("push       version {version} ({})", short(commit)),
+            Mood::Busy,
+        ),
         Fact::Seen { commit } => format!("source     revision {} seen", short(commit)),
         Fact::Applied { commit } => format!("apply      revision {} applied", short(commit)),
         Fact::ImageChanged { image } => format!("deployment {image}"),
@@ -155,16 +169,26 @@ fn describe(fact: &Fact) -> String {
                 "Failed" => Mood::Bad,
                 _ => Mood::Busy,
             };
-            let text = if message.is_empty() { phase.clone() } else { format!("{phase}: {message}") };
+            let text = if message.is_empty() {
+                phase.clone()
+            } else {
+                format!("{phase}: {message}")
+            };
             format!("rollout    {}", paint(&text, mood))
         }
         Fact::WeightWanted { weight } => format!("weight     {weight} % wanted"),
-        Fact::WeightLive { weight, acked, needed } => {
+        Fact::WeightLive {
+            weight,
+            acked,
+            needed,
+        } => {
             format!("weight     {weight} % live in {acked} of {needed} proxies")
         }
-        Fact::Verdict { metric, verdict, message } => {
-            paint(&format!("verdict    {metric} is {verdict}: {message}"), Mood::Bad)
-        }
+        Fact::Verdict {
+            metric,
+            verdict,
+            message,
+        } => paint(&format!("verdict    {metric} is {verdict}: {message}"), Mood::Bad),
         Fact::FirstBadAnswer { version } => format!("client     first bad answer of version {version}"),
         Fact::Note { text } => text.clone(),
     }

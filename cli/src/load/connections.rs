@@ -55,7 +55,9 @@ impl Connections {
 
     /// Sends one request and reads its whole answer.
     pub(super) async fn send(&self, plan: &Plan) -> Outcome {
-        let Ok(_permit) = self.permits.acquire().await else { return Outcome::no_answer("closed") };
+        let Ok(_permit) = self.permits.acquire().await else {
+            return Outcome::no_answer("closed");
+        };
         match self.protocol {
             Protocol::Http1 => self.send_http1(plan).await,
             Protocol::Http2 => self.send_http2(plan).await,
@@ -64,7 +66,9 @@ impl Connections {
 
     async fn open(&self) -> anyhow::Result<TokioIo<TcpStream>> {
         let connect = TcpStream::connect((self.host.as_str(), self.port));
-        let stream = tokio::time::timeout(CONNECT_TIMEOUT, connect).await.context("timeout")??;
+        let stream = tokio::time::timeout(CONNECT_TIMEOUT, connect)
+            .await
+            .context("timeout")??;
         stream.set_nodelay(true)?;
         Ok(TokioIo::new(stream))
     }
@@ -87,7 +91,9 @@ impl Connections {
                 }
                 continue;
             }
-            let Ok(request) = request(plan, Version::HTTP_11) else { return Outcome::no_answer("request") };
+            let Ok(request) = request(plan, Version::HTTP_11) else {
+                return Outcome::no_answer("request");
+            };
             match sender.try_send_request(request).await {
                 Ok(response) => {
                     let (parts, body) = response.into_parts();
@@ -128,8 +134,12 @@ impl Connections {
         if sender.ready().await.is_err() {
             return Outcome::no_answer("reset");
         }
-        let Ok(request) = request(plan, Version::HTTP_2) else { return Outcome::no_answer("request") };
-        let Ok(response) = sender.send_request(request).await else { return Outcome::no_answer("reset") };
+        let Ok(request) = request(plan, Version::HTTP_2) else {
+            return Outcome::no_answer("request");
+        };
+        let Ok(response) = sender.send_request(request).await else {
+            return Outcome::no_answer("reset");
+        };
         let (parts, body) = response.into_parts();
         if body.collect().await.is_err() {
             return Outcome::no_answer("truncated");
@@ -138,8 +148,9 @@ impl Connections {
     }
 
     async fn connect_http2(&self) -> anyhow::Result<http2::SendRequest<Body>> {
-        let (sender, connection) =
-            http2::Builder::new(TokioExecutor::new()).handshake(self.open().await?).await?;
+        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+            .handshake(self.open().await?)
+            .await?;
         tokio::spawn(connection);
         Ok(sender)
     }
@@ -149,17 +160,36 @@ fn request(plan: &Plan, version: Version) -> anyhow::Result<Request<Body>> {
     let mut request = Request::new(Empty::new());
     *request.method_mut() = plan.method.clone();
     *request.version_mut() = version;
-    let host = plan.headers.iter().find(|(name, _)| *name == HOST).map(|(_, value)| value);
+    let host = plan
+        .headers
+        .iter()
+        .find(|(name, _)| *name == HOST)
+        .map(|(_, value)| value);
     let authority = match host {
         Some(value) => value.to_str()?.to_owned(),
-        None => plan.url.authority().context("the URL names no host")?.as_str().to_owned(),
+        None => plan
+            .url
+            .authority()
+            .context("the URL names no host")?
+            .as_str()
+            .to_owned(),
     };
     if version == Version::HTTP_2 {
         let path = plan.url.path_and_query().map_or("/", |path| path.as_str());
-        *request.uri_mut() = Uri::builder().scheme("http").authority(authority).path_and_query(path).build()?;
+        *request.uri_mut() = Uri::builder()
+            .scheme("http")
+            .authority(authority)
+            .path_and_query(path)
+            .build()?;
     } else {
-        *request.uri_mut() = plan.url.path_and_query().map_or("/", |path| path.as_str()).parse()?;
-        request.headers_mut().insert(HOST, HeaderValue::from_str(&authority)?);
+        *request.uri_mut() = plan
+            .url
+            .path_and_query()
+            .map_or("/", |path| path.as_str())
+            .parse()?;
+        request
+            .headers_mut()
+            .insert(HOST, HeaderValue::from_str(&authority)?);
     }
     for (name, value) in plan.headers.iter().filter(|(name, _)| *name != HOST) {
         request.headers_mut().append(name.clone(), value.clone());

@@ -81,7 +81,10 @@ impl Plan {
 
     fn authority(&self) -> anyhow::Result<(String, u16)> {
         let host = self.url.host().context("the URL names no host")?;
-        Ok((host.trim_matches(['[', ']']).to_owned(), self.url.port_u16().unwrap_or(80)))
+        Ok((
+            host.trim_matches(['[', ']']).to_owned(),
+            self.url.port_u16().unwrap_or(80),
+        ))
     }
 }
 
@@ -102,7 +105,11 @@ impl Load {
     pub(crate) fn start(plan: Plan, cancel: CancellationToken) -> Self {
         let counters = Arc::new(Mutex::new(Counters::default()));
         let task = tokio::spawn(send(plan, counters.clone(), cancel.clone()));
-        Self { counters, task, cancel }
+        Self {
+            counters,
+            task,
+            cancel,
+        }
     }
 
     /// The counts until now.
@@ -117,7 +124,9 @@ impl Load {
 
     /// Runs the plan to its end (or to cancellation) and waits for what is in flight.
     pub(crate) async fn finish(mut self) -> anyhow::Result<Counters> {
-        (&mut self.task).await.context("the load generator ended unexpectedly")??;
+        (&mut self.task)
+            .await
+            .context("the load generator ended unexpectedly")??;
         Ok(self.counters())
     }
 
@@ -143,7 +152,10 @@ async fn send(plan: Plan, counters: Arc<Mutex<Counters>>, cancel: CancellationTo
     let mut in_flight = JoinSet::new();
     for turn in 0u64.. {
         let due = started + Duration::from_secs_f64(turn as f64 / plan.rate);
-        if plan.duration.is_some_and(|duration| due.duration_since(started) >= duration) {
+        if plan
+            .duration
+            .is_some_and(|duration| due.duration_since(started) >= duration)
+        {
             break;
         }
         // A timer is good for a millisecond; between two ticks requests that are due together leave together.

@@ -30,7 +30,11 @@ pub(crate) enum Failure {
 impl Outcome {
     /// There was no answer; `why` in one word.
     pub(crate) fn no_answer(why: &str) -> Self {
-        Self { status: None, group: None, failure: Some(Failure::System(why.to_owned())) }
+        Self {
+            status: None,
+            group: None,
+            failure: Some(Failure::System(why.to_owned())),
+        }
     }
 
     /// Reads an answer. What a proxy answered by itself carries its response flags; what came from an upstream carries
@@ -39,7 +43,9 @@ impl Outcome {
         let text = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
         let bad = status.is_server_error();
         let made_by_envoy = || {
-            headers.get("server").is_some_and(|server| server == "envoy" || server == "istio-envoy")
+            headers
+                .get("server")
+                .is_some_and(|server| server == "envoy" || server == "istio-envoy")
                 && !headers.contains_key("x-envoy-upstream-service-time")
         };
         let failure = match text(&RESPONSE_FLAGS) {
@@ -48,7 +54,11 @@ impl Outcome {
             None if bad => Some(Failure::Application),
             Some(_) | None => None,
         };
-        Self { status: Some(status), group: group_by.and_then(text).map(str::to_owned), failure }
+        Self {
+            status: Some(status),
+            group: group_by.and_then(text).map(str::to_owned),
+            failure,
+        }
     }
 }
 
@@ -68,7 +78,13 @@ mod tests {
 
     #[test]
     fn a_bad_answer_with_response_flags_is_the_systems() {
-        let outcome = answer(503, &[("x-serin-response-flags", "UH"), ("x-envoy-upstream-service-time", "1")]);
+        let outcome = answer(
+            503,
+            &[
+                ("x-serin-response-flags", "UH"),
+                ("x-envoy-upstream-service-time", "1"),
+            ],
+        );
         assert_eq!(outcome.failure, Some(Failure::System("UH".to_owned())));
         let outcome = answer(404, &[("x-serin-response-flags", "NR")]);
         assert_eq!(outcome.failure, Some(Failure::System("NR".to_owned())));
@@ -76,18 +92,27 @@ mod tests {
 
     #[test]
     fn a_bad_answer_from_an_upstream_is_the_applications() {
-        assert_eq!(answer(500, &[("x-envoy-upstream-service-time", "3")]).failure, Some(Failure::Application));
+        assert_eq!(
+            answer(500, &[("x-envoy-upstream-service-time", "3")]).failure,
+            Some(Failure::Application)
+        );
         assert_eq!(answer(500, &[]).failure, Some(Failure::Application));
     }
 
     #[test]
     fn what_an_envoy_answered_without_an_upstream_is_the_systems() {
-        assert_eq!(answer(503, &[("server", "envoy")]).failure, Some(Failure::System("-".to_owned())));
+        assert_eq!(
+            answer(503, &[("server", "envoy")]).failure,
+            Some(Failure::System("-".to_owned()))
+        );
     }
 
     #[test]
     fn good_answers_and_the_applications_client_errors_are_no_failures() {
         assert_eq!(answer(200, &[]).failure, None);
-        assert_eq!(answer(404, &[("x-envoy-upstream-service-time", "3")]).failure, None);
+        assert_eq!(
+            answer(404, &[("x-envoy-upstream-service-time", "3")]).failure,
+            None
+        );
     }
 }

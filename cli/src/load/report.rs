@@ -53,15 +53,17 @@ impl Default for Counters {
             groups: BTreeMap::new(),
             statuses: BTreeMap::new(),
             // The bounds are constants that the histogram accepts; an auto-resizing one is the same but for memory.
-            latency_us: Histogram::new_with_bounds(1, LATENCY_MAX_US, 3)
-                .unwrap_or_else(|_| Histogram::new(3).unwrap_or_else(|_| unreachable!("3 digits are allowed"))),
+            latency_us: Histogram::new_with_bounds(1, LATENCY_MAX_US, 3).unwrap_or_else(|_| {
+                Histogram::new(3).unwrap_or_else(|_| unreachable!("3 digits are allowed"))
+            }),
         }
     }
 }
 
 impl Counters {
     pub(super) fn record(&mut self, outcome: &Outcome, latency: Duration, since_start: Duration) {
-        self.latency_us.saturating_record(u64::try_from(latency.as_micros()).unwrap_or(u64::MAX).max(1));
+        self.latency_us
+            .saturating_record(u64::try_from(latency.as_micros()).unwrap_or(u64::MAX).max(1));
         if let Some(status) = outcome.status {
             self.answered += 1;
             *self.statuses.entry(status.as_u16()).or_default() += 1;
@@ -73,12 +75,18 @@ impl Counters {
             None => {}
         }
         if let Some(name) = &outcome.group {
-            let name = if self.groups.len() < GROUPS_MAX || self.groups.contains_key(name) { name } else { "other" };
+            let name = if self.groups.len() < GROUPS_MAX || self.groups.contains_key(name) {
+                name
+            } else {
+                "other"
+            };
             let group = self.groups.entry(name.to_owned()).or_default();
             group.answered += 1;
             if by_application {
                 group.failed_by_app += 1;
-                group.first_failure_us.get_or_insert(u64::try_from(since_start.as_micros()).unwrap_or(u64::MAX));
+                group
+                    .first_failure_us
+                    .get_or_insert(u64::try_from(since_start.as_micros()).unwrap_or(u64::MAX));
             }
         }
     }
@@ -114,7 +122,13 @@ pub(crate) struct Report {
 impl Report {
     /// A report of a load that took `elapsed`.
     pub(crate) fn new(url: String, rate_wanted: f64, elapsed: Duration, counters: &Counters) -> Self {
-        let quantiles = [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0)];
+        let quantiles = [
+            ("p50", 0.5),
+            ("p90", 0.9),
+            ("p99", 0.99),
+            ("p99.9", 0.999),
+            ("max", 1.0),
+        ];
         Self {
             url,
             rate_wanted,
@@ -127,7 +141,10 @@ impl Report {
             failed_by_system_by_flag: counters.failed_by_system.clone(),
             statuses: counters.statuses.clone(),
             groups: counters.groups.clone(),
-            latency_ms: quantiles.into_iter().map(|(name, q)| (name, counters.latency_ms(q))).collect(),
+            latency_ms: quantiles
+                .into_iter()
+                .map(|(name, q)| (name, counters.latency_ms(q)))
+                .collect(),
         }
     }
 
@@ -154,7 +171,11 @@ impl Report {
             let _ = writeln!(text, "  {count} × {flag}");
         }
         for (name, group) in &self.groups {
-            let _ = writeln!(text, "  {name}: {} answered, {} failed", group.answered, group.failed_by_app);
+            let _ = writeln!(
+                text,
+                "  {name}: {} answered, {} failed",
+                group.answered, group.failed_by_app
+            );
         }
         text.push_str("latency from when due:");
         for (name, value) in &self.latency_ms {

@@ -41,7 +41,10 @@ async fn run(path: &str, protocol: Protocol) -> Counters {
     plan.duration = Some(Duration::from_millis(100));
     plan.protocol = protocol;
     plan.group_by = Some(HeaderName::from_static("x-version"));
-    Load::start(plan, CancellationToken::new()).finish().await.unwrap()
+    Load::start(plan, CancellationToken::new())
+        .finish()
+        .await
+        .unwrap()
 }
 
 #[tokio::test]
@@ -57,7 +60,10 @@ async fn every_request_of_the_schedule_is_sent_and_answered_over_both_protocols(
 #[tokio::test]
 async fn failures_are_attributed_to_the_application_or_to_the_system() {
     let counters = run("/bad", Protocol::Http1).await;
-    assert_eq!((counters.failed_by_app, counters.failed_by_system_total()), (50, 0));
+    assert_eq!(
+        (counters.failed_by_app, counters.failed_by_system_total()),
+        (50, 0)
+    );
     assert!(counters.groups["1"].first_failure_us.is_some());
     let counters = run("/flag", Protocol::Http1).await;
     assert_eq!(counters.failed_by_system["UH"], 50);
@@ -68,7 +74,10 @@ async fn failures_are_attributed_to_the_application_or_to_the_system() {
 async fn a_server_that_is_not_there_is_the_systems_failure() {
     let mut plan = Plan::new("http://127.0.0.1:1/".parse().unwrap(), 100.0).unwrap();
     plan.duration = Some(Duration::from_millis(50));
-    let counters = Load::start(plan, CancellationToken::new()).finish().await.unwrap();
+    let counters = Load::start(plan, CancellationToken::new())
+        .finish()
+        .await
+        .unwrap();
     assert_eq!(counters.failed_by_system["connect"], 5);
 }
 

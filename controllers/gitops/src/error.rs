@@ -80,6 +80,8 @@ pub enum Error {
         action: &'static str,
         /// The API server's words.
         reason: String,
+        /// Whether the same request may succeed in a moment (server busy or away).
+        transient: bool,
     },
     /// The API server does not know a kind.
     #[error(
@@ -136,6 +138,37 @@ impl Error {
             action: action.into(),
             source: Box::new(source),
         }
+    }
+}
+
+impl Error {
+    /// Whether trying again soon may succeed without anybody changing anything.
+    pub(crate) fn may_pass(&self) -> bool {
+        match self {
+            Self::Object { transient, .. } => *transient,
+            Self::Api { source, .. } => is_transient(source),
+            Self::NoKind { .. } | Self::Deadline { .. } => true,
+            Self::Git { .. }
+            | Self::GitTimeout { .. }
+            | Self::GitExhausted { .. }
+            | Self::Reference { .. }
+            | Self::Referred { .. }
+            | Self::Spec(_)
+            | Self::Tree { .. }
+            | Self::Build(_)
+            | Self::Io { .. }
+            | Self::Kit(_)
+            | Self::Stopping => false,
+        }
+    }
+}
+
+/// Whether the API server was busy or away, rather than refusing.
+pub(crate) fn is_transient(error: &kube::Error) -> bool {
+    match error {
+        kube::Error::Api(status) => status.code >= 500 || status.code == 429,
+        kube::Error::Service(_) | kube::Error::HyperError(_) => true,
+        _ => false,
     }
 }
 

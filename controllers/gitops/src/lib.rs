@@ -34,6 +34,8 @@
 //! * Unknown fields are refused (`fieldValidation=Strict`); Flux lets the server prune them from custom resources.
 //! * `Ready` is not taken away when an object that was healthy starts to roll out by itself; a failure takes it away.
 //! * Drift is corrected at once, and again and again only with growing pauses (1 s to 5 min).
+//! * `spec.replicas` is left to another controller that sets it (a canary, an autoscaler); kubectl's number is corrected.
+//! * Failures of the API server itself are retried within 5 s, whatever `retryInterval` says.
 //! * Symbolic links inside a repository are followed; Flux drops them from the artifact.
 //! * A server's certificate is checked against `ca.crt` directly, without building a chain: list intermediates.
 //!

@@ -10,7 +10,9 @@ fn main() {
     let mut it = args.iter();
     while let Some(arg) = it.next() {
         match arg.as_str() {
-            "--load-restrictor" => options.load_restrictor = it.next().and_then(|v| v.parse().ok()).unwrap_or_default(),
+            "--load-restrictor" => {
+                options.load_restrictor = it.next().and_then(|v| v.parse().ok()).unwrap_or_default()
+            }
             "--none" => options.load_restrictor = LoadRestrictor::None,
             "--fifo" => options.reorder = Reorder::None,
             "--stats" => stats = true,
@@ -25,7 +27,12 @@ fn main() {
             let built = start.elapsed();
             match result.to_yaml() {
                 Ok(text) if !stats => print!("{text}"),
-                Ok(text) => eprintln!("{:?} build {built:?} total {:?} bytes {}", result.stats, start.elapsed(), text.len()),
+                Ok(text) => eprintln!(
+                    "{:?} build {built:?} total {:?} bytes {}",
+                    result.stats,
+                    start.elapsed(),
+                    text.len()
+                ),
                 Err(e) => {
                     eprintln!("Error: {e}");
                     std::process::exit(1);

@@ -76,7 +76,8 @@ impl TransformerConfig {
             merge_all(mine, theirs).map_err(|e| format!("failed to merge {name} fieldSpec: {e}"))?;
         }
         for reference in &other.name_reference {
-            self.merge_reference(reference).map_err(|e| format!("failed to merge nameReference fieldSpec: {e}"))?;
+            self.merge_reference(reference)
+                .map_err(|e| format!("failed to merge nameReference fieldSpec: {e}"))?;
         }
         self.sort();
         Ok(())
@@ -84,7 +85,11 @@ impl TransformerConfig {
 
     /// Adds what refers to one kind.
     pub(crate) fn merge_reference(&mut self, reference: &NameReference) -> Result<(), String> {
-        match self.name_reference.iter_mut().find(|r| r.target == reference.target) {
+        match self
+            .name_reference
+            .iter_mut()
+            .find(|r| r.target == reference.target)
+        {
             Some(existing) => merge_all(&mut existing.referrers, &reference.referrers),
             None => {
                 self.name_reference.push(reference.clone());
@@ -103,8 +108,19 @@ impl TransformerConfig {
 }
 
 fn sort_key(gvk: &Gvk) -> (i32, String) {
-    let or = |s: &str, none: &'static str| if s.is_empty() { none.to_owned() } else { s.to_owned() };
-    let text = format!("{}_{}_{}", or(&gvk.group, "~G"), or(&gvk.version, "~V"), or(&gvk.kind, "~K"));
+    let or = |s: &str, none: &'static str| {
+        if s.is_empty() {
+            none.to_owned()
+        } else {
+            s.to_owned()
+        }
+    };
+    let text = format!(
+        "{}_{}_{}",
+        or(&gvk.group, "~G"),
+        or(&gvk.version, "~V"),
+        or(&gvk.kind, "~K")
+    );
     (legacy_rank(&gvk.kind, &LEGACY_FIRST, &LEGACY_LAST), text)
 }
 
@@ -120,17 +136,34 @@ fn parse_defaults(text: &str) -> TransformerConfig {
         let words: Vec<&str> = line.split(' ').collect();
         match words[..] {
             [">", kind, version, group] => {
-                let target = Gvk { group: any(group), version: any(version), kind: any(kind) };
-                config.name_reference.push(NameReference { target, referrers: Vec::new() });
+                let target = Gvk {
+                    group: any(group),
+                    version: any(version),
+                    kind: any(kind),
+                };
+                config.name_reference.push(NameReference {
+                    target,
+                    referrers: Vec::new(),
+                });
             }
             [create, kind, version, group, path] => {
-                let gvk = Gvk { group: any(group), version: any(version), kind: any(kind) };
-                let spec = FieldSpec { gvk, path: path.to_owned(), create: create == "+" };
+                let gvk = Gvk {
+                    group: any(group),
+                    version: any(version),
+                    kind: any(kind),
+                };
+                let spec = FieldSpec {
+                    gvk,
+                    path: path.to_owned(),
+                    create: create == "+",
+                };
                 if section == "nameReference" {
                     if let Some(last) = config.name_reference.last_mut() {
                         last.referrers.push(spec);
                     }
-                } else if let Some((_, list)) = config.lists_mut().into_iter().find(|(name, _)| *name == section) {
+                } else if let Some((_, list)) =
+                    config.lists_mut().into_iter().find(|(name, _)| *name == section)
+                {
                     list.push(spec);
                 }
             }
@@ -147,19 +180,26 @@ mod tests {
     #[test]
     fn the_default_tables_are_complete() {
         let mut defaults = TransformerConfig::defaults().clone();
-        let counts: Vec<(&str, usize)> = defaults.lists_mut().into_iter().map(|(n, l)| (n, l.len())).collect();
-        assert_eq!(counts, [
-            ("namePrefix", 1),
-            ("nameSuffix", 1),
-            ("namespace", 3),
-            ("commonLabels", 32),
-            ("labels", 0),
-            ("templateLabels", 10),
-            ("commonAnnotations", 9),
-            ("varReference", 72),
-            ("images", 6),
-            ("replicas", 4),
-        ]);
+        let counts: Vec<(&str, usize)> = defaults
+            .lists_mut()
+            .into_iter()
+            .map(|(n, l)| (n, l.len()))
+            .collect();
+        assert_eq!(
+            counts,
+            [
+                ("namePrefix", 1),
+                ("nameSuffix", 1),
+                ("namespace", 3),
+                ("commonLabels", 32),
+                ("labels", 0),
+                ("templateLabels", 10),
+                ("commonAnnotations", 9),
+                ("varReference", 72),
+                ("images", 6),
+                ("replicas", 4),
+            ]
+        );
         let references: usize = defaults.name_reference.iter().map(|r| r.referrers.len()).sum();
         assert_eq!((defaults.name_reference.len(), references), (16, 167));
     }

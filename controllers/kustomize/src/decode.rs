@@ -71,11 +71,21 @@ pub(crate) struct Fields<'a, 'v> {
 
 impl<'a, 'v> Fields<'a, 'v> {
     pub(crate) fn new(ctx: &'a Context<'a>, path: &str, map: &'v Map) -> Fields<'a, 'v> {
-        Fields { ctx, map, path: path.to_owned(), known: Vec::new(), any_field: false }
+        Fields {
+            ctx,
+            map,
+            path: path.to_owned(),
+            known: Vec::new(),
+            any_field: false,
+        }
     }
 
     fn at(&self, name: &str) -> String {
-        if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
+        if self.path.is_empty() {
+            name.to_owned()
+        } else {
+            format!("{}.{name}", self.path)
+        }
     }
 
     /// A field that is there and not null. Names match in any case, the exact one first, as in Go.
@@ -83,14 +93,19 @@ impl<'a, 'v> Fields<'a, 'v> {
         self.known.push(name);
         let exact = self.map.get(name);
         let found = exact.or_else(|| {
-            self.map.entries.iter().find(|e| e.key.text.eq_ignore_ascii_case(name)).map(|e| &e.value)
+            self.map
+                .entries
+                .iter()
+                .find(|e| e.key.text.eq_ignore_ascii_case(name))
+                .map(|e| &e.value)
         });
         found.filter(|v| !v.is_null())
     }
 
     pub(crate) fn string(&mut self, name: &'static str) -> Result<String> {
         let path = self.at(name);
-        self.get(name).map_or(Ok(String::new()), |v| self.ctx.string(&path, v))
+        self.get(name)
+            .map_or(Ok(String::new()), |v| self.ctx.string(&path, v))
     }
 
     pub(crate) fn optional_string(&mut self, name: &'static str) -> Result<Option<String>> {
@@ -112,16 +127,21 @@ impl<'a, 'v> Fields<'a, 'v> {
         match self.get(name) {
             None => Ok(0),
             Some(value) => match value {
-                Value::Scalar(s) if s.tag == Tag::Int => {
-                    s.text.parse().map_err(|_| self.ctx.wrong_type(&path, "int64", value))
-                }
+                Value::Scalar(s) if s.tag == Tag::Int => s
+                    .text
+                    .parse()
+                    .map_err(|_| self.ctx.wrong_type(&path, "int64", value)),
                 other => Err(self.ctx.wrong_type(&path, "int64", other)),
             },
         }
     }
 
     pub(crate) fn strings(&mut self, name: &'static str) -> Result<Vec<String>> {
-        Ok(self.strings_with_values(name)?.into_iter().map(|(s, _)| s).collect())
+        Ok(self
+            .strings_with_values(name)?
+            .into_iter()
+            .map(|(s, _)| s)
+            .collect())
     }
 
     /// Strings with the nodes they come from, for messages.
@@ -129,17 +149,23 @@ impl<'a, 'v> Fields<'a, 'v> {
         let path = self.at(name);
         match self.get(name) {
             None => Ok(Vec::new()),
-            Some(Value::Seq(seq)) => {
-                seq.items.iter().map(|item| Ok((self.ctx.string(&path, item)?, item))).collect()
-            }
+            Some(Value::Seq(seq)) => seq
+                .items
+                .iter()
+                .map(|item| Ok((self.ctx.string(&path, item)?, item)))
+                .collect(),
             Some(other) => Err(self.ctx.wrong_type(&path, "list of strings", other)),
         }
     }
 
     pub(crate) fn string_map(&mut self, name: &'static str) -> Result<Option<Vec<(String, String)>>> {
         let path = self.at(name);
-        let Some(value) = self.get(name) else { return Ok(None) };
-        let Some(map) = self.ctx.map(&path, value)? else { return Ok(None) };
+        let Some(value) = self.get(name) else {
+            return Ok(None);
+        };
+        let Some(map) = self.ctx.map(&path, value)? else {
+            return Ok(None);
+        };
         let pairs = map.entries.iter().map(|e| {
             let path = format!("{path}.{}", e.key.text);
             Ok((e.key.text.to_string(), self.ctx.string(&path, &e.value)?))
@@ -153,8 +179,12 @@ impl<'a, 'v> Fields<'a, 'v> {
         read: impl FnOnce(&mut Fields<'a, 'v>) -> Result<T>,
     ) -> Result<Option<T>> {
         let path = self.at(name);
-        let Some(value) = self.get(name) else { return Ok(None) };
-        let Some(map) = self.ctx.map(&path, value)? else { return Ok(None) };
+        let Some(value) = self.get(name) else {
+            return Ok(None);
+        };
+        let Some(map) = self.ctx.map(&path, value)? else {
+            return Ok(None);
+        };
         let mut fields = Fields::new(self.ctx, &path, map);
         let out = read(&mut fields)?;
         fields.finish()?;
@@ -167,11 +197,16 @@ impl<'a, 'v> Fields<'a, 'v> {
         mut read: impl FnMut(&mut Fields<'a, 'v>) -> Result<T>,
     ) -> Result<Vec<T>> {
         let path = self.at(name);
-        let Some(value) = self.get(name) else { return Ok(Vec::new()) };
+        let Some(value) = self.get(name) else {
+            return Ok(Vec::new());
+        };
         let Value::Seq(seq) = value else {
             return Err(self.ctx.wrong_type(&path, "list", value));
         };
-        static EMPTY: Map = Map { entries: Vec::new(), pos: serin_manifests::Pos::NONE };
+        static EMPTY: Map = Map {
+            entries: Vec::new(),
+            pos: serin_manifests::Pos::NONE,
+        };
         let mut out = Vec::with_capacity(seq.items.len());
         for item in &seq.items {
             let map = self.ctx.map(&path, item)?.unwrap_or(&EMPTY);
@@ -189,7 +224,12 @@ impl<'a, 'v> Fields<'a, 'v> {
 
     /// The place of the object.
     pub(crate) fn place(&self) -> Place {
-        Place::in_text(self.ctx.file, self.ctx.text, self.map.pos.line(), self.map.pos.column())
+        Place::in_text(
+            self.ctx.file,
+            self.ctx.text,
+            self.map.pos.line(),
+            self.map.pos.column(),
+        )
     }
 
     /// Complains about the first field that nobody asked for.
@@ -207,8 +247,12 @@ impl<'a, 'v> Fields<'a, 'v> {
                 format!("{}.{}", self.ctx.what, self.path)
             };
             let field = entry.key.text.to_string();
-            let place =
-                Place::in_text(self.ctx.file, self.ctx.text, entry.key.pos.line(), entry.key.pos.column());
+            let place = Place::in_text(
+                self.ctx.file,
+                self.ctx.text,
+                entry.key.pos.line(),
+                entry.key.pos.column(),
+            );
             let suggestion = nearest(&field, self.known.iter().copied());
             let error = Error::new(Cause::UnknownField { what, field }).at(place);
             return Err(match suggestion {

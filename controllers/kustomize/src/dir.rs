@@ -15,7 +15,9 @@ pub struct DirTree {
 impl DirTree {
     /// A tree over a directory.
     pub fn new(root: impl AsRef<Path>) -> DirTree {
-        DirTree { root: root.as_ref().to_path_buf() }
+        DirTree {
+            root: root.as_ref().to_path_buf(),
+        }
     }
 }
 
@@ -32,12 +34,16 @@ impl FileTree for DirTree {
             }
             // Sockets, devices, pipes: reading one could block for ever.
             Ok(_) => Err("not a regular file".into()),
-            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(TreeEntry::Missing),
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                Ok(TreeEntry::Missing)
+            }
             Err(e) => Err(e.to_string()),
         }
     }
 
     fn read(&self, path: &str) -> Result<Arc<[u8]>, String> {
-        std::fs::read(self.root.join(path)).map(Into::into).map_err(|e| e.to_string())
+        std::fs::read(self.root.join(path))
+            .map(Into::into)
+            .map_err(|e| e.to_string())
     }
 }

@@ -8,7 +8,9 @@ use serin_manifests::Place;
 #[derive(Clone, Debug, thiserror::Error, PartialEq)]
 pub enum Cause {
     /// No `kustomization.yaml` in a directory that should be built.
-    #[error("unable to find one of 'kustomization.yaml', 'kustomization.yml' or 'Kustomization' in directory '{0}'")]
+    #[error(
+        "unable to find one of 'kustomization.yaml', 'kustomization.yml' or 'Kustomization' in directory '{0}'"
+    )]
     NoKustomization(String),
     /// More than one of the file names in one directory.
     #[error("Found multiple kustomization files under: {dir}: {files}")]
@@ -98,7 +100,9 @@ pub enum Cause {
     #[error("{0}")]
     Generator(String),
     /// A patch whose target does not exist.
-    #[error("no resource matches strategic merge patch {id:?}: no matches for Id {id}; failed to find unique target for patch {id}")]
+    #[error(
+        "no resource matches strategic merge patch {id:?}: no matches for Id {id}; failed to find unique target for patch {id}"
+    )]
     NoPatchTarget {
         /// The identity that the patch names.
         id: String,
@@ -172,7 +176,12 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// An error of a cause, without a place.
     pub fn new(cause: Cause) -> Error {
-        Error { cause: Box::new(cause), place: None, chain: Vec::new(), help: None }
+        Error {
+            cause: Box::new(cause),
+            place: None,
+            chain: Vec::new(),
+            help: None,
+        }
     }
 
     /// Adds the place unless one is known.
@@ -214,9 +223,13 @@ impl From<serin_manifests::Error> for Error {
     fn from(e: serin_manifests::Error) -> Error {
         let place = e.place().cloned();
         let cause = match &e {
-            serin_manifests::Error::Budget { budget, what, limit, .. } => {
-                Cause::Budget { budget, what: what.clone(), limit: *limit }
-            }
+            serin_manifests::Error::Budget {
+                budget, what, limit, ..
+            } => Cause::Budget {
+                budget,
+                what: what.clone(),
+                limit: *limit,
+            },
             _ => Cause::Manifest(e),
         };
         Error::new(cause).at_option(place)
@@ -264,7 +277,10 @@ pub(crate) fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a s
 
 /// Edit distance, given up above a limit.
 fn distance(a: &str, b: &str, limit: usize) -> usize {
-    let (a, b): (Vec<char>, Vec<char>) = (a.to_lowercase().chars().collect(), b.to_lowercase().chars().collect());
+    let (a, b): (Vec<char>, Vec<char>) = (
+        a.to_lowercase().chars().collect(),
+        b.to_lowercase().chars().collect(),
+    );
     if a.len().abs_diff(b.len()) > limit || a.len() > 256 || b.len() > 256 {
         return usize::MAX;
     }
@@ -273,7 +289,9 @@ fn distance(a: &str, b: &str, limit: usize) -> usize {
         let mut diagonal = row[0];
         row[0] = i + 1;
         for (j, cb) in b.iter().enumerate() {
-            let next = (diagonal + usize::from(ca != cb)).min(row[j] + 1).min(row[j + 1] + 1);
+            let next = (diagonal + usize::from(ca != cb))
+                .min(row[j] + 1)
+                .min(row[j + 1] + 1);
             diagonal = row[j + 1];
             row[j + 1] = next;
         }
@@ -287,7 +305,10 @@ mod tests {
 
     #[test]
     fn a_typing_error_finds_its_word() {
-        assert_eq!(nearest("resorces", ["resources", "replicas", "patches"]), Some("resources"));
+        assert_eq!(
+            nearest("resorces", ["resources", "replicas", "patches"]),
+            Some("resources")
+        );
         assert_eq!(nearest("xyz", ["resources", "replicas"]), None);
     }
 }

@@ -18,7 +18,11 @@ pub(crate) struct FieldSpec {
 impl FieldSpec {
     /// A field of every kind that is made where missing.
     pub(crate) fn everywhere(path: &str) -> FieldSpec {
-        FieldSpec { gvk: Gvk::default(), path: path.into(), create: true }
+        FieldSpec {
+            gvk: Gvk::default(),
+            path: path.into(),
+            create: true,
+        }
     }
 
     /// Whether `self`, in a list, already covers `other`.
@@ -93,7 +97,12 @@ pub(crate) struct Walk {
 impl Walk {
     /// Prepares a specification.
     pub(crate) fn new(spec: &FieldSpec) -> Walk {
-        Walk { gvk: spec.gvk.clone(), path: split_path(&spec.path, '/'), text: spec.path.clone(), create: spec.create }
+        Walk {
+            gvk: spec.gvk.clone(),
+            path: split_path(&spec.path, '/'),
+            text: spec.path.clone(),
+            create: spec.create,
+        }
     }
 
     /// The path as written.
@@ -134,7 +143,10 @@ fn in_value(
     }
     match value {
         Value::Map(map) => in_map(map, path, create, set),
-        Value::Seq(seq) => seq.items.iter_mut().try_for_each(|item| in_value(item, path, create, set)),
+        Value::Seq(seq) => seq
+            .items
+            .iter_mut()
+            .try_for_each(|item| in_value(item, path, create, set)),
         Value::Scalar(s) if s.is_null() => Ok(()),
         Value::Scalar(_) => Err("expected sequence or mapping node".into()),
     }
@@ -162,15 +174,15 @@ fn in_map(
     let index = match (map.index_of(name), make) {
         (Some(index), make) => {
             let value = &mut map.entries[index].value;
-            if let Value::Scalar(s) = value {
-                if s.is_null() {
-                    // A null takes the type that the path asks for; a list stays behind as an empty list.
-                    match (make, create) {
-                        (Some(Value::Map(m)), _) => *value = Value::Map(m),
-                        (Some(_), Create::Scalar(tag)) => s.tag = tag,
-                        _ if is_list => *value = Value::from(Vec::new()),
-                        _ => {}
-                    }
+            if let Value::Scalar(s) = value
+                && s.is_null()
+            {
+                // A null takes the type that the path asks for; a list stays behind as an empty list.
+                match (make, create) {
+                    (Some(Value::Map(m)), _) => *value = Value::Map(m),
+                    (Some(_), Create::Scalar(tag)) => s.tag = tag,
+                    _ if is_list => *value = Value::from(Vec::new()),
+                    _ => {}
                 }
             }
             index
@@ -188,7 +200,13 @@ fn in_map(
 pub(crate) fn set_scalar(target: &mut Value, text: &str, tag: Tag) -> Result<(), String> {
     match target {
         Value::Scalar(old) => {
-            *old = Scalar { text: text.into(), pos: old.pos, tag, style: old.style, tagged: old.tagged };
+            *old = Scalar {
+                text: text.into(),
+                pos: old.pos,
+                tag,
+                style: old.style,
+                tagged: old.tagged,
+            };
             Ok(())
         }
         other => Err(wrong_kind("scalar", other)),
@@ -201,7 +219,13 @@ pub(crate) fn set_entry(target: &mut Value, key: &str, text: &str, tag: Tag) -> 
         Value::Map(map) => {
             match map.get_mut(key) {
                 Some(Value::Scalar(old)) => {
-                    *old = Scalar { text: text.into(), pos: old.pos, tag, style: old.style, tagged: old.tagged };
+                    *old = Scalar {
+                        text: text.into(),
+                        pos: old.pos,
+                        tag,
+                        style: old.style,
+                        tagged: old.tagged,
+                    };
                 }
                 Some(other) => *other = Value::Scalar(Scalar::tagged_as(tag, text)),
                 None => map.push(key, Value::Scalar(Scalar::tagged_as(tag, text))),
@@ -223,25 +247,49 @@ pub(crate) fn wrong_kind(expected: &str, found: &Value) -> String {
     format!("wrong node kind: expected {expected} but got {kind}")
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn an_escaped_slash_stays_in_the_key() {
-        assert_eq!(split_path(r"metadata/annotations/a.b\/c", '/'), ["metadata", "annotations", "a.b/c"]);
+        assert_eq!(
+            split_path(r"metadata/annotations/a.b\/c", '/'),
+            ["metadata", "annotations", "a.b/c"]
+        );
         assert_eq!(split_path("/a/b", '/'), ["a", "b"]);
         assert_eq!(split_path(r"a.b\.c", '.'), ["a", "b.c"]);
     }
 
     #[test]
     fn a_specification_that_is_covered_is_not_added_twice() {
-        let mut list = vec![FieldSpec { gvk: Gvk::of("apps/v1", "Deployment"), path: "a/b".into(), create: true }];
-        merge_one(&mut list, &FieldSpec { gvk: Gvk { kind: "Deployment".into(), ..Gvk::default() }, path: "a/b".into(), create: true })
-            .unwrap();
+        let mut list = vec![FieldSpec {
+            gvk: Gvk::of("apps/v1", "Deployment"),
+            path: "a/b".into(),
+            create: true,
+        }];
+        merge_one(
+            &mut list,
+            &FieldSpec {
+                gvk: Gvk {
+                    kind: "Deployment".into(),
+                    ..Gvk::default()
+                },
+                path: "a/b".into(),
+                create: true,
+            },
+        )
+        .unwrap();
         assert_eq!(list.len(), 1);
-        let conflict = FieldSpec { gvk: Gvk::default(), path: "a/b".into(), create: false };
-        assert!(merge_one(&mut list, &conflict).unwrap_err().contains("conflicting fieldspecs"));
+        let conflict = FieldSpec {
+            gvk: Gvk::default(),
+            path: "a/b".into(),
+            create: false,
+        };
+        assert!(
+            merge_one(&mut list, &conflict)
+                .unwrap_err()
+                .contains("conflicting fieldspecs")
+        );
     }
 }

@@ -19,14 +19,23 @@ pub(crate) struct Generator<'l, 't> {
 
 impl Generator<'_, '_> {
     /// Makes the resource.
-    pub(crate) fn generate(&self, args: &GeneratorArgs, global: Option<&GeneratorOptions>) -> Result<Resource> {
+    pub(crate) fn generate(
+        &self,
+        args: &GeneratorArgs,
+        global: Option<&GeneratorOptions>,
+    ) -> Result<Resource> {
         let fail = |e: Error| e.at_option(args.place.clone());
         let options = merge_options(args.options.as_ref(), global);
         let mut root = Map::new();
         root.push("apiVersion", Value::Scalar(Scalar::untyped("v1")));
-        root.push("kind", Value::Scalar(Scalar::untyped(if self.secret { "Secret" } else { "ConfigMap" })));
+        root.push(
+            "kind",
+            Value::Scalar(Scalar::untyped(if self.secret { "Secret" } else { "ConfigMap" })),
+        );
         if args.name.is_empty() {
-            return Err(fail(Cause::Generator("a configmap must have a name".into()).into()));
+            return Err(fail(
+                Cause::Generator("a configmap must have a name".into()).into(),
+            ));
         }
         let mut metadata = Map::new();
         metadata.push("name", Value::string(args.name.as_str()));
@@ -44,7 +53,11 @@ impl Generator<'_, '_> {
         }
         root.push("metadata", Value::Map(metadata));
         if self.secret {
-            let kind = if args.kind.is_empty() { "Opaque" } else { &args.kind };
+            let kind = if args.kind.is_empty() {
+                "Opaque"
+            } else {
+                &args.kind
+            };
             root.push("type", Value::string(kind));
         }
         let pairs = self.pairs(args).map_err(fail)?;
@@ -114,15 +127,30 @@ impl Generator<'_, '_> {
 }
 
 fn text_scalar(text: String) -> Scalar {
-    let style = if text.contains('\n') { Style::Literal } else { Style::Plain };
-    Scalar { style, ..Scalar::string(text) }
+    let style = if text.contains('\n') {
+        Style::Literal
+    } else {
+        Style::Plain
+    };
+    Scalar {
+        style,
+        ..Scalar::string(text)
+    }
 }
 
 /// Local options win; of the global ones, flags that are set and keys that are missing are added.
-fn merge_options(local: Option<&GeneratorOptions>, global: Option<&GeneratorOptions>) -> Option<GeneratorOptions> {
-    let Some(global) = global else { return local.cloned() };
+fn merge_options(
+    local: Option<&GeneratorOptions>,
+    global: Option<&GeneratorOptions>,
+) -> Option<GeneratorOptions> {
+    let Some(global) = global else {
+        return local.cloned();
+    };
     let mut out = local.cloned().unwrap_or_default();
-    for (mine, theirs) in [(&mut out.labels, &global.labels), (&mut out.annotations, &global.annotations)] {
+    for (mine, theirs) in [
+        (&mut out.labels, &global.labels),
+        (&mut out.annotations, &global.annotations),
+    ] {
         if let Some(theirs) = theirs {
             let mine = mine.get_or_insert_with(Vec::new);
             for (k, v) in theirs {
@@ -146,7 +174,11 @@ fn literal_pair(literal: &str) -> Result<(String, Vec<u8>)> {
 
 fn unquote(value: &str) -> &str {
     let b = value.as_bytes();
-    if b.len() >= 2 && b[0] == b[b.len() - 1] && matches!(b[0], b'"' | b'\'') { &value[1..value.len() - 1] } else { value }
+    if b.len() >= 2 && b[0] == b[b.len() - 1] && matches!(b[0], b'"' | b'\'') {
+        &value[1..value.len() - 1]
+    } else {
+        value
+    }
 }
 
 fn file_source(source: &str) -> Result<(&str, &str)> {
@@ -154,8 +186,12 @@ fn file_source(source: &str) -> Result<(&str, &str)> {
     match source.matches('=').count() {
         0 => Ok((source.rsplit('/').next().unwrap_or(source), source)),
         1 => match source.split_once('=') {
-            Some(("", path)) => fail(format!("missing key name for file path \"{path}\" in source \"{source}\"")),
-            Some((key, "")) => fail(format!("missing file path for key name \"{key}\" in source \"{source}\"")),
+            Some(("", path)) => fail(format!(
+                "missing key name for file path \"{path}\" in source \"{source}\""
+            )),
+            Some((key, "")) => fail(format!(
+                "missing file path for key name \"{key}\" in source \"{source}\""
+            )),
             Some(pair) => Ok(pair),
             None => Ok((source, source)),
         },
@@ -234,8 +270,9 @@ fn hash_other(root: &Map) -> std::result::Result<String, String> {
 
 fn encode_hash(text: &str) -> String {
     let digest = Sha256::digest(text.as_bytes());
-    let hex: String = digest.iter().take(5).map(|b| format!("{b:02x}")).collect();
-    hex.chars()
+    let nibbles = digest.iter().take(5).flat_map(|b| [b >> 4, b & 15]);
+    nibbles
+        .filter_map(|n| char::from_digit(u32::from(n), 16))
         .map(|c| match c {
             '0' => 'g',
             '1' => 'h',
@@ -300,7 +337,13 @@ fn merge_data(new: &mut Map, old: &Map, field: &str) {
     }
     let mut map = Map::new();
     for (key, text) in merged {
-        map.push(&key, Value::Scalar(Scalar { tag: Tag::Str, ..text_scalar(text) }));
+        map.push(
+            &key,
+            Value::Scalar(Scalar {
+                tag: Tag::Str,
+                ..text_scalar(text)
+            }),
+        );
     }
     new.push(field, Value::Map(map));
 }
@@ -313,9 +356,16 @@ mod tests {
 
     fn hash(secret: bool, literals: &[&str]) -> String {
         let tree = MemoryTree::new();
-        let options = Options { load_restrictor: LoadRestrictor::RootOnly, ..Options::default() };
+        let options = Options {
+            load_restrictor: LoadRestrictor::RootOnly,
+            ..Options::default()
+        };
         let loader = Loader::new(&tree, &options);
-        let generator = Generator { loader: &loader, root: "", secret };
+        let generator = Generator {
+            loader: &loader,
+            root: "",
+            secret,
+        };
         let args = GeneratorArgs {
             name: "n".into(),
             literals: literals.iter().map(|l| (*l).to_owned()).collect(),
@@ -343,8 +393,17 @@ mod tests {
     fn an_env_line_without_equals_has_an_empty_value() {
         let mut pairs = Vec::new();
         env_pairs(b"\xEF\xBB\xBFA=1\r\n  # c\n\n  B\nC= x =y\n", "e", &mut pairs).unwrap();
-        let text: Vec<(String, String)> =
-            pairs.into_iter().map(|(k, v)| (k, String::from_utf8(v).unwrap())).collect();
-        assert_eq!(text, [("A".into(), "1".into()), ("B".into(), "".into()), ("C".into(), " x =y".into())]);
+        let text: Vec<(String, String)> = pairs
+            .into_iter()
+            .map(|(k, v)| (k, String::from_utf8(v).unwrap()))
+            .collect();
+        assert_eq!(
+            text,
+            [
+                ("A".into(), "1".into()),
+                ("B".into(), String::new()),
+                ("C".into(), " x =y".into())
+            ]
+        );
     }
 }

@@ -19,7 +19,11 @@ impl Gvk {
     /// From `apiVersion` and `kind` of an object.
     pub(crate) fn of(api_version: &str, kind: &str) -> Gvk {
         let (group, version) = split_api_version(api_version);
-        Gvk { group: group.into(), version: version.into(), kind: kind.into() }
+        Gvk {
+            group: group.into(),
+            version: version.into(),
+            kind: kind.into(),
+        }
     }
 
     /// Whether a selector with empty parts as wildcards selects this.
@@ -38,8 +42,20 @@ pub(crate) fn selects(selector: &Gvk, group: &str, version: &str, kind: &str) ->
 impl fmt::Display for Gvk {
     /// `Deployment.v1.apps`, `ConfigMap.v1.[noGrp]`: the form that users of kustomize search for.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let or = |s: &str, none: &'static str| if s.is_empty() { none.to_owned() } else { s.to_owned() };
-        write!(f, "{}.{}.{}", or(&self.kind, "[noKind]"), or(&self.version, "[noVer]"), or(&self.group, "[noGrp]"))
+        let or = |s: &str, none: &'static str| {
+            if s.is_empty() {
+                none.to_owned()
+            } else {
+                s.to_owned()
+            }
+        };
+        write!(
+            f,
+            "{}.{}.{}",
+            or(&self.kind, "[noKind]"),
+            or(&self.version, "[noVer]"),
+            or(&self.group, "[noGrp]")
+        )
     }
 }
 
@@ -101,8 +117,16 @@ pub(crate) fn effective_namespace(namespace: &str, cluster_scoped: bool) -> &str
 impl fmt::Display for ResId {
     /// `Deployment.v1.apps/web.[noNs]`
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = if self.name.is_empty() { "[noName]" } else { &self.name };
-        let ns = if self.namespace.is_empty() { "[noNs]" } else { &self.namespace };
+        let name = if self.name.is_empty() {
+            "[noName]"
+        } else {
+            &self.name
+        };
+        let ns = if self.namespace.is_empty() {
+            "[noNs]"
+        } else {
+            &self.namespace
+        };
         write!(f, "{}/{}.{}", self.gvk, name, ns)
     }
 }

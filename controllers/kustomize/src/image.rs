@@ -18,15 +18,23 @@ pub(crate) struct ImageRule {
 impl ImageRule {
     /// The name is a regular expression, anchored at both ends.
     pub(crate) fn new(image: Image, max_regex: usize) -> Result<ImageRule> {
-        let pattern =
-            format!("^{}(:[a-zA-Z0-9_.{{}}-]*)?(@sha256:[a-zA-Z0-9_.{{}}-]*)?$", image.name);
-        Ok(ImageRule { pattern: compile(&pattern, max_regex)?, image })
+        let pattern = format!(
+            "^{}(:[a-zA-Z0-9_.{{}}-]*)?(@sha256:[a-zA-Z0-9_.{{}}-]*)?$",
+            image.name
+        );
+        Ok(ImageRule {
+            pattern: compile(&pattern, max_regex)?,
+            image,
+        })
     }
 
     /// Everything called `containers` or `initContainers`, wherever it is, then the configured fields.
     pub(crate) fn run(&self, root: &mut Map, walks: &[Walk]) -> std::result::Result<(), String> {
         self.in_map(root)?;
-        let text = |m: &Map, key: &str| m.get(key).map_or(String::new(), |v| crate::resource::raw_text(v).to_owned());
+        let text = |m: &Map, key: &str| {
+            m.get(key)
+                .map_or(String::new(), |v| crate::resource::raw_text(v).to_owned())
+        };
         let (api_version, kind) = (text(root, "apiVersion"), text(root, "kind"));
         let (group, version) = serin_manifests::split_api_version(&api_version);
         for walk in walks.iter().filter(|w| w.applies_to(group, version, &kind)) {
@@ -38,18 +46,18 @@ impl ImageRule {
     fn in_map(&self, map: &mut Map) -> std::result::Result<(), String> {
         for entry in &mut map.entries {
             self.in_value(&mut entry.value)?;
-            if matches!(&*entry.key.text, "containers" | "initContainers") {
-                if let Value::Seq(seq) = &mut entry.value {
-                    for item in &mut seq.items {
-                        match item {
-                            Value::Map(container) => {
-                                if let Some(image) = container.get_mut("image") {
-                                    self.set(image)?;
-                                }
+            if matches!(&*entry.key.text, "containers" | "initContainers")
+                && let Value::Seq(seq) = &mut entry.value
+            {
+                for item in &mut seq.items {
+                    match item {
+                        Value::Map(container) => {
+                            if let Some(image) = container.get_mut("image") {
+                                self.set(image)?;
                             }
-                            v if v.is_null() => {}
-                            other => return Err(wrong_kind("mapping", other)),
                         }
+                        v if v.is_null() => {}
+                        other => return Err(wrong_kind("mapping", other)),
                     }
                 }
             }
@@ -66,7 +74,9 @@ impl ImageRule {
     }
 
     fn set(&self, value: &mut Value) -> std::result::Result<(), String> {
-        let Value::Scalar(scalar) = value else { return Err(wrong_kind("scalar", value)) };
+        let Value::Scalar(scalar) = value else {
+            return Err(wrong_kind("scalar", value));
+        };
         if !self.pattern.is_match(&scalar.text) {
             return Ok(());
         }
@@ -77,7 +87,11 @@ impl ImageRule {
     fn rewrite(&self, reference: &str) -> String {
         let rule = &self.image;
         let (name, tag, digest) = split(reference);
-        let name = if rule.new_name.is_empty() { name } else { &rule.new_name };
+        let name = if rule.new_name.is_empty() {
+            name
+        } else {
+            &rule.new_name
+        };
         let (tag, digest) = match (rule.new_tag.is_empty(), rule.digest.is_empty()) {
             (false, false) => (rule.new_tag.clone(), rule.digest.as_str()),
             (false, true) => (rule.new_tag.clone(), ""),
@@ -124,11 +138,51 @@ mod tests {
         assert_eq!(split("a@sha256:xx"), ("a", "", "sha256:xx"));
         assert_eq!(split("a:1@sha256:xx"), ("a", "1", "sha256:xx"));
         let cases: &[(Image, &str, &str)] = &[
-            (Image { name: "nginx".into(), new_tag: "2".into(), ..Image::default() }, "nginx@sha256:ab", "nginx:2"),
-            (Image { name: "nginx".into(), digest: "sha256:ff".into(), ..Image::default() }, "nginx:1", "nginx@sha256:ff"),
-            (Image { name: "nginx".into(), tag_suffix: "-x".into(), ..Image::default() }, "nginx:1", "nginx:1-x"),
-            (Image { name: "nginx".into(), new_name: "r/n".into(), ..Image::default() }, "nginx:1@sha256:ab", "r/n:1@sha256:ab"),
-            (Image { name: "ngin".into(), new_tag: "2".into(), ..Image::default() }, "nginx:1", "nginx:1"),
+            (
+                Image {
+                    name: "nginx".into(),
+                    new_tag: "2".into(),
+                    ..Image::default()
+                },
+                "nginx@sha256:ab",
+                "nginx:2",
+            ),
+            (
+                Image {
+                    name: "nginx".into(),
+                    digest: "sha256:ff".into(),
+                    ..Image::default()
+                },
+                "nginx:1",
+                "nginx@sha256:ff",
+            ),
+            (
+                Image {
+                    name: "nginx".into(),
+                    tag_suffix: "-x".into(),
+                    ..Image::default()
+                },
+                "nginx:1",
+                "nginx:1-x",
+            ),
+            (
+                Image {
+                    name: "nginx".into(),
+                    new_name: "r/n".into(),
+                    ..Image::default()
+                },
+                "nginx:1@sha256:ab",
+                "r/n:1@sha256:ab",
+            ),
+            (
+                Image {
+                    name: "ngin".into(),
+                    new_tag: "2".into(),
+                    ..Image::default()
+                },
+                "nginx:1",
+                "nginx:1",
+            ),
         ];
         for (image, from, want) in cases {
             let rule = ImageRule::new(image.clone(), 1 << 18).unwrap();

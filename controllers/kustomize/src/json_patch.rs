@@ -16,8 +16,17 @@ pub(crate) struct Operation {
 }
 
 /// Reads a patch, JSON or YAML. The error tells why the text is no JSON patch.
-pub(crate) fn parse(text: &str, file: &str, limits: &Limits) -> Result<Vec<Operation>, serin_manifests::Error> {
-    let options = ReadOptions { file, line_offset: 0, dialect: Dialect::Kubectl, limits };
+pub(crate) fn parse(
+    text: &str,
+    file: &str,
+    limits: &Limits,
+) -> Result<Vec<Operation>, serin_manifests::Error> {
+    let options = ReadOptions {
+        file,
+        line_offset: 0,
+        dialect: Dialect::Kubectl,
+        limits,
+    };
     let value = parse_document(text, &options)?;
     let not_a_patch = |message: &str, value: &Value| serin_manifests::Error::Syntax {
         message: message.to_owned(),
@@ -39,7 +48,12 @@ pub(crate) fn parse(text: &str, file: &str, limits: &Limits) -> Result<Vec<Opera
             _ => None,
         };
         let (op, path, from) = (text_of(&map, "op"), text_of(&map, "path"), text_of(&map, "from"));
-        operations.push(Operation { op: op.unwrap_or_default(), path, from, value: map.remove("value") });
+        operations.push(Operation {
+            op: op.unwrap_or_default(),
+            path,
+            from,
+            value: map.remove("value"),
+        });
     }
     Ok(operations)
 }
@@ -84,11 +98,15 @@ fn find<'v>(document: &'v mut Value, path: &str) -> Option<(&'v mut Value, Strin
 }
 
 fn position(key: &str, len: usize) -> Result<usize, String> {
-    let index: i64 = key.parse().map_err(|_| format!("value was not a proper array index: '{key}'"))?;
+    let index: i64 = key
+        .parse()
+        .map_err(|_| format!("value was not a proper array index: '{key}'"))?;
     let resolved = if index < 0 { index + len as i64 } else { index };
     match usize::try_from(resolved) {
         Ok(i) if i < len => Ok(i),
-        _ => Err(format!("Unable to access invalid index: {index}: invalid index referenced")),
+        _ => Err(format!(
+            "Unable to access invalid index: {index}: invalid index referenced"
+        )),
     }
 }
 
@@ -118,7 +136,9 @@ fn add(container: &mut Value, key: &str, value: Value) -> Result<(), String> {
 
 fn remove(container: &mut Value, key: &str) -> Result<Value, String> {
     match container {
-        Value::Map(map) => map.remove(key).ok_or_else(|| format!("Unable to remove nonexistent key: {key}: missing value")),
+        Value::Map(map) => map
+            .remove(key)
+            .ok_or_else(|| format!("Unable to remove nonexistent key: {key}: missing value")),
         Value::Seq(seq) => {
             let i = position(key, seq.items.len())?;
             Ok(seq.items.remove(i))
@@ -129,11 +149,15 @@ fn remove(container: &mut Value, key: &str) -> Result<Value, String> {
 
 impl Operation {
     fn path(&self) -> Result<&str, String> {
-        self.path.as_deref().ok_or_else(|| format!("{} operation failed to decode path: missing value", self.op))
+        self.path
+            .as_deref()
+            .ok_or_else(|| format!("{} operation failed to decode path: missing value", self.op))
     }
 
     fn from(&self) -> Result<&str, String> {
-        self.from.as_deref().ok_or_else(|| format!("{} operation failed to decode from: missing value", self.op))
+        self.from
+            .as_deref()
+            .ok_or_else(|| format!("{} operation failed to decode from: missing value", self.op))
     }
 
     fn value(&self) -> Value {
@@ -149,28 +173,36 @@ impl Operation {
         let path = self.path()?;
         match self.op.as_str() {
             "add" => {
-                let (container, key) = find(document, path)
-                    .ok_or_else(|| format!("add operation does not apply: doc is missing path: \"{path}\": missing value"))?;
-                add(container, &key, self.value()).map_err(|e| format!("error in add for path: '{path}': {e}"))
+                let (container, key) = find(document, path).ok_or_else(|| {
+                    format!("add operation does not apply: doc is missing path: \"{path}\": missing value")
+                })?;
+                add(container, &key, self.value())
+                    .map_err(|e| format!("error in add for path: '{path}': {e}"))
             }
             "remove" => {
-                let (container, key) = find(document, path)
-                    .ok_or_else(|| format!("remove operation does not apply: doc is missing path: \"{path}\": missing value"))?;
-                remove(container, &key).map(drop).map_err(|e| format!("error in remove for path: '{path}': {e}"))
+                let (container, key) = find(document, path).ok_or_else(|| {
+                    format!("remove operation does not apply: doc is missing path: \"{path}\": missing value")
+                })?;
+                remove(container, &key)
+                    .map(drop)
+                    .map_err(|e| format!("error in remove for path: '{path}': {e}"))
             }
             "replace" => {
                 if path.is_empty() {
                     *document = self.value();
                     return Ok(());
                 }
-                let (container, key) = find(document, path)
-                    .ok_or_else(|| format!("replace operation does not apply: doc is missing path: {path}: missing value"))?;
+                let (container, key) = find(document, path).ok_or_else(|| {
+                    format!("replace operation does not apply: doc is missing path: {path}: missing value")
+                })?;
                 match container {
                     Value::Map(map) => map.set(&key, self.value()),
                     other => match get_mut(other, &key) {
                         Ok(Some(slot)) => *slot = self.value(),
                         Ok(None) | Err(_) => {
-                            return Err(format!("replace operation does not apply: doc is missing key: {path}: missing value"));
+                            return Err(format!(
+                                "replace operation does not apply: doc is missing key: {path}: missing value"
+                            ));
                         }
                     },
                 }
@@ -178,9 +210,11 @@ impl Operation {
             }
             "move" => {
                 let from = self.from()?;
-                let (container, key) = find(document, from)
-                    .ok_or_else(|| format!("move operation does not apply: doc is missing from path: {from}: missing value"))?;
-                let value = remove(container, &key).map_err(|e| format!("error in move for path: '{key}': {e}"))?;
+                let (container, key) = find(document, from).ok_or_else(|| {
+                    format!("move operation does not apply: doc is missing from path: {from}: missing value")
+                })?;
+                let value =
+                    remove(container, &key).map_err(|e| format!("error in move for path: '{key}': {e}"))?;
                 let (container, key) = find(document, path).ok_or_else(|| {
                     format!("move operation does not apply: doc is missing destination path: {path}: missing value")
                 })?;
@@ -188,8 +222,9 @@ impl Operation {
             }
             "copy" => {
                 let from = self.from()?;
-                let (container, key) = find(document, from)
-                    .ok_or_else(|| format!("copy operation does not apply: doc is missing from path: {from}: missing value"))?;
+                let (container, key) = find(document, from).ok_or_else(|| {
+                    format!("copy operation does not apply: doc is missing from path: {from}: missing value")
+                })?;
                 let value = get_mut(container, &key)
                     .map_err(|e| format!("error in copy for from: '{from}': {e}"))?
                     .cloned()
@@ -204,11 +239,17 @@ impl Operation {
                 let mut wanted = self.value();
                 through_json(&mut wanted)?;
                 if path.is_empty() {
-                    return if *document == wanted { Ok(()) } else { Err(failed()) };
+                    return if *document == wanted {
+                        Ok(())
+                    } else {
+                        Err(failed())
+                    };
                 }
-                let (container, key) = find(document, path)
-                    .ok_or_else(|| format!("test operation does not apply: is missing path: {path}: missing value"))?;
-                let found = get_mut(container, &key).map_err(|e| format!("error in test for path: '{path}': {e}"))?;
+                let (container, key) = find(document, path).ok_or_else(|| {
+                    format!("test operation does not apply: is missing path: {path}: missing value")
+                })?;
+                let found =
+                    get_mut(container, &key).map_err(|e| format!("error in test for path: '{path}': {e}"))?;
                 match found {
                     None if wanted.is_null() => Ok(()),
                     Some(value) if same(value, &wanted) => Ok(()),
@@ -223,7 +264,9 @@ impl Operation {
 /// Equality of JSON: text and numbers are different things.
 fn same(a: &Value, b: &Value) -> bool {
     match (a, b) {
-        (Value::Scalar(x), Value::Scalar(y)) => x.is_string() == y.is_string() && (x == y || raw_text(a) == raw_text(b)),
+        (Value::Scalar(x), Value::Scalar(y)) => {
+            x.is_string() == y.is_string() && (x == y || raw_text(a) == raw_text(b))
+        }
         _ => a == b,
     }
 }
@@ -234,8 +277,15 @@ mod tests {
 
     fn run(document: &str, patch: &str) -> Result<String, String> {
         let limits = Limits::default();
-        let options = ReadOptions { file: "d", line_offset: 0, dialect: Dialect::Kustomize, limits: &limits };
-        let Some(Value::Map(mut root)) = parse_document(document, &options).unwrap() else { panic!("no map") };
+        let options = ReadOptions {
+            file: "d",
+            line_offset: 0,
+            dialect: Dialect::Kustomize,
+            limits: &limits,
+        };
+        let Some(Value::Map(mut root)) = parse_document(document, &options).unwrap() else {
+            panic!("no map")
+        };
         apply(&mut root, &parse(patch, "p", &limits).unwrap())?;
         let mut out = String::new();
         serin_manifests::yaml::write_map(&root, &mut out)?;
@@ -246,14 +296,30 @@ mod tests {
     fn operations_do_what_the_rfc_says() {
         let cases: &[(&str, &str, &str)] = &[
             ("a: 1", "- {op: add, path: /b, value: x}", "a: 1\nb: x\n"),
-            ("a: [1, 3]", "- {op: add, path: /a/1, value: 2}", "a:\n- 1\n- 2\n- 3\n"),
+            (
+                "a: [1, 3]",
+                "- {op: add, path: /a/1, value: 2}",
+                "a:\n- 1\n- 2\n- 3\n",
+            ),
             ("a: [1]", "- {op: add, path: /a/-, value: 2}", "a:\n- 1\n- 2\n"),
             ("a: [1, 2]", "- {op: remove, path: /a/-1}", "a:\n- 1\n"),
             ("a: 1", "- {op: replace, path: /new, value: 2}", "a: 1\nnew: 2\n"),
             ("a: 1", "- {op: move, from: /a, path: /b}", "b: 1\n"),
-            ("a: {b: 1}", "- {op: copy, from: /a, path: /c}", "a:\n  b: 1\nc:\n  b: 1\n"),
-            ("a/b: 1\nc~d: 2", "- {op: remove, path: /a~1b}\n- {op: remove, path: /c~0d}\n- {op: add, path: /x, value: 1}", "x: 1\n"),
-            ("a: '1'", "[{\"op\": \"test\", \"path\": \"/a\", \"value\": \"1\"}]", "a: \"1\"\n"),
+            (
+                "a: {b: 1}",
+                "- {op: copy, from: /a, path: /c}",
+                "a:\n  b: 1\nc:\n  b: 1\n",
+            ),
+            (
+                "a/b: 1\nc~d: 2",
+                "- {op: remove, path: /a~1b}\n- {op: remove, path: /c~0d}\n- {op: add, path: /x, value: 1}",
+                "x: 1\n",
+            ),
+            (
+                "a: '1'",
+                "[{\"op\": \"test\", \"path\": \"/a\", \"value\": \"1\"}]",
+                "a: \"1\"\n",
+            ),
             ("a: 1.0", "- {op: test, path: /a, value: 1}", "a: 1\n"),
         ];
         for (document, patch, want) in cases {

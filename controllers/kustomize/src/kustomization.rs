@@ -162,7 +162,12 @@ pub(crate) struct Kustomization {
 
 /// Reads a kustomization file.
 pub(crate) fn read(text: &str, file: &str, limits: &Limits) -> Result<Kustomization> {
-    let options = ReadOptions { file, line_offset: 0, dialect: Dialect::Kubectl, limits };
+    let options = ReadOptions {
+        file,
+        line_offset: 0,
+        dialect: Dialect::Kubectl,
+        limits,
+    };
     let invalid = |e: serin_manifests::Error| {
         let place = e.place().cloned();
         let message = match &e {
@@ -171,7 +176,12 @@ pub(crate) fn read(text: &str, file: &str, limits: &Limits) -> Result<Kustomizat
         };
         Error::new(Cause::InvalidKustomization(message)).at_option(place)
     };
-    let ctx = Context { file, text, what: "Kustomization", strict: true };
+    let ctx = Context {
+        file,
+        text,
+        what: "Kustomization",
+        strict: true,
+    };
     match parse_document(text, &options).map_err(invalid)? {
         None => Err(Cause::EmptyKustomization.into()),
         Some(Value::Map(map)) => decode(&ctx, &map),
@@ -182,7 +192,13 @@ pub(crate) fn read(text: &str, file: &str, limits: &Limits) -> Result<Kustomizat
 fn located(fields: &mut Fields<'_, '_>, name: &'static str) -> Result<Vec<Located>> {
     let ctx = fields.ctx;
     let strings = fields.strings_with_values(name)?;
-    Ok(strings.into_iter().map(|(text, v)| Located { text, place: Some(ctx.place(v)) }).collect())
+    Ok(strings
+        .into_iter()
+        .map(|(text, v)| Located {
+            text,
+            place: Some(ctx.place(v)),
+        })
+        .collect())
 }
 
 fn decode(ctx: &Context<'_>, map: &Map) -> Result<Kustomization> {
@@ -236,13 +252,26 @@ fn decode(ctx: &Context<'_>, map: &Map) -> Result<Kustomization> {
     let helm = helm_charts(&mut f)?;
     let deprecated: [(bool, &'static str); 6] = [
         (!bases.is_empty(), "'bases' is deprecated; use 'resources'"),
-        (!k.common_labels.is_empty(), "'commonLabels' is deprecated; use 'labels'"),
+        (
+            !k.common_labels.is_empty(),
+            "'commonLabels' is deprecated; use 'labels'",
+        ),
         (!image_tags.is_empty(), "'imageTags' is deprecated; use 'images'"),
-        (!k.patches_json6902.is_empty(), "'patchesJson6902' is deprecated; use 'patches'"),
-        (!k.patches_strategic_merge.is_empty(), "'patchesStrategicMerge' is deprecated; use 'patches'"),
+        (
+            !k.patches_json6902.is_empty(),
+            "'patchesJson6902' is deprecated; use 'patches'",
+        ),
+        (
+            !k.patches_strategic_merge.is_empty(),
+            "'patchesStrategicMerge' is deprecated; use 'patches'",
+        ),
         (!k.vars.is_empty(), "'vars' is deprecated; use 'replacements'"),
     ];
-    k.warnings = deprecated.iter().filter(|(used, _)| *used).map(|(_, text)| *text).collect();
+    k.warnings = deprecated
+        .iter()
+        .filter(|(used, _)| *used)
+        .map(|(_, text)| *text)
+        .collect();
     k.resources.extend(bases);
     k.images.extend(image_tags);
     k.helm_charts = helm;
@@ -272,7 +301,11 @@ fn check_type(kind: &str, api_version: &str, ctx: &Context<'_>) -> Result<()> {
         let message = "kind should be Kustomization or Component".to_owned();
         return Err(Error::new(Cause::InvalidKustomization(message)).at(place));
     }
-    let required = if kind == "Component" { COMPONENT_VERSION } else { KUSTOMIZATION_VERSION };
+    let required = if kind == "Component" {
+        COMPONENT_VERSION
+    } else {
+        KUSTOMIZATION_VERSION
+    };
     if !api_version.is_empty() && api_version != required {
         let kind = if kind.is_empty() { "Kustomization" } else { kind };
         let message = format!("apiVersion for {kind} should be {required}");
@@ -293,11 +326,19 @@ fn label(f: &mut Fields<'_, '_>) -> Result<Label> {
 }
 
 pub(crate) fn field_spec(f: &mut Fields<'_, '_>) -> Result<FieldSpec> {
-    Ok(FieldSpec { gvk: gvk(f)?, path: f.string("path")?, create: f.bool("create")? })
+    Ok(FieldSpec {
+        gvk: gvk(f)?,
+        path: f.string("path")?,
+        create: f.bool("create")?,
+    })
 }
 
 fn gvk(f: &mut Fields<'_, '_>) -> Result<Gvk> {
-    Ok(Gvk { group: f.string("group")?, version: f.string("version")?, kind: f.string("kind")? })
+    Ok(Gvk {
+        group: f.string("group")?,
+        version: f.string("version")?,
+        kind: f.string("kind")?,
+    })
 }
 
 pub(crate) fn selector(f: &mut Fields<'_, '_>) -> Result<Selector> {
@@ -338,7 +379,10 @@ pub(crate) fn image(f: &mut Fields<'_, '_>) -> Result<Image> {
 }
 
 pub(crate) fn replica(f: &mut Fields<'_, '_>) -> Result<Replica> {
-    Ok(Replica { name: f.string("name")?, count: f.int("count")? })
+    Ok(Replica {
+        name: f.string("name")?,
+        count: f.int("count")?,
+    })
 }
 
 pub(crate) fn generator_options(f: &mut Fields<'_, '_>) -> Result<GeneratorOptions> {
@@ -372,13 +416,22 @@ pub(crate) fn generator_args(f: &mut Fields<'_, '_>, secret: bool) -> Result<Gen
 fn field_options(f: &mut Fields<'_, '_>) -> Result<FieldOptions> {
     // `encoding` is accepted and, as in kustomize, has no effect.
     f.string("encoding")?;
-    Ok(FieldOptions { delimiter: f.string("delimiter")?, index: f.int("index")?, create: f.bool("create")? })
+    Ok(FieldOptions {
+        delimiter: f.string("delimiter")?,
+        index: f.int("index")?,
+        create: f.bool("create")?,
+    })
 }
 
 pub(crate) fn replacement(f: &mut Fields<'_, '_>) -> Result<Replacement> {
     let source = f.object("source", |s| {
         Ok(ReplacementSource {
-            id: ResId { gvk: gvk(s)?, name: s.string("name")?, namespace: s.string("namespace")?, cluster_scoped: false },
+            id: ResId {
+                gvk: gvk(s)?,
+                name: s.string("name")?,
+                namespace: s.string("namespace")?,
+                cluster_scoped: false,
+            },
             field_path: s.string("fieldPath")?,
             options: s.object("options", field_options)?,
         })
@@ -418,15 +471,29 @@ fn var(f: &mut Fields<'_, '_>) -> Result<Var> {
         Ok((gvk, o.string("name")?, o.string("namespace")?))
     })?;
     let (gvk, object_name, object_namespace) = object.unwrap_or_default();
-    let field_path = f.object("fieldref", |r| r.string("fieldPath"))?.unwrap_or_default();
-    let field_path = if field_path.is_empty() { "metadata.name".to_owned() } else { field_path };
-    Ok(Var { name, gvk, object_name, object_namespace, field_path })
+    let field_path = f
+        .object("fieldref", |r| r.string("fieldPath"))?
+        .unwrap_or_default();
+    let field_path = if field_path.is_empty() {
+        "metadata.name".to_owned()
+    } else {
+        field_path
+    };
+    Ok(Var {
+        name,
+        gvk,
+        object_name,
+        object_namespace,
+        field_path,
+    })
 }
 
 fn sort_options(f: &mut Fields<'_, '_>) -> Result<SortOptions> {
     Ok(SortOptions {
         order: f.string("order")?,
-        legacy: f.object("legacySortOptions", |l| Ok((l.strings("orderFirst")?, l.strings("orderLast")?)))?,
+        legacy: f.object("legacySortOptions", |l| {
+            Ok((l.strings("orderFirst")?, l.strings("orderLast")?))
+        })?,
         place: Some(f.place()),
     })
 }
@@ -455,17 +522,35 @@ fn helm_charts(f: &mut Fields<'_, '_>) -> Result<Vec<String>> {
 
 /// Reads a file of `configurations`.
 pub(crate) fn read_configuration(text: &str, file: &str, limits: &Limits) -> Result<TransformerConfig> {
-    let options = ReadOptions { file, line_offset: 0, dialect: Dialect::Kubectl, limits };
-    let ctx = Context { file, text, what: "TransformerConfig", strict: true };
+    let options = ReadOptions {
+        file,
+        line_offset: 0,
+        dialect: Dialect::Kubectl,
+        limits,
+    };
+    let ctx = Context {
+        file,
+        text,
+        what: "TransformerConfig",
+        strict: true,
+    };
     let mut config = TransformerConfig::default();
-    let Some(value) = parse_document(text, &options)? else { return Ok(config) };
-    let Some(map) = ctx.map("", &value)? else { return Ok(config) };
+    let Some(value) = parse_document(text, &options)? else {
+        return Ok(config);
+    };
+    let Some(map) = ctx.map("", &value)? else {
+        return Ok(config);
+    };
     let mut f = Fields::new(&ctx, "", map);
     for (name, list) in config.lists_mut() {
         *list = f.list(name, field_spec)?;
     }
-    config.name_reference =
-        f.list("nameReference", |r| Ok(NameReference { target: gvk(r)?, referrers: r.list("fieldSpecs", field_spec)? }))?;
+    config.name_reference = f.list("nameReference", |r| {
+        Ok(NameReference {
+            target: gvk(r)?,
+            referrers: r.list("fieldSpecs", field_spec)?,
+        })
+    })?;
     f.finish()?;
     config.sort();
     Ok(config)

@@ -18,6 +18,7 @@
 //! executable and container plugins are refused with what to do instead; schema comments (`# {"$openapi": …}`) in resources
 //! have no effect; values that two fields share inside kustomize by accident of its data structures are not shared here.
 
+mod accumulator;
 mod build;
 mod config;
 mod crds;
@@ -25,6 +26,7 @@ mod decode;
 pub mod dir;
 mod error;
 mod field_spec;
+mod finish;
 mod generate;
 mod id;
 mod image;

@@ -64,9 +64,17 @@ impl<'a> Loader<'a> {
 
     /// Follows links. The result has no link in any part.
     pub(crate) fn resolve(&self, dir: &str, path: &str) -> Result<Resolved> {
-        let outside = || Error::new(Cause::OutsideTree { path: path.to_owned() });
+        let outside = || {
+            Error::new(Cause::OutsideTree {
+                path: path.to_owned(),
+            })
+        };
         let mut todo: Vec<String> = Vec::new();
-        let mut at: Vec<String> = if dir.is_empty() { Vec::new() } else { dir.split('/').map(Into::into).collect() };
+        let mut at: Vec<String> = if dir.is_empty() {
+            Vec::new()
+        } else {
+            dir.split('/').map(Into::into).collect()
+        };
         todo.extend(path.split('/').rev().map(str::to_owned));
         let mut links = 0;
         let mut kind = TreeEntry::Dir;
@@ -85,13 +93,20 @@ impl<'a> Loader<'a> {
             }
             at.push(part);
             let here = at.join("/");
-            kind = self.tree.entry(&here).map_err(|message| Cause::Tree { path: here.clone(), message })?;
+            kind = self.tree.entry(&here).map_err(|message| Cause::Tree {
+                path: here.clone(),
+                message,
+            })?;
             match &kind {
                 TreeEntry::Symlink(target) => {
                     links += 1;
                     if links > MAX_LINKS {
                         let message = "too many levels of symbolic links".to_owned();
-                        return Err(Cause::Tree { path: path.to_owned(), message }.into());
+                        return Err(Cause::Tree {
+                            path: path.to_owned(),
+                            message,
+                        }
+                        .into());
                     }
                     if target.starts_with('/') {
                         return Err(outside().help(format!("'{here}' is a symbolic link to '{target}'; links must be relative and stay inside the tree")));
@@ -130,7 +145,10 @@ impl<'a> Loader<'a> {
             };
         }
         if path.starts_with('/') {
-            return Err(Cause::OutsideTree { path: path.to_owned() }.into());
+            return Err(Cause::OutsideTree {
+                path: path.to_owned(),
+            }
+            .into());
         }
         match self.resolve(root, path)? {
             Resolved::File(full) => {
@@ -141,10 +159,16 @@ impl<'a> Loader<'a> {
                 }
                 Ok((self.read(&full)?, full))
             }
-            Resolved::Dir(full) => {
-                Err(Cause::WrongEntry { path: display_dir(&full), expected: "a file", found: "a directory" }.into())
+            Resolved::Dir(full) => Err(Cause::WrongEntry {
+                path: display_dir(&full),
+                expected: "a file",
+                found: "a directory",
             }
-            Resolved::Missing => Err(Cause::Missing { path: join(root, path).unwrap_or_else(|| path.to_owned()) }.into()),
+            .into()),
+            Resolved::Missing => Err(Cause::Missing {
+                path: join(root, path).unwrap_or_else(|| path.to_owned()),
+            }
+            .into()),
         }
     }
 
@@ -152,7 +176,10 @@ impl<'a> Loader<'a> {
         if let Some(content) = self.cache.borrow().get(full) {
             return Ok(content.clone());
         }
-        let content = self.tree.read(full).map_err(|message| Cause::Tree { path: full.to_owned(), message })?;
+        let content = self.tree.read(full).map_err(|message| Cause::Tree {
+            path: full.to_owned(),
+            message,
+        })?;
         self.count(content.len(), full)?;
         self.read_set.borrow_mut().files.insert(full.to_owned());
         // Small files are read again when several kustomizations share a base; large ones are rarely shared.
@@ -167,12 +194,22 @@ impl<'a> Loader<'a> {
         self.bytes.set(total);
         if total > self.max_bytes {
             let what = format!("{total} bytes read, the last from '{path}'");
-            return Err(Cause::Budget { budget: "bytes", what, limit: self.max_bytes }.into());
+            return Err(Cause::Budget {
+                budget: "bytes",
+                what,
+                limit: self.max_bytes,
+            }
+            .into());
         }
         let files = self.read_set.borrow().files.len();
         if files >= self.max_files {
             let what = format!("more than {files} files, the last '{path}'");
-            return Err(Cause::Budget { budget: "files", what, limit: self.max_files }.into());
+            return Err(Cause::Budget {
+                budget: "files",
+                what,
+                limit: self.max_files,
+            }
+            .into());
         }
         Ok(())
     }
@@ -180,20 +217,33 @@ impl<'a> Loader<'a> {
     /// The directory of a base or component named in a kustomization at `root`.
     pub(crate) fn base(&self, root: &str, path: &str) -> Result<String> {
         if path.is_empty() {
-            return Err(Cause::Missing { path: "new root cannot be empty".into() }.into());
+            return Err(Cause::Missing {
+                path: "new root cannot be empty".into(),
+            }
+            .into());
         }
         if path.starts_with('/') {
-            return Err(Cause::AbsolutePath { path: path.to_owned() }.into());
+            return Err(Cause::AbsolutePath {
+                path: path.to_owned(),
+            }
+            .into());
         }
         match self.resolve(root, path) {
             Ok(Resolved::Dir(full)) => Ok(full),
-            Ok(Resolved::File(full)) => {
-                Err(Cause::WrongEntry { path: full, expected: "a directory", found: "a file" }.into())
+            Ok(Resolved::File(full)) => Err(Cause::WrongEntry {
+                path: full,
+                expected: "a directory",
+                found: "a file",
             }
-            Ok(Resolved::Missing) if is_remote(path) => {
-                self.remotes.and_then(|r| r.directory(path)).ok_or_else(|| refuse_remote(path))
+            .into()),
+            Ok(Resolved::Missing) if is_remote(path) => self
+                .remotes
+                .and_then(|r| r.directory(path))
+                .ok_or_else(|| refuse_remote(path)),
+            Ok(Resolved::Missing) => Err(Cause::Missing {
+                path: join(root, path).unwrap_or_else(|| path.to_owned()),
             }
-            Ok(Resolved::Missing) => Err(Cause::Missing { path: join(root, path).unwrap_or_else(|| path.to_owned()) }.into()),
+            .into()),
             Err(e) => Err(e),
         }
     }

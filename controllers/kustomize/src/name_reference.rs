@@ -92,13 +92,19 @@ impl Candidates {
                 shown: r.id(schemas).to_string(),
             });
         }
-        Candidates { all, by_previous_name, original_namespaces }
+        Candidates {
+            all,
+            by_previous_name,
+            original_namespaces,
+        }
     }
 }
 
 impl Candidate {
     fn was(&self, selector: &Gvk) -> bool {
-        self.previous_kinds.iter().any(|kind| selects(selector, &self.group, &self.version, kind))
+        self.previous_kinds
+            .iter()
+            .any(|kind| selects(selector, &self.group, &self.version, kind))
     }
 }
 
@@ -116,7 +122,10 @@ pub(crate) fn fix(map: &mut ResMap, references: &[NameReference], env: &Env<'_>)
     let mut rules_by_kind: HashMap<Gvk, Rc<Vec<Rule>>> = HashMap::new();
     for r in map.resources_mut() {
         let original = r.original_id(env.schemas).gvk;
-        let rules = rules_by_kind.entry(original).or_insert_with_key(|gvk| Rc::new(rules_for(references, gvk))).clone();
+        let rules = rules_by_kind
+            .entry(original)
+            .or_insert_with_key(|gvk| Rc::new(rules_for(references, gvk)))
+            .clone();
         if rules.is_empty() {
             continue;
         }
@@ -138,7 +147,10 @@ fn rules_for(references: &[NameReference], gvk: &Gvk) -> Vec<Rule> {
     for reference in references {
         for spec in reference.referrers.iter().filter(|s| gvk.is_selected_by(&s.gvk)) {
             // The kind was matched against the original one; the walk must not ask again.
-            let spec = crate::field_spec::FieldSpec { gvk: Gvk::default(), ..spec.clone() };
+            let spec = crate::field_spec::FieldSpec {
+                gvk: Gvk::default(),
+                ..spec.clone()
+            };
             rules.push(Rule {
                 walk: Walk::new(&spec),
                 target: reference.target.clone(),
@@ -165,14 +177,20 @@ impl Referrer {
         let role_ref = r.root.get("roleRef").and_then(|role_ref| {
             let group = role_ref.get("apiGroup")?;
             let kind = role_ref.get("kind")?;
-            Some(Gvk { group: raw_text(group).into(), version: String::new(), kind: raw_text(kind).into() })
+            Some(Gvk {
+                group: raw_text(group).into(),
+                version: String::new(),
+                kind: raw_text(kind).into(),
+            })
         });
         let shown = r.id(schemas).to_string();
         let mut subject_namespaces = HashSet::new();
         let cluster_scoped = r.is_cluster_scoped(schemas);
         if r.kind() == "RoleBinding" && !cluster_scoped {
             for subject in r.root.get("subjects").and_then(Value::as_seq).unwrap_or(&[]) {
-                let Some(namespace) = subject.get("namespace") else { continue };
+                let Some(namespace) = subject.get("namespace") else {
+                    continue;
+                };
                 if subject.get("kind").map(raw_text) != Some("ServiceAccount") {
                     continue;
                 }
@@ -201,17 +219,27 @@ impl Referrer {
     fn apply(&self, root: &mut Map, rules: &[Rule], candidates: &Candidates, env: &Env<'_>) -> Result<()> {
         for rule in rules {
             env.step(1)?;
-            let result = rule.walk.visit(root, Create::Never, &mut |value| self.set(value, rule, candidates));
+            let result = rule.walk.visit(root, Create::Never, &mut |value| {
+                self.set(value, rule, candidates)
+            });
             result.map_err(|e| {
-                let message =
-                    format!("updating name reference in '{}' field of '{}': {e}", rule.walk.path(), self.shown);
+                let message = format!(
+                    "updating name reference in '{}' field of '{}': {e}",
+                    rule.walk.path(),
+                    self.shown
+                );
                 Error::new(Cause::NameReference(message))
             })?;
         }
         Ok(())
     }
 
-    fn set(&self, value: &mut Value, rule: &Rule, candidates: &Candidates) -> std::result::Result<(), String> {
+    fn set(
+        &self,
+        value: &mut Value,
+        rule: &Rule,
+        candidates: &Candidates,
+    ) -> std::result::Result<(), String> {
         match value {
             Value::Scalar(s) if s.is_null() => Ok(()),
             Value::Scalar(_) => self.set_name(value, rule, candidates),
@@ -225,7 +253,12 @@ impl Referrer {
         }
     }
 
-    fn set_name(&self, value: &mut Value, rule: &Rule, candidates: &Candidates) -> std::result::Result<(), String> {
+    fn set_name(
+        &self,
+        value: &mut Value,
+        rule: &Rule,
+        candidates: &Candidates,
+    ) -> std::result::Result<(), String> {
         let old = raw_text(value).to_owned();
         match self.select(&old, rule, candidates, None, |a, b| a.name == b.name)? {
             Some(found) if found.name != old => set_scalar(value, &found.name, Tag::Unset),
@@ -245,7 +278,9 @@ impl Referrer {
         let old = raw_text(name).to_owned();
         let namespace = map.get("namespace").map(|n| raw_text(n).to_owned());
         let same = |a: &Candidate, b: &Candidate| a.name == b.name && a.namespace == b.namespace;
-        let Some(found) = self.select(&old, rule, candidates, namespace.as_deref(), same)? else { return Ok(()) };
+        let Some(found) = self.select(&old, rule, candidates, namespace.as_deref(), same)? else {
+            return Ok(());
+        };
         if found.name == old && found.namespace.is_empty() {
             return Ok(());
         }
@@ -280,7 +315,9 @@ impl Referrer {
         namespace: Option<&str>,
         same: impl Fn(&Candidate, &Candidate) -> bool,
     ) -> std::result::Result<Option<&'c Candidate>, String> {
-        let Some(list) = candidates.by_previous_name.get(old_name) else { return Ok(None) };
+        let Some(list) = candidates.by_previous_name.get(old_name) else {
+            return Ok(None);
+        };
         let by_original = namespace.is_some_and(|ns| self.original_namespace_exists(ns, candidates));
         let mut found: Vec<&Candidate> = list
             .iter()
@@ -300,14 +337,16 @@ impl Referrer {
             .collect();
         if found.len() > 1 {
             found.retain(|c| {
-                affixes_match(&c.prefixes, &self.prefixes, true) && affixes_match(&c.suffixes, &self.suffixes, true)
+                affixes_match(&c.prefixes, &self.prefixes, true)
+                    && affixes_match(&c.suffixes, &self.suffixes, true)
             });
         } else if let [only] = found[..] {
             return Ok(Some(only));
         }
         if found.len() > 1 {
             found.retain(|c| {
-                affixes_match(&c.prefixes, &self.prefixes, false) && affixes_match(&c.suffixes, &self.suffixes, false)
+                affixes_match(&c.prefixes, &self.prefixes, false)
+                    && affixes_match(&c.suffixes, &self.suffixes, false)
             });
         }
         match found[..] {
@@ -323,14 +362,17 @@ impl Referrer {
     /// Whether any resource in reach was first in this namespace: then the namespace is meant as it was first.
     fn original_namespace_exists(&self, namespace: &str, candidates: &Candidates) -> bool {
         namespace != crate::id::NOT_A_NAMESPACE
-            && candidates.original_namespaces.get(namespace).is_some_and(|places| {
-                places.iter().any(|p| {
-                    self.cluster_scoped
-                        || p.cluster_scoped
-                        || p.effective_namespace == self.effective_namespace
-                        || self.subject_namespaces.contains(&p.namespace)
+            && candidates
+                .original_namespaces
+                .get(namespace)
+                .is_some_and(|places| {
+                    places.iter().any(|p| {
+                        self.cluster_scoped
+                            || p.cluster_scoped
+                            || p.effective_namespace == self.effective_namespace
+                            || self.subject_namespaces.contains(&p.namespace)
+                    })
                 })
-            })
     }
 }
 
@@ -345,7 +387,13 @@ fn affixes_match(a: &[String], b: &[String], empty_matches: bool) -> bool {
 fn set_text(map: &mut Map, key: &str, text: &str) {
     match map.get_mut(key) {
         Some(Value::Scalar(old)) => {
-            *old = Scalar { text: text.into(), pos: old.pos, tag: Tag::Unset, style: old.style, tagged: false };
+            *old = Scalar {
+                text: text.into(),
+                pos: old.pos,
+                tag: Tag::Unset,
+                style: old.style,
+                tagged: false,
+            };
         }
         Some(other) => *other = Value::Scalar(Scalar::untyped(text)),
         None => map.push(key, Value::Scalar(Scalar::untyped(text))),

@@ -21,7 +21,10 @@ pub(crate) struct Origin {
 impl Origin {
     /// The origin of something below this one.
     pub(crate) fn append(&self, path: &str) -> Origin {
-        Origin { path: join_lexically(&self.path, path), ..self.clone() }
+        Origin {
+            path: join_lexically(&self.path, path),
+            ..self.clone()
+        }
     }
 
     /// The origin of what a builtin transformer or generator of a kustomization does.
@@ -80,7 +83,11 @@ fn scalar(text: &str) -> String {
 
 /// Joins paths as text; `..` above the start stays.
 fn join_lexically(base: &str, path: &str) -> String {
-    let joined = if base.is_empty() { path.to_owned() } else { format!("{base}/{path}") };
+    let joined = if base.is_empty() {
+        path.to_owned()
+    } else {
+        format!("{base}/{path}")
+    };
     if let Some(clean) = join("", &joined) {
         return clean;
     }

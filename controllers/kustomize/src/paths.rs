@@ -111,7 +111,8 @@ pub(crate) fn lookup<'a>(root: &'a Map, path: &[String]) -> Result<Option<&'a Va
                 if name.is_empty() {
                     matches!(item, Value::Scalar(s) if &*s.text == value)
                 } else {
-                    item.get(name).is_some_and(|v| crate::resource::raw_text(v) == value)
+                    item.get(name)
+                        .is_some_and(|v| crate::resource::raw_text(v) == value)
                 }
             })
         } else {
@@ -152,10 +153,10 @@ pub(crate) fn for_each_match(
     let rest = &path[1..];
     if let Some(n) = index(part) {
         let items = items_mut(value)?;
-        if n == items.len() {
-            if let Some(kind) = create {
-                items.push(Kind::for_next(rest.first(), kind).empty());
-            }
+        if n == items.len()
+            && let Some(kind) = create
+        {
+            items.push(Kind::for_next(rest.first(), kind).empty());
         }
         let count = items.len();
         let item = items
@@ -221,7 +222,10 @@ fn in_matching_elements(
                 set(item)?;
                 count += 1;
             }
-        } else if item.get(&name).is_some_and(|field| regex.is_match(&printed(field))) {
+        } else if item
+            .get(&name)
+            .is_some_and(|field| regex.is_match(&printed(field)))
+        {
             count += for_each_match(item, rest, create, max_regex, set)?;
         }
     }
@@ -253,11 +257,16 @@ fn printed(value: &Value) -> String {
             match s.style {
                 Style::Single => format!("'{}'", s.text.replace('\'', "''")),
                 Style::Double => format!("{:?}", s.text),
-                _ if s.tag == Tag::Str && serin_manifests::tag_of(&s.text) != Tag::Str => format!("\"{}\"", s.text),
+                _ if s.tag == Tag::Str && serin_manifests::tag_of(&s.text) != Tag::Str => {
+                    format!("\"{}\"", s.text)
+                }
                 _ => s.text.trim().to_owned(),
             }
         }
-        other => serin_manifests::yaml::write_value(other).unwrap_or_default().trim().to_owned(),
+        other => serin_manifests::yaml::write_value(other)
+            .unwrap_or_default()
+            .trim()
+            .to_owned(),
     }
 }
 
@@ -267,9 +276,18 @@ mod tests {
 
     #[test]
     fn brackets_keep_what_they_hold_together() {
-        assert_eq!(split_field_path("spec.containers.[name=a.b].image"), ["spec", "containers", "[name=a.b]", "image"]);
-        assert_eq!(split_field_path("metadata.annotations.[a.b/c]"), ["metadata", "annotations", "a.b/c"]);
-        assert_eq!(split_field_path(r"metadata.annotations.a\.b/c"), ["metadata", "annotations", "a.b/c"]);
+        assert_eq!(
+            split_field_path("spec.containers.[name=a.b].image"),
+            ["spec", "containers", "[name=a.b]", "image"]
+        );
+        assert_eq!(
+            split_field_path("metadata.annotations.[a.b/c]"),
+            ["metadata", "annotations", "a.b/c"]
+        );
+        assert_eq!(
+            split_field_path(r"metadata.annotations.a\.b/c"),
+            ["metadata", "annotations", "a.b/c"]
+        );
         assert_eq!(split_field_path("a.[x=1]"), ["a", "[x=1]"]);
     }
 }

@@ -35,9 +35,16 @@ impl Workshop<'_, '_, '_> {
         let (text, file, source) = match (inline.is_empty(), entry.path.is_empty()) {
             (true, true) => return Err(fail("must specify one of patch and path".into())),
             (false, false) => return Err(fail("patch and path can't be set at the same time".into())),
-            (false, true) => (inline.as_bytes().to_vec(), "inline patch".to_owned(), format!("[patch: {inline:?}]")),
+            (false, true) => (
+                inline.as_bytes().to_vec(),
+                "inline patch".to_owned(),
+                format!("[patch: {inline:?}]"),
+            ),
             (true, false) => {
-                let (content, file) = self.loader.load(self.root, &entry.path).map_err(|e| e.at_option(entry.place.clone()))?;
+                let (content, file) = self
+                    .loader
+                    .load(self.root, &entry.path)
+                    .map_err(|e| e.at_option(entry.place.clone()))?;
                 (content.to_vec(), file, format!("[path: {:?}]", entry.path))
             }
         };
@@ -57,14 +64,20 @@ impl Workshop<'_, '_, '_> {
                 Ok(operations) if !text.trim().is_empty() => PatchBody::Json(operations),
                 _ => {
                     let detail = as_resource.to_string();
-                    return Err(fail(format!("unable to parse SM or JSON patch from {source}")).help(format!(
-                        "as a strategic merge patch: {}",
-                        detail.lines().next().unwrap_or("")
-                    )));
+                    return Err(
+                        fail(format!("unable to parse SM or JSON patch from {source}")).help(format!(
+                            "as a strategic merge patch: {}",
+                            detail.lines().next().unwrap_or("")
+                        )),
+                    );
                 }
             },
         };
-        let target = entry.target.as_ref().map(|t| self.matcher(t).map(|m| (t.clone(), Box::new(m)))).transpose();
+        let target = entry
+            .target
+            .as_ref()
+            .map(|t| self.matcher(t).map(|m| (t.clone(), Box::new(m))))
+            .transpose();
         let target = target.map_err(|e| e.at_option(entry.place.clone()))?;
         Ok(Transformer::Patch { body, target, source })
     }
@@ -81,8 +94,10 @@ impl Workshop<'_, '_, '_> {
             match crate::read::resources(entry.text.as_bytes(), "inline patch", limits) {
                 Ok(inline) => patches.extend(inline),
                 Err(_) => {
-                    let (content, file) =
-                        self.loader.load(self.root, &entry.text).map_err(|e| e.at_option(entry.place.clone()))?;
+                    let (content, file) = self
+                        .loader
+                        .load(self.root, &entry.text)
+                        .map_err(|e| e.at_option(entry.place.clone()))?;
                     patches.extend(crate::read::resources(&content, &file, limits)?);
                 }
             }
@@ -95,13 +110,21 @@ impl Workshop<'_, '_, '_> {
 
     /// An entry of `patchesJson6902`.
     pub(crate) fn json6902(&self, entry: &Patch) -> Result<Transformer> {
-        let fail = |message: &str| Error::new(Cause::Patch(message.to_owned())).at_option(entry.place.clone());
-        let target = entry.target.as_ref().filter(|t| !t.name.is_empty()).ok_or_else(|| fail("must specify the target name"))?;
+        let fail =
+            |message: &str| Error::new(Cause::Patch(message.to_owned())).at_option(entry.place.clone());
+        let target = entry
+            .target
+            .as_ref()
+            .filter(|t| !t.name.is_empty())
+            .ok_or_else(|| fail("must specify the target name"))?;
         let (text, file) = match (entry.path.is_empty(), entry.patch.is_empty()) {
             (true, true) => return Err(fail("empty file path and empty jsonOp")),
             (false, false) => return Err(fail("must specify a file path or jsonOp, not both")),
             (false, true) => {
-                let (content, file) = self.loader.load(self.root, &entry.path).map_err(|e| e.at_option(entry.place.clone()))?;
+                let (content, file) = self
+                    .loader
+                    .load(self.root, &entry.path)
+                    .map_err(|e| e.at_option(entry.place.clone()))?;
                 (crate::read::utf8(&content, &file)?.to_owned(), file)
             }
             (true, false) => (entry.patch.clone(), "inline patch".to_owned()),
@@ -110,11 +133,17 @@ impl Workshop<'_, '_, '_> {
         if patch.is_empty() {
             return Err(fail("patch appears to be empty"));
         }
-        Ok(Transformer::Json6902 { target: Box::new(self.matcher(target)?), patch })
+        Ok(Transformer::Json6902 {
+            target: Box::new(self.matcher(target)?),
+            patch,
+        })
     }
 
     pub(crate) fn image(&self, image: Image, specs: Vec<FieldSpec>) -> Result<Transformer> {
-        Ok(Transformer::Image { rule: Box::new(ImageRule::new(image, self.max_regex())?), specs })
+        Ok(Transformer::Image {
+            rule: Box::new(ImageRule::new(image, self.max_regex())?),
+            specs,
+        })
     }
 
     /// All of `replacements`; files are read here.
@@ -129,7 +158,10 @@ impl Workshop<'_, '_, '_> {
                 let message = "cannot specify both path and inline replacement".to_owned();
                 return Err(Error::new(Cause::Replacement(message)).at_option(entry.place.clone()));
             }
-            let (content, file) = self.loader.load(self.root, &entry.path).map_err(|e| e.at_option(entry.place.clone()))?;
+            let (content, file) = self
+                .loader
+                .load(self.root, &entry.path)
+                .map_err(|e| e.at_option(entry.place.clone()))?;
             let text = crate::read::utf8(&content, &file)?;
             for replacement in self.replacement_file(text, &file)? {
                 prepared.push(replacement::prepare(replacement)?);
@@ -139,14 +171,25 @@ impl Workshop<'_, '_, '_> {
     }
 
     fn replacement_file(&self, text: &str, file: &str) -> Result<Vec<Replacement>> {
-        let options = ReadOptions { file, line_offset: 0, dialect: Dialect::Kubectl, limits: self.env.limits() };
-        let ctx = Context { file, text, what: "Replacement", strict: false };
+        let options = ReadOptions {
+            file,
+            line_offset: 0,
+            dialect: Dialect::Kubectl,
+            limits: self.env.limits(),
+        };
+        let ctx = Context {
+            file,
+            text,
+            what: "Replacement",
+            strict: false,
+        };
         let items = match parse_document(text, &options)? {
             Some(Value::Seq(seq)) => seq.items,
             Some(map @ Value::Map(_)) => vec![map],
             other => {
                 let found = other.map_or("null", |v| v.type_name());
-                let message = format!("unsupported replacement type encountered within replacement path: {found}");
+                let message =
+                    format!("unsupported replacement type encountered within replacement path: {found}");
                 return Err(Cause::Replacement(message).into());
             }
         };
@@ -166,17 +209,36 @@ impl Workshop<'_, '_, '_> {
         read: impl FnOnce(&mut Fields<'_, '_>) -> Result<T>,
     ) -> Result<T> {
         let mut text = String::new();
-        let file = config.source.as_ref().map_or_else(|| "inline configuration".to_owned(), |s| s.file.to_string());
+        let file = config
+            .source
+            .as_ref()
+            .map_or_else(|| "inline configuration".to_owned(), |s| s.file.to_string());
         write_map(&config.root, &mut text).map_err(|message| {
-            Error::new(Cause::Transformer(format!("{}: {message}", config.id(self.env.schemas))))
+            Error::new(Cause::Transformer(format!(
+                "{}: {message}",
+                config.id(self.env.schemas)
+            )))
         })?;
-        let options = ReadOptions { file: &file, line_offset: 0, dialect: Dialect::Kubectl, limits: self.env.limits() };
-        let ctx = Context { file: &file, text: &text, what: config.kind(), strict: false };
+        let options = ReadOptions {
+            file: &file,
+            line_offset: 0,
+            dialect: Dialect::Kubectl,
+            limits: self.env.limits(),
+        };
+        let ctx = Context {
+            file: &file,
+            text: &text,
+            what: config.kind(),
+            strict: false,
+        };
         let value = parse_document(&text, &options)?.unwrap_or_else(|| Value::Map(Map::new()));
         let empty = Map::new();
         let map = value.as_map().unwrap_or(&empty);
         read(&mut Fields::new(&ctx, "", map)).map_err(|e| {
-            e.help(format!("in the configuration of {} in {file}", config.id(self.env.schemas)))
+            e.help(format!(
+                "in the configuration of {} in {file}",
+                config.id(self.env.schemas)
+            ))
         })
     }
 
@@ -257,20 +319,28 @@ impl Workshop<'_, '_, '_> {
     }
 
     fn strategic_merge_plugin(&self, f: &mut Fields<'_, '_>) -> Result<Transformer> {
-        let paths: Vec<Located> =
-            f.strings("paths")?.into_iter().map(|text| Located { text, place: None }).collect();
+        let paths: Vec<Located> = f
+            .strings("paths")?
+            .into_iter()
+            .map(|text| Located { text, place: None })
+            .collect();
         let inline = f.string("patches")?;
         if paths.is_empty() && inline.is_empty() {
             return Err(Cause::Patch("empty file path and empty patch content".into()).into());
         }
-        let mut patches = match paths.is_empty() {
-            true => Vec::new(),
-            false => match self.strategic_merge(&paths)? {
+        let mut patches = if paths.is_empty() {
+            Vec::new()
+        } else {
+            match self.strategic_merge(&paths)? {
                 Transformer::StrategicMerge(patches) => patches,
                 _ => Vec::new(),
-            },
+            }
         };
-        patches.extend(crate::read::resources(inline.as_bytes(), "inline patch", self.env.limits())?);
+        patches.extend(crate::read::resources(
+            inline.as_bytes(),
+            "inline patch",
+            self.env.limits(),
+        )?);
         if patches.is_empty() {
             return Err(Cause::Patch("patch appears to be empty".into()).into());
         }
@@ -288,8 +358,18 @@ impl Workshop<'_, '_, '_> {
         if !path.is_empty() {
             let (content, file) = self.loader.load(self.root, &path)?;
             let text = crate::read::utf8(&content, &file)?;
-            let options = ReadOptions { file: &file, line_offset: 0, dialect: Dialect::Kubectl, limits: self.env.limits() };
-            let ctx = Context { file: &file, text, what: "ValueAddTransformer", strict: false };
+            let options = ReadOptions {
+                file: &file,
+                line_offset: 0,
+                dialect: Dialect::Kubectl,
+                limits: self.env.limits(),
+            };
+            let ctx = Context {
+                file: &file,
+                text,
+                what: "ValueAddTransformer",
+                strict: false,
+            };
             if let Some(Value::Map(map)) = parse_document(text, &options)? {
                 targets.extend(Fields::new(&ctx, "", &map).list("targets", |t| self.value_target(t))?);
             }
@@ -308,10 +388,16 @@ impl Workshop<'_, '_, '_> {
             return Err(Cause::Transformer("fieldPath cannot be empty".into()).into());
         }
         let position = usize::try_from(position).map_err(|_| {
-            Error::new(Cause::Transformer(format!("value of FilePathPosition ({position}) cannot be negative")))
+            Error::new(Cause::Transformer(format!(
+                "value of FilePathPosition ({position}) cannot be negative"
+            )))
         })?;
         let matcher = selector.map(|s| self.matcher(&s).map(Box::new)).transpose()?;
-        Ok(ValueTarget { matcher, field_path, position })
+        Ok(ValueTarget {
+            matcher,
+            field_path,
+            position,
+        })
     }
 
     /// What a resource of `generators` makes.
@@ -331,7 +417,11 @@ impl Workshop<'_, '_, '_> {
                     args.namespace = namespace;
                 }
                 args.place = None;
-                let generator = Generator { loader: self.loader, root: self.root, secret };
+                let generator = Generator {
+                    loader: self.loader,
+                    root: self.root,
+                    secret,
+                };
                 Ok(vec![generator.generate(&args, None)?])
             }
             "IAMPolicyGenerator" => iam_policy(f),
@@ -343,9 +433,8 @@ impl Workshop<'_, '_, '_> {
 
 /// Charts are not rendered here: it would mean to run a program and to reach for the network.
 pub(crate) fn helm_refused(chart: &str) -> Error {
-    Error::new(Cause::Helm(chart.to_owned())).help(
-        "render the chart with `helm template` and commit the result, or let a HelmRelease install it",
-    )
+    Error::new(Cause::Helm(chart.to_owned()))
+        .help("render the chart with `helm template` and commit the result, or let a HelmRelease install it")
 }
 
 fn unknown_builtin(kind: &str) -> Error {
@@ -368,11 +457,22 @@ fn iam_policy(f: &mut Fields<'_, '_>) -> Result<Vec<Resource>> {
     if cloud != "gke" {
         return Err(Cause::Generator(format!("cloud provider {cloud} not supported yet")).into());
     }
-    let service = f.object("kubernetesService", |s| Ok((s.string("name")?, s.string("namespace")?)))?.unwrap_or_default();
-    let account = f.object("serviceAccount", |s| Ok((s.string("name")?, s.string("projectId")?)))?.unwrap_or_default();
+    let service = f
+        .object("kubernetesService", |s| {
+            Ok((s.string("name")?, s.string("namespace")?))
+        })?
+        .unwrap_or_default();
+    let account = f
+        .object("serviceAccount", |s| {
+            Ok((s.string("name")?, s.string("projectId")?))
+        })?
+        .unwrap_or_default();
     let mut metadata = Map::new();
     let address = format!("{}@{}.iam.gserviceaccount.com", account.0, account.1);
-    metadata.push("annotations", Value::string_map([("iam.gke.io/gcp-service-account", address)]));
+    metadata.push(
+        "annotations",
+        Value::string_map([("iam.gke.io/gcp-service-account", address)]),
+    );
     metadata.push("name", Value::Scalar(Scalar::untyped(service.0)));
     if !service.1.is_empty() {
         metadata.push("namespace", Value::Scalar(Scalar::untyped(service.1)));

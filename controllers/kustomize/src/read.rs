@@ -17,8 +17,15 @@ pub(crate) fn resources(bytes: &[u8], file: &str, limits: &Limits) -> Result<Vec
     let single = parts.len() == 1;
     let mut queue: VecDeque<Map> = VecDeque::new();
     for (line_offset, part) in parts {
-        let options = ReadOptions { file, line_offset, dialect: Dialect::Kustomize, limits };
-        let Some(value) = parse_document(part, &options)? else { continue };
+        let options = ReadOptions {
+            file,
+            line_offset,
+            dialect: Dialect::Kustomize,
+            limits,
+        };
+        let Some(value) = parse_document(part, &options)? else {
+            continue;
+        };
         match value {
             Value::Map(mut map) => {
                 let kind = map.get("kind").map_or("", raw_text);
@@ -43,7 +50,10 @@ pub(crate) fn resources(bytes: &[u8], file: &str, limits: &Limits) -> Result<Vec
     while let Some(mut map) = queue.pop_front() {
         let kind = map.get("kind").map_or("", raw_text).to_owned();
         if !kind.ends_with("List") || map.get("items").is_none() {
-            let source = Source { file: shared.clone(), line: map.pos.line() };
+            let source = Source {
+                file: shared.clone(),
+                line: map.pos.line(),
+            };
             out.push(Resource::new(map, Some(source)));
             continue;
         }
@@ -51,10 +61,23 @@ pub(crate) fn resources(bytes: &[u8], file: &str, limits: &Limits) -> Result<Vec
             Some(Value::Seq(items)) => {
                 for mut item in items.items {
                     if let Value::Map(m) = &item {
-                        check_keys(m).map_err(|m| not_a_resource(format!("trouble expanding list of {kind}; {m}"), &item, file, text))?;
+                        check_keys(m).map_err(|m| {
+                            not_a_resource(
+                                format!("trouble expanding list of {kind}; {m}"),
+                                &item,
+                                file,
+                                text,
+                            )
+                        })?;
                     }
-                    as_from_json(&mut item)
-                        .map_err(|m| not_a_resource(format!("trouble expanding list of {kind}; {m}"), &item, file, text))?;
+                    as_from_json(&mut item).map_err(|m| {
+                        not_a_resource(
+                            format!("trouble expanding list of {kind}; {m}"),
+                            &item,
+                            file,
+                            text,
+                        )
+                    })?;
                     if !item.is_null_or_empty() {
                         queue.push_back(checked(item, file, text)?);
                     }
@@ -62,7 +85,10 @@ pub(crate) fn resources(bytes: &[u8], file: &str, limits: &Limits) -> Result<Vec
             }
             Some(v) if v.is_null() => {}
             Some(other) => {
-                let message = format!("expected array in {kind}/items, but found a {}", other.type_name());
+                let message = format!(
+                    "expected array in {kind}/items, but found a {}",
+                    other.type_name()
+                );
                 return Err(not_a_resource(message, &other, file, text));
             }
             None => {}
@@ -75,9 +101,17 @@ pub(crate) fn resources(bytes: &[u8], file: &str, limits: &Limits) -> Result<Vec
 pub(crate) fn utf8<'b>(bytes: &'b [u8], file: &str) -> Result<&'b str> {
     std::str::from_utf8(bytes).map_err(|e| {
         let valid = &bytes[..e.valid_up_to()];
-        let line = valid.iter().filter(|&&b| b == b'\n').count() + 1;
-        let place = Place { file: file.to_owned(), line, column: 0, snippet: String::new() };
-        Error::from(serin_manifests::Error::Syntax { message: "yaml: invalid UTF-8 octet".into(), place })
+        let line = valid.split(|&b| b == b'\n').count();
+        let place = Place {
+            file: file.to_owned(),
+            line,
+            column: 0,
+            snippet: String::new(),
+        };
+        Error::from(serin_manifests::Error::Syntax {
+            message: "yaml: invalid UTF-8 octet".into(),
+            place,
+        })
     })
 }
 
@@ -89,19 +123,32 @@ fn not_a_resource(message: String, value: &Value, file: &str, text: &str) -> Err
 /// A resource has a kind, and a name unless it is a list.
 fn checked(value: Value, file: &str, text: &str) -> Result<Map> {
     let fail = |message: &str, value: &Value| Err(not_a_resource(message.to_owned(), value, file, text));
-    let Value::Map(map) = value else { return fail("missing Resource metadata", &value) };
-    let kind = map.get("kind").filter(|v| !v.is_null_or_empty()).and_then(Value::text).unwrap_or("");
+    let Value::Map(map) = value else {
+        return fail("missing Resource metadata", &value);
+    };
+    let kind = map
+        .get("kind")
+        .filter(|v| !v.is_null_or_empty())
+        .and_then(Value::text)
+        .unwrap_or("");
     let api_version = map.get("apiVersion").filter(|v| !v.is_null_or_empty());
     let metadata = map.get("metadata").filter(|v| !v.is_null_or_empty());
     if kind.is_empty() {
-        let message = if api_version.is_none() && metadata.is_none() { "missing Resource metadata" } else { "missing kind in object" };
+        let message = if api_version.is_none() && metadata.is_none() {
+            "missing Resource metadata"
+        } else {
+            "missing kind in object"
+        };
         return Err(not_a_resource(message.to_owned(), &Value::Map(map), file, text)
             .help("every document needs apiVersion, kind and metadata.name; files that are no resources (values, patches) do not belong into `resources`"));
     }
     if kind.ends_with("List") {
         return Ok(map);
     }
-    let name = metadata.and_then(|m| m.get("name")).filter(|v| !v.is_null_or_empty()).map_or("", raw_text);
+    let name = metadata
+        .and_then(|m| m.get("name"))
+        .filter(|v| !v.is_null_or_empty())
+        .map_or("", raw_text);
     if name.is_empty() {
         let generated = metadata.and_then(|m| m.get("generateName")).is_some();
         let message = format!("missing metadata.name in object {kind}");
@@ -119,7 +166,11 @@ fn checked(value: Value, file: &str, text: &str) -> Result<Map> {
 fn as_from_json(value: &mut Value) -> std::result::Result<(), String> {
     match value {
         Value::Map(map) => map.entries.iter_mut().try_for_each(|e| {
-            e.key = Scalar { style: Style::Double, pos: e.key.pos, ..Scalar::string(&*e.key.text) };
+            e.key = Scalar {
+                style: Style::Double,
+                pos: e.key.pos,
+                ..Scalar::string(&*e.key.text)
+            };
             as_from_json(&mut e.value)
         }),
         Value::Seq(seq) => seq.items.iter_mut().try_for_each(as_from_json),
@@ -127,7 +178,10 @@ fn as_from_json(value: &mut Value) -> std::result::Result<(), String> {
             let json = Value::Scalar(s.clone()).to_json()?;
             let pos = s.pos;
             *s = match json {
-                serde_json::Value::String(text) => Scalar { style: Style::Double, ..Scalar::string(text) },
+                serde_json::Value::String(text) => Scalar {
+                    style: Style::Double,
+                    ..Scalar::string(text)
+                },
                 serde_json::Value::Null => Scalar::tagged_as(Tag::Null, "null"),
                 other => {
                     let text = other.to_string();

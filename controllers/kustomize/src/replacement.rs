@@ -37,7 +37,12 @@ struct PreparedSelector {
 impl PreparedSelector {
     fn new(s: &Selector) -> Result<PreparedSelector> {
         Ok(PreparedSelector {
-            id: ResId { gvk: s.gvk.clone(), name: s.name.clone(), namespace: s.namespace.clone(), cluster_scoped: false },
+            id: ResId {
+                gvk: s.gvk.clone(),
+                name: s.name.clone(),
+                namespace: s.namespace.clone(),
+                cluster_scoped: false,
+            },
             by_metadata: !s.label_selector.is_empty() || !s.annotation_selector.is_empty(),
             labels: parse_label_selector(&s.label_selector)?,
             annotations: parse_label_selector(&s.annotation_selector)?,
@@ -57,7 +62,8 @@ impl PreparedSelector {
 /// Checks a replacement and reads its selectors.
 pub(crate) fn prepare(replacement: Replacement) -> Result<PreparedReplacement> {
     let place = replacement.place.clone();
-    let fail = |message: &str| Err(Error::new(Cause::Replacement(message.to_owned())).at_option(place.clone()));
+    let fail =
+        |message: &str| Err(Error::new(Cause::Replacement(message.to_owned())).at_option(place.clone()));
     if (replacement.source.is_none() && replacement.source_value.is_none()) || replacement.targets.is_none() {
         return fail("replacements must specify a source and at least one target");
     }
@@ -75,8 +81,15 @@ pub(crate) fn prepare(replacement: Replacement) -> Result<PreparedReplacement> {
         }
         targets.push(PreparedTarget {
             select: PreparedSelector::new(select)?,
-            reject: target.reject.iter().map(PreparedSelector::new).collect::<Result<_>>()?,
-            paths: field_paths.into_iter().map(|p| (p.clone(), split_field_path(&p))).collect(),
+            reject: target
+                .reject
+                .iter()
+                .map(PreparedSelector::new)
+                .collect::<Result<_>>()?,
+            paths: field_paths
+                .into_iter()
+                .map(|p| (p.clone(), split_field_path(&p)))
+                .collect(),
             target: target.clone(),
         });
     }
@@ -85,14 +98,22 @@ pub(crate) fn prepare(replacement: Replacement) -> Result<PreparedReplacement> {
 
 /// All identities of a resource, the present one first.
 fn ids(r: &Resource) -> Vec<ResId> {
-    let current =
-        ResId { gvk: r.gvk(), name: r.name().into(), namespace: r.namespace().into(), cluster_scoped: false };
-    std::iter::once(current).chain(r.previous.iter().map(|p| r.previous_id(p))).collect()
+    let current = ResId {
+        gvk: r.gvk(),
+        name: r.name().into(),
+        namespace: r.namespace().into(),
+        cluster_scoped: false,
+    };
+    std::iter::once(current)
+        .chain(r.previous.iter().map(|p| r.previous_id(p)))
+        .collect()
 }
 
 /// A cheap test before all identities are made.
 fn may_be(r: &Resource, selector: &ResId) -> bool {
-    (selector.name.is_empty() || selector.name == r.name() || r.previous.iter().any(|p| p.name == selector.name))
+    (selector.name.is_empty()
+        || selector.name == r.name()
+        || r.previous.iter().any(|p| p.name == selector.name))
         && (selector.gvk.kind.is_empty()
             || selector.gvk.kind == r.kind()
             || r.previous.iter().any(|p| p.kind == selector.gvk.kind))
@@ -120,12 +141,19 @@ fn selected(r: &Resource, target: &PreparedTarget) -> bool {
     if !target.select.metadata_matches(r) {
         return false;
     }
-    if target.reject.iter().any(|reject| reject.by_metadata && reject.metadata_matches(r)) {
+    if target
+        .reject
+        .iter()
+        .any(|reject| reject.by_metadata && reject.metadata_matches(r))
+    {
         return false;
     }
     let ids = ids(r);
     ids.iter().any(|id| id.is_selected_by(&target.select.id))
-        && !target.reject.iter().any(|reject| !reject.id.is_empty() && ids.iter().any(|id| id.is_selected_by(&reject.id)))
+        && !target
+            .reject
+            .iter()
+            .any(|reject| !reject.id.is_empty() && ids.iter().any(|id| id.is_selected_by(&reject.id)))
 }
 
 fn source_value(map: &ResMap, replacement: &Replacement, env: &Env<'_>) -> Result<Value> {
@@ -133,25 +161,44 @@ fn source_value(map: &ResMap, replacement: &Replacement, env: &Env<'_>) -> Resul
         return Ok(Value::Scalar(serin_manifests::Scalar::untyped(text.as_str())));
     }
     let Some(source) = &replacement.source else {
-        return Err(Cause::Replacement("replacements must specify a source and at least one target".into()).into());
+        return Err(
+            Cause::Replacement("replacements must specify a source and at least one target".into()).into(),
+        );
     };
     env.step(map.len())?;
-    let path = if source.field_path.is_empty() { "metadata.name" } else { &source.field_path };
-    let shown = || if source.field_path.is_empty() { source.id.to_string() } else { format!("{}:{}", source.id, source.field_path) };
+    let path = if source.field_path.is_empty() {
+        "metadata.name"
+    } else {
+        &source.field_path
+    };
+    let shown = || {
+        if source.field_path.is_empty() {
+            source.id.to_string()
+        } else {
+            format!("{}:{}", source.id, source.field_path)
+        }
+    };
     let mut matches = map
         .resources()
         .iter()
         .filter(|r| may_be(r, &source.id) && ids(r).iter().any(|id| id.is_selected_by(&source.id)));
     let Some(found) = matches.next() else {
         let error = Error::new(Cause::Replacement(format!("nothing selected by {}", shown())));
-        let same_kind = map.resources().iter().filter(|r| source.id.gvk.kind.is_empty() || r.kind() == source.id.gvk.kind);
+        let same_kind = map
+            .resources()
+            .iter()
+            .filter(|r| source.id.gvk.kind.is_empty() || r.kind() == source.id.gvk.kind);
         return Err(match nearest(&source.id.name, same_kind.map(Resource::name)) {
             Some(name) => error.help(format!("did you mean '{name}'?")),
             None => error,
         });
     };
     if let Some(second) = matches.next() {
-        return Err(Error::new(Cause::Replacement(format!("multiple matches for selector {}", shown()))).help(format!(
+        return Err(Error::new(Cause::Replacement(format!(
+            "multiple matches for selector {}",
+            shown()
+        )))
+        .help(format!(
             "{} and {} both match; add kind, name or namespace to the source",
             found.id(env.schemas),
             second.id(env.schemas)
@@ -160,14 +207,20 @@ fn source_value(map: &ResMap, replacement: &Replacement, env: &Env<'_>) -> Resul
     let value = lookup(&found.root, &split_field_path(path))
         .map_err(|e| Cause::Replacement(format!("error looking up replacement source: {e}")))?;
     let Some(value) = value.filter(|v| !v.is_null_or_empty()) else {
-        return Err(Cause::Replacement(format!("fieldPath `{path}` is missing for replacement source {}", source.id)).into());
+        return Err(Cause::Replacement(format!(
+            "fieldPath `{path}` is missing for replacement source {}",
+            source.id
+        ))
+        .into());
     };
     refine(value, source.options.as_ref())
 }
 
 /// One part of the value, where a delimiter is given.
 fn refine(value: &Value, options: Option<&FieldOptions>) -> Result<Value> {
-    let Some(options) = options.filter(|o| !o.delimiter.is_empty()) else { return Ok(value.clone()) };
+    let Some(options) = options.filter(|o| !o.delimiter.is_empty()) else {
+        return Ok(value.clone());
+    };
     let Value::Scalar(scalar) = value else {
         return Err(Cause::Replacement("delimiter option can only be used with scalar nodes".into()).into());
     };
@@ -186,15 +239,30 @@ fn refine(value: &Value, options: Option<&FieldOptions>) -> Result<Value> {
     }
 }
 
-fn copy_to(map: &mut ResMap, index: usize, value: &Value, target: &PreparedTarget, env: &Env<'_>) -> Result<()> {
+fn copy_to(
+    map: &mut ResMap,
+    index: usize,
+    value: &Value,
+    target: &PreparedTarget,
+    env: &Env<'_>,
+) -> Result<()> {
     let options = target.target.options.as_ref();
     let create = options.filter(|o| o.create).map(|_| Kind::of(value));
     let r = &mut map.resources_mut()[index];
     for (text, path) in &target.paths {
-        let verb = if create.is_some() { "find or create" } else { "find" };
+        let verb = if create.is_some() {
+            "find or create"
+        } else {
+            "find"
+        };
         let mut root = Value::Map(std::mem::take(&mut r.root));
-        let found =
-            for_each_match(&mut root, path, create, env.budget.max_regex_bytes, &mut |field| set(field, value, options));
+        let found = for_each_match(
+            &mut root,
+            path,
+            create,
+            env.budget.max_regex_bytes,
+            &mut |field| set(field, value, options),
+        );
         if let Value::Map(map) = root {
             r.root = map;
         }
@@ -222,7 +290,11 @@ fn set(field: &mut Value, value: &Value, options: Option<&FieldOptions>) -> std:
             return Err("delimiter option can only be used with scalar nodes".into());
         };
         let new = value.text().unwrap_or("").to_owned();
-        let mut parts: Vec<String> = target.text.split(options.delimiter.as_str()).map(str::to_owned).collect();
+        let mut parts: Vec<String> = target
+            .text
+            .split(options.delimiter.as_str())
+            .map(str::to_owned)
+            .collect();
         match usize::try_from(options.index) {
             Err(_) => parts.insert(0, new),
             Ok(i) if i >= parts.len() => parts.push(new),

@@ -71,7 +71,12 @@ impl ResMap {
     }
 
     fn current_key(resource: &Resource, schemas: &Schemas) -> Key {
-        key(resource.api_version(), resource.kind(), resource.name(), resource.effective_namespace(schemas))
+        key(
+            resource.api_version(),
+            resource.kind(),
+            resource.name(),
+            resource.effective_namespace(schemas),
+        )
     }
 
     fn refresh(&mut self, schemas: &Schemas) {
@@ -127,12 +132,19 @@ impl ResMap {
                 };
                 add(Self::current_key(r, schemas));
                 for p in &r.previous {
-                    add(key(r.api_version(), &p.kind, &p.name, effective_namespace(&p.namespace, false)));
+                    add(key(
+                        r.api_version(),
+                        &p.kind,
+                        &p.name,
+                        effective_namespace(&p.namespace, false),
+                    ));
                 }
             }
             index
         });
-        index.get(&key_of_id(id)).map_or_else(Vec::new, |list| list.iter().map(|&i| i as usize).collect())
+        index
+            .get(&key_of_id(id))
+            .map_or_else(Vec::new, |list| list.iter().map(|&i| i as usize).collect())
     }
 
     /// The resources that a selector of a patch means: by the original or the present name and namespace.
@@ -141,7 +153,8 @@ impl ResMap {
             let (group, version) = serin_manifests::split_api_version(r.api_version());
             matcher.gvk(group, version, r.kind())
                 && (matcher.name(r.original_name()) || matcher.name(r.name()))
-                && (matcher.namespace(r.original_namespace(schemas)) || matcher.namespace(r.effective_namespace(schemas)))
+                && (matcher.namespace(r.original_namespace(schemas))
+                    || matcher.namespace(r.effective_namespace(schemas)))
                 && matcher.metadata(&r.root)
         });
         selected.map(|(i, _)| i).collect()
@@ -183,7 +196,9 @@ impl ResMap {
 }
 
 fn duplicate(first: &Resource, second: &Resource, schemas: &Schemas) -> Error {
-    let error = Error::new(Cause::DuplicateId { id: second.id(schemas).to_string() });
+    let error = Error::new(Cause::DuplicateId {
+        id: second.id(schemas).to_string(),
+    });
     let place = |r: &Resource| match &r.source {
         Some(source) => format!("{}:{}", source.file, source.line),
         None => "a generator".to_owned(),

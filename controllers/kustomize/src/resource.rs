@@ -142,7 +142,11 @@ impl Resource {
     pub(crate) fn previous_id(&self, previous: &PreviousId) -> ResId {
         let (group, version) = split_api_version(self.api_version());
         ResId {
-            gvk: Gvk { group: group.into(), version: version.into(), kind: previous.kind.clone() },
+            gvk: Gvk {
+                group: group.into(),
+                version: version.into(),
+                kind: previous.kind.clone(),
+            },
             name: previous.name.clone(),
             namespace: previous.namespace.clone(),
             cluster_scoped: false,
@@ -176,17 +180,22 @@ impl Resource {
 
     /// Remembers the identity it has now.
     pub(crate) fn store_previous_id(&mut self, schemas: &Schemas) {
-        let namespace = match self.is_cluster_scoped(schemas) {
-            true => NOT_A_NAMESPACE.to_owned(),
-            false => effective_namespace(self.namespace(), false).to_owned(),
+        let namespace = if self.is_cluster_scoped(schemas) {
+            NOT_A_NAMESPACE.to_owned()
+        } else {
+            effective_namespace(self.namespace(), false).to_owned()
         };
-        let previous = PreviousId { namespace, name: self.name().to_owned(), kind: self.kind().to_owned() };
+        let previous = PreviousId {
+            namespace,
+            name: self.name().to_owned(),
+            kind: self.kind().to_owned(),
+        };
         self.previous.push(previous);
         // kustomize would write this into the annotations, and take anything there that is no mapping out of the way.
-        if let Some(metadata) = self.root.get_mut("metadata").and_then(Value::as_map_mut) {
-            if matches!(metadata.get("annotations"), Some(v) if v.as_map().is_none() && v.as_seq().is_none_or(<[Value]>::is_empty)) {
-                metadata.remove("annotations");
-            }
+        if let Some(metadata) = self.root.get_mut("metadata").and_then(Value::as_map_mut)
+            && matches!(metadata.get("annotations"), Some(v) if v.as_map().is_none() && v.as_seq().is_none_or(<[Value]>::is_empty))
+        {
+            metadata.remove("annotations");
         }
     }
 
@@ -255,13 +264,22 @@ impl Resource {
 
     /// Labels or annotations as text, in the order of the manifest.
     pub(crate) fn string_map(&self, key: &str) -> Vec<(String, String)> {
-        let map = self.root.get("metadata").and_then(|m| m.get(key)).and_then(Value::as_map);
-        map.into_iter().flat_map(Map::iter).map(|(k, v)| (k.to_owned(), raw_text(v).to_owned())).collect()
+        let map = self
+            .root
+            .get("metadata")
+            .and_then(|m| m.get(key))
+            .and_then(Value::as_map);
+        map.into_iter()
+            .flat_map(Map::iter)
+            .map(|(k, v)| (k.to_owned(), raw_text(v).to_owned()))
+            .collect()
     }
 
     /// Writes labels or annotations anew: sorted, all values text; none at all when empty.
     pub(crate) fn set_string_map(&mut self, key: &str, mut pairs: Vec<(String, String)>) {
-        let Some(metadata) = self.metadata_mut() else { return };
+        let Some(metadata) = self.metadata_mut() else {
+            return;
+        };
         metadata.remove(key);
         if pairs.is_empty() {
             return;
@@ -287,7 +305,13 @@ pub(crate) fn raw_text(value: &Value) -> &str {
 pub(crate) fn set_keeping_style(map: &mut Map, key: &str, text: &str) {
     match map.get_mut(key) {
         Some(Value::Scalar(old)) => {
-            *old = Scalar { text: text.into(), pos: old.pos, tag: Tag::Unset, style: old.style, tagged: false };
+            *old = Scalar {
+                text: text.into(),
+                pos: old.pos,
+                tag: Tag::Unset,
+                style: old.style,
+                tagged: false,
+            };
         }
         Some(other) => *other = Value::Scalar(Scalar::untyped(text)),
         None => map.push(key, Value::Scalar(Scalar::untyped(text))),
@@ -300,7 +324,10 @@ pub(crate) fn through_json(value: &mut Value) -> Result<(), String> {
     match value {
         Value::Map(map) => {
             for entry in &mut map.entries {
-                entry.key = Scalar { pos: entry.key.pos, ..Scalar::string(&*entry.key.text) };
+                entry.key = Scalar {
+                    pos: entry.key.pos,
+                    ..Scalar::string(&*entry.key.text)
+                };
                 through_json(&mut entry.value)?;
             }
             Ok(())
@@ -327,7 +354,13 @@ pub(crate) fn through_json(value: &mut Value) -> Result<(), String> {
                 (true, false) => Style::Double,
                 (false, false) => Style::Plain,
             };
-            *s = Scalar { text: text.into(), pos: s.pos, tag, style, tagged: false };
+            *s = Scalar {
+                text: text.into(),
+                pos: s.pos,
+                tag,
+                style,
+                tagged: false,
+            };
             Ok(())
         }
     }

@@ -42,10 +42,17 @@ impl Schema {
 
     /// A schema in OpenAPI form: `definitions` with `x-kubernetes-group-version-kind`, `paths` for scopes.
     pub(crate) fn from_openapi(document: &Json) -> Schema {
-        let mut builder = Builder { definitions: document.get("definitions"), schema: Schema::default(), by_name: HashMap::new() };
+        let mut builder = Builder {
+            definitions: document.get("definitions"),
+            schema: Schema::default(),
+            by_name: HashMap::new(),
+        };
         if let Some(definitions) = builder.definitions.and_then(Json::as_object) {
             for (name, definition) in definitions {
-                let Some(kinds) = definition.get("x-kubernetes-group-version-kind").and_then(Json::as_array) else {
+                let Some(kinds) = definition
+                    .get("x-kubernetes-group-version-kind")
+                    .and_then(Json::as_array)
+                else {
                     continue;
                 };
                 let id = builder.definition(name);
@@ -57,9 +64,18 @@ impl Schema {
             }
         }
         let mut schema = builder.schema;
-        for (path, operations) in document.get("paths").and_then(Json::as_object).into_iter().flatten() {
-            let kind = operations.get("get").and_then(|g| g.get("x-kubernetes-group-version-kind"));
-            let Some(key) = kind.and_then(kind_key) else { continue };
+        for (path, operations) in document
+            .get("paths")
+            .and_then(Json::as_object)
+            .into_iter()
+            .flatten()
+        {
+            let kind = operations
+                .get("get")
+                .and_then(|g| g.get("x-kubernetes-group-version-kind"));
+            let Some(key) = kind.and_then(kind_key) else {
+                continue;
+            };
             if path.contains("namespaces/{namespace}") {
                 schema.namespaced.insert(key, true);
             } else {
@@ -128,17 +144,22 @@ impl Builder<'_> {
 
     fn content(&mut self, json: &Json, depth: usize) -> Node {
         let mut node = Node::default();
-        for (name, property) in json.get("properties").and_then(Json::as_object).into_iter().flatten() {
+        for (name, property) in json
+            .get("properties")
+            .and_then(Json::as_object)
+            .into_iter()
+            .flatten()
+        {
             let id = self.child(property, depth);
             node.fields.insert(name.as_str().into(), id);
         }
         if let Some(additional) = json.get("additionalProperties").filter(|a| a.is_object()) {
             node.additional = Some(self.child(additional, depth));
         }
-        if json.get("type").and_then(Json::as_str) == Some("array") {
-            if let Some(items) = json.get("items") {
-                node.items = Some(self.child(items, depth));
-            }
+        if json.get("type").and_then(Json::as_str) == Some("array")
+            && let Some(items) = json.get("items")
+        {
+            node.items = Some(self.child(items, depth));
         }
         if let Some(strategy) = json.get("x-kubernetes-patch-strategy").and_then(Json::as_str) {
             node.has_strategy = !strategy.is_empty();
@@ -155,7 +176,12 @@ impl Builder<'_> {
 
 fn parse_builtin(text: &str) -> Schema {
     let mut schema = Schema::default();
-    let types = text.lines().filter_map(|l| l.strip_prefix("@ ")?.parse::<usize>().ok()).max().unwrap_or(0) + 1;
+    let types = text
+        .lines()
+        .filter_map(|l| l.strip_prefix("@ ")?.parse::<usize>().ok())
+        .max()
+        .unwrap_or(0)
+        + 1;
     schema.nodes = vec![Node::default(); types];
     let mut current = 0usize;
     for line in text.lines() {
@@ -176,7 +202,11 @@ fn parse_builtin(text: &str) -> Schema {
                         items: element.filter(|_| shape == "a"),
                         merges: strategy.split(',').any(|s| s == "merge"),
                         has_strategy: strategy != "-",
-                        keys: if keys == "-" { Vec::new() } else { keys.split(',').map(Into::into).collect() },
+                        keys: if keys == "-" {
+                            Vec::new()
+                        } else {
+                            keys.split(',').map(Into::into).collect()
+                        },
                         ..Node::default()
                     };
                     schema.nodes.push(node);
@@ -227,12 +257,21 @@ impl Schemas {
 
     /// The schema of a kind.
     pub(crate) fn of_kind(&self, api_version: &str, kind: &str) -> Option<Cursor<'_>> {
-        let in_schema = |schema: &'static Schema| schema.kind(api_version, kind).map(|node| Cursor { schema, node });
+        let in_schema =
+            |schema: &'static Schema| schema.kind(api_version, kind).map(|node| Cursor { schema, node });
         match &self.custom {
             None => in_schema(Schema::builtin()),
             Some(custom) => {
-                let builtin = if self.builtin_wanted.get() { in_schema(Schema::builtin()) } else { None };
-                builtin.or_else(|| custom.kind(api_version, kind).map(|node| Cursor { schema: custom, node }))
+                let builtin = if self.builtin_wanted.get() {
+                    in_schema(Schema::builtin())
+                } else {
+                    None
+                };
+                builtin.or_else(|| {
+                    custom
+                        .kind(api_version, kind)
+                        .map(|node| Cursor { schema: custom, node })
+                })
             }
         }
     }
@@ -278,13 +317,19 @@ impl<'a> Cursor<'a> {
     pub(crate) fn field(&self, name: &str) -> Option<Cursor<'a>> {
         let node = self.get()?;
         let id = node.fields.get(name).copied().or(node.additional)?;
-        Some(Cursor { schema: self.schema, node: id })
+        Some(Cursor {
+            schema: self.schema,
+            node: id,
+        })
     }
 
     /// The schema of the elements of a list.
     pub(crate) fn elements(&self) -> Option<Cursor<'a>> {
         let node = self.get()?.items?;
-        Some(Cursor { schema: self.schema, node })
+        Some(Cursor {
+            schema: self.schema,
+            node,
+        })
     }
 
     /// Whether patches merge this list element by element.
@@ -306,15 +351,28 @@ mod tests {
     #[test]
     fn containers_merge_by_name_and_ports_by_two_keys() {
         let schemas = Schemas::default();
-        let pod = schemas.of_kind("apps/v1", "Deployment").and_then(|d| d.field("spec")?.field("template")?.field("spec"));
+        let pod = schemas
+            .of_kind("apps/v1", "Deployment")
+            .and_then(|d| d.field("spec")?.field("template")?.field("spec"));
         let containers = pod.and_then(|p| p.field("containers")).unwrap();
         assert!(containers.merges());
         assert_eq!(containers.merge_keys().unwrap(), ["name".into()]);
         let ports = containers.elements().unwrap().field("ports").unwrap();
-        assert_eq!(ports.merge_keys().unwrap(), ["containerPort".into(), "protocol".into()]);
-        assert!(containers.elements().unwrap().field("args").is_none_or(|a| !a.merges()));
-        let finalizers =
-            schemas.of_kind("v1", "ConfigMap").and_then(|d| d.field("metadata")?.field("finalizers")).unwrap();
+        assert_eq!(
+            ports.merge_keys().unwrap(),
+            ["containerPort".into(), "protocol".into()]
+        );
+        assert!(
+            containers
+                .elements()
+                .unwrap()
+                .field("args")
+                .is_none_or(|a| !a.merges())
+        );
+        let finalizers = schemas
+            .of_kind("v1", "ConfigMap")
+            .and_then(|d| d.field("metadata")?.field("finalizers"))
+            .unwrap();
         assert!(finalizers.merges() && finalizers.merge_keys().unwrap().is_empty());
     }
 

@@ -35,10 +35,16 @@ impl Pattern {
         if text.is_empty() {
             return Ok(Pattern::Any);
         }
-        if text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'/')) {
+        if text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'/'))
+        {
             return Ok(Pattern::Word(text.to_owned()));
         }
-        Ok(Pattern::Regex(Box::new(compile(&format!("^(?:{text})$"), max_bytes)?)))
+        Ok(Pattern::Regex(Box::new(compile(
+            &format!("^(?:{text})$"),
+            max_bytes,
+        )?)))
     }
 
     pub(crate) fn matches(&self, text: &str) -> bool {
@@ -52,16 +58,20 @@ impl Pattern {
 
 /// Compiles a regular expression within the budget.
 pub(crate) fn compile(pattern: &str, max_bytes: usize) -> Result<Regex> {
-    RegexBuilder::new(pattern).size_limit(max_bytes).dfa_size_limit(max_bytes.max(64 << 10)).build().map_err(|e| {
-        match e {
+    RegexBuilder::new(pattern)
+        .size_limit(max_bytes)
+        .dfa_size_limit(max_bytes.max(64 << 10))
+        .build()
+        .map_err(|e| match e {
             regex::Error::CompiledTooBig(limit) => Error::new(Cause::Budget {
                 budget: "regex",
                 what: format!("the pattern '{pattern}' is too large"),
                 limit,
             }),
-            other => Error::new(Cause::Selector(format!("error parsing regexp: '{pattern}': {other}"))),
-        }
-    })
+            other => Error::new(Cause::Selector(format!(
+                "error parsing regexp: '{pattern}': {other}"
+            ))),
+        })
 }
 
 /// A selector ready to be used.
@@ -114,7 +124,9 @@ impl Matcher {
 
 /// Whether all requirements hold for a map of labels or annotations.
 pub(crate) fn matches_all(requirements: &[Requirement], map: Option<&Map>) -> bool {
-    requirements.iter().all(|r| r.matches(map.and_then(|m| m.get(&r.key)).map(|v| v.text().unwrap_or(""))))
+    requirements
+        .iter()
+        .all(|r| r.matches(map.and_then(|m| m.get(&r.key)).map(|v| v.text().unwrap_or(""))))
 }
 
 /// One requirement of a label selector.
@@ -172,7 +184,9 @@ pub(crate) fn parse_label_selector(text: &str) -> Result<Vec<Requirement>> {
 
 fn unexpected(found: Option<&String>, expected: &str) -> Error {
     let found = found.map_or("", String::as_str);
-    Error::new(Cause::Selector(format!("unable to parse requirement: found '{found}', expected: {expected}")))
+    Error::new(Cause::Selector(format!(
+        "unable to parse requirement: found '{found}', expected: {expected}"
+    )))
 }
 
 fn tokenize(text: &str) -> Vec<String> {
@@ -184,11 +198,11 @@ fn tokenize(text: &str) -> Vec<String> {
         } else if "(),=!<>".contains(c) {
             chars.next();
             let mut token = c.to_string();
-            if matches!(c, '=' | '!') {
-                if let Some('=') = chars.peek() {
-                    token.push('=');
-                    chars.next();
-                }
+            if matches!(c, '=' | '!')
+                && let Some('=') = chars.peek()
+            {
+                token.push('=');
+                chars.next();
             }
             tokens.push(token);
         } else {
@@ -221,14 +235,29 @@ fn requirement(tokens: &[String], at: &mut usize) -> Result<Requirement> {
     let key = tokens[*at].clone();
     *at += 1;
     if !valid_key(&key) {
-        return Err(Error::new(Cause::Selector(format!("unable to parse requirement: '{key}' is not a valid label key"))));
+        return Err(Error::new(Cause::Selector(format!(
+            "unable to parse requirement: '{key}' is not a valid label key"
+        ))));
     }
     if absent {
-        return Ok(Requirement { key, test: Test::NotExists });
+        return Ok(Requirement {
+            key,
+            test: Test::NotExists,
+        });
     }
     let operator = match tokens.get(*at) {
-        None => return Ok(Requirement { key, test: Test::Exists }),
-        Some(t) if t == "," => return Ok(Requirement { key, test: Test::Exists }),
+        None => {
+            return Ok(Requirement {
+                key,
+                test: Test::Exists,
+            });
+        }
+        Some(t) if t == "," => {
+            return Ok(Requirement {
+                key,
+                test: Test::Exists,
+            });
+        }
         Some(t) => t.clone(),
     };
     *at += 1;
@@ -240,18 +269,24 @@ fn requirement(tokens: &[String], at: &mut usize) -> Result<Requirement> {
         ">" | "<" => {
             let word = value(tokens, at);
             let number = word.parse::<i64>().map_err(|_| {
-                Error::new(Cause::Selector(format!("for 'Gt', 'Lt' operators, the value must be an integer: '{word}'")))
+                Error::new(Cause::Selector(format!(
+                    "for 'Gt', 'Lt' operators, the value must be an integer: '{word}'"
+                )))
             })?;
-            if operator == ">" { Test::Greater(number) } else { Test::Less(number) }
+            if operator == ">" {
+                Test::Greater(number)
+            } else {
+                Test::Less(number)
+            }
         }
         _ => {
             return Err(unexpected(Some(&operator), "in, notin, =, ==, !=, gt, lt"));
         }
     };
     let check = |values: &[String]| match values.iter().find(|v| !valid_value(v)) {
-        Some(bad) => {
-            Err(Error::new(Cause::Selector(format!("unable to parse requirement: '{bad}' is not a valid label value"))))
-        }
+        Some(bad) => Err(Error::new(Cause::Selector(format!(
+            "unable to parse requirement: '{bad}' is not a valid label value"
+        )))),
         None => Ok(()),
     };
     if let Test::In(v) | Test::NotIn(v) = &test {
@@ -311,7 +346,8 @@ fn valid_name(v: &str) -> bool {
     let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
     edge(v.chars().next())
         && edge(v.chars().last())
-        && v.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+        && v.chars()
+            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
 }
 
 fn valid_key(key: &str) -> bool {
@@ -323,7 +359,9 @@ fn valid_key(key: &str) -> bool {
                 !part.is_empty()
                     && !part.starts_with('-')
                     && !part.ends_with('-')
-                    && part.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
+                    && part
+                        .chars()
+                        .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
             })
     });
     prefix_ok && name.len() <= 63 && valid_name(name)
@@ -359,15 +397,24 @@ mod tests {
 
     #[test]
     fn a_pattern_matches_the_whole_name() {
-        let matcher =
-            Matcher::new(&Selector { name: "web.*|api".into(), ..Selector::default() }, 1 << 18).unwrap();
+        let matcher = Matcher::new(
+            &Selector {
+                name: "web.*|api".into(),
+                ..Selector::default()
+            },
+            1 << 18,
+        )
+        .unwrap();
         assert!(matcher.name("web-1") && matcher.name("api"));
         assert!(!matcher.name("my-web") && !matcher.name("api2"));
     }
 
     #[test]
     fn an_oversized_pattern_names_the_budget() {
-        let selector = Selector { name: "(a{1000}){1000}".into(), ..Selector::default() };
+        let selector = Selector {
+            name: "(a{1000}){1000}".into(),
+            ..Selector::default()
+        };
         let error = Matcher::new(&selector, 1 << 18).unwrap_err().to_string();
         assert!(error.contains("regex budget exceeded"), "{error}");
     }

@@ -23,7 +23,10 @@ type Outcome = Result<Option<Merged>, String>;
 pub(crate) fn apply(dest: Map, patch: Map, schemas: &Schemas) -> Result<Option<Map>, String> {
     let merger = Merger { schemas };
     match merger.walk(Some(Value::Map(dest)), Some(Value::Map(patch)), None)? {
-        Some(Merged { value: Value::Map(map), .. }) => Ok(Some(map)),
+        Some(Merged {
+            value: Value::Map(map),
+            ..
+        }) => Ok(Some(map)),
         Some(_) | None => Ok(None),
     }
 }
@@ -48,7 +51,9 @@ const DIRECTIVE: &str = "$patch";
 
 /// Reads and removes the directive of a mapping.
 fn take_map_directive(patch: &mut Map) -> Result<Directive, String> {
-    let Some(index) = patch.index_of(DIRECTIVE) else { return Ok(Directive::Merge) };
+    let Some(index) = patch.index_of(DIRECTIVE) else {
+        return Ok(Directive::Merge);
+    };
     let found = directive(raw_text(&patch.entries[index].value))?;
     patch.entries.remove(index);
     Ok(found)
@@ -60,13 +65,13 @@ fn take_list_directive(items: &mut Vec<Value>) -> Result<Directive, String> {
         let map = item.as_map()?;
         map.get(DIRECTIVE).map(|d| (map.len(), raw_text(d).to_owned()))
     });
-    let Some((1, text)) = found else { return Ok(Directive::Merge) };
+    let Some((1, text)) = found else {
+        return Ok(Directive::Merge);
+    };
     let found = directive(&text)?;
     // The removal also sweeps out empty elements.
     items.retain(|item| {
-        !item.is_null()
-            && !is_empty_map(item)
-            && item.get(DIRECTIVE).is_none_or(|d| raw_text(d) != text)
+        !item.is_null() && !is_empty_map(item) && item.get(DIRECTIVE).is_none_or(|d| raw_text(d) != text)
     });
     Ok(found)
 }
@@ -85,7 +90,12 @@ struct Merger<'a> {
 }
 
 impl<'a> Merger<'a> {
-    fn schema_of(&self, given: Option<Cursor<'a>>, dest: Option<&Value>, origin: Option<&Value>) -> Option<Cursor<'a>> {
+    fn schema_of(
+        &self,
+        given: Option<Cursor<'a>>,
+        dest: Option<&Value>,
+        origin: Option<&Value>,
+    ) -> Option<Cursor<'a>> {
         if given.is_some() {
             return given;
         }
@@ -120,7 +130,10 @@ impl<'a> Merger<'a> {
                     self.added(Value::Map(map), schema, false)
                 }
                 Value::Seq(_) => self.added(origin, schema, false),
-                Value::Scalar(_) => Ok(Some(Merged { value: origin, is_dest: false })),
+                Value::Scalar(_) => Ok(Some(Merged {
+                    value: origin,
+                    is_dest: false,
+                })),
             },
             (Some(dest), origin) => match dest {
                 Value::Map(map) => self.map(map, origin, schema),
@@ -135,9 +148,15 @@ impl<'a> Merger<'a> {
                     }))
                 }
                 Value::Scalar(_) => match origin {
-                    None => Ok(Some(Merged { value: dest, is_dest: true })),
+                    None => Ok(Some(Merged {
+                        value: dest,
+                        is_dest: true,
+                    })),
                     Some(Value::Scalar(s)) if s.is_null() => Ok(None),
-                    Some(value @ Value::Scalar(_)) => Ok(Some(Merged { value, is_dest: false })),
+                    Some(value @ Value::Scalar(_)) => Ok(Some(Merged {
+                        value,
+                        is_dest: false,
+                    })),
                     Some(other) => Err(wrong_kind("scalar", &other)),
                 },
             },
@@ -156,7 +175,10 @@ impl<'a> Merger<'a> {
                 if check && take_map_directive(&mut map)? == Directive::Delete {
                     return Ok(None);
                 }
-                let mut kept = Map { entries: Vec::with_capacity(map.len()), pos: map.pos };
+                let mut kept = Map {
+                    entries: Vec::with_capacity(map.len()),
+                    pos: map.pos,
+                };
                 for mut entry in map.entries {
                     let below = schema.and_then(|s| s.field(&entry.key.text));
                     if let Some(merged) = self.added(entry.value, below, true)? {
@@ -164,17 +186,26 @@ impl<'a> Merger<'a> {
                         kept.entries.push(entry);
                     }
                 }
-                Ok(Some(Merged { value: Value::Map(kept), is_dest: true }))
+                Ok(Some(Merged {
+                    value: Value::Map(kept),
+                    is_dest: true,
+                }))
             }
             Value::Seq(mut seq) => {
                 if !schema.is_some_and(|s| s.merges()) {
-                    return Ok(Some(Merged { value: Value::Seq(seq), is_dest: true }));
+                    return Ok(Some(Merged {
+                        value: Value::Seq(seq),
+                        is_dest: true,
+                    }));
                 }
                 if check && take_list_directive(&mut seq.items)? == Directive::Delete {
                     return Ok(None);
                 }
                 seq.items = self.associative(seq.items, None, schema, true)?;
-                Ok(Some(Merged { value: Value::Seq(seq), is_dest: true }))
+                Ok(Some(Merged {
+                    value: Value::Seq(seq),
+                    is_dest: true,
+                }))
             }
         }
     }
@@ -190,7 +221,10 @@ impl<'a> Merger<'a> {
             Directive::Delete => return Ok(None),
             Directive::Replace => {
                 let added = self.added(Value::Map(origin), schema, false)?;
-                return Ok(added.map(|m| Merged { value: m.value, is_dest: false }));
+                return Ok(added.map(|m| Merged {
+                    value: m.value,
+                    is_dest: false,
+                }));
             }
             Directive::Merge => {}
         }
@@ -206,7 +240,10 @@ impl<'a> Merger<'a> {
                 new_keys.push((i, entry.key));
             }
         }
-        let mut kept = Map { entries: Vec::with_capacity(dest.len() + new_keys.len()), pos: dest.pos };
+        let mut kept = Map {
+            entries: Vec::with_capacity(dest.len() + new_keys.len()),
+            pos: dest.pos,
+        };
         for (mut entry, index) in dest.entries.drain(..).zip(in_origin) {
             let below = schema.and_then(|s| s.field(&entry.key.text));
             let patch = index.and_then(|i| patches[i].take());
@@ -222,11 +259,20 @@ impl<'a> Merger<'a> {
         for (index, key) in new_keys {
             let below = schema.and_then(|s| s.field(&key.text));
             if let Some(merged) = self.walk(None, patches[index].take(), below)? {
-                let key = Scalar { tag: Tag::Unset, ..key };
-                kept.entries.push(serin_manifests::Entry { key, value: merged.value });
+                let key = Scalar {
+                    tag: Tag::Unset,
+                    ..key
+                };
+                kept.entries.push(serin_manifests::Entry {
+                    key,
+                    value: merged.value,
+                });
             }
         }
-        Ok(Some(Merged { value: Value::Map(kept), is_dest: true }))
+        Ok(Some(Merged {
+            value: Value::Map(kept),
+            is_dest: true,
+        }))
     }
 
     /// A mapping that the patch says nothing about.
@@ -246,7 +292,10 @@ impl<'a> Merger<'a> {
         });
         match failed {
             Some(e) => Err(e),
-            None => Ok(Some(Merged { value: Value::Map(dest), is_dest: true })),
+            None => Ok(Some(Merged {
+                value: Value::Map(dest),
+                is_dest: true,
+            })),
         }
     }
 
@@ -267,7 +316,10 @@ impl<'a> Merger<'a> {
                 if let Value::Map(map) = value {
                     let dest = std::mem::take(map);
                     return match self.map_alone(dest, schema)? {
-                        Some(Merged { value: Value::Map(kept), .. }) => {
+                        Some(Merged {
+                            value: Value::Map(kept),
+                            ..
+                        }) => {
                             *map = kept;
                             Ok(true)
                         }
@@ -284,25 +336,42 @@ impl<'a> Merger<'a> {
         let mut origin = match origin {
             None if associative => {
                 let items = self.associative(dest, None, schema, false)?;
-                return Ok(Some(Merged { value: Value::from(items), is_dest: true }));
+                return Ok(Some(Merged {
+                    value: Value::from(items),
+                    is_dest: true,
+                }));
             }
-            None => return Ok(Some(Merged { value: Value::from(dest), is_dest: true })),
+            None => {
+                return Ok(Some(Merged {
+                    value: Value::from(dest),
+                    is_dest: true,
+                }));
+            }
             Some(v) if v.is_null() => return Ok(None),
             Some(Value::Seq(seq)) => seq,
             Some(other) => return Err(wrong_kind("sequence", &other)),
         };
         if !associative {
-            return Ok(Some(Merged { value: Value::Seq(origin), is_dest: false }));
+            return Ok(Some(Merged {
+                value: Value::Seq(origin),
+                is_dest: false,
+            }));
         }
         match take_list_directive(&mut origin.items)? {
             Directive::Delete => Ok(None),
             Directive::Replace => {
                 let items = self.associative(origin.items, None, schema, true)?;
-                Ok(Some(Merged { value: Value::from(items), is_dest: false }))
+                Ok(Some(Merged {
+                    value: Value::from(items),
+                    is_dest: false,
+                }))
             }
             Directive::Merge => {
                 let items = self.associative(dest, Some(origin.items), schema, false)?;
-                Ok(Some(Merged { value: Value::from(items), is_dest: true }))
+                Ok(Some(Merged {
+                    value: Value::from(items),
+                    is_dest: true,
+                }))
             }
         }
     }
@@ -315,11 +384,17 @@ impl<'a> Merger<'a> {
         schema: Option<Cursor<'a>>,
         to_itself: bool,
     ) -> Result<Vec<Value>, String> {
-        let keys: Vec<&str> =
-            schema.and_then(|s| s.merge_keys()).map(|k| k.iter().map(|k| &**k).collect()).unwrap_or_default();
+        let keys: Vec<&str> = schema
+            .and_then(|s| s.merge_keys())
+            .map(|k| k.iter().map(|k| &**k).collect())
+            .unwrap_or_default();
         let elements = schema.and_then(|s| s.elements());
         let mut origin = origin;
-        let mut values = if keys.is_empty() { Vec::new() } else { key_values(&keys, origin.as_deref(), &dest) };
+        let mut values = if keys.is_empty() {
+            Vec::new()
+        } else {
+            key_values(&keys, origin.as_deref(), &dest)
+        };
         let keys = if keys.is_empty() {
             values = primitive_values(origin.as_deref(), &dest);
             vec![""]
@@ -348,7 +423,10 @@ impl<'a> Merger<'a> {
                 let patch = origin_index.and_then(|i| origin.as_mut().map(|o| o[i].clone()));
                 self.walk(dest_index.map(|i| dest[i].clone()), patch, elements)?
             };
-            let Some(Merged { value: mut item, is_dest }) = merged.filter(|m| !m.value.is_null() && !is_empty_map(&m.value))
+            let Some(Merged {
+                value: mut item,
+                is_dest,
+            }) = merged.filter(|m| !m.value.is_null() && !is_empty_map(&m.value))
             else {
                 set_element(&mut dest, &valid_keys, &valid_values, None);
                 continue;
@@ -372,7 +450,10 @@ impl<'a> Merger<'a> {
             set_element(&mut merged_items, &valid_keys, &valid_values, Some(item));
         }
         // What was in the object follows; elements that were merged already are in their place.
-        let last = values.last().map(|v| restrict(&keys, v, &valid).0).unwrap_or_default();
+        let last = values
+            .last()
+            .map(|v| restrict(&keys, v, &valid).0)
+            .unwrap_or_default();
         append(&mut merged_items, dest, &last);
         Ok(merged_items)
     }
@@ -385,7 +466,10 @@ fn keep_style(s: &mut Scalar, style: Option<(serin_manifests::Style, bool)>) {
 }
 
 fn key_text(item: &Value, key: &str) -> String {
-    item.get(key).filter(|v| !v.is_null_or_empty()).map_or("", raw_text).to_owned()
+    item.get(key)
+        .filter(|v| !v.is_null_or_empty())
+        .map_or("", raw_text)
+        .to_owned()
 }
 
 /// The distinct key values, those of the patch first.
@@ -443,15 +527,27 @@ fn agreeing(a: &[String], b: &[String]) -> Option<Vec<String>> {
 
 /// Which keys have a value anywhere. Empty when none has.
 fn valid_keys(keys: &[&str], values: &[Vec<String>]) -> Vec<bool> {
-    (0..keys.len()).map(|i| values.iter().any(|v| v.get(i).is_some_and(|t| !t.is_empty()))).collect()
+    (0..keys.len())
+        .map(|i| values.iter().any(|v| v.get(i).is_some_and(|t| !t.is_empty())))
+        .collect()
 }
 
 fn restrict<'k>(keys: &[&'k str], values: &[String], valid: &[bool]) -> (Vec<&'k str>, Vec<String>) {
     if !valid.iter().any(|v| *v) {
         return (keys.to_vec(), values.to_vec());
     }
-    let kept_keys = keys.iter().zip(valid).filter(|(_, v)| **v).map(|(k, _)| *k).collect();
-    let kept = values.iter().zip(valid).filter(|(t, v)| **v || !t.is_empty()).map(|(t, _)| t.clone()).collect();
+    let kept_keys = keys
+        .iter()
+        .zip(valid)
+        .filter(|(_, v)| **v)
+        .map(|(k, _)| *k)
+        .collect();
+    let kept = values
+        .iter()
+        .zip(valid)
+        .filter(|(t, v)| **v || !t.is_empty())
+        .map(|(t, _)| t.clone())
+        .collect();
     (kept_keys, kept)
 }
 
@@ -468,7 +564,9 @@ fn find(items: &[Value], keys: &[&str], values: &[String]) -> Option<usize> {
     }
     items.iter().position(|item| {
         item.as_map().is_some_and(|map| {
-            keys.iter().zip(values).all(|(k, v)| map.get(k).is_some_and(|field| raw_text(field) == v))
+            keys.iter()
+                .zip(values)
+                .all(|(k, v)| map.get(k).is_some_and(|field| raw_text(field) == v))
         })
     })
 }
@@ -476,7 +574,8 @@ fn find(items: &[Value], keys: &[&str], values: &[String]) -> Option<usize> {
 /// Replaces (or, without an element, removes) the elements with the given key values; adds the element if there were none.
 /// Empty elements are swept out on the way.
 fn set_element(items: &mut Vec<Value>, keys: &[&str], values: &[String], element: Option<Value>) {
-    let by_field = keys.first().is_some_and(|k| !k.is_empty()) && values.first().is_some_and(|v| !v.is_empty());
+    let by_field =
+        keys.first().is_some_and(|k| !k.is_empty()) && values.first().is_some_and(|v| !v.is_empty());
     let mut found = false;
     let mut out = Vec::with_capacity(items.len() + 1);
     for item in items.drain(..) {
@@ -507,10 +606,10 @@ fn set_element(items: &mut Vec<Value>, keys: &[&str], values: &[String], element
         }
     }
     *items = out;
-    if let (Some(element), false) = (element, found) {
-        if !element.is_null() {
-            items.push(element);
-        }
+    if let (Some(element), false) = (element, found)
+        && !element.is_null()
+    {
+        items.push(element);
     }
 }
 
@@ -518,7 +617,9 @@ fn set_element(items: &mut Vec<Value>, keys: &[&str], values: &[String], element
 fn field_matches(item: &Value, key: &str, text: &str) -> bool {
     match item {
         Value::Scalar(s) if key.is_empty() => &*s.text == text,
-        Value::Map(map) => map.get(key).is_some_and(|v| text.is_empty() || raw_text(v) == text),
+        Value::Map(map) => map
+            .get(key)
+            .is_some_and(|v| text.is_empty() || raw_text(v) == text),
         _ => false,
     }
 }
@@ -528,7 +629,10 @@ fn append(items: &mut Vec<Value>, rest: Vec<Value>, keys: &[&str]) {
     let mut positions: std::collections::HashMap<Vec<String>, usize> = std::collections::HashMap::new();
     let simple = |item: &Value| -> Option<Vec<String>> {
         let map = item.as_map()?;
-        let texts: Vec<String> = keys.iter().map(|k| map.get(k).map_or("", raw_text).to_owned()).collect();
+        let texts: Vec<String> = keys
+            .iter()
+            .map(|k| map.get(k).map_or("", raw_text).to_owned())
+            .collect();
         texts.iter().all(|t| !t.is_empty()).then_some(texts)
     };
     let mut regular = keys.first().is_some_and(|k| !k.is_empty()) && keys.len() == 1;

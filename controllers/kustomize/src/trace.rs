@@ -43,11 +43,16 @@ impl Trace {
         let object = self.objects.iter().find(|o| o.id.same_object(id))?;
         let touches = |change: &str| {
             let below = |long: &str, short: &str| {
-                long.strip_prefix(short).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+                long.strip_prefix(short)
+                    .is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
             };
             path.is_empty() || below(change, path) || below(path, change)
         };
-        let steps = object.steps.iter().filter(|s| s.changes.iter().any(|c| touches(&c.path))).collect();
+        let steps = object
+            .steps
+            .iter()
+            .filter(|s| s.changes.iter().any(|c| touches(&c.path)))
+            .collect();
         Some((object, steps))
     }
 }
@@ -62,16 +67,26 @@ pub(crate) struct Tracer {
 
 impl Tracer {
     pub(crate) fn before(&mut self, map: &ResMap) {
-        self.before = map.resources().iter().map(|r| (r.serial, r.root.clone())).collect();
+        self.before = map
+            .resources()
+            .iter()
+            .map(|r| (r.serial, r.root.clone()))
+            .collect();
     }
 
     pub(crate) fn after(&mut self, transformer: &str, kustomization: &str, map: &ResMap) {
         for r in map.resources() {
-            let Some(before) = self.before.get(&r.serial) else { continue };
+            let Some(before) = self.before.get(&r.serial) else {
+                continue;
+            };
             let changes = diff(before, &r.root);
             if !changes.is_empty() {
                 let (transformer, kustomization) = (transformer.to_owned(), kustomization.to_owned());
-                self.steps.entry(r.serial).or_default().push(TraceStep { transformer, kustomization, changes });
+                self.steps.entry(r.serial).or_default().push(TraceStep {
+                    transformer,
+                    kustomization,
+                    changes,
+                });
             }
         }
         self.before.clear();

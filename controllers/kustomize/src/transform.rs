@@ -32,7 +32,12 @@ impl Env<'_> {
         self.steps.set(steps);
         if steps > self.budget.max_steps {
             let limit = usize::try_from(self.budget.max_steps).unwrap_or(usize::MAX);
-            return Err(Cause::Budget { budget: "steps", what: format!("{steps} fields visited"), limit }.into());
+            return Err(Cause::Budget {
+                budget: "steps",
+                what: format!("{steps} fields visited"),
+                limit,
+            }
+            .into());
         }
         Ok(())
     }
@@ -66,19 +71,52 @@ pub(crate) enum Transformer {
     /// `patchesStrategicMerge`: each patch names its target.
     StrategicMerge(Vec<Resource>),
     /// An entry of `patches`.
-    Patch { body: PatchBody, target: Option<(Selector, Box<Matcher>)>, source: String },
-    Namespace { namespace: String, specs: Vec<FieldSpec>, unset_only: bool, subjects: SubjectMode },
-    Prefix { text: String, specs: Vec<FieldSpec> },
-    Suffix { text: String, specs: Vec<FieldSpec> },
-    Labels { pairs: Vec<(String, String)>, specs: Vec<FieldSpec> },
-    Annotations { pairs: Vec<(String, String)>, specs: Vec<FieldSpec> },
+    Patch {
+        body: PatchBody,
+        target: Option<(Selector, Box<Matcher>)>,
+        source: String,
+    },
+    Namespace {
+        namespace: String,
+        specs: Vec<FieldSpec>,
+        unset_only: bool,
+        subjects: SubjectMode,
+    },
+    Prefix {
+        text: String,
+        specs: Vec<FieldSpec>,
+    },
+    Suffix {
+        text: String,
+        specs: Vec<FieldSpec>,
+    },
+    Labels {
+        pairs: Vec<(String, String)>,
+        specs: Vec<FieldSpec>,
+    },
+    Annotations {
+        pairs: Vec<(String, String)>,
+        specs: Vec<FieldSpec>,
+    },
     /// An entry of `patchesJson6902`.
-    Json6902 { target: Box<Matcher>, patch: Vec<Operation> },
-    Replicas { replica: Replica, specs: Vec<FieldSpec> },
-    Image { rule: Box<ImageRule>, specs: Vec<FieldSpec> },
+    Json6902 {
+        target: Box<Matcher>,
+        patch: Vec<Operation>,
+    },
+    Replicas {
+        replica: Replica,
+        specs: Vec<FieldSpec>,
+    },
+    Image {
+        rule: Box<ImageRule>,
+        specs: Vec<FieldSpec>,
+    },
     Replacements(Vec<PreparedReplacement>),
     Hash,
-    ValueAdd { value: String, targets: Vec<ValueTarget> },
+    ValueAdd {
+        value: String,
+        targets: Vec<ValueTarget>,
+    },
     /// Several in order: `PrefixSuffixTransformer`.
     Several(Vec<Transformer>),
 }
@@ -121,12 +159,22 @@ impl Transformer {
                 map.drop_empty();
                 map.check_unique(env.schemas)
             }
-            Transformer::Patch { body, target, source } => apply_patch(map, body, target.as_ref(), source, env),
-            Transformer::Namespace { namespace, specs, unset_only, subjects } => {
+            Transformer::Patch { body, target, source } => {
+                apply_patch(map, body, target.as_ref(), source, env)
+            }
+            Transformer::Namespace {
+                namespace,
+                specs,
+                unset_only,
+                subjects,
+            } => {
                 if namespace.is_empty() {
                     return Ok(());
                 }
-                let setter = NamespaceSetter { namespace, unset_only: *unset_only };
+                let setter = NamespaceSetter {
+                    namespace,
+                    unset_only: *unset_only,
+                };
                 let walks: Vec<Walk> = specs.iter().map(Walk::new).collect();
                 for r in map.resources_mut() {
                     if r.is_empty() {
@@ -134,11 +182,15 @@ impl Transformer {
                     }
                     env.step(4 + walks.len())?;
                     r.store_previous_id(env.schemas);
-                    setter.run(r, &walks, *subjects, env.schemas).map_err(|e| transformer_error(r, env, &e))?;
+                    setter
+                        .run(r, &walks, *subjects, env.schemas)
+                        .map_err(|e| transformer_error(r, env, &e))?;
                 }
                 map.check_unique(env.schemas).map_err(|e| match *e.cause {
                     Cause::DuplicateId { id } => Error {
-                        cause: Box::new(Cause::Transformer(format!("namespace transformation produces ID conflict: {id}"))),
+                        cause: Box::new(Cause::Transformer(format!(
+                            "namespace transformation produces ID conflict: {id}"
+                        ))),
                         ..Error::new(Cause::EmptyKustomization)
                     }
                     .help(e.help.unwrap_or_default()),
@@ -165,7 +217,8 @@ impl Transformer {
                         continue;
                     }
                     env.step(16 + walks.len())?;
-                    rule.run(&mut r.root, &walks).map_err(|e| transformer_error(r, env, &e))?;
+                    rule.run(&mut r.root, &walks)
+                        .map_err(|e| transformer_error(r, env, &e))?;
                 }
                 Ok(())
             }
@@ -178,9 +231,15 @@ impl Transformer {
 }
 
 fn transformer_error(r: &Resource, env: &Env<'_>, message: &str) -> Error {
-    let error = Error::new(Cause::Transformer(format!("{message} of object {}", r.id(env.schemas))));
+    let error = Error::new(Cause::Transformer(format!(
+        "{message} of object {}",
+        r.id(env.schemas)
+    )));
     match &r.source {
-        Some(source) => error.help(format!("the object is defined in {}:{}", source.file, source.line)),
+        Some(source) => error.help(format!(
+            "the object is defined in {}:{}",
+            source.file, source.line
+        )),
         None => error,
     }
 }
@@ -206,13 +265,24 @@ fn patch_target(map: &mut ResMap, patch: &Resource, env: &Env<'_>) -> Result<usi
 
 fn patch_place(patch: &Resource) -> Option<Place> {
     let source = patch.source.as_ref()?;
-    Some(Place { file: source.file.to_string(), line: source.line, ..Place::default() })
+    Some(Place {
+        file: source.file.to_string(),
+        line: source.line,
+        ..Place::default()
+    })
 }
 
 /// What the author of a patch without target may have meant.
 fn suggest_target(map: &ResMap, patch: &Resource, env: &Env<'_>) -> Option<String> {
-    let same_kind: Vec<&Resource> = map.resources().iter().filter(|r| r.kind() == patch.kind()).collect();
-    if let Some(r) = same_kind.iter().find(|r| r.name() == patch.name() || r.original_name() == patch.name()) {
+    let same_kind: Vec<&Resource> = map
+        .resources()
+        .iter()
+        .filter(|r| r.kind() == patch.kind())
+        .collect();
+    if let Some(r) = same_kind
+        .iter()
+        .find(|r| r.name() == patch.name() || r.original_name() == patch.name())
+    {
         let (found, wanted) = (r.id(env.schemas), patch.id(env.schemas));
         if found.gvk != wanted.gvk {
             return Some(format!("there is {found}: the apiVersion of the patch differs"));
@@ -257,11 +327,10 @@ fn apply_patch(
             }
             Ok(())
         }
-        (PatchBody::Json(_), None) => {
-            Err(Error::new(Cause::Patch(format!("must specify a target for JSON patch {source}"))).help(
-                "add `target:` with kind and name beside the patch",
-            ))
-        }
+        (PatchBody::Json(_), None) => Err(Error::new(Cause::Patch(format!(
+            "must specify a target for JSON patch {source}"
+        )))
+        .help("add `target:` with kind and name beside the patch")),
         (PatchBody::Json(patch), Some((_, matcher))) => {
             for index in map.select(matcher, env.schemas) {
                 env.step(patch.len() + 16)?;
@@ -273,15 +342,29 @@ fn apply_patch(
     }
 }
 
-fn merge_patch(map: &mut ResMap, index: usize, mut patch: Resource, retarget: bool, env: &Env<'_>) -> Result<()> {
+fn merge_patch(
+    map: &mut ResMap,
+    index: usize,
+    mut patch: Resource,
+    retarget: bool,
+    env: &Env<'_>,
+) -> Result<()> {
     env.step(64)?;
     let changes_identity = patch.allow_name_change || patch.allow_kind_change;
-    let resources = if changes_identity { map.resources_mut() } else { map.contents_mut() };
+    let resources = if changes_identity {
+        map.resources_mut()
+    } else {
+        map.contents_mut()
+    };
     let r = &mut resources[index];
     if retarget {
         // The patch takes the group and version of its target, and keeps its own kind.
         let api_version = r.api_version().to_owned();
         crate::resource::set_keeping_style(&mut patch.root, "apiVersion", &api_version);
+        rewrite_as_text(&mut patch, "labels");
+    }
+    if retarget || changes_identity {
+        rewrite_as_text(&mut patch, "annotations");
     }
     let (name, namespace, kind) = (r.name().to_owned(), r.namespace().to_owned(), r.kind().to_owned());
     if changes_identity {
@@ -298,7 +381,9 @@ fn merge_patch(map: &mut ResMap, index: usize, mut patch: Resource, retarget: bo
             return Ok(());
         }
         Err(message) => {
-            return Err(Error::new(Cause::Patch(format!("applying a strategic merge patch to {kind} '{name}': {message}"))));
+            return Err(Error::new(Cause::Patch(format!(
+                "applying a strategic merge patch to {kind} '{name}': {message}"
+            ))));
         }
     }
     if r.root.is_empty() {
@@ -315,15 +400,26 @@ fn merge_patch(map: &mut ResMap, index: usize, mut patch: Resource, retarget: bo
     Ok(())
 }
 
+/// kustomize writes the labels and annotations of such a patch anew, as text: a null in there deletes nothing, it becomes
+/// the text `null`, and a null in their place is lost.
+fn rewrite_as_text(patch: &mut Resource, key: &str) {
+    let pairs = patch.string_map(key);
+    patch.set_string_map(key, pairs);
+}
+
 /// kustomize keeps its notes in annotations, so a patch that removes those makes it forget.
 fn wipes_annotations(patch: &Map) -> bool {
     let directive = |m: &Map| m.get("$patch").is_some_and(|d| raw_text(d) == "replace");
-    let Some(Value::Map(metadata)) = patch.get("metadata") else { return directive(patch) };
+    let Some(Value::Map(metadata)) = patch.get("metadata") else {
+        return directive(patch);
+    };
     if directive(patch) || directive(metadata) {
         return true;
     }
     match metadata.get("annotations") {
-        Some(Value::Map(m)) => m.get("$patch").is_some_and(|d| matches!(raw_text(d), "replace" | "delete")),
+        Some(Value::Map(m)) => m
+            .get("$patch")
+            .is_some_and(|d| matches!(raw_text(d), "replace" | "delete")),
         Some(v) => v.is_null(),
         None => false,
     }
@@ -334,10 +430,10 @@ fn json_patch_one(map: &mut ResMap, index: usize, patch: &[Operation], env: &Env
     let id = r.id(env.schemas);
     if r.has_notes() {
         // The notes of kustomize stand in annotations, so a patch can rely on `/metadata/annotations`.
-        if let Some(metadata) = r.metadata_mut() {
-            if metadata.get("annotations").is_none_or(Value::is_null) {
-                metadata.set("annotations", Value::Map(Map::new()));
-            }
+        if let Some(metadata) = r.metadata_mut()
+            && metadata.get("annotations").is_none_or(Value::is_null)
+        {
+            metadata.set("annotations", Value::Map(Map::new()));
         }
     }
     json_patch::apply(&mut r.root, patch).map_err(|message| {
@@ -425,7 +521,11 @@ impl NamespaceSetter<'_> {
 
 /// Kinds whose names are left alone.
 fn keeps_its_name(r: &Resource) -> bool {
-    let kind = |kind: &str, group: &str| Gvk { kind: kind.into(), group: group.into(), ..Gvk::default() };
+    let kind = |kind: &str, group: &str| Gvk {
+        kind: kind.into(),
+        group: group.into(),
+        ..Gvk::default()
+    };
     r.original_kind_is(&kind("CustomResourceDefinition", ""))
         || r.original_kind_is(&kind("APIService", "apiregistration.k8s.io"))
         || r.original_kind_is(&kind("Namespace", ""))
@@ -450,7 +550,11 @@ fn affix(map: &mut ResMap, text: &str, specs: &[FieldSpec], prefix: bool, env: &
             if walk.applies_to(&gvk.group, &gvk.version, &gvk.kind) {
                 let result = walk.visit(&mut r.root, Create::Scalar(Tag::Str), &mut |v| {
                     let old = raw_text(v);
-                    let new = if prefix { format!("{text}{old}") } else { format!("{old}{text}") };
+                    let new = if prefix {
+                        format!("{text}{old}")
+                    } else {
+                        format!("{old}{text}")
+                    };
                     set_scalar(v, &new, Tag::Unset)
                 });
                 result.map_err(|e| transformer_error(r, env, &e))?;
@@ -468,9 +572,14 @@ fn set_pairs(map: &mut ResMap, pairs: &[(String, String)], specs: &[FieldSpec], 
     for r in map.contents_mut() {
         env.step(walks.len() + pairs.len())?;
         let gvk = r.gvk();
-        for walk in walks.iter().filter(|w| w.applies_to(&gvk.group, &gvk.version, &gvk.kind)) {
+        for walk in walks
+            .iter()
+            .filter(|w| w.applies_to(&gvk.group, &gvk.version, &gvk.kind))
+        {
             let result = walk.visit(&mut r.root, Create::Mapping, &mut |v| {
-                pairs.iter().try_for_each(|(key, text)| set_entry(v, key, text, Tag::Str))
+                pairs
+                    .iter()
+                    .try_for_each(|(key, text)| set_entry(v, key, text, Tag::Str))
             });
             result.map_err(|e| transformer_error(r, env, &e))?;
         }
@@ -495,8 +604,10 @@ fn set_replicas(map: &mut ResMap, replica: &Replica, specs: &[FieldSpec], env: &
             found = true;
             let gvk = r.gvk();
             if walk.applies_to(&gvk.group, &gvk.version, &gvk.kind) {
-                walk.visit(&mut r.root, Create::Scalar(Tag::Int), &mut |v| set_scalar(v, &count, Tag::Int))
-                    .map_err(|e| transformer_error(r, env, &e))?;
+                walk.visit(&mut r.root, Create::Scalar(Tag::Int), &mut |v| {
+                    set_scalar(v, &count, Tag::Int)
+                })
+                .map_err(|e| transformer_error(r, env, &e))?;
             }
         }
         env.step(map.len())?;
@@ -510,8 +621,11 @@ fn set_replicas(map: &mut ResMap, replica: &Replica, specs: &[FieldSpec], env: &
         replica.name,
         kinds.join(" ")
     )));
-    let candidates =
-        map.resources().iter().filter(|r| specs.iter().any(|s| r.original_kind_is(&s.gvk))).map(Resource::name);
+    let candidates = map
+        .resources()
+        .iter()
+        .filter(|r| specs.iter().any(|s| r.original_kind_is(&s.gvk)))
+        .map(Resource::name);
     Err(match nearest(&replica.name, candidates) {
         Some(name) => error.help(format!("did you mean '{name}'?")),
         None => error,
@@ -543,9 +657,16 @@ fn add_values(map: &mut ResMap, value: &str, targets: &[ValueTarget], env: &Env<
             env.step(4)?;
             let r = &mut map.resources_mut()[index];
             let result = if target.field_path == "metadata/namespace" {
-                NamespaceSetter { namespace: value, unset_only: false }.run(r, &[], SubjectMode::DefaultOnly, env.schemas)
+                NamespaceSetter {
+                    namespace: value,
+                    unset_only: false,
+                }
+                .run(r, &[], SubjectMode::DefaultOnly, env.schemas)
             } else {
-                let spec = FieldSpec { path: target.field_path.clone(), ..FieldSpec::everywhere("") };
+                let spec = FieldSpec {
+                    path: target.field_path.clone(),
+                    ..FieldSpec::everywhere("")
+                };
                 Walk::new(&spec).visit(&mut r.root, Create::Scalar(Tag::Unset), &mut |v| {
                     let old = raw_text(v).to_owned();
                     let mut parts: Vec<&str> = old.split('/').collect();

@@ -69,7 +69,11 @@ impl FileTree for MemoryTree {
         if self.files.contains_key(path) {
             return Ok(TreeEntry::File);
         }
-        let prefix = if path.is_empty() { String::new() } else { format!("{path}/") };
+        let prefix = if path.is_empty() {
+            String::new()
+        } else {
+            format!("{path}/")
+        };
         let below = |key: Option<&String>| path.is_empty() || key.is_some_and(|k| k.starts_with(&prefix));
         let dir = below(self.files.range(prefix.clone()..).next().map(|(k, _)| k))
             || below(self.links.range(prefix.clone()..).next().map(|(k, _)| k));
@@ -103,7 +107,11 @@ pub(crate) fn is_remote(path: &str) -> bool {
 
 /// Joins a relative path to a directory of the tree and takes out `.` and `..`. `None` when it leaves the tree.
 pub(crate) fn join(dir: &str, path: &str) -> Option<String> {
-    let mut parts: Vec<&str> = if dir.is_empty() { Vec::new() } else { dir.split('/').collect() };
+    let mut parts: Vec<&str> = if dir.is_empty() {
+        Vec::new()
+    } else {
+        dir.split('/').collect()
+    };
     for part in path.split('/') {
         match part {
             "" | "." => {}

@@ -23,9 +23,14 @@ pub(crate) fn merge(known: &mut Vec<Var>, incoming: &[Var], map: &mut ResMap, en
         let matches: Vec<usize> = (0..map.len())
             .filter(|&i| {
                 let r = &map.resources()[i];
-                let ids = std::iter::once(r.id(env.schemas)).chain(r.previous.iter().map(|p| r.previous_id(p)));
+                let ids =
+                    std::iter::once(r.id(env.schemas)).chain(r.previous.iter().map(|p| r.previous_id(p)));
                 ids.into_iter().any(|have| {
-                    if id.namespace.is_empty() { id.gvkn_equals(&have) } else { id.equals(&have) }
+                    if id.namespace.is_empty() {
+                        id.gvkn_equals(&have)
+                    } else {
+                        id.equals(&have)
+                    }
                 })
             })
             .collect();
@@ -86,7 +91,10 @@ pub(crate) fn resolve(map: &mut ResMap, vars: &[Var], specs: &[FieldSpec], env: 
     let mut values = std::collections::HashMap::new();
     for var in vars {
         let Some(r) = map.resources().iter().find(|r| r.variables.contains(&var.name)) else {
-            let message = format!("var '{}' cannot be mapped to a field in the set of known resources", var.name);
+            let message = format!(
+                "var '{}' cannot be mapped to a field in the set of known resources",
+                var.name
+            );
             return Err(Cause::Var(message).into());
         };
         let path = list_indexes(&split_field_path(&var.field_path));
@@ -106,8 +114,12 @@ pub(crate) fn resolve(map: &mut ResMap, vars: &[Var], specs: &[FieldSpec], env: 
     for r in map.resources_mut() {
         env.step(walks.len())?;
         let gvk = r.gvk();
-        for walk in walks.iter().filter(|w| w.applies_to(&gvk.group, &gvk.version, &gvk.kind)) {
-            walk.visit(&mut r.root, Create::Never, &mut |v| set(v, &values)).map_err(|e| Cause::Var(e))?;
+        for walk in walks
+            .iter()
+            .filter(|w| w.applies_to(&gvk.group, &gvk.version, &gvk.kind))
+        {
+            walk.visit(&mut r.root, Create::Never, &mut |v| set(v, &values))
+                .map_err(Cause::Var)?;
         }
     }
     Ok(())
@@ -132,7 +144,9 @@ fn list_indexes(path: &[String]) -> Vec<String> {
 }
 
 fn content(value: &Value) -> Option<Content> {
-    let Value::Scalar(scalar) = value else { return Some(Content::Structure) };
+    let Value::Scalar(scalar) = value else {
+        return Some(Content::Structure);
+    };
     match scalar.tag {
         Tag::Int => scalar.text.parse().ok().map(Content::Int),
         Tag::Float => scalar.text.parse().ok().map(Content::Float),
@@ -157,12 +171,15 @@ fn set(value: &mut Value, values: &Values<'_>) -> std::result::Result<(), String
         Value::Map(map) => {
             for entry in &mut map.entries {
                 if !is_text(&entry.key) {
-                    return Err(format!("invalid map key: value='{}', tag='{:?}'", entry.key.text, entry.key.tag));
+                    return Err(format!(
+                        "invalid map key: value='{}', tag='{:?}'",
+                        entry.key.text, entry.key.tag
+                    ));
                 }
-                if let Value::Scalar(s) = &mut entry.value {
-                    if is_text(s) {
-                        replace(s, values);
-                    }
+                if let Value::Scalar(s) = &mut entry.value
+                    && is_text(s)
+                {
+                    replace(s, values);
                 }
             }
             Ok(())
@@ -186,7 +203,13 @@ fn is_text(s: &Scalar) -> bool {
 
 fn replace(s: &mut Scalar, values: &Values<'_>) {
     let (tag, text) = expand(&s.text, values);
-    *s = Scalar { text: text.into(), pos: s.pos, tag, style: Style::Plain, tagged: false };
+    *s = Scalar {
+        text: text.into(),
+        pos: s.pos,
+        tag,
+        style: Style::Plain,
+        tagged: false,
+    };
 }
 
 /// Expands `$(NAME)`; `$$` becomes `$`; unknown names stay. A text that is one reference takes the type of its value.
@@ -229,7 +252,9 @@ mod tests {
 
     #[test]
     fn references_are_expanded_as_in_containers() {
-        let values: Values<'_> = [("A", Content::Text("x".into())), ("N", Content::Int(3))].into_iter().collect();
+        let values: Values<'_> = [("A", Content::Text("x".into())), ("N", Content::Int(3))]
+            .into_iter()
+            .collect();
         let cases: &[(&str, Tag, &str)] = &[
             ("$(A)-$(N)", Tag::Str, "x-3"),
             ("$(N)", Tag::Int, "3"),

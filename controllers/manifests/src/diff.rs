@@ -29,13 +29,21 @@ fn maps(before: &Map, after: &Map, path: &str, changes: &mut Vec<Change>) {
         let path = child(path, &e.key.text);
         match in_after.find(&e.key.text) {
             Some(i) => values(&e.value, &after.entries[i].value, &path, changes),
-            None => changes.push(Change { path, before: Some(e.value.clone()), after: None }),
+            None => changes.push(Change {
+                path,
+                before: Some(e.value.clone()),
+                after: None,
+            }),
         }
     }
     for e in &after.entries {
         if in_before.find(&e.key.text).is_none() {
             let path = child(path, &e.key.text);
-            changes.push(Change { path, before: None, after: Some(e.value.clone()) });
+            changes.push(Change {
+                path,
+                before: None,
+                after: Some(e.value.clone()),
+            });
         }
     }
 }
@@ -45,7 +53,11 @@ fn values(before: &Value, after: &Value, path: &str, changes: &mut Vec<Change>) 
         (Value::Map(b), Value::Map(a)) => maps(b, a, path, changes),
         (Value::Seq(b), Value::Seq(a)) => lists(&b.items, &a.items, path, changes),
         _ if before == after => {}
-        _ => changes.push(Change { path: path.into(), before: Some(before.clone()), after: Some(after.clone()) }),
+        _ => changes.push(Change {
+            path: path.into(),
+            before: Some(before.clone()),
+            after: Some(after.clone()),
+        }),
     }
 }
 
@@ -55,13 +67,21 @@ fn lists(before: &[Value], after: &[Value], path: &str, changes: &mut Vec<Change
             let path = format!("{path}[name={name}]");
             match a.iter().position(|n| n == name) {
                 Some(i) => values(value, &after[i], &path, changes),
-                None => changes.push(Change { path, before: Some(value.clone()), after: None }),
+                None => changes.push(Change {
+                    path,
+                    before: Some(value.clone()),
+                    after: None,
+                }),
             }
         }
         for (name, value) in a.iter().zip(after) {
             if !b.contains(name) {
                 let path = format!("{path}[name={name}]");
-                changes.push(Change { path, before: None, after: Some(value.clone()) });
+                changes.push(Change {
+                    path,
+                    before: None,
+                    after: Some(value.clone()),
+                });
             }
         }
         return;
@@ -70,20 +90,29 @@ fn lists(before: &[Value], after: &[Value], path: &str, changes: &mut Vec<Change
         let path = format!("{path}[{i}]");
         match (before.get(i), after.get(i)) {
             (Some(b), Some(a)) => values(b, a, &path, changes),
-            (b, a) => changes.push(Change { path, before: b.cloned(), after: a.cloned() }),
+            (b, a) => changes.push(Change {
+                path,
+                before: b.cloned(),
+                after: a.cloned(),
+            }),
         }
     }
 }
 
 /// The names of the elements, if all have one and no two are equal.
 fn names(items: &[Value]) -> Option<Vec<&str>> {
-    let names: Vec<&str> = items.iter().map(|i| i.get("name").and_then(Value::text)).collect::<Option<_>>()?;
+    let names: Vec<&str> = items
+        .iter()
+        .map(|i| i.get("name").and_then(Value::text))
+        .collect::<Option<_>>()?;
     let distinct: std::collections::HashSet<&str> = names.iter().copied().collect();
     (distinct.len() == names.len() && !names.is_empty()).then_some(names)
 }
 
 fn child(path: &str, key: &str) -> String {
-    let plain = key.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '$'));
+    let plain = key
+        .chars()
+        .all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '$'));
     match (path.is_empty(), plain) {
         (true, true) => key.to_owned(),
         (false, true) => format!("{path}.{key}"),
@@ -102,8 +131,12 @@ mod tests {
 
     #[test]
     fn named_list_elements_are_compared_by_name() {
-        let before = root("apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec:\n  containers: [{name: a, image: x:1}, {name: b, image: y:1}]\n");
-        let after = root("apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec:\n  containers: [{name: b, image: y:2}, {name: a, image: x:1}]\n");
+        let before = root(
+            "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec:\n  containers: [{name: a, image: x:1}, {name: b, image: y:1}]\n",
+        );
+        let after = root(
+            "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec:\n  containers: [{name: b, image: y:2}, {name: a, image: x:1}]\n",
+        );
         let changes = diff(&before, &after);
         assert_eq!(changes.len(), 1);
         assert_eq!(changes[0].path, "spec.containers[name=b].image");
@@ -121,11 +154,16 @@ mod tests {
     fn added_and_removed_keys_are_told_apart() {
         let before = root("apiVersion: v1\nkind: X\nmetadata: {name: p, annotations: {a.b/c: '1'}}\n");
         let after = root("apiVersion: v1\nkind: X\nmetadata: {name: p, labels: {x: y}}\n");
-        let paths: Vec<_> =
-            diff(&before, &after).into_iter().map(|c| (c.path, c.before.is_some(), c.after.is_some())).collect();
-        assert_eq!(paths, [
-            ("metadata.annotations".to_owned(), true, false),
-            ("metadata.labels".to_owned(), false, true)
-        ]);
+        let paths: Vec<_> = diff(&before, &after)
+            .into_iter()
+            .map(|c| (c.path, c.before.is_some(), c.after.is_some()))
+            .collect();
+        assert_eq!(
+            paths,
+            [
+                ("metadata.annotations".to_owned(), true, false),
+                ("metadata.labels".to_owned(), false, true)
+            ]
+        );
     }
 }

@@ -18,8 +18,17 @@ pub struct Place {
 impl Place {
     /// A place in a text: looks up the line.
     pub fn in_text(file: &str, text: &str, line: usize, column: usize) -> Place {
-        let snippet = if line == 0 { "" } else { text.lines().nth(line - 1).unwrap_or("") };
-        Place { file: file.to_owned(), line, column, snippet: snippet.chars().take(200).collect() }
+        let snippet = if line == 0 {
+            ""
+        } else {
+            text.lines().nth(line - 1).unwrap_or("")
+        };
+        Place {
+            file: file.to_owned(),
+            line,
+            column,
+            snippet: snippet.chars().take(200).collect(),
+        }
     }
 }
 

@@ -35,7 +35,11 @@ impl Id {
 
     /// `group/version`, or the version alone for the core group.
     pub fn api_version(&self) -> String {
-        if self.group.is_empty() { self.version.clone() } else { format!("{}/{}", self.group, self.version) }
+        if self.group.is_empty() {
+            self.version.clone()
+        } else {
+            format!("{}/{}", self.group, self.version)
+        }
     }
 }
 
@@ -174,7 +178,8 @@ impl Object {
 
     fn string_map(&self, key: &str) -> impl Iterator<Item = (&str, &str)> {
         let map = self.metadata(key).and_then(Value::as_map);
-        map.into_iter().flat_map(|m| m.iter().map(|(k, v)| (k, v.text().unwrap_or(""))))
+        map.into_iter()
+            .flat_map(|m| m.iter().map(|(k, v)| (k, v.text().unwrap_or(""))))
     }
 
     fn metadata_mut(&mut self, field: &str) -> Option<&mut Map> {
@@ -246,7 +251,10 @@ impl Object {
     }
 
     fn value_error(&self, message: String) -> Error {
-        Error::Value { object: self.id().to_string(), message }
+        Error::Value {
+            object: self.id().to_string(),
+            message,
+        }
     }
 }
 
@@ -262,7 +270,12 @@ pub fn parse_documents_within(text: &str, file: &str, limits: &Limits) -> Result
     let shared: Arc<str> = file.into();
     let mut objects = Vec::new();
     for (line_offset, part) in split_documents(text, file, limits)? {
-        let options = ReadOptions { file, line_offset, dialect: Dialect::Kubectl, limits };
+        let options = ReadOptions {
+            file,
+            line_offset,
+            dialect: Dialect::Kubectl,
+            limits,
+        };
         if let Some(value) = parse_document(part, &options)? {
             collect(value, text, &shared, &mut objects)?;
         }
@@ -272,16 +285,28 @@ pub fn parse_documents_within(text: &str, file: &str, limits: &Limits) -> Result
 
 fn collect(value: Value, text: &str, file: &Arc<str>, objects: &mut Vec<Object>) -> Result<(), Error> {
     let pos = value.pos();
-    let not_an_object = |message: String| Error::NotAnObject { message, place: place(file, text, pos) };
+    let not_an_object = |message: String| Error::NotAnObject {
+        message,
+        place: place(file, text, pos),
+    };
     let mut root = match value {
         Value::Map(root) => root,
-        other => return Err(not_an_object(format!("expected an object, found a {}", other.type_name()))),
+        other => {
+            return Err(not_an_object(format!(
+                "expected an object, found a {}",
+                other.type_name()
+            )));
+        }
     };
     let kind = root.get("kind").and_then(Value::text).unwrap_or("").to_owned();
     if kind.is_empty() {
         return Err(not_an_object("Object 'Kind' is missing".into()));
     }
-    if root.get("apiVersion").and_then(Value::text).is_none_or(str::is_empty) {
+    if root
+        .get("apiVersion")
+        .and_then(Value::text)
+        .is_none_or(str::is_empty)
+    {
         return Err(not_an_object(format!("Object 'apiVersion' is missing in {kind}")));
     }
     if kind.ends_with("List") && root.get("items").is_some_and(|i| i.as_seq().is_some()) {
@@ -292,7 +317,10 @@ fn collect(value: Value, text: &str, file: &Arc<str>, objects: &mut Vec<Object>)
         }
         return Ok(());
     }
-    let object = Object::new(root).with_source(Some(Source { file: file.clone(), line: pos.line() }));
+    let object = Object::new(root).with_source(Some(Source {
+        file: file.clone(),
+        line: pos.line(),
+    }));
     let generated = object.metadata("generateName").and_then(Value::text).is_some();
     if object.name().is_empty() && !generated {
         return Err(not_an_object(format!("metadata.name is missing in {kind}")));

@@ -82,7 +82,14 @@ pub fn stage(object: &Object) -> Stage {
 pub fn sort_for_apply(objects: &mut [Object]) {
     objects.sort_by_cached_key(|o| {
         let id = o.id();
-        (stage(o), apply_rank(&id.kind), id.group, id.kind, id.namespace, id.name)
+        (
+            stage(o),
+            apply_rank(&id.kind),
+            id.group,
+            id.kind,
+            id.namespace,
+            id.name,
+        )
     });
 }
 
@@ -91,7 +98,10 @@ fn apply_rank(kind: &str) -> i32 {
     if let Some(i) = APPLY_FIRST.iter().position(|k| *k == kind) {
         return i as i32 - APPLY_FIRST.len() as i32;
     }
-    LEGACY_LAST.iter().position(|k| *k == kind).map_or(0, |i| i as i32 + 1)
+    LEGACY_LAST
+        .iter()
+        .position(|k| *k == kind)
+        .map_or(0, |i| i as i32 + 1)
 }
 
 /// The rank of a kind in a `legacy` order with the given lists: negative for first, positive for last, 0 for all else.
@@ -100,7 +110,10 @@ pub fn legacy_rank<S: AsRef<str>>(kind: &str, first: &[S], last: &[S]) -> i32 {
     if let Some(i) = last.iter().rposition(|k| k.as_ref() == kind) {
         return i as i32 + 1;
     }
-    first.iter().rposition(|k| k.as_ref() == kind).map_or(0, |i| i as i32 - first.len() as i32)
+    first
+        .iter()
+        .rposition(|k| k.as_ref() == kind)
+        .map_or(0, |i| i as i32 - first.len() as i32)
 }
 
 /// Compares by kustomize's `legacy` order, given the ranks of both kinds.
@@ -111,7 +124,12 @@ pub fn compare_legacy(a: &Id, a_rank: i32, b: &Id, b_rank: i32) -> Ordering {
             .bytes()
             .chain(*b"|")
             .chain(or(&a.name, "~N").bytes())
-            .cmp(or(&b.namespace, "~X").bytes().chain(*b"|").chain(or(&b.name, "~N").bytes()));
+            .cmp(
+                or(&b.namespace, "~X")
+                    .bytes()
+                    .chain(*b"|")
+                    .chain(or(&b.name, "~N").bytes()),
+            );
     }
     if a_rank != b_rank {
         return a_rank.cmp(&b_rank);
@@ -151,6 +169,14 @@ mod tests {
         let mut objects = parse_documents(text, "f.yaml").unwrap();
         sort_for_apply(&mut objects);
         let kinds: Vec<&str> = objects.iter().map(Object::kind).collect();
-        assert_eq!(kinds, ["CustomResourceDefinition", "Namespace", "GatewayClass", "Deployment"]);
+        assert_eq!(
+            kinds,
+            [
+                "CustomResourceDefinition",
+                "Namespace",
+                "GatewayClass",
+                "Deployment"
+            ]
+        );
     }
 }

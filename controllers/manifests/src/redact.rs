@@ -27,9 +27,11 @@ pub fn redact(object: &mut Object) {
 pub fn redact_pair(before: &mut Object, after: &mut Object) {
     if is_secret(before) || is_secret(after) {
         let old = before.root().clone();
-        mask(after.root_mut(), |field, key, value| match old.get(field).and_then(|data| data.get(key)) {
-            Some(previous) if previous != value => REDACTED_CHANGED,
-            Some(_) | None => REDACTED,
+        mask(after.root_mut(), |field, key, value| {
+            match old.get(field).and_then(|data| data.get(key)) {
+                Some(previous) if previous != value => REDACTED_CHANGED,
+                Some(_) | None => REDACTED,
+            }
         });
         mask(before.root_mut(), |_, _, _| REDACTED);
     }

@@ -30,7 +30,7 @@ pub enum Plain<'a> {
 impl PartialEq for Plain<'_> {
     /// Numbers are equal by value: `1000` and `1e3` are.
     fn eq(&self, other: &Plain<'_>) -> bool {
-        use Plain::*;
+        use Plain::{Bool, Float, Int, Null, Str, Uint};
         match (self, other) {
             (Null, Null) => true,
             (Bool(a), Bool(b)) => a == b,
@@ -102,14 +102,20 @@ fn number(text: &str) -> (Tag, Plain<'_>) {
         _ => {}
     }
     // Most of what starts with a digit is not a number: versions, dates in names, quantities. One look decides.
-    if !text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'-' | b'.' | b'_' | b':' | b' ')) {
+    if !text
+        .bytes()
+        .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'-' | b'.' | b'_' | b':' | b' '))
+    {
         return string(text);
     }
     if let Some(stamp) = timestamp(text) {
         return (Tag::Timestamp, Plain::Str(Cow::Owned(stamp)));
     }
-    let digits: Cow<'_, str> =
-        if text.contains('_') { Cow::Owned(text.replace('_', "")) } else { Cow::Borrowed(text) };
+    let digits: Cow<'_, str> = if text.contains('_') {
+        Cow::Owned(text.replace('_', ""))
+    } else {
+        Cow::Borrowed(text)
+    };
     if let Some(found) = integer(&digits) {
         return match found {
             Ok(i) => (Tag::Int, Plain::Int(i)),
@@ -142,7 +148,11 @@ fn integer(text: &str) -> Option<Result<i64, u64>> {
     }
     let magnitude = u64::from_str_radix(body, radix).ok()?;
     if negative {
-        return if magnitude <= i64::MAX as u64 + 1 { Some(Ok((magnitude as i64).wrapping_neg())) } else { None };
+        return if magnitude <= i64::MAX as u64 + 1 {
+            Some(Ok((magnitude as i64).wrapping_neg()))
+        } else {
+            None
+        };
     }
     match i64::try_from(magnitude) {
         Ok(i) => Some(Ok(i)),
@@ -266,7 +276,7 @@ fn timestamp(text: &str) -> Option<String> {
             let z = z.as_bytes();
             let shape = z.len() == 6 && matches!(z[0], b'+' | b'-') && z[3] == b':';
             let digit = |i: usize| z.get(i).is_some_and(u8::is_ascii_digit);
-            if !shape || !(digit(1) && digit(2) && digit(4) && digit(5)) {
+            if !(shape && digit(1) && digit(2) && digit(4) && digit(5)) {
                 return None;
             }
             if zone[1..3].parse::<u32>().ok()? > 24 || zone[4..6].parse::<u32>().ok()? > 60 {
@@ -277,7 +287,9 @@ fn timestamp(text: &str) -> Option<String> {
         _ => return None,
     };
     let dot = if fraction.is_empty() { "" } else { "." };
-    Some(format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}{dot}{fraction}{zone}"))
+    Some(format!(
+        "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}{dot}{fraction}{zone}"
+    ))
 }
 
 /// What a reader gets from a scalar once it has been written out. Fails where the written tag contradicts the text.
@@ -293,13 +305,19 @@ pub(crate) fn read(s: &Scalar) -> Result<Plain<'_>, String> {
             let bytes = base64::engine::general_purpose::STANDARD
                 .decode(compact)
                 .map_err(|_| "!!binary value contains invalid base64 data".to_owned())?;
-            Ok(Plain::Str(Cow::Owned(String::from_utf8_lossy(&bytes).into_owned())))
+            Ok(Plain::Str(Cow::Owned(
+                String::from_utf8_lossy(&bytes).into_owned(),
+            )))
         }
         Tag::Int | Tag::Float | Tag::Bool | Tag::Null | Tag::Timestamp => {
             let (found, value) = resolve(&s.text, Dialect::Kustomize);
             if found == s.tag {
                 // An untagged number in quotes is text: the tag is dropped when it is written.
-                return Ok(if quoted && !s.tagged { Plain::Str(Cow::Borrowed(&s.text)) } else { value });
+                return Ok(if quoted && !s.tagged {
+                    Plain::Str(Cow::Borrowed(&s.text))
+                } else {
+                    value
+                });
             }
             match (s.tag, value) {
                 (Tag::Float, Plain::Int(i)) => Ok(Plain::Float(i as f64)),
@@ -315,11 +333,15 @@ fn refold(text: &str) -> Cow<'_, str> {
     let trouble = text.starts_with([' ', '\t', '\n']) || text.contains("\n ") || text.contains("\n\t");
     let block = !text.ends_with(' ')
         && !text.contains(" \n")
-        && text.chars().all(|c| matches!(c, '\n' | '\t') || (!c.is_control() && (c as u32) < 0x1_0000));
+        && text
+            .chars()
+            .all(|c| matches!(c, '\n' | '\t') || (!c.is_control() && (c as u32) < 0x1_0000));
     if !trouble || !block {
         return Cow::Borrowed(text);
     }
-    let doubled = text.trim_start_matches('\n').starts_with(|c| !matches!(c, ' ' | '\t'));
+    let doubled = text
+        .trim_start_matches('\n')
+        .starts_with(|c| !matches!(c, ' ' | '\t'));
     let mut lines = String::with_capacity(text.len() + 16);
     let (mut after_break, mut indented) = (true, true);
     for c in text.chars() {
@@ -356,7 +378,8 @@ pub(crate) fn through_reader(text: &str) -> Result<Cow<'_, str>, String> {
     if !text.bytes().any(|b| matches!(b, 0x7F | 0xC2 | 0xEF)) {
         return Ok(Cow::Borrowed(text));
     }
-    let refused = |c: char| matches!(c, '\x7F' | '\u{80}'..='\u{84}' | '\u{86}'..='\u{9F}' | '\u{FFFE}' | '\u{FFFF}');
+    let refused =
+        |c: char| matches!(c, '\x7F' | '\u{80}'..='\u{84}' | '\u{86}'..='\u{9F}' | '\u{FFFE}' | '\u{FFFF}');
     if text.contains(refused) {
         return Err("yaml: control characters are not allowed".into());
     }
@@ -393,7 +416,9 @@ pub(crate) fn float_to_json(f: f64) -> Result<serde_json::Value, String> {
     if f == f.trunc() && f > 0.0 && f < 1.8e19 {
         return Ok(serde_json::Value::from(f as u64));
     }
-    serde_json::Number::from_f64(f).map(serde_json::Value::Number).ok_or_else(|| format!("unsupported value: {f}"))
+    serde_json::Number::from_f64(f)
+        .map(serde_json::Value::Number)
+        .ok_or_else(|| format!("unsupported value: {f}"))
 }
 
 /// A float as go-yaml writes it (`%g` with the fewest digits).
@@ -483,7 +508,11 @@ mod tests {
             ("-", Tag::Str, "-"),
             ("100m", Tag::Str, "100m"),
             ("2020-01-01", Tag::Timestamp, "2020-01-01T00:00:00Z"),
-            ("2020-1-2T3:4:5.120+02:00", Tag::Timestamp, "2020-01-02T03:04:05.12+02:00"),
+            (
+                "2020-1-2T3:4:5.120+02:00",
+                Tag::Timestamp,
+                "2020-01-02T03:04:05.12+02:00",
+            ),
             ("2020-13-01", Tag::Str, "2020-13-01"),
             ("2020-02-30", Tag::Str, "2020-02-30"),
         ];
@@ -503,7 +532,14 @@ mod tests {
 
     #[test]
     fn floats_print_as_go_prints_them() {
-        for (f, want) in [(1e21, "1e+21"), (1e-7, "1e-07"), (0.1, "0.1"), (100000.0, "100000"), (1234567.5, "1.2345675e+06"), (1.5e300, "1.5e+300")] {
+        for (f, want) in [
+            (1e21, "1e+21"),
+            (1e-7, "1e-07"),
+            (0.1, "0.1"),
+            (100000.0, "100000"),
+            (1234567.5, "1.2345675e+06"),
+            (1.5e300, "1.5e+300"),
+        ] {
             assert_eq!(go_float(f), want);
         }
     }

@@ -99,17 +99,35 @@ pub struct Scalar {
 impl Scalar {
     /// A string, whatever it looks like.
     pub fn string(text: impl Into<Box<str>>) -> Scalar {
-        Scalar { text: text.into(), pos: Pos::NONE, tag: Tag::Str, style: Style::Plain, tagged: false }
+        Scalar {
+            text: text.into(),
+            pos: Pos::NONE,
+            tag: Tag::Str,
+            style: Style::Plain,
+            tagged: false,
+        }
     }
 
     /// Text whose type follows from how it looks, as if typed into a file without quotes.
     pub fn untyped(text: impl Into<Box<str>>) -> Scalar {
-        Scalar { text: text.into(), pos: Pos::NONE, tag: Tag::Unset, style: Style::Plain, tagged: false }
+        Scalar {
+            text: text.into(),
+            pos: Pos::NONE,
+            tag: Tag::Unset,
+            style: Style::Plain,
+            tagged: false,
+        }
     }
 
     /// A scalar with a known tag.
     pub fn tagged_as(tag: Tag, text: impl Into<Box<str>>) -> Scalar {
-        Scalar { text: text.into(), pos: Pos::NONE, tag, style: Style::Plain, tagged: false }
+        Scalar {
+            text: text.into(),
+            pos: Pos::NONE,
+            tag,
+            style: Style::Plain,
+            tagged: false,
+        }
     }
 
     /// The value that a reader of the written document would get.
@@ -122,7 +140,9 @@ impl Scalar {
         match self.tag {
             Tag::Str | Tag::Custom | Tag::Binary => true,
             Tag::Unset => {
-                self.style != Style::Plain || self.text.contains('\n') || resolve::tag_of(&self.text) == Tag::Str
+                self.style != Style::Plain
+                    || self.text.contains('\n')
+                    || resolve::tag_of(&self.text) == Tag::Str
             }
             _ => false,
         }
@@ -194,12 +214,18 @@ impl Map {
 
     /// The value of a key.
     pub fn get(&self, key: &str) -> Option<&Value> {
-        self.entries.iter().find(|e| &*e.key.text == key).map(|e| &e.value)
+        self.entries
+            .iter()
+            .find(|e| &*e.key.text == key)
+            .map(|e| &e.value)
     }
 
     /// The value of a key, to change.
     pub fn get_mut(&mut self, key: &str) -> Option<&mut Value> {
-        self.entries.iter_mut().find(|e| &*e.key.text == key).map(|e| &mut e.value)
+        self.entries
+            .iter_mut()
+            .find(|e| &*e.key.text == key)
+            .map(|e| &mut e.value)
     }
 
     /// Sets a key, in its place if present, at the end otherwise.
@@ -212,7 +238,10 @@ impl Map {
 
     /// Adds a key without looking whether it exists.
     pub fn push(&mut self, key: &str, value: Value) {
-        self.entries.push(Entry { key: Scalar::untyped(key), value });
+        self.entries.push(Entry {
+            key: Scalar::untyped(key),
+            value,
+        });
     }
 
     /// Removes a key and returns its value.
@@ -264,13 +293,19 @@ impl PartialEq for Map {
             return false;
         }
         let finder = other.finder();
-        self.entries.iter().all(|e| finder.find(&e.key.text).is_some_and(|i| other.entries[i].value == e.value))
+        self.entries.iter().all(|e| {
+            finder
+                .find(&e.key.text)
+                .is_some_and(|i| other.entries[i].value == e.value)
+        })
     }
 }
 
 impl fmt::Debug for Map {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_map().entries(self.entries.iter().map(|e| (&e.key, &e.value))).finish()
+        f.debug_map()
+            .entries(self.entries.iter().map(|e| (&e.key, &e.value)))
+            .finish()
     }
 }
 
@@ -469,7 +504,9 @@ impl Value {
                 Plain::Float(f) => resolve::float_to_json(f)?,
                 Plain::Str(s) => serde_json::Value::String(s.into_owned()),
             },
-            Value::Seq(s) => serde_json::Value::Array(s.items.iter().map(Value::to_json).collect::<Result<_, _>>()?),
+            Value::Seq(s) => {
+                serde_json::Value::Array(s.items.iter().map(Value::to_json).collect::<Result<_, _>>()?)
+            }
             Value::Map(m) => {
                 let mut out = serde_json::Map::new();
                 for e in &m.entries {
@@ -495,11 +532,15 @@ impl Value {
                 }
             }
             serde_json::Value::String(s) => Value::string(s.as_str()),
-            serde_json::Value::Array(items) => {
-                Value::Seq(Seq { items: items.iter().map(Value::from_json).collect(), pos: Pos::NONE })
-            }
+            serde_json::Value::Array(items) => Value::Seq(Seq {
+                items: items.iter().map(Value::from_json).collect(),
+                pos: Pos::NONE,
+            }),
             serde_json::Value::Object(fields) => {
-                let mut map = Map { entries: Vec::with_capacity(fields.len()), pos: Pos::NONE };
+                let mut map = Map {
+                    entries: Vec::with_capacity(fields.len()),
+                    pos: Pos::NONE,
+                };
                 for (k, v) in fields {
                     map.push(k, Value::from_json(v));
                 }
@@ -517,7 +558,10 @@ impl From<Map> for Value {
 
 impl From<Vec<Value>> for Value {
     fn from(items: Vec<Value>) -> Value {
-        Value::Seq(Seq { items, pos: Pos::NONE })
+        Value::Seq(Seq {
+            items,
+            pos: Pos::NONE,
+        })
     }
 }
 

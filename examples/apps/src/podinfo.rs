@@ -33,7 +33,8 @@ use crate::serve;
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Options {
     /// HTTP port
-    #[arg(long, env = "PODINFO_PORT", default_value_t = 9898)]
+    // Not from PODINFO_PORT: Kubernetes sets it to `tcp://…` beside a Service called podinfo.
+    #[arg(long, default_value_t = 9898)]
     port: u16,
     /// Port for metrics alone; 0 serves them on the HTTP port only
     #[arg(long, default_value_t = 0)]

@@ -198,8 +198,11 @@ pub struct Pump<W: World> {
     world: W,
     hub: Arc<Hub>,
     clients: HashMap<ClientId, (Arc<Client>, Proxy)>,
+    /// Connections per node id: a proxy that reconnects may be here before its old connection is noticed to be dead.
+    connections: HashMap<String, usize>,
     debounce: Debounce,
     synced: bool,
+    return_grace: Duration,
     queries: mpsc::Receiver<Query>,
     asking: mpsc::Sender<Query>,
 }
@@ -218,12 +221,21 @@ impl<W: World> Pump<W> {
             world,
             hub,
             clients: HashMap::new(),
+            connections: HashMap::new(),
             debounce: Debounce::default(),
             synced: false,
+            return_grace: Duration::ZERO,
             queries,
             asking,
         };
         (pump, server)
+    }
+
+    /// Reports no generation as observed before the proxies of a former process have had this long to return: until
+    /// then "every connected proxy runs with it" says nothing of those that are still on their way.
+    pub fn with_return_grace(mut self, grace: Duration) -> Self {
+        self.return_grace = grace;
+        self
     }
 
     /// Where questions to the pump go.
@@ -240,6 +252,9 @@ impl<W: World> Pump<W> {
         let hub = self.hub.clone();
         let mut batch = Vec::new();
         let mut due: Option<Instant> = None;
+        let mut held_back = (!self.return_grace.is_zero()).then(Vec::new);
+        let grace = tokio::time::sleep(self.return_grace);
+        tokio::pin!(grace);
         loop {
             let timer = async {
                 match due {
@@ -251,6 +266,7 @@ impl<W: World> Pump<W> {
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => return,
+                () = &mut grace, if held_back.is_some() => self.record(held_back.take().unwrap_or_default()),
                 () = timer => {
                     // What arrived together goes out together.
                     while let Ok(input) = inputs.try_recv() {
@@ -259,7 +275,11 @@ impl<W: World> Pump<W> {
                     due = None;
                     if !batch.is_empty() {
                         let before = Instant::now();
-                        self.push(std::mem::take(&mut batch)).await;
+                        let verdicts = self.push(std::mem::take(&mut batch)).await;
+                        match &mut held_back {
+                            Some(held_back) => held_back.extend(verdicts),
+                            None => self.record(verdicts),
+                        }
                         self.debounce.pushed(started.elapsed(), before.elapsed());
                     }
                 }
@@ -290,7 +310,8 @@ impl<W: World> Pump<W> {
         }
     }
 
-    async fn push(&mut self, batch: Vec<W::Change>) {
+    /// Gives every connected proxy what it needs of some changes.
+    async fn push(&mut self, batch: Vec<W::Change>) -> Vec<Verdict> {
         let count = batch.len();
         let Applied {
             touched,
@@ -309,9 +330,16 @@ impl<W: World> Pump<W> {
             }
         }
         debug!(changes = count, proxies = told, "pushed");
-        // Now every connected proxy has been given what it needs of these generations.
+        if notes_changed {
+            self.hub.ledger.mark(self.world.noted());
+        }
+        verdicts
+    }
+
+    /// Tells the ledger of generations that every connected proxy has been given.
+    fn record(&self, verdicts: Vec<Verdict>) {
+        let ledger = &self.hub.ledger;
         for verdict in verdicts {
-            let ledger = &self.hub.ledger;
             match verdict {
                 Verdict::Taken { object, generation } => ledger.observe(&object, generation),
                 Verdict::Refused {
@@ -321,9 +349,6 @@ impl<W: World> Pump<W> {
                 } => ledger.reject(&object, generation, &reason),
                 Verdict::Deleted { object } => ledger.forget(&object),
             }
-        }
-        if notes_changed {
-            self.hub.ledger.mark(self.world.noted());
         }
     }
 
@@ -344,14 +369,19 @@ impl<W: World> Pump<W> {
         };
         if let Some((client, proxy)) = newcomer {
             client.load(self.world.resources_for(&proxy));
+            *self.connections.entry(proxy.id.clone()).or_default() += 1;
             self.clients.insert(client.id(), (client, proxy));
         }
         for client in gone {
             let Some((_, proxy)) = self.clients.remove(&client) else {
                 continue;
             };
-            // A proxy that reconnects may be here before its old connection is noticed to be dead.
-            if !self.clients.values().any(|(_, other)| other.id == proxy.id) {
+            let Some(left) = self.connections.get_mut(&proxy.id) else {
+                continue;
+            };
+            *left -= 1;
+            if *left == 0 {
+                self.connections.remove(&proxy.id);
                 self.world.forget(&proxy.id);
             }
         }

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use serin_model::MeshConfig;
+use serin_xds::client::MAX_UNIX_WAIT;
 use serin_xds::server::AdsServer;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
@@ -24,6 +25,10 @@ use crate::index::{self, WatchError};
 use crate::ledger::Ledger;
 use crate::telemetry::Telemetry;
 use crate::world::MeshWorld;
+
+/// How long proxies of a former process have to return before anything counts as live: over a Unix socket they try at
+/// least every two seconds.
+const RETURN_GRACE: Duration = MAX_UNIX_WAIT.saturating_add(Duration::from_millis(500));
 
 /// How long connections may take to end once everything is cancelled.
 const STOP_TIMEOUT: Duration = Duration::from_secs(3);
@@ -119,6 +124,14 @@ impl Control {
         let _stop = cancel.clone().drop_guard();
         let world = MeshWorld::new(options.mesh);
         let (pump, ads) = Pump::new(world, ledger.clone(), cancel.clone());
+        // A socket that is still there was left by a process that was killed; over TCP nobody can tell.
+        let is_successor =
+            options.listen.is_some() || options.socket.as_ref().is_some_and(|path| path.exists());
+        let pump = pump.with_return_grace(if is_successor {
+            RETURN_GRACE
+        } else {
+            Duration::ZERO
+        });
         let mut tasks: JoinSet<Result<(), ControlError>> = JoinSet::new();
 
         if options.socket.is_none() && options.listen.is_none() {

@@ -6,7 +6,7 @@
 //! Nothing is translated before every kind has been listed once ([`Event::Synced`]): a half-read world would take routes
 //! away from proxies that still need them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
@@ -24,17 +24,20 @@ mod shell;
 
 pub use shell::{Event, WatchError, watch};
 
-/// What has been told about which objects.
+/// What has been told about which objects: their keys and `resourceVersion`s.
 #[derive(Debug, Default)]
 pub struct Index {
-    known: BTreeMap<Kind, BTreeSet<ObjectKey>>,
+    known: BTreeMap<Kind, BTreeMap<ObjectKey, Option<String>>>,
 }
 
 impl Index {
     /// An object exists and looks like this.
     pub fn apply(&mut self, object: Object) -> Change {
         let key = object.key();
-        self.known.entry(key.kind).or_default().insert(key);
+        self.known
+            .entry(key.kind)
+            .or_default()
+            .insert(key, object.resource_version().map(str::to_owned));
         Change::Apply(object)
     }
 
@@ -43,18 +46,29 @@ impl Index {
         self.known
             .get_mut(&key.kind)?
             .remove(&key)
-            .then_some(Change::Delete(key))
+            .map(|_| Change::Delete(key))
     }
 
-    /// These are all objects of a kind: whatever else was known is gone.
+    /// These are all objects of a kind: whatever else was known is gone, and what has not changed since it was told is left out.
     pub fn reset(&mut self, kind: Kind, objects: Vec<Object>) -> Vec<Change> {
-        let now: BTreeSet<ObjectKey> = objects.iter().map(Object::key).collect();
-        let before = self.known.insert(kind, now.clone()).unwrap_or_default();
+        let before = self.known.remove(&kind).unwrap_or_default();
+        let mut changes = Vec::new();
+        let mut now = BTreeMap::new();
+        for object in objects {
+            let (key, version) = (object.key(), object.resource_version().map(str::to_owned));
+            let told = version.is_some() && before.get(&key) == Some(&version);
+            now.insert(key, version);
+            if !told {
+                changes.push(Change::Apply(object));
+            }
+        }
         let gone = before
-            .into_iter()
-            .filter(|key| !now.contains(key))
+            .into_keys()
+            .filter(|key| !now.contains_key(key))
             .map(Change::Delete);
-        gone.chain(objects.into_iter().map(Change::Apply)).collect()
+        let changes = gone.chain(changes).collect();
+        self.known.insert(kind, now);
+        changes
     }
 }
 
@@ -86,6 +100,20 @@ mod tests {
         index.apply(service("two"));
         let changes = index.reset(Kind::Service, vec![service("two"), service("three")]);
         assert_eq!(told(&changes), ["-one", "+two", "+three"]);
+    }
+
+    #[test]
+    fn a_reset_leaves_out_what_has_not_changed() {
+        let versioned = |version: &str| {
+            let mut service = Service::default();
+            service.metadata.name = Some("one".into());
+            service.metadata.resource_version = Some(version.into());
+            Object::Service(Arc::new(service))
+        };
+        let mut index = Index::default();
+        index.apply(versioned("1"));
+        assert!(index.reset(Kind::Service, vec![versioned("1")]).is_empty());
+        assert_eq!(told(&index.reset(Kind::Service, vec![versioned("2")])), ["+one"]);
     }
 
     #[test]

@@ -57,6 +57,8 @@ pub struct InjectConfig {
     pub discovery_directory: Option<String>,
     /// Name of the cluster in telemetry.
     pub cluster_id: String,
+    /// DNS domain of services.
+    pub domain: String,
     /// SPIFFE trust domain.
     pub trust_domain: String,
     /// The revision that this control plane answers to in `istio.io/rev`.
@@ -71,6 +73,7 @@ impl InjectConfig {
             discovery_address: discovery_address.into(),
             discovery_directory: None,
             cluster_id: "Kubernetes".into(),
+            domain: "cluster.local".into(),
             trust_domain: "cluster.local".into(),
             revision: "default".into(),
         }
@@ -103,7 +106,7 @@ pub fn admit(
         .map(|container| container.name.clone())
         .collect();
     label(&mut pod);
-    let identity = containers::Identity::of(&pod, &namespace, &spec);
+    let identity = containers::Identity::of(&pod, &namespace, &spec, &config.domain);
     let injected = match annotations.template {
         Template::Gateway => gateway(&mut spec, config, &annotations, &identity)?,
         Template::Sidecar => sidecar(&mut spec, config, &annotations, &identity),

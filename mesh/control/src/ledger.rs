@@ -152,12 +152,17 @@ impl Ledger {
     /// writer.
     pub async fn changes(&self) -> HashSet<Arc<str>> {
         loop {
-            let dirty = std::mem::take(&mut self.shared.state.lock().dirty);
+            let dirty = self.take_changes();
             if !dirty.is_empty() {
                 return dirty;
             }
             self.shared.changed.notified().await;
         }
+    }
+
+    /// The objects that changed since the last answer; for the consumer of [`Ledger::changes`].
+    pub fn take_changes(&self) -> HashSet<Arc<str>> {
+        std::mem::take(&mut self.shared.state.lock().dirty)
     }
 
     /// Reports objects as changed for another reason than liveness.

@@ -40,6 +40,9 @@ pub const LIVE: &str = "Live";
 /// Changes of this long become one write.
 const COALESCE: Duration = Duration::from_millis(500);
 
+/// How long a change settles before it is written: most generations are live by then, and one write says it all.
+const SETTLE: Duration = Duration::from_millis(100);
+
 /// How long to wait before a failed write is tried again.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -103,6 +106,10 @@ impl Writer {
                     () = cancel.cancelled() => return,
                     () = self.leads() => {}
                 }
+            }
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                () = tokio::time::sleep(SETTLE) => objects.extend(self.ledger.take_changes()),
             }
             tokio::select! {
                 () = cancel.cancelled() => return,

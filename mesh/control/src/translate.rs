@@ -340,7 +340,7 @@ impl Interner {
             return known;
         }
         self.inserted += 1;
-        if self.inserted % SWEEP_EVERY == 0 {
+        if self.inserted.is_multiple_of(SWEEP_EVERY) {
             self.sweep();
         }
         let resource = Arc::new(resource);

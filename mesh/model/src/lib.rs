@@ -15,6 +15,7 @@
 //! Limits: one cluster, one network. Fields that are not honoured are named by [`unhonoured()`]; where going on without one would do
 //! something else than what was asked, the object is refused.
 
+mod delegate;
 pub mod gateway;
 pub mod host;
 pub mod object;
@@ -26,6 +27,8 @@ pub mod route;
 mod rules;
 pub mod scope;
 pub mod service;
+#[cfg(test)]
+mod tests;
 mod unhonoured;
 mod virtual_service;
 
@@ -301,6 +304,11 @@ impl Model {
     /// The workload of a Pod.
     pub fn workload(&self, namespace: &str, pod: &str) -> Option<&Arc<Workload>> {
         self.registry.workload(namespace, pod)
+    }
+
+    /// The container port of this name on the Pods of a namespace that have all of these labels; looks at all Pods.
+    pub fn named_port(&self, namespace: &str, labels: &BTreeMap<String, String>, name: &str) -> Option<u16> {
+        self.registry.named_port(namespace, labels, name)
     }
 
     /// Region and zone of a node.

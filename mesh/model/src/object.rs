@@ -124,27 +124,50 @@ pub enum Object {
 }
 
 impl Object {
+    /// The object's kind.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Service(_) => Kind::Service,
+            Self::EndpointSlice(_) => Kind::EndpointSlice,
+            Self::Pod(_) => Kind::Pod,
+            Self::Node(_) => Kind::Node,
+            Self::VirtualService(_) => Kind::VirtualService,
+            Self::DestinationRule(_) => Kind::DestinationRule,
+            Self::Gateway(_) => Kind::Gateway,
+            Self::ServiceEntry(_) => Kind::ServiceEntry,
+            Self::Sidecar(_) => Kind::Sidecar,
+        }
+    }
+
     /// The object's key.
     pub fn key(&self) -> ObjectKey {
-        macro_rules! key {
-            ($kind:ident, $object:expr) => {
-                ObjectKey::new(
-                    Kind::$kind,
-                    $object.metadata.namespace.as_deref().unwrap_or(""),
-                    $object.metadata.name.as_deref().unwrap_or(""),
-                )
-            };
-        }
+        let metadata = self.metadata();
+        ObjectKey::new(
+            self.kind(),
+            metadata.namespace.as_deref().unwrap_or(""),
+            metadata.name.as_deref().unwrap_or(""),
+        )
+    }
+}
+
+impl Object {
+    /// `metadata.resourceVersion`.
+    pub fn resource_version(&self) -> Option<&str> {
+        self.metadata().resource_version.as_deref()
+    }
+
+    /// The object's metadata.
+    pub fn metadata(&self) -> &ObjectMeta {
         match self {
-            Self::Service(object) => key!(Service, object),
-            Self::EndpointSlice(object) => key!(EndpointSlice, object),
-            Self::Pod(object) => key!(Pod, object),
-            Self::Node(object) => key!(Node, object),
-            Self::VirtualService(object) => key!(VirtualService, object),
-            Self::DestinationRule(object) => key!(DestinationRule, object),
-            Self::Gateway(object) => key!(Gateway, object),
-            Self::ServiceEntry(object) => key!(ServiceEntry, object),
-            Self::Sidecar(object) => key!(Sidecar, object),
+            Self::Service(object) => &object.metadata,
+            Self::EndpointSlice(object) => &object.metadata,
+            Self::Pod(object) => &object.metadata,
+            Self::Node(object) => &object.metadata,
+            Self::VirtualService(object) => &object.metadata,
+            Self::DestinationRule(object) => &object.metadata,
+            Self::Gateway(object) => &object.metadata,
+            Self::ServiceEntry(object) => &object.metadata,
+            Self::Sidecar(object) => &object.metadata,
         }
     }
 }

@@ -89,6 +89,24 @@ impl Registry {
         self.pods.get(&(namespace.into(), name.into()))
     }
 
+    pub(crate) fn named_port(
+        &self,
+        namespace: &str,
+        labels: &BTreeMap<String, String>,
+        name: &str,
+    ) -> Option<u16> {
+        self.pods
+            .values()
+            .filter(|pod| &*pod.namespace == namespace)
+            .filter(|pod| {
+                labels
+                    .iter()
+                    .all(|(key, value)| pod.labels.get(key) == Some(value))
+            })
+            .filter_map(|pod| pod.named_ports.get(name).copied())
+            .min()
+    }
+
     pub(crate) fn locality_of_node(&self, node: &str) -> Option<&Locality> {
         self.nodes.get(node)
     }
@@ -276,10 +294,10 @@ impl Registry {
         if self.pods.get(&name) == workload.as_ref() {
             return touched;
         }
-        if let Some(old) = self.pods.remove(&name) {
-            if let Some(pods) = self.pods_on.get_mut(&old.node) {
-                pods.remove(&name);
-            }
+        if let Some(old) = self.pods.remove(&name)
+            && let Some(pods) = self.pods_on.get_mut(&old.node)
+        {
+            pods.remove(&name);
         }
         if let Some(workload) = workload {
             self.pods_on

@@ -64,7 +64,16 @@ pub(crate) fn versions(registry: &Registry, group: &str) -> Vec<String> {
 }
 
 /// Kubernetes lists the verbs of custom resources in another order.
-const CUSTOM_VERBS: [&str; 8] = ["delete", "deletecollection", "get", "list", "patch", "create", "update", "watch"];
+const CUSTOM_VERBS: [&str; 8] = [
+    "delete",
+    "deletecollection",
+    "get",
+    "list",
+    "patch",
+    "create",
+    "update",
+    "watch",
+];
 
 fn verbs(kind: &Kind) -> Vec<&'static str> {
     if kind.is_custom() {

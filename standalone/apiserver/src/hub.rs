@@ -29,6 +29,8 @@ pub(crate) struct Hub {
     pub(crate) admission: Option<Arc<dyn Admission>>,
     pub(crate) pod_logs: Option<Arc<dyn PodLogs>>,
     pub(crate) clock: Arc<dyn Clock>,
+    /// See [`crate::Builder::kubernetes_admission`].
+    pub(crate) kubernetes_admission: bool,
     pub(crate) addresses: Mutex<crate::defaults::addresses::Allocator>,
     pub(crate) shutdown: CancellationToken,
     /// Streams that are being served; watches beyond the bound are refused.
@@ -51,6 +53,7 @@ impl Hub {
         clock: Arc<dyn Clock>,
         admission: Option<Arc<dyn Admission>>,
         pod_logs: Option<Arc<dyn PodLogs>>,
+        kubernetes_admission: bool,
     ) -> Self {
         Self {
             any: watch::Sender::new(store.rv()),
@@ -61,6 +64,7 @@ impl Hub {
             admission,
             pod_logs,
             clock,
+            kubernetes_admission,
             addresses: Mutex::new(crate::defaults::addresses::Allocator::default()),
             shutdown: CancellationToken::new(),
             watchers: std::sync::atomic::AtomicUsize::new(0),
@@ -156,7 +160,9 @@ impl Hub {
     fn record(&self, resource: &ResourceId, event: &Event) -> u64 {
         let Some(log) = &self.log else { return 0 };
         match event.change {
-            Change::Added | Change::Modified => log.put(resource, &event.key, event.rv, &event.object.whole()),
+            Change::Added | Change::Modified => {
+                log.put(resource, &event.key, event.rv, &event.object.whole())
+            }
             Change::Deleted => log.delete(resource, &event.key, event.rv),
         }
     }
@@ -200,7 +206,10 @@ impl Hub {
                 return Ok(None);
             }
             let registry = self.registry();
-            if let Some((kind, version)) = registry.by_resource(resource).and_then(|k| k.storage_version().map(|v| (k, v))) {
+            if let Some((kind, version)) = registry
+                .by_resource(resource)
+                .and_then(|k| k.storage_version().map(|v| (k, v)))
+            {
                 let now = crate::time::seconds(self.clock.now());
                 let write = crate::apply::managers::Write {
                     schema: &version.schema,
@@ -209,7 +218,11 @@ impl Hub {
                     subresource,
                     manager,
                     now: &now,
-                    reset: if subresource == "status" { &["spec", "metadata"] } else { &[] },
+                    reset: if subresource == "status" {
+                        &["spec", "metadata"]
+                    } else {
+                        &[]
+                    },
                 };
                 crate::apply::managers::update(&write, Some(&current.value), &mut next);
             }

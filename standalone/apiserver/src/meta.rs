@@ -67,10 +67,6 @@ pub(crate) fn finalizers(object: &Value) -> impl Iterator<Item = &str> {
         .filter_map(Value::as_str)
 }
 
-pub(crate) fn label<'a>(object: &'a Value, key: &str) -> Option<&'a str> {
-    metadata(object).get("labels")?.get(key)?.as_str()
-}
-
 pub(crate) fn annotation<'a>(object: &'a Value, key: &str) -> Option<&'a str> {
     metadata(object).get("annotations")?.get(key)?.as_str()
 }

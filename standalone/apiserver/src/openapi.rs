@@ -1,6 +1,7 @@
 //! OpenAPI v3 per group version: enough for `kubectl apply`, `diff`, `create` and `explain` (without prose).
 
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
@@ -47,12 +48,11 @@ fn hash(registry: &Registry, group: &str, version: &str) -> String {
             digest.update(schema.to_string());
         }
     }
-    digest
-        .finalize()
-        .iter()
-        .take(16)
-        .map(|b| format!("{b:02X}"))
-        .collect()
+    let mut out = String::new();
+    for b in digest.finalize().iter().take(16) {
+        let _ = write!(out, "{b:02X}");
+    }
+    out
 }
 
 /// `/openapi/v3/apis/apps/v1`.
@@ -204,10 +204,10 @@ fn add_types(roots: &BTreeSet<String>, registry: &Registry, out: &mut Map<String
         }
         let schema = schema::builtin(&name);
         let mut value = describe(schema.resolve(), &mut queue);
-        if let Some(kind) = registry.all().find(|k| k.row().is_some_and(|r| r.schema == name)) {
-            if let Some(version) = kind.versions.first() {
-                value["x-kubernetes-group-version-kind"] = json!([gvk(kind, version)]);
-            }
+        if let Some(kind) = registry.all().find(|k| k.row().is_some_and(|r| r.schema == name))
+            && let Some(version) = kind.versions.first()
+        {
+            value["x-kubernetes-group-version-kind"] = json!([gvk(kind, version)]);
         }
         out.insert(full_name(&name), value);
     }

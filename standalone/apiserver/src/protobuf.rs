@@ -5,7 +5,14 @@
 use serde_json::{Map, Value, json};
 
 /// Kinds that can be decoded.
-pub(crate) const KINDS: [&str; 6] = ["Namespace", "ConfigMap", "Secret", "ServiceAccount", "Deployment", "Service"];
+pub(crate) const KINDS: [&str; 6] = [
+    "Namespace",
+    "ConfigMap",
+    "Secret",
+    "ServiceAccount",
+    "Deployment",
+    "Service",
+];
 
 const MAGIC: &[u8] = b"k8s\0";
 /// Messages nested deeper are not ours.
@@ -14,8 +21,6 @@ const MAX_DEPTH: usize = 32;
 #[derive(Clone, Copy)]
 enum Type {
     Text,
-    /// Bytes, base64 in JSON.
-    Bytes,
     Int,
     Bool,
     Message(&'static [Field]),
@@ -35,11 +40,21 @@ struct Field {
 }
 
 const fn one(number: u32, name: &'static str, kind: Type) -> Field {
-    Field { number, name, kind, repeated: false }
+    Field {
+        number,
+        name,
+        kind,
+        repeated: false,
+    }
 }
 
 const fn many(number: u32, name: &'static str, kind: Type) -> Field {
-    Field { number, name, kind, repeated: true }
+    Field {
+        number,
+        name,
+        kind,
+        repeated: true,
+    }
 }
 
 static META: &[Field] = &[
@@ -74,9 +89,15 @@ static SECRET: &[Field] = &[
     one(4, "stringData", Type::TextMap),
     one(5, "immutable", Type::Bool),
 ];
-static SERVICE_ACCOUNT: &[Field] = &[one(1, "metadata", Type::Message(META)), one(4, "automountServiceAccountToken", Type::Bool)];
+static SERVICE_ACCOUNT: &[Field] = &[
+    one(1, "metadata", Type::Message(META)),
+    one(4, "automountServiceAccountToken", Type::Bool),
+];
 static LABEL_SELECTOR: &[Field] = &[one(1, "matchLabels", Type::TextMap)];
-static RESOURCES: &[Field] = &[one(1, "limits", Type::QuantityMap), one(2, "requests", Type::QuantityMap)];
+static RESOURCES: &[Field] = &[
+    one(1, "limits", Type::QuantityMap),
+    one(2, "requests", Type::QuantityMap),
+];
 static CONTAINER_PORT: &[Field] = &[
     one(1, "name", Type::Text),
     one(2, "hostPort", Type::Int),
@@ -118,9 +139,18 @@ static POD_SPEC: &[Field] = &[
     one(17, "subdomain", Type::Text),
     one(19, "schedulerName", Type::Text),
 ];
-static TEMPLATE: &[Field] = &[one(1, "metadata", Type::Message(META)), one(2, "spec", Type::Message(POD_SPEC))];
-static ROLLING: &[Field] = &[one(1, "maxUnavailable", Type::IntOrString), one(2, "maxSurge", Type::IntOrString)];
-static STRATEGY: &[Field] = &[one(1, "type", Type::Text), one(2, "rollingUpdate", Type::Message(ROLLING))];
+static TEMPLATE: &[Field] = &[
+    one(1, "metadata", Type::Message(META)),
+    one(2, "spec", Type::Message(POD_SPEC)),
+];
+static ROLLING: &[Field] = &[
+    one(1, "maxUnavailable", Type::IntOrString),
+    one(2, "maxSurge", Type::IntOrString),
+];
+static STRATEGY: &[Field] = &[
+    one(1, "type", Type::Text),
+    one(2, "rollingUpdate", Type::Message(ROLLING)),
+];
 static DEPLOYMENT_SPEC: &[Field] = &[
     one(1, "replicas", Type::Int),
     one(2, "selector", Type::Message(LABEL_SELECTOR)),
@@ -169,7 +199,11 @@ static SERVICE_SPEC: &[Field] = &[
 static SERVICE: &[Field] = &[
     one(1, "metadata", Type::Message(META)),
     one(2, "spec", Type::Message(SERVICE_SPEC)),
-    one(3, "status", Type::Message(&[one(1, "loadBalancer", Type::Message(EMPTY))])),
+    one(
+        3,
+        "status",
+        Type::Message(&[one(1, "loadBalancer", Type::Message(EMPTY))]),
+    ),
 ];
 static DELETE_OPTIONS: &[Field] = &[
     one(1, "gracePeriodSeconds", Type::Int),
@@ -248,12 +282,15 @@ impl<'a> Wire<'a> {
         match tag & 7 {
             0 => Ok((number, Content::Varint(self.varint()?))),
             2 => {
-                let length = usize::try_from(self.varint()?).map_err(|_| "a length is too large".to_owned())?;
+                let length =
+                    usize::try_from(self.varint()?).map_err(|_| "a length is too large".to_owned())?;
                 let (content, rest) = self.0.split_at_checked(length).ok_or("a field ends too early")?;
                 self.0 = rest;
                 Ok((number, Content::Bytes(content)))
             }
-            other => Err(format!("wire type {other} of field {number} is not used by Kubernetes")),
+            other => Err(format!(
+                "wire type {other} of field {number} is not used by Kubernetes"
+            )),
         }
     }
 }
@@ -289,7 +326,9 @@ fn message(fields: &[Field], bytes: &[u8], depth: usize) -> Result<Map<String, V
         };
         match field.kind {
             Type::TextMap | Type::BytesMap | Type::QuantityMap => {
-                let Content::Bytes(pair) = content else { return Err(mismatch(field)) };
+                let Content::Bytes(pair) = content else {
+                    return Err(mismatch(field));
+                };
                 let (mut key, mut value) = (String::new(), Value::String(String::new()));
                 for entry in Wire(pair) {
                     match entry? {
@@ -297,7 +336,11 @@ fn message(fields: &[Field], bytes: &[u8], depth: usize) -> Result<Map<String, V
                         (2, Content::Bytes(body)) => {
                             value = match field.kind {
                                 Type::BytesMap => base64(body),
-                                Type::QuantityMap => message(&[one(1, "string", Type::Text)], body, depth + 1)?.remove("string").unwrap_or_default(),
+                                Type::QuantityMap => {
+                                    message(&[one(1, "string", Type::Text)], body, depth + 1)?
+                                        .remove("string")
+                                        .unwrap_or_default()
+                                }
                                 _ => json!(String::from_utf8_lossy(body)),
                             }
                         }
@@ -339,10 +382,11 @@ fn base64(bytes: &[u8]) -> Value {
 fn single(field: &Field, content: &Content<'_>, depth: usize) -> Result<Value, String> {
     match (field.kind, content) {
         (Type::Text, Content::Bytes(text)) => Ok(json!(String::from_utf8_lossy(text))),
-        (Type::Bytes, Content::Bytes(bytes)) => Ok(base64(bytes)),
         (Type::Int, Content::Varint(n)) => Ok(json!(i64::from_le_bytes(n.to_le_bytes()))),
         (Type::Bool, Content::Varint(n)) => Ok(json!(*n != 0)),
-        (Type::Message(fields), Content::Bytes(bytes)) => message(fields, bytes, depth + 1).map(Value::Object),
+        (Type::Message(fields), Content::Bytes(bytes)) => {
+            message(fields, bytes, depth + 1).map(Value::Object)
+        }
         (Type::IntOrString, Content::Bytes(bytes)) => {
             let (mut is_text, mut number, mut text) = (false, 0, String::new());
             for entry in Wire(bytes) {
@@ -389,9 +433,16 @@ mod tests {
 
     #[test]
     fn a_config_map_of_kubectl_is_read() {
-        let raw = [field(1, &field(1, b"c")), field(2, &[field(1, b"k"), field(2, b"v")].concat())].concat();
+        let raw = [
+            field(1, &field(1, b"c")),
+            field(2, &[field(1, b"k"), field(2, b"v")].concat()),
+        ]
+        .concat();
         let value = decode(&wrap("ConfigMap", &raw), "ConfigMap").expect("decodes");
-        assert_eq!(value, json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c"}, "data": {"k": "v"}}));
+        assert_eq!(
+            value,
+            json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c"}, "data": {"k": "v"}})
+        );
     }
 
     #[test]

@@ -100,11 +100,6 @@ pub(crate) fn canonical(text: &str) -> Option<String> {
     })
 }
 
-/// Whether the quantity is below zero.
-pub(crate) fn is_negative(text: &str) -> bool {
-    parse(text).is_some_and(|(nanos, _)| nanos < 0)
-}
-
 /// The value in billionths, for comparisons.
 pub(crate) fn nanos(text: &str) -> Option<i128> {
     parse(text).map(|(n, _)| n)

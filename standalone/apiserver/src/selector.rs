@@ -209,8 +209,13 @@ impl LabelSelector {
                                 }
                                 other => {
                                     return Err(format!(
-                                        "unable to parse requirement: found '{}', expected: ',' or ')'",
-                                        other.show()
+                                        "unable to parse requirement: found '{}', expected: {}",
+                                        other.show(),
+                                        if expect_value {
+                                            "',', ')' or identifier"
+                                        } else {
+                                            "',' or ')'"
+                                        }
                                     ));
                                 }
                             }
@@ -397,14 +402,6 @@ impl FieldSelector {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
-    }
-
-    /// The value that the selector fixes `path` to, if it does.
-    pub(crate) fn fixed(&self, path: &str) -> Option<&str> {
-        self.0
-            .iter()
-            .find(|t| t.equal && t.path == path)
-            .map(|t| t.value.as_str())
     }
 
     pub(crate) fn matches(&self, object: &Value) -> bool {

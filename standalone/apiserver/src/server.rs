@@ -37,6 +37,7 @@ pub struct Builder {
     pod_logs: Option<Arc<dyn PodLogs>>,
     garbage_collector: bool,
     history_events: Option<usize>,
+    kubernetes_admission: bool,
 }
 
 impl Builder {
@@ -75,6 +76,14 @@ impl Builder {
         self
     }
 
+    /// Add what Kubernetes' admission adds for the sake of components that a small cluster lacks: the volume with the API token in pods
+    /// (no token is issued for it here) and the `not-ready` taint of new nodes (no node controller takes it off). Off by default.
+    #[must_use]
+    pub fn kubernetes_admission(mut self, on: bool) -> Self {
+        self.kubernetes_admission = on;
+        self
+    }
+
     /// Events kept per kind for watchers that come back (4096 by default).
     #[must_use]
     pub fn history_events(mut self, events: usize) -> Self {
@@ -107,7 +116,14 @@ impl Builder {
                 Some(Log::start(recovered, source.clone())?)
             }
         };
-        let hub = Arc::new(Hub::new(store, log, self.clock, self.admission, self.pod_logs));
+        let hub = Arc::new(Hub::new(
+            store,
+            log,
+            self.clock,
+            self.admission,
+            self.pod_logs,
+            self.kubernetes_admission,
+        ));
         *source.hub.lock() = Arc::downgrade(&hub);
         controllers::crds::restore(&hub);
         {
@@ -183,6 +199,7 @@ impl ApiServer {
             pod_logs: None,
             garbage_collector: true,
             history_events: None,
+            kubernetes_admission: false,
         }
     }
 

@@ -45,10 +45,11 @@ pub(crate) fn from_hub(kind: &Kind, version: &Version, stored: &Value) -> Value 
         }
         // Core always writes source and involvedObject; the newer group writes them under its own names.
         map.insert("apiVersion".into(), Value::String("events.k8s.io/v1".into()));
-        if let Some(instance) = map.get_mut("reportingInstance") {
-            if instance.as_str() == Some("") && map.get("eventTime").is_none_or(Value::is_null) {
-                map.remove("reportingInstance");
-            }
+        if let Some(instance) = map.get_mut("reportingInstance")
+            && instance.as_str() == Some("")
+            && map.get("eventTime").is_none_or(Value::is_null)
+        {
+            map.remove("reportingInstance");
         }
         if map.get("reportingController").and_then(Value::as_str) == Some("") {
             map.remove("reportingController");
@@ -84,13 +85,13 @@ pub(crate) fn to_hub(kind: &Kind, mut object: Value) -> Value {
         }
         return object;
     }
-    if kind.is_custom() {
-        if let Some(version) = kind.storage_version() {
-            meta::as_object_mut(&mut object).insert(
-                "apiVersion".into(),
-                Value::String(kind.api_version(&version.name)),
-            );
-        }
+    if kind.is_custom()
+        && let Some(version) = kind.storage_version()
+    {
+        meta::as_object_mut(&mut object).insert(
+            "apiVersion".into(),
+            Value::String(kind.api_version(&version.name)),
+        );
     }
     object
 }

@@ -61,7 +61,12 @@ impl Resolved {
     /// What a container runs. Without `command` the program with the entry's arguments; with one, its first word
     /// stands for exactly that (`./podinfo` of a podinfo image) and the rest are arguments, unless the word is the
     /// absolute path of a program of this machine (`exists`), which is then run instead. `args` follow.
-    pub fn invocation(&self, command: &[String], args: &[String], exists: impl Fn(&str) -> bool) -> Invocation {
+    pub fn invocation(
+        &self,
+        command: &[String],
+        args: &[String],
+        exists: impl Fn(&str) -> bool,
+    ) -> Invocation {
         match command.split_first() {
             Some((first, rest)) if first.starts_with('/') && exists(first) => {
                 let mut argv = vec![first.clone()];
@@ -109,9 +114,9 @@ pub fn normalise(reference: &str) -> String {
     let mut name = name.to_owned();
     // A wildcard in front stands for any registry.
     let has_registry = name.starts_with('*')
-        || name.split_once('/').is_some_and(|(first, _)| {
-            first.contains(['.', ':', '*']) || first == "localhost"
-        });
+        || name
+            .split_once('/')
+            .is_some_and(|(first, _)| first.contains(['.', ':', '*']) || first == "localhost");
     if !has_registry {
         let official = if name.contains('/') { "" } else { "library/" };
         name = format!("docker.io/{official}{name}");
@@ -150,7 +155,13 @@ fn fill(text: &str, reference: &str, runs: &[&str]) -> String {
     if !text.contains('{') {
         return text.to_owned();
     }
-    let last = reference.split('@').next().unwrap_or_default().rsplit('/').next().unwrap_or_default();
+    let last = reference
+        .split('@')
+        .next()
+        .unwrap_or_default()
+        .rsplit('/')
+        .next()
+        .unwrap_or_default();
     let (name, tag) = last.split_once(':').unwrap_or((last, ""));
     let mut text = text.replace("{name}", name).replace("{tag}", tag);
     for (position, run) in runs.iter().enumerate() {
@@ -167,7 +178,10 @@ pub struct Catalogue {
 
 impl Catalogue {
     /// From the user's entries and the built-in ones.
-    pub fn new(user: impl IntoIterator<Item = ImageSpec>, built_in: impl IntoIterator<Item = ImageSpec>) -> Self {
+    pub fn new(
+        user: impl IntoIterator<Item = ImageSpec>,
+        built_in: impl IntoIterator<Item = ImageSpec>,
+    ) -> Self {
         let mut entries: Vec<(bool, String, ImageSpec)> = user
             .into_iter()
             .map(|entry| (false, entry))
@@ -183,7 +197,10 @@ impl Catalogue {
                 .then_with(|| a.cmp(b))
         });
         Self {
-            entries: entries.into_iter().map(|(_, pattern, entry)| (pattern, entry)).collect(),
+            entries: entries
+                .into_iter()
+                .map(|(_, pattern, entry)| (pattern, entry))
+                .collect(),
         }
     }
 
@@ -202,7 +219,12 @@ impl Catalogue {
                 env: entry
                     .env
                     .iter()
-                    .map(|variable| (variable.name.clone(), fill(variable.value.as_deref().unwrap_or_default())))
+                    .map(|variable| {
+                        (
+                            variable.name.clone(),
+                            fill(variable.value.as_deref().unwrap_or_default()),
+                        )
+                    })
                     .collect(),
             })
         })
@@ -224,10 +246,8 @@ pub fn api_resource() -> ApiResource {
 /// The entry in an `Image` object.
 pub fn from_object(object: &DynamicObject) -> Result<ImageSpec, Error> {
     let name = object.metadata.name.clone().unwrap_or_default();
-    serde_json::from_value(object.data.get("spec").cloned().unwrap_or_default()).map_err(|source| Error::Image {
-        name,
-        source,
-    })
+    serde_json::from_value(object.data.get("spec").cloned().unwrap_or_default())
+        .map_err(|source| Error::Image { name, source })
 }
 
 /// An object name for a reference: what a DNS subdomain may not hold becomes `-`.
@@ -248,7 +268,10 @@ pub fn object_name(reference: &str) -> String {
 /// The user's entries (`serin image list` adds the built-in ones).
 pub async fn list(client: kube::Client) -> Result<Vec<ImageSpec>, Error> {
     let api: Api<DynamicObject> = Api::all_with(client, &api_resource());
-    let objects = api.list(&Default::default()).await.map_err(|source| Error::api("list images", source))?;
+    let objects = api
+        .list(&Default::default())
+        .await
+        .map_err(|source| Error::api("list images", source))?;
     objects.items.iter().map(from_object).collect()
 }
 
@@ -262,9 +285,13 @@ pub async fn add(client: kube::Client, entry: &ImageSpec) -> Result<(), Error> {
         "metadata": {"name": name},
         "spec": entry,
     });
-    api.patch(&name, &PatchParams::apply("serin-image").force(), &Patch::Apply(&object))
-        .await
-        .map_err(|source| Error::api(format!("apply image {name}"), source))?;
+    api.patch(
+        &name,
+        &PatchParams::apply("serin-image").force(),
+        &Patch::Apply(&object),
+    )
+    .await
+    .map_err(|source| Error::api(format!("apply image {name}"), source))?;
     Ok(())
 }
 
@@ -299,7 +326,10 @@ mod tests {
             ("istio/proxyv2", "docker.io/istio/proxyv2:latest"),
             ("localhost/x", "localhost/x:latest"),
             ("localhost:5000/x:2", "localhost:5000/x:2"),
-            ("ghcr.io/stefanprodan/podinfo:6.0.0", "ghcr.io/stefanprodan/podinfo:6.0.0"),
+            (
+                "ghcr.io/stefanprodan/podinfo:6.0.0",
+                "ghcr.io/stefanprodan/podinfo:6.0.0",
+            ),
             ("nginx@sha256:abc", "docker.io/library/nginx@sha256:abc"),
             ("index.docker.io/library/nginx:1", "docker.io/library/nginx:1"),
             ("ghcr.io/x/*", "ghcr.io/x/*"),
@@ -311,7 +341,10 @@ mod tests {
     #[test]
     fn the_most_literal_entry_wins_and_the_users_before_the_built_in() {
         let catalogue = Catalogue::new(
-            [entry("ghcr.io/stefanprodan/podinfo:*", "user-any"), entry("*", "anything")],
+            [
+                entry("ghcr.io/stefanprodan/podinfo:*", "user-any"),
+                entry("*", "anything"),
+            ],
             [
                 entry("ghcr.io/stefanprodan/podinfo:*", "built-in-any"),
                 entry("ghcr.io/stefanprodan/podinfo:6.0.0", "exact"),
@@ -322,8 +355,14 @@ mod tests {
         let named = |name: &str| Some(name.to_owned());
         assert_eq!(program("ghcr.io/stefanprodan/podinfo:6.0.0"), named("exact"));
         assert_eq!(program("ghcr.io/stefanprodan/podinfo:6.1.0"), named("user-any"));
-        assert_eq!(program("ghcr.io/stefanprodan/podinfo:6.0.0@sha256:11"), named("exact"));
-        assert_eq!(program("istio/examples-bookinfo-reviews-v1:1.20.3"), named("bookinfo"));
+        assert_eq!(
+            program("ghcr.io/stefanprodan/podinfo:6.0.0@sha256:11"),
+            named("exact")
+        );
+        assert_eq!(
+            program("istio/examples-bookinfo-reviews-v1:1.20.3"),
+            named("bookinfo")
+        );
         assert_eq!(program("quay.io/other:1"), named("anything"));
         assert_eq!(Catalogue::default().find("nginx"), None);
     }
@@ -341,9 +380,14 @@ mod tests {
             }],
             [],
         );
-        let found = catalogue.find("docker.io/istio/examples-bookinfo-reviews-v1:1.20.3").unwrap();
+        let found = catalogue
+            .find("docker.io/istio/examples-bookinfo-reviews-v1:1.20.3")
+            .unwrap();
         assert_eq!(found.args, ["docker.io", "--version=1.20.3"]);
-        assert_eq!(found.env, [("NAME".to_owned(), "examples-bookinfo-reviews-v1".to_owned())]);
+        assert_eq!(
+            found.env,
+            [("NAME".to_owned(), "examples-bookinfo-reviews-v1".to_owned())]
+        );
     }
 
     #[test]
@@ -355,13 +399,24 @@ mod tests {
         };
         let owned = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
         let exists = |word: &str| word == "/bin/sh" || word == "ls";
-        let run = |command: &[&str], args: &[&str]| image.invocation(&owned(command), &owned(args), exists).argv.join(" ");
+        let run = |command: &[&str], args: &[&str]| {
+            image
+                .invocation(&owned(command), &owned(args), exists)
+                .argv
+                .join(" ")
+        };
         assert_eq!(run(&[], &[]), "/bin/apps podinfo");
         assert_eq!(run(&[], &["--mine"]), "/bin/apps podinfo --mine");
-        assert_eq!(run(&["./podinfo", "--port=1"], &["-v"]), "/bin/apps podinfo --port=1 -v");
+        assert_eq!(
+            run(&["./podinfo", "--port=1"], &["-v"]),
+            "/bin/apps podinfo --port=1 -v"
+        );
         assert_eq!(run(&["/bin/sh", "-c"], &["true"]), "/bin/sh -c true");
         let beside = |command: &[&str]| image.command(&owned(command), exists).argv.join(" ");
-        assert_eq!(beside(&["podcli", "check", "http"]), "/bin/apps podinfo check http");
+        assert_eq!(
+            beside(&["podcli", "check", "http"]),
+            "/bin/apps podinfo check http"
+        );
         assert_eq!(beside(&["ls", "/"]), "ls /");
     }
 
@@ -382,6 +437,9 @@ mod tests {
 
     #[test]
     fn an_object_name_is_a_dns_subdomain() {
-        assert_eq!(object_name("docker.io/Istio/reviews-v1:*"), "docker.io-istio-reviews-v1-x");
+        assert_eq!(
+            object_name("docker.io/Istio/reviews-v1:*"),
+            "docker.io-istio-reviews-v1-x"
+        );
     }
 }

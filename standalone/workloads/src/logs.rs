@@ -108,10 +108,16 @@ impl PodLogs {
         target: &LogTarget,
         options: LogOptions,
     ) -> Result<impl Stream<Item = io::Result<Bytes>> + Send + Unpin + use<>, LogError> {
-        let directory =
-            self.paths.pod_logs(&target.namespace, &target.pod, &target.uid).join(&target.container);
+        let directory = self
+            .paths
+            .pod_logs(&target.namespace, &target.pod, &target.uid)
+            .join(&target.container);
         let attempts = attempts(&directory);
-        let wanted = if options.previous { attempts.iter().rev().nth(1) } else { attempts.last() };
+        let wanted = if options.previous {
+            attempts.iter().rev().nth(1)
+        } else {
+            attempts.last()
+        };
         let Some(attempt) = wanted else {
             let (container, pod) = (target.container.clone(), target.pod.clone());
             return Err(if options.previous {
@@ -126,7 +132,11 @@ impl PodLogs {
             pod: target.pod.clone(),
             source,
         };
-        let watcher = if options.follow && !options.previous { Some(Follow::new(&directory).map_err(failed)?) } else { None };
+        let watcher = if options.follow && !options.previous {
+            Some(Follow::new(&directory).map_err(failed)?)
+        } else {
+            None
+        };
         let (sender, receiver) = mpsc::channel(QUEUE);
         let ended = self.paths.pod(&target.uid);
         tokio::spawn(async move {
@@ -138,12 +148,17 @@ impl PodLogs {
     }
 }
 
-fn tokio_stream(mut receiver: mpsc::Receiver<io::Result<Bytes>>) -> impl Stream<Item = io::Result<Bytes>> + Send + Unpin {
+fn tokio_stream(
+    mut receiver: mpsc::Receiver<io::Result<Bytes>>,
+) -> impl Stream<Item = io::Result<Bytes>> + Send + Unpin {
     futures::stream::poll_fn(move |context| receiver.poll_recv(context))
 }
 
 fn attempt_number(path: &Path) -> u32 {
-    path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse().ok()).unwrap_or(0)
+    path.file_stem()
+        .and_then(|stem| stem.to_str())
+        .and_then(|stem| stem.parse().ok())
+        .unwrap_or(0)
 }
 
 /// The restart counts that have a log, ascending.
@@ -177,7 +192,11 @@ impl Formatter {
     /// Takes in one CRI line, newline included.
     fn push(&mut self, line: &[u8]) {
         let Some(parsed) = Line::parse(line) else { return };
-        if self.options.since.is_some_and(|since| parsed.time.is_none_or(|time| time < since)) {
+        if self
+            .options
+            .since
+            .is_some_and(|since| parsed.time.is_none_or(|time| time < since))
+        {
             return;
         }
         if self.options.timestamps {
@@ -215,7 +234,9 @@ impl<'a> Line<'a> {
         let text = parts.next().unwrap_or_default();
         Some(Self {
             stamp,
-            time: std::str::from_utf8(stamp).ok().and_then(|stamp| stamp.parse().ok()),
+            time: std::str::from_utf8(stamp)
+                .ok()
+                .and_then(|stamp| stamp.parse().ok()),
             text,
             complete: tag == b"F",
         })
@@ -245,7 +266,11 @@ impl Follow {
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
         inotify.add_watch(
             directory,
-            AddWatchFlags::IN_MODIFY | AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_FROM | AddWatchFlags::IN_DELETE_SELF | AddWatchFlags::IN_CLOSE_WRITE,
+            AddWatchFlags::IN_MODIFY
+                | AddWatchFlags::IN_CREATE
+                | AddWatchFlags::IN_MOVED_FROM
+                | AddWatchFlags::IN_DELETE_SELF
+                | AddWatchFlags::IN_CLOSE_WRITE,
         )?;
         Ok(Self(fdpass::watched(Watch(inotify))?))
     }
@@ -274,7 +299,11 @@ async fn read(
 ) -> io::Result<()> {
     let mut formatter = Formatter::new(options);
     // Older files of this run first, unless only the end is wanted and the newest files hold it.
-    let history: Vec<PathBuf> = (1..MAX_FILES).rev().map(|number| rotated(path, number)).filter(|path| path.exists()).collect();
+    let history: Vec<PathBuf> = (1..MAX_FILES)
+        .rev()
+        .map(|number| rotated(path, number))
+        .filter(|path| path.exists())
+        .collect();
     let mut current = BufReader::new(File::open(path)?);
     if let Some(lines) = options.tail_lines {
         for line in tail(&history, &mut current, lines)? {
@@ -313,7 +342,8 @@ fn has_ended(path: &Path, pod_directory: &Path, attempt: u32) -> bool {
     if !pod_directory.exists() || end_marker(path).exists() {
         return true;
     }
-    path.parent().is_some_and(|directory| attempts(directory).last().is_some_and(|last| *last > attempt))
+    path.parent()
+        .is_some_and(|directory| attempts(directory).last().is_some_and(|last| *last > attempt))
 }
 
 /// The file that marks the end of a run's log.
@@ -353,7 +383,10 @@ async fn flush(formatter: &mut Formatter, sender: &Sender, all: bool) -> io::Res
         return Ok(());
     }
     let bytes = Bytes::from(std::mem::take(&mut formatter.out));
-    sender.send(Ok(bytes)).await.map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))
+    sender
+        .send(Ok(bytes))
+        .await
+        .map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))
 }
 
 /// The last `count` lines; leaves `current` at its end.
@@ -377,7 +410,7 @@ fn last_lines(file: &mut File, count: usize) -> io::Result<(VecDeque<Vec<u8>>, u
     let size = file.metadata()?.len();
     let mut start = size;
     let mut bytes: Vec<u8> = Vec::new();
-    while start > 0 && bytes.iter().filter(|byte| **byte == b'\n').count() <= count {
+    while start > 0 && bytes.split(|byte| *byte == b'\n').count() <= count + 1 {
         let from = start.saturating_sub(BLOCK);
         let mut block = vec![0; usize::try_from(start - from).unwrap_or(0)];
         file.seek(SeekFrom::Start(from))?;
@@ -386,9 +419,15 @@ fn last_lines(file: &mut File, count: usize) -> io::Result<(VecDeque<Vec<u8>>, u
         bytes = block;
         start = from;
     }
-    let complete = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+    let complete = bytes
+        .iter()
+        .rposition(|byte| *byte == b'\n')
+        .map_or(0, |at| at + 1);
     let end = start + complete as u64;
-    let mut lines: VecDeque<Vec<u8>> = bytes[..complete].split_inclusive(|byte| *byte == b'\n').map(<[u8]>::to_vec).collect();
+    let mut lines: VecDeque<Vec<u8>> = bytes[..complete]
+        .split_inclusive(|byte| *byte == b'\n')
+        .map(<[u8]>::to_vec)
+        .collect();
     while lines.len() > count {
         lines.pop_front();
     }
@@ -416,13 +455,21 @@ mod tests {
     fn log(state: &Path, attempt: u32) -> (PathBuf, LogFile) {
         let paths = Paths::new(state);
         std::fs::create_dir_all(paths.pod("u")).unwrap();
-        let path = paths.pod_logs("n", "p", "u").join("c").join(format!("{attempt}.log"));
+        let path = paths
+            .pod_logs("n", "p", "u")
+            .join("c")
+            .join(format!("{attempt}.log"));
         let file = LogFile::open(&path).unwrap();
         (path, file)
     }
 
     fn write(log: &mut LogFile, second: u32, text: &str) {
-        log.line(&format!("2026-01-01T00:00:{second:02}Z"), From::Stdout, text.as_bytes(), true);
+        log.line(
+            &format!("2026-01-01T00:00:{second:02}Z"),
+            From::Stdout,
+            text.as_bytes(),
+            true,
+        );
         log.flush().unwrap();
     }
 
@@ -445,7 +492,10 @@ mod tests {
             write(&mut second, number, &format!("line {number}"));
         }
         let options = LogOptions::default;
-        assert_eq!(all(state.path(), options()).await, "line 1\nline 2\nline 3\nline 4\nline 5\n");
+        assert_eq!(
+            all(state.path(), options()).await,
+            "line 1\nline 2\nline 3\nline 4\nline 5\n"
+        );
         let tail = LogOptions {
             tail_lines: Some(2),
             ..options()
@@ -485,26 +535,46 @@ mod tests {
         };
         let mut stream = PodLogs::new(state.path()).open(&target(), options).unwrap();
         let within = Duration::from_secs(10);
-        let next = tokio::time::timeout(within, stream.next()).await.unwrap().unwrap().unwrap();
+        let next = tokio::time::timeout(within, stream.next())
+            .await
+            .unwrap()
+            .unwrap()
+            .unwrap();
         assert_eq!(next, "one\n");
         write(&mut file, 2, "two");
-        let next = tokio::time::timeout(within, stream.next()).await.unwrap().unwrap().unwrap();
+        let next = tokio::time::timeout(within, stream.next())
+            .await
+            .unwrap()
+            .unwrap()
+            .unwrap();
         assert_eq!(next, "two\n");
         std::fs::write(end_marker(&path), "").unwrap();
-        assert!(tokio::time::timeout(within, stream.next()).await.unwrap().is_none());
+        assert!(
+            tokio::time::timeout(within, stream.next())
+                .await
+                .unwrap()
+                .is_none()
+        );
     }
 
     #[tokio::test]
     async fn a_missing_log_is_explained() {
         let state = tempfile::tempdir().unwrap();
         let logs = PodLogs::new(state.path());
-        let error = logs.open(&target(), LogOptions::default()).err().unwrap().to_string();
+        let error = logs
+            .open(&target(), LogOptions::default())
+            .err()
+            .unwrap()
+            .to_string();
         assert_eq!(error, "container \"c\" in pod \"p\" is waiting to start");
         let previous = LogOptions {
             previous: true,
             ..LogOptions::default()
         };
         let error = logs.open(&target(), previous).err().unwrap().to_string();
-        assert_eq!(error, "previous terminated container \"c\" in pod \"p\" not found");
+        assert_eq!(
+            error,
+            "previous terminated container \"c\" in pod \"p\" not found"
+        );
     }
 }

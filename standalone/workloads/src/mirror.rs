@@ -119,7 +119,12 @@ where
     }
 
     /// Starts watching; ends with `cancel`.
-    pub(crate) fn start(api: Api<K>, config: watcher::Config, what: &'static str, cancel: CancellationToken) -> Self {
+    pub(crate) fn start(
+        api: Api<K>,
+        config: watcher::Config,
+        what: &'static str,
+        cancel: CancellationToken,
+    ) -> Self {
         let mirror = Self::empty();
         let task = mirror.clone();
         tokio::spawn(async move {
@@ -147,7 +152,9 @@ where
             match event {
                 Ok(Event::Init) => listed = Some(BTreeMap::new()),
                 Ok(Event::InitApply(object)) => {
-                    listed.get_or_insert_default().insert(key(&object), Arc::new(object));
+                    listed
+                        .get_or_insert_default()
+                        .insert(key(&object), Arc::new(object));
                 }
                 Ok(Event::InitDone) => {
                     self.replace(listed.take().unwrap_or_default());
@@ -205,7 +212,9 @@ where
                 state.deleted.push_back(uid);
             }
             match state.objects.get(&key) {
-                Some(known) if known.uid() == object.uid() || object.uid().is_none() => state.objects.remove(&key),
+                Some(known) if known.uid() == object.uid() || object.uid().is_none() => {
+                    state.objects.remove(&key)
+                }
                 _ => None,
             }
         };
@@ -231,7 +240,12 @@ where
     }
 
     pub(crate) fn get(&self, namespace: &str, name: &str) -> Option<Arc<K>> {
-        self.0.state.read().objects.get(&(namespace.to_owned(), name.to_owned())).cloned()
+        self.0
+            .state
+            .read()
+            .objects
+            .get(&(namespace.to_owned(), name.to_owned()))
+            .cloned()
     }
 
     /// All objects of a namespace, by name.
@@ -325,7 +339,11 @@ mod tests {
                 .unwrap(),
             );
         }
-        let names: Vec<String> = mirror.in_namespace("b").iter().map(|object| object.name_any()).collect();
+        let names: Vec<String> = mirror
+            .in_namespace("b")
+            .iter()
+            .map(|object| object.name_any())
+            .collect();
         assert_eq!(names, ["y", "z"]);
     }
 }

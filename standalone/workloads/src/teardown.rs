@@ -41,7 +41,10 @@ pub fn teardown(state_dir: &Path) -> Result<(), Error> {
     }
     let pods = paths.pod_directories();
     // Asked together, so that their graces run side by side.
-    let asked: Vec<_> = pods.iter().map(|(_, directory)| ask_to_end(directory, POD_GRACE)).collect();
+    let asked: Vec<_> = pods
+        .iter()
+        .map(|(_, directory)| ask_to_end(directory, POD_GRACE))
+        .collect();
     for ((_, directory), connection) in pods.iter().zip(asked) {
         left.extend(finish_pod(directory, connection, POD_GRACE));
     }
@@ -78,7 +81,9 @@ fn ask_to_end(directory: &Path, grace: Duration) -> Option<std::os::fd::OwnedFd>
 
 /// Waits for the end that was asked for and enforces it; processes that would not go.
 fn finish_pod(directory: &Path, connection: Option<std::os::fd::OwnedFd>, grace: Duration) -> Vec<i32> {
-    let Ok(record) = read_record(directory) else { return Vec::new() };
+    let Ok(record) = read_record(directory) else {
+        return Vec::new();
+    };
     if connection.is_some() {
         record.shim.wait_gone(grace + Duration::from_secs(1));
     }

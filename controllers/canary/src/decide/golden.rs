@@ -106,6 +106,8 @@ impl Story {
                 merge(&mut self.spec, &patch["body"]["spec"]);
                 self.world.plan = plan(&self.spec);
             }
+            // Foreign metadata on our Services is theirs.
+            Some("Service") => {}
             Some(other) => panic!("no such action: {other}"),
             None => {}
         }
@@ -260,4 +262,9 @@ stories! {
     a_traffic_policy_goes_as_with_flagger: "istio-traffic-policy",
     pod_spec_details_go_as_with_flagger: "istio-pod-spec",
     a_canary_with_revert_on_deletion_goes_as_with_flagger: "istio-revert",
+    a_taken_over_service_goes_as_with_flagger: "istio-revert-existing",
+    own_names_and_metadata_go_as_with_flagger: "istio-metadata",
+    a_bad_release_without_gates_goes_as_with_flagger: "flags-slack",
+    a_single_step_goes_as_with_flagger: "flags-leader",
+    a_changed_interval_goes_as_with_flagger: "flags-interval",
 }

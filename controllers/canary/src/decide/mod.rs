@@ -204,12 +204,7 @@ impl<'a> Deciding<'a> {
                 return self.wait_for(format!("{} not ready: {reason}", primary.name));
             }
         }
-        if !self.seen.apex_in_place {
-            self.actions.push(Action::ApplyApex);
-        }
-        if !self.seen.rules_in_place {
-            self.actions.push(Action::ApplyRules);
-        }
+        self.keep_routing();
         self.route_to(Split::PRIMARY);
         let in_place = self.seen.apex_in_place && self.seen.rules_in_place;
         if !in_place || !self.is_drained() {
@@ -234,12 +229,7 @@ impl<'a> Deciding<'a> {
             return;
         }
         self.keep_objects();
-        if !self.seen.apex_in_place {
-            self.actions.push(Action::ApplyApex);
-        }
-        if !self.seen.rules_in_place {
-            self.actions.push(Action::ApplyRules);
-        }
+        self.keep_routing();
         // A failed promotion leaves everything on the canary until a person has repaired the primary.
         let promotion_failed = self.phase() == CanaryPhase::Failed && self.status.canary_weight == Some(100);
         let target = self.target().cloned().unwrap_or_default();
@@ -321,6 +311,16 @@ impl<'a> Deciding<'a> {
                 _ => target.replicas.max(1),
             };
             self.actions.push(Action::CreatePrimary { id, replicas });
+        }
+    }
+
+    /// The apex Service points to the primary, and the DestinationRules are there.
+    fn keep_routing(&mut self) {
+        if !self.seen.apex_in_place {
+            self.actions.push(Action::ApplyApex);
+        }
+        if !self.seen.rules_in_place {
+            self.actions.push(Action::ApplyRules);
         }
     }
 

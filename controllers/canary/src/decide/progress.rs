@@ -38,12 +38,9 @@ impl Deciding<'_> {
             return;
         }
         self.keep_objects();
-        if !self.seen.apex_in_place {
-            self.actions.push(Action::ApplyApex);
-        }
-        if !self.seen.rules_in_place {
-            self.actions.push(Action::ApplyRules);
-        }
+        self.keep_routing();
+        // Whatever others made of it: nothing but the wanted share goes to the canary, also while it waits for its pods.
+        self.route_to(Split::of_canary(self.weight()));
         if target.replicas == 0 {
             // Somebody else's write, or a crash between the scale-up and the status.
             let replicas = self
@@ -77,10 +74,10 @@ impl Deciding<'_> {
             self.tell(format!("Starting canary analysis for {}", target.name));
             return self.advance();
         }
-        self.route_to(Split::of_canary(self.weight()));
         if self
             .actions
-            .contains(&Action::SetWeight(Split::of_canary(self.weight())))
+            .iter()
+            .any(|action| matches!(action, Action::SetWeight(_)))
         {
             return self.wait_for("the weight is written");
         }
@@ -107,7 +104,10 @@ impl Deciding<'_> {
             if let Some(dead) = self.seen.dead_pods.iter().find(|dead| dead.at >= since) {
                 return Some(format!("pod {} died: {}", dead.name, dead.reason));
             }
-            if target.replicas > 0 && target.available == 0 {
+            if target.replicas == 0 {
+                return Some(format!("{} was scaled to zero", target.name));
+            }
+            if target.available == 0 {
                 return Some("no canary pod is available any more".to_owned());
             }
             let current = self.seen.route.as_ref().map(|route| route.generation);
@@ -213,6 +213,8 @@ impl Deciding<'_> {
             return self.promote();
         };
         self.end_step(StepOutcome::Passed);
+        self.actions
+            .retain(|action| !matches!(action, Action::SetWeight(_)));
         self.actions.push(Action::SetWeight(Split::of_canary(next)));
         let canary = self.own_name();
         self.tell(format!("Advance {canary} canary weight {next}"));

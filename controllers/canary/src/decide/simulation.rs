@@ -258,6 +258,13 @@ impl World {
         for action in &decision.actions {
             self.act(action);
         }
+        if decision.status.phase == Some(CanaryPhase::Progressing) && !self.plan.suspend {
+            assert_eq!(
+                Some(self.weight()),
+                decision.status.canary_weight,
+                "the route carries what the status says"
+            );
+        }
         if self.crash {
             // The next controller starts from the status as it was; what it measured is gone.
             self.crash = false;

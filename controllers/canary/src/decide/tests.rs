@@ -215,6 +215,27 @@ fn a_canary_that_loses_all_its_pods_loses_its_traffic_at_once() {
 }
 
 #[test]
+fn a_canary_that_somebody_scales_to_zero_loses_its_traffic_at_once() {
+    let mut world = rolled_to(50);
+    world.target().replicas = 0;
+    let decision = world.step();
+    assert_eq!(decision.actions, [Action::SetWeight(Split::PRIMARY)]);
+    assert_eq!(
+        world.status.message.as_deref(),
+        Some("rolled back: app.ns was scaled to zero")
+    );
+}
+
+#[test]
+fn a_target_that_is_deleted_loses_its_traffic_at_once() {
+    let mut world = rolled_to(50);
+    world.seen.target = None;
+    let seen = world.seen.clone();
+    let decision = super::decide(&seen, &world.plan, &world.status, world.now);
+    assert_eq!(decision.actions, [Action::SetWeight(Split::PRIMARY)]);
+}
+
+#[test]
 fn a_weight_that_a_proxy_refuses_is_taken_back() {
     let mut world = rolled_to(25);
     world.happen(&Happening::Refuse);

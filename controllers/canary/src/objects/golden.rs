@@ -37,7 +37,31 @@ const CASES: &[&str] = &[
     "istio-no-steps",
     "istio-revert",
     "istio-revert-existing",
+    "istio-webhooks",
+    "istio-alerts",
+    "istio-event-webhook",
+    "istio-metric-templates",
+    "istio-metric-deprecated",
+    "flags-slack",
+    "flags-teams",
+    "flags-leader",
+    "flags-interval",
 ];
+
+/// The options that a recording's flags stand for.
+fn options_of(case: &Value) -> Options {
+    let mut options = Options::default();
+    for flag in case["flags"].as_array().into_iter().flatten() {
+        let list = |text: &str| text.split(',').map(str::to_owned).collect();
+        match flag.as_str().unwrap().split_once('=').unwrap() {
+            ("-selector-labels", labels) => options.selector_labels = list(labels),
+            ("-include-label-prefix", prefixes) => options.include_label_prefixes = list(prefixes),
+            ("-enable-config-tracking", on) => options.config_tracking = on == "true",
+            _ => {}
+        }
+    }
+    options
+}
 
 /// The state of the cluster as far as a case has come.
 #[derive(Default)]
@@ -115,7 +139,7 @@ fn compare(name: &str, compared: &mut Compared) -> Option<()> {
     let mut canary = golden::input(&case, "Canary").clone();
     canary["metadata"]["uid"] = json!("<uid>");
     let canary: Canary = serde_json::from_value(canary).unwrap();
-    let options = Options::default();
+    let options = options_of(&case);
     let mut cluster = Cluster::default();
     // What existed before anything of ours: it is taken over.
     let first = case["objects_by_phase"][0]["objects"]
@@ -212,7 +236,7 @@ fn compare(name: &str, compared: &mut Compared) -> Option<()> {
                     compared.exactly(&what(key), &blueprint.route(split, None), object);
                 }
                 ("Deployment", "podinfo-primary") => {
-                    let tracked = tracked(&cluster, &target);
+                    let tracked = tracked(&cluster, &target, &options);
                     let annotations = &object["spec"]["template"]["metadata"]["annotations"];
                     let id = annotations["flagger-id"].as_str().unwrap();
                     let creating = entry["phase"] == "Initializing";
@@ -232,7 +256,7 @@ fn compare(name: &str, compared: &mut Compared) -> Option<()> {
                     );
                 }
                 (kind @ ("ConfigMap" | "Secret"), copy) if copy.ends_with("-primary") => {
-                    let ours = blueprint.config_copies(&tracked(&cluster, &target));
+                    let ours = blueprint.config_copies(&tracked(&cluster, &target, &options));
                     let mut ours = ours
                         .into_iter()
                         .map(|(_, ours)| ours)
@@ -256,7 +280,14 @@ fn shown_weight(entry: &Value) -> i64 {
     entry["weight"].as_i64().unwrap()
 }
 
-fn tracked(cluster: &Cluster, target: &Deployment) -> BTreeMap<configs::Reference, Tracked> {
+fn tracked(
+    cluster: &Cluster,
+    target: &Deployment,
+    options: &Options,
+) -> BTreeMap<configs::Reference, Tracked> {
+    if !options.config_tracking {
+        return BTreeMap::new();
+    }
     configs::tracked(
         &target.spec.as_ref().unwrap().template,
         |name| {
@@ -309,7 +340,7 @@ fn checksums_of_tracked_configs_are_flaggers() {
         .iter()
         .find(|entry| entry["status"]["phase"] == "Initialized")
         .unwrap();
-    let ours: BTreeMap<String, String> = tracked(&cluster, &target)
+    let ours: BTreeMap<String, String> = tracked(&cluster, &target, &Options::default())
         .iter()
         .map(|(reference, object)| (reference.key(), object.checksum()))
         .collect();

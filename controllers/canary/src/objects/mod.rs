@@ -38,6 +38,8 @@ pub struct Options {
     pub selector_labels: Vec<String>,
     /// Prefixes of labels that are copied from the target to the primary; `*` is every label.
     pub include_label_prefixes: Vec<String>,
+    /// Whether ConfigMaps and Secrets are tracked and copied.
+    pub config_tracking: bool,
 }
 
 impl Default for Options {
@@ -45,6 +47,7 @@ impl Default for Options {
         Self {
             selector_labels: SELECTOR_LABELS.map(str::to_owned).to_vec(),
             include_label_prefixes: Vec::new(),
+            config_tracking: true,
         }
     }
 }

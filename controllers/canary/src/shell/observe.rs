@@ -105,7 +105,11 @@ pub(crate) fn observe(shared: &Shared, key: &Key, written: &Written) -> Option<S
 
     let mut tracked = BTreeMap::new();
     if let Some(target) = &target {
-        if let Some(spec) = &target.spec {
+        if let Some(spec) = target
+            .spec
+            .as_ref()
+            .filter(|_| shared.context.options.config_tracking)
+        {
             for reference in configs::references(&spec.template).into_keys() {
                 let kind = match reference.kind {
                     configs::Kind::ConfigMap => Kind::ConfigMap,

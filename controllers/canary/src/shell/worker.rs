@@ -376,3 +376,54 @@ impl LiveWatch {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serin_analysis::sample::{Counts, Sample};
+    use serin_crds::flagger::{Evidence, RunStatus};
+
+    #[test]
+    fn evidence_is_read_back_from_a_status_as_it_was_written() {
+        let mut comparison = Comparison::default();
+        let counts = |requests, errors| Counts {
+            requests,
+            errors,
+            ..Counts::default()
+        };
+        let sample = Sample {
+            at_ms: 1,
+            canary: counts(20, 3),
+            primary: counts(80, 1),
+        };
+        comparison.observe(&sample, &serin_analysis::judge::comparison::Options::default());
+        let state = serde_json::to_value(&comparison).unwrap();
+        let evidence_status = Evidence {
+            judges: [(COMPARISON_STATE.to_owned(), state)].into(),
+        };
+        let run = RunStatus {
+            evidence: Some(evidence_status),
+            ..RunStatus::default()
+        };
+        let status = CanaryStatus {
+            run: Some(run),
+            ..CanaryStatus::default()
+        };
+        // Through the API server: as text.
+        let text = serde_json::to_string(&status).unwrap();
+        let read: CanaryStatus = serde_json::from_str(&text).unwrap();
+        // Up to the last digit of a float in JSON.
+        let read = evidence(&read).unwrap();
+        assert!(
+            (read.evidence() - comparison.evidence()).abs() < 1e-9,
+            "{read:?} {comparison:?}"
+        );
+        assert_eq!(evidence(&CanaryStatus::default()), None);
+    }
+
+    #[test]
+    fn a_long_event_is_shortened_at_a_character() {
+        assert_eq!(shortened("abc", 128), "abc");
+        assert_eq!(shortened("aä", 2), "a");
+    }
+}

@@ -7,6 +7,7 @@
 
 pub(crate) mod discovery;
 pub(crate) mod live;
+mod refusals;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,7 +19,8 @@ use serde_json::{Value, json};
 
 use self::discovery::{Discovery, Served};
 use self::live::Live;
-use crate::error::{Error, server_words};
+use self::refusals::{is_immutable, object_error};
+use crate::error::Error;
 use crate::health::{self, State};
 use crate::key::{Key, ObjectId};
 use crate::plan::{self, Accepted, Action, Desired, FIELD_MANAGER, LiveObject, Prune, STAGES, Stage, fields};
@@ -332,11 +334,12 @@ impl Applier {
     async fn patch(&self, step: &Step, dry_run: bool) -> Result<LiveObject, kube::Error> {
         let desired = &step.desired;
         let api = self.discovery.api(&step.served, &desired.id.namespace);
+        let value = plan::effective(&desired.value, step.live.as_deref());
         let mut params = PatchParams::apply(FIELD_MANAGER).force();
         params.dry_run = dry_run;
         params.field_validation = Some(ValidationDirective::Strict);
         let answer = api
-            .patch(&desired.id.name, &params, &Patch::Apply(&desired.value))
+            .patch(&desired.id.name, &params, &Patch::Apply(&*value))
             .await?;
         serde_json::to_value(answer)
             .map(LiveObject::new)
@@ -605,105 +608,4 @@ fn same_content(live: &Value, answer: &Value) -> bool {
 fn recreates(step: &Step, force: bool, error: &kube::Error) -> bool {
     let exists = step.live.is_some();
     exists && (force || step.desired.forced()) && is_immutable(error)
-}
-
-/// Only the server's own words for immutability count: other invalid values must not delete anything.
-fn is_immutable(error: &kube::Error) -> bool {
-    match error {
-        kube::Error::Api(status) => {
-            let message = status.message.to_ascii_lowercase();
-            (status.code == 422 || status.code == 409 || status.code == 400 || status.code == 403)
-                && (message.contains("is immutable")
-                    || message.contains("immutable field")
-                    || message.contains("updates to") && message.contains("are forbidden"))
-        }
-        _ => false,
-    }
-}
-
-fn object_error(id: &ObjectId, action: &'static str, origin: Option<&str>, error: &kube::Error) -> Error {
-    let mut reason = server_words(error);
-    if id.group.is_empty() && id.kind == "Secret" {
-        reason = without_secret_values(&reason);
-    }
-    if let Some(origin) = origin {
-        reason = format!("{reason} (from {origin})");
-    }
-    Error::Object {
-        object: id.to_string(),
-        action,
-        reason,
-    }
-}
-
-/// API errors may quote the value that they refuse; a Secret's values must not reach a condition.
-fn without_secret_values(reason: &str) -> String {
-    match reason.find("Invalid value:") {
-        Some(at) => {
-            let rest = &reason[at..];
-            let tail = rest.rfind("\": ").map_or("", |t| &rest[t + 1..]);
-            format!("{}Invalid value: ***{tail}", &reason[..at])
-        }
-        None => reason.to_string(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn api(code: u16, message: &str) -> kube::Error {
-        kube::Error::Api(Box::new(kube::core::Status {
-            code,
-            message: message.into(),
-            ..Default::default()
-        }))
-    }
-
-    #[test]
-    fn only_what_the_server_calls_immutable_allows_a_recreation() {
-        assert!(is_immutable(&api(
-            422,
-            "Secret \"s\" is invalid: data: Forbidden: field is immutable when `immutable` is set"
-        )));
-        assert!(is_immutable(&api(
-            422,
-            "spec.selector: Invalid value: ...: field is immutable"
-        )));
-        assert!(is_immutable(&api(422, "updates to parameters are forbidden.")));
-        assert!(!is_immutable(&api(
-            422,
-            "spec.replicas: Invalid value: -1: must be greater than or equal to 0"
-        )));
-        assert!(!is_immutable(&api(
-            403,
-            "pods is forbidden: User \"x\" cannot patch"
-        )));
-        assert!(!is_immutable(&api(500, "is immutable")));
-    }
-
-    #[test]
-    fn a_secrets_values_do_not_get_into_messages() {
-        let id = ObjectId {
-            group: String::new(),
-            kind: "Secret".into(),
-            namespace: "a".into(),
-            name: "b".into(),
-        };
-        let error = object_error(
-            &id,
-            "apply",
-            Some("s.yaml:1"),
-            &api(
-                422,
-                "Secret \"b\" is invalid: data[k]: Invalid value: \"hunter2\": bad",
-            ),
-        );
-        let text = error.to_string();
-        assert!(!text.contains("hunter2"), "{text}");
-        assert!(
-            text.contains("s.yaml:1") && text.ends_with("bad (from s.yaml:1)"),
-            "{text}"
-        );
-    }
 }

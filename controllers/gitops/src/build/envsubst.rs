@@ -113,18 +113,12 @@ impl Parser<'_> {
 
     /// Letters, digits and underscores, of any script; the text may be cut UTF-8, which ends the name.
     fn name(&mut self) -> String {
-        let mut name = String::new();
-        for chunk in self.rest.utf8_chunks() {
-            for c in chunk.valid().chars() {
-                if c != '_' && !c.is_alphabetic() && !c.is_numeric() {
-                    self.rest = &self.rest[name.len()..];
-                    return name;
-                }
-                name.push(c);
-            }
-            break;
-        }
-        self.rest = &self.rest[name.len()..];
+        let text = self.rest.utf8_chunks().next().map_or("", |chunk| chunk.valid());
+        let end = text
+            .find(|c: char| c != '_' && !c.is_alphabetic() && !c.is_numeric())
+            .unwrap_or(text.len());
+        let name = text[..end].to_string();
+        self.rest = &self.rest[end..];
         name
     }
 

@@ -200,3 +200,6 @@ fn substitute_one(object: Object, variables: &Variables) -> Result<Object, Error
         ))),
     }
 }
+
+#[cfg(test)]
+mod tests;

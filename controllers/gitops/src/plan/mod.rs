@@ -3,6 +3,7 @@
 pub(crate) mod fields;
 pub(crate) mod inventory;
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
@@ -44,6 +45,8 @@ pub(crate) struct LiveObject {
     pub(crate) owned: Option<Value>,
     /// Managers whose fields an apply of ours takes over, or the last-applied annotation, are still there.
     pub(crate) foreign: bool,
+    /// Another controller decides `spec.replicas`.
+    pub(crate) scaled_by_others: bool,
     pub(crate) resource_version: u64,
 }
 
@@ -209,6 +212,7 @@ impl LiveObject {
         let owned = fields::applied_by(&value, FIELD_MANAGER).cloned();
         let foreign =
             annotation(&value, LAST_APPLIED).is_some() || managed_fields(&value).iter().any(is_foreign);
+        let scaled_by_others = managed_fields(&value).iter().any(scales);
         let resource_version = value
             .pointer("/metadata/resourceVersion")
             .and_then(Value::as_str)
@@ -221,6 +225,7 @@ impl LiveObject {
             value,
             owned,
             foreign,
+            scaled_by_others,
             resource_version,
         }
     }
@@ -249,6 +254,27 @@ fn is_foreign(entry: &Value) -> bool {
             Some("Apply") => manager == "kubectl",
             _ => false,
         }
+}
+
+/// Whether an entry of managedFields is a controller (a canary, an autoscaler) that decides `spec.replicas`. kubectl is a
+/// person, whom git overrules.
+fn scales(entry: &Value) -> bool {
+    let manager = entry["manager"].as_str().unwrap_or_default();
+    let person = manager.starts_with("kubectl") || manager == "before-first-apply";
+    !person && manager != FIELD_MANAGER && entry.pointer("/fieldsV1/f:spec/f:replicas").is_some()
+}
+
+/// What is compared and applied of a desired object. While another controller decides the number of replicas, git's
+/// number is left out: putting it back at once would be a war, and giving it back at the next interval an outage.
+pub(crate) fn effective<'a>(desired: &'a Value, live: Option<&LiveObject>) -> Cow<'a, Value> {
+    if live.is_some_and(|l| l.scaled_by_others) && desired.pointer("/spec/replicas").is_some() {
+        let mut without = desired.clone();
+        if let Some(spec) = without.get_mut("spec").and_then(Value::as_object_mut) {
+            spec.remove("replicas");
+        }
+        return Cow::Owned(without);
+    }
+    Cow::Borrowed(desired)
 }
 
 fn managed_fields(object: &Value) -> &[Value] {
@@ -313,7 +339,7 @@ pub(crate) fn decide(desired: &Desired, live: Option<&LiveObject>, accepted: Opt
     let Some(owned) = &live.owned else {
         return Action::Configure;
     };
-    if fields::unchanged(&desired.value, &live.value, owned) {
+    if fields::unchanged(&effective(&desired.value, Some(live)), &live.value, owned) {
         return Action::Unchanged;
     }
     let here = Accepted {

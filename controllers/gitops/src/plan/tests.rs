@@ -234,3 +234,38 @@ fn taking_over_merges_what_kubectl_holds_into_our_field_set_and_leaves_others_al
     let only_kubectl = json!({"metadata": {"managedFields": [{"manager": "kubectl", "operation": "Apply", "apiVersion": "v1", "fieldsV1": {"f:x": {}}}]}});
     assert_eq!(taken_over(&only_kubectl)[0]["manager"], FIELD_MANAGER);
 }
+
+#[test]
+fn the_number_of_replicas_is_left_to_a_controller_that_decides_it_and_not_to_a_person() {
+    let object = json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "web", "namespace": "prod"}, "spec": {"replicas": 2, "paused": false}});
+    let desired = Desired::new(object, &owner(), &[], &[], None).unwrap();
+    let live = |manager: &str, subresource: &str| {
+        let mut live = desired.value.clone();
+        live["spec"]["replicas"] = json!(0);
+        live["metadata"]["managedFields"] = json!([
+            {"manager": FIELD_MANAGER, "operation": "Apply", "fieldsV1": {"f:spec": {"f:paused": {}}, "f:metadata": {"f:labels":
+                {"f:kustomize.toolkit.fluxcd.io/name": {}, "f:kustomize.toolkit.fluxcd.io/namespace": {}}}}},
+            {"manager": manager, "operation": "Update", "subresource": subresource, "fieldsV1": {"f:spec": {"f:replicas": {}}}}]);
+        LiveObject::new(live)
+    };
+    assert_eq!(
+        decide(&desired, Some(&live("flagger", "")), None),
+        Action::Unchanged
+    );
+    assert_eq!(
+        decide(&desired, Some(&live("kube-controller-manager", "scale")), None),
+        Action::Unchanged
+    );
+    assert_eq!(
+        decide(&desired, Some(&live("kubectl", "scale")), None),
+        Action::Configure
+    );
+    assert_eq!(
+        effective(&desired.value, Some(&live("flagger", ""))).pointer("/spec/replicas"),
+        None
+    );
+    assert_eq!(
+        effective(&desired.value, None).pointer("/spec/replicas"),
+        Some(&json!(2))
+    );
+}

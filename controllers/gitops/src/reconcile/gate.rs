@@ -17,6 +17,8 @@ pub(crate) enum Source {
     Missing,
     /// It has no artifact (yet); its own words.
     NoArtifact(String),
+    /// It has one by its status, and after a start it is not in memory yet.
+    Recovering,
     Ready(Arc<Snapshot>),
 }
 
@@ -46,6 +48,8 @@ pub(crate) enum Gate {
         reason: &'static str,
         message: String,
     },
+    /// What was said before still holds; an event opens the gate.
+    Quiet,
     /// The condition says why; an event or the retry interval opens the gate.
     Waiting {
         reason: &'static str,
@@ -96,6 +100,19 @@ pub(crate) fn decide(observed: Observed<'_>) -> Gate {
                 reason: "ArtifactFailed",
                 message: format!(
                     "Source '{}' is not ready, artifact not found{because}",
+                    observed.source_name
+                ),
+            };
+        }
+        Source::Recovering => {
+            let status = observed.object.status.as_ref();
+            if status.is_some_and(|s| s.observed_generation == observed.object.metadata.generation) {
+                return Gate::Quiet;
+            }
+            return Gate::Waiting {
+                reason: "ArtifactFailed",
+                message: format!(
+                    "Source '{}' is not ready, its artifact is being read again",
                     observed.source_name
                 ),
             };
@@ -274,5 +291,17 @@ mod tests {
         assert!(
             matches!(decide(empty), Gate::Waiting { message, .. } if message.ends_with("artifact not found: branch 'x' not found"))
         );
+    }
+
+    #[test]
+    fn after_a_start_nothing_is_unsaid_while_the_source_reads_its_artifact_again() {
+        let me = ks(true, 2, "r1");
+        let mut recovering = observed(&me, &[]);
+        recovering.source = Source::Recovering;
+        assert!(matches!(decide(recovering), Gate::Quiet));
+        let changed = ks(true, 1, "r1");
+        let mut recovering = observed(&changed, &[]);
+        recovering.source = Source::Recovering;
+        assert!(matches!(decide(recovering), Gate::Waiting { .. }));
     }
 }

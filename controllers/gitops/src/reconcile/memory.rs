@@ -49,6 +49,8 @@ pub(crate) struct Applied {
     pub(crate) digest: String,
     pub(crate) objects: HashMap<ObjectId, Tracked>,
     pub(crate) started: Instant,
+    /// Whether the pass wrote any object.
+    pub(crate) changed: bool,
 }
 
 /// A wait for health.

@@ -19,6 +19,7 @@ mod pass;
 mod refused;
 mod settle;
 mod variables;
+mod work;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Weak};
@@ -302,6 +303,7 @@ impl Kustomizations {
         let snapshot = self.artifacts.get(&source);
         let this = self.clone();
         let checked = tokio::task::spawn_blocking(move || {
+            let mut unaffected = Vec::new();
             for key in keys {
                 let built = this.memory.lock().get(&key).and_then(|m| m.built.clone());
                 let same = match (&snapshot, built) {
@@ -309,13 +311,16 @@ impl Kustomizations {
                     _ => false,
                 };
                 if same {
-                    this.queue.push(&key, Urgency::Low);
-                } else {
-                    if let Some(memory) = this.memory.lock().get(&key) {
-                        memory.superseded.cancel();
-                    }
-                    this.queue.push(&key, Urgency::High);
+                    unaffected.push(key);
+                    continue;
                 }
+                if let Some(memory) = this.memory.lock().get(&key) {
+                    memory.superseded.cancel();
+                }
+                this.queue.push(&key, Urgency::High);
+            }
+            for key in unaffected {
+                this.queue.push(&key, Urgency::Low);
             }
         });
         if checked.await.is_err() {

@@ -1,6 +1,5 @@
 //! One pass over one Kustomization: gate, build, plan, apply, prune; then [`super::settle`].
 
-use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,13 +13,11 @@ use tokio::time::Instant;
 
 use super::conditions::Edit;
 use super::gate::{self, Dependency, Gate, Observed, Source};
-use super::memory::{Applied, Failure, Inputs, Tracked};
-use super::{Kustomizations, REQUESTED_AT, STATUS_MANAGER, index, refused, variables};
-use crate::apply::{Did, Failed, Outcome, Step};
-use crate::build::{self, Built};
+use super::memory::{Failure, Inputs};
+use super::work::{Fault, Then};
+use super::{Kustomizations, REQUESTED_AT, STATUS_MANAGER, index, refused};
 use crate::error::Error;
-use crate::key::{Key, ObjectId};
-use crate::plan::{self, Accepted, Action, Prune, STAGES, Stage, inventory};
+use crate::key::Key;
 use crate::queue::{Urgency, jittered};
 use crate::source::tree::Snapshot;
 use crate::timeline::What;
@@ -31,6 +28,8 @@ pub(super) const FINALIZER: &str = "finalizers.fluxcd.io";
 const TIMEOUT_MARGIN: Duration = Duration::from_secs(30);
 /// An interval that cannot be read is the CRD's example value, so that the object is looked at again.
 const INTERVAL_DEFAULT: Duration = Duration::from_secs(600);
+/// After a failure that may pass by itself: the API server was busy or away, a definition is still to come.
+const RETRY_SOON: Duration = Duration::from_secs(5);
 /// After a write to the API server itself failed.
 const API_RETRY: Duration = Duration::from_secs(2);
 
@@ -59,59 +58,6 @@ impl Times {
             timeout,
         }
     }
-}
-
-/// Why an attempt failed: the condition's reason, and the error.
-struct Fault {
-    reason: &'static str,
-    message: String,
-    /// Nothing was tried: a newer revision is there.
-    superseded: bool,
-}
-
-impl Fault {
-    fn new(reason: &'static str, error: &Error) -> Self {
-        Self {
-            reason,
-            message: error.to_string(),
-            superseded: false,
-        }
-    }
-}
-
-/// What an attempt did, for events and the timeline.
-struct Report {
-    outcomes: Vec<Outcome>,
-    deleted: Vec<ObjectId>,
-    digest: String,
-}
-
-impl Report {
-    fn named(&self, did: Did) -> Vec<String> {
-        let mut names: Vec<String> = self
-            .outcomes
-            .iter()
-            .filter(|o| o.did == did)
-            .map(|o| o.desired.id.to_string())
-            .collect();
-        names.sort();
-        names
-    }
-
-    /// One line per changed object, as Flux's event.
-    fn lines(&self) -> String {
-        changes(&self.outcomes, &self.deleted)
-    }
-}
-
-fn changes(outcomes: &[Outcome], deleted: &[ObjectId]) -> String {
-    let mut lines: Vec<String> = outcomes
-        .iter()
-        .filter(|o| matches!(o.did, Did::Created | Did::Configured))
-        .map(|o| format!("{} {}", o.desired.id, o.did.as_str()))
-        .collect();
-    lines.extend(deleted.iter().map(|id| format!("{id} deleted")));
-    lines.join("\n")
 }
 
 impl Kustomizations {
@@ -148,6 +94,11 @@ impl Kustomizations {
                 self.write(&ks, &refused, |e| e.stalled(reason, &message))
                     .await
                     .map(drop)
+            }
+            Gate::Quiet => {
+                self.queue
+                    .push_at(key, Instant::now() + Times::of(&ks.spec).retry);
+                Ok(())
             }
             Gate::Waiting { reason, message } => {
                 let times = Times::of(&ks.spec);
@@ -195,6 +146,9 @@ impl Kustomizations {
         ) {
             (Some(snapshot), Some(_)) => Source::Ready(snapshot),
             (_, None) => Source::Missing,
+            (None, Some(object)) if object.status.as_ref().is_some_and(|s| s.artifact.is_some()) => {
+                Source::Recovering
+            }
             (None, Some(object)) => {
                 let conditions = object
                     .status
@@ -352,14 +306,10 @@ impl Kustomizations {
         let result = tokio::select! {
             result = tokio::time::timeout(times.timeout, work) => match result {
                 Ok(result) => result,
-                Err(_) => Ok(Err(Fault {
-                    reason: "ReconciliationFailed",
-                    message: format!("revision {} was not applied within the timeout of {} s", inputs.revision, times.timeout.as_secs()),
-                    superseded: false,
-                })),
+                Err(_) => Ok(Err(Fault::new("ReconciliationFailed", format!("revision {} was not applied within the timeout of {} s", inputs.revision, times.timeout.as_secs())))),
             },
             // Dropping the work between two requests is safe: what it may have written is in the inventory.
-            () = superseded.cancelled() => Ok(Err(Fault { reason: "Progressing", message: String::new(), superseded: true })),
+            () = superseded.cancelled() => Ok(Err(Fault::superseded())),
         };
         let ks = self.status.newest(ks);
         match result? {
@@ -368,23 +318,11 @@ impl Kustomizations {
                 self.remember(key, &inputs, report, started, times);
                 self.settle(key, &ks, refused, times, &inputs).await
             }
-            Err(fault) if fault.superseded => {
+            Err(fault) if fault.then == Then::Supersede => {
                 self.queue.push(key, Urgency::High);
                 Ok(())
             }
-            Err(fault) => {
-                self.fail(
-                    key,
-                    &ks,
-                    refused,
-                    times,
-                    &inputs,
-                    fault.reason,
-                    &fault.message,
-                    false,
-                )
-                .await
-            }
+            Err(fault) => self.fail(key, &ks, refused, times, &inputs, &fault).await,
         }
     }
 
@@ -396,11 +334,19 @@ impl Kustomizations {
         refused: &[Field],
         times: &Times,
         inputs: &Inputs,
-        reason: &str,
-        message: &str,
-        unhealthy: bool,
+        fault: &Fault,
     ) -> Result<(), Error> {
-        let retry_at = Instant::now() + times.retry;
+        let Fault {
+            reason,
+            message,
+            then,
+        } = fault;
+        let pause = if *then == Then::RetrySoon {
+            times.retry.min(RETRY_SOON)
+        } else {
+            times.retry
+        };
+        let retry_at = Instant::now() + pause;
         self.memory.lock().entry(key.clone()).or_default().failure = Some(Failure {
             inputs: inputs.clone(),
             retry_at,
@@ -411,286 +357,25 @@ impl Kustomizations {
             .as_ref()
             .and_then(|s| serin_kit::condition::get(&s.conditions, "Ready"));
         let repeated =
-            known.is_some_and(|c| c.status == "False" && c.reason == reason && c.message == message);
+            known.is_some_and(|c| c.status == "False" && c.reason == *reason && c.message == *message);
         if !repeated {
             self.recorder
                 .warning(&self.reference(ks), reason, "Reconcile", message);
             let what = What::Failed {
-                reason: reason.to_string(),
-                message: message.to_string(),
+                reason: (*reason).to_string(),
+                message: message.clone(),
             };
             self.timeline
                 .tell(format!("Kustomization/{key}"), &inputs.revision, what);
         }
         self.write(ks, refused, |e| {
-            e.failed(reason, message, unhealthy);
+            e.failed(reason, message, *then == Then::Unhealthy);
             e.status.last_attempted_revision = Some(inputs.revision.clone());
             e.status.last_handled_reconcile_at.clone_from(&inputs.requested);
         })
         .await
         .map(drop)
     }
-
-    /// Build, plan, apply, prune. The outer error is the API server refusing a status write.
-    async fn work(
-        &self,
-        key: &Key,
-        ks: &mut Arc<Kustomization>,
-        refused: &[Field],
-        inputs: &Inputs,
-        snapshot: &Arc<Snapshot>,
-        times: &Times,
-    ) -> Result<Result<Report, Fault>, Error> {
-        let built = match self.built(key, ks, snapshot).await {
-            Ok(built) => built,
-            Err(error) => return Ok(Err(Fault::new("BuildFailed", &error))),
-        };
-        let accepted: HashMap<ObjectId, Accepted> = {
-            let all = self.memory.lock();
-            let applied = all.get(key).and_then(|m| m.applied.as_ref());
-            applied
-                .map(|a| {
-                    a.objects
-                        .iter()
-                        .filter_map(|(id, t)| Some((id.clone(), t.accepted?)))
-                        .collect()
-                })
-                .unwrap_or_default()
-        };
-        let known = |id: &ObjectId| accepted.get(id).copied();
-        let mut planned: Vec<(Stage, Vec<Step>)> = Vec::new();
-        for stage in STAGES {
-            match self.applier.plan_stage(stage, &built.objects, &known).await {
-                Ok(steps) => planned.push((stage, steps)),
-                // A kind that an earlier stage defines; planned again when that stage is done.
-                Err(failed)
-                    if stage != Stage::Definitions
-                        && failed.errors.iter().all(|e| matches!(e, Error::NoKind { .. }))
-                        && defines(&built) => {}
-                Err(failed) => {
-                    return Ok(Err(Fault {
-                        reason: "ReconciliationFailed",
-                        message: failed.message(),
-                        superseded: false,
-                    }));
-                }
-            }
-        }
-        let old = inventory::objects(ks.status.as_ref().and_then(|s| s.inventory.as_ref()));
-        let wanted: HashSet<&ObjectId> = built.objects.iter().map(|d| &d.id).collect();
-        let stale: Vec<(ObjectId, String)> = old
-            .iter()
-            .filter(|(id, _)| !wanted.contains(id))
-            .cloned()
-            .collect();
-        if let Some(words) = self.budget(key, ks, &stale).await {
-            return Ok(Err(Fault {
-                reason: "PruneFailed",
-                message: words,
-                superseded: false,
-            }));
-        }
-        let pending = planned.len() < STAGES.len();
-        let changing = pending
-            || !stale.is_empty()
-            || planned
-                .iter()
-                .flat_map(|(_, s)| s)
-                .any(|s| matches!(s.action, Action::Create | Action::Configure));
-        self.memory.lock().entry(key.clone()).or_default().inventory = None;
-        if changing {
-            // Written before anything is applied: whatever dies from here on, the inventory knows every object.
-            let ahead = inventory::of(
-                built
-                    .objects
-                    .iter()
-                    .map(|d| (&d.id, d.api_version.as_str()))
-                    .chain(old.iter().map(|(id, v)| (id, v.as_str()))),
-            );
-            *ks = self
-                .write(ks, refused, |e| {
-                    e.progressing(&format!(
-                        "Applying manifests of revision {} with a timeout of {}s",
-                        inputs.revision,
-                        times.timeout.as_secs()
-                    ));
-                    e.status.last_attempted_revision = Some(inputs.revision.clone());
-                    e.status.inventory = Some(ahead);
-                })
-                .await?;
-        }
-        let force = ks.spec.force == Some(true);
-        let outcomes = match self
-            .applier
-            .apply_all(&built.objects, &known, force, planned)
-            .await
-        {
-            Ok(outcomes) => outcomes,
-            Err(failed) => return Ok(Err(self.apply_failed(ks, &failed))),
-        };
-        let mut now_applied = inventory::of(built.objects.iter().map(|d| (&d.id, d.api_version.as_str())));
-        let mut deleted = Vec::new();
-        let mut prune_fault = None;
-        if ks.spec.prune && !stale.is_empty() {
-            let pruned = self.applier.prune(&stale, key).await;
-            for (id, reason) in &pruned.kept {
-                tracing::info!(kustomization = %key, object = %id, reason, "not pruned");
-            }
-            deleted = pruned.deleted;
-            if !pruned.errors.is_empty() {
-                let failed = Failed {
-                    errors: pruned.errors,
-                    done: Vec::new(),
-                };
-                now_applied = inventory::of(
-                    built
-                        .objects
-                        .iter()
-                        .map(|d| (&d.id, d.api_version.as_str()))
-                        .chain(pruned.failed.iter().map(|(id, v)| (id, v.as_str()))),
-                );
-                prune_fault = Some(Fault {
-                    reason: "PruneFailed",
-                    message: failed.message(),
-                    superseded: false,
-                });
-            }
-        }
-        self.memory.lock().entry(key.clone()).or_default().inventory = Some(now_applied);
-        if let Some(fault) = prune_fault {
-            return Ok(Err(fault));
-        }
-        Ok(Ok(Report {
-            outcomes,
-            deleted,
-            digest: built.digest.clone(),
-        }))
-    }
-
-    /// Objects in stages that were applied before the failure are told, so that nobody has to guess.
-    fn apply_failed(&self, ks: &Kustomization, failed: &Failed) -> Fault {
-        let done = changes(&failed.done, &[]);
-        if !done.is_empty() {
-            self.recorder
-                .normal(&self.reference(ks), "Progressing", "Apply", &done);
-        }
-        Fault {
-            reason: "ReconciliationFailed",
-            message: failed.message(),
-            superseded: false,
-        }
-    }
-
-    /// Whether the prune budget forbids this revision.
-    async fn budget(&self, key: &Key, ks: &Kustomization, stale: &[(ObjectId, String)]) -> Option<String> {
-        let annotation = ks.annotations().get(plan::PRUNE_MAX)?;
-        if !ks.spec.prune {
-            return None;
-        }
-        let mut deletions = 0;
-        for (id, api_version) in stale {
-            if let Ok((Prune::Delete, ..)) = self.applier.plan_prune(id, api_version, key).await {
-                deletions += 1;
-            }
-        }
-        plan::over_budget(Some(annotation), deletions)
-    }
-
-    /// The objects of a revision: from memory while all that the last build read is the same, built otherwise.
-    async fn built(
-        &self,
-        key: &Key,
-        ks: &Arc<Kustomization>,
-        snapshot: &Arc<Snapshot>,
-    ) -> Result<Arc<Built>, Error> {
-        let variables = variables::resolve(&self.client, key, &ks.spec).await?;
-        let last = self.memory.lock().get(key).and_then(|m| m.built.clone());
-        let (owned_key, ks, snapshot) = (key.clone(), ks.clone(), snapshot.clone());
-        let build = tokio::task::spawn_blocking(move || {
-            if let Some(last) = last
-                && last.recipe == build::recipe(&owned_key, &ks.spec, variables.as_ref())
-                && last.reads.holds(&snapshot)?
-            {
-                return Ok(last);
-            }
-            build::build(&snapshot, &owned_key, &ks.spec, variables.as_ref()).map(Arc::new)
-        });
-        let built = build.await.map_err(|e| {
-            Error::Build(format!(
-                "the build ended abnormally ({e}); this is a defect of Serin"
-            ))
-        })??;
-        tracing::debug!(kustomization = %key, objects = built.objects.len(), reads = built.reads.len(), "build done");
-        self.memory.lock().entry(key.clone()).or_default().built = Some(built.clone());
-        Ok(built)
-    }
-
-    fn report(&self, key: &Key, ks: &Kustomization, inputs: &Inputs, report: &Report) {
-        let lines = report.lines();
-        if !lines.is_empty() {
-            self.recorder
-                .normal(&self.reference(ks), "Progressing", "Apply", &lines);
-        }
-        let before = self
-            .memory
-            .lock()
-            .get(key)
-            .and_then(|m| m.applied.as_ref().map(|a| a.inputs.revision.clone()));
-        if !lines.is_empty() || before.as_ref() != Some(&inputs.revision) {
-            let what = What::Applied {
-                created: report.named(Did::Created),
-                configured: report.named(Did::Configured),
-                deleted: report.deleted.iter().map(ToString::to_string).collect(),
-                unchanged: report.named(Did::Unchanged).len(),
-            };
-            self.timeline
-                .tell(format!("Kustomization/{key}"), &inputs.revision, what);
-        }
-    }
-
-    fn remember(&self, key: &Key, inputs: &Inputs, report: Report, started: Instant, times: &Times) {
-        let changed = report
-            .outcomes
-            .iter()
-            .any(|o| matches!(o.did, Did::Created | Did::Configured));
-        let objects = report
-            .outcomes
-            .into_iter()
-            .map(|o| {
-                let tracked = Tracked {
-                    skipped: o.did == Did::Skipped,
-                    accepted: o.accepted,
-                    state: None,
-                    desired: o.desired,
-                };
-                (tracked.desired.id.clone(), tracked)
-            })
-            .collect();
-        let mut all = self.memory.lock();
-        let memory = all.entry(key.clone()).or_default();
-        let passed = memory.health.is_some_and(|h| h.passed) && memory.failure.is_none();
-        memory.failure = None;
-        memory.applied = Some(Applied {
-            inputs: inputs.clone(),
-            digest: report.digest,
-            objects,
-            started,
-        });
-        // Something changed: health is open again, with a deadline of its own.
-        memory.health = Some(super::memory::HealthWait {
-            since: started,
-            deadline: started + times.timeout,
-            passed: passed && !changed,
-        });
-    }
-}
-
-/// Whether a build brings definitions of kinds.
-fn defines(built: &Built) -> bool {
-    built
-        .objects
-        .iter()
-        .any(|d| d.id.kind == "CustomResourceDefinition")
 }
 
 #[cfg(test)]

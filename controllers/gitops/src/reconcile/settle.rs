@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::memory::Inputs;
 use super::pass::Times;
+use super::work::{Fault, Then};
 use super::{Kustomizations, conditions};
 use crate::error::Error;
 use crate::health::expressions::Rules;
@@ -182,17 +183,12 @@ impl Kustomizations {
             }
             return Ok(());
         }
-        self.fail(
-            key,
-            ks,
-            refused,
-            times,
-            inputs,
-            "HealthCheckFailed",
-            message,
-            true,
-        )
-        .await
+        let fault = Fault {
+            reason: "HealthCheckFailed",
+            message: message.to_string(),
+            then: Then::Unhealthy,
+        };
+        self.fail(key, ks, refused, times, inputs, &fault).await
     }
 
     async fn ready(
@@ -206,10 +202,12 @@ impl Kustomizations {
         started: Instant,
         full_at: Instant,
     ) -> Result<(), Error> {
+        let changed;
         {
             let mut all = self.memory.lock();
             let memory = all.entry(key.clone()).or_default();
             memory.failure = None;
+            changed = memory.applied.as_ref().is_some_and(|a| a.changed);
             self.queue.push_at(
                 key,
                 if memory.drift {
@@ -236,13 +234,16 @@ impl Kustomizations {
         })
         .await?;
         if news {
-            let note = format!(
-                "Reconciliation finished in {}, revision {}",
-                seconds(took),
-                inputs.revision
-            );
-            self.recorder
-                .normal(&self.reference(ks), "ReconciliationSucceeded", "Reconcile", &note);
+            // Hundreds of objects that only note a revision are not news.
+            if changed || !was_ready {
+                let note = format!(
+                    "Reconciliation finished in {}, revision {}",
+                    seconds(took),
+                    inputs.revision
+                );
+                self.recorder
+                    .normal(&self.reference(ks), "ReconciliationSucceeded", "Reconcile", &note);
+            }
             self.timeline
                 .tell(format!("Kustomization/{key}"), &inputs.revision, What::Ready);
         }

@@ -21,6 +21,10 @@ use crate::error::Error;
 /// Below this namespace the cache remembers fetched tips, as a base for incremental fetches.
 const TIPS: &str = "refs/serin/tips/";
 
+/// A cache with more packs, or about as many loose objects, starts anew: it then costs one fetch of one commit.
+const PACKS_MAX: usize = 64;
+const LOOSE_MAX: usize = 100_000;
+
 /// What to fetch, from where, into which cache.
 #[derive(Debug, Clone)]
 pub(crate) struct Request {
@@ -109,6 +113,9 @@ fn open_cache(path: &Path) -> Result<Repository, Error> {
     };
     if path.exists() {
         match Repository::open_bare(path) {
+            Ok(_) if is_overgrown(path) => {
+                std::fs::remove_dir_all(path).map_err(|e| failed(e.to_string()))?;
+            }
             Ok(repo) => return Ok(repo),
             Err(error) => {
                 tracing::warn!(path = %path.display(), %error, "the git cache is damaged and starts anew");
@@ -117,6 +124,13 @@ fn open_cache(path: &Path) -> Result<Repository, Error> {
         }
     }
     Repository::init_bare(path).map_err(|e| failed(e.message().to_string()))
+}
+
+/// Every fetch adds a pack or loose objects, and nothing here is ever collected one by one.
+fn is_overgrown(path: &Path) -> bool {
+    let count = |below: &str| std::fs::read_dir(path.join("objects").join(below)).map_or(0, Iterator::count);
+    // A pack has two or three files. Loose objects are spread evenly over 256 directories.
+    count("pack") > PACKS_MAX * 3 || count("17") * 256 > LOOSE_MAX
 }
 
 fn is_complete(cache: &Repository, id: Oid) -> bool {

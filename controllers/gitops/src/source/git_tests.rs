@@ -154,3 +154,17 @@ fn a_damaged_cache_starts_anew() {
     std::fs::remove_dir_all(request.cache.join("objects")).unwrap();
     assert!(sync(&request, &Stop::default()).unwrap().transferred);
 }
+
+#[test]
+fn a_cache_that_has_grown_too_large_starts_anew() {
+    let (source, cache) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let repo = Repository::init_bare(source.path()).unwrap();
+    commit(&repo, "main", &[("x.yaml", "1")]);
+    let request = request(source.path(), cache.path(), &branch("main"));
+    sync(&request, &Stop::default()).unwrap();
+    for i in 0..=PACKS_MAX * 3 {
+        std::fs::write(request.cache.join(format!("objects/pack/x{i}")), "").unwrap();
+    }
+    assert!(sync(&request, &Stop::default()).unwrap().transferred);
+    assert!(!sync(&request, &Stop::default()).unwrap().transferred);
+}

@@ -14,6 +14,9 @@ pub(crate) mod local_watch;
 pub(crate) mod reconcile;
 pub(crate) mod reference;
 pub(crate) mod semver_range;
+pub(crate) mod status;
 pub(crate) mod store;
 pub(crate) mod threads;
 pub(crate) mod tree;
+#[cfg(test)]
+pub(crate) mod tree_testing;

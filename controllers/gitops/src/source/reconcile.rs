@@ -4,21 +4,18 @@
 //! annotation, an event of a watched local repository, a changed spec, the interval. A revision is published before the
 //! status is written, so that who builds from it does not wait for the API server.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Secret;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{Api, Client, Resource as _, ResourceExt as _};
 use parking_lot::Mutex;
-use serin_crds::flux::source::{
-    Artifact, GitProvider, GitRepository, GitRepositorySpec, GitRepositoryStatus,
-};
+use serin_crds::flux::source::{GitRepository, GitRepositorySpec};
 use serin_kit::cache::{Cache, Change};
-use serin_kit::condition::{self, Status, Wanted as WantedCondition};
+use serin_kit::condition;
 use serin_kit::events::Recorder;
 use serin_kit::unhonoured::{self, Field};
 use tokio::sync::Semaphore;
@@ -30,6 +27,7 @@ use super::credentials::{Auth, Keys, Place, without_credentials};
 use super::git::{self, Fetched, Request};
 use super::local_watch::LocalWatches;
 use super::reference::Wanted;
+use super::status::{Fault, describe, refused};
 use super::store::Artifacts;
 use super::threads::{Job, Threads};
 use super::tree::{Repo, Snapshot};
@@ -69,76 +67,10 @@ pub(crate) struct Sources {
 
 #[derive(Debug, Default)]
 struct Memory {
+    /// Its git cache, once it was looked at.
+    cache: Option<PathBuf>,
     seen: Option<(Option<i64>, Option<String>, Option<String>)>,
     failures: u32,
-}
-
-/// Why a look failed: what the condition says, and whether trying again can help.
-struct Fault {
-    reason: &'static str,
-    message: String,
-    terminal: bool,
-}
-
-impl From<Error> for Fault {
-    fn from(error: Error) -> Self {
-        let reason = match &error {
-            Error::Git { .. }
-            | Error::GitTimeout { .. }
-            | Error::GitExhausted { .. }
-            | Error::Reference { .. } => "GitOperationFailed",
-            Error::Referred { .. } => "AuthenticationFailed",
-            _ => "GitOperationFailed",
-        };
-        Self {
-            reason,
-            message: error.to_string(),
-            terminal: false,
-        }
-    }
-}
-
-impl Fault {
-    fn terminal(reason: &'static str, message: String) -> Self {
-        Self {
-            reason,
-            message,
-            terminal: true,
-        }
-    }
-}
-
-/// Fields that are read and not honoured.
-fn refused(spec: &GitRepositorySpec) -> Vec<Field> {
-    let mut fields = Vec::new();
-    if spec.verify.is_some() {
-        fields.push(Field::refused("spec.verify", "signatures are not checked yet, and an unchecked revision must not pass for a checked one; remove it to accept unsigned commits"));
-    }
-    if spec.recurse_submodules == Some(true) {
-        fields.push(Field::refused(
-            "spec.recurseSubmodules",
-            "submodules are not fetched yet; make the other repository a GitRepository of its own",
-        ));
-    }
-    if !spec.include.is_empty() {
-        fields.push(Field::refused(
-            "spec.include",
-            "other repositories are not laid into the tree yet; give them a Kustomization of their own",
-        ));
-    }
-    if spec.provider.as_ref().is_some_and(|p| *p != GitProvider::Generic) {
-        fields.push(Field::refused(
-            "spec.provider",
-            "only 'generic' is honoured; put a token into the Secret of spec.secretRef",
-        ));
-    }
-    if spec.service_account_name.is_some() {
-        fields.push(Field::refused(
-            "spec.serviceAccountName",
-            "workload identity is not honoured; put a token into the Secret of spec.secretRef",
-        ));
-    }
-    fields
 }
 
 /// The pause after this many failures in a row.
@@ -276,6 +208,39 @@ impl Sources {
         running.wait().await;
     }
 
+    /// Removes the caches that no source uses. Does nothing while some source has not been looked at since the start.
+    async fn sweep(&self) {
+        let used: HashSet<PathBuf> = {
+            let memory = self.memory.lock();
+            let caches = self
+                .cache
+                .list()
+                .iter()
+                .map(|o| memory.get(&Key::of(o.as_ref())).and_then(|m| m.cache.clone()))
+                .collect::<Option<_>>();
+            let Some(used) = caches else { return };
+            used
+        };
+        self.repos.lock().retain(|path, _| used.contains(path));
+        let directory = self.cache_dir.clone();
+        let removal = tokio::task::spawn_blocking(move || {
+            let Ok(entries) = std::fs::read_dir(directory) else {
+                return;
+            };
+            for path in entries
+                .filter_map(|e| Some(e.ok()?.path()))
+                .filter(|p| !used.contains(p))
+            {
+                if let Err(error) = std::fs::remove_dir_all(&path) {
+                    tracing::debug!(path = %path.display(), %error, "an unused git cache stays");
+                }
+            }
+        });
+        if removal.await.is_err() {
+            tracing::warn!("removing unused git caches ended abnormally");
+        }
+    }
+
     async fn reconcile(&self, key: &Key) {
         let object = self.cache.get(Some(&key.namespace), &key.name);
         let Some(object) = object.filter(|o| o.metadata.deletion_timestamp.is_none()) else {
@@ -286,6 +251,7 @@ impl Sources {
             if let Some(watches) = &self.watches {
                 watches.forget(key);
             }
+            self.sweep().await;
             return;
         };
         let object = self.status.newest(object);
@@ -327,6 +293,14 @@ impl Sources {
         let wanted = Wanted::from_spec(spec.r#ref.as_ref()).map_err(invalid)?;
         let auth = self.auth(key, spec, &place).await?;
         let cache = self.cache_dir.join(auth.identity(&place));
+        let moved = {
+            let mut memory = self.memory.lock();
+            let held = &mut memory.entry(key.clone()).or_default().cache;
+            held.replace(cache.clone()).is_some_and(|before| before != cache)
+        };
+        if moved {
+            self.sweep().await;
+        }
         let deadline = spec
             .timeout
             .as_ref()
@@ -426,7 +400,7 @@ impl Sources {
             let mut repos = self.repos.lock();
             // A repository that nobody reads any more is closed.
             repos.retain(|path, repo| path == cache || Arc::strong_count(repo) > 1);
-            match repos.get(cache).filter(|r| r.path().exists()) {
+            match repos.get(cache).filter(|r| r.has(fetched.tree)) {
                 Some(repo) => repo.clone(),
                 None => {
                     let repo = Repo::open(cache)?;
@@ -539,123 +513,6 @@ impl Sources {
     }
 }
 
-/// The status after a look. Pure.
-fn describe(
-    status: &mut GitRepositoryStatus,
-    object: &GitRepository,
-    key: &Key,
-    result: &Result<(Arc<Snapshot>, Fetched), Fault>,
-    requested: Option<String>,
-    now: Timestamp,
-) {
-    let generation = object.metadata.generation;
-    let set = |conditions: &mut Vec<Condition>, type_: &str, status: Status, reason: &str, message: &str| {
-        condition::set(
-            conditions,
-            &WantedCondition {
-                type_,
-                status,
-                reason,
-                message,
-                observed_generation: generation,
-            },
-            now,
-        );
-    };
-    match result {
-        Ok((snapshot, fetched)) => {
-            let message = format!("stored artifact for revision '{}'", snapshot.revision);
-            for gone in ["FetchFailed", "Reconciling", "Stalled", "ArtifactOutdated"] {
-                condition::remove(&mut status.conditions, gone);
-            }
-            set(
-                &mut status.conditions,
-                "ArtifactInStorage",
-                Status::True,
-                "Succeeded",
-                &message,
-            );
-            set(
-                &mut status.conditions,
-                "Ready",
-                Status::True,
-                "Succeeded",
-                &message,
-            );
-            let same = status
-                .artifact
-                .as_ref()
-                .is_some_and(|a| a.revision == snapshot.revision && a.digest == snapshot.digest);
-            if !same {
-                let path = format!("gitrepository/{}/{}/{}", key.namespace, key.name, snapshot.commit);
-                status.artifact = Some(Artifact {
-                    url: format!("serin://{path}"),
-                    path,
-                    revision: snapshot.revision.clone(),
-                    digest: snapshot.digest.clone(),
-                    last_update_time: Time(now),
-                    size: None,
-                    metadata: BTreeMap::from([
-                        (
-                            "org.opencontainers.image.revision".to_string(),
-                            fetched.revision.clone(),
-                        ),
-                        (
-                            "org.opencontainers.image.authors".to_string(),
-                            fetched.author.clone(),
-                        ),
-                        (
-                            "org.opencontainers.image.title".to_string(),
-                            fetched.subject.clone(),
-                        ),
-                    ]),
-                });
-            }
-            status.observed_ignore.clone_from(&object.spec.ignore);
-            status
-                .observed_sparse_checkout
-                .clone_from(&object.spec.sparse_checkout);
-        }
-        Err(fault) => {
-            set(
-                &mut status.conditions,
-                "FetchFailed",
-                Status::True,
-                fault.reason,
-                &fault.message,
-            );
-            set(
-                &mut status.conditions,
-                "Ready",
-                Status::False,
-                fault.reason,
-                &fault.message,
-            );
-            if fault.terminal {
-                condition::remove(&mut status.conditions, "Reconciling");
-                set(
-                    &mut status.conditions,
-                    "Stalled",
-                    Status::True,
-                    fault.reason,
-                    &fault.message,
-                );
-            } else {
-                condition::remove(&mut status.conditions, "Stalled");
-                set(
-                    &mut status.conditions,
-                    "Reconciling",
-                    Status::True,
-                    "ProgressingWithRetry",
-                    "the last revision stays in use; trying again",
-                );
-            }
-        }
-    }
-    status.observed_generation = generation;
-    status.last_handled_reconcile_at = requested;
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -667,76 +524,5 @@ mod tests {
         assert_eq!(pause(2, minute), Duration::from_millis(1500));
         assert_eq!(pause(30, minute), minute);
         assert_eq!(pause(30, Duration::from_secs(3600)), RETRY_MAX);
-    }
-
-    #[test]
-    fn fields_that_would_be_a_false_promise_are_refused() {
-        let spec = GitRepositorySpec {
-            verify: Some(Default::default()),
-            recurse_submodules: Some(true),
-            include: vec![Default::default()],
-            provider: Some(GitProvider::Github),
-            service_account_name: Some("x".into()),
-            ..Default::default()
-        };
-        assert_eq!(refused(&spec).len(), 5);
-        assert!(
-            refused(&GitRepositorySpec {
-                provider: Some(GitProvider::Generic),
-                ..Default::default()
-            })
-            .is_empty()
-        );
-    }
-
-    #[test]
-    fn a_failure_keeps_the_artifact_and_a_terminal_one_stalls() {
-        let object = GitRepository::new("app", GitRepositorySpec::default());
-        let artifact = Artifact {
-            path: "p".into(),
-            url: "u".into(),
-            revision: "main@sha1:1".into(),
-            digest: "sha256:1".into(),
-            last_update_time: Time(Timestamp::UNIX_EPOCH),
-            size: None,
-            metadata: BTreeMap::new(),
-        };
-        let mut status = GitRepositoryStatus {
-            artifact: Some(artifact.clone()),
-            ..Default::default()
-        };
-        let key = Key::new("ns", "app");
-        let fault = |terminal| {
-            Err(Fault {
-                reason: "GitOperationFailed",
-                message: "away".into(),
-                terminal,
-            })
-        };
-        describe(
-            &mut status,
-            &object,
-            &key,
-            &fault(false),
-            None,
-            Timestamp::UNIX_EPOCH,
-        );
-        assert_eq!(status.artifact, Some(artifact));
-        assert!(
-            condition::is_true(&status.conditions, "FetchFailed")
-                && condition::is_true(&status.conditions, "Reconciling")
-        );
-        describe(
-            &mut status,
-            &object,
-            &key,
-            &fault(true),
-            None,
-            Timestamp::UNIX_EPOCH,
-        );
-        assert!(
-            condition::is_true(&status.conditions, "Stalled")
-                && !condition::is_true(&status.conditions, "Reconciling")
-        );
     }
 }

@@ -62,8 +62,9 @@ impl Repo {
         }))
     }
 
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
+    /// Whether an object can be read; not so when the cache was made anew under our feet.
+    pub(crate) fn has(&self, id: Oid) -> bool {
+        self.path.exists() && self.handle.lock().find_tree(id).is_ok()
     }
 
     fn directory(&self, id: Oid) -> Result<Arc<Directory>, git2::Error> {

@@ -24,20 +24,20 @@ use tokio_util::sync::CancellationToken;
 
 /// No step of a test takes nearly this long unless something is broken.
 const DEADLINE: Duration = Duration::from_secs(30);
-pub const NS: &str = "flux-system";
+pub(crate) const NS: &str = "flux-system";
 
-pub struct Cluster {
-    pub client: Client,
-    pub moments: mpsc::Receiver<Moment>,
-    pub dir: tempfile::TempDir,
-    pub writes: Arc<Mutex<Vec<String>>>,
+pub(crate) struct Cluster {
+    pub(crate) client: Client,
+    pub(crate) moments: mpsc::Receiver<Moment>,
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) writes: Arc<Mutex<Vec<String>>>,
     server: ApiServer,
     cancel: CancellationToken,
     controllers: Option<tokio::task::JoinHandle<Result<(), serin_gitops::Error>>>,
 }
 
 impl Cluster {
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let server = ApiServer::builder().build().await.unwrap();
         let writes = Arc::<Mutex<Vec<String>>>::default();
         let counter = writes.clone();
@@ -89,7 +89,7 @@ impl Cluster {
         cluster
     }
 
-    pub fn start_controllers(&mut self) {
+    pub(crate) fn start_controllers(&mut self) {
         let (timeline, moments) = mpsc::channel(1024);
         self.moments = moments;
         self.cancel = CancellationToken::new();
@@ -103,7 +103,7 @@ impl Cluster {
     }
 
     /// Stops the controllers as a crash would: nothing is written on the way out.
-    pub async fn stop_controllers(&mut self) {
+    pub(crate) async fn stop_controllers(&mut self) {
         self.cancel.cancel();
         if let Some(task) = self.controllers.take() {
             tokio::time::timeout(DEADLINE, task)
@@ -114,23 +114,23 @@ impl Cluster {
         }
     }
 
-    pub async fn stop(mut self) {
+    pub(crate) async fn stop(mut self) {
         self.stop_controllers().await;
         self.server.shutdown().await;
     }
 
-    pub fn repository(&self, name: &str) -> Repository {
+    pub(crate) fn repository(&self, name: &str) -> Repository {
         let path = self.dir.path().join(name);
         Repository {
             repo: git2::Repository::init_bare(&path).unwrap(),
         }
     }
 
-    pub async fn create(&self, object: Value) {
+    pub(crate) async fn create(&self, object: Value) {
         create(&self.client, object).await;
     }
 
-    pub async fn source(&self, name: &str, repository: &Repository) {
+    pub(crate) async fn source(&self, name: &str, repository: &Repository) {
         self.create(json!({
             "apiVersion": "source.toolkit.fluxcd.io/v1", "kind": "GitRepository",
             "metadata": {"name": name, "namespace": NS},
@@ -139,7 +139,7 @@ impl Cluster {
     }
 
     /// A Kustomization of source `app`; `spec` overrides.
-    pub async fn kustomization(&self, name: &str, spec: Value) {
+    pub(crate) async fn kustomization(&self, name: &str, spec: Value) {
         let mut all = json!({"interval": "10m", "prune": true, "path": "./deploy", "sourceRef": {"kind": "GitRepository", "name": "app"}});
         all.as_object_mut()
             .unwrap()
@@ -150,7 +150,7 @@ impl Cluster {
             .await;
     }
 
-    pub fn api<K>(&self, namespace: &str) -> Api<K>
+    pub(crate) fn api<K>(&self, namespace: &str) -> Api<K>
     where
         K: Resource<Scope = kube::core::NamespaceResourceScope>,
         K::DynamicType: Default,
@@ -158,12 +158,12 @@ impl Cluster {
         Api::namespaced(self.client.clone(), namespace)
     }
 
-    pub async fn config_map(&self, name: &str) -> Option<ConfigMap> {
+    pub(crate) async fn config_map(&self, name: &str) -> Option<ConfigMap> {
         self.api::<ConfigMap>("prod").get_opt(name).await.unwrap()
     }
 
     /// Waits for a state of a Kustomization and gives it.
-    pub async fn ks(
+    pub(crate) async fn ks(
         &self,
         name: &str,
         what: &str,
@@ -177,7 +177,7 @@ impl Cluster {
     }
 
     /// Waits until a Kustomization is ready on a revision.
-    pub async fn applied(&self, name: &str, revision: &str) -> Kustomization {
+    pub(crate) async fn applied(&self, name: &str, revision: &str) -> Kustomization {
         let revision = revision.to_string();
         self.ks(name, &format!("Ready on {revision}"), move |k| {
             condition(k, "Ready").is_some_and(|(s, r, _)| s == "True" && r == "ReconciliationSucceeded")
@@ -188,7 +188,7 @@ impl Cluster {
     }
 
     /// Waits until a Kustomization is not ready for a reason and gives the message.
-    pub async fn not_ready(&self, name: &str, reason: &str) -> String {
+    pub(crate) async fn not_ready(&self, name: &str, reason: &str) -> String {
         let reason = reason.to_string();
         let ks = self
             .ks(name, &format!("not Ready with reason {reason}"), move |k| {
@@ -198,7 +198,7 @@ impl Cluster {
         condition(&ks, "Ready").unwrap().2
     }
 
-    pub async fn git(
+    pub(crate) async fn git(
         &self,
         name: &str,
         what: &str,
@@ -211,7 +211,7 @@ impl Cluster {
         .unwrap()
     }
 
-    pub async fn merge<K>(&self, namespace: &str, name: &str, patch: Value) -> K
+    pub(crate) async fn merge<K>(&self, namespace: &str, name: &str, patch: Value) -> K
     where
         K: Resource<Scope = kube::core::NamespaceResourceScope> + DeserializeOwned + Clone + Debug,
         K::DynamicType: Default,
@@ -223,7 +223,7 @@ impl Cluster {
     }
 
     /// The next moment of the timeline that fits.
-    pub async fn moment(&mut self, what: &str, fits: impl Fn(&Moment) -> bool) -> Moment {
+    pub(crate) async fn moment(&mut self, what: &str, fits: impl Fn(&Moment) -> bool) -> Moment {
         let mut seen = Vec::new();
         let next = async {
             while let Some(moment) = self.moments.recv().await {
@@ -241,7 +241,7 @@ impl Cluster {
     }
 }
 
-pub async fn create(client: &Client, object: Value) {
+pub(crate) async fn create(client: &Client, object: Value) {
     let object: kube::core::DynamicObject = serde_json::from_value(object).unwrap();
     let types = object.types.clone().unwrap();
     let gvk = kube::core::GroupVersionKind::try_from(&types).unwrap();
@@ -254,12 +254,12 @@ pub async fn create(client: &Client, object: Value) {
 }
 
 /// Status, reason and message of a condition.
-pub fn condition<K: Conditions>(object: &K, type_: &str) -> Option<(String, String, String)> {
+pub(crate) fn condition<K: Conditions>(object: &K, type_: &str) -> Option<(String, String, String)> {
     let found = object.conditions().iter().find(|c| c.type_ == type_)?;
     Some((found.status.clone(), found.reason.clone(), found.message.clone()))
 }
 
-pub trait Conditions {
+pub(crate) trait Conditions {
     fn conditions(&self) -> &[k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition];
 }
 
@@ -282,7 +282,12 @@ impl Conditions for GitRepository {
 }
 
 /// Waits on a watch until an object is in a state, and prints the last state seen if that never comes.
-pub async fn until<K>(api: Api<K>, name: &str, what: &str, done: impl Fn(Option<&K>) -> bool) -> Option<K>
+pub(crate) async fn until<K>(
+    api: Api<K>,
+    name: &str,
+    what: &str,
+    done: impl Fn(Option<&K>) -> bool,
+) -> Option<K>
 where
     K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
 {
@@ -306,17 +311,17 @@ where
 }
 
 /// A repository that a test pushes to.
-pub struct Repository {
+pub(crate) struct Repository {
     repo: git2::Repository,
 }
 
 impl Repository {
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.repo.path()
     }
 
     /// Commits exactly these files onto `main`; gives the revision.
-    pub fn push(&self, files: &[(&str, &str)]) -> String {
+    pub(crate) fn push(&self, files: &[(&str, &str)]) -> String {
         let mut index = git2::Index::new().unwrap();
         for (path, content) in files {
             let time = git2::IndexTime::new(0, 0);
@@ -359,21 +364,21 @@ impl Repository {
 }
 
 /// A ConfigMap in `prod` as a manifest.
-pub fn config_map(name: &str, value: &str) -> String {
+pub(crate) fn config_map(name: &str, value: &str) -> String {
     format!(
         "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: {name}\n  namespace: prod\ndata:\n  key: \"{value}\"\n"
     )
 }
 
 /// A Deployment in `prod` as a manifest. Nothing here makes it ready but [`settle`].
-pub fn deployment(name: &str, image: &str) -> String {
+pub(crate) fn deployment(name: &str, image: &str) -> String {
     format!(
         "apiVersion: apps/v1\nkind: Deployment\nmetadata:\n  name: {name}\n  namespace: prod\nspec:\n  selector:\n    matchLabels: {{app: {name}}}\n  template:\n    metadata:\n      labels: {{app: {name}}}\n    spec:\n      containers:\n      - name: app\n        image: {image}\n"
     )
 }
 
 /// Plays the workload controllers: the Deployment's current generation is rolled out.
-pub async fn settle(cluster: &Cluster, name: &str) {
+pub(crate) async fn settle(cluster: &Cluster, name: &str) {
     use k8s_openapi::api::apps::v1::Deployment;
     let api: Api<Deployment> = cluster.api("prod");
     let deployment = api.get(name).await.unwrap();

@@ -408,3 +408,173 @@ async fn a_request_by_annotation_is_handled_and_echoed_and_a_suspended_object_re
     .await;
     cluster.stop().await;
 }
+
+#[tokio::test]
+async fn health_is_looked_at_where_it_is_asked_for_and_by_expressions() {
+    let cluster = Cluster::start().await;
+    let repo = cluster.repository("app");
+    let map = config_map("a", "starting");
+    let first = repo.push(&[
+        ("deploy/a.yaml", &map),
+        ("deploy/web.yaml", &deployment("web", "web:1")),
+    ]);
+    cluster.source("app", &repo).await;
+    let check = json!([{"apiVersion": "apps/v1", "kind": "Deployment", "name": "web", "namespace": "prod"}]);
+    cluster
+        .kustomization("listed", json!({"healthChecks": check}))
+        .await;
+    cluster
+        .ks("listed", "waiting for health", |k| {
+            condition(k, "Healthy").is_some()
+        })
+        .await;
+    settle(&cluster, "web").await;
+    cluster.applied("listed", &first).await;
+
+    // The same objects, handed over, judged by the user's words.
+    let words = json!([{"apiVersion": "v1", "kind": "ConfigMap", "current": "data.key == 'done'", "failed": "data.key == 'broken'"}]);
+    cluster
+        .merge::<Kustomization>(NS, "listed", json!({"spec": {"suspend": true}}))
+        .await;
+    cluster
+        .kustomization("judged", json!({"wait": true, "healthCheckExprs": words}))
+        .await;
+    cluster
+        .ks("judged", "waiting for health", |k| {
+            condition(k, "Healthy").is_some()
+        })
+        .await;
+    repo.push(&[
+        ("deploy/a.yaml", &config_map("a", "broken")),
+        ("deploy/web.yaml", &deployment("web", "web:1")),
+    ]);
+    let message = cluster.not_ready("judged", "HealthCheckFailed").await;
+    assert!(message.contains("ConfigMap/prod/a status: 'Failed'"), "{message}");
+    let done = repo.push(&[
+        ("deploy/a.yaml", &config_map("a", "done")),
+        ("deploy/web.yaml", &deployment("web", "web:1")),
+    ]);
+    cluster.applied("judged", &done).await;
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn a_deletion_that_waits_for_termination_ends_when_the_last_object_is_gone() {
+    let cluster = Cluster::start().await;
+    let repo = cluster.repository("app");
+    let held = config_map("a", "1").replace(
+        "  namespace: prod\n",
+        "  namespace: prod\n  finalizers: [example.com/hold]\n",
+    );
+    let revision = repo.push(&[("deploy/a.yaml", &held)]);
+    cluster.source("app", &repo).await;
+    cluster
+        .kustomization(
+            "app",
+            json!({"deletionPolicy": "WaitForTermination", "timeout": "10m"}),
+        )
+        .await;
+    cluster.applied("app", &revision).await;
+    let api = cluster.api::<Kustomization>(NS);
+    api.delete("app", &DeleteParams::default()).await.unwrap();
+    until(
+        cluster.api("prod"),
+        "a",
+        "being deleted",
+        |m: Option<&ConfigMap>| m.is_some_and(|m| m.metadata.deletion_timestamp.is_some()),
+    )
+    .await;
+    assert!(api.get_opt("app").await.unwrap().is_some(), "it waits");
+    cluster
+        .merge::<ConfigMap>("prod", "a", json!({"metadata": {"finalizers": null}}))
+        .await;
+    until(api, "app", "gone", |k: Option<&Kustomization>| k.is_none()).await;
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn a_controller_that_dies_in_the_middle_of_an_apply_leaves_nothing_unknown() {
+    let mut cluster = Cluster::start().await;
+    let repo = cluster.repository("app");
+    let maps: Vec<(String, String)> = (0..60)
+        .map(|i| (format!("deploy/m{i}.yaml"), config_map(&format!("m{i}"), "1")))
+        .collect();
+    let files: Vec<(&str, &str)> = maps.iter().map(|(p, c)| (p.as_str(), c.as_str())).collect();
+    repo.push(&files);
+    cluster.source("app", &repo).await;
+    cluster.kustomization("app", json!({})).await;
+    until(
+        cluster.api("prod"),
+        "m59",
+        "there, with others missing",
+        |m: Option<&ConfigMap>| m.is_some(),
+    )
+    .await;
+    cluster.stop_controllers().await;
+    let api = cluster.api::<ConfigMap>("prod");
+    let ks = cluster.api::<Kustomization>(NS).get("app").await.unwrap();
+    let known = ks.status.unwrap().inventory.unwrap().entries;
+    let labelled = kube::api::ListParams::default().labels("kustomize.toolkit.fluxcd.io/name=app");
+    for map in api.list(&labelled).await.unwrap() {
+        let id = format!("prod_{}__ConfigMap", map.metadata.name.unwrap());
+        assert!(
+            known.iter().any(|e| e.id == id),
+            "{id} was applied and is not in the inventory"
+        );
+    }
+    let last = repo.push(&files[..3]);
+    cluster.start_controllers();
+    cluster.applied("app", &last).await;
+    assert_eq!(
+        api.list(&labelled).await.unwrap().items.len(),
+        3,
+        "what the dead controller applied is pruned"
+    );
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn a_controller_that_scales_a_workload_is_not_fought_and_a_person_is_corrected() {
+    let cluster = Cluster::start().await;
+    let repo = cluster.repository("app");
+    let web = |image: &str| {
+        deployment("web", image).replace("spec:\n  selector", "spec:\n  replicas: 2\n  selector")
+    };
+    let first = repo.push(&[("deploy/web.yaml", &web("web:1"))]);
+    cluster.source("app", &repo).await;
+    cluster.kustomization("app", json!({})).await;
+    cluster.applied("app", &first).await;
+    let api = cluster.api::<Deployment>("prod");
+    let scale = |manager: &'static str, replicas: i32| {
+        let params = PatchParams {
+            field_manager: Some(manager.into()),
+            ..Default::default()
+        };
+        let api = api.clone();
+        async move {
+            api.patch(
+                "web",
+                &params,
+                &Patch::Merge(json!({"spec": {"replicas": replicas}})),
+            )
+            .await
+            .unwrap()
+        }
+    };
+    let has = |replicas: i32, image: &'static str| {
+        move |d: Option<&Deployment>| {
+            let spec = d.and_then(|d| d.spec.as_ref());
+            spec.is_some_and(|s| {
+                s.replicas == Some(replicas)
+                    && s.template.spec.as_ref().unwrap().containers[0].image.as_deref() == Some(image)
+            })
+        }
+    };
+    scale("kubectl-edit", 7).await;
+    until(api.clone(), "web", "as git says", has(2, "web:1")).await;
+    scale("canary-controller", 0).await;
+    let second = repo.push(&[("deploy/web.yaml", &web("web:2"))]);
+    cluster.applied("app", &second).await;
+    until(api.clone(), "web", "changed but for its scale", has(0, "web:2")).await;
+    cluster.stop().await;
+}

@@ -175,13 +175,10 @@ async fn a_webhook_makes_its_sources_look_at_once_and_strangers_get_nothing() {
     };
     let key = aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, b"t0ken");
     let tag = aws_lc_rs::hmac::sign(&key, b"{}");
-    let signature = format!(
-        "sha256={}",
-        tag.as_ref()
-            .iter()
-            .map(|b| format!("{b:02x}"))
-            .collect::<String>()
-    );
+    let mut signature = "sha256=".to_string();
+    for byte in tag.as_ref() {
+        signature.push_str(&format!("{byte:02x}"));
+    }
     assert_eq!(call(path.clone(), None, b"{}").await, StatusCode::BAD_REQUEST);
     assert_eq!(
         call(path.clone(), Some(signature.clone()), b"{ }").await,
@@ -214,5 +211,49 @@ async fn a_webhook_makes_its_sources_look_at_once_and_strangers_get_nothing() {
         .await
         .unwrap()
         .unwrap();
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn the_cache_of_a_source_goes_with_it_and_a_shared_one_stays() {
+    let cluster = Cluster::start().await;
+    let (one, two) = (cluster.repository("one"), cluster.repository("two"));
+    for repo in [&one, &two] {
+        repo.push(&[("a.yaml", "x: 1")]);
+    }
+    for (name, repo) in [("a", &one), ("b", &one), ("c", &two)] {
+        cluster.source(name, repo).await;
+        cluster
+            .git(name, "ready", |g| {
+                condition(g, "Ready").is_some_and(|(s, ..)| s == "True")
+            })
+            .await;
+    }
+    let caches = || {
+        std::fs::read_dir(cluster.dir.path().join("cache"))
+            .unwrap()
+            .count()
+    };
+    assert_eq!(caches(), 2, "sources of one repository share a cache");
+    let api = cluster.api::<GitRepository>(NS);
+    for name in ["a", "c"] {
+        api.delete(name, &kube::api::DeleteParams::default())
+            .await
+            .unwrap();
+    }
+    let directory = cluster.dir.path().join("cache");
+    let gone = tokio::task::spawn_blocking(move || {
+        let (send, events) = std::sync::mpsc::channel();
+        let mut watcher = notify::recommended_watcher(move |_| {
+            let _ = send.send(());
+        })
+        .unwrap();
+        notify::Watcher::watch(&mut watcher, &directory, notify::RecursiveMode::Recursive).unwrap();
+        while std::fs::read_dir(&directory).unwrap().count() > 1 {
+            events.recv_timeout(Duration::from_secs(30)).unwrap();
+        }
+    });
+    gone.await.unwrap();
+    assert_eq!(caches(), 1);
     cluster.stop().await;
 }

@@ -17,7 +17,10 @@ const FILES: &[(&str, &str)] = &[
         "overlay/p.yaml",
         "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: web}\nspec:\n  template:\n    spec:\n      containers:\n      - name: side\n        image: busybox\n        env: [{name: H, value: x}]\n      - name: web\n        args: [\"--x\"]\n",
     ),
-    ("base/kustomization.yaml", "resources: [all.yaml]\nconfigMapGenerator:\n- name: settings\n  literals: [host=h.example.com, long=yes]\n"),
+    (
+        "base/kustomization.yaml",
+        "resources: [all.yaml]\nconfigMapGenerator:\n- name: settings\n  literals: [host=h.example.com, long=yes]\n",
+    ),
     (
         "base/all.yaml",
         "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec:\n  selector: {app: web}\n  ports: [{port: 80}]\n---\n\
@@ -29,7 +32,11 @@ const FILES: &[(&str, &str)] = &[
 
 #[test]
 fn kubectl_prints_the_same() {
-    if Command::new("kubectl").args(["version", "--client"]).output().is_err() {
+    if Command::new("kubectl")
+        .args(["version", "--client"])
+        .output()
+        .is_err()
+    {
         eprintln!("SKIPPED: kubectl is not here");
         return;
     }
@@ -39,8 +46,17 @@ fn kubectl_prints_the_same() {
         std::fs::create_dir_all(full.parent().unwrap()).unwrap();
         std::fs::write(full, content).unwrap();
     }
-    let output = Command::new("kubectl").arg("kustomize").arg(dir.path().join("overlay")).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let ours = build(&DirTree::new(dir.path()), "overlay", &Options::default()).unwrap_or_else(|e| panic!("{e}"));
+    let output = Command::new("kubectl")
+        .arg("kustomize")
+        .arg(dir.path().join("overlay"))
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let ours =
+        build(&DirTree::new(dir.path()), "overlay", &Options::default()).unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(ours.to_yaml().unwrap(), String::from_utf8_lossy(&output.stdout));
 }

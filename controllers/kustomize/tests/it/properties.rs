@@ -26,31 +26,46 @@ fn names() -> impl Strategy<Value = Vec<String>> {
 
 fn app() -> impl Strategy<Value = App> {
     let deployments = prop::collection::btree_map(name(), prop::collection::vec(name(), 0..4), 0..4);
-    (names(), names(), deployments, "[x-z]{0,2}", "[x-z]{0,2}", prop::option::of("ns[a-c]"), any::<bool>()).prop_map(
-        |(configs, secrets, deployments, prefix, suffix, namespace, generated)| App {
-            configs,
-            secrets,
-            deployments: deployments.into_iter().collect(),
-            prefix,
-            suffix,
-            namespace,
-            generated,
-        },
+    (
+        names(),
+        names(),
+        deployments,
+        "[x-z]{0,2}",
+        "[x-z]{0,2}",
+        prop::option::of("ns[a-c]"),
+        any::<bool>(),
     )
+        .prop_map(
+            |(configs, secrets, deployments, prefix, suffix, namespace, generated)| App {
+                configs,
+                secrets,
+                deployments: deployments.into_iter().collect(),
+                prefix,
+                suffix,
+                namespace,
+                generated,
+            },
+        )
 }
 
 impl App {
     fn files(&self) -> Vec<String> {
         let mut files = Vec::new();
         for c in self.configs.iter().filter(|_| !self.generated) {
-            files.push(format!("apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: {c}}}\ndata: {{k: v}}\n"));
+            files.push(format!(
+                "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: {c}}}\ndata: {{k: v}}\n"
+            ));
         }
         for s in &self.secrets {
             files.push(format!("apiVersion: v1\nkind: Secret\nmetadata: {{name: {s}}}\n"));
         }
         for (d, refs) in &self.deployments {
-            let from: String =
-                refs.iter().map(|r| format!("        - configMapRef: {{name: {r}}}\n        - secretRef: {{name: {r}}}\n")).collect();
+            let from: String = refs
+                .iter()
+                .map(|r| {
+                    format!("        - configMapRef: {{name: {r}}}\n        - secretRef: {{name: {r}}}\n")
+                })
+                .collect();
             files.push(format!(
                 "apiVersion: apps/v1\nkind: Deployment\nmetadata: {{name: {d}}}\nspec:\n  template:\n    spec:\n      containers:\n      - name: c\n        image: i:1\n        envFrom:\n{from}"
             ));
@@ -75,8 +90,14 @@ impl App {
             }
         }
         tree.add("base/kustomization.yaml", base);
-        let namespace = self.namespace.as_ref().map_or(String::new(), |n| format!("namespace: {n}\n"));
-        let overlay = format!("namePrefix: '{}'\nnameSuffix: '{}'\n{namespace}resources: [../base]\n", self.prefix, self.suffix);
+        let namespace = self
+            .namespace
+            .as_ref()
+            .map_or(String::new(), |n| format!("namespace: {n}\n"));
+        let overlay = format!(
+            "namePrefix: '{}'\nnameSuffix: '{}'\n{namespace}resources: [../base]\n",
+            self.prefix, self.suffix
+        );
         tree.add("overlay/kustomization.yaml", overlay);
         tree
     }

@@ -1,7 +1,9 @@
 //! YAML in and out.
 
+mod map_builder;
 mod parse;
 mod scan;
+mod scan_scalars;
 mod write;
 
 pub use parse::{ReadOptions, parse_document};
@@ -12,9 +14,17 @@ use crate::limits::Limits;
 
 /// The text of a document that is one scalar.
 pub(crate) fn read_scalar(text: &str) -> Option<String> {
-    let limits = Limits { max_file_bytes: usize::MAX, ..Limits::default() };
+    let limits = Limits {
+        max_file_bytes: usize::MAX,
+        ..Limits::default()
+    };
     let dialect = crate::resolve::Dialect::Kustomize;
-    let options = ReadOptions { file: "", line_offset: 0, dialect, limits: &limits };
+    let options = ReadOptions {
+        file: "",
+        line_offset: 0,
+        dialect,
+        limits: &limits,
+    };
     match parse_document(text, &options) {
         Ok(Some(crate::value::Value::Scalar(s))) => Some(s.text.into()),
         _ => None,
@@ -24,7 +34,11 @@ pub(crate) fn read_scalar(text: &str) -> Option<String> {
 /// Splits a file at its `---` lines. Each part comes with the number of lines before it.
 ///
 /// A separator may be followed by a comment, by nothing else: `--- {a: 1}` is refused, as kustomize does.
-pub fn split_documents<'a>(text: &'a str, file: &str, limits: &Limits) -> Result<Vec<(usize, &'a str)>, Error> {
+pub fn split_documents<'a>(
+    text: &'a str,
+    file: &str,
+    limits: &Limits,
+) -> Result<Vec<(usize, &'a str)>, Error> {
     let bytes = text.as_bytes();
     let mut parts = Vec::new();
     let mut start = 0;
@@ -39,7 +53,9 @@ pub fn split_documents<'a>(text: &'a str, file: &str, limits: &Limits) -> Result
             continue;
         }
         // The separator needs a line end of its own; the last line of a file may be a bare `---`.
-        let Some(n) = bytes[at..].iter().position(|&b| b == b'\n') else { continue };
+        let Some(n) = bytes[at..].iter().position(|&b| b == b'\n') else {
+            continue;
+        };
         let rest = text[at + 3..at + n].trim();
         if !rest.is_empty() && !rest.starts_with('#') {
             let place = Place::in_text(file, text, line + 1, 1);

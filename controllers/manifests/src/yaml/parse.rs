@@ -1,12 +1,13 @@
 //! From tokens to a tree: anchors are expanded, merge keys applied, budgets kept.
 
 use std::borrow::Cow;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use crate::error::{Error, Place};
 use crate::limits::Limits;
 use crate::resolve::{self, Dialect, Plain};
-use crate::value::{Entry, Map, Pos, Scalar, Seq, Style, Tag, Value};
+use crate::value::{Pos, Scalar, Seq, Style, Tag, Value};
+use crate::yaml::map_builder::MapBuilder;
 use crate::yaml::scan::{DEPTH_MESSAGE, Mark, ScanError, Scanner, Token, TokenKind};
 
 /// How a text is to be read.
@@ -29,10 +30,19 @@ pub fn parse_document(text: &str, options: &ReadOptions<'_>) -> Result<Option<Va
     Ok(value.filter(|v| !v.is_null()))
 }
 
-enum Fault {
+pub(super) enum Fault {
     Scan(ScanError),
-    Duplicate { key: String, first_line: usize, mark: Mark },
-    Budget { budget: &'static str, what: String, limit: usize, mark: Mark },
+    Duplicate {
+        key: String,
+        first_line: usize,
+        mark: Mark,
+    },
+    Budget {
+        budget: &'static str,
+        what: String,
+        limit: usize,
+        mark: Mark,
+    },
 }
 
 impl From<ScanError> for Fault {
@@ -41,7 +51,7 @@ impl From<ScanError> for Fault {
     }
 }
 
-fn fault<T>(message: impl Into<Cow<'static, str>>, mark: Mark) -> Result<T, Fault> {
+pub(super) fn fault<T>(message: impl Into<Cow<'static, str>>, mark: Mark) -> Result<T, Fault> {
     Err(Fault::Scan(ScanError::new(message, mark)))
 }
 
@@ -64,7 +74,10 @@ impl<'a> Parser<'a> {
                 budget: "bytes",
                 what: format!("{} bytes in one file", text.len()),
                 limit: options.limits.max_file_bytes,
-                place: Place { file: options.file.to_owned(), ..Place::default() },
+                place: Place {
+                    file: options.file.to_owned(),
+                    ..Place::default()
+                },
             });
         }
         let parser = Parser {
@@ -81,8 +94,15 @@ impl<'a> Parser<'a> {
             let before = &text[..at];
             let line = before.matches('\n').count();
             let column = before.len() - before.rfind('\n').map_or(0, |i| i + 1);
-            let mark = Mark { index: at, line, column };
-            return Err(parser.error(Fault::Scan(ScanError::new("control characters are not allowed", mark))));
+            let mark = Mark {
+                index: at,
+                line,
+                column,
+            };
+            return Err(parser.error(Fault::Scan(ScanError::new(
+                "control characters are not allowed",
+                mark,
+            ))));
         }
         Ok(parser)
     }
@@ -101,15 +121,30 @@ impl<'a> Parser<'a> {
                 limit: self.options.limits.max_depth,
                 place: self.place(e.mark),
             },
-            Fault::Scan(e) => Error::Syntax { message: e.message.into_owned(), place: self.place(e.mark) },
-            Fault::Duplicate { key, first_line, mark } => Error::DuplicateKey {
+            Fault::Scan(e) => Error::Syntax {
+                message: e.message.into_owned(),
+                place: self.place(e.mark),
+            },
+            Fault::Duplicate {
+                key,
+                first_line,
+                mark,
+            } => Error::DuplicateKey {
                 key,
                 first_line: first_line + self.options.line_offset,
                 place: self.place(mark),
             },
-            Fault::Budget { budget, what, limit, mark } => {
-                Error::Budget { budget, what, limit, place: self.place(mark) }
-            }
+            Fault::Budget {
+                budget,
+                what,
+                limit,
+                mark,
+            } => Error::Budget {
+                budget,
+                what,
+                limit,
+                place: self.place(mark),
+            },
         }
     }
 
@@ -144,7 +179,10 @@ impl<'a> Parser<'a> {
         }
         let token = self.scanner.peek()?;
         match token.kind {
-            TokenKind::Directive(_) | TokenKind::DocumentStart | TokenKind::DocumentEnd | TokenKind::StreamEnd => {
+            TokenKind::Directive(_)
+            | TokenKind::DocumentStart
+            | TokenKind::DocumentEnd
+            | TokenKind::StreamEnd => {
                 return Ok(None);
             }
             _ => {}
@@ -179,7 +217,12 @@ impl<'a> Parser<'a> {
         let limit = self.options.limits.max_nodes;
         if self.nodes > limit {
             let what = format!("{} nodes with all aliases expanded", self.nodes);
-            return Err(Fault::Budget { budget: "nodes", what, limit, mark });
+            return Err(Fault::Budget {
+                budget: "nodes",
+                what,
+                limit,
+                mark,
+            });
         }
         Ok(())
     }
@@ -231,7 +274,12 @@ impl<'a> Parser<'a> {
         let limit = limits.max_aliases;
         if self.aliases > limit {
             let what = format!("{} aliases", self.aliases);
-            return Err(Fault::Budget { budget: "aliases", what, limit, mark });
+            return Err(Fault::Budget {
+                budget: "aliases",
+                what,
+                limit,
+                mark,
+            });
         }
         match self.anchors.get(name) {
             None => fault(format!("unknown anchor '{name}' referenced"), mark),
@@ -239,7 +287,11 @@ impl<'a> Parser<'a> {
             Some(Some(value)) => {
                 let size = value.node_count();
                 // Counted before the copy is made: a bomb must not go off first.
-                let copy = if size <= limits.max_nodes.saturating_sub(self.nodes) { Some(value.clone()) } else { None };
+                let copy = if size <= limits.max_nodes.saturating_sub(self.nodes) {
+                    Some(value.clone())
+                } else {
+                    None
+                };
                 self.count_nodes(size, mark)?;
                 copy.map_or_else(|| fault("alias is too large", mark), Ok)
             }
@@ -318,7 +370,13 @@ impl<'a> Parser<'a> {
             None | Some(Tag::Unset) => Tag::Null,
             Some(tag) => tag,
         };
-        Value::Scalar(Scalar { text: "".into(), pos: self.pos(mark), tag, style: Style::Plain, tagged: false })
+        Value::Scalar(Scalar {
+            text: "".into(),
+            pos: self.pos(mark),
+            tag,
+            style: Style::Plain,
+            tagged: false,
+        })
     }
 
     fn scalar(&self, token: Token<'a>, tag: Option<Tag>) -> Result<Value, Fault> {
@@ -338,7 +396,13 @@ impl<'a> Parser<'a> {
             None if text == "<<" => Tag::Merge,
             None => resolve::resolve(&text, self.options.dialect).0,
         };
-        let mut scalar = Scalar { text: text.into(), pos, tag, style, tagged: explicit.is_some() };
+        let mut scalar = Scalar {
+            text: text.into(),
+            pos,
+            tag,
+            style,
+            tagged: explicit.is_some(),
+        };
         if self.options.dialect == Dialect::Kubectl {
             self.canonical(&mut scalar, mark)?;
         }
@@ -349,7 +413,11 @@ impl<'a> Parser<'a> {
     fn canonical(&self, scalar: &mut Scalar, mark: Mark) -> Result<(), Fault> {
         let text = match (scalar.tag, scalar.tagged) {
             (Tag::Str | Tag::Custom | Tag::Unset | Tag::Merge, _) => {
-                scalar.tag = if scalar.tag == Tag::Merge { Tag::Merge } else { Tag::Str };
+                scalar.tag = if scalar.tag == Tag::Merge {
+                    Tag::Merge
+                } else {
+                    Tag::Str
+                };
                 return Ok(());
             }
             (Tag::Binary, _) | (_, true) if scalar.tag != Tag::Bool => match scalar.plain() {
@@ -396,7 +464,10 @@ impl<'a> Parser<'a> {
                 _ => return fault("did not find expected '-' indicator", token.mark),
             }
         }
-        Ok(Value::Seq(Seq { items, pos: self.pos(start) }))
+        Ok(Value::Seq(Seq {
+            items,
+            pos: self.pos(start),
+        }))
     }
 
     fn indentless_sequence(&mut self, start: Mark) -> Result<Value, Fault> {
@@ -413,7 +484,10 @@ impl<'a> Parser<'a> {
             };
             items.push(value);
         }
-        Ok(Value::Seq(Seq { items, pos: self.pos(start) }))
+        Ok(Value::Seq(Seq {
+            items,
+            pos: self.pos(start),
+        }))
     }
 
     fn block_mapping(&mut self) -> Result<Value, Fault> {
@@ -478,7 +552,10 @@ impl<'a> Parser<'a> {
             }
         }
         self.scanner.next()?;
-        Ok(Value::Seq(Seq { items, pos: self.pos(start) }))
+        Ok(Value::Seq(Seq {
+            items,
+            pos: self.pos(start),
+        }))
     }
 
     /// `[a: b]`: a mapping with one entry.
@@ -529,7 +606,9 @@ impl<'a> Parser<'a> {
             if matches!(self.scanner.peek()?.kind, TokenKind::Key) {
                 self.scanner.next()?;
                 let key = match self.scanner.peek()?.kind {
-                    TokenKind::Value | TokenKind::FlowEntry | TokenKind::FlowMappingEnd => self.empty_in_flow(mark),
+                    TokenKind::Value | TokenKind::FlowEntry | TokenKind::FlowMappingEnd => {
+                        self.empty_in_flow(mark)
+                    }
                     _ => self.node(false, false)?,
                 };
                 let value = self.flow_value(mark)?;
@@ -557,7 +636,10 @@ impl<'a> Parser<'a> {
                 return Ok(());
             }
             if key.tag == Tag::Null {
-                return fault(format!("mapping key \"{}\" is null; put it in quotes", key.text), mark);
+                return fault(
+                    format!("mapping key \"{}\" is null; put it in quotes", key.text),
+                    mark,
+                );
             }
         }
         if let Some(existing) = builder.find(&key.text) {
@@ -566,75 +648,14 @@ impl<'a> Parser<'a> {
                 return Ok(());
             }
             let first_line = builder.map.entries[existing].key.pos.line() - self.options.line_offset;
-            return Err(Fault::Duplicate { key: key.text.into(), first_line, mark });
+            return Err(Fault::Duplicate {
+                key: key.text.into(),
+                first_line,
+                mark,
+            });
         }
         builder.push(key, value);
         Ok(())
-    }
-}
-
-/// A mapping under construction: finds repeated keys without comparing all pairs.
-struct MapBuilder {
-    map: Map,
-    seen: HashSet<Box<str>>,
-    merge: Option<Vec<Map>>,
-}
-
-/// Above this many keys a set is kept beside the list.
-const INDEX_FROM: usize = 24;
-
-impl MapBuilder {
-    fn new(pos: Pos) -> MapBuilder {
-        MapBuilder { map: Map { entries: Vec::new(), pos }, seen: HashSet::new(), merge: None }
-    }
-
-    fn find(&self, key: &str) -> Option<usize> {
-        if !self.seen.is_empty() && !self.seen.contains(key) {
-            return None;
-        }
-        self.map.index_of(key)
-    }
-
-    fn push(&mut self, key: Scalar, value: Value) {
-        if self.map.entries.len() == INDEX_FROM {
-            self.seen = self.map.entries.iter().map(|e| e.key.text.clone()).collect();
-        }
-        if !self.seen.is_empty() {
-            self.seen.insert(key.text.clone());
-        }
-        self.map.entries.push(Entry { key, value });
-    }
-
-    fn add_merge(&mut self, value: Value, mark: Mark) -> Result<(), Fault> {
-        if self.merge.is_some() {
-            return fault("duplicate merge key", mark);
-        }
-        let sources = match value {
-            Value::Map(map) => vec![map],
-            Value::Seq(seq) => seq
-                .items
-                .into_iter()
-                .map(|item| match item {
-                    Value::Map(map) => Ok(map),
-                    _ => fault("map merge requires map or sequence of maps as the value", mark),
-                })
-                .collect::<Result<_, _>>()?,
-            Value::Scalar(_) => return fault("map merge requires map or sequence of maps as the value", mark),
-        };
-        self.merge = Some(sources);
-        Ok(())
-    }
-
-    /// Own keys win over merged ones, earlier merge sources over later ones.
-    fn finish(mut self) -> Result<Value, Fault> {
-        if let Some(sources) = self.merge.take() {
-            for entry in sources.into_iter().flat_map(|m| m.entries) {
-                if self.find(&entry.key.text).is_none() {
-                    self.push(entry.key, entry.value);
-                }
-            }
-        }
-        Ok(Value::Map(self.map))
     }
 }
 
@@ -658,7 +679,9 @@ fn find_control_character(text: &str) -> Option<usize> {
         b'\t' | b'\n' | b'\r' => false,
         0x00..=0x1F | 0x7F => true,
         // U+0080 to U+009F but for U+0085
-        0xC2 => bytes.get(i + 1).is_some_and(|&n| (0x80..0xA0).contains(&n) && n != 0x85),
+        0xC2 => bytes
+            .get(i + 1)
+            .is_some_and(|&n| (0x80..0xA0).contains(&n) && n != 0x85),
         // U+FFFE, U+FFFF
         0xEF => bytes.get(i + 1) == Some(&0xBF) && bytes.get(i + 2).is_some_and(|&n| n >= 0xBE),
         _ => false,

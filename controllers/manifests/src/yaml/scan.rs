@@ -26,7 +26,10 @@ pub(crate) struct ScanError {
 
 impl ScanError {
     pub(crate) fn new(message: impl Into<Cow<'static, str>>, mark: Mark) -> ScanError {
-        ScanError { message: message.into(), mark }
+        ScanError {
+            message: message.into(),
+            mark,
+        }
     }
 }
 
@@ -68,17 +71,17 @@ struct SimpleKey {
 }
 
 pub(crate) struct Scanner<'a> {
-    text: &'a str,
-    bytes: &'a [u8],
-    mark: Mark,
+    pub(super) text: &'a str,
+    pub(super) bytes: &'a [u8],
+    pub(super) mark: Mark,
     tokens: VecDeque<Token<'a>>,
     /// Tokens already handed out; token numbers count from the first of the stream.
     taken: usize,
-    indent: isize,
+    pub(super) indent: isize,
     indents: Vec<isize>,
     simple_keys: Vec<SimpleKey>,
-    simple_key_allowed: bool,
-    flow_level: usize,
+    pub(super) simple_key_allowed: bool,
+    pub(super) flow_level: usize,
     max_depth: usize,
     ended: bool,
 }
@@ -118,7 +121,9 @@ impl<'a> Scanner<'a> {
         self.fill()?;
         let mark = self.mark;
         self.taken += 1;
-        self.tokens.pop_front().ok_or_else(|| ScanError::new("unexpected end of the document", mark))
+        self.tokens
+            .pop_front()
+            .ok_or_else(|| ScanError::new("unexpected end of the document", mark))
     }
 
     /// Scans until the first token in the queue is certain: it may still turn out to be the start of a key.
@@ -159,16 +164,16 @@ impl<'a> Scanner<'a> {
 
     // Characters.
 
-    fn at(&self, offset: usize) -> u8 {
+    pub(super) fn at(&self, offset: usize) -> u8 {
         self.bytes.get(self.mark.index + offset).copied().unwrap_or(0)
     }
 
-    fn at_end(&self, offset: usize) -> bool {
+    pub(super) fn at_end(&self, offset: usize) -> bool {
         self.mark.index + offset >= self.bytes.len() || self.at(offset) == 0
     }
 
     /// Length in bytes of a line break at the offset; 0 if there is none.
-    fn break_len(&self, offset: usize) -> usize {
+    pub(super) fn break_len(&self, offset: usize) -> usize {
         match self.at(offset) {
             b'\r' if self.at(offset + 1) == b'\n' => 2,
             b'\r' | b'\n' => 1,
@@ -178,20 +183,20 @@ impl<'a> Scanner<'a> {
         }
     }
 
-    fn is_blank(&self, offset: usize) -> bool {
+    pub(super) fn is_blank(&self, offset: usize) -> bool {
         matches!(self.at(offset), b' ' | b'\t')
     }
 
-    fn is_blank_or_end(&self, offset: usize) -> bool {
+    pub(super) fn is_blank_or_end(&self, offset: usize) -> bool {
         self.is_blank(offset) || self.break_len(offset) > 0 || self.at_end(offset)
     }
 
-    fn is_break_or_end(&self) -> bool {
+    pub(super) fn is_break_or_end(&self) -> bool {
         self.break_len(0) > 0 || self.at_end(0)
     }
 
     /// One character forward.
-    fn skip(&mut self) {
+    pub(super) fn skip(&mut self) {
         let width = match self.at(0) {
             0x00..=0x7F => 1,
             0x80..=0xDF => 2,
@@ -203,7 +208,7 @@ impl<'a> Scanner<'a> {
     }
 
     /// One line break forward.
-    fn skip_line(&mut self) {
+    pub(super) fn skip_line(&mut self) {
         let n = self.break_len(0);
         if n > 0 {
             self.mark.index += n;
@@ -213,31 +218,38 @@ impl<'a> Scanner<'a> {
     }
 
     /// One character into the buffer.
-    fn read(&mut self, into: &mut String) {
+    pub(super) fn read(&mut self, into: &mut String) {
         let start = self.mark.index;
         self.skip();
         into.push_str(self.text.get(start..self.mark.index).unwrap_or(""));
     }
 
     /// One line break into the buffer: CR, LF, CRLF and NEL become LF, the separators of Unicode stay.
-    fn read_line(&mut self, into: &mut String) {
+    pub(super) fn read_line(&mut self, into: &mut String) {
         if self.at(0) == 0xE2 && self.break_len(0) == 3 {
-            into.push_str(self.text.get(self.mark.index..self.mark.index + 3).unwrap_or("\n"));
+            into.push_str(
+                self.text
+                    .get(self.mark.index..self.mark.index + 3)
+                    .unwrap_or("\n"),
+            );
         } else {
             into.push('\n');
         }
         self.skip_line();
     }
 
-    fn document_indicator(&self) -> bool {
+    pub(super) fn document_indicator(&self) -> bool {
         self.mark.column == 0
-            && matches!((self.at(0), self.at(1), self.at(2)), (b'-', b'-', b'-') | (b'.', b'.', b'.'))
+            && matches!(
+                (self.at(0), self.at(1), self.at(2)),
+                (b'-', b'-', b'-') | (b'.', b'.', b'.')
+            )
             && self.is_blank_or_end(3)
     }
 
     // Tokens.
 
-    fn push(&mut self, kind: TokenKind<'a>, mark: Mark) {
+    pub(super) fn push(&mut self, kind: TokenKind<'a>, mark: Mark) {
         self.tokens.push_back(Token { kind, mark });
     }
 
@@ -281,7 +293,10 @@ impl<'a> Scanner<'a> {
             b'\'' => self.fetch_quoted(true),
             b'"' => self.fetch_quoted(false),
             _ if self.starts_plain(c) => self.fetch_plain(),
-            _ => Err(ScanError::new("found character that cannot start any token", self.mark)),
+            _ => Err(ScanError::new(
+                "found character that cannot start any token",
+                self.mark,
+            )),
         }
     }
 
@@ -289,8 +304,24 @@ impl<'a> Scanner<'a> {
         let indicator = self.is_blank_or_end(0)
             || matches!(
                 c,
-                b'-' | b'?' | b':' | b',' | b'[' | b']' | b'{' | b'}' | b'#' | b'&' | b'*' | b'!' | b'|' | b'>'
-                    | b'\'' | b'"' | b'%' | b'@' | b'`'
+                b'-' | b'?'
+                    | b':'
+                    | b','
+                    | b'['
+                    | b']'
+                    | b'{'
+                    | b'}'
+                    | b'#'
+                    | b'&'
+                    | b'*'
+                    | b'!'
+                    | b'|'
+                    | b'>'
+                    | b'\''
+                    | b'"'
+                    | b'%'
+                    | b'@'
+                    | b'`'
             );
         !indicator
             || (c == b'-' && !self.is_blank(1))
@@ -299,11 +330,14 @@ impl<'a> Scanner<'a> {
 
     fn skip_to_token(&mut self) {
         loop {
-            if self.mark.column == 0 && self.bytes[self.mark.index.min(self.bytes.len())..].starts_with(b"\xEF\xBB\xBF")
+            if self.mark.column == 0
+                && self.bytes[self.mark.index.min(self.bytes.len())..].starts_with(b"\xEF\xBB\xBF")
             {
                 self.mark.index += 3;
             }
-            while self.at(0) == b' ' || ((self.flow_level > 0 || !self.simple_key_allowed) && self.at(0) == b'\t') {
+            while self.at(0) == b' '
+                || ((self.flow_level > 0 || !self.simple_key_allowed) && self.at(0) == b'\t')
+            {
                 self.skip();
             }
             if self.at(0) == b'#' {
@@ -321,12 +355,16 @@ impl<'a> Scanner<'a> {
         }
     }
 
-    fn save_simple_key(&mut self) -> Result<(), ScanError> {
+    pub(super) fn save_simple_key(&mut self) -> Result<(), ScanError> {
         if self.simple_key_allowed {
             let required = self.flow_level == 0 && self.indent == self.mark.column as isize;
             self.remove_simple_key()?;
-            let key =
-                SimpleKey { possible: true, required, token: self.taken + self.tokens.len(), mark: self.mark };
+            let key = SimpleKey {
+                possible: true,
+                required,
+                token: self.taken + self.tokens.len(),
+                mark: self.mark,
+            };
             if let Some(last) = self.simple_keys.last_mut() {
                 *last = key;
             }
@@ -334,7 +372,7 @@ impl<'a> Scanner<'a> {
         Ok(())
     }
 
-    fn remove_simple_key(&mut self) -> Result<(), ScanError> {
+    pub(super) fn remove_simple_key(&mut self) -> Result<(), ScanError> {
         if let Some(key) = self.simple_keys.last_mut() {
             if key.possible && key.required {
                 return Err(ScanError::new("could not find expected ':'", key.mark));
@@ -351,7 +389,13 @@ impl<'a> Scanner<'a> {
         Ok(())
     }
 
-    fn roll_indent(&mut self, column: usize, at: Option<usize>, kind: TokenKind<'a>, mark: Mark) -> Result<(), ScanError> {
+    fn roll_indent(
+        &mut self,
+        column: usize,
+        at: Option<usize>,
+        kind: TokenKind<'a>,
+        mark: Mark,
+    ) -> Result<(), ScanError> {
         if self.flow_level > 0 || self.indent >= column as isize {
             return Ok(());
         }
@@ -406,7 +450,14 @@ impl<'a> Scanner<'a> {
         for _ in 0..3 {
             self.skip();
         }
-        self.push(if start { TokenKind::DocumentStart } else { TokenKind::DocumentEnd }, mark);
+        self.push(
+            if start {
+                TokenKind::DocumentStart
+            } else {
+                TokenKind::DocumentEnd
+            },
+            mark,
+        );
         Ok(())
     }
 
@@ -447,7 +498,10 @@ impl<'a> Scanner<'a> {
     fn fetch_block_entry(&mut self) -> Result<(), ScanError> {
         if self.flow_level == 0 {
             if !self.simple_key_allowed {
-                return Err(ScanError::new("block sequence entries are not allowed in this context", self.mark));
+                return Err(ScanError::new(
+                    "block sequence entries are not allowed in this context",
+                    self.mark,
+                ));
             }
             self.roll_indent(self.mark.column, None, TokenKind::BlockSequenceStart, self.mark)?;
         }
@@ -462,7 +516,10 @@ impl<'a> Scanner<'a> {
     fn fetch_key(&mut self) -> Result<(), ScanError> {
         if self.flow_level == 0 {
             if !self.simple_key_allowed {
-                return Err(ScanError::new("mapping keys are not allowed in this context", self.mark));
+                return Err(ScanError::new(
+                    "mapping keys are not allowed in this context",
+                    self.mark,
+                ));
             }
             self.roll_indent(self.mark.column, None, TokenKind::BlockMappingStart, self.mark)?;
         }
@@ -478,14 +535,28 @@ impl<'a> Scanner<'a> {
         let last = self.simple_keys.len().saturating_sub(1);
         if !self.simple_keys.is_empty() && self.key_still_possible(last)? {
             let key = self.simple_keys[last];
-            self.insert(key.token, Token { kind: TokenKind::Key, mark: key.mark });
-            self.roll_indent(key.mark.column, Some(key.token), TokenKind::BlockMappingStart, key.mark)?;
+            self.insert(
+                key.token,
+                Token {
+                    kind: TokenKind::Key,
+                    mark: key.mark,
+                },
+            );
+            self.roll_indent(
+                key.mark.column,
+                Some(key.token),
+                TokenKind::BlockMappingStart,
+                key.mark,
+            )?;
             self.simple_keys[last].possible = false;
             self.simple_key_allowed = false;
         } else {
             if self.flow_level == 0 {
                 if !self.simple_key_allowed {
-                    return Err(ScanError::new("mapping values are not allowed in this context", self.mark));
+                    return Err(ScanError::new(
+                        "mapping values are not allowed in this context",
+                        self.mark,
+                    ));
                 }
                 self.roll_indent(self.mark.column, None, TokenKind::BlockMappingStart, self.mark)?;
             }
@@ -507,11 +578,22 @@ impl<'a> Scanner<'a> {
             self.skip();
         }
         let name = self.text.get(start..self.mark.index).unwrap_or("");
-        let ends = self.is_blank_or_end(0) || matches!(self.at(0), b'?' | b':' | b',' | b']' | b'}' | b'%' | b'@' | b'`');
+        let ends = self.is_blank_or_end(0)
+            || matches!(self.at(0), b'?' | b':' | b',' | b']' | b'}' | b'%' | b'@' | b'`');
         if name.is_empty() || !ends {
-            return Err(ScanError::new("did not find expected alphabetic or numeric character", mark));
+            return Err(ScanError::new(
+                "did not find expected alphabetic or numeric character",
+                mark,
+            ));
         }
-        self.push(if alias { TokenKind::Alias(name) } else { TokenKind::Anchor(name) }, mark);
+        self.push(
+            if alias {
+                TokenKind::Alias(name)
+            } else {
+                TokenKind::Anchor(name)
+            },
+            mark,
+        );
         Ok(())
     }
 
@@ -537,344 +619,15 @@ impl<'a> Scanner<'a> {
             }
         }
         if !self.is_blank_or_end(0) {
-            return Err(ScanError::new("did not find expected whitespace or line break", mark));
+            return Err(ScanError::new(
+                "did not find expected whitespace or line break",
+                mark,
+            ));
         }
         let tag = self.text.get(start..self.mark.index).unwrap_or("").to_owned();
         self.push(TokenKind::Tag(tag), mark);
         Ok(())
     }
-
-    fn fetch_block_scalar(&mut self, literal: bool) -> Result<(), ScanError> {
-        self.remove_simple_key()?;
-        self.simple_key_allowed = true;
-        let mark = self.mark;
-        let text = self.scan_block_scalar(literal, mark)?;
-        let style = if literal { Style::Literal } else { Style::Folded };
-        self.push(TokenKind::Scalar(Cow::Owned(text), style), mark);
-        Ok(())
-    }
-
-    fn scan_block_scalar(&mut self, literal: bool, mark: Mark) -> Result<String, ScanError> {
-        self.skip();
-        let mut chomping = 0i8;
-        let mut increment = 0isize;
-        for _ in 0..2 {
-            match self.at(0) {
-                b'+' if chomping == 0 => {
-                    chomping = 1;
-                    self.skip();
-                }
-                b'-' if chomping == 0 => {
-                    chomping = -1;
-                    self.skip();
-                }
-                b'0' => return Err(ScanError::new("found an indentation indicator equal to 0", mark)),
-                d @ b'1'..=b'9' if increment == 0 => {
-                    increment = isize::from(d - b'0');
-                    self.skip();
-                }
-                _ => break,
-            }
-        }
-        while self.is_blank(0) {
-            self.skip();
-        }
-        if self.at(0) == b'#' {
-            while !self.is_break_or_end() {
-                self.skip();
-            }
-        }
-        if !self.is_break_or_end() {
-            return Err(ScanError::new("did not find expected comment or line break", mark));
-        }
-        self.skip_line();
-        let mut indent = if increment > 0 { self.indent.max(0) + increment } else { 0 };
-
-        let mut text = String::new();
-        let mut leading_break = String::new();
-        let mut trailing_breaks = String::new();
-        self.scan_block_breaks(&mut indent, &mut trailing_breaks, mark)?;
-        let mut leading_blank = false;
-        while self.mark.column as isize == indent && !self.at_end(0) {
-            let trailing_blank = self.is_blank(0);
-            if !literal && leading_break.starts_with('\n') && !leading_blank && !trailing_blank {
-                if trailing_breaks.is_empty() {
-                    text.push(' ');
-                }
-            } else {
-                text.push_str(&leading_break);
-            }
-            leading_break.clear();
-            text.push_str(&trailing_breaks);
-            trailing_breaks.clear();
-            leading_blank = self.is_blank(0);
-            let start = self.mark.index;
-            while !self.is_break_or_end() {
-                self.skip();
-            }
-            text.push_str(self.text.get(start..self.mark.index).unwrap_or(""));
-            if self.break_len(0) > 0 {
-                self.read_line(&mut leading_break);
-            }
-            self.scan_block_breaks(&mut indent, &mut trailing_breaks, mark)?;
-        }
-        if chomping != -1 {
-            text.push_str(&leading_break);
-        }
-        if chomping == 1 {
-            text.push_str(&trailing_breaks);
-        }
-        Ok(text)
-    }
-
-    /// Skips indentation and empty lines; finds the indentation by the first line with text if it is not given.
-    fn scan_block_breaks(&mut self, indent: &mut isize, breaks: &mut String, mark: Mark) -> Result<(), ScanError> {
-        let mut deepest = 0isize;
-        loop {
-            while (*indent == 0 || (self.mark.column as isize) < *indent) && self.at(0) == b' ' {
-                self.skip();
-            }
-            deepest = deepest.max(self.mark.column as isize);
-            if (*indent == 0 || (self.mark.column as isize) < *indent) && self.at(0) == b'\t' {
-                return Err(ScanError::new("found a tab character where an indentation space is expected", mark));
-            }
-            if self.break_len(0) == 0 {
-                break;
-            }
-            self.read_line(breaks);
-        }
-        if *indent == 0 {
-            *indent = deepest.max(self.indent + 1).max(1);
-        }
-        Ok(())
-    }
-
-    fn fetch_quoted(&mut self, single: bool) -> Result<(), ScanError> {
-        self.save_simple_key()?;
-        self.simple_key_allowed = false;
-        let mark = self.mark;
-        let text = self.scan_quoted(single, mark)?;
-        let style = if single { Style::Single } else { Style::Double };
-        self.push(TokenKind::Scalar(text, style), mark);
-        Ok(())
-    }
-
-    fn scan_quoted(&mut self, single: bool, mark: Mark) -> Result<Cow<'a, str>, ScanError> {
-        let quote = if single { b'\'' } else { b'"' };
-        self.skip();
-        // The common case: one line, nothing escaped.
-        let start = self.mark.index;
-        let rest = &self.bytes[start.min(self.bytes.len())..];
-        if let Some(end) = rest.iter().position(|&b| b == quote || b < b' ' || b == b'\\' || b >= 0x80) {
-            if rest[end] == quote && rest.get(end + 1) != Some(&b'\'') {
-                self.mark.index += end + 1;
-                self.mark.column += end + 1;
-                return Ok(Cow::Borrowed(self.text.get(start..start + end).unwrap_or("")));
-            }
-        }
-        let mut text = String::new();
-        let mut leading_break = String::new();
-        let mut trailing_breaks = String::new();
-        let mut blanks = String::new();
-        loop {
-            if self.document_indicator() {
-                return Err(ScanError::new("found unexpected document indicator", mark));
-            }
-            if self.at_end(0) {
-                return Err(ScanError::new("found unexpected end of stream", mark));
-            }
-            let mut leading_blanks = false;
-            while !self.is_blank_or_end(0) {
-                let c = self.at(0);
-                if single && c == b'\'' && self.at(1) == b'\'' {
-                    text.push('\'');
-                    self.skip();
-                    self.skip();
-                } else if c == quote {
-                    break;
-                } else if !single && c == b'\\' && self.break_len(1) > 0 {
-                    self.skip();
-                    self.skip_line();
-                    leading_blanks = true;
-                    break;
-                } else if !single && c == b'\\' {
-                    self.scan_escape(&mut text, mark)?;
-                } else {
-                    self.read(&mut text);
-                }
-            }
-            if self.at(0) == quote {
-                break;
-            }
-            while self.is_blank(0) || self.break_len(0) > 0 {
-                if self.is_blank(0) {
-                    if leading_blanks {
-                        self.skip();
-                    } else {
-                        self.read(&mut blanks);
-                    }
-                } else if leading_blanks {
-                    self.read_line(&mut trailing_breaks);
-                } else {
-                    blanks.clear();
-                    self.read_line(&mut leading_break);
-                    leading_blanks = true;
-                }
-            }
-            if leading_blanks {
-                join_lines(&mut text, &mut leading_break, &mut trailing_breaks);
-            } else {
-                text.push_str(&blanks);
-                blanks.clear();
-            }
-        }
-        self.skip();
-        Ok(Cow::Owned(text))
-    }
-
-    fn scan_escape(&mut self, text: &mut String, mark: Mark) -> Result<(), ScanError> {
-        let code = self.at(1);
-        let simple = match code {
-            b'0' => Some('\0'),
-            b'a' => Some('\x07'),
-            b'b' => Some('\x08'),
-            b't' | b'\t' => Some('\t'),
-            b'n' => Some('\n'),
-            b'v' => Some('\x0B'),
-            b'f' => Some('\x0C'),
-            b'r' => Some('\r'),
-            b'e' => Some('\x1B'),
-            b' ' => Some(' '),
-            b'"' => Some('"'),
-            b'\'' => Some('\''),
-            b'\\' => Some('\\'),
-            b'N' => Some('\u{85}'),
-            b'_' => Some('\u{A0}'),
-            b'L' => Some('\u{2028}'),
-            b'P' => Some('\u{2029}'),
-            _ => None,
-        };
-        let digits = match code {
-            b'x' => 2,
-            b'u' => 4,
-            b'U' => 8,
-            _ if simple.is_some() => 0,
-            _ => return Err(ScanError::new("found unknown escape character", mark)),
-        };
-        self.skip();
-        self.skip();
-        if let Some(c) = simple {
-            text.push(c);
-            return Ok(());
-        }
-        let mut value = 0u32;
-        for k in 0..digits {
-            let Some(d) = (self.at(k) as char).to_digit(16) else {
-                return Err(ScanError::new("did not find expected hexdecimal number", mark));
-            };
-            value = value << 4 | d;
-        }
-        let Some(c) = char::from_u32(value) else {
-            return Err(ScanError::new("found invalid Unicode character escape code", mark));
-        };
-        text.push(c);
-        for _ in 0..digits {
-            self.skip();
-        }
-        Ok(())
-    }
-
-    fn fetch_plain(&mut self) -> Result<(), ScanError> {
-        self.save_simple_key()?;
-        self.simple_key_allowed = false;
-        let mark = self.mark;
-        let text = self.scan_plain(mark)?;
-        self.push(TokenKind::Scalar(text, Style::Plain), mark);
-        Ok(())
-    }
-
-    fn scan_plain(&mut self, mark: Mark) -> Result<Cow<'a, str>, ScanError> {
-        let indent = self.indent + 1;
-        // Text of the first line is a slice of the source; only a second line makes a copy.
-        let mut owned: Option<String> = None;
-        let mut end = self.mark.index;
-        let mut leading_break = String::new();
-        let mut trailing_breaks = String::new();
-        let mut leading_blanks = false;
-        let mut blanks_from = self.mark.index;
-        loop {
-            if self.document_indicator() || self.at(0) == b'#' {
-                break;
-            }
-            let start = self.mark.index;
-            while !self.is_blank_or_end(0) {
-                let c = self.at(0);
-                if (c == b':' && self.is_blank_or_end(1))
-                    || (self.flow_level > 0 && matches!(c, b',' | b'?' | b'[' | b']' | b'{' | b'}'))
-                {
-                    break;
-                }
-                self.skip();
-            }
-            if self.mark.index > start {
-                if leading_blanks {
-                    let first = self.text.get(mark.index..end).unwrap_or("");
-                    let buffer = owned.get_or_insert_with(|| first.to_owned());
-                    join_lines(buffer, &mut leading_break, &mut trailing_breaks);
-                    leading_blanks = false;
-                } else if let Some(buffer) = owned.as_mut() {
-                    buffer.push_str(self.text.get(blanks_from..start).unwrap_or(""));
-                }
-                if let Some(buffer) = owned.as_mut() {
-                    buffer.push_str(self.text.get(start..self.mark.index).unwrap_or(""));
-                }
-                end = self.mark.index;
-            }
-            if !(self.is_blank(0) || self.break_len(0) > 0) {
-                break;
-            }
-            blanks_from = self.mark.index;
-            while self.is_blank(0) || self.break_len(0) > 0 {
-                if self.is_blank(0) {
-                    if leading_blanks && (self.mark.column as isize) < indent && self.at(0) == b'\t' {
-                        return Err(ScanError::new("found a tab character that violates indentation", mark));
-                    }
-                    self.skip();
-                } else if leading_blanks {
-                    self.read_line(&mut trailing_breaks);
-                } else {
-                    self.read_line(&mut leading_break);
-                    leading_blanks = true;
-                }
-            }
-            if self.flow_level == 0 && (self.mark.column as isize) < indent {
-                break;
-            }
-        }
-        if leading_blanks {
-            self.simple_key_allowed = true;
-        }
-        Ok(match owned {
-            Some(text) => Cow::Owned(text),
-            None => Cow::Borrowed(self.text.get(mark.index..end).unwrap_or("")),
-        })
-    }
 }
 
 pub(crate) const DEPTH_MESSAGE: &str = "exceeded max depth";
-
-/// Folds a line break: one becomes a space, several lose the first.
-fn join_lines(text: &mut String, leading_break: &mut String, trailing_breaks: &mut String) {
-    if leading_break.starts_with('\n') {
-        if trailing_breaks.is_empty() {
-            text.push(' ');
-        } else {
-            text.push_str(trailing_breaks);
-        }
-    } else {
-        text.push_str(leading_break);
-        text.push_str(trailing_breaks);
-    }
-    leading_break.clear();
-    trailing_breaks.clear();
-}

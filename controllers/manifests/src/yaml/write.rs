@@ -33,7 +33,12 @@ pub fn write_map(map: &Map, out: &mut String) -> Result<(), String> {
 }
 
 fn document(out: &mut String, content: impl FnOnce(&mut Writer) -> Result<(), String>) -> Result<(), String> {
-    let mut w = Writer { out: std::mem::take(out), column: 0, indention: true, whitespace: true };
+    let mut w = Writer {
+        out: std::mem::take(out),
+        column: 0,
+        indention: true,
+        whitespace: true,
+    };
     content(&mut w)?;
     w.write_indent(0);
     *out = w.out;
@@ -109,7 +114,13 @@ impl Writer {
         self.column += 1;
     }
 
-    fn node<'a>(&mut self, value: &'a Value, indent: isize, in_mapping: bool, path: &mut Path<'a>) -> Result<(), String> {
+    fn node<'a>(
+        &mut self,
+        value: &'a Value,
+        indent: isize,
+        in_mapping: bool,
+        path: &mut Path<'a>,
+    ) -> Result<(), String> {
         match value {
             Value::Scalar(s) => {
                 let plain = match s.plain() {
@@ -167,8 +178,9 @@ impl Writer {
             if !path.0.is_empty() && !entry.key.is_string() && entry.key.tag != crate::value::Tag::Merge {
                 let kind = Value::Scalar(entry.key.clone()).type_name();
                 let key = &entry.key.text;
-                return path
-                    .fail(&format!("the key `{key}` is a {kind}; keys must be strings: write \"{key}\" in quotes"));
+                return path.fail(&format!(
+                    "the key `{key}` is a {kind}; keys must be strings: write \"{key}\" in quotes"
+                ));
             }
             self.write_indent(inner);
             path.0.push(PathPart::Key(&entry.key.text));
@@ -379,7 +391,12 @@ struct Facts {
 
 impl Facts {
     fn of(text: &str) -> Facts {
-        let mut facts = Facts { multiline: false, plain_allowed: true, single_allowed: true, block_allowed: true };
+        let mut facts = Facts {
+            multiline: false,
+            plain_allowed: true,
+            single_allowed: true,
+            block_allowed: true,
+        };
         if text.is_empty() {
             facts.block_allowed = false;
             return facts;
@@ -393,7 +410,8 @@ impl Facts {
             let end = i + c.len_utf8();
             let before_blank = end >= bytes.len() || matches!(bytes[end], b' ' | b'\t');
             match c {
-                '#' | ',' | '[' | ']' | '{' | '}' | '&' | '*' | '!' | '|' | '>' | '\'' | '"' | '%' | '@' | '`'
+                '#' | ',' | '[' | ']' | '{' | '}' | '&' | '*' | '!' | '|' | '>' | '\'' | '"' | '%' | '@'
+                | '`'
                     if i == 0 =>
                 {
                     indicators = true;

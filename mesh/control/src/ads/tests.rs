@@ -306,3 +306,25 @@ async fn a_client_that_is_no_proxy_is_turned_away_with_the_reason() {
     client.join().await;
     plane.stop().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn after_a_crash_nothing_counts_as_live_before_the_proxies_have_had_time_to_return() {
+    let cancel = CancellationToken::new();
+    let ledger = Ledger::new();
+    let (pump, _server) = Pump::new(Hosts::default(), ledger.clone(), cancel.clone());
+    let pump = pump.with_return_grace(Duration::from_secs(3));
+    let (inputs, receiver) = mpsc::channel::<Input<HostChange>>(CHANGES);
+    let runner = tokio::spawn(pump.run(receiver, cancel.clone()));
+    inputs
+        .send(Input::Changes(vec![("prod", "reviews", 1, Some("weight 0"))]))
+        .await
+        .unwrap();
+    inputs.send(Input::Synced).await.unwrap();
+    let object = "VirtualService/prod/reviews";
+    tokio::time::sleep(Duration::from_millis(2900)).await;
+    assert!(!ledger.liveness(object, 1).is_live(), "nobody is back yet");
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(ledger.liveness(object, 1).is_live());
+    cancel.cancel();
+    runner.await.unwrap();
+}

@@ -56,11 +56,9 @@ pub(super) struct Annotations {
     pub(super) intercepts: bool,
     pub(super) include_outbound_ranges: String,
     pub(super) exclude_outbound_ranges: String,
-    pub(super) include_outbound_ports: String,
     pub(super) exclude_outbound_ports: String,
     pub(super) include_inbound_ports: String,
     pub(super) exclude_inbound_ports: String,
-    pub(super) exclude_interfaces: String,
     pub(super) image: Option<String>,
     pub(super) log_level: Option<String>,
     pub(super) resources: Resources,
@@ -147,35 +145,55 @@ impl Annotations {
         for name in [
             "sidecar.istio.io/bootstrapOverride",
             "traffic.sidecar.istio.io/kubevirtInterfaces",
+            "traffic.sidecar.istio.io/excludeInterfaces",
         ] {
             if let Some(value) = get(name) {
                 return unsupported(name, value, "remove it");
             }
         }
-        let interfaces = get("traffic.sidecar.istio.io/excludeInterfaces").unwrap_or_default();
-        if !interfaces
-            .split(',')
-            .all(|name| is_interface(name.trim()) || interfaces.is_empty())
-        {
-            return Err(InjectError::Value {
-                annotation: "traffic.sidecar.istio.io/excludeInterfaces".into(),
-                value: interfaces.into(),
-                expected: "is not a comma-separated list of interface names",
-            });
+        for name in ["includeInboundPorts", "includeOutboundIPRanges"] {
+            let name = format!("traffic.sidecar.istio.io/{name}");
+            if let Some(value) = get(&name).filter(|value| value.trim().is_empty()) {
+                let remedy = "to intercept nothing at all use sidecar.istio.io/interceptionMode: NONE";
+                return unsupported(&name, value, remedy);
+            }
         }
+        // Ports in addition to ranges; where every range is intercepted they add nothing.
+        let all_ranges =
+            get("traffic.sidecar.istio.io/includeOutboundIPRanges").is_none_or(|ranges| ranges == "*");
+        let more_ports = read("includeOutboundPorts", "", is_port_or_star, PORTS_OR_STAR)?;
+        if !all_ranges && !more_ports.is_empty() {
+            let remedy = "intercept these destinations by includeOutboundIPRanges";
+            return unsupported(
+                "traffic.sidecar.istio.io/includeOutboundPorts",
+                &more_ports,
+                remedy,
+            );
+        }
+        let log_level = match get("sidecar.istio.io/logLevel") {
+            None | Some("") => None,
+            Some(level @ ("trace" | "debug" | "info" | "error" | "off")) => Some(level.to_owned()),
+            Some("warning" | "warn") => Some("warn".to_owned()),
+            Some("critical") => Some("error".to_owned()),
+            Some(other) => {
+                return Err(InjectError::Value {
+                    annotation: "sidecar.istio.io/logLevel".into(),
+                    value: other.into(),
+                    expected: "is none of trace, debug, info, warning, error, critical, off",
+                });
+            }
+        };
         let text = |name: &str| get(name).filter(|value| !value.is_empty()).map(str::to_owned);
         Ok(Self {
             template,
             intercepts,
             include_outbound_ranges: read("includeOutboundIPRanges", "*", is_range_or_star, RANGES_OR_STAR)?,
             exclude_outbound_ranges: read("excludeOutboundIPRanges", "", is_range, RANGES)?,
-            include_outbound_ports: read("includeOutboundPorts", "", is_port_or_star, PORTS_OR_STAR)?,
             exclude_outbound_ports: read("excludeOutboundPorts", "", is_port, PORTS)?,
             include_inbound_ports: read("includeInboundPorts", "*", is_port_or_star, PORTS_OR_STAR)?,
             exclude_inbound_ports: read("excludeInboundPorts", "", is_port, PORTS)?,
-            exclude_interfaces: interfaces.to_owned(),
             image: text("sidecar.istio.io/proxyImage"),
-            log_level: text("sidecar.istio.io/logLevel"),
+            log_level,
             resources: Resources {
                 cpu: text("sidecar.istio.io/proxyCPU"),
                 memory: text("sidecar.istio.io/proxyMemory"),
@@ -211,9 +229,4 @@ fn is_range(text: &str) -> bool {
 
 fn is_range_or_star(text: &str) -> bool {
     text == "*" || is_range(text)
-}
-
-/// Linux interface names: at most 15 bytes, no blanks, no slashes.
-fn is_interface(text: &str) -> bool {
-    (1..=15).contains(&text.len()) && !text.chars().any(|c| c.is_whitespace() || c == '/' || c == ':')
 }

@@ -14,7 +14,7 @@ use serde_json::json;
 use super::annotations::{Annotations, Resources};
 use super::{INIT_CONTAINER, InjectConfig, PROXY_CONTAINER};
 
-/// User and group of the proxy: what it sends is not intercepted again. Istio's number.
+/// User and group of the proxy: what they send is not intercepted again. Istio's number.
 const PROXY_UID: i64 = 1337;
 /// Where outbound connections are redirected to.
 const OUTBOUND_PORT: u16 = 15001;
@@ -35,10 +35,11 @@ pub(super) struct Identity {
     ports: String,
     owner: String,
     workload: String,
+    dns_domain: String,
 }
 
 impl Identity {
-    pub(super) fn of(pod: &Pod, namespace: &str, spec: &PodSpec) -> Self {
+    pub(super) fn of(pod: &Pod, namespace: &str, spec: &PodSpec, domain: &str) -> Self {
         let (kind, workload) = workload(&pod.metadata);
         let (group, plural) = match kind.as_str() {
             "Deployment" => ("apps/v1", "deployments"),
@@ -65,6 +66,7 @@ impl Identity {
             ports: json!(ports).to_string(),
             owner: format!("kubernetes://apis/{group}/namespaces/{namespace}/{plural}/{workload}"),
             workload,
+            dns_domain: format!("{namespace}.svc.{domain}"),
         }
     }
 }
@@ -108,22 +110,18 @@ pub(super) fn init(config: &InjectConfig, annotations: &Annotations) -> Containe
         ports => format!("{OWN_PORTS},{ports}"),
     };
     let mut args: Vec<String> = vec!["intercept".into()];
-    let mut option = |name: &str, value: &str| args.extend([name.to_owned(), value.to_owned()]);
-    option("-p", &OUTBOUND_PORT.to_string());
-    option("-z", &INBOUND_PORT.to_string());
-    option("-u", &PROXY_UID.to_string());
-    option("-m", "REDIRECT");
-    option("-i", &annotations.include_outbound_ranges);
-    option("-x", &annotations.exclude_outbound_ranges);
-    option("-b", &annotations.include_inbound_ports);
-    option("-d", &excluded_inbound);
     for (name, value) in [
-        ("-q", &annotations.include_outbound_ports),
-        ("-o", &annotations.exclude_outbound_ports),
-        ("-c", &annotations.exclude_interfaces),
+        ("outbound-port", OUTBOUND_PORT.to_string().as_str()),
+        ("inbound-port", INBOUND_PORT.to_string().as_str()),
+        ("include-inbound-ports", &annotations.include_inbound_ports),
+        ("exclude-inbound-ports", &excluded_inbound),
+        ("exclude-outbound-ports", &annotations.exclude_outbound_ports),
+        ("include-outbound-ranges", &annotations.include_outbound_ranges),
+        ("exclude-outbound-ranges", &annotations.exclude_outbound_ranges),
     ] {
-        if !value.is_empty() {
-            option(name, value);
+        // Everything is what happens without the option.
+        if !matches!(value, "" | "*") {
+            args.push(format!("--{name}={value}"));
         }
     }
     Container {
@@ -153,7 +151,7 @@ pub(super) fn sidecar(config: &InjectConfig, annotations: &Annotations, identity
     Container {
         name: PROXY_CONTAINER.into(),
         image: Some(image(config, annotations)),
-        args: Some(args("sidecar", annotations)),
+        args: Some(args("sidecar")),
         env: Some(env(config, annotations, identity)),
         ports: Some(vec![metrics_port()]),
         readiness_probe: Some(probe(15, 4, Some(3))),
@@ -180,7 +178,7 @@ pub(super) fn gateway(
     {
         container.image = Some(image(config, annotations));
     }
-    container.args.get_or_insert_with(|| args("router", annotations));
+    container.args.get_or_insert_with(|| args("router"));
     let own: Vec<EnvVar> = container.env.take().unwrap_or_default();
     let mut env = env(config, annotations, identity);
     env.retain(|variable| !own.iter().any(|other| other.name == variable.name));
@@ -206,12 +204,8 @@ fn image(config: &InjectConfig, annotations: &Annotations) -> String {
     annotations.image.clone().unwrap_or_else(|| config.image.clone())
 }
 
-fn args(kind: &str, annotations: &Annotations) -> Vec<String> {
-    let mut args = vec!["proxy".to_owned(), kind.to_owned()];
-    if let Some(level) = &annotations.log_level {
-        args.push(format!("--proxyLogLevel={level}"));
-    }
-    args
+fn args(kind: &str) -> Vec<String> {
+    vec!["proxy".to_owned(), kind.to_owned()]
 }
 
 fn env(config: &InjectConfig, annotations: &Annotations, identity: &Identity) -> Vec<EnvVar> {
@@ -231,7 +225,7 @@ fn env(config: &InjectConfig, annotations: &Annotations, identity: &Identity) ->
         value: Some(value.into()),
         ..EnvVar::default()
     };
-    vec![
+    let mut env = vec![
         field("POD_NAME", "metadata.name"),
         field("POD_NAMESPACE", "metadata.namespace"),
         field("INSTANCE_IP", "status.podIP"),
@@ -255,7 +249,15 @@ fn env(config: &InjectConfig, annotations: &Annotations, identity: &Identity) ->
         value("ISTIO_META_WORKLOAD_NAME", &identity.workload),
         value("ISTIO_META_OWNER", &identity.owner),
         value("ISTIO_METAJSON_LABELS", &identity.labels),
-    ]
+        value("DNS_DOMAIN", &identity.dns_domain),
+    ];
+    env.extend(
+        annotations
+            .log_level
+            .as_deref()
+            .map(|level| value("RUST_LOG", level)),
+    );
+    env
 }
 
 fn metrics_port() -> ContainerPort {

@@ -155,7 +155,7 @@ fn interception_then_proxy_then_the_users_own_init_containers() {
     let init = init_container(&injected, "istio-init");
     assert_eq!(
         init.args.as_ref().unwrap().join(" "),
-        "intercept -p 15001 -z 15006 -u 1337 -m REDIRECT -i * -x  -b * -d 15090,15021,15020"
+        "intercept --outbound-port=15001 --inbound-port=15006 --exclude-inbound-ports=15090,15021,15020"
     );
     assert_eq!(init.security_context.as_ref().unwrap().run_as_user, Some(0));
 }
@@ -178,6 +178,7 @@ fn the_proxy_knows_who_it_serves() {
         ("ISTIO_META_APP_CONTAINERS", "reviews"),
         ("ISTIO_META_POD_PORTS", r#"[{"containerPort":9080}]"#),
         ("ISTIO_META_INTERCEPTION_MODE", "REDIRECT"),
+        ("DNS_DOMAIN", "prod.svc.cluster.local"),
     ];
     for (name, value) in table {
         assert_eq!(env(proxy, name), value, "{name}");
@@ -200,20 +201,34 @@ fn traffic_annotations_become_options_of_the_interception() {
         (
             "includeOutboundIPRanges",
             "10.0.0.0/8, 192.168.0.0/16",
-            "-i 10.0.0.0/8,192.168.0.0/16",
+            "--include-outbound-ranges=10.0.0.0/8,192.168.0.0/16",
         ),
-        ("includeOutboundIPRanges", "", "-i  -x"),
+        (
+            "includeOutboundIPRanges",
+            "*",
+            "15006 --exclude-inbound-ports=15090,15021,15020",
+        ),
         (
             "excludeOutboundIPRanges",
             "169.254.169.254/32",
-            "-x 169.254.169.254/32",
+            "--exclude-outbound-ranges=169.254.169.254/32",
         ),
-        ("includeOutboundPorts", "*", "-q *"),
-        ("excludeOutboundPorts", "3306,5432", "-o 3306,5432"),
-        ("includeInboundPorts", "9080", "-b 9080"),
-        ("includeInboundPorts", "", "-b  -d"),
-        ("excludeInboundPorts", "9090", "-d 15090,15021,15020,9090"),
-        ("excludeInterfaces", "eth1", "-c eth1"),
+        (
+            "includeOutboundPorts",
+            "8080",
+            "15006 --exclude-inbound-ports=15090,15021,15020",
+        ),
+        (
+            "excludeOutboundPorts",
+            "3306,5432",
+            "--exclude-outbound-ports=3306,5432",
+        ),
+        ("includeInboundPorts", "9080", "--include-inbound-ports=9080"),
+        (
+            "excludeInboundPorts",
+            "9090",
+            "--exclude-inbound-ports=15090,15021,15020,9090",
+        ),
     ];
     for (name, value, option) in table {
         let name = format!("traffic.sidecar.istio.io/{name}");
@@ -228,12 +243,26 @@ fn traffic_annotations_become_options_of_the_interception() {
 }
 
 #[test]
+fn ports_beside_limited_ranges_are_refused() {
+    let annotations = [
+        ("traffic.sidecar.istio.io/includeOutboundIPRanges", "10.0.0.0/8"),
+        ("traffic.sidecar.istio.io/includeOutboundPorts", "8080"),
+    ];
+    let enabled = map(&[("istio-injection", "enabled")]);
+    let error = admit(&config(), "prod", &enabled, &pod(&[], &annotations)).unwrap_err();
+    assert!(error.to_string().contains("includeOutboundPorts"), "{error}");
+}
+
+#[test]
 fn what_cannot_be_done_refuses_the_pod_and_says_what_to_do() {
     let table: &[(&str, &str)] = &[
         ("traffic.sidecar.istio.io/excludeOutboundPorts", "http"),
         ("traffic.sidecar.istio.io/excludeInboundPorts", "70000"),
         ("traffic.sidecar.istio.io/includeOutboundIPRanges", "10.0.0.0/33"),
-        ("traffic.sidecar.istio.io/excludeInterfaces", "eth0,a name"),
+        ("traffic.sidecar.istio.io/excludeInterfaces", "eth1"),
+        ("traffic.sidecar.istio.io/includeInboundPorts", ""),
+        ("traffic.sidecar.istio.io/includeOutboundIPRanges", ""),
+        ("sidecar.istio.io/logLevel", "loud"),
         ("traffic.sidecar.istio.io/kubevirtInterfaces", "k6t-eth0"),
         ("sidecar.istio.io/interceptionMode", "TPROXY"),
         ("sidecar.istio.io/nativeSidecar", "false"),
@@ -302,7 +331,7 @@ fn resources_image_log_level_and_mode_follow_their_annotations() {
         json!({"requests": {"cpu": "10m"}, "limits": {"memory": "64Mi"}})
     );
     assert_eq!(proxy.image.as_deref(), Some("local/proxy:dev"));
-    assert_eq!(proxy.args.as_ref().unwrap()[2], "--proxyLogLevel=debug");
+    assert_eq!(env(proxy, "RUST_LOG"), "debug");
     assert!(
         !injected
             .metadata

@@ -188,12 +188,9 @@ fn locality_rank(client: &Locality, endpoint: &Locality, setting: Option<&Locali
         };
     }
     if client.zone != endpoint.zone {
-        2
-    } else if client.sub_zone != endpoint.sub_zone {
-        1
-    } else {
-        0
+        return 2;
     }
+    usize::from(client.sub_zone != endpoint.sub_zone)
 }
 
 /// How many labels, from the first on, do not match: the fewer the nearer.

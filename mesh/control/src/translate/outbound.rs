@@ -191,10 +191,26 @@ impl Resolver<'_> {
     }
 }
 
+impl Resolver<'_> {
+    /// The port of a backend: the one it names, else the only one of its service, else the one of the listener.
+    fn port(&self, backend: &Backend, listener: u16) -> u16 {
+        let only = || {
+            let service = self
+                .model
+                .visible_service(&self.host(&backend.host), self.client)?;
+            match service.ports.as_slice() {
+                [only] => Some(only.number),
+                _ => None,
+            }
+        };
+        backend.port.or_else(only).unwrap_or(listener)
+    }
+}
+
 impl Destinations for Resolver<'_> {
     fn cluster(&self, backend: &Backend, port: u16) -> String {
         cluster::name(
-            backend.port.unwrap_or(port),
+            self.port(backend, port),
             backend.subset.as_deref().unwrap_or(""),
             &self.host(&backend.host),
         )
@@ -207,7 +223,7 @@ impl Destinations for Resolver<'_> {
         let policy = self
             .model
             .policy(&service.host, &service.namespace, self.client)?;
-        Some(policy.for_port(backend.subset.as_deref(), backend.port.unwrap_or(port)))
+        Some(policy.for_port(backend.subset.as_deref(), self.port(backend, port)))
     }
 }
 

@@ -321,7 +321,7 @@ fn target_port(model: &Model, client: &Client, port: u16) -> u16 {
         .filter_map(|service| service.port(port))
         .find_map(|port| match &port.target {
             TargetPort::Number(number) => Some(*number),
-            TargetPort::Name(_) => None,
+            TargetPort::Name(name) => model.named_port(&client.namespace, &client.labels, name),
         })
         .unwrap_or(port)
 }

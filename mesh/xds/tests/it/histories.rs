@@ -19,7 +19,9 @@ enum Step {
         repeated: bool,
     },
     Settle,
-    Reconnect,
+    Reconnect {
+        load_after: usize,
+    },
     Interest {
         resource_type: usize,
         all: bool,
@@ -48,7 +50,7 @@ fn step() -> impl Strategy<Value = Step> {
         5 => proptest::bool::weighted(0.1).prop_map(|repeated| Step::ToServer { repeated }),
         5 => proptest::bool::weighted(0.1).prop_map(|repeated| Step::ToClient { repeated }),
         5 => Just(Step::Settle),
-        1 => Just(Step::Reconnect),
+        1 => (0..7usize).prop_map(|load_after| Step::Reconnect { load_after }),
         1 => (0..5usize, proptest::bool::weighted(0.2), proptest::collection::vec(0..6u8, 0..4))
             .prop_map(|(resource_type, all, names)| Step::Interest { resource_type, all, names }),
         1 => (0..3000u16).prop_map(Step::Wait),
@@ -96,7 +98,7 @@ fn run(steps: &[Step]) -> Link {
             Step::ToServer { repeated } => drop(link.deliver_to_server(*repeated)),
             Step::ToClient { repeated } => drop(link.deliver_to_client(*repeated)),
             Step::Settle => drop(link.settle()),
-            Step::Reconnect => link.reconnect(),
+            Step::Reconnect { load_after } => link.reconnect(*load_after),
             Step::Interest {
                 resource_type,
                 all,
@@ -154,6 +156,7 @@ proptest! {
         steps in proptest::collection::vec(step(), 0..60)
     ) {
         // Refusals are not stated on reconnect and are tried once more, so there are none here.
+        let steps_len = steps.len();
         let mut link = run(&steps.into_iter().map(without_refusals).collect::<Vec<_>>());
         link.quiesce();
         let same: Vec<_> = link.view.values().cloned().map(Change::Upsert).collect();
@@ -162,7 +165,7 @@ proptest! {
         link.quiesce();
         prop_assert_eq!(&link.log, &Vec::<String>::new(), "an unchanged view was sent");
 
-        link.reconnect();
+        link.reconnect(steps_len % 7);
         link.quiesce();
         // The first answer of each type is owed even when it is empty. Names that were asked for and do not exist
         // are answered too.

@@ -43,6 +43,8 @@ pub(crate) struct Link {
     /// What the server believes that the proxy holds, from events alone.
     pub(crate) believed: BTreeMap<Key, Arc<str>>,
     pub(crate) refused: HashMap<Key, Arc<str>>,
+    /// Requests that the server takes before it knows the view.
+    load_after: Option<usize>,
     to_server: VecDeque<DeltaDiscoveryRequest>,
     to_client: VecDeque<DeltaDiscoveryResponse>,
     unsettled: VecDeque<(Receipt, Vec<Refusal>)>,
@@ -66,6 +68,7 @@ impl Link {
             running: BTreeMap::new(),
             believed: BTreeMap::new(),
             refused: HashMap::new(),
+            load_after: None,
             to_server: VecDeque::new(),
             to_client: VecDeque::new(),
             unsettled: VecDeque::new(),
@@ -73,12 +76,13 @@ impl Link {
             log: Vec::new(),
             asked_again: Vec::new(),
         };
-        link.reconnect();
+        link.reconnect(0);
         link
     }
 
-    /// The stream breaks: what was under way is lost. A new one begins, on a server that knows only the view.
-    pub(crate) fn reconnect(&mut self) {
+    /// The stream breaks: what was under way is lost. A new one begins, on a server that knows only the view, and that
+    /// only after some requests.
+    pub(crate) fn reconnect(&mut self, load_after: usize) {
         self.to_server.clear();
         self.to_client.clear();
         self.asked_again.clear();
@@ -91,8 +95,16 @@ impl Link {
         self.refused.clear();
         self.client.connected();
         self.ask();
-        let view: Vec<_> = self.view.values().cloned().collect();
-        self.server.load(view);
+        self.load_after = Some(load_after);
+        self.load_if_due();
+    }
+
+    fn load_if_due(&mut self) {
+        if self.load_after == Some(0) {
+            self.load_after = None;
+            let view: Vec<_> = self.view.values().cloned().collect();
+            self.server.load(view);
+        }
         self.pump();
     }
 
@@ -118,7 +130,9 @@ impl Link {
                 }
             }
         }
-        self.server.apply(changes);
+        if self.load_after.is_none() {
+            self.server.apply(changes);
+        }
         self.pump();
     }
 
@@ -169,14 +183,19 @@ impl Link {
     /// The next request reaches the server.
     pub(crate) fn deliver_to_server(&mut self, repeated: bool) -> bool {
         let Some(request) = self.to_server.pop_front() else {
-            return false;
+            let waits = self.load_after.is_some();
+            // Nothing more comes: the view arrives now.
+            self.load_after = self.load_after.map(|_| 0);
+            self.load_if_due();
+            return waits;
         };
+        self.load_after = self.load_after.map(|left| left.saturating_sub(1));
         receive(&mut self.server, &request);
         // An answer that arrives twice, as a stale one does, must change nothing.
         if repeated && !request.response_nonce.is_empty() {
             receive(&mut self.server, &request);
         }
-        self.pump();
+        self.load_if_due();
         true
     }
 

@@ -132,19 +132,6 @@ impl FieldSet {
         }
     }
 
-    pub(crate) fn contains(&self, path: &[&str]) -> bool {
-        match path.split_first() {
-            None => false,
-            Some((first, rest)) => self.0.get(*first).is_some_and(|node| {
-                if rest.is_empty() {
-                    node.member
-                } else {
-                    node.children.contains(rest)
-                }
-            }),
-        }
-    }
-
     /// Every path as it is shown in messages (`.spec.containers[name="c"].image`).
     pub(crate) fn paths(&self) -> Vec<String> {
         let mut out = Vec::new();

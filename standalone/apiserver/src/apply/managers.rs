@@ -93,7 +93,11 @@ fn decode(object: &Value) -> Option<Managers> {
         let id = ManagerId {
             operation,
             manager: get("manager"),
-            api_version: if operation == Operation::Apply { String::new() } else { get("apiVersion") },
+            api_version: if operation == Operation::Apply {
+                String::new()
+            } else {
+                get("apiVersion")
+            },
             subresource: get("subresource"),
         };
         let time = entry.get("time").and_then(Value::as_str).map(str::to_owned);
@@ -242,7 +246,7 @@ fn take_over(write: &Write<'_>, managers: &mut Managers, before: &Value, after: 
         });
         entry.set = std::mem::take(&mut entry.set).union(&own);
         // Kubernetes writes no time for what goes through scale.
-        entry.time = (write.subresource != "scale" && write.manager != BEFORE_FIRST_APPLY).then(|| write.now.to_owned());
+        entry.time = (write.subresource != "scale").then(|| write.now.to_owned());
     }
     managers.retain(|_, o| !o.set.is_empty());
 }
@@ -283,10 +287,10 @@ fn cap(managers: &mut Managers) {
             first_of_version.insert(id.api_version.clone(), id);
             continue;
         };
-        if !managers.contains_key(&bucket) {
-            if let Some(owned) = managers.remove(first) {
-                managers.insert(bucket.clone(), owned);
-            }
+        if !managers.contains_key(&bucket)
+            && let Some(owned) = managers.remove(first)
+        {
+            managers.insert(bucket.clone(), owned);
         }
         if bucket == id {
             continue;
@@ -413,8 +417,8 @@ fn merge_config(
     }
     yield_to(&mut managers, Some(&id), &touched, &change);
     if let Some(own) = managers.get_mut(&id) {
-        let changed = last.as_ref().is_none_or(|l| l.set != own.set) || !change.is_same();
-        if changed || own.time.is_none() {
+        // An apply that changes nothing about the object leaves the time alone, also of a new owner.
+        if !change.is_same() {
             own.time = Some(write.now.to_owned());
         }
     }
@@ -517,7 +521,14 @@ mod tests {
         let schema = builtin("core.v1.ConfigMap");
         let zero = zero_value(&schema);
         let w = write(&schema, &zero, "m");
-        let one = apply(&w, None, &json!({"data": {"a": "1", "b": "2"}}), &Value::Null, false).expect("applies");
+        let one = apply(
+            &w,
+            None,
+            &json!({"data": {"a": "1", "b": "2"}}),
+            &Value::Null,
+            false,
+        )
+        .expect("applies");
         let two = apply(&w, Some(&one), &json!({"data": {"b": "2"}}), &Value::Null, false).expect("applies");
         assert_eq!(two["data"], json!({"b": "2"}));
     }
@@ -526,14 +537,33 @@ mod tests {
     fn a_field_of_another_applier_is_a_conflict_until_forced() {
         let schema = builtin("core.v1.ConfigMap");
         let zero = zero_value(&schema);
-        let one = apply(&write(&schema, &zero, "m1"), None, &json!({"data": {"a": "1"}}), &Value::Null, false)
+        let one = apply(
+            &write(&schema, &zero, "m1"),
+            None,
+            &json!({"data": {"a": "1"}}),
+            &Value::Null,
+            false,
+        )
         .expect("applies");
         let other = write(&schema, &zero, "m2");
-        match apply(&other, Some(&one), &json!({"data": {"a": "2"}}), &Value::Null, false) {
+        match apply(
+            &other,
+            Some(&one),
+            &json!({"data": {"a": "2"}}),
+            &Value::Null,
+            false,
+        ) {
             Err(ApplyError::Conflicts(c)) => assert_eq!(c, [("\"m1\"".to_owned(), ".data.a".to_owned())]),
             wrong => panic!("expected a conflict, got {wrong:?}"),
         }
-        let two = apply(&other, Some(&one), &json!({"data": {"a": "2"}}), &Value::Null, true).expect("forced");
+        let two = apply(
+            &other,
+            Some(&one),
+            &json!({"data": {"a": "2"}}),
+            &Value::Null,
+            true,
+        )
+        .expect("forced");
         assert_eq!(two["metadata"]["managedFields"].as_array().map(Vec::len), Some(1));
         assert_eq!(two["metadata"]["managedFields"][0]["manager"], "m2");
     }
@@ -553,7 +583,13 @@ mod tests {
     fn an_update_takes_fields_from_their_owner() {
         let schema = builtin("core.v1.ConfigMap");
         let zero = zero_value(&schema);
-        let one = apply(&write(&schema, &zero, "m1"), None, &json!({"data": {"a": "1", "b": "1"}}), &Value::Null, false)
+        let one = apply(
+            &write(&schema, &zero, "m1"),
+            None,
+            &json!({"data": {"a": "1", "b": "1"}}),
+            &Value::Null,
+            false,
+        )
         .expect("applies");
         let mut two = one.clone();
         two["data"]["b"] = json!("5");

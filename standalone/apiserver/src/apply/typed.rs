@@ -82,11 +82,7 @@ pub(crate) fn item_step(
             sorted.sort_unstable();
             for key in sorted {
                 let default = schema.item().member(key).0.default.clone();
-                match members
-                    .get(key)
-                    .cloned()
-                    .or(default)
-                {
+                match members.get(key).cloned().or(default) {
                     Some(value) => {
                         out.insert(key.to_owned(), value);
                     }
@@ -304,10 +300,16 @@ pub(crate) fn merge(schema: &Schema, live: &Value, wanted: &Value) -> Value {
 /// Order: live-only items stay where they are and come before what is new at their place; the rest follows the wanted order.
 fn merge_list(list: &Schema, kind: &ListKind, live: &[Value], wanted: &[Value]) -> Value {
     use std::collections::{HashMap, HashSet};
-    let key = |i: usize, item: &Value| item_step(kind, list, i, item).unwrap_or_else(|_| format!("i:{i}").into());
+    let key =
+        |i: usize, item: &Value| item_step(kind, list, i, item).unwrap_or_else(|_| format!("i:{i}").into());
     let live_keys: Vec<Box<str>> = live.iter().enumerate().map(|(i, v)| key(i, v)).collect();
     let wanted_keys: Vec<Box<str>> = wanted.iter().enumerate().map(|(i, v)| key(i, v)).collect();
-    let live_at: HashMap<&str, usize> = live_keys.iter().enumerate().rev().map(|(i, k)| (&**k, i)).collect();
+    let live_at: HashMap<&str, usize> = live_keys
+        .iter()
+        .enumerate()
+        .rev()
+        .map(|(i, k)| (&**k, i))
+        .collect();
     let in_wanted: HashSet<&str> = wanted_keys.iter().map(|k| &**k).collect();
     let mut done: HashSet<&str> = HashSet::new();
     let mut out = Vec::with_capacity(live.len() + wanted.len());
@@ -324,7 +326,9 @@ fn merge_list(list: &Schema, kind: &ListKind, live: &[Value], wanted: &[Value]) 
                 continue;
             }
         }
-        let (Some(k), Some(item)) = (wanted_keys.get(w), wanted.get(w)) else { break };
+        let (Some(k), Some(item)) = (wanted_keys.get(w), wanted.get(w)) else {
+            break;
+        };
         out.push(match live_at.get(&**k).and_then(|i| live.get(*i)) {
             Some(old) => merge(list.item(), old, item),
             None => item.clone(),

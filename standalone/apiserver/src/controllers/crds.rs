@@ -99,16 +99,12 @@ async fn settle(hub: &Hub, name: &str) {
             let mut next = crd.clone();
             let status = definition::reconcile(crd, &registry, &others, &now);
             meta::as_object_mut(&mut next).insert("status".into(), status);
-            let metadata = meta::metadata_mut(&mut next);
-            let finalizers = metadata.entry("finalizers").or_insert_with(|| json!([]));
-            if let Value::Array(list) = finalizers {
-                if !list.contains(&json!(CLEANUP)) {
-                    list.push(json!(CLEANUP));
-                }
-            }
             Some(next)
         };
-        match hub.modify(&RESOURCE.into(), name, "kube-apiserver", "status", edit).await {
+        match hub
+            .modify(&RESOURCE.into(), name, "kube-apiserver", "status", edit)
+            .await
+        {
             Ok(Some(_)) => {}
             Ok(None) => break,
             Err(error) => {
@@ -121,11 +117,11 @@ async fn settle(hub: &Hub, name: &str) {
             }
         }
     }
-    if let Some(current) = hub.get_at(RESOURCE, name) {
-        if definition::condition_is_true(&current.value, "Established") {
-            let kind = Arc::new(definition::to_kind(&current.value));
-            hub.change_registry(|r| r.insert(kind));
-        }
+    if let Some(current) = hub.get_at(RESOURCE, name)
+        && definition::condition_is_true(&current.value, "Established")
+    {
+        let kind = Arc::new(definition::to_kind(&current.value));
+        hub.change_registry(|r| r.insert(kind));
     }
 }
 
@@ -173,14 +169,17 @@ async fn terminate(hub: &Hub, name: &str) {
             let mut next = crd.clone();
             let status = meta::member_object(&mut next, "status");
             let conditions = status.entry("conditions").or_insert_with(|| json!([]));
-            if let Value::Array(list) = conditions {
-                if !list.iter().any(|c| c.get("type") == Some(&json!("Terminating"))) {
-                    list.push(json!({"type": "Terminating", "status": "True", "lastTransitionTime": now, "reason": "InstanceDeletionInProgress", "message": "CustomResource deletion is in progress"}));
-                }
+            if let Value::Array(list) = conditions
+                && !list.iter().any(|c| c.get("type") == Some(&json!("Terminating")))
+            {
+                list.push(json!({"type": "Terminating", "status": "True", "lastTransitionTime": now, "reason": "InstanceDeletionInProgress", "message": "CustomResource deletion is in progress"}));
             }
             Some(next)
         };
-        if let Err(error) = hub.modify(&RESOURCE.into(), name, "kube-apiserver", "status", set).await {
+        if let Err(error) = hub
+            .modify(&RESOURCE.into(), name, "kube-apiserver", "status", set)
+            .await
+        {
             tracing::warn!(
                 crd = name,
                 error = error.message,

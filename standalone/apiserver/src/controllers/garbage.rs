@@ -205,30 +205,19 @@ async fn collect(hub: &Hub, place: &Place, object: &Value) {
     delete(hub, place, policy).await;
 }
 
+/// Delete the dependents; the owner goes when no blocking one is left.
 async fn foreground(hub: &Hub, graph: &Graph, place: &Place, owner: &Value) {
     let uid = meta::uid(owner);
-    let mut blocked = false;
     for dependent in graph.dependents.get(uid).into_iter().flatten() {
-        let Some(object) = hub.get_at(&dependent.0, &dependent.1) else {
-            continue;
-        };
-        let Some(reference) = meta::owners(&object.value).into_iter().find(|o| o.uid == uid) else {
-            continue;
-        };
-        blocked |= reference.blocks;
-        collect(hub, dependent, &object.value).await;
-        blocked &= true;
+        if let Some(object) = hub.get_at(&dependent.0, &dependent.1) {
+            collect(hub, dependent, &object.value).await;
+        }
     }
-    if !blocked {
-        remove_finalizer(hub, place, FOREGROUND).await;
-        return;
-    }
-    // They may be gone already.
-    let still = graph.dependents.get(uid).into_iter().flatten().any(|d| {
+    let blocked = graph.dependents.get(uid).into_iter().flatten().any(|d| {
         hub.get_at(&d.0, &d.1)
             .is_some_and(|o| meta::owners(&o.value).iter().any(|r| r.uid == uid && r.blocks))
     });
-    if !still {
+    if !blocked {
         remove_finalizer(hub, place, FOREGROUND).await;
     }
 }
@@ -255,7 +244,10 @@ async fn drop_owners(hub: &Hub, place: &Place, uids: &[String]) {
         }
         Some(next)
     };
-    if let Err(error) = hub.modify(&place.0, &place.1, "kube-controller-manager", "", edit).await {
+    if let Err(error) = hub
+        .modify(&place.0, &place.1, "kube-controller-manager", "", edit)
+        .await
+    {
         tracing::warn!(object = %place.1, resource = %place.0, error = error.message, "removing an owner reference");
     }
 }

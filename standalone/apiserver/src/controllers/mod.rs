@@ -26,8 +26,6 @@ pub(crate) fn spawn(hub: &Arc<Hub>, tasks: &TaskTracker, garbage_collector: bool
 pub(crate) struct Seen {
     pub(crate) object: Arc<Stored>,
     pub(crate) deleted: bool,
-    /// The state before, where there was one.
-    pub(crate) previous: Option<Arc<Stored>>,
 }
 
 /// Follows one kind through the history; falls back to a full list when it was too slow.
@@ -59,7 +57,6 @@ impl Follower {
                 .map(|e| Seen {
                     object: e.object.clone(),
                     deleted: e.change == crate::store::Change::Deleted,
-                    previous: e.previous.clone(),
                 })
                 .collect(),
             None => store
@@ -69,7 +66,6 @@ impl Follower {
                 .map(|object| Seen {
                     object,
                     deleted: false,
-                    previous: None,
                 })
                 .collect(),
         }

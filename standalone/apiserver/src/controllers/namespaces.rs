@@ -155,7 +155,8 @@ async fn empty(hub: &Hub, namespace: &str) -> ApiResult<()> {
             .list(&kind.resource, &prefix, None, None, |_| true)
             .items;
         if !left.is_empty() {
-            remaining.push((crate::error::qualified(&kind.group, &kind.plural), left.len()));
+            // Kubernetes writes the dot also for the core group.
+            remaining.push((format!("{}.{}", kind.plural, kind.group), left.len()));
             for object in &left {
                 for finalizer in meta::finalizers(&object.value) {
                     *held.entry(finalizer.to_owned()).or_default() += 1;
@@ -260,7 +261,15 @@ async fn write_conditions(
         }
         Some(next)
     };
-    hub.modify(&RESOURCE.into(), namespace, "kube-controller-manager", "status", edit).await.map(drop)
+    hub.modify(
+        &RESOURCE.into(),
+        namespace,
+        "kube-controller-manager",
+        "status",
+        edit,
+    )
+    .await
+    .map(drop)
 }
 
 /// Replace `spec.finalizers`; a terminating namespace without any goes.

@@ -24,10 +24,52 @@ static ENV: LazyLock<Arc<Env>> = LazyLock::new(|| {
 
 /// Functions that rules may call.
 const FUNCTIONS: [&str; 46] = [
-    "size", "contains", "startsWith", "endsWith", "matches", "int", "uint", "double", "string", "bytes", "bool", "duration", "timestamp",
-    "type", "dyn", "has", "all", "exists", "exists_one", "existsOne", "map", "filter", "charAt", "indexOf", "lastIndexOf", "join",
-    "lowerAscii", "upperAscii", "replace", "split", "substring", "trim", "reverse", "distinct", "sort", "flatten", "getFullYear",
-    "getMonth", "getDate", "getDayOfMonth", "getDayOfWeek", "getDayOfYear", "getHours", "getMinutes", "getSeconds", "getMilliseconds",
+    "size",
+    "contains",
+    "startsWith",
+    "endsWith",
+    "matches",
+    "int",
+    "uint",
+    "double",
+    "string",
+    "bytes",
+    "bool",
+    "duration",
+    "timestamp",
+    "type",
+    "dyn",
+    "has",
+    "all",
+    "exists",
+    "exists_one",
+    "existsOne",
+    "map",
+    "filter",
+    "charAt",
+    "indexOf",
+    "lastIndexOf",
+    "join",
+    "lowerAscii",
+    "upperAscii",
+    "replace",
+    "split",
+    "substring",
+    "trim",
+    "reverse",
+    "distinct",
+    "sort",
+    "flatten",
+    "getFullYear",
+    "getMonth",
+    "getDate",
+    "getDayOfMonth",
+    "getDayOfWeek",
+    "getDayOfYear",
+    "getHours",
+    "getMinutes",
+    "getSeconds",
+    "getMilliseconds",
 ];
 
 /// One rule.
@@ -47,7 +89,9 @@ pub(crate) struct Rule {
 }
 
 fn compile(source: &str) -> Result<Arc<Program>, String> {
-    let program = ENV.compile(source).map_err(|errors| format!("compilation failed: {errors}"))?;
+    let program = ENV
+        .compile(source)
+        .map_err(|errors| format!("compilation failed: {errors}"))?;
     let references = program.references();
     let unknown = references
         .functions()
@@ -61,8 +105,12 @@ fn compile(source: &str) -> Result<Arc<Program>, String> {
         .map(str::to_owned);
     drop(references);
     match (unknown, variable) {
-        (Some(name), _) => Err(format!("compilation failed: the function {name:?} is not supported by this server")),
-        (None, Some(name)) => Err(format!("compilation failed: undeclared reference to '{name}' (in container '')")),
+        (Some(name), _) => Err(format!(
+            "compilation failed: the function {name:?} is not supported by this server"
+        )),
+        (None, Some(name)) => Err(format!(
+            "compilation failed: undeclared reference to '{name}' (in container '')"
+        )),
         (None, None) => Ok(Arc::new(program)),
     }
 }
@@ -75,7 +123,9 @@ pub(crate) fn parse(json: &Value) -> Vec<Rule> {
             let expression = str_at(rule, "rule").to_owned();
             let message_expression = str_at(rule, "messageExpression").to_owned();
             let program = compile(&expression);
-            let transition = program.as_ref().is_ok_and(|p| p.references().has_variable("oldSelf"));
+            let transition = program
+                .as_ref()
+                .is_ok_and(|p| p.references().has_variable("oldSelf"));
             Rule {
                 transition,
                 program,
@@ -102,28 +152,59 @@ pub(crate) fn rule_errors(json: &Value, path: &str, errors: &mut Vec<FieldError>
     for (i, rule) in parse(json).iter().enumerate() {
         let at = format!("{path}.x-kubernetes-validations[{i}]");
         if rule.expression.trim().is_empty() {
-            errors.push(FieldError::required(format!("{at}.rule"), "rule is not specified"));
+            errors.push(FieldError::required(
+                format!("{at}.rule"),
+                "rule is not specified",
+            ));
             continue;
         }
         if let Err(text) = &rule.program {
-            errors.push(FieldError::invalid(format!("{at}.rule"), &Value::String(rule.expression.clone()), text.clone()));
+            errors.push(FieldError::invalid(
+                format!("{at}.rule"),
+                &Value::String(rule.expression.clone()),
+                text.clone(),
+            ));
         }
         if rule.message.contains('\n') {
-            errors.push(FieldError::invalid(format!("{at}.message"), &Value::String(rule.message.clone()), "must not contain line breaks"));
+            errors.push(FieldError::invalid(
+                format!("{at}.message"),
+                &Value::String(rule.message.clone()),
+                "must not contain line breaks",
+            ));
         }
         if let Some(Err(text)) = &rule.message_program {
             let shown = Value::String(rule.message_expression.clone());
-            errors.push(FieldError::invalid(format!("{at}.messageExpression"), &shown, text.clone()));
+            errors.push(FieldError::invalid(
+                format!("{at}.messageExpression"),
+                &shown,
+                text.clone(),
+            ));
         }
-        let reasons = ["FieldValueDuplicate", "FieldValueForbidden", "FieldValueInvalid", "FieldValueRequired"];
+        let reasons = [
+            "FieldValueDuplicate",
+            "FieldValueForbidden",
+            "FieldValueInvalid",
+            "FieldValueRequired",
+        ];
         if !rule.reason_text.is_empty() && !reasons.contains(&rule.reason_text.as_str()) {
-            errors.push(FieldError::not_supported(format!("{at}.reason"), &Value::String(rule.reason_text.clone()), &reasons));
+            errors.push(FieldError::not_supported(
+                format!("{at}.reason"),
+                &Value::String(rule.reason_text.clone()),
+                &reasons,
+            ));
         }
         if rule.optional_old_self {
-            errors.push(FieldError::forbidden(format!("{at}.optionalOldSelf"), "optionalOldSelf is not supported by this server"));
+            errors.push(FieldError::forbidden(
+                format!("{at}.optionalOldSelf"),
+                "optionalOldSelf is not supported by this server",
+            ));
         }
         let last = rule.field_path.rsplit('.').next().unwrap_or_default();
-        if !rule.field_path.is_empty() && json.get("properties").is_some_and(|p| p.get(last).is_none() && !rule.field_path[1..].contains(['.', '['])) {
+        if !rule.field_path.is_empty()
+            && json
+                .get("properties")
+                .is_some_and(|p| p.get(last).is_none() && !rule.field_path[1..].contains(['.', '[']))
+        {
             errors.push(FieldError::invalid(
                 format!("{at}.fieldPath"),
                 &Value::String(rule.field_path.clone()),
@@ -134,7 +215,13 @@ pub(crate) fn rule_errors(json: &Value, path: &str, errors: &mut Vec<FieldError>
 }
 
 /// Evaluate the rules of `schema` and everything below it.
-pub(crate) fn check(schema: &Schema, value: &Value, old: Option<&Value>, path: &str, errors: &mut Vec<FieldError>) {
+pub(crate) fn check(
+    schema: &Schema,
+    value: &Value,
+    old: Option<&Value>,
+    path: &str,
+    errors: &mut Vec<FieldError>,
+) {
     if value.is_null() {
         return;
     }
@@ -143,25 +230,46 @@ pub(crate) fn check(schema: &Schema, value: &Value, old: Option<&Value>, path: &
             evaluate(rule, schema, value, old, path, errors);
         }
     }
-    let join = |name: &str| if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
+    let join = |name: &str| {
+        if path.is_empty() {
+            name.to_owned()
+        } else {
+            format!("{path}.{name}")
+        }
+    };
     match (&schema.shape, value) {
         (Shape::Struct(s), Value::Object(members)) => {
             for (name, member) in members {
                 if let Some(field) = s.fields.get(name.as_str()) {
-                    check(&field.schema, member, old.and_then(|o| o.get(name)), &join(name), errors);
+                    check(
+                        &field.schema,
+                        member,
+                        old.and_then(|o| o.get(name)),
+                        &join(name),
+                        errors,
+                    );
                 }
             }
         }
         (Shape::Map { value: element }, Value::Object(members)) => {
             for (name, member) in members {
-                check(element, member, old.and_then(|o| o.get(name)), &join(name), errors);
+                check(
+                    element,
+                    member,
+                    old.and_then(|o| o.get(name)),
+                    &join(name),
+                    errors,
+                );
             }
         }
         (Shape::List { item, kind }, Value::Array(items)) => {
             let olds = old.and_then(Value::as_array);
             for (i, member) in items.iter().enumerate() {
                 let before = match kind {
-                    ListKind::Map(keys) => olds.and_then(|l| l.iter().find(|o| keys.iter().all(|k| o.get(&**k) == member.get(&**k)))),
+                    ListKind::Map(keys) => olds.and_then(|l| {
+                        l.iter()
+                            .find(|o| keys.iter().all(|k| o.get(&**k) == member.get(&**k)))
+                    }),
                     _ => None,
                 };
                 check(item, member, before, &format!("{path}[{i}]"), errors);
@@ -180,7 +288,14 @@ fn context<'p, 'v>(schema: &Schema, value: &Value, old: Option<&Value>) -> Conte
     context
 }
 
-fn evaluate(rule: &Rule, schema: &Schema, value: &Value, old: Option<&Value>, path: &str, errors: &mut Vec<FieldError>) {
+fn evaluate(
+    rule: &Rule,
+    schema: &Schema,
+    value: &Value,
+    old: Option<&Value>,
+    path: &str,
+    errors: &mut Vec<FieldError>,
+) {
     if rule.transition && old.is_none() {
         return;
     }
@@ -190,35 +305,65 @@ fn evaluate(rule: &Rule, schema: &Schema, value: &Value, old: Option<&Value>, pa
         (path, inner) => format!("{path}{inner}"),
     };
     // Composite values are not printed.
-    let shown = (!value.is_object() && !value.is_array() && rule.field_path.is_empty()).then(|| crate::error::show(value));
+    let shown = (!value.is_object() && !value.is_array() && rule.field_path.is_empty())
+        .then(|| crate::error::show(value));
     let Ok(program) = &rule.program else {
         // Only of CRDs stored by an earlier version; new ones are refused.
-        errors.push(FieldError::plain(FieldErrorKind::Invalid, field, &format!("rule cannot be evaluated: {}", rule.expression)));
+        errors.push(FieldError::plain(
+            FieldErrorKind::Invalid,
+            field,
+            &format!("rule cannot be evaluated: {}", rule.expression),
+        ));
         return;
     };
     let context = context(schema, value, old);
     match program.execute(&context) {
         Ok(cel::Value::Bool(true)) => {}
         Ok(cel::Value::Bool(false)) => {
-            let own = rule.message_program.as_ref().and_then(|p| p.as_ref().ok()).and_then(|p| match p.execute(&context) {
-                Ok(cel::Value::String(text)) if !text.trim().is_empty() && !text.contains('\n') => Some(text.to_string()),
-                _ => None,
-            });
+            let own = rule
+                .message_program
+                .as_ref()
+                .and_then(|p| p.as_ref().ok())
+                .and_then(|p| match p.execute(&context) {
+                    Ok(cel::Value::String(text)) if !text.trim().is_empty() && !text.contains('\n') => {
+                        Some(text.to_string())
+                    }
+                    _ => None,
+                });
             let message = match own {
                 Some(text) => text,
                 None if !rule.message.is_empty() => rule.message.trim().to_owned(),
                 None => format!("failed rule: {}", rule.expression.trim()),
             };
             errors.push(match rule.reason {
-                FieldErrorKind::Duplicate => FieldError { kind: rule.reason, field, value: shown, detail: String::new() },
-                FieldErrorKind::Forbidden | FieldErrorKind::Required => FieldError { kind: rule.reason, field, value: None, detail: message },
-                _ => FieldError { kind: rule.reason, field, value: shown, detail: message },
+                FieldErrorKind::Duplicate => FieldError {
+                    kind: rule.reason,
+                    field,
+                    value: shown,
+                    detail: String::new(),
+                },
+                FieldErrorKind::Forbidden | FieldErrorKind::Required => FieldError {
+                    kind: rule.reason,
+                    field,
+                    value: None,
+                    detail: message,
+                },
+                _ => FieldError {
+                    kind: rule.reason,
+                    field,
+                    value: shown,
+                    detail: message,
+                },
             });
         }
         Ok(other) => errors.push(FieldError::plain(
             FieldErrorKind::Invalid,
             field,
-            &format!("rule gave {} instead of true or false: {}", other.type_of(), rule.expression),
+            &format!(
+                "rule gave {} instead of true or false: {}",
+                other.type_of(),
+                rule.expression
+            ),
         )),
         Err(error) => {
             let kind = match value {
@@ -270,8 +415,27 @@ fn to_cel(schema: &Schema, value: &Value) -> cel::Value {
 /// Kubernetes' escaping of property names that are no CEL identifiers.
 fn escape(name: &str) -> String {
     const RESERVED: [&str; 21] = [
-        "true", "false", "null", "in", "as", "break", "const", "continue", "else", "for", "function", "if", "import", "let", "loop",
-        "package", "namespace", "return", "var", "void", "while",
+        "true",
+        "false",
+        "null",
+        "in",
+        "as",
+        "break",
+        "const",
+        "continue",
+        "else",
+        "for",
+        "function",
+        "if",
+        "import",
+        "let",
+        "loop",
+        "package",
+        "namespace",
+        "return",
+        "var",
+        "void",
+        "while",
     ];
     if RESERVED.contains(&name) {
         return format!("__{name}__");
@@ -292,13 +456,17 @@ pub(crate) fn format_holds(format: &str, text: &str) -> bool {
         "date" => text.parse::<jiff::civil::Date>().is_ok(),
         "ipv4" => text.parse::<std::net::Ipv4Addr>().is_ok(),
         "ipv6" => text.parse::<std::net::Ipv6Addr>().is_ok(),
-        "cidr" => text
-            .split_once('/')
-            .is_some_and(|(ip, bits)| ip.parse::<std::net::IpAddr>().is_ok() && bits.parse::<u8>().is_ok_and(|b| b <= 128)),
+        "cidr" => text.split_once('/').is_some_and(|(ip, bits)| {
+            ip.parse::<std::net::IpAddr>().is_ok() && bits.parse::<u8>().is_ok_and(|b| b <= 128)
+        }),
         "uuid" => uuid::Uuid::parse_str(text).is_ok(),
         "hostname" => crate::names::subdomain_errors(&text.to_ascii_lowercase()).is_empty(),
-        "email" => text.split_once('@').is_some_and(|(a, b)| !a.is_empty() && !b.is_empty()),
-        "uri" => text.parse::<http::Uri>().is_ok_and(|u| u.scheme().is_some() || u.path().starts_with('/')),
+        "email" => text
+            .split_once('@')
+            .is_some_and(|(a, b)| !a.is_empty() && !b.is_empty()),
+        "uri" => text
+            .parse::<http::Uri>()
+            .is_ok_and(|u| u.scheme().is_some() || u.path().starts_with('/')),
         "duration" => go_duration(text),
         "byte" => {
             use base64::Engine as _;
@@ -317,12 +485,17 @@ fn go_duration(text: &str) -> bool {
     let mut rest = rest;
     let mut any = false;
     while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
+        let digits = rest
+            .find(|c: char| !c.is_ascii_digit() && c != '.')
+            .unwrap_or(rest.len());
         let (number, after) = rest.split_at(digits);
         if number.is_empty() || number.parse::<f64>().is_err() {
             return false;
         }
-        let Some(unit) = ["ns", "us", "µs", "ms", "s", "m", "h"].into_iter().find(|u| after.starts_with(u) && !(*u == "m" && after.starts_with("ms"))) else {
+        let Some(unit) = ["ns", "us", "µs", "ms", "s", "m", "h"]
+            .into_iter()
+            .find(|u| after.starts_with(u) && !(*u == "m" && after.starts_with("ms")))
+        else {
             return false;
         };
         rest = &after[unit.len()..];
@@ -350,7 +523,10 @@ mod tests {
         let schema = json!({"type": "object", "properties": {"spec": {"type": "object", "properties": {"min": {"type": "integer"}, "max": {"type": "integer"}},
             "x-kubernetes-validations": [{"rule": "self.min <= self.max", "messageExpression": "'min ' + string(self.min) + ' is above max'"}]}}});
         assert!(errors(&schema, &json!({"spec": {"min": 1, "max": 2}}), None).is_empty());
-        assert_eq!(errors(&schema, &json!({"spec": {"min": 3, "max": 2}}), None), ["spec: Invalid value: min 3 is above max"]);
+        assert_eq!(
+            errors(&schema, &json!({"spec": {"min": 3, "max": 2}}), None),
+            ["spec: Invalid value: min 3 is above max"]
+        );
     }
 
     #[test]
@@ -365,10 +541,24 @@ mod tests {
 
     #[test]
     fn rules_that_cannot_be_evaluated_are_found_when_the_definition_is_stored() {
-        for (rule, wanted) in [("self.a >", "compilation failed"), ("quantity(self.a).isGreaterThan(quantity('1'))", "is not supported"), ("other == 1", "undeclared reference")] {
+        for (rule, wanted) in [
+            ("self.a >", "compilation failed"),
+            (
+                "quantity(self.a).isGreaterThan(quantity('1'))",
+                "is not supported",
+            ),
+            ("other == 1", "undeclared reference"),
+        ] {
             let mut out = Vec::new();
-            rule_errors(&json!({"x-kubernetes-validations": [{"rule": rule}]}), "p", &mut out);
-            assert!(out.iter().any(|e| e.to_string().contains(wanted)), "{rule}: {out:?}");
+            rule_errors(
+                &json!({"x-kubernetes-validations": [{"rule": rule}]}),
+                "p",
+                &mut out,
+            );
+            assert!(
+                out.iter().any(|e| e.to_string().contains(wanted)),
+                "{rule}: {out:?}"
+            );
         }
     }
 }

@@ -64,7 +64,7 @@ pub(crate) fn validate(crd: &Value, old: Option<&Value>) -> Vec<FieldError> {
         errors.push(FieldError::invalid(
             "metadata.name",
             &json!(name),
-            format!("must be spec.names.plural+\".\"+spec.group"),
+            "must be spec.names.plural+\".\"+spec.group".to_string(),
         ));
     }
     if group.is_empty() {
@@ -79,6 +79,22 @@ pub(crate) fn validate(crd: &Value, old: Option<&Value>) -> Vec<FieldError> {
         for e in names::subdomain_errors(group) {
             errors.push(FieldError::invalid("spec.group", &json!(group), e));
         }
+    }
+    let protected = ["k8s.io", "kubernetes.io"]
+        .iter()
+        .any(|g| group == *g || group.ends_with(&format!(".{g}")));
+    if protected && meta::annotation(crd, "api-approved.kubernetes.io").is_none_or(str::is_empty) {
+        errors.push(FieldError::required(
+            "metadata.annotations[api-approved.kubernetes.io]",
+            "protected groups must have approval annotation \"api-approved.kubernetes.io\", see https://github.com/kubernetes/enhancements/pull/1111",
+        ));
+    }
+    if meta::at(crd, "spec.preserveUnknownFields") == Some(&Value::Bool(true)) {
+        errors.push(FieldError::invalid(
+            "spec.preserveUnknownFields",
+            &Value::Bool(true),
+            "cannot set to true, set x-kubernetes-preserve-unknown-fields to true in spec.versions[*].schema instead",
+        ));
     }
     let scope = meta::at(crd, "spec.scope").cloned().unwrap_or_else(|| json!(""));
     if scope == json!("") {
@@ -198,7 +214,7 @@ pub(crate) fn validate(crd: &Value, old: Option<&Value>) -> Vec<FieldError> {
             ));
         }
     }
-    super::schema_errors(crd, &mut errors);
+    super::structural::check(crd, &mut errors);
     errors
 }
 
@@ -398,7 +414,7 @@ pub(crate) fn to_kind(crd: &Value) -> Kind {
         .iter()
         .map(|v| to_version(crd, v, kind))
         .collect();
-    versions.sort_by(|a, b| version_order(&b.name).cmp(&version_order(&a.name)));
+    versions.sort_by_key(|v| std::cmp::Reverse(version_order(&v.name)));
     Kind {
         group: group.into(),
         plural: plural.into(),

@@ -1,6 +1,6 @@
 //! Pruning (dropping what the schema does not name) and defaulting of custom resources.
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::schema::{Schema, Shape};
 
@@ -88,15 +88,14 @@ pub(crate) fn default(schema: &Schema, value: &mut Value) {
                     Some(Value::Null) => !nullable && field.schema.default.is_some(),
                     Some(_) => false,
                 };
-                if missing {
-                    if let Some(default) = field
+                if missing
+                    && let Some(default) = field
                         .schema
                         .default
                         .as_ref()
                         .filter(|_| !matches!(field.schema.shape, Shape::Ref(_)))
-                    {
-                        members.insert(name.to_string(), default.clone());
-                    }
+                {
+                    members.insert(name.to_string(), default.clone());
                 }
                 if let Some(member) = members.get_mut(&**name) {
                     default_member(&field.schema, member);
@@ -121,10 +120,4 @@ fn default_member(schema: &Schema, member: &mut Value) {
     if !matches!(schema.shape, Shape::Ref(_)) {
         default(schema, member);
     }
-}
-
-/// Remove nulls of fields whose schema neither allows nor defaults them: Kubernetes drops them before validation only where a default exists,
-/// so this is used for `metadata` maps alone.
-pub(crate) fn drop_null_members(map: &mut Map<String, Value>) {
-    map.retain(|_, v| !v.is_null());
 }

@@ -87,6 +87,10 @@ fn check(schema: &Schema, value: &Value, path: &str, errors: &mut Vec<FieldError
             path.to_owned()
         }
     };
+    if value.is_null() {
+        // Null of an optional field is no value at all.
+        return;
+    }
     if !fits(rules, value) {
         let wanted = if rules.int_or_string {
             "integer,string"
@@ -106,9 +110,7 @@ fn check(schema: &Schema, value: &Value, path: &str, errors: &mut Vec<FieldError
             kind: FieldErrorKind::TypeInvalid,
             field: shown_path(),
             value: Some(printed),
-            detail: format!("{path} in body must be of type {wanted}: \"{}\"", type_of(value))
-                .trim_start()
-                .to_owned(),
+            detail: format!("{path} in body must be of type {wanted}: \"{}\"", type_of(value)),
         });
         return;
     }
@@ -155,15 +157,15 @@ fn check_list_kind(
     for (i, item) in items.iter().enumerate() {
         if let (ListKind::Set | ListKind::Map(_), Ok(step)) =
             (kind, crate::apply::typed::item_step(kind, schema, i, item))
+            && !seen.insert(step.clone())
         {
-            if !seen.insert(step.clone()) {
-                let value = match kind {
-                    ListKind::Map(_) => serde_json::from_str(step.strip_prefix("k:").unwrap_or_default())
-                        .unwrap_or(Value::Null),
-                    _ => item.clone(),
-                };
-                errors.push(FieldError::duplicate(format!("{path}[{i}]"), &value));
-            }
+            let value = match kind {
+                ListKind::Map(_) => {
+                    serde_json::from_str(step.strip_prefix("k:").unwrap_or_default()).unwrap_or(Value::Null)
+                }
+                _ => item.clone(),
+            };
+            errors.push(FieldError::duplicate(format!("{path}[{i}]"), &value));
         }
     }
 }
@@ -178,29 +180,29 @@ fn check_rules(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
         errors.push(FieldError::invalid(
             field.clone(),
             value,
-            format!("{path} in body {text}").trim_start().to_owned(),
+            format!("{path} in body {text}"),
         ));
     };
     if let Some(n) = value.as_f64() {
-        if let Some(min) = rules.minimum {
-            if n < min || (rules.exclusive_minimum && n <= min) {
-                let text = if rules.exclusive_minimum {
-                    "should be greater than"
-                } else {
-                    "should be greater than or equal to"
-                };
-                invalid(errors, format!("{text} {}", number(min)));
-            }
+        if let Some(min) = rules.minimum
+            && (n < min || (rules.exclusive_minimum && n <= min))
+        {
+            let text = if rules.exclusive_minimum {
+                "should be greater than"
+            } else {
+                "should be greater than or equal to"
+            };
+            invalid(errors, format!("{text} {}", number(min)));
         }
-        if let Some(max) = rules.maximum {
-            if n > max || (rules.exclusive_maximum && n >= max) {
-                let text = if rules.exclusive_maximum {
-                    "should be less than"
-                } else {
-                    "should be less than or equal to"
-                };
-                invalid(errors, format!("{text} {}", number(max)));
-            }
+        if let Some(max) = rules.maximum
+            && (n > max || (rules.exclusive_maximum && n >= max))
+        {
+            let text = if rules.exclusive_maximum {
+                "should be less than"
+            } else {
+                "should be less than or equal to"
+            };
+            invalid(errors, format!("{text} {}", number(max)));
         }
         if let Some(step) = rules.multiple_of.filter(|s| *s != 0.0) {
             let ratio = n / step;
@@ -217,20 +219,20 @@ fn check_rules(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
         if let Some(min) = rules.min_length.filter(|m| length < *m) {
             invalid(errors, format!("should be at least {min} chars long"));
         }
-        if let Some((pattern, regex)) = &rules.pattern {
-            if regex.as_ref().is_some_and(|r| !r.is_match(text)) {
-                invalid(errors, format!("should match '{pattern}'"));
-            }
+        if let Some((pattern, regex)) = &rules.pattern
+            && regex.as_ref().is_some_and(|r| !r.is_match(text))
+        {
+            invalid(errors, format!("should match '{pattern}'"));
         }
-        if let Some(format) = &rules.format {
-            if !super::cel::format_holds(format, text) {
-                errors.push(FieldError {
-                    kind: FieldErrorKind::TypeInvalid,
-                    field: field.clone(),
-                    value: Some(show(value)),
-                    detail: format!("{path} in body must be of type {format}: {text:?}").trim_start().to_owned(),
-                });
-            }
+        if let Some(format) = &rules.format
+            && !super::cel::format_holds(format, text)
+        {
+            errors.push(FieldError {
+                kind: FieldErrorKind::TypeInvalid,
+                field: field.clone(),
+                value: Some(show(value)),
+                detail: format!("{path} in body must be of type {format}: {text:?}"),
+            });
         }
     }
     if let Some(items) = value.as_array() {
@@ -248,9 +250,7 @@ fn check_rules(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
                 kind: FieldErrorKind::Invalid,
                 field: field.clone(),
                 value: Some(length.to_string()),
-                detail: format!("{path} in body should have at least {min} items")
-                    .trim_start()
-                    .to_owned(),
+                detail: format!("{path} in body should have at least {min} items"),
             });
         }
         if rules.unique_items
@@ -277,9 +277,7 @@ fn check_rules(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
                 kind: FieldErrorKind::Invalid,
                 field: field.clone(),
                 value: Some(count.to_string()),
-                detail: format!("{path} in body should have at least {min} properties")
-                    .trim_start()
-                    .to_owned(),
+                detail: format!("{path} in body should have at least {min} properties"),
             });
         }
         for name in &rules.required {
@@ -291,16 +289,16 @@ fn check_rules(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
             check_embedded(members, path, errors);
         }
     }
-    if let Some(choices) = &rules.choices {
-        if !choices.iter().any(|c| c == value) {
-            let list: Vec<String> = choices.iter().map(show).collect();
-            errors.push(FieldError {
-                kind: FieldErrorKind::NotSupported,
-                field: field.clone(),
-                value: Some(show(value)),
-                detail: format!("supported values: {}", list.join(", ")),
-            });
-        }
+    if let Some(choices) = &rules.choices
+        && !choices.iter().any(|c| c == value)
+    {
+        let list: Vec<String> = choices.iter().map(show).collect();
+        errors.push(FieldError {
+            kind: FieldErrorKind::NotSupported,
+            field: field.clone(),
+            value: Some(show(value)),
+            detail: format!("supported values: {}", list.join(", ")),
+        });
     }
     check_logic(rules, value, path, errors);
 }
@@ -353,10 +351,10 @@ fn check_logic(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
             errors.extend(failed);
         }
     }
-    if let Some(not) = &rules.not {
-        if passes(not).is_empty() {
-            fail(errors, "must not validate the schema (not)");
-        }
+    if let Some(not) = &rules.not
+        && passes(not).is_empty()
+    {
+        fail(errors, "must not validate the schema (not)");
     }
 }
 

@@ -7,7 +7,7 @@ mod workloads;
 
 use serde_json::{Map, Value, json};
 
-use crate::error::FieldError;
+use crate::error::{ApiResult, FieldError};
 use crate::hub::Hub;
 use crate::kinds::Kind;
 use crate::meta;
@@ -24,7 +24,11 @@ pub(crate) fn apply(kind: &Kind, object: &mut Value, live: Option<&Value>) {
         ("", "namespaces") => namespace(object),
         ("", "secrets") => secret(object),
         ("", "nodes") => {}
-        ("", "persistentvolumeclaims") => set(meta::member_object(object, "spec"), "volumeMode", json!("Filesystem")),
+        ("", "persistentvolumeclaims") => set(
+            meta::member_object(object, "spec"),
+            "volumeMode",
+            json!("Filesystem"),
+        ),
         ("", "persistentvolumes") => workloads::volume(object),
         ("", "limitranges") => workloads::limit_range(object),
         ("", "podtemplates") => pods::template(meta::member_object(object, "template")),
@@ -65,10 +69,31 @@ pub(crate) fn admit(kind: &Kind, object: &mut Value, live: Option<&Value>) {
         ("", "persistentvolumeclaims") => workloads::protected(object, live, "kubernetes.io/pvc-protection"),
         ("", "persistentvolumes") => workloads::protected(object, live, "kubernetes.io/pv-protection"),
         ("batch", "jobs") => workloads::job_created(object, live),
-        ("apps", "replicasets" | "statefulsets") | ("", "replicationcontrollers") => workloads::counters(row.plural, object, live),
+        ("apps", "replicasets" | "statefulsets") | ("", "replicationcontrollers") => {
+            workloads::counters(row.plural, object, live)
+        }
         ("apiextensions.k8s.io", _) if live.is_none() => crate::crd::definition::initial_status(object),
         _ => {}
     }
+}
+
+/// Admission plug-ins that look at the rest of the cluster or are a matter of configuration; for new objects only.
+pub(crate) fn plugins(hub: &Hub, kind: &Kind, name: &str, object: &mut Value) -> ApiResult<()> {
+    if kind.is("", "pods") {
+        pods::priority(hub, name, object)?;
+        if hub.kubernetes_admission {
+            pods::token_volume(&hub.clock.suffix(5), object);
+        }
+    }
+    if kind.is("", "nodes") && hub.kubernetes_admission {
+        let taints = meta::member_object(object, "spec")
+            .entry("taints")
+            .or_insert_with(|| json!([]));
+        if let Value::Array(list) = taints {
+            list.push(json!({"key": "node.kubernetes.io/not-ready", "effect": "NoSchedule"}));
+        }
+    }
+    Ok(())
 }
 
 /// Defaults that need the rest of the cluster: addresses and ports of Services.
@@ -105,10 +130,10 @@ fn namespace_created(object: &mut Value, live: Option<&Value>) {
     if live.is_none() {
         let spec = meta::member_object(object, "spec");
         let finalizers = spec.entry("finalizers").or_insert_with(|| json!([]));
-        if let Value::Array(list) = finalizers {
-            if !list.contains(&json!("kubernetes")) {
-                list.push(json!("kubernetes"));
-            }
+        if let Value::Array(list) = finalizers
+            && !list.contains(&json!("kubernetes"))
+        {
+            list.push(json!("kubernetes"));
         }
         meta::as_object_mut(object).insert("status".into(), json!({"phase": "Active"}));
     }

@@ -3,6 +3,8 @@
 use serde_json::{Map, Value, json};
 
 use super::set;
+use crate::error::{ApiError, ApiResult};
+use crate::hub::Hub;
 use crate::meta;
 
 /// Defaults of a pod template (`metadata` is left alone).
@@ -183,7 +185,9 @@ fn field_source(item: &mut Value) {
 
 /// `podIP` and the first of `podIPs` are one value.
 fn addresses(pod: &mut Value) {
-    let first = meta::list_at(pod, "status.podIPs").first().map(|i| meta::str_at(i, "ip").to_owned());
+    let first = meta::list_at(pod, "status.podIPs")
+        .first()
+        .map(|i| meta::str_at(i, "ip").to_owned());
     let single = meta::str_at(pod, "status.podIP").to_owned();
     let status = meta::member_object(pod, "status");
     match first {
@@ -204,10 +208,20 @@ pub(crate) fn scheme(pod: &mut Value, _live: Option<&Value>) {
     set(spec, "enableServiceLinks", json!(true));
     let host_network = spec.get("hostNetwork") == Some(&Value::Bool(true));
     for list in ["containers", "initContainers"] {
-        for c in spec.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten() {
+        for c in spec
+            .get_mut(list)
+            .and_then(Value::as_array_mut)
+            .into_iter()
+            .flatten()
+        {
             let c = meta::as_object_mut(c);
             if host_network {
-                for port in c.get_mut("ports").and_then(Value::as_array_mut).into_iter().flatten() {
+                for port in c
+                    .get_mut("ports")
+                    .and_then(Value::as_array_mut)
+                    .into_iter()
+                    .flatten()
+                {
                     let port = meta::as_object_mut(port);
                     if let Some(number) = port.get("containerPort").cloned() {
                         set(port, "hostPort", number);
@@ -215,12 +229,12 @@ pub(crate) fn scheme(pod: &mut Value, _live: Option<&Value>) {
                 }
             }
             // A limit without a request is the request.
-            if let Some(resources) = c.get_mut("resources").and_then(Value::as_object_mut) {
-                if let Some(limits) = resources.get("limits").and_then(Value::as_object).cloned() {
-                    let requests = meta::as_object_mut(resources.entry("requests").or_insert_with(|| json!({})));
-                    for (name, value) in limits {
-                        requests.entry(name).or_insert(value);
-                    }
+            if let Some(resources) = c.get_mut("resources").and_then(Value::as_object_mut)
+                && let Some(limits) = resources.get("limits").and_then(Value::as_object).cloned()
+            {
+                let requests = meta::as_object_mut(resources.entry("requests").or_insert_with(|| json!({})));
+                for (name, value) in limits {
+                    requests.entry(name).or_insert(value);
                 }
             }
         }
@@ -233,8 +247,6 @@ pub(crate) fn created(pod: &mut Value, live: Option<&Value>) {
         return;
     }
     let spec = meta::member_object(pod, "spec");
-    set(spec, "priority", json!(0));
-    set(spec, "preemptionPolicy", json!("PreemptLowerPriority"));
     if !spec.contains_key("serviceAccountName") {
         spec.insert("serviceAccountName".into(), json!("default"));
         spec.insert("serviceAccount".into(), json!("default"));
@@ -252,6 +264,88 @@ pub(crate) fn created(pod: &mut Value, live: Option<&Value>) {
     }
     let class = quality(pod.get("spec").unwrap_or(&Value::Null));
     meta::as_object_mut(pod).insert("status".into(), json!({"phase": "Pending", "qosClass": class}));
+    if !meta::list_at(pod, "spec.schedulingGates").is_empty() {
+        meta::member_object(pod, "status").insert(
+            "conditions".into(),
+            json!([{"type": "PodScheduled", "status": "False", "lastProbeTime": null, "lastTransitionTime": null,
+                "reason": "SchedulingGated", "message": "Scheduling is blocked due to non-empty scheduling gates"}]),
+        );
+    }
+}
+
+/// The classes that every cluster has.
+const SYSTEM_CLASSES: [(&str, i64); 2] = [
+    ("system-node-critical", 2_000_001_000),
+    ("system-cluster-critical", 2_000_000_000),
+];
+
+/// Resolve the priority class of a new pod.
+pub(crate) fn priority(hub: &Hub, name: &str, pod: &mut Value) -> ApiResult<()> {
+    let class = meta::str_at(pod, "spec.priorityClassName").to_owned();
+    let (value, policy) = if class.is_empty() {
+        (0, "PreemptLowerPriority".to_owned())
+    } else if let Some((_, value)) = SYSTEM_CLASSES.iter().find(|(n, _)| *n == class) {
+        (*value, "PreemptLowerPriority".to_owned())
+    } else {
+        let found = hub
+            .get_at("scheduling.k8s.io/priorityclasses", &class)
+            .ok_or_else(|| {
+                ApiError::forbidden(
+                    "",
+                    "pods",
+                    name,
+                    &format!("no PriorityClass with name {class} was found"),
+                )
+            })?;
+        (
+            meta::int_at(&found.value, "value").unwrap_or(0),
+            meta::str_at(&found.value, "preemptionPolicy").to_owned(),
+        )
+    };
+    let spec = meta::member_object(pod, "spec");
+    spec.insert("priority".into(), json!(value));
+    set(spec, "preemptionPolicy", json!(policy));
+    Ok(())
+}
+
+const TOKEN_PATH: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+
+/// The volume through which a container reaches the API.
+pub(crate) fn token_volume(suffix: &str, pod: &mut Value) {
+    if meta::at(pod, "spec.automountServiceAccountToken") == Some(&Value::Bool(false)) {
+        return;
+    }
+    let name = format!("kube-api-access-{suffix}");
+    let spec = meta::member_object(pod, "spec");
+    let mut mounted = false;
+    for list in ["initContainers", "containers"] {
+        for c in spec
+            .get_mut(list)
+            .and_then(Value::as_array_mut)
+            .into_iter()
+            .flatten()
+        {
+            let mounts = meta::as_object_mut(c)
+                .entry("volumeMounts")
+                .or_insert_with(|| json!([]));
+            let Value::Array(mounts) = mounts else { continue };
+            if mounts.iter().any(|m| meta::str_at(m, "mountPath") == TOKEN_PATH) {
+                continue;
+            }
+            mounts.push(json!({"name": name, "readOnly": true, "mountPath": TOKEN_PATH}));
+            mounted = true;
+        }
+    }
+    if mounted {
+        let volumes = spec.entry("volumes").or_insert_with(|| json!([]));
+        if let Value::Array(volumes) = volumes {
+            volumes.push(json!({"name": name, "projected": {"defaultMode": 420, "sources": [
+                {"serviceAccountToken": {"expirationSeconds": 3607, "path": "token"}},
+                {"configMap": {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "ca.crt"}]}},
+                {"downwardAPI": {"items": [{"path": "namespace", "fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.namespace"}}]}},
+            ]}}));
+        }
+    }
 }
 
 /// The quality-of-service class from requests and limits.

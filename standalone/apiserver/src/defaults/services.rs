@@ -42,10 +42,9 @@ pub(crate) fn apply(service: &mut Value) {
         if port
             .get("targetPort")
             .is_none_or(|t| t.is_null() || t == &json!(0) || t == &json!(""))
+            && let Some(number) = port.get("port").cloned()
         {
-            if let Some(number) = port.get("port").cloned() {
-                port.insert("targetPort".into(), number);
-            }
+            port.insert("targetPort".into(), number);
         }
     }
 }

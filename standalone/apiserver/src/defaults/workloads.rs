@@ -68,6 +68,13 @@ pub(crate) fn apply(plural: &str, object: &mut Value) {
                 }
             }
             pod_template(spec);
+            let metadata = meta::metadata_mut(object);
+            let annotations = meta::as_object_mut(metadata.entry("annotations").or_insert_with(|| json!({})));
+            set(
+                annotations,
+                "deprecated.daemonset.template.generation",
+                json!("1"),
+            );
         }
         "jobs" => job(object),
         "cronjobs" => {
@@ -127,7 +134,9 @@ fn job(object: &mut Value) {
 
 /// A Job without labels has those of its template.
 fn labels_of_template(object: &mut Value) {
-    let labels = meta::at(object, "spec.template.metadata.labels").filter(|l| !crate::schema::is_go_zero(l)).cloned();
+    let labels = meta::at(object, "spec.template.metadata.labels")
+        .filter(|l| !crate::schema::is_go_zero(l))
+        .cloned();
     let metadata = meta::metadata_mut(object);
     if let Some(labels) = labels.filter(|_| metadata.get("labels").is_none_or(crate::schema::is_go_zero)) {
         metadata.insert("labels".into(), labels);
@@ -164,12 +173,20 @@ pub(crate) fn job_created(object: &mut Value, live: Option<&Value>) {
 /// Claims and volumes are held by a finalizer while they are in use.
 pub(crate) fn protected(object: &mut Value, live: Option<&Value>, finalizer: &str) {
     if live.is_none() {
-        meta::as_object_mut(object).insert("status".into(), json!({"phase": "Pending"}));
-        let finalizers = meta::metadata_mut(object).entry("finalizers").or_insert_with(|| json!([]));
-        if let Value::Array(list) = finalizers {
-            if !list.contains(&json!(finalizer)) {
-                list.push(json!(finalizer));
-            }
+        let created = meta::text(object, "creationTimestamp").to_owned();
+        let status = if finalizer.ends_with("/pv-protection") {
+            json!({"phase": "Pending", "lastPhaseTransitionTime": created})
+        } else {
+            json!({"phase": "Pending"})
+        };
+        meta::as_object_mut(object).insert("status".into(), status);
+        let finalizers = meta::metadata_mut(object)
+            .entry("finalizers")
+            .or_insert_with(|| json!([]));
+        if let Value::Array(list) = finalizers
+            && !list.contains(&json!(finalizer))
+        {
+            list.push(json!(finalizer));
         }
     }
 }
@@ -186,12 +203,21 @@ pub(crate) fn volume(object: &mut Value) {
 /// Of a container's limits each default follows from the next: max, default, defaultRequest, min.
 pub(crate) fn limit_range(object: &mut Value) {
     let spec = meta::member_object(object, "spec");
-    for item in spec.get_mut("limits").and_then(Value::as_array_mut).into_iter().flatten() {
+    for item in spec
+        .get_mut("limits")
+        .and_then(Value::as_array_mut)
+        .into_iter()
+        .flatten()
+    {
         let item = meta::as_object_mut(item);
         if item.get("type").and_then(Value::as_str) != Some("Container") {
             continue;
         }
-        for (from, to) in [("max", "default"), ("default", "defaultRequest"), ("min", "defaultRequest")] {
+        for (from, to) in [
+            ("max", "default"),
+            ("default", "defaultRequest"),
+            ("min", "defaultRequest"),
+        ] {
             if let Some(values) = item.get(from).and_then(Value::as_object).cloned() {
                 let target = meta::as_object_mut(item.entry(to).or_insert_with(|| json!({})));
                 for (name, value) in values {
@@ -205,7 +231,11 @@ pub(crate) fn limit_range(object: &mut Value) {
 /// Counts that Go writes even when they are 0.
 pub(crate) fn counters(plural: &str, object: &mut Value, live: Option<&Value>) {
     if live.is_none() {
-        let status = if plural == "statefulsets" { json!({"replicas": 0, "availableReplicas": 0}) } else { json!({"replicas": 0}) };
+        let status = if plural == "statefulsets" {
+            json!({"replicas": 0, "availableReplicas": 0})
+        } else {
+            json!({"replicas": 0})
+        };
         meta::as_object_mut(object).insert("status".into(), status);
     }
 }
@@ -244,15 +274,14 @@ pub(crate) fn network_policy(object: &mut Value) {
 
 pub(crate) fn role_binding(object: &mut Value) {
     let map = meta::as_object_mut(object);
-    if let Some(role) = map.get_mut("roleRef").and_then(Value::as_object_mut) {
-        if role
+    if let Some(role) = map.get_mut("roleRef").and_then(Value::as_object_mut)
+        && role
             .get("apiGroup")
             .and_then(Value::as_str)
             .unwrap_or_default()
             .is_empty()
-        {
-            role.insert("apiGroup".into(), json!("rbac.authorization.k8s.io"));
-        }
+    {
+        role.insert("apiGroup".into(), json!("rbac.authorization.k8s.io"));
     }
     for subject in map
         .get_mut("subjects")

@@ -1,5 +1,7 @@
 //! Request bodies: read within bounds, decoded by content type, fitted to the kind's type.
 
+use std::fmt::Write as _;
+
 use axum::body::Body;
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
@@ -31,7 +33,9 @@ impl Document {
         paths.sort_by_cached_key(|path| {
             let last = path.rsplit('.').next().unwrap_or(path);
             let name = last.split('[').next().unwrap_or(last);
-            text.find(&format!("{name:?}")).or_else(|| text.find(&format!("{name}:"))).unwrap_or(usize::MAX)
+            text.find(&format!("{name:?}"))
+                .or_else(|| text.find(&format!("{name}:")))
+                .unwrap_or(usize::MAX)
         });
         paths
     }
@@ -63,8 +67,7 @@ pub(crate) struct Document {
     pub(crate) source: Bytes,
 }
 
-const ACCEPTED: &str =
-    "application/json, application/yaml, application/vnd.kubernetes.protobuf";
+const ACCEPTED: &str = "application/json, application/yaml, application/vnd.kubernetes.protobuf";
 
 /// Decode a whole object of a POST or PUT.
 pub(crate) fn decode(call: &Call, bytes: &Bytes) -> ApiResult<Document> {
@@ -85,23 +88,27 @@ pub(crate) fn decode(call: &Call, bytes: &Bytes) -> ApiResult<Document> {
         other => Err(ApiError::unsupported_media_type(format!(
             "the body of the request was in an unknown format - accepted media types include: {ACCEPTED}"
         )))
-        .map_err(|e| {
+        .inspect_err(|_e| {
             tracing::debug!(content_type = other, "refused a request body");
-            e
         }),
     }
 }
 
 /// A whole object: it has to be one, or null, which is an empty one.
 fn whole(call: &Call, document: ApiResult<Document>) -> ApiResult<Document> {
-    let prefix = format!("the object provided is unrecognized (must be of type {}): ", call.target.kind.kind);
+    let prefix = format!(
+        "the object provided is unrecognized (must be of type {}): ",
+        call.target.kind.kind
+    );
     let mut document = document.map_err(|mut e| {
         e.message = format!("{prefix}{}", e.message);
         e
     })?;
     let kind = match &document.value {
         Value::Object(map) => {
-            let typed = ["apiVersion", "kind"].iter().all(|k| map.get(*k).is_none_or(|v| v.is_string() || v.is_null()));
+            let typed = ["apiVersion", "kind"]
+                .iter()
+                .all(|k| map.get(*k).is_none_or(|v| v.is_string() || v.is_null()));
             if typed {
                 return Ok(document);
             }
@@ -123,12 +130,23 @@ fn whole(call: &Call, document: ApiResult<Document>) -> ApiResult<Document> {
 
 pub(crate) fn json_document(bytes: &Bytes) -> ApiResult<Document> {
     let decoded = reader::decode(bytes).map_err(|e| {
-        let text = if e.is_eof() { "unexpected end of JSON input".to_owned() } else { e.to_string() };
-        ApiError::bad_request(format!("couldn't get version/kind; json parse error: {text} ({})", shown(bytes)))
+        let text = if e.is_eof() {
+            "unexpected end of JSON input".to_owned()
+        } else {
+            e.to_string()
+        };
+        ApiError::bad_request(format!(
+            "couldn't get version/kind; json parse error: {text} ({})",
+            shown(bytes)
+        ))
     })?;
     Ok(Document {
         value: decoded.value,
-        remarks: decoded.duplicates.iter().map(|d| format!("duplicate field {d:?}")).collect(),
+        remarks: decoded
+            .duplicates
+            .iter()
+            .map(|d| format!("duplicate field {d:?}"))
+            .collect(),
         source: bytes.clone(),
     })
 }
@@ -144,17 +162,21 @@ fn shown(bytes: &[u8]) -> String {
     if bytes.starts_with(b"{") {
         format!("{}{more}", String::from_utf8_lossy(head))
     } else {
-        format!("{}{more}", head.iter().map(|b| format!("{b:02x}")).collect::<String>())
+        let mut out = String::new();
+        for b in head {
+            let _ = write!(out, "{b:02x}");
+        }
+        out + more
     }
 }
 
 pub(crate) fn yaml_document(bytes: &Bytes) -> ApiResult<Document> {
     let text = String::from_utf8_lossy(bytes);
     // A JSON document is YAML too, and by far the more common.
-    if text.trim_start().starts_with('{') {
-        if let Ok(document) = json_document(bytes) {
-            return Ok(document);
-        }
+    if text.trim_start().starts_with('{')
+        && let Ok(document) = json_document(bytes)
+    {
+        return Ok(document);
     }
     let value: Value = serde_yaml::from_str(&text)
         .map_err(|e| ApiError::bad_request(format!("error converting YAML to JSON: yaml: {e}")))?;
@@ -190,7 +212,12 @@ pub(crate) fn fit(call: &Call, document: Document, how: Fit) -> ApiResult<(Value
             )));
         }
         value = conformed;
-        remarks.extend(document.in_order(report.unknown).iter().map(|u| format!("unknown field {u:?}")));
+        remarks.extend(
+            document
+                .in_order(report.unknown)
+                .iter()
+                .map(|u| format!("unknown field {u:?}")),
+        );
     }
     let mut warnings = Vec::new();
     if !remarks.is_empty() {
@@ -235,8 +262,17 @@ pub(crate) fn check_type(call: &Call, value: &Value) -> ApiResult<()> {
         || (!kind.is_empty() && kind != &*call.target.kind.kind)
     {
         if call.target.kind.is_custom() && api_version == wanted {
-            let error = crate::error::FieldError::invalid("kind", &Value::String(kind.to_owned()), format!("must be {}", call.target.kind.kind));
-            return Err(ApiError::invalid(&call.target.kind.group, kind, crate::meta::name(value), &[error]));
+            let error = crate::error::FieldError::invalid(
+                "kind",
+                &Value::String(kind.to_owned()),
+                format!("must be {}", call.target.kind.kind),
+            );
+            return Err(ApiError::invalid(
+                &call.target.kind.group,
+                kind,
+                crate::meta::name(value),
+                &[error],
+            ));
         }
         if api_version == wanted || api_version.is_empty() {
             return Err(ApiError::bad_request(format!(

@@ -77,16 +77,16 @@ impl DeleteOptions {
                 "orphanDependents and deletionPropagation cannot be both set",
             ));
         }
-        if let Some(policy) = &options.policy {
-            if !matches!(policy.as_str(), "Foreground" | "Background" | "Orphan" | "") {
-                let mut e = FieldError::not_supported(
-                    "propagationPolicy",
-                    &json!(policy),
-                    &["Foreground", "Background", "Orphan", "nil"],
-                );
-                e.detail = "supported values: \"Foreground\", \"Background\", \"Orphan\", \"nil\"".into();
-                errors.push(e);
-            }
+        if let Some(policy) = &options.policy
+            && !matches!(policy.as_str(), "Foreground" | "Background" | "Orphan" | "")
+        {
+            let mut e = FieldError::not_supported(
+                "propagationPolicy",
+                &json!(policy),
+                &["Foreground", "Background", "Orphan", "nil"],
+            );
+            e.detail = "supported values: \"Foreground\", \"Background\", \"Orphan\", \"nil\"".into();
+            errors.push(e);
         }
         if errors.is_empty() {
             Ok(options)
@@ -224,7 +224,11 @@ async fn delete_object(
                 if gone {
                     super::write::after_removal(hub, kind, &event.object.value);
                     // The answer shows the object as it was; a pod as it went, under a version of its own.
-                    let answer = if kind.is("", "pods") { event.object.value.clone() } else { current.value.clone() };
+                    let answer = if kind.is("", "pods") {
+                        event.object.value.clone()
+                    } else {
+                        current.value.clone()
+                    };
                     return Ok((answer, true));
                 }
                 return Ok((event.object.value.clone(), false));
@@ -290,6 +294,16 @@ fn decide(call: &Call, current: &Value, options: &DeleteOptions, now: &str) -> O
         finalizers.push(policy.to_owned());
     }
     let terminating = meta::is_terminating(current);
+    let is_definition = kind.is("apiextensions.k8s.io", "customresourcedefinitions");
+    if is_definition && !terminating && !finalizers.iter().any(|f| f == crate::controllers::crds::CLEANUP) {
+        // Its objects go first.
+        finalizers.push(crate::controllers::crds::CLEANUP.to_owned());
+        let status = meta::member_object(&mut object, "status");
+        if let Value::Array(list) = status.entry("conditions").or_insert_with(|| json!([])) {
+            list.push(json!({"type": "Terminating", "status": "True", "lastTransitionTime": now,
+                "reason": "InstanceDeletionPending", "message": "CustomResourceDefinition marked for deletion; CustomResource deletion will begin soon"}));
+        }
+    }
     let grace = grace_seconds(call, current, options);
     let is_namespace = kind.is("", "namespaces");
     let namespace_busy = is_namespace && !meta::list_at(current, "spec.finalizers").is_empty();
@@ -323,8 +337,15 @@ fn decide(call: &Call, current: &Value, options: &DeleteOptions, now: &str) -> O
         );
         metadata.insert("deletionGracePeriodSeconds".into(), json!(grace));
         let counted = &*call.target.kind.group != "apiextensions.k8s.io";
-        if let Some(generation) = metadata.get("generation").and_then(Value::as_i64).filter(|_| counted) {
+        if let Some(generation) = metadata
+            .get("generation")
+            .and_then(Value::as_i64)
+            .filter(|_| counted)
+        {
             metadata.insert("generation".into(), json!(generation + 1));
+        }
+        if is_definition {
+            metadata.remove("deletionGracePeriodSeconds");
         }
         if is_namespace {
             meta::member_object(&mut object, "status").insert("phase".into(), json!("Terminating"));

@@ -1,6 +1,8 @@
 //! The HTTP front: paths to verbs, bodies in and out.
 
 pub(crate) mod accept;
+pub(crate) mod apply;
+pub(crate) mod before;
 pub(crate) mod body;
 pub(crate) mod delete;
 pub(crate) mod read;

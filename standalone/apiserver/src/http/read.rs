@@ -70,12 +70,20 @@ impl Selection {
 fn unknown_field(kind: &crate::kinds::Kind, path: &str) -> String {
     let own = matches!(
         (&*kind.group, &*kind.plural),
-        ("", "pods" | "nodes" | "namespaces" | "secrets" | "services" | "replicationcontrollers" | "events") | ("batch", "jobs") | ("events.k8s.io", _)
+        (
+            "",
+            "pods" | "nodes" | "namespaces" | "secrets" | "services" | "replicationcontrollers" | "events"
+        ) | ("batch", "jobs")
+            | ("events.k8s.io", _)
     );
     if own || kind.is_custom() {
         return format!("field label not supported: {path}");
     }
-    let namespace = if kind.namespaced { ", \"metadata.namespace\"" } else { "" };
+    let namespace = if kind.namespaced {
+        ", \"metadata.namespace\""
+    } else {
+        ""
+    };
     format!("{path:?} is not a known field selector: only \"metadata.name\"{namespace}")
 }
 
@@ -97,10 +105,7 @@ pub(crate) async fn get(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
         return Err(target.not_found());
     };
     let warnings = warnings(call);
-    if accepted.form == Form::Object
-        && !accepted.yaml
-        && versions::is_stored_form(&target.kind)
-    {
+    if accepted.form == Form::Object && !accepted.yaml && versions::is_stored_form(&target.kind) {
         let mut out = Vec::with_capacity(stored.bare().len() + 64);
         stored.write(&TypeHead::new(&target.kind.kind, &target.api_version()), &mut out);
         return Ok(respond::bytes(200, out.into(), "application/json", &warnings));
@@ -176,17 +181,25 @@ fn encode_continue(rv: i64, after: &str, prefix: &str) -> String {
 }
 
 fn decode_continue(token: &str, prefix: &str) -> ApiResult<Continue> {
-    let invalid = |why: &str| ApiError::bad_request(format!("invalid continue token: continue key is not valid: {why}"));
+    let invalid = |why: &str| {
+        ApiError::bad_request(format!(
+            "invalid continue token: continue key is not valid: {why}"
+        ))
+    };
     let bytes = base64::engine::general_purpose::URL_SAFE_NO_PAD
         .decode(token)
         .map_err(|e| invalid(&e.to_string()))?;
     let body: Value = serde_json::from_slice(&bytes).map_err(|e| invalid(&e.to_string()))?;
     let version = body.get("v").and_then(Value::as_str).unwrap_or_default();
     if version != "meta.k8s.io/v1" {
-        return Err(invalid(&format!("server does not recognize this encoded version {version}")));
+        return Err(invalid(&format!(
+            "server does not recognize this encoded version {version}"
+        )));
     }
     if body.get("rv").and_then(Value::as_i64).unwrap_or(0) == 0 {
-        return Err(invalid("incorrect encoded start resourceVersion (version meta.k8s.io/v1)"));
+        return Err(invalid(
+            "incorrect encoded start resourceVersion (version meta.k8s.io/v1)",
+        ));
     }
     let start = body.get("start").and_then(Value::as_str).unwrap_or_default();
     if start.contains("..") {
@@ -207,7 +220,9 @@ pub(crate) async fn list(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
     check_list_options(call)?;
     let selection = Selection::of(call)?;
     if !call.query.text("continue").is_empty() && !matches!(call.query.text("resourceVersion"), "" | "0") {
-        return Err(ApiError::bad_request("specifying resource version is not allowed when using continue"));
+        return Err(ApiError::bad_request(
+            "specifying resource version is not allowed when using continue",
+        ));
     }
     let limit = call.query.text("limit").parse::<usize>().ok().filter(|l| *l > 0);
     let token = call.query.text("continue");
@@ -226,15 +241,16 @@ pub(crate) async fn list(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
         };
         let exact = call.query.text("resourceVersionMatch") == "Exact"
             || (limit.is_some() && call.query.text("resourceVersionMatch").is_empty());
-        if exact && wanted < current {
-            if wanted < oldest || !unchanged_since(hub, &target.kind.resource, wanted) {
-                return Err(ApiError::expired(format!(
-                    "The provided resource version is too old: {wanted} ({current})"
-                ))
-                .tap_message(|e| {
-                    e.message = "The resourceVersion for the provided list is too old.".into();
-                }));
-            }
+        if exact
+            && wanted < current
+            && (wanted < oldest || !unchanged_since(hub, &target.kind.resource, wanted))
+        {
+            return Err(ApiError::expired(format!(
+                "The provided resource version is too old: {wanted} ({current})"
+            ))
+            .tap_message(|e| {
+                e.message = "The resourceVersion for the provided list is too old.".into();
+            }));
         }
     }
     if let Some(from) = &from {
@@ -259,7 +275,9 @@ pub(crate) async fn list(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
             |o| selection.holds(o),
         )
     };
-    let list_rv = from.as_ref().map_or(page.rv, |f| u64::try_from(f.rv).unwrap_or(page.rv));
+    let list_rv = from
+        .as_ref()
+        .map_or(page.rv, |f| u64::try_from(f.rv).unwrap_or(page.rv));
     let next = page
         .next_after
         .as_ref()
@@ -277,14 +295,12 @@ pub(crate) async fn list(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
     let warnings = warnings(call);
     let version = target.version();
     match accepted.form {
-        Form::Object if !accepted.yaml && versions::is_stored_form(&target.kind) => {
-            Ok(respond::bytes(
-                200,
-                encode_list(call, &metadata, &page.items),
-                "application/json",
-                &warnings,
-            ))
-        }
+        Form::Object if !accepted.yaml && versions::is_stored_form(&target.kind) => Ok(respond::bytes(
+            200,
+            encode_list(call, &metadata, &page.items),
+            "application/json",
+            &warnings,
+        )),
         Form::Object => {
             let items: Vec<Value> = page
                 .items
@@ -299,12 +315,12 @@ pub(crate) async fn list(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
             Ok(respond::value(200, &list, accepted, &warnings))
         }
         Form::Metadata => {
-            let items: Vec<Value> = page
-                .items
-                .iter()
-                .map(|o| respond::partial(&o.value))
-                .collect();
-            let items = if items.is_empty() { Value::Null } else { Value::Array(items) };
+            let items: Vec<Value> = page.items.iter().map(|o| respond::partial(&o.value)).collect();
+            let items = if items.is_empty() {
+                Value::Null
+            } else {
+                Value::Array(items)
+            };
             let list = json!({"kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": metadata, "items": items});
             Ok(respond::value(200, &list, accepted, &warnings))
         }
@@ -347,11 +363,11 @@ impl Tap for ApiError {
 
 /// Items of built-in lists come without their own apiVersion and kind.
 fn strip_type(object: &mut Value, call: &Call) {
-    if !call.target.kind.is_custom() {
-        if let Some(map) = object.as_object_mut() {
-            map.remove("kind");
-            map.remove("apiVersion");
-        }
+    if !call.target.kind.is_custom()
+        && let Some(map) = object.as_object_mut()
+    {
+        map.remove("kind");
+        map.remove("apiVersion");
     }
 }
 
@@ -391,18 +407,22 @@ pub(crate) fn check_list_options(call: &Call) -> ApiResult<()> {
     let rv = q.text("resourceVersion");
     let matching = q.text("resourceVersionMatch");
     let mut errors = Vec::new();
-    for field in ["timeoutSeconds"] {
+    {
+        let field = "timeoutSeconds";
         let text = q.text(field);
         if !text.is_empty() && text.parse::<i64>().is_err() {
-            return Err(ApiError::bad_request(format!("strconv.ParseInt: parsing {text:?}: invalid syntax")));
-        }
-    }
-    if let Some(limit) = q.get("limit") {
-        if !limit.is_empty() && limit.parse::<i64>().is_err() {
             return Err(ApiError::bad_request(format!(
-                "strconv.ParseInt: parsing {limit:?}: invalid syntax"
+                "strconv.ParseInt: parsing {text:?}: invalid syntax"
             )));
         }
+    }
+    if let Some(limit) = q.get("limit")
+        && !limit.is_empty()
+        && limit.parse::<i64>().is_err()
+    {
+        return Err(ApiError::bad_request(format!(
+            "strconv.ParseInt: parsing {limit:?}: invalid syntax"
+        )));
     }
     if !rv.is_empty() && rv.parse::<u64>().is_err() {
         return Err(ApiError::bad_request(format!(

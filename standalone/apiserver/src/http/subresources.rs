@@ -221,7 +221,11 @@ async fn write_scale(
             "Scale",
             &target.name,
             &[FieldError::invalid(
-                if target.kind.is_custom() { paths(call)?.spec.clone() } else { "spec.replicas".to_owned() },
+                if target.kind.is_custom() {
+                    paths(call)?.spec.clone()
+                } else {
+                    "spec.replicas".to_owned()
+                },
                 &json!(replicas),
                 "must be greater than or equal to 0",
             )],
@@ -236,12 +240,7 @@ async fn write_scale(
     if let Some(rv) = precondition {
         change["metadata"] = json!({"resourceVersion": rv});
     }
-    let outcome = write::run(
-        hub,
-        call,
-        Change::Merge(Document::of(change)),
-    )
-    .await?;
+    let outcome = write::run(hub, call, Change::Merge(Document::of(change))).await?;
     let scale = scale_of(call, &outcome.object)?;
     Ok(respond::value(200, &scale, accepted, &outcome.warnings))
 }
@@ -279,20 +278,35 @@ async fn bind(hub: &Hub, call: &Call, request_body: Body) -> ApiResult<Response<
     let wanted_uid = meta::text(&binding, "uid");
     let key = target.key();
     let conflict = |why: String| {
-        ApiError::new(409, "Conflict", format!("Operation cannot be fulfilled on pods/binding \"{}\": {why}", target.name))
+        ApiError::new(
+            409,
+            "Conflict",
+            format!(
+                "Operation cannot be fulfilled on pods/binding \"{}\": {why}",
+                target.name
+            ),
+        )
     };
-    loop {
+    for _ in 0..crate::hub::MODIFY_ATTEMPTS {
         let current = hub.get(&target.kind, &key).ok_or_else(|| target.not_found())?;
         let uid = meta::text(&current.value, "uid");
         if !wanted_uid.is_empty() && wanted_uid != uid {
-            return Err(conflict(format!("Precondition failed: UID in precondition: {wanted_uid}, UID in object meta: {uid}")));
+            return Err(conflict(format!(
+                "Precondition failed: UID in precondition: {wanted_uid}, UID in object meta: {uid}"
+            )));
         }
         if !meta::text(&current.value, "deletionTimestamp").is_empty() {
-            return Err(conflict(format!("pod {} is being deleted, cannot be assigned to a host", target.name)));
+            return Err(conflict(format!(
+                "pod {} is being deleted, cannot be assigned to a host",
+                target.name
+            )));
         }
         let bound = meta::str_at(&current.value, "spec.nodeName");
         if !bound.is_empty() {
-            return Err(conflict(format!("pod {} is already assigned to node \"{bound}\"", target.name)));
+            return Err(conflict(format!(
+                "pod {} is already assigned to node \"{bound}\"",
+                target.name
+            )));
         }
         let mut pod = current.value.clone();
         pod["spec"]["nodeName"] = json!(node);
@@ -309,7 +323,10 @@ async fn bind(hub: &Hub, call: &Call, request_body: Body) -> ApiResult<Response<
             }
             None => pod["status"]["conditions"] = json!([condition]),
         }
-        match hub.put(&target.kind.resource, &key, pod, Expect::At(current.rv)).await {
+        match hub
+            .put(&target.kind.resource, &key, pod, Expect::At(current.rv))
+            .await
+        {
             Ok(_) => {
                 let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201});
                 return Ok(respond::value(201, &status, accepted, &[]));
@@ -318,6 +335,7 @@ async fn bind(hub: &Hub, call: &Call, request_body: Body) -> ApiResult<Response<
             Err(CommitError::Lost(_)) => {}
         }
     }
+    Err(conflict("the pod changed too often; please try again".to_owned()))
 }
 
 async fn log(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {

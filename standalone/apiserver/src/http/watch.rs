@@ -73,19 +73,11 @@ fn check_options(call: &Call) -> ApiResult<bool> {
             "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided",
         ));
     }
-    if send.is_some() {
-        if matching.is_empty() {
-            errors.push(FieldError::forbidden(
-                "resourceVersionMatch",
-                "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan",
-            ));
-        } else if matching != "NotOlderThan" {
-            errors.push(FieldError::not_supported(
-                "resourceVersionMatch",
-                &json!(matching),
-                &["NotOlderThan"],
-            ));
-        }
+    if send.is_some() && matching != "NotOlderThan" {
+        errors.push(FieldError::forbidden(
+            "resourceVersionMatch",
+            "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan",
+        ));
     }
     let _ = call;
     if errors.is_empty() {
@@ -289,9 +281,7 @@ impl Watch {
     fn write(&mut self, out: &mut BytesMut, kind: &str, object: &Arc<Stored>) {
         let target = &self.call.target;
         let version = target.version();
-        if self.accepted.form == Form::Object
-            && !self.accepted.yaml
-            && versions::is_stored_form(&target.kind)
+        if self.accepted.form == Form::Object && !self.accepted.yaml && versions::is_stored_form(&target.kind)
         {
             out.reserve(object.bare().len() + 120);
             out.put_slice(b"{\"type\":\"");

@@ -4,16 +4,17 @@
 //! A patch that loses a race is computed again from the newer object; a replacement is a conflict.
 
 use axum::body::Body;
-use bytes::Bytes;
 use http::Response;
 use serde_json::{Value, json};
 
+use super::apply::applied;
+use super::before::{check_preconditions, name_new, namespace_is_open, read_patch, taken};
 use super::body::{self, Document, Fit};
 use super::request::Call;
 use super::{accept, respond};
 use crate::admission::{AdmissionRequest, Denied, Operation};
-use crate::apply::managers::{self, ApplyError, Write};
-use crate::error::{ApiError, ApiResult, Cause, FieldError};
+use crate::apply::managers::{self, Write};
+use crate::error::{ApiError, ApiResult};
 use crate::hub::{CommitError, Hub, MODIFY_ATTEMPTS};
 use crate::kinds::Kind;
 use crate::patch;
@@ -53,9 +54,7 @@ pub(crate) async fn replace(hub: &Hub, call: &Call, request_body: Body) -> ApiRe
     let name = meta::name(&document.value);
     if name != call.target.name {
         return Err(if name.is_empty() {
-            ApiError::bad_request(format!(
-                "the name of the object (based on the object metadata) was undeterminable: name must be provided"
-            ))
+            ApiError::bad_request("the name of the object (based on the object metadata) was undeterminable: name must be provided".to_string())
         } else {
             ApiError::bad_request(format!(
                 "the name of the object ({name}) does not match the name on the URL ({})",
@@ -76,80 +75,6 @@ pub(crate) async fn patch(hub: &Hub, call: &Call, request_body: Body) -> ApiResu
     let change = read_patch(call, media, body::read(request_body).await?)?;
     let outcome = run(hub, call, change).await?;
     Ok(answer(hub, call, accepted, &outcome))
-}
-
-const PATCH_TYPES: &str =
-    "application/json-patch+json, application/merge-patch+json, application/apply-patch+yaml";
-const PATCH_TYPES_BUILTIN: &str = "application/json-patch+json, application/merge-patch+json, application/strategic-merge-patch+json, application/apply-patch+yaml";
-
-pub(crate) fn read_patch(call: &Call, media: &str, bytes: Bytes) -> ApiResult<Change> {
-    let force = !call.query.text("force").is_empty();
-    let option_errors = |field: &str, text: &str| {
-        ApiError::invalid(
-            "meta.k8s.io",
-            "PatchOptions",
-            "",
-            &[FieldError::forbidden(field, text)],
-        )
-    };
-    if force && media != "application/apply-patch+yaml" {
-        return Err(option_errors("force", "may not be specified for non-apply patch"));
-    }
-    let decode = |bytes: &Bytes| body::json_document(bytes).map_err(|_| bad_patch_json(bytes));
-    match media {
-        "application/json-patch+json" => {
-            let document = decode(&bytes)?;
-            Ok(Change::Json(document.value))
-        }
-        "application/merge-patch+json" => Ok(Change::Merge(decode(&bytes)?)),
-        "application/strategic-merge-patch+json" if !call.target.kind.is_custom() => {
-            Ok(Change::Strategic(decode(&bytes)?))
-        }
-        "application/apply-patch+yaml" => {
-            if call.query.text("fieldManager").is_empty() {
-                return Err(ApiError::invalid(
-                    "meta.k8s.io",
-                    "PatchOptions",
-                    "",
-                    &[FieldError::required(
-                        "fieldManager",
-                        "is required for apply patch",
-                    )],
-                ));
-            }
-            let config = body::yaml_document(&bytes)
-                .map_err(|e| ApiError::bad_request(format!("error decoding YAML: {}", e.message)))?;
-            if !config.value.is_object() {
-                return Err(ApiError::bad_request(
-                    "error decoding YAML: json: cannot unmarshal into Go value of type map[string]interface {}",
-                ));
-            }
-            Ok(Change::Apply {
-                config,
-                force: call.query.flag("force"),
-            })
-        }
-        _ => {
-            let types = if call.target.kind.is_custom() {
-                PATCH_TYPES
-            } else {
-                PATCH_TYPES_BUILTIN
-            };
-            let mut error = ApiError::unsupported_media_type(format!(
-                "the body of the request was in an unknown format - accepted media types include: {types}"
-            ));
-            error.details = Some(crate::error::Details::default());
-            Err(error)
-        }
-    }
-}
-
-fn bad_patch_json(bytes: &Bytes) -> ApiError {
-    match crate::schema::json::decode(bytes) {
-        Err(error) if error.is_eof() => ApiError::bad_request("error decoding patch: unexpected end of JSON input"),
-        Err(error) => ApiError::bad_request(format!("error decoding patch: {error}")),
-        Ok(_) => ApiError::bad_request("error decoding patch"),
-    }
 }
 
 /// The object as it now is, in the version of the call.
@@ -174,7 +99,7 @@ fn answer(hub: &Hub, call: &Call, accepted: accept::Accepted, outcome: &Outcome)
     })
 }
 
-fn check_namespace(call: &Call, value: &Value) -> ApiResult<()> {
+pub(crate) fn check_namespace(call: &Call, value: &Value) -> ApiResult<()> {
     let target = &call.target;
     let given = meta::namespace(value);
     if target.kind.namespaced {
@@ -234,17 +159,25 @@ pub(crate) async fn run(hub: &Hub, call: &Call, change: Change) -> ApiResult<Out
                     });
                 }
                 match hub
-                    .remove(&kind.resource, &key, {
-                        // Watchers see the object as it was stored last.
-                        current.as_ref().map_or(Value::Null, |c| c.value.clone())
-                    },
-                    rv)
+                    .remove(
+                        &kind.resource,
+                        &key,
+                        {
+                            // Watchers see the object as it was stored last.
+                            current.as_ref().map_or(Value::Null, |c| c.value.clone())
+                        },
+                        rv,
+                    )
                     .await
                 {
                     Ok(event) => {
                         after_removal(hub, kind, &event.object.value);
                         // The answer is the object as it would have been written, under its last version.
-                        return Ok(Outcome { object, created: false, warnings });
+                        return Ok(Outcome {
+                            object,
+                            created: false,
+                            warnings,
+                        });
                     }
                     Err(CommitError::Storage(text)) => return Err(Hub::storage_error(&text)),
                     Err(CommitError::Lost(_)) => continue,
@@ -291,65 +224,6 @@ pub(crate) async fn run(hub: &Hub, call: &Call, change: Change) -> ApiResult<Out
         }
     }
     Err(ApiError::modified(&kind.group, &kind.plural, &target.name))
-}
-
-/// The name is in use.
-fn taken(hub: &Hub, kind: &Kind, key: &str) -> ApiError {
-    let mut error = ApiError::already_exists(&kind.group, &kind.plural, key.rsplit('/').next().unwrap_or(key));
-    if hub.get(kind, key).is_some_and(|o| meta::is_terminating(&o.value)) {
-        error.message = format!("object is being deleted: {}", error.message);
-    }
-    error
-}
-
-/// Settle the name of a new object; returns its key.
-fn name_new(hub: &Hub, call: &Call, value: &mut Value) -> ApiResult<String> {
-    let target = &call.target;
-    let kind = &target.kind;
-    if !value.is_object() {
-        *value = json!({});
-    }
-    check_namespace(call, value)?;
-    if value.get("metadata").is_some_and(|m| !m.is_object() && !m.is_null()) || value.get("metadata").and_then(|m| m.get("name")).is_some_and(|n| !n.is_string() && !n.is_null()) {
-        // Let the decoder say what is wrong with it.
-        let document = Document::of(value.clone());
-        body::fit(call, document, Fit::Body)?;
-    }
-    let metadata = meta::metadata_mut(value);
-    let text = |m: &serde_json::Map<String, Value>, k: &str| {
-        m.get(k).and_then(Value::as_str).unwrap_or_default().to_owned()
-    };
-    let mut name = text(metadata, "name");
-    if name.is_empty() {
-        let prefix = text(metadata, "generateName");
-        if !prefix.is_empty() {
-            let cut = prefix.char_indices().nth(58).map_or(prefix.len(), |(i, _)| i);
-            name = format!("{}{}", &prefix[..cut], hub.clock.suffix(5));
-            metadata.insert("name".into(), json!(name));
-        }
-    }
-    if !text(metadata, "resourceVersion").is_empty() {
-        return Err(ApiError::plain_internal(
-            "resourceVersion should not be set on objects to be created",
-        ));
-    }
-    if kind.namespaced {
-        metadata.insert("namespace".into(), json!(target.namespace));
-    } else {
-        metadata.remove("namespace");
-    }
-    if name.is_empty() {
-        return Err(ApiError::invalid(
-            &kind.group,
-            &kind.kind,
-            "",
-            &[FieldError::required(
-                "metadata.name",
-                "name or generateName is required",
-            )],
-        ));
-    }
-    Ok(crate::store::key(&target.namespace, &name))
 }
 
 enum Step {
@@ -412,6 +286,9 @@ async fn compute(
         Some(live) => strategy::prepare_update(kind, version, &target.subresource, &mut object, live),
     }
     defaults::admit(kind, &mut object, live.as_ref());
+    if live.is_none() {
+        defaults::plugins(hub, kind, name, &mut object)?;
+    }
     if let Some(admission) = hub
         .admission
         .as_ref()
@@ -484,12 +361,10 @@ fn edited(
     let take = |document: &Document| Document {
         value: document.value.clone(),
         remarks: document.remarks.clone(),
-            source: document.source.clone(),
-        };
+        source: document.source.clone(),
+    };
     let (document, how) = match change {
-        Change::Create(document) => {
-            (take(document), Fit::Body)
-        }
+        Change::Create(document) => (take(document), Fit::Body),
         Change::Replace(document) => {
             if live.is_none()
                 && !(target.subresource.is_empty()
@@ -502,10 +377,7 @@ fn edited(
         Change::Json(operations) => {
             let mut value = existing()?.clone();
             patch::json::apply(&mut value, operations).map_err(|failure| json_failure(&failure))?;
-            (
-                Document::of(value),
-                Fit::Patched,
-            )
+            (Document::of(value), Fit::Patched)
         }
         Change::Merge(document) => {
             let mut value = existing()?.clone();
@@ -516,24 +388,42 @@ fn edited(
             }
             patch::merge::apply(&mut value, &document.value);
             let remarks = document.remarks.clone();
-            (Document { value, remarks,
-            source: document.source.clone(),
-        }, Fit::Patched)
+            (
+                Document {
+                    value,
+                    remarks,
+                    source: document.source.clone(),
+                },
+                Fit::Patched,
+            )
         }
         Change::Strategic(document) => {
             let mut value = existing()?.clone();
             patch::strategic::apply(&mut value, &document.value, write.schema)
                 .map_err(ApiError::plain_internal)?;
             let remarks = document.remarks.clone();
-            (Document { value, remarks,
-            source: document.source.clone(),
-        }, Fit::Patched)
+            (
+                Document {
+                    value,
+                    remarks,
+                    source: document.source.clone(),
+                },
+                Fit::Patched,
+            )
         }
         Change::Apply { config, force } => {
             return applied(call, config, *force, live, write, warnings).map(|object| (object, true));
         }
     };
-    let (value, more) = body::fit(call, document, how)?;
+    // An empty list clears ownership; the decoder would not tell it from an absent one.
+    let cleared = meta::metadata(&document.value)
+        .get("managedFields")
+        .and_then(Value::as_array)
+        .is_some_and(Vec::is_empty);
+    let (mut value, more) = body::fit(call, document, how)?;
+    if cleared && live.is_some() {
+        meta::metadata_mut(&mut value).insert("managedFields".into(), json!([{}]));
+    }
     warnings.extend(more);
     Ok((value, false))
 }
@@ -564,156 +454,6 @@ fn json_failure(failure: &patch::json::Failure) -> ApiError {
     }
 }
 
-fn applied(
-    call: &Call,
-    config: &Document,
-    force: bool,
-    live: Option<&Value>,
-    write: &Write<'_>,
-    warnings: &mut Vec<String>,
-) -> ApiResult<Value> {
-    let target = &call.target;
-    let kind = &target.kind;
-    if live.is_none() && !target.subresource.is_empty() {
-        return Err(target.not_found());
-    }
-    let as_sent = &config.value;
-    let mut value = config.value.clone();
-    let text = |v: &Value, key: &str| v.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
-    let (api_version, given_kind) = (text(&value, "apiVersion"), text(&value, "kind"));
-    if api_version != write.api_version || given_kind != *kind.kind {
-        return Err(ApiError::bad_request(format!("invalid object type: {}, Kind={given_kind}", gv(&api_version))));
-    }
-    if meta::metadata(&value).contains_key("managedFields") {
-        return Err(ApiError::bad_request("metadata.managedFields must be nil"));
-    }
-    let name = meta::name(&value).to_owned();
-    if name.is_empty() {
-        return Err(ApiError::bad_request(format!(
-            "the name of the object ({} based on URL) was undeterminable: name must be provided",
-            target.name
-        )));
-    }
-    if name != target.name {
-        return Err(ApiError::bad_request(format!(
-            "the name of the object ({name}) does not match the name on the URL ({})",
-            target.name
-        )));
-    }
-    check_namespace(call, &value)?;
-    let metadata = meta::metadata_mut(&mut value);
-    metadata.remove("creationTimestamp");
-    metadata.insert("name".into(), json!(target.name));
-    if kind.namespaced {
-        metadata.insert("namespace".into(), json!(target.namespace));
-    }
-    // Types are checked before ownership; what the type lacks is an error of its own kind.
-    if !kind.is_custom() {
-        let (_, report) = crate::schema::conform::conform(write.schema, value.clone());
-        if let Some(unknown) = report.unknown.first() {
-            return Err(typed_error(call, as_sent, &format!(".{unknown}: field not declared in schema"),
-            ));
-        }
-        if let Some(error) = report.error {
-            return Err(typed_error(call, as_sent, &error));
-        }
-    } else {
-        let document = Document {
-            value,
-            remarks: config.remarks.clone(),
-            source: config.source.clone(),
-        };
-        let mut unknown = Vec::new();
-        let mut pruned = document.value;
-        crate::crd::prune::prune(write.schema, &mut pruned, &mut unknown);
-        if let Some(unknown) = unknown.first() {
-            return Err(typed_error(call, as_sent, &format!(".{unknown}: field not declared in schema"),
-            ));
-        }
-        value = pruned;
-    }
-    let object = managers::apply(write, live, &value, as_sent, force).map_err(|error| match error {
-        ApplyError::Conflicts(conflicts) => conflict_error(&conflicts),
-        ApplyError::Typed(text) => typed_error(call, as_sent, &text),
-        ApplyError::BadLive(text) => {
-            ApiError::plain_internal(format!("failed to create typed live object: {text}"))
-        }
-    })?;
-    let fields = meta::metadata(&object).get("managedFields").cloned();
-    let document = Document {
-        value: object,
-        remarks: config.remarks.clone(),
-            source: config.source.clone(),
-        };
-    let (mut fitted, more) = body::fit(call, document, Fit::Patched)?;
-    warnings.extend(more);
-    if let Some(fields) = fields {
-        meta::metadata_mut(&mut fitted).insert("managedFields".into(), fields);
-    }
-    Ok(fitted)
-}
-
-fn typed_error(call: &Call, sent: &Value, text: &str) -> ApiError {
-    let target = &call.target;
-    ApiError::plain_internal(format!(
-        "failed to create typed patch object ({}/{}; {}, Kind={}): {text}",
-        meta::namespace(sent),
-        meta::name(sent),
-        gv(&target.api_version()),
-        target.kind.kind
-    ))
-}
-
-/// Go prints a group and version with the slash even where there is no group.
-fn gv(api_version: &str) -> String {
-    match api_version {
-        "" => "/".to_owned(),
-        text if text.contains('/') => text.to_owned(),
-        core => format!("/{core}"),
-    }
-}
-
-fn conflict_error(conflicts: &[(String, String)]) -> ApiError {
-    let mut by_manager: Vec<(&str, Vec<&str>)> = Vec::new();
-    for (manager, path) in conflicts {
-        match by_manager.iter_mut().find(|(m, _)| m == manager) {
-            Some((_, paths)) => paths.push(path),
-            None => by_manager.push((manager, vec![path])),
-        }
-    }
-    by_manager.sort();
-    let mut lines = Vec::new();
-    for (manager, paths) in &by_manager {
-        match paths.as_slice() {
-            [one] if by_manager.len() == 1 => lines.push(format!("conflict with {manager}: {one}")),
-            many => lines.push(format!(
-                "conflicts with {manager}:{}",
-                many.iter().map(|p| format!("\n- {p}")).collect::<String>()
-            )),
-        }
-    }
-    let plural = if conflicts.len() == 1 {
-        "conflict"
-    } else {
-        "conflicts"
-    };
-    let message = format!(
-        "Apply failed with {} {plural}: {}",
-        conflicts.len(),
-        lines.join("\n")
-    );
-    let mut causes: Vec<Cause> = conflicts
-        .iter()
-        .map(|(manager, path)| Cause {
-            reason: "FieldManagerConflict".into(),
-            message: format!("conflict with {manager}"),
-            field: path.clone(),
-        })
-        .collect();
-    causes.sort_by(|a, b| (&a.field, &a.message).cmp(&(&b.field, &b.message)));
-    ApiError::new(409, "Conflict", message).with_causes(causes)
-}
-
 /// Identity comes from the path, whatever the body or a patch says.
 fn set_identity(call: &Call, object: &mut Value, name: &str) {
     let target = &call.target;
@@ -727,105 +467,6 @@ fn set_identity(call: &Call, object: &mut Value, name: &str) {
     if target.kind.namespaced {
         metadata.insert("namespace".into(), json!(target.namespace));
     }
-}
-
-fn check_preconditions(
-    call: &Call,
-    change: &Change,
-    object: &Value,
-    live: Option<&Value>,
-    name: &str,
-) -> ApiResult<()> {
-    let kind = &call.target.kind;
-    let given = meta::text(object, "resourceVersion");
-    let given_uid = meta::uid(object);
-    let Some(live) = live else {
-        if matches!(change, Change::Apply { .. }) && !given_uid.is_empty() {
-            return Err(ApiError::conflict(
-                &kind.group,
-                &kind.plural,
-                name,
-                &format!(
-                    "uid mismatch: the provided object specified uid {given_uid}, and no existing object was found"
-                ),
-            ));
-        }
-        return Ok(());
-    };
-    if meta::name(object) != meta::name(live) {
-        return Err(ApiError::bad_request(format!(
-            "the name of the object ({}) does not match the name on the URL ({name})",
-            meta::name(object)
-        )));
-    }
-    if !given_uid.is_empty() && given_uid != meta::uid(live) {
-        return Err(ApiError::conflict(
-            &kind.group,
-            &kind.plural,
-            name,
-            &format!(
-                "StorageError: invalid object, Code: 4, Key: /registry/{}/{}, ResourceVersion: 0, AdditionalErrorMsg: Precondition failed: UID in precondition: {given_uid}, UID in object meta: {}",
-                kind.plural,
-                call.target.key(),
-                meta::uid(live)
-            ),
-        ));
-    }
-    if given.is_empty() || given == "0" {
-        let unconditional = kind.row().is_some_and(crate::kinds::Row::unconditional_update);
-        if matches!(change, Change::Replace(_)) && !unconditional {
-            return Err(ApiError::invalid(
-                &kind.group,
-                &kind.plural,
-                name,
-                &[FieldError::invalid(
-                    "metadata.resourceVersion",
-                    &json!("0").as_str().map_or(Value::Null, |_| json!(0)),
-                    "must be specified for an update",
-                )],
-            ));
-        }
-        if given == "0" && matches!(change, Change::Apply { .. }) {
-            return Err(ApiError::modified(&kind.group, &kind.plural, name));
-        }
-        return Ok(());
-    }
-    if given.parse::<u64>().is_err() {
-        return Err(ApiError::plain_internal(format!(
-            "strconv.ParseUint: parsing {given:?}: invalid syntax"
-        )));
-    }
-    if given != meta::text(live, "resourceVersion") {
-        return Err(ApiError::modified(&kind.group, &kind.plural, name));
-    }
-    Ok(())
-}
-
-/// New objects need a namespace that exists and is not on its way out.
-fn namespace_is_open(hub: &Hub, call: &Call, name: &str) -> ApiResult<()> {
-    let target = &call.target;
-    if !target.kind.namespaced {
-        return Ok(());
-    }
-    let Some(namespace) = hub.get_at("/namespaces", &target.namespace) else {
-        return Err(ApiError::not_found("", "namespaces", &target.namespace));
-    };
-    if meta::is_terminating(&namespace.value) {
-        let why = format!(
-            "unable to create new content in namespace {} because it is being terminated",
-            target.namespace
-        );
-        return Err(
-            ApiError::forbidden(&target.kind.group, &target.kind.plural, name, &why).with_causes(vec![
-                Cause {
-                    reason: "NamespaceTerminating".into(),
-                    message: format!("namespace {} is being terminated", target.namespace),
-                    field: "metadata.namespace".into(),
-                },
-            ]),
-        );
-    }
-    Ok(())
 }
 
 pub(crate) fn admission_request(

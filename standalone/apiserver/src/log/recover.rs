@@ -17,7 +17,7 @@ pub(crate) struct Recovered {
     pub(crate) file: File,
     pub(crate) segment_bytes: u64,
     /// Held until the log is closed: one server per directory.
-    pub(crate) lock: File,
+    pub(crate) _lock: File,
 }
 
 fn storage(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
@@ -116,7 +116,7 @@ pub(crate) fn recover(dir: &Path, store: &mut Store) -> Result<Recovered, Error>
         segment,
         file,
         segment_bytes,
-        lock,
+        _lock: lock,
     })
 }
 

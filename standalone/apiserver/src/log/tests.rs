@@ -61,7 +61,12 @@ fn contents(store: &Store) -> Vec<(String, String)> {
         .list("/configmaps", "", None, None, |_| true)
         .items
         .iter()
-        .map(|o| (crate::meta::name(&o.value).to_owned(), crate::meta::str_at(&o.value, "data.v").to_owned()))
+        .map(|o| {
+            (
+                crate::meta::name(&o.value).to_owned(),
+                crate::meta::str_at(&o.value, "data.v").to_owned(),
+            )
+        })
         .collect()
 }
 
@@ -83,10 +88,25 @@ fn a_log_cut_at_any_byte_comes_back_with_a_prefix_of_its_writes() {
     let tail = whole.len().saturating_sub(260);
     for cut in (0..tail).step_by(37).chain(tail..=whole.len()) {
         let other = tempfile::tempdir().expect("a directory");
-        std::fs::write(other.path().join(segment(dir.path()).file_name().expect("a name")), &whole[..cut]).expect("written");
+        std::fs::write(
+            other
+                .path()
+                .join(segment(dir.path()).file_name().expect("a name")),
+            &whole[..cut],
+        )
+        .expect("written");
         let store = open(other.path()).unwrap_or_else(|e| panic!("cut at {cut}: {e}"));
-        let found = states.iter().skip(last).position(|s| *s == contents(&store)).map(|p| p + last);
-        last = found.unwrap_or_else(|| panic!("cut at {cut}: {:?} is no state that ever was, or one from before", contents(&store)));
+        let found = states
+            .iter()
+            .skip(last)
+            .position(|s| *s == contents(&store))
+            .map(|p| p + last);
+        last = found.unwrap_or_else(|| {
+            panic!(
+                "cut at {cut}: {:?} is no state that ever was, or one from before",
+                contents(&store)
+            )
+        });
     }
     assert_eq!(last, states.len() - 1, "the whole log gives the last state");
 }
@@ -122,8 +142,15 @@ fn writing_goes_on_after_a_torn_tail() {
         let mut store = Store::new(1);
         let recovered = Log::open(dir.path(), &mut store).expect("opens");
         let log = Log::start(recovered, Arc::new(Nothing)).expect("starts");
-        let event = store.put(&"/configmaps".into(), "n/late", object("late", 9), Expect::Absent).expect("committed");
-        log.put("/configmaps", "n/late", event.rv, &Bytes::from(event.object.whole()));
+        let event = store
+            .put(&"/configmaps".into(), "n/late", object("late", 9), Expect::Absent)
+            .expect("committed");
+        log.put(
+            "/configmaps",
+            "n/late",
+            event.rv,
+            &Bytes::from(event.object.whole()),
+        );
         log.close();
     }
     let store = open(dir.path()).expect("opens again");

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-
 use super::recover::{Recovered, segment_path, snapshot_path, sync_dir};
 use super::{Shared, record};
 use crate::error::Error;
@@ -94,10 +93,10 @@ impl Writer {
                     continue;
                 }
             }
-            if self.place.segment_bytes > COMPACT_MIN.max(self.snapshot_bytes * COMPACT_FACTOR) {
-                if let Err(error) = self.compact() {
-                    tracing::warn!(%error, "compacting the API server's log failed; it goes on growing");
-                }
+            if self.place.segment_bytes > COMPACT_MIN.max(self.snapshot_bytes * COMPACT_FACTOR)
+                && let Err(error) = self.compact()
+            {
+                tracing::warn!(%error, "compacting the API server's log failed; it goes on growing");
             }
         }
     }

@@ -28,7 +28,8 @@ pub(crate) fn apply(target: &mut Value, patch: &Value) -> Result<(), Failure> {
     }
     if let Some(bad) = operations.iter().find(|o| !o.is_object()) {
         return Err(Failure::Malformed(format!(
-            "json: cannot unmarshal {} into Go value of type handlers.jsonPatchOp", kind_of(bad)
+            "json: cannot unmarshal {} into Go value of type handlers.jsonPatchOp",
+            kind_of(bad)
         )));
     }
     let mut work = target.clone();

@@ -127,7 +127,10 @@ fn go(value: &Value) -> String {
 
 fn unknown_directive(directive: &Value, members: &Map<String, Value>) -> String {
     match directive {
-        Value::String(s) => format!("unknown patch type: {s} in map: {}", go(&Value::Object(members.clone()))),
+        Value::String(s) => format!(
+            "unknown patch type: {s} in map: {}",
+            go(&Value::Object(members.clone()))
+        ),
         other => format!("invalid value for special key {PATCH}: {other}"),
     }
 }

@@ -122,17 +122,12 @@ fn walk_struct(s: &Struct, mut members: Map<String, Value>, path: &mut String, r
 /// What Go writes for a field that was not given.
 fn absent(name: &str, field: &Field, out: &mut Map<String, Value>) {
     match &field.schema.default {
-        Some(Value::Object(_)) => match &field.schema.resolve().shape {
-            Shape::Struct(_) => {
-                let zero = super::zero_value(&field.schema);
-                // `metadata` of templates and the like are written only when they hold something (Go's omitzero).
-                if !(name == "metadata" && zero.as_object().is_some_and(Map::is_empty)) {
-                    out.insert(name.to_owned(), zero);
-                }
-            }
+        Some(Value::Object(_)) => {
             // Times, quantities and open values are pointers or omitzero in the types concerned.
-            _ => {}
-        },
+            if let Shape::Struct(_) = &field.schema.resolve().shape {
+                out.insert(name.to_owned(), super::zero_value(&field.schema));
+            }
+        }
         Some(other) if super::is_go_zero(other) => {
             // Also `null`, of times that are no pointers.
             out.insert(name.to_owned(), other.clone());
@@ -295,9 +290,17 @@ pub(crate) fn empty_required_to_null(schema: &Schema, value: &mut Value) {
     match (&schema.resolve().shape, value) {
         (Shape::Struct(s), Value::Object(members)) => {
             for (name, member) in members.iter_mut() {
-                let Some(field) = s.fields.get(name.as_str()) else { continue };
-                let is_collection = matches!(field.schema.resolve().shape, Shape::List { .. } | Shape::Map { .. });
-                if (field.required || field.schema.default == Some(Value::Null)) && is_collection && super::is_go_zero(member) {
+                let Some(field) = s.fields.get(name.as_str()) else {
+                    continue;
+                };
+                let is_collection = matches!(
+                    field.schema.resolve().shape,
+                    Shape::List { .. } | Shape::Map { .. }
+                );
+                if (field.required || field.schema.default == Some(Value::Null))
+                    && is_collection
+                    && super::is_go_zero(member)
+                {
                     *member = Value::Null;
                 } else {
                     empty_required_to_null(&field.schema, member);

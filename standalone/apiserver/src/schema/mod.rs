@@ -155,10 +155,6 @@ impl Schema {
             _ => &ANY,
         }
     }
-
-    pub(crate) fn any() -> &'static Schema {
-        &ANY
-    }
 }
 
 /// The schema of a built-in type (`apps.v1.Deployment`).
@@ -169,7 +165,8 @@ pub(crate) fn builtin(name: &str) -> Schema {
         .map_or_else(|| Schema::of(Shape::Any), |id| Schema::of(Shape::Ref(*id)))
 }
 
-/// All built-in types in table order, for OpenAPI.
+/// All built-in types in table order.
+#[cfg(test)]
 pub(crate) fn builtin_types() -> impl Iterator<Item = (&'static str, &'static Schema)> {
     BUILTIN.types.iter().map(|t| (t.name, &t.schema))
 }
@@ -187,8 +184,6 @@ pub(crate) fn zero_value(schema: &Schema) -> Value {
     let mut out = Map::new();
     for (name, field) in &s.fields {
         match &field.schema.default {
-            // Times that are no pointers are not members of the empty object.
-            Some(Value::Null) if !matches!(field.schema.resolve().shape, Shape::List { .. }) => {}
             Some(Value::Object(_)) => {
                 out.insert(name.to_string(), zero_value(&field.schema));
             }

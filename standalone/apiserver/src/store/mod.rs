@@ -51,7 +51,12 @@ impl Stored {
     pub(crate) fn bare(&self) -> &Bytes {
         self.bare.get_or_init(|| {
             let mut out = Vec::with_capacity(512);
-            let members = self.value.as_object().into_iter().flatten().filter(|(k, _)| *k != "kind" && *k != "apiVersion");
+            let members = self
+                .value
+                .as_object()
+                .into_iter()
+                .flatten()
+                .filter(|(k, _)| *k != "kind" && *k != "apiVersion");
             // An object of strings, numbers and lists always encodes.
             let _ = serde::Serializer::collect_map(&mut serde_json::Serializer::new(&mut out), members);
             out.into()

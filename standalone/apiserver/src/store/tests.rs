@@ -15,7 +15,10 @@ enum Step {
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(
-        prop_oneof![(0..6u8, any::<u8>()).prop_map(|(k, v)| Step::Put(k, v)), (0..6u8).prop_map(Step::Remove)],
+        prop_oneof![
+            (0..6u8, any::<u8>()).prop_map(|(k, v)| Step::Put(k, v)),
+            (0..6u8).prop_map(Step::Remove)
+        ],
         0..60,
     )
 }
@@ -73,7 +76,14 @@ fn a_version_from_before_the_history_is_told_so() {
     let mut store = Store::new(1);
     store.set_history_limit(3);
     for i in 0..10 {
-        store.put(&resource, &format!("n/{i}"), json!({"metadata": {}}), Expect::Absent).expect("committed");
+        store
+            .put(
+                &resource,
+                &format!("n/{i}"),
+                json!({"metadata": {}}),
+                Expect::Absent,
+            )
+            .expect("committed");
     }
     assert!(store.events_after(&resource, 2).is_none());
     let rv = store.rv();
@@ -88,7 +98,14 @@ fn pages_follow_each_other_without_gaps() {
     let resource: ResourceId = "/configmaps".into();
     let mut store = Store::new(1);
     for i in 0..7 {
-        store.put(&resource, &format!("n/{i}"), json!({"metadata": {"name": i.to_string()}}), Expect::Absent).expect("committed");
+        store
+            .put(
+                &resource,
+                &format!("n/{i}"),
+                json!({"metadata": {"name": i.to_string()}}),
+                Expect::Absent,
+            )
+            .expect("committed");
     }
     let mut names = Vec::new();
     let mut after: Option<Arc<str>> = None;
@@ -107,8 +124,24 @@ fn pages_follow_each_other_without_gaps() {
 fn a_write_that_expects_another_state_is_lost() {
     let resource: ResourceId = "/configmaps".into();
     let mut store = Store::new(1);
-    let event = store.put(&resource, "n/a", json!({"metadata": {}}), Expect::Absent).expect("committed");
-    assert!(matches!(store.put(&resource, "n/a", json!({"metadata": {}}), Expect::Absent), Err(Lost::Exists)));
-    assert!(matches!(store.put(&resource, "n/a", json!({"metadata": {}}), Expect::At(event.rv + 1)), Err(Lost::Changed)));
-    assert!(matches!(store.remove(&resource, "n/b", json!({}), 1), Err(Lost::Missing)));
+    let event = store
+        .put(&resource, "n/a", json!({"metadata": {}}), Expect::Absent)
+        .expect("committed");
+    assert!(matches!(
+        store.put(&resource, "n/a", json!({"metadata": {}}), Expect::Absent),
+        Err(Lost::Exists)
+    ));
+    assert!(matches!(
+        store.put(
+            &resource,
+            "n/a",
+            json!({"metadata": {}}),
+            Expect::At(event.rv + 1)
+        ),
+        Err(Lost::Changed)
+    ));
+    assert!(matches!(
+        store.remove(&resource, "n/b", json!({}), 1),
+        Err(Lost::Missing)
+    ));
 }

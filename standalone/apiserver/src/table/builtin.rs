@@ -87,12 +87,21 @@ fn labels_text(map: Option<&Value>) -> String {
         .map(|(k, v)| format!("{k}={}", v.as_str().unwrap_or_default()))
         .collect();
     parts.sort();
-    if parts.is_empty() { "<none>".to_owned() } else { parts.join(",") }
+    if parts.is_empty() {
+        "<none>".to_owned()
+    } else {
+        parts.join(",")
+    }
 }
 
 fn containers(object: &Value, spec: &str) -> (String, String) {
     let list = meta::list_at(object, &format!("{spec}.containers"));
-    let join = |field: &str| list.iter().map(|c| meta::str_at(c, field)).collect::<Vec<_>>().join(",");
+    let join = |field: &str| {
+        list.iter()
+            .map(|c| meta::str_at(c, field))
+            .collect::<Vec<_>>()
+            .join(",")
+    };
     (join("name"), join("image"))
 }
 
@@ -111,13 +120,21 @@ pub(crate) fn cells(kind: &Kind, o: &Value, now: Timestamp) -> Vec<Value> {
     match (row.group, row.plural) {
         ("", "pods") => pods::cells(o, now),
         ("", "configmaps") => {
-            let count = |f: &str| o.get(f).and_then(Value::as_object).map_or(0, serde_json::Map::len);
+            let count = |f: &str| {
+                o.get(f)
+                    .and_then(Value::as_object)
+                    .map_or(0, serde_json::Map::len)
+            };
             vec![name, json!(count("data") + count("binaryData")), age(o, now)]
         }
         ("", "secrets") => vec![
             name,
             json!(text("type")),
-            json!(o.get("data").and_then(Value::as_object).map_or(0, serde_json::Map::len)),
+            json!(
+                o.get("data")
+                    .and_then(Value::as_object)
+                    .map_or(0, serde_json::Map::len)
+            ),
             age(o, now),
         ],
         ("", "namespaces") => vec![name, json!(text("status.phase")), age(o, now)],
@@ -127,7 +144,9 @@ pub(crate) fn cells(kind: &Kind, o: &Value, now: Timestamp) -> Vec<Value> {
         ("", "endpoints") => vec![name, json!(endpoints(o)), age(o, now)],
         (_, "events") => event(o, now),
         ("", "persistentvolumes") => {
-            let claim = meta::at(o, "spec.claimRef").map_or_else(String::new, |c| format!("{}/{}", meta::str_at(c, "namespace"), meta::str_at(c, "name")));
+            let claim = meta::at(o, "spec.claimRef").map_or_else(String::new, |c| {
+                format!("{}/{}", meta::str_at(c, "namespace"), meta::str_at(c, "name"))
+            });
             vec![
                 name,
                 json!(text("spec.capacity.storage")),
@@ -136,7 +155,11 @@ pub(crate) fn cells(kind: &Kind, o: &Value, now: Timestamp) -> Vec<Value> {
                 json!(text("status.phase")),
                 json!(claim),
                 json!(text("spec.storageClassName")),
-                json!(if text("spec.volumeAttributesClassName").is_empty() { "<unset>" } else { text("spec.volumeAttributesClassName") }),
+                json!(if text("spec.volumeAttributesClassName").is_empty() {
+                    "<unset>"
+                } else {
+                    text("spec.volumeAttributesClassName")
+                }),
                 json!(text("status.reason")),
                 age(o, now),
                 json!(or_unset(text("spec.volumeMode"))),
@@ -155,7 +178,12 @@ pub(crate) fn cells(kind: &Kind, o: &Value, now: Timestamp) -> Vec<Value> {
         ],
         ("", "podtemplates") => {
             let (names, images) = containers(o, "template.spec");
-            vec![name, json!(names), json!(images), json!(labels_text(meta::at(o, "template.metadata.labels")))]
+            vec![
+                name,
+                json!(names),
+                json!(images),
+                json!(labels_text(meta::at(o, "template.metadata.labels"))),
+            ]
         }
         ("", "resourcequotas") => vec![name, json!(""), json!(""), age(o, now)],
         ("apps", "replicasets") | ("", "replicationcontrollers") => vec![
@@ -170,7 +198,11 @@ pub(crate) fn cells(kind: &Kind, o: &Value, now: Timestamp) -> Vec<Value> {
         ],
         ("apps", "deployments") => vec![
             name,
-            json!(format!("{}/{}", int(o, "status.readyReplicas"), int(o, "spec.replicas"))),
+            json!(format!(
+                "{}/{}",
+                int(o, "status.readyReplicas"),
+                int(o, "spec.replicas")
+            )),
             json!(int(o, "status.updatedReplicas")),
             json!(int(o, "status.availableReplicas")),
             age(o, now),
@@ -180,7 +212,11 @@ pub(crate) fn cells(kind: &Kind, o: &Value, now: Timestamp) -> Vec<Value> {
         ],
         ("apps", "statefulsets") => vec![
             name,
-            json!(format!("{}/{}", int(o, "status.readyReplicas"), int(o, "spec.replicas"))),
+            json!(format!(
+                "{}/{}",
+                int(o, "status.readyReplicas"),
+                int(o, "spec.replicas")
+            )),
             age(o, now),
             json!(names),
             json!(images),
@@ -204,7 +240,13 @@ pub(crate) fn cells(kind: &Kind, o: &Value, now: Timestamp) -> Vec<Value> {
                 .find(|r| r.get("controller") == Some(&Value::Bool(true)))
                 .map_or_else(
                     || "<none>".to_owned(),
-                    |r| format!("{}/{}", meta::str_at(r, "kind").to_lowercase(), meta::str_at(r, "name")),
+                    |r| {
+                        format!(
+                            "{}/{}",
+                            meta::str_at(r, "kind").to_lowercase(),
+                            meta::str_at(r, "name")
+                        )
+                    },
                 );
             vec![name, json!(controller), json!(int(o, "revision")), age(o, now)]
         }
@@ -219,13 +261,20 @@ pub(crate) fn cells(kind: &Kind, o: &Value, now: Timestamp) -> Vec<Value> {
                 name,
                 json!(text("spec.schedule")),
                 json!(or_none(text("spec.timeZone"))),
-                json!(if meta::at(o, "spec.suspend") == Some(&Value::Bool(true)) { "True" } else { "False" }),
+                json!(if meta::at(o, "spec.suspend") == Some(&Value::Bool(true)) {
+                    "True"
+                } else {
+                    "False"
+                }),
                 json!(meta::list_at(o, "status.active").len()),
                 json!(last),
                 age(o, now),
                 json!(names),
                 json!(images),
-                json!(meta::at(o, "spec.jobTemplate.spec.selector").map_or_else(|| "<none>".to_owned(), selector_text)),
+                json!(
+                    meta::at(o, "spec.jobTemplate.spec.selector")
+                        .map_or_else(|| "<none>".to_owned(), selector_text)
+                ),
             ]
         }
         ("coordination.k8s.io", _) => vec![name, json!(text("spec.holderIdentity")), age(o, now)],
@@ -236,11 +285,20 @@ pub(crate) fn cells(kind: &Kind, o: &Value, now: Timestamp) -> Vec<Value> {
                 |p| {
                     let kind = meta::str_at(p, "kind");
                     let group = meta::str_at(p, "apiGroup");
-                    let full = if group.is_empty() { kind.to_owned() } else { format!("{kind}.{group}") };
+                    let full = if group.is_empty() {
+                        kind.to_owned()
+                    } else {
+                        format!("{kind}.{group}")
+                    };
                     format!("{full}/{}", meta::str_at(p, "name"))
                 },
             );
-            vec![name, json!(text("spec.controller")), json!(parameters), age(o, now)]
+            vec![
+                name,
+                json!(text("spec.controller")),
+                json!(parameters),
+                age(o, now),
+            ]
         }
         ("networking.k8s.io", "networkpolicies") => {
             let shown = meta::at(o, "spec.podSelector").map_or_else(String::new, selector_text);
@@ -257,7 +315,11 @@ pub(crate) fn cells(kind: &Kind, o: &Value, now: Timestamp) -> Vec<Value> {
         ],
         ("storage.k8s.io", "storageclasses") => {
             let default = meta::annotation(o, "storageclass.kubernetes.io/is-default-class") == Some("true");
-            let shown = if default { format!("{} (default)", meta::name(o)) } else { meta::name(o).to_owned() };
+            let shown = if default {
+                format!("{} (default)", meta::name(o))
+            } else {
+                meta::name(o).to_owned()
+            };
             vec![
                 json!(shown),
                 json!(text("provisioner")),
@@ -269,7 +331,11 @@ pub(crate) fn cells(kind: &Kind, o: &Value, now: Timestamp) -> Vec<Value> {
         }
         ("autoscaling", _) => vec![
             name,
-            json!(format!("{}/{}", text("spec.scaleTargetRef.kind"), text("spec.scaleTargetRef.name"))),
+            json!(format!(
+                "{}/{}",
+                text("spec.scaleTargetRef.kind"),
+                text("spec.scaleTargetRef.name")
+            )),
             json!("<unknown>"),
             json!(int(o, "spec.minReplicas").to_string()),
             json!(int(o, "spec.maxReplicas")),
@@ -300,7 +366,9 @@ fn access_modes(modes: &[Value]) -> String {
 }
 
 fn node(o: &Value, now: Timestamp) -> Vec<Value> {
-    let ready = meta::list_at(o, "status.conditions").iter().find(|c| meta::str_at(c, "type") == "Ready");
+    let ready = meta::list_at(o, "status.conditions")
+        .iter()
+        .find(|c| meta::str_at(c, "type") == "Ready");
     let mut status = match ready.map(|c| meta::str_at(c, "status")) {
         Some("True") => "Ready",
         Some(_) => "NotReady",
@@ -353,10 +421,17 @@ fn service(o: &Value, now: Timestamp) -> Vec<Value> {
         .map(|p| {
             let (port, node) = (int(p, "port"), int(p, "nodePort"));
             let protocol = meta::str_at(p, "protocol");
-            if node > 0 { format!("{port}:{node}/{protocol}") } else { format!("{port}/{protocol}") }
+            if node > 0 {
+                format!("{port}:{node}/{protocol}")
+            } else {
+                format!("{port}/{protocol}")
+            }
         })
         .collect();
-    let listed: Vec<&str> = meta::list_at(o, "spec.externalIPs").iter().filter_map(Value::as_str).collect();
+    let listed: Vec<&str> = meta::list_at(o, "spec.externalIPs")
+        .iter()
+        .filter_map(Value::as_str)
+        .collect();
     let external = match kind {
         "ExternalName" => meta::str_at(o, "spec.externalName").to_owned(),
         "LoadBalancer" => {
@@ -368,7 +443,11 @@ fn service(o: &Value, now: Timestamp) -> Vec<Value> {
                 })
                 .collect();
             all.extend(listed);
-            if all.is_empty() { "<pending>".to_owned() } else { all.join(",") }
+            if all.is_empty() {
+                "<pending>".to_owned()
+            } else {
+                all.join(",")
+            }
         }
         _ => or_none(&listed.join(",")).to_owned(),
     };
@@ -399,20 +478,33 @@ fn more(all: &[String]) -> String {
     const SHOWN: usize = 3;
     match all.len() {
         0 => "<none>".to_owned(),
-        n if n > SHOWN => format!("{} + {} more...", all.get(..SHOWN).unwrap_or_default().join(","), n - SHOWN),
+        n if n > SHOWN => format!(
+            "{} + {} more...",
+            all.get(..SHOWN).unwrap_or_default().join(","),
+            n - SHOWN
+        ),
         _ => all.join(","),
     }
 }
 
 fn endpoint_slice(o: &Value, now: Timestamp) -> Vec<Value> {
-    let ports: Vec<String> = meta::list_at(o, "ports").iter().map(|p| meta::int_at(p, "port").map_or_else(|| "*".to_owned(), |n| n.to_string())).collect();
+    let ports: Vec<String> = meta::list_at(o, "ports")
+        .iter()
+        .map(|p| meta::int_at(p, "port").map_or_else(|| "*".to_owned(), |n| n.to_string()))
+        .collect();
     let addresses: Vec<String> = meta::list_at(o, "endpoints")
         .iter()
         .flat_map(|e| meta::list_at(e, "addresses"))
         .filter_map(Value::as_str)
         .map(str::to_owned)
         .collect();
-    let unset = |text: String| if text == "<none>" { "<unset>".to_owned() } else { text };
+    let unset = |text: String| {
+        if text == "<none>" {
+            "<unset>".to_owned()
+        } else {
+            text
+        }
+    };
     vec![
         json!(meta::name(o)),
         json!(meta::str_at(o, "addressType")),
@@ -423,13 +515,24 @@ fn endpoint_slice(o: &Value, now: Timestamp) -> Vec<Value> {
 }
 
 fn event(o: &Value, now: Timestamp) -> Vec<Value> {
-    let first_of = |paths: &[&str]| paths.iter().map(|p| meta::str_at(o, p)).find(|t| !t.is_empty()).unwrap_or_default().to_owned();
+    let first_of = |paths: &[&str]| {
+        paths
+            .iter()
+            .map(|p| meta::str_at(o, p))
+            .find(|t| !t.is_empty())
+            .unwrap_or_default()
+            .to_owned()
+    };
     let core_or_new = |core: &str, new: &str| match meta::at(o, core) {
         Some(v) => v.clone(),
         None => meta::at(o, new).cloned().unwrap_or_default(),
     };
     let first = first_of(&["firstTimestamp", "deprecatedFirstTimestamp", "eventTime"]);
-    let last = first_of(&["series.lastObservedTime", "lastTimestamp", "deprecatedLastTimestamp"]);
+    let last = first_of(&[
+        "series.lastObservedTime",
+        "lastTimestamp",
+        "deprecatedLastTimestamp",
+    ]);
     let last = if last.is_empty() { first.clone() } else { last };
     let object = core_or_new("involvedObject", "regarding");
     let source = core_or_new("source", "deprecatedSource");
@@ -441,14 +544,26 @@ fn event(o: &Value, now: Timestamp) -> Vec<Value> {
         "" => meta::str_at(o, "reportingInstance").to_owned(),
         h => h.to_owned(),
     };
-    let count = meta::int_at(o, "series.count").or(meta::int_at(o, "count")).or(meta::int_at(o, "deprecatedCount")).unwrap_or(1).max(1);
+    let count = meta::int_at(o, "series.count")
+        .or(meta::int_at(o, "count"))
+        .or(meta::int_at(o, "deprecatedCount"))
+        .unwrap_or(1)
+        .max(1);
     vec![
         json!(age_of(&last, now)),
         json!(meta::str_at(o, "type")),
         json!(meta::str_at(o, "reason")),
-        json!(format!("{}/{}", meta::str_at(&object, "kind").to_lowercase(), meta::str_at(&object, "name"))),
+        json!(format!(
+            "{}/{}",
+            meta::str_at(&object, "kind").to_lowercase(),
+            meta::str_at(&object, "name")
+        )),
         json!(meta::str_at(&object, "fieldPath")),
-        json!(if host.is_empty() { component } else { format!("{component}, {host}") }),
+        json!(if host.is_empty() {
+            component
+        } else {
+            format!("{component}, {host}")
+        }),
         json!(first_of(&["message", "note"]).trim()),
         json!(age_of(&first, now)),
         json!(count),
@@ -485,7 +600,9 @@ fn job(o: &Value, now: Timestamp, names: String, images: String) -> Vec<Value> {
     };
     let start = time::parse(meta::str_at(o, "status.startTime"));
     let end = time::parse(meta::str_at(o, "status.completionTime")).unwrap_or(now);
-    let duration = start.map_or_else(String::new, |s| time::human((end.as_second() - s.as_second()).max(0)));
+    let duration = start.map_or_else(String::new, |s| {
+        time::human((end.as_second() - s.as_second()).max(0))
+    });
     vec![
         json!(meta::name(o)),
         json!(status),
@@ -499,7 +616,11 @@ fn job(o: &Value, now: Timestamp, names: String, images: String) -> Vec<Value> {
 }
 
 fn ingress(o: &Value, now: Timestamp) -> Vec<Value> {
-    let hosts: Vec<&str> = meta::list_at(o, "spec.rules").iter().map(|r| meta::str_at(r, "host")).filter(|h| !h.is_empty()).collect();
+    let hosts: Vec<&str> = meta::list_at(o, "spec.rules")
+        .iter()
+        .map(|r| meta::str_at(r, "host"))
+        .filter(|h| !h.is_empty())
+        .collect();
     let addresses: Vec<&str> = meta::list_at(o, "status.loadBalancer.ingress")
         .iter()
         .map(|i| match meta::str_at(i, "ip") {
@@ -507,11 +628,19 @@ fn ingress(o: &Value, now: Timestamp) -> Vec<Value> {
             ip => ip,
         })
         .collect();
-    let ports = if meta::list_at(o, "spec.tls").is_empty() { "80" } else { "80, 443" };
+    let ports = if meta::list_at(o, "spec.tls").is_empty() {
+        "80"
+    } else {
+        "80, 443"
+    };
     vec![
         json!(meta::name(o)),
         json!(or_none(meta::str_at(o, "spec.ingressClassName"))),
-        json!(if hosts.is_empty() { "*".to_owned() } else { hosts.join(",") }),
+        json!(if hosts.is_empty() {
+            "*".to_owned()
+        } else {
+            hosts.join(",")
+        }),
         json!(addresses.join(",")),
         json!(ports),
         age(o, now),
@@ -535,7 +664,11 @@ fn binding(o: &Value, now: Timestamp) -> Vec<Value> {
     };
     vec![
         json!(meta::name(o)),
-        json!(format!("{}/{}", meta::str_at(o, "roleRef.kind"), meta::str_at(o, "roleRef.name"))),
+        json!(format!(
+            "{}/{}",
+            meta::str_at(o, "roleRef.kind"),
+            meta::str_at(o, "roleRef.name")
+        )),
         age(o, now),
         json!(subjects("User")),
         json!(subjects("Group")),

@@ -19,7 +19,10 @@ fn definitions(kind: &Kind, version: &Version) -> Vec<Value> {
         let mut out = vec![definition("Name", "string", "name", NAME_DESCRIPTION, 0)];
         for c in columns(version) {
             let described = if c.description.is_empty() {
-                format!("Custom resource definition column (in JSONPath format): {}", c.json_path)
+                format!(
+                    "Custom resource definition column (in JSONPath format): {}",
+                    c.json_path
+                )
             } else {
                 c.description.clone()
             };
@@ -82,22 +85,17 @@ fn custom_cell(column: &Column, found: &[&Value], now: Timestamp) -> Value {
             Some(at) => json!(time::human((now.as_second() - at.as_second()).max(0))),
             None => json!("<invalid>"),
         },
-        _ => json!(
-            found
-                .iter()
-                .map(|v| jsonpath::text(v))
-                .collect::<Vec<_>>()
-                .join(" ")
-        ),
+        _ => json!(jsonpath::text(first)),
     }
 }
 
 fn row(kind: &Kind, version: &Version, object: &Value, include: &str, now: Timestamp) -> Value {
     let mut row = json!({"cells": cells(kind, version, object, now)});
-    if &*kind.plural == "pods" && kind.group.is_empty() {
-        if let Some(conditions) = pods::row_conditions(object) {
-            row["conditions"] = conditions;
-        }
+    if &*kind.plural == "pods"
+        && kind.group.is_empty()
+        && let Some(conditions) = pods::row_conditions(object)
+    {
+        row["conditions"] = conditions;
     }
     match include {
         "None" => {}

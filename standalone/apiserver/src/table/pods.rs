@@ -13,14 +13,20 @@ pub(crate) fn cells(pod: &Value, now: Timestamp) -> Vec<Value> {
             .iter()
             .any(|c| meta::str_at(c, "name") == name && meta::str_at(c, "restartPolicy") == "Always")
     };
-    let mut total = containers.len() + total_inits.iter().filter(|c| meta::str_at(c, "restartPolicy") == "Always").count();
+    let mut total = containers.len()
+        + total_inits
+            .iter()
+            .filter(|c| meta::str_at(c, "restartPolicy") == "Always")
+            .count();
     let phase = meta::str_at(pod, "status.phase");
     let mut reason = match meta::str_at(pod, "status.reason") {
         "" => phase.to_owned(),
         reason => reason.to_owned(),
     };
     for condition in meta::list_at(pod, "status.conditions") {
-        if meta::str_at(condition, "type") == "PodScheduled" && meta::str_at(condition, "reason") == "SchedulingGated" {
+        if meta::str_at(condition, "type") == "PodScheduled"
+            && meta::str_at(condition, "reason") == "SchedulingGated"
+        {
             reason = "SchedulingGated".to_owned();
         }
     }
@@ -84,7 +90,9 @@ pub(crate) fn cells(pod: &Value, now: Timestamp) -> Vec<Value> {
                     ("", signal) => format!("Signal:{signal}"),
                     (r, _) => r.to_owned(),
                 };
-            } else if status.get("ready") == Some(&Value::Bool(true)) && meta::at(status, "state.running").is_some() {
+            } else if status.get("ready") == Some(&Value::Bool(true))
+                && meta::at(status, "state.running").is_some()
+            {
                 has_running = true;
                 ready += 1;
             }
@@ -102,10 +110,19 @@ pub(crate) fn cells(pod: &Value, now: Timestamp) -> Vec<Value> {
         "Terminating".clone_into(&mut reason);
     }
     let restarts_text = match last_restart {
-        Some(at) if restarts != 0 => format!("{restarts} ({} ago)", time::human((now.as_second() - at.as_second()).max(0))),
+        Some(at) if restarts != 0 => format!(
+            "{restarts} ({} ago)",
+            time::human((now.as_second() - at.as_second()).max(0))
+        ),
         _ => restarts.to_string(),
     };
-    let none = |text: &str| if text.is_empty() { "<none>".to_owned() } else { text.to_owned() };
+    let none = |text: &str| {
+        if text.is_empty() {
+            "<none>".to_owned()
+        } else {
+            text.to_owned()
+        }
+    };
     let gates = meta::list_at(pod, "spec.readinessGates");
     let gates_text = if gates.is_empty() {
         "<none>".to_owned()
@@ -121,9 +138,15 @@ pub(crate) fn cells(pod: &Value, now: Timestamp) -> Vec<Value> {
             .count();
         format!("{met}/{}", gates.len())
     };
-    let age = time::parse(meta::text(pod, "creationTimestamp")).map_or_else(|| "<unknown>".to_owned(), |at| time::human((now.as_second() - at.as_second()).max(0)));
+    let age = time::parse(meta::text(pod, "creationTimestamp")).map_or_else(
+        || "<unknown>".to_owned(),
+        |at| time::human((now.as_second() - at.as_second()).max(0)),
+    );
     total = total.max(containers.len());
-    let ip = match meta::list_at(pod, "status.podIPs").first().map(|i| meta::str_at(i, "ip")) {
+    let ip = match meta::list_at(pod, "status.podIPs")
+        .first()
+        .map(|i| meta::str_at(i, "ip"))
+    {
         Some(ip) => ip,
         None => meta::str_at(pod, "status.podIP"),
     };

@@ -46,9 +46,18 @@ pub(crate) fn pod_spec(spec: &Value, path: &str, errors: &mut Vec<FieldError>) {
                 &json!(name),
             ));
         }
-        let sources: Vec<&String> = volume.as_object().into_iter().flatten().map(|(k, _)| k).filter(|k| *k != "name").collect();
+        let sources: Vec<&String> = volume
+            .as_object()
+            .into_iter()
+            .flatten()
+            .map(|(k, _)| k)
+            .filter(|k| *k != "name")
+            .collect();
         for extra in sources.iter().skip(1) {
-            errors.push(FieldError::forbidden(format!("{path}.volumes[{i}].{extra}"), "may not specify more than 1 volume type"));
+            errors.push(FieldError::forbidden(
+                format!("{path}.volumes[{i}].{extra}"),
+                "may not specify more than 1 volume type",
+            ));
         }
         // A volume that is wrong cannot be mounted.
         if sources.len() <= 1 {

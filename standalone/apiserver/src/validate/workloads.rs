@@ -50,7 +50,6 @@ pub(crate) fn check(kind: &Kind, object: &Value, live: Option<&Value>, errors: &
                 ));
             } else if let Some(parsed) = parsed {
                 let labels = meta::at(object, "spec.template.metadata.labels")
-                    
                     .cloned()
                     .unwrap_or_default();
                 if !parsed.matches_labels(&labels) {
@@ -63,7 +62,9 @@ pub(crate) fn check(kind: &Kind, object: &Value, live: Option<&Value>, errors: &
             }
         }
     }
-    if meta::str_at(object, "spec.strategy.type") == "Recreate" && meta::at(object, "spec.strategy.rollingUpdate").is_some() {
+    if meta::str_at(object, "spec.strategy.type") == "Recreate"
+        && meta::at(object, "spec.strategy.rollingUpdate").is_some()
+    {
         errors.push(FieldError::forbidden(
             "spec.strategy.rollingUpdate",
             "may not be specified when strategy `type` is 'Recreate'",
@@ -83,15 +84,15 @@ pub(crate) fn check(kind: &Kind, object: &Value, live: Option<&Value>, errors: &
 /// Go's `%v` of a LabelSelector in validation messages.
 fn go_selector(selector: &Value) -> String {
     let labels = selector.get("matchLabels").cloned().unwrap_or(Value::Null);
-    let shown = match labels.as_object() {
+
+    match labels.as_object() {
         Some(map) if !map.is_empty() => {
             let pairs: Vec<String> = map.iter().map(|(k, v)| format!("\"{k}\":{v}")).collect();
             format!("{{\"matchLabels\":{{{}}}}}", pairs.join(","))
         }
         _ if selector.is_null() => "null".to_owned(),
         _ => "{}".to_owned(),
-    };
-    shown
+    }
 }
 
 fn template(object: &Value, path: &str, errors: &mut Vec<FieldError>) {

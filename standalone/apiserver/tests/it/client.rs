@@ -387,3 +387,209 @@ async fn dependents_go_with_their_owner_and_a_namespace_with_its_content() {
         .expect("emptied");
     server.shutdown().await;
 }
+
+#[tokio::test]
+async fn a_definition_that_is_applied_again_stays_as_it_is() {
+    let (server, client) = server().await;
+    define_widgets(&client).await;
+    let api: Api<DynamicObject> = Api::all_with(
+        client,
+        &ApiResource::from_gvk(&GroupVersionKind::gvk(
+            "apiextensions.k8s.io",
+            "v1",
+            "CustomResourceDefinition",
+        )),
+    );
+    let stored = api.get("widgets.example.com").await.expect("there");
+    let config = json!({"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+        "metadata": {"name": "widgets.example.com"}, "spec": stored.data["spec"]});
+    let params = PatchParams::apply("serin").force();
+    let first = api
+        .patch("widgets.example.com", &params, &Patch::Apply(&config))
+        .await
+        .expect("applied");
+    let second = api
+        .patch("widgets.example.com", &params, &Patch::Apply(&config))
+        .await
+        .expect("applied again");
+    assert_eq!(first.resource_version(), second.resource_version());
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_pod_is_bound_once() {
+    let (server, client) = server().await;
+    let api: Api<Pod> = Api::default_namespaced(client.clone());
+    let pod: Pod = serde_json::from_value(
+        json!({"metadata": {"name": "p"}, "spec": {"containers": [{"name": "c", "image": "i"}]}}),
+    )
+    .expect("a Pod");
+    api.create(&PostParams::default(), &pod).await.expect("created");
+    let bind = || {
+        http::Request::post("/api/v1/namespaces/default/pods/p/binding")
+            .header("content-type", "application/json")
+            .body(br#"{"apiVersion":"v1","kind":"Binding","metadata":{"name":"p"},"target":{"kind":"Node","name":"n1"}}"#.to_vec())
+            .expect("a request")
+    };
+    client.request::<serde_json::Value>(bind()).await.expect("bound");
+    let bound = api.get("p").await.expect("there");
+    assert_eq!(bound.spec.and_then(|s| s.node_name).as_deref(), Some("n1"));
+    let error = client
+        .request::<serde_json::Value>(bind())
+        .await
+        .expect_err("bound already");
+    assert!(
+        matches!(&error, kube::Error::Api(s) if s.code == 409),
+        "{error:?}"
+    );
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn foreground_deletion_waits_for_blocking_dependents_and_orphans_are_left_alone() {
+    let (server, client) = server().await;
+    let api: Api<ConfigMap> = Api::default_namespaced(client);
+    let dependent = |name: &str, owner: &ConfigMap| -> ConfigMap {
+        serde_json::from_value(json!({"metadata": {"name": name, "finalizers": ["example.com/wait"], "ownerReferences": [
+            {"apiVersion": "v1", "kind": "ConfigMap", "name": owner.name_any(), "uid": owner.uid(), "blockOwnerDeletion": true}]}}))
+        .expect("a ConfigMap")
+    };
+    let owner = api
+        .create(&PostParams::default(), &config_map("owner", json!({})))
+        .await
+        .expect("created");
+    api.create(&PostParams::default(), &dependent("held", &owner))
+        .await
+        .expect("created");
+    api.delete("owner", &DeleteParams::foreground())
+        .await
+        .expect("marked");
+    let terminating = |o: Option<&ConfigMap>| o.is_some_and(|o| o.metadata.deletion_timestamp.is_some());
+    let wait = kube::runtime::wait::await_condition(api.clone(), "held", terminating);
+    tokio::time::timeout(DEADLINE, wait)
+        .await
+        .expect("in time")
+        .expect("marked");
+    assert!(
+        api.get_opt("owner").await.expect("answered").is_some(),
+        "the owner waits for its dependent"
+    );
+    api.patch(
+        "held",
+        &PatchParams::default(),
+        &Patch::Merge(json!({"metadata": {"finalizers": null}})),
+    )
+    .await
+    .expect("released");
+    let uid = owner.uid().unwrap_or_default();
+    let gone = kube::runtime::conditions::is_deleted(&uid);
+    let wait = kube::runtime::wait::await_condition(api.clone(), "owner", gone);
+    tokio::time::timeout(DEADLINE, wait)
+        .await
+        .expect("in time")
+        .expect("gone");
+    let owner = api
+        .create(&PostParams::default(), &config_map("other", json!({})))
+        .await
+        .expect("created");
+    api.create(&PostParams::default(), &dependent("kept", &owner))
+        .await
+        .expect("created");
+    api.delete("other", &DeleteParams::orphan())
+        .await
+        .expect("marked");
+    let free = |o: Option<&ConfigMap>| o.is_some_and(|o| o.metadata.owner_references.is_none());
+    let wait = kube::runtime::wait::await_condition(api.clone(), "kept", free);
+    tokio::time::timeout(DEADLINE, wait)
+        .await
+        .expect("in time")
+        .expect("orphaned");
+    server.shutdown().await;
+}
+
+struct Labels;
+
+#[async_trait::async_trait]
+impl serin_apiserver::Admission for Labels {
+    fn wants(&self, group: &str, resource: &str) -> bool {
+        group.is_empty() && resource == "configmaps"
+    }
+
+    async fn admit(
+        &self,
+        request: &serin_apiserver::AdmissionRequest,
+    ) -> Result<Option<serde_json::Value>, serin_apiserver::Denied> {
+        if request.name == "forbidden" {
+            return Err(serin_apiserver::Denied {
+                message: "not this one".into(),
+                code: 403,
+            });
+        }
+        let mut object = request.object.clone();
+        if !object.is_null() {
+            object["metadata"]["labels"] = json!({"admitted": "yes"});
+        }
+        Ok(Some(object))
+    }
+}
+
+#[tokio::test]
+async fn admission_changes_and_refuses_writes_without_owning_what_it_changes() {
+    let server = ApiServer::builder()
+        .admission(std::sync::Arc::new(Labels))
+        .build()
+        .await
+        .expect("the server starts");
+    let api: Api<ConfigMap> = Api::default_namespaced(Client::new(server.service(), "default"));
+    let created = api
+        .create(&PostParams::default(), &config_map("c", json!({})))
+        .await
+        .expect("created");
+    assert_eq!(created.labels().get("admitted").map(String::as_str), Some("yes"));
+    assert!(created.managed_fields().is_empty());
+    let error = api
+        .create(&PostParams::default(), &config_map("forbidden", json!({})))
+        .await
+        .expect_err("refused");
+    assert!(
+        matches!(&error, kube::Error::Api(s) if s.code == 403 && s.message.contains("not this one")),
+        "{error:?}"
+    );
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_watcher_that_falls_behind_the_history_is_told_to_list_again() {
+    let server = ApiServer::builder()
+        .history_events(4)
+        .build()
+        .await
+        .expect("the server starts");
+    let api: Api<ConfigMap> = Api::default_namespaced(Client::new(server.service(), "default"));
+    let rv = api
+        .list(&ListParams::default())
+        .await
+        .expect("listed")
+        .metadata
+        .resource_version
+        .expect("a version");
+    for i in 0..10 {
+        api.create(&PostParams::default(), &config_map(&format!("n{i}"), json!({})))
+            .await
+            .expect("created");
+    }
+    let mut watch = api
+        .watch(&WatchParams::default().timeout(5), &rv)
+        .await
+        .expect("watching")
+        .boxed();
+    let first = tokio::time::timeout(DEADLINE, watch.try_next())
+        .await
+        .expect("in time")
+        .expect("no error");
+    assert!(
+        matches!(&first, Some(WatchEvent::Error(e)) if e.code == 410),
+        "{first:?}"
+    );
+    server.shutdown().await;
+}

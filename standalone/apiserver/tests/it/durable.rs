@@ -13,22 +13,50 @@ fn config_map(name: &str) -> ConfigMap {
 #[tokio::test]
 async fn objects_survive_a_restart_and_old_versions_are_told_to_list_again() {
     let dir = tempfile::tempdir().expect("a directory");
-    let server = ApiServer::builder().directory(dir.path()).build().await.expect("the server starts");
+    let server = ApiServer::builder()
+        .directory(dir.path())
+        .build()
+        .await
+        .expect("the server starts");
     let api: Api<ConfigMap> = Api::default_namespaced(Client::new(server.service(), "default"));
-    let kept = api.create(&PostParams::default(), &config_map("kept")).await.expect("created");
-    api.create(&PostParams::default(), &config_map("gone")).await.expect("created");
-    api.delete("gone", &DeleteParams::default()).await.expect("deleted");
+    let kept = api
+        .create(&PostParams::default(), &config_map("kept"))
+        .await
+        .expect("created");
+    api.create(&PostParams::default(), &config_map("gone"))
+        .await
+        .expect("created");
+    api.delete("gone", &DeleteParams::default())
+        .await
+        .expect("deleted");
     server.shutdown().await;
     drop(server);
-    let server = ApiServer::builder().directory(dir.path()).build().await.expect("the server starts again");
+    let server = ApiServer::builder()
+        .directory(dir.path())
+        .build()
+        .await
+        .expect("the server starts again");
     let api: Api<ConfigMap> = Api::default_namespaced(Client::new(server.service(), "default"));
     let found = api.get("kept").await.expect("there");
-    assert_eq!((found.uid(), found.resource_version()), (kept.uid(), kept.resource_version()));
+    assert_eq!(
+        (found.uid(), found.resource_version()),
+        (kept.uid(), kept.resource_version())
+    );
     assert!(api.get_opt("gone").await.expect("answered").is_none());
     let old = kept.resource_version().expect("a version");
-    let mut watch = Box::pin(api.watch(&WatchParams::default().timeout(5), &old).await.expect("watching"));
-    let first = futures::TryStreamExt::try_next(&mut watch).await.expect("an event").expect("an event");
-    assert!(matches!(first, kube::api::WatchEvent::Error(ref e) if e.code == 410), "{first:?}");
+    let mut watch = Box::pin(
+        api.watch(&WatchParams::default().timeout(5), &old)
+            .await
+            .expect("watching"),
+    );
+    let first = futures::TryStreamExt::try_next(&mut watch)
+        .await
+        .expect("an event")
+        .expect("an event");
+    assert!(
+        matches!(first, kube::api::WatchEvent::Error(ref e) if e.code == 410),
+        "{first:?}"
+    );
     server.shutdown().await;
 }
 

@@ -18,7 +18,12 @@ struct Lines;
 
 #[async_trait::async_trait]
 impl PodLogs for Lines {
-    async fn logs(&self, _: &str, _: &Value, options: LogOptions) -> Result<BoxStream<'static, std::io::Result<Bytes>>, String> {
+    async fn logs(
+        &self,
+        _: &str,
+        _: &Value,
+        options: LogOptions,
+    ) -> Result<BoxStream<'static, std::io::Result<Bytes>>, String> {
         let text = format!("hello from {}\n", options.container);
         Ok(stream::iter([Ok(Bytes::from(text))]).boxed())
     }
@@ -32,19 +37,35 @@ struct Kubectl {
 impl Kubectl {
     /// `None`, said aloud, where there is no kubectl.
     async fn start() -> Option<Self> {
-        let version = Command::new("kubectl").args(["version", "--client"]).output().await;
+        let version = Command::new("kubectl")
+            .args(["version", "--client"])
+            .output()
+            .await;
         if !version.is_ok_and(|o| o.status.success()) {
             eprintln!("SKIPPED: kubectl as a client: kubectl is not on PATH");
             return None;
         }
-        let server = ApiServer::builder().pod_logs(Arc::new(Lines)).build().await.expect("the server starts");
-        let certificates = Certificates::generate("test", &["127.0.0.1".parse().expect("an address")]).expect("certificates");
+        let server = ApiServer::builder()
+            .pod_logs(Arc::new(Lines))
+            .build()
+            .await
+            .expect("the server starts");
+        let certificates = Certificates::generate("test", &["127.0.0.1".parse().expect("an address")])
+            .expect("certificates");
         let address = server
-            .serve_tls("127.0.0.1:0".parse().expect("an address"), &certificates, Tokens::admin("secret"))
+            .serve_tls(
+                "127.0.0.1:0".parse().expect("an address"),
+                &certificates,
+                Tokens::admin("secret"),
+            )
             .await
             .expect("listening");
         let home = tempfile::tempdir().expect("a directory");
-        std::fs::write(home.path().join("config"), kubeconfig("test", address, &certificates.authority_pem, "secret")).expect("written");
+        std::fs::write(
+            home.path().join("config"),
+            kubeconfig("test", address, &certificates.authority_pem, "secret"),
+        )
+        .expect("written");
         Some(Self { server, home })
     }
 
@@ -63,7 +84,10 @@ impl Kubectl {
         let mut stdin = child.stdin.take().expect("stdin");
         stdin.write_all(input.as_bytes()).await.expect("written");
         drop(stdin);
-        let output = tokio::time::timeout(DEADLINE * 2, child.wait_with_output()).await.expect("in time").expect("ended");
+        let output = tokio::time::timeout(DEADLINE * 2, child.wait_with_output())
+            .await
+            .expect("in time")
+            .expect("ended");
         (
             output.status.success(),
             String::from_utf8_lossy(&output.stdout).into_owned(),
@@ -101,43 +125,96 @@ async fn kubectl_applies_both_ways_gets_describes_waits_reads_logs_and_deletes()
     assert!(out.contains("deployment.apps/web created"), "{out}");
     let out = k.ok(&["apply", "-f", "-"], DEPLOYMENT).await;
     assert!(out.contains("unchanged"), "{out}");
-    let out = k.ok(&["apply", "-f", "-"], &DEPLOYMENT.replace("nginx:1.25", "nginx:1.26")).await;
+    let out = k
+        .ok(
+            &["apply", "-f", "-"],
+            &DEPLOYMENT.replace("nginx:1.25", "nginx:1.26"),
+        )
+        .await;
     assert!(out.contains("configured"), "{out}");
-    let out = k.ok(&["apply", "--server-side", "-f", "-"], &DEPLOYMENT.replace("nginx:1.25", "nginx:1.27")).await;
+    let out = k
+        .ok(
+            &["apply", "--server-side", "-f", "-"],
+            &DEPLOYMENT.replace("nginx:1.25", "nginx:1.27"),
+        )
+        .await;
     assert!(out.contains("serverside-applied"), "{out}");
     let out = k.ok(&["get", "deployments", "-o", "wide"], "").await;
-    assert!(out.contains("READY") && out.contains("0/2") && out.contains("nginx:1.27"), "{out}");
+    assert!(
+        out.contains("READY") && out.contains("0/2") && out.contains("nginx:1.27"),
+        "{out}"
+    );
     let out = k.ok(&["describe", "deployment", "web"], "").await;
     assert!(out.contains("nginx:1.27") && out.contains("2 desired"), "{out}");
-    let out = k.ok(&["create", "configmap", "c", "--from-literal=a=b"], "").await;
+    let out = k
+        .ok(&["create", "configmap", "c", "--from-literal=a=b"], "")
+        .await;
     assert!(out.contains("configmap/c created"), "{out}");
     let out = k.ok(&["create", "namespace", "other"], "").await;
     assert!(out.contains("namespace/other created"), "{out}");
-    let out = k.ok(&["create", "deployment", "made", "--image=nginx", "--replicas=3", "--port=8080"], "").await;
+    let out = k
+        .ok(
+            &[
+                "create",
+                "deployment",
+                "made",
+                "--image=nginx",
+                "--replicas=3",
+                "--port=8080",
+            ],
+            "",
+        )
+        .await;
     assert!(out.contains("deployment.apps/made created"), "{out}");
     let out = k.ok(&["scale", "deployment", "made", "--replicas=5"], "").await;
     assert!(out.contains("scaled"), "{out}");
-    let out = k.ok(&["get", "deployment", "made", "-o", "jsonpath={.spec.replicas}"], "").await;
+    let out = k
+        .ok(
+            &["get", "deployment", "made", "-o", "jsonpath={.spec.replicas}"],
+            "",
+        )
+        .await;
     assert_eq!(out, "5");
     let pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec: {nodeName: node-1, containers: [{name: main, image: i}]}\n";
     k.ok(&["apply", "-f", "-"], pod).await;
     let out = k.ok(&["logs", "p"], "").await;
     assert_eq!(out, "hello from main\n");
     let ready = r#"{"status":{"phase":"Running","conditions":[{"type":"Ready","status":"True"}]}}"#;
-    k.ok(&["patch", "pod", "p", "--subresource=status", "--type=merge", "-p", ready], "").await;
-    let out = k.ok(&["wait", "--for=condition=Ready", "pod/p", "--timeout=15s"], "").await;
+    k.ok(
+        &[
+            "patch",
+            "pod",
+            "p",
+            "--subresource=status",
+            "--type=merge",
+            "-p",
+            ready,
+        ],
+        "",
+    )
+    .await;
+    let out = k
+        .ok(&["wait", "--for=condition=Ready", "pod/p", "--timeout=15s"], "")
+        .await;
     assert!(out.contains("condition met"), "{out}");
     let out = k.ok(&["get", "pods"], "").await;
     assert!(out.contains("Running"), "{out}");
     let out = k.ok(&["delete", "deployment", "web", "made"], "").await;
     assert!(out.contains("\"web\" deleted"), "{out}");
-    let out = k.ok(&["delete", "pod", "p", "--force", "--grace-period=0"], "").await;
+    let out = k
+        .ok(&["delete", "pod", "p", "--force", "--grace-period=0"], "")
+        .await;
     assert!(out.contains("\"p\" force deleted"), "{out}");
     let out = k.ok(&["delete", "namespace", "other"], "").await;
     assert!(out.contains("deleted"), "{out}");
     let (ok, _, err) = k.run(&["get", "deployment", "web"], "").await;
     assert!(!ok && err.contains("NotFound"), "{err}");
-    let (ok, _, err) = k.run(&["apply", "-f", "-"], "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x}\nbogus: 1\n").await;
+    let (ok, _, err) = k
+        .run(
+            &["apply", "-f", "-"],
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x}\nbogus: 1\n",
+        )
+        .await;
     assert!(!ok && err.contains("unknown field \"bogus\""), "{err}");
     k.server.shutdown().await;
 }
@@ -145,23 +222,37 @@ async fn kubectl_applies_both_ways_gets_describes_waits_reads_logs_and_deletes()
 #[tokio::test]
 async fn a_wrong_token_is_refused_and_health_needs_none() {
     let server = ApiServer::builder().build().await.expect("the server starts");
-    let certificates = Certificates::generate("test", &["127.0.0.1".parse().expect("an address")]).expect("certificates");
+    let certificates =
+        Certificates::generate("test", &["127.0.0.1".parse().expect("an address")]).expect("certificates");
     let address = server
-        .serve_tls("127.0.0.1:0".parse().expect("an address"), &certificates, Tokens::admin("secret"))
+        .serve_tls(
+            "127.0.0.1:0".parse().expect("an address"),
+            &certificates,
+            Tokens::admin("secret"),
+        )
         .await
         .expect("listening");
     let with = |token: &str| {
         let text = kubeconfig("test", address, &certificates.authority_pem, token);
         let config: kube::config::Kubeconfig = serde_yaml::from_str(&text).expect("a kubeconfig");
         async move {
-            let config = kube::Config::from_custom_kubeconfig(config, &kube::config::KubeConfigOptions::default()).await.expect("a config");
+            let config =
+                kube::Config::from_custom_kubeconfig(config, &kube::config::KubeConfigOptions::default())
+                    .await
+                    .expect("a config");
             kube::Client::try_from(config).expect("a client")
         }
     };
     let version = with("secret").await.apiserver_version().await.expect("answered");
     assert_eq!(version.major, "1");
     let namespaces: kube::Api<k8s_openapi::api::core::v1::Namespace> = kube::Api::all(with("wrong").await);
-    let error = namespaces.list(&kube::api::ListParams::default()).await.expect_err("refused");
-    assert!(matches!(&error, kube::Error::Api(s) if s.code == 401), "{error:?}");
+    let error = namespaces
+        .list(&kube::api::ListParams::default())
+        .await
+        .expect_err("refused");
+    assert!(
+        matches!(&error, kube::Error::Api(s) if s.code == 401),
+        "{error:?}"
+    );
     server.shutdown().await;
 }

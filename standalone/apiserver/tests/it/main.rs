@@ -4,3 +4,4 @@ mod client;
 mod durable;
 mod kubectl;
 mod transcripts;
+mod type_table;

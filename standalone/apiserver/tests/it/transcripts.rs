@@ -54,7 +54,11 @@ struct Run {
 }
 
 enum Reply {
-    Whole { status: u16, headers: http::HeaderMap, body: Vec<u8> },
+    Whole {
+        status: u16,
+        headers: http::HeaderMap,
+        body: Vec<u8>,
+    },
 }
 
 impl Run {
@@ -67,7 +71,11 @@ impl Run {
                 json!(self.substitute_text(s))
             }
             Value::Array(a) => Value::Array(a.iter().map(|v| self.substitute(v)).collect()),
-            Value::Object(o) => Value::Object(o.iter().map(|(k, v)| (self.substitute_text(k), self.substitute(v))).collect()),
+            Value::Object(o) => Value::Object(
+                o.iter()
+                    .map(|(k, v)| (self.substitute_text(k), self.substitute(v)))
+                    .collect(),
+            ),
             other => other.clone(),
         }
     }
@@ -120,24 +128,44 @@ impl Run {
             (Value::Array(w), Value::Array(f)) => {
                 let (mut w, mut f) = (w.clone(), f.clone());
                 if path.ends_with(".managedFields") {
-                    let key = |v: &Value| ["operation", "manager", "subresource", "apiVersion"].map(|k| v.get(k).and_then(Value::as_str).unwrap_or_default().to_owned());
+                    let key = |v: &Value| {
+                        ["operation", "manager", "subresource", "apiVersion"]
+                            .map(|k| v.get(k).and_then(Value::as_str).unwrap_or_default().to_owned())
+                    };
+                    w.sort_by_key(key);
+                    f.sort_by_key(key);
+                }
+                if path.ends_with(".conditions") && w.iter().all(|c| c.get("type").is_some()) {
+                    let key = |v: &Value| {
+                        v.get("type")
+                            .and_then(Value::as_str)
+                            .unwrap_or_default()
+                            .to_owned()
+                    };
                     w.sort_by_key(key);
                     f.sort_by_key(key);
                 }
                 if path.ends_with(".causes") {
-                    let key = |v: &Value| ["field", "reason", "message"].map(|k| v.get(k).and_then(Value::as_str).unwrap_or_default().to_owned());
+                    let key = |v: &Value| {
+                        ["field", "reason", "message"]
+                            .map(|k| v.get(k).and_then(Value::as_str).unwrap_or_default().to_owned())
+                    };
                     w.sort_by_key(key);
                     f.sort_by_key(key);
                 }
                 let mut outcome = Ok(());
                 for (i, value) in w.iter().enumerate() {
                     match f.get(i) {
-                        Some(found) => outcome = outcome.and(self.compare(value, found, &format!("{path}[{i}]"))),
+                        Some(found) => {
+                            outcome = outcome.and(self.compare(value, found, &format!("{path}[{i}]")))
+                        }
                         None => outcome = outcome.and(Err(format!("{path}[{i}]: missing, wanted {value}"))),
                     }
                 }
                 match f.get(w.len()) {
-                    Some(extra) => outcome.and(Err(format!("{path}[{}]: not wanted, found {extra}", w.len()))),
+                    Some(extra) => {
+                        outcome.and(Err(format!("{path}[{}]: not wanted, found {extra}", w.len())))
+                    }
                     None => outcome,
                 }
             }
@@ -148,9 +176,17 @@ impl Run {
     }
 
     fn compare_text(&mut self, wanted: &str, found: &Value, path: &str) -> Result<(), String> {
-        let symbols: Vec<String> = self.pattern.find_iter(wanted).map(|m| m.as_str().to_owned()).collect();
+        let symbols: Vec<String> = self
+            .pattern
+            .find_iter(wanted)
+            .map(|m| m.as_str().to_owned())
+            .collect();
         if symbols.is_empty() {
-            return if found.as_str() == Some(wanted) { Ok(()) } else { Err(format!("{path}: wanted {wanted:?}, found {found}")) };
+            return if found.as_str() == Some(wanted) {
+                Ok(())
+            } else {
+                Err(format!("{path}: wanted {wanted:?}, found {found}"))
+            };
         }
         let numbered = |s: &str| s.ends_with(|c: char| c.is_ascii_digit());
         if symbols.len() == 1 && symbols[0] == wanted {
@@ -159,13 +195,19 @@ impl Run {
                 self.symbols.insert(wanted.to_owned(), found.clone());
             }
             match self.symbols.get(wanted) {
-                Some(bound) if numbered(wanted) && bound != found => return Err(format!("{path}: wanted {wanted} = {bound}, found {found}")),
+                Some(bound) if numbered(wanted) && bound != found => {
+                    return Err(format!("{path}: wanted {wanted} = {bound}, found {found}"));
+                }
                 None if numbered(wanted) => {
                     self.symbols.insert(wanted.to_owned(), found.clone());
                 }
                 _ => {}
             }
-            return if found.is_null() { Err(format!("{path}: wanted {wanted}, found null")) } else { Ok(()) };
+            return if found.is_null() {
+                Err(format!("{path}: wanted {wanted}, found null"))
+            } else {
+                Ok(())
+            };
         }
         let found = match found {
             Value::String(s) => s.clone(),
@@ -177,8 +219,12 @@ impl Run {
         for m in self.pattern.find_iter(wanted) {
             expression.push_str(&regex::escape(&wanted[at..m.start()]));
             match self.symbols.get(m.as_str()) {
-                Some(Value::String(bound)) if numbered(m.as_str()) => expression.push_str(&regex::escape(bound)),
-                Some(bound) if numbered(m.as_str()) => expression.push_str(&regex::escape(&bound.to_string())),
+                Some(Value::String(bound)) if numbered(m.as_str()) => {
+                    expression.push_str(&regex::escape(bound))
+                }
+                Some(bound) if numbered(m.as_str()) => {
+                    expression.push_str(&regex::escape(&bound.to_string()))
+                }
                 _ => {
                     expression.push_str("(.+?)");
                     groups.push(m.as_str().to_owned());
@@ -206,12 +252,24 @@ impl Run {
         let response = self.start(request).await;
         let status = response.status().as_u16();
         let headers = response.headers().clone();
-        let body = response.into_body().collect().await.expect("a body").to_bytes().to_vec();
-        Reply::Whole { status, headers, body }
+        let body = response
+            .into_body()
+            .collect()
+            .await
+            .expect("a body")
+            .to_bytes()
+            .to_vec();
+        Reply::Whole {
+            status,
+            headers,
+            body,
+        }
     }
 
     async fn start(&self, request: &Value) -> http::Response<Body> {
-        let mut uri = self.substitute_text(request["path"].as_str().expect("a path")).replace(' ', "%20");
+        let mut uri = self
+            .substitute_text(request["path"].as_str().expect("a path"))
+            .replace(' ', "%20");
         match &request["query"] {
             Value::String(raw) => {
                 write!(uri, "?{}", self.substitute_text(raw).replace(' ', "%20")).expect("written");
@@ -228,14 +286,23 @@ impl Run {
                             Value::String(s) => s,
                             other => other.to_string(),
                         };
-                        write!(uri, "{}{}={}", if first { '?' } else { '&' }, encode(key), encode(&text)).expect("written");
+                        write!(
+                            uri,
+                            "{}{}={}",
+                            if first { '?' } else { '&' },
+                            encode(key),
+                            encode(&text)
+                        )
+                        .expect("written");
                         first = false;
                     }
                 }
             }
             _ => {}
         }
-        let mut builder = http::Request::builder().method(request["method"].as_str().unwrap_or("GET")).uri(&uri);
+        let mut builder = http::Request::builder()
+            .method(request["method"].as_str().unwrap_or("GET"))
+            .uri(&uri);
         let mut agent = false;
         for (name, value) in request["headers"].as_object().into_iter().flatten() {
             agent |= name.eq_ignore_ascii_case("user-agent");
@@ -247,7 +314,9 @@ impl Run {
         let body = if let Some(text) = request.get("body_text").and_then(Value::as_str) {
             self.substitute_text(text).into_bytes()
         } else if let Some(bytes) = request.get("body_base64").and_then(Value::as_str) {
-            base64::engine::general_purpose::STANDARD.decode(bytes).expect("base64")
+            base64::engine::general_purpose::STANDARD
+                .decode(bytes)
+                .expect("base64")
         } else if let Some(generator) = request.get("body_generator") {
             generate(generator)
         } else if let Some(body) = request.get("body") {
@@ -255,16 +324,25 @@ impl Run {
         } else {
             Vec::new()
         };
-        let request = builder.body(Body::from(body)).unwrap_or_else(|e| panic!("{uri}: {e}"));
+        let request = builder.body(Body::from(body)).expect("a request");
         self.server.service().oneshot(request).await.expect("an answer")
     }
 
     fn check(&mut self, wanted: &Value, reply: &Reply) -> Result<(), String> {
-        let Reply::Whole { status, headers, body } = reply;
+        let Reply::Whole {
+            status,
+            headers,
+            body,
+        } = reply;
         let text = String::from_utf8_lossy(body);
         let found: Value = serde_json::from_slice(body).unwrap_or(Value::Null);
         if wanted["status"].as_u64() != Some(u64::from(*status)) {
-            return Err(format!("status: wanted {}, found {status}: {}\n      wanted body: {}", wanted["status"], cut(&text), cut(&wanted["body"].to_string())));
+            return Err(format!(
+                "status: wanted {}, found {status}: {}\n      wanted body: {}",
+                wanted["status"],
+                cut(&text),
+                cut(&wanted["body"].to_string())
+            ));
         }
         if let Some(body) = wanted.get("body") {
             self.compare(body, &found, "body")?;
@@ -273,12 +351,19 @@ impl Run {
         }
         let want_headers = wanted["headers"].as_object().cloned().unwrap_or_default();
         if let Some(kind) = want_headers.get("content-type").and_then(Value::as_str) {
-            let found = headers.get("content-type").and_then(|v| v.to_str().ok()).unwrap_or_default();
+            let found = headers
+                .get("content-type")
+                .and_then(|v| v.to_str().ok())
+                .unwrap_or_default();
             if found != kind {
                 return Err(format!("content-type: wanted {kind:?}, found {found:?}"));
             }
         }
-        let warnings: Vec<Value> = headers.get_all("warning").iter().map(|v| json!(String::from_utf8_lossy(v.as_bytes()))).collect();
+        let warnings: Vec<Value> = headers
+            .get_all("warning")
+            .iter()
+            .map(|v| json!(String::from_utf8_lossy(v.as_bytes())))
+            .collect();
         let wanted_warnings = want_headers.get("warning").cloned().unwrap_or_else(|| json!([]));
         self.compare(&wanted_warnings, &json!(warnings), "warning")
     }
@@ -288,7 +373,12 @@ impl Run {
             self.steps += 1;
             let reply = self.send(request).await;
             if let Err(difference) = self.check(&step["response"], &reply) {
-                let what = format!("{} {} {}", request["method"].as_str().unwrap_or_default(), request["path"].as_str().unwrap_or_default(), request.get("query").unwrap_or(&Value::Null));
+                let what = format!(
+                    "{} {} {}",
+                    request["method"].as_str().unwrap_or_default(),
+                    request["path"].as_str().unwrap_or_default(),
+                    request.get("query").unwrap_or(&Value::Null)
+                );
                 self.failures.push((index, format!("{what}\n    {difference}")));
             }
         } else if let Some(watch) = step.get("watch") {
@@ -297,13 +387,15 @@ impl Run {
         } else if let Some(wait) = step.get("wait") {
             self.steps += 1;
             if !self.wait(wait).await {
-                self.failures.push((index, format!("wait {wait} did not come true")));
+                self.failures
+                    .push((index, format!("wait {wait} did not come true")));
             }
         } else if step.get("storage").is_some() {
             self.server.compact_history();
         } else if step.get("trace").is_some() || step.get("kubectl").is_some() {
             self.steps += 1;
-            self.failures.push((index, "needs controllers or kubectl".to_owned()));
+            self.failures
+                .push((index, "needs controllers or kubectl".to_owned()));
         }
     }
 
@@ -312,7 +404,12 @@ impl Run {
             "headers": {"Accept": watch.get("accept").cloned().unwrap_or_else(|| json!("application/json"))}});
         let response = self.start(&request).await;
         let status = response.status().as_u16();
-        let content_type = response.headers().get("content-type").and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
+        let content_type = response
+            .headers()
+            .get("content-type")
+            .and_then(|v| v.to_str().ok())
+            .unwrap_or_default()
+            .to_owned();
         for step in watch["during"].as_array().cloned().unwrap_or_default() {
             Box::pin(self.step(index, &step)).await;
         }
@@ -323,7 +420,11 @@ impl Run {
         let until_end = watch["end"] == "server" || wanted.is_none();
         let expected = wanted.as_ref().map_or(0, Vec::len);
         loop {
-            let patience = if until_end || count(&bytes) < expected { DEADLINE } else { QUIET };
+            let patience = if until_end || count(&bytes) < expected {
+                DEADLINE
+            } else {
+                QUIET
+            };
             match tokio::time::timeout(patience, body.frame()).await {
                 Ok(Some(Ok(frame))) => bytes.extend_from_slice(frame.data_ref().map_or(&[][..], |d| d)),
                 _ => break,
@@ -341,7 +442,14 @@ impl Run {
             outcome = self.compare(wanted, &found, "body");
         }
         if let Err(difference) = outcome {
-            self.failures.push((index, format!("watch {} {}\n    {difference}", watch["path"], watch.get("query").unwrap_or(&Value::Null))));
+            self.failures.push((
+                index,
+                format!(
+                    "watch {} {}\n    {difference}",
+                    watch["path"],
+                    watch.get("query").unwrap_or(&Value::Null)
+                ),
+            ));
         }
     }
 
@@ -363,7 +471,12 @@ impl Run {
     }
 
     fn holds(&self, until: &Value, status: u16, found: &Value) -> bool {
-        let at = |path: &str| path.trim_start_matches('.').split('.').try_fold(found, |v, p| v.get(p)).cloned();
+        let at = |path: &str| {
+            path.trim_start_matches('.')
+                .split('.')
+                .try_fold(found, |v, p| v.get(p))
+                .cloned()
+        };
         if let Some(wanted) = until["status"].as_u64() {
             return wanted == u64::from(status);
         }
@@ -376,13 +489,19 @@ impl Run {
         if let Some(condition) = until.get("condition") {
             return at("status.conditions")
                 .and_then(|c| c.as_array().cloned())
-                .is_some_and(|c| c.iter().any(|c| c["type"] == condition["type"] && c["status"] == condition["status"]));
+                .is_some_and(|c| {
+                    c.iter()
+                        .any(|c| c["type"] == condition["type"] && c["status"] == condition["status"])
+                });
         }
         if let Some(items) = until["items"].as_u64() {
             return found["items"].as_array().is_some_and(|i| i.len() as u64 == items);
         }
         if let Some(owners) = until["owner_references"].as_u64() {
-            return at("metadata.ownerReferences").and_then(|o| o.as_array().map(Vec::len)).unwrap_or(0) as u64 == owners;
+            return at("metadata.ownerReferences")
+                .and_then(|o| o.as_array().map(Vec::len))
+                .unwrap_or(0) as u64
+                == owners;
         }
         false
     }
@@ -416,20 +535,36 @@ fn generate(generator: &Value) -> Vec<u8> {
     let text = |key: &str| generator[key].as_str().unwrap_or_default();
     let number = |key: &str| usize::try_from(generator[key].as_u64().unwrap_or(0)).expect("a count");
     if let Some(template) = generator.get("template") {
-        let template = template.as_str().map_or_else(|| template.to_string(), str::to_owned);
-        return template.replace("$PAD", &text("pad").repeat(number("bytes"))).into_bytes();
+        let template = template
+            .as_str()
+            .map_or_else(|| template.to_string(), str::to_owned);
+        return template
+            .replace("$PAD", &text("pad").repeat(number("bytes")))
+            .into_bytes();
     }
     if let Some(item) = generator.get("array_of") {
         let item = item.as_str().map_or_else(|| item.to_string(), str::to_owned);
         return format!("[{}]", vec![item; number("count")].join(",")).into_bytes();
     }
     let n = number("nested_arrays");
-    format!("{}{}{}{}", text("prefix"), "[".repeat(n), "]".repeat(n), text("suffix")).into_bytes()
+    format!(
+        "{}{}{}{}",
+        text("prefix"),
+        "[".repeat(n),
+        "]".repeat(n),
+        text("suffix")
+    )
+    .into_bytes()
 }
 
 async fn replay(scenario: &Value) -> (usize, Vec<(usize, String)>) {
     let with_controllers = scenario["server"] == "controllers";
-    let server = ApiServer::builder().garbage_collector(with_controllers).build().await.expect("the server starts");
+    let server = ApiServer::builder()
+        .garbage_collector(with_controllers)
+        .kubernetes_admission(true)
+        .build()
+        .await
+        .expect("the server starts");
     let mut run = Run {
         server,
         symbols: HashMap::new(),
@@ -444,12 +579,20 @@ async fn replay(scenario: &Value) -> (usize, Vec<(usize, String)>) {
         if let Some(request) = step.get("request") {
             let Reply::Whole { status, body, .. } = run.send(request).await;
             if step["response"]["status"].as_u64() != Some(u64::from(status)) {
-                run.failures.push((0, format!("setup {} {}: {status} {}", request["method"], request["path"], cut(&String::from_utf8_lossy(&body)))));
+                run.failures.push((
+                    0,
+                    format!(
+                        "setup {} {}: {status} {}",
+                        request["method"],
+                        request["path"],
+                        cut(&String::from_utf8_lossy(&body))
+                    ),
+                ));
             }
-        } else if let Some(wait) = step.get("wait") {
-            if !run.wait(wait).await {
-                run.failures.push((0, format!("setup wait {wait}")));
-            }
+        } else if let Some(wait) = step.get("wait")
+            && !run.wait(wait).await
+        {
+            run.failures.push((0, format!("setup wait {wait}")));
         }
     }
     for (i, step) in scenario["steps"].as_array().into_iter().flatten().enumerate() {
@@ -481,10 +624,14 @@ async fn answers_agree_with_those_of_a_real_kube_apiserver() {
     let mut groups: BTreeMap<String, (usize, usize)> = BTreeMap::new();
     let mut differing: BTreeMap<String, Vec<(usize, String)>> = BTreeMap::new();
     for group in GROUPS {
-        let mut files: Vec<PathBuf> = std::fs::read_dir(root.join(group)).expect("a group").map(|e| e.expect("an entry").path()).collect();
+        let mut files: Vec<PathBuf> = std::fs::read_dir(root.join(group))
+            .expect("a group")
+            .map(|e| e.expect("an entry").path())
+            .collect();
         files.sort();
         for file in files {
-            let scenario: Value = serde_json::from_slice(&std::fs::read(&file).expect("a scenario")).expect("JSON");
+            let scenario: Value =
+                serde_json::from_slice(&std::fs::read(&file).expect("a scenario")).expect("JSON");
             let name = scenario["name"].as_str().expect("a name").to_owned();
             if filter.as_ref().is_some_and(|f| !name.contains(f.as_str())) {
                 continue;
@@ -519,10 +666,14 @@ async fn answers_agree_with_those_of_a_real_kube_apiserver() {
     }
     if filter.is_none() {
         for name in expected.keys().filter(|n| !differing.contains_key(*n)) {
-            complaints.push(format!("{name} is listed as differing and agrees: take it off the list"));
+            complaints.push(format!(
+                "{name} is listed as differing and agrees: take it off the list"
+            ));
         }
         if percent < FLOOR {
-            complaints.push(format!("{percent:.1} % of the steps agree, less than the floor of {FLOOR} %"));
+            complaints.push(format!(
+                "{percent:.1} % of the steps agree, less than the floor of {FLOOR} %"
+            ));
         }
     }
     assert!(complaints.is_empty(), "{}\n{report}", complaints.join("\n"));

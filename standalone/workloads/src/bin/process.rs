@@ -62,9 +62,17 @@ fn inherited_listener(number: i32) -> TcpListener {
 fn answer(mut stream: TcpStream) {
     let mut request = [0_u8; 4096];
     let length = stream.read(&mut request).unwrap_or(0);
-    let path = String::from_utf8_lossy(&request[..length]).split(' ').nth(1).unwrap_or("/").to_owned();
+    let path = String::from_utf8_lossy(&request[..length])
+        .split(' ')
+        .nth(1)
+        .unwrap_or("/")
+        .to_owned();
     let hostname = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let status = if path == "/fail" { "500 Internal Server Error" } else { "200 OK" };
+    let status = if path == "/fail" {
+        "500 Internal Server Error"
+    } else {
+        "200 OK"
+    };
     let body = match path.strip_prefix("/file") {
         Some(file) => std::fs::read_to_string(file).unwrap_or_else(|error| error.to_string()),
         None => format!(
@@ -74,5 +82,9 @@ fn answer(mut stream: TcpStream) {
             std::env::var("SERIN_IMAGE").unwrap_or_default()
         ),
     };
-    let _ = write!(stream, "HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}", body.len());
+    let _ = write!(
+        stream,
+        "HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+        body.len()
+    );
 }

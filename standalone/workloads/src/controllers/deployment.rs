@@ -5,14 +5,16 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use k8s_openapi::api::apps::v1::{Deployment, DeploymentCondition, DeploymentStatus, ReplicaSet, ReplicaSetSpec};
+use k8s_openapi::api::apps::v1::{
+    Deployment, DeploymentCondition, DeploymentStatus, ReplicaSet, ReplicaSetSpec,
+};
 use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, Time};
 use kube::{Resource, ResourceExt};
 
 use super::rollout::{
-    DESIRED_REPLICAS, MAX_REPLICAS, REVISION, REVISION_HISTORY, actual, available, fences, grow_new, is_recreate, number,
-    proportional, shrink_old, spec_replicas, wanted,
+    DESIRED_REPLICAS, MAX_REPLICAS, REVISION, REVISION_HISTORY, actual, available, fences, grow_new,
+    is_recreate, number, proportional, shrink_old, spec_replicas, wanted,
 };
 use super::template::{self, HASH_LABEL};
 
@@ -69,18 +71,36 @@ pub(crate) fn decide(observed: &Observed<'_>, now: Timestamp) -> Decision {
     let spec = deployment.spec.as_ref();
     let mut status = deployment.status.clone().unwrap_or_default();
     let mut decision = Decision::default();
-    let Some(template) = spec.map(|spec| &spec.template) else { return decision };
+    let Some(template) = spec.map(|spec| &spec.template) else {
+        return decision;
+    };
     let mut sets: Vec<&ReplicaSet> = observed.sets.to_vec();
     sets.sort_by(|a, b| {
         let created = |set: &ReplicaSet| set.creation_timestamp().map(|time| time.0);
-        created(a).cmp(&created(b)).then_with(|| a.name_any().cmp(&b.name_any()))
+        created(a)
+            .cmp(&created(b))
+            .then_with(|| a.name_any().cmp(&b.name_any()))
     });
-    let new = sets.iter().copied().find(|set| template_of(set).is_some_and(|own| template::equal(own, template)));
-    let old: Vec<&ReplicaSet> =
-        sets.iter().copied().filter(|set| new.is_none_or(|new| new.name_any() != set.name_any())).collect();
+    let new = sets
+        .iter()
+        .copied()
+        .find(|set| template_of(set).is_some_and(|own| template::equal(own, template)));
+    let old: Vec<&ReplicaSet> = sets
+        .iter()
+        .copied()
+        .filter(|set| new.is_none_or(|new| new.name_any() != set.name_any()))
+        .collect();
 
     if deployment.metadata.deletion_timestamp.is_some() {
-        decision.status = finish_status(deployment, &sets, new, status, false, now, &mut decision.wake_after);
+        decision.status = finish_status(
+            deployment,
+            &sets,
+            new,
+            status,
+            false,
+            now,
+            &mut decision.wake_after,
+        );
         return decision;
     }
     let paused = spec.and_then(|spec| spec.paused).unwrap_or(false);
@@ -97,18 +117,42 @@ pub(crate) fn decide(observed: &Observed<'_>, now: Timestamp) -> Decision {
         if paused {
             clean_up(deployment, &old, &mut decision.actions);
         }
-        decision.status = finish_status(deployment, &sets, new, status, true, now, &mut decision.wake_after);
+        decision.status = finish_status(
+            deployment,
+            &sets,
+            new,
+            status,
+            true,
+            now,
+            &mut decision.wake_after,
+        );
         return decision;
     }
     if is_recreate(deployment) {
         recreate(observed, new, &old, &mut status, &mut decision.actions, now);
     } else {
-        roll(deployment, &sets, new, &old, &mut status, &mut decision.actions, now);
+        roll(
+            deployment,
+            &sets,
+            new,
+            &old,
+            &mut status,
+            &mut decision.actions,
+            now,
+        );
     }
     if complete(deployment, &counted(deployment, &sets, new, &status)) {
         clean_up(deployment, &old, &mut decision.actions);
     }
-    decision.status = finish_status(deployment, &sets, new, status, false, now, &mut decision.wake_after);
+    decision.status = finish_status(
+        deployment,
+        &sets,
+        new,
+        status,
+        false,
+        now,
+        &mut decision.wake_after,
+    );
     decision
 }
 
@@ -158,7 +202,10 @@ fn recreate(
         }
         return;
     }
-    if old.iter().any(|set| (observed.old_pods)(set).iter().any(|pod| !template::is_done(pod))) {
+    if old
+        .iter()
+        .any(|set| (observed.old_pods)(set).iter().any(|pod| !template::is_done(pod)))
+    {
         return;
     }
     match new {
@@ -181,7 +228,11 @@ fn scale(
     old: &[&ReplicaSet],
     actions: &mut Vec<Action>,
 ) {
-    let active: Vec<&ReplicaSet> = sets.iter().copied().filter(|set| spec_replicas(set) > 0).collect();
+    let active: Vec<&ReplicaSet> = sets
+        .iter()
+        .copied()
+        .filter(|set| spec_replicas(set) > 0)
+        .collect();
     let only = match active.as_slice() {
         [] => new.or_else(|| old.last().copied()),
         [only] => Some(*only),
@@ -215,19 +266,25 @@ fn size_annotations(deployment: &Deployment) -> BTreeMap<String, String> {
     let replicas = wanted(deployment);
     BTreeMap::from([
         (DESIRED_REPLICAS.to_owned(), replicas.to_string()),
-        (MAX_REPLICAS.to_owned(), (replicas + fences(deployment).0).to_string()),
+        (
+            MAX_REPLICAS.to_owned(),
+            (replicas + fences(deployment).0).to_string(),
+        ),
     ])
 }
 
 fn outdated(deployment: &Deployment, set: &ReplicaSet) -> bool {
-    size_annotations(deployment).iter().any(|(key, value)| set.annotations().get(key) != Some(value))
+    size_annotations(deployment)
+        .iter()
+        .any(|(key, value)| set.annotations().get(key) != Some(value))
 }
 
 /// One update per ReplicaSet and step: sizes and annotations together.
 fn update(actions: &mut Vec<Action>, set: &ReplicaSet) -> usize {
     let name = set.name_any();
-    if let Some(position) =
-        actions.iter().position(|action| matches!(action, Action::Update { name: known, .. } if *known == name))
+    if let Some(position) = actions
+        .iter()
+        .position(|action| matches!(action, Action::Update { name: known, .. } if *known == name))
     {
         return position;
     }
@@ -246,7 +303,9 @@ fn resize(deployment: &Deployment, set: &ReplicaSet, size: i32, actions: &mut Ve
     }
     let position = update(actions, set);
     if let Action::Update {
-        replicas, annotations, ..
+        replicas,
+        annotations,
+        ..
     } = &mut actions[position]
     {
         *replicas = (size != spec_replicas(set)).then_some((spec_replicas(set), size));
@@ -255,7 +314,11 @@ fn resize(deployment: &Deployment, set: &ReplicaSet, size: i32, actions: &mut Ve
 }
 
 fn next_revision(old: &[&ReplicaSet]) -> i64 {
-    old.iter().filter_map(|set| set.annotations().get(REVISION)?.parse::<i64>().ok()).max().unwrap_or(0) + 1
+    old.iter()
+        .filter_map(|set| set.annotations().get(REVISION)?.parse::<i64>().ok())
+        .max()
+        .unwrap_or(0)
+        + 1
 }
 
 fn copied(deployment: &Deployment) -> BTreeMap<String, String> {
@@ -275,7 +338,9 @@ fn adjust_new(deployment: &Deployment, new: &ReplicaSet, old: &[&ReplicaSet], ac
         .collect();
     let next = next_revision(old);
     let known = new.annotations().get(REVISION);
-    let current = known.and_then(|revision| revision.parse::<i64>().ok()).unwrap_or(0);
+    let current = known
+        .and_then(|revision| revision.parse::<i64>().ok())
+        .unwrap_or(0);
     let revision = current.max(next);
     if current < next {
         changes.insert(REVISION.to_owned(), next.to_string());
@@ -285,8 +350,16 @@ fn adjust_new(deployment: &Deployment, new: &ReplicaSet, old: &[&ReplicaSet], ac
             changes.insert(REVISION_HISTORY.to_owned(), history);
         }
     }
-    let min_ready = deployment.spec.as_ref().and_then(|spec| spec.min_ready_seconds).unwrap_or(0);
-    let own_min_ready = new.spec.as_ref().and_then(|spec| spec.min_ready_seconds).unwrap_or(0);
+    let min_ready = deployment
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.min_ready_seconds)
+        .unwrap_or(0);
+    let own_min_ready = new
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.min_ready_seconds)
+        .unwrap_or(0);
     if !changes.is_empty() || min_ready != own_min_ready {
         let position = update(actions, new);
         if let Action::Update {
@@ -328,10 +401,16 @@ fn create_new(
     }
     let mut template = spec.template.clone();
     let metadata = template.metadata.get_or_insert_default();
-    metadata.labels.get_or_insert_default().insert(HASH_LABEL.to_owned(), hash.clone());
+    metadata
+        .labels
+        .get_or_insert_default()
+        .insert(HASH_LABEL.to_owned(), hash.clone());
     let labels = metadata.labels.clone();
     let mut selector: LabelSelector = spec.selector.clone();
-    selector.match_labels.get_or_insert_default().insert(HASH_LABEL.to_owned(), hash);
+    selector
+        .match_labels
+        .get_or_insert_default()
+        .insert(HASH_LABEL.to_owned(), hash);
     let revision = next_revision(old);
     let mut annotations = copied(deployment);
     annotations.extend(size_annotations(deployment));
@@ -384,25 +463,56 @@ fn note_pause(deployment: &Deployment, paused: bool, status: &mut DeploymentStat
     if !has_deadline(deployment) {
         return;
     }
-    let reason = condition(status, PROGRESSING).and_then(|condition| condition.reason.clone()).unwrap_or_default();
+    let reason = condition(status, PROGRESSING)
+        .and_then(|condition| condition.reason.clone())
+        .unwrap_or_default();
     if reason == "ProgressDeadlineExceeded" {
         return;
     }
     if paused && reason != "DeploymentPaused" {
-        set_condition(status, PROGRESSING, "Unknown", "DeploymentPaused", "Deployment is paused", now);
+        set_condition(
+            status,
+            PROGRESSING,
+            "Unknown",
+            "DeploymentPaused",
+            "Deployment is paused",
+            now,
+        );
     } else if !paused && reason == "DeploymentPaused" {
-        set_condition(status, PROGRESSING, "Unknown", "DeploymentResumed", "Deployment is resumed", now);
+        set_condition(
+            status,
+            PROGRESSING,
+            "Unknown",
+            "DeploymentResumed",
+            "Deployment is resumed",
+            now,
+        );
     }
 }
 
 /// Old ReplicaSets beyond `revisionHistoryLimit`, oldest revision first.
 fn clean_up(deployment: &Deployment, old: &[&ReplicaSet], actions: &mut Vec<Action>) {
-    let Some(limit) = deployment.spec.as_ref().and_then(|spec| spec.revision_history_limit) else { return };
-    let mut old: Vec<&&ReplicaSet> = old.iter().filter(|set| set.metadata.deletion_timestamp.is_none()).collect();
+    let Some(limit) = deployment
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.revision_history_limit)
+    else {
+        return;
+    };
+    let mut old: Vec<&&ReplicaSet> = old
+        .iter()
+        .filter(|set| set.metadata.deletion_timestamp.is_none())
+        .collect();
     let surplus = old.len().saturating_sub(usize::try_from(limit).unwrap_or(0));
-    old.sort_by_key(|set| set.annotations().get(REVISION).and_then(|r| r.parse::<i64>().ok()).unwrap_or(0));
+    old.sort_by_key(|set| {
+        set.annotations()
+            .get(REVISION)
+            .and_then(|r| r.parse::<i64>().ok())
+            .unwrap_or(0)
+    });
     for set in old.into_iter().take(surplus) {
-        let settled = set.status.as_ref().and_then(|status| status.observed_generation) >= set.metadata.generation;
+        let settled =
+            set.status.as_ref().and_then(|status| status.observed_generation) >= set.metadata.generation;
         if actual(set) == 0 && spec_replicas(set) == 0 && settled {
             actions.push(Action::Delete(set.name_any()));
         }
@@ -414,7 +524,11 @@ fn has_deadline(deployment: &Deployment) -> bool {
 }
 
 fn deadline_seconds(deployment: &Deployment) -> i32 {
-    deployment.spec.as_ref().and_then(|spec| spec.progress_deadline_seconds).unwrap_or(600)
+    deployment
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.progress_deadline_seconds)
+        .unwrap_or(600)
 }
 
 fn counted(
@@ -430,11 +544,19 @@ fn counted(
         observed_generation: deployment.metadata.generation,
         replicas: positive(sum(actual)),
         updated_replicas: positive(new.map_or(0, actual)),
-        ready_replicas: positive(sum(|set| set.status.as_ref().and_then(|status| status.ready_replicas).unwrap_or(0))),
+        ready_replicas: positive(sum(|set| {
+            set.status
+                .as_ref()
+                .and_then(|status| status.ready_replicas)
+                .unwrap_or(0)
+        })),
         available_replicas: positive(available),
         unavailable_replicas: positive(sum(spec_replicas) - available),
         terminating_replicas: Some(sum(|set| {
-            set.status.as_ref().and_then(|status| status.terminating_replicas).unwrap_or(0)
+            set.status
+                .as_ref()
+                .and_then(|status| status.terminating_replicas)
+                .unwrap_or(0)
         })),
         collision_count: known.collision_count,
         conditions: known.conditions.clone(),
@@ -463,7 +585,14 @@ fn finish_status(
     let mut status = counted(deployment, sets, new, &known);
     let (_, max_unavailable) = fences(deployment);
     if status.available_replicas.unwrap_or(0) >= wanted(deployment) - max_unavailable {
-        set_condition(&mut status, AVAILABLE, "True", "MinimumReplicasAvailable", "Deployment has minimum availability.", now);
+        set_condition(
+            &mut status,
+            AVAILABLE,
+            "True",
+            "MinimumReplicasAvailable",
+            "Deployment has minimum availability.",
+            now,
+        );
     } else {
         set_condition(
             &mut status,
@@ -475,9 +604,14 @@ fn finish_status(
         );
     }
     if !has_deadline(deployment) {
-        status.conditions.get_or_insert_default().retain(|condition| condition.type_ != PROGRESSING);
+        status
+            .conditions
+            .get_or_insert_default()
+            .retain(|condition| condition.type_ != PROGRESSING);
     }
-    let reason = condition(&status, PROGRESSING).and_then(|condition| condition.reason.clone()).unwrap_or_default();
+    let reason = condition(&status, PROGRESSING)
+        .and_then(|condition| condition.reason.clone())
+        .unwrap_or_default();
     let settled = status.replicas == status.updated_replicas && reason == "NewReplicaSetAvailable";
     let named = new.map_or_else(
         || format!("Deployment \"{}\"", deployment.name_any()),
@@ -486,7 +620,14 @@ fn finish_status(
     if has_deadline(deployment) && !settled && !scaling {
         if complete(deployment, &status) {
             let message = format!("{named} has successfully progressed.");
-            set_condition(&mut status, PROGRESSING, "True", "NewReplicaSetAvailable", &message, now);
+            set_condition(
+                &mut status,
+                PROGRESSING,
+                "True",
+                "NewReplicaSetAvailable",
+                &message,
+                now,
+            );
         } else if progressed(&before, &status) {
             let message = format!("{named} is progressing.");
             renew_condition(&mut status, PROGRESSING, "ReplicaSetUpdated", &message, now);
@@ -496,7 +637,10 @@ fn finish_status(
     }
     let failure = sets.iter().find_map(|set| {
         let conditions = set.status.as_ref()?.conditions.as_ref()?;
-        conditions.iter().find(|condition| condition.type_ == REPLICA_FAILURE && condition.status == "True").cloned()
+        conditions
+            .iter()
+            .find(|condition| condition.type_ == REPLICA_FAILURE && condition.status == "True")
+            .cloned()
     });
     match failure {
         Some(failure) => set_condition(
@@ -507,7 +651,10 @@ fn finish_status(
             &failure.message.unwrap_or_default(),
             now,
         ),
-        None => status.conditions.get_or_insert_default().retain(|condition| condition.type_ != REPLICA_FAILURE),
+        None => status
+            .conditions
+            .get_or_insert_default()
+            .retain(|condition| condition.type_ != REPLICA_FAILURE),
     }
     status
 }
@@ -528,9 +675,15 @@ fn check_deadline(
     now: Timestamp,
     wake_after: &mut Option<Duration>,
 ) {
-    let Some(progressing) = condition(status, PROGRESSING) else { return };
+    let Some(progressing) = condition(status, PROGRESSING) else {
+        return;
+    };
     let reason = progressing.reason.as_deref().unwrap_or_default();
-    let paused = deployment.spec.as_ref().and_then(|spec| spec.paused).unwrap_or(false);
+    let paused = deployment
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.paused)
+        .unwrap_or(false);
     if reason == "ProgressDeadlineExceeded" || reason == "NewReplicaSetAvailable" || paused {
         return;
     }
@@ -538,7 +691,14 @@ fn check_deadline(
     let deadline = from + Duration::from_secs(deadline_seconds(deployment).max(0).unsigned_abs().into());
     if now > deadline {
         let message = format!("{named} has timed out progressing.");
-        set_condition(status, PROGRESSING, "False", "ProgressDeadlineExceeded", &message, now);
+        set_condition(
+            status,
+            PROGRESSING,
+            "False",
+            "ProgressDeadlineExceeded",
+            &message,
+            now,
+        );
     } else {
         // Times are stored in seconds: a second later it has passed for sure.
         let left = Duration::try_from(deadline.duration_since(now)).unwrap_or_default();
@@ -547,7 +707,11 @@ fn check_deadline(
 }
 
 fn condition<'a>(status: &'a DeploymentStatus, type_: &str) -> Option<&'a DeploymentCondition> {
-    status.conditions.iter().flatten().find(|condition| condition.type_ == type_)
+    status
+        .conditions
+        .iter()
+        .flatten()
+        .find(|condition| condition.type_ == type_)
 }
 
 fn seconds(now: Timestamp) -> Time {
@@ -555,9 +719,16 @@ fn seconds(now: Timestamp) -> Time {
 }
 
 /// Sets a condition unless status and reason are the same already, as Kubernetes does.
-fn set_condition(status: &mut DeploymentStatus, type_: &str, value: &str, reason: &str, message: &str, now: Timestamp) {
-    let same =
-        condition(status, type_).is_some_and(|known| known.status == value && known.reason.as_deref() == Some(reason));
+fn set_condition(
+    status: &mut DeploymentStatus,
+    type_: &str,
+    value: &str,
+    reason: &str,
+    message: &str,
+    now: Timestamp,
+) {
+    let same = condition(status, type_)
+        .is_some_and(|known| known.status == value && known.reason.as_deref() == Some(reason));
     if !same {
         replace_condition(status, type_, value, reason, message, now);
     }

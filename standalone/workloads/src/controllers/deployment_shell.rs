@@ -26,7 +26,10 @@ struct Controller {
 
 /// The key of the Deployment that controls a ReplicaSet.
 fn owner(set: &ReplicaSet) -> Option<Key> {
-    let owner = set.owner_references().iter().find(|owner| owner.controller == Some(true) && owner.kind == "Deployment")?;
+    let owner = set
+        .owner_references()
+        .iter()
+        .find(|owner| owner.controller == Some(true) && owner.kind == "Deployment")?;
     Some((set.namespace().unwrap_or_default(), owner.name.clone()))
 }
 
@@ -36,7 +39,14 @@ pub(crate) async fn run(shared: Shared, recorder: Recorder, cancel: Cancellation
     let mut pods = shared.pods.changes();
     let controller = Controller { shared, recorder };
     let mut queue = Queue::default();
-    queue.add_all(controller.shared.deployments.all().iter().map(|object| key(object.as_ref())));
+    queue.add_all(
+        controller
+            .shared
+            .deployments
+            .all()
+            .iter()
+            .map(|object| key(object.as_ref())),
+    );
     loop {
         while let Some(key) = queue.pop() {
             match controller.sync(&key).await {
@@ -83,19 +93,33 @@ pub(crate) async fn run(shared: Shared, recorder: Recorder, cancel: Cancellation
 
 impl Controller {
     fn owner_of_pod(&self, pod: &Pod) -> Option<Key> {
-        let owner_of = pod.owner_references().iter().find(|owner| owner.controller == Some(true))?;
-        let set = self.shared.replica_sets.get(&pod.namespace().unwrap_or_default(), &owner_of.name)?;
+        let owner_of = pod
+            .owner_references()
+            .iter()
+            .find(|owner| owner.controller == Some(true))?;
+        let set = self
+            .shared
+            .replica_sets
+            .get(&pod.namespace().unwrap_or_default(), &owner_of.name)?;
         owner(&set)
     }
 
     async fn sync(&self, key: &Key) -> Result<Option<Decision>, Error> {
-        let Some(deployment) = self.shared.deployments.get(&key.0, &key.1) else { return Ok(None) };
+        let Some(deployment) = self.shared.deployments.get(&key.0, &key.1) else {
+            return Ok(None);
+        };
         let uid = deployment.uid().unwrap_or_default();
         let in_namespace = self.shared.replica_sets.in_namespace(&key.0);
         let controlled = |set: &ReplicaSet| {
-            set.owner_references().iter().any(|owner| owner.controller == Some(true) && owner.uid == uid)
+            set.owner_references()
+                .iter()
+                .any(|owner| owner.controller == Some(true) && owner.uid == uid)
         };
-        let mut sets: Vec<Arc<ReplicaSet>> = in_namespace.iter().filter(|set| controlled(set)).cloned().collect();
+        let mut sets: Vec<Arc<ReplicaSet>> = in_namespace
+            .iter()
+            .filter(|set| controlled(set))
+            .cloned()
+            .collect();
         if deployment.metadata.deletion_timestamp.is_none() {
             for orphan in in_namespace.iter().filter(|set| adoptable(&deployment, set)) {
                 sets.push(Arc::new(self.adopt(&deployment, orphan).await?));
@@ -107,7 +131,11 @@ impl Controller {
             let uid = set.uid();
             pods.iter()
                 .map(AsRef::as_ref)
-                .filter(|pod: &&Pod| pod.owner_references().iter().any(|owner| Some(&owner.uid) == uid.as_ref()))
+                .filter(|pod: &&Pod| {
+                    pod.owner_references()
+                        .iter()
+                        .any(|owner| Some(&owner.uid) == uid.as_ref())
+                })
                 .collect()
         };
         let decision = decide(
@@ -150,7 +178,8 @@ impl Controller {
                     }
                     Err(error) => {
                         let note = format!("Failed to create new replica set \"{name}\": {error}");
-                        self.recorder.warning(about, "ReplicaSetCreateError", "Create", &note);
+                        self.recorder
+                            .warning(about, "ReplicaSetCreateError", "Create", &note);
                         return Err(Error::api(format!("create ReplicaSet {namespace}/{name}"), error));
                     }
                 }
@@ -217,28 +246,53 @@ impl Controller {
         api: &Api<ReplicaSet>,
     ) -> Result<(), Error> {
         let name = set.name_any();
-        let known = api.get(&name).await.map_err(|error| Error::api(format!("read ReplicaSet {name}"), error))?;
-        let ours = known.owner_references().iter().any(|owner| Some(&owner.uid) == deployment.uid().as_ref());
+        let known = api
+            .get(&name)
+            .await
+            .map_err(|error| Error::api(format!("read ReplicaSet {name}"), error))?;
+        let ours = known
+            .owner_references()
+            .iter()
+            .any(|owner| Some(&owner.uid) == deployment.uid().as_ref());
         let template = |set: &ReplicaSet| set.spec.as_ref().and_then(|spec| spec.template.clone());
-        let same = template(&known).zip(template(set)).is_some_and(|(a, b)| template::equal(&a, &b));
+        let same = template(&known)
+            .zip(template(set))
+            .is_some_and(|(a, b)| template::equal(&a, &b));
         if ours && same {
             self.shared.replica_sets.note(known);
             return Ok(());
         }
-        let count = deployment.status.as_ref().and_then(|status| status.collision_count).unwrap_or(0) + 1;
+        let count = deployment
+            .status
+            .as_ref()
+            .and_then(|status| status.collision_count)
+            .unwrap_or(0)
+            + 1;
         let patch = json!({"status": {"collisionCount": count}});
-        let api: Api<Deployment> =
-            Api::namespaced(self.shared.client.clone(), &deployment.namespace().unwrap_or_default());
+        let api: Api<Deployment> = Api::namespaced(
+            self.shared.client.clone(),
+            &deployment.namespace().unwrap_or_default(),
+        );
         let written = api
-            .patch_status(&deployment.name_any(), &PatchParams::default(), &Patch::Merge(&patch))
+            .patch_status(
+                &deployment.name_any(),
+                &PatchParams::default(),
+                &Patch::Merge(&patch),
+            )
             .await
-            .map_err(|error| Error::api(format!("count a name collision of {}", deployment.name_any()), error))?;
+            .map_err(|error| {
+                Error::api(
+                    format!("count a name collision of {}", deployment.name_any()),
+                    error,
+                )
+            })?;
         self.shared.deployments.note(written);
         Ok(())
     }
 
     async fn adopt(&self, deployment: &Deployment, set: &ReplicaSet) -> Result<ReplicaSet, Error> {
-        let api: Api<ReplicaSet> = Api::namespaced(self.shared.client.clone(), &set.namespace().unwrap_or_default());
+        let api: Api<ReplicaSet> =
+            Api::namespaced(self.shared.client.clone(), &set.namespace().unwrap_or_default());
         let owner = deployment.controller_owner_ref(&()).map(|mut owner| {
             owner.block_owner_deletion = Some(true);
             owner
@@ -260,13 +314,22 @@ impl Controller {
         let namespace = deployment.namespace().unwrap_or_default();
         let api: Api<Deployment> = Api::namespaced(self.shared.client.clone(), &namespace);
         // The latest known version: actions above may have written annotations.
-        let mut object = self.shared.deployments.get(&namespace, &name).map_or_else(|| deployment.clone(), |d| (*d).clone());
+        let mut object = self
+            .shared
+            .deployments
+            .get(&namespace, &name)
+            .map_or_else(|| deployment.clone(), |d| (*d).clone());
         object.status = Some(decision.status.clone());
         object.metadata.managed_fields = None;
         let written = api
             .replace_status(&name, &PostParams::default(), &object)
             .await
-            .map_err(|error| Error::api(format!("write the status of Deployment {namespace}/{name}"), error))?;
+            .map_err(|error| {
+                Error::api(
+                    format!("write the status of Deployment {namespace}/{name}"),
+                    error,
+                )
+            })?;
         self.shared.deployments.note(written);
         Ok(())
     }
@@ -275,6 +338,12 @@ impl Controller {
 /// Nobody's, and selected.
 fn adoptable(deployment: &Deployment, set: &ReplicaSet) -> bool {
     set.metadata.deletion_timestamp.is_none()
-        && set.owner_references().iter().all(|owner| owner.controller != Some(true))
-        && deployment.spec.as_ref().is_some_and(|spec| super::template::selects(&spec.selector, set.labels()))
+        && set
+            .owner_references()
+            .iter()
+            .all(|owner| owner.controller != Some(true))
+        && deployment
+            .spec
+            .as_ref()
+            .is_some_and(|spec| super::template::selects(&spec.selector, set.labels()))
 }

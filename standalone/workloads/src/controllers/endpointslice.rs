@@ -33,18 +33,29 @@ type Ports = Vec<(Option<String>, i32, String, Option<String>)>;
 /// Whether a Service has endpoints from pods.
 pub(crate) fn has_endpoints(service: &Service) -> bool {
     let Some(spec) = &service.spec else { return false };
-    spec.type_.as_deref() != Some("ExternalName") && spec.selector.as_ref().is_some_and(|selector| !selector.is_empty())
+    spec.type_.as_deref() != Some("ExternalName")
+        && spec
+            .selector
+            .as_ref()
+            .is_some_and(|selector| !selector.is_empty())
 }
 
 pub(crate) fn selects(service: &Service, pod: &Pod) -> bool {
     let selector = service.spec.as_ref().and_then(|spec| spec.selector.as_ref());
     selector.is_some_and(|selector| {
-        !selector.is_empty() && selector.iter().all(|(key, value)| pod.labels().get(key) == Some(value))
+        !selector.is_empty()
+            && selector
+                .iter()
+                .all(|(key, value)| pod.labels().get(key) == Some(value))
     })
 }
 
 /// The difference between what is and what should be. `slices` are those of the Service that we manage.
-pub(crate) fn plan<S: AsRef<EndpointSlice>, P: AsRef<Pod>>(service: &Service, pods: &[P], slices: &[S]) -> Plan {
+pub(crate) fn plan<S: AsRef<EndpointSlice>, P: AsRef<Pod>>(
+    service: &Service,
+    pods: &[P],
+    slices: &[S],
+) -> Plan {
     let mut plan = Plan::default();
     let mut by_ports: BTreeMap<Ports, Vec<Endpoint>> = BTreeMap::new();
     if has_endpoints(service) {
@@ -62,7 +73,10 @@ pub(crate) fn plan<S: AsRef<EndpointSlice>, P: AsRef<Pod>>(service: &Service, po
     unused.sort_by_key(|slice| slice.name_any());
     for (ports, mut endpoints) in by_ports {
         endpoints.sort_by(|a, b| a.addresses.cmp(&b.addresses));
-        let mut chunks: Vec<Vec<Endpoint>> = endpoints.chunks(MAX_ENDPOINTS).map(<[Endpoint]>::to_vec).collect();
+        let mut chunks: Vec<Vec<Endpoint>> = endpoints
+            .chunks(MAX_ENDPOINTS)
+            .map(<[Endpoint]>::to_vec)
+            .collect();
         if chunks.is_empty() {
             chunks.push(Vec::new());
         }
@@ -72,9 +86,15 @@ pub(crate) fn plan<S: AsRef<EndpointSlice>, P: AsRef<Pod>>(service: &Service, po
             let best = unused
                 .iter()
                 .enumerate()
-                .filter(|(_, known)| known.ports.clone().unwrap_or_default() == wanted.ports.clone().unwrap_or_default())
+                .filter(|(_, known)| {
+                    known.ports.clone().unwrap_or_default() == wanted.ports.clone().unwrap_or_default()
+                })
                 .max_by_key(|(_, known)| {
-                    known.endpoints.iter().filter(|old| wanted.endpoints.iter().any(|new| new.addresses == old.addresses)).count()
+                    known
+                        .endpoints
+                        .iter()
+                        .filter(|old| wanted.endpoints.iter().any(|new| new.addresses == old.addresses))
+                        .count()
                 })
                 .map(|(position, _)| position)
                 // An empty slice takes the ports of the first pods.
@@ -83,9 +103,13 @@ pub(crate) fn plan<S: AsRef<EndpointSlice>, P: AsRef<Pod>>(service: &Service, po
                 None => plan.create.push(wanted),
                 Some(position) => {
                     let known = unused.remove(position);
-                    let same_labels = wanted.labels().iter().all(|(key, value)| known.labels().get(key) == Some(value))
+                    let same_labels = wanted
+                        .labels()
+                        .iter()
+                        .all(|(key, value)| known.labels().get(key) == Some(value))
                         && known.labels().len() == wanted.labels().len();
-                    let same_ports = known.ports.clone().unwrap_or_default() == wanted.ports.clone().unwrap_or_default();
+                    let same_ports =
+                        known.ports.clone().unwrap_or_default() == wanted.ports.clone().unwrap_or_default();
                     if !same_labels || !same_ports || known.endpoints != wanted.endpoints {
                         let mut updated = known.clone();
                         updated.metadata.labels = wanted.metadata.labels;
@@ -121,7 +145,11 @@ fn endpoint(service: &Service, pod: &Pod) -> Option<Endpoint> {
     let address = status.pod_ip.clone().filter(|address| !address.is_empty())?;
     let serving = ready_since(pod).is_some();
     let terminating = pod.metadata.deletion_timestamp.is_some();
-    let publish = service.spec.as_ref().and_then(|spec| spec.publish_not_ready_addresses).unwrap_or(false);
+    let publish = service
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.publish_not_ready_addresses)
+        .unwrap_or(false);
     let spec = pod.spec.as_ref();
     let subdomain = spec.and_then(|spec| spec.subdomain.clone());
     let hostname = spec
@@ -191,8 +219,10 @@ mod tests {
     use super::*;
 
     fn service(ports: serde_json::Value) -> Service {
-        serde_json::from_value(json!({"metadata": {"name": "s", "namespace": "n", "uid": "u", "labels": {"team": "a"}},
-            "spec": {"clusterIP": "10.96.0.5", "selector": {"app": "x"}, "ports": ports}}))
+        serde_json::from_value(
+            json!({"metadata": {"name": "s", "namespace": "n", "uid": "u", "labels": {"team": "a"}},
+            "spec": {"clusterIP": "10.96.0.5", "selector": {"app": "x"}, "ports": ports}}),
+        )
         .unwrap()
     }
 
@@ -222,30 +252,57 @@ mod tests {
             pod("draining", "10.244.0.4", true, true, 80),
             pod("gone", "", true, false, 80),
         ];
-        let plan = plan(&service(json!([{"port": 80, "targetPort": "http"}])), &pods, &NONE);
+        let plan = plan(
+            &service(json!([{"port": 80, "targetPort": "http"}])),
+            &pods,
+            &NONE,
+        );
         let slice = &plan.create[0];
         let found: Vec<_> = slice
             .endpoints
             .iter()
             .map(|endpoint| {
                 let c = endpoint.conditions.as_ref().unwrap();
-                (endpoint.addresses[0].as_str(), c.ready.unwrap(), c.serving.unwrap(), c.terminating.unwrap())
+                (
+                    endpoint.addresses[0].as_str(),
+                    c.ready.unwrap(),
+                    c.serving.unwrap(),
+                    c.terminating.unwrap(),
+                )
             })
             .collect();
         assert_eq!(
             found,
-            [("10.244.0.2", true, true, false), ("10.244.0.3", false, false, false), ("10.244.0.4", false, true, true)]
+            [
+                ("10.244.0.2", true, true, false),
+                ("10.244.0.3", false, false, false),
+                ("10.244.0.4", false, true, true)
+            ]
         );
         assert_eq!(slice.labels()[SERVICE_NAME_LABEL], "s");
         assert_eq!(slice.labels()["team"], "a");
-        assert_eq!(slice.metadata.owner_references.as_ref().unwrap()[0].kind, "Service");
+        assert_eq!(
+            slice.metadata.owner_references.as_ref().unwrap()[0].kind,
+            "Service"
+        );
     }
 
     #[test]
     fn pods_whose_named_port_has_another_number_are_in_another_slice() {
-        let pods = [pod("a", "10.244.0.2", true, false, 80), pod("b", "10.244.0.3", true, false, 8080)];
-        let plan = plan(&service(json!([{"name": "web", "port": 80, "targetPort": "http"}])), &pods, &NONE);
-        let mut ports: Vec<_> = plan.create.iter().map(|slice| slice.ports.as_ref().unwrap()[0].port.unwrap()).collect();
+        let pods = [
+            pod("a", "10.244.0.2", true, false, 80),
+            pod("b", "10.244.0.3", true, false, 8080),
+        ];
+        let plan = plan(
+            &service(json!([{"name": "web", "port": 80, "targetPort": "http"}])),
+            &pods,
+            &NONE,
+        );
+        let mut ports: Vec<_> = plan
+            .create
+            .iter()
+            .map(|slice| slice.ports.as_ref().unwrap()[0].port.unwrap())
+            .collect();
         ports.sort_unstable();
         assert_eq!(ports, [80, 8080]);
     }
@@ -257,9 +314,15 @@ mod tests {
         let known = named(empty.create[0].clone(), "s-1");
         let pods = [pod("a", "10.244.0.2", true, false, 80)];
         let filled = plan(&service, &pods, &[known]);
-        assert_eq!((filled.create.len(), filled.update.len(), filled.delete.len()), (0, 1, 0));
+        assert_eq!(
+            (filled.create.len(), filled.update.len(), filled.delete.len()),
+            (0, 1, 0)
+        );
         let known = named(filled.update[0].clone(), "s-1");
-        assert_eq!(plan(&service, &pods, &[known.clone()]), Plan::default());
+        assert_eq!(
+            plan(&service, &pods, std::slice::from_ref(&known)),
+            Plan::default()
+        );
         let no_selector: Service =
             serde_json::from_value(json!({"metadata": {"name": "s"}, "spec": {"ports": []}})).unwrap();
         assert_eq!(plan(&no_selector, &pods, &[known]).delete, ["s-1"]);
@@ -267,7 +330,9 @@ mod tests {
 
     #[test]
     fn many_endpoints_are_spread_over_slices_of_a_hundred() {
-        let pods: Vec<_> = (0..250).map(|i| pod(&format!("p{i}"), &format!("10.244.1.{i}"), true, false, 80)).collect();
+        let pods: Vec<_> = (0..250)
+            .map(|i| pod(&format!("p{i}"), &format!("10.244.1.{i}"), true, false, 80))
+            .collect();
         let plan = plan(&service(json!([{"port": 80}])), &pods, &NONE);
         let sizes: Vec<usize> = plan.create.iter().map(|slice| slice.endpoints.len()).collect();
         assert_eq!(sizes, [100, 100, 50]);

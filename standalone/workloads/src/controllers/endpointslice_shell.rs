@@ -84,25 +84,47 @@ impl Controller {
     fn services_of(&self, pod: &Pod) -> Vec<Key> {
         let namespace = pod.namespace().unwrap_or_default();
         let services = self.shared.services.in_namespace(&namespace);
-        let mut keys: Vec<Key> =
-            services.iter().filter(|service| selects(service, pod)).map(|service| key(service.as_ref())).collect();
+        let mut keys: Vec<Key> = services
+            .iter()
+            .filter(|service| selects(service, pod))
+            .map(|service| key(service.as_ref()))
+            .collect();
         let uid = pod.uid();
         let has_pod = |slice: &Arc<EndpointSlice>| {
-            slice.endpoints.iter().any(|endpoint| endpoint.target_ref.as_ref().is_some_and(|target| target.uid == uid))
+            slice.endpoints.iter().any(|endpoint| {
+                endpoint
+                    .target_ref
+                    .as_ref()
+                    .is_some_and(|target| target.uid == uid)
+            })
         };
-        keys.extend(self.shared.slices.in_namespace(&namespace).iter().filter(|slice| has_pod(slice)).filter_map(|slice| service_of(slice)));
+        keys.extend(
+            self.shared
+                .slices
+                .in_namespace(&namespace)
+                .iter()
+                .filter(|slice| has_pod(slice))
+                .filter_map(|slice| service_of(slice)),
+        );
         keys
     }
 
     async fn sync(&self, key: &Key) -> Result<(), Error> {
         let (namespace, name) = key;
-        let Some(service) = self.shared.services.get(namespace, name) else { return Ok(()) };
+        let Some(service) = self.shared.services.get(namespace, name) else {
+            return Ok(());
+        };
         if service.metadata.deletion_timestamp.is_some() {
             return Ok(());
         }
         let slices: Vec<Arc<EndpointSlice>> = slices_of(&self.shared.slices, namespace, name)
             .into_iter()
-            .filter(|slice| slice.labels().get(MANAGED_BY_LABEL).is_some_and(|manager| manager == MANAGER))
+            .filter(|slice| {
+                slice
+                    .labels()
+                    .get(MANAGED_BY_LABEL)
+                    .is_some_and(|manager| manager == MANAGER)
+            })
             .collect();
         let pods = self.shared.pods.in_namespace(namespace);
         let plan = plan::<_, Arc<Pod>>(service.as_ref(), &pods, &slices);
@@ -113,7 +135,9 @@ impl Controller {
                 self.shared.slices.note(created);
             }
             for slice in &plan.update {
-                let updated = api.replace(&slice.name_any(), &PostParams::default(), slice).await?;
+                let updated = api
+                    .replace(&slice.name_any(), &PostParams::default(), slice)
+                    .await?;
                 self.shared.slices.note(updated);
             }
             for slice in &plan.delete {
@@ -132,9 +156,13 @@ impl Controller {
             if !matches!(&error, kube::Error::Api(status) if status.code == 409) {
                 let about = Service::object_ref(&service, &());
                 let note = format!("Error updating Endpoint Slices for Service {namespace}/{name}: {error}");
-                self.recorder.warning(&about, "FailedToUpdateEndpointSlices", "Update", &note);
+                self.recorder
+                    .warning(&about, "FailedToUpdateEndpointSlices", "Update", &note);
             }
-            Error::api(format!("write the endpoints of Service {namespace}/{name}"), error)
+            Error::api(
+                format!("write the endpoints of Service {namespace}/{name}"),
+                error,
+            )
         })
     }
 }

@@ -75,10 +75,26 @@ pub async fn run(client: kube::Client, cancel: CancellationToken) -> Result<(), 
     shared.nodes.ready("nodes", LIST_DEADLINE).await?;
     let recorder = |name: &str| Recorder::start(client.clone(), name, inner.clone());
     let mut tasks = JoinSet::new();
-    tasks.spawn(deployment_shell::run(shared.clone(), recorder("deployment-controller"), inner.clone()));
-    tasks.spawn(replicaset_shell::run(shared.clone(), recorder("replicaset-controller"), inner.clone()));
-    tasks.spawn(endpointslice_shell::run(shared.clone(), recorder("endpoint-slice-controller"), inner.clone()));
-    tasks.spawn(scheduler::run(shared, recorder("default-scheduler"), inner.clone()));
+    tasks.spawn(deployment_shell::run(
+        shared.clone(),
+        recorder("deployment-controller"),
+        inner.clone(),
+    ));
+    tasks.spawn(replicaset_shell::run(
+        shared.clone(),
+        recorder("replicaset-controller"),
+        inner.clone(),
+    ));
+    tasks.spawn(endpointslice_shell::run(
+        shared.clone(),
+        recorder("endpoint-slice-controller"),
+        inner.clone(),
+    ));
+    tasks.spawn(scheduler::run(
+        shared,
+        recorder("default-scheduler"),
+        inner.clone(),
+    ));
     while tasks.join_next().await.is_some() {}
     Ok(())
 }

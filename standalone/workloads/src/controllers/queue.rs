@@ -50,7 +50,12 @@ impl Queue {
     /// A key that is due.
     pub(crate) fn pop(&mut self) -> Option<Key> {
         let now = Instant::now();
-        let late: Vec<Key> = self.delayed.iter().filter(|(_, at)| **at <= now).map(|(key, _)| key.clone()).collect();
+        let late: Vec<Key> = self
+            .delayed
+            .iter()
+            .filter(|(_, at)| **at <= now)
+            .map(|(key, _)| key.clone())
+            .collect();
         for key in late {
             self.delayed.remove(&key);
             self.due.insert(key);

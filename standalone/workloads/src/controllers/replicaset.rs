@@ -29,7 +29,12 @@ pub(crate) struct Decision {
 }
 
 /// Decides one step. `pods` are those that it controls; `failure` is why the last step did not work (reason, message).
-pub(crate) fn decide(set: &ReplicaSet, pods: &[&Pod], failure: Option<(&str, &str)>, now: Timestamp) -> Decision {
+pub(crate) fn decide(
+    set: &ReplicaSet,
+    pods: &[&Pod],
+    failure: Option<(&str, &str)>,
+    now: Timestamp,
+) -> Decision {
     let mut decision = Decision::default();
     let active: Vec<&Pod> = pods.iter().copied().filter(|pod| is_active(pod)).collect();
     let wanted = usize::try_from(spec_replicas(set)).unwrap_or(0);
@@ -39,12 +44,27 @@ pub(crate) fn decide(set: &ReplicaSet, pods: &[&Pod], failure: Option<(&str, &st
         } else if active.len() > wanted {
             let mut ranked = active.clone();
             ranked.sort_by(|a, b| compare(a, b));
-            decision.delete = ranked.iter().take((active.len() - wanted).min(BURST)).map(|pod| pod.name_any()).collect();
+            decision.delete = ranked
+                .iter()
+                .take((active.len() - wanted).min(BURST))
+                .map(|pod| pod.name_any())
+                .collect();
         }
     }
-    let min_ready =
-        Duration::from_secs(set.spec.as_ref().and_then(|spec| spec.min_ready_seconds).unwrap_or(0).max(0).unsigned_abs().into());
-    let labels = set.spec.as_ref().and_then(|spec| spec.template.as_ref()?.metadata.as_ref()?.labels.clone()).unwrap_or_default();
+    let min_ready = Duration::from_secs(
+        set.spec
+            .as_ref()
+            .and_then(|spec| spec.min_ready_seconds)
+            .unwrap_or(0)
+            .max(0)
+            .unsigned_abs()
+            .into(),
+    );
+    let labels = set
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.template.as_ref()?.metadata.as_ref()?.labels.clone())
+        .unwrap_or_default();
     let (mut ready, mut available) = (0, 0);
     for since in active.iter().filter_map(|pod| ready_since(pod)) {
         ready += 1;
@@ -54,12 +74,26 @@ pub(crate) fn decide(set: &ReplicaSet, pods: &[&Pod], failure: Option<(&str, &st
         } else {
             // Times are in whole seconds.
             let left = Duration::try_from(at.duration_since(now)).unwrap_or_default();
-            decision.wake_after = Some(decision.wake_after.map_or(left, |known: Duration| known.min(left)));
+            decision.wake_after = Some(
+                decision
+                    .wake_after
+                    .map_or(left, |known: Duration| known.min(left)),
+            );
         }
     }
-    let fully = active.iter().filter(|pod| labels.iter().all(|(key, value)| pod.labels().get(key) == Some(value))).count();
+    let fully = active
+        .iter()
+        .filter(|pod| {
+            labels
+                .iter()
+                .all(|(key, value)| pod.labels().get(key) == Some(value))
+        })
+        .count();
     let positive = |number: usize| (number > 0).then_some(number as i32);
-    let terminating = pods.iter().filter(|pod| pod.metadata.deletion_timestamp.is_some() && !is_done(pod)).count();
+    let terminating = pods
+        .iter()
+        .filter(|pod| pod.metadata.deletion_timestamp.is_some() && !is_done(pod))
+        .count();
     let before = set.status.clone().unwrap_or_default();
     decision.status = ReplicaSetStatus {
         replicas: active.len() as i32,
@@ -82,7 +116,10 @@ fn conditions(
     match failure {
         None => conditions.retain(|condition| condition.type_ != "ReplicaFailure"),
         Some((reason, message)) => {
-            if !conditions.iter().any(|condition| condition.type_ == "ReplicaFailure" && condition.status == "True") {
+            if !conditions
+                .iter()
+                .any(|condition| condition.type_ == "ReplicaFailure" && condition.status == "True")
+            {
                 conditions.push(ReplicaSetCondition {
                     type_: "ReplicaFailure".to_owned(),
                     status: "True".to_owned(),
@@ -98,15 +135,28 @@ fn conditions(
 
 /// Kubernetes' order of deletion: unassigned, pending, not ready, cheap, recently ready, often restarted, young.
 fn compare(a: &Pod, b: &Pod) -> Ordering {
-    let assigned = |pod: &Pod| pod.spec.as_ref().and_then(|spec| spec.node_name.as_ref()).is_some();
+    let assigned = |pod: &Pod| {
+        pod.spec
+            .as_ref()
+            .and_then(|spec| spec.node_name.as_ref())
+            .is_some()
+    };
     let phase = |pod: &Pod| match pod.status.as_ref().and_then(|status| status.phase.as_deref()) {
         Some("Running") => 2,
         Some("Unknown") => 1,
         _ => 0,
     };
-    let cost = |pod: &Pod| pod.annotations().get(DELETION_COST).and_then(|cost| cost.parse::<i32>().ok()).unwrap_or(0);
+    let cost = |pod: &Pod| {
+        pod.annotations()
+            .get(DELETION_COST)
+            .and_then(|cost| cost.parse::<i32>().ok())
+            .unwrap_or(0)
+    };
     let restarts = |pod: &Pod| {
-        let statuses = pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten());
+        let statuses = pod
+            .status
+            .iter()
+            .flat_map(|status| status.container_statuses.iter().flatten());
         statuses.map(|status| status.restart_count).max().unwrap_or(0)
     };
     let created = |pod: &Pod| pod.creation_timestamp().map(|time| time.0);
@@ -128,13 +178,16 @@ mod tests {
     use super::*;
 
     fn set(replicas: i32, min_ready: i32) -> ReplicaSet {
-        serde_json::from_value(json!({"metadata": {"name": "s", "generation": 3}, "spec": {"replicas": replicas, "selector": {},
-            "minReadySeconds": min_ready, "template": {"metadata": {"labels": {"app": "x"}}}}}))
+        serde_json::from_value(
+            json!({"metadata": {"name": "s", "generation": 3}, "spec": {"replicas": replicas, "selector": {},
+            "minReadySeconds": min_ready, "template": {"metadata": {"labels": {"app": "x"}}}}}),
+        )
         .unwrap()
     }
 
     fn pod(name: &str, value: serde_json::Value) -> Pod {
-        let mut object = json!({"metadata": {"name": name, "labels": {"app": "x"}}, "spec": {"containers": []}});
+        let mut object =
+            json!({"metadata": {"name": name, "labels": {"app": "x"}}, "spec": {"containers": []}});
         fn merge(into: &mut serde_json::Value, from: serde_json::Value) {
             match (into, from) {
                 (serde_json::Value::Object(into), serde_json::Value::Object(from)) => {
@@ -150,8 +203,11 @@ mod tests {
     }
 
     fn ready(name: &str, since: &str) -> Pod {
-        pod(name, json!({"spec": {"nodeName": "n"}, "status": {"phase": "Running",
-            "conditions": [{"type": "Ready", "status": "True", "lastTransitionTime": since}]}}))
+        pod(
+            name,
+            json!({"spec": {"nodeName": "n"}, "status": {"phase": "Running",
+            "conditions": [{"type": "Ready", "status": "True", "lastTransitionTime": since}]}}),
+        )
     }
 
     fn now() -> Timestamp {
@@ -163,7 +219,10 @@ mod tests {
         let pods = [
             pod("a", json!({})),
             pod("done", json!({"status": {"phase": "Failed"}})),
-            pod("going", json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}})),
+            pod(
+                "going",
+                json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}),
+            ),
         ];
         let decision = decide(&set(3, 0), &pods.iter().collect::<Vec<_>>(), None, now());
         assert_eq!((decision.create, decision.delete.len()), (2, 0));
@@ -177,9 +236,15 @@ mod tests {
         let pods = [
             ready("old", "2026-01-01T00:00:01Z"),
             ready("recent", "2026-01-01T00:00:30Z"),
-            pod("pending", json!({"spec": {"nodeName": "n"}, "status": {"phase": "Pending"}})),
+            pod(
+                "pending",
+                json!({"spec": {"nodeName": "n"}, "status": {"phase": "Pending"}}),
+            ),
             pod("unassigned", json!({"status": {"phase": "Pending"}})),
-            pod("unready", json!({"spec": {"nodeName": "n"}, "status": {"phase": "Running"}})),
+            pod(
+                "unready",
+                json!({"spec": {"nodeName": "n"}, "status": {"phase": "Running"}}),
+            ),
         ];
         let decision = decide(&set(1, 0), &pods.iter().collect::<Vec<_>>(), None, now());
         assert_eq!(decision.delete, ["unassigned", "pending", "unready", "recent"]);
@@ -187,9 +252,15 @@ mod tests {
 
     #[test]
     fn availability_waits_for_min_ready_seconds_and_wakes_for_it() {
-        let pods = [ready("a", "2026-01-01T00:00:55Z"), ready("b", "2026-01-01T00:00:01Z")];
+        let pods = [
+            ready("a", "2026-01-01T00:00:55Z"),
+            ready("b", "2026-01-01T00:00:01Z"),
+        ];
         let decision = decide(&set(2, 10), &pods.iter().collect::<Vec<_>>(), None, now());
-        assert_eq!((decision.status.ready_replicas, decision.status.available_replicas), (Some(2), Some(1)));
+        assert_eq!(
+            (decision.status.ready_replicas, decision.status.available_replicas),
+            (Some(2), Some(1))
+        );
         assert_eq!(decision.wake_after, Some(Duration::from_secs(5)));
     }
 
@@ -198,7 +269,10 @@ mod tests {
         let mut set = set(1, 0);
         let decision = decide(&set, &[], Some(("FailedCreate", "quota")), now());
         let condition = &decision.status.conditions.as_ref().unwrap()[0];
-        assert_eq!((condition.type_.as_str(), condition.message.as_deref()), ("ReplicaFailure", Some("quota")));
+        assert_eq!(
+            (condition.type_.as_str(), condition.message.as_deref()),
+            ("ReplicaFailure", Some("quota"))
+        );
         set.status = Some(decision.status);
         assert_eq!(decide(&set, &[], None, now()).status.conditions, None);
     }

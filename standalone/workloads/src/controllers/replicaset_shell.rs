@@ -33,7 +33,10 @@ struct Controller {
 }
 
 fn owner(pod: &Pod) -> Option<Key> {
-    let owner = pod.owner_references().iter().find(|owner| owner.controller == Some(true) && owner.kind == "ReplicaSet")?;
+    let owner = pod
+        .owner_references()
+        .iter()
+        .find(|owner| owner.controller == Some(true) && owner.kind == "ReplicaSet")?;
     Some((pod.namespace().unwrap_or_default(), owner.name.clone()))
 }
 
@@ -85,7 +88,12 @@ pub(crate) async fn run(shared: Shared, recorder: Recorder, cancel: Cancellation
 
 impl Controller {
     fn everything(&self) -> Vec<Key> {
-        self.shared.replica_sets.all().iter().map(|set| key(set.as_ref())).collect()
+        self.shared
+            .replica_sets
+            .all()
+            .iter()
+            .map(|set| key(set.as_ref()))
+            .collect()
     }
 
     /// The ReplicaSet of a pod; of an orphan all that might adopt it.
@@ -93,22 +101,37 @@ impl Controller {
         if let Some(owner) = owner(pod) {
             return vec![owner];
         }
-        if pod.owner_references().iter().any(|owner| owner.controller == Some(true)) {
+        if pod
+            .owner_references()
+            .iter()
+            .any(|owner| owner.controller == Some(true))
+        {
             return Vec::new();
         }
         self.shared
             .replica_sets
             .in_namespace(&pod.namespace().unwrap_or_default())
             .iter()
-            .filter(|set| set.spec.as_ref().is_some_and(|spec| template::selects(&spec.selector, pod.labels())))
+            .filter(|set| {
+                set.spec
+                    .as_ref()
+                    .is_some_and(|spec| template::selects(&spec.selector, pod.labels()))
+            })
             .map(|set| key(set.as_ref()))
             .collect()
     }
 
     async fn sync(&self, key: &Key) -> Result<Option<std::time::Duration>, Error> {
-        let Some(set) = self.shared.replica_sets.get(&key.0, &key.1) else { return Ok(None) };
+        let Some(set) = self.shared.replica_sets.get(&key.0, &key.1) else {
+            return Ok(None);
+        };
         let mut pods = self.controlled(&set).await?;
-        let decision = decide(&set, &pods.iter().map(AsRef::as_ref).collect::<Vec<_>>(), None, Timestamp::now());
+        let decision = decide(
+            &set,
+            &pods.iter().map(AsRef::as_ref).collect::<Vec<_>>(),
+            None,
+            Timestamp::now(),
+        );
         let mut result = Ok(());
         if decision.create > 0 {
             result = self.create(&set, decision.create).await;
@@ -121,7 +144,11 @@ impl Controller {
                 None
             }
             Err(error) => {
-                let reason = if decision.create > 0 { "FailedCreate" } else { "FailedDelete" };
+                let reason = if decision.create > 0 {
+                    "FailedCreate"
+                } else {
+                    "FailedDelete"
+                };
                 // kube's error repeats the request; the server's words are what the user knows.
                 let message = match error {
                     Error::Api { source, .. } => match source.as_ref() {
@@ -130,7 +157,9 @@ impl Controller {
                     },
                     other => other.to_string(),
                 };
-                self.failures.lock().insert(key.clone(), (reason, message.clone()));
+                self.failures
+                    .lock()
+                    .insert(key.clone(), (reason, message.clone()));
                 Some((reason, message))
             }
         };
@@ -139,8 +168,15 @@ impl Controller {
             pods = self.controlled(&set).await?;
         }
         let set = self.shared.replica_sets.get(&key.0, &key.1).unwrap_or(set);
-        let failure = failure.as_ref().map(|(reason, message)| (*reason, message.as_str()));
-        let after = decide(&set, &pods.iter().map(AsRef::as_ref).collect::<Vec<_>>(), failure, Timestamp::now());
+        let failure = failure
+            .as_ref()
+            .map(|(reason, message)| (*reason, message.as_str()));
+        let after = decide(
+            &set,
+            &pods.iter().map(AsRef::as_ref).collect::<Vec<_>>(),
+            failure,
+            Timestamp::now(),
+        );
         if set.status.as_ref() != Some(&after.status) {
             let api: Api<ReplicaSet> = Api::namespaced(self.shared.client.clone(), &key.0);
             let mut object = set.as_ref().clone();
@@ -148,7 +184,12 @@ impl Controller {
             let written = api
                 .replace_status(&key.1, &PostParams::default(), &object)
                 .await
-                .map_err(|error| Error::api(format!("write the status of ReplicaSet {}/{}", key.0, key.1), error))?;
+                .map_err(|error| {
+                    Error::api(
+                        format!("write the status of ReplicaSet {}/{}", key.0, key.1),
+                        error,
+                    )
+                })?;
             self.shared.replica_sets.note(written);
         }
         result.map(|()| after.wake_after)
@@ -158,29 +199,50 @@ impl Controller {
     /// let go.
     async fn controlled(&self, set: &ReplicaSet) -> Result<Vec<Arc<Pod>>, Error> {
         let namespace = set.namespace().unwrap_or_default();
-        let Some(selector) = set.spec.as_ref().map(|spec| &spec.selector) else { return Ok(Vec::new()) };
+        let Some(selector) = set.spec.as_ref().map(|spec| &spec.selector) else {
+            return Ok(Vec::new());
+        };
         let uid = set.uid().unwrap_or_default();
         let api: Api<Pod> = Api::namespaced(self.shared.client.clone(), &namespace);
         let mut controlled = Vec::new();
         for pod in self.shared.pods.in_namespace(&namespace) {
-            let controller = pod.owner_references().iter().find(|owner| owner.controller == Some(true));
+            let controller = pod
+                .owner_references()
+                .iter()
+                .find(|owner| owner.controller == Some(true));
             let selected = template::selects(selector, pod.labels());
             match controller {
                 Some(owner) if owner.uid == uid && selected => controlled.push(pod),
                 Some(owner) if owner.uid == uid && pod.metadata.deletion_timestamp.is_none() => {
-                    let owners: Vec<_> = pod.owner_references().iter().filter(|owner| owner.uid != uid).cloned().collect();
+                    let owners: Vec<_> = pod
+                        .owner_references()
+                        .iter()
+                        .filter(|owner| owner.uid != uid)
+                        .cloned()
+                        .collect();
                     let patch = json!({"metadata": {"uid": pod.uid(), "ownerReferences": owners}});
-                    match api.patch(&pod.name_any(), &PatchParams::default(), &Patch::Merge(&patch)).await {
+                    match api
+                        .patch(&pod.name_any(), &PatchParams::default(), &Patch::Merge(&patch))
+                        .await
+                    {
                         Ok(written) => self.shared.pods.note(written),
                         Err(kube::Error::Api(status)) if status.code == 404 => {}
-                        Err(error) => return Err(Error::api(format!("release pod {}", pod.name_any()), error)),
+                        Err(error) => {
+                            return Err(Error::api(format!("release pod {}", pod.name_any()), error));
+                        }
                     }
                 }
-                None if selected && template::is_active(&pod) && set.metadata.deletion_timestamp.is_none() => {
+                None if selected
+                    && template::is_active(&pod)
+                    && set.metadata.deletion_timestamp.is_none() =>
+                {
                     let mut owners = pod.owner_references().to_vec();
                     owners.extend(owner_of(set));
                     let patch = json!({"metadata": {"uid": pod.uid(), "ownerReferences": owners}});
-                    match api.patch(&pod.name_any(), &PatchParams::default(), &Patch::Merge(&patch)).await {
+                    match api
+                        .patch(&pod.name_any(), &PatchParams::default(), &Patch::Merge(&patch))
+                        .await
+                    {
                         Ok(written) => {
                             self.shared.pods.note(written.clone());
                             controlled.push(Arc::new(written));
@@ -198,7 +260,10 @@ impl Controller {
     async fn create(&self, set: &ReplicaSet, count: usize) -> Result<(), Error> {
         let namespace = set.namespace().unwrap_or_default();
         let api: Api<Pod> = Api::namespaced(self.shared.client.clone(), &namespace);
-        let (Some(template), Some(owner)) = (set.spec.as_ref().and_then(|spec| spec.template.as_ref()), owner_of(set)) else {
+        let (Some(template), Some(owner)) = (
+            set.spec.as_ref().and_then(|spec| spec.template.as_ref()),
+            owner_of(set),
+        ) else {
             return Ok(());
         };
         let pod = template::pod(template, owner, &namespace);
@@ -226,8 +291,16 @@ impl Controller {
                             kube::Error::Api(status) => status.message.clone(),
                             other => other.to_string(),
                         };
-                        self.recorder.warning(&about, "FailedCreate", "Create", &format!("Error creating: {text}"));
-                        return Err(Error::api(format!("create a pod of ReplicaSet {namespace}/{}", set.name_any()), error));
+                        self.recorder.warning(
+                            &about,
+                            "FailedCreate",
+                            "Create",
+                            &format!("Error creating: {text}"),
+                        );
+                        return Err(Error::api(
+                            format!("create a pod of ReplicaSet {namespace}/{}", set.name_any()),
+                            error,
+                        ));
                     }
                 }
             }
@@ -264,13 +337,31 @@ impl Controller {
         for (name, result) in results {
             match result {
                 Ok(Some(pod)) if pod.metadata.deletion_timestamp.is_some() => {
-                    self.recorder.normal(&about, "SuccessfulDelete", "Delete", &format!("Deleted pod: {name}"));
+                    self.recorder.normal(
+                        &about,
+                        "SuccessfulDelete",
+                        "Delete",
+                        &format!("Deleted pod: {name}"),
+                    );
                     // A pod without a node is gone at once; the answer is then its last state.
-                    let unassigned = pod.spec.as_ref().and_then(|spec| spec.node_name.as_ref()).is_none();
-                    if unassigned { self.shared.pods.note_deleted(&pod) } else { self.shared.pods.note(pod) }
+                    let unassigned = pod
+                        .spec
+                        .as_ref()
+                        .and_then(|spec| spec.node_name.as_ref())
+                        .is_none();
+                    if unassigned {
+                        self.shared.pods.note_deleted(&pod)
+                    } else {
+                        self.shared.pods.note(pod)
+                    }
                 }
                 Ok(_) => {
-                    self.recorder.normal(&about, "SuccessfulDelete", "Delete", &format!("Deleted pod: {name}"));
+                    self.recorder.normal(
+                        &about,
+                        "SuccessfulDelete",
+                        "Delete",
+                        &format!("Deleted pod: {name}"),
+                    );
                     if let Some(pod) = self.shared.pods.get(&namespace, &name) {
                         self.shared.pods.note_deleted(&pod);
                     }

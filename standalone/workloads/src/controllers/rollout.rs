@@ -11,7 +11,12 @@ pub(crate) const DESIRED_REPLICAS: &str = "deployment.kubernetes.io/desired-repl
 pub(crate) const MAX_REPLICAS: &str = "deployment.kubernetes.io/max-replicas";
 
 pub(crate) fn wanted(deployment: &Deployment) -> i32 {
-    deployment.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(1).max(0)
+    deployment
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.replicas)
+        .unwrap_or(1)
+        .max(0)
 }
 
 pub(crate) fn is_recreate(deployment: &Deployment) -> bool {
@@ -27,7 +32,11 @@ fn resolve(value: Option<&IntOrString>, total: i32, round_up: bool) -> i32 {
         Some(IntOrString::String(text)) => {
             let percent: i64 = text.trim_end_matches('%').parse().unwrap_or(0);
             let product = percent * i64::from(total);
-            let rounded = if round_up { (product + 99).div_euclid(100) } else { product.div_euclid(100) };
+            let rounded = if round_up {
+                (product + 99).div_euclid(100)
+            } else {
+                product.div_euclid(100)
+            };
             i32::try_from(rounded).unwrap_or(i32::MAX)
         }
     }
@@ -45,18 +54,36 @@ pub(crate) fn fences(deployment: &Deployment) -> (i32, i32) {
         .and_then(|strategy| strategy.rolling_update.as_ref());
     let quarter = IntOrString::String("25%".to_owned());
     let replicas = wanted(deployment);
-    let surge = resolve(rolling.map_or(Some(&quarter), |r| r.max_surge.as_ref().or(Some(&quarter))), replicas, true);
-    let unavailable =
-        resolve(rolling.map_or(Some(&quarter), |r| r.max_unavailable.as_ref().or(Some(&quarter))), replicas, false);
-    if surge == 0 && unavailable == 0 { (0, 1) } else { (surge, unavailable.min(replicas)) }
+    let surge = resolve(
+        rolling.map_or(Some(&quarter), |r| r.max_surge.as_ref().or(Some(&quarter))),
+        replicas,
+        true,
+    );
+    let unavailable = resolve(
+        rolling.map_or(Some(&quarter), |r| r.max_unavailable.as_ref().or(Some(&quarter))),
+        replicas,
+        false,
+    );
+    if surge == 0 && unavailable == 0 {
+        (0, 1)
+    } else {
+        (surge, unavailable.min(replicas))
+    }
 }
 
 pub(crate) fn spec_replicas(set: &ReplicaSet) -> i32 {
-    set.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(1).max(0)
+    set.spec
+        .as_ref()
+        .and_then(|spec| spec.replicas)
+        .unwrap_or(1)
+        .max(0)
 }
 
 pub(crate) fn available(set: &ReplicaSet) -> i32 {
-    set.status.as_ref().and_then(|status| status.available_replicas).unwrap_or(0)
+    set.status
+        .as_ref()
+        .and_then(|status| status.available_replicas)
+        .unwrap_or(0)
 }
 
 pub(crate) fn actual(set: &ReplicaSet) -> i32 {
@@ -133,9 +160,15 @@ pub(crate) fn proportional(deployment: &Deployment, active: &[&ReplicaSet]) -> V
     let mut order: Vec<usize> = (0..active.len()).collect();
     order.sort_by(|a, b| {
         let (a, b) = (active[*a], active[*b]);
-        let by_age = a.creation_timestamp().map(|t| t.0).cmp(&b.creation_timestamp().map(|t| t.0)).then(a.name_any().cmp(&b.name_any()));
+        let by_age = a
+            .creation_timestamp()
+            .map(|t| t.0)
+            .cmp(&b.creation_timestamp().map(|t| t.0))
+            .then(a.name_any().cmp(&b.name_any()));
         // Largest first; of equal ones the newer grows first and the older shrinks first.
-        spec_replicas(b).cmp(&spec_replicas(a)).then(if to_add > 0 { by_age.reverse() } else { by_age })
+        spec_replicas(b)
+            .cmp(&spec_replicas(a))
+            .then(if to_add > 0 { by_age.reverse() } else { by_age })
     });
     let mut added = 0;
     let mut sizes: Vec<i32> = active.iter().map(|set| spec_replicas(set)).collect();
@@ -146,7 +179,11 @@ pub(crate) fn proportional(deployment: &Deployment, active: &[&ReplicaSet]) -> V
         }
         let share = share(deployment, set, replicas, surge);
         let left = to_add - added;
-        let share = if to_add > 0 { share.min(left) } else { share.max(left) };
+        let share = if to_add > 0 {
+            share.min(left)
+        } else {
+            share.max(left)
+        };
         sizes[*position] += share;
         added += share;
     }
@@ -161,9 +198,16 @@ fn share(deployment: &Deployment, set: &ReplicaSet, replicas: i32, surge: i32) -
     if replicas == 0 {
         return -size;
     }
-    let before = number(set, MAX_REPLICAS).filter(|max| *max > 0).unwrap_or_else(|| {
-        deployment.status.as_ref().and_then(|status| status.replicas).filter(|count| *count > 0).unwrap_or(1)
-    });
+    let before = number(set, MAX_REPLICAS)
+        .filter(|max| *max > 0)
+        .unwrap_or_else(|| {
+            deployment
+                .status
+                .as_ref()
+                .and_then(|status| status.replicas)
+                .filter(|count| *count > 0)
+                .unwrap_or(1)
+        });
     let new = (f64::from(size) * f64::from(replicas + surge) / f64::from(before)).round();
     new as i32 - size
 }
@@ -183,8 +227,10 @@ mod tests {
     }
 
     fn set(name: &str, replicas: i32, available: i32) -> ReplicaSet {
-        serde_json::from_value(json!({"metadata": {"name": name}, "spec": {"replicas": replicas, "selector": {}},
-            "status": {"replicas": replicas, "availableReplicas": available}}))
+        serde_json::from_value(
+            json!({"metadata": {"name": name}, "spec": {"replicas": replicas, "selector": {}},
+            "status": {"replicas": replicas, "availableReplicas": available}}),
+        )
         .unwrap()
     }
 

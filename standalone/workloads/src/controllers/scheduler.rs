@@ -29,7 +29,10 @@ fn is_waiting(pod: &Pod) -> bool {
         && pod.metadata.deletion_timestamp.is_none()
         && spec.scheduler_name.as_deref().unwrap_or(NAME) == NAME
         && spec.scheduling_gates.as_ref().is_none_or(Vec::is_empty)
-        && !matches!(pod.status.as_ref().and_then(|status| status.phase.as_deref()), Some("Succeeded" | "Failed"))
+        && !matches!(
+            pod.status.as_ref().and_then(|status| status.phase.as_deref()),
+            Some("Succeeded" | "Failed")
+        )
 }
 
 /// The node for a pod, or why there is none, in kube-scheduler's words.
@@ -43,11 +46,18 @@ fn choose<'a>(pod: &Pod, nodes: &'a [std::sync::Arc<Node>]) -> Result<&'a Node, 
             .any(|condition| condition.type_ == "Ready" && condition.status == "True");
         let wanted = pod.spec.as_ref().and_then(|spec| spec.node_selector.as_ref());
         let matches = wanted.is_none_or(|wanted| {
-            wanted.iter().all(|(key, value)| node.labels().get(key) == Some(value))
+            wanted
+                .iter()
+                .all(|(key, value)| node.labels().get(key) == Some(value))
         });
         if !ready {
             unready += 1;
-        } else if node.spec.as_ref().and_then(|spec| spec.unschedulable).unwrap_or(false) {
+        } else if node
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.unschedulable)
+            .unwrap_or(false)
+        {
             unschedulable += 1;
         } else if !matches {
             mismatched += 1;
@@ -109,16 +119,26 @@ fn already_refused(pod: &Pod) -> bool {
     pod.status
         .iter()
         .flat_map(|status| status.conditions.iter().flatten())
-        .any(|condition| condition.type_ == "PodScheduled" && condition.reason.as_deref() == Some("Unschedulable"))
+        .any(|condition| {
+            condition.type_ == "PodScheduled" && condition.reason.as_deref() == Some("Unschedulable")
+        })
 }
 
 impl Scheduler {
     fn waiting(&self) -> Vec<Key> {
-        self.shared.pods.all().iter().filter(|pod| is_waiting(pod)).map(|pod| key(pod.as_ref())).collect()
+        self.shared
+            .pods
+            .all()
+            .iter()
+            .filter(|pod| is_waiting(pod))
+            .map(|pod| key(pod.as_ref()))
+            .collect()
     }
 
     async fn schedule(&self, key: &Key) -> Result<(), Error> {
-        let Some(pod) = self.shared.pods.get(&key.0, &key.1).filter(|pod| is_waiting(pod)) else { return Ok(()) };
+        let Some(pod) = self.shared.pods.get(&key.0, &key.1).filter(|pod| is_waiting(pod)) else {
+            return Ok(());
+        };
         let api: Api<Pod> = Api::namespaced(self.shared.client.clone(), &key.0);
         let about = pod.object_ref(&());
         let nodes = self.shared.nodes.all();
@@ -139,8 +159,9 @@ impl Scheduler {
                         ..ObjectReference::default()
                     },
                 };
-                let result: Result<serde_json::Value, kube::Error> =
-                    api.create_subresource("binding", &key.1, &PostParams::default(), &binding).await;
+                let result: Result<serde_json::Value, kube::Error> = api
+                    .create_subresource("binding", &key.1, &PostParams::default(), &binding)
+                    .await;
                 match result {
                     Ok(_) => {
                         let note = format!("Successfully assigned {}/{} to {node}", key.0, key.1);
@@ -157,13 +178,18 @@ impl Scheduler {
     }
 
     async fn refuse(&self, pod: &Pod, api: &Api<Pod>, reason: &str) -> Result<(), Error> {
-        let same = pod.status.iter().flat_map(|status| status.conditions.iter().flatten()).any(|condition| {
-            condition.type_ == "PodScheduled" && condition.message.as_deref() == Some(reason)
-        });
+        let same = pod
+            .status
+            .iter()
+            .flat_map(|status| status.conditions.iter().flatten())
+            .any(|condition| {
+                condition.type_ == "PodScheduled" && condition.message.as_deref() == Some(reason)
+            });
         if same {
             return Ok(());
         }
-        self.recorder.warning(&pod.object_ref(&()), "FailedScheduling", "Scheduling", reason);
+        self.recorder
+            .warning(&pod.object_ref(&()), "FailedScheduling", "Scheduling", reason);
         let condition = PodCondition {
             type_: "PodScheduled".to_owned(),
             status: "False".to_owned(),
@@ -172,9 +198,15 @@ impl Scheduler {
             last_transition_time: Some(Time(jiff::Timestamp::now())),
             ..PodCondition::default()
         };
-        let patch = json!({"status": {"phase": "Pending", "conditions": [condition]}});
+        // With the version that was looked at: whoever has bound it meanwhile must not be told the opposite.
+        let patch = json!({"metadata": {"uid": pod.uid(), "resourceVersion": pod.resource_version()},
+                           "status": {"conditions": [condition]}});
         let written = api
-            .patch_status(&pod.name_any(), &PatchParams::default(), &Patch::Strategic(&patch))
+            .patch_status(
+                &pod.name_any(),
+                &PatchParams::default(),
+                &Patch::Strategic(&patch),
+            )
             .await
             .map_err(|error| Error::api(format!("write the status of pod {}", pod.name_any()), error))?;
         self.shared.pods.note(written);
@@ -208,15 +240,26 @@ mod tests {
             choose(&picky, &[node(true, json!({}))]).unwrap_err(),
             "0/1 nodes are available: 1 node(s) didn't match Pod's node affinity/selector."
         );
-        assert_eq!(choose(&picky, &[]).unwrap_err(), "no nodes available to schedule pods");
-        assert!(choose(&picky, &[node(false, json!({}))]).unwrap_err().contains("not ready"));
+        assert_eq!(
+            choose(&picky, &[]).unwrap_err(),
+            "no nodes available to schedule pods"
+        );
+        assert!(
+            choose(&picky, &[node(false, json!({}))])
+                .unwrap_err()
+                .contains("not ready")
+        );
     }
 
     #[test]
     fn bound_foreign_gated_and_deleted_pods_are_left_alone() {
         assert!(is_waiting(&pod(json!({"containers": []}))));
         assert!(!is_waiting(&pod(json!({"containers": [], "nodeName": "n"}))));
-        assert!(!is_waiting(&pod(json!({"containers": [], "schedulerName": "other"}))));
-        assert!(!is_waiting(&pod(json!({"containers": [], "schedulingGates": [{"name": "wait"}]}))));
+        assert!(!is_waiting(&pod(
+            json!({"containers": [], "schedulerName": "other"})
+        )));
+        assert!(!is_waiting(&pod(
+            json!({"containers": [], "schedulingGates": [{"name": "wait"}]})
+        )));
     }
 }

@@ -37,7 +37,10 @@ pub(crate) fn hash(template: &PodTemplateSpec, collisions: Option<i32>) -> Strin
         hash ^= u32::from(byte);
         hash = hash.wrapping_mul(0x0100_0193);
     }
-    hash.to_string().bytes().map(|byte| char::from(ALPHABET[usize::from(byte) % ALPHABET.len()])).collect()
+    hash.to_string()
+        .bytes()
+        .map(|byte| char::from(ALPHABET[usize::from(byte) % ALPHABET.len()]))
+        .collect()
 }
 
 /// A new pod of a template.
@@ -66,10 +69,13 @@ pub(crate) fn selects(selector: &LabelSelector, labels: &BTreeMap<String, String
     if exact.clone().next().is_none() && expressions.clone().next().is_none() {
         return false;
     }
-    exact.into_iter().all(|(key, value)| labels.get(key) == Some(value))
+    exact
+        .into_iter()
+        .all(|(key, value)| labels.get(key) == Some(value))
         && expressions.into_iter().all(|expression| {
             let value = labels.get(&expression.key);
-            let listed = value.is_some_and(|value| expression.values.iter().flatten().any(|listed| listed == value));
+            let listed =
+                value.is_some_and(|value| expression.values.iter().flatten().any(|listed| listed == value));
             match expression.operator.as_str() {
                 "In" => listed,
                 "NotIn" => !listed,
@@ -83,8 +89,15 @@ pub(crate) fn selects(selector: &LabelSelector, labels: &BTreeMap<String, String
 /// Whether a condition of a pod is true, and since when.
 pub(crate) fn ready_since(pod: &Pod) -> Option<jiff::Timestamp> {
     let conditions = pod.status.as_ref()?.conditions.as_ref()?;
-    let ready = conditions.iter().find(|condition| condition.type_ == "Ready" && condition.status == "True")?;
-    Some(ready.last_transition_time.as_ref().map_or(jiff::Timestamp::UNIX_EPOCH, |time| time.0))
+    let ready = conditions
+        .iter()
+        .find(|condition| condition.type_ == "Ready" && condition.status == "True")?;
+    Some(
+        ready
+            .last_transition_time
+            .as_ref()
+            .map_or(jiff::Timestamp::UNIX_EPOCH, |time| time.0),
+    )
 }
 
 /// Neither completed nor being deleted.
@@ -110,10 +123,16 @@ mod tests {
 
     #[test]
     fn templates_are_equal_up_to_the_hash_label_and_so_are_their_hashes() {
-        let a = template(json!({"metadata": {"labels": {"app": "x"}}, "spec": {"containers": [{"name": "c", "image": "i:1"}]}}));
-        let b = template(json!({"metadata": {"labels": {"app": "x", "pod-template-hash": "abc"}, "creationTimestamp": null},
-            "spec": {"containers": [{"image": "i:1", "name": "c"}]}}));
-        let c = template(json!({"metadata": {"labels": {"app": "x"}}, "spec": {"containers": [{"name": "c", "image": "i:2"}]}}));
+        let a = template(
+            json!({"metadata": {"labels": {"app": "x"}}, "spec": {"containers": [{"name": "c", "image": "i:1"}]}}),
+        );
+        let b = template(
+            json!({"metadata": {"labels": {"app": "x", "pod-template-hash": "abc"}, "creationTimestamp": null},
+            "spec": {"containers": [{"image": "i:1", "name": "c"}]}}),
+        );
+        let c = template(
+            json!({"metadata": {"labels": {"app": "x"}}, "spec": {"containers": [{"name": "c", "image": "i:2"}]}}),
+        );
         assert!(equal(&a, &b) && !equal(&a, &c));
         assert_eq!(hash(&a, None), hash(&b, None));
         assert_ne!(hash(&a, None), hash(&c, None));

@@ -41,7 +41,10 @@ pub(crate) async fn serve(address: Ipv4Addr, zone: Zone, broker: Broker, cancel:
     let server = Arc::new(Server {
         zone,
         broker,
-        upstream: upstream(&std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default(), address),
+        upstream: upstream(
+            &std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
+            address,
+        ),
         forwarding: Arc::new(Semaphore::new(MAX_FORWARDED)),
     });
     let address = SocketAddr::from((address, 53));
@@ -85,11 +88,12 @@ async fn serve_udp(server: &Arc<Server>, socket: &Arc<UdpSocket>) {
                 continue;
             }
         };
-        let Ok(request) = Message::from_vec(&buffer[..length]) else { continue };
-        let limit = request
-            .edns
-            .as_ref()
-            .map_or(PLAIN_UDP, |edns| usize::from(edns.max_payload()).clamp(PLAIN_UDP, MAX_UDP));
+        let Ok(request) = Message::from_vec(&buffer[..length]) else {
+            continue;
+        };
+        let limit = request.edns.as_ref().map_or(PLAIN_UDP, |edns| {
+            usize::from(edns.max_payload()).clamp(PLAIN_UDP, MAX_UDP)
+        });
         match server.zone.answer(&request) {
             Some(response) => {
                 let _ = socket.send_to(&encode(&response, limit), client).await;
@@ -119,7 +123,9 @@ async fn serve_tcp(server: &Arc<Server>, listener: &TcpListener) {
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
-        let Ok(permit) = permits.clone().acquire_owned().await else { return };
+        let Ok(permit) = permits.clone().acquire_owned().await else {
+            return;
+        };
         let Ok((stream, _)) = listener.accept().await else {
             tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
@@ -143,15 +149,22 @@ async fn serve_connection(server: &Server, mut stream: TcpStream) {
         if !matches!(tokio::time::timeout(IDLE, read).await, Ok(Ok(_))) {
             return;
         }
-        let Ok(request) = Message::from_vec(&query) else { return };
+        let Ok(request) = Message::from_vec(&query) else {
+            return;
+        };
         let answer = match server.zone.answer(&request) {
             Some(response) => response.to_vec().unwrap_or_default(),
             None => server.forward(&request, &query).await,
         };
-        let Ok(length) = u16::try_from(answer.len()) else { return };
+        let Ok(length) = u16::try_from(answer.len()) else {
+            return;
+        };
         let mut framed = length.to_be_bytes().to_vec();
         framed.extend(answer);
-        if !matches!(tokio::time::timeout(IDLE, stream.write_all(&framed)).await, Ok(Ok(()))) {
+        if !matches!(
+            tokio::time::timeout(IDLE, stream.write_all(&framed)).await,
+            Ok(Ok(()))
+        ) {
             return;
         }
     }
@@ -168,8 +181,12 @@ impl Server {
             message.to_vec().unwrap_or_default()
         };
         // Without a resolver nothing outside exists; that is quicker for the asker than SERVFAIL and its retries.
-        let Some(upstream) = self.upstream else { return failure(ResponseCode::NXDomain) };
-        let Ok(_permit) = self.forwarding.try_acquire() else { return failure(ResponseCode::Refused) };
+        let Some(upstream) = self.upstream else {
+            return failure(ResponseCode::NXDomain);
+        };
+        let Ok(_permit) = self.forwarding.try_acquire() else {
+            return failure(ResponseCode::Refused);
+        };
         let exchange = async {
             let socket = std::net::UdpSocket::from(self.broker.connect_udp(upstream).await?);
             let socket = UdpSocket::from_std(socket)?;
@@ -218,7 +235,11 @@ mod tests {
         let mut response = Message::response(1, OpCode::Query);
         response.add_query(Query::query(name.clone(), RecordType::A));
         for last in 0..100 {
-            response.add_answer(Record::from_rdata(name.clone(), 1, RData::A(A(Ipv4Addr::new(10, 0, 0, last)))));
+            response.add_answer(Record::from_rdata(
+                name.clone(),
+                1,
+                RData::A(A(Ipv4Addr::new(10, 0, 0, last))),
+            ));
         }
         let short = Message::from_vec(&encode(&response, 512)).unwrap();
         assert!(short.metadata.truncation && short.answers.is_empty());

@@ -46,7 +46,11 @@ struct Found {
 impl Zone {
     pub(crate) fn new(domain: &str, services: Mirror<Service>, slices: Mirror<EndpointSlice>) -> Self {
         Self {
-            domain: domain.to_ascii_lowercase().split('.').map(str::to_owned).collect(),
+            domain: domain
+                .to_ascii_lowercase()
+                .split('.')
+                .map(str::to_owned)
+                .collect(),
             services,
             slices,
         }
@@ -55,13 +59,24 @@ impl Zone {
     /// The answer to a query about the cluster; none if the name is somebody else's.
     pub(crate) fn answer(&self, request: &Message) -> Option<Message> {
         if request.metadata.op_code != OpCode::Query || request.metadata.message_type != MessageType::Query {
-            return Some(Message::error_msg(request.metadata.id, request.metadata.op_code, ResponseCode::NotImp));
+            return Some(Message::error_msg(
+                request.metadata.id,
+                request.metadata.op_code,
+                ResponseCode::NotImp,
+            ));
         }
         let [query] = request.queries.as_slice() else {
-            return Some(Message::error_msg(request.metadata.id, OpCode::Query, ResponseCode::FormErr));
+            return Some(Message::error_msg(
+                request.metadata.id,
+                OpCode::Query,
+                ResponseCode::FormErr,
+            ));
         };
-        let labels: Vec<String> =
-            query.name().iter().map(|label| String::from_utf8_lossy(label).to_ascii_lowercase()).collect();
+        let labels: Vec<String> = query
+            .name()
+            .iter()
+            .map(|label| String::from_utf8_lossy(label).to_ascii_lowercase())
+            .collect();
         let below = labels.len().checked_sub(self.domain.len())?;
         if labels[below..] != self.domain[..] {
             return None;
@@ -95,12 +110,12 @@ impl Zone {
         let labels: Vec<&str> = labels.iter().map(String::as_str).collect();
         match labels.as_slice() {
             // The domain itself and its branches exist, without records of their own.
-            [] | ["svc"] | ["pod"] => Some(Found::default()),
-            [namespace, "svc"] => {
-                (!self.services.in_namespace(namespace).is_empty()).then(Found::default)
-            }
+            [] | ["svc" | "pod"] => Some(Found::default()),
+            [namespace, "svc"] => (!self.services.in_namespace(namespace).is_empty()).then(Found::default),
             [service, namespace, "svc"] => self.service(namespace, service),
-            [port, protocol, service, namespace, "svc"] if port.starts_with('_') && protocol.starts_with('_') => {
+            [port, protocol, service, namespace, "svc"]
+                if port.starts_with('_') && protocol.starts_with('_') =>
+            {
                 self.named_port(namespace, service, &port[1..], &protocol[1..])
             }
             [endpoint, service, namespace, "svc"] => self.endpoint(namespace, service, endpoint),
@@ -126,7 +141,11 @@ impl Zone {
         }
         let addresses = match cluster_address(&service) {
             Some(address) => vec![address],
-            None => self.endpoints(&service, namespace, name).into_iter().map(|(_, address)| address).collect(),
+            None => self
+                .endpoints(&service, namespace, name)
+                .into_iter()
+                .map(|(_, address)| address)
+                .collect(),
         };
         if addresses.is_empty() && cluster_address(&service).is_none() && self.no_slices(namespace, name) {
             // A headless Service that nobody answers for: CoreDNS says that it does not exist.
@@ -140,7 +159,9 @@ impl Zone {
     }
 
     fn no_slices(&self, namespace: &str, name: &str) -> bool {
-        slices_of(&self.slices, namespace, name).iter().all(|slice| slice.endpoints.is_empty())
+        slices_of(&self.slices, namespace, name)
+            .iter()
+            .all(|slice| slice.endpoints.is_empty())
     }
 
     fn named_port(&self, namespace: &str, name: &str, port: &str, protocol: &str) -> Option<Found> {
@@ -201,7 +222,10 @@ impl Zone {
                 .iter()
                 .flat_map(|spec| spec.ports.iter().flatten())
                 .filter(|port| {
-                    wanted(port.name.as_deref().unwrap_or_default(), port.protocol.as_deref().unwrap_or("TCP"))
+                    wanted(
+                        port.name.as_deref().unwrap_or_default(),
+                        port.protocol.as_deref().unwrap_or("TCP"),
+                    )
                 })
                 .filter_map(|port| Some((u16::try_from(port.port).ok()?, None, address)))
                 .collect();
@@ -210,11 +234,24 @@ impl Zone {
         let mut found = Vec::new();
         for slice in slices_of(&self.slices, namespace, name) {
             for port in slice.ports.iter().flatten() {
-                let matches =
-                    wanted(port.name.as_deref().unwrap_or_default(), port.protocol.as_deref().unwrap_or("TCP"));
-                let (Some(number), true) = (port.port.and_then(|port| u16::try_from(port).ok()), matches) else { continue };
-                for endpoint in slice.endpoints.iter().filter(|endpoint| unready || is_ready(endpoint)) {
-                    if let Some(address) = endpoint.addresses.first().and_then(|address| address.parse().ok()) {
+                let matches = wanted(
+                    port.name.as_deref().unwrap_or_default(),
+                    port.protocol.as_deref().unwrap_or("TCP"),
+                );
+                let (Some(number), true) = (port.port.and_then(|port| u16::try_from(port).ok()), matches)
+                else {
+                    continue;
+                };
+                for endpoint in slice
+                    .endpoints
+                    .iter()
+                    .filter(|endpoint| unready || is_ready(endpoint))
+                {
+                    if let Some(address) = endpoint
+                        .addresses
+                        .first()
+                        .and_then(|address| address.parse().ok())
+                    {
                         found.push((number, Some(label_of(endpoint, address)), address));
                     }
                 }
@@ -229,7 +266,11 @@ impl Zone {
         if class != DNSClass::IN && class != DNSClass::ANY {
             return;
         }
-        if let Some(alias) = found.alias.as_deref().and_then(|alias| Name::from_ascii(format!("{alias}.")).ok()) {
+        if let Some(alias) = found
+            .alias
+            .as_deref()
+            .and_then(|alias| Name::from_ascii(format!("{alias}.")).ok())
+        {
             response.add_answer(Record::from_rdata(name, TTL, RData::CNAME(CNAME(alias))));
             return;
         }
@@ -261,9 +302,14 @@ impl Zone {
     }
 
     fn add_soa(&self, response: &mut Message) {
-        let Ok(zone) = Name::from_ascii(format!("{}.", self.domain.join("."))) else { return };
-        let (Ok(server), Ok(contact)) = (zone.prepend_label("dns").and_then(|name| name.prepend_label("ns")), zone.prepend_label("hostmaster"))
-        else {
+        let Ok(zone) = Name::from_ascii(format!("{}.", self.domain.join("."))) else {
+            return;
+        };
+        let (Ok(server), Ok(contact)) = (
+            zone.prepend_label("dns")
+                .and_then(|name| name.prepend_label("ns")),
+            zone.prepend_label("hostmaster"),
+        ) else {
             return;
         };
         // Serial and timers as CoreDNS gives them; the last one bounds negative caching.
@@ -274,7 +320,10 @@ impl Zone {
 
 /// `_http._tcp.svc.ns...` without the two leading labels.
 fn service_name(name: &Name) -> Name {
-    let underscored = name.iter().take_while(|label| label.first() == Some(&b'_')).count();
+    let underscored = name
+        .iter()
+        .take_while(|label| label.first() == Some(&b'_'))
+        .count();
     let mut name = name.clone();
     for _ in 0..underscored {
         name = name.base_name();
@@ -287,16 +336,27 @@ fn cluster_address(service: &Service) -> Option<Ipv4Addr> {
 }
 
 fn publishes_unready(service: &Service) -> bool {
-    service.spec.as_ref().and_then(|spec| spec.publish_not_ready_addresses).unwrap_or(false)
+    service
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.publish_not_ready_addresses)
+        .unwrap_or(false)
 }
 
 fn is_ready(endpoint: &Endpoint) -> bool {
-    endpoint.conditions.as_ref().and_then(|conditions| conditions.ready).unwrap_or(true)
+    endpoint
+        .conditions
+        .as_ref()
+        .and_then(|conditions| conditions.ready)
+        .unwrap_or(true)
 }
 
 /// The endpoint's hostname, or its address with dashes.
 fn label_of(endpoint: &Endpoint, address: Ipv4Addr) -> String {
-    endpoint.hostname.clone().unwrap_or_else(|| address.to_string().replace('.', "-"))
+    endpoint
+        .hostname
+        .clone()
+        .unwrap_or_else(|| address.to_string().replace('.', "-"))
 }
 
 #[cfg(test)]
@@ -308,13 +368,25 @@ mod tests {
     fn zone() -> Zone {
         let services = Mirror::empty();
         for (name, spec) in [
-            ("reviews", json!({"clusterIP": "10.96.0.7", "ports": [{"name": "http", "port": 9080}]})),
-            ("db", json!({"clusterIP": "None", "ports": [{"name": "sql", "port": 5432}]})),
+            (
+                "reviews",
+                json!({"clusterIP": "10.96.0.7", "ports": [{"name": "http", "port": 9080}]}),
+            ),
+            (
+                "db",
+                json!({"clusterIP": "None", "ports": [{"name": "sql", "port": 5432}]}),
+            ),
             ("empty", json!({"clusterIP": "None"})),
-            ("away", json!({"type": "ExternalName", "externalName": "example.org"})),
+            (
+                "away",
+                json!({"type": "ExternalName", "externalName": "example.org"}),
+            ),
         ] {
             services.note(
-                serde_json::from_value(json!({"metadata": {"name": name, "namespace": "shop", "uid": name}, "spec": spec})).unwrap(),
+                serde_json::from_value(
+                    json!({"metadata": {"name": name, "namespace": "shop", "uid": name}, "spec": spec}),
+                )
+                .unwrap(),
             );
         }
         let slices = Mirror::empty();
@@ -345,12 +417,19 @@ mod tests {
         if response.answers.is_empty() {
             assert_eq!(response.authorities.len(), 1, "a negative answer carries the SOA");
         }
-        let answers = response.answers.iter().map(|record| record.data.to_string()).collect();
+        let answers = response
+            .answers
+            .iter()
+            .map(|record| record.data.to_string())
+            .collect();
         Some((response.metadata.response_code, answers))
     }
 
     fn answers(values: &[&str]) -> Option<(ResponseCode, Vec<String>)> {
-        Some((ResponseCode::NoError, values.iter().map(|value| (*value).to_owned()).collect()))
+        Some((
+            ResponseCode::NoError,
+            values.iter().map(|value| (*value).to_owned()).collect(),
+        ))
     }
 
     #[test]
@@ -358,10 +437,22 @@ mod tests {
         use RecordType::A;
         assert_eq!(ask("reviews.shop.svc.cluster.local.", A), answers(&["10.96.0.7"]));
         assert_eq!(ask("REVIEWS.Shop.svc.Cluster.Local.", A), answers(&["10.96.0.7"]));
-        assert_eq!(ask("db.shop.svc.cluster.local.", A), answers(&["10.244.0.4", "10.244.0.3"]));
-        assert_eq!(ask("db-0.db.shop.svc.cluster.local.", A), answers(&["10.244.0.3"]));
-        assert_eq!(ask("10-244-0-4.db.shop.svc.cluster.local.", A), answers(&["10.244.0.4"]));
-        assert_eq!(ask("10-244-0-9.shop.pod.cluster.local.", A), answers(&["10.244.0.9"]));
+        assert_eq!(
+            ask("db.shop.svc.cluster.local.", A),
+            answers(&["10.244.0.4", "10.244.0.3"])
+        );
+        assert_eq!(
+            ask("db-0.db.shop.svc.cluster.local.", A),
+            answers(&["10.244.0.3"])
+        );
+        assert_eq!(
+            ask("10-244-0-4.db.shop.svc.cluster.local.", A),
+            answers(&["10.244.0.4"])
+        );
+        assert_eq!(
+            ask("10-244-0-9.shop.pod.cluster.local.", A),
+            answers(&["10.244.0.9"])
+        );
         assert_eq!(ask("away.shop.svc.cluster.local.", A), answers(&["example.org."]));
     }
 
@@ -373,7 +464,10 @@ mod tests {
         );
         assert_eq!(
             ask("_sql._tcp.db.shop.svc.cluster.local.", RecordType::SRV),
-            answers(&["0 50 5432 db-0.db.shop.svc.cluster.local.", "0 50 5432 10-244-0-4.db.shop.svc.cluster.local."])
+            answers(&[
+                "0 50 5432 db-0.db.shop.svc.cluster.local.",
+                "0 50 5432 10-244-0-4.db.shop.svc.cluster.local."
+            ])
         );
     }
 
@@ -396,7 +490,11 @@ mod tests {
             "_grpc._tcp.reviews.shop.svc.cluster.local.",
             "example.org.cluster.local.",
         ] {
-            assert_eq!(ask(name, RecordType::A), Some((ResponseCode::NXDomain, Vec::new())), "{name}");
+            assert_eq!(
+                ask(name, RecordType::A),
+                Some((ResponseCode::NXDomain, Vec::new())),
+                "{name}"
+            );
         }
     }
 

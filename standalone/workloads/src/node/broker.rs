@@ -43,11 +43,15 @@ enum Answer {
 pub(crate) fn serve(connection: &OwnedFd) {
     let _ = set_pdeathsig(Signal::SIGTERM);
     loop {
-        let Ok((message, _)) = fdpass::receive(connection) else { return };
+        let Ok((message, _)) = fdpass::receive(connection) else {
+            return;
+        };
         if message.is_empty() {
             return;
         }
-        let Ok(request) = serde_json::from_slice::<Request>(&message) else { return };
+        let Ok(request) = serde_json::from_slice::<Request>(&message) else {
+            return;
+        };
         let result = match request {
             Request::Listen(address) => listen(address),
             Request::ConnectUdp(address) => connect_udp(address),
@@ -83,7 +87,11 @@ fn listen(address: SocketAddr) -> io::Result<OwnedFd> {
 }
 
 fn connect_udp(address: SocketAddr) -> io::Result<OwnedFd> {
-    let any: SocketAddr = if address.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0_u16; 8], 0).into() };
+    let any: SocketAddr = if address.is_ipv4() {
+        ([0, 0, 0, 0], 0).into()
+    } else {
+        ([0_u16; 8], 0).into()
+    };
     let socket = UdpSocket::bind(any)?;
     socket.connect(address)?;
     socket.set_nonblocking(true)?;
@@ -99,7 +107,10 @@ pub(crate) struct Broker {
 
 impl Broker {
     pub(crate) fn new(connection: OwnedFd) -> io::Result<Self> {
-        nix::fcntl::fcntl(&connection, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
+        nix::fcntl::fcntl(
+            &connection,
+            nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK),
+        )?;
         Ok(Self {
             connection: Arc::new(Mutex::new(fdpass::watched(connection)?)),
         })
@@ -110,15 +121,21 @@ impl Broker {
         let connection = self.connection.lock().await;
         let exchange = async {
             connection
-                .async_io(tokio::io::Interest::WRITABLE, |socket| fdpass::send(socket, &text, &[]))
+                .async_io(tokio::io::Interest::WRITABLE, |socket| {
+                    fdpass::send(socket, &text, &[])
+                })
                 .await?;
-            connection.async_io(tokio::io::Interest::READABLE, |socket| fdpass::receive(socket)).await
+            connection
+                .async_io(tokio::io::Interest::READABLE, |socket| fdpass::receive(socket))
+                .await
         };
         let (message, mut fds) = tokio::time::timeout(DEADLINE, exchange)
             .await
             .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the node's host side does not answer"))??;
         match serde_json::from_slice(&message)? {
-            Answer::Socket => fds.pop().ok_or_else(|| io::Error::other("the node's host side sent no socket")),
+            Answer::Socket => fds
+                .pop()
+                .ok_or_else(|| io::Error::other("the node's host side sent no socket")),
             Answer::Failed {
                 os_error: Some(code), ..
             } => Err(io::Error::from_raw_os_error(code)),
@@ -160,7 +177,9 @@ mod tests {
     fn loop_once(connection: &OwnedFd, times: usize) {
         for _ in 0..times {
             let (message, _) = fdpass::receive(connection).unwrap();
-            let Request::Listen(address) = serde_json::from_slice(&message).unwrap() else { panic!("unexpected") };
+            let Request::Listen(address) = serde_json::from_slice(&message).unwrap() else {
+                panic!("unexpected")
+            };
             match listen(address) {
                 Ok(socket) => answer(connection, &Answer::Socket, &[socket.as_raw_fd()]).unwrap(),
                 Err(error) => answer(

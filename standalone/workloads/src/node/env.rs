@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::{ConfigMap, Container, EnvVar, ObjectFieldSelector, Pod, ResourceFieldSelector, Secret, Service};
+use k8s_openapi::api::core::v1::{
+    ConfigMap, Container, EnvVar, ObjectFieldSelector, Pod, ResourceFieldSelector, Secret, Service,
+};
 
 /// Why a container cannot be configured; the text of its `CreateContainerConfigError`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -46,7 +48,11 @@ pub(crate) fn resolve(
         set(&mut known, name, value.clone());
     }
     set(&mut known, "HOSTNAME", hostname(pod));
-    let links = pod.spec.as_ref().and_then(|spec| spec.enable_service_links).unwrap_or(true);
+    let links = pod
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.enable_service_links)
+        .unwrap_or(true);
     let mut from_outside = BTreeMap::new();
     for service in references.services() {
         service_variables(&service, links, &mut from_outside);
@@ -71,7 +77,11 @@ pub(crate) fn resolve(
             match references.secret(&wanted.name) {
                 Some(secret) => {
                     for (key, value) in secret.data.iter().flatten() {
-                        set(&mut known, &format!("{prefix}{key}"), String::from_utf8_lossy(&value.0).into_owned());
+                        set(
+                            &mut known,
+                            &format!("{prefix}{key}"),
+                            String::from_utf8_lossy(&value.0).into_owned(),
+                        );
                     }
                 }
                 None if wanted.optional == Some(true) => {}
@@ -126,8 +136,9 @@ fn variable_value(
     if let Some(wanted) = &source.secret_key_ref {
         let found = references.secret(&wanted.name);
         let missing_secret = found.is_none();
-        let value =
-            found.and_then(|secret| Some(String::from_utf8_lossy(&secret.data.as_ref()?.get(&wanted.key)?.0).into_owned()));
+        let value = found.and_then(|secret| {
+            Some(String::from_utf8_lossy(&secret.data.as_ref()?.get(&wanted.key)?.0).into_owned())
+        });
         return match value {
             Some(value) => Ok(Some(value)),
             None if wanted.optional == Some(true) => Ok(None),
@@ -140,7 +151,10 @@ fn variable_value(
             ))),
         };
     }
-    Err(ConfigError(format!("the source of variable {} is not supported", variable.name)))
+    Err(ConfigError(format!(
+        "the source of variable {} is not supported",
+        variable.name
+    )))
 }
 
 /// The host name of a pod.
@@ -158,15 +172,27 @@ pub(crate) fn hostname(pod: &Pod) -> String {
 }
 
 /// The value of a downward API field.
-pub(crate) fn field_value(pod: &Pod, field: &ObjectFieldSelector, facts: &PodFacts) -> Result<String, ConfigError> {
+pub(crate) fn field_value(
+    pod: &Pod,
+    field: &ObjectFieldSelector,
+    facts: &PodFacts,
+) -> Result<String, ConfigError> {
     let path = field.field_path.as_str();
     let metadata = &pod.metadata;
     let spec = pod.spec.as_ref();
     let keyed = |prefix: &str| -> Option<String> {
-        path.strip_prefix(prefix)?.strip_prefix("['")?.strip_suffix("']").map(str::to_owned)
+        path.strip_prefix(prefix)?
+            .strip_prefix("['")?
+            .strip_suffix("']")
+            .map(str::to_owned)
     };
     if let Some(key) = keyed("metadata.labels") {
-        return Ok(metadata.labels.as_ref().and_then(|labels| labels.get(&key)).cloned().unwrap_or_default());
+        return Ok(metadata
+            .labels
+            .as_ref()
+            .and_then(|labels| labels.get(&key))
+            .cloned()
+            .unwrap_or_default());
     }
     if let Some(key) = keyed("metadata.annotations") {
         return Ok(metadata
@@ -212,7 +238,11 @@ pub(crate) fn resource_value(
         Some(name) => pod
             .spec
             .iter()
-            .flat_map(|spec| spec.containers.iter().chain(spec.init_containers.iter().flatten()))
+            .flat_map(|spec| {
+                spec.containers
+                    .iter()
+                    .chain(spec.init_containers.iter().flatten())
+            })
             .find(|other| &other.name == name)
             .ok_or_else(|| ConfigError(format!("container {name} not found")))?,
     };
@@ -224,16 +254,27 @@ pub(crate) fn resource_value(
     let quantities = match which {
         "limits" => resources.and_then(|resources| resources.limits.as_ref()),
         "requests" => resources.and_then(|resources| resources.requests.as_ref()),
-        _ => return Err(ConfigError(format!("unsupported container resource: {}", field.resource))),
+        _ => {
+            return Err(ConfigError(format!(
+                "unsupported container resource: {}",
+                field.resource
+            )));
+        }
     };
-    let value = quantities.and_then(|quantities| quantities.get(resource)).and_then(|quantity| parse_quantity(&quantity.0));
+    let value = quantities
+        .and_then(|quantities| quantities.get(resource))
+        .and_then(|quantity| parse_quantity(&quantity.0));
     let value = match (value, resource) {
         (Some(value), _) => value,
         // As kubelet: without a limit the node's allocatable counts.
         (None, "cpu") => std::thread::available_parallelism().map_or(1.0, |count| count.get() as f64),
         (None, _) => 0.0,
     };
-    let divisor = field.divisor.as_ref().and_then(|divisor| parse_quantity(&divisor.0)).filter(|divisor| *divisor > 0.0);
+    let divisor = field
+        .divisor
+        .as_ref()
+        .and_then(|divisor| parse_quantity(&divisor.0))
+        .filter(|divisor| *divisor > 0.0);
     Ok(format!("{}", (value / divisor.unwrap_or(1.0)).ceil() as i64))
 }
 
@@ -257,7 +298,10 @@ pub(crate) fn parse_quantity(text: &str) -> Option<f64> {
         ("E", 1e18),
     ];
     for (suffix, factor) in suffixes {
-        if let Some(number) = text.strip_suffix(suffix).and_then(|number| number.parse::<f64>().ok()) {
+        if let Some(number) = text
+            .strip_suffix(suffix)
+            .and_then(|number| number.parse::<f64>().ok())
+        {
             return Some(number * factor);
         }
     }
@@ -312,7 +356,10 @@ fn service_variables(service: &Service, links: bool, variables: &mut BTreeMap<St
             put("PORT".into(), format!("{lower}://{address}:{number}"));
         }
         if let Some(port_name) = &port.name {
-            put(format!("SERVICE_PORT_{}", port_name.to_uppercase().replace('-', "_")), number.to_string());
+            put(
+                format!("SERVICE_PORT_{}", port_name.to_uppercase().replace('-', "_")),
+                number.to_string(),
+            );
         }
         let base = format!("PORT_{number}_{}", protocol.to_uppercase());
         put(base.clone(), format!("{lower}://{address}:{number}"));
@@ -339,7 +386,9 @@ mod tests {
             })
         }
         fn secret(&self, name: &str) -> Option<Arc<Secret>> {
-            (name == "s").then(|| Arc::new(serde_json::from_value(json!({"data": {"TOKEN": "aHVudGVyMg=="}})).unwrap()))
+            (name == "s").then(|| {
+                Arc::new(serde_json::from_value(json!({"data": {"TOKEN": "aHVudGVyMg=="}})).unwrap())
+            })
         }
         fn services(&self) -> Vec<Arc<Service>> {
             vec![Arc::new(
@@ -365,7 +414,10 @@ mod tests {
             host_ip: "10.244.0.1".into(),
             node_name: "serin".into(),
         };
-        let image = [("PATH".to_owned(), "/bin".to_owned()), ("MODE".to_owned(), "image".to_owned())];
+        let image = [
+            ("PATH".to_owned(), "/bin".to_owned()),
+            ("MODE".to_owned(), "image".to_owned()),
+        ];
         resolve(&pod(), &container, &image, &facts, &Fixture).map(|all| all.into_iter().collect())
     }
 
@@ -424,14 +476,22 @@ mod tests {
             "couldn't find key k in Secret a/s"
         );
         assert_eq!(
-            environment(json!({"name": "c", "envFrom": [{"secretRef": {"name": "nope"}}]})).unwrap_err().0,
+            environment(json!({"name": "c", "envFrom": [{"secretRef": {"name": "nope"}}]}))
+                .unwrap_err()
+                .0,
             "secret \"nope\" not found"
         );
     }
 
     #[test]
     fn quantities_are_read_with_every_suffix() {
-        for (text, value) in [("500m", 0.5), ("2", 2.0), ("1Gi", 1_073_741_824.0), ("3k", 3000.0), ("1e3", 1000.0)] {
+        for (text, value) in [
+            ("500m", 0.5),
+            ("2", 2.0),
+            ("1Gi", 1_073_741_824.0),
+            ("3k", 3000.0),
+            ("1e3", 1000.0),
+        ] {
             assert_eq!(parse_quantity(text), Some(value), "{text}");
         }
         assert_eq!(parse_quantity("lots"), None);

@@ -40,7 +40,10 @@ pub(crate) enum Role {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Phase {
     /// Not started (again) yet. `reason` and `message` as Kubernetes shows them; an error is retried by back-off.
-    Waiting { reason: String, message: Option<String> },
+    Waiting {
+        reason: String,
+        message: Option<String>,
+    },
     /// The shim was asked to start it.
     Starting,
     Running {
@@ -80,7 +83,12 @@ impl Container {
             name: name.to_owned(),
             role,
             phase: Phase::Waiting {
-                reason: if role == Role::Main { "ContainerCreating" } else { "PodInitializing" }.to_owned(),
+                reason: if role == Role::Main {
+                    "ContainerCreating"
+                } else {
+                    "PodInitializing"
+                }
+                .to_owned(),
                 message: None,
             },
             restarts: 0,
@@ -151,7 +159,11 @@ impl Container {
 
     /// The delay that the current wait is part of.
     pub(crate) fn current_back_off(&self) -> Duration {
-        if self.back_off == BACK_OFF_FIRST { Duration::ZERO } else { self.back_off / 2 }
+        if self.back_off == BACK_OFF_FIRST {
+            Duration::ZERO
+        } else {
+            self.back_off / 2
+        }
     }
 }
 
@@ -175,6 +187,8 @@ pub(crate) struct Pod {
     /// All init containers were through once; never goes back.
     pub(crate) initialized: bool,
     pub(crate) deletion: Option<Deletion>,
+    /// `spec.terminationGracePeriodSeconds`: what sidecars get when the main containers have completed.
+    pub(crate) grace: Duration,
     /// No container runs or will run again.
     pub(crate) finished: bool,
 }
@@ -204,9 +218,6 @@ impl Decision {
     }
 }
 
-/// The grace that sidecars get when the main containers have completed by themselves.
-const COMPLETION_GRACE: Duration = Duration::from_secs(30);
-
 /// What to do now. Changes only the latches `initialized` and `finished`.
 pub(crate) fn decide(pod: &mut Pod, now: Timestamp) -> Decision {
     let mut decision = Decision::default();
@@ -215,7 +226,8 @@ pub(crate) fn decide(pod: &mut Pod, now: Timestamp) -> Decision {
     }
     // Whoever was told to stop is killed at its deadline, whatever the reason was.
     for container in &pod.containers {
-        if let (Some(deadline), true, false) = (container.stopping, container.is_running(), container.killed) {
+        if let (Some(deadline), true, false) = (container.stopping, container.is_running(), container.killed)
+        {
             if now >= deadline {
                 decision.actions.push(Action::Kill(container.name.clone()));
             } else {
@@ -232,7 +244,7 @@ pub(crate) fn decide(pod: &mut Pod, now: Timestamp) -> Decision {
         return decision;
     }
     if failed_for_good(pod) || completed(pod) {
-        stop_all(pod, now + COMPLETION_GRACE, &mut decision);
+        stop_all(pod, now + pod.grace, &mut decision);
         if pod.containers.iter().all(|container| !container.is_running()) {
             pod.finished = true;
             decision.actions.push(Action::Finish);
@@ -241,7 +253,11 @@ pub(crate) fn decide(pod: &mut Pod, now: Timestamp) -> Decision {
     }
     run_init(pod, now, &mut decision);
     if pod.initialized {
-        for container in pod.containers.iter().filter(|container| container.role == Role::Main) {
+        for container in pod
+            .containers
+            .iter()
+            .filter(|container| container.role == Role::Main)
+        {
             start_if_due(container, pod.restart_policy, now, &mut decision);
         }
     }
@@ -249,7 +265,11 @@ pub(crate) fn decide(pod: &mut Pod, now: Timestamp) -> Decision {
 }
 
 fn run_init(pod: &mut Pod, now: Timestamp, decision: &mut Decision) {
-    for container in pod.containers.iter().filter(|container| container.role != Role::Main) {
+    for container in pod
+        .containers
+        .iter()
+        .filter(|container| container.role != Role::Main)
+    {
         let through = match (container.role, &container.phase) {
             (Role::Sidecar, Phase::Running { started, .. }) => *started,
             (Role::Init, Phase::Ended(_)) => container.succeeded(),
@@ -303,7 +323,11 @@ fn failed_for_good(pod: &Pod) -> bool {
 
 /// All main containers have ended and none may be started again.
 fn completed(pod: &Pod) -> bool {
-    let mut mains = pod.containers.iter().filter(|container| container.role == Role::Main).peekable();
+    let mut mains = pod
+        .containers
+        .iter()
+        .filter(|container| container.role == Role::Main)
+        .peekable();
     mains.peek().is_some()
         && mains.all(|container| match (&container.phase, pod.restart_policy) {
             (Phase::Ended(_), RestartPolicy::Never) => true,
@@ -315,7 +339,11 @@ fn completed(pod: &Pod) -> bool {
 /// Main and init containers together, then the sidecars from the last to the first, one at a time.
 fn stop_all(pod: &Pod, deadline: Timestamp, decision: &mut Decision) {
     let mut waiting = false;
-    for container in pod.containers.iter().filter(|container| container.role != Role::Sidecar) {
+    for container in pod
+        .containers
+        .iter()
+        .filter(|container| container.role != Role::Sidecar)
+    {
         if container.is_running() {
             waiting = true;
             stop(container, deadline, decision);
@@ -337,7 +365,9 @@ fn stop_all(pod: &Pod, deadline: Timestamp, decision: &mut Decision) {
 fn stop(container: &Container, deadline: Timestamp, decision: &mut Decision) {
     // A deadline that came closer (deleted again with less grace) is a new order.
     if container.stopping.is_none_or(|known| deadline < known) {
-        decision.actions.push(Action::Stop(container.name.clone(), deadline));
+        decision
+            .actions
+            .push(Action::Stop(container.name.clone(), deadline));
         decision.wake(deadline);
     }
 }
@@ -359,7 +389,11 @@ pub(crate) fn pod_phase(pod: &Pod) -> &'static str {
         .containers
         .iter()
         .any(|container| container.role == Role::Main && container.started_once);
-    if pod.initialized && any_main_was_started { "Running" } else { "Pending" }
+    if pod.initialized && any_main_was_started {
+        "Running"
+    } else {
+        "Pending"
+    }
 }
 
 #[cfg(test)]

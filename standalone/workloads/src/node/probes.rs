@@ -87,7 +87,9 @@ pub(crate) struct Schedule {
 impl Schedule {
     fn of(probe: &Probe) -> Self {
         let seconds = |value: Option<i32>, default: i32| {
-            Duration::from_secs(u64::try_from(value.filter(|v| *v > 0).unwrap_or(default)).unwrap_or_default())
+            Duration::from_secs(
+                u64::try_from(value.filter(|v| *v > 0).unwrap_or(default)).unwrap_or_default(),
+            )
         };
         let count = |value: Option<i32>, default: i32| value.filter(|v| *v > 0).unwrap_or(default) as u32;
         Self {
@@ -126,7 +128,11 @@ impl Counter {
     }
 
     /// Takes in one result: what to report and how long to wait until the next try.
-    pub(crate) fn on_result(&mut self, result: Result<(), String>, now: Instant) -> (Option<Finding>, Duration) {
+    pub(crate) fn on_result(
+        &mut self,
+        result: Result<(), String>,
+        now: Instant,
+    ) -> (Option<Finding>, Duration) {
         let period = self.schedule.period;
         match result {
             Ok(()) => {
@@ -149,7 +155,11 @@ impl Counter {
                     period
                 };
                 // Tries in between are gifts, not verdicts.
-                if self.eager && self.last_counted.is_some_and(|last| now.duration_since(last) < period) {
+                if self.eager
+                    && self
+                        .last_counted
+                        .is_some_and(|last| now.duration_since(last) < period)
+                {
                     return (None, wait);
                 }
                 self.last_counted = Some(now);
@@ -192,7 +202,11 @@ async fn once(target: &Target, probe: &Probe, timeout: Duration) -> Result<(), S
     if let Some(action) = &probe.exec {
         let argv = (target.command)(action.command.as_deref().unwrap_or_default());
         let env = target.env.as_ref().clone();
-        return match target.shim.exec(&target.container.name, argv, env, timeout).await? {
+        return match target
+            .shim
+            .exec(&target.container.name, argv, env, timeout)
+            .await?
+        {
             (Some(0), _) => Ok(()),
             (Some(_), output) => Err(output.trim_end().to_owned()),
             (None, _) => Err(format!("command timed out after {}s", timeout.as_secs())),
@@ -200,17 +214,32 @@ async fn once(target: &Target, probe: &Probe, timeout: Duration) -> Result<(), S
     }
     let limited = |result: Result<Result<(), String>, tokio::time::error::Elapsed>, what: &str| {
         result.unwrap_or_else(|_| {
-            Err(format!("{what}: context deadline exceeded (Client.Timeout exceeded while awaiting headers)"))
+            Err(format!(
+                "{what}: context deadline exceeded (Client.Timeout exceeded while awaiting headers)"
+            ))
         })
     };
     if let Some(get) = &probe.http_get {
         let port = port(&get.port, &target.container)?;
         let host = get.host.clone().unwrap_or_else(|| target.address.clone());
         let path = get.path.as_deref().unwrap_or("/");
-        let path = if path.starts_with('/') { path.to_owned() } else { format!("/{path}") };
+        let path = if path.starts_with('/') {
+            path.to_owned()
+        } else {
+            format!("/{path}")
+        };
         let shown = format!("Get \"http://{host}:{port}{path}\"");
-        return limited(tokio::time::timeout(timeout, http_get(&host, port, &path, get)).await, &shown)
-            .map_err(|reason| if reason.starts_with("HTTP probe") { reason } else { prefixed(&shown, &reason) });
+        return limited(
+            tokio::time::timeout(timeout, http_get(&host, port, &path, get)).await,
+            &shown,
+        )
+        .map_err(|reason| {
+            if reason.starts_with("HTTP probe") {
+                reason
+            } else {
+                prefixed(&shown, &reason)
+            }
+        });
     }
     if let Some(tcp) = &probe.tcp_socket {
         let port = port(&tcp.port, &target.container)?;
@@ -221,13 +250,20 @@ async fn once(target: &Target, probe: &Probe, timeout: Duration) -> Result<(), S
                 .map(|_| ())
                 .map_err(|error| format!("dial tcp {host}:{port}: {error}"))
         };
-        return limited(tokio::time::timeout(timeout, connect).await, &format!("dial tcp {host}:{port}"));
+        return limited(
+            tokio::time::timeout(timeout, connect).await,
+            &format!("dial tcp {host}:{port}"),
+        );
     }
     Err("the probe has no exec, httpGet or tcpSocket handler".to_owned())
 }
 
 fn prefixed(shown: &str, reason: &str) -> String {
-    if reason.starts_with(shown) { reason.to_owned() } else { format!("{shown}: {reason}") }
+    if reason.starts_with(shown) {
+        reason.to_owned()
+    } else {
+        format!("{shown}: {reason}")
+    }
 }
 
 /// Why a probe cannot be run at all; checked before the container is started.
@@ -241,7 +277,9 @@ pub(crate) fn unsupported(container: &Container) -> Option<String> {
     .find_map(|(name, probe)| {
         let probe = probe.as_ref()?;
         if probe.grpc.is_some() {
-            return Some(format!("{name}: grpc probes are not supported yet; use tcpSocket, httpGet or exec"));
+            return Some(format!(
+                "{name}: grpc probes are not supported yet; use tcpSocket, httpGet or exec"
+            ));
         }
         let https = probe
             .http_get
@@ -286,9 +324,14 @@ pub(crate) async fn http_get(host: &str, port: u16, path: &str, get: &HTTPGetAct
     if !has_host {
         request = request.header("Host", format!("{host}:{port}"));
     }
-    let request = request.body(Empty::<Bytes>::new()).map_err(|error| error.to_string())?;
+    let request = request
+        .body(Empty::<Bytes>::new())
+        .map_err(|error| error.to_string())?;
     let exchange = async {
-        let response = sender.send_request(request).await.map_err(|error| error.to_string())?;
+        let response = sender
+            .send_request(request)
+            .await
+            .map_err(|error| error.to_string())?;
         let status = response.status().as_u16();
         let mut body = response.into_body();
         let mut read = 0;
@@ -334,7 +377,8 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_readiness_probe_is_retried_quickly_until_it_first_passes_and_only_one_failure_per_period_counts() {
+    async fn a_readiness_probe_is_retried_quickly_until_it_first_passes_and_only_one_failure_per_period_counts()
+     {
         let mut counter = Counter::new(schedule(10, 1, 3), Kind::Readiness);
         let mut counted = 0;
         let mut waits = Vec::new();
@@ -356,7 +400,11 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn thresholds_count_consecutive_results() {
         let mut counter = Counter::new(schedule(1, 2, 2), Kind::Liveness);
-        let mut feed = |ok: bool| counter.on_result(if ok { Ok(()) } else { failed() }, Instant::now()).0;
+        let mut feed = |ok: bool| {
+            counter
+                .on_result(if ok { Ok(()) } else { failed() }, Instant::now())
+                .0
+        };
         assert_eq!(feed(true), None);
         assert_eq!(feed(true), Some(Finding::Passed));
         assert_eq!(feed(false), Some(Finding::Unhealthy("no".into())));
@@ -389,6 +437,10 @@ mod tests {
             "name": "c", "readinessProbe": {"grpc": {"port": 1}}
         }))
         .unwrap();
-        assert!(unsupported(&container).unwrap().starts_with("readinessProbe: grpc"));
+        assert!(
+            unsupported(&container)
+                .unwrap()
+                .starts_with("readinessProbe: grpc")
+        );
     }
 }

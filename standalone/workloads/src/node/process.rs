@@ -46,18 +46,21 @@ fn run(config_file: &Path) -> Result<(), Error> {
         serde_json::from_slice(&text).map_err(|error| Error::file("read", config_file, error.into()))?;
     let paths = Paths::new(&config.state_dir);
     fs::create_dir_all(paths.pods()).map_err(|error| Error::file("create", paths.pods(), error))?;
-    let _lock = lock(&paths)?;
-    let (ours, theirs) = fdpass::pair().map_err(|error| Error::file("create sockets for", paths.root(), error))?;
+    let (ours, theirs) =
+        fdpass::pair().map_err(|error| Error::file("create sockets for", paths.root(), error))?;
     // The broker keeps the host's namespaces, which this process is about to leave.
-    let broker_pid = match fork_single_threaded().map_err(|error| Error::file("fork for", paths.root(), error))? {
-        Some(pid) => pid,
-        None => {
-            drop(ours);
-            broker::serve(&theirs);
-            crate::sys::process::exit_now(0);
-        }
-    };
+    let broker_pid =
+        match fork_single_threaded().map_err(|error| Error::file("fork for", paths.root(), error))? {
+            Some(pid) => pid,
+            None => {
+                drop(ours);
+                broker::serve(&theirs);
+                crate::sys::process::exit_now(0);
+            }
+        };
     drop(theirs);
+    // After the fork: the broker must not hold on to the lock of a node that was killed.
+    let _lock = lock(&paths)?;
     config.unprivileged = enter_namespaces(&paths)?;
     let record = NodeRecord {
         node: ProcessRecord::current().map_err(|error| Error::file("read", "/proc/self/stat", error))?,
@@ -65,7 +68,8 @@ fn run(config_file: &Path) -> Result<(), Error> {
         fingerprint: fingerprint(&config),
     };
     let encoded = serde_json::to_vec(&record).unwrap_or_default();
-    write_atomically(&paths.node_record(), &encoded).map_err(|error| Error::file("write", paths.node_record(), error))?;
+    write_atomically(&paths.node_record(), &encoded)
+        .map_err(|error| Error::file("write", paths.node_record(), error))?;
     // Two threads: the control plane of a node is little work, and DNS should not wait for it.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -77,7 +81,9 @@ fn run(config_file: &Path) -> Result<(), Error> {
         let stop = cancel.clone();
         tokio::spawn(async move {
             use tokio::signal::unix::{SignalKind, signal};
-            let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+            let (Ok(mut term), Ok(mut int)) =
+                (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+            else {
                 return;
             };
             tokio::select! {
@@ -123,7 +129,10 @@ fn enter_namespaces(paths: &Paths) -> Result<bool, Error> {
         }
     };
     let root = getuid().is_root();
-    let survivor = paths.pod_directories().into_iter().find_map(|(_, directory)| shim_process(&directory));
+    let survivor = paths
+        .pod_directories()
+        .into_iter()
+        .find_map(|(_, directory)| shim_process(&directory));
     if let Some(shim) = survivor {
         let open = |name: &str| fs::File::open(format!("/proc/{}/ns/{name}", shim.pid)).map(OwnedFd::from);
         let network = open("net").map_err(kernel("open the network namespace of the pods that still run"))?;
@@ -163,11 +172,19 @@ fn enter_namespaces(paths: &Paths) -> Result<bool, Error> {
 fn fingerprint(config: &NodeConfig) -> String {
     use std::hash::{Hash, Hasher};
     let mut hasher = std::hash::DefaultHasher::new();
-    serde_json::to_string(config).unwrap_or_default().hash(&mut hasher);
+    serde_json::to_string(config)
+        .unwrap_or_default()
+        .hash(&mut hasher);
     let program = config.shim_command.first().cloned().unwrap_or_default();
     if let Ok(metadata) = fs::metadata(&program) {
         use std::os::unix::fs::MetadataExt;
-        (metadata.dev(), metadata.ino(), metadata.mtime(), metadata.mtime_nsec()).hash(&mut hasher);
+        (
+            metadata.dev(),
+            metadata.ino(),
+            metadata.mtime(),
+            metadata.mtime_nsec(),
+        )
+            .hash(&mut hasher);
     }
     format!("{:016x}", hasher.finish())
 }
@@ -205,8 +222,16 @@ pub fn spawn(config: &NodeConfig, command: &[String], log: &Path) -> Result<i32,
         .append(true)
         .open(log)
         .map_err(|error| Error::file("open", log, error))?;
-    let errors = output.try_clone().map_err(|error| Error::file("open", log, error))?;
-    let missing = || Error::file("start a node in", paths.root(), io::ErrorKind::InvalidInput.into());
+    let errors = output
+        .try_clone()
+        .map_err(|error| Error::file("open", log, error))?;
+    let missing = || {
+        Error::file(
+            "start a node in",
+            paths.root(),
+            io::ErrorKind::InvalidInput.into(),
+        )
+    };
     let (program, arguments) = command.split_first().ok_or_else(missing)?;
     let mut node = Command::new(program);
     node.args(arguments)

@@ -86,7 +86,9 @@ impl Paths {
 
     /// The directories of all pods that left something.
     pub(crate) fn pod_directories(&self) -> Vec<(String, PathBuf)> {
-        let Ok(entries) = fs::read_dir(self.pods()) else { return Vec::new() };
+        let Ok(entries) = fs::read_dir(self.pods()) else {
+            return Vec::new();
+        };
         entries
             .flatten()
             .filter_map(|entry| Some((entry.file_name().to_str()?.to_owned(), entry.path())))

@@ -106,9 +106,11 @@ async fn register(context: &Context) -> Result<(), kube::Error> {
             "systemUUID": "",
         },
     }});
-    api.patch_status(name, &PatchParams::default(), &Patch::Merge(&status)).await?;
+    api.patch_status(name, &PatchParams::default(), &Patch::Merge(&status))
+        .await?;
     let namespaces: Api<Namespace> = Api::all(context.client.clone());
-    let namespace: Namespace = serde_json::from_value(json!({"metadata": {"name": LEASES}})).unwrap_or_default();
+    let namespace: Namespace =
+        serde_json::from_value(json!({"metadata": {"name": LEASES}})).unwrap_or_default();
     match namespaces.create(&PostParams::default(), &namespace).await {
         Ok(_) => {}
         Err(kube::Error::Api(status)) if status.code == 409 => {}
@@ -130,7 +132,8 @@ async fn renew(context: &Context) -> Result<(), kube::Error> {
             "renewTime": Timestamp::now().strftime("%Y-%m-%dT%H:%M:%S.%6fZ").to_string(),
         },
     });
-    api.patch(name, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&lease)).await?;
+    api.patch(name, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&lease))
+        .await?;
     Ok(())
 }
 

@@ -48,13 +48,13 @@ impl Node {
         host: HostSide,
         cancel: CancellationToken,
     ) -> Result<(), Error> {
-        netns::prepare_node(config.gateway(), config.pod_prefix, &[config.dns_address]).map_err(|source| {
-            Error::Kernel {
+        netns::prepare_node(config.gateway(), config.pod_prefix, &[config.dns_address]).map_err(
+            |source| Error::Kernel {
                 action: "set up the node's bridge",
                 source,
                 remedy: "the kernel must support bridges and veth pairs, and /proc/sys/net must be writable",
-            }
-        })?;
+            },
+        )?;
         let broker = Broker::new(host.0).map_err(|source| Error::Kernel {
             action: "connect to the node's host side",
             source,
@@ -64,11 +64,22 @@ impl Node {
         std::fs::create_dir_all(paths.pods()).map_err(|error| Error::file("create", paths.pods(), error))?;
 
         let everything = watcher::Config::default;
-        let config_maps = Mirror::<ConfigMap>::start(Api::all(client.clone()), everything(), "configmaps", cancel.clone());
-        let secrets = Mirror::<Secret>::start(Api::all(client.clone()), everything(), "secrets", cancel.clone());
-        let services = Mirror::<Service>::start(Api::all(client.clone()), everything(), "services", cancel.clone());
-        let slices =
-            Mirror::<EndpointSlice>::start(Api::all(client.clone()), everything(), "endpointslices", cancel.clone());
+        let config_maps = Mirror::<ConfigMap>::start(
+            Api::all(client.clone()),
+            everything(),
+            "configmaps",
+            cancel.clone(),
+        );
+        let secrets =
+            Mirror::<Secret>::start(Api::all(client.clone()), everything(), "secrets", cancel.clone());
+        let services =
+            Mirror::<Service>::start(Api::all(client.clone()), everything(), "services", cancel.clone());
+        let slices = Mirror::<EndpointSlice>::start(
+            Api::all(client.clone()),
+            everything(),
+            "endpointslices",
+            cancel.clone(),
+        );
         let mine = everything().fields(&format!("spec.nodeName={}", config.node_name));
         let pods = Mirror::<Pod>::start(Api::all(client.clone()), mine, "pods", cancel.clone());
 
@@ -100,14 +111,24 @@ impl Node {
         tasks.spawn(watch_images(context.clone()));
         tasks.spawn(watch_configs(context.clone()));
         let zone = dns::Zone::new(&context.config.cluster_domain, services.clone(), slices.clone());
-        tasks.spawn(dns::serve(context.config.dns_address, zone, broker, cancel.clone()));
-        tasks.spawn(Proxy::new(services.clone(), slices.clone(), context.config.dns_address).run(cancel.clone()));
+        tasks.spawn(dns::serve(
+            context.config.dns_address,
+            zone,
+            broker,
+            cancel.clone(),
+        ));
+        tasks.spawn(
+            Proxy::new(services.clone(), slices.clone(), context.config.dns_address).run(cancel.clone()),
+        );
         tasks.spawn(listeners::run(context.clone(), slices));
 
         for (what, ready) in [
             ("pods", pods.ready("pods", LIST_DEADLINE).await),
             ("services", services.ready("services", LIST_DEADLINE).await),
-            ("configmaps", context.config_maps.ready("configmaps", LIST_DEADLINE).await),
+            (
+                "configmaps",
+                context.config_maps.ready("configmaps", LIST_DEADLINE).await,
+            ),
             ("secrets", context.secrets.ready("secrets", LIST_DEADLINE).await),
         ] {
             if let Err(error) = ready {
@@ -229,7 +250,9 @@ impl DynamicMirror {
     async fn run(self, context: &Context) {
         use futures::StreamExt;
         use kube::runtime::WatchStreamExt;
-        let mut events = watcher::watcher(self.api, watcher::Config::default()).default_backoff().boxed();
+        let mut events = watcher::watcher(self.api, watcher::Config::default())
+            .default_backoff()
+            .boxed();
         let mut objects: HashMap<String, DynamicObject> = HashMap::new();
         let mut failing = false;
         loop {
@@ -246,35 +269,37 @@ impl DynamicMirror {
                     failing = true;
                     continue;
                 }
-                Some(Ok(event)) => {
-                    match event {
-                        watcher::Event::Init => {
-                            objects.clear();
-                            continue;
-                        }
-                        watcher::Event::InitApply(object) => {
-                            objects.insert(object.name_any(), object);
-                            continue;
-                        }
-                        watcher::Event::Apply(object) => {
-                            objects.insert(object.name_any(), object);
-                        }
-                        watcher::Event::Delete(object) => {
-                            objects.remove(&object.name_any());
-                        }
-                        watcher::Event::InitDone => failing = false,
+                Some(Ok(event)) => match event {
+                    watcher::Event::Init => {
+                        objects.clear();
+                        continue;
                     }
-                }
+                    watcher::Event::InitApply(object) => {
+                        objects.insert(object.name_any(), object);
+                        continue;
+                    }
+                    watcher::Event::Apply(object) => {
+                        objects.insert(object.name_any(), object);
+                    }
+                    watcher::Event::Delete(object) => {
+                        objects.remove(&object.name_any());
+                    }
+                    watcher::Event::InitDone => failing = false,
+                },
             }
             let user = objects.values().filter_map(|object| {
                 image::from_object(object)
                     .inspect_err(|error| {
                         let about = object.object_ref(&self.resource);
-                        context.recorder.warning(&about, "InvalidImage", "Read", &error.to_string());
+                        context
+                            .recorder
+                            .warning(&about, "InvalidImage", "Read", &error.to_string());
                     })
                     .ok()
             });
-            context.catalogue.send_replace(Catalogue::new(user, context.config.images.clone()));
+            context
+                .catalogue
+                .send_replace(Catalogue::new(user, context.config.images.clone()));
         }
     }
 }

@@ -23,17 +23,25 @@ pub(crate) async fn create(worker: &mut Worker) -> Result<mpsc::Receiver<ShimEve
     worker.listeners = context.listeners_for(&object).await?;
     let address = match worker.address {
         Some(address) => address,
-        None => context.addresses.take().ok_or("no address is left in the pods' network")?,
+        None => context
+            .addresses
+            .take()
+            .ok_or("no address is left in the pods' network")?,
     };
     worker.address = Some(address);
     let directory = worker.directory.clone();
     prepare_directory(&directory).map_err(|error| format!("create {}: {error}", directory.display()))?;
-    worker.write_record(address).map_err(|error| format!("write {}: {error}", files::POD))?;
+    worker
+        .write_record(address)
+        .map_err(|error| format!("write {}: {error}", files::POD))?;
     let domain = &context.config.cluster_domain;
     let etc = directory.join("etc");
     let host_resolver = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
     for (name, text) in [
-        ("resolv.conf", start::resolv_conf(&object, context.config.dns_address, domain, &host_resolver)),
+        (
+            "resolv.conf",
+            start::resolv_conf(&object, context.config.dns_address, domain, &host_resolver),
+        ),
         ("hosts", start::hosts(&object, address, domain)),
         ("hostname", format!("{}\n", env::hostname(&object))),
     ] {
@@ -63,9 +71,13 @@ pub(crate) async fn create(worker: &mut Worker) -> Result<mpsc::Receiver<ShimEve
         control: -1,
         memory_volumes,
     };
-    let (client, events, child) =
-        ShimClient::spawn(&context.config.shim_command, config, &network, &directory.join("shim.log"))
-            .map_err(|error| format!("start the pod's shim: {error}"))?;
+    let (client, events, child) = ShimClient::spawn(
+        &context.config.shim_command,
+        config,
+        &network,
+        &directory.join("shim.log"),
+    )
+    .map_err(|error| format!("start the pod's shim: {error}"))?;
     worker.shim = Some(Arc::new(client));
     worker.shim_process = Some(child);
     tracing::debug!(pod = %object.name_any(), %address, "sandbox created");

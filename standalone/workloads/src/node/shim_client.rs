@@ -26,7 +26,11 @@ const EVENTS: usize = 64;
 /// What a shim tells unasked.
 #[derive(Debug)]
 pub(crate) enum ShimEvent {
-    Exited { container: String, attempt: u32, exit: Exit },
+    Exited {
+        container: String,
+        attempt: u32,
+        exit: Exit,
+    },
     /// The connection ended: the shim, and with it every container, is gone.
     Gone,
 }
@@ -80,7 +84,10 @@ impl ShimClient {
     }
 
     fn over(socket: OwnedFd) -> io::Result<(Self, mpsc::Receiver<ShimEvent>)> {
-        nix::fcntl::fcntl(&socket, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
+        nix::fcntl::fcntl(
+            &socket,
+            nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK),
+        )?;
         let socket = Arc::new(fdpass::watched(socket)?);
         let waiting: Arc<Mutex<HashMap<u64, oneshot::Sender<Answer>>>> = Arc::default();
         let (events, receiver) = mpsc::channel(EVENTS);
@@ -108,7 +115,9 @@ impl ShimClient {
         let text = serde_json::to_vec(&request(id)).map_err(|error| error.to_string())?;
         let result = tokio::time::timeout(deadline, async {
             self.socket
-                .async_io(tokio::io::Interest::WRITABLE, |socket| fdpass::send(socket, &text, fds))
+                .async_io(tokio::io::Interest::WRITABLE, |socket| {
+                    fdpass::send(socket, &text, fds)
+                })
                 .await
                 .map_err(|error| format!("send to the pod's shim: {error}"))?;
             receiver.await.map_err(|_| "the pod's shim has ended".to_owned())
@@ -118,7 +127,10 @@ impl ShimClient {
         match result {
             Ok(Ok((Message::Failed { reason, .. }, _))) => Err(reason),
             Ok(answer) => answer,
-            Err(_) => Err(format!("the pod's shim did not answer within {} s", deadline.as_secs())),
+            Err(_) => Err(format!(
+                "the pod's shim did not answer within {} s",
+                deadline.as_secs()
+            )),
         }
     }
 
@@ -136,9 +148,13 @@ impl ShimClient {
 
     pub(crate) async fn signal(&self, container: &str, signal: i32) -> Result<(), String> {
         let container = container.to_owned();
-        self.ask(ANSWER_DEADLINE, &[], |id| Request::Signal { id, container, signal })
-            .await
-            .map(|_| ())
+        self.ask(ANSWER_DEADLINE, &[], |id| Request::Signal {
+            id,
+            container,
+            signal,
+        })
+        .await
+        .map(|_| ())
     }
 
     /// Runs a command; its exit code (none: it took longer than `timeout`) and what it wrote.
@@ -168,7 +184,11 @@ impl ShimClient {
     }
 
     pub(crate) async fn state(&self) -> Result<Vec<ContainerReport>, String> {
-        match self.ask(ANSWER_DEADLINE, &[], |id| Request::State { id }).await?.0 {
+        match self
+            .ask(ANSWER_DEADLINE, &[], |id| Request::State { id })
+            .await?
+            .0
+        {
             Message::State { containers, .. } => Ok(containers),
             other => Err(unexpected(&other)),
         }
@@ -176,7 +196,10 @@ impl ShimClient {
 
     /// The listening sockets that the pod holds.
     pub(crate) async fn listeners(&self) -> Result<Vec<(u16, OwnedFd)>, String> {
-        match self.ask(ANSWER_DEADLINE, &[], |id| Request::Listeners { id }).await? {
+        match self
+            .ask(ANSWER_DEADLINE, &[], |id| Request::Listeners { id })
+            .await?
+        {
             (Message::Listeners { ports, .. }, fds) => Ok(ports.into_iter().zip(fds).collect()),
             (other, _) => Err(unexpected(&other)),
         }
@@ -185,9 +208,12 @@ impl ShimClient {
     /// Ends the shim and whatever still runs.
     pub(crate) async fn shutdown(&self, grace: Duration) -> Result<(), String> {
         let grace_millis = grace.as_millis() as u64;
-        self.ask(grace + ANSWER_DEADLINE, &[], |id| Request::Shutdown { id, grace_millis })
-            .await
-            .map(|_| ())
+        self.ask(grace + ANSWER_DEADLINE, &[], |id| Request::Shutdown {
+            id,
+            grace_millis,
+        })
+        .await
+        .map(|_| ())
     }
 }
 
@@ -208,7 +234,9 @@ async fn read(
             Ok((text, fds)) if !text.is_empty() => (text, fds),
             Ok(_) | Err(_) => break,
         };
-        let Ok(message) = serde_json::from_slice::<Message>(&text) else { break };
+        let Ok(message) = serde_json::from_slice::<Message>(&text) else {
+            break;
+        };
         match message {
             Message::Exited {
                 container,
@@ -239,10 +267,15 @@ async fn read(
 
 /// Who the shim of a pod directory is.
 pub(crate) fn read_record(directory: &Path) -> io::Result<ShimRecord> {
-    Ok(serde_json::from_slice(&std::fs::read(directory.join(files::RECORD))?)?)
+    Ok(serde_json::from_slice(&std::fs::read(
+        directory.join(files::RECORD),
+    )?)?)
 }
 
 /// Whether a pod directory's shim runs.
 pub(crate) fn shim_process(directory: &Path) -> Option<ProcessRecord> {
-    read_record(directory).ok().map(|record| record.shim).filter(ProcessRecord::is_alive)
+    read_record(directory)
+        .ok()
+        .map(|record| record.shim)
+        .filter(ProcessRecord::is_alive)
 }

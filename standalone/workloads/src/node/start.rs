@@ -117,9 +117,11 @@ pub(crate) fn prepare(
         words.iter().flatten().map(|word| expand(word, &known)).collect()
     };
     let path = known.get("PATH").cloned().unwrap_or_default();
-    let invocation = image.invocation(&expanded(&container.command), &expanded(&container.args), |word| {
-        exists(word, &path)
-    });
+    let invocation = image.invocation(
+        &expanded(&container.command),
+        &expanded(&container.args),
+        |word| exists(word, &path),
+    );
     let identity = identity(pod, container)?;
     let read_only_root = container
         .security_context
@@ -128,9 +130,20 @@ pub(crate) fn prepare(
         .unwrap_or(false);
     // The first container that declares a handed-over port gets the sockets: the gateway's proxy.
     let wants = listeners.iter().any(|(port, _)| {
-        container.ports.iter().flatten().any(|declared| declared.container_port == i32::from(*port))
-    }) || pod.spec.as_ref().is_some_and(|spec| spec.containers.len() == 1 && spec.containers[0].name == container.name);
-    let ports = if wants { listeners.iter().map(|(port, _)| *port).collect() } else { Vec::new() };
+        container
+            .ports
+            .iter()
+            .flatten()
+            .any(|declared| declared.container_port == i32::from(*port))
+    }) || pod
+        .spec
+        .as_ref()
+        .is_some_and(|spec| spec.containers.len() == 1 && spec.containers[0].name == container.name);
+    let ports = if wants {
+        listeners.iter().map(|(port, _)| *port).collect()
+    } else {
+        Vec::new()
+    };
     let logs = context.paths.pod_logs(
         &pod.namespace().unwrap_or_default(),
         &pod.name_any(),
@@ -148,7 +161,11 @@ pub(crate) fn prepare(
             // In a user namespace with one mapped id nobody else exists to become.
             uid: identity.uid.filter(|_| !keep_identity),
             gid: identity.gid.filter(|_| !keep_identity),
-            groups: if keep_identity { Vec::new() } else { identity.groups },
+            groups: if keep_identity {
+                Vec::new()
+            } else {
+                identity.groups
+            },
             binds,
             read_only_root,
             log: logs.join(&container.name).join(format!("{attempt}.log")),
@@ -173,17 +190,25 @@ fn own_files(directory: &Path, binds: &[Bind]) -> Vec<Bind> {
 
 /// Whether a command word is a program of this machine: an absolute path, or a name in PATH.
 pub(crate) fn exists(word: &str, path: &str) -> bool {
-    let executable =
-        |file: &Path| fs::metadata(file).is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0);
+    let executable = |file: &Path| {
+        fs::metadata(file).is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
+    };
     if word.contains('/') {
         return word.starts_with('/') && executable(Path::new(word));
     }
-    path.split(':').any(|directory| executable(&Path::new(directory).join(word)))
+    path.split(':')
+        .any(|directory| executable(&Path::new(directory).join(word)))
 }
 
 /// How exec probes and hooks of a container turn into programs.
-pub(crate) fn command_of(context: &Context, container: &Container) -> Arc<dyn Fn(&[String]) -> Vec<String> + Send + Sync> {
-    let image = context.catalogue.borrow().find(container.image.as_deref().unwrap_or_default());
+pub(crate) fn command_of(
+    context: &Context,
+    container: &Container,
+) -> Arc<dyn Fn(&[String]) -> Vec<String> + Send + Sync> {
+    let image = context
+        .catalogue
+        .borrow()
+        .find(container.image.as_deref().unwrap_or_default());
     Arc::new(move |command| match &image {
         Some(image) => image.command(command, |word| exists(word, DEFAULT_PATH)).argv,
         None => command.to_vec(),
@@ -200,8 +225,14 @@ fn identity(pod: &Pod, container: &Container) -> Result<Identity, NotPrepared> {
     let of_pod = pod.spec.as_ref().and_then(|spec| spec.security_context.as_ref());
     let own = container.security_context.as_ref();
     let number = |value: Option<i64>| value.and_then(|value| u32::try_from(value).ok());
-    let uid = number(own.and_then(|own| own.run_as_user).or_else(|| of_pod.and_then(|pod| pod.run_as_user)));
-    let gid = number(own.and_then(|own| own.run_as_group).or_else(|| of_pod.and_then(|pod| pod.run_as_group)));
+    let uid = number(
+        own.and_then(|own| own.run_as_user)
+            .or_else(|| of_pod.and_then(|pod| pod.run_as_user)),
+    );
+    let gid = number(
+        own.and_then(|own| own.run_as_group)
+            .or_else(|| of_pod.and_then(|pod| pod.run_as_group)),
+    );
     let non_root = own
         .and_then(|own| own.run_as_non_root)
         .or_else(|| of_pod.and_then(|pod| pod.run_as_non_root))
@@ -238,7 +269,11 @@ fn refused(pod: &Pod, container: &Container) -> Option<String> {
     if spec.host_pid == Some(true) || spec.share_process_namespace == Some(true) {
         return Some("hostPID and shareProcessNamespace are not supported".into());
     }
-    if container.volume_devices.as_ref().is_some_and(|devices| !devices.is_empty()) {
+    if container
+        .volume_devices
+        .as_ref()
+        .is_some_and(|devices| !devices.is_empty())
+    {
         return Some("volumeDevices are not supported".into());
     }
     None
@@ -247,22 +282,45 @@ fn refused(pod: &Pod, container: &Container) -> Option<String> {
 /// Fields of a pod that are read but make no difference here, as one sentence (condition `FullyHonoured`).
 pub(crate) fn not_honoured(pod: &Pod) -> String {
     let mut fields = Vec::new();
-    let Some(spec) = pod.spec.as_ref() else { return String::new() };
-    if spec.affinity.is_some() || spec.topology_spread_constraints.as_ref().is_some_and(|all| !all.is_empty()) {
+    let Some(spec) = pod.spec.as_ref() else {
+        return String::new();
+    };
+    if spec.affinity.is_some()
+        || spec
+            .topology_spread_constraints
+            .as_ref()
+            .is_some_and(|all| !all.is_empty())
+    {
         fields.push(Field::ignored("spec.affinity", "there is one node"));
     }
     if spec.runtime_class_name.is_some() {
-        fields.push(Field::ignored("spec.runtimeClassName", "containers are processes of this machine"));
+        fields.push(Field::ignored(
+            "spec.runtimeClassName",
+            "containers are processes of this machine",
+        ));
     }
     if spec.active_deadline_seconds.is_some() {
-        fields.push(Field::ignored("spec.activeDeadlineSeconds", "not implemented yet"));
+        fields.push(Field::ignored(
+            "spec.activeDeadlineSeconds",
+            "not implemented yet",
+        ));
     }
     if spec.containers.iter().any(|container| {
-        container.resources.as_ref().is_some_and(|resources| resources.limits.as_ref().is_some_and(|all| !all.is_empty()))
+        container
+            .resources
+            .as_ref()
+            .is_some_and(|resources| resources.limits.as_ref().is_some_and(|all| !all.is_empty()))
     }) {
-        fields.push(Field::ignored("spec.containers.resources.limits", "limits are not enforced"));
+        fields.push(Field::ignored(
+            "spec.containers.resources.limits",
+            "limits are not enforced",
+        ));
     }
-    if fields.is_empty() { String::new() } else { unhonoured::message(&fields) }
+    if fields.is_empty() {
+        String::new()
+    } else {
+        unhonoured::message(&fields)
+    }
 }
 
 /// Writes a container's specification for the shim, which removes it once read: it holds secrets.
@@ -280,7 +338,11 @@ pub(crate) fn write_spec(directory: &Path, spec: &ContainerSpec) -> io::Result<P
 }
 
 /// Runs a lifecycle hook.
-pub(crate) async fn run_hook(hook: &LifecycleHandler, target: &Target, limit: Duration) -> Result<(), String> {
+pub(crate) async fn run_hook(
+    hook: &LifecycleHandler,
+    target: &Target,
+    limit: Duration,
+) -> Result<(), String> {
     if let Some(exec) = &hook.exec {
         let argv = (target.command)(exec.command.as_deref().unwrap_or_default());
         let env = target.env.as_ref().clone();
@@ -309,14 +371,20 @@ pub(crate) async fn run_hook(hook: &LifecycleHandler, target: &Target, limit: Du
 /// `/etc/resolv.conf` of a pod.
 pub(crate) fn resolv_conf(pod: &Pod, dns: Ipv4Addr, domain: &str, host: &str) -> String {
     let spec = pod.spec.as_ref();
-    let policy = spec.and_then(|spec| spec.dns_policy.as_deref()).unwrap_or("ClusterFirst");
+    let policy = spec
+        .and_then(|spec| spec.dns_policy.as_deref())
+        .unwrap_or("ClusterFirst");
     let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
     let (mut servers, mut searches, mut options): (Vec<String>, Vec<String>, Vec<String>) = match policy {
         "Default" => parse_resolv_conf(host),
         "None" => (Vec::new(), Vec::new(), Vec::new()),
         _ => (
             vec![dns.to_string()],
-            vec![format!("{namespace}.svc.{domain}"), format!("svc.{domain}"), domain.to_owned()],
+            vec![
+                format!("{namespace}.svc.{domain}"),
+                format!("svc.{domain}"),
+                domain.to_owned(),
+            ],
             vec!["ndots:5".to_owned()],
         ),
     };
@@ -369,8 +437,22 @@ pub(crate) fn hosts(pod: &Pod, address: Ipv4Addr, domain: &str) -> String {
         "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{address}\t{}{name}\n",
         full.unwrap_or_default()
     );
-    for alias in pod.spec.iter().flat_map(|spec| spec.host_aliases.iter().flatten()) {
-        text.push_str(&format!("{}\t{}\n", alias.ip, alias.hostnames.iter().flatten().cloned().collect::<Vec<_>>().join("\t")));
+    for alias in pod
+        .spec
+        .iter()
+        .flat_map(|spec| spec.host_aliases.iter().flatten())
+    {
+        text.push_str(&format!(
+            "{}\t{}\n",
+            alias.ip,
+            alias
+                .hostnames
+                .iter()
+                .flatten()
+                .cloned()
+                .collect::<Vec<_>>()
+                .join("\t")
+        ));
     }
     text
 }
@@ -382,7 +464,8 @@ mod tests {
     use super::*;
 
     fn pod(spec: serde_json::Value) -> Pod {
-        serde_json::from_value(json!({"metadata": {"name": "p", "namespace": "n", "uid": "u"}, "spec": spec})).unwrap()
+        serde_json::from_value(json!({"metadata": {"name": "p", "namespace": "n", "uid": "u"}, "spec": spec}))
+            .unwrap()
     }
 
     #[test]
@@ -392,31 +475,47 @@ mod tests {
             resolv_conf(&pod(json!({"containers": []})), dns, "cluster.local", ""),
             "search n.svc.cluster.local svc.cluster.local cluster.local\nnameserver 10.96.0.10\noptions ndots:5\n"
         );
-        let own = pod(json!({"containers": [], "dnsPolicy": "None", "dnsConfig": {"nameservers": ["1.1.1.1"],
-            "searches": ["x.y"], "options": [{"name": "ndots", "value": "2"}]}}));
+        let own = pod(
+            json!({"containers": [], "dnsPolicy": "None", "dnsConfig": {"nameservers": ["1.1.1.1"],
+            "searches": ["x.y"], "options": [{"name": "ndots", "value": "2"}]}}),
+        );
         assert_eq!(
             resolv_conf(&own, dns, "cluster.local", ""),
             "search x.y\nnameserver 1.1.1.1\noptions ndots:2\n"
         );
         let hosts = pod(json!({"containers": [], "dnsPolicy": "Default"}));
-        assert_eq!(resolv_conf(&hosts, dns, "cluster.local", "nameserver 9.9.9.9\n"), "nameserver 9.9.9.9\n");
+        assert_eq!(
+            resolv_conf(&hosts, dns, "cluster.local", "nameserver 9.9.9.9\n"),
+            "nameserver 9.9.9.9\n"
+        );
     }
 
     #[test]
     fn the_identity_comes_from_the_container_then_the_pod_and_root_is_refused_where_it_must_not_be() {
-        let pod = pod(json!({"containers": [], "securityContext": {"runAsUser": 1000, "runAsGroup": 3000, "fsGroup": 2000}}));
+        let pod = pod(
+            json!({"containers": [], "securityContext": {"runAsUser": 1000, "runAsGroup": 3000, "fsGroup": 2000}}),
+        );
         let container = |context: serde_json::Value| -> Container {
             serde_json::from_value(json!({"name": "c", "securityContext": context})).unwrap()
         };
-        let found = identity(&pod, &container(json!({"runAsUser": 1337}))).ok().unwrap();
-        assert_eq!((found.uid, found.gid, found.groups), (Some(1337), Some(3000), vec![2000]));
-        let error = identity(&pod, &container(json!({"runAsUser": 0, "runAsNonRoot": true}))).err().unwrap();
+        let found = identity(&pod, &container(json!({"runAsUser": 1337})))
+            .ok()
+            .unwrap();
+        assert_eq!(
+            (found.uid, found.gid, found.groups),
+            (Some(1337), Some(3000), vec![2000])
+        );
+        let error = identity(&pod, &container(json!({"runAsUser": 0, "runAsNonRoot": true})))
+            .err()
+            .unwrap();
         assert_eq!(error.reason, "CreateContainerConfigError");
     }
 
     #[test]
     fn a_field_without_effect_is_named() {
-        let named = not_honoured(&pod(json!({"containers": [{"name": "c", "resources": {"limits": {"cpu": "1"}}}]})));
+        let named = not_honoured(&pod(
+            json!({"containers": [{"name": "c", "resources": {"limits": {"cpu": "1"}}}]}),
+        ));
         assert!(named.contains("resources.limits"), "{named}");
         assert_eq!(not_honoured(&pod(json!({"containers": [{"name": "c"}]}))), "");
     }

@@ -2,8 +2,8 @@
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
-    ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus, HostIP,
-    Pod as PodObject, PodCondition, PodIP, PodStatus,
+    ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus,
+    HostIP, Pod as PodObject, PodCondition, PodIP, PodStatus,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
@@ -39,7 +39,11 @@ pub(crate) fn pod_status(
     let (mut init, mut main) = (Vec::new(), Vec::new());
     for container in &pod.containers {
         let status = container_status(object, pod, container);
-        if container.role == Role::Main { main.push(status) } else { init.push(status) }
+        if container.role == Role::Main {
+            main.push(status)
+        } else {
+            init.push(status)
+        }
     }
     let done = matches!(phase, "Succeeded" | "Failed");
     let unready: Vec<&str> = pod
@@ -66,16 +70,22 @@ pub(crate) fn pod_status(
         (true, "", String::new())
     } else {
         let list = unready.join(" ");
-        (false, "ContainersNotReady", format!("containers with unready status: [{list}]"))
+        (
+            false,
+            "ContainersNotReady",
+            format!("containers with unready status: [{list}]"),
+        )
     };
     let gates_ready = object
         .spec
         .iter()
         .flat_map(|spec| spec.readiness_gates.iter().flatten())
         .all(|gate| {
-            object.status.iter().flat_map(|status| status.conditions.iter().flatten()).any(|condition| {
-                condition.type_ == gate.condition_type && condition.status == "True"
-            })
+            object
+                .status
+                .iter()
+                .flat_map(|status| status.conditions.iter().flatten())
+                .any(|condition| condition.type_ == gate.condition_type && condition.status == "True")
         });
     let mut conditions = Vec::new();
     let mut put = |type_: &str, status: bool, reason: &str, message: &str| {
@@ -87,11 +97,24 @@ pub(crate) fn pod_status(
     } else {
         let list = incomplete.join(" ");
         let message = format!("containers with incomplete status: [{list}]");
-        put("Initialized", incomplete.is_empty(), if incomplete.is_empty() { "" } else { "ContainersNotInitialized" },
-            if incomplete.is_empty() { "" } else { &message });
+        put(
+            "Initialized",
+            incomplete.is_empty(),
+            if incomplete.is_empty() {
+                ""
+            } else {
+                "ContainersNotInitialized"
+            },
+            if incomplete.is_empty() { "" } else { &message },
+        );
     }
     if ready && !gates_ready {
-        put("Ready", false, "ReadinessGatesNotReady", "the status of pod readiness gates is not \"True\"");
+        put(
+            "Ready",
+            false,
+            "ReadinessGatesNotReady",
+            "the status of pod readiness gates is not \"True\"",
+        );
     } else {
         put("Ready", ready, reason, &message);
     }
@@ -152,7 +175,11 @@ fn container_status(object: &PodObject, pod: &Pod, container: &Container) -> Con
     let spec = object.spec.as_ref();
     let image = spec
         .into_iter()
-        .flat_map(|spec| spec.containers.iter().chain(spec.init_containers.iter().flatten()))
+        .flat_map(|spec| {
+            spec.containers
+                .iter()
+                .chain(spec.init_containers.iter().flatten())
+        })
         .find(|candidate| candidate.name == container.name)
         .and_then(|candidate| candidate.image.clone())
         .unwrap_or_default();
@@ -180,7 +207,9 @@ fn container_status(object: &PodObject, pod: &Pod, container: &Container) -> Con
             },
             false,
         ),
-        Phase::Running { started_at, started, .. } => (
+        Phase::Running {
+            started_at, started, ..
+        } => (
             ContainerState {
                 running: Some(ContainerStateRunning {
                     started_at: Some(time(*started_at)),
@@ -234,7 +263,10 @@ fn container_status(object: &PodObject, pod: &Pod, container: &Container) -> Con
 
 /// Main containers of a pod that is still initialising say so.
 fn waiting_reason(pod: &Pod, container: &Container, reason: &str) -> String {
-    let has_init = pod.containers.iter().any(|container| container.role != Role::Main);
+    let has_init = pod
+        .containers
+        .iter()
+        .any(|container| container.role != Role::Main);
     if container.role == Role::Main && !pod.initialized && has_init && reason == "ContainerCreating" {
         return "PodInitializing".to_owned();
     }
@@ -272,7 +304,11 @@ fn terminated(exit: &Exit, id: &str) -> ContainerState {
 
 /// Seconds as Go writes a duration: `10s`, `1m20s`, `5m0s`.
 fn go_duration(seconds: u64) -> String {
-    if seconds < 60 { format!("{seconds}s") } else { format!("{}m{}s", seconds / 60, seconds % 60) }
+    if seconds < 60 {
+        format!("{seconds}s")
+    } else {
+        format!("{}m{}s", seconds / 60, seconds % 60)
+    }
 }
 
 #[cfg(test)]
@@ -293,6 +329,7 @@ mod tests {
             containers,
             initialized: false,
             deletion: None,
+            grace: std::time::Duration::from_secs(30),
             finished: false,
         }
     }
@@ -312,7 +349,12 @@ mod tests {
     }
 
     fn shown(status: &PodStatus, type_: &str) -> (String, String, String) {
-        let found = status.conditions.iter().flatten().find(|condition| condition.type_ == type_).unwrap();
+        let found = status
+            .conditions
+            .iter()
+            .flatten()
+            .find(|condition| condition.type_ == type_)
+            .unwrap();
         (
             found.status.clone(),
             found.reason.clone().unwrap_or_default(),
@@ -326,19 +368,40 @@ mod tests {
 
     #[test]
     fn a_new_pod_is_worded_as_kubelet_words_it() {
-        let pod = pod(vec![Container::new("i", Role::Init), Container::new("c", Role::Main)]);
+        let pod = pod(vec![
+            Container::new("i", Role::Init),
+            Container::new("c", Role::Main),
+        ]);
         let status = status(&pod, &PodStatus::default(), 0);
         assert_eq!(status.phase.as_deref(), Some("Pending"));
         assert_eq!(
             shown(&status, "Initialized"),
-            three("False", "ContainersNotInitialized", "containers with incomplete status: [i]")
+            three(
+                "False",
+                "ContainersNotInitialized",
+                "containers with incomplete status: [i]"
+            )
         );
         assert_eq!(
             shown(&status, "Ready"),
-            three("False", "ContainersNotReady", "containers with unready status: [c]")
+            three(
+                "False",
+                "ContainersNotReady",
+                "containers with unready status: [c]"
+            )
         );
         let main = &status.container_statuses.as_ref().unwrap()[0];
-        assert_eq!(main.state.as_ref().unwrap().waiting.as_ref().unwrap().reason.as_deref(), Some("PodInitializing"));
+        assert_eq!(
+            main.state
+                .as_ref()
+                .unwrap()
+                .waiting
+                .as_ref()
+                .unwrap()
+                .reason
+                .as_deref(),
+            Some("PodInitializing")
+        );
     }
 
     #[test]
@@ -361,7 +424,10 @@ mod tests {
         assert_eq!(shown.restart_count, 1);
         let waiting = shown.state.as_ref().unwrap().waiting.as_ref().unwrap();
         assert_eq!(waiting.reason.as_deref(), Some("CrashLoopBackOff"));
-        assert_eq!(waiting.message.as_deref(), Some("back-off 10s restarting failed container=c pod=p_n(u-1)"));
+        assert_eq!(
+            waiting.message.as_deref(),
+            Some("back-off 10s restarting failed container=c pod=p_n(u-1)")
+        );
         let last = shown.last_state.as_ref().unwrap().terminated.as_ref().unwrap();
         assert_eq!((last.exit_code, last.reason.as_deref()), (1, Some("Error")));
     }
@@ -380,7 +446,16 @@ mod tests {
         }
         let after = status(&pod, &same, 20);
         let since = |status: &PodStatus, type_: &str| {
-            status.conditions.iter().flatten().find(|c| c.type_ == type_).unwrap().last_transition_time.clone().unwrap().0
+            status
+                .conditions
+                .iter()
+                .flatten()
+                .find(|c| c.type_ == type_)
+                .unwrap()
+                .last_transition_time
+                .clone()
+                .unwrap()
+                .0
         };
         assert_eq!(since(&after, "Ready"), at(20));
         assert_eq!(since(&after, "PodScheduled"), at(5));
@@ -389,6 +464,9 @@ mod tests {
 
     #[test]
     fn durations_are_written_as_go_writes_them() {
-        assert_eq!([go_duration(10), go_duration(80), go_duration(300)], ["10s", "1m20s", "5m0s"]);
+        assert_eq!(
+            [go_duration(10), go_duration(80), go_duration(300)],
+            ["10s", "1m20s", "5m0s"]
+        );
     }
 }

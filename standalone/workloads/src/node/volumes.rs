@@ -43,7 +43,9 @@ pub(crate) fn plan(
     references: &impl References,
 ) -> Result<Vec<Planned>, ConfigError> {
     let volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
-    volumes.map(|volume| plan_one(pod, volume, directory, facts, references)).collect()
+    volumes
+        .map(|volume| plan_one(pod, volume, directory, facts, references))
+        .collect()
 }
 
 fn plan_one(
@@ -63,7 +65,11 @@ fn plan_one(
     let mut content = Content::new();
     if let Some(empty) = &volume.empty_dir {
         if empty.medium.as_deref() == Some("Memory") {
-            let size = empty.size_limit.as_ref().and_then(|limit| parse_quantity(&limit.0)).unwrap_or(0.0);
+            let size = empty
+                .size_limit
+                .as_ref()
+                .and_then(|limit| parse_quantity(&limit.0))
+                .unwrap_or(0.0);
             planned.memory = Some(size as u64);
         }
         return Ok(planned);
@@ -75,16 +81,43 @@ fn plan_one(
         return Ok(planned);
     }
     if let Some(map) = &volume.config_map {
-        config_map(&mut content, &map.name, map.items.as_deref(), map.default_mode, map.optional, references)?;
+        config_map(
+            &mut content,
+            &map.name,
+            map.items.as_deref(),
+            map.default_mode,
+            map.optional,
+            references,
+        )?;
     } else if let Some(secret) = &volume.secret {
         let name = secret.secret_name.as_deref().unwrap_or_default();
-        secret_files(&mut content, name, secret.items.as_deref(), secret.default_mode, secret.optional, references)?;
+        secret_files(
+            &mut content,
+            name,
+            secret.items.as_deref(),
+            secret.default_mode,
+            secret.optional,
+            references,
+        )?;
     } else if let Some(downward) = &volume.downward_api {
-        downward_files(&mut content, pod, downward.items.as_deref(), downward.default_mode, facts)?;
+        downward_files(
+            &mut content,
+            pod,
+            downward.items.as_deref(),
+            downward.default_mode,
+            facts,
+        )?;
     } else if let Some(projected) = &volume.projected {
         for source in projected.sources.iter().flatten() {
             if let Some(map) = &source.config_map {
-                config_map(&mut content, &map.name, map.items.as_deref(), projected.default_mode, map.optional, references)?;
+                config_map(
+                    &mut content,
+                    &map.name,
+                    map.items.as_deref(),
+                    projected.default_mode,
+                    map.optional,
+                    references,
+                )?;
             }
             if let Some(secret) = &source.secret {
                 secret_files(
@@ -97,7 +130,13 @@ fn plan_one(
                 )?;
             }
             if let Some(downward) = &source.downward_api {
-                downward_files(&mut content, pod, downward.items.as_deref(), projected.default_mode, facts)?;
+                downward_files(
+                    &mut content,
+                    pod,
+                    downward.items.as_deref(),
+                    projected.default_mode,
+                    facts,
+                )?;
             }
             if source.service_account_token.is_some() {
                 return Err(ConfigError(format!(
@@ -106,7 +145,10 @@ fn plan_one(
                 )));
             }
             if source.cluster_trust_bundle.is_some() {
-                return Err(ConfigError(format!("volume {}: clusterTrustBundle is not supported", volume.name)));
+                return Err(ConfigError(format!(
+                    "volume {}: clusterTrustBundle is not supported",
+                    volume.name
+                )));
             }
         }
     } else {
@@ -153,8 +195,18 @@ fn config_map(
         return missing(optional, format!("configmap \"{name}\" not found"));
     };
     let mut all: BTreeMap<String, Vec<u8>> = BTreeMap::new();
-    all.extend(map.data.iter().flatten().map(|(key, value)| (key.clone(), value.clone().into_bytes())));
-    all.extend(map.binary_data.iter().flatten().map(|(key, value)| (key.clone(), value.0.clone())));
+    all.extend(
+        map.data
+            .iter()
+            .flatten()
+            .map(|(key, value)| (key.clone(), value.clone().into_bytes())),
+    );
+    all.extend(
+        map.binary_data
+            .iter()
+            .flatten()
+            .map(|(key, value)| (key.clone(), value.0.clone())),
+    );
     select(content, all, items, mode, optional, "configmap", name)
 }
 
@@ -169,12 +221,21 @@ fn secret_files(
     let Some(secret) = references.secret(name) else {
         return missing(optional, format!("secret \"{name}\" not found"));
     };
-    let all = secret.data.iter().flatten().map(|(key, value)| (key.clone(), value.0.clone())).collect();
+    let all = secret
+        .data
+        .iter()
+        .flatten()
+        .map(|(key, value)| (key.clone(), value.0.clone()))
+        .collect();
     select(content, all, items, mode, optional, "secret", name)
 }
 
 fn missing(optional: Option<bool>, reason: String) -> Result<(), ConfigError> {
-    if optional == Some(true) { Ok(()) } else { Err(ConfigError(reason)) }
+    if optional == Some(true) {
+        Ok(())
+    } else {
+        Err(ConfigError(reason))
+    }
 }
 
 fn select(
@@ -244,14 +305,21 @@ fn safe(path: &str) -> Result<PathBuf, ConfigError> {
     if inside && path.components().next().is_some() {
         Ok(path)
     } else {
-        Err(ConfigError(format!("path {} must be relative and may not contain \"..\"", path.display())))
+        Err(ConfigError(format!(
+            "path {} must be relative and may not contain \"..\"",
+            path.display()
+        )))
     }
 }
 
 /// Writes a volume's content if it differs from what is there; whether it did.
 pub(crate) fn write(volume: &Planned, stamp: &str) -> io::Result<bool> {
     let Some(content) = &volume.content else {
-        if volume.path.parent().is_some_and(|parent| parent.ends_with("volumes")) {
+        if volume
+            .path
+            .parent()
+            .is_some_and(|parent| parent.ends_with("volumes"))
+        {
             fs::create_dir_all(&volume.path)?;
             fs::set_permissions(&volume.path, fs::Permissions::from_mode(0o777))?;
         }
@@ -305,14 +373,18 @@ fn same(data: &Path, content: &Content) -> bool {
     let mut found = 0;
     let mut pending = vec![data.to_owned()];
     while let Some(directory) = pending.pop() {
-        let Ok(entries) = fs::read_dir(&directory) else { return false };
+        let Ok(entries) = fs::read_dir(&directory) else {
+            return false;
+        };
         for entry in entries.flatten() {
             let path = entry.path();
             if path.is_dir() {
                 pending.push(path);
                 continue;
             }
-            let Ok(relative) = path.strip_prefix(data) else { return false };
+            let Ok(relative) = path.strip_prefix(data) else {
+                return false;
+            };
             match content.get(relative) {
                 Some((bytes, _)) if fs::read(&path).is_ok_and(|have| &have == bytes) => found += 1,
                 _ => return false,
@@ -344,8 +416,9 @@ pub(crate) fn binds(
             Some(path) => {
                 let source = volume.path.join(safe(&path)?);
                 if volume.content.is_none() && volume.memory.is_none() && !source.exists() {
-                    fs::create_dir_all(&source)
-                        .map_err(|error| ConfigError(format!("create subPath {path} of {}: {error}", mount.name)))?;
+                    fs::create_dir_all(&source).map_err(|error| {
+                        ConfigError(format!("create subPath {path} of {}: {error}", mount.name))
+                    })?;
                 }
                 source
             }
@@ -353,7 +426,11 @@ pub(crate) fn binds(
         let target = PathBuf::from(&mount.mount_path);
         binds.push(Bind {
             source,
-            target: if target.is_absolute() { target } else { Path::new("/").join(target) },
+            target: if target.is_absolute() {
+                target
+            } else {
+                Path::new("/").join(target)
+            },
             read_only: volume.read_only || mount.read_only == Some(true),
         });
     }
@@ -376,7 +453,8 @@ mod tests {
         fn config_map(&self, name: &str) -> Option<Arc<ConfigMap>> {
             (name == "cm").then(|| {
                 Arc::new(
-                    serde_json::from_value(json!({"data": {"a.txt": self.0.lock().clone(), "b.txt": "b"}})).unwrap(),
+                    serde_json::from_value(json!({"data": {"a.txt": self.0.lock().clone(), "b.txt": "b"}}))
+                        .unwrap(),
                 )
             })
         }
@@ -388,7 +466,11 @@ mod tests {
         }
     }
 
-    fn planned(volumes: serde_json::Value, directory: &Path, fixture: &Fixture) -> Result<Vec<Planned>, ConfigError> {
+    fn planned(
+        volumes: serde_json::Value,
+        directory: &Path,
+        fixture: &Fixture,
+    ) -> Result<Vec<Planned>, ConfigError> {
         let pod: Pod = serde_json::from_value(json!({
             "metadata": {"name": "p", "labels": {"app": "x"}},
             "spec": {"containers": [], "volumes": volumes},
@@ -406,9 +488,13 @@ mod tests {
         assert!(write(&first[0], "1").unwrap());
         let path = &first[0].path;
         assert_eq!(fs::read_to_string(path.join("a.txt")).unwrap(), "one");
-        assert!(!write(&first[0], "2").unwrap(), "unchanged content is not written again");
+        assert!(
+            !write(&first[0], "2").unwrap(),
+            "unchanged content is not written again"
+        );
         *fixture.0.lock() = "two".into();
-        let only_a = json!([{"name": "v", "configMap": {"name": "cm", "items": [{"key": "a.txt", "path": "a.txt"}]}}]);
+        let only_a =
+            json!([{"name": "v", "configMap": {"name": "cm", "items": [{"key": "a.txt", "path": "a.txt"}]}}]);
         let second = planned(only_a, directory.path(), &fixture).unwrap();
         assert!(write(&second[0], "3").unwrap());
         assert_eq!(fs::read_to_string(path.join("a.txt")).unwrap(), "two");
@@ -430,8 +516,18 @@ mod tests {
         write(&plan[0], "1").unwrap();
         let path = &plan[0].path;
         assert_eq!(fs::read_to_string(path.join("deep/er/key")).unwrap(), "hi");
-        assert_eq!(fs::metadata(path.join("deep/er/key")).unwrap().permissions().mode() & 0o777, 0o400);
-        assert_eq!(fs::metadata(path.join("b")).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(
+            fs::metadata(path.join("deep/er/key"))
+                .unwrap()
+                .permissions()
+                .mode()
+                & 0o777,
+            0o400
+        );
+        assert_eq!(
+            fs::metadata(path.join("b")).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
         assert_eq!(fs::read_to_string(path.join("labels")).unwrap(), "app=\"x\"");
     }
 
@@ -440,8 +536,14 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let fixture = Fixture(Mutex::new(String::new()));
         for (volume, message) in [
-            (json!({"name": "v", "configMap": {"name": "no"}}), "configmap \"no\" not found"),
-            (json!({"name": "v", "secret": {"secretName": "no"}}), "secret \"no\" not found"),
+            (
+                json!({"name": "v", "configMap": {"name": "no"}}),
+                "configmap \"no\" not found",
+            ),
+            (
+                json!({"name": "v", "secret": {"secretName": "no"}}),
+                "secret \"no\" not found",
+            ),
             (
                 json!({"name": "v", "configMap": {"name": "cm", "items": [{"key": "z", "path": "z"}]}}),
                 "references non-existent configmap key: z (in cm)",
@@ -455,9 +557,17 @@ mod tests {
                 "volume v: only emptyDir, configMap, secret, downwardAPI, projected and hostPath volumes are supported",
             ),
         ] {
-            assert_eq!(planned(json!([volume]), directory.path(), &fixture).unwrap_err().0, message);
+            assert_eq!(
+                planned(json!([volume]), directory.path(), &fixture)
+                    .unwrap_err()
+                    .0,
+                message
+            );
         }
         let optional = json!([{"name": "v", "secret": {"secretName": "no", "optional": true}}]);
-        assert_eq!(planned(optional, directory.path(), &fixture).unwrap()[0].content, Some(Content::new()));
+        assert_eq!(
+            planned(optional, directory.path(), &fixture).unwrap()[0].content,
+            Some(Content::new())
+        );
     }
 }

@@ -14,7 +14,9 @@ use std::time::Duration;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Container as ContainerObject, Lifecycle, ObjectReference, Pod as PodObject, PodStatus};
+use k8s_openapi::api::core::v1::{
+    Container as ContainerObject, Lifecycle, ObjectReference, Pod as PodObject, PodStatus,
+};
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::{Api, Resource, ResourceExt};
 use nix::libc;
@@ -123,7 +125,11 @@ impl Worker {
     pub(crate) async fn run(mut self, mut updates: watch::Receiver<PodUpdate>) {
         let cancel = self.context.cancel.clone();
         let mut shim_events = self.adopt().await;
-        let phase = self.object.status.as_ref().and_then(|status| status.phase.as_deref());
+        let phase = self
+            .object
+            .status
+            .as_ref()
+            .and_then(|status| status.phase.as_deref());
         if self.shim.is_none() && matches!(phase, Some("Succeeded" | "Failed")) {
             self.terminal = true;
             self.pod.finished = true;
@@ -133,12 +139,18 @@ impl Worker {
         loop {
             let update = updates.borrow_and_update().clone();
             self.on_update(update);
-            if self.shim.is_none() && !self.pod.finished && self.pod.deletion.is_none() {
-                if let Some(events) = self.create_sandbox().await {
-                    shim_events = Some(events);
-                }
+            if self.shim.is_none()
+                && !self.pod.finished
+                && self.pod.deletion.is_none()
+                && let Some(events) = self.create_sandbox().await
+            {
+                shim_events = Some(events);
             }
-            let wake_at = if self.shim.is_some() || self.pod.deletion.is_some() { self.act().await } else { None };
+            let wake_at = if self.shim.is_some() || self.pod.deletion.is_some() {
+                self.act().await
+            } else {
+                None
+            };
             if self.pod.finished && self.pod.deletion.is_some() {
                 self.remove().await;
                 return;
@@ -146,7 +158,8 @@ impl Worker {
             self.publish();
             let wake = [
                 wake_at.map(instant),
-                self.write_not_before.filter(|_| self.write.is_none() && self.needs_publishing()),
+                self.write_not_before
+                    .filter(|_| self.write.is_none() && self.needs_publishing()),
                 self.sandbox_not_before.filter(|_| self.shim.is_none()),
             ]
             .into_iter()
@@ -174,7 +187,12 @@ impl Worker {
             PodUpdate::Present(object) => {
                 self.object = object;
                 if self.object.metadata.deletion_timestamp.is_some() {
-                    let seconds = self.object.metadata.deletion_grace_period_seconds.unwrap_or(30).max(0);
+                    let seconds = self
+                        .object
+                        .metadata
+                        .deletion_grace_period_seconds
+                        .unwrap_or(30)
+                        .max(0);
                     self.delete_within(Duration::from_secs(seconds.unsigned_abs()));
                 }
             }
@@ -205,16 +223,20 @@ impl Worker {
 
     /// Takes over what an earlier node started.
     async fn adopt(&mut self) -> Option<mpsc::Receiver<ShimEvent>> {
+        self.restore_counts();
         let record = record::read_pod(&self.directory).ok()?;
         if let Ok((client, events)) = ShimClient::adopt(&self.directory) {
             let client = Arc::new(client);
             match client.state().await {
                 Ok(reports) => {
                     self.address = Some(record.address);
-                    self.restore_from_status();
+                    self.pod.initialized = was_initialized(&self.object);
                     for report in reports {
-                        if let Some(container) =
-                            self.pod.containers.iter_mut().find(|container| container.name == report.name)
+                        if let Some(container) = self
+                            .pod
+                            .containers
+                            .iter_mut()
+                            .find(|container| container.name == report.name)
                         {
                             restore(container, &report, &self.object);
                         }
@@ -235,27 +257,31 @@ impl Worker {
         // Its containers died with the shim. The address is free again, and a restart is a restart.
         sandbox::clear(&self.directory);
         self.context.addresses.release(record.address);
-        self.restore_from_status();
         None
     }
 
-    /// Restart counts and past ends, as the object has them.
-    fn restore_from_status(&mut self) {
-        let Some(status) = self.object.status.as_ref() else { return };
-        let all = status.container_statuses.iter().chain(status.init_container_statuses.iter()).flatten();
+    /// Restart counts as the object has them: what is started anew in a new sandbox has been restarted.
+    fn restore_counts(&mut self) {
+        let Some(status) = self.object.status.as_ref() else {
+            return;
+        };
+        let all = status
+            .container_statuses
+            .iter()
+            .chain(status.init_container_statuses.iter())
+            .flatten();
         for known in all {
-            let Some(container) = self.pod.containers.iter_mut().find(|container| container.name == known.name) else {
+            let Some(container) = self
+                .pod
+                .containers
+                .iter_mut()
+                .find(|container| container.name == known.name)
+            else {
                 continue;
             };
             container.restarts = known.restart_count.max(0) as u32;
             container.started_once = known.container_id.is_some();
         }
-        self.pod.initialized = status
-            .conditions
-            .iter()
-            .flatten()
-            .any(|condition| condition.type_ == "Initialized" && condition.status == "True")
-            && status.phase.as_deref() != Some("Pending");
     }
 
     fn resume_probes(&mut self) {
@@ -269,10 +295,13 @@ impl Worker {
             })
             .collect();
         for (name, started) in running {
-            if let (Some(spec), Ok(prepared)) = (self.spec_of(&name), self.facts().and_then(|facts| {
-                let spec = self.spec_of(&name).unwrap_or_default();
-                start::environment(&self.context, &self.object, &spec, &facts)
-            })) {
+            if let (Some(spec), Ok(prepared)) = (
+                self.spec_of(&name),
+                self.facts().and_then(|facts| {
+                    let spec = self.spec_of(&name).unwrap_or_default();
+                    start::environment(&self.context, &self.object, &spec, &facts)
+                }),
+            ) {
                 self.env.insert(name.clone(), Arc::new(prepared));
                 self.start_probes(&name, &spec, started);
             }
@@ -280,7 +309,9 @@ impl Worker {
     }
 
     fn facts(&self) -> Result<PodFacts, env::ConfigError> {
-        let address = self.address.ok_or_else(|| env::ConfigError("the pod has no address".to_owned()))?;
+        let address = self
+            .address
+            .ok_or_else(|| env::ConfigError("the pod has no address".to_owned()))?;
         Ok(PodFacts {
             pod_ip: address.to_string(),
             host_ip: self.context.config.gateway().to_string(),
@@ -303,7 +334,10 @@ impl Worker {
     }
 
     async fn create_sandbox(&mut self) -> Option<mpsc::Receiver<ShimEvent>> {
-        if self.sandbox_not_before.is_some_and(|at| tokio::time::Instant::now() < at) {
+        if self
+            .sandbox_not_before
+            .is_some_and(|at| tokio::time::Instant::now() < at)
+        {
             return None;
         }
         self.started_at.get_or_insert_with(Timestamp::now);
@@ -340,7 +374,9 @@ impl Worker {
                     Action::Start(name) => self.start(&name).await,
                     Action::Stop(name, deadline) => self.stop(&name, deadline),
                     Action::Kill(name) => self.kill(&name).await,
-                    Action::Finish => debug!(pod = %self.object.name_any(), "nothing of the pod runs any more"),
+                    Action::Finish => {
+                        debug!(pod = %self.object.name_any(), "nothing of the pod runs any more")
+                    }
                 }
             }
         }
@@ -348,12 +384,26 @@ impl Worker {
     }
 
     async fn start(&mut self, name: &str) {
-        let (Some(spec), Some(shim)) = (self.spec_of(name), self.shim.clone()) else { return };
+        let (Some(spec), Some(shim)) = (self.spec_of(name), self.shim.clone()) else {
+            return;
+        };
         let attempt = self.container(name).map_or(0, |container| {
-            if container.started_once { container.restarts + 1 } else { container.restarts }
+            if container.started_once {
+                container.restarts + 1
+            } else {
+                container.restarts
+            }
         });
         let prepared = match self.facts() {
-            Ok(facts) => start::prepare(&self.context, &self.object, &spec, &facts, &self.directory, attempt, &self.listeners),
+            Ok(facts) => start::prepare(
+                &self.context,
+                &self.object,
+                &spec,
+                &facts,
+                &self.directory,
+                attempt,
+                &self.listeners,
+            ),
             Err(error) => Err(start::NotPrepared::config(error.0)),
         };
         let prepared = match prepared {
@@ -362,9 +412,15 @@ impl Worker {
                 let again = self.container(name).is_some_and(|container| {
                     matches!(&container.phase, Phase::Waiting { message: Some(message), .. } if *message == refused.message)
                 });
-                let reason = if again { refused.repeated_reason } else { refused.reason };
+                let reason = if again {
+                    refused.repeated_reason
+                } else {
+                    refused.reason
+                };
                 if !again {
-                    self.context.recorder.warning(&self.reference(), "Failed", "Start", &refused.message);
+                    self.context
+                        .recorder
+                        .warning(&self.reference(), "Failed", "Start", &refused.message);
                 }
                 if let Some(container) = self.container_mut(name) {
                     container.on_start_failed(reason, &refused.message, Timestamp::now());
@@ -394,13 +450,19 @@ impl Worker {
                 if let Some(container) = self.container_mut(name) {
                     container.on_started(timestamp(started_at), has_startup, has_readiness);
                 }
-                self.env.insert(name.to_owned(), Arc::new(prepared.spec.env.clone()));
+                self.env
+                    .insert(name.to_owned(), Arc::new(prepared.spec.env.clone()));
                 self.start_probes(name, &spec, !has_startup);
                 self.post_start(name, &spec, &shim);
             }
             Err(reason) => {
                 let message = format!("failed to start container \"{name}\": {reason}");
-                self.context.recorder.warning(&self.reference(), "Failed", "Start", &format!("Error: {message}"));
+                self.context.recorder.warning(
+                    &self.reference(),
+                    "Failed",
+                    "Start",
+                    &format!("Error: {message}"),
+                );
                 if let Some(container) = self.container_mut(name) {
                     container.started_once = true;
                     container.on_start_failed("RunContainerError", &message, Timestamp::now());
@@ -421,11 +483,18 @@ impl Worker {
     }
 
     fn start_probes(&mut self, name: &str, spec: &ContainerObject, started: bool) {
-        let Some(target) = self.target(name, spec) else { return };
+        let Some(target) = self.target(name, spec) else {
+            return;
+        };
         let mut tasks = JoinSet::new();
         let mut add = |kind, probe: &Option<_>| {
             if let Some(probe) = probe.clone() {
-                tasks.spawn(probes::run(target.clone(), kind, probe, self.probe_events.0.clone()));
+                tasks.spawn(probes::run(
+                    target.clone(),
+                    kind,
+                    probe,
+                    self.probe_events.0.clone(),
+                ));
             }
         };
         if started {
@@ -439,21 +508,32 @@ impl Worker {
     }
 
     fn on_probe(&mut self, event: ProbeEvent) {
-        let current = self.probing.get(&event.container).is_some_and(|probing| probing.attempt == event.attempt);
+        let current = self
+            .probing
+            .get(&event.container)
+            .is_some_and(|probing| probing.attempt == event.attempt);
         if !current || self.pod.deletion.is_some() {
             return;
         }
-        let Some(spec) = self.spec_of(&event.container) else { return };
+        let Some(spec) = self.spec_of(&event.container) else {
+            return;
+        };
         match &event.finding {
             Finding::Unhealthy(reason) | Finding::Failed(reason) => {
                 let note = format!("{} probe failed: {reason}", event.kind.name());
-                self.context.recorder.warning(&self.reference(), "Unhealthy", "Probe", &note);
+                self.context
+                    .recorder
+                    .warning(&self.reference(), "Unhealthy", "Probe", &note);
             }
             Finding::Passed => {}
         }
         let has_readiness = spec.readiness_probe.is_some();
-        let Some(container) = self.container_mut(&event.container) else { return };
-        let Phase::Running { started, ready, .. } = &mut container.phase else { return };
+        let Some(container) = self.container_mut(&event.container) else {
+            return;
+        };
+        let Phase::Running { started, ready, .. } = &mut container.phase else {
+            return;
+        };
         match (event.kind, event.finding) {
             (Kind::Startup, Finding::Passed) => {
                 *started = true;
@@ -471,12 +551,22 @@ impl Worker {
                 let grace = probe
                     .as_ref()
                     .and_then(|probe| probe.termination_grace_period_seconds)
-                    .or_else(|| self.object.spec.as_ref().and_then(|spec| spec.termination_grace_period_seconds))
+                    .or_else(|| {
+                        self.object
+                            .spec
+                            .as_ref()
+                            .and_then(|spec| spec.termination_grace_period_seconds)
+                    })
                     .unwrap_or(30)
                     .max(0)
                     .unsigned_abs();
-                let note = format!("Container {} failed {what} probe, will be restarted", event.container);
-                self.context.recorder.normal(&self.reference(), "Killing", "Kill", &note);
+                let note = format!(
+                    "Container {} failed {what} probe, will be restarted",
+                    event.container
+                );
+                self.context
+                    .recorder
+                    .normal(&self.reference(), "Killing", "Kill", &note);
                 self.stop(&event.container, Timestamp::now() + Duration::from_secs(grace));
             }
             (Kind::Liveness, Finding::Passed) | (_, Finding::Unhealthy(_)) => {}
@@ -488,22 +578,28 @@ impl Worker {
         if let Some(probing) = self.probing.remove(name) {
             drop(probing);
         }
-        let first = self.container(name).is_some_and(|container| container.stopping.is_none());
+        let first = self
+            .container(name)
+            .is_some_and(|container| container.stopping.is_none());
         if let Some(container) = self.container_mut(name) {
             container.stopping = Some(deadline);
         }
-        let (Some(shim), Some(spec), true) = (self.shim.clone(), self.spec_of(name), first) else { return };
+        let (Some(shim), Some(spec), true) = (self.shim.clone(), self.spec_of(name), first) else {
+            return;
+        };
         let target = self.target(name, &spec);
         let name = name.to_owned();
         let left = deadline.duration_since(Timestamp::now());
         let left = Duration::try_from(left).unwrap_or_default();
         self.hooks.spawn(async move {
-            if let (Some(hook), Some(target)) =
-                (spec.lifecycle.as_ref().and_then(|lifecycle| lifecycle.pre_stop.as_ref()), target)
+            let hook = spec
+                .lifecycle
+                .as_ref()
+                .and_then(|lifecycle| lifecycle.pre_stop.as_ref());
+            if let (Some(hook), Some(target)) = (hook, target)
+                && let Err(reason) = start::run_hook(hook, &target, left).await
             {
-                if let Err(reason) = start::run_hook(hook, &target, left).await {
-                    debug!(container = %name, %reason, "preStop hook");
-                }
+                debug!(container = %name, %reason, "preStop hook");
             }
             if let Err(reason) = shim.signal(&name, stop_signal(spec.lifecycle.as_ref())).await {
                 debug!(container = %name, %reason, "it ended before it was told to");
@@ -512,13 +608,26 @@ impl Worker {
     }
 
     fn post_start(&mut self, name: &str, spec: &ContainerObject, shim: &Arc<ShimClient>) {
-        let Some(hook) = spec.lifecycle.as_ref().and_then(|lifecycle| lifecycle.post_start.clone()) else { return };
-        let Some(target) = self.target(name, spec) else { return };
+        let Some(hook) = spec
+            .lifecycle
+            .as_ref()
+            .and_then(|lifecycle| lifecycle.post_start.clone())
+        else {
+            return;
+        };
+        let Some(target) = self.target(name, spec) else {
+            return;
+        };
         let (shim, name) = (shim.clone(), name.to_owned());
         let (recorder, about) = (self.context.recorder.clone(), self.reference());
         self.hooks.spawn(async move {
             if let Err(reason) = start::run_hook(&hook, &target, Duration::from_secs(60)).await {
-                recorder.warning(&about, "FailedPostStartHook", "PostStart", &format!("PostStartHook failed: {reason}"));
+                recorder.warning(
+                    &about,
+                    "FailedPostStartHook",
+                    "PostStart",
+                    &format!("PostStartHook failed: {reason}"),
+                );
                 let _ = shim.signal(&name, libc::SIGKILL).await;
             }
         });
@@ -537,9 +646,15 @@ impl Worker {
 
     fn on_shim_event(&mut self, event: ShimEvent) {
         match event {
-            ShimEvent::Exited { container, attempt, exit } => {
+            ShimEvent::Exited {
+                container,
+                attempt,
+                exit,
+            } => {
                 self.probing.remove(&container);
-                let Some(known) = self.container_mut(&container) else { return };
+                let Some(known) = self.container_mut(&container) else {
+                    return;
+                };
                 let current = if known.phase == Phase::Starting && known.started_once {
                     known.restarts + 1
                 } else {
@@ -583,7 +698,12 @@ impl Worker {
         // A new sandbox means that init containers run again, as in Kubernetes.
         if self.pod.deletion.is_none() && !self.pod.finished {
             self.pod.initialized = false;
-            for container in self.pod.containers.iter_mut().filter(|container| container.role == Role::Init) {
+            for container in self
+                .pod
+                .containers
+                .iter_mut()
+                .filter(|container| container.role == Role::Init)
+            {
                 container.phase = Container::new(&container.name, Role::Init).phase;
                 container.not_before = None;
             }
@@ -613,11 +733,17 @@ impl Worker {
     }
 
     fn container(&self, name: &str) -> Option<&Container> {
-        self.pod.containers.iter().find(|container| container.name == name)
+        self.pod
+            .containers
+            .iter()
+            .find(|container| container.name == name)
     }
 
     fn container_mut(&mut self, name: &str) -> Option<&mut Container> {
-        self.pod.containers.iter_mut().find(|container| container.name == name)
+        self.pod
+            .containers
+            .iter_mut()
+            .find(|container| container.name == name)
     }
 
     fn status(&self) -> PodStatus {
@@ -641,7 +767,9 @@ impl Worker {
         if self.gone
             || self.terminal
             || self.write.is_some()
-            || self.write_not_before.is_some_and(|at| tokio::time::Instant::now() < at)
+            || self
+                .write_not_before
+                .is_some_and(|at| tokio::time::Instant::now() < at)
         {
             return;
         }
@@ -687,7 +815,10 @@ impl Worker {
     }
 
     fn api(&self) -> Api<PodObject> {
-        Api::namespaced(self.context.client.clone(), &self.object.namespace().unwrap_or_default())
+        Api::namespaced(
+            self.context.client.clone(),
+            &self.object.namespace().unwrap_or_default(),
+        )
     }
 
     /// Writes the last status, deletes the object and clears up.
@@ -757,6 +888,15 @@ impl Worker {
     }
 }
 
+/// Whether the init containers of a pod that runs were through.
+fn was_initialized(object: &PodObject) -> bool {
+    object.status.as_ref().is_some_and(|status| {
+        let mut conditions = status.conditions.iter().flatten();
+        status.phase.as_deref() != Some("Pending")
+            && conditions.any(|condition| condition.type_ == "Initialized" && condition.status == "True")
+    })
+}
+
 fn stop_signal(lifecycle: Option<&Lifecycle>) -> i32 {
     lifecycle
         .and_then(|lifecycle| lifecycle.stop_signal.as_deref())
@@ -796,7 +936,10 @@ fn lifecycle_of(object: &PodObject) -> Pod {
     let mut containers = Vec::new();
     for container in spec.iter().flat_map(|spec| spec.init_containers.iter().flatten()) {
         let sidecar = container.restart_policy.as_deref() == Some("Always");
-        containers.push(Container::new(&container.name, if sidecar { Role::Sidecar } else { Role::Init }));
+        containers.push(Container::new(
+            &container.name,
+            if sidecar { Role::Sidecar } else { Role::Init },
+        ));
     }
     for container in spec.iter().flat_map(|spec| &spec.containers) {
         containers.push(Container::new(&container.name, Role::Main));
@@ -810,6 +953,12 @@ fn lifecycle_of(object: &PodObject) -> Pod {
         containers,
         initialized: false,
         deletion: None,
+        grace: Duration::from_secs(
+            spec.and_then(|spec| spec.termination_grace_period_seconds)
+                .unwrap_or(30)
+                .max(0)
+                .unsigned_abs(),
+        ),
         finished: false,
     }
 }
@@ -821,7 +970,13 @@ fn restore(container: &mut Container, report: &crate::shim::protocol::ContainerR
     let known = object
         .status
         .iter()
-        .flat_map(|status| status.container_statuses.iter().chain(status.init_container_statuses.iter()).flatten())
+        .flat_map(|status| {
+            status
+                .container_statuses
+                .iter()
+                .chain(status.init_container_statuses.iter())
+                .flatten()
+        })
         .find(|status| status.name == container.name);
     container.phase = match report.exit {
         Some(exit) => {

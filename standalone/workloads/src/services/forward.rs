@@ -56,7 +56,9 @@ async fn accept(listener: TcpListener, endpoints: watch::Receiver<Endpoints>) {
     let mut turn = 0_usize;
     loop {
         while connections.try_join_next().is_some() {}
-        let Ok(permit) = permits.clone().acquire_owned().await else { return };
+        let Ok(permit) = permits.clone().acquire_owned().await else {
+            return;
+        };
         match listener.accept().await {
             Ok((client, _)) => {
                 turn = turn.wrapping_add(1);
@@ -78,7 +80,9 @@ async fn accept(listener: TcpListener, endpoints: watch::Receiver<Endpoints>) {
 async fn forward(mut client: TcpStream, endpoints: &Endpoints, turn: usize) {
     let count = endpoints.len();
     for step in 0..count {
-        let Some((address, port)) = endpoints.iter().nth((turn + step) % count) else { break };
+        let Some((address, port)) = endpoints.iter().nth((turn + step) % count) else {
+            break;
+        };
         let target = SocketAddr::from((*address, *port));
         match tokio::time::timeout(CONNECT_DEADLINE, TcpStream::connect(target)).await {
             Ok(Ok(mut server)) => {
@@ -104,7 +108,12 @@ mod tests {
     async fn connections_reach_a_living_endpoint_even_if_another_refuses() {
         let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = server.local_addr().unwrap().port();
-        let closed = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
+        let closed = TcpListener::bind("127.0.0.1:0")
+            .await
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
         let echo = tokio::spawn(async move {
             loop {
                 let (mut stream, _) = server.accept().await.unwrap();
@@ -116,7 +125,11 @@ mod tests {
         let host = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = host.local_addr().unwrap();
         let local = Ipv4Addr::LOCALHOST;
-        let forwarder = Forwarder::start(host.into(), Arc::new(BTreeSet::from([(local, closed), (local, port)]))).unwrap();
+        let forwarder = Forwarder::start(
+            host.into(),
+            Arc::new(BTreeSet::from([(local, closed), (local, port)])),
+        )
+        .unwrap();
         for byte in 0..4_u8 {
             let mut client = TcpStream::connect(address).await.unwrap();
             client.write_all(&[byte]).await.unwrap();
@@ -126,7 +139,11 @@ mod tests {
         }
         forwarder.set(Arc::new(BTreeSet::new()));
         let mut client = TcpStream::connect(address).await.unwrap();
-        assert_eq!(client.read(&mut [0]).await.unwrap_or(0), 0, "without endpoints a connection is closed");
+        assert_eq!(
+            client.read(&mut [0]).await.unwrap_or(0),
+            0,
+            "without endpoints a connection is closed"
+        );
         echo.abort();
     }
 }

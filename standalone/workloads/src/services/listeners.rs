@@ -66,7 +66,11 @@ pub(crate) struct Listeners {
 pub(crate) fn announced_ports(pod: &Pod) -> Vec<u16> {
     pod.annotations()
         .get(LISTENERS_ANNOTATION)
-        .map(|text| text.split(',').filter_map(|port| port.trim().parse().ok()).collect())
+        .map(|text| {
+            text.split(',')
+                .filter_map(|port| port.trim().parse().ok())
+                .collect()
+        })
         .unwrap_or_default()
 }
 
@@ -74,7 +78,10 @@ pub(crate) fn announced_ports(pod: &Pod) -> Vec<u16> {
 fn selects(service: &Service, pod: &Pod) -> bool {
     let selector = service.spec.as_ref().and_then(|spec| spec.selector.as_ref());
     selector.is_some_and(|selector| {
-        !selector.is_empty() && selector.iter().all(|(key, value)| pod.labels().get(key) == Some(value))
+        !selector.is_empty()
+            && selector
+                .iter()
+                .all(|(key, value)| pod.labels().get(key) == Some(value))
     })
 }
 
@@ -92,9 +99,12 @@ pub(crate) fn target_port(port: &ServicePort, pod: &Pod) -> Option<u16> {
             let spec = pod.spec.as_ref()?;
             spec.containers
                 .iter()
-                .chain(spec.init_containers.iter().flatten().filter(|container| {
-                    container.restart_policy.as_deref() == Some("Always")
-                }))
+                .chain(
+                    spec.init_containers
+                        .iter()
+                        .flatten()
+                        .filter(|container| container.restart_policy.as_deref() == Some("Always")),
+                )
                 .flat_map(|container| container.ports.iter().flatten())
                 .find(|candidate| {
                     candidate.name.as_deref() == Some(name)
@@ -107,7 +117,11 @@ pub(crate) fn target_port(port: &ServicePort, pod: &Pod) -> Option<u16> {
 
 /// The host port of a Service port: by annotation, the node port, or the port itself.
 fn host_port(service: &Service, port: &ServicePort) -> Option<u16> {
-    let wanted = service.annotations().get(HOST_PORT_ANNOTATION).into_iter().flat_map(|text| text.split(','));
+    let wanted = service
+        .annotations()
+        .get(HOST_PORT_ANNOTATION)
+        .into_iter()
+        .flat_map(|text| text.split(','));
     for pair in wanted {
         if let Some((from, to)) = pair.split_once(':')
             && from.trim().parse() == Ok(port.port)
@@ -116,7 +130,11 @@ fn host_port(service: &Service, port: &ServicePort) -> Option<u16> {
         }
     }
     let type_ = service.spec.as_ref().and_then(|spec| spec.type_.as_deref());
-    let number = if type_ == Some("NodePort") { port.node_port? } else { port.port };
+    let number = if type_ == Some("NodePort") {
+        port.node_port?
+    } else {
+        port.port
+    };
     u16::try_from(number).ok()
 }
 
@@ -142,13 +160,16 @@ impl Listeners {
             let services = self.services.in_namespace(&pod.namespace().unwrap_or_default());
             let mut found = Vec::new();
             for wanted in ports {
-                let leading = services.iter().filter(|service| is_load_balancer(service) && selects(service, pod)).find_map(
-                    |service| {
+                let leading = services
+                    .iter()
+                    .filter(|service| is_load_balancer(service) && selects(service, pod))
+                    .find_map(|service| {
                         let ports = service.spec.as_ref()?.ports.as_ref()?;
-                        let port = ports.iter().find(|port| target_port(port, pod) == Some(*wanted))?;
+                        let port = ports
+                            .iter()
+                            .find(|port| target_port(port, pod) == Some(*wanted))?;
                         Some((service.clone(), port.clone()))
-                    },
-                );
+                    });
                 match leading {
                     Some((service, port)) => found.push((*wanted, service, port)),
                     None => {
@@ -164,7 +185,11 @@ impl Listeners {
                 let socket = state.sockets.get(&key).ok_or("the Service is gone")?;
                 let copy = socket.fd.try_clone().map_err(|error| error.to_string())?;
                 sockets.push((wanted, copy));
-                state.holders.entry(pod.uid().unwrap_or_default()).or_default().insert(key);
+                state
+                    .holders
+                    .entry(pod.uid().unwrap_or_default())
+                    .or_default()
+                    .insert(key);
             }
             self.changed.send_modify(|count| *count += 1);
             return Ok(sockets);
@@ -177,7 +202,9 @@ impl Listeners {
         for (port, fd) in sockets {
             if let Ok(copy) = fd.try_clone() {
                 let owner = pod.uid().unwrap_or_default();
-                state.recovered.push((owner, pod.namespace().unwrap_or_default(), *port, copy));
+                state
+                    .recovered
+                    .push((owner, pod.namespace().unwrap_or_default(), *port, copy));
             }
         }
         drop(state);
@@ -202,7 +229,11 @@ impl Listeners {
         let _making = self.making.lock().await;
         {
             let mut state = self.state.lock();
-            if state.sockets.get(&key).is_some_and(|socket| socket.address == address) {
+            if state
+                .sockets
+                .get(&key)
+                .is_some_and(|socket| socket.address == address)
+            {
                 return Ok(key);
             }
             state.sockets.remove(&key);
@@ -250,7 +281,9 @@ impl Listeners {
     fn update_forwarder(&self, key: &SocketKey, endpoints: BTreeSet<(Ipv4Addr, u16)>) {
         let mut state = self.state.lock();
         let held = state.holders.values().any(|keys| keys.contains(key));
-        let Some(socket) = state.sockets.get_mut(key) else { return };
+        let Some(socket) = state.sockets.get_mut(key) else {
+            return;
+        };
         if held {
             socket.forwarder = None;
             return;
@@ -258,7 +291,11 @@ impl Listeners {
         let endpoints = Arc::new(endpoints);
         match &socket.forwarder {
             Some(forwarder) => forwarder.set(endpoints),
-            None => match socket.fd.try_clone().and_then(|fd| Forwarder::start(fd, endpoints)) {
+            None => match socket
+                .fd
+                .try_clone()
+                .and_then(|fd| Forwarder::start(fd, endpoints))
+            {
                 Ok(forwarder) => socket.forwarder = Some(forwarder),
                 Err(error) => warn!(?key, %error, "start a forwarder"),
             },
@@ -292,7 +329,14 @@ pub(crate) async fn run(context: Arc<Context>, slices: Mirror<EndpointSlice>) {
     loop {
         let mut dirty: BTreeSet<(String, String)> = BTreeSet::new();
         let key = |service: &Service| (service.namespace().unwrap_or_default(), service.name_any());
-        let everything = || context.services.all().iter().map(|service| key(service)).collect::<BTreeSet<_>>();
+        let everything = || {
+            context
+                .services
+                .all()
+                .iter()
+                .map(|service| key(service))
+                .collect::<BTreeSet<_>>()
+        };
         tokio::select! {
             () = context.cancel.cancelled() => return,
             change = services.next() => match change {
@@ -324,7 +368,12 @@ pub(crate) async fn run(context: Arc<Context>, slices: Mirror<EndpointSlice>) {
     }
 }
 
-async fn sync(context: &Context, slices: &Mirror<EndpointSlice>, namespace: &str, name: &str) -> Result<(), String> {
+async fn sync(
+    context: &Context,
+    slices: &Mirror<EndpointSlice>,
+    namespace: &str,
+    name: &str,
+) -> Result<(), String> {
     let listeners = &context.listeners;
     let service = context.services.get(namespace, name);
     let wanted_type = |service: &Service| {
@@ -343,7 +392,10 @@ async fn sync(context: &Context, slices: &Mirror<EndpointSlice>, namespace: &str
     let mut shown = Vec::new();
     for port in service.spec.iter().flat_map(|spec| spec.ports.iter().flatten()) {
         if port.protocol.as_deref().unwrap_or("TCP") != "TCP" {
-            failed = Some(format!("port {}: only TCP ports are reachable from the host", port.port));
+            failed = Some(format!(
+                "port {}: only TCP ports are reachable from the host",
+                port.port
+            ));
             continue;
         }
         match listeners.ensure(&service, port).await {
@@ -366,14 +418,20 @@ async fn sync(context: &Context, slices: &Mirror<EndpointSlice>, namespace: &str
         None => Ok(()),
         Some(reason) => {
             let about = service.object_ref(&());
-            context.recorder.warning(&about, "SyncLoadBalancerFailed", "Listen", &reason);
+            context
+                .recorder
+                .warning(&about, "SyncLoadBalancerFailed", "Listen", &reason);
             Err(reason)
         }
     }
 }
 
 async fn write_status(context: &Context, service: &Service, ports: &[serde_json::Value]) {
-    let ingress = if ports.is_empty() { json!([]) } else { json!([{"ip": "127.0.0.1", "ipMode": "Proxy", "ports": ports}]) };
+    let ingress = if ports.is_empty() {
+        json!([])
+    } else {
+        json!([{"ip": "127.0.0.1", "ipMode": "Proxy", "ports": ports}])
+    };
     let known = service
         .status
         .as_ref()
@@ -386,7 +444,10 @@ async fn write_status(context: &Context, service: &Service, ports: &[serde_json:
     }
     let api: Api<Service> = Api::namespaced(context.client.clone(), &service.namespace().unwrap_or_default());
     let patch = Patch::Merge(json!({"status": {"loadBalancer": {"ingress": ingress}}}));
-    match api.patch_status(&service.name_any(), &PatchParams::default(), &patch).await {
+    match api
+        .patch_status(&service.name_any(), &PatchParams::default(), &patch)
+        .await
+    {
         Ok(written) => context.services.note(written),
         Err(error) => debug!(service = %service.name_any(), %error, "write the load balancer's status"),
     }
@@ -397,20 +458,39 @@ mod tests {
     use super::*;
 
     fn service(spec: serde_json::Value, annotation: Option<&str>) -> Service {
-        let annotations: BTreeMap<&str, &str> = annotation.into_iter().map(|text| (HOST_PORT_ANNOTATION, text)).collect();
-        serde_json::from_value(json!({"metadata": {"name": "s", "namespace": "n", "annotations": annotations}, "spec": spec}))
-            .unwrap()
+        let annotations: BTreeMap<&str, &str> = annotation
+            .into_iter()
+            .map(|text| (HOST_PORT_ANNOTATION, text))
+            .collect();
+        serde_json::from_value(
+            json!({"metadata": {"name": "s", "namespace": "n", "annotations": annotations}, "spec": spec}),
+        )
+        .unwrap()
     }
 
     #[test]
     fn the_host_port_is_the_services_own_unless_the_annotation_says_otherwise() {
         let spec = json!({"type": "LoadBalancer", "ports": [{"port": 80}, {"port": 443}]});
         let ports = |service: &Service| -> Vec<Option<u16>> {
-            service.spec.as_ref().unwrap().ports.iter().flatten().map(|port| host_port(service, port)).collect()
+            service
+                .spec
+                .as_ref()
+                .unwrap()
+                .ports
+                .iter()
+                .flatten()
+                .map(|port| host_port(service, port))
+                .collect()
         };
         assert_eq!(ports(&service(spec.clone(), None)), [Some(80), Some(443)]);
-        assert_eq!(ports(&service(spec, Some("80:8080, 443:8443"))), [Some(8080), Some(8443)]);
-        let node = service(json!({"type": "NodePort", "ports": [{"port": 80, "nodePort": 30080}]}), None);
+        assert_eq!(
+            ports(&service(spec, Some("80:8080, 443:8443"))),
+            [Some(8080), Some(8443)]
+        );
+        let node = service(
+            json!({"type": "NodePort", "ports": [{"port": 80, "nodePort": 30080}]}),
+            None,
+        );
         assert_eq!(ports(&node), [Some(30080)]);
     }
 

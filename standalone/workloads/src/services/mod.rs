@@ -57,12 +57,17 @@ impl Proxy {
                 match run_nft(&script).await {
                     Ok(()) => applied = Some(self.wanted.clone()),
                     Err(NftError::Missing) => {
-                        error!("the program `nft` is not there: ClusterIPs work only through a sidecar; install nftables");
+                        error!(
+                            "the program `nft` is not there: ClusterIPs work only through a sidecar; install nftables"
+                        );
                         cancel.cancelled().await;
                         return;
                     }
                     Err(NftError::Failed(reason)) => {
-                        warn!(reason, "nftables script failed; the whole ruleset is written next");
+                        warn!(
+                            reason,
+                            "nftables script failed; the whole ruleset is written next"
+                        );
                         debug!(script);
                         applied = None;
                         tokio::select! {
@@ -110,7 +115,8 @@ impl Proxy {
     fn update(&mut self, namespace: &str, name: &str) {
         let service = self.services.get(namespace, name);
         let slices = slices_of(&self.slices, namespace, name);
-        self.wanted.set(namespace, name, service.as_deref(), &slices, self.dns);
+        self.wanted
+            .set(namespace, name, service.as_deref(), &slices, self.dns);
     }
 
     fn resync(&mut self) {
@@ -130,7 +136,12 @@ pub(crate) fn slices_of(
     slices
         .in_namespace(namespace)
         .into_iter()
-        .filter(|slice| slice.labels().get(SERVICE_NAME_LABEL).is_some_and(|name| name == service))
+        .filter(|slice| {
+            slice
+                .labels()
+                .get(SERVICE_NAME_LABEL)
+                .is_some_and(|name| name == service)
+        })
         .collect()
 }
 
@@ -150,7 +161,11 @@ async fn run_nft(script: &str) -> Result<(), NftError> {
         .kill_on_drop(true)
         .spawn()
         .map_err(|error| {
-            if error.kind() == std::io::ErrorKind::NotFound { NftError::Missing } else { failed(&error) }
+            if error.kind() == std::io::ErrorKind::NotFound {
+                NftError::Missing
+            } else {
+                failed(&error)
+            }
         })?;
     let exchange = async {
         if let Some(mut input) = child.stdin.take() {
@@ -166,6 +181,8 @@ async fn run_nft(script: &str) -> Result<(), NftError> {
     if output.status.success() {
         Ok(())
     } else {
-        Err(NftError::Failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
+        Err(NftError::Failed(
+            String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+        ))
     }
 }

@@ -49,16 +49,29 @@ fn protocol(name: Option<&str>) -> &'static str {
 
 /// Endpoints of a Service port that may get traffic: the ready ones; if there are none, those that are terminating
 /// but still serve, as kube-proxy does.
-pub(crate) fn endpoints<S: AsRef<EndpointSlice>>(slices: &[S], port_name: &str, wanted: &str) -> BTreeSet<(Ipv4Addr, u16)> {
+pub(crate) fn endpoints<S: AsRef<EndpointSlice>>(
+    slices: &[S],
+    port_name: &str,
+    wanted: &str,
+) -> BTreeSet<(Ipv4Addr, u16)> {
     let (mut ready, mut draining) = (BTreeSet::new(), BTreeSet::new());
     for slice in slices {
         let slice = slice.as_ref();
         let port = slice.ports.iter().flatten().find(|port| {
-            port.name.as_deref().unwrap_or_default() == port_name && protocol(port.protocol.as_deref()) == wanted
+            port.name.as_deref().unwrap_or_default() == port_name
+                && protocol(port.protocol.as_deref()) == wanted
         });
-        let Some(port) = port.and_then(|port| u16::try_from(port.port?).ok()) else { continue };
+        let Some(port) = port.and_then(|port| u16::try_from(port.port?).ok()) else {
+            continue;
+        };
         for endpoint in &slice.endpoints {
-            let Some(address) = endpoint.addresses.first().and_then(|address| address.parse().ok()) else { continue };
+            let Some(address) = endpoint
+                .addresses
+                .first()
+                .and_then(|address| address.parse().ok())
+            else {
+                continue;
+            };
             let conditions = endpoint.conditions.clone().unwrap_or_default();
             if conditions.ready.unwrap_or(true) {
                 ready.insert((address, port));
@@ -82,14 +95,24 @@ impl Ruleset {
     ) {
         let id = format!("{namespace}/{name}");
         self.targets.retain(|_, target| target.service != id);
-        let Some(spec) = service.and_then(|service| service.spec.as_ref()) else { return };
-        let Some(address) = spec.cluster_ip.as_deref().and_then(|ip| ip.parse::<Ipv4Addr>().ok()) else { return };
+        let Some(spec) = service.and_then(|service| service.spec.as_ref()) else {
+            return;
+        };
+        let Some(address) = spec
+            .cluster_ip
+            .as_deref()
+            .and_then(|ip| ip.parse::<Ipv4Addr>().ok())
+        else {
+            return;
+        };
         // The DNS server listens there itself.
         if address == dns {
             return;
         }
         for port in spec.ports.iter().flatten() {
-            let Ok(number) = u16::try_from(port.port) else { continue };
+            let Ok(number) = u16::try_from(port.port) else {
+                continue;
+            };
             let protocol = protocol(port.protocol.as_deref());
             let frontend = Frontend {
                 address,
@@ -190,7 +213,11 @@ pub(crate) fn script(from: Option<&Ruleset>, to: &Ruleset) -> String {
                 if target.endpoints.is_empty() {
                     let _ = writeln!(script, "delete element {TABLE} refused {{ {} }}", key(frontend));
                 }
-                let _ = writeln!(script, "flush chain {TABLE} {0}\ndelete chain {TABLE} {0}", chain(frontend));
+                let _ = writeln!(
+                    script,
+                    "flush chain {TABLE} {0}\ndelete chain {TABLE} {0}",
+                    chain(frontend)
+                );
             }
         }
     }
@@ -202,15 +229,25 @@ pub(crate) fn script(from: Option<&Ruleset>, to: &Ruleset) -> String {
                 let name = chain(frontend);
                 let _ = writeln!(script, "add chain {TABLE} {name}");
                 fill_chain(&mut script, frontend, target);
-                let _ = writeln!(script, "add element {TABLE} services {{ {} : jump {name} }}", key(frontend));
+                let _ = writeln!(
+                    script,
+                    "add element {TABLE} services {{ {} : jump {name} }}",
+                    key(frontend)
+                );
             }
         }
     }
     // A pod that reaches itself through a Service must see another source, or its answer never leaves it.
     let (before, after) = (from.pod_addresses(), to.pod_addresses());
-    for (verb, addresses) in [("delete", before.difference(&after)), ("add", after.difference(&before))] {
+    for (verb, addresses) in [
+        ("delete", before.difference(&after)),
+        ("add", after.difference(&before)),
+    ] {
         for address in addresses {
-            let _ = writeln!(script, "{verb} element {TABLE} hairpin {{ {address} . {address} }}");
+            let _ = writeln!(
+                script,
+                "{verb} element {TABLE} hairpin {{ {address} . {address} }}"
+            );
         }
     }
     script
@@ -227,7 +264,8 @@ mod tests {
     const DNS: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
 
     fn service(ip: &str, port: u16) -> Service {
-        serde_json::from_value(json!({"spec": {"clusterIP": ip, "ports": [{"name": "http", "port": port}]}})).unwrap()
+        serde_json::from_value(json!({"spec": {"clusterIP": ip, "ports": [{"name": "http", "port": port}]}}))
+            .unwrap()
     }
 
     fn slice(endpoints: &[(&str, bool, bool)]) -> Arc<EndpointSlice> {
@@ -255,13 +293,23 @@ mod tests {
 
     #[test]
     fn a_change_of_one_service_is_a_script_about_that_service_alone() {
-        let before = ruleset(&[("a", "10.96.0.1", &[("10.244.0.2", true, false)]), ("b", "10.96.0.2", &[("10.244.0.3", true, false)])]);
+        let before = ruleset(&[
+            ("a", "10.96.0.1", &[("10.244.0.2", true, false)]),
+            ("b", "10.96.0.2", &[("10.244.0.3", true, false)]),
+        ]);
         let after = ruleset(&[
             ("a", "10.96.0.1", &[("10.244.0.2", true, false)]),
-            ("b", "10.96.0.2", &[("10.244.0.3", true, false), ("10.244.0.4", true, false)]),
+            (
+                "b",
+                "10.96.0.2",
+                &[("10.244.0.3", true, false), ("10.244.0.4", true, false)],
+            ),
         ]);
         let script = script(Some(&before), &after);
-        assert!(!script.contains("10.96.0.1 ") && !script.contains("10_96_0_1_"), "{script}");
+        assert!(
+            !script.contains("10.96.0.1 ") && !script.contains("10_96_0_1_"),
+            "{script}"
+        );
         assert_eq!(
             script,
             "flush chain ip serin svc_10_96_0_2_tcp_80\n\

@@ -108,7 +108,10 @@ fn become_container(
     }
     let directory = spec.working_dir.as_deref().unwrap_or(Path::new("/"));
     if let Err(error) = chdir(directory) {
-        return format!("chdir to cwd (\"{}\") set in config.json failed: {error}", directory.display());
+        return format!(
+            "chdir to cwd (\"{}\") set in config.json failed: {error}",
+            directory.display()
+        );
     }
     let program = match early.or_else(|_| open_program(&spec.program, path, Some(directory))) {
         Ok(program) => program,
@@ -134,7 +137,11 @@ fn become_container(
         Ok(argv) => argv,
         Err(error) => return error,
     };
-    let env = match strings(&env.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>()) {
+    let env = match strings(
+        &env.iter()
+            .map(|(name, value)| format!("{name}={value}"))
+            .collect::<Vec<_>>(),
+    ) {
         Ok(env) => env,
         Err(error) => return error,
     };
@@ -163,7 +170,9 @@ fn open_program(program: &str, path: &str, directory: Option<&Path>) -> Result<P
             None => return Err(String::new()),
         }
     } else {
-        path.split(':').map(|directory| Path::new(directory).join(program)).collect()
+        path.split(':')
+            .map(|directory| Path::new(directory).join(program))
+            .collect()
     };
     for candidate in &candidates {
         if candidate.is_dir() || access(candidate, nix::unistd::AccessFlags::X_OK).is_err() {
@@ -212,7 +221,11 @@ fn place_stdio(stdout: &OwnedFd, stderr: &OwnedFd) -> io::Result<()> {
 }
 
 /// Puts the listening sockets at 3, 4, … and names them in `SERIN_LISTENERS`.
-fn place_listeners(spec: &ContainerSpec, listeners: &[OwnedFd], env: &mut Vec<(String, String)>) -> io::Result<()> {
+fn place_listeners(
+    spec: &ContainerSpec,
+    listeners: &[OwnedFd],
+    env: &mut Vec<(String, String)>,
+) -> io::Result<()> {
     if listeners.is_empty() {
         return Ok(());
     }
@@ -271,7 +284,8 @@ pub(crate) fn run_beside(
     argv: &[String],
     env: &[(String, String)],
 ) -> Result<Beside, String> {
-    let (output, output_write) = pipe2(OFlag::O_CLOEXEC).map_err(|error| format!("create a pipe: {error}"))?;
+    let (output, output_write) =
+        pipe2(OFlag::O_CLOEXEC).map_err(|error| format!("create a pipe: {error}"))?;
     match clone_process(0).map_err(|error| format!("fork: {error}"))? {
         Cloned::Parent { pid, .. } => {
             nonblocking(&output);
@@ -305,13 +319,11 @@ fn beside(
     .map_err(|error| format!("enter the container's namespaces: {error}"))?;
     // Entering a PID namespace takes effect for children only.
     match clone_process(0).map_err(|error| format!("fork: {error}"))? {
-        Cloned::Parent { pid, .. } => {
-            match nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None) {
-                Ok(nix::sys::wait::WaitStatus::Exited(_, code)) => Ok(code),
-                Ok(nix::sys::wait::WaitStatus::Signaled(_, signal, _)) => Ok(128 + signal as i32),
-                Ok(_) | Err(_) => Ok(255),
-            }
-        }
+        Cloned::Parent { pid, .. } => match nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None) {
+            Ok(nix::sys::wait::WaitStatus::Exited(_, code)) => Ok(code),
+            Ok(nix::sys::wait::WaitStatus::Signaled(_, signal, _)) => Ok(128 + signal as i32),
+            Ok(_) | Err(_) => Ok(255),
+        },
         Cloned::Child => {
             let reason = (|| -> Result<String, String> {
                 let text = |what: &str, error: &dyn std::fmt::Display| format!("{what}: {error}");
@@ -330,7 +342,10 @@ fn beside(
                 let _ = set_pdeathsig(Signal::SIGKILL);
                 let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
                 let argv = strings(argv)?;
-                let env: Vec<String> = env.iter().map(|(name, value)| format!("{name}={value}")).collect();
+                let env: Vec<String> = env
+                    .iter()
+                    .map(|(name, value)| format!("{name}={value}"))
+                    .collect();
                 Ok(execute(&program, &argv, &strings(&env)?))
             })();
             let reason = reason.unwrap_or_else(|reason| reason);

@@ -56,10 +56,10 @@ impl Lines {
         }
     }
 
-    /// What is left when the stream ends without a newline.
+    /// What is left when the stream ends without a newline: a part, so that a reader gets the bytes as written.
     pub(crate) fn finish(&mut self, mut each: impl FnMut(&[u8], bool)) {
         if !self.rest.is_empty() {
-            each(&self.rest, true);
+            each(&self.rest, false);
             self.rest.clear();
         }
     }
@@ -151,12 +151,14 @@ mod tests {
             let mut lines = Lines::default();
             let mut seen = Vec::new();
             for chunk in text.chunks(size) {
-                lines.push(chunk, |line, complete| seen.push((String::from_utf8_lossy(line).into_owned(), complete)));
+                lines.push(chunk, |line, complete| {
+                    seen.push((String::from_utf8_lossy(line).into_owned(), complete))
+                });
             }
             lines.finish(|line, complete| seen.push((String::from_utf8_lossy(line).into_owned(), complete)));
             let lines: Vec<&str> = seen.iter().map(|(line, _)| line.as_str()).collect();
             assert_eq!(lines, ["one", "two", "", "last"]);
-            assert!(seen.iter().all(|(_, complete)| *complete));
+            assert!(seen[..3].iter().all(|(_, complete)| *complete) && !seen[3].1);
         }
     }
 
@@ -176,7 +178,12 @@ mod tests {
         let path = directory.path().join("c").join("0.log");
         let mut log = LogFile::with_limit(&path, 100).unwrap();
         for number in 0..40 {
-            log.line("2026-01-01T00:00:00Z", Stream::Stdout, format!("line {number}").as_bytes(), true);
+            log.line(
+                "2026-01-01T00:00:00Z",
+                Stream::Stdout,
+                format!("line {number}").as_bytes(),
+                true,
+            );
             log.flush().unwrap();
         }
         let mut names: Vec<_> = fs::read_dir(path.parent().unwrap())

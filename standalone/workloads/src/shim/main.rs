@@ -9,8 +9,13 @@ use super::server::Server;
 ///
 /// Must be called before the process starts any thread. Errors go to standard error, which the node reads.
 pub fn main(arguments: &[String]) -> ExitCode {
-    let Some(config) = arguments.first().and_then(|text| serde_json::from_str::<ShimConfig>(text).ok()) else {
-        eprintln!("shim: this subcommand is started by the node, with its configuration as the only argument");
+    let Some(config) = arguments
+        .first()
+        .and_then(|text| serde_json::from_str::<ShimConfig>(text).ok())
+    else {
+        eprintln!(
+            "shim: this subcommand is started by the node, with its configuration as the only argument"
+        );
         return ExitCode::from(2);
     };
     let directory = config.directory.display().to_string();

@@ -124,13 +124,24 @@ pub(crate) enum Message {
     /// It could not be done.
     Failed { id: u64, reason: String },
     /// Answer to [`Request::State`].
-    State { id: u64, containers: Vec<ContainerReport> },
+    State {
+        id: u64,
+        containers: Vec<ContainerReport>,
+    },
     /// Answer to [`Request::Listeners`], descriptors attached in this order.
     Listeners { id: u64, ports: Vec<u16> },
     /// Answer to [`Request::Exec`] once it ended. `code` is none if it was stopped at its timeout.
-    Executed { id: u64, code: Option<i32>, output: String },
+    Executed {
+        id: u64,
+        code: Option<i32>,
+        output: String,
+    },
     /// A container ended. Unasked.
-    Exited { container: String, attempt: u32, exit: Exit },
+    Exited {
+        container: String,
+        attempt: u32,
+        exit: Exit,
+    },
 }
 
 impl Message {

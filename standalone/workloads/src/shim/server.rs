@@ -188,7 +188,12 @@ impl Server {
                 }
             }
         }
-        for (position, running) in self.running.iter().enumerate().filter(|(_, running)| running.open) {
+        for (position, running) in self
+            .running
+            .iter()
+            .enumerate()
+            .filter(|(_, running)| running.open)
+        {
             sources.push(Source::Exec(position));
             fds.push(PollFd::new(running.process.output.as_fd(), PollFlags::POLLIN));
         }
@@ -197,7 +202,12 @@ impl Server {
             .iter()
             .filter(|running| !running.timed_out)
             .map(|running| running.deadline)
-            .chain(self.shutdown.as_ref().filter(|_| !self.killed).map(|(deadline, _)| *deadline))
+            .chain(
+                self.shutdown
+                    .as_ref()
+                    .filter(|_| !self.killed)
+                    .map(|(deadline, _)| *deadline),
+            )
             .min();
         let timeout = match deadline {
             None => PollTimeout::NONE,
@@ -221,7 +231,8 @@ impl Server {
     }
 
     fn say(&mut self, connection: usize, message: &Message, fds: &[OwnedFd]) {
-        let (Some(socket), Ok(text)) = (self.connections.get(&connection), serde_json::to_vec(message)) else {
+        let (Some(socket), Ok(text)) = (self.connections.get(&connection), serde_json::to_vec(message))
+        else {
             return;
         };
         let numbers: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
@@ -237,7 +248,9 @@ impl Server {
     }
 
     fn on_request(&mut self, connection: usize) {
-        let Some(socket) = self.connections.get(&connection) else { return };
+        let Some(socket) = self.connections.get(&connection) else {
+            return;
+        };
         let (message, fds) = match fdpass::receive(socket) {
             Ok((message, fds)) if !message.is_empty() => (message, fds),
             Ok(_) | Err(_) => {
@@ -257,7 +270,11 @@ impl Server {
                 };
                 self.say(connection, &answer, &[]);
             }
-            Request::Signal { id, container, signal } => {
+            Request::Signal {
+                id,
+                container,
+                signal,
+            } => {
                 let answer = match self.signal(&container, signal) {
                     Ok(()) => Message::Done { id },
                     Err(reason) => Message::Failed { id, reason },
@@ -323,18 +340,27 @@ impl Server {
         }
     }
 
-    fn start_container(&mut self, spec_file: &PathBuf, listeners: Vec<OwnedFd>) -> Result<(i32, i64), String> {
+    fn start_container(
+        &mut self,
+        spec_file: &PathBuf,
+        listeners: Vec<OwnedFd>,
+    ) -> Result<(i32, i64), String> {
         let text = fs::read(spec_file).map_err(|error| format!("read {}: {error}", spec_file.display()))?;
         let _ = fs::remove_file(spec_file);
-        let spec: ContainerSpec =
-            serde_json::from_slice(&text).map_err(|error| format!("read {}: {error}", spec_file.display()))?;
+        let spec: ContainerSpec = serde_json::from_slice(&text)
+            .map_err(|error| format!("read {}: {error}", spec_file.display()))?;
         if self.shutdown.is_some() {
             return Err("the pod is shutting down".to_owned());
         }
-        if self.containers.get(&spec.name).is_some_and(|known| known.exit.is_none()) {
+        if self
+            .containers
+            .get(&spec.name)
+            .is_some_and(|known| known.exit.is_none())
+        {
             return Err(format!("container {} is running", spec.name));
         }
-        let log = LogFile::open(&spec.log).map_err(|error| format!("open log {}: {error}", spec.log.display()))?;
+        let log =
+            LogFile::open(&spec.log).map_err(|error| format!("open log {}: {error}", spec.log.display()))?;
         let scratch = self.config.directory.join("scratch");
         let child = container::start(&spec, &self.network, &scratch, &listeners)?;
         let (pid, started_at) = (child.pid, now_millis());
@@ -373,7 +399,11 @@ impl Server {
         let (known, askers) = self.shutdown.get_or_insert((deadline, Vec::new()));
         *known = (*known).min(deadline);
         askers.extend(asker);
-        for container in self.containers.values().filter(|container| container.exit.is_none()) {
+        for container in self
+            .containers
+            .values()
+            .filter(|container| container.exit.is_none())
+        {
             let _ = signal_child(container.child.pid, Signal::SIGTERM);
         }
     }
@@ -419,7 +449,9 @@ impl Server {
         for stream in [Stream::Stdout, Stream::Stderr] {
             self.on_output(position, stream);
         }
-        let Some(container) = self.containers.values_mut().nth(position) else { return };
+        let Some(container) = self.containers.values_mut().nth(position) else {
+            return;
+        };
         let exit = Exit {
             code,
             signal,
@@ -440,15 +472,25 @@ impl Server {
     }
 
     fn on_output(&mut self, position: usize, stream: Stream) {
-        let Some(container) = self.containers.values_mut().nth(position) else { return };
+        let Some(container) = self.containers.values_mut().nth(position) else {
+            return;
+        };
         let (pipe, lines, open) = match stream {
-            Stream::Stdout => (&container.child.stdout, &mut container.stdout, &mut container.open[0]),
-            Stream::Stderr => (&container.child.stderr, &mut container.stderr, &mut container.open[1]),
+            Stream::Stdout => (
+                &container.child.stdout,
+                &mut container.stdout,
+                &mut container.open[0],
+            ),
+            Stream::Stderr => (
+                &container.child.stderr,
+                &mut container.stderr,
+                &mut container.open[1],
+            ),
         };
         if !*open {
             return;
         }
-        let mut buffer = [0_u8; 32 * 1024];
+        let mut buffer = [0_u8; 16 * 1024];
         // Bounded per turn, so that a flood of one container does not starve the control connections.
         for _ in 0..8 {
             match nix::unistd::read(pipe, &mut buffer) {
@@ -463,7 +505,9 @@ impl Server {
                 Ok(length) => {
                     let time = Timestamp::now().to_string();
                     if let Some(log) = &mut container.log {
-                        lines.push(&buffer[..length], |line, complete| log.line(&time, stream, line, complete));
+                        lines.push(&buffer[..length], |line, complete| {
+                            log.line(&time, stream, line, complete)
+                        });
                     }
                 }
                 Err(nix::errno::Errno::EINTR) => {}
@@ -484,7 +528,9 @@ impl Server {
     }
 
     fn drain_exec(&mut self, position: usize) -> bool {
-        let Some(running) = self.running.get_mut(position) else { return false };
+        let Some(running) = self.running.get_mut(position) else {
+            return false;
+        };
         let mut buffer = [0_u8; 4096];
         loop {
             match nix::unistd::read(&running.process.output, &mut buffer) {
@@ -514,9 +560,18 @@ impl Server {
                 let _ = signal_child(running.process.pid, Signal::SIGKILL);
             }
         }
-        if !self.killed && self.shutdown.as_ref().is_some_and(|(deadline, _)| now >= *deadline) {
+        if !self.killed
+            && self
+                .shutdown
+                .as_ref()
+                .is_some_and(|(deadline, _)| now >= *deadline)
+        {
             self.killed = true;
-            for container in self.containers.values().filter(|container| container.exit.is_none()) {
+            for container in self
+                .containers
+                .values()
+                .filter(|container| container.exit.is_none())
+            {
                 let _ = signal_child(container.child.pid, Signal::SIGKILL);
             }
         }

@@ -8,8 +8,8 @@ use std::path::Path;
 
 use nix::fcntl::{OFlag, open};
 use nix::sys::socket::{
-    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind,
-    connect, listen, recvmsg, sendmsg, setsockopt, socket, socketpair, sockopt,
+    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
+    accept4, bind, connect, listen, recvmsg, sendmsg, setsockopt, socket, socketpair, sockopt,
 };
 use nix::sys::stat::Mode;
 use tokio::io::unix::AsyncFd;
@@ -28,7 +28,12 @@ pub(crate) fn watched<T: AsFd + AsRawFd + 'static>(inner: T) -> io::Result<Async
 
 /// Two connected ends, both close-on-exec.
 pub(crate) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
-    let (a, b) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+    let (a, b) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )?;
     widen(&a);
     widen(&b);
     Ok((a, b))
@@ -41,10 +46,15 @@ fn widen(fd: &OwnedFd) {
 
 /// A directory entry as a short path: socket addresses end at 108 bytes, state directories do not.
 fn short_path(path: &Path) -> io::Result<(OwnedFd, String)> {
-    let (Some(directory), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else {
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str()))
+    else {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a socket path"));
     };
-    let directory = open(directory, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+    let directory = open(
+        directory,
+        OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )?;
     let short = format!("/proc/self/fd/{}/{name}", directory.as_raw_fd());
     Ok((directory, short))
 }
@@ -56,7 +66,12 @@ pub(crate) fn listen_at(path: &Path) -> io::Result<OwnedFd> {
         _ => {}
     }
     let (_directory, short) = short_path(path)?;
-    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
+    let fd = socket(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
     bind(fd.as_raw_fd(), &UnixAddr::new(short.as_str())?)?;
     listen(&fd, Backlog::new(16)?)?;
     Ok(fd)
@@ -65,7 +80,12 @@ pub(crate) fn listen_at(path: &Path) -> io::Result<OwnedFd> {
 /// Connects to a listener at `path`.
 pub(crate) fn connect_to(path: &Path) -> io::Result<OwnedFd> {
     let (_directory, short) = short_path(path)?;
-    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
+    let fd = socket(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
     widen(&fd);
     connect(fd.as_raw_fd(), &UnixAddr::new(short.as_str())?)?;
     Ok(fd)
@@ -83,7 +103,10 @@ pub(crate) fn accept(listener: &OwnedFd) -> io::Result<OwnedFd> {
 /// Sends one message with descriptors.
 pub(crate) fn send(socket: impl AsFd, message: &[u8], fds: &[RawFd]) -> io::Result<()> {
     if message.len() > MAX_MESSAGE || fds.len() > MAX_FDS {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "message too large for the control socket"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "message too large for the control socket",
+        ));
     }
     let control = [ControlMessage::ScmRights(fds)];
     sendmsg::<()>(

@@ -45,7 +45,11 @@ pub(crate) fn enter_private(proc: bool) -> io::Result<()> {
 
 /// A tmpfs of at most `size` bytes (0: the kernel's default, half of the memory).
 pub(crate) fn mount_tmpfs(target: &Path, size: u64) -> io::Result<()> {
-    let options = if size == 0 { "mode=0777".to_owned() } else { format!("mode=0777,size={size}") };
+    let options = if size == 0 {
+        "mode=0777".to_owned()
+    } else {
+        format!("mode=0777,size={size}")
+    };
     mount(
         Some("tmpfs"),
         target,
@@ -177,7 +181,13 @@ impl Cover {
             } else {
                 continue;
             }
-            mount(Some(&source), &target, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE)?;
+            mount(
+                Some(&source),
+                &target,
+                NONE,
+                MsFlags::MS_BIND | MsFlags::MS_REC,
+                NONE,
+            )?;
             self.owned.push((source, false));
         }
         chdir(&root)?;
@@ -207,7 +217,10 @@ pub(crate) fn bind_all(binds: &[Bind], scratch: &Path, read_only_root: bool) -> 
     binds.sort_by_key(|bind| bind.target.components().count());
     // A new root first: what was opened before it would belong to mounts that are gone afterwards.
     let needs_root = |target: &Path| target.ancestors().find(|path| path.is_dir()) == Some(Path::new("/"));
-    if binds.iter().any(|bind| !bind.target.exists() && needs_root(&bind.target)) {
+    if binds
+        .iter()
+        .any(|bind| !bind.target.exists() && needs_root(&bind.target))
+    {
         cover.new_root()?;
     }
     // Then the sources, before anything is covered: an emptyDir on /tmp may hide the node's own state directory.
@@ -217,7 +230,9 @@ pub(crate) fn bind_all(binds: &[Bind], scratch: &Path, read_only_root: bool) -> 
             .read(true)
             .custom_flags_path()
             .open(&bind.source)
-            .map_err(|error| io::Error::new(error.kind(), format!("open {}: {error}", bind.source.display())))?;
+            .map_err(|error| {
+                io::Error::new(error.kind(), format!("open {}: {error}", bind.source.display()))
+            })?;
         opened.push(file);
     }
     for (bind, file) in binds.iter().zip(&opened) {
@@ -225,10 +240,16 @@ pub(crate) fn bind_all(binds: &[Bind], scratch: &Path, read_only_root: bool) -> 
         let explain = |error: io::Error| {
             io::Error::new(
                 error.kind(),
-                format!("mount {} on {}: {error}", bind.source.display(), bind.target.display()),
+                format!(
+                    "mount {} on {}: {error}",
+                    bind.source.display(),
+                    bind.target.display()
+                ),
             )
         };
-        cover.ensure(&bind.target, file.metadata()?.is_dir()).map_err(explain)?;
+        cover
+            .ensure(&bind.target, file.metadata()?.is_dir())
+            .map_err(explain)?;
         // The target is looked at before it is covered by a /proc-relative source.
         let source = format!("/proc/self/fd/{}", file.as_raw_fd());
         mount(
@@ -272,7 +293,11 @@ fn remount_root_read_only(cover: &Cover) -> io::Result<()> {
         nix::unistd::chroot("/")?;
     }
     for (path, _) in cover.owned.iter().filter(|(path, _)| path != Path::new("/")) {
-        if ["/proc", "/dev", "/sys"].iter().all(|special| path != Path::new(special)) && path.exists() {
+        if ["/proc", "/dev", "/sys"]
+            .iter()
+            .all(|special| path != Path::new(special))
+            && path.exists()
+        {
             // Files and special mounts may refuse; the root itself below must not.
             let _ = remount_read_only(path);
         }

@@ -45,7 +45,7 @@ impl Attributes {
         self.0.extend_from_slice(&length.to_ne_bytes());
         self.0.extend_from_slice(&kind.to_ne_bytes());
         self.0.extend_from_slice(value);
-        while self.0.len() % 4 != 0 {
+        while !self.0.len().is_multiple_of(4) {
             self.0.push(0);
         }
         self
@@ -118,7 +118,10 @@ impl Netlink {
         body.extend(
             Attributes::default()
                 .text(IFLA_IFNAME, name)
-                .nest(IFLA_LINKINFO, Attributes::default().text(IFLA_INFO_KIND, "bridge"))
+                .nest(
+                    IFLA_LINKINFO,
+                    Attributes::default().text(IFLA_INFO_KIND, "bridge"),
+                )
                 .0,
         );
         self.request(libc::RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, &body)

@@ -40,7 +40,13 @@ pub(crate) fn prepare_node(gateway: Ipv4Addr, prefix: u8, more: &[Ipv4Addr]) -> 
     for scope in ["all", BRIDGE] {
         std::fs::write(format!("/proc/sys/net/ipv4/conf/{scope}/send_redirects"), "0")?;
     }
-    // Most pod addresses live in the neighbour table; the default limit of 1024 would be 1000 pods.
+    // With br_netfilter a frame would pass the IP hooks inside the bridge already, be translated there and bridged back
+    // to the port it came from, which a bridge does not do: a pod could not reach itself through a Service. Where the
+    // module is not there, neither is the file.
+    let bridged = std::path::Path::new("/proc/sys/net/bridge/bridge-nf-call-iptables");
+    if bridged.exists() {
+        std::fs::write(bridged, "0")?;
+    }
     Ok(())
 }
 
@@ -50,26 +56,30 @@ pub(crate) fn prepare_node(gateway: Ipv4Addr, prefix: u8, more: &[Ipv4Addr]) -> 
 /// Blocks for about a millisecond; runs on a thread of its own that ends in the new namespace.
 pub(crate) fn create_pod(host_interface: &str, address: Ipv4Addr, gateway: Ipv4Addr) -> io::Result<OwnedFd> {
     let host_interface = host_interface.to_owned();
-    let thread = std::thread::Builder::new().name("pod-network".to_owned()).spawn(move || {
-        let mut node = Netlink::open()?;
-        let bridge = index_of(BRIDGE)?;
-        if let Ok(stale) = index_of(&host_interface) {
-            node.delete(stale)?;
-        }
-        unshare(CloneFlags::CLONE_NEWNET)?;
-        let namespace = File::open("/proc/thread-self/ns/net")?;
-        let mut pod = Netlink::open()?;
-        pod.set_up(index_of("lo")?)?;
-        node.create_pod_interface(&host_interface, bridge, POD_INTERFACE, namespace.as_raw_fd())?;
-        let interface = index_of(POD_INTERFACE)?;
-        pod.set_up(interface)?;
-        pod.add_address(interface, address, 32)?;
-        pod.add_default_route(gateway, interface)?;
-        // Containers bind low ports without being root, as container runtimes let them.
-        std::fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0")?;
-        Ok(OwnedFd::from(namespace))
-    })?;
-    thread
-        .join()
-        .unwrap_or_else(|_| Err(io::Error::other("the thread that creates a pod's network ended early")))
+    let thread = std::thread::Builder::new()
+        .name("pod-network".to_owned())
+        .spawn(move || {
+            let mut node = Netlink::open()?;
+            let bridge = index_of(BRIDGE)?;
+            if let Ok(stale) = index_of(&host_interface) {
+                node.delete(stale)?;
+            }
+            unshare(CloneFlags::CLONE_NEWNET)?;
+            let namespace = File::open("/proc/thread-self/ns/net")?;
+            let mut pod = Netlink::open()?;
+            pod.set_up(index_of("lo")?)?;
+            node.create_pod_interface(&host_interface, bridge, POD_INTERFACE, namespace.as_raw_fd())?;
+            let interface = index_of(POD_INTERFACE)?;
+            pod.set_up(interface)?;
+            pod.add_address(interface, address, 32)?;
+            pod.add_default_route(gateway, interface)?;
+            // Containers bind low ports without being root, as container runtimes let them.
+            std::fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0")?;
+            Ok(OwnedFd::from(namespace))
+        })?;
+    thread.join().unwrap_or_else(|_| {
+        Err(io::Error::other(
+            "the thread that creates a pod's network ended early",
+        ))
+    })
 }

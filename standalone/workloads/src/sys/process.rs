@@ -45,7 +45,9 @@ impl ProcessRecord {
     /// Sends a signal to the very process that was recorded; `false` if it is gone.
     pub(crate) fn signal(&self, signal: Signal) -> bool {
         // The pidfd is opened before the identity is checked, so that the signal cannot reach a successor.
-        let Ok(fd) = pidfd_open(self.pid) else { return false };
+        let Ok(fd) = pidfd_open(self.pid) else {
+            return false;
+        };
         self.is_alive() && pidfd_signal(&fd, signal).is_ok()
     }
 
@@ -81,7 +83,10 @@ fn start_ticks(pid: i32) -> io::Result<u64> {
     if state == "Z" || state == "X" {
         return Err(io::Error::new(io::ErrorKind::NotFound, "the process has ended"));
     }
-    fields.nth(18).and_then(|ticks| ticks.parse().ok()).ok_or_else(malformed)
+    fields
+        .nth(18)
+        .and_then(|ticks| ticks.parse().ok())
+        .ok_or_else(malformed)
 }
 
 /// A file descriptor of a process, readable once it has ended.
@@ -108,7 +113,11 @@ pub(crate) fn pidfd_signal(fd: &OwnedFd, signal: Signal) -> io::Result<()> {
             0,
         )
     };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// Which side of a [`clone_process`] we are on.
@@ -135,7 +144,7 @@ pub(crate) fn clone_process(flags: i32) -> io::Result<Cloned> {
     // held by a thread that does not exist in the child. `pidfd` outlives the call that writes it.
     unsafe {
         let mut arguments: libc::clone_args = std::mem::zeroed();
-        arguments.flags = (flags | libc::CLONE_PIDFD) as u32 as u64;
+        arguments.flags = u64::from((flags | libc::CLONE_PIDFD) as u32);
         arguments.pidfd = std::ptr::from_mut(&mut pidfd) as u64;
         arguments.exit_signal = libc::SIGCHLD as u64;
         match libc::syscall(
@@ -163,7 +172,11 @@ pub(crate) fn place_fd(fd: RawFd, number: RawFd) -> io::Result<()> {
             libc::dup2(fd, number)
         }
     };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// Marks every descriptor from `first` on as closed on exec.
@@ -256,7 +269,11 @@ mod tests {
 
     #[test]
     fn a_record_of_an_ended_process_is_not_alive() {
-        let mut child = std::process::Command::new("/bin/sh").args(["-c", "read x"]).stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let mut child = std::process::Command::new("/bin/sh")
+            .args(["-c", "read x"])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
         let record = ProcessRecord::of(child.id() as i32).unwrap();
         assert!(end(&record, Duration::from_secs(5)));
         child.wait().unwrap();

@@ -23,9 +23,10 @@ pub const NAMESPACE: &str = "t";
 
 pub struct Cluster {
     pub client: Client,
-    pub server: ApiServer,
+    server: Option<ApiServer>,
     pub state: PathBuf,
     pub config: NodeConfig,
+    user: Option<u32>,
     directory: Option<tempfile::TempDir>,
     cancel: CancellationToken,
     controllers: tokio::task::JoinHandle<()>,
@@ -43,15 +44,31 @@ fn obstacle() -> Option<&'static str> {
 impl Cluster {
     /// None, with a line that says why, where the machine does not allow it.
     pub async fn start() -> Option<Self> {
+        Self::start_as(None).await
+    }
+
+    /// With the node running as another user, which needs root for the test itself.
+    pub async fn start_as(user: Option<u32>) -> Option<Self> {
+        if user.is_some() && !nix::unistd::getuid().is_root() {
+            eprintln!("SKIPPED: only root can start a node as another user");
+            return None;
+        }
         if let Some(reason) = obstacle() {
             eprintln!("SKIPPED: {reason}");
             return None;
         }
         let filter = std::env::var("RUST_LOG").unwrap_or_else(|_| "warn".to_owned());
-        let _ = tracing_subscriber::fmt().with_test_writer().with_env_filter(filter).try_init();
+        let _ = tracing_subscriber::fmt()
+            .with_test_writer()
+            .with_env_filter(filter)
+            .try_init();
         let directory = tempfile::Builder::new().prefix("serin-wl-").tempdir().unwrap();
         let state = directory.path().to_owned();
-        let server = ApiServer::builder().directory(state.join("api")).build().await.unwrap();
+        let server = ApiServer::builder()
+            .directory(state.join("api"))
+            .build()
+            .await
+            .unwrap();
         let socket = state.join("api.sock");
         server.serve_unix(&socket).await.unwrap();
         let client = serin_kit::client::over_service(server.service());
@@ -64,16 +81,22 @@ impl Cluster {
                 serin_workloads::controllers::run(client, cancel).await.unwrap();
             }
         });
-        let mut config = NodeConfig::new(state.clone(), socket, "serin", vec![PROCESS.to_owned(), "shim".to_owned()]);
+        let mut config = NodeConfig::new(
+            state.clone(),
+            socket,
+            "serin",
+            vec![PROCESS.to_owned(), "shim".to_owned()],
+        );
         config.images = vec![
             image("test/serve:*", PROCESS, &["serve"]),
             image("test/sh:*", "/bin/sh", &["-c"]),
         ];
         let cluster = Self {
             client,
-            server,
+            server: Some(server),
             state,
             config,
+            user,
             directory: Some(directory),
             cancel,
             controllers,
@@ -83,8 +106,40 @@ impl Cluster {
     }
 
     pub fn spawn_node(&self) -> i32 {
-        let command = [PROCESS.to_owned(), "node".to_owned()];
+        let command = match self.user {
+            None => vec![PROCESS.to_owned(), "node".to_owned()],
+            Some(uid) => {
+                let state = self.state.display();
+                let script = format!(
+                    "chown {uid}:{uid} {state} {state}/api.sock && chown -R {uid}:{uid} {state}/node && \
+                     exec setpriv --reuid={uid} --regid={uid} --clear-groups {PROCESS} node \"$0\""
+                );
+                vec!["/bin/sh".to_owned(), "-c".to_owned(), script]
+            }
+        };
         serin_workloads::node::spawn(&self.config, &command, &self.state.join("node.log")).unwrap()
+    }
+
+    /// What `kill -9` of `serin up` is to the node: the API server and the controllers are gone from one moment to the
+    /// next. They come back over the same directory.
+    pub async fn restart_server(&mut self) {
+        self.cancel.cancel();
+        if let Some(server) = self.server.take() {
+            server.shutdown().await;
+        }
+        let server = ApiServer::builder()
+            .directory(self.state.join("api"))
+            .build()
+            .await
+            .unwrap();
+        server.serve_unix(&self.state.join("api.sock")).await.unwrap();
+        self.client = serin_kit::client::over_service(server.service());
+        self.server = Some(server);
+        self.cancel = CancellationToken::new();
+        let (client, cancel) = (self.client.clone(), self.cancel.clone());
+        self.controllers = tokio::spawn(async move {
+            serin_workloads::controllers::run(client, cancel).await.unwrap();
+        });
     }
 
     pub fn api<K>(&self) -> Api<K>
@@ -98,7 +153,11 @@ impl Cluster {
     /// Creates a pod and returns it once a condition holds.
     pub async fn pod(&self, name: &str, spec: Value, until: impl Condition<Pod>) -> Pod {
         let api: Api<Pod> = self.api();
-        create(&api, json!({"metadata": {"name": name, "labels": {"app": name}}, "spec": spec})).await;
+        create(
+            &api,
+            json!({"metadata": {"name": name, "labels": {"app": name}}, "spec": spec}),
+        )
+        .await;
         self.until(&api, name, until).await
     }
 
@@ -116,10 +175,15 @@ impl Cluster {
             Err(_) => {
                 let object = api.get(name).await;
                 let nodes: Api<k8s_openapi::api::core::v1::Node> = Api::all(self.client.clone());
-                eprintln!("{}", serde_json::to_string(&nodes.list(&ListParams::default()).await.unwrap()).unwrap());
+                eprintln!(
+                    "{}",
+                    serde_json::to_string(&nodes.list(&ListParams::default()).await.unwrap()).unwrap()
+                );
                 panic!(
                     "{name} did not come to what was waited for:\n{}\nevents:\n{}\nnode's log:\n{}",
-                    object.map(|o| serde_json::to_string_pretty(&o).unwrap()).unwrap_or_else(|e| e.to_string()),
+                    object
+                        .map(|o| serde_json::to_string_pretty(&o).unwrap())
+                        .unwrap_or_else(|e| e.to_string()),
                     self.events().await,
                     std::fs::read_to_string(self.state.join("node.log")).unwrap_or_default()
                 )
@@ -133,13 +197,9 @@ impl Cluster {
         K::DynamicType: Default,
     {
         let waiting = await_condition(api.clone(), name, |object: Option<&K>| object.is_none());
-        if tokio::time::timeout(DEADLINE, waiting).await.is_err() {
-            panic!(
-                "{name} is still there:\n{}\n{}",
-                self.events().await,
-                std::fs::read_to_string(self.state.join("node.log")).unwrap_or_default()
-            );
-        }
+        let gone = tokio::time::timeout(DEADLINE, waiting).await.is_ok();
+        let log = std::fs::read_to_string(self.state.join("node.log")).unwrap_or_default();
+        assert!(gone, "{name} is still there:\n{}\n{log}", self.events().await);
     }
 
     pub async fn events(&self) -> String {
@@ -172,7 +232,11 @@ impl Cluster {
         let output = nsenter.args(["/bin/sh", "-c", command]).output().unwrap();
         (
             output.status.success(),
-            format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)),
+            format!(
+                "{}{}",
+                String::from_utf8_lossy(&output.stdout),
+                String::from_utf8_lossy(&output.stderr)
+            ),
         )
     }
 
@@ -231,16 +295,18 @@ where
 pub fn condition(type_: &'static str) -> impl Condition<Pod> {
     move |pod: Option<&Pod>| {
         pod.is_some_and(|pod| {
-            pod.status.iter().flat_map(|status| status.conditions.iter().flatten()).any(|condition| {
-                condition.type_ == type_ && condition.status == "True"
-            })
+            pod.status
+                .iter()
+                .flat_map(|status| status.conditions.iter().flatten())
+                .any(|condition| condition.type_ == type_ && condition.status == "True")
         })
     }
 }
 
 pub fn phase(wanted: &'static str) -> impl Condition<Pod> {
     move |pod: Option<&Pod>| {
-        pod.and_then(|pod| pod.status.as_ref()?.phase.as_deref()).is_some_and(|phase| phase == wanted)
+        pod.and_then(|pod| pod.status.as_ref()?.phase.as_deref())
+            .is_some_and(|phase| phase == wanted)
     }
 }
 
@@ -249,7 +315,13 @@ pub fn processes_of(state: &Path) -> Vec<i32> {
     let marker = state.display().to_string();
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse::<i32>().ok())
+        else {
+            continue;
+        };
         if pid == std::process::id() as i32 {
             continue;
         }

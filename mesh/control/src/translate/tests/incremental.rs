@@ -80,7 +80,7 @@ fn all(translator: &mut Translator, proxy: &Proxy) -> Held {
 
 /// Kinds of objects that a step can write, in every variant that changes how others are translated.
 fn object_text(kind: u8, name: u8, variant: u8) -> (Kind, &'static str, String, String) {
-    let namespace = if name % 2 == 0 { "a" } else { "b" };
+    let namespace = if name.is_multiple_of(2) { "a" } else { "b" };
     let meta = |name: &str| {
         format!(
             "metadata: {{name: {name}, namespace: {namespace}, generation: {}}}",

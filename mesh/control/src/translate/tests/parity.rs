@@ -206,27 +206,26 @@ fn by_domain(value: Value) -> Value {
     }
 }
 
-/// Order has no meaning among virtual hosts, domains, and chains of `virtualInbound`.
+/// Lists in which order has no meaning: filter chains are chosen by their conditions, headers must all match.
+const UNORDERED: [&str; 7] = [
+    "domains",
+    "queryParameters",
+    "headers",
+    "endpoints",
+    "lbEndpoints",
+    "services",
+    "filterChains",
+];
+
 fn unordered(mut value: Value) -> Value {
     fn walk(value: &mut Value) {
         match value {
             Value::Object(fields) => {
                 for (name, value) in fields.iter_mut() {
                     walk(value);
-                    if matches!(
-                        name.as_str(),
-                        "virtualHosts"
-                            | "domains"
-                            | "queryParameters"
-                            | "headers"
-                            | "endpoints"
-                            | "lbEndpoints"
-                            | "services"
-                    ) || (name == "filterChains")
-                    {
-                        if let Some(list) = value.as_array_mut() {
-                            list.sort_by_key(ToString::to_string);
-                        }
+                    let unordered = UNORDERED.contains(&name.as_str());
+                    if let Some(list) = value.as_array_mut().filter(|_| unordered) {
+                        list.sort_by_key(ToString::to_string);
                     }
                 }
             }

@@ -45,7 +45,8 @@ impl World {
             },
             now(self.second),
         );
-        let changed = !decision.actions.is_empty() || self.deployment.status.as_ref() != Some(&decision.status);
+        let changed =
+            !decision.actions.is_empty() || self.deployment.status.as_ref() != Some(&decision.status);
         self.deployment.status = Some(decision.status);
         for action in decision.actions {
             match action {
@@ -64,7 +65,10 @@ impl World {
                     ..
                 } => {
                     let set = self.sets.iter_mut().find(|set| set.name_any() == name).unwrap();
-                    set.metadata.annotations.get_or_insert_default().extend(annotations);
+                    set.metadata
+                        .annotations
+                        .get_or_insert_default()
+                        .extend(annotations);
                     if let Some((from, to)) = replicas {
                         assert_eq!(from, spec_replicas(set));
                         set.spec.as_mut().unwrap().replicas = Some(to);
@@ -72,7 +76,11 @@ impl World {
                 }
                 Action::Delete(name) => self.sets.retain(|set| set.name_any() != name),
                 Action::SetRevision(revision) => {
-                    self.deployment.metadata.annotations.get_or_insert_default().insert(REVISION.to_owned(), revision);
+                    self.deployment
+                        .metadata
+                        .annotations
+                        .get_or_insert_default()
+                        .insert(REVISION.to_owned(), revision);
                 }
             }
         }
@@ -100,7 +108,13 @@ impl World {
     /// Makes one pod available, of the ReplicaSet that lacks most; whether there was one.
     fn pod_ready(&mut self) -> bool {
         self.second += 1;
-        let Some(set) = self.sets.iter_mut().find(|set| available(set) < spec_replicas(set)) else { return false };
+        let Some(set) = self
+            .sets
+            .iter_mut()
+            .find(|set| available(set) < spec_replicas(set))
+        else {
+            return false;
+        };
         let status = set.status.as_mut().unwrap();
         let more = Some(status.available_replicas.unwrap_or(0) + 1);
         (status.available_replicas, status.ready_replicas) = (more, more);
@@ -127,7 +141,10 @@ fn a_new_deployment_creates_its_replica_set_and_is_complete_when_all_pods_are_av
     let mut world = World::new(deployment(3, "i:1"));
     world.settle();
     assert_eq!(world.sizes(), [3]);
-    assert_eq!(world.condition("Available"), pair("False", "MinimumReplicasUnavailable"));
+    assert_eq!(
+        world.condition("Available"),
+        pair("False", "MinimumReplicasUnavailable")
+    );
     let annotations = world.sets[0].annotations().clone();
     assert_eq!(annotations[DESIRED_REPLICAS], "3");
     assert_eq!(annotations[MAX_REPLICAS], "4");
@@ -137,8 +154,14 @@ fn a_new_deployment_creates_its_replica_set_and_is_complete_when_all_pods_are_av
     while world.pod_ready() {
         world.settle();
     }
-    assert_eq!(world.condition("Available"), pair("True", "MinimumReplicasAvailable"));
-    assert_eq!(world.condition("Progressing"), pair("True", "NewReplicaSetAvailable"));
+    assert_eq!(
+        world.condition("Available"),
+        pair("True", "MinimumReplicasAvailable")
+    );
+    assert_eq!(
+        world.condition("Progressing"),
+        pair("True", "NewReplicaSetAvailable")
+    );
 }
 
 #[test]
@@ -153,14 +176,20 @@ fn a_new_image_is_rolled_out_within_the_fences_as_the_recorded_controller_does()
     world.settle();
     // maxSurge 1 and maxUnavailable 1 of 4.
     assert_eq!(world.sizes(), [3, 2]);
-    assert_eq!(world.condition("Available"), pair("True", "MinimumReplicasAvailable"));
+    assert_eq!(
+        world.condition("Available"),
+        pair("True", "MinimumReplicasAvailable")
+    );
     let mut seen = vec![world.sizes()];
     while world.pod_ready() {
         world.settle();
         seen.push(world.sizes());
     }
     assert_eq!(seen.last().unwrap(), &[0, 4]);
-    assert_eq!(world.condition("Progressing"), pair("True", "NewReplicaSetAvailable"));
+    assert_eq!(
+        world.condition("Progressing"),
+        pair("True", "NewReplicaSetAvailable")
+    );
     assert_eq!(world.deployment.annotations()[REVISION], "2");
     // Going back takes the old ReplicaSet again under a new revision and remembers the old one.
     world.deployment.spec.as_mut().unwrap().template = deployment(4, "i:1").spec.unwrap().template;
@@ -174,7 +203,8 @@ fn a_new_image_is_rolled_out_within_the_fences_as_the_recorded_controller_does()
 #[test]
 fn recreate_takes_all_old_pods_down_before_it_creates_new_ones() {
     let mut object = deployment(2, "i:1");
-    object.spec.as_mut().unwrap().strategy = Some(serde_json::from_value(json!({"type": "Recreate"})).unwrap());
+    object.spec.as_mut().unwrap().strategy =
+        Some(serde_json::from_value(json!({"type": "Recreate"})).unwrap());
     let mut world = World::new(object);
     world.settle();
     while world.pod_ready() {
@@ -214,11 +244,17 @@ fn a_rollout_that_stands_still_exceeds_its_deadline_and_says_so() {
     assert_eq!(waiting.wake_after, Some(Duration::from_secs(51)));
     world.second = 62;
     world.settle();
-    assert_eq!(world.condition("Progressing"), pair("False", "ProgressDeadlineExceeded"));
+    assert_eq!(
+        world.condition("Progressing"),
+        pair("False", "ProgressDeadlineExceeded")
+    );
     // It is not the end: pods that come later still count.
     world.pod_ready();
     world.settle();
-    assert_eq!(world.condition("Progressing"), pair("True", "NewReplicaSetAvailable"));
+    assert_eq!(
+        world.condition("Progressing"),
+        pair("True", "NewReplicaSetAvailable")
+    );
 }
 
 #[test]
@@ -233,7 +269,10 @@ fn a_paused_deployment_scales_but_does_not_roll_out() {
     world.deployment.spec.as_mut().unwrap().replicas = Some(5);
     world.settle();
     assert_eq!(world.sizes(), [5]);
-    assert_eq!(world.condition("Progressing"), pair("Unknown", "DeploymentPaused"));
+    assert_eq!(
+        world.condition("Progressing"),
+        pair("Unknown", "DeploymentPaused")
+    );
     world.deployment.spec.as_mut().unwrap().paused = Some(false);
     world.settle();
     assert_eq!(world.sets.len(), 2);
@@ -262,7 +301,8 @@ fn old_replica_sets_beyond_the_history_limit_are_deleted() {
     object.spec.as_mut().unwrap().revision_history_limit = Some(2);
     let mut world = World::new(object);
     for version in 0..6 {
-        world.deployment.spec.as_mut().unwrap().template = deployment(1, &format!("i:{version}")).spec.unwrap().template;
+        world.deployment.spec.as_mut().unwrap().template =
+            deployment(1, &format!("i:{version}")).spec.unwrap().template;
         world.settle();
         while world.pod_ready() {
             world.settle();

@@ -18,9 +18,13 @@ fn exit(code: i32, started: i64, finished: i64) -> Exit {
 fn pod(policy: RestartPolicy, containers: &[(&str, Role)]) -> Pod {
     Pod {
         restart_policy: policy,
-        containers: containers.iter().map(|(name, role)| Container::new(name, *role)).collect(),
+        containers: containers
+            .iter()
+            .map(|(name, role)| Container::new(name, *role))
+            .collect(),
         initialized: false,
         deletion: None,
+        grace: Duration::from_secs(30),
         finished: false,
     }
 }
@@ -37,7 +41,12 @@ fn running(pod: &mut Pod, index: usize, now: i64) {
 fn init_containers_run_one_after_another_and_then_all_main_ones_start() {
     let mut pod = pod(
         RestartPolicy::Always,
-        &[("a", Role::Init), ("b", Role::Init), ("x", Role::Main), ("y", Role::Main)],
+        &[
+            ("a", Role::Init),
+            ("b", Role::Init),
+            ("x", Role::Main),
+            ("y", Role::Main),
+        ],
     );
     assert_eq!(decide(&mut pod, at(0)).actions, [start("a")]);
     running(&mut pod, 0, 0);
@@ -54,7 +63,10 @@ fn init_containers_run_one_after_another_and_then_all_main_ones_start() {
 
 #[test]
 fn what_comes_after_a_sidecar_waits_until_its_startup_probe_has_passed() {
-    let mut pod = pod(RestartPolicy::Always, &[("proxy", Role::Sidecar), ("x", Role::Main)]);
+    let mut pod = pod(
+        RestartPolicy::Always,
+        &[("proxy", Role::Sidecar), ("x", Role::Main)],
+    );
     assert_eq!(decide(&mut pod, at(0)).actions, [start("proxy")]);
     pod.containers[0].on_started(at(0), true, true);
     assert_eq!(decide(&mut pod, at(1)).actions, []);
@@ -68,7 +80,10 @@ fn what_comes_after_a_sidecar_waits_until_its_startup_probe_has_passed() {
 
 #[test]
 fn a_sidecar_that_dies_later_is_restarted_without_stopping_the_main_containers() {
-    let mut pod = pod(RestartPolicy::Never, &[("proxy", Role::Sidecar), ("x", Role::Main)]);
+    let mut pod = pod(
+        RestartPolicy::Never,
+        &[("proxy", Role::Sidecar), ("x", Role::Main)],
+    );
     decide(&mut pod, at(0));
     running(&mut pod, 0, 0);
     decide(&mut pod, at(1));
@@ -88,7 +103,9 @@ fn restarts_are_immediate_first_and_then_back_off_from_10_to_300_seconds() {
         pod.containers[0].on_ended(exit(1, now, now + 5));
         now += 5;
         let decision = decide(&mut pod, at(now));
-        let delay = decision.wake_at.map_or(0, |wake| wake.as_millisecond() - at(now).as_millisecond());
+        let delay = decision
+            .wake_at
+            .map_or(0, |wake| wake.as_millisecond() - at(now).as_millisecond());
         assert_eq!(decision.actions.is_empty(), delay > 0);
         delays.push(delay / 1000);
         now += delay;
@@ -106,7 +123,12 @@ fn restarts_are_immediate_first_and_then_back_off_from_10_to_300_seconds() {
 fn deletion_stops_main_containers_together_and_then_sidecars_in_reverse() {
     let mut pod = pod(
         RestartPolicy::Always,
-        &[("s1", Role::Sidecar), ("s2", Role::Sidecar), ("x", Role::Main), ("y", Role::Main)],
+        &[
+            ("s1", Role::Sidecar),
+            ("s2", Role::Sidecar),
+            ("x", Role::Main),
+            ("y", Role::Main),
+        ],
     );
     for index in 0..4 {
         running(&mut pod, index, 0);
@@ -127,7 +149,10 @@ fn deletion_stops_main_containers_together_and_then_sidecars_in_reverse() {
     pod.containers[1].on_ended(exit(0, 0, 5));
     assert_eq!(decide(&mut pod, at(5)).actions, [stop("s1")]);
     pod.containers[0].stopping = Some(deadline);
-    assert_eq!(decide(&mut pod, at(30_000)).actions, [Action::Kill("s1".to_owned())]);
+    assert_eq!(
+        decide(&mut pod, at(30_000)).actions,
+        [Action::Kill("s1".to_owned())]
+    );
     pod.containers[0].on_ended(exit(137, 0, 30_001));
     assert_eq!(decide(&mut pod, at(30_001)).actions, [Action::Finish]);
     assert_eq!(decide(&mut pod, at(30_002)), Decision::default());
@@ -136,7 +161,10 @@ fn deletion_stops_main_containers_together_and_then_sidecars_in_reverse() {
 #[test]
 fn a_pod_that_never_restarts_succeeds_or_fails_with_its_main_containers() {
     for (code, phase) in [(0, "Succeeded"), (3, "Failed")] {
-        let mut pod = pod(RestartPolicy::Never, &[("proxy", Role::Sidecar), ("x", Role::Main)]);
+        let mut pod = pod(
+            RestartPolicy::Never,
+            &[("proxy", Role::Sidecar), ("x", Role::Main)],
+        );
         running(&mut pod, 0, 0);
         decide(&mut pod, at(0));
         running(&mut pod, 1, 0);

@@ -1,37 +1,35 @@
 //! The build: kustomizations below each other, each accumulating resources and transforming them; then what is done once
 //! at the root.
 
+mod transformers;
+
 use std::cell::Cell;
 use std::rc::Rc;
 
 use serde_json::Value as Json;
-use serin_manifests::order::{LEGACY_FIRST, LEGACY_LAST, compare_legacy, legacy_rank};
 use serin_manifests::yaml::{ReadOptions, parse_document};
-use serin_manifests::{Dialect, Id, Object};
+use serin_manifests::{Dialect, Object};
 
+use crate::accumulator::Accumulator;
 use crate::config::TransformerConfig;
 use crate::crds;
 use crate::error::{Cause, Error, Result, nearest};
-use crate::field_spec::{FieldSpec, merge_all, merge_one};
+use crate::finish::{drop_local, finish, sort};
 use crate::generate::{Generator, combine};
-use crate::kustomization::{self, FILE_NAMES, Kustomization, Label, Located, SortOptions, Var};
+use crate::kustomization::{self, FILE_NAMES, Kustomization, Located};
 use crate::loader::{Loader, ReadSet, Resolved, display_dir};
 use crate::name_reference;
-use crate::options::{Options, Reorder};
-use crate::origin::{self, ORIGIN_ANNOTATION, Origin, TRANSFORMATIONS_ANNOTATION};
+use crate::options::Options;
+use crate::origin::Origin;
 use crate::plugin::{Workshop, helm_refused};
 use crate::resmap::ResMap;
 use crate::resource::{Behavior, Resource};
 use crate::schema::{BUILTIN_VERSION, Schema, Schemas};
 use crate::trace::{Trace, Tracer};
-use crate::transform::{Env, SubjectMode, Transformer, add_hashes};
+use crate::transform::{Env, add_hashes};
 use crate::tree::{FileTree, is_in, is_remote};
 use crate::vars;
-
-/// The label that `buildMetadata: [managedByLabel]` sets, and its value: that of a kustomize built from source.
-const MANAGED_BY: (&str, &str) = ("app.kubernetes.io/managed-by", "kustomize-(devel)");
-/// Resources with this annotation take part in the build and are not in its result.
-const LOCAL_CONFIG: &str = "config.kubernetes.io/local-config";
+use transformers::plugin_origin;
 
 /// What a build took.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -85,9 +83,19 @@ pub fn build(tree: &dyn FileTree, root: &str, options: &Options<'_>) -> Result<B
     let dir = match loader.resolve("", root)? {
         Resolved::Dir(dir) => dir,
         Resolved::File(path) => {
-            return Err(Cause::WrongEntry { path, expected: "a directory", found: "a file" }.into());
+            return Err(Cause::WrongEntry {
+                path,
+                expected: "a directory",
+                found: "a file",
+            }
+            .into());
         }
-        Resolved::Missing => return Err(Cause::Missing { path: root.to_owned() }.into()),
+        Resolved::Missing => {
+            return Err(Cause::Missing {
+                path: root.to_owned(),
+            }
+            .into());
+        }
     };
     let mut builder = Builder {
         loader: &loader,
@@ -113,46 +121,20 @@ pub fn build(tree: &dyn FileTree, root: &str, options: &Options<'_>) -> Result<B
     }
     let (kustomizations, steps, warnings) = (builder.kustomizations, builder.steps.get(), builder.warnings);
     let (read_set, bytes) = loader.into_read_set();
-    let stats = Stats { kustomizations, files: read_set.files.len(), bytes, objects: objects.len(), steps };
-    Ok(Build { objects, read_set, stats, warnings, trace: tracer.map(Tracer::into_trace) })
-}
-
-/// Resources with the configuration that will find references among them, and the variables defined so far.
-#[derive(Default)]
-struct Accumulator {
-    map: ResMap,
-    /// `None`: nothing yet. Whatever is merged first decides which of two overlapping specifications stays.
-    config: Option<Rc<TransformerConfig>>,
-    vars: Vec<Var>,
-}
-
-impl Accumulator {
-    fn config(&self) -> &TransformerConfig {
-        self.config.as_deref().unwrap_or_else(|| TransformerConfig::defaults())
-    }
-
-    fn merge_config(&mut self, other: Rc<TransformerConfig>, defaults: &Rc<TransformerConfig>) -> Result<()> {
-        let merged = match &self.config {
-            // The common case: no configuration but the defaults, anywhere.
-            None if Rc::ptr_eq(&other, defaults) => other,
-            Some(mine) if Rc::ptr_eq(mine, &other) => return Ok(()),
-            mine => {
-                let mut merged = mine.as_deref().cloned().unwrap_or_default();
-                merged.merge((*other).clone()).map_err(Cause::Transformer)?;
-                Rc::new(merged)
-            }
-        };
-        self.config = Some(merged);
-        Ok(())
-    }
-
-    fn merge(&mut self, other: Accumulator, schemas: &Schemas, defaults: &Rc<TransformerConfig>) -> Result<()> {
-        self.map.append_all(other.map, schemas)?;
-        if let Some(config) = other.config {
-            self.merge_config(config, defaults)?;
-        }
-        vars::add_all(&mut self.vars, &other.vars)
-    }
+    let stats = Stats {
+        kustomizations,
+        files: read_set.files.len(),
+        bytes,
+        objects: objects.len(),
+        steps,
+    };
+    Ok(Build {
+        objects,
+        read_set,
+        stats,
+        warnings,
+        trace: tracer.map(Tracer::into_trace),
+    })
 }
 
 /// A kustomization that is being built.
@@ -183,7 +165,11 @@ struct Builder<'a> {
 
 impl Builder<'_> {
     fn env(&self) -> Env<'_> {
-        Env { schemas: &self.schemas, budget: &self.options.budget, steps: &self.steps }
+        Env {
+            schemas: &self.schemas,
+            budget: &self.options.budget,
+            steps: &self.steps,
+        }
     }
 
     fn run(&mut self, dir: &str) -> Result<Vec<Resource>> {
@@ -208,16 +194,28 @@ impl Builder<'_> {
 
         let config = acc.config.clone();
         let config = config.as_deref().unwrap_or_else(|| TransformerConfig::defaults());
-        self.traced("HashTransformer", &target.file, &mut acc.map, |map, env| add_hashes(map, env))?;
-        self.traced("NameReferenceTransformer", &target.file, &mut acc.map, |map, env| {
-            name_reference::fix(map, &config.name_reference, env)
+        self.traced("HashTransformer", &target.file, &mut acc.map, |map, env| {
+            add_hashes(map, env)
         })?;
+        self.traced(
+            "NameReferenceTransformer",
+            &target.file,
+            &mut acc.map,
+            |map, env| name_reference::fix(map, &config.name_reference, env),
+        )?;
         let vars = std::mem::take(&mut acc.vars);
         self.traced("RefVarTransformer", &target.file, &mut acc.map, |map, env| {
             vars::resolve(map, &vars, &config.var_reference, env)
         })?;
         drop_local(&mut acc.map);
-        sort(&mut acc.map, target.k.sort_options.as_ref(), self.options.reorder, &self.schemas)?;
+        // A JSON patch may have given one resource the name of another.
+        acc.map.check_unique(&self.schemas)?;
+        sort(
+            &mut acc.map,
+            target.k.sort_options.as_ref(),
+            self.options.reorder,
+            &self.schemas,
+        )?;
         let mut resources = acc.map.into_resources();
         for r in &mut resources {
             finish(r, managed_by, origins, transformations);
@@ -259,23 +257,38 @@ impl Builder<'_> {
             1 => found.remove(0),
             _ => {
                 let files: Vec<&str> = found.iter().map(|f| f.0).collect();
-                return Err(Error::new(Cause::MultipleKustomizations { dir: display_dir(dir), files: files.join(", ") })
-                    .help("keep one of them"));
+                return Err(Error::new(Cause::MultipleKustomizations {
+                    dir: display_dir(dir),
+                    files: files.join(", "),
+                })
+                .help("keep one of them"));
             }
         };
         self.kustomizations += 1;
         let budget = &self.options.budget;
         if self.kustomizations > budget.max_kustomizations {
             let what = format!("{} kustomizations built", self.kustomizations);
-            return Err(Cause::Budget { budget: "kustomizations", what, limit: budget.max_kustomizations }.into());
+            return Err(Cause::Budget {
+                budget: "kustomizations",
+                what,
+                limit: budget.max_kustomizations,
+            }
+            .into());
         }
         let read = || -> Result<Kustomization> {
             let text = crate::read::utf8(&content, &file)?;
             kustomization::read(text, &file, &budget.document)
         };
         let k = read().map_err(|e| e.inside(&file))?;
-        self.warnings.extend(k.warnings.iter().map(|w| format!("{file}: {w}")));
-        Ok(Target { dir: dir.to_owned(), file, file_name, k, origin: None })
+        self.warnings
+            .extend(k.warnings.iter().map(|w| format!("{file}: {w}")));
+        Ok(Target {
+            dir: dir.to_owned(),
+            file,
+            file_name,
+            k,
+            origin: None,
+        })
     }
 
     /// Takes note of `openapi`. The root decides; below it the first one that says something.
@@ -299,8 +312,12 @@ impl Builder<'_> {
                 return Err(Cause::OpenApi(message.into()).into());
             }
             let text = crate::read::utf8(&content, &file)?;
-            let options =
-                ReadOptions { file: &file, line_offset: 0, dialect: Dialect::Kubectl, limits: &self.options.budget.document };
+            let options = ReadOptions {
+                file: &file,
+                line_offset: 0,
+                dialect: Dialect::Kubectl,
+                limits: &self.options.budget.document,
+            };
             let json = parse_document(text, &options)?.map_or(Ok(Json::Null), |v| v.to_json());
             let json = json.map_err(|e| Cause::OpenApi(format!("invalid schema file '{file}': {e}")))?;
             self.schemas.set_custom(Schema::from_openapi(&json));
@@ -312,8 +329,12 @@ impl Builder<'_> {
                 self.schemas.set_builtin();
                 Ok(())
             }
-            Some(other) => Err(Error::new(Cause::OpenApi("the specified OpenAPI version is not built in".into()))
-                .help(format!("'{other}' is not known; '{BUILTIN_VERSION}' is, and needs no mention"))),
+            Some(other) => Err(Error::new(Cause::OpenApi(
+                "the specified OpenAPI version is not built in".into(),
+            ))
+            .help(format!(
+                "'{other}' is not known; '{BUILTIN_VERSION}' is, and needs no mention"
+            ))),
         }
     }
 
@@ -327,9 +348,14 @@ impl Builder<'_> {
         self.run_generators(target, &mut acc)?;
         let components = std::mem::take(&mut target.k.components);
         for path in &components {
-            let dir = self.loader.base(&target.dir, &path.text).map_err(|e| e.at_option(path.place.clone()))?;
+            let dir = self
+                .loader
+                .base(&target.dir, &path.text)
+                .map_err(|e| e.at_option(path.place.clone()))?;
             let parent = std::mem::take(&mut acc);
-            acc = self.directory(target, &dir, &path.text, Some(parent)).map_err(|e| e.at_option(path.place.clone()))?;
+            acc = self
+                .directory(target, &dir, &path.text, Some(parent))
+                .map_err(|e| e.at_option(path.place.clone()))?;
         }
         self.run_transformers(target, &mut acc)?;
         self.run_validators(target, &mut acc)?;
@@ -338,7 +364,12 @@ impl Builder<'_> {
         let limit = self.options.budget.max_resources;
         if acc.map.len() > limit {
             let what = format!("{} resources", acc.map.len());
-            return Err(Cause::Budget { budget: "resources", what, limit }.into());
+            return Err(Cause::Budget {
+                budget: "resources",
+                what,
+                limit,
+            }
+            .into());
         }
         Ok(acc)
     }
@@ -369,9 +400,16 @@ impl Builder<'_> {
             let at = |e: Error| e.at_option(path.place.clone());
             let (content, file) = self.loader.load(&target.dir, &path.text).map_err(at)?;
             let text = crate::read::utf8(&content, &file)?;
-            let options = ReadOptions { file: &file, line_offset: 0, dialect: Dialect::Kubectl, limits };
+            let options = ReadOptions {
+                file: &file,
+                line_offset: 0,
+                dialect: Dialect::Kubectl,
+                limits,
+            };
             let json = parse_document(text, &options)?.map_or(Ok(Json::Null), |v| v.to_json());
-            let json = json.map_err(|e| Cause::OpenApi(format!("unable to parse open API definition from '{file}': {e}")))?;
+            let json = json.map_err(|e| {
+                Cause::OpenApi(format!("unable to parse open API definition from '{file}': {e}"))
+            })?;
             let config = crds::config_of(&json).map_err(|m| at(Cause::OpenApi(m).into()))?;
             acc.merge_config(Rc::new(config), &self.defaults)?;
         }
@@ -386,7 +424,11 @@ impl Builder<'_> {
             return Err(at(Cause::AbsolutePath { path: text.clone() }.into()));
         }
         let http = text.starts_with("http://") || text.starts_with("https://");
-        let resolved = if http { Resolved::Missing } else { self.loader.resolve(&target.dir, text).map_err(at)? };
+        let resolved = if http {
+            Resolved::Missing
+        } else {
+            self.loader.resolve(&target.dir, text).map_err(at)?
+        };
         match resolved {
             Resolved::File(_) => self.accumulate_file(target, acc, path),
             Resolved::Dir(dir) => {
@@ -426,25 +468,45 @@ impl Builder<'_> {
     }
 
     /// A kustomization below another. `parent` is given for a component, which works on what its parent has.
-    fn directory(&mut self, from: &Target, dir: &str, path: &str, parent: Option<Accumulator>) -> Result<Accumulator> {
+    fn directory(
+        &mut self,
+        from: &Target,
+        dir: &str,
+        path: &str,
+        parent: Option<Accumulator>,
+    ) -> Result<Accumulator> {
         for visited in self.visited.iter().rev() {
             if is_in(visited, dir) {
                 let mut cycle: Vec<String> = self.visited.iter().map(|v| display_dir(v)).collect();
                 cycle.push(display_dir(dir));
-                return Err(Error::new(Cause::Cycle { root: display_dir(dir), visited: display_dir(visited) })
-                    .help(format!("the cycle is {}", cycle.join(" -> "))));
+                return Err(Error::new(Cause::Cycle {
+                    root: display_dir(dir),
+                    visited: display_dir(visited),
+                })
+                .help(format!("the cycle is {}", cycle.join(" -> "))));
             }
         }
         let limit = self.options.budget.max_kustomization_depth;
         if self.visited.len() >= limit {
-            let what = format!("'{}' is {} kustomizations deep", display_dir(dir), self.visited.len() + 1);
-            return Err(Cause::Budget { budget: "depth", what, limit }.into());
+            let what = format!(
+                "'{}' is {} kustomizations deep",
+                display_dir(dir),
+                self.visited.len() + 1
+            );
+            return Err(Cause::Budget {
+                budget: "depth",
+                what,
+                limit,
+            }
+            .into());
         }
         let mut target = self.load(dir)?;
         target.origin = from.origin.as_ref().map(|o| o.append(path));
         let file = target.file.clone();
         let result = self.directory_inner(&mut target, parent);
-        result.map_err(|e| e.inside(&file)).map_err(|e| e.inside(&from.file))
+        result
+            .map_err(|e| e.inside(&file))
+            .map_err(|e| e.inside(&from.file))
     }
 
     fn directory_inner(&mut self, target: &mut Target, parent: Option<Accumulator>) -> Result<Accumulator> {
@@ -470,12 +532,23 @@ impl Builder<'_> {
     fn run_generators(&mut self, target: &Target, acc: &mut Accumulator) -> Result<()> {
         let k = &target.k;
         for (secret, list) in [(false, &k.config_map_generator), (true, &k.secret_generator)] {
-            let generator = Generator { loader: self.loader, root: &target.dir, secret };
-            let kind = if secret { "SecretGenerator" } else { "ConfigMapGenerator" };
+            let generator = Generator {
+                loader: self.loader,
+                root: &target.dir,
+                secret,
+            };
+            let kind = if secret {
+                "SecretGenerator"
+            } else {
+                "ConfigMapGenerator"
+            };
             for args in list {
                 let mut r = generator.generate(args, k.generator_options.as_ref())?;
                 r.origin = target.origin.as_ref().map(|o| o.builtin(target.file_name, kind));
-                r.source = args.place.as_ref().map(|p| serin_manifests::Source { file: p.file.as_str().into(), line: p.line });
+                r.source = args.place.as_ref().map(|p| serin_manifests::Source {
+                    file: p.file.as_str().into(),
+                    line: p.line,
+                });
                 self.absorb(acc, r).map_err(|e| e.at_option(args.place.clone()))?;
             }
         }
@@ -495,9 +568,17 @@ impl Builder<'_> {
         Ok(())
     }
 
-    fn with_workshop<T>(&self, target: &Target, f: impl FnOnce(&Workshop<'_, '_, '_>) -> Result<T>) -> Result<T> {
+    fn with_workshop<T>(
+        &self,
+        target: &Target,
+        f: impl FnOnce(&Workshop<'_, '_, '_>) -> Result<T>,
+    ) -> Result<T> {
         let env = self.env();
-        f(&Workshop { loader: self.loader, root: &target.dir, env: &env })
+        f(&Workshop {
+            loader: self.loader,
+            root: &target.dir,
+            env: &env,
+        })
     }
 
     /// A generated resource is added, or takes the place of one, or is merged with one.
@@ -507,12 +588,25 @@ impl Builder<'_> {
         let behavior = new.behavior.unwrap_or_default();
         match (&acc.map.by_any_id(&id, &self.schemas)[..], behavior) {
             ([], Behavior::Merge | Behavior::Replace) => {
-                let verb = if behavior == Behavior::Merge { "merge" } else { "replace" };
-                let error = Error::new(Cause::Generator(format!("id {id} does not exist; cannot merge or replace")));
-                let names = acc.map.resources().iter().filter(|r| r.kind() == new.kind()).map(Resource::name);
+                let verb = if behavior == Behavior::Merge {
+                    "merge"
+                } else {
+                    "replace"
+                };
+                let error = Error::new(Cause::Generator(format!(
+                    "id {id} does not exist; cannot merge or replace"
+                )));
+                let names = acc
+                    .map
+                    .resources()
+                    .iter()
+                    .filter(|r| r.kind() == new.kind())
+                    .map(Resource::name);
                 Err(match nearest(new.name(), names) {
                     Some(name) => error.help(format!("did you mean to {verb} '{name}'?")),
-                    None => error.help(format!("nothing with this name comes from `resources`; leave out `behavior: {verb}`")),
+                    None => error.help(format!(
+                        "nothing with this name comes from `resources`; leave out `behavior: {verb}`"
+                    )),
                 })
             }
             ([], _) => acc.map.append(new, &self.schemas),
@@ -522,9 +616,13 @@ impl Builder<'_> {
                 acc.map.replace(index, combined);
                 Ok(())
             }
-            ([_], _) => Err(Error::new(Cause::Generator(format!("id {id} exists; behavior must be merge or replace")))
-                .help("set `behavior: merge` or `behavior: replace`, or choose another name")),
-            _ => Err(Cause::Generator(format!("found multiple objects that could accept merge of {id}")).into()),
+            ([_], _) => Err(Error::new(Cause::Generator(format!(
+                "id {id} exists; behavior must be merge or replace"
+            )))
+            .help("set `behavior: merge` or `behavior: replace`, or choose another name")),
+            _ => Err(
+                Cause::Generator(format!("found multiple objects that could accept merge of {id}")).into(),
+            ),
         }
     }
 
@@ -549,254 +647,4 @@ impl Builder<'_> {
         }
         Ok(acc.map.into_resources())
     }
-
-    fn run_transformers(&mut self, target: &Target, acc: &mut Accumulator) -> Result<()> {
-        let transformers = self.builtin_transformers(target, acc)?;
-        for transformer in &transformers {
-            let origin = target.origin.as_ref().map(|o| o.builtin(target.file_name, transformer.kind()));
-            self.apply(transformer, origin, target, acc)?;
-        }
-        if target.k.transformers.is_empty() {
-            return Ok(());
-        }
-        // All configurations are read before any of them is applied.
-        let mut configured = Vec::new();
-        for config in self.plugin_configs(target, &target.k.transformers)? {
-            let transformer = self.with_workshop(target, |w| w.transformer(&config))?;
-            configured.push((transformer, plugin_origin(&config)));
-        }
-        for (transformer, origin) in configured {
-            self.apply(&transformer, origin, target, acc)?;
-        }
-        Ok(())
-    }
-
-    fn apply(
-        &mut self,
-        transformer: &Transformer,
-        origin: Option<Origin>,
-        target: &Target,
-        acc: &mut Accumulator,
-    ) -> Result<()> {
-        self.traced(transformer.kind(), &target.file, &mut acc.map, |map, env| {
-            transformer.apply(map, env)?;
-            map.drop_empty();
-            Ok(())
-        })?;
-        if let (true, Some(origin)) = (self.with_origin, origin) {
-            for r in acc.map.contents_mut() {
-                match &r.origin {
-                    None => r.origin = Some(origin.clone()),
-                    Some(_) => r.transformations.push(origin.clone()),
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// The transformers of the fields of a kustomization, in their fixed order.
-    fn builtin_transformers(&self, target: &Target, acc: &Accumulator) -> Result<Vec<Transformer>> {
-        let k = &target.k;
-        let config = acc.config();
-        self.with_workshop(target, |w| {
-            let mut out = Vec::new();
-            if !k.patches_strategic_merge.is_empty() {
-                out.push(w.strategic_merge(&k.patches_strategic_merge)?);
-            }
-            for patch in &k.patches {
-                out.push(w.patch(patch)?);
-            }
-            if !k.namespace.is_empty() {
-                out.push(Transformer::Namespace {
-                    namespace: k.namespace.clone(),
-                    specs: config.namespace.clone(),
-                    unset_only: false,
-                    subjects: SubjectMode::DefaultOnly,
-                });
-            }
-            if !k.name_prefix.is_empty() {
-                out.push(Transformer::Prefix { text: k.name_prefix.clone(), specs: config.name_prefix.clone() });
-            }
-            if !k.name_suffix.is_empty() {
-                out.push(Transformer::Suffix { text: k.name_suffix.clone(), specs: config.name_suffix.clone() });
-            }
-            if !k.labels.is_empty() || !k.common_labels.is_empty() {
-                for label in &k.labels {
-                    let specs = label_specs(label, config).map_err(|m| Cause::Transformer(format!("failed to merge labels: {m}")))?;
-                    out.push(Transformer::Labels { pairs: label.pairs.clone(), specs });
-                }
-                out.push(Transformer::Labels { pairs: k.common_labels.clone(), specs: config.common_labels.clone() });
-            }
-            if !k.common_annotations.is_empty() {
-                let (pairs, specs) = (k.common_annotations.clone(), config.common_annotations.clone());
-                out.push(Transformer::Annotations { pairs, specs });
-            }
-            for patch in &k.patches_json6902 {
-                out.push(w.json6902(patch)?);
-            }
-            for replica in &k.replicas {
-                out.push(Transformer::Replicas { replica: replica.clone(), specs: config.replicas.clone() });
-            }
-            for image in &k.images {
-                out.push(w.image(image.clone(), config.images.clone())?);
-            }
-            if !k.replacements.is_empty() {
-                out.push(w.replacements(&k.replacements)?);
-            }
-            Ok(out)
-        })
-    }
-
-    fn run_validators(&mut self, target: &Target, acc: &mut Accumulator) -> Result<()> {
-        if target.k.validators.is_empty() {
-            return Ok(());
-        }
-        for config in self.plugin_configs(target, &target.k.validators)? {
-            let validator = self.with_workshop(target, |w| w.transformer(&config))?;
-            let mut copy = acc.map.clone();
-            validator.apply(&mut copy, &self.env())?;
-            let same = copy.len() == acc.map.len()
-                && copy.resources().iter().zip(acc.map.resources()).all(|(a, b)| a.root == b.root);
-            if !same {
-                let message = format!("validator shouldn't modify the resource map: {}", config.id(&self.schemas));
-                return Err(Cause::Transformer(message).into());
-            }
-        }
-        Ok(())
-    }
-}
-
-fn plugin_origin(config: &Resource) -> Option<Origin> {
-    let origin = config.origin.as_ref()?;
-    let by = [config.api_version(), config.kind(), config.name(), config.namespace()].map(str::to_owned);
-    Some(Origin { path: String::new(), configured_in: origin.path.clone(), configured_by: Some(by) })
-}
-
-fn label_specs(label: &Label, config: &TransformerConfig) -> std::result::Result<Vec<FieldSpec>, String> {
-    let mut specs = label.fields.clone();
-    merge_all(&mut specs, &config.labels)?;
-    if label.include_selectors {
-        merge_all(&mut specs, &config.common_labels)?;
-    } else {
-        if label.include_templates {
-            merge_all(&mut specs, &config.template_labels)?;
-        }
-        merge_one(&mut specs, &FieldSpec::everywhere("metadata/labels"))?;
-    }
-    Ok(specs)
-}
-
-fn drop_local(map: &mut ResMap) {
-    let local = |r: &Resource| {
-        let annotations = r.root.get("metadata").and_then(|m| m.get("annotations"));
-        annotations.and_then(|a| a.get(LOCAL_CONFIG)).is_some_and(|v| v.text() != Some("false"))
-    };
-    if map.resources().iter().any(local) {
-        map.retain(|r| !local(r));
-    }
-}
-
-fn sort(map: &mut ResMap, options: Option<&SortOptions>, reorder: Reorder, schemas: &Schemas) -> Result<()> {
-    let (first, last): (Vec<String>, Vec<String>) = match options {
-        None if reorder == Reorder::None => return Ok(()),
-        None => default_order(),
-        Some(options) => {
-            let fail = |message: String| Error::new(Cause::SortOptions(message)).at_option(options.place.clone());
-            match options.order.as_str() {
-                "fifo" if options.legacy.is_some() => {
-                    return Err(fail(
-                        "the field 'sortOptions.legacySortOptions' is set but the selected sort order is 'fifo', not 'legacy'".into(),
-                    ));
-                }
-                "fifo" => return Ok(()),
-                "legacy" => options.legacy.clone().unwrap_or_else(default_order),
-                _ => return Err(fail("the field 'sortOptions.order' must be one of [fifo, legacy]".into())),
-            }
-        }
-    };
-    map.check_unique(schemas)?;
-    let resources = std::mem::take(map).into_resources();
-    let mut keyed: Vec<(Id, i32, Resource)> = resources
-        .into_iter()
-        .map(|r| {
-            let gvk = r.gvk();
-            let rank = legacy_rank(&gvk.kind, &first, &last);
-            let id = Id {
-                group: gvk.group,
-                version: gvk.version,
-                kind: gvk.kind,
-                namespace: r.namespace().into(),
-                name: r.name().into(),
-            };
-            (id, rank, r)
-        })
-        .collect();
-    keyed.sort_by(|a, b| compare_legacy(&a.0, a.1, &b.0, b.1));
-    for (_, _, r) in keyed {
-        map.append(r, schemas)?;
-    }
-    Ok(())
-}
-
-fn default_order() -> (Vec<String>, Vec<String>) {
-    let owned = |list: &[&str]| list.iter().map(|s| (*s).to_owned()).collect();
-    (owned(&LEGACY_FIRST), owned(&LEGACY_LAST))
-}
-
-/// What is done to every object of the result: annotations become text, those of the build itself go.
-fn finish(r: &mut Resource, managed_by: bool, origins: bool, transformations: bool) {
-    if managed_by {
-        if let Some(metadata) = r.metadata_mut() {
-            use serin_manifests::{Map, Tag, Value};
-            if metadata.get("labels").is_none_or(Value::is_null) {
-                metadata.set("labels", Value::Map(Map::new()));
-            }
-            if let Some(labels) = metadata.get_mut("labels") {
-                // Only a mapping can take it; anything else would have failed as labels long before.
-                let _ = crate::field_spec::set_entry(labels, MANAGED_BY.0, MANAGED_BY.1, Tag::Str);
-            }
-        }
-    }
-    let has_annotations = r.root.get("metadata").and_then(|m| m.get("annotations")).is_some();
-    let mut annotations = r.string_map("annotations");
-    annotations.retain(|(key, _)| !is_build_annotation(key));
-    if let (true, Some(origin)) = (origins, &r.origin) {
-        annotations.push((ORIGIN_ANNOTATION.to_owned(), origin.to_yaml()));
-    }
-    if transformations && !r.transformations.is_empty() {
-        annotations.push((TRANSFORMATIONS_ANNOTATION.to_owned(), origin::list_to_yaml(&r.transformations)));
-    }
-    if has_annotations || !annotations.is_empty() {
-        r.set_string_map("annotations", annotations);
-    }
-}
-
-/// Annotations that kustomize uses for its own notes; they never leave a build.
-fn is_build_annotation(key: &str) -> bool {
-    const NOTES: [&str; 11] = [
-        "previousKinds",
-        "previousNames",
-        "prefixes",
-        "suffixes",
-        "previousNamespaces",
-        "allowNameChange",
-        "allowKindChange",
-        "refBy",
-        "generatorBehavior",
-        "needsHashSuffix",
-        "id",
-    ];
-    const OTHERS: [&str; 8] = [
-        "internal.config.kubernetes.io/path",
-        "internal.config.kubernetes.io/index",
-        "internal.config.kubernetes.io/seqindent",
-        "internal.config.kubernetes.io/annotations-migration-resource-id",
-        "config.kubernetes.io/path",
-        "config.kubernetes.io/index",
-        "config.k8s.io/id",
-        "config.kubernetes.io/origin",
-    ];
-    key == TRANSFORMATIONS_ANNOTATION
-        || OTHERS.contains(&key)
-        || key.strip_prefix("internal.config.kubernetes.io/").is_some_and(|note| NOTES.contains(&note))
 }
