@@ -67,6 +67,9 @@ impl Drop for Permit {
     }
 }
 
+/// Retries beyond the policy's number for attempts that the next hop says nobody acted on.
+const MAX_REFUSED: u32 = 3;
+
 /// Whether a further attempt may follow.
 #[derive(Clone, Copy)]
 struct Again {
@@ -352,6 +355,7 @@ async fn attempts(
     let mut tried: Vec<Rc<Host>> = Vec::new();
     let mut retries = 0;
     let mut unsent = 0;
+    let mut refused = 0;
     let mut retry_permit: Option<Permit> = None;
     loop {
         let wish = Wish {
@@ -375,7 +379,8 @@ async fn attempts(
         exchange.attempts += 1;
         exchange.host = Some(host.clone());
         let active = Active::on(&host);
-        let may_retry = policy.is_some_and(|policy| retries < policy.attempts);
+        // What nobody acted on may be sent once more often: while pods are replaced, several may be on their way out.
+        let may_retry = policy.is_some_and(|policy| retries < policy.attempts + refused);
         let again = Again {
             by_policy: may_retry,
             quietly: unsent < MAX_UNSENT,
@@ -391,8 +396,9 @@ async fn attempts(
                 let ejected = cluster.record(&host, Event::Status(status_for_outliers(response)));
                 note_ejection(plan, ejected);
                 // Believed from any next hop: whoever answered says that nobody acted on the request.
-                let refused = plan.conn.direction != Direction::Inbound && unprocessed(response.headers());
-                if refused {
+                let nobody_acted =
+                    plan.conn.direction != Direction::Inbound && unprocessed(response.headers());
+                if nobody_acted {
                     Outcome::Refused
                 } else {
                     Outcome::Response(status, response.headers())
@@ -463,6 +469,9 @@ async fn attempts(
             };
             retry_permit.replace(permit);
             retries += 1;
+            if matches!(outcome, Outcome::Refused) && refused < MAX_REFUSED {
+                refused += 1;
+            }
             plan.conn.worker.recorder.counters().retries.add(1);
         }
         drop(result);
