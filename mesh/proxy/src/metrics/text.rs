@@ -5,7 +5,7 @@ use std::fmt::Write;
 use super::collect::{Family, Value};
 use super::series::BOUNDS;
 
-/// Content type of [`write`]'s output.
+/// Content type of [`write()`]'s output.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Families as text.

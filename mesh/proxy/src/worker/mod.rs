@@ -8,6 +8,7 @@ mod failure;
 pub mod http;
 pub mod local;
 mod mirror;
+mod prepare;
 pub mod request;
 pub mod sniff;
 pub mod tcp;

@@ -12,10 +12,11 @@ use tokio::time::Instant;
 
 use super::body::{RequestSource, ResponseBody, UpstreamBody};
 use super::exchange::{Exchange, Limits, Watch};
-use super::failure::{Failure, final_reply};
+use super::failure::{Failure, final_reply, full_text, refused_by_peer};
 use super::http::Downstream;
 use super::local::{Body, LocalReply};
 use super::mirror::mirror;
+use super::prepare::prepare;
 use super::request::{PEER_METADATA, PEER_METADATA_ID, Routed, X_REQUEST_ID, X_UNPROCESSED, variables, view};
 use super::upgrade::switch_protocols;
 use crate::config::cluster::UpstreamHttp;
@@ -35,8 +36,6 @@ use crate::upstream::pool::{ConnectError, Lease};
 
 static X_ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
 static X_UPSTREAM_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
-static X_ORIGINAL_PATH: HeaderName = HeaderName::from_static("x-envoy-original-path");
-static X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 static X_OVERLOADED: HeaderName = HeaderName::from_static("x-envoy-overloaded");
 
 /// Attempts that are made again without asking the retry policy, because the connection was closed while idle or the
@@ -66,6 +65,9 @@ impl Drop for Permit {
         }
     }
 }
+
+/// Retries beyond the policy's number for attempts that the next hop says nobody acted on.
+const MAX_REFUSED: u32 = 3;
 
 /// Whether a further attempt may follow.
 #[derive(Clone, Copy)]
@@ -242,96 +244,6 @@ fn take_on_upgrade(parts: &mut Parts) -> Option<hyper::upgrade::OnUpgrade> {
     parts.extensions.remove::<hyper::upgrade::OnUpgrade>()
 }
 
-/// Makes the request what the upstream gets: mutations, rewrites, identity.
-fn prepare(
-    conn: &Downstream,
-    routed: &Routed,
-    forward: &Forward,
-    target: Option<&Target>,
-    cluster: &WorkerCluster,
-    parts: &mut Parts,
-) -> Result<(), LocalReply> {
-    let ops = [
-        target.map(|target| &target.request_headers),
-        Some(&routed.route.request_headers),
-        Some(&routed.host.request_headers),
-        Some(&routed.table.request_headers),
-    ];
-    if ops.iter().flatten().any(|ops| !ops.is_empty()) {
-        let uri = parts.uri.clone();
-        let authority = parts.headers.get(header::HOST).cloned();
-        let method = parts.method.clone();
-        let variables = Variables {
-            downstream_remote: Some(conn.remote),
-            downstream_local: Some(conn.local),
-            protocol: super::exchange::protocol_text(parts.version),
-            route_name: &routed.route.name,
-            upstream_cluster: &cluster.slot.name,
-            path: uri.path_and_query().map_or("/", |path| path.as_str()),
-            method: method.as_str(),
-            authority: authority
-                .as_ref()
-                .and_then(|value| value.to_str().ok())
-                .unwrap_or(""),
-            ..Default::default()
-        };
-        for ops in ops.into_iter().flatten() {
-            ops.apply(&mut parts.headers, None, &variables);
-        }
-    }
-    let old_host = parts.headers.get(header::HOST).cloned();
-    let new_host =
-        target
-            .and_then(|target| target.host_rewrite.clone())
-            .or_else(|| match &forward.host_rewrite {
-                None | Some(HostRewrite::Auto) => None,
-                Some(HostRewrite::Literal(value)) => Some(value.clone()),
-                Some(HostRewrite::Header(name)) => parts.headers.get(name).cloned(),
-                Some(HostRewrite::PathRegex(regex, with)) => {
-                    HeaderValue::from_str(&regex.replace_all(parts.uri.path(), &**with)).ok()
-                }
-            });
-    if let Some(new) = new_host {
-        if forward.append_forwarded_host
-            && let Some(old) = old_host
-        {
-            parts.headers.append(X_FORWARDED_HOST.clone(), old);
-        }
-        parts.headers.insert(header::HOST, new);
-    }
-    if let Some(rewrite) = &forward.rewrite {
-        let path = routed.route.rewritten(rewrite, parts.uri.path());
-        let target = match parts.uri.query() {
-            Some(query) => format!("{path}?{query}"),
-            None => path.into_owned(),
-        };
-        if let Ok(original) =
-            HeaderValue::from_str(parts.uri.path_and_query().map_or("/", |path| path.as_str()))
-        {
-            parts.headers.insert(X_ORIGINAL_PATH.clone(), original);
-        }
-        parts.uri = target.parse().map_err(|_| {
-            LocalReply::new(
-                StatusCode::BAD_REQUEST,
-                Flags::DOWNSTREAM_PROTOCOL_ERROR,
-                "path_rewrite_failed",
-                "",
-            )
-        })?;
-    }
-    if conn.manager.metadata_exchange && conn.direction != Direction::Inbound {
-        parts
-            .headers
-            .insert(PEER_METADATA.clone(), conn.worker.shared.peer_metadata.clone());
-        parts
-            .headers
-            .insert(PEER_METADATA_ID.clone(), conn.worker.shared.peer_id.clone());
-    }
-    // hyper answered it, or will when the body is read; the upstream is not asked.
-    parts.headers.remove(header::EXPECT);
-    Ok(())
-}
-
 type Success = (Response<Incoming>, Lease, Active);
 
 /// Tries until there is a response or nothing more may be tried.
@@ -352,6 +264,7 @@ async fn attempts(
     let mut tried: Vec<Rc<Host>> = Vec::new();
     let mut retries = 0;
     let mut unsent = 0;
+    let mut refused = 0;
     let mut retry_permit: Option<Permit> = None;
     loop {
         let wish = Wish {
@@ -375,7 +288,8 @@ async fn attempts(
         exchange.attempts += 1;
         exchange.host = Some(host.clone());
         let active = Active::on(&host);
-        let may_retry = policy.is_some_and(|policy| retries < policy.attempts);
+        // What nobody acted on may be sent once more often: while pods are replaced, several may be on their way out.
+        let may_retry = policy.is_some_and(|policy| retries < policy.attempts + refused);
         let again = Again {
             by_policy: may_retry,
             quietly: unsent < MAX_UNSENT,
@@ -390,9 +304,10 @@ async fn attempts(
                 let status = response.status();
                 let ejected = cluster.record(&host, Event::Status(status_for_outliers(response)));
                 note_ejection(plan, ejected);
-                let refused =
-                    response.headers().contains_key(&X_UNPROCESSED) && host.endpoint.workload.is_some();
-                if refused {
+                // Believed from any next hop: whoever answered says that nobody acted on the request.
+                let nobody_acted =
+                    plan.conn.direction != Direction::Inbound && unprocessed(response.headers());
+                if nobody_acted {
                     Outcome::Refused
                 } else {
                     Outcome::Response(status, response.headers())
@@ -463,6 +378,9 @@ async fn attempts(
             };
             retry_permit.replace(permit);
             retries += 1;
+            if matches!(outcome, Outcome::Refused) && refused < MAX_REFUSED {
+                refused += 1;
+            }
             plan.conn.worker.recorder.counters().retries.add(1);
         }
         drop(result);
@@ -475,6 +393,16 @@ async fn attempts(
             }
         }
     }
+}
+
+/// Whether the next hop is a proxy that could not reach its application: by its own mark, or by the flag of a
+/// connection failure on a response that it made itself.
+fn unprocessed(headers: &http::HeaderMap) -> bool {
+    headers.contains_key(&X_UNPROCESSED)
+        || headers
+            .get("x-serin-response-flags")
+            .and_then(|flags| flags.to_str().ok())
+            .is_some_and(|flags| flags.split(',').any(|flag| flag == "UF"))
 }
 
 fn outcome_of<B>(response: &Response<B>) -> Outcome<'_> {
@@ -593,30 +521,6 @@ async fn attempt(
             })
         }
     }
-}
-
-fn full_text(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(inner) = source {
-        text.push_str(": ");
-        text.push_str(&inner.to_string());
-        source = inner.source();
-    }
-    text
-}
-
-/// Whether the peer says by HTTP/2 that it did not process the stream.
-fn refused_by_peer(error: &hyper::Error) -> bool {
-    let mut source = std::error::Error::source(error);
-    while let Some(inner) = source {
-        if let Some(h2) = inner.downcast_ref::<h2::Error>() {
-            return h2.reason() == Some(h2::Reason::REFUSED_STREAM)
-                || (h2.is_go_away() && h2.is_remote() && h2.reason() == Some(h2::Reason::NO_ERROR));
-        }
-        source = inner.source();
-    }
-    false
 }
 
 /// Waits for `work` up to the nearer of the two limits.

@@ -652,3 +652,44 @@ async fn no_request_is_lost_while_endpoints_come_and_go() {
     }
     assert!(served > 100, "{served}");
 }
+
+#[tokio::test]
+async fn a_sidecar_whose_application_is_gone_costs_no_request() {
+    // Two pods behind real sidecars; the application of one has closed its listener.
+    let gone = Harness::start();
+    gone.cluster("app", &[closed_port().await]).await;
+    gone.routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("app"))])])
+        .await;
+    let gone_at = gone.listen(&manager("80"), core::TrafficDirection::Inbound).await;
+    let alive = Harness::start();
+    let app = Backend::named("alive").await;
+    alive.cluster("app", &[app.address]).await;
+    alive
+        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("app"))])])
+        .await;
+    let alive_at = alive
+        .listen(&manager("80"), core::TrafficDirection::Inbound)
+        .await;
+    let caller = Harness::start();
+    let endpoints = [(gone_at, ""), (alive_at, "")];
+    caller.put(ResourceType::Cluster, "c", &eds_cluster("c")).await;
+    caller
+        .put(ResourceType::Endpoints, "c", &assignment("c", &endpoints))
+        .await;
+    let mut action = to_cluster("c");
+    action.retry_policy = istio_retries();
+    let at = caller.serve(vec![prefix_route("/", action)]).await;
+    for _ in 0..40 {
+        let request = Request::post("/")
+            .header("host", "a")
+            .body(Full::from("body"))
+            .unwrap();
+        let (status, headers, body) = send(at, request).await;
+        assert_eq!((status, body.as_str()), (200, "alive"));
+        assert!(!headers.contains_key("x-serin-response-flags"), "{headers:?}");
+    }
+    assert!(
+        gone.counter("istio_requests_total", &[("response_flags", "UF")]) > 0.0,
+        "never tried"
+    );
+}
