@@ -24,6 +24,10 @@ use crate::sys::process::{ProcessRecord, end, fork_single_threaded, spawn_with_f
 /// How long an old node may take to go before it is killed.
 const REPLACE_GRACE: Duration = Duration::from_secs(3);
 
+/// How often and how far apart the lock of the state directory is tried: three seconds in all.
+const LOCK_TRIES: u32 = 150;
+const LOCK_PAUSE_MILLIS: u16 = 20;
+
 const NAMESPACE_REMEDY: &str = "run as root, or allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0, user.max_user_namespaces > 0)";
 
 /// Entry of the hidden subcommand `node`. `config_file` holds a [`NodeConfig`] as JSON.
@@ -107,15 +111,19 @@ fn lock(paths: &Paths) -> Result<Flock<fs::File>, Error> {
         .write(true)
         .open(&path)
         .map_err(|error| Error::file("open", &path, error))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| {
-        if error == nix::errno::Errno::EWOULDBLOCK {
-            Error::AlreadyRunning {
-                pid: read_node(paths).map_or(0, |record| record.node.pid),
-                path: paths.root().to_owned(),
-            }
-        } else {
-            Error::file("lock", &path, error.into())
+    // A node that was killed lets go only when the last of its threads has ended, a moment after it counts as dead.
+    let mut file = file;
+    for _ in 0..LOCK_TRIES {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((back, nix::errno::Errno::EWOULDBLOCK)) => file = back,
+            Err((_, error)) => return Err(Error::file("lock", &path, error.into())),
         }
+        let _ = nix::poll::poll(&mut [], nix::poll::PollTimeout::from(LOCK_PAUSE_MILLIS));
+    }
+    Err(Error::AlreadyRunning {
+        pid: read_node(paths).map_or(0, |record| record.node.pid),
+        path: paths.root().to_owned(),
     })
 }
 
@@ -242,6 +250,17 @@ pub fn spawn(config: &NodeConfig, command: &[String], log: &Path) -> Result<i32,
         .current_dir("/");
     let mut child = spawn_with_fds(&mut node, &[]).map_err(|error| Error::file("start", program, error))?;
     let pid = child.id() as i32;
+    // At once, and not only when the node has come that far: a teardown that follows must find it.
+    if let Ok(node) = ProcessRecord::of(pid) {
+        let record = NodeRecord {
+            node,
+            broker: None,
+            fingerprint: fingerprint(config),
+        };
+        let encoded = serde_json::to_vec(&record).unwrap_or_default();
+        write_atomically(&paths.node_record(), &encoded)
+            .map_err(|error| Error::file("write", paths.node_record(), error))?;
+    }
     // Reaped when it ends while we are still there; otherwise init does.
     std::thread::Builder::new()
         .name("node-reaper".to_owned())
