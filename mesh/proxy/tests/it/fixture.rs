@@ -498,13 +498,15 @@ impl Backend {
     }
 }
 
-/// A port where nobody listens.
+/// An address where nobody listens, and where no other test can come to listen.
 pub(crate) async fn closed_port() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0")
-        .await
-        .unwrap()
-        .local_addr()
-        .unwrap()
+    SocketAddr::from(([127, 99, 0, 1], 1))
+}
+
+/// A port that was free a moment ago.
+pub(crate) async fn free_port() -> SocketAddr {
+    let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    socket.local_addr().unwrap()
 }
 
 pub(crate) fn status(code: u16) -> Response<Full<Bytes>> {

@@ -249,7 +249,7 @@ fn the_program_validates_a_file_and_names_what_is_wrong_with_another() {
 #[tokio::test]
 async fn a_process_started_from_a_file_serves_and_ends_on_sigterm() {
     let backend = Backend::named("from file").await;
-    let gateway = closed_port().await;
+    let gateway = free_port().await;
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("bootstrap.yaml");
     let text = format!(
