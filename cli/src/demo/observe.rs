@@ -239,10 +239,9 @@ impl DeploymentFacts {
     fn facts(&mut self, object: &Deployment) -> Vec<Fact> {
         let mut facts = Vec::new();
         let Some(spec) = &object.spec else { return facts };
-        let containers = spec.template.spec.iter().flat_map(|pod| &pod.containers);
+        let mut containers = spec.template.spec.iter().flat_map(|pod| &pod.containers);
         let image = containers
-            .filter_map(|container| container.image.clone())
-            .next()
+            .find_map(|container| container.image.clone())
             .unwrap_or_default();
         if image != self.image {
             if !self.image.is_empty() {
