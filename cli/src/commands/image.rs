@@ -118,7 +118,13 @@ async fn add(api: &Api<Image>, options: &Add) -> anyhow::Result<()> {
             .context("the program's path is not UTF-8")?
             .to_owned()
     } else {
-        options.program.clone()
+        // What ships with Serin lies beside this program.
+        let beside = std::env::current_exe()?.with_file_name(&options.program);
+        if beside.is_file() {
+            beside.display().to_string()
+        } else {
+            options.program.clone()
+        }
     };
     let env = options
         .env

@@ -332,7 +332,7 @@ mod tests {
     fn canary(status: serde_json::Value) -> Canary {
         serde_json::from_value(json!({
             "apiVersion": "flagger.app/v1beta1", "kind": "Canary", "metadata": {"name": APPLICATION},
-            "spec": {"targetRef": {"kind": "Deployment", "name": APPLICATION}, "service": {"port": 80}, "analysis": {}},
+            "spec": {"targetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": APPLICATION}, "service": {"port": 80}, "analysis": {}},
             "status": status,
         }))
         .unwrap()

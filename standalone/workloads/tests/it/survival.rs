@@ -36,7 +36,8 @@ async fn pods_outlive_a_killed_node_and_the_next_one_adopts_them() {
     let fetch =
         format!("exec 3<>/dev/tcp/{address}/8080 && printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3 && cat <&3");
     let (reached, first) = cluster.in_node(&format!("bash -c \"{fetch}\""));
-    assert!(reached, "{first}");
+    // The server closes at once; whether `cat` then sees an end or a reset is chance.
+    assert!(reached || first.contains("200 OK"), "{first}");
 
     kill_node(&cluster);
     // Deleted while no node is there.
@@ -53,7 +54,7 @@ async fn pods_outlive_a_killed_node_and_the_next_one_adopts_them() {
     );
 
     let (reached, second) = cluster.in_node(&format!("bash -c \"{fetch}\""));
-    assert!(reached, "{second}");
+    assert!(reached || second.contains("200 OK"), "{second}");
     assert_eq!(first, second, "the very same process answers");
     let after = pods.get("web").await.unwrap();
     assert_eq!(
