@@ -35,6 +35,13 @@ use super::start;
 use super::status::{StatusFacts, pod_status};
 use super::volumes;
 
+/// How long a deleted pod's containers go on before they are told to stop, unless a preStop hook says otherwise.
+///
+/// Kubernetes tells a pod to stop in the same moment in which it tells everybody else to stop sending to it; whoever
+/// stops at once loses the requests in between, which is why people write `preStop: sleep`. Endpoint removals reach
+/// proxies within tens of milliseconds here.
+const ENDPOINTS_LEAVE: Duration = Duration::from_millis(500);
+
 /// Grace of a pod whose object is gone (forced deletion): kubelet's minimum.
 const FORCED_GRACE: Duration = Duration::from_secs(1);
 /// How long one status write may take.
@@ -591,6 +598,8 @@ impl Worker {
         let name = name.to_owned();
         let left = deadline.duration_since(Timestamp::now());
         let left = Duration::try_from(left).unwrap_or_default();
+        let serves = self.pod.deletion.is_some()
+            && self.container(&name).is_some_and(|container| container.role == Role::Main);
         self.hooks.spawn(async move {
             let hook = spec
                 .lifecycle
@@ -600,6 +609,8 @@ impl Worker {
                 && let Err(reason) = start::run_hook(hook, &target, left).await
             {
                 debug!(container = %name, %reason, "preStop hook");
+            } else if hook.is_none() && serves {
+                tokio::time::sleep(ENDPOINTS_LEAVE.min(left / 4)).await;
             }
             if let Err(reason) = shim.signal(&name, stop_signal(spec.lifecycle.as_ref())).await {
                 debug!(container = %name, %reason, "it ended before it was told to");
