@@ -599,7 +599,9 @@ impl Worker {
         let left = deadline.duration_since(Timestamp::now());
         let left = Duration::try_from(left).unwrap_or_default();
         let serves = self.pod.deletion.is_some()
-            && self.container(&name).is_some_and(|container| container.role == Role::Main);
+            && self
+                .container(&name)
+                .is_some_and(|container| container.role == Role::Main);
         self.hooks.spawn(async move {
             let hook = spec
                 .lifecycle
