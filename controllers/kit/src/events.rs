@@ -1,7 +1,7 @@
 //! Kubernetes events about objects: queued, published in the background, never in the way of a reconcile.
 //!
 //! An event is information for people. When the API server does not take it within its deadline, or more than
-//! [`QUEUE`] are waiting, it is dropped and counted in the log; conditions on the object carry the truth.
+//! `QUEUE` are waiting, it is dropped and counted in the log; conditions on the object carry the truth.
 
 use std::time::Duration;
 
