@@ -64,6 +64,15 @@ impl Cluster {
             .try_init();
         let directory = tempfile::Builder::new().prefix("serin-wl-").tempdir().unwrap();
         let state = directory.path().to_owned();
+        // Another user need not be able to look into the directory that programs are built in.
+        let process = match user {
+            None => PROCESS.to_owned(),
+            Some(_) => {
+                let copy = state.join("process");
+                std::fs::copy(PROCESS, &copy).unwrap();
+                copy.display().to_string()
+            }
+        };
         let server = ApiServer::builder()
             .directory(state.join("api"))
             .build()
@@ -85,10 +94,10 @@ impl Cluster {
             state.clone(),
             socket,
             "serin",
-            vec![PROCESS.to_owned(), "shim".to_owned()],
+            vec![process.clone(), "shim".to_owned()],
         );
         config.images = vec![
-            image("test/serve:*", PROCESS, &["serve"]),
+            image("test/serve:*", &process, &["serve"]),
             image("test/sh:*", "/bin/sh", &["-c"]),
         ];
         let cluster = Self {
@@ -112,7 +121,7 @@ impl Cluster {
                 let state = self.state.display();
                 let script = format!(
                     "chown {uid}:{uid} {state} {state}/api.sock && chown -R {uid}:{uid} {state}/node && \
-                     exec setpriv --reuid={uid} --regid={uid} --clear-groups {PROCESS} node \"$0\""
+                     exec setpriv --reuid={uid} --regid={uid} --clear-groups {state}/process node \"$0\""
                 );
                 vec!["/bin/sh".to_owned(), "-c".to_owned(), script]
             }
