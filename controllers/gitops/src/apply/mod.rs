@@ -178,6 +178,7 @@ impl Applier {
         }
         let deadline = tokio::time::Instant::now() + DISCOVERY_TIMEOUT;
         loop {
+            // Discovery documents cannot be watched. This happens only for a kind whose definition was just applied.
             tokio::time::sleep(Duration::from_millis(50)).await;
             self.discovery.forget(&desired.api_version);
             match self.discovery.served(&desired.id, &desired.api_version).await {

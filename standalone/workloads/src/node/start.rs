@@ -302,7 +302,7 @@ pub(crate) fn not_honoured(pod: &Pod) -> String {
     if spec.active_deadline_seconds.is_some() {
         fields.push(Field::ignored(
             "spec.activeDeadlineSeconds",
-            "not implemented yet",
+            "pods are not ended after a time; delete the pod instead",
         ));
     }
     if spec.containers.iter().any(|container| {
