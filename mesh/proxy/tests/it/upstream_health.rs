@@ -257,10 +257,6 @@ async fn a_host_may_opt_out_of_checks_or_be_checked_at_another_port() {
     let cancel = CancellationToken::new();
     tokio::spawn(health::run(harness.proxy.clone(), cancel.clone()));
     served_by(at, &["one", "two"]).await;
-    assert_eq!(
-        one.hits.load(Ordering::SeqCst) + two.hits.load(Ordering::SeqCst) > 0,
-        true
-    );
     assert!(health.hits() > 0);
     cancel.cancel();
 }
