@@ -226,7 +226,7 @@ async fn handle(
                 }
             };
             Box::pin(http::serve(
-                worker, stream, prefix, http2, chain, manager, direction, addresses,
+                worker, stream, prefix, http2, chain, manager, direction, addresses, None, None,
             ))
             .await;
         }
