@@ -1,16 +1,21 @@
 //! Endpoints of a cluster (EDS), and the shared record of each host's health as requests see it.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::endpoint::v3 as endpoint;
 
+use serin_xds::pb::google::protobuf::Struct;
+
 use super::convert::{self, Address};
 use crate::error::{Refusal, Within};
 use crate::metrics::peer::Workload;
 
+/// Metadata of endpoints that transport sockets are matched with.
+const SOCKET_MATCH: &str = "envoy.transport_socket_match";
 /// Envoy's overprovisioning factor: a priority level takes all its share while 1/1.4 of it is healthy.
 const DEFAULT_OVERPROVISIONING: u32 = 140;
 
@@ -47,6 +52,10 @@ pub struct Endpoint {
     pub degraded: bool,
     /// Which workload it is (`istio.workload`).
     pub workload: Option<Arc<Workload>>,
+    /// What `transport_socket_matches` go by: `envoy.transport_socket_match` of the endpoint, else of its locality.
+    pub socket_metadata: Option<Struct>,
+    /// Other addresses of the same endpoint, tried when the first does not answer soon.
+    pub more_addresses: Box<[SocketAddr]>,
     /// Its record.
     pub state: Arc<HostState>,
 }
@@ -107,7 +116,7 @@ impl EndpointSet {
             {
                 let start = all.len();
                 for (inner, lb) in group.lb_endpoints.iter().enumerate() {
-                    let compiled = compile_endpoint(lb, &states)
+                    let compiled = compile_endpoint(lb, group.metadata.as_ref(), &states)
                         .within(format!("endpoints[{index}].lb_endpoints[{inner}]"))?;
                     all.push(Arc::new(compiled));
                 }
@@ -148,6 +157,7 @@ impl EndpointSet {
 
 fn compile_endpoint(
     from: &endpoint::LbEndpoint,
+    locality: Option<&core::Metadata>,
     states: &HashMap<&Address, &Arc<HostState>, foldhash::fast::RandomState>,
 ) -> Result<Endpoint, Refusal> {
     use endpoint::lb_endpoint::HostIdentifier;
@@ -158,6 +168,23 @@ fn compile_endpoint(
         ));
     };
     let address = convert::address(inner.address.as_ref()).within("endpoint")?;
+    let more_addresses = inner
+        .additional_addresses
+        .iter()
+        .enumerate()
+        .map(|(index, more)| {
+            let path = format!("endpoint.additional_addresses[{index}]");
+            match convert::address(more.address.as_ref()).within(&path)? {
+                Address::Tcp(address) => Ok(address),
+                other => Err(Refusal::new(path, format!("{other} is no IP address"))),
+            }
+        })
+        .collect::<Result<_, _>>()?;
+    let socket_metadata = [from.metadata.as_ref(), locality]
+        .into_iter()
+        .flatten()
+        .find_map(|metadata| metadata.filter_metadata.get(SOCKET_MATCH))
+        .cloned();
     let health = core::HealthStatus::try_from(from.health_status).unwrap_or(core::HealthStatus::Unknown);
     use core::HealthStatus;
     let (healthy, degraded) = match health {
@@ -175,6 +202,8 @@ fn compile_endpoint(
         healthy,
         degraded,
         workload: convert::metadata_string(from.metadata.as_ref(), "istio", "workload").map(Workload::parse),
+        socket_metadata,
+        more_addresses,
         state: states
             .get(&address)
             .map(|state| Arc::clone(state))

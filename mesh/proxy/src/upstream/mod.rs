@@ -6,3 +6,4 @@ pub mod connect;
 pub mod consistent;
 pub mod outlier;
 pub mod pool;
+pub mod proxy_header;

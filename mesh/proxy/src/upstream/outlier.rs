@@ -137,6 +137,8 @@ mod tests {
                     healthy: true,
                     degraded: false,
                     workload: None,
+                    socket_metadata: None,
+                    more_addresses: Box::default(),
                     state: Arc::default(),
                 })
             })

@@ -119,6 +119,8 @@ impl Downstream {
 pub struct Addresses {
     /// The client.
     pub remote: SocketAddr,
+    /// Who is connected to us.
+    pub direct: SocketAddr,
     /// Where the client wanted to go.
     pub local: SocketAddr,
 }

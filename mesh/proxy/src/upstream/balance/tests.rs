@@ -11,7 +11,7 @@ fn cluster(lb: i32) -> Cluster {
         lb_policy: lb,
         ..Default::default()
     };
-    Cluster::compile(&message).unwrap()
+    Cluster::compile(&message, &mut Default::default(), None).unwrap()
 }
 
 struct Fixture {
@@ -37,6 +37,8 @@ fn fixture(lb: i32, hosts: &[(usize, u32, bool)]) -> Fixture {
                 healthy: *healthy,
                 degraded: false,
                 workload: None,
+                socket_metadata: None,
+                more_addresses: Box::default(),
                 state: Arc::default(),
             }));
         }
