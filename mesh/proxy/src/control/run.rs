@@ -20,6 +20,8 @@ use crate::metrics::push::Pusher;
 
 /// Istio's time in which clients are told to go elsewhere (`TERMINATION_DRAIN_DURATION_SECONDS`).
 pub const DEFAULT_DRAIN: Duration = Duration::from_secs(5);
+/// How often files with secrets are looked at.
+const SECRETS: Duration = Duration::from_secs(1);
 /// Time for what runs to end after that.
 const FINISH: Duration = Duration::from_secs(20);
 
@@ -77,6 +79,7 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
     tasks.spawn(dns::run(proxy.clone(), cancel.clone()));
     tasks.spawn(health::run(proxy.clone(), cancel.clone()));
     tasks.spawn(outliers::run(proxy.clone(), cancel.clone()));
+    tasks.spawn(tend_secrets(proxy.clone(), cancel.clone()));
     match plan.control_plane {
         None => proxy.set_ready(),
         Some(endpoint) => {
@@ -165,6 +168,18 @@ pub fn check(resources: &[StaticResource]) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Looks after secrets from files and after what waits for secrets.
+async fn tend_secrets(proxy: Arc<Proxy>, cancel: CancellationToken) {
+    let mut tick = tokio::time::interval(SECRETS);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            _ = tick.tick() => proxy.tend_secrets(crate::clock::now_ms()).await,
+        }
+    }
 }
 
 async fn write_log(mut lines: mpsc::Receiver<String>) {

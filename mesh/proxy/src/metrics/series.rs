@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::Mutex;
 
 use super::flags::Flags;
-use super::peer::{ServiceIdentity, Workload};
+use super::peer::{Principals, ServiceIdentity, Workload};
 
 /// Istio's bucket bounds, for milliseconds and bytes alike.
 pub const BOUNDS: [f64; 19] = [
@@ -133,10 +133,13 @@ pub struct HttpLabels {
     pub grpc_status: Option<u8>,
     /// Flags.
     pub flags: Flags,
+    /// Who both sides proved to be, where mutual TLS was used.
+    pub principals: Option<Arc<Principals>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct HttpKey {
+    principals: usize,
     peer: usize,
     service: usize,
     code: u16,
@@ -146,12 +149,18 @@ struct HttpKey {
     protocol: Protocol,
 }
 
+/// Interned as well; 0 for none.
+fn address_of(principals: Option<&Arc<Principals>>) -> usize {
+    principals.map_or(0, |principals| Arc::as_ptr(principals).addr())
+}
+
 impl HttpLabels {
     fn key(&self) -> HttpKey {
         HttpKey {
             // Interned: equal identities have equal addresses for as long as the series holds them.
             peer: Arc::as_ptr(&self.peer).addr(),
             service: Arc::as_ptr(&self.service).addr(),
+            principals: address_of(self.principals.as_ref()),
             code: self.code,
             grpc_status: self.grpc_status.map_or(u16::MAX, u16::from),
             flags: self.flags,
@@ -187,6 +196,8 @@ pub struct TcpLabels {
     pub service: Arc<ServiceIdentity>,
     /// Flags.
     pub flags: Flags,
+    /// Who both sides proved to be, where mutual TLS was used.
+    pub principals: Option<Arc<Principals>>,
 }
 
 /// The metrics of one set of TCP labels on one worker.
@@ -238,7 +249,7 @@ pub struct Shard {
     pub counters: WorkerCounters,
 }
 
-type TcpKey = (usize, usize, Flags, Reporter);
+type TcpKey = (usize, usize, usize, Flags, Reporter);
 
 /// All series of one worker; the worker's half.
 pub struct Recorder {
@@ -273,6 +284,7 @@ impl Recorder {
             self.shard.counters.folded_series.add(1);
             labels.peer = Workload::unknown();
             labels.service = ServiceIdentity::unknown();
+            labels.principals = None;
             if let Some(series) = table.get(&labels.key()) {
                 return series.clone();
             }
@@ -295,6 +307,7 @@ impl Recorder {
             (
                 Arc::as_ptr(&labels.peer).addr(),
                 Arc::as_ptr(&labels.service).addr(),
+                address_of(labels.principals.as_ref()),
                 labels.flags,
                 labels.reporter,
             )
@@ -308,6 +321,7 @@ impl Recorder {
             self.shard.counters.folded_series.add(1);
             labels.peer = Workload::unknown();
             labels.service = ServiceIdentity::unknown();
+            labels.principals = None;
             if let Some(series) = table.get(&key(&labels)) {
                 return series.clone();
             }
@@ -355,6 +369,7 @@ mod tests {
             code,
             grpc_status: None,
             flags: Flags::default(),
+            principals: None,
         };
         let first = recorder.http(&labels(200));
         assert!(Arc::ptr_eq(&first, &recorder.http(&labels(200))));

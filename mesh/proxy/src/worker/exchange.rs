@@ -18,6 +18,7 @@ use crate::config::listener::Direction;
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
 use crate::metrics::series::{HttpLabels, Protocol, Reporter};
+use crate::tls::info::ConnectionTls;
 use crate::upstream::cluster::{Active, Host, WorkerCluster};
 use crate::upstream::pool::Lease;
 
@@ -47,6 +48,8 @@ pub struct Exchange {
     pub cluster_name: Option<Arc<str>>,
     /// The endpoint that answered, or was tried last.
     pub host: Option<Rc<Host>>,
+    /// TLS towards that endpoint.
+    pub upstream_tls: Option<Arc<ConnectionTls>>,
     /// Name of the route.
     pub route: Option<Arc<crate::config::route::Route>>,
     /// The request's body.
@@ -84,6 +87,7 @@ impl Exchange {
             cluster: None,
             cluster_name: None,
             host: None,
+            upstream_tls: None,
             route: None,
             source: None,
             attempts: 0,
@@ -135,6 +139,11 @@ impl Exchange {
             code: self.code,
             grpc_status: self.grpc_status,
             flags: self.flags,
+            principals: match reporter {
+                Reporter::Destination => conn.tls.as_ref(),
+                Reporter::Source => self.upstream_tls.as_ref(),
+            }
+            .and_then(|tls| tls.principals.clone()),
         });
         series.requests.add(1);
         series

@@ -18,6 +18,7 @@ use crate::config::hcm::{HttpManager, ServerHeader};
 use crate::config::listener::{Direction, FilterChain};
 use crate::hygiene::scan::HeadLimits;
 use crate::hygiene::strict::{Gate, StrictIo};
+use crate::tls::info::ConnectionTls;
 
 /// What every request of a connection shares.
 pub struct Downstream {
@@ -33,6 +34,10 @@ pub struct Downstream {
     pub remote: SocketAddr,
     /// Where the client wanted to go.
     pub local: SocketAddr,
+    /// TLS, where the connection has it and we end it.
+    pub tls: Option<Arc<ConnectionTls>>,
+    /// Server name of the TLS handshake, ours or one that we looked into.
+    pub server_name: Option<Box<str>>,
     /// Shared with the reader.
     pub gate: Arc<Gate>,
     upgrade_asked: Cell<bool>,
@@ -114,6 +119,8 @@ impl Downstream {
 pub struct Addresses {
     /// The client.
     pub remote: SocketAddr,
+    /// Who is connected to us.
+    pub direct: SocketAddr,
     /// Where the client wanted to go.
     pub local: SocketAddr,
 }
@@ -128,6 +135,8 @@ pub async fn serve<S>(
     manager: Arc<HttpManager>,
     direction: Direction,
     addresses: Addresses,
+    tls: Option<Arc<ConnectionTls>>,
+    server_name: Option<Box<str>>,
 ) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -145,6 +154,8 @@ pub async fn serve<S>(
         direction,
         remote: addresses.remote,
         local: addresses.local,
+        tls,
+        server_name,
         gate,
         upgrade_asked: Cell::new(false),
         requests: Cell::new(0),

@@ -6,6 +6,7 @@ pub mod body;
 pub mod exchange;
 mod failure;
 pub mod http;
+pub mod io;
 pub mod local;
 mod mirror;
 mod prepare;

@@ -31,6 +31,7 @@ use crate::metrics::flags::Flags;
 use crate::random;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::{Active, Host, WorkerCluster};
+use crate::upstream::connect::{ConnectOptions, Speaking};
 use crate::upstream::outlier::Event;
 use crate::upstream::pool::{ConnectError, Lease};
 
@@ -83,7 +84,9 @@ struct Plan<'a> {
     conn: &'a Rc<Downstream>,
     cluster: &'a Rc<WorkerCluster>,
     forward: &'a Forward,
-    http2: bool,
+    speaking: Speaking,
+    /// Of connections that are made for this request only, or for those like it.
+    options: ConnectOptions,
     deadline: Option<Instant>,
     hash: Option<u64>,
     auto_host: bool,
@@ -165,12 +168,14 @@ pub(super) async fn forward(
     } else {
         request_hash(&forward.hash, &view(&parts), conn.remote.ip())
     };
-    let http2 = upgrade.is_none()
-        && match cluster.config.http {
-            UpstreamHttp::Http1 => false,
-            UpstreamHttp::Http2 => true,
-            UpstreamHttp::Downstream => parts.version == Version::HTTP_2,
-        };
+    let speaking = match cluster.config.http {
+        _ if upgrade.is_some() => Speaking::Http1,
+        UpstreamHttp::Http1 => Speaking::Http1,
+        UpstreamHttp::Http2 => Speaking::Http2,
+        UpstreamHttp::Auto => Speaking::Either,
+        UpstreamHttp::Downstream if parts.version == Version::HTTP_2 => Speaking::Http2,
+        UpstreamHttp::Downstream => Speaking::Http1,
+    };
     let request_headers = (!routed.route.response_headers.is_empty()
         || !routed.host.response_headers.is_empty()
         || !routed.table.response_headers.is_empty())
@@ -187,7 +192,10 @@ pub(super) async fn forward(
         conn: &conn,
         cluster: &cluster,
         forward,
-        http2,
+        speaking,
+        options: cluster
+            .config
+            .connect_options(&parts.headers, conn.remote, conn.local),
         deadline: forward.timeout.map(|timeout| Instant::now() + timeout),
         hash,
         auto_host: matches!(forward.host_rewrite, Some(HostRewrite::Auto)),
@@ -462,12 +470,14 @@ async fn attempt(
     let per_try = policy
         .and_then(|policy| policy.per_try_timeout)
         .map(|limit| Instant::now() + limit);
-    let acquire = host.pool.acquire(
+    let pool = host.pool.variant(&plan.options);
+    let acquire = pool.acquire(
         worker,
         &cluster.slot,
         &cluster.config,
-        &host.endpoint.address,
-        plan.http2,
+        &host.endpoint,
+        plan.speaking,
+        &plan.options,
     );
     let pending = Permit::take(
         &cluster.slot,
@@ -479,6 +489,7 @@ async fn attempt(
         .await?
         .map_err(Failure::Connect)?;
     drop(pending);
+    exchange.upstream_tls = lease.tls().cloned();
     let request = build(
         plan, routed, exchange, parts, source, upgrade, host, &lease, again,
     );
@@ -579,7 +590,7 @@ fn build(
             headers.insert(header::UPGRADE, value);
         }
     }
-    if plan.http2 {
+    if lease.is_http2() {
         let host = headers.remove(header::HOST);
         let authority = host
             .as_ref()
@@ -590,7 +601,7 @@ fn build(
             .cloned()
             .unwrap_or_else(|| http::uri::PathAndQuery::from_static("/"));
         let absolute = Uri::builder()
-            .scheme("http")
+            .scheme(if plan.conn.tls.is_some() { "https" } else { "http" })
             .authority(authority.unwrap_or("unknown"))
             .path_and_query(path)
             .build();

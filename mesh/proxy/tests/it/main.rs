@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // a test that fails says so by panicking, helpers included
 #![allow(deprecated)] // what control planes still send is tested as well
 
+mod certificates;
 mod fixture;
 mod forwarding;
 mod hygiene;
@@ -10,5 +11,7 @@ mod interception;
 mod lifecycle;
 mod metrics;
 mod tcp;
+mod tls;
+mod tls_upstream;
 mod upstream_health;
 mod xds;

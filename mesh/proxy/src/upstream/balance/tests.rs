@@ -11,7 +11,7 @@ fn cluster(lb: i32) -> Cluster {
         lb_policy: lb,
         ..Default::default()
     };
-    Cluster::compile(&message).unwrap()
+    Cluster::compile(&message, &mut Default::default(), None).unwrap()
 }
 
 struct Fixture {
