@@ -74,6 +74,9 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
         }
     }
     apply_static(&proxy, &plan.static_resources).await?;
+    // Encoded messages of a large file are megabytes.
+    drop(plan.static_resources);
+    tasks.spawn(housekeeping(proxy.clone(), cancel.clone()));
     tasks.spawn(dns::run(proxy.clone(), cancel.clone()));
     match plan.control_plane {
         None => proxy.set_ready(),
@@ -119,6 +122,28 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
     // Ends with the workers, which held the other ends.
     let _ = log.await;
     Ok(())
+}
+
+/// Gives memory back: once after the start, and after each burst of configuration.
+async fn housekeeping(proxy: Arc<Proxy>, cancel: CancellationToken) {
+    /// How often the store is looked at.
+    const LOOK: Duration = Duration::from_secs(2);
+    let (mut seen, mut collected, mut started) = (0, u64::MAX, false);
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            () = tokio::time::sleep(LOOK) => {}
+        }
+        let applied = proxy.store(|store| store.applied());
+        let quiet = std::mem::replace(&mut seen, applied) == applied;
+        if quiet && collected != applied {
+            collected = applied;
+            crate::sys::collect_memory();
+        }
+        if quiet && proxy.is_ready() && !std::mem::replace(&mut started, true) {
+            crate::sys::forget_startup_pages();
+        }
+    }
 }
 
 /// Applies resources in make-before-break order; the first refusal ends the start, because a file is fixed by hand.

@@ -6,10 +6,12 @@ pub mod body;
 pub mod exchange;
 mod failure;
 pub mod http;
+mod http1;
 pub mod local;
 mod mirror;
 mod prepare;
 pub mod request;
+mod rest;
 pub mod sniff;
 pub mod tcp;
 mod upgrade;
@@ -92,6 +94,8 @@ pub struct Worker {
     phase: Cell<DrainPhase>,
     phase_changed: Notify,
     open: Cell<usize>,
+    /// `connections_closed` when memory was last given back.
+    collected_at: Cell<u64>,
     clusters: RefCell<Vec<Option<Rc<WorkerCluster>>>>,
     peers: RefCell<HashMap<Vec<u8>, Arc<Workload>, foldhash::fast::RandomState>>,
 }
@@ -131,6 +135,7 @@ impl Worker {
             phase: Cell::new(DrainPhase::Serving),
             phase_changed: Notify::new(),
             open: Cell::new(0),
+            collected_at: Cell::new(0),
             clusters: RefCell::default(),
             peers: RefCell::default(),
         })
@@ -254,6 +259,13 @@ impl Worker {
     }
 
     fn sweep(&self) {
+        /// Connections that ended since memory was last given back; some 20 KB each.
+        const MANY: u64 = 16;
+        let ended = self.recorder.counters().connections_closed.get();
+        if ended - self.collected_at.get() >= MANY {
+            self.collected_at.set(ended);
+            crate::sys::collect_memory();
+        }
         let now = Instant::now();
         let mut clusters = self.clusters.borrow_mut();
         for entry in clusters.iter_mut() {
