@@ -16,6 +16,7 @@ use super::admin::{AdminPort, Port};
 use super::{Options, Proxy, dns, xds};
 use crate::config::store::{Store, Update};
 use crate::error::Error;
+use crate::metrics::expiry;
 use crate::metrics::push::Pusher;
 
 /// Istio's time in which clients are told to go elsewhere (`TERMINATION_DRAIN_DURATION_SECONDS`).
@@ -124,15 +125,21 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
     Ok(())
 }
 
-/// Gives memory back: once after the start, and after each burst of configuration.
+/// Ends unused series; gives memory back, once after the start and after each burst of configuration.
 async fn housekeeping(proxy: Arc<Proxy>, cancel: CancellationToken) {
     /// How often the store is looked at.
     const LOOK: Duration = Duration::from_secs(2);
     let (mut seen, mut collected, mut started) = (0, u64::MAX, false);
+    let shards = proxy.shards().1;
+    let mut looks = 0u32;
     loop {
         tokio::select! {
             () = cancel.cancelled() => return,
             () = tokio::time::sleep(LOOK) => {}
+        }
+        looks = looks.wrapping_add(1);
+        if looks.is_multiple_of(15) {
+            expiry::mark(&shards, crate::clock::now_ms(), expiry::Limits::default());
         }
         let applied = proxy.store(|store| store.applied());
         let quiet = std::mem::replace(&mut seen, applied) == applied;

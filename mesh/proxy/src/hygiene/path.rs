@@ -26,6 +26,10 @@ pub fn normalize(path: &str, dots: bool, merge_slashes: bool, escaped: EscapedSl
         }
     }
     let unescaped = matches!(out, Cow::Owned(_));
+    // An application in C ends there, a policy does not.
+    if dots && out.contains("%00") {
+        return Normalized::Refused;
+    }
     if dots && needs_dots(out.as_bytes()) {
         match resolve_dots(&out) {
             Some(resolved) => out = resolved.into(),
@@ -117,6 +121,7 @@ mod tests {
         ] {
             assert_eq!(dots(path), Normalized::Path(expected.into()), "{path}");
         }
+        assert_eq!(dots("/a%00b"), Normalized::Refused);
         assert_eq!(dots("/../etc"), Normalized::Refused);
         assert_eq!(dots("/a/../../etc"), Normalized::Refused);
     }

@@ -184,6 +184,11 @@ fn own_families(shards: &[Arc<Shard>]) -> Vec<Family> {
             sum(|shard| shard.counters.folded_series.get()),
         ),
         counter(
+            "serin_proxy_expired_series_total",
+            "Metric series dropped because nobody used them.",
+            sum(|shard| shard.counters.expired_series.get()),
+        ),
+        counter(
             "serin_proxy_access_log_dropped_total",
             "Access log lines dropped because the sink was slow.",
             sum(|shard| shard.counters.log_dropped.get()),

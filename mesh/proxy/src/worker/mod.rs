@@ -266,6 +266,7 @@ impl Worker {
             self.collected_at.set(ended);
             crate::sys::collect_memory();
         }
+        self.recorder.sweep(crate::clock::now_ms());
         let now = Instant::now();
         let mut clusters = self.clusters.borrow_mut();
         for entry in clusters.iter_mut() {

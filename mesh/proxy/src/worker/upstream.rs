@@ -505,6 +505,8 @@ async fn attempt(
         }
     };
     match sent {
+        // The client broke the protocol within the body: an early answer is not one to what it sent.
+        Ok(_) if source.is_some_and(|source| source.borrow().client_failed) => Err(Failure::Client),
         Ok(response) => Ok((response, lease)),
         Err((error, unsent)) => {
             if source.is_some_and(|source| source.borrow().client_failed) {

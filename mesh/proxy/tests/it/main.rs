@@ -5,9 +5,14 @@
 
 mod fixture;
 mod forwarding;
+mod frames;
+mod golden;
+mod h2spec;
 mod hygiene;
 mod interception;
 mod lifecycle;
+mod matrix1;
+mod matrix2;
 mod metrics;
 mod tcp;
 mod xds;

@@ -127,6 +127,7 @@ refusals! {
     fragment_in_the_target: "GET /a#b HTTP/1.1\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
     method_that_is_no_token: "G(T / HTTP/1.1\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
     connect_with_authority: "CONNECT a:1 HTTP/1.1\r\nHost: a:1\r\n\r\n" => 405 "http1.connect_not_allowed";
+    host_of_two_joined_fields: "GET / HTTP/1.1\r\nHost: a, b\r\n\r\n" => 400 "http1.invalid_host";
     http_2_preface_later_than_first: "GET / HTTP/1.1\r\nHost\r\n\r\nPRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
         => 400 "http1.invalid_header_line";
     more_than_100_fields: format!("{POST}{}\r\n", "x: 1\r\n".repeat(101)) => 431 "request_headers_too_large";
