@@ -18,6 +18,9 @@ use super::rest::{End, idle_left, wait_for_end};
 use super::{DrainPhase, request};
 use crate::hygiene::strict::StrictIo;
 
+/// Fields that hyper has room for without being told. Being told, it clears room for them for each request.
+const HYPERS_FIELDS: usize = 100;
+
 /// Serves the connection to its end.
 pub(super) async fn serve<S>(conn: Rc<Downstream>, mut io: StrictIo<S>)
 where
@@ -26,6 +29,7 @@ where
     // Boxed, so that the box is given back while the connection rests.
     while let Some(resting) = Box::pin(active(conn.clone(), io)).await {
         io = resting;
+        conn.worker.recorder.counters().connections_parked.add(1);
         if !rest(&conn, &mut io).await {
             return;
         }
@@ -40,9 +44,11 @@ where
     let mut builder = http1::Builder::new();
     builder
         .timer(TokioTimer::new())
-        .max_headers(conn.manager.max_header_count)
         .max_buf_size((conn.manager.max_head + 4096).max(8192))
         .header_read_timeout(conn.manager.headers_timeout);
+    if conn.manager.max_header_count != HYPERS_FIELDS {
+        builder.max_headers(conn.manager.max_header_count);
+    }
     let service = {
         let conn = conn.clone();
         service_fn(move |request| request::handle(conn.clone(), request))

@@ -77,6 +77,8 @@ pub enum Command {
     Drain(DrainPhase),
     /// Number of open connections.
     Connections(oneshot::Sender<usize>),
+    /// Number of running tasks: connections of both sides, tunnels, mirrors.
+    Tasks(oneshot::Sender<usize>),
     /// Drop everything and end.
     Stop,
 }
@@ -205,6 +207,9 @@ impl Worker {
                 Some(Command::Connections(reply)) => {
                     // The asker may have gone.
                     let _ = reply.send(self.open.get());
+                }
+                Some(Command::Tasks(reply)) => {
+                    let _ = reply.send(self.tasks.len());
                 }
             }
         }

@@ -11,7 +11,7 @@ use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use super::body::{RequestSource, ResponseBody, UpstreamBody};
-use super::exchange::{Exchange, Limits, Watch};
+use super::exchange::{Exchange, GRPC_STATUS, Limits, Watch};
 use super::failure::{Failure, final_reply, full_text, refused_by_peer};
 use super::http::Downstream;
 use super::local::{Body, LocalReply};
@@ -26,7 +26,7 @@ use crate::config::listener::Direction;
 use crate::config::retry::{Outcome, RetryPolicy};
 use crate::config::route::{Action, Forward, HostRewrite, Target, Targets};
 use crate::config::slot::{ClusterSlot, Usage};
-use crate::hygiene::fields::strip_hop_by_hop;
+use crate::hygiene::fields::{Present, strip_present};
 use crate::metrics::flags::Flags;
 use crate::random;
 use crate::upstream::balance::Wish;
@@ -398,6 +398,10 @@ async fn attempts(
 /// Whether the next hop is a proxy that could not reach its application: by its own mark, or by the flag of a
 /// connection failure on a response that it made itself.
 fn unprocessed(headers: &http::HeaderMap) -> bool {
+    Present::of(headers).has(Present::SERIN) && marked(headers)
+}
+
+fn marked(headers: &http::HeaderMap) -> bool {
     headers.contains_key(&X_UNPROCESSED)
         || headers
             .get("x-serin-response-flags")
@@ -417,7 +421,7 @@ fn note_ejection(plan: &Plan<'_>, ejected: bool) {
 
 /// gRPC answers 200 always; its own status counts, by the HTTP status that means the same.
 fn status_for_outliers<B>(response: &Response<B>) -> u16 {
-    match response.headers().get("grpc-status").map(HeaderValue::as_bytes) {
+    match response.headers().get(&GRPC_STATUS).map(HeaderValue::as_bytes) {
         Some(b"2" | b"13" | b"15") => 500,
         Some(b"14") => 503,
         Some(b"4") => 504,
@@ -462,23 +466,30 @@ async fn attempt(
     let per_try = policy
         .and_then(|policy| policy.per_try_timeout)
         .map(|limit| Instant::now() + limit);
-    let acquire = host.pool.acquire(
-        worker,
-        &cluster.slot,
-        &cluster.config,
-        &host.endpoint.address,
-        plan.http2,
-    );
-    let pending = Permit::take(
-        &cluster.slot,
-        |usage| &usage.pending,
-        cluster.config.limits.pending,
-    )
-    .ok_or(Failure::Connect(ConnectError::Overflow))?;
-    let mut lease = bounded(plan.deadline, per_try, acquire)
-        .await?
-        .map_err(Failure::Connect)?;
-    drop(pending);
+    let mut lease = match host.pool.reuse(plan.http2, &cluster.config) {
+        Some(lease) => lease,
+        None => {
+            let pending = Permit::take(
+                &cluster.slot,
+                |usage| &usage.pending,
+                cluster.config.limits.pending,
+            )
+            .ok_or(Failure::Connect(ConnectError::Overflow))?;
+            let acquire = host.pool.acquire(
+                worker,
+                &cluster.slot,
+                &cluster.config,
+                &host.endpoint.address,
+                plan.http2,
+            );
+            // Boxed: rare, and large.
+            let lease = Box::pin(bounded(plan.deadline, per_try, acquire))
+                .await?
+                .map_err(Failure::Connect)?;
+            drop(pending);
+            lease
+        }
+    };
     let request = build(
         plan, routed, exchange, parts, source, upgrade, host, &lease, again,
     );
@@ -619,10 +630,13 @@ fn respond(
 ) -> Response<Body> {
     let conn = plan.conn;
     let (mut head, incoming) = response.into_parts();
-    strip_hop_by_hop(&mut head.headers);
-    head.headers.remove(&PEER_METADATA);
-    head.headers.remove(&PEER_METADATA_ID);
-    if conn.direction != Direction::Inbound {
+    let present = Present::of(&head.headers);
+    strip_present(&mut head.headers, present);
+    if present.has(Present::PEER) {
+        head.headers.remove(&PEER_METADATA);
+        head.headers.remove(&PEER_METADATA_ID);
+    }
+    if present.has(Present::SERIN) && conn.direction != Direction::Inbound {
         head.headers.remove(&X_UNPROCESSED);
     }
     let elapsed = exchange.started.elapsed().as_millis() as u64;
