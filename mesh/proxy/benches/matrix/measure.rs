@@ -112,6 +112,8 @@ fn find<'a>(value: &'a serde_json::Value, key: &str) -> Option<&'a serde_json::V
 
 /// Kilobytes that an idle connection costs.
 pub(crate) async fn idle_connections(peer: &Peer, count: usize) -> anyhow::Result<f64> {
+    // What serving at all takes, code included, is not a connection's.
+    h2load(&["--h1", "-c", "1"], 500, &peer.url("/")).await?;
     let before = peer.resident()?;
     let mut open = Vec::with_capacity(count);
     for _ in 0..count {

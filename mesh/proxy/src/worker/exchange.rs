@@ -365,6 +365,11 @@ impl Observer for Watch {
     }
 
     fn failed(&mut self) {
+        // A client that breaks off its request takes the upstream's connection with it.
+        let client = self.exchange.source.as_ref();
+        if client.is_some_and(|source| source.borrow().client_failed) {
+            return self.broken(Flags::DOWNSTREAM_TERMINATION, "downstream_remote_disconnect");
+        }
         self.broken(
             Flags::UPSTREAM_CONNECTION_TERMINATION,
             "upstream_reset_after_response_started{connection_termination}",

@@ -96,7 +96,7 @@ pub struct Worker {
     phase: Cell<DrainPhase>,
     phase_changed: Notify,
     open: Cell<usize>,
-    /// `connections_closed` when memory was last given back.
+    /// Connections closed and parked when memory was last given back.
     collected_at: Cell<u64>,
     clusters: RefCell<Vec<Option<Rc<WorkerCluster>>>>,
     peers: RefCell<HashMap<Vec<u8>, Arc<Workload>, foldhash::fast::RandomState>>,
@@ -264,9 +264,10 @@ impl Worker {
     }
 
     fn sweep(&self) {
-        /// Connections that ended since memory was last given back; some 20 KB each.
+        /// Connections that ended or were parked since memory was last given back; some 20 KB each.
         const MANY: u64 = 16;
-        let ended = self.recorder.counters().connections_closed.get();
+        let counters = self.recorder.counters();
+        let ended = counters.connections_closed.get() + counters.connections_parked.get();
         if ended - self.collected_at.get() >= MANY {
             self.collected_at.set(ended);
             crate::sys::collect_memory();

@@ -89,6 +89,20 @@ struct Plan<'a> {
     auto_host: bool,
 }
 
+/// Sends a reply of our own to a request that had a route: what the route does to responses is done to it as well.
+fn decline(
+    exchange: Box<Exchange>,
+    routed: &Routed,
+    parts: &Parts,
+    request: Option<&http::HeaderMap>,
+    mut reply: LocalReply,
+) -> Response<Body> {
+    let conn = exchange.conn.clone();
+    let variables = variables(&conn, parts, &routed.route);
+    routed.mutate_response(&mut reply.headers, request.unwrap_or(&parts.headers), &variables);
+    reply.send(exchange)
+}
+
 /// Sends a request on and brings the response back.
 pub(super) async fn forward(
     mut exchange: Box<Exchange>,
@@ -114,25 +128,25 @@ pub(super) async fn forward(
             (&target.cluster, Some(target))
         }
         Targets::Empty => {
-            return LocalReply::new(
+            let reply = LocalReply::new(
                 forward.cluster_not_found,
                 Flags::NO_CLUSTER,
                 "cluster_not_found",
                 "",
-            )
-            .send(exchange);
+            );
+            return decline(exchange, &routed, &parts, None, reply);
         }
     };
     exchange.cluster_name = Some(slot.name.clone());
     let Some(cluster) = conn.worker.cluster(slot) else {
         conn.decide_upgrade(false);
-        return LocalReply::new(
+        let reply = LocalReply::new(
             forward.cluster_not_found,
             Flags::NO_CLUSTER,
             "cluster_not_found",
             "",
-        )
-        .send(exchange);
+        );
+        return decline(exchange, &routed, &parts, None, reply);
     };
     exchange.cluster = Some(cluster.clone());
     let overflow = || {
@@ -149,16 +163,16 @@ pub(super) async fn forward(
     };
     let limits = cluster.config.limits;
     let Some(permit) = Permit::take(slot, |usage| &usage.requests, limits.requests) else {
-        return overflow().send(exchange);
+        return decline(exchange, &routed, &parts, None, overflow());
     };
     if cluster.drops(random::next()) {
-        return LocalReply::new(
+        let reply = LocalReply::new(
             StatusCode::SERVICE_UNAVAILABLE,
             Flags::DROP_OVERLOAD,
             "drop_overload",
             "drop overload",
-        )
-        .send(exchange);
+        );
+        return decline(exchange, &routed, &parts, None, reply);
     }
     let hash = if forward.hash.is_empty() {
         None
@@ -212,12 +226,12 @@ pub(super) async fn forward(
         Ok(success) => success,
         Err(reply) => {
             conn.decide_upgrade(false);
-            return if reply.details == "overflow" {
+            let reply = if reply.details == "overflow" {
                 overflow()
             } else {
                 reply
-            }
-            .send(exchange);
+            };
+            return decline(exchange, &routed, &parts, request_headers.as_ref(), reply);
         }
     };
     drop(permit);
@@ -610,6 +624,14 @@ fn build(
         *request.uri_mut() = absolute.unwrap_or(uri);
         *request.version_mut() = Version::HTTP_2;
     } else {
+        // hyper drops a body of unknown length from methods that usually have none, unless it is told.
+        if source.is_some()
+            && upgrade.is_none()
+            && !headers.contains_key(header::CONTENT_LENGTH)
+            && matches!(parts.method, Method::GET | Method::HEAD)
+        {
+            headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+        }
         *request.uri_mut() = uri;
         *request.version_mut() = Version::HTTP_11;
     }

@@ -182,6 +182,16 @@ async fn a_chunk_extension_is_dropped_and_the_body_forwarded() {
 }
 
 #[tokio::test]
+async fn the_chunked_body_of_a_get_is_not_lost() {
+    let (answer, seen) = forwarded(
+        b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    )
+    .await;
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    assert_eq!((&*seen.method, &seen.body[..]), ("GET", &b"hello"[..]));
+}
+
+#[tokio::test]
 async fn trailers_that_frame_route_or_authenticate_are_dropped() {
     let (answer, seen) = forwarded(
         b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\
