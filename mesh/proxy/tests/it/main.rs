@@ -18,4 +18,5 @@ mod matrix1;
 mod matrix2;
 mod metrics;
 mod tcp;
+mod upstream_health;
 mod xds;
