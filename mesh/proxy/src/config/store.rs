@@ -98,7 +98,8 @@ pub struct Store {
     clusters: BTreeMap<Arc<str>, Arc<ClusterSlot>>,
     /// EDS name to the clusters that use it.
     eds: BTreeMap<Box<str>, BTreeSet<Arc<str>>>,
-    assignments: BTreeMap<Box<str>, pb_endpoint::ClusterLoadAssignment>,
+    /// Encoded: decoded messages are many times as large, and these are only read again when a cluster is replaced.
+    assignments: BTreeMap<Box<str>, Box<[u8]>>,
     routes: BTreeMap<Arc<str>, RouteState>,
     listeners: BTreeMap<Arc<str>, Arc<Listener>>,
     bound: BTreeMap<Arc<str>, Arc<ListenerSlot>>,
@@ -106,6 +107,7 @@ pub struct Store {
     warming: Warming,
     answered: BTreeSet<(ResourceType, Arc<str>)>,
     changes: Vec<ListenerChange>,
+    applied: u64,
 }
 
 impl Store {
@@ -124,7 +126,13 @@ impl Store {
             warming: Warming::default(),
             answered: BTreeSet::new(),
             changes: Vec::new(),
+            applied: 0,
         }
+    }
+
+    /// Batches taken so far.
+    pub fn applied(&self) -> u64 {
+        self.applied
     }
 
     /// Listeners without sockets; shared with the workers.
@@ -144,6 +152,7 @@ impl Store {
         upserted: &[Update<'_>],
         removed: &[&str],
     ) -> Vec<(Box<str>, Refusal)> {
+        self.applied += 1;
         let mut refused = Vec::new();
         let mut dirty = BTreeSet::new();
         for update in upserted {
@@ -255,7 +264,8 @@ impl Store {
             endpoints = self
                 .assignments
                 .get(name)
-                .and_then(|assignment| EndpointSet::compile(assignment, slot.endpoints().as_deref()).ok());
+                .and_then(|body| pb_endpoint::ClusterLoadAssignment::decode(&**body).ok())
+                .and_then(|assignment| EndpointSet::compile(&assignment, slot.endpoints().as_deref()).ok());
         }
         slot.set_config(Some(Arc::new(cluster)));
         if let Some(set) = own.or(endpoints) {
@@ -361,7 +371,7 @@ impl Store {
         for (slot, set) in compiled {
             slot.set_endpoints(Some(Arc::new(set)));
         }
-        self.assignments.insert(update.name.into(), message);
+        self.assignments.insert(update.name.into(), update.body.into());
         Ok(())
     }
 

@@ -261,10 +261,19 @@ impl Proxy {
 
     /// Open downstream connections.
     pub async fn connections(&self) -> usize {
+        self.count(Command::Connections).await
+    }
+
+    /// Running tasks of the workers: a downstream or upstream connection is one, a tunnel, a mirrored request.
+    pub async fn tasks(&self) -> usize {
+        self.count(Command::Tasks).await
+    }
+
+    async fn count(&self, question: fn(oneshot::Sender<usize>) -> Command) -> usize {
         let mut total = 0;
         for worker in &self.workers {
             let (reply, answer) = oneshot::channel();
-            if worker.commands.send(Command::Connections(reply)).await.is_ok() {
+            if worker.commands.send(question(reply)).await.is_ok() {
                 total += answer.await.unwrap_or(0);
             }
         }
