@@ -99,8 +99,8 @@ mod tests {
     };
 
     fn labels(code: u16) -> HttpLabels {
-            principals: None,
         HttpLabels {
+            principals: None,
             reporter: Reporter::Source,
             peer: Workload::parse("a;b;c;d;e"),
             service: ServiceIdentity::new("h", "n", "s"),
