@@ -7,6 +7,8 @@ use serin_analysis::judge::threshold::{Builtin, Range};
 use serin_crds::flagger::{CanaryMetric, CanarySpec, Provider, TargetKind};
 use serin_kit::unhonoured::{self, Field};
 
+use crate::templates::{self, TemplatePlan};
+
 /// Measurement window of a step when the spec names none (Flagger: the same).
 const INTERVAL_DEFAULT: Duration = Duration::from_secs(60);
 /// Window of a metric when the spec names none (Flagger: the same).
@@ -52,6 +54,8 @@ pub struct Plan {
     pub canary_ready_percent: i32,
     /// Metrics in order.
     pub metrics: Vec<MetricPlan>,
+    /// Metrics that providers are asked for, in order.
+    pub templates: Vec<TemplatePlan>,
     /// The sequential comparison, unless switched off.
     pub comparison: Option<comparison::Options>,
     /// Promote without judging.
@@ -107,6 +111,7 @@ impl Plan {
             .enumerate()
             .filter_map(|(index, metric)| metric_plan(index, metric, &mut fields))
             .collect();
+        let templates = templates::plans(spec, &mut fields);
         let steps = if spec.skip_analysis == Some(true) {
             Vec::new()
         } else {
@@ -133,6 +138,7 @@ impl Plan {
             primary_ready_percent: analysis.primary_ready_threshold.unwrap_or(100).clamp(0, 100),
             canary_ready_percent: analysis.canary_ready_threshold.unwrap_or(100).clamp(0, 100),
             metrics,
+            templates,
             comparison: comparison.enabled.unwrap_or(true).then(|| comparison::Options {
                 alpha: comparison.alpha.unwrap_or(defaults.alpha).clamp(1e-9, 0.5),
                 tolerance: comparison.tolerance.unwrap_or(defaults.tolerance).max(1.0),
@@ -186,25 +192,15 @@ fn steps(spec: &CanarySpec, fields: &mut Vec<Field>) -> Vec<i32> {
 
 fn metric_plan(index: usize, metric: &CanaryMetric, fields: &mut Vec<Field>) -> Option<MetricPlan> {
     let path = |field: &str| format!("spec.analysis.metrics[{index}]{field}");
-    if metric.template_ref.is_some() {
-        fields.push(Field::refused(
-            path(".templateRef"),
-            "metric templates come in a later release",
-        ));
-        return None;
-    }
-    if metric.query.is_some() {
-        fields.push(Field::refused(
-            path(".query"),
-            "inline queries come in a later release",
-        ));
+    if metric.template_ref.is_some() || metric.query.is_some() {
+        // See `templates`.
         return None;
     }
     let Some(builtin) = Builtin::from_name(&metric.name) else {
         fields.push(Field::refused(
             path(".name"),
             format!(
-                "{:?} is not a built-in metric; use request-success-rate or request-duration",
+                "{:?} is not a built-in metric; use request-success-rate or request-duration, or set templateRef",
                 metric.name
             ),
         ));
@@ -446,8 +442,8 @@ mod tests {
                 "spec.analysis.webhooks",
             ),
             (
-                json!({"stepWeight": 5, "metrics": [{"name": "x", "templateRef": {"name": "t"}}]}),
-                "spec.analysis.metrics[0].templateRef",
+                json!({"stepWeight": 5, "metrics": [{"name": "x", "query": "q", "threshold": 1}]}),
+                "spec.analysis.metrics[0].query",
             ),
             (
                 json!({"stepWeight": 5, "metrics": [{"name": "x"}]}),
