@@ -30,6 +30,7 @@ const RULES: &[(&str, &[&str])] = &[
     ("serin-analysis", &["serin-crds"]),
     // The edge of the analysis: a crate of its own, so that judges carry no HTTP. It reads Jobs as kubectl reads them.
     ("serin-providers", &["serin-crds", "serin-manifests"]),
+    ("serin-simulation", &["serin-analysis"]),
     ("serin-apiserver", &[]),
     ("serin-workloads", &["serin-kit", "serin-crds"]),
     ("serin-example", &[]),

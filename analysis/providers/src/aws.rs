@@ -29,7 +29,7 @@ pub(crate) struct Keys {
     pub(crate) session: Option<Secret>,
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write;
     bytes.iter().fold(String::new(), |mut text, byte| {
         // Writing to a String does not fail.
@@ -60,11 +60,10 @@ struct Canonical<'a> {
 fn authorization(request: &Canonical<'_>, keys: &Keys, region: &str, service: &str, at: &str) -> String {
     let names: Vec<&str> = request.headers.iter().map(|(name, _)| name.as_str()).collect();
     let names = names.join(";");
-    let headers: String = request
-        .headers
-        .iter()
-        .map(|(name, value)| format!("{name}:{value}\n"))
-        .collect();
+    let headers = request.headers.iter();
+    let headers = headers.fold(String::new(), |text, (name, value)| {
+        text + name + ":" + value + "\n"
+    });
     let canonical = format!(
         "{}\n{}\n{}\n{headers}\n{names}\n{}",
         request.method,

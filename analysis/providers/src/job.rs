@@ -52,10 +52,7 @@ pub(crate) fn object_name(base: &str, ask: &Ask<'_>) -> String {
     use aws_lc_rs::digest;
     let who = format!("{}/{}/{}", ask.namespace, ask.asker, base);
     let hash = digest::digest(&digest::SHA256, who.as_bytes());
-    let tail: String = hash.as_ref()[..4]
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let tail = crate::aws::hex(&hash.as_ref()[..4]);
     let base: String = base
         .chars()
         .filter(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '.'))

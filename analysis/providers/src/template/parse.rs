@@ -40,8 +40,8 @@ pub(super) fn parse(template: &str) -> Result<Vec<Node>, Error> {
     let mut rest = pieces.iter();
     let (nodes, ended) = block(&mut rest, template, 0)?;
     match ended {
-        End::Text => Ok(nodes),
-        End::Else(_, at) | End::End(at) => Err(fault(template, at, "else or end without an if")),
+        Stop::Text => Ok(nodes),
+        Stop::Else(_, at) | Stop::End(at) => Err(fault(template, at, "else or end without an if")),
     }
 }
 
@@ -131,7 +131,7 @@ fn close(text: &str) -> Option<usize> {
     None
 }
 
-enum End<'a> {
+enum Stop<'a> {
     Text,
     /// With what stands after `else`.
     Else(&'a str, usize),
@@ -142,7 +142,7 @@ fn block<'a>(
     pieces: &mut std::slice::Iter<'_, Piece<'a>>,
     template: &str,
     depth: usize,
-) -> Result<(Vec<Node>, End<'a>), Error> {
+) -> Result<(Vec<Node>, Stop<'a>), Error> {
     let mut nodes = Vec::new();
     while let Some(piece) = pieces.next() {
         match piece {
@@ -154,8 +154,8 @@ fn block<'a>(
                     .map_or((body, ""), |(word, _)| (word, &body[word.len()..]));
                 match word {
                     "if" => nodes.push(condition(pieces, template, rest, *at, depth + 1)?),
-                    "else" => return Ok((nodes, End::Else(rest.trim(), *at))),
-                    "end" => return Ok((nodes, End::End(*at))),
+                    "else" => return Ok((nodes, Stop::Else(rest.trim(), *at))),
+                    "end" => return Ok((nodes, Stop::End(*at))),
                     "range" | "with" | "define" | "template" | "block" | "break" | "continue" => {
                         return Err(fault(
                             template,
@@ -170,11 +170,11 @@ fn block<'a>(
             }
         }
     }
-    Ok((nodes, End::Text))
+    Ok((nodes, Stop::Text))
 }
 
-fn condition<'a>(
-    pieces: &mut std::slice::Iter<'_, Piece<'a>>,
+fn condition(
+    pieces: &mut std::slice::Iter<'_, Piece<'_>>,
     template: &str,
     first: &str,
     at: usize,
@@ -189,22 +189,22 @@ fn condition<'a>(
         let (body, ended) = block(pieces, template, depth)?;
         branches.push((test, body));
         match ended {
-            End::End(_) => {
+            Stop::End(_) => {
                 return Ok(Node::If {
                     branches,
                     otherwise: Vec::new(),
                 });
             }
-            End::Text => return Err(fault(template, at, "an if has no end")),
-            End::Else("", else_at) => {
+            Stop::Text => return Err(fault(template, at, "an if has no end")),
+            Stop::Else("", else_at) => {
                 let (otherwise, ended) = block(pieces, template, depth)?;
                 return match ended {
-                    End::End(_) => Ok(Node::If { branches, otherwise }),
-                    End::Text => Err(fault(template, at, "an if has no end")),
-                    End::Else(..) => Err(fault(template, else_at, "something follows the else of an if")),
+                    Stop::End(_) => Ok(Node::If { branches, otherwise }),
+                    Stop::Text => Err(fault(template, at, "an if has no end")),
+                    Stop::Else(..) => Err(fault(template, else_at, "something follows the else of an if")),
                 };
             }
-            End::Else(rest, at) => {
+            Stop::Else(rest, at) => {
                 let rest = rest
                     .strip_prefix("if")
                     .filter(|rest| rest.starts_with(|c: char| !c.is_alphanumeric()))
