@@ -183,6 +183,7 @@ impl World {
                         bounds_ms: vec![100.0],
                         counts: vec![requests, 0],
                     },
+                    ..Counts::default()
                 };
                 self.samples.push(Sample {
                     at_ms: self.now.as_millisecond(),
@@ -219,9 +220,9 @@ impl World {
         self.window = window;
         let mut measured = Measured::default();
         let mut counts = Counts::default();
-        if let Some(options) = &self.plan.comparison {
+        if let Some(comparison) = &self.plan.comparison {
             for sample in &self.samples {
-                measured.comparison.observe(sample, options);
+                measured.judges.observe(sample, 25.0, &comparison.options);
             }
         }
         if let Some(window) = self.window {
@@ -232,6 +233,14 @@ impl World {
             {
                 counts.add(&sample.canary);
             }
+        }
+        measured.step_requests = counts.requests;
+        for sample in &self.samples {
+            let traffic = &mut measured.traffic;
+            traffic.requests += sample.canary.requests + sample.primary.requests;
+            traffic.primary += sample.primary.requests;
+            traffic.primary_errors += sample.primary.errors;
+            traffic.milliseconds = sample.at_ms - self.samples[0].at_ms;
         }
         measured.windows = vec![counts; self.plan.metrics.len()];
         self.seen.measured = measured;
