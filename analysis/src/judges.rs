@@ -171,11 +171,10 @@ impl Options {
         metric.tolerance.unwrap_or(self.tolerance).max(1.0)
     }
 
-    fn errors(&self, metric: &Metric, class: ErrorClass) -> errors::Options {
+    fn errors(&self, metric: &Metric) -> errors::Options {
         errors::Options {
             alpha: self.alpha_of(metric),
             tolerance: self.tolerance_of(metric),
-            class,
         }
     }
 
@@ -212,7 +211,7 @@ enum State {
 impl State {
     fn of(kind: Kind) -> Self {
         match kind {
-            Kind::Errors { .. } => Self::Errors(Default::default()),
+            Kind::Errors { class } => Self::Errors(errors::Errors::of(class)),
             Kind::Latency { .. } => Self::Latency(Default::default()),
             Kind::Distribution => Self::Distribution(Default::default()),
             Kind::ErrorRate { .. } | Kind::LatencyBound { .. } => Self::Guard(Default::default()),
@@ -315,8 +314,8 @@ impl Judges {
         let warm = self.warmth.observe(batch, &self.primary, &options.warm_up);
         for (metric, (_, state)) in options.metrics.iter().zip(&mut self.states) {
             match (metric.kind, state) {
-                (Kind::Errors { class }, State::Errors(errors)) => {
-                    errors.observe(batch, &options.errors(metric, class));
+                (Kind::Errors { .. }, State::Errors(errors)) => {
+                    errors.observe(batch, &options.errors(metric));
                 }
                 (Kind::Latency { quantile }, State::Latency(latency)) if warm => {
                     latency.observe(batch, &self.primary, &options.latency(metric, quantile));
@@ -468,7 +467,7 @@ impl Judges {
 
     fn metric(&self, metric: &Metric, state: &State, options: &Options) -> Verdict {
         let verdict = match (metric.kind, state) {
-            (Kind::Errors { class }, State::Errors(errors)) => errors.verdict(&options.errors(metric, class)),
+            (Kind::Errors { .. }, State::Errors(errors)) => errors.verdict(&options.errors(metric)),
             (Kind::Latency { quantile }, State::Latency(latency)) => {
                 latency.verdict(&options.latency(metric, quantile))
             }

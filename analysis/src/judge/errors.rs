@@ -15,9 +15,6 @@ pub struct Options {
     pub alpha: f64,
     /// The ratio of the canary's error rate to the primary's that is still tolerated, at least 1.
     pub tolerance: f64,
-    /// Which errors count.
-    #[serde(default)]
-    pub class: ErrorClass,
 }
 
 impl Default for Options {
@@ -26,7 +23,6 @@ impl Default for Options {
         Self {
             alpha: 0.01,
             tolerance: 1.5,
-            class: ErrorClass::Any,
         }
     }
 }
@@ -35,6 +31,9 @@ impl Default for Options {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Errors {
+    /// Which errors count.
+    #[serde(default)]
+    class: ErrorClass,
     test: RatioTest,
     clock: Clock,
 }
@@ -64,14 +63,27 @@ impl Clock {
 }
 
 impl Errors {
+    /// A judge of one class of errors; [`Errors::default`] judges all of them.
+    pub fn of(class: ErrorClass) -> Self {
+        Self {
+            class,
+            ..Self::default()
+        }
+    }
+
+    /// `E`, the evidence against the canary now; 1 at the start.
+    pub fn evidence(&self) -> f64 {
+        self.test.log_evidence().exp()
+    }
+
     /// Takes in one interval of both arms. O(1).
     pub fn observe(&mut self, sample: &Sample, options: &Options) {
         self.clock.tick(sample.at_ms);
         let batch = Batch {
             canary: sample.canary.requests,
-            canary_bad: sample.canary.errors_of(options.class),
+            canary_bad: sample.canary.errors_of(self.class),
             primary: sample.primary.requests,
-            primary_bad: sample.primary.errors_of(options.class),
+            primary_bad: sample.primary.errors_of(self.class),
         };
         self.test.observe(&batch, options.tolerance, &Grid::ERRORS);
     }
@@ -99,7 +111,7 @@ impl Errors {
                 explanation: "no requests to the primary, so there is nothing to compare with".to_owned(),
             };
         }
-        let what = match options.class {
+        let what = match self.class {
             ErrorClass::Any => "fails",
             ErrorClass::Http5xx => "answers 5xx to",
             ErrorClass::Grpc => "answers a gRPC error to",
@@ -315,10 +327,7 @@ mod tests {
 
     #[test]
     fn a_class_of_errors_is_judged_alone() {
-        let options = Options {
-            class: ErrorClass::Connection,
-            ..Options::default()
-        };
+        let options = Options::default();
         let mut one = sample(0, (200, 60), (1800, 540));
         one.canary.classes = ErrorClasses {
             http_5xx: 20,
@@ -330,9 +339,9 @@ mod tests {
             grpc: 0,
             connection: 0,
         };
-        let (mut connection, mut any) = (Errors::default(), Errors::default());
+        let (mut connection, mut any) = (Errors::of(ErrorClass::Connection), Errors::default());
         connection.observe(&one, &options);
-        any.observe(&one, &Options::default());
+        any.observe(&one, &options);
         assert!(connection.verdict(&options).is_bad());
         assert!(
             connection
@@ -340,7 +349,7 @@ mod tests {
                 .explanation()
                 .starts_with("canary does not answer 20 % of 200")
         );
-        assert!(!any.verdict(&Options::default()).is_bad());
+        assert!(!any.verdict(&options).is_bad());
     }
 
     #[test]

@@ -14,3 +14,8 @@ pub mod split;
 pub mod threshold;
 pub mod warmth;
 pub mod watch;
+
+/// The comparison of errors under the name that it had when it was the only judge.
+pub mod comparison {
+    pub use super::errors::{Errors as Comparison, Options};
+}
