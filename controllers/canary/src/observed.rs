@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use serin_analysis::Judges;
 use serin_analysis::sample::Counts;
 
+use crate::templates::Reading;
 use crate::traffic::{Liveness, Split};
 
 /// Everything that a decision rests on.
@@ -45,6 +46,8 @@ pub struct Observed {
     pub dead_pods: Vec<DeadPod>,
     /// What was measured since the current weight is live.
     pub measured: Measured,
+    /// What metric providers last said, in the order of the plan's templates.
+    pub readings: Vec<Option<Reading>>,
     /// Another Canary that rolls out the same target and came first.
     pub rival: Option<String>,
 }

@@ -8,6 +8,7 @@ use serin_crds::flagger::{CanaryPhase, MetricStatus, StepOutcome, StepStatus};
 use super::{Action, Deciding, after, micro, revision_id};
 use crate::observed::Readiness;
 use crate::plan::{Advance, MetricPlan};
+use crate::templates;
 use crate::traffic::Split;
 
 /// Name of the comparison in `status.metrics`.
@@ -358,16 +359,7 @@ impl Deciding<'_> {
     fn check(&mut self) {
         self.consider_power();
         let judged = self.judge_all();
-        let run = self.status.run.get_or_insert_default();
-        let opened = [
-            run.window_started_at.as_ref().map(|at| at.0),
-            run.checked_at.as_ref().map(|at| at.0),
-            self.seen.measured.since,
-        ]
-        .into_iter()
-        .flatten()
-        .max()
-        .unwrap_or(self.now);
+        let opened = templates::opened(&self.status, self.seen.measured.since).unwrap_or(self.now);
         let due = after(opened, self.plan.interval);
         if self.now < due {
             if judged.is_good && self.advance_policy() == Advance::Early {
@@ -375,6 +367,9 @@ impl Deciding<'_> {
             }
             self.wake_after(opened, self.plan.interval);
             return self.wait_for(format!("measuring at weight {}", self.weight()));
+        }
+        if let Some(metric) = self.unanswered(due) {
+            return self.wait_for(format!("asking for {metric}"));
         }
         self.status.run.get_or_insert_default().checked_at = micro(self.now);
         self.wake_after(self.now, self.plan.interval);
@@ -398,6 +393,15 @@ impl Deciding<'_> {
             ));
         }
         self.advance();
+    }
+
+    /// The first metric whose provider has not answered since the check is due. It will: every question has a deadline.
+    fn unanswered(&self, due: Timestamp) -> Option<String> {
+        let readings = |index: usize| self.seen.readings.get(index).and_then(Option::as_ref);
+        let mut metrics = self.plan.templates.iter().enumerate();
+        metrics
+            .find(|(index, _)| templates::answered(readings(*index), due).is_none())
+            .map(|(_, metric)| metric.name.clone())
     }
 
     fn advance_policy(&self) -> Advance {
@@ -461,6 +465,20 @@ impl Deciding<'_> {
             match &verdict {
                 Verdict::Bad(evidence) if judged.failure.is_none() => {
                     judged.failure = Some(halt_text(metric, evidence.value));
+                }
+                Verdict::NoData { explanation } => judged.miss(explanation, on_no_data),
+                Verdict::ProviderError { explanation } => judged.miss(explanation, on_provider_error),
+                Verdict::Bad(_) | Verdict::Good(_) | Verdict::Undecided { .. } => {}
+            }
+            all_within &= verdict.is_good();
+            metrics.push(metric_status(&metric.name, &verdict));
+        }
+        for (index, metric) in self.plan.templates.iter().enumerate() {
+            let reading = self.seen.readings.get(index).and_then(Option::as_ref);
+            let verdict = templates::judge(metric, reading);
+            match &verdict {
+                Verdict::Bad(evidence) if judged.failure.is_none() => {
+                    judged.failure = Some(templates::halt_text(metric, evidence.value));
                 }
                 Verdict::NoData { explanation } => judged.miss(explanation, on_no_data),
                 Verdict::ProviderError { explanation } => judged.miss(explanation, on_provider_error),

@@ -20,6 +20,7 @@ use super::act::{Acting, within};
 use super::dead_pods::DeadPods;
 use super::measure::Measuring;
 use super::observe::{Seen, Written, observe};
+use super::templates::Templates;
 use super::{Key, Shared};
 use crate::decide::{COMPARISON_STATE, Decision, decide};
 use crate::objects::Blueprint;
@@ -53,6 +54,7 @@ pub(crate) async fn work(shared: Arc<Shared>, key: Key, wake: Arc<Notify>, cance
         written_at: None,
         written: Written::default(),
         measuring: Measuring::default(),
+        templates: Templates::default(),
         live: LiveWatch::default(),
         dead_pods: None,
         plan: None,
@@ -81,6 +83,7 @@ pub(crate) async fn work(shared: Arc<Shared>, key: Key, wake: Arc<Notify>, cance
             () = sleep(wake_at) => {}
             () = worker.live.next() => {}
             () = worker.measuring.next(worker.plan.as_ref(), Timestamp::now) => {}
+            () = worker.templates.next() => {}
             () = next_death(&mut worker.dead_pods) => {}
         }
     }
@@ -104,6 +107,7 @@ struct Worker {
     written_at: Option<Instant>,
     written: Written,
     measuring: Measuring,
+    templates: Templates,
     live: LiveWatch,
     dead_pods: Option<DeadPods>,
     plan: Option<Plan>,
@@ -131,6 +135,7 @@ impl Worker {
         seen.observed.liveness = self.live.last.clone();
         seen.observed.dead_pods = self.dead_pods.as_ref().map(DeadPods::list).unwrap_or_default();
         seen.observed.measured = self.measuring.measured(&seen.plan, now);
+        self.templates.observe(&self.shared, &mut seen, &status, now);
 
         let decision = decide(&seen.observed, &seen.plan, &status, now);
         for action in &decision.actions {
@@ -160,6 +165,7 @@ impl Worker {
         self.written_at = None;
         self.written = Written::default();
         self.measuring.stop();
+        self.templates = Templates::default();
         self.live = LiveWatch::default();
         self.dead_pods = None;
     }
