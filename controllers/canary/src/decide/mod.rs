@@ -15,6 +15,8 @@
 //! Every action is idempotent, and actions come before the status that reports them. So a controller that dies in
 //! between decides the same again.
 
+#[cfg(test)]
+mod comparison_tests;
 mod finalize;
 #[cfg(test)]
 mod golden;

@@ -1,5 +1,5 @@
-//! Whether the steps are long enough to find anything: the planner's word on the traffic that was seen, as a condition and,
-//! where they are not, an event. It never changes what a run does.
+//! What is worth knowing of a comparison besides its verdict, as conditions and, where something is wrong, an event: are the
+//! steps long enough to find anything, and does the mesh split as configured? It never changes what a run does.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serin_analysis::planner::{self, Goal};
@@ -7,8 +7,10 @@ use serin_crds::flagger::CanaryCondition;
 
 use super::{Deciding, micro};
 
-/// Type of the condition.
-pub(crate) const CONDITION: &str = "StepsLongEnough";
+/// Type of the condition on the length of the steps.
+const LONG_ENOUGH: &str = "StepsLongEnough";
+/// Type of the condition on the split.
+const SPLIT: &str = "SplitAsConfigured";
 /// Traffic that must have been seen before anything is said about it, in milliseconds.
 const SEEN_MIN_MS: i64 = 5_000;
 
@@ -64,22 +66,54 @@ impl Deciding<'_> {
                 )
             }
         };
-        self.set_steps_long_enough(warning.is_none(), message);
+        let reason = if warning.is_none() {
+            "Planned"
+        } else {
+            "StepsTooShort"
+        };
+        self.set_condition(LONG_ENOUGH, warning.is_none(), reason, message);
     }
 
-    fn set_steps_long_enough(&mut self, holds: bool, message: String) {
+    /// Says when requests are not split as the weight says. What the judges compare are counts, so they stay right.
+    pub(super) fn consider_split(&mut self) {
+        if self.plan.comparison.is_none() {
+            return;
+        }
+        let verdict = self.seen.measured.judges.split(f64::from(self.weight()));
+        let was_wrong = self
+            .status
+            .conditions
+            .iter()
+            .any(|condition| condition.r#type == SPLIT && condition.status == "False");
+        if verdict.is_bad() {
+            self.set_condition(SPLIT, false, "WrongSplit", verdict.explanation().to_owned());
+        } else if was_wrong && verdict.evidence().is_some() {
+            self.set_condition(SPLIT, true, "NothingWrong", verdict.explanation().to_owned());
+        }
+    }
+
+    fn set_condition(&mut self, kind: &str, holds: bool, reason: &str, message: String) {
         let status = if holds { "True" } else { "False" };
-        let reason = if holds { "Planned" } else { "StepsTooShort" };
         let known = self
             .status
             .conditions
             .iter()
-            .position(|condition| condition.r#type == CONDITION);
+            .position(|condition| condition.r#type == kind);
         let before = known.map(|index| self.status.conditions.remove(index));
         let same = before.as_ref().is_some_and(|before| before.status == status);
+        if same && kind == SPLIT {
+            // Its counts change every second; that is not worth a write.
+            self.status.conditions.extend(before);
+            return;
+        }
         if !holds && !same {
             let canary = self.own_name();
             self.warn(format!("Analysis of {canary}: {message}"));
+        }
+        if same {
+            // What changes every second is not worth a write.
+            self.status.conditions.extend(before);
+            return;
         }
         let now = Time(self.now);
         let since = before
@@ -87,7 +121,7 @@ impl Deciding<'_> {
             .and_then(|before| before.last_transition_time)
             .unwrap_or_else(|| now.clone());
         self.status.conditions.push(CanaryCondition {
-            r#type: CONDITION.to_owned(),
+            r#type: kind.to_owned(),
             status: status.to_owned(),
             reason: reason.to_owned(),
             message: Some(message),

@@ -358,6 +358,7 @@ impl Deciding<'_> {
     /// Judges the window when it is complete, or before when that is wanted and enough is known.
     fn check(&mut self) {
         self.consider_power();
+        self.consider_split();
         let judged = self.judge_all();
         let opened = templates::opened(&self.status, self.seen.measured.since).unwrap_or(self.now);
         let due = after(opened, self.plan.interval);

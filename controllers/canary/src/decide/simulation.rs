@@ -55,6 +55,8 @@ pub(super) enum Happening {
     Refuse,
     /// A second of requests: canary (requests, errors).
     Measure(u64, u64),
+    /// A second of requests to both: (requests, errors) of canary and primary.
+    Compare((u64, u64), (u64, u64)),
     /// A canary pod dies.
     Die,
     /// Somebody edits the route.
@@ -189,6 +191,18 @@ impl World {
                     at_ms: self.now.as_millisecond(),
                     canary: counts(*requests, *errors.min(requests)),
                     primary: counts(requests * 4, 0),
+                });
+            }
+            Happening::Compare(canary, primary) => {
+                let counts = |(requests, errors)| Counts {
+                    requests,
+                    errors,
+                    ..Counts::default()
+                };
+                self.samples.push(Sample {
+                    at_ms: self.now.as_millisecond(),
+                    canary: counts(*canary),
+                    primary: counts(*primary),
                 });
             }
             Happening::Die => self.seen.dead_pods.push(DeadPod {
