@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
-use serin_analysis::judge::comparison::Comparison;
+use serin_analysis::Judges;
 use serin_analysis::sample::Counts;
 
 use crate::templates::Reading;
@@ -157,7 +157,24 @@ pub struct Measured {
     /// Canary requests within each metric's window, in the order of the plan.
     pub windows: Vec<Counts>,
     /// The evidence of this run.
-    pub comparison: Comparison,
+    pub judges: Judges,
+    /// Requests to the canary since the current weight is live.
+    pub step_requests: u64,
+    /// What was seen of the service's traffic in this run.
+    pub traffic: Traffic,
     /// Why nothing can be measured, if so.
     pub error: Option<String>,
+}
+
+/// The service's traffic in this run, both arms, from the moment of the subscription.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Requests to both.
+    pub requests: u64,
+    /// Requests to the primary.
+    pub primary: u64,
+    /// Those of them that failed.
+    pub primary_errors: u64,
+    /// Over this many milliseconds.
+    pub milliseconds: i64,
 }

@@ -1,8 +1,11 @@
 //! What a Canary asks for, read once from its spec into plain numbers; and what it asks for that is not honoured.
 
+mod comparison;
+
+pub use comparison::{Advance, ComparisonPlan};
+
 use std::time::Duration;
 
-use serin_analysis::judge::comparison;
 use serin_analysis::judge::threshold::{Builtin, Range};
 use serin_crds::flagger::{CanaryMetric, CanarySpec, Provider, TargetKind};
 use serin_kit::unhonoured::{self, Field};
@@ -57,7 +60,7 @@ pub struct Plan {
     /// Metrics that providers are asked for, in order.
     pub templates: Vec<TemplatePlan>,
     /// The sequential comparison, unless switched off.
-    pub comparison: Option<comparison::Options>,
+    pub comparison: Option<ComparisonPlan>,
     /// Promote without judging.
     pub skip_analysis: bool,
     /// Do nothing.
@@ -118,8 +121,7 @@ impl Plan {
             steps(spec, &mut fields)
         };
         refuse_what_is_not_there(spec, &mut fields);
-        let comparison = analysis.comparison.clone().unwrap_or_default();
-        let defaults = comparison::Options::default();
+        let comparison = ComparisonPlan::new(&analysis.comparison.clone().unwrap_or_default(), &mut fields);
         Self {
             target: spec.target_ref.name.clone(),
             apex: spec
@@ -139,10 +141,7 @@ impl Plan {
             canary_ready_percent: analysis.canary_ready_threshold.unwrap_or(100).clamp(0, 100),
             metrics,
             templates,
-            comparison: comparison.enabled.unwrap_or(true).then(|| comparison::Options {
-                alpha: comparison.alpha.unwrap_or(defaults.alpha).clamp(1e-9, 0.5),
-                tolerance: comparison.tolerance.unwrap_or(defaults.tolerance).max(1.0),
-            }),
+            comparison,
             skip_analysis: spec.skip_analysis.unwrap_or(false),
             suspend: spec.suspend.unwrap_or(false),
             revert_on_deletion: spec.revert_on_deletion.unwrap_or(false),

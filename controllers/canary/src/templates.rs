@@ -191,6 +191,7 @@ pub(crate) fn judge(plan: &TemplatePlan, reading: Option<&Reading>) -> Verdict {
         value,
         bound,
         samples: 0,
+        alpha: None,
         explanation,
     };
     match (plan.range.min, plan.range.max) {

@@ -405,6 +405,7 @@ impl MetricSource for Measured {
                         bounds_ms: vec![100.0],
                         counts: vec![requests, 0],
                     },
+                    ..Counts::default()
                 };
                 Sample {
                     at_ms: k8s_openapi::jiff::Timestamp::now().as_millisecond(),
