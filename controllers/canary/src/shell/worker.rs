@@ -9,8 +9,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::api::Api;
 use kube::{Resource, ResourceExt};
-use serin_analysis::Query;
-use serin_analysis::judge::comparison::Comparison;
+use serin_analysis::{Judges, Query};
 use serin_crds::flagger::{Canary, CanaryPhase, CanaryStatus};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -21,6 +20,7 @@ use super::act::{Acting, within};
 use super::dead_pods::DeadPods;
 use super::measure::Measuring;
 use super::observe::{Seen, Written, observe};
+use super::templates::Templates;
 use super::{Key, Shared};
 use crate::decide::{COMPARISON_STATE, Decision, decide};
 use crate::objects::Blueprint;
@@ -54,6 +54,7 @@ pub(crate) async fn work(shared: Arc<Shared>, key: Key, wake: Arc<Notify>, cance
         written_at: None,
         written: Written::default(),
         measuring: Measuring::default(),
+        templates: Templates::default(),
         live: LiveWatch::default(),
         dead_pods: None,
         plan: None,
@@ -82,6 +83,7 @@ pub(crate) async fn work(shared: Arc<Shared>, key: Key, wake: Arc<Notify>, cance
             () = sleep(wake_at) => {}
             () = worker.live.next() => {}
             () = worker.measuring.next(worker.plan.as_ref(), Timestamp::now) => {}
+            () = worker.templates.next() => {}
             () = next_death(&mut worker.dead_pods) => {}
         }
     }
@@ -105,6 +107,7 @@ struct Worker {
     written_at: Option<Instant>,
     written: Written,
     measuring: Measuring,
+    templates: Templates,
     live: LiveWatch,
     dead_pods: Option<DeadPods>,
     plan: Option<Plan>,
@@ -132,6 +135,7 @@ impl Worker {
         seen.observed.liveness = self.live.last.clone();
         seen.observed.dead_pods = self.dead_pods.as_ref().map(DeadPods::list).unwrap_or_default();
         seen.observed.measured = self.measuring.measured(&seen.plan, now);
+        self.templates.observe(&self.shared, &mut seen, &status, now);
 
         let decision = decide(&seen.observed, &seen.plan, &status, now);
         for action in &decision.actions {
@@ -161,6 +165,7 @@ impl Worker {
         self.written_at = None;
         self.written = Written::default();
         self.measuring.stop();
+        self.templates = Templates::default();
         self.live = LiveWatch::default();
         self.dead_pods = None;
     }
@@ -208,8 +213,14 @@ impl Worker {
             .map(|at| at.0)
             .or(Some(Timestamp::UNIX_EPOCH));
         self.measuring.run(started, || evidence(status));
-        self.measuring
-            .window(run.window_started_at.as_ref().map(|at| at.0));
+        self.measuring.revision(
+            first_weight(status),
+            run.former_traffic_until.as_ref().map(|at| at.0),
+        );
+        self.measuring.window(
+            run.window_started_at.as_ref().map(|at| at.0),
+            status.canary_weight.unwrap_or(0),
+        );
         let query = Query {
             namespace: self.key.namespace.clone(),
             canary_workload: seen.plan.target.clone(),
@@ -296,7 +307,7 @@ fn reference(canary: &Canary) -> ObjectReference {
 }
 
 /// The evidence that a run had when its status was last written.
-fn evidence(status: &CanaryStatus) -> Option<Comparison> {
+fn evidence(status: &CanaryStatus) -> Option<Judges> {
     let state = status
         .run
         .as_ref()?
@@ -307,6 +318,15 @@ fn evidence(status: &CanaryStatus) -> Option<Comparison> {
     serde_json::from_value(state.clone()).ok()
 }
 
+/// When this run's revision first got a share.
+fn first_weight(status: &CanaryStatus) -> Option<Timestamp> {
+    match status.history.first() {
+        Some(step) => Some(step.started_at.as_ref().map_or(Timestamp::UNIX_EPOCH, |at| at.0)),
+        // A run that another controller began has no record of ours.
+        None => (status.canary_weight.unwrap_or(0) > 0).then_some(Timestamp::UNIX_EPOCH),
+    }
+}
+
 /// A status without what changes with every sample.
 fn without_values(status: &CanaryStatus) -> CanaryStatus {
     let mut status = status.clone();
@@ -314,6 +334,7 @@ fn without_values(status: &CanaryStatus) -> CanaryStatus {
         metric.value = None;
         metric.samples = None;
         metric.message = None;
+        metric.remaining_seconds = None;
     }
     if let Some(run) = status.run.as_mut() {
         run.evidence = None;
@@ -385,7 +406,8 @@ mod tests {
 
     #[test]
     fn evidence_is_read_back_from_a_status_as_it_was_written() {
-        let mut comparison = Comparison::default();
+        let mut judges = Judges::default();
+        let options = serin_analysis::Options::default();
         let counts = |requests, errors| Counts {
             requests,
             errors,
@@ -396,8 +418,8 @@ mod tests {
             canary: counts(20, 3),
             primary: counts(80, 1),
         };
-        comparison.observe(&sample, &serin_analysis::judge::comparison::Options::default());
-        let state = serde_json::to_value(&comparison).unwrap();
+        judges.observe(&sample, 20.0, &options);
+        let state = serde_json::to_value(&judges).unwrap();
         let evidence_status = Evidence {
             judges: [(COMPARISON_STATE.to_owned(), state)].into(),
         };
@@ -414,10 +436,18 @@ mod tests {
         let read: CanaryStatus = serde_json::from_str(&text).unwrap();
         // Up to the last digit of a float in JSON.
         let read = evidence(&read).unwrap();
+        let value = |judges: &Judges| {
+            judges.verdict(&options).metrics[0]
+                .verdict
+                .evidence()
+                .unwrap()
+                .value
+        };
         assert!(
-            (read.evidence() - comparison.evidence()).abs() < 1e-9,
-            "{read:?} {comparison:?}"
+            (value(&read) - value(&judges)).abs() < 1e-9,
+            "{read:?} {judges:?}"
         );
+        assert_eq!(read.totals(), judges.totals());
         assert_eq!(evidence(&CanaryStatus::default()), None);
     }
 
