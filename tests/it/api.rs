@@ -1,7 +1,7 @@
 //! The Kubernetes API of a test's cluster, spoken over its Unix socket with nothing but the standard library, so that
 //! the stories need no kubectl and wait on watches instead of polling.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -17,11 +17,23 @@ const KINDS: &[(&str, &str, &str)] = &[
     ("Event", "api/v1", "events"),
     ("Deployment", "apis/apps/v1", "deployments"),
     ("ReplicaSet", "apis/apps/v1", "replicasets"),
-    ("GitRepository", "apis/source.toolkit.fluxcd.io/v1", "gitrepositories"),
-    ("Kustomization", "apis/kustomize.toolkit.fluxcd.io/v1", "kustomizations"),
+    (
+        "GitRepository",
+        "apis/source.toolkit.fluxcd.io/v1",
+        "gitrepositories",
+    ),
+    (
+        "Kustomization",
+        "apis/kustomize.toolkit.fluxcd.io/v1",
+        "kustomizations",
+    ),
     ("Canary", "apis/flagger.app/v1beta1", "canaries"),
     ("VirtualService", "apis/networking.istio.io/v1", "virtualservices"),
-    ("DestinationRule", "apis/networking.istio.io/v1", "destinationrules"),
+    (
+        "DestinationRule",
+        "apis/networking.istio.io/v1",
+        "destinationrules",
+    ),
     ("Gateway", "apis/networking.istio.io/v1", "gateways"),
 ];
 /// How long one answer may take that is not a watch.
@@ -108,11 +120,6 @@ impl Api {
         .unwrap();
     }
 
-    /// Deletes an object.
-    pub(crate) fn delete(&self, kind: &str, namespace: &str, name: &str) {
-        self.send("DELETE", &one(kind, namespace, name), None).unwrap();
-    }
-
     /// Waits on a watch until the object satisfies the predicate; returns it as it was then. Every version that is stored
     /// is looked at, so that what holds for a moment only is seen.
     pub(crate) fn until(
@@ -191,9 +198,19 @@ impl Api {
 
     /// Shows the events of a watch to `done` until it says so.
     fn watch(&self, path: &str, end: Instant, mut done: impl FnMut(&Value) -> bool) -> Result<(), String> {
-        let stream = self.open("GET", path, None).map_err(|error| error.to_string())?;
+        let stream = loop {
+            match self.open("GET", path, None) {
+                Ok(stream) => break stream,
+                // The server is being started.
+                Err(error) if Instant::now() < end && absent(&error) => pause(),
+                Err(error) => return Err(error.to_string()),
+            }
+        };
         let socket = stream.try_clone().unwrap();
-        let patience = || end.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        let patience = || {
+            end.saturating_duration_since(Instant::now())
+                .max(Duration::from_millis(1))
+        };
         socket.set_read_timeout(Some(patience())).unwrap();
         let (head, mut body) = answer(stream).map_err(|error| error.to_string())?;
         if head.status != 200 {
@@ -236,9 +253,15 @@ impl Api {
         path: &str,
         body: Option<(&str, &str)>,
     ) -> Result<Value, Refused> {
-        let stream = self
-            .open(method, path, body)
-            .unwrap_or_else(|error| panic!("{method} {path}: {error}"));
+        let end = Instant::now() + ANSWER;
+        let stream = loop {
+            match self.open(method, path, body) {
+                Ok(stream) => break stream,
+                // The server is being started.
+                Err(error) if Instant::now() < end && absent(&error) => pause(),
+                Err(error) => panic!("{method} {path}: {error}"),
+            }
+        };
         stream.set_read_timeout(Some(ANSWER)).unwrap();
         let (head, mut body) = answer(stream).unwrap_or_else(|error| panic!("{method} {path}: {error}"));
         let mut text = String::new();
@@ -252,6 +275,17 @@ impl Api {
             message: value["message"].as_str().unwrap_or_default().to_owned(),
         })
     }
+}
+
+/// Nobody listens (any more, or yet).
+fn absent(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::NotFound)
+}
+
+/// A moment for somebody else: a socket that will be there cannot be waited for.
+fn pause() {
+    let (_keep, never) = std::sync::mpsc::channel::<()>();
+    let _ = never.recv_timeout(Duration::from_millis(2));
 }
 
 fn all(kind: &str, namespace: &str) -> String {
@@ -298,7 +332,9 @@ fn answer(stream: UnixStream) -> std::io::Result<(Head, BufReader<Box<dyn Read>>
         if line.trim().is_empty() {
             break;
         }
-        head.chunked |= line.to_ascii_lowercase().starts_with("transfer-encoding: chunked");
+        head.chunked |= line
+            .to_ascii_lowercase()
+            .starts_with("transfer-encoding: chunked");
     }
     let body: Box<dyn Read> = if head.chunked {
         Box::new(Chunks { reader, left: 0 })

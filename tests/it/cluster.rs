@@ -154,7 +154,8 @@ impl TestCluster {
 
     /// The end of the server's log.
     pub(crate) fn log(&self) -> String {
-        let text = std::fs::read_to_string(self.inside(&self.directory().join("server.log"))).unwrap_or_default();
+        let text =
+            std::fs::read_to_string(self.inside(&self.directory().join("server.log"))).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(40)..].join("\n")
     }
@@ -230,10 +231,10 @@ impl TestCluster {
         lock.lock_shared().expect("wait for the server to end");
     }
 
-    /// Processes whose command line or environment names the cluster's directory.
+    /// Processes whose command line or environment names the cluster's directory, or that have something of it mounted.
     pub(crate) fn processes(&self) -> BTreeSet<u32> {
         let marker = self.home.path().to_string_lossy().into_owned();
-        let own = std::process::id();
+        let not_ours = [std::process::id(), self.mounts.as_ref().map_or(0, Mounts::holder)];
         let mut found = BTreeSet::new();
         for entry in std::fs::read_dir("/proc").expect("read /proc").flatten() {
             let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else {
@@ -245,7 +246,7 @@ impl TestCluster {
                     .windows(marker.len())
                     .any(|window| window == marker.as_bytes())
             };
-            if pid != own && (names("cmdline") || names("environ")) {
+            if !not_ours.contains(&pid) && (names("cmdline") || names("environ") || names("mountinfo")) {
                 found.insert(pid);
             }
         }

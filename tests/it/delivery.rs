@@ -79,7 +79,7 @@ spec:
     port: 9898
     portName: http
     targetPort: http
-    gateways: [istio-system/public]
+    gateways: [istio-system/public, mesh]
     hosts: [{HOST}]
   analysis:
     interval: {interval}
@@ -143,13 +143,10 @@ impl Delivery {
 
     /// Waits until the route is live in every proxy.
     pub(crate) fn reachable(&self) {
-        self.api.until(
-            "VirtualService",
-            NAMESPACE,
-            APPLICATION,
-            "be live",
-            |route| crate::api::is(route, "Live", "True"),
-        );
+        self.api
+            .until("VirtualService", NAMESPACE, APPLICATION, "be live", |route| {
+                crate::api::is(route, "Live", "True")
+            });
     }
 
     /// Pushes a version of which so many percent of the answers fail.
@@ -165,11 +162,9 @@ impl Delivery {
 
     /// Waits until the status of the Canary satisfies the predicate; returns that status.
     pub(crate) fn canary(&self, what: &str, mut wanted: impl FnMut(&Value) -> bool) -> Value {
-        let canary = self
-            .api
-            .until("Canary", NAMESPACE, APPLICATION, what, |canary| {
-                wanted(&canary["status"])
-            });
+        let canary = self.api.until("Canary", NAMESPACE, APPLICATION, what, |canary| {
+            wanted(&canary["status"])
+        });
         canary["status"].clone()
     }
 
@@ -200,6 +195,28 @@ impl Delivery {
             .collect();
         pods.sort();
         pods
+    }
+
+    /// Waits until one pod of the primary is left and none of the canary; no container of it was ever restarted.
+    #[track_caller]
+    pub(crate) fn only_the_primary_is_left(&self) {
+        self.api.until(
+            "Deployment",
+            NAMESPACE,
+            APPLICATION,
+            "be scaled down",
+            |deployment| {
+                deployment["spec"]["replicas"] == 0
+                    && deployment["status"]["replicas"].as_u64().unwrap_or(0) == 0
+            },
+        );
+        self.api
+            .until_all("Pod", NAMESPACE, "be the primary's one", |pods| pods.len() == 1);
+        let pods = self.pods(NAMESPACE);
+        assert!(
+            pods[0].0.starts_with("podinfo-primary-") && pods[0].1 == 0,
+            "{pods:?}"
+        );
     }
 
     /// What the events about the Canary say, and how often each was told.

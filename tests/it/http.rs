@@ -25,7 +25,10 @@ pub(crate) fn get(port: u16, host: &str, path: &str, headers: &[&str]) -> (u16, 
     stream.read_to_end(&mut bytes).expect("read the answer");
     let text = String::from_utf8_lossy(&bytes);
     let (head, body) = text.split_once("\r\n\r\n").expect("an answer has a head");
-    let status = head.split_whitespace().nth(1).and_then(|status| status.parse().ok());
+    let status = head
+        .split_whitespace()
+        .nth(1)
+        .and_then(|status| status.parse().ok());
     (
         status.expect("an answer has a status"),
         head.to_owned(),

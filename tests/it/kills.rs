@@ -5,7 +5,7 @@ use std::process::Child;
 use serde_json::Value;
 
 use crate::cluster::KernelState;
-use crate::delivery::{APPLICATION, Delivery, HOST, NAMESPACE, RATE};
+use crate::delivery::{Delivery, HOST, NAMESPACE, RATE};
 use crate::traffic::Traffic;
 
 /// A delivery whose server is killed again and again.
@@ -44,6 +44,13 @@ impl Killing {
             // It fails if its server was killed while starting; the next one has to cope.
             let _ = starting.wait();
         }
+    }
+}
+
+impl Drop for Killing {
+    fn drop(&mut self) {
+        // Before the cluster is taken down.
+        self.ready();
     }
 }
 
@@ -100,7 +107,7 @@ fn a_server_killed_in_every_phase_of_a_rollout_goes_on_and_nothing_is_lost_or_do
         "{status}"
     );
     told_once(&killing.delivery, 1);
-    only_the_primary_is_left(&killing.delivery);
+    killing.delivery.only_the_primary_is_left();
 
     killing.delivery.release("3.0.0", 50);
     killing.when("have 20 % of the bad version live", |status| live(status, 20));
@@ -109,7 +116,7 @@ fn a_server_killed_in_every_phase_of_a_rollout_goes_on_and_nothing_is_lost_or_do
         status["phase"] == "Failed" && live(status, 0)
     });
     killing.ready();
-    only_the_primary_is_left(&killing.delivery);
+    killing.delivery.only_the_primary_is_left();
     assert_eq!(
         killing.delivery.primary_image(),
         "serin.dev/examples/podinfo:2.0.0"
@@ -164,28 +171,5 @@ fn told_once(delivery: &Delivery, runs: u64) {
     assert!(
         told.contains_key("Advance podinfo.shop canary weight 20"),
         "{told:?}"
-    );
-}
-
-/// One pod of the primary, none of the canary, and nothing was ever restarted.
-#[track_caller]
-fn only_the_primary_is_left(delivery: &Delivery) {
-    delivery.api.until(
-        "Deployment",
-        NAMESPACE,
-        APPLICATION,
-        "be scaled down",
-        |deployment| {
-            deployment["spec"]["replicas"] == 0
-                && deployment["status"]["replicas"].as_u64().unwrap_or(0) == 0
-        },
-    );
-    delivery
-        .api
-        .until_all("Pod", NAMESPACE, "be the primary's one", |pods| pods.len() == 1);
-    let pods = delivery.pods(NAMESPACE);
-    assert!(
-        pods[0].0.starts_with("podinfo-primary-") && pods[0].1 == 0,
-        "{pods:?}"
     );
 }

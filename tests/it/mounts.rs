@@ -41,6 +41,11 @@ impl Mounts {
         command
     }
 
+    /// The process that holds the namespace.
+    pub(crate) fn holder(&self) -> u32 {
+        self.holder.id()
+    }
+
     /// A path as the namespace sees it.
     pub(crate) fn inside(&self, path: &Path) -> PathBuf {
         let root = PathBuf::from(format!("/proc/{}/root", self.holder.id()));

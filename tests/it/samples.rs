@@ -249,7 +249,10 @@ spec:
     });
     let (status, head, body) = http::get(cluster.gateway_port, "podinfo.example.com", "/", &[]);
     assert_eq!(status, 200, "{head}\n{body}");
-    assert!(body.contains("\"version\": \"6.0.10\"") || body.contains("\"version\":\"6.0.10\""), "{body}");
+    assert!(
+        body.contains("\"version\": \"6.0.10\"") || body.contains("\"version\":\"6.0.10\""),
+        "{body}"
+    );
     assert!(body.contains("#34577c"), "{body}");
     for path in ["/healthz", "/readyz", "/version", "/metrics"] {
         let (status, head, _) = http::get(cluster.gateway_port, "podinfo.example.com", path, &[]);
