@@ -76,3 +76,12 @@ pub(crate) fn signal(name: &str, pid: u32) {
         .expect("run kill");
     assert!(status.success(), "kill -{name} {pid}");
 }
+
+/// Kills a process that may have ended already.
+pub(crate) fn kill_if_there(pid: u32) {
+    let _ = Command::new("kill")
+        .args(["-KILL", &pid.to_string()])
+        .stderr(Stdio::null())
+        .status()
+        .expect("run kill");
+}
