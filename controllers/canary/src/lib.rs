@@ -15,6 +15,7 @@
 //! - [`decide`]: the decision function and its promises. Pure.
 //! - [`objects`]: the generated objects. Pure.
 //! - [`traffic`]: the seam to a mesh.
+//! - [`metrics`]: the controller's own metrics, Flagger's.
 //! - [`run`]: the shell. One task per Canary, asleep until something that concerns it happens; at rest a Canary costs no
 //!   API request at all.
 //!
@@ -36,6 +37,7 @@
 pub mod decide;
 #[cfg(test)]
 mod golden;
+pub mod metrics;
 pub mod objects;
 pub mod observed;
 pub mod plan;
