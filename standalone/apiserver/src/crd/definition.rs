@@ -60,7 +60,13 @@ pub(crate) fn validate(crd: &Value, old: Option<&Value>) -> Vec<FieldError> {
     let mut errors = Vec::new();
     let (group, plural) = (str_at(crd, "spec.group"), str_at(crd, "spec.names.plural"));
     let name = meta::name(crd);
-    if name != format!("{plural}.{group}") {
+    // One of the two that may not change: what follows from it is not said as well.
+    let renamed = old.is_some_and(|old| {
+        ["spec.group", "spec.names.plural"]
+            .iter()
+            .any(|field| meta::at(crd, field) != meta::at(old, field))
+    });
+    if name != format!("{plural}.{group}") && !renamed {
         errors.push(FieldError::invalid(
             "metadata.name",
             &json!(name),

@@ -245,7 +245,7 @@ fn check_deadline(
     }
 }
 
-fn condition<'a>(status: &'a DeploymentStatus, type_: &str) -> Option<&'a DeploymentCondition> {
+pub(super) fn condition<'a>(status: &'a DeploymentStatus, type_: &str) -> Option<&'a DeploymentCondition> {
     status
         .conditions
         .iter()
