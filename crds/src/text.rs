@@ -64,7 +64,9 @@ impl Duration {
 
 /// Go's `time.ParseDuration`, for durations that are not negative.
 pub(crate) fn parse_duration(text: &str) -> Result<std::time::Duration, DurationError> {
-    let error = || DurationError { text: text.to_owned() };
+    let error = || DurationError {
+        text: text.to_owned(),
+    };
     let mut rest = text.strip_prefix('+').unwrap_or(text);
     if rest == "0" {
         return Ok(std::time::Duration::ZERO);

@@ -113,7 +113,11 @@ pub(crate) async fn run(
     let outcome = tasks.watch().await;
     tasks.stop().await;
     api.shutdown().await;
-    for socket in [cluster.api_socket(), cluster.xds_socket(), cluster.metrics_address()] {
+    for socket in [
+        cluster.api_socket(),
+        cluster.xds_socket(),
+        cluster.metrics_address(),
+    ] {
         let _ = std::fs::remove_file(socket);
     }
     outcome

@@ -27,9 +27,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
 /// The default buckets of Prometheus' Go client, in seconds.
-const BUCKETS: [f64; 11] = [
-    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
-];
+const BUCKETS: [f64; 11] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
 /// The only strategy that there is yet.
 const STRATEGY: &str = "canary";
@@ -144,9 +142,21 @@ impl Metrics {
     /// Makes them part of what a process shows.
     pub fn register(&self, registry: &mut Registry) {
         let flagger = registry.sub_registry_with_prefix("flagger");
-        flagger.register("info", "Flagger version and mesh provider information", self.info.clone());
-        flagger.register("canary_total", "Total number of canary object", self.total.clone());
-        flagger.register("canary_status", "Last canary analysis result", self.status.clone());
+        flagger.register(
+            "info",
+            "Flagger version and mesh provider information",
+            self.info.clone(),
+        );
+        flagger.register(
+            "canary_total",
+            "Total number of canary object",
+            self.total.clone(),
+        );
+        flagger.register(
+            "canary_status",
+            "Last canary analysis result",
+            self.status.clone(),
+        );
         flagger.register(
             "canary_weight",
             "The virtual service destination weight current value",
@@ -204,13 +214,17 @@ impl Metrics {
         };
         self.status.get_or_create(&subject.named()).set(code);
         let canary = i64::from(after.canary_weight.unwrap_or(0));
-        self.weight.get_or_create(&subject.workload(&subject.target)).set(canary);
+        self.weight
+            .get_or_create(&subject.workload(&subject.target))
+            .set(canary);
         self.weight
             .get_or_create(&subject.workload(&subject.primary))
             .set(100 - canary);
         for metric in &after.metrics {
             if let Some(value) = metric.value {
-                self.analysis.get_or_create(&subject.analysis(&metric.name)).set(value);
+                self.analysis
+                    .get_or_create(&subject.analysis(&metric.name))
+                    .set(value);
             }
         }
         let in_run = matches!(
@@ -343,6 +357,11 @@ mod tests {
         metrics.round(&subject(), &running, &running, false, Duration::ZERO);
         metrics.forget(&subject(), ["request-success-rate".to_owned()]);
         metrics.count("test", 0);
-        assert_eq!(shown(&metrics).len(), 1, "only flagger_info: {:#?}", shown(&metrics));
+        assert_eq!(
+            shown(&metrics).len(),
+            1,
+            "only flagger_info: {:#?}",
+            shown(&metrics)
+        );
     }
 }

@@ -164,7 +164,7 @@ impl Election {
         } else {
             Step::Wait {
                 holder: record.holder.clone(),
-                expires_in: expires - now,
+                expires_in: expires.saturating_sub(now),
             }
         };
         self.seen = Some((record, since));
@@ -281,7 +281,7 @@ impl Elector {
             });
             let outcome = tokio::select! {
                 () = cancel.cancelled() => break,
-                outcome = tokio::time::timeout_at(until, self.once(lease.take(), asked - started)) => outcome,
+                outcome = tokio::time::timeout_at(until, self.once(lease.take(), asked.duration_since(started))) => outcome,
             };
             match outcome {
                 Ok(Ok(Some(held))) => {
@@ -307,7 +307,10 @@ impl Elector {
             }
             let pause = match renewed {
                 Some(_) => self.timing.retry_period,
-                None => self.timing.retry_period.mul_f64(1.0 + (JITTER - 1.0) * jitter(&self.election.identity, started.elapsed())),
+                None => self
+                    .timing
+                    .retry_period
+                    .mul_f64(1.0 + (JITTER - 1.0) * jitter(&self.election.identity, started.elapsed())),
             };
             // A leader whose deadline comes before the next try stops at its deadline.
             let wake = renewed.map_or(Instant::now() + pause, |at| {
@@ -337,7 +340,9 @@ impl Elector {
             debug!(lease = %self.name, holder, ?expires_in, "another replica leads");
             return Ok(None);
         }
-        let spec = self.election.spec(&step, known.as_ref(), &self.timing, Timestamp::now());
+        let spec = self
+            .election
+            .spec(&step, known.as_ref(), &self.timing, Timestamp::now());
         let written = match known {
             None => {
                 let lease = Lease {
@@ -380,7 +385,8 @@ impl Elector {
                 Some(lease) => Some(lease),
                 None => self.api.get_opt(&self.name).await?,
             };
-            let Some(mut lease) = lease.filter(|lease| Record::of(lease).holder == self.election.identity) else {
+            let Some(mut lease) = lease.filter(|lease| Record::of(lease).holder == self.election.identity)
+            else {
                 return Ok(());
             };
             lease.spec = Some(released(lease.spec.take().unwrap_or_default(), Timestamp::now()));

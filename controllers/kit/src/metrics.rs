@@ -154,14 +154,19 @@ mod tests {
         let mut registry = Registry::default();
         let counter = Counter::<u64>::default();
         registry.register("things", "Things", counter.clone());
-        let endpoint = Endpoint::bind(([127, 0, 0, 1], 0).into(), registry).await.unwrap();
+        let endpoint = Endpoint::bind(([127, 0, 0, 1], 0).into(), registry)
+            .await
+            .unwrap();
         let address = endpoint.address();
         let cancel = CancellationToken::new();
         let task = tokio::spawn(endpoint.run(cancel.clone()));
         counter.inc_by(3);
         let answer = get(address, "/metrics").await;
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-        assert!(answer.contains("things_total 3\n") && answer.ends_with("# EOF\n"), "{answer}");
+        assert!(
+            answer.contains("things_total 3\n") && answer.ends_with("# EOF\n"),
+            "{answer}"
+        );
         assert!(get(address, "/debug").await.starts_with("HTTP/1.1 404"));
         cancel.cancel();
         task.await.unwrap();

@@ -222,7 +222,10 @@ async fn fleet(proxies: usize, socket: &Path) -> Result<(), Failure> {
 
 fn run() -> Result<(), Failure> {
     if let (Ok(proxies), Some(socket)) = (std::env::var(PROXIES), std::env::var_os(SOCKET)) {
-        let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()?;
         return runtime.block_on(fleet(proxies.parse()?, Path::new(&socket)));
     }
     let sizes = std::env::var("FLEET").unwrap_or_else(|_| "1x100,100x100,1000x100,100x1000".into());

@@ -287,7 +287,7 @@ impl<W: World> Pump<W> {
                     let before = Instant::now();
                     let waited = self.world.wake_at().is_some_and(|at| started + at <= before);
                     if !batch.is_empty() || waited {
-                        let now = before - started;
+                        let now = before.duration_since(started);
                         let verdicts = self.push(std::mem::take(&mut batch), now).await;
                         match &mut held_back {
                             Some(held_back) => held_back.extend(verdicts),

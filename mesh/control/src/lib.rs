@@ -32,6 +32,6 @@ pub mod translate;
 mod warming;
 mod world;
 
-pub use warming::WARMING;
 pub use control::{Control, ControlError, ControlOptions};
+pub use warming::WARMING;
 pub use world::MeshWorld;

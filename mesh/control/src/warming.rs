@@ -177,7 +177,10 @@ mod tests {
         let model = model([]);
         assert!(warming.admits(&model, &rules(1), None, ms(0)));
         warming.complete();
-        assert!(!warming.admits(&model, &rules(1), None, ms(0)), "its host is not there");
+        assert!(
+            !warming.admits(&model, &rules(1), None, ms(0)),
+            "its host is not there"
+        );
         warming.forget(&rules(1).key());
         assert_eq!(warming.wake_at(), None);
     }

@@ -1,5 +1,8 @@
 //! The translator as the pump's world, with what a person should be told about each object.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;

@@ -270,7 +270,9 @@ fn recording(case: &Value, other: &str) -> (Vec<Place>, Vec<String>) {
 
 #[test]
 fn drift_is_repaired_as_with_flagger_but_an_edit_does_not_cost_the_weight() {
-    let Some(case) = golden::case("istio-drift") else { return };
+    let Some(case) = golden::case("istio-drift") else {
+        return;
+    };
     let mut story = Story::begin("istio-drift", &case);
     let run_to = |story: &mut Story, phase: &str, weight: i64| {
         let place = (phase.to_owned(), weight);
@@ -318,13 +320,18 @@ fn drift_is_repaired_as_with_flagger_but_an_edit_does_not_cost_the_weight() {
         story.second();
     }
     let (places, events) = recording(&case, "");
-    assert_eq!(story.places, places, "each place once: the weight never falls back");
+    assert_eq!(
+        story.places, places,
+        "each place once: the weight never falls back"
+    );
     assert_eq!(once(story.world.events.clone()), events);
 }
 
 #[test]
 fn of_two_canaries_for_one_target_the_older_goes_as_with_flagger_and_the_younger_does_nothing() {
-    let Some(case) = golden::case("istio-two-canaries") else { return };
+    let Some(case) = golden::case("istio-two-canaries") else {
+        return;
+    };
     let mut older = Story::begin("istio-two-canaries", &case);
     let mut younger = Story::begin("istio-two-canaries", &case);
     younger.world.seen.name = "second".to_owned();

@@ -376,7 +376,9 @@ fn a_primary_that_is_lost_in_the_middle_of_a_run_is_waited_for_until_the_deadlin
     assert_eq!((world.phase(), world.weight()), (CanaryPhase::Failed, 0));
     let texts: Vec<_> = world.events.iter().rev().take(2).collect();
     assert!(
-        texts[1].starts_with("Rolling back app.ns app-primary.ns not ready: waiting for rollout to finish: 0 of 2"),
+        texts[1].starts_with(
+            "Rolling back app.ns app-primary.ns not ready: waiting for rollout to finish: 0 of 2"
+        ),
         "{texts:?}"
     );
 }

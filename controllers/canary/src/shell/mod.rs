@@ -218,7 +218,9 @@ impl Dispatcher {
     }
 
     fn uncount(&mut self, namespace: &str) {
-        let Some(count) = self.counts.get_mut(namespace) else { return };
+        let Some(count) = self.counts.get_mut(namespace) else {
+            return;
+        };
         *count -= 1;
         self.shared.context.own_metrics.count(namespace, *count);
         if *count == 0 {

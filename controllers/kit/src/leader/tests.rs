@@ -50,7 +50,10 @@ fn another_ones_lease_expires_by_our_own_clock_since_it_last_changed() {
     // A sign of life.
     assert_eq!(election.decide(Some(&lease("other", 15, "2")), s(114)), wait(15));
     assert_eq!(election.decide(Some(&lease("other", 15, "2")), s(128)), wait(1));
-    assert_eq!(election.decide(Some(&lease("other", 15, "2")), s(129)), Step::Take);
+    assert_eq!(
+        election.decide(Some(&lease("other", 15, "2")), s(129)),
+        Step::Take
+    );
 }
 
 #[test]
@@ -68,9 +71,15 @@ fn the_duration_that_counts_is_the_holders_own() {
 fn transitions_count_changes_of_the_holder_and_renewals_keep_the_time_of_acquisition() {
     let election = Election::new("me");
     let timing = Timing::default();
-    let (early, late) = (Timestamp::from_second(1000).unwrap(), Timestamp::from_second(2000).unwrap());
+    let (early, late) = (
+        Timestamp::from_second(1000).unwrap(),
+        Timestamp::from_second(2000).unwrap(),
+    );
     let created = election.spec(&Step::Create, None, &timing, early);
-    assert_eq!((created.lease_transitions, created.lease_duration_seconds), (Some(0), Some(15)));
+    assert_eq!(
+        (created.lease_transitions, created.lease_duration_seconds),
+        (Some(0), Some(15))
+    );
     assert_eq!(created.holder_identity.as_deref(), Some("me"));
     let mine = Lease {
         spec: Some(created),
@@ -81,11 +90,17 @@ fn transitions_count_changes_of_the_holder_and_renewals_keep_the_time_of_acquisi
     assert_eq!(renewed.renew_time, Some(MicroTime(late)));
     assert_eq!(renewed.lease_transitions, Some(0));
     let taken = election.spec(&Step::Take, Some(&lease("other", 60, "1")), &timing, late);
-    assert_eq!((taken.lease_transitions, taken.lease_duration_seconds), (Some(4), Some(15)));
+    assert_eq!(
+        (taken.lease_transitions, taken.lease_duration_seconds),
+        (Some(4), Some(15))
+    );
     assert_eq!(taken.acquire_time, Some(MicroTime(late)));
     let given_back = released(taken, early);
     assert_eq!(given_back.holder_identity.as_deref(), Some(""));
-    assert_eq!((given_back.lease_duration_seconds, given_back.lease_transitions), (Some(1), Some(4)));
+    assert_eq!(
+        (given_back.lease_duration_seconds, given_back.lease_transitions),
+        (Some(1), Some(4))
+    );
 }
 
 #[test]
@@ -126,7 +141,10 @@ fn client(place: &Arc<Mutex<Place>>, identity: &str) -> kube::Client {
             let mut place = place.lock();
             let place = &mut *place;
             let status = |code: u16, reason: &str| {
-                (code, json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason, "message": reason}))
+                (
+                    code,
+                    json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason, "message": reason}),
+                )
             };
             let (code, answer) = match (parts.method, &place.lease) {
                 (Method::GET, None) => status(404, "NotFound"),
@@ -138,7 +156,10 @@ fn client(place: &Arc<Mutex<Place>>, identity: &str) -> kube::Client {
                 (_, before) => {
                     let mut lease: Value = serde_json::from_slice(&body).unwrap();
                     let (given, current) = (&lease["metadata"]["resourceVersion"], before);
-                    if current.as_ref().is_some_and(|c| c["metadata"]["resourceVersion"] != *given) {
+                    if current
+                        .as_ref()
+                        .is_some_and(|c| c["metadata"]["resourceVersion"] != *given)
+                    {
                         status(409, "Conflict")
                     } else {
                         place.version += 1;
@@ -163,15 +184,27 @@ struct Replica {
 
 fn replica(place: &Arc<Mutex<Place>>, identity: &str) -> Replica {
     let cancel = CancellationToken::new();
-    let elector = Elector::new(client(place, identity), "serin-system", "serin", identity, Timing::default()).unwrap();
+    let elector = Elector::new(
+        client(place, identity),
+        "serin-system",
+        "serin",
+        identity,
+        Timing::default(),
+    )
+    .unwrap();
     let (leads, task) = elector.start(cancel.clone());
     Replica { leads, cancel, task }
 }
 
 fn holder(place: &Arc<Mutex<Place>>) -> String {
     let place = place.lock();
-    let holder = place.lease.as_ref().map(|lease| lease["spec"]["holderIdentity"].clone());
-    holder.and_then(|holder| holder.as_str().map(str::to_owned)).unwrap_or_default()
+    let holder = place
+        .lease
+        .as_ref()
+        .map(|lease| lease["spec"]["holderIdentity"].clone());
+    holder
+        .and_then(|holder| holder.as_str().map(str::to_owned))
+        .unwrap_or_default()
 }
 
 #[tokio::test(start_paused = true)]
@@ -183,16 +216,25 @@ async fn of_two_replicas_one_leads_and_the_other_follows_when_it_ends_in_order()
     tokio::time::sleep(s(120)).await;
     assert!(*first.leads.borrow() && !*second.leads.borrow());
     assert_eq!(holder(&place), "first");
-    assert!(place.lock().reads <= 120 / 2 + 2, "a leader renews without reading");
+    assert!(
+        place.lock().reads <= 120 / 2 + 2,
+        "a leader renews without reading"
+    );
 
     first.cancel.cancel();
     first.task.await.unwrap();
     assert!(!*first.leads.borrow());
     let stopped = Instant::now();
     second.leads.wait_for(|leads| *leads).await.unwrap();
-    assert!(stopped + s(3) > Instant::now(), "a lease that was given back is not waited for");
+    assert!(
+        stopped + s(3) > Instant::now(),
+        "a lease that was given back is not waited for"
+    );
     assert_eq!(holder(&place), "second");
-    assert_eq!(place.lock().lease.as_ref().unwrap()["spec"]["leaseTransitions"], 1);
+    assert_eq!(
+        place.lock().lease.as_ref().unwrap()["spec"]["leaseTransitions"],
+        1
+    );
     second.cancel.cancel();
     second.task.await.unwrap();
 }

@@ -32,7 +32,10 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 fn object(data: &BTreeMap<u8, u8>) -> Value {
-    let data: Map<String, Value> = data.iter().map(|(k, v)| (format!("k{k}"), json!(v.to_string()))).collect();
+    let data: Map<String, Value> = data
+        .iter()
+        .map(|(k, v)| (format!("k{k}"), json!(v.to_string())))
+        .collect();
     json!({"metadata": {"name": "c"}, "data": data})
 }
 
@@ -53,13 +56,32 @@ impl Owned {
     fn of(object: &Value) -> Self {
         let mut owned = Self::default();
         for (key, value) in object["data"].as_object().into_iter().flatten() {
-            owned.values.insert(key.clone(), value.as_str().expect("text").to_owned());
+            owned
+                .values
+                .insert(key.clone(), value.as_str().expect("text").to_owned());
         }
-        for entry in object["metadata"]["managedFields"].as_array().into_iter().flatten() {
-            let who = format!("{}:{}", entry["operation"].as_str().unwrap(), entry["manager"].as_str().unwrap());
-            for key in entry["fieldsV1"]["f:data"].as_object().into_iter().flatten().map(|(key, _)| key) {
+        for entry in object["metadata"]["managedFields"]
+            .as_array()
+            .into_iter()
+            .flatten()
+        {
+            let who = format!(
+                "{}:{}",
+                entry["operation"].as_str().unwrap(),
+                entry["manager"].as_str().unwrap()
+            );
+            for key in entry["fieldsV1"]["f:data"]
+                .as_object()
+                .into_iter()
+                .flatten()
+                .map(|(key, _)| key)
+            {
                 if let Some(key) = key.strip_prefix("f:") {
-                    owned.owners.entry(key.to_owned()).or_default().insert(who.clone());
+                    owned
+                        .owners
+                        .entry(key.to_owned())
+                        .or_default()
+                        .insert(who.clone());
                 }
             }
         }
@@ -68,10 +90,16 @@ impl Owned {
 
     /// Keys that others own with another value.
     fn conflicts(&self, who: &str, wanted: &BTreeMap<String, String>) -> BTreeSet<String> {
-        let of_others = |key: &String| self.owners.get(key).is_some_and(|owners| owners.iter().any(|o| o != who));
+        let of_others = |key: &String| {
+            self.owners
+                .get(key)
+                .is_some_and(|owners| owners.iter().any(|o| o != who))
+        };
         wanted
             .iter()
-            .filter(|(key, value)| self.values.get(*key).is_some_and(|known| known != *value) && of_others(key))
+            .filter(|(key, value)| {
+                self.values.get(*key).is_some_and(|known| known != *value) && of_others(key)
+            })
             .map(|(key, _)| key.clone())
             .collect()
     }
@@ -112,7 +140,9 @@ impl Owned {
 }
 
 fn text(data: &BTreeMap<u8, u8>) -> BTreeMap<String, String> {
-    data.iter().map(|(k, v)| (format!("k{k}"), v.to_string())).collect()
+    data.iter()
+        .map(|(k, v)| (format!("k{k}"), v.to_string()))
+        .collect()
 }
 
 fn write<'a>(schema: &'a Schema, zero: &'a Value, manager: &'a str) -> Write<'a> {

@@ -176,12 +176,16 @@ pub(crate) fn rule_errors(
             Ok(program) => {
                 let wrong = cel_check::check(program.expression(), json, is_root, "bool");
                 let must = "cel expression must evaluate to a bool";
-                errors.extend(wrong.map(|wrong| refused(&format!("{at}.rule"), &rule.expression, "rule", must, wrong)));
+                errors.extend(
+                    wrong.map(|wrong| refused(&format!("{at}.rule"), &rule.expression, "rule", must, wrong)),
+                );
                 if let Some(list) = uncorrelated.filter(|_| rule.transition) {
                     errors.push(FieldError::invalid(
                         format!("{at}.rule"),
                         &Value::String(rule.expression.clone()),
-                        format!("oldSelf cannot be used on the uncorrelatable portion of the schema within {list}"),
+                        format!(
+                            "oldSelf cannot be used on the uncorrelatable portion of the schema within {list}"
+                        ),
                     ));
                 }
             }
@@ -204,7 +208,9 @@ pub(crate) fn rule_errors(
                 let at = format!("{at}.messageExpression");
                 let must = "messageExpression must evaluate to a string";
                 errors.extend(
-                    wrong.map(|wrong| refused(&at, &rule.message_expression, "messageExpression", must, wrong)),
+                    wrong.map(|wrong| {
+                        refused(&at, &rule.message_expression, "messageExpression", must, wrong)
+                    }),
                 );
             }
             None => {}

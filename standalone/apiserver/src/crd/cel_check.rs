@@ -42,7 +42,12 @@ pub(super) enum Wrong {
 }
 
 /// Checks an expression against the schema of `self`. `wanted` is CEL's name of the type that it must have.
-pub(super) fn check(expression: &IdedExpr, schema: &Value, is_root: bool, wanted: &'static str) -> Option<Wrong> {
+pub(super) fn check(
+    expression: &IdedExpr,
+    schema: &Value,
+    is_root: bool,
+    wanted: &'static str,
+) -> Option<Wrong> {
     let mut checker = Checker {
         schema,
         is_root,
@@ -146,10 +151,14 @@ impl<'s> Checker<'s> {
         if let Some((_, found)) = found {
             return of(found);
         }
-        if let Some(element) = schema.get("additionalProperties").filter(|element| element.is_object()) {
+        if let Some(element) = schema
+            .get("additionalProperties")
+            .filter(|element| element.is_object())
+        {
             return of(element);
         }
-        let is_whole = (self.is_root && std::ptr::eq(schema, self.schema)) || flag(schema, "x-kubernetes-embedded-resource");
+        let is_whole = (self.is_root && std::ptr::eq(schema, self.schema))
+            || flag(schema, "x-kubernetes-embedded-resource");
         let open = flag(schema, "x-kubernetes-preserve-unknown-fields") || properties.is_none();
         if (is_whole && matches!(name, "apiVersion" | "kind" | "metadata")) || open {
             return Type::Unknown;
@@ -167,7 +176,9 @@ impl<'s> Checker<'s> {
                     && left != right
                     && !(is_number(left) && is_number(right))
                 {
-                    return self.refuse(format!("found no matching overload for '{name}' applied to '({left}, {right})'"));
+                    return self.refuse(format!(
+                        "found no matching overload for '{name}' applied to '({left}, {right})'"
+                    ));
                 }
                 Type::Scalar("bool")
             }
@@ -232,7 +243,9 @@ impl<'s> Checker<'s> {
             }
             Type::List(item, size) => ((**item).clone(), *size),
             Type::Scalar(name) => {
-                let text = format!("expression of type '{name}' cannot be range of a comprehension (must be list, map, or dynamic)");
+                let text = format!(
+                    "expression of type '{name}' cannot be range of a comprehension (must be list, map, or dynamic)"
+                );
                 return self.refuse(text);
             }
             Type::Unknown => (Type::Unknown, 1),
@@ -243,10 +256,16 @@ impl<'s> Checker<'s> {
         self.most = self.most.max(self.turns);
         let known = self.variables.len();
         let second = comprehension.iter_var2.clone();
-        let first = if second.is_some() { Type::Unknown } else { item.clone() };
+        let first = if second.is_some() {
+            Type::Unknown
+        } else {
+            item.clone()
+        };
         self.variables.push((comprehension.iter_var.clone(), first));
-        self.variables.extend(second.map(|second| (second, Type::Unknown)));
-        self.variables.push((comprehension.accu_var.clone(), Type::Unknown));
+        self.variables
+            .extend(second.map(|second| (second, Type::Unknown)));
+        self.variables
+            .push((comprehension.accu_var.clone(), Type::Unknown));
         self.visit(&comprehension.loop_cond);
         self.visit(&comprehension.loop_step);
         self.turns = outside;
@@ -297,7 +316,11 @@ fn smallest(schema: &Value) -> u64 {
         "array" => 2,
         "object" => {
             let required = crate::meta::list_at(schema, "required");
-            2 + required.iter().filter_map(Value::as_str).map(|name| name.len() as u64 + 4).sum::<u64>()
+            2 + required
+                .iter()
+                .filter_map(Value::as_str)
+                .map(|name| name.len() as u64 + 4)
+                .sum::<u64>()
         }
         _ => 1,
     };
@@ -324,8 +347,14 @@ mod tests {
             ("self.b > 1", compile("undefined field 'b'")),
             ("self.l.all(x, x.m == 'a')", compile("undefined field 'm'")),
             ("has(self.zz)", compile("undefined field 'zz'")),
-            ("self.a == '1'", compile("found no matching overload for '_==_' applied to '(int, string)'")),
-            ("self.s && true", compile("expected type 'bool' but found 'string'")),
+            (
+                "self.a == '1'",
+                compile("found no matching overload for '_==_' applied to '(int, string)'"),
+            ),
+            (
+                "self.s && true",
+                compile("expected type 'bool' but found 'string'"),
+            ),
             ("self.a + 1", Some(Wrong::Result("int"))),
             ("self.l", Some(Wrong::Result("list or map"))),
             ("self.a > 1 && self.s.startsWith('x')", None),
@@ -343,11 +372,21 @@ mod tests {
     #[test]
     fn what_the_schema_leaves_open_is_not_held_against_a_rule() {
         let open = json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true, "properties": {"p": {"x-kubernetes-int-or-string": true}}});
-        for rule in ["self.anything == 1", "self.p == '5%'", "self.p == 5", "type(self.p) == string"] {
+        for rule in [
+            "self.anything == 1",
+            "self.p == '5%'",
+            "self.p == 5",
+            "type(self.p) == string",
+        ] {
             assert_eq!(found(&open, rule), None, "{rule}");
         }
         let map = json!({"type": "object", "additionalProperties": {"type": "integer"}});
-        for rule in ["self['a'] > 1", "self.a > 1", "self.all(k, k.startsWith('a') && self[k] > 0)", "'a' in self"] {
+        for rule in [
+            "self['a'] > 1",
+            "self.a > 1",
+            "self.all(k, k.startsWith('a') && self[k] > 0)",
+            "'a' in self",
+        ] {
             assert_eq!(found(&map, rule), None, "{rule}");
         }
     }
@@ -365,7 +404,15 @@ mod tests {
         assert!(matches!(found(&list(None), twice), Some(Wrong::Cost(factor)) if factor > 100.0));
         assert_eq!(found(&list(Some(100)), twice), None);
         assert_eq!(found(&list(None), "self.l.all(x, x != '')"), None);
-        assert!(matches!(found(&list(Some(5000)), twice), Some(Wrong::Cost(factor)) if (2.0..3.0).contains(&factor)));
-        assert!(matches!(found(&list(None), "self.l.filter(x, x != '').all(a, self.l.all(b, a == b))"), Some(Wrong::Cost(_))));
+        assert!(
+            matches!(found(&list(Some(5000)), twice), Some(Wrong::Cost(factor)) if (2.0..3.0).contains(&factor))
+        );
+        assert!(matches!(
+            found(
+                &list(None),
+                "self.l.filter(x, x != '').all(a, self.l.all(b, a == b))"
+            ),
+            Some(Wrong::Cost(_))
+        ));
     }
 }

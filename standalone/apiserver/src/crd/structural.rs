@@ -76,13 +76,7 @@ enum Place {
 }
 
 /// `uncorrelated`: the list above whose items cannot be told apart, so that there is no old one to a new one.
-fn node(
-    schema: &Value,
-    path: &str,
-    place: Place,
-    uncorrelated: Option<&str>,
-    errors: &mut Vec<FieldError>,
-) {
+fn node(schema: &Value, path: &str, place: Place, uncorrelated: Option<&str>, errors: &mut Vec<FieldError>) {
     let flag = |key: &str| schema.get(key).and_then(Value::as_bool).unwrap_or(false);
     let kind = meta::str_at(schema, "type");
     if kind.is_empty() {
@@ -185,7 +179,13 @@ fn node(
     if let Some(child) = schema.get("items") {
         let by_key = meta::str_at(schema, "x-kubernetes-list-type") == "map";
         let uncorrelated = uncorrelated.or((!by_key).then_some(path));
-        node(child, &format!("{path}.items"), Place::Items, uncorrelated, errors);
+        node(
+            child,
+            &format!("{path}.items"),
+            Place::Items,
+            uncorrelated,
+            errors,
+        );
     } else if kind == "array" {
         errors.push(FieldError::required(format!("{path}.items"), "must be specified"));
     }

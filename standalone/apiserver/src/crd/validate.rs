@@ -386,15 +386,25 @@ fn check_embedded(members: &serde_json::Map<String, Value>, path: &str, errors: 
             ));
         }
     }
-    let labels = members.get("metadata").and_then(|metadata| metadata.get("labels"));
+    let labels = members
+        .get("metadata")
+        .and_then(|metadata| metadata.get("labels"));
     for (key, value) in labels.and_then(Value::as_object).into_iter().flatten() {
         let at = format!("{}.labels", child(path, "metadata"));
         for error in crate::names::qualified_name_errors(key) {
-            errors.push(FieldError::invalid(at.clone(), &Value::String(key.clone()), error));
+            errors.push(FieldError::invalid(
+                at.clone(),
+                &Value::String(key.clone()),
+                error,
+            ));
         }
         let value = value.as_str().unwrap_or_default();
         for error in crate::names::label_value_errors(value) {
-            errors.push(FieldError::invalid(at.clone(), &Value::String(value.to_owned()), error));
+            errors.push(FieldError::invalid(
+                at.clone(),
+                &Value::String(value.to_owned()),
+                error,
+            ));
         }
     }
 }

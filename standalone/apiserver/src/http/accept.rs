@@ -26,7 +26,11 @@ impl Accepted {
                     } else if kind.group.is_empty() {
                         format!("*core.{}", kind.kind)
                     } else {
-                        format!("*{}.{}", kind.group.split('.').next().unwrap_or_default(), kind.kind)
+                        format!(
+                            "*{}.{}",
+                            kind.group.split('.').next().unwrap_or_default(),
+                            kind.kind
+                        )
                     }
                 ),
             ));
@@ -87,7 +91,11 @@ pub(crate) fn negotiate(accept: &str) -> ApiResult<Accepted> {
             }
         }
         if fits {
-            return Ok(Accepted { form, yaml, list_form });
+            return Ok(Accepted {
+                form,
+                yaml,
+                list_form,
+            });
         }
     }
     if known {
@@ -135,7 +143,11 @@ mod tests {
                 list_form: false
             }
         );
-        assert!(negotiate("application/json;q=0.1,application/yaml").expect("acceptable").yaml);
+        assert!(
+            negotiate("application/json;q=0.1,application/yaml")
+                .expect("acceptable")
+                .yaml
+        );
         assert!(negotiate("text/html").is_err());
         assert!(negotiate("application/vnd.kubernetes.protobuf").is_err());
     }

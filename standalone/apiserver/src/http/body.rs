@@ -249,8 +249,13 @@ pub(crate) fn fit(call: &Call, document: Document, how: Fit) -> ApiResult<(Value
 
 /// A patch whose outcome does not fit the type. It quotes the patch as Go prints it, or the patched object where that is at hand.
 fn patched_error(call: &Call, source: &Bytes, patched: String, text: &str) -> ApiError {
-    let quoted = if call.header("content-type").starts_with("application/strategic-merge-patch+json") {
-        reader::decode(source).map(|patch| go_text(&patch.value)).unwrap_or_default()
+    let quoted = if call
+        .header("content-type")
+        .starts_with("application/strategic-merge-patch+json")
+    {
+        reader::decode(source)
+            .map(|patch| go_text(&patch.value))
+            .unwrap_or_default()
     } else {
         patched
     };
@@ -268,7 +273,10 @@ fn go_text(value: &Value) -> String {
             format!("[{}]", items.join(" "))
         }
         Value::Object(members) => {
-            let members: Vec<String> = members.iter().map(|(k, v)| format!("{k}:{}", go_text(v))).collect();
+            let members: Vec<String> = members
+                .iter()
+                .map(|(k, v)| format!("{k}:{}", go_text(v)))
+                .collect();
             format!("map[{}]", members.join(" "))
         }
         other => other.to_string(),

@@ -393,12 +393,10 @@ fn edited(
         Change::Merge(document) => {
             let mut value = existing()?.clone();
             if !document.value.is_object() {
-                return Err(ApiError::bad_request(
-                    format!(
-                        "error decoding patch: json: cannot unmarshal {} into Go value of type map[string]interface {{}}",
-                        meta::type_word(&document.value)
-                    ),
-                ));
+                return Err(ApiError::bad_request(format!(
+                    "error decoding patch: json: cannot unmarshal {} into Go value of type map[string]interface {{}}",
+                    meta::type_word(&document.value)
+                )));
             }
             patch::merge::apply(&mut value, &document.value);
             let remarks = document.remarks.clone();

@@ -231,7 +231,10 @@ async fn on_a_full_disk_writes_are_refused_nothing_is_lost_and_it_goes_on_when_t
         let copy = tempfile::tempdir().expect("a directory");
         let from = segment(dir.path());
         std::fs::copy(&from, copy.path().join(from.file_name().expect("a name"))).expect("copied");
-        let names: Vec<String> = contents(&open(copy.path()).expect("opens")).into_iter().map(|c| c.0).collect();
+        let names: Vec<String> = contents(&open(copy.path()).expect("opens"))
+            .into_iter()
+            .map(|c| c.0)
+            .collect();
         assert_eq!(names, ["before"]);
     }
 
@@ -247,6 +250,13 @@ async fn on_a_full_disk_writes_are_refused_nothing_is_lost_and_it_goes_on_when_t
     log.durable(after).await.expect("there is space again");
     log.close();
     drop(log);
-    let names: Vec<String> = contents(&open(dir.path()).expect("opens")).into_iter().map(|c| c.0).collect();
-    assert_eq!(names, ["after", "before", "during"], "what was not answered may be there, what was must");
+    let names: Vec<String> = contents(&open(dir.path()).expect("opens"))
+        .into_iter()
+        .map(|c| c.0)
+        .collect();
+    assert_eq!(
+        names,
+        ["after", "before", "during"],
+        "what was not answered may be there, what was must"
+    );
 }

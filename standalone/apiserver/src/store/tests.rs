@@ -151,7 +151,12 @@ fn shown(page: &Page) -> (Vec<(String, u64)>, bool) {
     let items = page.items.iter();
     (
         items
-            .map(|o| (o.value["k"].as_str().unwrap().to_owned(), o.value["v"].as_u64().unwrap()))
+            .map(|o| {
+                (
+                    o.value["k"].as_str().unwrap().to_owned(),
+                    o.value["v"].as_u64().unwrap(),
+                )
+            })
             .collect(),
         page.next_after.is_some(),
     )
@@ -209,9 +214,24 @@ proptest! {
 fn a_list_from_before_the_history_is_told_so() {
     let resource: ResourceId = "/configmaps".into();
     let mut store = Store::new(1);
-    let first = store.put(&resource, "n/a", json!({"metadata": {}}), Expect::Absent).expect("committed");
-    store.put(&resource, "n/b", json!({"metadata": {}}), Expect::Absent).expect("committed");
-    assert_eq!(store.list_at(&resource, "", None, None, first.rv, |_| true).expect("known").items.len(), 1);
+    let first = store
+        .put(&resource, "n/a", json!({"metadata": {}}), Expect::Absent)
+        .expect("committed");
+    store
+        .put(&resource, "n/b", json!({"metadata": {}}), Expect::Absent)
+        .expect("committed");
+    assert_eq!(
+        store
+            .list_at(&resource, "", None, None, first.rv, |_| true)
+            .expect("known")
+            .items
+            .len(),
+        1
+    );
     store.compact();
-    assert!(store.list_at(&resource, "", None, None, first.rv, |_| true).is_none());
+    assert!(
+        store
+            .list_at(&resource, "", None, None, first.rv, |_| true)
+            .is_none()
+    );
 }

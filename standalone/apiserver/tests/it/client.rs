@@ -615,7 +615,9 @@ async fn pages_of_one_list_show_one_moment_and_after_a_compaction_the_next_one_i
     let then = first.metadata.resource_version.clone().expect("a version");
     // Meanwhile: one changes, one goes, one comes.
     let change = Patch::Merge(json!({"data": {"v": "new"}}));
-    api.patch("b", &PatchParams::default(), &change).await.expect("patched");
+    api.patch("b", &PatchParams::default(), &change)
+        .await
+        .expect("patched");
     api.delete("c", &DeleteParams::default()).await.expect("deleted");
     api.create(&PostParams::default(), &config_map("bb", json!({"v": "new"})))
         .await
@@ -624,9 +626,15 @@ async fn pages_of_one_list_show_one_moment_and_after_a_compaction_the_next_one_i
         .list(&ListParams::default().limit(10).continue_token(&token))
         .await
         .expect("the second page");
-    assert_eq!(names(&rest), ["b=old", "c=old", "d=old"], "as it was at the first page");
+    assert_eq!(
+        names(&rest),
+        ["b=old", "c=old", "d=old"],
+        "as it was at the first page"
+    );
     assert_eq!(rest.metadata.resource_version, Some(then.clone()));
-    let exact = ListParams::default().at(&then).matching(kube::api::VersionMatch::Exact);
+    let exact = ListParams::default()
+        .at(&then)
+        .matching(kube::api::VersionMatch::Exact);
     assert_eq!(
         names(&api.list(&exact).await.expect("that moment")),
         ["a=old", "b=old", "c=old", "d=old"]
@@ -653,7 +661,10 @@ async fn pages_of_one_list_show_one_moment_and_after_a_compaction_the_next_one_i
         .await
         .expect("inconsistent, and said so");
     assert_eq!(names(&rest), ["b=new", "bb=new", "d=old"]);
-    let watch = api.watch(&WatchParams::default().timeout(5), &then).await.expect("watching");
+    let watch = api
+        .watch(&WatchParams::default().timeout(5), &then)
+        .await
+        .expect("watching");
     let first = watch.boxed().try_next().await.expect("an event");
     assert!(
         matches!(&first, Some(WatchEvent::Error(e)) if e.code == 410),

@@ -661,7 +661,10 @@ fn ordered(value: &serde_yaml::Value, out: &mut String) {
 fn keep_order(scenario: &mut Value, text: &str) {
     let recorded: serde_yaml::Value = serde_yaml::from_str(text).expect("JSON");
     let steps = scenario["steps"].as_array_mut().expect("steps");
-    for (step, recorded) in steps.iter_mut().zip(recorded["steps"].as_sequence().expect("steps")) {
+    for (step, recorded) in steps
+        .iter_mut()
+        .zip(recorded["steps"].as_sequence().expect("steps"))
+    {
         if let Some(body) = recorded.get("request").and_then(|request| request.get("body")) {
             let mut text = String::new();
             ordered(body, &mut text);

@@ -13,7 +13,8 @@ use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec};
 use kube::ResourceExt;
 
 use super::rollout::{
-    DESIRED_REPLICAS, available, grow_new, is_recreate, number, proportional, shrink_old, spec_replicas, wanted,
+    DESIRED_REPLICAS, available, grow_new, is_recreate, number, proportional, shrink_old, spec_replicas,
+    wanted,
 };
 use super::template;
 use sets::{adjust_new, clean_up, create_new, outdated, resize};

@@ -18,7 +18,9 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Container as ContainerObject, ObjectReference, Pod as PodObject, PodStatus};
+use k8s_openapi::api::core::v1::{
+    Container as ContainerObject, ObjectReference, Pod as PodObject, PodStatus,
+};
 use kube::{Resource, ResourceExt};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;

@@ -10,7 +10,8 @@ use kube::{Resource, ResourceExt};
 use super::Action;
 use super::status::note_created;
 use crate::controllers::rollout::{
-    DESIRED_REPLICAS, MAX_REPLICAS, REVISION, REVISION_HISTORY, actual, fences, grow_new, spec_replicas, wanted,
+    DESIRED_REPLICAS, MAX_REPLICAS, REVISION, REVISION_HISTORY, actual, fences, grow_new, spec_replicas,
+    wanted,
 };
 use crate::controllers::template::{self, HASH_LABEL};
 
@@ -93,7 +94,12 @@ fn copied(deployment: &Deployment) -> BTreeMap<String, String> {
 }
 
 /// Revision, copied annotations and minReadySeconds of the current ReplicaSet; the Deployment's own revision.
-pub(super) fn adjust_new(deployment: &Deployment, new: &ReplicaSet, old: &[&ReplicaSet], actions: &mut Vec<Action>) {
+pub(super) fn adjust_new(
+    deployment: &Deployment,
+    new: &ReplicaSet,
+    old: &[&ReplicaSet],
+    actions: &mut Vec<Action>,
+) {
     let mut changes: BTreeMap<String, String> = copied(deployment)
         .into_iter()
         .filter(|(key, value)| new.annotations().get(key) != Some(value))
@@ -239,4 +245,3 @@ pub(super) fn clean_up(deployment: &Deployment, old: &[&ReplicaSet], actions: &m
         }
     }
 }
-

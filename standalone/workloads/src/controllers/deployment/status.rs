@@ -13,21 +13,36 @@ const PROGRESSING: &str = "Progressing";
 const AVAILABLE: &str = "Available";
 const REPLICA_FAILURE: &str = "ReplicaFailure";
 
-pub(super) fn note_created(deployment: &Deployment, name: &str, status: &mut DeploymentStatus, now: Timestamp) {
+pub(super) fn note_created(
+    deployment: &Deployment,
+    name: &str,
+    status: &mut DeploymentStatus,
+    now: Timestamp,
+) {
     if has_deadline(deployment) {
         let message = format!("Created new replica set \"{name}\"");
         set_condition(status, PROGRESSING, "True", "NewReplicaSetCreated", &message, now);
     }
 }
 
-pub(super) fn note_found(deployment: &Deployment, new: &ReplicaSet, status: &mut DeploymentStatus, now: Timestamp) {
+pub(super) fn note_found(
+    deployment: &Deployment,
+    new: &ReplicaSet,
+    status: &mut DeploymentStatus,
+    now: Timestamp,
+) {
     if has_deadline(deployment) && condition(status, PROGRESSING).is_none() {
         let message = format!("Found new replica set \"{}\"", new.name_any());
         set_condition(status, PROGRESSING, "True", "FoundNewReplicaSet", &message, now);
     }
 }
 
-pub(super) fn note_pause(deployment: &Deployment, paused: bool, status: &mut DeploymentStatus, now: Timestamp) {
+pub(super) fn note_pause(
+    deployment: &Deployment,
+    paused: bool,
+    status: &mut DeploymentStatus,
+    now: Timestamp,
+) {
     if !has_deadline(deployment) {
         return;
     }

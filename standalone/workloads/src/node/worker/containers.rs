@@ -14,7 +14,6 @@ use crate::node::lifecycle::{Container, Phase, Role, timestamp};
 use crate::node::shim_client::{ShimClient, ShimEvent};
 use crate::node::{sandbox, start};
 
-
 /// How long a deleted pod's containers go on before they are told to stop, unless a preStop hook says otherwise.
 ///
 /// Kubernetes tells a pod to stop in the same moment in which it tells everybody else to stop sending to it; whoever

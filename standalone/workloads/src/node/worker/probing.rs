@@ -12,7 +12,6 @@ use crate::node::lifecycle::Phase;
 use crate::node::probes::{self, Finding, Kind, ProbeEvent};
 use crate::node::start;
 
-
 /// The probes that run for one start of a container.
 pub(super) struct Probing {
     pub(super) attempt: u32,

@@ -15,7 +15,6 @@ use crate::node::record::{self, PodRecord};
 use crate::node::sandbox;
 use crate::node::status::{StatusFacts, pod_status};
 
-
 /// How long one status write may take.
 const WRITE_DEADLINE: Duration = Duration::from_secs(10);
 impl Worker {
