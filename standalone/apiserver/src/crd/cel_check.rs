@@ -107,7 +107,7 @@ impl<'s> Checker<'s> {
             Expr::List(list) => {
                 let mut items = list.elements.iter().map(|element| self.visit(element));
                 let first = items.next().unwrap_or(Type::Unknown);
-                let same = items.fold(true, |same, item| same & (item == first));
+                let same = items.fold(true, |same, item| same && item == first);
                 let length = list.elements.len() as u64;
                 Type::List(Box::new(if same { first } else { Type::Unknown }), length)
             }
@@ -272,7 +272,7 @@ impl<'s> Checker<'s> {
         self.variables.truncate(known);
         match accumulated {
             // all, exists; exists_one counts and compares in the end.
-            Type::Scalar("bool") | Type::Scalar("int") => Type::Scalar("bool"),
+            Type::Scalar("bool" | "int") => Type::Scalar("bool"),
             // filter and map: as long as what they were made of at most.
             Type::List(..) => Type::List(Box::new(Type::Unknown), size),
             Type::Unknown | Type::Scalar(_) | Type::Of(_) => Type::Unknown,
