@@ -448,7 +448,7 @@ fn to_cel(schema: &Schema, value: &Value) -> cel::Value {
             (Shape::Scalar(Scalar::Number), _) | (_, None) => cel::Value::Float(n.as_f64().unwrap_or(0.0)),
             (_, Some(i)) => cel::Value::Int(i),
         },
-        Value::String(s) => cel::Value::String(Arc::new(s.clone())),
+        Value::String(s) => formatted(schema, s),
         Value::Array(items) => {
             let item = schema.item();
             cel::Value::List(Arc::new(items.iter().map(|v| to_cel(item, v)).collect()))
@@ -465,6 +465,29 @@ fn to_cel(schema: &Schema, value: &Value) -> cel::Value {
             cel::Value::Map(CelMap { map: Arc::new(map) })
         }
     }
+}
+
+/// What turns a text of a format into the value that rules see. Each conversion is a constant that compiles.
+static BY_FORMAT: LazyLock<[(&str, Option<Program>); 3]> = LazyLock::new(|| {
+    [
+        ("date-time", "timestamp(text)"),
+        ("date", "timestamp(text + 'T00:00:00Z')"),
+        ("duration", "duration(text)"),
+    ]
+    .map(|(format, conversion)| (format, ENV.compile(conversion).ok()))
+});
+
+/// A string; a time or a duration where the schema's format says so and it is one.
+fn formatted(schema: &Schema, text: &str) -> cel::Value {
+    let plain = cel::Value::String(Arc::new(text.to_owned()));
+    let format = schema.rules.as_ref().and_then(|rules| rules.format.as_deref());
+    let conversion = BY_FORMAT.iter().find(|(known, _)| Some(*known) == format);
+    let Some((_, Some(conversion))) = conversion else {
+        return plain;
+    };
+    let mut context = Context::with_env(ENV.clone());
+    context.add_variable_from_value("text", plain.clone());
+    conversion.execute(&context).unwrap_or(plain)
 }
 
 /// Kubernetes' escaping of property names that are no CEL identifiers.
@@ -592,6 +615,19 @@ mod tests {
             errors(&schema, &json!({"name": "b"}), Some(&json!({"name": "a"}))),
             ["name: Invalid value: \"b\": immutable"]
         );
+    }
+
+    #[test]
+    fn times_and_durations_are_what_their_format_says() {
+        let schema = json!({"type": "object", "properties": {
+            "dur": {"type": "string", "format": "duration", "x-kubernetes-validations": [{"rule": "self < duration('1h')"}]},
+            "at": {"type": "string", "format": "date-time", "x-kubernetes-validations": [{"rule": "self > timestamp('2000-01-01T00:00:00Z')"}]},
+            "day": {"type": "string", "format": "date", "x-kubernetes-validations": [{"rule": "self.getFullYear() == 2020"}]},
+        }});
+        let good = json!({"dur": "5m", "at": "2020-01-01T00:00:00Z", "day": "2020-02-03"});
+        assert_eq!(errors(&schema, &good, None), Vec::<String>::new());
+        let bad = json!({"dur": "2h", "at": "1999-01-01T00:00:00Z", "day": "2021-02-03"});
+        assert_eq!(errors(&schema, &bad, None).len(), 3);
     }
 
     #[test]

@@ -197,6 +197,8 @@ impl<'s> Checker<'s> {
             "string" | "lowerAscii" | "upperAscii" | "trim" | "replace" | "substring" | "charAt" | "join" => {
                 Type::Scalar("string")
             }
+            "timestamp" => Type::Scalar("timestamp"),
+            "duration" => Type::Scalar("duration"),
             "double" => Type::Scalar("double"),
             "uint" => Type::Scalar("uint"),
             "bool" => Type::Scalar("bool"),
@@ -301,7 +303,9 @@ fn of(schema: &Value) -> Type<'_> {
         ("boolean", _) => Type::Scalar("bool"),
         ("integer", _) => Type::Scalar("int"),
         ("number", _) => Type::Scalar("double"),
-        ("string", "date" | "date-time" | "duration" | "byte") => Type::Unknown,
+        ("string", "date" | "date-time") => Type::Scalar("timestamp"),
+        ("string", "duration") => Type::Scalar("duration"),
+        ("string", "byte") => Type::Unknown,
         ("string", _) => Type::Scalar("string"),
         ("object" | "array", _) => Type::Of(schema),
         _ => Type::Unknown,

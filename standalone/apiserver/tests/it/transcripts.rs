@@ -40,16 +40,17 @@ const DEADLINE: Duration = Duration::from_millis(1500);
 /// How long a watch must be quiet to count as having said everything.
 const QUIET: Duration = Duration::from_millis(15);
 
-fn data() -> Option<PathBuf> {
+pub(crate) fn data() -> Option<PathBuf> {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data/kube-api/scenarios");
     root.is_dir().then_some(root)
 }
 
-struct Run {
-    server: ApiServer,
+/// A recorded scenario being replayed.
+pub(crate) struct Run {
+    pub(crate) server: ApiServer,
     symbols: HashMap<String, Value>,
     pattern: Regex,
-    failures: Vec<(usize, String)>,
+    pub(crate) failures: Vec<(usize, String)>,
     steps: usize,
 }
 
@@ -80,7 +81,7 @@ impl Run {
         }
     }
 
-    fn substitute_text(&self, text: &str) -> String {
+    pub(crate) fn substitute_text(&self, text: &str) -> String {
         self.pattern
             .replace_all(text, |c: &regex::Captures<'_>| match self.symbols.get(&c[0]) {
                 Some(Value::String(s)) => s.clone(),
@@ -175,7 +176,7 @@ impl Run {
         }
     }
 
-    fn compare_text(&mut self, wanted: &str, found: &Value, path: &str) -> Result<(), String> {
+    pub(crate) fn compare_text(&mut self, wanted: &str, found: &Value, path: &str) -> Result<(), String> {
         let symbols: Vec<String> = self
             .pattern
             .find_iter(wanted)
@@ -391,7 +392,7 @@ impl Run {
         }
     }
 
-    async fn step(&mut self, index: usize, step: &Value) {
+    pub(crate) async fn step(&mut self, index: usize, step: &Value) {
         if let Some(request) = step.get("request") {
             self.steps += 1;
             let reply = self.send(request).await;
@@ -580,7 +581,8 @@ fn generate(generator: &Value) -> Vec<u8> {
     .into_bytes()
 }
 
-async fn replay(scenario: &Value) -> (usize, Vec<(usize, String)>) {
+/// A server in the state in which a scenario begins.
+pub(crate) async fn set_up(scenario: &Value) -> Run {
     let with_controllers = scenario["server"] == "controllers";
     let server = ApiServer::builder()
         .garbage_collector(with_controllers)
@@ -618,6 +620,11 @@ async fn replay(scenario: &Value) -> (usize, Vec<(usize, String)>) {
             run.failures.push((0, format!("setup wait {wait}")));
         }
     }
+    run
+}
+
+async fn replay(scenario: &Value) -> (usize, Vec<(usize, String)>) {
+    let mut run = set_up(scenario).await;
     let steps = scenario["steps"].as_array().cloned().unwrap_or_default();
     for (i, step) in steps.iter().enumerate() {
         if step.get("storage").is_some() {
