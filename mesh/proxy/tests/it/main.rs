@@ -10,4 +10,5 @@ mod interception;
 mod lifecycle;
 mod metrics;
 mod tcp;
+mod upstream_health;
 mod xds;
