@@ -114,7 +114,7 @@ pub(crate) fn validate(crd: &Value, old: Option<&Value>) -> Vec<FieldError> {
         ));
     }
     let versions = list_at(crd, "spec.versions");
-    check_versions(crd, versions, &mut errors);
+    check_versions(crd, versions, old.is_none(), &mut errors);
     check_names(crd, &mut errors);
     let kind = str_at(crd, "spec.names.kind");
     if !kind.is_empty() && kind == str_at(crd, "spec.names.listKind") {
@@ -163,7 +163,7 @@ pub(crate) fn validate(crd: &Value, old: Option<&Value>) -> Vec<FieldError> {
     errors
 }
 
-fn check_versions(crd: &Value, versions: &[Value], errors: &mut Vec<FieldError>) {
+fn check_versions(crd: &Value, versions: &[Value], is_new: bool, errors: &mut Vec<FieldError>) {
     for (i, version) in versions.iter().enumerate() {
         let name = str_at(version, "name");
         for e in names::dns_1035_errors(name) {
@@ -209,7 +209,7 @@ fn check_versions(crd: &Value, versions: &[Value], errors: &mut Vec<FieldError>)
         ));
     }
     for missing in storage.iter().filter(|name| !stored.iter().any(|s| s == *name)) {
-        if !stored.is_empty() {
+        if !stored.is_empty() && is_new {
             errors.push(FieldError::invalid(
                 "status.storedVersions",
                 &json!(stored),
