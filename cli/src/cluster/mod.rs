@@ -88,6 +88,11 @@ impl Cluster {
         self.directory.join("kubeconfig")
     }
 
+    /// Where the controllers' own metrics are served, as a URL.
+    pub(crate) fn metrics_address(&self) -> PathBuf {
+        self.directory.join("metrics.url")
+    }
+
     /// The log of the server process.
     pub(crate) fn log(&self) -> PathBuf {
         self.directory.join("server.log")

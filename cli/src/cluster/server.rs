@@ -13,6 +13,9 @@ use clap::Args;
 use futures::future::try_join_all;
 use kube::Client;
 use serin_apiserver::{ApiServer, Certificates, Tokens};
+use serin_kit::leader;
+use serin_kit::metrics::Endpoint;
+use serin_kit::metrics::prometheus_client::registry::Registry;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
@@ -96,7 +99,9 @@ pub(crate) async fn run(
         set: JoinSet::new(),
         cancel: cancel.child_token(),
     };
-    start_mesh_and_controllers(cluster, &client, &mut tasks);
+    let own_metrics = serin_canary::metrics::Metrics::default();
+    start_metrics(cluster, &own_metrics, &mut tasks).await?;
+    start_mesh_and_controllers(cluster, &client, &own_metrics, &mut tasks);
     step("mesh and controllers");
 
     start_node(cluster).await?;
@@ -108,7 +113,11 @@ pub(crate) async fn run(
     let outcome = tasks.watch().await;
     tasks.stop().await;
     api.shutdown().await;
-    for socket in [cluster.api_socket(), cluster.xds_socket()] {
+    for socket in [
+        cluster.api_socket(),
+        cluster.xds_socket(),
+        cluster.metrics_address(),
+    ] {
         let _ = std::fs::remove_file(socket);
     }
     outcome
@@ -183,7 +192,33 @@ async fn define(client: &Client) -> anyhow::Result<()> {
     try_join_all(writes).await.map(|_| ())
 }
 
-fn start_mesh_and_controllers(cluster: &Cluster, client: &Client, tasks: &mut Tasks) {
+/// Opens the endpoint of the controllers' own metrics on a free port of loopback, and writes down where it is.
+async fn start_metrics(
+    cluster: &Cluster,
+    own_metrics: &serin_canary::metrics::Metrics,
+    tasks: &mut Tasks,
+) -> anyhow::Result<()> {
+    let mut registry = Registry::default();
+    own_metrics.register(&mut registry);
+    let endpoint = Endpoint::bind((Ipv4Addr::LOCALHOST, 0).into(), registry).await?;
+    write_private(
+        &cluster.metrics_address(),
+        &format!("http://{}/metrics\n", endpoint.address()),
+    )?;
+    let cancel = tasks.cancel.clone();
+    tasks.set.spawn(async move {
+        endpoint.run(cancel).await;
+        Ok(())
+    });
+    Ok(())
+}
+
+fn start_mesh_and_controllers(
+    cluster: &Cluster,
+    client: &Client,
+    own_metrics: &serin_canary::metrics::Metrics,
+    tasks: &mut Tasks,
+) {
     let options = serin_control::ControlOptions {
         socket: Some(cluster.xds_socket()),
         ..Default::default()
@@ -197,20 +232,23 @@ fn start_mesh_and_controllers(cluster: &Cluster, client: &Client, tasks: &mut Ta
         traffic: Arc::new(serin_canary::traffic::KubeTraffic::new(client.clone(), liveness)),
         metrics: Arc::new(MeshMetrics::new(control.telemetry().clone())),
         options: serin_canary::objects::Options::default(),
+        own_metrics: own_metrics.clone(),
     };
     let gitops = serin_gitops::Context::new(client.clone(), cluster.git_cache());
     let cancel = &tasks.cancel;
     tasks
         .set
         .spawn(named("mesh control", control.run(client.clone(), cancel.clone())));
-    tasks.set.spawn(named(
-        "canary controller",
-        serin_canary::run(canary, cancel.clone()),
-    ));
-    tasks.set.spawn(named(
-        "gitops controller",
-        serin_gitops::run(gitops, cancel.clone()),
-    ));
+    // One process: it leads without a Lease.
+    let leads = leader::always();
+    let (leading, stop) = (leads.clone(), cancel.clone());
+    tasks.set.spawn(named("canary controller", async move {
+        leader::while_leading(leading, &stop, |term| serin_canary::run(canary.clone(), term)).await
+    }));
+    let stop = cancel.clone();
+    tasks.set.spawn(named("gitops controller", async move {
+        leader::while_leading(leads, &stop, |term| serin_gitops::run(gitops.clone(), term)).await
+    }));
     tasks.set.spawn(named(
         "workload controllers",
         serin_workloads::controllers::run(client.clone(), cancel.clone()),
