@@ -30,6 +30,8 @@ pub(crate) struct Options {
 struct Status {
     cluster: String,
     running: bool,
+    /// Where webhooks of Receivers are taken; a Receiver's `status.webhookPath` goes behind it.
+    webhooks: Option<String>,
     sources: Vec<Source>,
     canaries: Vec<Canary>,
     routes: Vec<Route>,
@@ -79,6 +81,7 @@ pub(crate) async fn run(cluster: &Cluster, options: &Options) -> anyhow::Result<
     let mut status = Status {
         cluster: cluster.name().to_owned(),
         running: process::running(cluster)?.is_some(),
+        webhooks: cluster.webhook_address(),
         sources: Vec::new(),
         canaries: Vec::new(),
         routes: Vec::new(),
@@ -194,6 +197,9 @@ fn print(status: &Status) {
         paint("API answers, but the server's lock is free", Mood::Bad)
     };
     println!("cluster {}: {running}", status.cluster);
+    if let Some(address) = &status.webhooks {
+        println!("webhooks at {address}");
+    }
     if !status.sources.is_empty() {
         let mut sources = table(&["KIND", "NAMESPACE", "NAME", "READY", "REVISION", "MESSAGE"]);
         for source in &status.sources {

@@ -14,7 +14,7 @@ use crate::accumulator::Accumulator;
 use crate::config::TransformerConfig;
 use crate::crds;
 use crate::error::{Cause, Error, Result, nearest};
-use crate::finish::{drop_local, finish, sort};
+use crate::finish::{check_identity, drop_local, finish, sort};
 use crate::generate::{Generator, combine};
 use crate::kustomization::{self, FILE_NAMES, Kustomization, Located};
 use crate::loader::{Loader, ReadSet, Resolved, display_dir};
@@ -185,7 +185,7 @@ impl Builder<'_> {
         let transformations = wants("transformerAnnotations");
         self.with_origin = !target.k.build_metadata.is_empty() || self.options.origin;
         target.origin = self.with_origin.then(Origin::default);
-        let managed_by = wants("managedByLabel");
+        let managed_by = wants("managedByLabel") || self.options.managed_by;
 
         let dir = target.dir.clone();
         self.visited.push(dir);
@@ -218,6 +218,7 @@ impl Builder<'_> {
         )?;
         let mut resources = acc.map.into_resources();
         for r in &mut resources {
+            check_identity(r)?;
             finish(r, managed_by, origins, transformations);
         }
         Ok(resources)
