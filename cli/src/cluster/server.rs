@@ -43,7 +43,13 @@ pub(crate) struct Settings {
     /// Port on this machine for kubectl; any free one if 0
     #[arg(long, default_value_t = 0)]
     pub(crate) api_port: u16,
+    /// Port on this machine for the webhooks of Receivers [default: 9292, or any free one if that is taken]
+    #[arg(long)]
+    pub(crate) webhook_port: Option<u16>,
 }
+
+/// The port of the receiver in Flux's notification-controller.
+const WEBHOOK_PORT: u16 = 9292;
 
 impl Settings {
     /// The usual settings with another gateway port.
@@ -51,15 +57,18 @@ impl Settings {
         Self {
             gateway_port,
             api_port: 0,
+            webhook_port: None,
         }
     }
 
     /// The settings as they are typed.
     pub(crate) fn to_arguments(self) -> Vec<String> {
-        vec![
+        let mut arguments = vec![
             format!("--gateway-port={}", self.gateway_port),
             format!("--api-port={}", self.api_port),
-        ]
+        ];
+        arguments.extend(self.webhook_port.map(|port| format!("--webhook-port={port}")));
+        arguments
     }
 }
 
@@ -102,6 +111,7 @@ pub(crate) async fn run(
     let own_metrics = serin_canary::metrics::Metrics::default();
     start_metrics(cluster, &own_metrics, &mut tasks).await?;
     start_mesh_and_controllers(cluster, &client, &own_metrics, &mut tasks);
+    serve_webhooks(cluster, settings, &client, &mut tasks).await?;
     step("mesh and controllers");
 
     start_node(cluster).await?;
@@ -113,12 +123,13 @@ pub(crate) async fn run(
     let outcome = tasks.watch().await;
     tasks.stop().await;
     api.shutdown().await;
-    for socket in [
+    for file in [
         cluster.api_socket(),
         cluster.xds_socket(),
         cluster.metrics_address(),
+        cluster.webhooks(),
     ] {
-        let _ = std::fs::remove_file(socket);
+        let _ = std::fs::remove_file(file);
     }
     outcome
 }
@@ -253,6 +264,45 @@ fn start_mesh_and_controllers(
         "workload controllers",
         serin_workloads::controllers::run(client.clone(), cancel.clone()),
     ));
+}
+
+/// Opens the port at which git servers tell of pushes. Only this machine reaches it; a tunnel or a proxy in front of it
+/// makes it public, and each call is authenticated by its Receiver.
+async fn serve_webhooks(
+    cluster: &Cluster,
+    settings: &Settings,
+    client: &Client,
+    tasks: &mut Tasks,
+) -> anyhow::Result<()> {
+    let on = |port| tokio::net::TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+    let listener = match settings.webhook_port {
+        Some(port) => on(port).await.with_context(|| {
+            format!("take webhooks on port {port}; choose another one with --webhook-port")
+        })?,
+        None => match on(WEBHOOK_PORT).await {
+            Ok(listener) => listener,
+            Err(_) => on(0).await.context("find a free port for webhooks")?,
+        },
+    };
+    let address = listener.local_addr().context("read the port for webhooks")?;
+    std::fs::write(cluster.webhooks(), format!("http://{address}\n"))
+        .with_context(|| format!("write {}", cluster.webhooks().display()))?;
+    let receivers = serin_gitops::Receivers::new(client.clone(), tasks.cancel.clone());
+    let router = receivers.router();
+    let stop = tasks.cancel.clone();
+    let serving = async move {
+        axum::serve(listener, router)
+            .with_graceful_shutdown(stop.cancelled_owned())
+            .await
+    };
+    tasks.set.spawn(named("webhook server", serving));
+    let stop = tasks.cancel.clone();
+    let watching = async move {
+        receivers.run(stop).await;
+        anyhow::Ok(())
+    };
+    tasks.set.spawn(named("receiver controller", watching));
+    Ok(())
 }
 
 /// Starts the process that runs pods, or keeps the one that survived an earlier server.

@@ -32,6 +32,8 @@ struct Status {
     running: bool,
     /// Where the controllers' own metrics are served.
     metrics: Option<String>,
+    /// Where webhooks of Receivers are taken; a Receiver's `status.webhookPath` goes behind it.
+    webhooks: Option<String>,
     sources: Vec<Source>,
     canaries: Vec<Canary>,
     routes: Vec<Route>,
@@ -84,6 +86,7 @@ pub(crate) async fn run(cluster: &Cluster, options: &Options) -> anyhow::Result<
         metrics: std::fs::read_to_string(cluster.metrics_address())
             .ok()
             .map(|url| url.trim().to_owned()),
+        webhooks: cluster.webhook_address(),
         sources: Vec::new(),
         canaries: Vec::new(),
         routes: Vec::new(),
@@ -201,6 +204,9 @@ fn print(status: &Status) {
     println!("cluster {}: {running}", status.cluster);
     if let Some(metrics) = &status.metrics {
         println!("metrics {metrics}");
+    }
+    if let Some(address) = &status.webhooks {
+        println!("webhooks at {address}");
     }
     if !status.sources.is_empty() {
         let mut sources = table(&["KIND", "NAMESPACE", "NAME", "READY", "REVISION", "MESSAGE"]);
