@@ -7,6 +7,7 @@
 #![allow(deprecated)] // control planes, istiod among them, still send fields that Envoy calls deprecated
 
 pub mod chain_match;
+pub mod client_cert;
 pub mod cluster;
 pub mod convert;
 pub mod endpoint;
@@ -15,6 +16,7 @@ pub mod hash;
 pub mod hcm;
 pub mod headers;
 pub mod listener;
+pub mod listener_filters;
 pub mod matchers;
 pub mod retry;
 pub mod route;
