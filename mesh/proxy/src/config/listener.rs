@@ -12,8 +12,8 @@ use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_v3;
 use super::chain_match::ChainMatch;
 use super::convert::{self, Address};
 use super::hcm::HttpManager;
-use super::route::Context;
 use super::listener_filters::{ConnectionLimit, ProxyProtocol};
+use super::route::Context;
 use super::slot::{ClusterSlot, Directory};
 use super::transport_socket;
 use super::weighted::{Turn, Weights};
@@ -369,7 +369,10 @@ impl Listener {
         match filter.name.as_str() {
             "envoy.filters.listener.proxy_protocol" => {
                 if filter.filter_disabled.is_some() {
-                    return Err(Refusal::new("filter_disabled", "not supported for proxy_protocol"));
+                    return Err(Refusal::new(
+                        "filter_disabled",
+                        "not supported for proxy_protocol",
+                    ));
                 }
                 self.proxy_protocol = Some(ProxyProtocol::compile(any).within("typed_config")?);
             }

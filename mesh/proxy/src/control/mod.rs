@@ -106,9 +106,9 @@ impl Proxy {
                 })?;
             workers.push(WorkerHandle { commands, thread });
         }
-        shared
-            .neighbours
-            .store(Arc::new(workers.iter().map(|worker| worker.commands.clone()).collect()));
+        shared.neighbours.store(Arc::new(
+            workers.iter().map(|worker| worker.commands.clone()).collect(),
+        ));
         let proxy = Self {
             node: options.node,
             own,
@@ -168,8 +168,7 @@ impl Proxy {
                     match self.bind_all(&listener.addresses) {
                         Ok(sockets) => {
                             let bound = sockets.first().into_iter().flatten();
-                            let bound: Vec<_> =
-                                bound.filter_map(|socket| socket.local_addr().ok()).collect();
+                            let bound: Vec<_> = bound.filter_map(|socket| socket.local_addr().ok()).collect();
                             self.bound.lock().insert(listener.name.clone(), bound);
                             for (worker, sockets) in self.workers.iter().zip(sockets) {
                                 // A worker that has ended serves nothing; its end has been logged.

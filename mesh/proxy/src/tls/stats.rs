@@ -135,10 +135,10 @@ pub fn families<'a>(all: impl Iterator<Item = (Side, &'a str, &'a Arc<TlsStats>)
                 .push((vec![owner()], Value::Counter(value as f64)));
         }
         for (listener, cluster, label, agreed, value) in stats.agreed() {
-            families
-                .entry(of_side(listener, cluster))
-                .or_default()
-                .push((vec![owner(), (label, agreed.to_owned())], Value::Counter(value as f64)));
+            families.entry(of_side(listener, cluster)).or_default().push((
+                vec![owner(), (label, agreed.to_owned())],
+                Value::Counter(value as f64),
+            ));
         }
     }
     families

@@ -259,9 +259,7 @@ fn readable(error: io::Error) -> io::Error {
         .get_ref()
         .and_then(|inner| inner.downcast_ref::<rustls::Error>())
     {
-        Some(rustls::Error::InvalidCertificate(CertificateError::Other(reason))) => {
-            reason.to_string()
-        }
+        Some(rustls::Error::InvalidCertificate(CertificateError::Other(reason))) => reason.to_string(),
         Some(rustls::Error::InvalidCertificate(reason)) => {
             let text = match reason {
                 CertificateError::Expired => "certificate has expired".to_owned(),

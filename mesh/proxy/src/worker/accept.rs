@@ -86,7 +86,9 @@ fn balance(worker: &Rc<Worker>, slot: &Arc<ListenerSlot>, stream: TcpStream, rem
         return serve(worker.clone(), slot.clone(), stream, remote, Some(share));
     }
     let neighbours = worker.shared.neighbours.load();
-    let Some(neighbour) = neighbours.get(least) else { return };
+    let Some(neighbour) = neighbours.get(least) else {
+        return;
+    };
     match stream.into_std() {
         Ok(stream) => {
             let command = Command::Serve(slot.clone(), stream, remote, share);
@@ -289,7 +291,13 @@ async fn handle(
             Some(place) => Some(place),
             None => {
                 let error = io::Error::other("connection_limit");
-                log_handshake(&worker, &listener, detected.server_name.map(Box::from), addresses, &error);
+                log_handshake(
+                    &worker,
+                    &listener,
+                    detected.server_name.map(Box::from),
+                    addresses,
+                    &error,
+                );
                 tokio::time::sleep(limit.delay).await;
                 return;
             }

@@ -9,6 +9,7 @@ mod forwarding;
 mod hygiene;
 mod interception;
 mod lifecycle;
+mod listener;
 mod metrics;
 mod tcp;
 mod tls;
