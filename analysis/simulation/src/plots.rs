@@ -154,7 +154,8 @@ pub fn against_looks(healthy: &Tally) -> Chart {
 mod tests {
     use super::*;
 
-    /// The table of computed false rollbacks that the project started from: ten checks at 99 %.
+    /// The table of computed false rollbacks that the project started from: ten checks must pass at 99 %, so `threshold - 1`
+    /// more may be needed.
     #[test]
     fn the_threshold_rule_fails_as_often_as_computed_elsewhere() {
         for (n, p, fails, rolled_back) in [
@@ -165,7 +166,7 @@ mod tests {
             let found = window_fails(n, p);
             assert!((found - fails).abs() < 0.001, "{n} {p}: {found}");
             for (threshold, expected) in [1, 2, 5].into_iter().zip(rolled_back) {
-                let found = rolls_back(10, found, threshold);
+                let found = rolls_back(9 + threshold, found, threshold);
                 assert!((found - expected).abs() < 0.01, "{n} {p} {threshold}: {found}");
             }
         }

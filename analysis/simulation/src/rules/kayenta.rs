@@ -97,13 +97,16 @@ pub fn classify(canary: &[f64], primary: &[f64]) -> Class {
     if canary == primary {
         return Class::Pass;
     }
-    let constant = |values: &[f64]| values.iter().all(|value| *value == values[0]);
+    let constant = |values: &Vec<f64>| values.iter().all(|value| *value == values[0]);
     let (mut x, mut y) = (canary.to_vec(), primary.to_vec());
-    if constant(&x) || constant(&y) {
-        // Kayenta breaks the ties with noise; from a fixed seed here, so that a verdict can be repeated.
-        let mut random = Random::new(0);
-        for value in x.iter_mut().chain(&mut y) {
-            *value += 1e-5 * random.normal() * if *value == 0.0 { 1.0 } else { value.abs() };
+    for values in [&mut x, &mut y] {
+        if constant(values) {
+            // Kayenta breaks the ties of a constant set with noise relative to it (zeros stay zeros); from a fixed seed
+            // here, so that a verdict can be repeated.
+            let mut random = Random::new(0);
+            for value in values {
+                *value *= 1.0 + 1e-5 * random.normal();
+            }
         }
     }
     let shift = root(&x, &y, 0.0, false);

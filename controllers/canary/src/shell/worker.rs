@@ -22,7 +22,7 @@ use super::measure::Measuring;
 use super::observe::{Seen, Written, observe};
 use super::templates::Templates;
 use super::{Key, Shared};
-use crate::decide::{COMPARISON_STATE, Decision, decide};
+use crate::decide::{COMPARISON_STATE, Decision, Event, decide};
 use crate::objects::Blueprint;
 use crate::plan::Plan;
 use crate::traffic::Liveness;
@@ -36,6 +36,8 @@ const RETRY_MAX: Duration = Duration::from_secs(10);
 const VALUES_MAX_AGE: Duration = Duration::from_secs(5);
 /// Wait before a mesh that ended its report on a route is asked again.
 const LIVENESS_RETRY: Duration = Duration::from_secs(1);
+/// Events that wait for a status that cannot be written; the oldest are dropped.
+const UNTOLD_MAX: usize = 64;
 
 /// Reason of every event, as in Flagger.
 const EVENT_REASON: &str = "Synced";
@@ -51,6 +53,7 @@ pub(crate) async fn work(shared: Arc<Shared>, key: Key, wake: Arc<Notify>, cance
         uid: None,
         status: None,
         unwritten: false,
+        untold: Vec::new(),
         written_at: None,
         written: Written::default(),
         measuring: Measuring::default(),
@@ -104,6 +107,8 @@ struct Worker {
     status: Option<CanaryStatus>,
     /// Whether the status in memory is newer than the one on the API server in more than measured values.
     unwritten: bool,
+    /// Events of statuses that are not written yet.
+    untold: Vec<Event>,
     written_at: Option<Instant>,
     written: Written,
     measuring: Measuring,
@@ -162,6 +167,7 @@ impl Worker {
     fn forget(&mut self) {
         self.status = None;
         self.unwritten = false;
+        self.untold.clear();
         self.written_at = None;
         self.written = Written::default();
         self.measuring.stop();
@@ -230,7 +236,8 @@ impl Worker {
         self.measuring.ensure(&self.shared.context.metrics, &query);
     }
 
-    /// Writes the status and tells the events.
+    /// Writes the status and then tells the events. In this order a process that dies between the two takes an event with
+    /// it, which the status says as well; in the other order the next process would decide the same again and tell it twice.
     async fn report(&mut self, seen: &Seen, before: CanaryStatus, decision: Decision) -> Result<(), Error> {
         let fresh = self.written_at.is_some_and(|at| at.elapsed() < VALUES_MAX_AGE);
         let changed = match (before == decision.status, fresh) {
@@ -241,8 +248,11 @@ impl Worker {
         // Kept even when the write below fails: what was decided and done is not decided again from an older status.
         self.status = Some(decision.status.clone());
         self.unwritten |= changed;
-        self.tell(seen, &decision);
+        self.untold.extend(decision.events);
+        let excess = self.untold.len().saturating_sub(UNTOLD_MAX);
+        self.untold.drain(..excess);
         if !self.unwritten {
+            self.tell(seen);
             return Ok(());
         }
         let client = self.shared.context.client.clone();
@@ -263,12 +273,13 @@ impl Worker {
         }
         self.unwritten = false;
         self.written_at = Some(Instant::now());
+        self.tell(seen);
         Ok(())
     }
 
-    fn tell(&self, seen: &Seen, decision: &Decision) {
+    fn tell(&mut self, seen: &Seen) {
         let about = reference(&seen.canary);
-        for event in &decision.events {
+        for event in self.untold.drain(..) {
             info!(message = %event.message, "event");
             let (recorder, note) = (&self.shared.recorder, &event.message);
             let action = shortened(note, ACTION_MAX);
