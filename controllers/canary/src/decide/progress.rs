@@ -503,7 +503,7 @@ impl Deciding<'_> {
             let verdict = templates::judge(metric, reading);
             match &verdict {
                 Verdict::Bad(evidence) if judged.failure.is_none() => {
-                    judged.failure = Some(templates::halt_text(metric, evidence.value));
+                    judged.failure = Some(templates::halt_text(metric, evidence));
                 }
                 Verdict::NoData { explanation } => judged.miss(explanation, on_no_data),
                 Verdict::ProviderError { explanation } => judged.miss(explanation, on_provider_error),
