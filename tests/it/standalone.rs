@@ -125,17 +125,6 @@ fn pods_outlive_a_killed_server_and_nothing_outlives_down() {
     );
 }
 
-/// Processes of the cluster whose command line has this word.
-fn processes_with(cluster: &TestCluster, word: &str) -> Vec<u32> {
-    let has = |pid: &u32| {
-        std::fs::read(format!("/proc/{pid}/cmdline"))
-            .unwrap_or_default()
-            .split(|byte| *byte == 0)
-            .any(|argument| argument.ends_with(word.as_bytes()))
-    };
-    cluster.processes().into_iter().filter(has).collect()
-}
-
 #[test]
 fn whatever_of_a_cluster_was_killed_down_leaves_nothing() {
     let Some(cluster) = TestCluster::new() else { return };
@@ -158,7 +147,7 @@ fn whatever_of_a_cluster_was_killed_down_leaves_nothing() {
             |gateway| is(gateway, "Available", "True"),
         );
         let victims = killed.iter().map(|word| {
-            let found = processes_with(&cluster, word);
+            let found = cluster.processes_with(word);
             assert!(!found.is_empty(), "there is a {word}");
             found
         });

@@ -134,7 +134,8 @@ pub(crate) async fn run(
     outcome
 }
 
-fn start_log() {
+/// Sends the log of this process to standard error, which is the cluster's log file. Starts no thread.
+pub(crate) fn start_log() {
     use tracing_subscriber::EnvFilter;
     let filter = EnvFilter::try_from_env("SERIN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     // A second start in the same process keeps the first log.
