@@ -303,7 +303,8 @@ pub(crate) fn version_two(accept: Option<&http::HeaderValue>) -> http::Response<
         .and_then(|value| value.to_str().ok())
         .is_some_and(|value| value.contains("proto-openapi.spec.v2"));
     if !wants_protobuf {
-        let document = serde_json::json!({"swagger": "2.0", "info": {"title": TITLE, "version": VERSION}, "paths": {}});
+        let document =
+            serde_json::json!({"swagger": "2.0", "info": {"title": TITLE, "version": VERSION}, "paths": {}});
         return crate::http::respond::json(200, &document, &[]);
     }
     // gnostic's Document { swagger = 1, info = 2 { title = 1, version = 2 } }; all lengths are below 128.
