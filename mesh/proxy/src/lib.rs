@@ -52,5 +52,6 @@ pub mod intercept;
 pub mod metrics;
 mod random;
 mod sys;
+pub mod tls;
 pub mod upstream;
 pub mod worker;

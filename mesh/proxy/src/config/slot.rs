@@ -163,6 +163,8 @@ pub struct Slots {
     routes: std::collections::HashMap<Arc<str>, Arc<RouteSlot>, foldhash::fast::RandomState>,
     free: Vec<u32>,
     next: u32,
+    /// Secrets that clusters and listeners refer to.
+    pub secrets: crate::tls::table::SecretTable,
 }
 
 impl Slots {
@@ -214,5 +216,6 @@ impl Slots {
         });
         self.routes
             .retain(|_, slot| Arc::strong_count(slot) > 1 || slot.table.load().is_some());
+        self.secrets.sweep();
     }
 }
