@@ -62,9 +62,10 @@ impl Warming {
         // A newer version waits no longer than the one before it.
         let before = self.held.get(&key).map(|held| held.until);
         let until = until.or(before).unwrap_or(now + WARMING);
-        let missing = match until <= now {
-            true => Vec::new(),
-            false => model.dangling(object),
+        let missing = if until <= now {
+            Vec::new()
+        } else {
+            model.dangling(object)
         };
         if missing.is_empty() {
             // An older version of it may have been kept a moment ago.

@@ -148,8 +148,11 @@ impl World for MeshWorld {
         }
         let mut told = Vec::with_capacity(waiting.len());
         for (key, (object, until)) in &waiting {
-            let generation = seen(object).map(|seen| seen.generation);
-            told.push((key.clone(), generation));
+            // One that is overtaken before it was ever in effect is not told of.
+            let overtaken = changed.iter().any(|(changed, _)| changed == key);
+            if !overtaken {
+                told.push((key.clone(), seen(object).map(|seen| seen.generation)));
+            }
             first.push((Change::Apply(object.clone()), Some(*until)));
         }
         told.append(&mut changed);

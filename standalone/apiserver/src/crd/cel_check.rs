@@ -105,11 +105,11 @@ impl<'s> Checker<'s> {
             Expr::Call(call) => self.call(call),
             Expr::Comprehension(comprehension) => self.comprehension(comprehension),
             Expr::List(list) => {
-                let mut items = list.elements.iter().map(|element| self.visit(element));
-                let first = items.next().unwrap_or(Type::Unknown);
-                let same = items.fold(true, |same, item| same && item == first);
-                let length = list.elements.len() as u64;
-                Type::List(Box::new(if same { first } else { Type::Unknown }), length)
+                let items: Vec<Type<'s>> = list.elements.iter().map(|element| self.visit(element)).collect();
+                let same = items.iter().all(|item| Some(item) == items.first());
+                let length = items.len() as u64;
+                let first = items.into_iter().next().filter(|_| same);
+                Type::List(Box::new(first.unwrap_or(Type::Unknown)), length)
             }
             Expr::Map(map) => {
                 for entry in &map.entries {

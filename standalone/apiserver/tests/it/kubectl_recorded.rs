@@ -41,7 +41,10 @@ async fn command(run: &mut Run, home: &Path, namespace: &str, recorded: &Value) 
         }
     }
     let args = recorded["args"].as_array().expect("arguments");
-    let args: Vec<String> = args.iter().map(|a| run.substitute_text(a.as_str().expect("text"))).collect();
+    let args: Vec<String> = args
+        .iter()
+        .map(|a| run.substitute_text(a.as_str().expect("text")))
+        .collect();
     let mut kubectl = Command::new("kubectl");
     kubectl
         .args(["--namespace", namespace])
@@ -73,7 +76,10 @@ async fn command(run: &mut Run, home: &Path, namespace: &str, recorded: &Value) 
     );
     let wanted = recorded["exit"].as_i64().unwrap_or(0);
     if output.status.code().map(i64::from) != Some(wanted) {
-        return Err(format!("exit code: wanted {wanted}, found {:?}: {out}{err}", output.status.code()));
+        return Err(format!(
+            "exit code: wanted {wanted}, found {:?}: {out}{err}",
+            output.status.code()
+        ));
     }
     let wanted = tidy(recorded["stdout"].as_str().unwrap_or_default());
     run.compare_text(&wanted, &json!(tidy(&out)), "stdout")?;
@@ -140,7 +146,10 @@ async fn kubectl_says_what_it_said_of_a_real_kube_apiserver() {
         eprintln!("SKIPPED: recorded commands of kubectl: ../shared is not here");
         return;
     };
-    let version = Command::new("kubectl").args(["version", "--client"]).output().await;
+    let version = Command::new("kubectl")
+        .args(["version", "--client"])
+        .output()
+        .await;
     if !version.is_ok_and(|o| o.status.success()) {
         eprintln!("SKIPPED: recorded commands of kubectl: kubectl is not on PATH");
         return;
@@ -152,7 +161,8 @@ async fn kubectl_says_what_it_said_of_a_real_kube_apiserver() {
     files.sort();
     let mut replays = tokio::task::JoinSet::new();
     for file in files {
-        let scenario: Value = serde_json::from_slice(&std::fs::read(&file).expect("a scenario")).expect("JSON");
+        let scenario: Value =
+            serde_json::from_slice(&std::fs::read(&file).expect("a scenario")).expect("JSON");
         let name = scenario["name"].as_str().expect("a name").to_owned();
         if scenario["server"] == "controllers" || name == "kubectl/delete-wait" {
             continue;
@@ -164,7 +174,11 @@ async fn kubectl_says_what_it_said_of_a_real_kube_apiserver() {
     while let Some(replayed) = replays.join_next().await {
         let (name, (commands, failures)) = replayed.expect("it ran");
         all += commands;
-        differing.extend(failures.into_iter().map(|(step, text)| (format!("{name} {step}"), text)));
+        differing.extend(
+            failures
+                .into_iter()
+                .map(|(step, text)| (format!("{name} {step}"), text)),
+        );
     }
     let expected = expected();
     let mut complaints = String::new();
@@ -172,8 +186,15 @@ async fn kubectl_says_what_it_said_of_a_real_kube_apiserver() {
         writeln!(complaints, "{name}: {text}").expect("written");
     }
     for name in expected.keys().filter(|name| !differing.contains_key(*name)) {
-        writeln!(complaints, "{name} is listed as differing and agrees: take it off the list").expect("written");
+        writeln!(
+            complaints,
+            "{name} is listed as differing and agrees: take it off the list"
+        )
+        .expect("written");
     }
-    eprintln!("kubectl: {} of {all} commands agree", all - differing.len().min(all));
+    eprintln!(
+        "kubectl: {} of {all} commands agree",
+        all - differing.len().min(all)
+    );
     assert!(complaints.is_empty(), "{complaints}");
 }

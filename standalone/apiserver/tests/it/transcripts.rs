@@ -33,7 +33,7 @@ const GROUPS: [&str; 11] = [
 ];
 
 /// Per cent of all steps that agree; raise it with each improvement.
-const FLOOR: f64 = 88.0;
+const FLOOR: f64 = 92.0;
 
 /// A wait step or an expected event may take this long.
 const DEADLINE: Duration = Duration::from_millis(1500);

@@ -446,6 +446,9 @@ mod tests {
         }))
         .unwrap();
         let refused = unsupported(&container).unwrap();
-        assert!(refused.starts_with("readinessProbe: httpGet over HTTPS"), "{refused}");
+        assert!(
+            refused.starts_with("readinessProbe: httpGet over HTTPS"),
+            "{refused}"
+        );
     }
 }

@@ -127,7 +127,8 @@ mod tests {
 
     use super::*;
 
-    type Answer = Response<StreamBody<futures::stream::Iter<std::vec::IntoIter<Result<Frame<Bytes>, Infallible>>>>>;
+    type Answer =
+        Response<StreamBody<futures::stream::Iter<std::vec::IntoIter<Result<Frame<Bytes>, Infallible>>>>>;
 
     fn answer(message: &'static [u8], status: &'static str) -> Answer {
         let mut trailers = HeaderMap::new();
@@ -202,7 +203,13 @@ mod tests {
     fn hostile_answers_are_no_answers() {
         assert_eq!(serving_status(&[0, 0, 0, 0, 2, 0x08, 1]), Some(1));
         assert_eq!(serving_status(&[0, 0, 0, 0, 0]), Some(0));
-        for bytes in [&[][..], &[0, 0, 0], &[1, 0, 0, 0, 2, 0x08, 1], &[0, 255, 255, 255, 255, 8, 1], &[0, 0, 0, 0, 1, 8]] {
+        for bytes in [
+            &[][..],
+            &[0, 0, 0],
+            &[1, 0, 0, 0, 2, 0x08, 1],
+            &[0, 255, 255, 255, 255, 8, 1],
+            &[0, 0, 0, 0, 1, 8],
+        ] {
             assert_eq!(serving_status(bytes), None, "{bytes:?}");
         }
     }
