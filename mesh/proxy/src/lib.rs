@@ -50,6 +50,7 @@ pub mod error;
 pub mod hygiene;
 pub mod intercept;
 pub mod metrics;
+pub mod policy;
 mod random;
 mod sys;
 pub mod upstream;

@@ -15,6 +15,7 @@ use super::route::Context;
 use super::slot::ClusterSlot;
 use super::weighted::{Turn, Weights};
 use crate::error::{Refusal, Within};
+use crate::policy::network::NetworkFilter;
 
 /// Envoy's limit for protocol detection when the listener does not say.
 const DEFAULT_DETECTION: Duration = Duration::from_secs(15);
@@ -95,6 +96,8 @@ pub struct FilterChain {
     /// Its name.
     pub name: Box<str>,
     criteria: Criteria,
+    /// What judges a connection before its bytes go on.
+    pub policies: Box<[NetworkFilter]>,
     /// What happens to the bytes.
     pub handler: Handler,
     retired: AtomicBool,
@@ -495,6 +498,7 @@ fn compile_chain(
         .iter()
         .any(|filter| filter.name.starts_with("istio."));
     let mut handler = None;
+    let mut policies = Vec::new();
     for (index, filter) in from.filters.iter().enumerate() {
         let path = format!("filters[{index}]");
         let any = match &filter.config_type {
@@ -527,17 +531,21 @@ fn compile_chain(
                 let proxy = TcpProxy::compile(&message, stats, context).within(&path)?;
                 handler = Some(Handler::Tcp(Arc::new(proxy)));
             }
-            (name, _) => {
-                return Err(Refusal::new(
-                    path,
-                    format!("the network filter {name:?} is not supported"),
-                ));
-            }
+            (name, any) => match NetworkFilter::compile(name, any, context).within(&path)? {
+                Some(policy) => policies.push(policy),
+                None => {
+                    return Err(Refusal::new(
+                        path,
+                        format!("the network filter {name:?} is not supported"),
+                    ));
+                }
+            },
         }
     }
     Ok(FilterChain {
         name: from.name.as_str().into(),
         criteria: Criteria::compile(from.filter_chain_match.as_ref()).within("filter_chain_match")?,
+        policies: policies.into(),
         handler: handler
             .ok_or_else(|| Refusal::new("filters", "no http_connection_manager and no tcp_proxy"))?,
         retired: AtomicBool::new(false),

@@ -156,6 +156,8 @@ pub struct Slots {
     routes: std::collections::HashMap<Arc<str>, Arc<RouteSlot>, foldhash::fast::RandomState>,
     free: Vec<u32>,
     next: u32,
+    /// Counters of filters.
+    pub counters: crate::policy::stats::Registry,
 }
 
 impl Slots {
@@ -207,5 +209,6 @@ impl Slots {
         });
         self.routes
             .retain(|_, slot| Arc::strong_count(slot) > 1 || slot.table.load().is_some());
+        self.counters.sweep();
     }
 }

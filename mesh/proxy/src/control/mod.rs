@@ -82,6 +82,7 @@ impl Proxy {
             own: own.clone(),
             peer_metadata: header(&header_of_node(&metadata)),
             peer_id: header(&options.node.id),
+            cluster: options.node.cluster.as_str().into(),
             virtual_listeners: store.virtual_listeners(),
             log,
         });
@@ -200,7 +201,9 @@ impl Proxy {
 
     /// Everything that was counted.
     pub fn metrics(&self) -> Vec<Family> {
-        collect(&self.own, &self.shards)
+        let mut families = collect(&self.own, &self.shards);
+        families.extend(self.store(|store| store.counters()));
+        families
     }
 
     /// What the metrics pusher reads.

@@ -12,10 +12,13 @@ use tokio::time::Instant;
 
 use super::sniff::{self, Detected, Http};
 use super::{Worker, http, tcp};
+use crate::clock;
 use crate::config::hcm::Codec;
 use crate::config::listener::{ConnectionFacts, FilterChain, Handler, Listener};
 use crate::config::slot::ListenerSlot;
 use crate::metrics::flags::Flags;
+use crate::policy::facts::Facts;
+use crate::policy::metadata::Metadata;
 
 /// Pause after an accept that failed for lack of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -139,11 +142,61 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
         };
         return match (upstream, choose(&worker, &listener, &detected, addresses)) {
             (Some(upstream), _) => tcp::join(worker, proxy.clone(), stream, prefix, upstream).await,
-            (None, Some(chain)) => handle(worker, listener, chain, stream, prefix, addresses).await,
+            (None, Some(chain)) => {
+                let name = detected.server_name.as_deref();
+                handle(worker, listener, chain, stream, prefix, addresses, name).await;
+            }
             (None, None) => {}
         };
     }
-    handle(worker, listener, chain, stream, prefix, addresses).await;
+    let name = detected.server_name.as_deref();
+    handle(worker, listener, chain, stream, prefix, addresses, name).await;
+}
+
+/// Whether the chain's network filters let the connection through; a denial is logged.
+fn admitted(
+    worker: &Worker,
+    listener: &Listener,
+    chain: &FilterChain,
+    server_name: Option<&str>,
+    addresses: http::Addresses,
+) -> bool {
+    let mut metadata = Metadata::default();
+    for policy in &chain.policies {
+        let facts = Facts {
+            direct_remote: addresses.remote,
+            local: addresses.local,
+            server_name,
+            peer: None,
+            request: None,
+            forwarded: false,
+            metadata: &metadata,
+        };
+        let (denied, noted) = policy.judge(&facts, clock::now_ms(), worker.id);
+        if let Some(denied) = denied {
+            let flags = if denied.limited {
+                Flags::RATE_LIMITED
+            } else {
+                Flags::default()
+            };
+            worker.log(
+                serde_json::json!({
+                    "listener": &*listener.name,
+                    "response_flags": flags.to_string(),
+                    "connection_termination_details": denied.details,
+                    "requested_server_name": server_name,
+                    "downstream_remote_address": addresses.remote.to_string(),
+                    "downstream_local_address": addresses.local.to_string(),
+                })
+                .to_string(),
+            );
+            return false;
+        }
+        if let Some(noted) = noted {
+            metadata = noted;
+        }
+    }
+    true
 }
 
 fn choose(
@@ -188,8 +241,12 @@ async fn handle(
     stream: TcpStream,
     mut prefix: Vec<u8>,
     addresses: http::Addresses,
+    server_name: Option<&str>,
 ) {
     let direction = listener.direction;
+    if !chain.policies.is_empty() && !admitted(&worker, &listener, &chain, server_name, addresses) {
+        return;
+    }
     match &chain.handler {
         Handler::Tcp(proxy) => {
             let proxy = proxy.clone();

@@ -1,5 +1,6 @@
 //! One request and its response: what is remembered from the first byte to the last, and what is recorded then.
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -13,6 +14,7 @@ use http_body::Frame;
 use tokio::time::Sleep;
 
 use super::body::{BodyError, Observer, RequestSource};
+use super::filters::PolicyState;
 use super::http::Downstream;
 use crate::config::listener::Direction;
 use crate::metrics::flags::Flags;
@@ -60,11 +62,13 @@ pub struct Exchange {
     /// gRPC status.
     pub grpc_status: Option<u8>,
     /// Why the response is what it is.
-    pub details: &'static str,
+    pub details: Cow<'static, str>,
     /// More about a failure.
     pub failure: Option<Box<str>>,
     /// Bytes of the response body.
     pub sent: u64,
+    /// What filters remember.
+    pub policy: Option<Box<PolicyState>>,
     finished: bool,
 }
 
@@ -90,9 +94,10 @@ impl Exchange {
             flags: Flags::default(),
             code: 0,
             grpc_status: None,
-            details: "",
+            details: Cow::Borrowed(""),
             failure: None,
             sent: 0,
+            policy: None,
             finished: false,
         })
     }
@@ -198,7 +203,7 @@ impl Drop for Exchange {
             // Dropped before its end: hyper gave up the request because the client is gone.
             self.flags.add(Flags::DOWNSTREAM_TERMINATION);
             if self.details.is_empty() || self.details == "via_upstream" {
-                self.details = "downstream_remote_disconnect";
+                self.details = Cow::Borrowed("downstream_remote_disconnect");
             }
             self.finish();
         }
@@ -289,7 +294,7 @@ impl Watch {
 
     fn broken(&mut self, flag: Flags, details: &'static str) {
         self.exchange.flags.add(flag);
-        self.exchange.details = details;
+        self.exchange.details = Cow::Borrowed(details);
         self.lease = None;
         self.active = None;
         self.exchange.finish();

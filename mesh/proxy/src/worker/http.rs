@@ -1,6 +1,6 @@
 //! A downstream HTTP connection: hyper's server with our limits, our drain, our strict reader.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -18,6 +18,8 @@ use crate::config::hcm::{HttpManager, ServerHeader};
 use crate::config::listener::{Direction, FilterChain};
 use crate::hygiene::scan::HeadLimits;
 use crate::hygiene::strict::{Gate, StrictIo};
+use crate::policy::facts::PeerIdentity;
+use crate::policy::local_rate_limit::{Buckets, LocalRateLimit};
 
 /// What every request of a connection shares.
 pub struct Downstream {
@@ -35,6 +37,8 @@ pub struct Downstream {
     pub local: SocketAddr,
     /// Shared with the reader.
     pub gate: Arc<Gate>,
+    /// Token buckets of this connection, by the limit that they belong to.
+    buckets: RefCell<Vec<(Arc<LocalRateLimit>, Rc<Buckets>)>>,
     upgrade_asked: Cell<bool>,
     requests: Cell<u32>,
     running: Cell<u32>,
@@ -44,7 +48,35 @@ pub struct Downstream {
     finish: Notify,
 }
 
+/// Limits for which one connection keeps buckets of its own.
+const MAX_OWN_BUCKETS: usize = 64;
+
 impl Downstream {
+    /// Who the client is, by its verified certificate.
+    pub fn peer_identity(&self) -> Option<&PeerIdentity> {
+        None
+    }
+
+    /// Server name of the client's TLS handshake.
+    pub fn server_name(&self) -> Option<&str> {
+        None
+    }
+
+    /// The connection's own buckets of a limit.
+    pub fn buckets_of(&self, limit: &Arc<LocalRateLimit>, now_ms: u64) -> Rc<Buckets> {
+        let mut all = self.buckets.borrow_mut();
+        if let Some((_, buckets)) = all.iter().find(|(owner, _)| Arc::ptr_eq(owner, limit)) {
+            return buckets.clone();
+        }
+        if all.len() >= MAX_OWN_BUCKETS {
+            // Only a connection that outlives dozens of route changes gets here.
+            all.remove(0);
+        }
+        let buckets = Rc::new(limit.connection_buckets(now_ms));
+        all.push((limit.clone(), buckets.clone()));
+        buckets
+    }
+
     /// A request begins.
     pub fn request_began(&self) {
         self.requests.set(self.requests.get().saturating_add(1));
@@ -146,6 +178,7 @@ pub async fn serve<S>(
         remote: addresses.remote,
         local: addresses.local,
         gate,
+        buckets: RefCell::default(),
         upgrade_asked: Cell::new(false),
         requests: Cell::new(0),
         running: Cell::new(0),

@@ -1,10 +1,13 @@
 //! Responses that the proxy makes itself.
 
+use std::borrow::Cow;
+
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 
 use super::body::ResponseBody;
 use super::exchange::{Exchange, Watch};
+use super::filters;
 use crate::metrics::flags::Flags;
 
 /// Response flags on responses that the proxy made itself.
@@ -21,7 +24,7 @@ pub struct LocalReply {
     /// Flags to add.
     pub flags: Flags,
     /// Response code details.
-    pub details: &'static str,
+    pub details: Cow<'static, str>,
     /// Body.
     pub body: Bytes,
     /// More fields.
@@ -34,11 +37,16 @@ pub struct LocalReply {
 
 impl LocalReply {
     /// A reply with a text.
-    pub fn new(status: StatusCode, flags: Flags, details: &'static str, body: &'static str) -> Self {
+    pub fn new(
+        status: StatusCode,
+        flags: Flags,
+        details: impl Into<Cow<'static, str>>,
+        body: &'static str,
+    ) -> Self {
         Self {
             status,
             flags,
-            details,
+            details: details.into(),
             body: Bytes::from_static(body.as_bytes()),
             headers: HeaderMap::new(),
             grpc_status: None,
@@ -86,6 +94,11 @@ impl LocalReply {
             response.headers_mut().insert(X_RESPONSE_FLAGS.clone(), flags);
         }
         exchange.sent = body.len() as u64;
+        if exchange.policy.is_some() {
+            let (mut head, ()) = response.into_parts();
+            filters::encode(&mut exchange, &mut head);
+            response = Response::from_parts(head, ());
+        }
         exchange
             .conn
             .clone()

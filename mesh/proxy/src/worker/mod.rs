@@ -5,6 +5,7 @@ pub mod accept;
 pub mod body;
 pub mod exchange;
 mod failure;
+pub mod filters;
 pub mod http;
 pub mod local;
 mod mirror;
@@ -47,6 +48,8 @@ pub struct Shared {
     pub peer_metadata: HeaderValue,
     /// Our node id.
     pub peer_id: HeaderValue,
+    /// Name of the cluster that we belong to (`node.cluster`).
+    pub cluster: Box<str>,
     /// Listeners without sockets.
     pub virtual_listeners: Arc<ArcSwap<VirtualListeners>>,
     /// Where access log lines go.

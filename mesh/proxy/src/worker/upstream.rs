@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::body::{RequestSource, ResponseBody, UpstreamBody};
 use super::exchange::{Exchange, Limits, Watch};
 use super::failure::{Failure, final_reply, full_text, refused_by_peer};
+use super::filters;
 use super::http::Downstream;
 use super::local::{Body, LocalReply};
 use super::mirror::mirror;
@@ -110,7 +111,10 @@ pub(super) async fn forward(
     let (slot, target) = match &forward.targets {
         Targets::One(slot) => (slot, None),
         Targets::Weighted(targets, weights, turn) => {
-            let target = &targets[weights.pick(turn.next(conn.worker.id))];
+            let target = match routed.target() {
+                Some(target) => target,
+                None => &targets[weights.pick(turn.next(conn.worker.id))],
+            };
             (&target.cluster, Some(target))
         }
         Targets::Empty => {
@@ -652,8 +656,11 @@ fn respond(
         routed.mutate_response(&mut head.headers, &request, &variables);
     }
     exchange.code = head.status.as_u16();
-    exchange.details = "via_upstream";
+    exchange.details = "via_upstream".into();
     exchange.note_grpc_status(&head.headers);
+    if exchange.policy.is_some() {
+        filters::encode(&mut exchange, &mut head);
+    }
     conn.dress(&mut head.headers, exchange.version);
     head.version = Version::HTTP_11;
     if exchange.version == Version::HTTP_2 {

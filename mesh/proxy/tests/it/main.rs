@@ -9,5 +9,6 @@ mod hygiene;
 mod interception;
 mod lifecycle;
 mod metrics;
+mod policies;
 mod tcp;
 mod xds;
