@@ -50,6 +50,7 @@ pub mod error;
 pub mod hygiene;
 pub mod intercept;
 pub mod metrics;
+pub mod observe;
 pub mod policy;
 mod random;
 mod sys;

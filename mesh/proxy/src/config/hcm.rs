@@ -12,6 +12,7 @@ use super::route::Context;
 use super::slot::RouteSlot;
 use super::table::RouteTable;
 use crate::error::{Refusal, Within};
+use crate::observe::access_log::AccessLogs;
 use crate::policy::chain::Chain;
 
 /// Envoy's limit of silence on a stream when none is given.
@@ -78,6 +79,8 @@ pub struct HttpManager {
     pub routes: Routes,
     /// The HTTP filters before the router.
     pub filters: Chain,
+    /// Access logs; without them only errors are told.
+    pub logs: Option<Box<AccessLogs>>,
     /// Whether Istio's metrics are kept.
     pub stats: bool,
     /// Unknown destinations are not named after the Host header.
@@ -212,6 +215,7 @@ impl HttpManager {
             direction,
             routes,
             filters: Chain::default(),
+            logs: AccessLogs::compile(&from.access_log, &mut context.slots.sinks)?,
             stats: false,
             disable_host_fallback: false,
             metadata_exchange: false,

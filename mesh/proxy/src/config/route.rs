@@ -87,8 +87,9 @@ pub struct Route {
     pub per_filter: PerRoute,
 }
 
+/// Which requests a route is for.
 #[derive(Debug)]
-struct RouteMatch {
+pub(crate) struct RouteMatch {
     path: PathMatch,
     case_insensitive: bool,
     headers: Box<[HeaderMatch]>,
@@ -407,7 +408,8 @@ fn split_port(authority: &str) -> (&str, Option<u16>) {
 }
 
 impl RouteMatch {
-    fn compile(from: &route::RouteMatch) -> Result<Self, Refusal> {
+    /// Compiles the message.
+    pub(crate) fn compile(from: &route::RouteMatch) -> Result<Self, Refusal> {
         use route::route_match::PathSpecifier;
         let path = match &from.path_specifier {
             None => return Err(Refusal::new("path_specifier", "is missing")),
@@ -467,7 +469,8 @@ impl RouteMatch {
         })
     }
 
-    fn test(&self, request: &RequestView<'_>, random: &impl Fn() -> u64) -> bool {
+    /// Whether it is for that request.
+    pub(crate) fn test(&self, request: &RequestView<'_>, random: &impl Fn() -> u64) -> bool {
         let path = request.path;
         let path_matches = match &self.path {
             PathMatch::Any => true,

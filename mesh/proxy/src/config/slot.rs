@@ -158,6 +158,8 @@ pub struct Slots {
     next: u32,
     /// Counters of filters.
     pub counters: crate::policy::stats::Registry,
+    /// Where access logs are written.
+    pub sinks: crate::observe::sink::Sinks,
 }
 
 impl Slots {
@@ -210,5 +212,6 @@ impl Slots {
         self.routes
             .retain(|_, slot| Arc::strong_count(slot) > 1 || slot.table.load().is_some());
         self.counters.sweep();
+        self.sinks.sweep();
     }
 }

@@ -120,6 +120,11 @@ impl Store {
         std::mem::take(&mut self.changes)
     }
 
+    /// Access log files are opened anew.
+    pub fn reopen_logs(&self) {
+        self.slots.sinks.reopen();
+    }
+
     /// What filters counted.
     pub fn counters(&self) -> Vec<Family> {
         self.slots.counters.collect()

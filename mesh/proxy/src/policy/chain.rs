@@ -3,9 +3,14 @@
 use std::sync::Arc;
 
 use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
+use serin_xds::pb::google::protobuf::Any;
 
+use super::buffer::Buffer;
+use super::ext_authz::ExtAuthz;
 use super::header_mutation::HeaderMutation;
+use super::jwt::JwtAuthn;
 use super::local_rate_limit::LocalRateLimit;
+use super::rate_limit::RateLimit;
 use super::rbac::Rules;
 use super::set_metadata::SetMetadata;
 use crate::clock;
@@ -13,6 +18,14 @@ use crate::config::convert;
 use crate::config::filters::{Cors, Fault};
 use crate::config::route::Context;
 use crate::error::Refusal;
+
+/// The message of a filter that is known by its configuration.
+fn unpack<M: prost::Message + Default>(config: Option<&Any>, type_name: &str) -> Result<M, Refusal> {
+    match config {
+        Some(any) => convert::unpack(any, type_name),
+        None => Err(Refusal::new("typed_config", "is missing")),
+    }
+}
 
 /// What a filter does.
 #[derive(Debug)]
@@ -29,6 +42,14 @@ pub enum Kind {
     HeaderMutation(Arc<HeaderMutation>),
     /// Fixed metadata.
     SetMetadata(SetMetadata),
+    /// Holding requests.
+    Buffer(Buffer),
+    /// Global rate limit.
+    RateLimit(Box<RateLimit>),
+    /// JWT authentication.
+    Jwt(Box<JwtAuthn>),
+    /// External authorisation.
+    ExtAuthz(Box<ExtAuthz>),
 }
 
 /// A filter of a chain.
@@ -118,6 +139,18 @@ impl Chain {
                 Some(any) => Kind::SetMetadata(SetMetadata::compile(&convert::unpack(any, type_name)?)?),
                 None => return Ok(()),
             },
+            ("envoy.extensions.filters.http.buffer.v3.Buffer", _) => {
+                Kind::Buffer(Buffer::compile(&unpack(config, type_name)?)?)
+            }
+            ("envoy.extensions.filters.http.ratelimit.v3.RateLimit", _) => Kind::RateLimit(Box::new(
+                RateLimit::compile(&unpack(config, type_name)?, stat_prefix, context)?,
+            )),
+            ("envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication", _) => Kind::Jwt(Box::new(
+                JwtAuthn::compile(&unpack(config, type_name)?, stat_prefix, context)?,
+            )),
+            ("envoy.extensions.filters.http.ext_authz.v3.ExtAuthz", _) => Kind::ExtAuthz(Box::new(
+                ExtAuthz::compile(&unpack(config, type_name)?, stat_prefix, context)?,
+            )),
             _ => {
                 let of_type = if known.is_empty() {
                     String::new()

@@ -310,7 +310,7 @@ impl Action {
                         .map(|range| {
                             Cidr::compile(&core::CidrRange {
                                 address_prefix: range.address_prefix.clone(),
-                                prefix_len: range.prefix_len.clone(),
+                                prefix_len: range.prefix_len,
                             })
                         })
                         .collect::<Result<_, _>>()

@@ -26,15 +26,20 @@
 #![allow(deprecated)] // control planes still send fields that Envoy calls deprecated
 
 pub mod bucket;
+pub mod buffer;
 pub mod chain;
 pub mod descriptors;
+pub mod ext_authz;
 pub mod facts;
 pub mod header_mutation;
+pub mod jwt;
 pub mod local_rate_limit;
 pub mod metadata;
 pub mod network;
 pub mod per_route;
+pub mod rate_limit;
 pub mod rbac;
+pub mod service;
 pub mod set_metadata;
 pub mod stats;
 pub mod uri_template;

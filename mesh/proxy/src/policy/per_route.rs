@@ -8,8 +8,12 @@ use serin_xds::pb::envoy::extensions::filters::http::header_mutation::v3 as head
 use serin_xds::pb::envoy::extensions::filters::http::rbac::v3 as rbac;
 use serin_xds::pb::google::protobuf::Any;
 
+use super::buffer::Buffer;
+use super::ext_authz::PerRouteAuthz;
 use super::header_mutation::HeaderMutation;
+use super::jwt::PerRouteJwt;
 use super::local_rate_limit::LocalRateLimit;
+use super::rate_limit::PerRouteLimit;
 use super::rbac::Rules;
 use super::set_metadata::SetMetadata;
 use crate::clock;
@@ -37,6 +41,14 @@ pub enum Override {
     HeaderMutation(Arc<HeaderMutation>),
     /// Fixed metadata.
     SetMetadata(SetMetadata),
+    /// Holding requests; `None` does not.
+    Buffer(Option<Buffer>),
+    /// Global rate limit.
+    RateLimit(PerRouteLimit),
+    /// JWT authentication.
+    Jwt(PerRouteJwt),
+    /// External authorisation.
+    ExtAuthz(PerRouteAuthz),
 }
 
 /// Overrides by filter name.
@@ -134,6 +146,18 @@ fn compile(any: &Any, context: &mut Context<'_>) -> Result<Option<Override>, Ref
         "envoy.extensions.filters.http.set_metadata.v3.Config" => {
             Override::SetMetadata(SetMetadata::compile(&convert::unpack(any, type_name)?)?)
         }
+        "envoy.extensions.filters.http.buffer.v3.BufferPerRoute" => {
+            Override::Buffer(Buffer::compile_route(&convert::unpack(any, type_name)?)?)
+        }
+        "envoy.extensions.filters.http.ratelimit.v3.RateLimitPerRoute" => {
+            Override::RateLimit(PerRouteLimit::compile(&convert::unpack(any, type_name)?)?)
+        }
+        "envoy.extensions.filters.http.jwt_authn.v3.PerRouteConfig" => {
+            Override::Jwt(PerRouteJwt::compile(&convert::unpack(any, type_name)?)?)
+        }
+        "envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute" => Override::ExtAuthz(
+            PerRouteAuthz::compile(&convert::unpack(any, type_name)?, context)?,
+        ),
         other => {
             return Err(Refusal::new(
                 "",

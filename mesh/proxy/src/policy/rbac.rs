@@ -90,7 +90,7 @@ enum Principal {
     Path(StringMatch),
     Metadata(MetadataMatch),
     /// The peer's identity as Istio keeps it in filter state.
-    PeerPrincipal(StringMatch),
+    Peer(StringMatch),
 }
 
 impl Engine {
@@ -305,7 +305,7 @@ impl Principal {
                 use serin_xds::pb::envoy::r#type::matcher::v3::filter_state_matcher::Matcher;
                 match (&*state.key, &state.matcher) {
                     (PEER_PRINCIPAL, Some(Matcher::StringMatch(test))) => {
-                        Self::PeerPrincipal(StringMatch::compile(test).within("filter_state.string_match")?)
+                        Self::Peer(StringMatch::compile(test).within("filter_state.string_match")?)
                     }
                     (key, _) => {
                         return Err(Refusal::new(
@@ -346,7 +346,7 @@ impl Principal {
                 .as_ref()
                 .is_some_and(|request| test.matches(request.path)),
             Self::Metadata(test) => test.matches(facts.metadata),
-            Self::PeerPrincipal(test) => facts
+            Self::Peer(test) => facts
                 .peer
                 .and_then(|peer| peer.uri_sans.first())
                 .is_some_and(|name| test.matches(name)),

@@ -1,9 +1,11 @@
 //! Message bodies on their way through the proxy: counted, bounded in time, and kept for retries where asked.
 
 use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
 use bytes::Bytes;
 use http::HeaderMap;
@@ -13,15 +15,105 @@ use hyper::body::Incoming;
 /// The error of a body: what went wrong, for hyper to break the message off.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
 
+/// The body of a request on its way in. What filters read of it before it is sent on is kept here.
+#[derive(Debug)]
+pub struct Inbound {
+    incoming: Incoming,
+    ahead: VecDeque<Frame<Bytes>>,
+    ahead_bytes: usize,
+    ended: bool,
+}
+
+/// How far a body was read ahead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ahead {
+    /// To its end.
+    Whole,
+    /// Up to the limit, and there is more.
+    Part,
+}
+
+impl Inbound {
+    /// Nothing has been read yet.
+    pub fn new(incoming: Incoming) -> Self {
+        Self {
+            incoming,
+            ahead: VecDeque::new(),
+            ahead_bytes: 0,
+            ended: false,
+        }
+    }
+
+    /// Reads until the end, or until more than `limit` bytes are held.
+    pub async fn read_ahead(&mut self, limit: usize) -> Result<Ahead, hyper::Error> {
+        while self.ahead_bytes <= limit {
+            if self.ended || self.incoming.is_end_stream() {
+                self.ended = true;
+                return Ok(Ahead::Whole);
+            }
+            match http_body_util::BodyExt::frame(&mut self.incoming).await {
+                None => self.ended = true,
+                Some(Err(error)) => return Err(error),
+                Some(Ok(frame)) => {
+                    self.ahead_bytes += frame.data_ref().map_or(0, Bytes::len);
+                    self.ahead.push_back(frame);
+                }
+            }
+        }
+        Ok(Ahead::Part)
+    }
+
+    /// The first bytes of what was read ahead, `limit` at most.
+    pub fn first_bytes(&self, limit: usize) -> Bytes {
+        let mut out = bytes::BytesMut::with_capacity(self.ahead_bytes.min(limit));
+        for data in self.ahead.iter().filter_map(Frame::data_ref) {
+            let room = limit - out.len();
+            out.extend_from_slice(&data[..data.len().min(room)]);
+        }
+        out.freeze()
+    }
+
+    /// Bytes that were read ahead.
+    pub fn held(&self) -> usize {
+        self.ahead_bytes
+    }
+
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        match self.ahead.pop_front() {
+            Some(frame) => Poll::Ready(Some(Ok(frame))),
+            None if self.ended => Poll::Ready(None),
+            None => Pin::new(&mut self.incoming).poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.ahead.is_empty() && (self.ended || self.incoming.is_end_stream())
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        if self.ahead.is_empty() {
+            return self.incoming.size_hint();
+        }
+        let held = self.ahead_bytes as u64;
+        match self.incoming.size_hint().exact() {
+            _ if self.ended => SizeHint::with_exact(held),
+            Some(rest) => SizeHint::with_exact(held + rest),
+            None => SizeHint::default(),
+        }
+    }
+}
+
 /// Frames of a request as they come from the client, shared by the attempts to send it on.
 #[derive(Debug)]
 pub struct RequestSource {
-    incoming: Incoming,
+    incoming: Inbound,
     kept: Vec<Kept>,
     kept_bytes: usize,
     limit: usize,
     overflowed: bool,
     ended: bool,
+    /// When its end was read.
+    pub ended_at: Option<Instant>,
     /// Bytes received from the client.
     pub received: u64,
     /// The client broke off, or broke the protocol.
@@ -36,7 +128,7 @@ enum Kept {
 
 impl RequestSource {
     /// Of `incoming`, keeping up to `limit` bytes for retries.
-    pub fn new(incoming: Incoming, limit: usize) -> Rc<RefCell<Self>> {
+    pub fn new(incoming: Inbound, limit: usize) -> Rc<RefCell<Self>> {
         Rc::new(RefCell::new(Self {
             incoming,
             kept: Vec::new(),
@@ -44,6 +136,7 @@ impl RequestSource {
             limit,
             overflowed: limit == 0,
             ended: false,
+            ended_at: None,
             received: 0,
             client_failed: false,
         }))
@@ -52,6 +145,11 @@ impl RequestSource {
     /// Whether everything that was read can be sent again.
     pub fn can_replay(&self) -> bool {
         !self.overflowed || self.received == 0
+    }
+
+    fn end(&mut self) {
+        self.ended = true;
+        self.ended_at.get_or_insert_with(Instant::now);
     }
 
     /// Whether the whole request has been read.
@@ -142,9 +240,9 @@ impl Body for UpstreamBody {
                 if source.ended {
                     return Poll::Ready(None);
                 }
-                match ready!(Pin::new(&mut source.incoming).poll_frame(cx)) {
+                match ready!(source.incoming.poll_frame(cx)) {
                     None => {
-                        source.ended = true;
+                        source.end();
                         Poll::Ready(None)
                     }
                     Some(Err(error)) => {
@@ -165,7 +263,7 @@ impl Body for UpstreamBody {
                             *position += 1;
                         }
                         if source.incoming.is_end_stream() {
-                            source.ended = true;
+                            source.end();
                         }
                         Poll::Ready(Some(Ok(frame)))
                     }

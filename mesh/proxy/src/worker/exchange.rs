@@ -16,6 +16,7 @@ use tokio::time::Sleep;
 use super::body::{BodyError, Observer, RequestSource};
 use super::filters::PolicyState;
 use super::http::Downstream;
+use super::logging::{self, LogState};
 use crate::config::listener::Direction;
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
@@ -69,6 +70,8 @@ pub struct Exchange {
     pub sent: u64,
     /// What filters remember.
     pub policy: Option<Box<PolicyState>>,
+    /// What access logs keep.
+    pub log: Option<Box<LogState>>,
     finished: bool,
 }
 
@@ -98,6 +101,7 @@ impl Exchange {
             failure: None,
             sent: 0,
             policy: None,
+            log: None,
             finished: false,
         })
     }
@@ -119,7 +123,8 @@ impl Exchange {
         if conn.manager.stats && conn.direction != Direction::Unspecified {
             self.record(&conn);
         }
-        if !self.flags.is_empty() || self.code >= 500 {
+        // Without configured access logs, errors are told all the same.
+        if !logging::write(self) && (!self.flags.is_empty() || self.code >= 500) {
             conn.worker.log(self.log_line());
         }
     }
@@ -149,7 +154,8 @@ impl Exchange {
         series.response_bytes.observe_thousandths(self.sent * 1000);
     }
 
-    fn received(&self) -> u64 {
+    /// Bytes of the request's body.
+    pub fn received(&self) -> u64 {
         self.source.as_ref().map_or(0, |source| source.borrow().received)
     }
 
@@ -307,6 +313,7 @@ impl Observer for Watch {
             self.exchange.sent += data.len() as u64;
         } else if let Some(trailers) = frame.trailers_ref() {
             self.exchange.note_grpc_status(trailers);
+            logging::keep_trailers(&mut self.exchange, trailers);
         }
         if self.limits.idle.is_some() {
             self.limits.last_frame = Some(Instant::now());

@@ -4,6 +4,10 @@
 //! A filter that has something to do with the response says so when the request passes it ([`Encode`]); a response
 //! therefore only meets filters that its request has met, except for header mutations, which change every response.
 
+mod ext_authz;
+mod jwt;
+mod rate_limit;
+
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,10 +16,11 @@ use http::request::Parts;
 use http::response::Parts as Head;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 
+use super::body::{Ahead, Inbound};
 use super::exchange::{Exchange, protocol_text};
 use super::http::Downstream;
 use super::local::LocalReply;
-use super::request::{Routed, variables, view};
+use super::request::{Routed, find_route, variables, view};
 use crate::clock;
 use crate::config::filters::{Cors, CorsVerdict, Fault, FaultAbort};
 use crate::config::headers::Variables;
@@ -23,6 +28,7 @@ use crate::config::route::{Action, Targets};
 use crate::metrics::flags::Flags;
 use crate::policy::chain::{Filter, Kind};
 use crate::policy::descriptors::{Descriptor, RateLimitEntry, Scene};
+use crate::policy::ext_authz::{Field, How, apply};
 use crate::policy::facts::Facts;
 use crate::policy::header_mutation::HeaderMutation;
 use crate::policy::local_rate_limit::{LocalRateLimit, VirtualHostLimits};
@@ -50,7 +56,7 @@ pub struct PolicyState {
 enum Encode {
     Cors(Arc<Cors>, HeaderValue),
     Mutate(Arc<HeaderMutation>),
-    Set(Box<[(HeaderName, HeaderValue)]>),
+    Fields(Vec<Field>),
 }
 
 impl PolicyState {
@@ -63,11 +69,7 @@ impl PolicyState {
                     let variables = response_variables(exchange);
                     mutation.response(&mut head.headers, self.request.as_ref(), &variables);
                 }
-                Encode::Set(fields) => {
-                    for (name, value) in fields {
-                        head.headers.insert(name, value.clone());
-                    }
-                }
+                Encode::Fields(fields) => apply(fields, &mut head.headers),
             }
         }
     }
@@ -145,9 +147,10 @@ pub(super) async fn decode(
     exchange: &mut Exchange,
     routed: &mut Routed,
     parts: &mut Parts,
+    body: &mut Option<Inbound>,
 ) -> Result<(), LocalReply> {
     let filters = &conn.manager.filters.filters;
-    let silent = levels(routed).into_iter().flatten().all(|level| level.is_empty());
+    let mut silent = says_nothing(routed);
     for (index, filter) in filters.iter().enumerate() {
         let own = if silent { None } else { find(routed, &filter.name) };
         let skipped = match own {
@@ -158,6 +161,8 @@ pub(super) async fn decode(
         if skipped {
             continue;
         }
+        // What waits for others is boxed: few chains have it, and every request's future would carry its state.
+        let mut reroute = false;
         let result = match (&filter.kind, own) {
             (Kind::Fault(_), Some(Override::Fault(Some(fault))))
             | (Kind::Fault(Some(fault)), None | Some(Override::Enabled)) => {
@@ -189,6 +194,36 @@ pub(super) async fn decode(
                 values.apply(&mut state(exchange).metadata);
                 Ok(())
             }
+            (Kind::Buffer(_), Some(Override::Buffer(own))) => match own {
+                Some(buffer) => Box::pin(hold(buffer.limit, parts, body)).await,
+                None => Ok(()),
+            },
+            (Kind::Buffer(buffer), _) => Box::pin(hold(buffer.limit, parts, body)).await,
+            (Kind::RateLimit(limit), own) => {
+                let own = match own {
+                    Some(Override::RateLimit(own)) => Some(own),
+                    _ => None,
+                };
+                Box::pin(rate_limit::ask(exchange, limit, own, routed, parts)).await
+            }
+            (Kind::Jwt(authn), own) => {
+                let own = match own {
+                    Some(Override::Jwt(own)) => Some(own),
+                    _ => None,
+                };
+                Box::pin(jwt::authenticate(exchange, authn, own, parts))
+                    .await
+                    .map(|again| reroute = again)
+            }
+            (Kind::ExtAuthz(authz), own) => {
+                let own = match own {
+                    Some(Override::ExtAuthz(own)) => Some(own),
+                    _ => None,
+                };
+                Box::pin(ext_authz::ask(exchange, authz, own, parts, body))
+                    .await
+                    .map(|again| reroute = again)
+            }
         };
         if let Err(reply) = result {
             // Later filters have not seen the request; only mutations change its response all the same.
@@ -201,8 +236,70 @@ pub(super) async fn decode(
             }
             return Err(reply);
         }
+        if reroute {
+            search_again(conn, exchange, routed, parts)?;
+            silent = says_nothing(routed);
+        }
     }
     Ok(())
+}
+
+fn says_nothing(routed: &Routed) -> bool {
+    levels(routed).into_iter().flatten().all(|level| level.is_empty())
+}
+
+/// Searches the route again, after a filter has changed what routes may look at.
+fn search_again(
+    conn: &Rc<Downstream>,
+    exchange: &mut Exchange,
+    routed: &mut Routed,
+    parts: &Parts,
+) -> Result<(), LocalReply> {
+    let found = find_route(conn, parts)
+        .ok_or_else(|| LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", ""))?;
+    *routed = found;
+    exchange.route = Some(routed.route.clone());
+    choose_target(conn, routed);
+    Ok(())
+}
+
+/// Reads a request whole before it goes on.
+async fn hold(limit: usize, parts: &mut Parts, body: &mut Option<Inbound>) -> Result<(), LocalReply> {
+    let Some(inbound) = body else { return Ok(()) };
+    match inbound.read_ahead(limit).await {
+        Err(_) => Err(broken_body()),
+        Ok(Ahead::Whole) if inbound.held() <= limit => {
+            // The length is known now.
+            parts.headers.remove(header::TRANSFER_ENCODING);
+            parts
+                .headers
+                .insert(header::CONTENT_LENGTH, HeaderValue::from(inbound.held()));
+            Ok(())
+        }
+        Ok(_) => Err(too_large()),
+    }
+}
+
+/// The client broke off its request.
+fn broken_body() -> LocalReply {
+    let mut reply = LocalReply::new(
+        StatusCode::BAD_REQUEST,
+        Flags::DOWNSTREAM_PROTOCOL_ERROR,
+        "downstream_request_body_failed",
+        "",
+    );
+    reply.close = true;
+    reply
+}
+
+/// A body that a filter must hold is too large.
+fn too_large() -> LocalReply {
+    LocalReply::new(
+        StatusCode::PAYLOAD_TOO_LARGE,
+        Flags::default(),
+        "request_payload_too_large",
+        "Payload Too Large",
+    )
 }
 
 fn cors_of<'a>(routed: &'a Routed, name: &str, silent: bool) -> Option<&'a Arc<Cors>> {
@@ -326,11 +423,15 @@ pub(super) fn describe(
 }
 
 /// `x-ratelimit-*` of draft 03.
-fn limit_fields(limit: u32, remaining: u32, reset_s: u64) -> [(HeaderName, HeaderValue); 3] {
-    [
-        (X_RATELIMIT_LIMIT.clone(), HeaderValue::from(limit)),
-        (X_RATELIMIT_REMAINING.clone(), HeaderValue::from(remaining)),
-        (X_RATELIMIT_RESET.clone(), HeaderValue::from(reset_s)),
+fn limit_fields(limit: u32, remaining: u32, reset_s: u64) -> Vec<Field> {
+    vec![
+        (X_RATELIMIT_LIMIT.clone(), HeaderValue::from(limit), How::Set),
+        (
+            X_RATELIMIT_REMAINING.clone(),
+            HeaderValue::from(remaining),
+            How::Set,
+        ),
+        (X_RATELIMIT_RESET.clone(), HeaderValue::from(reset_s), How::Set),
     ]
 }
 
@@ -362,7 +463,7 @@ fn limit_locally(
     let verdict = limit.judge(&descriptors, own.as_deref(), now, conn.worker.id);
     if limit.headers {
         let fields = limit_fields(verdict.limit, verdict.remaining, verdict.reset_s);
-        state(exchange).encode.push(Encode::Set(Box::new(fields)));
+        state(exchange).encode.push(Encode::Fields(fields));
     }
     if !verdict.limited {
         return Ok(());

@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use http::{HeaderMap, HeaderValue, Version, header};
@@ -35,6 +36,8 @@ pub struct Downstream {
     pub remote: SocketAddr,
     /// Where the client wanted to go.
     pub local: SocketAddr,
+    /// Number of the connection within the process.
+    pub id: u64,
     /// Shared with the reader.
     pub gate: Arc<Gate>,
     /// Token buckets of this connection, by the limit that they belong to.
@@ -48,6 +51,8 @@ pub struct Downstream {
     finish: Notify,
 }
 
+/// Numbers of connections.
+static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
 /// Limits for which one connection keeps buckets of its own.
 const MAX_OWN_BUCKETS: usize = 64;
 
@@ -177,6 +182,7 @@ pub async fn serve<S>(
         direction,
         remote: addresses.remote,
         local: addresses.local,
+        id: CONNECTIONS.fetch_add(1, Ordering::Relaxed),
         gate,
         buckets: RefCell::default(),
         upgrade_asked: Cell::new(false),

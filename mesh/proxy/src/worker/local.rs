@@ -8,6 +8,7 @@ use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 use super::body::ResponseBody;
 use super::exchange::{Exchange, Watch};
 use super::filters;
+use super::logging;
 use crate::metrics::flags::Flags;
 
 /// Response flags on responses that the proxy made itself.
@@ -103,6 +104,7 @@ impl LocalReply {
             .conn
             .clone()
             .dress(response.headers_mut(), exchange.version);
+        logging::keep_response(&mut exchange, response.headers(), false);
         exchange.finish();
         response.map(|()| ResponseBody::Full((!body.is_empty()).then_some(body)))
     }

@@ -3,11 +3,13 @@
 
 pub mod accept;
 pub mod body;
+pub mod call;
 pub mod exchange;
 mod failure;
 pub mod filters;
 pub mod http;
 pub mod local;
+mod logging;
 mod mirror;
 mod prepare;
 pub mod request;

@@ -8,10 +8,12 @@ use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
 use hyper::body::{Body as _, Incoming};
 
+use super::body::Inbound;
 use super::exchange::{Exchange, protocol_text};
 use super::filters;
 use super::http::Downstream;
 use super::local::{Body, LocalReply};
+use super::logging;
 use super::upstream;
 use crate::config::headers::Variables;
 use crate::config::listener::Direction;
@@ -133,6 +135,7 @@ pub(super) async fn handle(
         Err(reply) => return Ok(reply.send(exchange)),
     };
     identify(&conn, &mut exchange, &mut parts);
+    logging::keep_request(&mut exchange, &parts);
     // Boxed: the future of a request lives as long as the request, and most of it is here.
     Ok(Box::pin(route(conn, exchange, parts, incoming, upgrade)).await)
 }
@@ -379,7 +382,7 @@ pub(super) fn variables<'a>(conn: &Downstream, parts: &'a Parts, route: &'a Rout
     }
 }
 
-fn find_route(conn: &Downstream, parts: &Parts) -> Option<Routed> {
+pub(super) fn find_route(conn: &Downstream, parts: &Parts) -> Option<Routed> {
     let table = conn.manager.table()?;
     let view = view(parts);
     let host = table.find(view.authority)?.load();
@@ -414,9 +417,11 @@ async fn route(
             &location,
         );
     }
+    let mut body = (!incoming.is_end_stream()).then(|| Inbound::new(incoming));
     if !conn.manager.filters.filters.is_empty() {
         filters::choose_target(&conn, &mut routed);
-        if let Err(reply) = filters::decode(&conn, &mut exchange, &mut routed, &mut parts).await {
+        let passed = filters::decode(&conn, &mut exchange, &mut routed, &mut parts, &mut body).await;
+        if let Err(reply) = passed {
             conn.decide_upgrade(false);
             return reply.send(exchange);
         }
@@ -434,11 +439,6 @@ async fn route(
             redirect(exchange, &routed, &parts, action.status, &location)
         }
         Action::Forward(_) => {
-            let body = if incoming.is_end_stream() {
-                None
-            } else {
-                Some(incoming)
-            };
             return upstream::forward(exchange, routed.clone_arcs(), parts, body, upgrade).await;
         }
     };

@@ -10,12 +10,13 @@ use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, 
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
-use super::body::{RequestSource, ResponseBody, UpstreamBody};
+use super::body::{Inbound, RequestSource, ResponseBody, UpstreamBody};
 use super::exchange::{Exchange, Limits, Watch};
 use super::failure::{Failure, final_reply, full_text, refused_by_peer};
 use super::filters;
 use super::http::Downstream;
 use super::local::{Body, LocalReply};
+use super::logging;
 use super::mirror::mirror;
 use super::prepare::prepare;
 use super::request::{PEER_METADATA, PEER_METADATA_ID, Routed, X_REQUEST_ID, X_UNPROCESSED, variables, view};
@@ -95,7 +96,7 @@ pub(super) async fn forward(
     mut exchange: Box<Exchange>,
     routed: Routed,
     mut parts: Parts,
-    incoming: Option<Incoming>,
+    incoming: Option<Inbound>,
     upgrade: Option<String>,
 ) -> Response<Body> {
     let conn = exchange.conn.clone();
@@ -182,6 +183,7 @@ pub(super) async fn forward(
     if let Err(reply) = prepare(&conn, &routed, forward, target, &cluster, &mut parts) {
         return reply.send(exchange);
     }
+    logging::keep_request(&mut exchange, &parts);
     let source = incoming.map(|incoming| {
         let keep = forward.retry.is_some() || !forward.mirrors.is_empty();
         RequestSource::new(incoming, if keep { forward.request_buffer } else { 0 })
@@ -661,6 +663,7 @@ fn respond(
     if exchange.policy.is_some() {
         filters::encode(&mut exchange, &mut head);
     }
+    logging::keep_response(&mut exchange, &head.headers, true);
     conn.dress(&mut head.headers, exchange.version);
     head.version = Version::HTTP_11;
     if exchange.version == Version::HTTP_2 {

@@ -1,8 +1,12 @@
 //! The filters of the chain, each over real sockets.
 
+mod access_log;
 mod chain;
+mod ext_authz;
+mod jwt;
 mod rate_limit;
 mod rbac;
+mod services;
 
 use std::net::SocketAddr;
 

@@ -227,3 +227,135 @@ async fn connections_over_the_limit_are_closed() {
         1.0
     );
 }
+
+mod global {
+    //! The rate limit service.
+
+    use serin_xds::pb::envoy::config::ratelimit::v3 as config;
+    use serin_xds::pb::envoy::extensions::filters::http::ratelimit::v3 as ratelimit;
+    use serin_xds::pb::envoy::service::ratelimit::v3 as service;
+    use tonic::Status;
+    use tonic::transport::Server;
+
+    use super::super::services::{Asked, serve, service_cluster};
+    use super::*;
+
+    fn message() -> ratelimit::RateLimit {
+        ratelimit::RateLimit {
+            domain: "d".into(),
+            timeout: millis(5000),
+            rate_limit_service: Some(config::RateLimitServiceConfig {
+                grpc_service: Some(core::GrpcService {
+                    target_specifier: Some(core::grpc_service::TargetSpecifier::EnvoyGrpc(
+                        core::grpc_service::EnvoyGrpc {
+                            cluster_name: "svc".into(),
+                            ..Default::default()
+                        },
+                    )),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            enable_x_ratelimit_headers: 1,
+            ..Default::default()
+        }
+    }
+
+    fn filter(message: &ratelimit::RateLimit) -> hcm::HttpFilter {
+        http_filter("envoy.filters.http.ratelimit", Some(any(message)))
+    }
+
+    fn routes() -> Vec<route::VirtualHost> {
+        let mut action = to_cluster("c");
+        action.rate_limits = by_user();
+        vec![host("all", "*", vec![prefix_route("/", action)])]
+    }
+
+    #[tokio::test]
+    async fn the_service_decides_by_the_descriptors_of_the_request() {
+        use service::rate_limit_response::{Code, DescriptorStatus, RateLimit, rate_limit::Unit};
+        let limiter = Asked::new(|question: &service::RateLimitRequest| {
+            let over = question.descriptors[0].entries[0].value == "greedy";
+            let code = if over { Code::OverLimit } else { Code::Ok } as i32;
+            Ok(service::RateLimitResponse {
+                overall_code: code,
+                statuses: vec![DescriptorStatus {
+                    code,
+                    current_limit: Some(RateLimit {
+                        name: String::new(),
+                        requests_per_unit: 10,
+                        unit: Unit::Minute as i32,
+                    }),
+                    limit_remaining: 3,
+                    duration_until_reset: Some(google::Duration { seconds: 7, nanos: 0 }),
+                    ..Default::default()
+                }],
+                request_headers_to_add: vec![core::HeaderValue {
+                    key: "x-tier".into(),
+                    value: "gold".into(),
+                    ..Default::default()
+                }],
+                ..Default::default()
+            })
+        });
+        let seen = limiter.seen.clone();
+        let (at_service, _server) = serve(Server::builder().add_service(
+            service::rate_limit_service_server::RateLimitServiceServer::new(limiter),
+        ))
+        .await;
+        let (mut harness, mut backend, at) = served(vec![filter(&message())], routes()).await;
+        service_cluster(&harness, at_service).await;
+        let (status, headers, _) = get_with(at, "/", &[("x-user", "bob")]).await;
+        assert_eq!(status, 200);
+        assert_eq!(headers["x-ratelimit-limit"], "10, 10;w=60");
+        assert_eq!(
+            (&headers["x-ratelimit-remaining"], &headers["x-ratelimit-reset"]),
+            (&3.into(), &7.into())
+        );
+        assert_eq!(backend.next().await.headers["x-tier"], "gold");
+        assert_eq!(
+            (
+                &*seen.lock()[0].domain,
+                &*seen.lock()[0].descriptors[0].entries[0].key
+            ),
+            ("d", "user")
+        );
+        let (status, headers, _) = get_with(at, "/", &[("x-user", "greedy")]).await;
+        assert_eq!(
+            (status, headers["x-envoy-ratelimited"].as_bytes()),
+            (429, &b"true"[..])
+        );
+        let line = harness.line().await;
+        assert_eq!(
+            (&line["response_flags"], &line["response_code_details"]),
+            (&"RL".into(), &"request_rate_limited".into())
+        );
+        assert_eq!(get(at, "/").await.0, 200, "without a descriptor nobody is asked");
+        assert_eq!(seen.lock().len(), 2);
+        assert_eq!(harness.counter("envoy_cluster_ratelimit_over_limit", &[]), 1.0);
+    }
+
+    #[tokio::test]
+    async fn a_failing_service_lets_requests_through_unless_told_otherwise() {
+        let limiter = Asked::new(|_: &service::RateLimitRequest| Err(Status::internal("broken")));
+        let (at_service, _server) = serve(Server::builder().add_service(
+            service::rate_limit_service_server::RateLimitServiceServer::new(limiter),
+        ))
+        .await;
+        let (mut harness, _backend, at) = served(vec![filter(&message())], routes()).await;
+        service_cluster(&harness, at_service).await;
+        assert_eq!(get_with(at, "/", &[("x-user", "bob")]).await.0, 200);
+        assert_eq!(harness.line().await["response_flags"], "RLSE");
+        let mut strict = message();
+        strict.failure_mode_deny = true;
+        let at = harness
+            .listen(
+                &manager_with(vec![filter(&strict)]),
+                core::TrafficDirection::Outbound,
+            )
+            .await;
+        assert_eq!(get_with(at, "/", &[("x-user", "bob")]).await.0, 500);
+        let line = harness.line().await;
+        assert_eq!(line["response_code_details"], "rate_limiter_error");
+    }
+}
