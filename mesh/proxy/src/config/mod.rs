@@ -13,6 +13,7 @@ pub mod filters;
 pub mod hash;
 pub mod hcm;
 pub mod headers;
+pub mod health_check;
 pub mod listener;
 pub mod matchers;
 pub mod retry;

@@ -16,7 +16,7 @@ use serin_xds::pb::envoy::config::endpoint::v3 as pb_endpoint;
 use serin_xds::pb::envoy::config::listener::v3 as pb_listener;
 use serin_xds::pb::envoy::config::route::v3 as pb_route;
 
-use super::cluster::{Cluster, Discovery};
+use super::cluster::{Cluster, Discovery, Outlier};
 use super::convert::Address;
 use super::endpoint::EndpointSet;
 use super::headers::HeaderOps;
@@ -491,6 +491,24 @@ impl Store {
         self.routes
             .values()
             .any(|state| state.base.as_ref().is_some_and(|base| base.vhds.is_some()))
+    }
+
+    /// Clusters with active health checks.
+    pub fn checked_clusters(&self) -> Vec<Arc<ClusterSlot>> {
+        self.clusters_where(|config| !config.health_checks.is_empty())
+    }
+
+    /// Clusters whose hosts are compared with each other at intervals.
+    pub fn compared_clusters(&self) -> Vec<Arc<ClusterSlot>> {
+        self.clusters_where(|config| config.outlier.as_ref().is_some_and(Outlier::compares))
+    }
+
+    fn clusters_where(&self, wanted: impl Fn(&Cluster) -> bool) -> Vec<Arc<ClusterSlot>> {
+        self.clusters
+            .values()
+            .filter(|slot| slot.config().is_some_and(|config| wanted(&config)))
+            .cloned()
+            .collect()
     }
 
     /// Clusters whose endpoints are names to resolve.

@@ -5,6 +5,8 @@
 
 pub mod admin;
 pub mod dns;
+pub mod health;
+pub mod outliers;
 pub mod run;
 pub mod xds;
 
@@ -19,7 +21,7 @@ use parking_lot::Mutex;
 use serin_xds::ResourceType;
 use serin_xds::pb::envoy::config::core::v3::Node;
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::config::store::{ListenerChange, Store, Update};
 use crate::error::{Error, Refusal};
@@ -63,6 +65,7 @@ pub struct Proxy {
     bound: Mutex<HashMap<Arc<str>, SocketAddr>>,
     ready: AtomicBool,
     draining: AtomicBool,
+    changes: watch::Sender<()>,
 }
 
 impl Proxy {
@@ -114,6 +117,7 @@ impl Proxy {
             bound: Mutex::default(),
             ready: AtomicBool::new(false),
             draining: AtomicBool::new(false),
+            changes: watch::Sender::new(()),
         };
         Ok((Arc::new(proxy), lines))
     }
@@ -170,7 +174,18 @@ impl Proxy {
                 }
             }
         }
+        self.changes.send_replace(());
         refused
+    }
+
+    /// Woken when clusters or endpoints may have changed.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changes.subscribe()
+    }
+
+    /// Says that clusters or endpoints were changed by way of [`Self::store`].
+    pub fn changed(&self) {
+        self.changes.send_replace(());
     }
 
     /// One socket per worker for `address`.

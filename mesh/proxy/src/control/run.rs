@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::admin::{AdminPort, Port};
-use super::{Options, Proxy, dns, xds};
+use super::{Options, Proxy, dns, health, outliers, xds};
 use crate::config::store::{Store, Update};
 use crate::error::Error;
 use crate::metrics::push::Pusher;
@@ -75,6 +75,8 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
     }
     apply_static(&proxy, &plan.static_resources).await?;
     tasks.spawn(dns::run(proxy.clone(), cancel.clone()));
+    tasks.spawn(health::run(proxy.clone(), cancel.clone()));
+    tasks.spawn(outliers::run(proxy.clone(), cancel.clone()));
     match plan.control_plane {
         None => proxy.set_ready(),
         Some(endpoint) => {

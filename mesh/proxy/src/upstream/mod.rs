@@ -4,5 +4,6 @@ pub mod balance;
 pub mod cluster;
 pub mod connect;
 pub mod consistent;
+pub mod health;
 pub mod outlier;
 pub mod pool;

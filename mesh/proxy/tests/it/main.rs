@@ -11,4 +11,5 @@ mod lifecycle;
 mod metrics;
 mod policies;
 mod tcp;
+mod upstream_health;
 mod xds;
