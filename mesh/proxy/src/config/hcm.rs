@@ -13,6 +13,7 @@ use super::slot::RouteSlot;
 use super::table::RouteTable;
 use crate::error::{Refusal, Within};
 use crate::observe::access_log::AccessLogs;
+use crate::observe::tracer::Tracer;
 use crate::policy::chain::Chain;
 
 /// Envoy's limit of silence on a stream when none is given.
@@ -79,6 +80,8 @@ pub struct HttpManager {
     pub routes: Routes,
     /// The HTTP filters before the router.
     pub filters: Chain,
+    /// Tracing, where somebody collects.
+    pub tracer: Option<Box<Tracer>>,
     /// Access logs; without them only errors are told.
     pub logs: Option<Box<AccessLogs>>,
     /// Whether Istio's metrics are kept.
@@ -215,6 +218,7 @@ impl HttpManager {
             direction,
             routes,
             filters: Chain::default(),
+            tracer: Tracer::compile(from.tracing.as_ref(), &from.stat_prefix, context)?,
             logs: AccessLogs::compile(&from.access_log, &mut context.slots.sinks)?,
             stats: false,
             disable_host_fallback: false,

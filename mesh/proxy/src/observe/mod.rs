@@ -12,8 +12,11 @@
 #![allow(deprecated)] // control planes still send fields that Envoy calls deprecated
 
 pub mod access_log;
+pub mod export;
 pub mod filter;
 pub mod format;
 pub mod record;
 pub mod sink;
 pub mod time;
+pub mod trace;
+pub mod tracer;

@@ -6,6 +6,7 @@ use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager:
 use serin_xds::pb::google::protobuf::Any;
 
 use super::buffer::Buffer;
+use super::compressor::Compressor;
 use super::ext_authz::ExtAuthz;
 use super::header_mutation::HeaderMutation;
 use super::jwt::JwtAuthn;
@@ -50,6 +51,8 @@ pub enum Kind {
     Jwt(Box<JwtAuthn>),
     /// External authorisation.
     ExtAuthz(Box<ExtAuthz>),
+    /// Compression.
+    Compressor(Arc<Compressor>),
 }
 
 /// A filter of a chain.
@@ -151,6 +154,9 @@ impl Chain {
             ("envoy.extensions.filters.http.ext_authz.v3.ExtAuthz", _) => Kind::ExtAuthz(Box::new(
                 ExtAuthz::compile(&unpack(config, type_name)?, stat_prefix, context)?,
             )),
+            ("envoy.extensions.filters.http.compressor.v3.Compressor", _) => {
+                Kind::Compressor(Arc::new(Compressor::compile(&unpack(config, type_name)?)?))
+            }
             _ => {
                 let of_type = if known.is_empty() {
                     String::new()

@@ -28,6 +28,7 @@
 pub mod bucket;
 pub mod buffer;
 pub mod chain;
+pub mod compressor;
 pub mod descriptors;
 pub mod ext_authz;
 pub mod facts;

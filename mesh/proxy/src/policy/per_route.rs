@@ -9,6 +9,7 @@ use serin_xds::pb::envoy::extensions::filters::http::rbac::v3 as rbac;
 use serin_xds::pb::google::protobuf::Any;
 
 use super::buffer::Buffer;
+use super::compressor::PerRouteCompressor;
 use super::ext_authz::PerRouteAuthz;
 use super::header_mutation::HeaderMutation;
 use super::jwt::PerRouteJwt;
@@ -49,6 +50,8 @@ pub enum Override {
     Jwt(PerRouteJwt),
     /// External authorisation.
     ExtAuthz(PerRouteAuthz),
+    /// Compression; `None` leaves responses as they are.
+    Compressor(Option<PerRouteCompressor>),
 }
 
 /// Overrides by filter name.
@@ -158,6 +161,9 @@ fn compile(any: &Any, context: &mut Context<'_>) -> Result<Option<Override>, Ref
         "envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute" => Override::ExtAuthz(
             PerRouteAuthz::compile(&convert::unpack(any, type_name)?, context)?,
         ),
+        "envoy.extensions.filters.http.compressor.v3.CompressorPerRoute" => {
+            Override::Compressor(PerRouteCompressor::compile(&convert::unpack(any, type_name)?)?)
+        }
         other => {
             return Err(Refusal::new(
                 "",

@@ -12,6 +12,8 @@ use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
+use crate::policy::compressor::Encoder;
+
 /// The error of a body: what went wrong, for hyper to break the message off.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -326,6 +328,50 @@ pub enum ResponseBody<O> {
         /// Whether all was seen.
         done: bool,
     },
+    /// Encoded on its way.
+    Encoded(Box<Encoded<O>>),
+}
+
+/// A body that is encoded on its way.
+#[derive(Debug)]
+pub struct Encoded<O> {
+    inner: ResponseBody<O>,
+    /// Gone once the end was written.
+    encoder: Option<Encoder>,
+    trailers: Option<HeaderMap>,
+}
+
+impl<O: Observer + Unpin> Encoded<O> {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        loop {
+            let Some(encoder) = &mut self.encoder else {
+                return Poll::Ready(self.trailers.take().map(|trailers| Ok(Frame::trailers(trailers))));
+            };
+            let end = match ready!(Pin::new(&mut self.inner).poll_frame(cx)) {
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) if data.is_empty() => continue,
+                    Ok(data) => match encoder.push(&data) {
+                        Ok(out) if out.is_empty() => continue,
+                        Ok(out) => return Poll::Ready(Some(Ok(Frame::data(out)))),
+                        Err(error) => return Poll::Ready(Some(Err(error.into()))),
+                    },
+                    Err(frame) => {
+                        self.trailers = frame.into_trailers().ok();
+                        true
+                    }
+                },
+                None => true,
+            };
+            if end && let Some(encoder) = self.encoder.take() {
+                match encoder.finish() {
+                    Ok(out) if out.is_empty() => {}
+                    Ok(out) => return Poll::Ready(Some(Ok(Frame::data(out)))),
+                    Err(error) => return Poll::Ready(Some(Err(error.into()))),
+                }
+            }
+        }
+    }
 }
 
 impl<O: Observer> ResponseBody<O> {
@@ -341,6 +387,15 @@ impl<O: Observer> ResponseBody<O> {
             done,
         }
     }
+
+    /// The same body, encoded.
+    pub fn encoded(self, encoder: Encoder) -> Self {
+        Self::Encoded(Box::new(Encoded {
+            inner: self,
+            encoder: Some(encoder),
+            trailers: None,
+        }))
+    }
 }
 
 impl<O: Observer + Unpin> Body for ResponseBody<O> {
@@ -353,6 +408,7 @@ impl<O: Observer + Unpin> Body for ResponseBody<O> {
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         match self.get_mut() {
             Self::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Encoded(encoded) => encoded.poll_frame(cx),
             Self::Upstream {
                 incoming,
                 observer,
@@ -388,6 +444,7 @@ impl<O: Observer + Unpin> Body for ResponseBody<O> {
         match self {
             Self::Full(bytes) => bytes.is_none(),
             Self::Upstream { incoming, done, .. } => *done || incoming.is_end_stream(),
+            Self::Encoded(encoded) => encoded.encoder.is_none() && encoded.trailers.is_none(),
         }
     }
 
@@ -395,6 +452,7 @@ impl<O: Observer + Unpin> Body for ResponseBody<O> {
         match self {
             Self::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
             Self::Upstream { incoming, .. } => incoming.size_hint(),
+            Self::Encoded(_) => SizeHint::default(),
         }
     }
 }

@@ -17,6 +17,7 @@ use super::body::{BodyError, Observer, RequestSource};
 use super::filters::PolicyState;
 use super::http::Downstream;
 use super::logging::{self, LogState};
+use super::spans::{self, SpanState};
 use crate::config::listener::Direction;
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
@@ -72,6 +73,8 @@ pub struct Exchange {
     pub policy: Option<Box<PolicyState>>,
     /// What access logs keep.
     pub log: Option<Box<LogState>>,
+    /// Its place in a trace.
+    pub span: Option<Box<SpanState>>,
     finished: bool,
 }
 
@@ -102,6 +105,7 @@ impl Exchange {
             sent: 0,
             policy: None,
             log: None,
+            span: None,
             finished: false,
         })
     }
@@ -126,6 +130,9 @@ impl Exchange {
         // Without configured access logs, errors are told all the same.
         if !logging::write(self) && (!self.flags.is_empty() || self.code >= 500) {
             conn.worker.log(self.log_line());
+        }
+        if self.span.is_some() {
+            spans::finish(self);
         }
     }
 

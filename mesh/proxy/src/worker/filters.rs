@@ -27,6 +27,7 @@ use crate::config::headers::Variables;
 use crate::config::route::{Action, Targets};
 use crate::metrics::flags::Flags;
 use crate::policy::chain::{Filter, Kind};
+use crate::policy::compressor::{Compressor, Encoder, vary};
 use crate::policy::descriptors::{Descriptor, RateLimitEntry, Scene};
 use crate::policy::ext_authz::{Field, How, apply};
 use crate::policy::facts::Facts;
@@ -57,13 +58,38 @@ enum Encode {
     Cors(Arc<Cors>, HeaderValue),
     Mutate(Arc<HeaderMutation>),
     Fields(Vec<Field>),
+    /// With how much the client wants the encoding.
+    Compress(Arc<Compressor>, u16),
 }
 
 impl PolicyState {
-    /// Lets a response pass the filters.
-    fn respond(&self, exchange: &Exchange, head: &mut Head) {
-        for encode in self.encode.iter().rev() {
+    /// Lets a response pass the filters. What encodes its body is returned.
+    fn respond(&self, exchange: &Exchange, head: &mut Head, has_body: bool) -> Option<Encoder> {
+        let mut encoder = None;
+        // The encoding that the client wants most; of equals the first in the chain.
+        let best = self
+            .encode
+            .iter()
+            .enumerate()
+            .filter_map(|(index, encode)| match encode {
+                Encode::Compress(_, quality) if *quality > 0 => Some((*quality, std::cmp::Reverse(index))),
+                _ => None,
+            })
+            .max()
+            .map(|(_, std::cmp::Reverse(index))| index);
+        for (index, encode) in self.encode.iter().enumerate().rev() {
             match encode {
+                Encode::Compress(..) if !has_body => {}
+                Encode::Compress(compressor, _) => {
+                    if !compressor.applies(head.status, &head.headers) {
+                        continue;
+                    }
+                    if best == Some(index) {
+                        // An encoder that cannot be made leaves the response as it is.
+                        encoder = compressor.begin(&mut head.headers).ok();
+                    }
+                    vary(&mut head.headers);
+                }
                 Encode::Cors(cors, origin) => cors.decorate(origin.clone(), &mut head.headers),
                 Encode::Mutate(mutation) => {
                     let variables = response_variables(exchange);
@@ -72,6 +98,7 @@ impl PolicyState {
                 Encode::Fields(fields) => apply(fields, &mut head.headers),
             }
         }
+        encoder
     }
 }
 
@@ -94,12 +121,12 @@ fn response_variables(exchange: &Exchange) -> Variables<'_> {
     }
 }
 
-/// Lets the head of a response pass the chain that its request passed.
-pub(super) fn encode(exchange: &mut Exchange, head: &mut Head) {
-    if let Some(state) = exchange.policy.take() {
-        state.respond(exchange, head);
-        exchange.policy = Some(state);
-    }
+/// Lets the head of a response pass the chain that its request passed. What encodes its body is returned.
+pub(super) fn encode(exchange: &mut Exchange, head: &mut Head, has_body: bool) -> Option<Encoder> {
+    let state = exchange.policy.take()?;
+    let encoder = state.respond(exchange, head, has_body);
+    exchange.policy = Some(state);
+    encoder
 }
 
 /// What filters said about a request so far.
@@ -224,6 +251,15 @@ pub(super) async fn decode(
                     .await
                     .map(|again| reroute = again)
             }
+            (Kind::Compressor(_), Some(Override::Compressor(None))) => Ok(()),
+            (Kind::Compressor(compressor), own) => {
+                let own = match own {
+                    Some(Override::Compressor(Some(own))) => own.remove_accept_encoding,
+                    _ => None,
+                };
+                offer_compression(exchange, compressor, own, parts);
+                Ok(())
+            }
         };
         if let Err(reply) = result {
             // Later filters have not seen the request; only mutations change its response all the same.
@@ -242,6 +278,27 @@ pub(super) async fn decode(
         }
     }
     Ok(())
+}
+
+/// Notes how much the client wants an encoding.
+fn offer_compression(
+    exchange: &mut Exchange,
+    compressor: &Arc<Compressor>,
+    remove: Option<bool>,
+    parts: &mut Parts,
+) {
+    // A filter before this one may have taken the field off; then it has kept what it said.
+    let state = state(exchange);
+    let kept = state
+        .request
+        .as_ref()
+        .filter(|_| !parts.headers.contains_key(header::ACCEPT_ENCODING));
+    let quality = compressor.quality(kept.unwrap_or(&parts.headers));
+    if remove.unwrap_or(compressor.remove_accept_encoding) {
+        state.request.get_or_insert_with(|| parts.headers.clone());
+        parts.headers.remove(header::ACCEPT_ENCODING);
+    }
+    state.encode.push(Encode::Compress(compressor.clone(), quality));
 }
 
 fn says_nothing(routed: &Routed) -> bool {

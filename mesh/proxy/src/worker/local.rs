@@ -97,8 +97,27 @@ impl LocalReply {
         exchange.sent = body.len() as u64;
         if exchange.policy.is_some() {
             let (mut head, ()) = response.into_parts();
-            filters::encode(&mut exchange, &mut head);
+            let long = !body.is_empty() && exchange.method != http::Method::HEAD;
+            if long {
+                head.headers
+                    .insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
+            }
+            let encoder = filters::encode(&mut exchange, &mut head, long);
+            head.headers.remove(header::CONTENT_LENGTH);
             response = Response::from_parts(head, ());
+            if let Some(mut encoder) = encoder {
+                let encoded = encoder.push(&body).and_then(|start| {
+                    let end = encoder.finish()?;
+                    Ok(Bytes::from([start, end].concat()))
+                });
+                match encoded {
+                    Ok(encoded) => body = encoded,
+                    Err(_) => {
+                        response.headers_mut().remove(header::CONTENT_ENCODING);
+                    }
+                }
+            }
+            exchange.sent = body.len() as u64;
         }
         exchange
             .conn

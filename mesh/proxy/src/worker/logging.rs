@@ -131,7 +131,7 @@ pub(super) fn write(exchange: &Exchange) -> bool {
         peer: conn.peer_identity(),
         metadata: filters::metadata(exchange),
         connection: conn.id,
-        trace: None,
+        trace: exchange.span.as_ref().map(|span| (&*span.trace, span.recorded())),
     };
     logs.write(&record, &random::next);
     true

@@ -14,6 +14,7 @@ mod mirror;
 mod prepare;
 pub mod request;
 pub mod sniff;
+mod spans;
 pub mod tcp;
 mod upgrade;
 pub mod upstream;

@@ -14,6 +14,7 @@ use super::filters;
 use super::http::Downstream;
 use super::local::{Body, LocalReply};
 use super::logging;
+use super::spans;
 use super::upstream;
 use crate::config::headers::Variables;
 use crate::config::listener::Direction;
@@ -135,6 +136,7 @@ pub(super) async fn handle(
         Err(reply) => return Ok(reply.send(exchange)),
     };
     identify(&conn, &mut exchange, &mut parts);
+    spans::begin(&mut exchange, &mut parts);
     logging::keep_request(&mut exchange, &parts);
     // Boxed: the future of a request lives as long as the request, and most of it is here.
     Ok(Box::pin(route(conn, exchange, parts, incoming, upgrade)).await)

@@ -660,9 +660,12 @@ fn respond(
     exchange.code = head.status.as_u16();
     exchange.details = "via_upstream".into();
     exchange.note_grpc_status(&head.headers);
-    if exchange.policy.is_some() {
-        filters::encode(&mut exchange, &mut head);
-    }
+    let encoder = if exchange.policy.is_some() {
+        let has_body = !hyper::body::Body::is_end_stream(&incoming);
+        filters::encode(&mut exchange, &mut head, has_body)
+    } else {
+        None
+    };
     logging::keep_response(&mut exchange, &head.headers, true);
     conn.dress(&mut head.headers, exchange.version);
     head.version = Version::HTTP_11;
@@ -697,5 +700,10 @@ fn respond(
         Limits::new(deadline, idle)
     };
     let watch = Watch::new(exchange, limits, lease, max_requests, active);
-    Response::from_parts(head, ResponseBody::upstream(incoming, watch))
+    let body = ResponseBody::upstream(incoming, watch);
+    let body = match encoder {
+        None => body,
+        Some(encoder) => body.encoded(encoder),
+    };
+    Response::from_parts(head, body)
 }

@@ -68,7 +68,7 @@ async fn lines(path: &Path, count: usize) -> Vec<String> {
         loop {
             let text = tokio::fs::read_to_string(path).await.unwrap_or_default();
             let lines: Vec<String> = text.lines().map(str::to_owned).collect();
-            if lines.len() >= count && text.ends_with('\n') {
+            if lines.len() >= count && (count == 0 || text.ends_with('\n')) {
                 return lines;
             }
             tokio::task::yield_now().await;

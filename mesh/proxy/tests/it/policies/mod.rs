@@ -2,11 +2,13 @@
 
 mod access_log;
 mod chain;
+mod compression;
 mod ext_authz;
 mod jwt;
 mod rate_limit;
 mod rbac;
 mod services;
+mod tracing;
 
 use std::net::SocketAddr;
 

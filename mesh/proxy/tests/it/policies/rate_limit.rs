@@ -313,11 +313,9 @@ mod global {
             (&3.into(), &7.into())
         );
         assert_eq!(backend.next().await.headers["x-tier"], "gold");
+        let question = seen.lock()[0].clone();
         assert_eq!(
-            (
-                &*seen.lock()[0].domain,
-                &*seen.lock()[0].descriptors[0].entries[0].key
-            ),
+            (&*question.domain, &*question.descriptors[0].entries[0].key),
             ("d", "user")
         );
         let (status, headers, _) = get_with(at, "/", &[("x-user", "greedy")]).await;
