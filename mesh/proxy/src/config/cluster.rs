@@ -1,6 +1,6 @@
 //! Clusters, compiled.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,9 +9,15 @@ use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::extensions::upstreams::http::v3 as upstream_http;
 
 use super::convert;
+use super::endpoint::Endpoint;
 use super::health_check::{HealthCheck, MAX_CHECKS};
+use super::table::strip_port;
+use super::transport_socket::{SocketMatch, UpstreamSocket};
 use crate::error::{Refusal, Within};
 use crate::metrics::peer::ServiceIdentity;
+use crate::tls::secret::SecretSlot;
+use crate::tls::table::{SecretTable, Side};
+use crate::upstream::connect::ConnectOptions;
 
 /// Envoy's connect timeout when none is given.
 const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -110,6 +116,8 @@ pub enum UpstreamHttp {
     Http2,
     /// What the client spoke.
     Downstream,
+    /// What ALPN agrees on.
+    Auto,
 }
 
 /// Circuit breaker limits; `u32::MAX` is none.
@@ -262,6 +270,12 @@ pub struct Cluster {
     pub max_streams: u32,
     /// Which service it is (`istio.services`).
     pub service: Option<Arc<ServiceIdentity>>,
+    /// How connections are dressed unless an entry of `sockets` fits the endpoint.
+    pub socket: Arc<UpstreamSocket>,
+    /// `transport_socket_matches`.
+    pub sockets: Box<[SocketMatch]>,
+    /// The server name is the request's host, or this field of it.
+    pub auto_sni: Option<http::HeaderName>,
     /// Its own endpoints (static and DNS).
     pub load_assignment: Option<serin_xds::pb::envoy::config::endpoint::v3::ClusterLoadAssignment>,
 }
@@ -274,10 +288,15 @@ impl Cluster {
             .is_some_and(|outlier| outlier.uneject_on_check)
     }
 
-    /// Compiles the message.
-    pub(crate) fn compile(from: &cluster::Cluster) -> Result<Self, Refusal> {
+    /// Compiles the message; sockets that `previous` has as well are taken over.
+    pub(crate) fn compile(
+        from: &cluster::Cluster,
+        secrets: &mut SecretTable,
+        previous: Option<&Self>,
+    ) -> Result<Self, Refusal> {
         refuse_unsupported(from)?;
         let (http, common) = compile_http(from)?;
+        let sockets = Sockets::compile(from, secrets, previous)?;
         let (lb, locality_weighted) = compile_lb(from)?;
         let discovery = compile_discovery(from)?;
         let common_lb = from.common_lb_config.as_ref();
@@ -336,34 +355,123 @@ impl Cluster {
                 .and_then(|options| options.max_concurrent_streams)
                 .map_or(1024, |value| value.value.max(1)),
             service: ServiceIdentity::of_cluster(from.metadata.as_ref()),
+            socket: sockets.default,
+            sockets: sockets.matches,
+            auto_sni: sockets.auto_sni,
             load_assignment: from.load_assignment.clone(),
+        })
+    }
+
+    /// How connections to `endpoint` are dressed.
+    pub fn socket_for(&self, endpoint: &Endpoint) -> &Arc<UpstreamSocket> {
+        self.sockets
+            .iter()
+            .find(|entry| entry.fits(endpoint.socket_metadata.as_ref()))
+            .map_or(&self.socket, |entry| &entry.socket)
+    }
+
+    /// Options of connections for a request with these headers, from `source` to `destination`.
+    pub fn connect_options(
+        &self,
+        headers: &http::HeaderMap,
+        source: SocketAddr,
+        destination: SocketAddr,
+    ) -> ConnectOptions {
+        ConnectOptions {
+            server_name: self.request_server_name(headers),
+            between: self.tells_clients().then_some((source, destination)),
+        }
+    }
+
+    /// The server name that follows the request, where the cluster wants that.
+    pub fn request_server_name(&self, headers: &http::HeaderMap) -> Option<Box<str>> {
+        let value = headers.get(self.auto_sni.as_ref()?)?.to_str().ok()?;
+        let name = strip_port(value);
+        let is_address = name.parse::<IpAddr>().is_ok() || name.starts_with('[');
+        (!is_address && !name.is_empty()).then(|| name.to_ascii_lowercase().into())
+    }
+
+    /// Whether endpoints are told who the client is, so that connections cannot be shared between clients.
+    pub fn tells_clients(&self) -> bool {
+        self.socket.proxy_protocol.is_some()
+            || self
+                .sockets
+                .iter()
+                .any(|entry| entry.socket.proxy_protocol.is_some())
+    }
+
+    /// The slots of secrets that it needs.
+    pub fn secrets(&self) -> impl Iterator<Item = &Arc<SecretSlot>> {
+        std::iter::once(&self.socket)
+            .chain(self.sockets.iter().map(|entry| &entry.socket))
+            .filter_map(|socket| socket.tls.as_ref())
+            .flat_map(|tls| tls.secrets())
+    }
+}
+
+/// The transport sockets of a cluster.
+struct Sockets {
+    default: Arc<UpstreamSocket>,
+    matches: Box<[SocketMatch]>,
+    auto_sni: Option<http::HeaderName>,
+}
+
+impl Sockets {
+    fn compile(
+        from: &cluster::Cluster,
+        secrets: &mut SecretTable,
+        previous: Option<&Cluster>,
+    ) -> Result<Self, Refusal> {
+        let known: Vec<_> = previous
+            .into_iter()
+            .flat_map(|old| std::iter::once(&old.socket).chain(old.sockets.iter().map(|entry| &entry.socket)))
+            .cloned()
+            .collect();
+        let options = http_options(from)?.and_then(|options| options.upstream_http_protocol_options);
+        let options = options
+            .or_else(|| from.upstream_http_protocol_options.clone())
+            .unwrap_or_default();
+        let auto_sni = if !options.override_auto_sni_header.is_empty() {
+            Some(
+                options
+                    .override_auto_sni_header
+                    .parse()
+                    .map_err(|_| Refusal::new("override_auto_sni_header", "is not the name of a header"))?,
+            )
+        } else {
+            options.auto_sni.then_some(http::header::HOST)
+        };
+        if from.transport_socket.is_none() && from.transport_socket_matches.is_empty() {
+            return Ok(Self {
+                default: Arc::default(),
+                matches: Box::default(),
+                auto_sni,
+            });
+        }
+        let stats = secrets.stats(Side::Cluster, &from.name);
+        let mut compile = |socket: Option<&core::TransportSocket>| {
+            UpstreamSocket::compile(socket, options.auto_san_validation, secrets, &stats, &known)
+        };
+        let default = compile(from.transport_socket.as_ref()).within("transport_socket")?;
+        let matches = from
+            .transport_socket_matches
+            .iter()
+            .enumerate()
+            .map(|(index, entry)| {
+                compile(entry.transport_socket.as_ref())
+                    .map(|socket| SocketMatch::new(&entry.name, entry.r#match.as_ref(), socket))
+                    .within(format!("transport_socket_matches[{index}].transport_socket"))
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            default,
+            matches,
+            auto_sni,
         })
     }
 }
 
 fn refuse_unsupported(from: &cluster::Cluster) -> Result<(), Refusal> {
-    let is_raw = |socket: &core::TransportSocket| socket.name.ends_with("raw_buffer");
-    if from
-        .transport_socket
-        .as_ref()
-        .is_some_and(|socket| !is_raw(socket))
-    {
-        return Err(Refusal::new(
-            "transport_socket",
-            "TLS towards endpoints is not supported yet",
-        ));
-    }
-    if from.transport_socket_matches.iter().any(|entry| {
-        entry
-            .transport_socket
-            .as_ref()
-            .is_some_and(|socket| !is_raw(socket))
-    }) {
-        return Err(Refusal::new(
-            "transport_socket_matches",
-            "TLS towards endpoints is not supported yet",
-        ));
-    }
     let unsupported = [
         (
             "lb_subset_config",
@@ -608,8 +716,8 @@ fn compile_http(
             Some(ProtocolConfig::HttpProtocolOptions(_)) | None => UpstreamHttp::Http1,
         },
         Some(UpstreamProtocolOptions::UseDownstreamProtocolConfig(_)) => UpstreamHttp::Downstream,
-        // ALPN needs TLS; without it Envoy speaks HTTP/1.1.
-        Some(UpstreamProtocolOptions::AutoConfig(_)) | None => UpstreamHttp::Http1,
+        Some(UpstreamProtocolOptions::AutoConfig(_)) => UpstreamHttp::Auto,
+        None => UpstreamHttp::Http1,
     };
     Ok((http, options.common_http_protocol_options))
 }
@@ -757,9 +865,13 @@ fn compile_bind(from: &cluster::Cluster) -> Result<Option<IpAddr>, Refusal> {
 mod tests {
     use super::*;
 
+    fn compiled(message: &cluster::Cluster) -> Result<Cluster, Refusal> {
+        Cluster::compile(message, &mut SecretTable::default(), None)
+    }
+
     #[test]
     fn what_a_cluster_does_not_say_is_envoys_default() {
-        let cluster = Cluster::compile(&cluster::Cluster {
+        let cluster = compiled(&cluster::Cluster {
             name: "c".into(),
             ..Default::default()
         })
@@ -781,7 +893,7 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(
-            Cluster::compile(&message).unwrap().discovery,
+            compiled(&message).unwrap().discovery,
             Discovery::Eds("outbound|80||a".into())
         );
         message.eds_cluster_config = Some(cluster::cluster::EdsClusterConfig {
@@ -789,22 +901,25 @@ mod tests {
             ..Default::default()
         });
         assert_eq!(
-            Cluster::compile(&message).unwrap().discovery,
+            compiled(&message).unwrap().discovery,
             Discovery::Eds("other".into())
         );
     }
 
     #[test]
-    fn tls_towards_endpoints_is_refused_by_name_for_now() {
+    fn a_transport_socket_that_is_not_known_is_refused_by_name() {
         let message = cluster::Cluster {
             name: "c".into(),
             transport_socket: Some(core::TransportSocket {
-                name: "envoy.transport_sockets.tls".into(),
+                name: "envoy.transport_sockets.starttls".into(),
                 ..Default::default()
             }),
             ..Default::default()
         };
-        assert_eq!(Cluster::compile(&message).unwrap_err().path, "transport_socket");
+        assert_eq!(
+            compiled(&message).unwrap_err().path,
+            "transport_socket.typed_config"
+        );
     }
 
     #[test]

@@ -1,17 +1,22 @@
 //! Endpoints of a cluster (EDS), and the shared record of each host's health as requests see it.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::endpoint::v3 as endpoint;
 
+use serin_xds::pb::google::protobuf::Struct;
+
 use super::convert::{self, Address};
 use crate::clock::now_ms;
 use crate::error::{Refusal, Within};
 use crate::metrics::peer::Workload;
 
+/// Metadata of endpoints that transport sockets are matched with.
+const SOCKET_MATCH: &str = "envoy.transport_socket_match";
 /// Envoy's overprovisioning factor: a priority level takes all its share while 1/1.4 of it is healthy.
 const DEFAULT_OVERPROVISIONING: u32 = 140;
 
@@ -144,6 +149,10 @@ pub struct Endpoint {
     pub workload: Option<Arc<Workload>>,
     /// How active health checks reach it.
     pub check: Check,
+    /// What `transport_socket_matches` go by: `envoy.transport_socket_match` of the endpoint, else of its locality.
+    pub socket_metadata: Option<Struct>,
+    /// Other addresses of the same endpoint, tried when the first does not answer soon.
+    pub more_addresses: Box<[SocketAddr]>,
     /// Its record.
     pub state: Arc<HostState>,
 }
@@ -160,6 +169,8 @@ impl Endpoint {
             degraded: false,
             workload: None,
             check: Check::default(),
+            socket_metadata: None,
+            more_addresses: Box::default(),
             state: Arc::default(),
         }
     }
@@ -227,7 +238,7 @@ impl EndpointSet {
             {
                 let start = all.len();
                 for (inner, lb) in group.lb_endpoints.iter().enumerate() {
-                    let compiled = compile_endpoint(lb, &states)
+                    let compiled = compile_endpoint(lb, group.metadata.as_ref(), &states)
                         .within(format!("endpoints[{index}].lb_endpoints[{inner}]"))?;
                     all.push(Arc::new(compiled));
                 }
@@ -268,6 +279,7 @@ impl EndpointSet {
 
 fn compile_endpoint(
     from: &endpoint::LbEndpoint,
+    locality: Option<&core::Metadata>,
     states: &HashMap<&Address, &Arc<HostState>, foldhash::fast::RandomState>,
 ) -> Result<Endpoint, Refusal> {
     use endpoint::lb_endpoint::HostIdentifier;
@@ -278,6 +290,23 @@ fn compile_endpoint(
         ));
     };
     let address = convert::address(inner.address.as_ref()).within("endpoint")?;
+    let more_addresses = inner
+        .additional_addresses
+        .iter()
+        .enumerate()
+        .map(|(index, more)| {
+            let path = format!("endpoint.additional_addresses[{index}]");
+            match convert::address(more.address.as_ref()).within(&path)? {
+                Address::Tcp(address) => Ok(address),
+                other => Err(Refusal::new(path, format!("{other} is no IP address"))),
+            }
+        })
+        .collect::<Result<_, _>>()?;
+    let socket_metadata = [from.metadata.as_ref(), locality]
+        .into_iter()
+        .flatten()
+        .find_map(|metadata| metadata.filter_metadata.get(SOCKET_MATCH))
+        .cloned();
     let health = core::HealthStatus::try_from(from.health_status).unwrap_or(core::HealthStatus::Unknown);
     use core::HealthStatus;
     let (healthy, degraded) = match health {
@@ -297,6 +326,8 @@ fn compile_endpoint(
         healthy,
         degraded,
         workload: convert::metadata_string(from.metadata.as_ref(), "istio", "workload").map(Workload::parse),
+        socket_metadata,
+        more_addresses,
         state: states
             .get(&address)
             .map(|state| Arc::clone(state))

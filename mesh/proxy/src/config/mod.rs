@@ -6,6 +6,7 @@
 
 #![allow(deprecated)] // control planes, istiod among them, still send fields that Envoy calls deprecated
 
+pub mod chain_match;
 pub mod cluster;
 pub mod convert;
 pub mod endpoint;
@@ -21,4 +22,5 @@ pub mod route;
 pub mod slot;
 pub mod store;
 pub mod table;
+pub mod transport_socket;
 pub mod weighted;

@@ -167,6 +167,8 @@ pub struct Slots {
     pub counters: crate::policy::stats::Registry,
     /// Where access logs are written.
     pub sinks: crate::observe::sink::Sinks,
+    /// Secrets that clusters and listeners refer to.
+    pub secrets: crate::tls::table::SecretTable,
 }
 
 impl Slots {
@@ -220,5 +222,6 @@ impl Slots {
             .retain(|_, slot| Arc::strong_count(slot) > 1 || slot.table.load().is_some());
         self.counters.sweep();
         self.sinks.sweep();
+        self.secrets.sweep();
     }
 }

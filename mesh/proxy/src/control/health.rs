@@ -26,7 +26,7 @@ use crate::config::endpoint::Endpoint;
 use crate::config::health_check::{HealthCheck, HttpProbe, Probe};
 use crate::config::slot::ClusterSlot;
 use crate::random;
-use crate::upstream::connect::{Stream, connect};
+use crate::upstream::connect::{ConnectOptions, Speaking, Stream, connect};
 use crate::upstream::health::{Finding, Tally, jitter};
 
 /// Bytes that are read while looking for what a TCP check expects.
@@ -178,6 +178,17 @@ impl CheckedHost {
         }
     }
 
+    /// A connection as requests have it, TLS included, to where the host wants to be checked.
+    async fn connect(&self, speaking: Speaking) -> std::io::Result<Stream> {
+        let target = Endpoint {
+            hostname: self.endpoint.hostname.clone(),
+            socket_metadata: self.endpoint.socket_metadata.clone(),
+            ..Endpoint::at(self.target())
+        };
+        let connected = connect(&self.config, &target, speaking, &ConnectOptions::default()).await?;
+        Ok(connected.stream)
+    }
+
     fn target(&self) -> Address {
         let check = &self.endpoint.check;
         let address = check.address.as_ref().unwrap_or(&self.endpoint.address);
@@ -190,7 +201,7 @@ impl CheckedHost {
     async fn probe(&self, kept: &mut Option<Kept>) -> Result<Finding, Error> {
         match &self.check().probe {
             Probe::Tcp { send, receive } => {
-                let stream = connect(&self.config, &self.target()).await?;
+                let stream = self.connect(Speaking::Bytes).await?;
                 tcp(stream, send, receive).await
             }
             Probe::Http(probe) => self.http(probe, kept).await,
@@ -208,7 +219,8 @@ impl CheckedHost {
             *kept = None;
         }
         if kept.is_none() {
-            let io = TokioIo::new(connect(&self.config, &self.target()).await?);
+            let speaking = if http2 { Speaking::Http2 } else { Speaking::Http1 };
+            let io = TokioIo::new(self.connect(speaking).await?);
             // The connections end when their sender is dropped.
             *kept = Some(if http2 {
                 let (sender, connection) = http2::handshake(TokioExecutor::new(), io).await?;

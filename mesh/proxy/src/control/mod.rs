@@ -134,6 +134,32 @@ impl Proxy {
             let refused = store.apply(resource_type, upserted, removed);
             (refused, store.take_listener_changes())
         };
+        refused.extend(self.follow(changes).await);
+        refused
+    }
+
+    /// Takes into use what waits for secrets when they have come from files or, at `now_ms` on the process clock, it has
+    /// waited long enough; reads changed files again. Cheap when there is nothing to do.
+    pub async fn tend_secrets(&self, now_ms: u64) {
+        let (unusable, changes) = {
+            let mut store = self.store.lock();
+            let unusable = store.secrets().reload_files();
+            if store.is_warming() {
+                store.warm(Some(now_ms));
+            }
+            (unusable, store.take_listener_changes())
+        };
+        for refusal in unusable {
+            tracing::warn!(%refusal, "a changed file cannot be used; what it held before stays in use");
+        }
+        for (name, refusal) in self.follow(changes).await {
+            tracing::warn!(listener = %name, %refusal, "not opened");
+        }
+    }
+
+    /// Opens and closes sockets; returns the listeners that could not be opened.
+    async fn follow(&self, changes: Vec<ListenerChange>) -> Vec<(Box<str>, Refusal)> {
+        let mut refused = Vec::new();
         for change in changes {
             match change {
                 ListenerChange::Open(slot) => {
@@ -238,10 +264,19 @@ impl Proxy {
 
     /// Open downstream connections.
     pub async fn connections(&self) -> usize {
+        self.count(Command::Connections).await
+    }
+
+    /// Running tasks of the workers: a downstream or upstream connection is one, a tunnel, a mirrored request.
+    pub async fn tasks(&self) -> usize {
+        self.count(Command::Tasks).await
+    }
+
+    async fn count(&self, question: fn(oneshot::Sender<usize>) -> Command) -> usize {
         let mut total = 0;
         for worker in &self.workers {
             let (reply, answer) = oneshot::channel();
-            if worker.commands.send(Command::Connections(reply)).await.is_ok() {
+            if worker.commands.send(question(reply)).await.is_ok() {
                 total += answer.await.unwrap_or(0);
             }
         }

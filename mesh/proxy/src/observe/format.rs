@@ -118,6 +118,8 @@ enum What {
     PeerUriSan,
     PeerDnsSan,
     PeerSubject,
+    TlsVersion,
+    TlsCipher,
     GrpcStatus(GrpcText),
     Metadata(Key),
     MetadataAll(Box<str>),
@@ -557,6 +559,8 @@ impl What {
             "DOWNSTREAM_PEER_URI_SAN" => Self::PeerUriSan,
             "DOWNSTREAM_PEER_DNS_SAN" => Self::PeerDnsSan,
             "DOWNSTREAM_PEER_SUBJECT" => Self::PeerSubject,
+            "DOWNSTREAM_TLS_VERSION" => Self::TlsVersion,
+            "DOWNSTREAM_TLS_CIPHER" => Self::TlsCipher,
             "GRPC_STATUS" => Self::GrpcStatus(match arguments {
                 None | Some("" | "CAMEL_STRING") => GrpcText::Camel,
                 Some("SNAKE_STRING") => GrpcText::Snake,
@@ -593,8 +597,6 @@ impl What {
             "UPSTREAM_LOCAL_ADDRESS"
             | "UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT"
             | "UPSTREAM_LOCAL_PORT"
-            | "DOWNSTREAM_TLS_VERSION"
-            | "DOWNSTREAM_TLS_CIPHER"
             | "VIRTUAL_CLUSTER_NAME"
             | "FILTER_STATE"
             | "UPSTREAM_METADATA"
@@ -688,9 +690,11 @@ impl Operator {
             What::DirectRemote(part) => address(record.direct_remote, *part),
             What::Local(part) => address(record.local, *part),
             What::ServerName => text(record.server_name),
-            What::PeerUriSan => joined(record.peer.map(|peer| &peer.uri_sans)),
-            What::PeerDnsSan => joined(record.peer.map(|peer| &peer.dns_sans)),
-            What::PeerSubject => text(record.peer.map(|peer| &*peer.subject)),
+            What::PeerUriSan => joined(record.peer.map(|peer| peer.uri_sans)),
+            What::PeerDnsSan => joined(record.peer.map(|peer| peer.dns_sans)),
+            What::PeerSubject => text(record.peer.map(|peer| peer.subject)),
+            What::TlsVersion => text(record.tls.map(|(version, _)| version)),
+            What::TlsCipher => text(record.tls.map(|(_, cipher)| cipher)),
             What::GrpcStatus(how) => record
                 .grpc_status
                 .map_or(Datum::Absent, |status| grpc_text(status, *how)),
@@ -709,7 +713,7 @@ impl Operator {
     }
 }
 
-fn joined(names: Option<&Vec<String>>) -> Datum<'_> {
+fn joined(names: Option<&[Box<str>]>) -> Datum<'_> {
     match names {
         Some(names) if !names.is_empty() => Datum::Text(names.join(",").into()),
         _ => Datum::Absent,

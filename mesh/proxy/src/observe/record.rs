@@ -167,7 +167,9 @@ pub struct Record<'a> {
     /// Server name of the TLS handshake.
     pub server_name: Option<&'a str>,
     /// The verified peer.
-    pub peer: Option<&'a PeerIdentity>,
+    pub peer: Option<PeerIdentity<'a>>,
+    /// TLS version and cipher suite.
+    pub tls: Option<(&'a str, &'a str)>,
     /// What filters said.
     pub metadata: &'a Metadata,
     /// Number of the connection within the process.

@@ -445,6 +445,7 @@ mod tests {
         metadata.set("ns", "tier", text("gold"));
         let facts = Facts {
             direct_remote: "10.1.2.3:5".parse().unwrap(),
+            source: "10.1.2.3:5".parse().unwrap(),
             local: "10.0.0.2:80".parse().unwrap(),
             server_name: None,
             peer: None,

@@ -85,6 +85,7 @@ enum Principal {
     /// A verified certificate, with such a name if one is asked for.
     Authenticated(Option<StringMatch>),
     DirectRemote(Cidr),
+    Source(Cidr),
     Remote(Cidr),
     Header(HeaderMatch),
     Path(StringMatch),
@@ -290,7 +291,7 @@ impl Principal {
                     .map(|name| StringMatch::compile(name).within("authenticated.principal_name"))
                     .transpose()?,
             ),
-            Identifier::SourceIp(range) => Self::DirectRemote(Cidr::compile(range).within("source_ip")?),
+            Identifier::SourceIp(range) => Self::Source(Cidr::compile(range).within("source_ip")?),
             Identifier::DirectRemoteIp(range) => {
                 Self::DirectRemote(Cidr::compile(range).within("direct_remote_ip")?)
             }
@@ -336,6 +337,7 @@ impl Principal {
                 (Some(peer), Some(test)) => authenticated_as(peer, test),
             },
             Self::DirectRemote(range) => range.contains(facts.direct_remote.ip()),
+            Self::Source(range) => range.contains(facts.source.ip()),
             Self::Remote(range) => range.contains(facts.remote()),
             Self::Header(header) => facts
                 .request
@@ -355,13 +357,13 @@ impl Principal {
 }
 
 /// URI names first, then DNS names, then the subject, each only where the kind before is absent (Envoy's order).
-fn authenticated_as(peer: &PeerIdentity, test: &StringMatch) -> bool {
+fn authenticated_as(peer: PeerIdentity<'_>, test: &StringMatch) -> bool {
     if !peer.uri_sans.is_empty() {
         peer.uri_sans.iter().any(|name| test.matches(name))
     } else if !peer.dns_sans.is_empty() {
         peer.dns_sans.iter().any(|name| test.matches(name))
     } else {
-        test.matches(&peer.subject)
+        test.matches(peer.subject)
     }
 }
 

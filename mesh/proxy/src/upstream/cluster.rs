@@ -49,6 +49,27 @@ impl Drop for Active {
     }
 }
 
+/// The host's pool, or a new one if its connections were dressed differently (other TLS settings) from now on.
+fn pool_for(
+    config: &Cluster,
+    endpoint: &Endpoint,
+    previous: Option<&WorkerCluster>,
+    host: &Host,
+) -> Rc<Pool> {
+    let same = previous.is_some_and(|previous| {
+        previous
+            .config
+            .socket_for(&host.endpoint)
+            .is_same(config.socket_for(endpoint))
+    });
+    if same {
+        host.pool.clone()
+    } else {
+        host.pool.retire();
+        Rc::default()
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct WorkerCluster {
@@ -88,7 +109,7 @@ impl WorkerCluster {
             .map(|endpoint| match known.get(&endpoint.address) {
                 Some(host) => Rc::new(Host {
                     endpoint: endpoint.clone(),
-                    pool: host.pool.clone(),
+                    pool: pool_for(&config, endpoint, previous, host),
                     active: host.active.clone(),
                 }),
                 None => Rc::new(Host {

@@ -7,3 +7,4 @@ pub mod consistent;
 pub mod health;
 pub mod outlier;
 pub mod pool;
+pub mod proxy_header;

@@ -7,9 +7,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use socket2::SockRef;
+use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::Instant;
 
+use super::io::Io;
 use super::sniff::{self, Detected, Http};
 use super::{Worker, http, tcp};
 use crate::clock;
@@ -17,8 +19,10 @@ use crate::config::hcm::Codec;
 use crate::config::listener::{ConnectionFacts, FilterChain, Handler, Listener};
 use crate::config::slot::ListenerSlot;
 use crate::metrics::flags::Flags;
-use crate::policy::facts::Facts;
+use crate::policy::facts::{Facts, PeerIdentity};
 use crate::policy::metadata::Metadata;
+use crate::tls::info::ConnectionTls;
+use crate::tls::rewind::Rewind;
 
 /// Pause after an accept that failed for lack of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -102,6 +106,7 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
     }
     let addresses = http::Addresses {
         remote,
+        direct: remote,
         local: destination,
     };
     let Some(chain) = choose(&worker, &listener, &detected, addresses) else {
@@ -109,6 +114,7 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
     };
     if timed_out
         && prefix.is_empty()
+        && chain.tls.is_none()
         && let Handler::Tcp(proxy) = &chain.handler
     {
         // Nobody has spoken. The TCP chain's upstream is asked now, and whoever speaks first decides: a server that
@@ -120,12 +126,16 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
                 &listener,
                 remote,
                 destination,
+                None,
                 tcp::Purpose::Probe,
             )
             .await
             {
-                Ok(upstream) if upstream.readable().await.is_ok() => upstream,
-                Ok(_) | Err(tcp::NoUpstream) => std::future::pending().await,
+                Ok(upstream) => match upstream.readable().await {
+                    Ok(upstream) => upstream,
+                    Err(_) => std::future::pending().await,
+                },
+                Err(tcp::NoUpstream) => std::future::pending().await,
             }
         };
         let upstream = tokio::select! {
@@ -141,16 +151,14 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
             () = worker.closing() => return,
         };
         return match (upstream, choose(&worker, &listener, &detected, addresses)) {
-            (Some(upstream), _) => tcp::join(worker, proxy.clone(), stream, prefix, upstream).await,
-            (None, Some(chain)) => {
-                let name = detected.server_name.as_deref();
-                handle(worker, listener, chain, stream, prefix, addresses, name).await;
+            (Some(upstream), _) => {
+                tcp::join(worker, proxy.clone(), Io::Plain(stream), prefix, upstream).await;
             }
+            (None, Some(chain)) => handle(worker, listener, chain, stream, prefix, detected, addresses).await,
             (None, None) => {}
         };
     }
-    let name = detected.server_name.as_deref();
-    handle(worker, listener, chain, stream, prefix, addresses, name).await;
+    handle(worker, listener, chain, stream, prefix, detected, addresses).await;
 }
 
 /// Whether the chain's network filters let the connection through; a denial is logged.
@@ -159,15 +167,17 @@ fn admitted(
     listener: &Listener,
     chain: &FilterChain,
     server_name: Option<&str>,
+    tls: Option<&ConnectionTls>,
     addresses: http::Addresses,
 ) -> bool {
     let mut metadata = Metadata::default();
     for policy in &chain.policies {
         let facts = Facts {
-            direct_remote: addresses.remote,
+            direct_remote: addresses.direct,
+            source: addresses.remote,
             local: addresses.local,
             server_name,
-            peer: None,
+            peer: tls.and_then(PeerIdentity::of),
             request: None,
             forwarded: false,
             metadata: &metadata,
@@ -213,6 +223,7 @@ fn choose(
     let facts = ConnectionFacts {
         destination: addresses.local,
         source: addresses.remote,
+        direct_source: addresses.direct,
         transport: if detected.tls { "tls" } else { "raw_buffer" },
         server_name: detected.server_name.as_deref(),
         application: &alpn,
@@ -240,11 +251,34 @@ async fn handle(
     chain: Arc<FilterChain>,
     stream: TcpStream,
     mut prefix: Vec<u8>,
+    detected: Detected,
     addresses: http::Addresses,
-    server_name: Option<&str>,
 ) {
     let direction = listener.direction;
-    if !chain.policies.is_empty() && !admitted(&worker, &listener, &chain, server_name, addresses) {
+    let mut server_name = detected.server_name.map(Box::from);
+    let (mut io, tls) = match &chain.tls {
+        None => (Io::Plain(stream), None),
+        Some(context) => {
+            let stream = Rewind::new(std::mem::take(&mut prefix), stream);
+            match context.accept(stream, chain.handshake_timeout).await {
+                Ok((stream, facts)) => {
+                    server_name.clone_from(&facts.server_name);
+                    (Io::Tls(Box::new(stream)), Some(Arc::new(facts)))
+                }
+                Err(error) => return log_handshake(&worker, &listener, server_name, addresses, &error),
+            }
+        }
+    };
+    if !chain.policies.is_empty()
+        && !admitted(
+            &worker,
+            &listener,
+            &chain,
+            server_name.as_deref(),
+            tls.as_deref(),
+            addresses,
+        )
+    {
         return;
     }
     match &chain.handler {
@@ -257,24 +291,27 @@ async fn handle(
                 &listener,
                 addresses.remote,
                 addresses.local,
+                tls.as_deref(),
                 tcp::Purpose::Serve,
             )
             .await
             {
-                tcp::join(worker, proxy, stream, prefix, upstream).await;
+                tcp::join(worker, proxy, io, prefix, upstream).await;
             }
         }
         Handler::Http(manager) => {
             let manager = manager.clone();
             // Not kept over the life of the connection: the listener may be replaced meanwhile.
             drop(listener);
-            let http2 = match manager.codec {
-                Codec::Http1 => false,
-                Codec::Http2 => true,
-                Codec::Auto => {
+            let agreed = tls.as_ref().and_then(|tls| tls.alpn.as_deref());
+            let http2 = match (manager.codec, agreed) {
+                (Codec::Http1, _) => false,
+                (Codec::Http2, _) | (Codec::Auto, Some("h2")) => true,
+                (Codec::Auto, Some("http/1.1" | "http/1.0")) => false,
+                (Codec::Auto, _) => {
                     if prefix.is_empty() {
                         let wait = manager.idle_timeout.unwrap_or(FIRST_BYTES);
-                        match tokio::time::timeout(wait, read_preface(&stream, &mut prefix, &worker)).await {
+                        match tokio::time::timeout(wait, read_preface(&mut io, &mut prefix, &worker)).await {
                             Ok(Ok(())) => {}
                             Ok(Err(_)) | Err(_) => return,
                         }
@@ -283,11 +320,40 @@ async fn handle(
                 }
             };
             Box::pin(http::serve(
-                worker, stream, prefix, http2, chain, manager, direction, addresses,
+                worker,
+                io,
+                prefix,
+                http2,
+                chain,
+                manager,
+                direction,
+                addresses,
+                tls,
+                server_name,
             ))
             .await;
         }
     }
+}
+
+fn log_handshake(
+    worker: &Worker,
+    listener: &Listener,
+    server_name: Option<Box<str>>,
+    addresses: http::Addresses,
+    error: &io::Error,
+) {
+    worker.log(
+        serde_json::json!({
+            "listener": &*listener.name,
+            "response_flags": "-",
+            "downstream_transport_failure_reason": error.to_string(),
+            "requested_server_name": server_name,
+            "downstream_remote_address": addresses.remote.to_string(),
+            "downstream_local_address": addresses.local.to_string(),
+        })
+        .to_string(),
+    );
 }
 
 /// Reads until the bytes say what they are; `Ok(None)` when the time is over, an error when the client is gone.
@@ -312,11 +378,23 @@ async fn read_until_detected(
 
 /// Reads until the bytes are an HTTP/2 preface or cannot become one. Ends with an error at the end of the stream or
 /// when the worker closes its idle connections.
-async fn read_preface(stream: &TcpStream, prefix: &mut Vec<u8>, worker: &Worker) -> io::Result<()> {
+async fn read_preface(io: &mut Io, prefix: &mut Vec<u8>, worker: &Worker) -> io::Result<()> {
     const START: &[u8] = b"PRI * HTTP/2";
     while prefix.len() < START.len() && START.starts_with(prefix) {
+        let more = async {
+            match &mut *io {
+                Io::Plain(stream) => read_more(stream, prefix).await,
+                Io::Tls(stream) => {
+                    prefix.reserve(CHUNK);
+                    match stream.read_buf(prefix).await? {
+                        0 => Err(io::ErrorKind::UnexpectedEof.into()),
+                        _ => Ok(()),
+                    }
+                }
+            }
+        };
         tokio::select! {
-            result = read_more(stream, prefix) => result?,
+            result = more => result?,
             () = worker.closing() => return Err(io::ErrorKind::ConnectionAborted.into()),
         }
     }

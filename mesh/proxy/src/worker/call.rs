@@ -17,6 +17,7 @@ use crate::config::slot::ClusterSlot;
 use crate::policy::service::GrpcTarget;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::{Active, Host, WorkerCluster};
+use crate::upstream::connect::{ConnectOptions, Speaking};
 use crate::upstream::outlier::Event;
 use crate::upstream::pool::Lease;
 
@@ -74,8 +75,13 @@ pub async fn call(
         .pick(&Wish::default(), None)
         .ok_or_else(|| CallError::NoHost(name()))?;
     let _active = Active::on(&host);
-    let http2 = http2 || cluster.config.http == UpstreamHttp::Http2;
-    let work = exchange(worker, &cluster, &host, request, http2);
+    let speaking = match cluster.config.http {
+        _ if http2 => Speaking::Http2,
+        UpstreamHttp::Http2 => Speaking::Http2,
+        UpstreamHttp::Auto => Speaking::Either,
+        UpstreamHttp::Http1 | UpstreamHttp::Downstream => Speaking::Http1,
+    };
+    let work = exchange(worker, &cluster, &host, request, speaking);
     match tokio::time::timeout_at(Instant::now() + timeout, work).await {
         Ok(Ok(answer)) => {
             cluster.record(&host, Event::Status(answer.head.status.as_u16()));
@@ -97,19 +103,24 @@ async fn exchange(
     cluster: &WorkerCluster,
     host: &Host,
     request: Request<Bytes>,
-    http2: bool,
+    speaking: Speaking,
 ) -> Result<Answer, CallError> {
     let broken = |text: String| CallError::Broken(cluster.slot.name.clone(), text);
     let (parts, body) = request.into_parts();
+    let options = ConnectOptions {
+        server_name: cluster.config.request_server_name(&parts.headers),
+        between: None,
+    };
+    let pool = host.pool.variant(&options);
     for attempt in 0.. {
-        let mut lease = host
-            .pool
+        let mut lease = pool
             .acquire(
                 worker,
                 &cluster.slot,
                 &cluster.config,
-                &host.endpoint.address,
-                http2,
+                &host.endpoint,
+                speaking,
+                &options,
             )
             .await
             .map_err(|error| broken(error.to_string()))?;

@@ -141,7 +141,8 @@ fn state(exchange: &mut Exchange) -> &mut PolicyState {
 /// Who and what, for matchers.
 pub(super) fn facts<'a>(conn: &'a Downstream, parts: &'a Parts, metadata: &'a Metadata) -> Facts<'a> {
     Facts {
-        direct_remote: conn.remote,
+        direct_remote: conn.direct,
+        source: conn.remote,
         local: conn.local,
         server_name: conn.server_name(),
         peer: conn.peer_identity(),

@@ -90,15 +90,14 @@ pub(super) fn write(exchange: &Exchange) -> bool {
         None => Some(Duration::ZERO),
         Some(source) => source.borrow().ended_at.map(since),
     };
-    let upstream_protocol = exchange
-        .cluster
-        .as_ref()
-        .filter(|_| exchange.host.is_some())
-        .map(|cluster| match cluster.config.http {
-            UpstreamHttp::Http2 => "HTTP/2",
-            UpstreamHttp::Http1 => "HTTP/1.1",
-            UpstreamHttp::Downstream => protocol_text(exchange.version),
-        });
+    let spoken = exchange.cluster.as_ref().filter(|_| exchange.host.is_some());
+    let upstream_protocol = spoken.and_then(|cluster| match cluster.config.http {
+        UpstreamHttp::Http2 => Some("HTTP/2"),
+        UpstreamHttp::Http1 => Some("HTTP/1.1"),
+        UpstreamHttp::Downstream => Some(protocol_text(exchange.version)),
+        // Agreed on per connection, and not told.
+        UpstreamHttp::Auto => None,
+    });
     let record = Record {
         start,
         duration,
@@ -124,11 +123,12 @@ pub(super) fn write(exchange: &Exchange) -> bool {
         upstream_cluster: exchange.cluster_name.as_deref(),
         upstream_failure: exchange.failure.as_deref(),
         route: exchange.route.as_ref().map(|route| &*route.name),
-        direct_remote: conn.remote,
+        direct_remote: conn.direct,
         remote: state.remote.unwrap_or(conn.remote),
         local: conn.local,
         server_name: conn.server_name(),
         peer: conn.peer_identity(),
+        tls: conn.tls.as_ref().map(|tls| (tls.version, tls.cipher)),
         metadata: filters::metadata(exchange),
         connection: conn.id,
         trace: exchange.span.as_ref().map(|span| (&*span.trace, span.recorded())),

@@ -84,7 +84,7 @@ pub struct Connection {
     loaded: bool,
     sequence: u64,
     last_nonce: u64,
-    types: [TypeState; 5],
+    types: [TypeState; ResourceType::COUNT],
     /// New clusters whose endpoints the client has not asked for yet → sequence number of the cluster.
     awaited_endpoints: Dirty,
     awaiting_since: Option<Duration>,

@@ -65,6 +65,7 @@ fn record<'a>(kept: &'a Kept, metadata: &'a Metadata) -> Record<'a> {
         local: "10.0.0.2:80".parse().unwrap(),
         server_name: None,
         peer: None,
+        tls: Some(("TLSv1.3", "TLS_AES_128_GCM_SHA256")),
         metadata,
         connection: 17,
         trace: Some(("abc", true)),
@@ -137,7 +138,10 @@ fn every_operator_is_written_as_envoy_writes_it() {
             "%DOWNSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_LOCAL_PORT%",
             "10.0.0.2:80 80",
         ),
-        ("%REQUESTED_SERVER_NAME% %DOWNSTREAM_PEER_URI_SAN%", "- -"),
+        (
+            "%REQUESTED_SERVER_NAME% %DOWNSTREAM_PEER_URI_SAN% %DOWNSTREAM_TLS_VERSION% %DOWNSTREAM_TLS_CIPHER%",
+            "- - TLSv1.3 TLS_AES_128_GCM_SHA256",
+        ),
         (
             "%GRPC_STATUS% %GRPC_STATUS(SNAKE_STRING)% %GRPC_STATUS_NUMBER%",
             "PermissionDenied PERMISSION_DENIED 7",

@@ -78,7 +78,8 @@ fn engine(action: rbac::rbac::Action, policies: Vec<(&str, rbac::Policy)>) -> En
 struct World {
     headers: HeaderMap,
     metadata: Metadata,
-    peer: PeerIdentity,
+    uri_sans: Vec<Box<str>>,
+    dns_sans: Vec<Box<str>>,
 }
 
 impl World {
@@ -91,20 +92,22 @@ impl World {
         Self {
             headers,
             metadata,
-            peer: PeerIdentity {
-                uri_sans: vec!["spiffe://td/ns/a/sa/b".into()],
-                dns_sans: vec!["b.a".into()],
-                subject: "CN=b".into(),
-            },
+            uri_sans: vec!["spiffe://td/ns/a/sa/b".into()],
+            dns_sans: vec!["b.a".into()],
         }
     }
 
     fn facts(&self) -> Facts<'_> {
         Facts {
             direct_remote: "10.0.0.1:5000".parse().unwrap(),
+            source: "10.0.0.1:5000".parse().unwrap(),
             local: "10.1.0.2:8080".parse().unwrap(),
             server_name: Some("shop.example"),
-            peer: Some(&self.peer),
+            peer: Some(PeerIdentity {
+                uri_sans: &self.uri_sans,
+                dns_sans: &self.dns_sans,
+                subject: "CN=b",
+            }),
             request: Some(RequestView {
                 method: "GET",
                 path: "/a/b",

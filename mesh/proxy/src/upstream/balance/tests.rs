@@ -11,7 +11,7 @@ fn cluster(lb: i32) -> Cluster {
         lb_policy: lb,
         ..Default::default()
     };
-    Cluster::compile(&message).unwrap()
+    Cluster::compile(&message, &mut Default::default(), None).unwrap()
 }
 
 struct Fixture {
@@ -257,7 +257,7 @@ fn a_host_that_has_not_passed_its_active_checks_gets_nothing() {
         }],
         ..Default::default()
     };
-    fixture.cluster = Cluster::compile(&message).unwrap();
+    fixture.cluster = Cluster::compile(&message, &mut Default::default(), None).unwrap();
     for passed in [0, 2] {
         fixture.hosts[passed]
             .endpoint

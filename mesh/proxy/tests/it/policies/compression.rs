@@ -34,7 +34,7 @@ async fn fetch(at: SocketAddr, path: &str, accepted: &str) -> (HeaderMap, Vec<u8
     let request = http::Request::get(path)
         .header("host", "a")
         .header("accept-encoding", accepted)
-        .body(Full::from(""))
+        .body(Full::<bytes::Bytes>::from(""))
         .unwrap();
     let response = soon("a response", sender.send_request(request)).await.unwrap();
     let (head, body) = response.into_parts();

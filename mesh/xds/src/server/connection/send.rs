@@ -166,7 +166,7 @@ impl Connection {
 
     /// Removals of a type wait for whatever may still refer to it.
     fn removal_barrier(&self, resource_type: ResourceType) -> u64 {
-        use ResourceType::{Cluster, Endpoints, Listener, Route, VirtualHost};
+        use ResourceType::{Cluster, Endpoints, Listener, Route, Secret, VirtualHost};
         let upserts = |types: &[ResourceType]| {
             types
                 .iter()
@@ -189,6 +189,7 @@ impl Connection {
             Cluster => upserts(&ResourceType::ALL)
                 .min(removals(&[Listener, Route, VirtualHost]))
                 .min(self.awaited_endpoints.oldest()),
+            Secret => upserts(&ResourceType::ALL).min(removals(&[Cluster, Listener])),
             Endpoints => upserts(&ResourceType::ALL)
                 .min(removals(&[Cluster, Listener, Route, VirtualHost]))
                 .min(self.awaited_endpoints.oldest()),
