@@ -52,6 +52,12 @@ impl Histogram {
         true
     }
 
+    /// Observations that took longer than `bound_ms`, which must be one of the bounds.
+    pub fn above(&self, bound_ms: f64) -> u64 {
+        let from = self.bounds_ms.partition_point(|bound| *bound <= bound_ms);
+        self.counts.iter().skip(from).sum()
+    }
+
     /// The quantile `q` (0 to 1) in milliseconds, interpolated linearly inside its bucket as Prometheus'
     /// `histogram_quantile` does; the highest bound when it lies beyond all of them; `None` without observations.
     pub fn quantile(&self, q: f64) -> Option<f64> {
@@ -85,9 +91,54 @@ pub struct Counts {
     /// Those that count as errors: an HTTP status of 500 and above, a gRPC status that a server is to blame for, no
     /// answer at all.
     pub errors: u64,
+    /// The errors by what they are; a source that does not tell them apart leaves all at zero.
+    #[serde(default, skip_serializing_if = "ErrorClasses::is_empty")]
+    pub classes: ErrorClasses,
     /// How long they took.
     #[serde(default, skip_serializing_if = "histogram_is_empty")]
     pub latency: Histogram,
+}
+
+/// Errors by what they are. One error is in one class.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorClasses {
+    /// An HTTP status of 500 and above that the workload answered.
+    #[serde(default)]
+    pub http_5xx: u64,
+    /// A gRPC status that a server is to blame for.
+    #[serde(default)]
+    pub grpc: u64,
+    /// No answer: refused, reset or timed out on the way, or nobody there.
+    #[serde(default)]
+    pub connection: u64,
+}
+
+impl ErrorClasses {
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Adds another interval.
+    pub fn add(&mut self, other: &Self) {
+        self.http_5xx += other.http_5xx;
+        self.grpc += other.grpc;
+        self.connection += other.connection;
+    }
+}
+
+/// Which errors are counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum ErrorClass {
+    /// All of them.
+    #[default]
+    Any,
+    /// [`ErrorClasses::http_5xx`].
+    Http5xx,
+    /// [`ErrorClasses::grpc`].
+    Grpc,
+    /// [`ErrorClasses::connection`].
+    Connection,
 }
 
 fn histogram_is_empty(histogram: &Histogram) -> bool {
@@ -99,7 +150,19 @@ impl Counts {
     pub fn add(&mut self, other: &Counts) {
         self.requests += other.requests;
         self.errors += other.errors;
+        self.classes.add(&other.classes);
         self.latency.add(&other.latency);
+    }
+
+    /// Errors of a class; never more than there were requests.
+    pub fn errors_of(&self, class: ErrorClass) -> u64 {
+        let errors = match class {
+            ErrorClass::Any => self.errors,
+            ErrorClass::Http5xx => self.classes.http_5xx,
+            ErrorClass::Grpc => self.classes.grpc,
+            ErrorClass::Connection => self.classes.connection,
+        };
+        errors.min(self.requests)
     }
 
     /// Share of requests without an error in percent, `None` without requests.

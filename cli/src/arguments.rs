@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 
 use crate::cluster::Cluster;
 use crate::commands::{
-    build, completion, down, image, internal, kubeconfig, load, status, up, version, wait,
+    build, completion, down, image, internal, judge, kubeconfig, load, status, up, version, wait,
 };
 use crate::demo;
 
@@ -50,6 +50,8 @@ pub(crate) enum Command {
     Image(image::Command),
     /// Print what a kustomization builds, as `kustomize build` does
     Build(build::Options),
+    /// Replay recorded measurements: is the canary worse, and how sure is that?
+    Judge(judge::Options),
     /// Print the kubeconfig of the cluster, or its path
     Kubeconfig(kubeconfig::Options),
     /// Print the version

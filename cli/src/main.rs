@@ -62,6 +62,7 @@ fn run(arguments: &Arguments, command: &Command) -> anyhow::Result<ExitCode> {
             Command::Load(options) => commands::load::run(options).await,
             Command::Image(command) => commands::image::run(&cluster, command).await,
             Command::Build(options) => commands::build::run(options),
+            Command::Judge(options) => commands::judge::run(options),
             Command::Kubeconfig(options) => commands::kubeconfig::run(&cluster, options),
             Command::Version(options) => commands::version::run(options),
             Command::Completion(options) => commands::completion::run(options),

@@ -16,7 +16,10 @@ const RULES: &[(&str, &[&str])] = &[
         "serin-gitops",
         &["serin-kustomize", "serin-manifests", "serin-kit", "serin-crds"],
     ),
-    ("serin-canary", &["serin-analysis", "serin-kit", "serin-crds"]),
+    (
+        "serin-canary",
+        &["serin-analysis", "serin-providers", "serin-kit", "serin-crds"],
+    ),
     ("serin-model", &["serin-crds"]),
     ("serin-xds", &[]),
     (
@@ -25,6 +28,9 @@ const RULES: &[(&str, &[&str])] = &[
     ),
     ("serin-proxy", &["serin-xds"]),
     ("serin-analysis", &["serin-crds"]),
+    // The edge of the analysis: a crate of its own, so that judges carry no HTTP. It reads Jobs as kubectl reads them.
+    ("serin-providers", &["serin-crds", "serin-manifests"]),
+    ("serin-simulation", &["serin-analysis"]),
     ("serin-apiserver", &[]),
     ("serin-workloads", &["serin-kit", "serin-crds"]),
     ("serin-example", &[]),

@@ -2,7 +2,9 @@
 
 use serde_json::Value;
 
+use crate::api::is;
 use crate::cluster::{KernelState, TestCluster};
+use crate::traffic::kill_if_there;
 
 /// A Deployment with its Service and a route at the gateway, all in one namespace with injection.
 const APPLICATION: &str = r"
@@ -118,6 +120,61 @@ fn pods_outlive_a_killed_server_and_nothing_outlives_down() {
         before,
         "no interface, namespace, mount or rule is left"
     );
+}
+
+/// Processes of the cluster whose command line has this word.
+fn processes_with(cluster: &TestCluster, word: &str) -> Vec<u32> {
+    let has = |pid: &u32| {
+        std::fs::read(format!("/proc/{pid}/cmdline"))
+            .unwrap_or_default()
+            .split(|byte| *byte == 0)
+            .any(|argument| argument.ends_with(word.as_bytes()))
+    };
+    cluster.processes().into_iter().filter(has).collect()
+}
+
+#[test]
+fn whatever_of_a_cluster_was_killed_down_leaves_nothing() {
+    let Some(cluster) = TestCluster::new() else { return };
+    let before = KernelState::read();
+    for killed in [
+        &["server"][..],
+        &["node"],
+        &["shim"],
+        &["serin-proxy"],
+        &["server", "node"],
+        &["server", "node", "shim"],
+        &["server", "node", "shim", "serin-proxy"],
+    ] {
+        cluster.up();
+        cluster.api().until(
+            "Deployment",
+            "istio-system",
+            "istio-ingressgateway",
+            "be available",
+            |gateway| is(gateway, "Available", "True"),
+        );
+        let victims = killed.iter().map(|word| {
+            let found = processes_with(&cluster, word);
+            assert!(!found.is_empty(), "there is a {word}");
+            found
+        });
+        // All found before the first is killed: some take others with them.
+        for pid in victims.collect::<Vec<_>>().concat() {
+            kill_if_there(pid);
+        }
+        cluster.serin(&["down", "--purge"]);
+        assert_eq!(
+            cluster.processes(),
+            [].into(),
+            "no process is left after {killed:?} were killed"
+        );
+        assert_eq!(
+            KernelState::read(),
+            before,
+            "nothing is left in the kernel after {killed:?} were killed"
+        );
+    }
 }
 
 #[test]

@@ -1,4 +1,21 @@
-//! Judges: pure, restartable, O(1) per batch of observations.
+//! The judges: pure, each with a state of a few hundred bytes that may be stored and continued at any time.
 
-pub mod comparison;
+pub mod distribution;
+pub mod errors;
+pub mod flagger;
+pub mod group_sequential;
+pub mod guard;
+pub mod hysteresis;
+pub mod mann_whitney;
+pub mod quantile;
+pub mod ratio;
+pub mod running;
+pub mod split;
 pub mod threshold;
+pub mod warmth;
+pub mod watch;
+
+/// The comparison of errors under the name that it had when it was the only judge.
+pub mod comparison {
+    pub use super::errors::{Errors as Comparison, Options};
+}

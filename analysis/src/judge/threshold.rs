@@ -1,17 +1,21 @@
 //! Flagger's rule for one metric: the value of a window must lie inside `thresholdRange`.
 //!
-//! How many failed checks in which intervals stop a rollout (`analysis.threshold`) is the rollout's business, not the
-//! judge's.
+//! How many failed checks stop a rollout (`analysis.threshold`) is counted by [`super::flagger`] for those who want the rule
+//! alone, and by the rollout's state machine.
+
+use serde::{Deserialize, Serialize};
 
 use crate::sample::Counts;
 use crate::verdict::{Evidence, Verdict};
 
 /// The metrics that Flagger knows without a template.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Builtin {
     /// `request-success-rate`: percent of requests whose answer is not a 5xx.
+    #[serde(rename = "request-success-rate")]
     RequestSuccessRate,
     /// `request-duration`: the 99th percentile in milliseconds.
+    #[serde(rename = "request-duration")]
     RequestDuration,
 }
 
@@ -49,12 +53,46 @@ impl Builtin {
 }
 
 /// Bounds of a metric; both inclusive, both optional.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Range {
     /// The value must be at least this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min: Option<f64>,
     /// The value must be at most this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max: Option<f64>,
+}
+
+impl Range {
+    /// Whether a value lies within; a bound itself does.
+    pub fn contains(&self, value: f64) -> bool {
+        self.broken_by(value).is_none()
+    }
+
+    /// The bound that a value breaks. What is not a number breaks every bound.
+    pub fn broken_by(&self, value: f64) -> Option<f64> {
+        let min = self.min.filter(|min| value < *min || value.is_nan());
+        min.or(self.max.filter(|max| value > *max || value.is_nan()))
+    }
+
+    /// The range without a margin at each bound.
+    pub fn shrunk(&self, margin: f64) -> Self {
+        Self {
+            min: self.min.map(|min| min + margin),
+            max: self.max.map(|max| max - margin),
+        }
+    }
+}
+
+impl std::fmt::Display for Range {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match (self.min, self.max) {
+            (Some(min), Some(max)) => write!(formatter, "{min} to {max}"),
+            (Some(min), None) => write!(formatter, "at least {min}"),
+            (None, Some(max)) => write!(formatter, "at most {max}"),
+            (None, None) => formatter.write_str("any value"),
+        }
+    }
 }
 
 /// Judges one window of canary requests. A value at a bound is inside it, as in Flagger. No requests are no data,
@@ -76,6 +114,7 @@ pub fn judge(metric: Builtin, range: Range, window: &Counts) -> Verdict {
             value,
             bound,
             samples: window.requests,
+            alpha: None,
             explanation: format!(
                 "{what} of {} canary requests is {value:.2}{unit}, {side} the {word} of {bound}{unit}",
                 window.requests
@@ -85,6 +124,7 @@ pub fn judge(metric: Builtin, range: Range, window: &Counts) -> Verdict {
             value,
             bound: range.min.or(range.max).unwrap_or(value),
             samples: window.requests,
+            alpha: None,
             explanation: format!(
                 "{what} of {} canary requests is {value:.2}{unit}",
                 window.requests

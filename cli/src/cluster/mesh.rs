@@ -103,20 +103,31 @@ impl MetricSource for MeshMetrics {
 }
 
 fn counts(sample: &telemetry::Sample) -> Counts {
-    let (requests, errors) = sample.requests_and_errors(Reporter::Source);
-    let mut latency = Histogram::new(DURATION_BOUNDS_MS.to_vec());
-    for row in sample
-        .rows
-        .iter()
-        .filter(|row| row.dimensions.reporter == Reporter::Source)
-    {
-        for (total, new) in latency.counts.iter_mut().zip(row.durations.counts) {
+    let mut counts = Counts {
+        latency: Histogram::new(DURATION_BOUNDS_MS.to_vec()),
+        ..Counts::default()
+    };
+    let rows = sample.rows.iter();
+    for row in rows.filter(|row| row.dimensions.reporter == Reporter::Source) {
+        counts.requests += row.requests;
+        for (total, new) in counts.latency.counts.iter_mut().zip(row.durations.counts) {
             *total += new;
         }
+        if !row.dimensions.is_error() {
+            continue;
+        }
+        counts.errors += row.requests;
+        let dimensions = &row.dimensions;
+        // A proxy that answers in the workload's stead says so by a flag.
+        let answered = dimensions.response_code != 0 && matches!(&*dimensions.response_flags, "-" | "");
+        let class = if !answered {
+            &mut counts.classes.connection
+        } else if dimensions.response_class() == 5 {
+            &mut counts.classes.http_5xx
+        } else {
+            &mut counts.classes.grpc
+        };
+        *class += row.requests;
     }
-    Counts {
-        requests,
-        errors,
-        latency,
-    }
+    counts
 }

@@ -122,6 +122,8 @@ fn start_log() {
         .with_env_filter(filter)
         .with_ansi(false)
         .with_writer(std::io::stderr)
+        // The log is a file: on a full disk its lines are lost. To say so on the same stream would panic.
+        .log_internal_errors(false)
         .try_init();
 }
 

@@ -6,6 +6,7 @@ pub(crate) mod completion;
 pub(crate) mod down;
 pub(crate) mod image;
 pub(crate) mod internal;
+pub(crate) mod judge;
 pub(crate) mod kinds;
 pub(crate) mod kubeconfig;
 pub(crate) mod load;

@@ -14,6 +14,7 @@
 //! - [`observed`]: what is seen, as one struct.
 //! - [`decide`]: the decision function and its promises. Pure.
 //! - [`objects`]: the generated objects. Pure.
+//! - [`templates`]: metrics that a provider is asked for (MetricTemplate).
 //! - [`traffic`]: the seam to a mesh.
 //! - [`run`]: the shell. One task per Canary, asleep until something that concerns it happens; at rest a Canary costs no
 //!   API request at all.
@@ -29,7 +30,7 @@
 //! - A change of `spec.service` during a run rewrites the route in place and does not reset its weights.
 //! - A revision pushed during a promotion loses its traffic at once instead of being rolled into it.
 //!
-//! Limits: strategies other than weights, gates and webhooks, session affinity, autoscalers, metric templates, targets
+//! Limits: strategies other than weights, gates and webhooks, session affinity, autoscalers, targets
 //! other than Deployments, and providers other than Istio's API are refused by the condition `FullyHonoured`. The hash in
 //! `lastAppliedSpec` is ours: a Canary that Flagger managed before starts one run when it is taken over.
 
@@ -40,6 +41,7 @@ pub mod objects;
 pub mod observed;
 pub mod plan;
 mod shell;
+pub mod templates;
 pub mod traffic;
 
 pub use shell::{Caches, Context, run};
@@ -79,6 +81,9 @@ pub enum Error {
         /// Why not, for the user.
         reason: String,
     },
+    /// Metric providers cannot be asked from this process.
+    #[error("metric providers: {0}")]
+    Providers(#[from] serin_providers::Error),
     /// A watch did not start.
     #[error(transparent)]
     Watch(#[from] serin_kit::Error),

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
-use serin_analysis::judge::comparison::Comparison;
+use serin_analysis::Judges;
 use serin_analysis::sample::Counts;
 
+use crate::templates::Reading;
 use crate::traffic::{Liveness, Split};
 
 /// Everything that a decision rests on.
@@ -45,6 +46,8 @@ pub struct Observed {
     pub dead_pods: Vec<DeadPod>,
     /// What was measured since the current weight is live.
     pub measured: Measured,
+    /// What metric providers last said, in the order of the plan's templates.
+    pub readings: Vec<Option<Reading>>,
     /// Another Canary that rolls out the same target and came first.
     pub rival: Option<String>,
 }
@@ -154,7 +157,24 @@ pub struct Measured {
     /// Canary requests within each metric's window, in the order of the plan.
     pub windows: Vec<Counts>,
     /// The evidence of this run.
-    pub comparison: Comparison,
+    pub judges: Judges,
+    /// Requests to the canary since the current weight is live.
+    pub step_requests: u64,
+    /// What was seen of the service's traffic in this run.
+    pub traffic: Traffic,
     /// Why nothing can be measured, if so.
     pub error: Option<String>,
+}
+
+/// The service's traffic in this run, both arms, from the moment of the subscription.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Requests to both.
+    pub requests: u64,
+    /// Requests to the primary.
+    pub primary: u64,
+    /// Those of them that failed.
+    pub primary_errors: u64,
+    /// Over this many milliseconds.
+    pub milliseconds: i64,
 }

@@ -1,11 +1,16 @@
 //! What a Canary asks for, read once from its spec into plain numbers; and what it asks for that is not honoured.
 
+mod comparison;
+
+pub use comparison::{Advance, ComparisonPlan};
+
 use std::time::Duration;
 
-use serin_analysis::judge::comparison;
 use serin_analysis::judge::threshold::{Builtin, Range};
 use serin_crds::flagger::{CanaryMetric, CanarySpec, Provider, TargetKind};
 use serin_kit::unhonoured::{self, Field};
+
+use crate::templates::{self, TemplatePlan};
 
 /// Measurement window of a step when the spec names none (Flagger: the same).
 const INTERVAL_DEFAULT: Duration = Duration::from_secs(60);
@@ -52,8 +57,10 @@ pub struct Plan {
     pub canary_ready_percent: i32,
     /// Metrics in order.
     pub metrics: Vec<MetricPlan>,
+    /// Metrics that providers are asked for, in order.
+    pub templates: Vec<TemplatePlan>,
     /// The sequential comparison, unless switched off.
-    pub comparison: Option<comparison::Options>,
+    pub comparison: Option<ComparisonPlan>,
     /// Promote without judging.
     pub skip_analysis: bool,
     /// Do nothing.
@@ -107,14 +114,14 @@ impl Plan {
             .enumerate()
             .filter_map(|(index, metric)| metric_plan(index, metric, &mut fields))
             .collect();
+        let templates = templates::plans(spec, &mut fields);
         let steps = if spec.skip_analysis == Some(true) {
             Vec::new()
         } else {
             steps(spec, &mut fields)
         };
         refuse_what_is_not_there(spec, &mut fields);
-        let comparison = analysis.comparison.clone().unwrap_or_default();
-        let defaults = comparison::Options::default();
+        let comparison = ComparisonPlan::new(&analysis.comparison.clone().unwrap_or_default(), &mut fields);
         Self {
             target: spec.target_ref.name.clone(),
             apex: spec
@@ -133,10 +140,8 @@ impl Plan {
             primary_ready_percent: analysis.primary_ready_threshold.unwrap_or(100).clamp(0, 100),
             canary_ready_percent: analysis.canary_ready_threshold.unwrap_or(100).clamp(0, 100),
             metrics,
-            comparison: comparison.enabled.unwrap_or(true).then(|| comparison::Options {
-                alpha: comparison.alpha.unwrap_or(defaults.alpha).clamp(1e-9, 0.5),
-                tolerance: comparison.tolerance.unwrap_or(defaults.tolerance).max(1.0),
-            }),
+            templates,
+            comparison,
             skip_analysis: spec.skip_analysis.unwrap_or(false),
             suspend: spec.suspend.unwrap_or(false),
             revert_on_deletion: spec.revert_on_deletion.unwrap_or(false),
@@ -186,25 +191,15 @@ fn steps(spec: &CanarySpec, fields: &mut Vec<Field>) -> Vec<i32> {
 
 fn metric_plan(index: usize, metric: &CanaryMetric, fields: &mut Vec<Field>) -> Option<MetricPlan> {
     let path = |field: &str| format!("spec.analysis.metrics[{index}]{field}");
-    if metric.template_ref.is_some() {
-        fields.push(Field::refused(
-            path(".templateRef"),
-            "metric templates come in a later release",
-        ));
-        return None;
-    }
-    if metric.query.is_some() {
-        fields.push(Field::refused(
-            path(".query"),
-            "inline queries come in a later release",
-        ));
+    if metric.template_ref.is_some() || metric.query.is_some() {
+        // See `templates`.
         return None;
     }
     let Some(builtin) = Builtin::from_name(&metric.name) else {
         fields.push(Field::refused(
             path(".name"),
             format!(
-                "{:?} is not a built-in metric; use request-success-rate or request-duration",
+                "{:?} is not a built-in metric; use request-success-rate or request-duration, or set templateRef",
                 metric.name
             ),
         ));
@@ -446,8 +441,8 @@ mod tests {
                 "spec.analysis.webhooks",
             ),
             (
-                json!({"stepWeight": 5, "metrics": [{"name": "x", "templateRef": {"name": "t"}}]}),
-                "spec.analysis.metrics[0].templateRef",
+                json!({"stepWeight": 5, "metrics": [{"name": "x", "query": "q", "threshold": 1}]}),
+                "spec.analysis.metrics[0].query",
             ),
             (
                 json!({"stepWeight": 5, "metrics": [{"name": "x"}]}),

@@ -68,13 +68,16 @@ pub struct CanaryAnalysis {
 }
 
 /// Ours: options of the sequential comparison of canary against primary.
+///
+/// Without any of them errors and the p99 latency are compared, with an overall alpha of 1 % and a tolerance of 1.5.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Comparison {
     /// Whether a statistical verdict may stop the rollout. Default true.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub enabled: Option<bool>,
-    /// Highest probability with which a release within the tolerance is ever stopped. Default 0.01.
+    /// Highest probability with which a release within the tolerance is ever stopped, over the whole run and all metrics
+    /// together. Default 0.01.
     #[schemars(range(min = 0.000001, max = 0.5))]
     #[serde(
         default,
@@ -82,7 +85,8 @@ pub struct Comparison {
         serialize_with = "crate::number::optional"
     )]
     pub alpha: Option<f64>,
-    /// Ratio of the canary's error rate to the primary's that is still tolerated, at least 1. Default 1.5.
+    /// Ratio of the canary's error rate (and of its odds of being slow) to the primary's that is still tolerated, at
+    /// least 1. Default 1.5.
     #[schemars(range(min = 1.0))]
     #[serde(
         default,
@@ -90,6 +94,112 @@ pub struct Comparison {
         serialize_with = "crate::number::optional"
     )]
     pub tolerance: Option<f64>,
+    /// What is compared. Default: `errors` with weight 3 and `latency-p99` with weight 1.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub metrics: Vec<ComparisonMetric>,
+    /// Highest acceptable error rate of the canary, in percent, whatever the primary's is: for when both are bad. Default:
+    /// no such guard.
+    #[schemars(range(min = 0.000001, max = 90.0))]
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "crate::number::optional"
+    )]
+    pub max_error_rate: Option<f64>,
+    /// Highest acceptable latencies of the canary, whatever the primary's are.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub max_latency: Vec<LatencyBound>,
+    /// How long the durations of a canary that has just started may be left out, for example `2m`; it ends as soon as the
+    /// canary has stopped getting faster. Errors count from the beginning. Default: not at all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warm_up: Option<String>,
+    /// When a step that nothing speaks against may go on. Default `AtInterval`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advance: Option<AdvancePolicy>,
+    /// What happens where there is nothing to measure. Default `Hold`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_no_data: Option<MissingPolicy>,
+    /// What happens where the metric source fails. Default `Hold`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_provider_error: Option<MissingPolicy>,
+    /// Intervals by which a step is prolonged at most: by the policy `Extend`, and by `advance: WhenGood` before time is
+    /// up. Default 3.
+    #[schemars(range(min = 1, max = 1000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub extend_limit: Option<i32>,
+    /// Ratio of errors, canary to primary, that the steps should be long enough to find; where they are not, the
+    /// condition `StepsLongEnough` and an event say so. Default 4.
+    #[schemars(range(min = 1.1))]
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "crate::number::optional"
+    )]
+    pub expected_ratio: Option<f64>,
+}
+
+/// One compared quantity.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ComparisonMetric {
+    /// `errors` (all), `errors-5xx`, `errors-grpc`, `errors-connection`; `latency-p99` (or any other percentile);
+    /// `latency` (the whole distribution).
+    pub name: String,
+    /// Its part of alpha, in relation to the other weights, above 0. Default 1.
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "crate::number::optional"
+    )]
+    pub weight: Option<f64>,
+    /// Its own tolerance. Default: that of the comparison.
+    #[schemars(range(min = 1.0))]
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "crate::number::optional"
+    )]
+    pub tolerance: Option<f64>,
+}
+
+/// A bound on a percentile of the latency.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LatencyBound {
+    /// Which percentile, above 0 and below 100, for example 99.
+    #[schemars(range(min = 0.1, max = 99.999))]
+    #[serde(serialize_with = "crate::number::plain")]
+    pub percentile: f64,
+    /// What it may be at most, in milliseconds.
+    #[schemars(range(min = 0.001))]
+    #[serde(serialize_with = "crate::number::plain")]
+    pub milliseconds: f64,
+}
+
+open_enum! {
+    /// When a step that nothing speaks against may go on.
+    pub enum AdvancePolicy {
+        /// When its interval is over.
+        AtInterval = "AtInterval",
+        /// When its interval is over and the canary was shown to be within the tolerance; after `extendLimit` more
+        /// intervals also without.
+        WhenGood = "WhenGood",
+        /// As soon as the canary was shown to be within the tolerance, at the latest when its interval is over.
+        Early = "Early",
+    }
+}
+open_enum! {
+    /// What happens where data is missing.
+    pub enum MissingPolicy {
+        /// The step waits.
+        Hold = "Hold",
+        /// The step waits for `extendLimit` intervals; then each interval counts as a failed check.
+        Extend = "Extend",
+        /// It counts as a failed check, as with Flagger.
+        Fail = "Fail",
+        /// The metric is left out.
+        Pass = "Pass",
+    }
 }
 
 /// One measured quantity and its bounds.

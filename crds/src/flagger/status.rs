@@ -124,7 +124,7 @@ pub struct CanaryCondition {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct MetricStatus {
-    /// Name of the metric; `comparison` is the sequential comparison.
+    /// Name of the metric; `comparison` is what all compared metrics together say.
     pub name: String,
     /// Measured value, in the metric's unit.
     #[serde(
@@ -145,6 +145,17 @@ pub struct MetricStatus {
     pub samples: Option<i64>,
     /// `good`, `bad`, `undecided`, `no data` or `provider error`.
     pub verdict: String,
+    /// Highest probability with which this metric ever stops a release that is within the tolerance; absent for a fixed
+    /// threshold, which promises nothing.
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "crate::number::optional"
+    )]
+    pub alpha: Option<f64>,
+    /// How much longer an undecided metric needs at the current traffic, in seconds, if that can be told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub remaining_seconds: Option<i64>,
     /// One sentence that explains the verdict.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
@@ -238,6 +249,16 @@ pub struct RunStatus {
     /// When the current step was last checked.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checked_at: Option<MicroTime>,
+    /// Until when a former revision's canary may have had traffic: what is measured until shortly after that is not this
+    /// run's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub former_traffic_until: Option<MicroTime>,
+    /// When it was last planned how long the steps must be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub planned_at: Option<MicroTime>,
+    /// Intervals by which the current step was prolonged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub extended: Option<i32>,
     /// State of the judges.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub evidence: Option<Evidence>,

@@ -80,6 +80,10 @@ open_enum! {
         Keptn = "keptn",
         /// `splunk`
         Splunk = "splunk",
+        /// Ours: `web`, any service that answers with JSON; the query is a JSONPath.
+        Web = "web",
+        /// Ours: `job`, a Kubernetes Job; the query is its manifest.
+        Job = "job",
     }
 }
 open_enum! {

@@ -8,7 +8,7 @@
 //!
 //! # What it is not
 //! It knows no Kubernetes and no Istio object; what it cannot honour it refuses, per resource, with the path of the
-//! field, and the last good version stays. TLS, rate limits, RBAC, JWT, tracing and access log formats are not here yet
+//! field, and the last good version stays. Rate limits, RBAC, JWT, tracing and access log formats are not here yet
 //! (`docs/supported/proxy.md` has the list).
 //!
 //! # How data flows
@@ -34,6 +34,9 @@
 //! - Istio's metrics are kept for every listener with a traffic direction, unless the configuration holds Istio's own
 //!   filters and leaves `istio.stats` out.
 //! - The route timeout starts with the request's head, not its last byte (Envoy), and covers retries and the response.
+//! - [`tls`]: secrets rotate under connections; sessions from before a change are not resumed; a host that the chain of a
+//!   TLS connection does not name is answered 421.
+//! - A filter chain is found as Envoy finds it, without going back ([`config::chain_match`]).
 //! - Responses that the proxy makes itself carry `x-serin-response-flags` when a flag is set.
 //!
 //! # Limits

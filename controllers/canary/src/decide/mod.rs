@@ -15,9 +15,12 @@
 //! Every action is idempotent, and actions come before the status that reports them. So a controller that dies in
 //! between decides the same again.
 
+#[cfg(test)]
+mod comparison_tests;
 mod finalize;
 #[cfg(test)]
 mod golden;
+mod power;
 mod progress;
 mod promote;
 #[cfg(test)]
@@ -287,9 +290,18 @@ impl<'a> Deciding<'a> {
         self.status.metrics.clear();
         self.status.history.clear();
         self.status.weight_live = None;
+        let routed = self.seen.route.as_ref().and_then(|route| route.split);
+        let had_traffic = self.weight() > 0
+            || routed.is_some_and(|split| split.canary() > 0)
+            || self
+                .status
+                .run
+                .as_ref()
+                .is_some_and(|run| run.former_traffic_until.is_some());
         self.status.run = Some(RunStatus {
             started_at: micro(self.now),
             waiting_since: micro(self.now),
+            former_traffic_until: if had_traffic { micro(self.now) } else { None },
             ..RunStatus::default()
         });
         self.set_weight_status(0);

@@ -2,18 +2,51 @@
 
 use jiff::Timestamp;
 use serin_analysis::judge::threshold::{self, Builtin};
-use serin_analysis::verdict::Verdict;
+use serin_analysis::verdict::{Policy, Verdict};
 use serin_crds::flagger::{CanaryPhase, MetricStatus, StepOutcome, StepStatus};
 
 use super::{Action, Deciding, after, micro, revision_id};
 use crate::observed::Readiness;
-use crate::plan::MetricPlan;
+use crate::plan::{Advance, MetricPlan};
+use crate::templates;
 use crate::traffic::Split;
 
 /// Name of the comparison in `status.metrics`.
 pub(crate) const COMPARISON: &str = "comparison";
 /// Steps that are kept in the status.
 const HISTORY_MAX: usize = 64;
+
+/// What the metrics of a step say.
+#[derive(Default)]
+struct Judged {
+    /// The first failure, in Flagger's words.
+    failure: Option<String>,
+    /// The first lack of data, and what follows from it.
+    missing: Option<(String, Policy)>,
+    /// Everything is within its bounds, and the comparison has shown that the canary is within its tolerance.
+    is_good: bool,
+    /// What the comparison says.
+    undecided: Option<String>,
+}
+
+impl Judged {
+    /// Of several lacks the strictest policy counts.
+    fn miss(&mut self, explanation: &str, policy: Policy) {
+        let strictness = |policy: Policy| match policy {
+            Policy::Pass => 0,
+            Policy::Hold => 1,
+            Policy::Extend => 2,
+            Policy::Fail => 3,
+        };
+        let stricter = self
+            .missing
+            .as_ref()
+            .is_none_or(|(_, known)| strictness(policy) > strictness(*known));
+        if stricter {
+            self.missing = Some((explanation.to_owned(), policy));
+        }
+    }
+}
 
 impl Deciding<'_> {
     pub(super) fn progress(&mut self) {
@@ -71,6 +104,9 @@ impl Deciding<'_> {
             ));
         }
         if self.weight() == 0 {
+            if self.former_traffic_remains() {
+                return self.hold("traffic leaves the former revision".to_owned());
+            }
             self.tell(format!("Starting canary analysis for {}", target.name));
             return self.advance();
         }
@@ -122,8 +158,8 @@ impl Deciding<'_> {
                     live.refused
                 ));
             }
-            if let Some(options) = &self.plan.comparison
-                && let Verdict::Bad(evidence) = self.seen.measured.comparison.verdict(options)
+            if let Some(comparison) = &self.plan.comparison
+                && let Verdict::Bad(evidence) = self.seen.measured.judges.verdict(&comparison.options).verdict
             {
                 return Some(evidence.explanation);
             }
@@ -144,6 +180,22 @@ impl Deciding<'_> {
         self.status.run.get_or_insert_default().waiting_since = None;
         self.set_phase(CanaryPhase::Failed);
         self.status.message = Some(format!("rolled back: {reason}"));
+    }
+
+    /// Whether proxies may still send requests to the canary as if it were the former revision. What they report is not
+    /// to be held against this one.
+    fn former_traffic_remains(&mut self) -> bool {
+        let had = self
+            .status
+            .run
+            .as_ref()
+            .is_some_and(|run| run.former_traffic_until.is_some());
+        if !had || self.is_drained() {
+            return false;
+        }
+        let now = micro(self.now);
+        self.status.run.get_or_insert_default().former_traffic_until = now;
+        true
     }
 
     fn restart(&mut self, hash: &str, name: &str, replicas: i32) {
@@ -241,6 +293,7 @@ impl Deciding<'_> {
         run.step_started_at = now;
         run.window_started_at = None;
         run.checked_at = None;
+        run.extended = None;
     }
 
     /// Records when the current step's weight was live everywhere for the first time.
@@ -302,55 +355,106 @@ impl Deciding<'_> {
         }
     }
 
-    /// Judges the window when it is complete.
+    /// Judges the window when it is complete, or before when that is wanted and enough is known.
     fn check(&mut self) {
-        let (_, first_failure, missing) = self.judge_all();
-        let run = self.status.run.get_or_insert_default();
-        let opened = [
-            run.window_started_at.as_ref().map(|at| at.0),
-            run.checked_at.as_ref().map(|at| at.0),
-            self.seen.measured.since,
-        ]
-        .into_iter()
-        .flatten()
-        .max()
-        .unwrap_or(self.now);
+        self.consider_power();
+        self.consider_split();
+        let judged = self.judge_all();
+        let opened = templates::opened(&self.status, self.seen.measured.since).unwrap_or(self.now);
         let due = after(opened, self.plan.interval);
         if self.now < due {
+            if judged.is_good && self.advance_policy() == Advance::Early {
+                return self.advance();
+            }
             self.wake_after(opened, self.plan.interval);
             return self.wait_for(format!("measuring at weight {}", self.weight()));
         }
+        if let Some(metric) = self.unanswered(due) {
+            return self.wait_for(format!("asking for {metric}"));
+        }
         self.status.run.get_or_insert_default().checked_at = micro(self.now);
         self.wake_after(self.now, self.plan.interval);
-        if let Some(failure) = first_failure {
-            let failed = self.status.failed_checks.unwrap_or(0).saturating_add(1);
-            self.status.failed_checks = Some(failed);
-            if let Some(step) = self.status.history.last_mut() {
-                step.failed_checks = Some(step.failed_checks.unwrap_or(0).saturating_add(1));
-            }
-            let canary = self.own_name();
-            self.warn(format!("Halt {canary} advancement {failure}"));
-            if failed >= self.plan.threshold {
-                let reason = format!("failed checks threshold reached {failed}");
-                self.warn(format!("Rolling back {canary} {reason}"));
-                return self.abort(&format!("{reason}: {failure}"));
-            }
-            return self.wait_for(failure);
+        if let Some(failure) = judged.failure {
+            return self.failed_check(failure);
         }
-        if let Some(missing) = missing {
-            return self.wait_for(format!("halted, not enough data: {missing}"));
+        if let Some((missing, policy)) = judged.missing {
+            return match policy {
+                Policy::Hold => self.wait_for(format!("halted, not enough data: {missing}")),
+                Policy::Extend if self.extend() => {
+                    self.wait_for(format!("prolonged, not enough data: {missing}"));
+                }
+                Policy::Extend | Policy::Fail => self.failed_check(missing),
+                Policy::Pass => self.advance(),
+            };
+        }
+        if self.advance_policy() == Advance::WhenGood && !judged.is_good && self.extend() {
+            return self.wait_for(format!(
+                "not yet shown to be within the tolerance: {}",
+                judged.undecided.unwrap_or_default()
+            ));
         }
         self.advance();
     }
 
-    /// Judges every metric, writes the verdicts into the status, and returns them with the first failure (in Flagger's
-    /// words) and the first lack of data.
-    fn judge_all(&mut self) -> (Vec<Verdict>, Option<String>, Option<String>) {
+    /// The first metric whose provider has not answered since the check is due. It will: every question has a deadline.
+    fn unanswered(&self, due: Timestamp) -> Option<String> {
+        let readings = |index: usize| self.seen.readings.get(index).and_then(Option::as_ref);
+        let mut metrics = self.plan.templates.iter().enumerate();
+        metrics
+            .find(|(index, _)| templates::answered(readings(*index), due).is_none())
+            .map(|(_, metric)| metric.name.clone())
+    }
+
+    fn advance_policy(&self) -> Advance {
+        self.plan
+            .comparison
+            .as_ref()
+            .map_or(Advance::AtInterval, |comparison| comparison.advance)
+    }
+
+    /// Prolongs the step by an interval, as often as the plan allows.
+    fn extend(&mut self) -> bool {
+        let limit = self
+            .plan
+            .comparison
+            .as_ref()
+            .map_or(0, |comparison| comparison.extend_limit);
+        let run = self.status.run.get_or_insert_default();
+        let extended = run.extended.unwrap_or(0);
+        if extended >= limit {
+            return false;
+        }
+        run.extended = Some(extended + 1);
+        true
+    }
+
+    fn failed_check(&mut self, failure: String) {
+        let failed = self.status.failed_checks.unwrap_or(0).saturating_add(1);
+        self.status.failed_checks = Some(failed);
+        if let Some(step) = self.status.history.last_mut() {
+            step.failed_checks = Some(step.failed_checks.unwrap_or(0).saturating_add(1));
+        }
+        let canary = self.own_name();
+        self.warn(format!("Halt {canary} advancement {failure}"));
+        if failed >= self.plan.threshold {
+            let reason = format!("failed checks threshold reached {failed}");
+            self.warn(format!("Rolling back {canary} {reason}"));
+            return self.abort(&format!("{reason}: {failure}"));
+        }
+        self.wait_for(failure);
+    }
+
+    /// Judges every metric and writes the verdicts into the status.
+    fn judge_all(&mut self) -> Judged {
         let measured = &self.seen.measured;
-        let mut verdicts = Vec::new();
         let mut metrics = Vec::new();
-        let (mut failure, mut missing) = (None, None);
+        let mut judged = Judged::default();
         let empty = serin_analysis::sample::Counts::default();
+        let comparison = self.plan.comparison.as_ref();
+        let (on_no_data, on_provider_error) = comparison.map_or((Policy::Hold, Policy::Hold), |comparison| {
+            (comparison.on_no_data, comparison.on_provider_error)
+        });
+        let mut all_within = true;
         for (index, metric) in self.plan.metrics.iter().enumerate() {
             let window = measured.windows.get(index).unwrap_or(&empty);
             let verdict = match &measured.error {
@@ -360,24 +464,57 @@ impl Deciding<'_> {
                 None => threshold::judge(metric.builtin, metric.range, window),
             };
             match &verdict {
-                Verdict::Bad(evidence) if failure.is_none() => {
-                    failure = Some(halt_text(metric, evidence.value))
+                Verdict::Bad(evidence) if judged.failure.is_none() => {
+                    judged.failure = Some(halt_text(metric, evidence.value));
                 }
-                Verdict::NoData { .. } | Verdict::ProviderError { .. } if missing.is_none() => {
-                    missing = Some(verdict.explanation().to_owned());
-                }
-                _ => {}
+                Verdict::NoData { explanation } => judged.miss(explanation, on_no_data),
+                Verdict::ProviderError { explanation } => judged.miss(explanation, on_provider_error),
+                Verdict::Bad(_) | Verdict::Good(_) | Verdict::Undecided { .. } => {}
             }
+            all_within &= verdict.is_good();
             metrics.push(metric_status(&metric.name, &verdict));
-            verdicts.push(verdict);
         }
-        if let Some(options) = &self.plan.comparison {
-            let verdict = measured.comparison.verdict(options);
-            metrics.push(metric_status(COMPARISON, &verdict));
-            verdicts.push(verdict);
+        for (index, metric) in self.plan.templates.iter().enumerate() {
+            let reading = self.seen.readings.get(index).and_then(Option::as_ref);
+            let verdict = templates::judge(metric, reading);
+            match &verdict {
+                Verdict::Bad(evidence) if judged.failure.is_none() => {
+                    judged.failure = Some(templates::halt_text(metric, evidence.value));
+                }
+                Verdict::NoData { explanation } => judged.miss(explanation, on_no_data),
+                Verdict::ProviderError { explanation } => judged.miss(explanation, on_provider_error),
+                Verdict::Bad(_) | Verdict::Good(_) | Verdict::Undecided { .. } => {}
+            }
+            all_within &= verdict.is_good();
+            metrics.push(metric_status(&metric.name, &verdict));
+        }
+        if let Some(comparison) = comparison {
+            let mut combined = measured.judges.verdict(&comparison.options);
+            if let Some(error) = &measured.error {
+                judged.miss(error, on_provider_error);
+                if !combined.verdict.is_bad() {
+                    combined.verdict = Verdict::ProviderError {
+                        explanation: error.clone(),
+                    };
+                }
+            } else if measured.step_requests == 0 && self.weight() > 0 {
+                let explanation = format!("no requests to the canary at weight {}", self.weight());
+                judged.miss(&explanation, on_no_data);
+            }
+            judged.is_good = all_within && combined.verdict.is_good();
+            judged.undecided = Some(combined.verdict.explanation().to_owned());
+            metrics.extend(
+                combined
+                    .metrics
+                    .iter()
+                    .map(|metric| metric_status(&metric.name, &metric.verdict)),
+            );
+            let mut whole = metric_status(COMPARISON, &combined.verdict);
+            whole.alpha = Some(comparison.options.alpha);
+            metrics.push(whole);
         }
         self.status.metrics = metrics;
-        (verdicts, failure, missing)
+        judged
     }
 
     /// Copies the revision to the primary.
@@ -413,21 +550,21 @@ impl Deciding<'_> {
 }
 
 fn metric_status(name: &str, verdict: &Verdict) -> MetricStatus {
-    let evidence = match verdict {
-        Verdict::Bad(evidence) | Verdict::Good(evidence) | Verdict::Undecided(evidence) => Some(evidence),
-        Verdict::NoData { .. } | Verdict::ProviderError { .. } => None,
-    };
+    let evidence = verdict.evidence();
+    // JSON has no infinity.
+    let finite = |value: Option<f64>| value.filter(|value| value.is_finite());
     MetricStatus {
         name: name.to_owned(),
-        // JSON has no infinity.
-        value: evidence
-            .map(|evidence| evidence.value)
-            .filter(|value| value.is_finite()),
-        bound: evidence
-            .map(|evidence| evidence.bound)
-            .filter(|value| value.is_finite()),
+        value: finite(evidence.map(|evidence| evidence.value)),
+        bound: finite(evidence.map(|evidence| evidence.bound)),
         samples: evidence.map(|evidence| i64::try_from(evidence.samples).unwrap_or(i64::MAX)),
         verdict: verdict.word().to_owned(),
+        alpha: evidence.and_then(|evidence| evidence.alpha),
+        remaining_seconds: verdict
+            .missing()
+            .and_then(|missing| missing.seconds)
+            .filter(|seconds| seconds.is_finite())
+            .map(|seconds| seconds.min(1e9) as i64),
         message: Some(verdict.explanation().to_owned()),
     }
 }

@@ -55,6 +55,8 @@ pub(super) enum Happening {
     Refuse,
     /// A second of requests: canary (requests, errors).
     Measure(u64, u64),
+    /// A second of requests to both: (requests, errors) of canary and primary.
+    Compare((u64, u64), (u64, u64)),
     /// A canary pod dies.
     Die,
     /// Somebody edits the route.
@@ -183,11 +185,24 @@ impl World {
                         bounds_ms: vec![100.0],
                         counts: vec![requests, 0],
                     },
+                    ..Counts::default()
                 };
                 self.samples.push(Sample {
                     at_ms: self.now.as_millisecond(),
                     canary: counts(*requests, *errors.min(requests)),
                     primary: counts(requests * 4, 0),
+                });
+            }
+            Happening::Compare(canary, primary) => {
+                let counts = |(requests, errors)| Counts {
+                    requests,
+                    errors,
+                    ..Counts::default()
+                };
+                self.samples.push(Sample {
+                    at_ms: self.now.as_millisecond(),
+                    canary: counts(*canary),
+                    primary: counts(*primary),
                 });
             }
             Happening::Die => self.seen.dead_pods.push(DeadPod {
@@ -219,9 +234,9 @@ impl World {
         self.window = window;
         let mut measured = Measured::default();
         let mut counts = Counts::default();
-        if let Some(options) = &self.plan.comparison {
+        if let Some(comparison) = &self.plan.comparison {
             for sample in &self.samples {
-                measured.comparison.observe(sample, options);
+                measured.judges.observe(sample, 25.0, &comparison.options);
             }
         }
         if let Some(window) = self.window {
@@ -232,6 +247,14 @@ impl World {
             {
                 counts.add(&sample.canary);
             }
+        }
+        measured.step_requests = counts.requests;
+        for sample in &self.samples {
+            let traffic = &mut measured.traffic;
+            traffic.requests += sample.canary.requests + sample.primary.requests;
+            traffic.primary += sample.primary.requests;
+            traffic.primary_errors += sample.primary.errors;
+            traffic.milliseconds = sample.at_ms - self.samples[0].at_ms;
         }
         measured.windows = vec![counts; self.plan.metrics.len()];
         self.seen.measured = measured;

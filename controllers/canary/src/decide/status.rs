@@ -7,8 +7,8 @@ use serin_kit::unhonoured;
 
 use super::Deciding;
 
-/// Key of the comparison's state in `status.run.evidence`.
-pub(crate) const COMPARISON_STATE: &str = "comparison";
+/// Key of the judges' state in `status.run.evidence`. Another name than that of earlier releases, whose state is another.
+pub(crate) const COMPARISON_STATE: &str = "judges";
 
 /// A time for the status.
 #[allow(clippy::unnecessary_wraps)] // all fields of the status are optional
@@ -41,7 +41,7 @@ pub(super) fn finish(deciding: &mut Deciding<'_>, before: &CanaryStatus) {
     if let Some(run) = deciding.status.run.as_mut() {
         let running = phase == CanaryPhase::Progressing;
         run.evidence = (running && deciding.plan.comparison.is_some() && !deciding.status.history.is_empty())
-            .then(|| serde_json::to_value(&deciding.seen.measured.comparison).ok())
+            .then(|| serde_json::to_value(&deciding.seen.measured.judges).ok())
             .flatten()
             .map(|state| Evidence {
                 judges: [(COMPARISON_STATE.to_owned(), state)].into(),

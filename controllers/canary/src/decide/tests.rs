@@ -173,7 +173,7 @@ fn a_statistical_verdict_stops_the_run_without_waiting_for_the_interval() {
     assert_eq!(world.phase(), CanaryPhase::Failed);
     assert_eq!(decision.actions, [Action::SetWeight(Split::PRIMARY)]);
     let text = world.status.message.clone().unwrap();
-    assert!(text.contains("canary fails 30.00 % of 40 requests"), "{text}");
+    assert!(text.contains("canary fails 30 % of 40 requests"), "{text}");
     assert!(
         world
             .status

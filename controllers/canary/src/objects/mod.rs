@@ -40,6 +40,8 @@ pub struct Options {
     pub include_label_prefixes: Vec<String>,
     /// Whether ConfigMaps and Secrets are tracked and copied.
     pub config_tracking: bool,
+    /// Whether references to MetricTemplates of other namespaces are refused (Flagger's `-no-cross-namespace-refs`).
+    pub no_cross_namespace_refs: bool,
 }
 
 impl Default for Options {
@@ -48,6 +50,7 @@ impl Default for Options {
             selector_labels: SELECTOR_LABELS.map(str::to_owned).to_vec(),
             include_label_prefixes: Vec::new(),
             config_tracking: true,
+            no_cross_namespace_refs: false,
         }
     }
 }

@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::{ConfigMap, Secret, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::Api;
 use serde::de::DeserializeOwned;
-use serin_crds::flagger::Canary;
+use serin_crds::flagger::{Canary, MetricTemplate};
 use serin_crds::istio::{DestinationRule, VirtualService};
 use serin_kit::cache::Cache;
 use tokio_util::sync::CancellationToken;
@@ -23,6 +23,7 @@ pub struct Caches {
     pub(crate) config_maps: Cache<ConfigMap>,
     pub(crate) secrets: Cache<Secret>,
     pub(crate) endpoints: Cache<EndpointSlice>,
+    pub(crate) templates: Cache<MetricTemplate>,
 }
 
 impl Caches {
@@ -37,6 +38,7 @@ impl Caches {
             config_maps: one(client, namespace, cancel),
             secrets: one(client, namespace, cancel),
             endpoints: one(client, namespace, cancel),
+            templates: one(client, namespace, cancel),
         }
     }
 
@@ -51,6 +53,7 @@ impl Caches {
             self.config_maps.ready(deadline),
             self.secrets.ready(deadline),
             self.endpoints.ready(deadline),
+            self.templates.ready(deadline),
         )?;
         Ok(())
     }

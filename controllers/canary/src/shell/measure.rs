@@ -8,20 +8,19 @@ use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use jiff::{SignedDuration, Timestamp};
-use serin_analysis::judge::comparison::{Comparison, Options};
 use serin_analysis::sample::{Counts, Sample};
-use serin_analysis::{MetricSource, Query};
+use serin_analysis::{Judges, MetricSource, Query};
 use tokio::time::Instant;
 
-use crate::observed::Measured;
+use crate::observed::{Measured, Traffic};
 use crate::plan::Plan;
 
 /// Samples kept: an hour at one a second. Longer windows than that are cut.
 const SAMPLES_MAX: usize = 3600;
 /// Wait before a source that is not available is asked again.
 const RETRY: Duration = Duration::from_secs(1);
-/// How long counts of one arm wait for counts of the other.
-const UNPAIRED_MAX_MS: i64 = 10_000;
+/// How late a proxy may report a request: it reports once a second, and reports of several proxies are collected.
+const REPORT_LAG_MS: i64 = 2_000;
 /// How long a subscription may take.
 const SUBSCRIBE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -47,30 +46,48 @@ pub(crate) struct Measuring {
     /// The window that `samples` belong to.
     window: Option<Timestamp>,
     samples: VecDeque<Sample>,
-    /// The run that `comparison` belongs to.
+    /// The run that `judges` belong to.
     run: Option<Timestamp>,
-    comparison: Comparison,
-    /// Counts that the comparison has not seen, because one of the arms is missing in them.
-    unpaired: Option<Sample>,
+    judges: Judges,
+    /// Since when requests to the canary are requests to this run's revision; `None` while it has had no traffic.
+    revision_from_ms: Option<i64>,
+    /// The share that was given to the canary last, in percent.
+    weight: i32,
+    traffic: Traffic,
+    first_sample_ms: Option<i64>,
 }
 
 impl Measuring {
     /// Begins with the evidence of the run, or goes on with it.
-    pub(crate) fn run(&mut self, run: Option<Timestamp>, evidence: impl FnOnce() -> Option<Comparison>) {
+    pub(crate) fn run(&mut self, run: Option<Timestamp>, evidence: impl FnOnce() -> Option<Judges>) {
         if self.run != run {
             self.run = run;
-            self.comparison = evidence().unwrap_or_default();
-            self.unpaired = None;
+            self.judges = evidence().unwrap_or_default();
             self.window = None;
             self.samples.clear();
+            self.traffic = Traffic::default();
+            self.first_sample_ms = None;
         }
     }
 
+    /// Tells which requests are this revision's: those from when it first got a weight, and from when those to a former
+    /// revision must have been reported.
+    pub(crate) fn revision(&mut self, first_weight: Option<Timestamp>, former_until: Option<Timestamp>) {
+        let former = former_until.map_or(i64::MIN, |until| {
+            until.as_millisecond().saturating_add(REPORT_LAG_MS)
+        });
+        self.revision_from_ms = first_weight.map(|first| first.as_millisecond().max(former));
+    }
+
     /// Sets the window that is measured: samples from before do not count.
-    pub(crate) fn window(&mut self, window: Option<Timestamp>) {
+    pub(crate) fn window(&mut self, window: Option<Timestamp>, weight: i32) {
+        self.weight = weight;
         if self.window != window {
             self.window = window;
             self.samples.clear();
+            if window.is_some() {
+                self.judges.begin_step();
+            }
         }
     }
 
@@ -125,11 +142,21 @@ impl Measuring {
         }
     }
 
-    fn take(&mut self, sample: Sample, plan: Option<&Plan>) {
-        if let Some(options) = plan.and_then(|plan| plan.comparison.as_ref())
-            && self.run.is_some()
-        {
-            self.compare(&sample, options);
+    fn take(&mut self, mut sample: Sample, plan: Option<&Plan>) {
+        if self.run.is_none() {
+            return;
+        }
+        if self.revision_from_ms.is_none_or(|from| sample.at_ms < from) {
+            // Late reports of a former revision's canary, or of one that should have no traffic at all.
+            sample.canary = Counts::default();
+            self.count(&sample);
+            self.judges.learn_primary(&sample.primary);
+            return;
+        }
+        self.count(&sample);
+        if let Some(comparison) = plan.and_then(|plan| plan.comparison.as_ref()) {
+            self.judges
+                .observe(&sample, f64::from(self.weight), &comparison.options);
         }
         let Some(window) = self.window else { return };
         if sample.at_ms < window.as_millisecond() {
@@ -141,37 +168,16 @@ impl Measuring {
         self.samples.push_back(sample);
     }
 
-    /// Feeds the comparison with batches that have both arms. A source may report the arms one after the other, and with
-    /// little traffic one of them may be silent for a while. When a batch is complete depends on how many requests
-    /// there were and never on how they went, so the evidence stays what it promises to be.
-    fn compare(&mut self, sample: &Sample, options: &Options) {
-        let bare = |counts: &Counts| Counts {
-            requests: counts.requests,
-            errors: counts.errors,
-            ..Counts::default()
-        };
-        let sample = Sample {
-            at_ms: sample.at_ms,
-            canary: bare(&sample.canary),
-            primary: bare(&sample.primary),
-        };
-        let began = self
-            .unpaired
-            .as_ref()
-            .map_or(sample.at_ms, |unpaired| unpaired.at_ms);
-        let mut batch = self.unpaired.take().unwrap_or_default();
-        batch.add(&sample);
-        if batch.canary.requests > 0 && batch.primary.requests > 0 {
-            self.comparison.observe(&batch, options);
-        } else if sample.at_ms.saturating_sub(began) < UNPAIRED_MAX_MS {
-            self.unpaired = Some(Sample {
-                at_ms: began,
-                ..batch
-            });
-        } else {
-            // Too long ago to be held against what comes now; it counts for the totals only.
-            self.comparison.observe(&batch, options);
-        }
+    fn count(&mut self, sample: &Sample) {
+        let first = *self.first_sample_ms.get_or_insert(sample.at_ms);
+        let traffic = &mut self.traffic;
+        traffic.requests = traffic
+            .requests
+            .saturating_add(sample.canary.requests)
+            .saturating_add(sample.primary.requests);
+        traffic.primary = traffic.primary.saturating_add(sample.primary.requests);
+        traffic.primary_errors = traffic.primary_errors.saturating_add(sample.primary.errors);
+        traffic.milliseconds = traffic.milliseconds.max(sample.at_ms.saturating_sub(first));
     }
 
     /// What is known now.
@@ -197,7 +203,9 @@ impl Measuring {
         Measured {
             since: self.since,
             windows,
-            comparison: self.comparison.clone(),
+            judges: self.judges.clone(),
+            step_requests: self.samples.iter().map(|sample| sample.canary.requests).sum(),
+            traffic: self.traffic,
             error: self.error.clone(),
         }
     }
@@ -240,65 +248,49 @@ mod tests {
         let plan = plan();
         let mut measuring = Measuring::default();
         measuring.run(Some(at(90)), || None);
+        measuring.revision(Some(at(95)), None);
         measuring.take(sample(99, 1), Some(&plan));
-        measuring.window(Some(at(100)));
+        measuring.window(Some(at(100)), 10);
         for second in 99..=110 {
             measuring.take(sample(second, 10), Some(&plan));
         }
         assert_eq!(measuring.measured(&plan, at(103)).windows[0].requests, 110);
         assert_eq!(measuring.measured(&plan, at(110)).windows[0].requests, 60);
-        measuring.window(Some(at(111)));
+        measuring.window(Some(at(111)), 20);
         assert_eq!(measuring.measured(&plan, at(112)).windows[0].requests, 0);
     }
 
     #[test]
-    fn arms_that_are_reported_one_after_the_other_are_compared_as_one_batch() {
+    fn late_reports_of_a_former_revisions_canary_are_not_this_runs() {
         let plan = plan();
-        let counts = |requests, errors| Counts {
-            requests,
-            errors,
-            ..Counts::default()
+        let failing = |second: i64| {
+            let mut sample = sample(second, 100);
+            sample.canary.errors = 100;
+            sample
         };
-        let (mut apart, mut together) = (Measuring::default(), Measuring::default());
-        for measuring in [&mut apart, &mut together] {
-            measuring.run(Some(at(1)), || None);
-        }
-        for second in 2..8 {
-            let at_ms = second * 1000;
-            let (canary, primary) = (counts(10, 3), counts(40, 0));
-            apart.take(
-                Sample {
-                    at_ms,
-                    canary: canary.clone(),
-                    ..Sample::default()
-                },
-                Some(&plan),
-            );
-            apart.take(
-                Sample {
-                    at_ms,
-                    primary: primary.clone(),
-                    ..Sample::default()
-                },
-                Some(&plan),
-            );
-            together.take(
-                Sample {
-                    at_ms,
-                    canary,
-                    primary,
-                },
-                Some(&plan),
-            );
-        }
-        let verdict = |measuring: &Measuring| {
-            measuring
-                .measured(&plan, at(9))
-                .comparison
-                .verdict(&plan.comparison.unwrap())
-        };
-        assert!(verdict(&apart).is_bad());
-        assert_eq!(verdict(&apart), verdict(&together));
+        let mut measuring = Measuring::default();
+        measuring.run(Some(at(10)), || None);
+        // Before this revision had any traffic.
+        measuring.revision(None, Some(at(12)));
+        measuring.take(failing(11), Some(&plan));
+        // The former canary answered until second 12; this one has its first weight since second 13.
+        measuring.revision(Some(at(13)), Some(at(12)));
+        measuring.window(Some(at(13)), 10);
+        measuring.take(failing(13), Some(&plan));
+        let measured = measuring.measured(&plan, at(14));
+        assert_eq!((measured.judges.totals().canary, measured.step_requests), (0, 0));
+        assert_eq!(measured.windows[0].requests, 0);
+        measuring.take(sample(14, 50), Some(&plan));
+        let measured = measuring.measured(&plan, at(15));
+        assert_eq!(
+            (measured.judges.totals().canary, measured.step_requests),
+            (50, 50)
+        );
+        assert_eq!(measured.judges.totals().canary_errors, 0);
+        assert_eq!(
+            measured.traffic.primary, 250,
+            "the primary's are the same service's throughout"
+        );
     }
 
     #[test]
@@ -306,11 +298,12 @@ mod tests {
         let plan = plan();
         let mut measuring = Measuring::default();
         measuring.run(Some(at(1)), || None);
+        measuring.revision(Some(at(1)), None);
         measuring.take(sample(2, 10), Some(&plan));
-        measuring.window(Some(at(5)));
+        measuring.window(Some(at(5)), 10);
         measuring.run(Some(at(1)), || None);
-        assert_ne!(measuring.measured(&plan, at(6)).comparison, Comparison::default());
+        assert_eq!(measuring.measured(&plan, at(6)).judges.totals().canary, 10);
         measuring.run(Some(at(7)), || None);
-        assert_eq!(measuring.measured(&plan, at(8)).comparison, Comparison::default());
+        assert_eq!(measuring.measured(&plan, at(8)).judges, Judges::default());
     }
 }

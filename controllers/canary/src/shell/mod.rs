@@ -7,6 +7,7 @@ mod endpoints;
 mod interests;
 mod measure;
 mod observe;
+mod templates;
 mod worker;
 
 use std::collections::HashMap;
@@ -18,6 +19,7 @@ use kube::{Resource, ResourceExt};
 use serin_analysis::MetricSource;
 use serin_kit::cache::{Cache, Change};
 use serin_kit::events::Recorder;
+use serin_providers::{Connector, Environment, Limits};
 use tokio::sync::Notify;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -71,6 +73,7 @@ pub(crate) struct Shared {
     pub(crate) recorder: Recorder,
     pub(crate) interests: Interests,
     pub(crate) endpoints: Endpoints,
+    pub(crate) providers: Connector,
 }
 
 impl Shared {
@@ -86,6 +89,11 @@ pub async fn run(context: Context, cancel: CancellationToken) -> Result<(), Erro
     let cancel = cancel.child_token();
     let guard = cancel.clone().drop_guard();
     let caches = Caches::start(&context.client, context.namespace.as_deref(), &cancel);
+    let providers = Connector::new(
+        Limits::default(),
+        Environment::of_process(),
+        Some(context.client.clone()),
+    )?;
     let recorder = Recorder::start(context.client.clone(), "flagger", cancel.clone());
     let shared = Arc::new(Shared {
         context,
@@ -93,6 +101,7 @@ pub async fn run(context: Context, cancel: CancellationToken) -> Result<(), Erro
         recorder,
         interests: Interests::default(),
         endpoints: Endpoints::default(),
+        providers,
     });
     let mut dispatcher = Dispatcher {
         shared: shared.clone(),

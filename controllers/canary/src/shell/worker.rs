@@ -9,8 +9,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::api::Api;
 use kube::{Resource, ResourceExt};
-use serin_analysis::Query;
-use serin_analysis::judge::comparison::Comparison;
+use serin_analysis::{Judges, Query};
 use serin_crds::flagger::{Canary, CanaryPhase, CanaryStatus};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -21,8 +20,9 @@ use super::act::{Acting, within};
 use super::dead_pods::DeadPods;
 use super::measure::Measuring;
 use super::observe::{Seen, Written, observe};
+use super::templates::Templates;
 use super::{Key, Shared};
-use crate::decide::{COMPARISON_STATE, Decision, decide};
+use crate::decide::{COMPARISON_STATE, Decision, Event, decide};
 use crate::objects::Blueprint;
 use crate::plan::Plan;
 use crate::traffic::Liveness;
@@ -36,6 +36,8 @@ const RETRY_MAX: Duration = Duration::from_secs(10);
 const VALUES_MAX_AGE: Duration = Duration::from_secs(5);
 /// Wait before a mesh that ended its report on a route is asked again.
 const LIVENESS_RETRY: Duration = Duration::from_secs(1);
+/// Events that wait for a status that cannot be written; the oldest are dropped.
+const UNTOLD_MAX: usize = 64;
 
 /// Reason of every event, as in Flagger.
 const EVENT_REASON: &str = "Synced";
@@ -51,9 +53,11 @@ pub(crate) async fn work(shared: Arc<Shared>, key: Key, wake: Arc<Notify>, cance
         uid: None,
         status: None,
         unwritten: false,
+        untold: Vec::new(),
         written_at: None,
         written: Written::default(),
         measuring: Measuring::default(),
+        templates: Templates::default(),
         live: LiveWatch::default(),
         dead_pods: None,
         plan: None,
@@ -82,6 +86,7 @@ pub(crate) async fn work(shared: Arc<Shared>, key: Key, wake: Arc<Notify>, cance
             () = sleep(wake_at) => {}
             () = worker.live.next() => {}
             () = worker.measuring.next(worker.plan.as_ref(), Timestamp::now) => {}
+            () = worker.templates.next() => {}
             () = next_death(&mut worker.dead_pods) => {}
         }
     }
@@ -102,9 +107,12 @@ struct Worker {
     status: Option<CanaryStatus>,
     /// Whether the status in memory is newer than the one on the API server in more than measured values.
     unwritten: bool,
+    /// Events of statuses that are not written yet.
+    untold: Vec<Event>,
     written_at: Option<Instant>,
     written: Written,
     measuring: Measuring,
+    templates: Templates,
     live: LiveWatch,
     dead_pods: Option<DeadPods>,
     plan: Option<Plan>,
@@ -132,6 +140,7 @@ impl Worker {
         seen.observed.liveness = self.live.last.clone();
         seen.observed.dead_pods = self.dead_pods.as_ref().map(DeadPods::list).unwrap_or_default();
         seen.observed.measured = self.measuring.measured(&seen.plan, now);
+        self.templates.observe(&self.shared, &mut seen, &status, now);
 
         let decision = decide(&seen.observed, &seen.plan, &status, now);
         for action in &decision.actions {
@@ -158,9 +167,11 @@ impl Worker {
     fn forget(&mut self) {
         self.status = None;
         self.unwritten = false;
+        self.untold.clear();
         self.written_at = None;
         self.written = Written::default();
         self.measuring.stop();
+        self.templates = Templates::default();
         self.live = LiveWatch::default();
         self.dead_pods = None;
     }
@@ -208,8 +219,14 @@ impl Worker {
             .map(|at| at.0)
             .or(Some(Timestamp::UNIX_EPOCH));
         self.measuring.run(started, || evidence(status));
-        self.measuring
-            .window(run.window_started_at.as_ref().map(|at| at.0));
+        self.measuring.revision(
+            first_weight(status),
+            run.former_traffic_until.as_ref().map(|at| at.0),
+        );
+        self.measuring.window(
+            run.window_started_at.as_ref().map(|at| at.0),
+            status.canary_weight.unwrap_or(0),
+        );
         let query = Query {
             namespace: self.key.namespace.clone(),
             canary_workload: seen.plan.target.clone(),
@@ -219,7 +236,8 @@ impl Worker {
         self.measuring.ensure(&self.shared.context.metrics, &query);
     }
 
-    /// Writes the status and tells the events.
+    /// Writes the status and then tells the events. In this order a process that dies between the two takes an event with
+    /// it, which the status says as well; in the other order the next process would decide the same again and tell it twice.
     async fn report(&mut self, seen: &Seen, before: CanaryStatus, decision: Decision) -> Result<(), Error> {
         let fresh = self.written_at.is_some_and(|at| at.elapsed() < VALUES_MAX_AGE);
         let changed = match (before == decision.status, fresh) {
@@ -230,8 +248,11 @@ impl Worker {
         // Kept even when the write below fails: what was decided and done is not decided again from an older status.
         self.status = Some(decision.status.clone());
         self.unwritten |= changed;
-        self.tell(seen, &decision);
+        self.untold.extend(decision.events);
+        let excess = self.untold.len().saturating_sub(UNTOLD_MAX);
+        self.untold.drain(..excess);
         if !self.unwritten {
+            self.tell(seen);
             return Ok(());
         }
         let client = self.shared.context.client.clone();
@@ -252,12 +273,13 @@ impl Worker {
         }
         self.unwritten = false;
         self.written_at = Some(Instant::now());
+        self.tell(seen);
         Ok(())
     }
 
-    fn tell(&self, seen: &Seen, decision: &Decision) {
+    fn tell(&mut self, seen: &Seen) {
         let about = reference(&seen.canary);
-        for event in &decision.events {
+        for event in self.untold.drain(..) {
             info!(message = %event.message, "event");
             let (recorder, note) = (&self.shared.recorder, &event.message);
             let action = shortened(note, ACTION_MAX);
@@ -296,7 +318,7 @@ fn reference(canary: &Canary) -> ObjectReference {
 }
 
 /// The evidence that a run had when its status was last written.
-fn evidence(status: &CanaryStatus) -> Option<Comparison> {
+fn evidence(status: &CanaryStatus) -> Option<Judges> {
     let state = status
         .run
         .as_ref()?
@@ -307,6 +329,15 @@ fn evidence(status: &CanaryStatus) -> Option<Comparison> {
     serde_json::from_value(state.clone()).ok()
 }
 
+/// When this run's revision first got a share.
+fn first_weight(status: &CanaryStatus) -> Option<Timestamp> {
+    match status.history.first() {
+        Some(step) => Some(step.started_at.as_ref().map_or(Timestamp::UNIX_EPOCH, |at| at.0)),
+        // A run that another controller began has no record of ours.
+        None => (status.canary_weight.unwrap_or(0) > 0).then_some(Timestamp::UNIX_EPOCH),
+    }
+}
+
 /// A status without what changes with every sample.
 fn without_values(status: &CanaryStatus) -> CanaryStatus {
     let mut status = status.clone();
@@ -314,6 +345,7 @@ fn without_values(status: &CanaryStatus) -> CanaryStatus {
         metric.value = None;
         metric.samples = None;
         metric.message = None;
+        metric.remaining_seconds = None;
     }
     if let Some(run) = status.run.as_mut() {
         run.evidence = None;
@@ -385,7 +417,8 @@ mod tests {
 
     #[test]
     fn evidence_is_read_back_from_a_status_as_it_was_written() {
-        let mut comparison = Comparison::default();
+        let mut judges = Judges::default();
+        let options = serin_analysis::Options::default();
         let counts = |requests, errors| Counts {
             requests,
             errors,
@@ -396,8 +429,8 @@ mod tests {
             canary: counts(20, 3),
             primary: counts(80, 1),
         };
-        comparison.observe(&sample, &serin_analysis::judge::comparison::Options::default());
-        let state = serde_json::to_value(&comparison).unwrap();
+        judges.observe(&sample, 20.0, &options);
+        let state = serde_json::to_value(&judges).unwrap();
         let evidence_status = Evidence {
             judges: [(COMPARISON_STATE.to_owned(), state)].into(),
         };
@@ -414,10 +447,18 @@ mod tests {
         let read: CanaryStatus = serde_json::from_str(&text).unwrap();
         // Up to the last digit of a float in JSON.
         let read = evidence(&read).unwrap();
+        let value = |judges: &Judges| {
+            judges.verdict(&options).metrics[0]
+                .verdict
+                .evidence()
+                .unwrap()
+                .value
+        };
         assert!(
-            (read.evidence() - comparison.evidence()).abs() < 1e-9,
-            "{read:?} {comparison:?}"
+            (value(&read) - value(&judges)).abs() < 1e-9,
+            "{read:?} {judges:?}"
         );
+        assert_eq!(read.totals(), judges.totals());
         assert_eq!(evidence(&CanaryStatus::default()), None);
     }
 

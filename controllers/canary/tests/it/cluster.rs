@@ -171,6 +171,10 @@ impl Cluster {
     }
 
     pub(crate) fn start_controller(&mut self) {
+        self.start_controller_with(objects::Options::default());
+    }
+
+    pub(crate) fn start_controller_with(&mut self, options: objects::Options) {
         let requests = self.requests.clone();
         let counted = self
             .server
@@ -187,7 +191,7 @@ impl Cluster {
             namespace: None,
             traffic: Arc::new(KubeTraffic::new(client, Arc::new(Proxies(self.mesh.subscribe())))),
             metrics: Arc::new(Measured(self.load.subscribe())),
-            options: objects::Options::default(),
+            options,
         };
         let cancel = CancellationToken::new();
         let mut tasks = JoinSet::new();
@@ -401,6 +405,7 @@ impl MetricSource for Measured {
                         bounds_ms: vec![100.0],
                         counts: vec![requests, 0],
                     },
+                    ..Counts::default()
                 };
                 Sample {
                     at_ms: k8s_openapi::jiff::Timestamp::now().as_millisecond(),

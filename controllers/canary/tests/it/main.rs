@@ -4,3 +4,4 @@
 mod cluster;
 mod rollouts;
 mod takeover;
+mod templates;

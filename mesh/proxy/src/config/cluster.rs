@@ -10,6 +10,7 @@ use serin_xds::pb::envoy::extensions::upstreams::http::v3 as upstream_http;
 
 use super::convert;
 use super::endpoint::Endpoint;
+use super::health_check::{HealthCheck, MAX_CHECKS};
 use super::table::strip_port;
 use super::transport_socket::{SocketMatch, UpstreamSocket};
 use crate::error::{Refusal, Within};
@@ -166,6 +167,70 @@ pub struct Outlier {
     pub max_ejection_percent: u32,
     /// One host may always be ejected.
     pub always_one: bool,
+    /// How often hosts are compared with each other.
+    pub interval: Duration,
+    /// A host whose success rate is that far below the others'.
+    pub success_rate: Option<SuccessRate>,
+    /// A host that fails that often.
+    pub failure_percentage: Option<FailurePercentage>,
+    /// A passed active check ends an ejection.
+    pub uneject_on_check: bool,
+}
+
+impl Outlier {
+    /// Whether hosts are compared with each other at all.
+    pub fn compares(&self) -> bool {
+        self.success_rate.is_some() || self.failure_percentage.is_some()
+    }
+}
+
+/// Ejection by success rate: below `mean - stdev * factor` of the hosts with enough requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SuccessRate {
+    /// Hosts with enough requests that it takes.
+    pub minimum_hosts: u32,
+    /// Requests of an interval that it takes.
+    pub request_volume: u32,
+    /// In thousandths of a standard deviation.
+    pub stdev_factor: u32,
+    /// Whether it applies to answers, and to local failures (split mode).
+    pub enforced: (bool, bool),
+}
+
+/// Ejection by failure percentage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FailurePercentage {
+    /// Percent of failures from which on a host goes.
+    pub threshold: u32,
+    /// Hosts with enough requests that it takes.
+    pub minimum_hosts: u32,
+    /// Requests of an interval that it takes.
+    pub request_volume: u32,
+    /// Whether it applies to answers, and to local failures (split mode).
+    pub enforced: (bool, bool),
+}
+
+/// New hosts get their share little by little.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SlowStart {
+    /// How long it takes.
+    pub window: Duration,
+    /// Exponent of the curve; 1 is a straight line.
+    pub aggression: f64,
+    /// Least share, of 1.
+    pub least: f64,
+}
+
+impl SlowStart {
+    /// The part of its weight that a host has after `age`.
+    pub fn factor(&self, age: Duration) -> f64 {
+        if age >= self.window {
+            return 1.0;
+        }
+        // Envoy's curve: (age / window) ^ (1 / aggression).
+        let share = age.as_secs_f64() / self.window.as_secs_f64();
+        share.powf(1.0 / self.aggression).clamp(self.least, 1.0)
+    }
 }
 
 /// A compiled cluster.
@@ -189,6 +254,10 @@ pub struct Cluster {
     pub limits: Limits,
     /// Limits of high priority requests are not kept apart; see the crate docs.
     pub outlier: Option<Outlier>,
+    /// Active health checks.
+    pub health_checks: Box<[HealthCheck]>,
+    /// How new hosts begin.
+    pub slow_start: Option<SlowStart>,
     /// Source address of connections.
     pub bind: Option<IpAddr>,
     /// Idle connections are closed after this.
@@ -212,6 +281,13 @@ pub struct Cluster {
 }
 
 impl Cluster {
+    /// Whether a passed active check ends an ejection.
+    pub fn unejects_on_check(&self) -> bool {
+        self.outlier
+            .as_ref()
+            .is_some_and(|outlier| outlier.uneject_on_check)
+    }
+
     /// Compiles the message; sockets that `previous` has as well are taken over.
     pub(crate) fn compile(
         from: &cluster::Cluster,
@@ -255,6 +331,8 @@ impl Cluster {
                 .map(compile_outlier)
                 .transpose()
                 .within("outlier_detection")?,
+            health_checks: compile_health_checks(from)?,
+            slow_start: compile_slow_start(from)?,
             bind: compile_bind(from)?,
             idle_timeout,
             max_requests_per_connection: max_requests.map_or(0, |value| value.value),
@@ -396,11 +474,6 @@ impl Sockets {
 fn refuse_unsupported(from: &cluster::Cluster) -> Result<(), Refusal> {
     let unsupported = [
         (
-            "health_checks",
-            !from.health_checks.is_empty(),
-            "active health checks are not supported yet",
-        ),
-        (
             "lb_subset_config",
             from.lb_subset_config.is_some(),
             "subsets are clusters of their own here",
@@ -491,17 +564,6 @@ fn compile_discovery(from: &cluster::Cluster) -> Result<Discovery, Refusal> {
 
 fn compile_lb(from: &cluster::Cluster) -> Result<(LbPolicy, bool), Refusal> {
     use cluster::cluster::{LbConfig, LbPolicy as Policy, common_lb_config::LocalityConfigSpecifier};
-    let slow_start = match &from.lb_config {
-        Some(LbConfig::LeastRequestLbConfig(config)) => config.slow_start_config.is_some(),
-        Some(LbConfig::RoundRobinLbConfig(config)) => config.slow_start_config.is_some(),
-        _ => false,
-    };
-    if slow_start {
-        return Err(Refusal::new(
-            "slow_start_config",
-            "slow start is not supported yet",
-        ));
-    }
     let policy = match Policy::try_from(from.lb_policy) {
         Ok(Policy::RoundRobin | Policy::ClusterProvided) => LbPolicy::RoundRobin,
         Ok(Policy::LeastRequest) => {
@@ -557,6 +619,52 @@ fn compile_lb(from: &cluster::Cluster) -> Result<(LbPolicy, bool), Refusal> {
         Some(LocalityConfigSpecifier::LocalityWeightedLbConfig(_))
     );
     Ok((policy, weighted))
+}
+
+fn compile_slow_start(from: &cluster::Cluster) -> Result<Option<SlowStart>, Refusal> {
+    use cluster::cluster::LbConfig;
+    let config = match &from.lb_config {
+        Some(LbConfig::LeastRequestLbConfig(config)) => config.slow_start_config.as_ref(),
+        Some(LbConfig::RoundRobinLbConfig(config)) => config.slow_start_config.as_ref(),
+        _ => None,
+    };
+    let Some(config) = config else { return Ok(None) };
+    let Some(window) = convert::timeout(config.slow_start_window.as_ref()).within("slow_start_window")?
+    else {
+        return Ok(None);
+    };
+    let aggression = config
+        .aggression
+        .as_ref()
+        .map_or(1.0, |value| value.default_value);
+    if !(aggression.is_finite() && aggression > 0.0) {
+        return Err(Refusal::new(
+            "slow_start_config.aggression",
+            format!("{aggression} is not above zero"),
+        ));
+    }
+    Ok(Some(SlowStart {
+        window,
+        aggression,
+        least: config
+            .min_weight_percent
+            .as_ref()
+            .map_or(0.1, |percent| (percent.value / 100.0).clamp(0.0, 1.0)),
+    }))
+}
+
+fn compile_health_checks(from: &cluster::Cluster) -> Result<Box<[HealthCheck]>, Refusal> {
+    if from.health_checks.len() > MAX_CHECKS {
+        return Err(Refusal::new(
+            "health_checks",
+            format!("more than {MAX_CHECKS} are not supported"),
+        ));
+    }
+    from.health_checks
+        .iter()
+        .enumerate()
+        .map(|(index, check)| HealthCheck::compile(check).within(format!("health_checks[{index}]")))
+        .collect()
 }
 
 fn http_options(from: &cluster::Cluster) -> Result<Option<upstream_http::HttpProtocolOptions>, Refusal> {
@@ -677,14 +785,17 @@ fn compile_outlier(from: &cluster::OutlierDetection) -> Result<Outlier, Refusal>
     let value = |given: &Option<serin_xds::pb::google::protobuf::UInt32Value>, default: u32| {
         given.as_ref().map_or(default, |value| value.value)
     };
-    if from.failure_percentage_threshold.is_some() && value(&from.enforcing_failure_percentage, 0) > 0 {
-        return Err(Refusal::new(
-            "enforcing_failure_percentage",
-            "ejection by failure percentage is not supported yet",
-        ));
-    }
     // A counter is enforced with the given probability; ours are enforced always or never.
     let enforced = |threshold: u32, percent: u32| (percent > 0 && threshold > 0).then_some(threshold);
+    let split = from.split_external_local_origin_errors;
+    let rate = (
+        value(&from.enforcing_success_rate, 100) > 0,
+        split && value(&from.enforcing_local_origin_success_rate, 100) > 0,
+    );
+    let percentage = (
+        value(&from.enforcing_failure_percentage, 0) > 0,
+        split && value(&from.enforcing_failure_percentage_local_origin, 0) > 0,
+    );
     let base = convert::timeout(from.base_ejection_time.as_ref())
         .within("base_ejection_time")?
         .unwrap_or(Duration::from_secs(30));
@@ -712,6 +823,25 @@ fn compile_outlier(from: &cluster::OutlierDetection) -> Result<Outlier, Refusal>
             .always_eject_one_host
             .as_ref()
             .is_some_and(|value| value.value),
+        interval: convert::timeout(from.interval.as_ref())
+            .within("interval")?
+            .unwrap_or(Duration::from_secs(10)),
+        success_rate: (rate.0 || rate.1).then(|| SuccessRate {
+            minimum_hosts: value(&from.success_rate_minimum_hosts, 5),
+            request_volume: value(&from.success_rate_request_volume, 100),
+            stdev_factor: value(&from.success_rate_stdev_factor, 1900),
+            enforced: rate,
+        }),
+        failure_percentage: (percentage.0 || percentage.1).then(|| FailurePercentage {
+            threshold: value(&from.failure_percentage_threshold, 85),
+            minimum_hosts: value(&from.failure_percentage_minimum_hosts, 5),
+            request_volume: value(&from.failure_percentage_request_volume, 50),
+            enforced: percentage,
+        }),
+        uneject_on_check: from
+            .successful_active_health_check_uneject_host
+            .as_ref()
+            .is_none_or(|value| value.value),
     })
 }
 

@@ -15,6 +15,7 @@ pub mod filters;
 pub mod hash;
 pub mod hcm;
 pub mod headers;
+pub mod health_check;
 pub mod listener;
 pub mod listener_filters;
 pub mod matchers;

@@ -6,7 +6,7 @@
 //! the thing exists (a route to a missing cluster answers 503 `NC`).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use arc_swap::ArcSwapOption;
 
@@ -41,6 +41,8 @@ pub struct Usage {
     pub pending: AtomicU32,
     /// Retries on their way.
     pub retries: AtomicU32,
+    /// Whether any worker has had a request for it.
+    pub used: AtomicBool,
     /// When the last ejection by outlier detection ends (process clock, ms): after that nobody need be asked.
     pub ejected_until: AtomicU64,
 }
@@ -70,6 +72,11 @@ impl ClusterSlot {
     /// The endpoints, if they are known.
     pub fn endpoints(&self) -> Option<Arc<EndpointSet>> {
         self.endpoints.load_full()
+    }
+
+    /// Makes workers look at the hosts again, whose records have changed.
+    pub(crate) fn touch(&self) {
+        self.version.fetch_add(1, Ordering::Release);
     }
 
     pub(crate) fn set_config(&self, config: Option<Arc<Cluster>>) {

@@ -16,7 +16,7 @@ use serin_xds::pb::envoy::config::endpoint::v3 as pb_endpoint;
 use serin_xds::pb::envoy::config::listener::v3 as pb_listener;
 use serin_xds::pb::envoy::config::route::v3 as pb_route;
 
-use super::cluster::{Cluster, Discovery};
+use super::cluster::{Cluster, Discovery, Outlier};
 use super::convert::Address;
 use super::endpoint::EndpointSet;
 use super::headers::HeaderOps;
@@ -98,7 +98,8 @@ pub struct Store {
     clusters: BTreeMap<Arc<str>, Arc<ClusterSlot>>,
     /// EDS name to the clusters that use it.
     eds: BTreeMap<Box<str>, BTreeSet<Arc<str>>>,
-    assignments: BTreeMap<Box<str>, pb_endpoint::ClusterLoadAssignment>,
+    /// Encoded: decoded messages are many times as large, and these are only read again when a cluster is replaced.
+    assignments: BTreeMap<Box<str>, Box<[u8]>>,
     routes: BTreeMap<Arc<str>, RouteState>,
     listeners: BTreeMap<Arc<str>, Arc<Listener>>,
     bound: BTreeMap<Arc<str>, Arc<ListenerSlot>>,
@@ -106,6 +107,7 @@ pub struct Store {
     warming: Warming,
     answered: BTreeSet<(ResourceType, Arc<str>)>,
     changes: Vec<ListenerChange>,
+    applied: u64,
 }
 
 impl Store {
@@ -124,7 +126,13 @@ impl Store {
             warming: Warming::default(),
             answered: BTreeSet::new(),
             changes: Vec::new(),
+            applied: 0,
         }
+    }
+
+    /// Batches taken so far.
+    pub fn applied(&self) -> u64 {
+        self.applied
     }
 
     /// Listeners without sockets; shared with the workers.
@@ -144,6 +152,7 @@ impl Store {
         upserted: &[Update<'_>],
         removed: &[&str],
     ) -> Vec<(Box<str>, Refusal)> {
+        self.applied += 1;
         let mut refused = Vec::new();
         let mut dirty = BTreeSet::new();
         for update in upserted {
@@ -255,7 +264,8 @@ impl Store {
             endpoints = self
                 .assignments
                 .get(name)
-                .and_then(|assignment| EndpointSet::compile(assignment, slot.endpoints().as_deref()).ok());
+                .and_then(|body| pb_endpoint::ClusterLoadAssignment::decode(&**body).ok())
+                .and_then(|assignment| EndpointSet::compile(&assignment, slot.endpoints().as_deref()).ok());
         }
         slot.set_config(Some(Arc::new(cluster)));
         if let Some(set) = own.or(endpoints) {
@@ -361,7 +371,7 @@ impl Store {
         for (slot, set) in compiled {
             slot.set_endpoints(Some(Arc::new(set)));
         }
-        self.assignments.insert(update.name.into(), message);
+        self.assignments.insert(update.name.into(), update.body.into());
         Ok(())
     }
 
@@ -594,6 +604,24 @@ impl Store {
         self.routes
             .values()
             .any(|state| state.base.as_ref().is_some_and(|base| base.vhds.is_some()))
+    }
+
+    /// Clusters with active health checks.
+    pub fn checked_clusters(&self) -> Vec<Arc<ClusterSlot>> {
+        self.clusters_where(|config| !config.health_checks.is_empty())
+    }
+
+    /// Clusters whose hosts are compared with each other at intervals.
+    pub fn compared_clusters(&self) -> Vec<Arc<ClusterSlot>> {
+        self.clusters_where(|config| config.outlier.as_ref().is_some_and(Outlier::compares))
+    }
+
+    fn clusters_where(&self, wanted: impl Fn(&Cluster) -> bool) -> Vec<Arc<ClusterSlot>> {
+        self.clusters
+            .values()
+            .filter(|slot| slot.config().is_some_and(|config| wanted(&config)))
+            .cloned()
+            .collect()
     }
 
     /// Clusters whose endpoints are names to resolve.

@@ -255,13 +255,18 @@ fn clusters(proxy: &Proxy) -> String {
                 let _ = writeln!(out, "{}::no endpoints yet", slot.name);
                 continue;
             };
+            let checks = slot.config().map_or(0, |config| config.health_checks.len());
             for endpoint in &set.all {
                 let ejected = endpoint.state.ejected_until.load(Ordering::Relaxed) > now;
-                let health = match (endpoint.healthy, ejected) {
-                    (false, _) => "/failed_eds_health",
-                    (true, true) => "/failed_outlier_check",
-                    (true, false) => "healthy",
-                };
+                let flags = [
+                    (!endpoint.usable(checks) && endpoint.healthy, "/failed_active_hc"),
+                    (ejected, "/failed_outlier_check"),
+                    (!endpoint.healthy, "/failed_eds_health"),
+                ];
+                let mut health: String = flags.iter().filter(|flag| flag.0).map(|flag| flag.1).collect();
+                if health.is_empty() {
+                    health.push_str("healthy");
+                }
                 // Writing to a String cannot fail.
                 let _ = writeln!(
                     out,

@@ -6,6 +6,8 @@
 pub mod admin;
 pub mod certs;
 pub mod dns;
+pub mod health;
+pub mod outliers;
 pub mod run;
 pub mod xds;
 
@@ -20,7 +22,7 @@ use parking_lot::Mutex;
 use serin_xds::ResourceType;
 use serin_xds::pb::envoy::config::core::v3::Node;
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::config::store::{ListenerChange, Store, Update};
 use crate::error::{Error, Refusal};
@@ -65,6 +67,7 @@ pub struct Proxy {
     bound: Mutex<HashMap<Arc<str>, Vec<SocketAddr>>>,
     ready: AtomicBool,
     draining: AtomicBool,
+    changes: watch::Sender<()>,
 }
 
 impl Proxy {
@@ -119,6 +122,7 @@ impl Proxy {
             bound: Mutex::default(),
             ready: AtomicBool::new(false),
             draining: AtomicBool::new(false),
+            changes: watch::Sender::new(()),
         };
         Ok((Arc::new(proxy), lines))
     }
@@ -200,6 +204,7 @@ impl Proxy {
                 }
             }
         }
+        self.changes.send_replace(());
         refused
     }
 
@@ -216,6 +221,16 @@ impl Proxy {
             }
         }
         Ok(out)
+    }
+
+    /// Woken when clusters or endpoints may have changed.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changes.subscribe()
+    }
+
+    /// Says that clusters or endpoints were changed by way of [`Self::store`].
+    pub fn changed(&self) {
+        self.changes.send_replace(());
     }
 
     /// One socket per worker for `address`.
@@ -273,10 +288,19 @@ impl Proxy {
 
     /// Open downstream connections.
     pub async fn connections(&self) -> usize {
+        self.count(Command::Connections).await
+    }
+
+    /// Running tasks of the workers: a downstream or upstream connection is one, a tunnel, a mirrored request.
+    pub async fn tasks(&self) -> usize {
+        self.count(Command::Tasks).await
+    }
+
+    async fn count(&self, question: fn(oneshot::Sender<usize>) -> Command) -> usize {
         let mut total = 0;
         for worker in &self.workers {
             let (reply, answer) = oneshot::channel();
-            if worker.commands.send(Command::Connections(reply)).await.is_ok() {
+            if worker.commands.send(question(reply)).await.is_ok() {
                 total += answer.await.unwrap_or(0);
             }
         }

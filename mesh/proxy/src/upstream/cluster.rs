@@ -97,6 +97,7 @@ impl WorkerCluster {
             return None;
         };
         let set = slot.endpoints();
+        slot.usage.used.store(true, Ordering::Relaxed);
         let known: HashMap<&Address, &Rc<Host>, foldhash::fast::RandomState> = previous
             .iter()
             .flat_map(|previous| &previous.hosts)
@@ -176,8 +177,29 @@ impl WorkerCluster {
                     some_ejected: self.some_ejected(),
                     ..*wish
                 };
-                self.balancer.pick(&self.config, &wish)
+                let host = self.balancer.pick(&self.config, &wish)?;
+                if outlier::admit(&host.endpoint.state, now_ms) {
+                    self.note_probation(&host);
+                    return Some(host);
+                }
+                // Somebody else is trying it; whoever else there is takes the request.
+                let tried = [host.clone()];
+                let wish = Wish {
+                    tried: if wish.tried.is_empty() { &tried } else { wish.tried },
+                    attempts: wish.attempts.max(2),
+                    some_ejected: true,
+                    ..wish
+                };
+                Some(self.balancer.pick(&self.config, &wish).unwrap_or(host))
             }
+        }
+    }
+
+    /// A host on probation counts as out for everybody else.
+    fn note_probation(&self, host: &Host) {
+        let until = host.endpoint.state.ejected_until.load(Ordering::Relaxed);
+        if until != 0 {
+            self.slot.usage.ejected_until.fetch_max(until, Ordering::Relaxed);
         }
     }
 
@@ -197,18 +219,7 @@ impl WorkerCluster {
             dynamic
                 .retain(|_, host| host.active.get() > 0 || !host.pool.sweep(Instant::now(), Duration::MAX));
         }
-        let endpoint = Endpoint {
-            address: Address::Tcp(destination),
-            text: destination.to_string().into(),
-            hostname: "".into(),
-            weight: 1,
-            healthy: true,
-            degraded: false,
-            workload: None,
-            socket_metadata: None,
-            more_addresses: Box::default(),
-            state: Arc::default(),
-        };
+        let endpoint = Endpoint::at(Address::Tcp(destination));
         let host = Rc::new(Host {
             endpoint: Arc::new(endpoint),
             pool: Rc::default(),

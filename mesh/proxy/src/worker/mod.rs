@@ -6,11 +6,13 @@ pub mod body;
 pub mod exchange;
 mod failure;
 pub mod http;
+mod http1;
 pub mod io;
 pub mod local;
 mod mirror;
 mod prepare;
 pub mod request;
+mod rest;
 pub mod sniff;
 pub mod tcp;
 mod upgrade;
@@ -81,6 +83,8 @@ pub enum Command {
     Drain(DrainPhase),
     /// Number of open connections.
     Connections(oneshot::Sender<usize>),
+    /// Number of running tasks: connections of both sides, tunnels, mirrors.
+    Tasks(oneshot::Sender<usize>),
     /// Drop everything and end.
     Stop,
 }
@@ -98,6 +102,8 @@ pub struct Worker {
     phase: Cell<DrainPhase>,
     phase_changed: Notify,
     open: Cell<usize>,
+    /// Connections closed and parked when memory was last given back.
+    collected_at: Cell<u64>,
     clusters: RefCell<Vec<Option<Rc<WorkerCluster>>>>,
     peers: RefCell<HashMap<Vec<u8>, Arc<Workload>, foldhash::fast::RandomState>>,
 }
@@ -137,6 +143,7 @@ impl Worker {
             phase: Cell::new(DrainPhase::Serving),
             phase_changed: Notify::new(),
             open: Cell::new(0),
+            collected_at: Cell::new(0),
             clusters: RefCell::default(),
             peers: RefCell::default(),
         })
@@ -216,6 +223,9 @@ impl Worker {
                     // The asker may have gone.
                     let _ = reply.send(self.open.get());
                 }
+                Some(Command::Tasks(reply)) => {
+                    let _ = reply.send(self.tasks.len());
+                }
             }
         }
         listeners.into_values().for_each(stop);
@@ -267,6 +277,15 @@ impl Worker {
     }
 
     fn sweep(&self) {
+        /// Connections that ended or were parked since memory was last given back; some 20 KB each.
+        const MANY: u64 = 16;
+        let counters = self.recorder.counters();
+        let ended = counters.connections_closed.get() + counters.connections_parked.get();
+        if ended - self.collected_at.get() >= MANY {
+            self.collected_at.set(ended);
+            crate::sys::collect_memory();
+        }
+        self.recorder.sweep(crate::clock::now_ms());
         let now = Instant::now();
         let mut clusters = self.clusters.borrow_mut();
         for entry in clusters.iter_mut() {

@@ -20,7 +20,7 @@ use crate::config::listener::Direction;
 use crate::config::matchers::RequestView;
 use crate::config::route::{Action, Route, VirtualHost, is_grpc};
 use crate::config::table::RouteTable;
-use crate::hygiene::fields::{requested_upgrade, strip_hop_by_hop};
+use crate::hygiene::fields::{Present, requested_upgrade, strip_hop_by_hop};
 use crate::hygiene::path::{Normalized, normalize};
 use crate::hygiene::scan::valid_host;
 use crate::metrics::flags::Flags;
@@ -268,7 +268,8 @@ fn take_upgrade(conn: &Downstream, parts: &mut Parts) -> Result<Option<String>, 
 fn identify(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) {
     let headers = &mut parts.headers;
     let manager = &conn.manager;
-    if manager.metadata_exchange || conn.direction == Direction::Inbound {
+    let exchanged = manager.metadata_exchange || conn.direction == Direction::Inbound;
+    if exchanged && Present::of(headers).has(Present::PEER) {
         let metadata = headers.remove(&PEER_METADATA);
         headers.remove(&PEER_METADATA_ID);
         if conn.direction == Direction::Inbound {

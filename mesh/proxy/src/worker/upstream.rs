@@ -11,7 +11,7 @@ use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use super::body::{RequestSource, ResponseBody, UpstreamBody};
-use super::exchange::{Exchange, Limits, Watch};
+use super::exchange::{Exchange, GRPC_STATUS, Limits, Watch};
 use super::failure::{Failure, final_reply, full_text, refused_by_peer};
 use super::http::Downstream;
 use super::local::{Body, LocalReply};
@@ -26,7 +26,7 @@ use crate::config::listener::Direction;
 use crate::config::retry::{Outcome, RetryPolicy};
 use crate::config::route::{Action, Forward, HostRewrite, Target, Targets};
 use crate::config::slot::{ClusterSlot, Usage};
-use crate::hygiene::fields::strip_hop_by_hop;
+use crate::hygiene::fields::{Present, strip_present};
 use crate::metrics::flags::Flags;
 use crate::random;
 use crate::upstream::balance::Wish;
@@ -92,6 +92,20 @@ struct Plan<'a> {
     auto_host: bool,
 }
 
+/// Sends a reply of our own to a request that had a route: what the route does to responses is done to it as well.
+fn decline(
+    exchange: Box<Exchange>,
+    routed: &Routed,
+    parts: &Parts,
+    request: Option<&http::HeaderMap>,
+    mut reply: LocalReply,
+) -> Response<Body> {
+    let conn = exchange.conn.clone();
+    let variables = variables(&conn, parts, &routed.route);
+    routed.mutate_response(&mut reply.headers, request.unwrap_or(&parts.headers), &variables);
+    reply.send(exchange)
+}
+
 /// Sends a request on and brings the response back.
 pub(super) async fn forward(
     mut exchange: Box<Exchange>,
@@ -117,25 +131,25 @@ pub(super) async fn forward(
             (&target.cluster, Some(target))
         }
         Targets::Empty => {
-            return LocalReply::new(
+            let reply = LocalReply::new(
                 forward.cluster_not_found,
                 Flags::NO_CLUSTER,
                 "cluster_not_found",
                 "",
-            )
-            .send(exchange);
+            );
+            return decline(exchange, &routed, &parts, None, reply);
         }
     };
     exchange.cluster_name = Some(slot.name.clone());
     let Some(cluster) = conn.worker.cluster(slot) else {
         conn.decide_upgrade(false);
-        return LocalReply::new(
+        let reply = LocalReply::new(
             forward.cluster_not_found,
             Flags::NO_CLUSTER,
             "cluster_not_found",
             "",
-        )
-        .send(exchange);
+        );
+        return decline(exchange, &routed, &parts, None, reply);
     };
     exchange.cluster = Some(cluster.clone());
     let overflow = || {
@@ -152,16 +166,16 @@ pub(super) async fn forward(
     };
     let limits = cluster.config.limits;
     let Some(permit) = Permit::take(slot, |usage| &usage.requests, limits.requests) else {
-        return overflow().send(exchange);
+        return decline(exchange, &routed, &parts, None, overflow());
     };
     if cluster.drops(random::next()) {
-        return LocalReply::new(
+        let reply = LocalReply::new(
             StatusCode::SERVICE_UNAVAILABLE,
             Flags::DROP_OVERLOAD,
             "drop_overload",
             "drop overload",
-        )
-        .send(exchange);
+        );
+        return decline(exchange, &routed, &parts, None, reply);
     }
     let hash = if forward.hash.is_empty() {
         None
@@ -220,12 +234,12 @@ pub(super) async fn forward(
         Ok(success) => success,
         Err(reply) => {
             conn.decide_upgrade(false);
-            return if reply.details == "overflow" {
+            let reply = if reply.details == "overflow" {
                 overflow()
             } else {
                 reply
-            }
-            .send(exchange);
+            };
+            return decline(exchange, &routed, &parts, request_headers.as_ref(), reply);
         }
     };
     drop(permit);
@@ -406,6 +420,10 @@ async fn attempts(
 /// Whether the next hop is a proxy that could not reach its application: by its own mark, or by the flag of a
 /// connection failure on a response that it made itself.
 fn unprocessed(headers: &http::HeaderMap) -> bool {
+    Present::of(headers).has(Present::SERIN) && marked(headers)
+}
+
+fn marked(headers: &http::HeaderMap) -> bool {
     headers.contains_key(&X_UNPROCESSED)
         || headers
             .get("x-serin-response-flags")
@@ -425,7 +443,7 @@ fn note_ejection(plan: &Plan<'_>, ejected: bool) {
 
 /// gRPC answers 200 always; its own status counts, by the HTTP status that means the same.
 fn status_for_outliers<B>(response: &Response<B>) -> u16 {
-    match response.headers().get("grpc-status").map(HeaderValue::as_bytes) {
+    match response.headers().get(&GRPC_STATUS).map(HeaderValue::as_bytes) {
         Some(b"2" | b"13" | b"15") => 500,
         Some(b"14") => 503,
         Some(b"4") => 504,
@@ -471,24 +489,31 @@ async fn attempt(
         .and_then(|policy| policy.per_try_timeout)
         .map(|limit| Instant::now() + limit);
     let pool = host.pool.variant(&plan.options);
-    let acquire = pool.acquire(
-        worker,
-        &cluster.slot,
-        &cluster.config,
-        &host.endpoint,
-        plan.speaking,
-        &plan.options,
-    );
-    let pending = Permit::take(
-        &cluster.slot,
-        |usage| &usage.pending,
-        cluster.config.limits.pending,
-    )
-    .ok_or(Failure::Connect(ConnectError::Overflow))?;
-    let mut lease = bounded(plan.deadline, per_try, acquire)
-        .await?
-        .map_err(Failure::Connect)?;
-    drop(pending);
+    let mut lease = match pool.reuse(plan.speaking, &cluster.config) {
+        Some(lease) => lease,
+        None => {
+            let pending = Permit::take(
+                &cluster.slot,
+                |usage| &usage.pending,
+                cluster.config.limits.pending,
+            )
+            .ok_or(Failure::Connect(ConnectError::Overflow))?;
+            let acquire = pool.acquire(
+                worker,
+                &cluster.slot,
+                &cluster.config,
+                &host.endpoint,
+                plan.speaking,
+                &plan.options,
+            );
+            // Boxed: rare, and large.
+            let lease = Box::pin(bounded(plan.deadline, per_try, acquire))
+                .await?
+                .map_err(Failure::Connect)?;
+            drop(pending);
+            lease
+        }
+    };
     exchange.upstream_tls = lease.tls().cloned();
     let request = build(
         plan, routed, exchange, parts, source, upgrade, host, &lease, again,
@@ -516,6 +541,8 @@ async fn attempt(
         }
     };
     match sent {
+        // The client broke the protocol within the body: an early answer is not one to what it sent.
+        Ok(_) if source.is_some_and(|source| source.borrow().client_failed) => Err(Failure::Client),
         Ok(response) => Ok((response, lease)),
         Err((error, unsent)) => {
             if source.is_some_and(|source| source.borrow().client_failed) {
@@ -608,6 +635,14 @@ fn build(
         *request.uri_mut() = absolute.unwrap_or(uri);
         *request.version_mut() = Version::HTTP_2;
     } else {
+        // hyper drops a body of unknown length from methods that usually have none, unless it is told.
+        if source.is_some()
+            && upgrade.is_none()
+            && !headers.contains_key(header::CONTENT_LENGTH)
+            && matches!(parts.method, Method::GET | Method::HEAD)
+        {
+            headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+        }
         *request.uri_mut() = uri;
         *request.version_mut() = Version::HTTP_11;
     }
@@ -628,10 +663,13 @@ fn respond(
 ) -> Response<Body> {
     let conn = plan.conn;
     let (mut head, incoming) = response.into_parts();
-    strip_hop_by_hop(&mut head.headers);
-    head.headers.remove(&PEER_METADATA);
-    head.headers.remove(&PEER_METADATA_ID);
-    if conn.direction != Direction::Inbound {
+    let present = Present::of(&head.headers);
+    strip_present(&mut head.headers, present);
+    if present.has(Present::PEER) {
+        head.headers.remove(&PEER_METADATA);
+        head.headers.remove(&PEER_METADATA_ID);
+    }
+    if present.has(Present::SERIN) && conn.direction != Direction::Inbound {
         head.headers.remove(&X_UNPROCESSED);
     }
     let elapsed = exchange.started.elapsed().as_millis() as u64;

@@ -4,14 +4,22 @@
 #![allow(deprecated)] // what control planes still send is tested as well
 
 mod certificates;
+mod failure;
 mod fixture;
 mod forwarding;
+mod frames;
+mod fuzz;
+mod golden;
+mod h2spec;
 mod hygiene;
 mod interception;
+mod interop;
 mod lifecycle;
-mod listener;
+mod matrix1;
+mod matrix2;
 mod metrics;
 mod tcp;
 mod tls;
 mod tls_upstream;
+mod upstream_health;
 mod xds;

@@ -19,6 +19,7 @@ use tracing::{info, warn};
 use super::broker::Broker;
 use super::config::NodeConfig;
 use super::context::{Addresses, Context};
+use super::presence::Presence;
 use super::record::{Paths, read_pod};
 use super::register;
 use super::worker::{PodUpdate, Worker};
@@ -91,6 +92,8 @@ impl Node {
             }
         }
         let recorder = Recorder::start(client.clone(), "kubelet", cancel.clone());
+        let fresh = paths.pod_directories().is_empty();
+        let (presence, follow) = Presence::follow(config.api_socket.clone(), fresh, cancel.clone());
         let context = Arc::new(Context {
             catalogue: watch::channel(Catalogue::new([], config.images.clone())).0,
             config_changed: watch::channel(0).0,
@@ -99,6 +102,7 @@ impl Node {
             client: client.clone(),
             cancel: cancel.clone(),
             recorder,
+            presence,
             config_maps,
             secrets,
             services: services.clone(),
@@ -107,6 +111,7 @@ impl Node {
         });
 
         let mut tasks = JoinSet::new();
+        tasks.spawn(follow);
         tasks.spawn(register::keep(context.clone()));
         tasks.spawn(watch_images(context.clone()));
         tasks.spawn(watch_configs(context.clone()));

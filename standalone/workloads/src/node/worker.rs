@@ -595,6 +595,7 @@ impl Worker {
             return;
         };
         let target = self.target(name, &spec);
+        let presence = self.context.presence.clone();
         let name = name.to_owned();
         let left = deadline.duration_since(Timestamp::now());
         let left = Duration::try_from(left).unwrap_or_default();
@@ -612,7 +613,9 @@ impl Worker {
             {
                 debug!(container = %name, %reason, "preStop hook");
             } else if hook.is_none() && serves {
-                tokio::time::sleep(ENDPOINTS_LEAVE.min(left / 4)).await;
+                presence
+                    .everybody_told(ENDPOINTS_LEAVE.min(left / 4), left * 3 / 4)
+                    .await;
             }
             if let Err(reason) = shim.signal(&name, stop_signal(spec.lifecycle.as_ref())).await {
                 debug!(container = %name, %reason, "it ended before it was told to");

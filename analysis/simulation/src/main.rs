@@ -1,0 +1,92 @@
+//! Runs the simulations and writes the tables and figures of the documentation.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use serin_simulation::contest::{ERRORS_DEFAULT, of_errors, of_latency};
+use serin_simulation::report::{Result as Measured, goals, page};
+use serin_simulation::run::contest;
+use serin_simulation::scenario::{Scenario, healthy, latencies, regressions};
+use serin_simulation::{contest::Entry, plots};
+
+/// Runs per regression: medians need fewer than rare false alarms do.
+const REGRESSION_RUNS: u64 = 2000;
+/// Runs per point of a figure.
+const FIGURE_RUNS: u64 = 400;
+
+/// Simulated hours for Serin's judges and for the rules of others.
+#[derive(Parser)]
+struct Arguments {
+    /// Runs per healthy scenario.
+    #[arg(long, default_value_t = 10_000)]
+    runs: u64,
+    /// Threads; all cores by default. Does not change the results.
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Where `results.md` and the figures are written; printed only without it.
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// Only scenarios whose name contains this.
+    #[arg(long, default_value = "")]
+    only: String,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let threads = arguments
+        .threads
+        .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let measure = |scenarios: Vec<Scenario>, entries: &[Entry], most: u64| -> Vec<Measured> {
+        let wanted = scenarios
+            .into_iter()
+            .filter(|scenario| scenario.name.contains(&arguments.only));
+        wanted
+            .map(|scenario| {
+                eprintln!("{}", scenario.name);
+                let runs = if scenario.is_healthy() {
+                    arguments.runs
+                } else {
+                    arguments.runs.min(most)
+                };
+                let tallies = contest(&scenario, entries, runs, threads);
+                Measured { scenario, tallies }
+            })
+            .collect()
+    };
+    let healthy = measure(healthy(), &of_errors(), REGRESSION_RUNS);
+    let regressions = measure(regressions(), &of_errors(), REGRESSION_RUNS);
+    let latencies = measure(latencies(), &of_latency(), REGRESSION_RUNS);
+    let text = page(arguments.runs, &healthy, &regressions, &latencies);
+    print!("{text}");
+    let missed = goals(&healthy, &regressions, &latencies)
+        .iter()
+        .filter(|goal| !goal.met)
+        .count();
+    eprintln!("{missed} goals missed");
+    let Some(out) = arguments.out else {
+        return Ok(());
+    };
+    let write = |name: &str, content: &str| {
+        std::fs::write(out.join(name), content).with_context(|| format!("write {name} to {}", out.display()))
+    };
+    std::fs::create_dir_all(&out).with_context(|| format!("create {}", out.display()))?;
+    write("results.md", &text)?;
+    let figure_runs = FIGURE_RUNS.min(arguments.runs);
+    write(
+        "time-by-traffic.svg",
+        &plots::against_traffic(figure_runs, threads).svg(),
+    )?;
+    write(
+        "time-by-effect.svg",
+        &plots::against_effect(figure_runs, threads).svg(),
+    )?;
+    let plain = healthy.first().and_then(|result| {
+        let mut tallies = result.tallies.iter();
+        tallies.find(|tally| tally.name == ERRORS_DEFAULT)
+    });
+    if let Some(plain) = plain {
+        write("false-rollbacks-by-looks.svg", &plots::against_looks(plain).svg())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,799 @@
+//! All judges of one run: which metrics, one overall alpha, one state to keep, one verdict.
+//!
+//! Samples of the two arms may arrive one after the other; they are paired here before any judge sees them. When a batch is
+//! complete depends on how many requests there were and never on how they went, so the evidence stays what it promises.
+//!
+//! The overall alpha is divided by weights; each metric holds its share. The evidence of all comparisons together,
+//! `Σ v_j E_j`, is an e-process too, whatever the dependence between the metrics: it may stop a release that no metric alone
+//! would stop, at no cost.
+
+use serde::{Deserialize, Serialize};
+
+use crate::judge::running::Running;
+use crate::judge::warmth::{self, Warmth};
+use crate::judge::{distribution, errors, guard, quantile, split};
+use crate::math::log_sum_exp;
+use crate::sample::{Counts, ErrorClass, Sample};
+use crate::text;
+use crate::verdict::{Combined, Evidence, MetricVerdict, Policy, Verdict, combine};
+
+/// How long counts of one arm wait for counts of the other, in milliseconds. Older ones say nothing about what comes now.
+const UNPAIRED_MAX_MS: i64 = 10_000;
+
+/// What a metric measures.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", tag = "kind")]
+pub enum Kind {
+    /// Errors of a class, against the primary's.
+    Errors {
+        /// Which errors.
+        #[serde(default)]
+        class: ErrorClass,
+    },
+    /// Latency at a quantile, against the primary's.
+    Latency {
+        /// Above 0, below 1.
+        quantile: f64,
+    },
+    /// The whole distribution of latencies, against the primary's.
+    Distribution,
+    /// The canary's error rate alone: an absolute guard.
+    ErrorRate {
+        /// The acceptable share of errors.
+        acceptable: f64,
+        /// The share that must be found; three times as much if not given.
+        #[serde(default)]
+        unacceptable: Option<f64>,
+    },
+    /// The canary's latency alone: at most `1 − quantile` of the requests may take longer than the bound.
+    LatencyBound {
+        /// Above 0, below 1.
+        quantile: f64,
+        /// In milliseconds.
+        bound_ms: f64,
+    },
+}
+
+/// A metric of the comparison.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Metric {
+    /// Its name in status and verdicts.
+    pub name: String,
+    /// What it measures.
+    #[serde(flatten)]
+    pub kind: Kind,
+    /// Its part of alpha, in relation to the other weights; above 0.
+    pub weight: f64,
+    /// Its own tolerance, where it differs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tolerance: Option<f64>,
+}
+
+impl Metric {
+    /// A metric by its name: `errors`, `errors-5xx`, `errors-grpc`, `errors-connection`, `latency-p50` (or any other
+    /// percentile), `latency` (the whole distribution).
+    pub fn by_name(name: &str) -> Option<Self> {
+        let kind = match name {
+            "errors" => Kind::Errors {
+                class: ErrorClass::Any,
+            },
+            "errors-5xx" => Kind::Errors {
+                class: ErrorClass::Http5xx,
+            },
+            "errors-grpc" => Kind::Errors {
+                class: ErrorClass::Grpc,
+            },
+            "errors-connection" => Kind::Errors {
+                class: ErrorClass::Connection,
+            },
+            "latency" => Kind::Distribution,
+            _ => {
+                let percentile: f64 = name.strip_prefix("latency-p")?.parse().ok()?;
+                if !(percentile > 0.0 && percentile < 100.0) {
+                    return None;
+                }
+                Kind::Latency {
+                    quantile: percentile / 100.0,
+                }
+            }
+        };
+        Some(Self {
+            name: name.to_owned(),
+            kind,
+            weight: 1.0,
+            tolerance: None,
+        })
+    }
+
+    fn weighing(mut self, weight: f64) -> Self {
+        self.weight = weight;
+        self
+    }
+}
+
+/// What a run is judged by. [`Default`] is what applies without any configuration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Options {
+    /// Highest probability with which a release within the tolerance is ever stopped, all metrics together.
+    pub alpha: f64,
+    /// The ratio canary : primary that is still tolerated, at least 1.
+    pub tolerance: f64,
+    /// The metrics, in order.
+    pub metrics: Vec<Metric>,
+    /// How long the durations of a canary that has just started may be left out.
+    pub warm_up: warmth::Options,
+    /// What happens where there is nothing to measure.
+    pub on_no_data: Policy,
+    /// What happens where the source fails.
+    pub on_provider_error: Policy,
+}
+
+impl Default for Options {
+    /// One healthy release in a hundred; half as many errors again, and half as high odds of being slow again, as the
+    /// primary; errors and p99, three to one.
+    fn default() -> Self {
+        Self {
+            alpha: 0.01,
+            tolerance: 1.5,
+            metrics: ["errors", "latency-p99"]
+                .into_iter()
+                .filter_map(Metric::by_name)
+                .zip([3.0, 1.0])
+                .map(|(metric, weight)| metric.weighing(weight))
+                .collect(),
+            warm_up: warmth::Options::NONE,
+            on_no_data: Policy::Hold,
+            on_provider_error: Policy::Hold,
+        }
+    }
+}
+
+impl Options {
+    /// A metric's share of alpha, 0 to 1.
+    pub fn share(&self, metric: &Metric) -> f64 {
+        let all: f64 = self.metrics.iter().map(|metric| metric.weight.max(0.0)).sum();
+        if all > 0.0 {
+            (metric.weight.max(0.0) / all).max(1e-6)
+        } else {
+            1.0 / self.metrics.len().max(1) as f64
+        }
+    }
+
+    /// A metric's alpha.
+    pub fn alpha_of(&self, metric: &Metric) -> f64 {
+        self.alpha * self.share(metric)
+    }
+
+    /// A metric's tolerance.
+    pub fn tolerance_of(&self, metric: &Metric) -> f64 {
+        metric.tolerance.unwrap_or(self.tolerance).max(1.0)
+    }
+
+    fn errors(&self, metric: &Metric) -> errors::Options {
+        errors::Options {
+            alpha: self.alpha_of(metric),
+            tolerance: self.tolerance_of(metric),
+        }
+    }
+
+    fn latency(&self, metric: &Metric, quantile: f64) -> quantile::Options {
+        quantile::Options {
+            alpha: self.alpha_of(metric),
+            tolerance: self.tolerance_of(metric),
+            quantile,
+        }
+    }
+
+    fn distribution(&self, metric: &Metric) -> distribution::Options {
+        distribution::Options {
+            alpha: self.alpha_of(metric),
+            tolerance: self.tolerance_of(metric),
+        }
+    }
+
+    fn guard(&self, metric: &Metric, acceptable: f64, unacceptable: Option<f64>) -> guard::Options {
+        guard::Options::new(acceptable, unacceptable, self.alpha_of(metric))
+    }
+}
+
+/// The state of one metric's judge.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+enum State {
+    Errors(errors::Errors),
+    Latency(quantile::Latency),
+    Distribution(distribution::Distribution),
+    Guard(guard::Guard),
+}
+
+impl State {
+    fn of(kind: Kind) -> Self {
+        match kind {
+            Kind::Errors { class } => Self::Errors(errors::Errors::of(class)),
+            Kind::Latency { .. } => Self::Latency(Default::default()),
+            Kind::Distribution => Self::Distribution(Default::default()),
+            Kind::ErrorRate { .. } | Kind::LatencyBound { .. } => Self::Guard(Default::default()),
+        }
+    }
+
+    fn log_evidence(&self) -> f64 {
+        match self {
+            Self::Errors(errors) => errors.test().log_evidence(),
+            Self::Latency(latency) => latency.test().log_evidence(),
+            Self::Distribution(distribution) => distribution.log_evidence(),
+            Self::Guard(guard) => guard.log_evidence(),
+        }
+    }
+
+    const fn fits(&self, kind: Kind) -> bool {
+        matches!(
+            (self, kind),
+            (Self::Errors(_), Kind::Errors { .. })
+                | (Self::Latency(_), Kind::Latency { .. })
+                | (Self::Distribution(_), Kind::Distribution)
+                | (Self::Guard(_), Kind::ErrorRate { .. } | Kind::LatencyBound { .. })
+        )
+    }
+}
+
+/// The evidence of a run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Judges {
+    /// By metric name.
+    states: Vec<(String, State)>,
+    /// The highest `ln Σ v_j E_j` so far.
+    peak: f64,
+    #[serde(default)]
+    primary: Running,
+    #[serde(default)]
+    warmth: Warmth,
+    #[serde(default)]
+    split: split::Split,
+    /// Totals of the run.
+    totals: Totals,
+    /// What waits for the other arm. Not kept over a restart: what is lost is lost whatever it said.
+    #[serde(skip)]
+    unpaired: Option<Sample>,
+}
+
+/// Requests of the run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Totals {
+    /// To the canary.
+    pub canary: u64,
+    /// Those that failed.
+    pub canary_errors: u64,
+    /// To the primary.
+    pub primary: u64,
+    /// Those that failed.
+    pub primary_errors: u64,
+}
+
+impl Judges {
+    /// Takes in one interval; `weight_percent` is the weight that was live. O(metrics × buckets).
+    pub fn observe(&mut self, sample: &Sample, weight_percent: f64, options: &Options) {
+        self.align(options);
+        let began = self
+            .unpaired
+            .as_ref()
+            .map_or(sample.at_ms, |waiting| waiting.at_ms);
+        let batch = match self.unpaired.take() {
+            None => std::borrow::Cow::Borrowed(sample),
+            Some(mut waiting) => {
+                waiting.add(sample);
+                std::borrow::Cow::Owned(waiting)
+            }
+        };
+        let both = batch.canary.requests > 0 && batch.primary.requests > 0;
+        if !both && sample.at_ms.saturating_sub(began) < UNPAIRED_MAX_MS {
+            let mut batch = batch.into_owned();
+            batch.at_ms = began;
+            self.unpaired = Some(batch);
+            return;
+        }
+        self.batch(&batch, weight_percent, options);
+    }
+
+    /// What is known of the primary before the canary gets traffic: it makes the judges of latency ready at once.
+    pub fn learn_primary(&mut self, primary: &Counts) {
+        self.primary
+            .remember(&crate::judge::running::coarse(&primary.latency));
+    }
+
+    fn batch(&mut self, batch: &Sample, weight_percent: f64, options: &Options) {
+        self.totals.canary += batch.canary.requests;
+        self.totals.canary_errors += batch.canary.errors;
+        self.totals.primary += batch.primary.requests;
+        self.totals.primary_errors += batch.primary.errors;
+        self.split
+            .observe(batch.canary.requests, batch.primary.requests, weight_percent);
+        let warm = self.warmth.observe(batch, &self.primary, &options.warm_up);
+        for (metric, (_, state)) in options.metrics.iter().zip(&mut self.states) {
+            match (metric.kind, state) {
+                (Kind::Errors { .. }, State::Errors(errors)) => {
+                    errors.observe(batch, &options.errors(metric));
+                }
+                (Kind::Latency { quantile }, State::Latency(latency)) if warm => {
+                    latency.observe(batch, &self.primary, &options.latency(metric, quantile));
+                }
+                (Kind::Distribution, State::Distribution(distribution)) if warm => {
+                    distribution.observe(batch, &self.primary, &options.distribution(metric));
+                }
+                (
+                    Kind::ErrorRate {
+                        acceptable,
+                        unacceptable,
+                    },
+                    State::Guard(guard),
+                ) => guard.observe(
+                    batch.canary.requests,
+                    batch.canary.errors,
+                    &options.guard(metric, acceptable, unacceptable),
+                ),
+                (Kind::LatencyBound { quantile, bound_ms }, State::Guard(guard)) if warm => {
+                    let latency = &batch.canary.latency;
+                    // The first bucket bound that is not below the configured one: never stricter than asked for.
+                    if let Some(bound) = latency.bounds_ms.iter().find(|bound| **bound >= bound_ms) {
+                        let options = options.guard(metric, 1.0 - quantile, None);
+                        guard.observe(latency.total(), latency.above(*bound), &options);
+                    }
+                }
+                _ => {}
+            }
+        }
+        self.learn_primary(&batch.primary);
+        self.peak = self.peak.max(self.log_evidence(options));
+    }
+
+    /// A step with another weight begins: that it is within the tolerance must be shown again.
+    pub fn begin_step(&mut self) {
+        self.split.begin_step();
+        for (_, state) in &mut self.states {
+            match state {
+                State::Errors(errors) => errors.begin_step(),
+                State::Latency(latency) => latency.begin_step(),
+                State::Distribution(distribution) => distribution.begin_step(),
+                State::Guard(guard) => guard.begin_step(),
+            }
+        }
+    }
+
+    /// Makes the states those of the options: a metric that came in the middle of a run begins with nothing.
+    fn align(&mut self, options: &Options) {
+        let aligned = self.states.len() == options.metrics.len()
+            && self
+                .states
+                .iter()
+                .zip(&options.metrics)
+                .all(|((name, state), metric)| *name == metric.name && state.fits(metric.kind));
+        if aligned {
+            return;
+        }
+        let mut old = std::mem::take(&mut self.states);
+        self.states = options
+            .metrics
+            .iter()
+            .map(|metric| {
+                let known = old
+                    .iter()
+                    .position(|(name, state)| *name == metric.name && state.fits(metric.kind));
+                match known {
+                    Some(index) => old.swap_remove(index),
+                    None => (metric.name.clone(), State::of(metric.kind)),
+                }
+            })
+            .collect();
+    }
+
+    /// `ln Σ v_j E_j` of all metrics now.
+    fn log_evidence(&self, options: &Options) -> f64 {
+        let states = options.metrics.iter().zip(&self.states);
+        log_sum_exp(states.map(|(metric, (_, state))| (options.share(metric), state.log_evidence())))
+    }
+
+    /// Requests of the run.
+    pub const fn totals(&self) -> &Totals {
+        &self.totals
+    }
+
+    /// Whether the mesh splits as configured.
+    pub fn split(&self, weight_percent: f64) -> Verdict {
+        self.split.verdict(weight_percent)
+    }
+
+    /// Whether the canary's durations count already.
+    pub const fn is_warm(&self) -> bool {
+        self.warmth.is_warm()
+    }
+
+    /// The verdict on the release so far. `Bad` is final.
+    pub fn verdict(&self, options: &Options) -> Combined {
+        let metrics: Vec<MetricVerdict> = options
+            .metrics
+            .iter()
+            .map(|metric| {
+                let known = self
+                    .states
+                    .iter()
+                    .find(|(name, state)| *name == metric.name && state.fits(metric.kind));
+                let verdict = match known {
+                    Some((_, state)) => self.metric(metric, state, options),
+                    None => self.metric(metric, &State::of(metric.kind), options),
+                };
+                MetricVerdict {
+                    name: metric.name.clone(),
+                    weight: options.share(metric),
+                    verdict,
+                }
+            })
+            .collect();
+        let mut combined = combine(metrics, options.on_no_data, options.on_provider_error);
+        let bound = 1.0 / options.alpha;
+        if combined.verdict.is_bad() {
+            // Each metric promises its share; together they promise the whole.
+            if let Verdict::Bad(evidence) = &mut combined.verdict
+                && let Some(alpha) = evidence.alpha
+            {
+                evidence.explanation = evidence
+                    .explanation
+                    .replace(&text::promise(alpha), &text::promise(options.alpha));
+            }
+        } else if self.peak >= bound.ln() {
+            let strongest = combined
+                .metrics
+                .iter()
+                .filter_map(|metric| metric.verdict.evidence())
+                .max_by(|one, other| one.value.total_cmp(&other.value));
+            let facts = strongest.map_or("", |evidence| {
+                evidence.explanation.split(';').next().unwrap_or_default()
+            });
+            combined.verdict = Verdict::Bad(Evidence {
+                value: self.peak.min(700.0).exp(),
+                bound,
+                samples: self.totals.canary,
+                alpha: Some(options.alpha),
+                explanation: format!(
+                    "all metrics together speak against the canary, first of all: {facts}; {}",
+                    text::promise(options.alpha)
+                ),
+            });
+        }
+        combined
+    }
+
+    fn metric(&self, metric: &Metric, state: &State, options: &Options) -> Verdict {
+        let verdict = match (metric.kind, state) {
+            (Kind::Errors { .. }, State::Errors(errors)) => errors.verdict(&options.errors(metric)),
+            (Kind::Latency { quantile }, State::Latency(latency)) => {
+                latency.verdict(&options.latency(metric, quantile))
+            }
+            (Kind::Distribution, State::Distribution(distribution)) => {
+                distribution.verdict(&options.distribution(metric))
+            }
+            (
+                Kind::ErrorRate {
+                    acceptable,
+                    unacceptable,
+                },
+                State::Guard(guard),
+            ) => guard.verdict(&options.guard(metric, acceptable, unacceptable), "fails"),
+            (Kind::LatencyBound { quantile, bound_ms }, State::Guard(guard)) => guard.verdict(
+                &options.guard(metric, 1.0 - quantile, None),
+                &format!("takes longer than {} ms in", text::short(bound_ms)),
+            ),
+            _ => Verdict::NoData {
+                explanation: format!("{} has no evidence yet", metric.name),
+            },
+        };
+        let waits_for_warmth = !self.warmth.is_warm()
+            && self.totals.canary > 0
+            && matches!(
+                metric.kind,
+                Kind::Latency { .. } | Kind::Distribution | Kind::LatencyBound { .. }
+            );
+        match verdict {
+            Verdict::NoData { .. } if waits_for_warmth => Verdict::NoData {
+                explanation: "the canary is still warming up; its durations do not count yet".to_owned(),
+            },
+            verdict => verdict,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::judge::quantile::tests::{histogram, log_normal};
+    use crate::random::Random;
+
+    fn counts(requests: u64, errors: u64) -> Counts {
+        Counts {
+            requests,
+            errors,
+            ..Counts::default()
+        }
+    }
+
+    fn sample(second: i64, canary: Counts, primary: Counts) -> Sample {
+        Sample {
+            at_ms: second * 1000,
+            canary,
+            primary,
+        }
+    }
+
+    #[test]
+    fn without_any_configuration_errors_and_p99_share_one_percent() {
+        let options = Options::default();
+        let alphas: Vec<(&str, f64)> = options
+            .metrics
+            .iter()
+            .map(|metric| (metric.name.as_str(), options.alpha_of(metric)))
+            .collect();
+        assert_eq!(alphas, [("errors", 0.0075), ("latency-p99", 0.0025)]);
+        assert_eq!(options.tolerance, 1.5);
+    }
+
+    #[test]
+    fn metrics_are_known_by_name() {
+        for (name, kind) in [
+            (
+                "errors-5xx",
+                Kind::Errors {
+                    class: ErrorClass::Http5xx,
+                },
+            ),
+            (
+                "latency-p99.9",
+                Kind::Latency {
+                    quantile: 0.9990000000000001,
+                },
+            ),
+            ("latency", Kind::Distribution),
+        ] {
+            let known = Metric::by_name(name).unwrap().kind;
+            match (known, kind) {
+                (Kind::Latency { quantile: one }, Kind::Latency { quantile: other }) => {
+                    assert!((one - other).abs() < 1e-9);
+                }
+                _ => assert_eq!(known, kind),
+            }
+        }
+        for name in ["latency-p0", "latency-p100", "latency-px", "speed"] {
+            assert_eq!(Metric::by_name(name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_bad_release_is_explained_with_the_overall_promise() {
+        let options = Options::default();
+        let mut judges = Judges::default();
+        judges.observe(&sample(0, counts(1204, 49), counts(10_911, 22)), 10.0, &options);
+        let combined = judges.verdict(&options);
+        assert!(combined.verdict.is_bad());
+        assert_eq!(
+            combined.verdict.explanation(),
+            "canary fails 4.1 % of 1,204 requests, primary 0.2 % of 10,911; at most 1 in 100 healthy releases would ever look this bad"
+        );
+        assert!(combined.metrics[0].verdict.explanation().contains("1 in 133"));
+        assert_eq!(combined.metrics[1].verdict.word(), "no data");
+    }
+
+    #[test]
+    fn arms_that_are_reported_one_after_the_other_are_compared_as_one_batch() {
+        let options = Options::default();
+        let (mut apart, mut together) = (Judges::default(), Judges::default());
+        for second in 2..8 {
+            let (canary, primary) = (counts(10, 3), counts(40, 0));
+            apart.observe(&sample(second, canary.clone(), Counts::default()), 20.0, &options);
+            apart.observe(
+                &sample(second, Counts::default(), primary.clone()),
+                20.0,
+                &options,
+            );
+            together.observe(&sample(second, canary, primary), 20.0, &options);
+        }
+        assert!(apart.verdict(&options).verdict.is_bad());
+        assert_eq!(apart.verdict(&options), together.verdict(&options));
+    }
+
+    #[test]
+    fn counts_whose_other_arm_never_comes_are_not_held_against_later_ones() {
+        let options = Options::default();
+        let mut judges = Judges::default();
+        for second in 0..=10 {
+            judges.observe(&sample(second, counts(10, 10), Counts::default()), 20.0, &options);
+        }
+        judges.observe(&sample(20, Counts::default(), counts(1000, 0)), 20.0, &options);
+        judges.observe(&sample(31, counts(1, 0), counts(1000, 0)), 20.0, &options);
+        assert!(!judges.verdict(&options).verdict.is_bad());
+        assert_eq!(judges.totals().canary, 111);
+    }
+
+    #[test]
+    fn several_metrics_together_may_stop_what_none_would_stop_alone() {
+        let metric = |name: &str| Metric::by_name(name).unwrap();
+        let options = Options {
+            metrics: vec![metric("errors-5xx"), metric("errors-grpc")],
+            ..Options::default()
+        };
+        let mut judges = Judges::default();
+        let mut second = 0;
+        // One more of each in turn, until the sum crosses.
+        loop {
+            let mut canary = counts(100, 2);
+            canary.classes.http_5xx = 1;
+            canary.classes.grpc = 1;
+            judges.observe(&sample(second, canary, counts(100, 0)), 50.0, &options);
+            second += 1;
+            if judges.verdict(&options).verdict.is_bad() || second == 100 {
+                break;
+            }
+        }
+        let combined = judges.verdict(&options);
+        assert!(combined.verdict.is_bad());
+        let alone = combined
+            .metrics
+            .iter()
+            .filter(|metric| metric.verdict.is_bad())
+            .count();
+        assert!(alone == 2 || combined.verdict.explanation().contains("all metrics together"));
+    }
+
+    #[test]
+    fn healthy_releases_are_stopped_less_often_than_alpha_by_all_metrics_together() {
+        let metric = |name: &str| Metric::by_name(name).unwrap();
+        let options = Options {
+            alpha: 0.05,
+            tolerance: 1.0,
+            metrics: ["errors", "latency-p50", "latency-p90", "latency"]
+                .map(metric)
+                .to_vec(),
+            ..Options::default()
+        };
+        let mut stopped = 0;
+        let runs = 200;
+        for seed in 0..runs {
+            let mut random = Random::new(seed);
+            let mut judges = Judges::default();
+            for second in 0..40 {
+                let mut arm = |requests| {
+                    let mut counts = histogram(&mut random, requests, log_normal(0.8, 1.0));
+                    counts.errors = random.binomial(requests, 0.02);
+                    counts
+                };
+                let one = sample(second, arm(20), arm(60));
+                judges.observe(&one, 25.0, &options);
+            }
+            stopped += u64::from(judges.verdict(&options).verdict.is_bad());
+        }
+        // 10 plus three standard deviations.
+        assert!(stopped <= 19, "{stopped} of {runs}");
+    }
+
+    #[test]
+    fn absolute_guards_see_two_arms_that_are_both_bad() {
+        let mut options = Options::default();
+        options.metrics.push(Metric {
+            name: "error-rate".to_owned(),
+            kind: Kind::ErrorRate {
+                acceptable: 0.01,
+                unacceptable: None,
+            },
+            weight: 1.0,
+            tolerance: None,
+        });
+        options.metrics.push(Metric {
+            name: "latency-bound".to_owned(),
+            kind: Kind::LatencyBound {
+                quantile: 0.9,
+                bound_ms: 100.0,
+            },
+            weight: 1.0,
+            tolerance: None,
+        });
+        let mut judges = Judges::default();
+        let mut random = Random::new(4);
+        for second in 0..10 {
+            let mut arm = |requests| {
+                let mut counts = histogram(&mut random, requests, log_normal(0.5, 10.0));
+                counts.errors = requests / 10;
+                counts
+            };
+            let one = sample(second, arm(30), arm(270));
+            judges.observe(&one, 10.0, &options);
+        }
+        let combined = judges.verdict(&options);
+        let words: Vec<_> = combined
+            .metrics
+            .iter()
+            .map(|metric| metric.verdict.word())
+            .collect();
+        assert_eq!(words[0], "undecided");
+        assert_eq!(words[2..], ["bad", "bad"], "{combined:#?}");
+    }
+
+    #[test]
+    fn durations_of_a_cold_canary_do_not_count_and_its_errors_do() {
+        let options = Options {
+            warm_up: warmth::Options {
+                shortest_ms: 20_000,
+                longest_ms: 60_000,
+            },
+            ..Options::default()
+        };
+        let mut judges = Judges::default();
+        let mut random = Random::new(6);
+        for second in 0..20 {
+            let canary = histogram(&mut random, 50, log_normal(0.5, 20.0));
+            let primary = histogram(&mut random, 450, log_normal(0.5, 1.0));
+            judges.observe(&sample(second, canary, primary), 10.0, &options);
+        }
+        let verdict = judges.verdict(&options);
+        assert!(!judges.is_warm() && !verdict.verdict.is_bad());
+        assert!(verdict.metrics[1].verdict.explanation().contains("warming up"));
+        let mut failing = histogram(&mut random, 50, log_normal(0.5, 1.0));
+        failing.errors = 25;
+        judges.observe(
+            &sample(21, failing, histogram(&mut random, 450, log_normal(0.5, 1.0))),
+            10.0,
+            &options,
+        );
+        assert!(judges.verdict(&options).verdict.is_bad());
+    }
+
+    #[test]
+    fn a_metric_that_is_added_in_the_middle_begins_with_nothing_and_the_others_go_on() {
+        let mut options = Options::default();
+        let mut judges = Judges::default();
+        judges.observe(&sample(0, counts(100, 5), counts(900, 5)), 10.0, &options);
+        let before = judges.verdict(&options).metrics[0].verdict.clone();
+        options
+            .metrics
+            .insert(0, Metric::by_name("errors-5xx").unwrap().weighing(1e-9));
+        judges.observe(&sample(1, counts(1, 0), counts(9, 0)), 10.0, &options);
+        let after = judges.verdict(&options);
+        let value = |verdict: &Verdict| verdict.evidence().unwrap().value;
+        assert_eq!(value(&after.metrics[1].verdict), value(&before));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn the_state_of_all_judges_survives_a_restart_and_stays_small(
+            batches in prop::collection::vec((0u64..50, 0u64..5, 1u64..500, 0u64..5, 0u64..1000), 1..30),
+            restart_at in 0usize..30,
+        ) {
+            let options = Options::default();
+            let (mut straight, mut restarted) = (Judges::default(), Judges::default());
+            for (index, (canary, canary_bad, primary, primary_bad, seed)) in batches.into_iter().enumerate() {
+                let mut random = Random::new(seed);
+                let mut ours = histogram(&mut random, canary, log_normal(0.5, 1.0));
+                let mut theirs = histogram(&mut random, primary, log_normal(0.5, 1.0));
+                ours.errors = canary_bad.min(canary);
+                theirs.errors = primary_bad.min(primary);
+                let one = sample(index as i64 * 20, ours, theirs);
+                if index == restart_at {
+                    let text = serde_json::to_string(&restarted).unwrap();
+                    prop_assert!(text.len() < 2000, "{} bytes", text.len());
+                    restarted = serde_json::from_str(&text).unwrap();
+                    straight.unpaired = None;
+                }
+                straight.observe(&one, 10.0, &options);
+                restarted.observe(&one, 10.0, &options);
+            }
+            let (one, other) = (straight.verdict(&options), restarted.verdict(&options));
+            prop_assert_eq!(one.verdict.word(), other.verdict.word());
+            for (one, other) in one.metrics.iter().zip(&other.metrics) {
+                prop_assert_eq!(one.verdict.word(), other.verdict.word());
+            }
+        }
+    }
+}
