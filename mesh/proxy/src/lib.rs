@@ -41,6 +41,9 @@
 //! - An HTTP/1 connection that has been quiet for two seconds is taken back from hyper, whose two buffers it would keep;
 //!   memory that was freed is given back to the kernel every five seconds; huge pages are off. So an idle connection costs
 //!   some 7 KB and an empty proxy less than 8 MB.
+//! - [`tls`]: secrets rotate under connections; sessions from before a change are not resumed; a host that the chain of a
+//!   TLS connection does not name is answered 421.
+//! - A filter chain is found as Envoy finds it, without going back ([`config::chain_match`]).
 //! - Responses that the proxy makes itself carry `x-serin-response-flags` when a flag is set.
 //!
 //! # Limits

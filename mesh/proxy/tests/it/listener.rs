@@ -21,7 +21,7 @@ use tokio::net::{TcpListener, TcpStream};
 use super::certificates::{Authority, client_socket, common, server_socket, socket};
 use super::fixture::{
     Backend, Harness, address, any, eds_cluster, get, h2_client, host, http_chain, listener_of, manager,
-    network_filter, prefix_route, raw, soon, to_cluster,
+    network_filter, prefix_route, soon, to_cluster,
 };
 use super::tls::{handshake, request_on, tls_get};
 
@@ -70,6 +70,19 @@ async fn greeter(name: &'static str) -> SocketAddr {
         }
     });
     at
+}
+
+/// What is answered to these bytes; nothing also where the connection is reset.
+async fn answer_to(at: SocketAddr, bytes: &[u8]) -> String {
+    let mut stream = TcpStream::connect(at).await.unwrap();
+    let mut answer = Vec::new();
+    let work = async {
+        // Whoever is turned away may find the connection closed while writing.
+        let _ = stream.write_all(bytes).await;
+        let _ = stream.read_to_end(&mut answer).await;
+    };
+    soon("the end of the connection", work).await;
+    String::from_utf8_lossy(&answer).into_owned()
 }
 
 #[tokio::test]
@@ -295,13 +308,13 @@ async fn clients_are_who_the_proxy_protocol_says_and_endpoints_are_told() {
         &b"PROXY TCP4 203.0.113.7 10.0.0.1 1234 80\r\n"[..],
         b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\xcb\0\x71\x07\x0a\0\0\x01\x04\xd2\0\x50",
     ] {
-        let answer = raw(inner, &[header, request].concat()).await;
+        let answer = answer_to(inner, &[header, request].concat()).await;
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
         assert_eq!(backend.next().await.headers["x-forwarded-for"], "203.0.113.7");
     }
     // Without a header, or with a broken one, nothing is served.
     for bad in [&request[..], b"PROXY TCP4 1 2 3 4\r\nGET / HTTP/1.1\r\n\r\n"] {
-        assert_eq!(raw(inner, bad).await, "");
+        assert_eq!(answer_to(inner, bad).await, "");
     }
     // Two proxies in a row: the first one tells the second one.
     let mut cluster = eds_cluster("front");
@@ -330,7 +343,7 @@ async fn clients_are_who_the_proxy_protocol_says_and_endpoints_are_told() {
         ([&header[..], request].concat(), "203.0.113.9"),
         (request.to_vec(), "127.0.0.1"),
     ] {
-        let answer = raw(outer, &bytes).await;
+        let answer = answer_to(outer, &bytes).await;
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
         assert_eq!(backend.next().await.headers["x-forwarded-for"], client);
     }
@@ -367,13 +380,13 @@ async fn more_connections_than_the_limit_are_turned_away() {
         assert_eq!(response.status(), 200);
         held.push(client);
     }
-    assert_eq!(raw(at, b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await, "");
+    assert_eq!(answer_to(at, b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await, "");
     let line = harness.line().await;
     assert_eq!(line["downstream_transport_failure_reason"], "connection_limit");
     held.pop();
     soon("a free place", async {
         loop {
-            let answer = raw(at, b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await;
+            let answer = answer_to(at, b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await;
             if answer.starts_with("HTTP/1.1 200") {
                 return;
             }
@@ -576,11 +589,16 @@ async fn certificates_and_counters_are_shown_as_envoy_shows_them() {
     );
     assert!(kinds["ca_cert"]["days_until_expiration"].is_string());
     assert!(kinds["ca_cert"]["expiration_time"].is_string());
-    let (_, _, text) = get(admin, "/stats/prometheus").await;
-    assert!(
-        text.contains("envoy_listener_ssl_handshake{envoy_listener_address=\"l\"} 1"),
-        "{text}"
-    );
+    // The client is done with its handshake a little before the server.
+    soon("the handshake's counter", async {
+        loop {
+            let (_, _, text) = get(admin, "/stats/prometheus").await;
+            if text.contains("envoy_listener_ssl_handshake{envoy_listener_address=\"l\"} 1") {
+                return;
+            }
+        }
+    })
+    .await;
     cancel.cancel();
     served.await.unwrap();
 }

@@ -267,6 +267,13 @@ async fn clients_without_a_good_certificate_are_refused_and_counted_by_reason() 
         let before = stat(&harness, counter);
         let result = tls_get(at, &client(issued.as_ref()), "reviews", "/").await;
         assert!(result.is_err(), "{counter}: {result:?}");
+        // The client may have its alert before the failure is counted.
+        soon(counter, async {
+            while stat(&harness, counter) < before + 1 {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
         assert_eq!(stat(&harness, counter), before + 1, "{counter}");
     }
     assert_eq!(backend.hits(), 1);
