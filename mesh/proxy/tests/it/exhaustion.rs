@@ -53,12 +53,17 @@ async fn a_proxy_without_file_descriptors_serves_again_when_it_has_some() {
     let mut clients = Vec::new();
     for _ in 0..80 {
         let mut stream = soon("a connection", TcpStream::connect(at)).await.unwrap();
-        stream.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+        stream
+            .write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+            .await
+            .unwrap();
         clients.push(stream);
     }
     // The first is served, or told that there is no connection to be had; nobody is cut off.
     let mut answer = [0u8; 12];
-    soon("an answer to the first", clients[0].read_exact(&mut answer)).await.unwrap();
+    soon("an answer to the first", clients[0].read_exact(&mut answer))
+        .await
+        .unwrap();
     assert!(answer.starts_with(b"HTTP/1.1 200") || answer.starts_with(b"HTTP/1.1 503"));
     drop(clients);
     let again = async {
