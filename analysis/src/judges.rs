@@ -227,6 +227,15 @@ impl State {
         }
     }
 
+    const fn log_peak(&self) -> f64 {
+        match self {
+            Self::Errors(errors) => errors.test().log_peak(),
+            Self::Latency(latency) => latency.test().log_peak(),
+            Self::Distribution(distribution) => distribution.log_peak(),
+            Self::Guard(guard) => guard.log_peak(),
+        }
+    }
+
     const fn fits(&self, kind: Kind) -> bool {
         matches!(
             (self, kind),
@@ -408,6 +417,14 @@ impl Judges {
     /// Whether the canary's durations count already.
     pub const fn is_warm(&self) -> bool {
         self.warmth.is_warm()
+    }
+
+    /// Whether [`Judges::verdict`] would be bad, without its sentences: for those who look at thousands a second.
+    pub fn is_bad(&self, options: &Options) -> bool {
+        let reached = |peak: f64, alpha: f64| peak >= (1.0 / alpha).ln();
+        let mut metrics = options.metrics.iter().zip(&self.states);
+        reached(self.peak, options.alpha)
+            || metrics.any(|(metric, (_, state))| reached(state.log_peak(), options.alpha_of(metric)))
     }
 
     /// The verdict on the release so far. `Bad` is final.

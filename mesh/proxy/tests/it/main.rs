@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // a test that fails says so by panicking, helpers included
 #![allow(deprecated)] // what control planes still send is tested as well
 
+mod exhaustion;
 mod failure;
 mod certificates;
 mod fixture;
@@ -15,6 +16,7 @@ mod hygiene;
 mod interception;
 mod interop;
 mod lifecycle;
+mod listener;
 mod matrix1;
 mod matrix2;
 mod metrics;
