@@ -28,7 +28,10 @@ const BREATH: usize = 6 << 20;
 
 fn main() -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    match runtime.map_err(Into::into).and_then(|runtime| runtime.block_on(run())) {
+    match runtime
+        .map_err(Into::into)
+        .and_then(|runtime| runtime.block_on(run()))
+    {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("soak: {error:#}");
@@ -82,7 +85,10 @@ fn resident() -> anyhow::Result<usize> {
 }
 
 async fn run() -> anyhow::Result<()> {
-    let seconds = std::env::var("SERIN_SOAK_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(60);
+    let seconds = std::env::var("SERIN_SOAK_SECONDS")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(60);
     let whole = Duration::from_secs(seconds);
     let socket = TcpListener::bind("127.0.0.1:0").await?;
     let backend = socket.local_addr()?;
@@ -128,8 +134,16 @@ async fn run() -> anyhow::Result<()> {
 
 async fn change(proxy: &Proxy, number: u32) -> anyhow::Result<()> {
     let body = table(number);
-    let update = Update { name: "main", body: &body };
-    match proxy.apply(ResourceType::Route, &[update], &[]).await.into_iter().next() {
+    let update = Update {
+        name: "main",
+        body: &body,
+    };
+    match proxy
+        .apply(ResourceType::Route, &[update], &[])
+        .await
+        .into_iter()
+        .next()
+    {
         None => Ok(()),
         Some((name, refusal)) => bail!("{name}: {refusal}"),
     }
@@ -146,7 +160,11 @@ async fn serve(socket: TcpListener) {
                 if read == 0 || count.is_multiple_of(97) {
                     return;
                 }
-                if stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.is_err() {
+                if stream
+                    .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+                    .await
+                    .is_err()
+                {
                     return;
                 }
             }
@@ -164,7 +182,9 @@ async fn client(port: u16, number: u32, until: Instant, good: Arc<AtomicU64>) ->
         for _ in 0..requests {
             round = round.wrapping_add(1);
             let path = round % 1000;
-            stream.write_all(format!("GET /{path} HTTP/1.1\r\nhost: a\r\n\r\n").as_bytes()).await?;
+            stream
+                .write_all(format!("GET /{path} HTTP/1.1\r\nhost: a\r\n\r\n").as_bytes())
+                .await?;
             if round.is_multiple_of(7) {
                 break;
             }

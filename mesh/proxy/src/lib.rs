@@ -8,8 +8,8 @@
 //!
 //! # What it is not
 //! It knows no Kubernetes and no Istio object; what it cannot honour it refuses, per resource, with the path of the
-//! field, and the last good version stays. TLS, rate limits, RBAC, JWT, tracing and access log formats are not here yet
-//! (`docs/supported/proxy.md` has the list).
+//! field, and the last good version stays. What is honoured and what is not is listed in
+//! `docs/supported/proxy.md`.
 //!
 //! # How data flows
 //! ```text
@@ -33,6 +33,10 @@
 //!   TCP upstream after half a second and whoever speaks first decides, so server-first protocols never hang.
 //! - Istio's metrics are kept for every listener with a traffic direction, unless the configuration holds Istio's own
 //!   filters and leaves `istio.stats` out.
+//! - [`policy`]: HTTP filters are an ordered chain of enum variants, compiled once; overrides are found by filter name on
+//!   four levels. An empty chain costs the test of an empty slice.
+//! - [`observe`]: access logs and traces keep of a request only what their configuration names. Without configured access
+//!   logs errors are told all the same, as JSON lines.
 //! - The route timeout starts with the request's head, not its last byte (Envoy), and covers retries and the response.
 //! - An HTTP/1 connection that has been quiet for two seconds is taken back from hyper, whose two buffers it would keep;
 //!   memory that was freed is given back to the kernel every five seconds; huge pages are off. So an idle connection costs
@@ -54,6 +58,8 @@ pub mod error;
 pub mod hygiene;
 pub mod intercept;
 pub mod metrics;
+pub mod observe;
+pub mod policy;
 mod random;
 mod sys;
 pub mod tls;

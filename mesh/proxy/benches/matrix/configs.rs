@@ -78,7 +78,9 @@ fn cluster(out: &mut String, name: &str, port: u16, http2: bool, sidecar: bool, 
 }
 
 fn envoy_like(setup: Setup, ports: &Ports, envoy: bool) -> String {
-    let mut out = String::from("node: { id: bench, cluster: bench }\nstatic_resources:\n  listeners:\n  - name: main\n");
+    let mut out = String::from(
+        "node: { id: bench, cluster: bench }\nstatic_resources:\n  listeners:\n  - name: main\n",
+    );
     let _ = writeln!(
         out,
         "    address: {{ socket_address: {{ address: 127.0.0.1, port_value: {} }} }}\n    traffic_direction: OUTBOUND\n    \
@@ -127,7 +129,11 @@ fn envoy_like(setup: Setup, ports: &Ports, envoy: bool) -> String {
     };
     if setup != Setup::Bare {
         for index in 0..many {
-            let target = if sidecar { "main".to_owned() } else { format!("c{index}") };
+            let target = if sidecar {
+                "main".to_owned()
+            } else {
+                format!("c{index}")
+            };
             let _ = writeln!(
                 out,
                 "            - name: h{index}\n              domains: [\"svc-{index}.ns.svc.cluster.local\", \"svc-{index}.ns:80\"]\n              \
@@ -162,7 +168,11 @@ fn haproxy(setup: Setup, ports: &Ports) -> String {
         "global\n  nbthread 1\n  maxconn 8000\ndefaults\n  mode {mode}\n  timeout connect 5s\n  timeout client 60s\n  timeout server 60s\n\
          frontend f\n  bind 127.0.0.1:{}\n  default_backend b\nbackend b\n{}  server s 127.0.0.1:{}\n",
         ports.listen,
-        if mode == "http" { "  http-reuse always\n" } else { "" },
+        if mode == "http" {
+            "  http-reuse always\n"
+        } else {
+            ""
+        },
         ports.backend
     )
 }

@@ -34,14 +34,62 @@ const MESH: &[Kind] = &[Kind::Serin, Kind::Envoy];
 const TCP: &[Kind] = &[Kind::Serin, Kind::Envoy, Kind::HaProxy];
 
 const ROWS: &[Row] = &[
-    row("HTTP/1.1, 32 connections, 100 B, bare", Setup::Bare, &["--h1", "-c", "32"], "/", ALL),
-    row("HTTP/1.1, 2 connections, 100 B, bare", Setup::Bare, &["--h1", "-c", "2"], "/", ALL),
-    row("HTTP/1.1, 32 connections, 10 KB, bare", Setup::Bare, &["--h1", "-c", "32"], "/10k", ALL),
-    row("HTTP/1.1, 32 connections, 100 B, sidecar", Setup::Sidecar, &["--h1", "-c", "32"], "/", MESH),
-    row("HTTP/2 → HTTP/1.1, 8 × 10 streams, sidecar", Setup::Sidecar, &["-c", "8", "-m", "10"], "/", MESH),
-    row("HTTP/2 → HTTP/2, 8 × 10 streams, sidecar", Setup::SidecarH2, &["-c", "8", "-m", "10"], "/", MESH),
-    row("TCP, 32 connections, 100 B answers", Setup::Tcp, &["--h1", "-c", "32"], "/", TCP),
-    row("TCP, 8 connections, 1 MB answers", Setup::Tcp, &["--h1", "-c", "8"], "/1m", TCP),
+    row(
+        "HTTP/1.1, 32 connections, 100 B, bare",
+        Setup::Bare,
+        &["--h1", "-c", "32"],
+        "/",
+        ALL,
+    ),
+    row(
+        "HTTP/1.1, 2 connections, 100 B, bare",
+        Setup::Bare,
+        &["--h1", "-c", "2"],
+        "/",
+        ALL,
+    ),
+    row(
+        "HTTP/1.1, 32 connections, 10 KB, bare",
+        Setup::Bare,
+        &["--h1", "-c", "32"],
+        "/10k",
+        ALL,
+    ),
+    row(
+        "HTTP/1.1, 32 connections, 100 B, sidecar",
+        Setup::Sidecar,
+        &["--h1", "-c", "32"],
+        "/",
+        MESH,
+    ),
+    row(
+        "HTTP/2 → HTTP/1.1, 8 × 10 streams, sidecar",
+        Setup::Sidecar,
+        &["-c", "8", "-m", "10"],
+        "/",
+        MESH,
+    ),
+    row(
+        "HTTP/2 → HTTP/2, 8 × 10 streams, sidecar",
+        Setup::SidecarH2,
+        &["-c", "8", "-m", "10"],
+        "/",
+        MESH,
+    ),
+    row(
+        "TCP, 32 connections, 100 B answers",
+        Setup::Tcp,
+        &["--h1", "-c", "32"],
+        "/",
+        TCP,
+    ),
+    row(
+        "TCP, 8 connections, 1 MB answers",
+        Setup::Tcp,
+        &["--h1", "-c", "8"],
+        "/1m",
+        TCP,
+    ),
 ];
 
 const fn row(
@@ -51,11 +99,20 @@ const fn row(
     path: &'static str,
     peers: &'static [Kind],
 ) -> Row {
-    Row { name, setup, load, path, peers }
+    Row {
+        name,
+        setup,
+        load,
+        path,
+        peers,
+    }
 }
 
 fn number(name: &str, default: usize) -> usize {
-    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+    std::env::var(name)
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(default)
 }
 
 fn wanted(part: &str) -> bool {
@@ -64,7 +121,10 @@ fn wanted(part: &str) -> bool {
 
 fn main() -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    match runtime.map_err(Into::into).and_then(|runtime| runtime.block_on(run())) {
+    match runtime
+        .map_err(Into::into)
+        .and_then(|runtime| runtime.block_on(run()))
+    {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("proxy benchmark: {error:#}");
@@ -100,9 +160,15 @@ async fn run() -> anyhow::Result<()> {
 async fn matrix(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {
     let rounds = number("SERIN_BENCH_ROUNDS", 3);
     let requests = number("SERIN_BENCH_REQUESTS", 30_000);
-    println!("\n| case | proxy | µs/request | user | kernel | × Envoy | requests/s |\n|---|---|---|---|---|---|---|");
+    println!(
+        "\n| case | proxy | µs/request | user | kernel | × Envoy | requests/s |\n|---|---|---|---|---|---|---|"
+    );
     for row in ROWS {
-        let requests = if row.path == "/1m" { requests / 30 } else { requests };
+        let requests = if row.path == "/1m" {
+            requests / 30
+        } else {
+            requests
+        };
         let mut peers = Vec::new();
         for kind in row.peers {
             if let Some(peer) = Peer::start(tools, *kind, row.setup, backend).await? {
@@ -139,10 +205,14 @@ async fn matrix(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {
 
 async fn latency(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {
     let Some(serin) = &tools.serin else {
-        eprintln!("SKIPPED: latency: no serin program in SERIN_BIN_DIR (the open-loop generator is `serin load`)");
+        eprintln!(
+            "SKIPPED: latency: no serin program in SERIN_BIN_DIR (the open-loop generator is `serin load`)"
+        );
         return Ok(());
     };
-    println!("\n| open loop at a fixed rate, HTTP/1.1, sidecar | p50 ms | p99 ms | p99.9 ms |\n|---|---|---|---|");
+    println!(
+        "\n| open loop at a fixed rate, HTTP/1.1, sidecar | p50 ms | p99 ms | p99.9 ms |\n|---|---|---|---|"
+    );
     // Half of what the slowest of them takes, so that nobody is measured at saturation.
     let mut peers = Vec::new();
     let mut rate = f64::MAX;
@@ -163,7 +233,9 @@ async fn latency(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {
 }
 
 async fn memory(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {
-    println!("\n| memory, KB | empty | 1,000 clusters and routes | per idle connection (1,000, each after one request) |\n|---|---|---|---|");
+    println!(
+        "\n| memory, KB | empty | 1,000 clusters and routes | per idle connection (1,000, each after one request) |\n|---|---|---|---|"
+    );
     for kind in ALL {
         let Some(peer) = Peer::start(tools, *kind, Setup::Bare, backend).await? else {
             continue;
@@ -196,15 +268,25 @@ async fn growth(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {
         h2load(&load, requests / 10, &peer.url("/")).await?;
         let mut samples = Vec::new();
         for _ in 0..number("SERIN_BENCH_ROUNDS", 3) {
-            samples.push(Sample::take(&peer, &load, requests, &peer.url("/")).await?.total());
+            samples.push(
+                Sample::take(&peer, &load, requests, &peer.url("/"))
+                    .await?
+                    .total(),
+            );
         }
-        println!("| {count} | {:.1} | {} |", median(samples.into_iter()), peer.resident()?);
+        println!(
+            "| {count} | {:.1} | {} |",
+            median(samples.into_iter()),
+            peer.resident()?
+        );
     }
     Ok(())
 }
 
 async fn costs(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {
-    println!("\n| HTTP/1.1, 8 connections, sidecar | instructions/request (callgrind) | system calls/request (strace) |\n|---|---|---|");
+    println!(
+        "\n| HTTP/1.1, 8 connections, sidecar | instructions/request (callgrind) | system calls/request (strace) |\n|---|---|---|"
+    );
     for kind in MESH {
         let calls = measure::system_calls(tools, *kind, backend).await?;
         let instructions = match kind {

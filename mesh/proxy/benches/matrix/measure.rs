@@ -67,7 +67,11 @@ pub(crate) async fn h2load(load: &[&str], requests: usize, url: &str) -> anyhow:
         .await
         .context("h2load")?;
     let text = String::from_utf8_lossy(&output.stdout);
-    let line = |start: &str| text.lines().find(|line| line.starts_with(start)).map(str::to_owned);
+    let line = |start: &str| {
+        text.lines()
+            .find(|line| line.starts_with(start))
+            .map(str::to_owned)
+    };
     let outcome = line("status codes:").context("h2load printed no status codes")?;
     let good = outcome.split_whitespace().nth(2).unwrap_or_default().to_owned();
     if good != requests.to_string() {
@@ -85,19 +89,38 @@ pub(crate) async fn open_loop(serin: &Path, url: &str, rate: f64) -> anyhow::Res
     let output = Command::new("taskset")
         .args(["-c", "1"])
         .arg(serin)
-        .args(["load", url, "--rate", &format!("{rate:.0}"), "--duration", "10s", "-c", "32", "-o", "json"])
+        .args([
+            "load",
+            url,
+            "--rate",
+            &format!("{rate:.0}"),
+            "--duration",
+            "10s",
+            "-c",
+            "32",
+            "-o",
+            "json",
+        ])
         .output()
         .await
         .context("serin load")?;
     let text = String::from_utf8_lossy(&output.stdout);
-    let report: serde_json::Value = serde_json::from_str(&text)
-        .with_context(|| format!("serin load said: {text} {}", String::from_utf8_lossy(&output.stderr)))?;
-    let latency = find(&report, "latency_ms").or_else(|| find(&report, "latency")).unwrap_or(&report);
+    let report: serde_json::Value = serde_json::from_str(&text).with_context(|| {
+        format!(
+            "serin load said: {text} {}",
+            String::from_utf8_lossy(&output.stderr)
+        )
+    })?;
+    let latency = find(&report, "latency_ms")
+        .or_else(|| find(&report, "latency"))
+        .unwrap_or(&report);
     Ok(["p50", "p99", "p999"]
         .iter()
         .map(|key| {
             let value = find(latency, key).or_else(|| find(latency, &key.replace("p999", "p99.9")));
-            value.and_then(serde_json::Value::as_f64).map_or_else(|| "-".into(), |value| format!("{value:.2}"))
+            value
+                .and_then(serde_json::Value::as_f64)
+                .map_or_else(|| "-".into(), |value| format!("{value:.2}"))
         })
         .collect())
 }
@@ -105,7 +128,9 @@ pub(crate) async fn open_loop(serin: &Path, url: &str, rate: f64) -> anyhow::Res
 /// The first value of that key, however deep.
 fn find<'a>(value: &'a serde_json::Value, key: &str) -> Option<&'a serde_json::Value> {
     match value {
-        serde_json::Value::Object(map) => map.get(key).or_else(|| map.values().find_map(|inner| find(inner, key))),
+        serde_json::Value::Object(map) => map
+            .get(key)
+            .or_else(|| map.values().find_map(|inner| find(inner, key))),
         _ => None,
     }
 }
@@ -118,7 +143,9 @@ pub(crate) async fn idle_connections(peer: &Peer, count: usize) -> anyhow::Resul
     let mut open = Vec::with_capacity(count);
     for _ in 0..count {
         let mut stream = TcpStream::connect(("127.0.0.1", peer.port)).await?;
-        stream.write_all(b"GET / HTTP/1.1\r\nHost: a\r\nUser-Agent: b\r\n\r\n").await?;
+        stream
+            .write_all(b"GET / HTTP/1.1\r\nHost: a\r\nUser-Agent: b\r\n\r\n")
+            .await?;
         let mut answer = Vec::new();
         while !answer.ends_with(b"0123456789") {
             if stream.read_buf(&mut answer).await? == 0 {
@@ -159,7 +186,9 @@ pub(crate) async fn system_calls(tools: &Tools, kind: Kind, backend: &Backend) -
     let mut parts = Vec::new();
     for line in text.lines().skip(2) {
         let fields: Vec<&str> = line.split_whitespace().collect();
-        if let (Some(name), Some(Ok(calls))) = (fields.last(), fields.get(3).map(|calls| calls.parse::<f64>())) {
+        if let (Some(name), Some(Ok(calls))) =
+            (fields.last(), fields.get(3).map(|calls| calls.parse::<f64>()))
+        {
             let each = calls / REQUESTS as f64;
             if each >= 0.05 && *name != "total" {
                 parts.push(format!("{each:.2} {name}"));
@@ -209,7 +238,9 @@ pub(crate) async fn instructions(tools: &Tools, backend: &Backend) -> anyhow::Re
     for entry in std::fs::read_dir(folder.path())? {
         let path = entry?.path();
         let text = std::fs::read_to_string(&path).unwrap_or_default();
-        let total = text.lines().find_map(|line| line.strip_prefix("totals: ").or(line.strip_prefix("summary: ")));
+        let total = text
+            .lines()
+            .find_map(|line| line.strip_prefix("totals: ").or(line.strip_prefix("summary: ")));
         if let Some(Ok(total)) = total.map(|total| total.trim().parse::<f64>())
             && total > 0.0
         {

@@ -31,7 +31,12 @@ impl Tools {
     /// Nothing, said loudly, without what every part needs.
     pub(crate) fn find() -> Option<Self> {
         let built = std::env::var_os("SERIN_BIN_DIR").map(PathBuf::from);
-        let ours = |name: &str| built.as_ref().map(|folder| folder.join(name)).filter(|path| path.is_file());
+        let ours = |name: &str| {
+            built
+                .as_ref()
+                .map(|folder| folder.join(name))
+                .filter(|path| path.is_file())
+        };
         let Some(proxy) = ours("serin-proxy") else {
             eprintln!("SKIPPED: no serin-proxy in SERIN_BIN_DIR: make build");
             return None;
@@ -42,7 +47,10 @@ impl Tools {
                 return None;
             }
         }
-        let envoy = std::env::var_os("ENVOY_BIN").map(PathBuf::from).filter(|path| path.is_file()).or_else(|| on_path("envoy"));
+        let envoy = std::env::var_os("ENVOY_BIN")
+            .map(PathBuf::from)
+            .filter(|path| path.is_file())
+            .or_else(|| on_path("envoy"));
         let tools = Self {
             proxy,
             serin: ours("serin"),
@@ -63,10 +71,21 @@ impl Tools {
         let config = config.to_string_lossy().into_owned();
         let args = |list: &[&str]| list.iter().map(|arg| (*arg).to_owned()).collect::<Vec<_>>();
         Some(match kind {
-            Kind::Serin => (self.proxy.clone(), args(&["--config", &config, "--concurrency", "1"])),
+            Kind::Serin => (
+                self.proxy.clone(),
+                args(&["--config", &config, "--concurrency", "1"]),
+            ),
             Kind::Envoy => (
                 self.envoy.clone()?,
-                args(&["-c", &config, "--concurrency", "1", "-l", "error", "--use-dynamic-base-id"]),
+                args(&[
+                    "-c",
+                    &config,
+                    "--concurrency",
+                    "1",
+                    "-l",
+                    "error",
+                    "--use-dynamic-base-id",
+                ]),
             ),
             Kind::HaProxy => (self.haproxy.clone()?, args(&["-f", &config])),
             Kind::Nginx => (self.nginx.clone()?, args(&["-c", &config])),
@@ -99,7 +118,9 @@ pub(crate) async fn listening(port: u16, limit: Duration) -> anyhow::Result<()> 
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    tokio::time::timeout(limit, up).await.with_context(|| format!("nobody came to listen on port {port}"))
+    tokio::time::timeout(limit, up)
+        .await
+        .with_context(|| format!("nobody came to listen on port {port}"))
 }
 
 /// The backend.
@@ -121,14 +142,26 @@ impl Backend {
         let ports = (free_port().await?, free_port().await?);
         let config = folder.path().join("backend.conf");
         let text = configs::backend(
-            &Ports { listen: 0, backend: ports.0, backend2: ports.1 },
+            &Ports {
+                listen: 0,
+                backend: ports.0,
+                backend2: ports.1,
+            },
             &place,
         );
         std::fs::write(&config, text)?;
         let nginx = on_path("nginx").context("nginx is gone")?;
-        let child = pinned("1", &nginx, &["-c".to_owned(), config.to_string_lossy().into_owned()])?;
+        let child = pinned(
+            "1",
+            &nginx,
+            &["-c".to_owned(), config.to_string_lossy().into_owned()],
+        )?;
         listening(ports.0, Duration::from_secs(10)).await?;
-        Ok(Self { ports, _child: child, _folder: folder })
+        Ok(Self {
+            ports,
+            _child: child,
+            _folder: folder,
+        })
     }
 
     pub(crate) fn url(&self, path: &str) -> String {
@@ -170,7 +203,10 @@ impl Peer {
             return Ok(None);
         }
         let ports = backend.ports().await?;
-        std::fs::write(&config, configs::text(kind, setup, &ports, &folder.path().to_string_lossy()))?;
+        std::fs::write(
+            &config,
+            configs::text(kind, setup, &ports, &folder.path().to_string_lossy()),
+        )?;
         let child = pinned("0", &program, &args)?;
         listening(ports.listen, Duration::from_secs(60)).await?;
         Ok(Some(Self {
@@ -194,7 +230,13 @@ impl Peer {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()?))?;
         status
             .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse().ok())
+            .find_map(|line| {
+                line.strip_prefix("VmRSS:")?
+                    .trim()
+                    .strip_suffix(" kB")?
+                    .parse()
+                    .ok()
+            })
             .context("no VmRSS")
     }
 }

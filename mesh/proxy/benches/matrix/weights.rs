@@ -82,7 +82,9 @@ fn file(listen: u16, backend: SocketAddr, hosts: usize) -> String {
 }
 
 pub(crate) async fn run() -> anyhow::Result<()> {
-    println!("\n| weight changes under load, hosts | p50 µs | p99 µs | worst µs | requests meanwhile | failed |\n|---|---|---|---|---|---|");
+    println!(
+        "\n| weight changes under load, hosts | p50 µs | p99 µs | worst µs | requests meanwhile | failed |\n|---|---|---|---|---|---|"
+    );
     for hosts in [10, 1_000, 10_000] {
         one(hosts).await?;
     }
@@ -94,17 +96,26 @@ async fn one(hosts: usize) -> anyhow::Result<()> {
     let backend = socket.local_addr()?;
     let listen = crate::peers::free_port().await?;
     let plan = serin_proxy::bootstrap::file::parse(&file(listen, backend, hosts), 2)?;
-    let (proxy, _log) = Proxy::start(Options { concurrency: 2, ..plan.options })?;
+    let (proxy, _log) = Proxy::start(Options {
+        concurrency: 2,
+        ..plan.options
+    })?;
     serin_proxy::control::run::apply_static(&proxy, &plan.static_resources).await?;
     change(&proxy, 0).await?;
 
     // Backend and clients on a thread of their own.
-    let (stop, good, bad) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let (stop, good, bad) = (
+        Arc::new(AtomicBool::new(false)),
+        Arc::new(AtomicU64::new(0)),
+        Arc::new(AtomicU64::new(0)),
+    );
     let load = std::thread::Builder::new().spawn({
         let (stop, good, bad) = (stop.clone(), good.clone(), bad.clone());
         let socket = socket.into_std()?;
         move || -> std::io::Result<()> {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
             runtime.block_on(async move {
                 let socket = TcpListener::from_std(socket)?;
                 tokio::spawn(serve(socket));
@@ -132,7 +143,8 @@ async fn one(hosts: usize) -> anyhow::Result<()> {
         tokio::time::sleep(std::time::Duration::from_millis(1)).await;
     }
     stop.store(true, Ordering::Relaxed);
-    load.join().map_err(|_| anyhow::anyhow!("the load ended badly"))??;
+    load.join()
+        .map_err(|_| anyhow::anyhow!("the load ended badly"))??;
     times.sort_unstable();
     let at = |share: f64| times[((times.len() - 1) as f64 * share) as usize];
     println!(
@@ -149,8 +161,16 @@ async fn one(hosts: usize) -> anyhow::Result<()> {
 
 async fn change(proxy: &Arc<Proxy>, weight: u32) -> anyhow::Result<()> {
     let body = table(weight).encode_to_vec();
-    let update = Update { name: "main", body: &body };
-    match proxy.apply(ResourceType::Route, &[update], &[]).await.into_iter().next() {
+    let update = Update {
+        name: "main",
+        body: &body,
+    };
+    match proxy
+        .apply(ResourceType::Route, &[update], &[])
+        .await
+        .into_iter()
+        .next()
+    {
         None => Ok(()),
         Some((name, refusal)) => bail!("{name}: {refusal}"),
     }
@@ -162,7 +182,12 @@ async fn serve(socket: TcpListener) {
             let mut chunk = [0u8; 4096];
             while let Ok(count) = stream.read(&mut chunk).await {
                 // Heads of this benchmark come whole.
-                if count == 0 || stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.is_err() {
+                if count == 0
+                    || stream
+                        .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+                        .await
+                        .is_err()
+                {
                     return;
                 }
             }

@@ -9,8 +9,8 @@ use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::extensions::upstreams::http::v3 as upstream_http;
 
 use super::convert;
-use super::health_check::{HealthCheck, MAX_CHECKS};
 use super::endpoint::Endpoint;
+use super::health_check::{HealthCheck, MAX_CHECKS};
 use super::table::strip_port;
 use super::transport_socket::{SocketMatch, UpstreamSocket};
 use crate::error::{Refusal, Within};

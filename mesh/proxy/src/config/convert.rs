@@ -103,6 +103,8 @@ pub struct Fraction(u32);
 impl Fraction {
     /// Everything.
     pub const ALL: Self = Self(1_000_000);
+    /// Nothing.
+    pub const NONE: Self = Self(0);
 
     /// From the message; absent means `absent`.
     pub(crate) fn compile(

@@ -1,4 +1,4 @@
-//! HTTP filters that a virtual host or route can configure: fault injection and CORS.
+//! Fault injection and CORS, compiled.
 
 use std::time::Duration;
 
@@ -6,7 +6,6 @@ use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use serin_xds::pb::envoy::config::route::v3 as route;
 use serin_xds::pb::envoy::extensions::filters::http::{cors::v3 as cors_v3, fault::v3 as fault_v3};
 use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
-use serin_xds::pb::google::protobuf::Any;
 
 use super::convert::{self, Fraction};
 use super::matchers::{HeaderMatch, RequestView, StringMatch};
@@ -283,60 +282,6 @@ impl Cors {
         if let Some(expose) = &self.expose_headers {
             response.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, expose.clone());
         }
-    }
-}
-
-/// Per-route filter configuration (`typed_per_filter_config`).
-#[derive(Clone, Debug, Default)]
-pub struct PerRoute {
-    /// Fault injection; `Some(None)` switches the listener's own off.
-    pub fault: Option<Option<Fault>>,
-    /// CORS.
-    pub cors: Option<Cors>,
-}
-
-impl PerRoute {
-    /// Compiles the map; a filter that we do not have is refused, unless the entry says that it is optional.
-    pub(crate) fn compile<S: std::hash::BuildHasher>(
-        from: &std::collections::HashMap<String, Any, S>,
-    ) -> Result<Self, Refusal> {
-        let mut out = Self::default();
-        for (name, any) in from {
-            out.add(any)
-                .within(format!("typed_per_filter_config[{name:?}]"))?;
-        }
-        Ok(out)
-    }
-
-    fn add(&mut self, any: &Any) -> Result<(), Refusal> {
-        match any.type_url.rsplit('/').next().unwrap_or_default() {
-            "envoy.extensions.filters.http.fault.v3.HTTPFault" => {
-                let message = convert::unpack(any, "envoy.extensions.filters.http.fault.v3.HTTPFault")?;
-                self.fault = Some(Fault::compile(&message)?);
-            }
-            "envoy.extensions.filters.http.cors.v3.CorsPolicy" => {
-                let message = convert::unpack(any, "envoy.extensions.filters.http.cors.v3.CorsPolicy")?;
-                self.cors = Some(Cors::compile(&message)?);
-            }
-            "envoy.config.route.v3.FilterConfig" => {
-                let message: route::FilterConfig =
-                    convert::unpack(any, "envoy.config.route.v3.FilterConfig")?;
-                match &message.config {
-                    Some(config) if !message.disabled => match self.add(config) {
-                        Err(_) if message.is_optional => {}
-                        other => other?,
-                    },
-                    _ => {}
-                }
-            }
-            other => {
-                return Err(Refusal::new(
-                    "",
-                    format!("the filter configuration {other} is not supported"),
-                ));
-            }
-        }
-        Ok(())
     }
 }
 

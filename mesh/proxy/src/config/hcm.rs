@@ -8,12 +8,14 @@ use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager:
 
 use super::client_cert::ClientCert;
 use super::convert;
-use super::filters::{Cors, Fault};
 use super::listener::Direction;
 use super::route::Context;
 use super::slot::RouteSlot;
 use super::table::RouteTable;
 use crate::error::{Refusal, Within};
+use crate::observe::access_log::AccessLogs;
+use crate::observe::tracer::Tracer;
+use crate::policy::chain::Chain;
 
 /// Envoy's limit of silence on a stream when none is given.
 const DEFAULT_STREAM_IDLE: Duration = Duration::from_secs(300);
@@ -77,14 +79,12 @@ pub struct HttpManager {
     pub direction: Direction,
     /// Routes.
     pub routes: Routes,
-    /// Fault injection for every route that has none of its own.
-    pub fault: Option<Fault>,
-    /// Whether the fault filter is in the chain: per-route faults count only then.
-    pub has_fault: bool,
-    /// CORS for every route that has none of its own.
-    pub cors: Option<Cors>,
-    /// Whether the CORS filter is in the chain.
-    pub has_cors: bool,
+    /// The HTTP filters before the router.
+    pub filters: Chain,
+    /// Tracing, where somebody collects.
+    pub tracer: Option<Box<Tracer>>,
+    /// Access logs; without them only errors are told.
+    pub logs: Option<Box<AccessLogs>>,
     /// Whether Istio's metrics are kept.
     pub stats: bool,
     /// Unknown destinations are not named after the Host header.
@@ -218,10 +218,9 @@ impl HttpManager {
             codec,
             direction,
             routes,
-            fault: None,
-            has_fault: false,
-            cors: None,
-            has_cors: false,
+            filters: Chain::default(),
+            tracer: Tracer::compile(from.tracing.as_ref(), &from.stat_prefix, context)?,
+            logs: AccessLogs::compile(&from.access_log, &mut context.slots.sinks)?,
             stats: false,
             disable_host_fallback: false,
             metadata_exchange: false,
@@ -316,14 +315,11 @@ impl HttpManager {
         (out.stats, out.metadata_exchange) = (implicit, implicit);
         let mut routed = false;
         for (index, filter) in from.http_filters.iter().enumerate() {
-            if filter.disabled {
-                continue;
-            }
             let path = format!("http_filters[{index}]");
             if routed {
                 return Err(Refusal::new(path, "no filter may follow the router"));
             }
-            match out.add_filter(filter) {
+            match out.add_filter(filter, context) {
                 Ok(router) => routed = router,
                 Err(_) if filter.is_optional => {}
                 Err(refusal) => return Err(refusal.within(path)),
@@ -336,7 +332,7 @@ impl HttpManager {
     }
 
     /// Whether the filter was the router.
-    fn add_filter(&mut self, filter: &hcm::HttpFilter) -> Result<bool, Refusal> {
+    fn add_filter(&mut self, filter: &hcm::HttpFilter, context: &mut Context<'_>) -> Result<bool, Refusal> {
         let any = match &filter.config_type {
             Some(hcm::http_filter::ConfigType::TypedConfig(any)) => Some(any),
             Some(hcm::http_filter::ConfigType::ConfigDiscovery(_)) => {
@@ -344,9 +340,9 @@ impl HttpManager {
             }
             None => None,
         };
-        let type_name = any.map_or("", |any| any.type_url.rsplit('/').next().unwrap_or_default());
         match filter.name.as_str() {
             "envoy.filters.http.router" => return Ok(true),
+            _ if filter.disabled && filter.name.starts_with("istio.") => {}
             "istio.metadata_exchange" => self.metadata_exchange = true,
             "istio.stats" => {
                 self.stats = true;
@@ -356,28 +352,7 @@ impl HttpManager {
             }
             // ALPN override only matters to TLS upstreams; gRPC status is always counted.
             "istio.alpn" | "envoy.filters.http.grpc_stats" => {}
-            "envoy.filters.http.fault" => {
-                self.has_fault = true;
-                if type_name == "envoy.extensions.filters.http.fault.v3.HTTPFault"
-                    && let Some(any) = any
-                {
-                    self.fault = Fault::compile(&convert::unpack(any, type_name)?)?;
-                }
-            }
-            "envoy.filters.http.cors" => {
-                self.has_cors = true;
-                if type_name == "envoy.extensions.filters.http.cors.v3.CorsPolicy"
-                    && let Some(any) = any
-                {
-                    self.cors = Some(Cors::compile(&convert::unpack(any, type_name)?)?);
-                }
-            }
-            other => {
-                return Err(Refusal::new(
-                    "name",
-                    format!("the HTTP filter {other:?} is not supported yet"),
-                ));
-            }
+            _ => self.filters.add(filter, &self.stat_prefix, context)?,
         }
         Ok(false)
     }

@@ -18,6 +18,7 @@ use super::slot::{ClusterSlot, Directory};
 use super::transport_socket;
 use super::weighted::{Turn, Weights};
 use crate::error::{Refusal, Within};
+use crate::policy::network::NetworkFilter;
 use crate::tls::downstream::DownstreamTls;
 use crate::tls::secret::SecretSlot;
 
@@ -110,6 +111,8 @@ pub struct ConnectionFacts<'a> {
 pub struct FilterChain {
     /// Its name.
     pub name: Box<str>,
+    /// What judges a connection before its bytes go on.
+    pub policies: Box<[NetworkFilter]>,
     /// Server names of its match, lower case; a chain without any takes every name.
     pub server_names: Box<[Box<str>]>,
     /// TLS that is ended here.
@@ -467,6 +470,7 @@ fn compile_chain(
         .iter()
         .any(|filter| filter.name.starts_with("istio."));
     let (mut handler, mut limit, mut by_server_name) = (None, None, false);
+    let mut policies = Vec::new();
     for (index, filter) in from.filters.iter().enumerate() {
         let path = format!("filters[{index}]");
         let any = match &filter.config_type {
@@ -504,16 +508,20 @@ fn compile_chain(
                 proxy.by_server_name = by_server_name.then(|| context.slots.directory.clone());
                 handler = Some(Handler::Tcp(Arc::new(proxy)));
             }
-            (name, _) => {
-                return Err(Refusal::new(
-                    path,
-                    format!("the network filter {name:?} is not supported"),
-                ));
-            }
+            (name, any) => match NetworkFilter::compile(name, any, context).within(&path)? {
+                Some(policy) => policies.push(policy),
+                None => {
+                    return Err(Refusal::new(
+                        path,
+                        format!("the network filter {name:?} is not supported"),
+                    ));
+                }
+            },
         }
     }
     Ok(FilterChain {
         name: from.name.as_str().into(),
+        policies: policies.into(),
         server_names: from
             .filter_chain_match
             .iter()

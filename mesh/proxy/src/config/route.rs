@@ -11,7 +11,7 @@ use serin_xds::pb::envoy::config::route::v3 as route;
 use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
 
 use super::convert::{self, Fraction};
-use super::filters::{Cors, PerRoute};
+use super::filters::Cors;
 use super::hash::HashPolicy;
 use super::headers::HeaderOps;
 use super::matchers::{HeaderMatch, QueryMatch, RequestView, full_regex, has_prefix};
@@ -19,6 +19,8 @@ use super::retry::RetryPolicy;
 use super::slot::{ClusterSlot, Slots};
 use super::weighted::{Turn, Weights};
 use crate::error::{Refusal, Within};
+use crate::policy::descriptors::{self, RateLimitEntry};
+use crate::policy::per_route::PerRoute;
 
 /// Envoy's route timeout when none is given.
 const DEFAULT_ROUTE_TIMEOUT: Duration = Duration::from_secs(15);
@@ -35,6 +37,13 @@ pub struct Context<'a> {
     pub workers: usize,
     /// A random number for the start of weighted sequences.
     pub seed: u64,
+}
+
+impl Context<'_> {
+    /// Number of workers, and where filters' counters are kept.
+    pub(crate) fn counters(&mut self) -> (usize, &mut crate::policy::stats::Registry) {
+        (self.workers, &mut self.slots.counters)
+    }
 }
 
 /// A compiled virtual host.
@@ -58,6 +67,8 @@ pub struct VirtualHost {
     pub per_filter: PerRoute,
     /// Plain requests are redirected to https.
     pub require_tls: bool,
+    /// What rate limit filters make of requests to routes that say nothing themselves.
+    pub rate_limits: Box<[RateLimitEntry]>,
 }
 
 /// A compiled route.
@@ -76,8 +87,9 @@ pub struct Route {
     pub per_filter: PerRoute,
 }
 
+/// Which requests a route is for.
 #[derive(Debug)]
-struct RouteMatch {
+pub(crate) struct RouteMatch {
     path: PathMatch,
     case_insensitive: bool,
     headers: Box<[HeaderMatch]>,
@@ -163,6 +175,8 @@ pub struct Target {
     pub response_headers: HeaderOps,
     /// Authority for requests that go there.
     pub host_rewrite: Option<HeaderValue>,
+    /// Filter configuration.
+    pub per_filter: PerRoute,
 }
 
 /// Where requests go.
@@ -218,6 +232,12 @@ pub struct Forward {
     pub request_buffer: usize,
     /// Upgrades allowed or forbidden by the route itself.
     pub upgrades: Box<[(Box<str>, bool)]>,
+    /// What rate limit filters make of requests.
+    pub rate_limits: Box<[RateLimitEntry]>,
+    /// Whether the virtual host's `rate_limits` count as well.
+    pub include_host_rate_limits: bool,
+    /// Whether filters must know the target: it is chosen before them instead of after.
+    pub target_before_filters: bool,
 }
 
 impl VirtualHost {
@@ -233,6 +253,7 @@ impl VirtualHost {
             attempt_count_in_response: false,
             per_filter: PerRoute::default(),
             require_tls: false,
+            rate_limits: Box::default(),
         }
     }
 
@@ -244,15 +265,12 @@ impl VirtualHost {
         if from.matcher.is_some() {
             return Err(Refusal::new("matcher", "matcher trees are not supported"));
         }
-        if !from.rate_limits.is_empty() {
-            return Err(Refusal::new("rate_limits", "rate limits are not supported yet"));
-        }
         if from.hedge_policy.is_some() {
             return Err(Refusal::new("hedge_policy", "hedging is not supported yet"));
         }
-        let mut per_filter = PerRoute::compile(&from.typed_per_filter_config)?;
+        let mut per_filter = PerRoute::compile(&from.typed_per_filter_config, context)?;
         if let Some(cors) = &from.cors {
-            per_filter.cors = Some(Cors::compile_route(cors).within("cors")?);
+            per_filter.cors = Some(Arc::new(Cors::compile_route(cors).within("cors")?));
         }
         let routes = from
             .routes
@@ -282,6 +300,7 @@ impl VirtualHost {
             attempt_count_in_response: from.include_attempt_count_in_response,
             per_filter,
             require_tls: from.require_tls != route::virtual_host::TlsRequirementType::None as i32,
+            rate_limits: descriptors::compile_all(&from.rate_limits)?,
         })
     }
 
@@ -304,11 +323,11 @@ impl Route {
             .as_ref()
             .ok_or_else(|| Refusal::new("match", "is missing"))?;
         let matches = RouteMatch::compile(message).within("match")?;
-        let mut per_filter = PerRoute::compile(&from.typed_per_filter_config)?;
+        let mut per_filter = PerRoute::compile(&from.typed_per_filter_config, context)?;
         let action = match &from.action {
             Some(route::route::Action::Route(action)) => {
                 if let Some(cors) = &action.cors {
-                    per_filter.cors = Some(Cors::compile_route(cors).within("route.cors")?);
+                    per_filter.cors = Some(Arc::new(Cors::compile_route(cors).within("route.cors")?));
                 }
                 Action::Forward(Box::new(
                     Forward::compile(action, from, host, context).within("route")?,
@@ -389,7 +408,8 @@ fn split_port(authority: &str) -> (&str, Option<u16>) {
 }
 
 impl RouteMatch {
-    fn compile(from: &route::RouteMatch) -> Result<Self, Refusal> {
+    /// Compiles the message.
+    pub(crate) fn compile(from: &route::RouteMatch) -> Result<Self, Refusal> {
         use route::route_match::PathSpecifier;
         let path = match &from.path_specifier {
             None => return Err(Refusal::new("path_specifier", "is missing")),
@@ -449,7 +469,8 @@ impl RouteMatch {
         })
     }
 
-    fn test(&self, request: &RequestView<'_>, random: &impl Fn() -> u64) -> bool {
+    /// Whether it is for that request.
+    pub(crate) fn test(&self, request: &RequestView<'_>, random: &impl Fn() -> u64) -> bool {
         let path = request.path;
         let path_matches = match &self.path {
             PathMatch::Any => true,

@@ -185,6 +185,10 @@ pub struct Slots {
     next: u32,
     /// Clusters by name, for connections that name theirs.
     pub directory: Directory,
+    /// Counters of filters.
+    pub counters: crate::policy::stats::Registry,
+    /// Where access logs are written.
+    pub sinks: crate::observe::sink::Sinks,
     /// Secrets that clusters and listeners refer to.
     pub secrets: crate::tls::table::SecretTable,
 }
@@ -245,6 +249,8 @@ impl Slots {
         drop(directory);
         self.routes
             .retain(|_, slot| Arc::strong_count(slot) > 1 || slot.table.load().is_some());
+        self.counters.sweep();
+        self.sinks.sweep();
         self.secrets.sweep();
     }
 }

@@ -26,6 +26,8 @@ use super::slot::{ClusterSlot, ListenerSlot, RouteSlot, Slots, VirtualHostSlot};
 use super::table::{DomainIndex, RouteTable};
 use crate::clock::now_ms;
 use crate::error::{Refusal, Within};
+use crate::metrics::collect::Family;
+use crate::policy::per_route::PerRoute;
 use crate::random;
 use crate::tls::table::{SecretTable, Side};
 
@@ -72,6 +74,8 @@ struct RouteState {
     slot: Arc<RouteSlot>,
     /// The message without its virtual hosts; `None` while only virtual hosts have arrived.
     base: Option<pb_route::RouteConfiguration>,
+    /// Filter configuration of the message, compiled with it.
+    per_filter: Arc<PerRoute>,
     inline: Vec<Arc<VirtualHostSlot>>,
     discovered: BTreeMap<Box<str>, Arc<VirtualHostSlot>>,
 }
@@ -143,6 +147,16 @@ impl Store {
     /// Sockets to open or close since the last call.
     pub fn take_listener_changes(&mut self) -> Vec<ListenerChange> {
         std::mem::take(&mut self.changes)
+    }
+
+    /// Access log files are opened anew.
+    pub fn reopen_logs(&self) {
+        self.slots.sinks.reopen();
+    }
+
+    /// What filters counted.
+    pub fn counters(&self) -> Vec<Family> {
+        self.slots.counters.collect()
     }
 
     /// Takes a batch of resources of one type. What is refused is returned by name; the rest is live.
@@ -475,6 +489,7 @@ impl Store {
             .or_insert_with(|| RouteState {
                 slot,
                 base: None,
+                per_filter: Arc::default(),
                 inline: Vec::new(),
                 discovered: BTreeMap::new(),
             })
@@ -490,8 +505,10 @@ impl Store {
         let inline = compile_hosts(&message, &mut context)?;
         // Compiled before it is kept, so that a refusal leaves the last good one.
         check_table(&message, &inline)?;
+        let per_filter = Arc::new(PerRoute::compile(&message.typed_per_filter_config, &mut context)?);
         message.virtual_hosts.clear();
         let state = self.route_state(update.name);
+        state.per_filter = per_filter;
         state.base = Some(message);
         state.inline = inline;
         dirty.insert(state.slot.name.clone());
@@ -578,7 +595,7 @@ impl Store {
                     false
                 }
             });
-        match table_of(base, domains) {
+        match table_of(base, domains, state.per_filter.clone()) {
             Ok(table) => state.slot.set(Some(Arc::new(table))),
             Err(refusal) => refused.push((name.into(), refusal)),
         }
@@ -737,10 +754,14 @@ fn check_table(from: &pb_route::RouteConfiguration, hosts: &[Arc<VirtualHostSlot
     for (index, host) in hosts.iter().enumerate() {
         insert_host(&mut domains, host).within(format!("virtual_hosts[{index}]"))?;
     }
-    table_of(from, domains).map(drop)
+    table_of(from, domains, Arc::default()).map(drop)
 }
 
-fn table_of(from: &pb_route::RouteConfiguration, domains: DomainIndex) -> Result<RouteTable, Refusal> {
+fn table_of(
+    from: &pb_route::RouteConfiguration,
+    domains: DomainIndex,
+    per_filter: Arc<PerRoute>,
+) -> Result<RouteTable, Refusal> {
     let unsupported = [
         ("vhost_header", !from.vhost_header.is_empty()),
         (
@@ -754,10 +775,6 @@ fn table_of(from: &pb_route::RouteConfiguration, domains: DomainIndex) -> Result
         (
             "most_specific_header_mutations_wins",
             from.most_specific_header_mutations_wins,
-        ),
-        (
-            "typed_per_filter_config",
-            !from.typed_per_filter_config.is_empty(),
         ),
         (
             "ignore_path_parameters_in_path_matching",
@@ -781,6 +798,7 @@ fn table_of(from: &pb_route::RouteConfiguration, domains: DomainIndex) -> Result
             &from.response_headers_to_remove,
             "response_headers",
         )?,
+        per_filter,
     })
 }
 
@@ -797,7 +815,8 @@ pub(super) fn compile_inline_routes(
     for (index, host) in hosts.iter().enumerate() {
         insert_host(&mut domains, host).within(format!("virtual_hosts[{index}]"))?;
     }
-    table_of(from, domains)
+    let per_filter = Arc::new(PerRoute::compile(&from.typed_per_filter_config, context)?);
+    table_of(from, domains, per_filter)
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::headers::HeaderOps;
 use super::slot::VirtualHostSlot;
 use crate::error::Refusal;
+use crate::policy::per_route::PerRoute;
 
 type Map<V> = HashMap<Box<str>, V, foldhash::fast::RandomState>;
 
@@ -117,6 +118,8 @@ pub struct RouteTable {
     pub request_headers: HeaderOps,
     /// Mutations for every response.
     pub response_headers: HeaderOps,
+    /// Filter configuration for virtual hosts that have none of their own.
+    pub per_filter: Arc<PerRoute>,
 }
 
 impl RouteTable {

@@ -162,10 +162,14 @@ async fn answer(
         "/clusters" => reply(StatusCode::OK, "text/plain; charset=utf-8", clusters(proxy)),
         "/listeners" => plain(StatusCode::OK, listeners(proxy)),
         "/server_info" => json_reply(&server_info(proxy)),
-        "/drain_listeners" | "/quitquitquit" if !post => plain(
+        "/drain_listeners" | "/quitquitquit" | "/reopen_logs" if !post => plain(
             StatusCode::METHOD_NOT_ALLOWED,
             "use POST for what changes something\n",
         ),
+        "/reopen_logs" => {
+            proxy.store(|store| store.reopen_logs());
+            plain(StatusCode::OK, "OK\n")
+        }
         "/drain_listeners" => {
             let graceful = request
                 .uri()
@@ -187,7 +191,7 @@ async fn answer(
         "/" | "/help" => plain(
             StatusCode::OK,
             "/ready\n/stats\n/stats/prometheus\n/config_dump\n/certs\n/clusters\n/listeners\n/server_info\n\
-             POST /drain_listeners[?graceful]\nPOST /quitquitquit\n",
+             POST /drain_listeners[?graceful]\nPOST /reopen_logs\nPOST /quitquitquit\n",
         ),
         _ => plain(StatusCode::NOT_FOUND, "not found; see /help\n"),
     }

@@ -87,6 +87,7 @@ impl Proxy {
             own: own.clone(),
             peer_metadata: header(&header_of_node(&metadata)),
             peer_id: header(&options.node.id),
+            cluster: options.node.cluster.as_str().into(),
             virtual_listeners: store.virtual_listeners(),
             neighbours: arc_swap::ArcSwap::default(),
             log,
@@ -268,6 +269,7 @@ impl Proxy {
     pub fn metrics(&self) -> Vec<Family> {
         let mut families = collect(&self.own, &self.shards);
         families.extend(tls::stats::families(self.store.lock().secrets().all_stats()));
+        families.extend(self.store(|store| store.counters()));
         families
     }
 

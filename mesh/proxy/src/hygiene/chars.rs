@@ -41,7 +41,10 @@ const fn in_set(byte: u8, set: &[u8]) -> bool {
 
 fn all(bytes: &[u8], class: u8) -> bool {
     // Without a way out of the loop, so that it is unrolled.
-    bytes.iter().fold(class, |all, byte| all & CLASSES[usize::from(*byte)]) == class
+    bytes
+        .iter()
+        .fold(class, |all, byte| all & CLASSES[usize::from(*byte)])
+        == class
 }
 
 /// A non-empty token.

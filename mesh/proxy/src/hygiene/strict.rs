@@ -241,7 +241,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for StrictIo<S> {
             match Pin::new(&mut this.inner).poll_read(cx, buf) {
                 Poll::Ready(Ok(())) => {}
                 other => {
-                    this.gate.between.store(this.between_requests(), Ordering::Relaxed);
+                    this.gate
+                        .between
+                        .store(this.between_requests(), Ordering::Relaxed);
                     return other;
                 }
             }

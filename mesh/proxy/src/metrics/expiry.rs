@@ -53,7 +53,9 @@ pub fn mark(shards: &[Arc<Shard>], now_ms: u64, limits: Limits) -> usize {
     };
     let oldest = now_ms.saturating_sub(idle);
     mark_old(
-        http.iter().flatten().map(|series| (series.labels.key(), &series.life, false)),
+        http.iter()
+            .flatten()
+            .map(|series| (series.labels.key(), &series.life, false)),
         oldest,
     ) + mark_old(
         tcp.iter().flatten().map(|series| {
@@ -154,7 +156,11 @@ mod tests {
         for code in 200..206 {
             worker.http(&labels(code));
         }
-        assert_eq!(mark(&shards, now + 100, LIMITS), 6, "more than five: ten milliseconds");
+        assert_eq!(
+            mark(&shards, now + 100, LIMITS),
+            6,
+            "more than five: ten milliseconds"
+        );
     }
 
     #[test]

@@ -34,6 +34,16 @@ flags! {
     DROP_OVERLOAD = 17, "DO", "dropped as EDS asks";
     LOCAL_RESET = 18, "LR", "reset by the proxy";
     DOWNSTREAM_RESET = 19, "DR", "the client reset the stream";
+    RATE_LIMITED = 20, "RL", "over a rate limit";
+    UNAUTHORIZED = 21, "UAEX", "denied by the authorisation service";
+    RATE_LIMIT_SERVICE = 22, "RLSE", "the rate limit service failed";
+    FAILED_LOCAL_HEALTH_CHECK = 23, "LH", "the application failed its health check";
+    INVALID_ENVOY_HEADERS = 24, "IH", "a request field for the proxy is malformed";
+    FROM_CACHE = 25, "RFCF", "answered from a cache";
+    NO_FILTER_CONFIG = 26, "NFCF", "a filter's configuration has not arrived";
+    OVERLOAD = 27, "OM", "shed by the overload manager";
+    DNS_FAILURE = 28, "DF", "a name could not be resolved";
+    UNCONDITIONAL_DROP = 29, "UDO", "everything is dropped as EDS asks";
 }
 
 impl Flags {
@@ -45,6 +55,14 @@ impl Flags {
     /// Whether no flag is set.
     pub fn is_empty(self) -> bool {
         self.0 == 0
+    }
+
+    /// The flag of that short code.
+    pub fn of_code(code: &str) -> Option<Self> {
+        Self::ALL
+            .iter()
+            .find(|(_, text)| *text == code)
+            .map(|(flag, _)| *flag)
     }
 
     /// Whether any flag of `other` is set.

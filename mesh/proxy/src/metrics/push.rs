@@ -81,7 +81,8 @@ impl Sent {
             let names: HashSet<(&str, &Labels)> = istio()
                 .flat_map(|family| family.metrics.iter().map(|(labels, _)| (family.name, labels)))
                 .collect();
-            self.0.retain(|(name, labels), _| names.contains(&(*name, labels)));
+            self.0
+                .retain(|(name, labels), _| names.contains(&(*name, labels)));
         }
         out
     }
@@ -224,6 +225,10 @@ mod tests {
         assert_eq!(changed[0].metric[0].label[0].value.as_deref(), Some("b"));
         assert_eq!(changed[0].metric[0].counter.as_ref().unwrap().value, Some(2.0));
         assert!(sent.changed(&[], 8).is_empty());
-        assert_eq!(sent.changed(&family(1.0, 2.0), 9)[0].metric.len(), 2, "ended and come back");
+        assert_eq!(
+            sent.changed(&family(1.0, 2.0), 9)[0].metric.len(),
+            2,
+            "ended and come back"
+        );
     }
 }

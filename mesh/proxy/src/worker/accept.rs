@@ -15,11 +15,15 @@ use tokio::time::Instant;
 use super::io::Io;
 use super::sniff::{self, Detected, Http};
 use super::{Command, Worker, http, tcp};
+use crate::clock;
 use crate::config::hcm::Codec;
 use crate::config::listener::{ConnectionFacts, FilterChain, Handler, Listener};
 use crate::config::listener_filters::ProxyProtocol;
 use crate::config::slot::ListenerSlot;
 use crate::metrics::flags::Flags;
+use crate::policy::facts::{Facts, PeerIdentity};
+use crate::policy::metadata::Metadata;
+use crate::tls::info::ConnectionTls;
 use crate::tls::rewind::Rewind;
 use crate::upstream::proxy_header::{self, Header};
 
@@ -239,6 +243,54 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
     handle(worker, listener, chain, stream, prefix, detected, addresses).await;
 }
 
+/// Whether the chain's network filters let the connection through; a denial is logged.
+fn admitted(
+    worker: &Worker,
+    listener: &Listener,
+    chain: &FilterChain,
+    server_name: Option<&str>,
+    tls: Option<&ConnectionTls>,
+    addresses: http::Addresses,
+) -> bool {
+    let mut metadata = Metadata::default();
+    for policy in &chain.policies {
+        let facts = Facts {
+            direct_remote: addresses.direct,
+            source: addresses.remote,
+            local: addresses.local,
+            server_name,
+            peer: tls.and_then(PeerIdentity::of),
+            request: None,
+            forwarded: false,
+            metadata: &metadata,
+        };
+        let (denied, noted) = policy.judge(&facts, clock::now_ms(), worker.id);
+        if let Some(denied) = denied {
+            let flags = if denied.limited {
+                Flags::RATE_LIMITED
+            } else {
+                Flags::default()
+            };
+            worker.log(
+                serde_json::json!({
+                    "listener": &*listener.name,
+                    "response_flags": flags.to_string(),
+                    "connection_termination_details": denied.details,
+                    "requested_server_name": server_name,
+                    "downstream_remote_address": addresses.remote.to_string(),
+                    "downstream_local_address": addresses.local.to_string(),
+                })
+                .to_string(),
+            );
+            return false;
+        }
+        if let Some(noted) = noted {
+            metadata = noted;
+        }
+    }
+    true
+}
+
 fn choose(
     worker: &Worker,
     listener: &Listener,
@@ -317,6 +369,18 @@ async fn handle(
             }
         }
     };
+    if !chain.policies.is_empty()
+        && !admitted(
+            &worker,
+            &listener,
+            &chain,
+            server_name.as_deref(),
+            tls.as_deref(),
+            addresses,
+        )
+    {
+        return;
+    }
     match &chain.handler {
         Handler::Tcp(proxy) => {
             let proxy = proxy.clone();

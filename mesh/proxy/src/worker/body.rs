@@ -1,6 +1,7 @@
 //! Message bodies on their way through the proxy: counted, bounded in time, and kept for retries where asked.
 
 use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
@@ -12,18 +13,110 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::Sleep;
 
+use crate::policy::compressor::Encoder;
+
 /// The error of a body: what went wrong, for hyper to break the message off.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
+
+/// The body of a request on its way in. What filters read of it before it is sent on is kept here.
+#[derive(Debug)]
+pub struct Inbound {
+    incoming: Incoming,
+    ahead: VecDeque<Frame<Bytes>>,
+    ahead_bytes: usize,
+    ended: bool,
+}
+
+/// How far a body was read ahead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ahead {
+    /// To its end.
+    Whole,
+    /// Up to the limit, and there is more.
+    Part,
+}
+
+impl Inbound {
+    /// Nothing has been read yet.
+    pub fn new(incoming: Incoming) -> Self {
+        Self {
+            incoming,
+            ahead: VecDeque::new(),
+            ahead_bytes: 0,
+            ended: false,
+        }
+    }
+
+    /// Reads until the end, or until more than `limit` bytes are held.
+    pub async fn read_ahead(&mut self, limit: usize) -> Result<Ahead, hyper::Error> {
+        while self.ahead_bytes <= limit {
+            if self.ended || self.incoming.is_end_stream() {
+                self.ended = true;
+                return Ok(Ahead::Whole);
+            }
+            match http_body_util::BodyExt::frame(&mut self.incoming).await {
+                None => self.ended = true,
+                Some(Err(error)) => return Err(error),
+                Some(Ok(frame)) => {
+                    self.ahead_bytes += frame.data_ref().map_or(0, Bytes::len);
+                    self.ahead.push_back(frame);
+                }
+            }
+        }
+        Ok(Ahead::Part)
+    }
+
+    /// The first bytes of what was read ahead, `limit` at most.
+    pub fn first_bytes(&self, limit: usize) -> Bytes {
+        let mut out = bytes::BytesMut::with_capacity(self.ahead_bytes.min(limit));
+        for data in self.ahead.iter().filter_map(Frame::data_ref) {
+            let room = limit - out.len();
+            out.extend_from_slice(&data[..data.len().min(room)]);
+        }
+        out.freeze()
+    }
+
+    /// Bytes that were read ahead.
+    pub fn held(&self) -> usize {
+        self.ahead_bytes
+    }
+
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        match self.ahead.pop_front() {
+            Some(frame) => Poll::Ready(Some(Ok(frame))),
+            None if self.ended => Poll::Ready(None),
+            None => Pin::new(&mut self.incoming).poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.ahead.is_empty() && (self.ended || self.incoming.is_end_stream())
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        if self.ahead.is_empty() {
+            return self.incoming.size_hint();
+        }
+        let held = self.ahead_bytes as u64;
+        match self.incoming.size_hint().exact() {
+            _ if self.ended => SizeHint::with_exact(held),
+            Some(rest) => SizeHint::with_exact(held + rest),
+            None => SizeHint::default(),
+        }
+    }
+}
 
 /// Frames of a request as they come from the client, shared by the attempts to send it on.
 #[derive(Debug)]
 pub struct RequestSource {
-    incoming: Incoming,
+    incoming: Inbound,
     kept: Vec<Kept>,
     kept_bytes: usize,
     limit: usize,
     overflowed: bool,
     ended: bool,
+    /// When its end was read.
+    pub ended_at: Option<Instant>,
     /// Bytes received from the client.
     pub received: u64,
     /// The client broke off, or broke the protocol, or sent nothing for too long.
@@ -47,7 +140,7 @@ enum Kept {
 impl RequestSource {
     /// Of `incoming`, keeping up to `limit` bytes for retries, and waiting up to `idle` for more as long as there is no
     /// response.
-    pub fn new(incoming: Incoming, limit: usize, idle: Option<Duration>) -> Rc<RefCell<Self>> {
+    pub fn new(incoming: Inbound, limit: usize, idle: Option<Duration>) -> Rc<RefCell<Self>> {
         Rc::new(RefCell::new(Self {
             incoming,
             kept: Vec::new(),
@@ -55,6 +148,7 @@ impl RequestSource {
             limit,
             overflowed: limit == 0,
             ended: false,
+            ended_at: None,
             received: 0,
             client_failed: false,
             timed_out: false,
@@ -88,6 +182,11 @@ impl RequestSource {
     /// Whether everything that was read can be sent again.
     pub fn can_replay(&self) -> bool {
         !self.overflowed || self.received == 0
+    }
+
+    fn end(&mut self) {
+        self.ended = true;
+        self.ended_at.get_or_insert_with(Instant::now);
     }
 
     /// Whether the whole request has been read.
@@ -178,7 +277,7 @@ impl Body for UpstreamBody {
                 if source.ended {
                     return Poll::Ready(None);
                 }
-                let polled = Pin::new(&mut source.incoming).poll_frame(cx);
+                let polled = source.incoming.poll_frame(cx);
                 if polled.is_pending() && source.stalled(cx) {
                     source.client_failed = true;
                     source.timed_out = true;
@@ -186,7 +285,7 @@ impl Body for UpstreamBody {
                 }
                 match ready!(polled) {
                     None => {
-                        source.ended = true;
+                        source.end();
                         Poll::Ready(None)
                     }
                     Some(Err(error)) => {
@@ -208,7 +307,7 @@ impl Body for UpstreamBody {
                             *position += 1;
                         }
                         if source.incoming.is_end_stream() {
-                            source.ended = true;
+                            source.end();
                         }
                         Poll::Ready(Some(Ok(frame)))
                     }
@@ -271,6 +370,50 @@ pub enum ResponseBody<O> {
         /// Whether all was seen.
         done: bool,
     },
+    /// Encoded on its way.
+    Encoded(Box<Encoded<O>>),
+}
+
+/// A body that is encoded on its way.
+#[derive(Debug)]
+pub struct Encoded<O> {
+    inner: ResponseBody<O>,
+    /// Gone once the end was written.
+    encoder: Option<Encoder>,
+    trailers: Option<HeaderMap>,
+}
+
+impl<O: Observer + Unpin> Encoded<O> {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        loop {
+            let Some(encoder) = &mut self.encoder else {
+                return Poll::Ready(self.trailers.take().map(|trailers| Ok(Frame::trailers(trailers))));
+            };
+            let end = match ready!(Pin::new(&mut self.inner).poll_frame(cx)) {
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) if data.is_empty() => continue,
+                    Ok(data) => match encoder.push(&data) {
+                        Ok(out) if out.is_empty() => continue,
+                        Ok(out) => return Poll::Ready(Some(Ok(Frame::data(out)))),
+                        Err(error) => return Poll::Ready(Some(Err(error.into()))),
+                    },
+                    Err(frame) => {
+                        self.trailers = frame.into_trailers().ok();
+                        true
+                    }
+                },
+                None => true,
+            };
+            if end && let Some(encoder) = self.encoder.take() {
+                match encoder.finish() {
+                    Ok(out) if out.is_empty() => {}
+                    Ok(out) => return Poll::Ready(Some(Ok(Frame::data(out)))),
+                    Err(error) => return Poll::Ready(Some(Err(error.into()))),
+                }
+            }
+        }
+    }
 }
 
 impl<O: Observer> ResponseBody<O> {
@@ -286,6 +429,15 @@ impl<O: Observer> ResponseBody<O> {
             done,
         }
     }
+
+    /// The same body, encoded.
+    pub fn encoded(self, encoder: Encoder) -> Self {
+        Self::Encoded(Box::new(Encoded {
+            inner: self,
+            encoder: Some(encoder),
+            trailers: None,
+        }))
+    }
 }
 
 impl<O: Observer + Unpin> Body for ResponseBody<O> {
@@ -298,6 +450,7 @@ impl<O: Observer + Unpin> Body for ResponseBody<O> {
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         match self.get_mut() {
             Self::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Encoded(encoded) => encoded.poll_frame(cx),
             Self::Upstream {
                 incoming,
                 observer,
@@ -333,6 +486,7 @@ impl<O: Observer + Unpin> Body for ResponseBody<O> {
         match self {
             Self::Full(bytes) => bytes.is_none(),
             Self::Upstream { incoming, done, .. } => *done || incoming.is_end_stream(),
+            Self::Encoded(encoded) => encoded.encoder.is_none() && encoded.trailers.is_none(),
         }
     }
 
@@ -340,6 +494,7 @@ impl<O: Observer + Unpin> Body for ResponseBody<O> {
         match self {
             Self::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
             Self::Upstream { incoming, .. } => incoming.size_hint(),
+            Self::Encoded(_) => SizeHint::default(),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! One request and its response: what is remembered from the first byte to the last, and what is recorded then.
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -13,7 +14,10 @@ use http_body::Frame;
 use tokio::time::Sleep;
 
 use super::body::{BodyError, Observer, RequestSource};
+use super::filters::PolicyState;
 use super::http::Downstream;
+use super::logging::{self, LogState};
+use super::spans::{self, SpanState};
 use crate::config::listener::Direction;
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
@@ -66,11 +70,17 @@ pub struct Exchange {
     /// gRPC status.
     pub grpc_status: Option<u8>,
     /// Why the response is what it is.
-    pub details: &'static str,
+    pub details: Cow<'static, str>,
     /// More about a failure.
     pub failure: Option<Box<str>>,
     /// Bytes of the response body.
     pub sent: u64,
+    /// What filters remember.
+    pub policy: Option<Box<PolicyState>>,
+    /// What access logs keep.
+    pub log: Option<Box<LogState>>,
+    /// Its place in a trace.
+    pub span: Option<Box<SpanState>>,
     finished: bool,
 }
 
@@ -97,9 +107,12 @@ impl Exchange {
             flags: Flags::default(),
             code: 0,
             grpc_status: None,
-            details: "",
+            details: Cow::Borrowed(""),
             failure: None,
             sent: 0,
+            policy: None,
+            log: None,
+            span: None,
             finished: false,
         })
     }
@@ -121,8 +134,12 @@ impl Exchange {
         if conn.manager.stats && conn.direction != Direction::Unspecified {
             self.record(&conn);
         }
-        if !self.flags.is_empty() || self.code >= 500 {
+        // Without configured access logs, errors are told all the same.
+        if !logging::write(self) && (!self.flags.is_empty() || self.code >= 500) {
             conn.worker.log(self.log_line());
+        }
+        if self.span.is_some() {
+            spans::finish(self);
         }
     }
 
@@ -156,7 +173,8 @@ impl Exchange {
         series.response_bytes.observe_thousandths(self.sent * 1000);
     }
 
-    fn received(&self) -> u64 {
+    /// Bytes of the request's body.
+    pub fn received(&self) -> u64 {
         self.source.as_ref().map_or(0, |source| source.borrow().received)
     }
 
@@ -210,7 +228,7 @@ impl Drop for Exchange {
             // Dropped before its end: hyper gave up the request because the client is gone.
             self.flags.add(Flags::DOWNSTREAM_TERMINATION);
             if self.details.is_empty() || self.details == "via_upstream" {
-                self.details = "downstream_remote_disconnect";
+                self.details = Cow::Borrowed("downstream_remote_disconnect");
             }
             self.finish();
         }
@@ -341,7 +359,7 @@ impl Watch {
 
     fn broken(&mut self, flag: Flags, details: &'static str) {
         self.exchange.flags.add(flag);
-        self.exchange.details = details;
+        self.exchange.details = Cow::Borrowed(details);
         self.lease = None;
         self.active = None;
         self.exchange.finish();
@@ -354,6 +372,7 @@ impl Observer for Watch {
             self.exchange.sent += data.len() as u64;
         } else if let Some(trailers) = frame.trailers_ref() {
             self.exchange.note_grpc_status(trailers);
+            logging::keep_trailers(&mut self.exchange, trailers);
         }
         if self.limits.idle.is_some() {
             self.limits.last_frame = Some(Instant::now());

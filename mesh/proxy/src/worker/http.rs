@@ -1,9 +1,10 @@
 //! A downstream HTTP connection: hyper's server with our limits, our drain, our strict reader.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use http::{HeaderMap, HeaderValue, Version, header};
@@ -19,6 +20,8 @@ use crate::config::hcm::{HttpManager, ServerHeader};
 use crate::config::listener::{Direction, FilterChain};
 use crate::hygiene::scan::HeadLimits;
 use crate::hygiene::strict::{Gate, StrictIo};
+use crate::policy::facts::PeerIdentity;
+use crate::policy::local_rate_limit::{Buckets, LocalRateLimit};
 use crate::tls::info::ConnectionTls;
 
 /// What every request of a connection shares.
@@ -35,12 +38,18 @@ pub struct Downstream {
     pub remote: SocketAddr,
     /// Where the client wanted to go.
     pub local: SocketAddr,
+    /// Who connected to us, where that is not the client itself (PROXY protocol).
+    pub direct: SocketAddr,
+    /// Number of the connection within the process.
+    pub id: u64,
     /// TLS, where the connection has it and we end it.
     pub tls: Option<Arc<ConnectionTls>>,
     /// Server name of the TLS handshake, ours or one that we looked into.
     pub server_name: Option<Box<str>>,
     /// Shared with the reader.
     pub gate: Arc<Gate>,
+    /// Token buckets of this connection, by the limit that they belong to.
+    buckets: RefCell<Vec<(Arc<LocalRateLimit>, Rc<Buckets>)>>,
     upgrade_asked: Cell<bool>,
     requests: Cell<u32>,
     pub(super) running: Cell<u32>,
@@ -50,7 +59,37 @@ pub struct Downstream {
     pub(super) finish: Notify,
 }
 
+/// Numbers of connections.
+static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
+/// Limits for which one connection keeps buckets of its own.
+const MAX_OWN_BUCKETS: usize = 64;
+
 impl Downstream {
+    /// Who the client is, by its verified certificate.
+    pub fn peer_identity(&self) -> Option<PeerIdentity<'_>> {
+        self.tls.as_deref().and_then(PeerIdentity::of)
+    }
+
+    /// Server name of the client's TLS handshake.
+    pub fn server_name(&self) -> Option<&str> {
+        self.server_name.as_deref()
+    }
+
+    /// The connection's own buckets of a limit.
+    pub fn buckets_of(&self, limit: &Arc<LocalRateLimit>, now_ms: u64) -> Rc<Buckets> {
+        let mut all = self.buckets.borrow_mut();
+        if let Some((_, buckets)) = all.iter().find(|(owner, _)| Arc::ptr_eq(owner, limit)) {
+            return buckets.clone();
+        }
+        if all.len() >= MAX_OWN_BUCKETS {
+            // Only a connection that outlives dozens of route changes gets here.
+            all.remove(0);
+        }
+        let buckets = Rc::new(limit.connection_buckets(now_ms));
+        all.push((limit.clone(), buckets.clone()));
+        buckets
+    }
+
     /// A request begins.
     pub fn request_began(&self) {
         self.requests.set(self.requests.get().saturating_add(1));
@@ -174,9 +213,12 @@ pub async fn serve<S>(
         direction,
         remote: addresses.remote,
         local: addresses.local,
+        direct: addresses.direct,
+        id: CONNECTIONS.fetch_add(1, Ordering::Relaxed),
         tls,
         server_name,
         gate,
+        buckets: RefCell::default(),
         upgrade_asked: Cell::new(false),
         requests: Cell::new(0),
         running: Cell::new(0),
@@ -220,4 +262,3 @@ where
         }
     }
 }
-

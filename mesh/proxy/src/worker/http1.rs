@@ -53,7 +53,9 @@ where
         let conn = conn.clone();
         service_fn(move |request| request::handle(conn.clone(), request))
     };
-    let mut connection = builder.serve_connection(TokioIo::new(io), service).with_upgrades();
+    let mut connection = builder
+        .serve_connection(TokioIo::new(io), service)
+        .with_upgrades();
     let mut may_park = true;
     loop {
         let end = tokio::select! {

@@ -1,10 +1,14 @@
 //! Responses that the proxy makes itself.
 
+use std::borrow::Cow;
+
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 
 use super::body::ResponseBody;
 use super::exchange::{Exchange, Watch};
+use super::filters;
+use super::logging;
 use crate::metrics::flags::Flags;
 
 /// Response flags on responses that the proxy made itself.
@@ -21,7 +25,7 @@ pub struct LocalReply {
     /// Flags to add.
     pub flags: Flags,
     /// Response code details.
-    pub details: &'static str,
+    pub details: Cow<'static, str>,
     /// Body.
     pub body: Bytes,
     /// More fields.
@@ -34,11 +38,16 @@ pub struct LocalReply {
 
 impl LocalReply {
     /// A reply with a text.
-    pub fn new(status: StatusCode, flags: Flags, details: &'static str, body: &'static str) -> Self {
+    pub fn new(
+        status: StatusCode,
+        flags: Flags,
+        details: impl Into<Cow<'static, str>>,
+        body: &'static str,
+    ) -> Self {
         Self {
             status,
             flags,
-            details,
+            details: details.into(),
             body: Bytes::from_static(body.as_bytes()),
             headers: HeaderMap::new(),
             grpc_status: None,
@@ -86,10 +95,35 @@ impl LocalReply {
             response.headers_mut().insert(X_RESPONSE_FLAGS.clone(), flags);
         }
         exchange.sent = body.len() as u64;
+        if exchange.policy.is_some() {
+            let (mut head, ()) = response.into_parts();
+            let long = !body.is_empty() && exchange.method != http::Method::HEAD;
+            if long {
+                head.headers
+                    .insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
+            }
+            let encoder = filters::encode(&mut exchange, &mut head, long);
+            head.headers.remove(header::CONTENT_LENGTH);
+            response = Response::from_parts(head, ());
+            if let Some(mut encoder) = encoder {
+                let encoded = encoder.push(&body).and_then(|start| {
+                    let end = encoder.finish()?;
+                    Ok(Bytes::from([start, end].concat()))
+                });
+                match encoded {
+                    Ok(encoded) => body = encoded,
+                    Err(_) => {
+                        response.headers_mut().remove(header::CONTENT_ENCODING);
+                    }
+                }
+            }
+            exchange.sent = body.len() as u64;
+        }
         exchange
             .conn
             .clone()
             .dress(response.headers_mut(), exchange.version);
+        logging::keep_response(&mut exchange, response.headers(), false);
         exchange.finish();
         response.map(|()| ResponseBody::Full((!body.is_empty()).then_some(body)))
     }

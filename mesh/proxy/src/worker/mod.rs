@@ -3,17 +3,21 @@
 
 pub mod accept;
 pub mod body;
+pub mod call;
 pub mod exchange;
 mod failure;
+pub mod filters;
 pub mod http;
 mod http1;
 pub mod io;
 pub mod local;
+mod logging;
 mod mirror;
 mod prepare;
 pub mod request;
 mod rest;
 pub mod sniff;
+mod spans;
 pub mod tcp;
 mod upgrade;
 pub mod upstream;
@@ -51,6 +55,8 @@ pub struct Shared {
     pub peer_metadata: HeaderValue,
     /// Our node id.
     pub peer_id: HeaderValue,
+    /// Name of the cluster that we belong to (`node.cluster`).
+    pub cluster: Box<str>,
     /// Listeners without sockets.
     pub virtual_listeners: Arc<ArcSwap<VirtualListeners>>,
     /// The workers' own commands, by worker: how connections are handed over.

@@ -2,23 +2,24 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
 
-use bytes::Bytes;
 use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
 use hyper::body::{Body as _, Incoming};
 
+use super::body::Inbound;
 use super::exchange::{Exchange, protocol_text};
+use super::filters;
 use super::http::Downstream;
 use super::local::{Body, LocalReply};
+use super::logging;
+use super::spans;
 use super::upstream;
-use crate::config::filters::{Cors, CorsVerdict, FaultAbort};
 use crate::config::headers::Variables;
 use crate::config::listener::Direction;
 use crate::config::matchers::RequestView;
-use crate::config::route::{Action, Route, VirtualHost, is_grpc};
+use crate::config::route::{Action, Route, Target, Targets, VirtualHost, is_grpc};
 use crate::config::table::RouteTable;
 use crate::hygiene::fields::{Present, requested_upgrade, strip_hop_by_hop};
 use crate::hygiene::path::{Normalized, normalize};
@@ -56,9 +57,36 @@ pub(super) struct Routed {
     pub table: Arc<RouteTable>,
     pub host: Arc<VirtualHost>,
     pub route: Arc<Route>,
+    /// The weighted cluster, where it was chosen before the filters ran.
+    pub chosen: Option<usize>,
 }
 
 impl Routed {
+    /// The weighted cluster, if it has been chosen.
+    pub(super) fn target(&self) -> Option<&Target> {
+        match (&self.route.action, self.chosen) {
+            (Action::Forward(forward), Some(index)) => match &forward.targets {
+                Targets::Weighted(targets, ..) => targets.get(index),
+                Targets::One(_) | Targets::Empty => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// The cluster that the request goes to, as far as it is known.
+    pub(super) fn cluster_name(&self) -> &str {
+        if let Some(target) = self.target() {
+            return &target.cluster.name;
+        }
+        match &self.route.action {
+            Action::Forward(forward) => match &forward.targets {
+                Targets::One(slot) => &slot.name,
+                Targets::Weighted(..) | Targets::Empty => "",
+            },
+            Action::Redirect(_) | Action::Direct(_) => "",
+        }
+    }
+
     /// Response mutations, most specific first, as Envoy orders them.
     pub(super) fn mutate_response(
         &self,
@@ -107,6 +135,8 @@ pub(super) async fn handle(
         Err(reply) => return Ok(reply.send(exchange)),
     };
     identify(&conn, &mut exchange, &mut parts);
+    spans::begin(&mut exchange, &mut parts);
+    logging::keep_request(&mut exchange, &parts);
     // Boxed: the future of a request lives as long as the request, and most of it is here.
     Ok(Box::pin(route(conn, exchange, parts, incoming, upgrade)).await)
 }
@@ -351,18 +381,23 @@ pub(super) fn variables<'a>(conn: &Downstream, parts: &'a Parts, route: &'a Rout
     }
 }
 
-fn find_route(conn: &Downstream, parts: &Parts) -> Option<Routed> {
+pub(super) fn find_route(conn: &Downstream, parts: &Parts) -> Option<Routed> {
     let table = conn.manager.table()?;
     let view = view(parts);
     let host = table.find(view.authority)?.load();
     let route = host.find(&view, random::next)?.clone();
-    Some(Routed { table, host, route })
+    Some(Routed {
+        table,
+        host,
+        route,
+        chosen: None,
+    })
 }
 
 async fn route(
     conn: Rc<Downstream>,
     mut exchange: Box<Exchange>,
-    parts: Parts,
+    mut parts: Parts,
     incoming: Incoming,
     upgrade: Option<String>,
 ) -> Response<Body> {
@@ -376,7 +411,7 @@ async fn route(
         )
         .send(exchange);
     }
-    let Some(routed) = find_route(&conn, &parts) else {
+    let Some(mut routed) = find_route(&conn, &parts) else {
         conn.decide_upgrade(false);
         return LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", "").send(exchange);
     };
@@ -391,33 +426,14 @@ async fn route(
             &location,
         );
     }
-    let cors = conn
-        .manager
-        .has_cors
-        .then(|| {
-            routed
-                .route
-                .per_filter
-                .cors
-                .as_ref()
-                .or(routed.host.per_filter.cors.as_ref())
-                .or(conn.manager.cors.as_ref())
-        })
-        .flatten();
-    let mut allowed_origin = None;
-    match cors.map_or(CorsVerdict::None, |cors| {
-        cors.judge(&parts.method, &parts.headers)
-    }) {
-        CorsVerdict::None => {}
-        CorsVerdict::Actual(origin) => allowed_origin = Some(origin),
-        CorsVerdict::Preflight(headers) => {
-            let mut reply = LocalReply::new(StatusCode::OK, Flags::default(), "cors_preflight", "");
-            reply.headers = *headers;
+    let mut body = (!incoming.is_end_stream()).then(|| Inbound::new(incoming));
+    if !conn.manager.filters.filters.is_empty() {
+        filters::choose_target(&conn, &mut routed);
+        let passed = filters::decode(&conn, &mut exchange, &mut routed, &mut parts, &mut body).await;
+        if let Err(reply) = passed {
+            conn.decide_upgrade(false);
             return reply.send(exchange);
         }
-    }
-    if let Some(reply) = inject_fault(&conn, &mut exchange, &routed, &parts).await {
-        return decorate(reply.send(exchange), cors, allowed_origin);
     }
     let response = match &routed.route.action {
         Action::Direct(direct) => {
@@ -432,20 +448,11 @@ async fn route(
             redirect(exchange, &routed, &parts, action.status, &location)
         }
         Action::Forward(_) => {
-            let body = if incoming.is_end_stream() {
-                None
-            } else {
-                Some(incoming)
-            };
-            return decorate(
-                upstream::forward(exchange, routed.clone_arcs(), parts, body, upgrade).await,
-                cors,
-                allowed_origin,
-            );
+            return upstream::forward(exchange, routed.clone_arcs(), parts, body, upgrade).await;
         }
     };
     conn.decide_upgrade(false);
-    decorate(response, cors, allowed_origin)
+    response
 }
 
 impl Routed {
@@ -454,19 +461,9 @@ impl Routed {
             table: self.table.clone(),
             host: self.host.clone(),
             route: self.route.clone(),
+            chosen: self.chosen,
         }
     }
-}
-
-fn decorate(
-    mut response: Response<Body>,
-    cors: Option<&Cors>,
-    origin: Option<HeaderValue>,
-) -> Response<Body> {
-    if let (Some(cors), Some(origin)) = (cors, origin) {
-        cors.decorate(origin, response.headers_mut());
-    }
-    response
 }
 
 fn redirect(
@@ -494,46 +491,4 @@ fn redirect(
         &variables(&conn, parts, &routed.route),
     );
     reply.send(exchange)
-}
-
-/// Delays, and the reply of an abort.
-async fn inject_fault(
-    conn: &Downstream,
-    exchange: &mut Exchange,
-    routed: &Routed,
-    parts: &Parts,
-) -> Option<LocalReply> {
-    if !conn.manager.has_fault {
-        return None;
-    }
-    let own = routed
-        .route
-        .per_filter
-        .fault
-        .as_ref()
-        .or(routed.host.per_filter.fault.as_ref());
-    let fault = match own {
-        Some(own) => own.as_ref()?,
-        None => conn.manager.fault.as_ref()?,
-    };
-    let (delay, abort) = fault.decide(&view(parts), random::next);
-    if let Some(delay) = delay {
-        exchange.flags.add(Flags::DELAY_INJECTED);
-        tokio::time::sleep(delay.min(Duration::from_secs(3600))).await;
-    }
-    let mut reply = LocalReply::new(
-        StatusCode::OK,
-        Flags::FAULT_INJECTED,
-        "fault_filter_abort",
-        "fault filter abort",
-    );
-    match abort? {
-        FaultAbort::Http(status) => reply.status = status,
-        FaultAbort::Grpc(status) => {
-            reply.grpc_status = Some(status);
-            exchange.grpc = true;
-            reply.body = Bytes::from_static(b"fault filter abort");
-        }
-    }
-    Some(reply)
 }

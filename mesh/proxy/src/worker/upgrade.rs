@@ -21,7 +21,7 @@ pub(super) fn switch_protocols(
     let conn = exchange.conn.clone();
     conn.decide_upgrade(true);
     exchange.code = 101;
-    exchange.details = "via_upstream";
+    exchange.details = "via_upstream".into();
     let upstream = hyper::upgrade::on(&mut response);
     let (mut head, _) = response.into_parts();
     let protocol = head.headers.get(header::UPGRADE).cloned();

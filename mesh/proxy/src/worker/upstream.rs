@@ -10,11 +10,13 @@ use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, 
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
-use super::body::{RequestSource, ResponseBody, UpstreamBody};
+use super::body::{Inbound, RequestSource, ResponseBody, UpstreamBody};
 use super::exchange::{Exchange, GRPC_STATUS, Limits, Watch};
 use super::failure::{Failure, final_reply, full_text, refused_by_peer};
+use super::filters;
 use super::http::Downstream;
 use super::local::{Body, LocalReply};
+use super::logging;
 use super::mirror::mirror;
 use super::prepare::prepare;
 use super::request::{PEER_METADATA, PEER_METADATA_ID, Routed, X_REQUEST_ID, X_UNPROCESSED, variables, view};
@@ -111,7 +113,7 @@ pub(super) async fn forward(
     mut exchange: Box<Exchange>,
     routed: Routed,
     mut parts: Parts,
-    incoming: Option<Incoming>,
+    incoming: Option<Inbound>,
     upgrade: Option<String>,
 ) -> Response<Body> {
     let conn = exchange.conn.clone();
@@ -127,7 +129,10 @@ pub(super) async fn forward(
     let (slot, target) = match &forward.targets {
         Targets::One(slot) => (slot, None),
         Targets::Weighted(targets, weights, turn) => {
-            let target = &targets[weights.pick(turn.next(conn.worker.id))];
+            let target = match routed.target() {
+                Some(target) => target,
+                None => &targets[weights.pick(turn.next(conn.worker.id))],
+            };
             (&target.cluster, Some(target))
         }
         Targets::Empty => {
@@ -197,6 +202,7 @@ pub(super) async fn forward(
     if let Err(reply) = prepare(&conn, &routed, forward, target, &cluster, &mut parts) {
         return reply.send(exchange);
     }
+    logging::keep_request(&mut exchange, &parts);
     let source = incoming.map(|incoming| {
         let keep = forward.retry.is_some() || !forward.mirrors.is_empty();
         let idle = forward.idle_timeout.unwrap_or(conn.manager.stream_idle_timeout);
@@ -705,8 +711,15 @@ fn respond(
         routed.mutate_response(&mut head.headers, &request, &variables);
     }
     exchange.code = head.status.as_u16();
-    exchange.details = "via_upstream";
+    exchange.details = "via_upstream".into();
     exchange.note_grpc_status(&head.headers);
+    let encoder = if exchange.policy.is_some() {
+        let has_body = !hyper::body::Body::is_end_stream(&incoming);
+        filters::encode(&mut exchange, &mut head, has_body)
+    } else {
+        None
+    };
+    logging::keep_response(&mut exchange, &head.headers, true);
     conn.dress(&mut head.headers, exchange.version);
     head.version = Version::HTTP_11;
     if exchange.version == Version::HTTP_2 {
@@ -740,5 +753,10 @@ fn respond(
         Limits::new(deadline, idle)
     };
     let watch = Watch::new(exchange, limits, lease, max_requests, active);
-    Response::from_parts(head, ResponseBody::upstream(incoming, watch))
+    let body = ResponseBody::upstream(incoming, watch);
+    let body = match encoder {
+        None => body,
+        Some(encoder) => body.encoded(encoder),
+    };
+    Response::from_parts(head, body)
 }

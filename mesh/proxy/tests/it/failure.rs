@@ -124,7 +124,9 @@ fn counted_cluster(name: &str) -> cluster::Cluster {
 
 async fn setup(upstream: SocketAddr, action: route::RouteAction) -> (Harness, SocketAddr) {
     let harness = Harness::start();
-    harness.put(ResourceType::Cluster, "c", &counted_cluster("c")).await;
+    harness
+        .put(ResourceType::Cluster, "c", &counted_cluster("c"))
+        .await;
     harness.endpoints("c", &[upstream]).await;
     let at = harness.serve(vec![prefix_route("/", action)]).await;
     (harness, at)
@@ -162,9 +164,19 @@ async fn an_upstream_that_breaks_off_at_any_byte_is_answered_or_broken_off_and_l
     let upstream = Upstream::start(move |request| {
         let number = |name: &str| -> usize {
             let at = request.find(name).unwrap() + name.len();
-            request[at..].split_once("\r\n").unwrap().0.trim().parse().unwrap()
+            request[at..]
+                .split_once("\r\n")
+                .unwrap()
+                .0
+                .trim()
+                .parse()
+                .unwrap()
         };
-        let ending = if number("x-reset:") == 1 { Ending::Reset } else { Ending::Close };
+        let ending = if number("x-reset:") == 1 {
+            Ending::Reset
+        } else {
+            Ending::Close
+        };
         act(&ANSWER[..number("x-cut:")], ending)
     })
     .await;
@@ -182,14 +194,19 @@ async fn an_upstream_that_breaks_off_at_any_byte_is_answered_or_broken_off_and_l
             let _ = soon("the end of the answer", stream.read_to_end(&mut answer)).await;
             let answer = String::from_utf8_lossy(&answer).into_owned();
             if cut == ANSWER.len() && reset == 0 {
-                assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("hello"), "{what}: {answer}");
+                assert!(
+                    answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("hello"),
+                    "{what}: {answer}"
+                );
                 continue;
             }
             if cut >= head {
                 // The reset may overtake the bytes before it.
                 let whole = answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("hello");
                 let broken = !answer.ends_with("hello")
-                    && (answer.is_empty() || answer.starts_with("HTTP/1.1 200 ") || answer.starts_with("HTTP/1.1 503 "));
+                    && (answer.is_empty()
+                        || answer.starts_with("HTTP/1.1 200 ")
+                        || answer.starts_with("HTTP/1.1 503 "));
                 assert!((cut == ANSWER.len() && whole) || broken, "{what}: {answer}");
                 if whole {
                     continue;
@@ -222,7 +239,10 @@ async fn an_upstream_that_never_answers_is_given_up_after_the_route_timeout() {
     let (mut harness, at) = setup(upstream.at, action).await;
     for _ in 0..3 {
         let (status, headers, _) = get(at, "/").await;
-        assert_eq!((status, headers["x-serin-response-flags"].to_str().unwrap()), (504, "UT"));
+        assert_eq!(
+            (status, headers["x-serin-response-flags"].to_str().unwrap()),
+            (504, "UT")
+        );
         let line = harness.line().await;
         assert_eq!(line["response_code_details"], "upstream_response_timeout");
     }
@@ -245,7 +265,9 @@ async fn an_early_answer_reaches_the_client_and_the_rest_of_its_request_is_not_w
         .await
         .unwrap();
     let mut answer = [0u8; 12];
-    soon("the early answer", stream.read_exact(&mut answer)).await.unwrap();
+    soon("the early answer", stream.read_exact(&mut answer))
+        .await
+        .unwrap();
     assert_eq!(&answer, b"HTTP/1.1 413");
     drop(stream);
     nothing_is_left(&harness).await;
@@ -325,9 +347,15 @@ async fn a_request_that_may_have_been_acted_on_is_not_sent_twice_unless_it_is_id
     .await;
     let (_harness, at) = setup(upstream.at, to_cluster("c")).await;
     assert_eq!(get(at, "/").await.0, 200);
-    let request = Request::post("/").header("host", "a").body(Full::from("x")).unwrap();
+    let request = Request::post("/")
+        .header("host", "a")
+        .body(Full::from("x"))
+        .unwrap();
     let (status, headers, _) = send(at, request).await;
-    assert_eq!((status, headers["x-serin-response-flags"].to_str().unwrap()), (503, "UC"));
+    assert_eq!(
+        (status, headers["x-serin-response-flags"].to_str().unwrap()),
+        (503, "UC")
+    );
     assert_eq!(counted.load(Ordering::SeqCst), 1);
 }
 
@@ -338,7 +366,10 @@ async fn clients_that_vanish_at_any_moment_leave_nothing() {
             return act("", Ending::Hang);
         }
         // A response without an end.
-        act("HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\nbegin", Ending::Hang)
+        act(
+            "HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\nbegin",
+            Ending::Hang,
+        )
     })
     .await;
     let (mut harness, at) = setup(upstream.at, to_cluster("c")).await;
@@ -355,7 +386,9 @@ async fn clients_that_vanish_at_any_moment_leave_nothing() {
             stream.write_all(bytes).await.unwrap();
             if stage >= 3 {
                 let mut answer = [0u8; 12];
-                soon("the head of the answer", stream.read_exact(&mut answer)).await.unwrap();
+                soon("the head of the answer", stream.read_exact(&mut answer))
+                    .await
+                    .unwrap();
             } else if stage == 2 {
                 let arrived = async {
                     while harness.proxy.tasks().await < 2 {
@@ -373,7 +406,10 @@ async fn clients_that_vanish_at_any_moment_leave_nothing() {
             if stage >= 2 {
                 let line = harness.line().await;
                 let flags = line["response_flags"].as_str().unwrap().to_owned();
-                assert!(flags.contains("DC") || flags.contains("DPE"), "stage {stage}: {line}");
+                assert!(
+                    flags.contains("DC") || flags.contains("DPE"),
+                    "stage {stage}: {line}"
+                );
             }
             nothing_is_left(&harness).await;
         }
@@ -424,7 +460,10 @@ async fn a_slow_reader_holds_back_its_upstream_and_not_the_proxys_memory() {
     });
     let (harness, at) = setup(address, to_cluster("c")).await;
     let mut client = TcpStream::connect(at).await.unwrap();
-    client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    client
+        .write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+        .await
+        .unwrap();
     // The client reads nothing: the upstream must come to a stand once every buffer between is full.
     let stands = async {
         let mut last = usize::MAX;
@@ -438,7 +477,10 @@ async fn a_slow_reader_holds_back_its_upstream_and_not_the_proxys_memory() {
         }
     };
     let held = soon("the upstream to come to a stand", stands).await;
-    assert!(held < 64 << 20, "{held} bytes are on their way to a client that does not read");
+    assert!(
+        held < 64 << 20,
+        "{held} bytes are on their way to a client that does not read"
+    );
     drop(client);
     nothing_is_left(&harness).await;
     task.abort();
@@ -456,7 +498,10 @@ async fn a_head_that_never_ends_is_given_up_after_the_headers_timeout() {
     manager.request_headers_timeout = millis(200);
     let at = harness.listen(&manager, core::TrafficDirection::Outbound).await;
     let mut stream = TcpStream::connect(at).await.unwrap();
-    stream.write_all(b"GET / HTTP/1.1\r\nhost: a\r\nx: ").await.unwrap();
+    stream
+        .write_all(b"GET / HTTP/1.1\r\nhost: a\r\nx: ")
+        .await
+        .unwrap();
     let mut answer = Vec::new();
     // One byte at a time, for ever: slowloris.
     let slow = async {
@@ -501,13 +546,17 @@ async fn an_idle_connection_is_parked_and_serves_again() {
     harness.cluster("c", &[backend.address]).await;
     let at = harness.serve(vec![prefix_route("/", to_cluster("c"))]).await;
     let stream = TcpStream::connect(at).await.unwrap();
-    let (mut client, connection) = hyper::client::conn::http1::handshake(hyper_util::rt::TokioIo::new(stream))
-        .await
-        .unwrap();
+    let (mut client, connection) =
+        hyper::client::conn::http1::handshake(hyper_util::rt::TokioIo::new(stream))
+            .await
+            .unwrap();
     let task = tokio::spawn(connection);
     for parked in 1..3 {
         for body in ["", "some body"] {
-            let request = Request::post("/").header("host", "a").body(Full::<bytes::Bytes>::from(body)).unwrap();
+            let request = Request::post("/")
+                .header("host", "a")
+                .body(Full::<bytes::Bytes>::from(body))
+                .unwrap();
             let response = soon("a response", client.send_request(request)).await.unwrap();
             assert_eq!(response.status(), 200);
             response.into_body().collect().await.unwrap();
@@ -519,8 +568,17 @@ async fn an_idle_connection_is_parked_and_serves_again() {
         };
         soon("the connection to rest", rests).await;
     }
-    let request = Request::get("/").header("host", "a").body(Full::<bytes::Bytes>::from("")).unwrap();
-    assert_eq!(soon("a response", client.send_request(request)).await.unwrap().status(), 200);
+    let request = Request::get("/")
+        .header("host", "a")
+        .body(Full::<bytes::Bytes>::from(""))
+        .unwrap();
+    assert_eq!(
+        soon("a response", client.send_request(request))
+            .await
+            .unwrap()
+            .status(),
+        200
+    );
     assert_eq!(backend.hits(), 5);
     task.abort();
 }

@@ -53,9 +53,9 @@ impl Frame {
     /// The error code of a RST_STREAM or GOAWAY.
     pub(crate) fn code(&self) -> u32 {
         let at = if self.kind == GOAWAY { 4 } else { 0 };
-        self.payload
-            .get(at..at + 4)
-            .map_or(u32::MAX, |code| u32::from_be_bytes([code[0], code[1], code[2], code[3]]))
+        self.payload.get(at..at + 4).map_or(u32::MAX, |code| {
+            u32::from_be_bytes([code[0], code[1], code[2], code[3]])
+        })
     }
 }
 
@@ -183,7 +183,11 @@ impl RawClient {
             if let Some((found, rest)) = Frame::parse(&self.buffer) {
                 self.buffer = rest.to_vec();
                 if matches!(found.kind, SETTINGS | PING) && found.flags & ACK == 0 {
-                    let payload = if found.kind == PING { &found.payload[..] } else { &[] };
+                    let payload = if found.kind == PING {
+                        &found.payload[..]
+                    } else {
+                        &[]
+                    };
                     let answer = frame(found.kind, ACK, 0, payload);
                     let _ = self.stream.write_all(&answer).await;
                 }
@@ -199,7 +203,8 @@ impl RawClient {
 
     /// Opens a stream with this header block and no body.
     pub(crate) async fn get(&mut self, stream: u32, block: &[u8]) {
-        self.send(&frame(HEADERS, END_HEADERS | END_STREAM, stream, block)).await;
+        self.send(&frame(HEADERS, END_HEADERS | END_STREAM, stream, block))
+            .await;
     }
 
     /// Reads until something final has happened to `stream` or to the connection.
@@ -256,12 +261,18 @@ fn status_of(block: &[u8]) -> Option<u16> {
                 .collect();
             let (mut out, mut place) = (0u16, 0);
             for _ in 0..3 {
-                let five = bits.get(place..place + 5)?.iter().fold(0, |sum, bit| sum << 1 | bit);
+                let five = bits
+                    .get(place..place + 5)?
+                    .iter()
+                    .fold(0, |sum, bit| sum << 1 | bit);
                 if five < 3 {
                     out = out * 10 + u16::from(five);
                     place += 5;
                 } else {
-                    let six = bits.get(place..place + 6)?.iter().fold(0, |sum, bit| sum << 1 | bit);
+                    let six = bits
+                        .get(place..place + 6)?
+                        .iter()
+                        .fold(0, |sum, bit| sum << 1 | bit);
                     out = out * 10 + u16::from(six.checked_sub(0x16)?);
                     place += 6;
                 }

@@ -37,7 +37,18 @@ impl Random {
     /// `seed` with a few changes of the kinds that break parsers; `other` gives pieces.
     fn mutate(&mut self, seed: &[u8], other: &[u8]) -> Vec<u8> {
         const INTERESTING: [&[u8]; 12] = [
-            b"\0", b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\xff\xff\xff\xff\x0f", b"\x80", b":", b" ", b"%", b"chunked", b"0",
+            b"\0",
+            b"\r",
+            b"\n",
+            b"\r\n",
+            b"\r\n\r\n",
+            b"\xff\xff\xff\xff\x0f",
+            b"\x80",
+            b":",
+            b" ",
+            b"%",
+            b"chunked",
+            b"0",
         ];
         let mut out = seed.to_vec();
         for _ in 0..=self.below(4) {
@@ -96,13 +107,21 @@ fn resources() -> Vec<(ResourceType, &'static str, Vec<u8>)> {
         ],
         ..Default::default()
     };
-    let listener = listener_of("l", core::TrafficDirection::Outbound, vec![http_chain(&manager("80"))]);
+    let listener = listener_of(
+        "l",
+        core::TrafficDirection::Outbound,
+        vec![http_chain(&manager("80"))],
+    );
     vec![
         (ResourceType::Cluster, "c", eds_cluster("c").encode_to_vec()),
         (
             ResourceType::Endpoints,
             "c",
-            assignment("c", &[("127.0.0.1:80".parse().unwrap(), "reviews-v1;prod;reviews;v1;k")]).encode_to_vec(),
+            assignment(
+                "c",
+                &[("127.0.0.1:80".parse().unwrap(), "reviews-v1;prod;reviews;v1;k")],
+            )
+            .encode_to_vec(),
         ),
         (ResourceType::Route, "80", table.encode_to_vec()),
         (ResourceType::Listener, "l", listener.encode_to_vec()),
@@ -136,14 +155,21 @@ fn the_xds_compiler_survives_mutated_resources_and_keeps_the_good_ones() {
             refused += 1;
             if *ty == ResourceType::Cluster {
                 let slot = store.clusters().find(|slot| &*slot.name == "c").unwrap();
-                assert!(slot.config().is_some(), "a refused resource leaves the last good one");
+                assert!(
+                    slot.config().is_some(),
+                    "a refused resource leaves the last good one"
+                );
             }
         }
         store.take_listener_changes();
     }
     assert!(taken > 100 && refused > 100, "{taken} taken, {refused} refused");
     for resource in &good {
-        assert!(put(&mut store, resource).is_empty(), "{} is good again", resource.1);
+        assert!(
+            put(&mut store, resource).is_empty(),
+            "{} is good again",
+            resource.1
+        );
     }
 }
 
@@ -154,14 +180,24 @@ fn garbage_of_every_size_is_refused_by_the_xds_compiler() {
     for round in 0..2_000 {
         let body: Vec<u8> = (0..random.below(300)).map(|_| random.next() as u8).collect();
         let ty = ResourceType::ALL[round % ResourceType::ALL.len()];
-        store.apply(ty, &[Update { name: "x", body: &body }], &["x", "never-there"]);
+        store.apply(
+            ty,
+            &[Update {
+                name: "x",
+                body: &body,
+            }],
+            &["x", "never-there"],
+        );
     }
     assert!(store.clusters().all(|slot| &*slot.name == "x"));
 }
 
 /// Feeds the stream in pieces; how much was passed on, and the verdict.
 fn scan(bytes: &[u8], mut piece: impl FnMut() -> usize) -> (Vec<u8>, Option<Violation>) {
-    let mut scanner = Scanner::new(HeadLimits { bytes: 8_192, fields: 30 });
+    let mut scanner = Scanner::new(HeadLimits {
+        bytes: 8_192,
+        fields: 30,
+    });
     let (mut held, mut passed, mut rest) = (Vec::new(), Vec::new(), bytes);
     while !rest.is_empty() {
         let (now, later) = rest.split_at(piece().clamp(1, rest.len()));
@@ -193,7 +229,10 @@ fn streams() -> Vec<Vec<u8>> {
     if let Ok(entries) = std::fs::read_dir(vectors) {
         for entry in entries.flatten() {
             let text = std::fs::read_to_string(entry.path()).unwrap_or_default();
-            let blocks = text.split("```http\n").skip(1).filter_map(|part| part.split("\n```").next());
+            let blocks = text
+                .split("```http\n")
+                .skip(1)
+                .filter_map(|part| part.split("\n```").next());
             out.extend(blocks.map(|block| block.replace('\n', "\r\n").into_bytes()));
         }
     } else {
@@ -237,7 +276,11 @@ fn the_other_parsers_survive_mutated_input() {
         let _ = valid_host(&bytes);
         let _ = Workload::of_header(&bytes);
         if let Ok(text) = std::str::from_utf8(&bytes) {
-            for slashes in [EscapedSlashes::Keep, EscapedSlashes::Reject, EscapedSlashes::Forward] {
+            for slashes in [
+                EscapedSlashes::Keep,
+                EscapedSlashes::Reject,
+                EscapedSlashes::Forward,
+            ] {
                 let _ = normalize(text, true, true, slashes);
             }
         }
@@ -268,7 +311,9 @@ async fn configuration_that_comes_in_any_order_or_contradicts_itself_ends_up_ser
     };
     // Listener first, endpoints before their cluster, routes to what is not there yet.
     let harness = Harness::start();
-    let at = harness.listen(&manager("80"), core::TrafficDirection::Outbound).await;
+    let at = harness
+        .listen(&manager("80"), core::TrafficDirection::Outbound)
+        .await;
     harness.endpoints("c", &[backend.address]).await;
     harness.put(ResourceType::Route, "80", &table("c")).await;
     assert_eq!(get(at, "/").await.0, 503);
@@ -278,13 +323,21 @@ async fn configuration_that_comes_in_any_order_or_contradicts_itself_ends_up_ser
     // Twice in one batch: the later one holds. A domain twice: refused, the former stays.
     let (first, second) = (table("nowhere").encode_to_vec(), table("c").encode_to_vec());
     let update = |body| Update { name: "80", body };
-    let refused = harness.proxy.apply(ResourceType::Route, &[update(&first), update(&second)], &[]).await;
+    let refused = harness
+        .proxy
+        .apply(ResourceType::Route, &[update(&first), update(&second)], &[])
+        .await;
     assert!(refused.is_empty(), "{refused:?}");
     assert_eq!(get(at, "/").await.0, 200);
     let mut twice = table("nowhere");
-    twice.virtual_hosts.push(host("again", "*", vec![prefix_route("/", to_cluster("nowhere"))]));
+    twice
+        .virtual_hosts
+        .push(host("again", "*", vec![prefix_route("/", to_cluster("nowhere"))]));
     let refusal = harness.try_put(ResourceType::Route, "80", &twice).await;
-    assert!(refusal.is_some_and(|refusal| refusal.contains("domain")), "a domain twice");
+    assert!(
+        refusal.is_some_and(|refusal| refusal.contains("domain")),
+        "a domain twice"
+    );
     assert_eq!(get(at, "/").await.0, 200);
     // Added and removed in one batch, and what was never there.
     harness
@@ -295,7 +348,11 @@ async fn configuration_that_comes_in_any_order_or_contradicts_itself_ends_up_ser
     // Huge: ten thousand virtual hosts, then one again.
     let mut huge = table("c");
     huge.virtual_hosts.extend((0..10_000).map(|index| {
-        host(&format!("h{index}"), &format!("h{index}.example"), vec![prefix_route("/", to_cluster("c"))])
+        host(
+            &format!("h{index}"),
+            &format!("h{index}.example"),
+            vec![prefix_route("/", to_cluster("c"))],
+        )
     }));
     harness.put(ResourceType::Route, "80", &huge).await;
     assert_eq!(get(at, "/").await.0, 200);

@@ -70,7 +70,11 @@ fn expand(source: &str) -> Option<Vec<u8>> {
                 (u8::from_str_radix(text, 16).unwrap(), 3)
             }
             b'0'..=b'7' => {
-                let digits = more.iter().take(3).take_while(|byte| (b'0'..=b'7').contains(byte)).count();
+                let digits = more
+                    .iter()
+                    .take(3)
+                    .take_while(|byte| (b'0'..=b'7').contains(byte))
+                    .count();
                 let text = std::str::from_utf8(&more[..digits]).unwrap();
                 (u8::from_str_radix(text, 8).unwrap_or(0), digits)
             }
@@ -92,7 +96,9 @@ fn vectors(path: &Path) -> Vec<Vector> {
             let end = section[start..].find("\n```").map(|end| start + end + 1)?;
             Some(&section[start..end])
         };
-        let (Some(input), Some(log)) = (fenced("http"), fenced("log")) else { continue };
+        let (Some(input), Some(log)) = (fenced("http"), fenced("log")) else {
+            continue;
+        };
         let Some(input) = expand(input) else { continue };
         let lenient = !section.contains("\"type\": \"request\"") || section.contains("\"mode\"");
         let mut body = Vec::new();
@@ -170,7 +176,11 @@ async fn llhttp_vectors_are_never_taken_for_more_or_other_than_llhttp_takes_them
             for (input, changed) in [(&vector.input, false), (&with_host, true)] {
                 let answers = statuses(at, input, vector.complete).await;
                 let good = answers.iter().filter(|status| **status == 200).count();
-                let what = format!("{} / {} (host added: {changed}): {answers:?}", path.display(), vector.title);
+                let what = format!(
+                    "{} / {} (host added: {changed}): {answers:?}",
+                    path.display(),
+                    vector.title
+                );
                 assert!(good <= vector.complete, "more answers than messages: {what}");
                 if vector.failed && vector.complete == 0 {
                     assert_eq!(good, 0, "llhttp refuses it: {what}");
@@ -199,13 +209,24 @@ fn recorded_http2_frames_are_read_as_recorded() {
             continue;
         }
         for path in files(&folder, "json") {
-            let case: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+            let case: serde_json::Value =
+                serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
             let wire = unhex(case["wire"].as_str().unwrap());
             let (found, rest) = Frame::parse(&wire).unwrap();
             let expected = &case["frame"];
             assert!(rest.is_empty(), "{}", path.display());
-            assert_eq!(u64::from(found.kind), expected["type"].as_u64().unwrap(), "{}", path.display());
-            assert_eq!(u64::from(found.flags), expected["flags"].as_u64().unwrap(), "{}", path.display());
+            assert_eq!(
+                u64::from(found.kind),
+                expected["type"].as_u64().unwrap(),
+                "{}",
+                path.display()
+            );
+            assert_eq!(
+                u64::from(found.flags),
+                expected["flags"].as_u64().unwrap(),
+                "{}",
+                path.display()
+            );
             assert_eq!(
                 u64::from(found.stream),
                 expected["stream_identifier"].as_u64().unwrap(),
@@ -243,7 +264,8 @@ async fn recorded_bad_http2_frames_end_the_stream_or_the_connection() {
         if reset_only {
             // Then it was an error of a stream: RFC 9113 lets a zero increment be one.
             assert!(
-                path.ends_with("window_update-frame-increment.json") || path.ends_with("priority-frame-size.json"),
+                path.ends_with("window_update-frame-increment.json")
+                    || path.ends_with("priority-frame-size.json"),
                 "{}: the connection goes on",
                 path.display()
             );
@@ -271,13 +293,18 @@ async fn header_blocks_of_other_encoders_arrive_as_they_were_meant() {
         }
         encoders += 1;
         for path in files(&encoder, "json").into_iter().take(8) {
-            let story: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+            let story: serde_json::Value =
+                serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
             let cases = story["cases"].as_array().unwrap();
             // The listener's table is 4,096 and stays so; larger ones are negotiated otherwise. Stories of responses
             // cannot be sent to a server.
             let fits = cases.iter().all(|case| {
                 case["header_table_size"].as_u64().is_none_or(|size| size <= 4096)
-                    && case["headers"].as_array().unwrap().iter().any(|field| field.get(":method").is_some())
+                    && case["headers"]
+                        .as_array()
+                        .unwrap()
+                        .iter()
+                        .any(|field| field.get(":method").is_some())
             });
             if !fits {
                 continue;
@@ -290,9 +317,14 @@ async fn header_blocks_of_other_encoders_arrive_as_they_were_meant() {
                 let fate = client.fate(stream).await;
                 // Recorded with fields of HTTP/1 connections, which HTTP/2 forbids.
                 let forbidden = case["headers"].as_array().unwrap().iter().any(|field| {
-                    ["connection", "keep-alive", "transfer-encoding", "proxy-connection"]
-                        .iter()
-                        .any(|name| field.get(name).is_some())
+                    [
+                        "connection",
+                        "keep-alive",
+                        "transfer-encoding",
+                        "proxy-connection",
+                    ]
+                    .iter()
+                    .any(|name| field.get(name).is_some())
                 });
                 if forbidden {
                     assert!(fate.refused(), "{what}: {fate:?}");
@@ -307,16 +339,22 @@ async fn header_blocks_of_other_encoders_arrive_as_they_were_meant() {
                             ":method" => assert_eq!(seen.method, value, "{what}"),
                             ":path" => assert_eq!(seen.path, value, "{what}"),
                             ":authority" => assert_eq!(seen.headers["host"], value, "{what}"),
-                            ":scheme" | "connection" | "keep-alive" | "proxy-connection" | "te" | "x-forwarded-for" => {}
+                            ":scheme" | "connection" | "keep-alive" | "proxy-connection" | "te"
+                            | "x-forwarded-for" => {}
                             // Cookies may be split into several fields.
                             "cookie" => assert!(
                                 seen.headers.get_all("cookie").iter().any(|have| {
-                                    have.as_bytes().windows(value.len()).any(|part| part == value.as_bytes())
+                                    have.as_bytes()
+                                        .windows(value.len())
+                                        .any(|part| part == value.as_bytes())
                                 }),
                                 "{what}: {value}"
                             ),
                             _ => assert!(
-                                seen.headers.get_all(name).iter().any(|have| have.as_bytes() == value.as_bytes()),
+                                seen.headers
+                                    .get_all(name)
+                                    .iter()
+                                    .any(|have| have.as_bytes() == value.as_bytes()),
                                 "{what}: {name}: {value}"
                             ),
                         }
@@ -326,5 +364,8 @@ async fn header_blocks_of_other_encoders_arrive_as_they_were_meant() {
             }
         }
     }
-    assert!(encoders >= 10 && blocks > 40, "{encoders} encoders, {blocks} blocks");
+    assert!(
+        encoders >= 10 && blocks > 40,
+        "{encoders} encoders, {blocks} blocks"
+    );
 }

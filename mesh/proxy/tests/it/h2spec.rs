@@ -38,7 +38,10 @@ async fn h2spec_passes_at_least_143_of_its_145_cases() {
         .expect("h2spec ends")
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
-    let summary = text.lines().find(|line| line.contains(" tests, ")).unwrap_or_default();
+    let summary = text
+        .lines()
+        .find(|line| line.contains(" tests, "))
+        .unwrap_or_default();
     let passed: usize = summary
         .split(", ")
         .find_map(|part| part.strip_suffix(" passed")?.parse().ok())

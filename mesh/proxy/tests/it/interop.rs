@@ -153,13 +153,33 @@ const ACCESS_LOG: &str = r#"access_log:
 async fn backend(name: &'static str) -> Backend {
     Backend::answering(move |seen| {
         let told = |key: &str| {
-            let values: Vec<_> = seen.headers.get_all(key).iter().map(|value| value.to_str().unwrap()).collect();
+            let values: Vec<_> = seen
+                .headers
+                .get_all(key)
+                .iter()
+                .map(|value| value.to_str().unwrap())
+                .collect();
             values.join("|")
         };
-        let status = seen.path.rsplit("status=").next().and_then(|text| text.get(..3)?.parse().ok());
+        let status = seen
+            .path
+            .rsplit("status=")
+            .next()
+            .and_then(|text| text.get(..3)?.parse().ok());
         let keys = [
-            "host", "x-table", "x-route", "x-kind", "x-gone", "x-forwarded-proto", "x-forwarded-for",
-            "x-envoy-original-path", "x-envoy-attempt-count", "content-length", "te", "connection", "x-hop",
+            "host",
+            "x-table",
+            "x-route",
+            "x-kind",
+            "x-gone",
+            "x-forwarded-proto",
+            "x-forwarded-for",
+            "x-envoy-original-path",
+            "x-envoy-attempt-count",
+            "content-length",
+            "te",
+            "connection",
+            "x-hop",
         ];
         let fields: Vec<_> = keys.iter().map(|key| format!("{key}={}", told(key))).collect();
         let text = format!(
@@ -252,18 +272,64 @@ struct Case {
 
 /// Some three hundred ordinary requests.
 fn cases() -> Vec<Case> {
-    let hosts = ["a.example", "A.Example", "a.example:8080", "x.wild.example", "pre.fix", "unknown.test"];
+    let hosts = [
+        "a.example",
+        "A.Example",
+        "a.example:8080",
+        "x.wild.example",
+        "pre.fix",
+        "unknown.test",
+    ];
     let paths = [
-        "/", "/exact", "/exact/", "/exact?q=1", "/case", "/sep", "/sep/x", "/sepx", "/regex/123", "/regex/12a",
-        "/rewrite/x?y=1", "/rewrite", "/host/x", "/redirect/https?q=1", "/redirect/host/x?q=1", "/redirect/path?q=1",
-        "/redirect/prefix/x?q=1", "/redirect/strip?q=1", "/direct", "/hdr", "/query?k=v", "/query?k=w&k=v", "/query?j=1",
-        "/query?k", "/all-a", "/add", "/a/../exact", "/./exact", "//exact", "/x//y", "/%65xact", "/a/%2e%2e/exact",
-        "/a%2Fb", "/only/x", "/x?status=404", "/x?status=503", "/retry?status=500", "/p;x=1", "/~u", "/?a=b&c=%20",
+        "/",
+        "/exact",
+        "/exact/",
+        "/exact?q=1",
+        "/case",
+        "/sep",
+        "/sep/x",
+        "/sepx",
+        "/regex/123",
+        "/regex/12a",
+        "/rewrite/x?y=1",
+        "/rewrite",
+        "/host/x",
+        "/redirect/https?q=1",
+        "/redirect/host/x?q=1",
+        "/redirect/path?q=1",
+        "/redirect/prefix/x?q=1",
+        "/redirect/strip?q=1",
+        "/direct",
+        "/hdr",
+        "/query?k=v",
+        "/query?k=w&k=v",
+        "/query?j=1",
+        "/query?k",
+        "/all-a",
+        "/add",
+        "/a/../exact",
+        "/./exact",
+        "//exact",
+        "/x//y",
+        "/%65xact",
+        "/a/%2e%2e/exact",
+        "/a%2Fb",
+        "/only/x",
+        "/x?status=404",
+        "/x?status=503",
+        "/retry?status=500",
+        "/p;x=1",
+        "/~u",
+        "/?a=b&c=%20",
     ];
     let mut out = Vec::new();
     let mut add = |method: &str, host: &str, path: &str, fields: &str, body: &str| {
         let name = format!("c{}", out.len());
-        let length = if body.is_empty() { String::new() } else { format!("Content-Length: {}\r\n", body.len()) };
+        let length = if body.is_empty() {
+            String::new()
+        } else {
+            format!("Content-Length: {}\r\n", body.len())
+        };
         out.push(Case {
             bytes: format!(
                 "{method} {path} HTTP/1.1\r\nHost: {host}\r\nX-Case: {name}\r\nConnection: close\r\n{fields}{length}\r\n{body}"
@@ -370,7 +436,15 @@ async fn envoy_and_serin_proxy_answer_the_same_requests_alike() {
     let mut child = tokio::process::Command::new(envoy)
         .arg("-c")
         .arg(&config)
-        .args(["--concurrency", "1", "-l", "error", "--use-dynamic-base-id", "--file-flush-interval-msec", "20"])
+        .args([
+            "--concurrency",
+            "1",
+            "-l",
+            "error",
+            "--use-dynamic-base-id",
+            "--file-flush-interval-msec",
+            "20",
+        ])
         .stdout(Stdio::null())
         .kill_on_drop(true)
         .spawn()
@@ -391,7 +465,12 @@ async fn envoy_and_serin_proxy_answer_the_same_requests_alike() {
                     .await
                     .unwrap_or_else(|| panic!("{} was not answered by {at}", case.name));
                 let flags = headers.get("x-serin-response-flags").cloned().unwrap_or_default();
-                pair.push(Seen { status, headers, body, flags });
+                pair.push(Seen {
+                    status,
+                    headers,
+                    body,
+                    flags,
+                });
             }
             pair
         })
@@ -420,7 +499,11 @@ async fn envoy_and_serin_proxy_answer_the_same_requests_alike() {
         let id = case.name.split(':').next().unwrap();
         // An answer of the upstream has its flags in the log only; ours then has none in a header.
         let local = !pair[1].headers.contains_key("x-backend");
-        pair[1].flags = if local { flags.get(id).cloned().unwrap_or_default() } else { String::new() };
+        pair[1].flags = if local {
+            flags.get(id).cloned().unwrap_or_default()
+        } else {
+            String::new()
+        };
         let [ours, theirs] = [pair[0].clone(), pair[1].clone()].map(|seen| pardoned(case, seen));
         if ours != theirs {
             differences.push(format!("{}\n   ours   {ours:?}\n   theirs {theirs:?}", case.name));

@@ -3,9 +3,9 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // a test that fails says so by panicking, helpers included
 #![allow(deprecated)] // what control planes still send is tested as well
 
+mod certificates;
 mod exhaustion;
 mod failure;
-mod certificates;
 mod fixture;
 mod forwarding;
 mod frames;
@@ -20,6 +20,7 @@ mod listener;
 mod matrix1;
 mod matrix2;
 mod metrics;
+mod policies;
 mod tcp;
 mod tls;
 mod tls_upstream;

@@ -221,12 +221,13 @@ async fn fields_that_connection_nominates_are_stripped_but_not_those_that_frame_
 
 #[tokio::test]
 async fn an_absolute_target_with_another_host_is_rewritten_and_wins() {
-    let (answer, seen) = forwarded(
-        b"GET http://inner/x?y HTTP/1.1\r\nHost: outer\r\nConnection: close\r\n\r\n",
-    )
-    .await;
+    let (answer, seen) =
+        forwarded(b"GET http://inner/x?y HTTP/1.1\r\nHost: outer\r\nConnection: close\r\n\r\n").await;
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-    assert_eq!((&*seen.path, seen.headers["host"].to_str().unwrap()), ("/x?y", "inner"));
+    assert_eq!(
+        (&*seen.path, seen.headers["host"].to_str().unwrap()),
+        ("/x?y", "inner")
+    );
 }
 
 #[tokio::test]
@@ -248,7 +249,13 @@ async fn a_path_is_normalised_before_it_chooses_the_route() {
             vec![admin, prefix_route("/", to_cluster("c"))],
         )])
         .await;
-    for path in ["/admin", "/x/../admin", "/./admin", "/x/%2e%2e/admin", "/x\\..\\admin"] {
+    for path in [
+        "/admin",
+        "/x/../admin",
+        "/./admin",
+        "/x/%2e%2e/admin",
+        "/x\\..\\admin",
+    ] {
         let answer = raw(
             scene.at,
             format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").as_bytes(),
@@ -259,16 +266,15 @@ async fn a_path_is_normalised_before_it_chooses_the_route() {
     assert_eq!(scene.backend.hits(), 0);
 }
 
-fn route_direct(
-    prefix: &str,
-    status: u32,
-) -> serin_xds::pb::envoy::config::route::v3::Route {
+fn route_direct(prefix: &str, status: u32) -> serin_xds::pb::envoy::config::route::v3::Route {
     use serin_xds::pb::envoy::config::route::v3 as route;
     route::Route {
-        action: Some(route::route::Action::DirectResponse(route::DirectResponseAction {
-            status,
-            ..Default::default()
-        })),
+        action: Some(route::route::Action::DirectResponse(
+            route::DirectResponseAction {
+                status,
+                ..Default::default()
+            },
+        )),
         ..prefix_route(prefix, to_cluster("c"))
     }
 }

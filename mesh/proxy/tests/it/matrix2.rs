@@ -30,12 +30,17 @@ async fn malformed_http2_requests_are_refused_and_never_forwarded() {
     let pseudo = |fields: &[(&str, &str)]| block(fields);
     let many: Vec<_> = (0..101).map(|_| ("x", "1")).collect();
     let large = "x".repeat(15_000);
-    let large: Vec<_> = ["a", "b", "c", "d", "e"].map(|name| (name, large.as_str())).to_vec();
+    let large: Vec<_> = ["a", "b", "c", "d", "e"]
+        .map(|name| (name, large.as_str()))
+        .to_vec();
     let attacks: Vec<(&str, Vec<u8>)> = vec![
         ("upper case in a name", with(&[("X-Upper", "1")])),
         ("CR in a value", with(&[("x", "a\rb")])),
         ("LF in a value", with(&[("x", "a\nb")])),
-        ("CRLF that would be a second request", with(&[("x", "a\r\n\r\nGET /evil HTTP/1.1\r\nhost: a\r\n\r\n")])),
+        (
+            "CRLF that would be a second request",
+            with(&[("x", "a\r\n\r\nGET /evil HTTP/1.1\r\nhost: a\r\n\r\n")]),
+        ),
         ("NUL in a value", with(&[("x", "a\0b")])),
         ("control character in a value", with(&[("x", "a\x01b")])),
         ("colon in a name", with(&[("x:y", "1")])),
@@ -46,11 +51,23 @@ async fn malformed_http2_requests_are_refused_and_never_forwarded() {
         ("pseudo field of a response", with(&[(":status", "200")])),
         (
             "pseudo field after a regular one",
-            pseudo(&[(":method", "GET"), (":scheme", "http"), ("x", "1"), (":authority", "a"), (":path", "/")]),
+            pseudo(&[
+                (":method", "GET"),
+                (":scheme", "http"),
+                ("x", "1"),
+                (":authority", "a"),
+                (":path", "/"),
+            ]),
         ),
         (
             "two paths",
-            pseudo(&[(":method", "GET"), (":scheme", "http"), (":authority", "a"), (":path", "/"), (":path", "/b")]),
+            pseudo(&[
+                (":method", "GET"),
+                (":scheme", "http"),
+                (":authority", "a"),
+                (":path", "/"),
+                (":path", "/b"),
+            ]),
         ),
         (
             "two authorities",
@@ -72,10 +89,22 @@ async fn malformed_http2_requests_are_refused_and_never_forwarded() {
                 (":path", "/"),
             ]),
         ),
-        ("no method", pseudo(&[(":scheme", "http"), (":authority", "a"), (":path", "/")])),
-        ("no scheme", pseudo(&[(":method", "GET"), (":authority", "a"), (":path", "/")])),
-        ("no path", pseudo(&[(":method", "GET"), (":scheme", "http"), (":authority", "a")])),
-        ("no authority and no host", pseudo(&[(":method", "GET"), (":scheme", "http"), (":path", "/")])),
+        (
+            "no method",
+            pseudo(&[(":scheme", "http"), (":authority", "a"), (":path", "/")]),
+        ),
+        (
+            "no scheme",
+            pseudo(&[(":method", "GET"), (":authority", "a"), (":path", "/")]),
+        ),
+        (
+            "no path",
+            pseudo(&[(":method", "GET"), (":scheme", "http"), (":authority", "a")]),
+        ),
+        (
+            "no authority and no host",
+            pseudo(&[(":method", "GET"), (":scheme", "http"), (":path", "/")]),
+        ),
         ("empty path", request("GET", "", &[])),
         ("path without a slash", request("GET", "evil", &[])),
         ("path in absolute form", request("GET", "http://evil/", &[])),
@@ -88,14 +117,23 @@ async fn malformed_http2_requests_are_refused_and_never_forwarded() {
         ("connection field", with(&[("connection", "close")])),
         ("keep-alive field", with(&[("keep-alive", "timeout=5")])),
         ("proxy-connection field", with(&[("proxy-connection", "close")])),
-        ("transfer-encoding field", with(&[("transfer-encoding", "chunked")])),
+        (
+            "transfer-encoding field",
+            with(&[("transfer-encoding", "chunked")]),
+        ),
         ("upgrade field", with(&[("upgrade", "h2c")])),
         ("te other than trailers", with(&[("te", "gzip")])),
         ("host that differs from authority", with(&[("host", "other")])),
         ("content-length with no body", with(&[("content-length", "5")])),
-        ("two content-lengths", with(&[("content-length", "0"), ("content-length", "5")])),
+        (
+            "two content-lengths",
+            with(&[("content-length", "0"), ("content-length", "5")]),
+        ),
         ("content-length with plus", with(&[("content-length", "+0")])),
-        ("connect", pseudo(&[(":method", "CONNECT"), (":authority", "a:1")])),
+        (
+            "connect",
+            pseudo(&[(":method", "CONNECT"), (":authority", "a:1")]),
+        ),
         (
             "extended connect",
             pseudo(&[
@@ -108,11 +146,21 @@ async fn malformed_http2_requests_are_refused_and_never_forwarded() {
         ),
         (
             "userinfo in the authority",
-            pseudo(&[(":method", "GET"), (":scheme", "http"), (":authority", "u@a"), (":path", "/")]),
+            pseudo(&[
+                (":method", "GET"),
+                (":scheme", "http"),
+                (":authority", "u@a"),
+                (":path", "/"),
+            ]),
         ),
         (
             "authority with a slash",
-            pseudo(&[(":method", "GET"), (":scheme", "http"), (":authority", "a/b"), (":path", "/")]),
+            pseudo(&[
+                (":method", "GET"),
+                (":scheme", "http"),
+                (":authority", "a/b"),
+                (":path", "/"),
+            ]),
         ),
         ("more than 100 fields", with(&many)),
     ];
@@ -162,7 +210,12 @@ async fn pseudo_fields_in_http2_trailers_change_nothing_and_ordinary_trailers_pa
     let (_harness, mut backend, at) = setup().await;
     let mut client = RawClient::connect(at, &[]).await;
     client
-        .send(&frame(HEADERS, END_HEADERS, 1, &request("POST", "/", &[("te", "trailers")])))
+        .send(&frame(
+            HEADERS,
+            END_HEADERS,
+            1,
+            &request("POST", "/", &[("te", "trailers")]),
+        ))
         .await;
     client.send(&frame(DATA, 0, 1, b"abc")).await;
     let trailers = block(&[(":path", "/evil"), ("x", "1")]);
@@ -175,11 +228,21 @@ async fn pseudo_fields_in_http2_trailers_change_nothing_and_ordinary_trailers_pa
     }
     let mut client = RawClient::connect(at, &[]).await;
     client
-        .send(&frame(HEADERS, END_HEADERS, 1, &request("POST", "/ok", &[("te", "trailers")])))
+        .send(&frame(
+            HEADERS,
+            END_HEADERS,
+            1,
+            &request("POST", "/ok", &[("te", "trailers")]),
+        ))
         .await;
     client.send(&frame(DATA, 0, 1, b"abc")).await;
     client
-        .send(&frame(HEADERS, END_HEADERS | END_STREAM, 1, &block(&[("x-sum", "1")])))
+        .send(&frame(
+            HEADERS,
+            END_HEADERS | END_STREAM,
+            1,
+            &block(&[("x-sum", "1")]),
+        ))
         .await;
     assert_eq!(client.fate(1).await, Fate::Status(200));
     loop {
@@ -197,17 +260,27 @@ async fn a_path_is_normalised_before_routing_in_http2_as_well() {
     use serin_xds::pb::envoy::config::route::v3 as route;
     let (harness, backend, at) = setup().await;
     let forbidden = route::Route {
-        action: Some(route::route::Action::DirectResponse(route::DirectResponseAction {
-            status: 403,
-            ..Default::default()
-        })),
+        action: Some(route::route::Action::DirectResponse(
+            route::DirectResponseAction {
+                status: 403,
+                ..Default::default()
+            },
+        )),
         ..prefix_route("/admin", to_cluster("c"))
     };
     harness
-        .routes(vec![host("all", "*", vec![forbidden, prefix_route("/", to_cluster("c"))])])
+        .routes(vec![host(
+            "all",
+            "*",
+            vec![forbidden, prefix_route("/", to_cluster("c"))],
+        )])
         .await;
     for path in ["/x/../admin", "/%2e/admin", "/x/%2E%2E/admin/y"] {
-        assert_eq!(fate_of(at, &request("GET", path, &[])).await, Fate::Status(403), "{path}");
+        assert_eq!(
+            fate_of(at, &request("GET", path, &[])).await,
+            Fate::Status(403),
+            "{path}"
+        );
     }
     assert_eq!(backend.hits(), 0);
 }
@@ -235,8 +308,15 @@ async fn rapid_reset_ends_the_connection_and_costs_the_backend_little() {
     }
     client.try_send(&attack).await;
     let end = client.end().await;
-    assert!(matches!(end, Some(11) | None), "ENHANCE_YOUR_CALM or gone: {end:?}");
-    assert!(backend.hits() < 1_000, "{} of 3,000 reached the backend", backend.hits());
+    assert!(
+        matches!(end, Some(11) | None),
+        "ENHANCE_YOUR_CALM or gone: {end:?}"
+    );
+    assert!(
+        backend.hits() < 1_000,
+        "{} of 3,000 reached the backend",
+        backend.hits()
+    );
     still_serves(at).await;
 }
 
@@ -270,7 +350,9 @@ async fn a_continuation_flood_ends_the_connection() {
     let (_harness, backend, at) = setup().await;
     for size in [0usize, 1, 4_000] {
         let mut client = RawClient::connect(at, &[]).await;
-        client.send(&frame(HEADERS, END_STREAM, 1, &request("GET", "/", &[]))).await;
+        client
+            .send(&frame(HEADERS, END_STREAM, 1, &request("GET", "/", &[])))
+            .await;
         let mut part = Vec::new();
         if size > 0 {
             literal(&mut part, b"x", &vec![b'y'; size]);
@@ -332,7 +414,8 @@ async fn floods_of_small_frames_do_not_keep_others_from_being_served() {
         // Nothing is read: answers to the flood pile up, at the proxy for as long as it lets them.
         let flood = one.repeat(1_000);
         for _ in 0..30 {
-            let written = tokio::time::timeout(std::time::Duration::from_millis(500), client.try_send(&flood));
+            let written =
+                tokio::time::timeout(std::time::Duration::from_millis(500), client.try_send(&flood));
             if !written.await.is_ok_and(|written| written) {
                 break;
             }
@@ -390,7 +473,12 @@ async fn streams_beyond_the_limit_are_refused_and_those_within_answered() {
     assert!(limit <= 100, "{limit}");
     for index in 0..=limit {
         client
-            .send(&frame(HEADERS, END_HEADERS, index * 2 + 1, &request("POST", "/", &[])))
+            .send(&frame(
+                HEADERS,
+                END_HEADERS,
+                index * 2 + 1,
+                &request("POST", "/", &[]),
+            ))
             .await;
     }
     assert_eq!(client.fate(limit * 2 + 1).await, Fate::Reset(7), "REFUSED_STREAM");

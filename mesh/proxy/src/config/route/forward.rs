@@ -26,8 +26,20 @@ impl Forward {
             .request_mirror_policies
             .iter()
             .chain(&host.request_mirror_policies);
+        let targets = compile_targets(from, context)?;
+        let rate_limits = descriptors::compile_all(&from.rate_limits)?;
+        let of_targets = matches!(&targets, Targets::Weighted(targets, ..)
+            if targets.iter().any(|target| !target.per_filter.is_empty()));
         Ok(Self {
-            targets: compile_targets(from, context)?,
+            target_before_filters: of_targets
+                || rate_limits.iter().any(RateLimitEntry::needs_cluster)
+                || !host.rate_limits.is_empty(),
+            rate_limits,
+            include_host_rate_limits: from
+                .include_vh_rate_limits
+                .as_ref()
+                .is_some_and(|value| value.value),
+            targets,
             timeout,
             idle_timeout: from
                 .idle_timeout
@@ -92,7 +104,6 @@ fn refuse_unsupported(from: &route::RouteAction) -> Result<(), Refusal> {
     let unsupported = [
         ("metadata_match", from.metadata_match.is_some()),
         ("path_rewrite_policy", from.path_rewrite_policy.is_some()),
-        ("rate_limits", !from.rate_limits.is_empty()),
         (
             "internal_redirect_policy",
             from.internal_redirect_policy.is_some(),
@@ -142,12 +153,6 @@ fn compile_weighted(from: &route::WeightedCluster, context: &mut Context<'_>) ->
                 "cluster_header and metadata_match are not supported",
             ));
         }
-        if !cluster.typed_per_filter_config.is_empty() {
-            return Err(Refusal::new(
-                path,
-                "typed_per_filter_config of a weighted cluster is not supported",
-            ));
-        }
         let host_rewrite = match &cluster.host_rewrite_specifier {
             None => None,
             Some(route::weighted_cluster::cluster_weight::HostRewriteSpecifier::HostRewriteLiteral(host)) => {
@@ -169,6 +174,7 @@ fn compile_weighted(from: &route::WeightedCluster, context: &mut Context<'_>) ->
             )
             .within(&path)?,
             host_rewrite,
+            per_filter: PerRoute::compile(&cluster.typed_per_filter_config, context).within(&path)?,
         });
         weights.push(cluster.weight.as_ref().map_or(0, |weight| weight.value));
     }

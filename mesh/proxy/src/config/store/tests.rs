@@ -145,7 +145,7 @@ fn a_refused_resource_leaves_the_last_good_one_and_the_rest_of_the_batch_goes_li
     );
     assert_eq!(refused.len(), 1);
     assert_eq!(&*refused[0].0, "80/a:80");
-    assert_eq!(refused[0].1.path, "rate_limits");
+    assert_eq!(refused[0].1.path, "rate_limits[0].actions");
     assert!(Arc::ptr_eq(&good, &table(&store, "80").find("a").unwrap().load()));
     assert!(table(&store, "80").find("b").is_some());
 }

@@ -1,0 +1,188 @@
+//! Which requests are logged.
+
+use serin_xds::pb::envoy::config::accesslog::v3 as pb;
+
+use super::record::{Record, Wants};
+use crate::config::convert::Fraction;
+use crate::config::matchers::HeaderMatch;
+use crate::error::{Refusal, Within};
+use crate::metrics::flags::Flags;
+use crate::policy::metadata::MetadataMatch;
+
+/// A compiled `AccessLogFilter`.
+#[derive(Debug)]
+pub enum Filter {
+    /// By status.
+    Status(Comparison),
+    /// By duration in milliseconds.
+    Duration(Comparison),
+    /// Everything (no request is a health check that the proxy answers itself).
+    Everything,
+    /// Whose trace is recorded.
+    Traced,
+    /// A share.
+    Share(Fraction),
+    /// All of these.
+    And(Box<[Filter]>),
+    /// One of these.
+    Or(Box<[Filter]>),
+    /// By a field of the request; the index of the outcome.
+    Header(usize),
+    /// With any of these flags; any flag at all where none is named.
+    AnyFlag(Option<Flags>),
+    /// By gRPC status: with one of these, or with none of them.
+    Grpc(Box<[u8]>, bool),
+    /// By dynamic metadata; what holds where there is none.
+    Metadata(Option<MetadataMatch>, bool),
+    /// Nothing.
+    Nothing,
+}
+
+/// A comparison with a number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Comparison {
+    op: pb::comparison_filter::Op,
+    value: u64,
+}
+
+impl Comparison {
+    fn compile(from: Option<&pb::ComparisonFilter>) -> Result<Self, Refusal> {
+        let from = from.ok_or_else(|| Refusal::new("comparison", "is missing"))?;
+        Ok(Self {
+            op: pb::comparison_filter::Op::try_from(from.op)
+                .map_err(|_| Refusal::new("comparison.op", format!("{} is unknown", from.op)))?,
+            value: from
+                .value
+                .as_ref()
+                .map_or(0, |value| u64::from(value.default_value)),
+        })
+    }
+
+    fn holds(self, value: u64) -> bool {
+        use pb::comparison_filter::Op;
+        match self.op {
+            Op::Eq => value == self.value,
+            Op::Ge => value >= self.value,
+            Op::Le => value <= self.value,
+            Op::Ne => value != self.value,
+        }
+    }
+}
+
+impl Filter {
+    /// Compiles the message; what it must see of the request is added to `wants`.
+    pub(crate) fn compile(from: &pb::AccessLogFilter, wants: &mut Wants) -> Result<Self, Refusal> {
+        use pb::access_log_filter::FilterSpecifier as Spec;
+        let spec = from
+            .filter_specifier
+            .as_ref()
+            .ok_or_else(|| Refusal::new("filter_specifier", "is missing"))?;
+        let mut list = |filters: &[pb::AccessLogFilter], field: &str| {
+            filters
+                .iter()
+                .enumerate()
+                .map(|(index, filter)| {
+                    Self::compile(filter, wants).within(format!("{field}.filters[{index}]"))
+                })
+                .collect::<Result<Box<[_]>, _>>()
+        };
+        Ok(match spec {
+            Spec::StatusCodeFilter(filter) => {
+                Self::Status(Comparison::compile(filter.comparison.as_ref()).within("status_code_filter")?)
+            }
+            Spec::DurationFilter(filter) => {
+                Self::Duration(Comparison::compile(filter.comparison.as_ref()).within("duration_filter")?)
+            }
+            Spec::NotHealthCheckFilter(_) => Self::Everything,
+            Spec::TraceableFilter(_) => Self::Traced,
+            Spec::RuntimeFilter(filter) => Self::Share(
+                Fraction::compile(filter.percent_sampled.as_ref(), Fraction::NONE)
+                    .within("runtime_filter")?,
+            ),
+            Spec::AndFilter(filter) => Self::And(list(&filter.filters, "and_filter")?),
+            Spec::OrFilter(filter) => Self::Or(list(&filter.filters, "or_filter")?),
+            Spec::HeaderFilter(filter) => {
+                let header = filter
+                    .header
+                    .as_ref()
+                    .ok_or_else(|| Refusal::new("header_filter.header", "is missing"))?;
+                Self::Header(wants.matcher(HeaderMatch::compile(header).within("header_filter.header")?))
+            }
+            Spec::ResponseFlagFilter(filter) => {
+                let mut flags = Flags::default();
+                for code in &filter.flags {
+                    flags.add(Flags::of_code(code).ok_or_else(|| {
+                        Refusal::new("response_flag_filter.flags", format!("there is no flag {code:?}"))
+                    })?);
+                }
+                Self::AnyFlag((!filter.flags.is_empty()).then_some(flags))
+            }
+            Spec::GrpcStatusFilter(filter) => Self::Grpc(
+                filter
+                    .statuses
+                    .iter()
+                    .filter_map(|status| u8::try_from(*status).ok())
+                    .collect(),
+                filter.exclude,
+            ),
+            Spec::MetadataFilter(filter) => Self::Metadata(
+                filter
+                    .matcher
+                    .as_ref()
+                    .map(MetadataMatch::compile)
+                    .transpose()
+                    .within("metadata_filter.matcher")?,
+                filter
+                    .match_if_key_not_found
+                    .as_ref()
+                    .is_none_or(|value| value.value),
+            ),
+            Spec::LogTypeFilter(filter) => {
+                // Lines are written when a request (DownstreamEnd) or a connection (TcpConnectionEnd) ends.
+                let named = filter.types.iter().any(|kind| matches!(kind, 3 | 6));
+                if named == filter.exclude {
+                    Self::Nothing
+                } else {
+                    Self::Everything
+                }
+            }
+            Spec::ExtensionFilter(filter) => {
+                return Err(Refusal::new(
+                    "extension_filter",
+                    format!("the filter {:?} is not supported", filter.name),
+                ));
+            }
+        })
+    }
+
+    /// Whether a request is logged. `random` is called for shares.
+    pub fn passes(&self, record: &Record<'_>, random: &impl Fn() -> u64) -> bool {
+        match self {
+            Self::Status(comparison) => comparison.holds(u64::from(record.code)),
+            Self::Duration(comparison) => comparison.holds(record.duration.as_millis() as u64),
+            Self::Everything => true,
+            Self::Nothing => false,
+            Self::Traced => record.trace.is_some_and(|(_, recorded)| recorded),
+            Self::Share(share) => share.hit(random()),
+            Self::And(all) => all.iter().all(|filter| filter.passes(record, random)),
+            Self::Or(any) => any.iter().any(|filter| filter.passes(record, random)),
+            Self::Header(index) => record.kept.matched(*index),
+            Self::AnyFlag(None) => !record.flags.is_empty(),
+            Self::AnyFlag(Some(flags)) => record.flags.has(*flags),
+            Self::Grpc(statuses, exclude) => {
+                let named = record
+                    .grpc_status
+                    .is_some_and(|status| statuses.contains(&status));
+                named != *exclude
+            }
+            Self::Metadata(None, _) => true,
+            Self::Metadata(Some(matcher), without) => {
+                if matcher.finds(record.metadata) {
+                    matcher.matches(record.metadata)
+                } else {
+                    *without
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! What is known of a request when it has ended, and what must be kept of it until then.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+use crate::config::matchers::{HeaderMatch, RequestView};
+use crate::metrics::flags::Flags;
+use crate::policy::facts::PeerIdentity;
+use crate::policy::metadata::Metadata;
+
+/// The fields that the formats and filters of a connection manager name.
+#[derive(Debug, Default)]
+pub struct Wants {
+    request: Vec<HeaderName>,
+    response: Vec<HeaderName>,
+    trailers: Vec<HeaderName>,
+    matchers: Vec<HeaderMatch>,
+}
+
+/// Which message a field belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The request's head.
+    Request,
+    /// The response's head.
+    Response,
+    /// The response's trailers.
+    Trailers,
+}
+
+impl Wants {
+    /// The place of a field, from now on kept.
+    pub fn field(&mut self, side: Side, name: HeaderName) -> usize {
+        let list = match side {
+            Side::Request => &mut self.request,
+            Side::Response => &mut self.response,
+            Side::Trailers => &mut self.trailers,
+        };
+        list.iter().position(|own| *own == name).unwrap_or_else(|| {
+            list.push(name);
+            list.len() - 1
+        })
+    }
+
+    /// The place of a matcher's outcome.
+    pub fn matcher(&mut self, matcher: HeaderMatch) -> usize {
+        self.matchers.push(matcher);
+        self.matchers.len() - 1
+    }
+
+    fn take(names: &[HeaderName], from: &HeaderMap) -> Box<[Option<HeaderValue>]> {
+        names.iter().map(|name| from.get(name).cloned()).collect()
+    }
+
+    /// Keeps what is wanted of a request. Called again after the request was changed.
+    pub fn keep_request(&self, request: &RequestView<'_>, kept: &mut Kept) {
+        kept.request = Self::take(&self.request, request.headers);
+        kept.matched = self
+            .matchers
+            .iter()
+            .map(|matcher| matcher.matches(request))
+            .collect();
+    }
+
+    /// Keeps what is wanted of a response.
+    pub fn keep_response(&self, headers: &HeaderMap, kept: &mut Kept) {
+        if !self.response.is_empty() {
+            kept.response = Self::take(&self.response, headers);
+        }
+    }
+
+    /// Keeps what is wanted of the trailers.
+    pub fn keep_trailers(&self, trailers: &HeaderMap, kept: &mut Kept) {
+        if !self.trailers.is_empty() {
+            kept.trailers = Self::take(&self.trailers, trailers);
+        }
+    }
+}
+
+/// What was kept.
+#[derive(Debug, Default)]
+pub struct Kept {
+    request: Box<[Option<HeaderValue>]>,
+    response: Box<[Option<HeaderValue>]>,
+    trailers: Box<[Option<HeaderValue>]>,
+    matched: Box<[bool]>,
+    /// Path and query as they were sent on, where they were rewritten.
+    pub path: Option<Box<str>>,
+}
+
+impl Kept {
+    /// A kept field.
+    pub fn field(&self, side: Side, index: usize) -> Option<&HeaderValue> {
+        let list = match side {
+            Side::Request => &self.request,
+            Side::Response => &self.response,
+            Side::Trailers => &self.trailers,
+        };
+        list.get(index)?.as_ref()
+    }
+
+    /// A matcher's outcome.
+    pub fn matched(&self, index: usize) -> bool {
+        self.matched.get(index).copied().unwrap_or(false)
+    }
+}
+
+/// See the module. Durations are since the request's head had arrived.
+#[derive(Clone, Copy, Debug)]
+pub struct Record<'a> {
+    /// When the request's head had arrived, since 1970.
+    pub start: Duration,
+    /// How long everything took.
+    pub duration: Duration,
+    /// Until the request's last byte was read.
+    pub request: Option<Duration>,
+    /// Until the response's head came from the upstream.
+    pub response: Option<Duration>,
+    /// Fields and outcomes.
+    pub kept: &'a Kept,
+    /// `:method`; empty for a TCP connection, as the other parts of a request are.
+    pub method: &'a str,
+    /// Path and query as the client sent them.
+    pub path: &'a str,
+    /// Authority.
+    pub authority: &'a str,
+    /// `http` or `https`.
+    pub scheme: &'a str,
+    /// `HTTP/1.1` and so on.
+    pub protocol: &'a str,
+    /// The same towards the upstream.
+    pub upstream_protocol: Option<&'a str>,
+    /// `x-request-id`.
+    pub request_id: Option<&'a str>,
+    /// Status; 0 when there was no response.
+    pub code: u16,
+    /// Why the response is what it is.
+    pub details: &'a str,
+    /// Why the connection ended.
+    pub termination: &'a str,
+    /// gRPC status.
+    pub grpc_status: Option<u8>,
+    /// Flags.
+    pub flags: Flags,
+    /// Body bytes from the client.
+    pub received: u64,
+    /// Body bytes to the client.
+    pub sent: u64,
+    /// Attempts.
+    pub attempts: u32,
+    /// Endpoint.
+    pub upstream_host: Option<&'a str>,
+    /// Cluster.
+    pub upstream_cluster: Option<&'a str>,
+    /// More about a failed connection.
+    pub upstream_failure: Option<&'a str>,
+    /// Route.
+    pub route: Option<&'a str>,
+    /// Who opened the connection.
+    pub direct_remote: SocketAddr,
+    /// The client, by `x-forwarded-for` of a trusted hop.
+    pub remote: SocketAddr,
+    /// Where it wanted to go.
+    pub local: SocketAddr,
+    /// Server name of the TLS handshake.
+    pub server_name: Option<&'a str>,
+    /// The verified peer.
+    pub peer: Option<PeerIdentity<'a>>,
+    /// TLS version and cipher suite.
+    pub tls: Option<(&'a str, &'a str)>,
+    /// What filters said.
+    pub metadata: &'a Metadata,
+    /// Number of the connection within the process.
+    pub connection: u64,
+    /// Trace id, and whether the trace is recorded.
+    pub trace: Option<(&'a str, bool)>,
+}

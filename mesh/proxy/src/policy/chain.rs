@@ -1,0 +1,179 @@
+//! The chain of HTTP filters of a connection manager.
+
+use std::sync::Arc;
+
+use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
+use serin_xds::pb::google::protobuf::Any;
+
+use super::buffer::Buffer;
+use super::compressor::Compressor;
+use super::ext_authz::ExtAuthz;
+use super::header_mutation::HeaderMutation;
+use super::jwt::JwtAuthn;
+use super::local_rate_limit::LocalRateLimit;
+use super::rate_limit::RateLimit;
+use super::rbac::Rules;
+use super::set_metadata::SetMetadata;
+use crate::clock;
+use crate::config::convert;
+use crate::config::filters::{Cors, Fault};
+use crate::config::route::Context;
+use crate::error::Refusal;
+
+/// The message of a filter that is known by its configuration.
+fn unpack<M: prost::Message + Default>(config: Option<&Any>, type_name: &str) -> Result<M, Refusal> {
+    match config {
+        Some(any) => convert::unpack(any, type_name),
+        None => Err(Refusal::new("typed_config", "is missing")),
+    }
+}
+
+/// What a filter does.
+#[derive(Debug)]
+pub enum Kind {
+    /// Fault injection.
+    Fault(Option<Fault>),
+    /// CORS.
+    Cors(Option<Arc<Cors>>),
+    /// Role-based access control; `None` where only routes say something.
+    Rbac(Option<Box<Rules>>),
+    /// Local rate limit.
+    LocalRateLimit(Option<Arc<LocalRateLimit>>),
+    /// Header mutations.
+    HeaderMutation(Arc<HeaderMutation>),
+    /// Fixed metadata.
+    SetMetadata(SetMetadata),
+    /// Holding requests.
+    Buffer(Buffer),
+    /// Global rate limit.
+    RateLimit(Box<RateLimit>),
+    /// JWT authentication.
+    Jwt(Box<JwtAuthn>),
+    /// External authorisation.
+    ExtAuthz(Box<ExtAuthz>),
+    /// Compression.
+    Compressor(Arc<Compressor>),
+}
+
+/// A filter of a chain.
+#[derive(Debug)]
+pub struct Filter {
+    /// Its name, by which routes speak of it.
+    pub name: Box<str>,
+    /// Whether it is used where no route says otherwise.
+    pub enabled: bool,
+    /// What it does.
+    pub kind: Kind,
+}
+
+/// Filters in the order in which requests pass them; the router, which is always the last, is not among them.
+#[derive(Debug, Default)]
+pub struct Chain {
+    /// The filters.
+    pub filters: Vec<Filter>,
+}
+
+impl Chain {
+    /// Adds a filter. One that this proxy does not have is refused by name.
+    pub(crate) fn add(
+        &mut self,
+        filter: &hcm::HttpFilter,
+        stat_prefix: &str,
+        context: &mut Context<'_>,
+    ) -> Result<(), Refusal> {
+        let any = match &filter.config_type {
+            Some(hcm::http_filter::ConfigType::TypedConfig(any)) => Some(any),
+            Some(hcm::http_filter::ConfigType::ConfigDiscovery(_)) => {
+                return Err(Refusal::new("config_discovery", "not supported"));
+            }
+            None => None,
+        };
+        let type_name = any.map_or("", |any| any.type_url.rsplit('/').next().unwrap_or_default());
+        // A filter is known by its configuration's type; where that says nothing, by its name.
+        let known = match type_name {
+            "" | "google.protobuf.Empty" => "",
+            given => given,
+        };
+        let config = any.filter(|_| !known.is_empty());
+        let kind = match (known, filter.name.as_str()) {
+            ("envoy.extensions.filters.http.fault.v3.HTTPFault", _) | ("", "envoy.filters.http.fault") => {
+                Kind::Fault(config.map_or(Ok(None), |any| Fault::compile(&convert::unpack(any, type_name)?))?)
+            }
+            // The type for a chain and the type for a route both occur here.
+            ("envoy.extensions.filters.http.cors.v3.Cors", _) | ("", "envoy.filters.http.cors") => {
+                Kind::Cors(None)
+            }
+            ("envoy.extensions.filters.http.cors.v3.CorsPolicy", _) => Kind::Cors(
+                config
+                    .map(|any| Cors::compile(&convert::unpack(any, type_name)?).map(Arc::new))
+                    .transpose()?,
+            ),
+            ("envoy.extensions.filters.http.rbac.v3.RBAC", _) | ("", "envoy.filters.http.rbac") => {
+                let (workers, counters) = context.counters();
+                Kind::Rbac(
+                    config
+                        .map(|any| {
+                            Rules::compile(&convert::unpack(any, type_name)?, stat_prefix, workers, counters)
+                                .map(Box::new)
+                        })
+                        .transpose()?,
+                )
+            }
+            ("envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit", _)
+            | ("", "envoy.filters.http.local_ratelimit") => {
+                let (workers, counters) = context.counters();
+                Kind::LocalRateLimit(
+                    config
+                        .map(|any| {
+                            let message = convert::unpack(any, type_name)?;
+                            LocalRateLimit::compile(&message, workers, counters, clock::now_ms())
+                                .map(Arc::new)
+                        })
+                        .transpose()?,
+                )
+            }
+            ("envoy.extensions.filters.http.header_mutation.v3.HeaderMutation", _)
+            | ("", "envoy.filters.http.header_mutation") => {
+                Kind::HeaderMutation(Arc::new(config.map_or(Ok(HeaderMutation::default()), |any| {
+                    HeaderMutation::compile(&convert::unpack(any, type_name)?)
+                })?))
+            }
+            ("envoy.extensions.filters.http.set_metadata.v3.Config", _) => match config {
+                Some(any) => Kind::SetMetadata(SetMetadata::compile(&convert::unpack(any, type_name)?)?),
+                None => return Ok(()),
+            },
+            ("envoy.extensions.filters.http.buffer.v3.Buffer", _) => {
+                Kind::Buffer(Buffer::compile(&unpack(config, type_name)?)?)
+            }
+            ("envoy.extensions.filters.http.ratelimit.v3.RateLimit", _) => Kind::RateLimit(Box::new(
+                RateLimit::compile(&unpack(config, type_name)?, stat_prefix, context)?,
+            )),
+            ("envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication", _) => Kind::Jwt(Box::new(
+                JwtAuthn::compile(&unpack(config, type_name)?, stat_prefix, context)?,
+            )),
+            ("envoy.extensions.filters.http.ext_authz.v3.ExtAuthz", _) => Kind::ExtAuthz(Box::new(
+                ExtAuthz::compile(&unpack(config, type_name)?, stat_prefix, context)?,
+            )),
+            ("envoy.extensions.filters.http.compressor.v3.Compressor", _) => {
+                Kind::Compressor(Arc::new(Compressor::compile(&unpack(config, type_name)?)?))
+            }
+            _ => {
+                let of_type = if known.is_empty() {
+                    String::new()
+                } else {
+                    format!(" ({known})")
+                };
+                return Err(Refusal::new(
+                    "name",
+                    format!("the HTTP filter {:?}{of_type} is not supported", filter.name),
+                ));
+            }
+        };
+        self.filters.push(Filter {
+            name: filter.name.as_str().into(),
+            enabled: !filter.disabled,
+            kind,
+        });
+        Ok(())
+    }
+}

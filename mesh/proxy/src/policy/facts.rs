@@ -1,0 +1,115 @@
+//! What policies may look at: the connection, who is at its other end, the request, and what filters have said before.
+
+use std::net::{IpAddr, SocketAddr};
+
+use super::metadata::Metadata;
+use crate::config::matchers::RequestView;
+use crate::tls::info::ConnectionTls;
+
+/// What the peer's certificate says, after it was verified.
+#[derive(Clone, Copy, Debug)]
+pub struct PeerIdentity<'a> {
+    /// URI names, in the certificate's order; in a mesh the first one is the SPIFFE identity.
+    pub uri_sans: &'a [Box<str>],
+    /// DNS names.
+    pub dns_sans: &'a [Box<str>],
+    /// Subject, as RFC 2253 writes it.
+    pub subject: &'a str,
+}
+
+impl<'a> PeerIdentity<'a> {
+    /// Who is at the other end of a connection; nobody without a certificate that was verified.
+    pub fn of(tls: &'a ConnectionTls) -> Option<Self> {
+        let certificate = tls.peer.as_deref().filter(|_| tls.peer_validated)?;
+        Some(Self {
+            uri_sans: &certificate.uri_sans,
+            dns_sans: &certificate.dns_sans,
+            subject: &certificate.subject,
+        })
+    }
+
+    /// The name that stands for the peer: first URI name, else first DNS name, else subject (Envoy's order).
+    pub fn principal(&self) -> &'a str {
+        self.uri_sans
+            .first()
+            .or(self.dns_sans.first())
+            .map_or(self.subject, |name| name)
+    }
+}
+
+/// See the module.
+#[derive(Clone, Copy, Debug)]
+pub struct Facts<'a> {
+    /// Who opened the connection to us.
+    pub direct_remote: SocketAddr,
+    /// Who opened it in the first place, by the PROXY protocol where a listener believes it.
+    pub source: SocketAddr,
+    /// Where it wanted to go.
+    pub local: SocketAddr,
+    /// Server name of the TLS handshake.
+    pub server_name: Option<&'a str>,
+    /// The verified peer, if there is one.
+    pub peer: Option<PeerIdentity<'a>>,
+    /// The request; absent for network filters.
+    pub request: Option<RequestView<'a>>,
+    /// Whether the client's address is taken from `x-forwarded-for`.
+    pub forwarded: bool,
+    /// What filters have said.
+    pub metadata: &'a Metadata,
+}
+
+impl Facts<'_> {
+    /// The client: whom a trusted hop names in `x-forwarded-for`, or else who opened the connection.
+    pub fn remote(&self) -> IpAddr {
+        self.forwarded_address().unwrap_or(self.source.ip())
+    }
+
+    fn forwarded_address(&self) -> Option<IpAddr> {
+        if !self.forwarded {
+            return None;
+        }
+        let last = self
+            .request?
+            .headers
+            .get_all("x-forwarded-for")
+            .iter()
+            .next_back()?;
+        let text = last.to_str().ok()?.rsplit(',').next()?.trim();
+        text.parse::<IpAddr>()
+            .or_else(|_| text.parse::<SocketAddr>().map(|address| address.ip()))
+            .ok()
+            .map(|address| address.to_canonical())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_forwarded_address_counts_only_where_the_hop_is_trusted() {
+        let metadata = Metadata::default();
+        let mut headers = http::HeaderMap::new();
+        headers.insert("x-forwarded-for", "1.1.1.1, 2.2.2.2".parse().unwrap());
+        let mut facts = Facts {
+            direct_remote: "10.0.0.1:5".parse().unwrap(),
+            source: "10.0.0.1:5".parse().unwrap(),
+            local: "10.0.0.2:80".parse().unwrap(),
+            server_name: None,
+            peer: None,
+            request: Some(RequestView {
+                method: "GET",
+                path: "/",
+                query: None,
+                authority: "",
+                scheme: "http",
+                headers: &headers,
+            }),
+            forwarded: true,
+            metadata: &metadata,
+        };
+        assert_eq!(facts.remote().to_string(), "2.2.2.2");
+        facts.forwarded = false;
+        assert_eq!(facts.remote().to_string(), "10.0.0.1");
+    }
+}

@@ -1,0 +1,126 @@
+//! Network filters that judge a connection before its bytes go on.
+
+use std::sync::Arc;
+
+use serin_xds::pb::envoy::extensions::filters::network::rbac::v3 as rbac;
+use serin_xds::pb::google::protobuf::Any;
+
+use super::facts::Facts;
+use super::local_rate_limit::ConnectionLimit;
+use super::metadata::Metadata;
+use super::rbac::{NETWORK_NAMESPACE, Parts, Rules};
+use crate::clock;
+use crate::config::convert;
+use crate::config::route::Context;
+use crate::error::{Refusal, Within};
+
+/// A compiled network filter.
+#[derive(Debug)]
+pub enum NetworkFilter {
+    /// Role-based access control by what is known of the connection.
+    Rbac(Box<Rules>),
+    /// A limit of new connections.
+    LocalRateLimit(Arc<ConnectionLimit>),
+}
+
+/// Why a connection is closed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Denied {
+    /// Connection termination details.
+    pub details: String,
+    /// Whether it is a rate limit.
+    pub limited: bool,
+}
+
+impl NetworkFilter {
+    /// Compiles a filter by its name and configuration; `None` if it is none of ours.
+    pub(crate) fn compile(
+        name: &str,
+        any: Option<&Any>,
+        context: &mut Context<'_>,
+    ) -> Result<Option<Self>, Refusal> {
+        let type_name = any.map_or("", |any| any.type_url.rsplit('/').next().unwrap_or_default());
+        match (any, type_name) {
+            (Some(any), "envoy.extensions.filters.network.rbac.v3.RBAC") => {
+                let message: rbac::Rbac = convert::unpack(any, type_name)?;
+                if message.matcher.is_some() || message.shadow_matcher.is_some() {
+                    return Err(Refusal::new(
+                        "matcher",
+                        "matcher trees are not supported, use rules",
+                    ));
+                }
+                if message.delay_deny.is_some() {
+                    return Err(Refusal::new("delay_deny", "not supported"));
+                }
+                if message.enforcement_type != rbac::rbac::EnforcementType::OneTimeOnFirstByte as i32 {
+                    return Err(Refusal::new(
+                        "enforcement_type",
+                        "CONTINUOUS is not supported: nothing that a rule can see changes during a connection",
+                    ));
+                }
+                let (workers, counters) = context.counters();
+                let rules = Rules::build(
+                    &Parts {
+                        rules: message.rules.as_ref(),
+                        shadow_rules: message.shadow_rules.as_ref(),
+                        shadow_rules_stat_prefix: &message.shadow_rules_stat_prefix,
+                        rules_stat_prefix: "",
+                        track_per_rule_stats: false,
+                    },
+                    &[
+                        "envoy_rbac_allowed",
+                        "envoy_rbac_denied",
+                        "envoy_rbac_shadow_allowed",
+                        "envoy_rbac_shadow_denied",
+                        "envoy_rbac_logged",
+                        "envoy_rbac_not_logged",
+                    ],
+                    ("envoy_tcp_prefix", &message.stat_prefix),
+                    workers,
+                    counters,
+                )?;
+                Ok(Some(Self::Rbac(Box::new(rules))))
+            }
+            (Some(any), "envoy.extensions.filters.network.local_ratelimit.v3.LocalRateLimit") => {
+                let (workers, counters) = context.counters();
+                let limit = ConnectionLimit::compile(
+                    &convert::unpack(any, type_name)?,
+                    workers,
+                    counters,
+                    clock::now_ms(),
+                )?;
+                Ok(Some(Self::LocalRateLimit(Arc::new(limit))))
+            }
+            (None, _) if name == "envoy.filters.network.rbac" => {
+                Err(Refusal::new("typed_config", "is missing")).within(name)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Judges a connection.
+    pub fn judge(&self, facts: &Facts<'_>, now_ms: u64, worker: usize) -> (Option<Denied>, Option<Metadata>) {
+        match self {
+            Self::Rbac(rules) => {
+                let (denied, notes) = rules.judge(facts, worker);
+                let metadata = (!notes.is_empty()).then(|| {
+                    let mut metadata = facts.metadata.clone();
+                    notes.write(NETWORK_NAMESPACE, &mut metadata);
+                    metadata
+                });
+                let denied = denied.map(|details| Denied {
+                    details,
+                    limited: false,
+                });
+                (denied, metadata)
+            }
+            Self::LocalRateLimit(limit) => {
+                let denied = (!limit.admits(now_ms, worker)).then(|| Denied {
+                    details: "local_rate_limited".into(),
+                    limited: true,
+                });
+                (denied, None)
+            }
+        }
+    }
+}

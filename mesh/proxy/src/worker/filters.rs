@@ -1,0 +1,620 @@
+//! Running a chain of HTTP filters: requests pass it in order before they are routed on, responses, also those that the
+//! proxy makes itself, in reverse order.
+//!
+//! A filter that has something to do with the response says so when the request passes it ([`Encode`]); a response
+//! therefore only meets filters that its request has met, except for header mutations, which change every response.
+
+mod ext_authz;
+mod jwt;
+mod rate_limit;
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::request::Parts;
+use http::response::Parts as Head;
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+
+use super::body::{Ahead, Inbound};
+use super::exchange::{Exchange, protocol_text};
+use super::http::Downstream;
+use super::local::LocalReply;
+use super::request::{Routed, find_route, variables, view};
+use crate::clock;
+use crate::config::filters::{Cors, CorsVerdict, Fault, FaultAbort};
+use crate::config::headers::Variables;
+use crate::config::route::{Action, Targets};
+use crate::metrics::flags::Flags;
+use crate::policy::chain::{Filter, Kind};
+use crate::policy::compressor::{Compressor, Encoder, vary};
+use crate::policy::descriptors::{Descriptor, RateLimitEntry, Scene};
+use crate::policy::ext_authz::{Field, How, apply};
+use crate::policy::facts::Facts;
+use crate::policy::header_mutation::HeaderMutation;
+use crate::policy::local_rate_limit::{LocalRateLimit, VirtualHostLimits};
+use crate::policy::metadata::Metadata;
+use crate::policy::per_route::Override;
+use crate::policy::rbac::{NAMESPACE, Rules};
+use crate::random;
+
+static X_RATELIMIT_LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit");
+static X_RATELIMIT_REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining");
+static X_RATELIMIT_RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset");
+static EMPTY: Metadata = Metadata::EMPTY;
+
+/// What filters remember of a request until its response has passed.
+#[derive(Default)]
+pub struct PolicyState {
+    /// What they told each other.
+    pub metadata: Metadata,
+    encode: Vec<Encode>,
+    /// The request's fields, where a change of the response may name them.
+    request: Option<HeaderMap>,
+}
+
+/// What a filter does to the response.
+enum Encode {
+    Cors(Arc<Cors>, HeaderValue),
+    Mutate(Arc<HeaderMutation>),
+    Fields(Vec<Field>),
+    /// With how much the client wants the encoding.
+    Compress(Arc<Compressor>, u16),
+}
+
+impl PolicyState {
+    /// Lets a response pass the filters. What encodes its body is returned.
+    fn respond(&self, exchange: &Exchange, head: &mut Head, has_body: bool) -> Option<Encoder> {
+        let mut encoder = None;
+        // The encoding that the client wants most; of equals the first in the chain.
+        let best = self
+            .encode
+            .iter()
+            .enumerate()
+            .filter_map(|(index, encode)| match encode {
+                Encode::Compress(_, quality) if *quality > 0 => Some((*quality, std::cmp::Reverse(index))),
+                _ => None,
+            })
+            .max()
+            .map(|(_, std::cmp::Reverse(index))| index);
+        for (index, encode) in self.encode.iter().enumerate().rev() {
+            match encode {
+                Encode::Compress(..) if !has_body => {}
+                Encode::Compress(compressor, _) => {
+                    if !compressor.applies(head.status, &head.headers) {
+                        continue;
+                    }
+                    if best == Some(index) {
+                        // An encoder that cannot be made leaves the response as it is.
+                        encoder = compressor.begin(&mut head.headers).ok();
+                    }
+                    vary(&mut head.headers);
+                }
+                Encode::Cors(cors, origin) => cors.decorate(origin.clone(), &mut head.headers),
+                Encode::Mutate(mutation) => {
+                    let variables = response_variables(exchange);
+                    mutation.response(&mut head.headers, self.request.as_ref(), &variables);
+                }
+                Encode::Fields(fields) => apply(fields, &mut head.headers),
+            }
+        }
+        encoder
+    }
+}
+
+fn response_variables(exchange: &Exchange) -> Variables<'_> {
+    Variables {
+        downstream_remote: Some(exchange.conn.remote),
+        downstream_local: Some(exchange.conn.local),
+        protocol: protocol_text(exchange.version),
+        route_name: exchange.route.as_ref().map_or("", |route| &route.name),
+        upstream_cluster: exchange.cluster_name.as_deref().unwrap_or(""),
+        upstream_host: exchange.host.as_ref().map(|host| &*host.endpoint.text),
+        path: exchange.uri.path_and_query().map_or("/", |path| path.as_str()),
+        method: exchange.method.as_str(),
+        authority: exchange
+            .authority
+            .as_ref()
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or(""),
+        ..Default::default()
+    }
+}
+
+/// Lets the head of a response pass the chain that its request passed. What encodes its body is returned.
+pub(super) fn encode(exchange: &mut Exchange, head: &mut Head, has_body: bool) -> Option<Encoder> {
+    let state = exchange.policy.take()?;
+    let encoder = state.respond(exchange, head, has_body);
+    exchange.policy = Some(state);
+    encoder
+}
+
+/// What filters said about a request so far.
+pub(super) fn metadata(exchange: &Exchange) -> &Metadata {
+    exchange.policy.as_ref().map_or(&EMPTY, |state| &state.metadata)
+}
+
+fn state(exchange: &mut Exchange) -> &mut PolicyState {
+    exchange.policy.get_or_insert_default()
+}
+
+/// Who and what, for matchers.
+pub(super) fn facts<'a>(conn: &'a Downstream, parts: &'a Parts, metadata: &'a Metadata) -> Facts<'a> {
+    Facts {
+        direct_remote: conn.direct,
+        source: conn.remote,
+        local: conn.local,
+        server_name: conn.server_name(),
+        peer: conn.peer_identity(),
+        request: Some(view(parts)),
+        forwarded: !conn.manager.use_remote_address,
+        metadata,
+    }
+}
+
+/// What the most specific level says about a filter: weighted cluster, route, virtual host, route configuration.
+fn find<'a>(routed: &'a Routed, name: &str) -> Option<&'a Override> {
+    levels(routed)
+        .into_iter()
+        .flatten()
+        .find_map(|level| level.get(name))
+}
+
+fn levels(routed: &Routed) -> [Option<&crate::policy::per_route::PerRoute>; 4] {
+    [
+        routed.target().map(|target| &target.per_filter),
+        Some(&routed.route.per_filter),
+        Some(&routed.host.per_filter),
+        Some(&routed.table.per_filter),
+    ]
+}
+
+/// Lets a request pass the chain. A reply ends its way; it passes the chain back like any response.
+pub(super) async fn decode(
+    conn: &Rc<Downstream>,
+    exchange: &mut Exchange,
+    routed: &mut Routed,
+    parts: &mut Parts,
+    body: &mut Option<Inbound>,
+) -> Result<(), LocalReply> {
+    let filters = &conn.manager.filters.filters;
+    let mut silent = says_nothing(routed);
+    for (index, filter) in filters.iter().enumerate() {
+        let own = if silent { None } else { find(routed, &filter.name) };
+        let skipped = match own {
+            Some(Override::Disabled) => true,
+            None => !filter.enabled,
+            Some(_) => false,
+        };
+        if skipped {
+            continue;
+        }
+        // What waits for others is boxed: few chains have it, and every request's future would carry its state.
+        let mut reroute = false;
+        let result = match (&filter.kind, own) {
+            (Kind::Fault(_), Some(Override::Fault(Some(fault))))
+            | (Kind::Fault(Some(fault)), None | Some(Override::Enabled)) => {
+                inject_fault(exchange, fault, parts).await
+            }
+            (Kind::Fault(_), _) => Ok(()),
+            (Kind::Cors(chain), _) => {
+                let cors = cors_of(routed, &filter.name, silent).or(chain.as_ref());
+                cors.map_or(Ok(()), |cors| judge_origin(exchange, cors, parts))
+            }
+            (Kind::Rbac(_), Some(Override::Rbac(rules))) => {
+                authorize(conn, exchange, rules.as_deref(), parts)
+            }
+            (Kind::Rbac(rules), _) => authorize(conn, exchange, rules.as_deref(), parts),
+            (Kind::LocalRateLimit(_), Some(Override::LocalRateLimit(limit))) => {
+                limit_locally(conn, exchange, limit, routed, parts)
+            }
+            (Kind::LocalRateLimit(Some(limit)), _) => limit_locally(conn, exchange, limit, routed, parts),
+            (Kind::LocalRateLimit(None), _) => Ok(()),
+            (Kind::HeaderMutation(chain), _) => {
+                mutate(conn, exchange, filter, chain, routed, parts);
+                Ok(())
+            }
+            (Kind::SetMetadata(_), Some(Override::SetMetadata(values))) => {
+                values.apply(&mut state(exchange).metadata);
+                Ok(())
+            }
+            (Kind::SetMetadata(values), _) => {
+                values.apply(&mut state(exchange).metadata);
+                Ok(())
+            }
+            (Kind::Buffer(_), Some(Override::Buffer(own))) => match own {
+                Some(buffer) => Box::pin(hold(buffer.limit, parts, body)).await,
+                None => Ok(()),
+            },
+            (Kind::Buffer(buffer), _) => Box::pin(hold(buffer.limit, parts, body)).await,
+            (Kind::RateLimit(limit), own) => {
+                let own = match own {
+                    Some(Override::RateLimit(own)) => Some(own),
+                    _ => None,
+                };
+                Box::pin(rate_limit::ask(exchange, limit, own, routed, parts)).await
+            }
+            (Kind::Jwt(authn), own) => {
+                let own = match own {
+                    Some(Override::Jwt(own)) => Some(own),
+                    _ => None,
+                };
+                Box::pin(jwt::authenticate(exchange, authn, own, parts))
+                    .await
+                    .map(|again| reroute = again)
+            }
+            (Kind::ExtAuthz(authz), own) => {
+                let own = match own {
+                    Some(Override::ExtAuthz(own)) => Some(own),
+                    _ => None,
+                };
+                Box::pin(ext_authz::ask(exchange, authz, own, parts, body))
+                    .await
+                    .map(|again| reroute = again)
+            }
+            (Kind::Compressor(_), Some(Override::Compressor(None))) => Ok(()),
+            (Kind::Compressor(compressor), own) => {
+                let own = match own {
+                    Some(Override::Compressor(Some(own))) => own.remove_accept_encoding,
+                    _ => None,
+                };
+                offer_compression(exchange, compressor, own, parts);
+                Ok(())
+            }
+        };
+        if let Err(reply) = result {
+            // Later filters have not seen the request; only mutations change its response all the same.
+            for filter in &filters[index + 1..] {
+                if let Kind::HeaderMutation(chain) = &filter.kind
+                    && !matches!(find(routed, &filter.name), Some(Override::Disabled))
+                {
+                    remember_mutations(exchange, filter, chain, routed, parts);
+                }
+            }
+            return Err(reply);
+        }
+        if reroute {
+            search_again(conn, exchange, routed, parts)?;
+            silent = says_nothing(routed);
+        }
+    }
+    Ok(())
+}
+
+/// Notes how much the client wants an encoding.
+fn offer_compression(
+    exchange: &mut Exchange,
+    compressor: &Arc<Compressor>,
+    remove: Option<bool>,
+    parts: &mut Parts,
+) {
+    // A filter before this one may have taken the field off; then it has kept what it said.
+    let state = state(exchange);
+    let kept = state
+        .request
+        .as_ref()
+        .filter(|_| !parts.headers.contains_key(header::ACCEPT_ENCODING));
+    let quality = compressor.quality(kept.unwrap_or(&parts.headers));
+    if remove.unwrap_or(compressor.remove_accept_encoding) {
+        state.request.get_or_insert_with(|| parts.headers.clone());
+        parts.headers.remove(header::ACCEPT_ENCODING);
+    }
+    state.encode.push(Encode::Compress(compressor.clone(), quality));
+}
+
+fn says_nothing(routed: &Routed) -> bool {
+    levels(routed).into_iter().flatten().all(|level| level.is_empty())
+}
+
+/// Searches the route again, after a filter has changed what routes may look at.
+fn search_again(
+    conn: &Rc<Downstream>,
+    exchange: &mut Exchange,
+    routed: &mut Routed,
+    parts: &Parts,
+) -> Result<(), LocalReply> {
+    let found = find_route(conn, parts)
+        .ok_or_else(|| LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", ""))?;
+    *routed = found;
+    exchange.route = Some(routed.route.clone());
+    choose_target(conn, routed);
+    Ok(())
+}
+
+/// Reads a request whole before it goes on.
+async fn hold(limit: usize, parts: &mut Parts, body: &mut Option<Inbound>) -> Result<(), LocalReply> {
+    let Some(inbound) = body else { return Ok(()) };
+    match inbound.read_ahead(limit).await {
+        Err(_) => Err(broken_body()),
+        Ok(Ahead::Whole) if inbound.held() <= limit => {
+            // The length is known now.
+            parts.headers.remove(header::TRANSFER_ENCODING);
+            parts
+                .headers
+                .insert(header::CONTENT_LENGTH, HeaderValue::from(inbound.held()));
+            Ok(())
+        }
+        Ok(_) => Err(too_large()),
+    }
+}
+
+/// The client broke off its request.
+fn broken_body() -> LocalReply {
+    let mut reply = LocalReply::new(
+        StatusCode::BAD_REQUEST,
+        Flags::DOWNSTREAM_PROTOCOL_ERROR,
+        "downstream_request_body_failed",
+        "",
+    );
+    reply.close = true;
+    reply
+}
+
+/// A body that a filter must hold is too large.
+fn too_large() -> LocalReply {
+    LocalReply::new(
+        StatusCode::PAYLOAD_TOO_LARGE,
+        Flags::default(),
+        "request_payload_too_large",
+        "Payload Too Large",
+    )
+}
+
+fn cors_of<'a>(routed: &'a Routed, name: &str, silent: bool) -> Option<&'a Arc<Cors>> {
+    if silent {
+        return None;
+    }
+    levels(routed)
+        .into_iter()
+        .flatten()
+        .find_map(|level| match level.get(name) {
+            Some(Override::Cors(cors)) => Some(cors),
+            _ => level.cors.as_ref(),
+        })
+}
+
+fn judge_origin(exchange: &mut Exchange, cors: &Arc<Cors>, parts: &Parts) -> Result<(), LocalReply> {
+    match cors.judge(&parts.method, &parts.headers) {
+        CorsVerdict::None => Ok(()),
+        CorsVerdict::Actual(origin) => {
+            state(exchange).encode.push(Encode::Cors(cors.clone(), origin));
+            Ok(())
+        }
+        CorsVerdict::Preflight(headers) => {
+            let mut reply = LocalReply::new(StatusCode::OK, Flags::default(), "cors_preflight", "");
+            reply.headers = *headers;
+            Err(reply)
+        }
+    }
+}
+
+/// Delays, and the reply of an abort.
+async fn inject_fault(exchange: &mut Exchange, fault: &Fault, parts: &Parts) -> Result<(), LocalReply> {
+    let (delay, abort) = fault.decide(&view(parts), random::next);
+    if let Some(delay) = delay {
+        exchange.flags.add(Flags::DELAY_INJECTED);
+        // Boxed, because few requests wait and every request's future would carry the timer.
+        Box::pin(tokio::time::sleep(delay.min(Duration::from_secs(3600)))).await;
+    }
+    let Some(abort) = abort else { return Ok(()) };
+    let mut reply = LocalReply::new(
+        StatusCode::OK,
+        Flags::FAULT_INJECTED,
+        "fault_filter_abort",
+        "fault filter abort",
+    );
+    match abort {
+        FaultAbort::Http(status) => reply.status = status,
+        FaultAbort::Grpc(status) => {
+            reply.grpc_status = Some(status);
+            exchange.grpc = true;
+        }
+    }
+    Err(reply)
+}
+
+fn authorize(
+    conn: &Downstream,
+    exchange: &mut Exchange,
+    rules: Option<&Rules>,
+    parts: &Parts,
+) -> Result<(), LocalReply> {
+    let Some(rules) = rules else { return Ok(()) };
+    let (denied, notes) = rules.judge(&facts(conn, parts, metadata(exchange)), conn.worker.id);
+    if !notes.is_empty() {
+        notes.write(NAMESPACE, &mut state(exchange).metadata);
+    }
+    match denied {
+        None => Ok(()),
+        Some(details) => Err(LocalReply::new(
+            StatusCode::FORBIDDEN,
+            Flags::default(),
+            details,
+            "RBAC: access denied",
+        )),
+    }
+}
+
+/// The descriptors of a request by the entries of its route and virtual host.
+pub(super) fn describe(
+    conn: &Downstream,
+    exchange: &Exchange,
+    routed: &Routed,
+    parts: &Parts,
+    own: &[RateLimitEntry],
+    stage: u32,
+    hosts: VirtualHostLimits,
+) -> Vec<Descriptor> {
+    let facts = facts(conn, parts, metadata(exchange));
+    let scene = Scene {
+        facts: &facts,
+        destination_cluster: routed.cluster_name(),
+        source_cluster: &conn.worker.shared.cluster,
+    };
+    let mut out = Vec::new();
+    let mut add = |entries: &[RateLimitEntry]| {
+        out.extend(
+            entries
+                .iter()
+                .filter(|entry| entry.stage == stage)
+                .filter_map(|entry| entry.describe(&scene)),
+        );
+    };
+    if !own.is_empty() {
+        add(own);
+        return out;
+    }
+    let (of_route, include) = match &routed.route.action {
+        Action::Forward(forward) => (&*forward.rate_limits, forward.include_host_rate_limits),
+        Action::Redirect(_) | Action::Direct(_) => (&[][..], false),
+    };
+    add(of_route);
+    let of_host = match hosts {
+        VirtualHostLimits::Override => include || of_route.is_empty(),
+        VirtualHostLimits::Include => true,
+        VirtualHostLimits::Ignore => false,
+    };
+    if of_host {
+        add(&routed.host.rate_limits);
+    }
+    out
+}
+
+/// `x-ratelimit-*` of draft 03.
+fn limit_fields(limit: u32, remaining: u32, reset_s: u64) -> Vec<Field> {
+    vec![
+        (X_RATELIMIT_LIMIT.clone(), HeaderValue::from(limit), How::Set),
+        (
+            X_RATELIMIT_REMAINING.clone(),
+            HeaderValue::from(remaining),
+            How::Set,
+        ),
+        (X_RATELIMIT_RESET.clone(), HeaderValue::from(reset_s), How::Set),
+    ]
+}
+
+fn limit_locally(
+    conn: &Downstream,
+    exchange: &mut Exchange,
+    limit: &Arc<LocalRateLimit>,
+    routed: &Routed,
+    parts: &mut Parts,
+) -> Result<(), LocalReply> {
+    if !limit.enabled.hit(random::next()) {
+        return Ok(());
+    }
+    let now = clock::now_ms();
+    let descriptors = if limit.wants_descriptors() {
+        describe(
+            conn,
+            exchange,
+            routed,
+            parts,
+            &limit.own,
+            limit.stage,
+            limit.virtual_host,
+        )
+    } else {
+        Vec::new()
+    };
+    let own = limit.per_connection.then(|| conn.buckets_of(limit, now));
+    let verdict = limit.judge(&descriptors, own.as_deref(), now, conn.worker.id);
+    if limit.headers {
+        let fields = limit_fields(verdict.limit, verdict.remaining, verdict.reset_s);
+        state(exchange).encode.push(Encode::Fields(fields));
+    }
+    if !verdict.limited {
+        return Ok(());
+    }
+    if !limit.enforced.hit(random::next()) {
+        if !limit.request_headers.is_empty() {
+            let head = parts.clone();
+            let variables = variables(conn, &head, &routed.route);
+            limit.request_headers.apply(&mut parts.headers, None, &variables);
+        }
+        return Ok(());
+    }
+    limit.count_enforced(conn.worker.id);
+    let mut reply = LocalReply::new(
+        limit.status,
+        Flags::RATE_LIMITED,
+        "local_rate_limited",
+        "local_rate_limited",
+    );
+    reply.grpc_status = limit.resource_exhausted.then_some(8).filter(|_| exchange.grpc);
+    if limit.retry_after {
+        reply
+            .headers
+            .insert(header::RETRY_AFTER, HeaderValue::from(verdict.reset_s));
+    }
+    let variables = variables(conn, parts, &routed.route);
+    limit
+        .response_headers
+        .apply(&mut reply.headers, Some(&parts.headers), &variables);
+    Err(reply)
+}
+
+/// The mutations of all levels in the order in which they are applied: the chain's own first; then from the least to
+/// the most specific level, or the other way round where the filter says that the least specific has the last word.
+fn mutations<'a>(
+    filter: &Filter,
+    chain: &'a Arc<HeaderMutation>,
+    routed: &'a Routed,
+) -> impl Iterator<Item = &'a Arc<HeaderMutation>> {
+    let mut found: Vec<_> = levels(routed)
+        .into_iter()
+        .flatten()
+        .filter_map(|level| match level.get(&filter.name) {
+            Some(Override::HeaderMutation(mutation)) => Some(mutation),
+            _ => None,
+        })
+        .collect();
+    if chain.most_specific_wins {
+        found.reverse();
+    }
+    std::iter::once(chain).chain(found)
+}
+
+fn mutate(
+    conn: &Downstream,
+    exchange: &mut Exchange,
+    filter: &Filter,
+    chain: &Arc<HeaderMutation>,
+    routed: &Routed,
+    parts: &mut Parts,
+) {
+    let head = parts.clone();
+    let variables = variables(conn, &head, &routed.route);
+    for mutation in mutations(filter, chain, routed) {
+        mutation.request(&mut parts.headers, &variables);
+    }
+    remember_mutations(exchange, filter, chain, routed, parts);
+}
+
+fn remember_mutations(
+    exchange: &mut Exchange,
+    filter: &Filter,
+    chain: &Arc<HeaderMutation>,
+    routed: &Routed,
+    parts: &Parts,
+) {
+    let first = state(exchange).encode.len();
+    for mutation in mutations(filter, chain, routed) {
+        if !mutation.spares_responses() {
+            let state = state(exchange);
+            state.request.get_or_insert_with(|| parts.headers.clone());
+            // Responses pass backwards, the levels of one filter do not.
+            state.encode.insert(first, Encode::Mutate(mutation.clone()));
+        }
+    }
+}
+
+/// Chooses the weighted cluster before the chain runs, where filters must know it.
+pub(super) fn choose_target(conn: &Downstream, routed: &mut Routed) {
+    if let Action::Forward(forward) = &routed.route.action
+        && forward.target_before_filters
+        && let Targets::Weighted(_, weights, turn) = &forward.targets
+    {
+        routed.chosen = Some(weights.pick(turn.next(conn.worker.id)));
+    }
+}

@@ -1,0 +1,337 @@
+//! JWT authentication on the worker: finding keys, evaluating what a request must bring, telling it what it lacks.
+
+use std::cell::RefCell;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use http::request::Parts;
+use http::{HeaderValue, Method, Request, StatusCode, Uri, header};
+
+use super::super::Worker;
+use super::super::call::call;
+use super::{Exchange, LocalReply, state};
+use crate::clock;
+use crate::metrics::flags::Flags;
+use crate::policy::jwt::jwks::{Need, Remote, Source};
+use crate::policy::jwt::keys::KeySet;
+use crate::policy::jwt::token::{Failure, Token};
+use crate::policy::jwt::{JwtAuthn, PerRouteJwt, Place, Provider, Requirement};
+use crate::random;
+use crate::worker::request::view;
+
+struct Accepted {
+    provider: Arc<Provider>,
+    token: Arc<Token>,
+    place: Place,
+}
+
+/// One evaluation.
+struct Trial<'a> {
+    worker: &'a Rc<Worker>,
+    authn: &'a JwtAuthn,
+    parts: &'a Parts,
+    now_s: u64,
+    accepted: RefCell<Vec<Accepted>>,
+    failures: RefCell<Vec<(Arc<Provider>, Failure)>>,
+}
+
+/// Checks the tokens of a request. `Ok(true)` says that the route is to be searched again.
+pub(super) async fn authenticate(
+    exchange: &mut Exchange,
+    authn: &JwtAuthn,
+    own: Option<&PerRouteJwt>,
+    parts: &mut Parts,
+) -> Result<bool, LocalReply> {
+    let worker = exchange.conn.worker.clone();
+    let preflight = authn.bypass_preflight
+        && parts.method == Method::OPTIONS
+        && parts.headers.contains_key(header::ORIGIN)
+        && parts.headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
+    for provider in &authn.providers {
+        provider.sanitize(&mut parts.headers);
+    }
+    if preflight {
+        authn.bypassed.add(worker.id);
+        return Ok(false);
+    }
+    let requirement = match own {
+        None => authn.requirement(&view(parts), &random::next),
+        Some(PerRouteJwt::Disabled) => None,
+        Some(PerRouteJwt::Named(name)) => match authn.named(name) {
+            Ok(requirement) => Some(requirement),
+            Err(()) => {
+                authn.denied.add(worker.id);
+                return Err(LocalReply::new(
+                    StatusCode::FORBIDDEN,
+                    Flags::default(),
+                    "jwt_authn_access_denied{requirement_not_found}",
+                    "Failed JWT authentication",
+                ));
+            }
+        },
+    };
+    let Some(requirement) = requirement else {
+        authn.allowed.add(worker.id);
+        return Ok(false);
+    };
+    let now_s = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
+    let (result, accepted, failures) = {
+        let trial = Trial {
+            worker: &worker,
+            authn,
+            parts,
+            now_s,
+            accepted: RefCell::default(),
+            failures: RefCell::default(),
+        };
+        let result = trial.evaluate(requirement).await;
+        (result, trial.accepted.into_inner(), trial.failures.into_inner())
+    };
+    for (provider, failure) in failures {
+        provider.note_failure(failure, &mut state(exchange).metadata);
+    }
+    if let Err(failure) = result {
+        authn.denied.add(worker.id);
+        return Err(denial(authn, failure, parts));
+    }
+    authn.allowed.add(worker.id);
+    let mut reroute = false;
+    for accepted in accepted {
+        let metadata = &mut state(exchange).metadata;
+        let query = accepted.provider.accept(
+            &accepted.token,
+            &accepted.place,
+            &mut parts.headers,
+            parts.uri.query(),
+            metadata,
+        );
+        if let Some(query) = query {
+            let target = match &*query {
+                "" => parts.uri.path().to_owned(),
+                query => format!("{}?{query}", parts.uri.path()),
+            };
+            if let Ok(uri) = target.parse::<Uri>() {
+                parts.uri = uri;
+            }
+        }
+        reroute |= accepted.provider.clear_route;
+    }
+    Ok(reroute)
+}
+
+fn denial(authn: &JwtAuthn, failure: Failure, parts: &Parts) -> LocalReply {
+    let status = if failure == Failure::Audience {
+        StatusCode::FORBIDDEN
+    } else {
+        StatusCode::UNAUTHORIZED
+    };
+    let text = failure.to_string();
+    let details = format!("jwt_authn_access_denied{{{}}}", text.replace(' ', "_"));
+    let mut reply = LocalReply::new(status, Flags::default(), details, "");
+    if authn.strip_failure {
+        return reply;
+    }
+    reply.body = Bytes::from(text);
+    if status == StatusCode::UNAUTHORIZED {
+        let view = view(parts);
+        let error = if failure == Failure::Missing {
+            ""
+        } else {
+            ", error=\"invalid_token\""
+        };
+        let realm = format!("{}://{}{}", view.scheme, view.authority, view.path).replace(['"', '\\'], "");
+        if let Ok(value) = HeaderValue::from_str(&format!("Bearer realm=\"{realm}\"{error}")) {
+            reply.headers.insert(header::WWW_AUTHENTICATE, value);
+        }
+    }
+    reply
+}
+
+impl Trial<'_> {
+    fn evaluate<'a>(
+        &'a self,
+        requirement: &'a Requirement,
+    ) -> Pin<Box<dyn Future<Output = Result<(), Failure>> + 'a>> {
+        Box::pin(async move {
+            match requirement {
+                Requirement::Provider(index, audiences) => {
+                    self.provider(&self.authn.providers[*index], audiences.as_deref())
+                        .await
+                }
+                Requirement::All(all) => {
+                    for inner in all {
+                        self.evaluate(inner).await?;
+                    }
+                    Ok(())
+                }
+                Requirement::Any(any) => self.any(any).await,
+                Requirement::AllowMissing => self.every_provider(false).await,
+                Requirement::AllowMissingOrFailed => self.every_provider(true).await,
+            }
+        })
+    }
+
+    async fn any(&self, any: &[Requirement]) -> Result<(), Failure> {
+        let mut reason = Failure::Missing;
+        let mut only_missing = true;
+        for inner in any {
+            if matches!(
+                inner,
+                Requirement::AllowMissing | Requirement::AllowMissingOrFailed
+            ) {
+                continue;
+            }
+            match self.evaluate(inner).await {
+                Ok(()) => return Ok(()),
+                Err(failure) => {
+                    if !failure.is_missing() {
+                        only_missing = false;
+                        reason = failure;
+                    } else if only_missing && reason == Failure::Missing {
+                        reason = failure;
+                    }
+                }
+            }
+        }
+        let allows = any.iter().any(|inner| match inner {
+            Requirement::AllowMissingOrFailed => true,
+            Requirement::AllowMissing => only_missing,
+            _ => false,
+        });
+        if allows { Ok(()) } else { Err(reason) }
+    }
+
+    /// Any good token of any provider is used; bad ones fail unless `failed` is allowed.
+    async fn every_provider(&self, failed: bool) -> Result<(), Failure> {
+        for provider in &self.authn.providers {
+            match self.provider(provider, None).await {
+                Err(failure) if !failed && !failure.is_missing() => return Err(failure),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Every token that the request brings for a provider must be good, and there must be one.
+    async fn provider(
+        &self,
+        provider: &Arc<Provider>,
+        audiences: Option<&[Box<str>]>,
+    ) -> Result<(), Failure> {
+        let found = provider.extract(&self.parts.headers, self.parts.uri.query());
+        let mut good = Vec::with_capacity(found.len());
+        for found in found {
+            match self.verify(provider, &found.text, audiences).await {
+                Ok(token) => good.push(Accepted {
+                    provider: provider.clone(),
+                    token,
+                    place: found.place,
+                }),
+                Err(failure) => {
+                    self.failures.borrow_mut().push((provider.clone(), failure));
+                    return Err(failure);
+                }
+            }
+        }
+        if good.is_empty() {
+            return Err(Failure::Missing);
+        }
+        self.accepted.borrow_mut().extend(good);
+        Ok(())
+    }
+
+    async fn verify(
+        &self,
+        provider: &Arc<Provider>,
+        text: &str,
+        audiences: Option<&[Box<str>]>,
+    ) -> Result<Arc<Token>, Failure> {
+        let (token, verified) = provider.read(text, audiences, self.now_s)?;
+        let keys = match &provider.source {
+            Source::Local(keys) => keys.clone(),
+            Source::Remote(remote) => fetched(self.worker, provider, remote, token.key_id.as_deref()).await?,
+        };
+        provider.verify(text, &token, verified.as_ref(), &keys)?;
+        Ok(token)
+    }
+}
+
+/// The keys behind a URI, fetched if need be.
+async fn fetched(
+    worker: &Rc<Worker>,
+    provider: &Arc<Provider>,
+    remote: &Remote,
+    key_id: Option<&str>,
+) -> Result<Arc<KeySet>, Failure> {
+    match remote.need(key_id, clock::now_ms()) {
+        Need::Nothing(keys) => Ok(keys),
+        Need::Refresh(keys) => {
+            if remote.begin() {
+                start_fetch(worker, provider);
+            }
+            Ok(keys)
+        }
+        Need::Failed => Err(Failure::Fetch),
+        Need::Wait => {
+            if remote.begin() {
+                start_fetch(worker, provider);
+            }
+            remote.wait().await;
+            remote.current(clock::now_ms()).ok_or(Failure::Fetch)
+        }
+    }
+}
+
+/// Ends a fetch as failed unless it has ended otherwise: also when the worker goes while it is under way.
+struct Fetch(Arc<Provider>, bool);
+
+impl Fetch {
+    fn end(&mut self, keys: Option<KeySet>) {
+        if !std::mem::replace(&mut self.1, true)
+            && let Source::Remote(remote) = &self.0.source
+        {
+            remote.end(keys, clock::now_ms());
+        }
+    }
+}
+
+impl Drop for Fetch {
+    fn drop(&mut self) {
+        self.end(None);
+    }
+}
+
+/// A task of its own: the request that needs the keys may be gone before they come.
+fn start_fetch(worker: &Rc<Worker>, provider: &Arc<Provider>) {
+    let mut fetch = Fetch(provider.clone(), false);
+    let on = worker.clone();
+    worker.tasks.spawn_local(async move {
+        let provider = fetch.0.clone();
+        let Source::Remote(remote) = &provider.source else {
+            return;
+        };
+        let mut request = Request::new(Bytes::new());
+        *request.uri_mut() = Uri::from(remote.target.path.clone());
+        request.headers_mut().insert(header::HOST, remote.target.authority.clone());
+        let answer = call(&on, &remote.target.cluster, request, false, remote.target.timeout).await;
+        let keys = match answer {
+            Ok(answer) if answer.head.status == StatusCode::OK => KeySet::parse(&answer.body),
+            Ok(answer) => Err(format!("the answer is {}", answer.head.status)),
+            Err(error) => Err(error.to_string()),
+        };
+        match keys {
+            Ok(keys) => fetch.end(Some(keys)),
+            Err(error) => {
+                tracing::warn!(provider = %provider.name, uri = %remote.target.path, %error, "cannot fetch the keys");
+                fetch.end(None);
+            }
+        }
+    });
+}

@@ -1,0 +1,115 @@
+//! The global rate limit on the worker.
+
+use bytes::Bytes;
+use http::request::Parts;
+use http::{HeaderName, HeaderValue, header};
+
+use super::super::call::grpc;
+use super::super::request::{Routed, variables};
+use super::{
+    Encode, Exchange, LocalReply, X_RATELIMIT_LIMIT, X_RATELIMIT_REMAINING, X_RATELIMIT_RESET, describe,
+    state,
+};
+use crate::metrics::flags::Flags;
+use crate::policy::ext_authz::How;
+use crate::policy::local_rate_limit::VirtualHostLimits;
+use crate::policy::rate_limit::{PATH, PerRouteLimit, RateLimit};
+use crate::random;
+
+static X_ENVOY_RATELIMITED: HeaderName = HeaderName::from_static("x-envoy-ratelimited");
+
+/// Asks the service about a request.
+pub(super) async fn ask(
+    exchange: &mut Exchange,
+    limit: &RateLimit,
+    own: Option<&PerRouteLimit>,
+    routed: &Routed,
+    parts: &mut Parts,
+) -> Result<(), LocalReply> {
+    let conn = exchange.conn.clone();
+    let internal = parts
+        .headers
+        .get("x-envoy-internal")
+        .is_some_and(|value| value.as_bytes() == b"true");
+    if !limit.enabled.hit(random::next()) || !limit.concerns(internal) {
+        return Ok(());
+    }
+    let entries = own
+        .map(|own| &*own.own)
+        .filter(|own| !own.is_empty())
+        .unwrap_or(&limit.own);
+    let hosts = own.map_or(VirtualHostLimits::Override, |own| own.virtual_host);
+    let descriptors = describe(&conn, exchange, routed, parts, entries, limit.stage, hosts);
+    if descriptors.is_empty() {
+        return Ok(());
+    }
+    let question = limit.question(descriptors, own.and_then(|own| own.domain.as_deref()));
+    let worker = &conn.worker;
+    let said = match grpc(worker, &limit.service, PATH, &question, limit.timeout).await {
+        Ok(answer) => limit.read(answer, worker.id),
+        Err(error) => {
+            tracing::debug!(%error, "the rate limit service failed");
+            let denies = limit.failure_denies.hit(random::next());
+            limit.count_error(!denies, worker.id);
+            exchange.flags.add(Flags::RATE_LIMIT_SERVICE);
+            if !denies {
+                return Ok(());
+            }
+            return Err(LocalReply::new(
+                limit.status_on_error,
+                Flags::RATE_LIMIT_SERVICE,
+                "rate_limiter_error",
+                "",
+            ));
+        }
+    };
+    if let Some(fields) = said.metadata {
+        state(exchange).metadata.merge(&limit.metadata_namespace, fields);
+    }
+    let mut fields: Vec<_> = said
+        .response_headers
+        .into_iter()
+        .map(|(name, value)| (name, value, How::Append))
+        .collect();
+    let reset = said.limit.as_ref().map(|(_, _, reset)| *reset);
+    if let Some((text, remaining, reset)) = said.limit
+        && let Ok(text) = HeaderValue::from_str(&text)
+    {
+        fields.push((X_RATELIMIT_LIMIT.clone(), text, How::Set));
+        fields.push((
+            X_RATELIMIT_REMAINING.clone(),
+            HeaderValue::from(remaining),
+            How::Set,
+        ));
+        fields.push((X_RATELIMIT_RESET.clone(), HeaderValue::from(reset), How::Set));
+    }
+    if !fields.is_empty() {
+        state(exchange).encode.push(Encode::Fields(fields));
+    }
+    if !said.over || !limit.enforced.hit(random::next()) {
+        for (name, value) in said.request_headers {
+            parts.headers.append(name, value);
+        }
+        return Ok(());
+    }
+    let mut reply = LocalReply::new(limit.status, Flags::RATE_LIMITED, "request_rate_limited", "");
+    reply.body = Bytes::from(said.body);
+    reply.grpc_status = limit.resource_exhausted.then_some(8).filter(|_| exchange.grpc);
+    if limit.mark {
+        reply
+            .headers
+            .insert(X_ENVOY_RATELIMITED.clone(), HeaderValue::from_static("true"));
+    }
+    if limit.retry_after
+        && let Some(reset) = reset
+    {
+        reply
+            .headers
+            .insert(header::RETRY_AFTER, HeaderValue::from(reset));
+    }
+    let variables = variables(&conn, parts, &routed.route);
+    limit
+        .response_headers
+        .apply(&mut reply.headers, Some(&parts.headers), &variables);
+    Err(reply)
+}

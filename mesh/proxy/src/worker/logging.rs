@@ -1,0 +1,138 @@
+//! Access logs on the worker: what is kept of a request while it runs, and the record when it ends.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use http::HeaderMap;
+use http::request::Parts;
+
+use super::exchange::{Exchange, protocol_text};
+use super::filters;
+use super::request::view;
+use crate::config::cluster::UpstreamHttp;
+use crate::observe::access_log::AccessLogs;
+use crate::observe::record::{Kept, Record};
+use crate::random;
+
+/// What a request keeps for its log lines.
+#[derive(Debug, Default)]
+pub struct LogState {
+    kept: Kept,
+    /// When the response's head came from the upstream.
+    response: Option<Instant>,
+    /// The client, where a trusted hop names it.
+    remote: Option<SocketAddr>,
+}
+
+fn logs(exchange: &Exchange) -> Option<&AccessLogs> {
+    exchange.conn.manager.logs.as_deref()
+}
+
+/// Keeps what the logs want of a request: as it arrived, and again as it is sent on.
+pub(super) fn keep_request(exchange: &mut Exchange, parts: &Parts) {
+    let conn = exchange.conn.clone();
+    if let Some(logs) = &conn.manager.logs {
+        let state = exchange.log.get_or_insert_default();
+        logs.wants.keep_request(&view(parts), &mut state.kept);
+        if !conn.manager.use_remote_address && state.remote.is_none() {
+            let metadata = crate::policy::metadata::Metadata::EMPTY;
+            let remote = filters::facts(&conn, parts, &metadata).remote();
+            state.remote = (remote != conn.remote.ip()).then(|| SocketAddr::new(remote, 0));
+        }
+        if parts.uri != exchange.uri {
+            state.kept.path = parts.uri.path_and_query().map(|path| path.as_str().into());
+        }
+    }
+}
+
+/// Keeps what the logs want of a response.
+pub(super) fn keep_response(exchange: &mut Exchange, headers: &HeaderMap, from_upstream: bool) {
+    let conn = exchange.conn.clone();
+    if let (Some(logs), Some(state)) = (&conn.manager.logs, &mut exchange.log) {
+        if from_upstream {
+            state.response = Some(Instant::now());
+        }
+        logs.wants.keep_response(headers, &mut state.kept);
+    }
+}
+
+/// Keeps what the logs want of the trailers.
+pub(super) fn keep_trailers(exchange: &mut Exchange, trailers: &HeaderMap) {
+    let conn = exchange.conn.clone();
+    if let (Some(logs), Some(state)) = (&conn.manager.logs, &mut exchange.log) {
+        logs.wants.keep_trailers(trailers, &mut state.kept);
+    }
+}
+
+/// Writes the lines of a request that has ended; `false` if no access log is configured.
+pub(super) fn write(exchange: &Exchange) -> bool {
+    let Some(logs) = logs(exchange) else {
+        return false;
+    };
+    let none = LogState::default();
+    let state = exchange.log.as_deref().unwrap_or(&none);
+    let conn = &exchange.conn;
+    let now = Instant::now();
+    let since = |at: Instant| at.saturating_duration_since(exchange.started);
+    let duration = since(now);
+    let start = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .saturating_sub(duration);
+    let text = |value: &'_ Option<http::HeaderValue>| -> Option<String> {
+        value
+            .as_ref()
+            .map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
+    };
+    let authority = text(&exchange.authority);
+    let request_id = text(&exchange.request_id);
+    let request = match &exchange.source {
+        None => Some(Duration::ZERO),
+        Some(source) => source.borrow().ended_at.map(since),
+    };
+    let spoken = exchange.cluster.as_ref().filter(|_| exchange.host.is_some());
+    let upstream_protocol = spoken.and_then(|cluster| match cluster.config.http {
+        UpstreamHttp::Http2 => Some("HTTP/2"),
+        UpstreamHttp::Http1 => Some("HTTP/1.1"),
+        UpstreamHttp::Downstream => Some(protocol_text(exchange.version)),
+        // Agreed on per connection, and not told.
+        UpstreamHttp::Auto => None,
+    });
+    let record = Record {
+        start,
+        duration,
+        request,
+        response: state.response.map(since),
+        kept: &state.kept,
+        method: exchange.method.as_str(),
+        path: exchange.uri.path_and_query().map_or("/", |path| path.as_str()),
+        authority: authority.as_deref().unwrap_or(""),
+        scheme: exchange.uri.scheme_str().unwrap_or("http"),
+        protocol: protocol_text(exchange.version),
+        upstream_protocol,
+        request_id: request_id.as_deref(),
+        code: exchange.code,
+        details: &exchange.details,
+        termination: "",
+        grpc_status: exchange.grpc_status,
+        flags: exchange.flags,
+        received: exchange.received(),
+        sent: exchange.sent,
+        attempts: exchange.attempts,
+        upstream_host: exchange.host.as_ref().map(|host| &*host.endpoint.text),
+        upstream_cluster: exchange.cluster_name.as_deref(),
+        upstream_failure: exchange.failure.as_deref(),
+        route: exchange.route.as_ref().map(|route| &*route.name),
+        direct_remote: conn.direct,
+        remote: state.remote.unwrap_or(conn.remote),
+        local: conn.local,
+        server_name: conn.server_name(),
+        peer: conn.peer_identity(),
+        tls: conn.tls.as_ref().map(|tls| (tls.version, tls.cipher)),
+        metadata: filters::metadata(exchange),
+        connection: conn.id,
+        trace: exchange.span.as_ref().map(|span| (&*span.trace, span.recorded())),
+    };
+    logs.write(&record, &random::next);
+    true
+}
