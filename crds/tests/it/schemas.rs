@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 /// Fields that we have and upstream has not: ours, optional.
 const OURS: &[&str] = &[
     ".spec.analysis.comparison",
+    ".spec.comparison",
     ".status.observedGeneration",
     ".status.metrics",
     ".status.history",
@@ -28,6 +29,11 @@ const DELIBERATE: &[(&str, &str, &str)] = &[
         "flagger.app_canaries",
         ".spec.service.mirror",
         "upstream puts `required` on the array, where it says nothing",
+    ),
+    (
+        "flagger.app_metrictemplates",
+        ".spec.provider.type",
+        "ours has web and job besides",
     ),
 ];
 

@@ -31,7 +31,7 @@ fn advanced_after(world: &mut World, canary: (u64, u64), primary: (u64, u64)) ->
 #[test]
 fn a_step_goes_on_early_late_or_at_its_interval_as_the_policy_says() {
     // Plenty of equal errors: shown to be within the tolerance after a few seconds.
-    let (canary, primary) = ((2000, 10), (8000, 40));
+    let (canary, primary) = ((4000, 20), (16_000, 80));
     let after = |advance, canary, primary| {
         advanced_after(&mut world(|plan| plan.advance = advance), canary, primary).unwrap()
     };

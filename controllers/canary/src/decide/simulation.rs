@@ -6,11 +6,12 @@ use jiff::{SignedDuration, Timestamp};
 use proptest::prelude::*;
 use serde_json::json;
 use serin_analysis::sample::{Counts, Histogram, Sample};
+use serin_analysis::verdict::Policy;
 use serin_crds::flagger::{CanaryPhase, CanaryStatus};
 
 use super::{Action, DRAIN_DEADLINE, Decision, decide};
 use crate::observed::{DeadPod, Measured, Observed, RouteState, Workload};
-use crate::plan::Plan;
+use crate::plan::{Advance, Plan};
 use crate::traffic::{Liveness, Split};
 
 pub(super) fn plan(analysis: serde_json::Value) -> Plan {
@@ -426,6 +427,7 @@ impl World {
                     .run
                     .as_ref()
                     .and_then(|run| run.started_at.clone());
+        let policies = self.plan.comparison.as_ref();
         if same_run {
             let (from, to) = (
                 before.canary_weight.unwrap_or(0),
@@ -438,18 +440,22 @@ impl World {
                 let step = before.history.last().expect("a step");
                 let live = step.live_at.as_ref().expect("the weight was live").0;
                 let window = SignedDuration::try_from(self.plan.interval).unwrap();
+                let early = policies.is_some_and(|policies| policies.advance == Advance::Early);
                 assert!(
-                    self.now.duration_since(live) >= window,
+                    early || self.now.duration_since(live) >= window,
                     "advanced before its window\n{}",
                     told()
                 );
                 let counts = &self.seen.measured.windows[0];
-                assert!(counts.requests > 0, "advanced without data\n{}", told());
+                let passed = policies.is_some_and(|policies| policies.on_no_data == Policy::Pass);
+                assert!(passed || counts.requests > 0, "advanced without data\n{}", told());
             }
             let failed = |status: &CanaryStatus| status.failed_checks.unwrap_or(0);
             if failed(&decision.status) > failed(before) {
+                let counted = policies
+                    .is_some_and(|policies| matches!(policies.on_no_data, Policy::Fail | Policy::Extend));
                 assert!(
-                    self.seen.measured.windows[0].errors > 0,
+                    counted || self.seen.measured.windows[0].errors > 0,
                     "a failed check without data\n{}",
                     told()
                 );
