@@ -4,10 +4,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export SERIN_BIN_DIR="${CARGO_TARGET_DIR:?}/${PROFILE:-demo}"
-all=(kustomize gitops control demo)
+all=(kustomize gitops control proxy demo)
 for bench in "${@:-${all[@]}}"; do
     echo "== $bench"
     case $bench in
+        proxy) cargo bench --locked -q -p serin-proxy --bench matrix ;;
+        soak) cargo bench --locked -q -p serin-proxy --bench soak ;;
         demo) cargo bench --locked -q -p serin-tests --bench demo ;;
         *) cargo bench --locked -q -p "serin-$bench" ;;
     esac

@@ -449,6 +449,11 @@ impl Judges {
             })
             .collect();
         let mut combined = combine(metrics, options.on_no_data, options.on_provider_error);
+        if let Verdict::Undecided { evidence, .. } = &mut combined.verdict
+            && let Some(text) = warmth::too_little(self.totals.canary, self.totals.primary)
+        {
+            evidence.explanation = text;
+        }
         let bound = 1.0 / options.alpha;
         if combined.verdict.is_bad() {
             // Each metric promises its share; together they promise the whole.
@@ -555,6 +560,23 @@ mod tests {
             .collect();
         assert_eq!(alphas, [("errors", 0.0075), ("latency-p99", 0.0025)]);
         assert_eq!(options.tolerance, 1.5);
+    }
+
+    #[test]
+    fn with_a_handful_of_requests_it_says_that_they_are_too_few() {
+        let options = Options {
+            metrics: vec![Metric::by_name("errors").unwrap()],
+            ..Options::default()
+        };
+        let mut judges = Judges::default();
+        judges.observe(&sample(0, counts(3, 0), counts(90, 1)), 10.0, &options);
+        let verdict = judges.verdict(&options).verdict;
+        assert_eq!(verdict.word(), "undecided");
+        assert!(
+            verdict.explanation().starts_with("only 3 requests to the canary"),
+            "{}",
+            verdict.explanation()
+        );
     }
 
     #[test]

@@ -2,10 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
 use tempfile::TempDir;
+
+use crate::api::Api;
+use crate::mounts::Mounts;
+use crate::traffic::signal;
 
 /// Directory of the built programs, from `SERIN_BIN_DIR`.
 pub(crate) fn programs() -> Option<PathBuf> {
@@ -34,6 +38,8 @@ fn is_root() -> bool {
 pub(crate) struct TestCluster {
     home: TempDir,
     programs: PathBuf,
+    /// File systems that only its processes see.
+    mounts: Option<Mounts>,
     pub(crate) gateway_port: u16,
 }
 
@@ -53,8 +59,28 @@ impl TestCluster {
         Some(Self {
             home,
             programs,
+            mounts: None,
             gateway_port,
         })
+    }
+
+    /// A cluster some of whose directories are file systems of `megabytes` each, which only its own processes see.
+    pub(crate) fn with_small_file_systems(directories: &[&str], megabytes: u32) -> Option<Self> {
+        let mut cluster = Self::new()?;
+        let paths: Vec<PathBuf> = directories
+            .iter()
+            .map(|name| cluster.directory().join(name))
+            .collect();
+        cluster.mounts = Some(Mounts::new(&paths, megabytes));
+        Some(cluster)
+    }
+
+    /// A path of the cluster as its processes see it.
+    pub(crate) fn inside(&self, path: &Path) -> PathBuf {
+        match &self.mounts {
+            None => path.to_owned(),
+            Some(mounts) => mounts.inside(path),
+        }
     }
 
     /// Starts it and waits until it is ready.
@@ -63,15 +89,49 @@ impl TestCluster {
         self.serin(&["up", "--gateway-port", &port]);
     }
 
+    /// Starts it without waiting; the caller waits for the child.
+    pub(crate) fn begin_up(&self) -> Child {
+        self.command()
+            .args(["up", "--gateway-port", &self.gateway_port.to_string()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("run serin up")
+    }
+
+    /// The directory that its own directory is in; removed with it.
+    pub(crate) fn home(&self) -> &Path {
+        self.home.path()
+    }
+
     /// Its files.
     pub(crate) fn directory(&self) -> PathBuf {
         self.home.path().join("default")
     }
 
+    /// Its API.
+    pub(crate) fn api(&self) -> Api {
+        Api::at(self.inside(&self.directory().join("api.sock")))
+    }
+
+    /// The program `serin`, told about this cluster.
+    pub(crate) fn command(&self) -> Command {
+        let mut command = match &self.mounts {
+            None => Command::new(self.programs.join("serin")),
+            Some(mounts) => {
+                let mut command = mounts.enter();
+                command.arg(self.programs.join("serin"));
+                command
+            }
+        };
+        command.env("SERIN_HOME", self.home.path());
+        command
+    }
+
     /// Runs `serin`, whatever it answers.
     pub(crate) fn try_serin(&self, arguments: &[&str]) -> Output {
-        Command::new(self.programs.join("serin"))
-            .env("SERIN_HOME", self.home.path())
+        self.command()
             .args(arguments)
             .stdin(Stdio::null())
             .output()
@@ -94,9 +154,10 @@ impl TestCluster {
 
     /// The end of the server's log.
     pub(crate) fn log(&self) -> String {
-        let text = std::fs::read_to_string(self.directory().join("server.log")).unwrap_or_default();
+        let text =
+            std::fs::read_to_string(self.inside(&self.directory().join("server.log"))).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
-        lines[lines.len().saturating_sub(40)..].join("\n")
+        lines[lines.len().saturating_sub(80)..].join("\n")
     }
 
     /// Runs kubectl against it; `None`, loudly, where there is no kubectl.
@@ -156,24 +217,24 @@ impl TestCluster {
 
     /// Process id of the server.
     pub(crate) fn server_pid(&self) -> u32 {
-        let text = std::fs::read_to_string(self.directory().join("server.lock")).expect("read the lock");
+        let lock = self.inside(&self.directory().join("server.lock"));
+        let text = std::fs::read_to_string(lock).expect("read the lock");
         text.trim().parse().expect("the lock holds a process id")
     }
 
-    /// Kills the server as `kill -9` does.
+    /// Kills the server as `kill -9` does and waits until it is gone.
     pub(crate) fn kill_server(&self) {
-        let pid = self.server_pid().to_string();
-        let status = Command::new("kill")
-            .args(["-9", &pid])
-            .status()
-            .expect("run kill");
-        assert!(status.success(), "kill -9 {pid}");
+        signal("KILL", self.server_pid());
+        let lock = self.inside(&self.directory().join("server.lock"));
+        let lock = std::fs::File::open(lock).expect("open the lock");
+        // The kernel releases it when the server has ended.
+        lock.lock_shared().expect("wait for the server to end");
     }
 
-    /// Processes whose command line or environment names the cluster's directory.
+    /// Processes whose command line or environment names the cluster's directory, or that have something of it mounted.
     pub(crate) fn processes(&self) -> BTreeSet<u32> {
         let marker = self.home.path().to_string_lossy().into_owned();
-        let own = std::process::id();
+        let not_ours = [std::process::id(), self.mounts.as_ref().map_or(0, Mounts::holder)];
         let mut found = BTreeSet::new();
         for entry in std::fs::read_dir("/proc").expect("read /proc").flatten() {
             let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else {
@@ -185,7 +246,7 @@ impl TestCluster {
                     .windows(marker.len())
                     .any(|window| window == marker.as_bytes())
             };
-            if pid != own && (names("cmdline") || names("environ")) {
+            if !not_ours.contains(&pid) && (names("cmdline") || names("environ") || names("mountinfo")) {
                 found.insert(pid);
             }
         }
@@ -193,10 +254,26 @@ impl TestCluster {
     }
 }
 
+impl TestCluster {
+    /// Its processes whose command line has an argument that ends so: `server`, `node`, `shim`, `serin-proxy`.
+    pub(crate) fn processes_with(&self, word: &str) -> Vec<u32> {
+        let has = |pid: &u32| {
+            std::fs::read(format!("/proc/{pid}/cmdline"))
+                .unwrap_or_default()
+                .split(|byte| *byte == 0)
+                .any(|argument| argument.ends_with(word.as_bytes()))
+        };
+        self.processes().into_iter().filter(has).collect()
+    }
+}
+
 impl Drop for TestCluster {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("server log of the failed test:\n{}", self.log());
+            // A server that does not answer must not hide what failed.
+            let told = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.api().story()));
+            eprintln!("{}", told.unwrap_or_default());
         }
         let _ = self.try_serin(&["down", "--purge"]);
     }

@@ -6,10 +6,6 @@ use serde_json::Value;
 
 use crate::cluster::{KernelState, TestCluster, programs};
 
-/// How many of a thousand requests may be lost before this test fails. The goal is none, the demo's own exit code says
-/// so, and `docs/development/status.md` tells what is known of the losses; this bound keeps them from growing.
-const LOST_PER_THOUSAND: u64 = 10;
-
 #[test]
 fn the_demo_promotes_the_good_release_rolls_the_bad_one_back_and_leaves_nothing() {
     // For the checks on what the machine allows; the demo makes a cluster of its own.
@@ -36,16 +32,8 @@ fn the_demo_promotes_the_good_release_rolls_the_bad_one_back_and_leaves_nothing(
     assert_eq!(report["outcome"][0]["outcome"], "promoted", "{context}");
     assert_eq!(report["outcome"][1]["outcome"], "rolled_back", "{context}");
     let count = |name: &str| report["requests"][name].as_u64().unwrap();
-    assert!(
-        count("failed_by_system") * 1000 <= LOST_PER_THOUSAND * count("sent"),
-        "{context}"
-    );
-    let nothing_lost = count("failed_by_system") == 0;
-    assert_eq!(
-        output.status.success(),
-        nothing_lost,
-        "the exit code tells whether requests were lost: {context}"
-    );
+    assert_eq!(count("failed_by_system"), 0, "{context}");
+    assert!(output.status.success(), "{context}");
     for interval in [
         "push_to_seen_s",
         "push_to_applied_s",

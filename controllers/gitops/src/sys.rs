@@ -6,7 +6,7 @@ use std::sync::Once;
 /// How long libgit2 waits for a connection and for each answer. Callers have their own, usually shorter deadline;
 /// these two only bound how long an abandoned thread may hang.
 const CONNECT_TIMEOUT_MS: i32 = 15_000;
-const ANSWER_TIMEOUT_MS: i32 = 60_000;
+const ANSWER_TIMEOUT_MS: i32 = 30_000;
 
 /// Sets libgit2 up, once per process, before its first use.
 pub(crate) fn init_libgit2() {

@@ -6,6 +6,7 @@
 //! Not for production: no database, no templates, no authentication.
 
 mod bookinfo;
+mod podcli;
 mod podinfo;
 mod serve;
 

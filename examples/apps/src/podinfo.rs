@@ -27,11 +27,14 @@ use http::{HeaderMap, HeaderValue, StatusCode};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-use crate::serve;
+use crate::{podcli, serve};
 
 /// The flags of podinfo that matter here; the others are accepted by name so that its manifests run.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Options {
+    /// `podcli`, which podinfo's image brings for its probes: does this instead of serving
+    #[command(subcommand)]
+    pub(crate) podcli: Option<podcli::Command>,
     /// HTTP port
     // Not from PODINFO_PORT: Kubernetes sets it to `tcp://…` beside a Service called podinfo.
     #[arg(long, default_value_t = 9898)]
@@ -108,6 +111,9 @@ struct Metrics {
 
 /// Serves until asked to stop.
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
+    if let Some(command) = &options.podcli {
+        return podcli::run(command).await;
+    }
     let (port, metrics_port) = (options.port, options.port_metrics);
     let state = Arc::new(Podinfo::new(options));
     if metrics_port != 0 && metrics_port != port {

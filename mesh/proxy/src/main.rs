@@ -163,6 +163,8 @@ fn main() -> ExitCode {
             tracing_subscriber::EnvFilter::try_from_default_env()
                 .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
         )
+        // A log that cannot be written loses lines. To say so on the same stream would panic.
+        .log_internal_errors(false)
         .init();
     match start(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,

@@ -38,12 +38,14 @@ pub(crate) fn uuid() -> [u8; 36] {
         | (0x4 << 76)
         | (0x2 << 62);
     let mut out = [b'-'; 36];
-    let mut shift = 128;
-    for (index, byte) in out.iter_mut().enumerate() {
-        if !matches!(index, 8 | 13 | 18 | 23) {
-            shift -= 4;
-            *byte = HEX[(bits >> shift) as usize & 0xF];
+    let mut at = 0;
+    for byte in bits.to_be_bytes() {
+        if matches!(at, 8 | 13 | 18 | 23) {
+            at += 1;
         }
+        out[at] = HEX[usize::from(byte >> 4)];
+        out[at + 1] = HEX[usize::from(byte & 0xF)];
+        at += 2;
     }
     out
 }

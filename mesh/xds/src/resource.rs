@@ -14,6 +14,8 @@ use crate::digest;
 /// reverse one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ResourceType {
+    /// `envoy.extensions.transport_sockets.tls.v3.Secret` (SDS); clusters and listeners refer to them.
+    Secret,
     /// `envoy.config.cluster.v3.Cluster` (CDS).
     Cluster,
     /// `envoy.config.endpoint.v3.ClusterLoadAssignment` (EDS).
@@ -27,8 +29,12 @@ pub enum ResourceType {
 }
 
 impl ResourceType {
+    /// How many types there are.
+    pub(crate) const COUNT: usize = 6;
+
     /// Every type, in make-before-break order.
-    pub const ALL: [ResourceType; 5] = [
+    pub const ALL: [ResourceType; Self::COUNT] = [
+        Self::Secret,
         Self::Cluster,
         Self::Endpoints,
         Self::Listener,
@@ -39,6 +45,7 @@ impl ResourceType {
     /// The `type.googleapis.com/…` URL that names this type on the wire.
     pub const fn type_url(self) -> &'static str {
         match self {
+            Self::Secret => "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret",
             Self::Cluster => "type.googleapis.com/envoy.config.cluster.v3.Cluster",
             Self::Endpoints => "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
             Self::Listener => "type.googleapis.com/envoy.config.listener.v3.Listener",
@@ -47,9 +54,10 @@ impl ResourceType {
         }
     }
 
-    /// The abbreviation that people and logs use: CDS, EDS, LDS, RDS, VHDS.
+    /// The abbreviation that people and logs use: SDS, CDS, EDS, LDS, RDS, VHDS.
     pub const fn abbreviation(self) -> &'static str {
         match self {
+            Self::Secret => "SDS",
             Self::Cluster => "CDS",
             Self::Endpoints => "EDS",
             Self::Listener => "LDS",
@@ -61,11 +69,12 @@ impl ResourceType {
     /// Position in [`Self::ALL`].
     pub(crate) const fn index(self) -> usize {
         match self {
-            Self::Cluster => 0,
-            Self::Endpoints => 1,
-            Self::Listener => 2,
-            Self::Route => 3,
-            Self::VirtualHost => 4,
+            Self::Secret => 0,
+            Self::Cluster => 1,
+            Self::Endpoints => 2,
+            Self::Listener => 3,
+            Self::Route => 4,
+            Self::VirtualHost => 5,
         }
     }
 

@@ -22,7 +22,8 @@ use super::measure::Measuring;
 use super::observe::{Seen, Written, observe};
 use super::templates::Templates;
 use super::{Key, Shared};
-use crate::decide::{COMPARISON_STATE, Decision, decide};
+use crate::decide::{COMPARISON_STATE, Decision, Event, decide};
+use crate::metrics::Subject;
 use crate::objects::Blueprint;
 use crate::plan::Plan;
 use crate::traffic::Liveness;
@@ -36,6 +37,8 @@ const RETRY_MAX: Duration = Duration::from_secs(10);
 const VALUES_MAX_AGE: Duration = Duration::from_secs(5);
 /// Wait before a mesh that ended its report on a route is asked again.
 const LIVENESS_RETRY: Duration = Duration::from_secs(1);
+/// Events that wait for a status that cannot be written; the oldest are dropped.
+const UNTOLD_MAX: usize = 64;
 
 /// Reason of every event, as in Flagger.
 const EVENT_REASON: &str = "Synced";
@@ -51,6 +54,7 @@ pub(crate) async fn work(shared: Arc<Shared>, key: Key, wake: Arc<Notify>, cance
         uid: None,
         status: None,
         unwritten: false,
+        untold: Vec::new(),
         written_at: None,
         written: Written::default(),
         measuring: Measuring::default(),
@@ -58,11 +62,15 @@ pub(crate) async fn work(shared: Arc<Shared>, key: Key, wake: Arc<Notify>, cance
         live: LiveWatch::default(),
         dead_pods: None,
         plan: None,
+        shown: None,
         retry: RETRY_MIN,
     };
     loop {
         let wake_at = match worker.once().await {
-            Ok(Next::Gone) => return key,
+            Ok(Next::Gone) => {
+                worker.forget_metrics();
+                return key;
+            }
             // A new phase may have something to do with what is seen already.
             Ok(Next::Again) if !cancel.is_cancelled() => continue,
             Ok(Next::Again) => return key,
@@ -104,6 +112,8 @@ struct Worker {
     status: Option<CanaryStatus>,
     /// Whether the status in memory is newer than the one on the API server in more than measured values.
     unwritten: bool,
+    /// Events of statuses that are not written yet.
+    untold: Vec<Event>,
     written_at: Option<Instant>,
     written: Written,
     measuring: Measuring,
@@ -111,12 +121,15 @@ struct Worker {
     live: LiveWatch,
     dead_pods: Option<DeadPods>,
     plan: Option<Plan>,
+    /// Whose metrics are shown.
+    shown: Option<Subject>,
     retry: Duration,
 }
 
 impl Worker {
     /// One round: observe, decide, act.
     async fn once(&mut self) -> Result<Next, Error> {
+        let begun = Instant::now();
         let Some(mut seen) = observe(&self.shared, &self.key, &self.written) else {
             info!("Canary is gone");
             return Ok(Next::Gone);
@@ -150,6 +163,7 @@ impl Worker {
         }
         let wake_at = decision.wake_at;
         let same_phase = status.phase == decision.status.phase;
+        self.show(&seen.plan, &status, &decision.status, begun.elapsed());
         self.report(&seen, status, decision).await?;
         self.plan = Some(seen.plan);
         Ok(if same_phase {
@@ -159,9 +173,35 @@ impl Worker {
         })
     }
 
+    /// The controller's own metrics of this round.
+    fn show(&mut self, plan: &Plan, before: &CanaryStatus, after: &CanaryStatus, took: Duration) {
+        let subject = Subject {
+            namespace: self.key.namespace.clone(),
+            target: plan.target.clone(),
+            primary: plan.primary(),
+        };
+        if self.shown.as_ref().is_some_and(|shown| *shown != subject) {
+            self.forget_metrics();
+        }
+        let metrics = &self.shared.context.own_metrics;
+        metrics.round(&subject, before, after, plan.skip_analysis, took);
+        self.shown = Some(subject);
+    }
+
+    fn forget_metrics(&mut self) {
+        let Some(subject) = self.shown.take() else { return };
+        let status = self.status.iter().flat_map(|status| &status.metrics);
+        let planned = self.plan.iter().flat_map(|plan| &plan.metrics);
+        let names = status
+            .map(|metric| metric.name.clone())
+            .chain(planned.map(|metric| metric.name.clone()));
+        self.shared.context.own_metrics.forget(&subject, names);
+    }
+
     fn forget(&mut self) {
         self.status = None;
         self.unwritten = false;
+        self.untold.clear();
         self.written_at = None;
         self.written = Written::default();
         self.measuring.stop();
@@ -230,7 +270,8 @@ impl Worker {
         self.measuring.ensure(&self.shared.context.metrics, &query);
     }
 
-    /// Writes the status and tells the events.
+    /// Writes the status and then tells the events. In this order a process that dies between the two takes an event with
+    /// it, which the status says as well; in the other order the next process would decide the same again and tell it twice.
     async fn report(&mut self, seen: &Seen, before: CanaryStatus, decision: Decision) -> Result<(), Error> {
         let fresh = self.written_at.is_some_and(|at| at.elapsed() < VALUES_MAX_AGE);
         let changed = match (before == decision.status, fresh) {
@@ -241,8 +282,11 @@ impl Worker {
         // Kept even when the write below fails: what was decided and done is not decided again from an older status.
         self.status = Some(decision.status.clone());
         self.unwritten |= changed;
-        self.tell(seen, &decision);
+        self.untold.extend(decision.events);
+        let excess = self.untold.len().saturating_sub(UNTOLD_MAX);
+        self.untold.drain(..excess);
         if !self.unwritten {
+            self.tell(seen);
             return Ok(());
         }
         let client = self.shared.context.client.clone();
@@ -263,12 +307,13 @@ impl Worker {
         }
         self.unwritten = false;
         self.written_at = Some(Instant::now());
+        self.tell(seen);
         Ok(())
     }
 
-    fn tell(&self, seen: &Seen, decision: &Decision) {
+    fn tell(&mut self, seen: &Seen) {
         let about = reference(&seen.canary);
-        for event in &decision.events {
+        for event in self.untold.drain(..) {
             info!(message = %event.message, "event");
             let (recorder, note) = (&self.shared.recorder, &event.message);
             let action = shortened(note, ACTION_MAX);

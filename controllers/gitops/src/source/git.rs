@@ -54,6 +54,7 @@ pub(crate) fn sync(request: &Request, stop: &Stop) -> Result<Fetched, Error> {
     let cache = open_cache(&request.cache)?;
     let url = without_credentials(&request.place.url());
     let (selected, transferred) = match &request.place {
+        Place::Local(_) if !stop.may_write() => return Err(Error::Stopping),
         Place::Local(path) => sync_local(&cache, path, &request.wanted, &url)?,
         Place::Http { .. } | Place::Ssh { .. } => sync_remote(&cache, request, stop, &url)?,
     };
@@ -263,7 +264,15 @@ fn sync_remote(
     let mut remote = cache
         .remote_anonymous(&request.place.url())
         .map_err(failed("address"))?;
+    let writing = || {
+        if stop.may_write() {
+            Ok(())
+        } else {
+            Err(Error::Stopping)
+        }
+    };
     let heads = if request.auth.bearer.is_some() {
+        writing()?;
         // libgit2 takes headers only for a fetch; an empty refspec list there still lists the references.
         let mut options = options(request, stop, Some(1));
         remote
@@ -284,6 +293,7 @@ fn sync_remote(
     if is_complete(cache, id) {
         return Ok((selected, false));
     }
+    writing()?;
     let refspec = match &selected.full_name {
         Some(name) => format!("+{name}:{TIPS}{}", name.trim_start_matches("refs/")),
         None => selected.id.clone(),

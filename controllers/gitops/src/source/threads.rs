@@ -2,7 +2,9 @@
 //! libgit2's own (process-wide) timeout, whatever our caller's deadline was. So:
 //!
 //! * an operation that passes its deadline is told to stop (its callbacks look at [`Stop`]) and is abandoned: the
-//!   caller gets its error at once, the thread ends when libgit2 lets it;
+//!   caller gets its error at once, the thread ends when libgit2 lets it. As long as it has only talked to the server
+//!   ([`Stop::may_write`] was not asked) its cache is free for the next try at once, so that a server that answers
+//!   again is not waited for;
 //! * at most [`RUNNING_MAX`] operations run at a time and at most [`PER_HOST_MAX`] on one host, where an abandoned
 //!   one still counts for its host. One hanging server so never takes more than [`PER_HOST_MAX`] threads from others;
 //! * when [`ABANDONED_MAX`] threads hang, new operations are refused, with the reason.
@@ -14,7 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::error::Error;
 
@@ -27,12 +29,54 @@ const ABANDONED_MAX: usize = 32;
 
 /// Tells an operation that nobody waits for it any more.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Stop(Arc<AtomicBool>);
+pub(crate) struct Stop(Arc<StopState>);
+
+#[derive(Debug, Default)]
+struct StopState {
+    requested: AtomicBool,
+    gate: Mutex<Gate>,
+}
+
+/// Who may write into the cache of an operation.
+#[derive(Debug, Default)]
+struct Gate {
+    /// The cache's permit, returned when the operation has ended or can no longer begin to write.
+    permit: Option<OwnedSemaphorePermit>,
+    writing: bool,
+    closed: bool,
+}
 
 impl Stop {
+    fn holding(permit: OwnedSemaphorePermit) -> Self {
+        let stop = Self::default();
+        stop.0.gate.lock().permit = Some(permit);
+        stop
+    }
+
     /// Whether the operation must end.
     pub(crate) fn requested(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.0.requested.load(Ordering::Relaxed)
+    }
+
+    /// To be asked before the operation first writes into its cache; if not, it must end without doing so.
+    pub(crate) fn may_write(&self) -> bool {
+        let mut gate = self.0.gate.lock();
+        gate.writing |= !gate.closed;
+        gate.writing
+    }
+
+    fn request(&self) {
+        self.0.requested.store(true, Ordering::Relaxed);
+        let mut gate = self.0.gate.lock();
+        gate.closed = true;
+        if !gate.writing {
+            gate.permit = None;
+        }
+    }
+
+    /// The thread is done with everything.
+    fn finish(&self) {
+        self.0.gate.lock().permit = None;
     }
 }
 
@@ -41,7 +85,7 @@ struct StopOnDrop(Stop);
 
 impl Drop for StopOnDrop {
     fn drop(&mut self) {
-        self.0.0.store(true, Ordering::Relaxed);
+        self.0.request();
     }
 }
 
@@ -116,7 +160,7 @@ impl Threads {
         let host = self.limit(Limit::Host(job.host.to_string()), PER_HOST_MAX);
         let host_permit = host.acquire_owned().await.map_err(|_| Error::Stopping)?;
         let _running = self.running.acquire().await.map_err(|_| Error::Stopping)?;
-        let stop = Stop::default();
+        let stop = Stop::holding(cache_permit);
         let guard = StopOnDrop(stop.clone());
         let (send, receive) = oneshot::channel();
         let abandoned = self.abandoned.clone();
@@ -127,7 +171,8 @@ impl Threads {
                 if send.send(result).is_err() {
                     abandoned.fetch_sub(1, Ordering::Relaxed);
                 }
-                drop((host_permit, cache_permit));
+                stop.finish();
+                drop(host_permit);
             })
             .map_err(|source| Error::Io {
                 action: "start a git thread for",
@@ -222,5 +267,41 @@ mod tests {
         assert_eq!(other.unwrap(), 7);
         assert_eq!(threads.abandoned.load(Ordering::Relaxed), PER_HOST_MAX);
         drop(release);
+    }
+
+    #[tokio::test]
+    async fn an_operation_that_hangs_keeps_its_cache_only_once_it_may_have_written() {
+        let threads = Threads::new();
+        let job = |deadline| Job {
+            host: "slow",
+            cache: Path::new("/cache/one"),
+            action: "fetch",
+            url: "https://host/x",
+            deadline,
+        };
+        let short = Duration::from_millis(20);
+        for writes in [false, true] {
+            let (release, held) = std::sync::mpsc::channel::<()>();
+            let (answer, ended) = oneshot::channel();
+            let hangs = move |stop: &Stop| {
+                let wrote = writes && stop.may_write();
+                let _ = held.recv();
+                let _ = answer.send(stop.may_write() == wrote);
+                Ok(())
+            };
+            let result = threads.run(job(short), hangs).await;
+            assert!(matches!(result, Err(Error::GitTimeout { .. })), "{result:?}");
+            let next = if writes { short } else { Duration::from_secs(30) };
+            let next = threads.run(job(next), |stop| Ok(stop.may_write())).await;
+            match next {
+                Ok(may_write) => assert!(may_write && !writes),
+                Err(error) => assert!(writes && matches!(error, Error::GitTimeout { .. }), "{error}"),
+            }
+            drop(release);
+            assert!(
+                ended.await.unwrap(),
+                "who was told to stop does not begin to write"
+            );
+        }
     }
 }

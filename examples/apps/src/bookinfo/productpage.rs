@@ -236,7 +236,9 @@ async fn product_page(State(page): State<Page>, headers: HeaderMap) -> Html<Stri
                     text(&review["text"]),
                     text(&review["reviewer"])
                 );
-                if let Some(rating) = review.get("rating") {
+                if let Some(error) = review.pointer("/rating/error") {
+                    let _ = write!(html, "<p><i>{}</i></p>", text(error));
+                } else if let Some(rating) = review.get("rating") {
                     let stars = "★".repeat(rating["stars"].as_u64().unwrap_or(0).min(5) as usize);
                     let _ = write!(html, "<font color=\"{}\">{stars}</font>", text(&rating["color"]));
                 }

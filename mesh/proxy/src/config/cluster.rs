@@ -1,6 +1,6 @@
 //! Clusters, compiled.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,8 +9,15 @@ use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::extensions::upstreams::http::v3 as upstream_http;
 
 use super::convert;
+use super::health_check::{HealthCheck, MAX_CHECKS};
+use super::endpoint::Endpoint;
+use super::table::strip_port;
+use super::transport_socket::{SocketMatch, UpstreamSocket};
 use crate::error::{Refusal, Within};
 use crate::metrics::peer::ServiceIdentity;
+use crate::tls::secret::SecretSlot;
+use crate::tls::table::{SecretTable, Side};
+use crate::upstream::connect::ConnectOptions;
 
 /// Envoy's connect timeout when none is given.
 const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -109,6 +116,8 @@ pub enum UpstreamHttp {
     Http2,
     /// What the client spoke.
     Downstream,
+    /// What ALPN agrees on.
+    Auto,
 }
 
 /// Circuit breaker limits; `u32::MAX` is none.
@@ -158,6 +167,70 @@ pub struct Outlier {
     pub max_ejection_percent: u32,
     /// One host may always be ejected.
     pub always_one: bool,
+    /// How often hosts are compared with each other.
+    pub interval: Duration,
+    /// A host whose success rate is that far below the others'.
+    pub success_rate: Option<SuccessRate>,
+    /// A host that fails that often.
+    pub failure_percentage: Option<FailurePercentage>,
+    /// A passed active check ends an ejection.
+    pub uneject_on_check: bool,
+}
+
+impl Outlier {
+    /// Whether hosts are compared with each other at all.
+    pub fn compares(&self) -> bool {
+        self.success_rate.is_some() || self.failure_percentage.is_some()
+    }
+}
+
+/// Ejection by success rate: below `mean - stdev * factor` of the hosts with enough requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SuccessRate {
+    /// Hosts with enough requests that it takes.
+    pub minimum_hosts: u32,
+    /// Requests of an interval that it takes.
+    pub request_volume: u32,
+    /// In thousandths of a standard deviation.
+    pub stdev_factor: u32,
+    /// Whether it applies to answers, and to local failures (split mode).
+    pub enforced: (bool, bool),
+}
+
+/// Ejection by failure percentage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FailurePercentage {
+    /// Percent of failures from which on a host goes.
+    pub threshold: u32,
+    /// Hosts with enough requests that it takes.
+    pub minimum_hosts: u32,
+    /// Requests of an interval that it takes.
+    pub request_volume: u32,
+    /// Whether it applies to answers, and to local failures (split mode).
+    pub enforced: (bool, bool),
+}
+
+/// New hosts get their share little by little.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SlowStart {
+    /// How long it takes.
+    pub window: Duration,
+    /// Exponent of the curve; 1 is a straight line.
+    pub aggression: f64,
+    /// Least share, of 1.
+    pub least: f64,
+}
+
+impl SlowStart {
+    /// The part of its weight that a host has after `age`.
+    pub fn factor(&self, age: Duration) -> f64 {
+        if age >= self.window {
+            return 1.0;
+        }
+        // Envoy's curve: (age / window) ^ (1 / aggression).
+        let share = age.as_secs_f64() / self.window.as_secs_f64();
+        share.powf(1.0 / self.aggression).clamp(self.least, 1.0)
+    }
 }
 
 /// A compiled cluster.
@@ -181,6 +254,10 @@ pub struct Cluster {
     pub limits: Limits,
     /// Limits of high priority requests are not kept apart; see the crate docs.
     pub outlier: Option<Outlier>,
+    /// Active health checks.
+    pub health_checks: Box<[HealthCheck]>,
+    /// How new hosts begin.
+    pub slow_start: Option<SlowStart>,
     /// Source address of connections.
     pub bind: Option<IpAddr>,
     /// Idle connections are closed after this.
@@ -193,15 +270,33 @@ pub struct Cluster {
     pub max_streams: u32,
     /// Which service it is (`istio.services`).
     pub service: Option<Arc<ServiceIdentity>>,
+    /// How connections are dressed unless an entry of `sockets` fits the endpoint.
+    pub socket: Arc<UpstreamSocket>,
+    /// `transport_socket_matches`.
+    pub sockets: Box<[SocketMatch]>,
+    /// The server name is the request's host, or this field of it.
+    pub auto_sni: Option<http::HeaderName>,
     /// Its own endpoints (static and DNS).
     pub load_assignment: Option<serin_xds::pb::envoy::config::endpoint::v3::ClusterLoadAssignment>,
 }
 
 impl Cluster {
-    /// Compiles the message.
-    pub(crate) fn compile(from: &cluster::Cluster) -> Result<Self, Refusal> {
+    /// Whether a passed active check ends an ejection.
+    pub fn unejects_on_check(&self) -> bool {
+        self.outlier
+            .as_ref()
+            .is_some_and(|outlier| outlier.uneject_on_check)
+    }
+
+    /// Compiles the message; sockets that `previous` has as well are taken over.
+    pub(crate) fn compile(
+        from: &cluster::Cluster,
+        secrets: &mut SecretTable,
+        previous: Option<&Self>,
+    ) -> Result<Self, Refusal> {
         refuse_unsupported(from)?;
         let (http, common) = compile_http(from)?;
+        let sockets = Sockets::compile(from, secrets, previous)?;
         let (lb, locality_weighted) = compile_lb(from)?;
         let discovery = compile_discovery(from)?;
         let common_lb = from.common_lb_config.as_ref();
@@ -236,6 +331,8 @@ impl Cluster {
                 .map(compile_outlier)
                 .transpose()
                 .within("outlier_detection")?,
+            health_checks: compile_health_checks(from)?,
+            slow_start: compile_slow_start(from)?,
             bind: compile_bind(from)?,
             idle_timeout,
             max_requests_per_connection: max_requests.map_or(0, |value| value.value),
@@ -258,40 +355,124 @@ impl Cluster {
                 .and_then(|options| options.max_concurrent_streams)
                 .map_or(1024, |value| value.value.max(1)),
             service: ServiceIdentity::of_cluster(from.metadata.as_ref()),
+            socket: sockets.default,
+            sockets: sockets.matches,
+            auto_sni: sockets.auto_sni,
             load_assignment: from.load_assignment.clone(),
+        })
+    }
+
+    /// How connections to `endpoint` are dressed.
+    pub fn socket_for(&self, endpoint: &Endpoint) -> &Arc<UpstreamSocket> {
+        self.sockets
+            .iter()
+            .find(|entry| entry.fits(endpoint.socket_metadata.as_ref()))
+            .map_or(&self.socket, |entry| &entry.socket)
+    }
+
+    /// Options of connections for a request with these headers, from `source` to `destination`.
+    pub fn connect_options(
+        &self,
+        headers: &http::HeaderMap,
+        source: SocketAddr,
+        destination: SocketAddr,
+    ) -> ConnectOptions {
+        ConnectOptions {
+            server_name: self.request_server_name(headers),
+            between: self.tells_clients().then_some((source, destination)),
+        }
+    }
+
+    /// The server name that follows the request, where the cluster wants that.
+    pub fn request_server_name(&self, headers: &http::HeaderMap) -> Option<Box<str>> {
+        let value = headers.get(self.auto_sni.as_ref()?)?.to_str().ok()?;
+        let name = strip_port(value);
+        let is_address = name.parse::<IpAddr>().is_ok() || name.starts_with('[');
+        (!is_address && !name.is_empty()).then(|| name.to_ascii_lowercase().into())
+    }
+
+    /// Whether endpoints are told who the client is, so that connections cannot be shared between clients.
+    pub fn tells_clients(&self) -> bool {
+        self.socket.proxy_protocol.is_some()
+            || self
+                .sockets
+                .iter()
+                .any(|entry| entry.socket.proxy_protocol.is_some())
+    }
+
+    /// The slots of secrets that it needs.
+    pub fn secrets(&self) -> impl Iterator<Item = &Arc<SecretSlot>> {
+        std::iter::once(&self.socket)
+            .chain(self.sockets.iter().map(|entry| &entry.socket))
+            .filter_map(|socket| socket.tls.as_ref())
+            .flat_map(|tls| tls.secrets())
+    }
+}
+
+/// The transport sockets of a cluster.
+struct Sockets {
+    default: Arc<UpstreamSocket>,
+    matches: Box<[SocketMatch]>,
+    auto_sni: Option<http::HeaderName>,
+}
+
+impl Sockets {
+    fn compile(
+        from: &cluster::Cluster,
+        secrets: &mut SecretTable,
+        previous: Option<&Cluster>,
+    ) -> Result<Self, Refusal> {
+        let known: Vec<_> = previous
+            .into_iter()
+            .flat_map(|old| std::iter::once(&old.socket).chain(old.sockets.iter().map(|entry| &entry.socket)))
+            .cloned()
+            .collect();
+        let options = http_options(from)?.and_then(|options| options.upstream_http_protocol_options);
+        let options = options
+            .or_else(|| from.upstream_http_protocol_options.clone())
+            .unwrap_or_default();
+        let auto_sni = if !options.override_auto_sni_header.is_empty() {
+            Some(
+                options
+                    .override_auto_sni_header
+                    .parse()
+                    .map_err(|_| Refusal::new("override_auto_sni_header", "is not the name of a header"))?,
+            )
+        } else {
+            options.auto_sni.then_some(http::header::HOST)
+        };
+        if from.transport_socket.is_none() && from.transport_socket_matches.is_empty() {
+            return Ok(Self {
+                default: Arc::default(),
+                matches: Box::default(),
+                auto_sni,
+            });
+        }
+        let stats = secrets.stats(Side::Cluster, &from.name);
+        let mut compile = |socket: Option<&core::TransportSocket>| {
+            UpstreamSocket::compile(socket, options.auto_san_validation, secrets, &stats, &known)
+        };
+        let default = compile(from.transport_socket.as_ref()).within("transport_socket")?;
+        let matches = from
+            .transport_socket_matches
+            .iter()
+            .enumerate()
+            .map(|(index, entry)| {
+                compile(entry.transport_socket.as_ref())
+                    .map(|socket| SocketMatch::new(&entry.name, entry.r#match.as_ref(), socket))
+                    .within(format!("transport_socket_matches[{index}].transport_socket"))
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            default,
+            matches,
+            auto_sni,
         })
     }
 }
 
 fn refuse_unsupported(from: &cluster::Cluster) -> Result<(), Refusal> {
-    let is_raw = |socket: &core::TransportSocket| socket.name.ends_with("raw_buffer");
-    if from
-        .transport_socket
-        .as_ref()
-        .is_some_and(|socket| !is_raw(socket))
-    {
-        return Err(Refusal::new(
-            "transport_socket",
-            "TLS towards endpoints is not supported yet",
-        ));
-    }
-    if from.transport_socket_matches.iter().any(|entry| {
-        entry
-            .transport_socket
-            .as_ref()
-            .is_some_and(|socket| !is_raw(socket))
-    }) {
-        return Err(Refusal::new(
-            "transport_socket_matches",
-            "TLS towards endpoints is not supported yet",
-        ));
-    }
     let unsupported = [
-        (
-            "health_checks",
-            !from.health_checks.is_empty(),
-            "active health checks are not supported yet",
-        ),
         (
             "lb_subset_config",
             from.lb_subset_config.is_some(),
@@ -383,17 +564,6 @@ fn compile_discovery(from: &cluster::Cluster) -> Result<Discovery, Refusal> {
 
 fn compile_lb(from: &cluster::Cluster) -> Result<(LbPolicy, bool), Refusal> {
     use cluster::cluster::{LbConfig, LbPolicy as Policy, common_lb_config::LocalityConfigSpecifier};
-    let slow_start = match &from.lb_config {
-        Some(LbConfig::LeastRequestLbConfig(config)) => config.slow_start_config.is_some(),
-        Some(LbConfig::RoundRobinLbConfig(config)) => config.slow_start_config.is_some(),
-        _ => false,
-    };
-    if slow_start {
-        return Err(Refusal::new(
-            "slow_start_config",
-            "slow start is not supported yet",
-        ));
-    }
     let policy = match Policy::try_from(from.lb_policy) {
         Ok(Policy::RoundRobin | Policy::ClusterProvided) => LbPolicy::RoundRobin,
         Ok(Policy::LeastRequest) => {
@@ -451,6 +621,52 @@ fn compile_lb(from: &cluster::Cluster) -> Result<(LbPolicy, bool), Refusal> {
     Ok((policy, weighted))
 }
 
+fn compile_slow_start(from: &cluster::Cluster) -> Result<Option<SlowStart>, Refusal> {
+    use cluster::cluster::LbConfig;
+    let config = match &from.lb_config {
+        Some(LbConfig::LeastRequestLbConfig(config)) => config.slow_start_config.as_ref(),
+        Some(LbConfig::RoundRobinLbConfig(config)) => config.slow_start_config.as_ref(),
+        _ => None,
+    };
+    let Some(config) = config else { return Ok(None) };
+    let Some(window) = convert::timeout(config.slow_start_window.as_ref()).within("slow_start_window")?
+    else {
+        return Ok(None);
+    };
+    let aggression = config
+        .aggression
+        .as_ref()
+        .map_or(1.0, |value| value.default_value);
+    if !(aggression.is_finite() && aggression > 0.0) {
+        return Err(Refusal::new(
+            "slow_start_config.aggression",
+            format!("{aggression} is not above zero"),
+        ));
+    }
+    Ok(Some(SlowStart {
+        window,
+        aggression,
+        least: config
+            .min_weight_percent
+            .as_ref()
+            .map_or(0.1, |percent| (percent.value / 100.0).clamp(0.0, 1.0)),
+    }))
+}
+
+fn compile_health_checks(from: &cluster::Cluster) -> Result<Box<[HealthCheck]>, Refusal> {
+    if from.health_checks.len() > MAX_CHECKS {
+        return Err(Refusal::new(
+            "health_checks",
+            format!("more than {MAX_CHECKS} are not supported"),
+        ));
+    }
+    from.health_checks
+        .iter()
+        .enumerate()
+        .map(|(index, check)| HealthCheck::compile(check).within(format!("health_checks[{index}]")))
+        .collect()
+}
+
 fn http_options(from: &cluster::Cluster) -> Result<Option<upstream_http::HttpProtocolOptions>, Refusal> {
     let mut options = None;
     for (name, any) in &from.typed_extension_protocol_options {
@@ -500,8 +716,8 @@ fn compile_http(
             Some(ProtocolConfig::HttpProtocolOptions(_)) | None => UpstreamHttp::Http1,
         },
         Some(UpstreamProtocolOptions::UseDownstreamProtocolConfig(_)) => UpstreamHttp::Downstream,
-        // ALPN needs TLS; without it Envoy speaks HTTP/1.1.
-        Some(UpstreamProtocolOptions::AutoConfig(_)) | None => UpstreamHttp::Http1,
+        Some(UpstreamProtocolOptions::AutoConfig(_)) => UpstreamHttp::Auto,
+        None => UpstreamHttp::Http1,
     };
     Ok((http, options.common_http_protocol_options))
 }
@@ -569,14 +785,17 @@ fn compile_outlier(from: &cluster::OutlierDetection) -> Result<Outlier, Refusal>
     let value = |given: &Option<serin_xds::pb::google::protobuf::UInt32Value>, default: u32| {
         given.as_ref().map_or(default, |value| value.value)
     };
-    if from.failure_percentage_threshold.is_some() && value(&from.enforcing_failure_percentage, 0) > 0 {
-        return Err(Refusal::new(
-            "enforcing_failure_percentage",
-            "ejection by failure percentage is not supported yet",
-        ));
-    }
     // A counter is enforced with the given probability; ours are enforced always or never.
     let enforced = |threshold: u32, percent: u32| (percent > 0 && threshold > 0).then_some(threshold);
+    let split = from.split_external_local_origin_errors;
+    let rate = (
+        value(&from.enforcing_success_rate, 100) > 0,
+        split && value(&from.enforcing_local_origin_success_rate, 100) > 0,
+    );
+    let percentage = (
+        value(&from.enforcing_failure_percentage, 0) > 0,
+        split && value(&from.enforcing_failure_percentage_local_origin, 0) > 0,
+    );
     let base = convert::timeout(from.base_ejection_time.as_ref())
         .within("base_ejection_time")?
         .unwrap_or(Duration::from_secs(30));
@@ -604,6 +823,25 @@ fn compile_outlier(from: &cluster::OutlierDetection) -> Result<Outlier, Refusal>
             .always_eject_one_host
             .as_ref()
             .is_some_and(|value| value.value),
+        interval: convert::timeout(from.interval.as_ref())
+            .within("interval")?
+            .unwrap_or(Duration::from_secs(10)),
+        success_rate: (rate.0 || rate.1).then(|| SuccessRate {
+            minimum_hosts: value(&from.success_rate_minimum_hosts, 5),
+            request_volume: value(&from.success_rate_request_volume, 100),
+            stdev_factor: value(&from.success_rate_stdev_factor, 1900),
+            enforced: rate,
+        }),
+        failure_percentage: (percentage.0 || percentage.1).then(|| FailurePercentage {
+            threshold: value(&from.failure_percentage_threshold, 85),
+            minimum_hosts: value(&from.failure_percentage_minimum_hosts, 5),
+            request_volume: value(&from.failure_percentage_request_volume, 50),
+            enforced: percentage,
+        }),
+        uneject_on_check: from
+            .successful_active_health_check_uneject_host
+            .as_ref()
+            .is_none_or(|value| value.value),
     })
 }
 
@@ -627,9 +865,13 @@ fn compile_bind(from: &cluster::Cluster) -> Result<Option<IpAddr>, Refusal> {
 mod tests {
     use super::*;
 
+    fn compiled(message: &cluster::Cluster) -> Result<Cluster, Refusal> {
+        Cluster::compile(message, &mut SecretTable::default(), None)
+    }
+
     #[test]
     fn what_a_cluster_does_not_say_is_envoys_default() {
-        let cluster = Cluster::compile(&cluster::Cluster {
+        let cluster = compiled(&cluster::Cluster {
             name: "c".into(),
             ..Default::default()
         })
@@ -651,7 +893,7 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(
-            Cluster::compile(&message).unwrap().discovery,
+            compiled(&message).unwrap().discovery,
             Discovery::Eds("outbound|80||a".into())
         );
         message.eds_cluster_config = Some(cluster::cluster::EdsClusterConfig {
@@ -659,22 +901,25 @@ mod tests {
             ..Default::default()
         });
         assert_eq!(
-            Cluster::compile(&message).unwrap().discovery,
+            compiled(&message).unwrap().discovery,
             Discovery::Eds("other".into())
         );
     }
 
     #[test]
-    fn tls_towards_endpoints_is_refused_by_name_for_now() {
+    fn a_transport_socket_that_is_not_known_is_refused_by_name() {
         let message = cluster::Cluster {
             name: "c".into(),
             transport_socket: Some(core::TransportSocket {
-                name: "envoy.transport_sockets.tls".into(),
+                name: "envoy.transport_sockets.starttls".into(),
                 ..Default::default()
             }),
             ..Default::default()
         };
-        assert_eq!(Cluster::compile(&message).unwrap_err().path, "transport_socket");
+        assert_eq!(
+            compiled(&message).unwrap_err().path,
+            "transport_socket.typed_config"
+        );
     }
 
     #[test]

@@ -1,22 +1,28 @@
 //! Endpoints of a cluster (EDS), and the shared record of each host's health as requests see it.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::endpoint::v3 as endpoint;
 
+use serin_xds::pb::google::protobuf::Struct;
+
 use super::convert::{self, Address};
+use crate::clock::now_ms;
 use crate::error::{Refusal, Within};
 use crate::metrics::peer::Workload;
 
+/// Metadata of endpoints that transport sockets are matched with.
+const SOCKET_MATCH: &str = "envoy.transport_socket_match";
 /// Envoy's overprovisioning factor: a priority level takes all its share while 1/1.4 of it is healthy.
 const DEFAULT_OVERPROVISIONING: u32 = 140;
 
-/// What outlier detection knows of a host, shared by all workers and kept over endpoint updates. Written on failures
-/// and on the first success after one, so a healthy host costs a read.
-#[derive(Debug, Default)]
+/// What requests and checks have shown of a host, shared by all workers and kept over endpoint updates. Written on
+/// failures and on the first success after one, so a healthy host costs a read.
+#[derive(Debug)]
 pub struct HostState {
     /// 5xx answers in a row.
     pub consecutive_5xx: AtomicU32,
@@ -24,10 +30,104 @@ pub struct HostState {
     pub consecutive_gateway: AtomicU32,
     /// Connection failures in a row (split mode).
     pub consecutive_local: AtomicU32,
-    /// Milliseconds on the process clock until which the host is out; 0 when it is in.
+    /// Milliseconds on the process clock until which the host is out; 0 when it is in. Once that time has passed the
+    /// host is on probation: one request at a time shows whether it is well again.
     pub ejected_until: AtomicU64,
+    /// A request is trying it on probation.
+    pub probing: AtomicBool,
+    /// When the last ejection ended, by a success; 0 if there was none.
+    pub ejection_ended: AtomicU64,
     /// Ejections in a row.
     pub ejections: AtomicU32,
+    /// Answers of this interval; only counted where hosts are compared.
+    pub answers: Ratio,
+    /// Connections and the like of this interval (split mode).
+    pub local: Ratio,
+    /// One bit for each active check of the cluster that the host has not passed. All are set in the beginning.
+    pub failed_checks: AtomicU32,
+    /// Since when it may be used, on the process clock: slow start counts from here. 0 is always.
+    pub since: AtomicU64,
+}
+
+/// Requests and the good ones among them.
+#[derive(Debug, Default)]
+pub struct Ratio {
+    /// All.
+    pub all: AtomicU32,
+    /// Good ones.
+    pub good: AtomicU32,
+}
+
+impl Ratio {
+    /// Counts one.
+    pub fn add(&self, good: bool) {
+        self.all.fetch_add(1, Ordering::Relaxed);
+        if good {
+            self.good.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Takes all and good, and begins again.
+    pub fn take(&self) -> (u32, u32) {
+        let all = self.all.swap(0, Ordering::Relaxed);
+        // Read second, and cut: a request between the two may not make more good ones than there are.
+        (all, self.good.swap(0, Ordering::Relaxed).min(all))
+    }
+}
+
+impl Default for HostState {
+    fn default() -> Self {
+        Self {
+            consecutive_5xx: AtomicU32::new(0),
+            consecutive_gateway: AtomicU32::new(0),
+            consecutive_local: AtomicU32::new(0),
+            ejected_until: AtomicU64::new(0),
+            probing: AtomicBool::new(false),
+            ejection_ended: AtomicU64::new(0),
+            ejections: AtomicU32::new(0),
+            answers: Ratio::default(),
+            local: Ratio::default(),
+            failed_checks: AtomicU32::new(u32::MAX),
+            since: AtomicU64::new(now_ms()),
+        }
+    }
+}
+
+impl HostState {
+    /// The host may be used again after it could not: slow start begins, and what was held against it is forgotten.
+    pub fn recovered(&self) {
+        self.since.store(now_ms(), Ordering::Relaxed);
+        self.uneject();
+    }
+
+    /// Takes an ejection back.
+    pub fn uneject(&self) {
+        if self.ejected_until.load(Ordering::Relaxed) != 0 {
+            self.ejection_ended.store(now_ms(), Ordering::Relaxed);
+            self.ejected_until.store(0, Ordering::Relaxed);
+            self.probing.store(false, Ordering::Relaxed);
+            for counter in [
+                &self.consecutive_5xx,
+                &self.consecutive_gateway,
+                &self.consecutive_local,
+            ] {
+                counter.store(0, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+/// How an endpoint wants to be checked.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Check {
+    /// Not at all.
+    pub disabled: bool,
+    /// At another port.
+    pub port: Option<u16>,
+    /// At another address.
+    pub address: Option<Address>,
+    /// Under this name.
+    pub hostname: Option<Box<str>>,
 }
 
 /// One endpoint.
@@ -47,8 +147,39 @@ pub struct Endpoint {
     pub degraded: bool,
     /// Which workload it is (`istio.workload`).
     pub workload: Option<Arc<Workload>>,
+    /// How active health checks reach it.
+    pub check: Check,
+    /// What `transport_socket_matches` go by: `envoy.transport_socket_match` of the endpoint, else of its locality.
+    pub socket_metadata: Option<Struct>,
+    /// Other addresses of the same endpoint, tried when the first does not answer soon.
+    pub more_addresses: Box<[SocketAddr]>,
     /// Its record.
     pub state: Arc<HostState>,
+}
+
+impl Endpoint {
+    /// An endpoint of which nothing is known but where it is.
+    pub fn at(address: Address) -> Self {
+        Self {
+            text: address.to_string().into(),
+            address,
+            hostname: "".into(),
+            weight: 1,
+            healthy: true,
+            degraded: false,
+            workload: None,
+            check: Check::default(),
+            socket_metadata: None,
+            more_addresses: Box::default(),
+            state: Arc::default(),
+        }
+    }
+
+    /// Whether EDS and the first `checks` active checks say that it may be used.
+    pub fn usable(&self, checks: usize) -> bool {
+        let mask = ((1_u64 << checks) - 1) as u32;
+        self.healthy && (self.check.disabled || self.state.failed_checks.load(Ordering::Relaxed) & mask == 0)
+    }
 }
 
 /// Endpoints of one locality within one priority.
@@ -107,7 +238,7 @@ impl EndpointSet {
             {
                 let start = all.len();
                 for (inner, lb) in group.lb_endpoints.iter().enumerate() {
-                    let compiled = compile_endpoint(lb, &states)
+                    let compiled = compile_endpoint(lb, group.metadata.as_ref(), &states)
                         .within(format!("endpoints[{index}].lb_endpoints[{inner}]"))?;
                     all.push(Arc::new(compiled));
                 }
@@ -148,6 +279,7 @@ impl EndpointSet {
 
 fn compile_endpoint(
     from: &endpoint::LbEndpoint,
+    locality: Option<&core::Metadata>,
     states: &HashMap<&Address, &Arc<HostState>, foldhash::fast::RandomState>,
 ) -> Result<Endpoint, Refusal> {
     use endpoint::lb_endpoint::HostIdentifier;
@@ -158,6 +290,23 @@ fn compile_endpoint(
         ));
     };
     let address = convert::address(inner.address.as_ref()).within("endpoint")?;
+    let more_addresses = inner
+        .additional_addresses
+        .iter()
+        .enumerate()
+        .map(|(index, more)| {
+            let path = format!("endpoint.additional_addresses[{index}]");
+            match convert::address(more.address.as_ref()).within(&path)? {
+                Address::Tcp(address) => Ok(address),
+                other => Err(Refusal::new(path, format!("{other} is no IP address"))),
+            }
+        })
+        .collect::<Result<_, _>>()?;
+    let socket_metadata = [from.metadata.as_ref(), locality]
+        .into_iter()
+        .flatten()
+        .find_map(|metadata| metadata.filter_metadata.get(SOCKET_MATCH))
+        .cloned();
     let health = core::HealthStatus::try_from(from.health_status).unwrap_or(core::HealthStatus::Unknown);
     use core::HealthStatus;
     let (healthy, degraded) = match health {
@@ -165,7 +314,9 @@ fn compile_endpoint(
         HealthStatus::Degraded => (true, true),
         HealthStatus::Unhealthy | HealthStatus::Draining | HealthStatus::Timeout => (false, false),
     };
+    let check = compile_check(inner).within("endpoint.health_check_config")?;
     Ok(Endpoint {
+        check,
         text: address.to_string().into(),
         hostname: inner.hostname.as_str().into(),
         weight: from
@@ -175,10 +326,29 @@ fn compile_endpoint(
         healthy,
         degraded,
         workload: convert::metadata_string(from.metadata.as_ref(), "istio", "workload").map(Workload::parse),
+        socket_metadata,
+        more_addresses,
         state: states
             .get(&address)
             .map(|state| Arc::clone(state))
             .unwrap_or_default(),
         address,
+    })
+}
+
+fn compile_check(from: &endpoint::Endpoint) -> Result<Check, Refusal> {
+    let Some(config) = &from.health_check_config else {
+        return Ok(Check::default());
+    };
+    let port = u16::try_from(config.port_value)
+        .map_err(|_| Refusal::new("port_value", format!("{} is no port", config.port_value)))?;
+    Ok(Check {
+        disabled: config.disable_active_health_check,
+        port: (port != 0).then_some(port),
+        address: match &config.address {
+            Some(_) => Some(convert::address(config.address.as_ref())?),
+            None => None,
+        },
+        hostname: (!config.hostname.is_empty()).then(|| config.hostname.as_str().into()),
     })
 }

@@ -9,15 +9,22 @@ use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::listener::v3 as listener;
 use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_v3;
 
+use super::chain_match::ChainMatch;
 use super::convert::{self, Address};
 use super::hcm::HttpManager;
+use super::listener_filters::{ConnectionLimit, ProxyProtocol};
 use super::route::Context;
-use super::slot::ClusterSlot;
+use super::slot::{ClusterSlot, Directory};
+use super::transport_socket;
 use super::weighted::{Turn, Weights};
 use crate::error::{Refusal, Within};
+use crate::tls::downstream::DownstreamTls;
+use crate::tls::secret::SecretSlot;
 
 /// Envoy's limit for protocol detection when the listener does not say.
 const DEFAULT_DETECTION: Duration = Duration::from_secs(15);
+/// Our limit for a TLS handshake when the chain does not say; Envoy has none.
+const DEFAULT_HANDSHAKE: Duration = Duration::from_secs(15);
 /// Our limit where the configuration switches the limit off (`0s`, as istiod does): a client that waits for the server
 /// to speak first gets its connection after this, instead of never.
 const UNLIMITED_DETECTION: Duration = Duration::from_millis(500);
@@ -40,6 +47,12 @@ pub struct Listener {
     pub name: Arc<str>,
     /// Where it listens, or stands for when it is not bound.
     pub address: SocketAddr,
+    /// The same with `additional_addresses`.
+    pub addresses: Box<[SocketAddr]>,
+    /// Connections are spread exactly evenly over the workers.
+    pub exact_balance: bool,
+    /// A PROXY protocol header comes first.
+    pub proxy_protocol: Option<ProxyProtocol>,
     /// Whether it has a socket.
     pub bind: bool,
     /// Connections are handed to the listener of their original destination.
@@ -56,6 +69,7 @@ pub struct Listener {
     pub detection_timeout: Duration,
     /// When the time is over: go on without knowledge (or else close).
     pub continue_on_timeout: bool,
+    matcher: ChainMatch,
     chains: Box<[Arc<FilterChain>]>,
     default_chain: Option<Arc<FilterChain>>,
 }
@@ -81,6 +95,8 @@ pub struct ConnectionFacts<'a> {
     pub destination: SocketAddr,
     /// Who the client is.
     pub source: SocketAddr,
+    /// Who is connected to us: another than the client behind a balancer that speaks the PROXY protocol.
+    pub direct_source: SocketAddr,
     /// `tls` or `raw_buffer`.
     pub transport: &'a str,
     /// Name in the TLS ClientHello.
@@ -94,7 +110,14 @@ pub struct ConnectionFacts<'a> {
 pub struct FilterChain {
     /// Its name.
     pub name: Box<str>,
-    criteria: Criteria,
+    /// Server names of its match, lower case; a chain without any takes every name.
+    pub server_names: Box<[Box<str>]>,
+    /// TLS that is ended here.
+    pub tls: Option<Arc<DownstreamTls>>,
+    /// Limit for the TLS handshake.
+    pub handshake_timeout: Duration,
+    /// Connections at a time.
+    pub limit: Option<Arc<ConnectionLimit>>,
     /// What happens to the bytes.
     pub handler: Handler,
     retired: AtomicBool,
@@ -121,6 +144,9 @@ pub enum Handler {
 pub struct TcpProxy {
     /// Where to.
     pub targets: TcpTargets,
+    /// The cluster is the one that the server name names (`sni_cluster`); without a name, or with an unknown one, it is
+    /// that of `targets`.
+    pub by_server_name: Option<Directory>,
     /// Limit of silence.
     pub idle_timeout: Option<Duration>,
     /// Connections are ended after this.
@@ -142,19 +168,6 @@ pub enum TcpTargets {
     Weighted(Box<[Arc<ClusterSlot>]>, Weights, Turn),
 }
 
-#[derive(Debug, Default)]
-struct Criteria {
-    port: Option<u16>,
-    destinations: Box<[Cidr]>,
-    server_names: Box<[Box<str>]>,
-    transport: Box<str>,
-    application: Box<[Box<str>]>,
-    source_same: Option<bool>,
-    direct_sources: Box<[Cidr]>,
-    sources: Box<[Cidr]>,
-    source_ports: Box<[u16]>,
-}
-
 /// A range of addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cidr {
@@ -173,12 +186,43 @@ impl Cidr {
         let widest = if address.is_ipv4() { 32 } else { 128 };
         let length = from.prefix_len.as_ref().map_or(0, |length| length.value);
         match u8::try_from(length) {
-            Ok(length) if length <= widest => Ok(Self { address, length }),
+            Ok(length) if length <= widest => Ok(Self { address, length }.masked()),
             _ => Err(Refusal::new(
                 "prefix_len",
                 format!("{length} is longer than the address"),
             )),
         }
+    }
+
+    /// Every address.
+    pub(super) fn everything() -> [Self; 2] {
+        [IpAddr::from([0; 4]), IpAddr::from([0; 16])].map(|address| Self { address, length: 0 })
+    }
+
+    /// Bits that are compared.
+    pub(super) fn length(&self) -> u8 {
+        self.length
+    }
+
+    /// The address, if there is only one.
+    pub(super) fn single(&self) -> Option<IpAddr> {
+        let widest = if self.address.is_ipv4() { 32 } else { 128 };
+        (self.length == widest).then_some(self.address)
+    }
+
+    /// Without the bits that are not compared.
+    fn masked(self) -> Self {
+        let address = match self.address {
+            IpAddr::V4(address) => {
+                let mask = u32::MAX.checked_shl(32 - u32::from(self.length)).unwrap_or(0);
+                IpAddr::from((u32::from(address) & mask).to_be_bytes())
+            }
+            IpAddr::V6(address) => {
+                let mask = u128::MAX.checked_shl(128 - u32::from(self.length)).unwrap_or(0);
+                IpAddr::from((u128::from(address) & mask).to_be_bytes())
+            }
+        };
+        Self { address, ..self }
     }
 
     /// Whether `address` is in the range; an IPv4-mapped IPv6 address counts as IPv4.
@@ -199,124 +243,6 @@ impl Cidr {
     }
 }
 
-impl Criteria {
-    fn compile(from: Option<&listener::FilterChainMatch>) -> Result<Self, Refusal> {
-        use listener::filter_chain_match::ConnectionSourceType;
-        let Some(from) = from else {
-            return Ok(Self::default());
-        };
-        if !from.address_suffix.is_empty() || from.suffix_len.is_some() {
-            return Err(Refusal::new("address_suffix", "not supported"));
-        }
-        let ranges = |list: &[core::CidrRange], field: &str| {
-            list.iter()
-                .enumerate()
-                .map(|(index, range)| Cidr::compile(range).within(format!("{field}[{index}]")))
-                .collect::<Result<Box<[_]>, _>>()
-        };
-        Ok(Self {
-            port: from
-                .destination_port
-                .as_ref()
-                .map(|port| u16::try_from(port.value))
-                .transpose()
-                .map_err(|_| Refusal::new("destination_port", "is not a port"))?,
-            destinations: ranges(&from.prefix_ranges, "prefix_ranges")?,
-            server_names: from
-                .server_names
-                .iter()
-                .map(|name| name.to_ascii_lowercase().into())
-                .collect(),
-            transport: from.transport_protocol.as_str().into(),
-            application: from
-                .application_protocols
-                .iter()
-                .map(|name| name.as_str().into())
-                .collect(),
-            source_same: match ConnectionSourceType::try_from(from.source_type) {
-                Ok(ConnectionSourceType::SameIpOrLoopback) => Some(true),
-                Ok(ConnectionSourceType::External) => Some(false),
-                Ok(ConnectionSourceType::Any) | Err(_) => None,
-            },
-            direct_sources: ranges(&from.direct_source_prefix_ranges, "direct_source_prefix_ranges")?,
-            sources: ranges(&from.source_prefix_ranges, "source_prefix_ranges")?,
-            source_ports: from
-                .source_ports
-                .iter()
-                .filter_map(|port| u16::try_from(*port).ok())
-                .collect(),
-        })
-    }
-
-    /// How specifically the chain fits, in Envoy's order of criteria, or `None` if it does not.
-    fn score(&self, facts: &ConnectionFacts<'_>) -> Option<[u16; 8]> {
-        let range = |ranges: &[Cidr], address: IpAddr| match ranges {
-            [] => Some(0),
-            ranges => ranges
-                .iter()
-                .filter(|r| r.contains(address))
-                .map(|r| u16::from(r.length) + 1)
-                .max(),
-        };
-        let port = match self.port {
-            None => 0,
-            Some(port) if port == facts.destination.port() => 1,
-            Some(_) => return None,
-        };
-        let destination = range(&self.destinations, facts.destination.ip())?;
-        let server_name = match (&*self.server_names, facts.server_name) {
-            ([], _) => 0,
-            (_, None) => return None,
-            (names, Some(name)) => names
-                .iter()
-                .filter_map(|pattern| server_name_score(pattern, name))
-                .max()?,
-        };
-        let transport = match &*self.transport {
-            "" => 0,
-            transport if transport == facts.transport => 1,
-            _ => return None,
-        };
-        let application = match &*self.application {
-            [] => 0,
-            list if list.iter().any(|wanted| facts.application.contains(&&**wanted)) => 1,
-            _ => return None,
-        };
-        let direct = range(&self.direct_sources, facts.source.ip())?;
-        let same = facts.source.ip().is_loopback() || facts.source.ip() == facts.destination.ip();
-        let source_type = match self.source_same {
-            None => 0,
-            Some(wanted) if wanted == same => 1,
-            Some(_) => return None,
-        };
-        let source = range(&self.sources, facts.source.ip())?;
-        if !self.source_ports.is_empty() && !self.source_ports.contains(&facts.source.port()) {
-            return None;
-        }
-        let source = source * 2 + u16::from(!self.source_ports.is_empty());
-        Some([
-            port,
-            destination,
-            server_name,
-            transport,
-            application,
-            direct,
-            source_type,
-            source,
-        ])
-    }
-}
-
-fn server_name_score(pattern: &str, name: &str) -> Option<u16> {
-    match pattern.strip_prefix('*') {
-        Some("") => Some(1),
-        Some(suffix) => {
-            (name.len() > suffix.len() && name.ends_with(suffix)).then_some(2 + suffix.len() as u16)
-        }
-        None => (pattern == name).then_some(u16::MAX),
-    }
-}
-
 impl Listener {
     /// Compiles the message.
     pub(crate) fn compile(from: &listener::Listener, context: &mut Context<'_>) -> Result<Self, Refusal> {
@@ -325,7 +251,6 @@ impl Listener {
             other => return Err(Refusal::new("address", format!("cannot listen on {other}"))),
         };
         let unsupported = [
-            ("additional_addresses", !from.additional_addresses.is_empty()),
             ("udp_listener_config", from.udp_listener_config.is_some()),
             ("api_listener", from.api_listener.is_some()),
             ("filter_chain_matcher", from.filter_chain_matcher.is_some()),
@@ -343,9 +268,34 @@ impl Listener {
             Ok(core::TrafficDirection::Outbound) => Direction::Outbound,
             Ok(core::TrafficDirection::Unspecified) | Err(_) => Direction::Unspecified,
         };
+        let mut addresses = vec![address];
+        for (index, more) in from.additional_addresses.iter().enumerate() {
+            let path = format!("additional_addresses[{index}].address");
+            match convert::address(more.address.as_ref()).within(&path)? {
+                Address::Tcp(address) => addresses.push(address),
+                other => return Err(Refusal::new(path, format!("cannot listen on {other}"))),
+            }
+        }
+        use listener::listener::connection_balance_config::BalanceType;
+        let balance = from
+            .connection_balance_config
+            .as_ref()
+            .and_then(|config| config.balance_type.as_ref());
         let mut out = Self {
             name: from.name.as_str().into(),
             address,
+            addresses: addresses.into(),
+            exact_balance: match balance {
+                None => false,
+                Some(BalanceType::ExactBalance(_)) => true,
+                Some(_) => {
+                    return Err(Refusal::new(
+                        "connection_balance_config",
+                        "only exact_balance is supported",
+                    ));
+                }
+            },
+            proxy_protocol: None,
             bind: from.bind_to_port.as_ref().is_none_or(|value| value.value)
                 && from
                     .deprecated_v1
@@ -368,6 +318,7 @@ impl Listener {
                     .ok()
                     .flatten()
                     .is_none(),
+            matcher: ChainMatch::default(),
             chains: Box::default(),
             default_chain: None,
         };
@@ -380,7 +331,10 @@ impl Listener {
             .iter()
             .enumerate()
             .map(|(index, chain)| {
-                compile_chain(chain, direction, context)
+                out.matcher
+                    .add(index, chain.filter_chain_match.as_ref())
+                    .within("filter_chain_match")
+                    .and_then(|()| compile_chain(chain, direction, context, &from.name))
                     .map(Arc::new)
                     .within(format!("filter_chains[{index}]"))
             })
@@ -388,9 +342,12 @@ impl Listener {
         out.default_chain = from
             .default_filter_chain
             .as_ref()
-            .map(|chain| compile_chain(chain, direction, context).map(Arc::new))
+            .map(|chain| compile_chain(chain, direction, context, &from.name).map(Arc::new))
             .transpose()
             .within("default_filter_chain")?;
+        if out.matcher.needs_tls() && !out.inspect_tls.on {
+            out.inspect_tls.on = true;
+        }
         if out.chains.is_empty() && out.default_chain.is_none() {
             return Err(Refusal::new("filter_chains", "a listener needs a filter chain"));
         }
@@ -402,7 +359,23 @@ impl Listener {
             None => Box::default(),
             Some(predicate) => disabled_ports(predicate).within("filter_disabled")?.into(),
         };
+        let any = match &filter.config_type {
+            Some(listener::listener_filter::ConfigType::TypedConfig(any)) => Some(any),
+            Some(listener::listener_filter::ConfigType::ConfigDiscovery(_)) => {
+                return Err(Refusal::new("config_discovery", "not supported"));
+            }
+            None => None,
+        };
         match filter.name.as_str() {
+            "envoy.filters.listener.proxy_protocol" => {
+                if filter.filter_disabled.is_some() {
+                    return Err(Refusal::new(
+                        "filter_disabled",
+                        "not supported for proxy_protocol",
+                    ));
+                }
+                self.proxy_protocol = Some(ProxyProtocol::compile(any).within("typed_config")?);
+            }
             "envoy.filters.listener.original_dst" => self.original_dst = true,
             "envoy.filters.listener.tls_inspector" => self.inspect_tls = Inspect { on: true, off_ports },
             "envoy.filters.listener.http_inspector" => self.inspect_http = Inspect { on: true, off_ports },
@@ -418,15 +391,17 @@ impl Listener {
 
     /// The chain for a connection, or `None` if it must be closed (flag `NR`).
     pub fn select(&self, facts: &ConnectionFacts<'_>) -> Option<&Arc<FilterChain>> {
-        let mut best: Option<([u16; 8], &Arc<FilterChain>)> = None;
-        for chain in &self.chains {
-            if let Some(score) = chain.criteria.score(facts)
-                && best.as_ref().is_none_or(|(most, _)| score > *most)
-            {
-                best = Some((score, chain));
-            }
-        }
-        best.map(|(_, chain)| chain).or(self.default_chain.as_ref())
+        self.matcher
+            .find(facts)
+            .and_then(|index| self.chains.get(index))
+            .or(self.default_chain.as_ref())
+    }
+
+    /// The slots of secrets that its chains need.
+    pub fn secrets(&self) -> impl Iterator<Item = &Arc<SecretSlot>> {
+        self.all_chains()
+            .filter_map(|chain| chain.tls.as_ref())
+            .flat_map(|tls| tls.secrets())
     }
 
     /// Every chain.
@@ -478,23 +453,20 @@ fn compile_chain(
     from: &listener::FilterChain,
     direction: Direction,
     context: &mut Context<'_>,
+    listener: &str,
 ) -> Result<FilterChain, Refusal> {
-    if from
-        .transport_socket
-        .as_ref()
-        .is_some_and(|socket| !socket.name.ends_with("raw_buffer"))
-    {
-        return Err(Refusal::new(
-            "transport_socket",
-            "terminating TLS is not supported yet",
-        ));
-    }
+    let tls = transport_socket::downstream(
+        from.transport_socket.as_ref(),
+        &mut context.slots.secrets,
+        listener,
+    )
+    .within("transport_socket")?;
     // As for HTTP: measured unless Istio's own filters are there and leave it out.
-    let mut stats = !from
+    let mut measured = !from
         .filters
         .iter()
         .any(|filter| filter.name.starts_with("istio."));
-    let mut handler = None;
+    let (mut handler, mut limit, mut by_server_name) = (None, None, false);
     for (index, filter) in from.filters.iter().enumerate() {
         let path = format!("filters[{index}]");
         let any = match &filter.config_type {
@@ -511,7 +483,11 @@ fn compile_chain(
             // Peers are told apart by HTTP headers and endpoint metadata; without mTLS there is no ALPN to carry the
             // TCP exchange.
             ("istio.metadata_exchange", _) => {}
-            ("istio.stats", _) => stats = true,
+            ("istio.stats", _) => measured = true,
+            ("envoy.filters.network.connection_limit", any) => {
+                limit = ConnectionLimit::compile(any).within(&path)?;
+            }
+            ("envoy.filters.network.sni_cluster", _) => by_server_name = true,
             ("envoy.filters.network.http_connection_manager", Some(any)) => {
                 let message = convert::unpack(
                     any,
@@ -524,7 +500,8 @@ fn compile_chain(
             ("envoy.filters.network.tcp_proxy", Some(any)) => {
                 let message = convert::unpack(any, "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy")
                     .within(&path)?;
-                let proxy = TcpProxy::compile(&message, stats, context).within(&path)?;
+                let mut proxy = TcpProxy::compile(&message, measured, context).within(&path)?;
+                proxy.by_server_name = by_server_name.then(|| context.slots.directory.clone());
                 handler = Some(Handler::Tcp(Arc::new(proxy)));
             }
             (name, _) => {
@@ -537,7 +514,17 @@ fn compile_chain(
     }
     Ok(FilterChain {
         name: from.name.as_str().into(),
-        criteria: Criteria::compile(from.filter_chain_match.as_ref()).within("filter_chain_match")?,
+        server_names: from
+            .filter_chain_match
+            .iter()
+            .flat_map(|criteria| &criteria.server_names)
+            .map(|name| name.to_ascii_lowercase().into())
+            .collect(),
+        tls,
+        limit,
+        handshake_timeout: convert::timeout(from.transport_socket_connect_timeout.as_ref())
+            .within("transport_socket_connect_timeout")?
+            .unwrap_or(DEFAULT_HANDSHAKE),
         handler: handler
             .ok_or_else(|| Refusal::new("filters", "no http_connection_manager and no tcp_proxy"))?,
         retired: AtomicBool::new(false),
@@ -576,6 +563,7 @@ impl TcpProxy {
         };
         Ok(Self {
             targets,
+            by_server_name: None,
             idle_timeout: match &from.idle_timeout {
                 None => Some(Duration::from_secs(3600)),
                 given => convert::timeout(given.as_ref()).within("idle_timeout")?,

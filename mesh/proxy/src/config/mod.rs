@@ -6,6 +6,8 @@
 
 #![allow(deprecated)] // control planes, istiod among them, still send fields that Envoy calls deprecated
 
+pub mod chain_match;
+pub mod client_cert;
 pub mod cluster;
 pub mod convert;
 pub mod endpoint;
@@ -13,11 +15,14 @@ pub mod filters;
 pub mod hash;
 pub mod hcm;
 pub mod headers;
+pub mod health_check;
 pub mod listener;
+pub mod listener_filters;
 pub mod matchers;
 pub mod retry;
 pub mod route;
 pub mod slot;
 pub mod store;
 pub mod table;
+pub mod transport_socket;
 pub mod weighted;

@@ -6,7 +6,7 @@
 //! the thing exists (a route to a missing cluster answers 503 `NC`).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use arc_swap::ArcSwapOption;
 
@@ -41,6 +41,8 @@ pub struct Usage {
     pub pending: AtomicU32,
     /// Retries on their way.
     pub retries: AtomicU32,
+    /// Whether any worker has had a request for it.
+    pub used: AtomicBool,
     /// When the last ejection by outlier detection ends (process clock, ms): after that nobody need be asked.
     pub ejected_until: AtomicU64,
 }
@@ -70,6 +72,11 @@ impl ClusterSlot {
     /// The endpoints, if they are known.
     pub fn endpoints(&self) -> Option<Arc<EndpointSet>> {
         self.endpoints.load_full()
+    }
+
+    /// Makes workers look at the hosts again, whose records have changed.
+    pub(crate) fn touch(&self) {
+        self.version.fetch_add(1, Ordering::Release);
     }
 
     pub(crate) fn set_config(&self, config: Option<Arc<Cluster>>) {
@@ -130,22 +137,42 @@ impl VirtualHostSlot {
 
 /// A bound listener; the configuration that new connections get.
 #[derive(Debug)]
-pub struct ListenerSlot(arc_swap::ArcSwap<Listener>);
+pub struct ListenerSlot {
+    listener: arc_swap::ArcSwap<Listener>,
+    /// Connections of each worker, counted only where the listener wants them exactly even.
+    pub connections: Box<[AtomicU32]>,
+}
 
 impl ListenerSlot {
-    pub(crate) fn new(listener: Arc<Listener>) -> Self {
-        Self(arc_swap::ArcSwap::new(listener))
+    pub(crate) fn new(listener: Arc<Listener>, workers: usize) -> Self {
+        Self {
+            listener: arc_swap::ArcSwap::new(listener),
+            connections: (0..workers).map(|_| AtomicU32::new(0)).collect(),
+        }
     }
 
     /// The listener as it is now.
     pub fn load(&self) -> Arc<Listener> {
-        self.0.load_full()
+        self.listener.load_full()
     }
 
     /// Replaces the configuration and tells connections of the old one to finish.
     pub(crate) fn set(&self, listener: Arc<Listener>) {
-        let old = self.0.swap(listener);
+        let old = self.listener.swap(listener);
         old.retire();
+    }
+}
+
+type Names = std::collections::HashMap<Arc<str>, std::sync::Weak<ClusterSlot>, foldhash::fast::RandomState>;
+
+/// Cluster slots by name, read by workers once for a connection.
+#[derive(Clone, Debug, Default)]
+pub struct Directory(Arc<parking_lot::RwLock<Names>>);
+
+impl Directory {
+    /// The slot of that cluster.
+    pub fn find(&self, name: &str) -> Option<Arc<ClusterSlot>> {
+        self.0.read().get(name)?.upgrade()
     }
 }
 
@@ -156,6 +183,10 @@ pub struct Slots {
     routes: std::collections::HashMap<Arc<str>, Arc<RouteSlot>, foldhash::fast::RandomState>,
     free: Vec<u32>,
     next: u32,
+    /// Clusters by name, for connections that name theirs.
+    pub directory: Directory,
+    /// Secrets that clusters and listeners refer to.
+    pub secrets: crate::tls::table::SecretTable,
 }
 
 impl Slots {
@@ -170,6 +201,10 @@ impl Slots {
         });
         let slot = Arc::new(ClusterSlot::new(id, name.into()));
         self.clusters.insert(slot.name.clone(), slot.clone());
+        self.directory
+            .0
+            .write()
+            .insert(slot.name.clone(), Arc::downgrade(&slot));
         slot
     }
 
@@ -196,16 +231,20 @@ impl Slots {
     /// Forgets slots that hold nothing and that nobody refers to any more.
     pub fn sweep(&mut self) {
         let free = &mut self.free;
-        self.clusters.retain(|_, slot| {
+        let mut directory = self.directory.0.write();
+        self.clusters.retain(|name, slot| {
             let keep = Arc::strong_count(slot) > 1
                 || slot.config.load().is_some()
                 || slot.endpoints.load().is_some();
             if !keep {
                 free.push(slot.id);
+                directory.remove(name);
             }
             keep
         });
+        drop(directory);
         self.routes
             .retain(|_, slot| Arc::strong_count(slot) > 1 || slot.table.load().is_some());
+        self.secrets.sweep();
     }
 }

@@ -16,7 +16,7 @@ use serin_xds::pb::envoy::config::endpoint::v3 as pb_endpoint;
 use serin_xds::pb::envoy::config::listener::v3 as pb_listener;
 use serin_xds::pb::envoy::config::route::v3 as pb_route;
 
-use super::cluster::{Cluster, Discovery};
+use super::cluster::{Cluster, Discovery, Outlier};
 use super::convert::Address;
 use super::endpoint::EndpointSet;
 use super::headers::HeaderOps;
@@ -24,8 +24,13 @@ use super::listener::Listener;
 use super::route::{Context, VirtualHost};
 use super::slot::{ClusterSlot, ListenerSlot, RouteSlot, Slots, VirtualHostSlot};
 use super::table::{DomainIndex, RouteTable};
+use crate::clock::now_ms;
 use crate::error::{Refusal, Within};
 use crate::random;
+use crate::tls::table::{SecretTable, Side};
+
+/// How long clusters and listeners wait for their secrets: Envoy's `initial_fetch_timeout`.
+pub const WARMING_LIMIT_MS: u64 = 15_000;
 
 /// What the workers must do about a socket.
 #[derive(Clone, Debug)]
@@ -71,6 +76,20 @@ struct RouteState {
     discovered: BTreeMap<Box<str>, Arc<VirtualHostSlot>>,
 }
 
+/// What waits for secrets.
+#[derive(Debug, Default)]
+struct Warming {
+    clusters: BTreeMap<Arc<str>, Waiting<(Cluster, Option<EndpointSet>)>>,
+    listeners: BTreeMap<Arc<str>, Waiting<Arc<Listener>>>,
+}
+
+#[derive(Debug)]
+struct Waiting<T> {
+    item: T,
+    /// Process clock, ms.
+    since: u64,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Store {
@@ -79,13 +98,16 @@ pub struct Store {
     clusters: BTreeMap<Arc<str>, Arc<ClusterSlot>>,
     /// EDS name to the clusters that use it.
     eds: BTreeMap<Box<str>, BTreeSet<Arc<str>>>,
-    assignments: BTreeMap<Box<str>, pb_endpoint::ClusterLoadAssignment>,
+    /// Encoded: decoded messages are many times as large, and these are only read again when a cluster is replaced.
+    assignments: BTreeMap<Box<str>, Box<[u8]>>,
     routes: BTreeMap<Arc<str>, RouteState>,
     listeners: BTreeMap<Arc<str>, Arc<Listener>>,
     bound: BTreeMap<Arc<str>, Arc<ListenerSlot>>,
     virtuals: Arc<ArcSwap<VirtualListeners>>,
+    warming: Warming,
     answered: BTreeSet<(ResourceType, Arc<str>)>,
     changes: Vec<ListenerChange>,
+    applied: u64,
 }
 
 impl Store {
@@ -101,9 +123,16 @@ impl Store {
             listeners: BTreeMap::new(),
             bound: BTreeMap::new(),
             virtuals: Arc::default(),
+            warming: Warming::default(),
             answered: BTreeSet::new(),
             changes: Vec::new(),
+            applied: 0,
         }
+    }
+
+    /// Batches taken so far.
+    pub fn applied(&self) -> u64 {
+        self.applied
     }
 
     /// Listeners without sockets; shared with the workers.
@@ -123,6 +152,7 @@ impl Store {
         upserted: &[Update<'_>],
         removed: &[&str],
     ) -> Vec<(Box<str>, Refusal)> {
+        self.applied += 1;
         let mut refused = Vec::new();
         let mut dirty = BTreeSet::new();
         for update in upserted {
@@ -133,6 +163,7 @@ impl Store {
                 ResourceType::Listener => self.put_listener(update),
                 ResourceType::Route => self.put_route(update, &mut dirty),
                 ResourceType::VirtualHost => self.put_virtual_host(update, &mut dirty),
+                ResourceType::Secret => self.slots.secrets.put(update.name, update.body),
             };
             if let Err(refusal) = result {
                 refused.push((update.name.into(), refusal));
@@ -146,10 +177,14 @@ impl Store {
                 ResourceType::Listener => self.remove_listener(name),
                 ResourceType::Route => self.remove_route(name),
                 ResourceType::VirtualHost => self.remove_virtual_host(name, &mut dirty),
+                ResourceType::Secret => self.slots.secrets.remove(name),
             }
         }
         for name in dirty {
             refused.extend(self.rebuild(&name));
+        }
+        if resource_type == ResourceType::Secret {
+            self.warm(None);
         }
         if resource_type == ResourceType::Listener {
             self.publish_virtual_listeners();
@@ -162,7 +197,11 @@ impl Store {
 
     fn put_cluster(&mut self, update: &Update<'_>) -> Result<(), Refusal> {
         let message = decode::<pb_cluster::Cluster>(update)?;
-        let cluster = Cluster::compile(&message)?;
+        let previous = self
+            .slots
+            .find_cluster(update.name)
+            .and_then(|slot| slot.config());
+        let cluster = Cluster::compile(&message, &mut self.slots.secrets, previous.as_deref())?;
         let own = match (&cluster.discovery, &cluster.load_assignment) {
             (Discovery::Static, Some(assignment)) => {
                 let previous = self
@@ -189,6 +228,28 @@ impl Store {
             ));
         }
         let slot = self.slots.cluster(update.name);
+        if let Discovery::Eds(name) = &cluster.discovery {
+            self.eds
+                .entry(name.clone())
+                .or_default()
+                .insert(slot.name.clone());
+        }
+        let ready = cluster.secrets().all(|secret| secret.version() > 0);
+        let waiting = Waiting {
+            item: (cluster, own),
+            since: now_ms(),
+        };
+        if ready {
+            self.warming.clusters.remove(&slot.name);
+            self.activate_cluster(slot, waiting.item);
+        } else {
+            // Until its secrets are here the one before stays in use.
+            self.warming.clusters.insert(slot.name.clone(), waiting);
+        }
+        Ok(())
+    }
+
+    fn activate_cluster(&mut self, slot: Arc<ClusterSlot>, (cluster, own): (Cluster, Option<EndpointSet>)) {
         let old_eds = slot.config().and_then(|old| match &old.discovery {
             Discovery::Eds(name) => Some(name.clone()),
             _ => None,
@@ -196,25 +257,70 @@ impl Store {
         if let Some(old) = old_eds
             && cluster.discovery != Discovery::Eds(old.clone())
         {
-            self.forget_eds_user(&old, update.name);
+            self.forget_eds_user(&old, &slot.name);
         }
         let mut endpoints = None;
         if let Discovery::Eds(name) = &cluster.discovery {
-            self.eds
-                .entry(name.clone())
-                .or_default()
-                .insert(slot.name.clone());
             endpoints = self
                 .assignments
                 .get(name)
-                .and_then(|assignment| EndpointSet::compile(assignment, slot.endpoints().as_deref()).ok());
+                .and_then(|body| pb_endpoint::ClusterLoadAssignment::decode(&**body).ok())
+                .and_then(|assignment| EndpointSet::compile(&assignment, slot.endpoints().as_deref()).ok());
         }
         slot.set_config(Some(Arc::new(cluster)));
         if let Some(set) = own.or(endpoints) {
             slot.set_endpoints(Some(Arc::new(set)));
         }
         self.clusters.insert(slot.name.clone(), slot);
-        Ok(())
+    }
+
+    /// Takes into use what has got its secrets meanwhile, or at `now` (process clock, ms) has waited long enough:
+    /// connections then fail one by one until the secrets come, and everything else works.
+    pub fn warm(&mut self, now: Option<u64>) {
+        let late = |since: u64| now.is_some_and(|now| now.saturating_sub(since) >= WARMING_LIMIT_MS);
+        let ready: Vec<_> = self
+            .warming
+            .clusters
+            .iter()
+            .filter(|(_, waiting)| {
+                late(waiting.since) || waiting.item.0.secrets().all(|secret| secret.version() > 0)
+            })
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in ready {
+            if let Some(waiting) = self.warming.clusters.remove(&name) {
+                let slot = self.slots.cluster(&name);
+                self.activate_cluster(slot, waiting.item);
+            }
+        }
+        let ready: Vec<_> = self
+            .warming
+            .listeners
+            .iter()
+            .filter(|(_, waiting)| {
+                late(waiting.since) || waiting.item.secrets().all(|secret| secret.version() > 0)
+            })
+            .map(|(name, _)| name.clone())
+            .collect();
+        let any = !ready.is_empty();
+        for name in ready {
+            if let Some(waiting) = self.warming.listeners.remove(&name) {
+                self.activate_listener(waiting.item);
+            }
+        }
+        if any {
+            self.publish_virtual_listeners();
+        }
+    }
+
+    /// Whether something waits for secrets.
+    pub fn is_warming(&self) -> bool {
+        !self.warming.clusters.is_empty() || !self.warming.listeners.is_empty()
+    }
+
+    /// Every secret: what is in use, what is wanted, what it counts.
+    pub fn secrets(&mut self) -> &mut SecretTable {
+        &mut self.slots.secrets
     }
 
     fn forget_eds_user(&mut self, eds_name: &str, cluster: &str) {
@@ -229,6 +335,12 @@ impl Store {
     }
 
     fn remove_cluster(&mut self, name: &str) {
+        self.slots.secrets.forget(Side::Cluster, name);
+        if let Some(waiting) = self.warming.clusters.remove(name)
+            && let Discovery::Eds(eds_name) = &waiting.item.0.discovery
+        {
+            self.forget_eds_user(eds_name, name);
+        }
         let Some(slot) = self.clusters.remove(name) else {
             return;
         };
@@ -259,7 +371,7 @@ impl Store {
         for (slot, set) in compiled {
             slot.set_endpoints(Some(Arc::new(set)));
         }
-        self.assignments.insert(update.name.into(), message);
+        self.assignments.insert(update.name.into(), update.body.into());
         Ok(())
     }
 
@@ -297,14 +409,28 @@ impl Store {
         for name in listener.route_names() {
             self.route_state(&name);
         }
+        if listener.secrets().all(|secret| secret.version() > 0) {
+            self.warming.listeners.remove(&listener.name);
+            self.activate_listener(listener);
+        } else {
+            let waiting = Waiting {
+                item: listener.clone(),
+                since: now_ms(),
+            };
+            self.warming.listeners.insert(listener.name.clone(), waiting);
+        }
+        Ok(())
+    }
+
+    fn activate_listener(&mut self, listener: Arc<Listener>) {
         if listener.bind {
             match self.bound.get(&listener.name) {
-                Some(slot) if slot.load().address == listener.address => slot.set(listener.clone()),
+                Some(slot) if slot.load().addresses == listener.addresses => slot.set(listener.clone()),
                 existing => {
                     if existing.is_some() {
                         self.changes.push(ListenerChange::Close(listener.name.clone()));
                     }
-                    let slot = Arc::new(ListenerSlot::new(listener.clone()));
+                    let slot = Arc::new(ListenerSlot::new(listener.clone(), self.workers));
                     self.bound.insert(listener.name.clone(), slot.clone());
                     self.changes.push(ListenerChange::Open(slot));
                 }
@@ -315,10 +441,11 @@ impl Store {
         if let Some(old) = self.listeners.insert(listener.name.clone(), listener) {
             old.retire();
         }
-        Ok(())
     }
 
     fn remove_listener(&mut self, name: &str) {
+        self.slots.secrets.forget(Side::Listener, name);
+        self.warming.listeners.remove(name);
         if let Some(old) = self.listeners.remove(name) {
             old.retire();
         }
@@ -330,10 +457,12 @@ impl Store {
     fn publish_virtual_listeners(&mut self) {
         let mut table = VirtualListeners::default();
         for listener in self.listeners.values().filter(|listener| !listener.bind) {
-            if listener.address.ip().is_unspecified() {
-                table.by_port.insert(listener.address.port(), listener.clone());
-            } else {
-                table.exact.insert(listener.address, listener.clone());
+            for address in &listener.addresses {
+                if address.ip().is_unspecified() {
+                    table.by_port.insert(address.port(), listener.clone());
+                } else {
+                    table.exact.insert(*address, listener.clone());
+                }
             }
         }
         self.virtuals.store(Arc::new(table));
@@ -465,6 +594,7 @@ impl Store {
     pub fn rds_names(&self) -> BTreeSet<Arc<str>> {
         self.listeners
             .values()
+            .chain(self.warming.listeners.values().map(|waiting| &waiting.item))
             .flat_map(|listener| listener.route_names().collect::<Vec<_>>())
             .collect()
     }
@@ -474,6 +604,24 @@ impl Store {
         self.routes
             .values()
             .any(|state| state.base.as_ref().is_some_and(|base| base.vhds.is_some()))
+    }
+
+    /// Clusters with active health checks.
+    pub fn checked_clusters(&self) -> Vec<Arc<ClusterSlot>> {
+        self.clusters_where(|config| !config.health_checks.is_empty())
+    }
+
+    /// Clusters whose hosts are compared with each other at intervals.
+    pub fn compared_clusters(&self) -> Vec<Arc<ClusterSlot>> {
+        self.clusters_where(|config| config.outlier.as_ref().is_some_and(Outlier::compares))
+    }
+
+    fn clusters_where(&self, wanted: impl Fn(&Cluster) -> bool) -> Vec<Arc<ClusterSlot>> {
+        self.clusters
+            .values()
+            .filter(|slot| slot.config().is_some_and(|config| wanted(&config)))
+            .cloned()
+            .collect()
     }
 
     /// Clusters whose endpoints are names to resolve.
@@ -502,6 +650,22 @@ impl Store {
                 missing.push(format!("routes {name}"));
             }
         }
+        let clusters = self
+            .warming
+            .clusters
+            .values()
+            .flat_map(|waiting| waiting.item.0.secrets());
+        let listeners = self
+            .warming
+            .listeners
+            .values()
+            .flat_map(|waiting| waiting.item.secrets());
+        let secrets: BTreeSet<_> = clusters
+            .chain(listeners)
+            .filter(|secret| secret.version() == 0)
+            .map(|secret| format!("secret {}", secret.name))
+            .collect();
+        missing.extend(secrets);
         missing
     }
 

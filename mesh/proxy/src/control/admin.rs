@@ -154,6 +154,11 @@ async fn answer(
         }
         "/stats" => plain(StatusCode::OK, text::write(&proxy.metrics())),
         "/config_dump" => json_reply(&config_dump(proxy)),
+        "/certs" => {
+            let now = rustls_pki_types::UnixTime::now().as_secs();
+            let now = i64::try_from(now).unwrap_or(i64::MAX);
+            json_reply(&proxy.store(|store| super::certs::certs(store.secrets(), now)))
+        }
         "/clusters" => reply(StatusCode::OK, "text/plain; charset=utf-8", clusters(proxy)),
         "/listeners" => plain(StatusCode::OK, listeners(proxy)),
         "/server_info" => json_reply(&server_info(proxy)),
@@ -181,7 +186,7 @@ async fn answer(
         }
         "/" | "/help" => plain(
             StatusCode::OK,
-            "/ready\n/stats\n/stats/prometheus\n/config_dump\n/clusters\n/listeners\n/server_info\n\
+            "/ready\n/stats\n/stats/prometheus\n/config_dump\n/certs\n/clusters\n/listeners\n/server_info\n\
              POST /drain_listeners[?graceful]\nPOST /quitquitquit\n",
         ),
         _ => plain(StatusCode::NOT_FOUND, "not found; see /help\n"),
@@ -250,13 +255,18 @@ fn clusters(proxy: &Proxy) -> String {
                 let _ = writeln!(out, "{}::no endpoints yet", slot.name);
                 continue;
             };
+            let checks = slot.config().map_or(0, |config| config.health_checks.len());
             for endpoint in &set.all {
                 let ejected = endpoint.state.ejected_until.load(Ordering::Relaxed) > now;
-                let health = match (endpoint.healthy, ejected) {
-                    (false, _) => "/failed_eds_health",
-                    (true, true) => "/failed_outlier_check",
-                    (true, false) => "healthy",
-                };
+                let flags = [
+                    (!endpoint.usable(checks) && endpoint.healthy, "/failed_active_hc"),
+                    (ejected, "/failed_outlier_check"),
+                    (!endpoint.healthy, "/failed_eds_health"),
+                ];
+                let mut health: String = flags.iter().filter(|flag| flag.0).map(|flag| flag.1).collect();
+                if health.is_empty() {
+                    health.push_str("healthy");
+                }
                 // Writing to a String cannot fail.
                 let _ = writeln!(
                     out,
@@ -273,8 +283,9 @@ fn listeners(proxy: &Proxy) -> String {
     proxy.store(|store| {
         let mut out = String::new();
         for listener in store.listeners().filter(|listener| listener.bind) {
-            let address = proxy.listener_address(&listener.name).unwrap_or(listener.address);
-            out.push_str(&format!("{}::{address}\n", listener.name));
+            for address in proxy.listener_addresses(&listener.name) {
+                out.push_str(&format!("{}::{address}\n", listener.name));
+            }
         }
         out
     })

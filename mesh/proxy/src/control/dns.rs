@@ -14,15 +14,15 @@ use super::Proxy;
 use crate::config::cluster::{Cluster, Discovery, Family};
 use crate::config::convert::{self, Address};
 
-/// How often clusters are looked at.
-const LOOK: Duration = Duration::from_millis(500);
 /// Limit of one look-up.
 const LIMIT: Duration = Duration::from_secs(5);
 
 /// Resolves until cancelled. A name that cannot be resolved keeps its last addresses.
 pub async fn run(proxy: Arc<Proxy>, cancel: CancellationToken) {
     let mut due: HashMap<Arc<str>, Instant> = HashMap::new();
+    let mut changes = proxy.changes();
     loop {
+        changes.borrow_and_update();
         let clusters = proxy.store(|store| store.dns_clusters());
         due.retain(|name, _| clusters.iter().any(|cluster| cluster.name == *name));
         for cluster in clusters {
@@ -42,12 +42,20 @@ pub async fn run(proxy: Arc<Proxy>, cancel: CancellationToken) {
                 if let Err(refusal) = result {
                     tracing::warn!(cluster = %cluster.name, %refusal, "resolved endpoints refused");
                 }
+                proxy.changed();
             }
             due.insert(cluster.name.clone(), Instant::now() + refresh);
         }
+        let next = due.values().min().copied();
         tokio::select! {
             () = cancel.cancelled() => return,
-            () = tokio::time::sleep(LOOK) => {}
+            changed = changes.changed() => if changed.is_err() { return },
+            () = async {
+                match next {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            } => {}
         }
     }
 }

@@ -4,7 +4,10 @@
 //! [`xds`]; [`admin`] shows what it does.
 
 pub mod admin;
+pub mod certs;
 pub mod dns;
+pub mod health;
+pub mod outliers;
 pub mod run;
 pub mod xds;
 
@@ -19,13 +22,14 @@ use parking_lot::Mutex;
 use serin_xds::ResourceType;
 use serin_xds::pb::envoy::config::core::v3::Node;
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::config::store::{ListenerChange, Store, Update};
 use crate::error::{Error, Refusal};
 use crate::metrics::collect::{Family, collect};
 use crate::metrics::peer::{Workload, header_of_node};
 use crate::metrics::series::Shard;
+use crate::tls;
 use crate::worker::{Command, DrainPhase, Shared, Worker};
 
 /// Commands that may wait for a worker; one is some hundred bytes and takes microseconds.
@@ -60,9 +64,10 @@ pub struct Proxy {
     workers: Vec<WorkerHandle>,
     shards: Arc<[Arc<Shard>]>,
     inherited: HashMap<u16, TcpListener>,
-    bound: Mutex<HashMap<Arc<str>, SocketAddr>>,
+    bound: Mutex<HashMap<Arc<str>, Vec<SocketAddr>>>,
     ready: AtomicBool,
     draining: AtomicBool,
+    changes: watch::Sender<()>,
 }
 
 impl Proxy {
@@ -83,6 +88,7 @@ impl Proxy {
             peer_metadata: header(&header_of_node(&metadata)),
             peer_id: header(&options.node.id),
             virtual_listeners: store.virtual_listeners(),
+            neighbours: arc_swap::ArcSwap::default(),
             log,
         });
         let shards: Arc<[Arc<Shard>]> = (0..count).map(|_| Arc::default()).collect();
@@ -103,6 +109,9 @@ impl Proxy {
                 })?;
             workers.push(WorkerHandle { commands, thread });
         }
+        shared.neighbours.store(Arc::new(
+            workers.iter().map(|worker| worker.commands.clone()).collect(),
+        ));
         let proxy = Self {
             node: options.node,
             own,
@@ -113,6 +122,7 @@ impl Proxy {
             bound: Mutex::default(),
             ready: AtomicBool::new(false),
             draining: AtomicBool::new(false),
+            changes: watch::Sender::new(()),
         };
         Ok((Arc::new(proxy), lines))
     }
@@ -129,25 +139,50 @@ impl Proxy {
             let refused = store.apply(resource_type, upserted, removed);
             (refused, store.take_listener_changes())
         };
+        refused.extend(self.follow(changes).await);
+        refused
+    }
+
+    /// Takes into use what waits for secrets when they have come from files or, at `now_ms` on the process clock, it has
+    /// waited long enough; reads changed files again. Cheap when there is nothing to do.
+    pub async fn tend_secrets(&self, now_ms: u64) {
+        let (unusable, changes) = {
+            let mut store = self.store.lock();
+            let unusable = store.secrets().reload_files();
+            if store.is_warming() {
+                store.warm(Some(now_ms));
+            }
+            (unusable, store.take_listener_changes())
+        };
+        for refusal in unusable {
+            tracing::warn!(%refusal, "a changed file cannot be used; what it held before stays in use");
+        }
+        for (name, refusal) in self.follow(changes).await {
+            tracing::warn!(listener = %name, %refusal, "not opened");
+        }
+    }
+
+    /// Opens and closes sockets; returns the listeners that could not be opened.
+    async fn follow(&self, changes: Vec<ListenerChange>) -> Vec<(Box<str>, Refusal)> {
+        let mut refused = Vec::new();
         for change in changes {
             match change {
                 ListenerChange::Open(slot) => {
                     let listener = slot.load();
-                    match self.bind(listener.address) {
+                    match self.bind_all(&listener.addresses) {
                         Ok(sockets) => {
-                            let address = sockets.first().and_then(|socket| socket.local_addr().ok());
-                            if let Some(address) = address {
-                                self.bound.lock().insert(listener.name.clone(), address);
-                            }
-                            for (worker, socket) in self.workers.iter().zip(sockets) {
+                            let bound = sockets.first().into_iter().flatten();
+                            let bound: Vec<_> = bound.filter_map(|socket| socket.local_addr().ok()).collect();
+                            self.bound.lock().insert(listener.name.clone(), bound);
+                            for (worker, sockets) in self.workers.iter().zip(sockets) {
                                 // A worker that has ended serves nothing; its end has been logged.
-                                let _ = worker.commands.send(Command::Listen(slot.clone(), socket)).await;
+                                let _ = worker.commands.send(Command::Listen(slot.clone(), sockets)).await;
                             }
                         }
-                        Err(source) => {
+                        Err((address, source)) => {
                             let error = Error::Bind {
                                 name: listener.name.to_string(),
-                                address: listener.address,
+                                address,
                                 source,
                             };
                             // Forgotten, so that the control plane's next attempt binds again.
@@ -169,7 +204,33 @@ impl Proxy {
                 }
             }
         }
+        self.changes.send_replace(());
         refused
+    }
+
+    /// Woken when clusters or endpoints may have changed.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changes.subscribe()
+    }
+
+    /// Says that clusters or endpoints were changed by way of [`Self::store`].
+    pub fn changed(&self) {
+        self.changes.send_replace(());
+    }
+
+    /// For each worker a socket for each of the addresses.
+    fn bind_all(
+        &self,
+        addresses: &[SocketAddr],
+    ) -> Result<Vec<Vec<TcpListener>>, (SocketAddr, std::io::Error)> {
+        let mut out: Vec<Vec<_>> = self.workers.iter().map(|_| Vec::new()).collect();
+        for address in addresses {
+            let sockets = self.bind(*address).map_err(|error| (*address, error))?;
+            for (of_worker, socket) in out.iter_mut().zip(sockets) {
+                of_worker.push(socket);
+            }
+        }
+        Ok(out)
     }
 
     /// One socket per worker for `address`.
@@ -190,7 +251,12 @@ impl Proxy {
 
     /// Where a listener is bound.
     pub fn listener_address(&self, name: &str) -> Option<SocketAddr> {
-        self.bound.lock().get(name).copied()
+        self.bound.lock().get(name)?.first().copied()
+    }
+
+    /// Every address where a listener is bound, in the order of its configuration.
+    pub fn listener_addresses(&self, name: &str) -> Vec<SocketAddr> {
+        self.bound.lock().get(name).cloned().unwrap_or_default()
     }
 
     /// Reads or changes the configuration store; must not be kept over an `await`.
@@ -200,7 +266,9 @@ impl Proxy {
 
     /// Everything that was counted.
     pub fn metrics(&self) -> Vec<Family> {
-        collect(&self.own, &self.shards)
+        let mut families = collect(&self.own, &self.shards);
+        families.extend(tls::stats::families(self.store.lock().secrets().all_stats()));
+        families
     }
 
     /// What the metrics pusher reads.
@@ -220,10 +288,19 @@ impl Proxy {
 
     /// Open downstream connections.
     pub async fn connections(&self) -> usize {
+        self.count(Command::Connections).await
+    }
+
+    /// Running tasks of the workers: a downstream or upstream connection is one, a tunnel, a mirrored request.
+    pub async fn tasks(&self) -> usize {
+        self.count(Command::Tasks).await
+    }
+
+    async fn count(&self, question: fn(oneshot::Sender<usize>) -> Command) -> usize {
         let mut total = 0;
         for worker in &self.workers {
             let (reply, answer) = oneshot::channel();
-            if worker.commands.send(Command::Connections(reply)).await.is_ok() {
+            if worker.commands.send(question(reply)).await.is_ok() {
                 total += answer.await.unwrap_or(0);
             }
         }

@@ -13,13 +13,16 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::admin::{AdminPort, Port};
-use super::{Options, Proxy, dns, xds};
+use super::{Options, Proxy, dns, health, outliers, xds};
 use crate::config::store::{Store, Update};
 use crate::error::Error;
+use crate::metrics::expiry;
 use crate::metrics::push::Pusher;
 
 /// Istio's time in which clients are told to go elsewhere (`TERMINATION_DRAIN_DURATION_SECONDS`).
 pub const DEFAULT_DRAIN: Duration = Duration::from_secs(5);
+/// How often files with secrets are looked at.
+const SECRETS: Duration = Duration::from_secs(1);
 /// Time for what runs to end after that.
 const FINISH: Duration = Duration::from_secs(20);
 
@@ -74,7 +77,13 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
         }
     }
     apply_static(&proxy, &plan.static_resources).await?;
+    // Encoded messages of a large file are megabytes.
+    drop(plan.static_resources);
+    tasks.spawn(housekeeping(proxy.clone(), cancel.clone()));
     tasks.spawn(dns::run(proxy.clone(), cancel.clone()));
+    tasks.spawn(health::run(proxy.clone(), cancel.clone()));
+    tasks.spawn(outliers::run(proxy.clone(), cancel.clone()));
+    tasks.spawn(tend_secrets(proxy.clone(), cancel.clone()));
     match plan.control_plane {
         None => proxy.set_ready(),
         Some(endpoint) => {
@@ -121,6 +130,34 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
     Ok(())
 }
 
+/// Ends unused series; gives memory back, once after the start and after each burst of configuration.
+async fn housekeeping(proxy: Arc<Proxy>, cancel: CancellationToken) {
+    /// How often the store is looked at.
+    const LOOK: Duration = Duration::from_secs(2);
+    let (mut seen, mut collected, mut started) = (0, u64::MAX, false);
+    let shards = proxy.shards().1;
+    let mut looks = 0u32;
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            () = tokio::time::sleep(LOOK) => {}
+        }
+        looks = looks.wrapping_add(1);
+        if looks.is_multiple_of(15) {
+            expiry::mark(&shards, crate::clock::now_ms(), expiry::Limits::default());
+        }
+        let applied = proxy.store(|store| store.applied());
+        let quiet = std::mem::replace(&mut seen, applied) == applied;
+        if quiet && collected != applied {
+            collected = applied;
+            crate::sys::collect_memory();
+        }
+        if quiet && proxy.is_ready() && !std::mem::replace(&mut started, true) {
+            crate::sys::forget_startup_pages();
+        }
+    }
+}
+
 /// Applies resources in make-before-break order; the first refusal ends the start, because a file is fixed by hand.
 pub async fn apply_static(proxy: &Arc<Proxy>, resources: &[StaticResource]) -> Result<(), Error> {
     for resource_type in ResourceType::ALL
@@ -163,6 +200,18 @@ pub fn check(resources: &[StaticResource]) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Looks after secrets from files and after what waits for secrets.
+async fn tend_secrets(proxy: Arc<Proxy>, cancel: CancellationToken) {
+    let mut tick = tokio::time::interval(SECRETS);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            _ = tick.tick() => proxy.tend_secrets(crate::clock::now_ms()).await,
+        }
+    }
 }
 
 async fn write_log(mut lines: mpsc::Receiver<String>) {

@@ -35,19 +35,21 @@ pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationT
         let resource_type = delivery.resource_type;
         answered.insert(resource_type);
         deliver(&proxy, delivery).await;
-        let (endpoints, routes, virtual_hosts, complete) = proxy.store(|store| {
+        let (secrets, endpoints, routes, virtual_hosts, complete) = proxy.store(|store| {
             let endpoints: Vec<Arc<str>> = store.eds_names().map(Arc::from).collect();
             let cold = store.cold();
             if !cold.is_empty() {
                 tracing::debug!(missing = ?cold, "configuration is not complete yet");
             }
             (
+                store.secrets().wanted(),
                 endpoints,
                 store.rds_names(),
                 store.wants_virtual_hosts(),
                 cold.is_empty(),
             )
         });
+        client.set_interest(ResourceType::Secret, Interest::names(secrets));
         client.set_interest(ResourceType::Endpoints, Interest::names(endpoints));
         client.set_interest(ResourceType::Route, Interest::names(routes));
         if virtual_hosts {

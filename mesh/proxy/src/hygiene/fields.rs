@@ -15,6 +15,48 @@ const PROTECTED: [&str; 6] = [
     "date",
 ];
 
+/// Which of the fields that this proxy treats specially a head holds. One pass over the names is cheaper than looking
+/// for each of them, since most heads hold none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Present(u16);
+
+impl Present {
+    /// `connection`.
+    pub const CONNECTION: Self = Self(1);
+    /// Other hop-by-hop fields, but `te`.
+    pub const HOP: Self = Self(2);
+    /// `te`.
+    pub const TE: Self = Self(4);
+    /// `x-envoy-peer-metadata`, `x-envoy-peer-metadata-id`.
+    pub const PEER: Self = Self(8);
+    /// `grpc-status`.
+    pub const GRPC_STATUS: Self = Self(16);
+    /// `x-serin-unprocessed`, `x-serin-response-flags`.
+    pub const SERIN: Self = Self(32);
+
+    /// Looks at the names of a head.
+    pub fn of(headers: &HeaderMap) -> Self {
+        let mut present = 0;
+        for name in headers.keys() {
+            present |= match name.as_str() {
+                "connection" => Self::CONNECTION.0,
+                "transfer-encoding" | "upgrade" | "keep-alive" | "proxy-connection" => Self::HOP.0,
+                "te" => Self::TE.0,
+                "x-envoy-peer-metadata" | "x-envoy-peer-metadata-id" => Self::PEER.0,
+                "grpc-status" => Self::GRPC_STATUS.0,
+                "x-serin-unprocessed" | "x-serin-response-flags" => Self::SERIN.0,
+                _ => 0,
+            };
+        }
+        Self(present)
+    }
+
+    /// Whether any of `which` is there.
+    pub fn has(self, which: Self) -> bool {
+        self.0 & which.0 != 0
+    }
+}
+
 /// The protocol that a request asks to upgrade to, lower case, if it does.
 pub fn requested_upgrade(headers: &HeaderMap) -> Option<String> {
     let upgrade = headers.get(header::UPGRADE)?;
@@ -36,7 +78,12 @@ pub fn connection_has(headers: &HeaderMap, token: &str) -> bool {
 /// Removes every hop-by-hop field, including those that `Connection` names. `TE: trailers` stays, because gRPC asks
 /// for it end to end.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
-    if headers.contains_key(header::CONNECTION) {
+    strip_present(headers, Present::of(headers));
+}
+
+/// [`strip_hop_by_hop`] for a head that has been looked at.
+pub fn strip_present(headers: &mut HeaderMap, present: Present) {
+    if present.has(Present::CONNECTION) {
         let named: Vec<HeaderName> = headers
             .get_all(header::CONNECTION)
             .iter()
@@ -56,10 +103,15 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
         }
         headers.remove(header::CONNECTION);
     }
-    headers.remove(header::TRANSFER_ENCODING);
-    headers.remove(header::UPGRADE);
-    headers.remove(&KEEP_ALIVE);
-    headers.remove(&PROXY_CONNECTION);
+    if present.has(Present::HOP) {
+        headers.remove(header::TRANSFER_ENCODING);
+        headers.remove(header::UPGRADE);
+        headers.remove(&KEEP_ALIVE);
+        headers.remove(&PROXY_CONNECTION);
+    }
+    if !present.has(Present::TE) {
+        return;
+    }
     if let Some(te) = headers.get(header::TE) {
         let trailers = te.to_str().is_ok_and(|value| {
             value

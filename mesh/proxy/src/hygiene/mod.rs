@@ -1,5 +1,6 @@
 //! The hygiene layer: what RFC 9110, 9112 and 9113 call ambiguous is refused, never forwarded.
 
+mod chars;
 pub mod fields;
 pub mod path;
 pub mod scan;

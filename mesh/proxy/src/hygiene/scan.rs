@@ -5,6 +5,8 @@
 //! less than one `Host`, loose chunk framing. It follows the framing of bodies so that it knows where the next head
 //! begins (RFC 9112 sections 2.2, 3.2, 6 and 7.1).
 
+use super::chars::{is_target, is_token, is_value};
+
 /// Longest chunk-size line with its extensions, bytes.
 const MAX_CHUNK_LINE: usize = 256;
 /// Longest trailer section, bytes.
@@ -346,7 +348,7 @@ fn request_line(line: &[u8]) -> Result<bool, Violation> {
     else {
         return Err(Violation::BadRequestLine);
     };
-    if method.is_empty() || target.is_empty() || line.contains(&b'\r') {
+    if !is_token(method) || !is_target(target) {
         return Err(Violation::BadRequestLine);
     }
     let http_10 = match version {
@@ -381,7 +383,7 @@ impl Facts {
             .position(|byte| *byte == b':')
             .ok_or(Violation::BadField)?;
         let (name, value) = (&line[..colon], line[colon + 1..].trim_ascii());
-        if name.is_empty() || name.ends_with(b" ") || name.ends_with(b"\t") || value.contains(&b'\r') {
+        if !is_token(name) || !is_value(value) {
             return Err(Violation::BadField);
         }
         // Lengths first: most fields are none of these.
@@ -452,7 +454,8 @@ impl Facts {
 }
 
 /// Whether a `Host` value is a host with an optional port: unreserved characters, sub-delims, percent-encoding, or a
-/// bracketed address. Empty is allowed (RFC 9110 section 7.2).
+/// bracketed address. Empty is allowed (RFC 9110 section 7.2). A comma, though a sub-delim, is what two joined fields
+/// look like, and is not.
 pub fn valid_host(value: &[u8]) -> bool {
     let mut brackets = 0;
     for byte in value {
@@ -475,7 +478,6 @@ pub fn valid_host(value: &[u8]) -> bool {
             | b')'
             | b'*'
             | b'+'
-            | b','
             | b';'
             | b'=' => {}
             _ => return false,

@@ -7,7 +7,7 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::task::{Context, Poll};
 
 use futures::task::AtomicWaker;
@@ -28,6 +28,10 @@ pub struct Gate {
     violation_at: AtomicU32,
     upgrade: AtomicU8,
     waker: AtomicWaker,
+    /// The reader waits for the first byte of a head and holds nothing.
+    between: AtomicBool,
+    /// The socket did not take everything that hyper wrote.
+    unflushed: AtomicBool,
 }
 
 impl Gate {
@@ -40,6 +44,12 @@ impl Gate {
     fn refuse(&self, violation: Violation, number: u32) {
         self.violation_at.store(number, Ordering::Relaxed);
         self.violation.store(violation as u8, Ordering::Release);
+    }
+
+    /// Whether nothing of the connection is under way below the service: no part of a request read, no part of a
+    /// response waiting to be written.
+    pub fn at_rest(&self) -> bool {
+        self.between.load(Ordering::Relaxed) && !self.unflushed.load(Ordering::Relaxed)
     }
 
     /// Says whether a request to upgrade was granted.
@@ -139,7 +149,51 @@ impl<S> StrictIo<S> {
     }
 }
 
+impl<S> StrictIo<S> {
+    /// Takes back what was read but not used.
+    pub fn unread(&mut self, bytes: &[u8]) {
+        if !bytes.is_empty() {
+            self.ready.splice(..self.ready_at, bytes.iter().copied());
+            self.ready_at = 0;
+        }
+    }
+
+    /// Notes the outcome of a write.
+    fn wrote<T>(&self, outcome: Poll<T>) -> Poll<T> {
+        let blocked = outcome.is_pending();
+        if self.gate.unflushed.load(Ordering::Relaxed) != blocked {
+            self.gate.unflushed.store(blocked, Ordering::Relaxed);
+        }
+        outcome
+    }
+
+    fn between_requests(&self) -> bool {
+        self.held.is_empty()
+            && self.ready.is_empty()
+            && !self.refused
+            && self.broken.is_none()
+            && self.scanner.as_ref().is_some_and(Scanner::in_head)
+    }
+}
+
 impl<S: AsyncRead + Unpin> StrictIo<S> {
+    /// Waits until something arrives, a whole head or not; false at the end of the stream. Only while nothing else reads.
+    pub fn poll_arrival(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        if !self.ready.is_empty() {
+            return Poll::Ready(Ok(true));
+        }
+        // On the stack: a connection that waits holds no buffer.
+        let mut scratch = [0u8; 2048];
+        let mut buf = ReadBuf::new(&mut scratch);
+        std::task::ready!(Pin::new(&mut self.inner).poll_read(cx, &mut buf))?;
+        if buf.filled().is_empty() {
+            return Poll::Ready(Ok(false));
+        }
+        self.held.extend_from_slice(buf.filled());
+        self.scan_held();
+        Poll::Ready(Ok(true))
+    }
+
     fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut scratch = [0u8; 4096];
         while self.discarded < MAX_DISCARDED {
@@ -186,7 +240,10 @@ impl<S: AsyncRead + Unpin> AsyncRead for StrictIo<S> {
             let before = buf.filled().len();
             match Pin::new(&mut this.inner).poll_read(cx, buf) {
                 Poll::Ready(Ok(())) => {}
-                other => return other,
+                other => {
+                    this.gate.between.store(this.between_requests(), Ordering::Relaxed);
+                    return other;
+                }
             }
             let read = &buf.filled()[before..];
             if read.is_empty() {
@@ -227,7 +284,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for StrictIo<S> {
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for StrictIo<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().inner).poll_write(cx, buf)
+        let this = self.get_mut();
+        let outcome = Pin::new(&mut this.inner).poll_write(cx, buf);
+        this.wrote(outcome)
     }
 
     fn poll_write_vectored(
@@ -235,7 +294,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for StrictIo<S> {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().inner).poll_write_vectored(cx, bufs)
+        let this = self.get_mut();
+        let outcome = Pin::new(&mut this.inner).poll_write_vectored(cx, bufs);
+        this.wrote(outcome)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -243,7 +304,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for StrictIo<S> {
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().inner).poll_flush(cx)
+        let this = self.get_mut();
+        let outcome = Pin::new(&mut this.inner).poll_flush(cx);
+        this.wrote(outcome)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::peer::{UNKNOWN, Workload};
+use super::peer::{Principals, UNKNOWN, Workload};
 use super::series::{HistogramValue, HttpLabels, HttpSeries, Protocol, Reporter, Shard, TcpLabels};
 
 /// A label set in the order in which Istio writes it.
@@ -179,9 +179,19 @@ fn own_families(shards: &[Arc<Shard>]) -> Vec<Family> {
             sum(|shard| shard.counters.ejections.get()),
         ),
         counter(
+            "serin_proxy_connections_parked_total",
+            "Idle HTTP/1 connections whose buffers were given back.",
+            sum(|shard| shard.counters.connections_parked.get()),
+        ),
+        counter(
             "serin_proxy_folded_series_total",
             "Metric series folded into unknown for lack of room.",
             sum(|shard| shard.counters.folded_series.get()),
+        ),
+        counter(
+            "serin_proxy_expired_series_total",
+            "Metric series dropped because nobody used them.",
+            sum(|shard| shard.counters.expired_series.get()),
         ),
         counter(
             "serin_proxy_access_log_dropped_total",
@@ -191,7 +201,7 @@ fn own_families(shards: &[Arc<Shard>]) -> Vec<Family> {
     ]
 }
 
-fn sides(own: &Workload, reporter: Reporter, peer: &Workload) -> Labels {
+fn sides(own: &Workload, reporter: Reporter, peer: &Workload, principals: Option<&Principals>) -> Labels {
     let (source, destination) = match reporter {
         Reporter::Source => (own, peer),
         Reporter::Destination => (peer, own),
@@ -207,13 +217,19 @@ fn sides(own: &Workload, reporter: Reporter, peer: &Workload) -> Labels {
         ("source_canonical_service", text(&source.canonical_service)),
         ("source_canonical_revision", text(&source.canonical_revision)),
         ("source_workload_namespace", text(&source.namespace)),
-        ("source_principal", text(UNKNOWN)),
+        (
+            "source_principal",
+            text(principals.map_or(UNKNOWN, |principals| &principals.source)),
+        ),
         ("source_app", text(&source.app)),
         ("source_version", text(&source.version)),
         ("source_cluster", text(&source.cluster)),
         ("destination_workload", text(&destination.name)),
         ("destination_workload_namespace", text(&destination.namespace)),
-        ("destination_principal", text(UNKNOWN)),
+        (
+            "destination_principal",
+            text(principals.map_or(UNKNOWN, |principals| &principals.destination)),
+        ),
         ("destination_app", text(&destination.app)),
         ("destination_version", text(&destination.version)),
         (
@@ -228,16 +244,17 @@ fn sides(own: &Workload, reporter: Reporter, peer: &Workload) -> Labels {
     ]
 }
 
-fn security_policy(reporter: Reporter) -> String {
-    // The client's side cannot know what the server enforced; without mTLS the server's side knows: none.
+fn security_policy(reporter: Reporter, principals: Option<&Principals>) -> String {
+    // The client's side cannot know what the server enforced; the server's side knows whether it was mutual TLS.
     match reporter {
         Reporter::Source => UNKNOWN.into(),
+        Reporter::Destination if principals.is_some() => "mutual_tls".into(),
         Reporter::Destination => "none".into(),
     }
 }
 
 fn http_labels(own: &Workload, labels: &HttpLabels) -> Labels {
-    let mut out = sides(own, labels.reporter, &labels.peer);
+    let mut out = sides(own, labels.reporter, &labels.peer, labels.principals.as_deref());
     let protocol = match labels.protocol {
         Protocol::Http => "http",
         Protocol::Grpc => "grpc",
@@ -260,13 +277,16 @@ fn http_labels(own: &Workload, labels: &HttpLabels) -> Labels {
                 .unwrap_or_default(),
         ),
         ("response_flags", labels.flags.to_string()),
-        ("connection_security_policy", security_policy(labels.reporter)),
+        (
+            "connection_security_policy",
+            security_policy(labels.reporter, labels.principals.as_deref()),
+        ),
     ]);
     out
 }
 
 fn tcp_labels(own: &Workload, labels: &TcpLabels) -> Labels {
-    let mut out = sides(own, labels.reporter, &labels.peer);
+    let mut out = sides(own, labels.reporter, &labels.peer, labels.principals.as_deref());
     out.extend([
         ("destination_service", labels.service.host.to_string()),
         ("destination_service_name", labels.service.name.to_string()),
@@ -276,7 +296,10 @@ fn tcp_labels(own: &Workload, labels: &TcpLabels) -> Labels {
         ),
         ("request_protocol", "tcp".to_owned()),
         ("response_flags", labels.flags.to_string()),
-        ("connection_security_policy", security_policy(labels.reporter)),
+        (
+            "connection_security_policy",
+            security_policy(labels.reporter, labels.principals.as_deref()),
+        ),
     ]);
     out
 }

@@ -2,6 +2,7 @@
 //! ([`text`]) and streamed to the control plane ([`push`]).
 
 pub mod collect;
+pub mod expiry;
 pub mod flags;
 pub mod peer;
 pub mod push;

@@ -51,6 +51,25 @@ pub struct ServiceIdentity {
     pub namespace: Box<str>,
 }
 
+/// Who both sides of a connection with mutual TLS proved to be.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Principals {
+    /// The client.
+    pub source: Box<str>,
+    /// The server.
+    pub destination: Box<str>,
+}
+
+impl Principals {
+    /// Equal pairs are the same.
+    pub fn new(source: &str, destination: &str) -> Arc<Self> {
+        PRINCIPALS.get(Self {
+            source: source.into(),
+            destination: destination.into(),
+        })
+    }
+}
+
 struct Interner<T>(Mutex<HashMap<T, Weak<T>, foldhash::fast::RandomState>>);
 
 impl<T: std::hash::Hash + Eq + Clone> Interner<T> {
@@ -70,6 +89,7 @@ impl<T: std::hash::Hash + Eq + Clone> Interner<T> {
 }
 
 static WORKLOADS: LazyLock<Interner<Workload>> = LazyLock::new(|| Interner(Mutex::default()));
+static PRINCIPALS: LazyLock<Interner<Principals>> = LazyLock::new(|| Interner(Mutex::default()));
 static SERVICES: LazyLock<Interner<ServiceIdentity>> = LazyLock::new(|| Interner(Mutex::default()));
 
 fn or_unknown(text: &str) -> Box<str> {

@@ -1,7 +1,7 @@
 //! Streaming metrics to the control plane: Envoy's `MetricsService`, once a second, cumulative values, and only the
 //! series that changed since they were last sent on this stream.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -42,8 +42,9 @@ pub struct Sent(HashMap<(&'static str, Labels), u64, foldhash::fast::RandomState
 impl Sent {
     /// The families of Istio's metrics whose series changed since the last call, as wire messages.
     pub fn changed(&mut self, families: &[Family], timestamp_ms: i64) -> Vec<prometheus::MetricFamily> {
+        let istio = || families.iter().filter(|family| family.name.starts_with("istio_"));
         let mut out = Vec::new();
-        for family in families.iter().filter(|family| family.name.starts_with("istio_")) {
+        for family in istio() {
             let mut metric = Vec::new();
             for (labels, value) in &family.metrics {
                 let mark = match value {
@@ -73,6 +74,14 @@ impl Sent {
                     ..Default::default()
                 });
             }
+        }
+        let present: usize = istio().map(|family| family.metrics.len()).sum();
+        if self.0.len() > present {
+            // Series have ended; one that comes back is new, whatever its count.
+            let names: HashSet<(&str, &Labels)> = istio()
+                .flat_map(|family| family.metrics.iter().map(|(labels, _)| (family.name, labels)))
+                .collect();
+            self.0.retain(|(name, labels), _| names.contains(&(*name, labels)));
         }
         out
     }
@@ -214,5 +223,7 @@ mod tests {
         assert_eq!(changed[0].metric.len(), 1);
         assert_eq!(changed[0].metric[0].label[0].value.as_deref(), Some("b"));
         assert_eq!(changed[0].metric[0].counter.as_ref().unwrap().value, Some(2.0));
+        assert!(sent.changed(&[], 8).is_empty());
+        assert_eq!(sent.changed(&family(1.0, 2.0), 9)[0].metric.len(), 2, "ended and come back");
     }
 }

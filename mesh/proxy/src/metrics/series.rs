@@ -3,15 +3,15 @@
 //! A worker looks a series up by a small key of numbers and pointers (no string is touched per request), and adds with
 //! plain loads and stores, because it is the only writer. Readers sum over workers.
 
-use std::cell::RefCell;
+use std::cell::{self, RefCell};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
 use super::flags::Flags;
-use super::peer::{ServiceIdentity, Workload};
+use super::peer::{Principals, ServiceIdentity, Workload};
 
 /// Istio's bucket bounds, for milliseconds and bytes alike.
 pub const BOUNDS: [f64; 19] = [
@@ -36,7 +36,7 @@ pub const BOUNDS: [f64; 19] = [
     3_600_000.0,
 ];
 /// Series that one worker may hold; what comes beyond is counted under an unknown peer and service.
-const MAX_SERIES: usize = 10_000;
+pub const MAX_SERIES: usize = 10_000;
 
 /// A number that one thread adds to.
 #[derive(Debug, Default)]
@@ -52,6 +52,39 @@ impl Cell {
     /// The current value.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// When a series was used last, and whether it may go; see [`super::expiry`].
+#[derive(Debug, Default)]
+pub struct Life {
+    /// Process clock, milliseconds, as of the worker's last sweep.
+    touched: AtomicU64,
+    expired: AtomicBool,
+}
+
+impl Life {
+    fn touch(&self, now_ms: u64) {
+        if self.touched.load(Ordering::Relaxed) != now_ms {
+            self.touched.store(now_ms, Ordering::Relaxed);
+        }
+        if self.expired.load(Ordering::Relaxed) {
+            self.expired.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// When it was used last.
+    pub fn touched(&self) -> u64 {
+        self.touched.load(Ordering::Relaxed)
+    }
+
+    /// Says that nobody needs it any more; taken back when it is used before the worker drops it.
+    pub fn expire(&self) {
+        self.expired.store(true, Ordering::Relaxed);
+    }
+
+    fn is_expired(&self) -> bool {
+        self.expired.load(Ordering::Relaxed)
     }
 }
 
@@ -133,10 +166,14 @@ pub struct HttpLabels {
     pub grpc_status: Option<u8>,
     /// Flags.
     pub flags: Flags,
+    /// Who both sides proved to be, where mutual TLS was used.
+    pub principals: Option<Arc<Principals>>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-struct HttpKey {
+/// Labels as numbers; equal on all workers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct HttpKey {
+    principals: usize,
     peer: usize,
     service: usize,
     code: u16,
@@ -146,12 +183,19 @@ struct HttpKey {
     protocol: Protocol,
 }
 
+/// Interned as well; 0 for none.
+fn address_of(principals: Option<&Arc<Principals>>) -> usize {
+    principals.map_or(0, |principals| Arc::as_ptr(principals).addr())
+}
+
 impl HttpLabels {
-    fn key(&self) -> HttpKey {
+    /// The labels as a key.
+    pub fn key(&self) -> HttpKey {
         HttpKey {
             // Interned: equal identities have equal addresses for as long as the series holds them.
             peer: Arc::as_ptr(&self.peer).addr(),
             service: Arc::as_ptr(&self.service).addr(),
+            principals: address_of(self.principals.as_ref()),
             code: self.code,
             grpc_status: self.grpc_status.map_or(u16::MAX, u16::from),
             flags: self.flags,
@@ -166,6 +210,8 @@ impl HttpLabels {
 pub struct HttpSeries {
     /// Its labels.
     pub labels: HttpLabels,
+    /// Its use.
+    pub life: Life,
     /// `istio_requests_total`.
     pub requests: Cell,
     /// `istio_request_duration_milliseconds`.
@@ -187,6 +233,21 @@ pub struct TcpLabels {
     pub service: Arc<ServiceIdentity>,
     /// Flags.
     pub flags: Flags,
+    /// Who both sides proved to be, where mutual TLS was used.
+    pub principals: Option<Arc<Principals>>,
+}
+
+impl TcpLabels {
+    /// The labels as a key.
+    pub fn key(&self) -> TcpKey {
+        (
+            Arc::as_ptr(&self.peer).addr(),
+            Arc::as_ptr(&self.service).addr(),
+            address_of(self.principals.as_ref()),
+            self.flags,
+            self.reporter,
+        )
+    }
 }
 
 /// The metrics of one set of TCP labels on one worker.
@@ -194,6 +255,8 @@ pub struct TcpLabels {
 pub struct TcpSeries {
     /// Its labels.
     pub labels: TcpLabels,
+    /// Its use.
+    pub life: Life,
     /// `istio_tcp_connections_opened_total`.
     pub opened: Cell,
     /// `istio_tcp_connections_closed_total`.
@@ -211,6 +274,8 @@ pub struct WorkerCounters {
     pub connections: Cell,
     /// Downstream connections closed.
     pub connections_closed: Cell,
+    /// Idle HTTP/1 connections that were parked.
+    pub connections_parked: Cell,
     /// Upstream connections made.
     pub upstream_connections: Cell,
     /// Upstream connections that could not be made.
@@ -223,6 +288,8 @@ pub struct WorkerCounters {
     pub ejections: Cell,
     /// Series that were folded into `unknown` for lack of room.
     pub folded_series: Cell,
+    /// Series that were dropped because nobody used them any more.
+    pub expired_series: Cell,
     /// Access log lines that were dropped because the sink was slow.
     pub log_dropped: Cell,
 }
@@ -238,11 +305,14 @@ pub struct Shard {
     pub counters: WorkerCounters,
 }
 
-type TcpKey = (usize, usize, Flags, Reporter);
+/// Labels of TCP series as numbers; equal on all workers.
+pub type TcpKey = (usize, usize, usize, Flags, Reporter);
 
 /// All series of one worker; the worker's half.
 pub struct Recorder {
     shard: Arc<Shard>,
+    /// Process clock as of the last sweep: uses are dated by it.
+    now_ms: cell::Cell<u64>,
     http: RefCell<HashMap<HttpKey, Arc<HttpSeries>, foldhash::fast::RandomState>>,
     tcp: RefCell<HashMap<TcpKey, Arc<TcpSeries>, foldhash::fast::RandomState>>,
 }
@@ -252,6 +322,7 @@ impl Recorder {
     pub fn new(shard: Arc<Shard>) -> Self {
         Self {
             shard,
+            now_ms: cell::Cell::new(crate::clock::now_ms()),
             http: RefCell::default(),
             tcp: RefCell::default(),
         }
@@ -262,10 +333,33 @@ impl Recorder {
         &self.shard.counters
     }
 
+    /// Drops series that have expired; called now and then.
+    pub fn sweep(&self, now_ms: u64) {
+        self.now_ms.set(now_ms);
+        let mut dropped = 0;
+        self.http.borrow_mut().retain(|_, series| {
+            let keep = !series.life.is_expired();
+            dropped += u64::from(!keep);
+            keep
+        });
+        self.tcp.borrow_mut().retain(|_, series| {
+            let keep = !series.life.is_expired();
+            dropped += u64::from(!keep);
+            keep
+        });
+        if dropped > 0 {
+            self.shard.counters.expired_series.add(dropped);
+            // Both sides go by the flag, which only this thread takes back.
+            self.shard.http.lock().retain(|series| !series.life.is_expired());
+            self.shard.tcp.lock().retain(|series| !series.life.is_expired());
+        }
+    }
+
     /// The series with these labels.
     pub fn http(&self, labels: &HttpLabels) -> Arc<HttpSeries> {
         let mut table = self.http.borrow_mut();
         if let Some(series) = table.get(&labels.key()) {
+            series.life.touch(self.now_ms.get());
             return series.clone();
         }
         let mut labels = labels.clone();
@@ -273,17 +367,21 @@ impl Recorder {
             self.shard.counters.folded_series.add(1);
             labels.peer = Workload::unknown();
             labels.service = ServiceIdentity::unknown();
+            labels.principals = None;
             if let Some(series) = table.get(&labels.key()) {
+                series.life.touch(self.now_ms.get());
                 return series.clone();
             }
         }
         let series = Arc::new(HttpSeries {
+            life: Life::default(),
             requests: Cell::default(),
             duration: Histogram::default(),
             request_bytes: Histogram::default(),
             response_bytes: Histogram::default(),
             labels,
         });
+        series.life.touch(self.now_ms.get());
         table.insert(series.labels.key(), series.clone());
         self.shard.http.lock().push(series.clone());
         series
@@ -291,16 +389,9 @@ impl Recorder {
 
     /// The TCP series with these labels.
     pub fn tcp(&self, labels: &TcpLabels) -> Arc<TcpSeries> {
-        let key = |labels: &TcpLabels| {
-            (
-                Arc::as_ptr(&labels.peer).addr(),
-                Arc::as_ptr(&labels.service).addr(),
-                labels.flags,
-                labels.reporter,
-            )
-        };
         let mut table = self.tcp.borrow_mut();
-        if let Some(series) = table.get(&key(labels)) {
+        if let Some(series) = table.get(&labels.key()) {
+            series.life.touch(self.now_ms.get());
             return series.clone();
         }
         let mut labels = labels.clone();
@@ -308,18 +399,22 @@ impl Recorder {
             self.shard.counters.folded_series.add(1);
             labels.peer = Workload::unknown();
             labels.service = ServiceIdentity::unknown();
-            if let Some(series) = table.get(&key(&labels)) {
+            labels.principals = None;
+            if let Some(series) = table.get(&labels.key()) {
+                series.life.touch(self.now_ms.get());
                 return series.clone();
             }
         }
         let series = Arc::new(TcpSeries {
+            life: Life::default(),
             opened: Cell::default(),
             closed: Cell::default(),
             sent: Cell::default(),
             received: Cell::default(),
             labels,
         });
-        table.insert(key(&series.labels), series.clone());
+        series.life.touch(self.now_ms.get());
+        table.insert(series.labels.key(), series.clone());
         self.shard.tcp.lock().push(series.clone());
         series
     }
@@ -355,6 +450,7 @@ mod tests {
             code,
             grpc_status: None,
             flags: Flags::default(),
+            principals: None,
         };
         let first = recorder.http(&labels(200));
         assert!(Arc::ptr_eq(&first, &recorder.http(&labels(200))));

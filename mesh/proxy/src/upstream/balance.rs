@@ -4,12 +4,14 @@
 
 use std::cell::Cell;
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use super::cluster::Host;
 use super::consistent::Table;
 use super::outlier::is_ejected;
 use crate::clock::now_ms;
-use crate::config::cluster::{Cluster, LbPolicy};
+use crate::config::cluster::{Cluster, LbPolicy, SlowStart};
 use crate::config::endpoint::EndpointSet;
 use crate::random;
 
@@ -33,6 +35,8 @@ struct Level {
 pub struct Balancer {
     levels: Vec<Level>,
     turn: Cell<u64>,
+    /// Until when some host is young enough for slow start.
+    slow_until: u64,
     overprovisioning: u32,
 }
 
@@ -52,6 +56,14 @@ pub struct Wish<'a> {
 impl Balancer {
     /// For `hosts`, which are those of `set` in the same order.
     pub fn new(cluster: &Cluster, set: &EndpointSet, hosts: &[Rc<Host>]) -> Self {
+        let checks = cluster.health_checks.len();
+        let slow_until = cluster.slow_start.map_or(0, |slow| {
+            let youngest = hosts
+                .iter()
+                .map(|host| host.endpoint.state.since.load(Ordering::Relaxed))
+                .max();
+            youngest.unwrap_or(0) + slow.window.as_millis() as u64
+        });
         let levels = set
             .priorities
             .iter()
@@ -68,9 +80,12 @@ impl Balancer {
                     let start = level.hosts.len();
                     let members = &hosts[locality.members.clone()];
                     level.everybody.extend(members.iter().cloned());
-                    level
-                        .hosts
-                        .extend(members.iter().filter(|host| host.endpoint.healthy).cloned());
+                    level.hosts.extend(
+                        members
+                            .iter()
+                            .filter(|host| host.endpoint.usable(checks))
+                            .cloned(),
+                    );
                     level.total += members.len();
                     if level.hosts.len() > start && cluster.locality_weighted {
                         // The share shrinks only once less than 1/1.4 of the locality is usable.
@@ -109,13 +124,20 @@ impl Balancer {
         Self {
             levels,
             turn: Cell::new(random::next() >> 32),
+            slow_until,
             overprovisioning: set.overprovisioning,
         }
     }
 
     /// A host, or `None` if no host may be used.
     pub fn pick(&self, cluster: &Cluster, wish: &Wish<'_>) -> Option<Rc<Host>> {
-        let level = self.level(cluster, wish.some_ejected)?;
+        let mut level = self.level(cluster, wish.some_ejected)?;
+        if self.slow_until > 0
+            && let Some(slow) = cluster.slow_start
+        {
+            let now = now_ms();
+            level.slow = (now < self.slow_until).then_some((slow, now));
+        }
         let mut last = None;
         for draw in 0..wish.attempts.max(1) {
             let host = level.draw(cluster, wish, draw as usize, &self.turn)?;
@@ -170,6 +192,8 @@ struct LevelView<'a> {
     heaviest: u32,
     table: Option<&'a Table>,
     panic: bool,
+    /// The time, while slow start has a say.
+    slow: Option<(SlowStart, u64)>,
 }
 
 impl Level {
@@ -188,6 +212,7 @@ impl Level {
                     heaviest: self.heaviest,
                     table: None,
                     panic: true,
+                    slow: None,
                 });
             }
             if usable == 0 {
@@ -200,6 +225,7 @@ impl Level {
             heaviest: self.heaviest,
             table: self.table.as_ref(),
             panic: false,
+            slow: None,
         })
     }
 }
@@ -244,6 +270,26 @@ impl LevelView<'_> {
         self.panic || !host.ejected()
     }
 
+    /// The part of its weight that a host has by its age.
+    fn factor(&self, host: &Host) -> f64 {
+        self.slow.map_or(1.0, |(slow, now)| {
+            let since = host.endpoint.state.since.load(Ordering::Relaxed);
+            if since == 0 {
+                return 1.0;
+            }
+            slow.factor(Duration::from_millis(now.saturating_sub(since)))
+        })
+    }
+
+    /// Whether a draw accepts the host by its age.
+    fn old_enough(&self, host: &Host) -> bool {
+        if self.slow.is_none() {
+            return true;
+        }
+        let factor = self.factor(host);
+        factor >= 1.0 || (random::next() as f64) < factor * u64::MAX as f64
+    }
+
     /// In turn; a host of weight `w` takes its turn in `w` of `heaviest` rounds, spread evenly.
     fn round_robin<'h>(&self, hosts: &'h [Rc<Host>], turn: &Cell<u64>) -> Option<&'h Rc<Host>> {
         let count = hosts.len() as u64;
@@ -258,7 +304,7 @@ impl LevelView<'_> {
             let (round, weight) = (n / count, u64::from(host.endpoint.weight));
             // Takes its turn when the multiple of weight/heaviest steps over a whole number.
             let takes = (round + 1) * weight / heaviest > round * weight / heaviest;
-            if takes && self.may_use(host) {
+            if takes && self.may_use(host) && self.old_enough(host) {
                 return Some(host);
             }
         }
@@ -268,6 +314,7 @@ impl LevelView<'_> {
     fn least_request<'h>(&self, hosts: &'h [Rc<Host>], choices: u32) -> Option<&'h Rc<Host>> {
         let mut best: Option<&Rc<Host>> = None;
         for _ in 0..choices {
+            // A young host is drawn less often, which is how its weight is smaller here.
             let Some(host) = self.random(hosts) else { continue };
             // Compared as requests per weight, without a division.
             let better = best.is_none_or(|best| {
@@ -292,6 +339,7 @@ impl LevelView<'_> {
             if (host.endpoint.weight == heaviest
                 || random::below(heaviest as usize) < host.endpoint.weight as usize)
                 && self.may_use(host)
+                && self.old_enough(host)
             {
                 return Some(host);
             }

@@ -49,6 +49,27 @@ impl Drop for Active {
     }
 }
 
+/// The host's pool, or a new one if its connections were dressed differently (other TLS settings) from now on.
+fn pool_for(
+    config: &Cluster,
+    endpoint: &Endpoint,
+    previous: Option<&WorkerCluster>,
+    host: &Host,
+) -> Rc<Pool> {
+    let same = previous.is_some_and(|previous| {
+        previous
+            .config
+            .socket_for(&host.endpoint)
+            .is_same(config.socket_for(endpoint))
+    });
+    if same {
+        host.pool.clone()
+    } else {
+        host.pool.retire();
+        Rc::default()
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct WorkerCluster {
@@ -76,6 +97,7 @@ impl WorkerCluster {
             return None;
         };
         let set = slot.endpoints();
+        slot.usage.used.store(true, Ordering::Relaxed);
         let known: HashMap<&Address, &Rc<Host>, foldhash::fast::RandomState> = previous
             .iter()
             .flat_map(|previous| &previous.hosts)
@@ -87,7 +109,7 @@ impl WorkerCluster {
             .map(|endpoint| match known.get(&endpoint.address) {
                 Some(host) => Rc::new(Host {
                     endpoint: endpoint.clone(),
-                    pool: host.pool.clone(),
+                    pool: pool_for(&config, endpoint, previous, host),
                     active: host.active.clone(),
                 }),
                 None => Rc::new(Host {
@@ -105,6 +127,12 @@ impl WorkerCluster {
             .map_or_else(Balancer::default, |set| Balancer::new(&config, set, &hosts));
         let dynamic =
             previous.map_or_else(RefCell::default, |previous| RefCell::new(previous.dynamic.take()));
+        if previous.is_some_and(|previous| !previous.config.socket.is_same(&config.socket)) {
+            dynamic
+                .borrow_mut()
+                .drain()
+                .for_each(|(_, host)| host.pool.retire());
+        }
         Some(Self {
             slot: slot.clone(),
             config,
@@ -149,8 +177,29 @@ impl WorkerCluster {
                     some_ejected: self.some_ejected(),
                     ..*wish
                 };
-                self.balancer.pick(&self.config, &wish)
+                let host = self.balancer.pick(&self.config, &wish)?;
+                if outlier::admit(&host.endpoint.state, now_ms) {
+                    self.note_probation(&host);
+                    return Some(host);
+                }
+                // Somebody else is trying it; whoever else there is takes the request.
+                let tried = [host.clone()];
+                let wish = Wish {
+                    tried: if wish.tried.is_empty() { &tried } else { wish.tried },
+                    attempts: wish.attempts.max(2),
+                    some_ejected: true,
+                    ..wish
+                };
+                Some(self.balancer.pick(&self.config, &wish).unwrap_or(host))
             }
+        }
+    }
+
+    /// A host on probation counts as out for everybody else.
+    fn note_probation(&self, host: &Host) {
+        let until = host.endpoint.state.ejected_until.load(Ordering::Relaxed);
+        if until != 0 {
+            self.slot.usage.ejected_until.fetch_max(until, Ordering::Relaxed);
         }
     }
 
@@ -170,16 +219,7 @@ impl WorkerCluster {
             dynamic
                 .retain(|_, host| host.active.get() > 0 || !host.pool.sweep(Instant::now(), Duration::MAX));
         }
-        let endpoint = Endpoint {
-            address: Address::Tcp(destination),
-            text: destination.to_string().into(),
-            hostname: "".into(),
-            weight: 1,
-            healthy: true,
-            degraded: false,
-            workload: None,
-            state: Arc::default(),
-        };
+        let endpoint = Endpoint::at(Address::Tcp(destination));
         let host = Rc::new(Host {
             endpoint: Arc::new(endpoint),
             pool: Rc::default(),

@@ -3,41 +3,164 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
+use socket2::{Domain, Protocol, SockRef, TcpKeepalive, Type};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::{TcpSocket, TcpStream, UnixStream};
+use tokio_rustls::client::TlsStream;
 
+use super::proxy_header;
 use crate::config::cluster::Cluster;
 use crate::config::convert::Address;
+use crate::config::endpoint::Endpoint;
 use crate::intercept::{MARK_IN, MARK_OUT};
+use crate::tls::info::ConnectionTls;
+pub use crate::tls::upstream::Speaking;
 
 /// Whether marking sockets is allowed; found out once, since without CAP_NET_ADMIN every attempt fails.
 static MARK_ALLOWED: AtomicBool = AtomicBool::new(true);
+/// RFC 8305's delay before the next address is tried, as Envoy has it.
+const ATTEMPT_DELAY: Duration = Duration::from_millis(300);
 
-/// A connection to an endpoint.
+/// A socket to an endpoint.
 #[derive(Debug)]
-pub enum Stream {
+pub enum Socket {
     /// TCP.
     Tcp(TcpStream),
     /// Unix socket.
     Unix(UnixStream),
 }
 
-/// Connects to `address` as the cluster says. The caller bounds the time.
-pub async fn connect(cluster: &Cluster, address: &Address) -> io::Result<Stream> {
-    match address {
-        Address::Tcp(address) => connect_tcp(cluster, *address).await.map(Stream::Tcp),
-        Address::Pipe(path) => UnixStream::connect(&**path).await.map(Stream::Unix),
-        Address::Name(name, _) => Err(io::Error::other(format!("{name} has not been resolved"))),
+/// A connection to an endpoint.
+#[derive(Debug)]
+pub enum Stream {
+    /// The socket itself.
+    Plain(Socket),
+    /// What is inside of TLS.
+    Tls(Box<TlsStream<Socket>>),
+}
+
+/// What one connection has of its own, beside what the cluster says. Connections that differ in it are not shared.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ConnectOptions {
+    /// Server name, where it follows the request.
+    pub server_name: Option<Box<str>>,
+    /// Client and its destination, where the endpoint is told by PROXY protocol.
+    pub between: Option<(SocketAddr, SocketAddr)>,
+}
+
+impl ConnectOptions {
+    /// Whether it says nothing.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// A connection that is ready to be used.
+#[derive(Debug)]
+pub struct Connected {
+    /// The connection.
+    pub stream: Stream,
+    /// What TLS was negotiated to.
+    pub tls: Option<Arc<ConnectionTls>>,
+}
+
+/// Connects to `endpoint` as the cluster says, PROXY protocol and TLS included. The caller bounds the time.
+pub async fn connect(
+    cluster: &Cluster,
+    endpoint: &Endpoint,
+    speaking: Speaking,
+    options: &ConnectOptions,
+) -> io::Result<Connected> {
+    let mut socket = match &endpoint.address {
+        Address::Tcp(address) => connect_any(cluster, *address, &endpoint.more_addresses).await?,
+        Address::Pipe(path) => UnixStream::connect(&**path).await.map(Socket::Unix)?,
+        Address::Name(name, _) => return Err(io::Error::other(format!("{name} has not been resolved"))),
+    };
+    let dress = cluster.socket_for(endpoint);
+    if let Some(version) = dress.proxy_protocol {
+        let header = proxy_header::write(version, options.between);
+        socket.write_all(&header).await?;
+    }
+    let Some(tls) = &dress.tls else {
+        return Ok(Connected {
+            stream: Stream::Plain(socket),
+            tls: None,
+        });
+    };
+    let hostname = (tls.auto_host_sni && !endpoint.hostname.is_empty()).then_some(&*endpoint.hostname);
+    let server_name = options.server_name.as_deref().or(hostname);
+    let address = match &endpoint.address {
+        Address::Tcp(address) => address.ip(),
+        Address::Pipe(_) | Address::Name(..) => IpAddr::from([127, 0, 0, 1]),
+    };
+    let (stream, facts) = tls.connect(socket, server_name, address, speaking).await?;
+    Ok(Connected {
+        stream: Stream::Tls(Box::new(stream)),
+        tls: Some(Arc::new(facts)),
+    })
+}
+
+/// Connects to the first of several addresses of one endpoint that answers (RFC 8305): families in turn, each started
+/// when the one before has failed or has not answered for a while.
+async fn connect_any(cluster: &Cluster, first: SocketAddr, more: &[SocketAddr]) -> io::Result<Socket> {
+    if more.is_empty() {
+        return connect_tcp(cluster, first).await.map(Socket::Tcp);
+    }
+    let mut waiting = in_turn(first, more).into_iter();
+    let mut running = FuturesUnordered::new();
+    let mut failure = None;
+    loop {
+        if let Some(address) = waiting.next() {
+            running.push(connect_tcp(cluster, address));
+        }
+        let next = async {
+            if waiting.len() == 0 {
+                std::future::pending().await
+            } else {
+                tokio::time::sleep(ATTEMPT_DELAY).await
+            }
+        };
+        tokio::select! {
+            result = running.next() => match result {
+                Some(Ok(stream)) => return Ok(Socket::Tcp(stream)),
+                Some(Err(error)) => {
+                    failure.get_or_insert(error);
+                    if running.is_empty() && waiting.len() == 0 {
+                        break;
+                    }
+                }
+                None => break,
+            },
+            () = next => {}
+        }
+    }
+    Err(failure.unwrap_or_else(|| io::ErrorKind::NotConnected.into()))
+}
+
+/// The addresses with their families in turn, starting with that of the first.
+fn in_turn(first: SocketAddr, more: &[SocketAddr]) -> Vec<SocketAddr> {
+    let all = std::iter::once(first).chain(more.iter().copied());
+    let (same, other): (Vec<_>, Vec<_>) = all.partition(|address| address.is_ipv4() == first.is_ipv4());
+    let mut out = Vec::with_capacity(more.len() + 1);
+    let (mut same, mut other) = (same.into_iter(), other.into_iter());
+    loop {
+        let next = [same.next(), other.next()];
+        if next == [None, None] {
+            return out;
+        }
+        out.extend(next.into_iter().flatten());
     }
 }
 
 async fn connect_tcp(cluster: &Cluster, address: SocketAddr) -> io::Result<TcpStream> {
-    let socket = Socket::new(
+    let socket = socket2::Socket::new(
         Domain::for_address(address),
         Type::STREAM.nonblocking().cloexec(),
         Some(Protocol::TCP),
@@ -58,7 +181,7 @@ async fn connect_tcp(cluster: &Cluster, address: SocketAddr) -> io::Result<TcpSt
     TcpSocket::from_std_stream(socket.into()).connect(address).await
 }
 
-fn bind(socket: &Socket, source: IpAddr, target: SocketAddr) -> io::Result<()> {
+fn bind(socket: &socket2::Socket, source: IpAddr, target: SocketAddr) -> io::Result<()> {
     // Istio binds to 127.0.0.6 and means ::6 for IPv6 targets.
     let source = match (source, target) {
         (IpAddr::V4(v4), SocketAddr::V6(_)) if v4.is_loopback() => {
@@ -78,52 +201,89 @@ fn bind(socket: &Socket, source: IpAddr, target: SocketAddr) -> io::Result<()> {
 }
 
 /// Marks a socket as the proxy's own, so that interception lets it pass.
-fn mark(socket: &Socket, mark: u32) {
+fn mark(socket: &socket2::Socket, mark: u32) {
     if MARK_ALLOWED.load(Ordering::Relaxed) && SockRef::from(socket).set_mark(mark).is_err() {
         MARK_ALLOWED.store(false, Ordering::Relaxed);
     }
 }
 
-impl AsyncRead for Stream {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
-            Self::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+macro_rules! passed_on {
+    ($name:ident, $first:ident, $second:ident) => {
+        impl AsyncRead for $name {
+            fn poll_read(
+                self: Pin<&mut Self>,
+                cx: &mut Context<'_>,
+                buf: &mut ReadBuf<'_>,
+            ) -> Poll<io::Result<()>> {
+                match self.get_mut() {
+                    Self::$first(stream) => Pin::new(stream).poll_read(cx, buf),
+                    Self::$second(stream) => Pin::new(stream).poll_read(cx, buf),
+                }
+            }
         }
-    }
+
+        impl AsyncWrite for $name {
+            fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+                match self.get_mut() {
+                    Self::$first(stream) => Pin::new(stream).poll_write(cx, buf),
+                    Self::$second(stream) => Pin::new(stream).poll_write(cx, buf),
+                }
+            }
+
+            fn poll_write_vectored(
+                self: Pin<&mut Self>,
+                cx: &mut Context<'_>,
+                bufs: &[io::IoSlice<'_>],
+            ) -> Poll<io::Result<usize>> {
+                match self.get_mut() {
+                    Self::$first(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+                    Self::$second(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+                }
+            }
+
+            fn is_write_vectored(&self) -> bool {
+                match self {
+                    Self::$first(stream) => stream.is_write_vectored(),
+                    Self::$second(stream) => stream.is_write_vectored(),
+                }
+            }
+
+            fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+                match self.get_mut() {
+                    Self::$first(stream) => Pin::new(stream).poll_flush(cx),
+                    Self::$second(stream) => Pin::new(stream).poll_flush(cx),
+                }
+            }
+
+            fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+                match self.get_mut() {
+                    Self::$first(stream) => Pin::new(stream).poll_shutdown(cx),
+                    Self::$second(stream) => Pin::new(stream).poll_shutdown(cx),
+                }
+            }
+        }
+    };
 }
 
-impl AsyncWrite for Stream {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
-            Self::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
-        }
-    }
+passed_on!(Socket, Tcp, Unix);
+passed_on!(Stream, Plain, Tls);
 
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
-            Self::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
-        }
-    }
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
-            Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
-        }
+    #[test]
+    fn addresses_of_both_families_are_tried_in_turn() {
+        let at = |text: &str| text.parse::<SocketAddr>().unwrap();
+        let more = [at("10.0.0.2:1"), at("[::1]:1"), at("10.0.0.3:1"), at("[::2]:1")];
+        assert_eq!(
+            in_turn(at("10.0.0.1:1"), &more),
+            [more[1], more[3]]
+                .into_iter()
+                .zip([at("10.0.0.1:1"), more[0]])
+                .flat_map(|(v6, v4)| [v4, v6])
+                .chain([more[2]])
+                .collect::<Vec<_>>()
+        );
     }
 }

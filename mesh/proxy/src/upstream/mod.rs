@@ -4,5 +4,7 @@ pub mod balance;
 pub mod cluster;
 pub mod connect;
 pub mod consistent;
+pub mod health;
 pub mod outlier;
 pub mod pool;
+pub mod proxy_header;

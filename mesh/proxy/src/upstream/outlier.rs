@@ -1,7 +1,10 @@
-//! Outlier detection: hosts that fail several times in a row are left out for a while.
+//! Outlier detection: hosts that fail several times in a row, or more often than their siblings, are left out for a
+//! while.
 //!
-//! Time is an argument. Counters are shared by all workers ([`HostState`]); an ejection ends by itself when its time is
-//! over, and each further one lasts longer.
+//! Time is an argument. Counters are shared by all workers ([`HostState`]). When the time of an ejection is over the
+//! host is on probation: one request at a time is let through ([`admit`]), and the first good answer brings it back,
+//! while the next failure ends the trial at once and makes the next ejection longer. (Envoy puts all of the load back
+//! and waits for a whole row of failures again.)
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,6 +19,37 @@ pub enum Event {
     Status(u16),
     /// Could not be reached, or broke off before an answer.
     LocalFailure,
+}
+
+/// How long one request on probation may take before the next one is tried, in milliseconds.
+const PROBE_MS: u64 = 1000;
+
+/// Whether a host that was chosen may be used: always, unless it is on probation and another request tries it already.
+/// Where it returns true for a host on probation, `ejected_until` has moved on.
+pub fn admit(state: &HostState, now_ms: impl FnOnce() -> u64) -> bool {
+    let until = state.ejected_until.load(Ordering::Relaxed);
+    if until == 0 {
+        return true;
+    }
+    let now = now_ms();
+    let admitted = now >= until
+        && state
+            .ejected_until
+            .compare_exchange(until, now + PROBE_MS, Ordering::Relaxed, Ordering::Relaxed)
+            .is_ok();
+    if admitted {
+        state.probing.store(true, Ordering::Relaxed);
+    }
+    admitted
+}
+
+/// Whether the host's next result decides about it. Results of requests that were on their way when it was ejected do
+/// not.
+fn on_probation(state: &HostState, now_ms: impl FnOnce() -> u64) -> bool {
+    match state.ejected_until.load(Ordering::Relaxed) {
+        0 => false,
+        until => state.probing.load(Ordering::Relaxed) || now_ms() >= until,
+    }
 }
 
 /// Whether a host is out at `now_ms`.
@@ -35,8 +69,20 @@ pub fn record(
     event: Event,
     now_ms: impl Fn() -> u64,
 ) -> bool {
+    if rules.compares() {
+        match event {
+            Event::Status(status) => {
+                state.answers.add(status < 500);
+                state.local.add(true);
+            }
+            Event::LocalFailure if rules.split_local => state.local.add(false),
+            Event::LocalFailure => state.answers.add(false),
+        }
+    }
+    let on_probation = on_probation(state, &now_ms);
     let status = match event {
         Event::Status(status) => status,
+        Event::LocalFailure if on_probation => 503,
         // In split mode local failures have a counter of their own; otherwise they count as 503.
         Event::LocalFailure if rules.split_local => {
             let count = state.consecutive_local.fetch_add(1, Ordering::Relaxed) + 1;
@@ -56,7 +102,13 @@ pub fn record(
                 counter.store(0, Ordering::Relaxed);
             }
         }
+        if on_probation {
+            state.uneject();
+        }
         return false;
+    }
+    if on_probation {
+        return eject(rules, state, hosts, now_ms());
     }
     let server = state.consecutive_5xx.fetch_add(1, Ordering::Relaxed) + 1;
     let gateway = if (502..=504).contains(&status) {
@@ -70,13 +122,67 @@ pub fn record(
     over && eject(rules, state, hosts, now_ms())
 }
 
+/// Ejects hosts that stand out among their siblings by the last interval's answers, and begins a new interval.
+pub fn compare<'h>(rules: &Outlier, hosts: &'h [Arc<Endpoint>], now: u64) -> Vec<&'h Arc<Endpoint>> {
+    let answers: Vec<_> = hosts.iter().map(|host| host.state.answers.take()).collect();
+    let local: Vec<_> = hosts.iter().map(|host| host.state.local.take()).collect();
+    let mut out = Vec::new();
+    for (counts, which) in [(&answers, 0), (&local, 1)] {
+        let enforced = |pair: (bool, bool)| if which == 0 { pair.0 } else { pair.1 };
+        // Of each host with enough requests: its index and its success rate in percent.
+        let rates = |volume: u32| -> Vec<(usize, f64)> {
+            counts
+                .iter()
+                .enumerate()
+                .filter(|(_, (all, _))| *all > 0 && *all >= volume)
+                .map(|(index, (all, good))| (index, f64::from(*good) * 100.0 / f64::from(*all)))
+                .collect()
+        };
+        if let Some(rule) = rules.success_rate.filter(|rule| enforced(rule.enforced)) {
+            let rates = rates(rule.request_volume);
+            if rates.len() >= rule.minimum_hosts as usize && !rates.is_empty() {
+                let count = rates.len() as f64;
+                let mean = rates.iter().map(|(_, rate)| rate).sum::<f64>() / count;
+                let variance = rates.iter().map(|(_, rate)| (rate - mean).powi(2)).sum::<f64>() / count;
+                let floor = mean - variance.sqrt() * f64::from(rule.stdev_factor) / 1000.0;
+                out.extend(
+                    rates
+                        .iter()
+                        .filter(|(_, rate)| *rate < floor)
+                        .map(|(index, _)| *index),
+                );
+            }
+        }
+        if let Some(rule) = rules.failure_percentage.filter(|rule| enforced(rule.enforced)) {
+            let rates = rates(rule.request_volume);
+            if rates.len() >= rule.minimum_hosts as usize {
+                let ceiling = f64::from(rule.threshold);
+                out.extend(
+                    rates
+                        .iter()
+                        .filter(|(_, rate)| 100.0 - rate >= ceiling)
+                        .map(|(index, _)| *index),
+                );
+            }
+        }
+    }
+    out.sort_unstable();
+    out.dedup();
+    out.into_iter()
+        .map(|index| &hosts[index])
+        .filter(|host| host.state.ejected_until.load(Ordering::Relaxed) == 0)
+        .filter(|host| eject(rules, &host.state, hosts, now))
+        .collect()
+}
+
 fn eject(rules: &Outlier, state: &HostState, hosts: &[Arc<Endpoint>], now: u64) -> bool {
-    if is_ejected(state, || now) {
+    let on_probation = on_probation(state, || now);
+    if !on_probation && is_ejected(state, || now) {
         return false;
     }
     let out = hosts
         .iter()
-        .filter(|host| is_ejected(&host.state, || now))
+        .filter(|host| !std::ptr::eq(Arc::as_ptr(&host.state), state) && is_ejected(&host.state, || now))
         .count();
     // Envoy's rule: the share that is already out must be below the maximum.
     let share_allows = (out * 100) < rules.max_ejection_percent as usize * hosts.len();
@@ -84,13 +190,16 @@ fn eject(rules: &Outlier, state: &HostState, hosts: &[Arc<Endpoint>], now: u64) 
         && (out + 1) * 100 <= rules.max_ejection_percent.max(1) as usize * hosts.len().max(1)
         || (rules.always_one && out == 0);
     if !allowed {
+        if on_probation {
+            state.uneject();
+        }
         return false;
     }
     // A host that stayed in for as long as its last ejection lasted has earned a shorter one.
     let base = rules.base_ejection.as_millis() as u64;
-    let last_end = state.ejected_until.load(Ordering::Relaxed);
+    let last_end = state.ejection_ended.load(Ordering::Relaxed);
     let mut times = state.ejections.load(Ordering::Relaxed);
-    if last_end != 0 {
+    if last_end != 0 && !on_probation {
         let healthy = now.saturating_sub(last_end) / base.max(1);
         times = times.saturating_sub(healthy.min(u64::from(u32::MAX)) as u32);
     }
@@ -99,6 +208,7 @@ fn eject(rules: &Outlier, state: &HostState, hosts: &[Arc<Endpoint>], now: u64) 
         .saturating_mul(u64::from(times))
         .min(rules.max_ejection.as_millis() as u64);
     state.ejections.store(times, Ordering::Relaxed);
+    state.probing.store(false, Ordering::Relaxed);
     state.ejected_until.store(now + length, Ordering::Relaxed);
     state.consecutive_5xx.store(0, Ordering::Relaxed);
     state.consecutive_gateway.store(0, Ordering::Relaxed);
@@ -123,23 +233,16 @@ mod tests {
             max_ejection: Duration::from_secs(100),
             max_ejection_percent: 50,
             always_one: false,
+            interval: Duration::from_secs(10),
+            success_rate: None,
+            failure_percentage: None,
+            uneject_on_check: true,
         }
     }
 
     fn hosts(count: u16) -> Vec<Arc<Endpoint>> {
         (0..count)
-            .map(|port| {
-                Arc::new(Endpoint {
-                    address: Address::Tcp(([127, 0, 0, 1], port).into()),
-                    text: "".into(),
-                    hostname: "".into(),
-                    weight: 1,
-                    healthy: true,
-                    degraded: false,
-                    workload: None,
-                    state: Arc::default(),
-                })
-            })
+            .map(|port| Arc::new(Endpoint::at(Address::Tcp(([127, 0, 0, 1], port).into()))))
             .collect()
     }
 
@@ -212,5 +315,111 @@ mod tests {
         ));
         assert!(record(&rules, &hosts[0].state, &hosts, Event::LocalFailure, || 1));
         assert_eq!(hosts[0].state.consecutive_5xx.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn after_its_time_a_host_is_tried_by_one_request_at_a_time_and_a_success_brings_it_back() {
+        let (rules, hosts) = (rules(), hosts(4));
+        let state = &hosts[0].state;
+        fail(&rules, &hosts, 0, 503, 3, 1);
+        let until = state.ejected_until.load(Ordering::Relaxed);
+        assert!(!admit(state, || until - 1), "its time is not over");
+        assert!(admit(state, || until));
+        assert!(!admit(state, || until), "another request tries it already");
+        assert!(admit(state, || until + PROBE_MS), "the first one hangs");
+        assert!(!record(&rules, state, &hosts, Event::Status(200), || until + PROBE_MS));
+        assert!(admit(state, || until + PROBE_MS) && admit(state, || until + PROBE_MS));
+    }
+
+    #[test]
+    fn the_first_failure_on_probation_ejects_again_and_for_longer() {
+        let (rules, hosts) = (rules(), hosts(4));
+        let state = &hosts[0].state;
+        fail(&rules, &hosts, 0, 503, 3, 1);
+        let until = state.ejected_until.load(Ordering::Relaxed);
+        assert!(admit(state, || until));
+        assert_eq!(fail(&rules, &hosts, 0, 500, 1, until), 1);
+        assert_eq!(state.ejected_until.load(Ordering::Relaxed), until + 60_000);
+    }
+
+    fn with_answers(hosts: &[Arc<Endpoint>], good_of: &[(u32, u32)]) {
+        for (host, (good, all)) in hosts.iter().zip(good_of) {
+            host.state.answers.good.store(*good, Ordering::Relaxed);
+            host.state.answers.all.store(*all, Ordering::Relaxed);
+        }
+    }
+
+    fn out(rules: &Outlier, hosts: &[Arc<Endpoint>]) -> Vec<u16> {
+        let port = |host: &Arc<Endpoint>| match host.address {
+            Address::Tcp(at) => at.port(),
+            _ => 0,
+        };
+        compare(rules, hosts, 1).into_iter().map(port).collect()
+    }
+
+    #[test]
+    fn a_success_rate_far_below_the_siblings_ejects_once_enough_hosts_have_enough_requests() {
+        let mut rules = rules();
+        rules.success_rate = Some(crate::config::cluster::SuccessRate {
+            minimum_hosts: 5,
+            request_volume: 100,
+            stdev_factor: 1900,
+            enforced: (true, false),
+        });
+        let six = hosts(6);
+        with_answers(
+            &six,
+            &[
+                (100, 100),
+                (99, 100),
+                (100, 100),
+                (98, 100),
+                (100, 100),
+                (60, 100),
+            ],
+        );
+        assert_eq!(out(&rules, &six), [5]);
+        assert_eq!(out(&rules, &six), [0; 0], "an interval counts once");
+        let few = hosts(6);
+        with_answers(
+            &few,
+            &[(100, 100), (100, 100), (100, 100), (99, 99), (99, 99), (60, 100)],
+        );
+        assert_eq!(out(&rules, &few), [0; 0], "only four hosts have 100 requests");
+    }
+
+    #[test]
+    fn a_failure_percentage_at_the_threshold_ejects() {
+        let mut rules = rules();
+        rules.failure_percentage = Some(crate::config::cluster::FailurePercentage {
+            threshold: 85,
+            minimum_hosts: 2,
+            request_volume: 50,
+            enforced: (true, false),
+        });
+        let hosts = hosts(4);
+        with_answers(&hosts, &[(50, 50), (9, 60), (8, 50), (0, 49)]);
+        assert_eq!(
+            out(&rules, &hosts),
+            [1],
+            "85.0 % of 60; 84 % of 50 is below, 49 requests are too few"
+        );
+    }
+
+    #[test]
+    fn answers_are_counted_only_where_hosts_are_compared() {
+        let (mut rules, hosts) = (rules(), hosts(2));
+        record(&rules, &hosts[0].state, &hosts, Event::Status(200), || 1);
+        assert_eq!(hosts[0].state.answers.take(), (0, 0));
+        rules.failure_percentage = Some(crate::config::cluster::FailurePercentage {
+            threshold: 85,
+            minimum_hosts: 5,
+            request_volume: 50,
+            enforced: (true, false),
+        });
+        record(&rules, &hosts[0].state, &hosts, Event::Status(200), || 1);
+        record(&rules, &hosts[0].state, &hosts, Event::Status(500), || 1);
+        record(&rules, &hosts[0].state, &hosts, Event::LocalFailure, || 1);
+        assert_eq!(hosts[0].state.answers.take(), (3, 1));
     }
 }

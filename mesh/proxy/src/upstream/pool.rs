@@ -15,15 +15,18 @@ use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::Notify;
 
-use super::connect::{self, Stream};
+use super::connect::{self, ConnectOptions, Connected, Speaking};
 use crate::config::cluster::Cluster;
-use crate::config::convert::Address;
+use crate::config::endpoint::Endpoint;
 use crate::config::slot::ClusterSlot;
+use crate::tls::info::ConnectionTls;
 use crate::worker::body::UpstreamBody;
 use crate::worker::{LocalExecutor, Worker};
 
 /// HTTP/1 connections that one worker keeps idle per endpoint.
 const MAX_IDLE: usize = 256;
+/// Sets of connection options (server names, clients told by PROXY protocol) with pools of their own, per endpoint.
+const MAX_VARIANTS: usize = 512;
 
 /// Why there is no connection.
 #[derive(Clone, Debug)]
@@ -75,6 +78,7 @@ struct Idle {
     sender: http1::SendRequest<UpstreamBody>,
     since: Instant,
     served: u32,
+    tls: Option<Arc<ConnectionTls>>,
 }
 
 #[derive(Debug)]
@@ -85,6 +89,7 @@ struct Shared2 {
     active: Cell<u32>,
     served: Cell<u32>,
     idle_since: Cell<Instant>,
+    tls: Option<Arc<ConnectionTls>>,
 }
 
 /// Connections of one worker to one endpoint.
@@ -97,6 +102,10 @@ pub struct Pool {
     last_failure: RefCell<Option<(u64, ConnectError)>>,
     failures: Cell<u64>,
     retired: Cell<bool>,
+    /// Whether ALPN chose HTTP/2 the last time that it could choose.
+    chosen2: Cell<Option<bool>>,
+    /// Connections with options of their own.
+    variants: RefCell<Vec<(ConnectOptions, Rc<Pool>)>>,
 }
 
 /// The right to send one request on a connection.
@@ -108,6 +117,8 @@ pub enum Lease {
         sender: http1::SendRequest<UpstreamBody>,
         /// Requests served before.
         served: u32,
+        /// What TLS was negotiated to.
+        tls: Option<Arc<ConnectionTls>>,
         /// Where it goes back to.
         pool: Rc<Pool>,
     },
@@ -144,9 +155,28 @@ impl Lease {
         }
     }
 
+    /// Whether it is a stream of HTTP/2.
+    pub fn is_http2(&self) -> bool {
+        matches!(self, Self::Http2(_))
+    }
+
+    /// What TLS was negotiated to.
+    pub fn tls(&self) -> Option<&Arc<ConnectionTls>> {
+        match self {
+            Self::Http1 { tls, .. } => tls.as_ref(),
+            Self::Http2(stream) => stream.0.tls.as_ref(),
+        }
+    }
+
     /// The exchange is over and the connection may be used again.
     pub fn release(self, max_requests: u32) {
-        if let Self::Http1 { sender, served, pool } = self {
+        if let Self::Http1 {
+            sender,
+            served,
+            tls,
+            pool,
+        } = self
+        {
             let served = served + 1;
             let used_up = max_requests > 0 && served >= max_requests;
             if !used_up && !pool.retired.get() && !sender.is_closed() {
@@ -156,6 +186,7 @@ impl Lease {
                         sender,
                         since: Instant::now(),
                         served,
+                        tls,
                     });
                 }
             }
@@ -164,11 +195,33 @@ impl Lease {
 }
 
 impl Pool {
-    /// An idle or shared connection, if there is one.
-    pub fn reuse(self: &Rc<Self>, http2: bool, cluster: &Cluster) -> Option<Lease> {
-        if http2 {
-            return self.reuse2(cluster).map(Lease::Http2);
+    /// The pool of connections with these options.
+    pub fn variant(self: &Rc<Self>, options: &ConnectOptions) -> Rc<Self> {
+        if options.is_empty() {
+            return self.clone();
         }
+        let mut variants = self.variants.borrow_mut();
+        if let Some((_, pool)) = variants.iter().find(|(known, _)| known == options) {
+            return pool.clone();
+        }
+        let pool = Rc::new(Self::default());
+        // Beyond that connections are used once.
+        if variants.len() < MAX_VARIANTS && !self.retired.get() {
+            variants.push((options.clone(), pool.clone()));
+        }
+        pool
+    }
+
+    /// An idle or shared connection, if there is one.
+    pub fn reuse(self: &Rc<Self>, speaking: Speaking, cluster: &Cluster) -> Option<Lease> {
+        match speaking {
+            Speaking::Http2 => self.reuse2(cluster).map(Lease::Http2),
+            Speaking::Either => self.reuse2(cluster).map(Lease::Http2).or_else(|| self.reuse1()),
+            Speaking::Http1 | Speaking::Bytes => self.reuse1(),
+        }
+    }
+
+    fn reuse1(self: &Rc<Self>) -> Option<Lease> {
         let mut idle = self.idle.borrow_mut();
         let mut index = idle.len();
         while index > 0 {
@@ -178,6 +231,7 @@ impl Pool {
                 return Some(Lease::Http1 {
                     sender: taken.sender,
                     served: taken.served,
+                    tls: taken.tls,
                     pool: self.clone(),
                 });
             }
@@ -203,27 +257,29 @@ impl Pool {
         Some(Stream2(found.clone()))
     }
 
-    /// A connection to `address`, made if need be.
+    /// A connection to `endpoint`, made if need be.
     pub async fn acquire(
         self: &Rc<Self>,
         worker: &Worker,
         slot: &Arc<ClusterSlot>,
         cluster: &Cluster,
-        address: &Address,
-        http2: bool,
+        endpoint: &Endpoint,
+        speaking: Speaking,
+        options: &ConnectOptions,
     ) -> Result<Lease, ConnectError> {
-        if let Some(lease) = self.reuse(http2, cluster) {
-            return Ok(lease);
-        }
-        if !http2 {
-            return self.connect1(worker, slot, cluster, address).await;
-        }
         loop {
-            if let Some(stream) = self.reuse2(cluster) {
-                return Ok(Lease::Http2(stream));
+            if let Some(lease) = self.reuse(speaking, cluster) {
+                return Ok(lease);
             }
-            if !self.connecting2.get() {
-                return self.connect2(worker, slot, cluster, address).await;
+            let may_share = match speaking {
+                Speaking::Http2 => true,
+                Speaking::Either => self.chosen2.get() != Some(false),
+                Speaking::Http1 | Speaking::Bytes => false,
+            };
+            if !may_share || !self.connecting2.get() {
+                return self
+                    .connect(worker, slot, cluster, endpoint, speaking, options, may_share)
+                    .await;
             }
             // Someone is connecting: the new connection will likely carry this request as well.
             let before = self.failures.get();
@@ -240,8 +296,10 @@ impl Pool {
         worker: &Worker,
         slot: &Arc<ClusterSlot>,
         cluster: &Cluster,
-        address: &Address,
-    ) -> Result<(Stream, Counted), ConnectError> {
+        endpoint: &Endpoint,
+        speaking: Speaking,
+        options: &ConnectOptions,
+    ) -> Result<(Connected, Counted), ConnectError> {
         let limit = cluster.limits.connections;
         let counted = if limit == u32::MAX {
             Counted(None)
@@ -252,16 +310,16 @@ impl Pool {
             }
             Counted(Some(slot.clone()))
         };
-        let result =
-            match tokio::time::timeout(cluster.connect_timeout, connect::connect(cluster, address)).await {
-                Ok(Ok(stream)) => Ok(stream),
-                Ok(Err(error)) => Err(error.into()),
-                Err(_) => Err(ConnectError::Timeout),
-            };
+        let work = connect::connect(cluster, endpoint, speaking, options);
+        let result = match tokio::time::timeout(cluster.connect_timeout, work).await {
+            Ok(Ok(connected)) => Ok(connected),
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => Err(ConnectError::Timeout),
+        };
         match result {
-            Ok(stream) => {
+            Ok(connected) => {
                 worker.recorder.counters().upstream_connections.add(1);
-                Ok((stream, counted))
+                Ok((connected, counted))
             }
             Err(error) => {
                 worker.recorder.counters().upstream_connect_failures.add(1);
@@ -270,36 +328,16 @@ impl Pool {
         }
     }
 
-    async fn connect1(
+    /// Makes a connection. `may_share` lets other requests wait for it, since it may become one that is shared.
+    async fn connect(
         self: &Rc<Self>,
         worker: &Worker,
         slot: &Arc<ClusterSlot>,
         cluster: &Cluster,
-        address: &Address,
-    ) -> Result<Lease, ConnectError> {
-        let (stream, counted) = Self::open(worker, slot, cluster, address).await?;
-        let (sender, connection) = http1::Builder::new()
-            .max_buf_size(64 * 1024)
-            .handshake::<_, UpstreamBody>(TokioIo::new(stream))
-            .await?;
-        worker.tasks.spawn_local(async move {
-            // An error also reaches the request, which reports it.
-            let _ = connection.with_upgrades().await;
-            drop(counted);
-        });
-        Ok(Lease::Http1 {
-            sender,
-            served: 0,
-            pool: self.clone(),
-        })
-    }
-
-    async fn connect2(
-        self: &Rc<Self>,
-        worker: &Worker,
-        slot: &Arc<ClusterSlot>,
-        cluster: &Cluster,
-        address: &Address,
+        endpoint: &Endpoint,
+        speaking: Speaking,
+        options: &ConnectOptions,
+        may_share: bool,
     ) -> Result<Lease, ConnectError> {
         /// Tells waiters on every way out, also when the request is dropped meanwhile.
         struct Connecting<'a>(&'a Pool);
@@ -309,52 +347,99 @@ impl Pool {
                 self.0.connected2.notify_waiters();
             }
         }
-        self.connecting2.set(true);
-        let connecting = Connecting(self);
+        let _connecting = may_share.then(|| {
+            self.connecting2.set(true);
+            Connecting(self)
+        });
         let result = async {
-            let (stream, counted) = Self::open(worker, slot, cluster, address).await?;
-            let (sender, connection) = http2::Builder::new(LocalExecutor)
-                .timer(TokioTimer::new())
-                .initial_stream_window_size(256 * 1024)
-                .initial_connection_window_size(1024 * 1024)
-                .keep_alive_interval(Duration::from_secs(60))
-                .keep_alive_timeout(Duration::from_secs(20))
-                .handshake::<_, UpstreamBody>(TokioIo::new(stream))
-                .await?;
-            let streams = Rc::new(Cell::new(connection.current_max_send_streams()));
-            let noted = streams.clone();
-            worker.tasks.spawn_local(async move {
-                let mut connection = std::pin::pin!(connection);
-                let work = std::future::poll_fn(|cx| {
-                    let result = connection.as_mut().poll(cx);
-                    noted.set(connection.current_max_send_streams());
-                    result
-                });
-                let _ = work.await;
-                drop(counted);
-            });
-            Ok((sender, streams))
+            let (connected, counted) = Self::open(worker, slot, cluster, endpoint, speaking, options).await?;
+            let http2 = match speaking {
+                Speaking::Http2 => true,
+                Speaking::Http1 | Speaking::Bytes => false,
+                Speaking::Either => {
+                    let chosen = connected
+                        .tls
+                        .as_ref()
+                        .is_some_and(|tls| tls.alpn.as_deref() == Some("h2"));
+                    self.chosen2.set(Some(chosen));
+                    chosen
+                }
+            };
+            if http2 {
+                self.handshake2(worker, connected, counted).await
+            } else {
+                self.handshake1(worker, connected, counted).await
+            }
         }
         .await;
-        match result {
-            Ok((sender, streams)) => {
-                let shared = Rc::new(Shared2 {
-                    sender,
-                    streams,
-                    active: Cell::new(1),
-                    served: Cell::new(1),
-                    idle_since: Cell::new(Instant::now()),
-                });
-                self.shared.borrow_mut().push(shared.clone());
-                drop(connecting);
-                Ok(Lease::Http2(Stream2(shared)))
-            }
-            Err(error) => {
-                self.failures.set(self.failures.get() + 1);
-                *self.last_failure.borrow_mut() = Some((self.failures.get(), ConnectError::clone(&error)));
-                Err(error)
-            }
+        if let Err(error) = &result
+            && may_share
+        {
+            self.failures.set(self.failures.get() + 1);
+            *self.last_failure.borrow_mut() = Some((self.failures.get(), error.clone()));
         }
+        result
+    }
+
+    async fn handshake1(
+        self: &Rc<Self>,
+        worker: &Worker,
+        connected: Connected,
+        counted: Counted,
+    ) -> Result<Lease, ConnectError> {
+        let (sender, connection) = http1::Builder::new()
+            .max_buf_size(64 * 1024)
+            .handshake::<_, UpstreamBody>(TokioIo::new(connected.stream))
+            .await?;
+        worker.tasks.spawn_local(async move {
+            // An error also reaches the request, which reports it.
+            let _ = connection.with_upgrades().await;
+            drop(counted);
+        });
+        Ok(Lease::Http1 {
+            sender,
+            served: 0,
+            tls: connected.tls,
+            pool: self.clone(),
+        })
+    }
+
+    async fn handshake2(
+        self: &Rc<Self>,
+        worker: &Worker,
+        connected: Connected,
+        counted: Counted,
+    ) -> Result<Lease, ConnectError> {
+        let (sender, connection) = http2::Builder::new(LocalExecutor)
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(256 * 1024)
+            .initial_connection_window_size(1024 * 1024)
+            .keep_alive_interval(Duration::from_secs(60))
+            .keep_alive_timeout(Duration::from_secs(20))
+            .handshake::<_, UpstreamBody>(TokioIo::new(connected.stream))
+            .await?;
+        let streams = Rc::new(Cell::new(connection.current_max_send_streams()));
+        let noted = streams.clone();
+        worker.tasks.spawn_local(async move {
+            let mut connection = std::pin::pin!(connection);
+            let work = std::future::poll_fn(|cx| {
+                let result = connection.as_mut().poll(cx);
+                noted.set(connection.current_max_send_streams());
+                result
+            });
+            let _ = work.await;
+            drop(counted);
+        });
+        let shared = Rc::new(Shared2 {
+            sender,
+            streams,
+            active: Cell::new(1),
+            served: Cell::new(1),
+            idle_since: Cell::new(Instant::now()),
+            tls: connected.tls,
+        });
+        self.shared.borrow_mut().push(shared.clone());
+        Ok(Lease::Http2(Stream2(shared)))
     }
 
     /// Closes what has been idle for too long; returns whether the pool is empty.
@@ -367,7 +452,10 @@ impl Pool {
                 && (connection.active.get() > 0
                     || now.duration_since(connection.idle_since.get()) < idle_timeout)
         });
-        self.idle.borrow().is_empty() && self.shared.borrow().is_empty()
+        let mut variants = self.variants.borrow_mut();
+        // One that a request uses is kept: its connection comes back.
+        variants.retain(|(_, pool)| !pool.sweep(now, idle_timeout) || Rc::strong_count(pool) > 1);
+        self.idle.borrow().is_empty() && self.shared.borrow().is_empty() && variants.is_empty()
     }
 
     /// The endpoint is gone: idle connections close now, busy ones when their exchange is over.
@@ -375,5 +463,8 @@ impl Pool {
         self.retired.set(true);
         self.idle.borrow_mut().clear();
         self.shared.borrow_mut().clear();
+        for (_, pool) in self.variants.borrow_mut().drain(..) {
+            pool.retire();
+        }
     }
 }

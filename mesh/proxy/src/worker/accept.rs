@@ -4,18 +4,24 @@ use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use socket2::SockRef;
+use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::Instant;
 
+use super::io::Io;
 use super::sniff::{self, Detected, Http};
-use super::{Worker, http, tcp};
+use super::{Command, Worker, http, tcp};
 use crate::config::hcm::Codec;
 use crate::config::listener::{ConnectionFacts, FilterChain, Handler, Listener};
+use crate::config::listener_filters::ProxyProtocol;
 use crate::config::slot::ListenerSlot;
 use crate::metrics::flags::Flags;
+use crate::tls::rewind::Rewind;
+use crate::upstream::proxy_header::{self, Header};
 
 /// Pause after an accept that failed for lack of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -28,16 +34,7 @@ const CHUNK: usize = 2048;
 pub(super) async fn run(worker: Rc<Worker>, slot: Arc<ListenerSlot>, socket: TcpListener) {
     loop {
         match socket.accept().await {
-            Ok((stream, remote)) => {
-                let open = worker.open_connection();
-                let (worker, slot) = (worker.clone(), slot.clone());
-                worker.tasks.clone().spawn_local(async move {
-                    let listener = slot.load();
-                    drop(slot);
-                    connection(worker, listener, stream, remote).await;
-                    drop(open);
-                });
-            }
+            Ok((stream, remote)) => balance(&worker, &slot, stream, remote),
             Err(error) => match error.kind() {
                 // The client gave up before it was accepted.
                 io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => {
@@ -49,6 +46,77 @@ pub(super) async fn run(worker: Rc<Worker>, slot: Arc<ListenerSlot>, socket: Tcp
             },
         }
     }
+}
+
+/// A connection's share in its worker's number, for exact balance.
+#[derive(Debug)]
+pub struct Share {
+    slot: Arc<ListenerSlot>,
+    worker: usize,
+}
+
+impl Share {
+    fn of(slot: &Arc<ListenerSlot>, worker: usize) -> Self {
+        slot.connections[worker].fetch_add(1, Ordering::Relaxed);
+        Self {
+            slot: slot.clone(),
+            worker,
+        }
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.slot.connections[self.worker].fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Serves an accepted connection here, or where the listener wants the numbers exactly even, on the worker with the
+/// fewest connections of it.
+fn balance(worker: &Rc<Worker>, slot: &Arc<ListenerSlot>, stream: TcpStream, remote: SocketAddr) {
+    if !slot.load().exact_balance {
+        return serve(worker.clone(), slot.clone(), stream, remote, None);
+    }
+    let count = |index: usize| slot.connections[index].load(Ordering::Relaxed);
+    let least = (0..slot.connections.len())
+        .min_by_key(|index| (count(*index), *index != worker.id))
+        .unwrap_or(worker.id);
+    let share = Share::of(slot, least);
+    if least == worker.id {
+        return serve(worker.clone(), slot.clone(), stream, remote, Some(share));
+    }
+    let neighbours = worker.shared.neighbours.load();
+    let Some(neighbour) = neighbours.get(least) else {
+        return;
+    };
+    match stream.into_std() {
+        Ok(stream) => {
+            let command = Command::Serve(slot.clone(), stream, remote, share);
+            // A neighbour that has no room is busy beyond help, or has ended: the connection is closed, as when the
+            // kernel's queue is full.
+            if neighbour.try_send(command).is_err() {
+                tracing::warn!(worker = least, "a connection could not be handed over");
+            }
+        }
+        Err(error) => tracing::warn!(%error, "a connection could not be handed over"),
+    }
+}
+
+/// Serves a connection on this worker.
+pub(super) fn serve(
+    worker: Rc<Worker>,
+    slot: Arc<ListenerSlot>,
+    stream: TcpStream,
+    remote: SocketAddr,
+    share: Option<Share>,
+) {
+    let open = worker.open_connection();
+    worker.tasks.clone().spawn_local(async move {
+        let listener = slot.load();
+        drop(slot);
+        connection(worker, listener, stream, remote).await;
+        drop((open, share));
+    });
 }
 
 /// Where the client wanted to go before interception changed it.
@@ -76,7 +144,24 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
     if bound.use_original_dst || bound.original_dst {
         destination = original_destination(&stream, local);
     }
-    let remote = SocketAddr::new(remote.ip().to_canonical(), remote.port());
+    let direct = SocketAddr::new(remote.ip().to_canonical(), remote.port());
+    let mut remote = direct;
+    let mut prefix = Vec::new();
+    if let Some(rules) = bound.proxy_protocol {
+        let deadline = Instant::now() + bound.detection_timeout;
+        match read_proxy_header(&stream, &mut prefix, rules, deadline).await {
+            Ok(Some((source, told))) => (remote, destination) = (source, told),
+            Ok(None) => {}
+            Err(error) => {
+                let addresses = http::Addresses {
+                    remote,
+                    direct,
+                    local: destination,
+                };
+                return log_handshake(&worker, &bound, None, addresses, &error);
+            }
+        }
+    }
     let mut listener = bound;
     if listener.use_original_dst {
         let virtuals = worker.shared.virtual_listeners.load();
@@ -84,7 +169,6 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
             listener = found.clone();
         }
     }
-    let mut prefix = Vec::new();
     let mut detected = Detected::default();
     let port = destination.port();
     let inspect = listener.inspect_tls.applies(port) || listener.inspect_http.applies(port);
@@ -99,6 +183,7 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
     }
     let addresses = http::Addresses {
         remote,
+        direct,
         local: destination,
     };
     let Some(chain) = choose(&worker, &listener, &detected, addresses) else {
@@ -106,6 +191,7 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
     };
     if timed_out
         && prefix.is_empty()
+        && chain.tls.is_none()
         && let Handler::Tcp(proxy) = &chain.handler
     {
         // Nobody has spoken. The TCP chain's upstream is asked now, and whoever speaks first decides: a server that
@@ -117,12 +203,17 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
                 &listener,
                 remote,
                 destination,
+                None,
+                None,
                 tcp::Purpose::Probe,
             )
             .await
             {
-                Ok(upstream) if upstream.readable().await.is_ok() => upstream,
-                Ok(_) | Err(tcp::NoUpstream) => std::future::pending().await,
+                Ok(upstream) => match upstream.readable().await {
+                    Ok(upstream) => upstream,
+                    Err(_) => std::future::pending().await,
+                },
+                Err(tcp::NoUpstream) => std::future::pending().await,
             }
         };
         let upstream = tokio::select! {
@@ -138,12 +229,14 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
             () = worker.closing() => return,
         };
         return match (upstream, choose(&worker, &listener, &detected, addresses)) {
-            (Some(upstream), _) => tcp::join(worker, proxy.clone(), stream, prefix, upstream).await,
-            (None, Some(chain)) => handle(worker, listener, chain, stream, prefix, addresses).await,
+            (Some(upstream), _) => {
+                tcp::join(worker, proxy.clone(), Io::Plain(stream), prefix, upstream).await;
+            }
+            (None, Some(chain)) => handle(worker, listener, chain, stream, prefix, detected, addresses).await,
             (None, None) => {}
         };
     }
-    handle(worker, listener, chain, stream, prefix, addresses).await;
+    handle(worker, listener, chain, stream, prefix, detected, addresses).await;
 }
 
 fn choose(
@@ -160,6 +253,7 @@ fn choose(
     let facts = ConnectionFacts {
         destination: addresses.local,
         source: addresses.remote,
+        direct_source: addresses.direct,
         transport: if detected.tls { "tls" } else { "raw_buffer" },
         server_name: detected.server_name.as_deref(),
         application: &alpn,
@@ -187,9 +281,42 @@ async fn handle(
     chain: Arc<FilterChain>,
     stream: TcpStream,
     mut prefix: Vec<u8>,
+    detected: Detected,
     addresses: http::Addresses,
 ) {
     let direction = listener.direction;
+    let _place = match &chain.limit {
+        None => None,
+        Some(limit) => match limit.take() {
+            Some(place) => Some(place),
+            None => {
+                let error = io::Error::other("connection_limit");
+                log_handshake(
+                    &worker,
+                    &listener,
+                    detected.server_name.map(Box::from),
+                    addresses,
+                    &error,
+                );
+                tokio::time::sleep(limit.delay).await;
+                return;
+            }
+        },
+    };
+    let mut server_name = detected.server_name.map(Box::from);
+    let (mut io, tls) = match &chain.tls {
+        None => (Io::Plain(stream), None),
+        Some(context) => {
+            let stream = Rewind::new(std::mem::take(&mut prefix), stream);
+            match context.accept(stream, chain.handshake_timeout).await {
+                Ok((stream, facts)) => {
+                    server_name.clone_from(&facts.server_name);
+                    (Io::Tls(Box::new(stream)), Some(Arc::new(facts)))
+                }
+                Err(error) => return log_handshake(&worker, &listener, server_name, addresses, &error),
+            }
+        }
+    };
     match &chain.handler {
         Handler::Tcp(proxy) => {
             let proxy = proxy.clone();
@@ -200,24 +327,28 @@ async fn handle(
                 &listener,
                 addresses.remote,
                 addresses.local,
+                tls.as_deref(),
+                server_name.as_deref(),
                 tcp::Purpose::Serve,
             )
             .await
             {
-                tcp::join(worker, proxy, stream, prefix, upstream).await;
+                tcp::join(worker, proxy, io, prefix, upstream).await;
             }
         }
         Handler::Http(manager) => {
             let manager = manager.clone();
             // Not kept over the life of the connection: the listener may be replaced meanwhile.
             drop(listener);
-            let http2 = match manager.codec {
-                Codec::Http1 => false,
-                Codec::Http2 => true,
-                Codec::Auto => {
+            let agreed = tls.as_ref().and_then(|tls| tls.alpn.as_deref());
+            let http2 = match (manager.codec, agreed) {
+                (Codec::Http1, _) => false,
+                (Codec::Http2, _) | (Codec::Auto, Some("h2")) => true,
+                (Codec::Auto, Some("http/1.1" | "http/1.0")) => false,
+                (Codec::Auto, _) => {
                     if prefix.is_empty() {
                         let wait = manager.idle_timeout.unwrap_or(FIRST_BYTES);
-                        match tokio::time::timeout(wait, read_preface(&stream, &mut prefix, &worker)).await {
+                        match tokio::time::timeout(wait, read_preface(&mut io, &mut prefix, &worker)).await {
                             Ok(Ok(())) => {}
                             Ok(Err(_)) | Err(_) => return,
                         }
@@ -226,11 +357,41 @@ async fn handle(
                 }
             };
             Box::pin(http::serve(
-                worker, stream, prefix, http2, chain, manager, direction, addresses,
+                worker,
+                io,
+                prefix,
+                http2,
+                chain,
+                manager,
+                direction,
+                addresses,
+                tls,
+                server_name,
             ))
             .await;
         }
     }
+}
+
+fn log_handshake(
+    worker: &Worker,
+    listener: &Listener,
+    server_name: Option<Box<str>>,
+    addresses: http::Addresses,
+    error: &io::Error,
+) {
+    worker.log(
+        serde_json::json!({
+            "listener": &*listener.name,
+            "response_flags": "-",
+            "downstream_transport_failure_reason": error.to_string(),
+            "downstream_direct_remote_address": addresses.direct.to_string(),
+            "requested_server_name": server_name,
+            "downstream_remote_address": addresses.remote.to_string(),
+            "downstream_local_address": addresses.local.to_string(),
+        })
+        .to_string(),
+    );
 }
 
 /// Reads until the bytes say what they are; `Ok(None)` when the time is over, an error when the client is gone.
@@ -253,13 +414,59 @@ async fn read_until_detected(
     }
 }
 
+/// Reads a PROXY protocol header and leaves what follows it; the addresses in it, if it has any.
+async fn read_proxy_header(
+    stream: &TcpStream,
+    prefix: &mut Vec<u8>,
+    rules: ProxyProtocol,
+    deadline: Instant,
+) -> io::Result<Option<(SocketAddr, SocketAddr)>> {
+    let bad = |reason| io::Error::new(io::ErrorKind::InvalidData, reason);
+    loop {
+        match proxy_header::read(prefix) {
+            Header::Present {
+                version,
+                length,
+                between,
+            } => {
+                if !rules.allows(version) {
+                    return Err(bad("PROXY protocol: this version is not allowed"));
+                }
+                prefix.drain(..length);
+                return Ok(between);
+            }
+            Header::Absent if rules.optional => return Ok(None),
+            Header::Absent | Header::Malformed => return Err(bad("PROXY protocol: no header")),
+            Header::Incomplete => {}
+        }
+        match tokio::time::timeout_at(deadline, read_more(stream, prefix)).await {
+            Ok(result) => result?,
+            // Whoever need not send a header may also be waiting for the server to speak.
+            Err(_) if rules.optional => return Ok(None),
+            Err(_) => return Err(io::Error::new(io::ErrorKind::TimedOut, "PROXY protocol: timeout")),
+        }
+    }
+}
+
 /// Reads until the bytes are an HTTP/2 preface or cannot become one. Ends with an error at the end of the stream or
 /// when the worker closes its idle connections.
-async fn read_preface(stream: &TcpStream, prefix: &mut Vec<u8>, worker: &Worker) -> io::Result<()> {
+async fn read_preface(io: &mut Io, prefix: &mut Vec<u8>, worker: &Worker) -> io::Result<()> {
     const START: &[u8] = b"PRI * HTTP/2";
     while prefix.len() < START.len() && START.starts_with(prefix) {
+        let more = async {
+            match &mut *io {
+                Io::Plain(stream) => read_more(stream, prefix).await,
+                Io::Tls(stream) => {
+                    prefix.reserve(CHUNK);
+                    match stream.read_buf(prefix).await? {
+                        0 => Err(io::ErrorKind::UnexpectedEof.into()),
+                        _ => Ok(()),
+                    }
+                }
+            }
+        };
         tokio::select! {
-            result = read_more(stream, prefix) => result?,
+            result = more => result?,
             () = worker.closing() => return Err(io::ErrorKind::ConnectionAborted.into()),
         }
     }

@@ -4,11 +4,13 @@ use std::cell::RefCell;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
+use tokio::time::Sleep;
 
 /// The error of a body: what went wrong, for hyper to break the message off.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
@@ -24,8 +26,16 @@ pub struct RequestSource {
     ended: bool,
     /// Bytes received from the client.
     pub received: u64,
-    /// The client broke off, or broke the protocol.
+    /// The client broke off, or broke the protocol, or sent nothing for too long.
     pub client_failed: bool,
+    /// The client sent nothing for too long.
+    pub timed_out: bool,
+    /// The response has begun: what follows is bounded by its limits.
+    pub answered: bool,
+    /// When the client sent something last.
+    pub last_frame: Option<Instant>,
+    idle: Option<Duration>,
+    timer: Option<Pin<Box<Sleep>>>,
 }
 
 #[derive(Clone, Debug)]
@@ -35,8 +45,9 @@ enum Kept {
 }
 
 impl RequestSource {
-    /// Of `incoming`, keeping up to `limit` bytes for retries.
-    pub fn new(incoming: Incoming, limit: usize) -> Rc<RefCell<Self>> {
+    /// Of `incoming`, keeping up to `limit` bytes for retries, and waiting up to `idle` for more as long as there is no
+    /// response.
+    pub fn new(incoming: Incoming, limit: usize, idle: Option<Duration>) -> Rc<RefCell<Self>> {
         Rc::new(RefCell::new(Self {
             incoming,
             kept: Vec::new(),
@@ -46,7 +57,32 @@ impl RequestSource {
             ended: false,
             received: 0,
             client_failed: false,
+            timed_out: false,
+            answered: false,
+            last_frame: None,
+            idle,
+            timer: None,
         }))
+    }
+
+    /// Whether the client has been silent for too long; called when there is nothing to read.
+    fn stalled(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(idle) = self.idle.filter(|_| !self.answered) else {
+            return false;
+        };
+        let timer = self
+            .timer
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep(idle)));
+        while timer.as_mut().poll(cx).is_ready() {
+            let quiet = self.last_frame.map_or(idle, |at| at.elapsed());
+            if quiet >= idle {
+                return true;
+            }
+            timer
+                .as_mut()
+                .reset(tokio::time::Instant::now() + idle.saturating_sub(quiet));
+        }
+        false
     }
 
     /// Whether everything that was read can be sent again.
@@ -142,7 +178,13 @@ impl Body for UpstreamBody {
                 if source.ended {
                     return Poll::Ready(None);
                 }
-                match ready!(Pin::new(&mut source.incoming).poll_frame(cx)) {
+                let polled = Pin::new(&mut source.incoming).poll_frame(cx);
+                if polled.is_pending() && source.stalled(cx) {
+                    source.client_failed = true;
+                    source.timed_out = true;
+                    return Poll::Ready(Some(Err("stream_idle_timeout".into())));
+                }
+                match ready!(polled) {
                     None => {
                         source.ended = true;
                         Poll::Ready(None)
@@ -152,6 +194,7 @@ impl Body for UpstreamBody {
                         Poll::Ready(Some(Err(error.into())))
                     }
                     Some(Ok(frame)) => {
+                        source.last_frame = Some(Instant::now());
                         if let Some(data) = frame.data_ref() {
                             let bytes = data.len();
                             source.received += bytes as u64;

@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, Uri, Version};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version};
 use http_body::Frame;
 use tokio::time::Sleep;
 
@@ -18,8 +18,12 @@ use crate::config::listener::Direction;
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
 use crate::metrics::series::{HttpLabels, Protocol, Reporter};
+use crate::tls::info::ConnectionTls;
 use crate::upstream::cluster::{Active, Host, WorkerCluster};
 use crate::upstream::pool::Lease;
+
+/// By name, so that it is not parsed for every response.
+pub(super) static GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
 /// See the module. Recorded when it is finished, or, if the client goes away, when it is dropped.
 pub struct Exchange {
@@ -47,6 +51,8 @@ pub struct Exchange {
     pub cluster_name: Option<Arc<str>>,
     /// The endpoint that answered, or was tried last.
     pub host: Option<Rc<Host>>,
+    /// TLS towards that endpoint.
+    pub upstream_tls: Option<Arc<ConnectionTls>>,
     /// Name of the route.
     pub route: Option<Arc<crate::config::route::Route>>,
     /// The request's body.
@@ -84,6 +90,7 @@ impl Exchange {
             cluster: None,
             cluster_name: None,
             host: None,
+            upstream_tls: None,
             route: None,
             source: None,
             attempts: 0,
@@ -99,7 +106,7 @@ impl Exchange {
 
     /// Reads a gRPC status from a head or from trailers.
     pub fn note_grpc_status(&mut self, fields: &HeaderMap) {
-        if let Some(status) = fields.get("grpc-status") {
+        if let Some(status) = fields.get(&GRPC_STATUS) {
             self.grpc_status = status.to_str().ok().and_then(|text| text.parse().ok());
         }
     }
@@ -135,6 +142,11 @@ impl Exchange {
             code: self.code,
             grpc_status: self.grpc_status,
             flags: self.flags,
+            principals: match reporter {
+                Reporter::Destination => conn.tls.as_ref(),
+                Reporter::Source => self.upstream_tls.as_ref(),
+            }
+            .and_then(|tls| tls.principals.clone()),
         });
         series.requests.add(1);
         series
@@ -237,12 +249,18 @@ fn rfc3339(instant: Instant) -> String {
     )
 }
 
-/// Limits of the response's time.
+/// Limits of the response's time. Timers are made when there is something to wait for: most responses are there whole.
 #[derive(Default)]
 pub struct Limits {
-    deadline: Option<(Pin<Box<Sleep>>, Flags, &'static str)>,
-    idle: Option<(Pin<Box<Sleep>>, Duration)>,
+    deadline: Option<(tokio::time::Instant, Flags, &'static str)>,
+    idle: Option<Duration>,
+    timers: Option<Box<Timers>>,
     last_frame: Option<Instant>,
+}
+
+struct Timers {
+    deadline: Option<Pin<Box<Sleep>>>,
+    idle: Option<Pin<Box<Sleep>>>,
 }
 
 impl Limits {
@@ -252,11 +270,45 @@ impl Limits {
         idle: Option<Duration>,
     ) -> Self {
         Self {
-            deadline: deadline
-                .map(|(at, flag, details)| (Box::pin(tokio::time::sleep_until(at)), flag, details)),
-            idle: idle.map(|idle| (Box::pin(tokio::time::sleep(idle)), idle)),
+            deadline,
+            idle,
+            timers: None,
             last_frame: None,
         }
+    }
+
+    /// The limit that has been passed, if one has.
+    /// `sent` is when the client sent something last, which counts as well.
+    fn poll(&mut self, cx: &mut Context<'_>, sent: Option<Instant>) -> Poll<(Flags, &'static str)> {
+        if self.deadline.is_none() && self.idle.is_none() {
+            return Poll::Pending;
+        }
+        let timers = self.timers.get_or_insert_with(|| {
+            Box::new(Timers {
+                deadline: self
+                    .deadline
+                    .map(|(at, ..)| Box::pin(tokio::time::sleep_until(at))),
+                idle: self.idle.map(|idle| Box::pin(tokio::time::sleep(idle))),
+            })
+        });
+        if let (Some((_, flag, details)), Some(sleep)) = (self.deadline, &mut timers.deadline)
+            && sleep.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready((flag, details));
+        }
+        if let (Some(idle), Some(sleep)) = (self.idle, &mut timers.idle) {
+            while sleep.as_mut().poll(cx).is_ready() {
+                // The timer is armed once and looked at when it fires, not moved for every frame.
+                let quiet = self.last_frame.max(sent).map_or(idle, |at| at.elapsed());
+                if quiet >= idle {
+                    return Poll::Ready((Flags::STREAM_IDLE, "stream_idle_timeout"));
+                }
+                sleep
+                    .as_mut()
+                    .reset(tokio::time::Instant::now() + idle.saturating_sub(quiet));
+            }
+        }
+        Poll::Pending
     }
 }
 
@@ -309,27 +361,11 @@ impl Observer for Watch {
     }
 
     fn poll_limits(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {
-        if let Some((sleep, flag, details)) = &mut self.limits.deadline
-            && sleep.as_mut().poll(cx).is_ready()
-        {
-            let (flag, details) = (*flag, *details);
-            self.broken(flag, details);
-            return Poll::Ready(details.into());
-        }
-        if let Some((sleep, idle)) = &mut self.limits.idle {
-            while sleep.as_mut().poll(cx).is_ready() {
-                // The timer is armed once and looked at when it fires, not moved for every frame.
-                let quiet = self.limits.last_frame.map_or(*idle, |at| at.elapsed());
-                if quiet >= *idle {
-                    self.broken(Flags::STREAM_IDLE, "stream_idle_timeout");
-                    return Poll::Ready("stream_idle_timeout".into());
-                }
-                sleep
-                    .as_mut()
-                    .reset(tokio::time::Instant::now() + idle.saturating_sub(quiet));
-            }
-        }
-        Poll::Pending
+        let source = self.exchange.source.as_ref();
+        let sent = source.and_then(|source| source.borrow().last_frame);
+        let (flag, details) = std::task::ready!(self.limits.poll(cx, sent));
+        self.broken(flag, details);
+        Poll::Ready(details.into())
     }
 
     fn ended(&mut self) {
@@ -341,6 +377,11 @@ impl Observer for Watch {
     }
 
     fn failed(&mut self) {
+        // A client that breaks off its request takes the upstream's connection with it.
+        let client = self.exchange.source.as_ref();
+        if client.is_some_and(|source| source.borrow().client_failed) {
+            return self.broken(Flags::DOWNSTREAM_TERMINATION, "downstream_remote_disconnect");
+        }
         self.broken(
             Flags::UPSTREAM_CONNECTION_TERMINATION,
             "upstream_reset_after_response_started{connection_termination}",

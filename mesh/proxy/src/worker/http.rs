@@ -4,20 +4,22 @@ use std::cell::Cell;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use http::{HeaderMap, HeaderValue, Version, header};
-use hyper::server::conn::{http1, http2};
+use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Notify;
 
-use super::{DrainPhase, LocalExecutor, Worker, request};
+use super::rest::{End, wait_for_end};
+use super::{DrainPhase, LocalExecutor, Worker, http1, request};
 use crate::config::hcm::{HttpManager, ServerHeader};
 use crate::config::listener::{Direction, FilterChain};
 use crate::hygiene::scan::HeadLimits;
 use crate::hygiene::strict::{Gate, StrictIo};
+use crate::tls::info::ConnectionTls;
 
 /// What every request of a connection shares.
 pub struct Downstream {
@@ -33,15 +35,19 @@ pub struct Downstream {
     pub remote: SocketAddr,
     /// Where the client wanted to go.
     pub local: SocketAddr,
+    /// TLS, where the connection has it and we end it.
+    pub tls: Option<Arc<ConnectionTls>>,
+    /// Server name of the TLS handshake, ours or one that we looked into.
+    pub server_name: Option<Box<str>>,
     /// Shared with the reader.
     pub gate: Arc<Gate>,
     upgrade_asked: Cell<bool>,
     requests: Cell<u32>,
-    running: Cell<u32>,
+    pub(super) running: Cell<u32>,
     opened: Instant,
-    last_used: Cell<Instant>,
-    finishing: Cell<bool>,
-    finish: Notify,
+    pub(super) last_used: Cell<Instant>,
+    pub(super) finishing: Cell<bool>,
+    pub(super) finish: Notify,
 }
 
 impl Downstream {
@@ -72,6 +78,25 @@ impl Downstream {
     pub fn request_ended(&self) {
         self.running.set(self.running.get().saturating_sub(1));
         self.last_used.set(Instant::now());
+    }
+
+    /// Whether requests for `authority` belong on this connection. Behind TLS whose chain was chosen by server name a
+    /// host that the chain does not name belongs on another one, where other rules may hold (RFC 9110 section 15.5.20).
+    pub fn serves(&self, authority: &str) -> bool {
+        let names = &self.chain.server_names;
+        if self.tls.is_none() || names.is_empty() || authority.is_empty() {
+            return true;
+        }
+        let host = crate::config::table::strip_port(authority);
+        names.iter().any(|name| match name.strip_prefix('*') {
+            None => name.eq_ignore_ascii_case(host),
+            Some(suffix) => {
+                host.len() > suffix.len()
+                    && host
+                        .get(host.len() - suffix.len()..)
+                        .is_some_and(|end| end.eq_ignore_ascii_case(suffix))
+            }
+        })
     }
 
     /// Whether the connection should end after the present request.
@@ -114,6 +139,8 @@ impl Downstream {
 pub struct Addresses {
     /// The client.
     pub remote: SocketAddr,
+    /// Who is connected to us.
+    pub direct: SocketAddr,
     /// Where the client wanted to go.
     pub local: SocketAddr,
 }
@@ -128,6 +155,8 @@ pub async fn serve<S>(
     manager: Arc<HttpManager>,
     direction: Direction,
     addresses: Addresses,
+    tls: Option<Arc<ConnectionTls>>,
+    server_name: Option<Box<str>>,
 ) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -136,7 +165,7 @@ pub async fn serve<S>(
         bytes: manager.max_head,
         fields: manager.max_header_count,
     });
-    let io = TokioIo::new(StrictIo::new(stream, prefix, limits, gate.clone()));
+    let io = StrictIo::new(stream, prefix, limits, gate.clone());
     let now = Instant::now();
     let conn = Rc::new(Downstream {
         worker,
@@ -145,6 +174,8 @@ pub async fn serve<S>(
         direction,
         remote: addresses.remote,
         local: addresses.local,
+        tls,
+        server_name,
         gate,
         upgrade_asked: Cell::new(false),
         requests: Cell::new(0),
@@ -155,36 +186,9 @@ pub async fn serve<S>(
         finish: Notify::new(),
     });
     if http2 {
-        serve2(conn, io).await
+        serve2(conn, TokioIo::new(io)).await
     } else {
-        serve1(conn, io).await
-    }
-}
-
-async fn serve1<S>(conn: Rc<Downstream>, io: TokioIo<StrictIo<S>>)
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    let mut builder = http1::Builder::new();
-    builder
-        .timer(TokioTimer::new())
-        .max_headers(conn.manager.max_header_count)
-        .max_buf_size((conn.manager.max_head + 4096).max(8192))
-        .header_read_timeout(conn.manager.headers_timeout);
-    let service = {
-        let conn = conn.clone();
-        service_fn(move |request| request::handle(conn.clone(), request))
-    };
-    let mut connection = std::pin::pin!(builder.serve_connection(io, service).with_upgrades());
-    loop {
-        tokio::select! {
-            // An error means that the client broke off or broke the protocol; its requests have been recorded.
-            _ = connection.as_mut() => return,
-            end = wait_for_end(&conn) => match end {
-                End::Finish => connection.as_mut().graceful_shutdown(),
-                End::Abort => return,
-            }
-        }
+        http1::serve(conn, io).await
     }
 }
 
@@ -209,52 +213,11 @@ where
     loop {
         tokio::select! {
             _ = connection.as_mut() => return,
-            end = wait_for_end(&conn) => match end {
+            end = wait_for_end(&conn, false) => match end {
                 End::Finish => connection.as_mut().graceful_shutdown(),
-                End::Abort => return,
+                End::Abort | End::Park => return,
             }
         }
     }
 }
 
-enum End {
-    /// Finish what runs, then close.
-    Finish,
-    /// Close now.
-    Abort,
-}
-
-/// Waits until the connection should end: idle for too long, drained, replaced, too old.
-async fn wait_for_end(conn: &Downstream) -> End {
-    /// How often a connection of a retired chain, or with an age limit, is looked at.
-    const LOOK: Duration = Duration::from_secs(1);
-    loop {
-        let told = conn.finishing.get();
-        if conn.worker.phase() == DrainPhase::Closing && !told {
-            conn.finishing.set(true);
-            return End::Finish;
-        }
-        let wait = match conn.manager.idle_timeout {
-            // Looked at when it may be due, so an active connection costs one timer an hour.
-            Some(idle) if conn.running.get() == 0 => idle.saturating_sub(conn.last_used.get().elapsed()),
-            Some(idle) => idle,
-            None => Duration::from_secs(3600),
-        };
-        tokio::select! {
-            () = conn.worker.phase_changed() => {
-                // While clients are only discouraged they are told with the next response; idle connections are left
-                // alone, because a request may already be on its way. The closing phase is looked at above.
-            }
-            () = conn.finish.notified() => return End::Finish,
-            () = tokio::time::sleep(wait.max(LOOK)) => {
-                let quiet = conn.running.get() == 0;
-                if quiet && conn.manager.idle_timeout.is_some_and(|idle| conn.last_used.get().elapsed() >= idle) {
-                    return if told { End::Abort } else {
-                        conn.finishing.set(true);
-                        End::Finish
-                    };
-                }
-            }
-        }
-    }
-}

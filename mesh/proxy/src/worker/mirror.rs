@@ -11,11 +11,11 @@ use super::Worker;
 use super::body::{RequestSource, UpstreamBody};
 use super::http::Downstream;
 use crate::config::cluster::UpstreamHttp;
-use crate::config::convert::Address;
 use crate::config::route::Forward;
 use crate::random;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::{Active, Host, WorkerCluster};
+use crate::upstream::connect::{ConnectOptions, Speaking};
 use crate::upstream::pool::Lease;
 
 /// Sends copies, without waiting for what becomes of them. A body is copied if it has been read whole and fits the
@@ -83,11 +83,26 @@ async fn send_mirror(
     host: &Host,
     mut request: Request<UpstreamBody>,
 ) -> Option<()> {
-    let http2 = cluster.config.http == UpstreamHttp::Http2;
-    let address: &Address = &host.endpoint.address;
-    let lease = host
-        .pool
-        .acquire(worker, &cluster.slot, &cluster.config, address, http2)
+    let speaking = match cluster.config.http {
+        UpstreamHttp::Http2 => Speaking::Http2,
+        UpstreamHttp::Auto => Speaking::Either,
+        UpstreamHttp::Http1 | UpstreamHttp::Downstream => Speaking::Http1,
+    };
+    // Nobody's client in particular: a mirror is the proxy's own request.
+    let options = ConnectOptions {
+        server_name: cluster.config.request_server_name(request.headers()),
+        between: None,
+    };
+    let pool = host.pool.variant(&options);
+    let lease = pool
+        .acquire(
+            worker,
+            &cluster.slot,
+            &cluster.config,
+            &host.endpoint,
+            speaking,
+            &options,
+        )
         .await;
     let mut lease = lease.ok()?;
     let response = match &mut lease {

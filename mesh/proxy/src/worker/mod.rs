@@ -6,10 +6,13 @@ pub mod body;
 pub mod exchange;
 mod failure;
 pub mod http;
+mod http1;
+pub mod io;
 pub mod local;
 mod mirror;
 mod prepare;
 pub mod request;
+mod rest;
 pub mod sniff;
 pub mod tcp;
 mod upgrade;
@@ -18,6 +21,7 @@ pub mod upstream;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::future::Future;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -49,6 +53,8 @@ pub struct Shared {
     pub peer_id: HeaderValue,
     /// Listeners without sockets.
     pub virtual_listeners: Arc<ArcSwap<VirtualListeners>>,
+    /// The workers' own commands, by worker: how connections are handed over.
+    pub neighbours: ArcSwap<Vec<mpsc::Sender<Command>>>,
     /// Where access log lines go.
     pub log: mpsc::Sender<String>,
 }
@@ -67,14 +73,18 @@ pub enum DrainPhase {
 /// What the control thread asks of a worker.
 #[derive(Debug)]
 pub enum Command {
-    /// Accept on this socket.
-    Listen(Arc<ListenerSlot>, std::net::TcpListener),
+    /// Accept on these sockets.
+    Listen(Arc<ListenerSlot>, Vec<std::net::TcpListener>),
+    /// Serve a connection that another worker accepted, to keep the numbers even.
+    Serve(Arc<ListenerSlot>, std::net::TcpStream, SocketAddr, accept::Share),
     /// Stop accepting for the listener of that name; its connections drain.
     Close(Arc<str>),
     /// Enter that phase of the end.
     Drain(DrainPhase),
     /// Number of open connections.
     Connections(oneshot::Sender<usize>),
+    /// Number of running tasks: connections of both sides, tunnels, mirrors.
+    Tasks(oneshot::Sender<usize>),
     /// Drop everything and end.
     Stop,
 }
@@ -92,6 +102,8 @@ pub struct Worker {
     phase: Cell<DrainPhase>,
     phase_changed: Notify,
     open: Cell<usize>,
+    /// Connections closed and parked when memory was last given back.
+    collected_at: Cell<u64>,
     clusters: RefCell<Vec<Option<Rc<WorkerCluster>>>>,
     peers: RefCell<HashMap<Vec<u8>, Arc<Workload>, foldhash::fast::RandomState>>,
 }
@@ -131,6 +143,7 @@ impl Worker {
             phase: Cell::new(DrainPhase::Serving),
             phase_changed: Notify::new(),
             open: Cell::new(0),
+            collected_at: Cell::new(0),
             clusters: RefCell::default(),
             peers: RefCell::default(),
         })
@@ -156,7 +169,8 @@ impl Worker {
     }
 
     async fn follow(self: Rc<Self>, mut commands: mpsc::Receiver<Command>) {
-        let mut listeners: HashMap<Arc<str>, tokio::task::JoinHandle<()>> = HashMap::new();
+        let mut listeners: HashMap<Arc<str>, Vec<tokio::task::JoinHandle<()>>> = HashMap::new();
+        let stop = |tasks: Vec<tokio::task::JoinHandle<()>>| tasks.iter().for_each(|task| task.abort());
         let mut sweep = tokio::time::interval(SWEEP);
         sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -169,43 +183,52 @@ impl Worker {
             };
             match command {
                 None | Some(Command::Stop) => break,
-                Some(Command::Listen(slot, socket)) => {
+                Some(Command::Listen(slot, sockets)) => {
                     let name = slot.load().name.clone();
-                    match tokio::net::TcpListener::from_std(socket) {
-                        Ok(socket) => {
-                            let task = tokio::task::spawn_local(accept::run(self.clone(), slot, socket));
-                            if let Some(old) = listeners.insert(name, task) {
-                                old.abort();
+                    let mut tasks = Vec::with_capacity(sockets.len());
+                    for socket in sockets {
+                        match tokio::net::TcpListener::from_std(socket) {
+                            Ok(socket) => {
+                                let work = accept::run(self.clone(), slot.clone(), socket);
+                                tasks.push(tokio::task::spawn_local(work));
+                            }
+                            Err(error) => {
+                                tracing::error!(listener = %name, %error, "listening socket not usable");
                             }
                         }
-                        Err(error) => {
-                            tracing::error!(listener = %name, %error, "listening socket not usable")
-                        }
+                    }
+                    if let Some(old) = listeners.insert(name, tasks) {
+                        stop(old);
+                    }
+                }
+                Some(Command::Serve(slot, stream, remote, share)) => {
+                    match tokio::net::TcpStream::from_std(stream) {
+                        Ok(stream) => accept::serve(self.clone(), slot, stream, remote, Some(share)),
+                        Err(error) => tracing::warn!(%error, "a connection could not be taken over"),
                     }
                 }
                 Some(Command::Close(name)) => {
-                    if let Some(task) = listeners.remove(&name) {
-                        task.abort();
+                    if let Some(tasks) = listeners.remove(&name) {
+                        stop(tasks);
                     }
                 }
                 Some(Command::Drain(phase)) => {
                     self.phase.set(phase.max(self.phase.get()));
                     self.phase_changed.notify_waiters();
                     if self.phase.get() == DrainPhase::Closing {
-                        for (_, task) in listeners.drain() {
-                            task.abort();
-                        }
+                        listeners.drain().for_each(|(_, tasks)| stop(tasks));
                     }
                 }
                 Some(Command::Connections(reply)) => {
                     // The asker may have gone.
                     let _ = reply.send(self.open.get());
                 }
+                Some(Command::Tasks(reply)) => {
+                    let _ = reply.send(self.tasks.len());
+                }
             }
         }
-        for (_, task) in listeners {
-            task.abort();
-        }
+        listeners.into_values().for_each(stop);
     }
 
     /// How far the end has come.
@@ -254,6 +277,15 @@ impl Worker {
     }
 
     fn sweep(&self) {
+        /// Connections that ended or were parked since memory was last given back; some 20 KB each.
+        const MANY: u64 = 16;
+        let counters = self.recorder.counters();
+        let ended = counters.connections_closed.get() + counters.connections_parked.get();
+        if ended - self.collected_at.get() >= MANY {
+            self.collected_at.set(ended);
+            crate::sys::collect_memory();
+        }
+        self.recorder.sweep(crate::clock::now_ms());
         let now = Instant::now();
         let mut clusters = self.clusters.borrow_mut();
         for entry in clusters.iter_mut() {

@@ -3,24 +3,30 @@
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::net::{Shutdown, SocketAddr};
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::{Poll, ready};
 use std::time::{Duration, Instant};
 
 use socket2::SockRef;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 
 use super::Worker;
+use super::io::Io;
 use crate::config::hash::hash_of_source;
 use crate::config::listener::{Direction, Listener, TcpProxy, TcpTargets};
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
 use crate::metrics::series::{Reporter, TcpLabels, TcpSeries};
+use crate::tls::info::ConnectionTls;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::{Active, Host, WorkerCluster};
-use crate::upstream::connect::{self, Stream};
+use crate::upstream::connect::{self, ConnectOptions, Connected, Socket, Speaking, Stream};
 use crate::upstream::outlier::Event;
 
+/// Bytes of a greeting that are read at most before it is known who speaks first.
+const EARLY: usize = 1024;
 /// Bytes moved at a time.
 const BUFFER: usize = 64 * 1024;
 
@@ -44,14 +50,24 @@ pub struct NoUpstream;
 /// A connection towards an endpoint, ready to be joined.
 pub struct Upstream {
     stream: Stream,
+    /// Read already: what a server inside of TLS said first.
+    early: Vec<u8>,
     labels: TcpLabels,
     _active: Active,
 }
 
 impl Upstream {
     /// Waits until the endpoint has said something (or gone).
-    pub async fn readable(&self) -> io::Result<()> {
-        self.stream.readable().await
+    pub async fn readable(mut self) -> io::Result<Self> {
+        match &mut self.stream {
+            Stream::Plain(socket) => socket.readable().await?,
+            // Only what is inside counts; the socket is readable for session tickets as well.
+            Stream::Tls(stream) => {
+                self.early.reserve(EARLY);
+                stream.read_buf(&mut self.early).await?;
+            }
+        }
+        Ok(self)
     }
 }
 
@@ -62,11 +78,19 @@ pub(super) async fn open(
     listener: &Listener,
     source: SocketAddr,
     destination: SocketAddr,
+    tls: Option<&ConnectionTls>,
+    server_name: Option<&str>,
     purpose: Purpose,
 ) -> Result<Upstream, NoUpstream> {
-    let slot = match &proxy.targets {
-        TcpTargets::One(slot) => slot,
-        TcpTargets::Weighted(slots, weights, turn) => &slots[weights.pick(turn.next(worker.id))],
+    // A name that comes with the connection may only choose among clusters that exist.
+    let named = proxy
+        .by_server_name
+        .as_ref()
+        .zip(server_name)
+        .and_then(|(directory, name)| directory.find(name));
+    let slot = match (&named, &proxy.targets) {
+        (Some(slot), _) | (None, TcpTargets::One(slot)) => slot,
+        (None, TcpTargets::Weighted(slots, weights, turn)) => &slots[weights.pick(turn.next(worker.id))],
     };
     let reporter = match listener.direction {
         Direction::Inbound => Reporter::Destination,
@@ -92,6 +116,10 @@ pub(super) async fn open(
         peer: Workload::unknown(),
         service: ServiceIdentity::unknown(),
         flags: Flags::default(),
+        principals: match reporter {
+            Reporter::Destination => tls.and_then(|tls| tls.principals.clone()),
+            Reporter::Source => None,
+        },
     };
     let Some(cluster) = worker.cluster(slot) else {
         return no_upstream(labels, Flags::NO_CLUSTER, "");
@@ -118,10 +146,14 @@ pub(super) async fn open(
         {
             labels.peer = workload.clone();
         }
-        match connect_to(worker, &cluster, &host).await {
-            Ok(stream) => {
+        match connect_to(worker, &cluster, &host, (source, destination)).await {
+            Ok(connected) => {
+                if reporter == Reporter::Source {
+                    labels.principals = connected.tls.and_then(|tls| tls.principals.clone());
+                }
                 return Ok(Upstream {
-                    stream,
+                    stream: connected.stream,
+                    early: Vec::new(),
                     labels,
                     _active: Active::on(&host),
                 });
@@ -137,20 +169,26 @@ pub(super) async fn open(
     no_upstream(labels, flags, &failure)
 }
 
-async fn connect_to(worker: &Worker, cluster: &WorkerCluster, host: &Host) -> Result<Stream, String> {
+async fn connect_to(
+    worker: &Worker,
+    cluster: &WorkerCluster,
+    host: &Host,
+    between: (SocketAddr, SocketAddr),
+) -> Result<Connected, String> {
     let config = &cluster.config;
-    let result = tokio::time::timeout(
-        config.connect_timeout,
-        connect::connect(config, &host.endpoint.address),
-    )
-    .await;
+    let options = ConnectOptions {
+        server_name: None,
+        between: config.tells_clients().then_some(between),
+    };
+    let work = connect::connect(config, &host.endpoint, Speaking::Bytes, &options);
+    let result = tokio::time::timeout(config.connect_timeout, work).await;
     let counters = worker.recorder.counters();
     match result {
-        Ok(Ok(stream)) => {
+        Ok(Ok(connected)) => {
             counters.upstream_connections.add(1);
             // A connection is a success as TCP goes.
             cluster.record(host, Event::Status(200));
-            Ok(stream)
+            Ok(connected)
         }
         failed => {
             counters.upstream_connect_failures.add(1);
@@ -208,7 +246,7 @@ impl Drop for Counted {
 pub(super) async fn join(
     worker: Rc<Worker>,
     proxy: Arc<TcpProxy>,
-    downstream: TcpStream,
+    downstream: Io,
     prefix: Vec<u8>,
     upstream: Upstream,
 ) {
@@ -217,7 +255,6 @@ pub(super) async fn join(
         series.opened.add(1);
     }
     let counted = Counted(series);
-    let downstream = Stream::Tcp(downstream);
     let last = Cell::new(Instant::now());
     let received = |count: usize| {
         last.set(Instant::now());
@@ -231,17 +268,24 @@ pub(super) async fn join(
             series.sent.add(count as u64);
         }
     };
-    let up = async {
-        if !prefix.is_empty() {
-            received(prefix.len());
-            upstream.stream.send(&prefix).await?;
-        }
-        pump(&downstream, &upstream.stream, received).await
-    };
-    let down = pump(&upstream.stream, &downstream, sent);
     let both = async {
         // The first error ends both; a mere end of stream is passed on and leaves the other direction open.
-        let _ = futures::future::try_join(up, down).await;
+        let _ = match (downstream, upstream.stream) {
+            (Io::Plain(downstream), Stream::Plain(upstream)) => {
+                join_sockets(&Socket::Tcp(downstream), &upstream, &prefix, received, sent).await
+            }
+            (downstream, upstream_stream) => {
+                relay(
+                    downstream,
+                    upstream_stream,
+                    &prefix,
+                    &upstream.early,
+                    received,
+                    sent,
+                )
+                .await
+            }
+        };
     };
     tokio::select! {
         () = both => {}
@@ -273,7 +317,87 @@ async fn quiet(last: &Cell<Instant>, limit: Option<Duration>) {
     }
 }
 
-async fn pump(from: &Stream, to: &Stream, moved: impl Fn(usize)) -> io::Result<()> {
+/// Both directions between sockets: nothing is held for a direction that is silent.
+async fn join_sockets(
+    downstream: &Socket,
+    upstream: &Socket,
+    prefix: &[u8],
+    received: impl Fn(usize),
+    sent: impl Fn(usize),
+) -> io::Result<()> {
+    let up = async {
+        if !prefix.is_empty() {
+            received(prefix.len());
+            upstream.send(prefix).await?;
+        }
+        pump(downstream, upstream, received).await
+    };
+    let down = pump(upstream, downstream, sent);
+    futures::future::try_join(up, down).await.map(drop)
+}
+
+/// Both directions where TLS is on one side at least.
+async fn relay(
+    downstream: Io,
+    upstream: Stream,
+    prefix: &[u8],
+    early: &[u8],
+    received: impl Fn(usize),
+    sent: impl Fn(usize),
+) -> io::Result<()> {
+    let (from_client, to_client) = tokio::io::split(downstream);
+    let (from_server, to_server) = tokio::io::split(upstream);
+    let up = relay_one(from_client, to_server, prefix, received);
+    let down = relay_one(from_server, to_client, early, sent);
+    futures::future::try_join(up, down).await.map(drop)
+}
+
+async fn relay_one(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    first: &[u8],
+    moved: impl Fn(usize),
+) -> io::Result<()> {
+    if !first.is_empty() {
+        moved(first.len());
+        to.write_all(first).await?;
+        to.flush().await?;
+    }
+    loop {
+        let step = std::future::poll_fn(|cx| {
+            SCRATCH.with_borrow_mut(|buffer| {
+                let mut buffer = ReadBuf::new(buffer);
+                match ready!(Pin::new(&mut from).poll_read(cx, &mut buffer)) {
+                    Ok(()) => {}
+                    // Closed without TLS's own goodbye: an end like any other, as the bytes have their own framing.
+                    Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                        return Poll::Ready(Ok(None));
+                    }
+                    Err(error) => return Poll::Ready(Err(error)),
+                }
+                let filled = buffer.filled();
+                if filled.is_empty() {
+                    return Poll::Ready(Ok(None));
+                }
+                moved(filled.len());
+                let written = match Pin::new(&mut to).poll_write(cx, filled) {
+                    Poll::Ready(result) => result?,
+                    Poll::Pending => 0,
+                };
+                Poll::Ready(Ok(Some(filled[written..].to_vec())))
+            })
+        });
+        match step.await? {
+            None => return to.shutdown().await,
+            Some(rest) => {
+                to.write_all(&rest).await?;
+                to.flush().await?;
+            }
+        }
+    }
+}
+
+async fn pump(from: &Socket, to: &Socket, moved: impl Fn(usize)) -> io::Result<()> {
     loop {
         from.readable().await?;
         // What the peer does not take at once is copied out of the shared buffer.
@@ -300,7 +424,7 @@ async fn pump(from: &Stream, to: &Stream, moved: impl Fn(usize)) -> io::Result<(
     }
 }
 
-impl Stream {
+impl Socket {
     async fn readable(&self) -> io::Result<()> {
         match self {
             Self::Tcp(stream) => stream.readable().await,

@@ -11,7 +11,7 @@ use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use super::body::{RequestSource, ResponseBody, UpstreamBody};
-use super::exchange::{Exchange, Limits, Watch};
+use super::exchange::{Exchange, GRPC_STATUS, Limits, Watch};
 use super::failure::{Failure, final_reply, full_text, refused_by_peer};
 use super::http::Downstream;
 use super::local::{Body, LocalReply};
@@ -26,11 +26,12 @@ use crate::config::listener::Direction;
 use crate::config::retry::{Outcome, RetryPolicy};
 use crate::config::route::{Action, Forward, HostRewrite, Target, Targets};
 use crate::config::slot::{ClusterSlot, Usage};
-use crate::hygiene::fields::strip_hop_by_hop;
+use crate::hygiene::fields::{Present, strip_present};
 use crate::metrics::flags::Flags;
 use crate::random;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::{Active, Host, WorkerCluster};
+use crate::upstream::connect::{ConnectOptions, Speaking};
 use crate::upstream::outlier::Event;
 use crate::upstream::pool::{ConnectError, Lease};
 
@@ -83,10 +84,26 @@ struct Plan<'a> {
     conn: &'a Rc<Downstream>,
     cluster: &'a Rc<WorkerCluster>,
     forward: &'a Forward,
-    http2: bool,
+    speaking: Speaking,
+    /// Of connections that are made for this request only, or for those like it.
+    options: ConnectOptions,
     deadline: Option<Instant>,
     hash: Option<u64>,
     auto_host: bool,
+}
+
+/// Sends a reply of our own to a request that had a route: what the route does to responses is done to it as well.
+fn decline(
+    exchange: Box<Exchange>,
+    routed: &Routed,
+    parts: &Parts,
+    request: Option<&http::HeaderMap>,
+    mut reply: LocalReply,
+) -> Response<Body> {
+    let conn = exchange.conn.clone();
+    let variables = variables(&conn, parts, &routed.route);
+    routed.mutate_response(&mut reply.headers, request.unwrap_or(&parts.headers), &variables);
+    reply.send(exchange)
 }
 
 /// Sends a request on and brings the response back.
@@ -114,25 +131,25 @@ pub(super) async fn forward(
             (&target.cluster, Some(target))
         }
         Targets::Empty => {
-            return LocalReply::new(
+            let reply = LocalReply::new(
                 forward.cluster_not_found,
                 Flags::NO_CLUSTER,
                 "cluster_not_found",
                 "",
-            )
-            .send(exchange);
+            );
+            return decline(exchange, &routed, &parts, None, reply);
         }
     };
     exchange.cluster_name = Some(slot.name.clone());
     let Some(cluster) = conn.worker.cluster(slot) else {
         conn.decide_upgrade(false);
-        return LocalReply::new(
+        let reply = LocalReply::new(
             forward.cluster_not_found,
             Flags::NO_CLUSTER,
             "cluster_not_found",
             "",
-        )
-        .send(exchange);
+        );
+        return decline(exchange, &routed, &parts, None, reply);
     };
     exchange.cluster = Some(cluster.clone());
     let overflow = || {
@@ -149,28 +166,30 @@ pub(super) async fn forward(
     };
     let limits = cluster.config.limits;
     let Some(permit) = Permit::take(slot, |usage| &usage.requests, limits.requests) else {
-        return overflow().send(exchange);
+        return decline(exchange, &routed, &parts, None, overflow());
     };
     if cluster.drops(random::next()) {
-        return LocalReply::new(
+        let reply = LocalReply::new(
             StatusCode::SERVICE_UNAVAILABLE,
             Flags::DROP_OVERLOAD,
             "drop_overload",
             "drop overload",
-        )
-        .send(exchange);
+        );
+        return decline(exchange, &routed, &parts, None, reply);
     }
     let hash = if forward.hash.is_empty() {
         None
     } else {
         request_hash(&forward.hash, &view(&parts), conn.remote.ip())
     };
-    let http2 = upgrade.is_none()
-        && match cluster.config.http {
-            UpstreamHttp::Http1 => false,
-            UpstreamHttp::Http2 => true,
-            UpstreamHttp::Downstream => parts.version == Version::HTTP_2,
-        };
+    let speaking = match cluster.config.http {
+        _ if upgrade.is_some() => Speaking::Http1,
+        UpstreamHttp::Http1 => Speaking::Http1,
+        UpstreamHttp::Http2 => Speaking::Http2,
+        UpstreamHttp::Auto => Speaking::Either,
+        UpstreamHttp::Downstream if parts.version == Version::HTTP_2 => Speaking::Http2,
+        UpstreamHttp::Downstream => Speaking::Http1,
+    };
     let request_headers = (!routed.route.response_headers.is_empty()
         || !routed.host.response_headers.is_empty()
         || !routed.table.response_headers.is_empty())
@@ -180,14 +199,18 @@ pub(super) async fn forward(
     }
     let source = incoming.map(|incoming| {
         let keep = forward.retry.is_some() || !forward.mirrors.is_empty();
-        RequestSource::new(incoming, if keep { forward.request_buffer } else { 0 })
+        let idle = forward.idle_timeout.unwrap_or(conn.manager.stream_idle_timeout);
+        RequestSource::new(incoming, if keep { forward.request_buffer } else { 0 }, idle)
     });
     exchange.source.clone_from(&source);
     let plan = Plan {
         conn: &conn,
         cluster: &cluster,
         forward,
-        http2,
+        speaking,
+        options: cluster
+            .config
+            .connect_options(&parts.headers, conn.remote, conn.local),
         deadline: forward.timeout.map(|timeout| Instant::now() + timeout),
         hash,
         auto_host: matches!(forward.host_rewrite, Some(HostRewrite::Auto)),
@@ -212,12 +235,12 @@ pub(super) async fn forward(
         Ok(success) => success,
         Err(reply) => {
             conn.decide_upgrade(false);
-            return if reply.details == "overflow" {
+            let reply = if reply.details == "overflow" {
                 overflow()
             } else {
                 reply
-            }
-            .send(exchange);
+            };
+            return decline(exchange, &routed, &parts, request_headers.as_ref(), reply);
         }
     };
     drop(permit);
@@ -398,6 +421,10 @@ async fn attempts(
 /// Whether the next hop is a proxy that could not reach its application: by its own mark, or by the flag of a
 /// connection failure on a response that it made itself.
 fn unprocessed(headers: &http::HeaderMap) -> bool {
+    Present::of(headers).has(Present::SERIN) && marked(headers)
+}
+
+fn marked(headers: &http::HeaderMap) -> bool {
     headers.contains_key(&X_UNPROCESSED)
         || headers
             .get("x-serin-response-flags")
@@ -417,7 +444,7 @@ fn note_ejection(plan: &Plan<'_>, ejected: bool) {
 
 /// gRPC answers 200 always; its own status counts, by the HTTP status that means the same.
 fn status_for_outliers<B>(response: &Response<B>) -> u16 {
-    match response.headers().get("grpc-status").map(HeaderValue::as_bytes) {
+    match response.headers().get(&GRPC_STATUS).map(HeaderValue::as_bytes) {
         Some(b"2" | b"13" | b"15") => 500,
         Some(b"14") => 503,
         Some(b"4") => 504,
@@ -462,23 +489,33 @@ async fn attempt(
     let per_try = policy
         .and_then(|policy| policy.per_try_timeout)
         .map(|limit| Instant::now() + limit);
-    let acquire = host.pool.acquire(
-        worker,
-        &cluster.slot,
-        &cluster.config,
-        &host.endpoint.address,
-        plan.http2,
-    );
-    let pending = Permit::take(
-        &cluster.slot,
-        |usage| &usage.pending,
-        cluster.config.limits.pending,
-    )
-    .ok_or(Failure::Connect(ConnectError::Overflow))?;
-    let mut lease = bounded(plan.deadline, per_try, acquire)
-        .await?
-        .map_err(Failure::Connect)?;
-    drop(pending);
+    let pool = host.pool.variant(&plan.options);
+    let mut lease = match pool.reuse(plan.speaking, &cluster.config) {
+        Some(lease) => lease,
+        None => {
+            let pending = Permit::take(
+                &cluster.slot,
+                |usage| &usage.pending,
+                cluster.config.limits.pending,
+            )
+            .ok_or(Failure::Connect(ConnectError::Overflow))?;
+            let acquire = pool.acquire(
+                worker,
+                &cluster.slot,
+                &cluster.config,
+                &host.endpoint,
+                plan.speaking,
+                &plan.options,
+            );
+            // Boxed: rare, and large.
+            let lease = Box::pin(bounded(plan.deadline, per_try, acquire))
+                .await?
+                .map_err(Failure::Connect)?;
+            drop(pending);
+            lease
+        }
+    };
+    exchange.upstream_tls = lease.tls().cloned();
     let request = build(
         plan, routed, exchange, parts, source, upgrade, host, &lease, again,
     );
@@ -505,6 +542,8 @@ async fn attempt(
         }
     };
     match sent {
+        // The client broke the protocol within the body: an early answer is not one to what it sent.
+        Ok(_) if source.is_some_and(|source| source.borrow().client_failed) => Err(Failure::Client),
         Ok(response) => Ok((response, lease)),
         Err((error, unsent)) => {
             if source.is_some_and(|source| source.borrow().client_failed) {
@@ -579,7 +618,7 @@ fn build(
             headers.insert(header::UPGRADE, value);
         }
     }
-    if plan.http2 {
+    if lease.is_http2() {
         let host = headers.remove(header::HOST);
         let authority = host
             .as_ref()
@@ -590,13 +629,21 @@ fn build(
             .cloned()
             .unwrap_or_else(|| http::uri::PathAndQuery::from_static("/"));
         let absolute = Uri::builder()
-            .scheme("http")
+            .scheme(if plan.conn.tls.is_some() { "https" } else { "http" })
             .authority(authority.unwrap_or("unknown"))
             .path_and_query(path)
             .build();
         *request.uri_mut() = absolute.unwrap_or(uri);
         *request.version_mut() = Version::HTTP_2;
     } else {
+        // hyper drops a body of unknown length from methods that usually have none, unless it is told.
+        if source.is_some()
+            && upgrade.is_none()
+            && !headers.contains_key(header::CONTENT_LENGTH)
+            && matches!(parts.method, Method::GET | Method::HEAD)
+        {
+            headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+        }
         *request.uri_mut() = uri;
         *request.version_mut() = Version::HTTP_11;
     }
@@ -616,11 +663,17 @@ fn respond(
     active: Active,
 ) -> Response<Body> {
     let conn = plan.conn;
+    if let Some(source) = &exchange.source {
+        source.borrow_mut().answered = true;
+    }
     let (mut head, incoming) = response.into_parts();
-    strip_hop_by_hop(&mut head.headers);
-    head.headers.remove(&PEER_METADATA);
-    head.headers.remove(&PEER_METADATA_ID);
-    if conn.direction != Direction::Inbound {
+    let present = Present::of(&head.headers);
+    strip_present(&mut head.headers, present);
+    if present.has(Present::PEER) {
+        head.headers.remove(&PEER_METADATA);
+        head.headers.remove(&PEER_METADATA_ID);
+    }
+    if present.has(Present::SERIN) && conn.direction != Direction::Inbound {
         head.headers.remove(&X_UNPROCESSED);
     }
     let elapsed = exchange.started.elapsed().as_millis() as u64;

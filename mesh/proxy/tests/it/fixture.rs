@@ -1,6 +1,5 @@
 //! Resources, backends and clients for the tests.
 
-use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -459,11 +458,8 @@ impl Backend {
                         async move {
                             counted.fetch_add(1, Ordering::SeqCst);
                             let (parts, body) = request.into_parts();
-                            let body = body
-                                .collect()
-                                .await
-                                .map(|body| body.to_bytes())
-                                .unwrap_or_default();
+                            // Who never got the whole request does not answer it.
+                            let body = body.collect().await?.to_bytes();
                             let seen = Seen {
                                 method: parts.method.to_string(),
                                 path: parts.uri.path_and_query().unwrap().to_string(),
@@ -472,7 +468,7 @@ impl Backend {
                             };
                             let response = answer(&seen);
                             let _ = sender.send(seen);
-                            Ok::<_, Infallible>(response)
+                            Ok::<_, hyper::Error>(response)
                         }
                     });
                     let _ = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new())

@@ -3,11 +3,25 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // a test that fails says so by panicking, helpers included
 #![allow(deprecated)] // what control planes still send is tested as well
 
+mod exhaustion;
+mod failure;
+mod certificates;
 mod fixture;
 mod forwarding;
+mod frames;
+mod fuzz;
+mod golden;
+mod h2spec;
 mod hygiene;
 mod interception;
+mod interop;
 mod lifecycle;
+mod listener;
+mod matrix1;
+mod matrix2;
 mod metrics;
 mod tcp;
+mod tls;
+mod tls_upstream;
+mod upstream_health;
 mod xds;

@@ -105,7 +105,7 @@ pub struct AdsClient {
 
 #[derive(Debug, Default)]
 struct Shared {
-    interests: Mutex<[Interest; 5]>,
+    interests: Mutex<[Interest; ResourceType::COUNT]>,
     changed: Notify,
 }
 

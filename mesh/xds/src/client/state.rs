@@ -104,7 +104,7 @@ pub struct Receipt {
 pub struct ClientState {
     pub(super) node: Node,
     pub(super) node_sent: bool,
-    pub(super) types: [TypeState; 5],
+    pub(super) types: [TypeState; ResourceType::COUNT],
     next_receipt: u64,
 }
 

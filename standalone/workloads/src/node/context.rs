@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::config::NodeConfig;
 use super::env::References;
+use super::presence::Presence;
 use super::record::Paths;
 use crate::image::Catalogue;
 use crate::mirror::Mirror;
@@ -29,6 +30,7 @@ pub(crate) struct Context {
     pub(crate) client: kube::Client,
     pub(crate) cancel: CancellationToken,
     pub(crate) recorder: Recorder,
+    pub(crate) presence: Presence,
     pub(crate) catalogue: watch::Sender<Catalogue>,
     /// Bumped when a ConfigMap or Secret changes.
     pub(crate) config_changed: watch::Sender<u64>,

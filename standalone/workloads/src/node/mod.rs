@@ -11,6 +11,7 @@ pub(crate) mod config;
 pub(crate) mod context;
 pub(crate) mod env;
 pub(crate) mod lifecycle;
+pub(crate) mod presence;
 mod probes;
 mod process;
 pub(crate) mod record;

@@ -15,6 +15,7 @@ const NLM_F_EXCL: u16 = 0x200;
 const NLM_F_CREATE: u16 = 0x400;
 const NLMSG_ERROR: u16 = 2;
 
+const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
@@ -112,12 +113,17 @@ impl Netlink {
         }
     }
 
-    /// Creates a bridge, up.
-    pub(crate) fn create_bridge(&mut self, name: &str) -> io::Result<()> {
+    /// Creates a bridge, up, with a hardware address of its own.
+    ///
+    /// Without one, a bridge takes the lowest address among its ports, and changes it whenever a port with a lower one
+    /// joins or the lowest leaves. Whatever other namespaces then send to the address that they had learnt is dropped
+    /// until they ask again: a new pod would cost its neighbours packets, of which a lost SYN costs a whole second.
+    pub(crate) fn create_bridge(&mut self, name: &str, hardware: [u8; 6]) -> io::Result<()> {
         let mut body = interface_header(0, true);
         body.extend(
             Attributes::default()
                 .text(IFLA_IFNAME, name)
+                .put(IFLA_ADDRESS, &hardware)
                 .nest(
                     IFLA_LINKINFO,
                     Attributes::default().text(IFLA_INFO_KIND, "bridge"),
@@ -127,12 +133,21 @@ impl Netlink {
         self.request(libc::RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, &body)
     }
 
-    /// Creates a pair: `name` here, a port of `bridge`, up; `peer_name` in the namespace `peer_namespace`.
+    /// Gives an interface a hardware address.
+    pub(crate) fn set_hardware_address(&mut self, index: u32, hardware: [u8; 6]) -> io::Result<()> {
+        let mut body = interface_header(index, true);
+        body.extend(Attributes::default().put(IFLA_ADDRESS, &hardware).0);
+        self.request(libc::RTM_NEWLINK, 0, &body)
+    }
+
+    /// Creates a pair: `name` here, a port of `bridge`, up; `peer_name`, with the address `peer_hardware`, in the
+    /// namespace `peer_namespace`.
     pub(crate) fn create_pod_interface(
         &mut self,
         name: &str,
         bridge: u32,
         peer_name: &str,
+        peer_hardware: [u8; 6],
         peer_namespace: RawFd,
     ) -> io::Result<()> {
         // Down: a veth that comes up before it knows its peer is refused with ENOTCONN.
@@ -140,6 +155,7 @@ impl Netlink {
         peer.extend(
             Attributes::default()
                 .text(IFLA_IFNAME, peer_name)
+                .put(IFLA_ADDRESS, &peer_hardware)
                 .number(IFLA_NET_NS_FD, peer_namespace as u32)
                 .0,
         );

@@ -81,6 +81,7 @@ fn ours(translator: &mut Translator, proxy: &Proxy) -> Resources {
             ResourceType::Endpoints => "endpoints",
             ResourceType::Listener => "listeners",
             ResourceType::Route => "routes",
+            ResourceType::Secret => "secrets",
             ResourceType::VirtualHost => panic!("hosts are inline here"),
         };
         let value = json::message(type_name(&resource), &resource.body);

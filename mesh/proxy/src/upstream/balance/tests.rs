@@ -11,7 +11,7 @@ fn cluster(lb: i32) -> Cluster {
         lb_policy: lb,
         ..Default::default()
     };
-    Cluster::compile(&message).unwrap()
+    Cluster::compile(&message, &mut Default::default(), None).unwrap()
 }
 
 struct Fixture {
@@ -30,14 +30,10 @@ fn fixture(lb: i32, hosts: &[(usize, u32, bool)]) -> Fixture {
         let start = all.len();
         for (index, (_, weight, healthy)) in hosts.iter().enumerate().filter(|(_, host)| host.0 == priority) {
             all.push(Arc::new(Endpoint {
-                address: Address::Tcp(([10, 0, 0, 1], index as u16).into()),
                 text: index.to_string().into(),
-                hostname: "".into(),
                 weight: *weight,
                 healthy: *healthy,
-                degraded: false,
-                workload: None,
-                state: Arc::default(),
+                ..Endpoint::at(Address::Tcp(([10, 0, 0, 1], index as u16).into()))
             }));
         }
         let locality = crate::config::endpoint::Locality {
@@ -209,4 +205,66 @@ fn an_endpoint_update_keeps_the_connections_of_hosts_that_stay() {
         let pool = second.pick(&Wish::default(), None).unwrap().pool.clone();
         assert!(before.iter().any(|old| Rc::ptr_eq(old, &pool)));
     }
+}
+
+#[test]
+fn a_new_host_gets_a_tenth_of_its_share_at_first_under_every_policy_with_slow_start() {
+    for lb in [ROUND_ROBIN, LEAST_REQUEST] {
+        let mut fixture = fixture(lb, &[(0, 1, true), (0, 1, true)]);
+        fixture.cluster.slow_start = Some(SlowStart {
+            window: Duration::from_secs(100_000),
+            aggression: 1.0,
+            least: 0.1,
+        });
+        fixture.hosts[0].endpoint.state.since.store(0, Ordering::Relaxed);
+        fixture.balancer = Balancer::new(&fixture.cluster, &fixture.set, &fixture.hosts);
+        let counts = fixture.counts(22_000, &Wish::default());
+        assert!((1_500..2_600).contains(&counts[1]), "{lb}: {counts:?}");
+    }
+}
+
+#[test]
+fn the_slow_start_curve_rises_with_age_to_one_and_aggression_bends_it() {
+    let slow = |aggression| SlowStart {
+        window: Duration::from_secs(100),
+        aggression,
+        least: 0.1,
+    };
+    let at = |aggression, seconds| slow(aggression).factor(Duration::from_secs(seconds));
+    assert_eq!(
+        (at(1.0, 0), at(1.0, 50), at(1.0, 100), at(1.0, 900)),
+        (0.1, 0.5, 1.0, 1.0)
+    );
+    assert!((at(2.0, 25) - 0.5).abs() < 1e-12);
+}
+
+#[test]
+fn a_host_that_has_not_passed_its_active_checks_gets_nothing() {
+    let mut fixture = fixture(ROUND_ROBIN, &[(0, 1, true), (0, 1, true), (0, 1, true)]);
+    let message = serin_xds::pb::envoy::config::cluster::v3::Cluster {
+        name: "c".into(),
+        health_checks: vec![serin_xds::pb::envoy::config::core::v3::HealthCheck {
+            timeout: Some(serin_xds::pb::google::protobuf::Duration { seconds: 1, nanos: 0 }),
+            interval: Some(serin_xds::pb::google::protobuf::Duration { seconds: 1, nanos: 0 }),
+            unhealthy_threshold: Some(serin_xds::pb::google::protobuf::UInt32Value { value: 1 }),
+            healthy_threshold: Some(serin_xds::pb::google::protobuf::UInt32Value { value: 1 }),
+            health_checker: Some(
+                serin_xds::pb::envoy::config::core::v3::health_check::HealthChecker::TcpHealthCheck(
+                    Default::default(),
+                ),
+            ),
+            ..Default::default()
+        }],
+        ..Default::default()
+    };
+    fixture.cluster = Cluster::compile(&message, &mut Default::default(), None).unwrap();
+    for passed in [0, 2] {
+        fixture.hosts[passed]
+            .endpoint
+            .state
+            .failed_checks
+            .store(!1, Ordering::Relaxed);
+    }
+    fixture.balancer = Balancer::new(&fixture.cluster, &fixture.set, &fixture.hosts);
+    assert_eq!(fixture.counts(300, &Wish::default()), [150, 0, 150]);
 }

@@ -1,0 +1,220 @@
+//! Figures: processor time, instructions, system calls, latency, memory.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::process::Command;
+
+use crate::configs::{self, Kind, Setup};
+use crate::peers::{Backend, Peer, Tools, listening};
+
+/// The middle of some figures; 0 of none.
+pub(crate) fn median(figures: impl Iterator<Item = f64>) -> f64 {
+    let mut figures: Vec<f64> = figures.collect();
+    figures.sort_by(f64::total_cmp);
+    figures.get(figures.len() / 2).copied().unwrap_or_default()
+}
+
+/// One run of load against one proxy.
+pub(crate) struct Sample {
+    /// Microseconds of processor time per request.
+    pub(crate) user: f64,
+    pub(crate) kernel: f64,
+    /// Requests per second.
+    pub(crate) rate: f64,
+}
+
+impl Sample {
+    pub(crate) fn total(&self) -> f64 {
+        self.user + self.kernel
+    }
+
+    pub(crate) async fn take(peer: &Peer, load: &[&str], requests: usize, url: &str) -> anyhow::Result<Self> {
+        let before = ticks(peer.pid()?)?;
+        let rate = h2load(load, requests, url).await?;
+        let after = ticks(peer.pid()?)?;
+        // The kernel counts in hundredths of a second.
+        let micros = |after: u64, before: u64| (after - before) as f64 * 10_000.0 / requests as f64;
+        Ok(Self {
+            user: micros(after.0, before.0),
+            kernel: micros(after.1, before.1),
+            rate,
+        })
+    }
+}
+
+/// User and kernel time of a process, in ticks.
+fn ticks(pid: u32) -> anyhow::Result<(u64, u64)> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let after_name = stat.rsplit_once(')').context("/proc/pid/stat")?.1;
+    let mut fields = after_name.split_whitespace().skip(11).map(str::parse::<u64>);
+    match (fields.next(), fields.next()) {
+        (Some(Ok(user)), Some(Ok(kernel))) => Ok((user, kernel)),
+        _ => bail!("/proc/{pid}/stat cannot be read"),
+    }
+}
+
+/// Sends requests as fast as they are answered; requests per second. Every one must succeed.
+pub(crate) async fn h2load(load: &[&str], requests: usize, url: &str) -> anyhow::Result<f64> {
+    let output = Command::new("taskset")
+        .args(["-c", "1", "h2load", "-n", &requests.to_string()])
+        .args(load)
+        .arg(url)
+        .output()
+        .await
+        .context("h2load")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = |start: &str| text.lines().find(|line| line.starts_with(start)).map(str::to_owned);
+    let outcome = line("status codes:").context("h2load printed no status codes")?;
+    let good = outcome.split_whitespace().nth(2).unwrap_or_default().to_owned();
+    if good != requests.to_string() {
+        bail!("{url}: not every request was answered 2xx: {outcome}");
+    }
+    let finished = line("finished in").context("h2load printed no times")?;
+    finished
+        .split(", ")
+        .find_map(|part| part.strip_suffix(" req/s")?.parse().ok())
+        .context("h2load printed no rate")
+}
+
+/// Latencies of an open loop: p50, p99, p99.9 in milliseconds.
+pub(crate) async fn open_loop(serin: &Path, url: &str, rate: f64) -> anyhow::Result<Vec<String>> {
+    let output = Command::new("taskset")
+        .args(["-c", "1"])
+        .arg(serin)
+        .args(["load", url, "--rate", &format!("{rate:.0}"), "--duration", "10s", "-c", "32", "-o", "json"])
+        .output()
+        .await
+        .context("serin load")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let report: serde_json::Value = serde_json::from_str(&text)
+        .with_context(|| format!("serin load said: {text} {}", String::from_utf8_lossy(&output.stderr)))?;
+    let latency = find(&report, "latency_ms").or_else(|| find(&report, "latency")).unwrap_or(&report);
+    Ok(["p50", "p99", "p999"]
+        .iter()
+        .map(|key| {
+            let value = find(latency, key).or_else(|| find(latency, &key.replace("p999", "p99.9")));
+            value.and_then(serde_json::Value::as_f64).map_or_else(|| "-".into(), |value| format!("{value:.2}"))
+        })
+        .collect())
+}
+
+/// The first value of that key, however deep.
+fn find<'a>(value: &'a serde_json::Value, key: &str) -> Option<&'a serde_json::Value> {
+    match value {
+        serde_json::Value::Object(map) => map.get(key).or_else(|| map.values().find_map(|inner| find(inner, key))),
+        _ => None,
+    }
+}
+
+/// Kilobytes that an idle connection costs.
+pub(crate) async fn idle_connections(peer: &Peer, count: usize) -> anyhow::Result<f64> {
+    // What serving at all takes, code included, is not a connection's.
+    h2load(&["--h1", "-c", "1"], 500, &peer.url("/")).await?;
+    let before = peer.resident()?;
+    let mut open = Vec::with_capacity(count);
+    for _ in 0..count {
+        let mut stream = TcpStream::connect(("127.0.0.1", peer.port)).await?;
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: a\r\nUser-Agent: b\r\n\r\n").await?;
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"0123456789") {
+            if stream.read_buf(&mut answer).await? == 0 {
+                bail!("a connection was closed");
+            }
+        }
+        open.push(stream);
+    }
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    Ok((peer.resident()?.saturating_sub(before)) as f64 / count as f64)
+}
+
+/// System calls per request, by strace; a dash without it.
+pub(crate) async fn system_calls(tools: &Tools, kind: Kind, backend: &Backend) -> anyhow::Result<String> {
+    const REQUESTS: usize = 5_000;
+    let Some(peer) = Peer::start(tools, kind, Setup::Sidecar, backend).await? else {
+        return Ok("-".into());
+    };
+    h2load(&["--h1", "-c", "8"], 500, &peer.url("/")).await?;
+    let folder = tempfile::tempdir()?;
+    let report = folder.path().join("strace");
+    let strace = Command::new("strace")
+        .args(["-c", "-f", "-o"])
+        .arg(&report)
+        .args(["-p", &peer.pid()?.to_string()])
+        .stderr(std::process::Stdio::null())
+        .spawn();
+    let Ok(mut strace) = strace else {
+        eprintln!("SKIPPED: strace is not installed");
+        return Ok("-".into());
+    };
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    h2load(&["--h1", "-c", "8"], REQUESTS, &peer.url("/")).await?;
+    let pid = i32::try_from(strace.id().context("strace has ended")?)?;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGINT)?;
+    strace.wait().await?;
+    let text = std::fs::read_to_string(&report)?;
+    let mut parts = Vec::new();
+    for line in text.lines().skip(2) {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        if let (Some(name), Some(Ok(calls))) = (fields.last(), fields.get(3).map(|calls| calls.parse::<f64>())) {
+            let each = calls / REQUESTS as f64;
+            if each >= 0.05 && *name != "total" {
+                parts.push(format!("{each:.2} {name}"));
+            }
+        }
+    }
+    Ok(parts.join(", "))
+}
+
+/// Instructions per request of our proxy in user space, by callgrind; a dash without it.
+pub(crate) async fn instructions(tools: &Tools, backend: &Backend) -> anyhow::Result<String> {
+    const REQUESTS: usize = 3_000;
+    let folder = tempfile::tempdir()?;
+    let config = folder.path().join("proxy.yaml");
+    let out = folder.path().join("callgrind");
+    let ports = backend.ports().await?;
+    std::fs::write(&config, configs::text(Kind::Serin, Setup::Sidecar, &ports, ""))?;
+    let (program, args) = tools.command(Kind::Serin, &config).context("serin-proxy")?;
+    let child = Command::new("valgrind")
+        .args(["--tool=callgrind", "--instr-atstart=no"])
+        .arg(format!("--callgrind-out-file={}", out.display()))
+        .arg(program)
+        .args(args)
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .kill_on_drop(true)
+        .spawn();
+    let Ok(child) = child else {
+        eprintln!("SKIPPED: valgrind is not installed");
+        return Ok("-".into());
+    };
+    listening(ports.listen, Duration::from_secs(60)).await?;
+    let url = format!("http://127.0.0.1:{}/", ports.listen);
+    let pid = child.id().context("valgrind has ended")?.to_string();
+    let control = |arg: &'static str| {
+        let mut command = Command::new("callgrind_control");
+        match arg {
+            "-d" => command.args(["-d", &pid]),
+            state => command.args(["-i", state, &pid]),
+        };
+        command.output()
+    };
+    h2load(&["--h1", "-c", "8"], 500, &url).await?;
+    control("on").await?;
+    h2load(&["--h1", "-c", "8"], REQUESTS, &url).await?;
+    control("-d").await?;
+    for entry in std::fs::read_dir(folder.path())? {
+        let path = entry?.path();
+        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        let total = text.lines().find_map(|line| line.strip_prefix("totals: ").or(line.strip_prefix("summary: ")));
+        if let Some(Ok(total)) = total.map(|total| total.trim().parse::<f64>())
+            && total > 0.0
+        {
+            return Ok(format!("{:.0}", total / REQUESTS as f64));
+        }
+    }
+    bail!("callgrind wrote no totals")
+}

@@ -1,0 +1,195 @@
+//! Every secret that the proxy knows or waits for. Owned by the configuration store.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Weak};
+
+use prost::Message as _;
+use rustls_pki_types::UnixTime;
+use serin_xds::pb::envoy::config::core::v3 as core;
+use serin_xds::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
+
+use super::secret::{Kind, Secret, SecretSlot};
+use super::stats::TlsStats;
+use crate::error::Refusal;
+
+/// Which side a counter belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Side {
+    /// A listener's.
+    Listener,
+    /// A cluster's.
+    Cluster,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct SecretTable {
+    slots: HashMap<Box<str>, Arc<SecretSlot>>,
+    values: HashMap<Box<str>, Arc<Secret>>,
+    inline: Vec<Weak<SecretSlot>>,
+    stats: HashMap<(Side, Box<str>), Arc<TlsStats>>,
+}
+
+impl SecretTable {
+    /// The slot of a secret that a context refers to by name.
+    pub fn reference(&mut self, from: &tls::SdsSecretConfig, kind: Kind) -> Result<Arc<SecretSlot>, Refusal> {
+        use core::config_source::ConfigSourceSpecifier;
+        if from.name.is_empty() {
+            return Err(Refusal::new("name", "is missing"));
+        }
+        let discovered = match from.sds_config.as_ref() {
+            None => false,
+            Some(config) => match &config.config_source_specifier {
+                Some(ConfigSourceSpecifier::Ads(_)) => true,
+                _ => {
+                    return Err(Refusal::new(
+                        "sds_config",
+                        "secrets come with the other resources: use ads",
+                    ));
+                }
+            },
+        };
+        if let Some(slot) = self.slots.get(from.name.as_str()) {
+            return if slot.kind == kind {
+                Ok(slot.clone())
+            } else {
+                Err(Refusal::new(
+                    "name",
+                    format!(
+                        "the secret {} is in use as a {} elsewhere",
+                        from.name,
+                        slot.kind.field()
+                    ),
+                ))
+            };
+        }
+        let value = self.values.get(from.name.as_str()).cloned();
+        if let Some(value) = &value
+            && value.kind() != kind
+        {
+            return Err(Refusal::new(
+                "name",
+                format!(
+                    "the secret {} is a {}, not a {}",
+                    from.name,
+                    value.kind().field(),
+                    kind.field()
+                ),
+            ));
+        }
+        if value.is_none() && !discovered {
+            return Err(Refusal::new(
+                "name",
+                format!(
+                    "there is no static secret {}; without sds_config it must be one",
+                    from.name
+                ),
+            ));
+        }
+        let slot = Arc::new(SecretSlot::named(&from.name, kind, discovered));
+        if let Some(value) = value {
+            slot.set(value);
+        }
+        self.slots.insert(slot.name.clone(), slot.clone());
+        Ok(slot)
+    }
+
+    /// A slot for a secret that is part of a context.
+    pub fn inline(&mut self, message: tls::secret::Type) -> Result<Arc<SecretSlot>, Refusal> {
+        let secret = tls::Secret {
+            name: String::new(),
+            r#type: Some(message),
+        };
+        let slot = Arc::new(SecretSlot::inline(secret, UnixTime::now())?);
+        self.inline.retain(|slot| slot.strong_count() > 0);
+        self.inline.push(Arc::downgrade(&slot));
+        Ok(slot)
+    }
+
+    /// Takes a secret from the control plane. One that cannot be used is refused and the last good one stays.
+    pub fn put(&mut self, name: &str, body: &[u8]) -> Result<(), Refusal> {
+        let message = tls::Secret::decode(body)
+            .map_err(|error| Refusal::new("", format!("not a valid message: {error}")))?;
+        let secret = Arc::new(Secret::compile(&message, UnixTime::now())?);
+        if let Some(slot) = self.slots.get(name) {
+            if slot.kind != secret.kind() {
+                return Err(Refusal::new(
+                    secret.kind().field(),
+                    format!("{name} is in use as a {}", slot.kind.field()),
+                ));
+            }
+            slot.set(secret.clone());
+        }
+        self.values.insert(name.into(), secret);
+        Ok(())
+    }
+
+    /// A secret is gone: nothing new may use it, but whoever has it keeps it.
+    pub fn remove(&mut self, name: &str) {
+        self.values.remove(name);
+    }
+
+    /// Forgets slots that nobody refers to any more.
+    pub fn sweep(&mut self) {
+        let values = &mut self.values;
+        self.slots.retain(|name, slot| {
+            let keep = Arc::strong_count(slot) > 1;
+            if !keep && slot.discovered {
+                values.remove(name);
+            }
+            keep
+        });
+        self.inline.retain(|slot| slot.strong_count() > 0);
+    }
+
+    /// Names to ask the control plane for.
+    pub fn wanted(&self) -> BTreeSet<Arc<str>> {
+        self.slots
+            .values()
+            .filter(|slot| slot.discovered)
+            .map(|slot| Arc::from(&*slot.name))
+            .collect()
+    }
+
+    /// Whether any secret comes from files.
+    pub fn has_files(&self) -> bool {
+        self.inline
+            .iter()
+            .any(|slot| slot.upgrade().is_some_and(|slot| slot.has_files()))
+    }
+
+    /// Reads changed files again; returns what could not be used.
+    pub fn reload_files(&self) -> Vec<Refusal> {
+        let now = UnixTime::now();
+        self.inline
+            .iter()
+            .filter_map(Weak::upgrade)
+            .filter_map(|slot| slot.reload(now).err())
+            .collect()
+    }
+
+    /// The counters of that listener or cluster; the same for as long as the proxy runs.
+    pub fn stats(&mut self, side: Side, name: &str) -> Arc<TlsStats> {
+        self.stats.entry((side, name.into())).or_default().clone()
+    }
+
+    /// Every counter.
+    pub fn all_stats(&self) -> impl Iterator<Item = (Side, &str, &Arc<TlsStats>)> {
+        self.stats
+            .iter()
+            .map(|((side, name), stats)| (*side, &**name, stats))
+    }
+
+    /// Forgets the counters of what is gone.
+    pub fn forget(&mut self, side: Side, name: &str) {
+        self.stats.remove(&(side, Box::from(name)));
+    }
+
+    /// Everything that is in use, for admin output.
+    pub fn in_use(&self) -> impl Iterator<Item = Arc<SecretSlot>> + '_ {
+        self.slots
+            .values()
+            .cloned()
+            .chain(self.inline.iter().filter_map(Weak::upgrade))
+    }
+}

@@ -1,0 +1,241 @@
+//! The PROXY protocol's header, written and read. The format is HAProxy's `proxy-protocol.txt`.
+
+use std::net::{IpAddr, SocketAddr};
+
+use crate::config::transport_socket::ProxyVersion;
+
+/// What version 2 starts with.
+pub const SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
+/// The longest header of version 1.
+const MAX_V1: usize = 107;
+/// The longest header of version 2 that is read; the addresses take 36 bytes at most, the rest are TLVs.
+const MAX_V2: usize = 16 + 4096;
+
+/// The header for a connection between these two, or for one of our own.
+pub fn write(version: ProxyVersion, between: Option<(SocketAddr, SocketAddr)>) -> Vec<u8> {
+    let canonical = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
+    let between = between
+        .map(|(source, destination)| (canonical(source), canonical(destination)))
+        .filter(|(source, destination)| source.is_ipv4() == destination.is_ipv4());
+    match version {
+        ProxyVersion::V1 => match between {
+            Some((source, destination)) => format!(
+                "PROXY {} {} {} {} {}\r\n",
+                if source.is_ipv4() { "TCP4" } else { "TCP6" },
+                source.ip(),
+                destination.ip(),
+                source.port(),
+                destination.port()
+            )
+            .into_bytes(),
+            None => b"PROXY UNKNOWN\r\n".to_vec(),
+        },
+        ProxyVersion::V2 => {
+            let mut out = SIGNATURE.to_vec();
+            let Some((source, destination)) = between else {
+                // LOCAL: a connection of the proxy itself.
+                out.extend([0x20, 0x00, 0, 0]);
+                return out;
+            };
+            let mut addresses = Vec::with_capacity(36);
+            for address in [source.ip(), destination.ip()] {
+                match address {
+                    IpAddr::V4(address) => addresses.extend(address.octets()),
+                    IpAddr::V6(address) => addresses.extend(address.octets()),
+                }
+            }
+            addresses.extend(source.port().to_be_bytes());
+            addresses.extend(destination.port().to_be_bytes());
+            out.extend([0x21, if source.is_ipv4() { 0x11 } else { 0x21 }]);
+            out.extend((addresses.len() as u16).to_be_bytes());
+            out.extend(addresses);
+            out
+        }
+    }
+}
+
+/// What the first bytes of a connection say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Header {
+    /// A header of `length` bytes, from `source` to `destination`; neither for a connection of the sender itself.
+    Present {
+        /// Its version.
+        version: ProxyVersion,
+        /// Bytes to take off.
+        length: usize,
+        /// Who connected to whom.
+        between: Option<(SocketAddr, SocketAddr)>,
+    },
+    /// More bytes are needed.
+    Incomplete,
+    /// It starts otherwise.
+    Absent,
+    /// It starts like a header and is none.
+    Malformed,
+}
+
+/// Reads a header.
+pub fn read(bytes: &[u8]) -> Header {
+    let start = |prefix: &[u8]| bytes.starts_with(prefix) || prefix.starts_with(bytes);
+    if start(&SIGNATURE) {
+        read_v2(bytes)
+    } else if start(b"PROXY ") {
+        read_v1(bytes)
+    } else {
+        Header::Absent
+    }
+}
+
+fn read_v1(bytes: &[u8]) -> Header {
+    let window = &bytes[..bytes.len().min(MAX_V1)];
+    let Some(end) = window.windows(2).position(|pair| pair == b"\r\n") else {
+        return if bytes.len() >= MAX_V1 {
+            Header::Malformed
+        } else {
+            Header::Incomplete
+        };
+    };
+    let present = |between| Header::Present {
+        version: ProxyVersion::V1,
+        length: end + 2,
+        between,
+    };
+    let Ok(line) = std::str::from_utf8(&bytes[..end]) else {
+        return Header::Malformed;
+    };
+    let parts: Vec<&str> = line.split(' ').collect();
+    match parts.as_slice() {
+        ["PROXY", "UNKNOWN", ..] => present(None),
+        [
+            "PROXY",
+            family @ ("TCP4" | "TCP6"),
+            source,
+            destination,
+            source_port,
+            destination_port,
+        ] => {
+            let address = |ip: &str, port: &str| {
+                let ip: IpAddr = ip.parse().ok()?;
+                // No sign, no leading zeros.
+                let number: u16 = port
+                    .parse()
+                    .ok()
+                    .filter(|number: &u16| number.to_string() == port)?;
+                (ip.is_ipv4() == (*family == "TCP4")).then(|| SocketAddr::new(ip, number))
+            };
+            match (
+                address(source, source_port),
+                address(destination, destination_port),
+            ) {
+                (Some(source), Some(destination)) => present(Some((source, destination))),
+                _ => Header::Malformed,
+            }
+        }
+        _ => Header::Malformed,
+    }
+}
+
+fn read_v2(bytes: &[u8]) -> Header {
+    let Some(fixed) = bytes.get(12..16) else {
+        return Header::Incomplete;
+    };
+    let length = 16 + usize::from(u16::from_be_bytes([fixed[2], fixed[3]]));
+    if fixed[0] >> 4 != 2 || length > MAX_V2 {
+        return Header::Malformed;
+    }
+    let Some(rest) = bytes.get(16..length) else {
+        return Header::Incomplete;
+    };
+    let present = |between| Header::Present {
+        version: ProxyVersion::V2,
+        length,
+        between,
+    };
+    let port = |at: usize| u16::from_be_bytes([rest[at], rest[at + 1]]);
+    match (fixed[0] & 0x0f, fixed[1]) {
+        // LOCAL, whatever the family; or nothing known of the family.
+        (0, _) | (1, 0x00) => present(None),
+        (1, 0x11) if rest.len() >= 12 => {
+            let ip = |at: usize| IpAddr::from([rest[at], rest[at + 1], rest[at + 2], rest[at + 3]]);
+            present(Some((
+                SocketAddr::new(ip(0), port(8)),
+                SocketAddr::new(ip(4), port(10)),
+            )))
+        }
+        (1, 0x21) if rest.len() >= 36 => {
+            let ip = |at: usize| {
+                let mut octets = [0; 16];
+                octets.copy_from_slice(&rest[at..at + 16]);
+                IpAddr::from(octets)
+            };
+            present(Some((
+                SocketAddr::new(ip(0), port(32)),
+                SocketAddr::new(ip(16), port(34)),
+            )))
+        }
+        _ => Header::Malformed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn malformed_headers_are_told_from_absent_and_incomplete_ones() {
+        for (bytes, wanted) in [
+            (&b"GET / HTTP/1.1\r\n"[..], Header::Absent),
+            (b"PRO", Header::Incomplete),
+            (b"PROXY TCP4 1.1.1.1", Header::Incomplete),
+            (b"PROXY TCP4 1.1.1.1 2.2.2.2 1 070\r\n", Header::Malformed),
+            (b"PROXY TCP4 ::1 2.2.2.2 1 70\r\n", Header::Malformed),
+            (b"PROXY UDP4 1.1.1.1 2.2.2.2 1 70\r\n", Header::Malformed),
+            (b"\r\n\r\n\0\r\nQUIT\n", Header::Incomplete),
+            (b"\r\n\r\n\0\r\nQUIT\n\x31\x11\0\x0c", Header::Malformed),
+            (b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x01a", Header::Malformed),
+            (b"\r\n\r\n\0\r\nQUIT\n\x21\x11\xff\xff", Header::Malformed),
+        ] {
+            assert_eq!(read(bytes), wanted, "{bytes:?}");
+        }
+        assert_eq!(read(&[&b"PROXY "[..], &[b'x'; 200]].concat()), Header::Malformed);
+        assert!(matches!(
+            read(b"PROXY UNKNOWN\r\nGET"),
+            Header::Present {
+                length: 15,
+                between: None,
+                ..
+            }
+        ));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(128))]
+        #[test]
+        fn what_is_written_is_read(a: [u8; 16], b: [u8; 16], v4: bool, v2: bool, ports: (u16, u16), local: bool) {
+            let ip = |octets: [u8; 16]| if v4 {
+                IpAddr::from([octets[0], octets[1], octets[2], octets[3]])
+            } else {
+                IpAddr::from(octets)
+            };
+            let between = (!local).then(|| (SocketAddr::new(ip(a), ports.0), SocketAddr::new(ip(b), ports.1)));
+            // Mapped addresses are written as what they are.
+            prop_assume!(between.is_none_or(|(a, b)| v4 || (a.ip().to_canonical().is_ipv6() && b.ip().to_canonical().is_ipv6())));
+            let version = if v2 { ProxyVersion::V2 } else { ProxyVersion::V1 };
+            let written = write(version, between);
+            for end in 0..written.len() {
+                prop_assert_eq!(read(&written[..end]), Header::Incomplete);
+            }
+            let length = written.len();
+            let more = [&written[..], b"GET"].concat();
+            prop_assert_eq!(read(&more), Header::Present { version, length, between });
+        }
+
+        #[test]
+        fn any_bytes_are_read_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..80), dress in any::<bool>()) {
+            let bytes = if dress { [&SIGNATURE[..], &bytes].concat() } else { bytes };
+            let _ = read(&bytes);
+        }
+    }
+}

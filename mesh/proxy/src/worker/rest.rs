@@ -1,0 +1,72 @@
+//! When a downstream connection that is served should be taken from hyper: to end, or to rest.
+
+use std::time::Duration;
+
+use super::DrainPhase;
+use super::http::Downstream;
+
+/// Quiet for this long, an HTTP/1 connection is parked: long enough that clients which ask every second never are.
+const PARK_AFTER: Duration = Duration::from_secs(2);
+/// How often a connection of a retired chain, or with an age limit, is looked at.
+const LOOK: Duration = Duration::from_secs(1);
+/// Looked at at least this often without an idle limit.
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// What should become of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// Finish what runs, then close.
+    Finish,
+    /// Close now.
+    Abort,
+    /// Nothing happens on it: hyper's state and buffers can be given back until something does.
+    Park,
+}
+
+/// Waits until the connection should end or rest: idle for too long, drained, replaced, too old; quiet, if it
+/// `may_park`.
+pub(super) async fn wait_for_end(conn: &Downstream, may_park: bool) -> End {
+    loop {
+        let told = conn.finishing.get();
+        if conn.worker.phase() == DrainPhase::Closing && !told {
+            conn.finishing.set(true);
+            return End::Finish;
+        }
+        // Looked at when it may be due, so that an active connection costs few timers.
+        let mut wait = idle_left(conn).max(LOOK);
+        if may_park {
+            wait = wait.min(PARK_AFTER);
+        }
+        tokio::select! {
+            () = conn.worker.phase_changed() => {
+                // While clients are only discouraged they are told with the next response; idle connections are left
+                // alone, because a request may already be on its way. The closing phase is looked at above.
+            }
+            () = conn.finish.notified() => return End::Finish,
+            () = tokio::time::sleep(wait) => {
+                if conn.running.get() > 0 {
+                    continue;
+                }
+                let quiet = conn.last_used.get().elapsed();
+                if conn.manager.idle_timeout.is_some_and(|idle| quiet >= idle) {
+                    return if told { End::Abort } else {
+                        conn.finishing.set(true);
+                        End::Finish
+                    };
+                }
+                if may_park && !told && quiet >= PARK_AFTER && conn.gate.at_rest() {
+                    return End::Park;
+                }
+            }
+        }
+    }
+}
+
+/// How long the connection may still be idle.
+pub(super) fn idle_left(conn: &Downstream) -> Duration {
+    match conn.manager.idle_timeout {
+        Some(idle) if conn.running.get() == 0 => idle.saturating_sub(conn.last_used.get().elapsed()),
+        Some(idle) => idle,
+        None => HOUR,
+    }
+}
