@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use serin_simulation::contest::{ERRORS_DEFAULT, OTHER_RUNS, of_errors, of_latency};
+use serin_simulation::contest::{ERRORS_STRICT, OTHER_RUNS, of_errors, of_latency};
 use serin_simulation::report::{Result as Measured, goals, page};
 use serin_simulation::run::contest;
 use serin_simulation::scenario::{Scenario, healthy, latencies, regressions};
@@ -81,7 +81,7 @@ fn main() -> Result<()> {
     )?;
     let plain = healthy.first().and_then(|result| {
         let mut tallies = result.tallies.iter();
-        tallies.find(|tally| tally.name == ERRORS_DEFAULT)
+        tallies.find(|tally| tally.name == ERRORS_STRICT)
     });
     if let Some(plain) = plain {
         write("false-rollbacks-by-looks.svg", &plots::against_looks(plain).svg())?;
