@@ -4,14 +4,12 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use serin_simulation::contest::{ERRORS_DEFAULT, of_errors, of_latency};
+use serin_simulation::contest::{ERRORS_STRICT, OTHER_RUNS, of_errors, of_latency};
 use serin_simulation::report::{Result as Measured, goals, page};
 use serin_simulation::run::contest;
 use serin_simulation::scenario::{Scenario, healthy, latencies, regressions};
 use serin_simulation::{contest::Entry, plots};
 
-/// Runs per regression: medians need fewer than rare false alarms do.
-const REGRESSION_RUNS: u64 = 2000;
 /// Runs per point of a figure.
 const FIGURE_RUNS: u64 = 400;
 
@@ -54,9 +52,9 @@ fn main() -> Result<()> {
             })
             .collect()
     };
-    let healthy = measure(healthy(), &of_errors(), REGRESSION_RUNS);
-    let regressions = measure(regressions(), &of_errors(), REGRESSION_RUNS);
-    let latencies = measure(latencies(), &of_latency(), REGRESSION_RUNS);
+    let healthy = measure(healthy(), &of_errors(), OTHER_RUNS);
+    let regressions = measure(regressions(), &of_errors(), OTHER_RUNS);
+    let latencies = measure(latencies(), &of_latency(), OTHER_RUNS);
     let text = page(arguments.runs, &healthy, &regressions, &latencies);
     print!("{text}");
     let missed = goals(&healthy, &regressions, &latencies)
@@ -83,7 +81,7 @@ fn main() -> Result<()> {
     )?;
     let plain = healthy.first().and_then(|result| {
         let mut tallies = result.tallies.iter();
-        tallies.find(|tally| tally.name == ERRORS_DEFAULT)
+        tallies.find(|tally| tally.name == ERRORS_STRICT)
     });
     if let Some(plain) = plain {
         write("false-rollbacks-by-looks.svg", &plots::against_looks(plain).svg())?;
