@@ -47,7 +47,7 @@ pub(crate) fn build_tree(data: &[u8]) {
         };
     }
     let options = Options {
-        load_restrictor: if data.len() % 2 == 0 {
+        load_restrictor: if data.len().is_multiple_of(2) {
             LoadRestrictor::None
         } else {
             LoadRestrictor::RootOnly
@@ -62,8 +62,8 @@ pub(crate) fn build_tree(data: &[u8]) {
             max_steps: 300_000,
             document: limits(),
         },
-        origin: data.len() % 3 == 0,
-        trace: data.len() % 5 == 0,
+        origin: data.len().is_multiple_of(3),
+        trace: data.len().is_multiple_of(5),
         ..Options::default()
     };
     let once = build(&tree, "", &options).map(|built| built.to_yaml());

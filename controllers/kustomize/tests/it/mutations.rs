@@ -63,13 +63,10 @@ fn mutate(seed: &str, other: &str, random: &mut Random) -> Vec<u8> {
         match random.below(9) {
             0 => drop(lines.remove(at)),
             1 => lines.insert(at, lines[random.below(lines.len())].clone()),
-            2 => lines.insert(
-                at,
-                others
-                    .get(random.below(others.len()))
-                    .unwrap_or(&"x\n")
-                    .to_string(),
-            ),
+            2 => {
+                let taken = others.get(random.below(others.len())).copied().unwrap_or("x\n");
+                lines.insert(at, taken.to_owned());
+            }
             3 => {
                 let to = random.below(lines.len());
                 lines.swap(at, to);
