@@ -90,7 +90,8 @@ fn essence(snapshot: &Value) -> Value {
         .into_iter()
         .flatten()
         .map(|object| {
-            json!({"image": object["image"], "annotations": object["annotations"], "replicas": object["spec.replicas"],
+            let annotations = object["annotations"].as_object().cloned().unwrap_or_default();
+            json!({"image": object["image"], "annotations": annotations, "replicas": object["spec.replicas"],
                    "status": numbers(&object["status"], &["replicas", "fullyLabeledReplicas", "readyReplicas",
                         "availableReplicas", "terminatingReplicas"])})
         })
