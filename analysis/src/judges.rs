@@ -227,6 +227,15 @@ impl State {
         }
     }
 
+    const fn log_peak(&self) -> f64 {
+        match self {
+            Self::Errors(errors) => errors.test().log_peak(),
+            Self::Latency(latency) => latency.test().log_peak(),
+            Self::Distribution(distribution) => distribution.log_peak(),
+            Self::Guard(guard) => guard.log_peak(),
+        }
+    }
+
     const fn fits(&self, kind: Kind) -> bool {
         matches!(
             (self, kind),
@@ -410,6 +419,14 @@ impl Judges {
         self.warmth.is_warm()
     }
 
+    /// Whether [`Judges::verdict`] would be bad, without its sentences: for those who look at thousands a second.
+    pub fn is_bad(&self, options: &Options) -> bool {
+        let reached = |peak: f64, alpha: f64| peak >= (1.0 / alpha).ln();
+        let mut metrics = options.metrics.iter().zip(&self.states);
+        reached(self.peak, options.alpha)
+            || metrics.any(|(metric, (_, state))| reached(state.log_peak(), options.alpha_of(metric)))
+    }
+
     /// The verdict on the release so far. `Bad` is final.
     pub fn verdict(&self, options: &Options) -> Combined {
         let metrics: Vec<MetricVerdict> = options
@@ -432,6 +449,11 @@ impl Judges {
             })
             .collect();
         let mut combined = combine(metrics, options.on_no_data, options.on_provider_error);
+        if let Verdict::Undecided { evidence, .. } = &mut combined.verdict
+            && let Some(text) = warmth::too_little(self.totals.canary, self.totals.primary)
+        {
+            evidence.explanation = text;
+        }
         let bound = 1.0 / options.alpha;
         if combined.verdict.is_bad() {
             // Each metric promises its share; together they promise the whole.
@@ -538,6 +560,23 @@ mod tests {
             .collect();
         assert_eq!(alphas, [("errors", 0.0075), ("latency-p99", 0.0025)]);
         assert_eq!(options.tolerance, 1.5);
+    }
+
+    #[test]
+    fn with_a_handful_of_requests_it_says_that_they_are_too_few() {
+        let options = Options {
+            metrics: vec![Metric::by_name("errors").unwrap()],
+            ..Options::default()
+        };
+        let mut judges = Judges::default();
+        judges.observe(&sample(0, counts(3, 0), counts(90, 1)), 10.0, &options);
+        let verdict = judges.verdict(&options).verdict;
+        assert_eq!(verdict.word(), "undecided");
+        assert!(
+            verdict.explanation().starts_with("only 3 requests to the canary"),
+            "{}",
+            verdict.explanation()
+        );
     }
 
     #[test]

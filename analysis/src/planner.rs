@@ -39,6 +39,14 @@ pub const RATIO_DEFAULT: f64 = 4.0;
 /// A primary without errors is planned for as if it failed this often: nothing can be planned with nothing.
 pub const ERROR_RATE_MIN: f64 = 1e-4;
 
+/// A canary's error rate that is worth finding however few errors the primary has.
+pub const ERROR_RATE_WORTH_FINDING: f64 = 0.01;
+
+/// The ratio to plan for: what is asked for, and more where the primary has so few errors that this would still be few.
+pub fn ratio_worth_finding(error_rate: f64, ratio: f64) -> f64 {
+    ratio.max(ERROR_RATE_WORTH_FINDING / error_rate.max(ERROR_RATE_MIN))
+}
+
 impl Traffic {
     fn canary_per_second(&self) -> f64 {
         self.requests_per_second * self.share.clamp(0.0, 1.0)
@@ -135,28 +143,27 @@ pub fn plan(
         .collect()
 }
 
-/// A sentence of warning when no step, for as long as the ladder goes, finds the regression of the goal; evidence adds up
-/// over the steps. `None` when it is found.
+/// A sentence of warning when the ladder as a whole is too short to find the regression of the goal; evidence adds up over
+/// the steps. `None` when it is found.
 pub fn warning(
     steps: &[StepPlan],
     requests_per_second: f64,
+    error_rate: f64,
     interval_seconds: f64,
     goal: &Goal,
 ) -> Option<String> {
     let judged: Vec<&StepPlan> = steps.iter().filter(|step| step.weight_percent < 100.0).collect();
     let progress: f64 = judged
         .iter()
-        .map(|step| {
-            step.seconds_to_find
-                .map_or(0.0, |needed| interval_seconds / needed)
-        })
+        .filter_map(|step| step.seconds_to_find)
+        .map(|needed| interval_seconds / needed)
         .sum();
     if progress >= 1.0 {
         return None;
     }
-    let ratio = text::short(goal.ratio);
     let traffic = text::short(requests_per_second);
     let interval = text::seconds(interval_seconds);
+    let percent = |ratio: f64| text::short((100.0 * ratio * error_rate.max(ERROR_RATE_MIN)).min(100.0));
     let needed = judged
         .iter()
         .filter_map(|step| step.seconds_to_find)
@@ -166,15 +173,18 @@ pub fn warning(
         .filter_map(|step| step.smallest_ratio)
         .reduce(f64::min);
     let advice = match needed {
-        Some(needed) => format!("it needs about {} at the highest weight", text::seconds(needed)),
-        None => "no interval does at this traffic".to_owned(),
+        Some(needed) => format!("that takes about {} at the highest weight", text::seconds(needed)),
+        None => "no interval is long enough at this traffic".to_owned(),
     };
     let finds = match found {
-        Some(ratio) => format!("one step finds {} times as many", text::short(ratio)),
+        Some(ratio) => format!("one step finds {} %", percent(ratio)),
         None => "one step finds nothing at all".to_owned(),
     };
     Some(format!(
-        "at {traffic} requests/s, steps of {interval} are too short to find {ratio} times the primary's errors: {advice}; {finds}"
+        "at {traffic} requests/s, steps of {interval} are too short to find an error rate of {} % where the primary's is {} %: \
+         {advice}; {finds}",
+        percent(goal.ratio),
+        text::short(100.0 * error_rate),
     ))
 }
 
@@ -259,10 +269,10 @@ mod tests {
     fn an_interval_that_can_find_nothing_is_warned_of() {
         let weights = [5.0, 20.0];
         let steps = plan(5.0, 0.001, &weights, 10.0, &GOAL);
-        let warning = warning(&steps, 5.0, 10.0, &GOAL).unwrap();
+        let warning = warning(&steps, 5.0, 0.001, 10.0, &GOAL).unwrap();
         assert!(
             warning.starts_with(
-                "at 5 requests/s, steps of 10 s are too short to find 5 times the primary's errors"
+                "at 5 requests/s, steps of 10 s are too short to find an error rate of 0.5 % where the primary's is 0.1 %"
             ),
             "{warning}"
         );
@@ -271,7 +281,7 @@ mod tests {
     #[test]
     fn an_interval_that_is_long_enough_is_not_warned_of() {
         let steps = plan(1000.0, 0.001, &[10.0, 50.0], 60.0, &GOAL);
-        assert_eq!(warning(&steps, 1000.0, 60.0, &GOAL), None);
+        assert_eq!(warning(&steps, 1000.0, 0.001, 60.0, &GOAL), None);
         assert!(steps[0].smallest_ratio.unwrap() < 5.0);
         assert!(
             steps[1].seconds_to_find < steps[0].seconds_to_find,

@@ -52,67 +52,74 @@ impl Duration {
     /// The length of time, by the rules of Go's `time.ParseDuration` for durations that are not negative: a sequence of
     /// decimal numbers, each with a unit out of `ns us µs ms s m h`; a lone `0` is allowed.
     pub fn parse(&self) -> Result<std::time::Duration, DurationError> {
-        let error = || DurationError { text: self.0.clone() };
-        let mut rest = self.0.strip_prefix('+').unwrap_or(&self.0);
-        if rest == "0" {
-            return Ok(std::time::Duration::ZERO);
-        }
-        if rest.is_empty() {
-            return Err(error());
-        }
-        let mut total_ns: u128 = 0;
-        while !rest.is_empty() {
-            let digits = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(error)?;
-            let whole = &rest[..digits];
-            rest = &rest[digits..];
-            let mut fraction = "";
-            if let Some(after) = rest.strip_prefix('.') {
-                let end = after.find(|c: char| !c.is_ascii_digit()).ok_or_else(error)?;
-                fraction = &after[..end];
-                rest = &after[end..];
-            }
-            if whole.is_empty() && fraction.is_empty() {
-                return Err(error());
-            }
-            let unit_end = rest
-                .find(|c: char| c == '.' || c.is_ascii_digit())
-                .unwrap_or(rest.len());
-            let unit_ns: u128 = match &rest[..unit_end] {
-                "ns" => 1,
-                "us" | "µs" | "μs" => 1_000,
-                "ms" => 1_000_000,
-                "s" => 1_000_000_000,
-                "m" => 60_000_000_000,
-                "h" => 3_600_000_000_000,
-                _ => return Err(error()),
-            };
-            rest = &rest[unit_end..];
-            let whole: u128 = if whole.is_empty() {
-                0
-            } else {
-                whole.parse().map_err(|_| error())?
-            };
-            total_ns = whole
-                .checked_mul(unit_ns)
-                .and_then(|ns| total_ns.checked_add(ns))
-                .ok_or_else(error)?;
-            let mut scale = unit_ns;
-            for digit in fraction.bytes() {
-                scale /= 10;
-                total_ns += u128::from(digit - b'0') * scale;
-            }
-        }
-        // Go's durations end at i64::MAX nanoseconds (292 years).
-        match i64::try_from(total_ns) {
-            Ok(ns) => Ok(std::time::Duration::from_nanos(ns.unsigned_abs())),
-            Err(_) => Err(error()),
-        }
+        parse_duration(&self.0)
     }
 
     /// The length of time, or `default` when the text cannot be parsed. For places where the schema has already
     /// refused what cannot be parsed.
     pub fn parse_or(&self, default: std::time::Duration) -> std::time::Duration {
         self.parse().unwrap_or(default)
+    }
+}
+
+/// Go's `time.ParseDuration`, for durations that are not negative.
+pub(crate) fn parse_duration(text: &str) -> Result<std::time::Duration, DurationError> {
+    let error = || DurationError {
+        text: text.to_owned(),
+    };
+    let mut rest = text.strip_prefix('+').unwrap_or(text);
+    if rest == "0" {
+        return Ok(std::time::Duration::ZERO);
+    }
+    if rest.is_empty() {
+        return Err(error());
+    }
+    let mut total_ns: u128 = 0;
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(error)?;
+        let whole = &rest[..digits];
+        rest = &rest[digits..];
+        let mut fraction = "";
+        if let Some(after) = rest.strip_prefix('.') {
+            let end = after.find(|c: char| !c.is_ascii_digit()).ok_or_else(error)?;
+            fraction = &after[..end];
+            rest = &after[end..];
+        }
+        if whole.is_empty() && fraction.is_empty() {
+            return Err(error());
+        }
+        let unit_end = rest
+            .find(|c: char| c == '.' || c.is_ascii_digit())
+            .unwrap_or(rest.len());
+        let unit_ns: u128 = match &rest[..unit_end] {
+            "ns" => 1,
+            "us" | "µs" | "μs" => 1_000,
+            "ms" => 1_000_000,
+            "s" => 1_000_000_000,
+            "m" => 60_000_000_000,
+            "h" => 3_600_000_000_000,
+            _ => return Err(error()),
+        };
+        rest = &rest[unit_end..];
+        let whole: u128 = if whole.is_empty() {
+            0
+        } else {
+            whole.parse().map_err(|_| error())?
+        };
+        total_ns = whole
+            .checked_mul(unit_ns)
+            .and_then(|ns| total_ns.checked_add(ns))
+            .ok_or_else(error)?;
+        let mut scale = unit_ns;
+        for digit in fraction.bytes() {
+            scale /= 10;
+            total_ns += u128::from(digit - b'0') * scale;
+        }
+    }
+    // Go's durations end at i64::MAX nanoseconds (292 years).
+    match i64::try_from(total_ns) {
+        Ok(ns) => Ok(std::time::Duration::from_nanos(ns.unsigned_abs())),
+        Err(_) => Err(error()),
     }
 }
 

@@ -196,6 +196,27 @@ impl Api {
         }
     }
 
+    /// Pods and events of all namespaces, for a test that failed.
+    pub(crate) fn story(&self) -> String {
+        let mut lines = Vec::new();
+        for pod in self.list("Pod", "") {
+            lines.push(format!(
+                "pod {}/{} deleted {} {}",
+                pod["metadata"]["namespace"],
+                pod["metadata"]["name"],
+                pod["metadata"]["deletionTimestamp"],
+                pod["status"]
+            ));
+        }
+        for event in self.list("Event", "") {
+            lines.push(format!(
+                "event {} {} {}: {}",
+                event["lastTimestamp"], event["involvedObject"]["name"], event["reason"], event["message"]
+            ));
+        }
+        lines.join("\n")
+    }
+
     /// Shows the events of a watch to `done` until it says so.
     fn watch(&self, path: &str, end: Instant, mut done: impl FnMut(&Value) -> bool) -> Result<(), String> {
         let stream = loop {

@@ -157,7 +157,7 @@ impl TestCluster {
         let text =
             std::fs::read_to_string(self.inside(&self.directory().join("server.log"))).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
-        lines[lines.len().saturating_sub(40)..].join("\n")
+        lines[lines.len().saturating_sub(80)..].join("\n")
     }
 
     /// Runs kubectl against it; `None`, loudly, where there is no kubectl.
@@ -254,10 +254,26 @@ impl TestCluster {
     }
 }
 
+impl TestCluster {
+    /// Its processes whose command line has an argument that ends so: `server`, `node`, `shim`, `serin-proxy`.
+    pub(crate) fn processes_with(&self, word: &str) -> Vec<u32> {
+        let has = |pid: &u32| {
+            std::fs::read(format!("/proc/{pid}/cmdline"))
+                .unwrap_or_default()
+                .split(|byte| *byte == 0)
+                .any(|argument| argument.ends_with(word.as_bytes()))
+        };
+        self.processes().into_iter().filter(has).collect()
+    }
+}
+
 impl Drop for TestCluster {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("server log of the failed test:\n{}", self.log());
+            // A server that does not answer must not hide what failed.
+            let told = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.api().story()));
+            eprintln!("{}", told.unwrap_or_default());
         }
         let _ = self.try_serin(&["down", "--purge"]);
     }

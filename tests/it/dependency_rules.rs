@@ -12,9 +12,16 @@ const RULES: &[(&str, &[&str])] = &[
     ("serin-kit", &["serin-crds"]),
     ("serin-manifests", &[]),
     ("serin-kustomize", &["serin-manifests"]),
+    ("serin-sops", &["serin-manifests"]),
     (
         "serin-gitops",
-        &["serin-kustomize", "serin-manifests", "serin-kit", "serin-crds"],
+        &[
+            "serin-kustomize",
+            "serin-sops",
+            "serin-manifests",
+            "serin-kit",
+            "serin-crds",
+        ],
     ),
     (
         "serin-canary",
@@ -41,7 +48,7 @@ const RULES: &[(&str, &[&str])] = &[
 const SOLE_IMPORTERS: &[(&str, &str)] = &[("envoy-types", "serin-xds"), ("git2", "serin-gitops")];
 
 /// Crates in which nothing may reach for a network, a clock or an executor.
-const PURE: &[&str] = &["serin-manifests", "serin-kustomize", "serin-model"];
+const PURE: &[&str] = &["serin-manifests", "serin-kustomize", "serin-sops", "serin-model"];
 const IMPURE_LIBRARIES: &[&str] = &["tokio", "hyper", "reqwest", "kube", "tonic", "git2", "notify"];
 
 fn root() -> &'static Path {

@@ -15,12 +15,11 @@ const ANSWER: Duration = Duration::from_secs(20);
 pub(crate) fn get(port: u16, host: &str, path: &str, headers: &[&str]) -> (u16, String, String) {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("connect to the gateway");
     stream.set_read_timeout(Some(ANSWER)).unwrap();
-    let headers: String = headers.iter().map(|header| format!("{header}\r\n")).collect();
-    write!(
-        stream,
-        "GET {path} HTTP/1.1\r\nhost: {host}\r\n{headers}connection: close\r\n\r\n"
-    )
-    .unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: {host}\r\n").unwrap();
+    for header in headers {
+        write!(stream, "{header}\r\n").unwrap();
+    }
+    write!(stream, "connection: close\r\n\r\n").unwrap();
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes).expect("read the answer");
     let text = String::from_utf8_lossy(&bytes);

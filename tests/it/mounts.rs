@@ -1,5 +1,6 @@
 //! Small file systems in a mount namespace of their own, which are gone with the process that holds it.
 
+use std::fmt::Write as _;
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -14,10 +15,11 @@ impl Mounts {
     pub(crate) fn new(directories: &[PathBuf], megabytes: u32) -> Self {
         let mut script = String::from("set -e\n");
         for directory in directories {
-            script.push_str(&format!(
-                "mkdir -p '{0}'\nmount -t tmpfs -o size={megabytes}m,mode=700 tmpfs '{0}'\n",
+            let _ = writeln!(
+                script,
+                "mkdir -p '{0}'\nmount -t tmpfs -o size={megabytes}m,mode=700 tmpfs '{0}'",
                 directory.display()
-            ));
+            );
         }
         script.push_str("echo mounted\nexec cat\n");
         // Ends when its standard input does, that is with this process at the latest.

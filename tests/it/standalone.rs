@@ -1,5 +1,8 @@
 //! `serin up`, `kill -9`, `serin down`, and kubectl, with real processes and namespaces.
 
+use std::io::{Read as _, Write as _};
+use std::process::Command;
+
 use serde_json::Value;
 
 use crate::api::is;
@@ -122,17 +125,6 @@ fn pods_outlive_a_killed_server_and_nothing_outlives_down() {
     );
 }
 
-/// Processes of the cluster whose command line has this word.
-fn processes_with(cluster: &TestCluster, word: &str) -> Vec<u32> {
-    let has = |pid: &u32| {
-        std::fs::read(format!("/proc/{pid}/cmdline"))
-            .unwrap_or_default()
-            .split(|byte| *byte == 0)
-            .any(|argument| argument.ends_with(word.as_bytes()))
-    };
-    cluster.processes().into_iter().filter(has).collect()
-}
-
 #[test]
 fn whatever_of_a_cluster_was_killed_down_leaves_nothing() {
     let Some(cluster) = TestCluster::new() else { return };
@@ -155,7 +147,7 @@ fn whatever_of_a_cluster_was_killed_down_leaves_nothing() {
             |gateway| is(gateway, "Available", "True"),
         );
         let victims = killed.iter().map(|word| {
-            let found = processes_with(&cluster, word);
+            let found = cluster.processes_with(word);
             assert!(!found.is_empty(), "there is a {word}");
             found
         });
@@ -267,4 +259,110 @@ fn an_image_that_nobody_knows_is_said_to_be_missing_with_the_remedy() {
         "podinfo",
     ]);
     cluster.serin(&["wait", "pod/lost", "--for=ready", "--timeout", "60s"]);
+}
+
+/// `POST` to an address on this machine; the status code of the answer.
+fn post(address: &str, path: &str, headers: &str, body: &str) -> String {
+    let mut stream = std::net::TcpStream::connect(address.trim_start_matches("http://")).unwrap();
+    stream
+        .set_read_timeout(Some(std::time::Duration::from_secs(20)))
+        .unwrap();
+    write!(
+        stream,
+        "POST {path} HTTP/1.1\r\nHost: hooks\r\nConnection: close\r\nContent-Length: {}\r\n{headers}\r\n{body}",
+        body.len()
+    )
+    .unwrap();
+    let mut answer = String::new();
+    let _ = stream.read_to_string(&mut answer);
+    answer.split(' ').nth(1).unwrap_or("no answer").to_owned()
+}
+
+/// `X-Signature` of a body under the token `t0ken`, by the system's openssl.
+fn signature(body: &str) -> Option<String> {
+    let mut child = Command::new("openssl")
+        .args(["dgst", "-sha256", "-hmac", "t0ken", "-r"])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .ok()?;
+    child.stdin.take()?.write_all(body.as_bytes()).ok()?;
+    let output = child.wait_with_output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    Some(format!(
+        "X-Signature: sha256={}\r\n",
+        text.split_whitespace().next()?
+    ))
+}
+
+#[test]
+fn a_signed_webhook_at_the_port_of_the_cluster_makes_a_source_look_at_once() {
+    let Some(cluster) = TestCluster::new() else { return };
+    let Some(signed) = signature("{}") else {
+        eprintln!("SKIPPED: openssl is not here");
+        return;
+    };
+    let repository = tempfile::tempdir().unwrap();
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git")
+            .args(["-c", "user.name=t", "-c", "user.email=t@example.com"])
+            .args(arguments)
+            .current_dir(repository.path())
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    };
+    git(&["init", "-q", "-b", "main"]);
+    std::fs::write(
+        repository.path().join("a.yaml"),
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: a, namespace: default}\n",
+    )
+    .unwrap();
+    git(&["add", "."]);
+    git(&["commit", "-q", "-m", "one"]);
+    cluster.up();
+    let manifests = format!(
+        "apiVersion: v1\nkind: Secret\nmetadata: {{name: hook, namespace: default}}\nstringData: {{token: t0ken}}\n---\n\
+         apiVersion: source.toolkit.fluxcd.io/v1\nkind: GitRepository\nmetadata: {{name: app, namespace: default}}\nspec: {{interval: 1h, url: '{}', ref: {{branch: main}}}}\n---\n\
+         apiVersion: notification.toolkit.fluxcd.io/v1\nkind: Receiver\nmetadata: {{name: hook, namespace: default}}\nspec: {{type: generic-hmac, secretRef: {{name: hook}}, resources: [{{kind: GitRepository, name: app}}]}}\n",
+        repository.path().display()
+    );
+    if cluster
+        .kubectl_ok(&["apply", "-f", "-"], Some(&manifests))
+        .is_none()
+    {
+        return;
+    }
+    let ok = |arguments: &[&str]| cluster.kubectl_ok(arguments, None).unwrap();
+    for object in ["receiver/hook", "gitrepository/app"] {
+        ok(&["wait", "--for=condition=Ready", object, "--timeout=30s"]);
+    }
+    let path = ok(&["get", "receiver", "hook", "-o", "jsonpath={.status.webhookPath}"]);
+    let status: Value = serde_json::from_str(&cluster.serin(&["status", "-o", "json"])).unwrap();
+    let address = status["webhooks"]
+        .as_str()
+        .expect("the status tells the address")
+        .to_owned();
+
+    assert_eq!(post(&address, &path, "X-Signature: sha256=00\r\n", "{}"), "400");
+    assert_eq!(post(&address, "/hook/nobody", &signed, "{}"), "404");
+    assert_eq!(post(&address, &path, &signed, "{}"), "200");
+    let requested = ok(&[
+        "get",
+        "gitrepository",
+        "app",
+        "-o",
+        "jsonpath={.metadata.annotations.reconcile\\.fluxcd\\.io/requestedAt}",
+    ]);
+    assert!(!requested.is_empty(), "the call asks the source to look");
+    ok(&[
+        "wait",
+        &format!("--for=jsonpath={{.status.lastHandledReconcileAt}}={requested}"),
+        "gitrepository/app",
+        "--timeout=30s",
+    ]);
 }

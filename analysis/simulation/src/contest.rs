@@ -1,7 +1,8 @@
 //! Who takes part: Serin's judges and the rules of others.
 
-use serin_analysis::Sample;
-use serin_analysis::judge::comparison::{Comparison, Options};
+use serin_analysis::judge::errors::{self, Errors};
+use serin_analysis::judges::Metric as JudgedMetric;
+use serin_analysis::{ErrorClass, Judges, Sample, judges};
 
 use crate::rules::argo::Argo;
 use crate::rules::flagger::Flagger;
@@ -43,28 +44,47 @@ pub struct Entry {
     pub make: fn() -> Box<dyn Contestant>,
 }
 
-struct Errors {
-    judge: Comparison,
-    options: Options,
+/// The comparison of errors alone.
+struct OfErrors {
+    judge: Errors,
+    options: errors::Options,
+    /// Counts of one arm that wait for the other's.
+    unpaired: Sample,
 }
 
-impl Errors {
+impl OfErrors {
     fn boxed(tolerance: f64) -> Box<dyn Contestant> {
         Box::new(Self {
-            judge: Comparison::default(),
-            options: Options {
+            judge: Errors::of(ErrorClass::Any),
+            options: errors::Options {
                 alpha: ALPHA,
                 tolerance,
             },
+            unpaired: Sample::default(),
         })
     }
 }
 
-impl Contestant for Errors {
+impl Contestant for OfErrors {
     fn observe(&mut self, _: u64, sample: &Sample) -> Call {
-        self.judge.observe(sample, &self.options);
-        if self.judge.evidence() >= 1.0 / ALPHA {
+        self.unpaired.at_ms = sample.at_ms;
+        for (waiting, new) in [
+            (&mut self.unpaired.canary, &sample.canary),
+            (&mut self.unpaired.primary, &sample.primary),
+        ] {
+            waiting.requests += new.requests;
+            waiting.errors += new.errors;
+        }
+        if self.unpaired.canary.requests > 0 && self.unpaired.primary.requests > 0 {
+            let batch = std::mem::take(&mut self.unpaired);
+            self.judge.observe(&batch, &self.options);
+        }
+        let test = self.judge.test();
+        let bound = (1.0 / ALPHA).ln();
+        if test.log_peak() >= bound {
             Call::Bad
+        } else if test.log_peak_for() >= bound {
+            Call::Good
         } else {
             Call::Undecided
         }
@@ -72,6 +92,48 @@ impl Contestant for Errors {
 
     fn restart(&mut self) {
         self.judge = stored(&self.judge);
+    }
+}
+
+/// Several metrics with one alpha, as the controller runs them.
+struct Together {
+    judges: Judges,
+    options: judges::Options,
+}
+
+impl Together {
+    fn boxed(metrics: &[&str], tolerance: f64) -> Box<dyn Contestant> {
+        let mut options = judges::Options {
+            alpha: ALPHA,
+            tolerance,
+            ..judges::Options::default()
+        };
+        if !metrics.is_empty() {
+            options.metrics = metrics
+                .iter()
+                .filter_map(|name| JudgedMetric::by_name(name))
+                .collect();
+        }
+        Box::new(Self {
+            judges: Judges::default(),
+            options,
+        })
+    }
+}
+
+impl Contestant for Together {
+    fn observe(&mut self, _: u64, sample: &Sample) -> Call {
+        // The configured weight only matters for the check of the split, which is not asked here.
+        self.judges.observe(sample, 10.0, &self.options);
+        if self.judges.is_bad(&self.options) {
+            Call::Bad
+        } else {
+            Call::Undecided
+        }
+    }
+
+    fn restart(&mut self) {
+        self.judges = stored(&self.judges);
     }
 }
 
@@ -95,6 +157,15 @@ const fn other(name: &'static str, make: fn() -> Box<dyn Contestant>) -> Entry {
     }
 }
 
+const fn ours(name: &'static str, make: fn() -> Box<dyn Contestant>) -> Entry {
+    Entry {
+        ours: true,
+        ..other(name, make)
+    }
+}
+
+/// Serin without any configuration: errors and p99, tolerance 1.5, alpha shared three to one.
+pub const DEFAULT: &str = "Serin, default";
 /// The names of Serin's error judges, by tolerance.
 pub const ERRORS_DEFAULT: &str = "Serin, errors, tolerance 1.5";
 /// See [`ERRORS_DEFAULT`].
@@ -103,14 +174,9 @@ pub const ERRORS_STRICT: &str = "Serin, errors, tolerance 1";
 /// Those who judge errors.
 pub fn of_errors() -> Vec<Entry> {
     vec![
-        Entry {
-            ours: true,
-            ..other(ERRORS_DEFAULT, || Errors::boxed(1.5))
-        },
-        Entry {
-            ours: true,
-            ..other(ERRORS_STRICT, || Errors::boxed(1.0))
-        },
+        ours(ERRORS_DEFAULT, || OfErrors::boxed(1.5)),
+        ours(ERRORS_STRICT, || OfErrors::boxed(1.0)),
+        ours(DEFAULT, || Together::boxed(&[], 1.5)),
         other("Flagger, 60 s, threshold 5", || Box::new(Flagger::new(60, 5))),
         other("Flagger, 10 s, threshold 1", || Box::new(Flagger::new(10, 1))),
         other("Argo, 60 s, failureLimit 0", || Box::new(Argo::new(60, 0))),
@@ -126,10 +192,18 @@ pub fn of_errors() -> Vec<Entry> {
 
 /// The name of Serin's latency judge with its default tolerance.
 pub const LATENCY_DEFAULT: &str = "Serin, p99, tolerance 1.5";
+/// The same without tolerance.
+pub const LATENCY_STRICT: &str = "Serin, p99, tolerance 1";
 
 /// Those who judge latency.
 pub fn of_latency() -> Vec<Entry> {
     vec![
+        ours(LATENCY_DEFAULT, || Together::boxed(&["latency-p99"], 1.5)),
+        ours(LATENCY_STRICT, || Together::boxed(&["latency-p99"], 1.0)),
+        ours("Serin, distribution, tolerance 1.5", || {
+            Together::boxed(&["latency"], 1.5)
+        }),
+        ours(DEFAULT, || Together::boxed(&[], 1.5)),
         other("Flagger, 60 s, threshold 5", || Box::new(Flagger::new(60, 5))),
         other("Argo, 60 s, failureLimit 0", || Box::new(Argo::new(60, 0))),
         Entry {

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::contest::{ALPHA, ERRORS_DEFAULT, ERRORS_STRICT, LATENCY_DEFAULT};
+use crate::contest::{ALPHA, DEFAULT, ERRORS_DEFAULT, ERRORS_STRICT, LATENCY_DEFAULT, LATENCY_STRICT};
 use crate::run::Tally;
 use crate::scenario::Scenario;
 
@@ -107,12 +107,15 @@ pub fn goals(healthy: &[Result], regressions: &[Result], latencies: &[Result]) -
     };
     let strong = Scenario::regression(100.0, 0.1, 0.001, 0.1);
     let weak = Scenario::regression(1000.0, 0.1, 0.001, 0.005);
-    found(regressions, &strong, ERRORS_DEFAULT, 3, Some(7));
-    found(regressions, &strong, ERRORS_STRICT, 3, Some(7));
+    for name in [ERRORS_STRICT, ERRORS_DEFAULT, DEFAULT] {
+        found(regressions, &strong, name, 3, Some(7));
+    }
     found(regressions, &weak, ERRORS_STRICT, 20, None);
     found(regressions, &weak, ERRORS_DEFAULT, 30, None);
     for result in latencies.iter().filter(|result| !result.scenario.is_healthy()) {
-        found(latencies, &result.scenario, LATENCY_DEFAULT, 60, None);
+        for name in [LATENCY_STRICT, LATENCY_DEFAULT, DEFAULT] {
+            found(latencies, &result.scenario, name, 60, None);
+        }
     }
     let mut bounds = Vec::new();
     for result in healthy {

@@ -12,6 +12,7 @@ pub mod ratio;
 pub mod running;
 pub mod split;
 pub mod threshold;
+pub mod values;
 pub mod warmth;
 pub mod watch;
 

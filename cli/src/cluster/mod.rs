@@ -88,6 +88,23 @@ impl Cluster {
         self.directory.join("kubeconfig")
     }
 
+    /// Where the controllers' own metrics are served, as a URL.
+    pub(crate) fn metrics_address(&self) -> PathBuf {
+        self.directory.join("metrics.url")
+    }
+
+    /// Where webhooks are taken, as an address; written by the running server.
+    pub(crate) fn webhooks(&self) -> PathBuf {
+        self.directory.join("webhooks")
+    }
+
+    /// The address at which the running server takes webhooks.
+    pub(crate) fn webhook_address(&self) -> Option<String> {
+        std::fs::read_to_string(self.webhooks())
+            .ok()
+            .map(|text| text.trim().to_owned())
+    }
+
     /// The log of the server process.
     pub(crate) fn log(&self) -> PathBuf {
         self.directory.join("server.log")

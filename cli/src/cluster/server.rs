@@ -13,6 +13,9 @@ use clap::Args;
 use futures::future::try_join_all;
 use kube::Client;
 use serin_apiserver::{ApiServer, Certificates, Tokens};
+use serin_kit::leader;
+use serin_kit::metrics::Endpoint;
+use serin_kit::metrics::prometheus_client::registry::Registry;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
@@ -40,7 +43,13 @@ pub(crate) struct Settings {
     /// Port on this machine for kubectl; any free one if 0
     #[arg(long, default_value_t = 0)]
     pub(crate) api_port: u16,
+    /// Port on this machine for the webhooks of Receivers [default: 9292, or any free one if that is taken]
+    #[arg(long)]
+    pub(crate) webhook_port: Option<u16>,
 }
+
+/// The port of the receiver in Flux's notification-controller.
+const WEBHOOK_PORT: u16 = 9292;
 
 impl Settings {
     /// The usual settings with another gateway port.
@@ -48,15 +57,18 @@ impl Settings {
         Self {
             gateway_port,
             api_port: 0,
+            webhook_port: None,
         }
     }
 
     /// The settings as they are typed.
     pub(crate) fn to_arguments(self) -> Vec<String> {
-        vec![
+        let mut arguments = vec![
             format!("--gateway-port={}", self.gateway_port),
             format!("--api-port={}", self.api_port),
-        ]
+        ];
+        arguments.extend(self.webhook_port.map(|port| format!("--webhook-port={port}")));
+        arguments
     }
 }
 
@@ -96,7 +108,10 @@ pub(crate) async fn run(
         set: JoinSet::new(),
         cancel: cancel.child_token(),
     };
-    start_mesh_and_controllers(cluster, &client, &mut tasks);
+    let own_metrics = serin_canary::metrics::Metrics::default();
+    start_metrics(cluster, &own_metrics, &mut tasks).await?;
+    start_mesh_and_controllers(cluster, &client, &own_metrics, &mut tasks);
+    serve_webhooks(cluster, settings, &client, &mut tasks).await?;
     step("mesh and controllers");
 
     start_node(cluster).await?;
@@ -108,13 +123,19 @@ pub(crate) async fn run(
     let outcome = tasks.watch().await;
     tasks.stop().await;
     api.shutdown().await;
-    for socket in [cluster.api_socket(), cluster.xds_socket()] {
-        let _ = std::fs::remove_file(socket);
+    for file in [
+        cluster.api_socket(),
+        cluster.xds_socket(),
+        cluster.metrics_address(),
+        cluster.webhooks(),
+    ] {
+        let _ = std::fs::remove_file(file);
     }
     outcome
 }
 
-fn start_log() {
+/// Sends the log of this process to standard error, which is the cluster's log file. Starts no thread.
+pub(crate) fn start_log() {
     use tracing_subscriber::EnvFilter;
     let filter = EnvFilter::try_from_env("SERIN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     // A second start in the same process keeps the first log.
@@ -183,7 +204,33 @@ async fn define(client: &Client) -> anyhow::Result<()> {
     try_join_all(writes).await.map(|_| ())
 }
 
-fn start_mesh_and_controllers(cluster: &Cluster, client: &Client, tasks: &mut Tasks) {
+/// Opens the endpoint of the controllers' own metrics on a free port of loopback, and writes down where it is.
+async fn start_metrics(
+    cluster: &Cluster,
+    own_metrics: &serin_canary::metrics::Metrics,
+    tasks: &mut Tasks,
+) -> anyhow::Result<()> {
+    let mut registry = Registry::default();
+    own_metrics.register(&mut registry);
+    let endpoint = Endpoint::bind((Ipv4Addr::LOCALHOST, 0).into(), registry).await?;
+    write_private(
+        &cluster.metrics_address(),
+        &format!("http://{}/metrics\n", endpoint.address()),
+    )?;
+    let cancel = tasks.cancel.clone();
+    tasks.set.spawn(async move {
+        endpoint.run(cancel).await;
+        Ok(())
+    });
+    Ok(())
+}
+
+fn start_mesh_and_controllers(
+    cluster: &Cluster,
+    client: &Client,
+    own_metrics: &serin_canary::metrics::Metrics,
+    tasks: &mut Tasks,
+) {
     let options = serin_control::ControlOptions {
         socket: Some(cluster.xds_socket()),
         ..Default::default()
@@ -197,24 +244,66 @@ fn start_mesh_and_controllers(cluster: &Cluster, client: &Client, tasks: &mut Ta
         traffic: Arc::new(serin_canary::traffic::KubeTraffic::new(client.clone(), liveness)),
         metrics: Arc::new(MeshMetrics::new(control.telemetry().clone())),
         options: serin_canary::objects::Options::default(),
+        own_metrics: own_metrics.clone(),
     };
     let gitops = serin_gitops::Context::new(client.clone(), cluster.git_cache());
     let cancel = &tasks.cancel;
     tasks
         .set
         .spawn(named("mesh control", control.run(client.clone(), cancel.clone())));
-    tasks.set.spawn(named(
-        "canary controller",
-        serin_canary::run(canary, cancel.clone()),
-    ));
-    tasks.set.spawn(named(
-        "gitops controller",
-        serin_gitops::run(gitops, cancel.clone()),
-    ));
+    // One process: it leads without a Lease.
+    let leads = leader::always();
+    let (leading, stop) = (leads.clone(), cancel.clone());
+    tasks.set.spawn(named("canary controller", async move {
+        leader::while_leading(leading, &stop, |term| serin_canary::run(canary.clone(), term)).await
+    }));
+    let stop = cancel.clone();
+    tasks.set.spawn(named("gitops controller", async move {
+        leader::while_leading(leads, &stop, |term| serin_gitops::run(gitops.clone(), term)).await
+    }));
     tasks.set.spawn(named(
         "workload controllers",
         serin_workloads::controllers::run(client.clone(), cancel.clone()),
     ));
+}
+
+/// Opens the port at which git servers tell of pushes. Only this machine reaches it; a tunnel or a proxy in front of it
+/// makes it public, and each call is authenticated by its Receiver.
+async fn serve_webhooks(
+    cluster: &Cluster,
+    settings: &Settings,
+    client: &Client,
+    tasks: &mut Tasks,
+) -> anyhow::Result<()> {
+    let on = |port| tokio::net::TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+    let listener = match settings.webhook_port {
+        Some(port) => on(port).await.with_context(|| {
+            format!("take webhooks on port {port}; choose another one with --webhook-port")
+        })?,
+        None => match on(WEBHOOK_PORT).await {
+            Ok(listener) => listener,
+            Err(_) => on(0).await.context("find a free port for webhooks")?,
+        },
+    };
+    let address = listener.local_addr().context("read the port for webhooks")?;
+    std::fs::write(cluster.webhooks(), format!("http://{address}\n"))
+        .with_context(|| format!("write {}", cluster.webhooks().display()))?;
+    let receivers = serin_gitops::Receivers::new(client.clone(), tasks.cancel.clone());
+    let router = receivers.router();
+    let stop = tasks.cancel.clone();
+    let serving = async move {
+        axum::serve(listener, router)
+            .with_graceful_shutdown(stop.cancelled_owned())
+            .await
+    };
+    tasks.set.spawn(named("webhook server", serving));
+    let stop = tasks.cancel.clone();
+    let watching = async move {
+        receivers.run(stop).await;
+        anyhow::Ok(())
+    };
+    tasks.set.spawn(named("receiver controller", watching));
+    Ok(())
 }
 
 /// Starts the process that runs pods, or keeps the one that survived an earlier server.

@@ -37,18 +37,87 @@ pub(crate) struct Options {
     /// Say on standard error what the build read and how long it took
     #[arg(long)]
     stats: bool,
-    /// How to print the objects
-    #[arg(short, long, value_enum, default_value_t = Print::Yaml)]
+    /// yaml, json, a file to write, or a directory for one file per object
+    #[arg(short, long, default_value = "yaml")]
     output: Print,
+    /// Label each object with app.kubernetes.io/managed-by
+    #[arg(long)]
+    enable_managedby_label: bool,
+    #[command(flatten)]
+    foreign: Foreign,
 }
 
-/// How to print objects.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+/// Flags of `kustomize build` about programs that a build runs. Ours runs none.
+#[derive(Debug, Args)]
+struct Foreign {
+    /// Refused: charts are not rendered during a build
+    #[arg(long)]
+    enable_helm: bool,
+    /// Refused: programs are not run during a build
+    #[arg(long)]
+    enable_alpha_plugins: bool,
+    /// Refused: programs are not run during a build
+    #[arg(long)]
+    enable_exec: bool,
+    /// Refused: containers are not run during a build
+    #[arg(long)]
+    network: bool,
+    /// Refused: containers are not run during a build
+    #[arg(long)]
+    mount: Vec<String>,
+    /// Refused: programs are not run during a build, and a build does not see the environment
+    #[arg(short, long)]
+    env: Vec<String>,
+    /// Accepted for scripts; without containers it has no effect
+    #[arg(long)]
+    as_current_user: bool,
+}
+
+impl Foreign {
+    /// What is asked for and cannot be given.
+    fn refuse(&self) -> anyhow::Result<()> {
+        if self.enable_helm {
+            bail!(
+                "--enable-helm: charts are not rendered during a build; render them with `helm template` into a file that `resources` lists, or use a HelmRelease"
+            );
+        }
+        let programs = [
+            ("--enable-alpha-plugins", self.enable_alpha_plugins),
+            ("--enable-exec", self.enable_exec),
+            ("--network", self.network),
+            ("--mount", !self.mount.is_empty()),
+            ("--env", !self.env.is_empty()),
+        ];
+        if let Some((flag, _)) = programs.iter().find(|(_, given)| *given) {
+            bail!(
+                "{flag}: no program or container is run during a build; use the built-in generators and transformers, or run the program beforehand and list what it writes in `resources`"
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Where objects go.
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Print {
-    /// As `kustomize build` does
+    /// As `kustomize build` prints them
     Yaml,
     /// A JSON `List`
     Json,
+    /// As YAML into a file, or into one file for each object if it is a directory, as `kustomize build -o` does
+    To(PathBuf),
+}
+
+impl std::str::FromStr for Print {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Print, Self::Err> {
+        Ok(match text {
+            "yaml" => Print::Yaml,
+            "json" => Print::Json,
+            path => Print::To(PathBuf::from(path)),
+        })
+    }
 }
 
 fn parse_order(text: &str) -> Result<Reorder, String> {
@@ -61,6 +130,7 @@ fn parse_order(text: &str) -> Result<Reorder, String> {
 
 /// Builds and prints.
 pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
+    options.foreign.refuse()?;
     let directory = std::fs::canonicalize(&options.directory)
         .with_context(|| format!("find the directory {}", options.directory.display()))?;
     let root = match &options.root {
@@ -77,6 +147,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         load_restrictor: options.load_restrictor,
         reorder: options.reorder,
         origin: options.origin,
+        managed_by: options.enable_managedby_label,
         trace: options.explain.is_some(),
         ..BuildOptions::default()
     };
@@ -98,7 +169,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     }
     match (&options.explain, &built.trace) {
         (Some(target), Some(trace)) => print!("{}", explain(trace, target)?),
-        _ => print_objects(&built, options.output)?,
+        _ => print_objects(&built, &options.output)?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -111,9 +182,18 @@ fn enclosing_repository(directory: &Path) -> PathBuf {
         .map_or_else(|| PathBuf::from("/"), Path::to_path_buf)
 }
 
-fn print_objects(built: &Build, print: Print) -> anyhow::Result<()> {
+fn print_objects(built: &Build, print: &Print) -> anyhow::Result<()> {
     match print {
         Print::Yaml => print!("{}", built.to_yaml()?),
+        Print::To(path) if path.is_dir() => {
+            for (name, text) in individual_files(built)? {
+                let file = path.join(name);
+                std::fs::write(&file, text).with_context(|| format!("write {}", file.display()))?;
+            }
+        }
+        Print::To(path) => {
+            std::fs::write(path, built.to_yaml()?).with_context(|| format!("write {}", path.display()))?;
+        }
         Print::Json => {
             let items = built
                 .objects
@@ -125,6 +205,33 @@ fn print_objects(built: &Build, print: Print) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// File names as kustomize makes them: group, version, kind and name, with the namespace in front where there are several.
+fn individual_files(built: &Build) -> anyhow::Result<Vec<(String, String)>> {
+    let namespaces: std::collections::BTreeSet<&str> = (built.objects.iter())
+        .map(serin_manifests::Object::namespace)
+        .filter(|namespace| !namespace.is_empty())
+        .collect();
+    let mut files = Vec::with_capacity(built.objects.len());
+    for object in &built.objects {
+        let prefix = match object.namespace() {
+            "" => "",
+            namespace if namespaces.len() > 1 => namespace,
+            _ => "",
+        };
+        let parts = [
+            prefix,
+            object.group(),
+            object.version(),
+            object.kind(),
+            object.name(),
+        ];
+        let parts: Vec<&str> = parts.into_iter().filter(|part| !part.is_empty()).collect();
+        let name = parts.join("_").to_lowercase().replace('/', "-");
+        files.push((format!("{name}.yaml"), object.to_yaml()?));
+    }
+    Ok(files)
 }
 
 /// The life of a field: where the object was read, and every step that touched the field.
@@ -210,6 +317,61 @@ mod tests {
         let text = explain(&traced(), "configmap/x-a:metadata.name").unwrap();
         assert!(text.contains("read from a.yaml:1"), "{text}");
         assert!(text.contains("\"a\" → \"x-a\""), "{text}");
+    }
+
+    #[derive(Debug, clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn line(arguments: &[&str]) -> Options {
+        use clap::Parser as _;
+        Line::try_parse_from(std::iter::once(&"build").chain(arguments))
+            .unwrap()
+            .options
+    }
+
+    #[test]
+    fn flags_about_charts_and_programs_are_refused_with_what_to_do_instead() {
+        for (flag, remedy) in [
+            ("--enable-helm", "helm template"),
+            ("--enable-exec", "built-in"),
+            ("--enable-alpha-plugins", "built-in"),
+            ("--network", "built-in"),
+            ("--env=A=b", "built-in"),
+        ] {
+            let error = run(&line(&["x", flag])).unwrap_err().to_string();
+            assert!(error.contains(remedy), "{flag}: {error}");
+        }
+        assert!(line(&["x", "--as-current-user"]).foreign.refuse().is_ok());
+    }
+
+    #[test]
+    fn the_output_goes_to_a_file_or_to_one_file_per_object() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        std::fs::write(
+            path("kustomization.yaml"),
+            "resources: [a.yaml]\nnamespace: prod\n",
+        )
+        .unwrap();
+        std::fs::write(
+            path("a.yaml"),
+            "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: Web}\n---\napiVersion: v1\nkind: Namespace\nmetadata: {name: prod}\n",
+        )
+        .unwrap();
+        std::fs::create_dir(path("out")).unwrap();
+        run(&line(&[&path(""), "-o", &path("out")])).unwrap();
+        run(&line(&[&path(""), "-o", &path("all.yaml")])).unwrap();
+        let mut names: Vec<String> = std::fs::read_dir(path("out"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        assert_eq!(names, ["apps_v1_deployment_web.yaml", "v1_namespace_prod.yaml"]);
+        let all = std::fs::read_to_string(path("all.yaml")).unwrap();
+        assert!(all.contains("---\n") && all.starts_with("apiVersion: v1\nkind: Namespace"));
     }
 
     #[test]

@@ -48,6 +48,7 @@ pub(crate) async fn foreground(cluster: &Cluster, settings: &Settings) -> anyhow
 
 /// The process that runs pods. It forks and enters namespaces, so it must come before any thread.
 pub(crate) fn node(options: &NodeOptions) -> ExitCode {
+    server::start_log();
     serin_workloads::node::main(&options.config)
 }
 

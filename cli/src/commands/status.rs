@@ -30,6 +30,10 @@ pub(crate) struct Options {
 struct Status {
     cluster: String,
     running: bool,
+    /// Where the controllers' own metrics are served.
+    metrics: Option<String>,
+    /// Where webhooks of Receivers are taken; a Receiver's `status.webhookPath` goes behind it.
+    webhooks: Option<String>,
     sources: Vec<Source>,
     canaries: Vec<Canary>,
     routes: Vec<Route>,
@@ -79,6 +83,10 @@ pub(crate) async fn run(cluster: &Cluster, options: &Options) -> anyhow::Result<
     let mut status = Status {
         cluster: cluster.name().to_owned(),
         running: process::running(cluster)?.is_some(),
+        metrics: std::fs::read_to_string(cluster.metrics_address())
+            .ok()
+            .map(|url| url.trim().to_owned()),
+        webhooks: cluster.webhook_address(),
         sources: Vec::new(),
         canaries: Vec::new(),
         routes: Vec::new(),
@@ -194,6 +202,12 @@ fn print(status: &Status) {
         paint("API answers, but the server's lock is free", Mood::Bad)
     };
     println!("cluster {}: {running}", status.cluster);
+    if let Some(metrics) = &status.metrics {
+        println!("metrics {metrics}");
+    }
+    if let Some(address) = &status.webhooks {
+        println!("webhooks at {address}");
+    }
     if !status.sources.is_empty() {
         let mut sources = table(&["KIND", "NAMESPACE", "NAME", "READY", "REVISION", "MESSAGE"]);
         for source in &status.sources {

@@ -43,6 +43,9 @@ pub(crate) async fn run(cluster: &Cluster, options: &Options) -> anyhow::Result<
         started.elapsed().as_secs_f64()
     );
     println!("  gateway   http://127.0.0.1:{}", options.settings.gateway_port);
+    if let Some(address) = cluster.webhook_address() {
+        println!("  webhooks  {address}");
+    }
     println!("  kubectl   export KUBECONFIG={}", cluster.kubeconfig().display());
     println!("  next      serin status · serin demo · serin down");
     Ok(ExitCode::SUCCESS)

@@ -16,6 +16,7 @@
 //! - [`objects`]: the generated objects. Pure.
 //! - [`templates`]: metrics that a provider is asked for (MetricTemplate).
 //! - [`traffic`]: the seam to a mesh.
+//! - [`metrics`]: the controller's own metrics, Flagger's.
 //! - [`run`]: the shell. One task per Canary, asleep until something that concerns it happens; at rest a Canary costs no
 //!   API request at all.
 //!
@@ -37,6 +38,7 @@
 pub mod decide;
 #[cfg(test)]
 mod golden;
+pub mod metrics;
 pub mod objects;
 pub mod observed;
 pub mod plan;

@@ -48,6 +48,8 @@ pub struct Observed {
     pub measured: Measured,
     /// What metric providers last said, in the order of the plan's templates.
     pub readings: Vec<Option<Reading>>,
+    /// The state of their rules, by metric, to be kept in the status.
+    pub values: std::collections::BTreeMap<String, serin_analysis::judge::values::Values>,
     /// Another Canary that rolls out the same target and came first.
     pub rival: Option<String>,
 }

@@ -4,11 +4,22 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use serin_analysis::judge::group_sequential::{self, Spending};
+use serin_analysis::judge::hysteresis;
+use serin_analysis::judge::mann_whitney::{self, Direction, EffectSize};
 use serin_analysis::judge::threshold::Range;
+use serin_analysis::judge::values::Rule;
 use serin_analysis::verdict::{Evidence, Verdict};
-use serin_crds::flagger::{CanaryMetric, CanarySpec, CanaryStatus};
+use serin_crds::flagger::{
+    CanaryMetric, CanarySpec, CanaryStatus, Deviation, TemplateComparison, TemplateEffectSize, TemplateJudge,
+    TemplateSpending,
+};
 use serin_kit::unhonoured::Field;
 
+/// Alpha of a group-sequential plan when the template names none: that of the comparison.
+const ALPHA_DEFAULT: f64 = 0.01;
+/// Looks of a plan when the template names none.
+const LOOKS_DEFAULT: usize = 20;
 /// Interval of a metric when the spec names none. Flagger leaves it empty, which no provider understands.
 const INTERVAL_DEFAULT: &str = "1m";
 
@@ -55,6 +66,11 @@ pub struct Reading {
     pub asked_at: Timestamp,
     /// Its answer.
     pub outcome: Outcome,
+    /// What the template's own rule says of this value and those before it; `None` where there is no rule but the range.
+    pub verdict: Option<Verdict>,
+    /// Whether that rule compares with the primary; the range then counts besides. The rule of a range with hysteresis
+    /// stands in its place.
+    pub compares: bool,
 }
 
 /// The answer of a provider.
@@ -194,6 +210,11 @@ pub(crate) fn judge(plan: &TemplatePlan, reading: Option<&Reading>) -> Verdict {
         alpha: None,
         explanation,
     };
+    if let Some(reading) = reading.filter(|reading| !reading.compares)
+        && let Some(verdict) = reading.verdict.clone()
+    {
+        return named(name, verdict);
+    }
     match (plan.range.min, plan.range.max) {
         (Some(min), _) if value < min => Verdict::Bad(evidence(
             min,
@@ -203,19 +224,92 @@ pub(crate) fn judge(plan: &TemplatePlan, reading: Option<&Reading>) -> Verdict {
             max,
             format!("{name} is {value:.2}, above the max of {max}"),
         )),
-        (min, max) => Verdict::Good(evidence(
-            min.or(max).unwrap_or(value),
-            format!("{name} is {value:.2}"),
-        )),
+        (min, max) => match reading.and_then(|reading| reading.verdict.clone()) {
+            Some(verdict) => named(name, verdict),
+            None => Verdict::Good(evidence(
+                min.or(max).unwrap_or(value),
+                format!("{name} is {value:.2}"),
+            )),
+        },
+    }
+}
+
+fn named(name: &str, mut verdict: Verdict) -> Verdict {
+    match &mut verdict {
+        Verdict::Bad(evidence) | Verdict::Good(evidence) | Verdict::Undecided { evidence, .. } => {
+            evidence.explanation = format!("{name}: {}", evidence.explanation);
+        }
+        Verdict::NoData { explanation } | Verdict::ProviderError { explanation } => {
+            *explanation = format!("{name}: {explanation}");
+        }
+    }
+    verdict
+}
+
+/// The rule of a template, or what is wrong with it. `range` is the Canary's.
+pub(crate) fn rule(comparison: &TemplateComparison, range: Range) -> Result<Rule, String> {
+    let unknown = |field: &str, value: &str| format!("comparison.{field}: {value:?} is not known");
+    let direction = match &comparison.direction {
+        None | Some(Deviation::Increase) => Direction::Increase,
+        Some(Deviation::Decrease) => Direction::Decrease,
+        Some(Deviation::Either) => Direction::Either,
+        Some(Deviation::Other(other)) => return Err(unknown("direction", other)),
+    };
+    let count = |value: Option<i32>| u32::try_from(value.unwrap_or(1)).unwrap_or(1).max(1);
+    match &comparison.judge {
+        None | Some(TemplateJudge::Range) => Ok(Rule::Range(hysteresis::Options {
+            range,
+            margin: comparison.margin.filter(|margin| *margin >= 0.0).unwrap_or(0.0),
+            failures: count(comparison.failures),
+            recoveries: count(comparison.recoveries),
+        })),
+        Some(TemplateJudge::MannWhitney) => {
+            let effect_size = match &comparison.effect_size {
+                None | Some(TemplateEffectSize::MeanRatio) => EffectSize::MeanRatio,
+                Some(TemplateEffectSize::Cles) => EffectSize::Cles,
+                Some(TemplateEffectSize::Other(other)) => return Err(unknown("effectSize", other)),
+            };
+            let mut options = mann_whitney::Options::new(direction, effect_size);
+            options.allowed_increase = comparison.allowed_increase.unwrap_or(options.allowed_increase);
+            options.allowed_decrease = comparison.allowed_decrease.unwrap_or(options.allowed_decrease);
+            Ok(Rule::MannWhitney(options))
+        }
+        Some(TemplateJudge::GroupSequential) => {
+            let spending = match &comparison.spending {
+                None | Some(TemplateSpending::ObrienFleming) => Spending::ObrienFleming,
+                Some(TemplateSpending::Pocock) => Spending::Pocock,
+                Some(TemplateSpending::Other(other)) => return Err(unknown("spending", other)),
+            };
+            if direction == Direction::Either {
+                return Err(
+                    "comparison.direction: a plan looks at one side; say Increase or Decrease".to_owned(),
+                );
+            }
+            let alpha = comparison.alpha.unwrap_or(ALPHA_DEFAULT);
+            if !(1e-6..=0.5).contains(&alpha) {
+                return Err(format!(
+                    "comparison.alpha: {alpha} is not between 0.000001 and 0.5"
+                ));
+            }
+            let looks = comparison
+                .looks
+                .map_or(LOOKS_DEFAULT, |looks| looks.max(1) as usize);
+            Ok(Rule::GroupSequential {
+                plan: group_sequential::Plan::new(looks, alpha, spending),
+                higher_is_worse: direction == Direction::Increase,
+            })
+        }
+        Some(TemplateJudge::Other(other)) => Err(unknown("judge", other)),
     }
 }
 
 /// Why a check failed, as Flagger words it.
-pub(crate) fn halt_text(plan: &TemplatePlan, value: f64) -> String {
-    let name = &plan.name;
+pub(crate) fn halt_text(plan: &TemplatePlan, evidence: &Evidence) -> String {
+    let (name, value) = (&plan.name, evidence.value);
     match (plan.range.min, plan.range.max) {
-        (Some(min), _) if value < min => format!("{name} {value:.2} < {min}"),
-        (_, max) => format!("{name} {value:.2} > {}", max.unwrap_or(f64::INFINITY)),
+        (Some(min), _) if value < min && evidence.bound == min => format!("{name} {value:.2} < {min}"),
+        (_, Some(max)) if value > max && evidence.bound == max => format!("{name} {value:.2} > {max}"),
+        _ => evidence.explanation.clone(),
     }
 }
 
@@ -302,6 +396,8 @@ mod tests {
         let reading = |value| Reading {
             asked_at: Timestamp::UNIX_EPOCH,
             outcome: Outcome::Value(value),
+            verdict: None,
+            compares: false,
         };
         for (value, word) in [
             (0.5, "good"),
@@ -312,8 +408,85 @@ mod tests {
         ] {
             assert_eq!(judge(&plans[0], Some(&reading(value))).word(), word, "{value}");
         }
-        assert_eq!(halt_text(&plans[0], 12.345), "errors 12.35 > 1");
-        assert_eq!(halt_text(&plans[0], 0.1), "errors 0.10 < 0.5");
+        for (value, text) in [(12.345, "errors 12.35 > 1"), (0.1, "errors 0.10 < 0.5")] {
+            let verdict = judge(&plans[0], Some(&reading(value)));
+            assert_eq!(halt_text(&plans[0], verdict.evidence().unwrap()), text);
+        }
         assert_eq!(judge(&plans[0], None).word(), "no data");
+    }
+
+    #[test]
+    fn a_templates_rule_is_read_from_its_comparison_and_nonsense_is_named() {
+        let rule = |spec: Value| {
+            let comparison: TemplateComparison = serde_json::from_value(spec).unwrap();
+            rule(&comparison, Range::default())
+        };
+        let Ok(Rule::Range(options)) = rule(json!({"failures": 3, "recoveries": 2, "margin": 0.5})) else {
+            panic!("a range");
+        };
+        assert_eq!(
+            (options.failures, options.recoveries, options.margin),
+            (3, 2, 0.5)
+        );
+        let Ok(Rule::MannWhitney(options)) = rule(
+            json!({"judge": "MannWhitney", "direction": "Either", "effectSize": "Cles", "allowedIncrease": 0.8}),
+        ) else {
+            panic!("Mann-Whitney");
+        };
+        assert_eq!((options.allowed_increase, options.allowed_decrease), (0.8, 0.5));
+        let Ok(Rule::GroupSequential {
+            plan,
+            higher_is_worse,
+        }) = rule(
+            json!({"judge": "GroupSequential", "direction": "Decrease", "looks": 5, "spending": "Pocock"}),
+        )
+        else {
+            panic!("a plan");
+        };
+        assert_eq!((plan.boundaries().len(), higher_is_worse), (5, false));
+        for (spec, field) in [
+            (json!({"judge": "Guess"}), "comparison.judge"),
+            (
+                json!({"judge": "GroupSequential", "direction": "Either"}),
+                "comparison.direction",
+            ),
+            (
+                json!({"judge": "GroupSequential", "alpha": 0}),
+                "comparison.alpha",
+            ),
+            (
+                json!({"judge": "MannWhitney", "effectSize": "x"}),
+                "comparison.effectSize",
+            ),
+        ] {
+            let told = rule(spec).unwrap_err();
+            assert!(told.starts_with(field), "{told}");
+        }
+    }
+
+    #[test]
+    fn the_range_fails_a_value_first_and_then_the_templates_rule_speaks() {
+        let (plans, _) = read(
+            json!({"name": "errors", "templateRef": {"name": "t"}, "thresholdRange": {"max": 10}}),
+            None,
+        );
+        let reading = |value, verdict| Reading {
+            asked_at: Timestamp::UNIX_EPOCH,
+            outcome: Outcome::Value(value),
+            verdict: Some(verdict),
+            compares: true,
+        };
+        let worse = Verdict::Bad(Evidence {
+            explanation: "significantly higher".to_owned(),
+            ..Evidence::default()
+        });
+        let told = judge(&plans[0], Some(&reading(5.0, worse.clone())));
+        assert!(told.is_bad());
+        assert_eq!(told.explanation(), "errors: significantly higher");
+        assert!(
+            judge(&plans[0], Some(&reading(11.0, worse)))
+                .explanation()
+                .contains("above the max")
+        );
     }
 }

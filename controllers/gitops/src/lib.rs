@@ -41,7 +41,7 @@
 //!
 //! # Limits
 //!
-//! No OCIRepository, Bucket or Helm sources; no decryption, impersonation or other clusters: refused by condition. See
+//! No OCIRepository, Bucket or Helm sources; decryption with age keys only; no impersonation or other clusters: refused by condition. See
 //! `docs/supported/flux.md`. A `serin.dev/prune-max` annotation on a Kustomization bounds how many objects one revision may
 //! delete.
 

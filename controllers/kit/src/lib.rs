@@ -7,6 +7,8 @@
 //! * [`unhonoured`]: the one way in which a controller says that it read a field that it does not act on.
 //! * [`apply`]: server-side apply of objects and statuses with one field manager per controller.
 //! * [`events`]: Kubernetes events, published in the background and never in the way of a reconcile.
+//! * [`leader`]: leader election over a Lease, and who leads without one.
+//! * [`metrics`]: the controllers' own metrics, served for Prometheus.
 //! * [`shutdown`]: a token that is cancelled by SIGINT or SIGTERM.
 //!
 //! Not here: anything that decides. Decisions live in pure functions of the controllers.
@@ -16,6 +18,8 @@ pub mod cache;
 pub mod client;
 pub mod condition;
 pub mod events;
+pub mod leader;
+pub mod metrics;
 pub mod shutdown;
 pub mod unhonoured;
 
@@ -51,6 +55,15 @@ pub enum Error {
         kind: String,
         /// How long we waited.
         seconds: u64,
+    },
+    /// The endpoint of the metrics could not be opened.
+    #[error("serve metrics on {address}: {source}; choose another address")]
+    Listen {
+        /// The address.
+        address: std::net::SocketAddr,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
     },
     /// The Unix socket of the API server could not be used.
     #[error("API server socket {path}: {reason}")]

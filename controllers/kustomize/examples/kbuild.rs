@@ -1,5 +1,8 @@
 //! Prints the build of a directory; for comparing with other tools by hand.
-//! `kbuild DIR [--load-restrictor X] [--stats] [--fifo] [--explain Kind/ns/name path]`
+//! `kbuild [DIR] [--tree DIR] [--load-restrictor X] [--none] [--fifo] [--stats]`
+//!
+//! `kbuild --batch` reads absolute directories from standard input and answers each with one line of JSON (`out`, `err`):
+//! what a program that compares thousands of builds with those of another tool talks to.
 
 use serin_kustomize::{LoadRestrictor, Options, Reorder, build, dir::DirTree};
 
@@ -16,6 +19,7 @@ fn main() {
             "--none" => options.load_restrictor = LoadRestrictor::None,
             "--fifo" => options.reorder = Reorder::None,
             "--stats" => stats = true,
+            "--batch" => return batch(&options),
             "--tree" => tree = it.next().cloned().unwrap_or_default(),
             other => root = Some(other.to_owned()),
         }
@@ -43,5 +47,19 @@ fn main() {
             eprintln!("Error: {e}");
             std::process::exit(1);
         }
+    }
+}
+
+fn batch(options: &Options<'_>) {
+    for line in std::io::stdin().lines().map_while(Result::ok) {
+        let root = line.trim_start_matches('/');
+        let result = build(&DirTree::new("/"), root, options)
+            .map_err(|e| e.to_string())
+            .and_then(|built| built.to_yaml().map_err(|e| e.to_string()));
+        let (out, err) = match result {
+            Ok(text) => (text, String::new()),
+            Err(e) => (String::new(), e),
+        };
+        println!("{}", serde_json::json!({ "out": out, "err": err }));
     }
 }

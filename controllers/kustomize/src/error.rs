@@ -140,12 +140,20 @@ pub enum Cause {
     /// A limit was passed.
     #[error("{budget} budget exceeded: {what} (limit {limit})")]
     Budget {
-        /// Which: `files`, `bytes`, `depth`, `resources`, `regex`, `steps`.
+        /// Which: `files`, `bytes`, `depth`, `kustomizations`, `resources`, `regex`, `steps`, or one of a document.
         budget: &'static str,
         /// What was counted.
         what: String,
         /// The limit.
         limit: usize,
+    },
+    /// A file that lies encrypted in the tree does not open.
+    #[error("decrypting '{path}': {message}")]
+    Decrypt {
+        /// The path.
+        path: String,
+        /// Why not.
+        message: String,
     },
     /// The tree could not be read.
     #[error("reading '{path}': {message}")]

@@ -84,6 +84,26 @@ fn default_order() -> (Vec<String>, Vec<String>) {
     (owned(&LEGACY_FIRST), owned(&LEGACY_LAST))
 }
 
+/// A patch may have taken away what makes an object one.
+pub(crate) fn check_identity(r: &Resource) -> Result<()> {
+    let missing = if r.kind().is_empty() {
+        "kind"
+    } else if r.name().is_empty() {
+        "metadata.name"
+    } else {
+        return Ok(());
+    };
+    let what = format!("missing {missing} in object {} '{}'", r.kind(), r.name());
+    let error = Error::new(Cause::NotAResource(what));
+    Err(match &r.source {
+        Some(source) => error.help(format!(
+            "the object is defined in {}:{}; a patch has removed its {missing}",
+            source.file, source.line
+        )),
+        None => error.help(format!("a patch has removed its {missing}")),
+    })
+}
+
 /// What is done to every object of the result: annotations become text, those of the build itself go.
 pub(crate) fn finish(r: &mut Resource, managed_by: bool, origins: bool, transformations: bool) {
     if managed_by && let Some(metadata) = r.metadata_mut() {

@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 use crate::error::{Cause, Error, Result};
 use crate::kustomization::{GeneratorArgs, GeneratorOptions};
 use crate::loader::Loader;
+use crate::options::EncryptedUse;
 use crate::resource::{Behavior, Resource};
 
 /// A configMapGenerator or secretGenerator at work in a directory.
@@ -101,10 +102,19 @@ impl Generator<'_, '_> {
         }
     }
 
+    /// Only files of secrets are opened: what a ConfigMap is made of stays as it is.
+    fn load(&self, path: &str, wanted: EncryptedUse) -> Result<(std::sync::Arc<[u8]>, String)> {
+        if self.secret {
+            self.loader.load_opened(self.root, path, wanted)
+        } else {
+            self.loader.load(self.root, path)
+        }
+    }
+
     fn pairs(&self, args: &GeneratorArgs) -> Result<Vec<(String, Vec<u8>)>> {
         let mut pairs: Vec<(String, Vec<u8>)> = Vec::new();
         for path in &args.envs {
-            let (content, file) = self.loader.load(self.root, path)?;
+            let (content, file) = self.load(path, EncryptedUse::Env)?;
             env_pairs(&content, &file, &mut pairs)?;
         }
         for literal in &args.literals {
@@ -112,7 +122,7 @@ impl Generator<'_, '_> {
         }
         for source in &args.files {
             let (key, path) = file_source(source)?;
-            let (content, _) = self.loader.load(self.root, path)?;
+            let (content, _) = self.load(path, EncryptedUse::File)?;
             pairs.push((key.to_owned(), content.to_vec()));
         }
         let mut seen = std::collections::HashSet::new();

@@ -14,9 +14,12 @@
 //! the caller provides them ([`Remotes`]), programs and charts are never run, and every size has a [`Budget`] that the
 //! error names. A pure function but for [`dir`], which shows a directory of the disk as a tree for the command line.
 //!
+//! Beside the engine: [`substitute`], Flux's variables in built objects; and [`Decrypt`], through which a caller opens
+//! encrypted files (the engine knows no cipher).
+//!
 //! Deliberate differences to the original: references to the environment and to plugins do not exist; `helmCharts`,
 //! executable and container plugins are refused with what to do instead; schema comments (`# {"$openapi": …}`) in resources
-//! have no effect. A label that kustomize puts into several places stays one value in all of them, as it does there.
+//! have no effect; text that starts with a tab is a value like others, where kustomize fails to read what it wrote. A label that kustomize puts into several places stays one value in all of them, as it does there.
 
 mod accumulator;
 mod build;
@@ -45,6 +48,7 @@ mod resource;
 mod schema;
 mod selector;
 mod smp;
+pub mod substitute;
 mod trace;
 mod transform;
 mod tree;
@@ -54,6 +58,6 @@ pub use build::{Build, Stats, build};
 pub use error::{Cause, Error, Result};
 pub use kustomization::FILE_NAMES;
 pub use loader::ReadSet;
-pub use options::{Budget, LoadRestrictor, Options, Reorder};
+pub use options::{Budget, Decrypt, EncryptedUse, LoadRestrictor, Options, Reorder};
 pub use trace::{ObjectTrace, Trace, TraceStep};
 pub use tree::{FileTree, MemoryTree, Remotes, TreeEntry};

@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use crate::error::{Cause, Error, Result};
-use crate::options::{LoadRestrictor, Options};
+use crate::options::{Decrypt, EncryptedUse, LoadRestrictor, Options};
 use crate::tree::{FileTree, Remotes, TreeEntry, is_in, is_remote, join};
 
 /// What influenced a build. Two trees that agree in all of this give the same result.
@@ -36,6 +36,7 @@ pub(crate) enum Resolved {
 pub(crate) struct Loader<'a> {
     tree: &'a dyn FileTree,
     remotes: Option<&'a dyn Remotes>,
+    decrypt: Option<&'a dyn Decrypt>,
     restrictor: LoadRestrictor,
     max_files: usize,
     max_bytes: usize,
@@ -49,12 +50,31 @@ impl<'a> Loader<'a> {
         Loader {
             tree,
             remotes: options.remotes,
+            decrypt: options.decrypt,
             restrictor: options.load_restrictor,
             max_files: options.budget.max_files,
             max_bytes: options.budget.max_bytes,
             bytes: Cell::new(0),
             read_set: RefCell::default(),
             cache: RefCell::default(),
+        }
+    }
+
+    /// Loads a file that may lie encrypted in the tree.
+    pub(crate) fn load_opened(
+        &self,
+        dir: &str,
+        path: &str,
+        wanted: EncryptedUse,
+    ) -> Result<(Arc<[u8]>, String)> {
+        let (content, file) = self.load(dir, path)?;
+        let Some(decrypt) = self.decrypt else {
+            return Ok((content, file));
+        };
+        match decrypt.open(&file, &content, wanted) {
+            Ok(Some(opened)) => Ok((opened.into(), file)),
+            Ok(None) => Ok((content, file)),
+            Err(message) => Err(Cause::Decrypt { path: file, message }.into()),
         }
     }
 

@@ -75,6 +75,24 @@ impl Default for Budget {
     }
 }
 
+/// What an encrypted file is used for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum EncryptedUse {
+    /// Lines of `KEY=value` of a secret generator.
+    Env,
+    /// A value of a secret generator.
+    File,
+    /// A patch.
+    Patch,
+}
+
+/// Opens files that lie encrypted in the tree. Asked only for what may hold secrets: the files of secret generators, and
+/// patches; so nothing secret gets into a ConfigMap by accident.
+pub trait Decrypt {
+    /// The plain content, or `None` if the file is not encrypted.
+    fn open(&self, path: &str, content: &[u8], wanted: EncryptedUse) -> Result<Option<Vec<u8>>, String>;
+}
+
 /// Options of a build.
 #[derive(Clone, Default)]
 pub struct Options<'a> {
@@ -84,10 +102,14 @@ pub struct Options<'a> {
     pub reorder: Reorder,
     /// Remote files that have been fetched and are allowed.
     pub remotes: Option<&'a dyn Remotes>,
+    /// Opens encrypted files; without it they are taken as they are.
+    pub decrypt: Option<&'a dyn Decrypt>,
     /// What the build may cost.
     pub budget: Budget,
     /// Annotate every object with `config.kubernetes.io/origin`, as `buildMetadata: [originAnnotations]` does.
     pub origin: bool,
+    /// Label every object with `app.kubernetes.io/managed-by`, as `buildMetadata: [managedByLabel]` does.
+    pub managed_by: bool,
     /// Keep a record of which transformer changed which field; see [`crate::Build::trace`].
     pub trace: bool,
 }

@@ -11,6 +11,7 @@ use crate::image::ImageRule;
 use crate::json_patch;
 use crate::kustomization::{self, GeneratorArgs, Image, Located, Patch, Replacement, Replica};
 use crate::loader::Loader;
+use crate::options::EncryptedUse;
 use crate::replacement;
 use crate::resource::Resource;
 use crate::selector::{Matcher, Selector};
@@ -43,7 +44,7 @@ impl Workshop<'_, '_, '_> {
             (true, false) => {
                 let (content, file) = self
                     .loader
-                    .load(self.root, &entry.path)
+                    .load_opened(self.root, &entry.path, EncryptedUse::Patch)
                     .map_err(|e| e.at_option(entry.place.clone()))?;
                 (content.to_vec(), file, format!("[path: {:?}]", entry.path))
             }
@@ -96,7 +97,7 @@ impl Workshop<'_, '_, '_> {
                 Err(_) => {
                     let (content, file) = self
                         .loader
-                        .load(self.root, &entry.text)
+                        .load_opened(self.root, &entry.text, EncryptedUse::Patch)
                         .map_err(|e| e.at_option(entry.place.clone()))?;
                     patches.extend(crate::read::resources(&content, &file, limits)?);
                 }
@@ -123,7 +124,7 @@ impl Workshop<'_, '_, '_> {
             (false, true) => {
                 let (content, file) = self
                     .loader
-                    .load(self.root, &entry.path)
+                    .load_opened(self.root, &entry.path, EncryptedUse::Patch)
                     .map_err(|e| e.at_option(entry.place.clone()))?;
                 (crate::read::utf8(&content, &file)?.to_owned(), file)
             }

@@ -20,7 +20,14 @@ struct Merged {
 type Outcome = Result<Option<Merged>, String>;
 
 /// Applies a patch to an object. `None` when the patch deletes the object.
+///
+/// `$patch: replace` at the top has no effect at all: kustomize makes the new object and then forgets it.
 pub(crate) fn apply(dest: Map, patch: Map, schemas: &Schemas) -> Result<Option<Map>, String> {
+    if let Some(text) = patch.get(DIRECTIVE)
+        && directive(raw_text(text))? == Directive::Replace
+    {
+        return Ok(Some(dest));
+    }
     let merger = Merger { schemas };
     match merger.walk(Some(Value::Map(dest)), Some(Value::Map(patch)), None)? {
         Some(Merged {

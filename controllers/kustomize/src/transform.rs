@@ -247,7 +247,10 @@ fn transformer_error(r: &Resource, env: &Env<'_>, message: &str) -> Error {
 /// The one resource that a patch names by kind and name.
 fn patch_target(map: &mut ResMap, patch: &Resource, env: &Env<'_>) -> Result<usize> {
     let id = patch.original_id(env.schemas);
-    match map.by_any_id(&id, env.schemas)[..] {
+    let mut found = map.by_any_id(&id, env.schemas);
+    // What an earlier document of the same patch deleted is gone for the later ones.
+    found.retain(|index| !map.resources()[*index].deleted);
+    match found[..] {
         [index] => Ok(index),
         [] => {
             let error = Error::new(Cause::NoPatchTarget { id: id.to_string() }).at_option(patch_place(patch));
@@ -412,9 +415,13 @@ fn rewrite_as_text(patch: &mut Resource, key: &str) {
 fn wipes_annotations(patch: &Map) -> bool {
     let directive = |m: &Map| m.get("$patch").is_some_and(|d| raw_text(d) == "replace");
     let Some(Value::Map(metadata)) = patch.get("metadata") else {
-        return directive(patch);
+        return false;
     };
-    if directive(patch) || directive(metadata) {
+    // At the top the directive has no effect; see `smp::apply`.
+    if directive(patch) {
+        return false;
+    }
+    if directive(metadata) {
         return true;
     }
     match metadata.get("annotations") {

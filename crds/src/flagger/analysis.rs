@@ -127,8 +127,8 @@ pub struct Comparison {
     #[schemars(range(min = 1, max = 1000))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub extend_limit: Option<i32>,
-    /// Ratio of errors, canary to primary, that the steps should be long enough to find; where they are not, the
-    /// condition `StepsLongEnough` and an event say so. Default 4.
+    /// Ratio of errors, canary to primary, that the steps should be long enough to find, or an error rate of 1 % if that is
+    /// more; where they are not, the condition `StepsLongEnough` and an event say so. Default 4.
     #[schemars(range(min = 1.1))]
     #[serde(
         default,

@@ -30,6 +30,113 @@ pub struct MetricTemplateSpec {
     /// Go template of the query; knows `name`, `namespace`, `target`, `service`, `ingress`, `route`,
     /// `interval`, `variables`.
     pub query: String,
+    /// Ours: how the values are judged besides the range that the Canary gives. Default: by the range alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub comparison: Option<TemplateComparison>,
+}
+
+/// Ours: how the values of a MetricTemplate are judged. The Canary's `thresholdRange` holds besides; with `Range` it is what
+/// the hysteresis is about.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TemplateComparison {
+    /// The rule. Default `Range`. The others ask the same query for the primary too, with `target` being the primary's
+    /// name, so the query must contain `{{ target }}`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub judge: Option<TemplateJudge>,
+    /// `Range`: values in a row outside the range that fail the metric. Default 1.
+    #[schemars(range(min = 1, max = 1000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failures: Option<i32>,
+    /// `Range`: values in a row inside the range, by the margin, that heal it. Default 1.
+    #[schemars(range(min = 1, max = 1000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recoveries: Option<i32>,
+    /// `Range`: how far inside the range a value must be to heal, in the metric's unit. Default 0.
+    #[schemars(range(min = 0.0))]
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "crate::number::optional"
+    )]
+    pub margin: Option<f64>,
+    /// Which deviations from the primary are worse. Default `Increase`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub direction: Option<Deviation>,
+    /// `MannWhitney`: how a deviation is measured. Default `MeanRatio`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub effect_size: Option<TemplateEffectSize>,
+    /// `MannWhitney`: an increase counts from this effect size on. Default: no effect (1 for `MeanRatio`, 0.5 for `Cles`).
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "crate::number::optional"
+    )]
+    pub allowed_increase: Option<f64>,
+    /// `MannWhitney`: a decrease counts up to this effect size. Default: no effect.
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "crate::number::optional"
+    )]
+    pub allowed_decrease: Option<f64>,
+    /// `GroupSequential`: highest probability with which a metric that is not worse ever fails. Default 0.01.
+    #[schemars(range(min = 0.000001, max = 0.5))]
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "crate::number::optional"
+    )]
+    pub alpha: Option<f64>,
+    /// `GroupSequential`: number of checks in the whole run. Default 20.
+    #[schemars(range(min = 1, max = 100))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub looks: Option<i32>,
+    /// `GroupSequential`: how alpha is spent over the looks. Default `ObrienFleming`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub spending: Option<TemplateSpending>,
+}
+
+open_enum! {
+    /// Rules for values.
+    pub enum TemplateJudge {
+        /// They must stay in the range, with hysteresis.
+        Range = "Range",
+        /// They must not deviate from the primary's by the Mann-Whitney test, as Kayenta judges. No bound over several
+        /// checks.
+        MannWhitney = "MannWhitney",
+        /// They must not be worse than the primary's on average, with a bound over a known number of checks.
+        GroupSequential = "GroupSequential",
+    }
+}
+open_enum! {
+    /// Deviations from the primary.
+    pub enum Deviation {
+        /// Higher is worse.
+        Increase = "Increase",
+        /// Lower is worse.
+        Decrease = "Decrease",
+        /// Both are (not with `GroupSequential`).
+        Either = "Either",
+    }
+}
+open_enum! {
+    /// Effect sizes.
+    pub enum TemplateEffectSize {
+        /// Mean of the canary's values over that of the primary's.
+        MeanRatio = "MeanRatio",
+        /// Share of pairs in which the canary's value is higher.
+        Cles = "Cles",
+    }
+}
+open_enum! {
+    /// Spending functions.
+    pub enum TemplateSpending {
+        /// Little at first, most at the end.
+        ObrienFleming = "ObrienFleming",
+        /// About the same at every look.
+        Pocock = "Pocock",
+    }
 }
 
 /// Who is asked.

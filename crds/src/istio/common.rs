@@ -6,79 +6,20 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::text::{DurationError, parse_duration};
+
 /// A duration as Istio's manifests write it: a sequence of decimal numbers with units, for example `300ms`, `1.5s`, `1h30m`.
 ///
-/// The text is kept so that an object is written back as it was read; [`Duration::parse`] gives the value.
+/// The text is kept so that an object is written back as it was read. What it means is [`crate::Duration`]'s; a type of its own
+/// because Istio's definitions put no pattern on it, so that `10us` is a duration there and not in Flux's kinds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Duration(pub String);
 
-/// A duration that could not be read.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct InvalidDuration(pub String);
-
-impl std::fmt::Display for InvalidDuration {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "invalid duration {:?}: write a number with a unit (ns, us, ms, s, m, h), for example 1.5s",
-            self.0
-        )
-    }
-}
-
-impl std::error::Error for InvalidDuration {}
-
 impl Duration {
     /// The value. Units are those of Go's `time.ParseDuration` (ns, us, ms, s, m, h); negative durations are refused.
-    pub fn parse(&self) -> Result<std::time::Duration, InvalidDuration> {
-        let invalid = || InvalidDuration(self.0.clone());
-        let mut rest = self.0.trim_start_matches('+');
-        if rest == "0" {
-            return Ok(std::time::Duration::ZERO);
-        }
-        if rest.is_empty() {
-            return Err(invalid());
-        }
-        let mut nanos: u128 = 0;
-        while !rest.is_empty() {
-            let number_len = rest
-                .find(|c: char| !c.is_ascii_digit() && c != '.')
-                .ok_or_else(invalid)?;
-            let (number, tail) = rest.split_at(number_len);
-            let unit_len = tail
-                .find(|c: char| c.is_ascii_digit() || c == '.')
-                .unwrap_or(tail.len());
-            let (unit, tail) = tail.split_at(unit_len);
-            let scale: u128 = match unit {
-                "ns" => 1,
-                "us" | "µs" | "μs" => 1_000,
-                "ms" => 1_000_000,
-                "s" => 1_000_000_000,
-                "m" => 60_000_000_000,
-                "h" => 3_600_000_000_000,
-                _ => return Err(invalid()),
-            };
-            let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-            if (whole.is_empty() && fraction.is_empty()) || fraction.contains('.') || whole.len() > 18 {
-                return Err(invalid());
-            }
-            let whole: u128 = if whole.is_empty() {
-                0
-            } else {
-                whole.parse().map_err(|_| invalid())?
-            };
-            nanos += whole * scale;
-            let mut unit_nanos = scale;
-            for digit in fraction.bytes() {
-                unit_nanos /= 10;
-                nanos += u128::from(digit - b'0') * unit_nanos;
-            }
-            rest = tail;
-        }
-        u64::try_from(nanos)
-            .map(std::time::Duration::from_nanos)
-            .map_err(|_| invalid())
+    pub fn parse(&self) -> Result<std::time::Duration, DurationError> {
+        parse_duration(&self.0)
     }
 }
 

@@ -50,14 +50,14 @@ impl Findings {
             match value.parse() {
                 Ok(duration) if duration >= std::time::Duration::from_millis(1) => {}
                 Ok(_) => self.add(field, "must be a valid duration greater than 1ms"),
-                Err(error) => self.add(field, error.to_string()),
+                Err(error) => self.add(field, format!("invalid duration {error}")),
             }
         }
     }
 
     fn duration(&mut self, field: &str, value: Option<&Duration>) {
         if let Some(Err(error)) = value.map(Duration::parse) {
-            self.add(field, error.to_string());
+            self.add(field, format!("invalid duration {error}"));
         }
     }
 

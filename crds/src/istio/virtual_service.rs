@@ -357,7 +357,7 @@ pub struct HttpFaultDelay {
     /// Deprecated whole percentage.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub percent: Option<i32>,
-    /// Share of requests; all by default.
+    /// Share of requests. Without it nothing is injected: istiod writes it as 0 %.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub percentage: Option<Percent>,
 }
@@ -375,7 +375,7 @@ pub struct HttpFaultAbort {
     /// Not honoured by Istio either.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub http2_error: Option<String>,
-    /// Share of requests; all by default.
+    /// Share of requests. Without it nothing is injected: istiod writes it as 0 %.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub percentage: Option<Percent>,
 }

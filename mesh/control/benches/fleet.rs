@@ -1,9 +1,10 @@
 //! A weight change until the last of a fleet of proxies has acknowledged it, and what that costs.
 //!
-//! Proxies are real clients over a Unix socket that accept at once; the control plane is the real one without the
-//! watches: its input is the changed object. `FLEET` gives sizes as `proxies x services`, comma-separated.
+//! Proxies are real clients over a Unix socket that accept at once, in a process of their own; the control plane is the
+//! real one without the watches: its input is the changed object. `FLEET` gives sizes as `proxies x services`,
+//! comma-separated.
 //!
-//! The machine is shared by both ends, so the times are upper bounds; processor time is of the control plane's threads
+//! The machine is shared by both ends, so the times are upper bounds; processor time and memory are of the control plane
 //! alone.
 
 use std::path::Path;
@@ -32,6 +33,10 @@ const CHANGES_MEASURED: i64 = 100;
 /// Time between two changes, so that each is a lone one.
 const PAUSE: Duration = Duration::from_millis(150);
 const SERVER_THREAD: &str = "control";
+/// Tells the other process how many proxies it is.
+const PROXIES: &str = "FLEET_PROXIES";
+/// And where they connect.
+const SOCKET: &str = "FLEET_SOCKET";
 
 fn service(index: usize) -> Result<Vec<Change>, Failure> {
     let name = format!("s{index}");
@@ -154,7 +159,11 @@ async fn measure(server: &Runtime, proxies: usize, services: usize) -> Result<()
         .wait_for(|liveness| liveness.observed)
         .await?;
     let (memory, cpu, started) = (resident_kilobytes()?, server_cpu()?, Instant::now());
-    let clients: Vec<_> = (0..proxies).map(|index| proxy(&socket, index, &cancel)).collect();
+    let mut fleet = std::process::Command::new(std::env::current_exe()?)
+        .env(PROXIES, proxies.to_string())
+        .env(SOCKET, &socket)
+        .stdin(std::process::Stdio::piped())
+        .spawn()?;
     ledger
         .watch(first, 1)
         .wait_for(|liveness| liveness.needed == proxies && liveness.is_live())
@@ -191,15 +200,34 @@ async fn measure(server: &Runtime, proxies: usize, services: usize) -> Result<()
         per(join_cpu, proxies),
         memory / proxies as u64,
     );
+    // The fleet ends with its standard input.
+    drop(fleet.stdin.take());
+    fleet.wait()?;
     cancel.cancel();
-    for client in clients {
-        client.join().await;
-    }
     ads.drained().await;
     Ok(())
 }
 
+/// The other process: proxies until the standard input ends.
+async fn fleet(proxies: usize, socket: &Path) -> Result<(), Failure> {
+    let cancel = CancellationToken::new();
+    let clients: Vec<_> = (0..proxies).map(|index| proxy(socket, index, &cancel)).collect();
+    tokio::io::copy(&mut tokio::io::stdin(), &mut tokio::io::sink()).await?;
+    cancel.cancel();
+    for client in clients {
+        client.join().await;
+    }
+    Ok(())
+}
+
 fn run() -> Result<(), Failure> {
+    if let (Ok(proxies), Some(socket)) = (std::env::var(PROXIES), std::env::var_os(SOCKET)) {
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()?;
+        return runtime.block_on(fleet(proxies.parse()?, Path::new(&socket)));
+    }
     let sizes = std::env::var("FLEET").unwrap_or_else(|_| "1x100,100x100,1000x100,100x1000".into());
     let server = Builder::new_multi_thread()
         .worker_threads(2)
@@ -212,7 +240,7 @@ fn run() -> Result<(), Failure> {
         .enable_all()
         .build()?;
     println!(
-        "weight change → acknowledged by every proxy (ms); control plane's processor time; memory of both ends"
+        "weight change → acknowledged by every proxy (ms); processor time and memory of the control plane"
     );
     println!(
         "{:>6} {:>8} {:>9} {:>9} {:>9} {:>14} {:>9} {:>12} {:>10}",

@@ -50,8 +50,16 @@ pub trait World: Send + 'static {
     /// What some changes mean for proxies.
     type Touched: Send;
 
-    /// Takes in changes that belong together.
-    fn apply(&mut self, changes: Vec<Self::Change>) -> Applied<Self::Touched>;
+    /// Takes in changes that belong together. `now` is since any fixed moment.
+    fn apply(&mut self, changes: Vec<Self::Change>, now: Duration) -> Applied<Self::Touched>;
+
+    /// Everything that exists has been said.
+    fn complete(&mut self) {}
+
+    /// When to apply again even if nothing changes: something that was said waits, at most until then.
+    fn wake_at(&self) -> Option<Duration> {
+        None
+    }
 
     /// Everything that a proxy needs, from now until it is forgotten.
     fn resources_for(&mut self, proxy: &Proxy) -> Vec<Arc<Resource>>;
@@ -201,6 +209,9 @@ pub struct Pump<W: World> {
     /// Connections per node id: a proxy that reconnects may be here before its old connection is noticed to be dead.
     connections: HashMap<String, usize>,
     debounce: Debounce,
+    /// Everything that exists has been said.
+    listed: bool,
+    /// And taken in.
     synced: bool,
     return_grace: Duration,
     queries: mpsc::Receiver<Query>,
@@ -223,6 +234,7 @@ impl<W: World> Pump<W> {
             clients: HashMap::new(),
             connections: HashMap::new(),
             debounce: Debounce::default(),
+            listed: false,
             synced: false,
             return_grace: Duration::ZERO,
             queries,
@@ -272,22 +284,32 @@ impl<W: World> Pump<W> {
                     while let Ok(input) = inputs.try_recv() {
                         self.take(input.into(), &mut batch);
                     }
-                    due = None;
-                    if !batch.is_empty() {
-                        let before = Instant::now();
-                        let verdicts = self.push(std::mem::take(&mut batch)).await;
+                    let before = Instant::now();
+                    let waited = self.world.wake_at().is_some_and(|at| started + at <= before);
+                    if !batch.is_empty() || waited {
+                        let now = before.duration_since(started);
+                        let verdicts = self.push(std::mem::take(&mut batch), now).await;
                         match &mut held_back {
                             Some(held_back) => held_back.extend(verdicts),
                             None => self.record(verdicts),
                         }
                         self.debounce.pushed(started.elapsed(), before.elapsed());
                     }
+                    if self.listed && !self.synced {
+                        // All of it is in the world now, not only in the queue.
+                        self.synced = true;
+                        self.world.complete();
+                        hub.changed.notify_one();
+                    }
+                    due = self.world.wake_at().map(|at| started + at);
                 }
                 input = inputs.recv() => {
                     let Some(input) = input else { return };
+                    let begins = batch.is_empty();
                     self.take(input.into(), &mut batch);
-                    if due.is_none() {
-                        due = Some(Instant::now() + self.debounce.wait(started.elapsed()));
+                    if begins {
+                        let at = Instant::now() + self.debounce.wait(started.elapsed());
+                        due = Some(due.map_or(at, |due| due.min(at)));
                     }
                 }
                 () = hub.changed.notified() => self.mind_the_doors(),
@@ -303,21 +325,18 @@ impl<W: World> Pump<W> {
     fn take(&mut self, input: Input<W::Change>, batch: &mut Vec<W::Change>) {
         match input {
             Input::Changes(changes) => batch.extend(changes),
-            Input::Synced => {
-                self.synced = true;
-                self.hub.changed.notify_one();
-            }
+            Input::Synced => self.listed = true,
         }
     }
 
     /// Gives every connected proxy what it needs of some changes.
-    async fn push(&mut self, batch: Vec<W::Change>) -> Vec<Verdict> {
+    async fn push(&mut self, batch: Vec<W::Change>, now: Duration) -> Vec<Verdict> {
         let count = batch.len();
         let Applied {
             touched,
             verdicts,
             notes_changed,
-        } = self.world.apply(batch);
+        } = self.world.apply(batch, now);
         let mut told = 0;
         for (index, (client, proxy)) in self.clients.values().enumerate() {
             if index % CLIENTS_PER_TURN == CLIENTS_PER_TURN - 1 {

@@ -9,6 +9,7 @@
 //!
 //! * [`index`]: watches → changes of the model.
 //! * [`translate`]: the model → xDS resources, each translated once and shared by all proxies that need it.
+//! * [`WARMING`]: a rule that came before what it refers to waits a moment, and what was in effect stays.
 //! * [`ads`]: what changed → the proxies that need it, with adaptive debounce.
 //! * [`ledger`]: which proxies need, were sent, acknowledged or refused each generation of each object.
 //! * [`telemetry`]: what the proxies measure → samples per workload.
@@ -28,7 +29,9 @@ pub mod proxy_identity;
 pub mod status;
 pub mod telemetry;
 pub mod translate;
+mod warming;
 mod world;
 
 pub use control::{Control, ControlError, ControlOptions};
+pub use warming::WARMING;
 pub use world::MeshWorld;

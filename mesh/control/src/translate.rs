@@ -116,9 +116,22 @@ impl Translator {
 
     /// Takes in several changes at once: each resource is translated once, however many of them touched it.
     pub fn apply_all(&mut self, changes: impl IntoIterator<Item = serin_model::Change>) -> Touched {
+        self.apply_where(changes, |_, _| true)
+    }
+
+    /// As [`Translator::apply_all`], but `admit` decides of each change, when it is its turn, whether it is taken in at all; it
+    /// sees the model with all changes before it.
+    pub fn apply_where(
+        &mut self,
+        changes: impl IntoIterator<Item = serin_model::Change>,
+        mut admit: impl FnMut(&Model, &serin_model::Change) -> bool,
+    ) -> Touched {
         let mut touched = serin_model::Touched::default();
         let mut causes = 0;
         for change in changes {
+            if !admit(&self.model, &change) {
+                continue;
+            }
             let one = self.model.apply(change);
             causes += usize::from(one.cause.is_some());
             touched.merge(one);

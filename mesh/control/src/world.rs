@@ -1,7 +1,11 @@
 //! The translator as the pump's world, with what a person should be told about each object.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::Resource;
@@ -14,6 +18,7 @@ use crate::ads::{Applied, Input, Note, Verdict, World};
 use crate::index::Event;
 use crate::proxy_identity::Proxy;
 use crate::translate::{Touched, Translator};
+use crate::warming::Warming;
 
 impl From<Event> for Input<Change> {
     fn from(event: Event) -> Self {
@@ -28,6 +33,7 @@ impl From<Event> for Input<Change> {
 #[derive(Debug)]
 pub struct MeshWorld {
     translator: Translator,
+    warming: Warming,
     objects: HashMap<Arc<str>, Seen>,
 }
 
@@ -46,6 +52,7 @@ impl MeshWorld {
     pub fn new(config: MeshConfig) -> Self {
         Self {
             translator: Translator::new(config),
+            warming: Warming::default(),
             objects: HashMap::new(),
         }
     }
@@ -106,8 +113,10 @@ impl World for MeshWorld {
     type Change = Change;
     type Touched = Touched;
 
-    fn apply(&mut self, changes: Vec<Change>) -> Applied<Touched> {
-        let mut specifications = Vec::with_capacity(changes.len());
+    fn apply(&mut self, changes: Vec<Change>, now: Duration) -> Applied<Touched> {
+        let mut first = Vec::with_capacity(changes.len());
+        let mut rules = Vec::new();
+        let waiting = self.warming.take();
         let mut changed: Vec<(ObjectKey, Option<i64>)> = Vec::new();
         let mut notes_changed = false;
         for change in changes {
@@ -131,10 +140,45 @@ impl World for MeshWorld {
             };
             // References are to services and user objects, not to what comes and goes with pods.
             notes_changed |= !matches!(key.kind, Kind::EndpointSlice | Kind::Pod | Kind::Node);
-            specifications.push(change);
+            // Rules come after what they may refer to, and among themselves in order.
+            match key.kind {
+                Kind::VirtualService => rules.push((change, None)),
+                _ => first.push((change, None)),
+            }
         }
-        let touched = self.translator.apply_all(specifications);
-        let verdicts = changed
+        let mut told = Vec::with_capacity(waiting.len());
+        for (key, (object, until)) in &waiting {
+            // One that is overtaken before it was ever in effect is not told of.
+            let overtaken = changed.iter().any(|(changed, _)| changed == key);
+            if !overtaken {
+                told.push((key.clone(), seen(object).map(|seen| seen.generation)));
+            }
+            first.push((Change::Apply(object.clone()), Some(*until)));
+        }
+        told.append(&mut changed);
+        let warming = &mut self.warming;
+        let mut deadlines = Vec::with_capacity(first.len() + rules.len());
+        let mut all = Vec::with_capacity(first.len() + rules.len());
+        for (change, until) in first.into_iter().chain(rules) {
+            deadlines.push(until);
+            all.push(change);
+        }
+        let mut deadlines = deadlines.into_iter();
+        let touched = self.translator.apply_where(all, |model, change| {
+            let until = deadlines.next().flatten();
+            match change {
+                Change::Apply(rules @ Object::VirtualService(_)) => warming.admits(model, rules, until, now),
+                Change::Delete(key) => {
+                    warming.forget(key);
+                    true
+                }
+                Change::Apply(_) => true,
+            }
+        });
+        notes_changed |= waiting.keys().any(|key| self.warming.missing(key).is_none());
+        // Of what waits there is no verdict yet.
+        told.retain(|(key, _)| self.warming.missing(key).is_none());
+        let verdicts = told
             .into_iter()
             .map(|(key, generation)| {
                 let object: Arc<str> = key.to_string().into();
@@ -167,6 +211,14 @@ impl World for MeshWorld {
         self.translator.changes_for(proxy, touched)
     }
 
+    fn complete(&mut self) {
+        self.warming.complete();
+    }
+
+    fn wake_at(&self) -> Option<Duration> {
+        self.warming.wake_at()
+    }
+
     fn forget(&mut self, proxy: &str) {
         self.translator.forget(proxy);
     }
@@ -179,7 +231,10 @@ impl World for MeshWorld {
             name: seen.key.name.clone(),
             generation: seen.generation,
             refused: self.problems(&seen.key, Severity::Refused),
-            unresolved: self.problems(&seen.key, Severity::Unresolved),
+            unresolved: match self.warming.missing(&seen.key) {
+                Some(missing) => missing.iter().map(ToString::to_string).collect(),
+                None => self.problems(&seen.key, Severity::Unresolved),
+            },
             unhonoured: seen.unhonoured.clone(),
             conditions: seen.conditions.clone(),
         })

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
 use serin_crds::istio::validate;
 
 use crate::object::{Kind, Object, ObjectKey};
-use crate::route::MESH;
+use crate::route::{Backend, MESH, RuleSet};
 use crate::unhonoured::unhonoured;
+use crate::virtual_service::compile;
 use crate::{Model, Visibility};
 
 /// How a problem is treated.
@@ -176,6 +178,21 @@ impl Model {
         self.problems.refused.contains_key(key)
     }
 
+    /// Hosts and subsets that a VirtualService would send requests to and that are not there, as things stand: with it, proxies
+    /// would answer 503 until they are. Empty for every other kind, and for one that is refused anyway.
+    pub fn dangling(&self, object: &Object) -> Vec<Problem> {
+        let Object::VirtualService(object) = object else {
+            return Vec::new();
+        };
+        let namespace: Arc<str> = object.metadata.namespace.as_deref().unwrap_or("default").into();
+        let rules = compile(object, &self.config.domain, |_| None);
+        let mut found = Vec::new();
+        self.missing_destinations(&namespace, &rules, &mut found);
+        found.sort();
+        found.dedup();
+        found
+    }
+
     fn unresolved(&self, key: &ObjectKey, found: &mut Vec<Problem>) {
         let Some(rules) = self.rules_of(key) else { return };
         for gateway in rules
@@ -189,56 +206,68 @@ impl Model {
                 rule: format!("referenced gateway {gateway} does not exist"),
             });
         }
-        let client = crate::Client {
-            namespace: key.namespace.clone(),
-            labels: BTreeMap::new(),
-            scope: None,
-        };
-        for route in &rules.http {
-            let field = format!("spec.http[{}]", route.provenance.rule.unwrap_or(0));
-            for backend in route.hosts() {
-                let Some(service) = self.service(&backend.host) else {
-                    found.push(Problem {
-                        severity: Severity::Unresolved,
-                        field: field.clone(),
-                        rule: format!("referenced host {} does not exist", backend.host),
-                    });
-                    continue;
-                };
-                if let Visibility::Namespaces(_) = &service.visibility
-                    && !service.visibility.includes(&client.namespace)
-                {
-                    found.push(Problem {
-                        severity: Severity::Unresolved,
-                        field: field.clone(),
-                        rule: format!(
-                            "referenced host {} is not exported to namespace {}",
-                            backend.host, client.namespace
-                        ),
-                    });
-                }
-                if let Some(port) = backend.port.filter(|port| service.port(*port).is_none()) {
-                    found.push(Problem {
-                        severity: Severity::Unresolved,
-                        field: field.clone(),
-                        rule: format!("referenced host {} has no port {port}", backend.host),
-                    });
-                }
-                if let Some(subset) = &backend.subset {
-                    let policy = self.policy(&backend.host, &service.namespace, &client);
-                    if !policy.is_some_and(|policy| policy.subsets.iter().any(|known| known.name == **subset))
-                    {
-                        found.push(Problem {
-                            severity: Severity::Unresolved,
-                            field: field.clone(),
-                            rule: format!(
-                                "referenced subset {subset} of host {} is not defined by a DestinationRule",
-                                backend.host
-                            ),
-                        });
-                    }
-                }
+        self.missing_destinations(&key.namespace, rules, found);
+        for (field, backend) in backends(rules) {
+            let Some(service) = self.service(&backend.host) else {
+                continue;
+            };
+            if let Visibility::Namespaces(_) = &service.visibility
+                && !service.visibility.includes(&key.namespace)
+            {
+                found.push(Problem {
+                    severity: Severity::Unresolved,
+                    field: field.clone(),
+                    rule: format!(
+                        "referenced host {} is not exported to namespace {}",
+                        backend.host, key.namespace
+                    ),
+                });
+            }
+            if let Some(port) = backend.port.filter(|port| service.port(*port).is_none()) {
+                found.push(Problem {
+                    severity: Severity::Unresolved,
+                    field,
+                    rule: format!("referenced host {} has no port {port}", backend.host),
+                });
             }
         }
     }
+
+    fn missing_destinations(&self, namespace: &Arc<str>, rules: &RuleSet, found: &mut Vec<Problem>) {
+        let client = crate::Client {
+            namespace: namespace.clone(),
+            labels: BTreeMap::new(),
+            scope: None,
+        };
+        for (field, backend) in backends(rules) {
+            let Some(service) = self.service(&backend.host) else {
+                found.push(Problem {
+                    severity: Severity::Unresolved,
+                    field,
+                    rule: format!("referenced host {} does not exist", backend.host),
+                });
+                continue;
+            };
+            let Some(subset) = &backend.subset else { continue };
+            let policy = self.policy(&backend.host, &service.namespace, &client);
+            if !policy.is_some_and(|policy| policy.subsets.iter().any(|known| known.name == **subset)) {
+                found.push(Problem {
+                    severity: Severity::Unresolved,
+                    field,
+                    rule: format!(
+                        "referenced subset {subset} of host {} is not defined by a DestinationRule",
+                        backend.host
+                    ),
+                });
+            }
+        }
+    }
+}
+
+/// Whom the http routes send requests to, with the field that says so.
+fn backends(rules: &RuleSet) -> impl Iterator<Item = (String, &Backend)> {
+    rules.http.iter().flat_map(|route| {
+        let field = format!("spec.http[{}]", route.provenance.rule.unwrap_or(0));
+        route.hosts().map(move |backend| (field.clone(), backend))
+    })
 }

@@ -38,12 +38,16 @@
 //! - [`observe`]: access logs and traces keep of a request only what their configuration names. Without configured access
 //!   logs errors are told all the same, as JSON lines.
 //! - The route timeout starts with the request's head, not its last byte (Envoy), and covers retries and the response.
+//! - An HTTP/1 connection that has been quiet for two seconds is taken back from hyper, whose two buffers it would keep;
+//!   memory that was freed is given back to the kernel every five seconds; huge pages are off. So an idle connection costs
+//!   some 7 KB and an empty proxy less than 8 MB.
 //! - Responses that the proxy makes itself carry `x-serin-response-flags` when a flag is set.
 //!
 //! # Limits
 //! 60 KiB and 100 fields per request head; 1 MiB of a request body kept for retries and mirrors (larger bodies are not
 //! retried once sent, nor mirrored); 256 idle HTTP/1 connections per endpoint and worker; 4,096 destinations per
-//! ORIGINAL_DST cluster and worker; 10,000 metric series per worker, further ones are counted as `unknown`; circuit
+//! ORIGINAL_DST cluster and worker; 10,000 metric series per worker, further ones are counted as `unknown`, unused ones
+//! end ([`metrics::expiry`]); circuit
 //! breakers count over all workers, pools and balancing are per worker.
 
 pub mod bootstrap;

@@ -102,7 +102,7 @@ pub(crate) fn members<'a>(
 fn subresources(kind: &Kind, version: &Version) -> Vec<&'static str> {
     match kind.row() {
         Some(row) => row.subresources.to_vec(),
-        None => [("scale", version.scale.is_some()), ("status", version.status)]
+        None => [("status", version.status), ("scale", version.scale.is_some())]
             .into_iter()
             .filter(|(_, there)| *there)
             .map(|(name, _)| name)

@@ -133,3 +133,15 @@ pub(crate) fn owners(object: &Value) -> Vec<Owner> {
         })
         .collect()
 }
+
+/// What kind of JSON a value is, as Go's decoder calls it.
+pub(crate) fn type_word(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "bool",
+        Value::Number(_) => "number",
+        Value::String(_) => "string",
+        Value::Array(_) => "array",
+        Value::Object(_) => "object",
+    }
+}

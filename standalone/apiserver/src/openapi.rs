@@ -296,6 +296,32 @@ fn documented(registry: &Registry) -> Vec<String> {
     out
 }
 
+/// OpenAPI v2 as an empty document: kinds are described in v3. kubectl asks for it when it does not find a kind there, and takes a
+/// missing one for a failure of the server instead of saying that the kind does not exist.
+pub(crate) fn version_two(accept: Option<&http::HeaderValue>) -> http::Response<axum::body::Body> {
+    let wants_protobuf = accept
+        .and_then(|value| value.to_str().ok())
+        .is_some_and(|value| value.contains("proto-openapi.spec.v2"));
+    if !wants_protobuf {
+        let document =
+            serde_json::json!({"swagger": "2.0", "info": {"title": TITLE, "version": VERSION}, "paths": {}});
+        return crate::http::respond::json(200, &document, &[]);
+    }
+    // gnostic's Document { swagger = 1, info = 2 { title = 1, version = 2 } }; all lengths are below 128.
+    let field = |number: u8, bytes: &[u8]| [&[(number << 3) | 2, bytes.len() as u8], bytes].concat();
+    let info = [field(1, TITLE.as_bytes()), field(2, VERSION.as_bytes())].concat();
+    let document = [field(1, b"2.0"), field(2, &info)].concat();
+    crate::http::respond::bytes(
+        200,
+        document.into(),
+        "application/com.github.proto-openapi.spec.v2.v1.0+protobuf",
+        &[],
+    )
+}
+
+const TITLE: &str = "Kubernetes";
+const VERSION: &str = "v1.35";
+
 #[cfg(test)]
 mod tests {
     use super::*;

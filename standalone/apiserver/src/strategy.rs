@@ -198,3 +198,16 @@ pub(crate) fn is_finished(kind: &Kind, object: &Value) -> bool {
         .unwrap_or(0)
         == 0
 }
+
+/// Conditions that admission made get their time.
+pub(crate) fn stamp_conditions(object: &mut Value, now: &str) {
+    let status = meta::member_object(object, "status");
+    let Some(Value::Array(conditions)) = status.get_mut("conditions") else {
+        return;
+    };
+    for condition in conditions.iter_mut().filter_map(Value::as_object_mut) {
+        if condition.get("lastTransitionTime").is_none_or(Value::is_null) {
+            condition.insert("lastTransitionTime".into(), now.into());
+        }
+    }
+}

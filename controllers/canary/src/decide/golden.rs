@@ -18,6 +18,19 @@ fn is_of_polling(message: &str) -> bool {
         || message == "skipping canary run as object is suspended"
 }
 
+/// No events, only logged: objects created or changed.
+fn is_written(message: &str) -> bool {
+    let plain = [
+        "Service ",
+        "Deployment ",
+        "DestinationRule ",
+        "VirtualService ",
+        "Scaling down Deployment ",
+        "Terminat",
+    ];
+    plain.iter().any(|start| message.starts_with(start))
+}
+
 /// A place in the story.
 type Place = (String, i64);
 
@@ -218,24 +231,128 @@ fn tell_again(name: &str) {
         .unwrap()
         .iter()
         .map(|line| line["message"].as_str().unwrap().to_owned());
-    // Not events, only logged: objects created or changed.
-    let written = |message: &String| {
-        let plain = [
-            "Service ",
-            "Deployment ",
-            "DestinationRule ",
-            "VirtualService ",
-            "Scaling down Deployment ",
-        ];
-        plain.iter().any(|start| message.starts_with(start)) || message.starts_with("Terminat")
-    };
-    let recorded = once(logged.filter(|message| !written(message)));
+    let recorded = once(logged.filter(|message| !is_written(message)));
     assert_eq!(once(story.world.events.clone()), recorded, "{name}");
     assert!(
         matches!(story.world.phase(), CanaryPhase::Succeeded | CanaryPhase::Failed),
         "{name} ends in {}",
         story.world.phase()
     );
+}
+
+/// Each once, in the order of its first appearance.
+fn unique<T: PartialEq>(all: impl IntoIterator<Item = T>) -> Vec<T> {
+    let mut seen = Vec::new();
+    for one in all {
+        if !seen.contains(&one) {
+            seen.push(one);
+        }
+    }
+    seen
+}
+
+/// What was recorded of one Canary: its places and its events.
+fn recording(case: &Value, other: &str) -> (Vec<Place>, Vec<String>) {
+    let places = case["status_sequence"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|status| status["canary"] != other)
+        .map(|status| place_of(&status["status"]))
+        .filter(|place| !place.0.is_empty());
+    let events = case["log"].as_array().unwrap().iter();
+    let events = events
+        .map(|line| line["message"].as_str().unwrap().to_owned())
+        .filter(|text| !is_written(text) && !is_of_polling(text))
+        .filter(|text| !text.starts_with("Bad things will happen!") && !text.contains(&format!(" {other}.")));
+    (unique(places), unique(events))
+}
+
+#[test]
+fn drift_is_repaired_as_with_flagger_but_an_edit_does_not_cost_the_weight() {
+    let Some(case) = golden::case("istio-drift") else {
+        return;
+    };
+    let mut story = Story::begin("istio-drift", &case);
+    let run_to = |story: &mut Story, phase: &str, weight: i64| {
+        let place = (phase.to_owned(), weight);
+        for _ in 0..600 {
+            if story.place() == place {
+                return;
+            }
+            story.second();
+        }
+        panic!("never at {place:?}, but at {:?}", story.place());
+    };
+    for action in case["actions"].as_array().unwrap().iter().skip(1) {
+        match action["action"].as_str().unwrap() {
+            "delete the VirtualService at rest" => {
+                run_to(&mut story, "Initialized", 0);
+                story.world.happen(&Happening::DeleteRoute);
+                story.second();
+                assert!(story.world.seen.route.is_some(), "made again");
+            }
+            "point the apex Service at the target by hand" => {
+                story.world.seen.apex_in_place = false;
+                story.second();
+                assert!(story.world.seen.apex_in_place, "pointed back");
+            }
+            "change spec.service.timeout at weight 50" => {
+                run_to(&mut story, "Progressing", 50);
+                story.act(action);
+                story.world.seen.route.as_mut().unwrap().in_place = false;
+                story.second();
+                assert!(story.world.seen.route.as_ref().unwrap().in_place, "rewritten");
+                assert_eq!(story.world.weight(), 50, "Flagger starts again from 0 here");
+            }
+            // Metadata of the user's: nothing of ours is touched. Flagger takes it for drift and starts again from 0.
+            "user adds a label and an annotation to the VirtualService" => {}
+            "delete the primary Deployment at rest" => {
+                run_to(&mut story, "Succeeded", 0);
+                story.world.seen.primary = None;
+                story.second();
+                assert!(story.world.seen.primary.is_some(), "made again");
+            }
+            _ => story.act(action),
+        }
+    }
+    for _ in 0..60 {
+        story.second();
+    }
+    let (places, events) = recording(&case, "");
+    assert_eq!(
+        story.places, places,
+        "each place once: the weight never falls back"
+    );
+    assert_eq!(once(story.world.events.clone()), events);
+}
+
+#[test]
+fn of_two_canaries_for_one_target_the_older_goes_as_with_flagger_and_the_younger_does_nothing() {
+    let Some(case) = golden::case("istio-two-canaries") else {
+        return;
+    };
+    let mut older = Story::begin("istio-two-canaries", &case);
+    let mut younger = Story::begin("istio-two-canaries", &case);
+    younger.world.seen.name = "second".to_owned();
+    younger.world.seen.rival = Some("podinfo".to_owned());
+    for _ in 0..60 {
+        older.second();
+        younger.second();
+    }
+    let push = &case["actions"][1];
+    older.act(push);
+    younger.act(push);
+    for _ in 0..600 {
+        older.second();
+        younger.second();
+    }
+    let (places, events) = recording(&case, "second");
+    assert_eq!(older.places, places);
+    assert_eq!(once(older.world.events.clone()), events);
+    assert!(younger.world.events.is_empty() && younger.world.seen.route.is_none());
+    let message = younger.world.status.message.clone().unwrap_or_default();
+    assert!(message.contains("podinfo rolls out the same target"), "{message}");
 }
 
 macro_rules! stories {

@@ -38,7 +38,7 @@ use crate::observed::{Observed, Readiness, Workload};
 use crate::plan::Plan;
 use crate::traffic::Split;
 
-pub(crate) use status::{COMPARISON_STATE, micro};
+pub(crate) use status::{COMPARISON_STATE, VALUES_STATE, micro};
 
 /// How long a withdrawn weight may take to leave the last proxy before the pods behind it go anyway. Pods drain for
 /// themselves (30 s termination grace period by default), so this only has to cover a proxy that is slow to hear.

@@ -43,12 +43,12 @@ impl Deciding<'_> {
         let goal = Goal {
             alpha,
             tolerance: options.tolerance,
-            ratio: comparison.expected_ratio,
+            ratio: planner::ratio_worth_finding(error_rate, comparison.expected_ratio),
         };
         let interval = self.plan.interval.as_secs_f64();
         let weights: Vec<f64> = self.plan.steps.iter().map(|weight| f64::from(*weight)).collect();
         let steps = planner::plan(per_second, error_rate, &weights, interval, &goal);
-        let warning = planner::warning(&steps, per_second, interval, &goal);
+        let warning = planner::warning(&steps, per_second, error_rate, interval, &goal);
         let current = f64::from(self.weight());
         let message = match &warning {
             Some(warning) => warning.clone(),
@@ -61,8 +61,8 @@ impl Deciding<'_> {
                     format!(", {seconds:.0} s at weight {current}")
                 });
                 format!(
-                    "at {per_second:.0} requests/s, {} times the primary's errors are found within the steps{needed}",
-                    comparison.expected_ratio
+                    "at {per_second:.0} requests/s, {:.1} times the primary's errors are found within the steps{needed}",
+                    goal.ratio
                 )
             }
         };

@@ -6,7 +6,7 @@ use serin_analysis::verdict::{Policy, Verdict};
 use serin_crds::flagger::{CanaryPhase, MetricStatus, StepOutcome, StepStatus};
 
 use super::{Action, Deciding, after, micro, revision_id};
-use crate::observed::Readiness;
+use crate::observed::{Readiness, Workload};
 use crate::plan::{Advance, MetricPlan};
 use crate::templates;
 use crate::traffic::Split;
@@ -86,10 +86,10 @@ impl Deciding<'_> {
         let Some(primary) = self.seen.primary.as_ref() else {
             return self.hold(format!("{} is being created", self.full(&self.plan.primary())));
         };
-        if let Readiness::NotYet(reason) | Readiness::Never(reason) =
-            primary.readiness(self.plan.primary_ready_percent)
-        {
-            return self.hold(format!("{} not ready: {reason}", primary.name));
+        match primary.readiness(self.plan.primary_ready_percent) {
+            Readiness::Ready => {}
+            Readiness::NotYet(reason) => return self.wait_for_primary(primary, &reason),
+            Readiness::Never(reason) => return self.primary_is_lost(primary, &reason),
         }
         if !self.canary_is_ready() {
             return;
@@ -219,6 +219,30 @@ impl Deciding<'_> {
             run.window_started_at = None;
         }
         self.wait_for(reason);
+    }
+
+    /// The run stands while the primary is not ready. As in Flagger the deadline counts while none of its pods is
+    /// available; while some still serve, the Deployment's own deadline decides.
+    fn wait_for_primary(&mut self, primary: &Workload, reason: &str) {
+        let now = self.now;
+        let run = self.status.run.get_or_insert_default();
+        if primary.available > 0 {
+            run.waiting_since = None;
+        } else {
+            let since = run.waiting_since.get_or_insert_with(|| now.into()).0;
+            if now >= after(since, self.plan.progress_deadline) {
+                return self.primary_is_lost(primary, reason);
+            }
+            self.wake_after(since, self.plan.progress_deadline);
+        }
+        self.hold(format!("{} not ready: {reason}", primary.name));
+    }
+
+    fn primary_is_lost(&mut self, primary: &Workload, reason: &str) {
+        let message = format!("{} not ready: {reason}", primary.name);
+        let canary = self.own_name();
+        self.warn(format!("Rolling back {canary} {message}"));
+        self.abort(&message);
     }
 
     fn canary_is_ready(&mut self) -> bool {
@@ -479,7 +503,7 @@ impl Deciding<'_> {
             let verdict = templates::judge(metric, reading);
             match &verdict {
                 Verdict::Bad(evidence) if judged.failure.is_none() => {
-                    judged.failure = Some(templates::halt_text(metric, evidence.value));
+                    judged.failure = Some(templates::halt_text(metric, evidence));
                 }
                 Verdict::NoData { explanation } => judged.miss(explanation, on_no_data),
                 Verdict::ProviderError { explanation } => judged.miss(explanation, on_provider_error),

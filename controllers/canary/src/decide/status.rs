@@ -9,6 +9,8 @@ use super::Deciding;
 
 /// Key of the judges' state in `status.run.evidence`. Another name than that of earlier releases, whose state is another.
 pub(crate) const COMPARISON_STATE: &str = "judges";
+/// Key of the state of the templates' rules.
+pub(crate) const VALUES_STATE: &str = "values";
 
 /// A time for the status.
 #[allow(clippy::unnecessary_wraps)] // all fields of the status are optional
@@ -40,12 +42,19 @@ pub(super) fn finish(deciding: &mut Deciding<'_>, before: &CanaryStatus) {
     weight_live(deciding);
     if let Some(run) = deciding.status.run.as_mut() {
         let running = phase == CanaryPhase::Progressing;
-        run.evidence = (running && deciding.plan.comparison.is_some() && !deciding.status.history.is_empty())
-            .then(|| serde_json::to_value(&deciding.seen.measured.judges).ok())
-            .flatten()
-            .map(|state| Evidence {
-                judges: [(COMPARISON_STATE.to_owned(), state)].into(),
-            });
+        let mut judges = std::collections::BTreeMap::new();
+        if deciding.plan.comparison.is_some()
+            && let Ok(state) = serde_json::to_value(&deciding.seen.measured.judges)
+        {
+            judges.insert(COMPARISON_STATE.to_owned(), state);
+        }
+        if !deciding.seen.values.is_empty()
+            && let Ok(state) = serde_json::to_value(&deciding.seen.values)
+        {
+            judges.insert(VALUES_STATE.to_owned(), state);
+        }
+        run.evidence = (running && !judges.is_empty() && !deciding.status.history.is_empty())
+            .then_some(Evidence { judges });
     }
     if deciding.status.message.is_none() && phase == CanaryPhase::Failed && before.phase == Some(phase) {
         // Why the last run failed is worth knowing until the next one.

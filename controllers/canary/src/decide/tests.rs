@@ -362,6 +362,55 @@ fn a_canary_that_never_becomes_ready_fails_at_its_deadline() {
 }
 
 #[test]
+fn a_primary_that_is_lost_in_the_middle_of_a_run_is_waited_for_until_the_deadline() {
+    let mut world = rolled_to(25);
+    world.happen(&Happening::PrimaryLost);
+    let waiting = world.step();
+    assert_eq!((world.phase(), world.weight()), (CanaryPhase::Progressing, 25));
+    assert!(waiting.wake_at.is_some(), "a wait has a deadline");
+    world.happen(&Happening::Wait(59));
+    world.step();
+    assert_eq!((world.phase(), world.weight()), (CanaryPhase::Progressing, 25));
+    world.happen(&Happening::Wait(1));
+    world.step();
+    assert_eq!((world.phase(), world.weight()), (CanaryPhase::Failed, 0));
+    let texts: Vec<_> = world.events.iter().rev().take(2).collect();
+    assert!(
+        texts[1].starts_with(
+            "Rolling back app.ns app-primary.ns not ready: waiting for rollout to finish: 0 of 2"
+        ),
+        "{texts:?}"
+    );
+}
+
+#[test]
+fn a_primary_that_comes_back_or_still_serves_does_not_use_up_the_deadline() {
+    let mut world = rolled_to(25);
+    for _ in 0..3 {
+        world.happen(&Happening::PrimaryLost);
+        world.step();
+        world.happen(&Happening::Wait(50));
+        world.step();
+        world.happen(&Happening::PrimaryReady);
+        world.happen(&Happening::Measure(50, 0));
+        world.step();
+        assert_eq!(world.phase(), CanaryPhase::Progressing);
+    }
+    // One of two pods serves: the primary's own Deployment decides when that is too long.
+    let mut world = rolled_to(25);
+    world.seen.primary.as_mut().unwrap().available = 1;
+    for _ in 0..10 {
+        world.happen(&Happening::Wait(30));
+        world.step();
+        assert_eq!((world.phase(), world.weight()), (CanaryPhase::Progressing, 25));
+    }
+    let primary = world.seen.primary.as_mut().unwrap();
+    primary.deadline_exceeded = true;
+    world.step();
+    assert_eq!((world.phase(), world.weight()), (CanaryPhase::Failed, 0));
+}
+
+#[test]
 fn suspension_keeps_everything_where_it_is_and_what_was_measured_meanwhile_does_not_count() {
     let mut world = rolled_to(25);
     world.happen(&Happening::Suspend(true));

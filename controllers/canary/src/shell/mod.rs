@@ -28,6 +28,7 @@ use tracing::{Instrument, info, info_span};
 pub use caches::Caches;
 
 use crate::Error;
+use crate::metrics::Metrics;
 use crate::objects::Options;
 use crate::traffic::Traffic;
 use endpoints::{Effect, Endpoints};
@@ -51,6 +52,8 @@ pub struct Context {
     pub metrics: Arc<dyn MetricSource>,
     /// Options that are the same for all Canaries.
     pub options: Options,
+    /// What is shown of the controller itself.
+    pub own_metrics: Metrics,
 }
 
 /// Name and namespace of a Canary.
@@ -107,6 +110,7 @@ pub async fn run(context: Context, cancel: CancellationToken) -> Result<(), Erro
         shared: shared.clone(),
         cancel: cancel.clone(),
         workers: HashMap::new(),
+        counts: HashMap::new(),
         tasks: JoinSet::new(),
     };
     dispatcher.dispatch().await?;
@@ -128,6 +132,8 @@ struct Dispatcher {
     shared: Arc<Shared>,
     cancel: CancellationToken,
     workers: HashMap<Key, Running>,
+    /// Workers per namespace.
+    counts: HashMap<String, usize>,
     tasks: JoinSet<Key>,
 }
 
@@ -214,7 +220,21 @@ impl Dispatcher {
             self.cancel.child_token(),
         );
         let abort = self.tasks.spawn(Box::pin(work).instrument(span));
+        let count = self.counts.entry(key.namespace.clone()).or_default();
+        *count += 1;
+        self.shared.context.own_metrics.count(&key.namespace, *count);
         self.workers.insert(key, Running { wake, abort });
+    }
+
+    fn uncount(&mut self, namespace: &str) {
+        let Some(count) = self.counts.get_mut(namespace) else {
+            return;
+        };
+        *count -= 1;
+        self.shared.context.own_metrics.count(namespace, *count);
+        if *count == 0 {
+            self.counts.remove(namespace);
+        }
     }
 
     /// A worker ends when its Canary is gone. One that came back in between gets a new worker.
@@ -230,7 +250,9 @@ impl Dispatcher {
                 .collect(),
         };
         for key in ended {
-            self.workers.remove(&key);
+            if self.workers.remove(&key).is_some() {
+                self.uncount(&key.namespace);
+            }
             self.shared.interests.forget(&key);
             if self
                 .shared

@@ -1,9 +1,10 @@
 //! Asks metric providers when a check is due, and keeps their answers. Nothing here is waited for by a decision.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
+use serin_analysis::judge::values::{Rule, Values};
 use serin_crds::flagger::{Canary, CanaryPhase, CanaryStatus, MetricProviderType};
 use serin_providers::template::{self, Model};
 use serin_providers::{Ask, Config, Connector, Credentials};
@@ -11,6 +12,7 @@ use tokio::task::JoinSet;
 
 use super::Shared;
 use super::observe::Seen;
+use crate::decide::VALUES_STATE;
 use crate::templates::{self, Outcome, Reading, Source, TemplatePlan};
 
 /// The providers' answers for one Canary. Dropping it ends what is being asked.
@@ -19,14 +21,29 @@ pub(crate) struct Templates {
     plans: Vec<TemplatePlan>,
     readings: Vec<Option<Reading>>,
     in_flight: BTreeSet<usize>,
-    asking: JoinSet<(usize, Reading)>,
+    asking: JoinSet<(usize, Answers)>,
+    /// The run that `values` belong to.
+    run: Option<Timestamp>,
+    /// What the templates' own rules have seen, by metric.
+    values: BTreeMap<String, Values>,
 }
 
 /// A question, ready to be asked.
 struct Question {
     config: Config,
     query: String,
+    /// The same for the primary, where the template's rule compares.
+    primary_query: Option<String>,
+    rule: Option<Rule>,
     namespace: String,
+}
+
+/// What came back.
+struct Answers {
+    asked_at: Timestamp,
+    outcome: Outcome,
+    primary: Option<Outcome>,
+    rule: Option<Rule>,
 }
 
 impl Templates {
@@ -52,6 +69,7 @@ impl Templates {
                 ..Self::default()
             };
         }
+        self.keep_run(status);
         let interval = SignedDuration::try_from(seen.plan.interval).unwrap_or(SignedDuration::MAX);
         let due = templates::opened(status, seen.observed.measured.since)
             .and_then(|opened| opened.checked_add(interval).ok())
@@ -65,6 +83,23 @@ impl Templates {
             }
         }
         seen.observed.readings.clone_from(&self.readings);
+        seen.observed.values.clone_from(&self.values);
+    }
+
+    /// Begins with what the status kept of this run's values.
+    fn keep_run(&mut self, status: &CanaryStatus) {
+        let run = status.run.as_ref();
+        let started = run.and_then(|run| run.started_at.as_ref()).map(|at| at.0);
+        if self.run == started && started.is_some() {
+            return;
+        }
+        self.run = started;
+        self.readings.iter_mut().for_each(|reading| *reading = None);
+        self.values = run
+            .and_then(|run| run.evidence.as_ref())
+            .and_then(|evidence| evidence.judges.get(VALUES_STATE))
+            .and_then(|state| serde_json::from_value(state.clone()).ok())
+            .unwrap_or_default();
     }
 
     fn ask(&mut self, shared: &Shared, canary: &Canary, index: usize, now: Timestamp) {
@@ -73,32 +108,44 @@ impl Templates {
         let connector = shared.providers.clone();
         let (window, asker) = (plan.window, format!("{}-{}", canary.name_any(), plan.name));
         self.asking.spawn(async move {
-            let outcome = match question {
-                Ok(question) => {
-                    let ask = Ask {
-                        query: &question.query,
-                        interval: window,
-                        now,
-                        namespace: &question.namespace,
-                        asker: &asker,
-                    };
-                    outcome(&connector, &question.config, &ask).await
-                }
-                Err(reason) => Outcome::Failed(reason),
-            };
-            let reading = Reading {
+            let failed = |reason| Answers {
                 asked_at: now,
-                outcome,
+                outcome: Outcome::Failed(reason),
+                primary: None,
+                rule: None,
             };
-            (index, reading)
+            let question = match question {
+                Ok(question) => question,
+                Err(reason) => return (index, failed(reason)),
+            };
+            let ask = |query| Ask {
+                query,
+                interval: window,
+                now,
+                namespace: &question.namespace,
+                asker: &asker,
+            };
+            let canary = outcome(&connector, &question.config, &ask(&question.query)).await;
+            let primary = match &question.primary_query {
+                Some(query) => Some(outcome(&connector, &question.config, &ask(query)).await),
+                None => None,
+            };
+            let answers = Answers {
+                asked_at: now,
+                outcome: canary,
+                primary,
+                rule: question.rule,
+            };
+            (index, answers)
         });
     }
 
     /// Waits for the next answer.
     pub(crate) async fn next(&mut self) {
         match self.asking.join_next().await {
-            Some(Ok((index, reading))) => {
+            Some(Ok((index, answers))) => {
                 self.in_flight.remove(&index);
+                let reading = self.judged(index, answers);
                 if let Some(place) = self.readings.get_mut(index) {
                     *place = Some(reading);
                 }
@@ -106,6 +153,42 @@ impl Templates {
             // It panicked: everything is asked again.
             Some(Err(_)) => self.in_flight.clear(),
             None => std::future::pending().await,
+        }
+    }
+}
+
+impl Templates {
+    /// Gives the values to the template's own rule.
+    fn judged(&mut self, index: usize, answers: Answers) -> Reading {
+        let Answers {
+            asked_at,
+            mut outcome,
+            primary,
+            rule,
+        } = answers;
+        let mut verdict = None;
+        if let (Some(rule), Some(plan), Outcome::Value(value)) = (&rule, self.plans.get(index), &outcome) {
+            let value = *value;
+            match primary {
+                Some(Outcome::NoValues(why)) => outcome = Outcome::NoValues(format!("primary: {why}")),
+                Some(Outcome::Failed(why)) => outcome = Outcome::Failed(format!("primary: {why}")),
+                Some(Outcome::Value(primary)) => {
+                    let values = self.values.entry(plan.name.clone()).or_default();
+                    values.observe(value, Some(primary), rule);
+                    verdict = Some(values.verdict(rule));
+                }
+                None => {
+                    let values = self.values.entry(plan.name.clone()).or_default();
+                    values.observe(value, None, rule);
+                    verdict = Some(values.verdict(rule));
+                }
+            }
+        }
+        Reading {
+            asked_at,
+            outcome,
+            verdict,
+            compares: rule.as_ref().is_some_and(Rule::compares),
         }
     }
 }
@@ -133,6 +216,8 @@ fn question(shared: &Shared, canary: &Canary, plan: &TemplatePlan) -> Result<Que
             return Ok(Question {
                 config,
                 query,
+                primary_query: None,
+                rule: None,
                 namespace: own,
             });
         }
@@ -165,9 +250,31 @@ fn question(shared: &Shared, canary: &Canary, plan: &TemplatePlan) -> Result<Que
         insecure_skip_verify: provider.insecure_skip_verify.unwrap_or(false),
         credentials,
     };
+    let told = |reason: String| format!("MetricTemplate {namespace}/{name}: {reason}");
+    let rule = match &found.spec.comparison {
+        Some(comparison) => Some(templates::rule(comparison, plan.range).map_err(told)?),
+        None => None,
+    };
+    let query = render(&found.spec.query)?;
+    let mut primary_query = None;
+    if rule.as_ref().is_some_and(Rule::compares) {
+        let primary = Model {
+            target: format!("{}-primary", model.target),
+            ..model.clone()
+        };
+        let text = template::render(&found.spec.query, &primary).map_err(|error| told(error.to_string()))?;
+        if text == query {
+            return Err(told(
+                "the query is the same for canary and primary; it must contain {{ target }}".to_owned(),
+            ));
+        }
+        primary_query = Some(text);
+    }
     Ok(Question {
         config,
-        query: render(&found.spec.query)?,
+        query,
+        primary_query,
+        rule,
         namespace,
     })
 }

@@ -23,6 +23,7 @@ use super::observe::{Seen, Written, observe};
 use super::templates::Templates;
 use super::{Key, Shared};
 use crate::decide::{COMPARISON_STATE, Decision, Event, decide};
+use crate::metrics::Subject;
 use crate::objects::Blueprint;
 use crate::plan::Plan;
 use crate::traffic::Liveness;
@@ -61,11 +62,15 @@ pub(crate) async fn work(shared: Arc<Shared>, key: Key, wake: Arc<Notify>, cance
         live: LiveWatch::default(),
         dead_pods: None,
         plan: None,
+        shown: None,
         retry: RETRY_MIN,
     };
     loop {
         let wake_at = match worker.once().await {
-            Ok(Next::Gone) => return key,
+            Ok(Next::Gone) => {
+                worker.forget_metrics();
+                return key;
+            }
             // A new phase may have something to do with what is seen already.
             Ok(Next::Again) if !cancel.is_cancelled() => continue,
             Ok(Next::Again) => return key,
@@ -116,12 +121,15 @@ struct Worker {
     live: LiveWatch,
     dead_pods: Option<DeadPods>,
     plan: Option<Plan>,
+    /// Whose metrics are shown.
+    shown: Option<Subject>,
     retry: Duration,
 }
 
 impl Worker {
     /// One round: observe, decide, act.
     async fn once(&mut self) -> Result<Next, Error> {
+        let begun = Instant::now();
         let Some(mut seen) = observe(&self.shared, &self.key, &self.written) else {
             info!("Canary is gone");
             return Ok(Next::Gone);
@@ -155,6 +163,7 @@ impl Worker {
         }
         let wake_at = decision.wake_at;
         let same_phase = status.phase == decision.status.phase;
+        self.show(&seen.plan, &status, &decision.status, begun.elapsed());
         self.report(&seen, status, decision).await?;
         self.plan = Some(seen.plan);
         Ok(if same_phase {
@@ -162,6 +171,31 @@ impl Worker {
         } else {
             Next::Again
         })
+    }
+
+    /// The controller's own metrics of this round.
+    fn show(&mut self, plan: &Plan, before: &CanaryStatus, after: &CanaryStatus, took: Duration) {
+        let subject = Subject {
+            namespace: self.key.namespace.clone(),
+            target: plan.target.clone(),
+            primary: plan.primary(),
+        };
+        if self.shown.as_ref().is_some_and(|shown| *shown != subject) {
+            self.forget_metrics();
+        }
+        let metrics = &self.shared.context.own_metrics;
+        metrics.round(&subject, before, after, plan.skip_analysis, took);
+        self.shown = Some(subject);
+    }
+
+    fn forget_metrics(&mut self) {
+        let Some(subject) = self.shown.take() else { return };
+        let status = self.status.iter().flat_map(|status| &status.metrics);
+        let planned = self.plan.iter().flat_map(|plan| &plan.metrics);
+        let names = status
+            .map(|metric| metric.name.clone())
+            .chain(planned.map(|metric| metric.name.clone()));
+        self.shared.context.own_metrics.forget(&subject, names);
     }
 
     fn forget(&mut self) {

@@ -192,6 +192,7 @@ impl Cluster {
             traffic: Arc::new(KubeTraffic::new(client, Arc::new(Proxies(self.mesh.subscribe())))),
             metrics: Arc::new(Measured(self.load.subscribe())),
             options,
+            own_metrics: serin_canary::metrics::Metrics::default(),
         };
         let cancel = CancellationToken::new();
         let mut tasks = JoinSet::new();

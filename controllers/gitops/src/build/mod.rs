@@ -1,10 +1,9 @@
-//! From a revision to objects: the spec laid over the kustomization, kustomize, variable substitution.
+//! From a revision to objects: the spec laid over the kustomization, kustomize, decryption, variable substitution.
 //!
 //! Pure but for reading the revision. A [`Built`] carries the record of what was read ([`view::ReadSet`]) and a digest of
 //! everything else that went in ([`recipe`]); while both hold, a new revision has the same objects and is not built.
 
-pub(crate) mod envsubst;
-pub(crate) mod glob;
+pub(crate) mod decryption;
 mod overlay;
 pub(crate) mod view;
 
@@ -16,15 +15,13 @@ use serin_crds::flux::kustomize::{KustomizationSpec, SubstituteStrategy};
 use serin_manifests::Object;
 use sha2::{Digest, Sha256};
 
+use self::decryption::Decryption;
 use self::view::{ReadSet, View};
 use crate::error::Error;
 use crate::key::Key;
 use crate::plan::Desired;
 use crate::source::credentials::hex;
 use crate::source::tree::Snapshot;
-
-/// An annotation that exempts one object from substitution.
-const SUBSTITUTE: &str = "kustomize.toolkit.fluxcd.io/substitute";
 
 /// Variables for `${}`. `None` in the spec's sense (no `postBuild`) is `Option::None` outside of this type.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -41,7 +38,12 @@ pub(crate) struct Built {
 }
 
 /// A digest of all that determines a build beside the files.
-pub(crate) fn recipe(key: &Key, spec: &KustomizationSpec, variables: Option<&Variables>) -> [u8; 32] {
+pub(crate) fn recipe(
+    key: &Key,
+    spec: &KustomizationSpec,
+    variables: Option<&Variables>,
+    decryption: Option<&Decryption>,
+) -> [u8; 32] {
     let parts = json!([
         [key.namespace, key.name],
         [
@@ -60,6 +62,7 @@ pub(crate) fn recipe(key: &Key, spec: &KustomizationSpec, variables: Option<&Var
         ],
         spec.post_build.as_ref().map(|p| json!(p.substitute_strategy)),
         variables.map(|v| &v.0),
+        decryption.map(|d| hex(&d.digest)),
     ]);
     Sha256::digest(parts.to_string()).into()
 }
@@ -70,6 +73,7 @@ pub(crate) fn build(
     key: &Key,
     spec: &KustomizationSpec,
     variables: Option<&Variables>,
+    decryption: Option<&Decryption>,
 ) -> Result<Built, Error> {
     let directory = overlay::normalise(spec.path.as_deref())?;
     let mut view = View::new(snapshot);
@@ -80,7 +84,10 @@ pub(crate) fn build(
         )));
     }
     overlay::lay_over(&mut view, &directory, spec)?;
-    let objects = kustomize(&view, &directory)?;
+    let mut objects = kustomize(&view, &directory, decryption)?;
+    for object in &mut objects {
+        decryption::open_object(object, decryption)?;
+    }
     let objects = substitute_all(objects, spec, variables)?;
     let none = BTreeMap::new();
     let (labels, annotations) = spec
@@ -97,13 +104,6 @@ pub(crate) fn build(
         let origin = object.source().map(|s| format!("{}:{}", s.file, s.line));
         let value = object.to_json().map_err(|e| Error::Build(e.to_string()))?;
         let at = origin.clone().map(|o| format!(" ({o})")).unwrap_or_default();
-        if object.kind() == "Secret" && value.get("sops").is_some() {
-            return Err(Error::Build(format!(
-                "Secret {}/{} is SOPS encrypted, configuring decryption is required for this secret to be reconciled, and spec.decryption is not honoured yet{at}",
-                object.namespace(),
-                object.name()
-            )));
-        }
         let one = Desired::new(value, key, &labels, &annotations, origin)
             .map_err(|e| Error::Build(format!("{e}{at}")))?;
         hash.update(one.digest);
@@ -114,14 +114,19 @@ pub(crate) fn build(
         objects: desired,
         digest: format!("sha256:{}", hex(&hash.finalize())),
         reads: view.into_reads(),
-        recipe: recipe(key, spec, variables),
+        recipe: recipe(key, spec, variables, decryption),
     })
 }
 
-fn kustomize(view: &View<'_>, directory: &str) -> Result<Vec<Object>, Error> {
+fn kustomize(
+    view: &View<'_>,
+    directory: &str,
+    decryption: Option<&Decryption>,
+) -> Result<Vec<Object>, Error> {
     let options = serin_kustomize::Options {
         load_restrictor: serin_kustomize::LoadRestrictor::None,
         reorder: serin_kustomize::Reorder::None,
+        decrypt: decryption.map(|d| d as &dyn serin_kustomize::Decrypt),
         ..Default::default()
     };
     let build = serin_kustomize::build(view, directory, &options)
@@ -166,38 +171,23 @@ fn substitute_all(
         .collect()
 }
 
-/// Substitutes in the object's YAML text and reads it again, as Flux does: an unquoted `${n}` becomes a number.
+/// Strict: a variable that is not set and has no default is an error, as it is in Flux since 2.9.
 fn substitute_one(object: Object, variables: &Variables) -> Result<Object, Error> {
-    if object.annotation(SUBSTITUTE).is_some_and(|v| v == "disabled")
-        || object.label(SUBSTITUTE).is_some_and(|v| v == "disabled")
-    {
-        return Ok(object);
-    }
-    let text = object.to_yaml().map_err(|e| Error::Build(e.to_string()))?;
-    if !text.contains('$') {
-        return Ok(object);
-    }
-    let source = object.source().cloned();
-    let at = source
-        .as_ref()
-        .map(|s| format!(" (from {}:{})", s.file, s.line))
-        .unwrap_or_default();
-    let what = format!("{}{at}", object.id());
-    let text = envsubst::substitute(text.as_bytes(), &variables.0, true).map_err(|e| {
-        Error::Build(format!(
-            "{what}: envsubst error: variable substitution failed: {e}"
-        ))
-    })?;
-    let text = String::from_utf8(text)
-        .map_err(|_| Error::Build(format!("{what}: the substituted text is not UTF-8")))?;
-    let name = format!("{what} after substitution");
-    let mut objects =
-        serin_manifests::parse_documents(&text, &name).map_err(|e| Error::Build(e.to_string()))?;
-    match (objects.pop(), objects.is_empty()) {
-        (Some(one), true) => Ok(one.with_source(source)),
-        _ => Err(Error::Build(format!(
-            "{what}: a variable's value splits the object into several"
+    match serin_kustomize::substitute::object(&object, &variables.0, true) {
+        Ok(None) => Ok(object),
+        Ok(Some(new)) => Ok(new),
+        Err(e) => Err(Error::Build(format!(
+            "{}: envsubst error: {e}",
+            whereabouts(&object)
         ))),
+    }
+}
+
+/// The object's identity and where it is defined.
+fn whereabouts(object: &Object) -> String {
+    match object.source() {
+        Some(source) => format!("{} (from {}:{})", object.id(), source.file, source.line),
+        None => object.id().to_string(),
     }
 }
 

@@ -17,7 +17,7 @@ fn run(
     variables: Option<&Variables>,
 ) -> Result<Built, Error> {
     let (_dir, snapshot) = snapshot(files, None, &[]);
-    build(&snapshot, &key(), spec, variables)
+    build(&snapshot, &key(), spec, variables, None)
 }
 
 /// The objects as JSON, by `Kind/namespace/name`, without our owner labels.
@@ -186,7 +186,7 @@ fn a_revision_is_rebuilt_exactly_when_something_that_was_read_changed() {
 #[test]
 fn what_goes_into_a_build_beside_the_files_is_in_its_recipe() {
     let spec = KustomizationSpec::default();
-    let base = recipe(&key(), &spec, None);
+    let base = recipe(&key(), &spec, None, None);
     assert_eq!(
         recipe(
             &key(),
@@ -195,6 +195,7 @@ fn what_goes_into_a_build_beside_the_files_is_in_its_recipe() {
                 prune: true,
                 ..Default::default()
             },
+            None,
             None
         ),
         base
@@ -206,15 +207,21 @@ fn what_goes_into_a_build_beside_the_files_is_in_its_recipe() {
                 name_prefix: Some("x".into()),
                 ..Default::default()
             },
+            None,
             None
         ),
         base
     );
     assert_ne!(
-        recipe(&key(), &spec, Some(&Variables([("a".into(), "b".into())].into()))),
+        recipe(
+            &key(),
+            &spec,
+            Some(&Variables([("a".into(), "b".into())].into())),
+            None
+        ),
         base
     );
-    assert_ne!(recipe(&Key::new("other", "podinfo"), &spec, None), base);
+    assert_ne!(recipe(&Key::new("other", "podinfo"), &spec, None, None), base);
 }
 
 #[test]
@@ -303,6 +310,74 @@ fn substitution_is_strict_keeps_types_and_spares_objects_that_opt_out() {
     assert!(
         plain(&untouched).contains_key("ConfigMap/${name}"),
         "without variables nothing is substituted"
+    );
+}
+
+/// Encrypted with the real sops; the values and the key are those of the tests of `serin-sops`.
+fn encrypted(name: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../sops/tests/data")
+        .join(name);
+    std::fs::read_to_string(&path).unwrap()
+}
+
+#[test]
+fn encrypted_objects_files_and_patches_are_opened_with_the_keys_of_the_secret() {
+    let secret = encrypted("regex.yaml");
+    let nested = base64::Engine::encode(
+        &base64::engine::general_purpose::STANDARD,
+        encrypted("values.json"),
+    );
+    let holder = format!(
+        "apiVersion: v1\nkind: Secret\nmetadata: {{name: holder}}\ndata: {{conf.json: {nested}, plain: dg==}}\n"
+    );
+    let env = encrypted("values.env");
+    let files = [
+        (
+            "kustomization.yaml",
+            "namespace: prod\ncommonLabels: {team: web}\nresources: [secret.yaml, holder.yaml]\nsecretGenerator:\n- {name: env, envs: [values.env], options: {disableNameSuffixHash: true}}\n",
+        ),
+        ("secret.yaml", secret.as_str()),
+        ("holder.yaml", holder.as_str()),
+        ("values.env", env.as_str()),
+    ];
+    let (_dir, snapshot) = snapshot(&files, None, &[]);
+    let spec = KustomizationSpec::default();
+    let key_file = encrypted("key.txt");
+    let decryption = decryption::Decryption::from_secret([
+        ("one.agekey", key_file.as_bytes()),
+        ("note", b"\xff".as_slice()),
+    ])
+    .unwrap();
+    let built = build(&snapshot, &key(), &spec, None, Some(&decryption)).unwrap();
+    let objects = plain(&built);
+    let creds = &objects["Secret/prod/creds"];
+    assert_eq!(creds["data"]["user"], "YWRtaW4=");
+    assert_eq!(
+        creds["metadata"]["namespace"], "prod",
+        "kustomize may change what is not encrypted"
+    );
+    assert!(creds.get("sops").is_none());
+    assert_eq!(objects["Secret/prod/env"]["data"]["A"], "MQ==");
+    let conf = objects["Secret/prod/holder"]["data"]["conf.json"]
+        .as_str()
+        .unwrap();
+    let conf = base64::Engine::decode(&base64::engine::general_purpose::STANDARD, conf).unwrap();
+    assert!(String::from_utf8(conf).unwrap().contains("\"plain\""));
+    assert_eq!(objects["Secret/prod/holder"]["data"]["plain"], "dg==");
+
+    let without = message(build(&snapshot, &key(), &spec, None, None));
+    assert!(
+        without.contains("configuring decryption is required for this secret"),
+        "{without}"
+    );
+    let none = decryption::Decryption::default();
+    let wrong = message(build(&snapshot, &key(), &spec, None, Some(&none)));
+    assert!(wrong.contains("it is encrypted for age1"), "{wrong}");
+    assert_ne!(
+        recipe(&key(), &spec, None, Some(&decryption)),
+        recipe(&key(), &spec, None, Some(&none)),
+        "other keys, another build"
     );
 }
 

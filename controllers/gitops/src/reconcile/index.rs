@@ -56,6 +56,12 @@ impl Index {
             refers.insert(Refers::Source(source_of(key, ks)));
         }
         refers.extend(dependencies_of(key, ks).into_iter().map(Refers::Dependency));
+        if let Some(secret) = ks.spec.decryption.as_ref().and_then(|d| d.secret_ref.as_ref()) {
+            refers.insert(Refers::Secret(Key::new(
+                key.namespace.clone(),
+                secret.name.clone(),
+            )));
+        }
         for reference in ks.spec.post_build.iter().flat_map(|p| &p.substitute_from) {
             let object = Key::new(key.namespace.clone(), reference.name.clone());
             refers.insert(if reference.kind == SubstituteKind::Secret {

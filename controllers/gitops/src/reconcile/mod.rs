@@ -11,6 +11,7 @@
 //! A pass is short: it never waits for health. It leaves a deadline behind, and events of the objects bring it back.
 
 mod conditions;
+mod decryption;
 mod finalize;
 mod gate;
 mod index;

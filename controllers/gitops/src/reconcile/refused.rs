@@ -1,6 +1,6 @@
 //! Fields of a Kustomization that are read and not honoured, each with what follows from it.
 
-use serin_crds::flux::kustomize::{KustomizationSpec, SourceKind};
+use serin_crds::flux::kustomize::{DecryptionProvider, KustomizationSpec, SourceKind};
 use serin_kit::unhonoured::Field;
 
 /// The fields of `spec` that are set and not acted on.
@@ -15,8 +15,19 @@ pub(crate) fn fields(spec: &KustomizationSpec) -> Vec<Field> {
             ),
         ));
     }
-    if spec.decryption.is_some() {
-        fields.push(Field::refused("spec.decryption", "decryption is not there yet, and applying encrypted values would do harm; keep Secrets outside of this path"));
+    if let Some(decryption) = &spec.decryption {
+        if decryption.provider != DecryptionProvider::Sops {
+            fields.push(Field::refused(
+                "spec.decryption.provider",
+                format!("'{}' is not known; use sops", decryption.provider),
+            ));
+        }
+        if decryption.service_account_name.is_some() {
+            fields.push(Field::refused(
+                "spec.decryption.serviceAccountName",
+                "cloud key services are not served; encrypt for an age recipient and name its key in spec.decryption.secretRef",
+            ));
+        }
     }
     if spec.kube_config.is_some() {
         fields.push(Field::refused(
@@ -52,12 +63,18 @@ mod tests {
         };
         assert!(fields(&spec).is_empty());
         spec.decryption = Some(Decryption::default());
+        assert!(fields(&spec).is_empty());
+        spec.decryption = Some(Decryption {
+            provider: DecryptionProvider::Other("vault".into()),
+            service_account_name: Some("kms".into()),
+            ..Default::default()
+        });
         spec.kube_config = Some(KubeConfigReference::default());
         spec.service_account_name = Some("tenant".into());
         spec.ignore = vec![IgnoreRule::default()];
         spec.source_ref.kind = SourceKind::OciRepository;
         let fields = fields(&spec);
-        assert_eq!(fields.len(), 5);
+        assert_eq!(fields.len(), 6);
         assert!(unhonoured::refuses(&fields));
         assert!(unhonoured::message(&fields).contains("OCIRepository"));
     }

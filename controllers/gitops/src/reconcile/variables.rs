@@ -1,10 +1,9 @@
 //! The variables of `spec.postBuild`: inline ones and those from ConfigMaps and Secrets.
 
-use std::collections::BTreeMap;
-
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use kube::{Api, Client};
 use serin_crds::flux::kustomize::{KustomizationSpec, SubstituteKind};
+use serin_kustomize::substitute;
 
 use crate::build::Variables;
 use crate::error::{Error, server_words};
@@ -19,7 +18,7 @@ pub(crate) async fn resolve(
     let Some(post_build) = &spec.post_build else {
         return Ok(None);
     };
-    let mut all = BTreeMap::new();
+    let mut all = substitute::Variables::new();
     for reference in &post_build.substitute_from {
         let kind = match reference.kind {
             SubstituteKind::Secret => "Secret",
@@ -64,7 +63,7 @@ pub(crate) async fn resolve(
         match values {
             Some(values) => {
                 for (name, value) in values {
-                    insert(&mut all, name, &value)?;
+                    all.add(&name, &value).map_err(|e| Error::Spec(e.to_string()))?;
                 }
             }
             None if reference.optional == Some(true) => {}
@@ -72,43 +71,7 @@ pub(crate) async fn resolve(
         }
     }
     for (name, value) in &post_build.substitute {
-        insert(&mut all, name.clone(), value)?;
+        all.add(name, value).map_err(|e| Error::Spec(e.to_string()))?;
     }
-    Ok(Some(Variables(all)))
-}
-
-/// Names as shells have them; line ends in values are removed, since one would break the YAML around it.
-fn insert(all: &mut BTreeMap<String, String>, name: String, value: &str) -> Result<(), Error> {
-    let good = name
-        .bytes()
-        .enumerate()
-        .all(|(i, b)| b == b'_' || b.is_ascii_alphabetic() || (i > 0 && b.is_ascii_digit()));
-    if !good || name.is_empty() {
-        return Err(Error::Spec(format!(
-            "'{name}' var name is invalid, must match '^[_[:alpha:]][_[:alpha:][:digit:]]*$'"
-        )));
-    }
-    all.insert(name, value.replace('\n', ""));
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_are_checked_and_line_ends_removed() {
-        let mut all = BTreeMap::new();
-        insert(&mut all, "_A1".into(), "a\nb\n").unwrap();
-        assert_eq!(all["_A1"], "ab");
-        for bad in ["1a", "a-b", "", "a.b"] {
-            assert!(
-                insert(&mut all, bad.into(), "")
-                    .unwrap_err()
-                    .to_string()
-                    .contains("var name is invalid"),
-                "{bad}"
-            );
-        }
-    }
+    Ok(Some(Variables(all.into_map())))
 }

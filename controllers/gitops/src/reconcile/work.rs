@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::memory::{Applied, HealthWait, Inputs, Tracked};
 use super::pass::Times;
-use super::{Kustomizations, variables};
+use super::{Kustomizations, decryption, variables};
 use crate::apply::{Did, Failed, Outcome, Step};
 use crate::build::{self, Built};
 use crate::error::Error;
@@ -270,16 +270,24 @@ impl Kustomizations {
         snapshot: &Arc<Snapshot>,
     ) -> Result<Arc<Built>, Error> {
         let variables = variables::resolve(&self.client, key, &ks.spec).await?;
+        let decryption = decryption::resolve(&self.client, key, &ks.spec).await?;
         let last = self.memory.lock().get(key).and_then(|m| m.built.clone());
         let (owned_key, ks, snapshot) = (key.clone(), ks.clone(), snapshot.clone());
         let build = tokio::task::spawn_blocking(move || {
             if let Some(last) = last
-                && last.recipe == build::recipe(&owned_key, &ks.spec, variables.as_ref())
+                && last.recipe == build::recipe(&owned_key, &ks.spec, variables.as_ref(), decryption.as_ref())
                 && last.reads.holds(&snapshot)?
             {
                 return Ok(last);
             }
-            build::build(&snapshot, &owned_key, &ks.spec, variables.as_ref()).map(Arc::new)
+            build::build(
+                &snapshot,
+                &owned_key,
+                &ks.spec,
+                variables.as_ref(),
+                decryption.as_ref(),
+            )
+            .map(Arc::new)
         });
         let built = build.await.map_err(|e| {
             Error::Build(format!(

@@ -3,7 +3,7 @@
 //! The last pattern that matches a file decides, looked at from the file and not from its directories: so
 //! `!` can bring back one file out of an excluded directory, which git itself does not do.
 
-use crate::build::glob;
+use serin_kustomize::substitute::glob;
 
 /// Never part of an artifact.
 const VERSION_CONTROL: &str = ".git/\n.gitignore\n.gitmodules\n.gitattributes\n";

@@ -14,7 +14,7 @@ use crate::accumulator::Accumulator;
 use crate::config::TransformerConfig;
 use crate::crds;
 use crate::error::{Cause, Error, Result, nearest};
-use crate::finish::{drop_local, finish, sort};
+use crate::finish::{check_identity, drop_local, finish, sort};
 use crate::generate::{Generator, combine};
 use crate::kustomization::{self, FILE_NAMES, Kustomization, Located};
 use crate::loader::{Loader, ReadSet, Resolved, display_dir};
@@ -29,7 +29,7 @@ use crate::trace::{Trace, Tracer};
 use crate::transform::{Env, add_hashes};
 use crate::tree::{FileTree, is_in, is_remote};
 use crate::vars;
-use transformers::plugin_origin;
+use transformers::{place_of, plugin_origin};
 
 /// What a build took.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -185,7 +185,7 @@ impl Builder<'_> {
         let transformations = wants("transformerAnnotations");
         self.with_origin = !target.k.build_metadata.is_empty() || self.options.origin;
         target.origin = self.with_origin.then(Origin::default);
-        let managed_by = wants("managedByLabel");
+        let managed_by = wants("managedByLabel") || self.options.managed_by;
 
         let dir = target.dir.clone();
         self.visited.push(dir);
@@ -218,6 +218,7 @@ impl Builder<'_> {
         )?;
         let mut resources = acc.map.into_resources();
         for r in &mut resources {
+            check_identity(r)?;
             finish(r, managed_by, origins, transformations);
         }
         Ok(resources)
@@ -418,7 +419,15 @@ impl Builder<'_> {
 
     /// A file of resources, or a base.
     fn accumulate_path(&mut self, target: &Target, acc: &mut Accumulator, path: &Located) -> Result<()> {
-        let at = |e: Error| e.at_option(path.place.clone());
+        // What went wrong inside of a base is not the fault of the line that lists it: the chain tells the way.
+        let at = |e: Error| {
+            let inside = e.chain.len() > 1 && !matches!(*e.cause, Cause::InvalidKustomization(_));
+            if inside {
+                e
+            } else {
+                e.at_option(path.place.clone())
+            }
+        };
         let text = &path.text;
         if text.starts_with('/') {
             return Err(at(Cause::AbsolutePath { path: text.clone() }.into()));
@@ -559,10 +568,11 @@ impl Builder<'_> {
             return Ok(());
         }
         for config in self.plugin_configs(target, &k.generators)? {
-            let made = self.with_workshop(target, |w| w.generate(&config))?;
+            let at = |e: Error| e.at_option(place_of(&config));
+            let made = self.with_workshop(target, |w| w.generate(&config)).map_err(at)?;
             for mut r in made {
                 r.origin = plugin_origin(&config);
-                self.absorb(acc, r)?;
+                self.absorb(acc, r).map_err(at)?;
             }
         }
         Ok(())

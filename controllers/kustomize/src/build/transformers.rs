@@ -1,5 +1,7 @@
 //! Which transformers a kustomization asks for, and their application.
 
+use serin_manifests::Place;
+
 use super::{Builder, Target};
 use crate::accumulator::Accumulator;
 use crate::config::TransformerConfig;
@@ -13,12 +15,13 @@ use crate::transform::{SubjectMode, Transformer};
 impl Builder<'_> {
     pub(super) fn run_transformers(&mut self, target: &Target, acc: &mut Accumulator) -> Result<()> {
         let transformers = self.builtin_transformers(target, acc)?;
-        for transformer in &transformers {
+        for (transformer, place) in &transformers {
             let origin = target
                 .origin
                 .as_ref()
                 .map(|o| o.builtin(target.file_name, transformer.kind()));
-            self.apply(transformer, origin, target, acc)?;
+            self.apply(transformer, origin, target, acc)
+                .map_err(|e| e.at_option(place.clone()))?;
         }
         if target.k.transformers.is_empty() {
             return Ok(());
@@ -26,11 +29,15 @@ impl Builder<'_> {
         // All configurations are read before any of them is applied.
         let mut configured = Vec::new();
         for config in self.plugin_configs(target, &target.k.transformers)? {
-            let transformer = self.with_workshop(target, |w| w.transformer(&config))?;
-            configured.push((transformer, plugin_origin(&config)));
+            let place = place_of(&config);
+            let transformer = self
+                .with_workshop(target, |w| w.transformer(&config))
+                .map_err(|e| e.at_option(place.clone()))?;
+            configured.push((transformer, plugin_origin(&config), place));
         }
-        for (transformer, origin) in configured {
-            self.apply(&transformer, origin, target, acc)?;
+        for (transformer, origin, place) in configured {
+            self.apply(&transformer, origin, target, acc)
+                .map_err(|e| e.at_option(place))?;
         }
         Ok(())
     }
@@ -58,70 +65,96 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// The transformers of the fields of a kustomization, in their fixed order.
-    fn builtin_transformers(&self, target: &Target, acc: &Accumulator) -> Result<Vec<Transformer>> {
+    /// The transformers of the fields of a kustomization, in their fixed order, with the entry that each comes from.
+    fn builtin_transformers(
+        &self,
+        target: &Target,
+        acc: &Accumulator,
+    ) -> Result<Vec<(Transformer, Option<Place>)>> {
         let k = &target.k;
         let config = acc.config();
         self.with_workshop(target, |w| {
             let mut out = Vec::new();
             if !k.patches_strategic_merge.is_empty() {
-                out.push(w.strategic_merge(&k.patches_strategic_merge)?);
+                out.push((w.strategic_merge(&k.patches_strategic_merge)?, None));
             }
             for patch in &k.patches {
-                out.push(w.patch(patch)?);
+                out.push((w.patch(patch)?, patch.place.clone()));
             }
             if !k.namespace.is_empty() {
-                out.push(Transformer::Namespace {
-                    namespace: k.namespace.clone(),
-                    specs: config.namespace.clone(),
-                    unset_only: false,
-                    subjects: SubjectMode::DefaultOnly,
-                });
+                out.push((
+                    Transformer::Namespace {
+                        namespace: k.namespace.clone(),
+                        specs: config.namespace.clone(),
+                        unset_only: false,
+                        subjects: SubjectMode::DefaultOnly,
+                    },
+                    None,
+                ));
             }
             if !k.name_prefix.is_empty() {
-                out.push(Transformer::Prefix {
-                    text: k.name_prefix.clone(),
-                    specs: config.name_prefix.clone(),
-                });
+                out.push((
+                    Transformer::Prefix {
+                        text: k.name_prefix.clone(),
+                        specs: config.name_prefix.clone(),
+                    },
+                    None,
+                ));
             }
             if !k.name_suffix.is_empty() {
-                out.push(Transformer::Suffix {
-                    text: k.name_suffix.clone(),
-                    specs: config.name_suffix.clone(),
-                });
+                out.push((
+                    Transformer::Suffix {
+                        text: k.name_suffix.clone(),
+                        specs: config.name_suffix.clone(),
+                    },
+                    None,
+                ));
             }
             if !k.labels.is_empty() || !k.common_labels.is_empty() {
                 for label in &k.labels {
                     let specs = label_specs(label, config)
                         .map_err(|m| Cause::Transformer(format!("failed to merge labels: {m}")))?;
-                    out.push(Transformer::Labels {
-                        pairs: label.pairs.clone(),
-                        specs,
-                    });
+                    out.push((
+                        Transformer::Labels {
+                            pairs: label.pairs.clone(),
+                            specs,
+                        },
+                        None,
+                    ));
                 }
-                out.push(Transformer::Labels {
-                    pairs: k.common_labels.clone(),
-                    specs: config.common_labels.clone(),
-                });
+                out.push((
+                    Transformer::Labels {
+                        pairs: k.common_labels.clone(),
+                        specs: config.common_labels.clone(),
+                    },
+                    None,
+                ));
             }
             if !k.common_annotations.is_empty() {
                 let (pairs, specs) = (k.common_annotations.clone(), config.common_annotations.clone());
-                out.push(Transformer::Annotations { pairs, specs });
+                out.push((Transformer::Annotations { pairs, specs }, None));
             }
             for patch in &k.patches_json6902 {
-                out.push(w.json6902(patch)?);
+                out.push((w.json6902(patch)?, patch.place.clone()));
             }
             for replica in &k.replicas {
-                out.push(Transformer::Replicas {
-                    replica: replica.clone(),
-                    specs: config.replicas.clone(),
-                });
+                out.push((
+                    Transformer::Replicas {
+                        replica: replica.clone(),
+                        specs: config.replicas.clone(),
+                    },
+                    None,
+                ));
             }
             for image in &k.images {
-                out.push(w.image(image.clone(), config.images.clone())?);
+                out.push((w.image(image.clone(), config.images.clone())?, None));
             }
             if !k.replacements.is_empty() {
-                out.push(w.replacements(&k.replacements)?);
+                let only = match &k.replacements[..] {
+                    [only] => only.place.clone(),
+                    _ => None,
+                };
+                out.push((w.replacements(&k.replacements)?, only));
             }
             Ok(out)
         })
@@ -151,6 +184,16 @@ impl Builder<'_> {
         }
         Ok(())
     }
+}
+
+/// Where the configuration of a generator or transformer begins.
+pub(super) fn place_of(config: &Resource) -> Option<Place> {
+    let source = config.source.as_ref()?;
+    Some(Place {
+        file: source.file.to_string(),
+        line: source.line,
+        ..Place::default()
+    })
 }
 
 pub(super) fn plugin_origin(config: &Resource) -> Option<Origin> {

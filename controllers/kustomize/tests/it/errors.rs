@@ -423,3 +423,36 @@ fn an_error_names_the_budget_that_was_passed() {
         );
     }
 }
+
+#[test]
+fn an_error_inside_of_a_base_points_into_the_base() {
+    let files = [
+        ("kustomization.yaml", "resources:\n- base\n"),
+        (
+            "base/kustomization.yaml",
+            "resources: [cm.yaml]\npatches:\n- target: {kind: ConfigMap}\n  patch: |-\n    - {op: remove, path: /data/gone}\n",
+        ),
+        ("base/cm.yaml", CONFIG),
+    ];
+    let e = build(&tree(&files), "", &Options::default()).unwrap_err();
+    let place = e.place.as_ref().unwrap();
+    assert_eq!(
+        (place.file.as_str(), place.line),
+        ("base/kustomization.yaml", 3),
+        "{e}"
+    );
+    assert_eq!(e.chain, ["kustomization.yaml", "base/kustomization.yaml"]);
+
+    let mut generated = tree(&files);
+    generated
+        .add(
+            "base/kustomization.yaml",
+            "resources: [cm.yaml]\ngenerators: [g.yaml]\n",
+        )
+        .add(
+            "base/g.yaml",
+            "apiVersion: builtin\nkind: ConfigMapGenerator\nmetadata: {name: x}\nbehavior: merge\nliterals: [a=b]\n",
+        );
+    let e = build(&generated, "", &Options::default()).unwrap_err();
+    assert_eq!(e.place.as_ref().unwrap().file, "base/g.yaml", "{e}");
+}

@@ -5,6 +5,8 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::format_collect)]
 
 mod errors;
+mod harness;
+mod mutations;
 mod oracle;
 mod parity;
 mod promises;

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use serin_kustomize::{Cause, LoadRestrictor, MemoryTree, Options, Remotes, Reorder, build, dir::DirTree};
+use serin_kustomize::{
+    Cause, Decrypt, EncryptedUse, LoadRestrictor, MemoryTree, Options, Remotes, Reorder, build, dir::DirTree,
+};
 
 use super::errors::{CONFIG, tree};
 
@@ -392,4 +394,59 @@ fn a_label_put_into_several_places_is_changed_in_all_of_them() {
         ("base/d.yaml", deployment),
     ]);
     assert_eq!(yaml(&t, "o").matches("app: new").count(), 3, "{}", yaml(&t, "o"));
+}
+
+/// Opens what starts with `locked:`; refuses `broken`.
+struct Opener;
+
+impl Decrypt for Opener {
+    fn open(&self, _: &str, content: &[u8], wanted: EncryptedUse) -> Result<Option<Vec<u8>>, String> {
+        if content == b"broken" {
+            return Err(format!("no key for a file wanted as {wanted:?}"));
+        }
+        Ok(content.strip_prefix(b"locked:").map(<[u8]>::to_vec))
+    }
+}
+
+#[test]
+fn encrypted_files_are_opened_for_secrets_and_patches_and_for_nothing_else() {
+    let files = [
+        (
+            "kustomization.yaml",
+            "resources: [cm.yaml]\nsecretGenerator:\n- name: s\n  files: [a.txt, plain.txt]\n  envs: [e.env]\nconfigMapGenerator:\n- name: c\n  files: [a.txt]\npatches: [{path: p.yaml}]\n",
+        ),
+        ("cm.yaml", CONFIG),
+        ("a.txt", "locked:one"),
+        ("plain.txt", "two"),
+        ("e.env", "locked:K=three\n"),
+        (
+            "p.yaml",
+            "locked:apiVersion: v1\nkind: ConfigMap\nmetadata: {name: settings}\ndata: {p: four}\n",
+        ),
+    ];
+    let options = Options {
+        decrypt: Some(&Opener),
+        ..Options::default()
+    };
+    let built = build(&tree(&files), "", &options).unwrap();
+    let json = |kind: &str, start: &str| {
+        let found = built
+            .objects
+            .iter()
+            .find(|o| o.kind() == kind && o.name().starts_with(start));
+        found.unwrap().to_json().unwrap()
+    };
+    let secret = json("Secret", "s-");
+    assert_eq!(secret["data"]["a.txt"], "b25l");
+    assert_eq!(secret["data"]["plain.txt"], "dHdv");
+    assert_eq!(secret["data"]["K"], "dGhyZWU=");
+    assert_eq!(json("ConfigMap", "c-")["data"]["a.txt"], "locked:one");
+    assert_eq!(json("ConfigMap", "settings")["data"]["p"], "four");
+    let mut broken = tree(&files);
+    broken.add("e.env", "broken");
+    let error = build(&broken, "", &options).unwrap_err().to_string();
+    assert!(
+        error.contains("decrypting 'e.env': no key for a file wanted as Env"),
+        "{error}"
+    );
 }

@@ -287,8 +287,11 @@ impl Writer {
         self.indicator("\"", true, false, false);
         let bytes = text.as_bytes();
         let mut spaces = false;
+        // go-yaml looks for the byte order mark at the start of the text instead of at the character: with one there,
+        // everything is escaped.
+        let marked = text.starts_with('\u{FEFF}');
         for (i, c) in text.char_indices() {
-            if c == '"' || c == '\\' || !is_printable(c) || c == '\u{FEFF}' || is_break(c) {
+            if marked || c == '"' || c == '\\' || !is_printable(c) || is_break(c) {
                 self.escape(c);
                 spaces = false;
             } else if c == ' ' {

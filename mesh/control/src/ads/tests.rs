@@ -26,7 +26,7 @@ impl World for Hosts {
     type Change = HostChange;
     type Touched = Vec<(String, Change)>;
 
-    fn apply(&mut self, changes: Vec<HostChange>) -> Applied<Self::Touched> {
+    fn apply(&mut self, changes: Vec<HostChange>, _: Duration) -> Applied<Self::Touched> {
         let mut touched = Vec::new();
         let mut verdicts = Vec::new();
         for (namespace, name, generation, weight) in changes {

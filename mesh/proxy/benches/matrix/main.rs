@@ -264,7 +264,7 @@ async fn growth(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {
         let Some(peer) = Peer::start(tools, Kind::Serin, Setup::Many(count), backend).await? else {
             continue;
         };
-        let load = ["--h1", "-c", "32", "-H", "host: svc-7.ns.svc.cluster.local"];
+        let load = ["--h1", "-c", "32"];
         h2load(&load, requests / 10, &peer.url("/")).await?;
         let mut samples = Vec::new();
         for _ in 0..number("SERIN_BENCH_ROUNDS", 3) {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use http::HeaderValue;
 use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
 
+use super::client_cert::ClientCert;
 use super::convert;
 use super::listener::Direction;
 use super::route::Context;
@@ -118,8 +119,8 @@ pub struct HttpManager {
     pub use_remote_address: bool,
     /// But its address is not appended.
     pub skip_forwarded_for: bool,
-    /// `x-forwarded-client-cert` of clients is kept; without mTLS it says nothing that could be believed.
-    pub keep_client_cert: bool,
+    /// `x-forwarded-client-cert`.
+    pub client_cert: ClientCert,
     /// `x-request-id` is made when absent.
     pub generate_request_id: bool,
     /// `x-request-id` of outside clients is kept.
@@ -266,8 +267,7 @@ impl HttpManager {
                 .map_or(1024 * 1024, |value| value.value),
             use_remote_address: flag(&from.use_remote_address, false),
             skip_forwarded_for: from.skip_xff_append,
-            keep_client_cert: from.forward_client_cert_details
-                == hcm::http_connection_manager::ForwardClientCertDetails::AlwaysForwardOnly as i32,
+            client_cert: ClientCert::compile(from)?,
             generate_request_id: flag(&from.generate_request_id, true),
             preserve_request_id: from.preserve_external_request_id,
             request_id_in_response: from.always_set_request_id_in_response,

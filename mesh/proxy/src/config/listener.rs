@@ -12,8 +12,9 @@ use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_v3;
 use super::chain_match::ChainMatch;
 use super::convert::{self, Address};
 use super::hcm::HttpManager;
+use super::listener_filters::{ConnectionLimit, ProxyProtocol};
 use super::route::Context;
-use super::slot::ClusterSlot;
+use super::slot::{ClusterSlot, Directory};
 use super::transport_socket;
 use super::weighted::{Turn, Weights};
 use crate::error::{Refusal, Within};
@@ -47,6 +48,12 @@ pub struct Listener {
     pub name: Arc<str>,
     /// Where it listens, or stands for when it is not bound.
     pub address: SocketAddr,
+    /// The same with `additional_addresses`.
+    pub addresses: Box<[SocketAddr]>,
+    /// Connections are spread exactly evenly over the workers.
+    pub exact_balance: bool,
+    /// A PROXY protocol header comes first.
+    pub proxy_protocol: Option<ProxyProtocol>,
     /// Whether it has a socket.
     pub bind: bool,
     /// Connections are handed to the listener of their original destination.
@@ -112,6 +119,8 @@ pub struct FilterChain {
     pub tls: Option<Arc<DownstreamTls>>,
     /// Limit for the TLS handshake.
     pub handshake_timeout: Duration,
+    /// Connections at a time.
+    pub limit: Option<Arc<ConnectionLimit>>,
     /// What happens to the bytes.
     pub handler: Handler,
     retired: AtomicBool,
@@ -138,6 +147,9 @@ pub enum Handler {
 pub struct TcpProxy {
     /// Where to.
     pub targets: TcpTargets,
+    /// The cluster is the one that the server name names (`sni_cluster`); without a name, or with an unknown one, it is
+    /// that of `targets`.
+    pub by_server_name: Option<Directory>,
     /// Limit of silence.
     pub idle_timeout: Option<Duration>,
     /// Connections are ended after this.
@@ -242,7 +254,6 @@ impl Listener {
             other => return Err(Refusal::new("address", format!("cannot listen on {other}"))),
         };
         let unsupported = [
-            ("additional_addresses", !from.additional_addresses.is_empty()),
             ("udp_listener_config", from.udp_listener_config.is_some()),
             ("api_listener", from.api_listener.is_some()),
             ("filter_chain_matcher", from.filter_chain_matcher.is_some()),
@@ -260,9 +271,34 @@ impl Listener {
             Ok(core::TrafficDirection::Outbound) => Direction::Outbound,
             Ok(core::TrafficDirection::Unspecified) | Err(_) => Direction::Unspecified,
         };
+        let mut addresses = vec![address];
+        for (index, more) in from.additional_addresses.iter().enumerate() {
+            let path = format!("additional_addresses[{index}].address");
+            match convert::address(more.address.as_ref()).within(&path)? {
+                Address::Tcp(address) => addresses.push(address),
+                other => return Err(Refusal::new(path, format!("cannot listen on {other}"))),
+            }
+        }
+        use listener::listener::connection_balance_config::BalanceType;
+        let balance = from
+            .connection_balance_config
+            .as_ref()
+            .and_then(|config| config.balance_type.as_ref());
         let mut out = Self {
             name: from.name.as_str().into(),
             address,
+            addresses: addresses.into(),
+            exact_balance: match balance {
+                None => false,
+                Some(BalanceType::ExactBalance(_)) => true,
+                Some(_) => {
+                    return Err(Refusal::new(
+                        "connection_balance_config",
+                        "only exact_balance is supported",
+                    ));
+                }
+            },
+            proxy_protocol: None,
             bind: from.bind_to_port.as_ref().is_none_or(|value| value.value)
                 && from
                     .deprecated_v1
@@ -326,7 +362,23 @@ impl Listener {
             None => Box::default(),
             Some(predicate) => disabled_ports(predicate).within("filter_disabled")?.into(),
         };
+        let any = match &filter.config_type {
+            Some(listener::listener_filter::ConfigType::TypedConfig(any)) => Some(any),
+            Some(listener::listener_filter::ConfigType::ConfigDiscovery(_)) => {
+                return Err(Refusal::new("config_discovery", "not supported"));
+            }
+            None => None,
+        };
         match filter.name.as_str() {
+            "envoy.filters.listener.proxy_protocol" => {
+                if filter.filter_disabled.is_some() {
+                    return Err(Refusal::new(
+                        "filter_disabled",
+                        "not supported for proxy_protocol",
+                    ));
+                }
+                self.proxy_protocol = Some(ProxyProtocol::compile(any).within("typed_config")?);
+            }
             "envoy.filters.listener.original_dst" => self.original_dst = true,
             "envoy.filters.listener.tls_inspector" => self.inspect_tls = Inspect { on: true, off_ports },
             "envoy.filters.listener.http_inspector" => self.inspect_http = Inspect { on: true, off_ports },
@@ -417,8 +469,8 @@ fn compile_chain(
         .filters
         .iter()
         .any(|filter| filter.name.starts_with("istio."));
-    let mut handler = None;
     let mut policies = Vec::new();
+    let (mut handler, mut limit, mut by_server_name) = (None, None, false);
     for (index, filter) in from.filters.iter().enumerate() {
         let path = format!("filters[{index}]");
         let any = match &filter.config_type {
@@ -436,6 +488,10 @@ fn compile_chain(
             // TCP exchange.
             ("istio.metadata_exchange", _) => {}
             ("istio.stats", _) => measured = true,
+            ("envoy.filters.network.connection_limit", any) => {
+                limit = ConnectionLimit::compile(any).within(&path)?;
+            }
+            ("envoy.filters.network.sni_cluster", _) => by_server_name = true,
             ("envoy.filters.network.http_connection_manager", Some(any)) => {
                 let message = convert::unpack(
                     any,
@@ -448,7 +504,8 @@ fn compile_chain(
             ("envoy.filters.network.tcp_proxy", Some(any)) => {
                 let message = convert::unpack(any, "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy")
                     .within(&path)?;
-                let proxy = TcpProxy::compile(&message, measured, context).within(&path)?;
+                let mut proxy = TcpProxy::compile(&message, measured, context).within(&path)?;
+                proxy.by_server_name = by_server_name.then(|| context.slots.directory.clone());
                 handler = Some(Handler::Tcp(Arc::new(proxy)));
             }
             (name, any) => match NetworkFilter::compile(name, any, context).within(&path)? {
@@ -472,6 +529,7 @@ fn compile_chain(
             .map(|name| name.to_ascii_lowercase().into())
             .collect(),
         tls,
+        limit,
         handshake_timeout: convert::timeout(from.transport_socket_connect_timeout.as_ref())
             .within("transport_socket_connect_timeout")?
             .unwrap_or(DEFAULT_HANDSHAKE),
@@ -513,6 +571,7 @@ impl TcpProxy {
         };
         Ok(Self {
             targets,
+            by_server_name: None,
             idle_timeout: match &from.idle_timeout {
                 None => Some(Duration::from_secs(3600)),
                 given => convert::timeout(given.as_ref()).within("idle_timeout")?,

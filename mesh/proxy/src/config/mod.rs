@@ -7,6 +7,7 @@
 #![allow(deprecated)] // control planes, istiod among them, still send fields that Envoy calls deprecated
 
 pub mod chain_match;
+pub mod client_cert;
 pub mod cluster;
 pub mod convert;
 pub mod endpoint;
@@ -16,6 +17,7 @@ pub mod hcm;
 pub mod headers;
 pub mod health_check;
 pub mod listener;
+pub mod listener_filters;
 pub mod matchers;
 pub mod retry;
 pub mod route;

@@ -137,22 +137,42 @@ impl VirtualHostSlot {
 
 /// A bound listener; the configuration that new connections get.
 #[derive(Debug)]
-pub struct ListenerSlot(arc_swap::ArcSwap<Listener>);
+pub struct ListenerSlot {
+    listener: arc_swap::ArcSwap<Listener>,
+    /// Connections of each worker, counted only where the listener wants them exactly even.
+    pub connections: Box<[AtomicU32]>,
+}
 
 impl ListenerSlot {
-    pub(crate) fn new(listener: Arc<Listener>) -> Self {
-        Self(arc_swap::ArcSwap::new(listener))
+    pub(crate) fn new(listener: Arc<Listener>, workers: usize) -> Self {
+        Self {
+            listener: arc_swap::ArcSwap::new(listener),
+            connections: (0..workers).map(|_| AtomicU32::new(0)).collect(),
+        }
     }
 
     /// The listener as it is now.
     pub fn load(&self) -> Arc<Listener> {
-        self.0.load_full()
+        self.listener.load_full()
     }
 
     /// Replaces the configuration and tells connections of the old one to finish.
     pub(crate) fn set(&self, listener: Arc<Listener>) {
-        let old = self.0.swap(listener);
+        let old = self.listener.swap(listener);
         old.retire();
+    }
+}
+
+type Names = std::collections::HashMap<Arc<str>, std::sync::Weak<ClusterSlot>, foldhash::fast::RandomState>;
+
+/// Cluster slots by name, read by workers once for a connection.
+#[derive(Clone, Debug, Default)]
+pub struct Directory(Arc<parking_lot::RwLock<Names>>);
+
+impl Directory {
+    /// The slot of that cluster.
+    pub fn find(&self, name: &str) -> Option<Arc<ClusterSlot>> {
+        self.0.read().get(name)?.upgrade()
     }
 }
 
@@ -167,6 +187,8 @@ pub struct Slots {
     pub counters: crate::policy::stats::Registry,
     /// Where access logs are written.
     pub sinks: crate::observe::sink::Sinks,
+    /// Clusters by name, for connections that name theirs.
+    pub directory: Directory,
     /// Secrets that clusters and listeners refer to.
     pub secrets: crate::tls::table::SecretTable,
 }
@@ -183,6 +205,10 @@ impl Slots {
         });
         let slot = Arc::new(ClusterSlot::new(id, name.into()));
         self.clusters.insert(slot.name.clone(), slot.clone());
+        self.directory
+            .0
+            .write()
+            .insert(slot.name.clone(), Arc::downgrade(&slot));
         slot
     }
 
@@ -209,15 +235,18 @@ impl Slots {
     /// Forgets slots that hold nothing and that nobody refers to any more.
     pub fn sweep(&mut self) {
         let free = &mut self.free;
-        self.clusters.retain(|_, slot| {
+        let mut directory = self.directory.0.write();
+        self.clusters.retain(|name, slot| {
             let keep = Arc::strong_count(slot) > 1
                 || slot.config.load().is_some()
                 || slot.endpoints.load().is_some();
             if !keep {
                 free.push(slot.id);
+                directory.remove(name);
             }
             keep
         });
+        drop(directory);
         self.routes
             .retain(|_, slot| Arc::strong_count(slot) > 1 || slot.table.load().is_some());
         self.counters.sweep();

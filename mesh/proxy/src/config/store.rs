@@ -439,12 +439,12 @@ impl Store {
     fn activate_listener(&mut self, listener: Arc<Listener>) {
         if listener.bind {
             match self.bound.get(&listener.name) {
-                Some(slot) if slot.load().address == listener.address => slot.set(listener.clone()),
+                Some(slot) if slot.load().addresses == listener.addresses => slot.set(listener.clone()),
                 existing => {
                     if existing.is_some() {
                         self.changes.push(ListenerChange::Close(listener.name.clone()));
                     }
-                    let slot = Arc::new(ListenerSlot::new(listener.clone()));
+                    let slot = Arc::new(ListenerSlot::new(listener.clone(), self.workers));
                     self.bound.insert(listener.name.clone(), slot.clone());
                     self.changes.push(ListenerChange::Open(slot));
                 }
@@ -471,10 +471,12 @@ impl Store {
     fn publish_virtual_listeners(&mut self) {
         let mut table = VirtualListeners::default();
         for listener in self.listeners.values().filter(|listener| !listener.bind) {
-            if listener.address.ip().is_unspecified() {
-                table.by_port.insert(listener.address.port(), listener.clone());
-            } else {
-                table.exact.insert(listener.address, listener.clone());
+            for address in &listener.addresses {
+                if address.ip().is_unspecified() {
+                    table.by_port.insert(address.port(), listener.clone());
+                } else {
+                    table.exact.insert(*address, listener.clone());
+                }
             }
         }
         self.virtuals.store(Arc::new(table));

@@ -154,6 +154,11 @@ async fn answer(
         }
         "/stats" => plain(StatusCode::OK, text::write(&proxy.metrics())),
         "/config_dump" => json_reply(&config_dump(proxy)),
+        "/certs" => {
+            let now = rustls_pki_types::UnixTime::now().as_secs();
+            let now = i64::try_from(now).unwrap_or(i64::MAX);
+            json_reply(&proxy.store(|store| super::certs::certs(store.secrets(), now)))
+        }
         "/clusters" => reply(StatusCode::OK, "text/plain; charset=utf-8", clusters(proxy)),
         "/listeners" => plain(StatusCode::OK, listeners(proxy)),
         "/server_info" => json_reply(&server_info(proxy)),
@@ -185,7 +190,7 @@ async fn answer(
         }
         "/" | "/help" => plain(
             StatusCode::OK,
-            "/ready\n/stats\n/stats/prometheus\n/config_dump\n/clusters\n/listeners\n/server_info\n\
+            "/ready\n/stats\n/stats/prometheus\n/config_dump\n/certs\n/clusters\n/listeners\n/server_info\n\
              POST /drain_listeners[?graceful]\nPOST /reopen_logs\nPOST /quitquitquit\n",
         ),
         _ => plain(StatusCode::NOT_FOUND, "not found; see /help\n"),
@@ -282,8 +287,9 @@ fn listeners(proxy: &Proxy) -> String {
     proxy.store(|store| {
         let mut out = String::new();
         for listener in store.listeners().filter(|listener| listener.bind) {
-            let address = proxy.listener_address(&listener.name).unwrap_or(listener.address);
-            out.push_str(&format!("{}::{address}\n", listener.name));
+            for address in proxy.listener_addresses(&listener.name) {
+                out.push_str(&format!("{}::{address}\n", listener.name));
+            }
         }
         out
     })

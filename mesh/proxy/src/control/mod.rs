@@ -4,6 +4,7 @@
 //! [`xds`]; [`admin`] shows what it does.
 
 pub mod admin;
+pub mod certs;
 pub mod dns;
 pub mod health;
 pub mod outliers;
@@ -28,6 +29,7 @@ use crate::error::{Error, Refusal};
 use crate::metrics::collect::{Family, collect};
 use crate::metrics::peer::{Workload, header_of_node};
 use crate::metrics::series::Shard;
+use crate::tls;
 use crate::worker::{Command, DrainPhase, Shared, Worker};
 
 /// Commands that may wait for a worker; one is some hundred bytes and takes microseconds.
@@ -62,7 +64,7 @@ pub struct Proxy {
     workers: Vec<WorkerHandle>,
     shards: Arc<[Arc<Shard>]>,
     inherited: HashMap<u16, TcpListener>,
-    bound: Mutex<HashMap<Arc<str>, SocketAddr>>,
+    bound: Mutex<HashMap<Arc<str>, Vec<SocketAddr>>>,
     ready: AtomicBool,
     draining: AtomicBool,
     changes: watch::Sender<()>,
@@ -87,6 +89,7 @@ impl Proxy {
             peer_id: header(&options.node.id),
             cluster: options.node.cluster.as_str().into(),
             virtual_listeners: store.virtual_listeners(),
+            neighbours: arc_swap::ArcSwap::default(),
             log,
         });
         let shards: Arc<[Arc<Shard>]> = (0..count).map(|_| Arc::default()).collect();
@@ -107,6 +110,9 @@ impl Proxy {
                 })?;
             workers.push(WorkerHandle { commands, thread });
         }
+        shared.neighbours.store(Arc::new(
+            workers.iter().map(|worker| worker.commands.clone()).collect(),
+        ));
         let proxy = Self {
             node: options.node,
             own,
@@ -164,21 +170,20 @@ impl Proxy {
             match change {
                 ListenerChange::Open(slot) => {
                     let listener = slot.load();
-                    match self.bind(listener.address) {
+                    match self.bind_all(&listener.addresses) {
                         Ok(sockets) => {
-                            let address = sockets.first().and_then(|socket| socket.local_addr().ok());
-                            if let Some(address) = address {
-                                self.bound.lock().insert(listener.name.clone(), address);
-                            }
-                            for (worker, socket) in self.workers.iter().zip(sockets) {
+                            let bound = sockets.first().into_iter().flatten();
+                            let bound: Vec<_> = bound.filter_map(|socket| socket.local_addr().ok()).collect();
+                            self.bound.lock().insert(listener.name.clone(), bound);
+                            for (worker, sockets) in self.workers.iter().zip(sockets) {
                                 // A worker that has ended serves nothing; its end has been logged.
-                                let _ = worker.commands.send(Command::Listen(slot.clone(), socket)).await;
+                                let _ = worker.commands.send(Command::Listen(slot.clone(), sockets)).await;
                             }
                         }
-                        Err(source) => {
+                        Err((address, source)) => {
                             let error = Error::Bind {
                                 name: listener.name.to_string(),
-                                address: listener.address,
+                                address,
                                 source,
                             };
                             // Forgotten, so that the control plane's next attempt binds again.
@@ -214,6 +219,21 @@ impl Proxy {
         self.changes.send_replace(());
     }
 
+    /// For each worker a socket for each of the addresses.
+    fn bind_all(
+        &self,
+        addresses: &[SocketAddr],
+    ) -> Result<Vec<Vec<TcpListener>>, (SocketAddr, std::io::Error)> {
+        let mut out: Vec<Vec<_>> = self.workers.iter().map(|_| Vec::new()).collect();
+        for address in addresses {
+            let sockets = self.bind(*address).map_err(|error| (*address, error))?;
+            for (of_worker, socket) in out.iter_mut().zip(sockets) {
+                of_worker.push(socket);
+            }
+        }
+        Ok(out)
+    }
+
     /// One socket per worker for `address`.
     fn bind(&self, address: SocketAddr) -> std::io::Result<Vec<TcpListener>> {
         if let Some(inherited) = self.inherited.get(&address.port()) {
@@ -232,7 +252,12 @@ impl Proxy {
 
     /// Where a listener is bound.
     pub fn listener_address(&self, name: &str) -> Option<SocketAddr> {
-        self.bound.lock().get(name).copied()
+        self.bound.lock().get(name)?.first().copied()
+    }
+
+    /// Every address where a listener is bound, in the order of its configuration.
+    pub fn listener_addresses(&self, name: &str) -> Vec<SocketAddr> {
+        self.bound.lock().get(name).cloned().unwrap_or_default()
     }
 
     /// Reads or changes the configuration store; must not be kept over an `await`.
@@ -244,6 +269,7 @@ impl Proxy {
     pub fn metrics(&self) -> Vec<Family> {
         let mut families = collect(&self.own, &self.shards);
         families.extend(self.store(|store| store.counters()));
+        families.extend(tls::stats::families(self.store.lock().secrets().all_stats()));
         families
     }
 

@@ -1,6 +1,11 @@
 //! Envoy's `ssl.*` counters of one listener or cluster. They outlive its configurations.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::table::Side;
+use crate::metrics::collect::{Family, Labels, Value};
 
 macro_rules! counters {
     ($($name:ident: $text:literal, $doc:literal;)*) => {
@@ -14,6 +19,33 @@ macro_rules! counters {
         }
 
         impl TlsStats {
+            /// Names of the counters at listeners and clusters, for Prometheus, with their values.
+            pub fn counters(&self) -> Vec<(&'static str, &'static str, u64)> {
+                vec![$((
+                    concat!("envoy_listener_ssl_", $text),
+                    concat!("envoy_cluster_ssl_", $text),
+                    self.$name.load(Ordering::Relaxed),
+                )),*]
+            }
+
+            /// What was negotiated, for Prometheus: names at listeners and clusters, label, its value, how often.
+            pub fn agreed(&self) -> Vec<(&'static str, &'static str, &'static str, &'static str, u64)> {
+                let mut out = Vec::new();
+                for (listener, cluster, label, names, values) in [
+                    ("envoy_listener_ssl_versions", "envoy_cluster_ssl_versions", "envoy_ssl_version", VERSIONS, &self.versions[..]),
+                    ("envoy_listener_ssl_ciphers", "envoy_cluster_ssl_ciphers", "envoy_ssl_cipher", CIPHERS, &self.ciphers[..]),
+                    ("envoy_listener_ssl_curves", "envoy_cluster_ssl_curves", "envoy_ssl_curve", GROUPS, &self.groups[..]),
+                ] {
+                    for (name, value) in names.iter().zip(values) {
+                        let value = value.load(Ordering::Relaxed);
+                        if value > 0 {
+                            out.push((listener, cluster, label, *name, value));
+                        }
+                    }
+                }
+                out
+            }
+
             /// Names as Envoy writes them, with their values; of versions, ciphers and curves those that occurred.
             pub fn read(&self) -> Vec<(String, u64)> {
                 let mut out = vec![$(($text.to_owned(), self.$name.load(Ordering::Relaxed))),*];
@@ -82,4 +114,42 @@ impl TlsStats {
             }
         }
     }
+}
+
+/// The counters of every listener and cluster as metric families.
+pub fn families<'a>(all: impl Iterator<Item = (Side, &'a str, &'a Arc<TlsStats>)>) -> Vec<Family> {
+    let mut families: BTreeMap<&'static str, Vec<(Labels, Value)>> = BTreeMap::new();
+    for (side, name, stats) in all {
+        let owner = || match side {
+            Side::Listener => ("envoy_listener_address", name.to_owned()),
+            Side::Cluster => ("envoy_cluster_name", name.to_owned()),
+        };
+        let of_side = |listener, cluster| match side {
+            Side::Listener => listener,
+            Side::Cluster => cluster,
+        };
+        for (listener, cluster, value) in stats.counters() {
+            families
+                .entry(of_side(listener, cluster))
+                .or_default()
+                .push((vec![owner()], Value::Counter(value as f64)));
+        }
+        for (listener, cluster, label, agreed, value) in stats.agreed() {
+            families.entry(of_side(listener, cluster)).or_default().push((
+                vec![owner(), (label, agreed.to_owned())],
+                Value::Counter(value as f64),
+            ));
+        }
+    }
+    families
+        .into_iter()
+        .map(|(name, mut metrics)| {
+            metrics.sort_by(|(a, _), (b, _)| a.cmp(b));
+            Family {
+                name,
+                help: "TLS handshakes, as Envoy counts them.",
+                metrics,
+            }
+        })
+        .collect()
 }

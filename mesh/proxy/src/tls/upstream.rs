@@ -8,7 +8,7 @@ use arc_swap::ArcSwapOption;
 use parking_lot::Mutex;
 use rustls::client::Resumption;
 use rustls::sign::SingleCertAndKey;
-use rustls::{ClientConfig, HandshakeKind};
+use rustls::{CertificateError, ClientConfig, HandshakeKind};
 use rustls_pki_types::ServerName;
 use serin_xds::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -259,10 +259,16 @@ fn readable(error: io::Error) -> io::Error {
         .get_ref()
         .and_then(|inner| inner.downcast_ref::<rustls::Error>())
     {
-        Some(rustls::Error::InvalidCertificate(rustls::CertificateError::Other(reason))) => {
-            reason.to_string()
+        Some(rustls::Error::InvalidCertificate(CertificateError::Other(reason))) => reason.to_string(),
+        Some(rustls::Error::InvalidCertificate(reason)) => {
+            let text = match reason {
+                CertificateError::Expired => "certificate has expired".to_owned(),
+                CertificateError::Revoked => "certificate revoked".to_owned(),
+                CertificateError::UnknownIssuer => "unable to get local issuer certificate".to_owned(),
+                other => other.to_string(),
+            };
+            format!("CERTIFICATE_VERIFY_FAILED: {text}")
         }
-        Some(rustls::Error::InvalidCertificate(reason)) => format!("CERTIFICATE_VERIFY_FAILED: {reason}"),
         Some(other) => other.to_string(),
         None => error.to_string(),
     };

@@ -127,6 +127,12 @@ impl WorkerCluster {
             .map_or_else(Balancer::default, |set| Balancer::new(&config, set, &hosts));
         let dynamic =
             previous.map_or_else(RefCell::default, |previous| RefCell::new(previous.dynamic.take()));
+        if previous.is_some_and(|previous| !previous.config.socket.is_same(&config.socket)) {
+            dynamic
+                .borrow_mut()
+                .drain()
+                .for_each(|(_, host)| host.pool.retire());
+        }
         Some(Self {
             slot: slot.clone(),
             config,

@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use socket2::SockRef;
@@ -13,16 +14,18 @@ use tokio::time::Instant;
 
 use super::io::Io;
 use super::sniff::{self, Detected, Http};
-use super::{Worker, http, tcp};
+use super::{Command, Worker, http, tcp};
 use crate::clock;
 use crate::config::hcm::Codec;
 use crate::config::listener::{ConnectionFacts, FilterChain, Handler, Listener};
+use crate::config::listener_filters::ProxyProtocol;
 use crate::config::slot::ListenerSlot;
 use crate::metrics::flags::Flags;
 use crate::policy::facts::{Facts, PeerIdentity};
 use crate::policy::metadata::Metadata;
 use crate::tls::info::ConnectionTls;
 use crate::tls::rewind::Rewind;
+use crate::upstream::proxy_header::{self, Header};
 
 /// Pause after an accept that failed for lack of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -35,16 +38,7 @@ const CHUNK: usize = 2048;
 pub(super) async fn run(worker: Rc<Worker>, slot: Arc<ListenerSlot>, socket: TcpListener) {
     loop {
         match socket.accept().await {
-            Ok((stream, remote)) => {
-                let open = worker.open_connection();
-                let (worker, slot) = (worker.clone(), slot.clone());
-                worker.tasks.clone().spawn_local(async move {
-                    let listener = slot.load();
-                    drop(slot);
-                    connection(worker, listener, stream, remote).await;
-                    drop(open);
-                });
-            }
+            Ok((stream, remote)) => balance(&worker, &slot, stream, remote),
             Err(error) => match error.kind() {
                 // The client gave up before it was accepted.
                 io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => {
@@ -56,6 +50,77 @@ pub(super) async fn run(worker: Rc<Worker>, slot: Arc<ListenerSlot>, socket: Tcp
             },
         }
     }
+}
+
+/// A connection's share in its worker's number, for exact balance.
+#[derive(Debug)]
+pub struct Share {
+    slot: Arc<ListenerSlot>,
+    worker: usize,
+}
+
+impl Share {
+    fn of(slot: &Arc<ListenerSlot>, worker: usize) -> Self {
+        slot.connections[worker].fetch_add(1, Ordering::Relaxed);
+        Self {
+            slot: slot.clone(),
+            worker,
+        }
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.slot.connections[self.worker].fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Serves an accepted connection here, or where the listener wants the numbers exactly even, on the worker with the
+/// fewest connections of it.
+fn balance(worker: &Rc<Worker>, slot: &Arc<ListenerSlot>, stream: TcpStream, remote: SocketAddr) {
+    if !slot.load().exact_balance {
+        return serve(worker.clone(), slot.clone(), stream, remote, None);
+    }
+    let count = |index: usize| slot.connections[index].load(Ordering::Relaxed);
+    let least = (0..slot.connections.len())
+        .min_by_key(|index| (count(*index), *index != worker.id))
+        .unwrap_or(worker.id);
+    let share = Share::of(slot, least);
+    if least == worker.id {
+        return serve(worker.clone(), slot.clone(), stream, remote, Some(share));
+    }
+    let neighbours = worker.shared.neighbours.load();
+    let Some(neighbour) = neighbours.get(least) else {
+        return;
+    };
+    match stream.into_std() {
+        Ok(stream) => {
+            let command = Command::Serve(slot.clone(), stream, remote, share);
+            // A neighbour that has no room is busy beyond help, or has ended: the connection is closed, as when the
+            // kernel's queue is full.
+            if neighbour.try_send(command).is_err() {
+                tracing::warn!(worker = least, "a connection could not be handed over");
+            }
+        }
+        Err(error) => tracing::warn!(%error, "a connection could not be handed over"),
+    }
+}
+
+/// Serves a connection on this worker.
+pub(super) fn serve(
+    worker: Rc<Worker>,
+    slot: Arc<ListenerSlot>,
+    stream: TcpStream,
+    remote: SocketAddr,
+    share: Option<Share>,
+) {
+    let open = worker.open_connection();
+    worker.tasks.clone().spawn_local(async move {
+        let listener = slot.load();
+        drop(slot);
+        connection(worker, listener, stream, remote).await;
+        drop((open, share));
+    });
 }
 
 /// Where the client wanted to go before interception changed it.
@@ -83,7 +148,24 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
     if bound.use_original_dst || bound.original_dst {
         destination = original_destination(&stream, local);
     }
-    let remote = SocketAddr::new(remote.ip().to_canonical(), remote.port());
+    let direct = SocketAddr::new(remote.ip().to_canonical(), remote.port());
+    let mut remote = direct;
+    let mut prefix = Vec::new();
+    if let Some(rules) = bound.proxy_protocol {
+        let deadline = Instant::now() + bound.detection_timeout;
+        match read_proxy_header(&stream, &mut prefix, rules, deadline).await {
+            Ok(Some((source, told))) => (remote, destination) = (source, told),
+            Ok(None) => {}
+            Err(error) => {
+                let addresses = http::Addresses {
+                    remote,
+                    direct,
+                    local: destination,
+                };
+                return log_handshake(&worker, &bound, None, addresses, &error);
+            }
+        }
+    }
     let mut listener = bound;
     if listener.use_original_dst {
         let virtuals = worker.shared.virtual_listeners.load();
@@ -91,7 +173,6 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
             listener = found.clone();
         }
     }
-    let mut prefix = Vec::new();
     let mut detected = Detected::default();
     let port = destination.port();
     let inspect = listener.inspect_tls.applies(port) || listener.inspect_http.applies(port);
@@ -106,7 +187,7 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
     }
     let addresses = http::Addresses {
         remote,
-        direct: remote,
+        direct,
         local: destination,
     };
     let Some(chain) = choose(&worker, &listener, &detected, addresses) else {
@@ -126,6 +207,7 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
                 &listener,
                 remote,
                 destination,
+                None,
                 None,
                 tcp::Purpose::Probe,
             )
@@ -255,6 +337,24 @@ async fn handle(
     addresses: http::Addresses,
 ) {
     let direction = listener.direction;
+    let _place = match &chain.limit {
+        None => None,
+        Some(limit) => match limit.take() {
+            Some(place) => Some(place),
+            None => {
+                let error = io::Error::other("connection_limit");
+                log_handshake(
+                    &worker,
+                    &listener,
+                    detected.server_name.map(Box::from),
+                    addresses,
+                    &error,
+                );
+                tokio::time::sleep(limit.delay).await;
+                return;
+            }
+        },
+    };
     let mut server_name = detected.server_name.map(Box::from);
     let (mut io, tls) = match &chain.tls {
         None => (Io::Plain(stream), None),
@@ -292,6 +392,7 @@ async fn handle(
                 addresses.remote,
                 addresses.local,
                 tls.as_deref(),
+                server_name.as_deref(),
                 tcp::Purpose::Serve,
             )
             .await
@@ -348,6 +449,7 @@ fn log_handshake(
             "listener": &*listener.name,
             "response_flags": "-",
             "downstream_transport_failure_reason": error.to_string(),
+            "downstream_direct_remote_address": addresses.direct.to_string(),
             "requested_server_name": server_name,
             "downstream_remote_address": addresses.remote.to_string(),
             "downstream_local_address": addresses.local.to_string(),
@@ -372,6 +474,40 @@ async fn read_until_detected(
         match tokio::time::timeout_at(deadline, read_more(stream, prefix)).await {
             Ok(result) => result?,
             Err(_) => return Ok(None),
+        }
+    }
+}
+
+/// Reads a PROXY protocol header and leaves what follows it; the addresses in it, if it has any.
+async fn read_proxy_header(
+    stream: &TcpStream,
+    prefix: &mut Vec<u8>,
+    rules: ProxyProtocol,
+    deadline: Instant,
+) -> io::Result<Option<(SocketAddr, SocketAddr)>> {
+    let bad = |reason| io::Error::new(io::ErrorKind::InvalidData, reason);
+    loop {
+        match proxy_header::read(prefix) {
+            Header::Present {
+                version,
+                length,
+                between,
+            } => {
+                if !rules.allows(version) {
+                    return Err(bad("PROXY protocol: this version is not allowed"));
+                }
+                prefix.drain(..length);
+                return Ok(between);
+            }
+            Header::Absent if rules.optional => return Ok(None),
+            Header::Absent | Header::Malformed => return Err(bad("PROXY protocol: no header")),
+            Header::Incomplete => {}
+        }
+        match tokio::time::timeout_at(deadline, read_more(stream, prefix)).await {
+            Ok(result) => result?,
+            // Whoever need not send a header may also be waiting for the server to speak.
+            Err(_) if rules.optional => return Ok(None),
+            Err(_) => return Err(io::Error::new(io::ErrorKind::TimedOut, "PROXY protocol: timeout")),
         }
     }
 }

@@ -5,12 +5,13 @@ use std::collections::VecDeque;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
+use tokio::time::Sleep;
 
 use crate::policy::compressor::Encoder;
 
@@ -46,16 +47,23 @@ impl Inbound {
         }
     }
 
-    /// Reads until the end, or until more than `limit` bytes are held.
-    pub async fn read_ahead(&mut self, limit: usize) -> Result<Ahead, hyper::Error> {
+    /// Reads until the end, or until more than `limit` bytes are held. A client that sends nothing for `idle` has failed.
+    pub async fn read_ahead(&mut self, limit: usize, idle: Option<Duration>) -> Result<Ahead, BodyError> {
         while self.ahead_bytes <= limit {
             if self.ended || self.incoming.is_end_stream() {
                 self.ended = true;
                 return Ok(Ahead::Whole);
             }
-            match http_body_util::BodyExt::frame(&mut self.incoming).await {
+            let frame = http_body_util::BodyExt::frame(&mut self.incoming);
+            let frame = match idle {
+                None => frame.await,
+                Some(idle) => tokio::time::timeout(idle, frame)
+                    .await
+                    .map_err(|_| BodyError::from("stream_idle_timeout"))?,
+            };
+            match frame {
                 None => self.ended = true,
-                Some(Err(error)) => return Err(error),
+                Some(Err(error)) => return Err(error.into()),
                 Some(Ok(frame)) => {
                     self.ahead_bytes += frame.data_ref().map_or(0, Bytes::len);
                     self.ahead.push_back(frame);
@@ -118,8 +126,16 @@ pub struct RequestSource {
     pub ended_at: Option<Instant>,
     /// Bytes received from the client.
     pub received: u64,
-    /// The client broke off, or broke the protocol.
+    /// The client broke off, or broke the protocol, or sent nothing for too long.
     pub client_failed: bool,
+    /// The client sent nothing for too long.
+    pub timed_out: bool,
+    /// The response has begun: what follows is bounded by its limits.
+    pub answered: bool,
+    /// When the client sent something last.
+    pub last_frame: Option<Instant>,
+    idle: Option<Duration>,
+    timer: Option<Pin<Box<Sleep>>>,
 }
 
 #[derive(Clone, Debug)]
@@ -129,8 +145,9 @@ enum Kept {
 }
 
 impl RequestSource {
-    /// Of `incoming`, keeping up to `limit` bytes for retries.
-    pub fn new(incoming: Inbound, limit: usize) -> Rc<RefCell<Self>> {
+    /// Of `incoming`, keeping up to `limit` bytes for retries, and waiting up to `idle` for more as long as there is no
+    /// response.
+    pub fn new(incoming: Inbound, limit: usize, idle: Option<Duration>) -> Rc<RefCell<Self>> {
         Rc::new(RefCell::new(Self {
             incoming,
             kept: Vec::new(),
@@ -141,7 +158,32 @@ impl RequestSource {
             ended_at: None,
             received: 0,
             client_failed: false,
+            timed_out: false,
+            answered: false,
+            last_frame: None,
+            idle,
+            timer: None,
         }))
+    }
+
+    /// Whether the client has been silent for too long; called when there is nothing to read.
+    fn stalled(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(idle) = self.idle.filter(|_| !self.answered) else {
+            return false;
+        };
+        let timer = self
+            .timer
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep(idle)));
+        while timer.as_mut().poll(cx).is_ready() {
+            let quiet = self.last_frame.map_or(idle, |at| at.elapsed());
+            if quiet >= idle {
+                return true;
+            }
+            timer
+                .as_mut()
+                .reset(tokio::time::Instant::now() + idle.saturating_sub(quiet));
+        }
+        false
     }
 
     /// Whether everything that was read can be sent again.
@@ -242,7 +284,13 @@ impl Body for UpstreamBody {
                 if source.ended {
                     return Poll::Ready(None);
                 }
-                match ready!(source.incoming.poll_frame(cx)) {
+                let polled = source.incoming.poll_frame(cx);
+                if polled.is_pending() && source.stalled(cx) {
+                    source.client_failed = true;
+                    source.timed_out = true;
+                    return Poll::Ready(Some(Err("stream_idle_timeout".into())));
+                }
+                match ready!(polled) {
                     None => {
                         source.end();
                         Poll::Ready(None)
@@ -252,6 +300,7 @@ impl Body for UpstreamBody {
                         Poll::Ready(Some(Err(error.into())))
                     }
                     Some(Ok(frame)) => {
+                        source.last_frame = Some(Instant::now());
                         if let Some(data) = frame.data_ref() {
                             let bytes = data.len();
                             source.received += bytes as u64;

@@ -296,7 +296,8 @@ impl Limits {
     }
 
     /// The limit that has been passed, if one has.
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<(Flags, &'static str)> {
+    /// `sent` is when the client sent something last, which counts as well.
+    fn poll(&mut self, cx: &mut Context<'_>, sent: Option<Instant>) -> Poll<(Flags, &'static str)> {
         if self.deadline.is_none() && self.idle.is_none() {
             return Poll::Pending;
         }
@@ -316,7 +317,7 @@ impl Limits {
         if let (Some(idle), Some(sleep)) = (self.idle, &mut timers.idle) {
             while sleep.as_mut().poll(cx).is_ready() {
                 // The timer is armed once and looked at when it fires, not moved for every frame.
-                let quiet = self.last_frame.map_or(idle, |at| at.elapsed());
+                let quiet = self.last_frame.max(sent).map_or(idle, |at| at.elapsed());
                 if quiet >= idle {
                     return Poll::Ready((Flags::STREAM_IDLE, "stream_idle_timeout"));
                 }
@@ -379,7 +380,9 @@ impl Observer for Watch {
     }
 
     fn poll_limits(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {
-        let (flag, details) = std::task::ready!(self.limits.poll(cx));
+        let source = self.exchange.source.as_ref();
+        let sent = source.and_then(|source| source.borrow().last_frame);
+        let (flag, details) = std::task::ready!(self.limits.poll(cx, sent));
         self.broken(flag, details);
         Poll::Ready(details.into())
     }

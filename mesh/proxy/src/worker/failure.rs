@@ -99,6 +99,16 @@ pub(super) fn final_reply(
             "upstream_response_timeout",
             "upstream request timeout",
         ),
+        Some(Failure::Client) if timed_out(exchange) => {
+            let mut reply = LocalReply::new(
+                StatusCode::REQUEST_TIMEOUT,
+                Flags::STREAM_IDLE,
+                "stream_idle_timeout",
+                "stream timeout",
+            );
+            reply.close = true;
+            reply
+        }
         Some(Failure::Client) | None => {
             let mut reply = LocalReply::new(
                 StatusCode::BAD_REQUEST,
@@ -110,6 +120,11 @@ pub(super) fn final_reply(
             reply
         }
     }
+}
+
+fn timed_out(exchange: &Exchange) -> bool {
+    let source = exchange.source.as_ref();
+    source.is_some_and(|source| source.borrow().timed_out)
 }
 
 /// An error with its causes.

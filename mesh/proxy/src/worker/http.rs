@@ -119,6 +119,25 @@ impl Downstream {
         self.last_used.set(Instant::now());
     }
 
+    /// Whether requests for `authority` belong on this connection. Behind TLS whose chain was chosen by server name a
+    /// host that the chain does not name belongs on another one, where other rules may hold (RFC 9110 section 15.5.20).
+    pub fn serves(&self, authority: &str) -> bool {
+        let names = &self.chain.server_names;
+        if self.tls.is_none() || names.is_empty() || authority.is_empty() {
+            return true;
+        }
+        let host = crate::config::table::strip_port(authority);
+        names.iter().any(|name| match name.strip_prefix('*') {
+            None => name.eq_ignore_ascii_case(host),
+            Some(suffix) => {
+                host.len() > suffix.len()
+                    && host
+                        .get(host.len() - suffix.len()..)
+                        .is_some_and(|end| end.eq_ignore_ascii_case(suffix))
+            }
+        })
+    }
+
     /// Whether the connection should end after the present request.
     pub fn should_close(&self) -> bool {
         let limit = self.manager.max_requests_per_connection;

@@ -25,6 +25,7 @@ pub mod upstream;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::future::Future;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -58,6 +59,8 @@ pub struct Shared {
     pub cluster: Box<str>,
     /// Listeners without sockets.
     pub virtual_listeners: Arc<ArcSwap<VirtualListeners>>,
+    /// The workers' own commands, by worker: how connections are handed over.
+    pub neighbours: ArcSwap<Vec<mpsc::Sender<Command>>>,
     /// Where access log lines go.
     pub log: mpsc::Sender<String>,
 }
@@ -76,8 +79,10 @@ pub enum DrainPhase {
 /// What the control thread asks of a worker.
 #[derive(Debug)]
 pub enum Command {
-    /// Accept on this socket.
-    Listen(Arc<ListenerSlot>, std::net::TcpListener),
+    /// Accept on these sockets.
+    Listen(Arc<ListenerSlot>, Vec<std::net::TcpListener>),
+    /// Serve a connection that another worker accepted, to keep the numbers even.
+    Serve(Arc<ListenerSlot>, std::net::TcpStream, SocketAddr, accept::Share),
     /// Stop accepting for the listener of that name; its connections drain.
     Close(Arc<str>),
     /// Enter that phase of the end.
@@ -170,7 +175,8 @@ impl Worker {
     }
 
     async fn follow(self: Rc<Self>, mut commands: mpsc::Receiver<Command>) {
-        let mut listeners: HashMap<Arc<str>, tokio::task::JoinHandle<()>> = HashMap::new();
+        let mut listeners: HashMap<Arc<str>, Vec<tokio::task::JoinHandle<()>>> = HashMap::new();
+        let stop = |tasks: Vec<tokio::task::JoinHandle<()>>| tasks.iter().for_each(|task| task.abort());
         let mut sweep = tokio::time::interval(SWEEP);
         sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -183,32 +189,40 @@ impl Worker {
             };
             match command {
                 None | Some(Command::Stop) => break,
-                Some(Command::Listen(slot, socket)) => {
+                Some(Command::Listen(slot, sockets)) => {
                     let name = slot.load().name.clone();
-                    match tokio::net::TcpListener::from_std(socket) {
-                        Ok(socket) => {
-                            let task = tokio::task::spawn_local(accept::run(self.clone(), slot, socket));
-                            if let Some(old) = listeners.insert(name, task) {
-                                old.abort();
+                    let mut tasks = Vec::with_capacity(sockets.len());
+                    for socket in sockets {
+                        match tokio::net::TcpListener::from_std(socket) {
+                            Ok(socket) => {
+                                let work = accept::run(self.clone(), slot.clone(), socket);
+                                tasks.push(tokio::task::spawn_local(work));
+                            }
+                            Err(error) => {
+                                tracing::error!(listener = %name, %error, "listening socket not usable");
                             }
                         }
-                        Err(error) => {
-                            tracing::error!(listener = %name, %error, "listening socket not usable")
-                        }
+                    }
+                    if let Some(old) = listeners.insert(name, tasks) {
+                        stop(old);
+                    }
+                }
+                Some(Command::Serve(slot, stream, remote, share)) => {
+                    match tokio::net::TcpStream::from_std(stream) {
+                        Ok(stream) => accept::serve(self.clone(), slot, stream, remote, Some(share)),
+                        Err(error) => tracing::warn!(%error, "a connection could not be taken over"),
                     }
                 }
                 Some(Command::Close(name)) => {
-                    if let Some(task) = listeners.remove(&name) {
-                        task.abort();
+                    if let Some(tasks) = listeners.remove(&name) {
+                        stop(tasks);
                     }
                 }
                 Some(Command::Drain(phase)) => {
                     self.phase.set(phase.max(self.phase.get()));
                     self.phase_changed.notify_waiters();
                     if self.phase.get() == DrainPhase::Closing {
-                        for (_, task) in listeners.drain() {
-                            task.abort();
-                        }
+                        listeners.drain().for_each(|(_, tasks)| stop(tasks));
                     }
                 }
                 Some(Command::Connections(reply)) => {
@@ -220,9 +234,7 @@ impl Worker {
                 }
             }
         }
-        for (_, task) in listeners {
-            task.abort();
-        }
+        listeners.into_values().for_each(stop);
     }
 
     /// How far the end has come.

@@ -30,7 +30,6 @@ use crate::random;
 
 pub(super) static X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 static X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-static X_FORWARDED_CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 static X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 pub(super) static PEER_METADATA: HeaderName = HeaderName::from_static(METADATA_HEADER);
 pub(super) static PEER_METADATA_ID: HeaderName = HeaderName::from_static(METADATA_ID_HEADER);
@@ -307,9 +306,8 @@ fn identify(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) {
             exchange.peer = metadata.and_then(|value| conn.worker.peer(&value));
         }
     }
-    if !manager.keep_client_cert {
-        headers.remove(&X_FORWARDED_CLIENT_CERT);
-    }
+    manager.client_cert.apply(headers, conn.tls.as_deref());
+    let scheme = HeaderValue::from_static(if conn.tls.is_some() { "https" } else { "http" });
     if manager.use_remote_address {
         for name in INTERNAL_FIELDS {
             headers.remove(name);
@@ -327,11 +325,9 @@ fn identify(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) {
         {
             headers.insert(X_FORWARDED_FOR.clone(), value);
         }
-        headers.insert(X_FORWARDED_PROTO.clone(), HeaderValue::from_static("http"));
+        headers.insert(X_FORWARDED_PROTO.clone(), scheme);
     } else {
-        headers
-            .entry(X_FORWARDED_PROTO.clone())
-            .or_insert(HeaderValue::from_static("http"));
+        headers.entry(X_FORWARDED_PROTO.clone()).or_insert(scheme);
     }
     if manager.generate_request_id {
         let fresh = || HeaderValue::from_bytes(&random::uuid()).unwrap_or(HeaderValue::from_static("-"));
@@ -405,6 +401,16 @@ async fn route(
     incoming: Incoming,
     upgrade: Option<String>,
 ) -> Response<Body> {
+    if !conn.serves(view(&parts).authority) {
+        conn.decide_upgrade(false);
+        return LocalReply::new(
+            StatusCode::MISDIRECTED_REQUEST,
+            Flags::NO_ROUTE,
+            "misdirected_request",
+            "this connection was made for another host",
+        )
+        .send(exchange);
+    }
     let Some(mut routed) = find_route(&conn, &parts) else {
         conn.decide_upgrade(false);
         return LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", "").send(exchange);

@@ -79,11 +79,18 @@ pub(super) async fn open(
     source: SocketAddr,
     destination: SocketAddr,
     tls: Option<&ConnectionTls>,
+    server_name: Option<&str>,
     purpose: Purpose,
 ) -> Result<Upstream, NoUpstream> {
-    let slot = match &proxy.targets {
-        TcpTargets::One(slot) => slot,
-        TcpTargets::Weighted(slots, weights, turn) => &slots[weights.pick(turn.next(worker.id))],
+    // A name that comes with the connection may only choose among clusters that exist.
+    let named = proxy
+        .by_server_name
+        .as_ref()
+        .zip(server_name)
+        .and_then(|(directory, name)| directory.find(name));
+    let slot = match (&named, &proxy.targets) {
+        (Some(slot), _) | (None, TcpTargets::One(slot)) => slot,
+        (None, TcpTargets::Weighted(slots, weights, turn)) => &slots[weights.pick(turn.next(worker.id))],
     };
     let reporter = match listener.direction {
         Direction::Inbound => Reporter::Destination,

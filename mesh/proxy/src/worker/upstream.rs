@@ -205,7 +205,8 @@ pub(super) async fn forward(
     logging::keep_request(&mut exchange, &parts);
     let source = incoming.map(|incoming| {
         let keep = forward.retry.is_some() || !forward.mirrors.is_empty();
-        RequestSource::new(incoming, if keep { forward.request_buffer } else { 0 })
+        let idle = forward.idle_timeout.unwrap_or(conn.manager.stream_idle_timeout);
+        RequestSource::new(incoming, if keep { forward.request_buffer } else { 0 }, idle)
     });
     exchange.source.clone_from(&source);
     let plan = Plan {
@@ -668,6 +669,9 @@ fn respond(
     active: Active,
 ) -> Response<Body> {
     let conn = plan.conn;
+    if let Some(source) = &exchange.source {
+        source.borrow_mut().answered = true;
+    }
     let (mut head, incoming) = response.into_parts();
     let present = Present::of(&head.headers);
     strip_present(&mut head.headers, present);

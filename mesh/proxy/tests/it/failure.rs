@@ -520,6 +520,32 @@ async fn a_head_that_never_ends_is_given_up_after_the_headers_timeout() {
 }
 
 #[tokio::test]
+async fn a_body_that_stalls_is_given_up_after_the_stream_idle_timeout() {
+    let upstream = Upstream::start(|_| act("", Ending::Hang)).await;
+    let mut harness = Harness::start();
+    harness
+        .put(ResourceType::Cluster, "c", &counted_cluster("c"))
+        .await;
+    harness.endpoints("c", &[upstream.at]).await;
+    harness
+        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
+        .await;
+    let mut manager = manager("80");
+    manager.stream_idle_timeout = millis(150);
+    let at = harness.listen(&manager, core::TrafficDirection::Outbound).await;
+    let answer = raw(
+        at,
+        b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 10\r\n\r\nhalf",
+    )
+    .await;
+    assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
+    let line = harness.line().await;
+    assert_eq!(line["response_flags"], "SI");
+    assert_eq!(line["response_code_details"], "stream_idle_timeout");
+    nothing_is_left(&harness).await;
+}
+
+#[tokio::test]
 async fn an_idle_connection_is_parked_and_serves_again() {
     let backend = Backend::named("b").await;
     let harness = Harness::start();

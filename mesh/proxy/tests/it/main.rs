@@ -4,6 +4,7 @@
 #![allow(deprecated)] // what control planes still send is tested as well
 
 mod certificates;
+mod exhaustion;
 mod failure;
 mod fixture;
 mod forwarding;
@@ -15,6 +16,7 @@ mod hygiene;
 mod interception;
 mod interop;
 mod lifecycle;
+mod listener;
 mod matrix1;
 mod matrix2;
 mod metrics;

@@ -41,7 +41,7 @@ async fn forwarded(bytes: &[u8]) -> (String, Seen) {
 }
 
 macro_rules! refusals {
-    ($($name:ident: $bytes:expr => $status:literal $details:literal;)*) => {
+    ($(fn $name:ident() = $bytes:expr => $status:literal $details:literal;)*) => {
         $(
             #[tokio::test]
             async fn $name() {
@@ -54,93 +54,93 @@ macro_rules! refusals {
 const POST: &str = "POST / HTTP/1.1\r\nHost: a\r\n";
 
 refusals! {
-    smuggling_cl_te: format!("{POST}Content-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nG")
+    fn smuggling_cl_te() = format!("{POST}Content-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nG")
         => 400 "http1.content_length_and_chunked_not_allowed";
-    smuggling_te_cl: format!("{POST}Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n8\r\nSMUGGLED\r\n0\r\n\r\n")
+    fn smuggling_te_cl() = format!("{POST}Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n8\r\nSMUGGLED\r\n0\r\n\r\n")
         => 400 "http1.content_length_and_chunked_not_allowed";
-    smuggling_two_different_content_lengths: format!("{POST}Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd")
+    fn smuggling_two_different_content_lengths() = format!("{POST}Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd")
         => 400 "http1.several_content_lengths";
-    two_equal_content_lengths: format!("{POST}Content-Length: 3\r\nContent-Length: 3\r\n\r\nabc")
+    fn two_equal_content_lengths() = format!("{POST}Content-Length: 3\r\nContent-Length: 3\r\n\r\nabc")
         => 400 "http1.several_content_lengths";
-    content_length_list: format!("{POST}Content-Length: 3, 3\r\n\r\nabc") => 400 "http1.invalid_content_length";
-    content_length_with_plus: format!("{POST}Content-Length: +3\r\n\r\nabc") => 400 "http1.invalid_content_length";
-    content_length_in_hex: format!("{POST}Content-Length: 0x3\r\n\r\nabc") => 400 "http1.invalid_content_length";
-    content_length_negative: format!("{POST}Content-Length: -1\r\n\r\n") => 400 "http1.invalid_content_length";
-    content_length_empty: format!("{POST}Content-Length:\r\n\r\n") => 400 "http1.invalid_content_length";
-    content_length_overflow: format!("{POST}Content-Length: 18446744073709551616\r\n\r\n")
+    fn content_length_list() = format!("{POST}Content-Length: 3, 3\r\n\r\nabc") => 400 "http1.invalid_content_length";
+    fn content_length_with_plus() = format!("{POST}Content-Length: +3\r\n\r\nabc") => 400 "http1.invalid_content_length";
+    fn content_length_in_hex() = format!("{POST}Content-Length: 0x3\r\n\r\nabc") => 400 "http1.invalid_content_length";
+    fn content_length_negative() = format!("{POST}Content-Length: -1\r\n\r\n") => 400 "http1.invalid_content_length";
+    fn content_length_empty() = format!("{POST}Content-Length:\r\n\r\n") => 400 "http1.invalid_content_length";
+    fn content_length_overflow() = format!("{POST}Content-Length: 18446744073709551616\r\n\r\n")
         => 400 "http1.invalid_content_length";
-    transfer_encoding_xchunked: format!("{POST}Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n")
+    fn transfer_encoding_xchunked() = format!("{POST}Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n")
         => 501 "http1.invalid_transfer_encoding";
-    transfer_encoding_chunked_identity: format!("{POST}Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n")
+    fn transfer_encoding_chunked_identity() = format!("{POST}Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n")
         => 501 "http1.invalid_transfer_encoding";
-    transfer_encoding_gzip_chunked: format!("{POST}Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n")
+    fn transfer_encoding_gzip_chunked() = format!("{POST}Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n")
         => 501 "http1.invalid_transfer_encoding";
-    transfer_encoding_quoted_chunked: format!("{POST}Transfer-Encoding: \"chunked\"\r\n\r\n0\r\n\r\n")
+    fn transfer_encoding_quoted_chunked() = format!("{POST}Transfer-Encoding: \"chunked\"\r\n\r\n0\r\n\r\n")
         => 501 "http1.invalid_transfer_encoding";
-    transfer_encoding_with_vertical_tab: format!("{POST}Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n")
+    fn transfer_encoding_with_vertical_tab() = format!("{POST}Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n")
         => 400 "http1.invalid_header_line";
-    transfer_encoding_chunked_twice_in_one_field: format!("{POST}Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n")
+    fn transfer_encoding_chunked_twice_in_one_field() = format!("{POST}Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n")
         => 400 "http1.transfer_encoding_not_allowed";
-    transfer_encoding_chunked_twice_in_two_fields:
+    fn transfer_encoding_chunked_twice_in_two_fields() =
         format!("{POST}Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
         => 400 "http1.transfer_encoding_not_allowed";
-    transfer_encoding_empty: format!("{POST}Transfer-Encoding:\r\n\r\n") => 501 "http1.invalid_transfer_encoding";
-    transfer_encoding_in_http_1_0: "POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    fn transfer_encoding_empty() = format!("{POST}Transfer-Encoding:\r\n\r\n") => 501 "http1.invalid_transfer_encoding";
+    fn transfer_encoding_in_http_1_0() = "POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
         => 400 "http1.transfer_encoding_not_allowed";
-    space_before_the_colon_of_transfer_encoding: format!("{POST}Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n")
+    fn space_before_the_colon_of_transfer_encoding() = format!("{POST}Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n")
         => 400 "http1.invalid_header_line";
-    tab_before_the_colon: format!("{POST}X\t: 1\r\n\r\n") => 400 "http1.invalid_header_line";
-    leading_space_before_the_first_field: "GET / HTTP/1.1\r\n Host: a\r\n\r\n" => 400 "http1.obs_fold";
-    obs_fold_of_transfer_encoding: format!("{POST}Transfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n")
+    fn tab_before_the_colon() = format!("{POST}X\t: 1\r\n\r\n") => 400 "http1.invalid_header_line";
+    fn leading_space_before_the_first_field() = "GET / HTTP/1.1\r\n Host: a\r\n\r\n" => 400 "http1.obs_fold";
+    fn obs_fold_of_transfer_encoding() = format!("{POST}Transfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n")
         => 501 "http1.invalid_transfer_encoding";
-    obs_fold_of_another_field: format!("{POST}X: 1\r\n\t2\r\n\r\n") => 400 "http1.obs_fold";
-    bare_lf_everywhere: "GET / HTTP/1.1\nHost: a\n\n" => 400 "http1.bare_line_feed";
-    bare_lf_after_one_field: "GET / HTTP/1.1\r\nHost: a\nX: 1\r\n\r\n" => 400 "http1.bare_line_feed";
-    bare_lf_ends_the_head: "GET / HTTP/1.1\r\nHost: a\r\n\n" => 400 "http1.bare_line_feed";
-    bare_cr_in_a_value: format!("{POST}X: a\rb\r\n\r\n") => 400 "http1.invalid_header_line";
-    bare_cr_in_the_request_line: "GET /\r HTTP/1.1\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
-    nul_in_a_value: format!("{POST}X: a\0b\r\n\r\n") => 400 "http1.invalid_header_line";
-    control_character_in_a_value: format!("{POST}X: a\x01b\r\n\r\n") => 400 "http1.invalid_header_line";
-    delete_character_in_a_value: format!("{POST}X: a\x7fb\r\n\r\n") => 400 "http1.invalid_header_line";
-    nul_in_a_name: format!("{POST}X\0Y: a\r\n\r\n") => 400 "http1.invalid_header_line";
-    parenthesis_in_a_name: format!("{POST}X(Y: a\r\n\r\n") => 400 "http1.invalid_header_line";
-    byte_above_ascii_in_a_name: format!("{POST}Xé: a\r\n\r\n") => 400 "http1.invalid_header_line";
-    empty_name: format!("{POST}: a\r\n\r\n") => 400 "http1.invalid_header_line";
-    line_without_colon: format!("{POST}nonsense\r\n\r\n") => 400 "http1.invalid_header_line";
-    two_different_hosts: "GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n" => 400 "http1.several_hosts";
-    two_equal_hosts: "GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n" => 400 "http1.several_hosts";
-    no_host_in_http_1_1: "GET / HTTP/1.1\r\nX: 1\r\n\r\n" => 400 "missing_host_header";
-    host_with_a_path: "GET / HTTP/1.1\r\nHost: a/b\r\n\r\n" => 400 "http1.invalid_host";
-    host_with_userinfo: "GET / HTTP/1.1\r\nHost: a@b\r\n\r\n" => 400 "http1.invalid_host";
-    host_with_a_space: "GET / HTTP/1.1\r\nHost: a b\r\n\r\n" => 400 "http1.invalid_host";
-    host_with_a_comma: "GET / HTTP/1.1\r\nHost: a,b\r\n\r\n" => 400 "http1.invalid_host";
-    version_1_2: "GET / HTTP/1.2\r\nHost: a\r\n\r\n" => 505 "http1.unsupported_version";
-    version_2_0_in_the_line: "GET / HTTP/2.0\r\nHost: a\r\n\r\n" => 505 "http1.unsupported_version";
-    version_0_9: "GET / HTTP/0.9\r\nHost: a\r\n\r\n" => 505 "http1.unsupported_version";
-    version_missing: "GET /\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
-    version_in_lower_case: "GET / http/1.1\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
-    two_spaces_in_the_request_line: "GET  / HTTP/1.1\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
-    space_in_the_target: "GET /a b HTTP/1.1\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
-    tab_in_the_request_line: "GET\t/ HTTP/1.1\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
-    control_character_in_the_target: "GET /\x01 HTTP/1.1\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
-    byte_above_ascii_in_the_target: "GET /é HTTP/1.1\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
-    fragment_in_the_target: "GET /a#b HTTP/1.1\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
-    method_that_is_no_token: "G(T / HTTP/1.1\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
-    connect_with_authority: "CONNECT a:1 HTTP/1.1\r\nHost: a:1\r\n\r\n" => 405 "http1.connect_not_allowed";
-    host_of_two_joined_fields: "GET / HTTP/1.1\r\nHost: a, b\r\n\r\n" => 400 "http1.invalid_host";
-    http_2_preface_later_than_first: "GET / HTTP/1.1\r\nHost\r\n\r\nPRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+    fn obs_fold_of_another_field() = format!("{POST}X: 1\r\n\t2\r\n\r\n") => 400 "http1.obs_fold";
+    fn bare_lf_everywhere() = "GET / HTTP/1.1\nHost: a\n\n" => 400 "http1.bare_line_feed";
+    fn bare_lf_after_one_field() = "GET / HTTP/1.1\r\nHost: a\nX: 1\r\n\r\n" => 400 "http1.bare_line_feed";
+    fn bare_lf_ends_the_head() = "GET / HTTP/1.1\r\nHost: a\r\n\n" => 400 "http1.bare_line_feed";
+    fn bare_cr_in_a_value() = format!("{POST}X: a\rb\r\n\r\n") => 400 "http1.invalid_header_line";
+    fn bare_cr_in_the_request_line() = "GET /\r HTTP/1.1\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
+    fn nul_in_a_value() = format!("{POST}X: a\0b\r\n\r\n") => 400 "http1.invalid_header_line";
+    fn control_character_in_a_value() = format!("{POST}X: a\x01b\r\n\r\n") => 400 "http1.invalid_header_line";
+    fn delete_character_in_a_value() = format!("{POST}X: a\x7fb\r\n\r\n") => 400 "http1.invalid_header_line";
+    fn nul_in_a_name() = format!("{POST}X\0Y: a\r\n\r\n") => 400 "http1.invalid_header_line";
+    fn parenthesis_in_a_name() = format!("{POST}X(Y: a\r\n\r\n") => 400 "http1.invalid_header_line";
+    fn byte_above_ascii_in_a_name() = format!("{POST}Xé: a\r\n\r\n") => 400 "http1.invalid_header_line";
+    fn empty_name() = format!("{POST}: a\r\n\r\n") => 400 "http1.invalid_header_line";
+    fn line_without_colon() = format!("{POST}nonsense\r\n\r\n") => 400 "http1.invalid_header_line";
+    fn two_different_hosts() = "GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n" => 400 "http1.several_hosts";
+    fn two_equal_hosts() = "GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n" => 400 "http1.several_hosts";
+    fn no_host_in_http_1_1() = "GET / HTTP/1.1\r\nX: 1\r\n\r\n" => 400 "missing_host_header";
+    fn host_with_a_path() = "GET / HTTP/1.1\r\nHost: a/b\r\n\r\n" => 400 "http1.invalid_host";
+    fn host_with_userinfo() = "GET / HTTP/1.1\r\nHost: a@b\r\n\r\n" => 400 "http1.invalid_host";
+    fn host_with_a_space() = "GET / HTTP/1.1\r\nHost: a b\r\n\r\n" => 400 "http1.invalid_host";
+    fn host_with_a_comma() = "GET / HTTP/1.1\r\nHost: a,b\r\n\r\n" => 400 "http1.invalid_host";
+    fn version_1_2() = "GET / HTTP/1.2\r\nHost: a\r\n\r\n" => 505 "http1.unsupported_version";
+    fn version_2_0_in_the_line() = "GET / HTTP/2.0\r\nHost: a\r\n\r\n" => 505 "http1.unsupported_version";
+    fn version_0_9() = "GET / HTTP/0.9\r\nHost: a\r\n\r\n" => 505 "http1.unsupported_version";
+    fn version_missing() = "GET /\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
+    fn version_in_lower_case() = "GET / http/1.1\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
+    fn two_spaces_in_the_request_line() = "GET  / HTTP/1.1\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
+    fn space_in_the_target() = "GET /a b HTTP/1.1\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
+    fn tab_in_the_request_line() = "GET\t/ HTTP/1.1\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
+    fn control_character_in_the_target() = "GET /\x01 HTTP/1.1\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
+    fn byte_above_ascii_in_the_target() = "GET /é HTTP/1.1\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
+    fn fragment_in_the_target() = "GET /a#b HTTP/1.1\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
+    fn method_that_is_no_token() = "G(T / HTTP/1.1\r\nHost: a\r\n\r\n" => 400 "http1.invalid_request_line";
+    fn connect_with_authority() = "CONNECT a:1 HTTP/1.1\r\nHost: a:1\r\n\r\n" => 405 "http1.connect_not_allowed";
+    fn host_of_two_joined_fields() = "GET / HTTP/1.1\r\nHost: a, b\r\n\r\n" => 400 "http1.invalid_host";
+    fn http_2_preface_later_than_first() = "GET / HTTP/1.1\r\nHost\r\n\r\nPRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
         => 400 "http1.invalid_header_line";
-    more_than_100_fields: format!("{POST}{}\r\n", "x: 1\r\n".repeat(101)) => 431 "request_headers_too_large";
-    one_field_of_70_kb: format!("{POST}X: {}\r\n\r\n", "x".repeat(70_000)) => 431 "request_headers_too_large";
-    a_head_without_end: format!("{POST}X: {}", "x".repeat(70_000)) => 431 "request_headers_too_large";
-    path_that_climbs_above_the_root: "GET /a/../../etc HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    fn more_than_100_fields() = format!("{POST}{}\r\n", "x: 1\r\n".repeat(101)) => 431 "request_headers_too_large";
+    fn one_field_of_70_kb() = format!("{POST}X: {}\r\n\r\n", "x".repeat(70_000)) => 431 "request_headers_too_large";
+    fn a_head_without_end() = format!("{POST}X: {}", "x".repeat(70_000)) => 431 "request_headers_too_large";
+    fn path_that_climbs_above_the_root() = "GET /a/../../etc HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
         => 400 "path_normalization_failed";
-    path_that_climbs_by_escaped_dots: "GET /%2e%2e/etc HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    fn path_that_climbs_by_escaped_dots() = "GET /%2e%2e/etc HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
         => 400 "path_normalization_failed";
-    path_with_an_escaped_nul: "GET /a%00b HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    fn path_with_an_escaped_nul() = "GET /a%00b HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
         => 400 "path_normalization_failed";
-    asterisk_with_another_method: "GET * HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" => 400 "invalid_path";
-    userinfo_in_an_absolute_target: "GET http://u@inner/ HTTP/1.1\r\nHost: inner\r\n\r\n" => 400 "invalid_authority";
+    fn asterisk_with_another_method() = "GET * HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" => 400 "invalid_path";
+    fn userinfo_in_an_absolute_target() = "GET http://u@inner/ HTTP/1.1\r\nHost: inner\r\n\r\n" => 400 "invalid_authority";
 }
 
 #[tokio::test]

@@ -30,7 +30,8 @@ use crate::resource::{Change, Resource, ResourceType};
 pub struct Options {
     /// Longest time for which something waits for acknowledgements of what it depends on.
     pub patience: Duration,
-    /// Resources are split over several responses beyond this size. Go clients read 4 MiB unless told otherwise.
+    /// Resources are split over several responses beyond this size. The transport keeps a buffer as large as the largest
+    /// response for as long as the stream lives, so this, times two, is what each proxy costs for ever.
     pub max_response_bytes: usize,
     /// Send the endpoints of a cluster again when the cluster changes. Envoy waits for them before it uses the new
     /// cluster (envoy issue 13009); our proxy keeps them.
@@ -41,7 +42,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             patience: Duration::from_secs(2),
-            max_response_bytes: 2 * 1024 * 1024,
+            max_response_bytes: 16 * 1024,
             endpoints_follow_clusters: false,
         }
     }

@@ -5,6 +5,9 @@ use std::sync::Arc;
 
 use foldhash::fast::RandomState;
 
+/// Room that is kept for later when everything was taken.
+const KEPT: usize = 32;
+
 /// Names with sequence numbers, and the lowest of these at hand.
 #[derive(Debug, Default)]
 pub(super) struct Dirty {
@@ -55,12 +58,12 @@ impl Dirty {
         Some(span.first)
     }
 
-    /// Takes names that wait for nothing at or above `barrier`, as long as `limit` admits them, with the lowest number
-    /// among them. In name order, so
-    /// that a history replays identically.
+    /// Takes names that wait for nothing at or above `barrier`, `most` at most and as long as `limit` admits them, with the
+    /// lowest number among them. In name order, so that a history replays identically.
     pub(super) fn take(
         &mut self,
         barrier: u64,
+        most: usize,
         mut limit: impl FnMut(&Arc<str>) -> bool,
     ) -> (Vec<Arc<str>>, u64) {
         if self.oldest() >= barrier {
@@ -71,6 +74,11 @@ impl Dirty {
             .iter()
             .filter(|(_, span)| span.last < barrier)
             .collect();
+        if ready.len() > most {
+            // Only what may be taken is sorted: a large view goes out in many responses.
+            ready.select_nth_unstable(most);
+            ready.truncate(most);
+        }
         ready.sort_unstable();
         let mut lowest = u64::MAX;
         let mut taken = Vec::with_capacity(ready.len());
@@ -82,7 +90,12 @@ impl Dirty {
             taken.push(name.clone());
         }
         if taken.len() == self.names.len() {
-            self.names.clear();
+            if self.names.capacity() > KEPT {
+                // A proxy that has its first view changes little from then on.
+                self.names = HashMap::default();
+            } else {
+                self.names.clear();
+            }
         } else {
             for name in &taken {
                 self.names.remove(name);

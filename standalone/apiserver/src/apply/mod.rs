@@ -5,3 +5,6 @@
 pub(crate) mod fieldset;
 pub(crate) mod managers;
 pub(crate) mod typed;
+
+#[cfg(test)]
+mod properties;

@@ -1,8 +1,8 @@
 //! `x-kubernetes-validations`: CEL rules on custom resources, and the string formats that schemas name.
 //!
 //! Rules are compiled when a CRD is stored. A rule that does not compile, or that calls a function which this server does not have
-//! (Kubernetes' quantity, URL, IP and format libraries), is refused with the CRD: it is never silently left out. Rules are not type-checked
-//! against the schema; an error while evaluating one makes the object invalid.
+//! (Kubernetes' quantity, URL, IP and format libraries), is refused with the CRD: it is never silently left out. So is one that cannot fit
+//! the schema or could run for too long ([`cel_check`]). An error while evaluating one makes the object invalid.
 
 use std::sync::{Arc, LazyLock};
 
@@ -10,6 +10,7 @@ use cel::objects::{Key, Map as CelMap};
 use cel::{Context, Env, Program};
 use serde_json::Value;
 
+use super::cel_check::{self, Wrong};
 use crate::error::{FieldError, FieldErrorKind};
 use crate::meta::str_at;
 use crate::schema::{ListKind, Scalar, Schema, Shape};
@@ -148,7 +149,14 @@ pub(crate) fn parse(json: &Value) -> Vec<Rule> {
 }
 
 /// What is wrong with the rules of a node themselves, found when a CRD is stored.
-pub(crate) fn rule_errors(json: &Value, path: &str, errors: &mut Vec<FieldError>) {
+///
+/// `uncorrelated` is the list above the node whose items cannot be told apart, if there is one: then `oldSelf` means nothing.
+pub(crate) fn rule_errors(
+    json: &Value,
+    path: &str,
+    uncorrelated: Option<&str>,
+    errors: &mut Vec<FieldError>,
+) {
     for (i, rule) in parse(json).iter().enumerate() {
         let at = format!("{path}.x-kubernetes-validations[{i}]");
         if rule.expression.trim().is_empty() {
@@ -158,12 +166,29 @@ pub(crate) fn rule_errors(json: &Value, path: &str, errors: &mut Vec<FieldError>
             ));
             continue;
         }
-        if let Err(text) = &rule.program {
-            errors.push(FieldError::invalid(
+        let is_root = path.ends_with("openAPIV3Schema");
+        match &rule.program {
+            Err(text) => errors.push(FieldError::invalid(
                 format!("{at}.rule"),
                 &Value::String(rule.expression.clone()),
                 text.clone(),
-            ));
+            )),
+            Ok(program) => {
+                let wrong = cel_check::check(program.expression(), json, is_root, "bool");
+                let must = "cel expression must evaluate to a bool";
+                errors.extend(
+                    wrong.map(|wrong| refused(&format!("{at}.rule"), &rule.expression, "rule", must, wrong)),
+                );
+                if let Some(list) = uncorrelated.filter(|_| rule.transition) {
+                    errors.push(FieldError::invalid(
+                        format!("{at}.rule"),
+                        &Value::String(rule.expression.clone()),
+                        format!(
+                            "oldSelf cannot be used on the uncorrelatable portion of the schema within {list}"
+                        ),
+                    ));
+                }
+            }
         }
         if rule.message.contains('\n') {
             errors.push(FieldError::invalid(
@@ -172,13 +197,23 @@ pub(crate) fn rule_errors(json: &Value, path: &str, errors: &mut Vec<FieldError>
                 "must not contain line breaks",
             ));
         }
-        if let Some(Err(text)) = &rule.message_program {
-            let shown = Value::String(rule.message_expression.clone());
-            errors.push(FieldError::invalid(
+        match &rule.message_program {
+            Some(Err(text)) => errors.push(FieldError::invalid(
                 format!("{at}.messageExpression"),
-                &shown,
+                &Value::String(rule.message_expression.clone()),
                 text.clone(),
-            ));
+            )),
+            Some(Ok(program)) => {
+                let wrong = cel_check::check(program.expression(), json, is_root, "string");
+                let at = format!("{at}.messageExpression");
+                let must = "messageExpression must evaluate to a string";
+                errors.extend(
+                    wrong.map(|wrong| {
+                        refused(&at, &rule.message_expression, "messageExpression", must, wrong)
+                    }),
+                );
+            }
+            None => {}
         }
         let reasons = [
             "FieldValueDuplicate",
@@ -208,8 +243,28 @@ pub(crate) fn rule_errors(json: &Value, path: &str, errors: &mut Vec<FieldError>
             errors.push(FieldError::invalid(
                 format!("{at}.fieldPath"),
                 &Value::String(rule.field_path.clone()),
-                "fieldPath must be a valid path",
+                "must be a valid path",
             ));
+        }
+    }
+}
+
+/// What a check found, as the error of a field.
+fn refused(at: &str, expression: &str, what: &str, must: &str, wrong: Wrong) -> FieldError {
+    let shown = Value::String(expression.to_owned());
+    match wrong {
+        Wrong::Compile(text) => FieldError::invalid(at, &shown, format!("compilation failed: {text}")),
+        Wrong::Result(_) => FieldError::invalid(at, &shown, must),
+        Wrong::Cost(factor) => {
+            let factor = if factor > 100.0 {
+                "more than 100x".to_owned()
+            } else {
+                format!("{factor:.1}x")
+            };
+            let text = format!(
+                "estimated {what} cost exceeds budget by factor of {factor} (try simplifying the rule, or adding maxItems, maxProperties, and maxLength where arrays, maps, and strings are declared)"
+            );
+            FieldError::forbidden(at, &text)
         }
     }
 }
@@ -393,7 +448,7 @@ fn to_cel(schema: &Schema, value: &Value) -> cel::Value {
             (Shape::Scalar(Scalar::Number), _) | (_, None) => cel::Value::Float(n.as_f64().unwrap_or(0.0)),
             (_, Some(i)) => cel::Value::Int(i),
         },
-        Value::String(s) => cel::Value::String(Arc::new(s.clone())),
+        Value::String(s) => formatted(schema, s),
         Value::Array(items) => {
             let item = schema.item();
             cel::Value::List(Arc::new(items.iter().map(|v| to_cel(item, v)).collect()))
@@ -412,8 +467,31 @@ fn to_cel(schema: &Schema, value: &Value) -> cel::Value {
     }
 }
 
+/// What turns a text of a format into the value that rules see. Each conversion is a constant that compiles.
+static BY_FORMAT: LazyLock<[(&str, Option<Program>); 3]> = LazyLock::new(|| {
+    [
+        ("date-time", "timestamp(text)"),
+        ("date", "timestamp(text + 'T00:00:00Z')"),
+        ("duration", "duration(text)"),
+    ]
+    .map(|(format, conversion)| (format, ENV.compile(conversion).ok()))
+});
+
+/// A string; a time or a duration where the schema's format says so and it is one.
+fn formatted(schema: &Schema, text: &str) -> cel::Value {
+    let plain = cel::Value::String(Arc::new(text.to_owned()));
+    let format = schema.rules.as_ref().and_then(|rules| rules.format.as_deref());
+    let conversion = BY_FORMAT.iter().find(|(known, _)| Some(*known) == format);
+    let Some((_, Some(conversion))) = conversion else {
+        return plain;
+    };
+    let mut context = Context::with_env(ENV.clone());
+    context.add_variable_from_value("text", plain.clone());
+    conversion.execute(&context).unwrap_or(plain)
+}
+
 /// Kubernetes' escaping of property names that are no CEL identifiers.
-fn escape(name: &str) -> String {
+pub(super) fn escape(name: &str) -> String {
     const RESERVED: [&str; 21] = [
         "true",
         "false",
@@ -540,6 +618,19 @@ mod tests {
     }
 
     #[test]
+    fn times_and_durations_are_what_their_format_says() {
+        let schema = json!({"type": "object", "properties": {
+            "dur": {"type": "string", "format": "duration", "x-kubernetes-validations": [{"rule": "self < duration('1h')"}]},
+            "at": {"type": "string", "format": "date-time", "x-kubernetes-validations": [{"rule": "self > timestamp('2000-01-01T00:00:00Z')"}]},
+            "day": {"type": "string", "format": "date", "x-kubernetes-validations": [{"rule": "self.getFullYear() == 2020"}]},
+        }});
+        let good = json!({"dur": "5m", "at": "2020-01-01T00:00:00Z", "day": "2020-02-03"});
+        assert_eq!(errors(&schema, &good, None), Vec::<String>::new());
+        let bad = json!({"dur": "2h", "at": "1999-01-01T00:00:00Z", "day": "2021-02-03"});
+        assert_eq!(errors(&schema, &bad, None).len(), 3);
+    }
+
+    #[test]
     fn rules_that_cannot_be_evaluated_are_found_when_the_definition_is_stored() {
         for (rule, wanted) in [
             ("self.a >", "compilation failed"),
@@ -553,6 +644,7 @@ mod tests {
             rule_errors(
                 &json!({"x-kubernetes-validations": [{"rule": rule}]}),
                 "p",
+                None,
                 &mut out,
             );
             assert!(

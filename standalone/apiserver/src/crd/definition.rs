@@ -48,6 +48,7 @@ pub(crate) fn initial_status(crd: &mut Value) {
         .iter()
         .filter(|v| v.get("storage") == Some(&Value::Bool(true)))
         .filter_map(|v| v.get("name").cloned())
+        .take(1)
         .collect();
     meta::as_object_mut(crd).insert(
         "status".into(),
@@ -60,7 +61,13 @@ pub(crate) fn validate(crd: &Value, old: Option<&Value>) -> Vec<FieldError> {
     let mut errors = Vec::new();
     let (group, plural) = (str_at(crd, "spec.group"), str_at(crd, "spec.names.plural"));
     let name = meta::name(crd);
-    if name != format!("{plural}.{group}") {
+    // One of the two that may not change: what follows from it is not said as well.
+    let renamed = old.is_some_and(|old| {
+        ["spec.group", "spec.names.plural"]
+            .iter()
+            .any(|field| meta::at(crd, field) != meta::at(old, field))
+    });
+    if name != format!("{plural}.{group}") && !renamed {
         errors.push(FieldError::invalid(
             "metadata.name",
             &json!(name),
@@ -107,70 +114,8 @@ pub(crate) fn validate(crd: &Value, old: Option<&Value>) -> Vec<FieldError> {
         ));
     }
     let versions = list_at(crd, "spec.versions");
-    if versions.is_empty() {
-        errors.push(FieldError::required(
-            "spec.versions",
-            "must have at least one version",
-        ));
-    }
-    for (i, version) in versions.iter().enumerate() {
-        let name = str_at(version, "name");
-        for e in names::dns_1035_errors(name) {
-            errors.push(FieldError::invalid(
-                format!("spec.versions[{i}].name"),
-                &json!(name),
-                e,
-            ));
-        }
-        if meta::at(version, "schema.openAPIV3Schema").is_none() {
-            errors.push(FieldError::required(
-                format!("spec.versions[{i}].schema.openAPIV3Schema"),
-                "schemas are required",
-            ));
-        }
-    }
-    let mut seen = Vec::new();
-    if versions.iter().any(|v| {
-        let name = str_at(v, "name");
-        let again = seen.contains(&name);
-        seen.push(name);
-        again
-    }) {
-        errors.push(FieldError::invalid(
-            "spec.versions",
-            &Value::Null,
-            "must contain unique version names",
-        ));
-    }
-    if versions
-        .iter()
-        .filter(|v| v.get("storage") == Some(&Value::Bool(true)))
-        .count()
-        != 1
-    {
-        errors.push(FieldError::invalid(
-            "spec.versions",
-            &Value::Null,
-            "must have exactly one version marked as storage version",
-        ));
-    }
-    for field in ["plural", "singular", "kind", "listKind"] {
-        let path = format!("spec.names.{field}");
-        let text = str_at(crd, &path);
-        if text.is_empty() {
-            if field == "plural" || field == "kind" {
-                errors.push(FieldError::required(path, ""));
-            }
-            continue;
-        }
-        for e in names::dns_1035_errors(&text.to_lowercase()) {
-            errors.push(FieldError::invalid(
-                path.clone(),
-                &json!(text),
-                format!("may have mixed case, but should otherwise match: {e}"),
-            ));
-        }
-    }
+    check_versions(crd, versions, old.is_none(), &mut errors);
+    check_names(crd, &mut errors);
     let kind = str_at(crd, "spec.names.kind");
     if !kind.is_empty() && kind == str_at(crd, "spec.names.listKind") {
         errors.push(FieldError::invalid(
@@ -216,6 +161,129 @@ pub(crate) fn validate(crd: &Value, old: Option<&Value>) -> Vec<FieldError> {
     }
     super::structural::check(crd, &mut errors);
     errors
+}
+
+fn check_versions(crd: &Value, versions: &[Value], is_new: bool, errors: &mut Vec<FieldError>) {
+    for (i, version) in versions.iter().enumerate() {
+        let name = str_at(version, "name");
+        for e in names::dns_1035_errors(name) {
+            errors.push(FieldError::invalid(
+                format!("spec.versions[{i}].name"),
+                &json!(name),
+                e.clone(),
+            ));
+            if versions.len() == 1 {
+                // The internal form has a single version's name a second time.
+                errors.push(FieldError::invalid("spec.version", &json!(name), e));
+            }
+        }
+        if meta::at(version, "schema.openAPIV3Schema").is_none() {
+            errors.push(FieldError::required(
+                format!("spec.versions[{i}].schema.openAPIV3Schema"),
+                "",
+            ));
+        }
+    }
+    let invalid = |text: &str| FieldError {
+        value: Some(go_versions(meta::at(crd, "spec.versions"))),
+        ..FieldError::invalid("spec.versions", &Value::Null, text)
+    };
+    let names: Vec<&str> = versions.iter().map(|version| str_at(version, "name")).collect();
+    if (1..names.len()).any(|i| names.iter().take(i).any(|before| Some(before) == names.get(i))) {
+        errors.push(invalid("must contain unique version names"));
+    }
+    let storage: Vec<&str> = versions
+        .iter()
+        .filter(|version| version.get("storage") == Some(&Value::Bool(true)))
+        .map(|version| str_at(version, "name"))
+        .collect();
+    if storage.len() != 1 {
+        errors.push(invalid("must have exactly one version marked as storage version"));
+    }
+    let stored = list_at(crd, "status.storedVersions");
+    if stored.is_empty() {
+        errors.push(FieldError::invalid(
+            "status.storedVersions",
+            &Value::Null,
+            "must have at least one stored version",
+        ));
+    }
+    for missing in storage.iter().filter(|name| !stored.iter().any(|s| s == *name)) {
+        if !stored.is_empty() && is_new {
+            errors.push(FieldError::invalid(
+                "status.storedVersions",
+                &json!(stored),
+                format!("must have the storage version {missing}"),
+            ));
+        }
+    }
+}
+
+/// Versions as Go prints its internal form, in which what all versions have alike is kept elsewhere.
+fn go_versions(versions: Option<&Value>) -> String {
+    let Some(Value::Array(list)) = versions else {
+        return "null".to_owned();
+    };
+    let own = |version: &Value| {
+        [
+            "schema",
+            "subresources",
+            "additionalPrinterColumns",
+            "selectableFields",
+        ]
+        .map(|part| version.get(part).cloned())
+    };
+    let first = list.first().map(own);
+    if list.iter().any(|version| Some(own(version)) != first) {
+        return "null".to_owned();
+    }
+    let texts: Vec<String> = list
+        .iter()
+        .map(|version| {
+            let flag = |name: &str| version.get(name) == Some(&Value::Bool(true));
+            format!(
+                "{{\"Name\":{},\"Served\":{},\"Storage\":{},\"Deprecated\":{},\"DeprecationWarning\":{},\"Schema\":null,\"Subresources\":null,\"AdditionalPrinterColumns\":null,\"SelectableFields\":null}}",
+                json!(str_at(version, "name")),
+                flag("served"),
+                flag("storage"),
+                flag("deprecated"),
+                version.get("deprecationWarning").unwrap_or(&Value::Null),
+            )
+        })
+        .collect();
+    format!("[{}]", texts.join(","))
+}
+
+fn check_names(crd: &Value, errors: &mut Vec<FieldError>) {
+    for field in ["plural", "singular", "kind", "listKind"] {
+        let path = format!("spec.names.{field}");
+        let text = str_at(crd, &path);
+        let may_be_mixed = field == "kind" || field == "listKind";
+        if text.is_empty() {
+            if field == "plural" || field == "kind" {
+                errors.push(FieldError::required(path, ""));
+            }
+        } else if may_be_mixed {
+            for e in names::dns_1035_errors(&text.to_lowercase()) {
+                let e = format!("may have mixed case, but should otherwise match: {e}");
+                errors.push(FieldError::invalid(path.clone(), &json!(text), e));
+            }
+        } else {
+            for e in names::dns_1035_errors(text) {
+                errors.push(FieldError::invalid(path.clone(), &json!(text), e));
+            }
+        }
+        if field == "singular" {
+            for list in ["shortNames", "categories"] {
+                for (i, name) in list_at(crd, &format!("spec.names.{list}")).iter().enumerate() {
+                    for e in names::dns_1035_errors(name.as_str().unwrap_or_default()) {
+                        let path = format!("spec.names.{list}[{i}]");
+                        errors.push(FieldError::invalid(path, name, e));
+                    }
+                }
+            }
+        }
+    }
 }
 
 pub(crate) fn condition_is_true(object: &Value, kind: &str) -> bool {

@@ -2,6 +2,7 @@
 //! and turning a CustomResourceDefinition into a served kind with its conditions ([`definition`]).
 
 pub(crate) mod cel;
+mod cel_check;
 pub(crate) mod definition;
 pub(crate) mod prune;
 pub(crate) mod rules;

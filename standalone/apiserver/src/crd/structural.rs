@@ -36,7 +36,7 @@ pub(crate) fn check(crd: &Value, errors: &mut Vec<FieldError>) {
             )),
         }
         top_metadata(root, &path, errors);
-        node(root, &path, Place::Root, errors);
+        node(root, &path, Place::Root, None, errors);
     }
 }
 
@@ -75,7 +75,8 @@ enum Place {
     Items,
 }
 
-fn node(schema: &Value, path: &str, place: Place, errors: &mut Vec<FieldError>) {
+/// `uncorrelated`: the list above whose items cannot be told apart, so that there is no old one to a new one.
+fn node(schema: &Value, path: &str, place: Place, uncorrelated: Option<&str>, errors: &mut Vec<FieldError>) {
     let flag = |key: &str| schema.get(key).and_then(Value::as_bool).unwrap_or(false);
     let kind = meta::str_at(schema, "type");
     if kind.is_empty() {
@@ -133,7 +134,7 @@ fn node(schema: &Value, path: &str, place: Place, errors: &mut Vec<FieldError>) 
     }
     list_type(schema, kind, path, errors);
     default(schema, path, errors);
-    cel::rule_errors(schema, path, errors);
+    cel::rule_errors(schema, path, uncorrelated, errors);
     if let Some(pattern) = schema.get("pattern").and_then(Value::as_str)
         && let Err(error) = regex::Regex::new(pattern)
     {
@@ -158,18 +159,33 @@ fn node(schema: &Value, path: &str, place: Place, errors: &mut Vec<FieldError>) 
         .into_iter()
         .flatten()
     {
-        node(child, &format!("{path}.properties[{name}]"), Place::Field, errors);
+        node(
+            child,
+            &format!("{path}.properties[{name}]"),
+            Place::Field,
+            uncorrelated,
+            errors,
+        );
     }
     if let Some(child @ Value::Object(_)) = schema.get("additionalProperties") {
         node(
             child,
             &format!("{path}.additionalProperties"),
             Place::Field,
+            uncorrelated,
             errors,
         );
     }
     if let Some(child) = schema.get("items") {
-        node(child, &format!("{path}.items"), Place::Items, errors);
+        let by_key = meta::str_at(schema, "x-kubernetes-list-type") == "map";
+        let uncorrelated = uncorrelated.or((!by_key).then_some(path));
+        node(
+            child,
+            &format!("{path}.items"),
+            Place::Items,
+            uncorrelated,
+            errors,
+        );
     } else if kind == "array" {
         errors.push(FieldError::required(format!("{path}.items"), "must be specified"));
     }

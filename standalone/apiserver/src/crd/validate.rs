@@ -213,13 +213,12 @@ fn check_rules(rules: &Rules, value: &Value, path: &str, errors: &mut Vec<FieldE
     }
     if let Some(text) = value.as_str() {
         let length = text.chars().count() as u64;
+        // The first thing that is wrong with a text is the only one that is said.
         if let Some(max) = rules.max_length.filter(|m| length > *m) {
             errors.push(too_long(&field, max));
-        }
-        if let Some(min) = rules.min_length.filter(|m| length < *m) {
+        } else if let Some(min) = rules.min_length.filter(|m| length < *m) {
             invalid(errors, format!("should be at least {min} chars long"));
-        }
-        if let Some((pattern, regex)) = &rules.pattern
+        } else if let Some((pattern, regex)) = &rules.pattern
             && regex.as_ref().is_some_and(|r| !r.is_match(text))
         {
             invalid(errors, format!("should match '{pattern}'"));
@@ -367,6 +366,45 @@ fn check_embedded(members: &serde_json::Map<String, Value>, path: &str, errors: 
             .is_empty()
         {
             errors.push(FieldError::required(child(path, name), ""));
+        }
+    }
+    let text = |name: &str| members.get(name).and_then(Value::as_str).unwrap_or_default();
+    let (api_version, kind) = (text("apiVersion"), text("kind"));
+    if api_version.matches('/').count() > 1 {
+        errors.push(FieldError::invalid(
+            child(path, "apiVersion"),
+            &Value::String(api_version.to_owned()),
+            format!("unexpected GroupVersion string: {api_version}"),
+        ));
+    }
+    if !kind.is_empty() {
+        for error in crate::names::dns_1035_errors(&kind.to_lowercase()) {
+            errors.push(FieldError::invalid(
+                child(path, "kind"),
+                &Value::String(kind.to_owned()),
+                format!("may have mixed case, but should otherwise match: {error}"),
+            ));
+        }
+    }
+    let labels = members
+        .get("metadata")
+        .and_then(|metadata| metadata.get("labels"));
+    for (key, value) in labels.and_then(Value::as_object).into_iter().flatten() {
+        let at = format!("{}.labels", child(path, "metadata"));
+        for error in crate::names::qualified_name_errors(key) {
+            errors.push(FieldError::invalid(
+                at.clone(),
+                &Value::String(key.clone()),
+                error,
+            ));
+        }
+        let value = value.as_str().unwrap_or_default();
+        for error in crate::names::label_value_errors(value) {
+            errors.push(FieldError::invalid(
+                at.clone(),
+                &Value::String(value.to_owned()),
+                error,
+            ));
         }
     }
 }

@@ -23,7 +23,7 @@ pub(crate) fn apply(kind: &Kind, object: &mut Value, live: Option<&Value>) {
         ("", "services") => services::apply(object),
         ("", "namespaces") => namespace(object),
         ("", "secrets") => secret(object),
-        ("", "nodes") => {}
+        ("", "nodes") => node(object),
         ("", "persistentvolumeclaims") => set(
             meta::member_object(object, "spec"),
             "volumeMode",
@@ -113,6 +113,16 @@ pub(crate) fn resolve(
 pub(crate) fn set(map: &mut Map<String, Value>, key: &str, value: Value) {
     if map.get(key).is_none_or(Value::is_null) {
         map.insert(key.to_owned(), value);
+    }
+}
+
+/// What a node can give away is what it has, until it says less.
+fn node(object: &mut Value) {
+    let status = meta::member_object(object, "status");
+    if !status.contains_key("allocatable")
+        && let Some(capacity) = status.get("capacity").cloned()
+    {
+        status.insert("allocatable".into(), capacity);
     }
 }
 

@@ -193,12 +193,19 @@ pub(crate) fn read_patch(call: &Call, media: &str, bytes: Bytes) -> ApiResult<Ch
     let decode = |bytes: &Bytes| body::json_document(bytes).map_err(|_| bad_patch_json(bytes));
     match media {
         "application/json-patch+json" => {
-            let document = decode(&bytes)?;
-            Ok(Change::Json(document.value))
+            let mut document = decode(&bytes)?;
+            for remark in &mut document.remarks {
+                remark.insert_str(0, "json patch ");
+            }
+            Ok(Change::Json(document))
         }
         "application/merge-patch+json" => Ok(Change::Merge(decode(&bytes)?)),
         "application/strategic-merge-patch+json" if !call.target.kind.is_custom() => {
-            Ok(Change::Strategic(decode(&bytes)?))
+            let mut document = decode(&bytes)?;
+            if document.value.is_null() {
+                document.value = json!({});
+            }
+            Ok(Change::Strategic(document))
         }
         "application/apply-patch+yaml" => {
             if call.query.text("fieldManager").is_empty() {

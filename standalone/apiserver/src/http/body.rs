@@ -194,17 +194,22 @@ pub(crate) fn fit(call: &Call, document: Document, how: Fit) -> ApiResult<(Value
     let mut document = document;
     let mut remarks = std::mem::take(&mut document.remarks);
     let mut value = document.value.take();
+    // How a failure names what was patched.
+    let mut quoted = String::new();
     if kind.is_custom() {
         let mut unknown = Vec::new();
+        if how == Fit::Patched && call.field_validation() == FieldValidation::Strict {
+            quoted = value.to_string();
+        }
         prune::prune(&version.schema, &mut value, &mut unknown);
-        let unknown = document.in_order(unknown);
+        unknown.sort();
         remarks.extend(unknown.iter().map(|u| format!("unknown field {u:?}")));
         prune::default(&version.schema, &mut value);
     } else {
         let (conformed, report) = conform::conform(&version.schema, value);
         if let Some(error) = report.error {
             if how == Fit::Patched {
-                return Err(patched_error(call, &error));
+                return Err(patched_error(call, &document.source, quoted, &error));
             }
             return Err(ApiError::bad_request(format!(
                 "{} in version {:?} cannot be handled as a {}: {error}",
@@ -231,7 +236,10 @@ pub(crate) fn fit(call: &Call, document: Document, how: Fit) -> ApiResult<(Value
                         "{} in version {:?} cannot be handled as a {}: strict decoding error: {list}",
                         kind.kind, &*call.target.version, kind.kind
                     )),
-                    Fit::Patched => patched_error(call, &format!("strict decoding error: {list}")),
+                    Fit::Patched => {
+                        let text = format!("strict decoding error: {list}");
+                        patched_error(call, &document.source, quoted, &text)
+                    }
                 });
             }
         }
@@ -239,11 +247,40 @@ pub(crate) fn fit(call: &Call, document: Document, how: Fit) -> ApiResult<(Value
     Ok((value, warnings))
 }
 
-/// A patch whose outcome does not fit the type.
-fn patched_error(call: &Call, text: &str) -> ApiError {
-    let kind = &call.target.kind;
-    let error = crate::error::FieldError::invalid("patch", &Value::String(String::new()), text);
-    ApiError::invalid(&kind.group, &kind.kind, &call.target.name, &[error])
+/// A patch whose outcome does not fit the type. It quotes the patch as Go prints it, or the patched object where that is at hand.
+fn patched_error(call: &Call, source: &Bytes, patched: String, text: &str) -> ApiError {
+    let quoted = if call
+        .header("content-type")
+        .starts_with("application/strategic-merge-patch+json")
+    {
+        reader::decode(source)
+            .map(|patch| go_text(&patch.value))
+            .unwrap_or_default()
+    } else {
+        patched
+    };
+    let error = crate::error::FieldError::invalid("patch", &Value::String(quoted), text);
+    ApiError::invalid("", "", "", &[error])
+}
+
+/// A value as Go's `%v` prints it.
+fn go_text(value: &Value) -> String {
+    match value {
+        Value::Null => "<nil>".to_owned(),
+        Value::String(text) => text.clone(),
+        Value::Array(items) => {
+            let items: Vec<String> = items.iter().map(go_text).collect();
+            format!("[{}]", items.join(" "))
+        }
+        Value::Object(members) => {
+            let members: Vec<String> = members
+                .iter()
+                .map(|(k, v)| format!("{k}:{}", go_text(v)))
+                .collect();
+            format!("map[{}]", members.join(" "))
+        }
+        other => other.to_string(),
+    }
 }
 
 /// Where a document came from, which decides how a strict failure is worded.

@@ -393,7 +393,7 @@ pub(crate) async fn collection(hub: &Hub, call: &Call, request_body: Body) -> Ap
     if call.target.kind.is("", "namespaces")
         || (call.target.kind.namespaced && call.target.namespace.is_empty())
     {
-        return Err(super::method_not_allowed(call));
+        return Err(super::method_not_allowed(call, &http::Method::DELETE));
     }
     let accepted = accept::negotiate(call.header("accept"))?;
     super::read::check_list_options(call)?;
@@ -421,6 +421,11 @@ pub(crate) async fn collection(hub: &Hub, call: &Call, request_body: Body) -> Ap
             Err(error) if error.reason == "NotFound" => {}
             Err(error) => return Err(error),
         }
+    }
+    if accepted.form == accept::Form::Metadata {
+        let items: Vec<Value> = items.iter().map(respond::partial).collect();
+        let list = json!({"kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": {"resourceVersion": rv.to_string()}, "items": items});
+        return Ok(respond::value(200, &list, accepted, &super::read::warnings(call)));
     }
     if !target.kind.is_custom() {
         for item in &mut items {

@@ -66,6 +66,7 @@ async fn serve(
     let collection = call.target.name.is_empty();
     match (method, collection) {
         (Method::GET | Method::HEAD, true) if call.wants_watch() => watch::serve(hub, call).await,
+        (Method::GET | Method::HEAD, false) if call.is_watch_path() => watch::serve(hub, call).await,
         (Method::GET | Method::HEAD, true) => read::list(&hub, &call).await,
         (Method::GET | Method::HEAD, false) => read::get(&hub, &call).await,
         (Method::POST, true) => write::create(&hub, &call, body).await,
@@ -73,17 +74,33 @@ async fn serve(
         (Method::PATCH, false) => write::patch(&hub, &call, body).await,
         (Method::DELETE, false) => delete::one(&hub, &call, body).await,
         (Method::DELETE, true) => delete::collection(&hub, &call, body).await,
-        _ => Err(method_not_allowed(&call)),
+        (method, _) => Err(method_not_allowed(&call, &method)),
     }
 }
 
-pub(crate) fn method_not_allowed(call: &Call) -> ApiError {
+pub(crate) fn method_not_allowed(call: &Call, method: &Method) -> ApiError {
+    let kind = &call.target.kind;
+    if kind.is_custom() {
+        let verb = match *method {
+            Method::POST => "create",
+            Method::PUT => "update",
+            Method::PATCH => "patch",
+            Method::DELETE => "delete",
+            _ => "get",
+        };
+        let what = crate::error::qualified(&kind.group, &kind.plural);
+        return ApiError::new(
+            405,
+            "MethodNotAllowed",
+            format!("{verb} is not supported on resources of kind \"{what}\""),
+        )
+        .with_details(&kind.group, &kind.plural, "");
+    }
     let mut error = ApiError::new(
         405,
         "MethodNotAllowed",
         "the server does not allow this method on the requested resource",
     );
-    let _ = call;
     error.details = Some(Details::default());
     error
 }

@@ -89,6 +89,7 @@ fn unknown_field(kind: &crate::kinds::Kind, path: &str) -> String {
 
 pub(crate) async fn get(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
     let accepted = accept::negotiate(call.header("accept"))?;
+    accepted.check_single(&call.target.kind)?;
     let target = &call.target;
     let rv = call.query.text("resourceVersion");
     if !rv.is_empty() && rv != "0" {
@@ -233,51 +234,43 @@ pub(crate) async fn list(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
     };
     let rv = call.query.text("resourceVersion");
     let wanted: u64 = if rv.is_empty() { 0 } else { rv.parse().unwrap_or(0) };
+    let mut exact = false;
     if wanted > 0 && from.is_none() {
         await_version(hub, &target.kind.resource, wanted).await?;
         let (oldest, current) = {
             let store = hub.store.lock();
             (store.oldest(&target.kind.resource), store.rv())
         };
-        let exact = call.query.text("resourceVersionMatch") == "Exact"
+        exact = call.query.text("resourceVersionMatch") == "Exact"
             || (limit.is_some() && call.query.text("resourceVersionMatch").is_empty());
-        if exact
-            && wanted < current
-            && (wanted < oldest || !unchanged_since(hub, &target.kind.resource, wanted))
-        {
-            return Err(ApiError::expired(format!(
-                "The provided resource version is too old: {wanted} ({current})"
-            ))
-            .tap_message(|e| {
-                e.message = "The resourceVersion for the provided list is too old.".into();
-            }));
+        if exact && wanted < current && wanted < oldest {
+            return Err(too_old(None, &selection.prefix));
         }
     }
     if let Some(from) = &from {
         let oldest = hub.store.lock().oldest(&target.kind.resource);
         if from.rv >= 0 && from.rv.cast_unsigned() < oldest {
-            let current = hub.store.lock().rv();
-            let mut error = ApiError::expired(
-                "The provided continue parameter is too old to display a consistent list result. You can start a new list without the continue parameter, or use the continue token in this response to retrieve the remainder of the results. Continuing with the provided token results in an inconsistent list - objects that were created, modified, or deleted between the time the first chunk was returned and now may show up in the list.",
-            );
-            let _ = current;
-            error.continue_token = Some(encode_continue(-1, &from.after, &selection.prefix));
-            return Err(error);
+            return Err(too_old(Some(from), &selection.prefix));
         }
     }
+    // Pages that follow show what the first one was taken from.
+    let at = match &from {
+        Some(from) => u64::try_from(from.rv).ok(),
+        None => exact.then_some(wanted),
+    };
     let page = {
         let store = hub.store.lock();
-        store.list(
-            &target.kind.resource,
-            &selection.prefix,
-            from.as_ref().map(|f| f.after.as_str()),
-            limit,
-            |o| selection.holds(o),
-        )
+        let after = from.as_ref().map(|f| f.after.as_str());
+        let (resource, prefix) = (&target.kind.resource, &selection.prefix);
+        let keep = |o: &Stored| selection.holds(o);
+        match at {
+            Some(at) => store
+                .list_at(resource, prefix, after, limit, at, keep)
+                .ok_or_else(|| too_old(from.as_ref(), &selection.prefix))?,
+            None => store.list(resource, prefix, after, limit, keep),
+        }
     };
-    let list_rv = from
-        .as_ref()
-        .map_or(page.rv, |f| u64::try_from(f.rv).unwrap_or(page.rv));
+    let list_rv = page.rv;
     let next = page
         .next_after
         .as_ref()
@@ -343,11 +336,16 @@ pub(crate) async fn list(hub: &Hub, call: &Call) -> ApiResult<Response<Body>> {
     }
 }
 
-fn unchanged_since(hub: &Hub, resource: &str, rv: u64) -> bool {
-    hub.store
-        .lock()
-        .events_after(resource, rv)
-        .is_some_and(|e| e.is_empty())
+/// The history does not reach back to the version of a list, or of the page that a token continues.
+fn too_old(from: Option<&Continue>, prefix: &str) -> ApiError {
+    let Some(from) = from else {
+        return ApiError::expired("The resourceVersion for the provided list is too old.");
+    };
+    let mut error = ApiError::expired(
+        "The provided continue parameter is too old to display a consistent list result. You can start a new list without the continue parameter, or use the continue token in this response to retrieve the remainder of the results. Continuing with the provided token results in an inconsistent list - objects that were created, modified, or deleted between the time the first chunk was returned and now may show up in the list.",
+    );
+    error.continue_token = Some(encode_continue(-1, &from.after, prefix));
+    error
 }
 
 trait Tap: Sized {
@@ -433,12 +431,6 @@ pub(crate) fn check_list_options(call: &Call) -> ApiResult<()> {
                 format!("invalid resource version: resourceVersion: Invalid value: {rv:?}: strconv.ParseUint: parsing {rv:?}: invalid syntax");
         }));
     }
-    if q.get("sendInitialEvents").is_some() {
-        errors.push(FieldError::forbidden(
-            "sendInitialEvents",
-            "sendInitialEvents is forbidden for list",
-        ));
-    }
     if !matching.is_empty() {
         if rv.is_empty() {
             errors.push(FieldError::forbidden(
@@ -453,11 +445,9 @@ pub(crate) fn check_list_options(call: &Call) -> ApiResult<()> {
             ));
         }
         if matching != "Exact" && matching != "NotOlderThan" {
-            errors.push(FieldError::not_supported(
-                "resourceVersionMatch",
-                &json!(matching),
-                &["Exact", "NotOlderThan", ""],
-            ));
+            let mut error = FieldError::not_supported("resourceVersionMatch", &json!(matching), &[]);
+            error.detail = "supported values: \"Exact\", \"NotOlderThan\", \"\"".to_owned();
+            errors.push(error);
         }
         if matching == "Exact" && rv == "0" {
             errors.push(FieldError::forbidden(
@@ -465,6 +455,12 @@ pub(crate) fn check_list_options(call: &Call) -> ApiResult<()> {
                 "resourceVersionMatch \"exact\" is forbidden for resourceVersion \"0\"",
             ));
         }
+    }
+    if q.get("sendInitialEvents").is_some() {
+        errors.push(FieldError::forbidden(
+            "sendInitialEvents",
+            "sendInitialEvents is forbidden for list",
+        ));
     }
     if errors.is_empty() {
         Ok(())

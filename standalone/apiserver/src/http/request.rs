@@ -50,7 +50,15 @@ impl Target {
         if !registry.has_group_version(group, version) {
             return Err(ApiError::page_not_found());
         }
-        let kind = registry.get(group, plural).ok_or_else(ApiError::no_such_path)?;
+        let kind = registry.get(group, plural).ok_or_else(|| {
+            // Groups of definitions end at the last of their kinds, as in Kubernetes.
+            let custom = registry.all().any(|k| &*k.group == group && k.is_custom());
+            if custom {
+                ApiError::page_not_found()
+            } else {
+                ApiError::no_such_path()
+            }
+        })?;
         let v = kind.version(version).ok_or_else(ApiError::no_such_path)?;
         // A cluster-scoped kind has no path below a namespace; a namespaced object has none without.
         if (!kind.namespaced && !namespace.is_empty())
@@ -61,6 +69,9 @@ impl Target {
         let known = subresource.is_empty()
             || kind.has_subresource(v, subresource)
             || (&*kind.plural == "pods" && super::subresources::refused(subresource).is_some());
+        if !known && kind.is_custom() {
+            return Err(ApiError::not_found(&kind.group, &kind.plural, name));
+        }
         if !known {
             return Err(ApiError::no_such_path());
         }
@@ -192,6 +203,11 @@ impl Call {
         self.watch_prefix || self.query.flag("watch")
     }
 
+    /// The old `/watch/` form of the path.
+    pub(crate) fn is_watch_path(&self) -> bool {
+        self.watch_prefix
+    }
+
     pub(crate) fn header(&self, name: &str) -> &str {
         self.headers
             .get(name)
@@ -253,10 +269,7 @@ impl Call {
             errors.push(FieldError::invalid(
                 "fieldManager",
                 &json!(manager),
-                format!(
-                    "should only contain printable characters (invalid character {c:?} at position {at})"
-                )
-                .replace('\'', ""),
+                format!("invalid character U+{:04X} (at position {at})", u32::from(c)),
             ));
         }
         match self.query.text("fieldValidation") {

@@ -79,6 +79,7 @@ pub(crate) fn serve(
             &discovery::resources(registry, group, version).ok_or_else(ApiError::no_such_path)?,
             &[],
         ),
+        ["openapi", "v2"] => crate::openapi::version_two(parts.headers.get(http::header::ACCEPT)),
         ["openapi", "v3"] => respond::json(200, &crate::openapi::index(registry), &[]),
         ["openapi", "v3", rest @ ..] => {
             let document = crate::openapi::document(registry, rest).ok_or_else(ApiError::no_such_path)?;

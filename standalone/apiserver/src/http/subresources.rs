@@ -56,7 +56,7 @@ pub(crate) async fn serve(
         ("scale", &Method::PUT | &Method::PATCH) => write_scale(hub, call, method, request_body).await,
         ("finalize", &Method::PUT) => finalize(hub, call, request_body).await,
         ("binding", &Method::POST) => bind(hub, call, request_body).await,
-        _ => Err(super::method_not_allowed(call)),
+        (_, method) => Err(super::method_not_allowed(call, method)),
     }
 }
 
@@ -74,7 +74,7 @@ fn scale_of(call: &Call, object: &Value) -> ApiResult<Value> {
     let custom = call.target.kind.is_custom();
     let spec = meta::int_at(object, &paths.spec);
     if spec.is_none() && custom {
-        return Err(ApiError::plain_internal(format!(
+        return Err(ApiError::internal(format!(
             "the spec replicas field {:?} does not exist",
             paths.spec
         )));
@@ -216,9 +216,14 @@ async fn write_scale(
     }
     let replicas = meta::int_at(&scale, "spec.replicas").unwrap_or(0);
     if replicas < 0 {
+        let (group, kind) = if target.kind.is_custom() {
+            (&*target.kind.group, &*target.kind.kind)
+        } else {
+            ("autoscaling", "Scale")
+        };
         return Err(ApiError::invalid(
-            "autoscaling",
-            "Scale",
+            group,
+            kind,
             &target.name,
             &[FieldError::invalid(
                 if target.kind.is_custom() {
@@ -227,7 +232,11 @@ async fn write_scale(
                     "spec.replicas".to_owned()
                 },
                 &json!(replicas),
-                "must be greater than or equal to 0",
+                if target.kind.is_custom() {
+                    "should be a non-negative integer"
+                } else {
+                    "must be greater than or equal to 0"
+                },
             )],
         ));
     }

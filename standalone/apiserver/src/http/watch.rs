@@ -78,8 +78,14 @@ fn check_options(call: &Call) -> ApiResult<bool> {
             "resourceVersionMatch",
             "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan",
         ));
+        if !matching.is_empty() {
+            errors.push(FieldError::not_supported(
+                "resourceVersionMatch",
+                &serde_json::json!(matching),
+                &["NotOlderThan"],
+            ));
+        }
     }
-    let _ = call;
     if errors.is_empty() {
         Ok(send == Some(true))
     } else {

@@ -25,7 +25,7 @@ use crate::{defaults, meta, strategy, table, time, validate, versions};
 pub(crate) enum Change {
     Create(Document),
     Replace(Document),
-    Json(Value),
+    Json(Document),
     Merge(Document),
     Strategic(Document),
     Apply { config: Document, force: bool },
@@ -35,7 +35,7 @@ pub(crate) async fn create(hub: &Hub, call: &Call, request_body: Body) -> ApiRes
     call.check_write_options("CreateOptions")?;
     let target = &call.target;
     if target.kind.namespaced && target.namespace.is_empty() {
-        return Err(super::method_not_allowed(call));
+        return Err(super::method_not_allowed(call, &http::Method::POST));
     }
     let accepted = accept::negotiate(call.header("accept"))?;
     let bytes = body::read(request_body).await?;
@@ -288,6 +288,9 @@ async fn compute(
     defaults::admit(kind, &mut object, live.as_ref());
     if live.is_none() {
         defaults::plugins(hub, kind, name, &mut object)?;
+        if kind.is("", "pods") {
+            strategy::stamp_conditions(&mut object, &now);
+        }
     }
     if let Some(admission) = hub
         .admission
@@ -374,17 +377,26 @@ fn edited(
             }
             (take(document), Fit::Body)
         }
-        Change::Json(operations) => {
+        Change::Json(document) => {
             let mut value = existing()?.clone();
-            patch::json::apply(&mut value, operations).map_err(|failure| json_failure(&failure))?;
-            (Document::of(value), Fit::Patched)
+            patch::json::apply(&mut value, &document.value).map_err(|failure| json_failure(&failure))?;
+            if !value.is_object() {
+                let what = "the document is no object any more".to_owned();
+                return Err(json_failure(&patch::json::Failure::Operation(what)));
+            }
+            let patched = Document {
+                remarks: document.remarks.clone(),
+                ..Document::of(value)
+            };
+            (patched, Fit::Patched)
         }
         Change::Merge(document) => {
             let mut value = existing()?.clone();
             if !document.value.is_object() {
-                return Err(ApiError::bad_request(
-                    "error decoding patch: json: cannot unmarshal into Go value of type map[string]interface {}",
-                ));
+                return Err(ApiError::bad_request(format!(
+                    "error decoding patch: json: cannot unmarshal {} into Go value of type map[string]interface {{}}",
+                    meta::type_word(&document.value)
+                )));
             }
             patch::merge::apply(&mut value, &document.value);
             let remarks = document.remarks.clone();

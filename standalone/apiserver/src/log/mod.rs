@@ -8,6 +8,7 @@
 
 mod record;
 mod recover;
+mod segment;
 mod writer;
 
 use std::path::Path;

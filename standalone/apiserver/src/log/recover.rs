@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::path::{Path, PathBuf};
 
 use super::record::{self, Record, Stop};
+use super::segment::Segment;
 use crate::error::Error;
 use crate::store::Store;
 
@@ -14,7 +15,7 @@ const VERSION_GAP: u64 = 1000;
 pub(crate) struct Recovered {
     pub(crate) dir: PathBuf,
     pub(crate) segment: PathBuf,
-    pub(crate) file: File,
+    pub(crate) file: Box<dyn Segment>,
     pub(crate) segment_bytes: u64,
     /// Held until the log is closed: one server per directory.
     pub(crate) _lock: File,
@@ -114,7 +115,7 @@ pub(crate) fn recover(dir: &Path, store: &mut Store) -> Result<Recovered, Error>
     Ok(Recovered {
         dir: dir.to_owned(),
         segment,
-        file,
+        file: Box::new(file),
         segment_bytes,
         _lock: lock,
     })

@@ -174,3 +174,89 @@ fn versions_are_never_given_out_twice_across_restarts() {
     let first = open(dir.path()).expect("opens").rv();
     assert!(first > 1000, "a gap is left after what was written: {first}");
 }
+
+/// A disk without space as long as somebody says so. What does not fit is written in part, as real ones do.
+struct Full {
+    file: std::fs::File,
+    is_full: Arc<std::sync::atomic::AtomicBool>,
+}
+
+impl segment::Segment for Full {
+    fn append(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        if self.is_full.load(std::sync::atomic::Ordering::SeqCst) {
+            segment::Segment::append(&mut self.file, &bytes[..bytes.len() / 2])?;
+            return Err(std::io::ErrorKind::StorageFull.into());
+        }
+        segment::Segment::append(&mut self.file, bytes)
+    }
+
+    fn cut(&mut self, length: u64) -> std::io::Result<()> {
+        segment::Segment::cut(&mut self.file, length)
+    }
+}
+
+#[tokio::test]
+async fn on_a_full_disk_writes_are_refused_nothing_is_lost_and_it_goes_on_when_there_is_space_again() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let dir = tempfile::tempdir().expect("a directory");
+    let is_full = Arc::new(AtomicBool::new(false));
+    let mut store = Store::new(1);
+    let mut recovered = Log::open(dir.path(), &mut store).expect("opens");
+    let file = std::fs::OpenOptions::new()
+        .append(true)
+        .open(&recovered.segment)
+        .expect("the segment");
+    recovered.file = Box::new(Full {
+        file,
+        is_full: is_full.clone(),
+    });
+    let log = Log::start(recovered, Arc::new(Nothing)).expect("starts");
+    let mut write = |name: &str| {
+        let key = format!("n/{name}");
+        let event = store
+            .put(&"/configmaps".into(), &key, object(name, 1), Expect::Absent)
+            .expect("committed");
+        log.put("/configmaps", &key, event.rv, &event.object.whole())
+    };
+    let before = write("before");
+    log.durable(before).await.expect("there is space");
+
+    is_full.store(true, Ordering::SeqCst);
+    let during = write("during");
+    let error = log.durable(during).await.expect_err("there is no space");
+    assert!(error.contains("no storage space"), "{error}");
+    assert!(log.failure().is_some(), "and so is every further write, at once");
+    // Killed now, the server comes back with what it answered, and only that.
+    {
+        let copy = tempfile::tempdir().expect("a directory");
+        let from = segment(dir.path());
+        std::fs::copy(&from, copy.path().join(from.file_name().expect("a name"))).expect("copied");
+        let names: Vec<String> = contents(&open(copy.path()).expect("opens"))
+            .into_iter()
+            .map(|c| c.0)
+            .collect();
+        assert_eq!(names, ["before"]);
+    }
+
+    is_full.store(false, Ordering::SeqCst);
+    let mut durable = log.durable.clone();
+    let waited = durable.wait_for(|ticket| *ticket >= during);
+    tokio::time::timeout(std::time::Duration::from_secs(20), waited)
+        .await
+        .expect("it is tried again by itself")
+        .expect("the writer runs");
+    assert!(log.failure().is_none());
+    let after = write("after");
+    log.durable(after).await.expect("there is space again");
+    log.close();
+    drop(log);
+    let names: Vec<String> = contents(&open(dir.path()).expect("opens"))
+        .into_iter()
+        .map(|c| c.0)
+        .collect();
+    assert_eq!(
+        names,
+        ["after", "before", "during"],
+        "what was not answered may be there, what was must"
+    );
+}

@@ -28,6 +28,8 @@ struct Writer {
     place: Recovered,
     source: Arc<dyn SnapshotSource>,
     snapshot_bytes: u64,
+    /// A part of a failed group may still be at the end of the segment.
+    torn: bool,
 }
 
 pub(crate) fn spawn(
@@ -41,6 +43,7 @@ pub(crate) fn spawn(
         place,
         source,
         snapshot_bytes: 0,
+        torn: false,
     };
     std::thread::Builder::new()
         .name("apiserver-log".to_owned())
@@ -102,16 +105,18 @@ impl Writer {
     }
 
     fn write(&mut self, batch: &[u8]) -> std::io::Result<()> {
-        let file = &mut self.place.file;
-        let result = file.write_all(batch).and_then(|()| file.sync_data());
-        match result {
+        if self.torn {
+            self.place.file.cut(self.place.segment_bytes)?;
+            self.torn = false;
+        }
+        match self.place.file.append(batch) {
             Ok(()) => {
                 self.place.segment_bytes += batch.len() as u64;
                 Ok(())
             }
             Err(error) => {
                 // A half-written group is cut off, so that trying again cannot leave a broken record in the middle.
-                self.place.file.set_len(self.place.segment_bytes)?;
+                self.torn = self.place.file.cut(self.place.segment_bytes).is_err();
                 Err(error)
             }
         }
@@ -143,7 +148,7 @@ impl Writer {
         fs::rename(&temporary, snapshot_path(dir, rv))?;
         sync_dir(dir)?;
         let old = std::mem::replace(&mut self.place.segment, segment);
-        self.place.file = next;
+        self.place.file = Box::new(next);
         self.place.segment_bytes = 0;
         self.snapshot_bytes = bytes;
         fs::remove_file(old)?;

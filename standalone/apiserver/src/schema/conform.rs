@@ -246,14 +246,7 @@ fn number_mismatch(n: &serde_json::Number, go: &str, path: &str, report: &mut Re
 }
 
 fn mismatch(value: &Value, go: &str, path: &str, report: &mut Report) -> Value {
-    let what = match value {
-        Value::Null => "null",
-        Value::Bool(_) => "bool",
-        Value::Number(_) => "number",
-        Value::String(_) => "string",
-        Value::Array(_) => "array",
-        Value::Object(_) => "object",
-    };
+    let what = crate::meta::type_word(value);
     fail(
         format!(
             "json: cannot unmarshal {what} into Go struct field {} of type {go}",

@@ -364,6 +364,78 @@ impl Store {
         page
     }
 
+    /// The same list as it was at an older version; `None` where the history no longer reaches back that far.
+    ///
+    /// The events since then are undone, newest first, so the cost is in what changed, not in what exists.
+    pub(crate) fn list_at(
+        &self,
+        resource: &str,
+        prefix: &str,
+        after: Option<&str>,
+        limit: Option<usize>,
+        rv: u64,
+        keep: impl Fn(&Stored) -> bool,
+    ) -> Option<Page> {
+        let since = self.events_after(resource, rv)?;
+        if since.is_empty() {
+            let page = self.list(resource, prefix, after, limit, keep);
+            return Some(Page { rv, ..page });
+        }
+        let mut undone: BTreeMap<Arc<str>, Option<Arc<Stored>>> = BTreeMap::new();
+        for event in since.iter().rev() {
+            undone.insert(event.key.clone(), event.previous.clone());
+        }
+        let start = || match after {
+            Some(after) => std::ops::Bound::Excluded(Arc::<str>::from(after)),
+            None => std::ops::Bound::Included(Arc::<str>::from(prefix)),
+        };
+        let range = (start(), std::ops::Bound::Unbounded);
+        let now = self.tables.get(resource).map(|table| table.objects.range(range));
+        let mut now = now.into_iter().flatten().peekable();
+        let mut then = undone.range((start(), std::ops::Bound::Unbounded)).peekable();
+        let mut page = Page {
+            items: Vec::new(),
+            next_after: None,
+            remaining: 0,
+            rv,
+        };
+        let mut last: Option<Arc<str>> = None;
+        loop {
+            let (key, object) = match (now.peek(), then.peek()) {
+                (None, None) => break,
+                (Some((key, _)), Some((changed, _))) if key < changed => {
+                    let Some((key, object)) = now.next() else { break };
+                    (key, Some(object))
+                }
+                (Some(_), None) => {
+                    let Some((key, object)) = now.next() else { break };
+                    (key, Some(object))
+                }
+                (current, Some((changed, _))) => {
+                    if current.is_some_and(|(key, _)| key == changed) {
+                        now.next();
+                    }
+                    let Some((key, before)) = then.next() else { break };
+                    (key, before.as_ref())
+                }
+            };
+            if !key.starts_with(prefix) {
+                break;
+            }
+            let Some(object) = object.filter(|object| keep(object)) else {
+                continue;
+            };
+            if limit.is_some_and(|limit| page.items.len() >= limit) {
+                page.next_after = page.next_after.or_else(|| last.clone());
+                page.remaining += 1;
+            } else {
+                page.items.push(object.clone());
+                last = Some(key.clone());
+            }
+        }
+        Some(page)
+    }
+
     /// Every object, for snapshots and for finding dependents.
     pub(crate) fn all(&self) -> impl Iterator<Item = (&ResourceId, &Arc<str>, &Arc<Stored>)> {
         self.tables

@@ -145,3 +145,93 @@ fn a_write_that_expects_another_state_is_lost() {
         Err(Lost::Missing)
     ));
 }
+
+/// What a list at a version shows: names and values in order, and whether there is more.
+fn shown(page: &Page) -> (Vec<(String, u64)>, bool) {
+    let items = page.items.iter();
+    (
+        items
+            .map(|o| {
+                (
+                    o.value["k"].as_str().unwrap().to_owned(),
+                    o.value["v"].as_u64().unwrap(),
+                )
+            })
+            .collect(),
+        page.next_after.is_some(),
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// A list at any former version is what a list was then, page by page, whatever happened since.
+    #[test]
+    fn a_list_at_an_older_version_is_the_list_of_then(steps in steps(), limit in 1..4usize, from in 0..60usize) {
+        let resource: ResourceId = "/configmaps".into();
+        let mut store = Store::new(1);
+        let mut former: Vec<(u64, Vec<(String, u64)>)> = Vec::new();
+        for step in &steps {
+            let now = shown(&store.list(&resource, "n/", None, None, |_| true)).0;
+            former.push((store.rv(), now));
+            match step {
+                Step::Put(k, v) => {
+                    let key = format!("n/{k}");
+                    let expect = store.get(&resource, &key).map_or(Expect::Absent, |o| Expect::At(o.rv));
+                    let object = json!({"metadata": {"name": k.to_string()}, "k": k.to_string(), "v": v});
+                    store.put(&resource, &key, object, expect).expect("committed");
+                }
+                Step::Remove(k) => {
+                    let key = format!("n/{k}");
+                    if let Some(rv) = store.get(&resource, &key).map(|o| o.rv) {
+                        store.remove(&resource, &key, json!({"metadata": {}}), rv).expect("committed");
+                    }
+                }
+            }
+        }
+        for (rv, then) in former.iter().skip(from) {
+            let mut found = Vec::new();
+            let mut after: Option<Arc<str>> = None;
+            loop {
+                let page = store.list_at(&resource, "n/", after.as_deref(), Some(limit), *rv, |_| true).expect("in the history");
+                let (items, more) = shown(&page);
+                prop_assert!(items.len() <= limit && page.rv == *rv);
+                let so_far = found.len();
+                found.extend(items);
+                prop_assert_eq!(page.remaining, then.len() - found.len());
+                prop_assert!(!more || found.len() > so_far, "a page that does not go on");
+                match page.next_after.clone() {
+                    Some(next) => after = Some(next),
+                    None => break,
+                }
+            }
+            prop_assert_eq!(&found, then);
+        }
+    }
+}
+
+#[test]
+fn a_list_from_before_the_history_is_told_so() {
+    let resource: ResourceId = "/configmaps".into();
+    let mut store = Store::new(1);
+    let first = store
+        .put(&resource, "n/a", json!({"metadata": {}}), Expect::Absent)
+        .expect("committed");
+    store
+        .put(&resource, "n/b", json!({"metadata": {}}), Expect::Absent)
+        .expect("committed");
+    assert_eq!(
+        store
+            .list_at(&resource, "", None, None, first.rv, |_| true)
+            .expect("known")
+            .items
+            .len(),
+        1
+    );
+    store.compact();
+    assert!(
+        store
+            .list_at(&resource, "", None, None, first.rv, |_| true)
+            .is_none()
+    );
+}

@@ -102,7 +102,7 @@ impl Kubectl {
     }
 }
 
-fn cache(home: &Path) -> std::path::PathBuf {
+pub(crate) fn cache(home: &Path) -> std::path::PathBuf {
     home.join("cache")
 }
 

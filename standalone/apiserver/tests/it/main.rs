@@ -3,5 +3,6 @@
 mod client;
 mod durable;
 mod kubectl;
+mod kubectl_recorded;
 mod transcripts;
 mod type_table;

@@ -5,6 +5,8 @@
 //! to the period; only one failure per period counts towards `failureThreshold`. The period stays the upper bound,
 //! `initialDelaySeconds` is kept, and after the first success everything is as in Kubernetes.
 
+mod grpc;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -255,7 +257,18 @@ async fn once(target: &Target, probe: &Probe, timeout: Duration) -> Result<(), S
             &format!("dial tcp {host}:{port}"),
         );
     }
-    Err("the probe has no exec, httpGet or tcpSocket handler".to_owned())
+    if let Some(grpc) = &probe.grpc {
+        let port = u16::try_from(grpc.port).map_err(|_| format!("{} is not a port", grpc.port))?;
+        let service = grpc.service.as_deref().unwrap_or_default();
+        let check = grpc::check(&target.address, port, service);
+        return tokio::time::timeout(timeout, check).await.unwrap_or_else(|_| {
+            Err(format!(
+                "timeout: health rpc did not complete within {}s",
+                timeout.as_secs()
+            ))
+        });
+    }
+    Err("the probe has no exec, httpGet, tcpSocket or grpc handler".to_owned())
 }
 
 fn prefixed(shown: &str, reason: &str) -> String {
@@ -276,11 +289,6 @@ pub(crate) fn unsupported(container: &Container) -> Option<String> {
     .into_iter()
     .find_map(|(name, probe)| {
         let probe = probe.as_ref()?;
-        if probe.grpc.is_some() {
-            return Some(format!(
-                "{name}: grpc probes are not supported yet; use tcpSocket, httpGet or exec"
-            ));
-        }
         let https = probe
             .http_get
             .as_ref()
@@ -434,13 +442,13 @@ mod tests {
     #[test]
     fn what_cannot_be_probed_is_refused_by_name() {
         let container: Container = serde_json::from_value(serde_json::json!({
-            "name": "c", "readinessProbe": {"grpc": {"port": 1}}
+            "name": "c", "readinessProbe": {"httpGet": {"port": 1, "scheme": "HTTPS"}}
         }))
         .unwrap();
+        let refused = unsupported(&container).unwrap();
         assert!(
-            unsupported(&container)
-                .unwrap()
-                .starts_with("readinessProbe: grpc")
+            refused.starts_with("readinessProbe: httpGet over HTTPS"),
+            "{refused}"
         );
     }
 }

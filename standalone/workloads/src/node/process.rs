@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::broker;
 use super::config::NodeConfig;
-use super::record::{NodeRecord, Paths, read_node, write_atomically};
+use super::record::{NodeRecord, Paths, read_node, write_atomically, write_first};
 use super::run::{HostSide, Node};
 use super::shim_client::shim_process;
 use crate::Error;
@@ -219,6 +219,13 @@ pub fn spawn(config: &NodeConfig, command: &[String], log: &Path) -> Result<i32,
         }
         end(&record.node, REPLACE_GRACE);
     }
+    // Of a node that is gone; the next one and we both write a new one, and its own knows more.
+    match fs::remove_file(paths.node_record()) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(Error::file("remove", paths.node_record(), error));
+        }
+        _ => {}
+    }
     let file = paths.root().join("config.json");
     let text = serde_json::to_vec_pretty(config).unwrap_or_default();
     // It may hold a token.
@@ -258,7 +265,7 @@ pub fn spawn(config: &NodeConfig, command: &[String], log: &Path) -> Result<i32,
             fingerprint: fingerprint(config),
         };
         let encoded = serde_json::to_vec(&record).unwrap_or_default();
-        write_atomically(&paths.node_record(), &encoded)
+        write_first(&paths.node_record(), &encoded)
             .map_err(|error| Error::file("write", paths.node_record(), error))?;
     }
     // Reaped when it ends while we are still there; otherwise init does.

@@ -110,7 +110,45 @@ pub(crate) fn read_node(paths: &Paths) -> io::Result<NodeRecord> {
 
 /// Replaces a file so that a reader sees the old or the new content.
 pub(crate) fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
-    let temporary = path.with_extension("tmp");
+    let temporary = temporary(path);
     fs::write(&temporary, content)?;
     fs::rename(temporary, path)
+}
+
+/// Writes a file that is not there yet, whole; leaves one that is there as it is.
+pub(crate) fn write_first(path: &Path, content: &[u8]) -> io::Result<()> {
+    let temporary = temporary(path);
+    fs::write(&temporary, content)?;
+    let linked = fs::hard_link(&temporary, path);
+    fs::remove_file(temporary)?;
+    match linked {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// A name of this process's own: server and node write the same files.
+fn temporary(path: &Path) -> PathBuf {
+    path.with_extension(format!("{}.tmp", std::process::id()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_that_is_there_is_not_replaced_by_who_only_wants_one_to_be_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("node.json");
+        write_first(&path, b"first").unwrap();
+        write_first(&path, b"second").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"first");
+        write_atomically(&path, b"third").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"third");
+        assert_eq!(
+            fs::read_dir(directory.path()).unwrap().count(),
+            1,
+            "nothing else is left"
+        );
+    }
 }

@@ -150,8 +150,45 @@ impl Node {
 /// The pods being worked on, by uid.
 struct Workers {
     context: Arc<Context>,
-    updates: HashMap<String, watch::Sender<PodUpdate>>,
+    updates: HashMap<String, Tracked>,
     tasks: JoinSet<String>,
+}
+
+/// A pod that has a worker.
+struct Tracked {
+    updates: watch::Sender<PodUpdate>,
+    /// The worker was told that the pod is gone, and ends whatever else it is told.
+    leaving: bool,
+    /// The pod as it came back meanwhile. A watch shows writes a moment before they are durable: a binding that an API
+    /// server took with it when it was killed is made again, of the same pod.
+    back: Option<Arc<Pod>>,
+}
+
+impl Tracked {
+    fn new(update: PodUpdate) -> (Self, watch::Receiver<PodUpdate>) {
+        let leaving = matches!(update, PodUpdate::Gone);
+        let (updates, receiver) = watch::channel(update);
+        let tracked = Self {
+            updates,
+            leaving,
+            back: None,
+        };
+        (tracked, receiver)
+    }
+
+    fn present(&mut self, pod: Arc<Pod>) {
+        if self.leaving {
+            self.back = Some(pod);
+        } else {
+            self.updates.send_replace(PodUpdate::Present(pod));
+        }
+    }
+
+    fn gone(&mut self) {
+        self.leaving = true;
+        self.back = None;
+        self.updates.send_replace(PodUpdate::Gone);
+    }
 }
 
 async fn supervise(context: &Arc<Context>, pods: &Mirror<Pod>) {
@@ -174,8 +211,11 @@ async fn supervise(context: &Arc<Context>, pods: &Mirror<Pod>) {
             },
             Some(ended) = workers.tasks.join_next() => {
                 if let Ok(uid) = ended {
-                    workers.updates.remove(&uid);
+                    let tracked = workers.updates.remove(&uid);
                     context.listeners.forget_pod(&uid);
+                    if let Some(pod) = tracked.and_then(|tracked| tracked.back) {
+                        workers.present(&pod);
+                    }
                 }
             }
         }
@@ -186,16 +226,16 @@ async fn supervise(context: &Arc<Context>, pods: &Mirror<Pod>) {
 impl Workers {
     fn present(&mut self, pod: &Arc<Pod>) {
         let Some(uid) = pod.uid() else { return };
-        if let Some(updates) = self.updates.get(&uid) {
-            updates.send_replace(PodUpdate::Present(pod.clone()));
+        if let Some(tracked) = self.updates.get_mut(&uid) {
+            tracked.present(pod.clone());
             return;
         }
         self.start(&uid, pod.clone(), PodUpdate::Present(pod.clone()));
     }
 
     fn start(&mut self, uid: &str, pod: Arc<Pod>, update: PodUpdate) {
-        let (sender, receiver) = watch::channel(update);
-        self.updates.insert(uid.to_owned(), sender);
+        let (tracked, receiver) = Tracked::new(update);
+        self.updates.insert(uid.to_owned(), tracked);
         let worker = Worker::new(self.context.clone(), pod);
         let uid = uid.to_owned();
         self.tasks.spawn(async move {
@@ -205,8 +245,8 @@ impl Workers {
     }
 
     fn gone(&mut self, uid: &str) {
-        if let Some(updates) = self.updates.get(uid) {
-            updates.send_replace(PodUpdate::Gone);
+        if let Some(tracked) = self.updates.get_mut(uid) {
+            tracked.gone();
         }
     }
 
@@ -319,5 +359,29 @@ async fn watch_configs(context: Arc<Context>) {
             _ = secrets.next() => {}
         }
         context.config_changed.send_modify(|count| *count += 1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_that_comes_back_while_its_worker_clears_it_away_gets_another_worker() {
+        let pod = Arc::new(Pod::default());
+        let (mut tracked, updates) = Tracked::new(PodUpdate::Present(pod.clone()));
+        tracked.present(pod.clone());
+        assert!(tracked.back.is_none(), "the worker that is there goes on");
+
+        tracked.gone();
+        tracked.present(pod.clone());
+        assert!(
+            matches!(*updates.borrow(), PodUpdate::Gone),
+            "the worker still ends"
+        );
+        assert!(tracked.back.is_some(), "and the pod is not forgotten");
+
+        tracked.gone();
+        assert!(tracked.back.is_none(), "a pod that went again does not come back");
     }
 }

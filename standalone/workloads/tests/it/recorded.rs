@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use futures::StreamExt;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::core::v1::{Namespace, Pod};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
 use kube::runtime::watcher;
 use kube::{Client, ResourceExt};
@@ -252,8 +253,17 @@ impl Replay {
     }
 
     async fn request(&self, request: &Value) {
-        let path = request["path"].as_str().unwrap();
-        let body = serde_json::to_vec(&request["body"]).unwrap();
+        let query: Vec<String> = request["query"]
+            .as_object()
+            .into_iter()
+            .flatten()
+            .map(|(name, value)| format!("{name}={}", value.as_str().unwrap()))
+            .collect();
+        let path = format!("{}?{}", request["path"].as_str().unwrap(), query.join("&"));
+        let body = match &request["body"] {
+            Value::Null => Vec::new(),
+            body => serde_json::to_vec(body).unwrap(),
+        };
         let kind = request["headers"]["Content-Type"]
             .as_str()
             .unwrap_or("application/json");
@@ -288,7 +298,7 @@ async fn replay(name: &str) {
         }
         let trace = &step["trace"];
         let at = trace["at"].as_str().unwrap_or_default();
-        if trace["deployments"].is_null() {
+        if trace["deployments"].is_null() && trace["replicasets"].is_null() {
             continue;
         }
         if at.contains("pod ready") || at.contains("pod removed") {
@@ -342,6 +352,75 @@ async fn recorded_rolling_updates_come_to_the_same_statuses() {
 #[tokio::test(flavor = "multi_thread")]
 async fn recorded_scaling_in_the_middle_of_a_rollout_comes_to_the_same_sizes() {
     replay("proportional-scaling").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn recorded_adoption_and_release_of_pods_come_to_the_same_statuses() {
+    replay("selector-overlap-adoption").await;
+}
+
+/// What is compared of EndpointSlices.
+fn slices(all: &Value) -> Vec<Value> {
+    let mut all: Vec<Value> = all
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|slice| {
+            let list = |field: &str| slice[field].as_array().cloned().unwrap_or_default();
+            json!({"service": slice["service"], "ports": list("ports"), "endpoints": list("endpoints")})
+        })
+        .collect();
+    all.sort_by_key(|slice| slice["service"].to_string());
+    all
+}
+
+async fn own_slices(api: &Api<EndpointSlice>) -> Value {
+    let list = api.list(&Default::default()).await.unwrap().items;
+    list.iter()
+        .map(|slice| {
+            let endpoints: Vec<Value> = slice
+                .endpoints
+                .iter()
+                .map(|endpoint| json!({"conditions": endpoint.conditions, "address": endpoint.addresses, "nodeName": endpoint.node_name}))
+                .collect();
+            json!({"service": slice.labels()["kubernetes.io/service-name"], "ports": slice.ports, "endpoints": endpoints})
+        })
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn recorded_endpoints_have_the_same_conditions_through_a_pods_life() {
+    let Some(directory) = scenarios() else { return };
+    let text = std::fs::read(directory.join("endpointslice-conditions.json")).unwrap();
+    let scenario: Value = serde_json::from_slice(&text).unwrap();
+    let namespace = scenario["namespace"].as_str().unwrap();
+    let mut replay = Replay::start(namespace).await;
+    let api: Api<EndpointSlice> = Api::namespaced(replay.client.clone(), namespace);
+    let mut compared = 0;
+    for step in scenario["steps"].as_array().unwrap() {
+        let trace = &step["trace"];
+        if trace.is_null() {
+            replay.request(&step["request"]).await;
+            continue;
+        }
+        let at = trace["at"].as_str().unwrap();
+        if at == "ready" {
+            assert!(replay.kubelet().await, "there is a pod");
+        }
+        let wanted = slices(&trace["endpointslices"]);
+        let mut changes = watcher::watcher(api.clone(), watcher::Config::default()).boxed();
+        let waiting = async {
+            while slices(&own_slices(&api).await) != wanted {
+                changes.next().await;
+            }
+        };
+        if tokio::time::timeout(DEADLINE, waiting).await.is_err() {
+            let found = slices(&own_slices(&api).await);
+            panic!("{at}\nrecorded {:#}\nours     {:#}", json!(wanted), json!(found));
+        }
+        compared += 1;
+    }
+    assert_eq!(compared, 7);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,6 +8,9 @@ use super::{Connection, Event, Response};
 use crate::resource::ResourceType;
 use crate::server::dirty::Dirty;
 
+/// Most resources of one response: enough for the small ones to fill it.
+const MAX_RESOURCES: usize = 128;
+
 impl Connection {
     /// Decides anew whether a resource must be sent or removed.
     pub(super) fn classify(&mut self, resource_type: ResourceType, name: &Arc<str>, sequence: u64) {
@@ -87,7 +90,7 @@ impl Connection {
         let (mut count, mut bytes) = (0, 0);
         let entries = &state.entries;
         let batch = state.batch;
-        let (names, oldest_upsert) = state.upserts.take(upsert_barrier, |name| {
+        let (names, oldest_upsert) = state.upserts.take(upsert_barrier, MAX_RESOURCES, |name| {
             let size = entries
                 .get(name)
                 .and_then(|entry| entry.wanted.as_ref())
@@ -97,7 +100,7 @@ impl Connection {
             bytes += size;
             fits
         });
-        let (removed, oldest_removal) = state.removals.take(removal_barrier, |_| true);
+        let (removed, oldest_removal) = state.removals.take(removal_barrier, usize::MAX, |_| true);
         state.upserts_blocked_since = blocked(&state.upserts, &names, state.upserts_blocked_since, now);
         state.removals_blocked_since = blocked(&state.removals, &removed, state.removals_blocked_since, now);
         let due = !state.answered && state.upserts.is_empty();

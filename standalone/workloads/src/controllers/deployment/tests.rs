@@ -1,6 +1,10 @@
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde_json::json;
 
+use super::status::condition;
 use super::*;
+use crate::controllers::rollout::{MAX_REPLICAS, REVISION, REVISION_HISTORY};
+use crate::controllers::template::HASH_LABEL;
 
 fn now(second: i64) -> Timestamp {
     Timestamp::from_second(1_767_225_600 + second).unwrap()

@@ -4,7 +4,7 @@
 
 /// The pattern is not well formed (an unclosed class, a trailing backslash).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct BadPattern;
+pub struct BadPattern;
 
 enum Token {
     Literal(char),
@@ -17,7 +17,7 @@ enum Token {
 }
 
 /// Whether `pattern` matches the whole of `name`.
-pub(crate) fn matches(pattern: &str, name: &str) -> Result<bool, BadPattern> {
+pub fn matches(pattern: &str, name: &str) -> Result<bool, BadPattern> {
     let tokens = parse(pattern)?;
     let name: Vec<char> = name.chars().collect();
     Ok(run(&tokens, &name))

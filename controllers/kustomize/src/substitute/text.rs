@@ -20,7 +20,7 @@ const MAX_OUTPUT_BYTES: usize = 8 << 20;
 
 /// Why a text could not be substituted. The wording of the first five is Flux's.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum SubstituteError {
+pub enum TextError {
     /// An operator that is not complete or not known.
     #[error("bad substitution")]
     BadSubstitution,
@@ -43,11 +43,11 @@ pub(crate) enum SubstituteError {
 
 /// Replaces every expansion in `text`. With `strict`, a variable that is not in `vars` is an error
 /// unless the expansion carries a default.
-pub(crate) fn substitute(
+pub(super) fn substitute(
     text: &[u8],
     vars: &BTreeMap<String, String>,
     strict: bool,
-) -> Result<Vec<u8>, SubstituteError> {
+) -> Result<Vec<u8>, TextError> {
     let mut parser = Parser {
         rest: text,
         vars,
@@ -65,7 +65,7 @@ pub(crate) fn substitute(
             parser.rest = &parser.rest[1..];
         }
         if out.len() > MAX_OUTPUT_BYTES {
-            return Err(SubstituteError::TooLarge("8 MiB"));
+            return Err(TextError::TooLarge("8 MiB"));
         }
     }
     Ok(out)
@@ -103,11 +103,11 @@ impl Parser<'_> {
         }
     }
 
-    fn close(&mut self) -> Result<(), SubstituteError> {
+    fn close(&mut self) -> Result<(), TextError> {
         if self.eat(b"}") {
             Ok(())
         } else {
-            Err(SubstituteError::BadSubstitution)
+            Err(TextError::BadSubstitution)
         }
     }
 
@@ -123,28 +123,28 @@ impl Parser<'_> {
     }
 
     /// What follows `${`, up to and with its `}`.
-    fn expansion(&mut self) -> Result<Vec<u8>, SubstituteError> {
+    fn expansion(&mut self) -> Result<Vec<u8>, TextError> {
         self.depth += 1;
         if self.depth > MAX_DEPTH {
-            return Err(SubstituteError::TooLarge("64 nested expansions"));
+            return Err(TextError::TooLarge("64 nested expansions"));
         }
         let value = self.expansion_inner();
         self.depth -= 1;
         value
     }
 
-    fn expansion_inner(&mut self) -> Result<Vec<u8>, SubstituteError> {
+    fn expansion_inner(&mut self) -> Result<Vec<u8>, TextError> {
         if self.eat(b"#") {
             let name = self.name();
             if name.is_empty() {
-                return Err(SubstituteError::BadSubstitution);
+                return Err(TextError::BadSubstitution);
             }
             self.close()?;
             return Ok(self.value(&name)?.len().to_string().into_bytes());
         }
         let name = self.name();
         if name.is_empty() {
-            return Err(SubstituteError::ParseVariableName);
+            return Err(TextError::ParseVariableName);
         }
         match (self.rest.first(), self.rest.get(1)) {
             (Some(b'='), _) => {
@@ -162,24 +162,24 @@ impl Parser<'_> {
             (Some(b'%'), _) => self.trim(&name, b'%', Edge::Suffix),
             _ => {
                 if !self.eat(b"}") {
-                    return Err(SubstituteError::MissingClosingBrace);
+                    return Err(TextError::MissingClosingBrace);
                 }
                 self.value(&name)
             }
         }
     }
 
-    fn value(&self, name: &str) -> Result<Vec<u8>, SubstituteError> {
+    fn value(&self, name: &str) -> Result<Vec<u8>, TextError> {
         match self.vars.get(name) {
             Some(value) => Ok(value.clone().into_bytes()),
-            None if self.strict => Err(SubstituteError::NotSet(name.to_string())),
+            None if self.strict => Err(TextError::NotSet(name.to_string())),
             None => Ok(Vec::new()),
         }
     }
 
     /// One operand: either one nested expansion, or text up to a terminator or the next `${`.
     /// Text may not be empty.
-    fn operand(&mut self, ends: &[u8], escapes: Escapes) -> Result<Vec<u8>, SubstituteError> {
+    fn operand(&mut self, ends: &[u8], escapes: Escapes) -> Result<Vec<u8>, TextError> {
         if self.eat(b"${") {
             return self.expansion();
         }
@@ -203,13 +203,13 @@ impl Parser<'_> {
             }
         }
         if text.is_empty() {
-            Err(SubstituteError::ParseFuncSubstitution)
+            Err(TextError::ParseFuncSubstitution)
         } else {
             Ok(text)
         }
     }
 
-    fn default_value(&mut self, name: &str) -> Result<Vec<u8>, SubstituteError> {
+    fn default_value(&mut self, name: &str) -> Result<Vec<u8>, TextError> {
         let mut default = Vec::new();
         while self.rest.first() != Some(&b'}') {
             default.extend(self.operand(b"}", Escapes::None)?);
@@ -221,7 +221,7 @@ impl Parser<'_> {
         }
     }
 
-    fn substring(&mut self, name: &str) -> Result<Vec<u8>, SubstituteError> {
+    fn substring(&mut self, name: &str) -> Result<Vec<u8>, TextError> {
         self.eat(b":");
         let offset = self.operand(b":}", Escapes::None)?;
         let length = if self.eat(b":") {
@@ -254,7 +254,7 @@ impl Parser<'_> {
         Ok(value[start as usize..end as usize].to_vec())
     }
 
-    fn casing(&mut self, name: &str) -> Result<Vec<u8>, SubstituteError> {
+    fn casing(&mut self, name: &str) -> Result<Vec<u8>, TextError> {
         let mut operator = Vec::new();
         while operator.len() < 2
             && let Some(&c @ (b',' | b'^')) = self.rest.first()
@@ -274,7 +274,7 @@ impl Parser<'_> {
         .into_bytes())
     }
 
-    fn trim(&mut self, name: &str, sign: u8, edge: Edge) -> Result<Vec<u8>, SubstituteError> {
+    fn trim(&mut self, name: &str, sign: u8, edge: Edge) -> Result<Vec<u8>, TextError> {
         self.eat(&[sign]);
         let longest = self.eat(&[sign]);
         let pattern = self.operand(b"}", Escapes::None)?;
@@ -290,7 +290,7 @@ impl Parser<'_> {
         Ok(trimmed.into_bytes())
     }
 
-    fn replace(&mut self, name: &str) -> Result<Vec<u8>, SubstituteError> {
+    fn replace(&mut self, name: &str) -> Result<Vec<u8>, TextError> {
         self.eat(b"/");
         let mode = match self.rest.first() {
             Some(&c @ (b'/' | b'#' | b'%')) => {
@@ -301,7 +301,7 @@ impl Parser<'_> {
         };
         let pattern = self.operand(b"/", Escapes::Replace)?;
         if !self.eat(b"/") {
-            return Err(SubstituteError::BadSubstitution);
+            return Err(TextError::BadSubstitution);
         }
         while self.eat(b"/") {}
         let with = if self.rest.first() == Some(&b'}') {

@@ -1,0 +1,8 @@
+//! See the harness: the suite runs it as well.
+#![no_main]
+#![allow(dead_code)]
+
+#[path = "../../tests/it/harness.rs"]
+mod harness;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| harness::substitute(data));
