@@ -47,16 +47,23 @@ impl Inbound {
         }
     }
 
-    /// Reads until the end, or until more than `limit` bytes are held.
-    pub async fn read_ahead(&mut self, limit: usize) -> Result<Ahead, hyper::Error> {
+    /// Reads until the end, or until more than `limit` bytes are held. A client that sends nothing for `idle` has failed.
+    pub async fn read_ahead(&mut self, limit: usize, idle: Option<Duration>) -> Result<Ahead, BodyError> {
         while self.ahead_bytes <= limit {
             if self.ended || self.incoming.is_end_stream() {
                 self.ended = true;
                 return Ok(Ahead::Whole);
             }
-            match http_body_util::BodyExt::frame(&mut self.incoming).await {
+            let frame = http_body_util::BodyExt::frame(&mut self.incoming);
+            let frame = match idle {
+                None => frame.await,
+                Some(idle) => tokio::time::timeout(idle, frame)
+                    .await
+                    .map_err(|_| BodyError::from("stream_idle_timeout"))?,
+            };
+            match frame {
                 None => self.ended = true,
-                Some(Err(error)) => return Err(error),
+                Some(Err(error)) => return Err(error.into()),
                 Some(Ok(frame)) => {
                     self.ahead_bytes += frame.data_ref().map_or(0, Bytes::len);
                     self.ahead.push_back(frame);

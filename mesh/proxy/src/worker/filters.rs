@@ -223,10 +223,10 @@ pub(super) async fn decode(
                 Ok(())
             }
             (Kind::Buffer(_), Some(Override::Buffer(own))) => match own {
-                Some(buffer) => Box::pin(hold(buffer.limit, parts, body)).await,
+                Some(buffer) => Box::pin(hold(conn, buffer.limit, parts, body)).await,
                 None => Ok(()),
             },
-            (Kind::Buffer(buffer), _) => Box::pin(hold(buffer.limit, parts, body)).await,
+            (Kind::Buffer(buffer), _) => Box::pin(hold(conn, buffer.limit, parts, body)).await,
             (Kind::RateLimit(limit), own) => {
                 let own = match own {
                     Some(Override::RateLimit(own)) => Some(own),
@@ -322,9 +322,14 @@ fn search_again(
 }
 
 /// Reads a request whole before it goes on.
-async fn hold(limit: usize, parts: &mut Parts, body: &mut Option<Inbound>) -> Result<(), LocalReply> {
+async fn hold(
+    conn: &Downstream,
+    limit: usize,
+    parts: &mut Parts,
+    body: &mut Option<Inbound>,
+) -> Result<(), LocalReply> {
     let Some(inbound) = body else { return Ok(()) };
-    match inbound.read_ahead(limit).await {
+    match inbound.read_ahead(limit, conn.manager.stream_idle_timeout).await {
         Err(_) => Err(broken_body()),
         Ok(Ahead::Whole) if inbound.held() <= limit => {
             // The length is known now.

@@ -51,7 +51,7 @@ pub(super) async fn ask(
     };
     let (sent, partial) = match wanted {
         None => (Bytes::new(), None),
-        Some(wanted) => read_body(body, wanted).await?,
+        Some(wanted) => read_body(body, wanted, exchange.conn.manager.stream_idle_timeout).await?,
     };
     let service = settings
         .and_then(|settings| settings.service.as_ref())
@@ -159,11 +159,12 @@ fn announced(parts: &Parts) -> i64 {
 async fn read_body(
     body: &mut Option<Inbound>,
     wanted: BodySettings,
+    idle: Option<std::time::Duration>,
 ) -> Result<(Bytes, Option<bool>), LocalReply> {
     let Some(inbound) = body else {
         return Ok((Bytes::new(), Some(false)));
     };
-    match inbound.read_ahead(wanted.limit).await {
+    match inbound.read_ahead(wanted.limit, idle).await {
         Err(_) => Err(super::broken_body()),
         Ok(Ahead::Whole) if inbound.held() <= wanted.limit => {
             Ok((inbound.first_bytes(wanted.limit), Some(false)))
