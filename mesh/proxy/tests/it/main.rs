@@ -15,6 +15,7 @@ mod hygiene;
 mod interception;
 mod interop;
 mod lifecycle;
+mod listener;
 mod matrix1;
 mod matrix2;
 mod metrics;
