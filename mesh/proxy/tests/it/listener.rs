@@ -508,7 +508,7 @@ async fn a_request_for_a_host_of_another_chain_is_misdirected() {
     harness
         .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
         .await;
-    let issued = authority.issue(&["*.example", "a.example"]);
+    let issued = authority.issue(&["a.example", "b.example", "c.example"]);
     let chain = |names: &[&str]| {
         let mut chain = for_names(http_chain(&manager("80")), names);
         chain.transport_socket = server_socket(common(Some(&issued), None, &["h2", "http/1.1"]), false);
