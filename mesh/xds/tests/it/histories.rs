@@ -185,14 +185,16 @@ proptest! {
     ) {
         let mut link = run(&steps);
         link.set_interest(ResourceType::VirtualHost, Interest::all());
-        link.apply(changes(&[(4, 0, Some(bad))]));
+        let at = |ty: ResourceType| ResourceType::ALL.iter().position(|one| *one == ty).unwrap();
+        let (host, cluster) = (at(ResourceType::VirtualHost), at(ResourceType::Cluster));
+        link.apply(changes(&[(host, 0, Some(bad))]));
         link.quiesce();
         link.log.clear();
-        link.apply(changes(&[(4, 0, Some(bad)), (0, 5, Some(good))]));
+        link.apply(changes(&[(host, 0, Some(bad)), (cluster, 5, Some(good))]));
         link.quiesce();
         let hosts = |link: &Link| link.log.iter().filter(|line| line.starts_with("VirtualHost r0")).count();
         prop_assert_eq!(hosts(&link), 0, "{:?}", link.log);
-        link.apply(changes(&[(4, 0, Some(good))]));
+        link.apply(changes(&[(host, 0, Some(good))]));
         link.quiesce();
         let key = (ResourceType::VirtualHost, name(0));
         prop_assert_eq!(link.running.get(&key), Some(&link.view[&key].version));
