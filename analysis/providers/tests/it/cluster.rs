@@ -16,7 +16,8 @@ use tokio::task::JoinSet;
 
 use crate::{ask, config};
 
-async fn cluster() -> (kube::Client, Connector) {
+/// The server is to be kept: what makes definitions servable ends with it.
+async fn cluster() -> (ApiServer, kube::Client, Connector) {
     let server = ApiServer::builder().build().await.unwrap();
     let client = serin_kit::client::over_service(server.service());
     let namespace: Namespace = serde_json::from_value(json!({"metadata": {"name": "test"}})).unwrap();
@@ -25,7 +26,7 @@ async fn cluster() -> (kube::Client, Connector) {
         .await
         .unwrap();
     let connector = Connector::new(Limits::default(), Environment::default(), Some(client.clone())).unwrap();
-    (client, connector)
+    (server, client, connector)
 }
 
 fn keptn_resource(kind: &str, plural: &str) -> ApiResource {
@@ -47,12 +48,17 @@ async fn define(client: &kube::Client, kind: &str, plural: &str) {
     let api: Api<CustomResourceDefinition> = Api::all(client.clone());
     api.create(&PostParams::default(), &crd).await.unwrap();
     let name = crd.name_any();
-    await_condition(api, &name, is_crd_established()).await.unwrap();
+    let established = await_condition(api, &name, is_crd_established());
+    let patience = std::time::Duration::from_secs(30);
+    tokio::time::timeout(patience, established)
+        .await
+        .expect("an established CRD")
+        .unwrap();
 }
 
 #[tokio::test]
 async fn a_keptn_metric_is_read_from_its_status() {
-    let (client, connector) = cluster().await;
+    let (_server, client, connector) = cluster().await;
     define(&client, "KeptnMetric", "keptnmetrics").await;
     let api: Api<DynamicObject> =
         Api::namespaced_with(client, "test", &keptn_resource("KeptnMetric", "keptnmetrics"));
@@ -109,7 +115,7 @@ where
 
 #[tokio::test]
 async fn a_keptn_analysis_is_created_awaited_and_deleted() {
-    let (client, connector) = cluster().await;
+    let (_server, client, connector) = cluster().await;
     define(&client, "Analysis", "analyses").await;
     let api: Api<DynamicObject> =
         Api::namespaced_with(client, "test", &keptn_resource("Analysis", "analyses"));
@@ -160,7 +166,7 @@ spec:
 
 #[tokio::test]
 async fn a_job_that_completes_is_one_and_a_job_that_fails_is_zero() {
-    let (client, connector) = cluster().await;
+    let (_server, client, connector) = cluster().await;
     let api: Api<Job> = Api::namespaced(client, "test");
     for (condition, expected) in [("Complete", 1.0), ("Failed", 0.0)] {
         let status = json!({"conditions": [{"type": condition, "status": "True"}]});
@@ -185,7 +191,7 @@ async fn a_job_that_completes_is_one_and_a_job_that_fails_is_zero() {
 
 #[tokio::test]
 async fn external_metrics_of_the_cluster_that_has_none_are_an_error_and_not_empty() {
-    let (_client, connector) = cluster().await;
+    let (_server, _client, connector) = cluster().await;
     let error = connector
         .query(
             &config("externalmetrics", "", &[]),
