@@ -428,14 +428,13 @@ mod tests {
     }
 
     fn seconds(count: u64, canary: (u64, u64), primary: (u64, u64)) -> String {
-        (0..count)
+        let arms = |(requests, errors)| serde_json::json!({"requests": requests, "errors": errors});
+        let lines: Vec<String> = (0..count)
             .map(|t| {
-                format!(
-                    "{{\"t\":{t},\"canary\":{{\"requests\":{},\"errors\":{}}},\"primary\":{{\"requests\":{},\"errors\":{}}}}}\n",
-                    canary.0, canary.1, primary.0, primary.1
-                )
+                serde_json::json!({"t": t, "canary": arms(canary), "primary": arms(primary)}).to_string()
             })
-            .collect()
+            .collect();
+        lines.join("\n") + "\n"
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! The values of a document: opened in the order of the file, and hashed for the MAC.
 
+use std::fmt::Write as _;
+
 use aws_lc_rs::digest;
 use serin_manifests::{Plain as Read, Scalar, Style, Tag, Value};
 
@@ -52,9 +54,11 @@ fn verify(walk: Walk<'_>, metadata: &Metadata, key: &[u8]) -> Result<()> {
             path: "sops.mac".into(),
             message,
         })?;
-    let found: String = (walk.hash.finish().as_ref().iter())
-        .map(|byte| format!("{byte:02X}"))
-        .collect();
+    let mut found = String::new();
+    for byte in walk.hash.finish().as_ref() {
+        // Writing to a String cannot fail.
+        let _ = write!(found, "{byte:02X}");
+    }
     if stated.bytes == found.as_bytes() {
         Ok(())
     } else {

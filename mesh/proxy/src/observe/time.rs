@@ -75,7 +75,7 @@ fn civil(seconds: u64) -> Civil {
 impl TimeFormat {
     /// RFC 3339 in UTC with milliseconds, the default.
     pub fn rfc3339() -> Self {
-        use Part::*;
+        use Part::{Day, Hour, Literal, Minute, Month, SecondFraction, Year};
         let colon = || Literal(":".into());
         let dash = || Literal("-".into());
         Self(Box::new([

@@ -228,8 +228,7 @@ impl Compressor {
                 let mut parts = item.split(';');
                 let name = parts.next().unwrap_or("").trim();
                 let quality = parts
-                    .filter_map(|part| part.trim().strip_prefix("q="))
-                    .next()
+                    .find_map(|part| part.trim().strip_prefix("q="))
                     .map_or(Some(1.0), |text| text.trim().parse::<f32>().ok())
                     .filter(|quality| (0.0..=1.0).contains(quality))
                     .map_or(0, |quality| (quality * 1000.0) as u16);

@@ -153,6 +153,7 @@ impl Common {
     }
 
     /// The rules for peers; `None` while they are missing, `Some(None)` if there are none.
+    #[allow(clippy::option_option)] // missing and none are different answers, and both callers start with `?`
     pub(super) fn validation(&self) -> Option<Option<Arc<Validation>>> {
         match &self.trust {
             Trust::Nobody => Some(None),

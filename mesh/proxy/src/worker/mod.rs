@@ -222,7 +222,9 @@ impl Worker {
                     self.phase.set(phase.max(self.phase.get()));
                     self.phase_changed.notify_waiters();
                     if self.phase.get() == DrainPhase::Closing {
-                        listeners.drain().for_each(|(_, tasks)| stop(tasks));
+                        for (_, tasks) in listeners.drain() {
+                            stop(tasks);
+                        }
                     }
                 }
                 Some(Command::Connections(reply)) => {

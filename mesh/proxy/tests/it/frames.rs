@@ -193,7 +193,7 @@ impl RawClient {
                 }
                 return Some(found);
             }
-            let mut chunk = [0u8; 16 * 1024];
+            let mut chunk = vec![0_u8; 16 * 1024];
             match soon("a frame or the end", self.stream.read(&mut chunk)).await {
                 Ok(0) | Err(_) => return None,
                 Ok(count) => self.buffer.extend(&chunk[..count]),

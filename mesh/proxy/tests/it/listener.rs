@@ -451,8 +451,7 @@ async fn the_next_hop_is_told_who_the_client_proved_to_be() {
     let hash: String = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &issued.der().0[0])
         .as_ref()
         .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+        .fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
     let ours =
         format!("By=spiffe://td/server;Hash={hash};Subject=\"\";URI=spiffe://td/client;DNS=client.example");
     for (mode, mutual, wanted) in [
@@ -581,7 +580,10 @@ async fn certificates_and_counters_are_shown_as_envoy_shows_them() {
             }
         }
     }
-    let serial: String = issued.serial.iter().map(|byte| format!("{byte:02x}")).collect();
+    let serial: String = issued
+        .serial
+        .iter()
+        .fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
     assert_eq!(kinds["cert_chain"]["serial_number"], serial);
     assert_eq!(
         kinds["cert_chain"]["subject_alt_names"],

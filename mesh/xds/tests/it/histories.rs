@@ -44,14 +44,14 @@ fn content(index: u8) -> String {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let change = (0..5usize, 0..6u8, proptest::option::weighted(0.8, 0..10u8));
+    let change = (0..6usize, 0..6u8, proptest::option::weighted(0.8, 0..10u8));
     prop_oneof![
         4 => proptest::collection::vec(change, 1..4).prop_map(Step::Change),
         5 => proptest::bool::weighted(0.1).prop_map(|repeated| Step::ToServer { repeated }),
         5 => proptest::bool::weighted(0.1).prop_map(|repeated| Step::ToClient { repeated }),
         5 => Just(Step::Settle),
         1 => (0..7usize).prop_map(|load_after| Step::Reconnect { load_after }),
-        1 => (0..5usize, proptest::bool::weighted(0.2), proptest::collection::vec(0..6u8, 0..4))
+        1 => (0..6usize, proptest::bool::weighted(0.2), proptest::collection::vec(0..6u8, 0..4))
             .prop_map(|(resource_type, all, names)| Step::Interest { resource_type, all, names }),
         1 => (0..3000u16).prop_map(Step::Wait),
     ]

@@ -62,8 +62,8 @@ pub(super) async fn authenticate(
         None => authn.requirement(&view(parts), &random::next),
         Some(PerRouteJwt::Disabled) => None,
         Some(PerRouteJwt::Named(name)) => match authn.named(name) {
-            Ok(requirement) => Some(requirement),
-            Err(()) => {
+            Some(requirement) => Some(requirement),
+            None => {
                 authn.denied.add(worker.id);
                 return Err(LocalReply::new(
                     StatusCode::FORBIDDEN,
