@@ -37,6 +37,20 @@ fn values(text: &[u8]) -> Vec<serde_json::Value> {
         .collect()
 }
 
+/// All scalars in their order.
+fn leaves(value: &serde_json::Value) -> Vec<String> {
+    match value {
+        serde_json::Value::Array(items) => items.iter().flat_map(leaves).collect(),
+        serde_json::Value::Object(entries) => {
+            let mut all: Vec<String> = entries.values().flat_map(leaves).collect();
+            // A renamed key moves.
+            all.sort();
+            all
+        }
+        scalar => vec![scalar.to_string()],
+    }
+}
+
 fn parse(text: &str) -> Option<Value> {
     let limits = Limits::default();
     let options = ReadOptions {
@@ -288,10 +302,11 @@ proptest! {
         let before = text[at];
         text[at] = byte;
         if let Ok(plain) = decrypt(&text, format, format, &keys()) {
-            // What opens after a change says the same: the change was in what nobody reads.
+            // What opens after a change has the same values: the change was in what nobody reads, or in the name of a
+            // value that is not encrypted, which SOPS does not cover.
             let whole = decrypt(&data(name), format, format, &keys()).unwrap();
             let same = match format {
-                Format::Yaml => values(&plain) == values(&whole),
+                Format::Yaml => leaves(&values(&plain).into()) == leaves(&values(&whole).into()),
                 _ => plain == whole,
             };
             prop_assert!(same || before == byte, "byte {} became {}", at, byte);

@@ -6,6 +6,7 @@
 //! begins (RFC 9112 sections 2.2, 3.2, 6 and 7.1).
 
 use super::chars::{is_target, is_token, is_value};
+use super::extension::Extension;
 
 /// Longest chunk-size line with its extensions, bytes.
 const MAX_CHUNK_LINE: usize = 256;
@@ -131,7 +132,7 @@ enum State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Chunk {
     Size { value: u64, digits: u8 },
-    Extension { length: usize },
+    Extension { length: usize, at: Extension },
     SizeLf { value: u64 },
     Data(u64),
     DataCr,
@@ -300,17 +301,22 @@ impl Scanner {
                 b'\r' if digits > 0 => Chunk::SizeLf { value },
                 b';' if digits > 0 => {
                     self.chunk_value = value;
-                    Chunk::Extension { length: 0 }
+                    Chunk::Extension {
+                        length: 0,
+                        at: Extension::NameStart,
+                    }
                 }
                 _ => return Err(Violation::BadChunk),
             },
-            Chunk::Extension { length } => match byte {
-                b'\r' => Chunk::SizeLf {
-                    value: self.chunk_value,
+            Chunk::Extension { at, .. } if byte == b'\r' && at.may_end() => Chunk::SizeLf {
+                value: self.chunk_value,
+            },
+            Chunk::Extension { length, at } => match at.next(byte) {
+                Some(at) if length < MAX_CHUNK_LINE => Chunk::Extension {
+                    length: length + 1,
+                    at,
                 },
-                b'\n' | 0 => return Err(Violation::BadChunk),
-                _ if length >= MAX_CHUNK_LINE => return Err(Violation::BadChunk),
-                _ => Chunk::Extension { length: length + 1 },
+                _ => return Err(Violation::BadChunk),
             },
             Chunk::SizeLf { value } => match (byte, value) {
                 (b'\n', 0) => Chunk::TrailerStart { length: 0 },

@@ -135,7 +135,7 @@ fn vectors(path: &Path) -> Vec<Vector> {
 async fn statuses(at: std::net::SocketAddr, bytes: &[u8], expected: usize) -> Vec<u16> {
     /// How long an incomplete request is left waiting; too short a time loses answers, and with them comparisons only.
     const QUIET: std::time::Duration = std::time::Duration::from_millis(100);
-    let count = |answer: &[u8]| answer.windows(9).filter(|window| *window == b"HTTP/1.1 ").count();
+    let count = |answer: &[u8]| answer.windows(7).filter(|window| *window == b"HTTP/1.").count();
     let mut stream = TcpStream::connect(at).await.unwrap();
     let _ = stream.write_all(bytes).await;
     let mut answer = Vec::new();
@@ -148,9 +148,10 @@ async fn statuses(at: std::net::SocketAddr, bytes: &[u8], expected: usize) -> Ve
     let _ = stream.shutdown().await;
     let _ = soon("the end of the connection", stream.read_to_end(&mut answer)).await;
     String::from_utf8_lossy(&answer)
-        .split("HTTP/1.1 ")
+        .split("HTTP/1.")
         .skip(1)
-        .filter_map(|part| part.get(..3)?.parse().ok())
+        // Behind the minor version, which is that of the request.
+        .filter_map(|part| part.get(2..5)?.parse().ok())
         .collect()
 }
 
@@ -164,7 +165,9 @@ async fn llhttp_vectors_are_never_taken_for_more_or_other_than_llhttp_takes_them
     let (mut seen, mut served) = (0, 0);
     for path in files(&data.join("llhttp/request"), "md") {
         for vector in vectors(&path) {
-            if vector.lenient {
+            // llhttp takes the methods that it knows; to us, as to RFC 9110 section 9.1, a method is any token.
+            let methods = ["HTTP protocol and ANNOUNCE method", "Invalid method"];
+            if vector.lenient || methods.contains(&vector.title.as_str()) {
                 continue;
             }
             seen += 1;
@@ -189,6 +192,10 @@ async fn llhttp_vectors_are_never_taken_for_more_or_other_than_llhttp_takes_them
                 for _ in 0..good {
                     body.extend(backend.next().await.body);
                 }
+                assert!(
+                    backend.seen.try_recv().is_err(),
+                    "forwarded and not answered: {what}"
+                );
                 if good == vector.complete {
                     assert_eq!(body, vector.body, "another body than llhttp's: {what}");
                     served += usize::from(good > 0);
