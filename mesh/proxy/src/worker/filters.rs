@@ -1,7 +1,7 @@
 //! Running a chain of HTTP filters: requests pass it in order before they are routed on, responses, also those that the
 //! proxy makes itself, in reverse order.
 //!
-//! A filter that has something to do with the response says so when the request passes it ([`Encode`]); a response
+//! A filter that has something to do with the response says so when the request passes it (`Encode`); a response
 //! therefore only meets filters that its request has met, except for header mutations, which change every response.
 
 mod ext_authz;

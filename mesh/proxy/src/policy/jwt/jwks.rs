@@ -2,7 +2,7 @@
 //!
 //! One fetch at a time for all workers. Keys are believed for the cache duration; in its last fifth the next request
 //! has them fetched again while it goes on with the old ones, so that a rotation delays nobody. A token with an unknown
-//! key id has them fetched at once, though not more often than [`ROTATION`].
+//! key id has them fetched at once, though not more often than `ROTATION`.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
