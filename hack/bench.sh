@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export SERIN_BIN_DIR="${CARGO_TARGET_DIR:?}/${PROFILE:-demo}"
-all=(kustomize gitops control proxy demo)
+all=(kustomize analysis gitops control proxy demo)
 for bench in "${@:-${all[@]}}"; do
     echo "== $bench"
     case $bench in
