@@ -180,7 +180,7 @@ fn run(seeds: &[String], start: u64, target: fn(&[u8])) {
 
 #[test]
 fn mutated_trees_are_built_or_refused_without_a_panic_and_always_alike() {
-    let mut seeds = corpus("build");
+    let mut seeds = corpus("kustomization");
     seeds.extend(shared_trees());
     run(&seeds, 1, harness::build_tree);
 }
@@ -201,7 +201,7 @@ fn mutated_texts_are_substituted_or_refused() {
 #[test]
 fn a_change_outside_of_the_read_set_never_changes_the_result() {
     use serin_kustomize::{MemoryTree, Options, build};
-    let mut seeds = corpus("build");
+    let mut seeds = corpus("kustomization");
     seeds.extend(shared_trees());
     for (number, seed) in seeds.iter().enumerate() {
         let mut random = Random(number as u64 + 17);
