@@ -279,6 +279,8 @@ impl Http {
                     if retries_left == 0 || !take(host) {
                         return Err(error);
                     }
+                    // A provider tells nobody when it is well again: it is asked again after as long as it asked for, or
+                    // ever more rarely, within the retries of the host's budget and the deadline of the whole query.
                     tokio::time::sleep(asked.unwrap_or(backoff)).await;
                     backoff *= 2;
                 }
