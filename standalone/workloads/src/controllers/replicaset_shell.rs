@@ -13,7 +13,6 @@ use kube::{Api, Resource, ResourceExt};
 use serde_json::json;
 use serin_kit::events::Recorder;
 use tokio_util::sync::CancellationToken;
-use tracing::debug;
 
 use super::Shared;
 use super::queue::Queue;
@@ -51,22 +50,11 @@ pub(crate) async fn run(shared: Shared, recorder: Recorder, cancel: Cancellation
     let mut queue = Queue::default();
     queue.add_all(controller.everything());
     loop {
-        while let Some(key) = queue.pop() {
-            match controller.sync(&key).await {
-                Ok(after) => {
-                    queue.succeeded(&key);
-                    if let Some(after) = after {
-                        queue.add_after(key, after);
-                    }
-                }
-                Err(error) => {
-                    debug!(?key, %error, "sync a ReplicaSet; will be tried again");
-                    queue.failed(key);
-                }
-            }
-            if cancel.is_cancelled() {
-                return;
-            }
+        while !cancel.is_cancelled()
+            && let Some(key) = queue.pop()
+        {
+            let outcome = controller.sync(&key).await;
+            queue.settle(key, "sync a ReplicaSet", outcome);
         }
         tokio::select! {
             () = cancel.cancelled() => return,
