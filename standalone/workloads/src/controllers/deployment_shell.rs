@@ -137,6 +137,15 @@ impl Controller {
             },
             Timestamp::now(),
         );
+        // A ReplicaSet that goes may be the first that is heard of the end of its Deployment.
+        if decision
+            .actions
+            .iter()
+            .any(|action| matches!(action, Action::Create(_)))
+            && !self.shared.still_has(deployment.as_ref()).await?
+        {
+            return Ok(None);
+        }
         let about = deployment.object_ref(&());
         for action in &decision.actions {
             self.act(&deployment, &about, action, &sets).await?;

@@ -120,6 +120,13 @@ impl Controller {
             None,
             Timestamp::now(),
         );
+        // Pods that go may be the first that is heard of the end of their ReplicaSet.
+        if decision.create > 0
+            && pods.iter().any(|pod| pod.metadata.deletion_timestamp.is_some())
+            && !self.shared.still_has(set.as_ref()).await?
+        {
+            return Ok(None);
+        }
         let mut result = Ok(());
         if decision.create > 0 {
             result = self.create(&set, decision.create).await;
