@@ -14,6 +14,7 @@ mod golden;
 mod h2spec;
 mod hygiene;
 mod interception;
+mod interim;
 mod interop;
 mod lifecycle;
 mod listener;
