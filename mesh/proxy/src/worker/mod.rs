@@ -2,6 +2,7 @@
 //! the request path is shared with other workers but the configuration that is read.
 
 pub mod accept;
+mod attempts;
 pub mod body;
 pub mod call;
 mod connection_log;
@@ -16,6 +17,7 @@ mod logging;
 mod mirror;
 mod prepare;
 pub mod request;
+mod respond;
 mod rest;
 pub mod sniff;
 mod spans;

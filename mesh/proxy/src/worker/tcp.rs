@@ -2,15 +2,15 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::net::{Shutdown, SocketAddr};
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Poll, ready};
 use std::time::{Duration, Instant};
 
-use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::net::TcpStream;
 
 use super::Worker;
 use super::connection_log::{ConnectionLog, periodically};
@@ -296,7 +296,7 @@ pub(super) async fn join(
         // The first error ends both; a mere end of stream is passed on and leaves the other direction open.
         let _ = match (downstream, upstream.stream) {
             (Io::Plain(downstream), Stream::Plain(upstream)) => {
-                join_sockets(&Socket::Tcp(downstream), &upstream, &prefix, received, sent).await
+                join_sockets(downstream, upstream, &prefix, received, sent).await
             }
             (downstream, upstream_stream) => {
                 relay(
@@ -345,23 +345,30 @@ async fn quiet(last: &Cell<Instant>, limit: Option<Duration>) {
     }
 }
 
-/// Both directions between sockets: nothing is held for a direction that is silent.
+/// Both directions between sockets. The halves are tokio's, whose reads know that a short one has emptied the socket: a
+/// message costs one read and one write, and no read that only finds nothing.
 async fn join_sockets(
-    downstream: &Socket,
-    upstream: &Socket,
+    mut downstream: TcpStream,
+    upstream: Socket,
     prefix: &[u8],
     received: impl Fn(usize),
     sent: impl Fn(usize),
 ) -> io::Result<()> {
-    let up = async {
-        if !prefix.is_empty() {
-            received(prefix.len());
-            upstream.send(prefix).await?;
+    let (from_client, to_client) = downstream.split();
+    match upstream {
+        Socket::Tcp(mut upstream) => {
+            let (from_server, to_server) = upstream.split();
+            let up = relay_one(from_client, to_server, prefix, received);
+            let down = relay_one(from_server, to_client, &[], sent);
+            futures::future::try_join(up, down).await.map(drop)
         }
-        pump(downstream, upstream, received).await
-    };
-    let down = pump(upstream, downstream, sent);
-    futures::future::try_join(up, down).await.map(drop)
+        Socket::Unix(mut upstream) => {
+            let (from_server, to_server) = upstream.split();
+            let up = relay_one(from_client, to_server, prefix, received);
+            let down = relay_one(from_server, to_client, &[], sent);
+            futures::future::try_join(up, down).await.map(drop)
+        }
+    }
 }
 
 /// Both directions where TLS is on one side at least.
@@ -380,6 +387,8 @@ async fn relay(
     futures::future::try_join(up, down).await.map(drop)
 }
 
+/// One direction, to its end. What the peer does not take at once is copied out of the shared buffer, so that a silent
+/// or slow direction holds no more than what it owes.
 async fn relay_one(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
@@ -416,38 +425,18 @@ async fn relay_one(
             })
         });
         match step.await? {
-            None => return to.shutdown().await,
+            None => {
+                return match to.shutdown().await {
+                    // The peer has closed already.
+                    Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+                    other => other,
+                };
+            }
+            Some(rest) if rest.is_empty() => to.flush().await?,
             Some(rest) => {
                 to.write_all(&rest).await?;
                 to.flush().await?;
             }
-        }
-    }
-}
-
-async fn pump(from: &Socket, to: &Socket, moved: impl Fn(usize)) -> io::Result<()> {
-    loop {
-        from.readable().await?;
-        // What the peer does not take at once is copied out of the shared buffer.
-        let step = SCRATCH.with_borrow_mut(|buffer| -> io::Result<Option<Vec<u8>>> {
-            let count = match from.try_read(buffer) {
-                Ok(0) => return Ok(None),
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Some(Vec::new())),
-                Err(error) => return Err(error),
-            };
-            moved(count);
-            let written = match to.try_write(&buffer[..count]) {
-                Ok(written) => written,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-                Err(error) => return Err(error),
-            };
-            Ok(Some(buffer[written..count].to_vec()))
-        })?;
-        match step {
-            None => return to.end(),
-            Some(rest) if rest.is_empty() => {}
-            Some(rest) => to.send(&rest).await?,
         }
     }
 }
@@ -457,48 +446,6 @@ impl Socket {
         match self {
             Self::Tcp(stream) => stream.readable().await,
             Self::Unix(stream) => stream.readable().await,
-        }
-    }
-
-    fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(stream) => stream.try_read(buffer),
-            Self::Unix(stream) => stream.try_read(buffer),
-        }
-    }
-
-    fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(stream) => stream.try_write(bytes),
-            Self::Unix(stream) => stream.try_write(bytes),
-        }
-    }
-
-    async fn send(&self, mut bytes: &[u8]) -> io::Result<()> {
-        while !bytes.is_empty() {
-            match self {
-                Self::Tcp(stream) => stream.writable().await?,
-                Self::Unix(stream) => stream.writable().await?,
-            }
-            match self.try_write(bytes) {
-                Ok(count) => bytes = &bytes[count..],
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    /// Passes the end of the stream on.
-    fn end(&self) -> io::Result<()> {
-        let result = match self {
-            Self::Tcp(stream) => SockRef::from(stream).shutdown(Shutdown::Write),
-            Self::Unix(stream) => SockRef::from(stream).shutdown(Shutdown::Write),
-        };
-        match result {
-            // The peer has closed already.
-            Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
-            other => other,
         }
     }
 }

@@ -23,6 +23,7 @@ mod metrics;
 mod policies;
 mod tcp;
 mod tls;
+mod tls_secrets;
 mod tls_upstream;
 mod upstream_health;
 mod xds;
