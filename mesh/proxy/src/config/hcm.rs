@@ -211,6 +211,13 @@ impl HttpManager {
                 from.represent_ipv4_remote_address_as_ipv4_mapped_ipv6,
             ),
             ("strip_trailing_host_dot", from.strip_trailing_host_dot),
+            ("stream_flush_timeout", from.stream_flush_timeout.is_some()),
+            ("append_local_overload", from.append_local_overload),
+            ("forward_proto_config", from.forward_proto_config.is_some()),
+            (
+                "http1_safe_max_connection_duration",
+                from.http1_safe_max_connection_duration,
+            ),
             (
                 "typed_header_validation_config",
                 from.typed_header_validation_config.is_some(),
