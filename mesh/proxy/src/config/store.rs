@@ -133,6 +133,11 @@ impl Store {
         std::mem::take(&mut self.changes)
     }
 
+    /// What workers are to do in the background since the last call.
+    pub fn take_chores(&mut self) -> Vec<crate::config::slot::Chore> {
+        std::mem::take(&mut self.slots.chores)
+    }
+
     /// Access log files are opened anew.
     pub fn reopen_logs(&self) {
         self.slots.sinks.reopen();

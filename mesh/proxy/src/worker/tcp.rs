@@ -13,12 +13,14 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Re
 use tokio::net::TcpStream;
 
 use super::Worker;
+use super::connection_log::{ConnectionLog, periodically};
 use super::io::Io;
 use crate::config::hash::hash_of_source;
 use crate::config::listener::{Direction, Listener, TcpProxy, TcpTargets};
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
 use crate::metrics::series::{Reporter, TcpLabels, TcpSeries};
+use crate::observe::record::LogType;
 use crate::tls::info::ConnectionTls;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::{Active, Host, WorkerCluster};
@@ -34,13 +36,17 @@ thread_local! {
     static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER]);
 }
 
-/// What a connection is opened for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Purpose {
-    /// For a client that needs it: a failure is recorded.
-    Serve,
-    /// To see whether the server speaks first: a failure means nothing.
-    Probe,
+/// Who wants to be connected.
+#[derive(Clone, Copy)]
+pub(super) struct Client<'a> {
+    /// Itself.
+    pub source: SocketAddr,
+    /// Where it wants to go.
+    pub destination: SocketAddr,
+    /// TLS, where we end it.
+    pub tls: Option<&'a ConnectionTls>,
+    /// The name in its TLS handshake.
+    pub server_name: Option<&'a str>,
 }
 
 /// There is no connection to join with; why has been recorded.
@@ -53,6 +59,9 @@ pub struct Upstream {
     /// Read already: what a server inside of TLS said first.
     early: Vec<u8>,
     labels: TcpLabels,
+    cluster: Arc<str>,
+    host: Rc<Host>,
+    attempts: u32,
     _active: Active,
 }
 
@@ -71,22 +80,21 @@ impl Upstream {
     }
 }
 
-/// Connects to where `proxy` sends connections.
+/// Connects to where `proxy` sends connections. A failure is recorded in `log`; without one it means nothing: somebody
+/// wanted to see whether the server speaks first.
 pub(super) async fn open(
     worker: &Rc<Worker>,
     proxy: &TcpProxy,
     listener: &Listener,
-    source: SocketAddr,
-    destination: SocketAddr,
-    tls: Option<&ConnectionTls>,
-    server_name: Option<&str>,
-    purpose: Purpose,
+    client: &Client<'_>,
+    mut log: Option<&mut ConnectionLog>,
 ) -> Result<Upstream, NoUpstream> {
+    let (source, destination) = (client.source, client.destination);
     // A name that comes with the connection may only choose among clusters that exist.
     let named = proxy
         .by_server_name
         .as_ref()
-        .zip(server_name)
+        .zip(client.server_name)
         .and_then(|(directory, name)| directory.find(name));
     let slot = match (&named, &proxy.targets) {
         (Some(slot), _) | (None, TcpTargets::One(slot)) => slot,
@@ -96,18 +104,15 @@ pub(super) async fn open(
         Direction::Inbound => Reporter::Destination,
         Direction::Outbound | Direction::Unspecified => Reporter::Source,
     };
-    let no_upstream = |labels, flags, failure: &str| {
-        if purpose == Purpose::Serve {
-            record_failure(
-                worker,
-                proxy,
-                labels,
-                flags,
-                listener,
-                &slot.name,
-                destination,
-                failure,
-            );
+    let mut no_upstream = |mut labels: TcpLabels, flags, failure: String, attempts, host: Option<Rc<Host>>| {
+        if let Some(log) = &mut log {
+            labels.flags = flags;
+            log.flag(flags);
+            log.cluster = Some(slot.name.clone());
+            log.failure = failure;
+            log.attempts = attempts;
+            log.host = host;
+            record_failure(worker, proxy, &labels, listener, log);
         }
         Err(NoUpstream)
     };
@@ -117,12 +122,12 @@ pub(super) async fn open(
         service: ServiceIdentity::unknown(),
         flags: Flags::default(),
         principals: match reporter {
-            Reporter::Destination => tls.and_then(|tls| tls.principals.clone()),
+            Reporter::Destination => client.tls.and_then(|tls| tls.principals.clone()),
             Reporter::Source => None,
         },
     };
     let Some(cluster) = worker.cluster(slot) else {
-        return no_upstream(labels, Flags::NO_CLUSTER, "");
+        return no_upstream(labels, Flags::NO_CLUSTER, String::new(), 0, None);
     };
     labels.service = cluster
         .config
@@ -131,7 +136,7 @@ pub(super) async fn open(
         .unwrap_or_else(|| ServiceIdentity::new(&cluster.slot.name, &cluster.slot.name, ""));
     let mut tried: Vec<Rc<Host>> = Vec::new();
     let mut failure = String::new();
-    for _ in 0..proxy.max_connect_attempts {
+    for attempt in 1..=proxy.max_connect_attempts {
         let wish = Wish {
             hash: proxy.hash_by_source.then(|| hash_of_source(source.ip())),
             tried: &tried,
@@ -139,7 +144,7 @@ pub(super) async fn open(
             ..Default::default()
         };
         let Some(host) = cluster.pick(&wish, Some(destination)) else {
-            return no_upstream(labels, Flags::NO_HEALTHY_UPSTREAM, &failure);
+            return no_upstream(labels, Flags::NO_HEALTHY_UPSTREAM, failure, attempt - 1, tried.pop());
         };
         if reporter == Reporter::Source
             && let Some(workload) = &host.endpoint.workload
@@ -155,7 +160,10 @@ pub(super) async fn open(
                     stream: connected.stream,
                     early: Vec::new(),
                     labels,
+                    cluster: slot.name.clone(),
+                    attempts: attempt,
                     _active: Active::on(&host),
+                    host,
                 });
             }
             Err(text) => failure = text,
@@ -166,7 +174,7 @@ pub(super) async fn open(
     if proxy.max_connect_attempts > 1 {
         flags.add(Flags::RETRY_LIMIT);
     }
-    no_upstream(labels, flags, &failure)
+    no_upstream(labels, flags, failure, proxy.max_connect_attempts, tried.pop())
 }
 
 async fn connect_to(
@@ -206,26 +214,25 @@ async fn connect_to(
 fn record_failure(
     worker: &Worker,
     proxy: &TcpProxy,
-    mut labels: TcpLabels,
-    flags: Flags,
+    labels: &TcpLabels,
     listener: &Listener,
-    cluster: &str,
-    destination: SocketAddr,
-    failure: &str,
+    log: &ConnectionLog,
 ) {
-    labels.flags = flags;
     if proxy.stats {
-        let series = worker.recorder.tcp(&labels);
+        let series = worker.recorder.tcp(labels);
         series.opened.add(1);
         series.closed.add(1);
+    }
+    if log.is_wanted() {
+        return;
     }
     worker.log(
         serde_json::json!({
             "listener": &*listener.name,
-            "upstream_cluster": cluster,
-            "response_flags": flags.to_string(),
-            "upstream_transport_failure_reason": failure,
-            "downstream_local_address": destination.to_string(),
+            "upstream_cluster": log.cluster.as_deref(),
+            "response_flags": labels.flags.to_string(),
+            "upstream_transport_failure_reason": log.failure,
+            "downstream_local_address": log.addresses.local.to_string(),
         })
         .to_string(),
     );
@@ -249,7 +256,15 @@ pub(super) async fn join(
     downstream: Io,
     prefix: Vec<u8>,
     upstream: Upstream,
+    mut log: Box<ConnectionLog>,
 ) {
+    log.cluster = Some(upstream.cluster);
+    log.attempts = upstream.attempts;
+    log.host = Some(upstream.host);
+    if proxy.log_connected {
+        log.write_meanwhile(LogType::TcpUpstreamConnected);
+    }
+    let log = &*log;
     let series = proxy.stats.then(|| worker.recorder.tcp(&upstream.labels));
     if let Some(series) = &series {
         series.opened.add(1);
@@ -258,12 +273,14 @@ pub(super) async fn join(
     let last = Cell::new(Instant::now());
     let received = |count: usize| {
         last.set(Instant::now());
+        log.received.set(log.received.get() + count as u64);
         if let Some(series) = &counted.0 {
             series.received.add(count as u64);
         }
     };
     let sent = |count: usize| {
         last.set(Instant::now());
+        log.sent.set(log.sent.get() + count as u64);
         if let Some(series) = &counted.0 {
             series.sent.add(count as u64);
         }
@@ -289,9 +306,13 @@ pub(super) async fn join(
     };
     tokio::select! {
         () = both => {}
-        () = quiet(&last, proxy.idle_timeout) => {}
-        () = worker.closing() => {}
-        () = lasting(proxy.max_duration) => {}
+        () = quiet(&last, proxy.idle_timeout) => log.local_close.set("tcp_session_idle_timeout"),
+        () = worker.closing() => log.local_close.set("draining"),
+        () = lasting(proxy.max_duration) => {
+            log.flag(Flags::DURATION_TIMEOUT);
+            log.local_close.set("max_connection_duration_reached");
+        }
+        () = periodically(log, proxy.log_interval) => {}
     }
 }
 
