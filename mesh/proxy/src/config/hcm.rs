@@ -197,7 +197,10 @@ impl HttpManager {
                 from.access_log_flush_interval.is_some() || from.flush_access_log_on_new_request,
             ),
             ("proxy_100_continue", from.proxy_100_continue),
-            ("add_user_agent", from.add_user_agent.as_ref().is_some_and(|value| value.value)),
+            (
+                "add_user_agent",
+                from.add_user_agent.as_ref().is_some_and(|value| value.value),
+            ),
             (
                 "scheme_header_transformation",
                 from.scheme_header_transformation
@@ -213,7 +216,10 @@ impl HttpManager {
                 "typed_header_validation_config",
                 from.typed_header_validation_config.is_some(),
             ),
-            ("forward_client_cert_matcher", from.forward_client_cert_matcher.is_some()),
+            (
+                "forward_client_cert_matcher",
+                from.forward_client_cert_matcher.is_some(),
+            ),
         ];
         if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
             return Err(Refusal::new(*field, "not supported"));

@@ -562,7 +562,8 @@ impl TcpProxy {
             ("backoff_options", from.backoff_options.is_some()),
             (
                 "max_downstream_connection_duration_jitter_percentage",
-                from.max_downstream_connection_duration_jitter_percentage.is_some(),
+                from.max_downstream_connection_duration_jitter_percentage
+                    .is_some(),
             ),
             ("proxy_protocol_tlvs", !from.proxy_protocol_tlvs.is_empty()),
             ("upstream_connect_mode", from.upstream_connect_mode != 0),

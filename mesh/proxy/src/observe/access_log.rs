@@ -55,7 +55,10 @@ enum Output {
 
 impl AccessLogs {
     /// Compiles the messages; `None` where there are none.
-    pub(crate) fn compile(from: &[pb::AccessLog], context: &mut Context<'_>) -> Result<Option<Self>, Refusal> {
+    pub(crate) fn compile(
+        from: &[pb::AccessLog],
+        context: &mut Context<'_>,
+    ) -> Result<Option<Self>, Refusal> {
         if from.is_empty() {
             return Ok(None);
         }

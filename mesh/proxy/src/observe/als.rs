@@ -38,7 +38,10 @@ impl HttpEntry {
                 .enumerate()
                 .map(|(index, name)| {
                     let parsed = HeaderName::from_bytes(name.as_bytes()).map_err(|_| {
-                        Refusal::new(format!("{field}[{index}]"), format!("{name:?} is not a header name"))
+                        Refusal::new(
+                            format!("{field}[{index}]"),
+                            format!("{name:?} is not a header name"),
+                        )
                     })?;
                     Ok((parsed.clone(), wants.field(side, parsed)))
                 })
@@ -75,10 +78,9 @@ impl HttpEntry {
     pub fn of(&self, record: &Record<'_>) -> data::HttpAccessLogEntry {
         use data::http_access_log_entry::HttpVersion;
         let text = |side: Side, index: usize| {
-            record
-                .kept
-                .field(side, index)
-                .map_or_else(String::new, |value| String::from_utf8_lossy(value.as_bytes()).into_owned())
+            record.kept.field(side, index).map_or_else(String::new, |value| {
+                String::from_utf8_lossy(value.as_bytes()).into_owned()
+            })
         };
         let fields = |side: Side, names: &[Kept]| -> HashMap<String, String> {
             names
@@ -145,7 +147,9 @@ fn address(at: SocketAddr) -> Option<core::Address> {
     Some(core::Address {
         address: Some(core::address::Address::SocketAddress(core::SocketAddress {
             address: at.ip().to_string(),
-            port_specifier: Some(core::socket_address::PortSpecifier::PortValue(u32::from(at.port()))),
+            port_specifier: Some(core::socket_address::PortSpecifier::PortValue(u32::from(
+                at.port(),
+            ))),
             ..Default::default()
         })),
     })

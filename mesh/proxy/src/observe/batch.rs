@@ -103,7 +103,10 @@ impl<'a> Limits<'a> {
     /// Of the message that the access log service's configurations share.
     pub(super) fn of(common: &'a grpc::CommonGrpcAccessLogConfig) -> Result<Self, Refusal> {
         let unsupported = [
-            ("grpc_stream_retry_policy", common.grpc_stream_retry_policy.is_some()),
+            (
+                "grpc_stream_retry_policy",
+                common.grpc_stream_retry_policy.is_some(),
+            ),
             ("custom_tags", !common.custom_tags.is_empty()),
             (
                 "transport_api_version",
@@ -281,7 +284,10 @@ mod tests {
         let batch = batches.take(&node).unwrap();
         let message = als::StreamAccessLogsMessage::decode(batch.message.as_slice()).unwrap();
         let identifier = message.identifier.unwrap();
-        assert_eq!((&*identifier.log_name, &*identifier.node.unwrap().id), ("l", "me"));
+        assert_eq!(
+            (&*identifier.log_name, &*identifier.node.unwrap().id),
+            ("l", "me")
+        );
         let Some(als::stream_access_logs_message::LogEntries::HttpLogs(logs)) = message.log_entries else {
             panic!("no HTTP entries");
         };

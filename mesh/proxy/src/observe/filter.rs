@@ -137,9 +137,7 @@ impl Filter {
                     .as_ref()
                     .is_none_or(|value| value.value),
             ),
-            Spec::LogTypeFilter(filter) => {
-                Self::Kind(filter.types.as_slice().into(), filter.exclude)
-            }
+            Spec::LogTypeFilter(filter) => Self::Kind(filter.types.as_slice().into(), filter.exclude),
             Spec::ExtensionFilter(filter) => {
                 return Err(Refusal::new(
                     "extension_filter",

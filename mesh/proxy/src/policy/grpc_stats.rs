@@ -281,10 +281,16 @@ mod tests {
             filter.count(&call, 0);
         }
         let total = table.collect();
-        let family = total.iter().find(|family| family.name == "envoy_cluster_grpc_total");
+        let family = total
+            .iter()
+            .find(|family| family.name == "envoy_cluster_grpc_total");
         let mut out = Vec::new();
         for (labels, value) in &family.unwrap().metrics {
-            let text = labels[1..].iter().map(|(_, value)| &**value).collect::<Vec<_>>().join("/");
+            let text = labels[1..]
+                .iter()
+                .map(|(_, value)| &**value)
+                .collect::<Vec<_>>()
+                .join("/");
             out.push((text, format!("{value:?}")));
         }
         out
@@ -304,13 +310,12 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(counted(&from), [one("p_Shop/Buy"), one("p_Shop/Look")]);
-        from.per_method_stat_specifier =
-            Some(Spec::IndividualMethodStatsAllowlist(core::GrpcMethodList {
-                services: vec![core::grpc_method_list::Service {
-                    name: "p.Shop".into(),
-                    method_names: vec!["Buy".into()],
-                }],
-            }));
+        from.per_method_stat_specifier = Some(Spec::IndividualMethodStatsAllowlist(core::GrpcMethodList {
+            services: vec![core::grpc_method_list::Service {
+                name: "p.Shop".into(),
+                method_names: vec!["Buy".into()],
+            }],
+        }));
         assert_eq!(counted(&from), [one(""), one("p_Shop/Buy")]);
     }
 

@@ -237,12 +237,7 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
 }
 
 /// Whether the chain's network filters let the connection through; a denial is logged.
-fn admitted(
-    worker: &Worker,
-    listener: &Listener,
-    chain: &FilterChain,
-    log: &mut ConnectionLog,
-) -> bool {
+fn admitted(worker: &Worker, listener: &Listener, chain: &FilterChain, log: &mut ConnectionLog) -> bool {
     let addresses = log.addresses;
     for policy in &chain.policies {
         let facts = Facts {
@@ -423,12 +418,7 @@ async fn handle(
     }
 }
 
-fn log_handshake(
-    worker: &Worker,
-    listener: &Listener,
-    log: &mut ConnectionLog,
-    error: &io::Error,
-) {
+fn log_handshake(worker: &Worker, listener: &Listener, log: &mut ConnectionLog, error: &io::Error) {
     log.downstream_failure = Some(error.to_string());
     if log.is_wanted() {
         return;

@@ -197,7 +197,10 @@ impl RequestSource {
 
     /// gRPC messages so far, where somebody counts them.
     pub fn messages(&self) -> u64 {
-        self.incoming.messages.as_ref().map_or(0, |messages| messages.count)
+        self.incoming
+            .messages
+            .as_ref()
+            .map_or(0, |messages| messages.count)
     }
 
     /// Whether everything that was read can be sent again.

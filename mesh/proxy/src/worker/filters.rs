@@ -153,7 +153,10 @@ pub(super) fn finish(exchange: &Exchange) {
             cluster,
             path: exchange.uri.path(),
             status: exchange.grpc_status,
-            requests: exchange.source.as_ref().map_or(0, |source| source.borrow().messages()),
+            requests: exchange
+                .source
+                .as_ref()
+                .map_or(0, |source| source.borrow().messages()),
             responses: messages.count,
         };
         stats.count(&call, exchange.conn.worker.id);

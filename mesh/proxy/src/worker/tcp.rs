@@ -104,18 +104,19 @@ pub(super) async fn open(
         Direction::Inbound => Reporter::Destination,
         Direction::Outbound | Direction::Unspecified => Reporter::Source,
     };
-    let mut no_upstream = |mut labels: TcpLabels, flags, failure: String, attempts, host: Option<Rc<Host>>| {
-        if let Some(log) = &mut log {
-            labels.flags = flags;
-            log.flag(flags);
-            log.cluster = Some(slot.name.clone());
-            log.failure = failure;
-            log.attempts = attempts;
-            log.host = host;
-            record_failure(worker, proxy, &labels, listener, log);
-        }
-        Err(NoUpstream)
-    };
+    let mut no_upstream =
+        |mut labels: TcpLabels, flags, failure: String, attempts, host: Option<Rc<Host>>| {
+            if let Some(log) = &mut log {
+                labels.flags = flags;
+                log.flag(flags);
+                log.cluster = Some(slot.name.clone());
+                log.failure = failure;
+                log.attempts = attempts;
+                log.host = host;
+                record_failure(worker, proxy, &labels, listener, log);
+            }
+            Err(NoUpstream)
+        };
     let mut labels = TcpLabels {
         reporter,
         peer: Workload::unknown(),
@@ -144,7 +145,13 @@ pub(super) async fn open(
             ..Default::default()
         };
         let Some(host) = cluster.pick(&wish, Some(destination)) else {
-            return no_upstream(labels, Flags::NO_HEALTHY_UPSTREAM, failure, attempt - 1, tried.pop());
+            return no_upstream(
+                labels,
+                Flags::NO_HEALTHY_UPSTREAM,
+                failure,
+                attempt - 1,
+                tried.pop(),
+            );
         };
         if reporter == Reporter::Source
             && let Some(workload) = &host.endpoint.workload

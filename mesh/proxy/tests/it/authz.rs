@@ -299,7 +299,11 @@ impl Material {
                     self.collect(inner);
                 }
             }
-            Value::Array(items) => items.iter().for_each(|item| self.collect(item)),
+            Value::Array(items) => {
+                for item in items {
+                    self.collect(item);
+                }
+            }
             _ => {}
         }
     }
@@ -389,11 +393,10 @@ fn questions(material: &Material, seed: u64) -> Vec<Question> {
 /// The status, or nothing if the connection was refused.
 async fn answer(at: SocketAddr, client: &Arc<rustls::ClientConfig>, question: &Question) -> Option<u16> {
     let mut stream = handshake(at, client, &question.server_name).await.ok()?;
-    let fields: String = question
-        .fields
-        .iter()
-        .map(|(name, value)| format!("{name}: {value}\r\n"))
-        .collect();
+    let mut fields = String::new();
+    for (name, value) in &question.fields {
+        fields.push_str(&format!("{name}: {value}\r\n"));
+    }
     let bytes = format!(
         "{} {} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n{fields}\r\n",
         question.method, question.path, question.host
@@ -501,7 +504,9 @@ async fn istios_http_authorization_is_judged_alike_by_envoy_and_serin_proxy() {
     for (seed, (name, filters)) in cases.iter().enumerate() {
         let at = pair.listener(name).await;
         let mut material = Material::default();
-        filters.iter().for_each(|filter| material.collect(filter));
+        for filter in filters {
+            material.collect(filter);
+        }
         let clients: std::collections::BTreeMap<_, _> = material
             .identities
             .iter()
@@ -635,7 +640,9 @@ async fn istios_tcp_authorization_is_judged_alike_by_envoy_and_serin_proxy() {
     for (name, filters) in &cases {
         let at = pair.listener(name).await;
         let mut material = Material::default();
-        filters.iter().for_each(|filter| material.collect(filter));
+        for filter in filters {
+            material.collect(filter);
+        }
         material
             .identities
             .insert("spiffe://cluster.local/ns/other/sa/other".into());

@@ -6,8 +6,8 @@ use serde_json::json;
 
 use super::super::record::Kept;
 use super::*;
-use crate::metrics::flags::Flags;
 use crate::config::matchers::RequestView;
+use crate::metrics::flags::Flags;
 use crate::policy::metadata::{Metadata, of_json};
 
 fn kept(wants: &Wants) -> Kept {

@@ -14,9 +14,9 @@ use serin_xds::pb::envoy::extensions::filters::http::jwt_authn::v3 as jwt;
 use tokio::sync::Notify;
 
 use super::keys::KeySet;
-use crate::config::slot::Chore;
 use crate::config::convert;
 use crate::config::route::Context;
+use crate::config::slot::Chore;
 use crate::error::{Refusal, Within};
 use crate::policy::service::{HttpTarget, data};
 

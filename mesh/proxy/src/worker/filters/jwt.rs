@@ -326,7 +326,14 @@ async fn fetch_keys(worker: &Worker, mut fetch: Fetch) -> bool {
         request
             .headers_mut()
             .insert(header::HOST, remote.target.authority.clone());
-        let answer = call(worker, &remote.target.cluster, request, false, remote.target.timeout).await;
+        let answer = call(
+            worker,
+            &remote.target.cluster,
+            request,
+            false,
+            remote.target.timeout,
+        )
+        .await;
         let keys = match answer {
             Ok(answer) if answer.head.status == StatusCode::OK => KeySet::parse(&answer.body),
             Ok(answer) => Err(format!("the answer is {}", answer.head.status)),

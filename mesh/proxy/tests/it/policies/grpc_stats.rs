@@ -58,8 +58,22 @@ async fn calls_are_counted_by_cluster_service_and_method_with_their_messages() {
         }
     })
     .await;
-    assert_eq!((count("success", "Buy"), count("failure", "Buy"), count("0", "Buy")), (1.0, 0.0, 1.0));
-    assert_eq!((count("success", "Look"), count("failure", "Look"), count("5", "Look")), (0.0, 1.0, 1.0));
+    assert_eq!(
+        (
+            count("success", "Buy"),
+            count("failure", "Buy"),
+            count("0", "Buy")
+        ),
+        (1.0, 0.0, 1.0)
+    );
+    assert_eq!(
+        (
+            count("success", "Look"),
+            count("failure", "Look"),
+            count("5", "Look")
+        ),
+        (0.0, 1.0, 1.0)
+    );
     assert_eq!(count("request_message_count", "Buy"), 1.0);
     assert_eq!(count("response_message_count", "Buy"), 2.0);
 }

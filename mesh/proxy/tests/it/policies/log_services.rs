@@ -69,7 +69,12 @@ async fn taken<M: Message + Default>(service: &mut Backend, path: &str) -> M {
 
 const ALS: &str = "/envoy.service.accesslog.v3.AccessLogService/StreamAccessLogs";
 
-async fn entries(service: &mut Backend) -> (als::stream_access_logs_message::Identifier, als::stream_access_logs_message::LogEntries) {
+async fn entries(
+    service: &mut Backend,
+) -> (
+    als::stream_access_logs_message::Identifier,
+    als::stream_access_logs_message::LogEntries,
+) {
     let message: als::StreamAccessLogsMessage = taken(service, ALS).await;
     (message.identifier.unwrap(), message.log_entries.unwrap())
 }
@@ -97,12 +102,23 @@ async fn the_access_log_service_gets_an_entry_of_each_request() {
     let entry = &logs.log_entry[0];
     let (request, response) = (entry.request.as_ref().unwrap(), entry.response.as_ref().unwrap());
     assert_eq!(
-        (&*request.path, &*request.authority, &*request.user_agent, request.request_method),
+        (
+            &*request.path,
+            &*request.authority,
+            &*request.user_agent,
+            request.request_method
+        ),
         ("/a?q=1", "reviews", "test/1", core::RequestMethod::Get as i32)
     );
     assert_eq!(request.request_headers["x-tenant"], "blue");
     assert_eq!(response.response_code.unwrap().value, 200);
-    assert_eq!((response.response_body_bytes, &*response.response_headers["content-length"]), (2, "2"));
+    assert_eq!(
+        (
+            response.response_body_bytes,
+            &*response.response_headers["content-length"]
+        ),
+        (2, "2")
+    );
     let common = entry.common_properties.as_ref().unwrap();
     assert_eq!((&*common.upstream_cluster, &*common.route_name), ("c", "r"));
     assert_eq!(common.upstream_remote_address, address(backend.address));
@@ -208,7 +224,10 @@ async fn an_otlp_collector_gets_a_record_of_each_request_as_it_was_configured() 
     let logs = &export.resource_logs[0];
     let resource = &logs.resource.as_ref().unwrap().values;
     assert!(resource.contains(&pair("log_name", "shop")), "{resource:?}");
-    assert!(resource.contains(&pair("node_name", &harness.proxy.node.id)), "{resource:?}");
+    assert!(
+        resource.contains(&pair("node_name", &harness.proxy.node.id)),
+        "{resource:?}"
+    );
     assert!(resource.contains(&pair("service.name", "shop")), "{resource:?}");
     let record = &logs.scope_logs[0].log_records[0];
     assert_eq!(record.body, text("GET 200"));
@@ -238,7 +257,10 @@ async fn line(path: &std::path::Path) -> String {
 
 fn tcp_listener(proxy: &tcp_proxy::TcpProxy, logs: Vec<accesslog::AccessLog>) -> listener::Listener {
     let chain = listener::FilterChain {
-        filters: vec![network_filter("envoy.filters.network.tcp_proxy", Some(any(proxy)))],
+        filters: vec![network_filter(
+            "envoy.filters.network.tcp_proxy",
+            Some(any(proxy)),
+        )],
         ..Default::default()
     };
     let mut message = listener_of("l", core::TrafficDirection::Outbound, vec![chain]);
@@ -310,7 +332,10 @@ async fn a_connection_without_an_upstream_is_logged_with_flag_and_reason_and_no_
         .await;
     assert_eq!(raw(harness.proxy.listener_address("l").unwrap(), b"").await, "");
     let line = line(&path).await;
-    assert!(line.starts_with("UF,URX tcp 2 ") && line.contains("refused"), "{line}");
+    assert!(
+        line.starts_with("UF,URX tcp 2 ") && line.contains("refused"),
+        "{line}"
+    );
     assert!(harness.log.try_recv().is_err(), "told twice");
 }
 
@@ -321,7 +346,10 @@ async fn lines_of_a_long_connection_come_when_it_is_made_and_at_intervals() {
     let harness = Harness::start();
     let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
     harness.cluster("tcp", &[socket.local_addr().unwrap()]).await;
-    let mut proxy = proxy_to("tcp", vec![to_file(&path, "%ACCESS_LOG_TYPE% %BYTES_RECEIVED%\n")]);
+    let mut proxy = proxy_to(
+        "tcp",
+        vec![to_file(&path, "%ACCESS_LOG_TYPE% %BYTES_RECEIVED%\n")],
+    );
     proxy.access_log_options = Some(tcp_proxy::tcp_proxy::TcpAccessLogOptions {
         access_log_flush_interval: millis(20),
         flush_access_log_on_connected: true,
@@ -389,7 +417,10 @@ async fn log_services_that_cannot_be_used_as_configured_are_refused_with_the_fie
         ..Default::default()
     }))
     .await;
-    assert!(refusal.contains("access_log[0].typed_config.common_config.log_name"), "{refusal}");
+    assert!(
+        refusal.contains("access_log[0].typed_config.common_config.log_name"),
+        "{refusal}"
+    );
     nameless.as_mut().unwrap().log_name = "n".into();
     nameless.as_mut().unwrap().grpc_service = None;
     let refusal = refused(any(&grpc::TcpGrpcAccessLogConfig {
