@@ -160,6 +160,8 @@ fn cluster_of(mesh: &Mesh, name: &str, identities: &Identities) -> cluster::Clus
             }],
             ..Default::default()
         }),
+        // Who the service is, as istiod says it.
+        metadata: crate::fixture::eds_cluster(name).metadata,
         ..Default::default()
     };
     if http2 {

@@ -108,7 +108,11 @@ pub(crate) fn pinned(processor: &str, program: &Path, args: &[String]) -> anyhow
         .arg(program)
         .args(args)
         .stdout(Stdio::null())
-        .stderr(Stdio::null())
+        // Whoever looks for a reason may hear them.
+        .stderr(match std::env::var_os("SERIN_BENCH_LOUD") {
+            Some(_) => Stdio::inherit(),
+            None => Stdio::null(),
+        })
         .kill_on_drop(true)
         .spawn()
         .with_context(|| format!("starting {}", program.display()))
