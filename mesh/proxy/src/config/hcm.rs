@@ -6,6 +6,7 @@ use std::time::Duration;
 use http::HeaderValue;
 use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
 
+use super::alpn::AlpnOverrides;
 use super::client_cert::ClientCert;
 use super::convert;
 use super::listener::Direction;
@@ -85,6 +86,8 @@ pub struct HttpManager {
     pub tracer: Option<Box<Tracer>>,
     /// Access logs; without them only errors are told.
     pub logs: Option<Box<AccessLogs>>,
+    /// `istio.alpn`: what TLS towards endpoints offers.
+    pub alpn: Option<Box<AlpnOverrides>>,
     /// Whether Istio's metrics are kept.
     pub stats: bool,
     /// Unknown destinations are not named after the Host header.
@@ -221,6 +224,7 @@ impl HttpManager {
             filters: Chain::default(),
             tracer: Tracer::compile(from.tracing.as_ref(), &from.stat_prefix, context)?,
             logs: AccessLogs::compile(&from.access_log, &mut context.slots.sinks)?,
+            alpn: None,
             stats: false,
             disable_host_fallback: false,
             metadata_exchange: false,
@@ -350,8 +354,9 @@ impl HttpManager {
                     any.type_url.ends_with("stats.PluginConfig") && plugin_disables_host(any)
                 });
             }
-            // ALPN override only matters to TLS upstreams; gRPC status is always counted.
-            "istio.alpn" | "envoy.filters.http.grpc_stats" => {}
+            "istio.alpn" => self.alpn = Some(Box::new(AlpnOverrides::compile(any)?)),
+            // gRPC status is always counted.
+            "envoy.filters.http.grpc_stats" => {}
             _ => self.filters.add(filter, &self.stat_prefix, context)?,
         }
         Ok(false)

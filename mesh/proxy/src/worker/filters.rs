@@ -313,7 +313,8 @@ fn search_again(
     routed: &mut Routed,
     parts: &Parts,
 ) -> Result<(), LocalReply> {
-    let found = find_route(conn, parts)
+    let metadata = exchange.policy.as_ref().map(|state| &state.metadata);
+    let found = find_route(conn, parts, metadata)
         .ok_or_else(|| LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", ""))?;
     *routed = found;
     exchange.route = Some(routed.route.clone());

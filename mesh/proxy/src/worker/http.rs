@@ -20,8 +20,10 @@ use crate::config::hcm::{HttpManager, ServerHeader};
 use crate::config::listener::{Direction, FilterChain};
 use crate::hygiene::scan::HeadLimits;
 use crate::hygiene::strict::{Gate, StrictIo};
+use crate::overload::Action;
 use crate::policy::facts::PeerIdentity;
 use crate::policy::local_rate_limit::{Buckets, LocalRateLimit};
+use crate::random;
 use crate::tls::info::ConnectionTls;
 
 /// What every request of a connection shares.
@@ -141,7 +143,9 @@ impl Downstream {
     /// Whether the connection should end after the present request.
     pub fn should_close(&self) -> bool {
         let limit = self.manager.max_requests_per_connection;
+        let overload = &self.worker.shared.overload;
         self.worker.phase() != DrainPhase::Serving
+            || overload.hits(Action::DisableHttpKeepalive, random::next)
             || self.chain.is_retired()
             || (limit > 0 && self.requests.get() >= limit)
             || self

@@ -8,6 +8,7 @@ pub mod call;
 pub mod exchange;
 mod failure;
 pub mod filters;
+mod hedge;
 pub mod http;
 mod http1;
 pub mod io;
@@ -37,10 +38,11 @@ use arc_swap::ArcSwap;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 
-use crate::config::slot::{ClusterSlot, ListenerSlot};
+use crate::config::slot::{ClusterSlot, Home, ListenerSlot};
 use crate::config::store::VirtualListeners;
 use crate::metrics::peer::Workload;
 use crate::metrics::series::{Recorder, Shard};
+use crate::overload::Overload;
 use crate::upstream::cluster::WorkerCluster;
 
 /// How often idle connections are looked at.
@@ -59,6 +61,10 @@ pub struct Shared {
     pub peer_id: HeaderValue,
     /// Name of the cluster that we belong to (`node.cluster`).
     pub cluster: Box<str>,
+    /// What there is too much of.
+    pub overload: Arc<Overload>,
+    /// Where the proxy is, if that is known.
+    pub home: Option<Arc<Home>>,
     /// Listeners without sockets.
     pub virtual_listeners: Arc<ArcSwap<VirtualListeners>>,
     /// The workers' own commands, by worker: how connections are handed over.
@@ -281,7 +287,12 @@ impl Worker {
         {
             return Some(existing.clone());
         }
-        let made = WorkerCluster::new(slot, existing.map(|existing| &**existing)).map(Rc::new);
+        let made = WorkerCluster::new(
+            slot,
+            existing.map(|existing| &**existing),
+            self.shared.home.as_ref(),
+        )
+        .map(Rc::new);
         clusters[index].clone_from(&made);
         made
     }
@@ -301,7 +312,8 @@ impl Worker {
         for entry in clusters.iter_mut() {
             if let Some(cluster) = entry {
                 if cluster.version != cluster.slot.version() {
-                    *entry = WorkerCluster::new(&cluster.slot, Some(&**cluster)).map(Rc::new);
+                    *entry = WorkerCluster::new(&cluster.slot, Some(&**cluster), self.shared.home.as_ref())
+                        .map(Rc::new);
                 } else {
                     cluster.sweep(now);
                 }

@@ -19,13 +19,15 @@ use super::upstream;
 use crate::config::headers::Variables;
 use crate::config::listener::Direction;
 use crate::config::matchers::RequestView;
-use crate::config::route::{Action, Route, Target, Targets, VirtualHost, is_grpc};
+use crate::config::route::{Action, Route, RouteFacts, Target, Targets, VirtualHost, is_grpc};
 use crate::config::table::RouteTable;
 use crate::hygiene::fields::{Present, requested_upgrade, strip_hop_by_hop};
 use crate::hygiene::path::{Normalized, normalize};
 use crate::hygiene::scan::valid_host;
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{METADATA_HEADER, METADATA_ID_HEADER};
+use crate::overload;
+use crate::policy::metadata::Metadata;
 use crate::random;
 
 pub(super) static X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -67,7 +69,7 @@ impl Routed {
         match (&self.route.action, self.chosen) {
             (Action::Forward(forward), Some(index)) => match &forward.targets {
                 Targets::Weighted(targets, ..) => targets.get(index),
-                Targets::One(_) | Targets::Empty => None,
+                Targets::One(_) | Targets::Named(..) | Targets::Empty => None,
             },
             _ => None,
         }
@@ -81,7 +83,7 @@ impl Routed {
         match &self.route.action {
             Action::Forward(forward) => match &forward.targets {
                 Targets::One(slot) => &slot.name,
-                Targets::Weighted(..) | Targets::Empty => "",
+                Targets::Weighted(..) | Targets::Named(..) | Targets::Empty => "",
             },
             Action::Redirect(_) | Action::Direct(_) => "",
         }
@@ -127,6 +129,20 @@ pub(super) async fn handle(
     exchange.grpc = is_grpc(&parts.headers);
     if let Err(reply) = admit(&conn, &mut exchange, &mut parts) {
         conn.worker.recorder.counters().refused_requests.add(1);
+        return Ok(reply.send(exchange));
+    }
+    if conn
+        .worker
+        .shared
+        .overload
+        .hits(overload::Action::StopAcceptingRequests, random::next)
+    {
+        let reply = LocalReply::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            Flags::OVERLOAD,
+            "overload",
+            "envoy overloaded",
+        );
         return Ok(reply.send(exchange));
     }
     let upgrade = take_upgrade(&conn, &mut parts);
@@ -381,11 +397,16 @@ pub(super) fn variables<'a>(conn: &Downstream, parts: &'a Parts, route: &'a Rout
     }
 }
 
-pub(super) fn find_route(conn: &Downstream, parts: &Parts) -> Option<Routed> {
+/// The route of a request; `metadata` is what filters have noted so far.
+pub(super) fn find_route(conn: &Downstream, parts: &Parts, metadata: Option<&Metadata>) -> Option<Routed> {
     let table = conn.manager.table()?;
     let view = view(parts);
     let host = table.find(view.authority)?.load();
-    let route = host.find(&view, random::next)?.clone();
+    let facts = RouteFacts {
+        tls: conn.tls.as_deref(),
+        metadata,
+    };
+    let route = host.find_with(&view, &facts, random::next)?.clone();
     Some(Routed {
         table,
         host,
@@ -411,7 +432,7 @@ async fn route(
         )
         .send(exchange);
     }
-    let Some(mut routed) = find_route(&conn, &parts) else {
+    let Some(mut routed) = find_route(&conn, &parts, None) else {
         conn.decide_upgrade(false);
         return LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", "").send(exchange);
     };

@@ -1,6 +1,7 @@
 //! Forwarding: cluster, endpoint, connection, attempts, response.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use http::request::Parts;
 use http::{HeaderName, HeaderValue, Response, StatusCode, Version};
@@ -9,6 +10,7 @@ use tokio::time::Instant;
 use super::attempts::{Permit, attempts};
 use super::body::{Inbound, RequestSource};
 use super::exchange::Exchange;
+use super::hedge::hedged;
 use super::http::Downstream;
 use super::local::{Body, LocalReply};
 use super::logging;
@@ -18,8 +20,9 @@ use super::request::{Routed, variables, view};
 use super::respond::respond;
 use super::upgrade::switch_protocols;
 use crate::config::cluster::UpstreamHttp;
-use crate::config::hash::request_hash;
+use crate::config::hash::{Hashed, request_hash};
 use crate::config::route::{Action, Forward, HostRewrite, Targets};
+use crate::config::subset::{Criteria, METADATA};
 use crate::metrics::flags::Flags;
 use crate::random;
 use crate::upstream::cluster::WorkerCluster;
@@ -37,6 +40,10 @@ pub(super) struct Plan<'a> {
     pub(super) options: ConnectOptions,
     pub(super) deadline: Option<Instant>,
     pub(super) hash: Option<u64>,
+    /// That the client is given, so that its next requests find the same endpoint.
+    pub(super) cookies: Vec<HeaderValue>,
+    /// The subset that the request wants.
+    pub(super) criteria: Option<&'a Criteria>,
     pub(super) auto_host: bool,
 }
 
@@ -72,8 +79,29 @@ pub(super) async fn forward(
         )
         .send(exchange);
     };
+    let named;
     let (slot, target) = match &forward.targets {
         Targets::One(slot) => (slot, None),
+        Targets::Named(field, directory) => {
+            let name = parts.headers.get(field).and_then(|value| value.to_str().ok());
+            match name.and_then(|name| directory.find(name)) {
+                Some(slot) => {
+                    named = slot;
+                    (&named, None)
+                }
+                None => {
+                    conn.decide_upgrade(false);
+                    exchange.cluster_name = name.map(Arc::from);
+                    let reply = LocalReply::new(
+                        forward.cluster_not_found,
+                        Flags::NO_CLUSTER,
+                        "cluster_not_found",
+                        "",
+                    );
+                    return decline(exchange, &routed, &parts, None, reply);
+                }
+            }
+        }
         Targets::Weighted(targets, weights, turn) => {
             let target = match routed.target() {
                 Some(target) => target,
@@ -128,11 +156,22 @@ pub(super) async fn forward(
         );
         return decline(exchange, &routed, &parts, None, reply);
     }
-    let hash = if forward.hash.is_empty() {
-        None
+    let hashed = if forward.hash.is_empty() {
+        Hashed::default()
     } else {
-        request_hash(&forward.hash, &view(&parts), conn.remote.ip())
+        request_hash(&forward.hash, &view(&parts), conn.remote, conn.local)
     };
+    let criteria = target
+        .and_then(|target| target.criteria.as_deref())
+        .or(forward.criteria.as_deref());
+    // What filters have noted under the same name adds to what the route asks for.
+    let noted = exchange
+        .policy
+        .as_ref()
+        .filter(|_| cluster.config.subsets.is_some())
+        .and_then(|policy| policy.metadata.get(METADATA))
+        .map(|noted| Criteria::default_of(criteria).with(noted));
+    let criteria = noted.as_ref().or(criteria);
     let speaking = match cluster.config.http {
         _ if upgrade.is_some() => Speaking::Http1,
         UpstreamHttp::Http1 => Speaking::Http1,
@@ -160,26 +199,40 @@ pub(super) async fn forward(
         cluster: &cluster,
         forward,
         speaking,
-        options: cluster
-            .config
-            .connect_options(&parts.headers, conn.remote, conn.local),
+        options: ConnectOptions {
+            alpn: conn
+                .manager
+                .alpn
+                .as_ref()
+                .filter(|_| cluster.config.alpn_overridable)
+                .and_then(|names| names.offer(speaking, parts.version).cloned()),
+            ..cluster
+                .config
+                .connect_options(&parts.headers, conn.remote, conn.local)
+        },
         deadline: forward.timeout.map(|timeout| Instant::now() + timeout),
-        hash,
+        hash: hashed.hash,
+        cookies: hashed.cookies,
+        criteria,
         auto_host: matches!(forward.host_rewrite, Some(HostRewrite::Auto)),
     };
     let downstream_upgrade = upgrade
         .as_ref()
         .map(|protocol| (protocol.clone(), take_on_upgrade(&mut parts)));
     let mirror_head = (!forward.mirrors.is_empty()).then(|| parts.clone());
-    let outcome = attempts(
-        &plan,
-        &routed,
-        &mut exchange,
-        &mut parts,
-        source.as_ref(),
-        upgrade.as_deref(),
-    )
-    .await;
+    let outcome = if forward.hedge && upgrade.is_none() {
+        Box::pin(hedged(&plan, &routed, &mut exchange, &mut parts, source.as_ref())).await
+    } else {
+        attempts(
+            &plan,
+            &routed,
+            &mut exchange,
+            &mut parts,
+            source.as_ref(),
+            upgrade.as_deref(),
+        )
+        .await
+    };
     if let Some(head) = mirror_head {
         mirror(&conn, forward, head, source.as_ref());
     }

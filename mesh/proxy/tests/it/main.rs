@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // a test that fails says so by panicking, helpers included
 #![allow(deprecated)] // what control planes still send is tested as well
 
+mod balancing;
 mod certificates;
 mod exhaustion;
 mod failure;
@@ -21,6 +22,7 @@ mod matrix1;
 mod matrix2;
 mod metrics;
 mod policies;
+mod routing;
 mod tcp;
 mod tls;
 mod tls_upstream;
