@@ -4,6 +4,7 @@
 #![allow(deprecated)] // what control planes still send is tested as well
 
 mod balancing;
+mod bootstrap;
 mod certificates;
 mod exhaustion;
 mod failure;

@@ -25,16 +25,16 @@ const SERVER: &str = "spiffe://cluster.local/ns/prod/sa/reviews";
 
 /// What a client showed.
 #[derive(Debug)]
-struct Met {
-    server_name: Option<String>,
+pub(crate) struct Met {
+    pub(crate) server_name: Option<String>,
     alpn: Option<String>,
-    peer: Option<Vec<u8>>,
+    pub(crate) peer: Option<Vec<u8>>,
     resumed: bool,
 }
 
 /// Ends TLS in front of a plain server.
-struct Front {
-    address: SocketAddr,
+pub(crate) struct Front {
+    pub(crate) address: SocketAddr,
     met: mpsc::UnboundedReceiver<Met>,
     task: tokio::task::JoinHandle<()>,
 }
@@ -46,7 +46,7 @@ impl Drop for Front {
 }
 
 impl Front {
-    async fn start(
+    pub(crate) async fn start(
         identity: &Issued,
         clients: Option<&Authority>,
         alpn: &[&str],
@@ -104,7 +104,7 @@ impl Front {
         Self { address, met, task }
     }
 
-    async fn next(&mut self) -> Met {
+    pub(crate) async fn next(&mut self) -> Met {
         soon("a handshake", self.met.recv()).await.unwrap()
     }
 }
