@@ -21,9 +21,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::running::{Running, coarse};
+use super::running::{BUCKETS_MAX, Durations, Survival};
 use crate::math::log_sum_exp;
-use crate::sample::Sample;
 use crate::text;
 use crate::verdict::{Evidence, Missing, Verdict};
 
@@ -45,25 +44,12 @@ impl Default for Options {
     }
 }
 
-/// Ways to be slower.
-#[derive(Clone, Copy, Debug)]
-enum Alternative {
-    /// The odds of exceeding any duration are this many times as high.
-    Odds(f64),
-    /// Survival is raised to one over this power: a longer tail.
-    Hazard(f64),
-}
-
-const ALTERNATIVES: [Alternative; 8] = [
-    Alternative::Odds(1.25),
-    Alternative::Odds(1.6),
-    Alternative::Odds(2.5),
-    Alternative::Odds(6.0),
-    Alternative::Hazard(1.15),
-    Alternative::Hazard(1.4),
-    Alternative::Hazard(2.0),
-    Alternative::Hazard(4.0),
-];
+/// Ways to be slower: so many of [`ODDS`], then so many of [`HAZARDS`].
+const ALTERNATIVES: usize = ODDS.len() + HAZARDS.len();
+/// The odds of exceeding any duration are this many times as high.
+const ODDS: [f64; 4] = [1.25, 1.6, 2.5, 6.0];
+/// Survival is raised to one over this power: a longer tail.
+const HAZARDS: [f64; 4] = [1.15, 1.4, 2.0, 4.0];
 
 /// Primary requests that must be known before the first batch is judged.
 const KNOWN_MIN: f64 = 50.0;
@@ -72,7 +58,7 @@ const KNOWN_MIN: f64 = 50.0;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Distribution {
-    slower: [f64; ALTERNATIVES.len()],
+    slower: [f64; ALTERNATIVES],
     peak: f64,
     /// Evidence that the canary equals the primary rather than lies at its tolerance, of this step.
     equal: f64,
@@ -87,107 +73,149 @@ fn odds(survival: f64, times: f64) -> f64 {
     times * survival / (times * survival + 1.0 - survival)
 }
 
-impl Alternative {
-    fn survival(self, survival: f64, tolerance: f64) -> f64 {
-        match self {
-            Self::Odds(times) => odds(survival, tolerance * times),
-            Self::Hazard(times) => odds(survival, tolerance).powf(1.0 / times),
+/// The primary's distribution as the alternatives need it: everything that does not depend on the batch's counts.
+struct Shape {
+    buckets: usize,
+    /// Per bucket, one over the share of the primary's requests in it; an empty bucket is a sliver.
+    inverse: [f64; BUCKETS_MAX],
+    /// Survival at the lower edge of each bucket under the tolerated odds, and the density in it relative to the primary's.
+    tolerated_survival: [f64; BUCKETS_MAX],
+    tolerated: [f64; BUCKETS_MAX],
+    survival: [f64; BUCKETS_MAX],
+}
+
+/// Calls `each(bucket, density)` from the last bucket to the first, for a distribution with this survival at lower edges.
+fn densities(shape: &Shape, survival_at: impl Fn(usize) -> f64, mut each: impl FnMut(usize, f64)) {
+    let mut below = 0.0;
+    for bucket in (0..shape.buckets).rev() {
+        let survival = survival_at(bucket);
+        each(bucket, (survival - below) * shape.inverse[bucket]);
+        below = survival;
+    }
+}
+
+impl Shape {
+    fn of(known: &Survival, tolerance: f64) -> Self {
+        let mut shape = Self {
+            buckets: known.shares().len(),
+            inverse: [0.0; BUCKETS_MAX],
+            tolerated_survival: [0.0; BUCKETS_MAX],
+            tolerated: [0.0; BUCKETS_MAX],
+            survival: [0.0; BUCKETS_MAX],
+        };
+        let mut upper = f64::INFINITY;
+        for (bucket, share) in known.shares().iter().enumerate() {
+            let survival = share.min(upper - 1e-9 * upper);
+            if let Some(above) = bucket.checked_sub(1) {
+                shape.inverse[above] = 1.0 / (upper - survival);
+            }
+            shape.survival[bucket] = survival;
+            shape.tolerated_survival[bucket] = odds(survival, tolerance);
+            upper = survival;
         }
+        if let Some(last) = shape.buckets.checked_sub(1) {
+            shape.inverse[last] = 1.0 / upper;
+        }
+        let mut tolerated = [0.0; BUCKETS_MAX];
+        densities(
+            &shape,
+            |bucket| shape.tolerated_survival[bucket],
+            |bucket, density| tolerated[bucket] = density,
+        );
+        shape.tolerated = tolerated;
+        shape
     }
 }
 
-/// Density of a transformed distribution relative to the primary's, per bucket.
-fn densities(survival: &[f64], transform: impl Fn(f64) -> f64) -> Vec<f64> {
-    survival
-        .iter()
-        .enumerate()
-        .map(|(bucket, &upper)| {
-            let lower = survival.get(bucket + 1).copied().unwrap_or(0.0);
-            // An empty bucket has the density of a sliver.
-            let lower = lower.min(upper - 1e-9 * upper);
-            (transform(upper) - transform(lower)) / (upper - lower)
-        })
-        .collect()
-}
-
-/// Both arms' logarithmic factors per bucket, for one alternative.
-fn factors(tolerated: &[f64], alternative: &[f64], share: f64) -> Vec<(f64, f64)> {
+/// Both arms' factors per bucket for one alternative, from the last bucket to the first: `each(bucket, canary, primary)`.
+fn factors(
+    shape: &Shape,
+    share: f64,
+    survival_at: impl Fn(usize) -> f64,
+    mut each: impl FnMut(usize, f64, f64),
+) {
     let rest = 1.0 - share;
-    let mut factors: Vec<f64> = tolerated
-        .iter()
-        .zip(alternative)
-        .map(|(tolerated, alternative)| {
-            let factor = alternative / tolerated * (share * tolerated + rest) / (share * alternative + rest);
-            factor.min(1.0 + 0.9 * rest / (share * tolerated.max(1.0)))
-        })
-        .collect();
-    // Rising with the duration: otherwise a faster canary could look slower.
     let mut least = f64::INFINITY;
-    for factor in factors.iter_mut().rev() {
-        least = least.min(*factor);
-        *factor = least;
-    }
-    factors
-        .into_iter()
-        .zip(tolerated)
-        .map(|(canary, tolerated)| {
-            let weight = if canary > 1.0 {
-                tolerated.max(1.0)
-            } else {
-                tolerated.min(1.0)
-            };
-            let primary = 1.0 - share / rest * weight * (canary - 1.0);
-            (canary.ln(), primary.ln())
-        })
-        .collect()
+    densities(shape, survival_at, |bucket, density| {
+        let tolerated = shape.tolerated[bucket];
+        let factor = density * (share * tolerated + rest) / (tolerated * (share * density + rest));
+        let most = 1.0 + 0.9 * rest / (share * tolerated.max(1.0));
+        // Rising with the duration: otherwise a faster canary could look slower.
+        least = least.min(factor).min(most);
+        let weight = if least > 1.0 {
+            tolerated.max(1.0)
+        } else {
+            tolerated.min(1.0)
+        };
+        each(bucket, least, 1.0 - share / rest * weight * (least - 1.0));
+    });
 }
 
 impl Distribution {
-    /// Takes in one interval of both arms. `primary` is what was known of the primary before it. O(buckets).
-    pub fn observe(&mut self, sample: &Sample, primary: &Running, options: &Options) {
-        let (theirs, ours) = (coarse(&sample.primary.latency), coarse(&sample.canary.latency));
-        let (canary_total, primary_total) = (ours.total(), theirs.total());
-        if canary_total == 0
-            || primary_total == 0
-            || theirs.bounds_ms != ours.bounds_ms
-            || !primary.matches(&theirs)
-            || primary.total() < KNOWN_MIN
-        {
+    /// Takes in one interval of both arms. O(buckets).
+    pub fn observe(&mut self, durations: &Durations<'_>, options: &Options) {
+        let (canary_total, primary_total) = (durations.canary_total, durations.primary_total);
+        let Some(known) = durations.known.as_ref() else {
+            return;
+        };
+        if canary_total == 0 || primary_total == 0 || known.total() < KNOWN_MIN {
             return;
         }
         self.canary = self.canary.saturating_add(canary_total);
         self.primary = self.primary.saturating_add(primary_total);
         let share = canary_total as f64 / (canary_total as f64 + primary_total as f64);
         let tolerance = options.tolerance.max(1.0);
-        let survival = primary.survival();
-        let tolerated = densities(&survival, |upper| odds(upper, tolerance));
-        let evidence = |factors: &[(f64, f64)]| -> f64 {
-            let arms = ours.counts.iter().zip(&theirs.counts).zip(factors);
-            arms.map(|((canary, primary), (ours, theirs))| *canary as f64 * ours + *primary as f64 * theirs)
-                .sum()
+        let shape = Shape::of(known, tolerance);
+        let (ours, theirs) = (&durations.canary.counts, &durations.primary.counts);
+        let evidence = |survival_at: &dyn Fn(usize) -> f64| {
+            let mut log = 0.0;
+            factors(&shape, share, survival_at, |bucket, canary, primary| {
+                if ours[bucket] > 0 {
+                    log += ours[bucket] as f64 * canary.ln();
+                }
+                if theirs[bucket] > 0 {
+                    log += theirs[bucket] as f64 * primary.ln();
+                }
+            });
+            log
         };
-        for (log, alternative) in self.slower.iter_mut().zip(ALTERNATIVES) {
-            let expected = densities(&survival, |upper| alternative.survival(upper, tolerance));
-            *log += evidence(&factors(&tolerated, &expected, share));
+        for (log, times) in self.slower.iter_mut().zip(ODDS) {
+            let times = tolerance * times;
+            *log += evidence(&|bucket| odds(shape.survival[bucket], times));
         }
-        self.peak = self.peak.max(self.log_evidence());
-        if tolerance > 1.0 {
-            let rest = 1.0 - share;
-            let factors: Vec<(f64, f64)> = tolerated
-                .iter()
-                .map(|tolerated| {
-                    let mixed = share * tolerated + rest;
-                    ((mixed / tolerated).ln(), mixed.ln())
-                })
-                .collect();
-            self.equal += evidence(&factors);
-            self.peak_equal = self.peak_equal.max(self.equal);
+        // One logarithm per bucket serves all powers.
+        let mut logs = [0.0; BUCKETS_MAX];
+        for (log, survival) in logs.iter_mut().zip(&shape.tolerated_survival[..shape.buckets]) {
+            *log = survival.ln();
         }
-        for (bucket, count) in ours.counts.iter().enumerate() {
-            let upper = survival.get(bucket).copied().unwrap_or(0.0);
-            let lower = survival.get(bucket + 1).copied().unwrap_or(0.0);
-            self.places += *count as f64 * (1.0 - 0.5 * (upper + lower));
+        for (log, times) in self.slower[ODDS.len()..].iter_mut().zip(HAZARDS) {
+            let power = 1.0 / times;
+            *log += evidence(&|bucket| (logs[bucket] * power).exp());
         }
+        if self.log_ceiling() > self.peak {
+            self.peak = self.peak.max(self.log_evidence());
+        }
+        let rest = 1.0 - share;
+        for (bucket, (&ours, &theirs)) in ours.iter().zip(theirs).enumerate() {
+            if tolerance > 1.0 && ours + theirs > 0 {
+                let tolerated = shape.tolerated[bucket];
+                let mixed = (share * tolerated + rest).ln();
+                self.equal += (ours as f64 + theirs as f64) * mixed;
+                if ours > 0 {
+                    self.equal -= ours as f64 * tolerated.ln();
+                }
+            }
+            if ours > 0 {
+                let upper = shape.survival[bucket];
+                let lower = if bucket + 1 < shape.buckets {
+                    shape.survival[bucket + 1]
+                } else {
+                    0.0
+                };
+                self.places += ours as f64 * (1.0 - 0.5 * (upper + lower));
+            }
+        }
+        self.peak_equal = self.peak_equal.max(self.equal);
     }
 
     /// A new step begins: what speaks for the canary starts anew.
@@ -198,11 +226,12 @@ impl Distribution {
 
     /// `ln E` against the canary now; 0 at the start.
     pub fn log_evidence(&self) -> f64 {
-        log_sum_exp(
-            self.slower
-                .iter()
-                .map(|log| (1.0 / ALTERNATIVES.len() as f64, *log)),
-        )
+        log_sum_exp(self.slower.iter().map(|log| (1.0 / ALTERNATIVES as f64, *log)))
+    }
+
+    /// What [`Distribution::log_evidence`] does not exceed.
+    pub fn log_ceiling(&self) -> f64 {
+        self.slower.iter().copied().fold(f64::NEG_INFINITY, f64::max)
     }
 
     /// The highest `ln E` against the canary so far.
@@ -260,8 +289,10 @@ impl Distribution {
 #[cfg(test)]
 mod tests {
     use super::super::quantile::tests::{histogram, log_normal};
+    use super::super::running::Running;
     use super::*;
     use crate::random::Random;
+    use crate::sample::Sample;
 
     struct World {
         random: Random,
@@ -291,7 +322,8 @@ mod tests {
                 primary: histogram(&mut self.random, requests.1, primary),
                 ..Sample::default()
             };
-            self.judge.observe(&sample, &self.running, &self.options);
+            self.judge
+                .observe(&Durations::of(&sample, &self.running), &self.options);
             self.running.remember(&sample.primary.latency);
             self.judge.verdict(&self.options)
         }
@@ -400,24 +432,67 @@ mod tests {
         assert!(wrong <= 19, "{wrong} of 200");
     }
 
+    /// 800, 0, 360 and so on of 2,000 requests in seven buckets.
+    fn known() -> Survival {
+        let mut running = Running::default();
+        running.remember(&crate::Histogram {
+            bounds_ms: (1..7).map(f64::from).collect(),
+            counts: vec![200, 0, 800, 600, 380, 19, 1],
+        });
+        running.survival()
+    }
+
+    fn each_alternative(shape: &Shape, tolerance: f64, mut each: impl FnMut(&dyn Fn(usize) -> f64, String)) {
+        for times in ODDS {
+            each(
+                &|bucket| odds(shape.survival[bucket], tolerance * times),
+                format!("odds {times}"),
+            );
+        }
+        for times in HAZARDS {
+            let survival = |bucket: usize| shape.tolerated_survival[bucket].powf(1.0 / times);
+            each(&survival, format!("hazard {times}"));
+        }
+    }
+
     #[test]
     fn factors_rise_with_the_duration_and_stay_positive() {
-        let survival = [1.0, 0.9, 0.9, 0.5, 0.2, 0.01, 0.0005];
         for share in [0.01, 0.1, 0.5, 0.9, 0.99] {
             for tolerance in [1.0, 1.5, 3.0] {
-                let tolerated = densities(&survival, |upper| odds(upper, tolerance));
-                for alternative in ALTERNATIVES {
-                    let expected = densities(&survival, |upper| alternative.survival(upper, tolerance));
-                    let factors = factors(&tolerated, &expected, share);
-                    let case = format!("{share} {tolerance} {alternative:?}: {factors:?}");
-                    assert!(factors.windows(2).all(|pair| pair[0].0 <= pair[1].0), "{case}");
-                    assert!(
-                        factors
-                            .iter()
-                            .all(|pair| pair.0.is_finite() && pair.1.is_finite()),
-                        "{case}"
-                    );
-                }
+                let shape = Shape::of(&known(), tolerance);
+                each_alternative(&shape, tolerance, |survival, name| {
+                    let mut before = f64::INFINITY;
+                    factors(&shape, share, survival, |bucket, canary, primary| {
+                        let case = format!("{share} {tolerance} {name} {bucket}: {canary} {primary}");
+                        assert!(canary <= before && canary > 0.0 && primary > 0.0, "{case}");
+                        before = canary;
+                    });
+                });
+            }
+        }
+    }
+
+    /// The exact expectation of a batch of one request per arm is at most 1 for any common distribution, the running
+    /// estimate being right or wrong.
+    #[test]
+    fn the_expected_factor_is_at_most_one_whatever_the_common_distribution_is() {
+        let mut random = Random::new(12);
+        for tolerance in [1.0, 1.5] {
+            let shape = Shape::of(&known(), tolerance);
+            for _ in 0..50 {
+                let mut common: Vec<f64> = (0..7).map(|_| -(1.0 - random.unit()).ln()).collect();
+                let sum: f64 = common.iter().sum();
+                common.iter_mut().for_each(|share| *share /= sum);
+                each_alternative(&shape, tolerance, |survival, name| {
+                    let (mut canary_mean, mut primary_mean) = (0.0, 0.0);
+                    // A fifth of the requests are the canary's: four of the primary's for each of its own.
+                    factors(&shape, 0.2, survival, |bucket, canary, primary| {
+                        canary_mean += common[bucket] * canary;
+                        primary_mean += common[bucket] * primary;
+                    });
+                    let mean = canary_mean * primary_mean.powi(4);
+                    assert!(mean <= 1.0 + 1e-9, "{name} at {tolerance}: {mean}");
+                });
             }
         }
     }
@@ -440,7 +515,7 @@ mod tests {
             primary: counts(90_000_000_000),
         };
         running.remember(&sample.primary.latency);
-        judge.observe(&sample, &running, &Options::default());
+        judge.observe(&Durations::of(&sample, &running), &Options::default());
         assert!(judge.log_evidence().is_finite());
         let text = serde_json::to_string(&judge).unwrap();
         assert!(text.len() < 500, "{}", text.len());

@@ -34,8 +34,8 @@ pub enum Filter {
     Grpc(Box<[u8]>, bool),
     /// By dynamic metadata; what holds where there is none.
     Metadata(Option<MetadataMatch>, bool),
-    /// Nothing.
-    Nothing,
+    /// Written for one of these reasons, or for none of them.
+    Kind(Box<[i32]>, bool),
 }
 
 /// A comparison with a number.
@@ -137,15 +137,7 @@ impl Filter {
                     .as_ref()
                     .is_none_or(|value| value.value),
             ),
-            Spec::LogTypeFilter(filter) => {
-                // Lines are written when a request (DownstreamEnd) or a connection (TcpConnectionEnd) ends.
-                let named = filter.types.iter().any(|kind| matches!(kind, 3 | 6));
-                if named == filter.exclude {
-                    Self::Nothing
-                } else {
-                    Self::Everything
-                }
-            }
+            Spec::LogTypeFilter(filter) => Self::Kind(filter.types.as_slice().into(), filter.exclude),
             Spec::ExtensionFilter(filter) => {
                 return Err(Refusal::new(
                     "extension_filter",
@@ -161,7 +153,7 @@ impl Filter {
             Self::Status(comparison) => comparison.holds(u64::from(record.code)),
             Self::Duration(comparison) => comparison.holds(record.duration.as_millis() as u64),
             Self::Everything => true,
-            Self::Nothing => false,
+            Self::Kind(kinds, exclude) => kinds.contains(&(record.kind as i32)) != *exclude,
             Self::Traced => record.trace.is_some_and(|(_, recorded)| recorded),
             Self::Share(share) => share.hit(random()),
             Self::And(all) => all.iter().all(|filter| filter.passes(record, random)),

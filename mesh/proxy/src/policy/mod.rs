@@ -32,6 +32,7 @@ pub mod compressor;
 pub mod descriptors;
 pub mod ext_authz;
 pub mod facts;
+pub mod grpc_stats;
 pub mod header_mutation;
 pub mod jwt;
 pub mod local_rate_limit;

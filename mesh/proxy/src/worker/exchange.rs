@@ -14,7 +14,7 @@ use http_body::Frame;
 use tokio::time::Sleep;
 
 use super::body::{BodyError, Observer, RequestSource};
-use super::filters::PolicyState;
+use super::filters::{self, PolicyState};
 use super::http::Downstream;
 use super::logging::{self, LogState};
 use super::spans::{self, SpanState};
@@ -133,6 +133,9 @@ impl Exchange {
         conn.request_ended();
         if conn.manager.stats && conn.direction != Direction::Unspecified {
             self.record(&conn);
+        }
+        if self.policy.is_some() {
+            filters::finish(self);
         }
         // Without configured access logs, errors are told all the same.
         if !logging::write(self) && (!self.flags.is_empty() || self.code >= 500) {
@@ -370,6 +373,7 @@ impl Observer for Watch {
     fn frame(&mut self, frame: &Frame<Bytes>) {
         if let Some(data) = frame.data_ref() {
             self.exchange.sent += data.len() as u64;
+            filters::saw_data(&mut self.exchange, data);
         } else if let Some(trailers) = frame.trailers_ref() {
             self.exchange.note_grpc_status(trailers);
             logging::keep_trailers(&mut self.exchange, trailers);

@@ -186,6 +186,13 @@ pub struct Addresses {
     pub direct: SocketAddr,
     /// Where the client wanted to go.
     pub local: SocketAddr,
+    /// Number of the connection within the process.
+    pub connection: u64,
+}
+
+/// The number of a new connection.
+pub(super) fn next_connection() -> u64 {
+    CONNECTIONS.fetch_add(1, Ordering::Relaxed)
 }
 
 /// Serves a connection to its end. `prefix` was read from it already; `http2` is what these bytes said.
@@ -218,7 +225,7 @@ pub async fn serve<S>(
         remote: addresses.remote,
         local: addresses.local,
         direct: addresses.direct,
-        id: CONNECTIONS.fetch_add(1, Ordering::Relaxed),
+        id: addresses.connection,
         tls,
         server_name,
         gate,

@@ -1,18 +1,26 @@
 //! Access logs on the worker: what is kept of a request while it runs, and the record when it ends.
 
 use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use http::HeaderMap;
 use http::request::Parts;
 
+use super::Worker;
+use super::call::grpc_bytes;
 use super::exchange::{Exchange, protocol_text};
 use super::filters;
 use super::request::view;
 use crate::config::cluster::UpstreamHttp;
 use crate::observe::access_log::AccessLogs;
-use crate::observe::record::{Kept, Record};
+use crate::observe::batch::Batches;
+use crate::observe::record::{Kept, LogType, Record};
 use crate::random;
+
+/// Limit of a call to a log service, where it says none.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What a request keeps for its log lines.
 #[derive(Debug, Default)]
@@ -99,6 +107,7 @@ pub(super) fn write(exchange: &Exchange) -> bool {
         UpstreamHttp::Auto => None,
     });
     let record = Record {
+        kind: LogType::DownstreamEnd,
         start,
         duration,
         request,
@@ -114,6 +123,8 @@ pub(super) fn write(exchange: &Exchange) -> bool {
         code: exchange.code,
         details: &exchange.details,
         termination: "",
+        local_close: "",
+        downstream_failure: None,
         grpc_status: exchange.grpc_status,
         flags: exchange.flags,
         received: exchange.received(),
@@ -133,6 +144,31 @@ pub(super) fn write(exchange: &Exchange) -> bool {
         connection: conn.id,
         trace: exchange.span.as_ref().map(|span| (&*span.trace, span.recorded())),
     };
-    logs.write(&record, &random::next);
+    logs.write(&record, &random::next, conn.worker.id, |batches| {
+        flush_later(&conn.worker, batches);
+    });
     true
+}
+
+/// Sends what waits for a log service, after a while or once there is enough of it.
+pub(super) fn flush_later(worker: &Rc<Worker>, batches: &Arc<Batches>) {
+    let (own, batches) = (worker.clone(), batches.clone());
+    worker.tasks.spawn_local(async move {
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(batches.interval) => {}
+                () = batches.full() => {}
+                () = own.closing() => {}
+            }
+            let Some(batch) = batches.take(&own.shared.node) else {
+                return;
+            };
+            let timeout = batches.target.timeout.unwrap_or(TIMEOUT);
+            let result = grpc_bytes(&own, &batches.target, batches.path(), &batch.message, timeout).await;
+            if let Err(error) = &result {
+                tracing::debug!(%error, entries = batch.entries, "access log entries were not taken");
+            }
+            batches.count(&batch, result.is_ok(), own.id);
+        }
+    });
 }

@@ -5,6 +5,7 @@ pub mod accept;
 mod attempts;
 pub mod body;
 pub mod call;
+mod connection_log;
 pub mod exchange;
 mod failure;
 pub mod filters;
@@ -38,7 +39,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 
-use crate::config::slot::{ClusterSlot, Home, ListenerSlot};
+use crate::config::slot::{Chore, ClusterSlot, Home, ListenerSlot};
 use crate::config::store::VirtualListeners;
 use crate::metrics::peer::Workload;
 use crate::metrics::series::{Recorder, Shard};
@@ -59,6 +60,8 @@ pub struct Shared {
     pub peer_metadata: HeaderValue,
     /// Our node id.
     pub peer_id: HeaderValue,
+    /// Who we are, as services are told.
+    pub node: Arc<serin_xds::pb::envoy::config::core::v3::Node>,
     /// Name of the cluster that we belong to (`node.cluster`).
     pub cluster: Box<str>,
     /// What there is too much of.
@@ -91,6 +94,8 @@ pub enum Command {
     Listen(Arc<ListenerSlot>, Vec<std::net::TcpListener>),
     /// Serve a connection that another worker accepted, to keep the numbers even.
     Serve(Arc<ListenerSlot>, std::net::TcpStream, SocketAddr, accept::Share),
+    /// Do that in the background.
+    Chore(Chore),
     /// Stop accepting for the listener of that name; its connections drain.
     Close(Arc<str>),
     /// Enter that phase of the end.
@@ -221,6 +226,7 @@ impl Worker {
                         Err(error) => tracing::warn!(%error, "a connection could not be taken over"),
                     }
                 }
+                Some(Command::Chore(Chore::Keys(remote))) => filters::fetch_ahead(&self, remote),
                 Some(Command::Close(name)) => {
                     if let Some(tasks) = listeners.remove(&name) {
                         stop(tasks);

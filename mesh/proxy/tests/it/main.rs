@@ -26,6 +26,7 @@ mod policies;
 mod routing;
 mod tcp;
 mod tls;
+mod tls_secrets;
 mod tls_upstream;
 mod upstream_health;
 mod xds;
