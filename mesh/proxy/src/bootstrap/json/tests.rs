@@ -87,14 +87,11 @@ fn what_protobufs_reader_would_refuse_is_refused_with_its_path() {
         (json!({"name": 5}), "name"),
         (json!({"connect_timeout": "5m"}), "connect_timeout"),
         (json!({"connect_timeout": "1.s"}), "connect_timeout"),
-        (
-            json!({"type": "EDS", "cluster_type": {"name": "x"}}),
-            "cluster_type",
-        ),
+        (json!({"type": "EDS", "cluster_type": {"name": "x"}}), "type"),
         (json!({"name": "a", "Name": "b"}), "Name"),
         (
             json!({"connect_timeout": "1s", "connectTimeout": "1s"}),
-            "connectTimeout",
+            "connect_timeout",
         ),
         (
             json!({"circuit_breakers": {"thresholds": [{}, {"max_requests": -1}]}}),
