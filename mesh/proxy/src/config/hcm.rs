@@ -17,6 +17,7 @@ use crate::error::{Refusal, Within};
 use crate::observe::access_log::AccessLogs;
 use crate::observe::tracer::Tracer;
 use crate::policy::chain::Chain;
+use crate::worker::CONNECT;
 
 /// Envoy's limit of silence on a stream when none is given.
 const DEFAULT_STREAM_IDLE: Duration = Duration::from_secs(300);
@@ -140,6 +141,10 @@ pub struct HttpManager {
     pub escaped_slashes: EscapedSlashes,
     /// Upgrades that are let through (`websocket`), lower case.
     pub upgrades: Box<[Box<str>]>,
+    /// Whether CONNECT is among them.
+    pub connect: bool,
+    /// Whether clients over HTTP/2 may upgrade (`allow_connect`).
+    pub extended_connect: bool,
     /// HTTP/1.0 requests without `Host` go to this authority.
     pub default_host: Box<str>,
     /// The port is taken off the authority before routing.
@@ -332,6 +337,8 @@ impl HttpManager {
                 .filter(|upgrade| upgrade.enabled.as_ref().is_none_or(|value| value.value))
                 .map(|upgrade| upgrade.upgrade_type.to_ascii_lowercase().into())
                 .collect(),
+            connect: false,
+            extended_connect: http2.is_some_and(|options| options.allow_connect),
             default_host: http1
                 .map_or("", |options| options.default_host_for_http_10.as_str())
                 .into(),
@@ -343,8 +350,16 @@ impl HttpManager {
                     ))
                 ),
         };
-        if out.upgrades.iter().any(|upgrade| &**upgrade == "connect") {
-            return Err(Refusal::new("upgrade_configs", "CONNECT is not supported"));
+        out.connect = out.upgrades.iter().any(|upgrade| **upgrade == *CONNECT);
+        if from
+            .upgrade_configs
+            .iter()
+            .any(|upgrade| !upgrade.filters.is_empty())
+        {
+            return Err(Refusal::new(
+                "upgrade_configs",
+                "filters of their own are not supported: those of the chain apply",
+            ));
         }
         // Istio's own filters say what to measure and exchange; a control plane that sends none of them (ours, which
         // serves Envoy as well) gets both.

@@ -163,6 +163,8 @@ impl MoreMatch {
 #[derive(Debug)]
 enum PathMatch {
     Any,
+    /// CONNECT, which has no path.
+    Connect,
     Prefix(Box<str>),
     Exact(Box<str>),
     /// `/a` matches `/a` and `/a/b`, not `/ab`.
@@ -360,6 +362,8 @@ pub struct Forward {
     pub request_buffer: usize,
     /// Upgrades allowed or forbidden by the route itself.
     pub upgrades: Box<[(Box<str>, bool)]>,
+    /// CONNECT ends here: its bytes go to the TCP connection of an endpoint (`connect_config`).
+    pub connect_tcp: bool,
     /// What rate limit filters make of requests.
     pub rate_limits: Box<[RateLimitEntry]>,
     /// Whether the virtual host's `rate_limits` count as well.
@@ -564,9 +568,7 @@ impl RouteMatch {
             Some(PathSpecifier::PathSeparatedPrefix(prefix)) => {
                 PathMatch::SeparatedPrefix(prefix.trim_end_matches('/').into())
             }
-            Some(PathSpecifier::ConnectMatcher(_)) => {
-                return Err(Refusal::new("connect_matcher", "CONNECT is not supported"));
-            }
+            Some(PathSpecifier::ConnectMatcher(_)) => PathMatch::Connect,
             Some(PathSpecifier::PathMatchPolicy(policy)) => {
                 PathMatch::Template(template::compile_match(policy).within("path_match_policy")?)
             }
@@ -617,7 +619,9 @@ impl RouteMatch {
     ) -> bool {
         let path = request.path;
         let path_matches = match &self.path {
-            PathMatch::Any => true,
+            // CONNECT has no path and is for its own matcher only.
+            PathMatch::Any => !path.is_empty(),
+            PathMatch::Connect => request.method == "CONNECT",
             PathMatch::Prefix(prefix) => has_prefix(path, prefix, self.case_insensitive),
             PathMatch::Exact(exact) if self.case_insensitive => exact.eq_ignore_ascii_case(path),
             PathMatch::Exact(exact) => &**exact == path,
@@ -641,7 +645,9 @@ impl RouteMatch {
             // `/` and the empty prefix both match the leading slash.
             PathMatch::Any => usize::from(path.starts_with('/')),
             PathMatch::Prefix(prefix) | PathMatch::SeparatedPrefix(prefix) => prefix.len(),
-            PathMatch::Exact(_) | PathMatch::Regex(_) | PathMatch::Template(_) => path.len(),
+            PathMatch::Exact(_) | PathMatch::Regex(_) | PathMatch::Template(_) | PathMatch::Connect => {
+                path.len()
+            }
         }
     }
 }

@@ -302,6 +302,11 @@ impl WorkerCluster {
         zone::decide(rules, &zones, own, callers.values().sum())
     }
 
+    /// Whether the balancer goes by how long hosts take.
+    pub fn measures(&self) -> bool {
+        matches!(self.config.lb, LbPolicy::PeakEwma { .. })
+    }
+
     /// Takes how long a host took to answer, where the balancer goes by that.
     pub fn observe(&self, host: &Host, latency: Duration) {
         if let (Some(ewma), LbPolicy::PeakEwma { decay, .. }) = (&host.ewma, self.config.lb) {

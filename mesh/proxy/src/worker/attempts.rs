@@ -15,6 +15,7 @@ use super::exchange::{Exchange, GRPC_STATUS};
 use super::failure::{Failure, final_reply, full_text, refused_by_peer};
 use super::local::LocalReply;
 use super::request::{Routed, X_UNPROCESSED, view};
+use super::tunnel::Tunnel;
 use super::upstream::Plan;
 use crate::config::listener::Direction;
 use crate::config::retry::{Outcome, RetryPolicy};
@@ -79,14 +80,14 @@ pub(super) async fn attempts(
     exchange: &mut Exchange,
     parts: &mut Parts,
     source: Option<&Rc<RefCell<RequestSource>>>,
-    upgrade: Option<&str>,
+    tunnel: Option<&Tunnel>,
 ) -> Result<Success, LocalReply> {
     let cluster = plan.cluster;
     let policy = plan
         .forward
         .retry
         .as_ref()
-        .filter(|policy| upgrade.is_none() && policy.applies_to(&view(parts)));
+        .filter(|policy| tunnel.is_none() && policy.applies_to(&view(parts)));
     let mut avoid = Avoid::default();
     let parts = RefCell::new(parts);
     let mut retries = 0;
@@ -107,13 +108,13 @@ pub(super) async fn attempts(
             by_policy: may_retry,
             quietly: unsent < MAX_UNSENT,
         };
-        let began = Instant::now();
+        let began = cluster.measures().then(Instant::now);
         let tls = RefCell::default();
         let try_of = Try {
             routed,
             number: exchange.attempts,
             source,
-            upgrade,
+            tunnel,
             again,
             per_try: policy
                 .and_then(|policy| policy.per_try_timeout)
@@ -122,7 +123,7 @@ pub(super) async fn attempts(
         };
         let result = attempt(plan, &parts, &try_of, &host).await;
         exchange.upstream_tls = tls.into_inner();
-        if result.is_ok() {
+        if let Some(began) = began.filter(|_| result.is_ok()) {
             cluster.observe(&host, began.elapsed());
         }
         let replayable = source.is_none_or(|source| source.borrow().can_replay());
@@ -303,7 +304,7 @@ pub(super) struct Try<'a> {
     /// Counted from 1.
     pub(super) number: u32,
     pub(super) source: Option<&'a Rc<RefCell<RequestSource>>>,
-    pub(super) upgrade: Option<&'a str>,
+    pub(super) tunnel: Option<&'a Tunnel>,
     pub(super) again: Again,
     /// When the try is given up.
     pub(super) per_try: Option<Instant>,
@@ -348,13 +349,7 @@ fn status_for_outliers<B>(response: &Response<B>) -> u16 {
 pub(super) fn take_retry_permit(plan: &Plan<'_>) -> Option<Permit> {
     let limits = plan.cluster.config.limits;
     let slot = &plan.cluster.slot;
-    let limit = match limits.retry_budget {
-        None => limits.retries,
-        Some((percent, floor)) => {
-            let active = slot.usage.requests.load(Ordering::Relaxed);
-            ((f64::from(active) * percent / 100.0) as u32).max(floor)
-        }
-    };
+    let limit = limits.retry_limit(slot.usage.requests.load(Ordering::Relaxed));
     Permit::take(slot, |usage| &usage.retries, limit)
 }
 
@@ -469,7 +464,7 @@ fn build(
     host: &Host,
     lease: &Lease,
 ) -> Request<UpstreamBody> {
-    let (source, upgrade, again) = (try_of.source, try_of.upgrade, try_of.again);
+    let (source, again) = (try_of.source, try_of.again);
     // A copy of the head is kept only if a further attempt is possible.
     let again = again.by_policy || (lease.reused() && again.quietly);
     let mut request = Request::new(match source {
@@ -493,12 +488,6 @@ fn build(
     if try_of.routed.host.attempt_count {
         headers.insert(X_ATTEMPT_COUNT.clone(), HeaderValue::from(try_of.number));
     }
-    if let Some(protocol) = upgrade {
-        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-        if let Ok(value) = HeaderValue::from_str(protocol) {
-            headers.insert(header::UPGRADE, value);
-        }
-    }
     if lease.is_http2() {
         let host = headers.remove(header::HOST);
         let authority = host
@@ -509,24 +498,33 @@ fn build(
             .path_and_query()
             .cloned()
             .unwrap_or_else(|| http::uri::PathAndQuery::from_static("/"));
+        let scheme = if plan.conn.tls.is_some() { "https" } else { "http" };
+        let authority = authority.unwrap_or("unknown");
         let absolute = Uri::builder()
-            .scheme(if plan.conn.tls.is_some() { "https" } else { "http" })
-            .authority(authority.unwrap_or("unknown"))
+            .scheme(scheme)
+            .authority(authority)
             .path_and_query(path)
             .build();
         *request.uri_mut() = absolute.unwrap_or(uri);
         *request.version_mut() = Version::HTTP_2;
+        if let Some(tunnel) = try_of.tunnel {
+            tunnel.write(&mut request, true, authority, scheme);
+        }
     } else {
         // hyper drops a body of unknown length from methods that usually have none, unless it is told.
         if source.is_some()
-            && upgrade.is_none()
             && !headers.contains_key(header::CONTENT_LENGTH)
             && matches!(parts.method, Method::GET | Method::HEAD)
         {
             headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
         }
+        let host = try_of.tunnel.and_then(|_| headers.get(header::HOST).cloned());
         *request.uri_mut() = uri;
         *request.version_mut() = Version::HTTP_11;
+        if let Some(tunnel) = try_of.tunnel {
+            let authority = host.as_ref().and_then(|host| host.to_str().ok()).unwrap_or("");
+            tunnel.write(&mut request, false, authority, "http");
+        }
     }
     request
 }

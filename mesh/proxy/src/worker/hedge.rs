@@ -86,7 +86,7 @@ pub(super) async fn hedged(
                 routed,
                 number,
                 source,
-                upgrade: None,
+                tunnel: None,
                 // Another try may come at any time.
                 again: Again {
                     by_policy: true,

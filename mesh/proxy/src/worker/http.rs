@@ -18,7 +18,7 @@ use super::rest::{End, wait_for_end};
 use super::{DrainPhase, LocalExecutor, Worker, http1, request};
 use crate::config::hcm::{HttpManager, ServerHeader};
 use crate::config::listener::{Direction, FilterChain};
-use crate::hygiene::scan::HeadLimits;
+use crate::hygiene::scan::{HeadLimits, Scanner};
 use crate::hygiene::strict::{Gate, StrictIo};
 use crate::overload::Action;
 use crate::policy::facts::PeerIdentity;
@@ -53,6 +53,7 @@ pub struct Downstream {
     /// Token buckets of this connection, by the limit that they belong to.
     buckets: RefCell<Vec<(Arc<LocalRateLimit>, Rc<Buckets>)>>,
     upgrade_asked: Cell<bool>,
+    last: Cell<bool>,
     requests: Cell<u32>,
     pub(super) running: Cell<u32>,
     opened: Instant,
@@ -108,6 +109,11 @@ impl Downstream {
         self.upgrade_asked.set(true);
     }
 
+    /// No request follows the present one: what comes after a CONNECT that was refused may be meant for its tunnel.
+    pub fn make_last(&self) {
+        self.last.set(true);
+    }
+
     /// Answers the reader, if an upgrade was asked for.
     pub fn decide_upgrade(&self, granted: bool) {
         if self.upgrade_asked.replace(false) {
@@ -147,6 +153,7 @@ impl Downstream {
         self.worker.phase() != DrainPhase::Serving
             || overload.hits(Action::DisableHttpKeepalive, random::next)
             || self.chain.is_retired()
+            || self.last.get()
             || (limit > 0 && self.requests.get() >= limit)
             || self
                 .manager
@@ -215,7 +222,8 @@ pub async fn serve<S>(
         bytes: manager.max_head,
         fields: manager.max_header_count,
     });
-    let io = StrictIo::new(stream, prefix, limits, gate.clone());
+    let scanner = limits.map(|limits| Scanner::new(limits).allowing_connect(manager.connect));
+    let io = StrictIo::with(stream, prefix, scanner, gate.clone());
     let now = Instant::now();
     let conn = Rc::new(Downstream {
         worker,
@@ -231,6 +239,7 @@ pub async fn serve<S>(
         gate,
         buckets: RefCell::default(),
         upgrade_asked: Cell::new(false),
+        last: Cell::new(false),
         requests: Cell::new(0),
         running: Cell::new(0),
         opened: now,
@@ -258,6 +267,9 @@ where
         .max_header_list_size(conn.manager.max_head as u32)
         .max_pending_accept_reset_streams(20)
         .max_local_error_reset_streams(1024);
+    if conn.manager.extended_connect {
+        builder.enable_connect_protocol();
+    }
     let service = {
         let conn = conn.clone();
         service_fn(move |request| request::handle(conn.clone(), request))

@@ -23,8 +23,10 @@ mod rest;
 pub mod sniff;
 mod spans;
 pub mod tcp;
-mod upgrade;
+mod tunnel;
 pub mod upstream;
+
+pub(crate) use tunnel::CONNECT;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;

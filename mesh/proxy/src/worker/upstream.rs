@@ -18,7 +18,7 @@ use super::mirror::mirror;
 use super::prepare::prepare;
 use super::request::{Routed, variables, view};
 use super::respond::respond;
-use super::upgrade::switch_protocols;
+use super::tunnel::{self, Tunnel};
 use crate::config::cluster::UpstreamHttp;
 use crate::config::hash::{Hashed, request_hash};
 use crate::config::route::{Action, Forward, HostRewrite, Targets};
@@ -67,7 +67,7 @@ pub(super) async fn forward(
     routed: Routed,
     mut parts: Parts,
     incoming: Option<Inbound>,
-    upgrade: Option<String>,
+    tunnel: Option<Tunnel>,
 ) -> Response<Body> {
     let conn = exchange.conn.clone();
     let Action::Forward(forward) = &routed.route.action else {
@@ -119,6 +119,15 @@ pub(super) async fn forward(
             return decline(exchange, &routed, &parts, None, reply);
         }
     };
+    if let Some(tunnel) = &tunnel
+        && forward
+            .upgrades
+            .iter()
+            .any(|(protocol, enabled)| !enabled && **protocol == *tunnel.protocol())
+    {
+        conn.decide_upgrade(false);
+        return decline(exchange, &routed, &parts, None, tunnel::refused());
+    }
     exchange.cluster_name = Some(slot.name.clone());
     let Some(cluster) = conn.worker.cluster(slot) else {
         conn.decide_upgrade(false);
@@ -173,11 +182,12 @@ pub(super) async fn forward(
         .map(|noted| Criteria::default_of(criteria).with(noted));
     let criteria = noted.as_ref().or(criteria);
     let speaking = match cluster.config.http {
-        _ if upgrade.is_some() => Speaking::Http1,
-        UpstreamHttp::Http1 => Speaking::Http1,
         UpstreamHttp::Http2 => Speaking::Http2,
-        UpstreamHttp::Auto => Speaking::Either,
         UpstreamHttp::Downstream if parts.version == Version::HTTP_2 => Speaking::Http2,
+        // What ALPN would choose cannot be known before it is asked for.
+        _ if tunnel.is_some() => Speaking::Http1,
+        UpstreamHttp::Http1 => Speaking::Http1,
+        UpstreamHttp::Auto => Speaking::Either,
         UpstreamHttp::Downstream => Speaking::Http1,
     };
     let request_headers = (!routed.route.response_headers.is_empty()
@@ -216,11 +226,20 @@ pub(super) async fn forward(
         criteria,
         auto_host: matches!(forward.host_rewrite, Some(HostRewrite::Auto)),
     };
-    let downstream_upgrade = upgrade
-        .as_ref()
-        .map(|protocol| (protocol.clone(), take_on_upgrade(&mut parts)));
+    if forward.connect_tcp && tunnel.as_ref().is_some_and(Tunnel::is_connect) {
+        let Some(tunnel) = tunnel else {
+            return decline(exchange, &routed, &parts, None, tunnel::refused());
+        };
+        return match Box::pin(tunnel.join_tcp(exchange, &plan, permit)).await {
+            Ok(response) => response,
+            Err((exchange, reply)) => {
+                conn.decide_upgrade(false);
+                decline(exchange, &routed, &parts, request_headers.as_ref(), reply)
+            }
+        };
+    }
     let mirror_head = (!forward.mirrors.is_empty()).then(|| parts.clone());
-    let outcome = if forward.hedge && upgrade.is_none() {
+    let outcome = if forward.hedge && tunnel.is_none() {
         Box::pin(hedged(&plan, &routed, &mut exchange, &mut parts, source.as_ref())).await
     } else {
         attempts(
@@ -229,7 +248,7 @@ pub(super) async fn forward(
             &mut exchange,
             &mut parts,
             source.as_ref(),
-            upgrade.as_deref(),
+            tunnel.as_ref(),
         )
         .await
     };
@@ -249,9 +268,9 @@ pub(super) async fn forward(
         }
     };
     drop(permit);
-    if let Some((_, on_upgrade)) = downstream_upgrade {
-        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-            return switch_protocols(exchange, response, on_upgrade, active, lease);
+    if let Some(tunnel) = tunnel {
+        if tunnel.granted(response.status(), lease.is_http2()) {
+            return tunnel.join_http(exchange, response, lease, active);
         }
         conn.decide_upgrade(false);
     }
@@ -266,8 +285,4 @@ pub(super) async fn forward(
         lease,
         active,
     )
-}
-
-fn take_on_upgrade(parts: &mut Parts) -> Option<hyper::upgrade::OnUpgrade> {
-    parts.extensions.remove::<hyper::upgrade::OnUpgrade>()
 }

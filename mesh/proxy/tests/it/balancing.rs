@@ -568,3 +568,73 @@ async fn a_try_that_takes_too_long_is_hedged_and_the_first_answer_of_either_wins
         2.0
     );
 }
+
+#[tokio::test]
+async fn adaptive_concurrency_lets_in_as_many_as_its_limit_and_refuses_the_others() {
+    use pb::gradient_controller_config::{ConcurrencyLimitCalculationParams, MinimumRttCalculationParams};
+    use serin_xds::pb::envoy::extensions::filters::http::adaptive_concurrency::v3 as pb;
+    let (at_hand, mut requests) = by_hand().await;
+    let harness = Harness::start();
+    harness.cluster("c", &[at_hand]).await;
+    harness
+        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
+        .await;
+    let mut manager = manager("80");
+    manager.http_filters.insert(
+        0,
+        http_filter(
+            "envoy.filters.http.adaptive_concurrency",
+            Some(any(&pb::AdaptiveConcurrency {
+                concurrency_controller_config: Some(
+                    pb::adaptive_concurrency::ConcurrencyControllerConfig::GradientControllerConfig(
+                        pb::GradientControllerConfig {
+                            concurrency_limit_params: Some(ConcurrencyLimitCalculationParams {
+                                concurrency_update_interval: millis(100),
+                                ..Default::default()
+                            }),
+                            min_rtt_calc_params: Some(MinimumRttCalculationParams {
+                                interval: millis(60_000),
+                                min_concurrency: number(2),
+                                ..Default::default()
+                            }),
+                            ..Default::default()
+                        },
+                    ),
+                ),
+                ..Default::default()
+            })),
+        ),
+    );
+    let at = harness.listen(&manager, core::TrafficDirection::Outbound).await;
+    // The service is being measured: two at a time.
+    let clients: Vec<_> = (0..2)
+        .map(|_| tokio::spawn(async move { get(at, "/").await }))
+        .collect();
+    let held = [
+        soon("the first", requests.recv()).await.unwrap(),
+        soon("the second", requests.recv()).await.unwrap(),
+    ];
+    let (code, _, body) = get(at, "/").await;
+    assert_eq!((code, body.as_str()), (503, "reached concurrency limit"));
+    for give in held {
+        give.send("done").unwrap();
+    }
+    for client in clients {
+        assert_eq!(soon("an answer", client).await.unwrap().0, 200);
+    }
+    // Their places are free again.
+    soon("another answer", async {
+        loop {
+            let client = tokio::spawn(async move { get(at, "/").await });
+            tokio::select! {
+                Some(give) = requests.recv() => {
+                    give.send("done").unwrap();
+                    assert_eq!(client.await.unwrap().0, 200);
+                    return;
+                }
+                () = tokio::time::sleep(Duration::from_millis(20)) => {}
+            }
+        }
+    })
+    .await;
+}

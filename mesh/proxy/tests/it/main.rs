@@ -28,5 +28,6 @@ mod tcp;
 mod tls;
 mod tls_secrets;
 mod tls_upstream;
+mod tunnels;
 mod upstream_health;
 mod xds;

@@ -92,6 +92,7 @@ impl Forward {
                 .as_ref()
                 .or(host.per_request_buffer_limit_bytes.as_ref())
                 .map_or(DEFAULT_REQUEST_BUFFER, |value| value.value as usize),
+            connect_tcp: connects_to_tcp(from)?,
             upgrades: from
                 .upgrade_configs
                 .iter()
@@ -196,6 +197,25 @@ fn compile_weighted(
             Ok(Targets::Weighted(targets.into(), weights, turn))
         }
     }
+}
+
+/// Whether CONNECT ends here.
+fn connects_to_tcp(from: &route::RouteAction) -> Result<bool, Refusal> {
+    let mut out = false;
+    for (index, upgrade) in from.upgrade_configs.iter().enumerate() {
+        let Some(config) = &upgrade.connect_config else {
+            continue;
+        };
+        let path = format!("upgrade_configs[{index}].connect_config");
+        if !upgrade.upgrade_type.eq_ignore_ascii_case("CONNECT") {
+            return Err(Refusal::new(path, "is for CONNECT only"));
+        }
+        if config.proxy_protocol_config.is_some() || config.allow_post {
+            return Err(Refusal::new(path, "PROXY protocol and POST are not supported"));
+        }
+        out = true;
+    }
+    Ok(out)
 }
 
 /// Whether a second try is made beside one that takes too long.
