@@ -11,21 +11,22 @@ fn main() {
 
 const BATCHES: usize = 4096;
 
-/// Batches of a second with errors on both sides, which is the expensive case.
-fn batches() -> Vec<Batch> {
+/// Batches of a second with errors on both sides, which is the expensive case; the canary fails `times` as often.
+fn batches(times: u64) -> Vec<Batch> {
     (0..BATCHES as u64)
         .map(|i| Batch {
-            canary: 100 + i % 7,
-            canary_bad: i % 3,
+            canary: 300 + i % 7,
+            canary_bad: times * (1 + i % 2),
             primary: 900 + i % 11,
-            primary_bad: 2 + i % 5,
+            primary_bad: 3 + i % 4,
         })
         .collect()
 }
 
-#[divan::bench(counters = [divan::counter::ItemsCount::new(BATCHES)])]
-fn error_batches_judged(bencher: divan::Bencher) {
-    let batches = batches();
+/// 1 is a healthy canary, 3 one that fails three times as often.
+#[divan::bench(args = [1, 3], counters = [divan::counter::ItemsCount::new(BATCHES)])]
+fn error_batches_judged(bencher: divan::Bencher, times: u64) {
+    let batches = batches(times);
     bencher.bench_local(|| {
         let mut test = RatioTest::default();
         for batch in &batches {
@@ -62,7 +63,7 @@ fn sample(i: u64) -> Sample {
 #[divan::bench(sample_count = 20)]
 fn a_second_of_5000_canaries_with_4_metrics(bencher: divan::Bencher) {
     let options = Options {
-        metrics: ["errors", "errors-connection", "latency-p90", "latency-p99"]
+        metrics: ["errors", "errors-connection", "latency-p99", "latency"]
             .iter()
             .filter_map(|name| Metric::by_name(name))
             .collect(),

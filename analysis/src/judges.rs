@@ -9,7 +9,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::judge::running::Running;
+use crate::judge::ratio::Grid;
+use crate::judge::running::{Durations, Running};
 use crate::judge::warmth::{self, Warmth};
 use crate::judge::{distribution, errors, guard, quantile, split};
 use crate::math::log_sum_exp;
@@ -71,8 +72,8 @@ pub struct Metric {
 }
 
 impl Metric {
-    /// A metric by its name: `errors`, `errors-5xx`, `errors-grpc`, `errors-connection`, `latency-p50` (or any other
-    /// percentile), `latency` (the whole distribution).
+    /// A metric by its name: `errors`, `errors-5xx`, `errors-grpc`, `errors-connection`, `errors-by-client`, `latency-p50`
+    /// (or any other percentile), `latency` (the whole distribution).
     pub fn by_name(name: &str) -> Option<Self> {
         let kind = match name {
             "errors" => Kind::Errors {
@@ -86,6 +87,9 @@ impl Metric {
             },
             "errors-connection" => Kind::Errors {
                 class: ErrorClass::Connection,
+            },
+            "errors-by-client" => Kind::Errors {
+                class: ErrorClass::ByClient,
             },
             "latency" => Kind::Distribution,
             _ => {
@@ -132,15 +136,16 @@ pub struct Options {
 
 impl Default for Options {
     /// One healthy release in a hundred; half as many errors again, and half as high odds of being slow again, as the
-    /// primary; errors and p99, three to one.
+    /// primary; errors and latency, three to one. Latency is the p99 and the whole distribution: under a heavy tail the
+    /// few requests beyond the p99 take minutes to tell what all of them tell in seconds.
     fn default() -> Self {
         Self {
             alpha: 0.01,
             tolerance: 1.5,
-            metrics: ["errors", "latency-p99"]
+            metrics: ["errors", "latency-p99", "latency"]
                 .into_iter()
                 .filter_map(Metric::by_name)
-                .zip([3.0, 1.0])
+                .zip([6.0, 1.0, 1.0])
                 .map(|(metric, weight)| metric.weighing(weight))
                 .collect(),
             warm_up: warmth::Options::NONE,
@@ -218,11 +223,27 @@ impl State {
         }
     }
 
-    fn log_evidence(&self) -> f64 {
+    fn log_evidence(&self, metric: &Metric, options: &Options) -> f64 {
+        match (self, metric.kind) {
+            (Self::Errors(errors), _) => errors
+                .test()
+                .log_evidence(options.tolerance_of(metric), &Grid::ERRORS),
+            (Self::Latency(latency), Kind::Latency { quantile }) => {
+                let tolerance = options.latency(metric, quantile).share_tolerance();
+                latency.test().log_evidence(tolerance, &Grid::SLOW)
+            }
+            (Self::Latency(_), _) => 0.0,
+            (Self::Distribution(distribution), _) => distribution.log_evidence(),
+            (Self::Guard(guard), _) => guard.log_evidence(),
+        }
+    }
+
+    /// What the evidence does not exceed, without its logarithms.
+    fn log_ceiling(&self) -> f64 {
         match self {
-            Self::Errors(errors) => errors.test().log_evidence(),
-            Self::Latency(latency) => latency.test().log_evidence(),
-            Self::Distribution(distribution) => distribution.log_evidence(),
+            Self::Errors(errors) => errors.test().log_ceiling(),
+            Self::Latency(latency) => latency.test().log_ceiling(),
+            Self::Distribution(distribution) => distribution.log_ceiling(),
             Self::Guard(guard) => guard.log_evidence(),
         }
     }
@@ -321,16 +342,23 @@ impl Judges {
         self.split
             .observe(batch.canary.requests, batch.primary.requests, weight_percent);
         let warm = self.warmth.observe(batch, &self.primary, &options.warm_up);
+        let of_durations = |metric: &Metric| matches!(metric.kind, Kind::Latency { .. } | Kind::Distribution);
+        let durations =
+            (warm && options.metrics.iter().any(of_durations)).then(|| Durations::of(batch, &self.primary));
         for (metric, (_, state)) in options.metrics.iter().zip(&mut self.states) {
             match (metric.kind, state) {
                 (Kind::Errors { .. }, State::Errors(errors)) => {
                     errors.observe(batch, &options.errors(metric));
                 }
-                (Kind::Latency { quantile }, State::Latency(latency)) if warm => {
-                    latency.observe(batch, &self.primary, &options.latency(metric, quantile));
+                (Kind::Latency { quantile }, State::Latency(latency)) => {
+                    if let Some(durations) = &durations {
+                        latency.observe(batch.at_ms, durations, &options.latency(metric, quantile));
+                    }
                 }
-                (Kind::Distribution, State::Distribution(distribution)) if warm => {
-                    distribution.observe(batch, &self.primary, &options.distribution(metric));
+                (Kind::Distribution, State::Distribution(distribution)) => {
+                    if let Some(durations) = &durations {
+                        distribution.observe(durations, &options.distribution(metric));
+                    }
                 }
                 (
                     Kind::ErrorRate {
@@ -355,7 +383,14 @@ impl Judges {
             }
         }
         self.learn_primary(&batch.primary);
-        self.peak = self.peak.max(self.log_evidence(options));
+        // A weighted mean never exceeds its largest part: most of the time there is nothing to add up.
+        if self
+            .states
+            .iter()
+            .any(|(_, state)| state.log_ceiling() > self.peak)
+        {
+            self.peak = self.peak.max(self.log_evidence(options));
+        }
     }
 
     /// A step with another weight begins: that it is within the tolerance must be shown again.
@@ -401,7 +436,9 @@ impl Judges {
     /// `ln Σ v_j E_j` of all metrics now.
     fn log_evidence(&self, options: &Options) -> f64 {
         let states = options.metrics.iter().zip(&self.states);
-        log_sum_exp(states.map(|(metric, (_, state))| (options.share(metric), state.log_evidence())))
+        log_sum_exp(
+            states.map(|(metric, (_, state))| (options.share(metric), state.log_evidence(metric, options))),
+        )
     }
 
     /// Requests of the run.

@@ -1,4 +1,4 @@
-//! Who may depend on whom, as the architecture says, read from `cargo metadata`.
+//! Who may depend on whom, as the architecture says, and on which licences, read from `cargo metadata`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -55,17 +55,11 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
 }
 
-/// Name of each crate of ours → names of its normal dependencies.
-fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
+/// What `cargo metadata` says, with these further arguments.
+fn metadata(arguments: &[&str]) -> Value {
     let output = Command::new(env!("CARGO"))
-        .args([
-            "metadata",
-            "--format-version",
-            "1",
-            "--no-deps",
-            "--locked",
-            "--offline",
-        ])
+        .args(["metadata", "--format-version", "1", "--locked", "--offline"])
+        .args(arguments)
         .current_dir(root())
         .output()
         .expect("run cargo metadata");
@@ -74,7 +68,12 @@ fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
-    let metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// Name of each crate of ours → names of its normal dependencies.
+fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
+    let metadata = metadata(&["--no-deps"]);
     let text = |value: &Value| value.as_str().unwrap().to_owned();
     metadata["packages"]
         .as_array()
@@ -89,6 +88,50 @@ fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
             )
         })
         .collect()
+}
+
+/// Whether an SPDX expression can be met with these licences. `/` is how old crates write OR.
+fn is_met(expression: &str, allowed: &BTreeSet<String>) -> bool {
+    let expression = expression
+        .replace('/', " OR ")
+        .replace('(', " ( ")
+        .replace(')', " ) ");
+    let words: Vec<&str> = expression.split_whitespace().collect();
+    let (met, rest) = any_of(&words, allowed);
+    assert!(rest.is_empty(), "{expression} is no licence expression");
+    met
+}
+
+fn any_of<'a, 'b>(words: &'a [&'b str], allowed: &BTreeSet<String>) -> (bool, &'a [&'b str]) {
+    let (mut met, mut rest) = all_of(words, allowed);
+    while let ["OR", after @ ..] = rest {
+        let (other, after) = all_of(after, allowed);
+        (met, rest) = (met || other, after);
+    }
+    (met, rest)
+}
+
+fn all_of<'a, 'b>(words: &'a [&'b str], allowed: &BTreeSet<String>) -> (bool, &'a [&'b str]) {
+    let (mut met, mut rest) = one(words, allowed);
+    while let ["AND", after @ ..] = rest {
+        let (other, after) = one(after, allowed);
+        (met, rest) = (met && other, after);
+    }
+    (met, rest)
+}
+
+fn one<'a, 'b>(words: &'a [&'b str], allowed: &BTreeSet<String>) -> (bool, &'a [&'b str]) {
+    match words {
+        ["(", inside @ ..] => match any_of(inside, allowed) {
+            (met, [")", rest @ ..]) => (met, rest),
+            (_, rest) => panic!("no closing parenthesis before {rest:?}"),
+        },
+        [licence, "WITH", exception, rest @ ..] => {
+            (allowed.contains(&format!("{licence} WITH {exception}")), rest)
+        }
+        [licence, rest @ ..] => (allowed.contains(*licence), rest),
+        [] => panic!("an expression ends too early"),
+    }
 }
 
 #[test]
@@ -168,4 +211,52 @@ fn ring_is_nowhere_in_the_tree() {
         !tree.lines().any(|line| line.starts_with("ring ")),
         "find who wants it with: cargo tree -i ring"
     );
+}
+
+#[test]
+fn what_is_linked_has_a_licence_that_is_allowed_and_comes_from_the_registry() {
+    let rules = std::fs::read_to_string(root().join("deny.toml")).unwrap();
+    let (_, list) = rules.split_once("allow = [").expect("deny.toml lists licences");
+    let (list, _) = list.split_once(']').unwrap();
+    let allowed: BTreeSet<String> = list.split('"').skip(1).step_by(2).map(str::to_owned).collect();
+    assert!(allowed.contains("MIT") && allowed.contains("Apache-2.0 WITH LLVM-exception"));
+
+    let mut wrong = Vec::new();
+    let metadata = metadata(&["--filter-platform", "x86_64-unknown-linux-gnu"]);
+    for package in metadata["packages"].as_array().unwrap() {
+        let name = package["name"].as_str().unwrap();
+        let licence = package["license"].as_str().unwrap_or_default();
+        if licence.is_empty() || !is_met(licence, &allowed) {
+            wrong.push(format!(
+                "{name}: licence {licence:?} is not among those of deny.toml"
+            ));
+        }
+        let registry = package["source"]
+            .as_str()
+            .is_none_or(|source| source.starts_with("registry+"));
+        if !registry {
+            wrong.push(format!("{name} comes from {}", package["source"]));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn licence_expressions_are_read_as_spdx_does() {
+    let allowed: BTreeSet<String> = ["MIT", "ISC", "Apache-2.0 WITH LLVM-exception"]
+        .map(str::to_owned)
+        .into();
+    for (expression, met) in [
+        ("MIT", true),
+        ("GPL-3.0", false),
+        ("GPL-3.0/MIT", true),
+        ("MIT AND GPL-3.0", false),
+        ("GPL-3.0 OR MIT AND ISC", true),
+        ("(GPL-3.0 OR MIT) AND GPL-3.0", false),
+        ("ISC AND (GPL-3.0 OR MIT)", true),
+        ("Apache-2.0", false),
+        ("Apache-2.0 WITH LLVM-exception", true),
+    ] {
+        assert_eq!(is_met(expression, &allowed), met, "{expression}");
+    }
 }

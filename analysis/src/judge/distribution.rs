@@ -21,9 +21,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::running::{Running, coarse};
+use super::running::{BUCKETS_MAX, Durations, Survival};
 use crate::math::log_sum_exp;
-use crate::sample::Sample;
 use crate::text;
 use crate::verdict::{Evidence, Missing, Verdict};
 
@@ -45,25 +44,12 @@ impl Default for Options {
     }
 }
 
-/// Ways to be slower.
-#[derive(Clone, Copy, Debug)]
-enum Alternative {
-    /// The odds of exceeding any duration are this many times as high.
-    Odds(f64),
-    /// Survival is raised to one over this power: a longer tail.
-    Hazard(f64),
-}
-
-const ALTERNATIVES: [Alternative; 8] = [
-    Alternative::Odds(1.25),
-    Alternative::Odds(1.6),
-    Alternative::Odds(2.5),
-    Alternative::Odds(6.0),
-    Alternative::Hazard(1.15),
-    Alternative::Hazard(1.4),
-    Alternative::Hazard(2.0),
-    Alternative::Hazard(4.0),
-];
+/// Ways to be slower: so many of [`ODDS`], then so many of [`HAZARD_POWERS`].
+const ALTERNATIVES: usize = ODDS.len() + HAZARD_POWERS.len();
+/// The odds of exceeding any duration are this many times as high.
+const ODDS: [f64; 4] = [1.25, 1.6, 2.5, 6.0];
+/// Survival is raised to these powers, one over 1.15, 1.4, 2 and 4: a longer tail.
+const HAZARD_POWERS: [f64; 4] = [1.0 / 1.15, 1.0 / 1.4, 0.5, 0.25];
 
 /// Primary requests that must be known before the first batch is judged.
 const KNOWN_MIN: f64 = 50.0;
@@ -72,7 +58,7 @@ const KNOWN_MIN: f64 = 50.0;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Distribution {
-    slower: [f64; ALTERNATIVES.len()],
+    slower: [f64; ALTERNATIVES],
     peak: f64,
     /// Evidence that the canary equals the primary rather than lies at its tolerance, of this step.
     equal: f64,
@@ -87,107 +73,152 @@ fn odds(survival: f64, times: f64) -> f64 {
     times * survival / (times * survival + 1.0 - survival)
 }
 
-impl Alternative {
-    fn survival(self, survival: f64, tolerance: f64) -> f64 {
-        match self {
-            Self::Odds(times) => odds(survival, tolerance * times),
-            Self::Hazard(times) => odds(survival, tolerance).powf(1.0 / times),
+/// The primary's distribution as the alternatives need it: everything that does not depend on the batch's counts. Buckets
+/// below the first and beyond the last that the primary was ever seen in are taken together, which only the past decides.
+struct Shape {
+    first: usize,
+    buckets: usize,
+    /// Survival at the lower edge of each bucket, strictly falling: an empty bucket is a sliver.
+    survival: [f64; BUCKETS_MAX],
+    /// One over the share of the primary's requests in each bucket.
+    inverse: [f64; BUCKETS_MAX],
+    /// Survival under the tolerated odds, and the density relative to the primary's.
+    tolerated_survival: [f64; BUCKETS_MAX],
+    tolerated: [f64; BUCKETS_MAX],
+}
+
+impl Shape {
+    fn of(known: &Survival, tolerance: f64) -> Self {
+        let (first, last) = known.support();
+        let end = (last + 2).min(known.shares().len());
+        let mut shape = Self {
+            first,
+            buckets: end - first,
+            survival: [0.0; BUCKETS_MAX],
+            inverse: [0.0; BUCKETS_MAX],
+            tolerated_survival: [0.0; BUCKETS_MAX],
+            tolerated: [0.0; BUCKETS_MAX],
+        };
+        let mut upper = 1.0;
+        for (bucket, share) in known.shares()[first..end].iter().enumerate() {
+            let survival = if bucket == 0 {
+                1.0
+            } else {
+                share.min(upper - 1e-9 * upper)
+            };
+            shape.survival[bucket] = survival;
+            shape.tolerated_survival[bucket] = odds(survival, tolerance);
+            upper = survival;
+        }
+        let (mut below, mut tolerated_below) = (0.0, 0.0);
+        for bucket in (0..shape.buckets).rev() {
+            let (survival, tolerated) = (shape.survival[bucket], shape.tolerated_survival[bucket]);
+            shape.inverse[bucket] = 1.0 / (survival - below);
+            shape.tolerated[bucket] = (tolerated - tolerated_below) * shape.inverse[bucket];
+            (below, tolerated_below) = (survival, tolerated);
+        }
+        shape
+    }
+
+    /// A batch's counts in these buckets.
+    fn counts(&self, counts: &[u64]) -> [f64; BUCKETS_MAX] {
+        let mut grouped = [0.0; BUCKETS_MAX];
+        for (bucket, count) in counts.iter().enumerate() {
+            let bucket = bucket.saturating_sub(self.first).min(self.buckets - 1);
+            grouped[bucket] += *count as f64;
+        }
+        grouped
+    }
+
+    /// Both arms' factors per bucket for all alternatives, from the last bucket to the first.
+    fn factors(
+        &self,
+        share: f64,
+        tolerance: f64,
+        mut each: impl FnMut(usize, &[f64; ALTERNATIVES], &[f64; ALTERNATIVES]),
+    ) {
+        let rest = 1.0 - share;
+        let mut below = [0.0; ALTERNATIVES];
+        let mut least = [f64::INFINITY; ALTERNATIVES];
+        for bucket in (0..self.buckets).rev() {
+            let (survival, tolerated) = (self.survival[bucket], self.tolerated[bucket]);
+            // One logarithm serves all powers.
+            let log = self.tolerated_survival[bucket].ln();
+            let at: [f64; ALTERNATIVES] = std::array::from_fn(|alternative| {
+                match (
+                    ODDS.get(alternative),
+                    HAZARD_POWERS.get(alternative.wrapping_sub(ODDS.len())),
+                ) {
+                    (Some(times), _) => odds(survival, tolerance * times),
+                    (None, Some(power)) => (log * power).exp(),
+                    (None, None) => survival,
+                }
+            });
+            let most = 1.0 + 0.9 * rest / (share * tolerated.max(1.0));
+            let (mixed, above, under) = (share * tolerated + rest, tolerated.max(1.0), tolerated.min(1.0));
+            let mut primary = [0.0; ALTERNATIVES];
+            for alternative in 0..ALTERNATIVES {
+                let density = (at[alternative] - below[alternative]) * self.inverse[bucket];
+                let factor = density * mixed / (tolerated * (share * density + rest));
+                // Rising with the duration: otherwise a faster canary could look slower.
+                let canary = least[alternative].min(factor).min(most);
+                let weight = if canary > 1.0 { above } else { under };
+                primary[alternative] = 1.0 - share / rest * weight * (canary - 1.0);
+                least[alternative] = canary;
+            }
+            below = at;
+            each(bucket, &least, &primary);
         }
     }
 }
 
-/// Density of a transformed distribution relative to the primary's, per bucket.
-fn densities(survival: &[f64], transform: impl Fn(f64) -> f64) -> Vec<f64> {
-    survival
-        .iter()
-        .enumerate()
-        .map(|(bucket, &upper)| {
-            let lower = survival.get(bucket + 1).copied().unwrap_or(0.0);
-            // An empty bucket has the density of a sliver.
-            let lower = lower.min(upper - 1e-9 * upper);
-            (transform(upper) - transform(lower)) / (upper - lower)
-        })
-        .collect()
-}
-
-/// Both arms' logarithmic factors per bucket, for one alternative.
-fn factors(tolerated: &[f64], alternative: &[f64], share: f64) -> Vec<(f64, f64)> {
-    let rest = 1.0 - share;
-    let mut factors: Vec<f64> = tolerated
-        .iter()
-        .zip(alternative)
-        .map(|(tolerated, alternative)| {
-            let factor = alternative / tolerated * (share * tolerated + rest) / (share * alternative + rest);
-            factor.min(1.0 + 0.9 * rest / (share * tolerated.max(1.0)))
-        })
-        .collect();
-    // Rising with the duration: otherwise a faster canary could look slower.
-    let mut least = f64::INFINITY;
-    for factor in factors.iter_mut().rev() {
-        least = least.min(*factor);
-        *factor = least;
-    }
-    factors
-        .into_iter()
-        .zip(tolerated)
-        .map(|(canary, tolerated)| {
-            let weight = if canary > 1.0 {
-                tolerated.max(1.0)
-            } else {
-                tolerated.min(1.0)
-            };
-            let primary = 1.0 - share / rest * weight * (canary - 1.0);
-            (canary.ln(), primary.ln())
-        })
-        .collect()
-}
-
 impl Distribution {
-    /// Takes in one interval of both arms. `primary` is what was known of the primary before it. O(buckets).
-    pub fn observe(&mut self, sample: &Sample, primary: &Running, options: &Options) {
-        let (theirs, ours) = (coarse(&sample.primary.latency), coarse(&sample.canary.latency));
-        let (canary_total, primary_total) = (ours.total(), theirs.total());
-        if canary_total == 0
-            || primary_total == 0
-            || theirs.bounds_ms != ours.bounds_ms
-            || !primary.matches(&theirs)
-            || primary.total() < KNOWN_MIN
-        {
+    /// Takes in one interval of both arms. O(buckets).
+    pub fn observe(&mut self, durations: &Durations<'_>, options: &Options) {
+        let (canary_total, primary_total) = (durations.canary_total, durations.primary_total);
+        let Some(known) = durations.known.as_ref() else {
+            return;
+        };
+        if canary_total == 0 || primary_total == 0 || known.total() < KNOWN_MIN {
             return;
         }
         self.canary = self.canary.saturating_add(canary_total);
         self.primary = self.primary.saturating_add(primary_total);
         let share = canary_total as f64 / (canary_total as f64 + primary_total as f64);
         let tolerance = options.tolerance.max(1.0);
-        let survival = primary.survival();
-        let tolerated = densities(&survival, |upper| odds(upper, tolerance));
-        let evidence = |factors: &[(f64, f64)]| -> f64 {
-            let arms = ours.counts.iter().zip(&theirs.counts).zip(factors);
-            arms.map(|((canary, primary), (ours, theirs))| *canary as f64 * ours + *primary as f64 * theirs)
-                .sum()
-        };
-        for (log, alternative) in self.slower.iter_mut().zip(ALTERNATIVES) {
-            let expected = densities(&survival, |upper| alternative.survival(upper, tolerance));
-            *log += evidence(&factors(&tolerated, &expected, share));
+        let shape = Shape::of(known, tolerance);
+        let (ours, theirs) = (
+            shape.counts(&durations.canary.counts),
+            shape.counts(&durations.primary.counts),
+        );
+        let slower = &mut self.slower;
+        shape.factors(share, tolerance, |bucket, canary, primary| {
+            for (count, factors) in [(ours[bucket], canary), (theirs[bucket], primary)] {
+                if count > 0.0 {
+                    for (log, factor) in slower.iter_mut().zip(factors) {
+                        *log += count * factor.ln();
+                    }
+                }
+            }
+        });
+        if self.log_ceiling() > self.peak {
+            self.peak = self.peak.max(self.log_evidence());
         }
-        self.peak = self.peak.max(self.log_evidence());
-        if tolerance > 1.0 {
-            let rest = 1.0 - share;
-            let factors: Vec<(f64, f64)> = tolerated
-                .iter()
-                .map(|tolerated| {
-                    let mixed = share * tolerated + rest;
-                    ((mixed / tolerated).ln(), mixed.ln())
-                })
-                .collect();
-            self.equal += evidence(&factors);
-            self.peak_equal = self.peak_equal.max(self.equal);
+        let rest = 1.0 - share;
+        for bucket in 0..shape.buckets {
+            let (ours, theirs) = (ours[bucket], theirs[bucket]);
+            if tolerance > 1.0 && ours + theirs > 0.0 {
+                let tolerated = shape.tolerated[bucket];
+                self.equal += (ours + theirs) * (share * tolerated + rest).ln() - ours * tolerated.ln();
+            }
+            let next = if bucket + 1 < shape.buckets {
+                shape.survival[bucket + 1]
+            } else {
+                0.0
+            };
+            self.places += ours * (1.0 - 0.5 * (shape.survival[bucket] + next));
         }
-        for (bucket, count) in ours.counts.iter().enumerate() {
-            let upper = survival.get(bucket).copied().unwrap_or(0.0);
-            let lower = survival.get(bucket + 1).copied().unwrap_or(0.0);
-            self.places += *count as f64 * (1.0 - 0.5 * (upper + lower));
-        }
+        self.peak_equal = self.peak_equal.max(self.equal);
     }
 
     /// A new step begins: what speaks for the canary starts anew.
@@ -198,11 +229,12 @@ impl Distribution {
 
     /// `ln E` against the canary now; 0 at the start.
     pub fn log_evidence(&self) -> f64 {
-        log_sum_exp(
-            self.slower
-                .iter()
-                .map(|log| (1.0 / ALTERNATIVES.len() as f64, *log)),
-        )
+        log_sum_exp(self.slower.iter().map(|log| (1.0 / ALTERNATIVES as f64, *log)))
+    }
+
+    /// What [`Distribution::log_evidence`] does not exceed.
+    pub fn log_ceiling(&self) -> f64 {
+        self.slower.iter().copied().fold(f64::NEG_INFINITY, f64::max)
     }
 
     /// The highest `ln E` against the canary so far.
@@ -260,8 +292,10 @@ impl Distribution {
 #[cfg(test)]
 mod tests {
     use super::super::quantile::tests::{histogram, log_normal};
+    use super::super::running::Running;
     use super::*;
     use crate::random::Random;
+    use crate::sample::Sample;
 
     struct World {
         random: Random,
@@ -291,7 +325,8 @@ mod tests {
                 primary: histogram(&mut self.random, requests.1, primary),
                 ..Sample::default()
             };
-            self.judge.observe(&sample, &self.running, &self.options);
+            self.judge
+                .observe(&Durations::of(&sample, &self.running), &self.options);
             self.running.remember(&sample.primary.latency);
             self.judge.verdict(&self.options)
         }
@@ -400,26 +435,73 @@ mod tests {
         assert!(wrong <= 19, "{wrong} of 200");
     }
 
+    /// 800, 0, 360 and so on of 2,000 requests in seven buckets.
+    fn known() -> Survival {
+        let mut running = Running::default();
+        running.remember(&crate::Histogram {
+            bounds_ms: (1..7).map(f64::from).collect(),
+            counts: vec![200, 0, 800, 600, 380, 19, 1],
+        });
+        running.survival()
+    }
+
     #[test]
     fn factors_rise_with_the_duration_and_stay_positive() {
-        let survival = [1.0, 0.9, 0.9, 0.5, 0.2, 0.01, 0.0005];
         for share in [0.01, 0.1, 0.5, 0.9, 0.99] {
             for tolerance in [1.0, 1.5, 3.0] {
-                let tolerated = densities(&survival, |upper| odds(upper, tolerance));
-                for alternative in ALTERNATIVES {
-                    let expected = densities(&survival, |upper| alternative.survival(upper, tolerance));
-                    let factors = factors(&tolerated, &expected, share);
-                    let case = format!("{share} {tolerance} {alternative:?}: {factors:?}");
-                    assert!(factors.windows(2).all(|pair| pair[0].0 <= pair[1].0), "{case}");
-                    assert!(
-                        factors
-                            .iter()
-                            .all(|pair| pair.0.is_finite() && pair.1.is_finite()),
-                        "{case}"
-                    );
+                let mut before = [f64::INFINITY; ALTERNATIVES];
+                Shape::of(&known(), tolerance).factors(share, tolerance, |bucket, canary, primary| {
+                    for alternative in 0..ALTERNATIVES {
+                        let (canary, primary) = (canary[alternative], primary[alternative]);
+                        let case = format!("{share} {tolerance} {alternative} {bucket}: {canary} {primary}");
+                        assert!(
+                            canary <= before[alternative] && canary > 0.0 && primary > 0.0,
+                            "{case}"
+                        );
+                    }
+                    before = *canary;
+                });
+            }
+        }
+    }
+
+    /// The exact expectation of a batch of one canary request among four of the primary is at most 1 for any common
+    /// distribution, the running estimate being right or wrong.
+    #[test]
+    fn the_expected_factor_is_at_most_one_whatever_the_common_distribution_is() {
+        let mut random = Random::new(12);
+        for tolerance in [1.0, 1.5] {
+            let shape = Shape::of(&known(), tolerance);
+            for _ in 0..50 {
+                let mut common: Vec<f64> = (0..shape.buckets).map(|_| -(1.0 - random.unit()).ln()).collect();
+                let sum: f64 = common.iter().sum();
+                common.iter_mut().for_each(|share| *share /= sum);
+                let (mut canary_mean, mut primary_mean) = ([0.0; ALTERNATIVES], [0.0; ALTERNATIVES]);
+                shape.factors(0.2, tolerance, |bucket, canary, primary| {
+                    for alternative in 0..ALTERNATIVES {
+                        canary_mean[alternative] += common[bucket] * canary[alternative];
+                        primary_mean[alternative] += common[bucket] * primary[alternative];
+                    }
+                });
+                for (canary, primary) in canary_mean.into_iter().zip(primary_mean) {
+                    let mean: f64 = canary * primary.powi(4);
+                    assert!(mean <= 1.0 + 1e-9, "at {tolerance}: {mean}");
                 }
             }
         }
+    }
+
+    #[test]
+    fn durations_where_the_primary_has_none_count_in_the_nearest_bucket_that_it_has() {
+        let mut running = Running::default();
+        running.remember(&crate::Histogram {
+            bounds_ms: (1..9).map(f64::from).collect(),
+            counts: vec![0, 0, 500, 400, 100, 0, 0, 0, 0],
+        });
+        let shape = Shape::of(&running.survival(), 1.0);
+        let grouped = shape.counts(&[1, 2, 4, 8, 16, 32, 64, 128, 256]);
+        assert_eq!((shape.first, shape.buckets), (2, 4));
+        assert_eq!(grouped[..4], [7.0, 8.0, 16.0, 480.0]);
     }
 
     #[test]
@@ -440,7 +522,7 @@ mod tests {
             primary: counts(90_000_000_000),
         };
         running.remember(&sample.primary.latency);
-        judge.observe(&sample, &running, &Options::default());
+        judge.observe(&Durations::of(&sample, &running), &Options::default());
         assert!(judge.log_evidence().is_finite());
         let text = serde_json::to_string(&judge).unwrap();
         assert!(text.len() < 500, "{}", text.len());

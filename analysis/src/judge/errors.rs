@@ -72,8 +72,8 @@ impl Errors {
     }
 
     /// `E`, the evidence against the canary now; 1 at the start.
-    pub fn evidence(&self) -> f64 {
-        self.test.log_evidence().exp()
+    pub fn evidence(&self, options: &Options) -> f64 {
+        self.test.log_evidence(options.tolerance, &Grid::ERRORS).exp()
     }
 
     /// Takes in one interval of both arms. O(1).
@@ -116,6 +116,7 @@ impl Errors {
             ErrorClass::Http5xx => "answers 5xx to",
             ErrorClass::Grpc => "answers a gRPC error to",
             ErrorClass::Connection => "does not answer",
+            ErrorClass::ByClient => "fails, a client counted once,",
         };
         let facts = format!(
             "canary {what} {} of {} requests, primary {} of {}",
@@ -124,7 +125,8 @@ impl Errors {
             text::percent(totals.primary_bad, totals.primary),
             text::count(totals.primary),
         );
-        ratio_verdict(&self.test, &facts, options.alpha, options.tolerance, || {
+        let grid = &Grid::ERRORS;
+        ratio_verdict(&self.test, &facts, options.alpha, options.tolerance, grid, || {
             missing(
                 &self.test,
                 &self.clock,
@@ -143,6 +145,7 @@ pub(crate) fn ratio_verdict(
     facts: &str,
     alpha: f64,
     tolerance: f64,
+    grid: &Grid,
     missing: impl FnOnce() -> Missing,
 ) -> Verdict {
     let bound = 1.0 / alpha;
@@ -170,7 +173,7 @@ pub(crate) fn ratio_verdict(
     });
     Verdict::Undecided {
         evidence: evidence(
-            test.log_evidence(),
+            test.log_evidence(tolerance, grid),
             format!("{facts}; undecided, missing {}{wait}", missing.what),
         ),
         missing,

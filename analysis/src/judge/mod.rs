@@ -15,8 +15,3 @@ pub mod threshold;
 pub mod values;
 pub mod warmth;
 pub mod watch;
-
-/// The comparison of errors under the name that it had when it was the only judge.
-pub mod comparison {
-    pub use super::errors::{Errors as Comparison, Options};
-}

@@ -12,8 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::errors::{Clock, missing, ratio_verdict};
 use super::ratio::{Batch, Grid, RatioTest};
-use super::running::{Running, coarse};
-use crate::sample::Sample;
+use super::running::Durations;
 use crate::text;
 use crate::verdict::{Evidence, Missing, Verdict};
 
@@ -59,26 +58,23 @@ pub struct Latency {
 }
 
 impl Latency {
-    /// Takes in one interval of both arms. `primary` is what was known of the primary before it.
-    pub fn observe(&mut self, sample: &Sample, primary: &Running, options: &Options) {
-        self.clock.tick(sample.at_ms);
-        let (theirs, ours) = (coarse(&sample.primary.latency), coarse(&sample.canary.latency));
-        if theirs.bounds_ms != ours.bounds_ms || !primary.matches(&theirs) {
-            self.skipped = self.skipped.saturating_add(ours.total());
-            return;
-        }
-        let Some((index, _)) = primary.bound_near(options.quantile) else {
-            self.skipped = self.skipped.saturating_add(ours.total());
+    /// Takes in one interval of both arms.
+    pub fn observe(&mut self, at_ms: i64, durations: &Durations<'_>, options: &Options) {
+        self.clock.tick(at_ms);
+        let known = durations.known.as_ref();
+        let Some((index, _)) = known.and_then(|known| known.bound_near(options.quantile)) else {
+            self.skipped = self.skipped.saturating_add(durations.canary_total);
             return;
         };
         let beyond = |counts: &[u64]| counts.iter().skip(index + 1).sum();
         let batch = Batch {
-            canary: ours.total(),
-            canary_bad: beyond(&ours.counts),
-            primary: theirs.total(),
-            primary_bad: beyond(&theirs.counts),
+            canary: durations.canary_total,
+            canary_bad: beyond(&durations.canary.counts),
+            primary: durations.primary_total,
+            primary_bad: beyond(&durations.primary.counts),
         };
-        self.bound_ms = ours.bounds_ms.get(index).copied().unwrap_or(f64::MAX);
+        let bounds = &durations.canary.bounds_ms;
+        self.bound_ms = bounds.get(index).copied().unwrap_or(f64::MAX);
         self.test.observe(&batch, options.share_tolerance(), &Grid::SLOW);
     }
 
@@ -128,7 +124,7 @@ impl Latency {
             text::percent(totals.primary_bad, totals.primary),
         );
         let tolerance = options.share_tolerance();
-        ratio_verdict(&self.test, &facts, options.alpha, tolerance, || {
+        ratio_verdict(&self.test, &facts, options.alpha, tolerance, &Grid::SLOW, || {
             missing(
                 &self.test,
                 &self.clock,
@@ -143,9 +139,10 @@ impl Latency {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use super::super::running::Running;
     use super::*;
     use crate::random::Random;
-    use crate::sample::{Counts, Histogram};
+    use crate::sample::{Counts, Histogram, Sample};
 
     /// Istio's bounds up to ten seconds.
     pub(crate) const BOUNDS: [f64; 13] = [
@@ -200,7 +197,8 @@ pub(crate) mod tests {
                 canary: histogram(&mut self.random, requests.0, canary),
                 primary: histogram(&mut self.random, requests.1, primary),
             };
-            self.latency.observe(&sample, &self.running, &self.options);
+            let durations = Durations::of(&sample, &self.running);
+            self.latency.observe(sample.at_ms, &durations, &self.options);
             self.running.remember(&sample.primary.latency);
         }
     }
@@ -302,7 +300,8 @@ pub(crate) mod tests {
         let text = serde_json::to_string(&world.latency).unwrap();
         assert!(text.len() < 700, "{} bytes", text.len());
         let read: Latency = serde_json::from_str(&text).unwrap();
-        assert!((read.test().log_evidence() - world.latency.test().log_evidence()).abs() < 1e-9);
+        let evidence = |latency: &Latency| latency.test().log_evidence(1.5, &Grid::SLOW);
+        assert!((evidence(&read) - evidence(&world.latency)).abs() < 1e-9);
         let text = serde_json::to_string(&world.running).unwrap();
         assert!(text.len() < 400, "{} bytes", text.len());
         let read: Running = serde_json::from_str(&text).unwrap();

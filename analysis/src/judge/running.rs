@@ -3,13 +3,15 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::sample::Histogram;
+use crate::sample::{Histogram, Sample};
 
 /// Most buckets that are kept; a finer histogram is taken together.
 pub const BUCKETS_MAX: usize = 64;
 /// After this many requests of the primary an observation counts `1/e` as much. Enough for a hundred beyond the p99,
 /// and a day's change of habits is forgotten in minutes.
 const MEMORY: f64 = 10_000.0;
+/// What has decayed to this is none.
+const FORGOTTEN: f32 = 1e-3;
 
 /// Exponentially forgotten bucket counts of the primary.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -54,40 +56,106 @@ impl Running {
     }
 
     /// Share of the primary's requests above each bucket's lower edge: first 1, never quite 0.
-    pub fn survival(&self) -> Vec<f64> {
-        let total = self.total() + 1.0;
+    pub fn survival(&self) -> Survival {
+        let scale = 1.0 / (self.total() + 1.0);
+        let mut survival = Survival {
+            shares: [0.0; BUCKETS_MAX],
+            buckets: self.counts.len().min(BUCKETS_MAX),
+            total: self.total(),
+            first: self
+                .counts
+                .iter()
+                .position(|count| *count > FORGOTTEN)
+                .unwrap_or(0),
+            last: self
+                .counts
+                .iter()
+                .rposition(|count| *count > FORGOTTEN)
+                .unwrap_or(0),
+        };
         let mut above = 0.5;
-        let mut survival: Vec<f64> = self
-            .counts
-            .iter()
-            .rev()
-            .map(|count| {
-                above += f64::from(*count);
-                (above / total).min(1.0)
-            })
-            .collect();
-        survival.reverse();
-        if let Some(first) = survival.first_mut() {
-            *first = 1.0;
+        for (share, count) in survival.shares.iter_mut().zip(&self.counts).rev() {
+            above += f64::from(*count);
+            *share = (above * scale).min(1.0);
         }
+        survival.shares[0] = 1.0;
         survival
+    }
+}
+
+/// The primary's distribution at one moment, on the stack: judges read it at every batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Survival {
+    shares: [f64; BUCKETS_MAX],
+    buckets: usize,
+    total: f64,
+    /// The first and the last bucket that hold anything.
+    first: usize,
+    last: usize,
+}
+
+impl Survival {
+    /// Share above the lower edge of each bucket, falling from 1.
+    pub fn shares(&self) -> &[f64] {
+        self.shares.get(..self.buckets).unwrap_or_default()
+    }
+
+    /// The first and the last bucket that hold anything.
+    pub const fn support(&self) -> (usize, usize) {
+        (self.first, self.last)
+    }
+
+    /// Observations that it rests on.
+    pub const fn total(&self) -> f64 {
+        self.total
     }
 
     /// The bound beyond which the share of the primary's requests is nearest to `1 − quantile`, as an index, with that
     /// share. `None` until enough is known: five requests beyond the quantile.
     pub fn bound_near(&self, quantile: f64) -> Option<(usize, f64)> {
         let tail = (1.0 - quantile).max(1e-6);
-        if self.total() * tail < 5.0 {
+        if self.total * tail < 5.0 {
             return None;
         }
-        let distance = |share: f64| (share.ln() - tail.ln()).abs();
-        self.survival()
-            .into_iter()
-            .enumerate()
-            // The share above bound i is that above the lower edge of bucket i + 1.
-            .skip(1)
-            .map(|(bucket, share)| (bucket - 1, share))
-            .min_by(|(_, one), (_, other)| distance(*one).total_cmp(&distance(*other)))
+        // The share above bound i is that above the lower edge of bucket i + 1.
+        let shares = self.shares().get(1..)?;
+        // They fall: the nearest is one of the two around the quantile; of equal ones, the lowest bound.
+        let after = shares.partition_point(|share| *share > tail);
+        let index = match (after.checked_sub(1), shares.get(after)) {
+            // Nearest by ratio: tails are compared by how many times as much they hold.
+            (Some(before), Some(share)) if shares[before] / tail > tail / share => after,
+            (Some(before), _) => shares.partition_point(|share| *share > shares[before]),
+            (None, Some(_)) => after,
+            (None, None) => return None,
+        };
+        Some((index, shares[index]))
+    }
+}
+
+/// Durations of both arms in one batch and what was known of the primary before it, made ready once for all judges of
+/// latency.
+#[derive(Debug)]
+pub struct Durations<'s> {
+    pub(crate) canary: std::borrow::Cow<'s, Histogram>,
+    pub(crate) primary: std::borrow::Cow<'s, Histogram>,
+    pub(crate) canary_total: u64,
+    pub(crate) primary_total: u64,
+    /// `None` while nothing is known of the primary in these buckets.
+    pub(crate) known: Option<Survival>,
+}
+
+impl<'s> Durations<'s> {
+    /// Those of a batch, with what is known of the primary before it.
+    pub fn of(sample: &'s Sample, primary: &Running) -> Self {
+        let (theirs, ours) = (coarse(&sample.primary.latency), coarse(&sample.canary.latency));
+        let comparable = theirs.bounds_ms == ours.bounds_ms && primary.matches(&theirs);
+        Self {
+            canary_total: ours.total(),
+            primary_total: theirs.total(),
+            canary: ours,
+            primary: theirs,
+            known: comparable.then(|| primary.survival()),
+        }
     }
 }
 
@@ -134,14 +202,43 @@ mod tests {
     fn the_bound_nearest_to_a_quantile_is_found_and_not_before_enough_is_known() {
         let mut running = Running::default();
         running.remember(&histogram(&[100, 80, 10, 1, 1, 0]));
-        assert_eq!(running.bound_near(0.99), None);
-        assert_eq!(running.bound_near(0.5).map(|(index, _)| index), Some(0));
+        assert_eq!(running.survival().bound_near(0.99), None);
+        assert_eq!(
+            running.survival().bound_near(0.5).map(|(index, _)| index),
+            Some(0)
+        );
         for _ in 0..10 {
             running.remember(&histogram(&[500, 400, 90, 8, 2, 0]));
         }
         // 1 % of the primary's requests take more than 50 ms.
-        assert_eq!(running.bound_near(0.99).map(|(index, _)| index), Some(2));
-        assert_eq!(running.bound_near(0.9).map(|(index, _)| index), Some(1));
+        assert_eq!(
+            running.survival().bound_near(0.99).map(|(index, _)| index),
+            Some(2)
+        );
+        assert_eq!(
+            running.survival().bound_near(0.9).map(|(index, _)| index),
+            Some(1)
+        );
+    }
+
+    #[test]
+    fn the_bound_that_is_found_is_the_nearest_of_all() {
+        let mut running = Running::default();
+        running.remember(&histogram(&[700, 0, 200, 0, 90, 10]));
+        let survival = running.survival();
+        for quantile in [0.1, 0.5, 0.69, 0.71, 0.85, 0.9, 0.97, 0.99] {
+            let tail: f64 = 1.0 - quantile;
+            let distance = |share: f64| (share.ln() - tail.ln()).abs();
+            let shares = &survival.shares()[1..];
+            let nearest = shares
+                .iter()
+                .map(|share| distance(*share))
+                .fold(f64::INFINITY, f64::min);
+            let (index, share) = survival.bound_near(quantile).unwrap();
+            assert!((distance(share) - nearest).abs() < 1e-12, "{quantile}");
+            let lowest = shares.iter().position(|other| *other == share);
+            assert_eq!(lowest, Some(index), "{quantile}");
+        }
     }
 
     #[test]
@@ -153,7 +250,7 @@ mod tests {
         for _ in 0..100 {
             running.remember(&histogram(&[1000, 0, 0, 0, 0, 0]));
         }
-        assert!(running.survival()[1] < 0.001);
+        assert!(running.survival().shares()[1] < 0.001);
         assert!(running.total() < 11_000.0);
         running.remember(&histogram(&[5, 5]));
         assert_eq!(running.total(), 10.0);

@@ -68,7 +68,7 @@ impl Warmth {
         }
         let bound = primary
             .matches(&latency)
-            .then(|| primary.bound_near(0.9))
+            .then(|| primary.survival().bound_near(0.9))
             .flatten();
         let Some((index, _)) = bound else {
             return was_warm;

@@ -21,6 +21,8 @@ use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+pub(crate) use serin_kit::cache::Change;
+
 use crate::Error;
 
 /// How many changes a listener may lag behind before it is told to look at everything.
@@ -30,25 +32,6 @@ const TOMBSTONES: usize = 1024;
 
 /// Namespace and name; the namespace is empty for cluster-scoped kinds.
 pub(crate) type Key = (String, String);
-
-/// What happened.
-#[derive(Debug)]
-pub(crate) enum Change<K> {
-    Applied(Arc<K>),
-    Deleted(Arc<K>),
-    /// Changes may have been missed: look at everything.
-    Resync,
-}
-
-impl<K> Clone for Change<K> {
-    fn clone(&self) -> Self {
-        match self {
-            Self::Applied(object) => Self::Applied(object.clone()),
-            Self::Deleted(object) => Self::Deleted(object.clone()),
-            Self::Resync => Self::Resync,
-        }
-    }
-}
 
 struct State<K> {
     objects: BTreeMap<Key, Arc<K>>,

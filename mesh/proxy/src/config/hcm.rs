@@ -184,6 +184,48 @@ impl HttpManager {
             ("via", !from.via.is_empty()),
             ("append_x_forwarded_port", from.append_x_forwarded_port),
             ("xff_num_trusted_hops", from.xff_num_trusted_hops > 0),
+            (
+                "access_log_options",
+                from.access_log_options.as_ref().is_some_and(|options| {
+                    options.access_log_flush_interval.is_some()
+                        || options.flush_access_log_on_new_request
+                        || options.flush_log_on_tunnel_successfully_established
+                }),
+            ),
+            (
+                "access_log_flush_interval",
+                from.access_log_flush_interval.is_some() || from.flush_access_log_on_new_request,
+            ),
+            (
+                "add_user_agent",
+                from.add_user_agent.as_ref().is_some_and(|value| value.value),
+            ),
+            (
+                "scheme_header_transformation",
+                from.scheme_header_transformation
+                    .as_ref()
+                    .is_some_and(|change| change.transformation.is_some() || change.match_upstream),
+            ),
+            (
+                "represent_ipv4_remote_address_as_ipv4_mapped_ipv6",
+                from.represent_ipv4_remote_address_as_ipv4_mapped_ipv6,
+            ),
+            ("strip_trailing_host_dot", from.strip_trailing_host_dot),
+            ("stream_flush_timeout", from.stream_flush_timeout.is_some()),
+            ("append_local_overload", from.append_local_overload),
+            ("forward_proto_config", from.forward_proto_config.is_some()),
+            (
+                "http1_safe_max_connection_duration",
+                from.http1_safe_max_connection_duration,
+            ),
+            (
+                "typed_header_validation_config",
+                from.typed_header_validation_config.is_some(),
+            ),
+            (
+                "forward_client_cert_matcher",
+                from.forward_client_cert_matcher.is_some(),
+            ),
         ];
         if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
             return Err(Refusal::new(*field, "not supported"));
@@ -220,7 +262,7 @@ impl HttpManager {
             routes,
             filters: Chain::default(),
             tracer: Tracer::compile(from.tracing.as_ref(), &from.stat_prefix, context)?,
-            logs: AccessLogs::compile(&from.access_log, &mut context.slots.sinks)?,
+            logs: AccessLogs::compile(&from.access_log, context)?.map(Box::new),
             stats: false,
             disable_host_fallback: false,
             metadata_exchange: false,
@@ -350,8 +392,8 @@ impl HttpManager {
                     any.type_url.ends_with("stats.PluginConfig") && plugin_disables_host(any)
                 });
             }
-            // ALPN override only matters to TLS upstreams; gRPC status is always counted.
-            "istio.alpn" | "envoy.filters.http.grpc_stats" => {}
+            // ALPN override only matters to TLS upstreams.
+            "istio.alpn" => {}
             _ => self.filters.add(filter, &self.stat_prefix, context)?,
         }
         Ok(false)

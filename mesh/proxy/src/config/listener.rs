@@ -18,6 +18,7 @@ use super::slot::{ClusterSlot, Directory};
 use super::transport_socket;
 use super::weighted::{Turn, Weights};
 use crate::error::{Refusal, Within};
+use crate::observe::access_log::AccessLogs;
 use crate::policy::network::NetworkFilter;
 use crate::tls::downstream::DownstreamTls;
 use crate::tls::secret::SecretSlot;
@@ -68,6 +69,8 @@ pub struct Listener {
     pub inspect_http: Inspect,
     /// How long to wait for these bytes.
     pub detection_timeout: Duration,
+    /// Access logs of its connections.
+    pub logs: Option<Arc<AccessLogs>>,
     /// When the time is over: go on without knowledge (or else close).
     pub continue_on_timeout: bool,
     matcher: ChainMatch,
@@ -160,6 +163,12 @@ pub struct TcpProxy {
     pub max_connect_attempts: u32,
     /// Whether Istio's TCP metrics are kept.
     pub stats: bool,
+    /// Access logs.
+    pub logs: Option<AccessLogs>,
+    /// How often lines are written while a connection goes on.
+    pub log_interval: Option<Duration>,
+    /// Whether lines are written when the upstream has been reached.
+    pub log_connected: bool,
 }
 
 /// Where TCP connections go.
@@ -308,6 +317,7 @@ impl Listener {
             use_original_dst: from.use_original_dst.as_ref().is_some_and(|value| value.value),
             original_dst: false,
             direction,
+            logs: AccessLogs::compile(&from.access_log, context)?.map(Arc::new),
             inspect_tls: Inspect::default(),
             inspect_http: Inspect::default(),
             detection_timeout: match &from.listener_filters_timeout {
@@ -542,11 +552,40 @@ fn compile_chain(
 impl TcpProxy {
     fn compile(from: &tcp_v3::TcpProxy, stats: bool, context: &mut Context<'_>) -> Result<Self, Refusal> {
         use tcp_v3::tcp_proxy::ClusterSpecifier;
-        if from.tunneling_config.is_some() || from.on_demand.is_some() || from.metadata_match.is_some() {
-            return Err(Refusal::new(
-                "tunneling_config",
-                "tunnels, on-demand clusters, metadata matches: not supported",
-            ));
+        let options = from.access_log_options.as_ref();
+        let unsupported = [
+            ("tunneling_config", from.tunneling_config.is_some()),
+            ("on_demand", from.on_demand.is_some()),
+            ("metadata_match", from.metadata_match.is_some()),
+            ("downstream_idle_timeout", from.downstream_idle_timeout.is_some()),
+            ("upstream_idle_timeout", from.upstream_idle_timeout.is_some()),
+            ("backoff_options", from.backoff_options.is_some()),
+            (
+                "max_downstream_connection_duration_jitter_percentage",
+                from.max_downstream_connection_duration_jitter_percentage
+                    .is_some(),
+            ),
+            ("proxy_protocol_tlvs", !from.proxy_protocol_tlvs.is_empty()),
+            ("upstream_connect_mode", from.upstream_connect_mode != 0),
+            (
+                "check_drain_close",
+                from.check_drain_close.as_ref().is_some_and(|value| value.value),
+            ),
+            ("max_early_data_bytes", from.max_early_data_bytes.is_some()),
+            (
+                "access_log_options.flush_access_log_on_start",
+                options.is_some_and(|options| options.flush_access_log_on_start),
+            ),
+        ];
+        if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
+            return Err(Refusal::new(*field, "not supported"));
+        }
+        let interval = options
+            .and_then(|options| options.access_log_flush_interval.as_ref())
+            .or(from.access_log_flush_interval.as_ref());
+        let log_interval = convert::timeout(interval).within("access_log_flush_interval")?;
+        if log_interval.is_some_and(|interval| interval < Duration::from_millis(1)) {
+            return Err(Refusal::new("access_log_flush_interval", "must be at least 1ms"));
         }
         let targets = match &from.cluster_specifier {
             Some(ClusterSpecifier::Cluster(name)) => TcpTargets::One(context.slots.cluster(name)),
@@ -600,6 +639,10 @@ impl TcpProxy {
                 .as_ref()
                 .map_or(1, |value| value.value.max(1)),
             stats,
+            logs: AccessLogs::compile(&from.access_log, context)?,
+            log_interval,
+            log_connected: from.flush_access_log_on_connected
+                || options.is_some_and(|options| options.flush_access_log_on_connected),
         })
     }
 }

@@ -6,10 +6,12 @@
 
 #![allow(deprecated)] // control planes, istiod among them, still send fields that Envoy calls deprecated
 
+pub mod balancing;
 pub mod chain_match;
 pub mod client_cert;
 pub mod cluster;
 pub mod convert;
+pub mod discovery;
 pub mod endpoint;
 pub mod filters;
 pub mod hash;
@@ -19,10 +21,12 @@ pub mod health_check;
 pub mod listener;
 pub mod listener_filters;
 pub mod matchers;
+pub mod outlier;
 pub mod retry;
 pub mod route;
 pub mod slot;
 pub mod store;
 pub mod table;
 pub mod transport_socket;
+pub mod upstream_http;
 pub mod weighted;

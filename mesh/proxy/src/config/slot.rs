@@ -176,6 +176,13 @@ impl Directory {
     }
 }
 
+/// What a worker does in the background, for as long as its object lives.
+#[derive(Clone, Debug)]
+pub enum Chore {
+    /// Fetches an issuer's keys before anybody needs them.
+    Keys(std::sync::Weak<crate::policy::jwt::jwks::Remote>),
+}
+
 /// Cluster and route slots by name; owned by whoever compiles the configuration.
 #[derive(Debug, Default)]
 pub struct Slots {
@@ -187,6 +194,8 @@ pub struct Slots {
     pub directory: Directory,
     /// Counters of filters.
     pub counters: crate::policy::stats::Registry,
+    /// What workers are to do in the background for what was compiled.
+    pub chores: Vec<Chore>,
     /// Where access logs are written.
     pub sinks: crate::observe::sink::Sinks,
     /// Secrets that clusters and listeners refer to.

@@ -87,6 +87,7 @@ impl Proxy {
             own: own.clone(),
             peer_metadata: header(&header_of_node(&metadata)),
             peer_id: header(&options.node.id),
+            node: Arc::new(options.node.clone()),
             cluster: options.node.cluster.as_str().into(),
             virtual_listeners: store.virtual_listeners(),
             neighbours: arc_swap::ArcSwap::default(),
@@ -166,6 +167,13 @@ impl Proxy {
     /// Opens and closes sockets; returns the listeners that could not be opened.
     async fn follow(&self, changes: Vec<ListenerChange>) -> Vec<(Box<str>, Refusal)> {
         let mut refused = Vec::new();
+        // The first worker does for all what is to be done once.
+        let chores = self.store(Store::take_chores);
+        for chore in chores {
+            if let Some(worker) = self.workers.first() {
+                let _ = worker.commands.send(Command::Chore(chore)).await;
+            }
+        }
         for change in changes {
             match change {
                 ListenerChange::Open(slot) => {

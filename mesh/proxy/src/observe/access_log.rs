@@ -1,17 +1,34 @@
-//! The access logs of a connection manager or TCP proxy, compiled.
+//! The access logs of a connection manager, TCP proxy or listener, compiled.
 
 use std::sync::Arc;
 
 use serin_xds::pb::envoy::config::accesslog::v3 as pb;
-use serin_xds::pb::envoy::extensions::access_loggers::{file::v3 as file, stream::v3 as stream};
+use serin_xds::pb::envoy::extensions::access_loggers::{
+    file::v3 as file, grpc::v3 as grpc, open_telemetry::v3 as open_telemetry, stream::v3 as stream,
+};
 use serin_xds::pb::google::protobuf::Any;
 
+use super::als::{self, HttpEntry};
+use super::batch::{Batches, Limits, Shape};
 use super::filter::Filter;
 use super::format::{Format, Template};
+use super::otlp::{self, LogEntry};
 use super::record::{Record, Wants};
-use super::sink::{Sink, Sinks, Target};
+use super::sink::{Sink, Target};
 use crate::config::convert;
+use crate::config::route::Context;
 use crate::error::{Refusal, Within};
+
+/// Envoy's names of what the access log service took and what it did not.
+const ALS_COUNTERS: [&str; 2] = [
+    "envoy_access_logs_grpc_access_log_logs_written",
+    "envoy_access_logs_grpc_access_log_logs_dropped",
+];
+/// The same of an OTLP collector.
+const OTLP_COUNTERS: [&str; 2] = [
+    "envoy_access_logs_open_telemetry_access_log_logs_written",
+    "envoy_access_logs_open_telemetry_access_log_logs_dropped",
+];
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -24,13 +41,24 @@ pub struct AccessLogs {
 #[derive(Debug)]
 struct AccessLog {
     filter: Option<Filter>,
-    format: Format,
-    sink: Arc<Sink>,
+    output: Output,
+}
+
+/// What becomes of a record.
+#[derive(Debug)]
+enum Output {
+    Line(Format, Arc<Sink>),
+    Http(HttpEntry, Arc<Batches>),
+    Tcp(Arc<Batches>),
+    Otlp(Box<LogEntry>, Arc<Batches>),
 }
 
 impl AccessLogs {
     /// Compiles the messages; `None` where there are none.
-    pub(crate) fn compile(from: &[pb::AccessLog], sinks: &mut Sinks) -> Result<Option<Box<Self>>, Refusal> {
+    pub(crate) fn compile(
+        from: &[pb::AccessLog],
+        context: &mut Context<'_>,
+    ) -> Result<Option<Self>, Refusal> {
         if from.is_empty() {
             return Ok(None);
         }
@@ -39,21 +67,46 @@ impl AccessLogs {
             .iter()
             .enumerate()
             .map(|(index, log)| {
-                AccessLog::compile(log, &mut wants, sinks).within(format!("access_log[{index}]"))
+                AccessLog::compile(log, &mut wants, context).within(format!("access_log[{index}]"))
             })
             .collect::<Result<_, _>>()?;
-        Ok(Some(Box::new(Self { logs, wants })))
+        Ok(Some(Self { logs, wants }))
     }
 
-    /// Writes the lines of a request that has ended.
-    pub fn write(&self, record: &Record<'_>, random: &impl Fn() -> u64) {
+    /// Writes the lines of a request or connection on behalf of a worker. `flush` gets batches that nobody sends yet.
+    pub fn write(
+        &self,
+        record: &Record<'_>,
+        random: &impl Fn() -> u64,
+        worker: usize,
+        flush: impl Fn(&Arc<Batches>),
+    ) {
         for log in &self.logs {
-            if log
-                .filter
-                .as_ref()
-                .is_none_or(|filter| filter.passes(record, random))
-            {
-                log.sink.append(|out| log.format.write(record, out));
+            let wanted = log.filter.as_ref();
+            if !wanted.is_none_or(|filter| filter.passes(record, random)) {
+                continue;
+            }
+            let (alone, batches) = match &log.output {
+                Output::Line(format, sink) => {
+                    sink.append(|out| format.write(record, out));
+                    continue;
+                }
+                Output::Http(entry, batches) => {
+                    let entry = entry.of(record);
+                    let write = |out: &mut _| prost::encoding::message::encode(1, &entry, out);
+                    (batches.add(worker, write), batches)
+                }
+                Output::Tcp(batches) => {
+                    let entry = als::tcp(record);
+                    let write = |out: &mut _| prost::encoding::message::encode(1, &entry, out);
+                    (batches.add(worker, write), batches)
+                }
+                Output::Otlp(entry, batches) => {
+                    (batches.add(worker, |out| entry.write(record, out)), batches)
+                }
+            };
+            if alone {
+                flush(batches);
             }
         }
     }
@@ -64,11 +117,10 @@ fn default_format(wants: &mut Wants) -> Result<Format, Refusal> {
 }
 
 impl AccessLog {
-    fn compile(from: &pb::AccessLog, wants: &mut Wants, sinks: &mut Sinks) -> Result<Self, Refusal> {
+    fn compile(from: &pb::AccessLog, wants: &mut Wants, context: &mut Context<'_>) -> Result<Self, Refusal> {
         let Some(pb::access_log::ConfigType::TypedConfig(any)) = &from.config_type else {
             return Err(Refusal::new("typed_config", "is missing"));
         };
-        let (format, target) = destination(any, wants).within("typed_config")?;
         Ok(Self {
             filter: from
                 .filter
@@ -76,8 +128,57 @@ impl AccessLog {
                 .map(|filter| Filter::compile(filter, wants))
                 .transpose()
                 .within("filter")?,
-            format,
-            sink: sinks.open(target).within("typed_config")?,
+            output: Output::compile(any, wants, context).within("typed_config")?,
+        })
+    }
+}
+
+impl Output {
+    fn compile(any: &Any, wants: &mut Wants, context: &mut Context<'_>) -> Result<Self, Refusal> {
+        let type_name = any.type_url.rsplit('/').next().unwrap_or_default();
+        let common = |config: &Option<grpc::CommonGrpcAccessLogConfig>| {
+            config
+                .clone()
+                .filter(|common| !common.log_name.is_empty())
+                .ok_or_else(|| Refusal::new("common_config.log_name", "is missing"))
+        };
+        Ok(match type_name {
+            "envoy.extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig" => {
+                let message: grpc::HttpGrpcAccessLogConfig = convert::unpack(any, type_name)?;
+                let common = common(&message.common_config)?;
+                let limits = Limits::of(&common).within("common_config")?;
+                let shape = Shape::Http(common.log_name.as_str().into());
+                Self::Http(
+                    HttpEntry::compile(&message, wants)?,
+                    Batches::new(shape, &limits, ALS_COUNTERS, context).within("common_config")?,
+                )
+            }
+            "envoy.extensions.access_loggers.grpc.v3.TcpGrpcAccessLogConfig" => {
+                let message: grpc::TcpGrpcAccessLogConfig = convert::unpack(any, type_name)?;
+                let common = common(&message.common_config)?;
+                let limits = Limits::of(&common).within("common_config")?;
+                let shape = Shape::Tcp(common.log_name.as_str().into());
+                Self::Tcp(Batches::new(shape, &limits, ALS_COUNTERS, context).within("common_config")?)
+            }
+            "envoy.extensions.access_loggers.open_telemetry.v3.OpenTelemetryAccessLogConfig" => {
+                let message: open_telemetry::OpenTelemetryAccessLogConfig = convert::unpack(any, type_name)?;
+                let (limits, name) = otlp::limits(&message)?;
+                let shape = Shape::Otlp {
+                    fixed: message
+                        .resource_attributes
+                        .as_ref()
+                        .map_or_else(Vec::new, |list| list.values.clone()),
+                    log_name: (!message.disable_builtin_labels).then(|| name.into()),
+                };
+                Self::Otlp(
+                    Box::new(LogEntry::compile(&message, wants)?),
+                    Batches::new(shape, &limits, OTLP_COUNTERS, context)?,
+                )
+            }
+            _ => {
+                let (format, target) = destination(any, wants)?;
+                Self::Line(format, context.slots.sinks.open(target)?)
+            }
         })
     }
 }

@@ -1,12 +1,14 @@
 //! Which requests are logged.
 
 use serin_xds::pb::envoy::config::accesslog::v3 as pb;
+use serin_xds::pb::envoy::extensions::access_loggers::filters::cel::v3 as cel;
 
 use super::record::{Record, Wants};
-use crate::config::convert::Fraction;
+use crate::config::convert::{self, Fraction};
 use crate::config::matchers::HeaderMatch;
 use crate::error::{Refusal, Within};
 use crate::metrics::flags::Flags;
+use crate::policy::cel::Expression;
 use crate::policy::metadata::MetadataMatch;
 
 /// A compiled `AccessLogFilter`.
@@ -32,10 +34,12 @@ pub enum Filter {
     AnyFlag(Option<Flags>),
     /// By gRPC status: with one of these, or with none of them.
     Grpc(Box<[u8]>, bool),
+    /// For which a CEL expression is true.
+    Expression(Expression),
     /// By dynamic metadata; what holds where there is none.
     Metadata(Option<MetadataMatch>, bool),
-    /// Nothing.
-    Nothing,
+    /// Written for one of these reasons, or for none of them.
+    Kind(Box<[i32]>, bool),
 }
 
 /// A comparison with a number.
@@ -67,6 +71,27 @@ impl Comparison {
             Op::Ne => value != self.value,
         }
     }
+}
+
+const CEL: &str = "envoy.extensions.access_loggers.filters.cel.v3.ExpressionFilter";
+
+fn is_cel(filter: &pb::ExtensionFilter) -> bool {
+    matches!(&filter.config_type, Some(pb::extension_filter::ConfigType::TypedConfig(any)) if any.type_url.ends_with(CEL))
+}
+
+fn expression(filter: &pb::ExtensionFilter, wants: &mut Wants) -> Result<Expression, Refusal> {
+    let Some(pb::extension_filter::ConfigType::TypedConfig(any)) = &filter.config_type else {
+        return Err(Refusal::new("", "is missing"));
+    };
+    let message: cel::ExpressionFilter = convert::unpack(any, CEL)?;
+    if message.cel_config.is_some() {
+        return Err(Refusal::new("cel_config", "not supported"));
+    }
+    Expression::parse(
+        &message.expression,
+        Some(&mut |side, name| wants.field(side, name)),
+    )
+    .within("expression")
 }
 
 impl Filter {
@@ -137,14 +162,9 @@ impl Filter {
                     .as_ref()
                     .is_none_or(|value| value.value),
             ),
-            Spec::LogTypeFilter(filter) => {
-                // Lines are written when a request (DownstreamEnd) or a connection (TcpConnectionEnd) ends.
-                let named = filter.types.iter().any(|kind| matches!(kind, 3 | 6));
-                if named == filter.exclude {
-                    Self::Nothing
-                } else {
-                    Self::Everything
-                }
+            Spec::LogTypeFilter(filter) => Self::Kind(filter.types.as_slice().into(), filter.exclude),
+            Spec::ExtensionFilter(filter) if is_cel(filter) => {
+                Self::Expression(expression(filter, wants).within("extension_filter.typed_config")?)
             }
             Spec::ExtensionFilter(filter) => {
                 return Err(Refusal::new(
@@ -161,7 +181,7 @@ impl Filter {
             Self::Status(comparison) => comparison.holds(u64::from(record.code)),
             Self::Duration(comparison) => comparison.holds(record.duration.as_millis() as u64),
             Self::Everything => true,
-            Self::Nothing => false,
+            Self::Kind(kinds, exclude) => kinds.contains(&(record.kind as i32)) != *exclude,
             Self::Traced => record.trace.is_some_and(|(_, recorded)| recorded),
             Self::Share(share) => share.hit(random()),
             Self::And(all) => all.iter().all(|filter| filter.passes(record, random)),
@@ -175,6 +195,7 @@ impl Filter {
                     .is_some_and(|status| statuses.contains(&status));
                 named != *exclude
             }
+            Self::Expression(expression) => expression.holds(record),
             Self::Metadata(None, _) => true,
             Self::Metadata(Some(matcher), without) => {
                 if matcher.finds(record.metadata) {

@@ -107,9 +107,36 @@ impl Kept {
     }
 }
 
-/// See the module. Durations are since the request's head had arrived.
+/// Why a line is written; the numbers are those of Envoy's `AccessLogType`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogType {
+    /// A connection has reached its upstream.
+    TcpUpstreamConnected = 1,
+    /// A connection goes on.
+    TcpPeriodic = 2,
+    /// A connection has ended.
+    TcpConnectionEnd = 3,
+    /// A request has ended.
+    DownstreamEnd = 6,
+}
+
+impl LogType {
+    /// Envoy's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::TcpUpstreamConnected => "TcpUpstreamConnected",
+            Self::TcpPeriodic => "TcpPeriodic",
+            Self::TcpConnectionEnd => "TcpConnectionEnd",
+            Self::DownstreamEnd => "DownstreamEnd",
+        }
+    }
+}
+
+/// See the module. Durations are since the request's head had arrived, or since the connection was accepted.
 #[derive(Clone, Copy, Debug)]
 pub struct Record<'a> {
+    /// Why the line is written.
+    pub kind: LogType,
     /// When the request's head had arrived, since 1970.
     pub start: Duration,
     /// How long everything took.
@@ -138,8 +165,12 @@ pub struct Record<'a> {
     pub code: u16,
     /// Why the response is what it is.
     pub details: &'a str,
-    /// Why the connection ended.
+    /// Why the connection was ended by a policy.
     pub termination: &'a str,
+    /// Why the proxy closed the connection.
+    pub local_close: &'a str,
+    /// Why the client's connection failed.
+    pub downstream_failure: Option<&'a str>,
     /// gRPC status.
     pub grpc_status: Option<u8>,
     /// Flags.

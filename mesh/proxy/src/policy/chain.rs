@@ -8,6 +8,7 @@ use serin_xds::pb::google::protobuf::Any;
 use super::buffer::Buffer;
 use super::compressor::Compressor;
 use super::ext_authz::ExtAuthz;
+use super::grpc_stats::GrpcStats;
 use super::header_mutation::HeaderMutation;
 use super::jwt::JwtAuthn;
 use super::local_rate_limit::LocalRateLimit;
@@ -51,6 +52,8 @@ pub enum Kind {
     Jwt(Box<JwtAuthn>),
     /// External authorisation.
     ExtAuthz(Box<ExtAuthz>),
+    /// Counting gRPC calls.
+    GrpcStats(Arc<GrpcStats>),
     /// Compression.
     Compressor(Arc<Compressor>),
 }
@@ -154,6 +157,12 @@ impl Chain {
             ("envoy.extensions.filters.http.ext_authz.v3.ExtAuthz", _) => Kind::ExtAuthz(Box::new(
                 ExtAuthz::compile(&unpack(config, type_name)?, stat_prefix, context)?,
             )),
+            ("envoy.extensions.filters.http.grpc_stats.v3.FilterConfig", _)
+            | ("", "envoy.filters.http.grpc_stats") => {
+                let (workers, counters) = context.counters();
+                let message = config.map_or(Ok(Default::default()), |any| convert::unpack(any, type_name))?;
+                Kind::GrpcStats(Arc::new(GrpcStats::compile(&message, workers, &counters.grpc)?))
+            }
             ("envoy.extensions.filters.http.compressor.v3.Compressor", _) => {
                 Kind::Compressor(Arc::new(Compressor::compile(&unpack(config, type_name)?)?))
             }

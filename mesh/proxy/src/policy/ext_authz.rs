@@ -2,13 +2,15 @@
 //!
 //! This module says what is asked and what the answer means; asking is the worker's part.
 
+mod answer;
+mod http_service;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::uri::PathAndQuery;
-use http::{HeaderMap, HeaderName, HeaderValue, Request, StatusCode, Uri, header};
+use http::{HeaderMap, StatusCode, header};
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::extensions::filters::http::ext_authz::v3 as filter;
 use serin_xds::pb::envoy::service::auth::v3 as auth;
@@ -18,12 +20,15 @@ use serin_xds::pb::google::protobuf as google;
 use super::facts::Facts;
 use super::local_rate_limit::denial_status;
 use super::metadata::{Metadata, MetadataMatch};
-use super::service::{GrpcTarget, HttpTarget, header_pair};
+use super::service::GrpcTarget;
 use super::stats::Counter;
 use crate::config::convert::{self, Fraction};
 use crate::config::matchers::StringMatch;
 use crate::config::route::Context;
 use crate::error::{Refusal, Within};
+
+pub use answer::{Allowed, Denied, Field, How, Verdict, apply, read_grpc};
+pub use http_service::HttpService;
 
 /// The method that is called.
 pub const PATH: &str = "/envoy.service.auth.v3.Authorization/Check";
@@ -77,22 +82,6 @@ pub enum Service {
     Http(Box<HttpService>),
 }
 
-/// A compiled `HttpService`.
-#[derive(Debug)]
-pub struct HttpService {
-    /// Where it is.
-    pub target: HttpTarget,
-    prefix: Box<str>,
-    path: Option<Box<str>>,
-    request: Option<Box<[StringMatch]>>,
-    add: Box<[(HeaderName, HeaderValue)]>,
-    upstream: Box<[StringMatch]>,
-    upstream_append: Box<[StringMatch]>,
-    client: Option<Box<[StringMatch]>>,
-    client_on_success: Box<[StringMatch]>,
-    metadata: Box<[StringMatch]>,
-}
-
 /// `with_request_body`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BodySettings {
@@ -126,63 +115,6 @@ pub struct Settings {
     pub service: Option<Service>,
 }
 
-/// How a field is set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum How {
-    /// In place of what was there.
-    Set,
-    /// Beside what was there.
-    Append,
-    /// Where nothing was there.
-    IfAbsent,
-    /// Where something was there.
-    IfPresent,
-}
-
-/// A field to be set.
-pub type Field = (HeaderName, HeaderValue, How);
-
-/// What the service said.
-#[derive(Debug)]
-pub enum Verdict {
-    /// The request passes.
-    Allowed(Box<Allowed>),
-    /// It is answered with this.
-    Denied(Box<Denied>),
-    /// The service failed.
-    Failed,
-}
-
-/// Changes to a request that passes.
-#[derive(Debug, Default)]
-pub struct Allowed {
-    /// Fields of the request.
-    pub set: Vec<Field>,
-    /// Fields taken off the request.
-    pub remove: Vec<HeaderName>,
-    /// Fields of the response.
-    pub response: Vec<Field>,
-    /// Query parameters to set.
-    pub query_set: Vec<(String, String)>,
-    /// Query parameters to remove.
-    pub query_remove: Vec<String>,
-    /// For later filters.
-    pub metadata: Option<google::Struct>,
-}
-
-/// The answer to a request that does not pass.
-#[derive(Debug)]
-pub struct Denied {
-    /// Status.
-    pub status: StatusCode,
-    /// Fields.
-    pub headers: Vec<Field>,
-    /// Body.
-    pub body: Bytes,
-    /// For the access log.
-    pub metadata: Option<google::Struct>,
-}
-
 fn matchers(
     from: Option<&matcher::ListStringMatcher>,
     field: &str,
@@ -213,171 +145,6 @@ impl BodySettings {
             partial: from.allow_partial_message,
             raw: from.pack_as_bytes,
         })
-    }
-}
-
-impl HttpService {
-    fn compile(from: &filter::HttpService, context: &mut Context<'_>) -> Result<Self, Refusal> {
-        let request = from.authorization_request.as_ref();
-        let response = from.authorization_response.as_ref();
-        let of_response = |list: Option<&matcher::ListStringMatcher>, field: &str| {
-            matchers(list, field).within("authorization_response")
-        };
-        if !from.path_prefix.is_empty() && !from.path_override.is_empty() {
-            return Err(Refusal::new(
-                "path_override",
-                "cannot be combined with path_prefix",
-            ));
-        }
-        Ok(Self {
-            target: HttpTarget::compile(from.server_uri.as_ref(), context).within("server_uri")?,
-            prefix: from.path_prefix.as_str().into(),
-            path: (!from.path_override.is_empty()).then(|| from.path_override.as_str().into()),
-            request: matchers(
-                request.and_then(|request| request.allowed_headers.as_ref()),
-                "allowed_headers",
-            )
-            .within("authorization_request")?,
-            add: request
-                .into_iter()
-                .flat_map(|request| &request.headers_to_add)
-                .map(header_pair)
-                .collect::<Result<_, _>>()
-                .within("authorization_request.headers_to_add")?,
-            upstream: of_response(
-                response.and_then(|response| response.allowed_upstream_headers.as_ref()),
-                "allowed_upstream_headers",
-            )?
-            .unwrap_or_default(),
-            upstream_append: of_response(
-                response.and_then(|response| response.allowed_upstream_headers_to_append.as_ref()),
-                "allowed_upstream_headers_to_append",
-            )?
-            .unwrap_or_default(),
-            client: of_response(
-                response.and_then(|response| response.allowed_client_headers.as_ref()),
-                "allowed_client_headers",
-            )?,
-            client_on_success: of_response(
-                response.and_then(|response| response.allowed_client_headers_on_success.as_ref()),
-                "allowed_client_headers_on_success",
-            )?
-            .unwrap_or_default(),
-            metadata: of_response(
-                response.and_then(|response| response.dynamic_metadata_from_headers.as_ref()),
-                "dynamic_metadata_from_headers",
-            )?
-            .unwrap_or_default(),
-        })
-    }
-
-    /// The request to the service; `allowed` and `disallowed` are the filter's lists.
-    pub fn question(
-        &self,
-        facts: &Facts<'_>,
-        body: Bytes,
-        authz: &ExtAuthz,
-        partial: Option<bool>,
-    ) -> Option<Request<Bytes>> {
-        let request = facts.request.as_ref()?;
-        let path = match (&self.path, request.query) {
-            (Some(path), _) => path.to_string(),
-            (None, None) => format!("{}{}", self.prefix, request.path),
-            (None, Some(query)) => format!("{}{}?{query}", self.prefix, request.path),
-        };
-        let mut out = Request::new(body);
-        *out.method_mut() = request.method.parse().ok()?;
-        *out.uri_mut() = Uri::from(path.parse::<PathAndQuery>().ok()?);
-        let headers = out.headers_mut();
-        for (name, value) in request.headers {
-            let text = name.as_str();
-            let wanted = match (&authz.allowed, &self.request) {
-                (None, None) => false,
-                (filter, own) => {
-                    filter.as_deref().is_some_and(|list| any(list, text))
-                        || own.as_deref().is_some_and(|list| any(list, text))
-                }
-            };
-            let always = *name == header::AUTHORIZATION || *name == header::HOST;
-            let framing = *name == header::CONTENT_LENGTH || *name == header::TRANSFER_ENCODING;
-            if (wanted || always) && !framing && !any(&authz.disallowed, text) {
-                headers.append(name.clone(), value.clone());
-            }
-        }
-        headers
-            .entry(header::HOST)
-            .or_insert_with(|| self.target.authority.clone());
-        for (name, value) in &self.add {
-            headers.insert(name, value.clone());
-        }
-        if let Some(partial) = partial {
-            headers.insert(
-                "x-envoy-auth-partial-body",
-                HeaderValue::from_static(if partial { "true" } else { "false" }),
-            );
-        }
-        if out.body().is_empty() && out.method() != http::Method::GET && out.method() != http::Method::HEAD {
-            out.headers_mut()
-                .insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
-        }
-        Some(out)
-    }
-
-    /// What an answer means.
-    pub fn read(&self, head: &http::response::Parts, body: Bytes) -> Verdict {
-        let hop = |name: &HeaderName| {
-            *name == header::CONNECTION
-                || *name == header::TRANSFER_ENCODING
-                || *name == header::CONTENT_LENGTH
-        };
-        let fields = |matchers: &[StringMatch], how: How| -> Vec<Field> {
-            head.headers
-                .iter()
-                .filter(|(name, _)| !hop(name) && any(matchers, name.as_str()))
-                .map(|(name, value)| (name.clone(), value.clone(), how))
-                .collect()
-        };
-        if head.status == StatusCode::OK {
-            let mut metadata = google::Struct::default();
-            for (name, value) in &head.headers {
-                if any(&self.metadata, name.as_str()) {
-                    let text = String::from_utf8_lossy(value.as_bytes()).into_owned();
-                    metadata
-                        .fields
-                        .insert(name.to_string(), super::metadata::text(text));
-                }
-            }
-            let mut set = fields(&self.upstream, How::Set);
-            set.extend(fields(&self.upstream_append, How::Append));
-            return Verdict::Allowed(Box::new(Allowed {
-                set,
-                response: fields(&self.client_on_success, How::Set),
-                metadata: (!metadata.fields.is_empty()).then_some(metadata),
-                ..Default::default()
-            }));
-        }
-        if head.status.is_server_error() {
-            return Verdict::Failed;
-        }
-        let headers = head
-            .headers
-            .iter()
-            .filter(|(name, _)| {
-                let always = matches!(**name, header::WWW_AUTHENTICATE | header::LOCATION);
-                !hop(name)
-                    && self
-                        .client
-                        .as_deref()
-                        .is_none_or(|list| always || any(list, name.as_str()))
-            })
-            .map(|(name, value)| (name.clone(), value.clone(), How::Append))
-            .collect();
-        Verdict::Denied(Box::new(Denied {
-            status: head.status,
-            headers,
-            body,
-            metadata: None,
-        }))
     }
 }
 
@@ -462,6 +229,13 @@ impl ExtAuthz {
                 !from.bootstrap_metadata_labels_key.is_empty(),
             ),
             ("shadow_mode", from.shadow_mode),
+            (
+                "enable_dynamic_metadata_ingestion",
+                from.enable_dynamic_metadata_ingestion
+                    .as_ref()
+                    .is_some_and(|value| !value.value),
+            ),
+            ("emit_filter_state_stats", from.emit_filter_state_stats),
         ];
         if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
             return Err(Refusal::new(*field, "not supported"));
@@ -679,90 +453,4 @@ pub struct CheckScene<'a> {
     pub time: Duration,
     /// The route's `context_extensions`.
     pub extensions: Option<&'a HashMap<String, String>>,
-}
-
-fn field(from: &core::HeaderValueOption) -> Option<Field> {
-    use core::header_value_option::HeaderAppendAction;
-    let (name, value) = header_pair(from.header.as_ref()?).ok()?;
-    let how = match (&from.append, HeaderAppendAction::try_from(from.append_action)) {
-        (Some(append), _) if append.value => How::Append,
-        (Some(_), _) => How::Set,
-        // In this API a field without any of the two is set, unlike in routes.
-        (None, Ok(HeaderAppendAction::AppendIfExistsOrAdd)) => How::Set,
-        (None, Ok(HeaderAppendAction::AddIfAbsent)) => How::IfAbsent,
-        (None, Ok(HeaderAppendAction::OverwriteIfExists)) => How::IfPresent,
-        (None, _) => How::Set,
-    };
-    Some((name, value, how))
-}
-
-/// What the answer of a gRPC service means. Fields that are none are left out.
-pub fn read_grpc(from: auth::CheckResponse) -> Verdict {
-    use auth::check_response::HttpResponse;
-    let code = from.status.as_ref().map_or(0, |status| status.code);
-    let fields = |list: &[core::HeaderValueOption]| list.iter().filter_map(field).collect();
-    match from.http_response {
-        Some(HttpResponse::OkResponse(ok)) if code == 0 => Verdict::Allowed(Box::new(Allowed {
-            set: fields(&ok.headers),
-            remove: ok
-                .headers_to_remove
-                .iter()
-                .filter_map(|name| HeaderName::from_bytes(name.as_bytes()).ok())
-                .filter(|name| *name != header::HOST)
-                .collect(),
-            response: fields(&ok.response_headers_to_add),
-            query_set: ok
-                .query_parameters_to_set
-                .into_iter()
-                .map(|parameter| (parameter.key, parameter.value))
-                .collect(),
-            query_remove: ok.query_parameters_to_remove,
-            metadata: from.dynamic_metadata.or(ok.dynamic_metadata),
-        })),
-        _ if code == 0 => Verdict::Allowed(Box::new(Allowed {
-            metadata: from.dynamic_metadata,
-            ..Default::default()
-        })),
-        Some(HttpResponse::ErrorResponse(_)) => Verdict::Failed,
-        other => {
-            let denied = match other {
-                Some(HttpResponse::DeniedResponse(denied)) => denied,
-                _ => auth::DeniedHttpResponse::default(),
-            };
-            let status = denied
-                .status
-                .as_ref()
-                .and_then(|status| u16::try_from(status.code).ok())
-                .and_then(|code| StatusCode::from_u16(code).ok())
-                .unwrap_or(StatusCode::FORBIDDEN);
-            Verdict::Denied(Box::new(Denied {
-                status,
-                headers: fields(&denied.headers),
-                body: denied.body.into(),
-                metadata: from.dynamic_metadata,
-            }))
-        }
-    }
-}
-
-/// Sets fields.
-pub fn apply(fields: &[Field], headers: &mut HeaderMap) {
-    for (name, value, how) in fields {
-        match how {
-            How::Set => {
-                headers.insert(name, value.clone());
-            }
-            How::Append => {
-                headers.append(name, value.clone());
-            }
-            How::IfAbsent => {
-                headers.entry(name).or_insert_with(|| value.clone());
-            }
-            How::IfPresent => {
-                if headers.contains_key(name) {
-                    headers.insert(name, value.clone());
-                }
-            }
-        }
-    }
 }

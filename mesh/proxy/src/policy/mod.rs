@@ -27,11 +27,13 @@
 
 pub mod bucket;
 pub mod buffer;
+pub mod cel;
 pub mod chain;
 pub mod compressor;
 pub mod descriptors;
 pub mod ext_authz;
 pub mod facts;
+pub mod grpc_stats;
 pub mod header_mutation;
 pub mod jwt;
 pub mod local_rate_limit;

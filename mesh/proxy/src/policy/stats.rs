@@ -35,6 +35,13 @@ impl Counter {
         }
     }
 
+    /// Adds that many on behalf of a worker.
+    pub fn add_many(&self, worker: usize, count: u64) {
+        if let Some(cell) = self.cells.get(worker) {
+            cell.0.fetch_add(count, Ordering::Relaxed);
+        }
+    }
+
     /// The sum over all workers.
     pub fn get(&self) -> u64 {
         self.cells.iter().map(|cell| cell.0.load(Ordering::Relaxed)).sum()
@@ -45,6 +52,8 @@ impl Counter {
 #[derive(Debug, Default)]
 pub struct Registry {
     counters: BTreeMap<(&'static str, Labels), Arc<Counter>>,
+    /// Calls by gRPC method.
+    pub grpc: super::grpc_stats::Table,
 }
 
 impl Registry {
@@ -89,6 +98,7 @@ impl Registry {
                 }),
             }
         }
+        families.extend(self.grpc.collect());
         families
     }
 }

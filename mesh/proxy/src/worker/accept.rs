@@ -12,6 +12,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::Instant;
 
+use super::connection_log::ConnectionLog;
 use super::io::Io;
 use super::sniff::{self, Detected, Http};
 use super::{Command, Worker, http, tcp};
@@ -22,8 +23,6 @@ use crate::config::listener_filters::ProxyProtocol;
 use crate::config::slot::ListenerSlot;
 use crate::metrics::flags::Flags;
 use crate::policy::facts::{Facts, PeerIdentity};
-use crate::policy::metadata::Metadata;
-use crate::tls::info::ConnectionTls;
 use crate::tls::rewind::Rewind;
 use crate::upstream::proxy_header::{self, Header};
 
@@ -149,28 +148,30 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
         destination = original_destination(&stream, local);
     }
     let direct = SocketAddr::new(remote.ip().to_canonical(), remote.port());
-    let mut remote = direct;
+    let mut addresses = http::Addresses {
+        remote: direct,
+        direct,
+        local: destination,
+        connection: http::next_connection(),
+    };
+    let mut log = ConnectionLog::new(worker.clone(), bound.logs.clone(), addresses);
     let mut prefix = Vec::new();
     if let Some(rules) = bound.proxy_protocol {
         let deadline = Instant::now() + bound.detection_timeout;
         match read_proxy_header(&stream, &mut prefix, rules, deadline).await {
-            Ok(Some((source, told))) => (remote, destination) = (source, told),
+            Ok(Some((source, told))) => (addresses.remote, addresses.local) = (source, told),
             Ok(None) => {}
-            Err(error) => {
-                let addresses = http::Addresses {
-                    remote,
-                    direct,
-                    local: destination,
-                };
-                return log_handshake(&worker, &bound, None, addresses, &error);
-            }
+            Err(error) => return log_handshake(&worker, &bound, &mut log, &error),
         }
+        log.addresses = addresses;
     }
+    let destination = addresses.local;
     let mut listener = bound;
     if listener.use_original_dst {
         let virtuals = worker.shared.virtual_listeners.load();
         if let Some(found) = virtuals.find(destination) {
             listener = found.clone();
+            log.follow(listener.logs.clone());
         }
     }
     let mut detected = Detected::default();
@@ -182,15 +183,11 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
         match read_until_detected(&stream, &mut prefix, deadline).await {
             Ok(Some(found)) => detected = found,
             Ok(None) if listener.continue_on_timeout => timed_out = true,
-            Ok(None) | Err(_) => return,
+            Ok(None) => return log.local_close.set("listener_filter_timeout"),
+            Err(_) => return,
         }
     }
-    let addresses = http::Addresses {
-        remote,
-        direct,
-        local: destination,
-    };
-    let Some(chain) = choose(&worker, &listener, &detected, addresses) else {
+    let Some(chain) = choose(&worker, &listener, &detected, &mut log) else {
         return;
     };
     if timed_out
@@ -200,19 +197,14 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
     {
         // Nobody has spoken. The TCP chain's upstream is asked now, and whoever speaks first decides: a server that
         // greets gets its TCP connection, a client that was merely slow still gets HTTP, also where nobody answers.
+        let client = tcp::Client {
+            source: addresses.remote,
+            destination,
+            tls: None,
+            server_name: None,
+        };
         let greeting = async {
-            match tcp::open(
-                &worker,
-                proxy,
-                &listener,
-                remote,
-                destination,
-                None,
-                None,
-                tcp::Purpose::Probe,
-            )
-            .await
-            {
+            match tcp::open(&worker, proxy, &listener, &client, None).await {
                 Ok(upstream) => match upstream.readable().await {
                     Ok(upstream) => upstream,
                     Err(_) => std::future::pending().await,
@@ -232,37 +224,31 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
             upstream = greeting => Some(upstream),
             () = worker.closing() => return,
         };
-        return match (upstream, choose(&worker, &listener, &detected, addresses)) {
-            (Some(upstream), _) => {
-                tcp::join(worker, proxy.clone(), Io::Plain(stream), prefix, upstream).await;
-            }
-            (None, Some(chain)) => handle(worker, listener, chain, stream, prefix, detected, addresses).await,
-            (None, None) => {}
-        };
+        if let Some(upstream) = upstream {
+            log.enter(proxy);
+            return tcp::join(worker, proxy.clone(), Io::Plain(stream), prefix, upstream, log).await;
+        }
+        if let Some(chain) = choose(&worker, &listener, &detected, &mut log) {
+            handle(worker, listener, chain, stream, prefix, detected, log).await;
+        }
+        return;
     }
-    handle(worker, listener, chain, stream, prefix, detected, addresses).await;
+    handle(worker, listener, chain, stream, prefix, detected, log).await;
 }
 
 /// Whether the chain's network filters let the connection through; a denial is logged.
-fn admitted(
-    worker: &Worker,
-    listener: &Listener,
-    chain: &FilterChain,
-    server_name: Option<&str>,
-    tls: Option<&ConnectionTls>,
-    addresses: http::Addresses,
-) -> bool {
-    let mut metadata = Metadata::default();
+fn admitted(worker: &Worker, listener: &Listener, chain: &FilterChain, log: &mut ConnectionLog) -> bool {
+    let addresses = log.addresses;
     for policy in &chain.policies {
         let facts = Facts {
             direct_remote: addresses.direct,
             source: addresses.remote,
             local: addresses.local,
-            server_name,
-            peer: tls.and_then(PeerIdentity::of),
+            server_name: log.server_name.as_deref(),
+            peer: log.tls.as_deref().and_then(PeerIdentity::of),
             request: None,
             forwarded: false,
-            metadata: &metadata,
+            metadata: &log.metadata,
         };
         let (denied, noted) = policy.judge(&facts, clock::now_ms(), worker.id);
         if let Some(denied) = denied {
@@ -271,21 +257,25 @@ fn admitted(
             } else {
                 Flags::default()
             };
-            worker.log(
-                serde_json::json!({
-                    "listener": &*listener.name,
-                    "response_flags": flags.to_string(),
-                    "connection_termination_details": denied.details,
-                    "requested_server_name": server_name,
-                    "downstream_remote_address": addresses.remote.to_string(),
-                    "downstream_local_address": addresses.local.to_string(),
-                })
-                .to_string(),
-            );
+            log.flag(flags);
+            log.termination = denied.details.into();
+            if !log.is_wanted() {
+                worker.log(
+                    serde_json::json!({
+                        "listener": &*listener.name,
+                        "response_flags": flags.to_string(),
+                        "connection_termination_details": &*log.termination,
+                        "requested_server_name": log.server_name,
+                        "downstream_remote_address": addresses.remote.to_string(),
+                        "downstream_local_address": addresses.local.to_string(),
+                    })
+                    .to_string(),
+                );
+            }
             return false;
         }
         if let Some(noted) = noted {
-            metadata = noted;
+            log.metadata = noted;
         }
     }
     true
@@ -295,8 +285,10 @@ fn choose(
     worker: &Worker,
     listener: &Listener,
     detected: &Detected,
-    addresses: http::Addresses,
+    log: &mut ConnectionLog,
 ) -> Option<Arc<FilterChain>> {
+    let addresses = log.addresses;
+    log.server_name = detected.server_name.as_deref().map(Box::from);
     let alpn: Vec<&str> = match detected.http {
         Some(Http::One) => vec!["http/1.1"],
         Some(Http::Two) => vec!["h2c"],
@@ -312,17 +304,20 @@ fn choose(
     };
     let chain = listener.select(&facts).cloned();
     if chain.is_none() {
-        worker.log(
-            serde_json::json!({
-                "listener": &*listener.name,
-                "response_flags": Flags::NO_ROUTE.to_string(),
-                "response_code_details": "filter_chain_not_found",
-                "requested_server_name": detected.server_name,
-                "downstream_remote_address": addresses.remote.to_string(),
-                "downstream_local_address": addresses.local.to_string(),
-            })
-            .to_string(),
-        );
+        log.flag(Flags::NO_ROUTE);
+        if !log.is_wanted() {
+            worker.log(
+                serde_json::json!({
+                    "listener": &*listener.name,
+                    "response_flags": Flags::NO_ROUTE.to_string(),
+                    "response_code_details": "filter_chain_not_found",
+                    "requested_server_name": detected.server_name,
+                    "downstream_remote_address": addresses.remote.to_string(),
+                    "downstream_local_address": addresses.local.to_string(),
+                })
+                .to_string(),
+            );
+        }
     }
     chain
 }
@@ -334,22 +329,17 @@ async fn handle(
     stream: TcpStream,
     mut prefix: Vec<u8>,
     detected: Detected,
-    addresses: http::Addresses,
+    mut log: Box<ConnectionLog>,
 ) {
     let direction = listener.direction;
+    let addresses = log.addresses;
     let _place = match &chain.limit {
         None => None,
         Some(limit) => match limit.take() {
             Some(place) => Some(place),
             None => {
                 let error = io::Error::other("connection_limit");
-                log_handshake(
-                    &worker,
-                    &listener,
-                    detected.server_name.map(Box::from),
-                    addresses,
-                    &error,
-                );
+                log_handshake(&worker, &listener, &mut log, &error);
                 tokio::time::sleep(limit.delay).await;
                 return;
             }
@@ -365,45 +355,36 @@ async fn handle(
                     server_name.clone_from(&facts.server_name);
                     (Io::Tls(Box::new(stream)), Some(Arc::new(facts)))
                 }
-                Err(error) => return log_handshake(&worker, &listener, server_name, addresses, &error),
+                Err(error) => return log_handshake(&worker, &listener, &mut log, &error),
             }
         }
     };
-    if !chain.policies.is_empty()
-        && !admitted(
-            &worker,
-            &listener,
-            &chain,
-            server_name.as_deref(),
-            tls.as_deref(),
-            addresses,
-        )
-    {
+    log.server_name.clone_from(&server_name);
+    log.tls.clone_from(&tls);
+    if !chain.policies.is_empty() && !admitted(&worker, &listener, &chain, &mut log) {
         return;
     }
     match &chain.handler {
         Handler::Tcp(proxy) => {
             let proxy = proxy.clone();
+            log.enter(&proxy);
+            let client = tcp::Client {
+                source: addresses.remote,
+                destination: addresses.local,
+                tls: tls.as_deref(),
+                server_name: server_name.as_deref(),
+            };
             // A failure has been recorded where it happened; the client sees the connection close.
-            if let Ok(upstream) = tcp::open(
-                &worker,
-                &proxy,
-                &listener,
-                addresses.remote,
-                addresses.local,
-                tls.as_deref(),
-                server_name.as_deref(),
-                tcp::Purpose::Serve,
-            )
-            .await
-            {
-                tcp::join(worker, proxy, io, prefix, upstream).await;
+            if let Ok(upstream) = tcp::open(&worker, &proxy, &listener, &client, Some(&mut log)).await {
+                tcp::join(worker, proxy, io, prefix, upstream, log).await;
             }
         }
         Handler::Http(manager) => {
             let manager = manager.clone();
             // Not kept over the life of the connection: the listener may be replaced meanwhile.
             drop(listener);
+            // Lines of requests are the manager's; those of connections only where the listener wants them.
+            let _log = log.is_wanted().then_some(log);
             let agreed = tls.as_ref().and_then(|tls| tls.alpn.as_deref());
             let http2 = match (manager.codec, agreed) {
                 (Codec::Http1, _) => false,
@@ -437,20 +418,19 @@ async fn handle(
     }
 }
 
-fn log_handshake(
-    worker: &Worker,
-    listener: &Listener,
-    server_name: Option<Box<str>>,
-    addresses: http::Addresses,
-    error: &io::Error,
-) {
+fn log_handshake(worker: &Worker, listener: &Listener, log: &mut ConnectionLog, error: &io::Error) {
+    log.downstream_failure = Some(error.to_string());
+    if log.is_wanted() {
+        return;
+    }
+    let addresses = log.addresses;
     worker.log(
         serde_json::json!({
             "listener": &*listener.name,
             "response_flags": "-",
             "downstream_transport_failure_reason": error.to_string(),
             "downstream_direct_remote_address": addresses.direct.to_string(),
-            "requested_server_name": server_name,
+            "requested_server_name": log.server_name,
             "downstream_remote_address": addresses.remote.to_string(),
             "downstream_local_address": addresses.local.to_string(),
         })

@@ -14,6 +14,7 @@ use hyper::body::Incoming;
 use tokio::time::Sleep;
 
 use crate::policy::compressor::Encoder;
+use crate::policy::grpc_stats::Messages;
 
 /// The error of a body: what went wrong, for hyper to break the message off.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
@@ -25,6 +26,8 @@ pub struct Inbound {
     ahead: VecDeque<Frame<Bytes>>,
     ahead_bytes: usize,
     ended: bool,
+    /// gRPC messages, where somebody counts them.
+    messages: Option<Box<Messages>>,
 }
 
 /// How far a body was read ahead.
@@ -44,6 +47,7 @@ impl Inbound {
             ahead: VecDeque::new(),
             ahead_bytes: 0,
             ended: false,
+            messages: None,
         }
     }
 
@@ -81,6 +85,11 @@ impl Inbound {
             out.extend_from_slice(&data[..data.len().min(room)]);
         }
         out.freeze()
+    }
+
+    /// Counts the gRPC messages that go on.
+    pub fn count_messages(&mut self) {
+        self.messages.get_or_insert_default();
     }
 
     /// Bytes that were read ahead.
@@ -184,6 +193,14 @@ impl RequestSource {
                 .reset(tokio::time::Instant::now() + idle.saturating_sub(quiet));
         }
         false
+    }
+
+    /// gRPC messages so far, where somebody counts them.
+    pub fn messages(&self) -> u64 {
+        self.incoming
+            .messages
+            .as_ref()
+            .map_or(0, |messages| messages.count)
     }
 
     /// Whether everything that was read can be sent again.
@@ -304,6 +321,9 @@ impl Body for UpstreamBody {
                         if let Some(data) = frame.data_ref() {
                             let bytes = data.len();
                             source.received += bytes as u64;
+                            if let Some(messages) = &mut source.incoming.messages {
+                                messages.feed(data);
+                            }
                             let data = data.clone();
                             source.keep(Kept::Data(data), bytes);
                         } else if let Some(trailers) = frame.trailers_ref() {

@@ -201,13 +201,29 @@ pub async fn grpc<A: Message + Default>(
     message: &impl Message,
     timeout: Duration,
 ) -> Result<A, CallError> {
-    let name = || target.cluster.name.clone();
-    let mut body = BytesMut::with_capacity(5 + message.encoded_len());
+    let body = grpc_bytes(
+        worker,
+        target,
+        path,
+        &message.encode_to_vec(),
+        target.timeout.unwrap_or(timeout),
+    )
+    .await?;
+    A::decode(body).map_err(|_| CallError::Answer(target.cluster.name.clone(), "not the expected message"))
+}
+
+/// A message as gRPC frames it.
+pub(super) fn framed(message: &[u8]) -> Bytes {
+    let mut body = BytesMut::with_capacity(5 + message.len());
     body.put_u8(0);
-    body.put_u32(message.encoded_len() as u32);
-    // A BytesMut grows as needed: encoding cannot fail.
-    let _ = message.encode(&mut body);
-    let mut request = Request::new(body.freeze());
+    body.put_u32(message.len() as u32);
+    body.put_slice(message);
+    body.freeze()
+}
+
+/// The head of a gRPC call.
+pub(super) fn grpc_request<B>(target: &GrpcTarget, path: &'static str, body: B) -> Request<B> {
+    let mut request = Request::new(body);
     *request.method_mut() = Method::POST;
     *request.uri_mut() = Uri::from_static(path);
     let headers = request.headers_mut();
@@ -217,14 +233,20 @@ pub async fn grpc<A: Message + Default>(
     for (field, value) in &target.metadata {
         headers.append(field, value.clone());
     }
-    let answer = call(
-        worker,
-        &target.cluster,
-        request,
-        true,
-        target.timeout.unwrap_or(timeout),
-    )
-    .await?;
+    request
+}
+
+/// A gRPC call of one message that is encoded already; the encoded answer.
+pub async fn grpc_bytes(
+    worker: &Worker,
+    target: &GrpcTarget,
+    path: &'static str,
+    message: &[u8],
+    timeout: Duration,
+) -> Result<Bytes, CallError> {
+    let name = || target.cluster.name.clone();
+    let request = grpc_request(target, path, framed(message));
+    let answer = call(worker, &target.cluster, request, true, timeout).await?;
     let status = answer
         .trailers
         .as_ref()
@@ -258,5 +280,5 @@ pub async fn grpc<A: Message + Default>(
     if body.len() < length {
         return Err(CallError::Answer(name(), "cut off"));
     }
-    A::decode(body.split_to(length)).map_err(|_| CallError::Answer(name(), "not the expected message"))
+    Ok(body.split_to(length))
 }

@@ -14,7 +14,7 @@ use http_body::Frame;
 use tokio::time::Sleep;
 
 use super::body::{BodyError, Observer, RequestSource};
-use super::filters::PolicyState;
+use super::filters::{self, PolicyState};
 use super::http::Downstream;
 use super::logging::{self, LogState};
 use super::spans::{self, SpanState};
@@ -130,9 +130,13 @@ impl Exchange {
             return;
         }
         let conn = self.conn.clone();
-        conn.request_ended();
+        let now = Instant::now();
+        conn.request_ended(now);
         if conn.manager.stats && conn.direction != Direction::Unspecified {
-            self.record(&conn);
+            self.record(&conn, now);
+        }
+        if self.policy.is_some() {
+            filters::finish(self);
         }
         // Without configured access logs, errors are told all the same.
         if !logging::write(self) && (!self.flags.is_empty() || self.code >= 500) {
@@ -143,7 +147,7 @@ impl Exchange {
         }
     }
 
-    fn record(&self, conn: &Downstream) {
+    fn record(&self, conn: &Downstream, now: Instant) {
         let (reporter, peer) = match conn.direction {
             Direction::Inbound => (Reporter::Destination, self.peer.clone()),
             Direction::Outbound | Direction::Unspecified => (
@@ -168,7 +172,7 @@ impl Exchange {
         series.requests.add(1);
         series
             .duration
-            .observe_thousandths(self.started.elapsed().as_micros() as u64);
+            .observe_thousandths(now.saturating_duration_since(self.started).as_micros() as u64);
         series.request_bytes.observe_thousandths(self.received() * 1000);
         series.response_bytes.observe_thousandths(self.sent * 1000);
     }
@@ -370,6 +374,7 @@ impl Observer for Watch {
     fn frame(&mut self, frame: &Frame<Bytes>) {
         if let Some(data) = frame.data_ref() {
             self.exchange.sent += data.len() as u64;
+            filters::saw_data(&mut self.exchange, data);
         } else if let Some(trailers) = frame.trailers_ref() {
             self.exchange.note_grpc_status(trailers);
             logging::keep_trailers(&mut self.exchange, trailers);

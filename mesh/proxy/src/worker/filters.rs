@@ -8,6 +8,8 @@ mod ext_authz;
 mod jwt;
 mod rate_limit;
 
+pub(super) use jwt::fetch_ahead;
+
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +33,7 @@ use crate::policy::compressor::{Compressor, Encoder, vary};
 use crate::policy::descriptors::{Descriptor, RateLimitEntry, Scene};
 use crate::policy::ext_authz::{Field, How, apply};
 use crate::policy::facts::Facts;
+use crate::policy::grpc_stats::{Call, GrpcStats, Messages};
 use crate::policy::header_mutation::HeaderMutation;
 use crate::policy::local_rate_limit::{LocalRateLimit, VirtualHostLimits};
 use crate::policy::metadata::Metadata;
@@ -49,6 +52,8 @@ pub struct PolicyState {
     /// What they told each other.
     pub metadata: Metadata,
     encode: Vec<Encode>,
+    /// Who counts the call, and the messages of its response.
+    grpc: Option<(Arc<GrpcStats>, Messages)>,
     /// The request's fields, where a change of the response may name them.
     request: Option<HeaderMap>,
 }
@@ -127,6 +132,35 @@ pub(super) fn encode(exchange: &mut Exchange, head: &mut Head, has_body: bool) -
     let encoder = state.respond(exchange, head, has_body);
     exchange.policy = Some(state);
     encoder
+}
+
+/// Bytes of a response's body, as the upstream sent them.
+pub(super) fn saw_data(exchange: &mut Exchange, data: &[u8]) {
+    if let Some(state) = &mut exchange.policy
+        && let Some((_, messages)) = &mut state.grpc
+    {
+        messages.feed(data);
+    }
+}
+
+/// A request has ended.
+pub(super) fn finish(exchange: &Exchange) {
+    if let Some(state) = &exchange.policy
+        && let Some((stats, messages)) = &state.grpc
+        && let Some(cluster) = &exchange.cluster_name
+    {
+        let call = Call {
+            cluster,
+            path: exchange.uri.path(),
+            status: exchange.grpc_status,
+            requests: exchange
+                .source
+                .as_ref()
+                .map_or(0, |source| source.borrow().messages()),
+            responses: messages.count,
+        };
+        stats.count(&call, exchange.conn.worker.id);
+    }
 }
 
 /// What filters said about a request so far.
@@ -251,6 +285,15 @@ pub(super) async fn decode(
                 Box::pin(ext_authz::ask(exchange, authz, own, parts, body))
                     .await
                     .map(|again| reroute = again)
+            }
+            (Kind::GrpcStats(stats), _) => {
+                if exchange.grpc {
+                    state(exchange).grpc = Some((stats.clone(), Messages::default()));
+                    if let Some(body) = body {
+                        body.count_messages();
+                    }
+                }
+                Ok(())
             }
             (Kind::Compressor(_), Some(Override::Compressor(None))) => Ok(()),
             (Kind::Compressor(compressor), own) => {

@@ -14,6 +14,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Notify;
 
+use super::alarm::Alarms;
 use super::rest::{End, wait_for_end};
 use super::{DrainPhase, LocalExecutor, Worker, http1, request};
 use crate::config::hcm::{HttpManager, ServerHeader};
@@ -50,6 +51,8 @@ pub struct Downstream {
     pub gate: Arc<Gate>,
     /// Token buckets of this connection, by the limit that they belong to.
     buckets: RefCell<Vec<(Arc<LocalRateLimit>, Rc<Buckets>)>>,
+    /// For the limits of its requests.
+    pub(super) alarms: Alarms,
     upgrade_asked: Cell<bool>,
     requests: Cell<u32>,
     pub(super) running: Cell<u32>,
@@ -114,9 +117,9 @@ impl Downstream {
     }
 
     /// A request has ended.
-    pub fn request_ended(&self) {
+    pub fn request_ended(&self, now: Instant) {
         self.running.set(self.running.get().saturating_sub(1));
-        self.last_used.set(Instant::now());
+        self.last_used.set(now);
     }
 
     /// Whether requests for `authority` belong on this connection. Behind TLS whose chain was chosen by server name a
@@ -182,6 +185,13 @@ pub struct Addresses {
     pub direct: SocketAddr,
     /// Where the client wanted to go.
     pub local: SocketAddr,
+    /// Number of the connection within the process.
+    pub connection: u64,
+}
+
+/// The number of a new connection.
+pub(super) fn next_connection() -> u64 {
+    CONNECTIONS.fetch_add(1, Ordering::Relaxed)
 }
 
 /// Serves a connection to its end. `prefix` was read from it already; `http2` is what these bytes said.
@@ -214,11 +224,12 @@ pub async fn serve<S>(
         remote: addresses.remote,
         local: addresses.local,
         direct: addresses.direct,
-        id: CONNECTIONS.fetch_add(1, Ordering::Relaxed),
+        id: addresses.connection,
         tls,
         server_name,
         gate,
         buckets: RefCell::default(),
+        alarms: Alarms::default(),
         upgrade_asked: Cell::new(false),
         requests: Cell::new(0),
         running: Cell::new(0),

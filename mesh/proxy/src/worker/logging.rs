@@ -1,18 +1,26 @@
 //! Access logs on the worker: what is kept of a request while it runs, and the record when it ends.
 
 use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use http::HeaderMap;
 use http::request::Parts;
 
+use super::Worker;
+use super::call::grpc_bytes;
 use super::exchange::{Exchange, protocol_text};
 use super::filters;
-use super::request::view;
+use super::request::{X_FORWARDED_FOR, view};
 use crate::config::cluster::UpstreamHttp;
 use crate::observe::access_log::AccessLogs;
-use crate::observe::record::{Kept, Record};
+use crate::observe::batch::Batches;
+use crate::observe::record::{Kept, LogType, Record};
 use crate::random;
+
+/// Limit of a call to a log service, where it says none.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What a request keeps for its log lines.
 #[derive(Debug, Default)]
@@ -34,7 +42,10 @@ pub(super) fn keep_request(exchange: &mut Exchange, parts: &Parts) {
     if let Some(logs) = &conn.manager.logs {
         let state = exchange.log.get_or_insert_default();
         logs.wants.keep_request(&view(parts), &mut state.kept);
-        if !conn.manager.use_remote_address && state.remote.is_none() {
+        if !conn.manager.use_remote_address
+            && state.remote.is_none()
+            && parts.headers.contains_key(&X_FORWARDED_FOR)
+        {
             let metadata = crate::policy::metadata::Metadata::EMPTY;
             let remote = filters::facts(&conn, parts, &metadata).remote();
             state.remote = (remote != conn.remote.ip()).then(|| SocketAddr::new(remote, 0));
@@ -64,6 +75,10 @@ pub(super) fn keep_trailers(exchange: &mut Exchange, trailers: &HeaderMap) {
     }
 }
 
+fn text(value: Option<&http::HeaderValue>) -> Option<std::borrow::Cow<'_, str>> {
+    value.map(|value| String::from_utf8_lossy(value.as_bytes()))
+}
+
 /// Writes the lines of a request that has ended; `false` if no access log is configured.
 pub(super) fn write(exchange: &Exchange) -> bool {
     let Some(logs) = logs(exchange) else {
@@ -79,13 +94,8 @@ pub(super) fn write(exchange: &Exchange) -> bool {
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default()
         .saturating_sub(duration);
-    let text = |value: &'_ Option<http::HeaderValue>| -> Option<String> {
-        value
-            .as_ref()
-            .map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
-    };
-    let authority = text(&exchange.authority);
-    let request_id = text(&exchange.request_id);
+    let authority = text(exchange.authority.as_ref());
+    let request_id = text(exchange.request_id.as_ref());
     let request = match &exchange.source {
         None => Some(Duration::ZERO),
         Some(source) => source.borrow().ended_at.map(since),
@@ -99,6 +109,7 @@ pub(super) fn write(exchange: &Exchange) -> bool {
         UpstreamHttp::Auto => None,
     });
     let record = Record {
+        kind: LogType::DownstreamEnd,
         start,
         duration,
         request,
@@ -114,6 +125,8 @@ pub(super) fn write(exchange: &Exchange) -> bool {
         code: exchange.code,
         details: &exchange.details,
         termination: "",
+        local_close: "",
+        downstream_failure: None,
         grpc_status: exchange.grpc_status,
         flags: exchange.flags,
         received: exchange.received(),
@@ -133,6 +146,31 @@ pub(super) fn write(exchange: &Exchange) -> bool {
         connection: conn.id,
         trace: exchange.span.as_ref().map(|span| (&*span.trace, span.recorded())),
     };
-    logs.write(&record, &random::next);
+    logs.write(&record, &random::next, conn.worker.id, |batches| {
+        flush_later(&conn.worker, batches);
+    });
     true
+}
+
+/// Sends what waits for a log service, after a while or once there is enough of it.
+pub(super) fn flush_later(worker: &Rc<Worker>, batches: &Arc<Batches>) {
+    let (own, batches) = (worker.clone(), batches.clone());
+    worker.tasks.spawn_local(async move {
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(batches.interval) => {}
+                () = batches.full() => {}
+                () = own.closing() => {}
+            }
+            let Some(batch) = batches.take(&own.shared.node) else {
+                return;
+            };
+            let timeout = batches.target.timeout.unwrap_or(TIMEOUT);
+            let result = grpc_bytes(&own, &batches.target, batches.path(), &batch.message, timeout).await;
+            if let Err(error) = &result {
+                tracing::debug!(%error, entries = batch.entries, "access log entries were not taken");
+            }
+            batches.count(&batch, result.is_ok(), own.id);
+        }
+    });
 }

@@ -2,8 +2,11 @@
 //! the request path is shared with other workers but the configuration that is read.
 
 pub mod accept;
+mod alarm;
+mod attempts;
 pub mod body;
 pub mod call;
+mod connection_log;
 pub mod exchange;
 mod failure;
 pub mod filters;
@@ -15,6 +18,7 @@ mod logging;
 mod mirror;
 mod prepare;
 pub mod request;
+mod respond;
 mod rest;
 pub mod sniff;
 mod spans;
@@ -35,7 +39,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 
-use crate::config::slot::{ClusterSlot, ListenerSlot};
+use crate::config::slot::{Chore, ClusterSlot, ListenerSlot};
 use crate::config::store::VirtualListeners;
 use crate::metrics::peer::Workload;
 use crate::metrics::series::{Recorder, Shard};
@@ -55,6 +59,8 @@ pub struct Shared {
     pub peer_metadata: HeaderValue,
     /// Our node id.
     pub peer_id: HeaderValue,
+    /// Who we are, as services are told.
+    pub node: Arc<serin_xds::pb::envoy::config::core::v3::Node>,
     /// Name of the cluster that we belong to (`node.cluster`).
     pub cluster: Box<str>,
     /// Listeners without sockets.
@@ -83,6 +89,8 @@ pub enum Command {
     Listen(Arc<ListenerSlot>, Vec<std::net::TcpListener>),
     /// Serve a connection that another worker accepted, to keep the numbers even.
     Serve(Arc<ListenerSlot>, std::net::TcpStream, SocketAddr, accept::Share),
+    /// Do that in the background.
+    Chore(Chore),
     /// Stop accepting for the listener of that name; its connections drain.
     Close(Arc<str>),
     /// Enter that phase of the end.
@@ -124,7 +132,7 @@ where
     F::Output: 'static,
 {
     fn execute(&self, future: F) {
-        // Owned by the worker's LocalSet, which drops it when the worker ends.
+        // Owned by the worker's runtime, which drops it when the worker ends.
         tokio::task::spawn_local(future);
     }
 }
@@ -167,10 +175,10 @@ impl Worker {
             // Accepting and serving share the thread; asking for IO every 61 polls (the default) lets a busy
             // connection starve new ones.
             .event_interval(31)
-            .build()?;
-        let local = tokio::task::LocalSet::new();
+            // A local one: its tasks need not be Send, and no set of tasks stands between them and the scheduler.
+            .build_local(tokio::runtime::LocalOptions::default())?;
         let worker = Self::new(id, shared, shard);
-        local.block_on(&runtime, worker.clone().follow(commands));
+        runtime.block_on(worker.clone().follow(commands));
         Ok(())
     }
 
@@ -213,6 +221,7 @@ impl Worker {
                         Err(error) => tracing::warn!(%error, "a connection could not be taken over"),
                     }
                 }
+                Some(Command::Chore(Chore::Keys(remote))) => filters::fetch_ahead(&self, remote),
                 Some(Command::Close(name)) => {
                     if let Some(tasks) = listeners.remove(&name) {
                         stop(tasks);

@@ -2,23 +2,25 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::net::{Shutdown, SocketAddr};
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Poll, ready};
 use std::time::{Duration, Instant};
 
-use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::net::TcpStream;
 
 use super::Worker;
+use super::connection_log::{ConnectionLog, periodically};
 use super::io::Io;
 use crate::config::hash::hash_of_source;
 use crate::config::listener::{Direction, Listener, TcpProxy, TcpTargets};
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
 use crate::metrics::series::{Reporter, TcpLabels, TcpSeries};
+use crate::observe::record::LogType;
 use crate::tls::info::ConnectionTls;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::{Active, Host, WorkerCluster};
@@ -34,13 +36,17 @@ thread_local! {
     static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER]);
 }
 
-/// What a connection is opened for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Purpose {
-    /// For a client that needs it: a failure is recorded.
-    Serve,
-    /// To see whether the server speaks first: a failure means nothing.
-    Probe,
+/// Who wants to be connected.
+#[derive(Clone, Copy)]
+pub(super) struct Client<'a> {
+    /// Itself.
+    pub source: SocketAddr,
+    /// Where it wants to go.
+    pub destination: SocketAddr,
+    /// TLS, where we end it.
+    pub tls: Option<&'a ConnectionTls>,
+    /// The name in its TLS handshake.
+    pub server_name: Option<&'a str>,
 }
 
 /// There is no connection to join with; why has been recorded.
@@ -53,6 +59,9 @@ pub struct Upstream {
     /// Read already: what a server inside of TLS said first.
     early: Vec<u8>,
     labels: TcpLabels,
+    cluster: Arc<str>,
+    host: Rc<Host>,
+    attempts: u32,
     _active: Active,
 }
 
@@ -71,22 +80,21 @@ impl Upstream {
     }
 }
 
-/// Connects to where `proxy` sends connections.
+/// Connects to where `proxy` sends connections. A failure is recorded in `log`; without one it means nothing: somebody
+/// wanted to see whether the server speaks first.
 pub(super) async fn open(
     worker: &Rc<Worker>,
     proxy: &TcpProxy,
     listener: &Listener,
-    source: SocketAddr,
-    destination: SocketAddr,
-    tls: Option<&ConnectionTls>,
-    server_name: Option<&str>,
-    purpose: Purpose,
+    client: &Client<'_>,
+    mut log: Option<&mut ConnectionLog>,
 ) -> Result<Upstream, NoUpstream> {
+    let (source, destination) = (client.source, client.destination);
     // A name that comes with the connection may only choose among clusters that exist.
     let named = proxy
         .by_server_name
         .as_ref()
-        .zip(server_name)
+        .zip(client.server_name)
         .and_then(|(directory, name)| directory.find(name));
     let slot = match (&named, &proxy.targets) {
         (Some(slot), _) | (None, TcpTargets::One(slot)) => slot,
@@ -96,33 +104,31 @@ pub(super) async fn open(
         Direction::Inbound => Reporter::Destination,
         Direction::Outbound | Direction::Unspecified => Reporter::Source,
     };
-    let no_upstream = |labels, flags, failure: &str| {
-        if purpose == Purpose::Serve {
-            record_failure(
-                worker,
-                proxy,
-                labels,
-                flags,
-                listener,
-                &slot.name,
-                destination,
-                failure,
-            );
-        }
-        Err(NoUpstream)
-    };
+    let mut no_upstream =
+        |mut labels: TcpLabels, flags, failure: String, attempts, host: Option<Rc<Host>>| {
+            if let Some(log) = &mut log {
+                labels.flags = flags;
+                log.flag(flags);
+                log.cluster = Some(slot.name.clone());
+                log.failure = failure;
+                log.attempts = attempts;
+                log.host = host;
+                record_failure(worker, proxy, &labels, listener, log);
+            }
+            Err(NoUpstream)
+        };
     let mut labels = TcpLabels {
         reporter,
         peer: Workload::unknown(),
         service: ServiceIdentity::unknown(),
         flags: Flags::default(),
         principals: match reporter {
-            Reporter::Destination => tls.and_then(|tls| tls.principals.clone()),
+            Reporter::Destination => client.tls.and_then(|tls| tls.principals.clone()),
             Reporter::Source => None,
         },
     };
     let Some(cluster) = worker.cluster(slot) else {
-        return no_upstream(labels, Flags::NO_CLUSTER, "");
+        return no_upstream(labels, Flags::NO_CLUSTER, String::new(), 0, None);
     };
     labels.service = cluster
         .config
@@ -131,7 +137,7 @@ pub(super) async fn open(
         .unwrap_or_else(|| ServiceIdentity::new(&cluster.slot.name, &cluster.slot.name, ""));
     let mut tried: Vec<Rc<Host>> = Vec::new();
     let mut failure = String::new();
-    for _ in 0..proxy.max_connect_attempts {
+    for attempt in 1..=proxy.max_connect_attempts {
         let wish = Wish {
             hash: proxy.hash_by_source.then(|| hash_of_source(source.ip())),
             tried: &tried,
@@ -139,7 +145,13 @@ pub(super) async fn open(
             ..Default::default()
         };
         let Some(host) = cluster.pick(&wish, Some(destination)) else {
-            return no_upstream(labels, Flags::NO_HEALTHY_UPSTREAM, &failure);
+            return no_upstream(
+                labels,
+                Flags::NO_HEALTHY_UPSTREAM,
+                failure,
+                attempt - 1,
+                tried.pop(),
+            );
         };
         if reporter == Reporter::Source
             && let Some(workload) = &host.endpoint.workload
@@ -155,7 +167,10 @@ pub(super) async fn open(
                     stream: connected.stream,
                     early: Vec::new(),
                     labels,
+                    cluster: slot.name.clone(),
+                    attempts: attempt,
                     _active: Active::on(&host),
+                    host,
                 });
             }
             Err(text) => failure = text,
@@ -166,7 +181,7 @@ pub(super) async fn open(
     if proxy.max_connect_attempts > 1 {
         flags.add(Flags::RETRY_LIMIT);
     }
-    no_upstream(labels, flags, &failure)
+    no_upstream(labels, flags, failure, proxy.max_connect_attempts, tried.pop())
 }
 
 async fn connect_to(
@@ -206,26 +221,25 @@ async fn connect_to(
 fn record_failure(
     worker: &Worker,
     proxy: &TcpProxy,
-    mut labels: TcpLabels,
-    flags: Flags,
+    labels: &TcpLabels,
     listener: &Listener,
-    cluster: &str,
-    destination: SocketAddr,
-    failure: &str,
+    log: &ConnectionLog,
 ) {
-    labels.flags = flags;
     if proxy.stats {
-        let series = worker.recorder.tcp(&labels);
+        let series = worker.recorder.tcp(labels);
         series.opened.add(1);
         series.closed.add(1);
+    }
+    if log.is_wanted() {
+        return;
     }
     worker.log(
         serde_json::json!({
             "listener": &*listener.name,
-            "upstream_cluster": cluster,
-            "response_flags": flags.to_string(),
-            "upstream_transport_failure_reason": failure,
-            "downstream_local_address": destination.to_string(),
+            "upstream_cluster": log.cluster.as_deref(),
+            "response_flags": labels.flags.to_string(),
+            "upstream_transport_failure_reason": log.failure,
+            "downstream_local_address": log.addresses.local.to_string(),
         })
         .to_string(),
     );
@@ -249,7 +263,15 @@ pub(super) async fn join(
     downstream: Io,
     prefix: Vec<u8>,
     upstream: Upstream,
+    mut log: Box<ConnectionLog>,
 ) {
+    log.cluster = Some(upstream.cluster);
+    log.attempts = upstream.attempts;
+    log.host = Some(upstream.host);
+    if proxy.log_connected {
+        log.write_meanwhile(LogType::TcpUpstreamConnected);
+    }
+    let log = &*log;
     let series = proxy.stats.then(|| worker.recorder.tcp(&upstream.labels));
     if let Some(series) = &series {
         series.opened.add(1);
@@ -258,12 +280,14 @@ pub(super) async fn join(
     let last = Cell::new(Instant::now());
     let received = |count: usize| {
         last.set(Instant::now());
+        log.received.set(log.received.get() + count as u64);
         if let Some(series) = &counted.0 {
             series.received.add(count as u64);
         }
     };
     let sent = |count: usize| {
         last.set(Instant::now());
+        log.sent.set(log.sent.get() + count as u64);
         if let Some(series) = &counted.0 {
             series.sent.add(count as u64);
         }
@@ -272,7 +296,7 @@ pub(super) async fn join(
         // The first error ends both; a mere end of stream is passed on and leaves the other direction open.
         let _ = match (downstream, upstream.stream) {
             (Io::Plain(downstream), Stream::Plain(upstream)) => {
-                join_sockets(&Socket::Tcp(downstream), &upstream, &prefix, received, sent).await
+                join_sockets(downstream, upstream, &prefix, received, sent).await
             }
             (downstream, upstream_stream) => {
                 relay(
@@ -289,9 +313,13 @@ pub(super) async fn join(
     };
     tokio::select! {
         () = both => {}
-        () = quiet(&last, proxy.idle_timeout) => {}
-        () = worker.closing() => {}
-        () = lasting(proxy.max_duration) => {}
+        () = quiet(&last, proxy.idle_timeout) => log.local_close.set("tcp_session_idle_timeout"),
+        () = worker.closing() => log.local_close.set("draining"),
+        () = lasting(proxy.max_duration) => {
+            log.flag(Flags::DURATION_TIMEOUT);
+            log.local_close.set("max_connection_duration_reached");
+        }
+        () = periodically(log, proxy.log_interval) => {}
     }
 }
 
@@ -317,23 +345,30 @@ async fn quiet(last: &Cell<Instant>, limit: Option<Duration>) {
     }
 }
 
-/// Both directions between sockets: nothing is held for a direction that is silent.
+/// Both directions between sockets. The halves are tokio's, whose reads know that a short one has emptied the socket: a
+/// message costs one read and one write, and no read that only finds nothing.
 async fn join_sockets(
-    downstream: &Socket,
-    upstream: &Socket,
+    mut downstream: TcpStream,
+    upstream: Socket,
     prefix: &[u8],
     received: impl Fn(usize),
     sent: impl Fn(usize),
 ) -> io::Result<()> {
-    let up = async {
-        if !prefix.is_empty() {
-            received(prefix.len());
-            upstream.send(prefix).await?;
+    let (from_client, to_client) = downstream.split();
+    match upstream {
+        Socket::Tcp(mut upstream) => {
+            let (from_server, to_server) = upstream.split();
+            let up = relay_one(from_client, to_server, prefix, received);
+            let down = relay_one(from_server, to_client, &[], sent);
+            futures::future::try_join(up, down).await.map(drop)
         }
-        pump(downstream, upstream, received).await
-    };
-    let down = pump(upstream, downstream, sent);
-    futures::future::try_join(up, down).await.map(drop)
+        Socket::Unix(mut upstream) => {
+            let (from_server, to_server) = upstream.split();
+            let up = relay_one(from_client, to_server, prefix, received);
+            let down = relay_one(from_server, to_client, &[], sent);
+            futures::future::try_join(up, down).await.map(drop)
+        }
+    }
 }
 
 /// Both directions where TLS is on one side at least.
@@ -352,6 +387,8 @@ async fn relay(
     futures::future::try_join(up, down).await.map(drop)
 }
 
+/// One direction, to its end. What the peer does not take at once is copied out of the shared buffer, so that a silent
+/// or slow direction holds no more than what it owes.
 async fn relay_one(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
@@ -388,38 +425,18 @@ async fn relay_one(
             })
         });
         match step.await? {
-            None => return to.shutdown().await,
+            None => {
+                return match to.shutdown().await {
+                    // The peer has closed already.
+                    Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+                    other => other,
+                };
+            }
+            Some(rest) if rest.is_empty() => to.flush().await?,
             Some(rest) => {
                 to.write_all(&rest).await?;
                 to.flush().await?;
             }
-        }
-    }
-}
-
-async fn pump(from: &Socket, to: &Socket, moved: impl Fn(usize)) -> io::Result<()> {
-    loop {
-        from.readable().await?;
-        // What the peer does not take at once is copied out of the shared buffer.
-        let step = SCRATCH.with_borrow_mut(|buffer| -> io::Result<Option<Vec<u8>>> {
-            let count = match from.try_read(buffer) {
-                Ok(0) => return Ok(None),
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Some(Vec::new())),
-                Err(error) => return Err(error),
-            };
-            moved(count);
-            let written = match to.try_write(&buffer[..count]) {
-                Ok(written) => written,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-                Err(error) => return Err(error),
-            };
-            Ok(Some(buffer[written..count].to_vec()))
-        })?;
-        match step {
-            None => return to.end(),
-            Some(rest) if rest.is_empty() => {}
-            Some(rest) => to.send(&rest).await?,
         }
     }
 }
@@ -429,48 +446,6 @@ impl Socket {
         match self {
             Self::Tcp(stream) => stream.readable().await,
             Self::Unix(stream) => stream.readable().await,
-        }
-    }
-
-    fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(stream) => stream.try_read(buffer),
-            Self::Unix(stream) => stream.try_read(buffer),
-        }
-    }
-
-    fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(stream) => stream.try_write(bytes),
-            Self::Unix(stream) => stream.try_write(bytes),
-        }
-    }
-
-    async fn send(&self, mut bytes: &[u8]) -> io::Result<()> {
-        while !bytes.is_empty() {
-            match self {
-                Self::Tcp(stream) => stream.writable().await?,
-                Self::Unix(stream) => stream.writable().await?,
-            }
-            match self.try_write(bytes) {
-                Ok(count) => bytes = &bytes[count..],
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    /// Passes the end of the stream on.
-    fn end(&self) -> io::Result<()> {
-        let result = match self {
-            Self::Tcp(stream) => SockRef::from(stream).shutdown(Shutdown::Write),
-            Self::Unix(stream) => SockRef::from(stream).shutdown(Shutdown::Write),
-        };
-        match result {
-            // The peer has closed already.
-            Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
-            other => other,
         }
     }
 }

@@ -10,7 +10,6 @@ use kube::{Api, Resource, ResourceExt};
 use serde_json::json;
 use serin_kit::events::Recorder;
 use tokio_util::sync::CancellationToken;
-use tracing::debug;
 
 use super::Shared;
 use super::deployment::{Action, Decision, Observed, decide};
@@ -48,22 +47,14 @@ pub(crate) async fn run(shared: Shared, recorder: Recorder, cancel: Cancellation
             .map(|object| key(object.as_ref())),
     );
     loop {
-        while let Some(key) = queue.pop() {
-            match controller.sync(&key).await {
-                Ok(decision) => {
-                    queue.succeeded(&key);
-                    if let Some(after) = decision.and_then(|decision| decision.wake_after) {
-                        queue.add_after(key, after);
-                    }
-                }
-                Err(error) => {
-                    debug!(?key, %error, "sync a Deployment; will be tried again");
-                    queue.failed(key);
-                }
-            }
-            if cancel.is_cancelled() {
-                return;
-            }
+        while !cancel.is_cancelled()
+            && let Some(key) = queue.pop()
+        {
+            let outcome = controller
+                .sync(&key)
+                .await
+                .map(|decision| decision.and_then(|decision| decision.wake_after));
+            queue.settle(key, "sync a Deployment", outcome);
         }
         tokio::select! {
             () = cancel.cancelled() => return,
@@ -146,6 +137,15 @@ impl Controller {
             },
             Timestamp::now(),
         );
+        // A ReplicaSet that goes may be the first that is heard of the end of its Deployment.
+        if decision
+            .actions
+            .iter()
+            .any(|action| matches!(action, Action::Create(_)))
+            && !self.shared.still_has(deployment.as_ref()).await?
+        {
+            return Ok(None);
+        }
         let about = deployment.object_ref(&());
         for action in &decision.actions {
             self.act(&deployment, &about, action, &sets).await?;

@@ -8,7 +8,6 @@ use kube::api::{DeleteParams, PostParams};
 use kube::{Api, Resource, ResourceExt};
 use serin_kit::events::Recorder;
 use tokio_util::sync::CancellationToken;
-use tracing::debug;
 
 use super::Shared;
 use super::endpointslice::{MANAGED_BY_LABEL, MANAGER, plan, selects};
@@ -31,17 +30,11 @@ pub(crate) async fn run(shared: Shared, recorder: Recorder, cancel: Cancellation
     let mut queue = Queue::default();
     queue.add_all(controller.everything());
     loop {
-        while let Some(key) = queue.pop() {
-            match controller.sync(&key).await {
-                Ok(()) => queue.succeeded(&key),
-                Err(error) => {
-                    debug!(?key, %error, "sync the endpoints of a Service; will be tried again");
-                    queue.failed(key);
-                }
-            }
-            if cancel.is_cancelled() {
-                return;
-            }
+        while !cancel.is_cancelled()
+            && let Some(key) = queue.pop()
+        {
+            let outcome = controller.sync(&key).await.map(|()| None);
+            queue.settle(key, "sync the endpoints of a Service", outcome);
         }
         tokio::select! {
             () = cancel.cancelled() => return,

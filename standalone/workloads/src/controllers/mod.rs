@@ -16,13 +16,16 @@ mod rollout;
 mod scheduler;
 mod template;
 
+use std::fmt::Debug;
 use std::time::Duration;
 
+use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use kube::Api;
 use kube::runtime::watcher;
+use kube::{Api, Resource, ResourceExt};
+use serde::de::DeserializeOwned;
 use serin_kit::events::Recorder;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -43,6 +46,26 @@ pub(crate) struct Shared {
     pub(crate) services: Mirror<Service>,
     pub(crate) slices: Mirror<EndpointSlice>,
     pub(crate) nodes: Mirror<Node>,
+}
+
+impl Shared {
+    /// Whether the API server, not only the mirror, has this very object and does not delete it. Each kind has a watch
+    /// of its own, so dependents may be seen to go before their owner; whoever would replace them asks first.
+    pub(crate) async fn still_has<K>(&self, object: &K) -> Result<bool, Error>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
+    {
+        let namespace = object.namespace().unwrap_or_default();
+        let name = object.name_any();
+        let api: Api<K> = Api::namespaced(self.client.clone(), &namespace);
+        let found = api
+            .get_metadata_opt(&name)
+            .await
+            .map_err(|error| Error::api(format!("read {} {namespace}/{name}", K::kind(&())), error))?;
+        Ok(found.is_some_and(|found| {
+            found.metadata.uid == object.uid() && found.metadata.deletion_timestamp.is_none()
+        }))
+    }
 }
 
 /// Runs all controllers until `cancel`.

@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use tokio::time::Instant;
+use tracing::debug;
 
+use crate::Error;
 use crate::mirror::Key;
 
 /// First and longest wait after a failure.
@@ -36,15 +38,11 @@ impl Queue {
     }
 
     /// It went wrong: again after a while that doubles with every failure.
-    pub(crate) fn failed(&mut self, key: Key) {
+    fn failed(&mut self, key: Key) {
         let failures = self.failures.entry(key.clone()).or_insert(0);
         let delay = (RETRY.0 * 2_u32.saturating_pow((*failures).min(16))).min(RETRY.1);
         *failures += 1;
         self.add_after(key, delay);
-    }
-
-    pub(crate) fn succeeded(&mut self, key: &Key) {
-        self.failures.remove(key);
     }
 
     /// A key that is due.
@@ -61,6 +59,22 @@ impl Queue {
             self.due.insert(key);
         }
         self.due.pop_first()
+    }
+
+    /// Takes in how looking at a key went: when to look again, if it was said, or back-off. `doing` is for the log.
+    pub(crate) fn settle(&mut self, key: Key, doing: &'static str, outcome: Result<Option<Duration>, Error>) {
+        match outcome {
+            Ok(again) => {
+                self.failures.remove(&key);
+                if let Some(after) = again {
+                    self.add_after(key, after);
+                }
+            }
+            Err(error) => {
+                debug!(?key, %error, doing, "failed; will be tried again");
+                self.failed(key);
+            }
+        }
     }
 
     /// Sleeps until a delayed key is due; for ever if there is none.

@@ -13,7 +13,6 @@ use kube::{Api, Resource, ResourceExt};
 use serde_json::json;
 use serin_kit::events::Recorder;
 use tokio_util::sync::CancellationToken;
-use tracing::debug;
 
 use super::Shared;
 use super::queue::Queue;
@@ -51,22 +50,11 @@ pub(crate) async fn run(shared: Shared, recorder: Recorder, cancel: Cancellation
     let mut queue = Queue::default();
     queue.add_all(controller.everything());
     loop {
-        while let Some(key) = queue.pop() {
-            match controller.sync(&key).await {
-                Ok(after) => {
-                    queue.succeeded(&key);
-                    if let Some(after) = after {
-                        queue.add_after(key, after);
-                    }
-                }
-                Err(error) => {
-                    debug!(?key, %error, "sync a ReplicaSet; will be tried again");
-                    queue.failed(key);
-                }
-            }
-            if cancel.is_cancelled() {
-                return;
-            }
+        while !cancel.is_cancelled()
+            && let Some(key) = queue.pop()
+        {
+            let outcome = controller.sync(&key).await;
+            queue.settle(key, "sync a ReplicaSet", outcome);
         }
         tokio::select! {
             () = cancel.cancelled() => return,
@@ -132,6 +120,13 @@ impl Controller {
             None,
             Timestamp::now(),
         );
+        // Pods that go may be the first that is heard of the end of their ReplicaSet.
+        if decision.create > 0
+            && pods.iter().any(|pod| pod.metadata.deletion_timestamp.is_some())
+            && !self.shared.still_has(set.as_ref()).await?
+        {
+            return Ok(None);
+        }
         let mut result = Ok(());
         if decision.create > 0 {
             result = self.create(&set, decision.create).await;

@@ -7,7 +7,6 @@ use kube::{Api, Resource, ResourceExt};
 use serde_json::json;
 use serin_kit::events::Recorder;
 use tokio_util::sync::CancellationToken;
-use tracing::debug;
 
 use super::Shared;
 use super::queue::Queue;
@@ -88,17 +87,11 @@ pub(crate) async fn run(shared: Shared, recorder: Recorder, cancel: Cancellation
     let mut queue = Queue::default();
     queue.add_all(scheduler.waiting());
     loop {
-        while let Some(key) = queue.pop() {
-            match scheduler.schedule(&key).await {
-                Ok(()) => queue.succeeded(&key),
-                Err(error) => {
-                    debug!(?key, %error, "schedule a pod; will be tried again");
-                    queue.failed(key);
-                }
-            }
-            if cancel.is_cancelled() {
-                return;
-            }
+        while !cancel.is_cancelled()
+            && let Some(key) = queue.pop()
+        {
+            let outcome = scheduler.schedule(&key).await.map(|()| None);
+            queue.settle(key, "schedule a pod", outcome);
         }
         tokio::select! {
             () = cancel.cancelled() => return,

@@ -1,5 +1,7 @@
 //! Containers of one pod.
 
+use std::path::{Path, PathBuf};
+
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use kube::api::{Api, DeleteParams, Patch, PatchParams};
@@ -42,13 +44,11 @@ async fn a_deployment_becomes_ready_pods_and_its_deletion_leaves_none() {
     for name in names {
         cluster.gone(&pods, &name).await;
     }
-    assert_eq!(
-        std::fs::read_dir(cluster.state.join("node/pods"))
-            .unwrap()
-            .count(),
-        0,
-        "a pod left its directory"
-    );
+    let left: Vec<(PathBuf, Vec<PathBuf>)> = entries(&cluster.state.join("node/pods"))
+        .into_iter()
+        .map(|directory| (directory.clone(), entries(&directory)))
+        .collect();
+    assert_eq!(left, [], "a pod left its directory");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -293,4 +293,11 @@ async fn an_image_that_is_added_to_the_catalogue_starts_the_pod_that_waits_for_i
             .unwrap()
     );
     assert!(image::list(client).await.unwrap().is_empty());
+}
+
+fn entries(directory: &Path) -> Vec<PathBuf> {
+    std::fs::read_dir(directory)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect()
 }

@@ -1,7 +1,12 @@
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::route::v3::route_match::PathSpecifier;
 
+use serin_xds::pb::envoy::config::cluster::v3 as pb_cluster;
+use serin_xds::pb::envoy::config::endpoint::v3 as pb_endpoint;
+use serin_xds::pb::envoy::config::route::v3 as pb_route;
+
 use super::*;
+use crate::config::table::RouteTable;
 
 fn host(name: &str, domain: &str, cluster: &str) -> pb_route::VirtualHost {
     pb_route::VirtualHost {

@@ -7,6 +7,7 @@ use serde_json::json;
 use super::super::record::Kept;
 use super::*;
 use crate::config::matchers::RequestView;
+use crate::metrics::flags::Flags;
 use crate::policy::metadata::{Metadata, of_json};
 
 fn kept(wants: &Wants) -> Kept {
@@ -36,6 +37,9 @@ fn record<'a>(kept: &'a Kept, metadata: &'a Metadata) -> Record<'a> {
     let mut flags = Flags::UPSTREAM_CONNECTION_FAILURE;
     flags.add(Flags::RETRY_LIMIT);
     Record {
+        kind: super::super::record::LogType::DownstreamEnd,
+        local_close: "",
+        downstream_failure: None,
         start: Duration::from_millis(1_709_210_096_007),
         duration: Duration::from_millis(42),
         request: Some(Duration::from_millis(3)),

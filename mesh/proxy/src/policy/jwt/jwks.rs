@@ -9,12 +9,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
+use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::extensions::filters::http::jwt_authn::v3 as jwt;
 use tokio::sync::Notify;
 
 use super::keys::KeySet;
 use crate::config::convert;
 use crate::config::route::Context;
+use crate::config::slot::Chore;
 use crate::error::{Refusal, Within};
 use crate::policy::service::{HttpTarget, data};
 
@@ -22,6 +24,14 @@ use crate::policy::service::{HttpTarget, data};
 const DEFAULT_CACHE: Duration = Duration::from_secs(600);
 /// Fetches because of unknown key ids are this far apart, in milliseconds.
 const ROTATION: u64 = 10_000;
+/// Envoy's base of the time between tries.
+const BACK_OFF: Duration = Duration::from_secs(1);
+/// Tries of one fetch at most.
+const MAX_RETRIES: u32 = 10;
+/// Envoy's time after which keys that could not be fetched ahead are fetched again.
+const REFETCH: Duration = Duration::from_secs(1);
+/// Keys that are fetched ahead are fetched again so long before they are believed no more.
+const EARLY: Duration = Duration::from_secs(5);
 /// After a failed fetch the next one waits this long, in milliseconds.
 const FAILED: u64 = 1_000;
 
@@ -31,7 +41,7 @@ pub enum Source {
     /// From the configuration.
     Local(Arc<KeySet>),
     /// From a URI.
-    Remote(Box<Remote>),
+    Remote(Arc<Remote>),
 }
 
 /// Keys behind a URI.
@@ -39,6 +49,12 @@ pub enum Source {
 pub struct Remote {
     /// Whence.
     pub target: HttpTarget,
+    /// Whose they are.
+    pub provider: Box<str>,
+    /// How often a fetch is tried again.
+    pub retries: Retries,
+    /// They are fetched before any request needs them; after a failure again after this time.
+    pub ahead: Option<Duration>,
     /// For how long they are believed, in milliseconds.
     cache_ms: u64,
     keys: ArcSwapOption<KeySet>,
@@ -50,6 +66,61 @@ pub struct Remote {
     /// Fetches that have ended.
     ended: AtomicU64,
     done: Notify,
+}
+
+/// How often a fetch is tried again, and when.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retries {
+    /// Tries after the first one.
+    pub count: u32,
+    base: Duration,
+    max: Duration,
+}
+
+impl Retries {
+    fn compile(from: Option<&core::RetryPolicy>) -> Result<Self, Refusal> {
+        let Some(from) = from else {
+            return Ok(Self {
+                count: 0,
+                base: BACK_OFF,
+                max: BACK_OFF,
+            });
+        };
+        let unsupported = [
+            ("retry_priority", from.retry_priority.is_some()),
+            ("retry_host_predicate", !from.retry_host_predicate.is_empty()),
+            ("retry_on", !from.retry_on.is_empty()),
+        ];
+        if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
+            return Err(Refusal::new(*field, "not supported"));
+        }
+        let span = from.retry_back_off.as_ref();
+        let base = convert::timeout(span.and_then(|span| span.base_interval.as_ref()))
+            .within("retry_back_off.base_interval")?
+            .unwrap_or(BACK_OFF);
+        let max = convert::timeout(span.and_then(|span| span.max_interval.as_ref()))
+            .within("retry_back_off.max_interval")?
+            .unwrap_or(base * 10);
+        if max < base {
+            return Err(Refusal::new(
+                "retry_back_off.max_interval",
+                "is shorter than base_interval",
+            ));
+        }
+        let count = from.num_retries.as_ref().map_or(1, |value| value.value);
+        Ok(Self {
+            count: count.min(MAX_RETRIES),
+            base,
+            max,
+        })
+    }
+
+    /// The wait before that retry, the first being 0: somewhere in a span that doubles, as in Envoy.
+    pub fn back_off(&self, retry: u32, random: u64) -> Duration {
+        let span = self.base.saturating_mul(1 << retry.min(16)).min(self.max);
+        let span = span.as_micros() as u64;
+        Duration::from_micros(random % span.max(1))
+    }
 }
 
 /// What a request does for want of keys.
@@ -69,6 +140,7 @@ impl Source {
     /// Compiles the source of a provider.
     pub(crate) fn compile(
         from: Option<&jwt::jwt_provider::JwksSourceSpecifier>,
+        provider: &str,
         context: &mut Context<'_>,
     ) -> Result<Self, Refusal> {
         use jwt::jwt_provider::JwksSourceSpecifier;
@@ -85,8 +157,19 @@ impl Source {
                 let cache = convert::timeout(remote.cache_duration.as_ref())
                     .within("remote_jwks.cache_duration")?
                     .unwrap_or(DEFAULT_CACHE);
-                Ok(Self::Remote(Box::new(Remote {
+                let remote = Arc::new(Remote {
                     target,
+                    provider: provider.into(),
+                    retries: Retries::compile(remote.retry_policy.as_ref())
+                        .within("remote_jwks.retry_policy")?,
+                    ahead: match &remote.async_fetch {
+                        None => None,
+                        Some(given) => Some(
+                            convert::timeout(given.failed_refetch_duration.as_ref())
+                                .within("remote_jwks.async_fetch.failed_refetch_duration")?
+                                .unwrap_or(REFETCH),
+                        ),
+                    },
                     cache_ms: cache.as_millis() as u64,
                     keys: ArcSwapOption::empty(),
                     fetched: AtomicU64::new(0),
@@ -94,7 +177,11 @@ impl Source {
                     fetching: AtomicBool::new(false),
                     ended: AtomicU64::new(0),
                     done: Notify::new(),
-                })))
+                });
+                if remote.ahead.is_some() {
+                    context.slots.chores.push(Chore::Keys(Arc::downgrade(&remote)));
+                }
+                Ok(Self::Remote(remote))
             }
         }
     }
@@ -144,6 +231,15 @@ impl Remote {
         self.fetching.store(false, Ordering::Release);
         self.ended.fetch_add(1, Ordering::AcqRel);
         self.done.notify_waiters();
+    }
+
+    /// When keys that are fetched ahead are fetched next, after a fetch that went well or not.
+    pub fn next_fetch(&self, ahead: Duration, well: bool) -> Duration {
+        if !well {
+            return ahead;
+        }
+        let cache = Duration::from_millis(self.cache_ms);
+        cache.saturating_sub(EARLY).max(cache / 2)
     }
 
     /// Waits until the fetch that is under way has ended.

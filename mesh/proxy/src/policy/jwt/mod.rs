@@ -370,7 +370,7 @@ impl Provider {
             max_lifetime_s: convert::timeout(from.max_lifetime.as_ref())
                 .within("max_lifetime")?
                 .map(|limit| limit.as_secs()),
-            source: Source::compile(from.jwks_source_specifier.as_ref(), context)?,
+            source: Source::compile(from.jwks_source_specifier.as_ref(), name, context)?,
             forward: from.forward,
             headers: headers.into(),
             parameters,

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -256,7 +256,7 @@ impl Trial<'_> {
         let (token, verified) = provider.read(text, audiences, self.now_s)?;
         let keys = match &provider.source {
             Source::Local(keys) => keys.clone(),
-            Source::Remote(remote) => fetched(self.worker, provider, remote, token.key_id.as_deref()).await?,
+            Source::Remote(remote) => fetched(self.worker, remote, token.key_id.as_deref()).await?,
         };
         provider.verify(text, &token, verified.as_ref(), &keys)?;
         Ok(token)
@@ -266,22 +266,21 @@ impl Trial<'_> {
 /// The keys behind a URI, fetched if need be.
 async fn fetched(
     worker: &Rc<Worker>,
-    provider: &Arc<Provider>,
-    remote: &Remote,
+    remote: &Arc<Remote>,
     key_id: Option<&str>,
 ) -> Result<Arc<KeySet>, Failure> {
     match remote.need(key_id, clock::now_ms()) {
         Need::Nothing(keys) => Ok(keys),
         Need::Refresh(keys) => {
             if remote.begin() {
-                start_fetch(worker, provider);
+                start_fetch(worker, remote);
             }
             Ok(keys)
         }
         Need::Failed => Err(Failure::Fetch),
         Need::Wait => {
             if remote.begin() {
-                start_fetch(worker, provider);
+                start_fetch(worker, remote);
             }
             remote.wait().await;
             remote.current(clock::now_ms()).ok_or(Failure::Fetch)
@@ -290,14 +289,12 @@ async fn fetched(
 }
 
 /// Ends a fetch as failed unless it has ended otherwise: also when the worker goes while it is under way.
-struct Fetch(Arc<Provider>, bool);
+struct Fetch(Arc<Remote>, bool);
 
 impl Fetch {
     fn end(&mut self, keys: Option<KeySet>) {
-        if !std::mem::replace(&mut self.1, true)
-            && let Source::Remote(remote) = &self.0.source
-        {
-            remote.end(keys, clock::now_ms());
+        if !std::mem::replace(&mut self.1, true) {
+            self.0.end(keys, clock::now_ms());
         }
     }
 }
@@ -309,28 +306,79 @@ impl Drop for Fetch {
 }
 
 /// A task of its own: the request that needs the keys may be gone before they come.
-fn start_fetch(worker: &Rc<Worker>, provider: &Arc<Provider>) {
-    let mut fetch = Fetch(provider.clone(), false);
+fn start_fetch(worker: &Rc<Worker>, remote: &Arc<Remote>) {
+    let fetch = Fetch(remote.clone(), false);
     let on = worker.clone();
     worker.tasks.spawn_local(async move {
-        let provider = fetch.0.clone();
-        let Source::Remote(remote) = &provider.source else {
-            return;
-        };
+        fetch_keys(&on, fetch).await;
+    });
+}
+
+/// Fetches keys; whether they came.
+async fn fetch_keys(worker: &Worker, mut fetch: Fetch) -> bool {
+    let remote = fetch.0.clone();
+    for attempt in 0..=remote.retries.count {
+        if attempt > 0 {
+            tokio::time::sleep(remote.retries.back_off(attempt - 1, random::next())).await;
+        }
         let mut request = Request::new(Bytes::new());
         *request.uri_mut() = Uri::from(remote.target.path.clone());
-        request.headers_mut().insert(header::HOST, remote.target.authority.clone());
-        let answer = call(&on, &remote.target.cluster, request, false, remote.target.timeout).await;
+        request
+            .headers_mut()
+            .insert(header::HOST, remote.target.authority.clone());
+        let answer = call(
+            worker,
+            &remote.target.cluster,
+            request,
+            false,
+            remote.target.timeout,
+        )
+        .await;
         let keys = match answer {
             Ok(answer) if answer.head.status == StatusCode::OK => KeySet::parse(&answer.body),
             Ok(answer) => Err(format!("the answer is {}", answer.head.status)),
             Err(error) => Err(error.to_string()),
         };
         match keys {
-            Ok(keys) => fetch.end(Some(keys)),
+            Ok(keys) => {
+                fetch.end(Some(keys));
+                return true;
+            }
             Err(error) => {
-                tracing::warn!(provider = %provider.name, uri = %remote.target.path, %error, "cannot fetch the keys");
-                fetch.end(None);
+                tracing::warn!(
+                    provider = %remote.provider,
+                    uri = %remote.target.path,
+                    attempt,
+                    %error,
+                    "cannot fetch the keys"
+                );
+            }
+        }
+    }
+    fetch.end(None);
+    false
+}
+
+/// Fetches keys before any request needs them, and again before they are believed no more, until nobody refers to them.
+pub(crate) fn fetch_ahead(worker: &Rc<Worker>, remote: Weak<Remote>) {
+    let on = worker.clone();
+    worker.tasks.spawn_local(async move {
+        loop {
+            let wait = {
+                let Some(remote) = remote.upgrade() else { return };
+                let Some(ahead) = remote.ahead else { return };
+                // Where a request's fetch is under way, its outcome counts.
+                let well = if remote.begin() {
+                    fetch_keys(&on, Fetch(remote.clone(), false)).await
+                } else {
+                    remote.wait().await;
+                    remote.current(clock::now_ms()).is_some()
+                };
+                remote.next_fetch(ahead, well)
+            };
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                () = on.closing() => return,
             }
         }
     });

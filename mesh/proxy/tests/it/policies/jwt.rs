@@ -319,6 +319,54 @@ async fn remote_keys_are_fetched_once_and_a_failed_fetch_denies() {
 }
 
 #[tokio::test]
+async fn keys_are_fetched_before_any_request_where_the_provider_says_so_and_tried_again() {
+    let issuer = Arc::new(Issuer::new("k"));
+    let mut provider = local(&issuer);
+    provider.jwks_source_specifier = Some(jwt::jwt_provider::JwksSourceSpecifier::RemoteJwks(
+        jwt::RemoteJwks {
+            http_uri: Some(core::HttpUri {
+                uri: "http://issuer.example/keys".into(),
+                timeout: millis(5000),
+                http_upstream_type: Some(core::http_uri::HttpUpstreamType::Cluster("svc".into())),
+            }),
+            async_fetch: Some(jwt::JwksAsyncFetch::default()),
+            retry_policy: Some(core::RetryPolicy {
+                num_retries: number(2),
+                retry_back_off: Some(core::BackoffStrategy {
+                    base_interval: millis(1),
+                    max_interval: millis(2),
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        },
+    ));
+    let keys = issuer.jwks();
+    let asked = std::sync::atomic::AtomicUsize::new(0);
+    let mut service = Backend::answering(move |_| match asked.fetch_add(1, Ordering::SeqCst) {
+        0 | 1 => crate::fixture::status(500),
+        _ => Response::new(Full::from(keys.clone())),
+    })
+    .await;
+    let harness = Harness::start();
+    let backend = Backend::named("ok").await;
+    harness.cluster("c", &[backend.address]).await;
+    harness.cluster("svc", &[service.address]).await;
+    harness.routes(to_c()).await;
+    let filters = vec![filter(provider, vec![rule("/", Some(provider_named("p")))])];
+    let at = harness
+        .listen(&manager_with(filters), core::TrafficDirection::Outbound)
+        .await;
+    // Nobody has asked for anything yet.
+    for _ in 0..3 {
+        service.next().await;
+    }
+    let good = issuer.token(&json!({"iss": "me", "sub": "bob"}));
+    assert_eq!(with_token(at, "/", &good).await.0, 200);
+    assert_eq!(service.hits(), 3);
+}
+
+#[tokio::test]
 async fn a_route_asks_for_another_requirement_or_none() {
     let issuer = Issuer::new("k");
     let per_route = |specifier| {

@@ -1,0 +1,86 @@
+//! Listeners: taken, opened once their secrets are here, replaced, removed.
+
+use std::sync::Arc;
+
+use serin_xds::pb::envoy::config::listener::v3 as pb_listener;
+
+use super::{ListenerChange, Store, Update, VirtualListeners, Waiting, decode};
+use crate::clock::now_ms;
+use crate::config::listener::Listener;
+use crate::config::route::Context;
+use crate::config::slot::ListenerSlot;
+use crate::error::Refusal;
+use crate::random;
+use crate::tls::table::Side;
+
+impl Store {
+    pub(super) fn put_listener(&mut self, update: &Update<'_>) -> Result<(), Refusal> {
+        let message = decode::<pb_listener::Listener>(update)?;
+        let mut context = Context {
+            slots: &mut self.slots,
+            workers: self.workers,
+            seed: random::next(),
+        };
+        let listener = Arc::new(Listener::compile(&message, &mut context)?);
+        for name in listener.route_names() {
+            self.route_state(&name);
+        }
+        if listener.secrets().all(|secret| secret.version() > 0) {
+            self.warming.listeners.remove(&listener.name);
+            self.activate_listener(listener);
+        } else {
+            let waiting = Waiting {
+                item: listener.clone(),
+                since: now_ms(),
+            };
+            self.warming.listeners.insert(listener.name.clone(), waiting);
+        }
+        Ok(())
+    }
+
+    pub(super) fn activate_listener(&mut self, listener: Arc<Listener>) {
+        if listener.bind {
+            match self.bound.get(&listener.name) {
+                Some(slot) if slot.load().addresses == listener.addresses => slot.set(listener.clone()),
+                existing => {
+                    if existing.is_some() {
+                        self.changes.push(ListenerChange::Close(listener.name.clone()));
+                    }
+                    let slot = Arc::new(ListenerSlot::new(listener.clone(), self.workers));
+                    self.bound.insert(listener.name.clone(), slot.clone());
+                    self.changes.push(ListenerChange::Open(slot));
+                }
+            }
+        } else if self.bound.remove(&listener.name).is_some() {
+            self.changes.push(ListenerChange::Close(listener.name.clone()));
+        }
+        if let Some(old) = self.listeners.insert(listener.name.clone(), listener) {
+            old.retire();
+        }
+    }
+
+    pub(super) fn remove_listener(&mut self, name: &str) {
+        self.slots.secrets.forget(Side::Listener, name);
+        self.warming.listeners.remove(name);
+        if let Some(old) = self.listeners.remove(name) {
+            old.retire();
+        }
+        if let Some(slot) = self.bound.remove(name) {
+            self.changes.push(ListenerChange::Close(slot.load().name.clone()));
+        }
+    }
+
+    pub(super) fn publish_virtual_listeners(&mut self) {
+        let mut table = VirtualListeners::default();
+        for listener in self.listeners.values().filter(|listener| !listener.bind) {
+            for address in &listener.addresses {
+                if address.ip().is_unspecified() {
+                    table.by_port.insert(address.port(), listener.clone());
+                } else {
+                    table.exact.insert(*address, listener.clone());
+                }
+            }
+        }
+        self.virtuals.store(Arc::new(table));
+    }
+}

@@ -1,0 +1,199 @@
+//! Services that are asked over HTTP: 200 allows, everything else denies.
+
+use bytes::Bytes;
+use http::uri::PathAndQuery;
+use http::{HeaderName, HeaderValue, Request, StatusCode, Uri, header};
+use serin_xds::pb::envoy::extensions::filters::http::ext_authz::v3 as filter;
+use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
+use serin_xds::pb::google::protobuf as google;
+
+use super::super::facts::Facts;
+use super::super::service::{HttpTarget, header_pair};
+use super::{Allowed, Denied, ExtAuthz, Field, How, Verdict, any, matchers};
+use crate::config::matchers::StringMatch;
+use crate::config::route::Context;
+use crate::error::{Refusal, Within};
+
+/// A compiled `HttpService`.
+#[derive(Debug)]
+pub struct HttpService {
+    /// Where it is.
+    pub target: HttpTarget,
+    prefix: Box<str>,
+    path: Option<Box<str>>,
+    request: Option<Box<[StringMatch]>>,
+    add: Box<[(HeaderName, HeaderValue)]>,
+    upstream: Box<[StringMatch]>,
+    upstream_append: Box<[StringMatch]>,
+    client: Option<Box<[StringMatch]>>,
+    client_on_success: Box<[StringMatch]>,
+    metadata: Box<[StringMatch]>,
+}
+
+impl HttpService {
+    pub(super) fn compile(from: &filter::HttpService, context: &mut Context<'_>) -> Result<Self, Refusal> {
+        let request = from.authorization_request.as_ref();
+        let response = from.authorization_response.as_ref();
+        let of_response = |list: Option<&matcher::ListStringMatcher>, field: &str| {
+            matchers(list, field).within("authorization_response")
+        };
+        if from.retry_policy.is_some() {
+            return Err(Refusal::new("retry_policy", "not supported"));
+        }
+        if !from.path_prefix.is_empty() && !from.path_override.is_empty() {
+            return Err(Refusal::new(
+                "path_override",
+                "cannot be combined with path_prefix",
+            ));
+        }
+        Ok(Self {
+            target: HttpTarget::compile(from.server_uri.as_ref(), context).within("server_uri")?,
+            prefix: from.path_prefix.as_str().into(),
+            path: (!from.path_override.is_empty()).then(|| from.path_override.as_str().into()),
+            request: matchers(
+                request.and_then(|request| request.allowed_headers.as_ref()),
+                "allowed_headers",
+            )
+            .within("authorization_request")?,
+            add: request
+                .into_iter()
+                .flat_map(|request| &request.headers_to_add)
+                .map(header_pair)
+                .collect::<Result<_, _>>()
+                .within("authorization_request.headers_to_add")?,
+            upstream: of_response(
+                response.and_then(|response| response.allowed_upstream_headers.as_ref()),
+                "allowed_upstream_headers",
+            )?
+            .unwrap_or_default(),
+            upstream_append: of_response(
+                response.and_then(|response| response.allowed_upstream_headers_to_append.as_ref()),
+                "allowed_upstream_headers_to_append",
+            )?
+            .unwrap_or_default(),
+            client: of_response(
+                response.and_then(|response| response.allowed_client_headers.as_ref()),
+                "allowed_client_headers",
+            )?,
+            client_on_success: of_response(
+                response.and_then(|response| response.allowed_client_headers_on_success.as_ref()),
+                "allowed_client_headers_on_success",
+            )?
+            .unwrap_or_default(),
+            metadata: of_response(
+                response.and_then(|response| response.dynamic_metadata_from_headers.as_ref()),
+                "dynamic_metadata_from_headers",
+            )?
+            .unwrap_or_default(),
+        })
+    }
+
+    /// The request to the service; `allowed` and `disallowed` are the filter's lists.
+    pub fn question(
+        &self,
+        facts: &Facts<'_>,
+        body: Bytes,
+        authz: &ExtAuthz,
+        partial: Option<bool>,
+    ) -> Option<Request<Bytes>> {
+        let request = facts.request.as_ref()?;
+        let path = match (&self.path, request.query) {
+            (Some(path), _) => path.to_string(),
+            (None, None) => format!("{}{}", self.prefix, request.path),
+            (None, Some(query)) => format!("{}{}?{query}", self.prefix, request.path),
+        };
+        let mut out = Request::new(body);
+        *out.method_mut() = request.method.parse().ok()?;
+        *out.uri_mut() = Uri::from(path.parse::<PathAndQuery>().ok()?);
+        let headers = out.headers_mut();
+        for (name, value) in request.headers {
+            let text = name.as_str();
+            let wanted = match (&authz.allowed, &self.request) {
+                (None, None) => false,
+                (filter, own) => {
+                    filter.as_deref().is_some_and(|list| any(list, text))
+                        || own.as_deref().is_some_and(|list| any(list, text))
+                }
+            };
+            let always = *name == header::AUTHORIZATION || *name == header::HOST;
+            let framing = *name == header::CONTENT_LENGTH || *name == header::TRANSFER_ENCODING;
+            if (wanted || always) && !framing && !any(&authz.disallowed, text) {
+                headers.append(name.clone(), value.clone());
+            }
+        }
+        headers
+            .entry(header::HOST)
+            .or_insert_with(|| self.target.authority.clone());
+        for (name, value) in &self.add {
+            headers.insert(name, value.clone());
+        }
+        if let Some(partial) = partial {
+            headers.insert(
+                "x-envoy-auth-partial-body",
+                HeaderValue::from_static(if partial { "true" } else { "false" }),
+            );
+        }
+        if out.body().is_empty() && out.method() != http::Method::GET && out.method() != http::Method::HEAD {
+            out.headers_mut()
+                .insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
+        }
+        Some(out)
+    }
+
+    /// What an answer means.
+    pub fn read(&self, head: &http::response::Parts, body: Bytes) -> Verdict {
+        let hop = |name: &HeaderName| {
+            *name == header::CONNECTION
+                || *name == header::TRANSFER_ENCODING
+                || *name == header::CONTENT_LENGTH
+        };
+        let fields = |matchers: &[StringMatch], how: How| -> Vec<Field> {
+            head.headers
+                .iter()
+                .filter(|(name, _)| !hop(name) && any(matchers, name.as_str()))
+                .map(|(name, value)| (name.clone(), value.clone(), how))
+                .collect()
+        };
+        if head.status == StatusCode::OK {
+            let mut metadata = google::Struct::default();
+            for (name, value) in &head.headers {
+                if any(&self.metadata, name.as_str()) {
+                    let text = String::from_utf8_lossy(value.as_bytes()).into_owned();
+                    metadata
+                        .fields
+                        .insert(name.to_string(), crate::policy::metadata::text(text));
+                }
+            }
+            let mut set = fields(&self.upstream, How::Set);
+            set.extend(fields(&self.upstream_append, How::Append));
+            return Verdict::Allowed(Box::new(Allowed {
+                set,
+                response: fields(&self.client_on_success, How::Set),
+                metadata: (!metadata.fields.is_empty()).then_some(metadata),
+                ..Default::default()
+            }));
+        }
+        if head.status.is_server_error() {
+            return Verdict::Failed;
+        }
+        let headers = head
+            .headers
+            .iter()
+            .filter(|(name, _)| {
+                let always = matches!(**name, header::WWW_AUTHENTICATE | header::LOCATION);
+                !hop(name)
+                    && self
+                        .client
+                        .as_deref()
+                        .is_none_or(|list| always || any(list, name.as_str()))
+            })
+            .map(|(name, value)| (name.clone(), value.clone(), How::Append))
+            .collect();
+        Verdict::Denied(Box::new(Denied {
+            status: head.status,
+            headers,
+            body,
+            metadata: None,
+        }))
+    }
+}

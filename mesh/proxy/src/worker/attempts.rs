@@ -1,0 +1,453 @@
+//! Attempts: endpoint, connection, request, and whether there is another one.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use http::request::Parts;
+use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
+use hyper::body::Incoming;
+use tokio::time::Instant;
+
+use super::body::{RequestSource, UpstreamBody};
+use super::exchange::{Exchange, GRPC_STATUS};
+use super::failure::{Failure, final_reply, full_text, refused_by_peer};
+use super::local::LocalReply;
+use super::request::{Routed, X_UNPROCESSED, view};
+use super::upstream::Plan;
+use crate::config::listener::Direction;
+use crate::config::retry::{Outcome, RetryPolicy};
+use crate::config::slot::{ClusterSlot, Usage};
+use crate::hygiene::fields::Present;
+use crate::metrics::flags::Flags;
+use crate::random;
+use crate::upstream::balance::Wish;
+use crate::upstream::cluster::{Active, Host};
+use crate::upstream::outlier::Event;
+use crate::upstream::pool::{ConnectError, Lease};
+
+pub(super) static X_ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
+
+/// Attempts that are made again without asking the retry policy, because the connection was closed while idle or the
+/// request was provably not sent: nothing has happened yet as far as the client is concerned.
+const MAX_UNSENT: u32 = 5;
+
+/// Retries beyond the policy's number for attempts that the next hop says nobody acted on.
+const MAX_REFUSED: u32 = 3;
+
+/// Counts something shared against a limit; nothing is written when there is no limit.
+pub(super) struct Permit(Option<(Arc<ClusterSlot>, fn(&Usage) -> &AtomicU32)>);
+
+impl Permit {
+    pub(super) fn take(slot: &Arc<ClusterSlot>, which: fn(&Usage) -> &AtomicU32, limit: u32) -> Option<Self> {
+        if limit == u32::MAX {
+            return Some(Self(None));
+        }
+        if which(&slot.usage).fetch_add(1, Ordering::Relaxed) >= limit {
+            which(&slot.usage).fetch_sub(1, Ordering::Relaxed);
+            return None;
+        }
+        Some(Self(Some((slot.clone(), which))))
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        if let Some((slot, which)) = &self.0 {
+            which(&slot.usage).fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Whether a further attempt may follow.
+#[derive(Clone, Copy)]
+struct Again {
+    /// By the route's retry policy.
+    by_policy: bool,
+    /// Because the connection had been used before and may have been closed while idle.
+    quietly: bool,
+}
+
+pub(super) type Success = (Response<Incoming>, Lease, Active);
+
+/// Tries until there is a response or nothing more may be tried.
+pub(super) async fn attempts(
+    plan: &Plan<'_>,
+    routed: &Routed,
+    exchange: &mut Exchange,
+    parts: &mut Parts,
+    source: Option<&Rc<RefCell<RequestSource>>>,
+    upgrade: Option<&str>,
+) -> Result<Success, LocalReply> {
+    let cluster = plan.cluster;
+    let policy = plan
+        .forward
+        .retry
+        .as_ref()
+        .filter(|policy| upgrade.is_none() && policy.applies_to(&view(parts)));
+    let mut tried: Vec<Rc<Host>> = Vec::new();
+    let mut retries = 0;
+    let mut unsent = 0;
+    let mut refused = 0;
+    let mut retry_permit: Option<Permit> = None;
+    loop {
+        let wish = Wish {
+            hash: plan.hash,
+            tried: if policy.is_some_and(|policy| policy.previous_hosts) || unsent > 0 {
+                &tried
+            } else {
+                &[]
+            },
+            attempts: policy.map_or(1, |policy| policy.host_selection_attempts),
+            some_ejected: false,
+        };
+        let Some(host) = cluster.pick(&wish, Some(plan.conn.local)) else {
+            return Err(LocalReply::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                Flags::NO_HEALTHY_UPSTREAM,
+                "no_healthy_upstream",
+                "no healthy upstream",
+            ));
+        };
+        exchange.attempts += 1;
+        exchange.host = Some(host.clone());
+        let active = Active::on(&host);
+        // What nobody acted on may be sent once more often: while pods are replaced, several may be on their way out.
+        let may_retry = policy.is_some_and(|policy| retries < policy.attempts + refused);
+        let again = Again {
+            by_policy: may_retry,
+            quietly: unsent < MAX_UNSENT,
+        };
+        let result = attempt(
+            plan, routed, exchange, parts, source, upgrade, &host, policy, again,
+        )
+        .await;
+        let replayable = source.is_none_or(|source| source.borrow().can_replay());
+        let outcome = match &result {
+            Ok((response, _)) => {
+                let status = response.status();
+                let ejected = cluster.record(&host, Event::Status(status_for_outliers(response)));
+                note_ejection(plan, ejected);
+                // Believed from any next hop: whoever answered says that nobody acted on the request.
+                let nobody_acted =
+                    plan.conn.direction != Direction::Inbound && unprocessed(response.headers());
+                if nobody_acted {
+                    Outcome::Refused
+                } else {
+                    Outcome::Response(status, response.headers())
+                }
+            }
+            Err(failure) => {
+                if !matches!(
+                    failure,
+                    Failure::Client | Failure::Connect(ConnectError::Overflow)
+                ) {
+                    // A connection closed while idle says nothing about the host's health.
+                    let stale = matches!(failure, Failure::Reset { reused: true, .. });
+                    if !stale {
+                        let ejected = cluster.record(&host, Event::LocalFailure);
+                        note_ejection(plan, ejected);
+                    }
+                }
+                match failure {
+                    Failure::Connect(ConnectError::Overflow) | Failure::Client | Failure::Timeout => {
+                        return Err(final_reply(exchange, result.err(), retries, policy));
+                    }
+                    Failure::Connect(_) => Outcome::ConnectFailure,
+                    Failure::Refused => Outcome::Refused,
+                    Failure::Reset { sent, .. } => Outcome::Reset { sent: *sent },
+                    Failure::PerTryTimeout => Outcome::PerTryTimeout,
+                }
+            }
+        };
+        // A reused connection that broke before a response was most likely closed while idle; the request is sent
+        // again, unless it may have been acted on and is not idempotent (RFC 9110 section 9.2.2).
+        let quietly = match &result {
+            Err(Failure::Reset { sent, reused, .. }) => {
+                *reused && (!sent || is_idempotent(&parts.method)) && unsent < MAX_UNSENT
+            }
+            _ => false,
+        };
+        let wanted = may_retry && policy.is_some_and(|policy| policy.wants(&outcome));
+        let in_time = || plan.deadline.is_none_or(|deadline| Instant::now() < deadline);
+        if !(replayable && (quietly || wanted) && in_time()) {
+            if let Some(source) = source
+                && plan.forward.mirrors.is_empty()
+            {
+                source.borrow_mut().stop_keeping();
+            }
+            return match result {
+                Ok((response, lease)) => {
+                    if wanted
+                        || policy.is_some_and(|policy| {
+                            retries >= policy.attempts && policy.wants(&outcome_of(&response))
+                        })
+                    {
+                        exchange.flags.add(Flags::RETRY_LIMIT);
+                    }
+                    Ok((response, lease, active))
+                }
+                Err(failure) => Err(final_reply(exchange, Some(failure), retries, policy)),
+            };
+        }
+        if quietly {
+            unsent += 1;
+        } else {
+            let Some(permit) = take_retry_permit(plan) else {
+                exchange.flags.add(Flags::UPSTREAM_OVERFLOW);
+                return match result {
+                    Ok((response, lease)) => Ok((response, lease, active)),
+                    Err(failure) => Err(final_reply(exchange, Some(failure), retries, policy)),
+                };
+            };
+            retry_permit.replace(permit);
+            retries += 1;
+            if matches!(outcome, Outcome::Refused) && refused < MAX_REFUSED {
+                refused += 1;
+            }
+            plan.conn.worker.recorder.counters().retries.add(1);
+        }
+        drop(result);
+        tried.push(host);
+        if !quietly && let Some(policy) = policy {
+            let wait = policy.back_off(retries, random::next());
+            let until = Instant::now() + wait;
+            let until = plan.deadline.map_or(until, |deadline| until.min(deadline));
+            // Boxed: few requests wait, and every request's future would carry the timer.
+            Box::pin(tokio::time::sleep_until(until)).await;
+        }
+    }
+}
+
+/// Whether the next hop is a proxy that could not reach its application: by its own mark, or by the flag of a
+/// connection failure on a response that it made itself.
+fn unprocessed(headers: &http::HeaderMap) -> bool {
+    Present::of(headers).has(Present::SERIN) && marked(headers)
+}
+
+fn marked(headers: &http::HeaderMap) -> bool {
+    headers.contains_key(&X_UNPROCESSED)
+        || headers
+            .get("x-serin-response-flags")
+            .and_then(|flags| flags.to_str().ok())
+            .is_some_and(|flags| flags.split(',').any(|flag| flag == "UF"))
+}
+
+fn outcome_of<B>(response: &Response<B>) -> Outcome<'_> {
+    Outcome::Response(response.status(), response.headers())
+}
+
+fn note_ejection(plan: &Plan<'_>, ejected: bool) {
+    if ejected {
+        plan.conn.worker.recorder.counters().ejections.add(1);
+    }
+}
+
+/// gRPC answers 200 always; its own status counts, by the HTTP status that means the same.
+fn status_for_outliers<B>(response: &Response<B>) -> u16 {
+    match response.headers().get(&GRPC_STATUS).map(HeaderValue::as_bytes) {
+        Some(b"2" | b"13" | b"15") => 500,
+        Some(b"14") => 503,
+        Some(b"4") => 504,
+        _ => response.status().as_u16(),
+    }
+}
+
+fn take_retry_permit(plan: &Plan<'_>) -> Option<Permit> {
+    let limits = plan.cluster.config.limits;
+    let slot = &plan.cluster.slot;
+    let limit = match limits.retry_budget {
+        None => limits.retries,
+        Some((percent, floor)) => {
+            let active = slot.usage.requests.load(Ordering::Relaxed);
+            ((f64::from(active) * percent / 100.0) as u32).max(floor)
+        }
+    };
+    Permit::take(slot, |usage| &usage.retries, limit)
+}
+
+fn is_idempotent(method: &Method) -> bool {
+    matches!(
+        *method,
+        Method::GET | Method::HEAD | Method::OPTIONS | Method::PUT | Method::DELETE | Method::TRACE
+    )
+}
+
+/// One try on one host.
+async fn attempt(
+    plan: &Plan<'_>,
+    routed: &Routed,
+    exchange: &mut Exchange,
+    parts: &mut Parts,
+    source: Option<&Rc<RefCell<RequestSource>>>,
+    upgrade: Option<&str>,
+    host: &Host,
+    policy: Option<&RetryPolicy>,
+    again: Again,
+) -> Result<(Response<Incoming>, Lease), Failure> {
+    let cluster = plan.cluster;
+    let worker = &plan.conn.worker;
+    let per_try = policy
+        .and_then(|policy| policy.per_try_timeout)
+        .map(|limit| Instant::now() + limit);
+    let pool = host.pool.variant(&plan.options);
+    let mut lease = match pool.reuse(plan.speaking, &cluster.config) {
+        Some(lease) => lease,
+        None => {
+            let pending = Permit::take(
+                &cluster.slot,
+                |usage| &usage.pending,
+                cluster.config.limits.pending,
+            )
+            .ok_or(Failure::Connect(ConnectError::Overflow))?;
+            let acquire = pool.acquire(
+                worker,
+                &cluster.slot,
+                &cluster.config,
+                &host.endpoint,
+                plan.speaking,
+                &plan.options,
+            );
+            // Boxed: rare, and large.
+            let lease = Box::pin(bounded(plan, per_try, acquire))
+                .await?
+                .map_err(Failure::Connect)?;
+            drop(pending);
+            lease
+        }
+    };
+    exchange.upstream_tls = lease.tls().cloned();
+    let request = build(
+        plan, routed, exchange, parts, source, upgrade, host, &lease, again,
+    );
+    let reused = lease.reused();
+    let sent = match &mut lease {
+        Lease::Http1 { sender, .. } => {
+            let response = sender.try_send_request(request);
+            bounded(plan, per_try, response)
+                .await?
+                .map_err(|mut error| {
+                    let unsent = error.take_message().is_some();
+                    (error.into_error(), unsent)
+                })
+        }
+        Lease::Http2(stream) => {
+            let mut sender = stream.sender();
+            let response = sender.try_send_request(request);
+            bounded(plan, per_try, response)
+                .await?
+                .map_err(|mut error| {
+                    let unsent = error.take_message().is_some();
+                    (error.into_error(), unsent)
+                })
+        }
+    };
+    match sent {
+        // The client broke the protocol within the body: an early answer is not one to what it sent.
+        Ok(_) if source.is_some_and(|source| source.borrow().client_failed) => Err(Failure::Client),
+        Ok(response) => Ok((response, lease)),
+        Err((error, unsent)) => {
+            if source.is_some_and(|source| source.borrow().client_failed) {
+                return Err(Failure::Client);
+            }
+            if refused_by_peer(&error) {
+                return Err(Failure::Refused);
+            }
+            Err(Failure::Reset {
+                sent: !unsent,
+                reused,
+                protocol: error.is_parse(),
+                text: full_text(&error),
+            })
+        }
+    }
+}
+
+/// Waits for `work` up to the nearer of the two limits.
+async fn bounded<T>(
+    plan: &Plan<'_>,
+    per_try: Option<Instant>,
+    work: impl Future<Output = T>,
+) -> Result<T, Failure> {
+    let (limit, failure) = match (plan.deadline, per_try) {
+        (None, None) => return Ok(work.await),
+        (Some(deadline), Some(per_try)) if per_try < deadline => (per_try, Failure::PerTryTimeout),
+        (Some(deadline), _) => (deadline, Failure::Timeout),
+        (None, Some(per_try)) => (per_try, Failure::PerTryTimeout),
+    };
+    plan.conn.alarms.within(limit, work).await.ok_or(failure)
+}
+
+/// The request as it goes to `host`.
+fn build(
+    plan: &Plan<'_>,
+    routed: &Routed,
+    exchange: &Exchange,
+    parts: &mut Parts,
+    source: Option<&Rc<RefCell<RequestSource>>>,
+    upgrade: Option<&str>,
+    host: &Host,
+    lease: &Lease,
+    again: Again,
+) -> Request<UpstreamBody> {
+    // A copy of the head is kept only if a further attempt is possible.
+    let again = again.by_policy || (lease.reused() && again.quietly);
+    let mut request = Request::new(match source {
+        None => UpstreamBody::Empty,
+        Some(source) => UpstreamBody::stream(source),
+    });
+    *request.method_mut() = parts.method.clone();
+    *request.headers_mut() = if again {
+        parts.headers.clone()
+    } else {
+        std::mem::take(&mut parts.headers)
+    };
+    let uri = parts.uri.clone();
+    let headers = request.headers_mut();
+    if plan.auto_host
+        && !host.endpoint.hostname.is_empty()
+        && let Ok(value) = HeaderValue::from_str(&host.endpoint.hostname)
+    {
+        headers.insert(header::HOST, value);
+    }
+    if routed.host.attempt_count {
+        headers.insert(X_ATTEMPT_COUNT.clone(), HeaderValue::from(exchange.attempts));
+    }
+    if let Some(protocol) = upgrade {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        if let Ok(value) = HeaderValue::from_str(protocol) {
+            headers.insert(header::UPGRADE, value);
+        }
+    }
+    if lease.is_http2() {
+        let host = headers.remove(header::HOST);
+        let authority = host
+            .as_ref()
+            .and_then(|value| value.to_str().ok())
+            .filter(|host| !host.is_empty());
+        let path = uri
+            .path_and_query()
+            .cloned()
+            .unwrap_or_else(|| http::uri::PathAndQuery::from_static("/"));
+        let absolute = Uri::builder()
+            .scheme(if plan.conn.tls.is_some() { "https" } else { "http" })
+            .authority(authority.unwrap_or("unknown"))
+            .path_and_query(path)
+            .build();
+        *request.uri_mut() = absolute.unwrap_or(uri);
+        *request.version_mut() = Version::HTTP_2;
+    } else {
+        // hyper drops a body of unknown length from methods that usually have none, unless it is told.
+        if source.is_some()
+            && upgrade.is_none()
+            && !headers.contains_key(header::CONTENT_LENGTH)
+            && matches!(parts.method, Method::GET | Method::HEAD)
+        {
+            headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+        }
+        *request.uri_mut() = uri;
+        *request.version_mut() = Version::HTTP_11;
+    }
+    request
+}

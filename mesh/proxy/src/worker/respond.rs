@@ -1,0 +1,129 @@
+//! The response of an upstream as it goes to the client.
+
+use http::request::Parts;
+use http::{HeaderName, HeaderValue, Response, Version};
+use hyper::body::Incoming;
+use tokio::time::Instant;
+
+use super::attempts::X_ATTEMPT_COUNT;
+use super::body::ResponseBody;
+use super::exchange::{Exchange, Limits, Watch};
+use super::filters;
+use super::local::Body;
+use super::logging;
+use super::request::{PEER_METADATA, PEER_METADATA_ID, Routed, X_REQUEST_ID, X_UNPROCESSED, variables};
+use super::upstream::Plan;
+use crate::config::headers::Variables;
+use crate::config::listener::Direction;
+use crate::config::route::Target;
+use crate::hygiene::fields::{Present, strip_present};
+use crate::metrics::flags::Flags;
+use crate::upstream::cluster::Active;
+use crate::upstream::pool::Lease;
+
+static X_UPSTREAM_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
+
+/// The response as it goes to the client.
+pub(super) fn respond(
+    mut exchange: Box<Exchange>,
+    plan: &Plan<'_>,
+    routed: &Routed,
+    target: Option<&Target>,
+    request_headers: Option<http::HeaderMap>,
+    parts: &Parts,
+    response: Response<Incoming>,
+    lease: Lease,
+    active: Active,
+) -> Response<Body> {
+    let conn = plan.conn;
+    if let Some(source) = &exchange.source {
+        source.borrow_mut().answered = true;
+    }
+    let (mut head, incoming) = response.into_parts();
+    let present = Present::of(&head.headers);
+    strip_present(&mut head.headers, present);
+    if present.has(Present::PEER) {
+        head.headers.remove(&PEER_METADATA);
+        head.headers.remove(&PEER_METADATA_ID);
+    }
+    if present.has(Present::SERIN) && conn.direction != Direction::Inbound {
+        head.headers.remove(&X_UNPROCESSED);
+    }
+    let elapsed = exchange.started.elapsed().as_millis() as u64;
+    head.headers
+        .insert(X_UPSTREAM_TIME.clone(), HeaderValue::from(elapsed));
+    if routed.host.attempt_count_in_response {
+        head.headers
+            .insert(X_ATTEMPT_COUNT.clone(), HeaderValue::from(exchange.attempts));
+    }
+    if conn.manager.request_id_in_response
+        && let Some(id) = &exchange.request_id
+    {
+        head.headers.insert(X_REQUEST_ID.clone(), id.clone());
+    }
+    let target_ops = target
+        .map(|target| &target.response_headers)
+        .filter(|ops| !ops.is_empty());
+    if request_headers.is_some() || target_ops.is_some() {
+        let host = exchange.host.clone();
+        let variables = Variables {
+            upstream_cluster: &plan.cluster.slot.name,
+            upstream_host: host.as_ref().map(|host| &*host.endpoint.text),
+            ..variables(conn, parts, &routed.route)
+        };
+        let request = request_headers.unwrap_or_default();
+        if let Some(ops) = target_ops {
+            ops.apply(&mut head.headers, Some(&request), &variables);
+        }
+        routed.mutate_response(&mut head.headers, &request, &variables);
+    }
+    exchange.code = head.status.as_u16();
+    exchange.details = "via_upstream".into();
+    exchange.note_grpc_status(&head.headers);
+    let encoder = if exchange.policy.is_some() {
+        let has_body = !hyper::body::Body::is_end_stream(&incoming);
+        filters::encode(&mut exchange, &mut head, has_body)
+    } else {
+        None
+    };
+    logging::keep_response(&mut exchange, &head.headers, true);
+    conn.dress(&mut head.headers, exchange.version);
+    head.version = Version::HTTP_11;
+    if exchange.version == Version::HTTP_2 {
+        head.version = Version::HTTP_2;
+    }
+    let stream_limit = plan
+        .forward
+        .max_stream_duration
+        .or(conn.manager.max_stream_duration);
+    let deadline = match (plan.deadline, stream_limit) {
+        (Some(at), _) => Some((at, Flags::UPSTREAM_TIMEOUT, "response_timeout")),
+        (None, Some(limit)) => {
+            let at = Instant::from_std(exchange.started) + limit;
+            Some((
+                at,
+                Flags::MAX_STREAM_DURATION,
+                "upstream_max_stream_duration_reached",
+            ))
+        }
+        (None, None) => None,
+    };
+    let idle = plan
+        .forward
+        .idle_timeout
+        .unwrap_or(conn.manager.stream_idle_timeout);
+    let max_requests = plan.cluster.config.max_requests_per_connection;
+    // A response without a body needs no timers.
+    let limits = if hyper::body::Body::is_end_stream(&incoming) {
+        Limits::default()
+    } else {
+        Limits::new(deadline, idle)
+    };
+    let watch = Watch::new(exchange, limits, lease, max_requests, active);
+    let body = ResponseBody::upstream(incoming, watch);
+    let body = match encoder {
+        None => body,
+        Some(encoder) => body.encoded(encoder),
+    };
+    Response::from_parts(head, body)
+}
