@@ -5,6 +5,8 @@
 
 mod ads;
 mod authz;
+mod balancing;
+mod bootstrap;
 mod certificates;
 mod differential;
 mod envoy;
@@ -28,9 +30,11 @@ mod matrix2;
 mod metrics;
 mod policies;
 mod reference;
+mod routing;
 mod tcp;
 mod tls;
 mod tls_secrets;
 mod tls_upstream;
+mod tunnels;
 mod upstream_health;
 mod xds;
