@@ -5,6 +5,7 @@
 
 mod ads;
 mod authz;
+mod breaking;
 mod certificates;
 mod differential;
 mod envoy;
@@ -16,6 +17,7 @@ mod frames;
 mod fuzz;
 mod golden;
 mod h2spec;
+mod harness;
 mod hygiene;
 mod interception;
 mod interop;
@@ -25,6 +27,7 @@ mod listener;
 mod matrix1;
 mod matrix2;
 mod metrics;
+mod mutations;
 mod policies;
 mod reference;
 mod tcp;
