@@ -27,6 +27,7 @@
 
 pub mod bucket;
 pub mod buffer;
+pub mod cel;
 pub mod chain;
 pub mod compressor;
 pub mod descriptors;

@@ -20,6 +20,7 @@ mod h2spec;
 mod harness;
 mod hygiene;
 mod interception;
+mod interim;
 mod interop;
 mod interop_ads;
 mod lifecycle;
