@@ -5,6 +5,8 @@
 
 mod ads;
 mod authz;
+mod balancing;
+mod bootstrap;
 mod breaking;
 mod certificates;
 mod differential;
@@ -31,11 +33,13 @@ mod metrics;
 mod mutations;
 mod policies;
 mod reference;
+mod routing;
 mod soak;
 mod tcp;
 mod tls;
 mod tls_secrets;
 mod tls_upstream;
+mod tunnels;
 mod upstream_health;
 mod wall_clock;
 mod xds;
