@@ -1,5 +1,6 @@
 //! `spec.analysis.comparison`, normalised.
 
+use serin_analysis::ErrorClass;
 use serin_analysis::judge::warmth;
 use serin_analysis::judges::{Kind, Metric, Options};
 use serin_analysis::planner::RATIO_DEFAULT;
@@ -157,6 +158,13 @@ fn metrics(spec: &Comparison, fields: &mut Vec<Field>) -> Vec<Metric> {
             ));
             continue;
         };
+        if matches!(known.kind, Kind::Errors { class: ErrorClass::ByClient }) {
+            fields.push(Field::refused(
+                path("name"),
+                "proxies do not tell clients apart; it is for recorded data (serin judge)",
+            ));
+            continue;
+        }
         if metrics.iter().any(|other| other.name == known.name) {
             fields.push(Field::refused(
                 path("name"),
@@ -295,6 +303,10 @@ mod tests {
             (
                 json!({"metrics": [{"name": "errors"}, {"name": "errors"}]}),
                 "spec.analysis.comparison.metrics[1].name",
+            ),
+            (
+                json!({"metrics": [{"name": "errors-by-client"}]}),
+                "spec.analysis.comparison.metrics[0].name",
             ),
             (
                 json!({"metrics": [{"name": "errors", "weight": 0}]}),

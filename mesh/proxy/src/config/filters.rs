@@ -36,6 +36,20 @@ impl Fault {
         if from.response_rate_limit.is_some() {
             return Err(Refusal::new("response_rate_limit", "not supported yet"));
         }
+        if !from
+            .filter_metadata
+            .as_ref()
+            .is_none_or(|fields| fields.fields.is_empty())
+        {
+            return Err(Refusal::new("filter_metadata", "not supported"));
+        }
+        if from
+            .abort
+            .as_ref()
+            .is_some_and(|abort| !abort.response_body.is_empty())
+        {
+            return Err(Refusal::new("abort.response_body", "not supported"));
+        }
         if from.max_active_faults.is_some() {
             return Err(Refusal::new("max_active_faults", "not supported yet"));
         }
@@ -149,6 +163,13 @@ impl Cors {
     pub(crate) fn compile(from: &cors_v3::CorsPolicy) -> Result<Self, Refusal> {
         let enabled = convert::runtime_fraction(from.filter_enabled.as_ref(), Fraction::ALL)
             .within("filter_enabled")?;
+        if from
+            .allow_private_network_access
+            .as_ref()
+            .is_some_and(|value| value.value)
+        {
+            return Err(Refusal::new("allow_private_network_access", "not supported"));
+        }
         Self::build(
             &from.allow_origin_string_match,
             [

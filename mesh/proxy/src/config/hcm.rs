@@ -204,7 +204,6 @@ impl HttpManager {
                 "access_log_flush_interval",
                 from.access_log_flush_interval.is_some() || from.flush_access_log_on_new_request,
             ),
-            ("proxy_100_continue", from.proxy_100_continue),
             (
                 "add_user_agent",
                 from.add_user_agent.as_ref().is_some_and(|value| value.value),
@@ -220,6 +219,13 @@ impl HttpManager {
                 from.represent_ipv4_remote_address_as_ipv4_mapped_ipv6,
             ),
             ("strip_trailing_host_dot", from.strip_trailing_host_dot),
+            ("stream_flush_timeout", from.stream_flush_timeout.is_some()),
+            ("append_local_overload", from.append_local_overload),
+            ("forward_proto_config", from.forward_proto_config.is_some()),
+            (
+                "http1_safe_max_connection_duration",
+                from.http1_safe_max_connection_duration,
+            ),
             (
                 "typed_header_validation_config",
                 from.typed_header_validation_config.is_some(),

@@ -567,6 +567,10 @@ impl TcpProxy {
             ),
             ("proxy_protocol_tlvs", !from.proxy_protocol_tlvs.is_empty()),
             ("upstream_connect_mode", from.upstream_connect_mode != 0),
+            (
+                "check_drain_close",
+                from.check_drain_close.as_ref().is_some_and(|value| value.value),
+            ),
             ("max_early_data_bytes", from.max_early_data_bytes.is_some()),
             (
                 "access_log_options.flush_access_log_on_start",

@@ -1,12 +1,14 @@
 //! Which requests are logged.
 
 use serin_xds::pb::envoy::config::accesslog::v3 as pb;
+use serin_xds::pb::envoy::extensions::access_loggers::filters::cel::v3 as cel;
 
 use super::record::{Record, Wants};
-use crate::config::convert::Fraction;
+use crate::config::convert::{self, Fraction};
 use crate::config::matchers::HeaderMatch;
 use crate::error::{Refusal, Within};
 use crate::metrics::flags::Flags;
+use crate::policy::cel::Expression;
 use crate::policy::metadata::MetadataMatch;
 
 /// A compiled `AccessLogFilter`.
@@ -32,6 +34,8 @@ pub enum Filter {
     AnyFlag(Option<Flags>),
     /// By gRPC status: with one of these, or with none of them.
     Grpc(Box<[u8]>, bool),
+    /// For which a CEL expression is true.
+    Expression(Expression),
     /// By dynamic metadata; what holds where there is none.
     Metadata(Option<MetadataMatch>, bool),
     /// Written for one of these reasons, or for none of them.
@@ -67,6 +71,27 @@ impl Comparison {
             Op::Ne => value != self.value,
         }
     }
+}
+
+const CEL: &str = "envoy.extensions.access_loggers.filters.cel.v3.ExpressionFilter";
+
+fn is_cel(filter: &pb::ExtensionFilter) -> bool {
+    matches!(&filter.config_type, Some(pb::extension_filter::ConfigType::TypedConfig(any)) if any.type_url.ends_with(CEL))
+}
+
+fn expression(filter: &pb::ExtensionFilter, wants: &mut Wants) -> Result<Expression, Refusal> {
+    let Some(pb::extension_filter::ConfigType::TypedConfig(any)) = &filter.config_type else {
+        return Err(Refusal::new("", "is missing"));
+    };
+    let message: cel::ExpressionFilter = convert::unpack(any, CEL)?;
+    if message.cel_config.is_some() {
+        return Err(Refusal::new("cel_config", "not supported"));
+    }
+    Expression::parse(
+        &message.expression,
+        Some(&mut |side, name| wants.field(side, name)),
+    )
+    .within("expression")
 }
 
 impl Filter {
@@ -138,6 +163,9 @@ impl Filter {
                     .is_none_or(|value| value.value),
             ),
             Spec::LogTypeFilter(filter) => Self::Kind(filter.types.as_slice().into(), filter.exclude),
+            Spec::ExtensionFilter(filter) if is_cel(filter) => {
+                Self::Expression(expression(filter, wants).within("extension_filter.typed_config")?)
+            }
             Spec::ExtensionFilter(filter) => {
                 return Err(Refusal::new(
                     "extension_filter",
@@ -167,6 +195,7 @@ impl Filter {
                     .is_some_and(|status| statuses.contains(&status));
                 named != *exclude
             }
+            Self::Expression(expression) => expression.holds(record),
             Self::Metadata(None, _) => true,
             Self::Metadata(Some(matcher), without) => {
                 if matcher.finds(record.metadata) {

@@ -175,6 +175,15 @@ impl Compressor {
             ));
         }
         let response = from.response_direction_config.as_ref();
+        if from.choose_first {
+            return Err(Refusal::new("choose_first", "not supported"));
+        }
+        if response.is_some_and(|response| response.status_header_enabled) {
+            return Err(Refusal::new(
+                "response_direction_config.status_header_enabled",
+                "not supported",
+            ));
+        }
         let common = response.and_then(|response| response.common_config.as_ref());
         let matchers = common.map_or(&[][..], |common| &common.content_type_matcher);
         let listed = common.map_or(&from.content_type, |common| &common.content_type);

@@ -229,6 +229,13 @@ impl ExtAuthz {
                 !from.bootstrap_metadata_labels_key.is_empty(),
             ),
             ("shadow_mode", from.shadow_mode),
+            (
+                "enable_dynamic_metadata_ingestion",
+                from.enable_dynamic_metadata_ingestion
+                    .as_ref()
+                    .is_some_and(|value| !value.value),
+            ),
+            ("emit_filter_state_stats", from.emit_filter_state_stats),
         ];
         if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
             return Err(Refusal::new(*field, "not supported"));

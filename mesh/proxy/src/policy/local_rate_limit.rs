@@ -427,6 +427,16 @@ impl ConnectionLimit {
         registry: &mut Registry,
         now_ms: u64,
     ) -> Result<Self, Refusal> {
+        let enabled = from
+            .runtime_enabled
+            .as_ref()
+            .and_then(|flag| flag.default_value.as_ref());
+        if enabled.is_some_and(|value| !value.value) {
+            return Err(Refusal::new(
+                "runtime_enabled",
+                "a filter that is off is left out: there is no runtime layer to switch it on",
+            ));
+        }
         if !from.share_key.is_empty() {
             return Err(Refusal::new(
                 "share_key",

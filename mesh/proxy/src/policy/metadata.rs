@@ -8,7 +8,7 @@ use crate::config::matchers::StringMatch;
 use crate::error::{Refusal, Within};
 
 /// Values by namespace. A list, because there are one or two of them.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Metadata(Vec<(Box<str>, Struct)>);
 
 impl Metadata {

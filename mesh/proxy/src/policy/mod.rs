@@ -28,6 +28,7 @@
 pub mod adaptive_concurrency;
 pub mod bucket;
 pub mod buffer;
+pub mod cel;
 pub mod chain;
 pub mod compressor;
 pub mod descriptors;

@@ -1,6 +1,6 @@
 //! Role-based access control: who may do what, as Envoy's `RBAC` message says it.
 //!
-//! A policy matches if any of its permissions and any of its principals do. Policies are asked in the order of their
+//! A policy matches if any of its permissions and any of its principals do, and its condition holds. Policies are asked in the order of their
 //! names. ALLOW lets through what a policy matches, DENY what none does, LOG everything and tells the access log. Shadow
 //! rules are judged and counted, never enforced. A denial names its policy, which in a mesh names the rule
 //! (`ns[a]-policy[b]-rule[0]`).
@@ -11,6 +11,7 @@ use serin_xds::pb::envoy::config::rbac::v3 as rbac;
 use serin_xds::pb::envoy::extensions::filters::http::rbac::v3 as http_rbac;
 use serin_xds::pb::envoy::extensions::path::r#match::uri_template::v3 as template;
 
+use super::cel::Expression;
 use super::facts::{Facts, PeerIdentity};
 use super::metadata::{Metadata, MetadataMatch, text};
 use super::stats::{Counter, Registry};
@@ -50,6 +51,7 @@ struct Policy {
     name: Arc<str>,
     permissions: Box<[Permission]>,
     principals: Box<[Principal]>,
+    condition: Option<Expression>,
 }
 
 /// What an engine says.
@@ -144,13 +146,25 @@ impl Engine {
 
 impl Policy {
     fn compile(name: &str, from: &rbac::Policy) -> Result<Self, Refusal> {
-        if from.condition.is_some() || from.checked_condition.is_some() {
-            return Err(Refusal::new("condition", "CEL conditions are not supported"));
+        if from.cel_config.is_some() {
+            return Err(Refusal::new("cel_config", "not supported"));
         }
+        let checked = from.checked_condition.as_ref();
+        let condition = match (&from.condition, checked) {
+            (Some(expression), _) => Some(("condition", expression)),
+            (None, Some(checked)) => match &checked.expr {
+                Some(expression) => Some(("checked_condition", expression)),
+                None => return Err(Refusal::new("checked_condition.expr", "is missing")),
+            },
+            (None, None) => None,
+        };
         Ok(Self {
             name: name.into(),
             permissions: each(&from.permissions, "permissions", Permission::compile)?,
             principals: each(&from.principals, "principals", Principal::compile)?,
+            condition: condition
+                .map(|(field, expression)| Expression::of_message(expression, None).within(field))
+                .transpose()?,
         })
     }
 
@@ -159,6 +173,10 @@ impl Policy {
             .iter()
             .any(|permission| permission.matches(facts))
             && self.principals.iter().any(|principal| principal.matches(facts))
+            && self
+                .condition
+                .as_ref()
+                .is_none_or(|condition| condition.holds(facts))
     }
 }
 

@@ -23,6 +23,7 @@ use crate::config::endpoint::Endpoint;
 use crate::intercept::{MARK_IN, MARK_OUT};
 use crate::tls::info::ConnectionTls;
 pub use crate::tls::upstream::Speaking;
+use crate::worker::io::write_pieces;
 
 /// Whether marking sockets is allowed; found out once, since without CAP_NET_ADMIN every attempt fails.
 static MARK_ALLOWED: AtomicBool = AtomicBool::new(true);
@@ -241,8 +242,8 @@ macro_rules! passed_on {
                 bufs: &[io::IoSlice<'_>],
             ) -> Poll<io::Result<usize>> {
                 match self.get_mut() {
-                    Self::$first(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
-                    Self::$second(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+                    Self::$first(stream) => write_pieces(Pin::new(stream), cx, bufs),
+                    Self::$second(stream) => write_pieces(Pin::new(stream), cx, bufs),
                 }
             }
 

@@ -140,8 +140,8 @@ pub(super) async fn attempts(
             _ => false,
         };
         let wanted = may_retry && policy.is_some_and(|policy| policy.wants(&outcome));
-        let in_time = plan.deadline.is_none_or(|deadline| Instant::now() < deadline);
-        if !(replayable && in_time && (quietly || wanted)) {
+        let in_time = || plan.deadline.is_none_or(|deadline| Instant::now() < deadline);
+        if !(replayable && (quietly || wanted) && in_time()) {
             if let Some(source) = source
                 && plan.forward.mirrors.is_empty()
             {
@@ -183,10 +183,10 @@ pub(super) async fn attempts(
         avoid.add(host, policy);
         if !quietly && let Some(policy) = policy {
             let wait = asked.unwrap_or_else(|| policy.back_off(retries, random::next()));
-            match plan.deadline {
-                Some(deadline) => tokio::time::sleep_until((Instant::now() + wait).min(deadline)).await,
-                None => tokio::time::sleep(wait).await,
-            }
+            let until = Instant::now() + wait;
+            let until = plan.deadline.map_or(until, |deadline| until.min(deadline));
+            // Boxed: few requests wait, and every request's future would carry the timer.
+            Box::pin(tokio::time::sleep_until(until)).await;
         }
     }
 }
@@ -389,7 +389,7 @@ pub(super) async fn attempt(
                 &plan.options,
             );
             // Boxed: rare, and large.
-            let lease = Box::pin(bounded(plan.deadline, per_try, acquire))
+            let lease = Box::pin(bounded(plan, per_try, acquire))
                 .await?
                 .map_err(Failure::Connect)?;
             drop(pending);
@@ -402,22 +402,18 @@ pub(super) async fn attempt(
     let sent = match &mut lease {
         Lease::Http1 { sender, .. } => {
             let response = sender.try_send_request(request);
-            bounded(plan.deadline, per_try, response)
-                .await?
-                .map_err(|mut error| {
-                    let unsent = error.take_message().is_some();
-                    (error.into_error(), unsent)
-                })
+            bounded(plan, per_try, response).await?.map_err(|mut error| {
+                let unsent = error.take_message().is_some();
+                (error.into_error(), unsent)
+            })
         }
         Lease::Http2(stream) => {
             let mut sender = stream.sender();
             let response = sender.try_send_request(request);
-            bounded(plan.deadline, per_try, response)
-                .await?
-                .map_err(|mut error| {
-                    let unsent = error.take_message().is_some();
-                    (error.into_error(), unsent)
-                })
+            bounded(plan, per_try, response).await?.map_err(|mut error| {
+                let unsent = error.take_message().is_some();
+                (error.into_error(), unsent)
+            })
         }
     };
     match sent {
@@ -443,17 +439,17 @@ pub(super) async fn attempt(
 
 /// Waits for `work` up to the nearer of the two limits.
 async fn bounded<T>(
-    deadline: Option<Instant>,
+    plan: &Plan<'_>,
     per_try: Option<Instant>,
     work: impl Future<Output = T>,
 ) -> Result<T, Failure> {
-    let (limit, failure) = match (deadline, per_try) {
+    let (limit, failure) = match (plan.deadline, per_try) {
         (None, None) => return Ok(work.await),
         (Some(deadline), Some(per_try)) if per_try < deadline => (per_try, Failure::PerTryTimeout),
         (Some(deadline), _) => (deadline, Failure::Timeout),
         (None, Some(per_try)) => (per_try, Failure::PerTryTimeout),
     };
-    tokio::time::timeout_at(limit, work).await.map_err(|_| failure)
+    plan.conn.alarms.within(limit, work).await.ok_or(failure)
 }
 
 /// The request as it goes to `host`.

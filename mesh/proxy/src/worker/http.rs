@@ -14,6 +14,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Notify;
 
+use super::alarm::Alarms;
 use super::rest::{End, wait_for_end};
 use super::{DrainPhase, LocalExecutor, Worker, http1, request};
 use crate::config::hcm::{HttpManager, ServerHeader};
@@ -52,6 +53,8 @@ pub struct Downstream {
     pub gate: Arc<Gate>,
     /// Token buckets of this connection, by the limit that they belong to.
     buckets: RefCell<Vec<(Arc<LocalRateLimit>, Rc<Buckets>)>>,
+    /// For the limits of its requests.
+    pub(super) alarms: Alarms,
     upgrade_asked: Cell<bool>,
     last: Cell<bool>,
     requests: Cell<u32>,
@@ -122,9 +125,9 @@ impl Downstream {
     }
 
     /// A request has ended.
-    pub fn request_ended(&self) {
+    pub fn request_ended(&self, now: Instant) {
         self.running.set(self.running.get().saturating_sub(1));
-        self.last_used.set(Instant::now());
+        self.last_used.set(now);
     }
 
     /// Whether requests for `authority` belong on this connection. Behind TLS whose chain was chosen by server name a
@@ -238,6 +241,7 @@ pub async fn serve<S>(
         server_name,
         gate,
         buckets: RefCell::default(),
+        alarms: Alarms::default(),
         upgrade_asked: Cell::new(false),
         last: Cell::new(false),
         requests: Cell::new(0),

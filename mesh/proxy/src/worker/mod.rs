@@ -2,6 +2,7 @@
 //! the request path is shared with other workers but the configuration that is read.
 
 pub mod accept;
+mod alarm;
 mod attempts;
 pub mod body;
 pub mod call;
@@ -139,7 +140,7 @@ where
     F::Output: 'static,
 {
     fn execute(&self, future: F) {
-        // Owned by the worker's LocalSet, which drops it when the worker ends.
+        // Owned by the worker's runtime, which drops it when the worker ends.
         tokio::task::spawn_local(future);
     }
 }
@@ -182,10 +183,10 @@ impl Worker {
             // Accepting and serving share the thread; asking for IO every 61 polls (the default) lets a busy
             // connection starve new ones.
             .event_interval(31)
-            .build()?;
-        let local = tokio::task::LocalSet::new();
+            // A local one: its tasks need not be Send, and no set of tasks stands between them and the scheduler.
+            .build_local(tokio::runtime::LocalOptions::default())?;
         let worker = Self::new(id, shared, shard);
-        local.block_on(&runtime, worker.clone().follow(commands));
+        runtime.block_on(worker.clone().follow(commands));
         Ok(())
     }
 

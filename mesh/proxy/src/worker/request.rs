@@ -32,7 +32,7 @@ use crate::policy::metadata::Metadata;
 use crate::random;
 
 pub(super) static X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-static X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+pub(super) static X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 static X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 pub(super) static PEER_METADATA: HeaderName = HeaderName::from_static(METADATA_HEADER);
 pub(super) static PEER_METADATA_ID: HeaderName = HeaderName::from_static(METADATA_ID_HEADER);
@@ -393,7 +393,7 @@ async fn route(
     incoming: Incoming,
     tunnel: Option<Tunnel>,
 ) -> Response<Body> {
-    if !conn.serves(view(&parts).authority) {
+    if conn.tls.is_some() && !conn.serves(view(&parts).authority) {
         conn.decide_upgrade(false);
         return LocalReply::new(
             StatusCode::MISDIRECTED_REQUEST,

@@ -100,7 +100,7 @@ pub(super) fn respond(
         .max_stream_duration
         .or(conn.manager.max_stream_duration);
     let deadline = match (plan.deadline, stream_limit) {
-        (Some(at), _) => Some((at, Flags::UPSTREAM_TIMEOUT, "upstream_response_timeout")),
+        (Some(at), _) => Some((at, Flags::UPSTREAM_TIMEOUT, "response_timeout")),
         (None, Some(limit)) => {
             let at = Instant::from_std(exchange.started) + limit;
             Some((

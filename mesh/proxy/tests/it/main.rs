@@ -3,9 +3,13 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // a test that fails says so by panicking, helpers included
 #![allow(deprecated)] // what control planes still send is tested as well
 
+mod ads;
+mod authz;
 mod balancing;
 mod bootstrap;
 mod certificates;
+mod differential;
+mod envoy;
 mod exhaustion;
 mod failure;
 mod fixture;
@@ -16,13 +20,16 @@ mod golden;
 mod h2spec;
 mod hygiene;
 mod interception;
+mod interim;
 mod interop;
+mod interop_ads;
 mod lifecycle;
 mod listener;
 mod matrix1;
 mod matrix2;
 mod metrics;
 mod policies;
+mod reference;
 mod routing;
 mod tcp;
 mod tls;

@@ -37,6 +37,9 @@ impl HttpService {
         let of_response = |list: Option<&matcher::ListStringMatcher>, field: &str| {
             matchers(list, field).within("authorization_response")
         };
+        if from.retry_policy.is_some() {
+            return Err(Refusal::new("retry_policy", "not supported"));
+        }
         if !from.path_prefix.is_empty() && !from.path_override.is_empty() {
             return Err(Refusal::new(
                 "path_override",

@@ -303,3 +303,51 @@ async fn a_format_or_file_that_cannot_be_used_is_refused() {
     let error = refusal(text(Path::new("/nonexistent/dir/x"), "")).await;
     assert!(error.contains("/nonexistent/dir/x"), "{error}");
 }
+
+#[tokio::test]
+async fn a_cel_expression_chooses_which_requests_are_logged() {
+    use serin_xds::pb::envoy::extensions::access_loggers::filters::cel::v3 as cel;
+    let with = |log, expression: &str| {
+        filtered(
+            log,
+            accesslog::access_log_filter::FilterSpecifier::ExtensionFilter(accesslog::ExtensionFilter {
+                name: "cel".into(),
+                config_type: Some(accesslog::extension_filter::ConfigType::TypedConfig(any(
+                    &cel::ExpressionFilter {
+                        expression: expression.into(),
+                        ..Default::default()
+                    },
+                ))),
+            }),
+        )
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let (some, all) = (directory.path().join("some"), directory.path().join("all"));
+    let line = "%REQ(X-N)%\n";
+    let (harness, _backend, at) = logging(vec![
+        with(
+            text(&some, line),
+            "response.code >= 500 || request.headers['x-n'] == '3' && request.useragent.startsWith('t')",
+        ),
+        text(&all, line),
+    ])
+    .await;
+    get_with(at, "/", &[("x-n", "1")]).await;
+    get_with(at, "/missing", &[("x-n", "2")]).await;
+    get_with(at, "/", &[("x-n", "3"), ("user-agent", "test")]).await;
+    get_with(at, "/", &[("x-n", "3"), ("user-agent", "other")]).await;
+    get_with(at, "/", &[("x-n", "5")]).await;
+    assert_eq!(lines(&all, 5).await.len(), 5);
+    assert_eq!(lines(&some, 2).await, ["2", "3"]);
+    let mut manager = manager("80");
+    manager.access_log = vec![with(text(&some, line), "request.colour == 'red'")];
+    let message = listener_of("l", core::TrafficDirection::Outbound, vec![http_chain(&manager)]);
+    let refusal = harness
+        .try_put(ResourceType::Listener, "l", &message)
+        .await
+        .expect("refused");
+    assert!(
+        refusal.contains("expression") && refusal.contains("request.colour"),
+        "{refusal}"
+    );
+}

@@ -224,7 +224,7 @@ async fn connections_are_judged_before_their_bytes_go_on() {
 }
 
 #[tokio::test]
-async fn a_condition_or_matcher_that_cannot_be_judged_is_refused_and_the_old_rules_stay() {
+async fn a_matcher_that_cannot_be_judged_is_refused_and_the_old_rules_stay() {
     let deny = rules(rbac::rbac::Action::Deny, "p", path_is("/admin"));
     let (harness, _backend, at) = served(vec![filter(Some(deny), None)], to_c()).await;
     let open = rules(
@@ -248,4 +248,56 @@ async fn a_condition_or_matcher_that_cannot_be_judged_is_refused_and_the_old_rul
         "{refusal}"
     );
     assert_eq!(get(at, "/admin").await.0, 403);
+}
+
+#[tokio::test]
+async fn a_condition_decides_beside_permissions_and_principals() {
+    use expr::expr::ExprKind;
+    use serin_xds::pb::google::api::expr::v1alpha1 as expr;
+    let of = |kind| expr::Expr {
+        id: 0,
+        expr_kind: Some(kind),
+    };
+    let select = |operand: &str, field: &str| {
+        of(ExprKind::SelectExpr(Box::new(expr::expr::Select {
+            operand: Some(Box::new(of(ExprKind::IdentExpr(expr::expr::Ident {
+                name: operand.into(),
+            })))),
+            field: field.into(),
+            test_only: false,
+        })))
+    };
+    let text = |text: &str| {
+        of(ExprKind::ConstExpr(expr::Constant {
+            constant_kind: Some(expr::constant::ConstantKind::StringValue(text.into())),
+        }))
+    };
+    let call = |function: &str, args: Vec<expr::Expr>| {
+        of(ExprKind::CallExpr(Box::new(expr::expr::Call {
+            target: None,
+            function: function.into(),
+            args,
+        })))
+    };
+    let mut deny = rules(rbac::rbac::Action::Deny, "red", path_is("/admin"));
+    let tenant = call("_[_]", vec![select("request", "headers"), text("x-tenant")]);
+    deny.policies.get_mut("red").unwrap().condition = Some(call("_==_", vec![tenant, text("red")]));
+    let (harness, _backend, at) = served(vec![filter(Some(deny.clone()), None)], to_c()).await;
+    assert_eq!(get_with(at, "/admin", &[("x-tenant", "red")]).await.0, 403);
+    assert_eq!(get_with(at, "/admin", &[("x-tenant", "blue")]).await.0, 200);
+    assert_eq!(get_with(at, "/admin", &[]).await.0, 200);
+    assert_eq!(get_with(at, "/", &[("x-tenant", "red")]).await.0, 200);
+
+    let colour = call("_==_", vec![select("request", "colour"), text("red")]);
+    deny.policies.get_mut("red").unwrap().condition = Some(colour);
+    let manager = manager_with(vec![filter(Some(deny), None)]);
+    let listener = listener_of("l", core::TrafficDirection::Outbound, vec![http_chain(&manager)]);
+    let refusal = harness
+        .try_put(ResourceType::Listener, "l", &listener)
+        .await
+        .unwrap();
+    assert!(
+        refusal.contains("policies[\"red\"].condition") && refusal.contains("request.colour"),
+        "{refusal}"
+    );
 }

@@ -1,0 +1,480 @@
+//! Evaluating: values, operators, functions, and the budget.
+
+use std::borrow::Cow;
+use std::cell::Cell;
+use std::cmp::Ordering;
+
+use http::HeaderName;
+use regex::Regex;
+use serin_xds::pb::google::protobuf as google;
+
+use super::Attribute;
+use crate::error::Refusal;
+use crate::observe::record::Side;
+use crate::policy::metadata::Metadata;
+
+/// Steps of one evaluation.
+const BUDGET: u32 = 10_000;
+
+/// A value.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value<'a> {
+    /// `null`.
+    Null,
+    /// A truth value.
+    Bool(bool),
+    /// A whole number.
+    Int(i64),
+    /// One that is never negative.
+    Uint(u64),
+    /// A number.
+    Double(f64),
+    /// A text.
+    Text(Cow<'a, str>),
+    /// Nanoseconds.
+    Duration(i64),
+    /// Nanoseconds since 1970.
+    Timestamp(i64),
+    /// A list.
+    List(Vec<Value<'a>>),
+    /// Everything that filters have said, by namespace.
+    Metadata(&'a Metadata),
+    /// Fields by name.
+    Struct(&'a google::Struct),
+}
+
+/// Where attributes come from.
+pub trait Scene {
+    /// An attribute, if it is there.
+    fn attribute(&self, attribute: Attribute) -> Option<Value<'_>>;
+
+    /// A header field, if it is there; `place` is where it was kept.
+    fn header(&self, side: Side, name: &HeaderName, place: usize) -> Option<Cow<'_, str>>;
+}
+
+/// A function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Function {
+    Not,
+    Negate,
+    Equal,
+    NotEqual,
+    Less,
+    LessOrEqual,
+    Greater,
+    GreaterOrEqual,
+    Add,
+    Subtract,
+    Multiply,
+    Divide,
+    Modulo,
+    In,
+    Index,
+    Size,
+    StartsWith,
+    EndsWith,
+    Contains,
+    Text,
+    Int,
+    Double,
+}
+
+/// A compiled part of an expression.
+#[derive(Debug)]
+pub(super) enum Node {
+    Literal(Value<'static>),
+    /// `true` asks whether it is there.
+    Attribute(Attribute, bool),
+    Header(Side, HeaderName, usize, bool),
+    Field(Box<Node>, Box<str>, bool),
+    List(Box<[Node]>),
+    And(Box<Node>, Box<Node>),
+    Or(Box<Node>, Box<Node>),
+    If(Box<[Node; 3]>),
+    Matches(Box<Node>, Regex),
+    Call(Function, Box<[Node]>),
+}
+
+/// A call with its arguments, the target first.
+pub(super) fn call(name: &str, has_target: bool, mut all: Vec<Node>) -> Result<Node, Refusal> {
+    let count = all.len();
+    let wrong = || {
+        Refusal::new(
+            "",
+            format!("the function {name} with {count} arguments is not supported"),
+        )
+    };
+    let take = |all: &mut Vec<Node>| all.pop().map(Box::new).ok_or_else(wrong);
+    match (name, count) {
+        ("_&&_" | "_||_", 2) => {
+            let right = take(&mut all)?;
+            let left = take(&mut all)?;
+            return Ok(if name == "_&&_" {
+                Node::And(left, right)
+            } else {
+                Node::Or(left, right)
+            });
+        }
+        ("_?_:_", 3) => {
+            let parts: [Node; 3] = all.try_into().map_err(|_| wrong())?;
+            return Ok(Node::If(Box::new(parts)));
+        }
+        ("matches", 2) => {
+            let pattern = match all.pop() {
+                Some(Node::Literal(Value::Text(pattern))) => pattern,
+                _ => return Err(Refusal::new("", "the pattern of matches() must be a literal")),
+            };
+            let regex = Regex::new(&pattern).map_err(|error| Refusal::new("", error.to_string()))?;
+            return Ok(Node::Matches(take(&mut all)?, regex));
+        }
+        // Times and spans are literals here, so that they are read once.
+        ("duration", 1) => {
+            return match &*all {
+                [Node::Literal(Value::Text(text))] => duration(text)
+                    .map(|nanos| Node::Literal(Value::Duration(nanos)))
+                    .ok_or_else(|| Refusal::new("", format!("{text:?} is no duration"))),
+                _ => Err(Refusal::new("", "the argument of duration() must be a literal")),
+            };
+        }
+        _ => {}
+    }
+    let function = match (name, count) {
+        ("!_", 1) => Function::Not,
+        ("-_", 1) => Function::Negate,
+        ("_==_", 2) => Function::Equal,
+        ("_!=_", 2) => Function::NotEqual,
+        ("_<_", 2) => Function::Less,
+        ("_<=_", 2) => Function::LessOrEqual,
+        ("_>_", 2) => Function::Greater,
+        ("_>=_", 2) => Function::GreaterOrEqual,
+        ("_+_", 2) => Function::Add,
+        ("_-_", 2) => Function::Subtract,
+        ("_*_", 2) => Function::Multiply,
+        ("_/_", 2) => Function::Divide,
+        ("_%_", 2) => Function::Modulo,
+        ("@in" | "in" | "_in_", 2) => Function::In,
+        ("_[_]", 2) => Function::Index,
+        ("size", 1) => Function::Size,
+        ("startsWith", 2) if has_target => Function::StartsWith,
+        ("endsWith", 2) if has_target => Function::EndsWith,
+        ("contains", 2) if has_target => Function::Contains,
+        ("string", 1) if !has_target => Function::Text,
+        ("int", 1) if !has_target => Function::Int,
+        ("double", 1) if !has_target => Function::Double,
+        _ => return Err(wrong()),
+    };
+    Ok(Node::Call(function, all.into()))
+}
+
+/// `1h30m`, `1.5s`, `-10ms` in nanoseconds.
+fn duration(text: &str) -> Option<i64> {
+    let (sign, mut rest) = match text.strip_prefix('-') {
+        Some(rest) => (-1.0, rest),
+        None => (1.0, text),
+    };
+    if rest == "0" {
+        return Some(0);
+    }
+    let mut nanos = 0.0f64;
+    while !rest.is_empty() {
+        let digits = rest.find(|char: char| !(char.is_ascii_digit() || char == '.'))?;
+        let value: f64 = rest[..digits].parse().ok()?;
+        rest = &rest[digits..];
+        let units = [
+            ("ns", 1.0),
+            ("us", 1e3),
+            ("ms", 1e6),
+            ("s", 1e9),
+            ("m", 60e9),
+            ("h", 3600e9),
+        ];
+        let (unit, scale) = units.iter().find(|(unit, _)| rest.starts_with(unit))?;
+        nanos += value * scale;
+        rest = &rest[unit.len()..];
+    }
+    (!text.is_empty() && nanos < i64::MAX as f64).then_some((sign * nanos) as i64)
+}
+
+/// An evaluation has no value: a field is not there, types do not fit, the budget is used up.
+#[derive(Debug)]
+struct Failed;
+
+type Outcome<'a> = Result<Value<'a>, Failed>;
+
+struct Run<'s> {
+    scene: &'s dyn Scene,
+    left: Cell<u32>,
+}
+
+pub(super) fn holds(node: &Node, scene: &dyn Scene) -> bool {
+    let run = Run {
+        scene,
+        left: Cell::new(BUDGET),
+    };
+    matches!(run.value(node), Ok(Value::Bool(true)))
+}
+
+impl Run<'_> {
+    fn spend(&self, steps: usize) -> Result<(), Failed> {
+        let steps = u32::try_from(steps).unwrap_or(u32::MAX);
+        self.left.set(self.left.get().checked_sub(steps).ok_or(Failed)?);
+        Ok(())
+    }
+
+    fn spend_on(&self, text: &str) -> Result<(), Failed> {
+        self.spend(text.len() / 64)
+    }
+
+    fn value<'a>(&'a self, node: &'a Node) -> Outcome<'a> {
+        self.spend(1)?;
+        match node {
+            Node::Literal(value) => Ok(value.clone()),
+            Node::Attribute(attribute, test) => {
+                let found = self.scene.attribute(*attribute);
+                if *test {
+                    Ok(Value::Bool(found.is_some()))
+                } else {
+                    found.ok_or(Failed)
+                }
+            }
+            Node::Header(side, name, place, test) => {
+                let found = self.scene.header(*side, name, *place);
+                if *test {
+                    Ok(Value::Bool(found.is_some()))
+                } else {
+                    found.map(Value::Text).ok_or(Failed)
+                }
+            }
+            Node::Field(operand, name, test) => {
+                let found = field(&self.value(operand)?, name);
+                if *test {
+                    Ok(Value::Bool(found.is_some()))
+                } else {
+                    found.ok_or(Failed)
+                }
+            }
+            Node::List(items) => items
+                .iter()
+                .map(|item| self.value(item))
+                .collect::<Result<_, _>>()
+                .map(Value::List),
+            // Either side decides alone, whatever the other one is.
+            Node::And(left, right) => self.either(left, right, false),
+            Node::Or(left, right) => self.either(left, right, true),
+            Node::If(parts) => match self.value(&parts[0])? {
+                Value::Bool(true) => self.value(&parts[1]),
+                Value::Bool(false) => self.value(&parts[2]),
+                _ => Err(Failed),
+            },
+            Node::Matches(subject, regex) => match self.value(subject)? {
+                Value::Text(text) => {
+                    self.spend_on(&text)?;
+                    Ok(Value::Bool(regex.is_match(&text)))
+                }
+                _ => Err(Failed),
+            },
+            Node::Call(function, arguments) => self.call(*function, arguments),
+        }
+    }
+
+    fn either<'a>(&'a self, left: &'a Node, right: &'a Node, decides: bool) -> Outcome<'a> {
+        let left = self.value(left);
+        if matches!(left, Ok(Value::Bool(value)) if value == decides) {
+            return left;
+        }
+        let right = self.value(right);
+        match (left, right) {
+            (_, Ok(Value::Bool(value))) if value == decides => Ok(Value::Bool(value)),
+            (Ok(Value::Bool(_)), Ok(Value::Bool(value))) => Ok(Value::Bool(value)),
+            _ => Err(Failed),
+        }
+    }
+
+    fn call<'a>(&'a self, function: Function, arguments: &'a [Node]) -> Outcome<'a> {
+        let first = self.value(arguments.first().ok_or(Failed)?)?;
+        let Some(second) = arguments.get(1) else {
+            return self.unary(function, first);
+        };
+        let second = self.value(second)?;
+        if let (Value::Text(a), Value::Text(b)) = (&first, &second) {
+            self.spend_on(a)?;
+            self.spend_on(b)?;
+        }
+        let compared = |wanted: &[Ordering]| {
+            compare(&first, &second)
+                .map(|order| Value::Bool(wanted.contains(&order)))
+                .ok_or(Failed)
+        };
+        match function {
+            Function::Equal => Ok(Value::Bool(equal(&first, &second))),
+            Function::NotEqual => Ok(Value::Bool(!equal(&first, &second))),
+            Function::Less => compared(&[Ordering::Less]),
+            Function::LessOrEqual => compared(&[Ordering::Less, Ordering::Equal]),
+            Function::Greater => compared(&[Ordering::Greater]),
+            Function::GreaterOrEqual => compared(&[Ordering::Greater, Ordering::Equal]),
+            Function::In => match &second {
+                Value::List(items) => {
+                    self.spend(items.len())?;
+                    Ok(Value::Bool(items.iter().any(|item| equal(item, &first))))
+                }
+                map @ (Value::Metadata(_) | Value::Struct(_)) => match &first {
+                    Value::Text(name) => Ok(Value::Bool(field(map, name).is_some())),
+                    _ => Err(Failed),
+                },
+                _ => Err(Failed),
+            },
+            Function::Index => match (first, &second) {
+                (Value::List(mut items), Value::Int(index)) => {
+                    let index = usize::try_from(*index).map_err(|_| Failed)?;
+                    if index < items.len() {
+                        Ok(items.swap_remove(index))
+                    } else {
+                        Err(Failed)
+                    }
+                }
+                (map, Value::Text(name)) => field(&map, name).ok_or(Failed),
+                _ => Err(Failed),
+            },
+            Function::StartsWith | Function::EndsWith | Function::Contains => match (&first, &second) {
+                (Value::Text(text), Value::Text(part)) => Ok(Value::Bool(match function {
+                    Function::StartsWith => text.starts_with(&**part),
+                    Function::EndsWith => text.ends_with(&**part),
+                    _ => text.contains(&**part),
+                })),
+                _ => Err(Failed),
+            },
+            _ => arithmetic(function, first, second),
+        }
+    }
+
+    fn unary<'a>(&'a self, function: Function, value: Value<'a>) -> Outcome<'a> {
+        match (function, value) {
+            (Function::Not, Value::Bool(value)) => Ok(Value::Bool(!value)),
+            (Function::Negate, Value::Int(value)) => value.checked_neg().map(Value::Int).ok_or(Failed),
+            (Function::Negate, Value::Double(value)) => Ok(Value::Double(-value)),
+            (Function::Size, Value::Text(text)) => {
+                self.spend_on(&text)?;
+                Ok(Value::Int(text.chars().count() as i64))
+            }
+            (Function::Size, Value::List(items)) => Ok(Value::Int(items.len() as i64)),
+            (Function::Size, Value::Struct(fields)) => Ok(Value::Int(fields.fields.len() as i64)),
+            (Function::Text, Value::Text(text)) => Ok(Value::Text(text)),
+            (Function::Text, Value::Int(value)) => Ok(Value::Text(value.to_string().into())),
+            (Function::Text, Value::Uint(value)) => Ok(Value::Text(value.to_string().into())),
+            (Function::Text, Value::Double(value)) => Ok(Value::Text(value.to_string().into())),
+            (Function::Text, Value::Bool(value)) => Ok(Value::Text(value.to_string().into())),
+            (Function::Int, Value::Int(value)) => Ok(Value::Int(value)),
+            (Function::Int, Value::Uint(value)) => i64::try_from(value).map(Value::Int).map_err(|_| Failed),
+            // The range of i64, exclusive of its upper end, which no double names exactly.
+            (Function::Int, Value::Double(value)) if value.abs() < 9.2e18 => Ok(Value::Int(value as i64)),
+            (Function::Int, Value::Text(text)) => text.parse().map(Value::Int).map_err(|_| Failed),
+            (Function::Double, Value::Int(value)) => Ok(Value::Double(value as f64)),
+            (Function::Double, Value::Uint(value)) => Ok(Value::Double(value as f64)),
+            (Function::Double, Value::Double(value)) => Ok(Value::Double(value)),
+            (Function::Double, Value::Text(text)) => text.parse().map(Value::Double).map_err(|_| Failed),
+            _ => Err(Failed),
+        }
+    }
+}
+
+fn arithmetic<'a>(function: Function, first: Value<'a>, second: Value<'a>) -> Outcome<'a> {
+    let checked = match (first, second) {
+        (Value::Int(a), Value::Int(b)) => match function {
+            Function::Add => a.checked_add(b),
+            Function::Subtract => a.checked_sub(b),
+            Function::Multiply => a.checked_mul(b),
+            Function::Divide => a.checked_div(b),
+            Function::Modulo => a.checked_rem(b),
+            _ => None,
+        }
+        .map(Value::Int),
+        (Value::Uint(a), Value::Uint(b)) => match function {
+            Function::Add => a.checked_add(b),
+            Function::Subtract => a.checked_sub(b),
+            Function::Multiply => a.checked_mul(b),
+            Function::Divide => a.checked_div(b),
+            Function::Modulo => a.checked_rem(b),
+            _ => None,
+        }
+        .map(Value::Uint),
+        (Value::Double(a), Value::Double(b)) => match function {
+            Function::Add => Some(a + b),
+            Function::Subtract => Some(a - b),
+            Function::Multiply => Some(a * b),
+            Function::Divide => Some(a / b),
+            _ => None,
+        }
+        .map(Value::Double),
+        // The length of a text is bounded by the expression and by the request's head.
+        (Value::Text(a), Value::Text(b)) if function == Function::Add => {
+            Some(Value::Text((a.into_owned() + &b).into()))
+        }
+        (Value::Duration(a), Value::Duration(b)) => match function {
+            Function::Add => a.checked_add(b).map(Value::Duration),
+            Function::Subtract => a.checked_sub(b).map(Value::Duration),
+            _ => None,
+        },
+        (Value::Timestamp(a), Value::Duration(b)) => match function {
+            Function::Add => a.checked_add(b).map(Value::Timestamp),
+            Function::Subtract => a.checked_sub(b).map(Value::Timestamp),
+            _ => None,
+        },
+        (Value::Timestamp(a), Value::Timestamp(b)) if function == Function::Subtract => {
+            a.checked_sub(b).map(Value::Duration)
+        }
+        _ => None,
+    };
+    checked.ok_or(Failed)
+}
+
+fn equal(a: &Value<'_>, b: &Value<'_>) -> bool {
+    match (a, b) {
+        (Value::List(a), Value::List(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| equal(a, b)),
+        _ => compare(a, b).map_or_else(|| a == b, Ordering::is_eq),
+    }
+}
+
+/// The order of two values of a kind; numbers are of one kind.
+fn compare(a: &Value<'_>, b: &Value<'_>) -> Option<Ordering> {
+    let real = |value: &Value<'_>| match value {
+        Value::Int(value) => Some(*value as f64),
+        Value::Uint(value) => Some(*value as f64),
+        Value::Double(value) => Some(*value),
+        _ => None,
+    };
+    match (a, b) {
+        (Value::Bool(a), Value::Bool(b)) => Some(a.cmp(b)),
+        (Value::Text(a), Value::Text(b)) => Some(a.cmp(b)),
+        (Value::Duration(a), Value::Duration(b)) | (Value::Timestamp(a), Value::Timestamp(b)) => {
+            Some(a.cmp(b))
+        }
+        (Value::Int(a), Value::Int(b)) => Some(a.cmp(b)),
+        (Value::Uint(a), Value::Uint(b)) => Some(a.cmp(b)),
+        (Value::Int(a), Value::Uint(b)) => Some(i128::from(*a).cmp(&i128::from(*b))),
+        (Value::Uint(a), Value::Int(b)) => Some(i128::from(*a).cmp(&i128::from(*b))),
+        _ => real(a)?.partial_cmp(&real(b)?),
+    }
+}
+
+/// A field of a map.
+fn field<'a>(map: &Value<'a>, name: &str) -> Option<Value<'a>> {
+    match map {
+        // `metadata` and its only field stand for the same.
+        Value::Metadata(metadata) if name == "filter_metadata" => Some(Value::Metadata(metadata)),
+        Value::Metadata(metadata) => metadata.get(name).map(Value::Struct),
+        Value::Struct(fields) => fields.fields.get(name).map(of_message),
+        _ => None,
+    }
+}
+
+fn of_message(from: &google::Value) -> Value<'_> {
+    use google::value::Kind;
+    match &from.kind {
+        None | Some(Kind::NullValue(_)) => Value::Null,
+        Some(Kind::BoolValue(value)) => Value::Bool(*value),
+        Some(Kind::NumberValue(value)) => Value::Double(*value),
+        Some(Kind::StringValue(value)) => Value::Text(value.as_str().into()),
+        Some(Kind::StructValue(fields)) => Value::Struct(fields),
+        Some(Kind::ListValue(list)) => Value::List(list.values.iter().map(of_message).collect()),
+    }
+}

@@ -1,0 +1,401 @@
+//! CEL: conditions of access rules and filters of access logs, in the part of the language that Envoy documents for them.
+//!
+//! # What it is for
+//! [`Expression`] is compiled when the configuration arrives, from text or from the parsed form that control planes send.
+//! What is not known is refused then: attributes, functions, macros, and attributes that are not there yet where the
+//! expression is asked (`response.code` in an access rule). A regular expression must be a literal, so that it is
+//! compiled once.
+//!
+//! # How data flows
+//! ```text
+//! text ──parse──▶ Ast ─┐
+//! Expr ───────────────▶┴─compile─▶ Node ──evaluate(Scene, budget)──▶ true, false, or an error, which counts as false
+//! ```
+//!
+//! # Limits
+//! 8 KiB of text, 1,000 nodes, nesting of 64; an evaluation may take 10,000 steps, where handling a text costs a step for
+//! every 64 bytes. Header fields are found by literal names only. There are no comprehensions.
+
+mod eval;
+mod parse;
+mod scene;
+#[cfg(test)]
+mod tests;
+
+use http::HeaderName;
+use serin_xds::pb::google::api::expr::v1alpha1 as pb;
+
+use self::eval::Node;
+use crate::error::Refusal;
+use crate::observe::record::Side;
+
+pub use self::eval::{Scene, Value};
+
+/// Bytes of an expression at most.
+const MAX_TEXT: usize = 8 << 10;
+/// Nodes of an expression at most.
+const MAX_NODES: usize = 1000;
+/// Nesting at most.
+const MAX_DEPTH: usize = 64;
+
+/// What an expression may ask of a request or connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // the names are the attributes'
+pub enum Attribute {
+    RequestPath,
+    RequestUrlPath,
+    RequestHost,
+    RequestScheme,
+    RequestMethod,
+    RequestReferer,
+    RequestUserAgent,
+    RequestId,
+    RequestQuery,
+    RequestProtocol,
+    RequestTime,
+    RequestDuration,
+    RequestSize,
+    ResponseCode,
+    ResponseCodeDetails,
+    ResponseGrpcStatus,
+    ResponseSize,
+    SourceAddress,
+    SourcePort,
+    DestinationAddress,
+    DestinationPort,
+    ConnectionId,
+    ConnectionMtls,
+    ConnectionServerName,
+    ConnectionTlsVersion,
+    ConnectionSubjectPeer,
+    ConnectionDnsSanPeer,
+    ConnectionUriSanPeer,
+    ConnectionTermination,
+    UpstreamAddress,
+    UpstreamFailure,
+    ClusterName,
+    RouteName,
+    Metadata,
+}
+
+/// Attributes by name, and whether they are known only at the end of a request.
+const ATTRIBUTES: &[(&str, Attribute, bool)] = &[
+    ("request.path", Attribute::RequestPath, false),
+    ("request.url_path", Attribute::RequestUrlPath, false),
+    ("request.host", Attribute::RequestHost, false),
+    ("request.scheme", Attribute::RequestScheme, false),
+    ("request.method", Attribute::RequestMethod, false),
+    ("request.referer", Attribute::RequestReferer, false),
+    ("request.useragent", Attribute::RequestUserAgent, false),
+    ("request.id", Attribute::RequestId, false),
+    ("request.query", Attribute::RequestQuery, false),
+    ("request.protocol", Attribute::RequestProtocol, true),
+    ("request.time", Attribute::RequestTime, true),
+    ("request.duration", Attribute::RequestDuration, true),
+    ("request.size", Attribute::RequestSize, true),
+    ("response.code", Attribute::ResponseCode, true),
+    ("response.code_details", Attribute::ResponseCodeDetails, true),
+    ("response.grpc_status", Attribute::ResponseGrpcStatus, true),
+    ("response.size", Attribute::ResponseSize, true),
+    ("source.address", Attribute::SourceAddress, false),
+    ("source.port", Attribute::SourcePort, false),
+    ("destination.address", Attribute::DestinationAddress, false),
+    ("destination.port", Attribute::DestinationPort, false),
+    ("connection.id", Attribute::ConnectionId, true),
+    ("connection.mtls", Attribute::ConnectionMtls, false),
+    (
+        "connection.requested_server_name",
+        Attribute::ConnectionServerName,
+        false,
+    ),
+    ("connection.tls_version", Attribute::ConnectionTlsVersion, true),
+    (
+        "connection.subject_peer_certificate",
+        Attribute::ConnectionSubjectPeer,
+        false,
+    ),
+    (
+        "connection.dns_san_peer_certificate",
+        Attribute::ConnectionDnsSanPeer,
+        false,
+    ),
+    (
+        "connection.uri_san_peer_certificate",
+        Attribute::ConnectionUriSanPeer,
+        false,
+    ),
+    (
+        "connection.termination_details",
+        Attribute::ConnectionTermination,
+        true,
+    ),
+    ("upstream.address", Attribute::UpstreamAddress, true),
+    (
+        "upstream.transport_failure_reason",
+        Attribute::UpstreamFailure,
+        true,
+    ),
+    ("xds.cluster_name", Attribute::ClusterName, true),
+    ("xds.route_name", Attribute::RouteName, true),
+];
+
+/// The parsed form of an expression.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Ast {
+    /// A literal.
+    Literal(Value<'static>),
+    /// A name.
+    Ident(String),
+    /// A field; `true` asks whether there is one.
+    Select(Box<Ast>, String, bool),
+    /// A function, by CEL's names (`_&&_`), with its target.
+    Call(Option<Box<Ast>>, String, Vec<Ast>),
+    /// A list.
+    List(Vec<Ast>),
+}
+
+/// A compiled expression.
+#[derive(Debug)]
+pub struct Expression(Node);
+
+/// Gives the place of a field that is to be kept.
+pub(crate) type Keep<'a> = dyn FnMut(Side, HeaderName) -> usize + 'a;
+
+/// What is known while compiling.
+struct Compiler<'a, 'b> {
+    /// Where the expression is asked at the end of a request: how header fields are kept until then.
+    keep: Option<&'a mut Keep<'b>>,
+    nodes: usize,
+}
+
+impl Expression {
+    /// Compiles text. With `keep` it is asked at the end of a request, otherwise while the request passes.
+    pub(crate) fn parse(text: &str, keep: Option<&mut Keep<'_>>) -> Result<Self, Refusal> {
+        if text.len() > MAX_TEXT {
+            return Err(Refusal::new(
+                "",
+                format!("the expression is longer than {MAX_TEXT} bytes"),
+            ));
+        }
+        Self::compile(&parse::parse(text)?, keep)
+    }
+
+    /// Compiles the parsed form.
+    pub(crate) fn of_message(from: &pb::Expr, keep: Option<&mut Keep<'_>>) -> Result<Self, Refusal> {
+        Self::compile(&read(from, 0)?, keep)
+    }
+
+    fn compile(ast: &Ast, keep: Option<&mut Keep<'_>>) -> Result<Self, Refusal> {
+        Compiler { keep, nodes: 0 }.node(ast, 0).map(Self)
+    }
+
+    /// Whether the expression is true; an error is not.
+    pub fn holds(&self, scene: &dyn Scene) -> bool {
+        eval::holds(&self.0, scene)
+    }
+}
+
+/// The parsed form as messages have it.
+fn read(from: &pb::Expr, depth: usize) -> Result<Ast, Refusal> {
+    use pb::constant::ConstantKind;
+    use pb::expr::ExprKind;
+    if depth > MAX_DEPTH {
+        return Err(Refusal::new("", "the expression is nested too deeply"));
+    }
+    let inner = |from: &Option<Box<pb::Expr>>| match from {
+        Some(from) => read(from, depth + 1),
+        None => Err(Refusal::new("", "a part of the expression is missing")),
+    };
+    let all = |list: &[pb::Expr]| {
+        list.iter()
+            .map(|from| read(from, depth + 1))
+            .collect::<Result<Vec<_>, _>>()
+    };
+    Ok(match &from.expr_kind {
+        Some(ExprKind::ConstExpr(constant)) => Ast::Literal(match &constant.constant_kind {
+            Some(ConstantKind::NullValue(_)) | None => Value::Null,
+            Some(ConstantKind::BoolValue(value)) => Value::Bool(*value),
+            Some(ConstantKind::Int64Value(value)) => Value::Int(*value),
+            Some(ConstantKind::Uint64Value(value)) => Value::Uint(*value),
+            Some(ConstantKind::DoubleValue(value)) => Value::Double(*value),
+            Some(ConstantKind::StringValue(value)) => Value::Text(value.clone().into()),
+            Some(ConstantKind::DurationValue(value)) => Value::Duration(
+                value
+                    .seconds
+                    .saturating_mul(1_000_000_000)
+                    .saturating_add(i64::from(value.nanos)),
+            ),
+            Some(ConstantKind::TimestampValue(value)) => Value::Timestamp(
+                value
+                    .seconds
+                    .saturating_mul(1_000_000_000)
+                    .saturating_add(i64::from(value.nanos)),
+            ),
+            Some(ConstantKind::BytesValue(_)) => {
+                return Err(Refusal::new("", "bytes are not supported"));
+            }
+        }),
+        Some(ExprKind::IdentExpr(ident)) => Ast::Ident(ident.name.clone()),
+        Some(ExprKind::SelectExpr(select)) => Ast::Select(
+            Box::new(inner(&select.operand)?),
+            select.field.clone(),
+            select.test_only,
+        ),
+        Some(ExprKind::CallExpr(call)) => Ast::Call(
+            match &call.target {
+                None => None,
+                target => Some(Box::new(inner(target)?)),
+            },
+            call.function.clone(),
+            all(&call.args)?,
+        ),
+        Some(ExprKind::ListExpr(list)) => Ast::List(all(&list.elements)?),
+        Some(ExprKind::StructExpr(_)) => return Err(Refusal::new("", "messages and maps are not supported")),
+        Some(ExprKind::ComprehensionExpr(_)) => {
+            return Err(Refusal::new(
+                "",
+                "comprehensions (exists, all, map, filter) are not supported",
+            ));
+        }
+        None => return Err(Refusal::new("", "a part of the expression is missing")),
+    })
+}
+
+/// `a.b.c` of an expression that is nothing but names.
+fn dotted(ast: &Ast) -> Option<String> {
+    match ast {
+        Ast::Ident(name) => Some(name.trim_start_matches('.').to_owned()),
+        Ast::Select(operand, field, false) => Some(format!("{}.{field}", dotted(operand)?)),
+        _ => None,
+    }
+}
+
+/// Whose header fields a name means.
+fn headers(name: &str) -> Option<Side> {
+    match name {
+        "request.headers" => Some(Side::Request),
+        "response.headers" => Some(Side::Response),
+        "response.trailers" => Some(Side::Trailers),
+        _ => None,
+    }
+}
+
+impl Compiler<'_, '_> {
+    fn node(&mut self, ast: &Ast, depth: usize) -> Result<Node, Refusal> {
+        self.nodes += 1;
+        if depth > MAX_DEPTH || self.nodes > MAX_NODES {
+            return Err(Refusal::new("", "the expression is too large"));
+        }
+        match ast {
+            Ast::Literal(value) => Ok(Node::Literal(value.clone())),
+            Ast::List(items) => items
+                .iter()
+                .map(|item| self.node(item, depth + 1))
+                .collect::<Result<_, _>>()
+                .map(Node::List),
+            Ast::Ident(_) | Ast::Select(..) => self.name(ast, depth),
+            Ast::Call(target, function, arguments) => {
+                if let Some(found) = self.header_call(function, arguments)? {
+                    return Ok(found);
+                }
+                let mut all = Vec::with_capacity(arguments.len() + 1);
+                for argument in target.as_deref().into_iter().chain(arguments) {
+                    all.push(self.node(argument, depth + 1)?);
+                }
+                eval::call(function, target.is_some(), all)
+            }
+        }
+    }
+
+    /// `request.headers["x"]` and `"x" in request.headers`.
+    fn header_call(&mut self, function: &str, arguments: &[Ast]) -> Result<Option<Node>, Refusal> {
+        let (map, name, test) = match (function, arguments) {
+            ("_[_]", [map, name]) => (map, name, false),
+            ("@in" | "in" | "_in_", [name, map]) => (map, name, true),
+            _ => return Ok(None),
+        };
+        let Some(side) = dotted(map).as_deref().and_then(headers) else {
+            return Ok(None);
+        };
+        let Ast::Literal(Value::Text(name)) = name else {
+            return Err(Refusal::new("", "the name of a header field must be a literal"));
+        };
+        self.header(side, name, test).map(Some)
+    }
+
+    fn header(&mut self, side: Side, name: &str, test: bool) -> Result<Node, Refusal> {
+        let name = HeaderName::from_bytes(name.to_ascii_lowercase().as_bytes())
+            .map_err(|_| Refusal::new("", format!("{name:?} is not a header name")))?;
+        let place = match &mut self.keep {
+            Some(keep) => keep(side, name.clone()),
+            None if side != Side::Request => {
+                return Err(Refusal::new(
+                    "",
+                    "there is no response yet where this expression is asked",
+                ));
+            }
+            None => 0,
+        };
+        Ok(Node::Header(side, name, place, test))
+    }
+
+    fn name(&mut self, ast: &Ast, depth: usize) -> Result<Node, Refusal> {
+        if let Some(name) = dotted(ast) {
+            if let Some((_, attribute, late)) = ATTRIBUTES.iter().find(|(known, ..)| *known == name) {
+                if *late && self.keep.is_none() {
+                    return Err(Refusal::new(
+                        "",
+                        format!("{name} is not known yet where this expression is asked"),
+                    ));
+                }
+                if self.keep.is_some() {
+                    match attribute {
+                        Attribute::RequestReferer => return self.header(Side::Request, "referer", false),
+                        Attribute::RequestUserAgent => {
+                            return self.header(Side::Request, "user-agent", false);
+                        }
+                        _ => {}
+                    }
+                }
+                return Ok(Node::Attribute(*attribute, false));
+            }
+            if name == "metadata" || name == "metadata.filter_metadata" {
+                return Ok(Node::Attribute(Attribute::Metadata, false));
+            }
+            if headers(&name).is_some() {
+                return Err(Refusal::new(
+                    "",
+                    format!("{name} can be asked for one field only, by a literal name"),
+                ));
+            }
+        }
+        if let Ast::Select(operand, field, test) = ast {
+            match dotted(operand) {
+                Some(name) => {
+                    if let Some(side) = headers(&name) {
+                        return self.header(side, field, *test);
+                    }
+                    if *test {
+                        let whole = format!("{name}.{field}");
+                        if let Some((_, attribute, _)) = ATTRIBUTES.iter().find(|(known, ..)| *known == whole)
+                        {
+                            return Ok(Node::Attribute(*attribute, true));
+                        }
+                    }
+                    if name != "metadata" && !name.starts_with("metadata.") {
+                        return Err(unknown(&format!("{name}.{field}")));
+                    }
+                }
+                None if matches!(**operand, Ast::Literal(_)) => return Err(unknown(field)),
+                None => {}
+            }
+            let operand = self.node(operand, depth + 1)?;
+            return Ok(Node::Field(Box::new(operand), field.as_str().into(), *test));
+        }
+        Err(unknown(&dotted(ast).unwrap_or_default()))
+    }
+}
+
+fn unknown(name: &str) -> Refusal {
+    Refusal::new("", format!("the attribute {name:?} is not supported"))
+}
