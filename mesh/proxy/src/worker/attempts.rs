@@ -402,22 +402,18 @@ pub(super) async fn attempt(
     let sent = match &mut lease {
         Lease::Http1 { sender, .. } => {
             let response = sender.try_send_request(request);
-            bounded(plan, per_try, response)
-                .await?
-                .map_err(|mut error| {
-                    let unsent = error.take_message().is_some();
-                    (error.into_error(), unsent)
-                })
+            bounded(plan, per_try, response).await?.map_err(|mut error| {
+                let unsent = error.take_message().is_some();
+                (error.into_error(), unsent)
+            })
         }
         Lease::Http2(stream) => {
             let mut sender = stream.sender();
             let response = sender.try_send_request(request);
-            bounded(plan, per_try, response)
-                .await?
-                .map_err(|mut error| {
-                    let unsent = error.take_message().is_some();
-                    (error.into_error(), unsent)
-                })
+            bounded(plan, per_try, response).await?.map_err(|mut error| {
+                let unsent = error.take_message().is_some();
+                (error.into_error(), unsent)
+            })
         }
     };
     match sent {
