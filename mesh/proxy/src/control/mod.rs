@@ -24,11 +24,14 @@ use serin_xds::pb::envoy::config::core::v3::Node;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::config::endpoint::zone_name;
+use crate::config::slot::Home;
 use crate::config::store::{ListenerChange, Store, Update};
 use crate::error::{Error, Refusal};
 use crate::metrics::collect::{Family, collect};
 use crate::metrics::peer::{Workload, header_of_node};
 use crate::metrics::series::Shard;
+use crate::overload::{self, Overload};
 use crate::tls;
 use crate::worker::{Command, DrainPhase, Shared, Worker};
 
@@ -48,6 +51,10 @@ pub struct Options {
     pub concurrency: usize,
     /// Listening sockets taken over from the parent, by the port of the listener that uses them.
     pub inherited: HashMap<u16, TcpListener>,
+    /// The cluster that the proxy is a member of (`local_cluster_name`): zone-aware routing compares zones with it.
+    pub local_cluster: Option<String>,
+    /// When to do less.
+    pub overload: overload::Rules,
 }
 
 struct WorkerHandle {
@@ -63,6 +70,7 @@ pub struct Proxy {
     store: Mutex<Store>,
     workers: Vec<WorkerHandle>,
     shards: Arc<[Arc<Shard>]>,
+    overload: Arc<Overload>,
     inherited: HashMap<u16, TcpListener>,
     bound: Mutex<HashMap<Arc<str>, Vec<SocketAddr>>>,
     ready: AtomicBool,
@@ -78,7 +86,8 @@ impl Proxy {
             0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
             given => given,
         };
-        let store = Store::new(count);
+        let overload = Overload::new(&options.overload);
+        let mut store = Store::new(count);
         let metadata = options.node.metadata.clone().unwrap_or_default();
         let own = Workload::of_node(&metadata);
         let (log, lines) = mpsc::channel(LOG_LINES);
@@ -89,6 +98,13 @@ impl Proxy {
             peer_id: header(&options.node.id),
             node: Arc::new(options.node.clone()),
             cluster: options.node.cluster.as_str().into(),
+            overload: overload.clone(),
+            home: options.local_cluster.as_ref().map(|name| {
+                Arc::new(Home {
+                    slot: store.local_cluster(name),
+                    zone: zone_name(options.node.locality.as_ref()),
+                })
+            }),
             virtual_listeners: store.virtual_listeners(),
             neighbours: arc_swap::ArcSwap::default(),
             log,
@@ -120,6 +136,7 @@ impl Proxy {
             store: Mutex::new(store),
             workers,
             shards,
+            overload,
             inherited: options.inherited,
             bound: Mutex::default(),
             ready: AtomicBool::new(false),
@@ -127,6 +144,11 @@ impl Proxy {
             changes: watch::Sender::new(()),
         };
         Ok((Arc::new(proxy), lines))
+    }
+
+    /// What the overload manager tells the workers.
+    pub fn overload(&self) -> Arc<Overload> {
+        self.overload.clone()
     }
 
     /// Takes a batch of resources; what is refused is returned by name, the rest is live on every worker.

@@ -18,6 +18,7 @@ use crate::config::store::{Store, Update};
 use crate::error::Error;
 use crate::metrics::expiry;
 use crate::metrics::push::Pusher;
+use crate::overload;
 
 /// Istio's time in which clients are told to go elsewhere (`TERMINATION_DRAIN_DURATION_SECONDS`).
 pub const DEFAULT_DRAIN: Duration = Duration::from_secs(5);
@@ -60,6 +61,7 @@ pub struct Plan {
 
 /// Runs a proxy until it is told to end by SIGTERM, SIGINT or `/quitquitquit`.
 pub async fn run(plan: Plan) -> Result<(), Error> {
+    let rules = plan.options.overload.clone();
     let (proxy, lines) = Proxy::start(plan.options)?;
     let cancel = CancellationToken::new();
     let quit = CancellationToken::new();
@@ -84,6 +86,7 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
     tasks.spawn(health::run(proxy.clone(), cancel.clone()));
     tasks.spawn(outliers::run(proxy.clone(), cancel.clone()));
     tasks.spawn(tend_secrets(proxy.clone(), cancel.clone()));
+    tasks.spawn(overload::run(rules, proxy.overload(), cancel.clone()));
     match plan.control_plane {
         None => proxy.set_ready(),
         Some(endpoint) => {

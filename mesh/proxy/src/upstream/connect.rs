@@ -16,6 +16,7 @@ use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use tokio_rustls::client::TlsStream;
 
 use super::proxy_header;
+use crate::config::alpn::Alpn;
 use crate::config::cluster::Cluster;
 use crate::config::convert::Address;
 use crate::config::endpoint::Endpoint;
@@ -54,6 +55,8 @@ pub struct ConnectOptions {
     pub server_name: Option<Box<str>>,
     /// Client and its destination, where the endpoint is told by PROXY protocol.
     pub between: Option<(SocketAddr, SocketAddr)>,
+    /// What TLS offers instead of what the context says.
+    pub alpn: Option<Alpn>,
 }
 
 impl ConnectOptions {
@@ -101,7 +104,9 @@ pub async fn connect(
         Address::Tcp(address) => address.ip(),
         Address::Pipe(_) | Address::Name(..) => IpAddr::from([127, 0, 0, 1]),
     };
-    let (stream, facts) = tls.connect(socket, server_name, address, speaking).await?;
+    let (stream, facts) = tls
+        .connect(socket, server_name, address, speaking, options.alpn.as_deref())
+        .await?;
     Ok(Connected {
         stream: Stream::Tls(Box::new(stream)),
         tls: Some(Arc::new(facts)),

@@ -106,7 +106,12 @@ mod tests {
         assert!(Instant::now() >= after(6));
         assert_eq!(alarms.within(start, never()).await, None);
         // Armed for a limit that passes while later work runs.
-        assert_eq!(alarms.within(Instant::now() + Duration::from_millis(2), soon()).await, Some(()));
+        assert_eq!(
+            alarms
+                .within(Instant::now() + Duration::from_millis(2), soon())
+                .await,
+            Some(())
+        );
         let work = tokio::time::sleep(Duration::from_millis(10));
         assert_eq!(alarms.within(after(600_000), work).await, Some(()));
         assert_eq!(alarms.0.borrow().len(), 1, "one timer did all this");

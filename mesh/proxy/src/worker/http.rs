@@ -19,10 +19,12 @@ use super::rest::{End, wait_for_end};
 use super::{DrainPhase, LocalExecutor, Worker, http1, request};
 use crate::config::hcm::{HttpManager, ServerHeader};
 use crate::config::listener::{Direction, FilterChain};
-use crate::hygiene::scan::HeadLimits;
+use crate::hygiene::scan::{HeadLimits, Scanner};
 use crate::hygiene::strict::{Gate, StrictIo};
+use crate::overload::Action;
 use crate::policy::facts::PeerIdentity;
 use crate::policy::local_rate_limit::{Buckets, LocalRateLimit};
+use crate::random;
 use crate::tls::info::ConnectionTls;
 
 /// What every request of a connection shares.
@@ -54,6 +56,7 @@ pub struct Downstream {
     /// For the limits of its requests.
     pub(super) alarms: Alarms,
     upgrade_asked: Cell<bool>,
+    last: Cell<bool>,
     requests: Cell<u32>,
     pub(super) running: Cell<u32>,
     opened: Instant,
@@ -109,6 +112,11 @@ impl Downstream {
         self.upgrade_asked.set(true);
     }
 
+    /// No request follows the present one: what comes after a CONNECT that was refused may be meant for its tunnel.
+    pub fn make_last(&self) {
+        self.last.set(true);
+    }
+
     /// Answers the reader, if an upgrade was asked for.
     pub fn decide_upgrade(&self, granted: bool) {
         if self.upgrade_asked.replace(false) {
@@ -144,8 +152,11 @@ impl Downstream {
     /// Whether the connection should end after the present request.
     pub fn should_close(&self) -> bool {
         let limit = self.manager.max_requests_per_connection;
+        let overload = &self.worker.shared.overload;
         self.worker.phase() != DrainPhase::Serving
+            || overload.hits(Action::DisableHttpKeepalive, random::next)
             || self.chain.is_retired()
+            || self.last.get()
             || (limit > 0 && self.requests.get() >= limit)
             || self
                 .manager
@@ -214,7 +225,8 @@ pub async fn serve<S>(
         bytes: manager.max_head,
         fields: manager.max_header_count,
     });
-    let io = StrictIo::new(stream, prefix, limits, gate.clone());
+    let scanner = limits.map(|limits| Scanner::new(limits).allowing_connect(manager.connect));
+    let io = StrictIo::with(stream, prefix, scanner, gate.clone());
     let now = Instant::now();
     let conn = Rc::new(Downstream {
         worker,
@@ -231,6 +243,7 @@ pub async fn serve<S>(
         buckets: RefCell::default(),
         alarms: Alarms::default(),
         upgrade_asked: Cell::new(false),
+        last: Cell::new(false),
         requests: Cell::new(0),
         running: Cell::new(0),
         opened: now,
@@ -258,6 +271,9 @@ where
         .max_header_list_size(conn.manager.max_head as u32)
         .max_pending_accept_reset_streams(20)
         .max_local_error_reset_streams(1024);
+    if conn.manager.extended_connect {
+        builder.enable_connect_protocol();
+    }
     let service = {
         let conn = conn.clone();
         service_fn(move |request| request::handle(conn.clone(), request))

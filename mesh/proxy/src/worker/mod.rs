@@ -10,6 +10,7 @@ mod connection_log;
 pub mod exchange;
 mod failure;
 pub mod filters;
+mod hedge;
 pub mod http;
 mod http1;
 pub mod io;
@@ -23,8 +24,10 @@ mod rest;
 pub mod sniff;
 mod spans;
 pub mod tcp;
-mod upgrade;
+mod tunnel;
 pub mod upstream;
+
+pub(crate) use tunnel::CONNECT;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -39,10 +42,11 @@ use arc_swap::ArcSwap;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 
-use crate::config::slot::{Chore, ClusterSlot, ListenerSlot};
+use crate::config::slot::{Chore, ClusterSlot, Home, ListenerSlot};
 use crate::config::store::VirtualListeners;
 use crate::metrics::peer::Workload;
 use crate::metrics::series::{Recorder, Shard};
+use crate::overload::Overload;
 use crate::upstream::cluster::WorkerCluster;
 
 /// How often idle connections are looked at.
@@ -63,6 +67,10 @@ pub struct Shared {
     pub node: Arc<serin_xds::pb::envoy::config::core::v3::Node>,
     /// Name of the cluster that we belong to (`node.cluster`).
     pub cluster: Box<str>,
+    /// What there is too much of.
+    pub overload: Arc<Overload>,
+    /// Where the proxy is, if that is known.
+    pub home: Option<Arc<Home>>,
     /// Listeners without sockets.
     pub virtual_listeners: Arc<ArcSwap<VirtualListeners>>,
     /// The workers' own commands, by worker: how connections are handed over.
@@ -288,7 +296,12 @@ impl Worker {
         {
             return Some(existing.clone());
         }
-        let made = WorkerCluster::new(slot, existing.map(|existing| &**existing)).map(Rc::new);
+        let made = WorkerCluster::new(
+            slot,
+            existing.map(|existing| &**existing),
+            self.shared.home.as_ref(),
+        )
+        .map(Rc::new);
         clusters[index].clone_from(&made);
         made
     }
@@ -308,7 +321,8 @@ impl Worker {
         for entry in clusters.iter_mut() {
             if let Some(cluster) = entry {
                 if cluster.version != cluster.slot.version() {
-                    *entry = WorkerCluster::new(&cluster.slot, Some(&**cluster)).map(Rc::new);
+                    *entry = WorkerCluster::new(&cluster.slot, Some(&**cluster), self.shared.home.as_ref())
+                        .map(Rc::new);
                 } else {
                     cluster.sweep(now);
                 }

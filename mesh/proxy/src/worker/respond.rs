@@ -1,7 +1,7 @@
 //! The response of an upstream as it goes to the client.
 
 use http::request::Parts;
-use http::{HeaderName, HeaderValue, Response, Version};
+use http::{HeaderName, HeaderValue, Response, Version, header};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
@@ -48,6 +48,9 @@ pub(super) fn respond(
     }
     if present.has(Present::SERIN) && conn.direction != Direction::Inbound {
         head.headers.remove(&X_UNPROCESSED);
+    }
+    for cookie in &plan.cookies {
+        head.headers.append(header::SET_COOKIE, cookie.clone());
     }
     let elapsed = exchange.started.elapsed().as_millis() as u64;
     head.headers
