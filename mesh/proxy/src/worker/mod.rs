@@ -180,9 +180,10 @@ impl Worker {
     ) -> std::io::Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
-            // Accepting and serving share the thread; asking for IO every 61 polls (the default) lets a busy
-            // connection starve new ones.
-            .event_interval(31)
+            // How many tasks run between two looks for IO while there are tasks to run. Accepting and serving share the
+            // thread, so a new connection waits that long; looking more often breaks what goes over one HTTP/2
+            // connection into more and smaller writes.
+            .event_interval(128)
             // A local one: its tasks need not be Send, and no set of tasks stands between them and the scheduler.
             .build_local(tokio::runtime::LocalOptions::default())?;
         let worker = Self::new(id, shared, shard);
