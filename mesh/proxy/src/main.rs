@@ -24,6 +24,10 @@ struct Cli {
     /// Worker threads; 0 for one per core.
     #[arg(long, default_value_t = 0)]
     concurrency: usize,
+    /// Unix socket for hot restarts: a process that is started with the socket of a running one takes its listening
+    /// sockets over, and the running one drains and ends once the new one is ready.
+    #[arg(long, env = "SERIN_RESTART_SOCKET", global = true)]
+    restart_socket: Option<PathBuf>,
     /// Whether to serve, or only to check the file.
     #[arg(long, value_enum, default_value = "serve")]
     mode: Mode,
@@ -191,6 +195,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
             if let Some(text) = environment.get(inherited::VARIABLE) {
                 plan.options.inherited = inherited::adopt(text)?;
             }
+            plan.restart = cli.restart_socket;
             control(plan)
         }
         Some(Command::Proxy {
@@ -202,7 +207,9 @@ fn start(cli: Cli) -> anyhow::Result<()> {
                 RoleName::Sidecar => agent::Role::Sidecar,
                 RoleName::Router => agent::Role::Router,
             };
-            control(agent::plan(role, &domain, concurrency, &environment)?)
+            let mut plan = agent::plan(role, &domain, concurrency, &environment)?;
+            plan.restart = cli.restart_socket;
+            control(plan)
         }
         Some(Command::Intercept(options)) => {
             if options.remove {

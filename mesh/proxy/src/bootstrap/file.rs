@@ -65,6 +65,7 @@ fn plan(fields: &Fields<'_>, concurrency: usize) -> Result<Plan, Refusal> {
         prometheus: None,
         ready: None,
         drain: DEFAULT_DRAIN,
+        restart: None,
     })
 }
 

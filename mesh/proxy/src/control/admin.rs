@@ -16,7 +16,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Proxy, listening_socket};
+use super::Proxy;
 use crate::config::listener::Handler;
 use crate::error::Error;
 use crate::metrics::text;
@@ -46,10 +46,11 @@ pub struct AdminPort {
 }
 
 impl AdminPort {
-    /// Binds it; must be called within a runtime.
-    pub fn bind(address: SocketAddr, port: Port) -> Result<Self, Error> {
+    /// Binds it, or takes the socket of the process before this one; must be called within a runtime.
+    pub fn bind(proxy: &Proxy, address: SocketAddr, port: Port) -> Result<Self, Error> {
         let name = format!("{port:?}").to_lowercase();
-        let listener = listening_socket(address, false)
+        let listener = proxy
+            .own_socket(&format!("{name} port"), address)
             .and_then(TcpListener::from_std)
             .map_err(|source| Error::Bind {
                 name,

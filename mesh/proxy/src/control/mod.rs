@@ -8,6 +8,7 @@ pub mod certs;
 pub mod dns;
 pub mod health;
 pub mod outliers;
+pub mod restart;
 pub mod run;
 pub mod xds;
 
@@ -23,6 +24,7 @@ use serin_xds::ResourceType;
 use serin_xds::pb::envoy::config::core::v3::Node;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
 
 use crate::config::store::{ListenerChange, Store, Update};
 use crate::error::{Error, Refusal};
@@ -65,6 +67,11 @@ pub struct Proxy {
     shards: Arc<[Arc<Shard>]>,
     inherited: HashMap<u16, TcpListener>,
     bound: Mutex<HashMap<Arc<str>, Vec<SocketAddr>>>,
+    /// Sockets of the process before this one that no listener has taken yet.
+    handed: Mutex<restart::Sockets>,
+    /// Copies of all listening sockets by their owner, for a successor; `None` where nobody will ask.
+    kept: Mutex<Option<HashMap<Arc<str>, Vec<TcpListener>>>>,
+    live: CancellationToken,
     ready: AtomicBool,
     draining: AtomicBool,
     changes: watch::Sender<()>,
@@ -122,6 +129,9 @@ impl Proxy {
             shards,
             inherited: options.inherited,
             bound: Mutex::default(),
+            handed: Mutex::default(),
+            kept: Mutex::default(),
+            live: CancellationToken::new(),
             ready: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             changes: watch::Sender::new(()),
@@ -183,6 +193,7 @@ impl Proxy {
                             let bound = sockets.first().into_iter().flatten();
                             let bound: Vec<_> = bound.filter_map(|socket| socket.local_addr().ok()).collect();
                             self.bound.lock().insert(listener.name.clone(), bound);
+                            self.keep(&listener.name, sockets.iter().flatten());
                             for (worker, sockets) in self.workers.iter().zip(sockets) {
                                 // A worker that has ended serves nothing; its end has been logged.
                                 let _ = worker.commands.send(Command::Listen(slot.clone(), sockets)).await;
@@ -207,6 +218,9 @@ impl Proxy {
                 }
                 ListenerChange::Close(name) => {
                     self.bound.lock().remove(&name);
+                    if let Some(kept) = &mut *self.kept.lock() {
+                        kept.remove(&name);
+                    }
                     for worker in &self.workers {
                         let _ = worker.commands.send(Command::Close(name.clone())).await;
                     }
@@ -235,17 +249,22 @@ impl Proxy {
         let mut out: Vec<Vec<_>> = self.workers.iter().map(|_| Vec::new()).collect();
         for address in addresses {
             let sockets = self.bind(*address).map_err(|error| (*address, error))?;
-            for (of_worker, socket) in out.iter_mut().zip(sockets) {
-                of_worker.push(socket);
+            for (of_worker, sockets) in out.iter_mut().zip(sockets) {
+                of_worker.extend(sockets);
             }
         }
         Ok(out)
     }
 
-    /// One socket per worker for `address`.
-    fn bind(&self, address: SocketAddr) -> std::io::Result<Vec<TcpListener>> {
+    /// At least one socket per worker for `address`.
+    fn bind(&self, address: SocketAddr) -> std::io::Result<Vec<Vec<TcpListener>>> {
         if let Some(inherited) = self.inherited.get(&address.port()) {
-            return self.workers.iter().map(|_| inherited.try_clone()).collect();
+            let each = |_| inherited.try_clone().map(|socket| vec![socket]);
+            return self.workers.iter().map(each).collect();
+        }
+        let handed = self.handed.lock().remove(&address);
+        if let Some(handed) = handed {
+            return restart::distribute(handed, self.workers.len());
         }
         let mut sockets = Vec::with_capacity(self.workers.len());
         let mut address = address;
@@ -253,9 +272,62 @@ impl Proxy {
             let socket = listening_socket(address, true)?;
             // Port 0 is the kernel's choice once; the others join it.
             address = socket.local_addr()?;
-            sockets.push(socket);
+            sockets.push(vec![socket]);
         }
         Ok(sockets)
+    }
+
+    /// Sockets of the process before this one are used for the listeners of their addresses.
+    pub fn take_over(&self, sockets: restart::Sockets) {
+        *self.handed.lock() = sockets;
+    }
+
+    /// A socket for one of the process's own ports.
+    pub(crate) fn own_socket(&self, name: &str, address: SocketAddr) -> std::io::Result<TcpListener> {
+        let handed = self.handed.lock().remove(&address).and_then(|mut all| all.pop());
+        let socket = match handed {
+            Some(socket) => socket,
+            None => listening_socket(address, false)?,
+        };
+        self.keep(&Arc::from(name), [&socket].into_iter());
+        Ok(socket)
+    }
+
+    /// From now on copies of listening sockets are kept for a successor.
+    pub fn keep_sockets(&self) {
+        self.kept.lock().get_or_insert_default();
+    }
+
+    fn keep<'a>(&self, owner: &Arc<str>, sockets: impl Iterator<Item = &'a TcpListener>) {
+        if let Some(kept) = &mut *self.kept.lock() {
+            // A socket that cannot be copied is not handed over: the successor binds its own.
+            let copies = sockets.filter_map(|socket| socket.try_clone().ok()).collect();
+            kept.insert(owner.clone(), copies);
+        }
+    }
+
+    /// Copies of all listening sockets.
+    fn kept_sockets(&self) -> std::io::Result<Vec<TcpListener>> {
+        self.kept
+            .lock()
+            .iter()
+            .flat_map(HashMap::values)
+            .flatten()
+            .map(TcpListener::try_clone)
+            .collect()
+    }
+
+    /// Closes sockets of the process before this one that no listener has taken.
+    pub fn close_handed(&self) {
+        self.handed.lock().clear();
+    }
+
+    /// Accepts no more; what is connected is served on.
+    pub async fn stop_accepting(&self) {
+        *self.kept.lock() = None;
+        for worker in &self.workers {
+            let _ = worker.commands.send(Command::StopAccepting).await;
+        }
     }
 
     /// Where a listener is bound.
@@ -289,6 +361,12 @@ impl Proxy {
     /// Says that the first full configuration is live. Stays so: later gaps are served with what there is.
     pub fn set_ready(&self) {
         self.ready.store(true, Ordering::Release);
+        self.live.cancel();
+    }
+
+    /// Waits for [`Self::set_ready`].
+    pub async fn live(&self) {
+        self.live.cancelled().await;
     }
 
     /// Whether the proxy should get traffic.
@@ -320,6 +398,10 @@ impl Proxy {
     /// Enters a phase of the end.
     pub async fn drain(&self, phase: DrainPhase) {
         self.draining.store(true, Ordering::Release);
+        if phase == DrainPhase::Closing {
+            // A copy would keep the socket listening.
+            *self.kept.lock() = None;
+        }
         for worker in &self.workers {
             let _ = worker.commands.send(Command::Drain(phase)).await;
         }

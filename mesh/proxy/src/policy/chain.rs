@@ -8,6 +8,7 @@ use serin_xds::pb::google::protobuf::Any;
 use super::buffer::Buffer;
 use super::compressor::Compressor;
 use super::ext_authz::ExtAuthz;
+use super::ext_proc::ExtProc;
 use super::grpc_stats::GrpcStats;
 use super::header_mutation::HeaderMutation;
 use super::jwt::JwtAuthn;
@@ -54,6 +55,8 @@ pub enum Kind {
     ExtAuthz(Box<ExtAuthz>),
     /// Counting gRPC calls.
     GrpcStats(Arc<GrpcStats>),
+    /// External processing.
+    ExtProc(Arc<ExtProc>),
     /// Compression.
     Compressor(Arc<Compressor>),
 }
@@ -163,6 +166,9 @@ impl Chain {
                 let message = config.map_or(Ok(Default::default()), |any| convert::unpack(any, type_name))?;
                 Kind::GrpcStats(Arc::new(GrpcStats::compile(&message, workers, &counters.grpc)?))
             }
+            ("envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor", _) => Kind::ExtProc(Arc::new(
+                ExtProc::compile(&unpack(config, type_name)?, stat_prefix, context)?,
+            )),
             ("envoy.extensions.filters.http.compressor.v3.Compressor", _) => {
                 Kind::Compressor(Arc::new(Compressor::compile(&unpack(config, type_name)?)?))
             }

@@ -9,13 +9,14 @@ use tokio::time::Instant;
 use super::attempts::{Permit, attempts};
 use super::body::{Inbound, RequestSource};
 use super::exchange::Exchange;
+use super::filters;
 use super::http::Downstream;
 use super::local::{Body, LocalReply};
 use super::logging;
 use super::mirror::mirror;
 use super::prepare::prepare;
 use super::request::{Routed, variables, view};
-use super::respond::respond;
+use super::respond::{respond, respond_waiting};
 use super::upgrade::switch_protocols;
 use crate::config::cluster::UpstreamHttp;
 use crate::config::hash::request_hash;
@@ -201,6 +202,21 @@ pub(super) async fn forward(
             return switch_protocols(exchange, response, on_upgrade, active, lease);
         }
         conn.decide_upgrade(false);
+    }
+    if filters::waits(&exchange) {
+        // Boxed: every request's future would carry its state.
+        return Box::pin(respond_waiting(
+            exchange,
+            &plan,
+            &routed,
+            target,
+            request_headers,
+            &parts,
+            response,
+            lease,
+            active,
+        ))
+        .await;
     }
     respond(
         exchange,

@@ -21,6 +21,7 @@ mod matrix1;
 mod matrix2;
 mod metrics;
 mod policies;
+mod restart;
 mod tcp;
 mod tls;
 mod tls_secrets;
