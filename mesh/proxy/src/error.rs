@@ -38,7 +38,9 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A hot restart failed.
-    #[error("hot restart at {path}: {what}: {source}; check --restart-socket and the process that listens there")]
+    #[error(
+        "hot restart at {path}: {what}: {source}; check --restart-socket and the process that listens there"
+    )]
     Restart {
         /// The Unix socket.
         path: PathBuf,

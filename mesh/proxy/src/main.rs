@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
 use serin_proxy::bootstrap::{agent, file, inherited};
+use serin_proxy::control::levels;
 use serin_proxy::control::run::{Plan, check, run};
 use serin_proxy::intercept;
 
@@ -159,17 +160,7 @@ enum RoleName {
 }
 
 fn main() -> ExitCode {
-    use std::io::IsTerminal as _;
-    tracing_subscriber::fmt()
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_default_env()
-                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
-        )
-        // A log that cannot be written loses lines. To say so on the same stream would panic.
-        .log_internal_errors(false)
-        .init();
+    levels::install();
     match start(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -32,7 +32,9 @@ pub(crate) fn adopt_listener(fd: RawFd) -> std::io::Result<TcpListener> {
 pub(crate) fn own_received(descriptors: Vec<RawFd>) -> impl Iterator<Item = OwnedFd> {
     // SAFETY: the kernel has just made these descriptors for this process (SCM_RIGHTS), and `recvmsg`, which returned
     // them as numbers, does not close them; each is taken once.
-    descriptors.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
+    descriptors
+        .into_iter()
+        .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Gives memory that this thread's allocations left free back to the kernel. Costs some 10 µs with little to do.

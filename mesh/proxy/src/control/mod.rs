@@ -7,9 +7,11 @@ pub mod admin;
 pub mod certs;
 pub mod dns;
 pub mod health;
+pub mod levels;
 pub mod outliers;
 pub mod restart;
 pub mod run;
+pub mod server_stats;
 pub mod xds;
 
 use std::collections::HashMap;
@@ -74,6 +76,8 @@ pub struct Proxy {
     live: CancellationToken,
     ready: AtomicBool,
     draining: AtomicBool,
+    health_fails: AtomicBool,
+    started: std::time::Instant,
     changes: watch::Sender<()>,
 }
 
@@ -134,6 +138,8 @@ impl Proxy {
             live: CancellationToken::new(),
             ready: AtomicBool::new(false),
             draining: AtomicBool::new(false),
+            health_fails: AtomicBool::new(false),
+            started: std::time::Instant::now(),
             changes: watch::Sender::new(()),
         };
         Ok((Arc::new(proxy), lines))
@@ -349,7 +355,11 @@ impl Proxy {
     pub fn metrics(&self) -> Vec<Family> {
         let mut families = collect(&self.own, &self.shards);
         families.extend(tls::stats::families(self.store.lock().secrets().all_stats()));
+        families.extend(crate::metrics::clusters::collect(&self.shards));
         families.extend(self.store(|store| store.counters()));
+        families.extend(server_stats::server(self));
+        let now = crate::clock::now_ms();
+        families.extend(self.store(|store| server_stats::configuration(store, now)));
         families
     }
 
@@ -371,7 +381,33 @@ impl Proxy {
 
     /// Whether the proxy should get traffic.
     pub fn is_ready(&self) -> bool {
-        self.ready.load(Ordering::Acquire) && !self.draining.load(Ordering::Acquire)
+        self.state() == "LIVE"
+    }
+
+    /// Envoy's name of how far the process has come.
+    pub fn state(&self) -> &'static str {
+        if self.draining.load(Ordering::Acquire) || self.health_fails.load(Ordering::Acquire) {
+            "DRAINING"
+        } else if self.ready.load(Ordering::Acquire) {
+            "LIVE"
+        } else {
+            "PRE_INITIALIZING"
+        }
+    }
+
+    /// Says on purpose that the proxy is not ready, or no longer so.
+    pub fn fail_health_check(&self, fails: bool) {
+        self.health_fails.store(fails, Ordering::Release);
+    }
+
+    /// Worker threads.
+    pub fn concurrency(&self) -> usize {
+        self.workers.len()
+    }
+
+    /// Time since the start.
+    pub fn uptime(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// Open downstream connections.

@@ -232,7 +232,10 @@ async fn hand_over(stream: tokio::net::UnixStream, proxy: &Arc<Proxy>) -> std::i
 }
 
 /// Sockets of one address for that many workers: each has at least one, none is left over.
-pub(super) fn distribute(sockets: Vec<TcpListener>, workers: usize) -> std::io::Result<Vec<Vec<TcpListener>>> {
+pub(super) fn distribute(
+    sockets: Vec<TcpListener>,
+    workers: usize,
+) -> std::io::Result<Vec<Vec<TcpListener>>> {
     let mut out: Vec<Vec<TcpListener>> = (0..workers).map(|_| Vec::new()).collect();
     let count = sockets.len();
     for index in count..workers {
@@ -256,13 +259,18 @@ mod tests {
             let sockets: Vec<_> = (0..count)
                 .map(|_| TcpListener::bind("127.0.0.1:0").unwrap())
                 .collect();
-            let addresses: std::collections::HashSet<_> =
-                sockets.iter().map(|socket| socket.local_addr().unwrap()).collect();
+            let addresses: std::collections::HashSet<_> = sockets
+                .iter()
+                .map(|socket| socket.local_addr().unwrap())
+                .collect();
             let out = distribute(sockets, workers).unwrap();
             assert_eq!(out.len(), workers);
             assert!(out.iter().all(|sockets| !sockets.is_empty()), "{count} {workers}");
-            let served: std::collections::HashSet<_> =
-                out.iter().flatten().map(|socket| socket.local_addr().unwrap()).collect();
+            let served: std::collections::HashSet<_> = out
+                .iter()
+                .flatten()
+                .map(|socket| socket.local_addr().unwrap())
+                .collect();
             assert_eq!(served, addresses);
         }
     }

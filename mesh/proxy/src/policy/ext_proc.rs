@@ -274,7 +274,8 @@ impl ExtProc {
                 "metadata_options",
                 typed(forwarded)
                     || typed(received)
-                    || options.is_some_and(|options| options.cluster_metadata_forwarding_namespaces.is_some()),
+                    || options
+                        .is_some_and(|options| options.cluster_metadata_forwarding_namespaces.is_some()),
             ),
         ];
         if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
@@ -297,7 +298,11 @@ impl ExtProc {
         let forward = from.forward_rules.as_ref();
         let names = |namespaces: Option<&filter::metadata_options::MetadataNamespaces>| {
             namespaces.map_or_else(Box::default, |namespaces| {
-                namespaces.untyped.iter().map(|name| name.as_str().into()).collect()
+                namespaces
+                    .untyped
+                    .iter()
+                    .map(|name| name.as_str().into())
+                    .collect()
             })
         };
         let target = GrpcTarget::compile(from.grpc_service.as_ref(), context).within("grpc_service")?;
@@ -428,7 +433,9 @@ impl ExtProc {
         let metadata = self.metadata(from.dynamic_metadata);
         let answer = match (about, from.response) {
             (About::Request, Some(Response::RequestHeaders(answer)))
-            | (About::Response, Some(Response::ResponseHeaders(answer))) => answer.response.unwrap_or_default(),
+            | (About::Response, Some(Response::ResponseHeaders(answer))) => {
+                answer.response.unwrap_or_default()
+            }
             (_, Some(Response::ImmediateResponse(answer))) if !self.no_immediate => {
                 return self.immediate(answer, worker);
             }

@@ -164,9 +164,9 @@ fn compile(any: &Any, context: &mut Context<'_>) -> Result<Option<Override>, Ref
         "envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute" => Override::ExtAuthz(
             PerRouteAuthz::compile(&convert::unpack(any, type_name)?, context)?,
         ),
-        "envoy.extensions.filters.http.ext_proc.v3.ExtProcPerRoute" => Override::ExtProc(
-            PerRouteProc::compile(&convert::unpack(any, type_name)?, context)?,
-        ),
+        "envoy.extensions.filters.http.ext_proc.v3.ExtProcPerRoute" => {
+            Override::ExtProc(PerRouteProc::compile(&convert::unpack(any, type_name)?, context)?)
+        }
         "envoy.extensions.filters.http.compressor.v3.CompressorPerRoute" => {
             Override::Compressor(PerRouteCompressor::compile(&convert::unpack(any, type_name)?)?)
         }

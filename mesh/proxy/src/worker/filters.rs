@@ -99,9 +99,7 @@ impl PolicyState {
                     return None;
                 }
                 // An encoder that cannot be made leaves the response as it is.
-                let encoder = best
-                    .then(|| compressor.begin(&mut head.headers).ok())
-                    .flatten();
+                let encoder = best.then(|| compressor.begin(&mut head.headers).ok()).flatten();
                 vary(&mut head.headers);
                 return encoder;
             }

@@ -67,7 +67,12 @@ impl GrpcStream {
         let authority = request.headers_mut().remove(header::HOST);
         let uri = Uri::builder()
             .scheme("http")
-            .authority(authority.as_ref().and_then(|value| value.to_str().ok()).unwrap_or("cluster"))
+            .authority(
+                authority
+                    .as_ref()
+                    .and_then(|value| value.to_str().ok())
+                    .unwrap_or("cluster"),
+            )
             .path_and_query(path)
             .build();
         *request.uri_mut() = uri.map_err(|error| CallError::Broken(name(), error.to_string()))?;
@@ -92,7 +97,12 @@ impl GrpcStream {
             return Err(CallError::Answer(name(), "no HTTP/2"));
         };
         let mut sending = stream.sender();
-        let head = async move { sending.send_request(request).await.map_err(|error| error.to_string()) };
+        let head = async move {
+            sending
+                .send_request(request)
+                .await
+                .map_err(|error| error.to_string())
+        };
         Ok(Self {
             name: name(),
             sender,

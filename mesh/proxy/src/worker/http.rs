@@ -213,6 +213,7 @@ pub async fn serve<S>(
     });
     let io = StrictIo::new(stream, prefix, limits, gate.clone());
     let now = Instant::now();
+    let _counted = manager.traffic.open(worker.id);
     let conn = Rc::new(Downstream {
         worker,
         manager,

@@ -197,7 +197,10 @@ async fn admin_ports_show_only_what_is_theirs() {
             .contains("serin_proxy_downstream")
     );
     let dump: serde_json::Value = serde_json::from_str(&get(ports["Admin"], "/config_dump").await.2).unwrap();
-    assert_eq!(dump["clusters"][0]["name"], "c");
+    assert_eq!(
+        dump["configs"][0]["dynamic_active_clusters"][0]["cluster"]["name"],
+        "c"
+    );
     assert!(
         get(ports["Admin"], "/clusters")
             .await

@@ -102,7 +102,9 @@ async fn a_successor_takes_the_sockets_over_and_no_connection_is_refused_or_lost
     // Another number of workers, so that sockets are spread anew.
     let _second = start(directory.path(), "second.yaml", &text("second"), "1");
     until(gateway, "second").await;
-    let status = soon("the end of the first process", first.0.wait()).await.unwrap();
+    let status = soon("the end of the first process", first.0.wait())
+        .await
+        .unwrap();
     assert!(status.success(), "{status}");
     let before = served.load(Ordering::SeqCst);
     soon("more requests", async {
@@ -131,7 +133,9 @@ async fn a_successor_that_does_not_start_changes_nothing() {
     // Its listener is refused after it has taken the sockets.
     let broken = text.replace("envoy.filters.http.router", "envoy.filters.http.unknown");
     let mut second = start(directory.path(), "second.yaml", &broken, "1");
-    let status = soon("the end of the second process", second.0.wait()).await.unwrap();
+    let status = soon("the end of the second process", second.0.wait())
+        .await
+        .unwrap();
     assert!(!status.success(), "{status}");
     for _ in 0..20 {
         assert_eq!(ask(gateway).await.unwrap(), "first");

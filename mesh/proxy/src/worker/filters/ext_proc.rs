@@ -163,7 +163,10 @@ pub(super) async fn request(
                 metadata(exchange),
             )
         };
-        match processing.ask(&worker, About::Request, &question.encode_to_vec()).await {
+        match processing
+            .ask(&worker, About::Request, &question.encode_to_vec())
+            .await
+        {
             Ok(None) => processing.over = true,
             Ok(Some(Answer::Continue(changes))) => {
                 reroute = changes.reroute;
@@ -194,7 +197,10 @@ pub(super) async fn response(
         !has_body,
         metadata(exchange),
     );
-    match processing.ask(&worker, About::Response, &question.encode_to_vec()).await {
+    match processing
+        .ask(&worker, About::Response, &question.encode_to_vec())
+        .await
+    {
         Ok(None) => Ok(()),
         Ok(Some(Answer::Continue(changes))) => {
             if let Some(status) = changes.status {

@@ -125,29 +125,40 @@ fn pass(question: &service::ProcessingRequest) -> Option<service::ProcessingResp
 #[tokio::test]
 async fn a_processor_sees_both_heads_of_a_request_on_one_stream_and_changes_them() {
     let (harness, mut backend, at, seen, _server) =
-        processed(&over_grpc(), to_c(), |question| match question.request.as_ref()? {
-            processing_request::Request::RequestHeaders(_) => {
-                answer(processing_response::Response::RequestHeaders(changing(
-                    &[("x-user", "bob"), (":path", "/changed?a=1"), ("host", "evil")],
-                    &["x-secret"],
-                )))
+        processed(&over_grpc(), to_c(), |question| {
+            match question.request.as_ref()? {
+                processing_request::Request::RequestHeaders(_) => {
+                    answer(processing_response::Response::RequestHeaders(changing(
+                        &[("x-user", "bob"), (":path", "/changed?a=1"), ("host", "evil")],
+                        &["x-secret"],
+                    )))
+                }
+                _ => answer(processing_response::Response::ResponseHeaders(changing(
+                    &[("x-checked", "yes"), (":status", "202")],
+                    &["x-envoy-upstream-service-time"],
+                ))),
             }
-            _ => answer(processing_response::Response::ResponseHeaders(changing(
-                &[("x-checked", "yes"), (":status", "202")],
-                &["x-envoy-upstream-service-time"],
-            ))),
         })
         .await;
     let (status, headers, body) = get_with(at, "/a", &[("x-secret", "1"), ("x-id", "7")]).await;
     assert_eq!((status, &*body), (202, "ok"));
     assert_eq!(headers["x-checked"], "yes");
-    assert!(headers.contains_key("x-envoy-upstream-service-time"), "not among what may be taken off");
+    assert!(
+        headers.contains_key("x-envoy-upstream-service-time"),
+        "not among what may be taken off"
+    );
     let rejected = harness.counter("envoy_http_ext_proc_rejected_header_mutations", &[]);
     assert_eq!(rejected, 2.0);
     let request = backend.next().await;
-    assert_eq!((&*request.path, &request.headers["x-user"]), ("/changed?a=1", &"bob".parse().unwrap()));
+    assert_eq!(
+        (&*request.path, &request.headers["x-user"]),
+        ("/changed?a=1", &"bob".parse().unwrap())
+    );
     assert!(!request.headers.contains_key("x-secret"));
-    assert_eq!(request.headers["host"], "reviews", "not among what may be changed");
+    assert_eq!(
+        request.headers["host"], "reviews",
+        "not among what may be changed"
+    );
     let seen = seen.lock();
     let Some(processing_request::Request::RequestHeaders(head)) = &seen[0].request else {
         panic!("{:?}", seen[0]);
@@ -184,22 +195,33 @@ async fn a_processor_answers_itself_before_and_after_the_upstream() {
             },
         ))
     };
-    let (mut harness, backend, at, _seen, _server) =
-        processed(&over_grpc(), to_c(), move |question| match question.request.as_ref()? {
+    let (mut harness, backend, at, _seen, _server) = processed(&over_grpc(), to_c(), move |question| {
+        match question.request.as_ref()? {
             processing_request::Request::RequestHeaders(head) => {
                 let fields = &head.headers.as_ref()?.headers;
                 let early = fields.iter().any(|field| field.raw_value == b"/early");
-                if early { immediate(503, "go away") } else { pass(question) }
+                if early {
+                    immediate(503, "go away")
+                } else {
+                    pass(question)
+                }
             }
             _ => immediate(409, "too late"),
-        })
-        .await;
+        }
+    })
+    .await;
     let (status, headers, body) = get(at, "/early").await;
-    assert_eq!((status, &*body, &headers["x-why"]), (503, "go away", &"because".parse().unwrap()));
+    assert_eq!(
+        (status, &*body, &headers["x-why"]),
+        (503, "go away", &"because".parse().unwrap())
+    );
     assert_eq!(backend.hits(), 0);
     assert_eq!(harness.line().await["response_code_details"], "not_today");
     let (status, headers, body) = get(at, "/").await;
-    assert_eq!((status, &*body, &headers["x-why"]), (409, "too late", &"because".parse().unwrap()));
+    assert_eq!(
+        (status, &*body, &headers["x-why"]),
+        (409, "too late", &"because".parse().unwrap())
+    );
     assert_eq!(backend.hits(), 1);
 }
 
@@ -212,10 +234,16 @@ async fn a_processor_that_fails_or_says_nothing_fails_requests_unless_told_other
     let mut lenient = over_grpc();
     lenient.failure_mode_allow = true;
     let at = harness
-        .listen(&manager_with(vec![filter(&lenient)]), core::TrafficDirection::Outbound)
+        .listen(
+            &manager_with(vec![filter(&lenient)]),
+            core::TrafficDirection::Outbound,
+        )
         .await;
     assert_eq!(get(at, "/").await.0, 200);
-    assert_eq!(harness.counter("envoy_http_ext_proc_failure_mode_allowed", &[]), 1.0);
+    assert_eq!(
+        harness.counter("envoy_http_ext_proc_failure_mode_allowed", &[]),
+        1.0
+    );
     // It listens, and never answers.
     let mut hasty = over_grpc();
     hasty.message_timeout = millis(50);
@@ -235,7 +263,10 @@ async fn an_answer_to_something_else_is_a_failure() {
     })
     .await;
     assert_eq!(get(at, "/").await.0, 500);
-    assert_eq!(harness.line().await["response_code_details"], "ext_proc_error_spurious_message");
+    assert_eq!(
+        harness.line().await["response_code_details"],
+        "ext_proc_error_spurious_message"
+    );
 }
 
 #[tokio::test]
@@ -261,7 +292,11 @@ async fn routes_choose_what_the_processor_sees_and_metadata_reaches_later_filter
             ..Default::default()
         },
     ));
-    let hosts = vec![host("all", "*", vec![silent, half, prefix_route("/", to_cluster("c"))])];
+    let hosts = vec![host(
+        "all",
+        "*",
+        vec![silent, half, prefix_route("/", to_cluster("c"))],
+    )];
     let (_harness, _backend, at, seen, _server) = processed(&over_grpc(), hosts, pass).await;
     assert_eq!(get(at, "/off").await.0, 200);
     assert!(seen.lock().is_empty());
@@ -297,9 +332,18 @@ async fn bodies_trailers_and_other_modes_are_refused_by_name() {
         }
     };
     let cases = [
-        (with(|mode| mode.request_body_mode = 2), "processing_mode.request_body_mode"),
-        (with(|mode| mode.response_body_mode = 1), "processing_mode.response_body_mode"),
-        (with(|mode| mode.response_trailer_mode = 1), "processing_mode.response_trailer_mode"),
+        (
+            with(|mode| mode.request_body_mode = 2),
+            "processing_mode.request_body_mode",
+        ),
+        (
+            with(|mode| mode.response_body_mode = 1),
+            "processing_mode.response_body_mode",
+        ),
+        (
+            with(|mode| mode.response_trailer_mode = 1),
+            "processing_mode.response_trailer_mode",
+        ),
         (
             ext_proc::ExternalProcessor {
                 observability_mode: true,
