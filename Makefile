@@ -24,7 +24,8 @@ build: setup ## Build the programs: serin, serin-proxy, serin-example
 demo: build ## Play the story: a good release promoted, a bad one rolled back (ARGS="--keep" leaves it running)
 	$(BIN)/serin demo $(ARGS)
 
-test: setup ## Format, lints, documentation, every test, and the demo
+test: ## Format, lints, documentation, every test, and the demo
+	@hack/setup.sh tests
 	hack/test.sh
 
 lint: setup ## Format, clippy with warnings denied, documentation with warnings denied

@@ -17,11 +17,17 @@ need zlib1g-dev pkg-config --exists zlib
 need nftables command -v /usr/sbin/nft
 need iproute2 command -v ip
 
+# Only tests of git over ssh start an ssh server (on loopback, for themselves); without it they say that they skip.
+if [ "${1:-}" = tests ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    need openssh-server command -v /usr/sbin/sshd
+fi
+
 if [ ${#missing[@]} -gt 0 ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         echo "setup: installing ${missing[*]}"
         apt-get update -qq
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+        # RUNLEVEL=1: no service is started by being installed.
+        RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
     else
         echo "setup: please install these packages and run the command again: ${missing[*]}" >&2
         echo "setup:   on Debian or Ubuntu: sudo apt-get install ${missing[*]}" >&2

@@ -72,8 +72,8 @@ pub struct Metric {
 }
 
 impl Metric {
-    /// A metric by its name: `errors`, `errors-5xx`, `errors-grpc`, `errors-connection`, `latency-p50` (or any other
-    /// percentile), `latency` (the whole distribution).
+    /// A metric by its name: `errors`, `errors-5xx`, `errors-grpc`, `errors-connection`, `errors-by-client`, `latency-p50`
+    /// (or any other percentile), `latency` (the whole distribution).
     pub fn by_name(name: &str) -> Option<Self> {
         let kind = match name {
             "errors" => Kind::Errors {
@@ -87,6 +87,9 @@ impl Metric {
             },
             "errors-connection" => Kind::Errors {
                 class: ErrorClass::Connection,
+            },
+            "errors-by-client" => Kind::Errors {
+                class: ErrorClass::ByClient,
             },
             "latency" => Kind::Distribution,
             _ => {

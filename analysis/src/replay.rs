@@ -8,7 +8,7 @@
 //! `t` is in seconds since the Unix epoch (in milliseconds from 10^11 on), and does not fall. `counts` are per bucket, one
 //! more than there are bounds for what exceeds them all; with one count per bound nothing exceeds the last one. With
 //! `cumulative` they are Prometheus' cumulative ones, and `le` may end with `"+Inf"`. `classes` may tell the errors apart
-//! (`http_5xx`, `grpc`, `connection`), `weight` the configured weight of the canary in percent. What was not recorded may be
+//! (`http_5xx`, `grpc`, `connection`), `error_clients` how many distinct clients they are of, `weight` the configured weight of the canary in percent. What was not recorded may be
 //! left out; a field that is not known is an error.
 
 use serde::Deserialize;
@@ -61,6 +61,8 @@ struct RawArm {
     errors: u64,
     #[serde(default)]
     classes: Option<ErrorClasses>,
+    #[serde(default)]
+    error_clients: Option<u64>,
     #[serde(default)]
     latency_ms: Option<RawHistogram>,
 }
@@ -134,6 +136,11 @@ fn arm(name: &str, raw: RawArm, options: Options) -> Result<Counts, LineError> {
     if classified > raw.errors {
         return nonsense(format!("{classified} errors in classes, {} in all", raw.errors));
     }
+    if let Some(clients) = raw.error_clients
+        && (clients > raw.errors || (clients == 0 && raw.errors > 0))
+    {
+        return nonsense(format!("{} errors of {clients} clients", raw.errors));
+    }
     let latency = match raw.latency_ms {
         None => Histogram::default(),
         Some(histogram) => match read_histogram(histogram, options) {
@@ -157,6 +164,7 @@ fn arm(name: &str, raw: RawArm, options: Options) -> Result<Counts, LineError> {
         requests: raw.requests,
         errors: raw.errors,
         classes,
+        error_clients: raw.error_clients,
         latency,
     })
 }

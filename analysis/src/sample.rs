@@ -94,6 +94,10 @@ pub struct Counts {
     /// The errors by what they are; a source that does not tell them apart leaves all at zero.
     #[serde(default, skip_serializing_if = "ErrorClasses::is_empty")]
     pub classes: ErrorClasses,
+    /// How many distinct clients the errors are of, where the source tells clients apart: one that repeats a failing request
+    /// is one client.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error_clients: Option<u64>,
     /// How long they took.
     #[serde(default, skip_serializing_if = "histogram_is_empty")]
     pub latency: Histogram,
@@ -139,6 +143,9 @@ pub enum ErrorClass {
     Grpc,
     /// [`ErrorClasses::connection`].
     Connection,
+    /// All of them, but those of one client within an interval count once ([`Counts::error_clients`]). A source that does
+    /// not tell clients apart has every error counted.
+    ByClient,
 }
 
 fn histogram_is_empty(histogram: &Histogram) -> bool {
@@ -149,6 +156,11 @@ impl Counts {
     /// Adds another interval. A histogram with other bounds is left out.
     pub fn add(&mut self, other: &Counts) {
         self.requests += other.requests;
+        // What one interval does not tell counts as it is; clients of two intervals may be the same, and are counted twice.
+        if self.error_clients.is_some() || other.error_clients.is_some() {
+            let clients = |counts: &Counts| counts.error_clients.unwrap_or(counts.errors);
+            self.error_clients = Some(clients(self) + clients(other));
+        }
         self.errors += other.errors;
         self.classes.add(&other.classes);
         self.latency.add(&other.latency);
@@ -161,6 +173,7 @@ impl Counts {
             ErrorClass::Http5xx => self.classes.http_5xx,
             ErrorClass::Grpc => self.classes.grpc,
             ErrorClass::Connection => self.classes.connection,
+            ErrorClass::ByClient => self.error_clients.unwrap_or(self.errors),
         };
         errors.min(self.requests)
     }
@@ -225,6 +238,24 @@ mod tests {
             counts: vec![3, 0]
         }));
         assert_eq!(histogram.total(), 0);
+    }
+
+    #[test]
+    fn a_client_that_repeats_its_errors_counts_once_where_clients_are_told_apart() {
+        let mut counts = Counts {
+            requests: 10,
+            errors: 6,
+            error_clients: Some(1),
+            ..Counts::default()
+        };
+        assert_eq!(counts.errors_of(ErrorClass::ByClient), 1);
+        counts.add(&Counts {
+            requests: 10,
+            errors: 2,
+            ..Counts::default()
+        });
+        assert_eq!(counts.errors_of(ErrorClass::ByClient), 3);
+        assert_eq!(counts.errors_of(ErrorClass::Any), 8);
     }
 
     #[test]

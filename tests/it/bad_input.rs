@@ -57,7 +57,7 @@ fn a_commit_that_cannot_work_is_told_with_file_line_and_reason_and_what_ran_keep
             says: &[
                 "Deployment/shop/podinfo",
                 "progressDeadlineSecond",
-                "app/deployment.yaml",
+                "app/deployment.yaml:6",
             ],
         },
         Bad {

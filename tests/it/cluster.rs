@@ -219,7 +219,11 @@ impl TestCluster {
     pub(crate) fn server_pid(&self) -> u32 {
         let lock = self.inside(&self.directory().join("server.lock"));
         let text = std::fs::read_to_string(lock).expect("read the lock");
-        text.trim().parse().expect("the lock holds a process id")
+        let pid = text
+            .split_whitespace()
+            .next()
+            .expect("the lock says who holds it");
+        pid.parse().expect("the lock holds a process id")
     }
 
     /// Kills the server as `kill -9` does and waits until it is gone.

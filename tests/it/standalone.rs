@@ -366,3 +366,36 @@ fn a_signed_webhook_at_the_port_of_the_cluster_makes_a_source_look_at_once() {
         "--timeout=30s",
     ]);
 }
+
+#[test]
+fn a_cluster_is_taken_down_however_little_of_it_has_begun() {
+    let Some(cluster) = TestCluster::new() else { return };
+    let before = KernelState::read();
+    // From before the command has done anything to after everything runs.
+    for milliseconds in [0, 5, 20, 60, 150, 300] {
+        let mut up = cluster.begin_up();
+        let begun = cluster.directory().join("server.lock");
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while !begun.exists() && up.try_wait().unwrap().is_none() {
+            assert!(std::time::Instant::now() < deadline, "nothing is begun");
+            std::thread::yield_now();
+        }
+        // Not a wait for something: the moment at which the other command comes.
+        let (_never, moment) = std::sync::mpsc::channel::<()>();
+        moment
+            .recv_timeout(std::time::Duration::from_millis(milliseconds))
+            .unwrap_err();
+        cluster.serin(&["down", "--purge"]);
+        up.wait().unwrap();
+        assert!(
+            !cluster.directory().exists(),
+            "{milliseconds} ms: something was made after it was taken down"
+        );
+        assert!(
+            cluster.processes().is_empty(),
+            "{milliseconds} ms: {:?}",
+            cluster.processes()
+        );
+        assert_eq!(KernelState::read(), before, "{milliseconds} ms");
+    }
+}

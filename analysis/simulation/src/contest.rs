@@ -7,6 +7,7 @@ use serin_analysis::{ErrorClass, Judges, Sample, judges};
 use crate::rules::argo::Argo;
 use crate::rules::flagger::Flagger;
 use crate::rules::kayenta::{Kayenta, Metric};
+use crate::scenario::{Mitigation, Scenario};
 
 /// Highest probability of a false rollback that Serin's judges promise here.
 pub const ALPHA: f64 = 0.01;
@@ -41,11 +42,12 @@ pub struct Entry {
     /// Most runs that it takes part in: some are slow, and only a promise needs many.
     pub runs_max: u64,
     /// A fresh one.
-    pub make: fn() -> Box<dyn Contestant>,
+    pub make: fn(&Scenario) -> Box<dyn Contestant>,
 }
 
-/// The comparison of errors alone.
+/// The comparison of errors alone. Its samples carry what counts as an error, and nothing else.
 struct OfErrors {
+    class: ErrorClass,
     judge: Errors,
     options: errors::Options,
     /// Counts of one arm that wait for the other's.
@@ -53,9 +55,14 @@ struct OfErrors {
 }
 
 impl OfErrors {
-    fn boxed(tolerance: f64) -> Box<dyn Contestant> {
+    fn boxed(scenario: &Scenario, tolerance: f64) -> Box<dyn Contestant> {
+        let class = match scenario.mitigation {
+            Mitigation::ByClient => ErrorClass::ByClient,
+            Mitigation::None | Mitigation::WarmUp => ErrorClass::Any,
+        };
         Box::new(Self {
-            judge: Errors::of(ErrorClass::Any),
+            class,
+            judge: Errors::of(class),
             options: errors::Options {
                 alpha: ALPHA,
                 tolerance,
@@ -73,7 +80,7 @@ impl Contestant for OfErrors {
             (&mut self.unpaired.primary, &sample.primary),
         ] {
             waiting.requests += new.requests;
-            waiting.errors += new.errors;
+            waiting.errors += new.errors_of(self.class);
         }
         if self.unpaired.canary.requests > 0 && self.unpaired.primary.requests > 0 {
             let batch = std::mem::take(&mut self.unpaired);
@@ -102,7 +109,7 @@ struct Together {
 }
 
 impl Together {
-    fn boxed(metrics: &[&str], tolerance: f64) -> Box<dyn Contestant> {
+    fn boxed(scenario: &Scenario, metrics: &[&str], tolerance: f64) -> Box<dyn Contestant> {
         let mut options = judges::Options {
             alpha: ALPHA,
             tolerance,
@@ -113,6 +120,13 @@ impl Together {
                 .iter()
                 .filter_map(|name| JudgedMetric::by_name(name))
                 .collect();
+        }
+        if scenario.mitigation == Mitigation::ByClient
+            && let Some(metric) = JudgedMetric::by_name("errors-by-client")
+        {
+            for known in options.metrics.iter_mut().filter(|known| known.name == "errors") {
+                (known.name, known.kind) = (metric.name.clone(), metric.kind);
+            }
         }
         Box::new(Self {
             judges: Judges::default(),
@@ -138,7 +152,7 @@ impl Contestant for Together {
 }
 
 /// Through JSON and back, as a status is.
-fn stored<T: Clone + serde::Serialize + serde::de::DeserializeOwned>(state: &T) -> T {
+pub(crate) fn stored<T: Clone + serde::Serialize + serde::de::DeserializeOwned>(state: &T) -> T {
     let read = serde_json::to_string(state)
         .ok()
         .and_then(|text| serde_json::from_str(&text).ok());
@@ -147,10 +161,10 @@ fn stored<T: Clone + serde::Serialize + serde::de::DeserializeOwned>(state: &T) 
 
 /// Runs of Kayenta's judge, whose every analysis sorts all points some sixty times.
 pub const KAYENTA_RUNS: u64 = 1000;
-/// Runs of everybody for whom nothing is promised, or whose promise follows from another's: enough to compare.
+/// Runs of everybody for whom nothing is promised, or who takes part as a part of the default too: enough to compare.
 pub const OTHER_RUNS: u64 = 2000;
 
-const fn other(name: &'static str, make: fn() -> Box<dyn Contestant>) -> Entry {
+pub(crate) const fn other(name: &'static str, make: fn(&Scenario) -> Box<dyn Contestant>) -> Entry {
     Entry {
         name,
         ours: false,
@@ -159,7 +173,7 @@ const fn other(name: &'static str, make: fn() -> Box<dyn Contestant>) -> Entry {
     }
 }
 
-const fn ours(name: &'static str, make: fn() -> Box<dyn Contestant>) -> Entry {
+pub(crate) const fn ours(name: &'static str, make: fn(&Scenario) -> Box<dyn Contestant>) -> Entry {
     Entry {
         ours: true,
         runs_max: u64::MAX,
@@ -167,33 +181,73 @@ const fn ours(name: &'static str, make: fn() -> Box<dyn Contestant>) -> Entry {
     }
 }
 
-/// Serin without any configuration: errors and p99, tolerance 1.5, alpha shared three to one.
+/// Serin without any configuration: errors, p99 and the distribution of latencies, tolerance 1.5.
 pub const DEFAULT: &str = "Serin, default";
 /// The names of Serin's error judges, by tolerance.
 pub const ERRORS_DEFAULT: &str = "Serin, errors, tolerance 1.5";
 /// See [`ERRORS_DEFAULT`].
 pub const ERRORS_STRICT: &str = "Serin, errors, tolerance 1";
+/// A high tolerance, which is a mitigation of errors that are not independent.
+pub const ERRORS_LAX: &str = "Serin, errors, tolerance 3";
+/// What cannot be bettered by much: see [`Oracle`].
+pub const ORACLE: &str = "a test that knows the canary's rate, tolerance 1.5";
 
 /// Those who judge errors.
 pub fn of_errors() -> Vec<Entry> {
     vec![
-        ours(ERRORS_DEFAULT, || OfErrors::boxed(1.5)),
-        ours(ERRORS_STRICT, || OfErrors::boxed(1.0)),
-        Entry {
-            runs_max: OTHER_RUNS,
-            ..ours(DEFAULT, || Together::boxed(&[], 1.5))
-        },
-        other("Flagger, 60 s, threshold 5", || Box::new(Flagger::new(60, 5))),
-        other("Flagger, 10 s, threshold 1", || Box::new(Flagger::new(10, 1))),
-        other("Argo, 60 s, failureLimit 0", || Box::new(Argo::new(60, 0))),
-        other("Argo, 10 s, failureLimit 2", || Box::new(Argo::new(10, 2))),
+        ours(ERRORS_DEFAULT, |scenario| OfErrors::boxed(scenario, 1.5)),
+        ours(ERRORS_STRICT, |scenario| OfErrors::boxed(scenario, 1.0)),
+        ours(ERRORS_LAX, |scenario| OfErrors::boxed(scenario, 3.0)),
+        ours(DEFAULT, |scenario| Together::boxed(scenario, &[], 1.5)),
+        other("Flagger, 60 s, threshold 5", |_| Box::new(Flagger::new(60, 5))),
+        other("Flagger, 10 s, threshold 1", |_| Box::new(Flagger::new(10, 1))),
+        other("Argo, 60 s, failureLimit 0", |_| Box::new(Argo::new(60, 0))),
+        other("Argo, 10 s, failureLimit 2", |_| Box::new(Argo::new(10, 2))),
         Entry {
             runs_max: KAYENTA_RUNS,
-            ..other("Kayenta, every 10 min", || {
+            ..other("Kayenta, every 10 min", |_| {
                 Box::new(Kayenta::new(Metric::Errors, 600))
             })
         },
     ]
+}
+
+/// Those who judge errors of a canary that is worse, and one who knows by how much.
+pub fn of_regressions() -> Vec<Entry> {
+    let mut entries = of_errors();
+    entries.push(other(ORACLE, |scenario| {
+        Box::new(Oracle {
+            tolerance: 1.5,
+            ratio: scenario.canary / scenario.base,
+            log: 0.0,
+        })
+    }));
+    entries
+}
+
+/// The likelihood ratio of the canary's true rate ratio against the tolerance: what is left to gain for any other mixture.
+struct Oracle {
+    tolerance: f64,
+    ratio: f64,
+    log: f64,
+}
+
+impl Contestant for Oracle {
+    fn observe(&mut self, _: u64, sample: &Sample) -> Call {
+        let (canary, primary) = (sample.canary.requests as f64, sample.primary.requests as f64);
+        if canary > 0.0 && primary > 0.0 {
+            let share = canary / (canary + primary);
+            let bad = (sample.canary.errors + sample.primary.errors) as f64;
+            let mean = |ratio: f64| (share * ratio + 1.0 - share).ln();
+            self.log += sample.canary.errors as f64 * (self.ratio / self.tolerance).ln()
+                - bad * (mean(self.ratio) - mean(self.tolerance));
+        }
+        if self.log >= (1.0 / ALPHA).ln() {
+            Call::Bad
+        } else {
+            Call::Undecided
+        }
+    }
 }
 
 /// The name of Serin's latency judge with its default tolerance.
@@ -204,20 +258,36 @@ pub const LATENCY_STRICT: &str = "Serin, p99, tolerance 1";
 /// Those who judge latency.
 pub fn of_latency() -> Vec<Entry> {
     vec![
-        ours(LATENCY_DEFAULT, || Together::boxed(&["latency-p99"], 1.5)),
-        ours(LATENCY_STRICT, || Together::boxed(&["latency-p99"], 1.0)),
-        ours("Serin, distribution, tolerance 1.5", || {
-            Together::boxed(&["latency"], 1.5)
+        Entry {
+            runs_max: OTHER_RUNS,
+            ..ours(LATENCY_DEFAULT, |scenario| {
+                Together::boxed(scenario, &["latency-p99"], 1.5)
+            })
+        },
+        ours(LATENCY_STRICT, |scenario| {
+            Together::boxed(scenario, &["latency-p99"], 1.0)
+        }),
+        ours("Serin, p90, tolerance 1", |scenario| {
+            Together::boxed(scenario, &["latency-p90"], 1.0)
+        }),
+        ours("Serin, p50, tolerance 1", |scenario| {
+            Together::boxed(scenario, &["latency-p50"], 1.0)
         }),
         Entry {
             runs_max: OTHER_RUNS,
-            ..ours(DEFAULT, || Together::boxed(&[], 1.5))
+            ..ours("Serin, distribution, tolerance 1.5", |scenario| {
+                Together::boxed(scenario, &["latency"], 1.5)
+            })
         },
-        other("Flagger, 60 s, threshold 5", || Box::new(Flagger::new(60, 5))),
-        other("Argo, 60 s, failureLimit 0", || Box::new(Argo::new(60, 0))),
+        ours("Serin, distribution, tolerance 1", |scenario| {
+            Together::boxed(scenario, &["latency"], 1.0)
+        }),
+        ours(DEFAULT, |scenario| Together::boxed(scenario, &[], 1.5)),
+        other("Flagger, 60 s, threshold 5", |_| Box::new(Flagger::new(60, 5))),
+        other("Argo, 60 s, failureLimit 0", |_| Box::new(Argo::new(60, 0))),
         Entry {
             runs_max: KAYENTA_RUNS,
-            ..other("Kayenta, every 10 min", || {
+            ..other("Kayenta, every 10 min", |_| {
                 Box::new(Kayenta::new(Metric::Duration, 600))
             })
         },

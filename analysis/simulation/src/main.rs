@@ -4,11 +4,13 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use serin_simulation::contest::{ERRORS_STRICT, OTHER_RUNS, of_errors, of_latency};
-use serin_simulation::report::{Result as Measured, goals, page};
+use serin_simulation::absolute::of_absolute;
+use serin_simulation::contest::{ERRORS_STRICT, Entry, of_errors, of_latency, of_regressions};
+use serin_simulation::plots;
+use serin_simulation::report::{Measured as All, Result as Measured, goals, page};
 use serin_simulation::run::contest;
-use serin_simulation::scenario::{Scenario, healthy, latencies, regressions};
-use serin_simulation::{contest::Entry, plots};
+use serin_simulation::scenario::{Scenario, absolute, healthy, latencies, regressions};
+use serin_simulation::watching::SCENES;
 
 /// Runs per point of a figure.
 const FIGURE_RUNS: u64 = 400;
@@ -16,7 +18,7 @@ const FIGURE_RUNS: u64 = 400;
 /// Simulated hours for Serin's judges and for the rules of others.
 #[derive(Parser)]
 struct Arguments {
-    /// Runs per healthy scenario.
+    /// Runs per scenario.
     #[arg(long, default_value_t = 10_000)]
     runs: u64,
     /// Threads; all cores by default. Does not change the results.
@@ -35,32 +37,34 @@ fn main() -> Result<()> {
     let threads = arguments
         .threads
         .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
-    let measure = |scenarios: Vec<Scenario>, entries: &[Entry], most: u64| -> Vec<Measured> {
+    let measure = |scenarios: Vec<Scenario>, entries: &[Entry]| -> Vec<Measured> {
         let wanted = scenarios
             .into_iter()
             .filter(|scenario| scenario.name.contains(&arguments.only));
         wanted
             .map(|scenario| {
-                eprintln!("{}", scenario.name);
-                let runs = if scenario.is_healthy() {
-                    arguments.runs
-                } else {
-                    arguments.runs.min(most)
-                };
-                let tallies = contest(&scenario, entries, runs, threads);
+                let begun = std::time::Instant::now();
+                let tallies = contest(&scenario, entries, arguments.runs, threads);
+                eprintln!("{} ({:.0} s)", scenario.name, begun.elapsed().as_secs_f64());
                 Measured { scenario, tallies }
             })
             .collect()
     };
-    let healthy = measure(healthy(), &of_errors(), OTHER_RUNS);
-    let regressions = measure(regressions(), &of_errors(), OTHER_RUNS);
-    let latencies = measure(latencies(), &of_latency(), OTHER_RUNS);
-    let text = page(arguments.runs, &healthy, &regressions, &latencies);
+    let measured = All {
+        runs: arguments.runs,
+        healthy: measure(healthy(), &of_errors()),
+        regressions: measure(regressions(), &of_regressions()),
+        latencies: measure(latencies(), &of_latency()),
+        absolute: measure(absolute(), &of_absolute()),
+        watched: SCENES
+            .into_iter()
+            .filter(|_| arguments.only.is_empty() || arguments.only == "watch")
+            .map(|scene| (scene, scene.watch(arguments.runs.div_ceil(50))))
+            .collect(),
+    };
+    let text = page(&measured);
     print!("{text}");
-    let missed = goals(&healthy, &regressions, &latencies)
-        .iter()
-        .filter(|goal| !goal.met)
-        .count();
+    let missed = goals(&measured).iter().filter(|goal| !goal.met).count();
     eprintln!("{missed} goals missed");
     let Some(out) = arguments.out else {
         return Ok(());
@@ -79,7 +83,7 @@ fn main() -> Result<()> {
         "time-by-effect.svg",
         &plots::against_effect(figure_runs, threads).svg(),
     )?;
-    let plain = healthy.first().and_then(|result| {
+    let plain = measured.healthy.first().and_then(|result| {
         let mut tallies = result.tallies.iter();
         tallies.find(|tally| tally.name == ERRORS_STRICT)
     });

@@ -110,7 +110,7 @@ fn one(scenario: &Scenario, entries: &[Entry], number: u64, tallies: &mut [Tally
         .iter()
         .enumerate()
         .filter(|(_, entry)| number < entry.runs_max)
-        .map(|(index, entry)| (index, (entry.make)(), false))
+        .map(|(index, entry)| (index, (entry.make)(scenario), false))
         .collect();
     for (index, ..) in &contestants {
         tallies[*index].runs += 1;

@@ -48,7 +48,7 @@ pub enum Errors {
 pub enum Mitigation {
     /// Nothing.
     None,
-    /// A client's failures within a second count once.
+    /// A client's failures within a second count once: the metric `errors-by-client`.
     ByClient,
     /// What a fresh canary does in its first 120 s does not count.
     WarmUp,
@@ -217,6 +217,28 @@ pub fn healthy() -> Vec<Scenario> {
     ]
 }
 
+/// Scenarios of the judges that compare nothing by counts: an absolute guard, and numbers per minute. Their limit is 1 %.
+pub fn absolute() -> Vec<Scenario> {
+    let of = |name: &str, base: f64, canary: f64| Scenario {
+        base,
+        canary,
+        ..Scenario::healthy(name)
+    };
+    vec![
+        of("at the limit: 1 % errors of both", 0.01, 0.01),
+        Scenario {
+            arrivals: Arrivals::Diurnal,
+            ..of("at the limit, diurnal traffic", 0.01, 0.01)
+        },
+        Scenario {
+            errors: Errors::SharedOutage,
+            ..of("0.5 % errors, shared dependency outages", 0.005, 0.005)
+        },
+        of("both releases fail 5 %", 0.05, 0.05),
+        of("the canary fails 5 %, the primary 0.5 %", 0.005, 0.05),
+    ]
+}
+
 /// The scenarios in which the canary is worse.
 pub fn regressions() -> Vec<Scenario> {
     vec![
@@ -261,6 +283,16 @@ pub fn latencies() -> Vec<Scenario> {
         of("latency equal, log-normal", log_normal, 1.0),
         of("latency equal, bimodal", bimodal, 1.0),
         of("latency equal, heavy tail", heavy, 1.0),
+        Scenario {
+            arrivals: Arrivals::Bursts,
+            ladder: vec![(0, 0.05), (900, 0.2), (1800, 0.5), (2700, 0.8)],
+            restart_every: Some(37),
+            ..of(
+                "latency equal, log-normal, bursts, weight ladder, restarts every 37 s",
+                log_normal,
+                1.0,
+            )
+        },
         of(
             "latency +50 %, log-normal, 1,000 rps, 10 % share",
             log_normal,

@@ -115,7 +115,7 @@ impl<'s> World<'s> {
         let mut primary = self.random.poisson(rate * (1.0 - share));
         let scenario = self.scenario;
         let (mut p_canary, mut p_primary) = (scenario.canary, scenario.base);
-        let (mut counted, mut harmed) = (None, None);
+        let (mut counted, mut told) = (None, None::<[u64; 2]>);
         match scenario.errors {
             Errors::Independent => {}
             Errors::SharedOutage => {
@@ -137,14 +137,11 @@ impl<'s> World<'s> {
                     [canary, primary].map(|requests| self.random.binomial(requests, scenario.base / mean));
                 let failed =
                     clients.map(|clients| (0..clients).map(|_| self.random.geometric(mean)).sum::<u64>());
-                harmed = Some(failed[0]);
-                let by_client = scenario.mitigation == Mitigation::ByClient;
-                counted = Some(if by_client { clients } else { failed });
+                counted = Some(failed);
+                told = Some(clients);
                 // The repetitions are requests too.
-                if !by_client {
-                    canary += failed[0] - clients[0];
-                    primary += failed[1] - clients[1];
-                }
+                canary += failed[0] - clients[0];
+                primary += failed[1] - clients[1];
             }
             Errors::RetryStorm { again } => {
                 let first = [
@@ -179,11 +176,13 @@ impl<'s> World<'s> {
             canary: Counts {
                 requests: canary,
                 errors: canary_errors,
+                error_clients: told.map(|clients| clients[0]),
                 ..Counts::default()
             },
             primary: Counts {
                 requests: primary,
                 errors: primary_errors,
+                error_clients: told.map(|clients| clients[1]),
                 ..Counts::default()
             },
         };
@@ -192,7 +191,7 @@ impl<'s> World<'s> {
             of_primary.draw(primary, &mut self.random, &mut sample.primary.latency);
         }
         Second {
-            harmed: harmed.unwrap_or(canary_errors),
+            harmed: canary_errors,
             sample,
         }
     }

@@ -44,12 +44,12 @@ impl Default for Options {
     }
 }
 
-/// Ways to be slower: so many of [`ODDS`], then so many of [`HAZARDS`].
-const ALTERNATIVES: usize = ODDS.len() + HAZARDS.len();
+/// Ways to be slower: so many of [`ODDS`], then so many of [`HAZARD_POWERS`].
+const ALTERNATIVES: usize = ODDS.len() + HAZARD_POWERS.len();
 /// The odds of exceeding any duration are this many times as high.
 const ODDS: [f64; 4] = [1.25, 1.6, 2.5, 6.0];
-/// Survival is raised to one over this power: a longer tail.
-const HAZARDS: [f64; 4] = [1.15, 1.4, 2.0, 4.0];
+/// Survival is raised to these powers, one over 1.15, 1.4, 2 and 4: a longer tail.
+const HAZARD_POWERS: [f64; 4] = [1.0 / 1.15, 1.0 / 1.4, 0.5, 0.25];
 
 /// Primary requests that must be known before the first batch is judged.
 const KNOWN_MIN: f64 = 50.0;
@@ -73,82 +73,103 @@ fn odds(survival: f64, times: f64) -> f64 {
     times * survival / (times * survival + 1.0 - survival)
 }
 
-/// The primary's distribution as the alternatives need it: everything that does not depend on the batch's counts.
+/// The primary's distribution as the alternatives need it: everything that does not depend on the batch's counts. Buckets
+/// below the first and beyond the last that the primary was ever seen in are taken together, which only the past decides.
 struct Shape {
+    first: usize,
     buckets: usize,
-    /// Per bucket, one over the share of the primary's requests in it; an empty bucket is a sliver.
+    /// Survival at the lower edge of each bucket, strictly falling: an empty bucket is a sliver.
+    survival: [f64; BUCKETS_MAX],
+    /// One over the share of the primary's requests in each bucket.
     inverse: [f64; BUCKETS_MAX],
-    /// Survival at the lower edge of each bucket under the tolerated odds, and the density in it relative to the primary's.
+    /// Survival under the tolerated odds, and the density relative to the primary's.
     tolerated_survival: [f64; BUCKETS_MAX],
     tolerated: [f64; BUCKETS_MAX],
-    survival: [f64; BUCKETS_MAX],
-}
-
-/// Calls `each(bucket, density)` from the last bucket to the first, for a distribution with this survival at lower edges.
-fn densities(shape: &Shape, survival_at: impl Fn(usize) -> f64, mut each: impl FnMut(usize, f64)) {
-    let mut below = 0.0;
-    for bucket in (0..shape.buckets).rev() {
-        let survival = survival_at(bucket);
-        each(bucket, (survival - below) * shape.inverse[bucket]);
-        below = survival;
-    }
 }
 
 impl Shape {
     fn of(known: &Survival, tolerance: f64) -> Self {
+        let (first, last) = known.support();
+        let end = (last + 2).min(known.shares().len());
         let mut shape = Self {
-            buckets: known.shares().len(),
+            first,
+            buckets: end - first,
+            survival: [0.0; BUCKETS_MAX],
             inverse: [0.0; BUCKETS_MAX],
             tolerated_survival: [0.0; BUCKETS_MAX],
             tolerated: [0.0; BUCKETS_MAX],
-            survival: [0.0; BUCKETS_MAX],
         };
-        let mut upper = f64::INFINITY;
-        for (bucket, share) in known.shares().iter().enumerate() {
-            let survival = share.min(upper - 1e-9 * upper);
-            if let Some(above) = bucket.checked_sub(1) {
-                shape.inverse[above] = 1.0 / (upper - survival);
-            }
+        let mut upper = 1.0;
+        for (bucket, share) in known.shares()[first..end].iter().enumerate() {
+            let survival = if bucket == 0 {
+                1.0
+            } else {
+                share.min(upper - 1e-9 * upper)
+            };
             shape.survival[bucket] = survival;
             shape.tolerated_survival[bucket] = odds(survival, tolerance);
             upper = survival;
         }
-        if let Some(last) = shape.buckets.checked_sub(1) {
-            shape.inverse[last] = 1.0 / upper;
+        let (mut below, mut tolerated_below) = (0.0, 0.0);
+        for bucket in (0..shape.buckets).rev() {
+            let (survival, tolerated) = (shape.survival[bucket], shape.tolerated_survival[bucket]);
+            shape.inverse[bucket] = 1.0 / (survival - below);
+            shape.tolerated[bucket] = (tolerated - tolerated_below) * shape.inverse[bucket];
+            (below, tolerated_below) = (survival, tolerated);
         }
-        let mut tolerated = [0.0; BUCKETS_MAX];
-        densities(
-            &shape,
-            |bucket| shape.tolerated_survival[bucket],
-            |bucket, density| tolerated[bucket] = density,
-        );
-        shape.tolerated = tolerated;
         shape
     }
-}
 
-/// Both arms' factors per bucket for one alternative, from the last bucket to the first: `each(bucket, canary, primary)`.
-fn factors(
-    shape: &Shape,
-    share: f64,
-    survival_at: impl Fn(usize) -> f64,
-    mut each: impl FnMut(usize, f64, f64),
-) {
-    let rest = 1.0 - share;
-    let mut least = f64::INFINITY;
-    densities(shape, survival_at, |bucket, density| {
-        let tolerated = shape.tolerated[bucket];
-        let factor = density * (share * tolerated + rest) / (tolerated * (share * density + rest));
-        let most = 1.0 + 0.9 * rest / (share * tolerated.max(1.0));
-        // Rising with the duration: otherwise a faster canary could look slower.
-        least = least.min(factor).min(most);
-        let weight = if least > 1.0 {
-            tolerated.max(1.0)
-        } else {
-            tolerated.min(1.0)
-        };
-        each(bucket, least, 1.0 - share / rest * weight * (least - 1.0));
-    });
+    /// A batch's counts in these buckets.
+    fn counts(&self, counts: &[u64]) -> [f64; BUCKETS_MAX] {
+        let mut grouped = [0.0; BUCKETS_MAX];
+        for (bucket, count) in counts.iter().enumerate() {
+            let bucket = bucket.saturating_sub(self.first).min(self.buckets - 1);
+            grouped[bucket] += *count as f64;
+        }
+        grouped
+    }
+
+    /// Both arms' factors per bucket for all alternatives, from the last bucket to the first.
+    fn factors(
+        &self,
+        share: f64,
+        tolerance: f64,
+        mut each: impl FnMut(usize, &[f64; ALTERNATIVES], &[f64; ALTERNATIVES]),
+    ) {
+        let rest = 1.0 - share;
+        let mut below = [0.0; ALTERNATIVES];
+        let mut least = [f64::INFINITY; ALTERNATIVES];
+        for bucket in (0..self.buckets).rev() {
+            let (survival, tolerated) = (self.survival[bucket], self.tolerated[bucket]);
+            // One logarithm serves all powers.
+            let log = self.tolerated_survival[bucket].ln();
+            let at: [f64; ALTERNATIVES] = std::array::from_fn(|alternative| {
+                match (
+                    ODDS.get(alternative),
+                    HAZARD_POWERS.get(alternative.wrapping_sub(ODDS.len())),
+                ) {
+                    (Some(times), _) => odds(survival, tolerance * times),
+                    (None, Some(power)) => (log * power).exp(),
+                    (None, None) => survival,
+                }
+            });
+            let most = 1.0 + 0.9 * rest / (share * tolerated.max(1.0));
+            let (mixed, above, under) = (share * tolerated + rest, tolerated.max(1.0), tolerated.min(1.0));
+            let mut primary = [0.0; ALTERNATIVES];
+            for alternative in 0..ALTERNATIVES {
+                let density = (at[alternative] - below[alternative]) * self.inverse[bucket];
+                let factor = density * mixed / (tolerated * (share * density + rest));
+                // Rising with the duration: otherwise a faster canary could look slower.
+                let canary = least[alternative].min(factor).min(most);
+                let weight = if canary > 1.0 { above } else { under };
+                primary[alternative] = 1.0 - share / rest * weight * (canary - 1.0);
+                least[alternative] = canary;
+            }
+            below = at;
+            each(bucket, &least, &primary);
+        }
+    }
 }
 
 impl Distribution {
@@ -166,54 +187,36 @@ impl Distribution {
         let share = canary_total as f64 / (canary_total as f64 + primary_total as f64);
         let tolerance = options.tolerance.max(1.0);
         let shape = Shape::of(known, tolerance);
-        let (ours, theirs) = (&durations.canary.counts, &durations.primary.counts);
-        let evidence = |survival_at: &dyn Fn(usize) -> f64| {
-            let mut log = 0.0;
-            factors(&shape, share, survival_at, |bucket, canary, primary| {
-                if ours[bucket] > 0 {
-                    log += ours[bucket] as f64 * canary.ln();
+        let (ours, theirs) = (
+            shape.counts(&durations.canary.counts),
+            shape.counts(&durations.primary.counts),
+        );
+        let slower = &mut self.slower;
+        shape.factors(share, tolerance, |bucket, canary, primary| {
+            for (count, factors) in [(ours[bucket], canary), (theirs[bucket], primary)] {
+                if count > 0.0 {
+                    for (log, factor) in slower.iter_mut().zip(factors) {
+                        *log += count * factor.ln();
+                    }
                 }
-                if theirs[bucket] > 0 {
-                    log += theirs[bucket] as f64 * primary.ln();
-                }
-            });
-            log
-        };
-        for (log, times) in self.slower.iter_mut().zip(ODDS) {
-            let times = tolerance * times;
-            *log += evidence(&|bucket| odds(shape.survival[bucket], times));
-        }
-        // One logarithm per bucket serves all powers.
-        let mut logs = [0.0; BUCKETS_MAX];
-        for (log, survival) in logs.iter_mut().zip(&shape.tolerated_survival[..shape.buckets]) {
-            *log = survival.ln();
-        }
-        for (log, times) in self.slower[ODDS.len()..].iter_mut().zip(HAZARDS) {
-            let power = 1.0 / times;
-            *log += evidence(&|bucket| (logs[bucket] * power).exp());
-        }
+            }
+        });
         if self.log_ceiling() > self.peak {
             self.peak = self.peak.max(self.log_evidence());
         }
         let rest = 1.0 - share;
-        for (bucket, (&ours, &theirs)) in ours.iter().zip(theirs).enumerate() {
-            if tolerance > 1.0 && ours + theirs > 0 {
+        for bucket in 0..shape.buckets {
+            let (ours, theirs) = (ours[bucket], theirs[bucket]);
+            if tolerance > 1.0 && ours + theirs > 0.0 {
                 let tolerated = shape.tolerated[bucket];
-                let mixed = (share * tolerated + rest).ln();
-                self.equal += (ours as f64 + theirs as f64) * mixed;
-                if ours > 0 {
-                    self.equal -= ours as f64 * tolerated.ln();
-                }
+                self.equal += (ours + theirs) * (share * tolerated + rest).ln() - ours * tolerated.ln();
             }
-            if ours > 0 {
-                let upper = shape.survival[bucket];
-                let lower = if bucket + 1 < shape.buckets {
-                    shape.survival[bucket + 1]
-                } else {
-                    0.0
-                };
-                self.places += ours as f64 * (1.0 - 0.5 * (upper + lower));
-            }
+            let next = if bucket + 1 < shape.buckets {
+                shape.survival[bucket + 1]
+            } else {
+                0.0
+            };
+            self.places += ours * (1.0 - 0.5 * (shape.survival[bucket] + next));
         }
         self.peak_equal = self.peak_equal.max(self.equal);
     }
@@ -442,59 +445,63 @@ mod tests {
         running.survival()
     }
 
-    fn each_alternative(shape: &Shape, tolerance: f64, mut each: impl FnMut(&dyn Fn(usize) -> f64, String)) {
-        for times in ODDS {
-            each(
-                &|bucket| odds(shape.survival[bucket], tolerance * times),
-                format!("odds {times}"),
-            );
-        }
-        for times in HAZARDS {
-            let survival = |bucket: usize| shape.tolerated_survival[bucket].powf(1.0 / times);
-            each(&survival, format!("hazard {times}"));
-        }
-    }
-
     #[test]
     fn factors_rise_with_the_duration_and_stay_positive() {
         for share in [0.01, 0.1, 0.5, 0.9, 0.99] {
             for tolerance in [1.0, 1.5, 3.0] {
-                let shape = Shape::of(&known(), tolerance);
-                each_alternative(&shape, tolerance, |survival, name| {
-                    let mut before = f64::INFINITY;
-                    factors(&shape, share, survival, |bucket, canary, primary| {
-                        let case = format!("{share} {tolerance} {name} {bucket}: {canary} {primary}");
-                        assert!(canary <= before && canary > 0.0 && primary > 0.0, "{case}");
-                        before = canary;
-                    });
+                let mut before = [f64::INFINITY; ALTERNATIVES];
+                Shape::of(&known(), tolerance).factors(share, tolerance, |bucket, canary, primary| {
+                    for alternative in 0..ALTERNATIVES {
+                        let (canary, primary) = (canary[alternative], primary[alternative]);
+                        let case = format!("{share} {tolerance} {alternative} {bucket}: {canary} {primary}");
+                        assert!(
+                            canary <= before[alternative] && canary > 0.0 && primary > 0.0,
+                            "{case}"
+                        );
+                    }
+                    before = *canary;
                 });
             }
         }
     }
 
-    /// The exact expectation of a batch of one request per arm is at most 1 for any common distribution, the running
-    /// estimate being right or wrong.
+    /// The exact expectation of a batch of one canary request among four of the primary is at most 1 for any common
+    /// distribution, the running estimate being right or wrong.
     #[test]
     fn the_expected_factor_is_at_most_one_whatever_the_common_distribution_is() {
         let mut random = Random::new(12);
         for tolerance in [1.0, 1.5] {
             let shape = Shape::of(&known(), tolerance);
             for _ in 0..50 {
-                let mut common: Vec<f64> = (0..7).map(|_| -(1.0 - random.unit()).ln()).collect();
+                let mut common: Vec<f64> = (0..shape.buckets).map(|_| -(1.0 - random.unit()).ln()).collect();
                 let sum: f64 = common.iter().sum();
                 common.iter_mut().for_each(|share| *share /= sum);
-                each_alternative(&shape, tolerance, |survival, name| {
-                    let (mut canary_mean, mut primary_mean) = (0.0, 0.0);
-                    // A fifth of the requests are the canary's: four of the primary's for each of its own.
-                    factors(&shape, 0.2, survival, |bucket, canary, primary| {
-                        canary_mean += common[bucket] * canary;
-                        primary_mean += common[bucket] * primary;
-                    });
-                    let mean = canary_mean * primary_mean.powi(4);
-                    assert!(mean <= 1.0 + 1e-9, "{name} at {tolerance}: {mean}");
+                let (mut canary_mean, mut primary_mean) = ([0.0; ALTERNATIVES], [0.0; ALTERNATIVES]);
+                shape.factors(0.2, tolerance, |bucket, canary, primary| {
+                    for alternative in 0..ALTERNATIVES {
+                        canary_mean[alternative] += common[bucket] * canary[alternative];
+                        primary_mean[alternative] += common[bucket] * primary[alternative];
+                    }
                 });
+                for (canary, primary) in canary_mean.into_iter().zip(primary_mean) {
+                    let mean: f64 = canary * primary.powi(4);
+                    assert!(mean <= 1.0 + 1e-9, "at {tolerance}: {mean}");
+                }
             }
         }
+    }
+
+    #[test]
+    fn durations_where_the_primary_has_none_count_in_the_nearest_bucket_that_it_has() {
+        let mut running = Running::default();
+        running.remember(&crate::Histogram {
+            bounds_ms: (1..9).map(f64::from).collect(),
+            counts: vec![0, 0, 500, 400, 100, 0, 0, 0, 0],
+        });
+        let shape = Shape::of(&running.survival(), 1.0);
+        let grouped = shape.counts(&[1, 2, 4, 8, 16, 32, 64, 128, 256]);
+        assert_eq!((shape.first, shape.buckets), (2, 4));
+        assert_eq!(grouped[..4], [7.0, 8.0, 16.0, 480.0]);
     }
 
     #[test]

@@ -116,6 +116,7 @@ impl Errors {
             ErrorClass::Http5xx => "answers 5xx to",
             ErrorClass::Grpc => "answers a gRPC error to",
             ErrorClass::Connection => "does not answer",
+            ErrorClass::ByClient => "fails, a client counted once,",
         };
         let facts = format!(
             "canary {what} {} of {} requests, primary {} of {}",

@@ -10,6 +10,8 @@ pub const BUCKETS_MAX: usize = 64;
 /// After this many requests of the primary an observation counts `1/e` as much. Enough for a hundred beyond the p99,
 /// and a day's change of habits is forgotten in minutes.
 const MEMORY: f64 = 10_000.0;
+/// What has decayed to this is none.
+const FORGOTTEN: f32 = 1e-3;
 
 /// Exponentially forgotten bucket counts of the primary.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -60,6 +62,16 @@ impl Running {
             shares: [0.0; BUCKETS_MAX],
             buckets: self.counts.len().min(BUCKETS_MAX),
             total: self.total(),
+            first: self
+                .counts
+                .iter()
+                .position(|count| *count > FORGOTTEN)
+                .unwrap_or(0),
+            last: self
+                .counts
+                .iter()
+                .rposition(|count| *count > FORGOTTEN)
+                .unwrap_or(0),
         };
         let mut above = 0.5;
         for (share, count) in survival.shares.iter_mut().zip(&self.counts).rev() {
@@ -77,12 +89,20 @@ pub struct Survival {
     shares: [f64; BUCKETS_MAX],
     buckets: usize,
     total: f64,
+    /// The first and the last bucket that hold anything.
+    first: usize,
+    last: usize,
 }
 
 impl Survival {
     /// Share above the lower edge of each bucket, falling from 1.
     pub fn shares(&self) -> &[f64] {
         self.shares.get(..self.buckets).unwrap_or_default()
+    }
+
+    /// The first and the last bucket that hold anything.
+    pub const fn support(&self) -> (usize, usize) {
+        (self.first, self.last)
     }
 
     /// Observations that it rests on.

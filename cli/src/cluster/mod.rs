@@ -1,6 +1,7 @@
 //! The cluster on this machine: its files, its process, what runs inside it.
 
 pub(crate) mod admission;
+pub(crate) mod lock;
 pub(crate) mod logs;
 pub(crate) mod mesh;
 pub(crate) mod process;
@@ -110,7 +111,7 @@ impl Cluster {
         self.directory.join("server.log")
     }
 
-    /// Held locked by the server process; contains its process id.
+    /// Held locked by the server process and by those who start and stop it; says who holds it.
     pub(crate) fn lock(&self) -> PathBuf {
         self.directory.join("server.lock")
     }

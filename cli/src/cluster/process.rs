@@ -1,19 +1,18 @@
 //! The server process: started in the background, known by the lock that it holds, ended by its process id.
 
-use std::fs::{File, OpenOptions};
-use std::io::{Read as _, Seek as _, Write as _};
+use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 
-use super::{Cluster, private_directory};
+use super::Cluster;
+use super::lock::{self, Attempt, ClusterLock, Holder, Role};
 
 /// The line with which the server says that everything runs.
 pub(crate) const READY: &str = "ready";
@@ -21,61 +20,15 @@ pub(crate) const READY: &str = "ready";
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the server may take to stop before it is killed; what it leaves is removed by the teardown.
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
+/// How often `down` looks who holds the lock while it waits for it.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
-/// The lock of a cluster, held by its server as long as it lives: the kernel releases it whatever the server dies of.
-#[derive(Debug)]
-pub(crate) struct ServerLock {
-    _file: Flock<File>,
-}
-
-impl ServerLock {
-    /// Takes the lock and writes our process id into it.
-    pub(crate) fn take(cluster: &Cluster) -> anyhow::Result<Self> {
-        private_directory(cluster.directory())?;
-        let path = cluster.lock();
-        let file = open_lock(cluster)?;
-        let mut file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(file) => file,
-            Err((_, Errno::EWOULDBLOCK)) => bail!("cluster {} is already running", cluster.name()),
-            Err((_, error)) => return Err(error).with_context(|| format!("lock {}", path.display())),
-        };
-        file.set_len(0)?;
-        file.rewind()?;
-        write!(file, "{}", std::process::id())?;
-        Ok(Self { _file: file })
-    }
-}
-
-fn open_lock(cluster: &Cluster) -> anyhow::Result<File> {
-    let path = cluster.lock();
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .with_context(|| format!("open {}", path.display()))
-}
-
-/// The process id of the server, if it runs.
+/// The process id of the server, if it runs or is being started.
 pub(crate) fn running(cluster: &Cluster) -> anyhow::Result<Option<Pid>> {
-    if !cluster.lock().exists() {
-        return Ok(None);
-    }
-    let mut file = match Flock::lock(open_lock(cluster)?, FlockArg::LockSharedNonblock) {
-        Ok(_) => return Ok(None),
-        Err((file, Errno::EWOULDBLOCK)) => file,
-        Err((_, error)) => return Err(error).context("look at the lock of the cluster"),
-    };
-    let mut text = String::new();
-    file.rewind()?;
-    file.read_to_string(&mut text)?;
-    let pid = text
-        .trim()
-        .parse()
-        .with_context(|| format!("read {}", cluster.lock().display()))?;
-    Ok(Some(Pid::from_raw(pid)))
+    let holder = lock::holder(cluster)?;
+    Ok(holder
+        .filter(|holder| holder.role == Role::Server)
+        .map(|holder| holder.pid))
 }
 
 /// Starts the server in the background and waits until it says that it is ready. Lines that it prints before go to
@@ -85,7 +38,8 @@ pub(crate) async fn start(
     arguments: &[String],
     mut progress: impl FnMut(&str),
 ) -> anyhow::Result<()> {
-    private_directory(cluster.directory())?;
+    // Before anything is made: whoever wants to stop the cluster from now on finds it.
+    let lock = ClusterLock::take(cluster, Role::Server).await?;
     let log_path = cluster.log();
     let log = OpenOptions::new()
         .create(true)
@@ -103,12 +57,18 @@ pub(crate) async fn start(
         .arg(home)
         .arg("server")
         .args(arguments)
-        .stdin(Stdio::null())
+        .stdin(lock.for_child()?)
         .stdout(Stdio::piped())
         .stderr(log)
         // A group of its own: Ctrl-C at the terminal is for the command, not for the cluster.
         .process_group(0);
     let mut child = command.spawn().context("start the server")?;
+    if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) {
+        lock.write(Pid::from_raw(pid), Role::Server)?;
+    }
+    // The server holds it now, and nobody else: it ends with the server.
+    drop(command);
+    drop(lock);
     let stdout = child.stdout.take().context("the server has no standard output")?;
     let mut lines = BufReader::new(stdout).lines();
     let wait = async {
@@ -143,47 +103,67 @@ fn last_words(cluster: &Cluster) -> String {
     lines[lines.len().saturating_sub(LINES)..].join("\n")
 }
 
-/// Asks the server to stop and waits until it is gone; kills it when it does not listen. Returns whether one ran.
-pub(crate) async fn stop(cluster: &Cluster) -> anyhow::Result<bool> {
-    let Some(pid) = running(cluster)? else {
-        return Ok(false);
-    };
-    let lock = open_lock(cluster)?;
-    // The kernel gives us the lock at the moment in which the server is gone.
-    let mut gone = tokio::task::spawn_blocking(move || Flock::lock(lock, FlockArg::LockShared).is_ok());
-    send(pid, Signal::SIGTERM)?;
-    if tokio::time::timeout(STOP_TIMEOUT, &mut gone).await.is_err() {
-        send(pid, Signal::SIGKILL)?;
-        gone.await.context("wait for the server to end")?;
+/// Asks the server to stop and waits until it is gone; kills it when it does not listen. The cluster is locked until the result is
+/// dropped, so that nothing starts while its remains are removed.
+pub(crate) async fn stop(cluster: &Cluster) -> anyhow::Result<Stopped> {
+    if !cluster.directory().exists() {
+        return Ok(Stopped {
+            ran: false,
+            _lock: None,
+        });
     }
-    Ok(true)
+    let mut told: Option<Pid> = None;
+    let started = Instant::now();
+    loop {
+        let holder = match ClusterLock::try_take(cluster, Role::Down)? {
+            Attempt::Taken(lock) => {
+                return Ok(Stopped {
+                    ran: told.is_some(),
+                    _lock: Some(lock),
+                });
+            }
+            Attempt::Held(holder) => holder,
+        };
+        let waited = started.elapsed();
+        match holder {
+            // `up` hands the lock to the server, so that the holder may be another one than a moment ago.
+            Some(Holder {
+                pid,
+                role: Role::Server,
+            }) if told != Some(pid) => {
+                send(pid, Signal::SIGTERM)?;
+                told = Some(pid);
+            }
+            Some(Holder {
+                pid,
+                role: Role::Server,
+            }) if waited > STOP_TIMEOUT => send(pid, Signal::SIGKILL)?,
+            Some(_) | None => {}
+        }
+        if waited > 2 * STOP_TIMEOUT {
+            bail!(
+                "the lock of cluster {} is still held{}; end that process and try again",
+                cluster.name(),
+                holder
+                    .map(|holder| format!(" by process {}", holder.pid))
+                    .unwrap_or_default()
+            );
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
+/// A cluster whose server does not run, and cannot be started while this lives.
+#[derive(Debug)]
+pub(crate) struct Stopped {
+    /// Whether a server ran.
+    pub(crate) ran: bool,
+    _lock: Option<ClusterLock>,
 }
 
 fn send(pid: Pid, signal: Signal) -> anyhow::Result<()> {
     match kill(pid, signal) {
         Ok(()) | Err(Errno::ESRCH) => Ok(()),
         Err(error) => Err(error).with_context(|| format!("send {signal} to the server, process {pid}")),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_cluster_runs_as_long_as_its_lock_is_held() {
-        let home = tempfile::tempdir().unwrap();
-        let cluster = Cluster::named("locks", Some(home.path())).unwrap();
-        assert_eq!(running(&cluster).unwrap(), None);
-        let lock = ServerLock::take(&cluster).unwrap();
-        assert_eq!(running(&cluster).unwrap(), Some(Pid::this()));
-        assert!(
-            ServerLock::take(&cluster)
-                .unwrap_err()
-                .to_string()
-                .contains("already running")
-        );
-        drop(lock);
-        assert_eq!(running(&cluster).unwrap(), None);
     }
 }

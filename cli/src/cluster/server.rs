@@ -21,9 +21,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
 use super::admission::SidecarInjection;
+use super::lock::{ClusterLock, Role};
 use super::logs::NodeLogs;
 use super::mesh::{LedgerLiveness, MeshMetrics};
-use super::process::{READY, ServerLock};
+use super::process::READY;
 use super::{Cluster, private_directory};
 use crate::commands::{apply, image};
 
@@ -81,7 +82,10 @@ pub(crate) async fn run(
 ) -> anyhow::Result<()> {
     start_log();
     let started = Instant::now();
-    let _lock = ServerLock::take(cluster)?;
+    let _lock = match ClusterLock::inherited(cluster)? {
+        Some(lock) => lock,
+        None => ClusterLock::take(cluster, Role::Server).await?,
+    };
     private_directory(&cluster.store())?;
     std::fs::create_dir_all(cluster.mesh()).context("make the directory of the mesh's socket")?;
     let step = |what: &str| {

@@ -35,7 +35,8 @@ pub(crate) async fn run(cluster: &Cluster, options: &Options) -> anyhow::Result<
 
 /// Stops the server, then removes what runs without it. Returns whether a server ran.
 pub(crate) async fn stop(cluster: &Cluster, purge: bool) -> anyhow::Result<bool> {
-    let ran = process::stop(cluster).await?;
+    // Locked until the end: nothing starts while this is removed.
+    let stopped = process::stop(cluster).await?;
     let directory = cluster.directory().to_owned();
     tokio::task::spawn_blocking(move || serin_workloads::teardown(&directory))
         .await?
@@ -47,5 +48,5 @@ pub(crate) async fn stop(cluster: &Cluster, purge: bool) -> anyhow::Result<bool>
         std::fs::remove_dir_all(cluster.directory())
             .with_context(|| format!("remove {}", cluster.directory().display()))?;
     }
-    Ok(ran)
+    Ok(stopped.ran)
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use serin_analysis::Judges;
+use serin_analysis::judge::watch::Watch;
 use serin_analysis::sample::Counts;
 
 use crate::templates::Reading;
@@ -50,8 +51,19 @@ pub struct Observed {
     pub readings: Vec<Option<Reading>>,
     /// The state of their rules, by metric, to be kept in the status.
     pub values: std::collections::BTreeMap<String, serin_analysis::judge::values::Values>,
+    /// The primary that was kept when it was last overwritten.
+    pub former: Option<Former>,
     /// Another Canary that rolls out the same target and came first.
     pub rival: Option<String>,
+}
+
+/// A primary that was kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Former {
+    /// Its annotation `flagger-id`.
+    pub id: String,
+    /// That of the primary that took its place.
+    pub replaced_by: String,
 }
 
 /// A Deployment, as far as a rollout cares.
@@ -160,6 +172,8 @@ pub struct Measured {
     pub windows: Vec<Counts>,
     /// The evidence of this run.
     pub judges: Judges,
+    /// The detector of the watch after a promotion, where that is on.
+    pub watch: Option<Watch>,
     /// Requests to the canary since the current weight is live.
     pub step_requests: u64,
     /// What was seen of the service's traffic in this run.

@@ -2,7 +2,7 @@
 
 mod comparison;
 
-pub use comparison::{Advance, ComparisonPlan};
+pub use comparison::{Advance, ComparisonPlan, WatchPlan};
 
 use std::time::Duration;
 

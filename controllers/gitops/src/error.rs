@@ -72,7 +72,7 @@ pub enum Error {
     #[error("{0}")]
     Build(String),
     /// One object could not be applied, deleted or read.
-    #[error("{object} {action} failed: {reason}")]
+    #[error("{object} {action} failed: {reason}{}", from(origin.as_ref()))]
     Object {
         /// `Kind/namespace/name`, as Flux writes objects.
         object: String,
@@ -80,6 +80,8 @@ pub enum Error {
         action: &'static str,
         /// The API server's words.
         reason: String,
+        /// File and line that it comes from, where the build knows.
+        origin: Option<String>,
         /// Whether the same request may succeed in a moment (server busy or away).
         transient: bool,
     },
@@ -161,6 +163,12 @@ impl Error {
             | Self::Stopping => false,
         }
     }
+}
+
+fn from(origin: Option<&String>) -> String {
+    origin
+        .map(|origin| format!(" (from {origin})"))
+        .unwrap_or_default()
 }
 
 /// Whether the API server was busy or away, rather than refusing.

@@ -69,7 +69,7 @@ pub struct CanaryAnalysis {
 
 /// Ours: options of the sequential comparison of canary against primary.
 ///
-/// Without any of them errors and the p99 latency are compared, with an overall alpha of 1 % and a tolerance of 1.5.
+/// Without any of them errors, the p99 latency and the whole distribution of latencies are compared, with an overall alpha of 1 % and a tolerance of 1.5.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Comparison {
@@ -94,7 +94,7 @@ pub struct Comparison {
         serialize_with = "crate::number::optional"
     )]
     pub tolerance: Option<f64>,
-    /// What is compared. Default: `errors` with weight 3 and `latency-p99` with weight 1.
+    /// What is compared. Default: `errors` with weight 6, `latency-p99` and `latency` with weight 1 each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub metrics: Vec<ComparisonMetric>,
     /// Highest acceptable error rate of the canary, in percent, whatever the primary's is: for when both are bad. Default:
@@ -136,6 +136,33 @@ pub struct Comparison {
         serialize_with = "crate::number::optional"
     )]
     pub expected_ratio: Option<f64>,
+    /// Watches what the promoted primary serves, and takes the promotion back when it fails more than the former one did.
+    /// Default: no watch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub watch: Option<PromotionWatch>,
+}
+
+/// Ours: the watch after a promotion.
+///
+/// What is normal is what the run has shown of the primary, times the tolerance. An alarm sets the primary back to the
+/// revision before; the Canary is `Failed` until the next revision.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PromotionWatch {
+    /// How long after the promotion an alarm takes it back, for example `30m`. Default `1h`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub duration: Option<String>,
+    /// False alarms per day on average, at most, while nothing is worse than normal. Default 0.1.
+    #[schemars(range(min = 0.0001, max = 100.0))]
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "crate::number::optional"
+    )]
+    pub false_alarms_per_day: Option<f64>,
+    /// Whether an alarm takes the promotion back; otherwise it is only told. Default true.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rollback: Option<bool>,
 }
 
 /// One compared quantity.

@@ -91,6 +91,9 @@ pub struct CanaryStatus {
     /// Ours: what a controller needs to continue this run after a restart.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub run: Option<RunStatus>,
+    /// Ours: the watch after the last promotion.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub watch: Option<WatchStatus>,
     /// Ours: one sentence on what is being waited for, or why the last run ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
@@ -259,7 +262,51 @@ pub struct RunStatus {
     /// Intervals by which the current step was prolonged.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub extended: Option<i32>,
+    /// The primary's error rate that counts as normal after the promotion, in percent.
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "crate::number::optional"
+    )]
+    pub normal_error_rate: Option<f64>,
+    /// `flagger-id` of the primary that this run replaces, which is kept for the watch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub former_id: Option<String>,
     /// State of the judges.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub evidence: Option<Evidence>,
+}
+
+/// The watch after a promotion.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct WatchStatus {
+    /// When the promotion was complete.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<MicroTime>,
+    /// Until when an alarm takes the promotion back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub until: Option<MicroTime>,
+    /// When the alarm went off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alarmed_at: Option<MicroTime>,
+    /// The error rate that counts as normal, in percent.
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "crate::number::optional"
+    )]
+    pub normal_error_rate: Option<f64>,
+    /// `flagger-id` of the primary before the promotion, which an alarm brings back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub former_id: Option<String>,
+    /// Hash of the target's template that was promoted before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub former_spec: Option<String>,
+    /// One sentence on what was seen.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    /// State of the detector, while it watches.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub evidence: Option<Evidence>,
 }

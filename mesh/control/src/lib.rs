@@ -10,6 +10,7 @@
 //! * [`index`]: watches → changes of the model.
 //! * [`translate`]: the model → xDS resources, each translated once and shared by all proxies that need it.
 //! * [`WARMING`]: a rule that came before what it refers to waits a moment, and what was in effect stays.
+//! * Lingering: what is taken away before the last rule that names it stays as long.
 //! * [`ads`]: what changed → the proxies that need it, with adaptive debounce.
 //! * [`ledger`]: which proxies need, were sent, acknowledged or refused each generation of each object.
 //! * [`telemetry`]: what the proxies measure → samples per workload.
@@ -25,6 +26,7 @@ mod control;
 pub mod index;
 pub mod inject;
 pub mod ledger;
+mod lingering;
 pub mod proxy_identity;
 pub mod status;
 pub mod telemetry;

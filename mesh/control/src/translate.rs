@@ -87,6 +87,33 @@ pub struct Translator {
     work: Work,
 }
 
+/// The model while changes are taken in that are translated together.
+#[derive(Debug)]
+pub(crate) struct Intake<'a> {
+    model: &'a mut Model,
+    touched: serin_model::Touched,
+    causes: usize,
+}
+
+impl Intake<'_> {
+    /// The model with what was taken in so far.
+    pub(crate) fn model(&self) -> &Model {
+        self.model
+    }
+
+    /// See [`Model::bereaves`].
+    pub(crate) fn bereaves(&mut self, change: &serin_model::Change) -> Vec<serin_model::Loss> {
+        self.model.bereaves(change)
+    }
+
+    /// Takes in a change.
+    pub(crate) fn take(&mut self, change: serin_model::Change) {
+        let one = self.model.apply(change);
+        self.causes += usize::from(one.cause.is_some());
+        self.touched.merge(one);
+    }
+}
+
 impl Translator {
     /// A translator of an empty model.
     pub fn new(config: MeshConfig) -> Self {
@@ -116,26 +143,18 @@ impl Translator {
 
     /// Takes in several changes at once: each resource is translated once, however many of them touched it.
     pub fn apply_all(&mut self, changes: impl IntoIterator<Item = serin_model::Change>) -> Touched {
-        self.apply_where(changes, |_, _| true)
+        self.apply_with(|intake| changes.into_iter().for_each(|change| intake.take(change)))
     }
 
-    /// As [`Translator::apply_all`], but `admit` decides of each change, when it is its turn, whether it is taken in at all; it
-    /// sees the model with all changes before it.
-    pub fn apply_where(
-        &mut self,
-        changes: impl IntoIterator<Item = serin_model::Change>,
-        mut admit: impl FnMut(&Model, &serin_model::Change) -> bool,
-    ) -> Touched {
-        let mut touched = serin_model::Touched::default();
-        let mut causes = 0;
-        for change in changes {
-            if !admit(&self.model, &change) {
-                continue;
-            }
-            let one = self.model.apply(change);
-            causes += usize::from(one.cause.is_some());
-            touched.merge(one);
-        }
+    /// As [`Translator::apply_all`], of the changes that `take_in` takes in: it sees the model with all changes before each.
+    pub(crate) fn apply_with(&mut self, take_in: impl FnOnce(&mut Intake<'_>)) -> Touched {
+        let mut intake = Intake {
+            model: &mut self.model,
+            touched: serin_model::Touched::default(),
+            causes: 0,
+        };
+        take_in(&mut intake);
+        let Intake { touched, causes, .. } = intake;
         let mut out = Touched {
             cause: touched.cause.clone().filter(|_| causes == 1),
             ..Touched::default()

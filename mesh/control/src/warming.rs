@@ -7,8 +7,7 @@
 //!
 //! Nothing waits before the world is complete: a rule that has always pointed at nothing is no news after a restart.
 //!
-//! Pure: times are since any fixed moment. Limits: what is *removed* in the wrong order (a subset before the last rule that names it) is not
-//! held back.
+//! What is *removed* in the wrong order is the subject of [`crate::lingering`]. Pure: times are since any fixed moment.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -37,6 +36,11 @@ impl Warming {
     /// Everything that exists has been said. What waits goes with the next changes.
     pub(crate) fn complete(&mut self) {
         self.complete = true;
+    }
+
+    /// Whether everything that exists has been said.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.complete
     }
 
     /// The rules that wait, to be tried again.

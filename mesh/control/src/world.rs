@@ -16,6 +16,7 @@ use serin_xds::resource as xds;
 
 use crate::ads::{Applied, Input, Note, Verdict, World};
 use crate::index::Event;
+use crate::lingering::Lingering;
 use crate::proxy_identity::Proxy;
 use crate::translate::{Touched, Translator};
 use crate::warming::Warming;
@@ -34,6 +35,7 @@ impl From<Event> for Input<Change> {
 pub struct MeshWorld {
     translator: Translator,
     warming: Warming,
+    lingering: Lingering,
     objects: HashMap<Arc<str>, Seen>,
 }
 
@@ -53,6 +55,7 @@ impl MeshWorld {
         Self {
             translator: Translator::new(config),
             warming: Warming::default(),
+            lingering: Lingering::default(),
             objects: HashMap::new(),
         }
     }
@@ -143,9 +146,10 @@ impl World for MeshWorld {
             // Rules come after what they may refer to, and among themselves in order.
             match key.kind {
                 Kind::VirtualService => rules.push((change, None)),
-                _ => first.push((change, None)),
+                _ => first.push(change),
             }
         }
+        let mut retried = Vec::with_capacity(waiting.len());
         let mut told = Vec::with_capacity(waiting.len());
         for (key, (object, until)) in &waiting {
             // One that is overtaken before it was ever in effect is not told of.
@@ -153,31 +157,50 @@ impl World for MeshWorld {
             if !overtaken {
                 told.push((key.clone(), seen(object).map(|seen| seen.generation)));
             }
-            first.push((Change::Apply(object.clone()), Some(*until)));
+            retried.push((Change::Apply(object.clone()), Some(*until)));
         }
         told.append(&mut changed);
-        let warming = &mut self.warming;
-        let mut deadlines = Vec::with_capacity(first.len() + rules.len());
-        let mut all = Vec::with_capacity(first.len() + rules.len());
-        for (change, until) in first.into_iter().chain(rules) {
-            deadlines.push(until);
-            all.push(change);
-        }
-        let mut deadlines = deadlines.into_iter();
-        let touched = self.translator.apply_where(all, |model, change| {
-            let until = deadlines.next().flatten();
-            match change {
-                Change::Apply(rules @ Object::VirtualService(_)) => warming.admits(model, rules, until, now),
-                Change::Delete(key) => {
-                    warming.forget(key);
-                    true
+        let (warming, lingering) = (&mut self.warming, &mut self.lingering);
+        let mut settled = Vec::new();
+        let touched = self.translator.apply_with(|intake| {
+            for change in first {
+                let change = match warming.is_complete() {
+                    true => lingering.at_once(intake, change, now),
+                    false => Some(change),
+                };
+                if let Some(change) = change {
+                    intake.take(change);
                 }
-                Change::Apply(_) => true,
             }
+            for (change, until) in retried.into_iter().chain(rules) {
+                let admitted = match &change {
+                    Change::Apply(rules) => warming.admits(intake.model(), rules, until, now),
+                    Change::Delete(key) => {
+                        warming.forget(key);
+                        true
+                    }
+                };
+                if admitted {
+                    intake.take(change);
+                }
+            }
+            settled = lingering.settle(intake, now);
         });
+        for key in settled {
+            // Told already if it settled with the change itself.
+            if told.iter().all(|(told, _)| *told != key) {
+                let generation = self
+                    .objects
+                    .get(key.to_string().as_str())
+                    .map(|seen| seen.generation);
+                if matches!(key.kind, Kind::DestinationRule | Kind::ServiceEntry) {
+                    told.push((key, generation));
+                }
+            }
+        }
         notes_changed |= waiting.keys().any(|key| self.warming.missing(key).is_none());
         // Of what waits there is no verdict yet.
-        told.retain(|(key, _)| self.warming.missing(key).is_none());
+        told.retain(|(key, _)| self.warming.missing(key).is_none() && !self.lingering.holds(key));
         let verdicts = told
             .into_iter()
             .map(|(key, generation)| {
@@ -216,7 +239,8 @@ impl World for MeshWorld {
     }
 
     fn wake_at(&self) -> Option<Duration> {
-        self.warming.wake_at()
+        let times = [self.warming.wake_at(), self.lingering.wake_at()];
+        times.into_iter().flatten().min()
     }
 
     fn forget(&mut self, proxy: &str) {

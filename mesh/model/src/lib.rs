@@ -23,6 +23,7 @@ pub mod policy;
 mod problems;
 pub mod protocol;
 mod registry;
+mod removal;
 pub mod route;
 mod rules;
 pub mod scope;
@@ -40,6 +41,7 @@ pub use object::{Change, Kind, Object, ObjectKey, Provenance, Seniority};
 pub use policy::HostPolicy;
 pub use problems::{Problem, Severity};
 pub use protocol::Protocol;
+pub use removal::Loss;
 pub use route::{Route, RuleSet};
 pub use scope::Scope;
 pub use service::{Endpoint, Locality, Port, Resolution, Service, TargetPort, Visibility, Workload};
@@ -294,6 +296,11 @@ impl Model {
         self.registry
             .services_of(namespace)
             .filter(|service| service.selects(labels))
+    }
+
+    /// The Service that an EndpointSlice belongs to.
+    pub fn service_of_slice(&self, slice: &ObjectKey) -> Option<ObjectKey> {
+        self.registry.service_of_slice(slice)
     }
 
     /// Endpoints of a host.

@@ -166,6 +166,13 @@ impl PolicyIndex {
         touched
     }
 
+    /// The object of a key, with the host that it is for.
+    pub(crate) fn get(&self, key: &ObjectKey) -> Option<(&Arc<str>, &Arc<DestinationRule>)> {
+        let (host, seniority) = self.hosts.get(key)?;
+        let slot = (key.namespace.clone(), host.clone());
+        Some((host, self.objects.get(&slot)?.get(seniority)?))
+    }
+
     fn merge(&mut self, slot: &(Arc<str>, Arc<str>)) {
         let mut merged: Vec<HostPolicy> = Vec::new();
         for object in self.objects.get(slot).into_iter().flat_map(BTreeMap::values) {

@@ -264,10 +264,18 @@ impl Model {
     }
 }
 
-/// Whom the http routes send requests to, with the field that says so.
+/// Whom the rules send requests and connections to, with the field that says so.
 fn backends(rules: &RuleSet) -> impl Iterator<Item = (String, &Backend)> {
-    rules.http.iter().flat_map(|route| {
+    let http = rules.http.iter().flat_map(|route| {
         let field = format!("spec.http[{}]", route.provenance.rule.unwrap_or(0));
         route.hosts().map(move |backend| (field.clone(), backend))
-    })
+    });
+    let connections = [("tls", &rules.tls), ("tcp", &rules.tcp)];
+    let connections = connections.into_iter().flat_map(|(kind, routes)| {
+        routes.iter().flat_map(move |route| {
+            let field = format!("spec.{kind}[{}]", route.provenance.rule.unwrap_or(0));
+            route.backends.iter().map(move |backend| (field.clone(), backend))
+        })
+    });
+    http.chain(connections)
 }

@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::{Node, Pod, Service as KubeService};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use serin_crds::istio::{ServiceEntry, ServiceEntryResolution};
 
-use crate::object::ObjectKey;
+use crate::object::{Kind, ObjectKey};
 use crate::service::{Endpoint, Locality, Service, TargetPort, Workload};
 
 /// `(namespace, name)`.
@@ -67,6 +67,16 @@ impl Registry {
             .and_then(|services| services.values().next())
     }
 
+    /// The services that an object makes and that are the ones in use for their hosts, each with whether another object makes one too.
+    pub(crate) fn made_by(&self, key: &ObjectKey) -> impl Iterator<Item = (&Arc<Service>, bool)> {
+        let hosts = self.by_object.get(key).into_iter().flatten();
+        hosts.filter_map(move |host| {
+            let services = self.services.get(host)?;
+            let (first, service) = services.iter().next()?;
+            (first == key).then_some((service, services.len() > 1))
+        })
+    }
+
     pub(crate) fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
         self.services
             .values()
@@ -79,6 +89,14 @@ impl Registry {
             .into_iter()
             .flatten()
             .filter_map(|host| self.service(host))
+    }
+
+    pub(crate) fn service_of_slice(&self, slice: &ObjectKey) -> Option<ObjectKey> {
+        let slice = self
+            .slices
+            .get(&(slice.namespace.clone(), slice.name.clone()))
+            .map(|known| (slice, known));
+        slice.map(|(key, known)| ObjectKey::new(Kind::Service, &key.namespace, &known.service))
     }
 
     pub(crate) fn endpoints(&self, host: &str) -> Arc<Vec<Endpoint>> {

@@ -377,4 +377,11 @@ impl RuleSet {
     pub fn in_mesh(&self) -> bool {
         self.gateways.iter().any(|gateway| &**gateway == MESH)
     }
+
+    /// Whom any of its rules sends requests or connections to.
+    pub fn destinations(&self) -> impl Iterator<Item = &Backend> {
+        let connections = self.tls.iter().chain(&self.tcp);
+        let http = self.http.iter().flat_map(Route::hosts);
+        http.chain(connections.flat_map(|route| &route.backends))
+    }
 }

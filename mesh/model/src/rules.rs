@@ -30,6 +30,8 @@ pub(crate) struct RuleIndex {
     gateways: BTreeMap<Arc<str>, BTreeMap<Seniority, Arc<RuleSet>>>,
     /// Delegate → roots that name it.
     roots: BTreeMap<ObjectKey, BTreeSet<ObjectKey>>,
+    /// Host → objects whose rules send requests or connections to it.
+    named: BTreeMap<Arc<str>, BTreeSet<ObjectKey>>,
     /// Rules that are for some client workloads only.
     pub(crate) selective: usize,
 }
@@ -104,6 +106,14 @@ impl RuleIndex {
                     }
                 }
             }
+            for host in old.rules.destinations().map(|backend| &backend.host) {
+                if let Some(keys) = self.named.get_mut(host) {
+                    keys.remove(key);
+                    if keys.is_empty() {
+                        self.named.remove(host);
+                    }
+                }
+            }
             touched.hosts.extend(old.rules.hosts.iter().cloned());
         }
         let new = object.map(|object| {
@@ -147,6 +157,10 @@ impl RuleIndex {
             for target in &new.targets {
                 self.roots.entry(target.clone()).or_default().insert(key.clone());
             }
+            for backend in new.rules.destinations() {
+                let keys = self.named.entry(backend.host.clone()).or_default();
+                keys.insert(key.clone());
+            }
             touched.hosts.extend(new.rules.hosts.iter().cloned());
             self.entries.insert(key.clone(), new);
         }
@@ -179,6 +193,20 @@ impl RuleIndex {
     /// The compiled rules of an object.
     pub(crate) fn get(&self, key: &ObjectKey) -> Option<&Arc<RuleSet>> {
         self.entries.get(key).map(|entry| &entry.rules)
+    }
+
+    /// Rules that send requests or connections to a host, or to any host that a wildcard covers.
+    pub(crate) fn naming(&self, pattern: &str) -> Vec<(ObjectKey, Arc<RuleSet>)> {
+        let exact = self.named.get(pattern).filter(|_| !host::is_wildcard(pattern));
+        let covered = self
+            .named
+            .iter()
+            .filter(|(host, _)| host::is_wildcard(pattern) && host::covers(pattern, host))
+            .map(|(_, keys)| keys);
+        let keys: BTreeSet<&ObjectKey> = exact.into_iter().chain(covered).flatten().collect();
+        keys.into_iter()
+            .filter_map(|key| Some((key.clone(), self.entries.get(key)?.rules.clone())))
+            .collect()
     }
 
     /// The senior visible rule set for exactly this host or wildcard.

@@ -62,6 +62,7 @@ pub mod hygiene;
 pub mod intercept;
 pub mod metrics;
 pub mod observe;
+pub mod overload;
 pub mod policy;
 mod random;
 mod sys;

@@ -1,8 +1,10 @@
 //! The live server behind all front ends: the store under one lock, the kinds, the log, and the wake-ups of watchers.
 //!
-//! A write is applied and logged under the store's lock, so the log has the order of resource versions. Readers and watchers see it at
-//! once; the writer is answered when it is on disk. After a crash nobody can be fooled by a version that was seen but lost: the next start
-//! leaves a gap in the versions and has no history, so every watcher is told 410 and lists again.
+//! A write is staged and logged under the store's lock, so the log has the order of resource versions. Nobody sees it before it is on
+//! disk: the log's writer syncs a group, publishes it to readers and watchers, and only then wakes the writers to their answers. One that
+//! lost against a write that is still staged is told so when that is durable, and not at all if it never becomes so: answers, lists and
+//! watches alike show what a `kill -9` cannot take back. The next start leaves a gap in the versions and has no history, so every watcher
+//! is told 410 and lists again.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -16,7 +18,7 @@ use crate::admission::{Admission, PodLogs};
 use crate::clock::Clock;
 use crate::error::{ApiError, ApiResult};
 use crate::kinds::{Kind, Registry, ResourceId};
-use crate::log::Log;
+use crate::log::{Log, StoreSide};
 use crate::store::{Change, Event, Expect, Lost, Store, Stored};
 
 pub(crate) struct Hub {
@@ -44,6 +46,16 @@ pub(crate) struct Hub {
 pub(crate) enum CommitError {
     Lost(Lost),
     Storage(String),
+}
+
+/// What became of a write under the store's lock.
+enum Staged {
+    /// In the log's buffer; its writer thread publishes it.
+    Logged(Arc<Event>),
+    /// There is no log: seen already, by those who are to be woken.
+    Published(Arc<Event>, Vec<(ResourceId, u64)>),
+    /// The state was another one; `against` is the version to wait for where that state is not durable yet.
+    Lost { lost: Lost, against: Option<u64> },
 }
 
 impl Hub {
@@ -97,11 +109,18 @@ impl Hub {
             .subscribe()
     }
 
-    fn wake(&self, resource: &ResourceId, rv: u64) {
-        if let Some(sender) = self.wakes.read().get(resource) {
-            sender.send_modify(|v| *v = rv.max(*v));
+    fn wake(&self, changed: &[(ResourceId, u64)]) {
+        let wakes = self.wakes.read();
+        let mut newest = 0;
+        for (resource, rv) in changed {
+            newest = newest.max(*rv);
+            if let Some(sender) = wakes.get(resource) {
+                sender.send_modify(|v| *v = (*rv).max(*v));
+            }
         }
-        self.any.send_modify(|v| *v = rv.max(*v));
+        if newest > 0 {
+            self.any.send_modify(|v| *v = newest.max(*v));
+        }
     }
 
     pub(crate) fn get(&self, kind: &Kind, key: &str) -> Option<Arc<Stored>> {
@@ -121,15 +140,13 @@ impl Hub {
         expect: Expect,
     ) -> Result<Arc<Event>, CommitError> {
         self.healthy()?;
-        let (event, ticket) = {
+        self.namespace_settled(resource, key, expect).await?;
+        let staged = {
             let mut store = self.store.lock();
-            let event = store
-                .put(resource, key, value, expect)
-                .map_err(CommitError::Lost)?;
-            let ticket = self.record(resource, &event);
-            (event, ticket)
+            let staged = store.put(resource, key, value, expect);
+            self.record(&mut store, resource, key, staged)
         };
-        self.finish(resource, event, ticket).await
+        self.finish(staged).await
     }
 
     /// Delete an object and wait until that is durable.
@@ -141,13 +158,31 @@ impl Hub {
         rv: u64,
     ) -> Result<Arc<Event>, CommitError> {
         self.healthy()?;
-        let (event, ticket) = {
+        let staged = {
             let mut store = self.store.lock();
-            let event = store.remove(resource, key, last, rv).map_err(CommitError::Lost)?;
-            let ticket = self.record(resource, &event);
-            (event, ticket)
+            let staged = store.remove(resource, key, last, rv);
+            self.record(&mut store, resource, key, staged)
         };
-        self.finish(resource, event, ticket).await
+        self.finish(staged).await
+    }
+
+    /// A new object in a namespace that is itself being changed waits for that: it may be about to go, and what is made in it after its
+    /// contents were counted would be left behind.
+    async fn namespace_settled(
+        &self,
+        resource: &ResourceId,
+        key: &str,
+        expect: Expect,
+    ) -> Result<(), CommitError> {
+        let (Expect::Absent, Some((namespace, _))) = (expect, key.split_once('/')) else {
+            return Ok(());
+        };
+        let Some(staged) = self.store.lock().staged_at("/namespaces", namespace) else {
+            return Ok(());
+        };
+        tracing::trace!(%resource, key, "waiting for a change of the namespace");
+        self.durable(staged).await?;
+        Err(CommitError::Lost(Lost::Changed))
     }
 
     fn healthy(&self) -> Result<(), CommitError> {
@@ -157,27 +192,67 @@ impl Hub {
         }
     }
 
-    fn record(&self, resource: &ResourceId, event: &Event) -> u64 {
-        let Some(log) = &self.log else { return 0 };
+    /// Log what was staged, under the lock of the store.
+    fn record(
+        &self,
+        store: &mut Store,
+        resource: &ResourceId,
+        key: &str,
+        staged: Result<Arc<Event>, Lost>,
+    ) -> Staged {
+        let event = match staged {
+            Ok(event) => event,
+            Err(lost) => {
+                return Staged::Lost {
+                    lost,
+                    against: store.staged_at(resource, key),
+                };
+            }
+        };
+        let Some(log) = &self.log else {
+            let changed = store.publish(event.rv);
+            return Staged::Published(event, changed);
+        };
         match event.change {
             Change::Added | Change::Modified => {
-                log.put(resource, &event.key, event.rv, &event.object.whole())
+                log.put(resource, &event.key, event.rv, &event.object.whole());
             }
             Change::Deleted => log.delete(resource, &event.key, event.rv),
         }
+        Staged::Logged(event)
     }
 
-    async fn finish(
-        &self,
-        resource: &ResourceId,
-        event: Arc<Event>,
-        ticket: u64,
-    ) -> Result<Arc<Event>, CommitError> {
-        self.wake(resource, event.rv);
-        if let Some(log) = &self.log {
-            log.durable(ticket).await.map_err(CommitError::Storage)?;
+    async fn finish(&self, staged: Staged) -> Result<Arc<Event>, CommitError> {
+        match staged {
+            Staged::Logged(event) => {
+                self.durable(event.rv).await?;
+                Ok(event)
+            }
+            Staged::Published(event, changed) => {
+                self.wake(&changed);
+                Ok(event)
+            }
+            Staged::Lost { lost, against } => {
+                if let Some(rv) = against {
+                    self.durable(rv).await?;
+                }
+                Err(CommitError::Lost(lost))
+            }
         }
-        Ok(event)
+    }
+
+    /// Wait until a version is on disk and published.
+    async fn durable(&self, rv: u64) -> Result<(), CommitError> {
+        match &self.log {
+            Some(log) => log.durable(rv).await.map_err(CommitError::Storage),
+            None => Ok(()),
+        }
+    }
+
+    /// Show readers and watchers everything up to a version, which is on disk.
+    pub(crate) fn publish(&self, durable: u64) {
+        let changed = self.store.lock().publish(durable);
+        self.wake(&changed);
     }
 
     pub(crate) fn storage_error(text: &str) -> ApiError {
@@ -240,3 +315,47 @@ impl Hub {
 
 /// Attempts of an update that keeps losing against others.
 pub(crate) const MODIFY_ATTEMPTS: usize = 32;
+
+/// The store as the log's writer sees it.
+#[derive(Default)]
+pub(crate) struct BehindLog {
+    hub: parking_lot::Mutex<std::sync::Weak<Hub>>,
+}
+
+impl BehindLog {
+    pub(crate) fn attach(&self, hub: &Arc<Hub>) {
+        *self.hub.lock() = Arc::downgrade(hub);
+    }
+}
+
+impl StoreSide for BehindLog {
+    fn publish(&self, durable: u64) {
+        let hub = self.hub.lock().upgrade();
+        if let Some(hub) = hub {
+            hub.publish(durable);
+        }
+    }
+
+    fn snapshot(&self) -> (Vec<(Arc<str>, Arc<str>, u64, Vec<u8>)>, u64) {
+        let hub = self.hub.lock().upgrade();
+        let Some(hub) = hub else {
+            return (Vec::new(), 0);
+        };
+        let (objects, rv) = {
+            let store = hub.store.lock();
+            let objects: Vec<_> = store
+                .all()
+                .map(|(r, k, o)| (r.clone(), k.clone(), o.clone()))
+                .collect();
+            (objects, store.rv())
+        };
+        let encoded = objects
+            .into_iter()
+            .map(|(r, k, o)| (r, k, o.rv, o.whole()))
+            .collect();
+        (encoded, rv)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -20,8 +20,8 @@ use crate::clock::{Clock, SystemClock};
 use crate::controllers;
 use crate::error::Error;
 use crate::http::handle;
-use crate::hub::Hub;
-use crate::log::{Log, SnapshotSource};
+use crate::hub::{BehindLog, Hub};
+use crate::log::Log;
 use crate::store::Store;
 
 /// How long connections get to end by themselves at shutdown.
@@ -97,7 +97,7 @@ impl Builder {
         if let Some(events) = self.history_events {
             store.set_history_limit(events);
         }
-        let source = Arc::new(LiveObjects::default());
+        let behind = Arc::new(BehindLog::default());
         let log = match &self.dir {
             None => None,
             Some(dir) => {
@@ -113,7 +113,7 @@ impl Builder {
                     reason: error.to_string(),
                 })??;
                 store = read;
-                Some(Log::start(recovered, source.clone())?)
+                Some(Log::start(recovered, behind.clone())?)
             }
         };
         let hub = Arc::new(Hub::new(
@@ -124,7 +124,7 @@ impl Builder {
             self.pod_logs,
             self.kubernetes_admission,
         ));
-        *source.hub.lock() = Arc::downgrade(&hub);
+        behind.attach(&hub);
         controllers::crds::restore(&hub);
         {
             let services = hub.store.lock().list("/services", "", None, None, |_| true).items;
@@ -143,33 +143,6 @@ impl Builder {
         let tasks = TaskTracker::new();
         controllers::spawn(&hub, &tasks, self.garbage_collector);
         Ok(ApiServer { hub, tasks })
-    }
-}
-
-/// Gives the log writer the live objects for a snapshot.
-#[derive(Default)]
-struct LiveObjects {
-    hub: parking_lot::Mutex<std::sync::Weak<Hub>>,
-}
-
-impl SnapshotSource for LiveObjects {
-    fn snapshot(&self) -> (Vec<(Arc<str>, Arc<str>, u64, Vec<u8>)>, u64) {
-        let Some(hub) = self.hub.lock().upgrade() else {
-            return (Vec::new(), 0);
-        };
-        let (objects, rv) = {
-            let store = hub.store.lock();
-            let objects: Vec<_> = store
-                .all()
-                .map(|(r, k, o)| (r.clone(), k.clone(), o.clone()))
-                .collect();
-            (objects, store.rv())
-        };
-        let encoded = objects
-            .into_iter()
-            .map(|(r, k, o)| (r, k, o.rv, o.whole()))
-            .collect();
-        (encoded, rv)
     }
 }
 

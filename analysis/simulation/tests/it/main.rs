@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests may fail like tests
 
 use serin_simulation::contest::{ERRORS_DEFAULT, ERRORS_STRICT, of_errors};
-use serin_simulation::report::{Result, goals, page};
+use serin_simulation::report::{Measured, Result, goals, page};
 use serin_simulation::run::{Tally, contest};
 use serin_simulation::scenario::{Scenario, healthy};
 
@@ -80,11 +80,15 @@ fn clustered_errors_break_the_bound_and_counting_clients_restores_it() {
 fn the_page_names_each_goal_and_whether_it_is_met() {
     let scenario = short(Scenario::healthy("Poisson, independent errors"), 60);
     let tallies = contest(&scenario, &of_errors(), 8, 2);
-    let results = [Result { scenario, tallies }];
-    let found = goals(&results, &[], &[]);
+    let measured = Measured {
+        runs: 8,
+        healthy: vec![Result { scenario, tallies }],
+        ..Measured::default()
+    };
+    let found = goals(&measured);
     // Eight runs cannot show that fewer than one in a hundred fail.
     assert!(!found.is_empty() && found.iter().all(|goal| !goal.met));
-    let page = page(8, &results, &[], &[]);
+    let page = page(&measured);
     assert!(
         page.contains("**missed**") && page.contains("Kayenta, every 10 min"),
         "{page}"

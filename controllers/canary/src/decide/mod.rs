@@ -9,7 +9,7 @@
 //! - Within a run the share of the canary never falls before its end, and grows only after a window in which every proxy
 //!   that needs the weight had it.
 //! - The canary is scaled down only when no proxy sends it anything any more (or [`DRAIN_DEADLINE`] has passed).
-//! - The primary is never scaled here, and changed only by a promotion.
+//! - The primary is never scaled here, and changed only by a promotion, or by what takes a promotion back.
 //! - *No data* halts: it is neither a failed check nor a passed one.
 //!
 //! Every action is idempotent, and actions come before the status that reports them. So a controller that dies in
@@ -28,6 +28,9 @@ mod simulation;
 mod status;
 #[cfg(test)]
 mod tests;
+pub(crate) mod watch;
+#[cfg(test)]
+mod watch_tests;
 
 use std::time::Duration;
 
@@ -64,6 +67,18 @@ pub enum Action {
         id: String,
         /// Replicas that it has then.
         replicas: i32,
+    },
+    /// Keep the primary as it is, with its ConfigMaps and Secrets, for [`Action::RestorePrimary`].
+    KeepFormer {
+        /// Its annotation `flagger-id`; another primary is not kept.
+        former: String,
+        /// The `flagger-id` of the revision that it makes room for.
+        replaced_by: String,
+    },
+    /// Bring the primary back that was kept.
+    RestorePrimary {
+        /// Its annotation `flagger-id`.
+        id: String,
     },
     /// Write the Services of primary and canary.
     ApplyServices,
@@ -259,6 +274,7 @@ impl<'a> Deciding<'a> {
             }
             self.status.run = None;
         }
+        self.watch();
     }
 
     fn start_run(&mut self) {
@@ -288,6 +304,7 @@ impl<'a> Deciding<'a> {
         self.status.failed_checks = Some(0);
         self.status.iterations = Some(0);
         self.status.metrics.clear();
+        self.status.watch = None;
         self.status.history.clear();
         self.status.weight_live = None;
         let routed = self.seen.route.as_ref().and_then(|route| route.split);
@@ -316,6 +333,9 @@ impl<'a> Deciding<'a> {
         if self.seen.primary.is_none()
             && let Some(target) = self.target()
         {
+            if let Some(id) = self.brought_back() {
+                return self.actions.push(Action::RestorePrimary { id });
+            }
             let id = revision_id(&self.seen.name, &target.template_hash, &self.seen.configs);
             // Later the target is at rest at zero, and a lost primary must not come back without pods.
             let replicas = match self.phase() {

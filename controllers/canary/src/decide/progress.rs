@@ -547,6 +547,7 @@ impl Deciding<'_> {
             return;
         };
         let id = revision_id(&self.seen.name, &target.template_hash, &self.seen.configs);
+        self.keep_former(&id);
         let promotion = self.promotion(id);
         self.actions.push(promotion);
         self.tell(format!(

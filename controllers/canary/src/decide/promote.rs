@@ -45,6 +45,7 @@ impl Deciding<'_> {
                 ));
                 return self.begin(&target.template_hash);
             }
+            self.keep_former(&id);
             let promotion = self.promotion(id);
             self.actions.push(promotion);
             return self.wait_for(format!("{} takes the revision over", primary.name));
@@ -132,9 +133,11 @@ impl Deciding<'_> {
         let Some(target) = self.target() else {
             return;
         };
+        let former_spec = self.status.last_promoted_spec.clone();
         self.status
             .last_promoted_spec
             .clone_from(&self.status.last_applied_spec);
+        self.begin_watch(former_spec);
         // A revision that was pushed meanwhile needs the pods at once again.
         if target.replicas > 0 && !self.is_new_revision(&target.template_hash) {
             self.actions.push(Action::ScaleTarget(0));

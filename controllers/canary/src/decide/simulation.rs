@@ -5,12 +5,13 @@
 use jiff::{SignedDuration, Timestamp};
 use proptest::prelude::*;
 use serde_json::json;
+use serin_analysis::judge::watch::Watch;
 use serin_analysis::sample::{Counts, Histogram, Sample};
 use serin_analysis::verdict::Policy;
 use serin_crds::flagger::{CanaryPhase, CanaryStatus};
 
-use super::{Action, DRAIN_DEADLINE, Decision, decide};
-use crate::observed::{DeadPod, Measured, Observed, RouteState, Workload};
+use super::{Action, DRAIN_DEADLINE, Decision, decide, watch};
+use crate::observed::{DeadPod, Former, Measured, Observed, RouteState, Workload};
 use crate::plan::{Advance, Plan};
 use crate::traffic::{Liveness, Split};
 
@@ -58,6 +59,8 @@ pub(super) enum Happening {
     Measure(u64, u64),
     /// A second of requests to both: (requests, errors) of canary and primary.
     Compare((u64, u64), (u64, u64)),
+    /// A second of requests to the primary alone: (requests, errors), after a promotion.
+    Serve(u64, u64),
     /// A canary pod dies.
     Die,
     /// Somebody edits the route.
@@ -79,6 +82,7 @@ pub(super) struct World {
     acknowledged: i64,
     refused: i64,
     samples: Vec<Sample>,
+    detector: Option<Watch>,
     run: Option<Timestamp>,
     window: Option<Timestamp>,
     pub(super) events: Vec<String>,
@@ -114,6 +118,7 @@ impl World {
             acknowledged: 0,
             refused: 0,
             samples: Vec::new(),
+            detector: None,
             run: None,
             window: None,
             events: Vec::new(),
@@ -206,6 +211,15 @@ impl World {
                     primary: counts(*primary),
                 });
             }
+            Happening::Serve(requests, errors) => {
+                let plan = self.plan.comparison.as_ref().and_then(|plan| plan.watch);
+                if let Some(options) = plan.and_then(|plan| watch::options(&self.status, &plan)) {
+                    let detector = self.detector.take().or_else(|| watch::detector(&self.status));
+                    let mut detector = detector.unwrap_or_default();
+                    detector.observe(*requests, *errors.min(requests), &options);
+                    self.detector = Some(detector);
+                }
+            }
             Happening::Die => self.seen.dead_pods.push(DeadPod {
                 name: "app-1".to_owned(),
                 reason: "container app exited with code 1".to_owned(),
@@ -250,6 +264,15 @@ impl World {
                 counts.add(&sample.canary);
             }
         }
+        if self
+            .status
+            .watch
+            .as_ref()
+            .is_none_or(|watch| watch.evidence.is_none())
+        {
+            self.detector = None;
+        }
+        measured.watch = self.detector.clone();
         measured.step_requests = counts.requests;
         for sample in &self.samples {
             let traffic = &mut measured.traffic;
@@ -294,6 +317,7 @@ impl World {
             // The next controller starts from the status as it was; what it measured is gone.
             self.crash = false;
             self.samples.clear();
+            self.detector = None;
             return decision;
         }
         self.status = decision.status.clone();
@@ -347,6 +371,26 @@ impl World {
                         ..existing
                     });
                 }
+            }
+            Action::KeepFormer { former, replaced_by } => {
+                let primary = self.seen.primary.as_ref();
+                if primary.and_then(|primary| primary.promoted_id.as_ref()) == Some(former) {
+                    self.seen.former = Some(Former {
+                        id: former.clone(),
+                        replaced_by: replaced_by.clone(),
+                    });
+                }
+            }
+            Action::RestorePrimary { id } => {
+                assert_eq!(
+                    self.seen.former.as_ref().map(|former| &former.id),
+                    Some(id),
+                    "it is kept"
+                );
+                let primary = self.seen.primary.get_or_insert_default();
+                primary.promoted_id = Some(id.clone());
+                primary.generation += 1;
+                primary.updated = 0;
             }
             Action::ApplyServices => self.seen.services_in_place = true,
             Action::ApplyApex => self.seen.apex_in_place = true,
@@ -427,6 +471,18 @@ impl World {
                     .run
                     .as_ref()
                     .and_then(|run| run.started_at.clone());
+        let restored = decision
+            .actions
+            .iter()
+            .any(|action| matches!(action, Action::RestorePrimary { .. }));
+        if restored {
+            assert_eq!(new, CanaryPhase::Failed, "a promotion was taken back\n{}", told());
+            assert!(
+                old == CanaryPhase::Succeeded || self.seen.primary.is_none(),
+                "only a promotion is taken back\n{}",
+                told()
+            );
+        }
         let policies = self.plan.comparison.as_ref();
         if same_run {
             let (from, to) = (
@@ -497,6 +553,8 @@ fn happenings() -> impl Strategy<Value = Happening> {
         1 => Just(Happening::Refuse),
         5 => (0..200u64, 0..2u64).prop_map(|(requests, errors)| Happening::Measure(requests, errors)),
         1 => (1..200u64, 0..100u64).prop_map(|(requests, errors)| Happening::Measure(requests, errors)),
+        2 => (0..2000u64, 0..3u64).prop_map(|(requests, errors)| Happening::Serve(requests, errors)),
+        1 => Just(Happening::Serve(2000, 1000)),
         1 => Just(Happening::Die),
         1 => (0..100i32).prop_map(Happening::Drift),
         1 => Just(Happening::DeleteRoute),
@@ -510,6 +568,8 @@ fn plans() -> impl Strategy<Value = Plan> {
     prop_oneof![
         Just(json!({"interval": "10s", "threshold": 2, "stepWeight": 25, "maxWeight": 50})),
         Just(json!({"interval": "2s", "threshold": 1, "stepWeights": [1, 5, 60]})),
+        Just(json!({"interval": "2s", "threshold": 1, "stepWeight": 50,
+                    "comparison": {"watch": {"duration": "30s"}}})),
         Just(json!({"interval": "10s", "threshold": 3, "stepWeight": 30, "stepWeightPromotion": 40})),
         Just(
             json!({"interval": "5s", "threshold": 1, "stepWeight": 50, "canaryReadyThreshold": 50,

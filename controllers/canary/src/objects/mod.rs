@@ -4,6 +4,7 @@
 //! wanted, so that nothing is written that is there.
 
 pub mod configs;
+pub mod former;
 #[cfg(test)]
 mod golden;
 mod primary;

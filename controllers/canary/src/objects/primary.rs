@@ -145,7 +145,7 @@ impl Blueprint<'_> {
     }
 }
 
-fn allowed(map: Option<&BTreeMap<String, String>>) -> impl Iterator<Item = (String, String)> + '_ {
+pub(super) fn allowed(map: Option<&BTreeMap<String, String>>) -> impl Iterator<Item = (String, String)> + '_ {
     map.into_iter()
         .flatten()
         .filter(|(key, _)| !NEVER_COPIED.iter().any(|never| key.contains(never)))

@@ -1,10 +1,13 @@
 //! `spec.analysis.comparison`, normalised.
 
+use std::time::Duration;
+
+use serin_analysis::ErrorClass;
 use serin_analysis::judge::warmth;
 use serin_analysis::judges::{Kind, Metric, Options};
 use serin_analysis::planner::RATIO_DEFAULT;
 use serin_analysis::verdict::Policy;
-use serin_crds::flagger::{AdvancePolicy, Comparison, MissingPolicy};
+use serin_crds::flagger::{AdvancePolicy, Comparison, MissingPolicy, PromotionWatch};
 use serin_kit::unhonoured::Field;
 
 /// Intervals by which a step is prolonged at most when the spec says nothing.
@@ -12,6 +15,12 @@ const EXTEND_LIMIT_DEFAULT: i32 = 3;
 /// Most metrics that are compared: each has a state in the status.
 const METRICS_MAX: usize = 12;
 const PATH: &str = "spec.analysis.comparison";
+/// How long a promotion is watched, and the limits of that.
+const WATCH_DURATION_DEFAULT: Duration = Duration::from_secs(3600);
+const WATCH_DURATION_MIN: Duration = Duration::from_secs(10);
+const WATCH_DURATION_MAX: Duration = Duration::from_secs(7 * 86_400);
+/// One promotion in 240 is taken back wrongly within the hour, at most.
+const FALSE_ALARMS_DEFAULT: f64 = 0.1;
 
 /// When a step that nothing speaks against may go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +48,19 @@ pub struct ComparisonPlan {
     pub on_no_data: Policy,
     /// What happens where the source fails.
     pub on_provider_error: Policy,
+    /// The watch after a promotion, if there is one.
+    pub watch: Option<WatchPlan>,
+}
+
+/// `watch`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct WatchPlan {
+    /// How long after the promotion.
+    pub duration: Duration,
+    /// On average, at most.
+    pub false_alarms_per_day: f64,
+    /// Whether an alarm takes the promotion back.
+    pub rollback: bool,
 }
 
 impl Default for ComparisonPlan {
@@ -50,6 +72,7 @@ impl Default for ComparisonPlan {
             expected_ratio: RATIO_DEFAULT,
             on_no_data: Policy::Hold,
             on_provider_error: Policy::Hold,
+            watch: None,
         }
     }
 }
@@ -122,8 +145,41 @@ impl ComparisonPlan {
             }
         }
         plan.expected_ratio = plan.expected_ratio.max(plan.options.tolerance * 1.5);
+        plan.watch = spec.watch.as_ref().map(|spec| watch(spec, fields));
         Some(plan)
     }
+}
+
+fn watch(spec: &PromotionWatch, fields: &mut Vec<Field>) -> WatchPlan {
+    let mut plan = WatchPlan {
+        duration: WATCH_DURATION_DEFAULT,
+        false_alarms_per_day: FALSE_ALARMS_DEFAULT,
+        rollback: spec.rollback.unwrap_or(true),
+    };
+    if let Some(text) = &spec.duration {
+        match serin_crds::Duration(text.clone()).parse() {
+            Ok(duration) if (WATCH_DURATION_MIN..=WATCH_DURATION_MAX).contains(&duration) => {
+                plan.duration = duration
+            }
+            Ok(_) => fields.push(Field::refused(
+                format!("{PATH}.watch.duration"),
+                format!("{text} is not between 10s and 168h"),
+            )),
+            Err(error) => fields.push(Field::refused(
+                format!("{PATH}.watch.duration"),
+                error.to_string(),
+            )),
+        }
+    }
+    match spec.false_alarms_per_day {
+        None => {}
+        Some(count) if (1e-4..=100.0).contains(&count) => plan.false_alarms_per_day = count,
+        Some(count) => fields.push(Field::refused(
+            format!("{PATH}.watch.falseAlarmsPerDay"),
+            format!("{count} is not between 0.0001 and 100"),
+        )),
+    }
+    plan
 }
 
 fn unknown(field: &str, value: &str) -> Field {
@@ -157,6 +213,18 @@ fn metrics(spec: &Comparison, fields: &mut Vec<Field>) -> Vec<Metric> {
             ));
             continue;
         };
+        if matches!(
+            known.kind,
+            Kind::Errors {
+                class: ErrorClass::ByClient
+            }
+        ) {
+            fields.push(Field::refused(
+                path("name"),
+                "proxies do not tell clients apart; it is for recorded data (serin judge)",
+            ));
+            continue;
+        }
         if metrics.iter().any(|other| other.name == known.name) {
             fields.push(Field::refused(
                 path("name"),
@@ -297,6 +365,10 @@ mod tests {
                 "spec.analysis.comparison.metrics[1].name",
             ),
             (
+                json!({"metrics": [{"name": "errors-by-client"}]}),
+                "spec.analysis.comparison.metrics[0].name",
+            ),
+            (
                 json!({"metrics": [{"name": "errors", "weight": 0}]}),
                 "spec.analysis.comparison.metrics[0].weight",
             ),
@@ -311,6 +383,14 @@ mod tests {
             (json!({"warmUp": "soon"}), "spec.analysis.comparison.warmUp"),
             (json!({"advance": "Maybe"}), "spec.analysis.comparison.advance"),
             (json!({"onNoData": "Panic"}), "spec.analysis.comparison.onNoData"),
+            (
+                json!({"watch": {"duration": "1s"}}),
+                "spec.analysis.comparison.watch.duration",
+            ),
+            (
+                json!({"watch": {"falseAlarmsPerDay": 0}}),
+                "spec.analysis.comparison.watch.falseAlarmsPerDay",
+            ),
             (
                 json!({"expectedRatio": 1.2}),
                 "spec.analysis.comparison.expectedRatio",

@@ -6,18 +6,21 @@ use std::time::Duration;
 
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret, Service};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{Api, Patch, PatchParams};
 use kube::{Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use serin_crds::flagger::Canary;
 use serin_crds::istio::{DestinationRule, VirtualService};
+use tracing::warn;
 
 use super::observe::{FINALIZER, Seen, Written, needs_target};
 use super::{Key, Shared};
 use crate::decide::Action;
-use crate::objects::configs::Kind;
-use crate::objects::{Blueprint, ORIGINAL, Ownership, without_takeover};
+use crate::objects::configs::{self, Kind};
+use crate::objects::{Blueprint, ORIGINAL, Ownership, former, is_owned, without_takeover};
+use crate::observed::Former;
 use crate::traffic::{Route, Split};
 use crate::{Error, FIELD_MANAGER};
 
@@ -55,6 +58,8 @@ impl Acting<'_> {
             }
             Action::CreatePrimary { id, replicas } => self.primary(id, *replicas, true).await,
             Action::PromotePrimary { id, replicas } => self.primary(id, *replicas, false).await,
+            Action::KeepFormer { former, replaced_by } => self.keep_former(former, replaced_by).await,
+            Action::RestorePrimary { id } => self.restore_primary(id).await,
             Action::ApplyServices => {
                 for service in self.blueprint()?.services() {
                     self.apply::<Service>(service).await?;
@@ -140,6 +145,84 @@ impl Acting<'_> {
             }
         }
         self.apply::<Deployment>(deployment).await
+    }
+
+    /// Keeps the primary, unless it is another one already: then it was kept before.
+    async fn keep_former(&mut self, former: &str, replaced_by: &str) -> Result<(), Error> {
+        let caches = &self.shared.caches;
+        let namespace = Some(self.key.namespace.as_str());
+        let primary = caches.deployments.get(namespace, &self.seen.plan.primary());
+        let Some(primary) = primary.filter(|primary| promoted_id(primary) == Some(former)) else {
+            return Ok(());
+        };
+        let uid = self.seen.canary.uid();
+        let ours = |metadata: &ObjectMeta| is_owned(metadata, uid.as_deref());
+        let (mut config_maps, mut secrets) = (Vec::new(), Vec::new());
+        for reference in primary
+            .spec
+            .iter()
+            .flat_map(|spec| configs::references(&spec.template))
+        {
+            let name = &reference.0.name;
+            match reference.0.kind {
+                Kind::ConfigMap => config_maps.extend(
+                    caches
+                        .config_maps
+                        .get(namespace, name)
+                        .filter(|map| ours(&map.metadata))
+                        .map(|map| (*map).clone()),
+                ),
+                Kind::Secret => secrets.extend(
+                    caches
+                        .secrets
+                        .get(namespace, name)
+                        .filter(|secret| ours(&secret.metadata))
+                        .map(|secret| (*secret).clone()),
+                ),
+            }
+        }
+        let kept = Former {
+            id: former.to_owned(),
+            replaced_by: replaced_by.to_owned(),
+        };
+        let wanted = self.blueprint()?.former(&primary, &config_maps, &secrets, &kept);
+        match wanted {
+            Ok(secret) => self.apply::<Secret>(secret).await,
+            // The promotion goes on; an alarm will say that there is nothing to go back to.
+            Err(reason) => {
+                warn!(%reason, "the primary cannot be kept");
+                Ok(())
+            }
+        }
+    }
+
+    async fn restore_primary(&mut self, id: &str) -> Result<(), Error> {
+        let caches = &self.shared.caches;
+        let namespace = Some(self.key.namespace.as_str());
+        let name = self.seen.plan.primary();
+        let live = caches.deployments.get(namespace, &name);
+        let kept = caches.secrets.get(namespace, &former::name(&name));
+        let kept = kept.filter(|kept| former::read(kept).is_some_and(|former| former.id == id));
+        let objects = match kept {
+            None => Err("it is not there any more".to_owned()),
+            Some(kept) => former::objects(&kept),
+        };
+        let objects =
+            objects.map_err(|reason| self.blocked(format!("Secret {}: {reason}", former::name(&name))))?;
+        for mut object in objects {
+            match object["kind"].as_str() {
+                Some("ConfigMap") => self.apply::<ConfigMap>(object).await?,
+                Some("Secret") => self.apply::<Secret>(object).await?,
+                _ => {
+                    // As many pods as it has now.
+                    if let Some(replicas) = live.as_ref().and_then(|live| live.spec.as_ref()?.replicas) {
+                        object["spec"]["replicas"] = json!(replicas);
+                    }
+                    self.apply::<Deployment>(object).await?;
+                }
+            }
+        }
+        Ok(())
     }
 
     async fn apex(&mut self) -> Result<(), Error> {
@@ -268,6 +351,12 @@ impl Acting<'_> {
         })
         .await
     }
+}
+
+fn promoted_id(deployment: &Deployment) -> Option<&str> {
+    let template = &deployment.spec.as_ref()?.template;
+    let annotations = template.metadata.as_ref()?.annotations.as_ref()?;
+    annotations.get("flagger-id").map(String::as_str)
 }
 
 /// The kinds that are written here.

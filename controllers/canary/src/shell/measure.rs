@@ -8,6 +8,7 @@ use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use jiff::{SignedDuration, Timestamp};
+use serin_analysis::judge::watch::{self, Watch};
 use serin_analysis::sample::{Counts, Sample};
 use serin_analysis::{Judges, MetricSource, Query};
 use tokio::time::Instant;
@@ -55,6 +56,40 @@ pub(crate) struct Measuring {
     weight: i32,
     traffic: Traffic,
     first_sample_ms: Option<i64>,
+    watching: Option<Watching>,
+}
+
+/// The watch after a promotion: one batch per second.
+struct Watching {
+    since: Timestamp,
+    options: watch::Options,
+    detector: Watch,
+    /// The second that is being collected, with its requests and errors.
+    second: Option<(i64, u64, u64)>,
+}
+
+impl Watching {
+    /// A second counts when a later one has begun: proxies report one after the other.
+    fn take(&mut self, sample: &Sample) {
+        // What was asked before the promotion was complete may be reported a moment after.
+        if sample.at_ms < self.since.as_millisecond().saturating_add(REPORT_LAG_MS) {
+            return;
+        }
+        let (now, primary) = (sample.at_ms.div_euclid(1000), &sample.primary);
+        match &mut self.second {
+            Some((second, requests, errors)) if now <= *second => {
+                *requests = requests.saturating_add(primary.requests);
+                *errors = errors.saturating_add(primary.errors);
+            }
+            collected => {
+                if let Some((_, requests, errors)) =
+                    collected.replace((now, primary.requests, primary.errors))
+                {
+                    self.detector.observe(requests, errors, &self.options);
+                }
+            }
+        }
+    }
 }
 
 impl Measuring {
@@ -77,6 +112,26 @@ impl Measuring {
             until.as_millisecond().saturating_add(REPORT_LAG_MS)
         });
         self.revision_from_ms = first_weight.map(|first| first.as_millisecond().max(former));
+    }
+
+    /// Watches what the primary serves since then, from where the detector stood.
+    pub(crate) fn watch(
+        &mut self,
+        since: Timestamp,
+        options: watch::Options,
+        detector: impl FnOnce() -> Option<Watch>,
+    ) {
+        match &mut self.watching {
+            Some(watching) if watching.since == since => watching.options = options,
+            watching => {
+                *watching = Some(Watching {
+                    since,
+                    options,
+                    detector: detector().unwrap_or_default(),
+                    second: None,
+                });
+            }
+        }
     }
 
     /// Sets the window that is measured: samples from before do not count.
@@ -143,6 +198,9 @@ impl Measuring {
     }
 
     fn take(&mut self, mut sample: Sample, plan: Option<&Plan>) {
+        if let Some(watching) = &mut self.watching {
+            return watching.take(&sample);
+        }
         if self.run.is_none() {
             return;
         }
@@ -204,6 +262,7 @@ impl Measuring {
             since: self.since,
             windows,
             judges: self.judges.clone(),
+            watch: self.watching.as_ref().map(|watching| watching.detector.clone()),
             step_requests: self.samples.iter().map(|sample| sample.canary.requests).sum(),
             traffic: self.traffic,
             error: self.error.clone(),

@@ -14,7 +14,7 @@ use super::interests::{Interest, Kind};
 use super::{Key, Shared};
 use crate::decide::Action;
 use crate::objects::configs::{self, Reference, Tracked};
-use crate::objects::{Blueprint, Ownership, covers, split_of};
+use crate::objects::{Blueprint, Ownership, covers, former, split_of};
 use crate::observed::{Observed, RouteState, Workload};
 use crate::plan::Plan;
 use crate::traffic::Split;
@@ -87,6 +87,10 @@ pub(crate) fn observe(shared: &Shared, key: &Key, written: &Written) -> Option<S
                 .ready(&key.namespace, &format!("{}-canary", plan.apex)),
         ),
         rival: rival(shared, key, &canary, &plan),
+        former: caches
+            .secrets
+            .get(namespace, &former::name(&plan.primary()))
+            .and_then(|kept| former::read(&kept)),
         ..Observed::default()
     };
     let mut interests: BTreeSet<Interest> = [
@@ -100,6 +104,7 @@ pub(crate) fn observe(shared: &Shared, key: &Key, written: &Written) -> Option<S
         (Kind::Rule, format!("{}-canary", plan.apex)),
         (Kind::Route, plan.apex.clone()),
         (Kind::Endpoints, format!("{}-canary", plan.apex)),
+        (Kind::Secret, former::name(&plan.primary())),
     ]
     .into();
 
@@ -266,10 +271,13 @@ fn template_hash(template: &k8s_openapi::api::core::v1::PodTemplateSpec) -> Stri
 /// Whether an action needs the target to generate objects from.
 pub(crate) fn needs_target(action: &Action) -> bool {
     match action {
-        Action::AddFinalizer | Action::RemoveFinalizer | Action::ScaleTarget(_) | Action::RevertRoute => {
-            false
-        }
+        Action::AddFinalizer
+        | Action::RemoveFinalizer
+        | Action::ScaleTarget(_)
+        | Action::RestorePrimary { .. }
+        | Action::RevertRoute => false,
         Action::SetWeight(_)
+        | Action::KeepFormer { .. }
         | Action::CreatePrimary { .. }
         | Action::PromotePrimary { .. }
         | Action::ApplyServices

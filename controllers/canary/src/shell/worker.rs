@@ -10,7 +10,7 @@ use k8s_openapi::api::core::v1::ObjectReference;
 use kube::api::Api;
 use kube::{Resource, ResourceExt};
 use serin_analysis::{Judges, Query};
-use serin_crds::flagger::{Canary, CanaryPhase, CanaryStatus};
+use serin_crds::flagger::{Canary, CanaryPhase, CanaryStatus, Evidence};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -22,7 +22,7 @@ use super::measure::Measuring;
 use super::observe::{Seen, Written, observe};
 use super::templates::Templates;
 use super::{Key, Shared};
-use crate::decide::{COMPARISON_STATE, Decision, Event, decide};
+use crate::decide::{COMPARISON_STATE, Decision, Event, decide, watch};
 use crate::metrics::Subject;
 use crate::objects::Blueprint;
 use crate::plan::Plan;
@@ -229,8 +229,8 @@ impl Worker {
 
         let running = status.phase == Some(CanaryPhase::Progressing) && !seen.plan.suspend;
         if !running {
-            self.measuring.stop();
             self.dead_pods = None;
+            self.watch_promotion(seen, status);
             return;
         }
         if let Some(target) = seen.target.as_deref()
@@ -261,6 +261,10 @@ impl Worker {
             run.window_started_at.as_ref().map(|at| at.0),
             status.canary_weight.unwrap_or(0),
         );
+        self.subscribe(seen);
+    }
+
+    fn subscribe(&mut self, seen: &Seen) {
         let query = Query {
             namespace: self.key.namespace.clone(),
             canary_workload: seen.plan.target.clone(),
@@ -268,6 +272,20 @@ impl Worker {
             service: seen.plan.apex.clone(),
         };
         self.measuring.ensure(&self.shared.context.metrics, &query);
+    }
+
+    /// Between runs only a promotion that is being watched is measured.
+    fn watch_promotion(&mut self, seen: &Seen, status: &CanaryStatus) {
+        let plan = seen.plan.comparison.as_ref().and_then(|plan| plan.watch);
+        let on = status.phase == Some(CanaryPhase::Succeeded) && !seen.plan.suspend;
+        let options = plan.filter(|_| on).and_then(|plan| watch::options(status, &plan));
+        let since = status.watch.as_ref().and_then(|watch| watch.started_at.as_ref());
+        let (Some(options), Some(since)) = (options, since) else {
+            self.measuring.stop();
+            return;
+        };
+        self.measuring.watch(since.0, options, || watch::detector(status));
+        self.subscribe(seen);
     }
 
     /// Writes the status and then tells the events. In this order a process that dies between the two takes an event with
@@ -384,6 +402,11 @@ fn without_values(status: &CanaryStatus) -> CanaryStatus {
     if let Some(run) = status.run.as_mut() {
         run.evidence = None;
     }
+    if let Some(watch) = status.watch.as_mut() {
+        // Whether it watches at all is no measured value.
+        watch.message = None;
+        watch.evidence = watch.evidence.take().map(|_| Evidence::default());
+    }
     if let Some(live) = status.weight_live.as_mut() {
         // A thousand proxies acknowledge one after the other; whether all have is what counts.
         (live.sent, live.acked) = (None, None);
@@ -447,7 +470,7 @@ impl LiveWatch {
 mod tests {
     use super::*;
     use serin_analysis::sample::{Counts, Sample};
-    use serin_crds::flagger::{Evidence, RunStatus};
+    use serin_crds::flagger::RunStatus;
 
     #[test]
     fn evidence_is_read_back_from_a_status_as_it_was_written() {

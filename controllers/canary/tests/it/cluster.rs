@@ -48,15 +48,25 @@ pub(crate) enum Mesh {
 pub(crate) struct Load {
     pub(crate) requests: u64,
     pub(crate) errors: u64,
+    /// Of the primary's requests, four times as many.
+    pub(crate) primary_errors: u64,
 }
 
 pub(crate) const GOOD: Load = Load {
     requests: 50,
     errors: 0,
+    primary_errors: 0,
 };
 pub(crate) const BAD: Load = Load {
     requests: 50,
     errors: 15,
+    primary_errors: 0,
+};
+/// What was promoted turns out to be bad.
+pub(crate) const BAD_PRIMARY: Load = Load {
+    requests: 50,
+    errors: 0,
+    primary_errors: 60,
 };
 
 pub(crate) struct Cluster {
@@ -398,7 +408,11 @@ impl MetricSource for Measured {
         let ticks = IntervalStream::new(tokio::time::interval(Duration::from_millis(100)));
         Ok(ticks
             .map(move |_| {
-                let Load { requests, errors } = *load.borrow();
+                let Load {
+                    requests,
+                    errors,
+                    primary_errors,
+                } = *load.borrow();
                 let counts = |requests, errors| Counts {
                     requests,
                     errors,
@@ -411,7 +425,7 @@ impl MetricSource for Measured {
                 Sample {
                     at_ms: k8s_openapi::jiff::Timestamp::now().as_millisecond(),
                     canary: counts(requests, errors),
-                    primary: counts(requests * 4, 0),
+                    primary: counts(requests * 4, primary_errors),
                 }
             })
             .boxed())

@@ -5,3 +5,4 @@ mod cluster;
 mod rollouts;
 mod takeover;
 mod templates;
+mod watch;

@@ -12,10 +12,11 @@ use tokio::task::JoinSet;
 
 use super::cluster::{Cluster, applied};
 
-/// A Prometheus that answers every query with one value, or with none.
+/// A Prometheus that answers every query with one value, or with none, and those for the primary with another.
 struct Prometheus {
     address: String,
     value: Arc<Mutex<Option<f64>>>,
+    primary: Arc<Mutex<f64>>,
     requests: Arc<Mutex<Vec<String>>>,
     _tasks: JoinSet<()>,
 }
@@ -26,20 +27,28 @@ impl Prometheus {
         let address = format!("http://{}", listener.local_addr().unwrap());
         let value = Arc::new(Mutex::new(Some(0.4)));
         let requests: Arc<Mutex<Vec<String>>> = Arc::default();
-        let (answer, log) = (value.clone(), requests.clone());
+        let primary = Arc::new(Mutex::new(0.4));
+        let (answer, of_primary, log) = (value.clone(), primary.clone(), requests.clone());
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
             let mut connections = JoinSet::new();
             loop {
                 let (mut stream, _) = listener.accept().await.unwrap();
-                let (answer, log) = (answer.clone(), log.clone());
+                let (answer, of_primary, log) = (answer.clone(), of_primary.clone(), log.clone());
                 connections.spawn(async move {
                     let mut buffer = vec![0; 8192];
                     // One read is one request: they are short and sent whole.
                     while let Ok(length @ 1..) = stream.read(&mut buffer).await {
-                        log.lock()
-                            .push(String::from_utf8_lossy(&buffer[..length]).into_owned());
-                        let value = *answer.lock();
+                        let request = String::from_utf8_lossy(&buffer[..length]).into_owned();
+                        // No two measurements are quite the same.
+                        let noise = 0.01 * (log.lock().len() % 7) as f64;
+                        let value = if request.contains("podinfo-primary") {
+                            Some(*of_primary.lock() + noise)
+                        } else {
+                            let exact = *answer.lock();
+                            exact.map(|value| if value == 0.9 { value + noise } else { value })
+                        };
+                        log.lock().push(request);
                         let series: Vec<Value> = value
                             .map(|value| json!({"metric": {}, "value": [1, value.to_string()]}))
                             .into_iter()
@@ -57,6 +66,7 @@ impl Prometheus {
         Self {
             address,
             value,
+            primary,
             requests,
             _tasks: tasks,
         }
@@ -68,6 +78,16 @@ fn analysis(metric: Value) -> Value {
 }
 
 async fn with_template(prometheus: &Prometheus) -> Cluster {
+    let query = "errors{target='{{ target }}',dir='{{ variables.dir }}'}[{{ interval }}]";
+    let cluster = with_comparison(prometheus, query, Value::Null).await;
+    let metric = json!({"name": "errors", "templateRef": {"name": "errors"}, "interval": "30s",
+        "templateVariables": {"dir": "in"}, "thresholdRange": {"max": 1}});
+    cluster.podinfo(analysis(metric)).await;
+    cluster
+}
+
+/// A template with `spec.comparison`.
+async fn with_comparison(prometheus: &Prometheus, query: &str, comparison: Value) -> Cluster {
     let cluster = Cluster::start().await;
     cluster
         .create(
@@ -75,15 +95,23 @@ async fn with_template(prometheus: &Prometheus) -> Cluster {
             "stringData": {"token": "hush-hush"}}),
         )
         .await;
+    let mut template = json!({"apiVersion": "flagger.app/v1beta1", "kind": "MetricTemplate", "metadata": {"name": "errors"},
+        "spec": {"provider": {"type": "prometheus", "address": prometheus.address, "secretRef": {"name": "prometheus"}},
+            "query": query}});
+    if !comparison.is_null() {
+        template["spec"]["comparison"] = comparison;
+    }
+    cluster.create(template).await;
     cluster
-        .create(json!({"apiVersion": "flagger.app/v1beta1", "kind": "MetricTemplate", "metadata": {"name": "errors"},
-            "spec": {"provider": {"type": "prometheus", "address": prometheus.address, "secretRef": {"name": "prometheus"}},
-                "query": "errors{target='{{ target }}',dir='{{ variables.dir }}'}[{{ interval }}]"}}))
-        .await;
+}
+
+/// A run of many short steps with a metric that has no bounds of its own: only the template's rule speaks.
+async fn many_steps(cluster: &Cluster) {
     let metric = json!({"name": "errors", "templateRef": {"name": "errors"}, "interval": "30s",
-        "templateVariables": {"dir": "in"}, "thresholdRange": {"max": 1}});
-    cluster.podinfo(analysis(metric)).await;
-    cluster
+        "thresholdRange": {"max": 100}});
+    let mut spec = analysis(metric);
+    spec["analysis"]["stepWeights"] = json!([5, 10, 15, 20, 25, 30, 35, 40, 45, 50]);
+    cluster.podinfo(spec).await;
 }
 
 fn metric_verdict(canary: &Canary) -> Option<(String, String)> {
@@ -179,4 +207,88 @@ async fn a_template_of_another_namespace_is_not_read_where_that_is_blocked() {
             .await;
         cluster.stop_controller().await;
     }
+}
+
+/// Within its bounds, and twice the primary's.
+async fn worse_than_the_primary(comparison: Value) -> (Canary, Vec<String>) {
+    let prometheus = Prometheus::start().await;
+    let mut cluster = with_comparison(&prometheus, "errors{target='{{ target }}'}", comparison).await;
+    many_steps(&cluster).await;
+    cluster.start_controller();
+    cluster.phase(CanaryPhase::Initialized).await;
+    *prometheus.value.lock() = Some(0.9);
+    cluster.push("podinfo:2").await;
+    let canary = cluster.phase(CanaryPhase::Failed).await;
+    let requests = prometheus.requests.lock().clone();
+    (canary, requests)
+}
+
+#[tokio::test]
+async fn a_templates_plan_of_looks_compares_with_the_primary_and_rolls_back_within_its_bounds() {
+    let comparison = json!({"judge": "GroupSequential", "looks": 10, "alpha": 0.01});
+    let (canary, requests) = worse_than_the_primary(comparison).await;
+    let of = |workload: &str| {
+        let needle = format!("target%3D%27{workload}%27");
+        requests
+            .iter()
+            .filter(|request| request.contains(&needle))
+            .count()
+    };
+    assert!(
+        of("podinfo") >= 5 && of("podinfo") == of("podinfo-primary"),
+        "{requests:?}"
+    );
+    let (verdict, why) = metric_verdict(&canary).unwrap();
+    assert_eq!(verdict, "bad");
+    assert!(why.contains("primary"), "{why}");
+}
+
+#[tokio::test]
+async fn a_template_that_is_compared_as_kayenta_does_rolls_back_within_its_bounds() {
+    let (canary, _) = worse_than_the_primary(json!({"judge": "MannWhitney", "allowedIncrease": 1.2})).await;
+    let (verdict, why) = metric_verdict(&canary).unwrap();
+    assert_eq!(verdict, "bad");
+    assert!(why.contains("times the primary's on average"), "{why}");
+}
+
+#[tokio::test]
+async fn a_template_that_is_like_the_primarys_is_promoted() {
+    let prometheus = Prometheus::start().await;
+    *prometheus.value.lock() = Some(0.9);
+    *prometheus.primary.lock() = 0.9;
+    let query = "errors{target='{{ target }}'}";
+    let mut cluster = with_comparison(
+        &prometheus,
+        query,
+        json!({"judge": "GroupSequential", "looks": 10}),
+    )
+    .await;
+    many_steps(&cluster).await;
+    cluster.start_controller();
+    let first = applied(&cluster.phase(CanaryPhase::Initialized).await);
+    cluster.push("podinfo:2").await;
+    let canary = cluster.phase_of_new(CanaryPhase::Succeeded, &first).await;
+    let (verdict, why) = metric_verdict(&canary).unwrap();
+    assert!(
+        ["undecided", "good"].contains(&verdict.as_str()),
+        "{verdict}: {why}"
+    );
+}
+
+#[tokio::test]
+async fn a_comparing_template_that_asks_the_same_of_both_is_refused_with_what_is_missing() {
+    let prometheus = Prometheus::start().await;
+    let mut cluster = with_comparison(&prometheus, "errors", json!({"judge": "MannWhitney"})).await;
+    many_steps(&cluster).await;
+    cluster.start_controller();
+    cluster.phase(CanaryPhase::Initialized).await;
+    cluster.push("podinfo:2").await;
+    cluster
+        .until("podinfo", "a refusal", |canary: &Canary| {
+            metric_verdict(canary).is_some_and(|(verdict, why)| {
+                verdict == "provider error" && why.contains("it must contain {{ target }}")
+            })
+        })
+        .await;
+    assert_eq!(prometheus.requests.lock().len(), 0, "nothing is asked");
 }

@@ -8,6 +8,7 @@
 pub(crate) mod discovery;
 pub(crate) mod live;
 mod refusals;
+mod whereabouts;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,6 +25,7 @@ use crate::error::Error;
 use crate::health::{self, State};
 use crate::key::{Key, ObjectId};
 use crate::plan::{self, Accepted, Action, Desired, FIELD_MANAGER, LiveObject, Prune, STAGES, Stage, fields};
+use crate::source::tree::Snapshot;
 
 /// Requests under way at a time for one Kustomization. Flux has 4.
 const PARALLEL: usize = 8;
@@ -79,6 +81,30 @@ pub(crate) struct Failed {
 }
 
 impl Failed {
+    /// Tells refusals with the line of the field that they name, where that is in the file that the object comes from.
+    /// Blocks on reading files.
+    pub(crate) fn locate(&mut self, snapshot: &Snapshot) {
+        for error in &mut self.errors {
+            let Error::Object {
+                reason,
+                origin: Some(origin),
+                ..
+            } = error
+            else {
+                continue;
+            };
+            let Some((file, begin)) = origin.rsplit_once(':') else {
+                continue;
+            };
+            let Ok(begin) = begin.parse() else { continue };
+            let Ok(Some(bytes)) = snapshot.read(file) else {
+                continue;
+            };
+            let line = whereabouts::line(&String::from_utf8_lossy(&bytes), file, begin, reason);
+            *origin = format!("{file}:{line}");
+        }
+    }
+
     /// All errors, one a line.
     pub(crate) fn message(&self) -> String {
         let mut lines: Vec<String> = self.errors.iter().map(ToString::to_string).collect();

@@ -27,13 +27,11 @@ pub(super) fn object_error(
     if id.group.is_empty() && id.kind == "Secret" {
         reason = without_secret_values(&reason);
     }
-    if let Some(origin) = origin {
-        reason = format!("{reason} (from {origin})");
-    }
     Error::Object {
         object: id.to_string(),
         action,
         reason,
+        origin: origin.map(str::to_owned),
         transient: is_transient(error),
     }
 }

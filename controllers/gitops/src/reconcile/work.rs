@@ -48,11 +48,19 @@ impl Fault {
         }
     }
 
-    fn of_apply(reason: &'static str, failed: &Failed) -> Self {
+    /// What the API server refused, with the lines that it is about.
+    async fn of_apply(reason: &'static str, mut failed: Failed, snapshot: &Arc<Snapshot>) -> Self {
         let soon = failed.errors.iter().any(Error::may_pass);
+        let snapshot = snapshot.clone();
+        let located = tokio::task::spawn_blocking(move || {
+            failed.locate(&snapshot);
+            failed.message()
+        });
+        // It fails only when the runtime shuts down, and then nobody reads the message.
+        let message = located.await.unwrap_or_default();
         Self {
             reason,
-            message: failed.message(),
+            message,
             then: if soon { Then::RetrySoon } else { Then::Retry },
         }
     }
@@ -150,7 +158,9 @@ impl Kustomizations {
                         && failed.errors.iter().all(|e| matches!(e, Error::NoKind { .. }))
                         && defines(&built) => {}
                 Err(failed) => {
-                    return Ok(Err(Fault::of_apply("ReconciliationFailed", &failed)));
+                    return Ok(Err(
+                        Fault::of_apply("ReconciliationFailed", failed, snapshot).await
+                    ));
                 }
             }
         }
@@ -200,7 +210,7 @@ impl Kustomizations {
             .await
         {
             Ok(outcomes) => outcomes,
-            Err(failed) => return Ok(Err(self.apply_failed(ks, &failed))),
+            Err(failed) => return Ok(Err(self.apply_failed(ks, failed, snapshot).await)),
         };
         let mut now_applied = inventory::of(built.objects.iter().map(|d| (&d.id, d.api_version.as_str())));
         let mut deleted = Vec::new();
@@ -223,7 +233,7 @@ impl Kustomizations {
                         .map(|d| (&d.id, d.api_version.as_str()))
                         .chain(pruned.failed.iter().map(|(id, v)| (id, v.as_str()))),
                 );
-                prune_fault = Some(Fault::of_apply("PruneFailed", &failed));
+                prune_fault = Some(Fault::of_apply("PruneFailed", failed, snapshot).await);
             }
         }
         self.memory.lock().entry(key.clone()).or_default().inventory = Some(now_applied);
@@ -238,13 +248,13 @@ impl Kustomizations {
     }
 
     /// Objects in stages that were applied before the failure are told, so that nobody has to guess.
-    fn apply_failed(&self, ks: &Kustomization, failed: &Failed) -> Fault {
+    async fn apply_failed(&self, ks: &Kustomization, failed: Failed, snapshot: &Arc<Snapshot>) -> Fault {
         let done = changes(&failed.done, &[]);
         if !done.is_empty() {
             self.recorder
                 .normal(&self.reference(ks), "Progressing", "Apply", &done);
         }
-        Fault::of_apply("ReconciliationFailed", failed)
+        Fault::of_apply("ReconciliationFailed", failed, snapshot).await
     }
 
     /// Whether the prune budget forbids this revision.

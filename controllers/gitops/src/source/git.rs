@@ -13,7 +13,7 @@ use git2::{
 };
 
 use super::credentials::{Auth, Place, without_credentials};
-use super::known_hosts::{self, Refusal};
+use super::known_hosts;
 use super::reference::{Head, Selected, Wanted, revision};
 use super::threads::Stop;
 use crate::error::Error;
@@ -243,11 +243,13 @@ fn sync_remote(
     stop: &Stop,
     url: &str,
 ) -> Result<(Selected, bool), Error> {
+    let refusal = Refusal::default();
     let failed = |action: &'static str| {
+        let refusal = &refusal;
         move |e: git2::Error| Error::Git {
             action,
             url: url.to_string(),
-            reason: remedy(&e),
+            reason: refusal.0.lock().take().unwrap_or_else(|| remedy(&e)),
         }
     };
     if let Wanted::Commit { id, branch } = &request.wanted {
@@ -274,14 +276,18 @@ fn sync_remote(
     let heads = if request.auth.bearer.is_some() {
         writing()?;
         // libgit2 takes headers only for a fetch; an empty refspec list there still lists the references.
-        let mut options = options(request, stop, Some(1));
+        let mut options = options(request, stop, &refusal, Some(1));
         remote
             .fetch(&["+HEAD:refs/serin/head"], Some(&mut options), None)
             .map_err(failed("fetch"))?;
         heads_of(remote.list().map_err(failed("list references of"))?)
     } else {
         let connection = remote
-            .connect_auth(Direction::Fetch, Some(callbacks(request, stop)), proxy(request))
+            .connect_auth(
+                Direction::Fetch,
+                Some(callbacks(request, stop, &refusal)),
+                proxy(request),
+            )
             .map_err(failed("list references of"))?;
         heads_of(connection.list().map_err(failed("list references of"))?)
     };
@@ -300,7 +306,7 @@ fn sync_remote(
     };
     let shallow = remote.fetch(
         &[refspec.as_str()],
-        Some(&mut options(request, stop, Some(1))),
+        Some(&mut options(request, stop, &refusal, Some(1))),
         None,
     );
     if !is_complete(cache, id) {
@@ -325,7 +331,7 @@ fn sync_remote(
         remote
             .fetch(
                 &[branches.as_str()],
-                Some(&mut options(request, stop, None)),
+                Some(&mut options(request, stop, &refusal, None)),
                 None,
             )
             .map_err(failed("fetch"))?;
@@ -340,6 +346,10 @@ fn sync_remote(
     Ok((selected, true))
 }
 
+/// Why a server was not trusted, in our words: for ssh libgit2 replaces them by its own.
+#[derive(Default)]
+struct Refusal(parking_lot::Mutex<Option<String>>);
+
 fn heads_of(list: &[git2::RemoteHead<'_>]) -> Vec<Head> {
     list.iter()
         .map(|h| Head {
@@ -349,10 +359,15 @@ fn heads_of(list: &[git2::RemoteHead<'_>]) -> Vec<Head> {
         .collect()
 }
 
-fn options<'a>(request: &'a Request, stop: &'a Stop, depth: Option<i32>) -> FetchOptions<'a> {
+fn options<'a>(
+    request: &'a Request,
+    stop: &'a Stop,
+    refusal: &'a Refusal,
+    depth: Option<i32>,
+) -> FetchOptions<'a> {
     let mut options = FetchOptions::new();
     options
-        .remote_callbacks(callbacks(request, stop))
+        .remote_callbacks(callbacks(request, stop, refusal))
         .download_tags(AutotagOption::None)
         .update_fetchhead(false);
     if let Some(depth) = depth {
@@ -375,7 +390,7 @@ fn proxy<'a>(request: &Request) -> Option<ProxyOptions<'a>> {
     })
 }
 
-fn callbacks<'a>(request: &'a Request, stop: &'a Stop) -> RemoteCallbacks<'a> {
+fn callbacks<'a>(request: &'a Request, stop: &'a Stop, refusal: &'a Refusal) -> RemoteCallbacks<'a> {
     let mut callbacks = RemoteCallbacks::new();
     callbacks.transfer_progress(|_| !stop.requested());
     callbacks.sideband_progress(|_| !stop.requested());
@@ -390,7 +405,11 @@ fn callbacks<'a>(request: &'a Request, stop: &'a Stop) -> RemoteCallbacks<'a> {
         }
         credentials(request, allowed)
     });
-    callbacks.certificate_check(move |certificate, host| check_certificate(request, certificate, host));
+    callbacks.certificate_check(move |certificate, host| {
+        check_certificate(request, certificate, host).inspect_err(|error| {
+            *refusal.0.lock() = Some(error.message().to_string());
+        })
+    });
     callbacks
 }
 
@@ -420,13 +439,18 @@ fn check_certificate(
         let known = request.auth.ssh.as_ref().map_or("", |k| k.known_hosts.as_str());
         let words = match key.map(|key| known_hosts::check(known, host, *port, key)) {
             Some(Ok(())) => return Ok(CertificateCheckStatus::CertificateOk),
-            Some(Err(Refusal::UnknownHost)) => {
+            Some(Err(known_hosts::Refusal::UnknownHost)) => {
                 format!("known_hosts of spec.secretRef does not list {host} (port {port})")
             }
-            Some(Err(Refusal::Mismatch)) => format!(
+            Some(Err(known_hosts::Refusal::Mismatch)) => format!(
                 "the server's key is not the one that known_hosts lists for {host}: somebody may be in between, or the key changed"
             ),
-            Some(Err(Refusal::Revoked)) => format!("known_hosts marks the server's key of {host} as revoked"),
+            Some(Err(known_hosts::Refusal::OtherTypes { shown, listed })) => format!(
+                "the server shows a key of type {shown}, and known_hosts of spec.secretRef lists only {listed} for {host}; add the line for it (ssh-keyscan {host} prints all)"
+            ),
+            Some(Err(known_hosts::Refusal::Revoked)) => {
+                format!("known_hosts marks the server's key of {host} as revoked")
+            }
             None => format!("{host} presented no host key that can be compared"),
         };
         return Err(git2::Error::from_str(&words));

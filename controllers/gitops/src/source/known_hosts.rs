@@ -11,8 +11,15 @@ use base64::engine::general_purpose::STANDARD;
 pub(crate) enum Refusal {
     /// No line speaks of this host.
     UnknownHost,
-    /// Lines speak of it, with other keys.
+    /// Lines speak of it, with other keys of the same type.
     Mismatch,
+    /// Lines speak of it, with keys of other types only. libssh2 and the server agree on a type without asking us what we know.
+    OtherTypes {
+        /// The type of the key that the server showed.
+        shown: String,
+        /// The types of the keys that are listed.
+        listed: String,
+    },
     /// The key is marked as revoked.
     Revoked,
 }
@@ -24,8 +31,10 @@ pub(crate) fn check(text: &str, host: &str, port: u16, key: &[u8]) -> Result<(),
     } else {
         format!("[{host}]:{port}")
     };
+    let shown = key_type(key);
     let mut seen = false;
     let mut good = false;
+    let mut listed: Vec<&str> = Vec::new();
     for line in text
         .lines()
         .map(str::trim)
@@ -37,7 +46,7 @@ pub(crate) fn check(text: &str, host: &str, port: u16, key: &[u8]) -> Result<(),
             Some(marker) => (Some(marker), fields.next().unwrap_or_default()),
             None => (None, first),
         };
-        let (Some(_algorithm), Some(encoded)) = (fields.next(), fields.next()) else {
+        let (Some(algorithm), Some(encoded)) = (fields.next(), fields.next()) else {
             continue;
         };
         if !names_match(names, &name) {
@@ -50,14 +59,30 @@ pub(crate) fn check(text: &str, host: &str, port: u16, key: &[u8]) -> Result<(),
             None => {
                 seen = true;
                 good |= same;
+                if !listed.contains(&algorithm) {
+                    listed.push(algorithm);
+                }
             }
         }
     }
     match (good, seen) {
         (true, _) => Ok(()),
-        (false, true) => Err(Refusal::Mismatch),
+        (false, true) => match shown {
+            Some(shown) if !listed.contains(&shown) => Err(Refusal::OtherTypes {
+                shown: shown.to_string(),
+                listed: listed.join(", "),
+            }),
+            _ => Err(Refusal::Mismatch),
+        },
         (false, false) => Err(Refusal::UnknownHost),
     }
+}
+
+/// The type that a key on the wire begins with (RFC 4253 section 6.6): a length of four bytes and the name.
+fn key_type(key: &[u8]) -> Option<&str> {
+    let (length, rest) = key.split_first_chunk::<4>()?;
+    let length = usize::try_from(u32::from_be_bytes(*length)).ok()?;
+    std::str::from_utf8(rest.get(..length)?).ok()
 }
 
 fn names_match(names: &str, name: &str) -> bool {
@@ -149,5 +174,25 @@ mod tests {
         );
         let text = line("h", b"k") + "\n@revoked " + &line("*", b"k");
         assert_eq!(check(&text, "h", 22, b"k"), Err(Refusal::Revoked));
+    }
+    #[test]
+    fn a_key_of_a_type_that_is_not_listed_is_told_from_a_wrong_one() {
+        let wire = |kind: &str, body: &str| {
+            let length = u32::try_from(kind.len()).unwrap().to_be_bytes();
+            [&length[..], kind.as_bytes(), body.as_bytes()].concat()
+        };
+        let text = line("h", &wire("ssh-ed25519", "1"));
+        assert_eq!(
+            check(&text, "h", 22, &wire("ssh-ed25519", "2")),
+            Err(Refusal::Mismatch)
+        );
+        let other = Refusal::OtherTypes {
+            shown: "ecdsa-sha2-nistp256".into(),
+            listed: "ssh-ed25519".into(),
+        };
+        assert_eq!(
+            check(&text, "h", 22, &wire("ecdsa-sha2-nistp256", "1")),
+            Err(other)
+        );
     }
 }

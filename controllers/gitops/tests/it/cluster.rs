@@ -40,18 +40,8 @@ impl Cluster {
     pub(crate) async fn start() -> Self {
         let server = ApiServer::builder().build().await.unwrap();
         let writes = Arc::<Mutex<Vec<String>>>::default();
-        let counter = writes.clone();
-        let service = tower::ServiceBuilder::new()
-            .map_request(move |request: http::Request<kube::client::Body>| {
-                if request.method() != http::Method::GET {
-                    counter
-                        .lock()
-                        .push(format!("{} {}", request.method(), request.uri().path()));
-                }
-                request
-            })
-            .service(server.service());
-        let client = serin_kit::client::over_service(service);
+        let noted = writes.clone();
+        let client = client_of(&server, move |write| noted.lock().push(write));
         let crds: Api<CustomResourceDefinition> = Api::all(client.clone());
         for definition in serin_crds::definitions() {
             let name = definition.metadata.name.clone().unwrap();
@@ -117,6 +107,11 @@ impl Cluster {
     pub(crate) async fn stop(mut self) {
         self.stop_controllers().await;
         self.server.shutdown().await;
+    }
+
+    /// Another client; `wrote` hears what it writes.
+    pub(crate) fn another_client(&self, wrote: impl Fn(String) + Clone + Send + 'static) -> Client {
+        client_of(&self.server, wrote)
     }
 
     pub(crate) fn repository(&self, name: &str) -> Repository {
@@ -239,6 +234,19 @@ impl Cluster {
             _ => panic!("no moment '{what}'; seen: {seen:#?}"),
         }
     }
+}
+
+/// A client in this process; `wrote` hears method and path of each request that may write.
+fn client_of(server: &ApiServer, wrote: impl Fn(String) + Clone + Send + 'static) -> Client {
+    let service = tower::ServiceBuilder::new()
+        .map_request(move |request: http::Request<kube::client::Body>| {
+            if request.method() != http::Method::GET {
+                wrote(format!("{} {}", request.method(), request.uri().path()));
+            }
+            request
+        })
+        .service(server.service());
+    serin_kit::client::over_service(service)
 }
 
 pub(crate) async fn create(client: &Client, object: Value) {

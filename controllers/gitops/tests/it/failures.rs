@@ -44,7 +44,7 @@ async fn bad_manifests_are_told_by_file_and_reason_and_what_ran_keeps_running() 
         (
             &[("deploy/a.yaml", &changed), ("deploy/web.yaml", unknown_field)],
             "ReconciliationFailed",
-            &["Deployment/prod/web", "replica", "deploy/web.yaml:1"],
+            &["Deployment/prod/web", "replica", "deploy/web.yaml:7"],
         ),
         (
             &[("other/a.yaml", &changed)],

@@ -9,4 +9,6 @@ mod cluster;
 mod delivery;
 mod failures;
 mod remotes;
+mod replicas;
 mod sources;
+mod ssh;

@@ -1,5 +1,7 @@
 //! The whole control plane between an API server in miniature and a real client.
 
+mod removal;
+
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::path::Path;

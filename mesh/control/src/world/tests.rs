@@ -171,3 +171,122 @@ fn after_a_restart_nothing_waits_for_what_was_never_there() {
     world.complete();
     assert_eq!(world.wake_at(), None);
 }
+
+/// A world in which rules send requests to the subset v2, known to the proxy.
+fn world_with_rules() -> (MeshWorld, Proxy) {
+    let (mut world, proxy) = world();
+    world.apply(vec![subset(), to_subset(1)], ms(0));
+    world.resources_for(&proxy);
+    (world, proxy)
+}
+
+fn subsets(generation: i64, names: &[&str]) -> Change {
+    let subsets: Vec<Value> = names
+        .iter()
+        .map(|name| json!({"name": name, "labels": {"version": name}}))
+        .collect();
+    object(
+        "DestinationRule",
+        json!({"metadata": {"name": "reviews", "namespace": "prod", "generation": generation, "uid": "d"},
+            "spec": {"host": "reviews", "subsets": subsets}}),
+    )
+}
+
+/// Names of clusters that the proxy is given and loses.
+fn clusters(world: &MeshWorld, proxy: &Proxy, applied: &Applied<Touched>) -> (Vec<String>, Vec<String>) {
+    let (mut given, mut lost) = (Vec::new(), Vec::new());
+    for change in world.changes_for(proxy, &applied.touched) {
+        match change {
+            xds::Change::Upsert(one) if one.resource_type == ResourceType::Cluster => {
+                given.push(one.name.to_string())
+            }
+            xds::Change::Remove(ResourceType::Cluster, name) => lost.push(name.to_string()),
+            _ => {}
+        }
+    }
+    (given, lost)
+}
+
+#[test]
+fn a_subset_deleted_before_the_rule_that_names_it_goes_with_that_rule() {
+    let (mut world, proxy) = world_with_rules();
+    let key = ObjectKey::new(Kind::DestinationRule, "prod", "reviews");
+    let early = world.apply(vec![Change::Delete(key)], ms(10));
+    assert_eq!(
+        heard(&world, &proxy, &early),
+        (vec![], vec![]),
+        "what was in effect stays"
+    );
+    assert_eq!(world.wake_at(), Some(ms(1010)));
+
+    let after = world.apply(vec![rules(2, json!({"host": "reviews"}))], ms(300));
+    let (_, lost) = clusters(&world, &proxy, &after);
+    assert!(lost.iter().any(|name| name.contains("|v2|")), "{lost:?}");
+    let (_, mut verdicts) = heard(&world, &proxy, &after);
+    verdicts.sort();
+    assert_eq!(
+        verdicts,
+        [
+            "DestinationRule/prod/reviews deleted",
+            "VirtualService/prod/reviews 2"
+        ]
+    );
+    assert_eq!(world.wake_at(), None);
+}
+
+#[test]
+fn of_a_rule_that_drops_one_subset_and_adds_another_the_addition_is_in_effect_at_once() {
+    let (mut world, proxy) = world_with_rules();
+    let swapped = world.apply(vec![subsets(2, &["v3"])], ms(10));
+    let (given, lost) = clusters(&world, &proxy, &swapped);
+    assert!(given.iter().any(|name| name.contains("|v3|")), "{given:?}");
+    assert!(lost.is_empty(), "{lost:?}");
+    let (_, verdicts) = heard(&world, &proxy, &swapped);
+    assert!(
+        verdicts.is_empty(),
+        "it is not in effect as a whole: {verdicts:?}"
+    );
+
+    let moved = world.apply(vec![rules(2, json!({"host": "reviews", "subset": "v3"}))], ms(20));
+    let (_, lost) = clusters(&world, &proxy, &moved);
+    assert!(lost.iter().any(|name| name.contains("|v2|")), "{lost:?}");
+    let (_, mut verdicts) = heard(&world, &proxy, &moved);
+    verdicts.sort();
+    assert_eq!(
+        verdicts,
+        ["DestinationRule/prod/reviews 2", "VirtualService/prod/reviews 2"]
+    );
+
+    // The same in one batch and in the wrong order waits for nothing.
+    let (mut world, proxy) = world_with_rules();
+    let both = vec![
+        subsets(2, &["v3"]),
+        rules(2, json!({"host": "reviews", "subset": "v3"})),
+    ];
+    let both = world.apply(both, ms(10));
+    let (given, lost) = clusters(&world, &proxy, &both);
+    assert!(
+        given[0].contains("|v3|") && lost[0].contains("|v2|"),
+        "{given:?} {lost:?}"
+    );
+    assert_eq!(world.wake_at(), None);
+}
+
+#[test]
+fn what_rules_go_on_naming_is_taken_away_after_a_second_and_what_comes_back_was_never_gone() {
+    let (mut world, proxy) = world_with_rules();
+    let gone = || Change::Delete(ObjectKey::new(Kind::Service, "prod", "reviews"));
+    let kept = world.apply(vec![gone()], ms(10));
+    assert_eq!(heard(&world, &proxy, &kept), (vec![], vec![]));
+    let back = world.apply(vec![service()], ms(200));
+    assert_eq!(heard(&world, &proxy, &back).0, []);
+    assert_eq!(world.wake_at(), None);
+
+    world.apply(vec![gone()], ms(300));
+    let kept = world.apply(vec![], ms(1299));
+    assert_eq!(heard(&world, &proxy, &kept), (vec![], vec![]));
+    let taken = world.apply(vec![], ms(1300));
+    assert!(!clusters(&world, &proxy, &taken).1.is_empty());
+    assert!(world.note(RULES).unwrap().unresolved[0].contains("does not exist"));
+    assert_eq!(world.wake_at(), None);
+}

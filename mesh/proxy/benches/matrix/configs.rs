@@ -27,10 +27,6 @@ impl Kind {
 pub(crate) enum Setup {
     /// One route to one cluster.
     Bare,
-    /// 100 virtual hosts and everything on.
-    Sidecar,
-    /// The same towards an HTTP/2 backend.
-    SidecarH2,
     /// That many clusters and virtual hosts.
     Many(usize),
     /// Bytes.
@@ -38,46 +34,37 @@ pub(crate) enum Setup {
 }
 
 /// Ports that a configuration speaks of.
+#[derive(Clone, Copy)]
 pub(crate) struct Ports {
     pub(crate) listen: u16,
+    /// HTTP/1.1 and HTTP/2 in the clear.
     pub(crate) backend: u16,
     pub(crate) backend2: u16,
+    /// The same over mutual TLS.
+    pub(crate) secure: u16,
+    pub(crate) secure2: u16,
 }
 
 /// The configuration file of `kind`.
 pub(crate) fn text(kind: Kind, setup: Setup, ports: &Ports, folder: &str) -> String {
     match kind {
-        Kind::Serin => envoy_like(setup, ports, false),
-        Kind::Envoy => envoy_like(setup, ports, true),
+        Kind::Serin | Kind::Envoy => envoy_like(setup, ports),
         Kind::HaProxy => haproxy(setup, ports),
         Kind::Nginx => nginx(ports, folder),
     }
 }
 
-fn cluster(out: &mut String, name: &str, port: u16, http2: bool, sidecar: bool, envoy: bool) {
+fn cluster(out: &mut String, name: &str, port: u16) {
     let _ = write!(
         out,
         "  - name: \"{name}\"\n    type: STATIC\n    connect_timeout: 1s\n    load_assignment:\n      cluster_name: \"{name}\"\n      \
-         endpoints: [{{ lb_endpoints: [{{ endpoint: {{ address: {{ socket_address: {{ address: 127.0.0.1, port_value: {port} }} }} }} }}] }}]\n"
+         endpoints: [{{ lb_endpoints: [{{ endpoint: {{ address: {{ socket_address: {{ address: 127.0.0.1, port_value: {port} }} }} }} }}] }}]\n    \
+         circuit_breakers: {{ thresholds: [{{ max_connections: 10000, max_pending_requests: 10000, max_requests: 10000 }}] }}\n"
     );
-    if sidecar {
-        out.push_str("    outlier_detection: { consecutive_5xx: 5, base_ejection_time: 30s }\n");
-    }
-    out.push_str(
-        "    circuit_breakers: { thresholds: [{ max_connections: 10000, max_pending_requests: 10000, max_requests: 10000 }] }\n",
-    );
-    match (http2, envoy) {
-        (false, _) => {}
-        (true, false) => out.push_str("    http2_protocol_options: {}\n"),
-        (true, true) => out.push_str(
-            "    typed_extension_protocol_options:\n      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:\n        \
-             \"@type\": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions\n        \
-             explicit_http_config: { http2_protocol_options: {} }\n",
-        ),
-    }
 }
 
-fn envoy_like(setup: Setup, ports: &Ports, envoy: bool) -> String {
+/// The one file that starts serin-proxy and Envoy alike.
+fn envoy_like(setup: Setup, ports: &Ports) -> String {
     let mut out = String::from(
         "node: { id: bench, cluster: bench }\nstatic_resources:\n  listeners:\n  - name: main\n",
     );
@@ -87,77 +74,42 @@ fn envoy_like(setup: Setup, ports: &Ports, envoy: bool) -> String {
          filter_chains:\n    - filters:",
         ports.listen
     );
-    let sidecar = matches!(setup, Setup::Sidecar | Setup::SidecarH2);
-    let http2 = setup == Setup::SidecarH2;
-    let port = if http2 { ports.backend2 } else { ports.backend };
     if setup == Setup::Tcp {
         out.push_str(
             "      - name: envoy.filters.network.tcp_proxy\n        typed_config:\n          \
              \"@type\": type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy\n          \
              stat_prefix: tcp\n          cluster: main\n  clusters:\n",
         );
-        cluster(&mut out, "main", port, false, false, envoy);
+        cluster(&mut out, "main", ports.backend);
         return out;
     }
+    // No request ids, as Envoy's benchmark FAQ asks.
     out.push_str(
         "      - name: envoy.filters.network.http_connection_manager\n        typed_config:\n          \
          \"@type\": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager\n          \
-         stat_prefix: http\n          normalize_path: true\n",
-    );
-    if !sidecar {
-        // As Envoy's benchmark FAQ asks.
-        out.push_str("          generate_request_id: false\n");
-    }
-    if sidecar && envoy {
-        // serin-proxy writes failed requests as JSON without being told.
-        out.push_str(
-            "          access_log:\n          - name: envoy.access_loggers.file\n            \
-             filter: { status_code_filter: { comparison: { op: GE, value: { default_value: 500, runtime_key: x } } } }\n            \
-             typed_config:\n              \
-             \"@type\": type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog\n              path: /dev/null\n              \
-             log_format: { json_format: { path: \"%REQ(:PATH)%\", code: \"%RESPONSE_CODE%\", flags: \"%RESPONSE_FLAGS%\" } }\n",
-        );
-    }
-    out.push_str(
-        "          http_filters:\n          - name: envoy.filters.http.router\n            typed_config: { \"@type\": \
+         stat_prefix: http\n          normalize_path: true\n          generate_request_id: false\n          \
+         http_filters:\n          - name: envoy.filters.http.router\n            typed_config: { \"@type\": \
          type.googleapis.com/envoy.extensions.filters.http.router.v3.Router }\n          route_config:\n            name: main\n            \
          virtual_hosts:\n",
     );
     let many = match setup {
         Setup::Many(count) => count,
-        _ => 100,
+        Setup::Bare | Setup::Tcp => 0,
     };
-    if setup != Setup::Bare {
-        for index in 0..many {
-            let target = if sidecar {
-                "main".to_owned()
-            } else {
-                format!("c{index}")
-            };
-            let _ = writeln!(
-                out,
-                "            - name: h{index}\n              domains: [\"svc-{index}.ns.svc.cluster.local\", \"svc-{index}.ns:80\"]\n              \
-                 routes: [{{ match: {{ prefix: / }}, route: {{ cluster: {target} }} }}]"
-            );
-        }
+    for index in 0..many {
+        let _ = writeln!(
+            out,
+            "            - name: h{index}\n              domains: [\"svc-{index}.ns.svc.cluster.local\", \"svc-{index}.ns:80\"]\n              \
+             routes: [{{ match: {{ prefix: / }}, route: {{ cluster: c{index} }} }}]"
+        );
     }
-    let action = if sidecar {
-        "{ weighted_clusters: { clusters: [{ name: main, weight: 90 }, { name: canary, weight: 10 }] }, timeout: 15s, \
-         retry_policy: { retry_on: \"connect-failure,refused-stream,reset\", num_retries: 2 } }"
-    } else {
-        "{ cluster: main }"
-    };
-    let _ = writeln!(
-        out,
-        "            - name: rest\n              domains: [\"*\"]\n              routes: [{{ match: {{ prefix: / }}, route: {action} }}]\n  clusters:"
+    out.push_str(
+        "            - name: rest\n              domains: [\"*\"]\n              \
+         routes: [{ match: { prefix: / }, route: { cluster: main } }]\n  clusters:\n",
     );
-    cluster(&mut out, "main", port, http2, sidecar, envoy);
-    if sidecar {
-        cluster(&mut out, "canary", port, http2, sidecar, envoy);
-    } else if setup != Setup::Bare {
-        for index in 0..many {
-            cluster(&mut out, &format!("c{index}"), port, false, false, envoy);
-        }
+    cluster(&mut out, "main", ports.backend);
+    for index in 0..many {
+        cluster(&mut out, &format!("c{index}"), ports.backend);
     }
     out
 }
@@ -188,15 +140,33 @@ fn nginx(ports: &Ports, folder: &str) -> String {
     )
 }
 
-/// The backend: nginx, HTTP/1.1 and HTTP/2 in the clear.
+/// The backend: nginx, HTTP/1.1 and HTTP/2, in the clear and over mutual TLS.
 pub(crate) fn backend(ports: &Ports, folder: &str) -> String {
     let small = "0123456789".repeat(10);
+    let server = |listen: &str| {
+        format!(
+            "server {{ {listen}\n location = /10k {{ }} location = /1m {{ }} location / {{ return 200 \"{small}\"; }} }}\n"
+        )
+    };
+    let secured = format!(
+        " ssl_protocols TLSv1.3; ssl_certificate {folder}/server.pem; ssl_certificate_key {folder}/server.key; \
+         ssl_client_certificate {folder}/root.pem; ssl_verify_client on;"
+    );
     format!(
         "worker_processes 1; daemon off; master_process off; pid {folder}/backend.pid; error_log {folder}/backend.err;\n\
          events {{ worker_connections 8000; }}\nhttp {{ access_log off; keepalive_requests 1000000000; keepalive_timeout 3600; \
-         sendfile on; tcp_nopush on; root {folder};\n\
-         server {{ listen 127.0.0.1:{} backlog=4096; listen 127.0.0.1:{} http2 backlog=4096;\n\
-         location = /10k {{ }} location = /1m {{ }} location / {{ return 200 \"{small}\"; }} }} }}\n",
-        ports.backend, ports.backend2
+         sendfile on; tcp_nopush on; root {folder};\n{}{}{} }}\n",
+        server(&format!(
+            "listen 127.0.0.1:{} backlog=4096; listen 127.0.0.1:{} http2 backlog=4096;",
+            ports.backend, ports.backend2
+        )),
+        server(&format!(
+            "listen 127.0.0.1:{} ssl backlog=4096;{secured}",
+            ports.secure
+        )),
+        server(&format!(
+            "listen 127.0.0.1:{} ssl http2 backlog=4096;{secured}",
+            ports.secure2
+        )),
     )
 }

@@ -2,111 +2,49 @@
 //!
 //! Processor time per request is the figure to trust on a shared machine (the kernel accounts it per process); wall times
 //! and requests per second are not. Each proxy has one worker, pinned to the first processor; the load (`h2load`, from
-//! nghttp2) and the backend (nginx) share the second. `SERIN_BENCH_ROUNDS` (3) and `SERIN_BENCH_REQUESTS` (30,000) say how
-//! much; `ENVOY_BIN` where Envoy is; `SERIN_BENCH_ONLY` names the parts to run: `matrix`, `latency`, `memory`, `weights`,
-//! `growth`, `costs`.
+//! nghttp2) and the backend (nginx, and this program for gRPC) share the second. What is said beside a proxy is its ratio
+//! to Envoy in the same round, the median of all rounds. `SERIN_BENCH_ROUNDS` (3) and `SERIN_BENCH_REQUESTS` (30,000) say
+//! how much; `ENVOY_BIN` where Envoy is; `SERIN_BENCH_ONLY` names the parts to run: `matrix`, `latency`, `memory`,
+//! `weights`, `changes`, `growth`, `costs`; `SERIN_BENCH_ROWS` only those rows of the matrix that contain this text.
 //!
-//! The *sidecar* configuration has 100 virtual hosts, a weighted route, a retry policy, outlier detection, Istio's metrics
-//! (Envoy: its own) and an error log in JSON; RBAC and rate limits join once the file format has them.
+//! *Bare* cases start from files. *Sidecar* cases take a sidecar's whole configuration (see [`mesh`]) from an ADS server
+//! in this process, the same resources for serin-proxy and Envoy.
 
+// The tests' helpers say so by panicking when something is wrong with a fixture.
+#[path = "../../tests/it/ads.rs"]
+#[allow(dead_code)]
+mod ads;
+#[path = "../../tests/it/certificates.rs"]
+#[allow(dead_code, clippy::unwrap_used)]
+mod certificates;
+mod changes;
 mod configs;
+#[path = "../../tests/it/fixture.rs"]
+#[allow(
+    dead_code,
+    deprecated,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic
+)]
+mod fixture;
+mod growth;
+mod helpers;
 mod measure;
+mod mesh;
 mod peers;
+mod rows;
 mod weights;
 
 use std::process::ExitCode;
 
 use configs::{Kind, Setup};
-use measure::{Sample, h2load, median};
+use measure::Sample;
+use mesh::{Down, Mesh, Up};
 use peers::{Backend, Peer, Tools};
-
-/// One row of the matrix.
-struct Row {
-    name: &'static str,
-    setup: Setup,
-    load: &'static [&'static str],
-    path: &'static str,
-    peers: &'static [Kind],
-}
 
 const ALL: &[Kind] = &[Kind::Serin, Kind::Envoy, Kind::HaProxy, Kind::Nginx];
 const MESH: &[Kind] = &[Kind::Serin, Kind::Envoy];
-const TCP: &[Kind] = &[Kind::Serin, Kind::Envoy, Kind::HaProxy];
-
-const ROWS: &[Row] = &[
-    row(
-        "HTTP/1.1, 32 connections, 100 B, bare",
-        Setup::Bare,
-        &["--h1", "-c", "32"],
-        "/",
-        ALL,
-    ),
-    row(
-        "HTTP/1.1, 2 connections, 100 B, bare",
-        Setup::Bare,
-        &["--h1", "-c", "2"],
-        "/",
-        ALL,
-    ),
-    row(
-        "HTTP/1.1, 32 connections, 10 KB, bare",
-        Setup::Bare,
-        &["--h1", "-c", "32"],
-        "/10k",
-        ALL,
-    ),
-    row(
-        "HTTP/1.1, 32 connections, 100 B, sidecar",
-        Setup::Sidecar,
-        &["--h1", "-c", "32"],
-        "/",
-        MESH,
-    ),
-    row(
-        "HTTP/2 → HTTP/1.1, 8 × 10 streams, sidecar",
-        Setup::Sidecar,
-        &["-c", "8", "-m", "10"],
-        "/",
-        MESH,
-    ),
-    row(
-        "HTTP/2 → HTTP/2, 8 × 10 streams, sidecar",
-        Setup::SidecarH2,
-        &["-c", "8", "-m", "10"],
-        "/",
-        MESH,
-    ),
-    row(
-        "TCP, 32 connections, 100 B answers",
-        Setup::Tcp,
-        &["--h1", "-c", "32"],
-        "/",
-        TCP,
-    ),
-    row(
-        "TCP, 8 connections, 1 MB answers",
-        Setup::Tcp,
-        &["--h1", "-c", "8"],
-        "/1m",
-        TCP,
-    ),
-];
-
-const fn row(
-    name: &'static str,
-    setup: Setup,
-    load: &'static [&'static str],
-    path: &'static str,
-    peers: &'static [Kind],
-) -> Row {
-    Row {
-        name,
-        setup,
-        load,
-        path,
-        peers,
-    }
-}
 
 fn number(name: &str, default: usize) -> usize {
     std::env::var(name)
@@ -134,13 +72,17 @@ fn main() -> ExitCode {
 }
 
 async fn run() -> anyhow::Result<()> {
+    let args: Vec<String> = std::env::args().collect();
+    if let Some(result) = helpers::run(&args).await {
+        return result;
+    }
     if wanted("weights") {
         weights::run().await?;
     }
     let Some(tools) = Tools::find() else { return Ok(()) };
     let backend = Backend::start().await?;
     if wanted("matrix") {
-        matrix(&tools, &backend).await?;
+        rows::run(&tools, &backend).await?;
     }
     if wanted("latency") {
         latency(&tools, &backend).await?;
@@ -148,8 +90,11 @@ async fn run() -> anyhow::Result<()> {
     if wanted("memory") {
         memory(&tools, &backend).await?;
     }
+    if wanted("changes") {
+        changes::run(&tools, &backend).await?;
+    }
     if wanted("growth") {
-        growth(&tools, &backend).await?;
+        growth::run(&tools, &backend).await?;
     }
     if wanted("costs") {
         costs(&tools, &backend).await?;
@@ -157,52 +102,7 @@ async fn run() -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn matrix(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {
-    let rounds = number("SERIN_BENCH_ROUNDS", 3);
-    let requests = number("SERIN_BENCH_REQUESTS", 30_000);
-    println!(
-        "\n| case | proxy | µs/request | user | kernel | × Envoy | requests/s |\n|---|---|---|---|---|---|---|"
-    );
-    for row in ROWS {
-        let requests = if row.path == "/1m" {
-            requests / 30
-        } else {
-            requests
-        };
-        let mut peers = Vec::new();
-        for kind in row.peers {
-            if let Some(peer) = Peer::start(tools, *kind, row.setup, backend).await? {
-                h2load(row.load, requests / 10, &peer.url(row.path)).await?;
-                peers.push((peer, Vec::new()));
-            }
-        }
-        for _ in 0..rounds {
-            for (peer, samples) in &mut peers {
-                samples.push(Sample::take(peer, row.load, requests, &peer.url(row.path)).await?);
-            }
-        }
-        let total = |samples: &[Sample]| median(samples.iter().map(Sample::total));
-        let envoy = peers
-            .iter()
-            .find(|(peer, _)| peer.kind == Kind::Envoy)
-            .map(|(_, samples)| total(samples));
-        for (peer, samples) in &peers {
-            let of = |pick: fn(&Sample) -> f64| median(samples.iter().map(pick));
-            println!(
-                "| {} | {} | {:.1} | {:.1} | {:.1} | {} | {:.0} |",
-                row.name,
-                peer.kind.name(),
-                total(samples),
-                of(|sample| sample.user),
-                of(|sample| sample.kernel),
-                envoy.map_or_else(|| "-".into(), |envoy| format!("{:.2}", total(samples) / envoy)),
-                of(|sample| sample.rate),
-            );
-        }
-    }
-    Ok(())
-}
-
+/// What one hop adds at a rate that leaves everybody room, from an open loop: waits count.
 async fn latency(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {
     let Some(serin) = &tools.serin else {
         eprintln!(
@@ -211,23 +111,74 @@ async fn latency(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {
         return Ok(());
     };
     println!(
-        "\n| open loop at a fixed rate, HTTP/1.1, sidecar | p50 ms | p99 ms | p99.9 ms |\n|---|---|---|---|"
+        "\n| open loop at half of the slowest one's rate, sidecar | p50 ms | p99 ms | p99.9 ms | p99 added | × Envoy |\n|---|---|---|---|---|---|"
     );
-    // Half of what the slowest of them takes, so that nobody is measured at saturation.
-    let mut peers = Vec::new();
-    let mut rate = f64::MAX;
-    for kind in MESH {
-        if let Some(peer) = Peer::start(tools, *kind, Setup::Sidecar, backend).await? {
-            let sample = Sample::take(&peer, &["--h1", "-c", "32"], 20_000, &peer.url("/")).await?;
-            rate = rate.min(sample.rate / 2.0);
-            peers.push(peer);
+    for (name, mesh, load, http2) in [
+        (
+            "HTTP/1.1",
+            Mesh::new(Down::Plain, Up::Http1),
+            &["--h1", "-c", "32"][..],
+            false,
+        ),
+        (
+            "HTTP/2 → HTTP/2",
+            Mesh::new(Down::Plain, Up::Http2),
+            &["-c", "8", "-m", "10"],
+            true,
+        ),
+        (
+            "TCP",
+            Mesh::new(Down::Plain, Up::Bytes),
+            &["--h1", "-c", "32"],
+            false,
+        ),
+    ] {
+        let mut peers = Vec::new();
+        let mut rate = f64::MAX;
+        for kind in MESH {
+            if let Some(peer) = Peer::start_mesh(tools, *kind, &mesh, backend, Some("0")).await? {
+                let sample = Sample::take(&peer, load, 20_000, &peer.url("/")).await?;
+                rate = rate.min(sample.rate / 2.0);
+                peers.push(peer);
+            }
         }
-    }
-    let direct = measure::open_loop(serin, &backend.url("/"), rate).await?;
-    println!("| no proxy, {rate:.0}/s | {} |", direct.join(" | "));
-    for peer in &peers {
-        let figures = measure::open_loop(serin, &peer.url("/"), rate).await?;
-        println!("| {}, {rate:.0}/s | {} |", peer.kind.name(), figures.join(" | "));
+        // In turns, and the median of each, so that what disturbs disturbs all.
+        let mut figures: Vec<Vec<[f64; 3]>> = vec![Vec::new(); peers.len() + 1];
+        for _ in 0..number("SERIN_BENCH_ROUNDS", 3) {
+            for (index, list) in figures.iter_mut().enumerate() {
+                let (url, http2) = match index {
+                    // The backend speaks HTTP/2 in the clear on another port; the way there is the same.
+                    0 => (backend.url("/"), false),
+                    _ => (peers[index - 1].url("/"), http2),
+                };
+                let figure = measure::open_loop(serin, &url, rate, http2).await?;
+                list.push(figure.map(Option::unwrap_or_default));
+            }
+        }
+        let middle = |list: &[[f64; 3]], at: usize| measure::median(list.iter().map(|three| three[at]));
+        let direct = middle(&figures[0], 1);
+        let added: Vec<f64> = figures.iter().map(|list| middle(list, 1) - direct).collect();
+        let envoy = peers
+            .iter()
+            .position(|peer| peer.kind == Kind::Envoy)
+            .map(|at| added[at + 1]);
+        for (index, list) in figures.iter().enumerate() {
+            let who = match index {
+                0 => "no proxy",
+                _ => peers[index - 1].kind.name(),
+            };
+            let ratio = envoy.filter(|_| index > 0).map_or_else(
+                || "-".to_owned(),
+                |envoy| format!("{:.2}", added[index] / envoy.max(0.001)),
+            );
+            println!(
+                "| {name}, {rate:.0}/s, {who} | {:.2} | {:.2} | {:.2} | {:.2} | {ratio} |",
+                middle(list, 0),
+                middle(list, 1),
+                middle(list, 2),
+                added[index],
+            );
+        }
     }
     Ok(())
 }
@@ -253,32 +204,6 @@ async fn memory(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {
             None => "-".into(),
         };
         println!("| {} | {empty} | {many} | {per_connection:.1} |", kind.name());
-    }
-    Ok(())
-}
-
-async fn growth(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {
-    println!("\n| clusters and virtual hosts | µs/request | resident KB |\n|---|---|---|");
-    let requests = number("SERIN_BENCH_REQUESTS", 30_000);
-    for count in [10, 1_000, 10_000] {
-        let Some(peer) = Peer::start(tools, Kind::Serin, Setup::Many(count), backend).await? else {
-            continue;
-        };
-        let load = ["--h1", "-c", "32"];
-        h2load(&load, requests / 10, &peer.url("/")).await?;
-        let mut samples = Vec::new();
-        for _ in 0..number("SERIN_BENCH_ROUNDS", 3) {
-            samples.push(
-                Sample::take(&peer, &load, requests, &peer.url("/"))
-                    .await?
-                    .total(),
-            );
-        }
-        println!(
-            "| {count} | {:.1} | {} |",
-            median(samples.into_iter()),
-            peer.resident()?
-        );
     }
     Ok(())
 }

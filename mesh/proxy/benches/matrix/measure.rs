@@ -8,8 +8,13 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::process::Command;
 
-use crate::configs::{self, Kind, Setup};
-use crate::peers::{Backend, Peer, Tools, listening};
+use crate::ads::Ads;
+use crate::configs::Kind;
+use crate::mesh::{self, Down, Mesh, Up};
+use crate::peers::{Backend, Peer, Tools, free_port, listening};
+
+/// What costs are told of.
+const SIDECAR: Mesh = Mesh::new(Down::Plain, Up::Http1);
 
 /// The middle of some figures; 0 of none.
 pub(crate) fn median(figures: impl Iterator<Item = f64>) -> f64 {
@@ -33,36 +38,107 @@ impl Sample {
     }
 
     pub(crate) async fn take(peer: &Peer, load: &[&str], requests: usize, url: &str) -> anyhow::Result<Self> {
-        let before = ticks(peer.pid()?)?;
-        let rate = h2load(load, requests, url).await?;
-        let after = ticks(peer.pid()?)?;
-        // The kernel counts in hundredths of a second.
-        let micros = |after: u64, before: u64| (after - before) as f64 * 10_000.0 / requests as f64;
+        Self::of(peer, requests, h2load(load, requests, url)).await
+    }
+
+    /// Of any work, which gives the rate that it reached.
+    pub(crate) async fn of(
+        peer: &Peer,
+        requests: usize,
+        work: impl Future<Output = anyhow::Result<f64>>,
+    ) -> anyhow::Result<Self> {
+        let before = Spent::of(peer.pid()?)?;
+        let rate = work.await?;
+        let after = Spent::of(peer.pid()?)?;
+        let total = (after.nanos - before.nanos) as f64 / 1_000.0 / requests as f64;
+        let (user, kernel) = (
+            (after.user - before.user) as f64,
+            (after.kernel - before.kernel) as f64,
+        );
+        let share = user / (user + kernel).max(1.0);
         Ok(Self {
-            user: micros(after.0, before.0),
-            kernel: micros(after.1, before.1),
+            user: total * share,
+            kernel: total * (1.0 - share),
             rate,
         })
     }
 }
 
-/// User and kernel time of a process, in ticks.
-fn ticks(pid: u32) -> anyhow::Result<(u64, u64)> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let after_name = stat.rsplit_once(')').context("/proc/pid/stat")?.1;
-    let mut fields = after_name.split_whitespace().skip(11).map(str::parse::<u64>);
-    match (fields.next(), fields.next()) {
-        (Some(Ok(user)), Some(Ok(kernel))) => Ok((user, kernel)),
-        _ => bail!("/proc/{pid}/stat cannot be read"),
+/// Processor time of a process: nanoseconds by the scheduler's account, and ticks, which tell user from kernel.
+struct Spent {
+    nanos: u64,
+    user: u64,
+    kernel: u64,
+}
+
+impl Spent {
+    fn of(pid: u32) -> anyhow::Result<Self> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        let after_name = stat.rsplit_once(')').context("/proc/pid/stat")?.1;
+        let mut fields = after_name.split_whitespace().skip(11).map(str::parse::<u64>);
+        let (Some(Ok(user)), Some(Ok(kernel))) = (fields.next(), fields.next()) else {
+            bail!("/proc/{pid}/stat cannot be read");
+        };
+        let mut nanos = 0;
+        for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+            let text = std::fs::read_to_string(task?.path().join("schedstat")).unwrap_or_default();
+            nanos += text
+                .split_whitespace()
+                .next()
+                .and_then(|first| first.parse::<u64>().ok())
+                .unwrap_or(0);
+        }
+        Ok(Self { nanos, user, kernel })
     }
+}
+
+/// New mutual TLS connections with one request each; connections per second.
+pub(crate) async fn new_connections(peer: &Peer, count: usize, folder: &Path) -> anyhow::Result<f64> {
+    let start = std::time::Instant::now();
+    let output = Command::new("taskset")
+        .args(["-c", "1"])
+        .arg(crate::helpers::program()?)
+        .args(["new-connections", &peer.port.to_string(), &count.to_string()])
+        .arg(folder)
+        .output()
+        .await?;
+    if !output.status.success() {
+        bail!("new connections: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(count as f64 / start.elapsed().as_secs_f64())
 }
 
 /// Sends requests as fast as they are answered; requests per second. Every one must succeed.
 pub(crate) async fn h2load(load: &[&str], requests: usize, url: &str) -> anyhow::Result<f64> {
+    let outcome = h2load_on("1", load, requests, url).await?;
+    if outcome.good != requests {
+        bail!(
+            "{url}: {} of {requests} requests were not answered 2xx",
+            requests - outcome.good
+        );
+    }
+    Ok(outcome.rate)
+}
+
+/// What became of a load.
+pub(crate) struct Outcome {
+    /// Requests answered 2xx.
+    pub(crate) good: usize,
+    pub(crate) rate: f64,
+}
+
+/// The same on these processors, whatever becomes of the requests.
+pub(crate) async fn h2load_on(
+    processors: &str,
+    load: &[&str],
+    requests: usize,
+    url: &str,
+) -> anyhow::Result<Outcome> {
     let output = Command::new("taskset")
-        .args(["-c", "1", "h2load", "-n", &requests.to_string()])
+        .args(["-c", processors, "h2load", "-n", &requests.to_string()])
         .args(load)
         .arg(url)
+        .kill_on_drop(true)
         .output()
         .await
         .context("h2load")?;
@@ -73,19 +149,26 @@ pub(crate) async fn h2load(load: &[&str], requests: usize, url: &str) -> anyhow:
             .map(str::to_owned)
     };
     let outcome = line("status codes:").context("h2load printed no status codes")?;
-    let good = outcome.split_whitespace().nth(2).unwrap_or_default().to_owned();
-    if good != requests.to_string() {
-        bail!("{url}: not every request was answered 2xx: {outcome}");
-    }
+    let good = outcome
+        .split_whitespace()
+        .nth(2)
+        .and_then(|count| count.parse().ok())
+        .with_context(|| format!("h2load said {outcome:?}"))?;
     let finished = line("finished in").context("h2load printed no times")?;
-    finished
+    let rate = finished
         .split(", ")
         .find_map(|part| part.strip_suffix(" req/s")?.parse().ok())
-        .context("h2load printed no rate")
+        .context("h2load printed no rate")?;
+    Ok(Outcome { good, rate })
 }
 
 /// Latencies of an open loop: p50, p99, p99.9 in milliseconds.
-pub(crate) async fn open_loop(serin: &Path, url: &str, rate: f64) -> anyhow::Result<Vec<String>> {
+pub(crate) async fn open_loop(
+    serin: &Path,
+    url: &str,
+    rate: f64,
+    http2: bool,
+) -> anyhow::Result<[Option<f64>; 3]> {
     let output = Command::new("taskset")
         .args(["-c", "1"])
         .arg(serin)
@@ -101,6 +184,7 @@ pub(crate) async fn open_loop(serin: &Path, url: &str, rate: f64) -> anyhow::Res
             "-o",
             "json",
         ])
+        .args(http2.then_some("--http2"))
         .output()
         .await
         .context("serin load")?;
@@ -114,15 +198,11 @@ pub(crate) async fn open_loop(serin: &Path, url: &str, rate: f64) -> anyhow::Res
     let latency = find(&report, "latency_ms")
         .or_else(|| find(&report, "latency"))
         .unwrap_or(&report);
-    Ok(["p50", "p99", "p999"]
-        .iter()
-        .map(|key| {
-            let value = find(latency, key).or_else(|| find(latency, &key.replace("p999", "p99.9")));
-            value
-                .and_then(serde_json::Value::as_f64)
-                .map_or_else(|| "-".into(), |value| format!("{value:.2}"))
-        })
-        .collect())
+    Ok(["p50", "p99", "p999"].map(|key| {
+        find(latency, key)
+            .or_else(|| find(latency, &key.replace("p999", "p99.9")))
+            .and_then(serde_json::Value::as_f64)
+    }))
 }
 
 /// The first value of that key, however deep.
@@ -161,7 +241,7 @@ pub(crate) async fn idle_connections(peer: &Peer, count: usize) -> anyhow::Resul
 /// System calls per request, by strace; a dash without it.
 pub(crate) async fn system_calls(tools: &Tools, kind: Kind, backend: &Backend) -> anyhow::Result<String> {
     const REQUESTS: usize = 5_000;
-    let Some(peer) = Peer::start(tools, kind, Setup::Sidecar, backend).await? else {
+    let Some(peer) = Peer::start_mesh(tools, kind, &SIDECAR, backend, Some("0")).await? else {
         return Ok("-".into());
     };
     h2load(&["--h1", "-c", "8"], 500, &peer.url("/")).await?;
@@ -204,8 +284,12 @@ pub(crate) async fn instructions(tools: &Tools, backend: &Backend) -> anyhow::Re
     let folder = tempfile::tempdir()?;
     let config = folder.path().join("proxy.yaml");
     let out = folder.path().join("callgrind");
-    let ports = backend.ports().await?;
-    std::fs::write(&config, configs::text(Kind::Serin, Setup::Sidecar, &ports, ""))?;
+    let port = free_port().await?;
+    let control = Ads::start(&folder.path().join("xds.sock"))?;
+    control
+        .source
+        .put_all(mesh::resources(&SIDECAR, port, backend, &backend.identities));
+    std::fs::write(&config, control.bootstrap("bench", false))?;
     let (program, args) = tools.command(Kind::Serin, &config).context("serin-proxy")?;
     let child = Command::new("valgrind")
         .args(["--tool=callgrind", "--instr-atstart=no"])
@@ -220,8 +304,8 @@ pub(crate) async fn instructions(tools: &Tools, backend: &Backend) -> anyhow::Re
         eprintln!("SKIPPED: valgrind is not installed");
         return Ok("-".into());
     };
-    listening(ports.listen, Duration::from_secs(60)).await?;
-    let url = format!("http://127.0.0.1:{}/", ports.listen);
+    listening(port, Duration::from_secs(120)).await?;
+    let url = format!("http://127.0.0.1:{port}/");
     let pid = child.id().context("valgrind has ended")?.to_string();
     let control = |arg: &'static str| {
         let mut command = Command::new("callgrind_control");

@@ -8,7 +8,10 @@ use anyhow::Context;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::process::{Child, Command};
 
+use crate::ads::Ads;
 use crate::configs::{self, Kind, Ports, Setup};
+use crate::helpers;
+use crate::mesh::{self, Identities, Mesh, Up};
 
 /// Where the programs are.
 pub(crate) struct Tools {
@@ -105,7 +108,11 @@ pub(crate) fn pinned(processor: &str, program: &Path, args: &[String]) -> anyhow
         .arg(program)
         .args(args)
         .stdout(Stdio::null())
-        .stderr(Stdio::null())
+        // Whoever looks for a reason may hear them.
+        .stderr(match std::env::var_os("SERIN_BENCH_LOUD") {
+            Some(_) => Stdio::inherit(),
+            None => Stdio::null(),
+        })
         .kill_on_drop(true)
         .spawn()
         .with_context(|| format!("starting {}", program.display()))
@@ -123,11 +130,13 @@ pub(crate) async fn listening(port: u16, limit: Duration) -> anyhow::Result<()> 
         .with_context(|| format!("nobody came to listen on port {port}"))
 }
 
-/// The backend.
+/// The backend: nginx, and ourselves for gRPC.
 pub(crate) struct Backend {
-    ports: (u16, u16),
-    _child: Child,
-    _folder: tempfile::TempDir,
+    ports: Ports,
+    grpc: u16,
+    pub(crate) identities: Identities,
+    folder: tempfile::TempDir,
+    _children: [Child; 2],
 }
 
 impl Backend {
@@ -137,44 +146,81 @@ impl Backend {
         // nginx may run as another user.
         std::fs::write(folder.path().join("10k"), "x".repeat(10 << 10))?;
         std::fs::write(folder.path().join("1m"), "x".repeat(1 << 20))?;
+        let identities = Identities::new();
+        // A gRPC message of 100 bytes, for h2load to send.
+        std::fs::write(
+            folder.path().join("message"),
+            [&[0, 0, 0, 0, 100][..], &[b'x'; 100]].concat(),
+        )?;
+        for (name, text) in [
+            ("root.pem", identities.root()),
+            ("server.pem", &identities.server.chain),
+            ("server.key", &identities.server.key),
+            ("client.pem", &identities.client.chain),
+            ("client.key", &identities.client.key),
+        ] {
+            std::fs::write(folder.path().join(name), text)?;
+        }
         let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(folder.path(), open)?;
-        let ports = (free_port().await?, free_port().await?);
+        let ports = Ports {
+            listen: 0,
+            backend: free_port().await?,
+            backend2: free_port().await?,
+            secure: free_port().await?,
+            secure2: free_port().await?,
+        };
         let config = folder.path().join("backend.conf");
-        let text = configs::backend(
-            &Ports {
-                listen: 0,
-                backend: ports.0,
-                backend2: ports.1,
-            },
-            &place,
-        );
-        std::fs::write(&config, text)?;
+        std::fs::write(&config, configs::backend(&ports, &place))?;
         let nginx = on_path("nginx").context("nginx is gone")?;
         let child = pinned(
             "1",
             &nginx,
             &["-c".to_owned(), config.to_string_lossy().into_owned()],
         )?;
-        listening(ports.0, Duration::from_secs(10)).await?;
+        listening(ports.backend, Duration::from_secs(10)).await?;
+        let grpc = free_port().await?;
+        let calls = pinned(
+            "1",
+            &helpers::program()?,
+            &["grpc-backend".to_owned(), grpc.to_string()],
+        )?;
+        listening(grpc, Duration::from_secs(10)).await?;
         Ok(Self {
             ports,
-            _child: child,
-            _folder: folder,
+            grpc,
+            identities,
+            folder,
+            _children: [child, calls],
         })
     }
 
     pub(crate) fn url(&self, path: &str) -> String {
-        format!("http://127.0.0.1:{}{path}", self.ports.0)
+        format!("http://127.0.0.1:{}{path}", self.ports.backend)
+    }
+
+    /// Certificates and the like.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
     }
 
     /// Ports for a proxy in front of it.
     pub(crate) async fn ports(&self) -> anyhow::Result<Ports> {
         Ok(Ports {
             listen: free_port().await?,
-            backend: self.ports.0,
-            backend2: self.ports.1,
+            ..self.ports
         })
+    }
+
+    /// Where a cluster finds it.
+    pub(crate) fn port_of(&self, up: Up) -> u16 {
+        match up {
+            Up::Http1 | Up::Bytes => self.ports.backend,
+            Up::Http2 => self.ports.backend2,
+            Up::MutualHttp1 | Up::MutualBytes => self.ports.secure,
+            Up::MutualHttp2 => self.ports.secure2,
+            Up::Grpc => self.grpc,
+        }
     }
 }
 
@@ -184,6 +230,9 @@ pub(crate) struct Peer {
     pub(crate) port: u16,
     child: Child,
     _folder: tempfile::TempDir,
+    /// Where it is driven by one.
+    pub(crate) control: Option<Ads>,
+    secure: bool,
 }
 
 impl Peer {
@@ -214,11 +263,51 @@ impl Peer {
             port: ports.listen,
             child,
             _folder: folder,
+            control: None,
+            secure: false,
+        }))
+    }
+
+    /// A sidecar that takes its configuration from an ADS server of its own. `processor` is where it runs; anywhere if
+    /// there is none, with two workers.
+    pub(crate) async fn start_mesh(
+        tools: &Tools,
+        kind: Kind,
+        mesh: &Mesh,
+        backend: &Backend,
+        processor: Option<&str>,
+    ) -> anyhow::Result<Option<Self>> {
+        let folder = tempfile::tempdir()?;
+        let config = folder.path().join("bootstrap.yaml");
+        let Some((program, mut args)) = tools.command(kind, &config) else {
+            return Ok(None);
+        };
+        let port = free_port().await?;
+        let control = Ads::start(&folder.path().join("xds.sock"))?;
+        control
+            .source
+            .put_all(mesh::resources(mesh, port, backend, &backend.identities));
+        std::fs::write(&config, control.bootstrap("bench", kind == Kind::Envoy))?;
+        if processor.is_none()
+            && let Some(at) = args.iter().position(|arg| arg == "--concurrency")
+        {
+            args[at + 1] = "2".to_owned();
+        }
+        let child = pinned(processor.unwrap_or("0,1"), &program, &args)?;
+        listening(port, Duration::from_secs(120)).await?;
+        Ok(Some(Self {
+            kind,
+            port,
+            child,
+            _folder: folder,
+            control: Some(control),
+            secure: mesh.down != mesh::Down::Plain,
         }))
     }
 
     pub(crate) fn url(&self, path: &str) -> String {
-        format!("http://127.0.0.1:{}{path}", self.port)
+        let scheme = if self.secure { "https" } else { "http" };
+        format!("{scheme}://127.0.0.1:{}{path}", self.port)
     }
 
     pub(crate) fn pid(&self) -> anyhow::Result<u32> {

@@ -142,6 +142,8 @@ pub fn plan(role: Role, domain: &str, concurrency: usize, environment: &Environm
         options: Options {
             node: node(role, domain, environment)?,
             concurrency,
+            overload: Default::default(),
+            local_cluster: environment.get("SERIN_LOCAL_CLUSTER").cloned(),
             inherited: environment
                 .get(inherited::VARIABLE)
                 .map(|text| inherited::adopt(text))

@@ -1,6 +1,9 @@
-//! A bootstrap file in Envoy's shape: `node`, `admin`, `static_resources`, `dynamic_resources.ads_config`.
+//! A bootstrap file in Envoy's shape, as YAML or JSON: the same file starts Envoy.
 //!
-//! The same file starts Envoy. Fields that this proxy does not know are refused by name, never passed over.
+//! The document becomes Envoy's `Bootstrap` message through [`super::json`], which knows every field of it and of the
+//! extensions within; so static listeners, clusters and secrets may hold whatever the same resources may hold when they
+//! come from a control plane, and are refused for the same reasons. Of the bootstrap itself the parts that this proxy has
+//! no use for are refused by name unless they change nothing.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -8,17 +11,45 @@ use std::path::Path;
 use prost::Message;
 use serde_json::Value;
 use serin_xds::client::Endpoint;
+use serin_xds::pb::envoy::config::bootstrap::v3 as bootstrap;
 use serin_xds::pb::envoy::config::cluster::v3 as cluster;
 use serin_xds::pb::envoy::config::core::v3 as core;
-use serin_xds::pb::google::protobuf as google;
+use serin_xds::pb::envoy::config::endpoint::v3::lb_endpoint::HostIdentifier;
 use serin_xds::{FEATURE_VHDS, ResourceType};
 
-use super::fields::{Fields, object};
-use super::messages;
+use super::json;
+use super::schema::Schema;
 use crate::config::convert::{self, Address};
 use crate::control::Options;
 use crate::control::run::{DEFAULT_DRAIN, Plan, StaticResource};
-use crate::error::{Error, Refusal};
+use crate::error::{Error, Refusal, Within};
+use crate::overload;
+
+/// Parts of the bootstrap that are honoured.
+const HONOURED: [&str; 7] = [
+    "node",
+    "admin",
+    "static_resources",
+    "dynamic_resources",
+    "cluster_manager",
+    "overload_manager",
+    "layered_runtime",
+];
+/// Parts that only concern how Envoy itself is watched, counted and named.
+const WITHOUT_EFFECT: [&str; 12] = [
+    "default_regex_engine",
+    "deferred_stat_options",
+    "enable_dispatcher_stats",
+    "flags_path",
+    "memory_allocator_manager",
+    "node_context_params",
+    "stats_config",
+    "stats_flush_interval",
+    "stats_flush_on_admin",
+    "use_tcp_for_dns_lookups",
+    "watchdog",
+    "watchdogs",
+];
 
 /// Reads the file at `path`.
 pub fn read(path: &Path, concurrency: usize) -> Result<Plan, Error> {
@@ -31,36 +62,82 @@ pub fn read(path: &Path, concurrency: usize) -> Result<Plan, Error> {
 
 /// Reads the document.
 pub fn parse(text: &str, concurrency: usize) -> Result<Plan, Error> {
-    let value: Value = serde_yaml::from_str(text).map_err(|error| Refusal::new("", error.to_string()))?;
-    Ok(object(&value, |fields| plan(fields, concurrency))?)
+    let value = document(text)?;
+    refuse_unknown_parts(&value)?;
+    let bytes = json::encode(&Schema::load(), "envoy.config.bootstrap.v3.Bootstrap", &value)?;
+    let message = bootstrap::Bootstrap::decode(bytes.as_slice())
+        .map_err(|error| Refusal::new("", format!("is no bootstrap: {error}")))?;
+    Ok(plan(message, concurrency)?)
 }
 
-fn plan(fields: &Fields<'_>, concurrency: usize) -> Result<Plan, Refusal> {
-    let mut node = fields.message("node", node)?.unwrap_or_default();
+/// YAML, of which JSON is a part, with its anchors and merges resolved.
+pub(crate) fn document(text: &str) -> Result<Value, Refusal> {
+    let wrong = |error: serde_yaml::Error| Refusal::new("", error.to_string());
+    let mut yaml: serde_yaml::Value = serde_yaml::from_str(text).map_err(wrong)?;
+    yaml.apply_merge().map_err(wrong)?;
+    serde_yaml::from_value(yaml).map_err(wrong)
+}
+
+fn refuse_unknown_parts(value: &Value) -> Result<(), Refusal> {
+    let Value::Object(parts) = value else {
+        return Err(Refusal::new("", "is not an object"));
+    };
+    let snake = |key: &str| {
+        let mut out = String::with_capacity(key.len() + 4);
+        for char in key.chars() {
+            if char.is_ascii_uppercase() {
+                out.push('_');
+            }
+            out.push(char.to_ascii_lowercase());
+        }
+        out
+    };
+    for key in parts.keys() {
+        let name = snake(key);
+        if !HONOURED.contains(&name.as_str()) && !WITHOUT_EFFECT.contains(&name.as_str()) {
+            return Err(Refusal::new(key.as_str(), "is not supported by this proxy"));
+        }
+    }
+    Ok(())
+}
+
+fn plan(from: bootstrap::Bootstrap, concurrency: usize) -> Result<Plan, Refusal> {
+    let mut node = from.node.unwrap_or_default();
     node.user_agent_name = "serin-proxy".to_owned();
     node.client_features = vec![FEATURE_VHDS.to_owned()];
-    let admin = fields.message("admin", |fields| {
-        // Who asked for the admin port is not logged.
-        fields.get("access_log_path");
-        let address = fields.message("address", messages::address)?;
-        match convert::address(address.as_ref())? {
-            Address::Tcp(address) => Ok(address),
-            other => Err(Refusal::new("address", format!("cannot listen on {other}"))),
-        }
-    })?;
-    let (static_resources, clusters) = fields
-        .message("static_resources", static_resources)?
+    let admin = from.admin.as_ref().map(admin).transpose().within("admin")?;
+    let resources = from.static_resources.unwrap_or_default();
+    let mut overload = from
+        .overload_manager
+        .as_ref()
+        .map(overload::Rules::compile)
+        .transpose()
+        .within("overload_manager")?
         .unwrap_or_default();
-    let control_plane = fields.message("dynamic_resources", |fields| dynamic(fields, &clusters))?;
+    if let Some(runtime) = &from.layered_runtime {
+        layered_runtime(runtime, &mut overload).within("layered_runtime")?;
+    }
+    let control_plane = match &from.dynamic_resources {
+        None => None,
+        Some(dynamic_resources) => {
+            dynamic(dynamic_resources, &resources.clusters).within("dynamic_resources")?
+        }
+    };
+    let local_cluster = match &from.cluster_manager {
+        None => None,
+        Some(manager) => cluster_manager(manager).within("cluster_manager")?,
+    };
     Ok(Plan {
         options: Options {
             node,
             concurrency,
+            local_cluster,
+            overload,
             ..Default::default()
         },
         push_metrics: false,
-        control_plane: control_plane.flatten(),
-        static_resources,
+        control_plane,
+        static_resources: static_resources(&resources)?,
         admin,
         prometheus: None,
         ready: None,
@@ -69,102 +146,168 @@ fn plan(fields: &Fields<'_>, concurrency: usize) -> Result<Plan, Refusal> {
     })
 }
 
-fn node(fields: &Fields<'_>) -> Result<core::Node, Refusal> {
-    Ok(core::Node {
-        id: fields.text("id")?,
-        cluster: fields.text("cluster")?,
-        metadata: fields
-            .get("metadata")
-            .and_then(|value| match convert_value(value).kind {
-                Some(google::value::Kind::StructValue(metadata)) => Some(metadata),
-                _ => None,
-            }),
-        locality: fields.message("locality", |fields| {
-            Ok(core::Locality {
-                region: fields.text("region")?,
-                zone: fields.text("zone")?,
-                sub_zone: fields.text("sub_zone")?,
-            })
-        })?,
-        ..Default::default()
-    })
+fn admin(from: &bootstrap::Admin) -> Result<SocketAddr, Refusal> {
+    // Who asked for the admin port is not logged.
+    match convert::address(from.address.as_ref())? {
+        Address::Tcp(address) => Ok(address),
+        other => Err(Refusal::new("address", format!("cannot listen on {other}"))),
+    }
 }
 
-fn convert_value(from: &Value) -> google::Value {
-    use google::value::Kind;
-    let kind = match from {
-        Value::Null => Kind::NullValue(0),
-        Value::Bool(value) => Kind::BoolValue(*value),
-        Value::Number(number) => Kind::NumberValue(number.as_f64().unwrap_or_default()),
-        Value::String(text) => Kind::StringValue(text.clone()),
-        Value::Array(items) => Kind::ListValue(google::ListValue {
-            values: items.iter().map(convert_value).collect(),
-        }),
-        Value::Object(map) => {
-            let fields = map
-                .iter()
-                .map(|(key, value)| (key.clone(), convert_value(value)))
-                .collect();
-            Kind::StructValue(google::Struct { fields })
+/// The name of the cluster that the proxy is a member of.
+fn cluster_manager(from: &bootstrap::ClusterManager) -> Result<Option<String>, Refusal> {
+    let unsupported = [
+        ("outlier_detection", from.outlier_detection.is_some()),
+        ("upstream_bind_config", from.upstream_bind_config.is_some()),
+        ("load_stats_config", from.load_stats_config.is_some()),
+    ];
+    match unsupported.iter().find(|(_, present)| *present) {
+        Some((field, _)) => Err(Refusal::new(*field, "not supported")),
+        None => Ok(Some(from.local_cluster_name.clone()).filter(|name| !name.is_empty())),
+    }
+}
+
+/// There is no runtime layer; the one key that has a meaning here limits connections.
+fn layered_runtime(from: &bootstrap::LayeredRuntime, overload: &mut overload::Rules) -> Result<(), Refusal> {
+    use bootstrap::runtime_layer::LayerSpecifier;
+    use serin_xds::pb::google::protobuf::value::Kind;
+    for (index, layer) in from.layers.iter().enumerate() {
+        let path = format!("layers[{index}]");
+        match &layer.layer_specifier {
+            Some(LayerSpecifier::StaticLayer(values)) => {
+                for (key, value) in &values.fields {
+                    match (key.as_str(), &value.kind) {
+                        ("overload.global_downstream_max_connections", Some(Kind::NumberValue(limit)))
+                            if *limit >= 1.0 =>
+                        {
+                            overload.limit_connections(*limit as u64);
+                        }
+                        _ => {
+                            return Err(Refusal::new(
+                                format!("{path}.static_layer"),
+                                format!("{key} is not supported: there is no runtime here"),
+                            ));
+                        }
+                    }
+                }
+            }
+            // What the admin port might set is empty at the start, and cannot be set here.
+            Some(LayerSpecifier::AdminLayer(_)) | None => {}
+            Some(LayerSpecifier::DiskLayer(_) | LayerSpecifier::RtdsLayer(_)) => {
+                return Err(Refusal::new(path, "only a static layer is supported"));
+            }
         }
-    };
-    google::Value { kind: Some(kind) }
+    }
+    Ok(())
 }
 
-fn static_resources(fields: &Fields<'_>) -> Result<(Vec<StaticResource>, Vec<cluster::Cluster>), Refusal> {
-    let clusters = fields.list("clusters", messages::cluster)?;
-    let listeners = fields.list("listeners", messages::listener)?;
+fn static_resources(from: &bootstrap::bootstrap::StaticResources) -> Result<Vec<StaticResource>, Refusal> {
     let resource = |resource_type, name: &str, body| StaticResource {
         resource_type,
         name: name.to_owned(),
         body,
     };
-    let mut out: Vec<_> = clusters
+    // In the order in which they are needed: secrets by clusters and listeners, clusters by listeners.
+    let mut out: Vec<_> = from
+        .secrets
         .iter()
-        .map(|cluster| resource(ResourceType::Cluster, &cluster.name, cluster.encode_to_vec()))
+        .map(|secret| resource(ResourceType::Secret, &secret.name, secret.encode_to_vec()))
         .collect();
     out.extend(
-        listeners
+        from.clusters
             .iter()
-            .map(|listener| resource(ResourceType::Listener, &listener.name, listener.encode_to_vec())),
+            .map(|cluster| resource(ResourceType::Cluster, &cluster.name, cluster.encode_to_vec())),
     );
-    Ok((out, clusters))
+    for (index, listener) in from.listeners.iter().enumerate() {
+        // Envoy makes a name up as well.
+        let name = if listener.name.is_empty() {
+            convert::address(listener.address.as_ref())
+                .within(format!("static_resources.listeners[{index}]"))?
+                .to_string()
+        } else {
+            listener.name.clone()
+        };
+        out.push(resource(ResourceType::Listener, &name, listener.encode_to_vec()));
+    }
+    let names = |wanted| {
+        let mut names: Vec<&str> = out
+            .iter()
+            .filter(|resource| resource.resource_type == wanted)
+            .map(|resource| resource.name.as_str())
+            .collect();
+        names.sort_unstable();
+        names
+            .windows(2)
+            .find(|pair| pair[0] == pair[1])
+            .map(|pair| pair[0].to_owned())
+    };
+    for (kind, field) in [
+        (ResourceType::Secret, "secrets"),
+        (ResourceType::Cluster, "clusters"),
+        (ResourceType::Listener, "listeners"),
+    ] {
+        if let Some(name) = names(kind) {
+            return Err(Refusal::new(
+                format!("static_resources.{field}"),
+                format!("{name:?} is there twice"),
+            ));
+        }
+    }
+    Ok(out)
 }
 
 /// The control plane: the first endpoint of the static cluster that `ads_config` names.
-fn dynamic(fields: &Fields<'_>, clusters: &[cluster::Cluster]) -> Result<Option<Endpoint>, Refusal> {
-    for source in ["cds_config", "lds_config"] {
-        fields.message(source, |fields| {
-            fields.get("resource_api_version");
-            fields
-                .get("ads")
-                .map(drop)
-                .ok_or_else(|| Refusal::new("", "only ads: {} is supported"))
-        })?;
-    }
-    let names = fields.message("ads_config", |fields| {
-        fields.choice("api_type", &[("GRPC", 2), ("DELTA_GRPC", 3)])?;
-        for ignored in ["transport_api_version", "set_node_on_first_message_only"] {
-            fields.get(ignored);
+fn dynamic(
+    from: &bootstrap::bootstrap::DynamicResources,
+    clusters: &[cluster::Cluster],
+) -> Result<Option<Endpoint>, Refusal> {
+    use core::config_source::ConfigSourceSpecifier;
+    for (field, source) in [
+        ("lds_config", from.lds_config.as_ref()),
+        ("cds_config", from.cds_config.as_ref()),
+    ] {
+        if let Some(source) = source
+            && !matches!(
+                source.config_source_specifier,
+                Some(ConfigSourceSpecifier::Ads(_))
+            )
+        {
+            return Err(Refusal::new(field, "only ads: {} is supported"));
         }
-        fields.list("grpc_services", |fields| {
-            fields
-                .message("envoy_grpc", |fields| fields.text("cluster_name"))?
-                .ok_or_else(|| Refusal::new("envoy_grpc", "is missing"))
-        })
-    })?;
-    let Some(name) = names.into_iter().flatten().next() else {
+    }
+    if !from.lds_resources_locator.is_empty() || !from.cds_resources_locator.is_empty() {
+        return Err(Refusal::new("lds_resources_locator", "not supported"));
+    }
+    let Some(ads) = &from.ads_config else {
         return Ok(None);
     };
-    let address = clusters
-        .iter()
-        .find(|cluster| cluster.name == name)
+    let name = ads.grpc_services.iter().find_map(|service| {
+        use core::grpc_service::TargetSpecifier;
+        match &service.target_specifier {
+            Some(TargetSpecifier::EnvoyGrpc(envoy)) => Some(&envoy.cluster_name),
+            _ => None,
+        }
+    });
+    let name = name.ok_or_else(|| {
+        Refusal::new(
+            "ads_config.grpc_services",
+            "envoy_grpc with the name of a static cluster is missing",
+        )
+    })?;
+    let cluster = clusters.iter().find(|cluster| cluster.name == *name);
+    if cluster.is_some_and(|cluster| cluster.transport_socket.is_some()) {
+        return Err(Refusal::new(
+            "ads_config",
+            format!(
+                "cluster {name:?} has a transport_socket: TLS towards the control plane is not supported"
+            ),
+        ));
+    }
+    let address = cluster
         .and_then(|cluster| cluster.load_assignment.as_ref())
         .and_then(|assignment| assignment.endpoints.first()?.lb_endpoints.first())
         .and_then(|endpoint| match &endpoint.host_identifier {
-            Some(serin_xds::pb::envoy::config::endpoint::v3::lb_endpoint::HostIdentifier::Endpoint(
-                inner,
-            )) => inner.address.as_ref(),
+            Some(HostIdentifier::Endpoint(inner)) => inner.address.as_ref(),
             _ => None,
         });
     let address = convert::address(address).map_err(|_| {
@@ -234,13 +377,69 @@ mod tests {
                 "static_resources: {clusters: [{name: a, lb_policy: BEST}]}",
                 "static_resources.clusters[0].lb_policy",
             ),
+            (
+                "static_resources: {clusters: [{name: a}, {name: a}]}",
+                "static_resources.clusters",
+            ),
+            (
+                "static_resources: {listeners: [{filter_chains: [{filters: [{typed_config: {'@type': x/y.Z}}]}]}]}",
+                "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.@type",
+            ),
             ("stats_sinks: []", "stats_sinks"),
+            ("hdsConfig: {}", "hdsConfig"),
+            (
+                "dynamic_resources: {lds_config: {path_config_source: {path: /a}}}",
+                "dynamic_resources.lds_config",
+            ),
+            (
+                "layered_runtime: {layers: [{name: a, static_layer: {health_check: {x: 1}}}]}",
+                "layered_runtime.layers[0].static_layer",
+            ),
         ];
         for (text, path) in cases {
-            let Err(Error::Bootstrap(refusal)) = parse(text, 1) else {
-                panic!("{text} was taken")
-            };
-            assert_eq!(refusal.path, path);
+            match parse(text, 1) {
+                Err(Error::Bootstrap(refusal)) => assert_eq!(refusal.path, path, "{text}"),
+                other => panic!("{text}: {:?}", other.map(|plan| plan.static_resources.len())),
+            }
         }
+    }
+
+    #[test]
+    fn anchors_merges_and_both_spellings_of_names_are_understood() {
+        let plan = parse(
+            "static_resources:\n  clusters:\n  - &one {name: a, connectTimeout: 1.5s, type: STATIC}\n  - {<<: *one, name: b}\n",
+            1,
+        )
+        .unwrap();
+        for (resource, name) in plan.static_resources.iter().zip(["a", "b"]) {
+            let cluster = cluster::Cluster::decode(resource.body.as_slice()).unwrap();
+            assert_eq!(cluster.name, name);
+            let timeout = cluster.connect_timeout.unwrap();
+            assert_eq!((timeout.seconds, timeout.nanos), (1, 500_000_000));
+        }
+    }
+
+    #[test]
+    fn the_overload_manager_and_the_local_cluster_are_part_of_the_plan() {
+        let plan = parse(
+            r#"
+cluster_manager: {local_cluster_name: mine}
+layered_runtime: {layers: [{name: s, static_layer: {overload.global_downstream_max_connections: 100}}]}
+overload_manager:
+  refresh_interval: 0.25s
+  resource_monitors:
+  - name: heap
+    typed_config:
+      "@type": type.googleapis.com/envoy.extensions.resource_monitors.fixed_heap.v3.FixedHeapConfig
+      max_heap_size_bytes: "1073741824"
+  actions:
+  - name: envoy.overload_actions.shrink_heap
+    triggers: [{name: heap, threshold: {value: 0.95}}]
+"#,
+            1,
+        )
+        .unwrap();
+        assert_eq!(plan.options.local_cluster.as_deref(), Some("mine"));
+        assert_ne!(plan.options.overload, overload::Rules::default());
     }
 }

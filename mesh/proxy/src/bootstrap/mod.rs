@@ -4,8 +4,39 @@
 #![allow(deprecated)] // files still hold fields that Envoy calls deprecated
 
 pub mod agent;
-mod fields;
 pub mod file;
 pub mod inherited;
-mod messages;
-mod routes;
+mod json;
+mod schema;
+
+use prost::Message as _;
+use serin_xds::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
+use serin_xds::pb::envoy::service::discovery::v3 as discovery;
+
+use crate::error::Refusal;
+
+/// The secrets of a file with a `DiscoveryResponse`, as YAML or JSON.
+pub(crate) fn discovered_secrets(text: &str) -> Result<Vec<tls::Secret>, Refusal> {
+    let value = file::document(text)?;
+    let schema = schema::Schema::load();
+    let bytes = json::encode(&schema, "envoy.service.discovery.v3.DiscoveryResponse", &value)?;
+    let bad = |error: prost::DecodeError| Refusal::new("", error.to_string());
+    let response = discovery::DiscoveryResponse::decode(bytes.as_slice()).map_err(bad)?;
+    response
+        .resources
+        .iter()
+        .enumerate()
+        .map(|(index, any)| {
+            if !any
+                .type_url
+                .ends_with("/envoy.extensions.transport_sockets.tls.v3.Secret")
+            {
+                return Err(Refusal::new(
+                    format!("resources[{index}]"),
+                    format!("{} is no secret", any.type_url),
+                ));
+            }
+            tls::Secret::decode(any.value.as_slice()).map_err(bad)
+        })
+        .collect()
+}

@@ -7,8 +7,8 @@ use std::time::Duration;
 use serin_xds::pb::envoy::config::cluster::v3 as cluster;
 use serin_xds::pb::envoy::config::core::v3 as core;
 
+use super::balancing::{Balancing, Hashing, ZoneAware};
 pub use super::balancing::{LbPolicy, SlowStart};
-use super::balancing::{compile_lb, compile_slow_start};
 use super::convert;
 use super::discovery::compile_discovery;
 pub use super::discovery::{Discovery, Family};
@@ -16,6 +16,7 @@ use super::endpoint::Endpoint;
 use super::health_check::{HealthCheck, MAX_CHECKS};
 use super::outlier::compile_outlier;
 pub use super::outlier::{FailurePercentage, Outlier, SuccessRate};
+use super::subset::Subsets;
 use super::table::strip_port;
 use super::transport_socket::{SocketMatch, UpstreamSocket};
 pub use super::upstream_http::{Limits, UpstreamHttp};
@@ -44,6 +45,12 @@ pub struct Cluster {
     pub lb: LbPolicy,
     /// Whether locality weights count.
     pub locality_weighted: bool,
+    /// Whether zones count.
+    pub zone_aware: Option<ZoneAware>,
+    /// Names and limits of consistent hashing.
+    pub hashing: Hashing,
+    /// Groups of endpoints.
+    pub subsets: Option<Box<Subsets>>,
     /// Percent of healthy hosts below which health is ignored.
     pub panic_threshold: f64,
     /// Protocol.
@@ -74,6 +81,8 @@ pub struct Cluster {
     pub sockets: Box<[SocketMatch]>,
     /// The server name is the request's host, or this field of it.
     pub auto_sni: Option<http::HeaderName>,
+    /// Whether `istio.alpn` says what TLS offers; the cluster's metadata may forbid it.
+    pub alpn_overridable: bool,
     /// Its own endpoints (static and DNS).
     pub load_assignment: Option<serin_xds::pb::envoy::config::endpoint::v3::ClusterLoadAssignment>,
 }
@@ -95,7 +104,9 @@ impl Cluster {
         refuse_unsupported(from)?;
         let (http, common) = compile_http(from)?;
         let sockets = Sockets::compile(from, secrets, previous)?;
-        let (lb, locality_weighted) = compile_lb(from)?;
+        let has_tls =
+            sockets.default.tls.is_some() || sockets.matches.iter().any(|entry| entry.socket.tls.is_some());
+        let balancing = Balancing::compile(from)?;
         let discovery = compile_discovery(from)?;
         let common_lb = from.common_lb_config.as_ref();
         let idle_timeout = match common.as_ref().and_then(|options| options.idle_timeout.as_ref()) {
@@ -116,8 +127,11 @@ impl Cluster {
             connect_timeout: convert::timeout(from.connect_timeout.as_ref())
                 .within("connect_timeout")?
                 .unwrap_or(DEFAULT_CONNECT_TIMEOUT),
-            lb,
-            locality_weighted,
+            lb: balancing.lb,
+            locality_weighted: balancing.locality_weighted,
+            zone_aware: balancing.zone_aware,
+            hashing: balancing.hashing,
+            subsets: balancing.subsets,
             panic_threshold: common_lb
                 .and_then(|config| config.healthy_panic_threshold.as_ref())
                 .map_or(50.0, |percent| percent.value),
@@ -130,7 +144,7 @@ impl Cluster {
                 .transpose()
                 .within("outlier_detection")?,
             health_checks: compile_health_checks(from)?,
-            slow_start: compile_slow_start(from)?,
+            slow_start: balancing.slow_start,
             bind: compile_bind(from)?,
             idle_timeout,
             max_requests_per_connection: max_requests.map_or(0, |value| value.value),
@@ -156,6 +170,9 @@ impl Cluster {
             socket: sockets.default,
             sockets: sockets.matches,
             auto_sni: sockets.auto_sni,
+            alpn_overridable: has_tls
+                && convert::metadata_string(from.metadata.as_ref(), "istio", "alpn_override")
+                    != Some("false"),
             load_assignment: from.load_assignment.clone(),
         })
     }
@@ -178,6 +195,7 @@ impl Cluster {
         ConnectOptions {
             server_name: self.request_server_name(headers),
             between: self.tells_clients().then_some((source, destination)),
+            alpn: None,
         }
     }
 
@@ -271,16 +289,6 @@ impl Sockets {
 
 fn refuse_unsupported(from: &cluster::Cluster) -> Result<(), Refusal> {
     let unsupported = [
-        (
-            "lb_subset_config",
-            from.lb_subset_config.is_some(),
-            "subsets are clusters of their own here",
-        ),
-        (
-            "load_balancing_policy",
-            from.load_balancing_policy.is_some(),
-            "use lb_policy",
-        ),
         (
             "queuing_policies",
             from.queuing_policies.is_some(),

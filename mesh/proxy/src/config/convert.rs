@@ -127,6 +127,11 @@ impl Fraction {
         Ok(Self(from.numerator.saturating_mul(scale).min(1_000_000)))
     }
 
+    /// Of a percentage.
+    pub fn of_percent(percent: f64) -> Self {
+        Self((percent.clamp(0.0, 100.0) * 10_000.0).round() as u32)
+    }
+
     /// Whether a uniform draw falls within the share.
     pub fn hit(self, random: u64) -> bool {
         // Multiply-shift instead of modulo: unbiased to 2^-44 and no division.

@@ -151,6 +151,8 @@ pub struct Endpoint {
     pub check: Check,
     /// What `transport_socket_matches` go by: `envoy.transport_socket_match` of the endpoint, else of its locality.
     pub socket_metadata: Option<Struct>,
+    /// What subsets go by (`envoy.lb`).
+    pub lb_metadata: Option<Struct>,
     /// Other addresses of the same endpoint, tried when the first does not answer soon.
     pub more_addresses: Box<[SocketAddr]>,
     /// Its record.
@@ -170,9 +172,20 @@ impl Endpoint {
             workload: None,
             check: Check::default(),
             socket_metadata: None,
+            lb_metadata: None,
             more_addresses: Box::default(),
             state: Arc::default(),
         }
+    }
+
+    /// Whether it is a canary (`envoy.lb`: `canary: true`).
+    pub fn is_canary(&self) -> bool {
+        use serin_xds::pb::google::protobuf::value::Kind;
+        let value = self
+            .lb_metadata
+            .as_ref()
+            .and_then(|metadata| metadata.fields.get("canary"));
+        value.is_some_and(|value| value.kind == Some(Kind::BoolValue(true)))
     }
 
     /// Whether EDS and the first `checks` active checks say that it may be used.
@@ -187,6 +200,8 @@ impl Endpoint {
 pub struct Locality {
     /// Load balancing weight, 0 when not given.
     pub weight: u32,
+    /// Where it is: `region/zone/sub_zone`.
+    pub zone: Box<str>,
     /// Indices into [`EndpointSet::all`].
     pub members: std::ops::Range<usize>,
 }
@@ -247,6 +262,7 @@ impl EndpointSet {
                         .load_balancing_weight
                         .as_ref()
                         .map_or(0, |weight| weight.value),
+                    zone: zone_name(group.locality.as_ref()),
                     members: start..all.len(),
                 });
             }
@@ -275,6 +291,13 @@ impl EndpointSet {
             drop,
         })
     }
+}
+
+/// A locality as text: `region/zone/sub_zone`.
+pub fn zone_name(from: Option<&core::Locality>) -> Box<str> {
+    from.map_or_else(Box::default, |locality| {
+        format!("{}/{}/{}", locality.region, locality.zone, locality.sub_zone).into()
+    })
 }
 
 fn compile_endpoint(
@@ -327,6 +350,11 @@ fn compile_endpoint(
         degraded,
         workload: convert::metadata_string(from.metadata.as_ref(), "istio", "workload").map(Workload::parse),
         socket_metadata,
+        lb_metadata: from
+            .metadata
+            .as_ref()
+            .and_then(|metadata| metadata.filter_metadata.get(super::subset::METADATA))
+            .cloned(),
         more_addresses,
         state: states
             .get(&address)

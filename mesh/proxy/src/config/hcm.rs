@@ -6,6 +6,7 @@ use std::time::Duration;
 use http::HeaderValue;
 use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
 
+use super::alpn::AlpnOverrides;
 use super::client_cert::ClientCert;
 use super::convert;
 use super::listener::Direction;
@@ -17,6 +18,7 @@ use crate::observe::access_log::AccessLogs;
 use crate::observe::tracer::Tracer;
 use crate::policy::chain::Chain;
 use crate::policy::stats::{HTTP, Traffic};
+use crate::worker::CONNECT;
 
 /// Envoy's limit of silence on a stream when none is given.
 const DEFAULT_STREAM_IDLE: Duration = Duration::from_secs(300);
@@ -88,6 +90,8 @@ pub struct HttpManager {
     pub tracer: Option<Box<Tracer>>,
     /// Access logs; without them only errors are told.
     pub logs: Option<Box<AccessLogs>>,
+    /// `istio.alpn`: what TLS towards endpoints offers.
+    pub alpn: Option<Box<AlpnOverrides>>,
     /// Whether Istio's metrics are kept.
     pub stats: bool,
     /// Unknown destinations are not named after the Host header.
@@ -140,6 +144,10 @@ pub struct HttpManager {
     pub escaped_slashes: EscapedSlashes,
     /// Upgrades that are let through (`websocket`), lower case.
     pub upgrades: Box<[Box<str>]>,
+    /// Whether CONNECT is among them.
+    pub connect: bool,
+    /// Whether clients over HTTP/2 may upgrade (`allow_connect`).
+    pub extended_connect: bool,
     /// HTTP/1.0 requests without `Host` go to this authority.
     pub default_host: Box<str>,
     /// The port is taken off the authority before routing.
@@ -199,7 +207,6 @@ impl HttpManager {
                 "access_log_flush_interval",
                 from.access_log_flush_interval.is_some() || from.flush_access_log_on_new_request,
             ),
-            ("proxy_100_continue", from.proxy_100_continue),
             (
                 "add_user_agent",
                 from.add_user_agent.as_ref().is_some_and(|value| value.value),
@@ -270,6 +277,7 @@ impl HttpManager {
             filters: Chain::default(),
             tracer: Tracer::compile(from.tracing.as_ref(), &from.stat_prefix, context)?,
             logs: AccessLogs::compile(&from.access_log, context)?.map(Box::new),
+            alpn: None,
             stats: false,
             disable_host_fallback: false,
             metadata_exchange: false,
@@ -341,6 +349,8 @@ impl HttpManager {
                 .filter(|upgrade| upgrade.enabled.as_ref().is_none_or(|value| value.value))
                 .map(|upgrade| upgrade.upgrade_type.to_ascii_lowercase().into())
                 .collect(),
+            connect: false,
+            extended_connect: http2.is_some_and(|options| options.allow_connect),
             default_host: http1
                 .map_or("", |options| options.default_host_for_http_10.as_str())
                 .into(),
@@ -352,8 +362,16 @@ impl HttpManager {
                     ))
                 ),
         };
-        if out.upgrades.iter().any(|upgrade| &**upgrade == "connect") {
-            return Err(Refusal::new("upgrade_configs", "CONNECT is not supported"));
+        out.connect = out.upgrades.iter().any(|upgrade| **upgrade == *CONNECT);
+        if from
+            .upgrade_configs
+            .iter()
+            .any(|upgrade| !upgrade.filters.is_empty())
+        {
+            return Err(Refusal::new(
+                "upgrade_configs",
+                "filters of their own are not supported: those of the chain apply",
+            ));
         }
         // Istio's own filters say what to measure and exchange; a control plane that sends none of them (ours, which
         // serves Envoy as well) gets both.
@@ -399,8 +417,7 @@ impl HttpManager {
                     any.type_url.ends_with("stats.PluginConfig") && plugin_disables_host(any)
                 });
             }
-            // ALPN override only matters to TLS upstreams.
-            "istio.alpn" => {}
+            "istio.alpn" => self.alpn = Some(Box::new(AlpnOverrides::compile(any)?)),
             _ => self.filters.add(filter, &self.stat_prefix, context)?,
         }
         Ok(false)

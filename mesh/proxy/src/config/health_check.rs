@@ -65,6 +65,8 @@ pub enum Probe {
         service: Box<str>,
         /// `:authority`; the cluster's name when not given.
         authority: Option<Box<str>>,
+        /// Sent with each question.
+        metadata: Box<[(HeaderName, HeaderValue)]>,
     },
 }
 
@@ -173,18 +175,12 @@ impl HealthCheck {
                 Probe::Http(compile_http(http).within("http_health_check")?)
             }
             Some(pb::HealthChecker::TcpHealthCheck(tcp)) => compile_tcp(tcp).within("tcp_health_check")?,
-            Some(pb::HealthChecker::GrpcHealthCheck(grpc)) => {
-                if !grpc.initial_metadata.is_empty() {
-                    return Err(Refusal::new(
-                        "grpc_health_check.initial_metadata",
-                        "is not supported",
-                    ));
-                }
-                Probe::Grpc {
-                    service: grpc.service_name.as_str().into(),
-                    authority: (!grpc.authority.is_empty()).then(|| grpc.authority.as_str().into()),
-                }
-            }
+            Some(pb::HealthChecker::GrpcHealthCheck(grpc)) => Probe::Grpc {
+                metadata: added_headers(&grpc.initial_metadata, &[], "initial_metadata")
+                    .within("grpc_health_check")?,
+                service: grpc.service_name.as_str().into(),
+                authority: (!grpc.authority.is_empty()).then(|| grpc.authority.as_str().into()),
+            },
             Some(pb::HealthChecker::CustomHealthCheck(custom)) => {
                 return Err(Refusal::new(
                     "custom_health_check",
@@ -205,6 +201,30 @@ impl HealthCheck {
             reuse: from.reuse_connection.as_ref().is_none_or(|reuse| reuse.value),
         })
     }
+}
+
+/// Fields that every request of a check has.
+fn added_headers(
+    from: &[core::HeaderValueOption],
+    removed: &[String],
+    field: &str,
+) -> Result<Box<[(HeaderName, HeaderValue)]>, Refusal> {
+    let mut headers = Vec::new();
+    for (index, option) in from.iter().enumerate() {
+        let Some(header) = &option.header else { continue };
+        if removed.iter().any(|name| name.eq_ignore_ascii_case(&header.key)) {
+            continue;
+        }
+        let bad = |what: &str| Refusal::new(format!("{field}[{index}]"), what.to_owned());
+        if header.value.contains('%') {
+            return Err(bad("variables are not supported in health checks"));
+        }
+        headers.push((
+            HeaderName::from_bytes(header.key.as_bytes()).map_err(|_| bad("the name is no header name"))?,
+            HeaderValue::from_str(&header.value).map_err(|_| bad("the value is no header value"))?,
+        ));
+    }
+    Ok(headers.into())
 }
 
 fn compile_http(from: &pb::HttpHealthCheck) -> Result<HttpProbe, Refusal> {
@@ -237,21 +257,7 @@ fn compile_http(from: &pb::HttpHealthCheck) -> Result<HttpProbe, Refusal> {
         }
     };
     let removed = &from.request_headers_to_remove;
-    let mut headers = Vec::new();
-    for (index, option) in from.request_headers_to_add.iter().enumerate() {
-        let Some(header) = &option.header else { continue };
-        if removed.iter().any(|name| name.eq_ignore_ascii_case(&header.key)) {
-            continue;
-        }
-        let bad = |what: &str| Refusal::new(format!("request_headers_to_add[{index}]"), what.to_owned());
-        if header.value.contains('%') {
-            return Err(bad("variables are not supported in health checks"));
-        }
-        headers.push((
-            HeaderName::from_bytes(header.key.as_bytes()).map_err(|_| bad("the name is no header name"))?,
-            HeaderValue::from_str(&header.value).map_err(|_| bad("the value is no header value"))?,
-        ));
-    }
+    let headers = added_headers(&from.request_headers_to_add, removed, "request_headers_to_add")?;
     let ranges = |field: &'static str, from: &[envoy_type::Int64Range]| {
         from.iter()
             .map(|range| {
@@ -279,7 +285,7 @@ fn compile_http(from: &pb::HttpHealthCheck) -> Result<HttpProbe, Refusal> {
         path,
         method,
         http2,
-        headers: headers.into(),
+        headers,
         expected,
         retriable: ranges("retriable_statuses", &from.retriable_statuses)?,
         receive: payloads("receive", &from.receive)?,

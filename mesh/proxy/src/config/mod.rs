@@ -6,6 +6,7 @@
 
 #![allow(deprecated)] // control planes, istiod among them, still send fields that Envoy calls deprecated
 
+pub mod alpn;
 pub mod balancing;
 pub mod chain_match;
 pub mod client_cert;
@@ -26,6 +27,7 @@ pub mod retry;
 pub mod route;
 pub mod slot;
 pub mod store;
+pub mod subset;
 pub mod table;
 pub mod transport_socket;
 pub mod upstream_http;

@@ -2,15 +2,19 @@
 
 use std::time::Duration;
 
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, HeaderName, StatusCode};
 use serin_xds::pb::envoy::config::route::v3 as route;
 
 use super::convert;
+use super::endpoint::Endpoint;
 use super::matchers::{HeaderMatch, RequestView};
+use super::subset::Criteria;
 use crate::error::{Refusal, Within};
 
 /// Envoy's first back-off interval.
 const BASE_INTERVAL: Duration = Duration::from_millis(25);
+/// Envoy's longest wait that an upstream may ask for.
+const MAX_ASKED_INTERVAL: Duration = Duration::from_secs(300);
 
 macro_rules! conditions {
     ($($name:ident = $bit:expr, $text:literal;)*) => {
@@ -59,6 +63,48 @@ impl std::ops::BitOr for RetryOn {
     }
 }
 
+/// The metadata of hosts that a retry avoids.
+fn omitted_metadata(from: &route::retry_policy::RetryHostPredicate) -> Result<Option<Criteria>, Refusal> {
+    use serin_xds::pb::envoy::extensions::retry::host::omit_host_metadata::v3::OmitHostMetadataConfig;
+    let Some(route::retry_policy::retry_host_predicate::ConfigType::TypedConfig(any)) = &from.config_type
+    else {
+        return Err(Refusal::new("typed_config", "is missing"));
+    };
+    let config: OmitHostMetadataConfig = convert::unpack(
+        any,
+        "envoy.extensions.retry.host.omit_host_metadata.v3.OmitHostMetadataConfig",
+    )?;
+    let wanted = config
+        .metadata_match
+        .as_ref()
+        .and_then(|metadata| metadata.filter_metadata.get(super::subset::METADATA))
+        .map(Criteria::of_struct);
+    // Criteria without a key would fit every host; Envoy leaves out none.
+    Ok(wanted.filter(|criteria| !criteria.is_empty()))
+}
+
+/// After how many tries priorities are avoided.
+fn previous_priorities(from: &route::retry_policy::RetryPriority) -> Result<u32, Refusal> {
+    use serin_xds::pb::envoy::extensions::retry::priority::previous_priorities::v3::PreviousPrioritiesConfig;
+    if !from.name.ends_with("previous_priorities") {
+        return Err(Refusal::new(
+            "name",
+            format!("the priority {:?} is not supported", from.name),
+        ));
+    }
+    let Some(route::retry_policy::retry_priority::ConfigType::TypedConfig(any)) = &from.config_type else {
+        return Err(Refusal::new("typed_config", "is missing"));
+    };
+    let config: PreviousPrioritiesConfig = convert::unpack(
+        any,
+        "envoy.extensions.retry.priority.previous_priorities.v3.PreviousPrioritiesConfig",
+    )?;
+    u32::try_from(config.update_frequency)
+        .ok()
+        .filter(|every| *every > 0)
+        .ok_or_else(|| Refusal::new("typed_config.update_frequency", "is not above zero"))
+}
+
 /// How an attempt ended, as far as retries care.
 #[derive(Clone, Copy, Debug)]
 pub enum Outcome<'a> {
@@ -89,6 +135,10 @@ pub struct RetryPolicy {
     pub per_try_timeout: Option<Duration>,
     /// Hosts already tried are avoided.
     pub previous_hosts: bool,
+    /// Which hosts are avoided beside those.
+    pub hosts: Option<HostRules>,
+    /// After that many tries the priorities tried are avoided (`previous_priorities`).
+    pub priorities_every: Option<u32>,
     /// How often a host is picked anew when a predicate rejects it.
     pub host_selection_attempts: u32,
     status_codes: Box<[u16]>,
@@ -96,6 +146,94 @@ pub struct RetryPolicy {
     request_headers: Box<[HeaderMatch]>,
     base_interval: Duration,
     max_interval: Duration,
+    rate_limited: Option<RateLimitedBackOff>,
+}
+
+/// Which hosts a retry avoids, whether they were tried or not.
+#[derive(Clone, Debug, Default)]
+pub struct HostRules {
+    canaries: bool,
+    metadata: Vec<Criteria>,
+}
+
+impl HostRules {
+    /// Whether a retry avoids the endpoint.
+    pub fn rejects(&self, endpoint: &Endpoint) -> bool {
+        (self.canaries && endpoint.is_canary())
+            || self
+                .metadata
+                .iter()
+                .any(|criteria| criteria.fits(endpoint.lb_metadata.as_ref(), false))
+    }
+}
+
+/// Waits that the upstream asks for (`rate_limited_retry_back_off`).
+#[derive(Clone, Debug)]
+struct RateLimitedBackOff {
+    headers: Box<[(HeaderName, ResetFormat)]>,
+    max_interval: Duration,
+}
+
+/// How a field says when to come back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ResetFormat {
+    Seconds,
+    UnixTimestamp,
+}
+
+impl RateLimitedBackOff {
+    fn compile(from: &route::retry_policy::RateLimitedRetryBackOff) -> Result<Self, Refusal> {
+        let headers = from
+            .reset_headers
+            .iter()
+            .enumerate()
+            .map(|(index, header)| {
+                let name = HeaderName::from_bytes(header.name.as_bytes()).map_err(|_| {
+                    Refusal::new(
+                        format!("reset_headers[{index}].name"),
+                        format!("{:?} is not a header name", header.name),
+                    )
+                })?;
+                Ok((
+                    name,
+                    match header.format {
+                        0 => ResetFormat::Seconds,
+                        1 => ResetFormat::UnixTimestamp,
+                        other => {
+                            return Err(Refusal::new(
+                                format!("reset_headers[{index}].format"),
+                                format!("{other} is unknown"),
+                            ));
+                        }
+                    },
+                ))
+            })
+            .collect::<Result<Box<[_]>, _>>()?;
+        if headers.is_empty() {
+            return Err(Refusal::new("reset_headers", "is empty"));
+        }
+        Ok(Self {
+            headers,
+            max_interval: convert::timeout(from.max_interval.as_ref())
+                .within("max_interval")?
+                .unwrap_or(MAX_ASKED_INTERVAL),
+        })
+    }
+
+    /// The first wait that the response asks for and that is not too long, and up to half as much more by chance.
+    fn wait(&self, headers: &HeaderMap, unix_seconds: u64, random: u64) -> Option<Duration> {
+        let wait = self.headers.iter().find_map(|(name, format)| {
+            let number: u64 = headers.get(name)?.to_str().ok()?.trim().parse().ok()?;
+            let seconds = match format {
+                ResetFormat::Seconds => number,
+                ResetFormat::UnixTimestamp => number.checked_sub(unix_seconds)?,
+            };
+            let wait = Duration::from_secs(seconds);
+            (wait <= self.max_interval).then_some(wait)
+        })?;
+        let more = (u128::from(random) * (wait / 2).as_nanos()) >> 64;
+        Some(wait + Duration::from_nanos(more as u64))
+    }
 }
 
 impl RetryPolicy {
@@ -116,20 +254,37 @@ impl RetryPolicy {
         if on == RetryOn::default() || attempts == 0 {
             return Ok(None);
         }
-        if from.rate_limited_retry_back_off.is_some() {
-            return Err(Refusal::new("rate_limited_retry_back_off", "not supported yet"));
-        }
+        let rate_limited = from
+            .rate_limited_retry_back_off
+            .as_ref()
+            .map(RateLimitedBackOff::compile)
+            .transpose()
+            .within("rate_limited_retry_back_off")?;
         let mut previous_hosts = false;
+        let mut hosts: Option<HostRules> = None;
         for (index, predicate) in from.retry_host_predicate.iter().enumerate() {
-            if predicate.name.ends_with("previous_hosts") {
-                previous_hosts = true;
-            } else {
-                return Err(Refusal::new(
-                    format!("retry_host_predicate[{index}]"),
-                    format!("the predicate {:?} is not supported", predicate.name),
-                ));
+            let path = || format!("retry_host_predicate[{index}]");
+            match predicate.name.rsplit('.').next().unwrap_or_default() {
+                "previous_hosts" => previous_hosts = true,
+                "omit_canary_hosts" => hosts.get_or_insert_default().canaries = true,
+                "omit_host_metadata" => {
+                    let criteria = omitted_metadata(predicate).within(path())?;
+                    hosts.get_or_insert_default().metadata.extend(criteria);
+                }
+                _ => {
+                    return Err(Refusal::new(
+                        path(),
+                        format!("the predicate {:?} is not supported", predicate.name),
+                    ));
+                }
             }
         }
+        let priorities_every = from
+            .retry_priority
+            .as_ref()
+            .map(previous_priorities)
+            .transpose()
+            .within("retry_priority")?;
         let (base_interval, max_interval) = match &from.retry_back_off {
             None => (BASE_INTERVAL, BASE_INTERVAL * 10),
             Some(back_off) => {
@@ -155,6 +310,8 @@ impl RetryPolicy {
             attempts,
             per_try_timeout: convert::timeout(from.per_try_timeout.as_ref()).within("per_try_timeout")?,
             previous_hosts,
+            hosts,
+            priorities_every,
             host_selection_attempts: u32::try_from(from.host_selection_retry_max_attempts)
                 .unwrap_or(0)
                 .clamp(1, 64),
@@ -167,6 +324,7 @@ impl RetryPolicy {
             request_headers: headers(&from.retriable_request_headers, "retriable_request_headers")?,
             base_interval,
             max_interval,
+            rate_limited,
         }))
     }
 
@@ -252,6 +410,19 @@ impl RetryPolicy {
             || (is_grpc && self.on.has(grpc))
     }
 
+    /// The wait that a response asks for, at that time since the epoch; `None` to wait as always.
+    pub fn asked_wait(&self, outcome: &Outcome<'_>, unix_seconds: u64, random: u64) -> Option<Duration> {
+        match (&self.rate_limited, outcome) {
+            (Some(rules), Outcome::Response(_, headers)) => rules.wait(headers, unix_seconds, random),
+            _ => None,
+        }
+    }
+
+    /// Whether responses can ask for a wait at all.
+    pub fn heeds_asked_waits(&self) -> bool {
+        self.rate_limited.is_some()
+    }
+
     /// Fully jittered wait before retry number `retry` (1 for the first): uniform in `[0, (2^retry - 1) * base)`,
     /// capped.
     pub fn back_off(&self, retry: u32, random: u64) -> Duration {
@@ -325,6 +496,51 @@ mod tests {
                 .unwrap()
                 .is_none()
         );
+    }
+
+    #[test]
+    fn a_response_may_ask_for_a_longer_wait_up_to_a_limit() {
+        use route::retry_policy::{RateLimitedRetryBackOff, ResetHeader};
+        let policy = RetryPolicy::compile(&route::RetryPolicy {
+            retry_on: "envoy-ratelimited".into(),
+            rate_limited_retry_back_off: Some(RateLimitedRetryBackOff {
+                reset_headers: vec![
+                    ResetHeader {
+                        name: "retry-after".into(),
+                        format: 0,
+                    },
+                    ResetHeader {
+                        name: "x-reset".into(),
+                        format: 1,
+                    },
+                ],
+                max_interval: Some(serin_xds::pb::google::protobuf::Duration {
+                    seconds: 60,
+                    nanos: 0,
+                }),
+            }),
+            ..Default::default()
+        })
+        .unwrap()
+        .unwrap();
+        let ask = |name: &'static str, value: &'static str, random| {
+            let mut headers = HeaderMap::new();
+            headers.insert(name, http::HeaderValue::from_static(value));
+            let outcome = Outcome::Response(StatusCode::TOO_MANY_REQUESTS, &headers);
+            policy.asked_wait(&outcome, 1_000, random)
+        };
+        assert_eq!(ask("retry-after", "10", 0), Some(Duration::from_secs(10)));
+        let most = ask("retry-after", "10", u64::MAX).unwrap();
+        assert!((14_999..15_000).contains(&most.as_millis()), "{most:?}");
+        assert_eq!(ask("x-reset", "1030", 0), Some(Duration::from_secs(30)));
+        for (name, value) in [
+            ("retry-after", "61"),
+            ("retry-after", "soon"),
+            ("x-reset", "900"),
+            ("x-other", "5"),
+        ] {
+            assert_eq!(ask(name, value, 0), None, "{name}: {value}");
+        }
     }
 
     #[test]

@@ -14,13 +14,17 @@ use super::convert::{self, Fraction};
 use super::filters::Cors;
 use super::hash::HashPolicy;
 use super::headers::HeaderOps;
-use super::matchers::{HeaderMatch, QueryMatch, RequestView, full_regex, has_prefix};
+use super::matchers::{HeaderMatch, QueryMatch, RequestView, StringMatch, full_regex, has_prefix};
 use super::retry::RetryPolicy;
-use super::slot::{ClusterSlot, Slots};
+use super::slot::{ClusterSlot, Directory, Slots};
+use super::subset::Criteria;
 use super::weighted::{Turn, Weights};
 use crate::error::{Refusal, Within};
 use crate::policy::descriptors::{self, RateLimitEntry};
+use crate::policy::metadata::{Metadata, MetadataMatch};
 use crate::policy::per_route::PerRoute;
+use crate::policy::uri_template::UriTemplate;
+use crate::tls::info::ConnectionTls;
 
 /// Envoy's route timeout when none is given.
 const DEFAULT_ROUTE_TIMEOUT: Duration = Duration::from_secs(15);
@@ -96,16 +100,132 @@ pub(crate) struct RouteMatch {
     query: Box<[QueryMatch]>,
     grpc: bool,
     fraction: Option<Fraction>,
+    /// Rarely used, and large.
+    more: Option<Box<MoreMatch>>,
+}
+
+/// Conditions that few routes have.
+#[derive(Debug, Default)]
+struct MoreMatch {
+    cookies: Box<[CookieMatch]>,
+    metadata: Box<[MetadataMatch]>,
+    /// Whether the client showed a certificate.
+    presented: Option<bool>,
+    /// Whether that was verified.
+    validated: Option<bool>,
+}
+
+impl MoreMatch {
+    fn compile(from: &route::RouteMatch) -> Result<Option<Box<Self>>, Refusal> {
+        if from.cookies.is_empty() && from.dynamic_metadata.is_empty() && from.tls_context.is_none() {
+            return Ok(None);
+        }
+        let flag = |value: &Option<serin_xds::pb::google::protobuf::BoolValue>| {
+            value.as_ref().map(|value| value.value)
+        };
+        let tls = from.tls_context.as_ref();
+        Ok(Some(Box::new(Self {
+            cookies: from
+                .cookies
+                .iter()
+                .enumerate()
+                .map(|(index, message)| CookieMatch::compile(message).within(format!("cookies[{index}]")))
+                .collect::<Result<_, _>>()?,
+            metadata: from
+                .dynamic_metadata
+                .iter()
+                .enumerate()
+                .map(|(index, message)| {
+                    MetadataMatch::compile(message).within(format!("dynamic_metadata[{index}]"))
+                })
+                .collect::<Result<_, _>>()?,
+            presented: tls.and_then(|tls| flag(&tls.presented)),
+            validated: tls.and_then(|tls| flag(&tls.validated)),
+        })))
+    }
+
+    fn test(&self, request: &RequestView<'_>, facts: &RouteFacts<'_>) -> bool {
+        // Envoy: a condition on the certificate is not met by connections without TLS.
+        let certificate = |wanted: Option<bool>, has: fn(&ConnectionTls) -> bool| match (wanted, facts.tls) {
+            (None, _) => true,
+            (Some(_), None) => false,
+            (Some(wanted), Some(tls)) => has(tls) == wanted,
+        };
+        let nothing = Metadata::default();
+        let metadata = facts.metadata.unwrap_or(&nothing);
+        self.cookies.iter().all(|cookie| cookie.matches(request))
+            && self.metadata.iter().all(|matcher| matcher.matches(metadata))
+            && certificate(self.presented, |tls| tls.peer.is_some())
+            && certificate(self.validated, |tls| tls.peer_validated)
+    }
 }
 
 #[derive(Debug)]
 enum PathMatch {
     Any,
+    /// CONNECT, which has no path.
+    Connect,
     Prefix(Box<str>),
     Exact(Box<str>),
     /// `/a` matches `/a` and `/a/b`, not `/ab`.
     SeparatedPrefix(Box<str>),
     Regex(Regex),
+    Template(UriTemplate),
+}
+
+/// What a route may ask beyond the request itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RouteFacts<'a> {
+    /// TLS of the client's connection.
+    pub tls: Option<&'a ConnectionTls>,
+    /// What filters have noted, where they ran before the route was chosen.
+    pub metadata: Option<&'a Metadata>,
+}
+
+/// A `CookieMatcher`.
+#[derive(Clone, Debug)]
+struct CookieMatch {
+    name: Box<str>,
+    test: StringMatch,
+    invert: bool,
+}
+
+impl CookieMatch {
+    fn compile(from: &route::CookieMatcher) -> Result<Self, Refusal> {
+        let test = from
+            .string_match
+            .as_ref()
+            .ok_or_else(|| Refusal::new("string_match", "is missing"))?;
+        Ok(Self {
+            name: from.name.as_str().into(),
+            test: StringMatch::compile(test).within("string_match")?,
+            invert: from.invert_match,
+        })
+    }
+
+    /// A cookie that is absent matches only inverted.
+    fn matches(&self, request: &RequestView<'_>) -> bool {
+        let found = cookie(request.headers, &self.name);
+        found.is_some_and(|value| self.test.matches(value)) != self.invert
+    }
+}
+
+/// The value of a cookie, without the quotes that may be around it.
+pub(crate) fn cookie<'a>(headers: &'a http::HeaderMap, name: &str) -> Option<&'a str> {
+    headers
+        .get_all(http::header::COOKIE)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(';'))
+        .find_map(|pair| {
+            let (key, value) = pair.trim().split_once('=')?;
+            (key == name).then(|| {
+                value
+                    .strip_prefix('"')
+                    .and_then(|value| value.strip_suffix('"'))
+                    .unwrap_or(value)
+            })
+        })
 }
 
 /// What a route does.
@@ -149,6 +269,8 @@ pub enum Rewrite {
     Full(Box<str>),
     /// A regular expression is replaced.
     Regex(Regex, Box<str>),
+    /// It is made anew of the variables of the template that matched.
+    Template(template::TemplateRewrite),
 }
 
 /// A change of the authority.
@@ -175,6 +297,8 @@ pub struct Target {
     pub response_headers: HeaderOps,
     /// Authority for requests that go there.
     pub host_rewrite: Option<HeaderValue>,
+    /// The subset of the cluster.
+    pub criteria: Option<Box<Criteria>>,
     /// Filter configuration.
     pub per_filter: PerRoute,
 }
@@ -186,6 +310,8 @@ pub enum Targets {
     One(Arc<ClusterSlot>),
     /// Several, by weight.
     Weighted(Box<[Target]>, Weights, Turn),
+    /// The one that this field of the request names.
+    Named(HeaderName, Directory),
     /// Several with no weight at all: nothing can be chosen.
     Empty,
 }
@@ -208,6 +334,10 @@ pub struct Mirror {
 pub struct Forward {
     /// Where to.
     pub targets: Targets,
+    /// The subset of the cluster, where the target has none of its own.
+    pub criteria: Option<Box<Criteria>>,
+    /// What happens when a try takes too long (`hedge_policy`): another is made beside it.
+    pub hedge: bool,
     /// Limit for the whole exchange, retries included.
     pub timeout: Option<Duration>,
     /// Limit of silence on the stream; `None` inherits the listener's.
@@ -232,6 +362,8 @@ pub struct Forward {
     pub request_buffer: usize,
     /// Upgrades allowed or forbidden by the route itself.
     pub upgrades: Box<[(Box<str>, bool)]>,
+    /// CONNECT ends here: its bytes go to the TCP connection of an endpoint (`connect_config`).
+    pub connect_tcp: bool,
     /// What rate limit filters make of requests.
     pub rate_limits: Box<[RateLimitEntry]>,
     /// Whether the virtual host's `rate_limits` count as well.
@@ -264,9 +396,6 @@ impl VirtualHost {
         }
         if from.matcher.is_some() {
             return Err(Refusal::new("matcher", "matcher trees are not supported"));
-        }
-        if from.hedge_policy.is_some() {
-            return Err(Refusal::new("hedge_policy", "hedging is not supported yet"));
         }
         let mut per_filter = PerRoute::compile(&from.typed_per_filter_config, context)?;
         if let Some(cors) = &from.cors {
@@ -304,11 +433,21 @@ impl VirtualHost {
         })
     }
 
-    /// The first route that matches.
+    /// The first route that matches a request of whose connection nothing is known.
     pub fn find(&self, request: &RequestView<'_>, random: impl Fn() -> u64) -> Option<&Arc<Route>> {
+        self.find_with(request, &RouteFacts::default(), random)
+    }
+
+    /// The first route that matches.
+    pub fn find_with(
+        &self,
+        request: &RequestView<'_>,
+        facts: &RouteFacts<'_>,
+        random: impl Fn() -> u64,
+    ) -> Option<&Arc<Route>> {
         self.routes
             .iter()
-            .find(|route| route.matches.test(request, &random))
+            .find(|route| route.matches.test_with(request, facts, &random))
     }
 }
 
@@ -329,8 +468,12 @@ impl Route {
                 if let Some(cors) = &action.cors {
                     per_filter.cors = Some(Arc::new(Cors::compile_route(cors).within("route.cors")?));
                 }
+                let template = match &matches.path {
+                    PathMatch::Template(template) => Some(template),
+                    _ => None,
+                };
                 Action::Forward(Box::new(
-                    Forward::compile(action, from, host, context).within("route")?,
+                    Forward::compile(action, from, host, template, context).within("route")?,
                 ))
             }
             Some(route::route::Action::Redirect(redirect)) => {
@@ -367,6 +510,9 @@ impl Route {
 
     /// The path after `rewrite`, for a request that this route matched.
     pub fn rewritten<'a>(&self, rewrite: &'a Rewrite, path: &'a str) -> std::borrow::Cow<'a, str> {
+        if let (Rewrite::Template(rewrite), PathMatch::Template(template)) = (rewrite, &self.matches.path) {
+            return rewrite.apply(template, path).map_or(path.into(), Into::into);
+        }
         rewrite.apply(path, self.matches.matched_prefix_length(path))
     }
 
@@ -422,26 +568,15 @@ impl RouteMatch {
             Some(PathSpecifier::PathSeparatedPrefix(prefix)) => {
                 PathMatch::SeparatedPrefix(prefix.trim_end_matches('/').into())
             }
-            Some(PathSpecifier::ConnectMatcher(_)) => {
-                return Err(Refusal::new("connect_matcher", "CONNECT is not supported"));
-            }
-            Some(PathSpecifier::PathMatchPolicy(_)) => {
-                return Err(Refusal::new(
-                    "path_match_policy",
-                    "path templates are not supported yet",
-                ));
+            Some(PathSpecifier::ConnectMatcher(_)) => PathMatch::Connect,
+            Some(PathSpecifier::PathMatchPolicy(policy)) => {
+                PathMatch::Template(template::compile_match(policy).within("path_match_policy")?)
             }
         };
-        if from.tls_context.is_some() {
-            return Err(Refusal::new("tls_context", "not supported yet"));
-        }
-        if !from.dynamic_metadata.is_empty() {
-            return Err(Refusal::new("dynamic_metadata", "not supported yet"));
-        }
-        if !from.filter_state.is_empty() || !from.cookies.is_empty() {
+        if !from.filter_state.is_empty() {
             return Err(Refusal::new(
                 "filter_state",
-                "filter state and cookie matchers are not supported",
+                "filter state matchers are not supported",
             ));
         }
         Ok(Self {
@@ -466,14 +601,27 @@ impl RouteMatch {
                 .map(|fraction| convert::runtime_fraction(Some(fraction), Fraction::ALL))
                 .transpose()
                 .within("runtime_fraction")?,
+            more: MoreMatch::compile(from)?,
         })
     }
 
-    /// Whether it is for that request.
+    /// Whether it is for that request, of whose connection nothing is known.
     pub(crate) fn test(&self, request: &RequestView<'_>, random: &impl Fn() -> u64) -> bool {
+        self.test_with(request, &RouteFacts::default(), random)
+    }
+
+    /// Whether it is for that request.
+    pub(crate) fn test_with(
+        &self,
+        request: &RequestView<'_>,
+        facts: &RouteFacts<'_>,
+        random: &impl Fn() -> u64,
+    ) -> bool {
         let path = request.path;
         let path_matches = match &self.path {
-            PathMatch::Any => true,
+            // CONNECT has no path and is for its own matcher only.
+            PathMatch::Any => !path.is_empty(),
+            PathMatch::Connect => request.method == "CONNECT",
             PathMatch::Prefix(prefix) => has_prefix(path, prefix, self.case_insensitive),
             PathMatch::Exact(exact) if self.case_insensitive => exact.eq_ignore_ascii_case(path),
             PathMatch::Exact(exact) => &**exact == path,
@@ -482,11 +630,13 @@ impl RouteMatch {
                     && matches!(path.as_bytes().get(prefix.len()), None | Some(b'/'))
             }
             PathMatch::Regex(regex) => regex.is_match(path),
+            PathMatch::Template(template) => template.matches(path),
         };
         path_matches
             && self.headers.iter().all(|header| header.matches(request))
             && self.query.iter().all(|query| query.matches(request.query))
             && (!self.grpc || is_grpc(request.headers))
+            && self.more.as_ref().is_none_or(|more| more.test(request, facts))
             && self.fraction.is_none_or(|fraction| fraction.hit(random()))
     }
 
@@ -495,7 +645,9 @@ impl RouteMatch {
             // `/` and the empty prefix both match the leading slash.
             PathMatch::Any => usize::from(path.starts_with('/')),
             PathMatch::Prefix(prefix) | PathMatch::SeparatedPrefix(prefix) => prefix.len(),
-            PathMatch::Exact(_) | PathMatch::Regex(_) => path.len(),
+            PathMatch::Exact(_) | PathMatch::Regex(_) | PathMatch::Template(_) | PathMatch::Connect => {
+                path.len()
+            }
         }
     }
 }
@@ -508,7 +660,7 @@ pub fn is_grpc(headers: &http::HeaderMap) -> bool {
     })
 }
 
-fn substitution(from: &matcher::RegexMatchAndSubstitute) -> Result<(Regex, Box<str>), Refusal> {
+pub(super) fn substitution(from: &matcher::RegexMatchAndSubstitute) -> Result<(Regex, Box<str>), Refusal> {
     let pattern = from
         .pattern
         .as_ref()
@@ -547,6 +699,8 @@ impl Rewrite {
             Self::Prefix(with) => format!("{with}{}", path.get(matched..).unwrap_or("")).into(),
             Self::Full(with) => (&**with).into(),
             Self::Regex(regex, with) => regex.replace_all(path, &**with),
+            // Needs the template: see `Route::rewritten`.
+            Self::Template(_) => path.into(),
         }
     }
 }
@@ -631,5 +785,6 @@ impl Direct {
 }
 
 mod forward;
+mod template;
 #[cfg(test)]
 mod tests;

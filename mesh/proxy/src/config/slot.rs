@@ -90,6 +90,34 @@ impl ClusterSlot {
     }
 }
 
+/// Where this proxy is: its zone, and the cluster that it is a member of (`local_cluster_name`).
+#[derive(Debug)]
+pub struct Home {
+    /// The local cluster.
+    pub slot: Arc<ClusterSlot>,
+    /// `region/zone/sub_zone` of the node.
+    pub zone: Box<str>,
+}
+
+impl Home {
+    /// Usable hosts of the local cluster by zone.
+    pub fn callers(&self) -> std::collections::HashMap<Box<str>, u64> {
+        let mut out = std::collections::HashMap::new();
+        let checks = self.slot.config().map_or(0, |config| config.health_checks.len());
+        let Some(set) = self.slot.endpoints() else {
+            return out;
+        };
+        for locality in set.priorities.iter().take(1).flatten() {
+            let usable = set.all[locality.members.clone()]
+                .iter()
+                .filter(|endpoint| endpoint.usable(checks))
+                .count();
+            *out.entry(locality.zone.clone()).or_default() += usable as u64;
+        }
+        out
+    }
+}
+
 /// A route configuration by name.
 #[derive(Debug)]
 pub struct RouteSlot {

@@ -123,6 +123,11 @@ impl Store {
         self.applied
     }
 
+    /// The slot of the cluster that this proxy is a member of.
+    pub fn local_cluster(&mut self, name: &str) -> Arc<ClusterSlot> {
+        self.slots.cluster(name)
+    }
+
     /// Listeners without sockets; shared with the workers.
     pub fn virtual_listeners(&self) -> Arc<ArcSwap<VirtualListeners>> {
         self.virtuals.clone()

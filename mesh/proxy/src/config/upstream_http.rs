@@ -33,7 +33,8 @@ pub struct Limits {
     pub requests: u32,
     /// Retries at a time.
     pub retries: u32,
-    /// Percent of active requests that may be retries, with a floor; replaces `retries`.
+    /// Percent of active requests that may be retries, with a floor; replaces `retries`. On unless the cluster gives a
+    /// number of retries.
     pub retry_budget: Option<(f64, u32)>,
 }
 
@@ -45,7 +46,22 @@ impl Default for Limits {
             pending: 1024,
             requests: 1024,
             retries: 3,
-            retry_budget: None,
+            // Stricter than Envoy under load, and more generous with many requests: see `RETRY_BUDGET`.
+            retry_budget: Some(RETRY_BUDGET),
+        }
+    }
+}
+
+/// Retries at a time where the cluster says nothing: 20 % of the active requests, at least 3. A fixed number either
+/// lets a large service's retries multiply its load or starves a busy one's.
+const RETRY_BUDGET: (f64, u32) = (20.0, 3);
+
+impl Limits {
+    /// Retries that there may be at a time beside `active` requests.
+    pub fn retry_limit(&self, active: u32) -> u32 {
+        match self.retry_budget {
+            None => self.retries,
+            Some((percent, floor)) => ((f64::from(active) * percent / 100.0) as u32).max(floor),
         }
     }
 }
@@ -149,19 +165,58 @@ pub(super) fn compile_limits(from: &cluster::Cluster) -> Result<Limits, Refusal>
             pending: value(&threshold.max_pending_requests, limits.pending),
             requests: value(&threshold.max_requests, limits.requests),
             retries: value(&threshold.max_retries, limits.retries),
-            retry_budget: threshold.retry_budget.as_ref().map(|budget| {
-                (
+            retry_budget: match &threshold.retry_budget {
+                Some(budget) => Some((
                     budget
                         .budget_percent
                         .as_ref()
-                        .map_or(20.0, |percent| percent.value),
+                        .map_or(RETRY_BUDGET.0, |percent| percent.value),
                     budget
                         .min_retry_concurrency
                         .as_ref()
-                        .map_or(3, |value| value.value),
-                )
-            }),
+                        .map_or(RETRY_BUDGET.1, |value| value.value),
+                )),
+                None if threshold.max_retries.is_some() => None,
+                None => limits.retry_budget,
+            },
         };
     }
     Ok(limits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retries_have_a_budget_unless_the_cluster_gives_a_number() {
+        let limits = |max_retries: Option<u32>, budget: Option<(f64, u32)>| {
+            let number = |value| serin_xds::pb::google::protobuf::UInt32Value { value };
+            let thresholds = cluster::circuit_breakers::Thresholds {
+                max_retries: max_retries.map(number),
+                retry_budget: budget.map(|(percent, floor)| {
+                    cluster::circuit_breakers::thresholds::RetryBudget {
+                        budget_percent: Some(serin_xds::pb::envoy::r#type::v3::Percent { value: percent }),
+                        min_retry_concurrency: Some(number(floor)),
+                        ..Default::default()
+                    }
+                }),
+                ..Default::default()
+            };
+            compile_limits(&cluster::Cluster {
+                circuit_breakers: Some(cluster::CircuitBreakers {
+                    thresholds: vec![thresholds],
+                    ..Default::default()
+                }),
+                ..Default::default()
+            })
+            .unwrap()
+        };
+        let default = limits(None, None);
+        assert_eq!((default.retry_limit(0), default.retry_limit(100)), (3, 20));
+        let fixed = limits(Some(7), None);
+        assert_eq!((fixed.retry_limit(0), fixed.retry_limit(100)), (7, 7));
+        let given = limits(Some(7), Some((50.0, 1)));
+        assert_eq!((given.retry_limit(0), given.retry_limit(100)), (1, 50));
+    }
 }

@@ -205,7 +205,11 @@ impl CheckedHost {
                 tcp(stream, send, receive).await
             }
             Probe::Http(probe) => self.http(probe, kept).await,
-            Probe::Grpc { service, authority } => self.grpc(service, authority.as_deref(), kept).await,
+            Probe::Grpc {
+                service,
+                authority,
+                metadata,
+            } => self.grpc(service, authority.as_deref(), metadata, kept).await,
         }
     }
 
@@ -338,6 +342,7 @@ impl CheckedHost {
         &self,
         service: &str,
         authority: Option<&str>,
+        metadata: &[(http::HeaderName, HeaderValue)],
         kept: &mut Option<Kept>,
     ) -> Result<Finding, Error> {
         let mut message = BytesMut::new();
@@ -357,6 +362,9 @@ impl CheckedHost {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
         headers.insert(header::TE, HeaderValue::from_static("trailers"));
         headers.insert(header::USER_AGENT, HeaderValue::from_static(USER_AGENT));
+        for (name, value) in metadata {
+            headers.append(name, value.clone());
+        }
         let response = self.send(true, kept, request).await?;
         if response.status() != http::StatusCode::OK {
             return Ok(Finding::Failed);

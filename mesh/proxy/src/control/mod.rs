@@ -28,11 +28,14 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::config::endpoint::zone_name;
+use crate::config::slot::Home;
 use crate::config::store::{ListenerChange, Store, Update};
 use crate::error::{Error, Refusal};
 use crate::metrics::collect::{Family, collect};
 use crate::metrics::peer::{Workload, header_of_node};
 use crate::metrics::series::Shard;
+use crate::overload::{self, Overload};
 use crate::tls;
 use crate::worker::{Command, DrainPhase, Shared, Worker};
 
@@ -52,6 +55,10 @@ pub struct Options {
     pub concurrency: usize,
     /// Listening sockets taken over from the parent, by the port of the listener that uses them.
     pub inherited: HashMap<u16, TcpListener>,
+    /// The cluster that the proxy is a member of (`local_cluster_name`): zone-aware routing compares zones with it.
+    pub local_cluster: Option<String>,
+    /// When to do less.
+    pub overload: overload::Rules,
 }
 
 struct WorkerHandle {
@@ -67,6 +74,7 @@ pub struct Proxy {
     store: Mutex<Store>,
     workers: Vec<WorkerHandle>,
     shards: Arc<[Arc<Shard>]>,
+    overload: Arc<Overload>,
     inherited: HashMap<u16, TcpListener>,
     bound: Mutex<HashMap<Arc<str>, Vec<SocketAddr>>>,
     /// Sockets of the process before this one that no listener has taken yet.
@@ -89,7 +97,8 @@ impl Proxy {
             0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
             given => given,
         };
-        let store = Store::new(count);
+        let overload = Overload::new(&options.overload);
+        let mut store = Store::new(count);
         let metadata = options.node.metadata.clone().unwrap_or_default();
         let own = Workload::of_node(&metadata);
         let (log, lines) = mpsc::channel(LOG_LINES);
@@ -100,6 +109,13 @@ impl Proxy {
             peer_id: header(&options.node.id),
             node: Arc::new(options.node.clone()),
             cluster: options.node.cluster.as_str().into(),
+            overload: overload.clone(),
+            home: options.local_cluster.as_ref().map(|name| {
+                Arc::new(Home {
+                    slot: store.local_cluster(name),
+                    zone: zone_name(options.node.locality.as_ref()),
+                })
+            }),
             virtual_listeners: store.virtual_listeners(),
             neighbours: arc_swap::ArcSwap::default(),
             log,
@@ -131,6 +147,7 @@ impl Proxy {
             store: Mutex::new(store),
             workers,
             shards,
+            overload,
             inherited: options.inherited,
             bound: Mutex::default(),
             handed: Mutex::default(),
@@ -143,6 +160,11 @@ impl Proxy {
             changes: watch::Sender::new(()),
         };
         Ok((Arc::new(proxy), lines))
+    }
+
+    /// What the overload manager tells the workers.
+    pub fn overload(&self) -> Arc<Overload> {
+        self.overload.clone()
     }
 
     /// Takes a batch of resources; what is refused is returned by name, the rest is live on every worker.

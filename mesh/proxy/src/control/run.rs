@@ -20,6 +20,7 @@ use crate::config::store::{Store, Update};
 use crate::error::Error;
 use crate::metrics::expiry;
 use crate::metrics::push::Pusher;
+use crate::overload;
 
 /// Istio's time in which clients are told to go elsewhere (`TERMINATION_DRAIN_DURATION_SECONDS`).
 pub const DEFAULT_DRAIN: Duration = Duration::from_secs(5);
@@ -68,6 +69,7 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
         None => None,
         Some(path) => restart::take(path)?,
     };
+    let rules = plan.options.overload.clone();
     let (proxy, lines) = Proxy::start(plan.options)?;
     if plan.restart.is_some() {
         proxy.keep_sockets();
@@ -102,6 +104,7 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
     tasks.spawn(health::run(proxy.clone(), cancel.clone()));
     tasks.spawn(outliers::run(proxy.clone(), cancel.clone()));
     tasks.spawn(tend_secrets(proxy.clone(), cancel.clone()));
+    tasks.spawn(overload::run(rules, proxy.overload(), cancel.clone()));
     match plan.control_plane {
         None => proxy.set_ready(),
         Some(endpoint) => {
@@ -174,11 +177,15 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
     Ok(())
 }
 
-/// Ends unused series; gives memory back, once after the start and after each burst of configuration.
+/// Ends unused series; gives memory back after the start and after each burst of configuration.
 async fn housekeeping(proxy: Arc<Proxy>, cancel: CancellationToken) {
     /// How often the store is looked at.
     const LOOK: Duration = Duration::from_secs(2);
-    let (mut seen, mut collected, mut started) = (0, u64::MAX, false);
+    /// Looks between two times that the program's pages are given back.
+    const APART: u32 = 15;
+    let (mut seen, mut collected) = (0, u64::MAX);
+    // What was applied when pages were given back last, and at which look.
+    let (mut forgotten, mut forgotten_at) = (u64::MAX, None::<u32>);
     let shards = proxy.shards().1;
     let mut looks = 0u32;
     loop {
@@ -196,7 +203,10 @@ async fn housekeeping(proxy: Arc<Proxy>, cancel: CancellationToken) {
             collected = applied;
             crate::sys::collect_memory();
         }
-        if quiet && proxy.is_ready() && !std::mem::replace(&mut started, true) {
+        // What compiles configuration is not needed until the next burst; what is needed comes back from the page cache.
+        let rested = forgotten_at.is_none_or(|at| looks.wrapping_sub(at) >= APART);
+        if quiet && proxy.is_ready() && forgotten != applied && rested {
+            (forgotten, forgotten_at) = (applied, Some(looks));
             crate::sys::forget_startup_pages();
         }
     }

@@ -124,7 +124,7 @@ enum State {
     Head,
     Body(u64),
     Chunked(Chunk),
-    /// The head asked for an upgrade; what follows depends on the answer.
+    /// The head asked for an upgrade or a tunnel; what follows depends on the answer.
     Undecided,
     Opaque,
 }
@@ -154,6 +154,7 @@ pub struct Scanner {
     /// Value of the chunk whose extension is being read.
     chunk_value: u64,
     heads: u32,
+    connect: bool,
 }
 
 impl Scanner {
@@ -166,7 +167,14 @@ impl Scanner {
             searched: 0,
             chunk_value: 0,
             heads: 0,
+            connect: false,
         }
+    }
+
+    /// The same, letting CONNECT pass: what follows one depends on the answer, as with an upgrade.
+    pub fn allowing_connect(mut self, allowed: bool) -> Self {
+        self.connect = allowed;
+        self
     }
 
     /// Heads that have been passed on.
@@ -264,7 +272,9 @@ impl Scanner {
             .split(|byte| *byte == b'\n')
             .map(|line| line.strip_suffix(b"\r").unwrap_or(line))
             .skip_while(|line| line.is_empty());
-        let http_10 = request_line(lines.next().unwrap_or_default())?;
+        let line = lines.next().unwrap_or_default();
+        let http_10 = request_line(line, self.connect)?;
+        let connect = line.starts_with(b"CONNECT ");
         let mut facts = Facts::default();
         let mut count = 0;
         for line in lines.take_while(|line| !line.is_empty()) {
@@ -274,7 +284,12 @@ impl Scanner {
             }
             facts.field(line)?;
         }
-        facts.state(http_10)
+        match facts.state(http_10)? {
+            // Its content would mean nothing (RFC 9110 section 9.3.6), or be taken for the tunnel's.
+            State::Body(_) | State::Chunked(_) if connect => Err(Violation::Connect),
+            _ if connect => Ok(State::Undecided),
+            state => Ok(state),
+        }
     }
 
     fn chunked(&mut self, chunk: Chunk, bytes: &[u8]) -> Result<usize, Violation> {
@@ -347,7 +362,7 @@ impl Scanner {
 }
 
 /// Whether the version is HTTP/1.0.
-fn request_line(line: &[u8]) -> Result<bool, Violation> {
+fn request_line(line: &[u8], connect: bool) -> Result<bool, Violation> {
     let mut parts = line.split(|byte| *byte == b' ');
     let (Some(method), Some(target), Some(version), None) =
         (parts.next(), parts.next(), parts.next(), parts.next())
@@ -363,7 +378,7 @@ fn request_line(line: &[u8]) -> Result<bool, Violation> {
         other if other.starts_with(b"HTTP/") => return Err(Violation::BadVersion),
         _ => return Err(Violation::BadRequestLine),
     };
-    if method == b"CONNECT" {
+    if method == b"CONNECT" && !connect {
         return Err(Violation::Connect);
     }
     Ok(http_10)

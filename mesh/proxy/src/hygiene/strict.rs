@@ -80,9 +80,14 @@ pub struct StrictIo<S> {
 impl<S> StrictIo<S> {
     /// Wraps `inner`, from which `prefix` has been read already.
     pub fn new(inner: S, prefix: Vec<u8>, limits: Option<HeadLimits>, gate: Arc<Gate>) -> Self {
+        Self::with(inner, prefix, limits.map(Scanner::new), gate)
+    }
+
+    /// The same with a scanner of the caller's; none for bytes that are not HTTP/1.
+    pub fn with(inner: S, prefix: Vec<u8>, scanner: Option<Scanner>, gate: Arc<Gate>) -> Self {
         let mut io = Self {
             inner,
-            scanner: limits.map(Scanner::new),
+            scanner,
             gate,
             held: Vec::new(),
             ready: Vec::new(),

@@ -174,6 +174,11 @@ fn own_families(shards: &[Arc<Shard>]) -> Vec<Family> {
             sum(|shard| shard.counters.refused_requests.get()),
         ),
         counter(
+            "serin_proxy_refused_connections_total",
+            "Connections closed at once by the overload manager.",
+            sum(|shard| shard.counters.refused_connections.get()),
+        ),
+        counter(
             "serin_proxy_outlier_ejections_total",
             "Endpoints ejected by outlier detection.",
             sum(|shard| shard.counters.ejections.get()),

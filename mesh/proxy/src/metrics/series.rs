@@ -286,6 +286,8 @@ pub struct WorkerCounters {
     pub retries: Cell,
     /// Requests refused by the hygiene layer.
     pub refused_requests: Cell,
+    /// Connections closed at once by the overload manager.
+    pub refused_connections: Cell,
     /// Outlier ejections.
     pub ejections: Cell,
     /// Series that were folded into `unknown` for lack of room.

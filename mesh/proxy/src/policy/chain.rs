@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
 use serin_xds::pb::google::protobuf::Any;
 
+use super::adaptive_concurrency::AdaptiveConcurrency;
 use super::buffer::Buffer;
 use super::compressor::Compressor;
 use super::ext_authz::ExtAuthz;
@@ -53,6 +54,8 @@ pub enum Kind {
     Jwt(Box<JwtAuthn>),
     /// External authorisation.
     ExtAuthz(Box<ExtAuthz>),
+    /// A limit on requests at a time that follows the latency.
+    AdaptiveConcurrency(Arc<AdaptiveConcurrency>),
     /// Counting gRPC calls.
     GrpcStats(Arc<GrpcStats>),
     /// External processing.
@@ -160,6 +163,10 @@ impl Chain {
             ("envoy.extensions.filters.http.ext_authz.v3.ExtAuthz", _) => Kind::ExtAuthz(Box::new(
                 ExtAuthz::compile(&unpack(config, type_name)?, stat_prefix, context)?,
             )),
+            ("envoy.extensions.filters.http.adaptive_concurrency.v3.AdaptiveConcurrency", _) => {
+                let message = unpack(config, type_name)?;
+                Kind::AdaptiveConcurrency(Arc::new(AdaptiveConcurrency::compile(&message)?))
+            }
             ("envoy.extensions.filters.http.grpc_stats.v3.FilterConfig", _)
             | ("", "envoy.filters.http.grpc_stats") => {
                 let (workers, counters) = context.counters();

@@ -25,6 +25,7 @@
 
 #![allow(deprecated)] // control planes still send fields that Envoy calls deprecated
 
+pub mod adaptive_concurrency;
 pub mod bucket;
 pub mod buffer;
 pub mod cel;

@@ -51,6 +51,13 @@ impl UriTemplate {
                             "a variable's name has other characters than letters, digits and _",
                         ));
                     }
+                    let named = !matches!(name, "*" | "**");
+                    if named {
+                        // The prefix keeps names apart that begin with a digit, which groups may not.
+                        pattern.push_str("(?<v_");
+                        pattern.push_str(name);
+                        pattern.push('>');
+                    }
                     for part in value.split('/').enumerate() {
                         if part.0 > 0 {
                             pattern.push('/');
@@ -63,6 +70,9 @@ impl UriTemplate {
                             }
                             literal => pattern.push_str(&regex::escape(literal)),
                         }
+                    }
+                    if named {
+                        pattern.push(')');
                     }
                 }
                 literal if literal.contains(['*', '{', '}']) => {
@@ -83,6 +93,30 @@ impl UriTemplate {
     /// Whether a path (without its query) has the template's shape.
     pub fn matches(&self, path: &str) -> bool {
         self.0.is_match(path)
+    }
+
+    /// Whether it has a variable of that name.
+    pub fn has(&self, variable: &str) -> bool {
+        self.0
+            .capture_names()
+            .flatten()
+            .any(|name| name.strip_prefix("v_") == Some(variable))
+    }
+
+    /// What the variables stand for in a path that has the template's shape.
+    pub fn captures<'a>(&self, path: &'a str) -> Option<Captured<'a>> {
+        self.0.captures(path).map(Captured)
+    }
+}
+
+/// Variables of one path.
+#[derive(Debug)]
+pub struct Captured<'a>(regex::Captures<'a>);
+
+impl Captured<'_> {
+    /// The text of a variable.
+    pub fn get(&self, variable: &str) -> Option<&str> {
+        self.0.name(&format!("v_{variable}")).map(|found| found.as_str())
     }
 }
 

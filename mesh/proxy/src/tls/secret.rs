@@ -1,5 +1,6 @@
 //! Secrets: certificates with keys, validation contexts, ticket keys; read, checked, and held in slots that rotate.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -207,10 +208,55 @@ impl<T> WithinIfMissing<T> for Result<T, Refusal> {
 /// What tells one state of a file from another.
 type Stamp = Option<(SystemTime, u64)>;
 
+/// Where the message of such a secret is.
+#[derive(Debug)]
+enum Origin {
+    /// In the context.
+    Context(Box<tls::Secret>),
+    /// Under a name in a file with a `DiscoveryResponse` (SDS by `path_config_source`).
+    File(PathBuf, Box<str>),
+}
+
+impl Origin {
+    fn message(&self) -> Result<Cow<'_, tls::Secret>, Refusal> {
+        match self {
+            Self::Context(message) => Ok(Cow::Borrowed(message)),
+            Self::File(path, name) => {
+                let bytes = read_file(path).within("path_config_source")?;
+                let text = String::from_utf8_lossy(&bytes);
+                crate::bootstrap::discovered_secrets(&text)
+                    .and_then(|secrets| {
+                        secrets
+                            .into_iter()
+                            .find(|secret| *secret.name == **name)
+                            .ok_or_else(|| Refusal::new("resources", format!("there is no secret {name}")))
+                    })
+                    .map(Cow::Owned)
+                    .within(path.display().to_string())
+            }
+        }
+    }
+
+    /// The files that `message` was, or is to be, made from, as they are now.
+    fn stamps(&self, message: &tls::Secret) -> Vec<(PathBuf, Stamp)> {
+        let own = match self {
+            Self::Context(_) => None,
+            Self::File(path, _) => Some(path.clone()),
+        };
+        own.into_iter()
+            .chain(files_of(message))
+            .map(|path| {
+                let seen = stamp(&path);
+                (path, seen)
+            })
+            .collect()
+    }
+}
+
 /// A secret that is part of a context, with the files that it was read from.
 #[derive(Debug)]
 struct OfFiles {
-    message: tls::Secret,
+    origin: Origin,
     seen: Mutex<Vec<(PathBuf, Stamp)>>,
 }
 
@@ -243,19 +289,26 @@ impl SecretSlot {
 
     /// A slot for a secret that is part of a context; if it comes from files they can be [read again](Self::reload).
     pub(super) fn inline(message: tls::Secret, now: UnixTime) -> Result<Self, Refusal> {
-        let paths = files_of(&message);
+        Self::of_origin("", Origin::Context(Box::new(message)), now)
+    }
+
+    /// A slot for the secret of that name in a file.
+    pub(super) fn in_file(path: &str, name: &str, now: UnixTime) -> Result<Self, Refusal> {
+        Self::of_origin(name, Origin::File(path.into(), name.into()), now)
+    }
+
+    fn of_origin(name: &str, origin: Origin, now: UnixTime) -> Result<Self, Refusal> {
         // Stamped before reading: a file that changes in between is read again.
-        let seen: Vec<_> = paths
-            .into_iter()
-            .map(|path| (path.clone(), stamp(&path)))
-            .collect();
+        let message = origin.message()?;
+        let seen = origin.stamps(&message);
         let secret = Secret::compile(&message, now)?;
+        drop(message);
         let slot = Self {
             files: (!seen.is_empty()).then(|| OfFiles {
-                message,
+                origin,
                 seen: Mutex::new(seen),
             }),
-            ..Self::named("", secret.kind(), false)
+            ..Self::named(name, secret.kind(), false)
         };
         slot.set(Arc::new(secret));
         Ok(slot)
@@ -292,8 +345,10 @@ impl SecretSlot {
             return Ok(false);
         }
         *seen = current;
+        let message = files.origin.message()?;
+        *seen = files.origin.stamps(&message);
         drop(seen);
-        self.set(Arc::new(Secret::compile(&files.message, now)?));
+        self.set(Arc::new(Secret::compile(&message, now)?));
         Ok(true)
     }
 }

@@ -10,7 +10,7 @@ use serin_xds::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
 
 use super::secret::{Kind, Secret, SecretSlot};
 use super::stats::TlsStats;
-use crate::error::Refusal;
+use crate::error::{Refusal, Within};
 
 /// Which side a counter belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -41,10 +41,14 @@ impl SecretTable {
             None => false,
             Some(config) => match &config.config_source_specifier {
                 Some(ConfigSourceSpecifier::Ads(_)) => true,
+                Some(ConfigSourceSpecifier::PathConfigSource(source)) => {
+                    return self.in_file(&source.path, &from.name, kind);
+                }
+                Some(ConfigSourceSpecifier::Path(path)) => return self.in_file(path, &from.name, kind),
                 _ => {
                     return Err(Refusal::new(
                         "sds_config",
-                        "secrets come with the other resources: use ads",
+                        "secrets come with the other resources or from a file: use ads or path_config_source",
                     ));
                 }
             },
@@ -91,6 +95,24 @@ impl SecretTable {
             slot.set(value);
         }
         self.slots.insert(slot.name.clone(), slot.clone());
+        Ok(slot)
+    }
+
+    /// A slot for a secret in a file of its own, which is read again when it changes.
+    fn in_file(&mut self, path: &str, name: &str, kind: Kind) -> Result<Arc<SecretSlot>, Refusal> {
+        let slot = Arc::new(SecretSlot::in_file(path, name, UnixTime::now()).within("sds_config")?);
+        if slot.kind != kind {
+            return Err(Refusal::new(
+                "name",
+                format!(
+                    "the secret {name} is a {}, not a {}",
+                    slot.kind.field(),
+                    kind.field()
+                ),
+            ));
+        }
+        self.inline.retain(|slot| slot.strong_count() > 0);
+        self.inline.push(Arc::downgrade(&slot));
         Ok(slot)
     }
 

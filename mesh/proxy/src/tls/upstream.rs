@@ -199,13 +199,14 @@ impl UpstreamTls {
     }
 
     /// Does the client's part of a handshake. The server name is `server_name`, else the context's, else none: then
-    /// sessions are kept by `address`. The caller bounds the time.
+    /// sessions are kept by `address`. `alpn` is offered instead of what the context says. The caller bounds the time.
     pub async fn connect<S>(
         &self,
         stream: S,
         server_name: Option<&str>,
         address: IpAddr,
         speaking: Speaking,
+        alpn: Option<&[Vec<u8>]>,
     ) -> io::Result<(TlsStream<S>, ConnectionTls)>
     where
         S: AsyncRead + AsyncWrite + Unpin,
@@ -227,7 +228,8 @@ impl UpstreamTls {
             _ => None,
         };
         let connector = TlsConnector::from(built.config.clone());
-        let result = match self.alpn_for(speaking) {
+        let offered = alpn.map_or_else(|| self.alpn_for(speaking), |names| Some(names.to_vec()));
+        let result = match offered {
             Some(alpn) => connector.with_alpn(alpn).connect(name, stream).await,
             None => connector.connect(name, stream).await,
         };

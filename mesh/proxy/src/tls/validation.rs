@@ -2,8 +2,10 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::sync::{Arc, Weak};
 
 use base64::Engine as _;
+use parking_lot::Mutex;
 use rustls::DistinguishedName;
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{
@@ -44,6 +46,32 @@ impl Roots {
         if roots.anchors.is_empty() {
             return Err(Refusal::new("", "no PEM certificate found"));
         }
+        Ok(roots)
+    }
+
+    /// Those of the system, or of `SSL_CERT_FILE` and `SSL_CERT_DIR`. They are read once for all that use them at a
+    /// time: some 140 certificates.
+    pub fn of_system() -> Result<Arc<Self>, Refusal> {
+        static SHARED: Mutex<Weak<Roots>> = Mutex::new(Weak::new());
+        let mut shared = SHARED.lock();
+        if let Some(known) = shared.upgrade() {
+            return Ok(known);
+        }
+        let found = rustls_native_certs::load_native_certs();
+        let mut roots = Self::default();
+        for der in found.certs {
+            // One that cannot be read (there are very old ones) is passed over, as in every other user of the store.
+            let _ = roots.add(der);
+        }
+        if roots.anchors.is_empty() {
+            let reason = found
+                .errors
+                .first()
+                .map_or_else(|| "there are none".to_owned(), ToString::to_string);
+            return Err(Refusal::new("", format!("no system root certificates: {reason}")));
+        }
+        let roots = Arc::new(roots);
+        *shared = Arc::downgrade(&roots);
         Ok(roots)
     }
 
@@ -121,7 +149,7 @@ pub enum Unverified {
 #[derive(Debug, Default)]
 pub struct Validation {
     /// Authorities for any peer.
-    pub roots: Option<Roots>,
+    pub roots: Option<Arc<Roots>>,
     /// Authorities by SPIFFE trust domain.
     pub trust_domains: Option<HashMap<Box<str>, Roots>>,
     sans: Vec<SanMatch>,
@@ -144,7 +172,6 @@ impl Validation {
                 "ca_certificate_provider_instance",
                 from.ca_certificate_provider_instance.is_some(),
             ),
-            ("system_root_certs", from.system_root_certs.is_some()),
             (
                 "require_signed_certificate_timestamp",
                 from.require_signed_certificate_timestamp
@@ -156,10 +183,14 @@ impl Validation {
             return Err(Refusal::new(*field, "not supported"));
         }
         let mut out = Self {
-            roots: source(from.trusted_ca.as_ref(), "trusted_ca")?
-                .map(|pem| Roots::from_pem(&pem))
-                .transpose()
-                .within("trusted_ca")?,
+            roots: match source(from.trusted_ca.as_ref(), "trusted_ca")? {
+                Some(pem) => Some(Arc::new(Roots::from_pem(&pem).within("trusted_ca")?)),
+                // Envoy: the system's count only where no others are named.
+                None if from.system_root_certs.is_some() => {
+                    Some(Roots::of_system().within("system_root_certs")?)
+                }
+                None => None,
+            },
             only_leaf_revocation: from.only_verify_leaf_cert_crl,
             accept_untrusted: from.trust_chain_verification
                 == tls::certificate_validation_context::TrustChainVerification::AcceptUntrusted as i32,
@@ -245,7 +276,8 @@ impl Validation {
         }
         let domains = self.trust_domains.iter().flat_map(HashMap::values);
         self.roots
-            .iter()
+            .as_deref()
+            .into_iter()
             .chain(domains)
             .flat_map(|roots| &roots.anchors)
             .map(|anchor| DistinguishedName::in_sequence(&anchor.subject))
@@ -256,7 +288,8 @@ impl Validation {
     pub fn authorities(&self) -> impl Iterator<Item = &Certificate> {
         let domains = self.trust_domains.iter().flat_map(HashMap::values);
         self.roots
-            .iter()
+            .as_deref()
+            .into_iter()
             .chain(domains)
             .flat_map(|roots| &roots.certificates)
     }
@@ -276,7 +309,7 @@ impl Validation {
         let certificate = Certificate::parse(leaf).map_err(|error| Unverified::Chain(error.to_string()))?;
         let roots = match &self.trust_domains {
             Some(domains) => Some(spiffe_roots(domains, &certificate)?),
-            None => self.roots.as_ref(),
+            None => self.roots.as_deref(),
         };
         if let Some(roots) = roots {
             let result = self.verify_chain(roots, &certificate, leaf, intermediates, usage, algorithms, now);

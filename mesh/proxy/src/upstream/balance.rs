@@ -1,36 +1,54 @@
-//! Choosing an endpoint: priorities, health, panic, and the balancing policies.
+//! Choosing an endpoint: priorities, health, panic, localities and zones; the policies themselves are in [`draw`].
 //!
 //! The common case (one priority, everybody healthy) looks at nothing but the hosts it draws.
 
 use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use super::cluster::Host;
 use super::consistent::Table;
 use super::outlier::is_ejected;
+use super::zone::ZoneRouting;
 use crate::clock::now_ms;
-use crate::config::cluster::{Cluster, LbPolicy, SlowStart};
+use crate::config::cluster::{Cluster, LbPolicy};
 use crate::config::endpoint::EndpointSet;
+use crate::config::retry::HostRules;
+use crate::config::subset::Criteria;
 use crate::random;
 
-/// The hosts of one priority.
-#[derive(Debug)]
-struct Level {
+mod draw;
+mod loads;
+
+use draw::View;
+use loads::{Health, Loads};
+
+/// Usable hosts of one priority that are equally well.
+#[derive(Debug, Default)]
+struct Group {
     hosts: Vec<Rc<Host>>,
     /// Localities with weights, as ranges of `hosts`; one without a weight when weights do not count.
     localities: Vec<(u32, std::ops::Range<usize>)>,
-    /// Hosts that EDS calls unusable are not in `hosts`; they count here.
+    /// All localities in the order of the endpoint set, where zones count.
+    zones: Vec<std::ops::Range<usize>>,
+    table: Option<Table>,
+}
+
+/// The hosts of one priority.
+#[derive(Debug, Default)]
+struct Level {
+    healthy: Group,
+    /// Used when the healthy of all levels cannot carry the load.
+    degraded: Group,
+    /// Hosts that EDS or checks call unusable are in neither group; they count here.
     total: usize,
     /// The largest weight.
     heaviest: u32,
     /// Everybody that EDS names, for panic.
     everybody: Vec<Rc<Host>>,
-    table: Option<Table>,
 }
 
-/// The balancer of one cluster on one worker.
+/// The balancer of one cluster, or of one subset of it, on one worker.
 #[derive(Debug, Default)]
 pub struct Balancer {
     levels: Vec<Level>,
@@ -38,6 +56,8 @@ pub struct Balancer {
     /// Until when some host is young enough for slow start.
     slow_until: u64,
     overprovisioning: u32,
+    /// How the load is shared out while nobody is ejected.
+    loads: Loads,
 }
 
 /// What a request brings to the choice.
@@ -51,12 +71,85 @@ pub struct Wish<'a> {
     pub attempts: u32,
     /// Whether outlier detection may have anybody out; when not, nobody is asked.
     pub some_ejected: bool,
+    /// The subset that is wanted.
+    pub criteria: Option<&'a Criteria>,
+    /// Priorities to avoid, one bit each.
+    pub tried_priorities: u128,
+    /// Which hosts a retry avoids beside those tried.
+    pub rules: Option<&'a HostRules>,
+    /// How requests keep to the own zone.
+    pub zones: Option<&'a ZoneRouting>,
+}
+
+impl Wish<'_> {
+    fn avoids(&self, host: &Host) -> bool {
+        self.tried.iter().any(|tried| Rc::ptr_eq(&tried.pool, &host.pool))
+            || self.rules.is_some_and(|rules| rules.rejects(&host.endpoint))
+    }
+
+    fn is_free(&self) -> bool {
+        self.tried.is_empty() && self.rules.is_none()
+    }
+}
+
+/// Which hosts of a set a balancer is over.
+#[derive(Clone, Copy, Debug)]
+pub enum Members<'a> {
+    /// All.
+    All,
+    /// These, by index, in rising order: a subset. Locality weights count as told.
+    Some(&'a [usize], LocalityWeights),
+}
+
+/// How locality weights count within a subset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LocalityWeights {
+    /// Not at all.
+    Ignored,
+    /// As they are.
+    Kept,
+    /// By the part of the locality that is in the subset.
+    Scaled,
+}
+
+impl<'a> Members<'a> {
+    /// Those within `range`.
+    fn within(&self, range: &std::ops::Range<usize>) -> (usize, MemberIndices<'a>) {
+        match self {
+            Self::All => (range.len(), MemberIndices::Range(range.clone())),
+            Self::Some(indices, _) => {
+                let start = indices.partition_point(|index| *index < range.start);
+                let end = indices.partition_point(|index| *index < range.end);
+                (end - start, MemberIndices::List(indices[start..end].iter()))
+            }
+        }
+    }
+}
+
+enum MemberIndices<'a> {
+    Range(std::ops::Range<usize>),
+    List(std::slice::Iter<'a, usize>),
+}
+
+impl Iterator for MemberIndices<'_> {
+    type Item = usize;
+
+    fn next(&mut self) -> Option<usize> {
+        match self {
+            Self::Range(range) => range.next(),
+            Self::List(list) => list.next().copied(),
+        }
+    }
 }
 
 impl Balancer {
     /// For `hosts`, which are those of `set` in the same order.
     pub fn new(cluster: &Cluster, set: &EndpointSet, hosts: &[Rc<Host>]) -> Self {
-        let checks = cluster.health_checks.len();
+        Self::of(cluster, set, hosts, Members::All)
+    }
+
+    /// For some of `hosts`, which are those of `set` in the same order.
+    pub fn of(cluster: &Cluster, set: &EndpointSet, hosts: &[Rc<Host>], members: Members<'_>) -> Self {
         let slow_until = cluster.slow_start.map_or(0, |slow| {
             let youngest = hosts
                 .iter()
@@ -64,287 +157,267 @@ impl Balancer {
                 .max();
             youngest.unwrap_or(0) + slow.window.as_millis() as u64
         });
-        let levels = set
+        let levels: Vec<Level> = set
             .priorities
             .iter()
-            .map(|localities| {
-                let mut level = Level {
-                    hosts: Vec::new(),
-                    localities: Vec::new(),
-                    total: 0,
-                    heaviest: 1,
-                    everybody: Vec::new(),
-                    table: None,
-                };
-                for locality in localities {
-                    let start = level.hosts.len();
-                    let members = &hosts[locality.members.clone()];
-                    level.everybody.extend(members.iter().cloned());
-                    level.hosts.extend(
-                        members
-                            .iter()
-                            .filter(|host| host.endpoint.usable(checks))
-                            .cloned(),
-                    );
-                    level.total += members.len();
-                    if level.hosts.len() > start && cluster.locality_weighted {
-                        // The share shrinks only once less than 1/1.4 of the locality is usable.
-                        let usable = (level.hosts.len() - start) as u64 * u64::from(set.overprovisioning);
-                        let effective = u64::from(locality.weight) * usable.min(members.len() as u64 * 100);
-                        level.localities.push((
-                            (effective / members.len() as u64) as u32,
-                            start..level.hosts.len(),
-                        ));
-                    }
-                }
-                level.heaviest = level
-                    .everybody
-                    .iter()
-                    .map(|host| host.endpoint.weight)
-                    .max()
-                    .unwrap_or(1);
-                level.localities.retain(|(weight, _)| *weight > 0);
-                if level.localities.is_empty() {
-                    level.localities.push((1, 0..level.hosts.len()));
-                }
-                let named: Vec<(&str, u32)> = level
-                    .hosts
-                    .iter()
-                    .map(|host| (&*host.endpoint.text, host.endpoint.weight))
-                    .collect();
-                level.table = match cluster.lb {
-                    LbPolicy::RingHash { minimum } => Some(Table::ring(&named, minimum)),
-                    LbPolicy::Maglev { size } => Some(Table::maglev(&named, size)),
-                    LbPolicy::RoundRobin | LbPolicy::LeastRequest { .. } | LbPolicy::Random => None,
-                };
-                level
-            })
+            .map(|localities| Level::new(cluster, set, hosts, localities, members))
             .collect();
+        let overprovisioning = set.overprovisioning;
+        let loads = Loads::new(levels.iter().map(Level::health), overprovisioning, 0);
         // Workers and restarts start at different hosts.
         Self {
             levels,
             turn: Cell::new(random::next() >> 32),
             slow_until,
-            overprovisioning: set.overprovisioning,
+            overprovisioning,
+            loads,
         }
+    }
+
+    /// Whether it is over no host at all.
+    pub fn is_empty(&self) -> bool {
+        self.levels.iter().all(|level| level.total == 0)
+    }
+
+    /// Usable hosts of each locality of the first priority: number and weight.
+    pub fn zones(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.levels.first().into_iter().flat_map(|level| {
+            level.healthy.zones.iter().map(|range| {
+                let hosts = &level.healthy.hosts[range.clone()];
+                let weight = hosts.iter().map(|host| u64::from(host.endpoint.weight)).sum();
+                (hosts.len() as u64, weight)
+            })
+        })
     }
 
     /// A host, or `None` if no host may be used.
     pub fn pick(&self, cluster: &Cluster, wish: &Wish<'_>) -> Option<Rc<Host>> {
-        let mut level = self.level(cluster, wish.some_ejected)?;
+        let mut view = self.view(cluster, wish)?;
         if self.slow_until > 0
             && let Some(slow) = cluster.slow_start
         {
             let now = now_ms();
-            level.slow = (now < self.slow_until).then_some((slow, now));
+            view.slow = (now < self.slow_until).then_some((slow, now));
+        }
+        if wish.is_free() {
+            return view.draw(cluster, wish, 0, &self.turn);
         }
         let mut last = None;
         for draw in 0..wish.attempts.max(1) {
-            let host = level.draw(cluster, wish, draw as usize, &self.turn)?;
-            if !wish.tried.iter().any(|tried| Rc::ptr_eq(&tried.pool, &host.pool)) {
+            let host = view.draw(cluster, wish, draw as usize, &self.turn)?;
+            if !wish.avoids(&host) {
                 return Some(host);
             }
             last = Some(host);
         }
         // Chance kept hitting hosts that were tried: take one that was not, if there is one.
-        let fresh = level.hosts.iter().find(|host| {
-            !host.ejected() && !wish.tried.iter().any(|tried| Rc::ptr_eq(&tried.pool, &host.pool))
-        });
-        if wish.tried.is_empty() {
-            last
-        } else {
-            fresh.cloned().or(last)
-        }
-    }
-
-    /// The priority level for this request: each takes as much of the load as its usable share, times the
-    /// overprovisioning factor, allows.
-    fn level(&self, cluster: &Cluster, some_ejected: bool) -> Option<LevelView<'_>> {
-        let (first, rest) = self.levels.split_first()?;
-        if rest.is_empty() || first.total == 0 && rest.iter().all(|level| level.total == 0) {
-            return first.view(cluster, some_ejected);
-        }
-        let share = |level: &Level| {
-            let scaled = level.usable() * self.overprovisioning as usize;
-            scaled.checked_div(level.total).unwrap_or(0).min(100)
-        };
-        let shares: Vec<usize> = self.levels.iter().map(share).collect();
-        let sum: usize = shares.iter().sum();
-        let scale = sum.clamp(1, 100);
-        let mut point = random::below(scale);
-        for (level, share) in self.levels.iter().zip(&shares) {
-            if point < *share {
-                return level.view(cluster, some_ejected);
-            }
-            point -= share;
-        }
-        // Nobody is usable anywhere: panic decides on the first level that has anybody.
-        self.levels
+        let fresh = view
+            .hosts
             .iter()
-            .find(|level| level.total > 0)?
-            .view(cluster, some_ejected)
-    }
-}
-
-struct LevelView<'a> {
-    hosts: &'a [Rc<Host>],
-    localities: &'a [(u32, std::ops::Range<usize>)],
-    heaviest: u32,
-    table: Option<&'a Table>,
-    panic: bool,
-    /// The time, while slow start has a say.
-    slow: Option<(SlowStart, u64)>,
-}
-
-impl Level {
-    fn usable(&self) -> usize {
-        self.hosts.iter().filter(|host| !host.ejected()).count()
+            .find(|host| !host.ejected() && !wish.avoids(host));
+        fresh.cloned().or(last)
     }
 
-    fn view(&self, cluster: &Cluster, some_ejected: bool) -> Option<LevelView<'_>> {
-        let healthy = self.hosts.len();
-        if healthy < self.total || some_ejected {
-            let usable = if some_ejected { self.usable() } else { healthy };
-            if (usable as f64) * 100.0 < cluster.panic_threshold * self.total as f64 {
-                return Some(LevelView {
-                    hosts: &self.everybody,
-                    localities: &[],
-                    heaviest: self.heaviest,
-                    table: None,
-                    panic: true,
-                    slow: None,
-                });
+    /// The hosts for this request: of which priority, and which of it.
+    fn view(&self, cluster: &Cluster, wish: &Wish<'_>) -> Option<View<'_>> {
+        let only = match &self.levels[..] {
+            [] => return None,
+            [only] if only.degraded.hosts.is_empty() && wish.tried_priorities == 0 => only,
+            _ => return self.view_of_several(cluster, wish),
+        };
+        let health = if wish.some_ejected {
+            only.health_now()
+        } else {
+            only.health()
+        };
+        if health.healthy < health.total {
+            // One level that is well enough to carry everything does not panic, whatever the threshold (Envoy).
+            let carries = health.availability(self.overprovisioning) >= 100;
+            if !carries && health.below(cluster.panic_threshold) {
+                return only.panic(cluster);
             }
-            if usable == 0 {
+            if health.healthy == 0 {
                 return None;
             }
         }
-        (healthy > 0).then_some(LevelView {
-            hosts: &self.hosts,
-            localities: &self.localities,
+        only.healthy.view(only.heaviest, wish.zones)
+    }
+
+    fn view_of_several(&self, cluster: &Cluster, wish: &Wish<'_>) -> Option<View<'_>> {
+        let fresh;
+        let loads = if wish.some_ejected || wish.tried_priorities != 0 {
+            let health = |level: &Level| {
+                if wish.some_ejected {
+                    level.health_now()
+                } else {
+                    level.health()
+                }
+            };
+            fresh = Loads::new(
+                self.levels.iter().map(health),
+                self.overprovisioning,
+                wish.tried_priorities,
+            );
+            &fresh
+        } else {
+            &self.loads
+        };
+        let (index, degraded) = loads.choose(random::below)?;
+        let level = &self.levels[index];
+        if loads.may_panic() && loads.health(index).below(cluster.panic_threshold) {
+            return level.panic(cluster);
+        }
+        if loads.nobody() {
+            return None;
+        }
+        let group = if degraded { &level.degraded } else { &level.healthy };
+        group.view(level.heaviest, wish.zones.filter(|_| index == 0 && !degraded))
+    }
+}
+
+impl Level {
+    fn new(
+        cluster: &Cluster,
+        set: &EndpointSet,
+        hosts: &[Rc<Host>],
+        localities: &[crate::config::endpoint::Locality],
+        members: Members<'_>,
+    ) -> Self {
+        let checks = cluster.health_checks.len();
+        let weights = match members {
+            Members::All if cluster.locality_weighted => LocalityWeights::Kept,
+            Members::All => LocalityWeights::Ignored,
+            Members::Some(_, _) if !cluster.locality_weighted => LocalityWeights::Ignored,
+            Members::Some(_, weights) => weights,
+        };
+        let mut level = Self {
+            heaviest: 1,
+            ..Self::default()
+        };
+        for locality in localities {
+            let (count, indices) = members.within(&locality.members);
+            let starts = (level.healthy.hosts.len(), level.degraded.hosts.len());
+            for host in indices.map(|index| &hosts[index]) {
+                level.everybody.push(host.clone());
+                level.heaviest = level.heaviest.max(host.endpoint.weight);
+                if host.endpoint.usable(checks) {
+                    let group = if host.endpoint.degraded {
+                        &mut level.degraded
+                    } else {
+                        &mut level.healthy
+                    };
+                    group.hosts.push(host.clone());
+                }
+            }
+            level.total += count;
+            for (group, start) in [(&mut level.healthy, starts.0), (&mut level.degraded, starts.1)] {
+                let range = start..group.hosts.len();
+                if cluster.zone_aware.is_some() {
+                    group.zones.push(range.clone());
+                }
+                if range.is_empty() || weights == LocalityWeights::Ignored {
+                    continue;
+                }
+                let mut weight = u64::from(locality.weight);
+                if weights == LocalityWeights::Scaled {
+                    weight = (weight * count as u64).div_ceil(locality.members.len().max(1) as u64);
+                }
+                // The share shrinks only once less than 1/1.4 of the locality is usable.
+                let usable = range.len() as u64 * u64::from(set.overprovisioning);
+                let effective = weight * usable.min(count as u64 * 100) / count as u64;
+                if effective > 0 {
+                    group.localities.push((effective as u32, range));
+                }
+            }
+        }
+        for group in [&mut level.healthy, &mut level.degraded] {
+            group.finish(cluster);
+        }
+        level
+    }
+
+    fn health(&self) -> Health {
+        Health {
+            healthy: self.healthy.hosts.len(),
+            degraded: self.degraded.hosts.len(),
+            total: self.total,
+        }
+    }
+
+    /// Without those that outlier detection has out now.
+    fn health_now(&self) -> Health {
+        let usable = |group: &Group| group.hosts.iter().filter(|host| !host.ejected()).count();
+        Health {
+            healthy: usable(&self.healthy),
+            degraded: usable(&self.degraded),
+            total: self.total,
+        }
+    }
+
+    /// Too few are well: everybody is used, unless the cluster would rather fail.
+    fn panic(&self, cluster: &Cluster) -> Option<View<'_>> {
+        if cluster.zone_aware.is_some_and(|rules| rules.fail_on_panic) || self.everybody.is_empty() {
+            return None;
+        }
+        Some(View {
+            hosts: &self.everybody,
+            localities: &[],
+            zone: None,
             heaviest: self.heaviest,
-            table: self.table.as_ref(),
-            panic: false,
+            table: None,
+            panic: true,
             slow: None,
         })
     }
 }
 
-impl LevelView<'_> {
-    fn draw(&self, cluster: &Cluster, wish: &Wish<'_>, attempt: usize, turn: &Cell<u64>) -> Option<Rc<Host>> {
-        if let (Some(table), Some(hash)) = (self.table, wish.hash) {
-            let host = (0..self.hosts.len().max(1))
-                .filter_map(|step| table.find(hash, attempt + step))
-                .map(|index| &self.hosts[index])
-                .find(|host| self.may_use(host));
-            return host.cloned();
+impl Group {
+    fn finish(&mut self, cluster: &Cluster) {
+        if self.localities.is_empty() {
+            self.localities.push((1, 0..self.hosts.len()));
         }
-        let hosts = match self.localities {
-            [] => self.hosts,
-            [(_, only)] => &self.hosts[only.clone()],
-            several => {
-                let total: u64 = several.iter().map(|(weight, _)| u64::from(*weight)).sum();
-                let mut point = random::below(total as usize) as u64;
-                let range = several.iter().find(|(weight, _)| {
-                    let here = point < u64::from(*weight);
-                    point = point.saturating_sub(u64::from(*weight));
-                    here
-                });
-                &self.hosts[range?.1.clone()]
-            }
+        let named = || -> Vec<(&str, u32)> {
+            self.hosts
+                .iter()
+                .map(|host| {
+                    let endpoint = &host.endpoint;
+                    let name = if cluster.hashing.by_hostname && !endpoint.hostname.is_empty() {
+                        &*endpoint.hostname
+                    } else {
+                        &*endpoint.text
+                    };
+                    (name, endpoint.weight)
+                })
+                .collect()
         };
-        let chosen = match cluster.lb {
-            LbPolicy::RoundRobin => self.round_robin(hosts, turn),
-            LbPolicy::LeastRequest { choices } => self.least_request(hosts, choices),
-            // Without a hash the consistent policies choose at random, as Envoy does.
-            LbPolicy::Random | LbPolicy::RingHash { .. } | LbPolicy::Maglev { .. } => self.random(hosts),
+        let table = match cluster.lb {
+            LbPolicy::RingHash { minimum } => Some(Table::ring(&named(), minimum)),
+            LbPolicy::Maglev { size } => Some(Table::maglev(&named(), size)),
+            LbPolicy::RoundRobin
+            | LbPolicy::LeastRequest { .. }
+            | LbPolicy::Random
+            | LbPolicy::PeakEwma { .. } => None,
         };
-        // Chance may miss the few usable ones; then they are looked for.
-        chosen
-            .or_else(|| hosts.iter().find(|host| self.may_use(host)))
-            .or_else(|| self.hosts.iter().find(|host| self.may_use(host)))
-            .cloned()
+        self.table = table;
     }
 
-    fn may_use(&self, host: &Host) -> bool {
-        self.panic || !host.ejected()
-    }
-
-    /// The part of its weight that a host has by its age.
-    fn factor(&self, host: &Host) -> f64 {
-        self.slow.map_or(1.0, |(slow, now)| {
-            let since = host.endpoint.state.since.load(Ordering::Relaxed);
-            if since == 0 {
-                return 1.0;
-            }
-            slow.factor(Duration::from_millis(now.saturating_sub(since)))
+    fn view(&self, heaviest: u32, zones: Option<&ZoneRouting>) -> Option<View<'_>> {
+        if self.hosts.is_empty() {
+            return None;
+        }
+        let zone = zones
+            .and_then(|zones| zones.choose(random::below))
+            .and_then(|index| self.zones.get(index))
+            .filter(|range| !range.is_empty());
+        Some(View {
+            hosts: &self.hosts,
+            localities: &self.localities,
+            zone,
+            heaviest,
+            table: self.table.as_ref(),
+            panic: false,
+            slow: None,
         })
-    }
-
-    /// Whether a draw accepts the host by its age.
-    fn old_enough(&self, host: &Host) -> bool {
-        if self.slow.is_none() {
-            return true;
-        }
-        let factor = self.factor(host);
-        factor >= 1.0 || (random::next() as f64) < factor * u64::MAX as f64
-    }
-
-    /// In turn; a host of weight `w` takes its turn in `w` of `heaviest` rounds, spread evenly.
-    fn round_robin<'h>(&self, hosts: &'h [Rc<Host>], turn: &Cell<u64>) -> Option<&'h Rc<Host>> {
-        let count = hosts.len() as u64;
-        if count == 0 {
-            return None;
-        }
-        let heaviest = u64::from(self.heaviest);
-        for _ in 0..count * heaviest.min(1000) {
-            let n = turn.get();
-            turn.set(n.wrapping_add(1));
-            let host = &hosts[(n % count) as usize];
-            let (round, weight) = (n / count, u64::from(host.endpoint.weight));
-            // Takes its turn when the multiple of weight/heaviest steps over a whole number.
-            let takes = (round + 1) * weight / heaviest > round * weight / heaviest;
-            if takes && self.may_use(host) && self.old_enough(host) {
-                return Some(host);
-            }
-        }
-        None
-    }
-
-    fn least_request<'h>(&self, hosts: &'h [Rc<Host>], choices: u32) -> Option<&'h Rc<Host>> {
-        let mut best: Option<&Rc<Host>> = None;
-        for _ in 0..choices {
-            // A young host is drawn less often, which is how its weight is smaller here.
-            let Some(host) = self.random(hosts) else { continue };
-            // Compared as requests per weight, without a division.
-            let better = best.is_none_or(|best| {
-                u64::from(host.active.get()) * u64::from(best.endpoint.weight)
-                    < u64::from(best.active.get()) * u64::from(host.endpoint.weight)
-            });
-            if better {
-                best = Some(host);
-            }
-        }
-        best
-    }
-
-    fn random<'h>(&self, hosts: &'h [Rc<Host>]) -> Option<&'h Rc<Host>> {
-        if hosts.is_empty() {
-            return None;
-        }
-        // Rejection sampling by weight: one draw when the weights are equal.
-        let heaviest = self.heaviest;
-        for _ in 0..32 {
-            let host = &hosts[random::below(hosts.len())];
-            if (host.endpoint.weight == heaviest
-                || random::below(heaviest as usize) < host.endpoint.weight as usize)
-                && self.may_use(host)
-                && self.old_enough(host)
-            {
-                return Some(host);
-            }
-        }
-        None
     }
 }
 

@@ -9,13 +9,17 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::balance::{Balancer, Wish};
+use super::ewma::Ewma;
 use super::outlier::{self, Event};
 use super::pool::Pool;
+use super::subset::SubsetBalancer;
+use super::zone::{self, Zone, ZoneRouting};
 use crate::clock::now_ms;
-use crate::config::cluster::{Cluster, Discovery};
+use crate::config::cluster::{Cluster, Discovery, LbPolicy};
 use crate::config::convert::Address;
 use crate::config::endpoint::{Endpoint, EndpointSet};
-use crate::config::slot::ClusterSlot;
+use crate::config::slot::{ClusterSlot, Home};
+use crate::random;
 
 /// Destinations that one worker keeps connections to for an ORIGINAL_DST cluster.
 const MAX_DYNAMIC: usize = 4096;
@@ -29,23 +33,55 @@ pub struct Host {
     pub pool: Rc<Pool>,
     /// Requests on their way.
     pub active: Rc<Cell<u32>>,
+    /// Requests on their way to all hosts of the cluster, where the balancer goes by that.
+    pub siblings: Option<Rc<Cell<u32>>>,
+    /// How long answers take, where the balancer goes by that.
+    pub ewma: Option<Rc<Ewma>>,
+    /// Its priority level.
+    pub priority: u32,
+}
+
+impl Host {
+    /// A host without connections.
+    pub fn new(endpoint: Arc<Endpoint>) -> Self {
+        Self {
+            endpoint,
+            pool: Rc::default(),
+            active: Rc::default(),
+            siblings: None,
+            ewma: None,
+            priority: 0,
+        }
+    }
 }
 
 /// Counts a request on a host.
 #[derive(Debug)]
-pub struct Active(Rc<Cell<u32>>);
+pub struct Active {
+    host: Rc<Cell<u32>>,
+    siblings: Option<Rc<Cell<u32>>>,
+}
 
 impl Active {
     /// Counts until dropped.
     pub fn on(host: &Host) -> Self {
         host.active.set(host.active.get() + 1);
-        Self(host.active.clone())
+        if let Some(siblings) = &host.siblings {
+            siblings.set(siblings.get() + 1);
+        }
+        Self {
+            host: host.active.clone(),
+            siblings: host.siblings.clone(),
+        }
     }
 }
 
 impl Drop for Active {
     fn drop(&mut self) {
-        self.0.set(self.0.get() - 1);
+        self.host.set(self.host.get() - 1);
+        if let Some(siblings) = &self.siblings {
+            siblings.set(siblings.get() - 1);
+        }
     }
 }
 
@@ -82,12 +118,17 @@ pub struct WorkerCluster {
     set: Option<Arc<EndpointSet>>,
     hosts: Vec<Rc<Host>>,
     balancer: Balancer,
+    subsets: Option<Box<SubsetBalancer>>,
+    siblings: Option<Rc<Cell<u32>>>,
+    /// The local cluster, where zones count, and what was decided for which of its versions.
+    home: Option<Arc<Home>>,
+    routing: RefCell<(u64, ZoneRouting)>,
     dynamic: RefCell<HashMap<SocketAddr, Rc<Host>, foldhash::fast::RandomState>>,
 }
 
 impl WorkerCluster {
     /// The slot's present content, taking over the hosts of `previous`; `None` when the cluster does not exist.
-    pub fn new(slot: &Arc<ClusterSlot>, previous: Option<&Self>) -> Option<Self> {
+    pub fn new(slot: &Arc<ClusterSlot>, previous: Option<&Self>, home: Option<&Arc<Home>>) -> Option<Self> {
         // Read first: a change after this makes the version differ and brings us back.
         let version = slot.version();
         let Some(config) = slot.config() else {
@@ -103,20 +144,35 @@ impl WorkerCluster {
             .flat_map(|previous| &previous.hosts)
             .map(|host| (&host.endpoint.address, host))
             .collect();
+        let siblings = config.hashing.balance_factor.map(|_| {
+            previous
+                .and_then(|previous| previous.siblings.clone())
+                .unwrap_or_default()
+        });
+        let measures = matches!(config.lb, LbPolicy::PeakEwma { .. });
+        let priorities = set.iter().flat_map(|set| {
+            set.priorities
+                .iter()
+                .zip(0u32..)
+                .flat_map(|(localities, priority)| {
+                    let count = localities.iter().map(|locality| locality.members.len()).sum();
+                    std::iter::repeat_n(priority, count)
+                })
+        });
         let hosts: Vec<Rc<Host>> = set
             .iter()
             .flat_map(|set| set.all.iter())
-            .map(|endpoint| match known.get(&endpoint.address) {
-                Some(host) => Rc::new(Host {
+            .zip(priorities)
+            .map(|(endpoint, priority)| {
+                let known = known.get(&endpoint.address);
+                Rc::new(Host {
                     endpoint: endpoint.clone(),
-                    pool: pool_for(&config, endpoint, previous, host),
-                    active: host.active.clone(),
-                }),
-                None => Rc::new(Host {
-                    endpoint: endpoint.clone(),
-                    pool: Rc::default(),
-                    active: Rc::default(),
-                }),
+                    pool: known.map_or_else(Rc::default, |host| pool_for(&config, endpoint, previous, host)),
+                    active: known.map_or_else(Rc::default, |host| host.active.clone()),
+                    siblings: siblings.clone(),
+                    ewma: measures.then(|| known.and_then(|host| host.ewma.clone()).unwrap_or_default()),
+                    priority,
+                })
             })
             .collect();
         if let Some(previous) = previous {
@@ -125,6 +181,11 @@ impl WorkerCluster {
         let balancer = set
             .as_ref()
             .map_or_else(Balancer::default, |set| Balancer::new(&config, set, &hosts));
+        let subsets = match (&config.subsets, &set) {
+            (Some(rules), Some(set)) => Some(Box::new(SubsetBalancer::new(rules, &config, set, &hosts))),
+            _ => None,
+        };
+        let home = home.filter(|_| config.zone_aware.is_some()).cloned();
         let dynamic =
             previous.map_or_else(RefCell::default, |previous| RefCell::new(previous.dynamic.take()));
         if previous.is_some_and(|previous| !previous.config.socket.is_same(&config.socket)) {
@@ -140,6 +201,11 @@ impl WorkerCluster {
             set,
             hosts,
             balancer,
+            subsets,
+            siblings,
+            home,
+            // No slot has version 0: decided at the first request.
+            routing: RefCell::new((0, ZoneRouting::Off)),
             dynamic,
         })
     }
@@ -173,11 +239,13 @@ impl WorkerCluster {
                 Some(self.dynamic_host(destination))
             }
             Discovery::Static | Discovery::Eds(_) | Discovery::Dns { .. } => {
+                let routing = self.zone_routing();
                 let wish = Wish {
                     some_ejected: self.some_ejected(),
+                    zones: routing.as_deref(),
                     ..*wish
                 };
-                let host = self.balancer.pick(&self.config, &wish)?;
+                let host = self.choose(&wish)?;
                 if outlier::admit(&host.endpoint.state, now_ms) {
                     self.note_probation(&host);
                     return Some(host);
@@ -190,8 +258,59 @@ impl WorkerCluster {
                     some_ejected: true,
                     ..wish
                 };
-                Some(self.balancer.pick(&self.config, &wish).unwrap_or(host))
+                Some(self.choose(&wish).unwrap_or(host))
             }
+        }
+    }
+
+    fn choose(&self, wish: &Wish<'_>) -> Option<Rc<Host>> {
+        match (&self.subsets, &self.config.subsets) {
+            (Some(subsets), Some(rules)) => subsets.pick(rules, &self.config, &self.balancer, wish),
+            _ => self.balancer.pick(&self.config, wish),
+        }
+    }
+
+    /// How requests keep to the own zone; decided again when the local cluster has changed.
+    fn zone_routing(&self) -> Option<std::cell::Ref<'_, ZoneRouting>> {
+        let home = self.home.as_ref()?;
+        let rules = self.config.zone_aware.as_ref()?;
+        if rules.enabled != crate::config::convert::Fraction::ALL && !rules.enabled.hit(random::next()) {
+            return None;
+        }
+        let version = home.slot.version();
+        if self.routing.borrow().0 != version {
+            *self.routing.borrow_mut() = (version, self.decide_zones(rules, home));
+        }
+        Some(std::cell::Ref::map(self.routing.borrow(), |(_, routing)| routing))
+    }
+
+    fn decide_zones(&self, rules: &crate::config::balancing::ZoneAware, home: &Home) -> ZoneRouting {
+        let Some(first) = self.set.as_ref().and_then(|set| set.priorities.first()) else {
+            return ZoneRouting::Off;
+        };
+        let callers = home.callers();
+        let zones: Vec<Zone> = first
+            .iter()
+            .zip(self.balancer.zones())
+            .map(|(locality, (count, weight))| Zone {
+                callers: callers.get(&locality.zone).copied().unwrap_or(0),
+                hosts: if rules.by_weight { weight } else { count },
+                count,
+            })
+            .collect();
+        let own = first.iter().position(|locality| locality.zone == home.zone);
+        zone::decide(rules, &zones, own, callers.values().sum())
+    }
+
+    /// Whether the balancer goes by how long hosts take.
+    pub fn measures(&self) -> bool {
+        matches!(self.config.lb, LbPolicy::PeakEwma { .. })
+    }
+
+    /// Takes how long a host took to answer, where the balancer goes by that.
+    pub fn observe(&self, host: &Host, latency: Duration) {
+        if let (Some(ewma), LbPolicy::PeakEwma { decay, .. }) = (&host.ewma, self.config.lb) {
+            ewma.observe(latency, now_ms(), decay);
         }
     }
 
@@ -220,11 +339,7 @@ impl WorkerCluster {
                 .retain(|_, host| host.active.get() > 0 || !host.pool.sweep(Instant::now(), Duration::MAX));
         }
         let endpoint = Endpoint::at(Address::Tcp(destination));
-        let host = Rc::new(Host {
-            endpoint: Arc::new(endpoint),
-            pool: Rc::default(),
-            active: Rc::default(),
-        });
+        let host = Rc::new(Host::new(Arc::new(endpoint)));
         dynamic.insert(destination, host.clone());
         host
     }

@@ -16,12 +16,14 @@ use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use tokio_rustls::client::TlsStream;
 
 use super::proxy_header;
+use crate::config::alpn::Alpn;
 use crate::config::cluster::Cluster;
 use crate::config::convert::Address;
 use crate::config::endpoint::Endpoint;
 use crate::intercept::{MARK_IN, MARK_OUT};
 use crate::tls::info::ConnectionTls;
 pub use crate::tls::upstream::Speaking;
+use crate::worker::io::write_pieces;
 
 /// Whether marking sockets is allowed; found out once, since without CAP_NET_ADMIN every attempt fails.
 static MARK_ALLOWED: AtomicBool = AtomicBool::new(true);
@@ -53,6 +55,8 @@ pub struct ConnectOptions {
     pub server_name: Option<Box<str>>,
     /// Client and its destination, where the endpoint is told by PROXY protocol.
     pub between: Option<(SocketAddr, SocketAddr)>,
+    /// What TLS offers instead of what the context says.
+    pub alpn: Option<Alpn>,
 }
 
 impl ConnectOptions {
@@ -100,7 +104,9 @@ pub async fn connect(
         Address::Tcp(address) => address.ip(),
         Address::Pipe(_) | Address::Name(..) => IpAddr::from([127, 0, 0, 1]),
     };
-    let (stream, facts) = tls.connect(socket, server_name, address, speaking).await?;
+    let (stream, facts) = tls
+        .connect(socket, server_name, address, speaking, options.alpn.as_deref())
+        .await?;
     Ok(Connected {
         stream: Stream::Tls(Box::new(stream)),
         tls: Some(Arc::new(facts)),
@@ -236,8 +242,8 @@ macro_rules! passed_on {
                 bufs: &[io::IoSlice<'_>],
             ) -> Poll<io::Result<usize>> {
                 match self.get_mut() {
-                    Self::$first(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
-                    Self::$second(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+                    Self::$first(stream) => write_pieces(Pin::new(stream), cx, bufs),
+                    Self::$second(stream) => write_pieces(Pin::new(stream), cx, bufs),
                 }
             }
 

@@ -360,7 +360,7 @@ impl Pool {
                     let chosen = connected
                         .tls
                         .as_ref()
-                        .is_some_and(|tls| tls.alpn.as_deref() == Some("h2"));
+                        .is_some_and(|tls| matches!(tls.alpn.as_deref(), Some("h2" | "istio-h2")));
                     self.chosen2.set(Some(chosen));
                     chosen
                 }

@@ -22,7 +22,9 @@ use crate::config::listener::{ConnectionFacts, FilterChain, Handler, Listener};
 use crate::config::listener_filters::ProxyProtocol;
 use crate::config::slot::ListenerSlot;
 use crate::metrics::flags::Flags;
+use crate::overload::Action;
 use crate::policy::facts::{Facts, PeerIdentity};
+use crate::random;
 use crate::tls::rewind::Rewind;
 use crate::upstream::proxy_header::{self, Header};
 
@@ -35,8 +37,13 @@ const CHUNK: usize = 2048;
 
 /// Accepts until aborted.
 pub(super) async fn run(worker: Rc<Worker>, slot: Arc<ListenerSlot>, socket: TcpListener) {
+    let overload = worker.shared.overload.clone();
     loop {
+        overload.while_saturated(Action::StopAcceptingConnections).await;
         match socket.accept().await {
+            Ok(_) if overload.hits(Action::RejectIncomingConnections, random::next) => {
+                worker.recorder.counters().refused_connections.add(1);
+            }
             Ok((stream, remote)) => balance(&worker, &slot, stream, remote),
             Err(error) => match error.kind() {
                 // The client gave up before it was accepted.
@@ -113,13 +120,18 @@ pub(super) fn serve(
     remote: SocketAddr,
     share: Option<Share>,
 ) {
+    // Beyond the limit of all listeners a connection is closed at once, as in Envoy.
+    let Some(counted) = worker.shared.overload.count_connection() else {
+        worker.recorder.counters().refused_connections.add(1);
+        return;
+    };
     let open = worker.open_connection();
     worker.tasks.clone().spawn_local(async move {
         let listener = slot.load();
         drop(slot);
         let _counted = listener.traffic.open(worker.id);
         connection(worker, listener, stream, remote).await;
-        drop((open, share));
+        drop((open, share, counted));
     });
 }
 

@@ -15,6 +15,7 @@ use super::exchange::{Exchange, GRPC_STATUS};
 use super::failure::{Failure, final_reply, full_text, refused_by_peer};
 use super::local::LocalReply;
 use super::request::{Routed, X_UNPROCESSED, view};
+use super::tunnel::Tunnel;
 use super::upstream::Plan;
 use crate::config::listener::Direction;
 use crate::config::retry::{Outcome, RetryPolicy};
@@ -22,6 +23,7 @@ use crate::config::slot::{ClusterSlot, Usage};
 use crate::hygiene::fields::Present;
 use crate::metrics::flags::Flags;
 use crate::random;
+use crate::tls::info::ConnectionTls;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::{Active, Host};
 use crate::upstream::outlier::Event;
@@ -62,11 +64,11 @@ impl Drop for Permit {
 
 /// Whether a further attempt may follow.
 #[derive(Clone, Copy)]
-struct Again {
+pub(super) struct Again {
     /// By the route's retry policy.
-    by_policy: bool,
+    pub(super) by_policy: bool,
     /// Because the connection had been used before and may have been closed while idle.
-    quietly: bool,
+    pub(super) quietly: bool,
 }
 
 pub(super) type Success = (Response<Incoming>, Lease, Active);
@@ -78,37 +80,24 @@ pub(super) async fn attempts(
     exchange: &mut Exchange,
     parts: &mut Parts,
     source: Option<&Rc<RefCell<RequestSource>>>,
-    upgrade: Option<&str>,
+    tunnel: Option<&Tunnel>,
 ) -> Result<Success, LocalReply> {
     let cluster = plan.cluster;
     let policy = plan
         .forward
         .retry
         .as_ref()
-        .filter(|policy| upgrade.is_none() && policy.applies_to(&view(parts)));
-    let mut tried: Vec<Rc<Host>> = Vec::new();
+        .filter(|policy| tunnel.is_none() && policy.applies_to(&view(parts)));
+    let mut avoid = Avoid::default();
+    let parts = RefCell::new(parts);
     let mut retries = 0;
     let mut unsent = 0;
     let mut refused = 0;
     let mut retry_permit: Option<Permit> = None;
     loop {
-        let wish = Wish {
-            hash: plan.hash,
-            tried: if policy.is_some_and(|policy| policy.previous_hosts) || unsent > 0 {
-                &tried
-            } else {
-                &[]
-            },
-            attempts: policy.map_or(1, |policy| policy.host_selection_attempts),
-            some_ejected: false,
-        };
+        let wish = avoid.wish(plan, policy, unsent > 0);
         let Some(host) = cluster.pick(&wish, Some(plan.conn.local)) else {
-            return Err(LocalReply::new(
-                StatusCode::SERVICE_UNAVAILABLE,
-                Flags::NO_HEALTHY_UPSTREAM,
-                "no_healthy_upstream",
-                "no healthy upstream",
-            ));
+            return Err(no_healthy_upstream());
         };
         exchange.attempts += 1;
         exchange.host = Some(host.clone());
@@ -119,59 +108,40 @@ pub(super) async fn attempts(
             by_policy: may_retry,
             quietly: unsent < MAX_UNSENT,
         };
-        let result = attempt(
-            plan, routed, exchange, parts, source, upgrade, &host, policy, again,
-        )
-        .await;
+        let began = cluster.measures().then(Instant::now);
+        let tls = RefCell::default();
+        let try_of = Try {
+            routed,
+            number: exchange.attempts,
+            source,
+            tunnel,
+            again,
+            per_try: policy
+                .and_then(|policy| policy.per_try_timeout)
+                .map(|limit| Instant::now() + limit),
+            tls: &tls,
+        };
+        let result = attempt(plan, &parts, &try_of, &host).await;
+        exchange.upstream_tls = tls.into_inner();
+        if let Some(began) = began.filter(|_| result.is_ok()) {
+            cluster.observe(&host, began.elapsed());
+        }
         let replayable = source.is_none_or(|source| source.borrow().can_replay());
-        let outcome = match &result {
-            Ok((response, _)) => {
-                let status = response.status();
-                let ejected = cluster.record(&host, Event::Status(status_for_outliers(response)));
-                note_ejection(plan, ejected);
-                // Believed from any next hop: whoever answered says that nobody acted on the request.
-                let nobody_acted =
-                    plan.conn.direction != Direction::Inbound && unprocessed(response.headers());
-                if nobody_acted {
-                    Outcome::Refused
-                } else {
-                    Outcome::Response(status, response.headers())
-                }
-            }
-            Err(failure) => {
-                if !matches!(
-                    failure,
-                    Failure::Client | Failure::Connect(ConnectError::Overflow)
-                ) {
-                    // A connection closed while idle says nothing about the host's health.
-                    let stale = matches!(failure, Failure::Reset { reused: true, .. });
-                    if !stale {
-                        let ejected = cluster.record(&host, Event::LocalFailure);
-                        note_ejection(plan, ejected);
-                    }
-                }
-                match failure {
-                    Failure::Connect(ConnectError::Overflow) | Failure::Client | Failure::Timeout => {
-                        return Err(final_reply(exchange, result.err(), retries, policy));
-                    }
-                    Failure::Connect(_) => Outcome::ConnectFailure,
-                    Failure::Refused => Outcome::Refused,
-                    Failure::Reset { sent, .. } => Outcome::Reset { sent: *sent },
-                    Failure::PerTryTimeout => Outcome::PerTryTimeout,
-                }
-            }
+        let outcome = match judge(plan, &host, &result) {
+            Some(outcome) => outcome,
+            None => return Err(final_reply(exchange, result.err(), retries, policy)),
         };
         // A reused connection that broke before a response was most likely closed while idle; the request is sent
         // again, unless it may have been acted on and is not idempotent (RFC 9110 section 9.2.2).
         let quietly = match &result {
             Err(Failure::Reset { sent, reused, .. }) => {
-                *reused && (!sent || is_idempotent(&parts.method)) && unsent < MAX_UNSENT
+                *reused && (!sent || is_idempotent(&parts.borrow().method)) && unsent < MAX_UNSENT
             }
             _ => false,
         };
         let wanted = may_retry && policy.is_some_and(|policy| policy.wants(&outcome));
-        let in_time = plan.deadline.is_none_or(|deadline| Instant::now() < deadline);
-        if !(replayable && in_time && (quietly || wanted)) {
+        let in_time = || plan.deadline.is_none_or(|deadline| Instant::now() < deadline);
+        if !(replayable && (quietly || wanted) && in_time()) {
             if let Some(source) = source
                 && plan.forward.mirrors.is_empty()
             {
@@ -208,16 +178,138 @@ pub(super) async fn attempts(
             }
             plan.conn.worker.recorder.counters().retries.add(1);
         }
+        let asked = policy.and_then(|policy| asked_wait(policy, &outcome));
         drop(result);
-        tried.push(host);
+        avoid.add(host, policy);
         if !quietly && let Some(policy) = policy {
-            let wait = policy.back_off(retries, random::next());
-            match plan.deadline {
-                Some(deadline) => tokio::time::sleep_until((Instant::now() + wait).min(deadline)).await,
-                None => tokio::time::sleep(wait).await,
+            let wait = asked.unwrap_or_else(|| policy.back_off(retries, random::next()));
+            let until = Instant::now() + wait;
+            let until = plan.deadline.map_or(until, |deadline| until.min(deadline));
+            // Boxed: few requests wait, and every request's future would carry the timer.
+            Box::pin(tokio::time::sleep_until(until)).await;
+        }
+    }
+}
+
+/// What a retry avoids.
+#[derive(Default)]
+pub(super) struct Avoid {
+    tried: Vec<Rc<Host>>,
+    priorities: u128,
+    /// Of tries since priorities were last avoided.
+    fresh: u128,
+    tries: u32,
+}
+
+impl Avoid {
+    /// What the next try asks of the balancer.
+    pub(super) fn wish<'a>(
+        &'a self,
+        plan: &Plan<'a>,
+        policy: Option<&'a RetryPolicy>,
+        was_unsent: bool,
+    ) -> Wish<'a> {
+        let avoids = policy.is_some_and(|policy| policy.previous_hosts) || was_unsent;
+        Wish {
+            hash: plan.hash,
+            criteria: plan.criteria,
+            tried: if avoids { &self.tried } else { &[] },
+            attempts: policy.map_or(1, |policy| policy.host_selection_attempts),
+            tried_priorities: self.priorities,
+            // Not for the first try.
+            rules: policy
+                .filter(|_| self.tries > 0)
+                .and_then(|policy| policy.hosts.as_ref()),
+            ..Wish::default()
+        }
+    }
+
+    /// Takes note of a try.
+    pub(super) fn add(&mut self, host: Rc<Host>, policy: Option<&RetryPolicy>) {
+        self.tries += 1;
+        if let Some(every) = policy.and_then(|policy| policy.priorities_every) {
+            self.fresh |= 1u128.checked_shl(host.priority).unwrap_or(0);
+            if self.tries.is_multiple_of(every) {
+                self.priorities |= std::mem::take(&mut self.fresh);
+            }
+        }
+        self.tried.push(host);
+    }
+}
+
+pub(super) fn no_healthy_upstream() -> LocalReply {
+    LocalReply::new(
+        StatusCode::SERVICE_UNAVAILABLE,
+        Flags::NO_HEALTHY_UPSTREAM,
+        "no_healthy_upstream",
+        "no healthy upstream",
+    )
+}
+
+/// The wait that a response asks for.
+pub(super) fn asked_wait(policy: &RetryPolicy, outcome: &Outcome<'_>) -> Option<std::time::Duration> {
+    if !policy.heeds_asked_waits() {
+        return None;
+    }
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    policy.asked_wait(outcome, now.map_or(0, |now| now.as_secs()), random::next())
+}
+
+/// What came of a try, for outlier detection and for retries; `None` where nothing more may be tried.
+pub(super) fn judge<'r>(
+    plan: &Plan<'_>,
+    host: &Host,
+    result: &'r Result<(Response<Incoming>, Lease), Failure>,
+) -> Option<Outcome<'r>> {
+    let cluster = plan.cluster;
+    match result {
+        Ok((response, _)) => {
+            let status = response.status();
+            let ejected = cluster.record(host, Event::Status(status_for_outliers(response)));
+            note_ejection(plan, ejected);
+            // Believed from any next hop: whoever answered says that nobody acted on the request.
+            let nobody_acted = plan.conn.direction != Direction::Inbound && unprocessed(response.headers());
+            Some(if nobody_acted {
+                Outcome::Refused
+            } else {
+                Outcome::Response(status, response.headers())
+            })
+        }
+        Err(failure) => {
+            if !matches!(
+                failure,
+                Failure::Client | Failure::Connect(ConnectError::Overflow)
+            ) {
+                // A connection closed while idle says nothing about the host's health.
+                let stale = matches!(failure, Failure::Reset { reused: true, .. });
+                if !stale {
+                    let ejected = cluster.record(host, Event::LocalFailure);
+                    note_ejection(plan, ejected);
+                }
+            }
+            match failure {
+                Failure::Connect(ConnectError::Overflow) | Failure::Client | Failure::Timeout => None,
+                Failure::Connect(_) => Some(Outcome::ConnectFailure),
+                Failure::Refused => Some(Outcome::Refused),
+                Failure::Reset { sent, .. } => Some(Outcome::Reset { sent: *sent }),
+                Failure::PerTryTimeout => Some(Outcome::PerTryTimeout),
             }
         }
     }
+}
+
+/// What belongs to one try.
+pub(super) struct Try<'a> {
+    pub(super) routed: &'a Routed,
+    /// Counted from 1.
+    pub(super) number: u32,
+    pub(super) source: Option<&'a Rc<RefCell<RequestSource>>>,
+    pub(super) tunnel: Option<&'a Tunnel>,
+    pub(super) again: Again,
+    /// When the try is given up.
+    pub(super) per_try: Option<Instant>,
+    /// Where TLS of its connection is noted.
+    pub(super) tls: &'a RefCell<Option<Arc<ConnectionTls>>>,
 }
 
 /// Whether the next hop is a proxy that could not reach its application: by its own mark, or by the flag of a
@@ -254,16 +346,10 @@ fn status_for_outliers<B>(response: &Response<B>) -> u16 {
     }
 }
 
-fn take_retry_permit(plan: &Plan<'_>) -> Option<Permit> {
+pub(super) fn take_retry_permit(plan: &Plan<'_>) -> Option<Permit> {
     let limits = plan.cluster.config.limits;
     let slot = &plan.cluster.slot;
-    let limit = match limits.retry_budget {
-        None => limits.retries,
-        Some((percent, floor)) => {
-            let active = slot.usage.requests.load(Ordering::Relaxed);
-            ((f64::from(active) * percent / 100.0) as u32).max(floor)
-        }
-    };
+    let limit = limits.retry_limit(slot.usage.requests.load(Ordering::Relaxed));
     Permit::take(slot, |usage| &usage.retries, limit)
 }
 
@@ -275,22 +361,15 @@ fn is_idempotent(method: &Method) -> bool {
 }
 
 /// One try on one host.
-async fn attempt(
+pub(super) async fn attempt(
     plan: &Plan<'_>,
-    routed: &Routed,
-    exchange: &mut Exchange,
-    parts: &mut Parts,
-    source: Option<&Rc<RefCell<RequestSource>>>,
-    upgrade: Option<&str>,
+    parts: &RefCell<&mut Parts>,
+    try_of: &Try<'_>,
     host: &Host,
-    policy: Option<&RetryPolicy>,
-    again: Again,
 ) -> Result<(Response<Incoming>, Lease), Failure> {
     let cluster = plan.cluster;
     let worker = &plan.conn.worker;
-    let per_try = policy
-        .and_then(|policy| policy.per_try_timeout)
-        .map(|limit| Instant::now() + limit);
+    let (source, per_try) = (try_of.source, try_of.per_try);
     let pool = host.pool.variant(&plan.options);
     let mut lease = match pool.reuse(plan.speaking, &cluster.config) {
         Some(lease) => lease,
@@ -310,37 +389,31 @@ async fn attempt(
                 &plan.options,
             );
             // Boxed: rare, and large.
-            let lease = Box::pin(bounded(plan.deadline, per_try, acquire))
+            let lease = Box::pin(bounded(plan, per_try, acquire))
                 .await?
                 .map_err(Failure::Connect)?;
             drop(pending);
             lease
         }
     };
-    exchange.upstream_tls = lease.tls().cloned();
-    let request = build(
-        plan, routed, exchange, parts, source, upgrade, host, &lease, again,
-    );
+    *try_of.tls.borrow_mut() = lease.tls().cloned();
+    let request = build(plan, &mut parts.borrow_mut(), try_of, host, &lease);
     let reused = lease.reused();
     let sent = match &mut lease {
         Lease::Http1 { sender, .. } => {
             let response = sender.try_send_request(request);
-            bounded(plan.deadline, per_try, response)
-                .await?
-                .map_err(|mut error| {
-                    let unsent = error.take_message().is_some();
-                    (error.into_error(), unsent)
-                })
+            bounded(plan, per_try, response).await?.map_err(|mut error| {
+                let unsent = error.take_message().is_some();
+                (error.into_error(), unsent)
+            })
         }
         Lease::Http2(stream) => {
             let mut sender = stream.sender();
             let response = sender.try_send_request(request);
-            bounded(plan.deadline, per_try, response)
-                .await?
-                .map_err(|mut error| {
-                    let unsent = error.take_message().is_some();
-                    (error.into_error(), unsent)
-                })
+            bounded(plan, per_try, response).await?.map_err(|mut error| {
+                let unsent = error.take_message().is_some();
+                (error.into_error(), unsent)
+            })
         }
     };
     match sent {
@@ -366,31 +439,28 @@ async fn attempt(
 
 /// Waits for `work` up to the nearer of the two limits.
 async fn bounded<T>(
-    deadline: Option<Instant>,
+    plan: &Plan<'_>,
     per_try: Option<Instant>,
     work: impl Future<Output = T>,
 ) -> Result<T, Failure> {
-    let (limit, failure) = match (deadline, per_try) {
+    let (limit, failure) = match (plan.deadline, per_try) {
         (None, None) => return Ok(work.await),
         (Some(deadline), Some(per_try)) if per_try < deadline => (per_try, Failure::PerTryTimeout),
         (Some(deadline), _) => (deadline, Failure::Timeout),
         (None, Some(per_try)) => (per_try, Failure::PerTryTimeout),
     };
-    tokio::time::timeout_at(limit, work).await.map_err(|_| failure)
+    plan.conn.alarms.within(limit, work).await.ok_or(failure)
 }
 
 /// The request as it goes to `host`.
 fn build(
     plan: &Plan<'_>,
-    routed: &Routed,
-    exchange: &Exchange,
     parts: &mut Parts,
-    source: Option<&Rc<RefCell<RequestSource>>>,
-    upgrade: Option<&str>,
+    try_of: &Try<'_>,
     host: &Host,
     lease: &Lease,
-    again: Again,
 ) -> Request<UpstreamBody> {
+    let (source, again) = (try_of.source, try_of.again);
     // A copy of the head is kept only if a further attempt is possible.
     let again = again.by_policy || (lease.reused() && again.quietly);
     let mut request = Request::new(match source {
@@ -411,14 +481,8 @@ fn build(
     {
         headers.insert(header::HOST, value);
     }
-    if routed.host.attempt_count {
-        headers.insert(X_ATTEMPT_COUNT.clone(), HeaderValue::from(exchange.attempts));
-    }
-    if let Some(protocol) = upgrade {
-        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-        if let Ok(value) = HeaderValue::from_str(protocol) {
-            headers.insert(header::UPGRADE, value);
-        }
+    if try_of.routed.host.attempt_count {
+        headers.insert(X_ATTEMPT_COUNT.clone(), HeaderValue::from(try_of.number));
     }
     if lease.is_http2() {
         let host = headers.remove(header::HOST);
@@ -430,24 +494,33 @@ fn build(
             .path_and_query()
             .cloned()
             .unwrap_or_else(|| http::uri::PathAndQuery::from_static("/"));
+        let scheme = if plan.conn.tls.is_some() { "https" } else { "http" };
+        let authority = authority.unwrap_or("unknown");
         let absolute = Uri::builder()
-            .scheme(if plan.conn.tls.is_some() { "https" } else { "http" })
-            .authority(authority.unwrap_or("unknown"))
+            .scheme(scheme)
+            .authority(authority)
             .path_and_query(path)
             .build();
         *request.uri_mut() = absolute.unwrap_or(uri);
         *request.version_mut() = Version::HTTP_2;
+        if let Some(tunnel) = try_of.tunnel {
+            tunnel.write(&mut request, true, authority, scheme);
+        }
     } else {
         // hyper drops a body of unknown length from methods that usually have none, unless it is told.
         if source.is_some()
-            && upgrade.is_none()
             && !headers.contains_key(header::CONTENT_LENGTH)
             && matches!(parts.method, Method::GET | Method::HEAD)
         {
             headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
         }
+        let host = try_of.tunnel.and_then(|_| headers.get(header::HOST).cloned());
         *request.uri_mut() = uri;
         *request.version_mut() = Version::HTTP_11;
+        if let Some(tunnel) = try_of.tunnel {
+            let authority = host.as_ref().and_then(|host| host.to_str().ok()).unwrap_or("");
+            tunnel.write(&mut request, false, authority, "http");
+        }
     }
     request
 }

@@ -109,7 +109,7 @@ async fn exchange(
     let (parts, body) = request.into_parts();
     let options = ConnectOptions {
         server_name: cluster.config.request_server_name(&parts.headers),
-        between: None,
+        ..Default::default()
     };
     let pool = host.pool.variant(&options);
     for attempt in 0.. {

@@ -130,14 +130,15 @@ impl Exchange {
             return;
         }
         let conn = self.conn.clone();
-        conn.request_ended();
+        let now = Instant::now();
+        conn.request_ended(now);
         conn.manager.traffic.request(self.code, conn.worker.id);
         if let Some(cluster) = &self.cluster {
             let recorder = &conn.worker.recorder;
             recorder.cluster(&cluster.slot, self.code, self.attempts, self.flags);
         }
         if conn.manager.stats && conn.direction != Direction::Unspecified {
-            self.record(&conn);
+            self.record(&conn, now);
         }
         if self.policy.is_some() {
             filters::finish(self);
@@ -151,7 +152,7 @@ impl Exchange {
         }
     }
 
-    fn record(&self, conn: &Downstream) {
+    fn record(&self, conn: &Downstream, now: Instant) {
         let (reporter, peer) = match conn.direction {
             Direction::Inbound => (Reporter::Destination, self.peer.clone()),
             Direction::Outbound | Direction::Unspecified => (
@@ -176,7 +177,7 @@ impl Exchange {
         series.requests.add(1);
         series
             .duration
-            .observe_thousandths(self.started.elapsed().as_micros() as u64);
+            .observe_thousandths(now.saturating_duration_since(self.started).as_micros() as u64);
         series.request_bytes.observe_thousandths(self.received() * 1000);
         series.response_bytes.observe_thousandths(self.sent * 1000);
     }

@@ -96,7 +96,7 @@ pub(super) fn final_reply(
         Some(Failure::Timeout) => LocalReply::new(
             StatusCode::GATEWAY_TIMEOUT,
             Flags::UPSTREAM_TIMEOUT,
-            "upstream_response_timeout",
+            "response_timeout",
             "upstream request timeout",
         ),
         Some(Failure::Client) if timed_out(exchange) => {

@@ -29,6 +29,7 @@ use crate::config::filters::{Cors, CorsVerdict, Fault, FaultAbort};
 use crate::config::headers::Variables;
 use crate::config::route::{Action, Targets};
 use crate::metrics::flags::Flags;
+use crate::policy::adaptive_concurrency::AdaptiveConcurrency;
 use crate::policy::chain::{Filter, Kind};
 use crate::policy::compressor::{Compressor, Encoder, vary};
 use crate::policy::descriptors::{Descriptor, RateLimitEntry, Scene};
@@ -55,8 +56,44 @@ pub struct PolicyState {
     encode: Vec<Encode>,
     /// Who counts the call, and the messages of its response.
     grpc: Option<(Arc<GrpcStats>, Messages)>,
+    /// Its place among those let in at a time.
+    place: Option<Place>,
     /// The request's fields, where a change of the response may name them.
     request: Option<HeaderMap>,
+}
+
+/// A request's place under an adaptive limit, until it is dropped.
+struct Place {
+    limit: Arc<AdaptiveConcurrency>,
+    /// Once it has been answered.
+    latency: std::cell::Cell<Option<std::time::Duration>>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.limit
+            .leave(self.latency.get(), crate::clock::now_ms(), random::next());
+    }
+}
+
+/// Takes a place for a request, or refuses it.
+fn take_place(exchange: &mut Exchange, limit: &Arc<AdaptiveConcurrency>) -> Result<(), LocalReply> {
+    if !limit.enabled() {
+        return Ok(());
+    }
+    if !limit.enter() {
+        return Err(LocalReply::new(
+            limit.status,
+            Flags::default(),
+            "reached_concurrency_limit",
+            "reached concurrency limit",
+        ));
+    }
+    state(exchange).place = Some(Place {
+        limit: limit.clone(),
+        latency: std::cell::Cell::new(None),
+    });
+    Ok(())
 }
 
 /// What a filter does to the response.
@@ -212,6 +249,12 @@ pub(super) fn saw_data(exchange: &mut Exchange, data: &[u8]) {
 
 /// A request has ended.
 pub(super) fn finish(exchange: &Exchange) {
+    // One that its client gave up says nothing about the service.
+    if let Some(place) = exchange.policy.as_ref().and_then(|state| state.place.as_ref())
+        && !exchange.flags.has(Flags::DOWNSTREAM_TERMINATION)
+    {
+        place.latency.set(Some(exchange.started.elapsed()));
+    }
     if let Some(state) = &exchange.policy
         && let Some((stats, messages)) = &state.grpc
         && let Some(cluster) = &exchange.cluster_name
@@ -362,6 +405,7 @@ pub(super) async fn decode(
                     .await
                     .map(|again| reroute = again)
             }
+            (Kind::AdaptiveConcurrency(limit), _) => take_place(exchange, limit),
             (Kind::GrpcStats(stats), _) => {
                 if exchange.grpc {
                     state(exchange).grpc = Some((stats.clone(), Messages::default()));
@@ -432,7 +476,8 @@ fn search_again(
     routed: &mut Routed,
     parts: &Parts,
 ) -> Result<(), LocalReply> {
-    let found = find_route(conn, parts)
+    let metadata = exchange.policy.as_ref().map(|state| &state.metadata);
+    let found = find_route(conn, parts, metadata)
         .ok_or_else(|| LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", ""))?;
     *routed = found;
     exchange.route = Some(routed.route.clone());

@@ -63,6 +63,7 @@ impl GrpcStream {
         let options = ConnectOptions {
             server_name: cluster.config.request_server_name(request.headers()),
             between: None,
+            ..Default::default()
         };
         let authority = request.headers_mut().remove(header::HOST);
         let uri = Uri::builder()

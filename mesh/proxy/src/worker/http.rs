@@ -14,14 +14,17 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Notify;
 
+use super::alarm::Alarms;
 use super::rest::{End, wait_for_end};
 use super::{DrainPhase, LocalExecutor, Worker, http1, request};
 use crate::config::hcm::{HttpManager, ServerHeader};
 use crate::config::listener::{Direction, FilterChain};
-use crate::hygiene::scan::HeadLimits;
+use crate::hygiene::scan::{HeadLimits, Scanner};
 use crate::hygiene::strict::{Gate, StrictIo};
+use crate::overload::Action;
 use crate::policy::facts::PeerIdentity;
 use crate::policy::local_rate_limit::{Buckets, LocalRateLimit};
+use crate::random;
 use crate::tls::info::ConnectionTls;
 
 /// What every request of a connection shares.
@@ -50,7 +53,10 @@ pub struct Downstream {
     pub gate: Arc<Gate>,
     /// Token buckets of this connection, by the limit that they belong to.
     buckets: RefCell<Vec<(Arc<LocalRateLimit>, Rc<Buckets>)>>,
+    /// For the limits of its requests.
+    pub(super) alarms: Alarms,
     upgrade_asked: Cell<bool>,
+    last: Cell<bool>,
     requests: Cell<u32>,
     pub(super) running: Cell<u32>,
     opened: Instant,
@@ -106,6 +112,11 @@ impl Downstream {
         self.upgrade_asked.set(true);
     }
 
+    /// No request follows the present one: what comes after a CONNECT that was refused may be meant for its tunnel.
+    pub fn make_last(&self) {
+        self.last.set(true);
+    }
+
     /// Answers the reader, if an upgrade was asked for.
     pub fn decide_upgrade(&self, granted: bool) {
         if self.upgrade_asked.replace(false) {
@@ -114,9 +125,9 @@ impl Downstream {
     }
 
     /// A request has ended.
-    pub fn request_ended(&self) {
+    pub fn request_ended(&self, now: Instant) {
         self.running.set(self.running.get().saturating_sub(1));
-        self.last_used.set(Instant::now());
+        self.last_used.set(now);
     }
 
     /// Whether requests for `authority` belong on this connection. Behind TLS whose chain was chosen by server name a
@@ -141,8 +152,11 @@ impl Downstream {
     /// Whether the connection should end after the present request.
     pub fn should_close(&self) -> bool {
         let limit = self.manager.max_requests_per_connection;
+        let overload = &self.worker.shared.overload;
         self.worker.phase() != DrainPhase::Serving
+            || overload.hits(Action::DisableHttpKeepalive, random::next)
             || self.chain.is_retired()
+            || self.last.get()
             || (limit > 0 && self.requests.get() >= limit)
             || self
                 .manager
@@ -211,7 +225,8 @@ pub async fn serve<S>(
         bytes: manager.max_head,
         fields: manager.max_header_count,
     });
-    let io = StrictIo::new(stream, prefix, limits, gate.clone());
+    let scanner = limits.map(|limits| Scanner::new(limits).allowing_connect(manager.connect));
+    let io = StrictIo::with(stream, prefix, scanner, gate.clone());
     let now = Instant::now();
     let _counted = manager.traffic.open(worker.id);
     let conn = Rc::new(Downstream {
@@ -227,7 +242,9 @@ pub async fn serve<S>(
         server_name,
         gate,
         buckets: RefCell::default(),
+        alarms: Alarms::default(),
         upgrade_asked: Cell::new(false),
+        last: Cell::new(false),
         requests: Cell::new(0),
         running: Cell::new(0),
         opened: now,
@@ -255,6 +272,9 @@ where
         .max_header_list_size(conn.manager.max_head as u32)
         .max_pending_accept_reset_streams(20)
         .max_local_error_reset_streams(1024);
+    if conn.manager.extended_connect {
+        builder.enable_connect_protocol();
+    }
     let service = {
         let conn = conn.clone();
         service_fn(move |request| request::handle(conn.clone(), request))

@@ -29,6 +29,7 @@ where
     // Boxed, so that the box is given back while the connection rests.
     while let Some(resting) = Box::pin(active(conn.clone(), io)).await {
         io = resting;
+        conn.alarms.clear();
         conn.worker.recorder.counters().connections_parked.add(1);
         if !rest(&conn, &mut io).await {
             return;

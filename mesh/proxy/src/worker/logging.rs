@@ -12,7 +12,7 @@ use super::Worker;
 use super::call::grpc_bytes;
 use super::exchange::{Exchange, protocol_text};
 use super::filters;
-use super::request::view;
+use super::request::{X_FORWARDED_FOR, view};
 use crate::config::cluster::UpstreamHttp;
 use crate::observe::access_log::AccessLogs;
 use crate::observe::batch::Batches;
@@ -42,7 +42,10 @@ pub(super) fn keep_request(exchange: &mut Exchange, parts: &Parts) {
     if let Some(logs) = &conn.manager.logs {
         let state = exchange.log.get_or_insert_default();
         logs.wants.keep_request(&view(parts), &mut state.kept);
-        if !conn.manager.use_remote_address && state.remote.is_none() {
+        if !conn.manager.use_remote_address
+            && state.remote.is_none()
+            && parts.headers.contains_key(&X_FORWARDED_FOR)
+        {
             let metadata = crate::policy::metadata::Metadata::EMPTY;
             let remote = filters::facts(&conn, parts, &metadata).remote();
             state.remote = (remote != conn.remote.ip()).then(|| SocketAddr::new(remote, 0));
@@ -72,6 +75,10 @@ pub(super) fn keep_trailers(exchange: &mut Exchange, trailers: &HeaderMap) {
     }
 }
 
+fn text(value: Option<&http::HeaderValue>) -> Option<std::borrow::Cow<'_, str>> {
+    value.map(|value| String::from_utf8_lossy(value.as_bytes()))
+}
+
 /// Writes the lines of a request that has ended; `false` if no access log is configured.
 pub(super) fn write(exchange: &Exchange) -> bool {
     let Some(logs) = logs(exchange) else {
@@ -87,13 +94,8 @@ pub(super) fn write(exchange: &Exchange) -> bool {
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default()
         .saturating_sub(duration);
-    let text = |value: &'_ Option<http::HeaderValue>| -> Option<String> {
-        value
-            .as_ref()
-            .map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
-    };
-    let authority = text(&exchange.authority);
-    let request_id = text(&exchange.request_id);
+    let authority = text(exchange.authority.as_ref());
+    let request_id = text(exchange.request_id.as_ref());
     let request = match &exchange.source {
         None => Some(Duration::ZERO),
         Some(source) => source.borrow().ended_at.map(since),

@@ -91,7 +91,7 @@ async fn send_mirror(
     // Nobody's client in particular: a mirror is the proxy's own request.
     let options = ConnectOptions {
         server_name: cluster.config.request_server_name(request.headers()),
-        between: None,
+        ..ConnectOptions::default()
     };
     let pool = host.pool.variant(&options);
     let lease = pool

@@ -2,6 +2,7 @@
 //! the request path is shared with other workers but the configuration that is read.
 
 pub mod accept;
+mod alarm;
 mod attempts;
 pub mod body;
 pub mod call;
@@ -10,6 +11,7 @@ pub mod exchange;
 mod failure;
 pub mod filters;
 mod grpc_stream;
+mod hedge;
 pub mod http;
 mod http1;
 pub mod io;
@@ -23,8 +25,10 @@ mod rest;
 pub mod sniff;
 mod spans;
 pub mod tcp;
-mod upgrade;
+mod tunnel;
 pub mod upstream;
+
+pub(crate) use tunnel::CONNECT;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -39,10 +43,11 @@ use arc_swap::ArcSwap;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 
-use crate::config::slot::{Chore, ClusterSlot, ListenerSlot};
+use crate::config::slot::{Chore, ClusterSlot, Home, ListenerSlot};
 use crate::config::store::VirtualListeners;
 use crate::metrics::peer::Workload;
 use crate::metrics::series::{Recorder, Shard};
+use crate::overload::Overload;
 use crate::upstream::cluster::WorkerCluster;
 
 /// How often idle connections are looked at.
@@ -63,6 +68,10 @@ pub struct Shared {
     pub node: Arc<serin_xds::pb::envoy::config::core::v3::Node>,
     /// Name of the cluster that we belong to (`node.cluster`).
     pub cluster: Box<str>,
+    /// What there is too much of.
+    pub overload: Arc<Overload>,
+    /// Where the proxy is, if that is known.
+    pub home: Option<Arc<Home>>,
     /// Listeners without sockets.
     pub virtual_listeners: Arc<ArcSwap<VirtualListeners>>,
     /// The workers' own commands, by worker: how connections are handed over.
@@ -134,7 +143,7 @@ where
     F::Output: 'static,
 {
     fn execute(&self, future: F) {
-        // Owned by the worker's LocalSet, which drops it when the worker ends.
+        // Owned by the worker's runtime, which drops it when the worker ends.
         tokio::task::spawn_local(future);
     }
 }
@@ -177,10 +186,10 @@ impl Worker {
             // Accepting and serving share the thread; asking for IO every 61 polls (the default) lets a busy
             // connection starve new ones.
             .event_interval(31)
-            .build()?;
-        let local = tokio::task::LocalSet::new();
+            // A local one: its tasks need not be Send, and no set of tasks stands between them and the scheduler.
+            .build_local(tokio::runtime::LocalOptions::default())?;
         let worker = Self::new(id, shared, shard);
-        local.block_on(&runtime, worker.clone().follow(commands));
+        runtime.block_on(worker.clone().follow(commands));
         Ok(())
     }
 
@@ -295,7 +304,12 @@ impl Worker {
         {
             return Some(existing.clone());
         }
-        let made = WorkerCluster::new(slot, existing.map(|existing| &**existing)).map(Rc::new);
+        let made = WorkerCluster::new(
+            slot,
+            existing.map(|existing| &**existing),
+            self.shared.home.as_ref(),
+        )
+        .map(Rc::new);
         clusters[index].clone_from(&made);
         made
     }
@@ -315,7 +329,8 @@ impl Worker {
         for entry in clusters.iter_mut() {
             if let Some(cluster) = entry {
                 if cluster.version != cluster.slot.version() {
-                    *entry = WorkerCluster::new(&cluster.slot, Some(&**cluster)).map(Rc::new);
+                    *entry = WorkerCluster::new(&cluster.slot, Some(&**cluster), self.shared.home.as_ref())
+                        .map(Rc::new);
                 } else {
                     cluster.sweep(now);
                 }

@@ -72,7 +72,8 @@ pub(super) fn prepare(
         }
         parts.headers.insert(header::HOST, new);
     }
-    if let Some(rewrite) = &forward.rewrite {
+    // A plain CONNECT has no path.
+    if let Some(rewrite) = forward.rewrite.as_ref().filter(|_| !parts.uri.path().is_empty()) {
         let path = routed.route.rewritten(rewrite, parts.uri.path());
         let target = match parts.uri.query() {
             Some(query) => format!("{path}?{query}"),

@@ -15,21 +15,24 @@ use super::http::Downstream;
 use super::local::{Body, LocalReply};
 use super::logging;
 use super::spans;
+use super::tunnel::{self, Tunnel};
 use super::upstream;
 use crate::config::headers::Variables;
 use crate::config::listener::Direction;
 use crate::config::matchers::RequestView;
-use crate::config::route::{Action, Route, Target, Targets, VirtualHost, is_grpc};
+use crate::config::route::{Action, Route, RouteFacts, Target, Targets, VirtualHost, is_grpc};
 use crate::config::table::RouteTable;
-use crate::hygiene::fields::{Present, requested_upgrade, strip_hop_by_hop};
+use crate::hygiene::fields::Present;
 use crate::hygiene::path::{Normalized, normalize};
 use crate::hygiene::scan::valid_host;
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{METADATA_HEADER, METADATA_ID_HEADER};
+use crate::overload;
+use crate::policy::metadata::Metadata;
 use crate::random;
 
 pub(super) static X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-static X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+pub(super) static X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 static X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 pub(super) static PEER_METADATA: HeaderName = HeaderName::from_static(METADATA_HEADER);
 pub(super) static PEER_METADATA_ID: HeaderName = HeaderName::from_static(METADATA_ID_HEADER);
@@ -67,7 +70,7 @@ impl Routed {
         match (&self.route.action, self.chosen) {
             (Action::Forward(forward), Some(index)) => match &forward.targets {
                 Targets::Weighted(targets, ..) => targets.get(index),
-                Targets::One(_) | Targets::Empty => None,
+                Targets::One(_) | Targets::Named(..) | Targets::Empty => None,
             },
             _ => None,
         }
@@ -81,7 +84,7 @@ impl Routed {
         match &self.route.action {
             Action::Forward(forward) => match &forward.targets {
                 Targets::One(slot) => &slot.name,
-                Targets::Weighted(..) | Targets::Empty => "",
+                Targets::Weighted(..) | Targets::Named(..) | Targets::Empty => "",
             },
             Action::Redirect(_) | Action::Direct(_) => "",
         }
@@ -129,16 +132,30 @@ pub(super) async fn handle(
         conn.worker.recorder.counters().refused_requests.add(1);
         return Ok(reply.send(exchange));
     }
-    let upgrade = take_upgrade(&conn, &mut parts);
-    let upgrade = match upgrade {
-        Ok(upgrade) => upgrade,
+    let tunnel = match tunnel::take(&conn, &mut parts) {
+        Ok(tunnel) => tunnel,
         Err(reply) => return Ok(reply.send(exchange)),
     };
+    if conn
+        .worker
+        .shared
+        .overload
+        .hits(overload::Action::StopAcceptingRequests, random::next)
+    {
+        conn.decide_upgrade(false);
+        let reply = LocalReply::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            Flags::OVERLOAD,
+            "overload",
+            "envoy overloaded",
+        );
+        return Ok(reply.send(exchange));
+    }
     identify(&conn, &mut exchange, &mut parts);
     spans::begin(&mut exchange, &mut parts);
     logging::keep_request(&mut exchange, &parts);
     // Boxed: the future of a request lives as long as the request, and most of it is here.
-    Ok(Box::pin(route(conn, exchange, parts, incoming, upgrade)).await)
+    Ok(Box::pin(route(conn, exchange, parts, incoming, tunnel)).await)
 }
 
 /// The hygiene rules that need a parsed head: target forms, authority, path.
@@ -152,7 +169,7 @@ fn admit(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) -> Resul
         let status = StatusCode::from_u16(violation.status()).unwrap_or(StatusCode::BAD_REQUEST);
         return Err(refuse(status, violation.details()));
     }
-    if parts.method == Method::CONNECT {
+    if parts.method == Method::CONNECT && !tunnel::may_connect(conn, parts) {
         return Err(refuse(StatusCode::METHOD_NOT_ALLOWED, "connect_not_allowed"));
     }
     let bad = |details| refuse(StatusCode::BAD_REQUEST, details);
@@ -215,6 +232,9 @@ fn normalize_target(conn: &Downstream, parts: &mut Parts) -> Result<(), LocalRep
         )
     };
     let path = parts.uri.path();
+    if path.is_empty() && parts.method == Method::CONNECT {
+        return Ok(());
+    }
     if path == "*" {
         return if parts.method == Method::OPTIONS {
             Ok(())
@@ -259,39 +279,6 @@ fn normalize_target(conn: &Downstream, parts: &mut Parts) -> Result<(), LocalRep
     };
     parts.uri = target.map(Uri::from).map_err(|_| refused("invalid_path"))?;
     Ok(())
-}
-
-/// Takes the hop-by-hop fields off; the upgrade that was asked for, if it may be forwarded.
-fn take_upgrade(conn: &Downstream, parts: &mut Parts) -> Result<Option<String>, LocalReply> {
-    if parts.version == Version::HTTP_2 {
-        strip_hop_by_hop(&mut parts.headers);
-        return Ok(None);
-    }
-    let upgrade = requested_upgrade(&parts.headers);
-    if upgrade.is_some() {
-        conn.ask_upgrade();
-    }
-    strip_hop_by_hop(&mut parts.headers);
-    match upgrade {
-        None => Ok(None),
-        // h2c by upgrade is deprecated (RFC 9113 section 3.1) and may be ignored.
-        Some(protocol) if protocol == "h2c" => {
-            conn.decide_upgrade(false);
-            Ok(None)
-        }
-        Some(protocol) if conn.manager.upgrades.iter().any(|allowed| **allowed == *protocol) => {
-            Ok(Some(protocol))
-        }
-        Some(_) => {
-            conn.decide_upgrade(false);
-            Err(LocalReply::new(
-                StatusCode::FORBIDDEN,
-                Flags::default(),
-                "upgrade_failed",
-                "",
-            ))
-        }
-    }
 }
 
 /// Who asks, and the fields that say so to the next hop.
@@ -381,11 +368,16 @@ pub(super) fn variables<'a>(conn: &Downstream, parts: &'a Parts, route: &'a Rout
     }
 }
 
-pub(super) fn find_route(conn: &Downstream, parts: &Parts) -> Option<Routed> {
+/// The route of a request; `metadata` is what filters have noted so far.
+pub(super) fn find_route(conn: &Downstream, parts: &Parts, metadata: Option<&Metadata>) -> Option<Routed> {
     let table = conn.manager.table()?;
     let view = view(parts);
     let host = table.find(view.authority)?.load();
-    let route = host.find(&view, random::next)?.clone();
+    let facts = RouteFacts {
+        tls: conn.tls.as_deref(),
+        metadata,
+    };
+    let route = host.find_with(&view, &facts, random::next)?.clone();
     Some(Routed {
         table,
         host,
@@ -399,9 +391,9 @@ async fn route(
     mut exchange: Box<Exchange>,
     mut parts: Parts,
     incoming: Incoming,
-    upgrade: Option<String>,
+    tunnel: Option<Tunnel>,
 ) -> Response<Body> {
-    if !conn.serves(view(&parts).authority) {
+    if conn.tls.is_some() && !conn.serves(view(&parts).authority) {
         conn.decide_upgrade(false);
         return LocalReply::new(
             StatusCode::MISDIRECTED_REQUEST,
@@ -411,7 +403,7 @@ async fn route(
         )
         .send(exchange);
     }
-    let Some(mut routed) = find_route(&conn, &parts) else {
+    let Some(mut routed) = find_route(&conn, &parts, None) else {
         conn.decide_upgrade(false);
         return LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", "").send(exchange);
     };
@@ -426,7 +418,7 @@ async fn route(
             &location,
         );
     }
-    let mut body = (!incoming.is_end_stream()).then(|| Inbound::new(incoming));
+    let mut body = (tunnel.is_none() && !incoming.is_end_stream()).then(|| Inbound::new(incoming));
     if !conn.manager.filters.filters.is_empty() {
         filters::choose_target(&conn, &mut routed);
         let passed = filters::decode(&conn, &mut exchange, &mut routed, &mut parts, &mut body).await;
@@ -448,7 +440,7 @@ async fn route(
             redirect(exchange, &routed, &parts, action.status, &location)
         }
         Action::Forward(_) => {
-            return upstream::forward(exchange, routed.clone_arcs(), parts, body, upgrade).await;
+            return upstream::forward(exchange, routed.clone_arcs(), parts, body, tunnel).await;
         }
     };
     conn.decide_upgrade(false);

@@ -2,7 +2,7 @@
 
 use http::request::Parts;
 use http::response::Parts as Head;
-use http::{HeaderName, HeaderValue, Response, Version};
+use http::{HeaderName, HeaderValue, Response, Version, header};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
@@ -107,6 +107,9 @@ fn prepare(
     if present.has(Present::SERIN) && conn.direction != Direction::Inbound {
         head.headers.remove(&X_UNPROCESSED);
     }
+    for cookie in &plan.cookies {
+        head.headers.append(header::SET_COOKIE, cookie.clone());
+    }
     let elapsed = exchange.started.elapsed().as_millis() as u64;
     head.headers
         .insert(X_UPSTREAM_TIME.clone(), HeaderValue::from(elapsed));
@@ -162,7 +165,7 @@ fn finish(
         .max_stream_duration
         .or(conn.manager.max_stream_duration);
     let deadline = match (plan.deadline, stream_limit) {
-        (Some(at), _) => Some((at, Flags::UPSTREAM_TIMEOUT, "upstream_response_timeout")),
+        (Some(at), _) => Some((at, Flags::UPSTREAM_TIMEOUT, "response_timeout")),
         (None, Some(limit)) => {
             let at = Instant::from_std(exchange.started) + limit;
             Some((

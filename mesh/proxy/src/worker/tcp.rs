@@ -194,6 +194,7 @@ async fn connect_to(
     let options = ConnectOptions {
         server_name: None,
         between: config.tells_clients().then_some(between),
+        alpn: None,
     };
     let work = connect::connect(config, &host.endpoint, Speaking::Bytes, &options);
     let result = tokio::time::timeout(config.connect_timeout, work).await;

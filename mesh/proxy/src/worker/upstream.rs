@@ -1,6 +1,7 @@
 //! Forwarding: cluster, endpoint, connection, attempts, response.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use http::request::Parts;
 use http::{HeaderName, HeaderValue, Response, StatusCode, Version};
@@ -10,6 +11,7 @@ use super::attempts::{Permit, attempts};
 use super::body::{Inbound, RequestSource};
 use super::exchange::Exchange;
 use super::filters;
+use super::hedge::hedged;
 use super::http::Downstream;
 use super::local::{Body, LocalReply};
 use super::logging;
@@ -17,10 +19,11 @@ use super::mirror::mirror;
 use super::prepare::prepare;
 use super::request::{Routed, variables, view};
 use super::respond::{respond, respond_waiting};
-use super::upgrade::switch_protocols;
+use super::tunnel::{self, Tunnel};
 use crate::config::cluster::UpstreamHttp;
-use crate::config::hash::request_hash;
+use crate::config::hash::{Hashed, request_hash};
 use crate::config::route::{Action, Forward, HostRewrite, Targets};
+use crate::config::subset::{Criteria, METADATA};
 use crate::metrics::flags::Flags;
 use crate::random;
 use crate::upstream::cluster::WorkerCluster;
@@ -38,6 +41,10 @@ pub(super) struct Plan<'a> {
     pub(super) options: ConnectOptions,
     pub(super) deadline: Option<Instant>,
     pub(super) hash: Option<u64>,
+    /// That the client is given, so that its next requests find the same endpoint.
+    pub(super) cookies: Vec<HeaderValue>,
+    /// The subset that the request wants.
+    pub(super) criteria: Option<&'a Criteria>,
     pub(super) auto_host: bool,
 }
 
@@ -61,7 +68,7 @@ pub(super) async fn forward(
     routed: Routed,
     mut parts: Parts,
     incoming: Option<Inbound>,
-    upgrade: Option<String>,
+    tunnel: Option<Tunnel>,
 ) -> Response<Body> {
     let conn = exchange.conn.clone();
     let Action::Forward(forward) = &routed.route.action else {
@@ -73,8 +80,29 @@ pub(super) async fn forward(
         )
         .send(exchange);
     };
+    let named;
     let (slot, target) = match &forward.targets {
         Targets::One(slot) => (slot, None),
+        Targets::Named(field, directory) => {
+            let name = parts.headers.get(field).and_then(|value| value.to_str().ok());
+            match name.and_then(|name| directory.find(name)) {
+                Some(slot) => {
+                    named = slot;
+                    (&named, None)
+                }
+                None => {
+                    conn.decide_upgrade(false);
+                    exchange.cluster_name = name.map(Arc::from);
+                    let reply = LocalReply::new(
+                        forward.cluster_not_found,
+                        Flags::NO_CLUSTER,
+                        "cluster_not_found",
+                        "",
+                    );
+                    return decline(exchange, &routed, &parts, None, reply);
+                }
+            }
+        }
         Targets::Weighted(targets, weights, turn) => {
             let target = match routed.target() {
                 Some(target) => target,
@@ -92,6 +120,15 @@ pub(super) async fn forward(
             return decline(exchange, &routed, &parts, None, reply);
         }
     };
+    if let Some(tunnel) = &tunnel
+        && forward
+            .upgrades
+            .iter()
+            .any(|(protocol, enabled)| !enabled && **protocol == *tunnel.protocol())
+    {
+        conn.decide_upgrade(false);
+        return decline(exchange, &routed, &parts, None, tunnel::refused());
+    }
     exchange.cluster_name = Some(slot.name.clone());
     let Some(cluster) = conn.worker.cluster(slot) else {
         conn.decide_upgrade(false);
@@ -129,17 +166,29 @@ pub(super) async fn forward(
         );
         return decline(exchange, &routed, &parts, None, reply);
     }
-    let hash = if forward.hash.is_empty() {
-        None
+    let hashed = if forward.hash.is_empty() {
+        Hashed::default()
     } else {
-        request_hash(&forward.hash, &view(&parts), conn.remote.ip())
+        request_hash(&forward.hash, &view(&parts), conn.remote, conn.local)
     };
+    let criteria = target
+        .and_then(|target| target.criteria.as_deref())
+        .or(forward.criteria.as_deref());
+    // What filters have noted under the same name adds to what the route asks for.
+    let noted = exchange
+        .policy
+        .as_ref()
+        .filter(|_| cluster.config.subsets.is_some())
+        .and_then(|policy| policy.metadata.get(METADATA))
+        .map(|noted| Criteria::default_of(criteria).with(noted));
+    let criteria = noted.as_ref().or(criteria);
     let speaking = match cluster.config.http {
-        _ if upgrade.is_some() => Speaking::Http1,
-        UpstreamHttp::Http1 => Speaking::Http1,
         UpstreamHttp::Http2 => Speaking::Http2,
-        UpstreamHttp::Auto => Speaking::Either,
         UpstreamHttp::Downstream if parts.version == Version::HTTP_2 => Speaking::Http2,
+        // What ALPN would choose cannot be known before it is asked for.
+        _ if tunnel.is_some() => Speaking::Http1,
+        UpstreamHttp::Http1 => Speaking::Http1,
+        UpstreamHttp::Auto => Speaking::Either,
         UpstreamHttp::Downstream => Speaking::Http1,
     };
     let request_headers = (!routed.route.response_headers.is_empty()
@@ -161,26 +210,49 @@ pub(super) async fn forward(
         cluster: &cluster,
         forward,
         speaking,
-        options: cluster
-            .config
-            .connect_options(&parts.headers, conn.remote, conn.local),
+        options: ConnectOptions {
+            alpn: conn
+                .manager
+                .alpn
+                .as_ref()
+                .filter(|_| cluster.config.alpn_overridable)
+                .and_then(|names| names.offer(speaking, parts.version).cloned()),
+            ..cluster
+                .config
+                .connect_options(&parts.headers, conn.remote, conn.local)
+        },
         deadline: forward.timeout.map(|timeout| Instant::now() + timeout),
-        hash,
+        hash: hashed.hash,
+        cookies: hashed.cookies,
+        criteria,
         auto_host: matches!(forward.host_rewrite, Some(HostRewrite::Auto)),
     };
-    let downstream_upgrade = upgrade
-        .as_ref()
-        .map(|protocol| (protocol.clone(), take_on_upgrade(&mut parts)));
+    if forward.connect_tcp && tunnel.as_ref().is_some_and(Tunnel::is_connect) {
+        let Some(tunnel) = tunnel else {
+            return decline(exchange, &routed, &parts, None, tunnel::refused());
+        };
+        return match Box::pin(tunnel.join_tcp(exchange, &plan, permit)).await {
+            Ok(response) => response,
+            Err((exchange, reply)) => {
+                conn.decide_upgrade(false);
+                decline(exchange, &routed, &parts, request_headers.as_ref(), reply)
+            }
+        };
+    }
     let mirror_head = (!forward.mirrors.is_empty()).then(|| parts.clone());
-    let outcome = attempts(
-        &plan,
-        &routed,
-        &mut exchange,
-        &mut parts,
-        source.as_ref(),
-        upgrade.as_deref(),
-    )
-    .await;
+    let outcome = if forward.hedge && tunnel.is_none() {
+        Box::pin(hedged(&plan, &routed, &mut exchange, &mut parts, source.as_ref())).await
+    } else {
+        attempts(
+            &plan,
+            &routed,
+            &mut exchange,
+            &mut parts,
+            source.as_ref(),
+            tunnel.as_ref(),
+        )
+        .await
+    };
     if let Some(head) = mirror_head {
         mirror(&conn, forward, head, source.as_ref());
     }
@@ -197,9 +269,9 @@ pub(super) async fn forward(
         }
     };
     drop(permit);
-    if let Some((_, on_upgrade)) = downstream_upgrade {
-        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-            return switch_protocols(exchange, response, on_upgrade, active, lease);
+    if let Some(tunnel) = tunnel {
+        if tunnel.granted(response.status(), lease.is_http2()) {
+            return tunnel.join_http(exchange, response, lease, active);
         }
         conn.decide_upgrade(false);
     }
@@ -229,8 +301,4 @@ pub(super) async fn forward(
         lease,
         active,
     )
-}
-
-fn take_on_upgrade(parts: &mut Parts) -> Option<hyper::upgrade::OnUpgrade> {
-    parts.extensions.remove::<hyper::upgrade::OnUpgrade>()
 }

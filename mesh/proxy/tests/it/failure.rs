@@ -244,7 +244,7 @@ async fn an_upstream_that_never_answers_is_given_up_after_the_route_timeout() {
             (504, "UT")
         );
         let line = harness.line().await;
-        assert_eq!(line["response_code_details"], "upstream_response_timeout");
+        assert_eq!(line["response_code_details"], "response_timeout");
     }
     nothing_is_left(&harness).await;
 }

@@ -325,7 +325,7 @@ async fn timeouts_of_route_and_try_end_in_504_with_their_details() {
         .serve(vec![prefix_route("/whole", whole), prefix_route("/try", per_try)])
         .await;
     for (path, details, flags) in [
-        ("/whole", "upstream_response_timeout", "UT"),
+        ("/whole", "response_timeout", "UT"),
         ("/try", "upstream_per_try_timeout", "UT,URX"),
     ] {
         assert_eq!(get(at, path).await.0, 504);

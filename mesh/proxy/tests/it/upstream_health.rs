@@ -174,8 +174,9 @@ async fn a_grpc_check_asks_the_health_service_and_believes_serving_only() {
                         let (now, asked) = (now.clone(), asked.clone());
                         async move {
                             let path = request.uri().path().to_owned();
+                            let told = request.headers().get("x-check").cloned();
                             let body = request.into_body().collect().await.unwrap().to_bytes();
-                            let _ = asked.try_send((path, body));
+                            let _ = asked.try_send((path, body, told));
                             let message =
                                 Bytes::from(vec![0, 0, 0, 0, 2, 8, now.load(Ordering::SeqCst) as u8]);
                             let mut trailers = http::HeaderMap::new();
@@ -197,11 +198,20 @@ async fn a_grpc_check_asks_the_health_service_and_believes_serving_only() {
     });
     let grpc = check(pb::HealthChecker::GrpcHealthCheck(pb::GrpcHealthCheck {
         service_name: "shop.Cart".into(),
+        initial_metadata: vec![core::HeaderValueOption {
+            header: Some(core::HeaderValue {
+                key: "x-check".into(),
+                value: "yes".into(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }],
         ..Default::default()
     }));
     let (harness, _at, cancel) = serving(grpc, &[address]).await;
-    let (path, body) = soon("a check", questions.recv()).await.unwrap();
+    let (path, body, told) = soon("a check", questions.recv()).await.unwrap();
     assert_eq!(path, "/grpc.health.v1.Health/Check");
+    assert_eq!(told.unwrap(), "yes");
     assert_eq!(&body[..], b"\0\0\0\0\x0b\x0a\x09shop.Cart");
     let usable = || {
         harness.proxy.store(|store| {

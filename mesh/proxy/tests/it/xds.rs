@@ -1,14 +1,13 @@
 //! Driven by a control plane over a real socket: readiness, per-resource refusals, virtual hosts one by one, the last
 //! good configuration, metrics streamed back.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use serin_proxy::control::xds::follow;
 use serin_proxy::metrics::push::Pusher;
+use serin_xds::ResourceType;
 use serin_xds::client::Endpoint;
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::route::v3 as route;
@@ -16,52 +15,13 @@ use serin_xds::pb::envoy::service::metrics::v3::metrics_service_server::{
     MetricsService, MetricsServiceServer,
 };
 use serin_xds::pb::envoy::service::metrics::v3::{StreamMetricsMessage, StreamMetricsResponse};
-use serin_xds::server::{AdsServer, Client, ClientId, Event, Options, Source};
-use serin_xds::{Change, Resource, ResourceType};
+use serin_xds::server::{AdsServer, ClientId, Event, Options};
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use crate::ads::OneView;
 use crate::fixture::*;
-
-#[derive(Default)]
-struct OneView {
-    view: Mutex<BTreeMap<(ResourceType, Arc<str>), Arc<Resource>>>,
-    clients: Mutex<BTreeMap<ClientId, Arc<Client>>>,
-    events: Mutex<Option<mpsc::UnboundedSender<Event>>>,
-}
-
-impl OneView {
-    fn put<M: prost::Message>(&self, resource_type: ResourceType, name: &str, message: &M) {
-        let resource = Arc::new(Resource::new(resource_type, name, message, []));
-        self.view
-            .lock()
-            .insert((resource_type, name.into()), resource.clone());
-        for client in self.clients.lock().values() {
-            client.apply([Change::Upsert(resource.clone())]);
-        }
-    }
-}
-
-impl Source for OneView {
-    fn connect(&self, client: Arc<Client>) {
-        let view = self.view.lock();
-        client.load(view.values().cloned());
-        self.clients.lock().insert(client.id(), client);
-    }
-
-    fn observe(&self, _: ClientId, events: &[Event]) {
-        if let Some(sender) = self.events.lock().as_ref() {
-            for event in events {
-                let _ = sender.send(event.clone());
-            }
-        }
-    }
-
-    fn disconnect(&self, client: ClientId) {
-        self.clients.lock().remove(&client);
-    }
-}
 
 #[derive(Clone)]
 struct Intake(mpsc::UnboundedSender<StreamMetricsMessage>);
@@ -82,7 +42,7 @@ impl MetricsService for Intake {
 
 struct ControlPlane {
     source: Arc<OneView>,
-    events: mpsc::UnboundedReceiver<Event>,
+    events: mpsc::UnboundedReceiver<(ClientId, Event)>,
     metrics: mpsc::UnboundedReceiver<StreamMetricsMessage>,
     task: tokio::task::JoinHandle<()>,
     cancel: CancellationToken,
@@ -90,9 +50,7 @@ struct ControlPlane {
 
 impl ControlPlane {
     fn start(socket: &Path) -> Self {
-        let (sender, events) = mpsc::unbounded_channel();
-        let source = Arc::new(OneView::default());
-        *source.events.lock() = Some(sender);
+        let (source, events) = OneView::new();
         let cancel = CancellationToken::new();
         let ads = AdsServer::new(source.clone(), Options::default(), cancel.clone());
         let (sender, metrics) = mpsc::unbounded_channel();
@@ -121,7 +79,7 @@ impl ControlPlane {
     async fn held(&mut self, name: &str) {
         soon(&format!("{name} acknowledged"), async {
             loop {
-                if let Some(Event::Held(resource)) = self.events.recv().await
+                if let Some((_, Event::Held(resource))) = self.events.recv().await
                     && &*resource.name == name
                 {
                     return;
@@ -135,7 +93,7 @@ impl ControlPlane {
     async fn refused(&mut self, name: &str) -> String {
         soon(&format!("{name} refused"), async {
             loop {
-                if let Some(Event::Refused(resource, reason)) = self.events.recv().await
+                if let Some((_, Event::Refused(resource, reason))) = self.events.recv().await
                     && &*resource.name == name
                 {
                     return reason.to_string();

@@ -2,7 +2,7 @@
 //!
 //! A directory holds one snapshot and one segment that follows it, `<resource version>.snapshot` and `.log`, both sequences of
 //! checksummed records. Writers append to a buffer under the store's lock; one thread takes whatever has gathered, writes and syncs it as
-//! one group, and wakes the writers. When the segment has outgrown the live objects a new snapshot is written beside it, synced, renamed
+//! one group, publishes it to readers and watchers, and wakes the writers. When the segment has outgrown the live objects a new snapshot is written beside it, synced, renamed
 //! into place, and the old files are removed. A torn tail (a record cut anywhere) is what a crash leaves and is dropped at the next start;
 //! a record whose checksum is wrong with others after it is damage and refused with its offset.
 
@@ -21,7 +21,9 @@ use crate::error::Error;
 use crate::store::Store;
 
 pub(crate) use recover::Recovered;
-pub(crate) use writer::SnapshotSource;
+#[cfg(test)]
+pub(crate) use segment::Segment;
+pub(crate) use writer::StoreSide;
 
 /// Unwritten bytes beyond which writes are refused until the disk has caught up.
 const MAX_PENDING: usize = 64 << 20;
@@ -43,8 +45,8 @@ pub(crate) struct Shared {
 #[derive(Default)]
 struct Pending {
     bytes: Vec<u8>,
-    /// Number of the last record appended.
-    ticket: u64,
+    /// Resource version of the last record appended.
+    rv: u64,
     closed: bool,
 }
 
@@ -54,8 +56,8 @@ impl Log {
         recover::recover(dir, store)
     }
 
-    /// Start the writer thread; `snapshot` yields the live objects when the log is compacted.
-    pub(crate) fn start(recovered: Recovered, snapshot: Arc<dyn SnapshotSource>) -> Result<Self, Error> {
+    /// Start the writer thread.
+    pub(crate) fn start(recovered: Recovered, store: Arc<dyn StoreSide>) -> Result<Self, Error> {
         let (durable, receiver) = watch::channel(0);
         let shared = Arc::new(Shared {
             pending: Mutex::new(Pending::default()),
@@ -63,7 +65,7 @@ impl Log {
             durable,
             failure: Mutex::new(None),
         });
-        let thread = writer::spawn(shared.clone(), recovered, snapshot)?;
+        let thread = writer::spawn(shared.clone(), recovered, store)?;
         Ok(Self {
             shared,
             durable: receiver,
@@ -80,30 +82,29 @@ impl Log {
             .then(|| "the disk does not keep up with writes; try again".to_owned())
     }
 
-    pub(crate) fn put(&self, resource: &str, key: &str, rv: u64, json: &[u8]) -> u64 {
-        self.append(|out| record::put(out, resource, key, rv, json))
+    pub(crate) fn put(&self, resource: &str, key: &str, rv: u64, json: &[u8]) {
+        self.append(rv, |out| record::put(out, resource, key, rv, json));
     }
 
-    pub(crate) fn delete(&self, resource: &str, key: &str, rv: u64) -> u64 {
-        self.append(|out| record::delete(out, resource, key, rv))
+    pub(crate) fn delete(&self, resource: &str, key: &str, rv: u64) {
+        self.append(rv, |out| record::delete(out, resource, key, rv));
     }
 
-    fn append(&self, write: impl FnOnce(&mut Vec<u8>)) -> u64 {
+    /// Records come in the order of their versions, since the caller holds the store's lock.
+    fn append(&self, rv: u64, write: impl FnOnce(&mut Vec<u8>)) {
         let mut pending = self.shared.pending.lock();
         write(&mut pending.bytes);
-        pending.ticket += 1;
-        let ticket = pending.ticket;
+        pending.rv = rv;
         drop(pending);
         self.shared.wake.notify_one();
-        ticket
     }
 
-    /// Wait until a record is on disk.
-    pub(crate) async fn durable(&self, ticket: u64) -> Result<(), String> {
+    /// Wait until the record of a version is on disk and published.
+    pub(crate) async fn durable(&self, rv: u64) -> Result<(), String> {
         let mut receiver = self.durable.clone();
         let failed = || self.shared.failure.lock().clone();
         loop {
-            if *receiver.borrow_and_update() >= ticket {
+            if *receiver.borrow_and_update() >= rv {
                 return Ok(());
             }
             if let Some(failure) = failed() {
@@ -119,7 +120,9 @@ impl Log {
     pub(crate) fn close(&self) {
         self.shared.pending.lock().closed = true;
         self.shared.wake.notify_one();
-        if let Some(thread) = self.thread.lock().take() {
+        let thread = self.thread.lock().take();
+        // The writer may hold the last reference to what owns this log, and must not wait for itself.
+        if let Some(thread) = thread.filter(|t| t.thread().id() != std::thread::current().id()) {
             // The thread ends after its last write; a panic in it has been reported already.
             let _ = thread.join();
         }

@@ -11,7 +11,9 @@ use crate::store::{Event, Expect};
 
 struct Nothing;
 
-impl SnapshotSource for Nothing {
+impl StoreSide for Nothing {
+    fn publish(&self, _durable: u64) {}
+
     fn snapshot(&self) -> (Vec<(Arc<str>, Arc<str>, u64, Vec<u8>)>, u64) {
         (Vec::new(), 0)
     }
@@ -49,6 +51,7 @@ fn write(dir: &Path, count: usize) -> Vec<Vec<(String, String)>> {
             Some(rv) => store.put(&resource, &key, object(&format!("o{}", i % 4), i), Expect::At(rv)),
         }
         .expect("committed");
+        store.publish(event.rv);
         let state = note(&store, &event);
         states.push(state);
     }
@@ -211,12 +214,13 @@ async fn on_a_full_disk_writes_are_refused_nothing_is_lost_and_it_goes_on_when_t
         is_full: is_full.clone(),
     });
     let log = Log::start(recovered, Arc::new(Nothing)).expect("starts");
-    let mut write = |name: &str| {
+    let mut write = |name: &str| -> u64 {
         let key = format!("n/{name}");
         let event = store
             .put(&"/configmaps".into(), &key, object(name, 1), Expect::Absent)
             .expect("committed");
-        log.put("/configmaps", &key, event.rv, &event.object.whole())
+        log.put("/configmaps", &key, event.rv, &event.object.whole());
+        event.rv
     };
     let before = write("before");
     log.durable(before).await.expect("there is space");
@@ -240,7 +244,7 @@ async fn on_a_full_disk_writes_are_refused_nothing_is_lost_and_it_goes_on_when_t
 
     is_full.store(false, Ordering::SeqCst);
     let mut durable = log.durable.clone();
-    let waited = durable.wait_for(|ticket| *ticket >= during);
+    let waited = durable.wait_for(|rv| *rv >= during);
     tokio::time::timeout(std::time::Duration::from_secs(20), waited)
         .await
         .expect("it is tried again by itself")

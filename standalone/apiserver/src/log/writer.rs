@@ -17,16 +17,19 @@ const COMPACT_FACTOR: u64 = 4;
 /// How long a failing disk is left alone before the pending records are tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// Where the live objects come from when the log is compacted.
-pub(crate) trait SnapshotSource: Send + Sync + 'static {
-    /// Every object with its resource and key, and the version at which that is complete.
+/// What the writer needs of the store behind it.
+pub(crate) trait StoreSide: Send + Sync + 'static {
+    /// Everything up to this version is on disk and may be seen.
+    fn publish(&self, durable: u64);
+
+    /// Every published object with its resource and key, and the version at which that is complete; for compaction.
     fn snapshot(&self) -> (Vec<(Arc<str>, Arc<str>, u64, Vec<u8>)>, u64);
 }
 
 struct Writer {
     shared: Arc<Shared>,
     place: Recovered,
-    source: Arc<dyn SnapshotSource>,
+    store: Arc<dyn StoreSide>,
     snapshot_bytes: u64,
     /// A part of a failed group may still be at the end of the segment.
     torn: bool,
@@ -35,13 +38,13 @@ struct Writer {
 pub(crate) fn spawn(
     shared: Arc<Shared>,
     place: Recovered,
-    source: Arc<dyn SnapshotSource>,
+    store: Arc<dyn StoreSide>,
 ) -> Result<JoinHandle<()>, Error> {
     let dir = place.dir.clone();
     let mut writer = Writer {
         shared,
         place,
-        source,
+        store,
         snapshot_bytes: 0,
         torn: false,
     };
@@ -60,7 +63,7 @@ impl Writer {
         // What could not be written yet, kept in order.
         let mut batch: Vec<u8> = Vec::new();
         loop {
-            let (ticket, closed) = {
+            let (rv, closed) = {
                 let mut pending = self.shared.pending.lock();
                 while pending.bytes.is_empty() && batch.is_empty() && !pending.closed {
                     self.shared.wake.wait(&mut pending);
@@ -71,7 +74,7 @@ impl Writer {
                 } else {
                     batch.append(&mut pending.bytes);
                 }
-                (pending.ticket, pending.closed)
+                (pending.rv, pending.closed)
             };
             if batch.is_empty() && closed {
                 return;
@@ -80,7 +83,9 @@ impl Writer {
                 Ok(()) => {
                     batch.clear();
                     *self.shared.failure.lock() = None;
-                    self.shared.durable.send_replace(ticket);
+                    // Readers first: a writer that has its answer reads what it wrote.
+                    self.store.publish(rv);
+                    self.shared.durable.send_replace(rv);
                 }
                 Err(error) => {
                     let text = format!("writing {}: {error}", self.place.segment.display());
@@ -124,7 +129,7 @@ impl Writer {
 
     /// Records still in the buffer when the snapshot is taken go into the new segment too; replay skips them by version.
     fn compact(&mut self) -> std::io::Result<()> {
-        let (objects, rv) = self.source.snapshot();
+        let (objects, rv) = self.store.snapshot();
         let dir = &self.place.dir;
         let temporary = dir.join(format!("{rv:020}.tmp"));
         let mut file = File::create(&temporary)?;

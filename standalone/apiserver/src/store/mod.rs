@@ -2,6 +2,10 @@
 //!
 //! One counter of resource versions over all kinds. Each kind keeps its objects by `namespace/name` and a bounded history of events;
 //! a watcher is a position in that history, so a slow one costs nothing and finds itself too old when the history has moved on.
+//!
+//! A write has two moments. [`Store::put`] and [`Store::remove`] *stage* it: it has a version, and writers that expect the state before
+//! it lose, but no reader, list or watch sees it. [`Store::publish`] shows what has become durable meanwhile, in order. So nobody is ever
+//! shown what a crash could take back.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, OnceLock};
@@ -98,7 +102,10 @@ pub(crate) struct Event {
 
 #[derive(Debug, Default)]
 struct Table {
+    /// What readers see.
     objects: BTreeMap<Arc<str>, Arc<Stored>>,
+    /// Where the staged writes have got to: the version of the last one of a key, and its object unless that deleted it.
+    ahead: HashMap<Arc<str>, (u64, Option<Arc<Stored>>)>,
     history: VecDeque<Arc<Event>>,
     history_bytes: usize,
     /// Every event up to and including this version may be gone from the history.
@@ -134,7 +141,12 @@ pub(crate) struct Page {
 /// All objects of all kinds.
 #[derive(Debug)]
 pub(crate) struct Store {
+    /// The newest version that readers see.
     rv: u64,
+    /// The newest version that was given out.
+    head: u64,
+    /// Writes that are not published yet, in the order of their versions.
+    staged: VecDeque<(ResourceId, Arc<Event>)>,
     tables: HashMap<ResourceId, Table>,
     /// History before this version is not known (the server started there).
     origin: u64,
@@ -147,10 +159,22 @@ pub(crate) struct Store {
 /// Events of all kinds kept for controllers.
 const JOURNAL_EVENTS: usize = 8192;
 
+impl Table {
+    /// The state that the next write has to expect.
+    fn head(&self, key: &str) -> Option<&Arc<Stored>> {
+        match self.ahead.get(key) {
+            Some((_, object)) => object.as_ref(),
+            None => self.objects.get(key),
+        }
+    }
+}
+
 impl Store {
     pub(crate) fn new(first_rv: u64) -> Self {
         Self {
             rv: first_rv,
+            head: first_rv,
+            staged: VecDeque::new(),
             tables: HashMap::new(),
             origin: first_rv,
             history_events: HISTORY_EVENTS,
@@ -174,6 +198,7 @@ impl Store {
     /// Restore an object at start-up: no event.
     pub(crate) fn restore(&mut self, resource: &ResourceId, key: &str, value: Value, rv: u64) {
         self.rv = self.rv.max(rv);
+        self.head = self.rv;
         self.origin = self.rv;
         let table = self.tables.entry(resource.clone()).or_default();
         table.objects.insert(key.into(), Arc::new(Stored::new(value, rv)));
@@ -181,6 +206,7 @@ impl Store {
 
     pub(crate) fn forget(&mut self, resource: &str, key: &str, rv: u64) {
         self.rv = self.rv.max(rv);
+        self.head = self.rv;
         self.origin = self.rv;
         if let Some(table) = self.tables.get_mut(resource) {
             table.objects.remove(key);
@@ -190,11 +216,17 @@ impl Store {
     /// Leave a gap so that versions that were given out but not made durable are never given out again.
     pub(crate) fn skip_versions(&mut self, gap: u64) {
         self.rv += gap;
+        self.head = self.rv;
         self.origin = self.rv;
         self.journal_trimmed = self.rv;
     }
 
-    /// Create or replace an object.
+    /// Version of the staged write that a key waits for, if there is one.
+    pub(crate) fn staged_at(&self, resource: &str, key: &str) -> Option<u64> {
+        Some(self.tables.get(resource)?.ahead.get(key)?.0)
+    }
+
+    /// Stage the creation or replacement of an object.
     pub(crate) fn put(
         &mut self,
         resource: &ResourceId,
@@ -203,19 +235,19 @@ impl Store {
         expect: Expect,
     ) -> Result<Arc<Event>, Lost> {
         let table = self.tables.entry(resource.clone()).or_default();
-        let previous = table.objects.get(key).cloned();
+        let previous = table.head(key).cloned();
         match (expect, &previous) {
             (Expect::Absent, Some(_)) => return Err(Lost::Exists),
             (Expect::At(_), None) => return Err(Lost::Missing),
             (Expect::At(rv), Some(p)) if p.rv != rv => return Err(Lost::Changed),
             _ => {}
         }
-        self.rv += 1;
+        self.head += 1;
         let key: Arc<str> = key.into();
-        let object = Arc::new(Stored::new(value, self.rv));
-        table.objects.insert(key.clone(), object.clone());
+        let object = Arc::new(Stored::new(value, self.head));
+        table.ahead.insert(key.clone(), (self.head, Some(object.clone())));
         let event = Event {
-            rv: self.rv,
+            rv: self.head,
             change: if previous.is_some() {
                 Change::Modified
             } else {
@@ -225,10 +257,10 @@ impl Store {
             object,
             previous,
         };
-        Ok(self.remember(resource, event))
+        Ok(self.stage(resource, event))
     }
 
-    /// Delete an object; `last` is its final state as watchers shall see it.
+    /// Stage the deletion of an object; `last` is its final state as watchers shall see it.
     pub(crate) fn remove(
         &mut self,
         resource: &ResourceId,
@@ -237,26 +269,61 @@ impl Store {
         rv: u64,
     ) -> Result<Arc<Event>, Lost> {
         let table = self.tables.entry(resource.clone()).or_default();
-        match table.objects.get(key) {
+        let previous = match table.head(key) {
             None => return Err(Lost::Missing),
             Some(p) if p.rv != rv => return Err(Lost::Changed),
-            Some(_) => {}
-        }
-        let previous = table.objects.remove(key);
-        self.rv += 1;
-        let event = Event {
-            rv: self.rv,
-            change: Change::Deleted,
-            key: key.into(),
-            object: Arc::new(Stored::new(last, self.rv)),
-            previous,
+            Some(p) => p.clone(),
         };
-        Ok(self.remember(resource, event))
+        self.head += 1;
+        let key: Arc<str> = key.into();
+        table.ahead.insert(key.clone(), (self.head, None));
+        let event = Event {
+            rv: self.head,
+            change: Change::Deleted,
+            key,
+            object: Arc::new(Stored::new(last, self.head)),
+            previous: Some(previous),
+        };
+        Ok(self.stage(resource, event))
     }
 
-    fn remember(&mut self, resource: &ResourceId, event: Event) -> Arc<Event> {
-        let limit = self.history_events;
+    fn stage(&mut self, resource: &ResourceId, event: Event) -> Arc<Event> {
         let event = Arc::new(event);
+        self.staged.push_back((resource.clone(), event.clone()));
+        event
+    }
+
+    /// Show every staged write up to a version; the kinds that changed, each with its newest version.
+    pub(crate) fn publish(&mut self, durable: u64) -> Vec<(ResourceId, u64)> {
+        let mut changed: Vec<(ResourceId, u64)> = Vec::new();
+        while self.staged.front().is_some_and(|(_, e)| e.rv <= durable) {
+            let Some((resource, event)) = self.staged.pop_front() else {
+                break;
+            };
+            self.rv = event.rv;
+            let table = self.tables.entry(resource.clone()).or_default();
+            if table.ahead.get(&event.key).is_some_and(|(rv, _)| *rv == event.rv) {
+                table.ahead.remove(&event.key);
+            }
+            match event.change {
+                Change::Added | Change::Modified => {
+                    table.objects.insert(event.key.clone(), event.object.clone());
+                }
+                Change::Deleted => {
+                    table.objects.remove(&event.key);
+                }
+            }
+            match changed.iter_mut().find(|(r, _)| *r == resource) {
+                Some((_, rv)) => *rv = event.rv,
+                None => changed.push((resource.clone(), event.rv)),
+            }
+            self.remember(&resource, event);
+        }
+        changed
+    }
+
+    fn remember(&mut self, resource: &ResourceId, event: Arc<Event>) {
+        let limit = self.history_events;
         let table = self.tables.entry(resource.clone()).or_default();
         table.history_bytes += event.object.bare().len();
         table.history.push_back(event.clone());
@@ -267,13 +334,12 @@ impl Store {
             table.history_bytes -= old.object.bare().len();
             table.trimmed = old.rv;
         }
-        self.journal.push_back((resource.clone(), event.clone()));
+        self.journal.push_back((resource.clone(), event));
         while self.journal.len() > JOURNAL_EVENTS {
             if let Some((_, old)) = self.journal.pop_front() {
                 self.journal_trimmed = old.rv;
             }
         }
-        event
     }
 
     /// Events of all kinds after `rv`; `None` where they no longer reach back that far.
@@ -436,7 +502,7 @@ impl Store {
         Some(page)
     }
 
-    /// Every object, for snapshots and for finding dependents.
+    /// Every published object, for snapshots and for finding dependents.
     pub(crate) fn all(&self) -> impl Iterator<Item = (&ResourceId, &Arc<str>, &Arc<Stored>)> {
         self.tables
             .iter()

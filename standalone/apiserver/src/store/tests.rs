@@ -13,6 +13,31 @@ enum Step {
     Remove(u8),
 }
 
+/// A write that is published at once.
+fn put(
+    store: &mut Store,
+    resource: &ResourceId,
+    key: &str,
+    value: Value,
+    expect: Expect,
+) -> Result<Arc<Event>, Lost> {
+    let event = store.put(resource, key, value, expect)?;
+    store.publish(event.rv);
+    Ok(event)
+}
+
+fn remove(
+    store: &mut Store,
+    resource: &ResourceId,
+    key: &str,
+    last: Value,
+    rv: u64,
+) -> Result<Arc<Event>, Lost> {
+    let event = store.remove(resource, key, last, rv)?;
+    store.publish(event.rv);
+    Ok(event)
+}
+
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(
         prop_oneof![
@@ -42,7 +67,7 @@ proptest! {
                 Step::Put(k, v) => {
                     let key = format!("n/{k}");
                     let expect = store.get(&resource, &key).map_or(Expect::Absent, |o| Expect::At(o.rv));
-                    let event = store.put(&resource, &key, json!({"metadata": {"name": k.to_string()}, "v": v}), expect).expect("committed");
+                    let event = put(&mut store, &resource, &key, json!({"metadata": {"name": k.to_string()}, "v": v}), expect).expect("committed");
                     prop_assert!(event.rv > last_rv);
                     last_rv = event.rv;
                     model.insert(key, *v);
@@ -50,7 +75,7 @@ proptest! {
                 Step::Remove(k) => {
                     let key = format!("n/{k}");
                     if let Some(rv) = store.get(&resource, &key).map(|o| o.rv) {
-                        let event = store.remove(&resource, &key, json!({"metadata": {}}), rv).expect("committed");
+                        let event = remove(&mut store, &resource, &key, json!({"metadata": {}}), rv).expect("committed");
                         prop_assert!(event.rv > last_rv);
                         last_rv = event.rv;
                         model.remove(&key);
@@ -76,14 +101,14 @@ fn a_version_from_before_the_history_is_told_so() {
     let mut store = Store::new(1);
     store.set_history_limit(3);
     for i in 0..10 {
-        store
-            .put(
-                &resource,
-                &format!("n/{i}"),
-                json!({"metadata": {}}),
-                Expect::Absent,
-            )
-            .expect("committed");
+        put(
+            &mut store,
+            &resource,
+            &format!("n/{i}"),
+            json!({"metadata": {}}),
+            Expect::Absent,
+        )
+        .expect("committed");
     }
     assert!(store.events_after(&resource, 2).is_none());
     let rv = store.rv();
@@ -98,14 +123,14 @@ fn pages_follow_each_other_without_gaps() {
     let resource: ResourceId = "/configmaps".into();
     let mut store = Store::new(1);
     for i in 0..7 {
-        store
-            .put(
-                &resource,
-                &format!("n/{i}"),
-                json!({"metadata": {"name": i.to_string()}}),
-                Expect::Absent,
-            )
-            .expect("committed");
+        put(
+            &mut store,
+            &resource,
+            &format!("n/{i}"),
+            json!({"metadata": {"name": i.to_string()}}),
+            Expect::Absent,
+        )
+        .expect("committed");
     }
     let mut names = Vec::new();
     let mut after: Option<Arc<str>> = None;
@@ -124,15 +149,27 @@ fn pages_follow_each_other_without_gaps() {
 fn a_write_that_expects_another_state_is_lost() {
     let resource: ResourceId = "/configmaps".into();
     let mut store = Store::new(1);
-    let event = store
-        .put(&resource, "n/a", json!({"metadata": {}}), Expect::Absent)
-        .expect("committed");
+    let event = put(
+        &mut store,
+        &resource,
+        "n/a",
+        json!({"metadata": {}}),
+        Expect::Absent,
+    )
+    .expect("committed");
     assert!(matches!(
-        store.put(&resource, "n/a", json!({"metadata": {}}), Expect::Absent),
+        put(
+            &mut store,
+            &resource,
+            "n/a",
+            json!({"metadata": {}}),
+            Expect::Absent
+        ),
         Err(Lost::Exists)
     ));
     assert!(matches!(
-        store.put(
+        put(
+            &mut store,
             &resource,
             "n/a",
             json!({"metadata": {}}),
@@ -141,7 +178,7 @@ fn a_write_that_expects_another_state_is_lost() {
         Err(Lost::Changed)
     ));
     assert!(matches!(
-        store.remove(&resource, "n/b", json!({}), 1),
+        remove(&mut store, &resource, "n/b", json!({}), 1),
         Err(Lost::Missing)
     ));
 }
@@ -179,12 +216,12 @@ proptest! {
                     let key = format!("n/{k}");
                     let expect = store.get(&resource, &key).map_or(Expect::Absent, |o| Expect::At(o.rv));
                     let object = json!({"metadata": {"name": k.to_string()}, "k": k.to_string(), "v": v});
-                    store.put(&resource, &key, object, expect).expect("committed");
+                    put(&mut store, &resource, &key, object, expect).expect("committed");
                 }
                 Step::Remove(k) => {
                     let key = format!("n/{k}");
                     if let Some(rv) = store.get(&resource, &key).map(|o| o.rv) {
-                        store.remove(&resource, &key, json!({"metadata": {}}), rv).expect("committed");
+                        remove(&mut store, &resource, &key, json!({"metadata": {}}), rv).expect("committed");
                     }
                 }
             }
@@ -214,12 +251,22 @@ proptest! {
 fn a_list_from_before_the_history_is_told_so() {
     let resource: ResourceId = "/configmaps".into();
     let mut store = Store::new(1);
-    let first = store
-        .put(&resource, "n/a", json!({"metadata": {}}), Expect::Absent)
-        .expect("committed");
-    store
-        .put(&resource, "n/b", json!({"metadata": {}}), Expect::Absent)
-        .expect("committed");
+    let first = put(
+        &mut store,
+        &resource,
+        "n/a",
+        json!({"metadata": {}}),
+        Expect::Absent,
+    )
+    .expect("committed");
+    put(
+        &mut store,
+        &resource,
+        "n/b",
+        json!({"metadata": {}}),
+        Expect::Absent,
+    )
+    .expect("committed");
     assert_eq!(
         store
             .list_at(&resource, "", None, None, first.rv, |_| true)
@@ -234,4 +281,54 @@ fn a_list_from_before_the_history_is_told_so() {
             .list_at(&resource, "", None, None, first.rv, |_| true)
             .is_none()
     );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Readers have the state up to the published version and nothing of what is staged after it; writers have to expect the last
+    /// staged one.
+    #[test]
+    fn what_is_staged_is_seen_by_nobody_until_it_is_published(
+        steps in prop::collection::vec((0..4u8, any::<u8>(), 0..4u8, prop::option::of(0..6u64)), 0..60),
+    ) {
+        let resource: ResourceId = "/configmaps".into();
+        let mut store = Store::new(1);
+        let mut head: BTreeMap<String, u64> = BTreeMap::new();
+        let mut states: Vec<(u64, BTreeMap<String, u64>)> = vec![(1, head.clone())];
+        for (k, v, what, publish) in steps {
+            let key = format!("n/{k}");
+            match (what, head.get(&key).copied()) {
+                (0, Some(rv)) => {
+                    store.remove(&resource, &key, json!({"metadata": {}}), rv).expect("it expects the staged state");
+                    head.remove(&key);
+                    states.push((store.head, head.clone()));
+                }
+                (0, None) => {
+                    let lost = store.remove(&resource, &key, json!({"metadata": {}}), 1);
+                    prop_assert!(matches!(lost, Err(Lost::Missing)));
+                }
+                (_, current) => {
+                    let expect = current.map_or(Expect::Absent, Expect::At);
+                    let event = store.put(&resource, &key, json!({"metadata": {}, "v": v}), expect).expect("it expects the staged state");
+                    head.insert(key.clone(), event.rv);
+                    states.push((store.head, head.clone()));
+                    let again = store.put(&resource, &key, json!({}), expect);
+                    prop_assert!(again.is_err(), "a writer that has not seen the staged write loses");
+                    prop_assert_eq!(store.staged_at(&resource, &key), Some(event.rv));
+                }
+            }
+            if let Some(behind) = publish {
+                store.publish(store.head.saturating_sub(behind));
+            }
+            let seen: BTreeMap<String, u64> = store.tables.get(&resource).into_iter().flat_map(|t| &t.objects)
+                .map(|(k, o)| (k.to_string(), o.rv)).collect();
+            let expected = states.iter().rev().find(|(rv, _)| *rv <= store.rv()).map(|(_, state)| state);
+            prop_assert_eq!(Some(&seen), expected);
+            let newest = store.events_after(&resource, 1).expect("history").last().map_or(1, |e| e.rv);
+            prop_assert!(newest <= store.rv());
+        }
+        store.publish(u64::MAX);
+        prop_assert!(store.staged.is_empty() && store.tables.values().all(|t| t.ahead.is_empty()));
+    }
 }

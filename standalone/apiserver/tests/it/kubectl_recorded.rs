@@ -18,7 +18,7 @@ use tokio::process::Command;
 
 use crate::client::DEADLINE;
 use crate::kubectl::cache;
-use crate::transcripts::{Run, data, set_up};
+use crate::recording::{Run, data, set_up};
 
 /// The recordings show runs of spaces as two.
 fn tidy(text: &str) -> String {

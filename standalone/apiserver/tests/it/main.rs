@@ -4,5 +4,7 @@ mod client;
 mod durable;
 mod kubectl;
 mod kubectl_recorded;
+mod likeness;
+mod recording;
 mod transcripts;
 mod type_table;

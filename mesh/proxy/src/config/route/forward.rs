@@ -11,6 +11,7 @@ impl Forward {
         from: &route::RouteAction,
         outer: &route::Route,
         host: &route::VirtualHost,
+        template: Option<&UriTemplate>,
         context: &mut Context<'_>,
     ) -> Result<Self, Refusal> {
         refuse_unsupported(from)?;
@@ -54,8 +55,11 @@ impl Forward {
                     convert::timeout(value.max_stream_duration.as_ref())
                 })
                 .within("max_stream_duration")?,
+            criteria: Criteria::compile(from.metadata_match.as_ref(), None),
+            hedge: compile_hedge(from.hedge_policy.as_ref().or(host.hedge_policy.as_ref()))
+                .within("hedge_policy")?,
             retry,
-            rewrite: compile_rewrite(from)?,
+            rewrite: compile_rewrite(from, template)?,
             host_rewrite: compile_host_rewrite(from)?,
             append_forwarded_host: from.append_x_forwarded_host,
             mirrors: mirrors
@@ -88,6 +92,7 @@ impl Forward {
                 .as_ref()
                 .or(host.per_request_buffer_limit_bytes.as_ref())
                 .map_or(DEFAULT_REQUEST_BUFFER, |value| value.value as usize),
+            connect_tcp: connects_to_tcp(from)?,
             upgrades: from
                 .upgrade_configs
                 .iter()
@@ -102,13 +107,10 @@ impl Forward {
 
 fn refuse_unsupported(from: &route::RouteAction) -> Result<(), Refusal> {
     let unsupported = [
-        ("metadata_match", from.metadata_match.is_some()),
-        ("path_rewrite_policy", from.path_rewrite_policy.is_some()),
         (
             "internal_redirect_policy",
             from.internal_redirect_policy.is_some(),
         ),
-        ("hedge_policy", from.hedge_policy.is_some()),
         (
             "retry_policy_typed_config",
             from.retry_policy_typed_config.is_some(),
@@ -125,12 +127,13 @@ fn compile_targets(from: &route::RouteAction, context: &mut Context<'_>) -> Resu
     use route::route_action::ClusterSpecifier;
     match &from.cluster_specifier {
         Some(ClusterSpecifier::Cluster(name)) => Ok(Targets::One(context.slots.cluster(name))),
-        Some(ClusterSpecifier::ClusterHeader(_)) => Err(Refusal::new(
-            "cluster_header",
-            "clusters named by a request header are not supported",
-        )),
+        Some(ClusterSpecifier::ClusterHeader(name)) => {
+            let name = HeaderName::from_bytes(name.as_bytes())
+                .map_err(|_| Refusal::new("cluster_header", format!("{name:?} is not a header name")))?;
+            Ok(Targets::Named(name, context.slots.directory.clone()))
+        }
         Some(ClusterSpecifier::WeightedClusters(weighted)) => {
-            compile_weighted(weighted, context).within("weighted_clusters")
+            compile_weighted(weighted, from.metadata_match.as_ref(), context).within("weighted_clusters")
         }
         Some(
             ClusterSpecifier::ClusterSpecifierPlugin(_) | ClusterSpecifier::InlineClusterSpecifierPlugin(_),
@@ -139,7 +142,11 @@ fn compile_targets(from: &route::RouteAction, context: &mut Context<'_>) -> Resu
     }
 }
 
-fn compile_weighted(from: &route::WeightedCluster, context: &mut Context<'_>) -> Result<Targets, Refusal> {
+fn compile_weighted(
+    from: &route::WeightedCluster,
+    above: Option<&core::Metadata>,
+    context: &mut Context<'_>,
+) -> Result<Targets, Refusal> {
     if from.random_value_specifier.is_some() {
         return Err(Refusal::new("random_value_specifier", "not supported"));
     }
@@ -147,10 +154,10 @@ fn compile_weighted(from: &route::WeightedCluster, context: &mut Context<'_>) ->
     let mut weights = Vec::with_capacity(from.clusters.len());
     for (index, cluster) in from.clusters.iter().enumerate() {
         let path = format!("clusters[{index}]");
-        if !cluster.cluster_header.is_empty() || cluster.metadata_match.is_some() {
+        if !cluster.cluster_header.is_empty() {
             return Err(Refusal::new(
                 path,
-                "cluster_header and metadata_match are not supported",
+                "cluster_header is not supported here; name the cluster, or use the route's cluster_header",
             ));
         }
         let host_rewrite = match &cluster.host_rewrite_specifier {
@@ -174,6 +181,10 @@ fn compile_weighted(from: &route::WeightedCluster, context: &mut Context<'_>) ->
             )
             .within(&path)?,
             host_rewrite,
+            criteria: cluster
+                .metadata_match
+                .as_ref()
+                .and_then(|own| Criteria::compile(Some(own), above)),
             per_filter: PerRoute::compile(&cluster.typed_per_filter_config, context).within(&path)?,
         });
         weights.push(cluster.weight.as_ref().map_or(0, |weight| weight.value));
@@ -188,7 +199,66 @@ fn compile_weighted(from: &route::WeightedCluster, context: &mut Context<'_>) ->
     }
 }
 
-fn compile_rewrite(from: &route::RouteAction) -> Result<Option<Rewrite>, Refusal> {
+/// Whether CONNECT ends here.
+fn connects_to_tcp(from: &route::RouteAction) -> Result<bool, Refusal> {
+    let mut out = false;
+    for (index, upgrade) in from.upgrade_configs.iter().enumerate() {
+        let Some(config) = &upgrade.connect_config else {
+            continue;
+        };
+        let path = format!("upgrade_configs[{index}].connect_config");
+        if !upgrade.upgrade_type.eq_ignore_ascii_case("CONNECT") {
+            return Err(Refusal::new(path, "is for CONNECT only"));
+        }
+        if config.proxy_protocol_config.is_some() || config.allow_post {
+            return Err(Refusal::new(path, "PROXY protocol and POST are not supported"));
+        }
+        out = true;
+    }
+    Ok(out)
+}
+
+/// Whether a second try is made beside one that takes too long.
+fn compile_hedge(from: Option<&route::HedgePolicy>) -> Result<bool, Refusal> {
+    let Some(from) = from else { return Ok(false) };
+    if from
+        .initial_requests
+        .as_ref()
+        .is_some_and(|requests| requests.value != 1)
+    {
+        return Err(Refusal::new(
+            "initial_requests",
+            "only one is supported, as in Envoy",
+        ));
+    }
+    if from
+        .additional_request_chance
+        .as_ref()
+        .is_some_and(|chance| chance.numerator != 0)
+    {
+        return Err(Refusal::new(
+            "additional_request_chance",
+            "not supported, as in Envoy",
+        ));
+    }
+    Ok(from.hedge_on_per_try_timeout)
+}
+
+fn compile_rewrite(
+    from: &route::RouteAction,
+    template: Option<&UriTemplate>,
+) -> Result<Option<Rewrite>, Refusal> {
+    if let Some(policy) = &from.path_rewrite_policy {
+        if from.regex_rewrite.is_some() || !from.prefix_rewrite.is_empty() || !from.path_rewrite.is_empty() {
+            return Err(Refusal::new(
+                "path_rewrite_policy",
+                "cannot be used together with another rewrite of the path",
+            ));
+        }
+        return template::TemplateRewrite::compile(policy, template)
+            .map(|rewrite| Some(Rewrite::Template(rewrite)))
+            .within("path_rewrite_policy");
+    }
     if let Some(regex) = &from.regex_rewrite {
         let (regex, with) = substitution(regex).within("regex_rewrite")?;
         return Ok(Some(Rewrite::Regex(regex, with)));

@@ -162,10 +162,13 @@ fn what_cannot_be_honoured_is_refused_with_its_path() {
     let Some(route::route::Action::Route(action)) = &mut hedged.action else {
         unreachable!()
     };
-    action.hedge_policy = Some(route::HedgePolicy::default());
+    action.hedge_policy = Some(route::HedgePolicy {
+        initial_requests: Some(serin_xds::pb::google::protobuf::UInt32Value { value: 2 }),
+        ..Default::default()
+    });
     assert_eq!(
         compile(vec![hedged]).unwrap_err().path,
-        "routes[0].route.hedge_policy"
+        "routes[0].route.hedge_policy.initial_requests"
     );
 
     let zero = route::Route {

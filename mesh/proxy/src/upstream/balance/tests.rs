@@ -1,6 +1,8 @@
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::*;
+use crate::config::cluster::SlowStart;
 use crate::config::convert::Address;
 use crate::config::endpoint::Endpoint;
 use crate::config::slot::ClusterSlot;
@@ -38,6 +40,7 @@ fn fixture(lb: i32, hosts: &[(usize, u32, bool)]) -> Fixture {
         }
         let locality = crate::config::endpoint::Locality {
             weight: 1,
+            zone: Box::default(),
             members: start..all.len(),
         };
         priorities.push(vec![locality].into());
@@ -51,13 +54,7 @@ fn fixture(lb: i32, hosts: &[(usize, u32, bool)]) -> Fixture {
     let hosts: Vec<_> = set
         .all
         .iter()
-        .map(|endpoint| {
-            Rc::new(Host {
-                endpoint: endpoint.clone(),
-                pool: Rc::default(),
-                active: Rc::default(),
-            })
-        })
+        .map(|endpoint| Rc::new(Host::new(endpoint.clone())))
         .collect();
     let balancer = Balancer::new(&cluster, &set, &hosts);
     Fixture {
@@ -194,12 +191,12 @@ fn an_endpoint_update_keeps_the_connections_of_hosts_that_stay() {
     let slot = Arc::new(ClusterSlot::new(0, "c".into()));
     slot.set_config(Some(Arc::new(fixture.cluster)));
     slot.set_endpoints(Some(Arc::new(fixture.set)));
-    let first = WorkerCluster::new(&slot, None).unwrap();
+    let first = WorkerCluster::new(&slot, None, None).unwrap();
     let before: Vec<_> = (0..2)
         .map(|_| first.pick(&Wish::default(), None).unwrap().pool.clone())
         .collect();
     slot.set_endpoints(first.slot.endpoints());
-    let second = WorkerCluster::new(&slot, Some(&first)).unwrap();
+    let second = WorkerCluster::new(&slot, Some(&first), None).unwrap();
     assert_ne!(first.version, second.version);
     for _ in 0..2 {
         let pool = second.pick(&Wish::default(), None).unwrap().pool.clone();
@@ -267,4 +264,186 @@ fn a_host_that_has_not_passed_its_active_checks_gets_nothing() {
     }
     fixture.balancer = Balancer::new(&fixture.cluster, &fixture.set, &fixture.hosts);
     assert_eq!(fixture.counts(300, &Wish::default()), [150, 0, 150]);
+}
+
+#[test]
+fn a_level_that_others_can_stand_in_for_does_not_panic() {
+    // One of four usable: 35 % stays, the second level takes the rest, and the three others get nothing.
+    let fixture = fixture(
+        ROUND_ROBIN,
+        &[
+            (0, 1, true),
+            (0, 1, false),
+            (0, 1, false),
+            (0, 1, false),
+            (1, 1, true),
+        ],
+    );
+    let counts = fixture.counts(2000, &Wish::default());
+    assert_eq!(counts[1..4], [0, 0, 0]);
+    assert!((550..850).contains(&counts[0]), "{counts:?}");
+    // Both levels are down to a quarter: now everybody is used.
+    let down: Vec<_> = (0..8).map(|host| (host / 4, 1, host % 4 == 0)).collect();
+    let fixture = super::tests::fixture(ROUND_ROBIN, &down);
+    assert!(
+        fixture
+            .counts(2000, &Wish::default())
+            .iter()
+            .all(|count| *count > 0)
+    );
+}
+
+#[test]
+fn degraded_hosts_wait_until_the_healthy_cannot_carry_the_load() {
+    let with = |healthy: &[bool]| {
+        let hosts: Vec<_> = healthy.iter().map(|healthy| (0, 1, *healthy)).collect();
+        let mut fixture = fixture(ROUND_ROBIN, &hosts);
+        let mut all: Vec<Arc<Endpoint>> = Vec::new();
+        for (index, endpoint) in fixture.set.all.iter().enumerate() {
+            all.push(Arc::new(Endpoint {
+                text: endpoint.text.clone(),
+                degraded: index == 0,
+                healthy: endpoint.healthy,
+                ..Endpoint::at(endpoint.address.clone())
+            }));
+        }
+        fixture.set.all = all.into();
+        fixture.hosts = fixture
+            .set
+            .all
+            .iter()
+            .map(|endpoint| Rc::new(Host::new(endpoint.clone())))
+            .collect();
+        fixture.balancer = Balancer::new(&fixture.cluster, &fixture.set, &fixture.hosts);
+        fixture.counts(1000, &Wish::default())
+    };
+    assert_eq!(with(&[true, true, true, true])[0], 0);
+    // Half is healthy (70 %), a quarter degraded (30 %).
+    let counts = with(&[true, true, true, false]);
+    assert!((220..380).contains(&counts[0]), "{counts:?}");
+}
+
+#[test]
+fn a_retry_leaves_the_priorities_that_were_tried() {
+    let fixture = fixture(ROUND_ROBIN, &[(0, 1, true), (1, 1, true), (2, 1, true)]);
+    let counts = |tried_priorities| {
+        fixture.counts(
+            50,
+            &Wish {
+                tried_priorities,
+                ..Default::default()
+            },
+        )
+    };
+    assert_eq!(counts(0b001), [0, 50, 0]);
+    assert_eq!(counts(0b011), [0, 0, 50]);
+    assert_eq!(counts(0b111), [50, 0, 0], "when all were tried it starts over");
+}
+
+#[test]
+fn peak_ewma_prefers_the_faster_host_until_it_is_busy() {
+    use crate::upstream::ewma::Ewma;
+    let mut fixture = fixture(RANDOM, &[(0, 1, true), (0, 1, true)]);
+    let (decay, default_rtt) = (Duration::from_secs(10), Duration::from_millis(10));
+    fixture.cluster.lb = LbPolicy::PeakEwma { decay, default_rtt };
+    let hosts = fixture.set.all.iter().zip([5, 50]).map(|(endpoint, latency)| {
+        let ewma = Ewma::default();
+        ewma.observe(Duration::from_millis(latency), 0, decay);
+        Rc::new(Host {
+            ewma: Some(Rc::new(ewma)),
+            ..Host::new(endpoint.clone())
+        })
+    });
+    fixture.hosts = hosts.collect();
+    fixture.balancer = Balancer::new(&fixture.cluster, &fixture.set, &fixture.hosts);
+    let counts = fixture.counts(400, &Wish::default());
+    // Four draws miss the other of two hosts once in sixteen times.
+    assert!(counts[0] > 350, "{counts:?}");
+    fixture.hosts[0].active.set(20);
+    let counts = fixture.counts(400, &Wish::default());
+    assert!(counts[1] > 350, "{counts:?}");
+}
+
+#[test]
+fn a_full_scan_finds_the_least_busy_of_all() {
+    let mut fixture = fixture(LEAST_REQUEST, &[(0, 1, true), (0, 4, true), (0, 1, true)]);
+    fixture.cluster.lb = LbPolicy::LeastRequest { choices: 0 };
+    for (host, active) in fixture.hosts.iter().zip([2, 6, 3]) {
+        host.active.set(active);
+    }
+    assert_eq!(fixture.counts(50, &Wish::default()), [0, 50, 0]);
+    fixture.hosts[1].active.set(8);
+    let counts = fixture.counts(400, &Wish::default());
+    assert!(counts[0] > 100 && counts[1] > 100 && counts[2] == 0, "{counts:?}");
+}
+
+#[test]
+fn with_bounded_loads_a_hash_moves_on_from_a_host_that_has_its_part() {
+    let mut fixture = fixture(5, &[(0, 1, true), (0, 1, true), (0, 1, true)]);
+    let wish = Wish {
+        hash: Some(42),
+        ..Default::default()
+    };
+    let first = fixture
+        .counts(10, &wish)
+        .iter()
+        .position(|count| *count > 0)
+        .unwrap();
+    fixture.cluster.hashing.balance_factor = Some(150);
+    let all = Rc::new(Cell::new(9));
+    fixture.hosts = fixture
+        .set
+        .all
+        .iter()
+        .map(|endpoint| {
+            Rc::new(Host {
+                siblings: Some(all.clone()),
+                ..Host::new(endpoint.clone())
+            })
+        })
+        .collect();
+    fixture.balancer = Balancer::new(&fixture.cluster, &fixture.set, &fixture.hosts);
+    // Ten requests, three hosts, half more than the average: five each.
+    fixture.hosts[first].active.set(4);
+    assert_eq!(fixture.counts(10, &wish)[first], 10);
+    fixture.hosts[first].active.set(5);
+    assert_eq!(fixture.counts(10, &wish)[first], 0);
+}
+
+#[test]
+fn requests_keep_to_the_zone_that_was_decided_on_and_leave_it_when_it_is_out() {
+    let mut fixture = fixture(ROUND_ROBIN, &[(0, 1, true), (0, 1, true), (0, 1, true)]);
+    fixture.cluster.zone_aware = Some(crate::config::balancing::ZoneAware {
+        enabled: crate::config::convert::Fraction::ALL,
+        min_cluster_size: 1,
+        fail_on_panic: true,
+        force_local: None,
+        by_weight: false,
+    });
+    let locality = |zone: &str, members| crate::config::endpoint::Locality {
+        weight: 0,
+        zone: zone.into(),
+        members,
+    };
+    fixture.set.priorities = vec![vec![locality("a", 0..1), locality("b", 1..3)].into()].into();
+    fixture.balancer = Balancer::new(&fixture.cluster, &fixture.set, &fixture.hosts);
+    assert_eq!(fixture.balancer.zones().collect::<Vec<_>>(), [(1, 1), (2, 2)]);
+    let direct = ZoneRouting::Direct(1);
+    let wish = Wish {
+        zones: Some(&direct),
+        ..Default::default()
+    };
+    assert_eq!(fixture.counts(100, &wish), [0, 50, 50]);
+    for host in &fixture.hosts[1..] {
+        host.endpoint
+            .state
+            .ejected_until
+            .store(u64::MAX, Ordering::Relaxed);
+    }
+    let wish = Wish {
+        some_ejected: true,
+        ..wish
+    };
+    // A third is left, which is panic, and the rules say that then requests fail.
+    assert_eq!(fixture.counts(10, &wish), [0, 0, 0]);
 }
