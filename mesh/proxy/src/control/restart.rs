@@ -238,9 +238,9 @@ pub(super) fn distribute(
 ) -> std::io::Result<Vec<Vec<TcpListener>>> {
     let mut out: Vec<Vec<TcpListener>> = (0..workers).map(|_| Vec::new()).collect();
     let count = sockets.len();
-    for index in count..workers {
+    for (index, own) in out.iter_mut().enumerate().skip(count) {
         if let Some(socket) = sockets.get(index % count.max(1)) {
-            out[index].push(socket.try_clone()?);
+            own.push(socket.try_clone()?);
         }
     }
     for (index, socket) in sockets.into_iter().enumerate() {

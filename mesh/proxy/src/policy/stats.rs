@@ -160,7 +160,7 @@ impl Registry {
         let label = (area.label, value);
         let mut counter = |name| self.counter(workers, name, &[label]);
         let (opened, closed) = (counter(area.opened), counter(area.closed));
-        let requests = area.requests.map(|name| counter(name));
+        let requests = area.requests.map(&mut counter);
         let classes = area.classes.map(|name| {
             ["1", "2", "3", "4", "5"]
                 .map(|class| self.counter(workers, name, &[("envoy_response_code_class", class), label]))

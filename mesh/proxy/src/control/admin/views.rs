@@ -223,7 +223,7 @@ pub(super) fn config_dump(
                     Discovery::Eds(_) => "EDS",
                     Discovery::Dns { logical: true, .. } => "LOGICAL_DNS",
                     Discovery::Dns { .. } => "STRICT_DNS",
-                    _ => "ORIGINAL_DST",
+                    Discovery::OriginalDst { .. } => "ORIGINAL_DST",
                 }
                 .into();
                 if let Discovery::Eds(service) = &config.discovery {
