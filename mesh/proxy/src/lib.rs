@@ -44,6 +44,14 @@
 //! - [`tls`]: secrets rotate under connections; sessions from before a change are not resumed; a host that the chain of a
 //!   TLS connection does not name is answered 421.
 //! - A filter chain is found as Envoy finds it, without going back ([`config::chain_match`]).
+//! - A bootstrap file becomes Envoy's own message by Envoy's own schema ([`bootstrap`]), so static resources may hold
+//!   whatever the same resources may hold over xDS; what the proxy does not do is refused once, by the compiler.
+//! - Balancing is a balancer per group of hosts ([`upstream::balance`]): a subset is one more group, a zone a range of one,
+//!   so what is not configured costs a request nothing. A priority panics only where all together cannot carry the load.
+//! - Retries have a budget (20 % of the active requests, at least 3) unless a cluster gives a number.
+//! - Within the proxy an upgrade is a GET that asks for a protocol, whichever HTTP version it came in; CONNECT, upgrades
+//!   and extended CONNECT differ at the two ends of a tunnel only. Nothing follows a CONNECT that was refused.
+//! - Overload is one flag that requests look at ([`mod@overload`]); what is measured is measured on the control thread.
 //! - Responses that the proxy makes itself carry `x-serin-response-flags` when a flag is set.
 //!
 //! # Limits

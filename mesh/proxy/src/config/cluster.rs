@@ -67,6 +67,8 @@ pub struct Cluster {
     pub bind: Option<IpAddr>,
     /// Idle connections are closed after this.
     pub idle_timeout: Duration,
+    /// Connections take no more requests after this.
+    pub max_connection_duration: Option<Duration>,
     /// Connections are closed after this many requests; 0 for no limit.
     pub max_requests_per_connection: u32,
     /// TCP keepalive: idle time, interval, probes.
@@ -147,6 +149,12 @@ impl Cluster {
             slow_start: balancing.slow_start,
             bind: compile_bind(from)?,
             idle_timeout,
+            max_connection_duration: convert::timeout(
+                common
+                    .as_ref()
+                    .and_then(|options| options.max_connection_duration.as_ref()),
+            )
+            .within("max_connection_duration")?,
             max_requests_per_connection: max_requests.map_or(0, |value| value.value),
             keepalive: from
                 .upstream_connection_options

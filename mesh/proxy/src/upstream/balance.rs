@@ -27,7 +27,7 @@ use loads::{Health, Loads};
 #[derive(Debug, Default)]
 struct Group {
     hosts: Vec<Rc<Host>>,
-    /// Localities with weights, as ranges of `hosts`; one without a weight when weights do not count.
+    /// Localities with weights, as ranges of `hosts`; none when weights do not count.
     localities: Vec<(u32, std::ops::Range<usize>)>,
     /// All localities in the order of the endpoint set, where zones count.
     zones: Vec<std::ops::Range<usize>>,
@@ -163,7 +163,13 @@ impl Balancer {
             .map(|localities| Level::new(cluster, set, hosts, localities, members))
             .collect();
         let overprovisioning = set.overprovisioning;
-        let loads = Loads::new(levels.iter().map(Level::health), overprovisioning, 0);
+        // One level without degraded hosts, the usual case, needs none: there are many clusters.
+        let shared = levels.len() > 1 || levels.iter().any(|level| !level.degraded.hosts.is_empty());
+        let loads = if shared {
+            Loads::new(levels.iter().map(Level::health), overprovisioning, 0)
+        } else {
+            Loads::default()
+        };
         // Workers and restarts start at different hosts.
         Self {
             levels,
@@ -253,6 +259,7 @@ impl Balancer {
                     level.health()
                 }
             };
+            // Also for one level whose priority was tried.
             fresh = Loads::new(
                 self.levels.iter().map(health),
                 self.overprovisioning,
@@ -373,9 +380,6 @@ impl Level {
 
 impl Group {
     fn finish(&mut self, cluster: &Cluster) {
-        if self.localities.is_empty() {
-            self.localities.push((1, 0..self.hosts.len()));
-        }
         let named = || -> Vec<(&str, u32)> {
             self.hosts
                 .iter()

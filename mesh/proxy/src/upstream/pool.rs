@@ -61,6 +61,13 @@ impl From<hyper::Error> for ConnectError {
     }
 }
 
+/// Whether a connection has lived for as long as the cluster lets it. The clock is read where there is a limit only.
+fn too_old(cluster: &Cluster, born: Instant) -> bool {
+    cluster
+        .max_connection_duration
+        .is_some_and(|limit| born.elapsed() >= limit)
+}
+
 /// Counts a connection for as long as it lives.
 #[derive(Debug)]
 struct Counted(Option<Arc<ClusterSlot>>);
@@ -77,6 +84,7 @@ impl Drop for Counted {
 struct Idle {
     sender: http1::SendRequest<UpstreamBody>,
     since: Instant,
+    born: Instant,
     served: u32,
     tls: Option<Arc<ConnectionTls>>,
 }
@@ -88,6 +96,7 @@ struct Shared2 {
     streams: Rc<Cell<usize>>,
     active: Cell<u32>,
     served: Cell<u32>,
+    born: Instant,
     idle_since: Cell<Instant>,
     tls: Option<Arc<ConnectionTls>>,
 }
@@ -117,6 +126,8 @@ pub enum Lease {
         sender: http1::SendRequest<UpstreamBody>,
         /// Requests served before.
         served: u32,
+        /// When it was made.
+        born: Instant,
         /// What TLS was negotiated to.
         tls: Option<Arc<ConnectionTls>>,
         /// Where it goes back to.
@@ -173,6 +184,7 @@ impl Lease {
         if let Self::Http1 {
             sender,
             served,
+            born,
             tls,
             pool,
         } = self
@@ -185,6 +197,7 @@ impl Lease {
                     idle.push(Idle {
                         sender,
                         since: Instant::now(),
+                        born,
                         served,
                         tls,
                     });
@@ -216,21 +229,29 @@ impl Pool {
     pub fn reuse(self: &Rc<Self>, speaking: Speaking, cluster: &Cluster) -> Option<Lease> {
         match speaking {
             Speaking::Http2 => self.reuse2(cluster).map(Lease::Http2),
-            Speaking::Either => self.reuse2(cluster).map(Lease::Http2).or_else(|| self.reuse1()),
-            Speaking::Http1 | Speaking::Bytes => self.reuse1(),
+            Speaking::Either => self
+                .reuse2(cluster)
+                .map(Lease::Http2)
+                .or_else(|| self.reuse1(cluster)),
+            Speaking::Http1 | Speaking::Bytes => self.reuse1(cluster),
         }
     }
 
-    fn reuse1(self: &Rc<Self>) -> Option<Lease> {
+    fn reuse1(self: &Rc<Self>, cluster: &Cluster) -> Option<Lease> {
         let mut idle = self.idle.borrow_mut();
         let mut index = idle.len();
         while index > 0 {
             index -= 1;
+            if too_old(cluster, idle[index].born) {
+                idle.remove(index);
+                continue;
+            }
             if idle[index].sender.is_ready() {
                 let taken = idle.remove(index);
                 return Some(Lease::Http1 {
                     sender: taken.sender,
                     served: taken.served,
+                    born: taken.born,
                     tls: taken.tls,
                     pool: self.clone(),
                 });
@@ -245,7 +266,8 @@ impl Pool {
 
     fn reuse2(&self, cluster: &Cluster) -> Option<Stream2> {
         let mut shared = self.shared.borrow_mut();
-        shared.retain(|connection| !connection.sender.is_closed());
+        // One that is too old ends with the streams that it has.
+        shared.retain(|connection| !connection.sender.is_closed() && !too_old(cluster, connection.born));
         let limit = cluster.max_requests_per_connection;
         let found = shared.iter().find(|connection| {
             let streams = (connection.streams.get() as u64).min(u64::from(cluster.max_streams));
@@ -399,6 +421,7 @@ impl Pool {
         Ok(Lease::Http1 {
             sender,
             served: 0,
+            born: Instant::now(),
             tls: connected.tls,
             pool: self.clone(),
         })
@@ -435,6 +458,7 @@ impl Pool {
             streams,
             active: Cell::new(1),
             served: Cell::new(1),
+            born: Instant::now(),
             idle_since: Cell::new(Instant::now()),
             tls: connected.tls,
         });

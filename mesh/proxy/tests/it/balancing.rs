@@ -638,3 +638,37 @@ async fn adaptive_concurrency_lets_in_as_many_as_its_limit_and_refuses_the_other
     })
     .await;
 }
+
+#[tokio::test]
+async fn connections_that_have_lived_long_enough_take_no_more_requests() {
+    let backend = Backend::named("a").await;
+    for http2 in [false, true] {
+        let harness = Harness::start();
+        let lived = |nanos| core::HttpProtocolOptions {
+            max_connection_duration: Some(google::Duration { seconds: 0, nanos }),
+            ..Default::default()
+        };
+        let with = |options| {
+            let cluster = cluster::Cluster {
+                common_http_protocol_options: options,
+                ..eds_cluster("c")
+            };
+            if http2 { speaking_h2(cluster) } else { cluster }
+        };
+        harness.put(ResourceType::Cluster, "c", &with(None)).await;
+        harness.endpoints("c", &[backend.address]).await;
+        let at = harness.serve(vec![prefix_route("/", to_cluster("c"))]).await;
+        let made = || harness.counter("serin_proxy_upstream_connections_total", &[]);
+        for _ in 0..3 {
+            assert_eq!(get(at, "/").await.0, 200);
+        }
+        assert_eq!(made(), 1.0, "they are used again");
+        harness
+            .put(ResourceType::Cluster, "c", &with(Some(lived(1))))
+            .await;
+        for _ in 0..3 {
+            assert_eq!(get(at, "/").await.0, 200);
+        }
+        assert_eq!(made(), 4.0, "a nanosecond is over by the next request");
+    }
+}
