@@ -105,7 +105,14 @@ fn plan(from: bootstrap::Bootstrap, concurrency: usize) -> Result<Plan, Refusal>
     let mut node = from.node.unwrap_or_default();
     node.user_agent_name = "serin-proxy".to_owned();
     node.client_features = vec![FEATURE_VHDS.to_owned()];
-    let admin = from.admin.as_ref().map(admin).transpose().within("admin")?;
+    // Without an address there is no admin port, as in Envoy.
+    let admin = from
+        .admin
+        .as_ref()
+        .filter(|admin| admin.address.is_some())
+        .map(admin)
+        .transpose()
+        .within("admin")?;
     let resources = from.static_resources.unwrap_or_default();
     let mut overload = from
         .overload_manager

@@ -672,3 +672,82 @@ async fn connections_that_have_lived_long_enough_take_no_more_requests() {
         assert_eq!(made(), 4.0, "a nanosecond is over by the next request");
     }
 }
+
+#[tokio::test]
+async fn tcp_connections_reach_the_subset_that_their_proxy_or_weighted_cluster_asks_for() {
+    use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp;
+    let greeting = async |text: &'static str| {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let _ = stream.write_all(text.as_bytes()).await;
+            }
+        });
+        at
+    };
+    let (v1, v2) = (greeting("v1").await, greeting("v2").await);
+    let harness = Harness::start();
+    let subsets = cluster::Cluster {
+        lb_subset_config: Some(cluster::cluster::LbSubsetConfig {
+            subset_selectors: vec![cluster::cluster::lb_subset_config::LbSubsetSelector {
+                keys: vec!["version".into()],
+                ..Default::default()
+            }],
+            ..Default::default()
+        }),
+        ..eds_cluster("c")
+    };
+    harness.put(ResourceType::Cluster, "c", &subsets).await;
+    let endpoints = vec![
+        lb_endpoint(v1, lb_metadata(&[("version", "v1")])),
+        lb_endpoint(v2, lb_metadata(&[("version", "v2")])),
+    ];
+    harness
+        .put(
+            ResourceType::Endpoints,
+            "c",
+            &localities("c", vec![(0, "a", endpoints)]),
+        )
+        .await;
+    let weighted = tcp::tcp_proxy::WeightedCluster {
+        clusters: vec![tcp::tcp_proxy::weighted_cluster::ClusterWeight {
+            name: "c".into(),
+            weight: 1,
+            metadata_match: lb_metadata(&[("version", "v2")]),
+        }],
+    };
+    for (name, specifier, expected) in [
+        ("one", tcp::tcp_proxy::ClusterSpecifier::Cluster("c".into()), "v1"),
+        (
+            "weighted",
+            tcp::tcp_proxy::ClusterSpecifier::WeightedClusters(weighted),
+            "v2",
+        ),
+    ] {
+        let proxy = tcp::TcpProxy {
+            stat_prefix: "t".into(),
+            metadata_match: lb_metadata(&[("version", "v1")]),
+            cluster_specifier: Some(specifier),
+            ..Default::default()
+        };
+        let chain = serin_xds::pb::envoy::config::listener::v3::FilterChain {
+            filters: vec![network_filter(
+                "envoy.filters.network.tcp_proxy",
+                Some(any(&proxy)),
+            )],
+            ..Default::default()
+        };
+        harness
+            .put(
+                ResourceType::Listener,
+                name,
+                &listener_of(name, core::TrafficDirection::Outbound, vec![chain]),
+            )
+            .await;
+        let at = harness.proxy.listener_address(name).unwrap();
+        for _ in 0..4 {
+            assert_eq!(raw(at, b"").await, expected);
+        }
+    }
+}
