@@ -3,13 +3,15 @@
 # Arguments name the benchmarks to run; all of them if there are none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+hack/setup.sh --peers
 export SERIN_BIN_DIR="${CARGO_TARGET_DIR:?}/${PROFILE:-demo}"
 all=(kustomize analysis gitops control proxy demo)
 for bench in "${@:-${all[@]}}"; do
     echo "== $bench"
     case $bench in
-        proxy) cargo bench --locked -q -p serin-proxy --bench matrix ;;
-        soak) cargo bench --locked -q -p serin-proxy --bench soak ;;
+        # With the profile of the programs that are measured: one build, not two.
+        proxy) cargo bench --locked -q --profile "${PROFILE:-demo}" -p serin-proxy --bench matrix ;;
+        soak) cargo bench --locked -q --profile "${PROFILE:-demo}" -p serin-proxy --bench soak ;;
         demo) cargo bench --locked -q -p serin-tests --bench demo ;;
         *) cargo bench --locked -q -p "serin-$bench" ;;
     esac

@@ -35,6 +35,27 @@ if [ ${#missing[@]} -gt 0 ]; then
     fi
 fi
 
+# Peers that tests and benchmarks stand beside; without them those say that they are skipped. Only where asked for.
+if [ "${1:-}" = --peers ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    missing=()
+    need nginx command -v /usr/sbin/nginx
+    need haproxy command -v /usr/sbin/haproxy
+    need lighttpd command -v /usr/sbin/lighttpd
+    need nghttp2-client command -v h2load
+    if [ ${#missing[@]} -gt 0 ]; then
+        echo "setup: installing ${missing[*]} to compare with"
+        # They are to be there, not to serve this machine.
+        if [ ! -e /usr/sbin/policy-rc.d ]; then
+            printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d
+            chmod +x /usr/sbin/policy-rc.d
+            trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+        fi
+        apt-get update -qq &&
+            DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null ||
+            echo "setup: not all of them could be installed; what needs them is skipped" >&2
+    fi
+fi
+
 if ! command -v cargo >/dev/null; then
     echo "setup: please install Rust (rustup, see https://rustup.rs); the version is in rust-toolchain.toml" >&2
     exit 1

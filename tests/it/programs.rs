@@ -33,6 +33,12 @@ fn every_command_explains_itself() {
             return;
         };
         assert!(output.status.success(), "serin {command} --help");
+        let text = String::from_utf8_lossy(&output.stdout);
+        // Those of `image` are with its subcommands.
+        assert!(
+            command == "image" || text.contains("Example"),
+            "serin {command} --help shows no example"
+        );
     }
 }
 

@@ -11,29 +11,22 @@ use async_trait::async_trait;
 use http::header::HeaderName;
 use serde::Deserialize;
 
-use crate::http::{Call, below};
+use crate::service::Service;
 use crate::{Ask, Config, Connector, Error, Provider};
 
 const NAME: &str = "datadog";
 const ADDRESS: &str = "https://api.datadoghq.com";
 /// Intervals in the window (Flagger: the same).
 const WINDOW: u32 = 10;
+/// What the Secret must have.
+const KEYS: [&str; 2] = ["datadog_api_key", "datadog_application_key"];
 
 #[derive(Debug)]
-pub(crate) struct Datadog {
-    connector: Connector,
-    config: Config,
-}
+pub(crate) struct Datadog(Service);
 
 impl Datadog {
     pub(crate) fn new(connector: Connector, config: &Config) -> Result<Self, Error> {
-        below(NAME, &config.address_or(ADDRESS), "")?;
-        config.secret(NAME, "datadog_api_key")?;
-        config.secret(NAME, "datadog_application_key")?;
-        Ok(Self {
-            connector,
-            config: config.clone(),
-        })
+        Ok(Self(Service::new(NAME, Some(ADDRESS), &KEYS, connector, config)?))
     }
 }
 
@@ -58,27 +51,27 @@ impl Provider for Datadog {
     }
 
     async fn query(&self, ask: &Ask<'_>) -> Result<f64, Error> {
-        let config = &self.config;
+        let Self(service) = self;
         let to = ask.now.as_second();
         let from = to - i64::try_from((ask.interval * WINDOW).as_secs()).unwrap_or(i64::MAX / 2);
-        let mut url = below(NAME, &config.address_or(ADDRESS), "api/v1/query")?;
+        let mut url = service.url("api/v1/query")?;
         url.query_pairs_mut()
             .append_pair("query", ask.query)
             .append_pair("from", &from.to_string())
             .append_pair("to", &to.to_string());
-        let call = Call::get(NAME, url)
-            .with_config(config)?
+        let call = service
+            .get(url)?
             .with_secret(
                 HeaderName::from_static("dd-api-key"),
                 "",
-                config.secret(NAME, "datadog_api_key")?,
+                service.secret("datadog_api_key")?,
             )?
             .with_secret(
                 HeaderName::from_static("dd-application-key"),
                 "",
-                config.secret(NAME, "datadog_application_key")?,
+                service.secret("datadog_application_key")?,
             )?;
-        let response: Response = self.connector.http.send(&call).await?.json(NAME)?;
+        let response: Response = service.json(&call).await?;
         if let Some(error) = response.error.filter(|error| !error.is_empty()) {
             return Err(Error::answer(NAME, error));
         }

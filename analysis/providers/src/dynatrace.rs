@@ -9,27 +9,21 @@ use async_trait::async_trait;
 use http::header::AUTHORIZATION;
 use serde::Deserialize;
 
-use crate::http::{Call, below};
+use crate::service::Service;
 use crate::{Ask, Config, Connector, Error, Provider};
 
 const NAME: &str = "dynatrace";
 /// Intervals in the window (Flagger: the same).
 const WINDOW: u32 = 10;
+/// What the Secret must have.
+const KEYS: [&str; 1] = ["dynatrace_token"];
 
 #[derive(Debug)]
-pub(crate) struct Dynatrace {
-    connector: Connector,
-    config: Config,
-}
+pub(crate) struct Dynatrace(Service);
 
 impl Dynatrace {
     pub(crate) fn new(connector: Connector, config: &Config) -> Result<Self, Error> {
-        below(NAME, config.address(NAME)?, "")?;
-        config.secret(NAME, "dynatrace_token")?;
-        Ok(Self {
-            connector,
-            config: config.clone(),
-        })
+        Ok(Self(Service::new(NAME, None, &KEYS, connector, config)?))
     }
 }
 
@@ -58,21 +52,20 @@ impl Provider for Dynatrace {
     }
 
     async fn query(&self, ask: &Ask<'_>) -> Result<f64, Error> {
-        let config = &self.config;
+        let Self(service) = self;
         let to = ask.now.as_second() * 1000;
         let from = to - i64::try_from((ask.interval * WINDOW).as_millis()).unwrap_or(i64::MAX / 2);
-        let mut url = below(NAME, config.address(NAME)?, "api/v2/metrics/query")?;
+        let mut url = service.url("api/v2/metrics/query")?;
         url.query_pairs_mut()
             .append_pair("metricSelector", ask.query)
             .append_pair("resolution", "Inf")
             .append_pair("from", &from.to_string())
             .append_pair("to", &to.to_string());
-        let token = config.secret(NAME, "dynatrace_token")?;
-        let call =
-            Call::get(NAME, url)
-                .with_config(config)?
-                .with_secret(AUTHORIZATION, "Api-Token ", token)?;
-        let response: Response = self.connector.http.send(&call).await?.json(NAME)?;
+        let token = service.secret("dynatrace_token")?;
+        let call = service
+            .get(url)?
+            .with_secret(AUTHORIZATION, "Api-Token ", token)?;
+        let response: Response = service.json(&call).await?;
         response
             .result
             .first()

@@ -41,6 +41,7 @@ mod job;
 mod keptn;
 mod newrelic;
 mod prometheus;
+mod service;
 mod splunk;
 mod stackdriver;
 pub mod template;

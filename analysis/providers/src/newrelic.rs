@@ -11,27 +11,20 @@ use http::header::HeaderName;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::http::{Call, below};
+use crate::service::Service;
 use crate::{Ask, Config, Connector, Error, Provider};
 
 const NAME: &str = "newrelic";
 const ADDRESS: &str = "https://insights-api.newrelic.com";
+/// What the Secret must have.
+const KEYS: [&str; 2] = ["newrelic_account_id", "newrelic_query_key"];
 
 #[derive(Debug)]
-pub(crate) struct NewRelic {
-    connector: Connector,
-    config: Config,
-}
+pub(crate) struct NewRelic(Service);
 
 impl NewRelic {
     pub(crate) fn new(connector: Connector, config: &Config) -> Result<Self, Error> {
-        below(NAME, &config.address_or(ADDRESS), "")?;
-        config.secret(NAME, "newrelic_account_id")?;
-        config.secret(NAME, "newrelic_query_key")?;
-        Ok(Self {
-            connector,
-            config: config.clone(),
-        })
+        Ok(Self(Service::new(NAME, Some(ADDRESS), &KEYS, connector, config)?))
     }
 }
 
@@ -65,8 +58,8 @@ impl Provider for NewRelic {
     }
 
     async fn query(&self, ask: &Ask<'_>) -> Result<f64, Error> {
-        let config = &self.config;
-        let account = config.secret(NAME, "newrelic_account_id")?.expose().ok();
+        let Self(service) = self;
+        let account = service.secret("newrelic_account_id")?.expose().ok();
         // The account is a part of the path: nothing but digits may lead elsewhere.
         let account = account
             .filter(|account| !account.is_empty() && account.bytes().all(|byte| byte.is_ascii_alphanumeric()))
@@ -74,18 +67,14 @@ impl Provider for NewRelic {
                 provider: NAME,
                 reason: "newrelic_account_id is not an account's number".to_owned(),
             })?;
-        let mut url = below(
-            NAME,
-            &config.address_or(ADDRESS),
-            &format!("v1/accounts/{account}/query"),
-        )?;
+        let mut url = service.url(&format!("v1/accounts/{account}/query"))?;
         let query = format!("{} SINCE {} seconds ago", ask.query, ask.interval.as_secs());
         url.query_pairs_mut().append_pair("nrql", &query);
-        let call = Call::get(NAME, url).with_config(config)?.with_secret(
+        let call = service.get(url)?.with_secret(
             HeaderName::from_static("x-query-key"),
             "",
-            config.secret(NAME, "newrelic_query_key")?,
+            service.secret("newrelic_query_key")?,
         )?;
-        value(&self.connector.http.send(&call).await?.json(NAME)?)
+        value(&service.json(&call).await?)
     }
 }

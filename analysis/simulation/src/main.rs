@@ -1,14 +1,15 @@
 //! Runs the simulations and writes the tables and figures of the documentation.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Parser;
 use serin_simulation::absolute::of_absolute;
 use serin_simulation::contest::{ERRORS_STRICT, Entry, of_errors, of_latency, of_regressions};
 use serin_simulation::plots;
+use serin_simulation::random::seed;
 use serin_simulation::report::{Measured as All, Result as Measured, goals, page};
-use serin_simulation::run::contest;
+use serin_simulation::run::{Tally, contest};
 use serin_simulation::scenario::{Scenario, absolute, healthy, latencies, regressions};
 use serin_simulation::watching::SCENES;
 
@@ -27,9 +28,37 @@ struct Arguments {
     /// Where `results.md` and the figures are written; printed only without it.
     #[arg(long)]
     out: Option<PathBuf>,
+    /// Where the tallies of finished scenarios are kept, one file each, and read again by a later call with as many runs:
+    /// for a simulation that is interrupted. To be emptied when a judge or a scenario has changed.
+    #[arg(long)]
+    keep: Option<PathBuf>,
     /// Only scenarios whose name contains this.
     #[arg(long, default_value = "")]
     only: String,
+}
+
+/// The tallies of a scenario: those that an earlier call has kept, or new ones.
+fn kept(directory: Option<&Path>, name: &str, runs: u64, measure: impl FnOnce() -> Vec<Tally>) -> Vec<Tally> {
+    let Some(directory) = directory else {
+        return measure();
+    };
+    let file = directory.join(format!("{:016x}-{runs}.json", seed(name, runs)));
+    let known = std::fs::read(&file)
+        .ok()
+        .and_then(|text| serde_json::from_slice(&text).ok());
+    known.unwrap_or_else(|| {
+        let tallies = measure();
+        let written = serde_json::to_vec(&tallies)
+            .map_err(anyhow::Error::from)
+            .and_then(|text| {
+                std::fs::create_dir_all(directory)?;
+                Ok(std::fs::write(&file, text)?)
+            });
+        if let Err(error) = written {
+            eprintln!("{name} is not kept: {error}");
+        }
+        tallies
+    })
 }
 
 fn main() -> Result<()> {
@@ -44,7 +73,9 @@ fn main() -> Result<()> {
         wanted
             .map(|scenario| {
                 let begun = std::time::Instant::now();
-                let tallies = contest(&scenario, entries, arguments.runs, threads);
+                let tallies = kept(arguments.keep.as_deref(), &scenario.name, arguments.runs, || {
+                    contest(&scenario, entries, arguments.runs, threads)
+                });
                 eprintln!("{} ({:.0} s)", scenario.name, begun.elapsed().as_secs_f64());
                 Measured { scenario, tallies }
             })

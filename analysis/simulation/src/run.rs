@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde::{Deserialize, Serialize};
+
 use crate::contest::{Call, Entry};
 use crate::random;
 use crate::scenario::Scenario;
@@ -12,7 +14,7 @@ use crate::world::World;
 const BLOCK: u64 = 16;
 
 /// What became of one contestant in all runs of a scenario.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tally {
     /// Its name.
     pub name: String,

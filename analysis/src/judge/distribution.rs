@@ -475,7 +475,9 @@ mod tests {
             for _ in 0..50 {
                 let mut common: Vec<f64> = (0..shape.buckets).map(|_| -(1.0 - random.unit()).ln()).collect();
                 let sum: f64 = common.iter().sum();
-                common.iter_mut().for_each(|share| *share /= sum);
+                for share in &mut common {
+                    *share /= sum;
+                }
                 let (mut canary_mean, mut primary_mean) = ([0.0; ALTERNATIVES], [0.0; ALTERNATIVES]);
                 shape.factors(0.2, tolerance, |bucket, canary, primary| {
                     for alternative in 0..ALTERNATIVES {
@@ -489,6 +491,27 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn splitting_a_batch_with_its_share_does_not_change_the_evidence() {
+        let mut random = Random::new(9);
+        let mut running = Running::default();
+        running.remember(&histogram(&mut random, 2000, log_normal(0.6, 1.0)).latency);
+        let half = Sample {
+            canary: histogram(&mut random, 30, log_normal(0.6, 1.4)),
+            primary: histogram(&mut random, 170, log_normal(0.6, 1.0)),
+            ..Sample::default()
+        };
+        let mut whole = half.clone();
+        whole.add(&half);
+        let (mut once, mut twice) = (Distribution::default(), Distribution::default());
+        once.observe(&Durations::of(&whole, &running), &Options::default());
+        for _ in 0..2 {
+            twice.observe(&Durations::of(&half, &running), &Options::default());
+        }
+        assert!((once.log_evidence() - twice.log_evidence()).abs() < 1e-9);
+        assert!((once.equal - twice.equal).abs() < 1e-9);
     }
 
     #[test]

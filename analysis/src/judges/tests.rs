@@ -3,6 +3,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::judge::quantile::tests::{histogram, log_normal};
 use crate::random::Random;
+use crate::sample::Histogram;
 
 fn counts(requests: u64, errors: u64) -> Counts {
     Counts {
@@ -275,8 +276,94 @@ fn a_metric_that_is_added_in_the_middle_begins_with_nothing_and_the_others_go_on
     assert_eq!(value(&after.metrics[1].verdict), value(&before));
 }
 
+/// Five and a half hours of batches, with more buckets than are kept and a metric of every kind.
+#[test]
+fn the_state_of_all_judges_does_not_grow_however_long_a_run_is() {
+    let mut options = Options {
+        metrics: [
+            "errors",
+            "errors-5xx",
+            "errors-by-client",
+            "latency-p50",
+            "latency-p99",
+            "latency",
+        ]
+        .into_iter()
+        .filter_map(Metric::by_name)
+        .collect(),
+        ..Options::default()
+    };
+    options.metrics.push(Metric {
+        name: "max-error-rate".to_owned(),
+        kind: Kind::ErrorRate {
+            acceptable: 0.05,
+            unacceptable: None,
+        },
+        weight: 1.0,
+        tolerance: None,
+    });
+    let arm = |second: i64, requests: u64| {
+        let mut counts = counts(requests, (second % 3) as u64);
+        counts.latency = Histogram::new((1..300).map(f64::from).collect());
+        for (bucket, count) in counts.latency.counts.iter_mut().enumerate() {
+            *count = requests * (1 + (bucket as u64 + second as u64) % 5);
+        }
+        counts
+    };
+    let mut judges = Judges::default();
+    let mut longest = 0;
+    for second in 0..20_000 {
+        // Now and then an arm is missing.
+        let canary = if second % 7 == 0 {
+            Counts::default()
+        } else {
+            arm(second, 10)
+        };
+        judges.observe(&sample(second, canary, arm(second, 90)), 10.0, &options);
+        if second % 500 == 499 {
+            longest = longest.max(serde_json::to_string(&judges).unwrap().len());
+        }
+    }
+    // 700 bytes per metric and the primary's buckets.
+    assert!(longest < 7 * 700 + 1500, "{longest} bytes");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn the_order_inside_a_batch_does_not_matter(
+        parts in prop::collection::vec((any::<bool>(), 1u64..50, 0u64..5, 0usize..13), 2..20),
+        turn in 0usize..20,
+    ) {
+        let options = Options::default();
+        let batch = |parts: &[(bool, u64, u64, usize)]| {
+            let mut whole = sample(0, Counts::default(), Counts::default());
+            for (of_canary, requests, errors, bucket) in parts {
+                let mut part = counts(*requests, *errors.min(requests));
+                part.latency = Histogram::new(crate::judge::quantile::tests::BOUNDS.to_vec());
+                part.latency.counts[*bucket] = *requests;
+                let one = if *of_canary {
+                    sample(0, part, Counts::default())
+                } else {
+                    sample(0, Counts::default(), part)
+                };
+                whole.add(&one);
+            }
+            whole
+        };
+        let mut turned = parts.clone();
+        turned.rotate_left(turn % parts.len());
+        let (mut one, mut other) = (Judges::default(), Judges::default());
+        for second in 0..3 {
+            for (judges, parts) in [(&mut one, &parts), (&mut other, &turned)] {
+                let mut batch = batch(parts);
+                batch.at_ms = second * 1000;
+                judges.observe(&batch, 10.0, &options);
+            }
+        }
+        prop_assert_eq!(one, other);
+    }
 
     #[test]
     fn the_state_of_all_judges_survives_a_restart_and_stays_small(

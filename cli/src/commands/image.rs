@@ -29,6 +29,7 @@ pub(crate) enum Command {
 
 /// Options of `serin image list`.
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  serin image list\n  serin image list -o json")]
 pub(crate) struct List {
     /// How to print it
     #[arg(short, long, value_enum, default_value_t)]
@@ -55,6 +56,7 @@ pub(crate) struct Add {
 
 /// Options of `serin image remove`.
 #[derive(Debug, Args)]
+#[command(after_help = "Example:\n  serin image remove 'example.com/shop:*'")]
 pub(crate) struct Remove {
     /// Pattern of the entry, as `serin image list` shows it
     reference: String,

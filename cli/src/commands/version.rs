@@ -9,6 +9,7 @@ use crate::output::{Format, print_structured};
 
 /// Options of `serin version`.
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  serin version\n  serin version -o json")]
 pub(crate) struct Options {
     /// How to print it
     #[arg(short, long, value_enum, default_value_t)]

@@ -164,9 +164,10 @@ impl World for MeshWorld {
         let mut settled = Vec::new();
         let touched = self.translator.apply_with(|intake| {
             for change in first {
-                let change = match warming.is_complete() {
-                    true => lingering.at_once(intake, change, now),
-                    false => Some(change),
+                let change = if warming.is_complete() {
+                    lingering.at_once(intake, change, now)
+                } else {
+                    Some(change)
                 };
                 if let Some(change) = change {
                     intake.take(change);

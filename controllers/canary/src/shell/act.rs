@@ -58,8 +58,10 @@ impl Acting<'_> {
             }
             Action::CreatePrimary { id, replicas } => self.primary(id, *replicas, true).await,
             Action::PromotePrimary { id, replicas } => self.primary(id, *replicas, false).await,
-            Action::KeepFormer { former, replaced_by } => self.keep_former(former, replaced_by).await,
-            Action::RestorePrimary { id } => self.restore_primary(id).await,
+            Action::KeepFormer { former, replaced_by } => {
+                Box::pin(self.keep_former(former, replaced_by)).await
+            }
+            Action::RestorePrimary { id } => Box::pin(self.restore_primary(id)).await,
             Action::ApplyServices => {
                 for service in self.blueprint()?.services() {
                     self.apply::<Service>(service).await?;

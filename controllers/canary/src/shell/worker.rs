@@ -66,7 +66,7 @@ pub(crate) async fn work(shared: Arc<Shared>, key: Key, wake: Arc<Notify>, cance
         retry: RETRY_MIN,
     };
     loop {
-        let wake_at = match worker.once().await {
+        let wake_at = match Box::pin(worker.once()).await {
             Ok(Next::Gone) => {
                 worker.forget_metrics();
                 return key;

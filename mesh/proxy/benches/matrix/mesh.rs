@@ -18,6 +18,7 @@ use serin_xds::pb::envoy::extensions::filters::http::rbac::v3 as http_rbac;
 use serin_xds::pb::envoy::extensions::filters::http::router::v3 as router;
 use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
 use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp;
+use serin_xds::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
 use serin_xds::pb::envoy::extensions::upstreams::http::v3 as upstreams;
 use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
 use serin_xds::pb::envoy::r#type::v3 as types;
@@ -132,6 +133,17 @@ fn resource<M: Message>(resource_type: ResourceType, name: &str, message: &M) ->
     Resource::new(resource_type, name, message, [])
 }
 
+/// With TLS 1.3 only: Envoy's default towards upstreams ends at 1.2.
+fn tls13(mut common: tls::CommonTlsContext) -> tls::CommonTlsContext {
+    let version = tls::tls_parameters::TlsProtocol::TlSv13 as i32;
+    common.tls_params = Some(tls::TlsParameters {
+        tls_minimum_protocol_version: version,
+        tls_maximum_protocol_version: version,
+        ..Default::default()
+    });
+    common
+}
+
 fn cluster_of(mesh: &Mesh, name: &str, identities: &Identities) -> cluster::Cluster {
     let http2 = matches!(mesh.up, Up::Http2 | Up::MutualHttp2 | Up::Grpc);
     let mutual = matches!(mesh.up, Up::MutualHttp1 | Up::MutualHttp2 | Up::MutualBytes);
@@ -190,8 +202,10 @@ fn cluster_of(mesh: &Mesh, name: &str, identities: &Identities) -> cluster::Clus
             _ => &[],
         };
         let context = only_uri(identities.authority.context(), SERVER);
-        out.transport_socket =
-            client_socket(common(Some(&identities.sidecar), Some(context), alpn), "backend");
+        out.transport_socket = client_socket(
+            tls13(common(Some(&identities.sidecar), Some(context), alpn)),
+            "backend",
+        );
     }
     out
 }
@@ -411,8 +425,11 @@ fn listener_of(mesh: &Mesh, port: u16, identities: &Identities) -> listener::Lis
     let own = Some(&identities.sidecar);
     let transport_socket = match mesh.down {
         Down::Plain => None,
-        Down::Tls => server_socket(common(own, None, alpn), false),
-        Down::Mutual => server_socket(common(own, Some(identities.authority.context()), alpn), true),
+        Down::Tls => server_socket(tls13(common(own, None, alpn)), false),
+        Down::Mutual => server_socket(
+            tls13(common(own, Some(identities.authority.context()), alpn)),
+            true,
+        ),
     };
     listener::Listener {
         name: "main".into(),

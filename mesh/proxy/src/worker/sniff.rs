@@ -138,9 +138,14 @@ fn read_hello(bytes: &[u8], out: &mut Detected) -> Option<()> {
         match kind {
             0 => {
                 let mut list = content.vector(2)?;
-                list.take(1)?;
+                let kind = list.number(1)?;
                 let name = list.vector(2)?.0;
-                out.server_name = std::str::from_utf8(name).ok().map(str::to_ascii_lowercase);
+                // RFC 6066 section 3: a DNS name, and no other kind is defined. What is none names nobody.
+                let named = kind == 0 && !name.is_empty() && name.iter().all(u8::is_ascii_graphic);
+                out.server_name = std::str::from_utf8(name)
+                    .ok()
+                    .filter(|_| named)
+                    .map(str::to_ascii_lowercase);
             }
             16 => {
                 let mut list = content.vector(2)?;

@@ -106,7 +106,7 @@ fn act(answer: impl Into<Vec<u8>>, ending: impl Into<Option<Ending>>) -> Act {
 }
 
 /// A cluster whose use is counted, because it has limits.
-fn counted_cluster(name: &str) -> cluster::Cluster {
+pub(crate) fn counted_cluster(name: &str) -> cluster::Cluster {
     cluster::Cluster {
         circuit_breakers: Some(cluster::CircuitBreakers {
             thresholds: vec![cluster::circuit_breakers::Thresholds {
@@ -133,7 +133,7 @@ async fn setup(upstream: SocketAddr, action: route::RouteAction) -> (Harness, So
 }
 
 /// Waits until nothing is left of anything: no connection, no task, no permit.
-async fn nothing_is_left(harness: &Harness) {
+pub(crate) async fn nothing_is_left(harness: &Harness) {
     let clean = async {
         loop {
             let (requests, pending, connections, retries) = harness.proxy.store(|store| {

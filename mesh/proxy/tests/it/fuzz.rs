@@ -9,7 +9,7 @@ use prost::Message;
 use serin_proxy::bootstrap::file;
 use serin_proxy::config::store::{Store, Update};
 use serin_proxy::hygiene::path::normalize;
-use serin_proxy::hygiene::scan::{HeadLimits, Scanner, Violation, valid_host};
+use serin_proxy::hygiene::scan::valid_host;
 use serin_proxy::metrics::peer::Workload;
 use serin_proxy::worker::sniff::detect;
 use serin_xds::ResourceType;
@@ -17,6 +17,7 @@ use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::route::v3 as route;
 
 use crate::fixture::*;
+use crate::harness::scan;
 
 /// splitmix64.
 pub(crate) struct Random(u64);
@@ -39,7 +40,7 @@ impl Random {
     }
 
     /// `seed` with a few changes of the kinds that break parsers; `other` gives pieces.
-    fn mutate(&mut self, seed: &[u8], other: &[u8]) -> Vec<u8> {
+    pub(crate) fn mutate(&mut self, seed: &[u8], other: &[u8]) -> Vec<u8> {
         const INTERESTING: [&[u8]; 12] = [
             b"\0",
             b"\r",
@@ -87,7 +88,7 @@ impl Random {
 }
 
 /// Good resources of every type.
-fn resources() -> Vec<(ResourceType, &'static str, Vec<u8>)> {
+pub(crate) fn resources() -> Vec<(ResourceType, &'static str, Vec<u8>)> {
     let mut rich = to_weighted(&[("c", 90), ("d", 10)]);
     rich.retry_policy = istio_retries();
     rich.prefix_rewrite = "/there".into();
@@ -194,31 +195,6 @@ fn garbage_of_every_size_is_refused_by_the_xds_compiler() {
         );
     }
     assert!(store.clusters().all(|slot| &*slot.name == "x"));
-}
-
-/// Feeds the stream in pieces; how much was passed on, and the verdict.
-fn scan(bytes: &[u8], mut piece: impl FnMut() -> usize) -> (Vec<u8>, Option<Violation>) {
-    let mut scanner = Scanner::new(HeadLimits {
-        bytes: 8_192,
-        fields: 30,
-    });
-    let (mut held, mut passed, mut rest) = (Vec::new(), Vec::new(), bytes);
-    while !rest.is_empty() {
-        let (now, later) = rest.split_at(piece().clamp(1, rest.len()));
-        rest = later;
-        held.extend(now);
-        match scanner.advance(&held) {
-            Ok(fine) => passed.extend(held.drain(..fine)),
-            Err((fine, violation)) => {
-                passed.extend(held.drain(..fine));
-                return (passed, Some(violation));
-            }
-        }
-        if scanner.undecided() {
-            return (passed, None);
-        }
-    }
-    (passed, None)
 }
 
 fn streams() -> Vec<Vec<u8>> {

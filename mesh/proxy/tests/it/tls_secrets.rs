@@ -324,3 +324,131 @@ async fn certificates_from_files_are_read_again_when_they_change() {
     harness.proxy.tend_secrets(1).await;
     assert_eq!(shown().await, next.der().0[0]);
 }
+
+/// A handshake by hand: what the client has to say is sent up to `until` bytes, or whole.
+struct Slow {
+    stream: tokio::net::TcpStream,
+    client: rustls::ClientConnection,
+    said: Vec<u8>,
+}
+
+impl Slow {
+    async fn connect(at: std::net::SocketAddr, config: Arc<rustls::ClientConfig>) -> Self {
+        let name = rustls::pki_types::ServerName::try_from("shop.example").unwrap();
+        let mut client = rustls::ClientConnection::new(config, name).unwrap();
+        let mut said = Vec::new();
+        while client.wants_write() {
+            client.write_tls(&mut said).unwrap();
+        }
+        Self {
+            stream: soon("a connection", tokio::net::TcpStream::connect(at))
+                .await
+                .unwrap(),
+            client,
+            said,
+        }
+    }
+
+    /// Sends so much of what is to be said.
+    async fn say(&mut self, count: usize) {
+        let count = count.min(self.said.len());
+        let now: Vec<u8> = self.said.drain(..count).collect();
+        self.stream.write_all(&now).await.unwrap();
+    }
+
+    /// Reads until the server has shown its certificate.
+    async fn hear(&mut self) {
+        while self.client.peer_certificates().is_none() {
+            let mut bytes = Vec::new();
+            let count = soon("the server's words", self.stream.read_buf(&mut bytes))
+                .await
+                .unwrap();
+            assert!(count > 0, "the server has hung up");
+            let mut rest = &bytes[..];
+            while !rest.is_empty() {
+                self.client.read_tls(&mut rest).unwrap();
+                self.client.process_new_packets().unwrap();
+            }
+        }
+        while self.client.wants_write() {
+            self.client.write_tls(&mut self.said).unwrap();
+        }
+    }
+
+    fn shown(&self) -> rustls::pki_types::CertificateDer<'static> {
+        self.client.peer_certificates().unwrap()[0].clone()
+    }
+
+    /// Ends the handshake and asks.
+    async fn ask(mut self) -> String {
+        use std::io::{Read as _, Write as _};
+        self.client
+            .writer()
+            .write_all(b"GET / HTTP/1.1\r\nhost: shop.example\r\n\r\n")
+            .unwrap();
+        while self.client.wants_write() {
+            self.client.write_tls(&mut self.said).unwrap();
+        }
+        self.say(usize::MAX).await;
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"hello") {
+            let mut bytes = Vec::new();
+            let count = soon("an answer", self.stream.read_buf(&mut bytes)).await.unwrap();
+            assert!(count > 0, "the server has hung up");
+            let mut rest = &bytes[..];
+            while !rest.is_empty() {
+                self.client.read_tls(&mut rest).unwrap();
+                let state = self.client.process_new_packets().unwrap();
+                let mut plain = vec![0; state.plaintext_bytes_to_read()];
+                self.client.reader().read_exact(&mut plain).unwrap();
+                answer.extend(plain);
+            }
+            // Of TLS 1.2 the client has more to say before it may ask.
+            while self.client.wants_write() {
+                self.client.write_tls(&mut self.said).unwrap();
+            }
+            self.say(usize::MAX).await;
+        }
+        String::from_utf8(answer).unwrap()
+    }
+}
+
+#[tokio::test]
+async fn a_secret_that_rotates_in_the_middle_of_handshakes_breaks_none_of_them() {
+    let authority = Authority::new("ca");
+    let backend = Backend::named("hello").await;
+    let harness = Harness::start();
+    let mut present = authority.issue(&["shop.example"]);
+    harness.put(ResourceType::Secret, "s", &present.secret("s")).await;
+    let at = serve_tls(
+        &harness,
+        &backend,
+        server_socket(common_by_sds("s", None, &["http/1.1"]), false),
+        core::TrafficDirection::Outbound,
+    )
+    .await;
+    for version in [&rustls::version::TLS13, &rustls::version::TLS12] {
+        let config = authority.client().alpn(&["http/1.1"]).only(version).build();
+        for cut in [1, 5, 6, 50, usize::MAX] {
+            let next = authority.issue(&["shop.example"]);
+            // One that has said a part of its hello, and one that has been shown the certificate.
+            let mut early = Slow::connect(at, config.clone()).await;
+            early.say(cut).await;
+            let mut late = Slow::connect(at, config.clone()).await;
+            late.say(usize::MAX).await;
+            late.hear().await;
+            assert_eq!(late.shown(), present.der().0[0]);
+            harness.put(ResourceType::Secret, "s", &next.secret("s")).await;
+            early.say(usize::MAX).await;
+            early.hear().await;
+            assert!(
+                [present.der().0[0].clone(), next.der().0[0].clone()].contains(&early.shown()),
+                "one or the other, whole"
+            );
+            assert!(early.ask().await.starts_with("HTTP/1.1 200 "));
+            assert!(late.ask().await.starts_with("HTTP/1.1 200 "));
+            present = next;
+        }
+    }
+    assert_eq!(stat(&harness, "connection_error"), 0);
+}

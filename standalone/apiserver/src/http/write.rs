@@ -338,7 +338,7 @@ async fn compute(
     if !errors.is_empty() {
         return Err(ApiError::invalid(&kind.group, &kind.kind, name, &errors).with_warnings(warnings));
     }
-    warnings.extend(validate::warnings(kind, &object, live.as_ref()));
+    warnings.extend(validate::warnings::of(kind, &object, live.as_ref()));
     if let Some(live) = live {
         if managers::same_but_times(&object, &live) {
             return Ok(Step::Unchanged(live, warnings));

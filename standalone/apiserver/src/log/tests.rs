@@ -40,7 +40,7 @@ fn write(dir: &Path, count: usize) -> Vec<Vec<(String, String)>> {
         match event.change {
             crate::store::Change::Deleted => log.delete(&resource, &event.key, event.rv),
             _ => log.put(&resource, &event.key, event.rv, &event.object.whole()),
-        };
+        }
         contents(store)
     };
     for i in 0..count {

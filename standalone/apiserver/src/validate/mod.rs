@@ -3,6 +3,7 @@
 mod metadata;
 mod pods;
 mod services;
+pub(crate) mod warnings;
 mod workloads;
 
 use serde_json::Value;
@@ -37,13 +38,4 @@ pub(crate) fn object(
         _ => {}
     }
     errors
-}
-
-/// Warnings about what is allowed but hardly meant.
-pub(crate) fn warnings(kind: &Kind, object: &Value, live: Option<&Value>) -> Vec<String> {
-    let mut out = Vec::new();
-    if kind.is("", "pods") && live.is_none() {
-        pods::name_warning(object, &mut out);
-    }
-    out
 }

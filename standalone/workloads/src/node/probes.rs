@@ -6,6 +6,7 @@
 //! `initialDelaySeconds` is kept, and after the first success everything is as in Kubernetes.
 
 mod grpc;
+mod tls;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +16,7 @@ use http_body_util::{BodyExt, Empty};
 use hyper_util::rt::TokioIo;
 use k8s_openapi::api::core::v1::{Container, HTTPGetAction, Probe};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -230,7 +232,8 @@ async fn once(target: &Target, probe: &Probe, timeout: Duration) -> Result<(), S
         } else {
             format!("/{path}")
         };
-        let shown = format!("Get \"http://{host}:{port}{path}\"");
+        let scheme = if is_https(get) { "https" } else { "http" };
+        let shown = format!("Get \"{scheme}://{host}:{port}{path}\"");
         return limited(
             tokio::time::timeout(timeout, http_get(&host, port, &path, get)).await,
             &shown,
@@ -279,25 +282,6 @@ fn prefixed(shown: &str, reason: &str) -> String {
     }
 }
 
-/// Why a probe cannot be run at all; checked before the container is started.
-pub(crate) fn unsupported(container: &Container) -> Option<String> {
-    [
-        ("startupProbe", &container.startup_probe),
-        ("readinessProbe", &container.readiness_probe),
-        ("livenessProbe", &container.liveness_probe),
-    ]
-    .into_iter()
-    .find_map(|(name, probe)| {
-        let probe = probe.as_ref()?;
-        let https = probe
-            .http_get
-            .as_ref()
-            .and_then(|get| get.scheme.as_deref())
-            .is_some_and(|scheme| scheme.eq_ignore_ascii_case("https"));
-        https.then(|| format!("{name}: httpGet over HTTPS is not supported yet; use tcpSocket or exec"))
-    })
-}
-
 pub(crate) fn port(port: &IntOrString, container: &Container) -> Result<u16, String> {
     match port {
         IntOrString::Int(number) => u16::try_from(*number).map_err(|_| format!("{number} is not a port")),
@@ -317,6 +301,22 @@ pub(crate) async fn http_get(host: &str, port: u16, path: &str, get: &HTTPGetAct
     let stream = TcpStream::connect((host, port))
         .await
         .map_err(|error| format!("dial tcp {host}:{port}: {error}"))?;
+    if is_https(get) {
+        exchange(tls::connect(stream, host).await?, host, port, path, get).await
+    } else {
+        exchange(stream, host, port, path, get).await
+    }
+}
+
+fn is_https(get: &HTTPGetAction) -> bool {
+    let scheme = get.scheme.as_deref();
+    scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case("https"))
+}
+
+async fn exchange<S>(stream: S, host: &str, port: u16, path: &str, get: &HTTPGetAction) -> Result<(), String>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send,
+{
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
         .await
         .map_err(|error| error.to_string())?;
@@ -437,18 +437,5 @@ mod tests {
         }
         let took = (Instant::now() - start).as_secs();
         assert!((20..40).contains(&took), "{took} s");
-    }
-
-    #[test]
-    fn what_cannot_be_probed_is_refused_by_name() {
-        let container: Container = serde_json::from_value(serde_json::json!({
-            "name": "c", "readinessProbe": {"httpGet": {"port": 1, "scheme": "HTTPS"}}
-        }))
-        .unwrap();
-        let refused = unsupported(&container).unwrap();
-        assert!(
-            refused.starts_with("readinessProbe: httpGet over HTTPS"),
-            "{refused}"
-        );
     }
 }

@@ -98,7 +98,7 @@ pub(crate) fn prepare(
         .borrow()
         .find(reference)
         .ok_or_else(|| NotPrepared::image(image::unknown_image(reference)))?;
-    if let Some(reason) = probes::unsupported(container).or_else(|| refused(pod, container)) {
+    if let Some(reason) = refused(pod, container) {
         return Err(NotPrepared::config(reason));
     }
     let env = environment(context, pod, container, facts).map_err(config)?;
