@@ -1,6 +1,6 @@
 //! A bootstrap file in Envoy's shape, as YAML or JSON: the same file starts Envoy.
 //!
-//! The document becomes Envoy's `Bootstrap` message through [`super::json`], which knows every field of it and of the
+//! The document becomes Envoy's `Bootstrap` message through `super::json`, which knows every field of it and of the
 //! extensions within; so static listeners, clusters and secrets may hold whatever the same resources may hold when they
 //! come from a control plane, and are refused for the same reasons. Of the bootstrap itself the parts that this proxy has
 //! no use for are refused by name unless they change nothing.

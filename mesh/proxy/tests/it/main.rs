@@ -33,6 +33,7 @@ mod metrics;
 mod mutations;
 mod policies;
 mod reference;
+mod resilience;
 mod routing;
 mod soak;
 mod tcp;
