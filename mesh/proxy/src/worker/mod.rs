@@ -10,6 +10,7 @@ mod connection_log;
 pub mod exchange;
 mod failure;
 pub mod filters;
+mod grpc_stream;
 mod hedge;
 pub mod http;
 mod http1;
@@ -101,6 +102,8 @@ pub enum Command {
     Chore(Chore),
     /// Stop accepting for the listener of that name; its connections drain.
     Close(Arc<str>),
+    /// Accept no more: a successor does.
+    StopAccepting,
     /// Enter that phase of the end.
     Drain(DrainPhase),
     /// Number of open connections.
@@ -180,9 +183,10 @@ impl Worker {
     ) -> std::io::Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
-            // Accepting and serving share the thread; asking for IO every 61 polls (the default) lets a busy
-            // connection starve new ones.
-            .event_interval(31)
+            // How many tasks run between two looks for IO while there are tasks to run. Accepting and serving share the
+            // thread, so a new connection waits that long; looking more often breaks what goes over one HTTP/2
+            // connection into more and smaller writes.
+            .event_interval(128)
             // A local one: its tasks need not be Send, and no set of tasks stands between them and the scheduler.
             .build_local(tokio::runtime::LocalOptions::default())?;
         let worker = Self::new(id, shared, shard);
@@ -232,6 +236,11 @@ impl Worker {
                 Some(Command::Chore(Chore::Keys(remote))) => filters::fetch_ahead(&self, remote),
                 Some(Command::Close(name)) => {
                     if let Some(tasks) = listeners.remove(&name) {
+                        stop(tasks);
+                    }
+                }
+                Some(Command::StopAccepting) => {
+                    for (_, tasks) in listeners.drain() {
                         stop(tasks);
                     }
                 }
