@@ -1,6 +1,6 @@
 //! A bootstrap file in Envoy's shape, as YAML or JSON: the same file starts Envoy.
 //!
-//! The document becomes Envoy's `Bootstrap` message through [`super::json`], which knows every field of it and of the
+//! The document becomes Envoy's `Bootstrap` message through `super::json`, which knows every field of it and of the
 //! extensions within; so static listeners, clusters and secrets may hold whatever the same resources may hold when they
 //! come from a control plane, and are refused for the same reasons. Of the bootstrap itself the parts that this proxy has
 //! no use for are refused by name unless they change nothing.
@@ -105,7 +105,14 @@ fn plan(from: bootstrap::Bootstrap, concurrency: usize) -> Result<Plan, Refusal>
     let mut node = from.node.unwrap_or_default();
     node.user_agent_name = "serin-proxy".to_owned();
     node.client_features = vec![FEATURE_VHDS.to_owned()];
-    let admin = from.admin.as_ref().map(admin).transpose().within("admin")?;
+    // Without an address there is no admin port, as in Envoy.
+    let admin = from
+        .admin
+        .as_ref()
+        .filter(|admin| admin.address.is_some())
+        .map(admin)
+        .transpose()
+        .within("admin")?;
     let resources = from.static_resources.unwrap_or_default();
     let mut overload = from
         .overload_manager

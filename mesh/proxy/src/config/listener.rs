@@ -15,6 +15,7 @@ use super::hcm::HttpManager;
 use super::listener_filters::{ConnectionLimit, ProxyProtocol};
 use super::route::Context;
 use super::slot::{ClusterSlot, Directory};
+use super::subset::Criteria;
 use super::transport_socket;
 use super::weighted::{Turn, Weights};
 use crate::error::{Refusal, Within};
@@ -153,6 +154,10 @@ pub enum Handler {
 pub struct TcpProxy {
     /// Where to.
     pub targets: TcpTargets,
+    /// The subset of the cluster, and those of weighted clusters that have their own.
+    pub criteria: Option<Box<Criteria>>,
+    /// See `criteria`; in the order of the targets.
+    pub target_criteria: Box<[Option<Box<Criteria>>]>,
     /// The cluster is the one that the server name names (`sni_cluster`); without a name, or with an unknown one, it is
     /// that of `targets`.
     pub by_server_name: Option<Directory>,
@@ -564,7 +569,6 @@ impl TcpProxy {
         let unsupported = [
             ("tunneling_config", from.tunneling_config.is_some()),
             ("on_demand", from.on_demand.is_some()),
-            ("metadata_match", from.metadata_match.is_some()),
             ("downstream_idle_timeout", from.downstream_idle_timeout.is_some()),
             ("upstream_idle_timeout", from.upstream_idle_timeout.is_some()),
             ("backoff_options", from.backoff_options.is_some()),
@@ -595,6 +599,19 @@ impl TcpProxy {
         if log_interval.is_some_and(|interval| interval < Duration::from_millis(1)) {
             return Err(Refusal::new("access_log_flush_interval", "must be at least 1ms"));
         }
+        let target_criteria = match &from.cluster_specifier {
+            Some(ClusterSpecifier::WeightedClusters(weighted)) => weighted
+                .clusters
+                .iter()
+                .map(|cluster| {
+                    cluster
+                        .metadata_match
+                        .as_ref()
+                        .and_then(|own| Criteria::compile(Some(own), from.metadata_match.as_ref()))
+                })
+                .collect(),
+            Some(ClusterSpecifier::Cluster(_)) | None => Box::default(),
+        };
         let targets = match &from.cluster_specifier {
             Some(ClusterSpecifier::Cluster(name)) => TcpTargets::One(context.slots.cluster(name)),
             Some(ClusterSpecifier::WeightedClusters(weighted)) => {
@@ -618,6 +635,8 @@ impl TcpProxy {
         };
         Ok(Self {
             targets,
+            criteria: Criteria::compile(from.metadata_match.as_ref(), None),
+            target_criteria,
             by_server_name: None,
             idle_timeout: match &from.idle_timeout {
                 None => Some(Duration::from_secs(3600)),

@@ -14,25 +14,20 @@ use super::convert::{self, Fraction};
 use super::filters::Cors;
 use super::hash::HashPolicy;
 use super::headers::HeaderOps;
-use super::matchers::{HeaderMatch, QueryMatch, RequestView, StringMatch, full_regex, has_prefix};
+use super::matchers::RequestView;
 use super::retry::RetryPolicy;
 use super::slot::{ClusterSlot, Directory, Slots};
 use super::subset::Criteria;
 use super::weighted::{Turn, Weights};
 use crate::error::{Refusal, Within};
 use crate::policy::descriptors::{self, RateLimitEntry};
-use crate::policy::metadata::{Metadata, MetadataMatch};
 use crate::policy::per_route::PerRoute;
 use crate::policy::uri_template::UriTemplate;
-use crate::tls::info::ConnectionTls;
 
 /// Envoy's route timeout when none is given.
 const DEFAULT_ROUTE_TIMEOUT: Duration = Duration::from_secs(15);
 /// Envoy's limit of what is kept of a request for retries (`per_connection_buffer_limit_bytes`, 1 MiB).
 pub const DEFAULT_REQUEST_BUFFER: usize = 1 << 20;
-/// Direct response bodies above this are refused (Envoy's default is 4 KiB, Istio sends 1 MiB).
-const MAX_DIRECT_RESPONSE: usize = 1 << 20;
-
 /// What compiling a route needs from outside.
 pub struct Context<'a> {
     /// Names to slots.
@@ -89,143 +84,6 @@ pub struct Route {
     pub response_headers: HeaderOps,
     /// Filter configuration.
     pub per_filter: PerRoute,
-}
-
-/// Which requests a route is for.
-#[derive(Debug)]
-pub(crate) struct RouteMatch {
-    path: PathMatch,
-    case_insensitive: bool,
-    headers: Box<[HeaderMatch]>,
-    query: Box<[QueryMatch]>,
-    grpc: bool,
-    fraction: Option<Fraction>,
-    /// Rarely used, and large.
-    more: Option<Box<MoreMatch>>,
-}
-
-/// Conditions that few routes have.
-#[derive(Debug, Default)]
-struct MoreMatch {
-    cookies: Box<[CookieMatch]>,
-    metadata: Box<[MetadataMatch]>,
-    /// Whether the client showed a certificate.
-    presented: Option<bool>,
-    /// Whether that was verified.
-    validated: Option<bool>,
-}
-
-impl MoreMatch {
-    fn compile(from: &route::RouteMatch) -> Result<Option<Box<Self>>, Refusal> {
-        if from.cookies.is_empty() && from.dynamic_metadata.is_empty() && from.tls_context.is_none() {
-            return Ok(None);
-        }
-        let flag = |value: &Option<serin_xds::pb::google::protobuf::BoolValue>| {
-            value.as_ref().map(|value| value.value)
-        };
-        let tls = from.tls_context.as_ref();
-        Ok(Some(Box::new(Self {
-            cookies: from
-                .cookies
-                .iter()
-                .enumerate()
-                .map(|(index, message)| CookieMatch::compile(message).within(format!("cookies[{index}]")))
-                .collect::<Result<_, _>>()?,
-            metadata: from
-                .dynamic_metadata
-                .iter()
-                .enumerate()
-                .map(|(index, message)| {
-                    MetadataMatch::compile(message).within(format!("dynamic_metadata[{index}]"))
-                })
-                .collect::<Result<_, _>>()?,
-            presented: tls.and_then(|tls| flag(&tls.presented)),
-            validated: tls.and_then(|tls| flag(&tls.validated)),
-        })))
-    }
-
-    fn test(&self, request: &RequestView<'_>, facts: &RouteFacts<'_>) -> bool {
-        // Envoy: a condition on the certificate is not met by connections without TLS.
-        let certificate = |wanted: Option<bool>, has: fn(&ConnectionTls) -> bool| match (wanted, facts.tls) {
-            (None, _) => true,
-            (Some(_), None) => false,
-            (Some(wanted), Some(tls)) => has(tls) == wanted,
-        };
-        let nothing = Metadata::default();
-        let metadata = facts.metadata.unwrap_or(&nothing);
-        self.cookies.iter().all(|cookie| cookie.matches(request))
-            && self.metadata.iter().all(|matcher| matcher.matches(metadata))
-            && certificate(self.presented, |tls| tls.peer.is_some())
-            && certificate(self.validated, |tls| tls.peer_validated)
-    }
-}
-
-#[derive(Debug)]
-enum PathMatch {
-    Any,
-    /// CONNECT, which has no path.
-    Connect,
-    Prefix(Box<str>),
-    Exact(Box<str>),
-    /// `/a` matches `/a` and `/a/b`, not `/ab`.
-    SeparatedPrefix(Box<str>),
-    Regex(Regex),
-    Template(UriTemplate),
-}
-
-/// What a route may ask beyond the request itself.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct RouteFacts<'a> {
-    /// TLS of the client's connection.
-    pub tls: Option<&'a ConnectionTls>,
-    /// What filters have noted, where they ran before the route was chosen.
-    pub metadata: Option<&'a Metadata>,
-}
-
-/// A `CookieMatcher`.
-#[derive(Clone, Debug)]
-struct CookieMatch {
-    name: Box<str>,
-    test: StringMatch,
-    invert: bool,
-}
-
-impl CookieMatch {
-    fn compile(from: &route::CookieMatcher) -> Result<Self, Refusal> {
-        let test = from
-            .string_match
-            .as_ref()
-            .ok_or_else(|| Refusal::new("string_match", "is missing"))?;
-        Ok(Self {
-            name: from.name.as_str().into(),
-            test: StringMatch::compile(test).within("string_match")?,
-            invert: from.invert_match,
-        })
-    }
-
-    /// A cookie that is absent matches only inverted.
-    fn matches(&self, request: &RequestView<'_>) -> bool {
-        let found = cookie(request.headers, &self.name);
-        found.is_some_and(|value| self.test.matches(value)) != self.invert
-    }
-}
-
-/// The value of a cookie, without the quotes that may be around it.
-pub(crate) fn cookie<'a>(headers: &'a http::HeaderMap, name: &str) -> Option<&'a str> {
-    headers
-        .get_all(http::header::COOKIE)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(';'))
-        .find_map(|pair| {
-            let (key, value) = pair.trim().split_once('=')?;
-            (key == name).then(|| {
-                value
-                    .strip_prefix('"')
-                    .and_then(|value| value.strip_suffix('"'))
-                    .unwrap_or(value)
-            })
-        })
 }
 
 /// What a route does.
@@ -545,121 +403,6 @@ impl Route {
     }
 }
 
-fn split_port(authority: &str) -> (&str, Option<u16>) {
-    let host = super::table::strip_port(authority);
-    (
-        host,
-        authority.get(host.len() + 1..).and_then(|port| port.parse().ok()),
-    )
-}
-
-impl RouteMatch {
-    /// Compiles the message.
-    pub(crate) fn compile(from: &route::RouteMatch) -> Result<Self, Refusal> {
-        use route::route_match::PathSpecifier;
-        let path = match &from.path_specifier {
-            None => return Err(Refusal::new("path_specifier", "is missing")),
-            Some(PathSpecifier::Prefix(prefix)) if prefix.is_empty() || prefix == "/" => PathMatch::Any,
-            Some(PathSpecifier::Prefix(prefix)) => PathMatch::Prefix(prefix.as_str().into()),
-            Some(PathSpecifier::Path(path)) => PathMatch::Exact(path.as_str().into()),
-            Some(PathSpecifier::SafeRegex(regex)) => {
-                PathMatch::Regex(full_regex(&regex.regex).within("safe_regex")?)
-            }
-            Some(PathSpecifier::PathSeparatedPrefix(prefix)) => {
-                PathMatch::SeparatedPrefix(prefix.trim_end_matches('/').into())
-            }
-            Some(PathSpecifier::ConnectMatcher(_)) => PathMatch::Connect,
-            Some(PathSpecifier::PathMatchPolicy(policy)) => {
-                PathMatch::Template(template::compile_match(policy).within("path_match_policy")?)
-            }
-        };
-        if !from.filter_state.is_empty() {
-            return Err(Refusal::new(
-                "filter_state",
-                "filter state matchers are not supported",
-            ));
-        }
-        Ok(Self {
-            path,
-            case_insensitive: from.case_sensitive.as_ref().is_some_and(|value| !value.value),
-            headers: from
-                .headers
-                .iter()
-                .enumerate()
-                .map(|(index, header)| HeaderMatch::compile(header).within(format!("headers[{index}]")))
-                .collect::<Result<_, _>>()?,
-            query: from
-                .query_parameters
-                .iter()
-                .enumerate()
-                .map(|(index, query)| QueryMatch::compile(query).within(format!("query_parameters[{index}]")))
-                .collect::<Result<_, _>>()?,
-            grpc: from.grpc.is_some(),
-            fraction: from
-                .runtime_fraction
-                .as_ref()
-                .map(|fraction| convert::runtime_fraction(Some(fraction), Fraction::ALL))
-                .transpose()
-                .within("runtime_fraction")?,
-            more: MoreMatch::compile(from)?,
-        })
-    }
-
-    /// Whether it is for that request, of whose connection nothing is known.
-    pub(crate) fn test(&self, request: &RequestView<'_>, random: &impl Fn() -> u64) -> bool {
-        self.test_with(request, &RouteFacts::default(), random)
-    }
-
-    /// Whether it is for that request.
-    pub(crate) fn test_with(
-        &self,
-        request: &RequestView<'_>,
-        facts: &RouteFacts<'_>,
-        random: &impl Fn() -> u64,
-    ) -> bool {
-        let path = request.path;
-        let path_matches = match &self.path {
-            // CONNECT has no path and is for its own matcher only.
-            PathMatch::Any => !path.is_empty(),
-            PathMatch::Connect => request.method == "CONNECT",
-            PathMatch::Prefix(prefix) => has_prefix(path, prefix, self.case_insensitive),
-            PathMatch::Exact(exact) if self.case_insensitive => exact.eq_ignore_ascii_case(path),
-            PathMatch::Exact(exact) => &**exact == path,
-            PathMatch::SeparatedPrefix(prefix) => {
-                has_prefix(path, prefix, self.case_insensitive)
-                    && matches!(path.as_bytes().get(prefix.len()), None | Some(b'/'))
-            }
-            PathMatch::Regex(regex) => regex.is_match(path),
-            PathMatch::Template(template) => template.matches(path),
-        };
-        path_matches
-            && self.headers.iter().all(|header| header.matches(request))
-            && self.query.iter().all(|query| query.matches(request.query))
-            && (!self.grpc || is_grpc(request.headers))
-            && self.more.as_ref().is_none_or(|more| more.test(request, facts))
-            && self.fraction.is_none_or(|fraction| fraction.hit(random()))
-    }
-
-    fn matched_prefix_length(&self, path: &str) -> usize {
-        match &self.path {
-            // `/` and the empty prefix both match the leading slash.
-            PathMatch::Any => usize::from(path.starts_with('/')),
-            PathMatch::Prefix(prefix) | PathMatch::SeparatedPrefix(prefix) => prefix.len(),
-            PathMatch::Exact(_) | PathMatch::Regex(_) | PathMatch::Template(_) | PathMatch::Connect => {
-                path.len()
-            }
-        }
-    }
-}
-
-/// Whether the content type says gRPC.
-pub fn is_grpc(headers: &http::HeaderMap) -> bool {
-    headers.get(http::header::CONTENT_TYPE).is_some_and(|value| {
-        let value = value.as_bytes();
-        value.starts_with(b"application/grpc") && matches!(value.get(16), None | Some(b'+' | b';'))
-    })
-}
-
 pub(super) fn substitution(from: &matcher::RegexMatchAndSubstitute) -> Result<(Regex, Box<str>), Refusal> {
     let pattern = from
         .pattern
@@ -705,86 +448,14 @@ impl Rewrite {
     }
 }
 
-impl Redirect {
-    fn compile(from: &route::RedirectAction) -> Result<Self, Refusal> {
-        use route::redirect_action::{PathRewriteSpecifier, RedirectResponseCode, SchemeRewriteSpecifier};
-        let status = match RedirectResponseCode::try_from(from.response_code) {
-            Ok(RedirectResponseCode::MovedPermanently) => StatusCode::MOVED_PERMANENTLY,
-            Ok(RedirectResponseCode::Found) => StatusCode::FOUND,
-            Ok(RedirectResponseCode::SeeOther) => StatusCode::SEE_OTHER,
-            Ok(RedirectResponseCode::TemporaryRedirect) => StatusCode::TEMPORARY_REDIRECT,
-            Ok(RedirectResponseCode::PermanentRedirect) => StatusCode::PERMANENT_REDIRECT,
-            Err(_) => {
-                return Err(Refusal::new(
-                    "response_code",
-                    format!("{} is unknown", from.response_code),
-                ));
-            }
-        };
-        let path = match &from.path_rewrite_specifier {
-            None => None,
-            Some(PathRewriteSpecifier::PathRedirect(path) | PathRewriteSpecifier::PathRewrite(path)) => {
-                Some(Rewrite::Full(path.as_str().into()))
-            }
-            Some(PathRewriteSpecifier::PrefixRewrite(prefix)) => {
-                Some(Rewrite::Prefix(prefix.as_str().into()))
-            }
-            Some(PathRewriteSpecifier::RegexRewrite(regex)) => {
-                let (regex, with) = substitution(regex).within("regex_rewrite")?;
-                Some(Rewrite::Regex(regex, with))
-            }
-        };
-        Ok(Self {
-            status,
-            scheme: match &from.scheme_rewrite_specifier {
-                Some(SchemeRewriteSpecifier::HttpsRedirect(true)) => Some("https".into()),
-                Some(SchemeRewriteSpecifier::SchemeRedirect(scheme)) => Some(scheme.as_str().into()),
-                Some(SchemeRewriteSpecifier::HttpsRedirect(false)) | None => None,
-            },
-            host: (!from.host_redirect.is_empty()).then(|| from.host_redirect.as_str().into()),
-            port: match from.port_redirect {
-                0 => None,
-                port => Some(
-                    u16::try_from(port)
-                        .map_err(|_| Refusal::new("port_redirect", format!("{port} is not a port")))?,
-                ),
-            },
-            path,
-            strip_query: from.strip_query,
-        })
-    }
-}
-
-impl Direct {
-    fn compile(from: &route::DirectResponseAction) -> Result<Self, Refusal> {
-        use core::data_source::Specifier;
-        if from.body_format.is_some() {
-            return Err(Refusal::new("body_format", "not supported"));
-        }
-        let status = u16::try_from(from.status)
-            .ok()
-            .filter(|code| (200..600).contains(code))
-            .and_then(|code| StatusCode::from_u16(code).ok())
-            .ok_or_else(|| Refusal::new("status", format!("{} is not 200 to 599", from.status)))?;
-        let body = match from.body.as_ref().and_then(|body| body.specifier.as_ref()) {
-            None => Bytes::new(),
-            Some(Specifier::InlineBytes(bytes)) => Bytes::copy_from_slice(bytes),
-            Some(Specifier::InlineString(text)) => Bytes::copy_from_slice(text.as_bytes()),
-            Some(Specifier::Filename(_) | Specifier::EnvironmentVariable(_)) => {
-                return Err(Refusal::new("body", "only inline bodies are supported"));
-            }
-        };
-        if body.len() > MAX_DIRECT_RESPONSE {
-            return Err(Refusal::new(
-                "body",
-                format!("is longer than {MAX_DIRECT_RESPONSE} bytes"),
-            ));
-        }
-        Ok(Self { status, body })
-    }
-}
-
 mod forward;
+mod local;
+mod matching;
 mod template;
+
+use local::split_port;
+use matching::PathMatch;
+pub use matching::{RouteFacts, is_grpc};
+pub(crate) use matching::{RouteMatch, cookie};
 #[cfg(test)]
 mod tests;

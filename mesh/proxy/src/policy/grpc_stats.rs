@@ -1,7 +1,7 @@
 //! Counters of gRPC calls per cluster, service and method, by Envoy's names (`cluster.<name>.grpc.<service>.<method>.*`).
 //!
 //! One table for all filters, a part of it per worker, so that counting waits for nobody. The number of methods is
-//! bounded: what callers make up beyond [`MAX_METHODS`] is counted without a service and method.
+//! bounded: what callers make up beyond `MAX_METHODS` is counted without a service and method.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! Choosing an endpoint: priorities, health, panic, localities and zones; the policies themselves are in [`draw`].
+//! Choosing an endpoint: priorities, health, panic, localities and zones; the policies themselves are in `draw`.
 //!
 //! The common case (one priority, everybody healthy) looks at nothing but the hosts it draws.
 

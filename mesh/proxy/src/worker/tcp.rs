@@ -96,9 +96,13 @@ pub(super) async fn open(
         .as_ref()
         .zip(client.server_name)
         .and_then(|(directory, name)| directory.find(name));
-    let slot = match (&named, &proxy.targets) {
-        (Some(slot), _) | (None, TcpTargets::One(slot)) => slot,
-        (None, TcpTargets::Weighted(slots, weights, turn)) => &slots[weights.pick(turn.next(worker.id))],
+    let (slot, own_criteria) = match (&named, &proxy.targets) {
+        (Some(slot), _) | (None, TcpTargets::One(slot)) => (slot, None),
+        (None, TcpTargets::Weighted(slots, weights, turn)) => {
+            let index = weights.pick(turn.next(worker.id));
+            let own = proxy.target_criteria.get(index).and_then(Option::as_deref);
+            (&slots[index], own)
+        }
     };
     let reporter = match listener.direction {
         Direction::Inbound => Reporter::Destination,
@@ -140,6 +144,7 @@ pub(super) async fn open(
     for attempt in 1..=proxy.max_connect_attempts {
         let wish = Wish {
             hash: proxy.hash_by_source.then(|| hash_of_source(source.ip())),
+            criteria: own_criteria.or(proxy.criteria.as_deref()),
             tried: &tried,
             attempts: 5,
             ..Default::default()

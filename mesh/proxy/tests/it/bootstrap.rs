@@ -201,18 +201,15 @@ static_resources:
     assert_eq!(ask("/secret/x").await.0, 403);
     // The certificate in the file rotates under the running proxy.
     write_sds(&sds, &second);
-    soon(
-        "the other certificate",
-        Box::pin(async {
-            loop {
-                assert_eq!(ask("/").await.0, 200);
-                if front.next().await.peer.unwrap() == second.der().0[0].to_vec() {
-                    return;
-                }
+    let rotated = Box::pin(async {
+        loop {
+            assert_eq!(ask("/").await.0, 200);
+            if front.next().await.peer.unwrap() == second.der().0[0].to_vec() {
+                return;
             }
-        }),
-    )
-    .await;
+        }
+    });
+    soon("the other certificate", rotated).await;
     // A file whose content is wrong is told with the path.
     std::fs::write(&path, text.replace("num_retries: 2", "num_retries: many")).unwrap();
     let checked = run(&["--mode", "validate"]).output().await.unwrap();

@@ -34,6 +34,7 @@ mod metrics;
 mod mutations;
 mod policies;
 mod reference;
+mod resilience;
 mod restart;
 mod routing;
 mod soak;
