@@ -96,6 +96,17 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
             tasks.spawn(port.serve(proxy.clone(), quit.clone(), ports_end.clone()));
         }
     }
+    // Before anything serves: whoever is asked to end from then on drains.
+    let signals = |kind| {
+        signal(kind).map_err(|source| Error::Start {
+            what: "signal handling",
+            source,
+        })
+    };
+    let (mut terminate, mut interrupt) = (
+        signals(SignalKind::terminate())?,
+        signals(SignalKind::interrupt())?,
+    );
     apply_static(&proxy, &plan.static_resources).await?;
     // Encoded messages of a large file are megabytes.
     drop(plan.static_resources);
@@ -142,16 +153,6 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
             }
         });
     }
-    let signals = |kind| {
-        signal(kind).map_err(|source| Error::Start {
-            what: "signal handling",
-            source,
-        })
-    };
-    let (mut terminate, mut interrupt) = (
-        signals(SignalKind::terminate())?,
-        signals(SignalKind::interrupt())?,
-    );
     tokio::select! {
         _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
         _ = interrupt.recv() => tracing::info!("SIGINT: draining"),

@@ -13,7 +13,7 @@ const LOOKERS: [(&str, &str); 12] = [
     ("tls/", "certificates and tickets are good until a time of day"),
     (
         "worker/attempts.rs",
-        "answers name the time of day of the next try",
+        "rate limits that upstreams say are reset at a time of day",
     ),
     ("worker/connection_log.rs", "times in logs, told"),
     ("worker/exchange.rs", "times in logs, told"),
