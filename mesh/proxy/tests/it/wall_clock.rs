@@ -4,13 +4,17 @@
 use std::path::Path;
 
 /// Files that may look, and why.
-const LOOKERS: [(&str, &str); 11] = [
+const LOOKERS: [(&str, &str); 12] = [
     ("bootstrap/", "start"),
     ("control/admin.rs", "days left of certificates, told"),
     ("metrics/push.rs", "the time of a measurement, told"),
     ("observe/", "times in logs and spans, told"),
     ("policy/cel/", "request.time of conditions"),
     ("tls/", "certificates and tickets are good until a time of day"),
+    (
+        "worker/attempts.rs",
+        "an endpoint may ask for a retry at a time of day; the wait is bounded by max_interval and the deadline",
+    ),
     ("worker/connection_log.rs", "times in logs, told"),
     ("worker/exchange.rs", "times in logs, told"),
     (
