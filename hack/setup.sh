@@ -50,7 +50,14 @@ if [ "${1:-}" = --peers ] && can_install; then
     need nghttp2-client command -v h2load
     need openssh-server command -v /usr/sbin/sshd
     if [ ${#missing[@]} -gt 0 ]; then
-        install || echo "setup: not all of them could be installed; what needs them is skipped" >&2
+        if install; then
+            # Their packages switch services on for the next start of the machine.
+            for package in "${missing[@]}"; do
+                ! command -v systemctl >/dev/null || systemctl disable --quiet "${package/openssh-server/ssh}" 2>/dev/null || true
+            done
+        else
+            echo "setup: not all of them could be installed; what needs them is skipped" >&2
+        fi
     fi
 fi
 

@@ -189,7 +189,7 @@ pub const ERRORS_DEFAULT: &str = "Serin, errors, tolerance 1.5";
 pub const ERRORS_STRICT: &str = "Serin, errors, tolerance 1";
 /// A high tolerance, which is a mitigation of errors that are not independent.
 pub const ERRORS_LAX: &str = "Serin, errors, tolerance 3";
-/// What cannot be bettered by much: see [`Oracle`].
+/// The likelihood ratio of the canary's true rate, which nobody knows: it cannot be bettered by much.
 pub const ORACLE: &str = "a test that knows the canary's rate, tolerance 1.5";
 
 /// Those who judge errors.

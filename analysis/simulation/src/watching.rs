@@ -81,7 +81,7 @@ impl Scene {
         watch.observe(requests, random.binomial(requests, rate), options);
     }
 
-    /// Watches for so many days, and for [`CHANGES`] changes.
+    /// Watches for so many days, and for four hundred changes.
     pub fn watch(&self, days: u64) -> Watched {
         let mut random = Random::new(random::seed("watch", (self.rps * 1e6 + self.rate * 1e9) as u64));
         let options = self.options(&mut random);

@@ -4,40 +4,41 @@
 //! A filter that has something to do with the response says so when the request passes it (`Encode`); a response
 //! therefore only meets filters that its request has met, except for header mutations, which change every response.
 
+mod encode;
 mod ext_authz;
 mod ext_proc;
 mod jwt;
+mod local_rate_limit;
 mod rate_limit;
 
+pub(super) use encode::{encode, encode_waiting, waits};
 pub(super) use jwt::fetch_ahead;
+use local_rate_limit::limit_locally;
 
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use http::request::Parts;
-use http::response::Parts as Head;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 
 use super::body::{Ahead, Inbound};
-use super::exchange::{Exchange, protocol_text};
+use super::exchange::Exchange;
 use super::http::Downstream;
 use super::local::LocalReply;
 use super::request::{Routed, find_route, variables, view};
-use crate::clock;
 use crate::config::filters::{Cors, CorsVerdict, Fault, FaultAbort};
-use crate::config::headers::Variables;
 use crate::config::route::{Action, Targets};
 use crate::metrics::flags::Flags;
 use crate::policy::adaptive_concurrency::AdaptiveConcurrency;
 use crate::policy::chain::{Filter, Kind};
-use crate::policy::compressor::{Compressor, Encoder, vary};
+use crate::policy::compressor::Compressor;
 use crate::policy::descriptors::{Descriptor, RateLimitEntry, Scene};
-use crate::policy::ext_authz::{Field, How, apply};
+use crate::policy::ext_authz::Field;
 use crate::policy::facts::Facts;
 use crate::policy::grpc_stats::{Call, GrpcStats, Messages};
 use crate::policy::header_mutation::HeaderMutation;
-use crate::policy::local_rate_limit::{LocalRateLimit, VirtualHostLimits};
+use crate::policy::local_rate_limit::VirtualHostLimits;
 use crate::policy::metadata::Metadata;
 use crate::policy::per_route::Override;
 use crate::policy::rbac::{NAMESPACE, Rules};
@@ -105,137 +106,6 @@ enum Encode {
     Process(Option<Box<ext_proc::Processing>>),
     /// With how much the client wants the encoding.
     Compress(Arc<Compressor>, u16),
-}
-
-impl PolicyState {
-    /// The encoding that the client wants most; of equals the first in the chain.
-    fn best(&self) -> Option<usize> {
-        self.encode
-            .iter()
-            .enumerate()
-            .filter_map(|(index, encode)| match encode {
-                Encode::Compress(_, quality) if *quality > 0 => Some((*quality, std::cmp::Reverse(index))),
-                _ => None,
-            })
-            .max()
-            .map(|(_, std::cmp::Reverse(index))| index)
-    }
-
-    /// Lets a response pass one filter. `best` says whether its encoding is wanted most; what encodes is returned.
-    fn pass(
-        &self,
-        index: usize,
-        best: bool,
-        exchange: &Exchange,
-        head: &mut Head,
-        has_body: bool,
-    ) -> Option<Encoder> {
-        match self.encode.get(index)? {
-            Encode::Compress(compressor, _) => {
-                if !has_body || !compressor.applies(head.status, &head.headers) {
-                    return None;
-                }
-                // An encoder that cannot be made leaves the response as it is.
-                let encoder = best.then(|| compressor.begin(&mut head.headers).ok()).flatten();
-                vary(&mut head.headers);
-                return encoder;
-            }
-            Encode::Cors(cors, origin) => cors.decorate(origin.clone(), &mut head.headers),
-            Encode::Mutate(mutation) => {
-                let variables = response_variables(exchange);
-                mutation.response(&mut head.headers, self.request.as_ref(), &variables);
-            }
-            Encode::Fields(fields) => apply(fields, &mut head.headers),
-            // Only responses of upstreams are shown to services.
-            Encode::Process(_) => {}
-        }
-        None
-    }
-
-    /// Lets a response pass the filters. What encodes its body is returned.
-    fn respond(&self, exchange: &Exchange, head: &mut Head, has_body: bool) -> Option<Encoder> {
-        let best = self.best();
-        let mut encoder = None;
-        for index in (0..self.encode.len()).rev() {
-            let passed = self.pass(index, best == Some(index), exchange, head, has_body);
-            encoder = passed.or(encoder);
-        }
-        encoder
-    }
-}
-
-/// Whether a response must wait for a service before it goes on.
-pub(super) fn waits(exchange: &Exchange) -> bool {
-    exchange.policy.as_ref().is_some_and(|state| {
-        state
-            .encode
-            .iter()
-            .any(|encode| matches!(encode, Encode::Process(_)))
-    })
-}
-
-/// Like [`encode`], for responses that must wait. A reply goes to the client instead, as it is.
-pub(super) async fn encode_waiting(
-    exchange: &mut Exchange,
-    head: &mut Head,
-    has_body: bool,
-) -> Result<Option<Encoder>, LocalReply> {
-    let (count, best) = match &exchange.policy {
-        Some(state) => (state.encode.len(), state.best()),
-        None => return Ok(None),
-    };
-    let mut encoder = None;
-    for index in (0..count).rev() {
-        let Some(mut state) = exchange.policy.take() else {
-            return Ok(encoder);
-        };
-        let processing = match state.encode.get_mut(index) {
-            Some(Encode::Process(processing)) => processing.take(),
-            _ => None,
-        };
-        if processing.is_none() {
-            let passed = state.pass(index, best == Some(index), exchange, head, has_body);
-            encoder = passed.or(encoder);
-        }
-        exchange.policy = Some(state);
-        if let Some(processing) = processing
-            && let Err(reply) = ext_proc::response(exchange, processing, head, has_body).await
-        {
-            // It has passed the filters behind this one in another shape; those before it see it.
-            if let Some(state) = &mut exchange.policy {
-                state.encode.truncate(index);
-            }
-            return Err(reply);
-        }
-    }
-    Ok(encoder)
-}
-
-fn response_variables(exchange: &Exchange) -> Variables<'_> {
-    Variables {
-        downstream_remote: Some(exchange.conn.remote),
-        downstream_local: Some(exchange.conn.local),
-        protocol: protocol_text(exchange.version),
-        route_name: exchange.route.as_ref().map_or("", |route| &route.name),
-        upstream_cluster: exchange.cluster_name.as_deref().unwrap_or(""),
-        upstream_host: exchange.host.as_ref().map(|host| &*host.endpoint.text),
-        path: exchange.uri.path_and_query().map_or("/", |path| path.as_str()),
-        method: exchange.method.as_str(),
-        authority: exchange
-            .authority
-            .as_ref()
-            .and_then(|value| value.to_str().ok())
-            .unwrap_or(""),
-        ..Default::default()
-    }
-}
-
-/// Lets the head of a response pass the chain that its request passed. What encodes its body is returned.
-pub(super) fn encode(exchange: &mut Exchange, head: &mut Head, has_body: bool) -> Option<Encoder> {
-    let state = exchange.policy.take()?;
-    let encoder = state.respond(exchange, head, has_body);
-    exchange.policy = Some(state);
-    encoder
 }
 
 /// Bytes of a response's body, as the upstream sent them.
@@ -647,80 +517,6 @@ pub(super) fn describe(
         add(&routed.host.rate_limits);
     }
     out
-}
-
-/// `x-ratelimit-*` of draft 03.
-fn limit_fields(limit: u32, remaining: u32, reset_s: u64) -> Vec<Field> {
-    vec![
-        (X_RATELIMIT_LIMIT.clone(), HeaderValue::from(limit), How::Set),
-        (
-            X_RATELIMIT_REMAINING.clone(),
-            HeaderValue::from(remaining),
-            How::Set,
-        ),
-        (X_RATELIMIT_RESET.clone(), HeaderValue::from(reset_s), How::Set),
-    ]
-}
-
-fn limit_locally(
-    conn: &Downstream,
-    exchange: &mut Exchange,
-    limit: &Arc<LocalRateLimit>,
-    routed: &Routed,
-    parts: &mut Parts,
-) -> Result<(), LocalReply> {
-    if !limit.enabled.hit(random::next()) {
-        return Ok(());
-    }
-    let now = clock::now_ms();
-    let descriptors = if limit.wants_descriptors() {
-        describe(
-            conn,
-            exchange,
-            routed,
-            parts,
-            &limit.own,
-            limit.stage,
-            limit.virtual_host,
-        )
-    } else {
-        Vec::new()
-    };
-    let own = limit.per_connection.then(|| conn.buckets_of(limit, now));
-    let verdict = limit.judge(&descriptors, own.as_deref(), now, conn.worker.id);
-    if limit.headers {
-        let fields = limit_fields(verdict.limit, verdict.remaining, verdict.reset_s);
-        state(exchange).encode.push(Encode::Fields(fields));
-    }
-    if !verdict.limited {
-        return Ok(());
-    }
-    if !limit.enforced.hit(random::next()) {
-        if !limit.request_headers.is_empty() {
-            let head = parts.clone();
-            let variables = variables(conn, &head, &routed.route);
-            limit.request_headers.apply(&mut parts.headers, None, &variables);
-        }
-        return Ok(());
-    }
-    limit.count_enforced(conn.worker.id);
-    let mut reply = LocalReply::new(
-        limit.status,
-        Flags::RATE_LIMITED,
-        "local_rate_limited",
-        "local_rate_limited",
-    );
-    reply.grpc_status = limit.resource_exhausted.then_some(8).filter(|_| exchange.grpc);
-    if limit.retry_after {
-        reply
-            .headers
-            .insert(header::RETRY_AFTER, HeaderValue::from(verdict.reset_s));
-    }
-    let variables = variables(conn, parts, &routed.route);
-    limit
-        .response_headers
-        .apply(&mut reply.headers, Some(&parts.headers), &variables);
-    Err(reply)
 }
 
 /// The mutations of all levels in the order in which they are applied: the chain's own first; then from the least to

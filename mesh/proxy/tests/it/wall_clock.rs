@@ -13,7 +13,7 @@ const LOOKERS: [(&str, &str); 12] = [
     ("tls/", "certificates and tickets are good until a time of day"),
     (
         "worker/attempts.rs",
-        "an endpoint may ask for a retry at a time of day; the wait is bounded by max_interval and the deadline",
+        "answers name the time of day of the next try",
     ),
     ("worker/connection_log.rs", "times in logs, told"),
     ("worker/exchange.rs", "times in logs, told"),

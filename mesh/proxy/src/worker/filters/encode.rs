@@ -1,0 +1,141 @@
+//! Responses on their way back through the chain.
+
+use http::response::Parts as Head;
+
+use super::{Encode, PolicyState, ext_proc};
+use crate::config::headers::Variables;
+use crate::policy::compressor::{Encoder, vary};
+use crate::policy::ext_authz::apply;
+use crate::worker::exchange::{Exchange, protocol_text};
+use crate::worker::local::LocalReply;
+
+impl PolicyState {
+    /// The encoding that the client wants most; of equals the first in the chain.
+    fn best(&self) -> Option<usize> {
+        self.encode
+            .iter()
+            .enumerate()
+            .filter_map(|(index, encode)| match encode {
+                Encode::Compress(_, quality) if *quality > 0 => Some((*quality, std::cmp::Reverse(index))),
+                _ => None,
+            })
+            .max()
+            .map(|(_, std::cmp::Reverse(index))| index)
+    }
+
+    /// Lets a response pass one filter. `best` says whether its encoding is wanted most; what encodes is returned.
+    fn pass(
+        &self,
+        index: usize,
+        best: bool,
+        exchange: &Exchange,
+        head: &mut Head,
+        has_body: bool,
+    ) -> Option<Encoder> {
+        match self.encode.get(index)? {
+            Encode::Compress(compressor, _) => {
+                if !has_body || !compressor.applies(head.status, &head.headers) {
+                    return None;
+                }
+                // An encoder that cannot be made leaves the response as it is.
+                let encoder = best.then(|| compressor.begin(&mut head.headers).ok()).flatten();
+                vary(&mut head.headers);
+                return encoder;
+            }
+            Encode::Cors(cors, origin) => cors.decorate(origin.clone(), &mut head.headers),
+            Encode::Mutate(mutation) => {
+                let variables = response_variables(exchange);
+                mutation.response(&mut head.headers, self.request.as_ref(), &variables);
+            }
+            Encode::Fields(fields) => apply(fields, &mut head.headers),
+            // Only responses of upstreams are shown to services.
+            Encode::Process(_) => {}
+        }
+        None
+    }
+
+    /// Lets a response pass the filters. What encodes its body is returned.
+    fn respond(&self, exchange: &Exchange, head: &mut Head, has_body: bool) -> Option<Encoder> {
+        let best = self.best();
+        let mut encoder = None;
+        for index in (0..self.encode.len()).rev() {
+            let passed = self.pass(index, best == Some(index), exchange, head, has_body);
+            encoder = passed.or(encoder);
+        }
+        encoder
+    }
+}
+
+/// Whether a response must wait for a service before it goes on.
+pub(in crate::worker) fn waits(exchange: &Exchange) -> bool {
+    exchange.policy.as_ref().is_some_and(|state| {
+        state
+            .encode
+            .iter()
+            .any(|encode| matches!(encode, Encode::Process(_)))
+    })
+}
+
+/// Like [`encode`], for responses that must wait. A reply goes to the client instead, as it is.
+pub(in crate::worker) async fn encode_waiting(
+    exchange: &mut Exchange,
+    head: &mut Head,
+    has_body: bool,
+) -> Result<Option<Encoder>, LocalReply> {
+    let (count, best) = match &exchange.policy {
+        Some(state) => (state.encode.len(), state.best()),
+        None => return Ok(None),
+    };
+    let mut encoder = None;
+    for index in (0..count).rev() {
+        let Some(mut state) = exchange.policy.take() else {
+            return Ok(encoder);
+        };
+        let processing = match state.encode.get_mut(index) {
+            Some(Encode::Process(processing)) => processing.take(),
+            _ => None,
+        };
+        if processing.is_none() {
+            let passed = state.pass(index, best == Some(index), exchange, head, has_body);
+            encoder = passed.or(encoder);
+        }
+        exchange.policy = Some(state);
+        if let Some(processing) = processing
+            && let Err(reply) = ext_proc::response(exchange, processing, head, has_body).await
+        {
+            // It has passed the filters behind this one in another shape; those before it see it.
+            if let Some(state) = &mut exchange.policy {
+                state.encode.truncate(index);
+            }
+            return Err(reply);
+        }
+    }
+    Ok(encoder)
+}
+
+fn response_variables(exchange: &Exchange) -> Variables<'_> {
+    Variables {
+        downstream_remote: Some(exchange.conn.remote),
+        downstream_local: Some(exchange.conn.local),
+        protocol: protocol_text(exchange.version),
+        route_name: exchange.route.as_ref().map_or("", |route| &route.name),
+        upstream_cluster: exchange.cluster_name.as_deref().unwrap_or(""),
+        upstream_host: exchange.host.as_ref().map(|host| &*host.endpoint.text),
+        path: exchange.uri.path_and_query().map_or("/", |path| path.as_str()),
+        method: exchange.method.as_str(),
+        authority: exchange
+            .authority
+            .as_ref()
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or(""),
+        ..Default::default()
+    }
+}
+
+/// Lets the head of a response pass the chain that its request passed. What encodes its body is returned.
+pub(in crate::worker) fn encode(exchange: &mut Exchange, head: &mut Head, has_body: bool) -> Option<Encoder> {
+    let state = exchange.policy.take()?;
+    let encoder = state.respond(exchange, head, has_body);
+    exchange.policy = Some(state);
+    encoder
+}
