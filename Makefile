@@ -25,7 +25,6 @@ demo: build ## Play the story: a good release promoted, a bad one rolled back (A
 	$(BIN)/serin demo $(ARGS)
 
 test: ## Format, lints, documentation, every test, and the demo
-	@hack/setup.sh tests
 	hack/test.sh
 
 lint: setup ## Format, clippy with warnings denied, documentation with warnings denied

@@ -14,6 +14,7 @@ const OURS: &[&str] = &[
     ".status.history",
     ".status.weightLive",
     ".status.run",
+    ".status.watch",
     ".status.message",
     ".status.conditions[].observedGeneration",
 ];

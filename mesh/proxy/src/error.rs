@@ -37,6 +37,19 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// A hot restart failed.
+    #[error(
+        "hot restart at {path}: {what}: {source}; check --restart-socket and the process that listens there"
+    )]
+    Restart {
+        /// The Unix socket.
+        path: PathBuf,
+        /// What was being done.
+        what: &'static str,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
     /// A thread or runtime could not be created.
     #[error("starting {what}: {source}")]
     Start {

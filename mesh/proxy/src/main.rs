@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
 use serin_proxy::bootstrap::{agent, file, inherited};
+use serin_proxy::control::levels;
 use serin_proxy::control::run::{Plan, check, run};
 use serin_proxy::intercept;
 
@@ -24,6 +25,10 @@ struct Cli {
     /// Worker threads; 0 for one per core.
     #[arg(long, default_value_t = 0)]
     concurrency: usize,
+    /// Unix socket for hot restarts: a process that is started with the socket of a running one takes its listening
+    /// sockets over, and the running one drains and ends once the new one is ready.
+    #[arg(long, env = "SERIN_RESTART_SOCKET", global = true)]
+    restart_socket: Option<PathBuf>,
     /// Whether to serve, or only to check the file.
     #[arg(long, value_enum, default_value = "serve")]
     mode: Mode,
@@ -155,17 +160,7 @@ enum RoleName {
 }
 
 fn main() -> ExitCode {
-    use std::io::IsTerminal as _;
-    tracing_subscriber::fmt()
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_default_env()
-                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
-        )
-        // A log that cannot be written loses lines. To say so on the same stream would panic.
-        .log_internal_errors(false)
-        .init();
+    levels::install();
     match start(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -191,6 +186,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
             if let Some(text) = environment.get(inherited::VARIABLE) {
                 plan.options.inherited = inherited::adopt(text)?;
             }
+            plan.restart = cli.restart_socket;
             control(plan)
         }
         Some(Command::Proxy {
@@ -202,7 +198,9 @@ fn start(cli: Cli) -> anyhow::Result<()> {
                 RoleName::Sidecar => agent::Role::Sidecar,
                 RoleName::Router => agent::Role::Router,
             };
-            control(agent::plan(role, &domain, concurrency, &environment)?)
+            let mut plan = agent::plan(role, &domain, concurrency, &environment)?;
+            plan.restart = cli.restart_socket;
+            control(plan)
         }
         Some(Command::Intercept(options)) => {
             if options.remove {

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)] // the crate's only unsafe code, each block with its proof
 
 use std::net::TcpListener;
-use std::os::fd::{FromRawFd, RawFd};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 /// Takes ownership of the listening socket that the parent process left at descriptor `fd`.
 ///
@@ -26,6 +26,15 @@ pub(crate) fn adopt_listener(fd: RawFd) -> std::io::Result<TcpListener> {
     listener.local_addr()?;
     listener.set_nonblocking(true)?;
     Ok(listener)
+}
+
+/// Takes ownership of descriptors that came with a message.
+pub(crate) fn own_received(descriptors: Vec<RawFd>) -> impl Iterator<Item = OwnedFd> {
+    // SAFETY: the kernel has just made these descriptors for this process (SCM_RIGHTS), and `recvmsg`, which returned
+    // them as numbers, does not close them; each is taken once.
+    descriptors
+        .into_iter()
+        .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Gives memory that this thread's allocations left free back to the kernel. Costs some 10 µs with little to do.

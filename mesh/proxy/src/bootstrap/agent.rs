@@ -157,6 +157,7 @@ pub fn plan(role: Role, domain: &str, concurrency: usize, environment: &Environm
         prometheus: Some(any(15090)),
         ready: Some(any(15021)),
         drain,
+        restart: None,
     })
 }
 

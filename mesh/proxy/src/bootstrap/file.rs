@@ -142,6 +142,7 @@ fn plan(from: bootstrap::Bootstrap, concurrency: usize) -> Result<Plan, Refusal>
         prometheus: None,
         ready: None,
         drain: DEFAULT_DRAIN,
+        restart: None,
     })
 }
 

@@ -17,6 +17,7 @@ use crate::error::{Refusal, Within};
 use crate::observe::access_log::AccessLogs;
 use crate::observe::tracer::Tracer;
 use crate::policy::chain::Chain;
+use crate::policy::stats::{HTTP, Traffic};
 use crate::worker::CONNECT;
 
 /// Envoy's limit of silence on a stream when none is given.
@@ -75,6 +76,8 @@ pub enum Routes {
 pub struct HttpManager {
     /// For admin output.
     pub stat_prefix: Box<str>,
+    /// Connections and requests.
+    pub traffic: Traffic,
     /// Protocol.
     pub codec: Codec,
     /// Side, for metrics.
@@ -263,8 +266,11 @@ impl HttpManager {
         let flag = |value: &Option<serin_xds::pb::google::protobuf::BoolValue>, default: bool| {
             value.as_ref().map_or(default, |value| value.value)
         };
+        let (workers, registry) = context.counters();
+        let traffic = registry.traffic(workers, &HTTP, &from.stat_prefix);
         let mut out = Self {
             stat_prefix: from.stat_prefix.as_str().into(),
+            traffic,
             codec,
             direction,
             routes,

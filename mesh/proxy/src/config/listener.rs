@@ -20,6 +20,7 @@ use super::weighted::{Turn, Weights};
 use crate::error::{Refusal, Within};
 use crate::observe::access_log::AccessLogs;
 use crate::policy::network::NetworkFilter;
+use crate::policy::stats::{LISTENER, Traffic};
 use crate::tls::downstream::DownstreamTls;
 use crate::tls::secret::SecretSlot;
 
@@ -69,6 +70,8 @@ pub struct Listener {
     pub inspect_http: Inspect,
     /// How long to wait for these bytes.
     pub detection_timeout: Duration,
+    /// Its connections.
+    pub traffic: Traffic,
     /// Access logs of its connections.
     pub logs: Option<Arc<AccessLogs>>,
     /// When the time is over: go on without knowledge (or else close).
@@ -317,6 +320,11 @@ impl Listener {
             use_original_dst: from.use_original_dst.as_ref().is_some_and(|value| value.value),
             original_dst: false,
             direction,
+            traffic: {
+                let (workers, registry) = context.counters();
+                let name = format!("{}_{}", address.ip(), address.port());
+                registry.traffic(workers, &LISTENER, &name)
+            },
             logs: AccessLogs::compile(&from.access_log, context)?.map(Arc::new),
             inspect_tls: Inspect::default(),
             inspect_http: Inspect::default(),

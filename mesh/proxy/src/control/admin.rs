@@ -1,5 +1,7 @@
 //! Admin, readiness and Prometheus ports, served on the control thread.
 
+mod views;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,15 +12,16 @@ use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use serde_json::json;
+use regex::{Regex, RegexBuilder};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Proxy, listening_socket};
-use crate::config::listener::Handler;
+use super::{Proxy, levels};
 use crate::error::Error;
+use crate::metrics::collect::Value;
+use crate::metrics::names::{self, Kind, Wanted};
 use crate::metrics::text;
 use crate::worker::DrainPhase;
 
@@ -46,10 +49,11 @@ pub struct AdminPort {
 }
 
 impl AdminPort {
-    /// Binds it; must be called within a runtime.
-    pub fn bind(address: SocketAddr, port: Port) -> Result<Self, Error> {
+    /// Binds it, or takes the socket of the process before this one; must be called within a runtime.
+    pub fn bind(proxy: &Proxy, address: SocketAddr, port: Port) -> Result<Self, Error> {
         let name = format!("{port:?}").to_lowercase();
-        let listener = listening_socket(address, false)
+        let listener = proxy
+            .own_socket(&format!("{name} port"), address)
             .and_then(TcpListener::from_std)
             .map_err(|source| Error::Bind {
                 name,
@@ -120,6 +124,114 @@ fn json_reply(value: &serde_json::Value) -> Response<Full<Bytes>> {
     reply(StatusCode::OK, "application/json", format!("{value:#}\n"))
 }
 
+/// Parameters of a request's query, as they are written.
+fn parameters<B>(request: &Request<B>) -> Vec<(&str, &str)> {
+    request
+        .uri()
+        .query()
+        .unwrap_or("")
+        .split('&')
+        .filter(|pair| !pair.is_empty())
+        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+        .collect()
+}
+
+/// Undoes percent escapes; what is malformed stays as it is.
+fn unescape(text: &str) -> String {
+    let bytes = text.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut index = 0;
+    while index < bytes.len() {
+        let escaped = (bytes[index] == b'%')
+            .then(|| text.get(index + 1..index + 3))
+            .flatten()
+            .and_then(|hex| u8::from_str_radix(hex, 16).ok());
+        match escaped {
+            Some(byte) => {
+                out.push(byte);
+                index += 3;
+            }
+            None => {
+                out.push(bytes[index]);
+                index += 1;
+            }
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+/// A regular expression of a query.
+fn pattern(parameters: &[(&str, &str)], name: &str) -> Result<Option<Regex>, Response<Full<Bytes>>> {
+    let Some((_, text)) = parameters.iter().find(|(key, _)| *key == name) else {
+        return Ok(None);
+    };
+    RegexBuilder::new(&unescape(text))
+        .size_limit(1 << 20)
+        .build()
+        .map(Some)
+        .map_err(|error| plain(StatusCode::BAD_REQUEST, format!("Invalid regex: \"{error}\"\n")))
+}
+
+fn stats(proxy: &Proxy, parameters: &[(&str, &str)], accept: &str) -> Response<Full<Bytes>> {
+    let value = |name: &str| {
+        parameters
+            .iter()
+            .find(|(key, _)| *key == name)
+            .map(|(_, value)| *value)
+    };
+    let filter = match pattern(parameters, "filter") {
+        Ok(filter) => filter,
+        Err(reply) => return reply,
+    };
+    let wanted = Wanted {
+        filter,
+        used_only: value("usedonly").is_some(),
+        kind: match value("type") {
+            None | Some("All") => None,
+            Some("Counters") => Some(Kind::Counters),
+            Some("Gauges") => Some(Kind::Gauges),
+            Some("Histograms") => Some(Kind::Histograms),
+            Some(_) => {
+                return plain(
+                    StatusCode::BAD_REQUEST,
+                    "invalid &type= param: use All, Counters, Gauges or Histograms\n",
+                );
+            }
+        },
+    };
+    match value("format") {
+        None | Some("text") => plain(StatusCode::OK, names::text(&proxy.metrics(), &wanted)),
+        Some("json") => json_reply(&names::json(&proxy.metrics(), &wanted)),
+        Some("prometheus") => prometheus(proxy, parameters, accept),
+        Some(_) => plain(
+            StatusCode::BAD_REQUEST,
+            "usage: /stats?format=(text|json|prometheus)\n",
+        ),
+    }
+}
+
+/// `/stats/prometheus`, in the format that the client accepts.
+fn prometheus(proxy: &Proxy, parameters: &[(&str, &str)], accept: &str) -> Response<Full<Bytes>> {
+    let filter = match pattern(parameters, "filter") {
+        Ok(filter) => filter,
+        Err(reply) => return reply,
+    };
+    let mut families = proxy.metrics();
+    let used_only = parameters.iter().any(|(key, _)| *key == "usedonly");
+    for family in &mut families {
+        let name = family.name;
+        family.metrics.retain(|(_, value)| {
+            let used = match value {
+                Value::Counter(value) | Value::Gauge(value) => *value != 0.0,
+                Value::Histogram(histogram) => histogram.count() > 0,
+            };
+            (!used_only || used) && filter.as_ref().is_none_or(|filter| filter.is_match(name))
+        });
+    }
+    let encoding = text::Encoding::of(accept);
+    reply(StatusCode::OK, encoding.content_type(), encoding.write(&families))
+}
+
 async fn answer(
     proxy: &Arc<Proxy>,
     port: Port,
@@ -127,17 +239,6 @@ async fn answer(
     request: &Request<Incoming>,
 ) -> Response<Full<Bytes>> {
     let path = request.uri().path();
-    let ready = || {
-        if proxy.is_ready() {
-            return plain(StatusCode::OK, "LIVE\n");
-        }
-        let missing = proxy.store(|store| store.cold());
-        let shown: Vec<_> = missing.iter().take(20).cloned().collect();
-        plain(
-            StatusCode::SERVICE_UNAVAILABLE,
-            format!("not ready; waiting for: {}\n", shown.join(", ")),
-        )
-    };
     let allowed = match port {
         Port::Admin => true,
         Port::Prometheus => path == "/stats/prometheus",
@@ -146,151 +247,139 @@ async fn answer(
     if !allowed {
         return plain(StatusCode::NOT_FOUND, "not found\n");
     }
-    let post = request.method() == Method::POST;
+    let accept = request
+        .headers()
+        .get(header::ACCEPT)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or("");
+    let parameters = parameters(request);
+    let has = |name: &str| parameters.iter().any(|(key, _)| *key == name);
+    let json = parameters.contains(&("format", "json"));
     match path {
-        "/ready" | "/healthz/ready" => ready(),
-        "/stats/prometheus" | "/metrics" => {
-            reply(StatusCode::OK, text::CONTENT_TYPE, text::write(&proxy.metrics()))
-        }
-        "/stats" => plain(StatusCode::OK, text::write(&proxy.metrics())),
-        "/config_dump" => json_reply(&config_dump(proxy)),
+        "/ready" | "/healthz/ready" => ready(proxy),
+        "/stats/prometheus" | "/metrics" => prometheus(proxy, &parameters, accept),
+        "/stats" => stats(proxy, &parameters, accept),
+        "/config_dump" => config_dump(proxy, &parameters),
         "/certs" => {
             let now = rustls_pki_types::UnixTime::now().as_secs();
             let now = i64::try_from(now).unwrap_or(i64::MAX);
             json_reply(&proxy.store(|store| super::certs::certs(store.secrets(), now)))
         }
-        "/clusters" => reply(StatusCode::OK, "text/plain; charset=utf-8", clusters(proxy)),
-        "/listeners" => plain(StatusCode::OK, listeners(proxy)),
-        "/server_info" => json_reply(&server_info(proxy)),
-        "/drain_listeners" | "/quitquitquit" | "/reopen_logs" if !post => plain(
-            StatusCode::METHOD_NOT_ALLOWED,
-            "use POST for what changes something\n",
+        "/clusters" if json => json_reply(&views::clusters_json(proxy)),
+        "/clusters" => plain(StatusCode::OK, views::clusters(proxy)),
+        "/listeners" if json => json_reply(&views::listeners_json(proxy)),
+        "/listeners" => plain(StatusCode::OK, views::listeners(proxy)),
+        "/server_info" => json_reply(&views::server_info(proxy)),
+        "/memory" => json_reply(&views::memory()),
+        "/" | "/help" => plain(StatusCode::OK, HELP),
+        "/runtime" => plain(
+            StatusCode::NOT_IMPLEMENTED,
+            "there is no runtime layer: the default values of runtime keys are their values\n",
         ),
+        "/reset_counters" => plain(
+            StatusCode::NOT_IMPLEMENTED,
+            "counters are cumulative for everybody who reads them, and are not reset\n",
+        ),
+        "/logging" if request.method() != Method::POST && parameters.is_empty() => logging(levels::shown()),
+        "/drain_listeners" | "/quitquitquit" | "/reopen_logs" | "/healthcheck/fail" | "/healthcheck/ok"
+        | "/logging"
+            if request.method() != Method::POST =>
+        {
+            plain(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "use POST for what changes something\n",
+            )
+        }
+        "/logging" => logging(levels::change(parameters.iter().copied())),
+        "/healthcheck/fail" | "/healthcheck/ok" => {
+            proxy.fail_health_check(path.ends_with("fail"));
+            plain(StatusCode::OK, "OK\n")
+        }
         "/reopen_logs" => {
             proxy.store(|store| store.reopen_logs());
             plain(StatusCode::OK, "OK\n")
         }
+        "/drain_listeners" if has("inboundonly") => plain(
+            StatusCode::NOT_IMPLEMENTED,
+            "inboundonly is not supported: all listeners drain together\n",
+        ),
         "/drain_listeners" => {
-            let graceful = request
-                .uri()
-                .query()
-                .is_some_and(|query| query.contains("graceful"));
-            proxy
-                .drain(if graceful {
-                    DrainPhase::Discouraging
-                } else {
-                    DrainPhase::Closing
-                })
-                .await;
+            let phase = if has("graceful") {
+                DrainPhase::Discouraging
+            } else {
+                DrainPhase::Closing
+            };
+            proxy.drain(phase).await;
             plain(StatusCode::OK, "OK\n")
         }
         "/quitquitquit" => {
             quit.cancel();
             plain(StatusCode::OK, "OK\n")
         }
-        "/" | "/help" => plain(
-            StatusCode::OK,
-            "/ready\n/stats\n/stats/prometheus\n/config_dump\n/certs\n/clusters\n/listeners\n/server_info\n\
-             POST /drain_listeners[?graceful]\nPOST /reopen_logs\nPOST /quitquitquit\n",
-        ),
         _ => plain(StatusCode::NOT_FOUND, "not found; see /help\n"),
     }
 }
 
-fn server_info(proxy: &Proxy) -> serde_json::Value {
-    json!({
-        "version": concat!("serin-proxy/", env!("CARGO_PKG_VERSION")),
-        "state": if proxy.is_ready() { "LIVE" } else { "PRE_INITIALIZING" },
-        "node": { "id": proxy.node.id, "cluster": proxy.node.cluster },
-    })
+const HELP: &str = "/ready\n/stats[?format=text|json|prometheus&filter=REGEX&usedonly&type=Counters|Gauges|Histograms]\n\
+    /stats/prometheus\n/config_dump[?resource=FIELD&name_regex=REGEX]\n/certs\n/clusters[?format=json]\n\
+    /listeners[?format=json]\n/server_info\n/memory\n/logging\nPOST /logging?level=LEVEL or ?paths=LOGGER:LEVEL,...\n\
+    POST /healthcheck/fail\nPOST /healthcheck/ok\nPOST /drain_listeners[?graceful]\nPOST /reopen_logs\n\
+    POST /quitquitquit\n";
+
+fn ready(proxy: &Proxy) -> Response<Full<Bytes>> {
+    if proxy.is_ready() {
+        return plain(StatusCode::OK, "LIVE\n");
+    }
+    let state = proxy.state();
+    let missing = proxy.store(|store| store.cold());
+    if missing.is_empty() {
+        return plain(StatusCode::SERVICE_UNAVAILABLE, format!("{state}\n"));
+    }
+    let shown: Vec<_> = missing.iter().take(20).cloned().collect();
+    plain(
+        StatusCode::SERVICE_UNAVAILABLE,
+        format!("{state}\nnot ready; waiting for: {}\n", shown.join(", ")),
+    )
 }
 
-fn config_dump(proxy: &Proxy) -> serde_json::Value {
-    proxy.store(|store| {
-        let clusters: Vec<_> = store
-            .clusters()
-            .filter_map(|slot| {
-                let config = slot.config()?;
-                Some(json!({
-                    "name": &*slot.name,
-                    "discovery": format!("{:?}", config.discovery),
-                    "lb_policy": format!("{:?}", config.lb),
-                    "endpoints": slot.endpoints().map_or(0, |set| set.all.len()),
-                }))
-            })
-            .collect();
-        let listeners: Vec<_> = store
-            .listeners()
-            .map(|listener| {
-                let chains: Vec<_> = listener
-                    .all_chains()
-                    .map(|chain| match &chain.handler {
-                        Handler::Http(manager) => json!({
-                            "name": &*chain.name,
-                            "http": manager.rds_name().as_deref().unwrap_or("inline"),
-                        }),
-                        Handler::Tcp(_) => json!({ "name": &*chain.name, "tcp": true }),
-                    })
-                    .collect();
-                json!({
-                    "name": &*listener.name,
-                    "address": listener.address.to_string(),
-                    "bound": listener.bind,
-                    "filter_chains": chains,
-                })
-            })
-            .collect();
-        let routes: Vec<_> = store
-            .routes()
-            .map(|(name, table, hosts)| json!({ "name": &**name, "live": table.is_some(), "virtual_hosts": hosts }))
-            .collect();
-        json!({ "clusters": clusters, "listeners": listeners, "routes": routes })
-    })
+fn logging(result: Result<String, String>) -> Response<Full<Bytes>> {
+    match result {
+        Ok(shown) => plain(StatusCode::OK, shown),
+        Err(reason) => plain(StatusCode::BAD_REQUEST, reason + "\n"),
+    }
 }
 
-fn clusters(proxy: &Proxy) -> String {
-    use std::fmt::Write;
-    use std::sync::atomic::Ordering;
-    let now = crate::clock::now_ms();
-    proxy.store(|store| {
-        let mut out = String::new();
-        for slot in store.clusters() {
-            let Some(set) = slot.endpoints() else {
-                let _ = writeln!(out, "{}::no endpoints yet", slot.name);
-                continue;
-            };
-            let checks = slot.config().map_or(0, |config| config.health_checks.len());
-            for endpoint in &set.all {
-                let ejected = endpoint.state.ejected_until.load(Ordering::Relaxed) > now;
-                let flags = [
-                    (!endpoint.usable(checks) && endpoint.healthy, "/failed_active_hc"),
-                    (ejected, "/failed_outlier_check"),
-                    (!endpoint.healthy, "/failed_eds_health"),
-                ];
-                let mut health: String = flags.iter().filter(|flag| flag.0).map(|flag| flag.1).collect();
-                if health.is_empty() {
-                    health.push_str("healthy");
-                }
-                // Writing to a String cannot fail.
-                let _ = writeln!(
-                    out,
-                    "{0}::{1}::health_flags::{health}\n{0}::{1}::weight::{2}",
-                    slot.name, endpoint.text, endpoint.weight
-                );
-            }
-        }
-        out
-    })
+fn config_dump(proxy: &Proxy, parameters: &[(&str, &str)]) -> Response<Full<Bytes>> {
+    if let Some((name, _)) = parameters
+        .iter()
+        .find(|(name, _)| !matches!(*name, "resource" | "name_regex"))
+    {
+        return plain(StatusCode::BAD_REQUEST, format!("{name} is not supported\n"));
+    }
+    let named = match pattern(parameters, "name_regex") {
+        Ok(named) => named,
+        Err(reply) => return reply,
+    };
+    let resource = parameters
+        .iter()
+        .find(|(key, _)| *key == "resource")
+        .map(|(_, value)| *value);
+    match views::config_dump(proxy, resource, named.as_ref()) {
+        Some(dump) => json_reply(&dump),
+        None => plain(
+            StatusCode::NOT_FOUND,
+            format!("{} not found in config dump\n", resource.unwrap_or_default()),
+        ),
+    }
 }
 
-fn listeners(proxy: &Proxy) -> String {
-    proxy.store(|store| {
-        let mut out = String::new();
-        for listener in store.listeners().filter(|listener| listener.bind) {
-            for address in proxy.listener_addresses(&listener.name) {
-                out.push_str(&format!("{}::{address}\n", listener.name));
-            }
-        }
-        out
-    })
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn escapes_of_a_query_are_undone_and_malformed_ones_stay() {
+        assert_eq!(unescape("%5Eserver%2E.*"), "^server..*");
+        assert_eq!(unescape("100%&%4"), "100%&%4");
+    }
 }

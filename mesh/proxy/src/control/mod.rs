@@ -7,8 +7,11 @@ pub mod admin;
 pub mod certs;
 pub mod dns;
 pub mod health;
+pub mod levels;
 pub mod outliers;
+pub mod restart;
 pub mod run;
+pub mod server_stats;
 pub mod xds;
 
 use std::collections::HashMap;
@@ -23,6 +26,7 @@ use serin_xds::ResourceType;
 use serin_xds::pb::envoy::config::core::v3::Node;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
 
 use crate::config::endpoint::zone_name;
 use crate::config::slot::Home;
@@ -73,8 +77,15 @@ pub struct Proxy {
     overload: Arc<Overload>,
     inherited: HashMap<u16, TcpListener>,
     bound: Mutex<HashMap<Arc<str>, Vec<SocketAddr>>>,
+    /// Sockets of the process before this one that no listener has taken yet.
+    handed: Mutex<restart::Sockets>,
+    /// Copies of all listening sockets by their owner, for a successor; `None` where nobody will ask.
+    kept: Mutex<Option<HashMap<Arc<str>, Vec<TcpListener>>>>,
+    live: CancellationToken,
     ready: AtomicBool,
     draining: AtomicBool,
+    health_fails: AtomicBool,
+    started: std::time::Instant,
     changes: watch::Sender<()>,
 }
 
@@ -139,8 +150,13 @@ impl Proxy {
             overload,
             inherited: options.inherited,
             bound: Mutex::default(),
+            handed: Mutex::default(),
+            kept: Mutex::default(),
+            live: CancellationToken::new(),
             ready: AtomicBool::new(false),
             draining: AtomicBool::new(false),
+            health_fails: AtomicBool::new(false),
+            started: std::time::Instant::now(),
             changes: watch::Sender::new(()),
         };
         Ok((Arc::new(proxy), lines))
@@ -205,6 +221,7 @@ impl Proxy {
                             let bound = sockets.first().into_iter().flatten();
                             let bound: Vec<_> = bound.filter_map(|socket| socket.local_addr().ok()).collect();
                             self.bound.lock().insert(listener.name.clone(), bound);
+                            self.keep(&listener.name, sockets.iter().flatten());
                             for (worker, sockets) in self.workers.iter().zip(sockets) {
                                 // A worker that has ended serves nothing; its end has been logged.
                                 let _ = worker.commands.send(Command::Listen(slot.clone(), sockets)).await;
@@ -229,6 +246,9 @@ impl Proxy {
                 }
                 ListenerChange::Close(name) => {
                     self.bound.lock().remove(&name);
+                    if let Some(kept) = &mut *self.kept.lock() {
+                        kept.remove(&name);
+                    }
                     for worker in &self.workers {
                         let _ = worker.commands.send(Command::Close(name.clone())).await;
                     }
@@ -257,17 +277,22 @@ impl Proxy {
         let mut out: Vec<Vec<_>> = self.workers.iter().map(|_| Vec::new()).collect();
         for address in addresses {
             let sockets = self.bind(*address).map_err(|error| (*address, error))?;
-            for (of_worker, socket) in out.iter_mut().zip(sockets) {
-                of_worker.push(socket);
+            for (of_worker, sockets) in out.iter_mut().zip(sockets) {
+                of_worker.extend(sockets);
             }
         }
         Ok(out)
     }
 
-    /// One socket per worker for `address`.
-    fn bind(&self, address: SocketAddr) -> std::io::Result<Vec<TcpListener>> {
+    /// At least one socket per worker for `address`.
+    fn bind(&self, address: SocketAddr) -> std::io::Result<Vec<Vec<TcpListener>>> {
         if let Some(inherited) = self.inherited.get(&address.port()) {
-            return self.workers.iter().map(|_| inherited.try_clone()).collect();
+            let each = |_| inherited.try_clone().map(|socket| vec![socket]);
+            return self.workers.iter().map(each).collect();
+        }
+        let handed = self.handed.lock().remove(&address);
+        if let Some(handed) = handed {
+            return restart::distribute(handed, self.workers.len());
         }
         let mut sockets = Vec::with_capacity(self.workers.len());
         let mut address = address;
@@ -275,9 +300,62 @@ impl Proxy {
             let socket = listening_socket(address, true)?;
             // Port 0 is the kernel's choice once; the others join it.
             address = socket.local_addr()?;
-            sockets.push(socket);
+            sockets.push(vec![socket]);
         }
         Ok(sockets)
+    }
+
+    /// Sockets of the process before this one are used for the listeners of their addresses.
+    pub fn take_over(&self, sockets: restart::Sockets) {
+        *self.handed.lock() = sockets;
+    }
+
+    /// A socket for one of the process's own ports.
+    pub(crate) fn own_socket(&self, name: &str, address: SocketAddr) -> std::io::Result<TcpListener> {
+        let handed = self.handed.lock().remove(&address).and_then(|mut all| all.pop());
+        let socket = match handed {
+            Some(socket) => socket,
+            None => listening_socket(address, false)?,
+        };
+        self.keep(&Arc::from(name), [&socket].into_iter());
+        Ok(socket)
+    }
+
+    /// From now on copies of listening sockets are kept for a successor.
+    pub fn keep_sockets(&self) {
+        self.kept.lock().get_or_insert_default();
+    }
+
+    fn keep<'a>(&self, owner: &Arc<str>, sockets: impl Iterator<Item = &'a TcpListener>) {
+        if let Some(kept) = &mut *self.kept.lock() {
+            // A socket that cannot be copied is not handed over: the successor binds its own.
+            let copies = sockets.filter_map(|socket| socket.try_clone().ok()).collect();
+            kept.insert(owner.clone(), copies);
+        }
+    }
+
+    /// Copies of all listening sockets.
+    fn kept_sockets(&self) -> std::io::Result<Vec<TcpListener>> {
+        self.kept
+            .lock()
+            .iter()
+            .flat_map(HashMap::values)
+            .flatten()
+            .map(TcpListener::try_clone)
+            .collect()
+    }
+
+    /// Closes sockets of the process before this one that no listener has taken.
+    pub fn close_handed(&self) {
+        self.handed.lock().clear();
+    }
+
+    /// Accepts no more; what is connected is served on.
+    pub async fn stop_accepting(&self) {
+        *self.kept.lock() = None;
+        for worker in &self.workers {
+            let _ = worker.commands.send(Command::StopAccepting).await;
+        }
     }
 
     /// Where a listener is bound.
@@ -299,7 +377,11 @@ impl Proxy {
     pub fn metrics(&self) -> Vec<Family> {
         let mut families = collect(&self.own, &self.shards);
         families.extend(tls::stats::families(self.store.lock().secrets().all_stats()));
+        families.extend(crate::metrics::clusters::collect(&self.shards));
         families.extend(self.store(|store| store.counters()));
+        families.extend(server_stats::server(self));
+        let now = crate::clock::now_ms();
+        families.extend(self.store(|store| server_stats::configuration(store, now)));
         families
     }
 
@@ -311,11 +393,43 @@ impl Proxy {
     /// Says that the first full configuration is live. Stays so: later gaps are served with what there is.
     pub fn set_ready(&self) {
         self.ready.store(true, Ordering::Release);
+        self.live.cancel();
+    }
+
+    /// Waits for [`Self::set_ready`].
+    pub async fn live(&self) {
+        self.live.cancelled().await;
     }
 
     /// Whether the proxy should get traffic.
     pub fn is_ready(&self) -> bool {
-        self.ready.load(Ordering::Acquire) && !self.draining.load(Ordering::Acquire)
+        self.state() == "LIVE"
+    }
+
+    /// Envoy's name of how far the process has come.
+    pub fn state(&self) -> &'static str {
+        if self.draining.load(Ordering::Acquire) || self.health_fails.load(Ordering::Acquire) {
+            "DRAINING"
+        } else if self.ready.load(Ordering::Acquire) {
+            "LIVE"
+        } else {
+            "PRE_INITIALIZING"
+        }
+    }
+
+    /// Says on purpose that the proxy is not ready, or no longer so.
+    pub fn fail_health_check(&self, fails: bool) {
+        self.health_fails.store(fails, Ordering::Release);
+    }
+
+    /// Worker threads.
+    pub fn concurrency(&self) -> usize {
+        self.workers.len()
+    }
+
+    /// Time since the start.
+    pub fn uptime(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// Open downstream connections.
@@ -342,6 +456,10 @@ impl Proxy {
     /// Enters a phase of the end.
     pub async fn drain(&self, phase: DrainPhase) {
         self.draining.store(true, Ordering::Release);
+        if phase == DrainPhase::Closing {
+            // A copy would keep the socket listening.
+            *self.kept.lock() = None;
+        }
         for worker in &self.workers {
             let _ = worker.commands.send(Command::Drain(phase)).await;
         }

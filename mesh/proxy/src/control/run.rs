@@ -1,6 +1,7 @@
 //! The process: everything started, joined and ended in order.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::admin::{AdminPort, Port};
+use super::restart::{self, Station};
 use super::{Options, Proxy, dns, health, outliers, xds};
 use crate::config::store::{Store, Update};
 use crate::error::Error;
@@ -57,14 +59,30 @@ pub struct Plan {
     pub ready: Option<SocketAddr>,
     /// For how long clients are told to go elsewhere before the end.
     pub drain: Duration,
+    /// Unix socket over which sockets are taken from the process before this one, and given to the next.
+    pub restart: Option<PathBuf>,
 }
 
 /// Runs a proxy until it is told to end by SIGTERM, SIGINT or `/quitquitquit`.
 pub async fn run(plan: Plan) -> Result<(), Error> {
+    let predecessor = match &plan.restart {
+        None => None,
+        Some(path) => restart::take(path)?,
+    };
     let rules = plan.options.overload.clone();
     let (proxy, lines) = Proxy::start(plan.options)?;
+    if plan.restart.is_some() {
+        proxy.keep_sockets();
+    }
+    let predecessor = predecessor.map(|(predecessor, sockets)| {
+        proxy.take_over(sockets);
+        predecessor
+    });
     let cancel = CancellationToken::new();
     let quit = CancellationToken::new();
+    // The admin port ends before everything else where a successor has it.
+    let ports_end = cancel.child_token();
+    let succeeded = CancellationToken::new();
     let tasks = TaskTracker::new();
     let log = tokio::spawn(write_log(lines));
     let ports = [
@@ -74,8 +92,8 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
     ];
     for (address, port) in ports {
         if let Some(address) = address {
-            let port = AdminPort::bind(address, port)?;
-            tasks.spawn(port.serve(proxy.clone(), quit.clone(), cancel.clone()));
+            let port = AdminPort::bind(&proxy, address, port)?;
+            tasks.spawn(port.serve(proxy.clone(), quit.clone(), ports_end.clone()));
         }
     }
     // Before anything serves: whoever is asked to end from then on drains.
@@ -114,10 +132,36 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
             tasks.spawn(xds::follow(proxy.clone(), endpoint, cancel.clone()));
         }
     }
+    if let Some(path) = plan.restart {
+        let (proxy, cancel, succeeded) = (proxy.clone(), cancel.clone(), succeeded.clone());
+        tasks.spawn(async move {
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                () = proxy.live() => {}
+            }
+            proxy.close_handed();
+            // Before the one before us hears that we serve: from then on we are asked.
+            let station = match Station::open(&path) {
+                Ok(station) => station,
+                Err(error) => return tracing::error!(%error, "no hot restart"),
+            };
+            if let Some(predecessor) = predecessor {
+                predecessor.ready();
+            }
+            if station.serve(proxy, cancel).await {
+                succeeded.cancel();
+            }
+        });
+    }
     tokio::select! {
         _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
         _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
         () = quit.cancelled() => tracing::info!("asked to quit: draining"),
+        () = succeeded.cancelled() => {
+            tracing::info!("a successor serves: draining");
+            ports_end.cancel();
+            proxy.stop_accepting().await;
+        }
     }
     // A second signal means now.
     tokio::select! {
@@ -134,11 +178,15 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
     Ok(())
 }
 
-/// Ends unused series; gives memory back, once after the start and after each burst of configuration.
+/// Ends unused series; gives memory back after the start and after each burst of configuration.
 async fn housekeeping(proxy: Arc<Proxy>, cancel: CancellationToken) {
     /// How often the store is looked at.
     const LOOK: Duration = Duration::from_secs(2);
-    let (mut seen, mut collected, mut started) = (0, u64::MAX, false);
+    /// Looks between two times that the program's pages are given back.
+    const APART: u32 = 15;
+    let (mut seen, mut collected) = (0, u64::MAX);
+    // What was applied when pages were given back last, and at which look.
+    let (mut forgotten, mut forgotten_at) = (u64::MAX, None::<u32>);
     let shards = proxy.shards().1;
     let mut looks = 0u32;
     loop {
@@ -156,7 +204,10 @@ async fn housekeeping(proxy: Arc<Proxy>, cancel: CancellationToken) {
             collected = applied;
             crate::sys::collect_memory();
         }
-        if quiet && proxy.is_ready() && !std::mem::replace(&mut started, true) {
+        // What compiles configuration is not needed until the next burst; what is needed comes back from the page cache.
+        let rested = forgotten_at.is_none_or(|at| looks.wrapping_sub(at) >= APART);
+        if quiet && proxy.is_ready() && forgotten != applied && rested {
+            (forgotten, forgotten_at) = (applied, Some(looks));
             crate::sys::forget_startup_pages();
         }
     }

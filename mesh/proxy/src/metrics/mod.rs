@@ -1,9 +1,11 @@
 //! Istio's standard metrics: recorded per worker ([`series`]), read as families ([`collect`]), written for Prometheus
 //! ([`text`]) and streamed to the control plane ([`push`]).
 
+pub mod clusters;
 pub mod collect;
 pub mod expiry;
 pub mod flags;
+pub mod names;
 pub mod peer;
 pub mod push;
 pub mod series;

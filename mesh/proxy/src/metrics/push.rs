@@ -59,7 +59,7 @@ impl Sent {
                         self.0.insert((family.name, labels.clone()), mark);
                     }
                 }
-                metric.push(encode(labels, value, timestamp_ms));
+                metric.push(encode(labels, value, Some(timestamp_ms)));
             }
             if let Some(first) = metric.first() {
                 let kind = if first.histogram.is_some() {
@@ -88,7 +88,8 @@ impl Sent {
     }
 }
 
-fn encode(labels: &Labels, value: &Value, timestamp_ms: i64) -> prometheus::Metric {
+/// A series as a message.
+pub(super) fn encode(labels: &Labels, value: &Value, timestamp_ms: Option<i64>) -> prometheus::Metric {
     let mut metric = prometheus::Metric {
         label: labels
             .iter()
@@ -97,7 +98,7 @@ fn encode(labels: &Labels, value: &Value, timestamp_ms: i64) -> prometheus::Metr
                 value: Some(value.clone()),
             })
             .collect(),
-        timestamp_ms: Some(timestamp_ms),
+        timestamp_ms,
         ..Default::default()
     };
     match value {

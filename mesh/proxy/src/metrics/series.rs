@@ -10,8 +10,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
+use super::clusters::ClusterCells;
 use super::flags::Flags;
 use super::peer::{Principals, ServiceIdentity, Workload};
+use crate::config::slot::ClusterSlot;
 
 /// Istio's bucket bounds, for milliseconds and bytes alike.
 pub const BOUNDS: [f64; 19] = [
@@ -303,6 +305,8 @@ pub struct Shard {
     pub http: Mutex<Vec<Arc<HttpSeries>>>,
     /// TCP series.
     pub tcp: Mutex<Vec<Arc<TcpSeries>>>,
+    /// Requests to clusters.
+    pub clusters: Mutex<Vec<Arc<ClusterCells>>>,
     /// Own counters.
     pub counters: WorkerCounters,
 }
@@ -317,6 +321,8 @@ pub struct Recorder {
     now_ms: cell::Cell<u64>,
     http: RefCell<HashMap<HttpKey, Arc<HttpSeries>, foldhash::fast::RandomState>>,
     tcp: RefCell<HashMap<TcpKey, Arc<TcpSeries>, foldhash::fast::RandomState>>,
+    /// By the number of the cluster's slot.
+    clusters: RefCell<Vec<Option<Arc<ClusterCells>>>>,
 }
 
 impl Recorder {
@@ -327,7 +333,24 @@ impl Recorder {
             now_ms: cell::Cell::new(crate::clock::now_ms()),
             http: RefCell::default(),
             tcp: RefCell::default(),
+            clusters: RefCell::default(),
         }
+    }
+
+    /// Counts a request to a cluster that has ended.
+    pub fn cluster(&self, slot: &Arc<ClusterSlot>, code: u16, attempts: u32, flags: Flags) {
+        let mut clusters = self.clusters.borrow_mut();
+        let index = slot.id as usize;
+        if index >= clusters.len() {
+            clusters.resize(index + 1, None);
+        }
+        if let Some(cells) = clusters[index].as_ref().filter(|cells| cells.are_of(slot)) {
+            return cells.count(code, attempts, flags);
+        }
+        let cells = ClusterCells::new(slot);
+        cells.count(code, attempts, flags);
+        self.shard.clusters.lock().push(cells.clone());
+        clusters[index] = Some(cells);
     }
 
     /// The worker's own counters.
@@ -338,6 +361,16 @@ impl Recorder {
     /// Drops series that have expired; called now and then.
     pub fn sweep(&self, now_ms: u64) {
         self.now_ms.set(now_ms);
+        let mut gone = false;
+        for entry in &mut *self.clusters.borrow_mut() {
+            if entry.as_ref().is_some_and(|cells| cells.are_stale()) {
+                *entry = None;
+                gone = true;
+            }
+        }
+        if gone {
+            self.shard.clusters.lock().retain(|cells| !cells.are_stale());
+        }
         let mut dropped = 0;
         self.http.borrow_mut().retain(|_, series| {
             let keep = !series.life.is_expired();

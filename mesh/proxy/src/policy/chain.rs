@@ -9,6 +9,7 @@ use super::adaptive_concurrency::AdaptiveConcurrency;
 use super::buffer::Buffer;
 use super::compressor::Compressor;
 use super::ext_authz::ExtAuthz;
+use super::ext_proc::ExtProc;
 use super::grpc_stats::GrpcStats;
 use super::header_mutation::HeaderMutation;
 use super::jwt::JwtAuthn;
@@ -57,6 +58,8 @@ pub enum Kind {
     AdaptiveConcurrency(Arc<AdaptiveConcurrency>),
     /// Counting gRPC calls.
     GrpcStats(Arc<GrpcStats>),
+    /// External processing.
+    ExtProc(Arc<ExtProc>),
     /// Compression.
     Compressor(Arc<Compressor>),
 }
@@ -170,6 +173,9 @@ impl Chain {
                 let message = config.map_or(Ok(Default::default()), |any| convert::unpack(any, type_name))?;
                 Kind::GrpcStats(Arc::new(GrpcStats::compile(&message, workers, &counters.grpc)?))
             }
+            ("envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor", _) => Kind::ExtProc(Arc::new(
+                ExtProc::compile(&unpack(config, type_name)?, stat_prefix, context)?,
+            )),
             ("envoy.extensions.filters.http.compressor.v3.Compressor", _) => {
                 Kind::Compressor(Arc::new(Compressor::compile(&unpack(config, type_name)?)?))
             }

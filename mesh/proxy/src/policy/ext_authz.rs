@@ -27,6 +27,7 @@ use crate::config::matchers::StringMatch;
 use crate::config::route::Context;
 use crate::error::{Refusal, Within};
 
+pub(super) use answer::field;
 pub use answer::{Allowed, Denied, Field, How, Verdict, apply, read_grpc};
 pub use http_service::HttpService;
 
@@ -115,7 +116,8 @@ pub struct Settings {
     pub service: Option<Service>,
 }
 
-fn matchers(
+/// Matchers of names.
+pub(super) fn matchers(
     from: Option<&matcher::ListStringMatcher>,
     field: &str,
 ) -> Result<Option<Box<[StringMatch]>>, Refusal> {

@@ -43,12 +43,6 @@ impl NetworkFilter {
         match (any, type_name) {
             (Some(any), "envoy.extensions.filters.network.rbac.v3.RBAC") => {
                 let message: rbac::Rbac = convert::unpack(any, type_name)?;
-                if message.matcher.is_some() || message.shadow_matcher.is_some() {
-                    return Err(Refusal::new(
-                        "matcher",
-                        "matcher trees are not supported, use rules",
-                    ));
-                }
                 if message.delay_deny.is_some() {
                     return Err(Refusal::new("delay_deny", "not supported"));
                 }
@@ -63,6 +57,8 @@ impl NetworkFilter {
                     &Parts {
                         rules: message.rules.as_ref(),
                         shadow_rules: message.shadow_rules.as_ref(),
+                        matcher: message.matcher.as_ref(),
+                        shadow_matcher: message.shadow_matcher.as_ref(),
                         shadow_rules_stat_prefix: &message.shadow_rules_stat_prefix,
                         rules_stat_prefix: "",
                         track_per_rule_stats: false,

@@ -11,6 +11,7 @@ use serin_xds::pb::google::protobuf::Any;
 use super::buffer::Buffer;
 use super::compressor::PerRouteCompressor;
 use super::ext_authz::PerRouteAuthz;
+use super::ext_proc::PerRouteProc;
 use super::header_mutation::HeaderMutation;
 use super::jwt::PerRouteJwt;
 use super::local_rate_limit::LocalRateLimit;
@@ -50,6 +51,8 @@ pub enum Override {
     Jwt(PerRouteJwt),
     /// External authorisation.
     ExtAuthz(PerRouteAuthz),
+    /// External processing.
+    ExtProc(PerRouteProc),
     /// Compression; `None` leaves responses as they are.
     Compressor(Option<PerRouteCompressor>),
 }
@@ -161,6 +164,9 @@ fn compile(any: &Any, context: &mut Context<'_>) -> Result<Option<Override>, Ref
         "envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute" => Override::ExtAuthz(
             PerRouteAuthz::compile(&convert::unpack(any, type_name)?, context)?,
         ),
+        "envoy.extensions.filters.http.ext_proc.v3.ExtProcPerRoute" => {
+            Override::ExtProc(PerRouteProc::compile(&convert::unpack(any, type_name)?, context)?)
+        }
         "envoy.extensions.filters.http.compressor.v3.CompressorPerRoute" => {
             Override::Compressor(PerRouteCompressor::compile(&convert::unpack(any, type_name)?)?)
         }

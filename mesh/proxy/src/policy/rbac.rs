@@ -3,13 +3,16 @@
 //! A policy matches if any of its permissions and any of its principals do, and its condition holds. Policies are asked in the order of their
 //! names. ALLOW lets through what a policy matches, DENY what none does, LOG everything and tells the access log. Shadow
 //! rules are judged and counted, never enforced. A denial names its policy, which in a mesh names the rule
-//! (`ns[a]-policy[b]-rule[0]`).
+//! (`ns[a]-policy[b]-rule[0]`). Instead of policies there may be a matcher [`tree`], whose actions have names.
+
+mod tree;
 
 use std::sync::Arc;
 
 use serin_xds::pb::envoy::config::rbac::v3 as rbac;
 use serin_xds::pb::envoy::extensions::filters::http::rbac::v3 as http_rbac;
 use serin_xds::pb::envoy::extensions::path::r#match::uri_template::v3 as template;
+use serin_xds::pb::xds::r#type::matcher::v3 as xds;
 
 use super::cel::Expression;
 use super::facts::{Facts, PeerIdentity};
@@ -59,8 +62,47 @@ struct Policy {
 pub struct Decision {
     /// Whether the request passes.
     pub allowed: bool,
-    /// The policy that matched.
+    /// The policy that matched, or the action of a matcher tree.
     pub policy: Option<Arc<str>>,
+    /// Whether the request is to be logged, where that was asked.
+    pub logged: Option<bool>,
+}
+
+/// Policies, or a matcher tree.
+#[derive(Debug)]
+enum Judge {
+    Policies(Engine),
+    Tree(tree::Tree),
+}
+
+impl Judge {
+    /// Compiles what is given; both would contradict each other.
+    fn compile(
+        rules: Option<&rbac::Rbac>,
+        matcher: Option<&xds::Matcher>,
+        names: [&str; 2],
+    ) -> Result<Option<Self>, Refusal> {
+        match (rules, matcher) {
+            (None, None) => Ok(None),
+            (Some(rules), None) => Engine::compile(rules)
+                .within(names[0])
+                .map(|engine| Some(Self::Policies(engine))),
+            (None, Some(matcher)) => tree::Tree::compile(matcher)
+                .within(names[1])
+                .map(|tree| Some(Self::Tree(tree))),
+            (Some(_), Some(_)) => Err(Refusal::new(
+                names[1],
+                format!("cannot be combined with {}", names[0]),
+            )),
+        }
+    }
+
+    fn judge(&self, facts: &Facts<'_>) -> Decision {
+        match self {
+            Self::Policies(engine) => engine.judge(facts),
+            Self::Tree(tree) => tree.judge(facts),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -140,6 +182,7 @@ impl Engine {
                 Action::Log => true,
             },
             policy: policy.map(|policy| policy.name.clone()),
+            logged: (self.action == Action::Log).then_some(matched),
         }
     }
 }
@@ -388,8 +431,8 @@ fn authenticated_as(peer: PeerIdentity<'_>, test: &StringMatch) -> bool {
 /// Enforced and shadow rules of a filter, with their counters.
 #[derive(Debug)]
 pub struct Rules {
-    rules: Option<Engine>,
-    shadow: Option<Engine>,
+    rules: Option<Judge>,
+    shadow: Option<Judge>,
     /// Field of the metadata in which shadow rules name their policy.
     shadow_policy: Box<str>,
     /// Field in which they say their result.
@@ -415,6 +458,8 @@ type PerPolicy = Box<[(Arc<str>, Arc<Counter>)]>;
 pub(crate) struct Parts<'a> {
     pub rules: Option<&'a rbac::Rbac>,
     pub shadow_rules: Option<&'a rbac::Rbac>,
+    pub matcher: Option<&'a xds::Matcher>,
+    pub shadow_matcher: Option<&'a xds::Matcher>,
     pub shadow_rules_stat_prefix: &'a str,
     pub rules_stat_prefix: &'a str,
     pub track_per_rule_stats: bool,
@@ -428,16 +473,12 @@ impl Rules {
         workers: usize,
         registry: &mut Registry,
     ) -> Result<Self, Refusal> {
-        if from.matcher.is_some() || from.shadow_matcher.is_some() {
-            return Err(Refusal::new(
-                "matcher",
-                "matcher trees are not supported, use rules",
-            ));
-        }
         Self::build(
             &Parts {
                 rules: from.rules.as_ref(),
                 shadow_rules: from.shadow_rules.as_ref(),
+                matcher: from.matcher.as_ref(),
+                shadow_matcher: from.shadow_matcher.as_ref(),
                 shadow_rules_stat_prefix: &from.shadow_rules_stat_prefix,
                 rules_stat_prefix: &from.rules_stat_prefix,
                 track_per_rule_stats: from.track_per_rule_stats,
@@ -463,17 +504,21 @@ impl Rules {
         workers: usize,
         registry: &mut Registry,
     ) -> Result<Self, Refusal> {
-        let rules = from.rules.map(Engine::compile).transpose().within("rules")?;
-        let shadow = from
-            .shadow_rules
-            .map(Engine::compile)
-            .transpose()
-            .within("shadow_rules")?;
+        let rules = Judge::compile(from.rules, from.matcher, ["rules", "matcher"])?;
+        let shadow = Judge::compile(
+            from.shadow_rules,
+            from.shadow_matcher,
+            ["shadow_rules", "shadow_matcher"],
+        )?;
         let own = [label, ("prefix", from.rules_stat_prefix)];
         let of_shadow = [label, ("prefix", from.shadow_rules_stat_prefix)];
         let per_policy = from.track_per_rule_stats.then(|| {
             let engines = rules.iter().chain(&shadow);
             engines
+                .filter_map(|judge| match judge {
+                    Judge::Policies(engine) => Some(engine),
+                    Judge::Tree(_) => None,
+                })
                 .flat_map(|engine| &engine.policies)
                 .map(|policy| {
                     let labels = [label, ("policy", &*policy.name)];
@@ -522,8 +567,7 @@ impl Rules {
         };
         let decision = rules.judge(facts);
         self.count_policy(&decision, worker);
-        if rules.action == Action::Log {
-            let logged = decision.policy.is_some();
+        if let Some(logged) = decision.logged {
             let counter = if logged {
                 &self.counters.logged
             } else {

@@ -30,21 +30,97 @@ impl Counter {
 
     /// Adds one on behalf of a worker.
     pub fn add(&self, worker: usize) {
-        if let Some(cell) = self.cells.get(worker) {
-            cell.0.fetch_add(1, Ordering::Relaxed);
-        }
+        self.add_many(worker, 1);
     }
 
-    /// Adds that many on behalf of a worker.
+    /// Adds that many on behalf of a worker, by that worker.
     pub fn add_many(&self, worker: usize, count: u64) {
         if let Some(cell) = self.cells.get(worker) {
-            cell.0.fetch_add(count, Ordering::Relaxed);
+            // Each cell has one writer.
+            let sum = cell.0.load(Ordering::Relaxed).wrapping_add(count);
+            cell.0.store(sum, Ordering::Relaxed);
         }
     }
 
     /// The sum over all workers.
     pub fn get(&self) -> u64 {
         self.cells.iter().map(|cell| cell.0.load(Ordering::Relaxed)).sum()
+    }
+}
+
+/// Names of the counters of a kind of place.
+#[derive(Debug)]
+pub struct Area {
+    label: &'static str,
+    opened: &'static str,
+    closed: &'static str,
+    requests: Option<&'static str>,
+    classes: Option<&'static str>,
+}
+
+/// Connection managers.
+pub static HTTP: Area = Area {
+    label: "envoy_http_conn_manager_prefix",
+    opened: "envoy_http_downstream_cx_total",
+    closed: "envoy_http_downstream_cx_destroy",
+    requests: Some("envoy_http_downstream_rq_total"),
+    classes: Some("envoy_http_downstream_rq_xx"),
+};
+/// Listeners.
+pub static LISTENER: Area = Area {
+    label: "envoy_listener_address",
+    opened: "envoy_listener_downstream_cx_total",
+    closed: "envoy_listener_downstream_cx_destroy",
+    requests: None,
+    classes: None,
+};
+
+/// Counters of a place.
+#[derive(Debug)]
+pub struct Traffic {
+    opened: Arc<Counter>,
+    closed: Arc<Counter>,
+    requests: Option<Arc<Counter>>,
+    classes: Option<[Arc<Counter>; 5]>,
+}
+
+impl Traffic {
+    /// Counts a connection until the answer is dropped.
+    pub fn open(&self, worker: usize) -> OpenCount {
+        self.opened.add(worker);
+        OpenCount {
+            closed: self.closed.clone(),
+            worker,
+        }
+    }
+
+    /// Counts a request that has ended.
+    pub fn request(&self, code: u16, worker: usize) {
+        if let Some(requests) = &self.requests {
+            requests.add(worker);
+        }
+        let class = usize::from(code / 100).checked_sub(1);
+        if let Some(counter) = self
+            .classes
+            .as_ref()
+            .zip(class)
+            .and_then(|(all, class)| all.get(class))
+        {
+            counter.add(worker);
+        }
+    }
+}
+
+/// A connection that is counted as open.
+#[derive(Debug)]
+pub struct OpenCount {
+    closed: Arc<Counter>,
+    worker: usize,
+}
+
+impl Drop for OpenCount {
+    fn drop(&mut self) {
+        self.closed.add(self.worker);
     }
 }
 
@@ -79,6 +155,24 @@ impl Registry {
         counter
     }
 
+    /// The counters of connections and requests of one place: a connection manager's prefix, a listener's address.
+    pub fn traffic(&mut self, workers: usize, area: &'static Area, value: &str) -> Traffic {
+        let label = (area.label, value);
+        let mut counter = |name| self.counter(workers, name, &[label]);
+        let (opened, closed) = (counter(area.opened), counter(area.closed));
+        let requests = area.requests.map(&mut counter);
+        let classes = area.classes.map(|name| {
+            ["1", "2", "3", "4", "5"]
+                .map(|class| self.counter(workers, name, &[("envoy_response_code_class", class), label]))
+        });
+        Traffic {
+            opened,
+            closed,
+            requests,
+            classes,
+        }
+    }
+
     /// Forgets counters that no filter uses any more.
     pub fn sweep(&mut self) {
         self.counters.retain(|_, counter| Arc::strong_count(counter) > 1);
@@ -98,9 +192,39 @@ impl Registry {
                 }),
             }
         }
+        for area in [&HTTP, &LISTENER] {
+            families.extend(active(&families, area));
+        }
         families.extend(self.grpc.collect());
         families
     }
+}
+
+/// Open connections: those that were opened less those that were closed.
+fn active(families: &[Family], area: &Area) -> Option<Family> {
+    let find = |name: &str| families.iter().find(|family| family.name == name);
+    let (opened, closed) = (find(area.opened)?, find(area.closed)?);
+    let number = |value: &Value| match value {
+        Value::Counter(value) => *value,
+        _ => 0.0,
+    };
+    let metrics = opened
+        .metrics
+        .iter()
+        .map(|(labels, value)| {
+            let closed = closed.metrics.iter().find(|(own, _)| own == labels);
+            let open = number(value) - closed.map_or(0.0, |(_, value)| number(value));
+            (labels.clone(), Value::Gauge(open))
+        })
+        .collect();
+    Some(Family {
+        name: match area.label {
+            "envoy_listener_address" => "envoy_listener_downstream_cx_active",
+            _ => "envoy_http_downstream_cx_active",
+        },
+        help: "Connections open.",
+        metrics,
+    })
 }
 
 #[cfg(test)]

@@ -129,6 +129,7 @@ pub(super) fn serve(
     worker.tasks.clone().spawn_local(async move {
         let listener = slot.load();
         drop(slot);
+        let _counted = listener.traffic.open(worker.id);
         connection(worker, listener, stream, remote).await;
         drop((open, share, counted));
     });

@@ -259,6 +259,8 @@ pub enum UpstreamBody {
     Empty,
     /// A copy, for mirrors.
     Full(Option<Bytes>),
+    /// Messages to a service, as they come.
+    Messages(tokio::sync::mpsc::Receiver<Bytes>),
     /// What the client sends.
     Stream {
         /// Shared with other attempts.
@@ -289,6 +291,9 @@ impl Body for UpstreamBody {
         match self.get_mut() {
             Self::Empty => Poll::Ready(None),
             Self::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Messages(messages) => messages
+                .poll_recv(cx)
+                .map(|message| message.map(|bytes| Ok(Frame::data(bytes)))),
             Self::Stream { source, position } => {
                 let mut source = source.borrow_mut();
                 if let Some(kept) = source.kept.get(*position) {
@@ -347,6 +352,7 @@ impl Body for UpstreamBody {
         match self {
             Self::Empty => true,
             Self::Full(bytes) => bytes.is_none(),
+            Self::Messages(_) => false,
             Self::Stream { source, position } => {
                 let source = source.borrow();
                 source.ended && *position >= source.kept.len()
@@ -358,6 +364,7 @@ impl Body for UpstreamBody {
         match self {
             Self::Empty => SizeHint::with_exact(0),
             Self::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Self::Messages(_) => SizeHint::default(),
             // Exact sizes travel in `content-length`, which hyper goes by; after frames were read the hint is short.
             Self::Stream { source, .. } => {
                 let source = source.borrow();

@@ -132,6 +132,11 @@ impl Exchange {
         let conn = self.conn.clone();
         let now = Instant::now();
         conn.request_ended(now);
+        conn.manager.traffic.request(self.code, conn.worker.id);
+        if let Some(cluster) = &self.cluster {
+            let recorder = &conn.worker.recorder;
+            recorder.cluster(&cluster.slot, self.code, self.attempts, self.flags);
+        }
         if conn.manager.stats && conn.direction != Direction::Unspecified {
             self.record(&conn, now);
         }

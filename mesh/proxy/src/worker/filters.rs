@@ -5,6 +5,7 @@
 //! therefore only meets filters that its request has met, except for header mutations, which change every response.
 
 mod ext_authz;
+mod ext_proc;
 mod jwt;
 mod rate_limit;
 
@@ -100,17 +101,16 @@ enum Encode {
     Cors(Arc<Cors>, HeaderValue),
     Mutate(Arc<HeaderMutation>),
     Fields(Vec<Field>),
+    /// A service sees it; taken out when that happens.
+    Process(Option<Box<ext_proc::Processing>>),
     /// With how much the client wants the encoding.
     Compress(Arc<Compressor>, u16),
 }
 
 impl PolicyState {
-    /// Lets a response pass the filters. What encodes its body is returned.
-    fn respond(&self, exchange: &Exchange, head: &mut Head, has_body: bool) -> Option<Encoder> {
-        let mut encoder = None;
-        // The encoding that the client wants most; of equals the first in the chain.
-        let best = self
-            .encode
+    /// The encoding that the client wants most; of equals the first in the chain.
+    fn best(&self) -> Option<usize> {
+        self.encode
             .iter()
             .enumerate()
             .filter_map(|(index, encode)| match encode {
@@ -118,30 +118,97 @@ impl PolicyState {
                 _ => None,
             })
             .max()
-            .map(|(_, std::cmp::Reverse(index))| index);
-        for (index, encode) in self.encode.iter().enumerate().rev() {
-            match encode {
-                Encode::Compress(..) if !has_body => {}
-                Encode::Compress(compressor, _) => {
-                    if !compressor.applies(head.status, &head.headers) {
-                        continue;
-                    }
-                    if best == Some(index) {
-                        // An encoder that cannot be made leaves the response as it is.
-                        encoder = compressor.begin(&mut head.headers).ok();
-                    }
-                    vary(&mut head.headers);
+            .map(|(_, std::cmp::Reverse(index))| index)
+    }
+
+    /// Lets a response pass one filter. `best` says whether its encoding is wanted most; what encodes is returned.
+    fn pass(
+        &self,
+        index: usize,
+        best: bool,
+        exchange: &Exchange,
+        head: &mut Head,
+        has_body: bool,
+    ) -> Option<Encoder> {
+        match self.encode.get(index)? {
+            Encode::Compress(compressor, _) => {
+                if !has_body || !compressor.applies(head.status, &head.headers) {
+                    return None;
                 }
-                Encode::Cors(cors, origin) => cors.decorate(origin.clone(), &mut head.headers),
-                Encode::Mutate(mutation) => {
-                    let variables = response_variables(exchange);
-                    mutation.response(&mut head.headers, self.request.as_ref(), &variables);
-                }
-                Encode::Fields(fields) => apply(fields, &mut head.headers),
+                // An encoder that cannot be made leaves the response as it is.
+                let encoder = best.then(|| compressor.begin(&mut head.headers).ok()).flatten();
+                vary(&mut head.headers);
+                return encoder;
             }
+            Encode::Cors(cors, origin) => cors.decorate(origin.clone(), &mut head.headers),
+            Encode::Mutate(mutation) => {
+                let variables = response_variables(exchange);
+                mutation.response(&mut head.headers, self.request.as_ref(), &variables);
+            }
+            Encode::Fields(fields) => apply(fields, &mut head.headers),
+            // Only responses of upstreams are shown to services.
+            Encode::Process(_) => {}
+        }
+        None
+    }
+
+    /// Lets a response pass the filters. What encodes its body is returned.
+    fn respond(&self, exchange: &Exchange, head: &mut Head, has_body: bool) -> Option<Encoder> {
+        let best = self.best();
+        let mut encoder = None;
+        for index in (0..self.encode.len()).rev() {
+            let passed = self.pass(index, best == Some(index), exchange, head, has_body);
+            encoder = passed.or(encoder);
         }
         encoder
     }
+}
+
+/// Whether a response must wait for a service before it goes on.
+pub(super) fn waits(exchange: &Exchange) -> bool {
+    exchange.policy.as_ref().is_some_and(|state| {
+        state
+            .encode
+            .iter()
+            .any(|encode| matches!(encode, Encode::Process(_)))
+    })
+}
+
+/// Like [`encode`], for responses that must wait. A reply goes to the client instead, as it is.
+pub(super) async fn encode_waiting(
+    exchange: &mut Exchange,
+    head: &mut Head,
+    has_body: bool,
+) -> Result<Option<Encoder>, LocalReply> {
+    let (count, best) = match &exchange.policy {
+        Some(state) => (state.encode.len(), state.best()),
+        None => return Ok(None),
+    };
+    let mut encoder = None;
+    for index in (0..count).rev() {
+        let Some(mut state) = exchange.policy.take() else {
+            return Ok(encoder);
+        };
+        let processing = match state.encode.get_mut(index) {
+            Some(Encode::Process(processing)) => processing.take(),
+            _ => None,
+        };
+        if processing.is_none() {
+            let passed = state.pass(index, best == Some(index), exchange, head, has_body);
+            encoder = passed.or(encoder);
+        }
+        exchange.policy = Some(state);
+        if let Some(processing) = processing
+            && let Err(reply) = ext_proc::response(exchange, processing, head, has_body).await
+        {
+            // It has passed the filters behind this one in another shape; those before it see it.
+            if let Some(state) = &mut exchange.policy {
+                state.encode.truncate(index);
+            }
+            return Err(reply);
+        }
+    }
+    Ok(encoder)
 }
 
 fn response_variables(exchange: &Exchange) -> Variables<'_> {
@@ -326,6 +393,15 @@ pub(super) async fn decode(
                     _ => None,
                 };
                 Box::pin(ext_authz::ask(exchange, authz, own, parts, body))
+                    .await
+                    .map(|again| reroute = again)
+            }
+            (Kind::ExtProc(filter), own) => {
+                let own = match own {
+                    Some(Override::ExtProc(own)) => Some(own),
+                    _ => None,
+                };
+                Box::pin(ext_proc::request(exchange, filter, own, parts, body.as_ref()))
                     .await
                     .map(|again| reroute = again)
             }

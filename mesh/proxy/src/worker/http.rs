@@ -228,6 +228,7 @@ pub async fn serve<S>(
     let scanner = limits.map(|limits| Scanner::new(limits).allowing_connect(manager.connect));
     let io = StrictIo::with(stream, prefix, scanner, gate.clone());
     let now = Instant::now();
+    let _counted = manager.traffic.open(worker.id);
     let conn = Rc::new(Downstream {
         worker,
         manager,

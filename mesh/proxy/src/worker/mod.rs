@@ -10,6 +10,7 @@ mod connection_log;
 pub mod exchange;
 mod failure;
 pub mod filters;
+mod grpc_stream;
 mod hedge;
 pub mod http;
 mod http1;
@@ -101,6 +102,8 @@ pub enum Command {
     Chore(Chore),
     /// Stop accepting for the listener of that name; its connections drain.
     Close(Arc<str>),
+    /// Accept no more: a successor does.
+    StopAccepting,
     /// Enter that phase of the end.
     Drain(DrainPhase),
     /// Number of open connections.
@@ -233,6 +236,11 @@ impl Worker {
                 Some(Command::Chore(Chore::Keys(remote))) => filters::fetch_ahead(&self, remote),
                 Some(Command::Close(name)) => {
                     if let Some(tasks) = listeners.remove(&name) {
+                        stop(tasks);
+                    }
+                }
+                Some(Command::StopAccepting) => {
+                    for (_, tasks) in listeners.drain() {
                         stop(tasks);
                     }
                 }

@@ -1,6 +1,7 @@
 //! The response of an upstream as it goes to the client.
 
 use http::request::Parts;
+use http::response::Parts as Head;
 use http::{HeaderName, HeaderValue, Response, Version, header};
 use hyper::body::Incoming;
 use tokio::time::Instant;
@@ -18,6 +19,7 @@ use crate::config::listener::Direction;
 use crate::config::route::Target;
 use crate::hygiene::fields::{Present, strip_present};
 use crate::metrics::flags::Flags;
+use crate::policy::compressor::Encoder;
 use crate::upstream::cluster::Active;
 use crate::upstream::pool::Lease;
 
@@ -35,6 +37,62 @@ pub(super) fn respond(
     lease: Lease,
     active: Active,
 ) -> Response<Body> {
+    let (mut head, incoming) = prepare(
+        &mut exchange,
+        plan,
+        routed,
+        target,
+        request_headers,
+        parts,
+        response,
+    );
+    let encoder = if exchange.policy.is_some() {
+        let has_body = !hyper::body::Body::is_end_stream(&incoming);
+        filters::encode(&mut exchange, &mut head, has_body)
+    } else {
+        None
+    };
+    finish(exchange, plan, head, incoming, encoder, lease, active)
+}
+
+/// The same where a filter must wait for a service before the response goes on.
+pub(super) async fn respond_waiting(
+    mut exchange: Box<Exchange>,
+    plan: &Plan<'_>,
+    routed: &Routed,
+    target: Option<&Target>,
+    request_headers: Option<http::HeaderMap>,
+    parts: &Parts,
+    response: Response<Incoming>,
+    lease: Lease,
+    active: Active,
+) -> Response<Body> {
+    let (mut head, incoming) = prepare(
+        &mut exchange,
+        plan,
+        routed,
+        target,
+        request_headers,
+        parts,
+        response,
+    );
+    let has_body = !hyper::body::Body::is_end_stream(&incoming);
+    match filters::encode_waiting(&mut exchange, &mut head, has_body).await {
+        Ok(encoder) => finish(exchange, plan, head, incoming, encoder, lease, active),
+        Err(reply) => reply.send(exchange),
+    }
+}
+
+/// What the proxy itself does to the head of a response.
+fn prepare(
+    exchange: &mut Exchange,
+    plan: &Plan<'_>,
+    routed: &Routed,
+    target: Option<&Target>,
+    request_headers: Option<http::HeaderMap>,
+    parts: &Parts,
+    response: Response<Incoming>,
+) -> (Head, Incoming) {
     let conn = plan.conn;
     if let Some(source) = &exchange.source {
         source.borrow_mut().answered = true;
@@ -83,12 +141,19 @@ pub(super) fn respond(
     exchange.code = head.status.as_u16();
     exchange.details = "via_upstream".into();
     exchange.note_grpc_status(&head.headers);
-    let encoder = if exchange.policy.is_some() {
-        let has_body = !hyper::body::Body::is_end_stream(&incoming);
-        filters::encode(&mut exchange, &mut head, has_body)
-    } else {
-        None
-    };
+    (head, incoming)
+}
+
+fn finish(
+    mut exchange: Box<Exchange>,
+    plan: &Plan<'_>,
+    mut head: Head,
+    incoming: Incoming,
+    encoder: Option<Encoder>,
+    lease: Lease,
+    active: Active,
+) -> Response<Body> {
+    let conn = plan.conn;
     logging::keep_response(&mut exchange, &head.headers, true);
     conn.dress(&mut head.headers, exchange.version);
     head.version = Version::HTTP_11;

@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use super::attempts::{Permit, attempts};
 use super::body::{Inbound, RequestSource};
 use super::exchange::Exchange;
+use super::filters;
 use super::hedge::hedged;
 use super::http::Downstream;
 use super::local::{Body, LocalReply};
@@ -17,7 +18,7 @@ use super::logging;
 use super::mirror::mirror;
 use super::prepare::prepare;
 use super::request::{Routed, variables, view};
-use super::respond::respond;
+use super::respond::{respond, respond_waiting};
 use super::tunnel::{self, Tunnel};
 use crate::config::cluster::UpstreamHttp;
 use crate::config::hash::{Hashed, request_hash};
@@ -273,6 +274,21 @@ pub(super) async fn forward(
             return tunnel.join_http(exchange, response, lease, active);
         }
         conn.decide_upgrade(false);
+    }
+    if filters::waits(&exchange) {
+        // Boxed: every request's future would carry its state.
+        return Box::pin(respond_waiting(
+            exchange,
+            &plan,
+            &routed,
+            target,
+            request_headers,
+            &parts,
+            response,
+            lease,
+            active,
+        ))
+        .await;
     }
     respond(
         exchange,

@@ -562,6 +562,7 @@ async fn certificates_and_counters_are_shown_as_envoy_shows_them() {
         .await
         .unwrap();
     let port = serin_proxy::control::admin::AdminPort::bind(
+        &harness.proxy,
         "127.0.0.1:0".parse().unwrap(),
         serin_proxy::control::admin::Port::Admin,
     )

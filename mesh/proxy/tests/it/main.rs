@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // a test that fails says so by panicking, helpers included
 #![allow(deprecated)] // what control planes still send is tested as well
 
+mod admin;
 mod ads;
 mod authz;
 mod balancing;
@@ -33,6 +34,7 @@ mod metrics;
 mod mutations;
 mod policies;
 mod reference;
+mod restart;
 mod routing;
 mod soak;
 mod tcp;

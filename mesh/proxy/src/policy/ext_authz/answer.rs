@@ -65,7 +65,8 @@ pub struct Denied {
     pub metadata: Option<google::Struct>,
 }
 
-fn field(from: &core::HeaderValueOption) -> Option<Field> {
+/// A field as services give it.
+pub(crate) fn field(from: &core::HeaderValueOption) -> Option<Field> {
     use core::header_value_option::HeaderAppendAction;
     let (name, value) = header_pair(from.header.as_ref()?).ok()?;
     let how = match (&from.append, HeaderAppendAction::try_from(from.append_action)) {

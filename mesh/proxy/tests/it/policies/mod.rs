@@ -4,6 +4,7 @@ mod access_log;
 mod chain;
 mod compression;
 mod ext_authz;
+mod ext_proc;
 mod grpc_stats;
 mod jwt;
 mod log_services;

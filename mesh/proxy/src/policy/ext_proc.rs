@@ -1,0 +1,546 @@
+//! External processing, header modes: a service sees the heads of request and response and may change them, or answer.
+//!
+//! This module says what is sent and what the answers mean; the stream is the worker's part. Bodies and trailers are
+//! never sent: modes that ask for that are refused.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use serin_xds::pb::envoy::config::core::v3 as core;
+use serin_xds::pb::envoy::extensions::filters::http::ext_proc::v3 as filter;
+use serin_xds::pb::envoy::service::ext_proc::v3 as service;
+use serin_xds::pb::google::protobuf as google;
+
+use super::ext_authz::{Field, field, matchers};
+use super::metadata::Metadata;
+use super::mutation_rules::MutationRules;
+use super::service::GrpcTarget;
+use super::stats::Counter;
+use crate::config::convert;
+use crate::config::matchers::StringMatch;
+use crate::config::route::Context;
+use crate::error::{Refusal, Within};
+
+/// The method that is called.
+pub const PATH: &str = "/envoy.service.ext_proc.v3.ExternalProcessor/Process";
+/// Envoy's limit for each message.
+const DEFAULT_TIMEOUT: Duration = Duration::from_millis(200);
+
+/// Which heads are sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mode {
+    /// Of requests.
+    pub request: bool,
+    /// Of responses.
+    pub response: bool,
+}
+
+/// Whether the route is searched again after the service changed a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum RouteCache {
+    AsAsked,
+    Clear,
+    Retain,
+}
+
+/// The compiled filter.
+#[derive(Debug)]
+pub struct ExtProc {
+    /// Whom to ask.
+    pub target: GrpcTarget,
+    /// What it sees.
+    pub mode: Mode,
+    /// A failing service lets messages through.
+    pub failure_allows: bool,
+    /// Limit for each message.
+    pub timeout: Duration,
+    status_on_error: Option<StatusCode>,
+    rules: MutationRules,
+    allowed: Option<Box<[StringMatch]>>,
+    disallowed: Box<[StringMatch]>,
+    no_immediate: bool,
+    route: RouteCache,
+    sent_namespaces: Box<[Box<str>]>,
+    taken_namespaces: Box<[Box<str>]>,
+    /// What happened.
+    pub counters: Counters,
+}
+
+/// Envoy's counters of the filter.
+#[derive(Debug)]
+#[allow(missing_docs)] // Envoy's names
+pub struct Counters {
+    pub streams_started: Arc<Counter>,
+    pub streams_failed: Arc<Counter>,
+    pub messages_sent: Arc<Counter>,
+    pub messages_received: Arc<Counter>,
+    pub spurious_messages: Arc<Counter>,
+    pub failure_allowed: Arc<Counter>,
+    pub timeouts: Arc<Counter>,
+    pub rejected_mutations: Arc<Counter>,
+}
+
+/// What a route says (`ExtProcPerRoute`).
+#[derive(Debug)]
+pub enum PerRouteProc {
+    /// Nobody is asked.
+    Disabled,
+    /// It is asked like this.
+    Settings {
+        /// What it sees.
+        mode: Option<Mode>,
+        /// Another service.
+        target: Option<Box<GrpcTarget>>,
+        /// Another failure mode.
+        failure_allows: Option<bool>,
+    },
+}
+
+impl Mode {
+    fn compile(from: Option<&filter::ProcessingMode>) -> Result<Self, Refusal> {
+        let from = from.copied().unwrap_or_default();
+        for (field, mode) in [
+            ("request_body_mode", from.request_body_mode),
+            ("response_body_mode", from.response_body_mode),
+        ] {
+            if mode != filter::processing_mode::BodySendMode::None as i32 {
+                return Err(Refusal::new(
+                    field,
+                    "only NONE is supported: bodies are not sent to processors",
+                ));
+            }
+        }
+        // By default trailers are not sent.
+        let send = filter::processing_mode::HeaderSendMode::Send as i32;
+        for (field, mode) in [
+            ("request_trailer_mode", from.request_trailer_mode),
+            ("response_trailer_mode", from.response_trailer_mode),
+        ] {
+            if mode == send {
+                return Err(Refusal::new(field, "SEND is not supported"));
+            }
+        }
+        let skip = filter::processing_mode::HeaderSendMode::Skip as i32;
+        Ok(Self {
+            request: from.request_header_mode != skip,
+            response: from.response_header_mode != skip,
+        })
+    }
+}
+
+impl PerRouteProc {
+    /// Compiles the message.
+    pub(crate) fn compile(
+        from: &filter::ExtProcPerRoute,
+        context: &mut Context<'_>,
+    ) -> Result<Self, Refusal> {
+        use filter::ext_proc_per_route::Override;
+        let from = match &from.r#override {
+            Some(Override::Disabled(true)) => return Ok(Self::Disabled),
+            Some(Override::Disabled(false)) => return Err(Refusal::new("disabled", "must be true")),
+            Some(Override::Overrides(overrides)) => overrides,
+            None => return Err(Refusal::new("override", "is missing")),
+        };
+        let unsupported = [
+            ("async_mode", from.async_mode),
+            ("request_attributes", !from.request_attributes.is_empty()),
+            ("response_attributes", !from.response_attributes.is_empty()),
+            ("metadata_options", from.metadata_options.is_some()),
+            ("grpc_initial_metadata", !from.grpc_initial_metadata.is_empty()),
+        ];
+        if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
+            return Err(Refusal::new(format!("overrides.{field}"), "not supported"));
+        }
+        Ok(Self::Settings {
+            mode: from
+                .processing_mode
+                .as_ref()
+                .map(|mode| Mode::compile(Some(mode)).within("overrides.processing_mode"))
+                .transpose()?,
+            target: from
+                .grpc_service
+                .as_ref()
+                .map(|service| GrpcTarget::compile(Some(service), context).map(Box::new))
+                .transpose()
+                .within("overrides.grpc_service")?,
+            failure_allows: from.failure_mode_allow.as_ref().map(|value| value.value),
+        })
+    }
+}
+
+/// What an answer means for a head.
+#[derive(Debug)]
+pub enum Answer {
+    /// It goes on with these changes.
+    Continue(Changes),
+    /// The client gets this instead.
+    Immediate(Box<Immediate>),
+}
+
+/// Changes to a head.
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// Fields to set.
+    pub set: Vec<Field>,
+    /// Fields to take off.
+    pub remove: Vec<HeaderName>,
+    /// `:path` of a request.
+    pub path: Option<String>,
+    /// `:status` of a response.
+    pub status: Option<StatusCode>,
+    /// For later filters, by namespace.
+    pub metadata: Vec<(Box<str>, google::Struct)>,
+    /// The route is searched again.
+    pub reroute: bool,
+}
+
+/// An answer of the service to the client.
+#[derive(Debug)]
+pub struct Immediate {
+    /// Status.
+    pub status: StatusCode,
+    /// Fields.
+    pub headers: Vec<Field>,
+    /// Body.
+    pub body: Vec<u8>,
+    /// gRPC status.
+    pub grpc_status: Option<u32>,
+    /// Response code details, where the service gives some.
+    pub details: String,
+}
+
+/// Why an answer cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Wrong {
+    /// An answer to something else.
+    #[error("spurious_message")]
+    Spurious,
+    /// It asks for what the proxy does not do.
+    #[error("unsupported_response")]
+    Unsupported,
+    /// A change that is not allowed, where that is an error.
+    #[error("invalid_header_mutation")]
+    Mutation,
+}
+
+/// Which head an answer is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum About {
+    /// The request's.
+    Request,
+    /// The response's.
+    Response,
+}
+
+impl ExtProc {
+    /// Compiles the message.
+    pub(crate) fn compile(
+        from: &filter::ExternalProcessor,
+        prefix: &str,
+        context: &mut Context<'_>,
+    ) -> Result<Self, Refusal> {
+        let typed = |options: Option<&filter::metadata_options::MetadataNamespaces>| {
+            options.is_some_and(|namespaces| !namespaces.typed.is_empty())
+        };
+        let options = from.metadata_options.as_ref();
+        let forwarded = options.and_then(|options| options.forwarding_namespaces.as_ref());
+        let received = options.and_then(|options| options.receiving_namespaces.as_ref());
+        let unsupported = [
+            ("http_service", from.http_service.is_some()),
+            ("request_attributes", !from.request_attributes.is_empty()),
+            ("response_attributes", !from.response_attributes.is_empty()),
+            (
+                "max_message_timeout",
+                convert::timeout(from.max_message_timeout.as_ref())
+                    .within("max_message_timeout")?
+                    .is_some(),
+            ),
+            ("filter_metadata", from.filter_metadata.is_some()),
+            ("allow_mode_override", from.allow_mode_override),
+            ("observability_mode", from.observability_mode),
+            ("deferred_close_timeout", from.deferred_close_timeout.is_some()),
+            (
+                "send_body_without_waiting_for_header_response",
+                from.send_body_without_waiting_for_header_response,
+            ),
+            (
+                "processing_request_modifier",
+                from.processing_request_modifier.is_some(),
+            ),
+            ("on_processing_response", from.on_processing_response.is_some()),
+            ("allow_content_length_header", from.allow_content_length_header),
+            (
+                "metadata_options",
+                typed(forwarded)
+                    || typed(received)
+                    || options
+                        .is_some_and(|options| options.cluster_metadata_forwarding_namespaces.is_some()),
+            ),
+        ];
+        if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
+            return Err(Refusal::new(*field, "not supported"));
+        }
+        use filter::external_processor::RouteCacheAction;
+        let route = match RouteCacheAction::try_from(from.route_cache_action) {
+            Ok(RouteCacheAction::Default) if from.disable_clear_route_cache => RouteCache::Retain,
+            Ok(RouteCacheAction::Default) => RouteCache::AsAsked,
+            Ok(_) if from.disable_clear_route_cache => {
+                return Err(Refusal::new(
+                    "route_cache_action",
+                    "cannot be combined with disable_clear_route_cache",
+                ));
+            }
+            Ok(RouteCacheAction::Clear) => RouteCache::Clear,
+            Ok(RouteCacheAction::Retain) => RouteCache::Retain,
+            Err(_) => return Err(Refusal::new("route_cache_action", "is unknown")),
+        };
+        let forward = from.forward_rules.as_ref();
+        let names = |namespaces: Option<&filter::metadata_options::MetadataNamespaces>| {
+            namespaces.map_or_else(Box::default, |namespaces| {
+                namespaces
+                    .untyped
+                    .iter()
+                    .map(|name| name.as_str().into())
+                    .collect()
+            })
+        };
+        let target = GrpcTarget::compile(from.grpc_service.as_ref(), context).within("grpc_service")?;
+        let (workers, registry) = context.counters();
+        let labels = [
+            ("envoy_http_conn_manager_prefix", prefix),
+            ("prefix", from.stat_prefix.as_str()),
+        ];
+        let mut counter = |name| registry.counter(workers, name, &labels);
+        Ok(Self {
+            target,
+            mode: Mode::compile(from.processing_mode.as_ref()).within("processing_mode")?,
+            failure_allows: from.failure_mode_allow,
+            timeout: convert::timeout(from.message_timeout.as_ref())
+                .within("message_timeout")?
+                .unwrap_or(DEFAULT_TIMEOUT),
+            status_on_error: from
+                .status_on_error
+                .as_ref()
+                .map(|status| {
+                    u16::try_from(status.code)
+                        .ok()
+                        .and_then(|code| StatusCode::from_u16(code).ok())
+                        .ok_or_else(|| {
+                            Refusal::new("status_on_error", format!("{} is no HTTP status", status.code))
+                        })
+                })
+                .transpose()?,
+            rules: MutationRules::compile(from.mutation_rules.as_ref()).within("mutation_rules")?,
+            allowed: matchers(
+                forward.and_then(|rules| rules.allowed_headers.as_ref()),
+                "allowed_headers",
+            )
+            .within("forward_rules")?,
+            disallowed: matchers(
+                forward.and_then(|rules| rules.disallowed_headers.as_ref()),
+                "disallowed_headers",
+            )
+            .within("forward_rules")?
+            .unwrap_or_default(),
+            no_immediate: from.disable_immediate_response,
+            route,
+            sent_namespaces: names(forwarded),
+            taken_namespaces: names(received),
+            counters: Counters {
+                streams_started: counter("envoy_http_ext_proc_streams_started"),
+                streams_failed: counter("envoy_http_ext_proc_streams_failed"),
+                messages_sent: counter("envoy_http_ext_proc_stream_msgs_sent"),
+                messages_received: counter("envoy_http_ext_proc_stream_msgs_received"),
+                spurious_messages: counter("envoy_http_ext_proc_spurious_msgs_received"),
+                failure_allowed: counter("envoy_http_ext_proc_failure_mode_allowed"),
+                timeouts: counter("envoy_http_ext_proc_message_timeouts"),
+                rejected_mutations: counter("envoy_http_ext_proc_rejected_header_mutations"),
+            },
+        })
+    }
+
+    /// The status of a failure.
+    pub fn error_status(&self, timeout: bool) -> StatusCode {
+        self.status_on_error.unwrap_or(if timeout {
+            StatusCode::GATEWAY_TIMEOUT
+        } else {
+            StatusCode::INTERNAL_SERVER_ERROR
+        })
+    }
+
+    /// The message about a head; `system` are its pseudo fields.
+    pub fn question(
+        &self,
+        about: About,
+        system: &[(&str, &str)],
+        headers: &HeaderMap,
+        ends: bool,
+        metadata: &Metadata,
+    ) -> service::ProcessingRequest {
+        use service::processing_request::Request;
+        let passes = |name: &str| {
+            let any = |list: &[StringMatch]| list.iter().any(|matcher| matcher.matches(name));
+            self.allowed.as_deref().is_none_or(any) && !any(&self.disallowed)
+        };
+        let entry = |name: &str, value: &[u8]| core::HeaderValue {
+            key: name.to_owned(),
+            raw_value: value.to_vec(),
+            ..Default::default()
+        };
+        let fields = headers
+            .iter()
+            .filter(|(name, _)| **name != header::HOST)
+            .map(|(name, value)| (name.as_str(), value.as_bytes()));
+        let headers = system
+            .iter()
+            .map(|(name, value)| (*name, value.as_bytes()))
+            .chain(fields)
+            .filter(|(name, _)| passes(name))
+            .map(|(name, value)| entry(name, value))
+            .collect();
+        let headers = service::HttpHeaders {
+            headers: Some(core::HeaderMap { headers }),
+            end_of_stream: ends,
+            ..Default::default()
+        };
+        let filter_metadata: std::collections::HashMap<_, _> = self
+            .sent_namespaces
+            .iter()
+            .filter_map(|name| Some((name.to_string(), metadata.get(name)?.clone())))
+            .collect();
+        service::ProcessingRequest {
+            metadata_context: (!filter_metadata.is_empty()).then(|| core::Metadata {
+                filter_metadata,
+                ..Default::default()
+            }),
+            request: Some(match about {
+                About::Request => Request::RequestHeaders(headers),
+                About::Response => Request::ResponseHeaders(headers),
+            }),
+            ..Default::default()
+        }
+    }
+
+    /// What an answer about a head means.
+    pub fn read(
+        &self,
+        about: About,
+        from: service::ProcessingResponse,
+        worker: usize,
+    ) -> Result<Answer, Wrong> {
+        use service::processing_response::Response;
+        let metadata = self.metadata(from.dynamic_metadata);
+        let answer = match (about, from.response) {
+            (About::Request, Some(Response::RequestHeaders(answer)))
+            | (About::Response, Some(Response::ResponseHeaders(answer))) => {
+                answer.response.unwrap_or_default()
+            }
+            (_, Some(Response::ImmediateResponse(answer))) if !self.no_immediate => {
+                return self.immediate(answer, worker);
+            }
+            (_, Some(Response::StreamedImmediateResponse(_))) => return Err(Wrong::Unsupported),
+            _ => {
+                self.counters.spurious_messages.add(worker);
+                return Err(Wrong::Spurious);
+            }
+        };
+        let replaces = service::common_response::ResponseStatus::ContinueAndReplace as i32;
+        if answer.status == replaces || answer.body_mutation.is_some() || answer.trailers.is_some() {
+            return Err(Wrong::Unsupported);
+        }
+        let mut changes = self.changes(answer.header_mutation.as_ref(), about, worker)?;
+        changes.metadata = metadata;
+        changes.reroute = about == About::Request
+            && match self.route {
+                RouteCache::AsAsked => answer.clear_route_cache,
+                RouteCache::Clear => true,
+                RouteCache::Retain => false,
+            };
+        Ok(Answer::Continue(changes))
+    }
+
+    fn metadata(&self, from: Option<google::Struct>) -> Vec<(Box<str>, google::Struct)> {
+        use google::value::Kind;
+        let mut fields = from.unwrap_or_default().fields;
+        self.taken_namespaces
+            .iter()
+            .filter_map(|name| match fields.remove(&**name)?.kind? {
+                Kind::StructValue(fields) => Some((name.clone(), fields)),
+                _ => None,
+            })
+            .collect()
+    }
+
+    fn immediate(&self, from: service::ImmediateResponse, worker: usize) -> Result<Answer, Wrong> {
+        let status = from
+            .status
+            .and_then(|status| u16::try_from(status.code).ok())
+            .and_then(|code| StatusCode::from_u16(code).ok())
+            .unwrap_or(StatusCode::OK);
+        let changes = self.changes(from.headers.as_ref(), About::Response, worker)?;
+        Ok(Answer::Immediate(Box::new(Immediate {
+            status,
+            headers: changes.set,
+            body: from.body,
+            grpc_status: from.grpc_status.map(|status| status.status),
+            details: from.details,
+        })))
+    }
+
+    /// Fields that may not be changed are left out, or fail the message.
+    fn changes(
+        &self,
+        from: Option<&service::HeaderMutation>,
+        about: About,
+        worker: usize,
+    ) -> Result<Changes, Wrong> {
+        let mut out = Changes::default();
+        let Some(from) = from else { return Ok(out) };
+        let rejected = || {
+            self.counters.rejected_mutations.add(worker);
+            if self.rules.is_error {
+                Err(Wrong::Mutation)
+            } else {
+                Ok(())
+            }
+        };
+        for name in &from.remove_headers {
+            match HeaderName::from_bytes(name.as_bytes()) {
+                Ok(name) if self.rules.allows_removal(&name) => out.remove.push(name),
+                _ => rejected()?,
+            }
+        }
+        for option in &from.set_headers {
+            let Some(given) = &option.header else { continue };
+            let name = given.key.to_ascii_lowercase();
+            let text = if given.raw_value.is_empty() {
+                given.value.as_bytes()
+            } else {
+                &given.raw_value
+            };
+            // The length is the message's own: bodies are not changed.
+            if !self.rules.allows(&name) || name == "content-length" || name == "transfer-encoding" {
+                rejected()?;
+                continue;
+            }
+            let text = String::from_utf8_lossy(text);
+            match (&*name, about) {
+                (":path", About::Request) => out.path = Some(text.into_owned()),
+                (":status", About::Response) => match text.parse().ok().map(StatusCode::from_u16) {
+                    Some(Ok(status)) => out.status = Some(status),
+                    _ => rejected()?,
+                },
+                (":authority" | "host", About::Request) => match HeaderValue::from_str(&text) {
+                    Ok(value) => out.set.push((header::HOST, value, super::ext_authz::How::Set)),
+                    Err(_) => rejected()?,
+                },
+                _ => match field(option) {
+                    Some(field) => out.set.push(field),
+                    None => rejected()?,
+                },
+            }
+        }
+        Ok(out)
+    }
+}

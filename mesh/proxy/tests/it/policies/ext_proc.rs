@@ -1,0 +1,366 @@
+//! External processing over gRPC streams, played by a service that answers as told.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures::Stream;
+use parking_lot::Mutex;
+use serin_xds::ResourceType;
+use serin_xds::pb::envoy::extensions::filters::http::ext_proc::v3 as ext_proc;
+use serin_xds::pb::envoy::service::ext_proc::v3 as service;
+use service::external_processor_server::{ExternalProcessor, ExternalProcessorServer};
+use service::{processing_request, processing_response};
+use tonic::transport::Server;
+use tonic::{Request as Call, Response as Reply, Status, Streaming};
+
+use super::services::{Served, serve, service_cluster};
+use super::*;
+
+type Answers = dyn Fn(&service::ProcessingRequest) -> Option<service::ProcessingResponse> + Send + Sync;
+
+/// Answers as told; `None` never answers.
+struct Processor {
+    seen: Arc<Mutex<Vec<service::ProcessingRequest>>>,
+    answer: Arc<Answers>,
+}
+
+#[tonic::async_trait]
+impl ExternalProcessor for Processor {
+    type ProcessStream = Pin<Box<dyn Stream<Item = Result<service::ProcessingResponse, Status>> + Send>>;
+
+    async fn process(
+        &self,
+        call: Call<Streaming<service::ProcessingRequest>>,
+    ) -> Result<Reply<Self::ProcessStream>, Status> {
+        let (seen, answer) = (self.seen.clone(), self.answer.clone());
+        let answers = futures::stream::unfold(call.into_inner(), move |mut questions| {
+            let (seen, answer) = (seen.clone(), answer.clone());
+            async move {
+                loop {
+                    let question = questions.message().await.ok()??;
+                    let answered = answer(&question);
+                    seen.lock().push(question);
+                    if let Some(answered) = answered {
+                        return Some((Ok(answered), questions));
+                    }
+                }
+            }
+        });
+        Ok(Reply::new(Box::pin(answers)))
+    }
+}
+
+fn over_grpc() -> ext_proc::ExternalProcessor {
+    ext_proc::ExternalProcessor {
+        grpc_service: Some(core::GrpcService {
+            target_specifier: Some(core::grpc_service::TargetSpecifier::EnvoyGrpc(
+                core::grpc_service::EnvoyGrpc {
+                    cluster_name: "svc".into(),
+                    ..Default::default()
+                },
+            )),
+            ..Default::default()
+        }),
+        message_timeout: millis(5000),
+        ..Default::default()
+    }
+}
+
+fn filter(message: &ext_proc::ExternalProcessor) -> hcm::HttpFilter {
+    http_filter("envoy.filters.http.ext_proc", Some(any(message)))
+}
+
+async fn processed(
+    message: &ext_proc::ExternalProcessor,
+    hosts: Vec<route::VirtualHost>,
+    answer: impl Fn(&service::ProcessingRequest) -> Option<service::ProcessingResponse> + Send + Sync + 'static,
+) -> (
+    Harness,
+    Backend,
+    SocketAddr,
+    Arc<Mutex<Vec<service::ProcessingRequest>>>,
+    Served,
+) {
+    let seen = Arc::default();
+    let processor = Processor {
+        seen: Arc::clone(&seen),
+        answer: Arc::new(answer),
+    };
+    let (at_service, server) =
+        serve(Server::builder().add_service(ExternalProcessorServer::new(processor))).await;
+    let (harness, backend, at) = served(vec![filter(message)], hosts).await;
+    service_cluster(&harness, at_service).await;
+    (harness, backend, at, seen, server)
+}
+
+fn changing(set: &[(&str, &str)], remove: &[&str]) -> service::HeadersResponse {
+    service::HeadersResponse {
+        response: Some(service::CommonResponse {
+            header_mutation: Some(service::HeaderMutation {
+                set_headers: set.iter().map(|(key, value)| add_header(key, value)).collect(),
+                remove_headers: remove.iter().map(|name| (*name).to_owned()).collect(),
+            }),
+            ..Default::default()
+        }),
+    }
+}
+
+fn answer(response: processing_response::Response) -> Option<service::ProcessingResponse> {
+    Some(service::ProcessingResponse {
+        response: Some(response),
+        ..Default::default()
+    })
+}
+
+/// Passes both heads unchanged.
+fn pass(question: &service::ProcessingRequest) -> Option<service::ProcessingResponse> {
+    answer(match question.request.as_ref()? {
+        processing_request::Request::RequestHeaders(_) => {
+            processing_response::Response::RequestHeaders(changing(&[], &[]))
+        }
+        _ => processing_response::Response::ResponseHeaders(changing(&[], &[])),
+    })
+}
+
+#[tokio::test]
+async fn a_processor_sees_both_heads_of_a_request_on_one_stream_and_changes_them() {
+    let (harness, mut backend, at, seen, _server) =
+        processed(&over_grpc(), to_c(), |question| {
+            match question.request.as_ref()? {
+                processing_request::Request::RequestHeaders(_) => {
+                    answer(processing_response::Response::RequestHeaders(changing(
+                        &[("x-user", "bob"), (":path", "/changed?a=1"), ("host", "evil")],
+                        &["x-secret"],
+                    )))
+                }
+                _ => answer(processing_response::Response::ResponseHeaders(changing(
+                    &[("x-checked", "yes"), (":status", "202")],
+                    &["x-envoy-upstream-service-time"],
+                ))),
+            }
+        })
+        .await;
+    let (status, headers, body) = get_with(at, "/a", &[("x-secret", "1"), ("x-id", "7")]).await;
+    assert_eq!((status, &*body), (202, "ok"));
+    assert_eq!(headers["x-checked"], "yes");
+    assert!(
+        headers.contains_key("x-envoy-upstream-service-time"),
+        "not among what may be taken off"
+    );
+    let rejected = harness.counter("envoy_http_ext_proc_rejected_header_mutations", &[]);
+    assert_eq!(rejected, 2.0);
+    let request = backend.next().await;
+    assert_eq!(
+        (&*request.path, &request.headers["x-user"]),
+        ("/changed?a=1", &"bob".parse().unwrap())
+    );
+    assert!(!request.headers.contains_key("x-secret"));
+    assert_eq!(
+        request.headers["host"], "reviews",
+        "not among what may be changed"
+    );
+    let seen = seen.lock();
+    let Some(processing_request::Request::RequestHeaders(head)) = &seen[0].request else {
+        panic!("{:?}", seen[0]);
+    };
+    assert!(head.end_of_stream);
+    let fields = &head.headers.as_ref().unwrap().headers;
+    let field = |name: &str| {
+        let found = fields.iter().find(|field| field.key == name);
+        found.map(|field| String::from_utf8_lossy(&field.raw_value).into_owned())
+    };
+    assert_eq!(field(":path").as_deref(), Some("/a"));
+    assert_eq!(field(":authority").as_deref(), Some("reviews"));
+    assert_eq!(field("x-id").as_deref(), Some("7"));
+    let Some(processing_request::Request::ResponseHeaders(head)) = &seen[1].request else {
+        panic!("{:?}", seen[1]);
+    };
+    assert_eq!(head.headers.as_ref().unwrap().headers[0].key, ":status");
+    assert!(!head.end_of_stream);
+}
+
+#[tokio::test]
+async fn a_processor_answers_itself_before_and_after_the_upstream() {
+    let immediate = |code: i32, body: &str| {
+        answer(processing_response::Response::ImmediateResponse(
+            service::ImmediateResponse {
+                status: Some(envoy_type::HttpStatus { code }),
+                headers: Some(service::HeaderMutation {
+                    set_headers: vec![add_header("x-why", "because")],
+                    ..Default::default()
+                }),
+                body: body.as_bytes().to_vec(),
+                details: "not today".into(),
+                ..Default::default()
+            },
+        ))
+    };
+    let (mut harness, backend, at, _seen, _server) = processed(&over_grpc(), to_c(), move |question| {
+        match question.request.as_ref()? {
+            processing_request::Request::RequestHeaders(head) => {
+                let fields = &head.headers.as_ref()?.headers;
+                let early = fields.iter().any(|field| field.raw_value == b"/early");
+                if early {
+                    immediate(503, "go away")
+                } else {
+                    pass(question)
+                }
+            }
+            _ => immediate(409, "too late"),
+        }
+    })
+    .await;
+    let (status, headers, body) = get(at, "/early").await;
+    assert_eq!(
+        (status, &*body, &headers["x-why"]),
+        (503, "go away", &"because".parse().unwrap())
+    );
+    assert_eq!(backend.hits(), 0);
+    assert_eq!(harness.line().await["response_code_details"], "not_today");
+    let (status, headers, body) = get(at, "/").await;
+    assert_eq!(
+        (status, &*body, &headers["x-why"]),
+        (409, "too late", &"because".parse().unwrap())
+    );
+    assert_eq!(backend.hits(), 1);
+}
+
+#[tokio::test]
+async fn a_processor_that_fails_or_says_nothing_fails_requests_unless_told_otherwise() {
+    // Nobody listens.
+    let (harness, _backend, at) = served(vec![filter(&over_grpc())], to_c()).await;
+    service_cluster(&harness, closed_port().await).await;
+    assert_eq!(get(at, "/").await.0, 500);
+    let mut lenient = over_grpc();
+    lenient.failure_mode_allow = true;
+    let at = harness
+        .listen(
+            &manager_with(vec![filter(&lenient)]),
+            core::TrafficDirection::Outbound,
+        )
+        .await;
+    assert_eq!(get(at, "/").await.0, 200);
+    assert_eq!(
+        harness.counter("envoy_http_ext_proc_failure_mode_allowed", &[]),
+        1.0
+    );
+    // It listens, and never answers.
+    let mut hasty = over_grpc();
+    hasty.message_timeout = millis(50);
+    let (mut harness, _backend, at, _seen, _server) = processed(&hasty, to_c(), |_| None).await;
+    assert_eq!(get(at, "/").await.0, 504);
+    assert_eq!(
+        harness.line().await["response_code_details"],
+        "ext_proc_error_per-message_timeout_exceeded"
+    );
+    assert_eq!(harness.counter("envoy_http_ext_proc_message_timeouts", &[]), 1.0);
+}
+
+#[tokio::test]
+async fn an_answer_to_something_else_is_a_failure() {
+    let (mut harness, _backend, at, _seen, _server) = processed(&over_grpc(), to_c(), |_| {
+        answer(processing_response::Response::ResponseHeaders(changing(&[], &[])))
+    })
+    .await;
+    assert_eq!(get(at, "/").await.0, 500);
+    assert_eq!(
+        harness.line().await["response_code_details"],
+        "ext_proc_error_spurious_message"
+    );
+}
+
+#[tokio::test]
+async fn routes_choose_what_the_processor_sees_and_metadata_reaches_later_filters() {
+    let mut silent = prefix_route("/off", to_cluster("c"));
+    let per_route = |value| {
+        [(
+            "envoy.filters.http.ext_proc".to_owned(),
+            any(&ext_proc::ExtProcPerRoute {
+                r#override: Some(value),
+            }),
+        )]
+        .into()
+    };
+    silent.typed_per_filter_config = per_route(ext_proc::ext_proc_per_route::Override::Disabled(true));
+    let mut half = prefix_route("/half", to_cluster("c"));
+    half.typed_per_filter_config = per_route(ext_proc::ext_proc_per_route::Override::Overrides(
+        ext_proc::ExtProcOverrides {
+            processing_mode: Some(ext_proc::ProcessingMode {
+                request_header_mode: ext_proc::processing_mode::HeaderSendMode::Skip as i32,
+                ..Default::default()
+            }),
+            ..Default::default()
+        },
+    ));
+    let hosts = vec![host(
+        "all",
+        "*",
+        vec![silent, half, prefix_route("/", to_cluster("c"))],
+    )];
+    let (_harness, _backend, at, seen, _server) = processed(&over_grpc(), hosts, pass).await;
+    assert_eq!(get(at, "/off").await.0, 200);
+    assert!(seen.lock().is_empty());
+    assert_eq!(get(at, "/half").await.0, 200);
+    assert!(matches!(
+        seen.lock()[..],
+        [service::ProcessingRequest {
+            request: Some(processing_request::Request::ResponseHeaders(_)),
+            ..
+        }]
+    ));
+    assert_eq!(get(at, "/").await.0, 200);
+    assert_eq!(seen.lock().len(), 3);
+}
+
+#[tokio::test]
+async fn bodies_trailers_and_other_modes_are_refused_by_name() {
+    let harness = Harness::start();
+    let refused = async |message: ext_proc::ExternalProcessor| {
+        let manager = manager_with(vec![filter(&message)]);
+        let listener = listener_of("l", core::TrafficDirection::Outbound, vec![http_chain(&manager)]);
+        harness
+            .try_put(ResourceType::Listener, "l", &listener)
+            .await
+            .expect("refused")
+    };
+    let with = |change: fn(&mut ext_proc::ProcessingMode)| {
+        let mut mode = ext_proc::ProcessingMode::default();
+        change(&mut mode);
+        ext_proc::ExternalProcessor {
+            processing_mode: Some(mode),
+            ..over_grpc()
+        }
+    };
+    let cases = [
+        (
+            with(|mode| mode.request_body_mode = 2),
+            "processing_mode.request_body_mode",
+        ),
+        (
+            with(|mode| mode.response_body_mode = 1),
+            "processing_mode.response_body_mode",
+        ),
+        (
+            with(|mode| mode.response_trailer_mode = 1),
+            "processing_mode.response_trailer_mode",
+        ),
+        (
+            ext_proc::ExternalProcessor {
+                observability_mode: true,
+                ..over_grpc()
+            },
+            "observability_mode",
+        ),
+        (
+            ext_proc::ExternalProcessor {
+                grpc_service: None,
+                ..over_grpc()
+            },
+            "grpc_service",
+        ),
+    ];
+    for (message, field) in cases {
+        let refusal = refused(message).await;
+        assert!(refusal.contains(field), "{refusal}");
+    }
+}
