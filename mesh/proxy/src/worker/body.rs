@@ -128,6 +128,8 @@ pub struct RequestSource {
     incoming: Inbound,
     kept: Vec<Kept>,
     kept_bytes: usize,
+    /// Kept frames that the latest attempt has sent.
+    replayed: usize,
     limit: usize,
     overflowed: bool,
     ended: bool,
@@ -161,6 +163,7 @@ impl RequestSource {
             incoming,
             kept: Vec::new(),
             kept_bytes: 0,
+            replayed: 0,
             limit,
             overflowed: limit == 0,
             ended: false,
@@ -232,10 +235,13 @@ impl RequestSource {
         Some(out.freeze())
     }
 
-    /// Nothing will be sent again: what was kept is given back.
+    /// No further attempt follows: what was kept is given back once the latest one has sent it. An answer may come
+    /// before that.
     pub fn stop_keeping(&mut self) {
         self.overflowed = true;
-        self.kept = Vec::new();
+        if self.replayed >= self.kept.len() {
+            self.kept = Vec::new();
+        }
     }
 
     fn keep(&mut self, frame: Kept, bytes: usize) {
@@ -273,6 +279,7 @@ pub enum UpstreamBody {
 impl UpstreamBody {
     /// A body that starts over from the first byte.
     pub fn stream(source: &Rc<RefCell<RequestSource>>) -> Self {
+        source.borrow_mut().replayed = 0;
         Self::Stream {
             source: source.clone(),
             position: 0,
@@ -297,11 +304,16 @@ impl Body for UpstreamBody {
             Self::Stream { source, position } => {
                 let mut source = source.borrow_mut();
                 if let Some(kept) = source.kept.get(*position) {
-                    *position += 1;
-                    return Poll::Ready(Some(Ok(match kept.clone() {
+                    let frame = match kept.clone() {
                         Kept::Data(bytes) => Frame::data(bytes),
                         Kept::Trailers(trailers) => Frame::trailers(trailers),
-                    })));
+                    };
+                    *position += 1;
+                    source.replayed = *position;
+                    return Poll::Ready(Some(Ok(frame)));
+                }
+                if source.overflowed && !source.kept.is_empty() {
+                    source.kept = Vec::new();
                 }
                 if source.ended {
                     return Poll::Ready(None);
@@ -337,6 +349,7 @@ impl Body for UpstreamBody {
                         }
                         if !source.overflowed {
                             *position += 1;
+                            source.replayed = *position;
                         }
                         if source.incoming.is_end_stream() {
                             source.end();
@@ -530,5 +543,64 @@ impl<O: Observer + Unpin> Body for ResponseBody<O> {
             Self::Upstream { incoming, .. } => incoming.size_hint(),
             Self::Encoded(_) => SizeHint::default(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use http_body_util::BodyExt;
+    use hyper_util::rt::TokioIo;
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    /// A request's body, as only hyper can make it.
+    async fn incoming() -> Incoming {
+        let (mut client, server) = tokio::io::duplex(1024);
+        let (sender, mut received) = tokio::sync::mpsc::channel(1);
+        let service = hyper::service::service_fn(move |request: http::Request<Incoming>| {
+            let sender = sender.clone();
+            async move {
+                sender.send(request.into_body()).await.unwrap();
+                std::future::pending::<Result<http::Response<String>, Infallible>>().await
+            }
+        });
+        let connection = hyper::server::conn::http1::Builder::new();
+        tokio::spawn(async move { connection.serve_connection(TokioIo::new(server), service).await });
+        client
+            .write_all(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\n\r\n")
+            .await
+            .unwrap();
+        received.recv().await.unwrap()
+    }
+
+    async fn next(body: &mut UpstreamBody) -> Option<Bytes> {
+        let frame = body.frame().await?.unwrap();
+        Some(frame.into_data().unwrap())
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_comes_before_a_repeated_body_was_sent_cuts_nothing_out_of_it() {
+        let mut inbound = Inbound::new(incoming().await);
+        inbound.ahead = ["a", "b", "c", "d"]
+            .map(|text| Frame::data(Bytes::from(text)))
+            .into();
+        inbound.ended = true;
+        let source = RequestSource::new(inbound, 100, None);
+        let mut first = UpstreamBody::stream(&source);
+        for expected in ["a", "b", "c"] {
+            assert_eq!(next(&mut first).await.unwrap(), expected);
+        }
+        drop(first);
+        let mut second = UpstreamBody::stream(&source);
+        assert_eq!(next(&mut second).await.unwrap(), "a");
+        source.borrow_mut().stop_keeping();
+        for expected in ["b", "c", "d"] {
+            assert_eq!(next(&mut second).await.unwrap(), expected);
+        }
+        assert_eq!(next(&mut second).await, None);
+        assert!(source.borrow().kept.is_empty(), "and nothing is held any longer");
     }
 }
