@@ -1,7 +1,11 @@
 //! A `CertificateValidationContext`, compiled: which peers are believed.
 
+mod san;
+mod spiffe;
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
-use std::net::IpAddr;
 use std::sync::{Arc, Weak};
 
 use base64::Engine as _;
@@ -18,13 +22,11 @@ use webpki::{
     RevocationCheckDepth, RevocationOptionsBuilder,
 };
 
+use self::san::SanMatch;
+pub use self::san::dns_matches;
 use super::certificate::Certificate;
 use super::secret::read_source;
-use crate::config::convert;
-use crate::config::matchers::StringMatch;
 use crate::error::{Refusal, Within};
-
-const SPIFFE_VALIDATOR: &str = "envoy.extensions.transport_sockets.tls.v3.SPIFFECertValidatorConfig";
 
 /// Authorities that are believed.
 #[derive(Debug, Default)]
@@ -81,53 +83,6 @@ impl Roots {
         self.certificates
             .push(Certificate::parse(&der).map_err(|error| error.to_string())?);
         Ok(())
-    }
-}
-
-/// Which kind of name a matcher looks at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum SanKind {
-    Email,
-    Dns,
-    Uri,
-    Ip,
-    Any,
-}
-
-#[derive(Debug)]
-struct SanMatch {
-    kind: SanKind,
-    matcher: StringMatch,
-    /// For exact DNS names: a certificate's wildcard matches as well.
-    dns: Option<Box<str>>,
-}
-
-impl SanMatch {
-    fn matches(&self, certificate: &Certificate) -> bool {
-        let kind = |kind| self.kind == kind || self.kind == SanKind::Any;
-        let any = |names: &[Box<str>]| names.iter().any(|name| self.matcher.matches(name));
-        (kind(SanKind::Uri) && any(&certificate.uri_sans))
-            || (kind(SanKind::Email) && any(&certificate.email_sans))
-            || (kind(SanKind::Dns)
-                && match &self.dns {
-                    Some(name) => certificate.dns_sans.iter().any(|san| dns_matches(san, name)),
-                    None => any(&certificate.dns_sans),
-                })
-            || (kind(SanKind::Ip)
-                && certificate
-                    .ip_sans
-                    .iter()
-                    .any(|address: &IpAddr| self.matcher.matches(&address.to_string())))
-    }
-}
-
-/// Whether the certificate's DNS name, perhaps with `*` as its first label, covers `name`.
-pub fn dns_matches(san: &str, name: &str) -> bool {
-    match san.strip_prefix("*.") {
-        None => san.eq_ignore_ascii_case(name),
-        Some(suffix) => name
-            .split_once('.')
-            .is_some_and(|(label, rest)| !label.is_empty() && rest.eq_ignore_ascii_case(suffix)),
     }
 }
 
@@ -201,14 +156,11 @@ impl Validation {
         };
         for (index, matcher) in from.match_typed_subject_alt_names.iter().enumerate() {
             out.sans
-                .push(compile_san(matcher).within(format!("match_typed_subject_alt_names[{index}]"))?);
+                .push(SanMatch::compile(matcher).within(format!("match_typed_subject_alt_names[{index}]"))?);
         }
         for (index, matcher) in from.match_subject_alt_names.iter().enumerate() {
-            out.sans.push(SanMatch {
-                kind: SanKind::Any,
-                matcher: StringMatch::compile(matcher).within(format!("match_subject_alt_names[{index}]"))?,
-                dns: exact(matcher),
-            });
+            out.sans
+                .push(SanMatch::of_any_kind(matcher).within(format!("match_subject_alt_names[{index}]"))?);
         }
         for (index, text) in from.verify_certificate_hash.iter().enumerate() {
             out.hashes
@@ -228,7 +180,7 @@ impl Validation {
             out.revoked = revocation_lists(&pem).within("crl")?;
         }
         if let Some(custom) = &from.custom_validator_config {
-            out.trust_domains = Some(compile_spiffe(custom).within("custom_validator_config")?);
+            out.trust_domains = Some(spiffe::compile(custom).within("custom_validator_config")?);
         }
         if !out.sans.is_empty() && out.roots.is_none() && out.trust_domains.is_none() {
             return Err(Refusal::new(
@@ -248,10 +200,10 @@ impl Validation {
         any: &[serin_xds::pb::envoy::r#type::matcher::v3::StringMatcher],
     ) -> Result<(), Refusal> {
         for (index, matcher) in typed.iter().enumerate() {
-            compile_san(matcher).within(format!("match_typed_subject_alt_names[{index}]"))?;
+            SanMatch::compile(matcher).within(format!("match_typed_subject_alt_names[{index}]"))?;
         }
         for (index, matcher) in any.iter().enumerate() {
-            StringMatch::compile(matcher).within(format!("match_subject_alt_names[{index}]"))?;
+            SanMatch::of_any_kind(matcher).within(format!("match_subject_alt_names[{index}]"))?;
         }
         Ok(())
     }
@@ -308,7 +260,7 @@ impl Validation {
         }
         let certificate = Certificate::parse(leaf).map_err(|error| Unverified::Chain(error.to_string()))?;
         let roots = match &self.trust_domains {
-            Some(domains) => Some(spiffe_roots(domains, &certificate)?),
+            Some(domains) => Some(spiffe::roots(domains, &certificate)?),
             None => self.roots.as_deref(),
         };
         if let Some(roots) = roots {
@@ -439,64 +391,8 @@ fn describe(error: &dyn std::fmt::Display, certificate: &Certificate) -> String 
     )
 }
 
-/// The authorities of the peer's trust domain, after the rules of an X.509-SVID: one URI name, of the scheme `spiffe`,
-/// and no right to sign.
-fn spiffe_roots<'a>(
-    domains: &'a HashMap<Box<str>, Roots>,
-    certificate: &Certificate,
-) -> Result<&'a Roots, Unverified> {
-    let bad = |reason: &str| Unverified::Chain(format!("{reason} (peer {})", certificate.principal()));
-    let [uri] = &*certificate.uri_sans else {
-        return Err(bad("an X.509-SVID has exactly one URI SAN"));
-    };
-    if certificate.is_authority || certificate.may_sign {
-        return Err(bad("an X.509-SVID must not be an authority's"));
-    }
-    let domain = uri
-        .strip_prefix("spiffe://")
-        .and_then(|rest| rest.split('/').next())
-        .filter(|domain| !domain.is_empty())
-        .ok_or_else(|| bad("the URI SAN is no SPIFFE id"))?;
-    domains
-        .get(domain)
-        .ok_or_else(|| bad("no trust bundle for the trust domain"))
-}
-
 fn source(from: Option<&core::DataSource>, field: &str) -> Result<Option<Vec<u8>>, Refusal> {
     from.map(read_source).transpose().within(field)
-}
-
-fn exact(from: &serin_xds::pb::envoy::r#type::matcher::v3::StringMatcher) -> Option<Box<str>> {
-    use serin_xds::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
-    match &from.match_pattern {
-        Some(MatchPattern::Exact(name)) => Some(name.as_str().into()),
-        _ => None,
-    }
-}
-
-fn compile_san(from: &tls::SubjectAltNameMatcher) -> Result<SanMatch, Refusal> {
-    use tls::subject_alt_name_matcher::SanType;
-    let kind = match SanType::try_from(from.san_type) {
-        Ok(SanType::Email) => SanKind::Email,
-        Ok(SanType::Dns) => SanKind::Dns,
-        Ok(SanType::Uri) => SanKind::Uri,
-        Ok(SanType::IpAddress) => SanKind::Ip,
-        Ok(SanType::OtherName | SanType::Unspecified) | Err(_) => {
-            return Err(Refusal::new(
-                "san_type",
-                "only EMAIL, DNS, URI and IP_ADDRESS are supported",
-            ));
-        }
-    };
-    let matcher = from
-        .matcher
-        .as_ref()
-        .ok_or_else(|| Refusal::new("matcher", "is missing"))?;
-    Ok(SanMatch {
-        kind,
-        matcher: StringMatch::compile(matcher).within("matcher")?,
-        dns: exact(matcher).filter(|_| kind == SanKind::Dns),
-    })
 }
 
 fn hash_of_hex(text: &str) -> Result<[u8; 32], Refusal> {
@@ -526,197 +422,4 @@ fn revocation_lists(pem: &[u8]) -> Result<Vec<CertRevocationList<'static>>, Refu
         return Err(Refusal::new("", "no PEM revocation list found"));
     }
     Ok(out)
-}
-
-fn compile_spiffe(from: &core::TypedExtensionConfig) -> Result<HashMap<Box<str>, Roots>, Refusal> {
-    let any = from
-        .typed_config
-        .as_ref()
-        .ok_or_else(|| Refusal::new("typed_config", "is missing"))?;
-    let message: tls::SpiffeCertValidatorConfig = convert::unpack(any, SPIFFE_VALIDATOR)?;
-    let mut domains = HashMap::new();
-    for (index, domain) in message.trust_domains.iter().enumerate() {
-        let path = format!("trust_domains[{index}]");
-        if !domain.workload_trust_domain.is_empty() {
-            return Err(Refusal::new(
-                format!("{path}.workload_trust_domain"),
-                "not supported",
-            ));
-        }
-        let pem = source(domain.trust_bundle.as_ref(), "trust_bundle")
-            .within(&path)?
-            .ok_or_else(|| Refusal::new(format!("{path}.trust_bundle"), "is missing"))?;
-        let roots = Roots::from_pem(&pem).within(format!("{path}.trust_bundle"))?;
-        if domains.insert(Box::from(domain.name.as_str()), roots).is_some() {
-            return Err(Refusal::new(path, format!("{} occurs twice", domain.name)));
-        }
-    }
-    if let Some(json) = source(message.trust_bundles.as_ref(), "trust_bundles")? {
-        if !domains.is_empty() {
-            return Err(Refusal::new(
-                "trust_bundles",
-                "and trust_domains exclude each other",
-            ));
-        }
-        domains = trust_bundles(&json).within("trust_bundles")?;
-    }
-    if domains.is_empty() {
-        return Err(Refusal::new("trust_domains", "there is none"));
-    }
-    Ok(domains)
-}
-
-/// `{"trust_domains": {"<name>": {"keys": [{"use": "x509-svid", "x5c": ["<base64>"]}]}}}`
-fn trust_bundles(json: &[u8]) -> Result<HashMap<Box<str>, Roots>, Refusal> {
-    #[derive(serde::Deserialize)]
-    struct Bundles {
-        trust_domains: HashMap<String, Bundle>,
-    }
-    #[derive(serde::Deserialize)]
-    struct Bundle {
-        keys: Vec<Key>,
-    }
-    #[derive(serde::Deserialize)]
-    struct Key {
-        #[serde(rename = "use", default)]
-        purpose: String,
-        #[serde(default)]
-        x5c: Vec<String>,
-    }
-    let bundles: Bundles = serde_json::from_slice(json)
-        .map_err(|error| Refusal::new("", format!("not a bundle map: {error}")))?;
-    let mut out = HashMap::new();
-    for (name, bundle) in bundles.trust_domains {
-        let mut roots = Roots::default();
-        let keys = bundle.keys.iter().filter(|key| key.purpose == "x509-svid");
-        for encoded in keys.flat_map(|key| &key.x5c) {
-            let der = base64::engine::general_purpose::STANDARD
-                .decode(encoded)
-                .map_err(|error| Refusal::new(&*name, error.to_string()))?;
-            roots
-                .add(CertificateDer::from(der))
-                .map_err(|reason| Refusal::new(&*name, reason))?;
-        }
-        if roots.anchors.is_empty() {
-            return Err(Refusal::new(name, "no x509-svid authority"));
-        }
-        out.insert(name.into(), roots);
-    }
-    Ok(out)
-}
-
-#[cfg(test)]
-mod tests {
-    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, KeyUsagePurpose};
-    use serin_xds::pb::google::protobuf::UInt32Value;
-
-    use super::super::certificate::hex;
-    use super::*;
-
-    struct Made {
-        root: String,
-        leaf: CertificateDer<'static>,
-        intermediate: CertificateDer<'static>,
-    }
-
-    /// A root, an authority below it, and a leaf that was valid in January 2020.
-    fn made() -> Made {
-        let authority = |name: &str| {
-            let mut params = CertificateParams::default();
-            params.distinguished_name.push(rcgen::DnType::CommonName, name);
-            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-            params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-            (params, KeyPair::generate().unwrap())
-        };
-        let (root, root_key) = authority("root");
-        let (below, below_key) = authority("below");
-        let mut leaf = CertificateParams::new(vec!["a.example".to_owned()]).unwrap();
-        leaf.not_before = rcgen::date_time_ymd(2020, 1, 1);
-        leaf.not_after = rcgen::date_time_ymd(2020, 2, 1);
-        let leaf_key = KeyPair::generate().unwrap();
-        Made {
-            root: root.self_signed(&root_key).unwrap().pem(),
-            intermediate: below
-                .signed_by(&below_key, &Issuer::from_params(&root, &root_key))
-                .unwrap()
-                .der()
-                .clone(),
-            leaf: leaf
-                .signed_by(&leaf_key, &Issuer::from_params(&below, &below_key))
-                .unwrap()
-                .der()
-                .clone(),
-        }
-    }
-
-    fn text(pem: &str) -> Option<core::DataSource> {
-        Some(core::DataSource {
-            specifier: Some(core::data_source::Specifier::InlineString(pem.into())),
-            ..Default::default()
-        })
-    }
-
-    fn verify(made: &Made, context: &tls::CertificateValidationContext, year: u64) -> Result<(), Unverified> {
-        let algorithms = rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms;
-        let now = std::time::Duration::from_secs((year - 1970) * 31_557_600 + 10 * 86_400);
-        Validation::compile(context).unwrap().verify(
-            &made.leaf,
-            std::slice::from_ref(&made.intermediate),
-            KeyUsage::server_auth(),
-            algorithms.all,
-            UnixTime::since_unix_epoch(now),
-        )
-    }
-
-    #[test]
-    fn expiry_depth_and_untrusted_chains_are_judged_as_the_context_says() {
-        let made = made();
-        let mut context = tls::CertificateValidationContext {
-            trusted_ca: text(&made.root),
-            ..Default::default()
-        };
-        assert_eq!(verify(&made, &context, 2020), Ok(()));
-        assert!(
-            matches!(verify(&made, &context, 2022), Err(Unverified::Chain(reason)) if reason.contains("expired"))
-        );
-        context.allow_expired_certificate = true;
-        assert_eq!(verify(&made, &context, 2022), Ok(()));
-        context.max_verify_depth = Some(UInt32Value { value: 0 });
-        assert!(
-            matches!(verify(&made, &context, 2020), Err(Unverified::Chain(reason)) if reason.contains("too long"))
-        );
-        context.trust_chain_verification =
-            tls::certificate_validation_context::TrustChainVerification::AcceptUntrusted as i32;
-        assert_eq!(verify(&made, &context, 2020), Ok(()));
-    }
-
-    #[test]
-    fn a_pinned_certificate_or_key_is_believed_and_no_other() {
-        let made = made();
-        let certificate = Certificate::parse(&made.leaf).unwrap();
-        let hash = hex(&certificate.sha256);
-        let key = base64::engine::general_purpose::STANDARD.encode(certificate.spki_sha256);
-        let pinned = |hashes: &[&str], keys: &[&str]| tls::CertificateValidationContext {
-            verify_certificate_hash: hashes.iter().map(|hash| (*hash).to_owned()).collect(),
-            verify_certificate_spki: keys.iter().map(|key| (*key).to_owned()).collect(),
-            ..Default::default()
-        };
-        let zeros = "00".repeat(32);
-        assert_eq!(verify(&made, &pinned(&[&hash], &[]), 2020), Ok(()));
-        assert_eq!(verify(&made, &pinned(&[&zeros], &[&key]), 2020), Ok(()));
-        assert_eq!(
-            verify(&made, &pinned(&[&zeros], &[]), 2020),
-            Err(Unverified::Hash)
-        );
-        assert!(Validation::compile(&pinned(&["xyz"], &[])).is_err());
-        assert!(Validation::compile(&pinned(&[], &["AAAA"])).is_err());
-    }
-
-    #[test]
-    fn a_wildcard_covers_one_label() {
-        assert!(dns_matches("*.example", "a.example"));
-        assert!(!dns_matches("*.example", "a.b.example"));
-        assert!(!dns_matches("*.example", "example"));
-        assert!(dns_matches("A.example", "a.EXAMPLE"));
-    }
 }
