@@ -3,7 +3,7 @@
 //! A policy matches if any of its permissions and any of its principals do, and its condition holds. Policies are asked in the order of their
 //! names. ALLOW lets through what a policy matches, DENY what none does, LOG everything and tells the access log. Shadow
 //! rules are judged and counted, never enforced. A denial names its policy, which in a mesh names the rule
-//! (`ns[a]-policy[b]-rule[0]`). Instead of policies there may be a matcher [`tree`], whose actions have names.
+//! (`ns[a]-policy[b]-rule[0]`). Instead of policies there may be a matcher `tree`, whose actions have names.
 
 mod tree;
 

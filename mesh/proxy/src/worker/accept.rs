@@ -17,14 +17,15 @@ use super::io::Io;
 use super::sniff::{self, Detected, Http};
 use super::{Command, Worker, http, tcp};
 use crate::clock;
-use crate::config::hcm::Codec;
-use crate::config::listener::{ConnectionFacts, FilterChain, Handler, Listener};
-use crate::config::listener_filters::ProxyProtocol;
+use crate::config::hcm::{Codec, HttpManager};
+use crate::config::listener::{ConnectionFacts, Direction, FilterChain, Handler, Listener};
+use crate::config::listener_filters::{Place, ProxyProtocol};
 use crate::config::slot::ListenerSlot;
 use crate::metrics::flags::Flags;
 use crate::overload::Action;
 use crate::policy::facts::{Facts, PeerIdentity};
 use crate::random;
+use crate::tls::info::ConnectionTls;
 use crate::tls::rewind::Rewind;
 use crate::upstream::proxy_header::{self, Header};
 
@@ -130,7 +131,10 @@ pub(super) fn serve(
         let listener = slot.load();
         drop(slot);
         let _counted = listener.traffic.open(worker.id);
-        connection(worker, listener, stream, remote).await;
+        // Boxed, so that what detection and handshakes need is given back while requests are served.
+        if let Some(http) = Box::pin(connection(worker, listener, stream, remote)).await {
+            http.serve().await;
+        }
         drop((open, share, counted));
     });
 }
@@ -152,10 +156,16 @@ fn original_destination(stream: &TcpStream, local: SocketAddr) -> SocketAddr {
         .unwrap_or(canonical)
 }
 
-async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream, remote: SocketAddr) {
+/// Finds out what a connection is, and serves it unless it is HTTP.
+async fn connection(
+    worker: Rc<Worker>,
+    bound: Arc<Listener>,
+    stream: TcpStream,
+    remote: SocketAddr,
+) -> Option<HttpConnection> {
     // Small messages both ways; failures do no harm.
     let _ = stream.set_nodelay(true);
-    let Ok(local) = stream.local_addr() else { return };
+    let local = stream.local_addr().ok()?;
     let mut destination = SocketAddr::new(local.ip().to_canonical(), local.port());
     if bound.use_original_dst || bound.original_dst {
         destination = original_destination(&stream, local);
@@ -174,7 +184,10 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
         match read_proxy_header(&stream, &mut prefix, rules, deadline).await {
             Ok(Some((source, told))) => (addresses.remote, addresses.local) = (source, told),
             Ok(None) => {}
-            Err(error) => return log_handshake(&worker, &bound, &mut log, &error),
+            Err(error) => {
+                log_handshake(&worker, &bound, &mut log, &error);
+                return None;
+            }
         }
         log.addresses = addresses;
     }
@@ -196,13 +209,14 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
         match read_until_detected(&stream, &mut prefix, deadline).await {
             Ok(Some(found)) => detected = found,
             Ok(None) if listener.continue_on_timeout => timed_out = true,
-            Ok(None) => return log.local_close.set("listener_filter_timeout"),
-            Err(_) => return,
+            Ok(None) => {
+                log.local_close.set("listener_filter_timeout");
+                return None;
+            }
+            Err(_) => return None,
         }
     }
-    let Some(chain) = choose(&worker, &listener, &detected, &mut log) else {
-        return;
-    };
+    let chain = choose(&worker, &listener, &detected, &mut log)?;
     if timed_out
         && prefix.is_empty()
         && chain.tls.is_none()
@@ -232,21 +246,20 @@ async fn connection(worker: Rc<Worker>, bound: Arc<Listener>, stream: TcpStream,
                     detected = found;
                     None
                 }
-                Ok(None) | Err(_) => return,
+                Ok(None) | Err(_) => return None,
             },
             upstream = greeting => Some(upstream),
-            () = worker.closing() => return,
+            () = worker.closing() => return None,
         };
         if let Some(upstream) = upstream {
             log.enter(proxy);
-            return tcp::join(worker, proxy.clone(), Io::Plain(stream), prefix, upstream, log).await;
+            tcp::join(worker, proxy.clone(), Io::Plain(stream), prefix, upstream, log).await;
+            return None;
         }
-        if let Some(chain) = choose(&worker, &listener, &detected, &mut log) {
-            handle(worker, listener, chain, stream, prefix, detected, log).await;
-        }
-        return;
+        let chain = choose(&worker, &listener, &detected, &mut log)?;
+        return handle(worker, listener, chain, stream, prefix, detected, log).await;
     }
-    handle(worker, listener, chain, stream, prefix, detected, log).await;
+    handle(worker, listener, chain, stream, prefix, detected, log).await
 }
 
 /// Whether the chain's network filters let the connection through; a denial is logged.
@@ -343,10 +356,10 @@ async fn handle(
     mut prefix: Vec<u8>,
     detected: Detected,
     mut log: Box<ConnectionLog>,
-) {
+) -> Option<HttpConnection> {
     let direction = listener.direction;
     let addresses = log.addresses;
-    let _place = match &chain.limit {
+    let place = match &chain.limit {
         None => None,
         Some(limit) => match limit.take() {
             Some(place) => Some(place),
@@ -354,7 +367,7 @@ async fn handle(
                 let error = io::Error::other("connection_limit");
                 log_handshake(&worker, &listener, &mut log, &error);
                 tokio::time::sleep(limit.delay).await;
-                return;
+                return None;
             }
         },
     };
@@ -368,14 +381,17 @@ async fn handle(
                     server_name.clone_from(&facts.server_name);
                     (Io::Tls(Box::new(stream)), Some(Arc::new(facts)))
                 }
-                Err(error) => return log_handshake(&worker, &listener, &mut log, &error),
+                Err(error) => {
+                    log_handshake(&worker, &listener, &mut log, &error);
+                    return None;
+                }
             }
         }
     };
     log.server_name.clone_from(&server_name);
     log.tls.clone_from(&tls);
     if !chain.policies.is_empty() && !admitted(&worker, &listener, &chain, &mut log) {
-        return;
+        return None;
     }
     match &chain.handler {
         Handler::Tcp(proxy) => {
@@ -391,13 +407,14 @@ async fn handle(
             if let Ok(upstream) = tcp::open(&worker, &proxy, &listener, &client, Some(&mut log)).await {
                 tcp::join(worker, proxy, io, prefix, upstream, log).await;
             }
+            None
         }
         Handler::Http(manager) => {
             let manager = manager.clone();
             // Not kept over the life of the connection: the listener may be replaced meanwhile.
             drop(listener);
             // Lines of requests are the manager's; those of connections only where the listener wants them.
-            let _log = log.is_wanted().then_some(log);
+            let log = log.is_wanted().then_some(log);
             let agreed = tls.as_ref().and_then(|tls| tls.alpn.as_deref());
             let http2 = match (manager.codec, agreed) {
                 (Codec::Http1, _) => false,
@@ -408,13 +425,13 @@ async fn handle(
                         let wait = manager.idle_timeout.unwrap_or(FIRST_BYTES);
                         match tokio::time::timeout(wait, read_preface(&mut io, &mut prefix, &worker)).await {
                             Ok(Ok(())) => {}
-                            Ok(Err(_)) | Err(_) => return,
+                            Ok(Err(_)) | Err(_) => return None,
                         }
                     }
                     prefix.starts_with(b"PRI * HTTP/2")
                 }
             };
-            Box::pin(http::serve(
+            Some(HttpConnection {
                 worker,
                 io,
                 prefix,
@@ -425,9 +442,47 @@ async fn handle(
                 addresses,
                 tls,
                 server_name,
-            ))
-            .await;
+                log,
+                place,
+            })
         }
+    }
+}
+
+/// A connection that turned out to be HTTP, about to be served.
+struct HttpConnection {
+    worker: Rc<Worker>,
+    io: Io,
+    prefix: Vec<u8>,
+    http2: bool,
+    chain: Arc<FilterChain>,
+    manager: Arc<HttpManager>,
+    direction: Direction,
+    addresses: http::Addresses,
+    tls: Option<Arc<ConnectionTls>>,
+    server_name: Option<Box<str>>,
+    /// Written when the connection ends, where the listener wants that.
+    log: Option<Box<ConnectionLog>>,
+    /// Given back when the connection ends.
+    place: Option<Place>,
+}
+
+impl HttpConnection {
+    async fn serve(self) {
+        let _ended = (self.log, self.place);
+        http::serve(
+            self.worker,
+            self.io,
+            self.prefix,
+            self.http2,
+            self.chain,
+            self.manager,
+            self.direction,
+            self.addresses,
+            self.tls,
+            self.server_name,
+        )
+        .await;
     }
 }
 

@@ -253,7 +253,8 @@ pub async fn serve<S>(
         finish: Notify::new(),
     });
     if http2 {
-        serve2(conn, TokioIo::new(io)).await
+        // Boxed: HTTP/1 connections, the idle ones above all, do without its two kilobytes.
+        Box::pin(serve2(conn, TokioIo::new(io))).await
     } else {
         http1::serve(conn, io).await
     }
