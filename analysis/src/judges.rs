@@ -347,7 +347,7 @@ impl Judges {
             (warm && options.metrics.iter().any(of_durations)).then(|| Durations::of(batch, &self.primary));
         for (metric, (_, state)) in options.metrics.iter().zip(&mut self.states) {
             match (metric.kind, state) {
-                (Kind::Errors { .. }, State::Errors(errors)) => {
+                (Kind::Errors { .. }, State::Errors(errors)) if warm || !options.warm_up.errors => {
                     errors.observe(batch, &options.errors(metric));
                 }
                 (Kind::Latency { quantile }, State::Latency(latency)) => {
@@ -548,17 +548,17 @@ impl Judges {
                 explanation: format!("{} has no evidence yet", metric.name),
             },
         };
-        let waits_for_warmth = !self.warmth.is_warm()
-            && self.totals.canary > 0
-            && matches!(
-                metric.kind,
-                Kind::Latency { .. } | Kind::Distribution | Kind::LatencyBound { .. }
-            );
-        match verdict {
-            Verdict::NoData { .. } if waits_for_warmth => Verdict::NoData {
-                explanation: "the canary is still warming up; its durations do not count yet".to_owned(),
+        let waits_for = match metric.kind {
+            Kind::Latency { .. } | Kind::Distribution | Kind::LatencyBound { .. } => Some("durations"),
+            Kind::Errors { .. } if options.warm_up.errors => Some("errors"),
+            _ => None,
+        };
+        let waits_for = waits_for.filter(|_| !self.warmth.is_warm() && self.totals.canary > 0);
+        match (verdict, waits_for) {
+            (Verdict::NoData { .. }, Some(what)) => Verdict::NoData {
+                explanation: format!("the canary is still warming up; its {what} do not count yet"),
             },
-            verdict => verdict,
+            (verdict, _) => verdict,
         }
     }
 }

@@ -4,7 +4,7 @@
 //! The canary's requests are taken in groups; in each, the share that is slower than the primary's running p90 is
 //! counted. The canary is warm as soon as a group is no better than the one before it, beyond chance (1.64 standard
 //! deviations, one-sided 5 %): it has stopped getting faster. Also when `longest` has passed: a canary that gets faster for
-//! ever is judged all the same. Errors count from the beginning.
+//! ever is judged all the same. Errors count from the beginning, unless asked otherwise.
 //!
 //! Excluding what came before depends on the excluded data alone, so what is judged afterwards stays valid.
 
@@ -26,6 +26,9 @@ pub struct Options {
     pub shortest_ms: i64,
     /// It is always warm after this.
     pub longest_ms: i64,
+    /// Whether errors do not count before either: for canaries whose cold caches make requests fail.
+    #[serde(default)]
+    pub errors: bool,
 }
 
 impl Options {
@@ -33,6 +36,7 @@ impl Options {
     pub const NONE: Self = Self {
         shortest_ms: 0,
         longest_ms: 0,
+        errors: false,
     };
 }
 
@@ -148,6 +152,7 @@ mod tests {
         let options = Options {
             shortest_ms: 5000,
             longest_ms: 120_000,
+            errors: false,
         };
         let warm = warm_after(1, &options).unwrap();
         assert!((5..20).contains(&warm), "{warm}");
@@ -158,11 +163,13 @@ mod tests {
         let early = Options {
             shortest_ms: 30_000,
             longest_ms: 120_000,
+            errors: false,
         };
         assert!(warm_after(1, &early).unwrap() >= 30);
         let late = Options {
             shortest_ms: 0,
             longest_ms: 10_000,
+            errors: false,
         };
         assert!(warm_after(100, &late).unwrap() <= 12);
         assert_eq!(warm_after(100, &Options::NONE), Some(0));

@@ -238,6 +238,7 @@ fn durations_of_a_cold_canary_do_not_count_and_its_errors_do() {
         warm_up: warmth::Options {
             shortest_ms: 20_000,
             longest_ms: 60_000,
+            errors: false,
         },
         ..Options::default()
     };
@@ -258,6 +259,53 @@ fn durations_of_a_cold_canary_do_not_count_and_its_errors_do() {
         10.0,
         &options,
     );
+    assert!(judges.verdict(&options).verdict.is_bad());
+}
+
+#[test]
+fn errors_of_a_cold_canary_are_left_out_where_asked_and_what_follows_is_judged_as_if_they_had_not_been() {
+    let mut options = Options {
+        warm_up: warmth::Options {
+            shortest_ms: 20_000,
+            longest_ms: 20_000,
+            errors: true,
+        },
+        ..Options::default()
+    };
+    options.metrics = vec![Metric::by_name("errors").unwrap()];
+    let (mut judges, mut unshown) = (Judges::default(), Judges::default());
+    let cold = |second| sample(second, counts(50, 25), counts(450, 1));
+    for second in 0..=20 {
+        judges.observe(&cold(second), 10.0, &options);
+    }
+    assert!(judges.is_warm());
+    let verdict = &judges.verdict(&options).metrics[0].verdict;
+    assert_eq!(verdict.word(), "no data", "{verdict:?}");
+    let mut early = Judges::default();
+    early.observe(&cold(0), 10.0, &options);
+    let told = early.verdict(&options).metrics[0]
+        .verdict
+        .explanation()
+        .to_owned();
+    assert!(told.contains("its errors do not count yet"), "{told}");
+
+    let always = Options {
+        warm_up: warmth::Options::NONE,
+        ..options.clone()
+    };
+    for second in 21..40 {
+        let warm = sample(second, counts(50, 1), counts(450, 2));
+        judges.observe(&warm, 10.0, &options);
+        unshown.observe(&warm, 10.0, &always);
+        assert_eq!(
+            judges.verdict(&options).metrics[0].verdict,
+            unshown.verdict(&always).metrics[0].verdict
+        );
+    }
+    // And a canary that goes on failing is found.
+    for second in 40..50 {
+        judges.observe(&cold(second), 10.0, &options);
+    }
     assert!(judges.verdict(&options).verdict.is_bad());
 }
 

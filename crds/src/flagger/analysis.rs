@@ -110,9 +110,13 @@ pub struct Comparison {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub max_latency: Vec<LatencyBound>,
     /// How long the durations of a canary that has just started may be left out, for example `2m`; it ends as soon as the
-    /// canary has stopped getting faster. Errors count from the beginning. Default: not at all.
+    /// canary has stopped getting faster. Errors count from the beginning, see `warmUpErrors`. Default: not at all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub warm_up: Option<String>,
+    /// Whether the comparison leaves out errors as well during `warmUp`: for canaries whose cold caches make requests fail.
+    /// `maxErrorRate` and Flagger's metrics count them all the same. Default `false`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warm_up_errors: Option<bool>,
     /// When a step that nothing speaks against may go on. Default `AtInterval`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub advance: Option<AdvancePolicy>,

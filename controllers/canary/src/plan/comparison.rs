@@ -117,6 +117,7 @@ impl ComparisonPlan {
                     options.warm_up = warmth::Options {
                         shortest_ms: 0,
                         longest_ms: i64::try_from(longest.as_millis()).unwrap_or(i64::MAX),
+                        errors: spec.warm_up_errors.unwrap_or(false),
                     }
                 }
                 Err(error) => fields.push(Field::refused(format!("{PATH}.warmUp"), error.to_string())),
@@ -319,7 +320,7 @@ mod tests {
     #[test]
     fn every_field_of_the_comparison_is_read() {
         let (plan, fields) = plan(json!({
-            "alpha": 0.001, "tolerance": 2, "advance": "WhenGood", "extendLimit": 5, "warmUp": "2m",
+            "alpha": 0.001, "tolerance": 2, "advance": "WhenGood", "extendLimit": 5, "warmUp": "2m", "warmUpErrors": true,
             "onNoData": "Extend", "onProviderError": "Fail", "maxErrorRate": 5, "expectedRatio": 6,
             "maxLatency": [{"percentile": 99, "milliseconds": 500}],
             "metrics": [{"name": "errors-5xx", "weight": 4}, {"name": "latency-p90", "tolerance": 1.2}],
@@ -342,6 +343,7 @@ mod tests {
             (Advance::WhenGood, 5, 6.0)
         );
         assert_eq!(plan.options.warm_up.longest_ms, 120_000);
+        assert!(plan.options.warm_up.errors);
         assert_eq!(
             (plan.on_no_data, plan.on_provider_error),
             (Policy::Extend, Policy::Fail)
