@@ -109,17 +109,25 @@ struct Together {
 }
 
 impl Together {
+    /// Of these metrics, equally; of the default ones if there are none.
     fn boxed(scenario: &Scenario, metrics: &[&str], tolerance: f64) -> Box<dyn Contestant> {
+        let metrics = metrics.iter().filter_map(|name| JudgedMetric::by_name(name));
+        Self::of(scenario, metrics.collect(), tolerance)
+    }
+
+    fn weighing(scenario: &Scenario, metrics: &[(&str, f64)], tolerance: f64) -> Box<dyn Contestant> {
+        let weighed = |(name, weight): &(&str, f64)| Some(JudgedMetric::by_name(name)?.weighing(*weight));
+        Self::of(scenario, metrics.iter().filter_map(weighed).collect(), tolerance)
+    }
+
+    fn of(scenario: &Scenario, metrics: Vec<JudgedMetric>, tolerance: f64) -> Box<dyn Contestant> {
         let mut options = judges::Options {
             alpha: ALPHA,
             tolerance,
             ..judges::Options::default()
         };
         if !metrics.is_empty() {
-            options.metrics = metrics
-                .iter()
-                .filter_map(|name| JudgedMetric::by_name(name))
-                .collect();
+            options.metrics = metrics;
         }
         if scenario.mitigation == Mitigation::ByClient
             && let Some(metric) = JudgedMetric::by_name("errors-by-client")
@@ -181,8 +189,10 @@ pub(crate) const fn ours(name: &'static str, make: fn(&Scenario) -> Box<dyn Cont
     }
 }
 
-/// Serin without any configuration: errors, p99 and the distribution of latencies, tolerance 1.5.
+/// Serin without any configuration: errors and p99, tolerance 1.5.
 pub const DEFAULT: &str = "Serin, default";
+/// With the distribution of latencies as well: what a service whose requests take long enough may choose.
+pub const WITH_DISTRIBUTION: &str = "Serin, errors 6, p99 1, latency 1";
 /// The names of Serin's error judges, by tolerance.
 pub const ERRORS_DEFAULT: &str = "Serin, errors, tolerance 1.5";
 /// See [`ERRORS_DEFAULT`].
@@ -282,7 +292,13 @@ pub fn of_latency() -> Vec<Entry> {
         ours("Serin, distribution, tolerance 1", |scenario| {
             Together::boxed(scenario, &["latency"], 1.0)
         }),
-        ours(DEFAULT, |scenario| Together::boxed(scenario, &[], 1.5)),
+        ours(WITH_DISTRIBUTION, |scenario| {
+            Together::weighing(
+                scenario,
+                &[("errors", 6.0), ("latency-p99", 1.0), ("latency", 1.0)],
+                1.5,
+            )
+        }),
         other("Flagger, 60 s, threshold 5", |_| Box::new(Flagger::new(60, 5))),
         other("Argo, 60 s, failureLimit 0", |_| Box::new(Argo::new(60, 0))),
         Entry {

@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use crate::contest::{
     ALPHA, DEFAULT, ERRORS_DEFAULT, ERRORS_STRICT, KAYENTA_RUNS, LATENCY_STRICT, ORACLE, OTHER_RUNS,
+    WITH_DISTRIBUTION,
 };
 use crate::run::Tally;
 use crate::scenario::Scenario;
@@ -170,7 +171,7 @@ pub fn goals(measured: &Measured) -> Vec<Goal> {
     found(regressions, &weak, ERRORS_STRICT, 20, None);
     found(regressions, &weak, ERRORS_DEFAULT, 30, None);
     for result in latencies.iter().filter(|result| !result.scenario.is_healthy()) {
-        for name in [LATENCY_STRICT, DEFAULT] {
+        for name in [LATENCY_STRICT, WITH_DISTRIBUTION] {
             found(latencies, &result.scenario, name, 60, None);
         }
     }

@@ -22,17 +22,14 @@ fn sample(second: i64, canary: Counts, primary: Counts) -> Sample {
 }
 
 #[test]
-fn without_any_configuration_errors_and_latency_share_one_percent() {
+fn without_any_configuration_errors_and_p99_share_one_percent() {
     let options = Options::default();
     let alphas: Vec<(&str, f64)> = options
         .metrics
         .iter()
         .map(|metric| (metric.name.as_str(), options.alpha_of(metric)))
         .collect();
-    assert_eq!(
-        alphas,
-        [("errors", 0.0075), ("latency-p99", 0.00125), ("latency", 0.00125)]
-    );
+    assert_eq!(alphas, [("errors", 0.0075), ("latency-p99", 0.0025)]);
     assert_eq!(options.tolerance, 1.5);
 }
 

@@ -39,7 +39,7 @@ pub(crate) struct Options {
     /// Ratio canary : primary that is still tolerated [default: 1.5]
     #[arg(long)]
     tolerance: Option<f64>,
-    /// What is compared, with its weight: NAME[=WEIGHT], repeatable [default: errors=6, latency-p99=1, latency=1]
+    /// What is compared, with its weight: NAME[=WEIGHT], repeatable [default: errors=3, latency-p99=1]
     #[arg(long = "metric", value_name = "NAME[=WEIGHT]", value_parser = parse_metric)]
     metrics: Vec<ComparisonMetric>,
     /// Highest acceptable error rate of the canary, in percent

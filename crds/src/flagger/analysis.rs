@@ -94,7 +94,7 @@ pub struct Comparison {
         serialize_with = "crate::number::optional"
     )]
     pub tolerance: Option<f64>,
-    /// What is compared. Default: `errors` with weight 6, `latency-p99` and `latency` with weight 1 each.
+    /// What is compared. Default: `errors` with weight 3 and `latency-p99` with weight 1.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub metrics: Vec<ComparisonMetric>,
     /// Highest acceptable error rate of the canary, in percent, whatever the primary's is: for when both are bad. Default:

@@ -84,7 +84,6 @@ fn every_metric_of_the_comparison_is_in_the_status_with_its_alpha() {
         [
             ("errors", "undecided", Some(0.0075)),
             ("latency-p99", "no data", None),
-            ("latency", "no data", None),
             ("comparison", "no data", Some(0.01)),
         ]
     );

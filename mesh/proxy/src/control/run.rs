@@ -183,7 +183,7 @@ async fn housekeeping(proxy: Arc<Proxy>, cancel: CancellationToken) {
     /// How often the store is looked at.
     const LOOK: Duration = Duration::from_secs(2);
     /// Looks between two times that the program's pages are given back.
-    const APART: u32 = 15;
+    const APART: u32 = 3;
     let (mut seen, mut collected) = (0, u64::MAX);
     // What was applied when pages were given back last, and at which look.
     let (mut forgotten, mut forgotten_at) = (u64::MAX, None::<u32>);
