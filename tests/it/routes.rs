@@ -1,6 +1,8 @@
 //! Routes that cannot work: the object says which rule it breaks, or which proxy refused what, and traffic goes on as it
 //! did.
 
+use std::time::{Duration, Instant};
+
 use serde_json::Value;
 
 use crate::api::{Api, condition, is, message};
@@ -76,6 +78,11 @@ fn a_route_that_cannot_work_names_the_rule_or_the_proxy_that_refused_it_and_the_
     api.apply(&route(GOOD));
     until(&api, "Deployment", "be available", "Available", "True");
     until(&api, "VirtualService", "be live", "Live", "True");
+    // The route may be live before the endpoints of a pod that has just become ready are.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while http::get(cluster.gateway_port, HOST, "/", &[]).0 != 200 {
+        assert!(Instant::now() < deadline, "nothing answers behind the gateway");
+    }
     let traffic = Traffic::start(&cluster, HOST, 100);
 
     for (http, rule) in [
