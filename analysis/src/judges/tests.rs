@@ -226,7 +226,7 @@ fn absolute_guards_see_two_arms_that_are_both_bad() {
         .map(|metric| metric.verdict.word())
         .collect();
     assert_eq!(words[0], "undecided");
-    assert_eq!(words[3..], ["bad", "bad"], "{combined:#?}");
+    assert_eq!(words[2..], ["bad", "bad"], "{combined:#?}");
 }
 
 #[test]
