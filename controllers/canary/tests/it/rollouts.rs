@@ -135,7 +135,6 @@ async fn a_good_release_is_promoted_and_a_bad_one_is_taken_back_within_its_first
             "request-duration",
             "errors",
             "latency-p99",
-            "latency",
             "comparison"
         ]
     );
