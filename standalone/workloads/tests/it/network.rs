@@ -64,7 +64,7 @@ async fn a_pod_reaches_a_service_by_name_also_one_that_it_backs_itself() {
     cluster.pod("web", server("8080"), condition("Ready")).await;
     // python and curl may be missing: /bin/bash can open TCP connections itself.
     let script = r"
-fetch() { exec 3<>/dev/tcp/$1/80 && printf 'GET / HTTP/1.0\r\n\r\n' >&3 && cat <&3; }
+fetch() { exec 3<>/dev/tcp/$1/80 && printf 'GET / HTTP/1.0\r\n\r\n' >&3 && cat <&3 2>/dev/null; }
 until fetch web | grep -q pod=web; do sleep 0.05; done
 fetch web.t.svc.cluster.local | grep -o 'pod=web'
 getent ahostsv4 web | head -1 | cut -d' ' -f1
