@@ -63,7 +63,7 @@ impl ClusterLock {
             };
             let lives = holder.is_some_and(|holder| kill(holder.pid, None).is_ok());
             if !lives && started.elapsed() < GLANCE {
-                // Somebody merely looks whether it is held, or has not written its name yet.
+                // Somebody merely looks whether it is held, or has not written its name yet; the kernel tells nobody when that is over.
                 tokio::time::sleep(GLANCE / 20).await;
                 continue;
             }

@@ -20,7 +20,8 @@ pub(crate) const READY: &str = "ready";
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the server may take to stop before it is killed; what it leaves is removed by the teardown.
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
-/// How often `down` looks who holds the lock while it waits for it.
+/// How often `down` looks who holds the lock while it waits for it: the kernel tells nobody when a lock is released, and waiting
+/// inside flock(2) has no deadline and hides that the holder has changed.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// The process id of the server, if it runs or is being started.

@@ -74,6 +74,7 @@ pub(super) async fn tell(cluster: &Cluster, options: &Options) -> anyhow::Result
     let load_started = timeline.now();
     let load = Load::start(plan, CancellationToken::new());
     screen.watch(&load, &timeline);
+    // The story's own pace, not a wait for something.
     tokio::time::sleep(WARM_UP).await;
 
     let good = release(&timeline, &repository, GOOD, options).await?;

@@ -83,6 +83,7 @@ impl Endpoint {
                 Ok((stream, _)) => stream,
                 Err(error) => {
                     debug!(%error, "accepting a scraper failed");
+                    // Nothing tells when there are descriptors again; at once it would spin.
                     tokio::time::sleep(ACCEPT_RETRY).await;
                     continue;
                 }
