@@ -1,111 +1,25 @@
 //! Admin, readiness and Prometheus ports, served on the control thread.
 
+mod port;
+mod tap;
 mod views;
 
-use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
 use hyper::body::Incoming;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
 use regex::{Regex, RegexBuilder};
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
+
+pub use port::{AdminPort, Port};
 
 use super::{Proxy, levels};
-use crate::error::Error;
 use crate::metrics::collect::Value;
 use crate::metrics::names::{self, Kind, Wanted};
 use crate::metrics::text;
 use crate::worker::DrainPhase;
-
-/// Connections to one of these ports at a time.
-const MAX_CONNECTIONS: usize = 64;
-/// Limit for a request head.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// What a port shows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Port {
-    /// Everything, and the switches.
-    Admin,
-    /// `/stats/prometheus` only.
-    Prometheus,
-    /// `/healthz/ready` only.
-    Ready,
-}
-
-/// A bound port.
-#[derive(Debug)]
-pub struct AdminPort {
-    listener: TcpListener,
-    port: Port,
-}
-
-impl AdminPort {
-    /// Binds it, or takes the socket of the process before this one; must be called within a runtime.
-    pub fn bind(proxy: &Proxy, address: SocketAddr, port: Port) -> Result<Self, Error> {
-        let name = format!("{port:?}").to_lowercase();
-        let listener = proxy
-            .own_socket(&format!("{name} port"), address)
-            .and_then(TcpListener::from_std)
-            .map_err(|source| Error::Bind {
-                name,
-                address,
-                source,
-            })?;
-        Ok(Self { listener, port })
-    }
-
-    /// Where it listens.
-    pub fn address(&self) -> std::io::Result<SocketAddr> {
-        self.listener.local_addr()
-    }
-
-    /// Serves until cancelled.
-    pub async fn serve(self, proxy: Arc<Proxy>, quit: CancellationToken, cancel: CancellationToken) {
-        let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        let tasks = TaskTracker::new();
-        loop {
-            let Ok(permit) = permits.clone().acquire_owned().await else {
-                return;
-            };
-            let accepted = tokio::select! {
-                () = cancel.cancelled() => break,
-                accepted = self.listener.accept() => accepted,
-            };
-            let Ok((stream, _)) = accepted else {
-                tokio::time::sleep(Duration::from_millis(50)).await;
-                continue;
-            };
-            let (proxy, quit, cancel, port) = (proxy.clone(), quit.clone(), cancel.clone(), self.port);
-            tasks.spawn(async move {
-                let service = service_fn(move |request| {
-                    let (proxy, quit) = (proxy.clone(), quit.clone());
-                    async move { Ok::<_, std::convert::Infallible>(answer(&proxy, port, &quit, &request).await) }
-                });
-                let connection = hyper::server::conn::http1::Builder::new()
-                    .timer(TokioTimer::new())
-                    .header_read_timeout(HEAD_TIMEOUT)
-                    .serve_connection(TokioIo::new(stream), service);
-                tokio::select! {
-                    // A client that breaks off concerns nobody.
-                    _ = connection => {}
-                    () = cancel.cancelled() => {}
-                }
-                drop(permit);
-            });
-        }
-        tasks.close();
-        tasks.wait().await;
-    }
-}
 
 fn reply(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(body.into()));
@@ -232,7 +146,21 @@ fn prometheus(proxy: &Proxy, parameters: &[(&str, &str)], accept: &str) -> Respo
     reply(StatusCode::OK, encoding.content_type(), encoding.write(&families))
 }
 
+/// Answers a request to one of the ports.
 async fn answer(
+    proxy: &Arc<Proxy>,
+    port: Port,
+    quit: &CancellationToken,
+    request: Request<Incoming>,
+) -> Response<tap::AdminBody> {
+    if port == Port::Admin && request.uri().path() == "/tap" && request.method() == Method::POST {
+        return tap::serve(proxy, request).await;
+    }
+    show(proxy, port, quit, &request).await.map(tap::AdminBody::Whole)
+}
+
+/// Answers a request for something that is made at once.
+async fn show(
     proxy: &Arc<Proxy>,
     port: Port,
     quit: &CancellationToken,
@@ -281,8 +209,8 @@ async fn answer(
             "counters are cumulative for everybody who reads them, and are not reset\n",
         ),
         "/logging" if request.method() != Method::POST && parameters.is_empty() => logging(levels::shown()),
-        "/drain_listeners" | "/quitquitquit" | "/reopen_logs" | "/healthcheck/fail" | "/healthcheck/ok"
-        | "/logging"
+        "/tap" | "/drain_listeners" | "/quitquitquit" | "/reopen_logs" | "/healthcheck/fail"
+        | "/healthcheck/ok" | "/logging"
             if request.method() != Method::POST =>
         {
             plain(
@@ -324,7 +252,7 @@ const HELP: &str = "/ready\n/stats[?format=text|json|prometheus&filter=REGEX&use
     /stats/prometheus\n/config_dump[?resource=FIELD&name_regex=REGEX]\n/certs\n/clusters[?format=json]\n\
     /listeners[?format=json]\n/server_info\n/memory\n/logging\nPOST /logging?level=LEVEL or ?paths=LOGGER:LEVEL,...\n\
     POST /healthcheck/fail\nPOST /healthcheck/ok\nPOST /drain_listeners[?graceful]\nPOST /reopen_logs\n\
-    POST /quitquitquit\n";
+    POST /tap\nPOST /quitquitquit\n";
 
 fn ready(proxy: &Proxy) -> Response<Full<Bytes>> {
     if proxy.is_ready() {

@@ -116,6 +116,7 @@ impl Proxy {
                     zone: zone_name(options.node.locality.as_ref()),
                 })
             }),
+            tap: store.tap_everywhere(),
             virtual_listeners: store.virtual_listeners(),
             neighbours: arc_swap::ArcSwap::default(),
             log,

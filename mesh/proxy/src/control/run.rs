@@ -53,6 +53,8 @@ pub struct Plan {
     pub static_resources: Vec<StaticResource>,
     /// Admin port.
     pub admin: Option<SocketAddr>,
+    /// Admin port on a Unix socket, with its permissions.
+    pub admin_socket: Option<(PathBuf, u32)>,
     /// Prometheus port.
     pub prometheus: Option<SocketAddr>,
     /// Readiness port.
@@ -61,6 +63,16 @@ pub struct Plan {
     pub drain: Duration,
     /// Unix socket over which sockets are taken from the process before this one, and given to the next.
     pub restart: Option<PathBuf>,
+}
+
+impl Plan {
+    /// The admin port is on that Unix socket, if one is given, and nowhere else.
+    pub fn serve_admin_at(&mut self, socket: Option<PathBuf>) {
+        if let Some(path) = socket {
+            self.admin = None;
+            self.admin_socket = Some((path, crate::bootstrap::file::ADMIN_SOCKET_MODE));
+        }
+    }
 }
 
 /// Runs a proxy until it is told to end by SIGTERM, SIGINT or `/quitquitquit`.
@@ -95,6 +107,10 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
             let port = AdminPort::bind(&proxy, address, port)?;
             tasks.spawn(port.serve(proxy.clone(), quit.clone(), ports_end.clone()));
         }
+    }
+    if let Some((path, mode)) = &plan.admin_socket {
+        let port = AdminPort::bind_unix(path, *mode, Port::Admin, predecessor.is_some())?;
+        tasks.spawn(port.serve(proxy.clone(), quit.clone(), ports_end.clone()));
     }
     // Before anything serves: whoever is asked to end from then on drains.
     let signals = |kind| {

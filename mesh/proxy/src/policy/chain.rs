@@ -17,6 +17,7 @@ use super::local_rate_limit::LocalRateLimit;
 use super::rate_limit::RateLimit;
 use super::rbac::Rules;
 use super::set_metadata::SetMetadata;
+use super::tap::TapFilter;
 use crate::clock;
 use crate::config::convert;
 use crate::config::filters::{Cors, Fault};
@@ -62,6 +63,8 @@ pub enum Kind {
     ExtProc(Arc<ExtProc>),
     /// Compression.
     Compressor(Arc<Compressor>),
+    /// Requests that somebody looks at.
+    Tap(Box<TapFilter>),
 }
 
 /// A filter of a chain.
@@ -179,6 +182,11 @@ impl Chain {
             ("envoy.extensions.filters.http.compressor.v3.Compressor", _) => {
                 Kind::Compressor(Arc::new(Compressor::compile(&unpack(config, type_name)?)?))
             }
+            ("envoy.extensions.filters.http.tap.v3.Tap", _) => Kind::Tap(Box::new(TapFilter::compile(
+                &unpack(config, type_name)?,
+                stat_prefix,
+                context,
+            )?)),
             _ => {
                 let of_type = if known.is_empty() {
                     String::new()

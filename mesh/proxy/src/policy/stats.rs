@@ -130,6 +130,8 @@ pub struct Registry {
     counters: BTreeMap<(&'static str, Labels), Arc<Counter>>,
     /// Calls by gRPC method.
     pub grpc: super::grpc_stats::Table,
+    /// Where requests can be looked at.
+    pub spots: super::tap::Spots,
 }
 
 impl Registry {
@@ -176,6 +178,7 @@ impl Registry {
     /// Forgets counters that no filter uses any more.
     pub fn sweep(&mut self) {
         self.counters.retain(|_, counter| Arc::strong_count(counter) > 1);
+        self.spots.sweep();
     }
 
     /// What was counted.
@@ -196,6 +199,18 @@ impl Registry {
             families.extend(active(&families, area));
         }
         families.extend(self.grpc.collect());
+        families.push(Family {
+            name: "serin_proxy_tap_dropped_total",
+            help: "Traces that a slow reader of POST /tap has lost.",
+            metrics: self
+                .spots
+                .dropped()
+                .into_iter()
+                .filter(|(_, count)| *count > 0)
+                .map(|(id, count)| (vec![("config_id", id)], Value::Counter(count as f64)))
+                .collect(),
+        });
+        families.retain(|family| !family.metrics.is_empty());
         families
     }
 }

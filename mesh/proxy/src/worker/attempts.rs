@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::body::{RequestSource, UpstreamBody};
 use super::exchange::{Exchange, GRPC_STATUS};
 use super::failure::{Failure, final_reply, full_text, refused_by_peer};
+use super::interim;
 use super::local::LocalReply;
 use super::request::{Routed, X_UNPROCESSED, view};
 use super::tunnel::Tunnel;
@@ -397,12 +398,23 @@ pub(super) async fn attempt(
         }
     };
     *try_of.tls.borrow_mut() = lease.tls().cloned();
-    let request = build(plan, &mut parts.borrow_mut(), try_of, host, &lease);
+    let mut request = build(plan, &mut parts.borrow_mut(), try_of, host, &lease);
+    let passes = try_of.tunnel.is_none() && interim::pass(plan, parts.borrow().version, &lease);
+    if plan.conn.manager.interim_answers {
+        interim::prepare(plan, &mut request, source, passes);
+    }
     let reused = lease.reused();
     let sent = match &mut lease {
         Lease::Http1 { sender, .. } => {
             let response = sender.try_send_request(request);
-            bounded(plan, per_try, response).await?.map_err(|mut error| {
+            let outcome = if passes {
+                // Boxed: every request's future would carry its state.
+                let response = Box::pin(interim::watch(plan.conn, source, response));
+                bounded(plan, per_try, response).await
+            } else {
+                bounded(plan, per_try, response).await
+            };
+            outcome?.map_err(|mut error| {
                 let unsent = error.take_message().is_some();
                 (error.into_error(), unsent)
             })

@@ -18,6 +18,7 @@ use super::filters::{self, PolicyState};
 use super::http::Downstream;
 use super::logging::{self, LogState};
 use super::spans::{self, SpanState};
+use super::tap::{self, TapState};
 use crate::config::listener::Direction;
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
@@ -81,6 +82,8 @@ pub struct Exchange {
     pub log: Option<Box<LogState>>,
     /// Its place in a trace.
     pub span: Option<Box<SpanState>>,
+    /// Where somebody looks at it.
+    pub tap: Option<Box<TapState>>,
     finished: bool,
 }
 
@@ -113,6 +116,7 @@ impl Exchange {
             policy: None,
             log: None,
             span: None,
+            tap: None,
             finished: false,
         })
     }
@@ -131,6 +135,9 @@ impl Exchange {
         }
         let conn = self.conn.clone();
         let now = Instant::now();
+        if let Some(source) = &self.source {
+            source.borrow_mut().let_go();
+        }
         conn.request_ended(now);
         conn.manager.traffic.request(self.code, conn.worker.id);
         if let Some(cluster) = &self.cluster {
@@ -149,6 +156,9 @@ impl Exchange {
         }
         if self.span.is_some() {
             spans::finish(self);
+        }
+        if self.tap.is_some() {
+            tap::finish(self);
         }
     }
 
@@ -380,9 +390,15 @@ impl Observer for Watch {
         if let Some(data) = frame.data_ref() {
             self.exchange.sent += data.len() as u64;
             filters::saw_data(&mut self.exchange, data);
+            if let Some(tap) = &mut self.exchange.tap {
+                tap.answer().data(data);
+            }
         } else if let Some(trailers) = frame.trailers_ref() {
             self.exchange.note_grpc_status(trailers);
             logging::keep_trailers(&mut self.exchange, trailers);
+            if let Some(tap) = &mut self.exchange.tap {
+                tap.answer().trailers(trailers);
+            }
         }
         if self.limits.idle.is_some() {
             self.limits.last_frame = Some(Instant::now());

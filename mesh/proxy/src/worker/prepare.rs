@@ -101,7 +101,9 @@ pub(super) fn prepare(
             .headers
             .insert(PEER_METADATA_ID.clone(), conn.worker.shared.peer_id.clone());
     }
-    // hyper answered it, or will when the body is read; the upstream is not asked.
-    parts.headers.remove(header::EXPECT);
+    if !conn.manager.interim_answers {
+        // hyper answered it, or will when the body is read; the upstream is not asked.
+        parts.headers.remove(header::EXPECT);
+    }
     Ok(())
 }

@@ -15,6 +15,7 @@ use super::http::Downstream;
 use super::local::{Body, LocalReply};
 use super::logging;
 use super::spans;
+use super::tap;
 use super::tunnel::{self, Tunnel};
 use super::upstream;
 use crate::config::headers::Variables;
@@ -152,6 +153,7 @@ pub(super) async fn handle(
         return Ok(reply.send(exchange));
     }
     identify(&conn, &mut exchange, &mut parts);
+    tap::arrive(&mut exchange, &conn.worker.shared.tap, &parts);
     spans::begin(&mut exchange, &mut parts);
     logging::keep_request(&mut exchange, &parts);
     // Boxed: the future of a request lives as long as the request, and most of it is here.

@@ -204,6 +204,9 @@ pub(super) async fn forward(
         let idle = forward.idle_timeout.unwrap_or(conn.manager.stream_idle_timeout);
         RequestSource::new(incoming, if keep { forward.request_buffer } else { 0 }, idle)
     });
+    if let (Some(tap), Some(source)) = (&exchange.tap, &source) {
+        source.borrow_mut().capture(tap.capture());
+    }
     exchange.source.clone_from(&source);
     let plan = Plan {
         conn: &conn,

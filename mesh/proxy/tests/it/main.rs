@@ -38,6 +38,7 @@ mod resilience;
 mod restart;
 mod routing;
 mod soak;
+mod tap;
 mod tcp;
 mod tls;
 mod tls_secrets;

@@ -10,11 +10,22 @@ use crate::config::cluster::{Cluster, Discovery, Outlier};
 use crate::config::listener::Listener;
 use crate::config::slot::ClusterSlot;
 use crate::config::table::RouteTable;
+use crate::policy::tap::{EVERYWHERE, Spot};
 
 impl Store {
     /// Names that the proxy must ask for by EDS.
     pub fn eds_names(&self) -> impl Iterator<Item = &str> {
         self.eds.keys().map(|name| &**name)
+    }
+
+    /// Where requests that pass a tap filter of that id can be looked at.
+    pub fn tap_spot(&self, id: &str) -> Option<Arc<Spot>> {
+        self.slots.counters.spots.find(id)
+    }
+
+    /// Where all requests can be looked at.
+    pub fn tap_everywhere(&self) -> Arc<Spot> {
+        self.slots.counters.spots.spot(EVERYWHERE)
     }
 
     /// Names that the proxy must ask for by RDS.
