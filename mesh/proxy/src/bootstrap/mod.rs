@@ -8,6 +8,7 @@ pub mod file;
 pub mod inherited;
 mod json;
 mod schema;
+mod shown;
 
 use prost::Message as _;
 use serin_xds::pb::envoy::admin::v3 as admin;
@@ -15,6 +16,21 @@ use serin_xds::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
 use serin_xds::pb::envoy::service::discovery::v3 as discovery;
 
 use crate::error::Refusal;
+
+/// Shows encoded messages as protobuf's JSON. Made for one dump: the schema is indexed for it and forgotten after it.
+pub(crate) struct Showing(schema::Schema);
+
+impl Showing {
+    /// Reads the schema.
+    pub(crate) fn new() -> Self {
+        Self(schema::Schema::load())
+    }
+
+    /// The bytes of a message of that name.
+    pub(crate) fn show(&self, message: &str, bytes: &[u8]) -> serde_json::Value {
+        shown::show(&self.0, message, bytes)
+    }
+}
 
 /// A request to look at traffic, as YAML or JSON.
 pub(crate) fn tap_request(text: &str) -> Result<admin::TapRequest, Refusal> {

@@ -31,4 +31,5 @@ pub mod subset;
 pub mod table;
 pub mod transport_socket;
 pub mod upstream_http;
+pub mod virtual_cluster;
 pub mod weighted;

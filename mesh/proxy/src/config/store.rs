@@ -7,6 +7,7 @@
 mod clusters;
 mod listeners;
 mod queries;
+mod received;
 mod routes;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -17,6 +18,7 @@ use arc_swap::ArcSwap;
 use prost::Message;
 use serin_xds::ResourceType;
 
+use self::received::Received;
 use self::routes::RouteState;
 pub(super) use self::routes::compile_inline_routes;
 use super::cluster::Cluster;
@@ -96,6 +98,7 @@ pub struct Store {
     answered: BTreeSet<(ResourceType, Arc<str>)>,
     changes: Vec<ListenerChange>,
     applied: u64,
+    received: Received,
 }
 
 impl Store {
@@ -115,6 +118,7 @@ impl Store {
             answered: BTreeSet::new(),
             changes: Vec::new(),
             applied: 0,
+            received: Received::default(),
         }
     }
 
@@ -173,11 +177,13 @@ impl Store {
                 ResourceType::VirtualHost => self.put_virtual_host(update, &mut dirty),
                 ResourceType::Secret => self.slots.secrets.put(update.name, update.body),
             };
-            if let Err(refusal) = result {
-                refused.push((update.name.into(), refusal));
+            match result {
+                Ok(()) => self.received.keep(resource_type, update.name, update.body),
+                Err(refusal) => refused.push((update.name.into(), refusal)),
             }
         }
         for name in removed {
+            self.received.forget(resource_type, name);
             self.answered.insert((resource_type, (*name).into()));
             match resource_type {
                 ResourceType::Cluster => self.remove_cluster(name),

@@ -1,5 +1,6 @@
 //! Admin, readiness and Prometheus ports, served on the control thread.
 
+mod dump;
 mod port;
 mod tap;
 mod views;
@@ -15,11 +16,11 @@ use tokio_util::sync::CancellationToken;
 
 pub use port::{AdminPort, Port};
 
+use super::drain::Drained;
 use super::{Proxy, levels};
 use crate::metrics::collect::Value;
-use crate::metrics::names::{self, Kind, Wanted};
+use crate::metrics::names::{self, Buckets, Kind, Wanted};
 use crate::metrics::text;
-use crate::worker::DrainPhase;
 
 fn reply(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(body.into()));
@@ -112,6 +113,22 @@ fn stats(proxy: &Proxy, parameters: &[(&str, &str)], accept: &str) -> Response<F
                 );
             }
         },
+        ..Wanted::default()
+    };
+    let wanted = Wanted {
+        buckets: match value("histogram_buckets") {
+            None | Some("none") => Buckets::None,
+            Some("cumulative") => Buckets::Cumulative,
+            Some("disjoint") => Buckets::Disjoint,
+            Some("detailed") => Buckets::Detailed,
+            Some(_) => {
+                return plain(
+                    StatusCode::BAD_REQUEST,
+                    "usage: /stats?histogram_buckets=(cumulative|disjoint|detailed|none)\n",
+                );
+            }
+        },
+        ..wanted
     };
     match value("format") {
         None | Some("text") => plain(StatusCode::OK, names::text(&proxy.metrics(), &wanted)),
@@ -204,13 +221,9 @@ async fn show(
             StatusCode::NOT_IMPLEMENTED,
             "there is no runtime layer: the default values of runtime keys are their values\n",
         ),
-        "/reset_counters" => plain(
-            StatusCode::NOT_IMPLEMENTED,
-            "counters are cumulative for everybody who reads them, and are not reset\n",
-        ),
         "/logging" if request.method() != Method::POST && parameters.is_empty() => logging(levels::shown()),
-        "/tap" | "/drain_listeners" | "/quitquitquit" | "/reopen_logs" | "/healthcheck/fail"
-        | "/healthcheck/ok" | "/logging"
+        "/tap" | "/reset_counters" | "/drain_listeners" | "/quitquitquit" | "/reopen_logs"
+        | "/healthcheck/fail" | "/healthcheck/ok" | "/logging"
             if request.method() != Method::POST =>
         {
             plain(
@@ -227,17 +240,24 @@ async fn show(
             proxy.store(|store| store.reopen_logs());
             plain(StatusCode::OK, "OK\n")
         }
-        "/drain_listeners" if has("inboundonly") => plain(
-            StatusCode::NOT_IMPLEMENTED,
-            "inboundonly is not supported: all listeners drain together\n",
-        ),
+        "/reset_counters" => {
+            proxy.reset_counters();
+            plain(StatusCode::OK, "OK\n")
+        }
+        "/drain_listeners" if has("skip_exit") && !has("graceful") => {
+            plain(StatusCode::BAD_REQUEST, "skip_exit requires graceful\n")
+        }
         "/drain_listeners" => {
-            let phase = if has("graceful") {
-                DrainPhase::Discouraging
+            let whose = if has("inboundonly") {
+                Drained::Inbound
             } else {
-                DrainPhase::Closing
+                Drained::All
             };
-            proxy.drain(phase).await;
+            if has("graceful") {
+                proxy.drain_gracefully(whose, !has("skip_exit")).await;
+            } else {
+                proxy.close_listeners(whose).await;
+            }
             plain(StatusCode::OK, "OK\n")
         }
         "/quitquitquit" => {
@@ -248,10 +268,10 @@ async fn show(
     }
 }
 
-const HELP: &str = "/ready\n/stats[?format=text|json|prometheus&filter=REGEX&usedonly&type=Counters|Gauges|Histograms]\n\
-    /stats/prometheus\n/config_dump[?resource=FIELD&name_regex=REGEX]\n/certs\n/clusters[?format=json]\n\
+const HELP: &str = "/ready\n/stats[?format=text|json|prometheus&filter=REGEX&usedonly&type=Counters|Gauges|Histograms&histogram_buckets=none|cumulative|disjoint|detailed]\n\
+    /stats/prometheus\n/config_dump[?resource=FIELD&name_regex=REGEX&mask=FIELDS&include_eds]\n/certs\n/clusters[?format=json]\n\
     /listeners[?format=json]\n/server_info\n/memory\n/logging\nPOST /logging?level=LEVEL or ?paths=LOGGER:LEVEL,...\n\
-    POST /healthcheck/fail\nPOST /healthcheck/ok\nPOST /drain_listeners[?graceful]\nPOST /reopen_logs\n\
+    POST /healthcheck/fail\nPOST /healthcheck/ok\nPOST /drain_listeners[?inboundonly&graceful&skip_exit]\nPOST /reset_counters\nPOST /reopen_logs\n\
     POST /tap\nPOST /quitquitquit\n";
 
 fn ready(proxy: &Proxy) -> Response<Full<Bytes>> {
@@ -280,7 +300,7 @@ fn logging(result: Result<String, String>) -> Response<Full<Bytes>> {
 fn config_dump(proxy: &Proxy, parameters: &[(&str, &str)]) -> Response<Full<Bytes>> {
     if let Some((name, _)) = parameters
         .iter()
-        .find(|(name, _)| !matches!(*name, "resource" | "name_regex"))
+        .find(|(name, _)| !matches!(*name, "resource" | "name_regex" | "mask" | "include_eds"))
     {
         return plain(StatusCode::BAD_REQUEST, format!("{name} is not supported\n"));
     }
@@ -288,16 +308,26 @@ fn config_dump(proxy: &Proxy, parameters: &[(&str, &str)]) -> Response<Full<Byte
         Ok(named) => named,
         Err(reply) => return reply,
     };
-    let resource = parameters
-        .iter()
-        .find(|(key, _)| *key == "resource")
-        .map(|(_, value)| *value);
-    match views::config_dump(proxy, resource, named.as_ref()) {
-        Some(dump) => json_reply(&dump),
-        None => plain(
-            StatusCode::NOT_FOUND,
-            format!("{} not found in config dump\n", resource.unwrap_or_default()),
-        ),
+    let value = |name: &str| {
+        let found = parameters.iter().find(|(key, _)| *key == name);
+        found.map(|(_, value)| unescape(value))
+    };
+    let (resource, mask) = (value("resource"), value("mask"));
+    let wanted = dump::Wanted {
+        resource: resource.as_deref(),
+        named: named.as_ref(),
+        mask: mask.as_deref(),
+        endpoints: value("include_eds").is_some(),
+    };
+    match dump::config_dump(proxy, &wanted) {
+        Ok(dump) => json_reply(&dump),
+        Err(error) => {
+            let status = match error {
+                dump::DumpError::NoResource(_) => StatusCode::NOT_FOUND,
+                dump::DumpError::Mask(_) => StatusCode::BAD_REQUEST,
+            };
+            plain(status, format!("{error}\n"))
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 pub mod admin;
 pub mod certs;
 pub mod dns;
+pub mod drain;
 pub mod health;
 pub mod levels;
 pub mod outliers;
@@ -32,6 +33,7 @@ use crate::config::endpoint::zone_name;
 use crate::config::slot::Home;
 use crate::config::store::{ListenerChange, Store, Update};
 use crate::error::{Error, Refusal};
+use crate::metrics::baseline::Baseline;
 use crate::metrics::collect::{Family, collect};
 use crate::metrics::peer::{Workload, header_of_node};
 use crate::metrics::series::Shard;
@@ -87,6 +89,18 @@ pub struct Proxy {
     health_fails: AtomicBool,
     started: std::time::Instant,
     changes: watch::Sender<()>,
+    baseline: Mutex<Baseline>,
+    drain_time: Mutex<Duration>,
+    /// What closes listeners after a graceful drain.
+    drainer: Mutex<Option<tokio::task::JoinHandle<()>>>,
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        if let Some(task) = self.drainer.get_mut().take() {
+            task.abort();
+        }
+    }
 }
 
 impl Proxy {
@@ -159,6 +173,9 @@ impl Proxy {
             health_fails: AtomicBool::new(false),
             started: std::time::Instant::now(),
             changes: watch::Sender::new(()),
+            baseline: Mutex::default(),
+            drain_time: Mutex::new(run::DEFAULT_DRAIN),
+            drainer: Mutex::default(),
         };
         Ok((Arc::new(proxy), lines))
     }
@@ -374,8 +391,26 @@ impl Proxy {
         f(&mut self.store.lock())
     }
 
-    /// Everything that was counted.
+    /// Everything that was counted, with what counters begin with.
     pub fn metrics(&self) -> Vec<Family> {
+        let mut families = self.counted();
+        self.baseline.lock().apply(&mut families);
+        families
+    }
+
+    /// Counters are shown from zero from now on. What is streamed to the control plane stays cumulative.
+    pub fn reset_counters(&self) {
+        let counted = self.counted();
+        self.baseline.lock().reset(counted);
+    }
+
+    /// Counters go on from what the process before this one has counted.
+    pub fn take_counters(&self, told: &serde_json::Value) {
+        self.baseline.lock().take(told);
+    }
+
+    /// Everything that this process counted.
+    fn counted(&self) -> Vec<Family> {
         let mut families = collect(&self.own, &self.shards);
         families.extend(tls::stats::families(self.store.lock().secrets().all_stats()));
         families.extend(crate::metrics::clusters::collect(&self.shards));
@@ -496,9 +531,10 @@ impl Proxy {
         for worker in &self.workers {
             let _ = worker.commands.send(Command::Stop).await;
         }
-        if let Some(proxy) = Arc::into_inner(self) {
+        if let Some(mut proxy) = Arc::into_inner(self) {
+            let workers = std::mem::take(&mut proxy.workers);
             let join = move || {
-                for worker in proxy.workers {
+                for worker in workers {
                     // A panic has been reported by the thread itself.
                     let _ = worker.thread.join();
                 }

@@ -90,11 +90,12 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
         proxy.take_over(sockets);
         predecessor
     });
+    proxy.set_drain_time(plan.drain);
     let cancel = CancellationToken::new();
     let quit = CancellationToken::new();
     // The admin port ends before everything else where a successor has it.
     let ports_end = cancel.child_token();
-    let succeeded = CancellationToken::new();
+    let (succeed, succeeded) = tokio::sync::oneshot::channel();
     let tasks = TaskTracker::new();
     let log = tokio::spawn(write_log(lines));
     let ports = [
@@ -149,7 +150,7 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
         }
     }
     if let Some(path) = plan.restart {
-        let (proxy, cancel, succeeded) = (proxy.clone(), cancel.clone(), succeeded.clone());
+        let (proxy, cancel) = (proxy.clone(), cancel.clone());
         tasks.spawn(async move {
             tokio::select! {
                 () = cancel.cancelled() => return,
@@ -161,29 +162,43 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
                 Ok(station) => station,
                 Err(error) => return tracing::error!(%error, "no hot restart"),
             };
-            if let Some(predecessor) = predecessor {
-                predecessor.ready();
-            }
-            if station.serve(proxy, cancel).await {
-                succeeded.cancel();
-            }
+            let inherit = async {
+                if let Some(predecessor) = predecessor {
+                    predecessor.ready(proxy.clone(), cancel.clone()).await;
+                }
+            };
+            let serve = async {
+                if let Some(heir) = station.serve(proxy.clone(), cancel.clone()).await {
+                    let _ = succeed.send(heir);
+                }
+            };
+            tokio::join!(inherit, serve);
         });
     }
+    let mut heir = None;
     tokio::select! {
         _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
         _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
         () = quit.cancelled() => tracing::info!("asked to quit: draining"),
-        () = succeeded.cancelled() => {
+        Ok(stream) = succeeded => {
             tracing::info!("a successor serves: draining");
             ports_end.cancel();
             proxy.stop_accepting().await;
+            heir = Some(stream);
         }
     }
+    let ended = CancellationToken::new();
+    let report = heir.map(|heir| tokio::spawn(restart::report(proxy.clone(), heir, ended.clone())));
     // A second signal means now.
     tokio::select! {
         () = proxy.shut_down(plan.drain, FINISH) => {}
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+    }
+    ended.cancel();
+    if let Some(report) = report {
+        // What is counted now is all that will be.
+        let _ = report.await;
     }
     cancel.cancel();
     tasks.close();

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::cell::RefCell;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use super::logging::{self, LogState};
 use super::spans::{self, SpanState};
 use super::tap::{self, TapState};
 use crate::config::listener::Direction;
+use crate::config::virtual_cluster::Counted;
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
 use crate::metrics::series::{HttpLabels, Protocol, Reporter};
@@ -56,6 +58,10 @@ pub struct Exchange {
     pub cluster_name: Option<Arc<str>>,
     /// The endpoint that answered, or was tried last.
     pub host: Option<Rc<Host>>,
+    /// Our own end of the connection to that endpoint.
+    pub upstream_local: Option<SocketAddr>,
+    /// The kind of request that it is counted as.
+    pub virtual_cluster: Option<Arc<Counted>>,
     /// TLS towards that endpoint.
     pub upstream_tls: Option<Arc<ConnectionTls>>,
     /// Name of the route.
@@ -103,6 +109,8 @@ impl Exchange {
             cluster: None,
             cluster_name: None,
             host: None,
+            upstream_local: None,
+            virtual_cluster: None,
             upstream_tls: None,
             route: None,
             source: None,
@@ -139,10 +147,14 @@ impl Exchange {
             source.borrow_mut().let_go();
         }
         conn.request_ended(now);
-        conn.manager.traffic.request(self.code, conn.worker.id);
+        let took = now.saturating_duration_since(self.started);
+        conn.manager.traffic.request(self.code, took, conn.worker.id);
         if let Some(cluster) = &self.cluster {
-            let recorder = &conn.worker.recorder;
-            recorder.cluster(&cluster.slot, self.code, self.attempts, self.flags);
+            let cells = cluster.cells(&conn.worker.recorder);
+            cells.count(self.code, self.attempts, self.flags, took);
+        }
+        if let Some(counted) = &self.virtual_cluster {
+            counted.count(self.code, took, conn.worker.id);
         }
         if conn.manager.stats && conn.direction != Direction::Unspecified {
             self.record(&conn, now);

@@ -14,6 +14,7 @@ use super::exchange::{Exchange, protocol_text};
 use super::filters;
 use super::request::{X_FORWARDED_FOR, view};
 use crate::config::cluster::UpstreamHttp;
+use crate::config::virtual_cluster::Counted;
 use crate::observe::access_log::AccessLogs;
 use crate::observe::batch::Batches;
 use crate::observe::record::{Kept, LogType, Record};
@@ -133,6 +134,8 @@ pub(super) fn write(exchange: &Exchange) -> bool {
         sent: exchange.sent,
         attempts: exchange.attempts,
         upstream_host: exchange.host.as_ref().map(|host| &*host.endpoint.text),
+        upstream_local: exchange.upstream_local,
+        virtual_cluster: exchange.virtual_cluster.as_deref().and_then(Counted::name),
         upstream_cluster: exchange.cluster_name.as_deref(),
         upstream_failure: exchange.failure.as_deref(),
         route: exchange.route.as_ref().map(|route| &*route.name),

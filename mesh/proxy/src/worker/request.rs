@@ -21,7 +21,7 @@ use super::upstream;
 use crate::config::headers::Variables;
 use crate::config::listener::Direction;
 use crate::config::matchers::RequestView;
-use crate::config::route::{Action, Route, RouteFacts, Target, Targets, VirtualHost, is_grpc};
+use crate::config::route::{Action, Route, RouteFacts, Target, TargetCluster, Targets, VirtualHost, is_grpc};
 use crate::config::table::RouteTable;
 use crate::hygiene::fields::Present;
 use crate::hygiene::path::{Normalized, normalize};
@@ -80,7 +80,10 @@ impl Routed {
     /// The cluster that the request goes to, as far as it is known.
     pub(super) fn cluster_name(&self) -> &str {
         if let Some(target) = self.target() {
-            return &target.cluster.name;
+            return match &target.cluster {
+                TargetCluster::Fixed(slot) => &slot.name,
+                TargetCluster::Named(..) => "",
+            };
         }
         match &self.route.action {
             Action::Forward(forward) => match &forward.targets {

@@ -17,6 +17,7 @@ use super::connection_log::{ConnectionLog, periodically};
 use super::io::Io;
 use crate::config::hash::hash_of_source;
 use crate::config::listener::{Direction, Listener, TcpProxy, TcpTargets};
+use crate::metrics::clusters::Connection;
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
 use crate::metrics::series::{Reporter, TcpLabels, TcpSeries};
@@ -63,6 +64,8 @@ pub struct Upstream {
     host: Rc<Host>,
     attempts: u32,
     _active: Active,
+    connection: Connection,
+    local: Option<SocketAddr>,
 }
 
 impl Upstream {
@@ -164,17 +167,19 @@ pub(super) async fn open(
             labels.peer = workload.clone();
         }
         match connect_to(worker, &cluster, &host, (source, destination)).await {
-            Ok(connected) => {
+            Ok((connected, connection)) => {
                 if reporter == Reporter::Source {
                     labels.principals = connected.tls.and_then(|tls| tls.principals.clone());
                 }
                 return Ok(Upstream {
+                    local: connected.local,
                     stream: connected.stream,
                     early: Vec::new(),
                     labels,
                     cluster: slot.name.clone(),
                     attempts: attempt,
                     _active: Active::on(&host),
+                    connection,
                     host,
                 });
             }
@@ -194,13 +199,13 @@ async fn connect_to(
     cluster: &WorkerCluster,
     host: &Host,
     between: (SocketAddr, SocketAddr),
-) -> Result<Connected, String> {
+) -> Result<(Connected, Connection), String> {
     let config = &cluster.config;
     let options = ConnectOptions {
-        server_name: None,
         between: config.tells_clients().then_some(between),
-        alpn: None,
+        ..ConnectOptions::default()
     };
+    let mut connection = cluster.cells(&worker.recorder).clone().connecting();
     let work = connect::connect(config, &host.endpoint, Speaking::Bytes, &options);
     let result = tokio::time::timeout(config.connect_timeout, work).await;
     let counters = worker.recorder.counters();
@@ -209,10 +214,12 @@ async fn connect_to(
             counters.upstream_connections.add(1);
             // A connection is a success as TCP goes.
             cluster.record(host, Event::Status(200));
-            Ok(connected)
+            connection.made();
+            Ok((connected, connection))
         }
         failed => {
             counters.upstream_connect_failures.add(1);
+            connection.failed(failed.is_err());
             if cluster.record(host, Event::LocalFailure) {
                 counters.ejections.add(1);
             }
@@ -274,6 +281,7 @@ pub(super) async fn join(
     log.cluster = Some(upstream.cluster);
     log.attempts = upstream.attempts;
     log.host = Some(upstream.host);
+    log.upstream_local = upstream.local;
     if proxy.log_connected {
         log.write_meanwhile(LogType::TcpUpstreamConnected);
     }
@@ -283,6 +291,7 @@ pub(super) async fn join(
         series.opened.add(1);
     }
     let counted = Counted(series);
+    let cells = upstream.connection.cells().clone();
     let last = Cell::new(Instant::now());
     let received = |count: usize| {
         last.set(Instant::now());
@@ -290,6 +299,7 @@ pub(super) async fn join(
         if let Some(series) = &counted.0 {
             series.received.add(count as u64);
         }
+        cells.sent.add(count as u64);
     };
     let sent = |count: usize| {
         last.set(Instant::now());
@@ -297,6 +307,7 @@ pub(super) async fn join(
         if let Some(series) = &counted.0 {
             series.sent.add(count as u64);
         }
+        cells.received.add(count as u64);
     };
     let both = async {
         // The first error ends both; a mere end of stream is passed on and leaves the other direction open.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serin_xds::ResourceType;
 
 use super::Store;
+use super::received::Received;
 use crate::config::cluster::{Cluster, Discovery, Outlier};
 use crate::config::listener::Listener;
 use crate::config::slot::ClusterSlot;
@@ -13,6 +14,16 @@ use crate::config::table::RouteTable;
 use crate::policy::tap::{EVERYWHERE, Spot};
 
 impl Store {
+    /// What was received and is in use.
+    pub fn received(&self) -> &Received {
+        &self.received
+    }
+
+    /// Encoded endpoints by the name that they were asked for by.
+    pub fn assignments(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.assignments.iter().map(|(name, body)| (&**name, &**body))
+    }
+
     /// Names that the proxy must ask for by EDS.
     pub fn eds_names(&self) -> impl Iterator<Item = &str> {
         self.eds.keys().map(|name| &**name)
