@@ -27,6 +27,7 @@ pub mod sniff;
 mod spans;
 pub mod tap;
 pub mod tcp;
+mod tcp_tunnel;
 mod tunnel;
 pub mod upstream;
 

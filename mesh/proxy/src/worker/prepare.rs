@@ -39,6 +39,7 @@ pub(super) fn prepare(
             downstream_local: Some(conn.local),
             protocol: super::exchange::protocol_text(parts.version),
             route_name: &routed.route.name,
+            server_name: conn.server_name().unwrap_or(""),
             upstream_cluster: &cluster.slot.name,
             path: uri.path_and_query().map_or("/", |path| path.as_str()),
             method: method.as_str(),

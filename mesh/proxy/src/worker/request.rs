@@ -356,12 +356,13 @@ pub(super) fn view(parts: &Parts) -> RequestView<'_> {
 }
 
 /// The variables of header templates for a request.
-pub(super) fn variables<'a>(conn: &Downstream, parts: &'a Parts, route: &'a Route) -> Variables<'a> {
+pub(super) fn variables<'a>(conn: &'a Downstream, parts: &'a Parts, route: &'a Route) -> Variables<'a> {
     Variables {
         downstream_remote: Some(conn.remote),
         downstream_local: Some(conn.local),
         protocol: protocol_text(parts.version),
         route_name: &route.name,
+        server_name: conn.server_name().unwrap_or(""),
         path: parts.uri.path_and_query().map_or("/", |path| path.as_str()),
         method: parts.method.as_str(),
         authority: parts

@@ -15,6 +15,7 @@ use tokio::net::TcpStream;
 use super::Worker;
 use super::connection_log::{ConnectionLog, periodically};
 use super::io::Io;
+use super::tcp_tunnel::{self, Granted};
 use crate::config::hash::hash_of_source;
 use crate::config::listener::{Direction, Listener, TcpProxy, TcpTargets};
 use crate::metrics::clusters::Connection;
@@ -56,7 +57,7 @@ pub struct NoUpstream;
 
 /// A connection towards an endpoint, ready to be joined.
 pub struct Upstream {
-    stream: Stream,
+    stream: End,
     /// Read already: what a server inside of TLS said first.
     early: Vec<u8>,
     labels: TcpLabels,
@@ -64,19 +65,32 @@ pub struct Upstream {
     host: Rc<Host>,
     attempts: u32,
     _active: Active,
-    connection: Connection,
+    /// Where its bytes are counted, if the pool does not.
+    connection: Option<Connection>,
     local: Option<SocketAddr>,
+}
+
+/// What joins the client with its endpoint.
+enum End {
+    /// A connection of its own.
+    Direct(Stream),
+    /// What is inside of a CONNECT.
+    Tunnel(Granted),
 }
 
 impl Upstream {
     /// Waits until the endpoint has said something (or gone).
     pub async fn readable(mut self) -> io::Result<Self> {
         match &mut self.stream {
-            Stream::Plain(socket) => socket.readable().await?,
+            End::Direct(Stream::Plain(socket)) => socket.readable().await?,
             // Only what is inside counts; the socket is readable for session tickets as well.
-            Stream::Tls(stream) => {
+            End::Direct(Stream::Tls(stream)) => {
                 self.early.reserve(EARLY);
                 stream.read_buf(&mut self.early).await?;
+            }
+            End::Tunnel(tunnel) => {
+                self.early.reserve(EARLY);
+                tunnel.stream.read_buf(&mut self.early).await?;
             }
         }
         Ok(self)
@@ -166,14 +180,29 @@ pub(super) async fn open(
         {
             labels.peer = workload.clone();
         }
-        match connect_to(worker, &cluster, &host, (source, destination)).await {
-            Ok((connected, connection)) => {
+        let reached = match &proxy.tunneling {
+            None => connect_to(worker, &cluster, &host, (source, destination))
+                .await
+                .map(|(connected, connection)| {
+                    let stream = End::Direct(connected.stream);
+                    (stream, connected.tls, connected.local, Some(connection))
+                }),
+            // Boxed: few connections are tunnelled, and each connection's future would carry its state.
+            Some(tunneling) => Box::pin(tcp_tunnel::open(worker, &cluster, &host, tunneling, client))
+                .await
+                .map(|granted| {
+                    let (tls, local) = (granted.lease.tls().cloned(), granted.lease.local());
+                    (End::Tunnel(granted), tls, local, None)
+                }),
+        };
+        match reached {
+            Ok((stream, tls, local, connection)) => {
                 if reporter == Reporter::Source {
-                    labels.principals = connected.tls.and_then(|tls| tls.principals.clone());
+                    labels.principals = tls.and_then(|tls| tls.principals.clone());
                 }
                 return Ok(Upstream {
-                    local: connected.local,
-                    stream: connected.stream,
+                    local,
+                    stream,
                     early: Vec::new(),
                     labels,
                     cluster: slot.name.clone(),
@@ -291,7 +320,7 @@ pub(super) async fn join(
         series.opened.add(1);
     }
     let counted = Counted(series);
-    let cells = upstream.connection.cells().clone();
+    let cells = upstream.connection.as_ref().map(|own| own.cells().clone());
     let last = Cell::new(Instant::now());
     let received = |count: usize| {
         last.set(Instant::now());
@@ -299,7 +328,9 @@ pub(super) async fn join(
         if let Some(series) = &counted.0 {
             series.received.add(count as u64);
         }
-        cells.sent.add(count as u64);
+        if let Some(cells) = &cells {
+            cells.sent.add(count as u64);
+        }
     };
     let sent = |count: usize| {
         last.set(Instant::now());
@@ -307,18 +338,23 @@ pub(super) async fn join(
         if let Some(series) = &counted.0 {
             series.sent.add(count as u64);
         }
-        cells.received.add(count as u64);
+        if let Some(cells) = &cells {
+            cells.received.add(count as u64);
+        }
     };
     let both = async {
         // The first error ends both; a mere end of stream is passed on and leaves the other direction open.
         let _ = match (downstream, upstream.stream) {
-            (Io::Plain(downstream), Stream::Plain(upstream)) => {
+            (Io::Plain(downstream), End::Direct(Stream::Plain(upstream))) => {
                 join_sockets(downstream, upstream, &prefix, received, sent).await
             }
-            (downstream, upstream_stream) => {
+            (downstream, End::Direct(stream)) => {
+                relay(downstream, stream, &prefix, &upstream.early, received, sent).await
+            }
+            (downstream, End::Tunnel(tunnel)) => {
                 relay(
                     downstream,
-                    upstream_stream,
+                    tunnel.stream,
                     &prefix,
                     &upstream.early,
                     received,
@@ -391,7 +427,7 @@ async fn join_sockets(
 /// Both directions where TLS is on one side at least.
 async fn relay(
     downstream: Io,
-    upstream: Stream,
+    upstream: impl AsyncRead + AsyncWrite,
     prefix: &[u8],
     early: &[u8],
     received: impl Fn(usize),

@@ -162,11 +162,11 @@ async fn counters_go_on_where_the_processes_before_have_left_them() {
         )
     };
     let name = "http.ingress.downstream_rq_total";
-    let mut before = start(directory.path(), "0.yaml", &text("0"), "1");
-    until(gateway, "0").await;
+    let mut before = start(directory.path(), "zero.yaml", &text("zero"), "1");
+    until(gateway, "zero").await;
     station(directory.path()).await;
     let mut least = 0;
-    for next in ["1", "2"] {
+    for next in ["one", "two"] {
         for _ in 0..10 {
             ask(gateway).await.unwrap();
         }
