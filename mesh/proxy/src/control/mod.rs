@@ -25,7 +25,7 @@ use parking_lot::Mutex;
 use serin_xds::ResourceType;
 use serin_xds::pb::envoy::config::core::v3::Node;
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::endpoint::zone_name;
@@ -87,6 +87,8 @@ pub struct Proxy {
     health_fails: AtomicBool,
     started: std::time::Instant,
     changes: watch::Sender<()>,
+    /// Told when requests may go elsewhere from now on.
+    rerouted: Arc<Notify>,
 }
 
 impl Proxy {
@@ -158,6 +160,7 @@ impl Proxy {
             health_fails: AtomicBool::new(false),
             started: std::time::Instant::now(),
             changes: watch::Sender::new(()),
+            rerouted: Arc::default(),
         };
         Ok((Arc::new(proxy), lines))
     }
@@ -179,8 +182,16 @@ impl Proxy {
             let refused = store.apply(resource_type, upserted, removed);
             (refused, store.take_listener_changes())
         };
+        if matches!(resource_type, ResourceType::Route | ResourceType::VirtualHost) {
+            self.rerouted.notify_one();
+        }
         refused.extend(self.follow(changes).await);
         refused
+    }
+
+    /// Told when requests may go elsewhere from now on: what was counted before belongs to what was.
+    pub fn rerouted(&self) -> Arc<Notify> {
+        self.rerouted.clone()
     }
 
     /// Takes into use what waits for secrets when they have come from files or, at `now_ms` on the process clock, it has
