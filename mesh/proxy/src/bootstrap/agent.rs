@@ -12,7 +12,7 @@ use serin_xds::pb::google::protobuf as google;
 
 use super::inherited;
 use crate::control::Options;
-use crate::control::run::{DEFAULT_DRAIN, Plan};
+use crate::control::run::{ControlPlane, DEFAULT_DRAIN, Plan};
 use crate::error::Error;
 
 /// Which kind of proxy.
@@ -149,8 +149,9 @@ pub fn plan(role: Role, domain: &str, concurrency: usize, environment: &Environm
                 .map(|text| inherited::adopt(text))
                 .transpose()?
                 .unwrap_or_default(),
+            ..Default::default()
         },
-        control_plane: Some(endpoint),
+        control_plane: Some(ControlPlane::At(endpoint)),
         push_metrics: true,
         static_resources: Vec::new(),
         admin: Some(SocketAddr::from(([127, 0, 0, 1], 15000))),

@@ -28,6 +28,8 @@ pub struct ClusterSlot {
     version: AtomicU64,
     /// What is in use now, over all workers.
     pub usage: Usage,
+    /// Whether a request that would have waited for it was for it.
+    used: Used,
 }
 
 /// Shared counts for circuit breakers; only written when a limit is set.
@@ -56,7 +58,23 @@ impl ClusterSlot {
             endpoints: ArcSwapOption::empty(),
             version: AtomicU64::new(1),
             usage: Usage::default(),
+            used: Used::default(),
         }
+    }
+
+    /// Whether the cluster exists.
+    pub fn exists(&self) -> bool {
+        self.config.load().is_some()
+    }
+
+    /// A request that would have waited for it was for it.
+    pub(crate) fn mark_used(&self) {
+        self.used.mark();
+    }
+
+    /// Whether one was, since this was asked last.
+    pub(crate) fn take_used(&self) -> bool {
+        self.used.take()
     }
 
     /// Changes whenever the configuration or the endpoints do.
@@ -146,20 +164,52 @@ impl RouteSlot {
 
 /// One virtual host of a route table; replaced without touching the table.
 #[derive(Debug)]
-pub struct VirtualHostSlot(arc_swap::ArcSwap<VirtualHost>);
+pub struct VirtualHostSlot {
+    host: arc_swap::ArcSwap<VirtualHost>,
+    used: Used,
+}
+
+/// Whether something has been used since somebody asked. Written only when that changes, so that workers can all look.
+#[derive(Debug, Default)]
+struct Used(AtomicBool);
+
+impl Used {
+    fn mark(&self) {
+        if !self.0.load(Ordering::Relaxed) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn take(&self) -> bool {
+        self.0.swap(false, Ordering::Relaxed)
+    }
+}
 
 impl VirtualHostSlot {
     pub(crate) fn new(host: VirtualHost) -> Self {
-        Self(arc_swap::ArcSwap::from_pointee(host))
+        Self {
+            host: arc_swap::ArcSwap::from_pointee(host),
+            used: Used::default(),
+        }
     }
 
     /// The virtual host as it is now.
     pub fn load(&self) -> Arc<VirtualHost> {
-        self.0.load_full()
+        self.host.load_full()
     }
 
     pub(crate) fn set(&self, host: VirtualHost) {
-        self.0.store(Arc::new(host));
+        self.host.store(Arc::new(host));
+    }
+
+    /// A request was for it.
+    pub(crate) fn mark_used(&self) {
+        self.used.mark();
+    }
+
+    /// Whether a request was, since this was asked last.
+    pub(crate) fn take_used(&self) -> bool {
+        self.used.take()
     }
 }
 
@@ -226,6 +276,10 @@ pub struct Slots {
     pub chores: Vec<Chore>,
     /// Where access logs are written.
     pub sinks: crate::observe::sink::Sinks,
+    /// Values by which shares of requests change.
+    pub runtime: crate::config::runtime::Runtime,
+    /// Filters whose configuration is a resource of its own.
+    pub extensions: crate::config::extension::Extensions,
     /// Secrets that clusters and listeners refer to.
     pub secrets: crate::tls::table::SecretTable,
 }

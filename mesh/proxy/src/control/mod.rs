@@ -5,12 +5,14 @@
 
 pub mod admin;
 pub mod certs;
+pub mod dial;
 pub mod dns;
 pub mod health;
 pub mod levels;
 pub mod outliers;
 pub mod restart;
 pub mod run;
+pub mod sds;
 pub mod server_stats;
 pub mod xds;
 
@@ -29,6 +31,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::endpoint::zone_name;
+use crate::config::on_demand::{self, OnDemand};
+use crate::config::runtime;
 use crate::config::slot::Home;
 use crate::config::store::{ListenerChange, Store, Update};
 use crate::error::{Error, Refusal};
@@ -59,6 +63,10 @@ pub struct Options {
     pub local_cluster: Option<String>,
     /// When to do less.
     pub overload: overload::Rules,
+    /// Layers of runtime values, lowest first.
+    pub runtime: Vec<runtime::Layer>,
+    /// What there may be of resources on demand.
+    pub on_demand: on_demand::Limits,
 }
 
 struct WorkerHandle {
@@ -75,6 +83,7 @@ pub struct Proxy {
     workers: Vec<WorkerHandle>,
     shards: Arc<[Arc<Shard>]>,
     overload: Arc<Overload>,
+    on_demand: Arc<OnDemand>,
     inherited: HashMap<u16, TcpListener>,
     bound: Mutex<HashMap<Arc<str>, Vec<SocketAddr>>>,
     /// Sockets of the process before this one that no listener has taken yet.
@@ -99,6 +108,8 @@ impl Proxy {
         };
         let overload = Overload::new(&options.overload);
         let mut store = Store::new(count);
+        store.runtime().set_layers(options.runtime);
+        let on_demand = OnDemand::new(options.on_demand);
         let metadata = options.node.metadata.clone().unwrap_or_default();
         let own = Workload::of_node(&metadata);
         let (log, lines) = mpsc::channel(LOG_LINES);
@@ -110,6 +121,7 @@ impl Proxy {
             node: Arc::new(options.node.clone()),
             cluster: options.node.cluster.as_str().into(),
             overload: overload.clone(),
+            on_demand: on_demand.clone(),
             home: options.local_cluster.as_ref().map(|name| {
                 Arc::new(Home {
                     slot: store.local_cluster(name),
@@ -148,6 +160,7 @@ impl Proxy {
             workers,
             shards,
             overload,
+            on_demand,
             inherited: options.inherited,
             bound: Mutex::default(),
             handed: Mutex::default(),
@@ -160,6 +173,11 @@ impl Proxy {
             changes: watch::Sender::new(()),
         };
         Ok((Arc::new(proxy), lines))
+    }
+
+    /// What requests wait for.
+    pub fn on_demand(&self) -> Arc<OnDemand> {
+        self.on_demand.clone()
     }
 
     /// What the overload manager tells the workers.
@@ -180,6 +198,29 @@ impl Proxy {
             (refused, store.take_listener_changes())
         };
         refused.extend(self.follow(changes).await);
+        refused
+    }
+
+    /// Takes secrets of a service; what is refused is returned by name, the rest is in use.
+    pub async fn apply_secrets_of(
+        &self,
+        service: &tls::table::SdsService,
+        upserted: &[Update<'_>],
+    ) -> Vec<(Box<str>, Refusal)> {
+        let (refused, changes) = {
+            let mut store = self.store.lock();
+            let mut refused = Vec::new();
+            for update in upserted {
+                if let Err(refusal) = store.secrets().put_of(service, update.name, update.body) {
+                    refused.push((update.name.into(), refusal));
+                }
+            }
+            store.warm(None);
+            (refused, store.take_listener_changes())
+        };
+        for (name, refusal) in self.follow(changes).await {
+            tracing::warn!(listener = %name, %refusal, "not opened");
+        }
         refused
     }
 

@@ -50,22 +50,32 @@ impl ClientState {
         response: DeltaDiscoveryResponse,
     ) -> Result<(Incoming, Receipt), ProtocolError> {
         let resource_type = expected_type(self, &response.type_url)?;
-        let state = &self.types[resource_type.index()];
+        let state = &mut self.types[resource_type.index()];
         let total = response.resources.len();
         let mut malformed = Vec::new();
         let mut upserted = Vec::with_capacity(total);
+        let mut absent = Vec::new();
         for resource in response.resources {
-            if !state.is_news(&resource.name, &resource.version) {
+            let answers = state.note_aliases(&resource.name, &resource.aliases);
+            if !state.is_news(&resource.name, &resource.version) && !answers {
                 continue;
             }
-            // A resource without a body is a heartbeat of one with a time to live, which nobody sends us.
-            let Some(any) = resource.resource else { continue };
+            let Some(any) = resource.resource else {
+                // For a virtual host that was asked for on demand: there is none. Else a heartbeat of a resource with a
+                // time to live, which nobody sends us.
+                if resource_type == ResourceType::VirtualHost && resource.ttl.is_none() {
+                    absent.push(resource.name);
+                    absent.extend(resource.aliases);
+                }
+                continue;
+            };
             if any.type_url == response.type_url {
                 let (name, version) = (resource.name.into(), resource.version.into());
                 upserted.push(Received {
                     name,
                     version,
                     body: any.value.into(),
+                    aliases: resource.aliases.into_iter().map(Arc::from).collect(),
                 });
             } else {
                 let reason = format!(
@@ -78,9 +88,11 @@ impl ClientState {
         let removed: Vec<Arc<str>> = response
             .removed_resources
             .into_iter()
+            .chain(absent)
             .filter(|name| state.interest.includes(name))
             .map(Arc::from)
             .collect();
+        state.aliases.retain(|_, resource| !removed.contains(resource));
         let receipt = Receipt {
             resource_type,
             id: self.hand_over(resource_type, &upserted),
