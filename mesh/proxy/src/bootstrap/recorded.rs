@@ -12,7 +12,7 @@ use super::schema::Schema;
 use crate::config::store::{Store, Update};
 
 /// Part of the refusal, and why this is right. Nothing of it is in what istiod sends without being asked for it.
-const REFUSED: [(&str, &str); 5] = [
+const REFUSED: [(&str, &str); 4] = [
     (
         "envoy.extensions.clusters.dynamic_forward_proxy.v3.ClusterConfig",
         "ServiceEntry with resolution DYNAMIC_DNS: hosts that requests name are not resolved by this proxy",
@@ -23,15 +23,11 @@ const REFUSED: [(&str, &str); 5] = [
     ),
     (
         "envoy.extensions.filters.network.mongo_proxy.v3.MongoProxy",
-        "a port that is called mongo and PILOT_ENABLE_MONGO_FILTER: statistics of MongoDB's protocol",
+        "a port that is called mongo: statistics of MongoDB's protocol",
     ),
     (
         "the HTTP filter \"envoy.filters.http.grpc_web\"",
         "a port that is called grpc-web: translation from gRPC-Web to gRPC",
-    ),
-    (
-        "weighted_clusters.clusters: the weights add up to zero",
-        "a route whose weights are all zero; Envoy refuses it as well",
     ),
 ];
 

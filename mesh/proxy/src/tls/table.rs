@@ -169,10 +169,11 @@ impl SecretTable {
         Ok(slot)
     }
 
-    /// Names to ask services for.
-    pub fn services(&self) -> BTreeMap<SdsService, BTreeSet<Arc<str>>> {
+    /// Names to ask services for: those that somebody still refers to.
+    pub fn services(&mut self) -> BTreeMap<SdsService, BTreeSet<Arc<str>>> {
+        self.remote.retain(|_, slot| Arc::strong_count(slot) > 1);
         let mut out: BTreeMap<SdsService, BTreeSet<Arc<str>>> = BTreeMap::new();
-        for ((service, name), _) in &self.remote {
+        for (service, name) in self.remote.keys() {
             out.entry(service.clone()).or_default().insert(Arc::from(&**name));
         }
         out

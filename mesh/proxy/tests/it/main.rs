@@ -38,6 +38,7 @@ mod policies;
 mod reference;
 mod resilience;
 mod restart;
+mod rogue;
 mod routing;
 mod scripted;
 mod secret_services;

@@ -316,7 +316,12 @@ async fn certificates_and_roots_come_from_the_agents_service_and_rotate_in_both_
         .await;
         // Nobody refers to it any more: the service is left.
         harness.remove(ResourceType::Listener, "l").await;
-        assert!(harness.proxy.store(|store| store.secrets().services()).is_empty());
+        soon("the end of its use", async {
+            while !harness.proxy.store(|store| store.secrets().services()).is_empty() {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
         cancel.cancel();
         soon("the end", following).await.unwrap();
     }

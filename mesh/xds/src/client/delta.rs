@@ -1,8 +1,12 @@
 //! The incremental variant of the protocol (`DeltaAggregatedResources`), client end.
 
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
-use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+use envoy_types::pb::envoy::service::discovery::v3::{
+    DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource,
+};
+use foldhash::fast::RandomState;
 
 use super::state::{
     ClientState, Incoming, Interest, ProtocolError, Receipt, Received, WILDCARD, expected_type,
@@ -55,7 +59,15 @@ impl ClientState {
         let mut malformed = Vec::new();
         let mut upserted = Vec::with_capacity(total);
         let mut absent = Vec::new();
+        let contradicted = contradicted(&response.resources, &response.removed_resources);
+        for name in &contradicted {
+            let reason = "the response says several things about it; say one";
+            malformed.push(Refusal::new(name.clone(), reason));
+        }
         for resource in response.resources {
+            if contradicted.contains(resource.name.as_str()) {
+                continue;
+            }
             let answers = state.note_aliases(&resource.name, &resource.aliases);
             if !state.is_news(&resource.name, &resource.version) && !answers {
                 continue;
@@ -89,7 +101,7 @@ impl ClientState {
             .removed_resources
             .into_iter()
             .chain(absent)
-            .filter(|name| state.interest.includes(name))
+            .filter(|name| state.interest.includes(name) && !contradicted.contains(name.as_str()))
             .map(Arc::from)
             .collect();
         state.aliases.retain(|_, resource| !removed.contains(resource));
@@ -119,6 +131,25 @@ impl ClientState {
             ..DeltaDiscoveryRequest::default()
         }
     }
+}
+
+/// Names that a response has more than once, or both has and removes. Envoy refuses the whole response.
+fn contradicted(resources: &[Resource], removed: &[String]) -> BTreeSet<Arc<str>> {
+    let mut seen: HashSet<&str, RandomState> =
+        HashSet::with_capacity_and_hasher(resources.len() + removed.len(), RandomState::default());
+    let mut out = BTreeSet::new();
+    for resource in resources {
+        if !seen.insert(&resource.name) {
+            out.insert(resource.name.as_str().into());
+        }
+    }
+    // That something is gone may be said twice.
+    for name in removed {
+        if seen.contains(name.as_str()) {
+            out.insert(name.as_str().into());
+        }
+    }
+    out
 }
 
 /// The names that `after` asks for and `before` did not.

@@ -6,5 +6,6 @@
 mod envoy;
 mod histories;
 mod ordering;
+mod storm;
 mod support;
 mod transport;
