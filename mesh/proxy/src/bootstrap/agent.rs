@@ -143,6 +143,7 @@ pub fn plan(role: Role, domain: &str, concurrency: usize, environment: &Environm
             node: node(role, domain, environment)?,
             concurrency,
             overload: Default::default(),
+            own_address: environment.get("INSTANCE_IP").and_then(|text| text.parse().ok()),
             local_cluster: environment.get("SERIN_LOCAL_CLUSTER").cloned(),
             inherited: environment
                 .get(inherited::VARIABLE)

@@ -108,16 +108,50 @@ impl ClusterSlot {
     }
 }
 
-/// Where this proxy is: its zone, and the cluster that it is a member of (`local_cluster_name`).
+/// Where a proxy is: the cluster that it is a member of, and its zone.
 #[derive(Debug)]
-pub struct Home {
+pub struct Here {
     /// The local cluster.
     pub slot: Arc<ClusterSlot>,
-    /// `region/zone/sub_zone` of the node.
+    /// `region/zone/sub_zone`.
     pub zone: Box<str>,
 }
 
+/// Where this proxy is, as far as it is known: told by `local_cluster_name` and the node's locality, or found out from the
+/// endpoints that have its own address.
+#[derive(Debug)]
+pub struct Home {
+    here: ArcSwapOption<Here>,
+    /// Changes of `here`.
+    moves: AtomicU64,
+}
+
 impl Home {
+    pub(crate) fn new(here: Option<Here>) -> Self {
+        Self {
+            here: ArcSwapOption::from_pointee(here),
+            moves: AtomicU64::new(0),
+        }
+    }
+
+    /// Where that is.
+    pub fn here(&self) -> Option<Arc<Here>> {
+        self.here.load_full()
+    }
+
+    /// Differs whenever the place or its members do.
+    pub fn version(&self) -> (u64, u64) {
+        let members = self.here.load().as_ref().map_or(0, |here| here.slot.version());
+        (self.moves.load(Ordering::Acquire), members)
+    }
+
+    pub(crate) fn set(&self, here: Option<Here>) {
+        self.here.store(here.map(Arc::new));
+        self.moves.fetch_add(1, Ordering::Release);
+    }
+}
+
+impl Here {
     /// Usable hosts of the local cluster by zone.
     pub fn callers(&self) -> std::collections::HashMap<Box<str>, u64> {
         let mut out = std::collections::HashMap::new();

@@ -6,6 +6,7 @@
 
 mod clusters;
 mod listeners;
+mod membership;
 mod queries;
 mod routes;
 
@@ -17,6 +18,7 @@ use arc_swap::ArcSwap;
 use prost::Message;
 use serin_xds::ResourceType;
 
+use self::membership::Membership;
 use self::routes::RouteState;
 pub(super) use self::routes::compile_inline_routes;
 use super::cluster::Cluster;
@@ -95,6 +97,7 @@ pub struct Store {
     virtuals: Arc<ArcSwap<VirtualListeners>>,
     warming: Warming,
     answered: BTreeSet<(ResourceType, Arc<str>)>,
+    membership: Option<Membership>,
     changes: Vec<ListenerChange>,
     applied: u64,
 }
@@ -114,6 +117,7 @@ impl Store {
             virtuals: Arc::default(),
             warming: Warming::default(),
             answered: BTreeSet::new(),
+            membership: None,
             changes: Vec::new(),
             applied: 0,
         }

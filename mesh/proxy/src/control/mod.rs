@@ -33,7 +33,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::endpoint::zone_name;
 use crate::config::on_demand::{self, OnDemand};
 use crate::config::runtime;
-use crate::config::slot::Home;
+use crate::config::slot::{Here, Home};
 use crate::config::store::{ListenerChange, Store, Update};
 use crate::error::{Error, Refusal};
 use crate::metrics::collect::{Family, collect};
@@ -61,6 +61,9 @@ pub struct Options {
     pub inherited: HashMap<u16, TcpListener>,
     /// The cluster that the proxy is a member of (`local_cluster_name`): zone-aware routing compares zones with it.
     pub local_cluster: Option<String>,
+    /// The address of the workload beside it: where no local cluster is named, it is the one that has this address among
+    /// its endpoints.
+    pub own_address: Option<std::net::IpAddr>,
     /// When to do less.
     pub overload: overload::Rules,
     /// Layers of runtime values, lowest first.
@@ -110,6 +113,21 @@ impl Proxy {
         let mut store = Store::new(count);
         store.runtime().set_layers(options.runtime);
         let on_demand = OnDemand::new(options.on_demand);
+        let home = match (&options.local_cluster, options.own_address) {
+            (Some(name), _) => {
+                let here = Here {
+                    slot: store.local_cluster(name),
+                    zone: zone_name(options.node.locality.as_ref()),
+                };
+                Some(Arc::new(Home::new(Some(here))))
+            }
+            (None, Some(address)) => {
+                let home = Arc::new(Home::new(None));
+                store.look_for(address, home.clone());
+                Some(home)
+            }
+            (None, None) => None,
+        };
         let metadata = options.node.metadata.clone().unwrap_or_default();
         let own = Workload::of_node(&metadata);
         let (log, lines) = mpsc::channel(LOG_LINES);
@@ -122,12 +140,7 @@ impl Proxy {
             cluster: options.node.cluster.as_str().into(),
             overload: overload.clone(),
             on_demand: on_demand.clone(),
-            home: options.local_cluster.as_ref().map(|name| {
-                Arc::new(Home {
-                    slot: store.local_cluster(name),
-                    zone: zone_name(options.node.locality.as_ref()),
-                })
-            }),
+            home: home.clone(),
             virtual_listeners: store.virtual_listeners(),
             neighbours: arc_swap::ArcSwap::default(),
             log,

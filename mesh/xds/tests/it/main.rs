@@ -5,6 +5,7 @@
 
 mod envoy;
 mod histories;
+mod names;
 mod ordering;
 mod storm;
 mod support;
