@@ -43,6 +43,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 
+use crate::config::on_demand::OnDemand;
 use crate::config::slot::{Chore, ClusterSlot, Home, ListenerSlot};
 use crate::config::store::VirtualListeners;
 use crate::metrics::peer::Workload;
@@ -70,6 +71,8 @@ pub struct Shared {
     pub cluster: Box<str>,
     /// What there is too much of.
     pub overload: Arc<Overload>,
+    /// What requests wait for.
+    pub on_demand: Arc<OnDemand>,
     /// Where the proxy is, if that is known.
     pub home: Option<Arc<Home>>,
     /// Listeners without sockets.

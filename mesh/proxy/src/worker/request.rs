@@ -372,7 +372,11 @@ pub(super) fn variables<'a>(conn: &Downstream, parts: &'a Parts, route: &'a Rout
 pub(super) fn find_route(conn: &Downstream, parts: &Parts, metadata: Option<&Metadata>) -> Option<Routed> {
     let table = conn.manager.table()?;
     let view = view(parts);
-    let host = table.find(view.authority)?.load();
+    let slot = table.find(view.authority)?;
+    if conn.manager.waits_for_hosts {
+        slot.mark_used();
+    }
+    let host = slot.load();
     let facts = RouteFacts {
         tls: conn.tls.as_deref(),
         metadata,
@@ -403,7 +407,14 @@ async fn route(
         )
         .send(exchange);
     }
-    let Some(mut routed) = find_route(&conn, &parts, None) else {
+    let mut found = find_route(&conn, &parts, None);
+    if found.is_none()
+        && conn.manager.waits_for_hosts
+        && Box::pin(filters::on_demand::virtual_host(&conn, &parts)).await
+    {
+        found = find_route(&conn, &parts, None);
+    }
+    let Some(mut routed) = found else {
         conn.decide_upgrade(false);
         return LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", "").send(exchange);
     };
