@@ -16,6 +16,8 @@ use crate::mesh::{self, Identities, Mesh, Up};
 /// Where the programs are.
 pub(crate) struct Tools {
     proxy: PathBuf,
+    /// Another build, that somebody wants compared.
+    baseline: Option<PathBuf>,
     /// `serin`, for its load generator.
     pub(crate) serin: Option<PathBuf>,
     envoy: Option<PathBuf>,
@@ -40,8 +42,9 @@ impl Tools {
                 .map(|folder| folder.join(name))
                 .filter(|path| path.is_file())
         };
-        let Some(proxy) = ours("serin-proxy") else {
-            eprintln!("SKIPPED: no serin-proxy in SERIN_BIN_DIR: make build");
+        let named = std::env::var_os("SERIN_BENCH_PROXY").map(PathBuf::from);
+        let Some(proxy) = named.or_else(|| ours("serin-proxy")) else {
+            eprintln!("SKIPPED: no serin-proxy in SERIN_BENCH_PROXY or SERIN_BIN_DIR: make build");
             return None;
         };
         for needed in ["h2load", "nginx", "taskset"] {
@@ -56,6 +59,7 @@ impl Tools {
             .or_else(|| on_path("envoy"));
         let tools = Self {
             proxy,
+            baseline: std::env::var_os("SERIN_BENCH_BASELINE").map(PathBuf::from),
             serin: ours("serin"),
             envoy,
             haproxy: on_path("haproxy"),
@@ -76,6 +80,10 @@ impl Tools {
         Some(match kind {
             Kind::Serin => (
                 self.proxy.clone(),
+                args(&["--config", &config, "--concurrency", "1"]),
+            ),
+            Kind::Baseline => (
+                self.baseline.clone()?,
                 args(&["--config", &config, "--concurrency", "1"]),
             ),
             Kind::Envoy => (

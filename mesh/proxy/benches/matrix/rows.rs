@@ -36,7 +36,7 @@ struct Row {
 
 const ALL: &[Kind] = crate::ALL;
 const MESH: &[Kind] = crate::MESH;
-const TCP: &[Kind] = &[Kind::Serin, Kind::Envoy, Kind::HaProxy];
+const TCP: &[Kind] = &[Kind::Serin, Kind::Baseline, Kind::Envoy, Kind::HaProxy];
 
 const fn row(name: &'static str, job: Job, load: Load, path: &'static str, peers: &'static [Kind]) -> Row {
     Row {
@@ -168,7 +168,8 @@ pub(crate) async fn run(tools: &Tools, backend: &Backend) -> anyhow::Result<()> 
     println!(
         "\n| case | proxy | µs/request | user | kernel | × Envoy | requests/s |\n|---|---|---|---|---|---|---|"
     );
-    for row in ROWS.iter().filter(|row| row.name.contains(&only)) {
+    let wanted = |row: &&Row| only.split('|').any(|part| row.name.contains(part));
+    for row in ROWS.iter().filter(wanted) {
         let requests = match (row.path, row.load) {
             ("/1m", _) => number("SERIN_BENCH_REQUESTS", 30_000) / 30,
             (_, Load::Connections) => number("SERIN_BENCH_REQUESTS", 30_000) / 15,
