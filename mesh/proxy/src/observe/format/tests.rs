@@ -19,8 +19,8 @@ fn kept(wants: &Wants) -> Kept {
         method: "GET",
         path: "/p",
         query: Some("q=1"),
-        authority: "shop",
-        scheme: "http",
+        authority: Some("shop"),
+        scheme: Some("http"),
         headers: &headers,
     };
     wants.keep_request(&view, &mut kept);
@@ -47,8 +47,8 @@ fn record<'a>(kept: &'a Kept, metadata: &'a Metadata) -> Record<'a> {
         kept,
         method: "GET",
         path: "/p?q=1",
-        authority: "shop",
-        scheme: "http",
+        authority: Some("shop"),
+        scheme: Some("http"),
         protocol: "HTTP/1.1",
         upstream_protocol: None,
         request_id: Some("id"),
