@@ -313,6 +313,16 @@ impl Peer {
         }))
     }
 
+    /// Lets it end by itself, as an instrumented program must to write what it has counted.
+    pub(crate) async fn end(mut self) -> anyhow::Result<()> {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.pid()?)?);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
+        tokio::time::timeout(Duration::from_secs(60), self.child.wait())
+            .await
+            .context("the proxy does not end")??;
+        Ok(())
+    }
+
     pub(crate) fn url(&self, path: &str) -> String {
         let scheme = if self.secure { "https" } else { "http" };
         format!("{scheme}://127.0.0.1:{}{path}", self.port)

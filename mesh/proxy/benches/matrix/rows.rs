@@ -70,6 +70,13 @@ const ROWS: &[Row] = &[
         MESH,
     ),
     row(
+        "HTTP/1.1, 32 connections, sidecar, 5,000/s",
+        Job::Mesh(Down::Plain, Up::Http1),
+        Load::Requests(&["--h1", "-c", "32", "--rps", "156"]),
+        "/",
+        MESH,
+    ),
+    row(
         "HTTP/1.1, 256 connections, sidecar",
         Job::Mesh(Down::Plain, Up::Http1),
         Load::Requests(&["--h1", "-c", "256"]),
@@ -94,6 +101,13 @@ const ROWS: &[Row] = &[
         "HTTP/2 → HTTP/2, 8 × 10 streams, sidecar",
         Job::Mesh(Down::Plain, Up::Http2),
         H2,
+        "/",
+        MESH,
+    ),
+    row(
+        "HTTP/2 → HTTP/2, 8 × 10 streams, sidecar, 5,000/s",
+        Job::Mesh(Down::Plain, Up::Http2),
+        Load::Requests(&["-c", "8", "-m", "10", "--rps", "625"]),
         "/",
         MESH,
     ),
@@ -217,6 +231,11 @@ pub(crate) async fn run(tools: &Tools, backend: &Backend) -> anyhow::Result<()> 
                 of(|sample| sample.kernel),
                 of(|sample| sample.rate),
             );
+        }
+        if std::env::var_os("SERIN_BENCH_POLITE").is_some() {
+            for (peer, _) in peers {
+                peer.end().await?;
+            }
         }
     }
     Ok(())
