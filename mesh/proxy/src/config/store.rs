@@ -6,6 +6,7 @@
 
 mod clusters;
 mod listeners;
+mod membership;
 mod queries;
 mod received;
 mod routes;
@@ -18,6 +19,7 @@ use arc_swap::ArcSwap;
 use prost::Message;
 use serin_xds::ResourceType;
 
+use self::membership::Membership;
 use self::received::Received;
 use self::routes::RouteState;
 pub(super) use self::routes::compile_inline_routes;
@@ -25,6 +27,7 @@ use super::cluster::Cluster;
 use super::endpoint::EndpointSet;
 use super::listener::Listener;
 use super::slot::{ClusterSlot, ListenerSlot, Slots};
+use crate::config::runtime::Runtime;
 use crate::error::Refusal;
 use crate::metrics::collect::Family;
 use crate::tls::table::SecretTable;
@@ -66,7 +69,7 @@ impl VirtualListeners {
     }
 }
 
-/// What waits for secrets.
+/// What waits for secrets, or for the configuration of filters.
 #[derive(Debug, Default)]
 struct Warming {
     clusters: BTreeMap<Arc<str>, Waiting<(Cluster, Option<EndpointSet>)>>,
@@ -96,6 +99,7 @@ pub struct Store {
     virtuals: Arc<ArcSwap<VirtualListeners>>,
     warming: Warming,
     answered: BTreeSet<(ResourceType, Arc<str>)>,
+    membership: Option<Membership>,
     changes: Vec<ListenerChange>,
     applied: u64,
     received: Received,
@@ -116,6 +120,7 @@ impl Store {
             virtuals: Arc::default(),
             warming: Warming::default(),
             answered: BTreeSet::new(),
+            membership: None,
             changes: Vec::new(),
             applied: 0,
             received: Received::default(),
@@ -176,6 +181,8 @@ impl Store {
                 ResourceType::Route => self.put_route(update, &mut dirty),
                 ResourceType::VirtualHost => self.put_virtual_host(update, &mut dirty),
                 ResourceType::Secret => self.slots.secrets.put(update.name, update.body),
+                ResourceType::Extension => self.put_extension(update),
+                ResourceType::Runtime => self.put_runtime(update),
             };
             match result {
                 Ok(()) => self.received.keep(resource_type, update.name, update.body),
@@ -192,12 +199,14 @@ impl Store {
                 ResourceType::Route => self.remove_route(name),
                 ResourceType::VirtualHost => self.remove_virtual_host(name, &mut dirty),
                 ResourceType::Secret => self.slots.secrets.remove(name),
+                ResourceType::Extension => self.slots.extensions.remove(name),
+                ResourceType::Runtime => self.slots.runtime.remove(name),
             }
         }
         for name in dirty {
             refused.extend(self.rebuild(&name));
         }
-        if resource_type == ResourceType::Secret {
+        if matches!(resource_type, ResourceType::Secret | ResourceType::Extension) {
             self.warm(None);
         }
         if resource_type == ResourceType::Listener {
@@ -232,14 +241,14 @@ impl Store {
             .warming
             .listeners
             .iter()
-            .filter(|(_, waiting)| {
-                late(waiting.since) || waiting.item.secrets().all(|secret| secret.version() > 0)
-            })
+            .filter(|(_, waiting)| late(waiting.since) || waiting.item.is_warm())
             .map(|(name, _)| name.clone())
             .collect();
         let any = !ready.is_empty();
         for name in ready {
             if let Some(waiting) = self.warming.listeners.remove(&name) {
+                let late = waiting.item.discovered().filter(|place| !place.is_settled());
+                late.for_each(|place| place.fall_back());
                 self.activate_listener(waiting.item);
             }
         }
@@ -248,7 +257,12 @@ impl Store {
         }
     }
 
-    /// Whether something waits for secrets.
+    /// Values by which shares of requests change.
+    pub fn runtime(&mut self) -> &mut Runtime {
+        &mut self.slots.runtime
+    }
+
+    /// Whether something waits for secrets or for the configuration of filters.
     pub fn is_warming(&self) -> bool {
         !self.warming.clusters.is_empty() || !self.warming.listeners.is_empty()
     }

@@ -163,6 +163,26 @@ fn prometheus(proxy: &Proxy, parameters: &[(&str, &str)], accept: &str) -> Respo
     reply(StatusCode::OK, encoding.content_type(), encoding.write(&families))
 }
 
+fn runtime_modify(proxy: &Proxy, parameters: &[(&str, &str)]) -> Response<Full<Bytes>> {
+    let changes: Vec<_> = parameters
+        .iter()
+        .map(|(key, value)| (unescape(key), unescape(value)))
+        .collect();
+    if changes.is_empty() {
+        return plain(
+            StatusCode::BAD_REQUEST,
+            "usage: /runtime_modify?key1=value1&key2=value2&keyN=valueN\n\
+             an empty value removes the key\n",
+        );
+    }
+    let changes = changes.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+    match proxy.store(|store| store.runtime().modify(changes)) {
+        Ok(true) => plain(StatusCode::OK, "OK\n"),
+        Ok(false) => plain(StatusCode::SERVICE_UNAVAILABLE, "No admin layer specified\n"),
+        Err(refusal) => plain(StatusCode::BAD_REQUEST, format!("{refusal}\n")),
+    }
+}
+
 /// Answers a request to one of the ports.
 async fn answer(
     proxy: &Arc<Proxy>,
@@ -217,13 +237,10 @@ async fn show(
         "/server_info" => json_reply(&views::server_info(proxy)),
         "/memory" => json_reply(&views::memory()),
         "/" | "/help" => plain(StatusCode::OK, HELP),
-        "/runtime" => plain(
-            StatusCode::NOT_IMPLEMENTED,
-            "there is no runtime layer: the default values of runtime keys are their values\n",
-        ),
+        "/runtime" => json_reply(&proxy.store(|store| store.runtime().json())),
         "/logging" if request.method() != Method::POST && parameters.is_empty() => logging(levels::shown()),
         "/tap" | "/reset_counters" | "/drain_listeners" | "/quitquitquit" | "/reopen_logs"
-        | "/healthcheck/fail" | "/healthcheck/ok" | "/logging"
+        | "/healthcheck/fail" | "/healthcheck/ok" | "/logging" | "/runtime_modify"
             if request.method() != Method::POST =>
         {
             plain(
@@ -231,6 +248,7 @@ async fn show(
                 "use POST for what changes something\n",
             )
         }
+        "/runtime_modify" => runtime_modify(proxy, &parameters),
         "/logging" => logging(levels::change(parameters.iter().copied())),
         "/healthcheck/fail" | "/healthcheck/ok" => {
             proxy.fail_health_check(path.ends_with("fail"));
@@ -320,7 +338,11 @@ fn config_dump(proxy: &Proxy, parameters: &[(&str, &str)]) -> Response<Full<Byte
         endpoints: value("include_eds").is_some(),
     };
     match dump::config_dump(proxy, &wanted) {
-        Ok(dump) => json_reply(&dump),
+        Ok(dump) => {
+            // What it was made from is given back to the kernel.
+            crate::sys::collect_memory();
+            reply(StatusCode::OK, "application/json", dump)
+        }
         Err(error) => {
             let status = match error {
                 dump::DumpError::NoResource(_) => StatusCode::NOT_FOUND,

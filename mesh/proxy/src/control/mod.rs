@@ -5,6 +5,7 @@
 
 pub mod admin;
 pub mod certs;
+pub mod dial;
 pub mod dns;
 pub mod drain;
 pub mod health;
@@ -12,6 +13,7 @@ pub mod levels;
 pub mod outliers;
 pub mod restart;
 pub mod run;
+pub mod sds;
 pub mod server_stats;
 pub mod xds;
 
@@ -26,11 +28,13 @@ use parking_lot::Mutex;
 use serin_xds::ResourceType;
 use serin_xds::pb::envoy::config::core::v3::Node;
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::endpoint::zone_name;
-use crate::config::slot::Home;
+use crate::config::on_demand::{self, OnDemand};
+use crate::config::runtime;
+use crate::config::slot::{Here, Home};
 use crate::config::store::{ListenerChange, Store, Update};
 use crate::error::{Error, Refusal};
 use crate::metrics::baseline::Baseline;
@@ -59,8 +63,15 @@ pub struct Options {
     pub inherited: HashMap<u16, TcpListener>,
     /// The cluster that the proxy is a member of (`local_cluster_name`): zone-aware routing compares zones with it.
     pub local_cluster: Option<String>,
+    /// The address of the workload beside it: where no local cluster is named, it is the one that has this address among
+    /// its endpoints.
+    pub own_address: Option<std::net::IpAddr>,
     /// When to do less.
     pub overload: overload::Rules,
+    /// Layers of runtime values, lowest first.
+    pub runtime: Vec<runtime::Layer>,
+    /// What there may be of resources on demand.
+    pub on_demand: on_demand::Limits,
 }
 
 struct WorkerHandle {
@@ -77,6 +88,7 @@ pub struct Proxy {
     workers: Vec<WorkerHandle>,
     shards: Arc<[Arc<Shard>]>,
     overload: Arc<Overload>,
+    on_demand: Arc<OnDemand>,
     inherited: HashMap<u16, TcpListener>,
     bound: Mutex<HashMap<Arc<str>, Vec<SocketAddr>>>,
     /// Sockets of the process before this one that no listener has taken yet.
@@ -89,6 +101,8 @@ pub struct Proxy {
     health_fails: AtomicBool,
     started: std::time::Instant,
     changes: watch::Sender<()>,
+    /// Told when requests may go elsewhere from now on.
+    rerouted: Arc<Notify>,
     baseline: Mutex<Baseline>,
     drain_time: Mutex<Duration>,
     /// What closes listeners after a graceful drain.
@@ -113,6 +127,23 @@ impl Proxy {
         };
         let overload = Overload::new(&options.overload);
         let mut store = Store::new(count);
+        store.runtime().set_layers(options.runtime);
+        let on_demand = OnDemand::new(options.on_demand);
+        let home = match (&options.local_cluster, options.own_address) {
+            (Some(name), _) => {
+                let here = Here {
+                    slot: store.local_cluster(name),
+                    zone: zone_name(options.node.locality.as_ref()),
+                };
+                Some(Arc::new(Home::new(Some(here))))
+            }
+            (None, Some(address)) => {
+                let home = Arc::new(Home::new(None));
+                store.look_for(address, home.clone());
+                Some(home)
+            }
+            (None, None) => None,
+        };
         let metadata = options.node.metadata.clone().unwrap_or_default();
         let own = Workload::of_node(&metadata);
         let (log, lines) = mpsc::channel(LOG_LINES);
@@ -124,12 +155,8 @@ impl Proxy {
             node: Arc::new(options.node.clone()),
             cluster: options.node.cluster.as_str().into(),
             overload: overload.clone(),
-            home: options.local_cluster.as_ref().map(|name| {
-                Arc::new(Home {
-                    slot: store.local_cluster(name),
-                    zone: zone_name(options.node.locality.as_ref()),
-                })
-            }),
+            on_demand: on_demand.clone(),
+            home: home.clone(),
             tap: store.tap_everywhere(),
             virtual_listeners: store.virtual_listeners(),
             neighbours: arc_swap::ArcSwap::default(),
@@ -163,6 +190,7 @@ impl Proxy {
             workers,
             shards,
             overload,
+            on_demand,
             inherited: options.inherited,
             bound: Mutex::default(),
             handed: Mutex::default(),
@@ -176,8 +204,14 @@ impl Proxy {
             baseline: Mutex::default(),
             drain_time: Mutex::new(run::DEFAULT_DRAIN),
             drainer: Mutex::default(),
+            rerouted: Arc::default(),
         };
         Ok((Arc::new(proxy), lines))
+    }
+
+    /// What requests wait for.
+    pub fn on_demand(&self) -> Arc<OnDemand> {
+        self.on_demand.clone()
     }
 
     /// What the overload manager tells the workers.
@@ -197,7 +231,38 @@ impl Proxy {
             let refused = store.apply(resource_type, upserted, removed);
             (refused, store.take_listener_changes())
         };
+        if matches!(resource_type, ResourceType::Route | ResourceType::VirtualHost) {
+            self.rerouted.notify_one();
+        }
         refused.extend(self.follow(changes).await);
+        refused
+    }
+
+    /// Told when requests may go elsewhere from now on: what was counted before belongs to what was.
+    pub fn rerouted(&self) -> Arc<Notify> {
+        self.rerouted.clone()
+    }
+
+    /// Takes secrets of a service; what is refused is returned by name, the rest is in use.
+    pub async fn apply_secrets_of(
+        &self,
+        service: &tls::table::SdsService,
+        upserted: &[Update<'_>],
+    ) -> Vec<(Box<str>, Refusal)> {
+        let (refused, changes) = {
+            let mut store = self.store.lock();
+            let mut refused = Vec::new();
+            for update in upserted {
+                if let Err(refusal) = store.secrets().put_of(service, update.name, update.body) {
+                    refused.push((update.name.into(), refusal));
+                }
+            }
+            store.warm(None);
+            (refused, store.take_listener_changes())
+        };
+        for (name, refusal) in self.follow(changes).await {
+            tracing::warn!(listener = %name, %refusal, "not opened");
+        }
         refused
     }
 

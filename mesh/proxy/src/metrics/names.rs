@@ -103,6 +103,11 @@ pub fn name(family: &str, labels: &Labels) -> String {
         rest = inner.to_owned();
         used.extend(["envoy_virtual_host", "envoy_virtual_cluster"]);
     }
+    if out.starts_with("http.")
+        && let Some(inner) = rest.strip_prefix("tap_")
+    {
+        rest = format!("tap.{inner}");
+    }
     if out.starts_with("cluster.")
         && let Some(inner) = rest.strip_prefix("circuit_breakers_")
         && let Some((priority, what)) = inner.split_once('_')
@@ -328,6 +333,11 @@ mod tests {
                     ("envoy_grpc_bridge_method", "M"),
                 ],
                 "cluster.c.grpc.p.S.M.0",
+            ),
+            (
+                "envoy_http_tap_rq_tapped",
+                &[("envoy_http_conn_manager_prefix", "in")],
+                "http.in.tap.rq_tapped",
             ),
             (
                 "envoy_http_rbac_denied",

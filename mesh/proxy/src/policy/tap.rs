@@ -323,10 +323,13 @@ impl TapConfig {
                 .as_ref()
                 .map_or(DEFAULT_BODY, |value| value.value.min(MAX_BODY)) as usize
         };
+        let enabled = from
+            .tap_enabled
+            .as_ref()
+            .and_then(|enabled| enabled.default_value.as_ref());
         Ok(Self {
             matches,
-            share: convert::runtime_fraction(from.tap_enabled.as_ref(), Fraction::ALL)
-                .within("tap_enabled")?,
+            share: Fraction::compile(enabled, Fraction::ALL).within("tap_enabled")?,
             request_bytes: bytes(&output.max_buffered_rx_bytes),
             response_bytes: bytes(&output.max_buffered_tx_bytes),
             text,
@@ -520,8 +523,8 @@ mod tests {
                 method: "GET",
                 path: "/a",
                 query: None,
-                authority: "a",
-                scheme: "http",
+                authority: Some("a"),
+                scheme: Some("http"),
                 headers,
             },
             request_trailers: None,

@@ -115,8 +115,8 @@ fn begin(exchange: &mut Exchange, tap: Arc<Tap>, parts: &Parts, filter: Option<&
             .path_and_query()
             .map_or("/", |path| path.as_str())
             .to_owned(),
-        authority: view.authority.to_owned(),
-        scheme: view.scheme.to_owned(),
+        authority: view.authority().to_owned(),
+        scheme: view.scheme().to_owned(),
         request: parts.headers.clone(),
         came: SystemTime::now(),
         response: None,
@@ -150,8 +150,8 @@ impl TapState {
             method: self.method.as_str(),
             path,
             query,
-            authority: &self.authority,
-            scheme: &self.scheme,
+            authority: Some(&self.authority),
+            scheme: Some(&self.scheme),
             headers: &self.request,
         }
     }

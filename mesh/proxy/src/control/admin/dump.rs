@@ -1,5 +1,7 @@
 //! `/config_dump`: Envoy's sections, with the resources as they were received.
 
+use std::fmt::Write as _;
+
 use serde_json::{Map, Value, json};
 
 use super::Proxy;
@@ -37,33 +39,63 @@ pub(super) enum DumpError {
     Mask(String),
 }
 
-type Section = (&'static str, &'static str, Vec<Value>);
+/// A section: its message, its field, its entries as text. Entry by entry, because the tree of a value is many times as
+/// large as its text, and a proxy with thousands of resources should not grow by being looked at.
+struct Section {
+    kind: &'static str,
+    field: &'static str,
+    entries: Vec<String>,
+}
 
-fn sections(proxy: &Proxy, wanted: &Wanted<'_>) -> Vec<Section> {
+/// Lines of text, two levels further in.
+fn text(entry: &Value) -> String {
+    format!("{entry:#}").replace('\n', "\n        ")
+}
+
+fn sections(proxy: &Proxy, wanted: &Wanted<'_>, mask: Option<&Mask>) -> Vec<Section> {
     let showing = Showing::new();
     let fits = |name: &str| wanted.named.is_none_or(|named| named.is_match(name));
-    let asked = |field: &str| wanted.resource.is_none_or(|resource| resource == field);
+    // What of the entries of a field is wanted; nothing where the field is not.
+    let asked = |field: &str| -> Option<Option<&Mask>> {
+        match (wanted.resource, mask) {
+            (Some(resource), mask) => (resource == field).then_some(mask),
+            (None, None) => Some(None),
+            (None, Some(mask)) => mask.0.get(field).map(Some),
+        }
+    };
+    let shown = |mask: Option<&Mask>, entry: Value| match mask {
+        Some(mask) => text(&mask.apply(&entry)),
+        None => text(&entry),
+    };
     proxy.store(|store| {
         let received = store.received();
-        let mut out: Vec<Section> = Vec::new();
-        if asked("dynamic_active_clusters") {
+        let mut out = Vec::new();
+        let mut add = |kind, field, entries| out.push(Section { kind, field, entries });
+        if let Some(mask) = asked("dynamic_active_clusters") {
             let clusters = received
                 .clusters()
                 .filter(|(name, _)| fits(name))
-                .map(|(_, body)| json!({ "cluster": showing.show(CLUSTER, body) }));
-            out.push((
+                .map(|(_, body)| shown(mask, json!({ "cluster": showing.show(CLUSTER, body) })));
+            add(
                 "ClustersConfigDump",
                 "dynamic_active_clusters",
                 clusters.collect(),
-            ));
+            );
         }
-        if asked("dynamic_listeners") {
-            let listeners = received.listeners().filter(|(name, _)| fits(name)).map(|(name, body)| {
-                json!({ "name": name, "active_state": { "listener": showing.show(LISTENER, body) } })
-            });
-            out.push(("ListenersConfigDump", "dynamic_listeners", listeners.collect()));
+        if let Some(mask) = asked("dynamic_listeners") {
+            let listeners = received
+                .listeners()
+                .filter(|(name, _)| fits(name))
+                .map(|(name, body)| {
+                    let listener = showing.show(LISTENER, body);
+                    shown(
+                        mask,
+                        json!({ "name": name, "active_state": { "listener": listener } }),
+                    )
+                });
+            add("ListenersConfigDump", "dynamic_listeners", listeners.collect());
         }
-        if asked("dynamic_route_configs") {
+        if let Some(mask) = asked("dynamic_route_configs") {
             let routes = received
                 .routes()
                 .filter(|(name, _)| fits(name))
@@ -88,59 +120,54 @@ fn sections(proxy: &Proxy, wanted: &Wanted<'_>) -> Vec<Section> {
                     {
                         hosts.extend(discovered);
                     }
-                    json!({ "route_config": config })
+                    shown(mask, json!({ "route_config": config }))
                 });
-            out.push(("RoutesConfigDump", "dynamic_route_configs", routes.collect()));
+            add("RoutesConfigDump", "dynamic_route_configs", routes.collect());
         }
-        if wanted.endpoints && asked("dynamic_endpoint_configs") {
+        if wanted.endpoints
+            && let Some(mask) = asked("dynamic_endpoint_configs")
+        {
             let endpoints = store
                 .assignments()
                 .filter(|(name, _)| fits(name))
-                .map(|(_, body)| json!({ "endpoint_config": showing.show(ENDPOINTS, body) }));
-            out.push((
+                .map(|(_, body)| shown(mask, json!({ "endpoint_config": showing.show(ENDPOINTS, body) })));
+            add(
                 "EndpointsConfigDump",
                 "dynamic_endpoint_configs",
                 endpoints.collect(),
-            ));
+            );
         }
         out
     })
 }
 
-/// The dump.
-pub(super) fn config_dump(proxy: &Proxy, wanted: &Wanted<'_>) -> Result<Value, DumpError> {
-    let sections = sections(proxy, wanted);
+/// The dump, as text.
+pub(super) fn config_dump(proxy: &Proxy, wanted: &Wanted<'_>) -> Result<String, DumpError> {
     let mask = wanted.mask.map(Mask::parse).transpose()?;
-    if let Some(resource) = wanted.resource {
-        let (_, _, entries) = sections
-            .into_iter()
-            .next()
-            .ok_or_else(|| DumpError::NoResource(resource.to_owned()))?;
-        let configs: Vec<Value> = match &mask {
-            None => entries,
-            Some(mask) => entries.iter().map(|entry| mask.apply(entry)).collect(),
+    let sections = sections(proxy, wanted, mask.as_ref());
+    if sections.is_empty() {
+        return Err(match wanted.resource {
+            Some(resource) => DumpError::NoResource(resource.to_owned()),
+            None => DumpError::Mask(wanted.mask.unwrap_or_default().to_owned()),
+        });
+    }
+    let mut out = String::from("{\n  \"configs\": [");
+    for (index, section) in sections.into_iter().enumerate() {
+        let comma = if index == 0 { "" } else { "," };
+        let entries = section.entries.join(",\n        ");
+        // Writing to a String cannot fail.
+        let _ = match wanted.resource {
+            Some(_) => write!(out, "\n        {entries}"),
+            None => write!(
+                out,
+                "{comma}\n    {{\n      \"@type\": \"type.googleapis.com/envoy.admin.v3.{}\",\n      \"{}\": [\n        \
+                 {entries}\n      ]\n    }}",
+                section.kind, section.field
+            ),
         };
-        return Ok(json!({ "configs": configs }));
     }
-    let mut configs = Vec::new();
-    for (kind, field, entries) in sections {
-        let kind = format!("type.googleapis.com/envoy.admin.v3.{kind}");
-        let section = json!({ field: entries });
-        let Some(mask) = &mask else {
-            configs.push(json!({ "@type": kind, field: section[field] }));
-            continue;
-        };
-        if mask.names(field)
-            && let Value::Object(mut shown) = mask.apply(&section)
-        {
-            shown.insert("@type".to_owned(), kind.into());
-            configs.push(shown.into());
-        }
-    }
-    match wanted.mask {
-        Some(mask) if configs.is_empty() => Err(DumpError::Mask(mask.to_owned())),
-        _ => Ok(json!({ "configs": configs })),
-    }
+    out.push_str("\n  ]\n}\n");
+    Ok(out)
 }
 
 /// A `FieldMask`: fields, and fields within them; a field without fields of its own is wanted whole.
@@ -165,10 +192,6 @@ impl Mask {
             }
         }
         Ok(out)
-    }
-
-    fn names(&self, field: &str) -> bool {
-        self.0.contains_key(field)
     }
 
     /// The wanted fields of a value; of a list, those of each of its values. A type is kept, so that it can be read.

@@ -95,7 +95,11 @@ async fn observe(
         }
     }
     // Time for the service to read what was sent.
-    let drained = async { while let Ok(Some(_)) = stream.next().await {} };
+    let drained = async {
+        while let Ok(Some(_)) = stream.next().await {
+            counters.messages_received.add(worker.id);
+        }
+    };
     let _ = tokio::time::timeout(closing, drained).await;
 }
 
@@ -228,8 +232,8 @@ pub(super) async fn request(
             let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
             let system = [
                 (":method", request.method),
-                (":scheme", request.scheme),
-                (":authority", request.authority),
+                (":scheme", request.scheme()),
+                (":authority", request.authority()),
                 (":path", path),
             ];
             let attributes = if filter.request_attributes.is_empty() {
