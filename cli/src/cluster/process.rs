@@ -1,12 +1,14 @@
 //! The server process: started in the background, known by the lock that it holds, ended by its process id.
 
 use std::fs::OpenOptions;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
@@ -20,6 +22,8 @@ pub(crate) const READY: &str = "ready";
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the server may take to stop before it is killed; what it leaves is removed by the teardown.
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long a process may take to end once it has released the lock, with which it dies, in milliseconds.
+const END_TIMEOUT: u16 = 5000;
 /// How often `down` looks who holds the lock while it waits for it: the kernel tells nobody when a lock is released, and waiting
 /// inside flock(2) has no deadline and hides that the holder has changed.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
@@ -114,10 +118,15 @@ pub(crate) async fn stop(cluster: &Cluster) -> anyhow::Result<Stopped> {
         });
     }
     let mut told: Option<Pid> = None;
+    let mut ends: Vec<Ending> = Vec::new();
     let started = Instant::now();
     loop {
         let holder = match ClusterLock::try_take(cluster, Role::Down)? {
             Attempt::Taken(lock) => {
+                // The kernel releases the lock of a process a moment before the process is gone.
+                for end in ends {
+                    end.wait().await?;
+                }
                 return Ok(Stopped {
                     ran: told.is_some(),
                     _lock: Some(lock),
@@ -132,6 +141,7 @@ pub(crate) async fn stop(cluster: &Cluster) -> anyhow::Result<Stopped> {
                 pid,
                 role: Role::Server,
             }) if told != Some(pid) => {
+                ends.extend(Ending::of(pid));
                 send(pid, Signal::SIGTERM)?;
                 told = Some(pid);
             }
@@ -160,6 +170,36 @@ pub(crate) struct Stopped {
     /// Whether a server ran.
     pub(crate) ran: bool,
     _lock: Option<ClusterLock>,
+}
+
+/// The end of a process that is no child of this one.
+struct Ending {
+    pid: Pid,
+    handle: OwnedFd,
+}
+
+impl Ending {
+    /// Of a process that lives; `None` where it is gone already, or the kernel cannot tell (before 5.3).
+    fn of(pid: Pid) -> Option<Self> {
+        let handle = crate::sys::pidfd(pid).ok()?;
+        Some(Self { pid, handle })
+    }
+
+    /// Returns once it has ended, or after the deadline: its lock is free, so that it cannot do anything to the cluster any more.
+    async fn wait(self) -> anyhow::Result<()> {
+        let Self { pid, handle } = self;
+        let ended = tokio::task::spawn_blocking(move || {
+            let mut waiting = [PollFd::new(handle.as_fd(), PollFlags::POLLIN)];
+            poll(&mut waiting, END_TIMEOUT)
+        });
+        if ended.await?.context("wait for the end of the server")? == 0 {
+            tracing::warn!(
+                pid = pid.as_raw(),
+                "the server has let go of the cluster and has not ended yet"
+            );
+        }
+        Ok(())
+    }
 }
 
 fn send(pid: Pid, signal: Signal) -> anyhow::Result<()> {

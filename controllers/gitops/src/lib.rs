@@ -127,11 +127,14 @@ pub async fn run(context: Context, cancel: CancellationToken) -> Result<(), Erro
     }
     let artifacts = source::store::Artifacts::new();
     let tasks = TaskTracker::new();
+    let recorder = |controller| Recorder::start(client.clone(), controller, child.clone());
+    let source_events = recorder("source-controller");
+    let kustomize_events = recorder("kustomize-controller");
     let sources = source::reconcile::Sources::new(source::reconcile::Parts {
         client: client.clone(),
         cache: sources_cache.clone(),
         artifacts: artifacts.clone(),
-        recorder: Recorder::start(client.clone(), "source-controller", child.clone()),
+        recorder: source_events.clone(),
         timeline: timeline.clone(),
         cache_dir,
         local_allowed: local_sources,
@@ -141,7 +144,7 @@ pub async fn run(context: Context, cancel: CancellationToken) -> Result<(), Erro
         cache: objects_cache,
         sources: sources_cache,
         artifacts,
-        recorder: Recorder::start(client, "kustomize-controller", child.clone()),
+        recorder: kustomize_events.clone(),
         timeline,
         cancel: child.clone(),
         tasks: tasks.clone(),
@@ -151,5 +154,6 @@ pub async fn run(context: Context, cancel: CancellationToken) -> Result<(), Erro
     if tokio::time::timeout(SHUTDOWN, tasks.wait()).await.is_err() {
         tracing::warn!("watches of managed objects did not end in time");
     }
+    tokio::join!(source_events.flush(), kustomize_events.flush());
     Ok(())
 }

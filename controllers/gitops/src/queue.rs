@@ -4,11 +4,14 @@
 //! appointment in the future; an earlier push does not cancel it, a new appointment replaces it.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::key::Key;
 
@@ -156,6 +159,49 @@ impl Queue {
             self.changed.notify_one();
         }
     }
+}
+
+/// How many objects a controller works on at a time. None of them holds a thread while it waits for the API server, and the threads of
+/// git are bounded on their own, so this bounds memory and load on that server. Flux has 4.
+const CONCURRENT: usize = 16;
+
+/// Works on whatever is in the queue until `cancel`. What is under way then is dropped at its next wait; it has ended when this returns.
+pub(crate) async fn work<T, R>(
+    worker: Arc<T>,
+    cancel: CancellationToken,
+    queue: fn(&T) -> &Queue,
+    reconcile: impl Fn(Arc<T>, Key) -> R,
+) where
+    T: Send + Sync + 'static,
+    R: Future<Output = ()> + Send + 'static,
+{
+    let permits = Arc::new(Semaphore::new(CONCURRENT));
+    let running = TaskTracker::new();
+    loop {
+        let next = async {
+            let permit = permits.clone().acquire_owned().await.ok()?;
+            Some((permit, queue(&worker).next().await))
+        };
+        let (permit, key) = tokio::select! {
+            () = cancel.cancelled() => break,
+            next = next => match next {
+                Some(next) => next,
+                None => break,
+            },
+        };
+        let (worker, cancel) = (worker.clone(), cancel.clone());
+        let work = reconcile(worker.clone(), key.clone());
+        running.spawn(async move {
+            tokio::select! {
+                () = cancel.cancelled() => {}
+                () = work => {}
+            }
+            queue(&worker).done(&key);
+            drop(permit);
+        });
+    }
+    running.close();
+    running.wait().await;
 }
 
 /// Objects that come due in the same second after a start would come due together for ever. Up to 5 % later, always

@@ -262,19 +262,28 @@ pub struct RunStatus {
     /// Intervals by which the current step was prolonged.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub extended: Option<i32>,
-    /// The primary's error rate that counts as normal after the promotion, in percent.
+    /// The primary that the run replaces.
+    #[serde(flatten)]
+    pub former: Former,
+    /// State of the judges.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub evidence: Option<Evidence>,
+}
+
+/// A primary that a promotion replaces, as far as the watch after it needs to know.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Former {
+    /// Its error rate, which counts as normal after the promotion, in percent.
     #[serde(
         default,
         skip_serializing_if = "Option::is_none",
         serialize_with = "crate::number::optional"
     )]
     pub normal_error_rate: Option<f64>,
-    /// `flagger-id` of the primary that this run replaces, which is kept for the watch.
+    /// Its `flagger-id`; an alarm brings that one back.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub former_id: Option<String>,
-    /// State of the judges.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub evidence: Option<Evidence>,
 }
 
 /// The watch after a promotion.
@@ -290,16 +299,9 @@ pub struct WatchStatus {
     /// When the alarm went off.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alarmed_at: Option<MicroTime>,
-    /// The error rate that counts as normal, in percent.
-    #[serde(
-        default,
-        skip_serializing_if = "Option::is_none",
-        serialize_with = "crate::number::optional"
-    )]
-    pub normal_error_rate: Option<f64>,
-    /// `flagger-id` of the primary before the promotion, which an alarm brings back.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub former_id: Option<String>,
+    /// The primary that the promotion replaced.
+    #[serde(flatten)]
+    pub former: Former,
     /// Hash of the target's template that was promoted before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub former_spec: Option<String>,

@@ -24,6 +24,7 @@ use super::{Duration, IstioStatus, Percent, PortSelector, StringMatch};
     category = "networking-istio-io",
     printcolumn = r#"{"name":"Gateways","type":"string","jsonPath":".spec.gateways"}"#,
     printcolumn = r#"{"name":"Hosts","type":"string","jsonPath":".spec.hosts"}"#,
+    printcolumn = r#"{"name":"Live","type":"string","priority":1,"description":"Proxies that have what the object says","jsonPath":".status.conditions[?(@.type==\"Live\")].message"}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
 )]
 #[serde(rename_all = "camelCase")]

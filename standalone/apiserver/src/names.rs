@@ -41,7 +41,8 @@ pub(crate) fn label_errors(s: &str) -> Vec<String> {
         errors.push(too_long(LABEL_MAX));
     }
     if !is_dns_label(s) {
-        errors.push(LABEL.to_owned());
+        let only_dots = s.split('.').all(is_dns_label);
+        errors.push(if only_dots { "must not contain dots" } else { LABEL }.to_owned());
     }
     errors
 }

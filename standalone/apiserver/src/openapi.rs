@@ -1,7 +1,8 @@
 //! OpenAPI v3 per group version: enough for `kubectl apply`, `diff`, `create` and `explain` (without prose).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
+use std::sync::LazyLock;
 
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
@@ -119,6 +120,8 @@ fn custom_schema(kind: &Kind, version: &Version, custom: &Value) -> Value {
     properties.insert("apiVersion".into(), json!({"type": "string"}));
     properties.insert("kind".into(), json!({"type": "string"}));
     properties.insert("metadata".into(), reference("meta.v1.ObjectMeta"));
+    explain("", &mut schema);
+    let map = crate::meta::as_object_mut(&mut schema);
     map.insert(
         "x-kubernetes-group-version-kind".into(),
         json!([gvk(kind, version)]),
@@ -204,12 +207,44 @@ fn add_types(roots: &BTreeSet<String>, registry: &Registry, out: &mut Map<String
         }
         let schema = schema::builtin(&name);
         let mut value = describe(schema.resolve(), &mut queue);
+        explain(&name, &mut value);
         if let Some(kind) = registry.all().find(|k| k.row().is_some_and(|r| r.schema == name))
             && let Some(version) = kind.versions.first()
         {
             value["x-kubernetes-group-version-kind"] = json!([gvk(kind, version)]);
         }
         out.insert(full_name(&name), value);
+    }
+}
+
+/// What types and fields are for, as `type[.field]<TAB>sentence`: of the kinds that people write most.
+static PROSE: LazyLock<HashMap<&str, &str>> = LazyLock::new(|| {
+    include_str!("schema/prose.tsv")
+        .lines()
+        .filter_map(|line| line.split_once('\t'))
+        .collect()
+});
+
+/// Adds what is known of a type and its fields.
+fn explain(name: &str, described: &mut Value) {
+    if let Some(text) = PROSE.get(name) {
+        described["description"] = json!(text);
+    }
+    let Some(properties) = described.get_mut("properties").and_then(Value::as_object_mut) else {
+        return;
+    };
+    let kind_has_objects = properties.contains_key("metadata");
+    for (field, value) in properties {
+        let own = PROSE.get(format!("{name}.{field}").as_str()).copied();
+        let common = match field.as_str() {
+            "apiVersion" if kind_has_objects => Some("The group and version that the object is written in."),
+            "kind" if kind_has_objects => Some("What kind of object it is."),
+            "metadata" => Some("Its name, labels and what else every object has."),
+            _ => None,
+        };
+        if let Some(text) = own.or(common) {
+            value["description"] = json!(text);
+        }
     }
 }
 
@@ -343,6 +378,24 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn what_is_explained_exists() {
+        let types: HashMap<&str, &Schema> = schema::builtin_types().collect();
+        for name in PROSE.keys() {
+            let field = name
+                .rsplit_once('.')
+                .is_some_and(|(owner, field)| types.get(owner).is_some_and(|owner| owner.member(field).1));
+            assert!(types.contains_key(name) || field, "{name}");
+        }
+        let registry = Registry::builtin();
+        let document = document(&registry, &["apis", "apps", "v1"]).expect("a document");
+        let schemas = &document["components"]["schemas"];
+        let replicas = &schemas["io.k8s.api.apps.v1.DeploymentSpec"]["properties"]["replicas"];
+        assert!(replicas["description"].is_string(), "{replicas}");
+        let kind = &schemas["io.k8s.api.apps.v1.Deployment"]["properties"]["kind"];
+        assert!(kind["description"].is_string(), "{kind}");
     }
 
     #[test]

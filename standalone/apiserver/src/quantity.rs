@@ -67,6 +67,10 @@ fn parse(text: &str) -> Option<(i128, Format)> {
     Some((if negative { -nanos } else { nanos }, format))
 }
 
+/// What is said of a text that is no quantity.
+pub(crate) const MALFORMED: &str =
+    "quantities must match the regular expression '^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$'";
+
 /// The canonical spelling; `None` where the text is no quantity.
 pub(crate) fn canonical(text: &str) -> Option<String> {
     let (nanos, format) = parse(text)?;

@@ -9,7 +9,7 @@
 //! former `flagger-id`, and concludes the same.
 
 use serin_analysis::judge::watch::{self, Watch, upper_rate};
-use serin_crds::flagger::{CanaryPhase, CanaryStatus, Evidence, WatchStatus};
+use serin_crds::flagger::{CanaryPhase, CanaryStatus, Evidence, Former, WatchStatus};
 
 use super::{Action, Deciding, after, micro};
 use crate::plan::WatchPlan;
@@ -23,7 +23,7 @@ const NORMAL_ALPHA: f64 = 0.05;
 pub(crate) fn options(status: &CanaryStatus, plan: &WatchPlan) -> Option<watch::Options> {
     let watch = status.watch.as_ref()?;
     watch.evidence.as_ref()?;
-    let normal = watch.normal_error_rate? / 100.0;
+    let normal = watch.former.normal_error_rate? / 100.0;
     Some(watch::Options::each_second(normal, plan.false_alarms_per_day))
 }
 
@@ -74,9 +74,9 @@ impl Deciding<'_> {
         };
         let normal = self.normal_error_rate();
         let run = self.status.run.get_or_insert_default();
-        run.former_id = former;
-        if run.normal_error_rate.is_none() {
-            run.normal_error_rate = normal;
+        run.former.former_id = former;
+        if run.former.normal_error_rate.is_none() {
+            run.former.normal_error_rate = normal;
         }
     }
 
@@ -100,7 +100,7 @@ impl Deciding<'_> {
         if self.plan.skip_analysis {
             return;
         }
-        let Some(normal) = run.normal_error_rate else {
+        let Some(normal) = run.former.normal_error_rate else {
             return self.warn(format!(
                 "The promotion of {} is not watched: no requests to the primary were seen during the run",
                 self.own_name()
@@ -109,8 +109,10 @@ impl Deciding<'_> {
         self.status.watch = Some(WatchStatus {
             started_at: micro(self.now),
             until: micro(after(self.now, plan.duration)),
-            normal_error_rate: Some(normal),
-            former_id: run.former_id.clone(),
+            former: Former {
+                normal_error_rate: Some(normal),
+                former_id: run.former.former_id.clone(),
+            },
             former_spec,
             evidence: evidence(&Watch::default()),
             ..WatchStatus::default()
@@ -135,7 +137,7 @@ impl Deciding<'_> {
         };
         let primary = self.seen.primary.as_ref();
         let promoted = primary.and_then(|primary| primary.promoted_id.clone());
-        if watch.former_id.is_some() && promoted == watch.former_id {
+        if watch.former.former_id.is_some() && promoted == watch.former.former_id {
             return self.taken_back(watch);
         }
         let detector = self
@@ -167,7 +169,8 @@ impl Deciding<'_> {
         let kept = self.seen.former.as_ref();
         let former = kept
             .filter(|kept| {
-                watch.former_id.as_ref() == Some(&kept.id) && promoted.as_ref() == Some(&kept.replaced_by)
+                watch.former.former_id.as_ref() == Some(&kept.id)
+                    && promoted.as_ref() == Some(&kept.replaced_by)
             })
             .map(|kept| kept.id.clone());
         match (plan.rollback, former) {
@@ -210,7 +213,7 @@ impl Deciding<'_> {
     /// What a lost primary is made from: what was brought back, if the last promotion was taken back.
     pub(super) fn brought_back(&self) -> Option<String> {
         let watch = self.status.watch.as_ref()?;
-        let former = watch.former_id.clone()?;
+        let former = watch.former.former_id.clone()?;
         let kept = self.seen.former.as_ref().is_some_and(|kept| kept.id == former);
         (self.phase() == CanaryPhase::Failed && watch.alarmed_at.is_some() && kept).then_some(former)
     }

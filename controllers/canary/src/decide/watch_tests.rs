@@ -71,11 +71,15 @@ fn a_promotion_that_fails_more_than_before_is_taken_back_within_seconds() {
     let mut world = five_minutes();
     let watch = world.status.watch.clone().unwrap();
     assert_eq!(watch.former_spec.as_deref(), Some("r1"));
-    assert!(watch.normal_error_rate.unwrap() < 0.5, "{watch:?}");
-    assert_ne!(primary_id(&world), watch.former_id);
+    assert!(watch.former.normal_error_rate.unwrap() < 0.5, "{watch:?}");
+    assert_ne!(primary_id(&world), watch.former.former_id);
     let found = failed_after(&mut world, 500, 25).unwrap();
     assert!(found <= 3, "{found} s");
-    assert_eq!(primary_id(&world), watch.former_id, "the primary is what it was");
+    assert_eq!(
+        primary_id(&world),
+        watch.former.former_id,
+        "the primary is what it was"
+    );
     assert_eq!(world.status.last_promoted_spec.as_deref(), Some("r1"));
     assert_eq!(world.weight(), 0);
     let told = world.events.last().unwrap();
@@ -132,7 +136,7 @@ fn the_next_revision_after_a_promotion_was_taken_back_is_compared_with_what_was_
 #[test]
 fn a_controller_that_dies_when_it_took_a_promotion_back_comes_to_the_same_end() {
     let mut world = five_minutes();
-    let former = world.status.watch.clone().unwrap().former_id;
+    let former = world.status.watch.clone().unwrap().former.former_id;
     world.happen(&Happening::Wait(1));
     world.happen(&Happening::Serve(5000, 2500));
     world.happen(&Happening::Crash);
@@ -170,7 +174,7 @@ fn a_controller_that_dies_during_the_promotion_still_knows_what_was_before() {
     promote(&mut world);
     let watch = world.status.watch.clone().unwrap();
     assert_eq!(
-        (watch.former_id, watch.former_spec.as_deref()),
+        (watch.former.former_id, watch.former_spec.as_deref()),
         (first, Some("r1"))
     );
 }

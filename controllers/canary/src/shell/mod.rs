@@ -119,6 +119,7 @@ pub async fn run(context: Context, cancel: CancellationToken) -> Result<(), Erro
     if tokio::time::timeout(STOP_DEADLINE, stopped).await.is_err() {
         dispatcher.tasks.abort_all();
     }
+    shared.recorder.flush().await;
     Ok(())
 }
 

@@ -34,7 +34,6 @@ use serin_crds::flux::source::GitRepository;
 use serin_kit::cache::{Cache, Change};
 use serin_kit::condition;
 use serin_kit::events::Recorder;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -46,14 +45,11 @@ use crate::apply::live::Live;
 use crate::health::{self};
 use crate::key::{Key, ObjectId};
 use crate::plan::{self, Action};
-use crate::queue::{Queue, Urgency};
+use crate::queue::{self, Queue, Urgency};
 use crate::source::store::Artifacts;
 use crate::status::StatusWriter;
 use crate::timeline::Timeline;
 
-/// Passes at a time. A pass holds no thread while it waits for the API server, so this bounds memory and load on that
-/// server, not threads. Flux has 4.
-const CONCURRENT: usize = 16;
 /// The field manager of status writes, as Flux.
 const STATUS_MANAGER: &str = "gotk-kustomize-controller";
 /// A ConfigMap or Secret with this label wakes those that take variables from it.
@@ -160,38 +156,15 @@ impl Kustomizations {
     /// Runs until `cancel`; passes under way end before it returns.
     pub(crate) async fn run(self: Arc<Self>, cancel: CancellationToken) {
         let triggers = self.clone().triggers(cancel.clone());
-        let passes = self.clone().passes(cancel.clone());
+        let passes = queue::work(
+            self,
+            cancel,
+            |this| &this.queue,
+            |this, key| async move {
+                this.reconcile(&key).await;
+            },
+        );
         tokio::join!(triggers, passes);
-    }
-
-    async fn passes(self: Arc<Self>, cancel: CancellationToken) {
-        let permits = Arc::new(Semaphore::new(CONCURRENT));
-        let running = TaskTracker::new();
-        loop {
-            let next = async {
-                let permit = permits.clone().acquire_owned().await.ok()?;
-                Some((permit, self.queue.next().await))
-            };
-            let (permit, key) = tokio::select! {
-                () = cancel.cancelled() => break,
-                next = next => match next {
-                    Some(next) => next,
-                    None => break,
-                },
-            };
-            let this = self.clone();
-            let cancel = cancel.clone();
-            running.spawn(async move {
-                tokio::select! {
-                    () = cancel.cancelled() => {}
-                    () = this.reconcile(&key) => {}
-                }
-                this.queue.done(&key);
-                drop(permit);
-            });
-        }
-        running.close();
-        running.wait().await;
     }
 
     async fn triggers(self: Arc<Self>, cancel: CancellationToken) {

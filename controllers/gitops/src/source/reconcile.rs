@@ -18,10 +18,8 @@ use serin_kit::cache::{Cache, Change};
 use serin_kit::condition;
 use serin_kit::events::Recorder;
 use serin_kit::unhonoured::{self, Field};
-use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
 use super::credentials::{Auth, Keys, Place, without_credentials};
 use super::git::{self, Fetched, Request};
@@ -33,13 +31,11 @@ use super::threads::{Job, Threads};
 use super::tree::{Repo, Snapshot};
 use crate::error::{Error, server_words};
 use crate::key::Key;
-use crate::queue::{Queue, Urgency, jittered};
+use crate::queue::{self, Queue, Urgency, jittered};
 use crate::reconcile::REQUESTED_AT;
 use crate::status::StatusWriter;
 use crate::timeline::{Timeline, What};
 
-/// Looks at a time; the threads of git are bounded on their own.
-const CONCURRENT: usize = 16;
 const STATUS_MANAGER: &str = "gotk-source-controller";
 /// Flux's default for `spec.timeout`.
 const TIMEOUT_DEFAULT: Duration = Duration::from_secs(60);
@@ -129,7 +125,14 @@ impl Sources {
     /// Runs until `cancel`.
     pub(crate) async fn run(self: Arc<Self>, cancel: CancellationToken) {
         let triggers = self.clone().triggers(cancel.clone());
-        let looks = self.clone().looks(cancel);
+        let looks = queue::work(
+            self.clone(),
+            cancel,
+            |this| &this.queue,
+            |this, key| async move {
+                this.reconcile(&key).await;
+            },
+        );
         tokio::join!(triggers, looks);
     }
 
@@ -176,36 +179,6 @@ impl Sources {
             *seen = Some(now);
             self.queue.push(&key, Urgency::High);
         }
-    }
-
-    async fn looks(self: Arc<Self>, cancel: CancellationToken) {
-        let permits = Arc::new(Semaphore::new(CONCURRENT));
-        let running = TaskTracker::new();
-        loop {
-            let next = async {
-                let permit = permits.clone().acquire_owned().await.ok()?;
-                Some((permit, self.queue.next().await))
-            };
-            let (permit, key) = tokio::select! {
-                () = cancel.cancelled() => break,
-                next = next => match next {
-                    Some(next) => next,
-                    None => break,
-                },
-            };
-            let this = self.clone();
-            let cancel = cancel.clone();
-            running.spawn(async move {
-                tokio::select! {
-                    () = cancel.cancelled() => {}
-                    () = this.reconcile(&key) => {}
-                }
-                this.queue.done(&key);
-                drop(permit);
-            });
-        }
-        running.close();
-        running.wait().await;
     }
 
     /// Removes the caches that no source uses. Does nothing while some source has not been looked at since the start.

@@ -388,8 +388,8 @@ mod tests {
             method: "GET",
             path: "/",
             query: None,
-            authority: "",
-            scheme: "",
+            authority: Some(""),
+            scheme: Some(""),
             headers,
         };
         let mut counter = 0u64;

@@ -379,8 +379,8 @@ impl Route {
 
     /// The `Location` of a redirect of `request`.
     pub fn location(&self, redirect: &Redirect, request: &RequestView<'_>) -> String {
-        let scheme = redirect.scheme.as_deref().unwrap_or(request.scheme);
-        let (host, own_port) = split_port(request.authority);
+        let scheme = redirect.scheme.as_deref().unwrap_or(request.scheme());
+        let (host, own_port) = split_port(request.authority());
         let host = redirect.host.as_deref().unwrap_or(host);
         let port = match (redirect.port, &redirect.scheme, own_port) {
             (Some(port), _, _) => Some(port),

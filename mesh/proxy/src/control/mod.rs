@@ -27,7 +27,7 @@ use parking_lot::Mutex;
 use serin_xds::ResourceType;
 use serin_xds::pb::envoy::config::core::v3::Node;
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::endpoint::zone_name;
@@ -99,6 +99,8 @@ pub struct Proxy {
     health_fails: AtomicBool,
     started: std::time::Instant,
     changes: watch::Sender<()>,
+    /// Told when requests may go elsewhere from now on.
+    rerouted: Arc<Notify>,
 }
 
 impl Proxy {
@@ -184,6 +186,7 @@ impl Proxy {
             health_fails: AtomicBool::new(false),
             started: std::time::Instant::now(),
             changes: watch::Sender::new(()),
+            rerouted: Arc::default(),
         };
         Ok((Arc::new(proxy), lines))
     }
@@ -210,8 +213,16 @@ impl Proxy {
             let refused = store.apply(resource_type, upserted, removed);
             (refused, store.take_listener_changes())
         };
+        if matches!(resource_type, ResourceType::Route | ResourceType::VirtualHost) {
+            self.rerouted.notify_one();
+        }
         refused.extend(self.follow(changes).await);
         refused
+    }
+
+    /// Told when requests may go elsewhere from now on: what was counted before belongs to what was.
+    pub fn rerouted(&self) -> Arc<Notify> {
+        self.rerouted.clone()
     }
 
     /// Takes secrets of a service; what is refused is returned by name, the rest is in use.

@@ -140,6 +140,7 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
                     node: proxy.node.clone(),
                     own,
                     shards,
+                    rerouted: proxy.rerouted(),
                 };
                 tasks.spawn(pusher.run(cancel.clone()));
             }

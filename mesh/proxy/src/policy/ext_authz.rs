@@ -360,8 +360,8 @@ impl ExtAuthz {
             }
             for (name, value) in [
                 (":method", request.method),
-                (":authority", request.authority),
-                (":scheme", request.scheme),
+                (":authority", request.authority()),
+                (":scheme", request.scheme()),
                 (":path", scene.path),
             ] {
                 if self.passes(name) {
@@ -373,8 +373,8 @@ impl ExtAuthz {
                 method: request.method.into(),
                 headers,
                 path: scene.path.to_owned(),
-                host: request.authority.into(),
-                scheme: request.scheme.into(),
+                host: request.authority().into(),
+                scheme: request.scheme().into(),
                 size: scene.size,
                 protocol: scene.protocol.into(),
                 body: if settings.raw {

@@ -137,6 +137,7 @@ async fn terminate(hub: &Hub, name: &str) {
     )
     .into();
     let now = time::seconds(hub.clock.now());
+    say_in_progress(hub, name, &now).await;
     let objects = hub.store.lock().list(&resource, "", None, None, |_| true).items;
     for object in &objects {
         let key = crate::store::key(meta::namespace(&object.value), meta::name(&object.value));
@@ -165,30 +166,9 @@ async fn terminate(hub: &Hub, name: &str) {
         }
     }
     if hub.store.lock().count(&resource) > 0 {
-        let set = |crd: &Value| {
-            let mut next = crd.clone();
-            let status = meta::member_object(&mut next, "status");
-            let conditions = status.entry("conditions").or_insert_with(|| json!([]));
-            if let Value::Array(list) = conditions
-                && !list.iter().any(|c| c.get("type") == Some(&json!("Terminating")))
-            {
-                list.push(json!({"type": "Terminating", "status": "True", "lastTransitionTime": now, "reason": "InstanceDeletionInProgress", "message": "CustomResource deletion is in progress"}));
-            }
-            Some(next)
-        };
-        if let Err(error) = hub
-            .modify(&RESOURCE.into(), name, "kube-apiserver", "status", set)
-            .await
-        {
-            tracing::warn!(
-                crd = name,
-                error = error.message,
-                "marking a CustomResourceDefinition as terminating"
-            );
-        }
         return;
     }
-    // Nothing left: take the finalizer off, and with it the CRD.
+    // Nothing left: take the finalizer off, and with it the CRD. Watchers see it as it was stored last.
     for _ in 0..crate::hub::MODIFY_ATTEMPTS {
         let Some(current) = hub.get_at(RESOURCE, name) else {
             return;
@@ -198,15 +178,13 @@ async fn terminate(hub: &Hub, name: &str) {
             .filter(|f| *f != CLEANUP)
             .map(str::to_owned)
             .collect();
-        let metadata = meta::metadata_mut(&mut last);
         let result = if left.is_empty() {
-            metadata.remove("finalizers");
             hub.remove(&RESOURCE.into(), name, last, current.rv).await
         } else {
             if left.len() == meta::finalizers(&current.value).count() {
                 return;
             }
-            metadata.insert("finalizers".into(), json!(left));
+            meta::metadata_mut(&mut last).insert("finalizers".into(), json!(left));
             hub.put(&RESOURCE.into(), name, last, crate::store::Expect::At(current.rv))
                 .await
         };
@@ -218,6 +196,40 @@ async fn terminate(hub: &Hub, name: &str) {
                 return;
             }
         }
+    }
+}
+
+/// The condition of a CRD whose objects are being removed.
+async fn say_in_progress(hub: &Hub, name: &str, now: &str) {
+    let set = |crd: &Value| {
+        let mut next = crd.clone();
+        let status = meta::member_object(&mut next, "status");
+        let conditions = status.entry("conditions").or_insert_with(|| json!([]));
+        let Value::Array(list) = conditions else {
+            return None;
+        };
+        let reason = json!("InstanceDeletionInProgress");
+        let known = list
+            .iter_mut()
+            .find(|c| c.get("type") == Some(&json!("Terminating")));
+        let said = json!({"type": "Terminating", "status": "True", "lastTransitionTime": now, "reason": reason,
+            "message": "CustomResource deletion is in progress"});
+        match known {
+            Some(known) if known.get("reason") == Some(&reason) => return None,
+            Some(known) => *known = said,
+            None => list.push(said),
+        }
+        Some(next)
+    };
+    if let Err(error) = hub
+        .modify(&RESOURCE.into(), name, "kube-apiserver", "status", set)
+        .await
+    {
+        tracing::warn!(
+            crd = name,
+            error = error.message,
+            "marking a CustomResourceDefinition as terminating"
+        );
     }
 }
 

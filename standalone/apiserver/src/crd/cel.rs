@@ -1,16 +1,17 @@
 //! `x-kubernetes-validations`: CEL rules on custom resources, and the string formats that schemas name.
 //!
 //! Rules are compiled when a CRD is stored. A rule that does not compile, or that calls a function which this server does not have
-//! (Kubernetes' quantity, URL, IP and format libraries), is refused with the CRD: it is never silently left out. So is one that cannot fit
-//! the schema or could run for too long ([`cel_check`]). An error while evaluating one makes the object invalid.
+//! (of Kubernetes' own ones those of [`cel_kubernetes`] are there), is refused with the CRD: it is never silently left out. So is one that
+//! cannot fit the schema or could run for too long ([`cel_check`]). An error while evaluating one makes the object invalid.
 
 use std::sync::{Arc, LazyLock};
 
 use cel::objects::{Key, Map as CelMap};
-use cel::{Context, Env, Program};
+use cel::{Context, Env, ExecutionError, Program};
 use serde_json::Value;
 
-use super::cel_check::{self, Wrong};
+use super::cel_check::{self, Costs, Wrong};
+use super::cel_kubernetes;
 use crate::error::{FieldError, FieldErrorKind};
 use crate::meta::str_at;
 use crate::schema::{ListKind, Scalar, Schema, Shape};
@@ -20,6 +21,7 @@ static ENV: LazyLock<Arc<Env>> = LazyLock::new(|| {
     // Names are unique within each extension and between them.
     let _ = env.add_extension(cel::extensions::strings);
     let _ = env.add_extension(cel::extensions::lists);
+    let _ = env.add_extension(cel_kubernetes::extension);
     Arc::new(env)
 });
 
@@ -73,6 +75,27 @@ const FUNCTIONS: [&str; 46] = [
     "getMilliseconds",
 ];
 
+/// A rule as Go prints its struct.
+fn go_rule(rule: &Rule) -> String {
+    let text = |text: &str| {
+        Value::String(text.to_owned())
+            .to_string()
+            .replace('<', "\\u003c")
+            .replace('>', "\\u003e")
+            .replace('&', "\\u0026")
+    };
+    let or_null = |given: bool, shown: String| if given { shown } else { "null".to_owned() };
+    format!(
+        "{{\"Rule\":{},\"Message\":{},\"MessageExpression\":{},\"Reason\":{},\"FieldPath\":{},\"OptionalOldSelf\":{}}}",
+        text(&rule.expression),
+        text(&rule.message),
+        text(&rule.message_expression),
+        or_null(!rule.reason_text.is_empty(), text(&rule.reason_text)),
+        text(&rule.field_path),
+        or_null(rule.optional_old_self, "true".to_owned()),
+    )
+}
+
 /// One rule.
 #[derive(Debug, Clone)]
 pub(crate) struct Rule {
@@ -92,27 +115,23 @@ pub(crate) struct Rule {
 fn compile(source: &str) -> Result<Arc<Program>, String> {
     let program = ENV
         .compile(source)
-        .map_err(|errors| format!("compilation failed: {errors}"))?;
+        .map_err(|errors| format!("compilation failed: {errors}").replace("\n| ", "\n | "))?;
     let references = program.references();
     let unknown = references
         .functions()
         .into_iter()
-        .find(|f| f.starts_with(|c: char| c.is_ascii_alphabetic()) && !FUNCTIONS.contains(f))
-        .map(str::to_owned);
-    let variable = references
-        .variables()
-        .into_iter()
-        .find(|v| !matches!(*v, "self" | "oldSelf") && !v.starts_with('@'))
+        .find(|f| {
+            f.starts_with(|c: char| c.is_ascii_alphabetic())
+                && !FUNCTIONS.contains(f)
+                && !cel_kubernetes::FUNCTIONS.contains(f)
+        })
         .map(str::to_owned);
     drop(references);
-    match (unknown, variable) {
-        (Some(name), _) => Err(format!(
+    match unknown {
+        Some(name) => Err(format!(
             "compilation failed: the function {name:?} is not supported by this server"
         )),
-        (None, Some(name)) => Err(format!(
-            "compilation failed: undeclared reference to '{name}' (in container '')"
-        )),
-        (None, None) => Ok(Arc::new(program)),
+        None => Ok(Arc::new(program)),
     }
 }
 
@@ -150,11 +169,14 @@ pub(crate) fn parse(json: &Value) -> Vec<Rule> {
 
 /// What is wrong with the rules of a node themselves, found when a CRD is stored.
 ///
-/// `uncorrelated` is the list above the node whose items cannot be told apart, if there is one: then `oldSelf` means nothing.
+/// `uncorrelated` is the list above the node whose items cannot be told apart, if there is one: then `oldSelf` means nothing. The node
+/// occurs `times` at most.
 pub(crate) fn rule_errors(
     json: &Value,
     path: &str,
     uncorrelated: Option<&str>,
+    times: u64,
+    costs: &mut Costs,
     errors: &mut Vec<FieldError>,
 ) {
     for (i, rule) in parse(json).iter().enumerate() {
@@ -167,21 +189,29 @@ pub(crate) fn rule_errors(
             continue;
         }
         let is_root = path.ends_with("openAPIV3Schema");
+        let refused = |at: String, text: String| FieldError {
+            value: Some(go_rule(rule)),
+            ..FieldError::invalid(at, &Value::Null, text)
+        };
         match &rule.program {
-            Err(text) => errors.push(FieldError::invalid(
-                format!("{at}.rule"),
-                &Value::String(rule.expression.clone()),
-                text.clone(),
-            )),
+            Err(text) => errors.push(refused(format!("{at}.rule"), text.clone())),
             Ok(program) => {
-                let wrong = cel_check::check(program.expression(), json, is_root, "bool");
-                let must = "cel expression must evaluate to a bool";
-                errors.extend(
-                    wrong.map(|wrong| refused(&format!("{at}.rule"), &rule.expression, "rule", must, wrong)),
-                );
+                let at = format!("{at}.rule");
+                match cel_check::check(program, json, is_root, "bool", times) {
+                    Ok(cost) => costs.add(cost, &at, "estimated rule cost", errors),
+                    Err(Wrong::Compile(text)) => {
+                        errors.push(refused(at.clone(), format!("compilation failed: {text}")));
+                    }
+                    Err(Wrong::Result(_)) => {
+                        errors.push(refused(
+                            at.clone(),
+                            "cel expression must evaluate to a bool".to_owned(),
+                        ));
+                    }
+                }
                 if let Some(list) = uncorrelated.filter(|_| rule.transition) {
                     errors.push(FieldError::invalid(
-                        format!("{at}.rule"),
+                        at,
                         &Value::String(rule.expression.clone()),
                         format!(
                             "oldSelf cannot be used on the uncorrelatable portion of the schema within {list}"
@@ -198,20 +228,19 @@ pub(crate) fn rule_errors(
             ));
         }
         match &rule.message_program {
-            Some(Err(text)) => errors.push(FieldError::invalid(
-                format!("{at}.messageExpression"),
-                &Value::String(rule.message_expression.clone()),
-                text.clone(),
-            )),
+            Some(Err(text)) => errors.push(refused(format!("{at}.messageExpression"), text.clone())),
             Some(Ok(program)) => {
-                let wrong = cel_check::check(program.expression(), json, is_root, "string");
                 let at = format!("{at}.messageExpression");
-                let must = "messageExpression must evaluate to a string";
-                errors.extend(
-                    wrong.map(|wrong| {
-                        refused(&at, &rule.message_expression, "messageExpression", must, wrong)
-                    }),
-                );
+                match cel_check::check(program, json, is_root, "string", times) {
+                    Ok(cost) => costs.add(cost, &at, "estimated messageExpression cost", errors),
+                    Err(Wrong::Compile(text)) => {
+                        errors.push(refused(at, format!("compilation failed: {text}")));
+                    }
+                    Err(Wrong::Result(_)) => errors.push(refused(
+                        at,
+                        "messageExpression must evaluate to a string".to_owned(),
+                    )),
+                }
             }
             None => {}
         }
@@ -245,26 +274,6 @@ pub(crate) fn rule_errors(
                 &Value::String(rule.field_path.clone()),
                 "must be a valid path",
             ));
-        }
-    }
-}
-
-/// What a check found, as the error of a field.
-fn refused(at: &str, expression: &str, what: &str, must: &str, wrong: Wrong) -> FieldError {
-    let shown = Value::String(expression.to_owned());
-    match wrong {
-        Wrong::Compile(text) => FieldError::invalid(at, &shown, format!("compilation failed: {text}")),
-        Wrong::Result(_) => FieldError::invalid(at, &shown, must),
-        Wrong::Cost(factor) => {
-            let factor = if factor > 100.0 {
-                "more than 100x".to_owned()
-            } else {
-                format!("{factor:.1}x")
-            };
-            let text = format!(
-                "estimated {what} cost exceeds budget by factor of {factor} (try simplifying the rule, or adding maxItems, maxProperties, and maxLength where arrays, maps, and strings are declared)"
-            );
-            FieldError::forbidden(at, &text)
         }
     }
 }
@@ -432,7 +441,16 @@ fn evaluate(
                 kind: FieldErrorKind::Invalid,
                 field,
                 value: Some(format!("{kind:?}")),
-                detail: format!("{error} evaluating rule: {}", rule.expression.trim()),
+                detail: match error {
+                    ExecutionError::NoSuchOverload(_) => format!(
+                        "'no such overload': call arguments did not match a supported operator, function or macro signature for rule: {}",
+                        rule.expression.trim()
+                    ),
+                    ExecutionError::FunctionError { message, .. } => {
+                        format!("{message} evaluating rule: {}", rule.expression.trim())
+                    }
+                    other => format!("{other} evaluating rule: {}", rule.expression.trim()),
+                },
             });
         }
     }
@@ -635,7 +653,7 @@ mod tests {
         for (rule, wanted) in [
             ("self.a >", "compilation failed"),
             (
-                "quantity(self.a).isGreaterThan(quantity('1'))",
+                "format.dns1123Label().validate(self.a).hasValue()",
                 "is not supported",
             ),
             ("other == 1", "undeclared reference"),
@@ -645,6 +663,8 @@ mod tests {
                 &json!({"x-kubernetes-validations": [{"rule": rule}]}),
                 "p",
                 None,
+                1,
+                &mut Costs::default(),
                 &mut out,
             );
             assert!(

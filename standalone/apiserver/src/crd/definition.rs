@@ -126,10 +126,27 @@ pub(crate) fn validate(crd: &Value, old: Option<&Value>) -> Vec<FieldError> {
     }
     match str_at(crd, "spec.conversion.strategy") {
         "" | "None" => {}
-        "Webhook" => errors.push(FieldError::forbidden(
-            "spec.conversion.strategy",
-            "conversion webhooks are not supported by this server; use strategy None",
-        )),
+        "Webhook" => {
+            let before = errors.len();
+            if meta::at(crd, "spec.conversion.webhook.clientConfig").is_none() {
+                errors.push(FieldError::required(
+                    "spec.conversion.webhookClientConfig",
+                    "required when strategy is set to Webhook",
+                ));
+            }
+            if list_at(crd, "spec.conversion.webhook.conversionReviewVersions").is_empty() {
+                errors.push(FieldError::required(
+                    "spec.conversion.conversionReviewVersions",
+                    "",
+                ));
+            }
+            if errors.len() == before {
+                errors.push(FieldError::forbidden(
+                    "spec.conversion.strategy",
+                    "conversion webhooks are not supported by this server; use strategy None",
+                ));
+            }
+        }
         other => errors.push(FieldError::not_supported(
             "spec.conversion.strategy",
             &json!(other),

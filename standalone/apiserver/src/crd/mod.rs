@@ -3,6 +3,7 @@
 
 pub(crate) mod cel;
 mod cel_check;
+mod cel_kubernetes;
 pub(crate) mod definition;
 pub(crate) mod prune;
 pub(crate) mod rules;

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{cel, rules, validate};
+use super::{cel, cel_check, rules, validate};
 use crate::error::FieldError;
 use crate::meta;
 
@@ -36,7 +36,18 @@ pub(crate) fn check(crd: &Value, errors: &mut Vec<FieldError>) {
             )),
         }
         top_metadata(root, &path, errors);
-        node(root, &path, Place::Root, None, errors);
+        let mut walk = Walk {
+            costs: cel_check::Costs::default(),
+            errors,
+        };
+        let at = At {
+            place: Place::Root,
+            uncorrelated: None,
+            times: 1,
+        };
+        walk.node(root, &path, at);
+        let Walk { costs, errors } = walk;
+        costs.errors(&path, errors);
     }
 }
 
@@ -75,119 +86,167 @@ enum Place {
     Items,
 }
 
-/// `uncorrelated`: the list above whose items cannot be told apart, so that there is no old one to a new one.
-fn node(schema: &Value, path: &str, place: Place, uncorrelated: Option<&str>, errors: &mut Vec<FieldError>) {
-    let flag = |key: &str| schema.get(key).and_then(Value::as_bool).unwrap_or(false);
-    let kind = meta::str_at(schema, "type");
-    if kind.is_empty() {
-        let open = flag("x-kubernetes-int-or-string") || flag("x-kubernetes-preserve-unknown-fields");
-        if place != Place::Root && !open {
-            let what = if place == Place::Items {
-                "array items"
-            } else {
-                "object fields"
-            };
-            errors.push(FieldError::required(
+/// What a node's place in the schema means for it.
+#[derive(Clone, Copy)]
+struct At<'p> {
+    place: Place,
+    /// The list above whose items cannot be told apart, so that there is no old one to a new one.
+    uncorrelated: Option<&'p str>,
+    /// How often a value of the node can occur in an object.
+    times: u64,
+}
+
+struct Walk<'e> {
+    costs: cel_check::Costs,
+    errors: &'e mut Vec<FieldError>,
+}
+
+/// Go's sentence about a regular expression that is none, where it has one.
+fn go_pattern_error(pattern: &str, error: &regex::Error) -> String {
+    let text = error.to_string();
+    let reason = text.rsplit("error: ").next().unwrap_or(&text).trim();
+    let said = match reason {
+        "unclosed group" => format!("missing closing ): `{pattern}`"),
+        "unopened group" => format!("unexpected ): `{pattern}`"),
+        "unclosed character class" => {
+            let from = pattern
+                .rfind('[')
+                .and_then(|at| pattern.get(at..))
+                .unwrap_or(pattern);
+            format!("missing closing ]: `{from}`")
+        }
+        reason if reason.starts_with("look-around") => {
+            let from = pattern.find("(?").and_then(|at| pattern.get(at..at + 3));
+            format!(
+                "invalid or unsupported Perl syntax: `{}`",
+                from.unwrap_or(pattern)
+            )
+        }
+        reason => format!("{reason}: `{pattern}`"),
+    };
+    format!("error parsing regexp: {said}")
+}
+
+impl Walk<'_> {
+    fn node(&mut self, schema: &Value, path: &str, at: At<'_>) {
+        let At {
+            place,
+            uncorrelated,
+            times,
+        } = at;
+        let errors = &mut *self.errors;
+        let flag = |key: &str| schema.get(key).and_then(Value::as_bool).unwrap_or(false);
+        let kind = meta::str_at(schema, "type");
+        if kind.is_empty() {
+            let open = flag("x-kubernetes-int-or-string") || flag("x-kubernetes-preserve-unknown-fields");
+            if place != Place::Root && !open {
+                let what = if place == Place::Items {
+                    "array items"
+                } else {
+                    "object fields"
+                };
+                errors.push(FieldError::required(
+                    format!("{path}.type"),
+                    &format!("must not be empty for specified {what}"),
+                ));
+            }
+        } else if !TYPES.contains(&kind) {
+            errors.push(FieldError::not_supported(
                 format!("{path}.type"),
-                &format!("must not be empty for specified {what}"),
+                &Value::String(kind.to_owned()),
+                &TYPES,
             ));
         }
-    } else if !TYPES.contains(&kind) {
-        errors.push(FieldError::not_supported(
-            format!("{path}.type"),
-            &Value::String(kind.to_owned()),
-            &TYPES,
-        ));
-    }
-    if schema.get("x-kubernetes-preserve-unknown-fields") == Some(&Value::Bool(false)) {
-        errors.push(FieldError::invalid(
-            format!("{path}.x-kubernetes-preserve-unknown-fields"),
-            &Value::Bool(false),
-            "must be true or undefined",
-        ));
-    }
-    let has_properties = schema
-        .get("properties")
-        .and_then(Value::as_object)
-        .is_some_and(|p| !p.is_empty());
-    if has_properties
-        && schema
-            .get("additionalProperties")
-            .is_some_and(|a| a != &Value::Bool(false))
-    {
-        errors.push(FieldError::forbidden(
-            format!("{path}.additionalProperties"),
-            "additionalProperties and properties are mutual exclusive",
-        ));
-    }
-    if flag("uniqueItems") {
-        errors.push(FieldError::forbidden(
-            format!("{path}.uniqueItems"),
-            "uniqueItems cannot be set to true since the runtime complexity becomes quadratic",
-        ));
-    }
-    if schema.get("$ref").is_some() {
-        errors.push(FieldError::forbidden(
-            format!("{path}.$ref"),
-            "$ref is not supported",
-        ));
-    }
-    list_type(schema, kind, path, errors);
-    default(schema, path, errors);
-    cel::rule_errors(schema, path, uncorrelated, errors);
-    if let Some(pattern) = schema.get("pattern").and_then(Value::as_str)
-        && let Err(error) = regex::Regex::new(pattern)
-    {
-        errors.push(FieldError::invalid(
-            format!("{path}.pattern"),
-            &Value::String(pattern.to_owned()),
-            format!("must be a valid regular expression, but isn't: {error}"),
-        ));
-    }
-    for word in ["allOf", "anyOf", "oneOf"] {
-        for (i, branch) in meta::list_at(schema, word).iter().enumerate() {
-            let int_or_string = flag("x-kubernetes-int-or-string");
-            branch_is_plain(branch, &format!("{path}.{word}[{i}]"), int_or_string, errors);
+        if schema.get("x-kubernetes-preserve-unknown-fields") == Some(&Value::Bool(false)) {
+            errors.push(FieldError::invalid(
+                format!("{path}.x-kubernetes-preserve-unknown-fields"),
+                &Value::Bool(false),
+                "must be true or undefined",
+            ));
         }
-    }
-    if let Some(branch) = schema.get("not") {
-        branch_is_plain(branch, &format!("{path}.not"), false, errors);
-    }
-    for (name, child) in schema
-        .get("properties")
-        .and_then(Value::as_object)
-        .into_iter()
-        .flatten()
-    {
-        node(
-            child,
-            &format!("{path}.properties[{name}]"),
-            Place::Field,
-            uncorrelated,
-            errors,
-        );
-    }
-    if let Some(child @ Value::Object(_)) = schema.get("additionalProperties") {
-        node(
-            child,
-            &format!("{path}.additionalProperties"),
-            Place::Field,
-            uncorrelated,
-            errors,
-        );
-    }
-    if let Some(child) = schema.get("items") {
-        let by_key = meta::str_at(schema, "x-kubernetes-list-type") == "map";
-        let uncorrelated = uncorrelated.or((!by_key).then_some(path));
-        node(
-            child,
-            &format!("{path}.items"),
-            Place::Items,
-            uncorrelated,
-            errors,
-        );
-    } else if kind == "array" {
-        errors.push(FieldError::required(format!("{path}.items"), "must be specified"));
+        let has_properties = schema
+            .get("properties")
+            .and_then(Value::as_object)
+            .is_some_and(|p| !p.is_empty());
+        if has_properties
+            && schema
+                .get("additionalProperties")
+                .is_some_and(|a| a != &Value::Bool(false))
+        {
+            errors.push(FieldError::forbidden(
+                format!("{path}.additionalProperties"),
+                "additionalProperties and properties are mutual exclusive",
+            ));
+        }
+        if flag("uniqueItems") {
+            errors.push(FieldError::forbidden(
+                format!("{path}.uniqueItems"),
+                "uniqueItems cannot be set to true since the runtime complexity becomes quadratic",
+            ));
+        }
+        if schema.get("$ref").is_some() {
+            errors.push(FieldError::forbidden(
+                format!("{path}.$ref"),
+                "$ref is not supported",
+            ));
+        }
+        list_type(schema, kind, path, errors);
+        default(schema, path, errors);
+        cel::rule_errors(schema, path, uncorrelated, times, &mut self.costs, errors);
+        if let Some(pattern) = schema.get("pattern").and_then(Value::as_str)
+            && let Err(error) = regex::Regex::new(pattern)
+        {
+            errors.push(FieldError::invalid(
+                format!("{path}.pattern"),
+                &Value::String(pattern.to_owned()),
+                format!(
+                    "must be a valid regular expression, but isn't: {}",
+                    go_pattern_error(pattern, &error)
+                ),
+            ));
+        }
+        for word in ["allOf", "anyOf", "oneOf"] {
+            for (i, branch) in meta::list_at(schema, word).iter().enumerate() {
+                let int_or_string = flag("x-kubernetes-int-or-string");
+                branch_is_plain(branch, &format!("{path}.{word}[{i}]"), int_or_string, errors);
+            }
+        }
+        if let Some(branch) = schema.get("not") {
+            branch_is_plain(branch, &format!("{path}.not"), false, errors);
+        }
+        for (name, child) in schema
+            .get("properties")
+            .and_then(Value::as_object)
+            .into_iter()
+            .flatten()
+        {
+            let at = At {
+                place: Place::Field,
+                ..at
+            };
+            self.node(child, &format!("{path}.properties[{name}]"), at);
+        }
+        if let Some(child @ Value::Object(_)) = schema.get("additionalProperties") {
+            let at = At {
+                place: Place::Field,
+                uncorrelated,
+                times: times.saturating_mul(cel_check::occurrences(schema).max(1)),
+            };
+            self.node(child, &format!("{path}.additionalProperties"), at);
+        }
+        if let Some(child) = schema.get("items") {
+            let by_key = meta::str_at(schema, "x-kubernetes-list-type") == "map";
+            let uncorrelated = uncorrelated.or((!by_key).then_some(path));
+            let at = At {
+                place: Place::Items,
+                uncorrelated,
+                times: times.saturating_mul(cel_check::occurrences(schema).max(1)),
+            };
+            self.node(child, &format!("{path}.items"), at);
+        } else if kind == "array" {
+            self.errors
+                .push(FieldError::required(format!("{path}.items"), "must be specified"));
+        }
     }
 }
 

@@ -48,6 +48,8 @@ pub(crate) struct Accepted {
 }
 
 const SUPPORTED: &str = "only the following media types are accepted: application/json, application/yaml, application/vnd.kubernetes.protobuf";
+/// What a watch comes in.
+pub(crate) const STREAMS: &str = "only the following media types are accepted: application/json;stream=watch, application/vnd.kubernetes.protobuf;stream=watch";
 const NONE: &str = "406: Not Acceptable\n\nAvailable representations: application/json, application/yaml, application/vnd.kubernetes.protobuf";
 
 /// Choose from an Accept header. Protobuf is not written; clients that prefer it name JSON as well.

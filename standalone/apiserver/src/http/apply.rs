@@ -65,7 +65,7 @@ pub(crate) fn applied(
                 &format!(".{unknown}: field not declared in schema"),
             ));
         }
-        if let Some(error) = report.error {
+        if let Some(error) = report.typed.or(report.error) {
             return Err(typed_error(call, as_sent, &error));
         }
     } else {
@@ -99,7 +99,7 @@ pub(crate) fn applied(
         remarks: config.remarks.clone(),
         source: config.source.clone(),
     };
-    let (mut fitted, more) = body::fit(call, document, Fit::Patched)?;
+    let (mut fitted, more) = body::fit(call, document, Fit::Patched(&String::new))?;
     warnings.extend(more);
     if let Some(fields) = fields {
         meta::metadata_mut(&mut fitted).insert("managedFields".into(), fields);

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::body::{self, Document, Fit};
-use super::request::Call;
+use super::request::{Call, FieldValidation};
 use super::write::{Change, check_namespace};
 use crate::error::{ApiError, ApiResult, Cause, FieldError};
 use crate::hub::Hub;
@@ -221,10 +221,18 @@ pub(crate) fn read_patch(call: &Call, media: &str, bytes: Bytes) -> ApiResult<Ch
             }
             let config = body::yaml_document(&bytes)
                 .map_err(|e| ApiError::bad_request(format!("error decoding YAML: {}", e.message)))?;
+            if call.field_validation() == FieldValidation::Strict
+                && let Some(repeated) = config.remarks.iter().find(|remark| remark.starts_with("line "))
+            {
+                return Err(ApiError::bad_request(format!(
+                    "error strict decoding YAML: error converting YAML to JSON: yaml: unmarshal errors:\n  {repeated}"
+                )));
+            }
             if !config.value.is_object() {
-                return Err(ApiError::bad_request(
-                    "error decoding YAML: json: cannot unmarshal into Go value of type map[string]interface {}",
-                ));
+                return Err(ApiError::bad_request(format!(
+                    "error decoding YAML: error unmarshaling JSON: while decoding JSON: json: cannot unmarshal {} into Go value of type map[string]interface {{}}",
+                    crate::meta::type_word(&config.value)
+                )));
             }
             Ok(Change::Apply {
                 config,
@@ -244,7 +252,10 @@ pub(crate) fn bad_patch_json(bytes: &Bytes) -> ApiError {
         Err(error) if error.is_eof() => {
             ApiError::bad_request("error decoding patch: unexpected end of JSON input")
         }
-        Err(error) => ApiError::bad_request(format!("error decoding patch: {error}")),
+        Err(error) => {
+            let text = crate::schema::syntax::complaint(bytes).unwrap_or_else(|| error.to_string());
+            ApiError::bad_request(format!("error decoding patch: {text}"))
+        }
         Ok(_) => ApiError::bad_request("error decoding patch"),
     }
 }

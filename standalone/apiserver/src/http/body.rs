@@ -11,7 +11,7 @@ use super::MAX_BODY;
 use super::request::{Call, FieldValidation};
 use crate::crd::prune;
 use crate::error::{ApiError, ApiResult};
-use crate::schema::{conform, json as reader};
+use crate::schema::{conform, json as reader, syntax};
 
 /// At most this many warnings are sent.
 const MAX_WARNINGS: usize = 1000;
@@ -104,15 +104,19 @@ fn whole(call: &Call, document: ApiResult<Document>) -> ApiResult<Document> {
         e.message = format!("{prefix}{}", e.message);
         e
     })?;
+    let mut into = "Go value of type struct { APIVersion string \"json:\\\"apiVersion,omitempty\\\"\"; Kind string \"json:\\\"kind,omitempty\\\"\" }".to_owned();
     let kind = match &document.value {
         Value::Object(map) => {
-            let typed = ["apiVersion", "kind"]
-                .iter()
-                .all(|k| map.get(*k).is_none_or(|v| v.is_string() || v.is_null()));
-            if typed {
+            let wrong = ["apiVersion", "kind"].iter().find_map(|k| {
+                map.get(*k)
+                    .filter(|v| !v.is_string() && !v.is_null())
+                    .map(|v| (k, v))
+            });
+            let Some((field, value)) = wrong else {
                 return Ok(document);
-            }
-            "number"
+            };
+            into = format!("Go struct field .{field} of type string");
+            crate::meta::type_word(value)
         }
         Value::Null => {
             document.value = Value::Object(serde_json::Map::new());
@@ -124,17 +128,14 @@ fn whole(call: &Call, document: ApiResult<Document>) -> ApiResult<Document> {
         Value::Bool(_) => "bool",
     };
     Err(ApiError::bad_request(format!(
-        "{prefix}couldn't get version/kind; json parse error: json: cannot unmarshal {kind} into Go value of type struct {{ APIVersion string \"json:\\\"apiVersion,omitempty\\\"\"; Kind string \"json:\\\"kind,omitempty\\\"\" }}"
+        "{prefix}couldn't get version/kind; json parse error: json: cannot unmarshal {kind} into {into} ({})",
+        shown(&document.source)
     )))
 }
 
 pub(crate) fn json_document(bytes: &Bytes) -> ApiResult<Document> {
     let decoded = reader::decode(bytes).map_err(|e| {
-        let text = if e.is_eof() {
-            "unexpected end of JSON input".to_owned()
-        } else {
-            e.to_string()
-        };
+        let text = syntax::complaint(bytes).unwrap_or_else(|| e.to_string());
         ApiError::bad_request(format!(
             "couldn't get version/kind; json parse error: {text} ({})",
             shown(bytes)
@@ -178,29 +179,41 @@ pub(crate) fn yaml_document(bytes: &Bytes) -> ApiResult<Document> {
     {
         return Ok(document);
     }
-    let value: Value = serde_yaml::from_str(&text)
+    let decoded = reader::decode_yaml(&text)
         .map_err(|e| ApiError::bad_request(format!("error converting YAML to JSON: yaml: {e}")))?;
+    let mut remarks = Vec::new();
+    if !decoded.duplicates.is_empty() {
+        remarks.extend(
+            reader::repeated_keys(&text)
+                .iter()
+                .map(|(line, key)| format!("line {line}: key {key:?} already set in map")),
+        );
+        if remarks.is_empty() {
+            remarks.extend(
+                decoded
+                    .duplicates
+                    .iter()
+                    .map(|d| format!("duplicate field {d:?}")),
+            );
+        }
+    }
+    // Kubernetes reads YAML by way of sorted JSON, so unknown fields come in the order of their names.
     Ok(Document {
-        source: bytes.clone(),
-        ..Document::of(value)
+        remarks,
+        ..Document::of(decoded.value)
     })
 }
 
 /// Fit a document to the type of the call: drop and report unknown fields, refuse values of a wrong type, default.
 /// Returns the warnings to send.
-pub(crate) fn fit(call: &Call, document: Document, how: Fit) -> ApiResult<(Value, Vec<String>)> {
+pub(crate) fn fit(call: &Call, document: Document, how: Fit<'_>) -> ApiResult<(Value, Vec<String>)> {
     let kind = &call.target.kind;
     let version = call.target.version();
     let mut document = document;
     let mut remarks = std::mem::take(&mut document.remarks);
     let mut value = document.value.take();
-    // How a failure names what was patched.
-    let mut quoted = String::new();
     if kind.is_custom() {
         let mut unknown = Vec::new();
-        if how == Fit::Patched && call.field_validation() == FieldValidation::Strict {
-            quoted = value.to_string();
-        }
         prune::prune(&version.schema, &mut value, &mut unknown);
         unknown.sort();
         remarks.extend(unknown.iter().map(|u| format!("unknown field {u:?}")));
@@ -208,8 +221,8 @@ pub(crate) fn fit(call: &Call, document: Document, how: Fit) -> ApiResult<(Value
     } else {
         let (conformed, report) = conform::conform(&version.schema, value);
         if let Some(error) = report.error {
-            if how == Fit::Patched {
-                return Err(patched_error(call, &document.source, quoted, &error));
+            if let Fit::Patched(quotation) = how {
+                return Err(patched_error(quotation(), &error));
             }
             return Err(ApiError::bad_request(format!(
                 "{} in version {:?} cannot be handled as a {}: {error}",
@@ -230,15 +243,17 @@ pub(crate) fn fit(call: &Call, document: Document, how: Fit) -> ApiResult<(Value
             FieldValidation::Ignore => {}
             FieldValidation::Warn => warnings.extend(remarks.into_iter().take(MAX_WARNINGS)),
             FieldValidation::Strict => {
-                let list = remarks.join(", ");
+                let mut list = remarks.join(", ");
+                if list.starts_with("line ") {
+                    list.insert_str(0, "yaml: unmarshal errors:\n  ");
+                }
                 return Err(match how {
                     Fit::Body => ApiError::bad_request(format!(
                         "{} in version {:?} cannot be handled as a {}: strict decoding error: {list}",
                         kind.kind, &*call.target.version, kind.kind
                     )),
-                    Fit::Patched => {
-                        let text = format!("strict decoding error: {list}");
-                        patched_error(call, &document.source, quoted, &text)
+                    Fit::Patched(quotation) => {
+                        patched_error(quotation(), &format!("strict decoding error: {list}"))
                     }
                 });
             }
@@ -247,47 +262,18 @@ pub(crate) fn fit(call: &Call, document: Document, how: Fit) -> ApiResult<(Value
     Ok((value, warnings))
 }
 
-/// A patch whose outcome does not fit the type. It quotes the patch as Go prints it, or the patched object where that is at hand.
-fn patched_error(call: &Call, source: &Bytes, patched: String, text: &str) -> ApiError {
-    let quoted = if call
-        .header("content-type")
-        .starts_with("application/strategic-merge-patch+json")
-    {
-        reader::decode(source)
-            .map(|patch| go_text(&patch.value))
-            .unwrap_or_default()
-    } else {
-        patched
-    };
-    let error = crate::error::FieldError::invalid("patch", &Value::String(quoted), text);
+/// A patch whose outcome does not fit the type.
+fn patched_error(quotation: String, text: &str) -> ApiError {
+    let error = crate::error::FieldError::invalid("patch", &Value::String(quotation), text);
     ApiError::invalid("", "", "", &[error])
 }
 
-/// A value as Go's `%v` prints it.
-fn go_text(value: &Value) -> String {
-    match value {
-        Value::Null => "<nil>".to_owned(),
-        Value::String(text) => text.clone(),
-        Value::Array(items) => {
-            let items: Vec<String> = items.iter().map(go_text).collect();
-            format!("[{}]", items.join(" "))
-        }
-        Value::Object(members) => {
-            let members: Vec<String> = members
-                .iter()
-                .map(|(k, v)| format!("{k}:{}", go_text(v)))
-                .collect();
-            format!("map[{}]", members.join(" "))
-        }
-        other => other.to_string(),
-    }
-}
-
 /// Where a document came from, which decides how a strict failure is worded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Fit {
+#[derive(Clone, Copy)]
+pub(crate) enum Fit<'a> {
     Body,
-    Patched,
+    /// Of a patch; how a failure quotes it.
+    Patched(&'a dyn Fn() -> String),
 }
 
 /// The body's own apiVersion and kind must be those of the path.

@@ -5,13 +5,16 @@ pub(crate) mod apply;
 pub(crate) mod before;
 pub(crate) mod body;
 pub(crate) mod delete;
+pub(crate) mod quoted;
 pub(crate) mod read;
 pub(crate) mod request;
 pub(crate) mod respond;
+pub(crate) mod reviews;
 pub(crate) mod roots;
 pub(crate) mod subresources;
 pub(crate) mod watch;
 pub(crate) mod write;
+pub(crate) mod yaml;
 
 use std::sync::Arc;
 
@@ -50,6 +53,11 @@ async fn serve(
     if user.is_anonymous() {
         return Err(anonymous(&user, &parts.method, &path));
     }
+    reviews::check_impersonation(&parts)?;
+    let body = match reviews::serve(&hub, &parts, &path, &user, body).await? {
+        Ok(answer) => return Ok(answer),
+        Err(body) => body,
+    };
     let (target, watch_prefix) = Target::parse(&path, &registry)?;
     let call = Call::new(target, &parts, user, watch_prefix)?;
     let method = parts.method.clone();

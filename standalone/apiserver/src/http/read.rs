@@ -11,6 +11,7 @@ use super::request::Call;
 use super::respond;
 use crate::error::{ApiError, ApiResult, Cause, Details};
 use crate::hub::Hub;
+use crate::schema::syntax;
 use crate::selector::{FieldSelector, LabelSelector};
 use crate::store::{Stored, TypeHead};
 use crate::{table, versions};
@@ -187,10 +188,14 @@ fn decode_continue(token: &str, prefix: &str) -> ApiResult<Continue> {
             "invalid continue token: continue key is not valid: {why}"
         ))
     };
-    let bytes = base64::engine::general_purpose::URL_SAFE_NO_PAD
-        .decode(token)
-        .map_err(|e| invalid(&e.to_string()))?;
-    let body: Value = serde_json::from_slice(&bytes).map_err(|e| invalid(&e.to_string()))?;
+    // As Go reads it: bits that are left over do not matter.
+    let lenient = base64::engine::GeneralPurpose::new(
+        &base64::alphabet::URL_SAFE,
+        base64::engine::general_purpose::NO_PAD.with_decode_allow_trailing_bits(true),
+    );
+    let bytes = lenient.decode(token).map_err(|e| invalid(&e.to_string()))?;
+    let body: Value = serde_json::from_slice(&bytes)
+        .map_err(|e| invalid(&syntax::complaint(&bytes).unwrap_or_else(|| e.to_string())))?;
     let version = body.get("v").and_then(Value::as_str).unwrap_or_default();
     if version != "meta.k8s.io/v1" {
         return Err(invalid(&format!(

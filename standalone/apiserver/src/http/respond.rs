@@ -52,7 +52,7 @@ pub(crate) fn text(code: u16, body: impl Into<String>) -> Response<Body> {
 /// An object in the accepted encoding.
 pub(crate) fn value(code: u16, value: &Value, accepted: Accepted, warnings: &[String]) -> Response<Body> {
     if accepted.yaml {
-        let text = serde_yaml::to_string(value).unwrap_or_default();
+        let text = super::yaml::text(value);
         return bytes(code, Bytes::from(text), "application/yaml", warnings);
     }
     json(code, value, warnings)

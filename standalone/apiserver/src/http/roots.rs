@@ -53,7 +53,13 @@ pub(crate) fn serve(
             Ok(text) => respond::text(200, text),
             Err(error) => error,
         },
-        ["version"] => respond::json(200, &version(), &[]),
+        ["version"] => respond::bytes(
+            200,
+            // Indented, as people look at it with `kubectl get --raw`.
+            serde_json::to_vec_pretty(&version()).unwrap_or_default().into(),
+            "application/json",
+            &[],
+        ),
         [""] => respond::json(200, &json!({"paths": discovery::root_paths(registry)}), &[]),
         ["metrics"] => respond::text(200, metrics(hub)),
         ["api"] if accepts_aggregated(accept) => aggregated(hub, &discovery::aggregated(registry, true)),

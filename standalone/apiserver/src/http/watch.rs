@@ -96,7 +96,9 @@ fn check_options(call: &Call) -> ApiResult<bool> {
 pub(crate) async fn serve(hub: Arc<Hub>, call: Call) -> ApiResult<Response<Body>> {
     let accepted = accept::negotiate(call.header("accept"))?;
     if accepted.yaml {
-        return Err(accept::none_acceptable());
+        // Told in the form that was asked for.
+        let error = ApiError::new(406, "NotAcceptable", accept::STREAMS);
+        return Ok(super::respond::value(406, &error.to_status(), accepted, &[]));
     }
     let streaming_list = check_options(&call)?;
     let selection = Selection::of(&call)?;

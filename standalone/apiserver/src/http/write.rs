@@ -324,7 +324,12 @@ async fn compute(
     defaults::resolve(hub, kind, &mut object, live.as_ref())
         .map_err(|errors| ApiError::invalid(&kind.group, &kind.kind, name, &errors))?;
     if !kind.is_custom() {
+        // No definition is without versions: what is refused is named as it was sent.
+        let no_versions = meta::at(&object, "spec.versions").is_some_and(|v| *v == json!([]));
         crate::schema::conform::empty_required_to_null(&version.schema, &mut object);
+        if no_versions && kind.is("apiextensions.k8s.io", "customresourcedefinitions") {
+            meta::member_object(&mut object, "spec").insert("versions".into(), json!([]));
+        }
     }
     if let Some(live) = &live {
         strategy::bump_generation(kind, version, &mut object, live);
@@ -336,7 +341,13 @@ async fn compute(
     }
     let errors = validate::object(kind, version, &object, live.as_ref(), &target.subresource);
     if !errors.is_empty() {
-        return Err(ApiError::invalid(&kind.group, &kind.kind, name, &errors).with_warnings(warnings));
+        // Both kinds of Event are one kind to those who check them.
+        let group = if kind.is("events.k8s.io", "events") {
+            ""
+        } else {
+            &*kind.group
+        };
+        return Err(ApiError::invalid(group, &kind.kind, name, &errors).with_warnings(warnings));
     }
     warnings.extend(validate::warnings::of(kind, &object, live.as_ref()));
     if let Some(live) = live {
@@ -366,6 +377,9 @@ fn edited(
         remarks: document.remarks.clone(),
         source: document.source.clone(),
     };
+    let schema = write.schema;
+    let quotation = || super::quoted::of(change, live, schema, kind.is_custom());
+    let patched = Fit::Patched(&quotation);
     let (document, how) = match change {
         Change::Create(document) => (take(document), Fit::Body),
         Change::Replace(document) => {
@@ -384,11 +398,11 @@ fn edited(
                 let what = "the document is no object any more".to_owned();
                 return Err(json_failure(&patch::json::Failure::Operation(what)));
             }
-            let patched = Document {
+            let document = Document {
                 remarks: document.remarks.clone(),
                 ..Document::of(value)
             };
-            (patched, Fit::Patched)
+            (document, patched)
         }
         Change::Merge(document) => {
             let mut value = existing()?.clone();
@@ -406,7 +420,7 @@ fn edited(
                     remarks,
                     source: document.source.clone(),
                 },
-                Fit::Patched,
+                patched,
             )
         }
         Change::Strategic(document) => {
@@ -420,7 +434,7 @@ fn edited(
                     remarks,
                     source: document.source.clone(),
                 },
-                Fit::Patched,
+                patched,
             )
         }
         Change::Apply { config, force } => {

@@ -98,7 +98,8 @@ fn merge_map(
         let (field, named) = schema.member(field_name);
         if !named && matches!(schema.resolve().shape, Shape::Struct(_)) {
             return Err(format!(
-                "unable to find api field in struct for the json field {field_name:?}"
+                "unable to find api field in struct {} for the json field {field_name:?}",
+                schema.go_name()
             ));
         }
         if let Some(Value::Array(list)) = original.get_mut(field_name) {

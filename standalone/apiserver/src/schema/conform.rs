@@ -14,17 +14,84 @@ pub(crate) struct Report {
     pub(crate) unknown: Vec<String>,
     /// The first value of a wrong type.
     pub(crate) error: Option<String>,
+    /// The same in the words of server-side apply, which knows a field's path but no Go structs.
+    pub(crate) typed: Option<String>,
+}
+
+/// Where in a document one is.
+#[derive(Default)]
+struct At {
+    /// Every step, as `spec.containers[0].env`.
+    path: String,
+    /// Fields of structs alone, as Go's decoder names them: `spec.containers.env`.
+    fields: String,
+    /// The struct that has the last of the fields.
+    owner: &'static str,
+}
+
+impl At {
+    /// What `inner` finds one step further. `owner` is given where the step is a field of a struct.
+    fn step<T>(&mut self, name: &str, owner: Option<&'static str>, inner: impl FnOnce(&mut Self) -> T) -> T {
+        let (path, fields, before) = (self.path.len(), self.fields.len(), self.owner);
+        if !self.path.is_empty() && !name.starts_with('[') {
+            self.path.push('.');
+        }
+        self.path.push_str(name);
+        if let Some(owner) = owner {
+            if !self.fields.is_empty() {
+                self.fields.push('.');
+            }
+            self.fields.push_str(name);
+            self.owner = owner;
+        }
+        let found = inner(self);
+        self.path.truncate(path);
+        self.fields.truncate(fields);
+        self.owner = before;
+        found
+    }
 }
 
 /// Fit `value` to `schema`.
 pub(crate) fn conform(schema: &Schema, value: Value) -> (Value, Report) {
     let mut report = Report::default();
-    let mut path = String::new();
-    let value = walk(schema, value, &mut path, &mut report);
+    let value = walk(schema, value, &mut At::default(), &mut report);
     (value, report)
 }
 
-fn walk(schema: &Schema, value: Value, path: &mut String, report: &mut Report) -> Value {
+/// A type as Go's reflection prints it.
+fn go_type(schema: &Schema) -> String {
+    match &schema.shape {
+        Shape::Ref(id) => match schema.resolve().shape {
+            Shape::Struct(_) => {
+                let name = super::builtin_name(*id);
+                let mut parts = name.rsplitn(3, '.');
+                let (kind, version) = (parts.next().unwrap_or(name), parts.next().unwrap_or_default());
+                format!("{version}.{kind}")
+            }
+            _ => go_type(schema.resolve()),
+        },
+        Shape::Scalar(scalar) => go_scalar(*scalar).to_owned(),
+        Shape::List { item, .. } => format!("[]{}", go_type(item)),
+        Shape::Map { value } => format!("map[string]{}", go_type(value)),
+        Shape::Any | Shape::Open | Shape::Struct(_) => "map[string]interface {}".to_owned(),
+    }
+}
+
+fn go_scalar(scalar: Scalar) -> &'static str {
+    match scalar {
+        Scalar::String | Scalar::Time | Scalar::MicroTime => "string",
+        Scalar::Int32 => "int32",
+        Scalar::Int64 => "int64",
+        Scalar::Number => "float64",
+        Scalar::Boolean => "bool",
+        Scalar::Bytes => "[]uint8",
+        Scalar::IntOrString => "intstr.IntOrString",
+        Scalar::Quantity => "resource.Quantity",
+    }
+}
+
+fn walk(schema: &Schema, value: Value, path: &mut At, report: &mut Report) -> Value {
     match &schema.resolve().shape {
         Shape::Any | Shape::Ref(_) => value,
         Shape::Open => value,
@@ -33,44 +100,37 @@ fn walk(schema: &Schema, value: Value, path: &mut String, report: &mut Report) -
             Value::Array(items) => {
                 let mut out = Vec::with_capacity(items.len());
                 for (i, v) in items.into_iter().enumerate() {
-                    let at = path.len();
-                    path.push_str(&format!("[{i}]"));
-                    let v = if v.is_null() {
+                    out.push(if v.is_null() {
                         null_item(item)
                     } else {
-                        walk(item, v, path, report)
-                    };
-                    path.truncate(at);
-                    out.push(v);
+                        path.step(&format!("[{i}]"), None, |path| walk(item, v, path, report))
+                    });
                 }
                 Value::Array(out)
             }
             Value::Null => Value::Null,
-            other => mismatch(&other, "[]", path, report),
+            other => mismatch(&other, &go_type(schema), path, report),
         },
         Shape::Map { value: element } => match value {
             Value::Object(members) => {
                 let mut out = Map::new();
                 for (key, v) in members {
-                    let at = path.len();
-                    push_name(path, &key);
                     let v = if v.is_null() {
                         null_item(element)
                     } else {
-                        walk(element, v, path, report)
+                        path.step(&key, None, |path| walk(element, v, path, report))
                     };
-                    path.truncate(at);
                     out.insert(key, v);
                 }
                 Value::Object(out)
             }
             Value::Null => Value::Null,
-            other => mismatch(&other, "map", path, report),
+            other => mismatch(&other, &go_type(schema), path, report),
         },
         Shape::Struct(s) => match value {
-            Value::Object(members) => walk_struct(s, members, path, report),
+            Value::Object(members) => walk_struct(s, schema.go_name(), members, path, report),
             Value::Null => Value::Null,
-            other => mismatch(&other, "struct", path, report),
+            other => mismatch(&other, &go_type(schema), path, report),
         },
     }
 }
@@ -85,16 +145,19 @@ fn null_item(item: &Schema) -> Value {
     }
 }
 
-fn walk_struct(s: &Struct, mut members: Map<String, Value>, path: &mut String, report: &mut Report) -> Value {
+fn walk_struct(
+    s: &Struct,
+    owner: &'static str,
+    mut members: Map<String, Value>,
+    path: &mut At,
+    report: &mut Report,
+) -> Value {
     let mut out = Map::new();
     for (name, field) in &s.fields {
         let given = members.remove(&**name).filter(|v| !v.is_null());
         match given {
             Some(value) => {
-                let at = path.len();
-                push_name(path, name);
-                let value = walk(&field.schema, value, path, report);
-                path.truncate(at);
+                let value = path.step(name, Some(owner), |path| walk(&field.schema, value, path, report));
                 if value.is_null() && !matches!(field.schema.resolve().shape, Shape::Any) {
                     absent(name, field, &mut out);
                 } else if field.empty == EmptyValue::Dropped && super::is_go_zero(&value) {
@@ -110,10 +173,7 @@ fn walk_struct(s: &Struct, mut members: Map<String, Value>, path: &mut String, r
         if s.preserve_unknown {
             out.insert(key, value);
         } else {
-            let at = path.len();
-            push_name(path, &key);
-            report.unknown.push(path.clone());
-            path.truncate(at);
+            path.step(&key, None, |at| report.unknown.push(at.path.clone()));
         }
     }
     Value::Object(out)
@@ -145,7 +205,7 @@ fn absent(name: &str, field: &Field, out: &mut Map<String, Value>) {
     }
 }
 
-fn walk_scalar(scalar: Scalar, value: Value, path: &str, report: &mut Report) -> Value {
+fn walk_scalar(scalar: Scalar, value: Value, path: &At, report: &mut Report) -> Value {
     match (scalar, value) {
         (_, Value::Null) => Value::Null,
         (Scalar::String, v @ Value::String(_)) => v,
@@ -169,11 +229,7 @@ fn walk_scalar(scalar: Scalar, value: Value, path: &str, report: &mut Report) ->
         (Scalar::IntOrString, v @ Value::String(_)) => v,
         (Scalar::Quantity, Value::String(text)) => match quantity::canonical(&text) {
             Some(canonical) => Value::String(canonical),
-            None => fail(
-                "quantities must match the regular expression '^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$'"
-                    .to_owned(),
-                report,
-            ),
+            None => fail(quantity::MALFORMED.to_owned(), report),
         },
         (Scalar::Quantity, Value::Number(n)) => match quantity::canonical(&n.to_string()) {
             Some(canonical) => Value::String(canonical),
@@ -208,18 +264,19 @@ fn walk_scalar(scalar: Scalar, value: Value, path: &str, report: &mut Report) ->
             None => fail(bad_time(&text), report),
         },
         (scalar, other) => {
-            let go = match scalar {
-                Scalar::String => "string",
-                Scalar::Int32 => "int32",
-                Scalar::Int64 => "int64",
-                Scalar::Number => "float64",
-                Scalar::Boolean => "bool",
-                Scalar::Bytes => "[]uint8",
-                Scalar::IntOrString => "intstr.IntOrString",
-                Scalar::Quantity => "resource.Quantity",
-                Scalar::Time | Scalar::MicroTime => "string",
+            let expected = match scalar {
+                Scalar::String | Scalar::Bytes => "string",
+                Scalar::Int32 | Scalar::Int64 | Scalar::Number => "numeric (int or float)",
+                Scalar::Boolean => "boolean",
+                Scalar::IntOrString | Scalar::Quantity | Scalar::Time | Scalar::MicroTime => "",
             };
-            mismatch(&other, go, path, report)
+            if report.error.is_none() && !expected.is_empty() && !other.is_object() && !other.is_array() {
+                report.typed = Some(format!(
+                    ".{}: expected {expected}, got &value.valueUnstructured{{Value:{other}}}",
+                    path.path
+                ));
+            }
+            mismatch(&other, go_scalar(scalar), path, report)
         }
     }
 }
@@ -235,47 +292,25 @@ fn fail(message: String, report: &mut Report) -> Value {
     Value::Null
 }
 
-fn number_mismatch(n: &serde_json::Number, go: &str, path: &str, report: &mut Report) -> Value {
+fn number_mismatch(n: &serde_json::Number, go: &str, path: &At, report: &mut Report) -> Value {
     fail(
         format!(
-            "json: cannot unmarshal number {n} into Go struct field {} of type {go}",
-            go_path(path)
+            "json: cannot unmarshal number {n} into Go struct field {}.{} of type {go}",
+            path.owner, path.fields
         ),
         report,
     )
 }
 
-fn mismatch(value: &Value, go: &str, path: &str, report: &mut Report) -> Value {
+fn mismatch(value: &Value, go: &str, path: &At, report: &mut Report) -> Value {
     let what = crate::meta::type_word(value);
     fail(
         format!(
-            "json: cannot unmarshal {what} into Go struct field {} of type {go}",
-            go_path(path)
+            "json: cannot unmarshal {what} into Go struct field {}.{} of type {go}",
+            path.owner, path.fields
         ),
         report,
     )
-}
-
-/// Go names fields without indices.
-fn go_path(path: &str) -> String {
-    let mut out = String::with_capacity(path.len());
-    let mut inside = false;
-    for c in path.chars() {
-        match c {
-            '[' => inside = true,
-            ']' => inside = false,
-            c if !inside => out.push(c),
-            _ => {}
-        }
-    }
-    out
-}
-
-fn push_name(path: &mut String, name: &str) {
-    if !path.is_empty() {
-        path.push('.');
-    }
-    path.push_str(name);
 }
 
 /// Storage does not tell an empty required list from none: both are null.
@@ -335,7 +370,9 @@ mod tests {
         );
         assert_eq!(
             report.error.as_deref(),
-            Some("json: cannot unmarshal string into Go struct field spec.replicas of type int32")
+            Some(
+                "json: cannot unmarshal string into Go struct field DeploymentSpec.spec.replicas of type int32"
+            )
         );
     }
 

@@ -30,6 +30,64 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<Decoded, serde_json::Error> {
     Ok(Decoded { value, duplicates })
 }
 
+/// Decode the first document of a YAML stream, as Kubernetes does.
+pub(crate) fn decode_yaml(text: &str) -> Result<Decoded, serde_yaml::Error> {
+    let mut duplicates = Vec::new();
+    let value = match serde_yaml::Deserializer::from_str(text).next() {
+        Some(document) => Seed {
+            path: None,
+            duplicates: &mut duplicates,
+            depth: 0,
+        }
+        .deserialize(document)?,
+        None => Value::Null,
+    };
+    Ok(Decoded { value, duplicates })
+}
+
+/// Lines of block mappings that set a key once more, counted from 1, with the key.
+pub(crate) fn repeated_keys(text: &str) -> Vec<(usize, String)> {
+    let mut found = Vec::new();
+    // Mappings that are open, by their indentation, with the keys seen in them.
+    let mut open: Vec<(usize, Vec<&str>)> = Vec::new();
+    let mut block_scalar: Option<usize> = None;
+    for (number, line) in text.lines().enumerate() {
+        let mut indent = line.len() - line.trim_start_matches(' ').len();
+        let mut rest = line.trim();
+        if rest.is_empty() || rest.starts_with('#') {
+            continue;
+        }
+        if block_scalar.is_some_and(|outer| indent > outer) {
+            continue;
+        }
+        block_scalar = None;
+        let item = rest.starts_with("- ");
+        while let Some(inner) = rest.strip_prefix("- ") {
+            // An item is a mapping of its own.
+            open.retain(|(depth, _)| *depth <= indent);
+            indent += rest.len() - inner.trim_start().len();
+            rest = inner.trim_start();
+        }
+        open.retain(|(depth, _)| *depth < indent || (*depth == indent && !item));
+        let Some((key, value)) = rest
+            .split_once(": ")
+            .or_else(|| rest.strip_suffix(':').map(|key| (key, "")))
+        else {
+            continue;
+        };
+        let key = key.trim().trim_matches(['"', '\'']);
+        if value.trim_start().starts_with(['|', '>']) {
+            block_scalar = Some(indent);
+        }
+        match open.last_mut().filter(|(depth, _)| *depth == indent) {
+            Some((_, keys)) if keys.contains(&key) => found.push((number + 1, key.to_owned())),
+            Some((_, keys)) => keys.push(key),
+            None => open.push((indent, vec![key])),
+        }
+    }
+    found
+}
+
 /// A linked path, so that nothing is allocated unless a duplicate is found.
 #[derive(Clone, Copy)]
 struct Path<'a> {
@@ -176,6 +234,18 @@ mod tests {
         let d = decode(br#"{"a":{"b":1,"b":2},"l":[{"x":1,"x":1}]}"#).expect("decodes");
         assert_eq!(d.value["a"]["b"], 2);
         assert_eq!(d.duplicates, ["a.b", "l[0].x"]);
+    }
+
+    #[test]
+    fn keys_that_a_yaml_text_sets_twice_are_found_with_their_lines() {
+        let text = "kind: D\nspec:\n  replicas: 1\n  list:\n  - a: 1\n    b: 2\n  - a: 3\n    a: 4\n  text: |\n    x: 1\n    x: 2\n  replicas: 2\n";
+        let wanted = [(8, "a".to_owned()), (12, "replicas".to_owned())];
+        assert_eq!(repeated_keys(text), wanted);
+        let decoded = decode_yaml(text).expect("it decodes");
+        assert_eq!(decoded.duplicates, ["spec.list[1].a", "spec.replicas"]);
+        assert_eq!(decoded.value["spec"]["replicas"], 2);
+        let several = decode_yaml("a: 1\n---\na: 2\n").expect("it decodes");
+        assert_eq!(several.value["a"], 1);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 pub(crate) mod conform;
 pub(crate) mod json;
+pub(crate) mod syntax;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, LazyLock};
@@ -133,6 +134,14 @@ impl Schema {
         match self.shape {
             Shape::Ref(id) => BUILTIN.types.get(id).map_or(&ANY, |t| &t.schema),
             _ => self,
+        }
+    }
+
+    /// The name that Go's struct of this type has; empty where it is none.
+    pub(crate) fn go_name(&self) -> &'static str {
+        match self.shape {
+            Shape::Ref(id) => builtin_name(id).rsplit('.').next().unwrap_or_default(),
+            _ => "",
         }
     }
 

@@ -1,5 +1,6 @@
 //! Checks before an object is stored, with the wording of Kubernetes' validation.
 
+mod events;
 mod metadata;
 mod pods;
 mod services;
@@ -32,6 +33,7 @@ pub(crate) fn object(
         Some(("", "pods")) => pods::check(object, live, &mut errors),
         Some(("", "services")) => services::check(object, live, &mut errors),
         Some(("", "configmaps" | "secrets")) => workloads::data(object, live, &mut errors),
+        Some(("events.k8s.io", "events")) if live.is_none() => events::check(object, &mut errors),
         Some(("apps", _)) => workloads::check(kind, object, live, &mut errors),
         Some(("batch", _)) => workloads::check(kind, object, live, &mut errors),
         Some(("apiextensions.k8s.io", _)) => errors.extend(crd::definition::validate(object, live)),

@@ -19,17 +19,6 @@ pub(crate) fn check(kind: &Kind, object: &Value, live: Option<&Value>, errors: &
         }
         _ => return,
     }
-    if let Some(live) = live {
-        let (new, old) = (meta::at(object, "spec.selector"), meta::at(live, "spec.selector"));
-        if new != old {
-            errors.push(FieldError {
-                kind: FieldErrorKind::Invalid,
-                field: "spec.selector".into(),
-                value: Some(go_selector(new.unwrap_or(&Value::Null))),
-                detail: "field is immutable".into(),
-            });
-        }
-    }
     if let Some(replicas) = meta::int_at(object, "spec.replicas").filter(|r| *r < 0) {
         errors.push(FieldError::invalid(
             "spec.replicas",
@@ -39,7 +28,15 @@ pub(crate) fn check(kind: &Kind, object: &Value, live: Option<&Value>, errors: &
     }
     let selector = meta::at(object, "spec.selector").filter(|s| !s.is_null());
     match selector {
-        None => errors.push(FieldError::required("spec.selector", "")),
+        None => {
+            errors.push(FieldError::required("spec.selector", ""));
+            // No selector selects nothing, so not the template either.
+            errors.push(FieldError::invalid(
+                "spec.template.metadata.labels",
+                meta::at(object, "spec.template.metadata.labels").unwrap_or(&Value::Null),
+                "`selector` does not match template `labels`",
+            ));
+        }
         Some(selector) => {
             let parsed = LabelSelector::from_object(selector);
             if parsed.as_ref().is_some_and(LabelSelector::is_empty) {
@@ -78,6 +75,17 @@ pub(crate) fn check(kind: &Kind, object: &Value, live: Option<&Value>, errors: &
             &json!(policy),
             &["Always"],
         ));
+    }
+    if let Some(live) = live {
+        let (new, old) = (meta::at(object, "spec.selector"), meta::at(live, "spec.selector"));
+        if new != old {
+            errors.push(FieldError {
+                kind: FieldErrorKind::Invalid,
+                field: "spec.selector".into(),
+                value: Some(go_selector(new.unwrap_or(&Value::Null))),
+                detail: "field is immutable".into(),
+            });
+        }
     }
 }
 

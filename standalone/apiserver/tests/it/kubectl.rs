@@ -219,6 +219,100 @@ async fn kubectl_applies_both_ways_gets_describes_waits_reads_logs_and_deletes()
     k.server.shutdown().await;
 }
 
+const KIND: &str = "
+apiVersion: apiextensions.k8s.io/v1
+kind: CustomResourceDefinition
+metadata: {name: birds.example.com}
+spec:
+  group: example.com
+  names: {plural: birds, singular: bird, kind: Bird, shortNames: [bd]}
+  scope: Namespaced
+  versions:
+  - name: v1
+    served: true
+    storage: true
+    subresources: {status: {}}
+    additionalPrinterColumns:
+    - {name: Song, type: string, jsonPath: .spec.song}
+    - {name: Nest, type: string, priority: 1, jsonPath: '.status.conditions[?(@.type==\"Nest\")].message'}
+    schema:
+      openAPIV3Schema:
+        type: object
+        properties:
+          spec:
+            type: object
+            description: What a bird is like.
+            properties: {song: {type: string, description: What it sings., maxLength: 20}}
+          status: {type: object, x-kubernetes-preserve-unknown-fields: true}
+";
+
+const BIRD: &str = "apiVersion: example.com/v1\nkind: Bird\nmetadata: {name: serin}\nspec: {song: trill}\n";
+
+/// What is asked of kubectl, whether it is granted, and a part of what kubectl then says.
+#[rustfmt::skip]
+const COMMANDS: [(&str, bool, &str); 30] = [
+    ("wait crd/birds.example.com --for=condition=Established --timeout=10s", true, "condition met"),
+    ("apply -f bird.yaml", true, "bird.example.com/serin created"),
+    ("patch bird serin --subresource=status --type=merge -p {\"status\":{\"conditions\":[{\"type\":\"Nest\",\"status\":\"True\",\"message\":\"4_eggs\"}]}}", true, "patched"),
+    ("get bd", true, "NAME    SONG\nserin   trill"),
+    ("get bd -o wide", true, "NAME    SONG    NEST\nserin   trill   4_eggs"),
+    ("describe bird serin", true, "Song:  trill"),
+    ("explain bird.spec.song", true, "What it sings."),
+    ("explain deployment.spec.replicas", true, "How many pods"),
+    ("api-resources --api-group=example.com", true, "birds   bd           example.com/v1   true         Bird"),
+    ("annotate bird serin reconcile.fluxcd.io/requestedAt=now", true, "annotated"),
+    ("diff -f bird.yaml", true, ""),
+    ("patch bird serin --type=merge -p {\"spec\":{\"song\":7}}", false, "spec.song in body must be of type string"),
+    ("apply -f deployment.yaml", true, "deployment.apps/web created"),
+    ("diff -f changed.yaml", false, "+  replicas: 5"),
+    ("diff --server-side -f changed.yaml", false, "+  replicas: 5"),
+    ("patch deployment web --type=merge -p {\"spec\":{\"replicas\":\"x\"}}", false, "cannot unmarshal string into Go struct field DeploymentSpec.spec.replicas of type int32"),
+    ("patch deployment web -p {\"spec\":{\"replicas\":\"x\"}}", false, "patch: Invalid value: \"map[spec:map[replicas:x]]\""),
+    ("rollout restart deployment/web", true, "deployment.apps/web restarted"),
+    ("rollout pause deployment/web", true, "paused"),
+    ("rollout resume deployment/web", true, "resumed"),
+    ("scale deployment/web --replicas=3", true, "scaled"),
+    ("set image deployment/web c=nginx:2", true, "image updated"),
+    ("get events", true, "No resources found"),
+    ("auth can-i delete pods", true, "yes"),
+    ("auth whoami", true, "admin"),
+    ("get pods --as=dave", false, "impersonation (impersonate-user) is not supported by this server"),
+    ("top pods", false, "Metrics API not available"),
+    ("delete bird serin", true, "\"serin\" deleted"),
+    ("delete crd birds.example.com", true, "deleted"),
+    ("get bd", false, "could not find the requested resource"),
+];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kubectl_does_what_an_engineer_asks_of_it_or_says_why_not() {
+    let Some(k) = Kubectl::start().await else { return };
+    let file = |name: &str, text: &str| std::fs::write(k.home.path().join(name), text).expect("written");
+    file("bird.yaml", BIRD);
+    file("deployment.yaml", DEPLOYMENT);
+    file("changed.yaml", &DEPLOYMENT.replace("replicas: 2", "replicas: 5"));
+    k.ok(&["apply", "-f", "-"], KIND).await;
+    for (line, granted, wanted) in COMMANDS {
+        let args: Vec<String> = line
+            .split(' ')
+            .map(|arg| {
+                if arg.ends_with(".yaml") {
+                    k.home.path().join(arg).display().to_string()
+                } else {
+                    arg.to_owned()
+                }
+            })
+            .collect();
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let (ok, out, err) = k.run(&args, "").await;
+        assert_eq!(ok, granted, "kubectl {line}: {out}{err}");
+        assert!(
+            format!("{out}{err}").contains(wanted),
+            "kubectl {line}: {out}{err}"
+        );
+    }
+    k.server.shutdown().await;
+}
+
 #[tokio::test]
 async fn a_wrong_token_is_refused_and_health_needs_none() {
     let server = ApiServer::builder().build().await.expect("the server starts");

@@ -2,13 +2,15 @@
 //!
 //! Exit code and standard output are compared, standard error where the command failed. What differs is listed in
 //! `expected-kubectl.tsv` with its reason; a command that is listed and agrees fails the test, and so does one that differs and is
-//! not listed. Left out: scenarios that need kube-controller-manager, and commands during which another client acts.
+//! not listed. Where another client acted while a command ran, the same is done here once the command watches. Left out: scenarios
+//! that need kube-controller-manager.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Stdio;
+use std::time::Duration;
 
 use regex::Regex;
 use serde_json::{Value, json};
@@ -18,7 +20,7 @@ use tokio::process::Command;
 
 use crate::client::DEADLINE;
 use crate::kubectl::cache;
-use crate::recording::{Run, data, set_up};
+use crate::recording::{Reply, Run, data, set_up};
 
 /// The recordings show runs of spaces as two.
 fn tidy(text: &str) -> String {
@@ -30,7 +32,49 @@ fn tidy(text: &str) -> String {
     lines.join("\n")
 }
 
-async fn command(run: &mut Run, home: &Path, namespace: &str, recorded: &Value) -> Result<(), String> {
+/// What the other client did while a command ran, which the recordings do not show.
+fn meanwhile(scenario: &str, namespace: &str, args: &[String]) -> Option<Value> {
+    let configmaps = format!("/api/v1/namespaces/{namespace}/configmaps");
+    let merge = json!({"Content-Type": "application/merge-patch+json"});
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    match (scenario, args.as_slice()) {
+        ("kubectl/wait", ["wait", "--for=condition=Available", ..]) => Some(json!({
+            "method": "PATCH", "path": format!("/apis/apps/v1/namespaces/{namespace}/deployments/d/status"), "headers": merge,
+            "body": {"status": {"conditions": [{"type": "Available", "status": "True"}]}},
+        })),
+        ("kubectl/wait", ["wait", "--for=delete", ..]) => {
+            Some(json!({"method": "DELETE", "path": format!("{configmaps}/c")}))
+        }
+        ("kubectl/wait", ["wait", "--for=create", ..]) => {
+            Some(json!({"method": "POST", "path": configmaps, "body": {"metadata": {"name": "later"}}}))
+        }
+        ("kubectl/delete-wait", ["delete", "cm", "a"]) => Some(json!({
+            "method": "PATCH", "path": format!("{configmaps}/a"), "headers": merge, "body": {"metadata": {"finalizers": null}},
+        })),
+        _ => None,
+    }
+}
+
+/// Acts as another client as soon as somebody watches; what is waited for until it exists is asked for again and again instead.
+async fn act(run: &Run, request: &Value) {
+    let metrics = json!({"method": "GET", "path": "/metrics"});
+    while request["method"] != "POST" {
+        let Reply::Whole { body, .. } = run.send(&metrics).await;
+        if !String::from_utf8_lossy(&body).contains("apiserver_watchers 0\n") {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    run.send(request).await;
+}
+
+async fn command(
+    run: &mut Run,
+    home: &Path,
+    scenario: &str,
+    namespace: &str,
+    recorded: &Value,
+) -> Result<(), String> {
     let place = tempfile::tempdir().expect("a directory");
     for (name, content) in recorded["files"].as_object().into_iter().flatten() {
         let path = place.path().join(name);
@@ -66,7 +110,23 @@ async fn command(run: &mut Run, home: &Path, namespace: &str, recorded: &Value) 
     // A command that reads nothing closes it.
     let _ = stdin.write_all(input.as_bytes()).await;
     drop(stdin);
-    let output = tokio::time::timeout(DEADLINE, child.wait_with_output())
+    let other = recorded
+        .get("meanwhile")
+        .map(|_| meanwhile(scenario, namespace, &args).expect("an action of the other client"));
+    let both = async {
+        let acting = async {
+            if let Some(request) = &other {
+                act(run, request).await;
+            }
+            // The command's end is what counts.
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            output = child.wait_with_output() => output,
+            () = acting => unreachable!("it never ends"),
+        }
+    };
+    let output = tokio::time::timeout(DEADLINE, both)
         .await
         .map_err(|_| "no end in time".to_owned())?
         .expect("it ran");
@@ -93,6 +153,7 @@ async fn command(run: &mut Run, home: &Path, namespace: &str, recorded: &Value) 
 /// Replays a scenario; returns how many commands there were and which differ.
 async fn replay(scenario: &Value) -> (usize, Vec<(usize, String)>) {
     let mut run = set_up(scenario).await;
+    let scenario_name = scenario["name"].as_str().unwrap_or_default();
     let namespace = scenario["namespace"].as_str().unwrap_or("default").to_owned();
     let certificates =
         Certificates::generate("test", &["127.0.0.1".parse().expect("an address")]).expect("certificates");
@@ -109,14 +170,11 @@ async fn replay(scenario: &Value) -> (usize, Vec<(usize, String)>) {
     let mut differing = std::mem::take(&mut run.failures);
     for (i, step) in scenario["steps"].as_array().into_iter().flatten().enumerate() {
         match step.get("kubectl") {
-            Some(recorded) if recorded.get("meanwhile").is_some() => {
-                for step in recorded["meanwhile"].as_array().into_iter().flatten() {
-                    run.step(i + 1, step).await;
-                }
-            }
             Some(recorded) => {
                 commands += 1;
-                if let Err(difference) = command(&mut run, home.path(), &namespace, recorded).await {
+                if let Err(difference) =
+                    command(&mut run, home.path(), scenario_name, &namespace, recorded).await
+                {
                     let what = format!("kubectl {}", recorded["args"]);
                     differing.push((i + 1, format!("{what}\n    {difference}")));
                 }
@@ -164,7 +222,7 @@ async fn kubectl_says_what_it_said_of_a_real_kube_apiserver() {
         let scenario: Value =
             serde_json::from_slice(&std::fs::read(&file).expect("a scenario")).expect("JSON");
         let name = scenario["name"].as_str().expect("a name").to_owned();
-        if scenario["server"] == "controllers" || name == "kubectl/delete-wait" {
+        if scenario["server"] == "controllers" {
             continue;
         }
         replays.spawn(async move { (name, replay(&scenario).await) });

@@ -32,7 +32,7 @@ pub(crate) struct Run {
     pub(crate) steps: usize,
 }
 
-enum Reply {
+pub(crate) enum Reply {
     Whole {
         status: u16,
         headers: http::HeaderMap,
@@ -41,7 +41,7 @@ enum Reply {
 }
 
 impl Run {
-    async fn send(&self, request: &Value) -> Reply {
+    pub(crate) async fn send(&self, request: &Value) -> Reply {
         let response = self.start(request).await;
         let status = response.status().as_u16();
         let headers = response.headers().clone();
@@ -140,7 +140,8 @@ impl Run {
             ));
         }
         if let Some(body) = wanted.get("body") {
-            self.compare(body, &found, "body")?;
+            self.compare(body, &found, "body")
+                .map_err(|difference| format!("{difference}\n      found body: {}", cut(&text)))?;
         } else if let Some(expected) = wanted.get("body_text").and_then(Value::as_str) {
             self.compare_text(expected, &json!(text), "body_text")?;
         }
@@ -254,7 +255,8 @@ impl Run {
         } else if let Some(wanted) = wanted.filter(|_| watch.get("body").is_none()) {
             outcome = self.compare(&Value::Array(wanted), &Value::Array(events(&bytes)), "events");
         } else if let Some(wanted) = watch.get("body") {
-            let found: Value = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
+            let found: Value =
+                serde_json::from_slice(&bytes).unwrap_or_else(|_| json!(String::from_utf8_lossy(&bytes)));
             outcome = self.compare(wanted, &found, "body");
         }
         if let Err(difference) = outcome {

@@ -96,7 +96,12 @@ pub async fn run(client: kube::Client, cancel: CancellationToken) -> Result<(), 
     shared.services.ready("services", LIST_DEADLINE).await?;
     shared.slices.ready("endpointslices", LIST_DEADLINE).await?;
     shared.nodes.ready("nodes", LIST_DEADLINE).await?;
-    let recorder = |name: &str| Recorder::start(client.clone(), name, inner.clone());
+    let mut recorders = Vec::new();
+    let mut recorder = |name: &str| {
+        let recorder = Recorder::start(client.clone(), name, inner.clone());
+        recorders.push(recorder.clone());
+        recorder
+    };
     let mut tasks = JoinSet::new();
     tasks.spawn(deployment_shell::run(
         shared.clone(),
@@ -119,5 +124,6 @@ pub async fn run(client: kube::Client, cancel: CancellationToken) -> Result<(), 
         inner.clone(),
     ));
     while tasks.join_next().await.is_some() {}
+    futures::future::join_all(recorders.iter().map(Recorder::flush)).await;
     Ok(())
 }

@@ -253,7 +253,7 @@ async fn once(target: &Target, probe: &Probe, timeout: Duration) -> Result<(), S
             TcpStream::connect((host.as_str(), port))
                 .await
                 .map(|_| ())
-                .map_err(|error| format!("dial tcp {host}:{port}: {error}"))
+                .map_err(|error| not_connected(&host, port, &error))
         };
         return limited(
             tokio::time::timeout(timeout, connect).await,
@@ -272,6 +272,16 @@ async fn once(target: &Target, probe: &Probe, timeout: Duration) -> Result<(), S
         });
     }
     Err("the probe has no exec, httpGet, tcpSocket or grpc handler".to_owned())
+}
+
+/// Why there is no connection, as kubelet words it.
+fn not_connected(host: &str, port: u16, error: &std::io::Error) -> String {
+    match error.kind() {
+        std::io::ErrorKind::ConnectionRefused => {
+            format!("dial tcp {host}:{port}: connect: connection refused")
+        }
+        _ => format!("dial tcp {host}:{port}: {error}"),
+    }
 }
 
 fn prefixed(shown: &str, reason: &str) -> String {
@@ -300,7 +310,7 @@ pub(crate) fn port(port: &IntOrString, container: &Container) -> Result<u16, Str
 pub(crate) async fn http_get(host: &str, port: u16, path: &str, get: &HTTPGetAction) -> Result<(), String> {
     let stream = TcpStream::connect((host, port))
         .await
-        .map_err(|error| format!("dial tcp {host}:{port}: {error}"))?;
+        .map_err(|error| not_connected(host, port, &error))?;
     if is_https(get) {
         exchange(tls::connect(stream, host).await?, host, port, path, get).await
     } else {

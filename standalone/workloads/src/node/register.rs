@@ -99,7 +99,7 @@ async fn register(context: &Context) -> Result<(), kube::Error> {
                 .map(|name| name.release().to_string_lossy().into_owned())
                 .unwrap_or_default(),
             "kubeProxyVersion": "",
-            "kubeletVersion": format!("v1.33.0+serin-{}", env!("CARGO_PKG_VERSION")),
+            "kubeletVersion": format!("v1.35.4+serin-{}", env!("CARGO_PKG_VERSION")),
             "machineID": "",
             "operatingSystem": "linux",
             "osImage": "Linux",

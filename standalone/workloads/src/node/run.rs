@@ -143,6 +143,8 @@ impl Node {
         }
         supervise(&context, &pods).await;
         tasks.shutdown().await;
+        // The API server may have gone before the node: then this says so in the log, soon.
+        context.recorder.flush().await;
         Ok(())
     }
 }

@@ -23,7 +23,7 @@ pub(crate) async fn check(host: &str, port: u16, service: &str) -> Result<(), St
     }
     let stream = TcpStream::connect((host, port))
         .await
-        .map_err(|error| format!("dial tcp {host}:{port}: {error}"))?;
+        .map_err(|error| super::not_connected(host, port, &error))?;
     let (mut sender, connection) =
         hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
             .await
