@@ -10,7 +10,7 @@ PROFILE ?= demo
 BIN := $(CARGO_TARGET_DIR)/$(PROFILE)
 ARGS ?=
 
-.PHONY: help setup build demo test lint bench soak crds clean
+.PHONY: help setup build demo test lint bench soak pgo crds clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ lint: setup ## Format, clippy with warnings denied, documentation with warnings 
 
 bench: build ## Measure: the figures of the README, as ratios against peers where they are installed
 	hack/bench.sh $(ARGS)
+
+pgo: build ## Build serin-proxy optimised by a profile of the benchmark (prints where it is)
+	hack/pgo.sh
 
 soak: ## Hold the proxy under load and churn, memory flat (SERIN_SOAK_SECONDS, 60)
 	hack/bench.sh soak

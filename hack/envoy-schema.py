@@ -25,11 +25,35 @@ ROOTS = ["envoy.config.bootstrap.v3.Bootstrap", "envoy.service.discovery.v3.Disc
          "envoy.extensions.transport_sockets.tls.v3.Secret", "envoy.config.endpoint.v3.ClusterLoadAssignment",
          "envoy.config.route.v3.RouteConfiguration", "envoy.config.route.v3.FilterConfig",
          "envoy.config.trace.v3.ZipkinConfig", "envoy.config.trace.v3.OpenTelemetryConfig",
-         "envoy.config.trace.v3.DatadogConfig"]
+         "envoy.config.trace.v3.DatadogConfig", "envoy.config.core.v3.TypedExtensionConfig",
+         "envoy.service.runtime.v3.Runtime", "xds.type.v3.TypedStruct"]
 EXTENSIONS = ["access_loggers", "compression.brotli", "compression.gzip", "compression.zstd", "filters.http",
               "filters.listener", "filters.network", "formatter", "http.header_validators", "http.original_ip_detection",
               "internal_redirect", "load_balancing_policies", "network", "path", "rbac", "request_id",
               "resource_monitors", "retry", "transport_sockets", "upstreams", "matching", "tracers", "health_checkers"]
+# What Istio's control plane sends beside Envoy's own types: (field, number, prefix, type).
+FOREIGN = {
+    "udpa.type.v1.TypedStruct": [("type_url", 1, "", "string"), ("value", 2, "", "google.protobuf.Struct")],
+    "stats.PluginConfig": [
+        ("disable_host_header_fallback", 6, "", "bool"), ("tcp_reporting_duration", 7, "", "google.protobuf.Duration"),
+        ("metrics", 8, "*", "stats.MetricConfig"), ("definitions", 9, "*", "stats.MetricDefinition"),
+        ("reporter", 10, "", "stats.Reporter"), ("rotation_interval", 11, "", "google.protobuf.Duration"),
+        ("graceful_deletion_interval", 12, "", "google.protobuf.Duration")],
+    "stats.MetricConfig": [
+        ("dimensions", 1, "%t=", "string"), ("name", 2, "", "string"), ("tags_to_remove", 3, "*", "string"),
+        ("match", 4, "", "string"), ("drop", 5, "", "bool")],
+    "stats.MetricDefinition": [("name", 1, "", "string"), ("value", 2, "", "string"), ("type", 3, "", "stats.MetricType")],
+    "istio.envoy.config.filter.http.alpn.v2alpha1.FilterConfig": [
+        ("alpn_override", 1, "*", "istio.envoy.config.filter.http.alpn.v2alpha1.FilterConfig.AlpnOverride")],
+    "istio.envoy.config.filter.http.alpn.v2alpha1.FilterConfig.AlpnOverride": [
+        ("upstream_protocol", 1, "", "istio.envoy.config.filter.http.alpn.v2alpha1.FilterConfig.Protocol"),
+        ("alpn_override", 2, "*", "string")],
+}
+FOREIGN_ENUMS = {
+    "stats.Reporter": [("UNSPECIFIED", 0), ("SERVER_GATEWAY", 1)],
+    "stats.MetricType": [("COUNTER", 0), ("GAUGE", 1), ("HISTOGRAM", 2)],
+    "istio.envoy.config.filter.http.alpn.v2alpha1.FilterConfig.Protocol": [("HTTP10", 0), ("HTTP11", 1), ("HTTP2", 2)],
+}
 # Large, and nothing here will ever know them.
 LEFT_OUT = re.compile(r"dubbo|thrift|redis|mongo|zookeeper|\.wasm|golang|\.lua|kafka|generic_proxy|postgres|mcp|"
                       r"aws_|gcp_|oauth2|credential_injector|quic|dynamic_modules|reverse_|sip|rocketmq|"
@@ -165,6 +189,9 @@ def main():
             parsed = File(file.read())
         messages.update(parsed.messages)
         enums.update(parsed.enums)
+    for name, fields in FOREIGN.items():
+        messages[name] = [(field, number, prefix, kind, None, name) for (field, number, prefix, kind) in fields]
+    enums.update(FOREIGN_ENUMS)
     # google/protobuf itself is not in the crate: the reader knows those types by name.
     known = ["Any", "Duration", "Timestamp", "Struct", "Value", "ListValue", "Empty", "FieldMask", "BoolValue",
              "StringValue", "BytesValue", "DoubleValue", "FloatValue", "Int32Value", "Int64Value", "UInt32Value",
@@ -185,7 +212,7 @@ def main():
                 return name
         return None
 
-    wanted, queue = set(), [name for name in ROOTS if name in messages]
+    wanted, queue = set(), [name for name in ROOTS + list(FOREIGN) if name in messages]
     for name in messages:
         rest = name[len("envoy.extensions."):]
         if name.startswith("envoy.extensions.") and not LEFT_OUT.search(name):

@@ -54,6 +54,7 @@ fn sample(i: u64) -> Sample {
     };
     Sample {
         at_ms: i as i64 * 1000,
+        from_ms: None,
         canary: counts(100, i % 3),
         primary: counts(900, 1 + i % 4),
     }

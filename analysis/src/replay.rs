@@ -111,6 +111,7 @@ pub fn line(text: &str, options: Options) -> Result<Line, LineError> {
         t: raw.t,
         sample: Sample {
             at_ms: at_ms as i64,
+            from_ms: None,
             canary: arm("canary", raw.canary, options)?,
             primary: arm("primary", raw.primary, options)?,
         },

@@ -190,6 +190,9 @@ impl Counts {
 pub struct Sample {
     /// End of the interval, milliseconds since the Unix epoch.
     pub at_ms: i64,
+    /// Nothing in it happened before, milliseconds since the Unix epoch, where the source knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from_ms: Option<i64>,
     /// The release under test.
     pub canary: Counts,
     /// The release that serves everybody else.
@@ -200,6 +203,7 @@ impl Sample {
     /// Adds a later interval.
     pub fn add(&mut self, later: &Sample) {
         self.at_ms = self.at_ms.max(later.at_ms);
+        self.from_ms = self.from_ms.zip(later.from_ms).map(|(one, two)| one.min(two));
         self.canary.add(&later.canary);
         self.primary.add(&later.primary);
     }

@@ -173,6 +173,7 @@ impl<'s> World<'s> {
         self.second += 1;
         let mut sample = Sample {
             at_ms: i64::try_from(self.second).unwrap_or(i64::MAX) * 1000,
+            from_ms: None,
             canary: Counts {
                 requests: canary,
                 errors: canary_errors,

@@ -541,6 +541,7 @@ mod tests {
         };
         let sample = Sample {
             at_ms: 0,
+            from_ms: None,
             canary: counts(100_000_000_000),
             primary: counts(90_000_000_000),
         };

@@ -239,6 +239,7 @@ mod tests {
     fn sample(second: i64, canary: (u64, u64), primary: (u64, u64)) -> Sample {
         Sample {
             at_ms: second * 1000,
+            from_ms: None,
             canary: counts(canary.0, canary.1),
             primary: counts(primary.0, primary.1),
         }

@@ -165,6 +165,7 @@ mod tests {
         (0..3600).find(|second| {
             let sample = Sample {
                 at_ms: second * 1000,
+                from_ms: None,
                 canary: Counts {
                     requests: 10,
                     errors: errors(*second),
@@ -206,6 +207,7 @@ mod tests {
         for second in 0..=120 {
             let sample = Sample {
                 at_ms: second * 1000,
+                from_ms: None,
                 ..Sample::default()
             };
             rule.observe(&sample, &options);

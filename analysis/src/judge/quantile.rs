@@ -194,6 +194,7 @@ pub(crate) mod tests {
         ) {
             let sample = Sample {
                 at_ms: at * 1000,
+                from_ms: None,
                 canary: histogram(&mut self.random, requests.0, canary),
                 primary: histogram(&mut self.random, requests.1, primary),
             };

@@ -140,6 +140,7 @@ mod tests {
             let factor = (10.0 * (1.0 - *second as f64 / cold_seconds as f64)).max(1.0);
             let sample = Sample {
                 at_ms: second * 1000,
+                from_ms: None,
                 canary: histogram(&mut random, 30, log_normal(0.5, factor)),
                 primary: histogram(&mut random, 300, log_normal(0.5, 1.0)),
             };

@@ -16,6 +16,7 @@ fn counts(requests: u64, errors: u64) -> Counts {
 fn sample(second: i64, canary: Counts, primary: Counts) -> Sample {
     Sample {
         at_ms: second * 1000,
+        from_ms: None,
         canary,
         primary,
     }

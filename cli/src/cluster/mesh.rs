@@ -68,14 +68,23 @@ impl MeshMetrics {
         Self { telemetry }
     }
 
-    fn arm(&self, query: &Query, workload: &str) -> BoxStream<'static, (i64, Counts)> {
+    fn arm(&self, query: &Query, workload: &str) -> BoxStream<'static, (Sample, Counts)> {
         let key = WorkloadKey {
             namespace: query.namespace.as_str().into(),
             workload: workload.into(),
             service: None,
         };
         let samples = ReceiverStream::new(self.telemetry.subscribe(key));
-        samples.map(|sample| (sample.at_ms, counts(&sample))).boxed()
+        samples
+            .map(|sample| {
+                let times = Sample {
+                    at_ms: sample.at_ms,
+                    from_ms: Some(sample.from_ms),
+                    ..Sample::default()
+                };
+                (times, counts(&sample))
+            })
+            .boxed()
     }
 }
 
@@ -88,16 +97,8 @@ impl MetricSource for MeshMetrics {
     async fn subscribe(&self, query: &Query) -> Result<BoxStream<'static, Sample>, SourceError> {
         let canary = self.arm(query, &query.canary_workload);
         let primary = self.arm(query, &query.primary_workload);
-        let canary = canary.map(|(at_ms, canary)| Sample {
-            at_ms,
-            canary,
-            ..Sample::default()
-        });
-        let primary = primary.map(|(at_ms, primary)| Sample {
-            at_ms,
-            primary,
-            ..Sample::default()
-        });
+        let canary = canary.map(|(times, canary)| Sample { canary, ..times });
+        let primary = primary.map(|(times, primary)| Sample { primary, ..times });
         Ok(stream::select(canary, primary).boxed())
     }
 }

@@ -3,7 +3,9 @@
 //! Each proxy sends the cumulative values of its `istio_*` series about once a second, on the listener that serves xDS.
 //! [`intake::Baseline`] (pure) turns them into increments; the increments of a subscribed workload are collected over all
 //! proxies and handed out as [`Sample`]s: as soon as there is something, several proxies' worth at a time, at most five a
-//! second. Each request is in exactly one sample per reporter.
+//! second. Each request is in exactly one sample per reporter. A proxy also reports at once when its routes have changed, so
+//! that what it counted before a change and after it are in different reports; [`Sample::from_ms`] tells how far back a
+//! sample may reach.
 //!
 //! What is not counted: what happened before a proxy's first message on its first stream (that message is the
 //! baseline), and what a proxy counted between its last message and its death.
@@ -86,6 +88,8 @@ pub struct Row {
 /// What was new of one workload.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Sample {
+    /// Nothing in it was counted before, milliseconds since the Unix epoch: when each proxy that it is of had reported last.
+    pub from_ms: i64,
     /// When it was put together, milliseconds since the Unix epoch.
     pub at_ms: i64,
     /// Requests, by their properties.
@@ -139,6 +143,8 @@ struct State {
 struct Subscription {
     key: WorkloadKey,
     sender: mpsc::Sender<Sample>,
+    /// The earliest time that anything in `rows` may be of.
+    from_ms: i64,
     rows: HashMap<Arc<Dimensions>, (u64, Durations)>,
 }
 
@@ -172,6 +178,7 @@ impl Telemetry {
             Subscription {
                 key,
                 sender,
+                from_ms: i64::MAX,
                 rows: HashMap::new(),
             },
         );
@@ -203,9 +210,6 @@ impl Telemetry {
     }
 
     fn hand_out(&self) {
-        let now = SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .unwrap_or_default();
         let mut state = self.shared.state.lock();
         state.sweep();
         for subscription in state
@@ -229,7 +233,8 @@ impl Telemetry {
                 .collect();
             rows.sort_unstable_by(|one, two| one.dimensions.cmp(&two.dimensions));
             permit.send(Sample {
-                at_ms: now.as_millis() as i64,
+                from_ms: std::mem::replace(&mut subscription.from_ms, i64::MAX),
+                at_ms: now_ms(),
                 rows,
             });
         }
@@ -260,14 +265,15 @@ impl Telemetry {
         }
     }
 
-    fn add(&self, increments: Vec<Increment>) {
+    /// Takes what a proxy counted since `from_ms`.
+    fn add(&self, increments: Vec<Increment>, from_ms: i64) {
         if increments.is_empty() {
             return;
         }
         let mut state = self.shared.state.lock();
         let mut any = false;
         for increment in increments {
-            any |= state.add(&increment);
+            any |= state.add(&increment, from_ms);
         }
         drop(state);
         if any {
@@ -277,7 +283,7 @@ impl Telemetry {
 }
 
 impl State {
-    fn add(&mut self, increment: &Increment) -> bool {
+    fn add(&mut self, increment: &Increment, from_ms: i64) -> bool {
         let dimensions = &increment.dimensions;
         let (map, name) = if dimensions.reached_a_workload() {
             (&self.by_workload, &dimensions.workload)
@@ -291,6 +297,7 @@ impl State {
             let Some(subscription) = self.subscriptions.get_mut(id) else {
                 continue;
             };
+            subscription.from_ms = subscription.from_ms.min(from_ms);
             let (requests, durations) = subscription.rows.entry(dimensions.clone()).or_default();
             *requests += increment.requests;
             for (total, new) in durations.counts.iter_mut().zip(increment.durations.counts) {
@@ -321,6 +328,12 @@ impl State {
             false
         });
     }
+}
+
+/// Milliseconds since the Unix epoch.
+fn now_ms() -> i64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    i64::try_from(now.unwrap_or_default().as_millis()).unwrap_or(i64::MAX)
 }
 
 fn remove(map: &mut HashMap<(Arc<str>, Arc<str>), Vec<u64>>, key: &(Arc<str>, Arc<str>), id: u64) {

@@ -124,6 +124,9 @@ pub struct Service {
     pub external: bool,
     /// Traffic stays in the caller's zone while it can (`trafficDistribution: PreferClose`).
     pub prefer_close: bool,
+    /// As much traffic stays in the caller's zone as its endpoints there can carry
+    /// (`service.kubernetes.io/topology-mode: Auto`).
+    pub topology_aware: bool,
     /// Kubernetes registry (as opposed to a ServiceEntry).
     pub kubernetes: bool,
     /// The object.
@@ -214,6 +217,9 @@ impl Service {
                 spec.traffic_distribution.as_deref(),
                 Some("PreferClose" | "PreferSameZone")
             ),
+            topology_aware: annotations
+                .and_then(|map| map.get("service.kubernetes.io/topology-mode"))
+                .is_some_and(|mode| mode.eq_ignore_ascii_case("auto")),
             kubernetes: true,
             provenance: Provenance {
                 object: ObjectKey::new(Kind::Service, namespace, name),
@@ -281,6 +287,7 @@ impl Service {
                 external: spec.location.unwrap_or(ServiceEntryLocation::MeshExternal)
                     == ServiceEntryLocation::MeshExternal,
                 prefer_close: false,
+                topology_aware: false,
                 kubernetes: false,
                 provenance: Provenance {
                     object: ObjectKey::new(Kind::ServiceEntry, namespace, name),

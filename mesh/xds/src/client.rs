@@ -15,7 +15,9 @@ mod sotw;
 pub mod state;
 mod transport;
 
-pub use ads::{AdsClient, AdsClientConfig, ConnectionState, Deliveries, Delivery, MAX_UNIX_WAIT};
+pub use ads::{
+    AdsClient, AdsClientConfig, ConnectionState, Deliveries, Delivery, MAX_UNIX_WAIT, STABLE_AFTER, Service,
+};
 pub use backoff::BackoffRange;
 pub use state::{Interest, ProtocolError, Received};
-pub use transport::{Endpoint, EndpointError, channel};
+pub use transport::{Dialer, Dialing, Endpoint, EndpointError, Io, channel};

@@ -17,7 +17,7 @@
 //!
 //! # Limits
 //! One outstanding response per type and connection; responses of at most about 2 MiB; additions wait for what they
-//! depend on for at most two seconds; five resource types (CDS, EDS, LDS, RDS, VHDS).
+//! depend on for at most two seconds; eight resource types (SDS, CDS, EDS, ECDS, LDS, RDS, VHDS, RTDS).
 
 pub mod client;
 mod digest;

@@ -20,26 +20,32 @@ pub enum ResourceType {
     Cluster,
     /// `envoy.config.endpoint.v3.ClusterLoadAssignment` (EDS).
     Endpoints,
+    /// `envoy.config.core.v3.TypedExtensionConfig` (ECDS), named after the filter that it configures.
+    Extension,
     /// `envoy.config.listener.v3.Listener` (LDS).
     Listener,
     /// `envoy.config.route.v3.RouteConfiguration` (RDS).
     Route,
     /// `envoy.config.route.v3.VirtualHost` (VHDS), named `<route configuration>/<virtual host>`.
     VirtualHost,
+    /// `envoy.service.runtime.v3.Runtime` (RTDS), a layer of runtime values; nothing refers to it.
+    Runtime,
 }
 
 impl ResourceType {
     /// How many types there are.
-    pub(crate) const COUNT: usize = 6;
+    pub(crate) const COUNT: usize = 8;
 
     /// Every type, in make-before-break order.
     pub const ALL: [ResourceType; Self::COUNT] = [
         Self::Secret,
         Self::Cluster,
         Self::Endpoints,
+        Self::Extension,
         Self::Listener,
         Self::Route,
         Self::VirtualHost,
+        Self::Runtime,
     ];
 
     /// The `type.googleapis.com/…` URL that names this type on the wire.
@@ -48,21 +54,25 @@ impl ResourceType {
             Self::Secret => "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret",
             Self::Cluster => "type.googleapis.com/envoy.config.cluster.v3.Cluster",
             Self::Endpoints => "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
+            Self::Extension => "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig",
             Self::Listener => "type.googleapis.com/envoy.config.listener.v3.Listener",
             Self::Route => "type.googleapis.com/envoy.config.route.v3.RouteConfiguration",
             Self::VirtualHost => "type.googleapis.com/envoy.config.route.v3.VirtualHost",
+            Self::Runtime => "type.googleapis.com/envoy.service.runtime.v3.Runtime",
         }
     }
 
-    /// The abbreviation that people and logs use: SDS, CDS, EDS, LDS, RDS, VHDS.
+    /// The abbreviation that people and logs use: SDS, CDS, EDS, ECDS, LDS, RDS, VHDS, RTDS.
     pub const fn abbreviation(self) -> &'static str {
         match self {
             Self::Secret => "SDS",
             Self::Cluster => "CDS",
             Self::Endpoints => "EDS",
+            Self::Extension => "ECDS",
             Self::Listener => "LDS",
             Self::Route => "RDS",
             Self::VirtualHost => "VHDS",
+            Self::Runtime => "RTDS",
         }
     }
 
@@ -72,9 +82,11 @@ impl ResourceType {
             Self::Secret => 0,
             Self::Cluster => 1,
             Self::Endpoints => 2,
-            Self::Listener => 3,
-            Self::Route => 4,
-            Self::VirtualHost => 5,
+            Self::Extension => 3,
+            Self::Listener => 4,
+            Self::Route => 5,
+            Self::VirtualHost => 6,
+            Self::Runtime => 7,
         }
     }
 

@@ -151,6 +151,36 @@ fn a_restarted_run_waits_until_no_proxy_sends_to_the_former_revision() {
 }
 
 #[test]
+fn a_push_right_after_a_rollback_or_a_promotion_knows_until_when_the_former_canary_had_traffic() {
+    let mut world = rolled_to(25);
+    world.happen(&Happening::Push(3));
+    world.step();
+    let began = world.now;
+    world.happen(&Happening::Wait(1));
+    world.happen(&Happening::TargetReady);
+    world.happen(&Happening::Acknowledge);
+    world.step();
+    world.happen(&Happening::Acknowledge);
+    world.happen(&Happening::Wait(1));
+    world.happen(&Happening::Die);
+    world.step();
+    assert_eq!(world.status.phase, Some(CanaryPhase::Failed));
+    world.happen(&Happening::Wait(1));
+    world.happen(&Happening::Acknowledge);
+    world.step();
+    let left = world.now;
+    world.happen(&Happening::Wait(60));
+    world.happen(&Happening::Push(4));
+    world.step();
+    assert_eq!(world.status.phase, Some(CanaryPhase::Progressing));
+    let until = world.status.run.clone().unwrap().former_traffic_until.unwrap().0;
+    assert!(
+        until > began && until <= left,
+        "{until} is after {began} and no later than {left}"
+    );
+}
+
+#[test]
 fn a_split_that_is_not_the_configured_one_is_told_once_and_stops_nothing() {
     let mut world = world(|_| {});
     for _ in 0..8 {

@@ -35,6 +35,7 @@ mod watch_tests;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use serin_crds::flagger::{CanaryPhase, CanaryStatus, RunStatus, StepOutcome};
 
 use crate::observed::{Observed, Readiness, Workload};
@@ -297,6 +298,18 @@ impl<'a> Deciding<'a> {
         self.begin(&target.template_hash);
     }
 
+    /// When the last proxy had learnt that the former run's canary gets no more traffic; `None` if it never got any. A push
+    /// that comes right after a promotion or a rollback finds requests to the former canary that are not reported yet.
+    fn former_traffic_left(&self) -> Option<MicroTime> {
+        let history = &self.status.history;
+        if history.iter().all(|step| step.weight == 0) {
+            return None;
+        }
+        let left = history.last().filter(|step| step.weight == 0);
+        left.and_then(|step| step.live_at.clone())
+            .or_else(|| micro(self.now))
+    }
+
     /// Zeroes what belongs to a run and starts one for the revision.
     fn begin(&mut self, hash: &str) {
         self.status.last_applied_spec = Some(hash.to_owned());
@@ -305,6 +318,7 @@ impl<'a> Deciding<'a> {
         self.status.iterations = Some(0);
         self.status.metrics.clear();
         self.status.watch = None;
+        let left = self.former_traffic_left();
         self.status.history.clear();
         self.status.weight_live = None;
         let routed = self.seen.route.as_ref().and_then(|route| route.split);
@@ -318,7 +332,7 @@ impl<'a> Deciding<'a> {
         self.status.run = Some(RunStatus {
             started_at: micro(self.now),
             waiting_since: micro(self.now),
-            former_traffic_until: if had_traffic { micro(self.now) } else { None },
+            former_traffic_until: if had_traffic { micro(self.now) } else { left },
             ..RunStatus::default()
         });
         self.set_weight_status(0);

@@ -195,6 +195,7 @@ impl World {
                 };
                 self.samples.push(Sample {
                     at_ms: self.now.as_millisecond(),
+                    from_ms: None,
                     canary: counts(*requests, *errors.min(requests)),
                     primary: counts(requests * 4, 0),
                 });
@@ -207,6 +208,7 @@ impl World {
                 };
                 self.samples.push(Sample {
                     at_ms: self.now.as_millisecond(),
+                    from_ms: None,
                     canary: counts(*canary),
                     primary: counts(*primary),
                 });

@@ -20,10 +20,17 @@ use crate::plan::Plan;
 const SAMPLES_MAX: usize = 3600;
 /// Wait before a source that is not available is asked again.
 const RETRY: Duration = Duration::from_secs(1);
-/// How late a proxy may report a request: it reports once a second, and reports of several proxies are collected.
+/// How far back a sample may reach that does not say: proxies report once a second, and reports of several are collected.
 const REPORT_LAG_MS: i64 = 2_000;
 /// How long a subscription may take.
 const SUBSCRIBE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Nothing in the sample happened before.
+fn begins_ms(sample: &Sample) -> i64 {
+    sample
+        .from_ms
+        .unwrap_or_else(|| sample.at_ms.saturating_sub(REPORT_LAG_MS))
+}
 
 type Samples = BoxStream<'static, Sample>;
 
@@ -72,7 +79,7 @@ impl Watching {
     /// A second counts when a later one has begun: proxies report one after the other.
     fn take(&mut self, sample: &Sample) {
         // What was asked before the promotion was complete may be reported a moment after.
-        if sample.at_ms < self.since.as_millisecond().saturating_add(REPORT_LAG_MS) {
+        if begins_ms(sample) < self.since.as_millisecond() {
             return;
         }
         let (now, primary) = (sample.at_ms.div_euclid(1000), &sample.primary);
@@ -105,12 +112,10 @@ impl Measuring {
         }
     }
 
-    /// Tells which requests are this revision's: those from when it first got a weight, and from when those to a former
-    /// revision must have been reported.
+    /// Tells which requests are this revision's: those in samples that begin when it had got a weight and a former revision
+    /// had none any more.
     pub(crate) fn revision(&mut self, first_weight: Option<Timestamp>, former_until: Option<Timestamp>) {
-        let former = former_until.map_or(i64::MIN, |until| {
-            until.as_millisecond().saturating_add(REPORT_LAG_MS)
-        });
+        let former = former_until.map_or(i64::MIN, Timestamp::as_millisecond);
         self.revision_from_ms = first_weight.map(|first| first.as_millisecond().max(former));
     }
 
@@ -204,7 +209,7 @@ impl Measuring {
         if self.run.is_none() {
             return;
         }
-        if self.revision_from_ms.is_none_or(|from| sample.at_ms < from) {
+        if self.revision_from_ms.is_none_or(|from| begins_ms(&sample) < from) {
             // Late reports of a former revision's canary, or of one that should have no traffic at all.
             sample.canary = Counts::default();
             self.count(&sample);
@@ -287,6 +292,7 @@ mod tests {
     fn sample(second: i64, requests: u64) -> Sample {
         Sample {
             at_ms: second * 1000,
+            from_ms: None,
             canary: Counts {
                 requests,
                 ..Counts::default()
@@ -336,10 +342,16 @@ mod tests {
         measuring.revision(Some(at(13)), Some(at(12)));
         measuring.window(Some(at(13)), 10);
         measuring.take(failing(13), Some(&plan));
+        // It says how far back it reaches: half a second before the first weight.
+        let mut reaching_back = failing(14);
+        reaching_back.from_ms = Some(12_500);
+        measuring.take(reaching_back, Some(&plan));
         let measured = measuring.measured(&plan, at(14));
         assert_eq!((measured.judges.totals().canary, measured.step_requests), (0, 0));
         assert_eq!(measured.windows[0].requests, 0);
-        measuring.take(sample(14, 50), Some(&plan));
+        let mut own = sample(14, 50);
+        own.from_ms = Some(13_000);
+        measuring.take(own, Some(&plan));
         let measured = measuring.measured(&plan, at(15));
         assert_eq!(
             (measured.judges.totals().canary, measured.step_requests),
@@ -347,7 +359,7 @@ mod tests {
         );
         assert_eq!(measured.judges.totals().canary_errors, 0);
         assert_eq!(
-            measured.traffic.primary, 250,
+            measured.traffic.primary, 350,
             "the primary's are the same service's throughout"
         );
     }
@@ -358,7 +370,7 @@ mod tests {
         let mut measuring = Measuring::default();
         measuring.run(Some(at(1)), || None);
         measuring.revision(Some(at(1)), None);
-        measuring.take(sample(2, 10), Some(&plan));
+        measuring.take(sample(3, 10), Some(&plan));
         measuring.window(Some(at(5)), 10);
         measuring.run(Some(at(1)), || None);
         assert_eq!(measuring.measured(&plan, at(6)).judges.totals().canary, 10);

@@ -483,6 +483,7 @@ mod tests {
         };
         let sample = Sample {
             at_ms: 1,
+            from_ms: None,
             canary: counts(20, 3),
             primary: counts(80, 1),
         };

@@ -422,8 +422,10 @@ impl MetricSource for Measured {
                     },
                     ..Counts::default()
                 };
+                let now_ms = k8s_openapi::jiff::Timestamp::now().as_millisecond();
                 Sample {
-                    at_ms: k8s_openapi::jiff::Timestamp::now().as_millisecond(),
+                    at_ms: now_ms,
+                    from_ms: Some(now_ms - 100),
                     canary: counts(requests, errors),
                     primary: counts(requests * 4, primary_errors),
                 }

@@ -116,6 +116,8 @@ pub struct Increment {
 pub struct Baseline {
     /// Whether a message has been seen: the first one says what was before.
     seen: bool,
+    /// When the last message came, milliseconds since the Unix epoch.
+    heard_ms: i64,
     series: HashMap<u64, Series, foldhash::fast::FixedState>,
     dropped: u64,
 }
@@ -133,6 +135,11 @@ enum Last {
 }
 
 impl Baseline {
+    /// A message comes now: returns when the one before came, which is since when its increments may have been counted.
+    pub fn heard(&mut self, now_ms: i64) -> i64 {
+        std::mem::replace(&mut self.heard_ms, now_ms)
+    }
+
     /// Series left out because there are more than [`MAX_SERIES`].
     pub fn dropped(&self) -> u64 {
         self.dropped

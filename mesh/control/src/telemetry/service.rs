@@ -40,6 +40,14 @@ struct Stream {
     baseline: Baseline,
 }
 
+impl Stream {
+    fn take(&mut self, message: &StreamMetricsMessage) {
+        let from_ms = self.baseline.heard(super::now_ms());
+        self.telemetry
+            .add(self.baseline.take(&message.envoy_metrics), from_ms);
+    }
+}
+
 impl Drop for Stream {
     fn drop(&mut self) {
         self.telemetry.park(
@@ -74,14 +82,14 @@ impl MetricsService for Intake {
             node: node.id.clone(),
             baseline,
         };
-        self.telemetry.add(stream.baseline.take(&first.envoy_metrics));
+        stream.take(&first);
         loop {
             let message = tokio::select! {
                 () = self.cancel.cancelled() => break,
                 message = messages.message() => message?,
             };
             let Some(message) = message else { break };
-            self.telemetry.add(stream.baseline.take(&message.envoy_metrics));
+            stream.take(&message);
         }
         Ok(Response::new(StreamMetricsResponse {}))
     }

@@ -210,28 +210,34 @@ async fn a_subscriber_gets_its_workloads_requests_once_and_those_that_never_arri
     });
     let mut samples = telemetry.subscribe(podinfo());
     let mut proxies = [Baseline::default(), Baseline::default()];
+    let mut from = 4_000;
     for baseline in &mut proxies {
         baseline.take(&[]);
-        telemetry.add(baseline.take(&[
-            requests(&[
-                (&[], 90.0),
-                (&[("response_code", "500")], 10.0),
-                (&[("destination_workload", "other")], 1000.0),
-                (
-                    &[
-                        ("reporter", "source"),
-                        ("destination_workload", "unknown"),
-                        ("destination_service_name", "podinfo-canary"),
-                        ("response_code", "503"),
-                        ("response_flags", "UH"),
-                    ],
-                    5.0,
-                ),
+        telemetry.add(
+            baseline.take(&[
+                requests(&[
+                    (&[], 90.0),
+                    (&[("response_code", "500")], 10.0),
+                    (&[("destination_workload", "other")], 1000.0),
+                    (
+                        &[
+                            ("reporter", "source"),
+                            ("destination_workload", "unknown"),
+                            ("destination_service_name", "podinfo-canary"),
+                            ("response_code", "503"),
+                            ("response_flags", "UH"),
+                        ],
+                        5.0,
+                    ),
+                ]),
+                durations(&[3.0, 3.0]),
             ]),
-            durations(&[3.0, 3.0]),
-        ]));
+            from,
+        );
+        from += 500;
     }
     let sample = samples.recv().await.unwrap();
+    assert_eq!(sample.from_ms, 4_000, "as far back as the earliest report in it");
     assert_eq!(sample.requests_and_errors(Reporter::Destination), (200, 20));
     assert_eq!(sample.requests_and_errors(Reporter::Source), (10, 10));
     let observed: u64 = sample
@@ -243,11 +249,12 @@ async fn a_subscriber_gets_its_workloads_requests_once_and_those_that_never_arri
     assert_eq!(&*sample.rows[0].dimensions.revision, "v2");
 
     // Nothing twice: the next sample has only what is new.
-    telemetry.add(proxies[0].take(&[requests(&[(&[], 91.0)])]));
+    telemetry.add(proxies[0].take(&[requests(&[(&[], 91.0)])]), 5_000);
     let next = samples.recv().await.unwrap();
+    assert_eq!(next.from_ms, 5_000);
     assert_eq!(next.requests_and_errors(Reporter::Destination), (1, 0));
     drop(samples);
-    telemetry.add(proxies[0].take(&[requests(&[(&[], 95.0)])]));
+    telemetry.add(proxies[0].take(&[requests(&[(&[], 95.0)])]), 6_000);
     tokio::time::sleep(std::time::Duration::from_secs(1)).await;
     assert!(
         telemetry.shared.state.lock().subscriptions.is_empty(),
@@ -269,7 +276,7 @@ async fn a_subscriber_that_does_not_read_finds_everything_later() {
     let mut baseline = Baseline::default();
     baseline.take(&[]);
     for second in 1..=30 {
-        telemetry.add(baseline.take(&[requests(&[(&[], f64::from(second))])]));
+        telemetry.add(baseline.take(&[requests(&[(&[], f64::from(second))])]), 0);
         tokio::time::sleep(std::time::Duration::from_secs(1)).await;
     }
     let mut counted = 0;

@@ -91,6 +91,7 @@ pub(super) fn outbound(
             traffic.outlier_detection.is_some(),
         );
     }
+    zone_aware(&mut cluster, service);
     connection_pool(&mut cluster, traffic.connection_pool.as_ref());
     http_options(
         &mut cluster,
@@ -257,6 +258,18 @@ fn load_balancer(cluster: &mut pb::Cluster, settings: Option<&LoadBalancerSettin
                 Default::default(),
             ),
         );
+    }
+}
+
+/// What the Service's topology mode asks for, unless its locality settings say more.
+fn zone_aware(cluster: &mut pb::Cluster, service: &Service) {
+    use pb::cluster::common_lb_config::LocalityConfigSpecifier;
+    if service.topology_aware
+        && let Some(common) = &mut cluster.common_lb_config
+    {
+        common
+            .locality_config_specifier
+            .get_or_insert_with(|| LocalityConfigSpecifier::ZoneAwareLbConfig(Default::default()));
     }
 }
 

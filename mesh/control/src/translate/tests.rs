@@ -4,4 +4,5 @@ mod envoy;
 mod incremental;
 mod json;
 mod parity;
+mod taken;
 mod world;

@@ -6,6 +6,8 @@ use std::fmt::Write;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Serin,
+    /// Another build of it, to compare with.
+    Baseline,
     Envoy,
     HaProxy,
     Nginx,
@@ -15,6 +17,7 @@ impl Kind {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Serin => "serin-proxy",
+            Self::Baseline => "serin-proxy, baseline",
             Self::Envoy => "Envoy",
             Self::HaProxy => "HAProxy",
             Self::Nginx => "nginx",
@@ -48,7 +51,7 @@ pub(crate) struct Ports {
 /// The configuration file of `kind`.
 pub(crate) fn text(kind: Kind, setup: Setup, ports: &Ports, folder: &str) -> String {
     match kind {
-        Kind::Serin | Kind::Envoy => envoy_like(setup, ports),
+        Kind::Serin | Kind::Baseline | Kind::Envoy => envoy_like(setup, ports),
         Kind::HaProxy => haproxy(setup, ports),
         Kind::Nginx => nginx(ports, folder),
     }

@@ -4,8 +4,10 @@
 //! and requests per second are not. Each proxy has one worker, pinned to the first processor; the load (`h2load`, from
 //! nghttp2) and the backend (nginx, and this program for gRPC) share the second. What is said beside a proxy is its ratio
 //! to Envoy in the same round, the median of all rounds. `SERIN_BENCH_ROUNDS` (3) and `SERIN_BENCH_REQUESTS` (30,000) say
-//! how much; `ENVOY_BIN` where Envoy is; `SERIN_BENCH_ONLY` names the parts to run: `matrix`, `latency`, `memory`,
-//! `weights`, `changes`, `growth`, `costs`; `SERIN_BENCH_ROWS` only those rows of the matrix that contain this text.
+//! how much; `ENVOY_BIN` where Envoy is; `SERIN_BENCH_BASELINE` names another build of serin-proxy to measure beside this
+//! one; `SERIN_BENCH_ONLY` the parts to run: `matrix`, `latency`, `memory`, `weights`, `changes`, `growth`, `costs`;
+//! `SERIN_BENCH_POLITE` lets proxies end by themselves, for builds that write what they counted (`hack/pgo.sh`);
+//! `SERIN_BENCH_ROWS` only those rows of the matrix that contain this text (several with `|` between).
 //!
 //! *Bare* cases start from files. *Sidecar* cases take a sidecar's whole configuration (see [`mesh`]) from an ADS server
 //! in this process, the same resources for serin-proxy and Envoy.
@@ -43,8 +45,14 @@ use measure::Sample;
 use mesh::{Down, Mesh, Up};
 use peers::{Backend, Peer, Tools};
 
-const ALL: &[Kind] = &[Kind::Serin, Kind::Envoy, Kind::HaProxy, Kind::Nginx];
-const MESH: &[Kind] = &[Kind::Serin, Kind::Envoy];
+const ALL: &[Kind] = &[
+    Kind::Serin,
+    Kind::Baseline,
+    Kind::Envoy,
+    Kind::HaProxy,
+    Kind::Nginx,
+];
+const MESH: &[Kind] = &[Kind::Serin, Kind::Baseline, Kind::Envoy];
 
 fn number(name: &str, default: usize) -> usize {
     std::env::var(name)
@@ -210,16 +218,19 @@ async fn memory(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {
 
 async fn costs(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {
     println!(
-        "\n| HTTP/1.1, 8 connections, sidecar | instructions/request (callgrind) | system calls/request (strace) |\n|---|---|---|"
+        "\n| sidecar | instructions/request (callgrind), HTTP/1.1, 8 connections | HTTP/2 → HTTP/2, 8 × 10 streams | system calls/request (strace), HTTP/1.1 |\n|---|---|---|---|"
     );
     for kind in MESH {
         let calls = measure::system_calls(tools, *kind, backend).await?;
-        let instructions = match kind {
-            Kind::Serin => measure::instructions(tools, backend).await?,
-            // Under callgrind Envoy takes minutes to start.
-            _ => "-".into(),
-        };
-        println!("| {} | {instructions} | {calls} |", kind.name());
+        let mut figures = Vec::new();
+        for (up, load) in [
+            (Up::Http1, &["--h1", "-c", "8"][..]),
+            (Up::Http2, &["-c", "8", "-m", "10"]),
+        ] {
+            let mesh = Mesh::new(Down::Plain, up);
+            figures.push(measure::instructions(tools, *kind, &mesh, load, backend).await?);
+        }
+        println!("| {} | {} | {calls} |", kind.name(), figures.join(" | "));
     }
     Ok(())
 }

@@ -278,9 +278,17 @@ pub(crate) async fn system_calls(tools: &Tools, kind: Kind, backend: &Backend) -
     Ok(parts.join(", "))
 }
 
-/// Instructions per request of our proxy in user space, by callgrind; a dash without it.
-pub(crate) async fn instructions(tools: &Tools, backend: &Backend) -> anyhow::Result<String> {
+/// Instructions per request in user space, by callgrind; a dash without it.
+pub(crate) async fn instructions(
+    tools: &Tools,
+    kind: Kind,
+    mesh: &Mesh,
+    load: &[&str],
+    backend: &Backend,
+) -> anyhow::Result<String> {
     const REQUESTS: usize = 3_000;
+    // Envoy takes minutes to start there.
+    const START: Duration = Duration::from_secs(600);
     let folder = tempfile::tempdir()?;
     let config = folder.path().join("proxy.yaml");
     let out = folder.path().join("callgrind");
@@ -288,9 +296,11 @@ pub(crate) async fn instructions(tools: &Tools, backend: &Backend) -> anyhow::Re
     let control = Ads::start(&folder.path().join("xds.sock"))?;
     control
         .source
-        .put_all(mesh::resources(&SIDECAR, port, backend, &backend.identities));
-    std::fs::write(&config, control.bootstrap("bench", false))?;
-    let (program, args) = tools.command(Kind::Serin, &config).context("serin-proxy")?;
+        .put_all(mesh::resources(mesh, port, backend, &backend.identities));
+    std::fs::write(&config, control.bootstrap("bench", kind == Kind::Envoy))?;
+    let Some((program, args)) = tools.command(kind, &config) else {
+        return Ok("-".into());
+    };
     let child = Command::new("valgrind")
         .args(["--tool=callgrind", "--instr-atstart=no"])
         .arg(format!("--callgrind-out-file={}", out.display()))
@@ -304,7 +314,7 @@ pub(crate) async fn instructions(tools: &Tools, backend: &Backend) -> anyhow::Re
         eprintln!("SKIPPED: valgrind is not installed");
         return Ok("-".into());
     };
-    listening(port, Duration::from_secs(120)).await?;
+    listening(port, START).await?;
     let url = format!("http://127.0.0.1:{port}/");
     let pid = child.id().context("valgrind has ended")?.to_string();
     let control = |arg: &'static str| {
@@ -315,9 +325,10 @@ pub(crate) async fn instructions(tools: &Tools, backend: &Backend) -> anyhow::Re
         };
         command.output()
     };
-    h2load(&["--h1", "-c", "8"], 500, &url).await?;
+    // Whatever becomes of them: the first connections may take longer than their limit there.
+    h2load_on("1", load, 500, &url).await?;
     control("on").await?;
-    h2load(&["--h1", "-c", "8"], REQUESTS, &url).await?;
+    h2load(load, REQUESTS, &url).await?;
     control("-d").await?;
     for entry in std::fs::read_dir(folder.path())? {
         let path = entry?.path();

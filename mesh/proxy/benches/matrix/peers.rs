@@ -16,6 +16,8 @@ use crate::mesh::{self, Identities, Mesh, Up};
 /// Where the programs are.
 pub(crate) struct Tools {
     proxy: PathBuf,
+    /// Another build, that somebody wants compared.
+    baseline: Option<PathBuf>,
     /// `serin`, for its load generator.
     pub(crate) serin: Option<PathBuf>,
     envoy: Option<PathBuf>,
@@ -40,8 +42,9 @@ impl Tools {
                 .map(|folder| folder.join(name))
                 .filter(|path| path.is_file())
         };
-        let Some(proxy) = ours("serin-proxy") else {
-            eprintln!("SKIPPED: no serin-proxy in SERIN_BIN_DIR: make build");
+        let named = std::env::var_os("SERIN_BENCH_PROXY").map(PathBuf::from);
+        let Some(proxy) = named.or_else(|| ours("serin-proxy")) else {
+            eprintln!("SKIPPED: no serin-proxy in SERIN_BENCH_PROXY or SERIN_BIN_DIR: make build");
             return None;
         };
         for needed in ["h2load", "nginx", "taskset"] {
@@ -56,6 +59,7 @@ impl Tools {
             .or_else(|| on_path("envoy"));
         let tools = Self {
             proxy,
+            baseline: std::env::var_os("SERIN_BENCH_BASELINE").map(PathBuf::from),
             serin: ours("serin"),
             envoy,
             haproxy: on_path("haproxy"),
@@ -76,6 +80,10 @@ impl Tools {
         Some(match kind {
             Kind::Serin => (
                 self.proxy.clone(),
+                args(&["--config", &config, "--concurrency", "1"]),
+            ),
+            Kind::Baseline => (
+                self.baseline.clone()?,
                 args(&["--config", &config, "--concurrency", "1"]),
             ),
             Kind::Envoy => (
@@ -303,6 +311,16 @@ impl Peer {
             control: Some(control),
             secure: mesh.down != mesh::Down::Plain,
         }))
+    }
+
+    /// Lets it end by itself, as an instrumented program must to write what it has counted.
+    pub(crate) async fn end(mut self) -> anyhow::Result<()> {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.pid()?)?);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
+        tokio::time::timeout(Duration::from_secs(60), self.child.wait())
+            .await
+            .context("the proxy does not end")??;
+        Ok(())
     }
 
     pub(crate) fn url(&self, path: &str) -> String {

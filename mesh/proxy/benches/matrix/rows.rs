@@ -36,7 +36,7 @@ struct Row {
 
 const ALL: &[Kind] = crate::ALL;
 const MESH: &[Kind] = crate::MESH;
-const TCP: &[Kind] = &[Kind::Serin, Kind::Envoy, Kind::HaProxy];
+const TCP: &[Kind] = &[Kind::Serin, Kind::Baseline, Kind::Envoy, Kind::HaProxy];
 
 const fn row(name: &'static str, job: Job, load: Load, path: &'static str, peers: &'static [Kind]) -> Row {
     Row {
@@ -70,6 +70,13 @@ const ROWS: &[Row] = &[
         MESH,
     ),
     row(
+        "HTTP/1.1, 32 connections, sidecar, 5,000/s",
+        Job::Mesh(Down::Plain, Up::Http1),
+        Load::Requests(&["--h1", "-c", "32", "--rps", "156"]),
+        "/",
+        MESH,
+    ),
+    row(
         "HTTP/1.1, 256 connections, sidecar",
         Job::Mesh(Down::Plain, Up::Http1),
         Load::Requests(&["--h1", "-c", "256"]),
@@ -94,6 +101,13 @@ const ROWS: &[Row] = &[
         "HTTP/2 → HTTP/2, 8 × 10 streams, sidecar",
         Job::Mesh(Down::Plain, Up::Http2),
         H2,
+        "/",
+        MESH,
+    ),
+    row(
+        "HTTP/2 → HTTP/2, 8 × 10 streams, sidecar, 5,000/s",
+        Job::Mesh(Down::Plain, Up::Http2),
+        Load::Requests(&["-c", "8", "-m", "10", "--rps", "625"]),
         "/",
         MESH,
     ),
@@ -168,7 +182,8 @@ pub(crate) async fn run(tools: &Tools, backend: &Backend) -> anyhow::Result<()> 
     println!(
         "\n| case | proxy | µs/request | user | kernel | × Envoy | requests/s |\n|---|---|---|---|---|---|---|"
     );
-    for row in ROWS.iter().filter(|row| row.name.contains(&only)) {
+    let wanted = |row: &&Row| only.split('|').any(|part| row.name.contains(part));
+    for row in ROWS.iter().filter(wanted) {
         let requests = match (row.path, row.load) {
             ("/1m", _) => number("SERIN_BENCH_REQUESTS", 30_000) / 30,
             (_, Load::Connections) => number("SERIN_BENCH_REQUESTS", 30_000) / 15,
@@ -216,6 +231,11 @@ pub(crate) async fn run(tools: &Tools, backend: &Backend) -> anyhow::Result<()> 
                 of(|sample| sample.kernel),
                 of(|sample| sample.rate),
             );
+        }
+        if std::env::var_os("SERIN_BENCH_POLITE").is_some() {
+            for (peer, _) in peers {
+                peer.end().await?;
+            }
         }
     }
     Ok(())

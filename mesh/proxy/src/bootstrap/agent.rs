@@ -12,7 +12,7 @@ use serin_xds::pb::google::protobuf as google;
 
 use super::inherited;
 use crate::control::Options;
-use crate::control::run::{DEFAULT_DRAIN, Plan};
+use crate::control::run::{ControlPlane, DEFAULT_DRAIN, Plan};
 use crate::error::Error;
 
 /// Which kind of proxy.
@@ -143,14 +143,16 @@ pub fn plan(role: Role, domain: &str, concurrency: usize, environment: &Environm
             node: node(role, domain, environment)?,
             concurrency,
             overload: Default::default(),
+            own_address: environment.get("INSTANCE_IP").and_then(|text| text.parse().ok()),
             local_cluster: environment.get("SERIN_LOCAL_CLUSTER").cloned(),
             inherited: environment
                 .get(inherited::VARIABLE)
                 .map(|text| inherited::adopt(text))
                 .transpose()?
                 .unwrap_or_default(),
+            ..Default::default()
         },
-        control_plane: Some(endpoint),
+        control_plane: Some(ControlPlane::At(endpoint)),
         push_metrics: true,
         static_resources: Vec::new(),
         admin: Some(SocketAddr::from(([127, 0, 0, 1], 15000))),

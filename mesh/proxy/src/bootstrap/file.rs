@@ -20,10 +20,12 @@ use serin_xds::{FEATURE_VHDS, ResourceType};
 use super::json;
 use super::schema::Schema;
 use crate::config::convert::{self, Address};
+use crate::config::runtime::{Layer, Source};
 use crate::control::Options;
-use crate::control::run::{DEFAULT_DRAIN, Plan, StaticResource};
+use crate::control::run::{ControlPlane, DEFAULT_DRAIN, Plan, StaticResource};
 use crate::error::{Error, Refusal, Within};
 use crate::overload;
+use crate::policy::on_demand::aggregated;
 
 /// Parts of the bootstrap that are honoured.
 const HONOURED: [&str; 7] = [
@@ -121,9 +123,10 @@ fn plan(from: bootstrap::Bootstrap, concurrency: usize) -> Result<Plan, Refusal>
         .transpose()
         .within("overload_manager")?
         .unwrap_or_default();
-    if let Some(runtime) = &from.layered_runtime {
-        layered_runtime(runtime, &mut overload).within("layered_runtime")?;
-    }
+    let runtime = match &from.layered_runtime {
+        None => Vec::new(),
+        Some(runtime) => layered_runtime(runtime, &mut overload).within("layered_runtime")?,
+    };
     let control_plane = match &from.dynamic_resources {
         None => None,
         Some(dynamic_resources) => {
@@ -140,6 +143,7 @@ fn plan(from: bootstrap::Bootstrap, concurrency: usize) -> Result<Plan, Refusal>
             concurrency,
             local_cluster,
             overload,
+            runtime,
             ..Default::default()
         },
         push_metrics: false,
@@ -174,38 +178,64 @@ fn cluster_manager(from: &bootstrap::ClusterManager) -> Result<Option<String>, R
     }
 }
 
-/// There is no runtime layer; the one key that has a meaning here limits connections.
-fn layered_runtime(from: &bootstrap::LayeredRuntime, overload: &mut overload::Rules) -> Result<(), Refusal> {
+/// The layers of the runtime. One key of static layers is a limit of the proxy itself.
+fn layered_runtime(
+    from: &bootstrap::LayeredRuntime,
+    overload: &mut overload::Rules,
+) -> Result<Vec<Layer>, Refusal> {
     use bootstrap::runtime_layer::LayerSpecifier;
     use serin_xds::pb::google::protobuf::value::Kind;
+    const CONNECTIONS: &str = "overload.global_downstream_max_connections";
+    let mut out: Vec<Layer> = Vec::with_capacity(from.layers.len());
     for (index, layer) in from.layers.iter().enumerate() {
         let path = format!("layers[{index}]");
-        match &layer.layer_specifier {
+        if out.iter().any(|other| *other.name == *layer.name) {
+            return Err(Refusal::new(
+                format!("{path}.name"),
+                format!("{:?} is there twice", layer.name),
+            ));
+        }
+        out.push(match &layer.layer_specifier {
             Some(LayerSpecifier::StaticLayer(values)) => {
-                for (key, value) in &values.fields {
-                    match (key.as_str(), &value.kind) {
-                        ("overload.global_downstream_max_connections", Some(Kind::NumberValue(limit)))
-                            if *limit >= 1.0 =>
-                        {
-                            overload.limit_connections(*limit as u64);
-                        }
-                        _ => {
-                            return Err(Refusal::new(
-                                format!("{path}.static_layer"),
-                                format!("{key} is not supported: there is no runtime here"),
-                            ));
-                        }
+                let mut values = values.clone();
+                match values.fields.remove(CONNECTIONS).and_then(|value| value.kind) {
+                    None => {}
+                    Some(Kind::NumberValue(limit)) if limit >= 1.0 => {
+                        overload.limit_connections(limit as u64)
+                    }
+                    Some(_) => {
+                        return Err(Refusal::new(
+                            format!("{path}.static_layer.{CONNECTIONS}"),
+                            "is not a number of connections",
+                        ));
                     }
                 }
+                let mut out = Layer::empty(&layer.name, Source::Static);
+                out.fill(&values).within(format!("{path}.static_layer"))?;
+                out
             }
-            // What the admin port might set is empty at the start, and cannot be set here.
-            Some(LayerSpecifier::AdminLayer(_)) | None => {}
-            Some(LayerSpecifier::DiskLayer(_) | LayerSpecifier::RtdsLayer(_)) => {
-                return Err(Refusal::new(path, "only a static layer is supported"));
+            Some(LayerSpecifier::AdminLayer(_)) if out.iter().any(|other| other.source == Source::Admin) => {
+                return Err(Refusal::new(path, "there is an admin layer already"));
             }
-        }
+            Some(LayerSpecifier::AdminLayer(_)) => Layer::empty(&layer.name, Source::Admin),
+            Some(LayerSpecifier::RtdsLayer(rtds)) => {
+                aggregated(rtds.rtds_config.as_ref()).within(format!("{path}.rtds_layer.rtds_config"))?;
+                let mut out = Layer::empty(&layer.name, Source::Rtds);
+                if !rtds.name.is_empty() {
+                    out.resource = rtds.name.as_str().into();
+                }
+                out
+            }
+            Some(LayerSpecifier::DiskLayer(_)) => {
+                return Err(Refusal::new(
+                    format!("{path}.disk_layer"),
+                    "not supported: use a static layer, RTDS or the admin port",
+                ));
+            }
+            None => return Err(Refusal::new(path, "says not where its values come from")),
+        });
     }
-    Ok(())
+    Ok(out)
 }
 
 fn static_resources(from: &bootstrap::bootstrap::StaticResources) -> Result<Vec<StaticResource>, Refusal> {
@@ -263,11 +293,11 @@ fn static_resources(from: &bootstrap::bootstrap::StaticResources) -> Result<Vec<
     Ok(out)
 }
 
-/// The control plane: the first endpoint of the static cluster that `ads_config` names.
+/// The control plane: the static cluster that `ads_config` names. The address itself where the cluster says nothing else.
 fn dynamic(
     from: &bootstrap::bootstrap::DynamicResources,
     clusters: &[cluster::Cluster],
-) -> Result<Option<Endpoint>, Refusal> {
+) -> Result<Option<ControlPlane>, Refusal> {
     use core::config_source::ConfigSourceSpecifier;
     for (field, source) in [
         ("lds_config", from.lds_config.as_ref()),
@@ -302,14 +332,6 @@ fn dynamic(
         )
     })?;
     let cluster = clusters.iter().find(|cluster| cluster.name == *name);
-    if cluster.is_some_and(|cluster| cluster.transport_socket.is_some()) {
-        return Err(Refusal::new(
-            "ads_config",
-            format!(
-                "cluster {name:?} has a transport_socket: TLS towards the control plane is not supported"
-            ),
-        ));
-    }
     let address = cluster
         .and_then(|cluster| cluster.load_assignment.as_ref())
         .and_then(|assignment| assignment.endpoints.first()?.lb_endpoints.first())
@@ -323,9 +345,15 @@ fn dynamic(
             format!("no static cluster {name:?} with an endpoint"),
         )
     })?;
+    let more = cluster.is_some_and(|cluster| {
+        let endpoints = cluster.load_assignment.iter().flat_map(|all| &all.endpoints);
+        cluster.transport_socket.is_some()
+            || endpoints.map(|group| group.lb_endpoints.len()).sum::<usize>() > 1
+    });
     Ok(Some(match address {
-        Address::Pipe(path) => Endpoint::Unix(path.to_string().into()),
-        other => Endpoint::Tcp(other.to_string()),
+        _ if more => ControlPlane::Cluster(name.clone()),
+        Address::Pipe(path) => ControlPlane::At(Endpoint::Unix(path.to_string().into())),
+        other => ControlPlane::At(Endpoint::Tcp(other.to_string())),
     }))
 }
 
@@ -353,7 +381,7 @@ mod tests {
         assert_eq!(admin_address(&plan), Some("127.0.0.1:15000".parse().unwrap()));
         assert_eq!(
             plan.control_plane,
-            Some(Endpoint::Unix("/run/serin/xds.sock".into()))
+            Some(ControlPlane::At(Endpoint::Unix("/run/serin/xds.sock".into())))
         );
         let mut store = crate::config::store::Store::new(1);
         for resource in &plan.static_resources {
@@ -400,7 +428,15 @@ mod tests {
             ),
             (
                 "layered_runtime: {layers: [{name: a, static_layer: {health_check: {x: 1}}}]}",
-                "layered_runtime.layers[0].static_layer",
+                "layered_runtime.layers[0].static_layer.health_check.x",
+            ),
+            (
+                "layered_runtime: {layers: [{name: a, disk_layer: {symlink_root: /a}}]}",
+                "layered_runtime.layers[0].disk_layer",
+            ),
+            (
+                "layered_runtime: {layers: [{name: a, rtds_layer: {rtds_config: {path_config_source: {path: /a}}}}]}",
+                "layered_runtime.layers[0].rtds_layer.rtds_config",
             ),
         ];
         for (text, path) in cases {

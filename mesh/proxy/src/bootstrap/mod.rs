@@ -7,6 +7,8 @@ pub mod agent;
 pub mod file;
 pub mod inherited;
 mod json;
+#[cfg(test)]
+mod recorded;
 mod schema;
 
 use prost::Message as _;

@@ -127,6 +127,16 @@ impl Fraction {
         Ok(Self(from.numerator.saturating_mul(scale).min(1_000_000)))
     }
 
+    /// In parts of a million.
+    pub fn millionths(self) -> u32 {
+        self.0
+    }
+
+    /// From parts of a million.
+    pub fn of_millionths(parts: u32) -> Self {
+        Self(parts.min(1_000_000))
+    }
+
     /// Of a percentage.
     pub fn of_percent(percent: f64) -> Self {
         Self((percent.clamp(0.0, 100.0) * 10_000.0).round() as u32)
@@ -142,14 +152,6 @@ impl Fraction {
     pub fn is_none(self) -> bool {
         self.0 == 0
     }
-}
-
-/// A `RuntimeFractionalPercent`: without a runtime layer the default value is the value.
-pub(crate) fn runtime_fraction(
-    from: Option<&core::RuntimeFractionalPercent>,
-    absent: Fraction,
-) -> Result<Fraction, Refusal> {
-    Fraction::compile(from.and_then(|value| value.default_value.as_ref()), absent)
 }
 
 /// A string at `filter_metadata[filter][key]`.

@@ -9,6 +9,7 @@ use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
 
 use super::convert::{self, Fraction};
 use super::matchers::{HeaderMatch, RequestView, StringMatch};
+use super::runtime::{Runtime, RuntimeFraction};
 use crate::error::{Refusal, Within};
 
 /// What the fault filter does to a request.
@@ -145,6 +146,8 @@ pub struct Cors {
     max_age: Option<HeaderValue>,
     allow_credentials: bool,
     forward_unmatched_preflights: bool,
+    /// Share of requests that it is for.
+    enabled: RuntimeFraction,
 }
 
 /// What CORS says about a request.
@@ -160,8 +163,9 @@ pub enum CorsVerdict {
 
 impl Cors {
     /// Compiles the filter's own policy message.
-    pub(crate) fn compile(from: &cors_v3::CorsPolicy) -> Result<Self, Refusal> {
-        let enabled = convert::runtime_fraction(from.filter_enabled.as_ref(), Fraction::ALL)
+    pub(crate) fn compile(from: &cors_v3::CorsPolicy, runtime: &mut Runtime) -> Result<Self, Refusal> {
+        let enabled = runtime
+            .fraction(from.filter_enabled.as_ref(), Fraction::ALL)
             .within("filter_enabled")?;
         if from
             .allow_private_network_access
@@ -187,12 +191,12 @@ impl Cors {
     }
 
     /// Compiles the older policy message of routes and virtual hosts.
-    pub(crate) fn compile_route(from: &route::CorsPolicy) -> Result<Self, Refusal> {
+    pub(crate) fn compile_route(from: &route::CorsPolicy, runtime: &mut Runtime) -> Result<Self, Refusal> {
         let enabled = match &from.enabled_specifier {
-            None => Fraction::ALL,
-            Some(route::cors_policy::EnabledSpecifier::FilterEnabled(share)) => {
-                convert::runtime_fraction(Some(share), Fraction::ALL).within("filter_enabled")?
-            }
+            None => Fraction::ALL.into(),
+            Some(route::cors_policy::EnabledSpecifier::FilterEnabled(share)) => runtime
+                .fraction(Some(share), Fraction::ALL)
+                .within("filter_enabled")?,
         };
         Self::build(
             &from.allow_origin_string_match,
@@ -215,14 +219,8 @@ impl Cors {
         [methods, headers, expose, max_age]: [&String; 4],
         allow_credentials: bool,
         forward_unmatched_preflights: bool,
-        enabled: Fraction,
+        enabled: RuntimeFraction,
     ) -> Result<Self, Refusal> {
-        if enabled != Fraction::ALL {
-            return Err(Refusal::new(
-                "filter_enabled",
-                "a partly enabled CORS policy is not supported",
-            ));
-        }
         let value = |text: &str, field: &str| {
             if text.is_empty() {
                 return Ok(None);
@@ -245,7 +243,13 @@ impl Cors {
             max_age: value(max_age, "max_age")?,
             allow_credentials,
             forward_unmatched_preflights,
+            enabled,
         })
+    }
+
+    /// Whether a request is judged at all.
+    pub fn applies(&self, random: impl FnOnce() -> u64) -> bool {
+        self.enabled.is_all() || self.enabled.hit(random())
     }
 
     /// Judges a request.
@@ -311,15 +315,18 @@ mod tests {
     use super::*;
 
     fn policy() -> Cors {
-        Cors::compile(&cors_v3::CorsPolicy {
-            allow_origin_string_match: vec![matcher::StringMatcher {
-                match_pattern: Some(matcher::string_matcher::MatchPattern::Exact("https://a".into())),
+        Cors::compile(
+            &cors_v3::CorsPolicy {
+                allow_origin_string_match: vec![matcher::StringMatcher {
+                    match_pattern: Some(matcher::string_matcher::MatchPattern::Exact("https://a".into())),
+                    ..Default::default()
+                }],
+                allow_methods: "GET,POST".into(),
+                max_age: "60".into(),
                 ..Default::default()
-            }],
-            allow_methods: "GET,POST".into(),
-            max_age: "60".into(),
-            ..Default::default()
-        })
+            },
+            &mut Runtime::default(),
+        )
         .unwrap()
     }
 
@@ -381,8 +388,8 @@ mod tests {
             method: "GET",
             path: "/",
             query: None,
-            authority: "",
-            scheme: "",
+            authority: Some(""),
+            scheme: Some(""),
             headers,
         };
         let mut counter = 0u64;

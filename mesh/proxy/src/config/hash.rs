@@ -220,8 +220,8 @@ mod tests {
                 method: "GET",
                 path: "/",
                 query: None,
-                authority: "a",
-                scheme: "http",
+                authority: Some("a"),
+                scheme: Some("http"),
                 headers,
             };
             request_hash(std::slice::from_ref(&policy), &view, client, local)

@@ -86,6 +86,8 @@ pub struct HttpManager {
     pub routes: Routes,
     /// The HTTP filters before the router.
     pub filters: Chain,
+    /// Whether requests may wait for their virtual host (the on-demand filter).
+    pub waits_for_hosts: bool,
     /// Tracing, where somebody collects.
     pub tracer: Option<Box<Tracer>>,
     /// Access logs; without them only errors are told.
@@ -275,6 +277,7 @@ impl HttpManager {
             direction,
             routes,
             filters: Chain::default(),
+            waits_for_hosts: false,
             tracer: Tracer::compile(from.tracing.as_ref(), &from.stat_prefix, context)?,
             logs: AccessLogs::compile(&from.access_log, context)?.map(Box::new),
             alpn: None,
@@ -392,6 +395,7 @@ impl HttpManager {
                 Err(refusal) => return Err(refusal.within(path)),
             }
         }
+        out.waits_for_hosts = out.filters.waits_for_hosts();
         if !routed {
             return Err(Refusal::new("http_filters", "the router filter is missing"));
         }
@@ -402,10 +406,15 @@ impl HttpManager {
     fn add_filter(&mut self, filter: &hcm::HttpFilter, context: &mut Context<'_>) -> Result<bool, Refusal> {
         let any = match &filter.config_type {
             Some(hcm::http_filter::ConfigType::TypedConfig(any)) => Some(any),
-            Some(hcm::http_filter::ConfigType::ConfigDiscovery(_)) => {
-                return Err(Refusal::new("config_discovery", "not supported"));
+            Some(hcm::http_filter::ConfigType::ConfigDiscovery(_))
+                if filter.name == "envoy.filters.http.router" || filter.name.starts_with("istio.") =>
+            {
+                return Err(Refusal::new(
+                    "config_discovery",
+                    "this filter cannot be configured by extension discovery",
+                ));
             }
-            None => None,
+            Some(hcm::http_filter::ConfigType::ConfigDiscovery(_)) | None => None,
         };
         match filter.name.as_str() {
             "envoy.filters.http.router" => return Ok(true),

@@ -11,6 +11,7 @@ use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_v3;
 
 use super::chain_match::ChainMatch;
 use super::convert::{self, Address};
+use super::extension::Place;
 use super::hcm::HttpManager;
 use super::listener_filters::{ConnectionLimit, ProxyProtocol};
 use super::route::Context;
@@ -430,6 +431,19 @@ impl Listener {
             .flat_map(|tls| tls.secrets())
     }
 
+    /// Filters whose configuration is a resource of its own.
+    pub fn discovered(&self) -> impl Iterator<Item = &Arc<Place>> {
+        self.all_chains().flat_map(|chain| match &chain.handler {
+            Handler::Http(manager) => Some(manager.filters.discovered()).into_iter().flatten(),
+            Handler::Tcp(_) => None.into_iter().flatten(),
+        })
+    }
+
+    /// Whether everything that it needs beside routes has come.
+    pub fn is_warm(&self) -> bool {
+        self.secrets().all(|secret| secret.version() > 0) && self.discovered().all(|place| place.is_settled())
+    }
+
     /// Every chain.
     pub fn all_chains(&self) -> impl Iterator<Item = &Arc<FilterChain>> {
         self.chains.iter().chain(&self.default_chain)
@@ -468,9 +482,23 @@ fn disabled_ports(
             }
             Ok(all)
         }
+        Some(Rule::AnyMatch(true)) => Ok(vec![0..u16::MAX]),
+        Some(Rule::NotMatch(inner)) => {
+            let mut taken = disabled_ports(inner).within("not_match")?;
+            taken.sort_by_key(|range| range.start);
+            let (mut free, mut next) = (Vec::new(), 0);
+            for range in taken {
+                if range.start > next {
+                    free.push(next..range.start);
+                }
+                next = next.max(range.end);
+            }
+            free.push(next..u16::MAX);
+            Ok(free)
+        }
         _ => Err(Refusal::new(
             "",
-            "only destination port ranges and or_match are supported",
+            "only destination port ranges, or_match, not_match and any_match are supported",
         )),
     }
 }

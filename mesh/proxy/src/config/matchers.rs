@@ -1,7 +1,7 @@
 //! Compiled matchers: strings, headers, query parameters. Everything is prepared at configuration time, so that a
 //! request pays for comparisons only.
 
-use http::{HeaderMap, HeaderName};
+use http::{HeaderMap, HeaderName, header};
 use regex::Regex;
 use serin_xds::pb::envoy::config::route::v3 as route;
 use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
@@ -17,12 +17,30 @@ pub struct RequestView<'a> {
     pub path: &'a str,
     /// Query without `?`, if there is one.
     pub query: Option<&'a str>,
-    /// Host and port as the client named them.
-    pub authority: &'a str,
-    /// `http` or `https`.
-    pub scheme: &'a str,
+    /// Host and port as the client named them; where absent they are looked up in the fields, if they are wanted.
+    pub authority: Option<&'a str>,
+    /// `http` or `https`; the same.
+    pub scheme: Option<&'a str>,
     /// Header fields.
     pub headers: &'a HeaderMap,
+}
+
+static X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+
+impl<'a> RequestView<'a> {
+    /// Host and port as the client named them; empty if it did not.
+    pub fn authority(&self) -> &'a str {
+        self.authority
+            .or_else(|| self.headers.get(header::HOST)?.to_str().ok())
+            .unwrap_or("")
+    }
+
+    /// `http` or `https`.
+    pub fn scheme(&self) -> &'a str {
+        self.scheme
+            .or_else(|| self.headers.get(&X_FORWARDED_PROTO)?.to_str().ok())
+            .unwrap_or("http")
+    }
 }
 
 /// Compiles a regular expression that must match the whole subject, as Envoy's `safe_regex` does.
@@ -176,8 +194,8 @@ impl HeaderMatch {
     pub fn matches(&self, request: &RequestView<'_>) -> bool {
         match &self.key {
             HeaderKey::Method => self.test_value(Some(request.method)),
-            HeaderKey::Scheme => self.test_value(Some(request.scheme)),
-            HeaderKey::Authority => self.test_value(Some(request.authority)),
+            HeaderKey::Scheme => self.test_value(Some(request.scheme())),
+            HeaderKey::Authority => self.test_value(Some(request.authority())),
             HeaderKey::Path => match request.query {
                 None => self.test_value(Some(request.path)),
                 Some(query) => self.test_value(Some(&format!("{}?{query}", request.path))),
@@ -268,8 +286,8 @@ mod tests {
             method: "GET",
             path: "/a",
             query: Some("x=1"),
-            authority: "a.b",
-            scheme: "http",
+            authority: Some("a.b"),
+            scheme: Some("http"),
             headers,
         }
     }

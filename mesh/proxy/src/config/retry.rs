@@ -372,8 +372,8 @@ impl RetryPolicy {
                 method: "",
                 path: "",
                 query: None,
-                authority: "",
-                scheme: "",
+                authority: Some(""),
+                scheme: Some(""),
                 headers,
             };
             if self.response_headers.iter().any(|matcher| matcher.matches(&view)) {

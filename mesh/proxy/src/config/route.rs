@@ -16,6 +16,7 @@ use super::hash::HashPolicy;
 use super::headers::HeaderOps;
 use super::matchers::RequestView;
 use super::retry::RetryPolicy;
+use super::runtime::RuntimeFraction;
 use super::slot::{ClusterSlot, Directory, Slots};
 use super::subset::Criteria;
 use super::weighted::{Turn, Weights};
@@ -180,7 +181,7 @@ pub struct Mirror {
     /// Where the copies go.
     pub cluster: Arc<ClusterSlot>,
     /// How much is copied.
-    pub share: Fraction,
+    pub share: RuntimeFraction,
     /// `-shadow` is appended to the host.
     pub shadow_suffix: bool,
     /// Or the authority is this.
@@ -257,7 +258,8 @@ impl VirtualHost {
         }
         let mut per_filter = PerRoute::compile(&from.typed_per_filter_config, context)?;
         if let Some(cors) = &from.cors {
-            per_filter.cors = Some(Arc::new(Cors::compile_route(cors).within("cors")?));
+            let cors = Cors::compile_route(cors, &mut context.slots.runtime).within("cors")?;
+            per_filter.cors = Some(Arc::new(cors));
         }
         let routes = from
             .routes
@@ -319,12 +321,13 @@ impl Route {
             .r#match
             .as_ref()
             .ok_or_else(|| Refusal::new("match", "is missing"))?;
-        let matches = RouteMatch::compile(message).within("match")?;
+        let matches = RouteMatch::compile(message, &mut context.slots.runtime).within("match")?;
         let mut per_filter = PerRoute::compile(&from.typed_per_filter_config, context)?;
         let action = match &from.action {
             Some(route::route::Action::Route(action)) => {
                 if let Some(cors) = &action.cors {
-                    per_filter.cors = Some(Arc::new(Cors::compile_route(cors).within("route.cors")?));
+                    let cors = Cors::compile_route(cors, &mut context.slots.runtime).within("route.cors")?;
+                    per_filter.cors = Some(Arc::new(cors));
                 }
                 let template = match &matches.path {
                     PathMatch::Template(template) => Some(template),
@@ -376,8 +379,8 @@ impl Route {
 
     /// The `Location` of a redirect of `request`.
     pub fn location(&self, redirect: &Redirect, request: &RequestView<'_>) -> String {
-        let scheme = redirect.scheme.as_deref().unwrap_or(request.scheme);
-        let (host, own_port) = split_port(request.authority);
+        let scheme = redirect.scheme.as_deref().unwrap_or(request.scheme());
+        let (host, own_port) = split_port(request.authority());
         let host = redirect.host.as_deref().unwrap_or(host);
         let port = match (redirect.port, &redirect.scheme, own_port) {
             (Some(port), _, _) => Some(port),

@@ -28,6 +28,8 @@ pub struct ClusterSlot {
     version: AtomicU64,
     /// What is in use now, over all workers.
     pub usage: Usage,
+    /// Whether a request that would have waited for it was for it.
+    used: Used,
 }
 
 /// Shared counts for circuit breakers; only written when a limit is set.
@@ -56,7 +58,23 @@ impl ClusterSlot {
             endpoints: ArcSwapOption::empty(),
             version: AtomicU64::new(1),
             usage: Usage::default(),
+            used: Used::default(),
         }
+    }
+
+    /// Whether the cluster exists.
+    pub fn exists(&self) -> bool {
+        self.config.load().is_some()
+    }
+
+    /// A request that would have waited for it was for it.
+    pub(crate) fn mark_used(&self) {
+        self.used.mark();
+    }
+
+    /// Whether one was, since this was asked last.
+    pub(crate) fn take_used(&self) -> bool {
+        self.used.take()
     }
 
     /// Changes whenever the configuration or the endpoints do.
@@ -90,16 +108,50 @@ impl ClusterSlot {
     }
 }
 
-/// Where this proxy is: its zone, and the cluster that it is a member of (`local_cluster_name`).
+/// Where a proxy is: the cluster that it is a member of, and its zone.
 #[derive(Debug)]
-pub struct Home {
+pub struct Here {
     /// The local cluster.
     pub slot: Arc<ClusterSlot>,
-    /// `region/zone/sub_zone` of the node.
+    /// `region/zone/sub_zone`.
     pub zone: Box<str>,
 }
 
+/// Where this proxy is, as far as it is known: told by `local_cluster_name` and the node's locality, or found out from the
+/// endpoints that have its own address.
+#[derive(Debug)]
+pub struct Home {
+    here: ArcSwapOption<Here>,
+    /// Changes of `here`.
+    moves: AtomicU64,
+}
+
 impl Home {
+    pub(crate) fn new(here: Option<Here>) -> Self {
+        Self {
+            here: ArcSwapOption::from_pointee(here),
+            moves: AtomicU64::new(0),
+        }
+    }
+
+    /// Where that is.
+    pub fn here(&self) -> Option<Arc<Here>> {
+        self.here.load_full()
+    }
+
+    /// Differs whenever the place or its members do.
+    pub fn version(&self) -> (u64, u64) {
+        let members = self.here.load().as_ref().map_or(0, |here| here.slot.version());
+        (self.moves.load(Ordering::Acquire), members)
+    }
+
+    pub(crate) fn set(&self, here: Option<Here>) {
+        self.here.store(here.map(Arc::new));
+        self.moves.fetch_add(1, Ordering::Release);
+    }
+}
+
+impl Here {
     /// Usable hosts of the local cluster by zone.
     pub fn callers(&self) -> std::collections::HashMap<Box<str>, u64> {
         let mut out = std::collections::HashMap::new();
@@ -146,20 +198,52 @@ impl RouteSlot {
 
 /// One virtual host of a route table; replaced without touching the table.
 #[derive(Debug)]
-pub struct VirtualHostSlot(arc_swap::ArcSwap<VirtualHost>);
+pub struct VirtualHostSlot {
+    host: arc_swap::ArcSwap<VirtualHost>,
+    used: Used,
+}
+
+/// Whether something has been used since somebody asked. Written only when that changes, so that workers can all look.
+#[derive(Debug, Default)]
+struct Used(AtomicBool);
+
+impl Used {
+    fn mark(&self) {
+        if !self.0.load(Ordering::Relaxed) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn take(&self) -> bool {
+        self.0.swap(false, Ordering::Relaxed)
+    }
+}
 
 impl VirtualHostSlot {
     pub(crate) fn new(host: VirtualHost) -> Self {
-        Self(arc_swap::ArcSwap::from_pointee(host))
+        Self {
+            host: arc_swap::ArcSwap::from_pointee(host),
+            used: Used::default(),
+        }
     }
 
     /// The virtual host as it is now.
     pub fn load(&self) -> Arc<VirtualHost> {
-        self.0.load_full()
+        self.host.load_full()
     }
 
     pub(crate) fn set(&self, host: VirtualHost) {
-        self.0.store(Arc::new(host));
+        self.host.store(Arc::new(host));
+    }
+
+    /// A request was for it.
+    pub(crate) fn mark_used(&self) {
+        self.used.mark();
+    }
+
+    /// Whether a request was, since this was asked last.
+    pub(crate) fn take_used(&self) -> bool {
+        self.used.take()
     }
 }
 
@@ -226,6 +310,10 @@ pub struct Slots {
     pub chores: Vec<Chore>,
     /// Where access logs are written.
     pub sinks: crate::observe::sink::Sinks,
+    /// Values by which shares of requests change.
+    pub runtime: crate::config::runtime::Runtime,
+    /// Filters whose configuration is a resource of its own.
+    pub extensions: crate::config::extension::Extensions,
     /// Secrets that clusters and listeners refer to.
     pub secrets: crate::tls::table::SecretTable,
 }

@@ -6,6 +6,7 @@
 
 mod clusters;
 mod listeners;
+mod membership;
 mod queries;
 mod routes;
 
@@ -17,12 +18,14 @@ use arc_swap::ArcSwap;
 use prost::Message;
 use serin_xds::ResourceType;
 
+use self::membership::Membership;
 use self::routes::RouteState;
 pub(super) use self::routes::compile_inline_routes;
 use super::cluster::Cluster;
 use super::endpoint::EndpointSet;
 use super::listener::Listener;
 use super::slot::{ClusterSlot, ListenerSlot, Slots};
+use crate::config::runtime::Runtime;
 use crate::error::Refusal;
 use crate::metrics::collect::Family;
 use crate::tls::table::SecretTable;
@@ -64,7 +67,7 @@ impl VirtualListeners {
     }
 }
 
-/// What waits for secrets.
+/// What waits for secrets, or for the configuration of filters.
 #[derive(Debug, Default)]
 struct Warming {
     clusters: BTreeMap<Arc<str>, Waiting<(Cluster, Option<EndpointSet>)>>,
@@ -94,6 +97,7 @@ pub struct Store {
     virtuals: Arc<ArcSwap<VirtualListeners>>,
     warming: Warming,
     answered: BTreeSet<(ResourceType, Arc<str>)>,
+    membership: Option<Membership>,
     changes: Vec<ListenerChange>,
     applied: u64,
 }
@@ -113,6 +117,7 @@ impl Store {
             virtuals: Arc::default(),
             warming: Warming::default(),
             answered: BTreeSet::new(),
+            membership: None,
             changes: Vec::new(),
             applied: 0,
         }
@@ -172,6 +177,8 @@ impl Store {
                 ResourceType::Route => self.put_route(update, &mut dirty),
                 ResourceType::VirtualHost => self.put_virtual_host(update, &mut dirty),
                 ResourceType::Secret => self.slots.secrets.put(update.name, update.body),
+                ResourceType::Extension => self.put_extension(update),
+                ResourceType::Runtime => self.put_runtime(update),
             };
             if let Err(refusal) = result {
                 refused.push((update.name.into(), refusal));
@@ -186,12 +193,14 @@ impl Store {
                 ResourceType::Route => self.remove_route(name),
                 ResourceType::VirtualHost => self.remove_virtual_host(name, &mut dirty),
                 ResourceType::Secret => self.slots.secrets.remove(name),
+                ResourceType::Extension => self.slots.extensions.remove(name),
+                ResourceType::Runtime => self.slots.runtime.remove(name),
             }
         }
         for name in dirty {
             refused.extend(self.rebuild(&name));
         }
-        if resource_type == ResourceType::Secret {
+        if matches!(resource_type, ResourceType::Secret | ResourceType::Extension) {
             self.warm(None);
         }
         if resource_type == ResourceType::Listener {
@@ -226,14 +235,14 @@ impl Store {
             .warming
             .listeners
             .iter()
-            .filter(|(_, waiting)| {
-                late(waiting.since) || waiting.item.secrets().all(|secret| secret.version() > 0)
-            })
+            .filter(|(_, waiting)| late(waiting.since) || waiting.item.is_warm())
             .map(|(name, _)| name.clone())
             .collect();
         let any = !ready.is_empty();
         for name in ready {
             if let Some(waiting) = self.warming.listeners.remove(&name) {
+                let late = waiting.item.discovered().filter(|place| !place.is_settled());
+                late.for_each(|place| place.fall_back());
                 self.activate_listener(waiting.item);
             }
         }
@@ -242,7 +251,12 @@ impl Store {
         }
     }
 
-    /// Whether something waits for secrets.
+    /// Values by which shares of requests change.
+    pub fn runtime(&mut self) -> &mut Runtime {
+        &mut self.slots.runtime
+    }
+
+    /// Whether something waits for secrets or for the configuration of filters.
     pub fn is_warming(&self) -> bool {
         !self.warming.clusters.is_empty() || !self.warming.listeners.is_empty()
     }

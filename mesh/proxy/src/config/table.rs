@@ -112,6 +112,8 @@ pub struct RouteTable {
     pub name: Arc<str>,
     /// Its virtual hosts.
     pub domains: DomainIndex,
+    /// Whether virtual hosts come as resources of their own (VHDS).
+    pub discovers_hosts: bool,
     /// Whether the port of the authority is ignored.
     pub ignore_port: bool,
     /// Mutations for every request.

@@ -232,6 +232,26 @@ fn prometheus(proxy: &Proxy, parameters: &[(&str, &str)], accept: &str) -> Respo
     reply(StatusCode::OK, encoding.content_type(), encoding.write(&families))
 }
 
+fn runtime_modify(proxy: &Proxy, parameters: &[(&str, &str)]) -> Response<Full<Bytes>> {
+    let changes: Vec<_> = parameters
+        .iter()
+        .map(|(key, value)| (unescape(key), unescape(value)))
+        .collect();
+    if changes.is_empty() {
+        return plain(
+            StatusCode::BAD_REQUEST,
+            "usage: /runtime_modify?key1=value1&key2=value2&keyN=valueN\n\
+             an empty value removes the key\n",
+        );
+    }
+    let changes = changes.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+    match proxy.store(|store| store.runtime().modify(changes)) {
+        Ok(true) => plain(StatusCode::OK, "OK\n"),
+        Ok(false) => plain(StatusCode::SERVICE_UNAVAILABLE, "No admin layer specified\n"),
+        Err(refusal) => plain(StatusCode::BAD_REQUEST, format!("{refusal}\n")),
+    }
+}
+
 async fn answer(
     proxy: &Arc<Proxy>,
     port: Port,
@@ -272,17 +292,14 @@ async fn answer(
         "/server_info" => json_reply(&views::server_info(proxy)),
         "/memory" => json_reply(&views::memory()),
         "/" | "/help" => plain(StatusCode::OK, HELP),
-        "/runtime" => plain(
-            StatusCode::NOT_IMPLEMENTED,
-            "there is no runtime layer: the default values of runtime keys are their values\n",
-        ),
+        "/runtime" => json_reply(&proxy.store(|store| store.runtime().json())),
         "/reset_counters" => plain(
             StatusCode::NOT_IMPLEMENTED,
             "counters are cumulative for everybody who reads them, and are not reset\n",
         ),
         "/logging" if request.method() != Method::POST && parameters.is_empty() => logging(levels::shown()),
         "/drain_listeners" | "/quitquitquit" | "/reopen_logs" | "/healthcheck/fail" | "/healthcheck/ok"
-        | "/logging"
+        | "/logging" | "/runtime_modify"
             if request.method() != Method::POST =>
         {
             plain(
@@ -290,6 +307,7 @@ async fn answer(
                 "use POST for what changes something\n",
             )
         }
+        "/runtime_modify" => runtime_modify(proxy, &parameters),
         "/logging" => logging(levels::change(parameters.iter().copied())),
         "/healthcheck/fail" | "/healthcheck/ok" => {
             proxy.fail_health_check(path.ends_with("fail"));

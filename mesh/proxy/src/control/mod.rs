@@ -5,12 +5,14 @@
 
 pub mod admin;
 pub mod certs;
+pub mod dial;
 pub mod dns;
 pub mod health;
 pub mod levels;
 pub mod outliers;
 pub mod restart;
 pub mod run;
+pub mod sds;
 pub mod server_stats;
 pub mod xds;
 
@@ -25,11 +27,13 @@ use parking_lot::Mutex;
 use serin_xds::ResourceType;
 use serin_xds::pb::envoy::config::core::v3::Node;
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::endpoint::zone_name;
-use crate::config::slot::Home;
+use crate::config::on_demand::{self, OnDemand};
+use crate::config::runtime;
+use crate::config::slot::{Here, Home};
 use crate::config::store::{ListenerChange, Store, Update};
 use crate::error::{Error, Refusal};
 use crate::metrics::collect::{Family, collect};
@@ -57,8 +61,15 @@ pub struct Options {
     pub inherited: HashMap<u16, TcpListener>,
     /// The cluster that the proxy is a member of (`local_cluster_name`): zone-aware routing compares zones with it.
     pub local_cluster: Option<String>,
+    /// The address of the workload beside it: where no local cluster is named, it is the one that has this address among
+    /// its endpoints.
+    pub own_address: Option<std::net::IpAddr>,
     /// When to do less.
     pub overload: overload::Rules,
+    /// Layers of runtime values, lowest first.
+    pub runtime: Vec<runtime::Layer>,
+    /// What there may be of resources on demand.
+    pub on_demand: on_demand::Limits,
 }
 
 struct WorkerHandle {
@@ -75,6 +86,7 @@ pub struct Proxy {
     workers: Vec<WorkerHandle>,
     shards: Arc<[Arc<Shard>]>,
     overload: Arc<Overload>,
+    on_demand: Arc<OnDemand>,
     inherited: HashMap<u16, TcpListener>,
     bound: Mutex<HashMap<Arc<str>, Vec<SocketAddr>>>,
     /// Sockets of the process before this one that no listener has taken yet.
@@ -87,6 +99,8 @@ pub struct Proxy {
     health_fails: AtomicBool,
     started: std::time::Instant,
     changes: watch::Sender<()>,
+    /// Told when requests may go elsewhere from now on.
+    rerouted: Arc<Notify>,
 }
 
 impl Proxy {
@@ -99,6 +113,23 @@ impl Proxy {
         };
         let overload = Overload::new(&options.overload);
         let mut store = Store::new(count);
+        store.runtime().set_layers(options.runtime);
+        let on_demand = OnDemand::new(options.on_demand);
+        let home = match (&options.local_cluster, options.own_address) {
+            (Some(name), _) => {
+                let here = Here {
+                    slot: store.local_cluster(name),
+                    zone: zone_name(options.node.locality.as_ref()),
+                };
+                Some(Arc::new(Home::new(Some(here))))
+            }
+            (None, Some(address)) => {
+                let home = Arc::new(Home::new(None));
+                store.look_for(address, home.clone());
+                Some(home)
+            }
+            (None, None) => None,
+        };
         let metadata = options.node.metadata.clone().unwrap_or_default();
         let own = Workload::of_node(&metadata);
         let (log, lines) = mpsc::channel(LOG_LINES);
@@ -110,12 +141,8 @@ impl Proxy {
             node: Arc::new(options.node.clone()),
             cluster: options.node.cluster.as_str().into(),
             overload: overload.clone(),
-            home: options.local_cluster.as_ref().map(|name| {
-                Arc::new(Home {
-                    slot: store.local_cluster(name),
-                    zone: zone_name(options.node.locality.as_ref()),
-                })
-            }),
+            on_demand: on_demand.clone(),
+            home: home.clone(),
             virtual_listeners: store.virtual_listeners(),
             neighbours: arc_swap::ArcSwap::default(),
             log,
@@ -148,6 +175,7 @@ impl Proxy {
             workers,
             shards,
             overload,
+            on_demand,
             inherited: options.inherited,
             bound: Mutex::default(),
             handed: Mutex::default(),
@@ -158,8 +186,14 @@ impl Proxy {
             health_fails: AtomicBool::new(false),
             started: std::time::Instant::now(),
             changes: watch::Sender::new(()),
+            rerouted: Arc::default(),
         };
         Ok((Arc::new(proxy), lines))
+    }
+
+    /// What requests wait for.
+    pub fn on_demand(&self) -> Arc<OnDemand> {
+        self.on_demand.clone()
     }
 
     /// What the overload manager tells the workers.
@@ -179,7 +213,38 @@ impl Proxy {
             let refused = store.apply(resource_type, upserted, removed);
             (refused, store.take_listener_changes())
         };
+        if matches!(resource_type, ResourceType::Route | ResourceType::VirtualHost) {
+            self.rerouted.notify_one();
+        }
         refused.extend(self.follow(changes).await);
+        refused
+    }
+
+    /// Told when requests may go elsewhere from now on: what was counted before belongs to what was.
+    pub fn rerouted(&self) -> Arc<Notify> {
+        self.rerouted.clone()
+    }
+
+    /// Takes secrets of a service; what is refused is returned by name, the rest is in use.
+    pub async fn apply_secrets_of(
+        &self,
+        service: &tls::table::SdsService,
+        upserted: &[Update<'_>],
+    ) -> Vec<(Box<str>, Refusal)> {
+        let (refused, changes) = {
+            let mut store = self.store.lock();
+            let mut refused = Vec::new();
+            for update in upserted {
+                if let Err(refusal) = store.secrets().put_of(service, update.name, update.body) {
+                    refused.push((update.name.into(), refusal));
+                }
+            }
+            store.warm(None);
+            (refused, store.take_listener_changes())
+        };
+        for (name, refusal) in self.follow(changes).await {
+            tracing::warn!(listener = %name, %refusal, "not opened");
+        }
         refused
     }
 

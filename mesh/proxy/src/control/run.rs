@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 
 use super::admin::{AdminPort, Port};
 use super::restart::{self, Station};
-use super::{Options, Proxy, dns, health, outliers, xds};
+use super::{Options, Proxy, dial, dns, health, outliers, sds, xds};
 use crate::config::store::{Store, Update};
 use crate::error::Error;
 use crate::metrics::expiry;
@@ -40,13 +40,22 @@ pub struct StaticResource {
     pub body: Vec<u8>,
 }
 
+/// Where a control plane is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ControlPlane {
+    /// At an address, in plain HTTP/2.
+    At(Endpoint),
+    /// Behind the static cluster of that name, with what the cluster says: TLS, several endpoints.
+    Cluster(String),
+}
+
 /// Everything that the process is told at its start.
 #[derive(Debug, Default)]
 pub struct Plan {
     /// The proxy itself.
     pub options: Options,
     /// Where configuration comes from, beside the static resources.
-    pub control_plane: Option<Endpoint>,
+    pub control_plane: Option<ControlPlane>,
     /// Whether measurements are streamed there.
     pub push_metrics: bool,
     /// Resources that do not come from a control plane.
@@ -115,10 +124,15 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
     tasks.spawn(health::run(proxy.clone(), cancel.clone()));
     tasks.spawn(outliers::run(proxy.clone(), cancel.clone()));
     tasks.spawn(tend_secrets(proxy.clone(), cancel.clone()));
+    tasks.spawn(sds::run(proxy.clone(), cancel.clone()));
     tasks.spawn(overload::run(rules, proxy.overload(), cancel.clone()));
     match plan.control_plane {
         None => proxy.set_ready(),
-        Some(endpoint) => {
+        Some(control_plane) => {
+            let endpoint = match control_plane {
+                ControlPlane::At(endpoint) => endpoint,
+                ControlPlane::Cluster(name) => dial::cluster(&proxy, &name),
+            };
             if plan.push_metrics {
                 let (own, shards) = proxy.shards();
                 let pusher = Pusher {
@@ -126,6 +140,7 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
                     node: proxy.node.clone(),
                     own,
                     shards,
+                    rerouted: proxy.rerouted(),
                 };
                 tasks.spawn(pusher.run(cancel.clone()));
             }

@@ -1,16 +1,20 @@
 //! Following a control plane: deliveries to the store, verdicts back, interests forward.
 //!
-//! CDS and LDS are asked for whole; what they name decides what is asked of EDS and RDS; virtual hosts come as
-//! resources of their own where a route configuration says so. With the control plane gone everything stays as it is.
+//! CDS and LDS are asked for whole; what they name decides what is asked of EDS, RDS, SDS and ECDS; virtual hosts come as
+//! resources of their own where a route configuration says so. What requests wait for is asked for by name besides, as long
+//! as it is used. With the control plane gone everything stays as it is.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serin_xds::client::{AdsClient, AdsClientConfig, BackoffRange, Delivery, Endpoint, Interest};
 use serin_xds::{Refusal, ResourceType};
 use tokio_util::sync::CancellationToken;
 
 use super::Proxy;
+use crate::clock::now_ms;
+use crate::config::on_demand::{OnDemand, Wanted};
 use crate::config::store::Update;
 
 /// Follows the control plane at `endpoint` until cancelled.
@@ -21,12 +25,29 @@ pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationT
         backoff: BackoffRange::default(),
     };
     let (client, mut deliveries) = AdsClient::spawn(config, cancel.clone());
+    client.set_interest(
+        ResourceType::Runtime,
+        Interest::names(proxy.store(|store| store.runtime().names())),
+    );
     client.set_interest(ResourceType::Cluster, Interest::all());
     client.set_interest(ResourceType::Listener, Interest::all());
+    let on_demand = proxy.on_demand();
+    let following = on_demand.follow();
+    let idle = on_demand.limits().idle;
+    let mut sweep = tokio::time::interval((idle / 4).max(Duration::from_millis(10)));
+    sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut answered = BTreeSet::new();
     loop {
         let delivery = tokio::select! {
             () = cancel.cancelled() => break,
+            () = on_demand.changed() => {
+                ask_on_demand(&proxy, &client, &on_demand);
+                continue;
+            }
+            _ = sweep.tick() => {
+                give_up(&proxy, &client, &on_demand).await;
+                continue;
+            }
             delivery = deliveries.recv() => match delivery {
                 Some(delivery) => delivery,
                 None => break,
@@ -34,8 +55,8 @@ pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationT
         };
         let resource_type = delivery.resource_type;
         answered.insert(resource_type);
-        deliver(&proxy, delivery).await;
-        let (secrets, endpoints, routes, virtual_hosts, complete) = proxy.store(|store| {
+        deliver(&proxy, &on_demand, delivery).await;
+        let (secrets, extensions, endpoints, routes, virtual_hosts, complete) = proxy.store(|store| {
             let endpoints: Vec<Arc<str>> = store.eds_names().map(Arc::from).collect();
             let cold = store.cold();
             if !cold.is_empty() {
@@ -43,6 +64,7 @@ pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationT
             }
             (
                 store.secrets().wanted(),
+                store.extension_names(),
                 endpoints,
                 store.rds_names(),
                 store.wants_virtual_hosts(),
@@ -50,10 +72,11 @@ pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationT
             )
         });
         client.set_interest(ResourceType::Secret, Interest::names(secrets));
+        client.set_interest(ResourceType::Extension, Interest::names(extensions));
         client.set_interest(ResourceType::Endpoints, Interest::names(endpoints));
         client.set_interest(ResourceType::Route, Interest::names(routes));
         if virtual_hosts {
-            client.set_interest(ResourceType::VirtualHost, Interest::all());
+            ask_on_demand(&proxy, &client, &on_demand);
         }
         let first = [ResourceType::Cluster, ResourceType::Listener]
             .iter()
@@ -64,10 +87,44 @@ pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationT
             proxy.set_ready();
         }
     }
+    drop(following);
     client.join().await;
 }
 
-async fn deliver(proxy: &Proxy, delivery: Delivery) {
+/// Subscribes to what is asked for by name, beside everything.
+fn ask_on_demand(proxy: &Proxy, client: &AdsClient, on_demand: &OnDemand) {
+    let interest = |kind| Interest {
+        all: true,
+        names: on_demand.names(kind),
+    };
+    client.set_interest(ResourceType::Cluster, interest(Wanted::Cluster));
+    if proxy.store(|store| store.wants_virtual_hosts()) {
+        client.set_interest(ResourceType::VirtualHost, interest(Wanted::VirtualHost));
+    }
+}
+
+/// Leaves what has not been used for a while.
+async fn give_up(proxy: &Proxy, client: &AdsClient, on_demand: &OnDemand) {
+    let freed = proxy.store(|store| on_demand.give_up(now_ms(), |kind, name| store.take_used(kind, name)));
+    // First, so that what the control plane sends again because it is part of everything comes after its removal.
+    for (kind, resource_type) in [
+        (Wanted::VirtualHost, ResourceType::VirtualHost),
+        (Wanted::Cluster, ResourceType::Cluster),
+    ] {
+        let names: Vec<&str> = freed
+            .iter()
+            .filter(|(of, _)| *of == kind)
+            .map(|(_, name)| &**name)
+            .collect();
+        if !names.is_empty() {
+            tracing::debug!(?resource_type, ?names, "not used any more");
+            proxy.apply(resource_type, &[], &names).await;
+        }
+    }
+    ask_on_demand(proxy, client, on_demand);
+}
+
+async fn deliver(proxy: &Proxy, on_demand: &OnDemand, delivery: Delivery) {
     let upserted: Vec<Update<'_>> = delivery
         .upserted
         .iter()
@@ -78,6 +135,9 @@ async fn deliver(proxy: &Proxy, delivery: Delivery) {
         .collect();
     let removed: Vec<&str> = delivery.removed.iter().map(|name| &**name).collect();
     let refused = proxy.apply(delivery.resource_type, &upserted, &removed).await;
+    settle(proxy, on_demand, &delivery, |name| {
+        refused.iter().any(|(refused, _)| **refused == *name)
+    });
     let refusals = refused
         .into_iter()
         .map(|(name, refusal)| {
@@ -87,4 +147,56 @@ async fn deliver(proxy: &Proxy, delivery: Delivery) {
         })
         .collect();
     delivery.answer(refusals);
+}
+
+/// Tells requests that wait what has come of it.
+fn settle(proxy: &Proxy, on_demand: &OnDemand, delivery: &Delivery, refused: impl Fn(&str) -> bool) {
+    match delivery.resource_type {
+        ResourceType::VirtualHost => {
+            for received in &delivery.upserted {
+                let resource = (!refused(&received.name)).then_some(&received.name);
+                for name in received.aliases.iter().chain([&received.name]) {
+                    on_demand.settle(Wanted::VirtualHost, name, resource);
+                }
+            }
+            for name in &delivery.removed {
+                on_demand.settle(Wanted::VirtualHost, name, None);
+            }
+            // Of servers that do not say what a host was asked for as.
+            for name in on_demand.pending(Wanted::VirtualHost) {
+                if proxy.store(|store| store.host_is_live(&name)) {
+                    on_demand.settle(Wanted::VirtualHost, &name, Some(&name));
+                }
+            }
+        }
+        ResourceType::Cluster => {
+            for received in delivery
+                .upserted
+                .iter()
+                .filter(|received| refused(&received.name))
+            {
+                on_demand.settle(Wanted::Cluster, &received.name, None);
+            }
+            for name in &delivery.removed {
+                on_demand.settle(Wanted::Cluster, name, None);
+            }
+        }
+        ResourceType::Endpoints
+        | ResourceType::Secret
+        | ResourceType::Extension
+        | ResourceType::Listener
+        | ResourceType::Route
+        | ResourceType::Runtime => {}
+    }
+    // A cluster may have waited for its endpoints or secrets.
+    if matches!(
+        delivery.resource_type,
+        ResourceType::Cluster | ResourceType::Endpoints | ResourceType::Secret
+    ) {
+        for name in on_demand.pending(Wanted::Cluster) {
+            if proxy.store(|store| store.cluster_is_live(&name)) {
+                on_demand.settle(Wanted::Cluster, &name, Some(&name));
+            }
+        }
+    }
 }

@@ -57,6 +57,12 @@ impl Present {
     }
 }
 
+/// Says that a value does not come again, so that HTTP/2 does not enter it into its table: there it would push out what
+/// does, and h2 would compare it with every value that its name has had before.
+pub(crate) fn never_again(value: &mut HeaderValue) {
+    value.set_sensitive(true);
+}
+
 /// The protocol that a request asks to upgrade to, lower case, if it does.
 pub fn requested_upgrade(headers: &HeaderMap) -> Option<String> {
     let upgrade = headers.get(header::UPGRADE)?;

@@ -1,5 +1,6 @@
 //! Streaming metrics to the control plane: Envoy's `MetricsService`, once a second, cumulative values, and only the
-//! series that changed since they were last sent on this stream.
+//! series that changed since they were last sent on this stream. Also as soon as routes have changed, even with nothing to
+//! tell: what was counted until then is of the routes before, which whoever compares two releases must know.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use serin_xds::pb::envoy::config::core::v3::Node;
 use serin_xds::pb::envoy::service::metrics::v3::metrics_service_client::MetricsServiceClient;
 use serin_xds::pb::envoy::service::metrics::v3::{StreamMetricsMessage, stream_metrics_message::Identifier};
 use serin_xds::pb::io::prometheus::client as prometheus;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use super::collect::{Family, Labels, Value, collect};
@@ -19,6 +20,8 @@ use super::series::{BOUNDS, Shard};
 
 /// How often changed series are sent.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// Shortest time between two messages that changes of routes are the cause of.
+const APART: Duration = Duration::from_millis(50);
 /// Waits between attempts to open the stream.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -33,6 +36,8 @@ pub struct Pusher {
     pub own: Arc<Workload>,
     /// What is read.
     pub shards: Arc<[Arc<Shard>]>,
+    /// Told when routes have changed.
+    pub rerouted: Arc<Notify>,
 }
 
 /// Which series have been sent with which count on the present stream.
@@ -168,14 +173,22 @@ impl Pusher {
             });
             let mut ticks = tokio::time::interval(INTERVAL);
             ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            let mut last = tokio::time::Instant::now();
             loop {
-                ticks.tick().await;
+                let rerouted = tokio::select! {
+                    _ = ticks.tick() => false,
+                    () = self.rerouted.notified() => {
+                        tokio::time::sleep_until(last + APART).await;
+                        true
+                    }
+                };
+                last = tokio::time::Instant::now();
                 let now = SystemTime::now()
                     .duration_since(SystemTime::UNIX_EPOCH)
                     .unwrap_or_default();
                 let families = sent.changed(&collect(&self.own, &self.shards), now.as_millis() as i64);
                 // The first message goes out even when empty: it says who we are.
-                if families.is_empty() && identifier.is_none() {
+                if families.is_empty() && identifier.is_none() && !rerouted {
                     continue;
                 }
                 let message = StreamMetricsMessage {

@@ -2,6 +2,7 @@
 //!
 //! Pure: contexts are read from and written to header fields, decisions take random numbers as arguments.
 
+use crate::hygiene::fields::never_again;
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
@@ -137,7 +138,8 @@ impl Context {
     pub fn write(&self, propagation: Propagation, parent: Option<u64>, headers: &mut HeaderMap) {
         let sampled = self.sampled == Some(true);
         let mut put = |name: &HeaderName, value: String| {
-            if let Ok(value) = HeaderValue::try_from(value) {
+            if let Ok(mut value) = HeaderValue::try_from(value) {
+                never_again(&mut value);
                 headers.insert(name, value);
             }
         };
@@ -163,8 +165,9 @@ impl Context {
             let single = format!("{trace}-{:016x}-{flag}", self.span);
             put(&B3_TRACE, trace);
             if headers.contains_key(&B3)
-                && let Ok(value) = HeaderValue::try_from(single)
+                && let Ok(mut value) = HeaderValue::try_from(single)
             {
+                never_again(&mut value);
                 headers.insert(&B3, value);
             }
             return;

@@ -268,12 +268,6 @@ fn zipkin(
     from: &trace::ZipkinConfig,
     context: &mut Compile<'_>,
 ) -> Result<(Propagation, Collector), Refusal> {
-    if from.collector_service.is_some() {
-        return Err(Refusal::new(
-            "collector_service",
-            "not supported, use collector_cluster",
-        ));
-    }
     if from.split_spans_for_request {
         return Err(Refusal::new("split_spans_for_request", "not supported"));
     }
@@ -284,12 +278,24 @@ fn zipkin(
             "only HTTP_JSON is supported",
         ));
     }
-    let target = plain_target(
-        &from.collector_cluster,
-        &from.collector_hostname,
-        &from.collector_endpoint,
-        context,
-    )?;
+    // Where both are there Envoy takes the service.
+    let target = match &from.collector_service {
+        Some(service) if !service.request_headers_to_add.is_empty() || !service.formatters.is_empty() => {
+            return Err(Refusal::new(
+                "collector_service.request_headers_to_add",
+                "not supported for Zipkin",
+            ));
+        }
+        Some(service) => {
+            HttpTarget::compile(service.http_uri.as_ref(), context).within("collector_service.http_uri")?
+        }
+        None => plain_target(
+            &from.collector_cluster,
+            &from.collector_hostname,
+            &from.collector_endpoint,
+            context,
+        )?,
+    };
     let propagation = if from.trace_context_option == TraceContextOption::UseB3WithW3cPropagation as i32 {
         Propagation::B3AndW3c
     } else {

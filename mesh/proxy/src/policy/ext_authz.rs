@@ -22,9 +22,10 @@ use super::local_rate_limit::denial_status;
 use super::metadata::{Metadata, MetadataMatch};
 use super::service::GrpcTarget;
 use super::stats::Counter;
-use crate::config::convert::{self, Fraction};
+use crate::config::convert::Fraction;
 use crate::config::matchers::StringMatch;
 use crate::config::route::Context;
+use crate::config::runtime::RuntimeFraction;
 use crate::error::{Refusal, Within};
 
 pub(super) use answer::field;
@@ -54,7 +55,7 @@ pub struct ExtAuthz {
     /// The route is searched again after the service changed fields.
     pub clear_route: bool,
     /// Share of requests for which the service is asked.
-    pub enabled: Fraction,
+    pub enabled: RuntimeFraction,
     /// It is asked only for requests with such metadata.
     pub enabled_metadata: Option<MetadataMatch>,
     /// Requests for which it is not asked are denied.
@@ -252,6 +253,11 @@ impl ExtAuthz {
                 ));
             }
         };
+        let enabled = context
+            .slots
+            .runtime
+            .fraction(from.filter_enabled.as_ref(), Fraction::ALL)
+            .within("filter_enabled")?;
         let (workers, registry) = context.counters();
         let labels = [
             ("envoy_http_conn_manager_prefix", prefix),
@@ -270,8 +276,7 @@ impl ExtAuthz {
             failure_marks: from.failure_mode_allow_header_add,
             status_on_error: denial_status(from.status_on_error.as_ref(), StatusCode::FORBIDDEN)?,
             clear_route: from.clear_route_cache,
-            enabled: convert::runtime_fraction(from.filter_enabled.as_ref(), Fraction::ALL)
-                .within("filter_enabled")?,
+            enabled,
             enabled_metadata: from
                 .filter_enabled_metadata
                 .as_ref()
@@ -355,8 +360,8 @@ impl ExtAuthz {
             }
             for (name, value) in [
                 (":method", request.method),
-                (":authority", request.authority),
-                (":scheme", request.scheme),
+                (":authority", request.authority()),
+                (":scheme", request.scheme()),
                 (":path", scene.path),
             ] {
                 if self.passes(name) {
@@ -368,8 +373,8 @@ impl ExtAuthz {
                 method: request.method.into(),
                 headers,
                 path: scene.path.to_owned(),
-                host: request.authority.into(),
-                scheme: request.scheme.into(),
+                host: request.authority().into(),
+                scheme: request.scheme().into(),
                 size: scene.size,
                 protocol: scene.protocol.into(),
                 body: if settings.raw {

@@ -11,8 +11,9 @@ use serin_xds::pb::envoy::extensions::filters::http::local_ratelimit::v3 as loca
 use super::bucket::{Bucket, Fill, Taken};
 use super::descriptors::{self, Descriptor, RateLimitEntry};
 use super::stats::{Counter, Registry};
-use crate::config::convert::{self, Fraction};
+use crate::config::convert::Fraction;
 use crate::config::headers::HeaderOps;
+use crate::config::runtime::{Runtime, RuntimeFraction};
 use crate::error::{Refusal, Within};
 
 /// Envoy's number of buckets for values of wildcard descriptors.
@@ -26,9 +27,9 @@ pub struct LocalRateLimit {
     /// Status of denials.
     pub status: StatusCode,
     /// Share of requests that are judged.
-    pub enabled: Fraction,
+    pub enabled: RuntimeFraction,
     /// Share of these whose verdict counts.
-    pub enforced: Fraction,
+    pub enforced: RuntimeFraction,
     /// For requests that pass although the limit is reached.
     pub request_headers: HeaderOps,
     /// For denials.
@@ -193,6 +194,7 @@ impl LocalRateLimit {
         from: &local::LocalRateLimit,
         workers: usize,
         registry: &mut Registry,
+        runtime: &mut Runtime,
         now_ms: u64,
     ) -> Result<Self, Refusal> {
         if from.stat_prefix.is_empty() {
@@ -207,8 +209,8 @@ impl LocalRateLimit {
             if from.descriptors.is_empty() {
                 return Self::build(
                     from,
-                    Fraction::NONE,
-                    Fraction::NONE,
+                    Fraction::NONE.into(),
+                    Fraction::NONE.into(),
                     None,
                     workers,
                     registry,
@@ -221,17 +223,19 @@ impl LocalRateLimit {
             ));
         };
         let fill = Fill::compile(bucket).within("token_bucket")?;
-        let enabled =
-            convert::runtime_fraction(from.filter_enabled.as_ref(), none).within("filter_enabled")?;
-        let enforced =
-            convert::runtime_fraction(from.filter_enforced.as_ref(), none).within("filter_enforced")?;
+        let enabled = runtime
+            .fraction(from.filter_enabled.as_ref(), none)
+            .within("filter_enabled")?;
+        let enforced = runtime
+            .fraction(from.filter_enforced.as_ref(), none)
+            .within("filter_enforced")?;
         Self::build(from, enabled, enforced, Some(fill), workers, registry, now_ms)
     }
 
     fn build(
         from: &local::LocalRateLimit,
-        enabled: Fraction,
-        enforced: Fraction,
+        enabled: RuntimeFraction,
+        enforced: RuntimeFraction,
         fill: Option<Fill>,
         workers: usize,
         registry: &mut Registry,
@@ -510,7 +514,7 @@ mod tests {
     }
 
     fn compile(message: local::LocalRateLimit) -> LocalRateLimit {
-        LocalRateLimit::compile(&message, 1, &mut Registry::default(), 0).unwrap()
+        LocalRateLimit::compile(&message, 1, &mut Registry::default(), &mut Runtime::default(), 0).unwrap()
     }
 
     fn asked(key: &str, value: &str) -> Vec<Descriptor> {

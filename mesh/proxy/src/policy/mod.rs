@@ -21,7 +21,7 @@
 //!   something to remember.
 //! - What the proxy cannot honour is refused by name when the resource arrives: a policy that would be weaker than it
 //!   reads is never live.
-//! - Runtime keys have no layer behind them: the default value is the value.
+//! - Shares of requests that name a runtime key follow the runtime; flags and numbers that do are their default values.
 
 #![allow(deprecated)] // control planes still send fields that Envoy calls deprecated
 
@@ -42,6 +42,7 @@ pub mod local_rate_limit;
 pub mod metadata;
 pub mod mutation_rules;
 pub mod network;
+pub mod on_demand;
 pub mod per_route;
 pub mod rate_limit;
 pub mod rbac;

@@ -15,6 +15,7 @@ use super::ext_proc::PerRouteProc;
 use super::header_mutation::HeaderMutation;
 use super::jwt::PerRouteJwt;
 use super::local_rate_limit::LocalRateLimit;
+use super::on_demand::OnDemandClusters;
 use super::rate_limit::PerRouteLimit;
 use super::rbac::Rules;
 use super::set_metadata::SetMetadata;
@@ -55,6 +56,8 @@ pub enum Override {
     ExtProc(PerRouteProc),
     /// Compression; `None` leaves responses as they are.
     Compressor(Option<PerRouteCompressor>),
+    /// Clusters on demand; `None` switches them off.
+    OnDemand(Option<OnDemandClusters>),
 }
 
 /// Overrides by filter name.
@@ -117,7 +120,8 @@ fn compile(any: &Any, context: &mut Context<'_>) -> Result<Option<Override>, Ref
             Override::Fault(Fault::compile(&convert::unpack(any, type_name)?)?)
         }
         "envoy.extensions.filters.http.cors.v3.CorsPolicy" => {
-            Override::Cors(Arc::new(Cors::compile(&convert::unpack(any, type_name)?)?))
+            let message = convert::unpack(any, type_name)?;
+            Override::Cors(Arc::new(Cors::compile(&message, &mut context.slots.runtime)?))
         }
         "envoy.extensions.filters.http.rbac.v3.RBACPerRoute" => {
             let message: rbac::RbacPerRoute = convert::unpack(any, type_name)?;
@@ -135,11 +139,12 @@ fn compile(any: &Any, context: &mut Context<'_>) -> Result<Option<Override>, Ref
         }
         "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit" => {
             let message = convert::unpack(any, type_name)?;
-            let (workers, counters) = context.counters();
+            let slots = &mut *context.slots;
             Override::LocalRateLimit(Arc::new(LocalRateLimit::compile(
                 &message,
-                workers,
-                counters,
+                context.workers,
+                &mut slots.counters,
+                &mut slots.runtime,
                 clock::now_ms(),
             )?))
         }
@@ -166,6 +171,9 @@ fn compile(any: &Any, context: &mut Context<'_>) -> Result<Option<Override>, Ref
         ),
         "envoy.extensions.filters.http.ext_proc.v3.ExtProcPerRoute" => {
             Override::ExtProc(PerRouteProc::compile(&convert::unpack(any, type_name)?, context)?)
+        }
+        "envoy.extensions.filters.http.on_demand.v3.PerRouteConfig" => {
+            Override::OnDemand(OnDemandClusters::of_route(&convert::unpack(any, type_name)?)?)
         }
         "envoy.extensions.filters.http.compressor.v3.CompressorPerRoute" => {
             Override::Compressor(PerRouteCompressor::compile(&convert::unpack(any, type_name)?)?)

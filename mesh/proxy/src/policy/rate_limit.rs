@@ -16,6 +16,7 @@ use super::stats::{Counter, Registry};
 use crate::config::convert::{self, Fraction};
 use crate::config::headers::HeaderOps;
 use crate::config::route::Context;
+use crate::config::runtime::RuntimeFraction;
 use crate::error::{Refusal, Within};
 
 /// The method that is called.
@@ -36,11 +37,11 @@ pub struct RateLimit {
     /// Own entries instead of the route's.
     pub own: Box<[RateLimitEntry]>,
     /// Share of requests for which the service is asked.
-    pub enabled: Fraction,
+    pub enabled: RuntimeFraction,
     /// Share of verdicts that count.
-    pub enforced: Fraction,
+    pub enforced: RuntimeFraction,
     /// Share of failures of the service that deny.
-    pub failure_denies: Fraction,
+    pub failure_denies: RuntimeFraction,
     /// Status of denials.
     pub status: StatusCode,
     /// Status when the service fails and that denies.
@@ -169,11 +170,20 @@ impl RateLimit {
             domain: from.domain.as_str().into(),
             stage: from.stage,
             own: descriptors::compile_all(&from.rate_limits)?,
-            enabled: convert::runtime_fraction(from.filter_enabled.as_ref(), Fraction::ALL)
+            enabled: context
+                .slots
+                .runtime
+                .fraction(from.filter_enabled.as_ref(), Fraction::ALL)
                 .within("filter_enabled")?,
-            enforced: convert::runtime_fraction(from.filter_enforced.as_ref(), Fraction::ALL)
+            enforced: context
+                .slots
+                .runtime
+                .fraction(from.filter_enforced.as_ref(), Fraction::ALL)
                 .within("filter_enforced")?,
-            failure_denies: convert::runtime_fraction(from.failure_mode_deny_percent.as_ref(), failure)
+            failure_denies: context
+                .slots
+                .runtime
+                .fraction(from.failure_mode_deny_percent.as_ref(), failure)
                 .within("failure_mode_deny_percent")?,
             status: denial_status(from.rate_limited_status.as_ref(), StatusCode::TOO_MANY_REQUESTS)?,
             status_on_error: denial_status(from.status_on_error.as_ref(), StatusCode::INTERNAL_SERVER_ERROR)?,

@@ -1,6 +1,6 @@
 //! Every secret that the proxy knows or waits for. Owned by the configuration store.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Weak};
 
 use prost::Message as _;
@@ -21,12 +21,55 @@ pub enum Side {
     Cluster,
 }
 
+/// A service that secrets are asked of (`api_config_source`).
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SdsService {
+    /// The cluster that it is.
+    pub cluster: Arc<str>,
+    /// Whether it is asked incrementally (`DELTA_GRPC`).
+    pub delta: bool,
+}
+
+impl SdsService {
+    fn compile(from: &core::ApiConfigSource) -> Result<Self, Refusal> {
+        use core::api_config_source::ApiType;
+        use core::grpc_service::TargetSpecifier;
+        let delta = match ApiType::try_from(from.api_type) {
+            Ok(ApiType::Grpc) => false,
+            Ok(ApiType::DeltaGrpc) => true,
+            _ => return Err(Refusal::new("api_type", "only GRPC and DELTA_GRPC are supported")),
+        };
+        let target = from
+            .grpc_services
+            .first()
+            .and_then(|service| service.target_specifier.as_ref());
+        let Some(TargetSpecifier::EnvoyGrpc(target)) = target else {
+            return Err(Refusal::new(
+                "grpc_services",
+                "envoy_grpc with the name of a cluster is missing",
+            ));
+        };
+        if target.cluster_name.is_empty() {
+            return Err(Refusal::new(
+                "grpc_services[0].envoy_grpc.cluster_name",
+                "is missing",
+            ));
+        }
+        Ok(Self {
+            cluster: target.cluster_name.as_str().into(),
+            delta,
+        })
+    }
+}
+
 /// See the module.
 #[derive(Debug, Default)]
 pub struct SecretTable {
     slots: HashMap<Box<str>, Arc<SecretSlot>>,
     values: HashMap<Box<str>, Arc<Secret>>,
     inline: Vec<Weak<SecretSlot>>,
+    /// Secrets of services, by service and name.
+    remote: HashMap<(SdsService, Box<str>), Arc<SecretSlot>>,
     stats: HashMap<(Side, Box<str>), Arc<TlsStats>>,
 }
 
@@ -45,10 +88,15 @@ impl SecretTable {
                     return self.in_file(&source.path, &from.name, kind);
                 }
                 Some(ConfigSourceSpecifier::Path(path)) => return self.in_file(path, &from.name, kind),
+                Some(ConfigSourceSpecifier::ApiConfigSource(source)) => {
+                    let service = SdsService::compile(source).within("sds_config.api_config_source")?;
+                    return self.of_service(service, &from.name, kind);
+                }
                 _ => {
                     return Err(Refusal::new(
                         "sds_config",
-                        "secrets come with the other resources or from a file: use ads or path_config_source",
+                        "secrets come with the other resources, from a service or from a file: use ads, \
+                         api_config_source or path_config_source",
                     ));
                 }
             },
@@ -96,6 +144,58 @@ impl SecretTable {
         }
         self.slots.insert(slot.name.clone(), slot.clone());
         Ok(slot)
+    }
+
+    /// A slot for a secret that a service is asked for.
+    fn of_service(
+        &mut self,
+        service: SdsService,
+        name: &str,
+        kind: Kind,
+    ) -> Result<Arc<SecretSlot>, Refusal> {
+        let key = (service, Box::from(name));
+        if let Some(slot) = self.remote.get(&key) {
+            return if slot.kind == kind {
+                Ok(slot.clone())
+            } else {
+                Err(Refusal::new(
+                    "name",
+                    format!("the secret {name} is in use as a {} elsewhere", slot.kind.field()),
+                ))
+            };
+        }
+        let slot = Arc::new(SecretSlot::named(name, kind, false));
+        self.remote.insert(key, slot.clone());
+        Ok(slot)
+    }
+
+    /// Names to ask services for: those that somebody still refers to.
+    pub fn services(&mut self) -> BTreeMap<SdsService, BTreeSet<Arc<str>>> {
+        self.remote.retain(|_, slot| Arc::strong_count(slot) > 1);
+        let mut out: BTreeMap<SdsService, BTreeSet<Arc<str>>> = BTreeMap::new();
+        for (service, name) in self.remote.keys() {
+            out.entry(service.clone()).or_default().insert(Arc::from(&**name));
+        }
+        out
+    }
+
+    /// Takes a secret from a service. One that cannot be used is refused and the last good one stays.
+    pub fn put_of(&mut self, service: &SdsService, name: &str, body: &[u8]) -> Result<(), Refusal> {
+        let Some(slot) = self.remote.get(&(service.clone(), Box::from(name))) else {
+            // Nobody refers to it any more.
+            return Ok(());
+        };
+        let message = tls::Secret::decode(body)
+            .map_err(|error| Refusal::new("", format!("not a valid message: {error}")))?;
+        let secret = Arc::new(Secret::compile(&message, UnixTime::now())?);
+        if slot.kind != secret.kind() {
+            return Err(Refusal::new(
+                secret.kind().field(),
+                format!("{name} is in use as a {}", slot.kind.field()),
+            ));
+        }
+        slot.set(secret);
+        Ok(())
     }
 
     /// A slot for a secret in a file of its own, which is read again when it changes.
@@ -162,6 +262,7 @@ impl SecretTable {
             keep
         });
         self.inline.retain(|slot| slot.strong_count() > 0);
+        self.remote.retain(|_, slot| Arc::strong_count(slot) > 1);
     }
 
     /// Names to ask the control plane for.
@@ -212,6 +313,7 @@ impl SecretTable {
         self.slots
             .values()
             .cloned()
+            .chain(self.remote.values().cloned())
             .chain(self.inline.iter().filter_map(Weak::upgrade))
     }
 }

@@ -122,7 +122,8 @@ pub struct WorkerCluster {
     siblings: Option<Rc<Cell<u32>>>,
     /// The local cluster, where zones count, and what was decided for which of its versions.
     home: Option<Arc<Home>>,
-    routing: RefCell<(u64, ZoneRouting)>,
+    /// For which version of the local cluster; none before the first request.
+    routing: RefCell<(Option<(u64, u64)>, ZoneRouting)>,
     dynamic: RefCell<HashMap<SocketAddr, Rc<Host>, foldhash::fast::RandomState>>,
 }
 
@@ -204,8 +205,7 @@ impl WorkerCluster {
             subsets,
             siblings,
             home,
-            // No slot has version 0: decided at the first request.
-            routing: RefCell::new((0, ZoneRouting::Off)),
+            routing: RefCell::new((None, ZoneRouting::Off)),
             dynamic,
         })
     }
@@ -277,7 +277,7 @@ impl WorkerCluster {
         if rules.enabled != crate::config::convert::Fraction::ALL && !rules.enabled.hit(random::next()) {
             return None;
         }
-        let version = home.slot.version();
+        let version = Some(home.version());
         if self.routing.borrow().0 != version {
             *self.routing.borrow_mut() = (version, self.decide_zones(rules, home));
         }
@@ -288,7 +288,10 @@ impl WorkerCluster {
         let Some(first) = self.set.as_ref().and_then(|set| set.priorities.first()) else {
             return ZoneRouting::Off;
         };
-        let callers = home.callers();
+        let Some(here) = home.here() else {
+            return ZoneRouting::Off;
+        };
+        let callers = here.callers();
         let zones: Vec<Zone> = first
             .iter()
             .zip(self.balancer.zones())
@@ -298,7 +301,7 @@ impl WorkerCluster {
                 count,
             })
             .collect();
-        let own = first.iter().position(|locality| locality.zone == home.zone);
+        let own = first.iter().position(|locality| locality.zone == here.zone);
         zone::decide(rules, &zones, own, callers.values().sum())
     }
 

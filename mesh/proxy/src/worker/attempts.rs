@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use http::request::Parts;
+use http::uri::Scheme;
 use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
 use hyper::body::Incoming;
 use tokio::time::Instant;
@@ -496,11 +497,26 @@ fn build(
             .unwrap_or_else(|| http::uri::PathAndQuery::from_static("/"));
         let scheme = if plan.conn.tls.is_some() { "https" } else { "http" };
         let authority = authority.unwrap_or("unknown");
-        let absolute = Uri::builder()
-            .scheme(scheme)
-            .authority(authority)
-            .path_and_query(path)
-            .build();
+        // Parsed once, where it is what the client sent.
+        let absolute = match &plan.authority {
+            Some(known) if known.as_str() == authority => {
+                let mut whole = http::uri::Parts::default();
+                whole.scheme = Some(if plan.conn.tls.is_some() {
+                    Scheme::HTTPS
+                } else {
+                    Scheme::HTTP
+                });
+                whole.authority = Some(known.clone());
+                whole.path_and_query = Some(path);
+                Uri::from_parts(whole).ok()
+            }
+            _ => Uri::builder()
+                .scheme(scheme)
+                .authority(authority)
+                .path_and_query(path)
+                .build()
+                .ok(),
+        };
         *request.uri_mut() = absolute.unwrap_or(uri);
         *request.version_mut() = Version::HTTP_2;
         if let Some(tunnel) = try_of.tunnel {

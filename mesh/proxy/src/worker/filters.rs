@@ -9,6 +9,7 @@ mod ext_authz;
 mod ext_proc;
 mod jwt;
 mod local_rate_limit;
+pub(super) mod on_demand;
 mod rate_limit;
 
 pub(super) use encode::{encode, encode_waiting, waits};
@@ -205,7 +206,37 @@ pub(super) async fn decode(
         }
         // What waits for others is boxed: few chains have it, and every request's future would carry its state.
         let mut reroute = false;
-        let result = match (&filter.kind, own) {
+        let loaded;
+        let kind = match &filter.kind {
+            Kind::Discovered(place) => {
+                loaded = place.load();
+                match &loaded {
+                    Some(kind) => &**kind,
+                    None => {
+                        return Err(LocalReply::new(
+                            StatusCode::INTERNAL_SERVER_ERROR,
+                            Flags::NO_FILTER_CONFIG,
+                            "no_filter_config_found",
+                            "",
+                        ));
+                    }
+                }
+            }
+            kind => kind,
+        };
+        let result = match (kind, own) {
+            (Kind::OnDemand(chain), own) => {
+                let rules = match own {
+                    Some(Override::OnDemand(own)) => own,
+                    _ => chain,
+                };
+                if let Some(rules) = *rules {
+                    Box::pin(on_demand::cluster(conn, &rules, routed, parts)).await;
+                }
+                Ok(())
+            }
+            // What a resource configures is never another resource.
+            (Kind::Discovered(_), _) => Ok(()),
             (Kind::Fault(_), Some(Override::Fault(Some(fault))))
             | (Kind::Fault(Some(fault)), None | Some(Override::Enabled)) => {
                 inject_fault(exchange, fault, parts).await
@@ -413,6 +444,9 @@ fn cors_of<'a>(routed: &'a Routed, name: &str, silent: bool) -> Option<&'a Arc<C
 }
 
 fn judge_origin(exchange: &mut Exchange, cors: &Arc<Cors>, parts: &Parts) -> Result<(), LocalReply> {
+    if !cors.applies(random::next) {
+        return Ok(());
+    }
     match cors.judge(&parts.method, &parts.headers) {
         CorsVerdict::None => Ok(()),
         CorsVerdict::Actual(origin) => {

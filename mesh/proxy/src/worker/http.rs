@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 
 use super::alarm::Alarms;
 use super::rest::{End, wait_for_end};
+use super::seldom::Seldom;
 use super::{DrainPhase, LocalExecutor, Worker, http1, request};
 use crate::config::hcm::{HttpManager, ServerHeader};
 use crate::config::listener::{Direction, FilterChain};
@@ -283,8 +284,9 @@ where
     let mut connection = std::pin::pin!(builder.serve_connection(io, service));
     loop {
         tokio::select! {
+            biased;
             _ = connection.as_mut() => return,
-            end = wait_for_end(&conn, false) => match end {
+            end = Seldom::new(wait_for_end(&conn, false)) => match end {
                 End::Finish => connection.as_mut().graceful_shutdown(),
                 End::Abort | End::Park => return,
             }

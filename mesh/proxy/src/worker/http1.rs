@@ -15,6 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::http::Downstream;
 use super::rest::{End, idle_left, wait_for_end};
+use super::seldom::Seldom;
 use super::{DrainPhase, request};
 use crate::hygiene::strict::StrictIo;
 
@@ -60,9 +61,10 @@ where
     let mut may_park = true;
     loop {
         let end = tokio::select! {
+            biased;
             // An error means that the client broke off or broke the protocol; its requests have been recorded.
             _ = &mut connection => return None,
-            end = wait_for_end(&conn, may_park) => end,
+            end = Seldom::new(wait_for_end(&conn, may_park)) => end,
         };
         match end {
             End::Finish => {

@@ -50,7 +50,7 @@ pub(super) fn keep_request(exchange: &mut Exchange, parts: &Parts) {
             let remote = filters::facts(&conn, parts, &metadata).remote();
             state.remote = (remote != conn.remote.ip()).then(|| SocketAddr::new(remote, 0));
         }
-        if parts.uri != exchange.uri {
+        if parts.uri.path_and_query() != exchange.uri.path_and_query() {
             state.kept.path = parts.uri.path_and_query().map(|path| path.as_str().into());
         }
     }
@@ -76,7 +76,10 @@ pub(super) fn keep_trailers(exchange: &mut Exchange, trailers: &HeaderMap) {
 }
 
 fn text(value: Option<&http::HeaderValue>) -> Option<std::borrow::Cow<'_, str>> {
-    value.map(|value| String::from_utf8_lossy(value.as_bytes()))
+    value.map(|value| match value.to_str() {
+        Ok(text) => text.into(),
+        Err(_) => String::from_utf8_lossy(value.as_bytes()),
+    })
 }
 
 /// Writes the lines of a request that has ended; `false` if no access log is configured.

@@ -22,6 +22,7 @@ mod prepare;
 pub mod request;
 mod respond;
 mod rest;
+mod seldom;
 pub mod sniff;
 mod spans;
 pub mod tcp;
@@ -43,6 +44,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 
+use crate::config::on_demand::OnDemand;
 use crate::config::slot::{Chore, ClusterSlot, Home, ListenerSlot};
 use crate::config::store::VirtualListeners;
 use crate::metrics::peer::Workload;
@@ -70,6 +72,8 @@ pub struct Shared {
     pub cluster: Box<str>,
     /// What there is too much of.
     pub overload: Arc<Overload>,
+    /// What requests wait for.
+    pub on_demand: Arc<OnDemand>,
     /// Where the proxy is, if that is known.
     pub home: Option<Arc<Home>>,
     /// Listeners without sockets.
@@ -143,8 +147,15 @@ where
     F::Output: 'static,
 {
     fn execute(&self, future: F) {
+        /// A task is moved several times until it runs, and once more when it ends. hyper spawns what waits for one
+        /// response as a variant of what drives a whole connection, which is some kilobytes.
+        const LARGE: usize = 1024;
         // Owned by the worker's runtime, which drops it when the worker ends.
-        tokio::task::spawn_local(future);
+        if size_of::<F>() > LARGE {
+            tokio::task::spawn_local(Box::pin(future));
+        } else {
+            tokio::task::spawn_local(future);
+        }
     }
 }
 

@@ -22,7 +22,7 @@ use crate::config::listener::Direction;
 use crate::config::matchers::RequestView;
 use crate::config::route::{Action, Route, RouteFacts, Target, Targets, VirtualHost, is_grpc};
 use crate::config::table::RouteTable;
-use crate::hygiene::fields::Present;
+use crate::hygiene::fields::{Present, never_again};
 use crate::hygiene::path::{Normalized, normalize};
 use crate::hygiene::scan::valid_host;
 use crate::metrics::flags::Flags;
@@ -120,7 +120,9 @@ pub(super) async fn handle(
     request: Request<Incoming>,
 ) -> Result<Response<Body>, Broken> {
     conn.request_began();
-    let (mut parts, incoming) = request.into_parts();
+    let (parts, incoming) = request.into_parts();
+    // Boxed: it goes from function to function, and each would copy its two hundred bytes.
+    let mut parts = Box::new(parts);
     let mut exchange = Exchange::new(
         conn.clone(),
         parts.method.clone(),
@@ -317,11 +319,15 @@ fn identify(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) {
         headers.entry(X_FORWARDED_PROTO.clone()).or_insert(scheme);
     }
     if manager.generate_request_id {
-        let fresh = || HeaderValue::from_bytes(&random::uuid()).unwrap_or(HeaderValue::from_static("-"));
-        let value = match headers.get(&X_REQUEST_ID) {
-            Some(value) if !manager.use_remote_address || manager.preserve_request_id => value.clone(),
+        let value = match headers.get_mut(&X_REQUEST_ID) {
+            Some(value) if !manager.use_remote_address || manager.preserve_request_id => {
+                never_again(value);
+                value.clone()
+            }
             _ => {
-                let value = fresh();
+                let fresh = HeaderValue::from_bytes(&random::uuid());
+                let mut value = fresh.unwrap_or(HeaderValue::from_static("-"));
+                never_again(&mut value);
                 headers.insert(X_REQUEST_ID.clone(), value.clone());
                 value
             }
@@ -336,16 +342,9 @@ pub(super) fn view(parts: &Parts) -> RequestView<'_> {
         method: parts.method.as_str(),
         path: parts.uri.path(),
         query: parts.uri.query(),
-        authority: parts
-            .headers
-            .get(header::HOST)
-            .and_then(|value| value.to_str().ok())
-            .unwrap_or(""),
-        scheme: parts
-            .headers
-            .get(&X_FORWARDED_PROTO)
-            .and_then(|value| value.to_str().ok())
-            .unwrap_or("http"),
+        // Looked up where somebody asks: few matchers do.
+        authority: None,
+        scheme: None,
         headers: &parts.headers,
     }
 }
@@ -372,7 +371,11 @@ pub(super) fn variables<'a>(conn: &Downstream, parts: &'a Parts, route: &'a Rout
 pub(super) fn find_route(conn: &Downstream, parts: &Parts, metadata: Option<&Metadata>) -> Option<Routed> {
     let table = conn.manager.table()?;
     let view = view(parts);
-    let host = table.find(view.authority)?.load();
+    let slot = table.find(view.authority())?;
+    if conn.manager.waits_for_hosts {
+        slot.mark_used();
+    }
+    let host = slot.load();
     let facts = RouteFacts {
         tls: conn.tls.as_deref(),
         metadata,
@@ -389,11 +392,11 @@ pub(super) fn find_route(conn: &Downstream, parts: &Parts, metadata: Option<&Met
 async fn route(
     conn: Rc<Downstream>,
     mut exchange: Box<Exchange>,
-    mut parts: Parts,
+    mut parts: Box<Parts>,
     incoming: Incoming,
     tunnel: Option<Tunnel>,
 ) -> Response<Body> {
-    if conn.tls.is_some() && !conn.serves(view(&parts).authority) {
+    if conn.tls.is_some() && !conn.serves(view(&parts).authority()) {
         conn.decide_upgrade(false);
         return LocalReply::new(
             StatusCode::MISDIRECTED_REQUEST,
@@ -403,13 +406,20 @@ async fn route(
         )
         .send(exchange);
     }
-    let Some(mut routed) = find_route(&conn, &parts, None) else {
+    let mut found = find_route(&conn, &parts, None);
+    if found.is_none()
+        && conn.manager.waits_for_hosts
+        && Box::pin(filters::on_demand::virtual_host(&conn, &parts)).await
+    {
+        found = find_route(&conn, &parts, None);
+    }
+    let Some(mut routed) = found else {
         conn.decide_upgrade(false);
         return LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", "").send(exchange);
     };
     exchange.route = Some(routed.route.clone());
-    if routed.host.require_tls && view(&parts).scheme != "https" {
-        let location = format!("https://{}{}", view(&parts).authority, parts.uri);
+    if routed.host.require_tls && view(&parts).scheme() != "https" {
+        let location = format!("https://{}{}", view(&parts).authority(), parts.uri);
         return redirect(
             exchange,
             &routed,

@@ -112,7 +112,7 @@ fn prepare(
     }
     let elapsed = exchange.started.elapsed().as_millis() as u64;
     head.headers
-        .insert(X_UPSTREAM_TIME.clone(), HeaderValue::from(elapsed));
+        .insert(X_UPSTREAM_TIME.clone(), small_number(elapsed));
     if routed.host.attempt_count_in_response {
         head.headers
             .insert(X_ATTEMPT_COUNT.clone(), HeaderValue::from(exchange.attempts));
@@ -142,6 +142,16 @@ fn prepare(
     exchange.details = "via_upstream".into();
     exchange.note_grpc_status(&head.headers);
     (head, incoming)
+}
+
+/// A number as a field's value; the usual ones are not written out each time.
+fn small_number(number: u64) -> HeaderValue {
+    const SMALL: [&str; 10] = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"];
+    let small = usize::try_from(number).ok().and_then(|index| SMALL.get(index));
+    small.map_or_else(
+        || HeaderValue::from(number),
+        |text| HeaderValue::from_static(text),
+    )
 }
 
 fn finish(

@@ -14,6 +14,7 @@ use super::exchange::{Exchange, protocol_text};
 use super::filters;
 use super::request::X_REQUEST_ID;
 use crate::config::listener::Direction;
+use crate::hygiene::fields::never_again;
 use crate::observe::export::{
     BATCH, Collector, Exporter, FLUSH, OTLP_PATH, Span, datadog_bytes, otlp_bytes, to_otlp, zipkin_bytes,
 };
@@ -58,7 +59,8 @@ pub(super) fn begin(exchange: &mut Exchange, parts: &mut Parts) {
     );
     let (context, parent) = tracer.begin(&parts.headers, reason, &random::next);
     // The id tells later hops what was decided here.
-    if let Some(packed) = id.as_ref().and_then(|id| reason_of(context, reason).pack(id)) {
+    if let Some(mut packed) = id.as_ref().and_then(|id| reason_of(context, reason).pack(id)) {
+        never_again(&mut packed);
         parts.headers.insert(X_REQUEST_ID.clone(), packed.clone());
         exchange.request_id = Some(packed);
     }

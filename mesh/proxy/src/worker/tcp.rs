@@ -15,6 +15,7 @@ use tokio::net::TcpStream;
 use super::Worker;
 use super::connection_log::{ConnectionLog, periodically};
 use super::io::Io;
+use super::seldom::Seldom;
 use crate::config::hash::hash_of_source;
 use crate::config::listener::{Direction, Listener, TcpProxy, TcpTargets};
 use crate::metrics::flags::Flags;
@@ -317,15 +318,21 @@ pub(super) async fn join(
             }
         };
     };
-    tokio::select! {
-        () = both => {}
-        () = quiet(&last, proxy.idle_timeout) => log.local_close.set("tcp_session_idle_timeout"),
-        () = worker.closing() => log.local_close.set("draining"),
-        () = lasting(proxy.max_duration) => {
-            log.flag(Flags::DURATION_TIMEOUT);
-            log.local_close.set("max_connection_duration_reached");
+    let limits = async {
+        tokio::select! {
+            () = quiet(&last, proxy.idle_timeout) => log.local_close.set("tcp_session_idle_timeout"),
+            () = worker.closing() => log.local_close.set("draining"),
+            () = lasting(proxy.max_duration) => {
+                log.flag(Flags::DURATION_TIMEOUT);
+                log.local_close.set("max_connection_duration_reached");
+            }
+            () = periodically(log, proxy.log_interval) => {}
         }
-        () = periodically(log, proxy.log_interval) => {}
+    };
+    tokio::select! {
+        biased;
+        () = both => {}
+        () = Seldom::new(limits) => {}
     }
 }
 

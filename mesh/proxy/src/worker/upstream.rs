@@ -4,6 +4,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use http::request::Parts;
+use http::uri::Authority;
 use http::{HeaderName, HeaderValue, Response, StatusCode, Version};
 use tokio::time::Instant;
 
@@ -46,6 +47,8 @@ pub(super) struct Plan<'a> {
     /// The subset that the request wants.
     pub(super) criteria: Option<&'a Criteria>,
     pub(super) auto_host: bool,
+    /// What the client called the authority, for an upstream that is given the same one.
+    pub(super) authority: Option<Authority>,
 }
 
 /// Sends a reply of our own to a request that had a route: what the route does to responses is done to it as well.
@@ -66,7 +69,7 @@ fn decline(
 pub(super) async fn forward(
     mut exchange: Box<Exchange>,
     routed: Routed,
-    mut parts: Parts,
+    mut parts: Box<Parts>,
     incoming: Option<Inbound>,
     tunnel: Option<Tunnel>,
 ) -> Response<Body> {
@@ -226,6 +229,7 @@ pub(super) async fn forward(
         cookies: hashed.cookies,
         criteria,
         auto_host: matches!(forward.host_rewrite, Some(HostRewrite::Auto)),
+        authority: exchange.uri.authority().cloned(),
     };
     if forward.connect_tcp && tunnel.as_ref().is_some_and(Tunnel::is_connect) {
         let Some(tunnel) = tunnel else {
@@ -239,7 +243,7 @@ pub(super) async fn forward(
             }
         };
     }
-    let mirror_head = (!forward.mirrors.is_empty()).then(|| parts.clone());
+    let mirror_head = (!forward.mirrors.is_empty()).then(|| Parts::clone(&parts));
     let outcome = if forward.hedge && tunnel.is_none() {
         Box::pin(hedged(&plan, &routed, &mut exchange, &mut parts, source.as_ref())).await
     } else {

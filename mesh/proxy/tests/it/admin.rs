@@ -209,7 +209,6 @@ async fn readiness_can_be_failed_on_purpose_and_what_is_not_there_is_refused() {
     assert_eq!((status, &*body), (503, "DRAINING\n"));
     assert_eq!(post(admin, "/healthcheck/ok").await.0, 200);
     assert_eq!(get(admin, "/ready").await.0, 200);
-    assert_eq!(get(admin, "/runtime").await.0, 501);
     assert_eq!(post(admin, "/reset_counters").await.0, 501);
     assert_eq!(post(admin, "/drain_listeners?inboundonly&graceful").await.0, 501);
     cancel.cancel();

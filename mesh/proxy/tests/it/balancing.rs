@@ -243,6 +243,85 @@ async fn requests_stay_in_the_proxys_zone_as_far_as_it_can_carry_them() {
 }
 
 #[tokio::test]
+async fn a_proxy_that_is_told_no_local_cluster_finds_its_own_by_its_address() {
+    let (near, far) = (Backend::named("near").await, Backend::named("far").await);
+    let own: SocketAddr = "127.99.0.7:8080".parse().unwrap();
+    let (proxy, log) = Proxy::start(Options {
+        concurrency: 1,
+        own_address: Some(own.ip()),
+        ..Default::default()
+    })
+    .expect("workers start");
+    let harness = Harness { proxy, log };
+    let zone_aware = cluster::Cluster {
+        lb_policy: cluster::cluster::LbPolicy::RoundRobin as i32,
+        common_lb_config: Some(cluster::cluster::CommonLbConfig {
+            locality_config_specifier: Some(
+                cluster::cluster::common_lb_config::LocalityConfigSpecifier::ZoneAwareLbConfig(
+                    cluster::cluster::common_lb_config::ZoneAwareLbConfig {
+                        min_cluster_size: Some(google::UInt64Value { value: 2 }),
+                        ..Default::default()
+                    },
+                ),
+            ),
+            ..Default::default()
+        }),
+        ..eds_cluster("c")
+    };
+    harness.put(ResourceType::Cluster, "c", &zone_aware).await;
+    let hosts = localities(
+        "c",
+        vec![
+            (0, "a", vec![lb_endpoint(near.address, None)]),
+            (0, "b", vec![lb_endpoint(far.address, None)]),
+        ],
+    );
+    harness.put(ResourceType::Endpoints, "c", &hosts).await;
+    let at = harness.serve(vec![prefix_route("/", to_cluster("c"))]).await;
+    let spread = answers(at, &[], 20).await;
+    assert_eq!(
+        (spread["near"], spread["far"]),
+        (10, 10),
+        "nobody knows where it is"
+    );
+    // The service that it belongs to, in its subset as well; a port of its own counts for nothing.
+    for name in [
+        "outbound|80|v1|me.prod.svc",
+        "outbound|80||me.prod.svc",
+        "inbound|8080||",
+    ] {
+        harness.put(ResourceType::Cluster, name, &eds_cluster(name)).await;
+        let other: SocketAddr = "127.99.0.8:8080".parse().unwrap();
+        let members = localities(
+            name,
+            vec![
+                (0, "a", vec![lb_endpoint(own, None)]),
+                (0, "b", vec![lb_endpoint(other, None)]),
+            ],
+        );
+        harness.put(ResourceType::Endpoints, name, &members).await;
+    }
+    assert_eq!(answers(at, &[], 20).await, only("near", 20));
+    // It moves to where nobody of `c` is, and out of all services.
+    let elsewhere = localities(
+        "outbound|80||me.prod.svc",
+        vec![(0, "z", vec![lb_endpoint(own, None)])],
+    );
+    harness
+        .put(ResourceType::Endpoints, "outbound|80||me.prod.svc", &elsewhere)
+        .await;
+    assert_eq!(answers(at, &[], 20).await["far"], 10);
+    harness
+        .remove(ResourceType::Cluster, "outbound|80||me.prod.svc")
+        .await;
+    assert_eq!(answers(at, &[], 20).await, only("near", 20), "its subset is left");
+    harness
+        .remove(ResourceType::Endpoints, "outbound|80|v1|me.prod.svc")
+        .await;
+    assert_eq!(answers(at, &[], 20).await["far"], 10);
+}
+
+#[tokio::test]
 async fn a_client_is_given_a_cookie_that_brings_it_back_to_the_same_endpoint() {
     let mut backends = Vec::new();
     for name in ["a", "b", "c", "d"] {

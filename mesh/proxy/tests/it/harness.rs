@@ -186,8 +186,8 @@ pub(crate) fn matchers(data: &[u8]) {
         method: "GET",
         path: "/",
         query: Some(subject),
-        authority: "a",
-        scheme: "http",
+        authority: Some("a"),
+        scheme: Some("http"),
         headers: &headers,
     };
     for name in ["x-kind", ":path", pattern] {

@@ -271,6 +271,7 @@ async fn measurements_are_streamed_to_the_control_plane_with_the_nodes_identity(
         node: harness.proxy.node.clone(),
         own,
         shards,
+        rerouted: harness.proxy.rerouted(),
     };
     let task = tokio::spawn(pusher.run(cancel.clone()));
     let first = soon("the first message", control.metrics.recv()).await.unwrap();
@@ -301,6 +302,16 @@ async fn measurements_are_streamed_to_the_control_plane_with_the_nodes_identity(
             .iter()
             .any(|pair| pair.name() == "destination_workload" && pair.value() == "reviews-v1")
     );
+    // A tick with nothing new tells nothing; a change of routes does, since what came before is of the routes before.
+    let table = route::RouteConfiguration {
+        name: "new".into(),
+        ..Default::default()
+    };
+    harness.put(ResourceType::Route, "new", &table).await;
+    soon("an empty report", async {
+        while !control.metrics.recv().await.unwrap().envoy_metrics.is_empty() {}
+    })
+    .await;
     cancel.cancel();
     tokio::time::timeout(Duration::from_secs(5), task)
         .await

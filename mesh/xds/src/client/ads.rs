@@ -10,6 +10,7 @@ use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service
 use envoy_types::pb::envoy::service::discovery::v3::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
 };
+use envoy_types::pb::envoy::service::secret::v3::secret_discovery_service_client::SecretDiscoveryServiceClient;
 use futures::stream::{FuturesUnordered, StreamExt};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
@@ -41,6 +42,23 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(20);
 /// Longest wait between attempts to reach a Unix socket: the control plane is on this machine, an attempt costs next to
 /// nothing, and a rollout waits for the proxy's return.
 pub const MAX_UNIX_WAIT: Duration = Duration::from_secs(2);
+
+/// How long a stream must have lived for the next failure to be a first one again. A server that answers and breaks off at
+/// once is waited for longer and longer, as one that does not answer.
+pub const STABLE_AFTER: Duration = Duration::from_secs(10);
+
+/// Which service is asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Service {
+    /// The aggregated one (ADS), incrementally where the server knows how.
+    #[default]
+    Aggregated,
+    /// That of secrets alone (SDS), as `api_config_source` says it.
+    Secrets {
+        /// Incrementally (`DELTA_GRPC`); else state of the world (`GRPC`).
+        delta: bool,
+    },
+}
 
 /// How an [`AdsClient`] finds and addresses its control plane.
 #[derive(Clone, Debug)]
@@ -112,12 +130,22 @@ struct Shared {
 impl AdsClient {
     /// Starts the client's task, which ends when `cancel` is cancelled or the deliveries are dropped.
     pub fn spawn(config: AdsClientConfig, cancel: CancellationToken) -> (Self, Deliveries) {
+        Self::spawn_for(Service::Aggregated, config, cancel)
+    }
+
+    /// The same for another service.
+    pub fn spawn_for(
+        service: Service,
+        config: AdsClientConfig,
+        cancel: CancellationToken,
+    ) -> (Self, Deliveries) {
         let shared = Arc::new(Shared::default());
         let (deliveries, receiver) = mpsc::channel(DELIVERIES);
         let (state_sender, state) = watch::channel(ConnectionState::default());
         let worker = Worker {
             client: ClientState::new(config.node),
             endpoint: config.endpoint,
+            service,
             shared: shared.clone(),
             deliveries,
             state: state_sender,
@@ -192,6 +220,7 @@ impl From<Status> for StreamEnd {
 struct Worker {
     client: ClientState,
     endpoint: Endpoint,
+    service: Service,
     shared: Arc<Shared>,
     deliveries: mpsc::Sender<Delivery>,
     state: watch::Sender<ConnectionState>,
@@ -227,6 +256,9 @@ impl Worker {
                 Err(error) => return error.into(),
             },
         };
+        if self.service == (Service::Secrets { delta: false }) {
+            return self.follow::<Sotw>(channel, backoff).await;
+        }
         match self.follow::<Delta>(channel.clone(), backoff).await {
             StreamEnd::Status(status) if status.code() == Code::Unimplemented => {
                 debug!(control_plane = %self.endpoint, "no incremental variant; falling back to state of the world");
@@ -268,7 +300,7 @@ impl Worker {
         let cancel = self.cancel.clone();
         // The first requests are queued before the stream is opened: some servers open it with their first response.
         self.ask::<V>(&requests).await?;
-        let mut opening = Box::pin(V::open(channel, outgoing));
+        let mut opening = Box::pin(V::open(self.service, channel, outgoing));
         let deadline = tokio::time::sleep(OPEN_TIMEOUT);
         tokio::pin!(deadline);
         let mut responses = loop {
@@ -280,7 +312,12 @@ impl Worker {
             }
         };
         self.state.send_modify(|state| state.streams += 1);
+        let stable_at = tokio::time::Instant::now() + STABLE_AFTER;
+        let mut answered = false;
         loop {
+            if answered && tokio::time::Instant::now() >= stable_at {
+                backoff.reset();
+            }
             tokio::select! {
                 () = cancel.cancelled() => return Err(StreamEnd::Shutdown),
                 () = self.deliveries.closed() => return Err(StreamEnd::Shutdown),
@@ -294,8 +331,12 @@ impl Worker {
                 }
                 // Reading goes on only while the consumer keeps up.
                 response = responses.message(), if verdicts.len() < DELIVERIES => {
+                    // Also of a stream that ends after a quiet hour.
+                    if answered && tokio::time::Instant::now() >= stable_at {
+                        backoff.reset();
+                    }
                     let response = response?.ok_or(StreamEnd::Closed)?;
-                    backoff.reset();
+                    answered = true;
                     self.state.send_if_modified(|state| !std::mem::replace(&mut state.connected, true));
                     match V::receive(&mut self.client, response) {
                         Ok((incoming, receipt)) => {
@@ -353,6 +394,7 @@ trait Variant: Send + 'static {
     type Response: Send + 'static;
 
     fn open(
+        service: Service,
         channel: Channel,
         requests: mpsc::Receiver<Self::Request>,
     ) -> impl Future<Output = Result<Streaming<Self::Response>, Status>> + Send;
@@ -372,15 +414,24 @@ impl Variant for Delta {
     type Response = DeltaDiscoveryResponse;
 
     async fn open(
+        service: Service,
         channel: Channel,
         requests: mpsc::Receiver<Self::Request>,
     ) -> Result<Streaming<Self::Response>, Status> {
-        let mut client =
-            AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_RESPONSE_BYTES);
-        Ok(client
-            .delta_aggregated_resources(ReceiverStream::new(requests))
-            .await?
-            .into_inner())
+        let requests = ReceiverStream::new(requests);
+        let response = match service {
+            Service::Aggregated => {
+                let client = AggregatedDiscoveryServiceClient::new(channel);
+                let mut client = client.max_decoding_message_size(MAX_RESPONSE_BYTES);
+                client.delta_aggregated_resources(requests).await?
+            }
+            Service::Secrets { .. } => {
+                let client = SecretDiscoveryServiceClient::new(channel);
+                let mut client = client.max_decoding_message_size(MAX_RESPONSE_BYTES);
+                client.delta_secrets(requests).await?
+            }
+        };
+        Ok(response.into_inner())
     }
 
     fn next_request(client: &mut ClientState) -> Option<Self::Request> {
@@ -404,15 +455,24 @@ impl Variant for Sotw {
     type Response = DiscoveryResponse;
 
     async fn open(
+        service: Service,
         channel: Channel,
         requests: mpsc::Receiver<Self::Request>,
     ) -> Result<Streaming<Self::Response>, Status> {
-        let mut client =
-            AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_RESPONSE_BYTES);
-        Ok(client
-            .stream_aggregated_resources(ReceiverStream::new(requests))
-            .await?
-            .into_inner())
+        let requests = ReceiverStream::new(requests);
+        let response = match service {
+            Service::Aggregated => {
+                let client = AggregatedDiscoveryServiceClient::new(channel);
+                let mut client = client.max_decoding_message_size(MAX_RESPONSE_BYTES);
+                client.stream_aggregated_resources(requests).await?
+            }
+            Service::Secrets { .. } => {
+                let client = SecretDiscoveryServiceClient::new(channel);
+                let mut client = client.max_decoding_message_size(MAX_RESPONSE_BYTES);
+                client.stream_secrets(requests).await?
+            }
+        };
+        Ok(response.into_inner())
     }
 
     fn next_request(client: &mut ClientState) -> Option<Self::Request> {

@@ -1,8 +1,12 @@
 //! The incremental variant of the protocol (`DeltaAggregatedResources`), client end.
 
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
-use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+use envoy_types::pb::envoy::service::discovery::v3::{
+    DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource,
+};
+use foldhash::fast::RandomState;
 
 use super::state::{
     ClientState, Incoming, Interest, ProtocolError, Receipt, Received, WILDCARD, expected_type,
@@ -50,22 +54,40 @@ impl ClientState {
         response: DeltaDiscoveryResponse,
     ) -> Result<(Incoming, Receipt), ProtocolError> {
         let resource_type = expected_type(self, &response.type_url)?;
-        let state = &self.types[resource_type.index()];
+        let state = &mut self.types[resource_type.index()];
         let total = response.resources.len();
         let mut malformed = Vec::new();
         let mut upserted = Vec::with_capacity(total);
+        let mut absent = Vec::new();
+        let contradicted = contradicted(&response.resources, &response.removed_resources);
+        for name in &contradicted {
+            let reason = "the response says several things about it; say one";
+            malformed.push(Refusal::new(name.clone(), reason));
+        }
         for resource in response.resources {
-            if !state.is_news(&resource.name, &resource.version) {
+            if contradicted.contains(resource.name.as_str()) {
                 continue;
             }
-            // A resource without a body is a heartbeat of one with a time to live, which nobody sends us.
-            let Some(any) = resource.resource else { continue };
+            let answers = state.note_aliases(&resource.name, &resource.aliases);
+            if !state.is_news(&resource.name, &resource.version) && !answers {
+                continue;
+            }
+            let Some(any) = resource.resource else {
+                // For a virtual host that was asked for on demand: there is none. Else a heartbeat of a resource with a
+                // time to live, which nobody sends us.
+                if resource_type == ResourceType::VirtualHost && resource.ttl.is_none() {
+                    absent.push(resource.name);
+                    absent.extend(resource.aliases);
+                }
+                continue;
+            };
             if any.type_url == response.type_url {
                 let (name, version) = (resource.name.into(), resource.version.into());
                 upserted.push(Received {
                     name,
                     version,
                     body: any.value.into(),
+                    aliases: resource.aliases.into_iter().map(Arc::from).collect(),
                 });
             } else {
                 let reason = format!(
@@ -78,9 +100,11 @@ impl ClientState {
         let removed: Vec<Arc<str>> = response
             .removed_resources
             .into_iter()
-            .filter(|name| state.interest.includes(name))
+            .chain(absent)
+            .filter(|name| state.interest.includes(name) && !contradicted.contains(name.as_str()))
             .map(Arc::from)
             .collect();
+        state.aliases.retain(|_, resource| !removed.contains(resource));
         let receipt = Receipt {
             resource_type,
             id: self.hand_over(resource_type, &upserted),
@@ -107,6 +131,25 @@ impl ClientState {
             ..DeltaDiscoveryRequest::default()
         }
     }
+}
+
+/// Names that a response has more than once, or both has and removes. Envoy refuses the whole response.
+fn contradicted(resources: &[Resource], removed: &[String]) -> BTreeSet<Arc<str>> {
+    let mut seen: HashSet<&str, RandomState> =
+        HashSet::with_capacity_and_hasher(resources.len() + removed.len(), RandomState::default());
+    let mut out = BTreeSet::new();
+    for resource in resources {
+        if !seen.insert(&resource.name) {
+            out.insert(resource.name.as_str().into());
+        }
+    }
+    // That something is gone may be said twice.
+    for name in removed {
+        if seen.contains(name.as_str()) {
+            out.insert(name.as_str().into());
+        }
+    }
+    out
 }
 
 /// The names that `after` asks for and `before` did not.

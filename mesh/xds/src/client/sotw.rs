@@ -80,6 +80,7 @@ impl ClientState {
                             name: name.as_str().into(),
                             version: version.into(),
                             body: body.into(),
+                            aliases: Vec::new(),
                         });
                     }
                     present.insert(name);

@@ -62,6 +62,8 @@ pub struct Received {
     pub version: Arc<str>,
     /// The encoded protobuf message.
     pub body: Bytes,
+    /// Other names under which it may be asked for: those of a virtual host on demand are `<route configuration>/<host>`.
+    pub aliases: Vec<Arc<str>>,
 }
 
 /// A response that cannot be understood.
@@ -118,6 +120,8 @@ pub(super) struct TypeState {
     pub(super) in_hand: HashMap<u64, HashSet<Arc<str>>, RandomState>,
     /// What the server has been told on this stream; `None` before the first request of this type.
     pub(super) announced: Option<Interest>,
+    /// Names that were asked for on demand → the resource that came for them.
+    pub(super) aliases: HashMap<Arc<str>, Arc<str>, RandomState>,
     /// Nonce and version of the last response and the last accepted one; state of the world only.
     pub(super) nonce: String,
     pub(super) version_info: String,
@@ -135,12 +139,26 @@ impl ClientState {
     }
 
     /// States what is wanted of a type from now on. Resources that are no longer wanted are no longer held: the
-    /// server will not say anything about them again.
+    /// server will not say anything about them again. Nor are those that were asked for by a name that is given up while
+    /// everything is wanted: the server sends them again if they are part of everything.
     pub fn set_interest(&mut self, resource_type: ResourceType, interest: Interest) {
         let state = &mut self.types[resource_type.index()];
-        state.held.retain(|name, _| interest.includes(name));
+        let given_up: Vec<_> = state
+            .interest
+            .names
+            .difference(&interest.names)
+            .cloned()
+            .collect();
+        let mut gone: HashSet<Arc<str>> = given_up.iter().cloned().collect();
+        gone.extend(given_up.iter().filter_map(|name| state.aliases.remove(name)));
+        // Another name that is still asked for may stand for the same resource.
+        for resource in state.aliases.values() {
+            gone.remove(resource);
+        }
+        let keep = |name: &Arc<str>| interest.includes(name) && !gone.contains(name);
+        state.held.retain(|name, _| keep(name));
         for names in state.in_hand.values_mut() {
-            names.retain(|name| interest.includes(name));
+            names.retain(keep);
         }
         state.interest = interest;
     }
@@ -204,6 +222,18 @@ impl ClientState {
 }
 
 impl TypeState {
+    /// Notes which of the names that are asked for a resource came for; whether one of them was not known yet.
+    pub(super) fn note_aliases(&mut self, resource: &str, aliases: &[String]) -> bool {
+        let mut news = false;
+        for alias in aliases {
+            if self.interest.names.contains(alias.as_str()) && !self.aliases.contains_key(alias.as_str()) {
+                self.aliases.insert(alias.as_str().into(), resource.into());
+                news = true;
+            }
+        }
+        news
+    }
+
     /// Whether the resource is wanted and differs from what is held.
     pub(super) fn is_news(&self, name: &str, version: &str) -> bool {
         self.interest.includes(name) && self.held.get(name).is_none_or(|held| **held != *version)

@@ -1,11 +1,15 @@
 //! Where a control plane listens, and the gRPC channel to it.
 
 use std::fmt;
+use std::io;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Uri};
 use tower::service_fn;
@@ -17,7 +21,48 @@ pub enum Endpoint {
     Unix(PathBuf),
     /// HTTP/2 without TLS, written `host:port`.
     Tcp(String),
+    /// Connections that somebody else makes: with TLS, to one of several addresses.
+    Dialed(Dialer),
 }
+
+/// Bytes both ways.
+pub trait Io: AsyncRead + AsyncWrite + Unpin + Send {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Io for T {}
+
+/// A connection on its way.
+pub type Dialing = Pin<Box<dyn Future<Output = io::Result<Box<dyn Io>>> + Send>>;
+
+/// Makes connections; bounded by [`Endpoint`]'s own limit of time.
+#[derive(Clone)]
+pub struct Dialer {
+    name: Arc<str>,
+    dial: Arc<dyn Fn() -> Dialing + Send + Sync>,
+}
+
+impl Dialer {
+    /// A dialer by the name that people know its target by.
+    pub fn new(name: impl Into<Arc<str>>, dial: impl Fn() -> Dialing + Send + Sync + 'static) -> Self {
+        Self {
+            name: name.into(),
+            dial: Arc::new(dial),
+        }
+    }
+}
+
+impl fmt::Debug for Dialer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Dialer").field(&self.name).finish()
+    }
+}
+
+impl PartialEq for Dialer {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name && Arc::ptr_eq(&self.dial, &other.dial)
+    }
+}
+
+impl Eq for Dialer {}
 
 /// An address that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +114,7 @@ impl fmt::Display for Endpoint {
         match self {
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
             Self::Tcp(address) => f.write_str(address),
+            Self::Dialed(dialer) => f.write_str(&dialer.name),
         }
     }
 }
@@ -89,6 +135,21 @@ pub async fn channel(endpoint: &Endpoint) -> Result<Channel, EndpointError> {
             // The authority is not used for anything on a Unix socket.
             tonic::transport::Endpoint::from_static("http://localhost")
                 .connect_timeout(CONNECT_TIMEOUT)
+                .connect_with_connector(connect)
+                .await
+                .map_err(unreachable)
+        }
+        Endpoint::Dialed(dialer) => {
+            let dial = dialer.dial.clone();
+            let connect = service_fn(move |_: Uri| {
+                let dialing = dial();
+                async move { dialing.await.map(TokioIo::new) }
+            });
+            tonic::transport::Endpoint::from_static("http://localhost")
+                .connect_timeout(CONNECT_TIMEOUT)
+                .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+                .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+                .keep_alive_while_idle(true)
                 .connect_with_connector(connect)
                 .await
                 .map_err(unreachable)

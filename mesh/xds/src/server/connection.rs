@@ -263,6 +263,12 @@ impl Connection {
         for name in lost {
             let state = &mut self.types[resource_type.index()];
             if state.subscribed(&name) {
+                // Still part of everything, if it exists at all. The client cannot know and has dropped it, so it is told.
+                let entry = state.entries.entry(name.clone()).or_default();
+                entry.held = Held::Unknown;
+                entry.in_flight = None;
+                entry.refused = None;
+                self.classify(resource_type, &name, self.sequence);
                 continue;
             }
             if let Some(entry) = state.entries.get_mut(&name) {

@@ -5,6 +5,8 @@
 
 mod envoy;
 mod histories;
+mod names;
 mod ordering;
+mod storm;
 mod support;
 mod transport;

@@ -26,7 +26,7 @@ const AREAS: [&str; 8] = [
     "Combination",
 ];
 
-fn recorded() -> Option<PathBuf> {
+pub(super) fn recorded() -> Option<PathBuf> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data/istiod-recorded");
     if dir.exists() {
         return Some(dir);
@@ -35,11 +35,11 @@ fn recorded() -> Option<PathBuf> {
     None
 }
 
-fn read_json(path: &Path) -> Value {
+pub(super) fn read_json(path: &Path) -> Value {
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
-fn proxy(nodes: &Value, name: &str) -> Proxy {
+pub(super) fn proxy(nodes: &Value, name: &str) -> Proxy {
     let node = &nodes[name];
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let id = text(&node["id"]);
@@ -83,6 +83,7 @@ fn ours(translator: &mut Translator, proxy: &Proxy) -> Resources {
             ResourceType::Route => "routes",
             ResourceType::Secret => "secrets",
             ResourceType::VirtualHost => panic!("hosts are inline here"),
+            ResourceType::Extension | ResourceType::Runtime => panic!("nothing of ours uses them"),
         };
         let value = json::message(type_name(&resource), &resource.body);
         out.entry(kind)
@@ -281,7 +282,7 @@ fn compare(ours: &BTreeMap<String, Value>, theirs: &BTreeMap<String, Value>) -> 
 }
 
 /// The recorded cases of our kinds, with the files of their worlds.
-fn cases(dir: &Path) -> Vec<(String, Vec<PathBuf>)> {
+pub(super) fn cases(dir: &Path) -> Vec<(String, Vec<PathBuf>)> {
     let index = std::fs::read_to_string(dir.join("index.tsv")).unwrap();
     let named = index
         .lines()

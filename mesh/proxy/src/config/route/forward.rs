@@ -298,9 +298,12 @@ fn compile_mirror(
             "cluster_header and header mutations are not supported",
         ));
     }
-    let share = convert::runtime_fraction(from.runtime_fraction.as_ref(), Fraction::ALL)
+    let share = context
+        .slots
+        .runtime
+        .fraction(from.runtime_fraction.as_ref(), Fraction::ALL)
         .within("runtime_fraction")?;
-    if share.is_none() {
+    if share.is_never() {
         return Ok(None);
     }
     Ok(Some(Mirror {

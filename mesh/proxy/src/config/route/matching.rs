@@ -4,8 +4,9 @@ use regex::Regex;
 use serin_xds::pb::envoy::config::route::v3 as route;
 
 use super::template::compile_match;
-use crate::config::convert::{self, Fraction};
+use crate::config::convert::Fraction;
 use crate::config::matchers::{HeaderMatch, QueryMatch, RequestView, StringMatch, full_regex, has_prefix};
+use crate::config::runtime::{Runtime, RuntimeFraction};
 use crate::error::{Refusal, Within};
 use crate::policy::metadata::{Metadata, MetadataMatch};
 use crate::policy::uri_template::UriTemplate;
@@ -19,7 +20,7 @@ pub(crate) struct RouteMatch {
     headers: Box<[HeaderMatch]>,
     query: Box<[QueryMatch]>,
     grpc: bool,
-    fraction: Option<Fraction>,
+    fraction: Option<RuntimeFraction>,
     /// Rarely used, and large.
     more: Option<Box<MoreMatch>>,
 }
@@ -39,7 +40,7 @@ pub(super) enum PathMatch {
 
 impl RouteMatch {
     /// Compiles the message.
-    pub(crate) fn compile(from: &route::RouteMatch) -> Result<Self, Refusal> {
+    pub(crate) fn compile(from: &route::RouteMatch, runtime: &mut Runtime) -> Result<Self, Refusal> {
         use route::route_match::PathSpecifier;
         let path = match &from.path_specifier {
             None => return Err(Refusal::new("path_specifier", "is missing")),
@@ -82,7 +83,7 @@ impl RouteMatch {
             fraction: from
                 .runtime_fraction
                 .as_ref()
-                .map(|fraction| convert::runtime_fraction(Some(fraction), Fraction::ALL))
+                .map(|fraction| runtime.fraction(Some(fraction), Fraction::ALL))
                 .transpose()
                 .within("runtime_fraction")?,
             more: MoreMatch::compile(from)?,
@@ -121,7 +122,10 @@ impl RouteMatch {
             && self.query.iter().all(|query| query.matches(request.query))
             && (!self.grpc || is_grpc(request.headers))
             && self.more.as_ref().is_none_or(|more| more.test(request, facts))
-            && self.fraction.is_none_or(|fraction| fraction.hit(random()))
+            && self
+                .fraction
+                .as_ref()
+                .is_none_or(|fraction| fraction.hit(random()))
     }
 
     pub(super) fn matched_prefix_length(&self, path: &str) -> usize {

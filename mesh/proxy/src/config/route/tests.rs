@@ -43,8 +43,8 @@ fn view<'a>(path: &'a str, headers: &'a HeaderMap) -> RequestView<'a> {
         method: "GET",
         path,
         query: Some("q=1"),
-        authority: "h:8080",
-        scheme: "http",
+        authority: Some("h:8080"),
+        scheme: Some("http"),
         headers,
     }
 }

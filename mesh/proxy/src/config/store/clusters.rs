@@ -95,6 +95,7 @@ impl Store {
         }
         slot.set_config(Some(Arc::new(cluster)));
         if let Some(set) = own.or(endpoints) {
+            self.note_membership(&slot, Some(&set));
             slot.set_endpoints(Some(Arc::new(set)));
         }
         self.clusters.insert(slot.name.clone(), slot);
@@ -128,6 +129,7 @@ impl Store {
         }
         slot.set_config(None);
         slot.set_endpoints(None);
+        self.note_membership(&slot, None);
     }
 
     pub(super) fn put_endpoints(&mut self, update: &Update<'_>) -> Result<(), Refusal> {
@@ -146,6 +148,7 @@ impl Store {
             EndpointSet::compile(&message, None)?;
         }
         for (slot, set) in compiled {
+            self.note_membership(&slot, Some(&set));
             slot.set_endpoints(Some(Arc::new(set)));
         }
         self.assignments.insert(update.name.into(), update.body.into());
@@ -154,10 +157,14 @@ impl Store {
 
     pub(super) fn remove_endpoints(&mut self, name: &str) {
         self.assignments.remove(name);
-        for user in self.eds.get(name).into_iter().flatten() {
-            if let Some(slot) = self.clusters.get(user) {
-                slot.set_endpoints(Some(Arc::new(EndpointSet::default())));
-            }
+        let users = self.eds.get(name).into_iter().flatten();
+        let slots: Vec<_> = users
+            .filter_map(|user| self.clusters.get(user))
+            .cloned()
+            .collect();
+        for slot in slots {
+            slot.set_endpoints(Some(Arc::new(EndpointSet::default())));
+            self.note_membership(&slot, None);
         }
     }
 

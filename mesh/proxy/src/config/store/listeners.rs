@@ -1,11 +1,14 @@
-//! Listeners: taken, opened once their secrets are here, replaced, removed.
+//! Listeners: taken, opened once their secrets and filters are here, replaced, removed; and what stands beside them.
 
 use std::sync::Arc;
 
+use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::listener::v3 as pb_listener;
+use serin_xds::pb::envoy::service::runtime::v3 as pb_runtime;
 
 use super::{ListenerChange, Store, Update, VirtualListeners, Waiting, decode};
 use crate::clock::now_ms;
+use crate::config::extension::Extensions;
 use crate::config::listener::Listener;
 use crate::config::route::Context;
 use crate::config::slot::ListenerSlot;
@@ -25,7 +28,7 @@ impl Store {
         for name in listener.route_names() {
             self.route_state(&name);
         }
-        if listener.secrets().all(|secret| secret.version() > 0) {
+        if listener.is_warm() {
             self.warming.listeners.remove(&listener.name);
             self.activate_listener(listener);
         } else {
@@ -36,6 +39,21 @@ impl Store {
             self.warming.listeners.insert(listener.name.clone(), waiting);
         }
         Ok(())
+    }
+
+    pub(super) fn put_extension(&mut self, update: &Update<'_>) -> Result<(), Refusal> {
+        let message = decode::<core::TypedExtensionConfig>(update)?;
+        let mut context = Context {
+            slots: &mut self.slots,
+            workers: self.workers,
+            seed: random::next(),
+        };
+        Extensions::put(update.name, &message, &mut context)
+    }
+
+    pub(super) fn put_runtime(&mut self, update: &Update<'_>) -> Result<(), Refusal> {
+        let message = decode::<pb_runtime::Runtime>(update)?;
+        self.slots.runtime.put(update.name, message.layer.as_ref())
     }
 
     pub(super) fn activate_listener(&mut self, listener: Arc<Listener>) {

@@ -8,7 +8,8 @@ use serin_xds::ResourceType;
 use super::Store;
 use crate::config::cluster::{Cluster, Discovery, Outlier};
 use crate::config::listener::Listener;
-use crate::config::slot::ClusterSlot;
+use crate::config::on_demand::Wanted;
+use crate::config::slot::{ClusterSlot, VirtualHostSlot};
 use crate::config::table::RouteTable;
 
 impl Store {
@@ -31,6 +32,44 @@ impl Store {
         self.routes
             .values()
             .any(|state| state.base.as_ref().is_some_and(|base| base.vhds.is_some()))
+    }
+
+    /// Names that the proxy must ask for by ECDS.
+    pub fn extension_names(&mut self) -> BTreeSet<Arc<str>> {
+        self.slots.extensions.names()
+    }
+
+    /// Whether the cluster can be used: it exists and, where its endpoints come by EDS, has been told them.
+    pub fn cluster_is_live(&self, name: &str) -> bool {
+        let Some(config) = self.clusters.get(name).and_then(|slot| slot.config()) else {
+            return false;
+        };
+        match &config.discovery {
+            Discovery::Eds(eds) => {
+                let key = (ResourceType::Endpoints, Arc::from(&**eds));
+                self.answered.contains(&key)
+            }
+            Discovery::Static | Discovery::Dns { .. } | Discovery::OriginalDst { .. } => true,
+        }
+    }
+
+    /// The virtual host behind a name on demand, `<route configuration>/<host>`.
+    fn host_on_demand(&self, name: &str) -> Option<Arc<VirtualHostSlot>> {
+        let (route, host) = name.split_once('/')?;
+        self.routes.get(route)?.slot.table()?.find(host).cloned()
+    }
+
+    /// Whether a virtual host answers for a name on demand.
+    pub fn host_is_live(&self, name: &str) -> bool {
+        self.host_on_demand(name).is_some()
+    }
+
+    /// Whether what a name on demand stands for has been used since this was asked last.
+    pub fn take_used(&self, kind: Wanted, name: &str) -> bool {
+        match kind {
+            Wanted::VirtualHost => self.host_on_demand(name).is_some_and(|slot| slot.take_used()),
+            Wanted::Cluster => self.clusters.get(name).is_some_and(|slot| slot.take_used()),
+        }
     }
 
     /// Clusters with active health checks.
@@ -87,6 +126,8 @@ impl Store {
             .listeners
             .values()
             .flat_map(|waiting| waiting.item.secrets());
+        let extensions = self.slots.extensions.unsettled();
+        missing.extend(extensions.map(|name| format!("extension {name}")));
         let secrets: BTreeSet<_> = clusters
             .chain(listeners)
             .filter(|secret| secret.version() == 0)

@@ -227,6 +227,7 @@ fn table_of(
     Ok(RouteTable {
         name: from.name.as_str().into(),
         domains,
+        discovers_hosts: from.vhds.is_some(),
         ignore_port: from.ignore_port_in_host_matching,
         request_headers: HeaderOps::compile(
             &from.request_headers_to_add,

@@ -19,8 +19,8 @@ fn kept(wants: &Wants) -> Kept {
         method: "GET",
         path: "/p",
         query: Some("q=1"),
-        authority: "shop",
-        scheme: "http",
+        authority: Some("shop"),
+        scheme: Some("http"),
         headers: &headers,
     };
     wants.keep_request(&view, &mut kept);

@@ -32,8 +32,8 @@ impl Scene for Facts<'_> {
                 None => Value::Text(request.path.into()),
             }),
             Attribute::RequestUrlPath => text(request.map(|request| request.path)),
-            Attribute::RequestHost => text(request.map(|request| request.authority)),
-            Attribute::RequestScheme => text(request.map(|request| request.scheme)),
+            Attribute::RequestHost => text(request.map(|request| request.authority())),
+            Attribute::RequestScheme => text(request.map(|request| request.scheme())),
             Attribute::RequestMethod => text(request.map(|request| request.method)),
             Attribute::RequestQuery => request.map(|request| Value::Text(request.query.unwrap_or("").into())),
             Attribute::RequestReferer => field("referer"),
@@ -74,7 +74,7 @@ impl Scene for Facts<'_> {
     fn header(&self, _side: Side, name: &HeaderName, _place: usize) -> Option<Cow<'_, str>> {
         let request = self.request.as_ref()?;
         if *name == http::header::HOST {
-            return Some(request.authority.into());
+            return Some(request.authority().into());
         }
         let mut values = request.headers.get_all(name).iter();
         let first = String::from_utf8_lossy(values.next()?.as_bytes());

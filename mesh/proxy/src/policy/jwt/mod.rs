@@ -24,6 +24,7 @@ use super::stats::Counter;
 use crate::config::convert;
 use crate::config::matchers::{RequestView, StringMatch};
 use crate::config::route::{Context, RouteMatch};
+use crate::config::runtime::Runtime;
 use crate::error::{Refusal, Within};
 
 /// Namespace of payloads.
@@ -192,7 +193,10 @@ impl JwtAuthn {
             .rules
             .iter()
             .enumerate()
-            .map(|(index, rule)| Rule::compile(rule, from, &names).within(format!("rules[{index}]")))
+            .map(|(index, rule)| {
+                Rule::compile(rule, from, &names, &mut context.slots.runtime)
+                    .within(format!("rules[{index}]"))
+            })
             .collect::<Result<_, _>>()?;
         let (workers, registry) = context.counters();
         let labels = [
@@ -233,6 +237,7 @@ impl Rule {
         from: &jwt::RequirementRule,
         all: &jwt::JwtAuthentication,
         providers: &[&String],
+        runtime: &mut Runtime,
     ) -> Result<Self, Refusal> {
         use jwt::requirement_rule::RequirementType;
         let matches = from
@@ -253,7 +258,7 @@ impl Rule {
             }
         };
         Ok(Self {
-            matches: RouteMatch::compile(matches).within("match")?,
+            matches: RouteMatch::compile(matches, runtime).within("match")?,
             requirement,
         })
     }

@@ -151,8 +151,8 @@ pub(super) async fn request(
             let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
             let system = [
                 (":method", request.method),
-                (":scheme", request.scheme),
-                (":authority", request.authority),
+                (":scheme", request.scheme()),
+                (":authority", request.authority()),
                 (":path", path),
             ];
             filter.question(

@@ -146,7 +146,7 @@ fn denial(authn: &JwtAuthn, failure: Failure, parts: &Parts) -> LocalReply {
         } else {
             ", error=\"invalid_token\""
         };
-        let realm = format!("{}://{}{}", view.scheme, view.authority, view.path).replace(['"', '\\'], "");
+        let realm = format!("{}://{}{}", view.scheme(), view.authority(), view.path).replace(['"', '\\'], "");
         if let Ok(value) = HeaderValue::from_str(&format!("Bearer realm=\"{realm}\"{error}")) {
             reply.headers.insert(header::WWW_AUTHENTICATE, value);
         }

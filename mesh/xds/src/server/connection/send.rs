@@ -169,7 +169,7 @@ impl Connection {
 
     /// Removals of a type wait for whatever may still refer to it.
     fn removal_barrier(&self, resource_type: ResourceType) -> u64 {
-        use ResourceType::{Cluster, Endpoints, Listener, Route, Secret, VirtualHost};
+        use ResourceType::{Cluster, Endpoints, Extension, Listener, Route, Runtime, Secret, VirtualHost};
         let upserts = |types: &[ResourceType]| {
             types
                 .iter()
@@ -185,7 +185,8 @@ impl Connection {
                 .unwrap_or(u64::MAX)
         };
         match resource_type {
-            Listener => u64::MAX,
+            Listener | Runtime => u64::MAX,
+            Extension => upserts(&ResourceType::ALL).min(removals(&[Listener])),
             Route => upserts(&[Listener]).min(removals(&[Listener])),
             // A host that goes is a change of routing like any other.
             VirtualHost => self.upsert_barrier(VirtualHost),

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Builds serin-proxy with what a run of it has shown (profile-guided optimisation): instrumented build, the benchmark's
+# matrix as training, build as shipped. Needs the toolchain's own llvm-profdata (rustup component add llvm-tools).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+target=$(rustc -vV | sed -n 's/^host: //p')
+profdata=$(rustc --print target-libdir)/../bin/llvm-profdata
+if [ ! -x "$profdata" ]; then
+    echo "SKIPPED: no llvm-profdata for this compiler: rustup component add llvm-tools" >&2
+    exit 0
+fi
+out=${CARGO_TARGET_DIR:?}/pgo
+rm -rf -- "$out/raw"
+mkdir -p "$out/raw"
+# With --target, so that build scripts and macros are not instrumented; in the quick profile, since only its counts matter.
+RUSTFLAGS="${RUSTFLAGS:-} -Cprofile-generate=$out/raw" \
+    cargo build --locked --profile demo --target "$target" --target-dir "$out" -p serin-proxy
+SERIN_BENCH_PROXY=$out/$target/demo/serin-proxy ENVOY_BIN='' SERIN_BENCH_POLITE=1 SERIN_BENCH_ONLY=matrix \
+    SERIN_BENCH_ROUNDS=1 SERIN_BENCH_REQUESTS="${SERIN_BENCH_REQUESTS:-20000}" \
+    cargo bench --locked -q --profile "${PROFILE:-demo}" -p serin-proxy --bench matrix
+"$profdata" merge -o "$out/serin-proxy.profdata" "$out/raw"
+RUSTFLAGS="${RUSTFLAGS:-} -Cprofile-use=$out/serin-proxy.profdata" \
+    cargo build --locked --release --target "$target" --target-dir "$out" -p serin-proxy
+echo "$out/$target/release/serin-proxy"

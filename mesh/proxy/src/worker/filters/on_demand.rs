@@ -1,0 +1,84 @@
+//! Requests that wait for the virtual host or the cluster that they need.
+
+use http::request::Parts;
+
+use super::super::http::Downstream;
+use super::super::request::{Routed, view};
+use crate::clock::now_ms;
+use crate::config::on_demand::{Answer, Wanted};
+use crate::config::route::{Action, Targets};
+use crate::policy::on_demand::OnDemandClusters;
+
+/// Longest authority that is asked for: the longest name that DNS has, and a port.
+const MAX_AUTHORITY: usize = 253 + 6;
+
+async fn wait(conn: &Downstream, kind: Wanted, name: &str, limit: std::time::Duration) -> bool {
+    match conn.worker.shared.on_demand.ask(kind, name, now_ms()) {
+        Answer::Known(known) => known,
+        Answer::Full => false,
+        Answer::Wait(ticket) => ticket.wait(limit).await,
+    }
+}
+
+/// Waits for the virtual host of a request that no virtual host answers for; whether one does now.
+pub(in crate::worker) async fn virtual_host(conn: &Downstream, parts: &Parts) -> bool {
+    let Some(table) = conn.manager.table() else {
+        return false;
+    };
+    let authority = view(parts).authority;
+    let fits = !authority.is_empty() && authority.len() <= MAX_AUTHORITY;
+    if !table.discovers_hosts || !fits || table.find(authority).is_some() {
+        return false;
+    }
+    let name = format!("{}/{}", table.name, authority.to_ascii_lowercase());
+    let limit = conn.worker.shared.on_demand.limits().host_timeout;
+    wait(conn, Wanted::VirtualHost, &name, limit).await
+}
+
+/// Waits for the cluster of a request, if it does not exist. Where it does not come the request goes on and finds that out.
+pub(super) async fn cluster(conn: &Downstream, rules: &OnDemandClusters, routed: &mut Routed, parts: &Parts) {
+    let Action::Forward(forward) = &routed.route.action else {
+        return;
+    };
+    let named;
+    let name = match &forward.targets {
+        Targets::One(slot) => {
+            if slot.exists() {
+                slot.mark_used();
+                return;
+            }
+            &*slot.name
+        }
+        Targets::Named(field, directory) => {
+            let Some(name) = parts.headers.get(field).and_then(|value| value.to_str().ok()) else {
+                return;
+            };
+            if let Some(slot) = directory.find(name)
+                && slot.exists()
+            {
+                slot.mark_used();
+                return;
+            }
+            named = name.to_owned();
+            &*named
+        }
+        Targets::Weighted(targets, weights, turn) => {
+            // Chosen now: what is waited for must be where the request goes.
+            let index = match routed.chosen {
+                Some(index) => index,
+                None => weights.pick(turn.next(conn.worker.id)),
+            };
+            routed.chosen = Some(index);
+            let slot = &targets[index].cluster;
+            if slot.exists() {
+                slot.mark_used();
+                return;
+            }
+            &*slot.name
+        }
+        Targets::Empty => return,
+    };
+    if !name.is_empty() {
+        wait(conn, Wanted::Cluster, name, rules.timeout).await;
+    }
+}

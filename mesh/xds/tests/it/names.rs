@@ -1,0 +1,99 @@
+//! Names that are asked for beside everything, and the resources that answer them.
+
+use std::time::Duration;
+
+use serin_xds::ResourceType::{Cluster, VirtualHost};
+use serin_xds::client::Interest;
+use serin_xds::client::state::ClientState;
+use serin_xds::pb::envoy::service::discovery::v3::{DeltaDiscoveryResponse, Resource};
+use serin_xds::pb::google::protobuf::Any;
+use serin_xds::server::Options;
+use serin_xds::server::connection::Connection;
+
+use crate::support::resource;
+
+fn everything_and(names: &[&str]) -> Interest {
+    Interest {
+        all: true,
+        ..Interest::names(names.iter().copied())
+    }
+}
+
+fn host(name: &str, aliases: &[&str]) -> Resource {
+    Resource {
+        name: name.into(),
+        version: "1".into(),
+        aliases: aliases.iter().map(|alias| (*alias).to_owned()).collect(),
+        resource: Some(Any {
+            type_url: VirtualHost.type_url().into(),
+            value: vec![1],
+        }),
+        ..Resource::default()
+    }
+}
+
+/// A client that is interested in everything and these names, and has said so.
+fn client(names: &[&str]) -> ClientState {
+    let mut client = ClientState::new(Default::default());
+    client.set_interest(VirtualHost, everything_and(names));
+    while client.next_delta_request().is_some() {}
+    client
+}
+
+/// Names of what a response brings, all of which is accepted.
+fn take(client: &mut ClientState, resources: Vec<Resource>) -> Vec<String> {
+    let response = DeltaDiscoveryResponse {
+        type_url: VirtualHost.type_url().into(),
+        nonce: "1".into(),
+        resources,
+        ..Default::default()
+    };
+    let (incoming, receipt) = client.receive_delta(response).unwrap();
+    client.settle_delta(&receipt, Vec::new());
+    incoming.upserted.iter().map(|one| one.name.to_string()).collect()
+}
+
+#[test]
+fn a_resource_that_is_held_answers_another_of_its_names_and_goes_with_the_last_of_them() {
+    let mut client = client(&["80/a"]);
+    assert_eq!(take(&mut client, vec![host("80/host", &["80/a"])]), ["80/host"]);
+    assert!(
+        take(&mut client, vec![host("80/host", &["80/a"])]).is_empty(),
+        "nothing new"
+    );
+    client.set_interest(VirtualHost, everything_and(&["80/a", "80/b"]));
+    let again = host("80/host", &["80/a", "80/b"]);
+    assert_eq!(take(&mut client, vec![again]), ["80/host"], "it answers 80/b");
+    client.set_interest(VirtualHost, everything_and(&["80/b"]));
+    assert_eq!(client.held(VirtualHost).count(), 1, "80/b stands for it");
+    client.set_interest(VirtualHost, everything_and(&[]));
+    assert_eq!(client.held(VirtualHost).count(), 0);
+    client.set_interest(VirtualHost, everything_and(&["80/a"]));
+    assert_eq!(take(&mut client, vec![host("80/host", &["80/a"])]), ["80/host"]);
+}
+
+#[test]
+fn a_name_that_is_given_up_while_everything_is_wanted_is_sent_again_if_it_is_part_of_that() {
+    let mut server = Connection::new(Options::default());
+    server.load([resource(Cluster, "c", "1")]);
+    server.subscribe(Cluster, true, ["c", "none"]);
+    let first = server.poll(Duration::ZERO).unwrap();
+    assert_eq!((first.upserted.len(), &*first.removed), (1, &["none".into()][..]));
+    server.answer(Cluster, first.nonce, None);
+    server.unsubscribe(Cluster, false, ["c", "none"]);
+    let second = server.poll(Duration::ZERO).unwrap();
+    assert_eq!(second.upserted.len(), 1, "the client has dropped it");
+    server.answer(Cluster, second.nonce, None);
+    assert!(server.poll(Duration::ZERO).is_none());
+}
+
+#[test]
+fn a_name_that_is_given_up_while_its_resource_is_under_way_is_sent_again() {
+    let mut server = Connection::new(Options::default());
+    server.load([resource(Cluster, "c", "1")]);
+    server.subscribe(Cluster, true, ["c"]);
+    let first = server.poll(Duration::ZERO).unwrap();
+    server.unsubscribe(Cluster, false, ["c"]);
+    server.answer(Cluster, first.nonce, None);
+    assert_eq!(server.poll(Duration::ZERO).unwrap().upserted.len(), 1);
+}
