@@ -545,8 +545,9 @@ fn client_tls(cluster: &mut pb::Cluster, traffic: &TrafficPolicy, port: &Port) {
             ..Default::default()
         };
         match &settings.ca_certificates {
-            Some(path) => validation.trusted_ca = Some(file(path)),
-            None => validation.system_root_certs = Some(Default::default()),
+            // Istio's name of the system's own authorities.
+            Some(path) if path != "system" => validation.trusted_ca = Some(file(path)),
+            Some(_) | None => validation.system_root_certs = Some(Default::default()),
         }
         validation.crl = settings.ca_crl.as_deref().map(file);
         common.validation_context_type = Some(

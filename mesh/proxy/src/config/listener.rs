@@ -13,7 +13,7 @@ use super::chain_match::ChainMatch;
 use super::convert::{self, Address};
 use super::extension::Place;
 use super::hcm::HttpManager;
-use super::listener_filters::{ConnectionLimit, ProxyProtocol};
+use super::listener_filters::{ConnectionLimit, ProxyProtocol, disabled_ports};
 use super::route::Context;
 use super::slot::{ClusterSlot, Directory};
 use super::subset::Criteria;
@@ -88,13 +88,14 @@ pub struct Listener {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Inspect {
     on: bool,
-    off_ports: Box<[std::ops::Range<u16>]>,
+    off_ports: Box<[std::ops::Range<u32>]>,
 }
 
 impl Inspect {
     /// Whether connections to `port` are looked at.
     pub fn applies(&self, port: u16) -> bool {
-        self.on && !self.off_ports.iter().any(|range| range.contains(&port))
+        let off = |range: &std::ops::Range<u32>| range.contains(&u32::from(port));
+        self.on && !self.off_ports.iter().any(off)
     }
 }
 
@@ -465,44 +466,6 @@ impl Listener {
         for chain in self.all_chains() {
             chain.retired.store(true, Ordering::Relaxed);
         }
-    }
-}
-
-fn disabled_ports(
-    predicate: &listener::ListenerFilterChainMatchPredicate,
-) -> Result<Vec<std::ops::Range<u16>>, Refusal> {
-    use listener::listener_filter_chain_match_predicate::Rule;
-    match &predicate.rule {
-        Some(Rule::DestinationPortRange(range)) => {
-            let bound = |value: i32| u16::try_from(value.clamp(0, 65_535)).unwrap_or(u16::MAX);
-            let ports = bound(range.start)..bound(range.end);
-            Ok(std::iter::once(ports).collect())
-        }
-        Some(Rule::OrMatch(set)) => {
-            let mut all = Vec::new();
-            for rule in &set.rules {
-                all.extend(disabled_ports(rule)?);
-            }
-            Ok(all)
-        }
-        Some(Rule::AnyMatch(true)) => Ok(std::iter::once(0..u16::MAX).collect()),
-        Some(Rule::NotMatch(inner)) => {
-            let mut taken = disabled_ports(inner).within("not_match")?;
-            taken.sort_by_key(|range| range.start);
-            let (mut free, mut next) = (Vec::new(), 0);
-            for range in taken {
-                if range.start > next {
-                    free.push(next..range.start);
-                }
-                next = next.max(range.end);
-            }
-            free.push(next..u16::MAX);
-            Ok(free)
-        }
-        _ => Err(Refusal::new(
-            "",
-            "only destination port ranges, or_match, not_match and any_match are supported",
-        )),
     }
 }
 

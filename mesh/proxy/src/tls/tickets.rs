@@ -121,7 +121,8 @@ impl ProducesTickets for Ticketer {
             .ok()?;
         let (made, plain) = opened.split_at_checked(8)?;
         let made = u64::from_be_bytes(made.try_into().ok()?);
-        ((self.now)().saturating_sub(made) <= u64::from(self.lifetime)).then(|| plain.to_vec())
+        // Also where the clock was set back since: a ticket from further ahead than it lasts would last as long as that.
+        ((self.now)().abs_diff(made) <= u64::from(self.lifetime)).then(|| plain.to_vec())
     }
 }
 
@@ -155,6 +156,19 @@ mod tests {
         ticketer.now = || 1_060;
         assert!(ticketer.decrypt(&ticket).is_some());
         ticketer.now = || 1_061;
+        assert!(ticketer.decrypt(&ticket).is_none());
+    }
+
+    #[test]
+    fn a_clock_that_is_set_back_does_not_make_tickets_last_longer() {
+        let mut ticketer = Ticketer::new(&[key(1)], 60).unwrap();
+        ticketer.now = || 1_000_000;
+        let ticket = ticketer.encrypt(b"session").unwrap();
+        ticketer.now = || 999_940;
+        assert!(ticketer.decrypt(&ticket).is_some(), "within its lifetime");
+        ticketer.now = || 999_939;
+        assert!(ticketer.decrypt(&ticket).is_none());
+        ticketer.now = || 0;
         assert!(ticketer.decrypt(&ticket).is_none());
     }
 

@@ -308,12 +308,12 @@ async fn certificates_and_roots_come_from_the_agents_service_and_rotate_in_both_
         agent.put(validation_secret("ROOTCA", other.context()));
         let peer = other.issue(&["spiffe://cluster.local/ns/edge/sa/client"]);
         let client = other.client().identity(&peer).build();
-        soon("the new certificate", async {
+        let rotated = async {
             while tls_get(at, &client, "shop.example", "/").await.is_err() {
                 tokio::task::yield_now().await;
             }
-        })
-        .await;
+        };
+        soon("the new certificate", Box::pin(rotated)).await;
         // Nobody refers to it any more: the service is left.
         harness.remove(ResourceType::Listener, "l").await;
         soon("the end of its use", async {

@@ -2,6 +2,14 @@
 //! by the monotonic clock, so a jump changes none of them.
 
 use std::path::Path;
+use std::time::Duration;
+
+use base64::Engine as _;
+use rustls_pki_types::UnixTime;
+use serin_proxy::policy::jwt::token::Token;
+use serin_proxy::tls::secret::Secret;
+
+use crate::certificates::Authority;
 
 /// Files that may look, and why.
 const LOOKERS: [(&str, &str); 13] = [
@@ -58,4 +66,64 @@ fn only_what_is_told_or_good_until_a_time_of_day_goes_by_the_wall_clock() {
         }
     }
     assert!(found >= 5, "{found} files look at the wall clock");
+}
+
+/// Seconds since 1970.
+fn at(seconds: u64) -> UnixTime {
+    UnixTime::since_unix_epoch(Duration::from_secs(seconds))
+}
+
+#[test]
+fn a_clock_that_is_behind_refuses_no_certificate_and_one_that_is_ahead_only_those_that_expire_by_then() {
+    let authority = Authority::new("ca");
+    // 2024-01-01 to 2030-01-01.
+    let issued = authority.issue_with(&["a.example"], |params| {
+        params.not_before = rcgen::date_time_ymd(2024, 1, 1);
+        params.not_after = rcgen::date_time_ymd(2030, 1, 1);
+    });
+    let secret = issued.secret("s");
+    const EXPIRY: u64 = 1_893_456_000;
+    for (now, good) in [
+        // A machine that has not been told the time yet.
+        (0, true),
+        (1_704_067_199, true),
+        (1_704_067_200, true),
+        (EXPIRY, true),
+        (EXPIRY + 1, false),
+        (u64::from(u32::MAX), false),
+    ] {
+        let result = Secret::compile(&secret, at(now));
+        assert_eq!(result.is_ok(), good, "at {now}: {result:?}");
+        if let Err(refusal) = result {
+            assert!(refusal.reason.contains("expired at 2030-01-01"), "{refusal}");
+        }
+    }
+}
+
+#[test]
+fn tokens_are_good_in_their_time_wherever_the_clock_jumps_and_whatever_time_they_say() {
+    let encode = |text: &str| base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(text);
+    let token = |claims: &str| {
+        let head = encode(r#"{"alg":"RS256","typ":"JWT"}"#);
+        Token::parse(&format!("{head}.{}.{}", encode(claims), encode("signature"))).unwrap()
+    };
+    const SKEW: u64 = 60;
+    let cases = [
+        (r#"{"nbf":1000,"exp":2000}"#, 939, false),
+        (r#"{"nbf":1000,"exp":2000}"#, 940, true),
+        (r#"{"nbf":1000,"exp":2000}"#, 2060, true),
+        (r#"{"nbf":1000,"exp":2000}"#, 2061, false),
+        // Back into its time.
+        (r#"{"nbf":1000,"exp":2000}"#, 1500, true),
+        (r#"{"nbf":1000,"exp":2000}"#, 0, false),
+        (r#"{"nbf":1000,"exp":2000}"#, u64::MAX, false),
+        // Times that no clock shows.
+        (r#"{"exp":1e300}"#, u64::MAX, true),
+        (r#"{"nbf":1e300}"#, u64::MAX - 1, true),
+        ("{}", u64::MAX, true),
+    ];
+    for (claims, now, good) in cases {
+        let result = token(claims).check_time(now, SKEW);
+        assert_eq!(result.is_ok(), good, "{claims} at {now}: {result:?}");
+    }
 }

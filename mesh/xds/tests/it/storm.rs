@@ -114,7 +114,10 @@ async fn attempts(manner: Manner, count: usize) -> Vec<Duration> {
 }
 
 fn gaps(times: &[Duration]) -> Vec<Duration> {
-    times.windows(2).map(|pair| pair[1] - pair[0]).collect()
+    times
+        .windows(2)
+        .map(|pair| pair[1].saturating_sub(pair[0]))
+        .collect()
 }
 
 #[tokio::test(start_paused = true)]

@@ -157,12 +157,15 @@ impl Token {
 
     /// Checks that `now` (seconds since 1970) is within its time, give or take `skew` seconds.
     pub fn check_time(&self, now: u64, skew: u64) -> Result<(), Failure> {
-        if self.time("nbf").is_some_and(|from| from > now + skew) {
+        if self
+            .time("nbf")
+            .is_some_and(|from| from > now.saturating_add(skew))
+        {
             return Err(Failure::NotYet);
         }
         if self
             .time("exp")
-            .is_some_and(|until| until > 0 && until + skew < now)
+            .is_some_and(|until| until > 0 && until.saturating_add(skew) < now)
         {
             return Err(Failure::Expired);
         }
