@@ -190,7 +190,12 @@ impl Ending {
         let Self { pid, handle } = self;
         let ended = tokio::task::spawn_blocking(move || {
             let mut waiting = [PollFd::new(handle.as_fd(), PollFlags::POLLIN)];
-            poll(&mut waiting, END_TIMEOUT)
+            loop {
+                match poll(&mut waiting, END_TIMEOUT) {
+                    Err(Errno::EINTR) => {}
+                    outcome => return outcome,
+                }
+            }
         });
         if ended.await?.context("wait for the end of the server")? == 0 {
             tracing::warn!(
@@ -206,5 +211,29 @@ fn send(pid: Pid, signal: Signal) -> anyhow::Result<()> {
     match kill(pid, signal) {
         Ok(()) | Err(Errno::ESRCH) => Ok(()),
         Err(error) => Err(error).with_context(|| format!("send {signal} to the server, process {pid}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_end_of_a_process_is_waited_for() {
+        let mut child = std::process::Command::new("cat")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
+        let end = Ending::of(pid).expect("it lives");
+        // It ends with its input.
+        drop(child.stdin.take());
+        end.wait().await.unwrap();
+        assert!(child.try_wait().unwrap().is_some());
+        assert!(
+            Ending::of(pid).is_none(),
+            "it is gone, and its number not taken again"
+        );
     }
 }

@@ -1,19 +1,23 @@
 //! What size costs: requests while more and more clusters, virtual hosts and endpoints are loaded, and memory for them.
 
+use anyhow::Context;
+
 use crate::configs::Kind;
-use crate::measure::{Sample, h2load, median};
+use crate::measure::{Sample, h2load, h2load_on, median};
 use crate::mesh::{Down, Mesh, Up};
 use crate::number;
 use crate::peers::{Backend, Peer, Tools};
 
 pub(crate) async fn run(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {
-    println!("\n| sidecar with | proxy | µs/request | resident KB | KB for each |\n|---|---|---|---|---|");
+    println!(
+        "\n| sidecar with | proxy | µs/request | resident KB | KB for each | first answer after, s |\n|---|---|---|---|---|---|"
+    );
     let plain = Mesh::new(Down::Plain, Up::Http1);
     let clusters = |clusters| Mesh { clusters, ..plain };
     let hosts = |hosts| Mesh { hosts, ..plain };
     for kind in crate::MESH {
         let none = one(tools, *kind, &plain, backend).await?;
-        let Some((_, empty)) = none else { continue };
+        let Some((_, empty, _)) = none else { continue };
         for count in [10, 1_000, 30_000] {
             // Envoy takes minutes and gigabytes for as many clusters.
             if *kind != Kind::Envoy || count <= 1_000 {
@@ -40,27 +44,39 @@ pub(crate) async fn run(tools: &Tools, backend: &Backend) -> anyhow::Result<()> 
     Ok(())
 }
 
-fn print(what: &str, kind: Kind, figures: Option<(f64, usize)>, empty: usize, count: usize) {
-    if let Some((cost, resident)) = figures {
+fn print(what: &str, kind: Kind, figures: Option<(f64, usize, f64)>, empty: usize, count: usize) {
+    if let Some((cost, resident, first)) = figures {
         let each = resident.saturating_sub(empty) as f64 / count as f64;
         println!(
-            "| {what} | {} | {cost:.1} | {resident} | {each:.2} |",
+            "| {what} | {} | {cost:.1} | {resident} | {each:.2} | {first:.1} |",
             kind.name()
         );
     }
 }
 
-/// Microseconds per request, and resident KB.
+/// Microseconds per request, resident KB, and seconds from the start to the first request that was answered.
 async fn one(
     tools: &Tools,
     kind: Kind,
     mesh: &Mesh,
     backend: &Backend,
-) -> anyhow::Result<Option<(f64, usize)>> {
+) -> anyhow::Result<Option<(f64, usize, f64)>> {
     let requests = number("SERIN_BENCH_REQUESTS", 30_000);
+    let start = std::time::Instant::now();
     let Some(peer) = Peer::start_mesh(tools, kind, mesh, backend, Some("0")).await? else {
         return Ok(None);
     };
+    // The socket may be there before what is behind it.
+    let url = peer.url("/");
+    let answered = async {
+        while h2load_on("1", &["--h1", "-c", "1"], 1, &url).await?.good == 0 {
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+        anyhow::Ok(start.elapsed().as_secs_f64())
+    };
+    let first = tokio::time::timeout(std::time::Duration::from_secs(300), answered)
+        .await
+        .context("nothing was answered for five minutes")??;
     // Long enough for whoever gives start-up memory back.
     tokio::time::sleep(std::time::Duration::from_secs(6)).await;
     let load = ["--h1", "-c", "32"];
@@ -70,5 +86,5 @@ async fn one(
         let sample = Sample::take(&peer, &load, requests, &peer.url("/")).await?;
         samples.push(sample.total());
     }
-    Ok(Some((median(samples.into_iter()), peer.resident()?)))
+    Ok(Some((median(samples.into_iter()), peer.resident()?, first)))
 }

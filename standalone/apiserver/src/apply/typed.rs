@@ -214,7 +214,25 @@ fn compare_at(
                 old_index.iter().rev().map(|(s, i)| (&**s, *i)).collect();
             let new_at: std::collections::HashMap<&str, usize> =
                 new_index.iter().rev().map(|(s, i)| (&**s, *i)).collect();
+            // Items that share a key are owned together, and as a whole.
+            let repeated = new_at.len() != new_index.len();
+            let mut doubles: std::collections::HashSet<&str> = std::collections::HashSet::new();
             for (step, i) in &new_index {
+                let of = |all: &[(Box<str>, usize)], items: &[Value]| -> Vec<Value> {
+                    let same = all.iter().filter(|(other, _)| other == step);
+                    same.filter_map(|(_, at)| items.get(*at).cloned()).collect()
+                };
+                if repeated && new_index.iter().any(|(other, at)| other == step && at != i) {
+                    if doubles.insert(step) {
+                        let (olds, news) = (of(&old_index, &olds), of(&new_index, &news));
+                        let (olds, news) = (Value::Array(olds), Value::Array(news));
+                        path.push(step.clone());
+                        let before = old_at.contains_key(&**step).then_some(&olds);
+                        note(before, Some(&news), path, out);
+                        path.pop();
+                    }
+                    continue;
+                }
                 path.push(step.clone());
                 let before = old_at.get(&**step).and_then(|j| olds.get(*j));
                 compare_at(list.item(), before, news.get(*i), path, out);
@@ -435,6 +453,25 @@ mod tests {
         let live = json!({"spec": {"containers": [{"name": "a"}, {"name": "b"}]}});
         let wanted = json!({"spec": {"containers": [{"name": "b"}, {"name": "a"}]}});
         assert_eq!(merge(&pod, &live, &wanted), wanted);
+    }
+
+    #[test]
+    fn items_that_share_a_key_are_owned_as_a_whole() {
+        let env = |values: &[&str]| {
+            let env: Vec<Value> = values.iter().map(|v| json!({"name": "A", "value": v})).collect();
+            json!({"name": "c", "env": env})
+        };
+        let container = builtin("core.v1.Container");
+        let found = compare(&container, &json!({"name": "c"}), &env(&["1", "2"]));
+        assert_eq!(
+            found.added.to_json(),
+            json!({"f:env": {".": {}, "k:{\"name\":\"A\"}": {}}})
+        );
+        let found = compare(&container, &env(&["1", "2"]), &env(&["1", "3"]));
+        assert_eq!(
+            found.modified.to_json(),
+            json!({"f:env": {"k:{\"name\":\"A\"}": {}}})
+        );
     }
 
     #[test]

@@ -199,9 +199,21 @@ pub(crate) fn read_patch(call: &Call, media: &str, bytes: Bytes) -> ApiResult<Ch
             }
             Ok(Change::Json(document))
         }
-        "application/merge-patch+json" => Ok(Change::Merge(decode(&bytes)?)),
+        "application/merge-patch+json" => {
+            let document = decode(&bytes)?;
+            if document.value.is_null() {
+                return Err(ApiError::bad_request("Invalid JSON Patch"));
+            }
+            Ok(Change::Merge(document))
+        }
         "application/strategic-merge-patch+json" if !call.target.kind.is_custom() => {
-            let mut document = decode(&bytes)?;
+            // Kubernetes says nothing here of what it was decoding.
+            let mut document = decode(&bytes).map_err(|mut e| {
+                if let Some(rest) = e.message.strip_prefix("error decoding patch: ") {
+                    e.message = rest.to_owned();
+                }
+                e
+            })?;
             if document.value.is_null() {
                 document.value = json!({});
             }

@@ -333,6 +333,54 @@ async fn finish(replay: &mut Replay, wanted: &Value) {
     );
 }
 
+/// What is recorded as `delete/deployment-orphan`: who owns the one ReplicaSet at each point, and that its pod stays.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_set_that_its_deployment_left_behind_is_taken_by_the_next_one_with_its_pod() {
+    let mut replay = Replay::start("orphan").await;
+    let deployments: Api<Deployment> = Api::namespaced(replay.client.clone(), "orphan");
+    let sets: Api<ReplicaSet> = Api::namespaced(replay.client.clone(), "orphan");
+    let deployment = json!({"metadata": {"name": "d"}, "spec": {"selector": {"matchLabels": {"app": "w"}},
+        "template": {"metadata": {"labels": {"app": "w"}}, "spec": {"containers": [{"name": "c", "image": "i"}]}}}});
+    let first = create(&deployments, deployment.clone()).await;
+    let (set, pod) = settled(&mut replay, &sets, first.uid()).await;
+
+    let orphaned = DeleteParams {
+        propagation_policy: Some(kube::api::PropagationPolicy::Orphan),
+        ..DeleteParams::default()
+    };
+    deployments.delete("d", &orphaned).await.unwrap();
+    assert_eq!(
+        settled(&mut replay, &sets, None).await,
+        (set.clone(), pod.clone())
+    );
+    let gone = async { while deployments.get_opt("d").await.unwrap().is_some() {} };
+    tokio::time::timeout(DEADLINE, gone).await.expect("it goes");
+
+    let second = create(&deployments, deployment).await;
+    assert_ne!(second.uid(), first.uid());
+    assert_eq!(settled(&mut replay, &sets, second.uid()).await, (set, pod));
+}
+
+/// The uids of the only ReplicaSet and its only pod, once that is ready and the set has this owner.
+async fn settled(replay: &mut Replay, sets: &Api<ReplicaSet>, owner: Option<String>) -> (String, String) {
+    let looking = async {
+        loop {
+            let all = sets.list(&Default::default()).await.unwrap().items;
+            let pods = replay.pods().list(&Default::default()).await.unwrap().items;
+            if let ([set], [pod]) = (all.as_slice(), pods.as_slice())
+                && set.owner_references().first().map(|o| o.uid.clone()) == owner
+                && is_ready(pod)
+            {
+                return (set.uid().unwrap(), pod.uid().unwrap());
+            }
+            if !replay.kubelet().await {
+                tokio::task::yield_now().await;
+            }
+        }
+    };
+    tokio::time::timeout(DEADLINE, looking).await.expect("it settles")
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_recorded_creation_comes_to_the_same_statuses() {
     replay("deployment-create").await;

@@ -25,9 +25,7 @@ pub(in crate::worker) async fn virtual_host(conn: &Downstream, parts: &Parts) ->
     let Some(table) = conn.manager.table() else {
         return false;
     };
-    let Some(authority) = view(parts).authority else {
-        return false;
-    };
+    let authority = view(parts).authority();
     let fits = !authority.is_empty() && authority.len() <= MAX_AUTHORITY;
     if !table.discovers_hosts || !fits || table.find(authority).is_some() {
         return false;
