@@ -26,7 +26,7 @@ ROOTS = ["envoy.config.bootstrap.v3.Bootstrap", "envoy.service.discovery.v3.Disc
          "envoy.config.route.v3.RouteConfiguration", "envoy.config.route.v3.FilterConfig",
          "envoy.config.trace.v3.ZipkinConfig", "envoy.config.trace.v3.OpenTelemetryConfig",
          "envoy.config.trace.v3.DatadogConfig", "envoy.config.core.v3.TypedExtensionConfig",
-         "envoy.service.runtime.v3.Runtime", "xds.type.v3.TypedStruct"]
+         "envoy.service.runtime.v3.Runtime", "xds.type.v3.TypedStruct", "envoy.admin.v3.TapRequest"]
 EXTENSIONS = ["access_loggers", "compression.brotli", "compression.gzip", "compression.zstd", "filters.http",
               "filters.listener", "filters.network", "formatter", "http.header_validators", "http.original_ip_detection",
               "internal_redirect", "load_balancing_policies", "network", "path", "rbac", "request_id",
@@ -58,7 +58,7 @@ FOREIGN_ENUMS = {
 LEFT_OUT = re.compile(r"dubbo|thrift|redis|mongo|zookeeper|\.wasm|golang|\.lua|kafka|generic_proxy|postgres|mcp|"
                       r"aws_|gcp_|oauth2|credential_injector|quic|dynamic_modules|reverse_|sip|rocketmq|"
                       r"stateful|dynamic_forward_proxy|grpc_json|proto_|geoip|file_system_buffer|composite|"
-                      r"squash|tap|alts|starttls|ext_proc\.v3\.ProcessingRequest")
+                      r"squash|transport_sockets\.tap|alts|starttls|ext_proc\.v3\.ProcessingRequest")
 
 
 def crate():

@@ -37,6 +37,17 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// The Unix socket of the admin port could not be opened.
+    #[error("admin socket {path}: {what}: {source}; check the path, its directory and who else serves there")]
+    AdminSocket {
+        /// The socket.
+        path: PathBuf,
+        /// What was being done.
+        what: &'static str,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
     /// A hot restart failed.
     #[error(
         "hot restart at {path}: {what}: {source}; check --restart-socket and the process that listens there"

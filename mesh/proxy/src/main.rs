@@ -29,6 +29,9 @@ struct Cli {
     /// sockets over, and the running one drains and ends once the new one is ready.
     #[arg(long, env = "SERIN_RESTART_SOCKET", global = true)]
     restart_socket: Option<PathBuf>,
+    /// Unix socket for the admin port, in place of its configured address; only this user may use it.
+    #[arg(long, env = "SERIN_ADMIN_SOCKET", global = true)]
+    admin_socket: Option<PathBuf>,
     /// Whether to serve, or only to check the file.
     #[arg(long, value_enum, default_value = "serve")]
     mode: Mode,
@@ -187,6 +190,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
                 plan.options.inherited = inherited::adopt(text)?;
             }
             plan.restart = cli.restart_socket;
+            plan.serve_admin_at(cli.admin_socket);
             control(plan)
         }
         Some(Command::Proxy {
@@ -200,6 +204,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
             };
             let mut plan = agent::plan(role, &domain, concurrency, &environment)?;
             plan.restart = cli.restart_socket;
+            plan.serve_admin_at(cli.admin_socket);
             control(plan)
         }
         Some(Command::Intercept(options)) => {

@@ -156,6 +156,7 @@ pub fn plan(role: Role, domain: &str, concurrency: usize, environment: &Environm
         push_metrics: true,
         static_resources: Vec::new(),
         admin: Some(SocketAddr::from(([127, 0, 0, 1], 15000))),
+        admin_socket: None,
         prometheus: Some(any(15090)),
         ready: Some(any(15021)),
         drain,

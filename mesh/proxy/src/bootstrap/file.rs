@@ -6,7 +6,7 @@
 //! no use for are refused by name unless they change nothing.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use prost::Message;
 use serde_json::Value;
@@ -111,10 +111,15 @@ fn plan(from: bootstrap::Bootstrap, concurrency: usize) -> Result<Plan, Refusal>
     let admin = from
         .admin
         .as_ref()
-        .filter(|admin| admin.address.is_some())
-        .map(admin)
+        .and_then(|admin| admin.address.as_ref())
+        .map(admin_place)
         .transpose()
-        .within("admin")?;
+        .within("admin.address")?;
+    let (admin, admin_socket) = match admin {
+        None => (None, None),
+        Some(AdminAddress::Tcp(address)) => (Some(address), None),
+        Some(AdminAddress::Unix(path, mode)) => (None, Some((path, mode))),
+    };
     let resources = from.static_resources.unwrap_or_default();
     let mut overload = from
         .overload_manager
@@ -150,6 +155,7 @@ fn plan(from: bootstrap::Bootstrap, concurrency: usize) -> Result<Plan, Refusal>
         control_plane,
         static_resources: static_resources(&resources)?,
         admin,
+        admin_socket,
         prometheus: None,
         ready: None,
         drain: DEFAULT_DRAIN,
@@ -157,11 +163,37 @@ fn plan(from: bootstrap::Bootstrap, concurrency: usize) -> Result<Plan, Refusal>
     })
 }
 
-fn admin(from: &bootstrap::Admin) -> Result<SocketAddr, Refusal> {
-    // Who asked for the admin port is not logged.
-    match convert::address(from.address.as_ref())? {
-        Address::Tcp(address) => Ok(address),
-        other => Err(Refusal::new("address", format!("cannot listen on {other}"))),
+/// Permissions of the admin socket unless the file says otherwise: whoever may use it may end the process.
+pub const ADMIN_SOCKET_MODE: u32 = 0o600;
+
+/// Where the admin port is. Who asked for it is not logged.
+enum AdminAddress {
+    Tcp(SocketAddr),
+    Unix(PathBuf, u32),
+}
+
+fn admin_place(from: &core::Address) -> Result<AdminAddress, Refusal> {
+    if let Some(core::address::Address::Pipe(pipe)) = &from.address {
+        if pipe.path.is_empty() || pipe.path.starts_with('@') {
+            // A name without a file has no permissions either: everybody within the network namespace could use it.
+            return Err(Refusal::new("pipe.path", "must be the path of a file"));
+        }
+        if pipe.mode > 0o777 {
+            return Err(Refusal::new(
+                "pipe.mode",
+                format!("{} is more than 511 (0o777)", pipe.mode),
+            ));
+        }
+        let mode = if pipe.mode == 0 {
+            ADMIN_SOCKET_MODE
+        } else {
+            pipe.mode
+        };
+        return Ok(AdminAddress::Unix(pipe.path.as_str().into(), mode));
+    }
+    match convert::address(Some(from))? {
+        Address::Tcp(address) => Ok(AdminAddress::Tcp(address)),
+        other => Err(Refusal::new("", format!("cannot listen on {other}"))),
     }
 }
 

@@ -85,6 +85,18 @@ impl Schema {
             .and_then(parse)
     }
 
+    /// The field of a message by its number.
+    pub(super) fn numbered(&self, message: TypeId, number: u32) -> Option<Field<'static>> {
+        self.lines[message]
+            .split(' ')
+            .skip(2)
+            .find(|word| {
+                let mut parts = word.split(':');
+                parts.nth(1).and_then(|have| have.parse().ok()) == Some(number)
+            })
+            .and_then(parse)
+    }
+
     /// The number of an enum's value.
     pub(super) fn value(&self, id: TypeId, name: &str) -> Option<i32> {
         self.values(id)

@@ -19,7 +19,7 @@ pub use super::outlier::{FailurePercentage, Outlier, SuccessRate};
 use super::subset::Subsets;
 use super::table::strip_port;
 use super::transport_socket::{SocketMatch, UpstreamSocket};
-pub use super::upstream_http::{Limits, UpstreamHttp};
+pub use super::upstream_http::{Breakers, Limits, Priority, UpstreamHttp};
 use super::upstream_http::{compile_http, compile_limits, http_options, http2_options};
 use crate::error::{Refusal, Within};
 use crate::metrics::peer::ServiceIdentity;
@@ -55,9 +55,9 @@ pub struct Cluster {
     pub panic_threshold: f64,
     /// Protocol.
     pub http: UpstreamHttp,
-    /// Limits.
-    pub limits: Limits,
-    /// Limits of high priority requests are not kept apart; see the crate docs.
+    /// Circuit breakers.
+    pub limits: Breakers,
+    /// Outlier detection.
     pub outlier: Option<Outlier>,
     /// Active health checks.
     pub health_checks: Box<[HealthCheck]>,
@@ -203,7 +203,7 @@ impl Cluster {
         ConnectOptions {
             server_name: self.request_server_name(headers),
             between: self.tells_clients().then_some((source, destination)),
-            alpn: None,
+            ..ConnectOptions::default()
         }
     }
 
@@ -360,7 +360,7 @@ mod tests {
             ..Default::default()
         })
         .unwrap();
-        assert_eq!(cluster.limits, Limits::default());
+        assert_eq!(cluster.limits, Breakers::default());
         assert_eq!(cluster.connect_timeout, Duration::from_secs(5));
         assert_eq!(cluster.lb, LbPolicy::RoundRobin);
         assert_eq!(cluster.http, UpstreamHttp::Http1);

@@ -154,6 +154,8 @@ pub struct HttpManager {
     pub default_host: Box<str>,
     /// The port is taken off the authority before routing.
     pub strip_port: bool,
+    /// Interim answers of endpoints are passed on (`proxy_100_continue`).
+    pub interim_answers: bool,
 }
 
 impl HttpManager {
@@ -357,6 +359,7 @@ impl HttpManager {
             default_host: http1
                 .map_or("", |options| options.default_host_for_http_10.as_str())
                 .into(),
+            interim_answers: from.proxy_100_continue,
             strip_port: from.strip_matching_host_port
                 || matches!(
                     from.strip_port_mode,

@@ -28,6 +28,8 @@ pub struct Variables<'a> {
     pub authority: &'a str,
     /// `%RESPONSE_FLAGS%`.
     pub response_flags: &'a str,
+    /// `%REQUESTED_SERVER_NAME%`.
+    pub server_name: &'a str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,6 +43,7 @@ enum Segment {
     UpstreamCluster,
     UpstreamHost,
     ResponseFlags,
+    ServerName,
     RequestPath,
     RequestMethod,
     RequestAuthority,
@@ -253,6 +256,7 @@ fn compile_variable(name: &str) -> Result<Segment, Refusal> {
         "UPSTREAM_CLUSTER" => Segment::UpstreamCluster,
         "UPSTREAM_HOST" | "UPSTREAM_REMOTE_ADDRESS" => Segment::UpstreamHost,
         "RESPONSE_FLAGS" => Segment::ResponseFlags,
+        "REQUESTED_SERVER_NAME" => Segment::ServerName,
         other => {
             return Err(Refusal::new(
                 "",
@@ -275,6 +279,7 @@ fn render(segments: &[Segment], request: &HeaderMap, variables: &Variables<'_>) 
             Segment::UpstreamCluster => out.push_str(variables.upstream_cluster),
             Segment::UpstreamHost => push(&mut out, variables.upstream_host),
             Segment::ResponseFlags => out.push_str(variables.response_flags),
+            Segment::ServerName => out.push_str(variables.server_name),
             Segment::RequestPath => out.push_str(variables.path),
             Segment::RequestMethod => out.push_str(variables.method),
             Segment::RequestAuthority => out.push_str(variables.authority),

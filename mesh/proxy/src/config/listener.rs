@@ -18,6 +18,7 @@ use super::route::Context;
 use super::slot::{ClusterSlot, Directory};
 use super::subset::Criteria;
 use super::transport_socket;
+use super::tunneling::Tunneling;
 use super::weighted::{Turn, Weights};
 use crate::error::{Refusal, Within};
 use crate::observe::access_log::AccessLogs;
@@ -163,6 +164,8 @@ pub struct TcpProxy {
     /// The cluster is the one that the server name names (`sni_cluster`); without a name, or with an unknown one, it is
     /// that of `targets`.
     pub by_server_name: Option<Directory>,
+    /// Connections go on within a CONNECT.
+    pub tunneling: Option<Box<Tunneling>>,
     /// Limit of silence.
     pub idle_timeout: Option<Duration>,
     /// Connections are ended after this.
@@ -558,7 +561,6 @@ impl TcpProxy {
         use tcp_v3::tcp_proxy::ClusterSpecifier;
         let options = from.access_log_options.as_ref();
         let unsupported = [
-            ("tunneling_config", from.tunneling_config.is_some()),
             ("on_demand", from.on_demand.is_some()),
             ("downstream_idle_timeout", from.downstream_idle_timeout.is_some()),
             ("upstream_idle_timeout", from.upstream_idle_timeout.is_some()),
@@ -625,6 +627,12 @@ impl TcpProxy {
             None => return Err(Refusal::new("cluster_specifier", "is missing")),
         };
         Ok(Self {
+            tunneling: from
+                .tunneling_config
+                .as_ref()
+                .map(|config| Tunneling::compile(config).map(Box::new))
+                .transpose()
+                .within("tunneling_config")?,
             targets,
             criteria: Criteria::compile(from.metadata_match.as_ref(), None),
             target_criteria,

@@ -33,5 +33,7 @@ pub mod store;
 pub mod subset;
 pub mod table;
 pub mod transport_socket;
+pub mod tunneling;
 pub mod upstream_http;
+pub mod virtual_cluster;
 pub mod weighted;

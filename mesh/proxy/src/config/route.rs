@@ -10,6 +10,7 @@ use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::route::v3 as route;
 use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
 
+use super::cluster::Priority;
 use super::convert::{self, Fraction};
 use super::filters::Cors;
 use super::hash::HashPolicy;
@@ -19,6 +20,7 @@ use super::retry::RetryPolicy;
 use super::runtime::RuntimeFraction;
 use super::slot::{ClusterSlot, Directory, Slots};
 use super::subset::Criteria;
+use super::virtual_cluster::VirtualCluster;
 use super::weighted::{Turn, Weights};
 use crate::error::{Refusal, Within};
 use crate::policy::descriptors::{self, RateLimitEntry};
@@ -69,6 +71,8 @@ pub struct VirtualHost {
     pub require_tls: bool,
     /// What rate limit filters make of requests to routes that say nothing themselves.
     pub rate_limits: Box<[RateLimitEntry]>,
+    /// Kinds of requests that are counted apart; the first that fits counts.
+    pub virtual_clusters: Box<[VirtualCluster]>,
 }
 
 /// A compiled route.
@@ -145,11 +149,20 @@ pub enum HostRewrite {
     PathRegex(Regex, Box<str>),
 }
 
+/// The cluster of a weighted target.
+#[derive(Debug)]
+pub enum TargetCluster {
+    /// Always the same.
+    Fixed(Arc<ClusterSlot>),
+    /// The one that this field of the request names.
+    Named(HeaderName, Directory),
+}
+
 /// A weighted target.
 #[derive(Debug)]
 pub struct Target {
     /// The cluster.
-    pub cluster: Arc<ClusterSlot>,
+    pub cluster: TargetCluster,
     /// Mutations for requests that go there.
     pub request_headers: HeaderOps,
     /// Mutations for responses that come from there.
@@ -221,6 +234,8 @@ pub struct Forward {
     pub request_buffer: usize,
     /// Upgrades allowed or forbidden by the route itself.
     pub upgrades: Box<[(Box<str>, bool)]>,
+    /// Whose circuit breakers hold.
+    pub priority: Priority,
     /// CONNECT ends here: its bytes go to the TCP connection of an endpoint (`connect_config`).
     pub connect_tcp: bool,
     /// What rate limit filters make of requests.
@@ -245,6 +260,7 @@ impl VirtualHost {
             per_filter: PerRoute::default(),
             require_tls: false,
             rate_limits: Box::default(),
+            virtual_clusters: Box::default(),
         }
     }
 
@@ -290,6 +306,7 @@ impl VirtualHost {
             per_filter,
             require_tls: from.require_tls != route::virtual_host::TlsRequirementType::None as i32,
             rate_limits: descriptors::compile_all(&from.rate_limits)?,
+            virtual_clusters: VirtualCluster::compile_all(from, context)?,
         })
     }
 

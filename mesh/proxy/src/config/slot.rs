@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use arc_swap::ArcSwapOption;
 
-use super::cluster::Cluster;
+use super::cluster::{Cluster, Priority};
 use super::endpoint::EndpointSet;
 use super::listener::Listener;
 use super::route::VirtualHost;
@@ -34,7 +34,7 @@ pub struct ClusterSlot {
 
 /// Shared counts for circuit breakers; only written when a limit is set.
 #[derive(Debug, Default)]
-pub struct Usage {
+pub struct Level {
     /// Open or opening connections.
     pub connections: AtomicU32,
     /// Requests on their way.
@@ -43,10 +43,23 @@ pub struct Usage {
     pub pending: AtomicU32,
     /// Retries on their way.
     pub retries: AtomicU32,
+}
+
+/// What is in use of a cluster, over all workers.
+#[derive(Debug, Default)]
+pub struct Usage {
+    levels: [Level; 2],
     /// Whether any worker has had a request for it.
     pub used: AtomicBool,
     /// When the last ejection by outlier detection ends (process clock, ms): after that nobody need be asked.
     pub ejected_until: AtomicU64,
+}
+
+impl Usage {
+    /// What requests of that priority use.
+    pub fn of(&self, priority: Priority) -> &Level {
+        &self.levels[priority as usize]
+    }
 }
 
 impl ClusterSlot {

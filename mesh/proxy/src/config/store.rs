@@ -8,6 +8,7 @@ mod clusters;
 mod listeners;
 mod membership;
 mod queries;
+mod received;
 mod routes;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -19,6 +20,7 @@ use prost::Message;
 use serin_xds::ResourceType;
 
 use self::membership::Membership;
+use self::received::Received;
 use self::routes::RouteState;
 pub(super) use self::routes::compile_inline_routes;
 use super::cluster::Cluster;
@@ -100,6 +102,7 @@ pub struct Store {
     membership: Option<Membership>,
     changes: Vec<ListenerChange>,
     applied: u64,
+    received: Received,
 }
 
 impl Store {
@@ -120,6 +123,7 @@ impl Store {
             membership: None,
             changes: Vec::new(),
             applied: 0,
+            received: Received::default(),
         }
     }
 
@@ -180,11 +184,13 @@ impl Store {
                 ResourceType::Extension => self.put_extension(update),
                 ResourceType::Runtime => self.put_runtime(update),
             };
-            if let Err(refusal) = result {
-                refused.push((update.name.into(), refusal));
+            match result {
+                Ok(()) => self.received.keep(resource_type, update.name, update.body),
+                Err(refusal) => refused.push((update.name.into(), refusal)),
             }
         }
         for name in removed {
+            self.received.forget(resource_type, name);
             self.answered.insert((resource_type, (*name).into()));
             match resource_type {
                 ResourceType::Cluster => self.remove_cluster(name),

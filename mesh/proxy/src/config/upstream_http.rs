@@ -22,6 +22,30 @@ pub enum UpstreamHttp {
     Auto,
 }
 
+/// Priority of a request, by its route: each has circuit breakers of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Priority {
+    /// `DEFAULT`.
+    #[default]
+    Default = 0,
+    /// `HIGH`.
+    High = 1,
+}
+
+impl Priority {
+    /// Both, with their names in statistics.
+    pub const ALL: [(Self, &'static str); 2] = [(Self::Default, "default"), (Self::High, "high")];
+
+    /// A `RoutingPriority`.
+    pub(crate) fn compile(from: i32) -> Result<Self, Refusal> {
+        match from {
+            0 => Ok(Self::Default),
+            1 => Ok(Self::High),
+            other => Err(Refusal::new("priority", format!("{other} is unknown"))),
+        }
+    }
+}
+
 /// Circuit breaker limits; `u32::MAX` is none.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Limits {
@@ -36,6 +60,19 @@ pub struct Limits {
     /// Percent of active requests that may be retries, with a floor; replaces `retries`. On unless the cluster gives a
     /// number of retries.
     pub retry_budget: Option<(f64, u32)>,
+    /// Whether statistics say what is left.
+    pub track_remaining: bool,
+}
+
+/// The limits of each priority.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Breakers([Limits; 2]);
+
+impl Breakers {
+    /// Those of requests of that priority.
+    pub fn of(&self, priority: Priority) -> &Limits {
+        &self.0[priority as usize]
+    }
 }
 
 impl Default for Limits {
@@ -48,6 +85,7 @@ impl Default for Limits {
             retries: 3,
             // Stricter than Envoy under load, and more generous with many requests: see `RETRY_BUDGET`.
             retry_budget: Some(RETRY_BUDGET),
+            track_remaining: false,
         }
     }
 }
@@ -140,10 +178,10 @@ pub(super) fn http2_options(from: &cluster::Cluster) -> Option<core::Http2Protoc
     }
 }
 
-pub(super) fn compile_limits(from: &cluster::Cluster) -> Result<Limits, Refusal> {
-    let mut limits = Limits::default();
+pub(super) fn compile_limits(from: &cluster::Cluster) -> Result<Breakers, Refusal> {
+    let mut all = Breakers::default();
     let Some(breakers) = &from.circuit_breakers else {
-        return Ok(limits);
+        return Ok(all);
     };
     if !breakers.per_host_thresholds.is_empty() {
         return Err(Refusal::new(
@@ -151,16 +189,19 @@ pub(super) fn compile_limits(from: &cluster::Cluster) -> Result<Limits, Refusal>
             "not supported yet",
         ));
     }
-    // Priority 0 is DEFAULT; thresholds of HIGH only matter to routes that ask for it, and ours use the default ones.
-    for threshold in breakers
-        .thresholds
-        .iter()
-        .filter(|threshold| threshold.priority == 0)
-    {
+    let mut seen = [false; 2];
+    for (index, threshold) in breakers.thresholds.iter().enumerate() {
+        let priority =
+            Priority::compile(threshold.priority).within(format!("circuit_breakers.thresholds[{index}]"))?;
+        // The first of a priority counts, as in Envoy.
+        if std::mem::replace(&mut seen[priority as usize], true) {
+            continue;
+        }
+        let limits = &mut all.0[priority as usize];
         let value = |given: &Option<serin_xds::pb::google::protobuf::UInt32Value>, default| {
             given.as_ref().map_or(default, |value| value.value)
         };
-        limits = Limits {
+        *limits = Limits {
             connections: value(&threshold.max_connections, limits.connections),
             pending: value(&threshold.max_pending_requests, limits.pending),
             requests: value(&threshold.max_requests, limits.requests),
@@ -179,9 +220,10 @@ pub(super) fn compile_limits(from: &cluster::Cluster) -> Result<Limits, Refusal>
                 None if threshold.max_retries.is_some() => None,
                 None => limits.retry_budget,
             },
+            track_remaining: threshold.track_remaining,
         };
     }
-    Ok(limits)
+    Ok(all)
 }
 
 #[cfg(test)]
@@ -211,6 +253,8 @@ mod tests {
                 ..Default::default()
             })
             .unwrap()
+            .of(Priority::Default)
+            .to_owned()
         };
         let default = limits(None, None);
         assert_eq!((default.retry_limit(0), default.retry_limit(100)), (3, 20));

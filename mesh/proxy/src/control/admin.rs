@@ -1,111 +1,26 @@
 //! Admin, readiness and Prometheus ports, served on the control thread.
 
+mod dump;
+mod port;
+mod tap;
 mod views;
 
-use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
 use hyper::body::Incoming;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
 use regex::{Regex, RegexBuilder};
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
+pub use port::{AdminPort, Port};
+
+use super::drain::Drained;
 use super::{Proxy, levels};
-use crate::error::Error;
 use crate::metrics::collect::Value;
-use crate::metrics::names::{self, Kind, Wanted};
+use crate::metrics::names::{self, Buckets, Kind, Wanted};
 use crate::metrics::text;
-use crate::worker::DrainPhase;
-
-/// Connections to one of these ports at a time.
-const MAX_CONNECTIONS: usize = 64;
-/// Limit for a request head.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// What a port shows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Port {
-    /// Everything, and the switches.
-    Admin,
-    /// `/stats/prometheus` only.
-    Prometheus,
-    /// `/healthz/ready` only.
-    Ready,
-}
-
-/// A bound port.
-#[derive(Debug)]
-pub struct AdminPort {
-    listener: TcpListener,
-    port: Port,
-}
-
-impl AdminPort {
-    /// Binds it, or takes the socket of the process before this one; must be called within a runtime.
-    pub fn bind(proxy: &Proxy, address: SocketAddr, port: Port) -> Result<Self, Error> {
-        let name = format!("{port:?}").to_lowercase();
-        let listener = proxy
-            .own_socket(&format!("{name} port"), address)
-            .and_then(TcpListener::from_std)
-            .map_err(|source| Error::Bind {
-                name,
-                address,
-                source,
-            })?;
-        Ok(Self { listener, port })
-    }
-
-    /// Where it listens.
-    pub fn address(&self) -> std::io::Result<SocketAddr> {
-        self.listener.local_addr()
-    }
-
-    /// Serves until cancelled.
-    pub async fn serve(self, proxy: Arc<Proxy>, quit: CancellationToken, cancel: CancellationToken) {
-        let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        let tasks = TaskTracker::new();
-        loop {
-            let Ok(permit) = permits.clone().acquire_owned().await else {
-                return;
-            };
-            let accepted = tokio::select! {
-                () = cancel.cancelled() => break,
-                accepted = self.listener.accept() => accepted,
-            };
-            let Ok((stream, _)) = accepted else {
-                tokio::time::sleep(Duration::from_millis(50)).await;
-                continue;
-            };
-            let (proxy, quit, cancel, port) = (proxy.clone(), quit.clone(), cancel.clone(), self.port);
-            tasks.spawn(async move {
-                let service = service_fn(move |request| {
-                    let (proxy, quit) = (proxy.clone(), quit.clone());
-                    async move { Ok::<_, std::convert::Infallible>(answer(&proxy, port, &quit, &request).await) }
-                });
-                let connection = hyper::server::conn::http1::Builder::new()
-                    .timer(TokioTimer::new())
-                    .header_read_timeout(HEAD_TIMEOUT)
-                    .serve_connection(TokioIo::new(stream), service);
-                tokio::select! {
-                    // A client that breaks off concerns nobody.
-                    _ = connection => {}
-                    () = cancel.cancelled() => {}
-                }
-                drop(permit);
-            });
-        }
-        tasks.close();
-        tasks.wait().await;
-    }
-}
 
 fn reply(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(body.into()));
@@ -198,6 +113,22 @@ fn stats(proxy: &Proxy, parameters: &[(&str, &str)], accept: &str) -> Response<F
                 );
             }
         },
+        ..Wanted::default()
+    };
+    let wanted = Wanted {
+        buckets: match value("histogram_buckets") {
+            None | Some("none") => Buckets::None,
+            Some("cumulative") => Buckets::Cumulative,
+            Some("disjoint") => Buckets::Disjoint,
+            Some("detailed") => Buckets::Detailed,
+            Some(_) => {
+                return plain(
+                    StatusCode::BAD_REQUEST,
+                    "usage: /stats?histogram_buckets=(cumulative|disjoint|detailed|none)\n",
+                );
+            }
+        },
+        ..wanted
     };
     match value("format") {
         None | Some("text") => plain(StatusCode::OK, names::text(&proxy.metrics(), &wanted)),
@@ -252,7 +183,21 @@ fn runtime_modify(proxy: &Proxy, parameters: &[(&str, &str)]) -> Response<Full<B
     }
 }
 
+/// Answers a request to one of the ports.
 async fn answer(
+    proxy: &Arc<Proxy>,
+    port: Port,
+    quit: &CancellationToken,
+    request: Request<Incoming>,
+) -> Response<tap::AdminBody> {
+    if port == Port::Admin && request.uri().path() == "/tap" && request.method() == Method::POST {
+        return tap::serve(proxy, request).await;
+    }
+    show(proxy, port, quit, &request).await.map(tap::AdminBody::Whole)
+}
+
+/// Answers a request for something that is made at once.
+async fn show(
     proxy: &Arc<Proxy>,
     port: Port,
     quit: &CancellationToken,
@@ -293,13 +238,9 @@ async fn answer(
         "/memory" => json_reply(&views::memory()),
         "/" | "/help" => plain(StatusCode::OK, HELP),
         "/runtime" => json_reply(&proxy.store(|store| store.runtime().json())),
-        "/reset_counters" => plain(
-            StatusCode::NOT_IMPLEMENTED,
-            "counters are cumulative for everybody who reads them, and are not reset\n",
-        ),
         "/logging" if request.method() != Method::POST && parameters.is_empty() => logging(levels::shown()),
-        "/drain_listeners" | "/quitquitquit" | "/reopen_logs" | "/healthcheck/fail" | "/healthcheck/ok"
-        | "/logging" | "/runtime_modify"
+        "/tap" | "/reset_counters" | "/drain_listeners" | "/quitquitquit" | "/reopen_logs"
+        | "/healthcheck/fail" | "/healthcheck/ok" | "/logging" | "/runtime_modify"
             if request.method() != Method::POST =>
         {
             plain(
@@ -317,17 +258,24 @@ async fn answer(
             proxy.store(|store| store.reopen_logs());
             plain(StatusCode::OK, "OK\n")
         }
-        "/drain_listeners" if has("inboundonly") => plain(
-            StatusCode::NOT_IMPLEMENTED,
-            "inboundonly is not supported: all listeners drain together\n",
-        ),
+        "/reset_counters" => {
+            proxy.reset_counters();
+            plain(StatusCode::OK, "OK\n")
+        }
+        "/drain_listeners" if has("skip_exit") && !has("graceful") => {
+            plain(StatusCode::BAD_REQUEST, "skip_exit requires graceful\n")
+        }
         "/drain_listeners" => {
-            let phase = if has("graceful") {
-                DrainPhase::Discouraging
+            let whose = if has("inboundonly") {
+                Drained::Inbound
             } else {
-                DrainPhase::Closing
+                Drained::All
             };
-            proxy.drain(phase).await;
+            if has("graceful") {
+                proxy.drain_gracefully(whose, !has("skip_exit")).await;
+            } else {
+                proxy.close_listeners(whose).await;
+            }
             plain(StatusCode::OK, "OK\n")
         }
         "/quitquitquit" => {
@@ -338,11 +286,11 @@ async fn answer(
     }
 }
 
-const HELP: &str = "/ready\n/stats[?format=text|json|prometheus&filter=REGEX&usedonly&type=Counters|Gauges|Histograms]\n\
-    /stats/prometheus\n/config_dump[?resource=FIELD&name_regex=REGEX]\n/certs\n/clusters[?format=json]\n\
+const HELP: &str = "/ready\n/stats[?format=text|json|prometheus&filter=REGEX&usedonly&type=Counters|Gauges|Histograms&histogram_buckets=none|cumulative|disjoint|detailed]\n\
+    /stats/prometheus\n/config_dump[?resource=FIELD&name_regex=REGEX&mask=FIELDS&include_eds]\n/certs\n/clusters[?format=json]\n\
     /listeners[?format=json]\n/server_info\n/memory\n/logging\nPOST /logging?level=LEVEL or ?paths=LOGGER:LEVEL,...\n\
-    POST /healthcheck/fail\nPOST /healthcheck/ok\nPOST /drain_listeners[?graceful]\nPOST /reopen_logs\n\
-    POST /quitquitquit\n";
+    POST /healthcheck/fail\nPOST /healthcheck/ok\nPOST /drain_listeners[?inboundonly&graceful&skip_exit]\nPOST /reset_counters\nPOST /reopen_logs\n\
+    POST /tap\nPOST /quitquitquit\n";
 
 fn ready(proxy: &Proxy) -> Response<Full<Bytes>> {
     if proxy.is_ready() {
@@ -370,7 +318,7 @@ fn logging(result: Result<String, String>) -> Response<Full<Bytes>> {
 fn config_dump(proxy: &Proxy, parameters: &[(&str, &str)]) -> Response<Full<Bytes>> {
     if let Some((name, _)) = parameters
         .iter()
-        .find(|(name, _)| !matches!(*name, "resource" | "name_regex"))
+        .find(|(name, _)| !matches!(*name, "resource" | "name_regex" | "mask" | "include_eds"))
     {
         return plain(StatusCode::BAD_REQUEST, format!("{name} is not supported\n"));
     }
@@ -378,16 +326,30 @@ fn config_dump(proxy: &Proxy, parameters: &[(&str, &str)]) -> Response<Full<Byte
         Ok(named) => named,
         Err(reply) => return reply,
     };
-    let resource = parameters
-        .iter()
-        .find(|(key, _)| *key == "resource")
-        .map(|(_, value)| *value);
-    match views::config_dump(proxy, resource, named.as_ref()) {
-        Some(dump) => json_reply(&dump),
-        None => plain(
-            StatusCode::NOT_FOUND,
-            format!("{} not found in config dump\n", resource.unwrap_or_default()),
-        ),
+    let value = |name: &str| {
+        let found = parameters.iter().find(|(key, _)| *key == name);
+        found.map(|(_, value)| unescape(value))
+    };
+    let (resource, mask) = (value("resource"), value("mask"));
+    let wanted = dump::Wanted {
+        resource: resource.as_deref(),
+        named: named.as_ref(),
+        mask: mask.as_deref(),
+        endpoints: value("include_eds").is_some(),
+    };
+    match dump::config_dump(proxy, &wanted) {
+        Ok(dump) => {
+            // What it was made from is given back to the kernel.
+            crate::sys::collect_memory();
+            reply(StatusCode::OK, "application/json", dump)
+        }
+        Err(error) => {
+            let status = match error {
+                dump::DumpError::NoResource(_) => StatusCode::NOT_FOUND,
+                dump::DumpError::Mask(_) => StatusCode::BAD_REQUEST,
+            };
+            plain(status, format!("{error}\n"))
+        }
     }
 }
 

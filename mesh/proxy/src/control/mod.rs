@@ -7,6 +7,7 @@ pub mod admin;
 pub mod certs;
 pub mod dial;
 pub mod dns;
+pub mod drain;
 pub mod health;
 pub mod levels;
 pub mod outliers;
@@ -36,6 +37,7 @@ use crate::config::runtime;
 use crate::config::slot::{Here, Home};
 use crate::config::store::{ListenerChange, Store, Update};
 use crate::error::{Error, Refusal};
+use crate::metrics::baseline::Baseline;
 use crate::metrics::collect::{Family, collect};
 use crate::metrics::peer::{Workload, header_of_node};
 use crate::metrics::series::Shard;
@@ -101,6 +103,18 @@ pub struct Proxy {
     changes: watch::Sender<()>,
     /// Told when requests may go elsewhere from now on.
     rerouted: Arc<Notify>,
+    baseline: Mutex<Baseline>,
+    drain_time: Mutex<Duration>,
+    /// What closes listeners after a graceful drain.
+    drainer: Mutex<Option<tokio::task::JoinHandle<()>>>,
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        if let Some(task) = self.drainer.get_mut().take() {
+            task.abort();
+        }
+    }
 }
 
 impl Proxy {
@@ -143,6 +157,7 @@ impl Proxy {
             overload: overload.clone(),
             on_demand: on_demand.clone(),
             home: home.clone(),
+            tap: store.tap_everywhere(),
             virtual_listeners: store.virtual_listeners(),
             neighbours: arc_swap::ArcSwap::default(),
             log,
@@ -186,6 +201,9 @@ impl Proxy {
             health_fails: AtomicBool::new(false),
             started: std::time::Instant::now(),
             changes: watch::Sender::new(()),
+            baseline: Mutex::default(),
+            drain_time: Mutex::new(run::DEFAULT_DRAIN),
+            drainer: Mutex::default(),
             rerouted: Arc::default(),
         };
         Ok((Arc::new(proxy), lines))
@@ -438,8 +456,26 @@ impl Proxy {
         f(&mut self.store.lock())
     }
 
-    /// Everything that was counted.
+    /// Everything that was counted, with what counters begin with.
     pub fn metrics(&self) -> Vec<Family> {
+        let mut families = self.counted();
+        self.baseline.lock().apply(&mut families);
+        families
+    }
+
+    /// Counters are shown from zero from now on. What is streamed to the control plane stays cumulative.
+    pub fn reset_counters(&self) {
+        let counted = self.counted();
+        self.baseline.lock().reset(counted);
+    }
+
+    /// Counters go on from what the process before this one has counted.
+    pub fn take_counters(&self, told: &serde_json::Value) {
+        self.baseline.lock().take(told);
+    }
+
+    /// Everything that this process counted.
+    fn counted(&self) -> Vec<Family> {
         let mut families = collect(&self.own, &self.shards);
         families.extend(tls::stats::families(self.store.lock().secrets().all_stats()));
         families.extend(crate::metrics::clusters::collect(&self.shards));
@@ -560,9 +596,10 @@ impl Proxy {
         for worker in &self.workers {
             let _ = worker.commands.send(Command::Stop).await;
         }
-        if let Some(proxy) = Arc::into_inner(self) {
+        if let Some(mut proxy) = Arc::into_inner(self) {
+            let workers = std::mem::take(&mut proxy.workers);
             let join = move || {
-                for worker in proxy.workers {
+                for worker in workers {
                     // A panic has been reported by the thread itself.
                     let _ = worker.thread.join();
                 }

@@ -4,8 +4,11 @@
 //! ```text
 //! new: connects to the Unix socket, TAKE ──▶ old: sends every listening socket (SCM_RIGHTS)
 //! new: starts, takes the sockets by address, is live, READY ──▶ old: accepts no more, closes its admin port, drains, ends
-//! new: listens at the Unix socket for its own successor
+//! new: listens at the Unix socket for its own successor                old: tells its counters each second, and at its end
 //! ```
+//! What the old process has counted is shown by the new one on top of its own, so that counters go on where they were:
+//! also those of the processes before the old one, which it had taken over itself.
+//!
 //! A successor that ends before it is ready changes nothing. Who asks must run as the same user. Sockets of addresses
 //! that the successor does not listen on are closed once it is ready.
 
@@ -20,11 +23,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::socket::{self, ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, sockopt};
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_util::sync::CancellationToken;
 
 use super::Proxy;
 use crate::error::Error;
+use crate::metrics::baseline;
 use crate::sys;
 
 /// Limit of each step of the exchange.
@@ -33,6 +37,10 @@ const STEP: Duration = Duration::from_secs(10);
 const BATCH: usize = 64;
 /// Sockets that a predecessor may hand over.
 const MAX_SOCKETS: usize = 16 * 1024;
+/// How often a successor hears of the counters of the process before it.
+const REPORT: Duration = Duration::from_secs(1);
+/// Bytes of one report.
+const MAX_REPORT: u32 = 64 << 20;
 const TAKE: &[u8] = b"TAKE\n";
 const READY: &[u8] = b"READY\n";
 
@@ -138,10 +146,55 @@ fn send_all(stream: &mut UnixStream, sockets: &[TcpListener]) -> std::io::Result
 }
 
 impl Predecessor {
-    /// Says that this process serves.
-    pub fn ready(mut self) {
+    /// Says that this process serves, and takes over what the one before counts until its end.
+    pub async fn ready(mut self, proxy: Arc<Proxy>, cancel: CancellationToken) {
         // A predecessor that has gone meanwhile need not be told.
-        let _ = self.stream.write_all(READY);
+        let told = self.stream.write_all(READY);
+        let stream = self.stream.set_nonblocking(true).and(told);
+        let Ok(mut stream) = stream.and_then(|()| tokio::net::UnixStream::from_std(self.stream)) else {
+            return;
+        };
+        loop {
+            let report = tokio::select! {
+                () = cancel.cancelled() => return,
+                report = read_report(&mut stream) => report,
+            };
+            match report {
+                Ok(report) => proxy.take_counters(&report),
+                Err(error) => return tracing::debug!(%error, "the process before this one has ended"),
+            }
+        }
+    }
+}
+
+async fn read_report(stream: &mut tokio::net::UnixStream) -> std::io::Result<serde_json::Value> {
+    let length = stream.read_u32().await?;
+    if length > MAX_REPORT {
+        return Err(std::io::Error::other("the report is too long"));
+    }
+    let mut report = vec![0; length as usize];
+    tokio::time::timeout(STEP, stream.read_exact(&mut report))
+        .await
+        .map_err(|_| std::io::ErrorKind::TimedOut)??;
+    Ok(serde_json::from_slice(&report)?)
+}
+
+/// Tells a successor what this process has counted, each second until `ended`, and then once more.
+pub async fn report(proxy: Arc<Proxy>, mut heir: tokio::net::UnixStream, ended: CancellationToken) {
+    loop {
+        let last = tokio::select! {
+            () = ended.cancelled() => true,
+            () = tokio::time::sleep(REPORT) => false,
+        };
+        let report = baseline::tell(&proxy.metrics()).to_string();
+        let work = async {
+            heir.write_u32(report.len() as u32).await?;
+            heir.write_all(report.as_bytes()).await
+        };
+        // One of an older version is not interested, and one that does not read cannot hold up our end.
+        if !matches!(tokio::time::timeout(STEP, work).await, Ok(Ok(()))) || last {
+            return;
+        }
     }
 }
 
@@ -170,13 +223,13 @@ impl Station {
         })
     }
 
-    /// Serves until a successor is ready, or cancelled. `true` says that there is a successor.
-    pub async fn serve(self, proxy: Arc<Proxy>, cancel: CancellationToken) -> bool {
+    /// Serves until a successor is ready, to which there is a connection then, or cancelled.
+    pub async fn serve(self, proxy: Arc<Proxy>, cancel: CancellationToken) -> Option<tokio::net::UnixStream> {
         loop {
             let accepted = tokio::select! {
                 () = cancel.cancelled() => {
                     let _ = std::fs::remove_file(&self.path);
-                    return false;
+                    return None;
                 }
                 accepted = self.listener.accept() => accepted,
             };
@@ -190,8 +243,8 @@ impl Station {
                 () = cancel.cancelled() => {}
                 result = work => match result {
                     // The path is the successor's now.
-                    Ok(true) => return true,
-                    Ok(false) => tracing::info!("a successor took the sockets and ended before it was ready"),
+                    Ok(Some(heir)) => return Some(heir),
+                    Ok(None) => tracing::info!("a successor took the sockets and ended before it was ready"),
                     Err(error) => tracing::warn!(%error, "the sockets could not be handed over"),
                 }
             }
@@ -199,8 +252,11 @@ impl Station {
     }
 }
 
-/// Hands the sockets over and waits until the successor is ready (`true`) or has ended.
-async fn hand_over(stream: tokio::net::UnixStream, proxy: &Arc<Proxy>) -> std::io::Result<bool> {
+/// Hands the sockets over and waits until the successor is ready (the connection to it) or has ended.
+async fn hand_over(
+    stream: tokio::net::UnixStream,
+    proxy: &Arc<Proxy>,
+) -> std::io::Result<Option<tokio::net::UnixStream>> {
     if stream.peer_cred()?.uid() != nix::unistd::geteuid().as_raw() {
         return Err(std::io::Error::other("another user asked for them"));
     }
@@ -225,8 +281,8 @@ async fn hand_over(stream: tokio::net::UnixStream, proxy: &Arc<Proxy>) -> std::i
     let mut answer = [0; READY.len()];
     // How long a successor takes to be ready is its control plane's matter; its end is the end of the stream.
     match stream.read_exact(&mut answer).await {
-        Ok(_) => Ok(answer == READY),
-        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Ok(false),
+        Ok(_) => Ok((answer == READY).then_some(stream)),
+        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Ok(None),
         Err(error) => Err(error),
     }
 }

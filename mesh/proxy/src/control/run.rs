@@ -62,6 +62,8 @@ pub struct Plan {
     pub static_resources: Vec<StaticResource>,
     /// Admin port.
     pub admin: Option<SocketAddr>,
+    /// Admin port on a Unix socket, with its permissions.
+    pub admin_socket: Option<(PathBuf, u32)>,
     /// Prometheus port.
     pub prometheus: Option<SocketAddr>,
     /// Readiness port.
@@ -70,6 +72,16 @@ pub struct Plan {
     pub drain: Duration,
     /// Unix socket over which sockets are taken from the process before this one, and given to the next.
     pub restart: Option<PathBuf>,
+}
+
+impl Plan {
+    /// The admin port is on that Unix socket, if one is given, and nowhere else.
+    pub fn serve_admin_at(&mut self, socket: Option<PathBuf>) {
+        if let Some(path) = socket {
+            self.admin = None;
+            self.admin_socket = Some((path, crate::bootstrap::file::ADMIN_SOCKET_MODE));
+        }
+    }
 }
 
 /// Runs a proxy until it is told to end by SIGTERM, SIGINT or `/quitquitquit`.
@@ -87,11 +99,12 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
         proxy.take_over(sockets);
         predecessor
     });
+    proxy.set_drain_time(plan.drain);
     let cancel = CancellationToken::new();
     let quit = CancellationToken::new();
     // The admin port ends before everything else where a successor has it.
     let ports_end = cancel.child_token();
-    let succeeded = CancellationToken::new();
+    let (succeed, succeeded) = tokio::sync::oneshot::channel();
     let tasks = TaskTracker::new();
     let log = tokio::spawn(write_log(lines));
     let ports = [
@@ -104,6 +117,10 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
             let port = AdminPort::bind(&proxy, address, port)?;
             tasks.spawn(port.serve(proxy.clone(), quit.clone(), ports_end.clone()));
         }
+    }
+    if let Some((path, mode)) = &plan.admin_socket {
+        let port = AdminPort::bind_unix(path, *mode, Port::Admin, predecessor.is_some())?;
+        tasks.spawn(port.serve(proxy.clone(), quit.clone(), ports_end.clone()));
     }
     // Before anything serves: whoever is asked to end from then on drains.
     let signals = |kind| {
@@ -148,7 +165,7 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
         }
     }
     if let Some(path) = plan.restart {
-        let (proxy, cancel, succeeded) = (proxy.clone(), cancel.clone(), succeeded.clone());
+        let (proxy, cancel) = (proxy.clone(), cancel.clone());
         tasks.spawn(async move {
             tokio::select! {
                 () = cancel.cancelled() => return,
@@ -160,29 +177,43 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
                 Ok(station) => station,
                 Err(error) => return tracing::error!(%error, "no hot restart"),
             };
-            if let Some(predecessor) = predecessor {
-                predecessor.ready();
-            }
-            if station.serve(proxy, cancel).await {
-                succeeded.cancel();
-            }
+            let inherit = async {
+                if let Some(predecessor) = predecessor {
+                    predecessor.ready(proxy.clone(), cancel.clone()).await;
+                }
+            };
+            let serve = async {
+                if let Some(heir) = station.serve(proxy.clone(), cancel.clone()).await {
+                    let _ = succeed.send(heir);
+                }
+            };
+            tokio::join!(inherit, serve);
         });
     }
+    let mut heir = None;
     tokio::select! {
         _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
         _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
         () = quit.cancelled() => tracing::info!("asked to quit: draining"),
-        () = succeeded.cancelled() => {
+        Ok(stream) = succeeded => {
             tracing::info!("a successor serves: draining");
             ports_end.cancel();
             proxy.stop_accepting().await;
+            heir = Some(stream);
         }
     }
+    let ended = CancellationToken::new();
+    let report = heir.map(|heir| tokio::spawn(restart::report(proxy.clone(), heir, ended.clone())));
     // A second signal means now.
     tokio::select! {
         () = proxy.shut_down(plan.drain, FINISH) => {}
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+    }
+    ended.cancel();
+    if let Some(report) = report {
+        // What is counted now is all that will be.
+        let _ = report.await;
     }
     cancel.cancel();
     tasks.close();

@@ -3,6 +3,8 @@
 use std::sync::atomic::Ordering;
 
 use super::Proxy;
+use crate::config::cluster::{Breakers, Priority};
+use crate::config::slot::ClusterSlot;
 use crate::config::store::Store;
 use crate::metrics::collect::{Family, Labels, Value};
 
@@ -97,14 +99,77 @@ pub(super) fn server(proxy: &Proxy) -> Vec<Family> {
     ]
 }
 
+/// Statistics of circuit breakers: open or not, then what is left, of each priority.
+const BREAKERS: [&str; 16] = [
+    "envoy_cluster_circuit_breakers_default_cx_open",
+    "envoy_cluster_circuit_breakers_default_rq_pending_open",
+    "envoy_cluster_circuit_breakers_default_rq_open",
+    "envoy_cluster_circuit_breakers_default_rq_retry_open",
+    "envoy_cluster_circuit_breakers_default_remaining_cx",
+    "envoy_cluster_circuit_breakers_default_remaining_pending",
+    "envoy_cluster_circuit_breakers_default_remaining_rq",
+    "envoy_cluster_circuit_breakers_default_remaining_retries",
+    "envoy_cluster_circuit_breakers_high_cx_open",
+    "envoy_cluster_circuit_breakers_high_rq_pending_open",
+    "envoy_cluster_circuit_breakers_high_rq_open",
+    "envoy_cluster_circuit_breakers_high_rq_retry_open",
+    "envoy_cluster_circuit_breakers_high_remaining_cx",
+    "envoy_cluster_circuit_breakers_high_remaining_pending",
+    "envoy_cluster_circuit_breakers_high_remaining_rq",
+    "envoy_cluster_circuit_breakers_high_remaining_retries",
+];
+
+fn read_breakers(
+    slot: &ClusterSlot,
+    limits: &Breakers,
+    labels: &Labels,
+    into: &mut [Vec<(Labels, Value)>; BREAKERS.len()],
+) {
+    for (priority, _) in Priority::ALL {
+        let (level, limits) = (slot.usage.of(priority), limits.of(priority));
+        let used = [
+            &level.connections,
+            &level.pending,
+            &level.requests,
+            &level.retries,
+        ]
+        .map(|count| count.load(Ordering::Relaxed));
+        let allowed = [
+            limits.connections,
+            limits.pending,
+            limits.requests,
+            limits.retry_limit(used[2]),
+        ];
+        let first = priority as usize * 8;
+        for (index, (used, allowed)) in used.into_iter().zip(allowed).enumerate() {
+            let mut put = |at: usize, value: u32| {
+                into[first + at].push((labels.clone(), Value::Gauge(f64::from(value))));
+            };
+            put(index, u32::from(used >= allowed));
+            if limits.track_remaining {
+                put(4 + index, allowed.saturating_sub(used));
+            }
+        }
+    }
+}
+
 /// Statistics of the configuration; members only of clusters that have had a request.
 pub(super) fn configuration(store: &Store, now_ms: u64) -> Vec<Family> {
     let (mut total, mut healthy) = (Vec::new(), Vec::new());
+    let mut breakers: [Vec<(Labels, Value)>; BREAKERS.len()] = Default::default();
+    let mut pending = Vec::new();
     let mut clusters = 0;
     for slot in store.clusters() {
         clusters += 1;
         if !slot.usage.used.load(Ordering::Relaxed) {
             continue;
+        }
+        let labels: Labels = vec![("envoy_cluster_name", slot.name.to_string())];
+        if let Some(config) = slot.config() {
+            read_breakers(slot, &config.limits, &labels, &mut breakers);
+            let waiting = Priority::ALL.map(|(priority, _)| &slot.usage.of(priority).pending);
+            let waiting: u32 = waiting.iter().map(|count| count.load(Ordering::Relaxed)).sum();
+            pending.push((labels.clone(), Value::Gauge(f64::from(waiting))));
         }
         let Some(set) = slot.endpoints() else { continue };
         let checks = slot.config().map_or(0, |config| config.health_checks.len());
@@ -115,7 +180,6 @@ pub(super) fn configuration(store: &Store, now_ms: u64) -> Vec<Family> {
                 endpoint.usable(checks) && endpoint.state.ejected_until.load(Ordering::Relaxed) <= now_ms
             })
             .count();
-        let labels: Labels = vec![("envoy_cluster_name", slot.name.to_string())];
         total.push((labels.clone(), Value::Gauge(set.all.len() as f64)));
         healthy.push((labels, Value::Gauge(well as f64)));
     }
@@ -133,14 +197,27 @@ pub(super) fn configuration(store: &Store, now_ms: u64) -> Vec<Family> {
         ),
         gauge("envoy_listener_manager_workers_started", "The workers run.", 1.0),
     ];
-    for (name, help, metrics) in [
+    let breakers = BREAKERS.into_iter().zip(breakers).map(|(name, metrics)| {
+        let help = if name.contains("remaining") {
+            "What a circuit breaker still allows."
+        } else {
+            "1 while a circuit breaker is open."
+        };
+        (name, help, metrics)
+    });
+    for (name, help, metrics) in breakers.chain([
+        (
+            "envoy_cluster_upstream_rq_pending_active",
+            "Requests that wait for a connection.",
+            pending,
+        ),
         ("envoy_cluster_membership_total", "Endpoints.", total),
         (
             "envoy_cluster_membership_healthy",
             "Endpoints that may be used.",
             healthy,
         ),
-    ] {
+    ]) {
         if !metrics.is_empty() {
             out.push(Family { name, help, metrics });
         }

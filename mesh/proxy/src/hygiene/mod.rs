@@ -3,6 +3,7 @@
 mod chars;
 mod extension;
 pub mod fields;
+pub mod interim;
 pub mod path;
 pub mod scan;
 pub mod strict;

@@ -13,6 +13,7 @@ use std::task::{Context, Poll};
 use futures::task::AtomicWaker;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::interim::Interims;
 use super::scan::{HeadLimits, Scanner, Violation};
 
 /// What stands in for a refused head.
@@ -32,6 +33,8 @@ pub struct Gate {
     between: AtomicBool,
     /// The socket did not take everything that hyper wrote.
     unflushed: AtomicBool,
+    /// Interim answers, which hyper does not write.
+    pub interims: Interims,
 }
 
 impl Gate {
@@ -75,6 +78,10 @@ pub struct StrictIo<S> {
     /// The violation is in a body whose head has been passed on: all that is left is to break the request off.
     broken: Option<&'static str>,
     discarded: usize,
+    /// hyper has flushed since it wrote last: the stream is between two messages, or within a body.
+    flushed: bool,
+    /// The rest of interim answers that the socket did not take at once.
+    interim: Vec<u8>,
 }
 
 impl<S> StrictIo<S> {
@@ -95,6 +102,8 @@ impl<S> StrictIo<S> {
             refused: false,
             broken: None,
             discarded: 0,
+            flushed: true,
+            interim: Vec::new(),
         };
         if io.scanner.is_none() {
             io.ready = prefix;
@@ -289,9 +298,42 @@ impl<S: AsyncRead + Unpin> AsyncRead for StrictIo<S> {
     }
 }
 
+impl<S: AsyncWrite + Unpin> StrictIo<S> {
+    /// Writes interim answers, if there are any. `between` says that everything before them has been written.
+    fn poll_interims(&mut self, cx: &mut Context<'_>, between: bool) -> Poll<io::Result<()>> {
+        if self.interim.is_empty() {
+            if !self.gate.interims.waiting() {
+                return Poll::Ready(Ok(()));
+            }
+            self.interim = self.gate.interims.take(between);
+        }
+        while !self.interim.is_empty() {
+            let outcome = Pin::new(&mut self.inner).poll_write(cx, &self.interim);
+            let count = std::task::ready!(self.wrote(outcome))?;
+            if count == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.interim.drain(..count);
+        }
+        self.interim = Vec::new();
+        Poll::Ready(Ok(()))
+    }
+
+    /// What comes before bytes of hyper's.
+    fn poll_before_write(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let between = std::mem::replace(&mut self.flushed, false);
+        let outcome = self.poll_interims(cx, between);
+        if outcome.is_pending() {
+            self.flushed = between;
+        }
+        outcome
+    }
+}
+
 impl<S: AsyncWrite + Unpin> AsyncWrite for StrictIo<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        std::task::ready!(this.poll_before_write(cx))?;
         let outcome = Pin::new(&mut this.inner).poll_write(cx, buf);
         this.wrote(outcome)
     }
@@ -302,6 +344,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for StrictIo<S> {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        std::task::ready!(this.poll_before_write(cx))?;
         let outcome = Pin::new(&mut this.inner).poll_write_vectored(cx, bufs);
         this.wrote(outcome)
     }
@@ -312,7 +355,10 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for StrictIo<S> {
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        // hyper flushes when it has written everything that it holds.
+        std::task::ready!(this.poll_interims(cx, true))?;
         let outcome = Pin::new(&mut this.inner).poll_flush(cx);
+        this.flushed = outcome.is_ready();
         this.wrote(outcome)
     }
 

@@ -1,6 +1,7 @@
 //! Istio's standard metrics: recorded per worker ([`series`]), read as families ([`collect`]), written for Prometheus
 //! ([`text`]) and streamed to the control plane ([`push`]).
 
+pub mod baseline;
 pub mod clusters;
 pub mod collect;
 pub mod expiry;

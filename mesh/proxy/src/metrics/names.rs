@@ -8,8 +8,22 @@ use serde_json::{Value as Json, json};
 use super::collect::{Family, Labels, Value};
 use super::series::{BOUNDS, HistogramValue};
 
-/// Quantiles that are told of a histogram.
-const QUANTILES: [f64; 5] = [0.25, 0.5, 0.9, 0.95, 0.99];
+/// Quantiles that are told of a histogram, as Envoy does.
+const QUANTILES: [f64; 10] = [0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.995, 0.999, 1.0];
+
+/// How histograms are told (`histogram_buckets`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Buckets {
+    /// As quantiles.
+    #[default]
+    None,
+    /// How many values each bound is not below.
+    Cumulative,
+    /// How many values lie between a bound and the one before.
+    Disjoint,
+    /// Both quantiles and buckets, with their widths.
+    Detailed,
+}
 
 /// Kinds of statistics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +45,8 @@ pub struct Wanted {
     pub used_only: bool,
     /// Of one kind.
     pub kind: Option<Kind>,
+    /// Shape of histograms.
+    pub buckets: Buckets,
 }
 
 /// The name under which Envoy's `/stats` has a series.
@@ -77,6 +93,26 @@ pub fn name(family: &str, labels: &Labels) -> String {
             }
         }
         rest = inner.to_owned();
+    }
+    if let (Some(inner), Some(host), Some(cluster)) = (
+        rest.strip_prefix("vhost_vcluster_"),
+        label("envoy_virtual_host"),
+        label("envoy_virtual_cluster"),
+    ) {
+        out = format!("vhost.{host}.vcluster.{cluster}.");
+        rest = inner.to_owned();
+        used.extend(["envoy_virtual_host", "envoy_virtual_cluster"]);
+    }
+    if out.starts_with("http.")
+        && let Some(inner) = rest.strip_prefix("tap_")
+    {
+        rest = format!("tap.{inner}");
+    }
+    if out.starts_with("cluster.")
+        && let Some(inner) = rest.strip_prefix("circuit_breakers_")
+        && let Some((priority, what)) = inner.split_once('_')
+    {
+        rest = format!("circuit_breakers.{priority}.{what}");
     }
     if let Some(class) = label("envoy_response_code_class") {
         rest = rest.replace("_xx", &format!("_{class}xx"));
@@ -127,12 +163,7 @@ pub fn text(families: &[Family], wanted: &Wanted) -> String {
         match value {
             Value::Counter(value) | Value::Gauge(value) => simple.push(format!("{name}: {value}\n")),
             Value::Histogram(histogram) => {
-                let mut line = format!("{name}:");
-                for quantile in QUANTILES {
-                    let at = histogram_quantile(histogram, quantile);
-                    let _ = write!(line, " P{}(nan,{at})", quantile * 100.0);
-                }
-                histograms.push(line + "\n");
+                histograms.push(histogram_line(&name, histogram, wanted.buckets));
             }
         }
     }
@@ -141,28 +172,119 @@ pub fn text(families: &[Family], wanted: &Wanted) -> String {
     simple.concat() + &histograms.concat()
 }
 
-/// The same in the shape of `/stats?format=json`.
-pub fn json(families: &[Family], wanted: &Wanted) -> Json {
-    let (mut stats, mut computed) = (Vec::new(), Vec::new());
-    for (name, value) in each(families, wanted) {
-        match value {
-            Value::Counter(value) | Value::Gauge(value) => stats.push(json!({"name": name, "value": value})),
-            Value::Histogram(histogram) => {
-                let values: Vec<Json> = QUANTILES
-                    .iter()
-                    .map(|at| json!({"interval": null, "cumulative": histogram_quantile(histogram, *at)}))
-                    .collect();
-                computed.push(json!({"name": name, "values": values}));
+/// What of a histogram a line of text says. There are no intervals here: everything is told since the start.
+fn histogram_line(name: &str, histogram: &HistogramValue, buckets: Buckets) -> String {
+    let mut line = format!("{name}:");
+    match buckets {
+        Buckets::None => {
+            if histogram.count() == 0 {
+                return line + " No recorded values\n";
+            }
+            for quantile in QUANTILES {
+                let at = histogram_quantile(histogram, quantile);
+                let _ = write!(line, " P{}(nan,{at})", percent(quantile));
+            }
+        }
+        Buckets::Cumulative => {
+            let mut sum = 0;
+            for (count, bound) in histogram.buckets.iter().zip(BOUNDS) {
+                sum += count;
+                let _ = write!(line, " B{bound}(0,{sum})");
+            }
+        }
+        Buckets::Disjoint => {
+            for (count, bound) in histogram.buckets.iter().zip(BOUNDS) {
+                let _ = write!(line, " B{bound}(0,{count})");
+            }
+        }
+        Buckets::Detailed => {
+            line.push_str("\n  totals=");
+            for (index, (low, width, count)) in filled(histogram).enumerate() {
+                let comma = if index == 0 { "" } else { ", " };
+                let _ = write!(line, "{comma}{low},{width}:{count}");
+            }
+            line.push_str("\n  intervals=\n  summary=");
+            for (index, quantile) in QUANTILES.into_iter().enumerate() {
+                let comma = if index == 0 { "" } else { ", " };
+                let at = histogram_quantile(histogram, quantile);
+                let _ = write!(line, "{comma}P{}(nan,{at})", percent(quantile));
             }
         }
     }
-    if !computed.is_empty() {
-        stats.push(json!({"histograms": {
-            "supported_quantiles": QUANTILES.map(|quantile| quantile * 100.0),
-            "computed_quantiles": computed,
-        }}));
+    line + "\n"
+}
+
+/// A share as a percentage, without the noise of binary fractions.
+fn percent(share: f64) -> f64 {
+    (share * 1000.0).round() / 10.0
+}
+
+/// Lower bound, width and count of the buckets that hold something; what lies above every bound has no width.
+fn filled(histogram: &HistogramValue) -> impl Iterator<Item = (f64, f64, u64)> {
+    let lows = std::iter::once(0.0).chain(BOUNDS);
+    histogram
+        .buckets
+        .iter()
+        .zip(lows)
+        .enumerate()
+        .filter(|(_, (count, _))| **count > 0)
+        .map(|(index, (count, low))| (low, BOUNDS.get(index).map_or(0.0, |high| high - low), *count))
+}
+
+/// The same in the shape of `/stats?format=json`.
+pub fn json(families: &[Family], wanted: &Wanted) -> Json {
+    let (mut stats, mut told) = (Vec::new(), Vec::new());
+    for (name, value) in each(families, wanted) {
+        match value {
+            Value::Counter(value) | Value::Gauge(value) => stats.push(json!({"name": name, "value": value})),
+            Value::Histogram(histogram) => told.push(histogram_json(&name, histogram, wanted.buckets)),
+        }
+    }
+    if !told.is_empty() {
+        let quantiles = QUANTILES.map(percent);
+        let histograms = match wanted.buckets {
+            Buckets::None => json!({ "supported_quantiles": quantiles, "computed_quantiles": told }),
+            Buckets::Cumulative | Buckets::Disjoint => told.into(),
+            Buckets::Detailed => json!({ "supported_percentiles": quantiles, "details": told }),
+        };
+        stats.push(json!({ "histograms": histograms }));
     }
     json!({ "stats": stats })
+}
+
+fn histogram_json(name: &str, histogram: &HistogramValue, buckets: Buckets) -> Json {
+    let quantiles = || -> Vec<Json> {
+        QUANTILES
+            .iter()
+            .map(|at| {
+                let value = (histogram.count() > 0).then(|| histogram_quantile(histogram, *at));
+                json!({"interval": null, "cumulative": value})
+            })
+            .collect()
+    };
+    match buckets {
+        Buckets::None => json!({"name": name, "values": quantiles()}),
+        Buckets::Cumulative | Buckets::Disjoint => {
+            let mut sum = 0;
+            let each: Vec<Json> = histogram
+                .buckets
+                .iter()
+                .zip(BOUNDS)
+                .map(|(count, bound)| {
+                    sum += count;
+                    let told = if buckets == Buckets::Disjoint { *count } else { sum };
+                    json!({"upper_bound": bound, "interval": 0, "cumulative": told})
+                })
+                .collect();
+            json!({"name": name, "buckets": each})
+        }
+        Buckets::Detailed => {
+            let totals: Vec<Json> = filled(histogram)
+                .map(|(low, width, count)| json!({"lower_bound": low, "width": width, "count": count}))
+                .collect();
+            json!({"name": name, "percentiles": quantiles(), "totals": totals, "intervals": []})
+        }
+    }
 }
 
 /// A quantile, evenly spread within its bucket; the last bound for what lies above it.
@@ -213,6 +335,11 @@ mod tests {
                 "cluster.c.grpc.p.S.M.0",
             ),
             (
+                "envoy_http_tap_rq_tapped",
+                &[("envoy_http_conn_manager_prefix", "in")],
+                "http.in.tap.rq_tapped",
+            ),
+            (
                 "envoy_http_rbac_denied",
                 &[("envoy_http_conn_manager_prefix", "in")],
                 "http.in.rbac_denied",
@@ -221,6 +348,25 @@ mod tests {
                 "envoy_listener_downstream_cx_total",
                 &[("envoy_listener_address", "0.0.0.0_80")],
                 "listener.0.0.0.0_80.downstream_cx_total",
+            ),
+            (
+                "envoy_cluster_upstream_rq",
+                &[("envoy_response_code", "503"), ("envoy_cluster_name", "c")],
+                "cluster.c.upstream_rq_503",
+            ),
+            (
+                "envoy_cluster_circuit_breakers_high_rq_pending_open",
+                &[("envoy_cluster_name", "c")],
+                "cluster.c.circuit_breakers.high.rq_pending_open",
+            ),
+            (
+                "envoy_vhost_vcluster_upstream_rq_xx",
+                &[
+                    ("envoy_response_code_class", "2"),
+                    ("envoy_virtual_cluster", "v"),
+                    ("envoy_virtual_host", "h"),
+                ],
+                "vhost.h.vcluster.v.upstream_rq_2xx",
             ),
             ("envoy_server_live", &[], "server.live"),
             (
@@ -256,13 +402,13 @@ mod tests {
         ];
         let all = text(&families, &Wanted::default());
         assert!(
-            all.starts_with("server.live: 1\nserver.zero: 0\nistio_request_bytes: P25("),
+            all.starts_with("server.live: 1\nserver.zero: 0\nistio_request_bytes: P0("),
             "{all}"
         );
         let used = Wanted {
             used_only: true,
-            kind: None,
             filter: Some(regex::Regex::new("^server").unwrap()),
+            ..Default::default()
         };
         assert_eq!(text(&families, &used), "server.live: 1\n");
         let histograms = Wanted {
@@ -272,6 +418,46 @@ mod tests {
         let shown = json(&families, &histograms);
         let computed = &shown["stats"][0]["histograms"]["computed_quantiles"][0];
         // Half of four values between 0 and 0.5.
-        assert_eq!(computed["values"][1]["cumulative"], 0.25);
+        assert_eq!(computed["values"][2]["cumulative"], 0.25);
+    }
+
+    #[test]
+    fn histograms_are_told_as_the_client_wants_them() {
+        let mut histogram = HistogramValue::default();
+        (histogram.buckets[0], histogram.buckets[2], histogram.buckets[19]) = (1, 2, 1);
+        let families = [Family {
+            name: "istio_request_bytes",
+            help: "",
+            metrics: vec![(vec![], Value::Histogram(Box::new(histogram)))],
+        }];
+        let told = |buckets| {
+            let wanted = Wanted {
+                buckets,
+                ..Default::default()
+            };
+            (
+                text(&families, &wanted),
+                json(&families, &wanted)["stats"][0]["histograms"].clone(),
+            )
+        };
+        let (text, json) = told(Buckets::Cumulative);
+        assert!(
+            text.starts_with("istio_request_bytes: B0.5(0,1) B1(0,1) B5(0,3) B10(0,3) "),
+            "{text}"
+        );
+        assert_eq!(
+            json[0]["buckets"][2],
+            json!({"upper_bound": 5.0, "interval": 0, "cumulative": 3})
+        );
+        let (text, json) = told(Buckets::Disjoint);
+        assert!(
+            text.starts_with("istio_request_bytes: B0.5(0,1) B1(0,0) B5(0,2) B10(0,0) "),
+            "{text}"
+        );
+        assert_eq!(json[0]["buckets"][2]["cumulative"], 2);
+        let (text, json) = told(Buckets::Detailed);
+        assert!(text.contains("totals=0,0.5:1, 1,4:2, 3600000,0:1\n"), "{text}");
+        let totals = &json["details"][0]["totals"];
+        assert_eq!(totals[1], json!({"lower_bound": 1.0, "width": 4.0, "count": 2}));
     }
 }

@@ -337,20 +337,20 @@ impl Recorder {
         }
     }
 
-    /// Counts a request to a cluster that has ended.
-    pub fn cluster(&self, slot: &Arc<ClusterSlot>, code: u16, attempts: u32, flags: Flags) {
+    /// Where what happens to a cluster is counted.
+    pub fn cluster(&self, slot: &Arc<ClusterSlot>) -> Arc<ClusterCells> {
         let mut clusters = self.clusters.borrow_mut();
         let index = slot.id as usize;
         if index >= clusters.len() {
             clusters.resize(index + 1, None);
         }
         if let Some(cells) = clusters[index].as_ref().filter(|cells| cells.are_of(slot)) {
-            return cells.count(code, attempts, flags);
+            return cells.clone();
         }
         let cells = ClusterCells::new(slot);
-        cells.count(code, attempts, flags);
         self.shard.clusters.lock().push(cells.clone());
-        clusters[index] = Some(cells);
+        clusters[index] = Some(cells.clone());
+        cells
     }
 
     /// The worker's own counters.

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use http::{HeaderName, HeaderValue};
 use parking_lot::Mutex;
 use prost::Message;
 use serin_xds::pb::envoy::config::core::v3 as core;
@@ -16,10 +17,11 @@ use serin_xds::pb::envoy::extensions::access_loggers::grpc::v3 as grpc;
 use serin_xds::pb::envoy::service::accesslog::v3 as als;
 use tokio::sync::Notify;
 
+use super::tracer::http_service;
 use crate::config::convert;
 use crate::config::route::Context;
 use crate::error::{Refusal, Within};
-use crate::policy::service::GrpcTarget;
+use crate::policy::service::{GrpcTarget, HttpTarget};
 use crate::policy::stats::Counter;
 
 /// Bytes that may wait.
@@ -49,6 +51,15 @@ pub enum Shape {
     },
 }
 
+/// Whom batches are sent to.
+#[derive(Debug)]
+pub enum Destination {
+    /// A gRPC service.
+    Grpc(GrpcTarget),
+    /// OTLP over HTTP, with these fields on each request.
+    Http(HttpTarget, Box<[(HeaderName, HeaderValue)]>),
+}
+
 #[derive(Debug, Default)]
 struct Waiting {
     bytes: BytesMut,
@@ -59,7 +70,7 @@ struct Waiting {
 #[derive(Debug)]
 pub struct Batches {
     /// Whither.
-    pub target: GrpcTarget,
+    pub target: Destination,
     /// How long entries wait for others.
     pub interval: Duration,
     shape: Shape,
@@ -95,6 +106,7 @@ struct StreamMessage {
 #[derive(Debug, Default)]
 pub(super) struct Limits<'a> {
     pub service: Option<&'a core::GrpcService>,
+    pub http: Option<&'a core::HttpService>,
     pub interval: Option<&'a serin_xds::pb::google::protobuf::Duration>,
     pub size: Option<u32>,
 }
@@ -119,6 +131,7 @@ impl<'a> Limits<'a> {
         }
         Ok(Self {
             service: common.grpc_service.as_ref(),
+            http: None,
             interval: common.buffer_flush_interval.as_ref(),
             size: common.buffer_size_bytes.as_ref().map(|value| value.value),
         })
@@ -133,7 +146,21 @@ impl Batches {
         name: [&'static str; 2],
         context: &mut Context<'_>,
     ) -> Result<Arc<Self>, Refusal> {
-        let target = GrpcTarget::compile(limits.service, context).within("grpc_service")?;
+        let target = match (limits.service, limits.http) {
+            (_, None) => GrpcTarget::compile(limits.service, context)
+                .map(Destination::Grpc)
+                .within("grpc_service")?,
+            (None, Some(service)) => {
+                let (target, fields) = http_service(service, context).within("http_service")?;
+                Destination::Http(target, fields)
+            }
+            (Some(_), Some(_)) => {
+                return Err(Refusal::new(
+                    "http_service",
+                    "cannot be combined with grpc_service",
+                ));
+            }
+        };
         let interval = convert::timeout(limits.interval).within("buffer_flush_interval")?;
         let (workers, registry) = context.counters();
         Ok(Arc::new(Self {
@@ -247,6 +274,7 @@ mod tests {
         };
         let limits = Limits {
             service: Some(&service),
+            http: None,
             interval: None,
             size,
         };

@@ -181,7 +181,6 @@ fn pairs(
 /// Limits and fixed attributes of the message; its own fields go before those of the older common message.
 pub(super) fn limits(from: &pb::OpenTelemetryAccessLogConfig) -> Result<(Limits<'_>, &str), Refusal> {
     let unsupported = [
-        ("http_service", from.http_service.is_some()),
         ("resource_detectors", !from.resource_detectors.is_empty()),
         ("custom_tags", !from.custom_tags.is_empty()),
         ("formatters", !from.formatters.is_empty()),
@@ -195,6 +194,7 @@ pub(super) fn limits(from: &pb::OpenTelemetryAccessLogConfig) -> Result<(Limits<
     };
     let common_name = from.common_config.as_ref().map_or("", |common| &*common.log_name);
     limits.service = from.grpc_service.as_ref().or(limits.service);
+    limits.http = from.http_service.as_ref();
     limits.interval = from.buffer_flush_interval.as_ref().or(limits.interval);
     limits.size = from
         .buffer_size_bytes

@@ -183,6 +183,10 @@ pub struct Record<'a> {
     pub attempts: u32,
     /// Endpoint.
     pub upstream_host: Option<&'a str>,
+    /// Our own end of the connection to it.
+    pub upstream_local: Option<SocketAddr>,
+    /// The kind of request that it was counted as.
+    pub virtual_cluster: Option<&'a str>,
     /// Cluster.
     pub upstream_cluster: Option<&'a str>,
     /// More about a failed connection.

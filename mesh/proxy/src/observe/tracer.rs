@@ -316,15 +316,7 @@ fn otlp(from: &trace::OpenTelemetryConfig, context: &mut Compile<'_>) -> Result<
     match (&from.grpc_service, &from.http_service) {
         (Some(service), None) => GrpcTarget::compile(Some(service), context).map(Collector::OtlpGrpc),
         (None, Some(service)) => {
-            let target =
-                HttpTarget::compile(service.http_uri.as_ref(), context).within("http_service.http_uri")?;
-            let fields = service
-                .request_headers_to_add
-                .iter()
-                .filter_map(|option| option.header.as_ref())
-                .map(header_pair)
-                .collect::<Result<_, _>>()
-                .within("http_service.request_headers_to_add")?;
+            let (target, fields) = http_service(service, context).within("http_service")?;
             Ok(Collector::OtlpHttp(target, fields))
         }
         (Some(_), Some(_)) => Err(Refusal::new(
@@ -333,6 +325,22 @@ fn otlp(from: &trace::OpenTelemetryConfig, context: &mut Compile<'_>) -> Result<
         )),
         (None, None) => Err(Refusal::new("grpc_service", "or http_service is missing")),
     }
+}
+
+/// Where an `HttpService` is, and the fields that each request to it carries.
+pub(super) fn http_service(
+    from: &serin_xds::pb::envoy::config::core::v3::HttpService,
+    context: &mut Compile<'_>,
+) -> Result<(HttpTarget, Box<[(HeaderName, http::HeaderValue)]>), Refusal> {
+    let target = HttpTarget::compile(from.http_uri.as_ref(), context).within("http_uri")?;
+    let fields = from
+        .request_headers_to_add
+        .iter()
+        .filter_map(|option| option.header.as_ref())
+        .map(header_pair)
+        .collect::<Result<_, _>>()
+        .within("request_headers_to_add")?;
+    Ok((target, fields))
 }
 
 impl CustomTag {

@@ -18,6 +18,7 @@ use super::on_demand::OnDemandClusters;
 use super::rate_limit::RateLimit;
 use super::rbac::Rules;
 use super::set_metadata::SetMetadata;
+use super::tap::TapFilter;
 use crate::clock;
 use crate::config::convert;
 use crate::config::extension::{Extensions, Place};
@@ -64,6 +65,8 @@ pub enum Kind {
     ExtProc(Arc<ExtProc>),
     /// Compression.
     Compressor(Arc<Compressor>),
+    /// Requests that somebody looks at.
+    Tap(Box<TapFilter>),
     /// Waiting for virtual hosts and, where it says so, for clusters.
     OnDemand(Option<OnDemandClusters>),
     /// Whatever its resource says (ECDS).
@@ -232,6 +235,11 @@ pub(crate) fn compile(
         ("envoy.extensions.filters.http.compressor.v3.Compressor", _) => {
             Kind::Compressor(Arc::new(Compressor::compile(&unpack(config, type_name)?)?))
         }
+        ("envoy.extensions.filters.http.tap.v3.Tap", _) => Kind::Tap(Box::new(TapFilter::compile(
+            &unpack(config, type_name)?,
+            stat_prefix,
+            context,
+        )?)),
         _ => {
             let of_type = if known.is_empty() {
                 String::new()

@@ -12,6 +12,7 @@ use serin_xds::pb::envoy::extensions::filters::http::ext_proc::v3 as filter;
 use serin_xds::pb::envoy::service::ext_proc::v3 as service;
 use serin_xds::pb::google::protobuf as google;
 
+use super::cel::{Attribute, Value};
 use super::ext_authz::{Field, field, matchers};
 use super::metadata::Metadata;
 use super::mutation_rules::MutationRules;
@@ -26,6 +27,54 @@ use crate::error::{Refusal, Within};
 pub const PATH: &str = "/envoy.service.ext_proc.v3.ExternalProcessor/Process";
 /// Envoy's limit for each message.
 const DEFAULT_TIMEOUT: Duration = Duration::from_millis(200);
+
+/// Envoy's time for which a stream that observes stays open after its request.
+const DEFAULT_CLOSE: Duration = Duration::from_secs(5);
+/// Under this name attributes are sent.
+const NAME: &str = "envoy.filters.http.ext_proc";
+
+/// A mode without its request's head, which has been sent when a mode is overridden.
+fn of_response(mode: filter::ProcessingMode) -> filter::ProcessingMode {
+    filter::ProcessingMode {
+        request_header_mode: 0,
+        ..mode
+    }
+}
+
+/// Attributes by name, of those that are known in time.
+fn attributes(
+    names: &[String],
+    known: impl Fn(Attribute, bool) -> bool,
+) -> Result<Box<[(Box<str>, Attribute)]>, Refusal> {
+    names
+        .iter()
+        .map(|name| match Attribute::find(name) {
+            Some((attribute, at_end)) if known(attribute, at_end) => Ok((name.as_str().into(), attribute)),
+            _ => Err(Refusal::new("", format!("{name} is not known here"))),
+        })
+        .collect()
+}
+
+/// The values of attributes that are there.
+pub fn told<'a>(
+    wanted: &[(Box<str>, Attribute)],
+    mut value: impl FnMut(Attribute) -> Option<Value<'a>>,
+) -> google::Struct {
+    use google::value::Kind;
+    let fields = wanted.iter().filter_map(|(name, attribute)| {
+        let kind = match value(*attribute)? {
+            Value::Text(text) => Kind::StringValue(text.into_owned()),
+            Value::Int(number) => Kind::NumberValue(number as f64),
+            Value::Uint(number) => Kind::NumberValue(number as f64),
+            Value::Bool(value) => Kind::BoolValue(value),
+            _ => return None,
+        };
+        Some((name.to_string(), google::Value { kind: Some(kind) }))
+    });
+    google::Struct {
+        fields: fields.collect(),
+    }
+}
 
 /// Which heads are sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +112,16 @@ pub struct ExtProc {
     route: RouteCache,
     sent_namespaces: Box<[Box<str>]>,
     taken_namespaces: Box<[Box<str>]>,
+    /// The service may say what it wants to see of the response; if not empty, only one of these.
+    mode_override: Option<Box<[filter::ProcessingMode]>>,
+    /// Nobody waits for answers, and none changes anything; streams end that long after their request.
+    pub observing: Option<Duration>,
+    /// Streams that are open only because they observe.
+    pub observed: std::sync::atomic::AtomicUsize,
+    /// What is told of requests beside their heads.
+    pub request_attributes: Box<[(Box<str>, Attribute)]>,
+    /// What is told of responses beside their heads.
+    pub response_attributes: Box<[(Box<str>, Attribute)]>,
     /// What happened.
     pub counters: Counters,
 }
@@ -193,6 +252,8 @@ pub struct Changes {
     pub metadata: Vec<(Box<str>, google::Struct)>,
     /// The route is searched again.
     pub reroute: bool,
+    /// What the service wants to see from now on, where it may say so.
+    pub mode: Option<Mode>,
 }
 
 /// An answer of the service to the client.
@@ -248,8 +309,6 @@ impl ExtProc {
         let received = options.and_then(|options| options.receiving_namespaces.as_ref());
         let unsupported = [
             ("http_service", from.http_service.is_some()),
-            ("request_attributes", !from.request_attributes.is_empty()),
-            ("response_attributes", !from.response_attributes.is_empty()),
             (
                 "max_message_timeout",
                 convert::timeout(from.max_message_timeout.as_ref())
@@ -257,9 +316,10 @@ impl ExtProc {
                     .is_some(),
             ),
             ("filter_metadata", from.filter_metadata.is_some()),
-            ("allow_mode_override", from.allow_mode_override),
-            ("observability_mode", from.observability_mode),
-            ("deferred_close_timeout", from.deferred_close_timeout.is_some()),
+            (
+                "deferred_close_timeout",
+                from.deferred_close_timeout.is_some() && !from.observability_mode,
+            ),
             (
                 "send_body_without_waiting_for_header_response",
                 from.send_body_without_waiting_for_header_response,
@@ -306,6 +366,8 @@ impl ExtProc {
             })
         };
         let target = GrpcTarget::compile(from.grpc_service.as_ref(), context).within("grpc_service")?;
+        let closing =
+            convert::timeout(from.deferred_close_timeout.as_ref()).within("deferred_close_timeout")?;
         let (workers, registry) = context.counters();
         let labels = [
             ("envoy_http_conn_manager_prefix", prefix),
@@ -347,6 +409,24 @@ impl ExtProc {
             route,
             sent_namespaces: names(forwarded),
             taken_namespaces: names(received),
+            mode_override: from.allow_mode_override.then(|| {
+                let modes = from.allowed_override_modes.iter();
+                modes.map(|mode| of_response(*mode)).collect()
+            }),
+            observing: from.observability_mode.then(|| closing.unwrap_or(DEFAULT_CLOSE)),
+            observed: std::sync::atomic::AtomicUsize::new(0),
+            request_attributes: attributes(&from.request_attributes, |_, at_end| !at_end)
+                .within("request_attributes")?,
+            response_attributes: attributes(&from.response_attributes, |attribute, _| {
+                matches!(
+                    attribute,
+                    Attribute::ResponseCode
+                        | Attribute::ClusterName
+                        | Attribute::RouteName
+                        | Attribute::UpstreamAddress
+                )
+            })
+            .within("response_attributes")?,
             counters: Counters {
                 streams_started: counter("envoy_http_ext_proc_streams_started"),
                 streams_failed: counter("envoy_http_ext_proc_streams_failed"),
@@ -377,6 +457,7 @@ impl ExtProc {
         headers: &HeaderMap,
         ends: bool,
         metadata: &Metadata,
+        attributes: google::Struct,
     ) -> service::ProcessingRequest {
         use service::processing_request::Request;
         let passes = |name: &str| {
@@ -409,7 +490,14 @@ impl ExtProc {
             .iter()
             .filter_map(|name| Some((name.to_string(), metadata.get(name)?.clone())))
             .collect();
+        let attributes = if attributes.fields.is_empty() {
+            Default::default()
+        } else {
+            [(NAME.to_owned(), attributes)].into()
+        };
         service::ProcessingRequest {
+            attributes,
+            observability_mode: self.observing.is_some(),
             metadata_context: (!filter_metadata.is_empty()).then(|| core::Metadata {
                 filter_metadata,
                 ..Default::default()
@@ -431,6 +519,7 @@ impl ExtProc {
     ) -> Result<Answer, Wrong> {
         use service::processing_response::Response;
         let metadata = self.metadata(from.dynamic_metadata);
+        let from_mode = from.mode_override;
         let answer = match (about, from.response) {
             (About::Request, Some(Response::RequestHeaders(answer)))
             | (About::Response, Some(Response::ResponseHeaders(answer))) => {
@@ -451,6 +540,11 @@ impl ExtProc {
         }
         let mut changes = self.changes(answer.header_mutation.as_ref(), about, worker)?;
         changes.metadata = metadata;
+        if about == About::Request
+            && let Some(mode) = &from_mode
+        {
+            changes.mode = self.overridden(mode)?;
+        }
         changes.reroute = about == About::Request
             && match self.route {
                 RouteCache::AsAsked => answer.clear_route_cache,
@@ -458,6 +552,19 @@ impl ExtProc {
                 RouteCache::Retain => false,
             };
         Ok(Answer::Continue(changes))
+    }
+
+    /// What a service may want to see from now on; nothing where it may not say so.
+    fn overridden(&self, mode: &filter::ProcessingMode) -> Result<Option<Mode>, Wrong> {
+        let Some(allowed) = &self.mode_override else {
+            return Ok(None);
+        };
+        if !allowed.is_empty() && !allowed.contains(&of_response(*mode)) {
+            return Ok(None);
+        }
+        Mode::compile(Some(mode))
+            .map(Some)
+            .map_err(|_| Wrong::Unsupported)
     }
 
     fn metadata(&self, from: Option<google::Struct>) -> Vec<(Box<str>, google::Struct)> {

@@ -49,4 +49,5 @@ pub mod rbac;
 pub mod service;
 pub mod set_metadata;
 pub mod stats;
+pub mod tap;
 pub mod uri_template;

@@ -2,10 +2,12 @@
 //! name in a registry, so that a filter that is configured anew goes on counting.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use crate::metrics::collect::{Family, Labels, Value};
+use crate::metrics::series::{Histogram, HistogramValue};
 
 /// Counters that the registry holds at most; later ones count for nobody but are harmless.
 const MAX_COUNTERS: usize = 10_000;
@@ -48,14 +50,58 @@ impl Counter {
     }
 }
 
+/// A distribution with a histogram per worker, each made with its first value.
+#[derive(Debug)]
+pub struct Distribution {
+    cells: Box<[OnceLock<Box<Histogram>>]>,
+}
+
+impl Distribution {
+    fn new(workers: usize) -> Arc<Self> {
+        Arc::new(Self {
+            cells: (0..workers.max(1)).map(|_| OnceLock::new()).collect(),
+        })
+    }
+
+    /// Counts how long something took, in milliseconds, by a worker.
+    pub fn observe(&self, worker: usize, took: Duration) {
+        if let Some(cell) = self.cells.get(worker) {
+            cell.get_or_init(Box::default)
+                .observe_thousandths(took.as_micros() as u64);
+        }
+    }
+
+    fn get(&self) -> HistogramValue {
+        let mut out = HistogramValue::default();
+        for histogram in self.cells.iter().filter_map(OnceLock::get) {
+            histogram.read(&mut out);
+        }
+        out
+    }
+}
+
 /// Names of the counters of a kind of place.
 #[derive(Debug)]
 pub struct Area {
     label: &'static str,
     opened: &'static str,
     closed: &'static str,
-    requests: Option<&'static str>,
-    classes: Option<&'static str>,
+    active: &'static str,
+    length: &'static str,
+    requests: Option<RequestNames>,
+}
+
+/// Of a place that has requests.
+#[derive(Debug)]
+struct RequestNames {
+    total: &'static str,
+    completed: &'static str,
+    active: &'static str,
+    classes: &'static str,
+    time: &'static str,
+    http1: &'static str,
+    http2: &'static str,
+    tls: &'static str,
 }
 
 /// Connection managers.
@@ -63,16 +109,27 @@ pub static HTTP: Area = Area {
     label: "envoy_http_conn_manager_prefix",
     opened: "envoy_http_downstream_cx_total",
     closed: "envoy_http_downstream_cx_destroy",
-    requests: Some("envoy_http_downstream_rq_total"),
-    classes: Some("envoy_http_downstream_rq_xx"),
+    active: "envoy_http_downstream_cx_active",
+    length: "envoy_http_downstream_cx_length_ms",
+    requests: Some(RequestNames {
+        total: "envoy_http_downstream_rq_total",
+        completed: "envoy_http_downstream_rq_completed",
+        active: "envoy_http_downstream_rq_active",
+        classes: "envoy_http_downstream_rq_xx",
+        time: "envoy_http_downstream_rq_time",
+        http1: "envoy_http_downstream_cx_http1_total",
+        http2: "envoy_http_downstream_cx_http2_total",
+        tls: "envoy_http_downstream_cx_ssl_total",
+    }),
 };
 /// Listeners.
 pub static LISTENER: Area = Area {
     label: "envoy_listener_address",
     opened: "envoy_listener_downstream_cx_total",
     closed: "envoy_listener_downstream_cx_destroy",
+    active: "envoy_listener_downstream_cx_active",
+    length: "envoy_listener_downstream_cx_length_ms",
     requests: None,
-    classes: None,
 };
 
 /// Counters of a place.
@@ -80,8 +137,19 @@ pub static LISTENER: Area = Area {
 pub struct Traffic {
     opened: Arc<Counter>,
     closed: Arc<Counter>,
-    requests: Option<Arc<Counter>>,
-    classes: Option<[Arc<Counter>; 5]>,
+    length: Arc<Distribution>,
+    requests: Option<Requests>,
+}
+
+#[derive(Debug)]
+struct Requests {
+    total: Arc<Counter>,
+    completed: Arc<Counter>,
+    classes: [Arc<Counter>; 5],
+    time: Arc<Distribution>,
+    http1: Arc<Counter>,
+    http2: Arc<Counter>,
+    tls: Arc<Counter>,
 }
 
 impl Traffic {
@@ -90,22 +158,37 @@ impl Traffic {
         self.opened.add(worker);
         OpenCount {
             closed: self.closed.clone(),
+            length: self.length.clone(),
+            since: Instant::now(),
             worker,
         }
     }
 
-    /// Counts a request that has ended.
-    pub fn request(&self, code: u16, worker: usize) {
+    /// Counts what a connection speaks.
+    pub fn speaks(&self, http2: bool, tls: bool, worker: usize) {
         if let Some(requests) = &self.requests {
-            requests.add(worker);
+            let version = if http2 { &requests.http2 } else { &requests.http1 };
+            version.add(worker);
+            if tls {
+                requests.tls.add(worker);
+            }
         }
+    }
+
+    /// Counts a request that begins.
+    pub fn request_began(&self, worker: usize) {
+        if let Some(requests) = &self.requests {
+            requests.total.add(worker);
+        }
+    }
+
+    /// Counts a request that has ended.
+    pub fn request(&self, code: u16, took: Duration, worker: usize) {
+        let Some(requests) = &self.requests else { return };
+        requests.completed.add(worker);
+        requests.time.observe(worker, took);
         let class = usize::from(code / 100).checked_sub(1);
-        if let Some(counter) = self
-            .classes
-            .as_ref()
-            .zip(class)
-            .and_then(|(all, class)| all.get(class))
-        {
+        if let Some(counter) = class.and_then(|class| requests.classes.get(class)) {
             counter.add(worker);
         }
     }
@@ -115,12 +198,15 @@ impl Traffic {
 #[derive(Debug)]
 pub struct OpenCount {
     closed: Arc<Counter>,
+    length: Arc<Distribution>,
+    since: Instant,
     worker: usize,
 }
 
 impl Drop for OpenCount {
     fn drop(&mut self) {
         self.closed.add(self.worker);
+        self.length.observe(self.worker, self.since.elapsed());
     }
 }
 
@@ -128,8 +214,11 @@ impl Drop for OpenCount {
 #[derive(Debug, Default)]
 pub struct Registry {
     counters: BTreeMap<(&'static str, Labels), Arc<Counter>>,
+    distributions: BTreeMap<(&'static str, Labels), Arc<Distribution>>,
     /// Calls by gRPC method.
     pub grpc: super::grpc_stats::Table,
+    /// Where requests can be looked at.
+    pub spots: super::tap::Spots,
 }
 
 impl Registry {
@@ -158,24 +247,54 @@ impl Registry {
     /// The counters of connections and requests of one place: a connection manager's prefix, a listener's address.
     pub fn traffic(&mut self, workers: usize, area: &'static Area, value: &str) -> Traffic {
         let label = (area.label, value);
-        let mut counter = |name| self.counter(workers, name, &[label]);
-        let (opened, closed) = (counter(area.opened), counter(area.closed));
-        let requests = area.requests.map(&mut counter);
-        let classes = area.classes.map(|name| {
-            ["1", "2", "3", "4", "5"]
-                .map(|class| self.counter(workers, name, &[("envoy_response_code_class", class), label]))
+        let requests = area.requests.as_ref().map(|names| Requests {
+            total: self.counter(workers, names.total, &[label]),
+            completed: self.counter(workers, names.completed, &[label]),
+            classes: ["1", "2", "3", "4", "5"].map(|class| {
+                self.counter(
+                    workers,
+                    names.classes,
+                    &[("envoy_response_code_class", class), label],
+                )
+            }),
+            time: self.distribution(workers, names.time, &[label]),
+            http1: self.counter(workers, names.http1, &[label]),
+            http2: self.counter(workers, names.http2, &[label]),
+            tls: self.counter(workers, names.tls, &[label]),
         });
         Traffic {
-            opened,
-            closed,
+            opened: self.counter(workers, area.opened, &[label]),
+            closed: self.counter(workers, area.closed, &[label]),
+            length: self.distribution(workers, area.length, &[label]),
             requests,
-            classes,
         }
+    }
+
+    /// The distribution of that name and these labels, made if nobody asked for it before.
+    pub fn distribution(
+        &mut self,
+        workers: usize,
+        name: &'static str,
+        labels: &[(&'static str, &str)],
+    ) -> Arc<Distribution> {
+        let labels = labels.iter().map(|(key, value)| (*key, (*value).to_owned()));
+        let key = (name, labels.collect());
+        if let Some(found) = self.distributions.get(&key) {
+            return found.clone();
+        }
+        let made = Distribution::new(workers);
+        if self.distributions.len() < MAX_COUNTERS {
+            self.distributions.insert(key, made.clone());
+        }
+        made
     }
 
     /// Forgets counters that no filter uses any more.
     pub fn sweep(&mut self) {
         self.counters.retain(|_, counter| Arc::strong_count(counter) > 1);
+        self.distributions
+            .retain(|_, distribution| Arc::strong_count(distribution) > 1);
+        self.spots.sweep();
     }
 
     /// What was counted.
@@ -193,36 +312,63 @@ impl Registry {
             }
         }
         for area in [&HTTP, &LISTENER] {
-            families.extend(active(&families, area));
+            families.extend(active(&families, area.active, area.opened, area.closed));
+            if let Some(names) = &area.requests {
+                families.extend(active(&families, names.active, names.total, names.completed));
+            }
+        }
+        for ((name, labels), distribution) in &self.distributions {
+            let metric = (labels.clone(), Value::Histogram(Box::new(distribution.get())));
+            match families.last_mut() {
+                Some(family) if family.name == *name => family.metrics.push(metric),
+                _ => families.push(Family {
+                    name,
+                    help: "Milliseconds.",
+                    metrics: vec![metric],
+                }),
+            }
         }
         families.extend(self.grpc.collect());
+        families.push(Family {
+            name: "serin_proxy_tap_dropped_total",
+            help: "Traces that a slow reader of POST /tap has lost.",
+            metrics: self
+                .spots
+                .dropped()
+                .into_iter()
+                .filter(|(_, count)| *count > 0)
+                .map(|(id, count)| (vec![("config_id", id)], Value::Counter(count as f64)))
+                .collect(),
+        });
+        families.retain(|family| !family.metrics.is_empty());
         families
     }
 }
 
-/// Open connections: those that were opened less those that were closed.
-fn active(families: &[Family], area: &Area) -> Option<Family> {
+/// What is going on: what has begun less what has ended.
+fn active(families: &[Family], name: &'static str, began: &str, ended: &str) -> Option<Family> {
     let find = |name: &str| families.iter().find(|family| family.name == name);
-    let (opened, closed) = (find(area.opened)?, find(area.closed)?);
+    let (began, ended) = (find(began)?, find(ended)?);
     let number = |value: &Value| match value {
         Value::Counter(value) => *value,
         _ => 0.0,
     };
-    let metrics = opened
+    // Both are in the order of their labels, and usually have the same ones.
+    let mut ended = ended.metrics.iter().peekable();
+    let metrics = began
         .metrics
         .iter()
         .map(|(labels, value)| {
-            let closed = closed.metrics.iter().find(|(own, _)| own == labels);
-            let open = number(value) - closed.map_or(0.0, |(_, value)| number(value));
-            (labels.clone(), Value::Gauge(open))
+            while ended.next_if(|(own, _)| own < labels).is_some() {}
+            let over = ended.next_if(|(own, _)| own == labels);
+            let over = over.map_or(0.0, |(_, value)| number(value));
+            // Workers are read one after the other, and go on meanwhile.
+            (labels.clone(), Value::Gauge((number(value) - over).max(0.0)))
         })
         .collect();
     Some(Family {
-        name: match area.label {
-            "envoy_listener_address" => "envoy_listener_downstream_cx_active",
-            _ => "envoy_http_downstream_cx_active",
-        },
-        help: "Connections open.",
+        name,
+        help: "Open now.",
         metrics,
     })
 }

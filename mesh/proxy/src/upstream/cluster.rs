@@ -1,6 +1,6 @@
 //! A cluster as one worker sees it: its hosts with their connections, and the balancer over them.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -19,6 +19,8 @@ use crate::config::cluster::{Cluster, Discovery, LbPolicy};
 use crate::config::convert::Address;
 use crate::config::endpoint::{Endpoint, EndpointSet};
 use crate::config::slot::{ClusterSlot, Home};
+use crate::metrics::clusters::ClusterCells;
+use crate::metrics::series::Recorder;
 use crate::random;
 
 /// Destinations that one worker keeps connections to for an ORIGINAL_DST cluster.
@@ -125,9 +127,16 @@ pub struct WorkerCluster {
     /// For which version of the local cluster; none before the first request.
     routing: RefCell<(Option<(u64, u64)>, ZoneRouting)>,
     dynamic: RefCell<HashMap<SocketAddr, Rc<Host>, foldhash::fast::RandomState>>,
+    /// What is counted of it, once something is.
+    cells: OnceCell<Arc<ClusterCells>>,
 }
 
 impl WorkerCluster {
+    /// Where the worker counts what happens to it.
+    pub fn cells(&self, recorder: &Recorder) -> &Arc<ClusterCells> {
+        self.cells.get_or_init(|| recorder.cluster(&self.slot))
+    }
+
     /// The slot's present content, taking over the hosts of `previous`; `None` when the cluster does not exist.
     pub fn new(slot: &Arc<ClusterSlot>, previous: Option<&Self>, home: Option<&Arc<Home>>) -> Option<Self> {
         // Read first: a change after this makes the version differ and brings us back.
@@ -207,6 +216,7 @@ impl WorkerCluster {
             home,
             routing: RefCell::new((None, ZoneRouting::Off)),
             dynamic,
+            cells: OnceCell::new(),
         })
     }
 

@@ -17,7 +17,7 @@ use tokio_rustls::client::TlsStream;
 
 use super::proxy_header;
 use crate::config::alpn::Alpn;
-use crate::config::cluster::Cluster;
+use crate::config::cluster::{Cluster, Priority};
 use crate::config::convert::Address;
 use crate::config::endpoint::Endpoint;
 use crate::intercept::{MARK_IN, MARK_OUT};
@@ -57,6 +57,8 @@ pub struct ConnectOptions {
     pub between: Option<(SocketAddr, SocketAddr)>,
     /// What TLS offers instead of what the context says.
     pub alpn: Option<Alpn>,
+    /// Whose circuit breaker it counts for.
+    pub priority: Priority,
 }
 
 impl ConnectOptions {
@@ -73,6 +75,8 @@ pub struct Connected {
     pub stream: Stream,
     /// What TLS was negotiated to.
     pub tls: Option<Arc<ConnectionTls>>,
+    /// Our own end.
+    pub local: Option<SocketAddr>,
 }
 
 /// Connects to `endpoint` as the cluster says, PROXY protocol and TLS included. The caller bounds the time.
@@ -92,10 +96,15 @@ pub async fn connect(
         let header = proxy_header::write(version, options.between);
         socket.write_all(&header).await?;
     }
+    let local = match &socket {
+        Socket::Tcp(socket) => socket.local_addr().ok(),
+        Socket::Unix(_) => None,
+    };
     let Some(tls) = &dress.tls else {
         return Ok(Connected {
             stream: Stream::Plain(socket),
             tls: None,
+            local,
         });
     };
     let hostname = (tls.auto_host_sni && !endpoint.hostname.is_empty()).then_some(&*endpoint.hostname);
@@ -110,6 +119,7 @@ pub async fn connect(
     Ok(Connected {
         stream: Stream::Tls(Box::new(stream)),
         tls: Some(Arc::new(facts)),
+        local,
     })
 }
 

@@ -6,6 +6,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,10 +16,12 @@ use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::Notify;
 
-use super::connect::{self, ConnectOptions, Connected, Speaking};
-use crate::config::cluster::Cluster;
+use super::connect::{self, ConnectOptions, Connected, Speaking, Stream};
+use super::metered::Metered;
+use crate::config::cluster::{Cluster, Priority};
 use crate::config::endpoint::Endpoint;
 use crate::config::slot::ClusterSlot;
+use crate::metrics::clusters::Connection;
 use crate::tls::info::ConnectionTls;
 use crate::worker::body::UpstreamBody;
 use crate::worker::{LocalExecutor, Worker};
@@ -70,14 +73,26 @@ fn too_old(cluster: &Cluster, born: Instant) -> bool {
 
 /// Counts a connection for as long as it lives.
 #[derive(Debug)]
-struct Counted(Option<Arc<ClusterSlot>>);
+struct Counted {
+    /// Where there is a limit.
+    slot: Option<(Arc<ClusterSlot>, Priority)>,
+    connection: Connection,
+}
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        if let Some(slot) = &self.0 {
-            slot.usage.connections.fetch_sub(1, Ordering::Relaxed);
+        if let Some((slot, priority)) = &self.slot {
+            slot.usage
+                .of(*priority)
+                .connections
+                .fetch_sub(1, Ordering::Relaxed);
         }
     }
+}
+
+/// The connection for hyper.
+fn metered(stream: Stream, counted: &Counted) -> TokioIo<Metered> {
+    TokioIo::new(Metered::new(stream, counted.connection.cells().clone()))
 }
 
 #[derive(Debug)]
@@ -87,6 +102,7 @@ struct Idle {
     born: Instant,
     served: u32,
     tls: Option<Arc<ConnectionTls>>,
+    local: Option<SocketAddr>,
 }
 
 #[derive(Debug)]
@@ -99,6 +115,7 @@ struct Shared2 {
     born: Instant,
     idle_since: Cell<Instant>,
     tls: Option<Arc<ConnectionTls>>,
+    local: Option<SocketAddr>,
 }
 
 /// Connections of one worker to one endpoint.
@@ -130,6 +147,8 @@ pub enum Lease {
         born: Instant,
         /// What TLS was negotiated to.
         tls: Option<Arc<ConnectionTls>>,
+        /// Our own end.
+        local: Option<SocketAddr>,
         /// Where it goes back to.
         pool: Rc<Pool>,
     },
@@ -179,6 +198,14 @@ impl Lease {
         }
     }
 
+    /// Our own end of the connection.
+    pub fn local(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Http1 { local, .. } => *local,
+            Self::Http2(stream) => stream.0.local,
+        }
+    }
+
     /// The exchange is over and the connection may be used again.
     pub fn release(self, max_requests: u32) {
         if let Self::Http1 {
@@ -186,6 +213,7 @@ impl Lease {
             served,
             born,
             tls,
+            local,
             pool,
         } = self
         {
@@ -200,6 +228,7 @@ impl Lease {
                         born,
                         served,
                         tls,
+                        local,
                     });
                 }
             }
@@ -253,6 +282,7 @@ impl Pool {
                     served: taken.served,
                     born: taken.born,
                     tls: taken.tls,
+                    local: taken.local,
                     pool: self.clone(),
                 });
             }
@@ -322,15 +352,20 @@ impl Pool {
         speaking: Speaking,
         options: &ConnectOptions,
     ) -> Result<(Connected, Counted), ConnectError> {
-        let limit = cluster.limits.connections;
-        let counted = if limit == u32::MAX {
-            Counted(None)
-        } else {
-            if slot.usage.connections.fetch_add(1, Ordering::Relaxed) >= limit {
-                slot.usage.connections.fetch_sub(1, Ordering::Relaxed);
+        let limit = cluster.limits.of(options.priority).connections;
+        let cells = worker.recorder.cluster(slot);
+        let limited = limit != u32::MAX;
+        if limited {
+            let open = &slot.usage.of(options.priority).connections;
+            if open.fetch_add(1, Ordering::Relaxed) >= limit {
+                open.fetch_sub(1, Ordering::Relaxed);
+                cells.connection_overflow.add(1);
                 return Err(ConnectError::Overflow);
             }
-            Counted(Some(slot.clone()))
+        }
+        let mut counted = Counted {
+            slot: limited.then(|| (slot.clone(), options.priority)),
+            connection: cells.connecting(),
         };
         let work = connect::connect(cluster, endpoint, speaking, options);
         let result = match tokio::time::timeout(cluster.connect_timeout, work).await {
@@ -341,9 +376,11 @@ impl Pool {
         match result {
             Ok(connected) => {
                 worker.recorder.counters().upstream_connections.add(1);
+                counted.connection.made();
                 Ok((connected, counted))
             }
             Err(error) => {
+                counted.connection.failed(matches!(error, ConnectError::Timeout));
                 worker.recorder.counters().upstream_connect_failures.add(1);
                 Err(error)
             }
@@ -387,6 +424,7 @@ impl Pool {
                     chosen
                 }
             };
+            counted.connection.speaks(http2);
             if http2 {
                 self.handshake2(worker, connected, counted).await
             } else {
@@ -411,7 +449,7 @@ impl Pool {
     ) -> Result<Lease, ConnectError> {
         let (sender, connection) = http1::Builder::new()
             .max_buf_size(64 * 1024)
-            .handshake::<_, UpstreamBody>(TokioIo::new(connected.stream))
+            .handshake::<_, UpstreamBody>(metered(connected.stream, &counted))
             .await?;
         worker.tasks.spawn_local(async move {
             // An error also reaches the request, which reports it.
@@ -423,6 +461,7 @@ impl Pool {
             served: 0,
             born: Instant::now(),
             tls: connected.tls,
+            local: connected.local,
             pool: self.clone(),
         })
     }
@@ -439,7 +478,7 @@ impl Pool {
             .initial_connection_window_size(1024 * 1024)
             .keep_alive_interval(Duration::from_secs(60))
             .keep_alive_timeout(Duration::from_secs(20))
-            .handshake::<_, UpstreamBody>(TokioIo::new(connected.stream))
+            .handshake::<_, UpstreamBody>(metered(connected.stream, &counted))
             .await?;
         let streams = Rc::new(Cell::new(connection.current_max_send_streams()));
         let noted = streams.clone();
@@ -461,6 +500,7 @@ impl Pool {
             born: Instant::now(),
             idle_since: Cell::new(Instant::now()),
             tls: connected.tls,
+            local: connected.local,
         });
         self.shared.borrow_mut().push(shared.clone());
         Ok(Lease::Http2(Stream2(shared)))

@@ -14,13 +14,15 @@ use tokio::time::Instant;
 use super::body::{RequestSource, UpstreamBody};
 use super::exchange::{Exchange, GRPC_STATUS};
 use super::failure::{Failure, final_reply, full_text, refused_by_peer};
+use super::interim;
 use super::local::LocalReply;
 use super::request::{Routed, X_UNPROCESSED, view};
 use super::tunnel::Tunnel;
 use super::upstream::Plan;
+use crate::config::cluster::Priority;
 use crate::config::listener::Direction;
 use crate::config::retry::{Outcome, RetryPolicy};
-use crate::config::slot::{ClusterSlot, Usage};
+use crate::config::slot::{ClusterSlot, Level};
 use crate::hygiene::fields::Present;
 use crate::metrics::flags::Flags;
 use crate::random;
@@ -40,25 +42,31 @@ const MAX_UNSENT: u32 = 5;
 const MAX_REFUSED: u32 = 3;
 
 /// Counts something shared against a limit; nothing is written when there is no limit.
-pub(super) struct Permit(Option<(Arc<ClusterSlot>, fn(&Usage) -> &AtomicU32)>);
+pub(super) struct Permit(Option<(Arc<ClusterSlot>, Priority, fn(&Level) -> &AtomicU32)>);
 
 impl Permit {
-    pub(super) fn take(slot: &Arc<ClusterSlot>, which: fn(&Usage) -> &AtomicU32, limit: u32) -> Option<Self> {
+    pub(super) fn take(
+        slot: &Arc<ClusterSlot>,
+        priority: Priority,
+        which: fn(&Level) -> &AtomicU32,
+        limit: u32,
+    ) -> Option<Self> {
         if limit == u32::MAX {
             return Some(Self(None));
         }
-        if which(&slot.usage).fetch_add(1, Ordering::Relaxed) >= limit {
-            which(&slot.usage).fetch_sub(1, Ordering::Relaxed);
+        let used = which(slot.usage.of(priority));
+        if used.fetch_add(1, Ordering::Relaxed) >= limit {
+            used.fetch_sub(1, Ordering::Relaxed);
             return None;
         }
-        Some(Self(Some((slot.clone(), which))))
+        Some(Self(Some((slot.clone(), priority, which))))
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        if let Some((slot, which)) = &self.0 {
-            which(&slot.usage).fetch_sub(1, Ordering::Relaxed);
+        if let Some((slot, priority, which)) = &self.0 {
+            which(slot.usage.of(*priority)).fetch_sub(1, Ordering::Relaxed);
         }
     }
 }
@@ -288,6 +296,9 @@ pub(super) fn judge<'r>(
                     note_ejection(plan, ejected);
                 }
             }
+            if matches!(failure, Failure::PerTryTimeout) {
+                plan.cells().per_try_timeouts.add(1);
+            }
             match failure {
                 Failure::Connect(ConnectError::Overflow) | Failure::Client | Failure::Timeout => None,
                 Failure::Connect(_) => Some(Outcome::ConnectFailure),
@@ -348,10 +359,14 @@ fn status_for_outliers<B>(response: &Response<B>) -> u16 {
 }
 
 pub(super) fn take_retry_permit(plan: &Plan<'_>) -> Option<Permit> {
-    let limits = plan.cluster.config.limits;
-    let slot = &plan.cluster.slot;
-    let limit = limits.retry_limit(slot.usage.requests.load(Ordering::Relaxed));
-    Permit::take(slot, |usage| &usage.retries, limit)
+    let (slot, priority) = (&plan.cluster.slot, plan.forward.priority);
+    let active = slot.usage.of(priority).requests.load(Ordering::Relaxed);
+    let limit = plan.cluster.config.limits.of(priority).retry_limit(active);
+    let permit = Permit::take(slot, priority, |level| &level.retries, limit);
+    if permit.is_none() {
+        plan.cells().retry_overflow.add(1);
+    }
+    permit
 }
 
 fn is_idempotent(method: &Method) -> bool {
@@ -375,12 +390,18 @@ pub(super) async fn attempt(
     let mut lease = match pool.reuse(plan.speaking, &cluster.config) {
         Some(lease) => lease,
         None => {
+            let priority = plan.forward.priority;
             let pending = Permit::take(
                 &cluster.slot,
-                |usage| &usage.pending,
-                cluster.config.limits.pending,
-            )
-            .ok_or(Failure::Connect(ConnectError::Overflow))?;
+                priority,
+                |level| &level.pending,
+                cluster.config.limits.of(priority).pending,
+            );
+            let Some(pending) = pending else {
+                plan.cells().pending_overflow.add(1);
+                return Err(Failure::Connect(ConnectError::Overflow));
+            };
+            plan.cells().pending.add(1);
             let acquire = pool.acquire(
                 worker,
                 &cluster.slot,
@@ -398,12 +419,23 @@ pub(super) async fn attempt(
         }
     };
     *try_of.tls.borrow_mut() = lease.tls().cloned();
-    let request = build(plan, &mut parts.borrow_mut(), try_of, host, &lease);
+    let mut request = build(plan, &mut parts.borrow_mut(), try_of, host, &lease);
+    let passes = try_of.tunnel.is_none() && interim::pass(plan, parts.borrow().version, &lease);
+    if plan.conn.manager.interim_answers {
+        interim::prepare(plan, &mut request, source, passes);
+    }
     let reused = lease.reused();
     let sent = match &mut lease {
         Lease::Http1 { sender, .. } => {
             let response = sender.try_send_request(request);
-            bounded(plan, per_try, response).await?.map_err(|mut error| {
+            let outcome = if passes {
+                // Boxed: every request's future would carry its state.
+                let response = Box::pin(interim::watch(plan.conn, source, response));
+                bounded(plan, per_try, response).await
+            } else {
+                bounded(plan, per_try, response).await
+            };
+            outcome?.map_err(|mut error| {
                 let unsent = error.take_message().is_some();
                 (error.into_error(), unsent)
             })

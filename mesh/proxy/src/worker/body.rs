@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -13,6 +13,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::Sleep;
 
+use super::tap::Capture;
 use crate::policy::compressor::Encoder;
 use crate::policy::grpc_stats::Messages;
 
@@ -28,6 +29,8 @@ pub struct Inbound {
     ended: bool,
     /// gRPC messages, where somebody counts them.
     messages: Option<Box<Messages>>,
+    /// What somebody sees of it.
+    captured: Option<Box<Capture>>,
 }
 
 /// How far a body was read ahead.
@@ -48,6 +51,7 @@ impl Inbound {
             ahead_bytes: 0,
             ended: false,
             messages: None,
+            captured: None,
         }
     }
 
@@ -85,6 +89,11 @@ impl Inbound {
             out.extend_from_slice(&data[..data.len().min(room)]);
         }
         out.freeze()
+    }
+
+    /// Whether nobody has asked for any of it.
+    fn untouched(&self) -> bool {
+        self.ahead.is_empty() && !self.ended
     }
 
     /// Counts the gRPC messages that go on.
@@ -147,6 +156,21 @@ pub struct RequestSource {
     pub last_frame: Option<Instant>,
     idle: Option<Duration>,
     timer: Option<Pin<Box<Sleep>>>,
+    hold: Hold,
+}
+
+/// Whether a body is asked for, where its client waits to be told that it is wanted (`Expect: 100-continue`).
+#[derive(Debug, Default)]
+enum Hold {
+    /// Nobody has said that it is not.
+    #[default]
+    Never,
+    /// Not yet.
+    Held(Option<Waker>),
+    /// It was held, and then asked for.
+    Over,
+    /// It was never asked for, and its exchange has ended.
+    LetGo,
 }
 
 #[derive(Clone, Debug)]
@@ -175,7 +199,39 @@ impl RequestSource {
             last_frame: None,
             idle,
             timer: None,
+            hold: Hold::Never,
         }))
+    }
+
+    /// Holds the body back until [`Self::go_on`]; `false` if it has been asked for already.
+    pub fn hold(&mut self) -> bool {
+        if matches!(self.hold, Hold::Never) && self.received == 0 && self.incoming.untouched() {
+            self.hold = Hold::Held(None);
+        }
+        self.is_held()
+    }
+
+    /// Whether the body is held back.
+    pub fn is_held(&self) -> bool {
+        matches!(self.hold, Hold::Held(_))
+    }
+
+    /// The body is wanted.
+    pub fn go_on(&mut self) {
+        self.end_hold(Hold::Over);
+    }
+
+    /// The exchange is over: who waits for a body that was never asked for gives up.
+    pub fn let_go(&mut self) {
+        self.end_hold(Hold::LetGo);
+    }
+
+    fn end_hold(&mut self, next: Hold) {
+        if self.is_held()
+            && let Hold::Held(Some(waker)) = std::mem::replace(&mut self.hold, next)
+        {
+            waker.wake();
+        }
     }
 
     /// Whether the client has been silent for too long; called when there is nothing to read.
@@ -196,6 +252,16 @@ impl RequestSource {
                 .reset(tokio::time::Instant::now() + idle.saturating_sub(quiet));
         }
         false
+    }
+
+    /// What comes is seen by somebody.
+    pub fn capture(&mut self, capture: Box<Capture>) {
+        self.incoming.captured = Some(capture);
+    }
+
+    /// What somebody has seen.
+    pub fn captured(&self) -> Option<&Capture> {
+        self.incoming.captured.as_deref()
     }
 
     /// gRPC messages so far, where somebody counts them.
@@ -318,6 +384,14 @@ impl Body for UpstreamBody {
                 if source.ended {
                     return Poll::Ready(None);
                 }
+                match &mut source.hold {
+                    Hold::Never | Hold::Over => {}
+                    Hold::Held(waker) => {
+                        *waker = Some(cx.waker().clone());
+                        return Poll::Pending;
+                    }
+                    Hold::LetGo => return Poll::Ready(Some(Err("never asked for".into()))),
+                }
                 let polled = source.incoming.poll_frame(cx);
                 if polled.is_pending() && source.stalled(cx) {
                     source.client_failed = true;
@@ -341,10 +415,16 @@ impl Body for UpstreamBody {
                             if let Some(messages) = &mut source.incoming.messages {
                                 messages.feed(data);
                             }
+                            if let Some(captured) = &mut source.incoming.captured {
+                                captured.data(data);
+                            }
                             let data = data.clone();
                             source.keep(Kept::Data(data), bytes);
                         } else if let Some(trailers) = frame.trailers_ref() {
                             let trailers = trailers.clone();
+                            if let Some(captured) = &mut source.incoming.captured {
+                                captured.trailers(&trailers);
+                            }
                             source.keep(Kept::Trailers(trailers), 0);
                         }
                         if !source.overflowed {

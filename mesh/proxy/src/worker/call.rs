@@ -14,6 +14,7 @@ use super::Worker;
 use super::body::UpstreamBody;
 use crate::config::cluster::UpstreamHttp;
 use crate::config::slot::ClusterSlot;
+use crate::metrics::flags::Flags;
 use crate::policy::service::GrpcTarget;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::{Active, Host, WorkerCluster};
@@ -82,7 +83,17 @@ pub async fn call(
         UpstreamHttp::Http1 | UpstreamHttp::Downstream => Speaking::Http1,
     };
     let work = exchange(worker, &cluster, &host, request, speaking);
-    match tokio::time::timeout_at(Instant::now() + timeout, work).await {
+    let began = Instant::now();
+    let cells = cluster.cells(&worker.recorder);
+    cells.began.add(1);
+    let result = tokio::time::timeout_at(began + timeout, work).await;
+    let (code, flags) = match &result {
+        Ok(Ok(answer)) => (answer.head.status.as_u16(), Flags::default()),
+        Ok(Err(_)) => (0, Flags::default()),
+        Err(_) => (0, Flags::UPSTREAM_TIMEOUT),
+    };
+    cells.count(code, 1, flags, began.elapsed());
+    match result {
         Ok(Ok(answer)) => {
             cluster.record(&host, Event::Status(answer.head.status.as_u16()));
             Ok(answer)

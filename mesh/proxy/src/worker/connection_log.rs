@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::cell::Cell;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -42,6 +43,8 @@ pub(super) struct ConnectionLog {
     pub attempts: u32,
     /// The endpoint.
     pub host: Option<Rc<Host>>,
+    /// Our own end of the connection to it.
+    pub upstream_local: Option<SocketAddr>,
     /// The cluster, also when it does not exist.
     pub cluster: Option<Arc<str>>,
     /// Why there is no upstream.
@@ -71,6 +74,7 @@ impl ConnectionLog {
             sent: Cell::default(),
             attempts: 0,
             host: None,
+            upstream_local: None,
             cluster: None,
             failure: String::new(),
             downstream_failure: None,
@@ -143,6 +147,8 @@ impl ConnectionLog {
             sent: self.sent.get(),
             attempts: self.attempts,
             upstream_host: self.host.as_ref().map(|host| &*host.endpoint.text),
+            upstream_local: self.upstream_local,
+            virtual_cluster: None,
             upstream_cluster: self.cluster.as_deref(),
             upstream_failure: Some(&*self.failure).filter(|text| !text.is_empty()),
             route: None,

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::cell::RefCell;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -18,7 +19,9 @@ use super::filters::{self, PolicyState};
 use super::http::Downstream;
 use super::logging::{self, LogState};
 use super::spans::{self, SpanState};
+use super::tap::{self, TapState};
 use crate::config::listener::Direction;
+use crate::config::virtual_cluster::Counted;
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
 use crate::metrics::series::{HttpLabels, Protocol, Reporter};
@@ -55,6 +58,10 @@ pub struct Exchange {
     pub cluster_name: Option<Arc<str>>,
     /// The endpoint that answered, or was tried last.
     pub host: Option<Rc<Host>>,
+    /// Our own end of the connection to that endpoint.
+    pub upstream_local: Option<SocketAddr>,
+    /// The kind of request that it is counted as.
+    pub virtual_cluster: Option<Arc<Counted>>,
     /// TLS towards that endpoint.
     pub upstream_tls: Option<Arc<ConnectionTls>>,
     /// Name of the route.
@@ -81,6 +88,8 @@ pub struct Exchange {
     pub log: Option<Box<LogState>>,
     /// Its place in a trace.
     pub span: Option<Box<SpanState>>,
+    /// Where somebody looks at it.
+    pub tap: Option<Box<TapState>>,
     finished: bool,
 }
 
@@ -100,6 +109,8 @@ impl Exchange {
             cluster: None,
             cluster_name: None,
             host: None,
+            upstream_local: None,
+            virtual_cluster: None,
             upstream_tls: None,
             route: None,
             source: None,
@@ -113,6 +124,7 @@ impl Exchange {
             policy: None,
             log: None,
             span: None,
+            tap: None,
             finished: false,
         })
     }
@@ -131,11 +143,18 @@ impl Exchange {
         }
         let conn = self.conn.clone();
         let now = Instant::now();
+        if let Some(source) = &self.source {
+            source.borrow_mut().let_go();
+        }
         conn.request_ended(now);
-        conn.manager.traffic.request(self.code, conn.worker.id);
+        let took = now.saturating_duration_since(self.started);
+        conn.manager.traffic.request(self.code, took, conn.worker.id);
         if let Some(cluster) = &self.cluster {
-            let recorder = &conn.worker.recorder;
-            recorder.cluster(&cluster.slot, self.code, self.attempts, self.flags);
+            let cells = cluster.cells(&conn.worker.recorder);
+            cells.count(self.code, self.attempts, self.flags, took);
+        }
+        if let Some(counted) = &self.virtual_cluster {
+            counted.count(self.code, took, conn.worker.id);
         }
         if conn.manager.stats && conn.direction != Direction::Unspecified {
             self.record(&conn, now);
@@ -149,6 +168,9 @@ impl Exchange {
         }
         if self.span.is_some() {
             spans::finish(self);
+        }
+        if self.tap.is_some() {
+            tap::finish(self);
         }
     }
 
@@ -380,9 +402,15 @@ impl Observer for Watch {
         if let Some(data) = frame.data_ref() {
             self.exchange.sent += data.len() as u64;
             filters::saw_data(&mut self.exchange, data);
+            if let Some(tap) = &mut self.exchange.tap {
+                tap.answer().data(data);
+            }
         } else if let Some(trailers) = frame.trailers_ref() {
             self.exchange.note_grpc_status(trailers);
             logging::keep_trailers(&mut self.exchange, trailers);
+            if let Some(tap) = &mut self.exchange.tap {
+                tap.answer().trailers(trailers);
+            }
         }
         if self.limits.idle.is_some() {
             self.limits.last_frame = Some(Instant::now());

@@ -306,6 +306,10 @@ pub(super) async fn decode(
                     .await
                     .map(|again| reroute = again)
             }
+            (Kind::Tap(filter), _) => {
+                super::tap::pass(exchange, filter, parts);
+                Ok(())
+            }
             (Kind::AdaptiveConcurrency(limit), _) => take_place(exchange, limit),
             (Kind::GrpcStats(stats), _) => {
                 if exchange.grpc {

@@ -100,6 +100,7 @@ impl Downstream {
     /// A request begins.
     pub fn request_began(&self) {
         self.requests.set(self.requests.get().saturating_add(1));
+        self.manager.traffic.request_began(self.worker.id);
         self.running.set(self.running.get() + 1);
     }
 
@@ -230,6 +231,7 @@ pub async fn serve<S>(
     let io = StrictIo::with(stream, prefix, scanner, gate.clone());
     let now = Instant::now();
     let _counted = manager.traffic.open(worker.id);
+    manager.traffic.speaks(http2, tls.is_some(), worker.id);
     let conn = Rc::new(Downstream {
         worker,
         manager,

@@ -124,6 +124,10 @@ impl LocalReply {
             .clone()
             .dress(response.headers_mut(), exchange.version);
         logging::keep_response(&mut exchange, response.headers(), false);
+        if let Some(tap) = &mut exchange.tap {
+            tap.response(response.status(), response.headers());
+            tap.answer().data(&body);
+        }
         exchange.finish();
         response.map(|()| ResponseBody::Full((!body.is_empty()).then_some(body)))
     }

@@ -5,17 +5,19 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use http::HeaderMap;
 use http::request::Parts;
+use http::{HeaderMap, Method};
 
 use super::Worker;
 use super::call::grpc_bytes;
 use super::exchange::{Exchange, protocol_text};
 use super::filters;
 use super::request::{X_FORWARDED_FOR, view};
+use super::spans;
 use crate::config::cluster::UpstreamHttp;
+use crate::config::virtual_cluster::Counted;
 use crate::observe::access_log::AccessLogs;
-use crate::observe::batch::Batches;
+use crate::observe::batch::{Batches, Destination};
 use crate::observe::record::{Kept, LogType, Record};
 use crate::random;
 
@@ -136,6 +138,8 @@ pub(super) fn write(exchange: &Exchange) -> bool {
         sent: exchange.sent,
         attempts: exchange.attempts,
         upstream_host: exchange.host.as_ref().map(|host| &*host.endpoint.text),
+        upstream_local: exchange.upstream_local,
+        virtual_cluster: exchange.virtual_cluster.as_deref().and_then(Counted::name),
         upstream_cluster: exchange.cluster_name.as_deref(),
         upstream_failure: exchange.failure.as_deref(),
         route: exchange.route.as_ref().map(|route| &*route.name),
@@ -168,8 +172,18 @@ pub(super) fn flush_later(worker: &Rc<Worker>, batches: &Arc<Batches>) {
             let Some(batch) = batches.take(&own.shared.node) else {
                 return;
             };
-            let timeout = batches.target.timeout.unwrap_or(TIMEOUT);
-            let result = grpc_bytes(&own, &batches.target, batches.path(), &batch.message, timeout).await;
+            let result = match &batches.target {
+                Destination::Grpc(target) => {
+                    let timeout = target.timeout.unwrap_or(TIMEOUT);
+                    grpc_bytes(&own, target, batches.path(), &batch.message, timeout)
+                        .await
+                        .map(drop)
+                }
+                Destination::Http(target, fields) => {
+                    let body = batch.message.clone().into();
+                    spans::post(&own, target, Method::POST, "application/x-protobuf", body, fields).await
+                }
+            };
             if let Err(error) = &result {
                 tracing::debug!(%error, entries = batch.entries, "access log entries were not taken");
             }

@@ -47,6 +47,7 @@ pub(super) fn mirror(
         };
         let mut headers = head.headers.clone();
         headers.remove(header::TRANSFER_ENCODING);
+        headers.remove(header::EXPECT);
         if let Some(rewrite) = &mirror.host_rewrite {
             headers.insert(header::HOST, rewrite.clone());
         } else if mirror.shadow_suffix

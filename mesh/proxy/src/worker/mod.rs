@@ -14,6 +14,7 @@ mod grpc_stream;
 mod hedge;
 pub mod http;
 mod http1;
+mod interim;
 pub mod io;
 pub mod local;
 mod logging;
@@ -25,7 +26,9 @@ mod rest;
 mod seldom;
 pub mod sniff;
 mod spans;
+pub mod tap;
 pub mod tcp;
+mod tcp_tunnel;
 mod tunnel;
 pub mod upstream;
 
@@ -50,6 +53,7 @@ use crate::config::store::VirtualListeners;
 use crate::metrics::peer::Workload;
 use crate::metrics::series::{Recorder, Shard};
 use crate::overload::Overload;
+use crate::policy::tap::Spot;
 use crate::upstream::cluster::WorkerCluster;
 
 /// How often idle connections are looked at.
@@ -76,6 +80,8 @@ pub struct Shared {
     pub on_demand: Arc<OnDemand>,
     /// Where the proxy is, if that is known.
     pub home: Option<Arc<Home>>,
+    /// Where every request can be looked at.
+    pub tap: Arc<Spot>,
     /// Listeners without sockets.
     pub virtual_listeners: Arc<ArcSwap<VirtualListeners>>,
     /// The workers' own commands, by worker: how connections are handed over.

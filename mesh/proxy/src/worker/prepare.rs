@@ -39,6 +39,7 @@ pub(super) fn prepare(
             downstream_local: Some(conn.local),
             protocol: super::exchange::protocol_text(parts.version),
             route_name: &routed.route.name,
+            server_name: conn.server_name().unwrap_or(""),
             upstream_cluster: &cluster.slot.name,
             path: uri.path_and_query().map_or("/", |path| path.as_str()),
             method: method.as_str(),
@@ -101,7 +102,9 @@ pub(super) fn prepare(
             .headers
             .insert(PEER_METADATA_ID.clone(), conn.worker.shared.peer_id.clone());
     }
-    // hyper answered it, or will when the body is read; the upstream is not asked.
-    parts.headers.remove(header::EXPECT);
+    if !conn.manager.interim_answers {
+        // hyper answered it, or will when the body is read; the upstream is not asked.
+        parts.headers.remove(header::EXPECT);
+    }
     Ok(())
 }

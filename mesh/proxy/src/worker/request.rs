@@ -15,12 +15,13 @@ use super::http::Downstream;
 use super::local::{Body, LocalReply};
 use super::logging;
 use super::spans;
+use super::tap;
 use super::tunnel::{self, Tunnel};
 use super::upstream;
 use crate::config::headers::Variables;
 use crate::config::listener::Direction;
 use crate::config::matchers::RequestView;
-use crate::config::route::{Action, Route, RouteFacts, Target, Targets, VirtualHost, is_grpc};
+use crate::config::route::{Action, Route, RouteFacts, Target, TargetCluster, Targets, VirtualHost, is_grpc};
 use crate::config::table::RouteTable;
 use crate::hygiene::fields::{Present, never_again};
 use crate::hygiene::path::{Normalized, normalize};
@@ -79,7 +80,10 @@ impl Routed {
     /// The cluster that the request goes to, as far as it is known.
     pub(super) fn cluster_name(&self) -> &str {
         if let Some(target) = self.target() {
-            return &target.cluster.name;
+            return match &target.cluster {
+                TargetCluster::Fixed(slot) => &slot.name,
+                TargetCluster::Named(..) => "",
+            };
         }
         match &self.route.action {
             Action::Forward(forward) => match &forward.targets {
@@ -154,6 +158,7 @@ pub(super) async fn handle(
         return Ok(reply.send(exchange));
     }
     identify(&conn, &mut exchange, &mut parts);
+    tap::arrive(&mut exchange, &conn.worker.shared.tap, &parts);
     spans::begin(&mut exchange, &mut parts);
     logging::keep_request(&mut exchange, &parts);
     // Boxed: the future of a request lives as long as the request, and most of it is here.
@@ -350,12 +355,13 @@ pub(super) fn view(parts: &Parts) -> RequestView<'_> {
 }
 
 /// The variables of header templates for a request.
-pub(super) fn variables<'a>(conn: &Downstream, parts: &'a Parts, route: &'a Route) -> Variables<'a> {
+pub(super) fn variables<'a>(conn: &'a Downstream, parts: &'a Parts, route: &'a Route) -> Variables<'a> {
     Variables {
         downstream_remote: Some(conn.remote),
         downstream_local: Some(conn.local),
         protocol: protocol_text(parts.version),
         route_name: &route.name,
+        server_name: conn.server_name().unwrap_or(""),
         path: parts.uri.path_and_query().map_or("/", |path| path.as_str()),
         method: parts.method.as_str(),
         authority: parts

@@ -166,6 +166,9 @@ fn finish(
     let conn = plan.conn;
     logging::keep_response(&mut exchange, &head.headers, true);
     conn.dress(&mut head.headers, exchange.version);
+    if let Some(tap) = &mut exchange.tap {
+        tap.response(head.status, &head.headers);
+    }
     head.version = Version::HTTP_11;
     if exchange.version == Version::HTTP_2 {
         head.version = Version::HTTP_2;

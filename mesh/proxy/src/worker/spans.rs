@@ -244,7 +244,8 @@ async fn send(worker: &Worker, exporter: &Exporter, spans: &[Span]) {
     }
 }
 
-async fn post(
+/// Sends a body to an HTTP service, which must take it.
+pub(super) async fn post(
     worker: &Worker,
     target: &HttpTarget,
     method: Method,

@@ -16,8 +16,10 @@ use super::Worker;
 use super::connection_log::{ConnectionLog, periodically};
 use super::io::Io;
 use super::seldom::Seldom;
+use super::tcp_tunnel::{self, Granted};
 use crate::config::hash::hash_of_source;
 use crate::config::listener::{Direction, Listener, TcpProxy, TcpTargets};
+use crate::metrics::clusters::Connection;
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
 use crate::metrics::series::{Reporter, TcpLabels, TcpSeries};
@@ -56,7 +58,7 @@ pub struct NoUpstream;
 
 /// A connection towards an endpoint, ready to be joined.
 pub struct Upstream {
-    stream: Stream,
+    stream: End,
     /// Read already: what a server inside of TLS said first.
     early: Vec<u8>,
     labels: TcpLabels,
@@ -64,17 +66,32 @@ pub struct Upstream {
     host: Rc<Host>,
     attempts: u32,
     _active: Active,
+    /// Where its bytes are counted, if the pool does not.
+    connection: Option<Connection>,
+    local: Option<SocketAddr>,
+}
+
+/// What joins the client with its endpoint.
+enum End {
+    /// A connection of its own.
+    Direct(Stream),
+    /// What is inside of a CONNECT.
+    Tunnel(Granted),
 }
 
 impl Upstream {
     /// Waits until the endpoint has said something (or gone).
     pub async fn readable(mut self) -> io::Result<Self> {
         match &mut self.stream {
-            Stream::Plain(socket) => socket.readable().await?,
+            End::Direct(Stream::Plain(socket)) => socket.readable().await?,
             // Only what is inside counts; the socket is readable for session tickets as well.
-            Stream::Tls(stream) => {
+            End::Direct(Stream::Tls(stream)) => {
                 self.early.reserve(EARLY);
                 stream.read_buf(&mut self.early).await?;
+            }
+            End::Tunnel(tunnel) => {
+                self.early.reserve(EARLY);
+                tunnel.stream.read_buf(&mut self.early).await?;
             }
         }
         Ok(self)
@@ -164,18 +181,35 @@ pub(super) async fn open(
         {
             labels.peer = workload.clone();
         }
-        match connect_to(worker, &cluster, &host, (source, destination)).await {
-            Ok(connected) => {
+        let reached = match &proxy.tunneling {
+            None => connect_to(worker, &cluster, &host, (source, destination))
+                .await
+                .map(|(connected, connection)| {
+                    let stream = End::Direct(connected.stream);
+                    (stream, connected.tls, connected.local, Some(connection))
+                }),
+            // Boxed: few connections are tunnelled, and each connection's future would carry its state.
+            Some(tunneling) => Box::pin(tcp_tunnel::open(worker, &cluster, &host, tunneling, client))
+                .await
+                .map(|granted| {
+                    let (tls, local) = (granted.lease.tls().cloned(), granted.lease.local());
+                    (End::Tunnel(granted), tls, local, None)
+                }),
+        };
+        match reached {
+            Ok((stream, tls, local, connection)) => {
                 if reporter == Reporter::Source {
-                    labels.principals = connected.tls.and_then(|tls| tls.principals.clone());
+                    labels.principals = tls.and_then(|tls| tls.principals.clone());
                 }
                 return Ok(Upstream {
-                    stream: connected.stream,
+                    local,
+                    stream,
                     early: Vec::new(),
                     labels,
                     cluster: slot.name.clone(),
                     attempts: attempt,
                     _active: Active::on(&host),
+                    connection,
                     host,
                 });
             }
@@ -195,13 +229,13 @@ async fn connect_to(
     cluster: &WorkerCluster,
     host: &Host,
     between: (SocketAddr, SocketAddr),
-) -> Result<Connected, String> {
+) -> Result<(Connected, Connection), String> {
     let config = &cluster.config;
     let options = ConnectOptions {
-        server_name: None,
         between: config.tells_clients().then_some(between),
-        alpn: None,
+        ..ConnectOptions::default()
     };
+    let mut connection = cluster.cells(&worker.recorder).clone().connecting();
     let work = connect::connect(config, &host.endpoint, Speaking::Bytes, &options);
     let result = tokio::time::timeout(config.connect_timeout, work).await;
     let counters = worker.recorder.counters();
@@ -210,10 +244,12 @@ async fn connect_to(
             counters.upstream_connections.add(1);
             // A connection is a success as TCP goes.
             cluster.record(host, Event::Status(200));
-            Ok(connected)
+            connection.made();
+            Ok((connected, connection))
         }
         failed => {
             counters.upstream_connect_failures.add(1);
+            connection.failed(failed.is_err());
             if cluster.record(host, Event::LocalFailure) {
                 counters.ejections.add(1);
             }
@@ -275,6 +311,7 @@ pub(super) async fn join(
     log.cluster = Some(upstream.cluster);
     log.attempts = upstream.attempts;
     log.host = Some(upstream.host);
+    log.upstream_local = upstream.local;
     if proxy.log_connected {
         log.write_meanwhile(LogType::TcpUpstreamConnected);
     }
@@ -284,12 +321,16 @@ pub(super) async fn join(
         series.opened.add(1);
     }
     let counted = Counted(series);
+    let cells = upstream.connection.as_ref().map(|own| own.cells().clone());
     let last = Cell::new(Instant::now());
     let received = |count: usize| {
         last.set(Instant::now());
         log.received.set(log.received.get() + count as u64);
         if let Some(series) = &counted.0 {
             series.received.add(count as u64);
+        }
+        if let Some(cells) = &cells {
+            cells.sent.add(count as u64);
         }
     };
     let sent = |count: usize| {
@@ -298,17 +339,23 @@ pub(super) async fn join(
         if let Some(series) = &counted.0 {
             series.sent.add(count as u64);
         }
+        if let Some(cells) = &cells {
+            cells.received.add(count as u64);
+        }
     };
     let both = async {
         // The first error ends both; a mere end of stream is passed on and leaves the other direction open.
         let _ = match (downstream, upstream.stream) {
-            (Io::Plain(downstream), Stream::Plain(upstream)) => {
+            (Io::Plain(downstream), End::Direct(Stream::Plain(upstream))) => {
                 join_sockets(downstream, upstream, &prefix, received, sent).await
             }
-            (downstream, upstream_stream) => {
+            (downstream, End::Direct(stream)) => {
+                relay(downstream, stream, &prefix, &upstream.early, received, sent).await
+            }
+            (downstream, End::Tunnel(tunnel)) => {
                 relay(
                     downstream,
-                    upstream_stream,
+                    tunnel.stream,
                     &prefix,
                     &upstream.early,
                     received,
@@ -387,7 +434,7 @@ async fn join_sockets(
 /// Both directions where TLS is on one side at least.
 async fn relay(
     downstream: Io,
-    upstream: Stream,
+    upstream: impl AsyncRead + AsyncWrite,
     prefix: &[u8],
     early: &[u8],
     received: impl Fn(usize),

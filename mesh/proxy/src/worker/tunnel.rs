@@ -27,6 +27,7 @@ use crate::metrics::flags::Flags;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::Active;
 use crate::upstream::connect::{self, Speaking};
+use crate::upstream::metered::Metered;
 use crate::upstream::outlier::Event;
 use crate::upstream::pool::Lease;
 
@@ -249,6 +250,8 @@ impl Tunnel {
         exchange.attempts += 1;
         exchange.host = Some(host.clone());
         let active = Active::on(&host);
+        let cells = cluster.cells(&plan.conn.worker.recorder);
+        let mut connection = cells.clone().connecting();
         let work = connect::connect(&cluster.config, &host.endpoint, Speaking::Bytes, &plan.options);
         let connected = match tokio::time::timeout(cluster.config.connect_timeout, work).await {
             Ok(Ok(connected)) => connected,
@@ -256,6 +259,7 @@ impl Tunnel {
                 cluster.record(&host, Event::LocalFailure);
                 let counters = plan.conn.worker.recorder.counters();
                 counters.upstream_connect_failures.add(1);
+                connection.failed(failed.is_err());
                 exchange.failure = Some(match failed {
                     Ok(Err(error)) => error.to_string().into(),
                     _ => "connection timeout".into(),
@@ -273,8 +277,10 @@ impl Tunnel {
         plan.conn.worker.recorder.counters().upstream_connections.add(1);
         exchange.upstream_tls = connected.tls;
         let answer = self.grant(HeaderMap::new());
-        let upstream = async move { Some(connected.stream) };
-        Ok(self.join(exchange, answer, upstream, (active, permit)))
+        connection.made();
+        let stream = Metered::new(connected.stream, cells.clone());
+        let upstream = async move { Some(stream) };
+        Ok(self.join(exchange, answer, upstream, (active, permit, connection)))
     }
 
     /// Answers the client, and moves bytes until either side ends. `held` is given up then.

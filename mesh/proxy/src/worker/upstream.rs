@@ -23,8 +23,10 @@ use super::respond::{respond, respond_waiting};
 use super::tunnel::{self, Tunnel};
 use crate::config::cluster::UpstreamHttp;
 use crate::config::hash::{Hashed, request_hash};
-use crate::config::route::{Action, Forward, HostRewrite, Targets};
+use crate::config::route::{Action, Forward, HostRewrite, TargetCluster, Targets};
 use crate::config::subset::{Criteria, METADATA};
+use crate::config::virtual_cluster::VirtualCluster;
+use crate::metrics::clusters::ClusterCells;
 use crate::metrics::flags::Flags;
 use crate::random;
 use crate::upstream::cluster::WorkerCluster;
@@ -49,6 +51,13 @@ pub(super) struct Plan<'a> {
     pub(super) auto_host: bool,
     /// What the client called the authority, for an upstream that is given the same one.
     pub(super) authority: Option<Authority>,
+}
+
+impl Plan<'_> {
+    /// Where what happens is counted for the cluster.
+    pub(super) fn cells(&self) -> &ClusterCells {
+        self.cluster.cells(&self.conn.worker.recorder)
+    }
 }
 
 /// Sends a reply of our own to a request that had a route: what the route does to responses is done to it as well.
@@ -84,14 +93,38 @@ pub(super) async fn forward(
         .send(exchange);
     };
     let named;
-    let (slot, target) = match &forward.targets {
-        Targets::One(slot) => (slot, None),
-        Targets::Named(field, directory) => {
+    let (cluster, target) = match &forward.targets {
+        Targets::One(slot) => (Ok(slot), None),
+        Targets::Named(field, directory) => (Err((field, directory)), None),
+        Targets::Weighted(targets, weights, turn) => {
+            let target = match routed.target() {
+                Some(target) => target,
+                None => &targets[weights.pick(turn.next(conn.worker.id))],
+            };
+            let cluster = match &target.cluster {
+                TargetCluster::Fixed(slot) => Ok(slot),
+                TargetCluster::Named(field, directory) => Err((field, directory)),
+            };
+            (cluster, Some(target))
+        }
+        Targets::Empty => {
+            let reply = LocalReply::new(
+                forward.cluster_not_found,
+                Flags::NO_CLUSTER,
+                "cluster_not_found",
+                "",
+            );
+            return decline(exchange, &routed, &parts, None, reply);
+        }
+    };
+    let slot = match cluster {
+        Ok(slot) => slot,
+        Err((field, directory)) => {
             let name = parts.headers.get(field).and_then(|value| value.to_str().ok());
             match name.and_then(|name| directory.find(name)) {
                 Some(slot) => {
                     named = slot;
-                    (&named, None)
+                    &named
                 }
                 None => {
                     conn.decide_upgrade(false);
@@ -106,23 +139,11 @@ pub(super) async fn forward(
                 }
             }
         }
-        Targets::Weighted(targets, weights, turn) => {
-            let target = match routed.target() {
-                Some(target) => target,
-                None => &targets[weights.pick(turn.next(conn.worker.id))],
-            };
-            (&target.cluster, Some(target))
-        }
-        Targets::Empty => {
-            let reply = LocalReply::new(
-                forward.cluster_not_found,
-                Flags::NO_CLUSTER,
-                "cluster_not_found",
-                "",
-            );
-            return decline(exchange, &routed, &parts, None, reply);
-        }
     };
+    if !routed.host.virtual_clusters.is_empty() {
+        exchange.virtual_cluster =
+            VirtualCluster::find(&routed.host.virtual_clusters, &view(&parts)).cloned();
+    }
     if let Some(tunnel) = &tunnel
         && forward
             .upgrades
@@ -156,8 +177,12 @@ pub(super) async fn forward(
             .insert(X_OVERLOADED.clone(), HeaderValue::from_static("true"));
         reply
     };
-    let limits = cluster.config.limits;
-    let Some(permit) = Permit::take(slot, |usage| &usage.requests, limits.requests) else {
+    let priority = forward.priority;
+    let cells = cluster.cells(&conn.worker.recorder);
+    cells.began.add(1);
+    let limit = cluster.config.limits.of(priority).requests;
+    let Some(permit) = Permit::take(slot, priority, |level| &level.requests, limit) else {
+        cells.pending_overflow.add(1);
         return decline(exchange, &routed, &parts, None, overflow());
     };
     if cluster.drops(random::next()) {
@@ -207,6 +232,9 @@ pub(super) async fn forward(
         let idle = forward.idle_timeout.unwrap_or(conn.manager.stream_idle_timeout);
         RequestSource::new(incoming, if keep { forward.request_buffer } else { 0 }, idle)
     });
+    if let (Some(tap), Some(source)) = (&exchange.tap, &source) {
+        source.borrow_mut().capture(tap.capture());
+    }
     exchange.source.clone_from(&source);
     let plan = Plan {
         conn: &conn,
@@ -220,6 +248,7 @@ pub(super) async fn forward(
                 .as_ref()
                 .filter(|_| cluster.config.alpn_overridable)
                 .and_then(|names| names.offer(speaking, parts.version).cloned()),
+            priority,
             ..cluster
                 .config
                 .connect_options(&parts.headers, conn.remote, conn.local)
@@ -273,6 +302,7 @@ pub(super) async fn forward(
         }
     };
     drop(permit);
+    exchange.upstream_local = lease.local();
     if let Some(tunnel) = tunnel {
         if tunnel.granted(response.status(), lease.is_http2()) {
             return tunnel.join_http(exchange, response, lease, active);

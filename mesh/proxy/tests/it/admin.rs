@@ -209,8 +209,8 @@ async fn readiness_can_be_failed_on_purpose_and_what_is_not_there_is_refused() {
     assert_eq!((status, &*body), (503, "DRAINING\n"));
     assert_eq!(post(admin, "/healthcheck/ok").await.0, 200);
     assert_eq!(get(admin, "/ready").await.0, 200);
-    assert_eq!(post(admin, "/reset_counters").await.0, 501);
-    assert_eq!(post(admin, "/drain_listeners?inboundonly&graceful").await.0, 501);
+    assert_eq!(get(admin, "/reset_counters").await.0, 405);
+    assert_eq!(post(admin, "/drain_listeners?skip_exit").await.0, 400);
     cancel.cancel();
 }
 
@@ -247,4 +247,268 @@ async fn levels_of_the_log_are_changed_while_the_process_runs() {
     );
     assert_eq!(post(admin, "/logging?level=loud").await.0, 400);
     assert!(get(admin, "/logging").await.2.contains("  worker: debug\n"));
+}
+
+/// Waits until a line of `/stats` is there.
+async fn told(admin: SocketAddr, line: &str) {
+    soon(line, async {
+        while !get(admin, "/stats").await.2.lines().any(|own| own == line) {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn connections_requests_and_their_times_are_counted_by_cluster_listener_and_manager() {
+    let (harness, _backend, at, admin, cancel) = served().await;
+    let missing = closed_port().await;
+    harness.cluster("gone", &[missing]).await;
+    harness
+        .routes(vec![host(
+            "all",
+            "*",
+            vec![
+                prefix_route("/gone", to_cluster("gone")),
+                prefix_route("/", to_cluster("c")),
+            ],
+        )])
+        .await;
+    assert_eq!(get(at, "/gone").await.0, 503);
+    assert_eq!(get(at, "/").await.0, 200);
+    let listener = format!("listener.{}_0", at.ip());
+    for line in [
+        "cluster.c.upstream_rq_total: 2",
+        "cluster.c.upstream_rq_200: 2",
+        "cluster.c.upstream_rq_active: 0",
+        "cluster.c.upstream_cx_total: 1",
+        "cluster.c.upstream_cx_active: 1",
+        "cluster.c.upstream_cx_http1_total: 1",
+        "cluster.c.upstream_cx_http2_total: 0",
+        "cluster.c.upstream_cx_connect_fail: 0",
+        "cluster.c.upstream_rq_pending_total: 1",
+        "cluster.c.upstream_rq_pending_active: 0",
+        "cluster.gone.upstream_cx_total: 1",
+        "cluster.gone.upstream_cx_connect_fail: 1",
+        "cluster.gone.upstream_cx_connect_timeout: 0",
+        "cluster.gone.upstream_cx_destroy: 1",
+        "cluster.gone.upstream_cx_active: 0",
+        "cluster.gone.upstream_rq_503: 1",
+        "cluster.gone.upstream_rq_5xx: 1",
+        "http.test.downstream_rq_completed: 3",
+        "http.test.downstream_rq_active: 0",
+        "http.test.downstream_cx_http1_total: 3",
+        "http.test.downstream_cx_http2_total: 0",
+        "http.test.downstream_cx_active: 0",
+        &format!("{listener}.downstream_cx_active: 0"),
+        &format!("{listener}.downstream_cx_destroy: 3"),
+    ] {
+        told(admin, line).await;
+    }
+    let histogram = async |name: &str| {
+        let path = format!("/stats?format=json&histogram_buckets=detailed&filter=%5E{name}%24");
+        let stats = json(admin, &path).await;
+        let details = stats["stats"][0]["histograms"]["details"]
+            .as_array()
+            .unwrap()
+            .clone();
+        let totals = details[0]["totals"].as_array().unwrap().clone();
+        totals
+            .iter()
+            .map(|bucket| bucket["count"].as_u64().unwrap())
+            .sum::<u64>()
+    };
+    for (name, count) in [
+        ("cluster.c.upstream_rq_time", 2),
+        ("cluster.c.upstream_cx_connect_ms", 1),
+        ("cluster.c.upstream_cx_length_ms", 0),
+        ("http.test.downstream_rq_time", 3),
+        ("http.test.downstream_cx_length_ms", 3),
+        (&format!("{listener}.downstream_cx_length_ms"), 3),
+    ] {
+        assert_eq!(histogram(name).await, count, "{name}");
+    }
+    // A response of 1 byte and its head; a request's head.
+    for name in ["upstream_cx_rx_bytes_total", "upstream_cx_tx_bytes_total"] {
+        let bytes = harness.counter(&format!("envoy_cluster_{name}"), &[("envoy_cluster_name", "c")]);
+        assert!(bytes > 50.0, "{name}: {bytes}");
+    }
+    let prometheus = get(admin, "/stats/prometheus").await.2;
+    for line in [
+        "envoy_cluster_upstream_rq{envoy_response_code=\"200\",envoy_cluster_name=\"c\"} 2",
+        "envoy_cluster_upstream_cx_total{envoy_cluster_name=\"c\"} 1",
+        "envoy_cluster_upstream_rq_time_count{envoy_cluster_name=\"c\"} 2",
+        "envoy_http_downstream_rq_xx{envoy_response_code_class=\"2\",envoy_http_conn_manager_prefix=\"test\"} 2",
+    ] {
+        assert!(prometheus.lines().any(|own| own == line), "{line}\n{prometheus}");
+    }
+    assert_eq!(get(admin, "/stats?histogram_buckets=all").await.0, 400);
+    cancel.cancel();
+}
+
+#[tokio::test]
+async fn high_priority_has_circuit_breakers_of_its_own_which_statistics_show() {
+    use serin_xds::pb::envoy::config::cluster::v3 as cluster;
+    let (harness, _backend, at, admin, cancel) = served().await;
+    let thresholds = |priority, requests| cluster::circuit_breakers::Thresholds {
+        priority,
+        max_requests: number(requests),
+        track_remaining: true,
+        ..Default::default()
+    };
+    let mut limited = eds_cluster("c");
+    limited.circuit_breakers = Some(cluster::CircuitBreakers {
+        thresholds: vec![thresholds(0, 0), thresholds(1, 5)],
+        ..Default::default()
+    });
+    harness.put(serin_xds::ResourceType::Cluster, "c", &limited).await;
+    let mut high = to_cluster("c");
+    high.priority = 1;
+    harness
+        .routes(vec![host(
+            "all",
+            "*",
+            vec![prefix_route("/high", high), prefix_route("/", to_cluster("c"))],
+        )])
+        .await;
+    assert_eq!(get(at, "/").await.0, 503);
+    assert_eq!(get(at, "/high").await.0, 200);
+    for line in [
+        "cluster.c.circuit_breakers.default.rq_open: 1",
+        "cluster.c.circuit_breakers.default.remaining_rq: 0",
+        "cluster.c.circuit_breakers.high.rq_open: 0",
+        "cluster.c.circuit_breakers.high.remaining_rq: 5",
+        "cluster.c.circuit_breakers.high.remaining_cx: 1023",
+        "cluster.c.upstream_rq_pending_overflow: 1",
+    ] {
+        told(admin, line).await;
+    }
+    let clusters = json(admin, "/clusters?format=json").await;
+    let shown = &clusters["cluster_statuses"][0]["circuit_breakers"]["thresholds"];
+    assert_eq!(
+        (&shown[0]["max_requests"], &shown[1]["max_requests"]),
+        (&0.into(), &5.into())
+    );
+    assert_eq!(shown[1]["priority"], "HIGH");
+    let text = get(admin, "/clusters").await.2;
+    assert!(text.contains("c::high_priority::max_requests::5\n"), "{text}");
+    cancel.cancel();
+}
+
+#[tokio::test]
+async fn config_dump_holds_resources_whole_and_a_mask_leaves_what_it_names() {
+    use serin_xds::ResourceType;
+    let (harness, _backend, _at, admin, cancel) = served().await;
+    let mut vhds = host("found", "found.example", vec![prefix_route("/", to_cluster("c"))]);
+    vhds.include_request_attempt_count = true;
+    harness.put(ResourceType::VirtualHost, "80/found", &vhds).await;
+    let dump = json(admin, "/config_dump?include_eds").await;
+    let sections = dump["configs"].as_array().unwrap();
+    assert_eq!(sections.len(), 4);
+    let cluster = &sections[0]["dynamic_active_clusters"][0]["cluster"];
+    assert_eq!(cluster["connect_timeout"], "2s");
+    assert_eq!(
+        cluster["metadata"]["filter_metadata"]["istio"]["services"][0]["name"],
+        "reviews"
+    );
+    let listener = &sections[1]["dynamic_listeners"][0]["active_state"]["listener"];
+    let manager = &listener["filter_chains"][0]["filters"][0]["typed_config"];
+    assert_eq!(manager["upgrade_configs"][0]["upgrade_type"], "websocket");
+    assert_eq!(manager["rds"]["route_config_name"], "80");
+    let hosts = &sections[2]["dynamic_route_configs"][0]["route_config"]["virtual_hosts"];
+    assert_eq!(hosts[0]["routes"][0]["route"]["cluster"], "none");
+    assert_eq!(hosts[1]["include_request_attempt_count"], true);
+    let endpoints = &sections[3]["dynamic_endpoint_configs"][0]["endpoint_config"];
+    assert_eq!(endpoints["cluster_name"], "c");
+    // Without whole messages Envoy's own reader would refuse it.
+    assert_eq!(
+        cluster["@type"],
+        "type.googleapis.com/envoy.config.cluster.v3.Cluster"
+    );
+
+    let masked = json(admin, "/config_dump?mask=dynamic_active_clusters").await;
+    assert_eq!(masked["configs"].as_array().unwrap().len(), 1);
+    let masked = json(
+        admin,
+        "/config_dump?resource=dynamic_active_clusters&mask=cluster.name,cluster.type",
+    )
+    .await;
+    assert_eq!(
+        masked["configs"][0]["cluster"],
+        serde_json::json!({"@type": cluster["@type"], "name": "c", "type": "EDS"})
+    );
+    harness.remove(ResourceType::Cluster, "c").await;
+    let gone = json(admin, "/config_dump?resource=dynamic_active_clusters").await;
+    assert_eq!(gone["configs"].as_array().unwrap().len(), 0);
+    cancel.cancel();
+}
+
+#[tokio::test]
+async fn counters_are_shown_from_zero_after_a_reset() {
+    let (_harness, _backend, at, admin, cancel) = served().await;
+    told(admin, "cluster.c.upstream_rq_total: 1").await;
+    told(admin, "http.test.downstream_cx_destroy: 1").await;
+    assert_eq!(post(admin, "/reset_counters").await.0, 200);
+    told(admin, "cluster.c.upstream_rq_total: 0").await;
+    told(admin, "cluster.c.upstream_rq_200: 0").await;
+    told(admin, "cluster.c.membership_total: 1").await;
+    assert_eq!(get(at, "/").await.0, 200);
+    told(admin, "cluster.c.upstream_rq_total: 1").await;
+    told(admin, "http.test.downstream_rq_completed: 1").await;
+    cancel.cancel();
+}
+
+#[tokio::test]
+async fn inbound_listeners_drain_alone_gracefully_or_at_once() {
+    use serin_xds::ResourceType;
+    use serin_xds::pb::envoy::config::core::v3::TrafficDirection;
+    let (harness, _backend, at, admin, cancel) = served().await;
+    let inbound = async |name: &str| {
+        let listener = listener_of(name, TrafficDirection::Inbound, vec![http_chain(&manager("80"))]);
+        harness.put(ResourceType::Listener, name, &listener).await;
+        harness.proxy.listener_address(name).unwrap()
+    };
+    let first = inbound("in").await;
+    harness.proxy.set_drain_time(std::time::Duration::from_millis(50));
+    assert_eq!(get(first, "/").await.0, 200);
+    assert_eq!(post(admin, "/drain_listeners?inboundonly&graceful").await.0, 200);
+    soon("the end of the inbound listener", async {
+        while tokio::net::TcpStream::connect(first).await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    let second = inbound("in2").await;
+    assert_eq!(get(second, "/").await.0, 200);
+    assert_eq!(post(admin, "/drain_listeners?inboundonly").await.0, 200);
+    soon("the end of the other one", async {
+        while tokio::net::TcpStream::connect(second).await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    let (status, headers, _) = get(at, "/").await;
+    assert_eq!(status, 200, "outbound listeners serve on");
+    assert!(!headers.contains_key("connection"));
+    assert_eq!(get(admin, "/ready").await.0, 200);
+    cancel.cancel();
+}
+
+#[tokio::test]
+async fn a_graceful_drain_that_skips_the_end_discourages_clients_and_serves_on() {
+    let (harness, _backend, at, admin, cancel) = served().await;
+    harness.proxy.set_drain_time(std::time::Duration::ZERO);
+    assert_eq!(post(admin, "/drain_listeners?graceful&skip_exit").await.0, 200);
+    soon("the drain", async {
+        while harness.proxy.is_ready() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    for _ in 0..3 {
+        let (status, headers, _) = get(at, "/").await;
+        assert_eq!(status, 200);
+        assert_eq!(headers["connection"], "close");
+    }
+    cancel.cancel();
 }

@@ -138,7 +138,7 @@ pub(crate) async fn nothing_is_left(harness: &Harness) {
         loop {
             let (requests, pending, connections, retries) = harness.proxy.store(|store| {
                 let slot = store.clusters().find(|slot| &*slot.name == "c").unwrap();
-                let usage = &slot.usage;
+                let usage = slot.usage.of(serin_proxy::config::cluster::Priority::Default);
                 (
                     usage.requests.load(Ordering::SeqCst),
                     usage.pending.load(Ordering::SeqCst),

@@ -43,6 +43,7 @@ mod routing;
 mod scripted;
 mod secret_services;
 mod soak;
+mod tap;
 mod tcp;
 mod tls;
 mod tls_secrets;

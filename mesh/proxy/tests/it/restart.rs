@@ -142,3 +142,53 @@ async fn a_successor_that_does_not_start_changes_nothing() {
     }
     assert!(first.0.try_wait().unwrap().is_none(), "still running");
 }
+
+/// The value of a line of `/stats`, from whichever process has the admin port.
+async fn stat(admin: std::net::SocketAddr, name: &str) -> Option<u64> {
+    let stream = TcpStream::connect(admin).await.ok()?;
+    drop(stream);
+    let text = get(admin, &format!("/stats?filter={name}")).await.2;
+    text.trim().strip_prefix(name)?.strip_prefix(": ")?.parse().ok()
+}
+
+#[tokio::test]
+async fn counters_go_on_where_the_processes_before_have_left_them() {
+    let directory = tempfile::tempdir().unwrap();
+    let (gateway, admin) = (free_port().await, free_port().await);
+    let text = |answer| {
+        bootstrap(answer, gateway.port(), admin.port()).replace(
+            "route_config:",
+            "stat_prefix: ingress\n                route_config:",
+        )
+    };
+    let name = "http.ingress.downstream_rq_total";
+    let mut before = start(directory.path(), "zero.yaml", &text("zero"), "1");
+    until(gateway, "zero").await;
+    station(directory.path()).await;
+    let mut least = 0;
+    for next in ["one", "two"] {
+        for _ in 0..10 {
+            ask(gateway).await.unwrap();
+        }
+        let counted = stat(admin, name).await.unwrap();
+        assert!(counted >= least + 10, "{counted} of {least}");
+        let after = start(directory.path(), &format!("{next}.yaml"), &text(next), "1");
+        until(gateway, next).await;
+        assert!(
+            soon("the end of the process before", before.0.wait())
+                .await
+                .unwrap()
+                .success()
+        );
+        before = after;
+        // The last report comes with the end of the process before.
+        soon("its counters", async {
+            while stat(admin, name).await.is_none_or(|now| now < counted) {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+        station(directory.path()).await;
+        least = counted;
+    }
+}

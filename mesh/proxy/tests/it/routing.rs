@@ -193,3 +193,45 @@ async fn the_clients_certificate_decides_which_route_it_gets() {
         assert_eq!((code, body.as_str()), (200, expected));
     }
 }
+
+#[tokio::test]
+async fn a_weighted_cluster_may_be_the_one_that_a_field_names() {
+    let (fixed, named) = (Backend::named("fixed").await, Backend::named("named").await);
+    let harness = Harness::start();
+    harness.cluster("fixed", &[fixed.address]).await;
+    harness.cluster("named", &[named.address]).await;
+    let mut action = to_weighted(&[("fixed", 1), ("", 1)]);
+    if let Some(route::route_action::ClusterSpecifier::WeightedClusters(weighted)) =
+        &mut action.cluster_specifier
+    {
+        weighted.clusters[1].cluster_header = "x-cluster".into();
+    }
+    let at = harness.serve(vec![prefix_route("/", action)]).await;
+    let ask = async |name: &str| {
+        let request = Request::get("/")
+            .header("host", "reviews")
+            .header("x-cluster", name)
+            .body(Full::from(""))
+            .unwrap();
+        let (code, _, body) = send(at, request).await;
+        (code, body)
+    };
+    let mut answers = Vec::new();
+    for _ in 0..10 {
+        answers.push(ask("named").await.1);
+    }
+    for name in ["fixed", "named"] {
+        assert_eq!(
+            answers.iter().filter(|answer| *answer == name).count(),
+            5,
+            "{answers:?}"
+        );
+    }
+    let mut missing = vec![ask("none").await.0, ask("none").await.0];
+    missing.sort_unstable();
+    assert_eq!(
+        missing,
+        [200, 503],
+        "one that does not exist is not answered for by the other"
+    );
+}

@@ -176,3 +176,81 @@ async fn a_slow_http_client_is_served_also_where_the_tcp_upstream_does_not_exist
         "the attempt was logged as a failure"
     );
 }
+
+#[tokio::test]
+async fn tcp_connections_are_carried_on_within_a_connect() {
+    use tcp_proxy::tcp_proxy::TunnelingConfig;
+    let harness = Harness::start();
+    let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    harness.cluster("tcp", &[socket.local_addr().unwrap()]).await;
+    let tunnelled = |use_post| tcp_proxy::TcpProxy {
+        stat_prefix: "t".into(),
+        cluster_specifier: Some(tcp_proxy::tcp_proxy::ClusterSpecifier::Cluster("tcp".into())),
+        max_connect_attempts: number(2),
+        tunneling_config: Some(TunnelingConfig {
+            hostname: "db.example:5432".into(),
+            use_post,
+            headers_to_add: vec![core::HeaderValueOption {
+                header: Some(core::HeaderValue {
+                    key: "x-from".into(),
+                    value: "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%".into(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }],
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let message = |use_post| {
+        let chain = listener::FilterChain {
+            filters: vec![network_filter(
+                "envoy.filters.network.tcp_proxy",
+                Some(any(&tunnelled(use_post))),
+            )],
+            ..Default::default()
+        };
+        listener_of("l", core::TrafficDirection::Outbound, vec![chain])
+    };
+    let refusal = harness.try_put(ResourceType::Listener, "l", &message(true)).await;
+    assert!(refusal.unwrap().contains("tunneling_config.use_post"));
+    harness.put(ResourceType::Listener, "l", &message(false)).await;
+    let at = harness.proxy.listener_address("l").unwrap();
+    // The first is refused; the second is granted, with the server's first words in the same packet.
+    let server = tokio::spawn(async move {
+        let mut heads = Vec::new();
+        for answer in [
+            &b"HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"[..],
+            b"HTTP/1.1 200 Connected\r\n\r\nwelcome",
+        ] {
+            let (mut stream, _) = socket.accept().await.unwrap();
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                head.push(stream.read_u8().await.unwrap());
+            }
+            heads.push(String::from_utf8(head).unwrap());
+            stream.write_all(answer).await.unwrap();
+            if heads.len() == 2 {
+                let mut all = Vec::new();
+                stream.read_to_end(&mut all).await.unwrap();
+                stream.write_all(&all).await.unwrap();
+            }
+        }
+        heads
+    });
+    let mut client = TcpStream::connect(at).await.unwrap();
+    client.write_all(b"question").await.unwrap();
+    client.shutdown().await.unwrap();
+    let mut answer = String::new();
+    soon("the answer", client.read_to_string(&mut answer))
+        .await
+        .unwrap();
+    assert_eq!(answer, "welcomequestion");
+    for head in soon("the server", server).await.unwrap() {
+        assert!(head.starts_with("CONNECT db.example:5432 HTTP/1.1\r\n"), "{head}");
+        assert!(
+            head.contains("host: db.example:5432\r\n") && head.contains("x-from: 127.0.0.1\r\n"),
+            "{head}"
+        );
+    }
+}

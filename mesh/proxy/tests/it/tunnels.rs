@@ -280,6 +280,54 @@ async fn connect_is_passed_on_over_http1_and_http2_to_a_proxy_that_ends_it() {
 }
 
 #[tokio::test]
+async fn a_tcp_listener_reaches_an_endpoint_through_a_proxy_that_ends_its_connect_over_both_versions() {
+    use serin_xds::pb::envoy::config::listener::v3 as listener;
+    use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_proxy;
+    let (_end, end) = proxy(
+        &["CONNECT"],
+        vec![connect_route("c", true)],
+        echo(b"").await,
+        false,
+    )
+    .await;
+    let tunnelled = tcp_proxy::TcpProxy {
+        stat_prefix: "t".into(),
+        cluster_specifier: Some(tcp_proxy::tcp_proxy::ClusterSpecifier::Cluster("end".into())),
+        tunneling_config: Some(tcp_proxy::tcp_proxy::TunnelingConfig {
+            hostname: "reviews:80".into(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    for http2 in [false, true] {
+        let harness = Harness::start();
+        let cluster = eds_cluster("end");
+        let cluster = if http2 { speaking_h2(cluster) } else { cluster };
+        harness.put(ResourceType::Cluster, "end", &cluster).await;
+        harness.endpoints("end", &[end]).await;
+        let chain = listener::FilterChain {
+            filters: vec![network_filter(
+                "envoy.filters.network.tcp_proxy",
+                Some(any(&tunnelled)),
+            )],
+            ..Default::default()
+        };
+        let message = listener_of("l", core::TrafficDirection::Outbound, vec![chain]);
+        harness.put(ResourceType::Listener, "l", &message).await;
+        let at = harness.proxy.listener_address("l").unwrap();
+        for _ in 0..3 {
+            let mut stream = TcpStream::connect(at).await.unwrap();
+            says_back(&mut stream).await;
+        }
+        let connections = harness.counter(
+            "envoy_cluster_upstream_cx_total",
+            &[("envoy_cluster_name", "end")],
+        );
+        assert_eq!(connections, if http2 { 1.0 } else { 3.0 });
+    }
+}
+
+#[tokio::test]
 async fn websockets_pass_between_http1_and_http2_both_ways() {
     let server = websocket_server().await;
     let routes = || vec![prefix_route("/chat", to_cluster("c"))];

@@ -12,7 +12,7 @@ use serin_proxy::tls::secret::Secret;
 use crate::certificates::Authority;
 
 /// Files that may look, and why.
-const LOOKERS: [(&str, &str); 12] = [
+const LOOKERS: [(&str, &str); 13] = [
     ("bootstrap/", "start"),
     ("control/admin.rs", "days left of certificates, told"),
     ("metrics/push.rs", "the time of a measurement, told"),
@@ -31,6 +31,7 @@ const LOOKERS: [(&str, &str); 12] = [
     ),
     ("worker/logging.rs", "times in logs, told"),
     ("worker/spans.rs", "times in spans, told"),
+    ("worker/tap.rs", "times in traces, told"),
 ];
 
 fn files(folder: &Path, out: &mut Vec<std::path::PathBuf>) {

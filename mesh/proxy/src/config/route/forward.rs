@@ -92,6 +92,7 @@ impl Forward {
                 .as_ref()
                 .or(host.per_request_buffer_limit_bytes.as_ref())
                 .map_or(DEFAULT_REQUEST_BUFFER, |value| value.value as usize),
+            priority: Priority::compile(from.priority)?,
             connect_tcp: connects_to_tcp(from)?,
             upgrades: from
                 .upgrade_configs
@@ -154,12 +155,18 @@ fn compile_weighted(
     let mut weights = Vec::with_capacity(from.clusters.len());
     for (index, cluster) in from.clusters.iter().enumerate() {
         let path = format!("clusters[{index}]");
-        if !cluster.cluster_header.is_empty() {
-            return Err(Refusal::new(
-                path,
-                "cluster_header is not supported here; name the cluster, or use the route's cluster_header",
-            ));
-        }
+        let by_field = match &*cluster.cluster_header {
+            "" => None,
+            _ if !cluster.name.is_empty() => {
+                return Err(Refusal::new(path, "has both a name and a cluster_header"));
+            }
+            field => {
+                let field = HeaderName::from_bytes(field.as_bytes()).map_err(|_| {
+                    Refusal::new(&path, format!("cluster_header {field:?} is not a header name"))
+                })?;
+                Some((field, context.slots.directory.clone()))
+            }
+        };
         let host_rewrite = match &cluster.host_rewrite_specifier {
             None => None,
             Some(route::weighted_cluster::cluster_weight::HostRewriteSpecifier::HostRewriteLiteral(host)) => {
@@ -167,7 +174,10 @@ fn compile_weighted(
             }
         };
         targets.push(Target {
-            cluster: context.slots.cluster(&cluster.name),
+            cluster: match by_field {
+                None => TargetCluster::Fixed(context.slots.cluster(&cluster.name)),
+                Some((field, directory)) => TargetCluster::Named(field, directory),
+            },
             request_headers: HeaderOps::compile(
                 &cluster.request_headers_to_add,
                 &cluster.request_headers_to_remove,

@@ -6,16 +6,38 @@ use std::sync::Arc;
 use serin_xds::ResourceType;
 
 use super::Store;
+use super::received::Received;
 use crate::config::cluster::{Cluster, Discovery, Outlier};
 use crate::config::listener::Listener;
 use crate::config::on_demand::Wanted;
 use crate::config::slot::{ClusterSlot, VirtualHostSlot};
 use crate::config::table::RouteTable;
+use crate::policy::tap::{EVERYWHERE, Spot};
 
 impl Store {
+    /// What was received and is in use.
+    pub fn received(&self) -> &Received {
+        &self.received
+    }
+
+    /// Encoded endpoints by the name that they were asked for by.
+    pub fn assignments(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.assignments.iter().map(|(name, body)| (&**name, &**body))
+    }
+
     /// Names that the proxy must ask for by EDS.
     pub fn eds_names(&self) -> impl Iterator<Item = &str> {
         self.eds.keys().map(|name| &**name)
+    }
+
+    /// Where requests that pass a tap filter of that id can be looked at.
+    pub fn tap_spot(&self, id: &str) -> Option<Arc<Spot>> {
+        self.slots.counters.spots.find(id)
+    }
+
+    /// Where all requests can be looked at.
+    pub fn tap_everywhere(&self) -> Arc<Spot> {
+        self.slots.counters.spots.spot(EVERYWHERE)
     }
 
     /// Names that the proxy must ask for by RDS.

@@ -8,9 +8,8 @@ use serde_json::{Value, json};
 
 use super::super::server_stats;
 use super::Proxy;
-use crate::config::cluster::Discovery;
+use crate::config::cluster::Priority;
 use crate::config::convert::Address;
-use crate::config::listener::Handler;
 use crate::config::slot::ClusterSlot;
 
 /// `/server_info`.
@@ -99,13 +98,14 @@ fn flags(endpoint: &crate::config::endpoint::Endpoint, checks: usize, now: u64) 
 }
 
 /// Limits of a cluster's circuit breakers, by Envoy's names.
-fn thresholds(slot: &ClusterSlot) -> Option<[(&'static str, u32); 4]> {
+fn thresholds(slot: &ClusterSlot, priority: Priority) -> Option<[(&'static str, u32); 4]> {
     let config = slot.config()?;
+    let limits = config.limits.of(priority);
     Some([
-        ("max_connections", config.limits.connections),
-        ("max_pending_requests", config.limits.pending),
-        ("max_requests", config.limits.requests),
-        ("max_retries", config.limits.retries),
+        ("max_connections", limits.connections),
+        ("max_pending_requests", limits.pending),
+        ("max_requests", limits.requests),
+        ("max_retries", limits.retries),
     ])
 }
 
@@ -117,8 +117,10 @@ pub(super) fn clusters(proxy: &Proxy) -> String {
         for slot in store.clusters() {
             let name = &slot.name;
             let _ = writeln!(out, "{name}::observability_name::{name}");
-            for (limit, value) in thresholds(slot).into_iter().flatten() {
-                let _ = writeln!(out, "{name}::default_priority::{limit}::{value}");
+            for (priority, of) in Priority::ALL {
+                for (limit, value) in thresholds(slot, priority).into_iter().flatten() {
+                    let _ = writeln!(out, "{name}::{of}_priority::{limit}::{value}");
+                }
             }
             let Some(set) = slot.endpoints() else {
                 let _ = writeln!(out, "{name}::no endpoints yet");
@@ -185,120 +187,23 @@ pub(super) fn clusters_json(proxy: &Proxy) -> Value {
                     "added_via_api": true,
                     "host_statuses": hosts,
                 });
-                if let Some(thresholds) = thresholds(slot) {
-                    let limits: serde_json::Map<String, Value> = thresholds
-                        .into_iter()
-                        .map(|(name, value)| (name.to_owned(), value.into()))
-                        .collect();
-                    status["circuit_breakers"] = json!({ "thresholds": [limits] });
-                }
+                let limits: Vec<Value> = Priority::ALL
+                    .into_iter()
+                    .filter_map(|(priority, of)| {
+                        let mut limits: serde_json::Map<String, Value> = thresholds(slot, priority)?
+                            .into_iter()
+                            .map(|(name, value)| (name.to_owned(), value.into()))
+                            .collect();
+                        if priority == Priority::High {
+                            limits.insert("priority".to_owned(), of.to_uppercase().into());
+                        }
+                        Some(limits.into())
+                    })
+                    .collect();
+                status["circuit_breakers"] = json!({ "thresholds": limits });
                 status
             })
             .collect()
     });
     json!({ "cluster_statuses": statuses })
-}
-
-/// `/config_dump`: Envoy's sections, with what of each resource the proxy keeps. `resource` chooses a field of a
-/// section, `named` resources by name.
-pub(super) fn config_dump(
-    proxy: &Proxy,
-    resource: Option<&str>,
-    named: Option<&regex::Regex>,
-) -> Option<Value> {
-    let wanted = |name: &str| named.is_none_or(|named| named.is_match(name));
-    let (clusters, listeners, routes) = proxy.store(|store| {
-        let clusters: Vec<Value> = store
-            .clusters()
-            .filter(|slot| wanted(&slot.name))
-            .filter_map(|slot| {
-                let config = slot.config()?;
-                let mut cluster = json!({
-                    "@type": "type.googleapis.com/envoy.config.cluster.v3.Cluster",
-                    "name": &*slot.name,
-                    "connect_timeout": format!("{}s", config.connect_timeout.as_secs_f64()),
-                });
-                cluster["type"] = match &config.discovery {
-                    Discovery::Static => "STATIC",
-                    Discovery::Eds(_) => "EDS",
-                    Discovery::Dns { logical: true, .. } => "LOGICAL_DNS",
-                    Discovery::Dns { .. } => "STRICT_DNS",
-                    Discovery::OriginalDst { .. } => "ORIGINAL_DST",
-                }
-                .into();
-                if let Discovery::Eds(service) = &config.discovery {
-                    cluster["eds_cluster_config"] = json!({ "service_name": &**service });
-                }
-                Some(json!({ "cluster": cluster, "endpoints": slot.endpoints().map_or(0, |set| set.all.len()) }))
-            })
-            .collect();
-        let listeners: Vec<Value> = store
-            .listeners()
-            .filter(|listener| wanted(&listener.name))
-            .map(|listener| {
-                let chains: Vec<Value> = listener
-                    .all_chains()
-                    .map(|chain| match &chain.handler {
-                        Handler::Http(manager) => json!({
-                            "name": &*chain.name,
-                            "filters": [{
-                                "name": "envoy.filters.network.http_connection_manager",
-                                "stat_prefix": &*manager.stat_prefix,
-                                "route_config_name": manager.rds_name().as_deref().unwrap_or("inline"),
-                            }],
-                        }),
-                        Handler::Tcp(_) => json!({
-                            "name": &*chain.name,
-                            "filters": [{ "name": "envoy.filters.network.tcp_proxy" }],
-                        }),
-                    })
-                    .collect();
-                json!({
-                    "name": &*listener.name,
-                    "active_state": { "listener": {
-                        "@type": "type.googleapis.com/envoy.config.listener.v3.Listener",
-                        "name": &*listener.name,
-                        "address": socket_address(listener.address),
-                        "bind_to_port": listener.bind,
-                        "filter_chains": chains,
-                    }},
-                })
-            })
-            .collect();
-        let routes: Vec<Value> = store
-            .routes()
-            .filter(|(name, ..)| wanted(name))
-            .map(|(name, table, hosts)| {
-                json!({
-                    "route_config": {
-                        "@type": "type.googleapis.com/envoy.config.route.v3.RouteConfiguration",
-                        "name": &**name,
-                    },
-                    "live": table.is_some(),
-                    "virtual_hosts": hosts,
-                })
-            })
-            .collect();
-        (clusters, listeners, routes)
-    });
-    let sections = [
-        ("ClustersConfigDump", "dynamic_active_clusters", clusters),
-        ("ListenersConfigDump", "dynamic_listeners", listeners),
-        ("RoutesConfigDump", "dynamic_route_configs", routes),
-    ];
-    match resource {
-        Some(resource) => sections
-            .into_iter()
-            .find(|(_, field, _)| *field == resource)
-            .map(|(_, _, entries)| json!({ "configs": entries })),
-        None => {
-            let configs: Vec<Value> = sections
-                .into_iter()
-                .map(|(kind, field, entries)| {
-                    json!({ "@type": format!("type.googleapis.com/envoy.admin.v3.{kind}"), field: entries })
-                })
-                .collect();
-            Some(json!({ "configs": configs }))
-        }
-    }
 }

@@ -59,6 +59,8 @@ enum What {
     ResponseTxDuration,
     Attempts,
     UpstreamHost(Address),
+    UpstreamLocal(Address),
+    VirtualCluster,
     UpstreamCluster,
     UpstreamFailure,
     Route,
@@ -237,6 +239,10 @@ impl What {
             "UPSTREAM_HOST" | "UPSTREAM_REMOTE_ADDRESS" => Self::UpstreamHost(Address::Whole),
             "UPSTREAM_REMOTE_ADDRESS_WITHOUT_PORT" => Self::UpstreamHost(Address::WithoutPort),
             "UPSTREAM_REMOTE_PORT" => Self::UpstreamHost(Address::Port),
+            "UPSTREAM_LOCAL_ADDRESS" => Self::UpstreamLocal(Address::Whole),
+            "UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT" => Self::UpstreamLocal(Address::WithoutPort),
+            "UPSTREAM_LOCAL_PORT" => Self::UpstreamLocal(Address::Port),
+            "VIRTUAL_CLUSTER_NAME" => Self::VirtualCluster,
             "UPSTREAM_CLUSTER" | "UPSTREAM_CLUSTER_RAW" => Self::UpstreamCluster,
             "UPSTREAM_TRANSPORT_FAILURE_REASON" => Self::UpstreamFailure,
             "ROUTE_NAME" => Self::Route,
@@ -288,12 +294,7 @@ impl What {
             }
             "ACCESS_LOG_TYPE" => Self::Kind,
             // What the proxy does not know of a connection; standard formats name them, so they are not refused.
-            "UPSTREAM_LOCAL_ADDRESS"
-            | "UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT"
-            | "UPSTREAM_LOCAL_PORT"
-            | "VIRTUAL_CLUSTER_NAME"
-            | "FILTER_STATE"
-            | "UPSTREAM_METADATA" => Self::Absent,
+            "FILTER_STATE" | "UPSTREAM_METADATA" => Self::Absent,
             _ => return Err(refused("this operator is not supported")),
         })
     }
@@ -380,6 +381,10 @@ impl Operator {
                 Some(at) => address(at, *part),
                 None => Datum::Absent,
             },
+            What::UpstreamLocal(part) => record
+                .upstream_local
+                .map_or(Datum::Absent, |at| address(at, *part)),
+            What::VirtualCluster => text(record.virtual_cluster),
             What::UpstreamCluster => text(record.upstream_cluster),
             What::UpstreamFailure => text(record.upstream_failure),
             What::Route => text(record.route),

@@ -61,6 +61,8 @@ fn record<'a>(kept: &'a Kept, metadata: &'a Metadata) -> Record<'a> {
         sent: 20,
         attempts: 3,
         upstream_host: Some("10.0.0.9:80"),
+        upstream_local: Some("10.0.0.9:4321".parse().unwrap()),
+        virtual_cluster: Some("reads"),
         upstream_cluster: Some("outbound|80||shop"),
         upstream_failure: None,
         route: Some("default"),
@@ -131,7 +133,11 @@ fn every_operator_is_written_as_envoy_writes_it() {
         ),
         (
             "%UPSTREAM_CLUSTER% %UPSTREAM_LOCAL_ADDRESS%",
-            "outbound|80||shop -",
+            "outbound|80||shop 10.0.0.9:4321",
+        ),
+        (
+            "%UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT% %UPSTREAM_LOCAL_PORT% %VIRTUAL_CLUSTER_NAME%",
+            "10.0.0.9 4321 reads",
         ),
         ("%UPSTREAM_TRANSPORT_FAILURE_REASON% %ROUTE_NAME%", "- default"),
         (
@@ -180,7 +186,7 @@ fn the_default_line_and_istios_are_as_envoy_writes_them() {
     assert_eq!(
         render(istio),
         "[2024-02-29T12:34:56.007Z] \"GET /p?q=1 HTTP/1.1\" 503 UF,URX via_upstream - \"-\" 10 20 42 7 \"-\" \"curl\" \
-         \"-\" \"shop\" \"10.0.0.9:80\" outbound|80||shop - 10.0.0.2:80 9.9.9.9:0 - default\n"
+         \"-\" \"shop\" \"10.0.0.9:80\" outbound|80||shop 10.0.0.9:4321 10.0.0.2:80 9.9.9.9:0 - default\n"
     );
 }
 

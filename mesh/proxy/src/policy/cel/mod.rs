@@ -139,6 +139,14 @@ const ATTRIBUTES: &[(&str, Attribute, bool)] = &[
     ("xds.route_name", Attribute::RouteName, true),
 ];
 
+impl Attribute {
+    /// The attribute of that name, and whether it is known only at the end of a request.
+    pub(crate) fn find(name: &str) -> Option<(Self, bool)> {
+        let found = ATTRIBUTES.iter().find(|(own, ..)| *own == name);
+        found.map(|(_, attribute, at_end)| (*attribute, *at_end))
+    }
+}
+
 /// The parsed form of an expression.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Ast {

@@ -118,6 +118,7 @@ fn response_variables(exchange: &Exchange) -> Variables<'_> {
         downstream_remote: Some(exchange.conn.remote),
         downstream_local: Some(exchange.conn.local),
         protocol: protocol_text(exchange.version),
+        server_name: exchange.conn.server_name().unwrap_or(""),
         route_name: exchange.route.as_ref().map_or("", |route| &route.name),
         upstream_cluster: exchange.cluster_name.as_deref().unwrap_or(""),
         upstream_host: exchange.host.as_ref().map(|host| &*host.endpoint.text),

@@ -1,20 +1,23 @@
 //! External processing on the worker: the stream of a request, what is sent over it, what becomes of the answers.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use http::request::Parts;
 use http::response::Parts as Head;
 use http::{HeaderMap, StatusCode, Uri};
 use prost::Message;
+use tokio::sync::mpsc;
 
 use super::super::Worker;
 use super::super::body::Inbound;
 use super::super::grpc_stream::GrpcStream;
-use super::{Encode, Exchange, LocalReply, metadata, state};
+use super::{Encode, Exchange, LocalReply, facts, metadata, state};
 use crate::metrics::flags::Flags;
+use crate::policy::cel::{Attribute, Scene as _, Value};
 use crate::policy::ext_authz::apply;
-use crate::policy::ext_proc::{About, Answer, Changes, ExtProc, Immediate, PATH, PerRouteProc, Wrong};
+use crate::policy::ext_proc::{About, Answer, Changes, ExtProc, Immediate, PATH, PerRouteProc, Wrong, told};
 use crate::policy::service::GrpcTarget;
 use crate::worker::call::CallError;
 use crate::worker::request::view;
@@ -29,6 +32,75 @@ pub(super) struct Processing {
     stream: Option<GrpcStream>,
     /// The service has ended the stream, or failed and that does not matter.
     over: bool,
+    /// Where nobody waits for answers: what takes the messages.
+    observer: Option<mpsc::Sender<Vec<u8>>>,
+}
+
+/// Streams that one filter keeps open at a time only to observe; beyond that nothing is sent.
+const MAX_OBSERVED: usize = 4096;
+
+/// Counts a stream that observes.
+struct Observed(Arc<ExtProc>);
+
+impl Drop for Observed {
+    fn drop(&mut self) {
+        self.0.observed.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Sends messages to a service whose answers change nothing; the request goes on meanwhile. The stream ends a while after
+/// the request has.
+async fn observe(
+    worker: std::rc::Rc<Worker>,
+    filter: Arc<ExtProc>,
+    target: Option<GrpcTarget>,
+    mut messages: mpsc::Receiver<Vec<u8>>,
+    closing: std::time::Duration,
+) {
+    let counters = &filter.counters;
+    let Some(first) = messages.recv().await else {
+        return;
+    };
+    if filter.observed.fetch_add(1, Ordering::Relaxed) >= MAX_OBSERVED {
+        filter.observed.fetch_sub(1, Ordering::Relaxed);
+        counters.streams_failed.add(worker.id);
+        return;
+    }
+    let _observed = Observed(filter.clone());
+    counters.streams_started.add(worker.id);
+    let opened = GrpcStream::open(&worker, target.as_ref().unwrap_or(&filter.target), PATH);
+    let Ok(Ok(mut stream)) = tokio::time::timeout(filter.timeout.max(closing), opened).await else {
+        counters.streams_failed.add(worker.id);
+        return;
+    };
+    stream.send(&first);
+    counters.messages_sent.add(worker.id);
+    loop {
+        tokio::select! {
+            message = messages.recv() => match message {
+                Some(message) => {
+                    stream.send(&message);
+                    counters.messages_sent.add(worker.id);
+                }
+                None => break,
+            },
+            answer = stream.next() => match answer {
+                Ok(Some(_)) => counters.messages_received.add(worker.id),
+                Ok(None) => return,
+                Err(error) => {
+                    tracing::debug!(%error, "the observing service failed");
+                    return counters.streams_failed.add(worker.id);
+                }
+            },
+        }
+    }
+    // Time for the service to read what was sent.
+    let drained = async {
+        while let Ok(Some(_)) = stream.next().await {
+            counters.messages_received.add(worker.id);
+        }
+    };
+    let _ = tokio::time::timeout(closing, drained).await;
 }
 
 /// Why there is no answer.
@@ -142,7 +214,16 @@ pub(super) async fn request(
         response: mode.response,
         stream: None,
         over: false,
+        observer: None,
     });
+    if let Some(closing) = filter.observing {
+        let (sender, messages) = mpsc::channel(2);
+        let worker = exchange.conn.worker.clone();
+        let target = processing.target.clone();
+        let work = observe(worker.clone(), filter.clone(), target, messages, closing);
+        worker.tasks.spawn_local(work);
+        processing.observer = Some(sender);
+    }
     let mut reroute = false;
     if mode.request {
         let worker = exchange.conn.worker.clone();
@@ -155,14 +236,29 @@ pub(super) async fn request(
                 (":authority", request.authority()),
                 (":path", path),
             ];
+            let attributes = if filter.request_attributes.is_empty() {
+                Default::default()
+            } else {
+                let facts = facts(&exchange.conn, parts, metadata(exchange));
+                told(&filter.request_attributes, |attribute| facts.attribute(attribute))
+            };
             filter.question(
                 About::Request,
                 &system,
                 &parts.headers,
                 body.is_none(),
                 metadata(exchange),
+                attributes,
             )
         };
+        if let Some(observer) = &processing.observer {
+            // A service that is behind misses it.
+            let _ = observer.try_send(question.encode_to_vec());
+            if processing.response {
+                state(exchange).encode.push(Encode::Process(Some(processing)));
+            }
+            return Ok(false);
+        }
         match processing
             .ask(&worker, About::Request, &question.encode_to_vec())
             .await
@@ -170,6 +266,9 @@ pub(super) async fn request(
             Ok(None) => processing.over = true,
             Ok(Some(Answer::Continue(changes))) => {
                 reroute = changes.reroute;
+                if let Some(mode) = changes.mode {
+                    processing.response = mode.response;
+                }
                 change_request(exchange, parts, changes);
             }
             Ok(Some(Answer::Immediate(answer))) => return Err(immediate(*answer)),
@@ -196,7 +295,21 @@ pub(super) async fn response(
         &head.headers,
         !has_body,
         metadata(exchange),
+        told(&processing.filter.response_attributes, |attribute| {
+            let text = |text: Option<&str>| text.map(|text| Value::Text(text.to_owned().into()));
+            match attribute {
+                Attribute::ResponseCode => Some(Value::Int(i64::from(head.status.as_u16()))),
+                Attribute::ClusterName => text(exchange.cluster_name.as_deref()),
+                Attribute::RouteName => text(exchange.route.as_ref().map(|route| &*route.name)),
+                Attribute::UpstreamAddress => text(exchange.host.as_ref().map(|host| &*host.endpoint.text)),
+                _ => None,
+            }
+        }),
     );
+    if let Some(observer) = &processing.observer {
+        let _ = observer.try_send(question.encode_to_vec());
+        return Ok(());
+    }
     match processing
         .ask(&worker, About::Response, &question.encode_to_vec())
         .await

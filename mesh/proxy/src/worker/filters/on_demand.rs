@@ -1,12 +1,14 @@
 //! Requests that wait for the virtual host or the cluster that they need.
 
+use http::HeaderName;
 use http::request::Parts;
 
 use super::super::http::Downstream;
 use super::super::request::{Routed, view};
 use crate::clock::now_ms;
 use crate::config::on_demand::{Answer, Wanted};
-use crate::config::route::{Action, Targets};
+use crate::config::route::{Action, TargetCluster, Targets};
+use crate::config::slot::Directory;
 use crate::policy::on_demand::OnDemandClusters;
 
 /// Longest authority that is asked for: the longest name that DNS has, and a port.
@@ -35,6 +37,18 @@ pub(in crate::worker) async fn virtual_host(conn: &Downstream, parts: &Parts) ->
     wait(conn, Wanted::VirtualHost, &name, limit).await
 }
 
+/// The name of the cluster that a field of the request names, if it names one that does not exist.
+fn missing(field: &HeaderName, directory: &Directory, parts: &Parts) -> Option<String> {
+    let name = parts.headers.get(field)?.to_str().ok()?;
+    if let Some(slot) = directory.find(name)
+        && slot.exists()
+    {
+        slot.mark_used();
+        return None;
+    }
+    Some(name.to_owned())
+}
+
 /// Waits for the cluster of a request, if it does not exist. Where it does not come the request goes on and finds that out.
 pub(super) async fn cluster(conn: &Downstream, rules: &OnDemandClusters, routed: &mut Routed, parts: &Parts) {
     let Action::Forward(forward) = &routed.route.action else {
@@ -49,19 +63,13 @@ pub(super) async fn cluster(conn: &Downstream, rules: &OnDemandClusters, routed:
             }
             &*slot.name
         }
-        Targets::Named(field, directory) => {
-            let Some(name) = parts.headers.get(field).and_then(|value| value.to_str().ok()) else {
-                return;
-            };
-            if let Some(slot) = directory.find(name)
-                && slot.exists()
-            {
-                slot.mark_used();
-                return;
+        Targets::Named(field, directory) => match missing(field, directory, parts) {
+            None => return,
+            Some(name) => {
+                named = name;
+                &*named
             }
-            named = name.to_owned();
-            &*named
-        }
+        },
         Targets::Weighted(targets, weights, turn) => {
             // Chosen now: what is waited for must be where the request goes.
             let index = match routed.chosen {
@@ -69,12 +77,22 @@ pub(super) async fn cluster(conn: &Downstream, rules: &OnDemandClusters, routed:
                 None => weights.pick(turn.next(conn.worker.id)),
             };
             routed.chosen = Some(index);
-            let slot = &targets[index].cluster;
-            if slot.exists() {
-                slot.mark_used();
-                return;
+            match &targets[index].cluster {
+                TargetCluster::Fixed(slot) => {
+                    if slot.exists() {
+                        slot.mark_used();
+                        return;
+                    }
+                    &*slot.name
+                }
+                TargetCluster::Named(field, directory) => match missing(field, directory, parts) {
+                    None => return,
+                    Some(name) => {
+                        named = name;
+                        &*named
+                    }
+                },
             }
-            &*slot.name
         }
         Targets::Empty => return,
     };

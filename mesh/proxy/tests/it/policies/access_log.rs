@@ -351,3 +351,48 @@ async fn a_cel_expression_chooses_which_requests_are_logged() {
         "{refusal}"
     );
 }
+
+#[tokio::test]
+async fn virtual_clusters_are_counted_and_named_and_the_proxys_own_end_is_told() {
+    use serin_xds::pb::envoy::config::route::v3 as route;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("log");
+    let (harness, _backend, at) = logging(vec![text(
+        &path,
+        "%VIRTUAL_CLUSTER_NAME% %UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT% %UPSTREAM_LOCAL_PORT%\n",
+    )])
+    .await;
+    let mut virtual_host = host("shop", "*", vec![prefix_route("/", to_cluster("c"))]);
+    virtual_host.virtual_clusters = vec![route::VirtualCluster {
+        name: "reads".into(),
+        headers: vec![route::HeaderMatcher {
+            name: ":method".into(),
+            header_match_specifier: Some(route::header_matcher::HeaderMatchSpecifier::ExactMatch(
+                "GET".into(),
+            )),
+            ..Default::default()
+        }],
+    }];
+    harness.routes(vec![virtual_host]).await;
+    assert_eq!(get(at, "/").await.0, 200);
+    let request = http::Request::put("/")
+        .header("host", "a")
+        .body(http_body_util::Full::from(""));
+    assert_eq!(send(at, request.unwrap()).await.0, 200);
+    let lines = lines(&path, 2).await;
+    let port = lines[0].strip_prefix("reads 127.0.0.1 ").expect(&lines[0]);
+    assert!(port.parse::<u16>().unwrap() > 0, "{port}");
+    assert!(lines[1].starts_with("- 127.0.0.1 "), "{lines:?}");
+    for (name, count) in [("reads", 1.0), ("other", 1.0)] {
+        let labels = [
+            ("envoy_response_code_class", "2"),
+            ("envoy_virtual_cluster", name),
+            ("envoy_virtual_host", "shop"),
+        ];
+        assert_eq!(
+            harness.counter("envoy_vhost_vcluster_upstream_rq_xx", &labels),
+            count,
+            "{name}"
+        );
+    }
+}

@@ -346,10 +346,17 @@ async fn bodies_trailers_and_other_modes_are_refused_by_name() {
         ),
         (
             ext_proc::ExternalProcessor {
-                observability_mode: true,
+                deferred_close_timeout: millis(1),
                 ..over_grpc()
             },
-            "observability_mode",
+            "deferred_close_timeout",
+        ),
+        (
+            ext_proc::ExternalProcessor {
+                request_attributes: vec!["request.path".into(), "response.code".into()],
+                ..over_grpc()
+            },
+            "request_attributes",
         ),
         (
             ext_proc::ExternalProcessor {
@@ -363,4 +370,106 @@ async fn bodies_trailers_and_other_modes_are_refused_by_name() {
         let refusal = refused(message).await;
         assert!(refusal.contains(field), "{refusal}");
     }
+}
+
+#[tokio::test]
+async fn a_processor_may_say_that_it_does_not_want_the_response_where_that_is_allowed() {
+    for (allowed, modes, messages) in [
+        (true, vec![], 1),
+        (true, vec![ext_proc::ProcessingMode::default()], 2),
+        (false, vec![], 2),
+    ] {
+        let filter = ext_proc::ExternalProcessor {
+            allow_mode_override: allowed,
+            allowed_override_modes: modes,
+            ..over_grpc()
+        };
+        let (_harness, _backend, at, seen, _server) = processed(&filter, to_c(), |question| {
+            let mut answered = pass(question)?;
+            answered.mode_override = Some(ext_proc::ProcessingMode {
+                response_header_mode: ext_proc::processing_mode::HeaderSendMode::Skip as i32,
+                ..Default::default()
+            });
+            Some(answered)
+        })
+        .await;
+        assert_eq!(get(at, "/a").await.0, 200);
+        assert_eq!(seen.lock().len(), messages);
+    }
+}
+
+#[tokio::test]
+async fn attributes_are_told_beside_the_heads() {
+    use serin_xds::pb::google::protobuf::value::Kind;
+    let filter = ext_proc::ExternalProcessor {
+        request_attributes: vec![
+            "request.url_path".into(),
+            "destination.port".into(),
+            "request.referer".into(),
+        ],
+        response_attributes: vec!["response.code".into(), "xds.cluster_name".into()],
+        ..over_grpc()
+    };
+    let (_harness, _backend, at, seen, _server) = processed(&filter, to_c(), pass).await;
+    assert_eq!(get(at, "/a?b=1").await.0, 200);
+    let seen = seen.lock();
+    let told = |index: usize| {
+        let fields = &seen[index].attributes["envoy.filters.http.ext_proc"].fields;
+        let mut all: Vec<_> = fields
+            .iter()
+            .map(|(name, value)| (name.clone(), value.kind.clone().unwrap()))
+            .collect();
+        all.sort_by(|(a, _), (b, _)| a.cmp(b));
+        all
+    };
+    assert_eq!(
+        told(0),
+        [
+            (
+                "destination.port".to_owned(),
+                Kind::NumberValue(f64::from(at.port()))
+            ),
+            ("request.url_path".to_owned(), Kind::StringValue("/a".into())),
+        ]
+    );
+    assert_eq!(
+        told(1),
+        [
+            ("response.code".to_owned(), Kind::NumberValue(200.0)),
+            ("xds.cluster_name".to_owned(), Kind::StringValue("c".into())),
+        ]
+    );
+}
+
+#[tokio::test]
+async fn an_observing_processor_sees_both_heads_and_nobody_waits_for_it() {
+    let filter = ext_proc::ExternalProcessor {
+        observability_mode: true,
+        deferred_close_timeout: millis(200),
+        ..over_grpc()
+    };
+    // It answers nothing to the first, and something that must not be heeded to the second.
+    let (harness, _backend, at, seen, _server) =
+        processed(&filter, to_c(), |question| match question.request.as_ref()? {
+            processing_request::Request::RequestHeaders(_) => None,
+            _ => answer(processing_response::Response::ResponseHeaders(changing(
+                &[(":status", "500")],
+                &[],
+            ))),
+        })
+        .await;
+    assert_eq!(get(at, "/a").await.0, 200);
+    soon("both heads", async {
+        while seen.lock().len() < 2 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    assert!(seen.lock().iter().all(|question| question.observability_mode));
+    soon("the end of the stream", async {
+        while harness.counter("envoy_http_ext_proc_stream_msgs_received", &[]) < 1.0 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
 }

@@ -235,6 +235,49 @@ async fn an_otlp_collector_gets_a_record_of_each_request_as_it_was_configured() 
     assert!(record.time_unix_nano > 1_600_000_000_000_000_000);
 }
 
+#[tokio::test]
+async fn an_otlp_collector_over_http_gets_the_same_records_with_the_fields_that_it_asks_for() {
+    use prost::Message as _;
+    let mut collector = Backend::named("").await;
+    let (harness, _backend, _) = served(vec![], to_c()).await;
+    harness.cluster("otel", &[collector.address]).await;
+    let mut manager = manager("80");
+    manager.access_log = vec![logger(any(&open_telemetry::OpenTelemetryAccessLogConfig {
+        http_service: Some(core::HttpService {
+            http_uri: Some(core::HttpUri {
+                uri: "http://collector.example/v1/logs".into(),
+                timeout: millis(5000),
+                http_upstream_type: Some(core::http_uri::HttpUpstreamType::Cluster("otel".into())),
+            }),
+            request_headers_to_add: vec![core::HeaderValueOption {
+                header: Some(core::HeaderValue {
+                    key: "x-key".into(),
+                    value: "k".into(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }],
+            ..Default::default()
+        }),
+        log_name: "shop".into(),
+        buffer_flush_interval: millis(10),
+        body: text("%REQ(:PATH)%"),
+        ..Default::default()
+    }))];
+    let at = harness.listen(&manager, core::TrafficDirection::Outbound).await;
+    get(at, "/a").await;
+    let request = collector.next().await;
+    assert_eq!((&*request.method, &*request.path), ("POST", "/v1/logs"));
+    assert_eq!(request.headers["host"], "collector.example");
+    assert_eq!(request.headers["content-type"], "application/x-protobuf");
+    assert_eq!(request.headers["x-key"], "k");
+    let export = Export::decode(request.body).unwrap();
+    assert_eq!(
+        export.resource_logs[0].scope_logs[0].log_records[0].body,
+        text("/a")
+    );
+}
+
 fn to_file(path: &std::path::Path, format: &str) -> accesslog::AccessLog {
     logger(any(&file::FileAccessLog {
         path: path.to_str().unwrap().into(),

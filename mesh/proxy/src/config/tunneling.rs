@@ -1,0 +1,115 @@
+//! TCP connections that are carried on within a CONNECT (`tcp_proxy`'s `tunneling_config`).
+
+use http::{HeaderMap, HeaderValue, header};
+use serin_xds::pb::envoy::config::core::v3 as core;
+use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3::tcp_proxy::TunnelingConfig;
+
+use super::headers::{HeaderOps, Variables};
+use crate::error::Refusal;
+
+/// What is asked of the endpoint, compiled.
+#[derive(Debug)]
+pub struct Tunneling {
+    /// The first of them makes the authority.
+    fields: HeaderOps,
+}
+
+impl Tunneling {
+    /// Compiles the message.
+    pub(crate) fn compile(from: &TunnelingConfig) -> Result<Self, Refusal> {
+        let unsupported = [
+            ("use_post", from.use_post),
+            ("post_path", !from.post_path.is_empty()),
+            ("propagate_response_headers", from.propagate_response_headers),
+            ("propagate_response_trailers", from.propagate_response_trailers),
+            ("request_id_extension", from.request_id_extension.is_some()),
+            ("request_id_header", !from.request_id_header.is_empty()),
+            (
+                "request_id_metadata_key",
+                !from.request_id_metadata_key.is_empty(),
+            ),
+            ("formatters", !from.formatters.is_empty()),
+        ];
+        if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
+            return Err(Refusal::new(*field, "not supported"));
+        }
+        if from.hostname.is_empty() {
+            return Err(Refusal::new("hostname", "is missing"));
+        }
+        let authority = core::HeaderValueOption {
+            header: Some(core::HeaderValue {
+                key: ":authority".into(),
+                value: from.hostname.clone(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let all: Vec<_> = std::iter::once(authority)
+            .chain(from.headers_to_add.iter().cloned())
+            .collect();
+        Ok(Self {
+            fields: HeaderOps::compile(&all, &[], "headers")?,
+        })
+    }
+
+    /// Authority and fields of a CONNECT; `None` where the authority cannot be told, since nobody named one.
+    pub fn head(&self, variables: &Variables<'_>) -> Option<(HeaderValue, HeaderMap)> {
+        let mut headers = HeaderMap::new();
+        self.fields.apply(&mut headers, None, variables);
+        let authority = headers.remove(header::HOST)?;
+        Some((authority, headers))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_authority_may_be_what_the_client_asked_for_and_fields_go_with_it() {
+        let config = |hostname: &str| TunnelingConfig {
+            hostname: hostname.into(),
+            headers_to_add: vec![core::HeaderValueOption {
+                header: Some(core::HeaderValue {
+                    key: "x-client".into(),
+                    value: "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%".into(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let variables = Variables {
+            server_name: "shop.example",
+            downstream_remote: Some("10.0.0.1:5".parse().unwrap()),
+            downstream_local: Some("10.0.0.2:443".parse().unwrap()),
+            ..Default::default()
+        };
+        for (hostname, authority) in [
+            ("fixed.example:443", "fixed.example:443"),
+            ("%REQUESTED_SERVER_NAME%:443", "shop.example:443"),
+            ("%DOWNSTREAM_LOCAL_ADDRESS%", "10.0.0.2:443"),
+        ] {
+            let tunneling = Tunneling::compile(&config(hostname)).unwrap();
+            let (own, headers) = tunneling.head(&variables).unwrap();
+            assert_eq!(own, authority);
+            assert_eq!(headers["x-client"], "10.0.0.1");
+        }
+        let nameless = Tunneling::compile(&config("%REQUESTED_SERVER_NAME%")).unwrap();
+        assert!(nameless.head(&Variables::default()).is_none());
+        for (wrong, path) in [
+            (config(""), "hostname"),
+            (config("%NOTHING%"), "headers_to_add"),
+            (
+                TunnelingConfig {
+                    use_post: true,
+                    ..config("a")
+                },
+                "use_post",
+            ),
+        ] {
+            let refusal = Tunneling::compile(&wrong).unwrap_err().to_string();
+            assert!(refusal.contains(path), "{refusal}");
+        }
+    }
+}

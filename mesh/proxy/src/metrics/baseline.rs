@@ -1,0 +1,292 @@
+//! What counters begin with: what the process before this one counted (hot restart), and what counters were set back by
+//! (`/reset_counters`). Applied where counters are shown; the cells themselves only ever grow, since workers add to them
+//! without asking.
+
+use std::collections::{HashMap, HashSet};
+
+use parking_lot::Mutex;
+use serde_json::{Value as Json, json};
+
+use super::collect::{Family, Labels, Value};
+use super::series::HistogramValue;
+
+/// Series that are taken over at most.
+const MAX_TAKEN: usize = 100_000;
+/// Names of families and labels that other processes may bring up.
+const MAX_NAMES: usize = 4096;
+
+type Key = (&'static str, Labels);
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Baseline {
+    taken: HashMap<Key, Value, foldhash::fast::RandomState>,
+    reset: HashMap<Key, Value, foldhash::fast::RandomState>,
+    /// Counters were set back: what others counted counts no more.
+    own_only: bool,
+}
+
+fn is_cumulative(value: &Value) -> bool {
+    !matches!(value, Value::Gauge(_))
+}
+
+fn add(to: &mut Value, other: &Value, sign: f64) {
+    match (to, other) {
+        (Value::Counter(to), Value::Counter(other)) => *to = (*to + sign * other).max(0.0),
+        (Value::Histogram(to), Value::Histogram(other)) => {
+            for (to, other) in to.buckets.iter_mut().zip(&other.buckets) {
+                *to = if sign < 0.0 {
+                    to.saturating_sub(*other)
+                } else {
+                    to.saturating_add(*other)
+                };
+            }
+            to.sum = (to.sum + sign * other.sum).max(0.0);
+        }
+        _ => {}
+    }
+}
+
+impl Baseline {
+    /// What is shown of what was counted.
+    pub fn apply(&self, families: &mut Vec<Family>) {
+        if !self.taken.is_empty() {
+            self.add_taken(families);
+        }
+        if self.reset.is_empty() {
+            return;
+        }
+        for family in families {
+            for (labels, value) in &mut family.metrics {
+                // Few are set back, and it is done by hand.
+                if let Some(reset) = self.reset.get(&(family.name, labels.clone())) {
+                    add(value, reset, -1.0);
+                }
+            }
+        }
+    }
+
+    fn add_taken(&self, families: &mut Vec<Family>) {
+        let mut seen: HashSet<&Key, foldhash::fast::RandomState> = HashSet::default();
+        for family in families.iter_mut() {
+            for (labels, value) in &mut family.metrics {
+                if let Some((key, taken)) = self.taken.get_key_value(&(family.name, labels.clone())) {
+                    add(value, taken, 1.0);
+                    seen.insert(key);
+                }
+            }
+        }
+        // What this process has not counted yet.
+        let mut rest: Vec<_> = self.taken.iter().filter(|(key, _)| !seen.contains(key)).collect();
+        rest.sort_by_key(|(key, _)| *key);
+        for ((name, labels), value) in rest {
+            let metric = (labels.clone(), value.clone());
+            match families.iter_mut().find(|family| family.name == *name) {
+                Some(family) => family.metrics.push(metric),
+                None => families.push(Family {
+                    name,
+                    help: "Counted before a hot restart.",
+                    metrics: vec![metric],
+                }),
+            }
+        }
+    }
+
+    /// Counters begin with zero from now on; `families` is what they are, without a baseline.
+    pub fn reset(&mut self, families: Vec<Family>) {
+        self.taken.clear();
+        self.own_only = true;
+        self.reset = families
+            .into_iter()
+            .flat_map(|family| {
+                let name = family.name;
+                family
+                    .metrics
+                    .into_iter()
+                    .filter(|(_, value)| is_cumulative(value))
+                    .map(move |(labels, value)| ((name, labels), value))
+            })
+            .collect();
+    }
+
+    /// Takes over what another process has counted, in place of what was taken over before. What cannot be read is left
+    /// out: a process of another version may count other things.
+    pub fn take(&mut self, told: &Json) {
+        if self.own_only {
+            return;
+        }
+        self.taken = told
+            .as_array()
+            .into_iter()
+            .flatten()
+            .take(MAX_TAKEN)
+            .filter_map(read)
+            .collect();
+    }
+}
+
+/// What a successor is told of counters.
+pub fn tell(families: &[Family]) -> Json {
+    let all = families.iter().flat_map(|family| {
+        family
+            .metrics
+            .iter()
+            .filter_map(|(labels, value)| match value {
+                Value::Counter(value) if *value > 0.0 => Some((labels, json!(value))),
+                Value::Histogram(histogram) if histogram.count() > 0 => Some((
+                    labels,
+                    json!({ "buckets": histogram.buckets, "sum": histogram.sum }),
+                )),
+                _ => None,
+            })
+            .map(|(labels, value)| json!([family.name, labels, value]))
+    });
+    all.collect()
+}
+
+fn read(entry: &Json) -> Option<(Key, Value)> {
+    let [name, labels, value] = entry.as_array()?.as_slice() else {
+        return None;
+    };
+    let labels = labels
+        .as_array()?
+        .iter()
+        .map(|pair| {
+            Some((
+                name_of(pair.get(0)?.as_str()?)?,
+                pair.get(1)?.as_str()?.to_owned(),
+            ))
+        })
+        .collect::<Option<Labels>>()?;
+    let value = match value {
+        Json::Number(value) => Value::Counter(value.as_f64().filter(|value| value.is_finite())?),
+        Json::Object(histogram) => {
+            let mut out = HistogramValue {
+                sum: histogram.get("sum")?.as_f64()?,
+                ..HistogramValue::default()
+            };
+            let buckets = histogram.get("buckets")?.as_array()?;
+            if buckets.len() != out.buckets.len() {
+                return None;
+            }
+            for (to, count) in out.buckets.iter_mut().zip(buckets) {
+                *to = count.as_u64()?;
+            }
+            Value::Histogram(Box::new(out))
+        }
+        _ => return None,
+    };
+    Some(((name_of(name.as_str()?)?, labels), value))
+}
+
+/// A name that lives as long as the process: families are named by constants elsewhere. There are some hundred of them,
+/// each is kept once, and beyond a limit none is.
+fn name_of(text: &str) -> Option<&'static str> {
+    static NAMES: Mutex<Option<HashSet<&'static str>>> = Mutex::new(None);
+    let mut names = NAMES.lock();
+    let names = names.get_or_insert_default();
+    if let Some(name) = names.get(text) {
+        return Some(name);
+    }
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    if names.len() >= MAX_NAMES || text.len() > 200 || !text.bytes().all(plain) {
+        return None;
+    }
+    let name: &'static str = Box::leak(text.to_owned().into_boxed_str());
+    names.insert(name);
+    Some(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counted(value: f64, bucket: u64) -> Vec<Family> {
+        let mut histogram = HistogramValue {
+            sum: value,
+            ..Default::default()
+        };
+        histogram.buckets[1] = bucket;
+        let labels: Labels = vec![("envoy_cluster_name", "c".into())];
+        vec![
+            Family {
+                name: "envoy_cluster_upstream_rq_total",
+                help: "",
+                metrics: vec![(labels.clone(), Value::Counter(value))],
+            },
+            Family {
+                name: "envoy_cluster_upstream_rq_time",
+                help: "",
+                metrics: vec![(labels.clone(), Value::Histogram(Box::new(histogram)))],
+            },
+            Family {
+                name: "envoy_cluster_upstream_rq_active",
+                help: "",
+                metrics: vec![(labels, Value::Gauge(value))],
+            },
+        ]
+    }
+
+    fn shown(baseline: &Baseline, mut families: Vec<Family>) -> Vec<Value> {
+        baseline.apply(&mut families);
+        families
+            .into_iter()
+            .flat_map(|family| family.metrics)
+            .map(|(_, value)| value)
+            .collect()
+    }
+
+    #[test]
+    fn what_another_process_counted_is_added_and_what_only_it_counted_is_shown_as_well() {
+        let mut baseline = Baseline::default();
+        let mut told = counted(5.0, 2);
+        told[0]
+            .metrics
+            .push((vec![("envoy_cluster_name", "gone".into())], Value::Counter(9.0)));
+        let told = tell(&told);
+        // As it travels.
+        baseline.take(&serde_json::from_str(&told.to_string()).unwrap());
+        let values = shown(&baseline, counted(1.0, 1));
+        assert_eq!(values[..2], [Value::Counter(6.0), Value::Counter(9.0)]);
+        let Value::Histogram(histogram) = &values[2] else {
+            panic!("{values:?}");
+        };
+        assert_eq!((histogram.buckets[1], histogram.sum), (3, 6.0));
+        assert_eq!(values[3], Value::Gauge(1.0), "what is open is open elsewhere");
+        assert_eq!(shown(&baseline, Vec::new()).len(), 3);
+    }
+
+    #[test]
+    fn counters_that_were_reset_count_from_zero_and_gauges_are_what_they_are() {
+        let mut baseline = Baseline::default();
+        baseline.take(&tell(&counted(5.0, 2)));
+        baseline.reset(counted(3.0, 1));
+        let values = shown(&baseline, counted(3.0, 1));
+        assert_eq!(values[0], Value::Counter(0.0));
+        assert_eq!(values[2], Value::Gauge(3.0));
+        let values = shown(&baseline, counted(7.0, 4));
+        assert_eq!(values[0], Value::Counter(4.0));
+        let Value::Histogram(histogram) = &values[1] else {
+            panic!("{values:?}");
+        };
+        assert_eq!(histogram.buckets[1], 3);
+        // A series that ended and came back counts anew.
+        assert_eq!(shown(&baseline, counted(1.0, 0))[0], Value::Counter(0.0));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_left_out() {
+        let mut baseline = Baseline::default();
+        for text in [
+            "1",
+            "[1]",
+            "[[1,2,3]]",
+            r#"[["a",[["b",1]],1]]"#,
+            r#"[["a",[],{"buckets":[1],"sum":1}]]"#,
+            r#"[["a name",[],1]]"#,
+        ] {
+            baseline.take(&serde_json::from_str(text).unwrap());
+            assert!(baseline.taken.is_empty(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! Carrying a TCP connection on within a CONNECT over HTTP/1.1 or HTTP/2 (`tunneling_config`): over the same pools as
+//! requests, so that tunnels share HTTP/2 connections.
+
+use std::rc::Rc;
+
+use http::{Method, Request, Uri, Version, header};
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
+
+use super::Worker;
+use super::body::UpstreamBody;
+use super::tcp::Client;
+use crate::config::cluster::UpstreamHttp;
+use crate::config::headers::Variables;
+use crate::config::tunneling::Tunneling;
+use crate::upstream::cluster::{Host, WorkerCluster};
+use crate::upstream::connect::{ConnectOptions, Speaking};
+use crate::upstream::outlier::Event;
+use crate::upstream::pool::Lease;
+
+/// Connections found closed while idle, at most, before the tunnel is given up.
+const MAX_STALE: u32 = 5;
+
+/// A tunnel that an endpoint has granted.
+pub(super) struct Granted {
+    /// What is inside of it.
+    pub stream: Box<TokioIo<Upgraded>>,
+    /// Its place on the connection, held for as long as it lasts.
+    pub lease: Lease,
+}
+
+/// Asks an endpoint for a tunnel, or says why there is none. What an endpoint answers counts for outlier detection.
+pub(super) async fn open(
+    worker: &Worker,
+    cluster: &WorkerCluster,
+    host: &Rc<Host>,
+    tunneling: &Tunneling,
+    client: &Client<'_>,
+) -> Result<Granted, String> {
+    // For the connection, and for the answer.
+    let limit = cluster.config.connect_timeout.saturating_mul(2);
+    let outcome = tokio::time::timeout(limit, ask(worker, cluster, host, tunneling, client)).await;
+    let (event, outcome) = match outcome {
+        Ok(Ok(granted)) => (Event::Status(200), Ok(granted)),
+        Ok(Err(Refused::Status(status))) => (
+            Event::Status(status),
+            Err(format!("the tunnel was refused with status {status}")),
+        ),
+        Ok(Err(Refused::Failed(reason))) => (Event::LocalFailure, Err(reason)),
+        Err(_) => (Event::LocalFailure, Err("connection timeout".to_owned())),
+    };
+    if cluster.record(host, event) {
+        worker.recorder.counters().ejections.add(1);
+    }
+    outcome
+}
+
+/// Why there is no tunnel.
+enum Refused {
+    Status(u16),
+    Failed(String),
+}
+
+async fn ask(
+    worker: &Worker,
+    cluster: &WorkerCluster,
+    host: &Rc<Host>,
+    tunneling: &Tunneling,
+    client: &Client<'_>,
+) -> Result<Granted, Refused> {
+    let failed = |reason: &dyn std::fmt::Display| Refused::Failed(reason.to_string());
+    let config = &cluster.config;
+    let variables = Variables {
+        downstream_remote: Some(client.source),
+        downstream_local: Some(client.destination),
+        server_name: client.server_name.unwrap_or(""),
+        upstream_cluster: &cluster.slot.name,
+        upstream_host: Some(&host.endpoint.text),
+        ..Variables::default()
+    };
+    let (authority, headers) = tunneling
+        .head(&variables)
+        .ok_or_else(|| failed(&"tunneling_config.hostname is empty for this connection"))?;
+    let uri = authority
+        .to_str()
+        .ok()
+        .and_then(|authority| Uri::builder().authority(authority).build().ok())
+        .ok_or_else(|| {
+            failed(&format!(
+                "tunneling_config.hostname: {authority:?} is no authority"
+            ))
+        })?;
+    let speaking = match config.http {
+        UpstreamHttp::Http2 => Speaking::Http2,
+        UpstreamHttp::Auto => Speaking::Either,
+        UpstreamHttp::Http1 | UpstreamHttp::Downstream => Speaking::Http1,
+    };
+    let options = ConnectOptions {
+        between: config
+            .tells_clients()
+            .then_some((client.source, client.destination)),
+        ..ConnectOptions::default()
+    };
+    let pool = host.pool.variant(&options);
+    let mut stale = 0;
+    loop {
+        let acquired = pool.acquire(worker, &cluster.slot, config, &host.endpoint, speaking, &options);
+        let mut lease = acquired.await.map_err(|error| failed(&error))?;
+        let mut request = Request::new(UpstreamBody::Empty);
+        *request.method_mut() = Method::CONNECT;
+        *request.uri_mut() = uri.clone();
+        *request.headers_mut() = headers.clone();
+        if lease.is_http2() {
+            *request.version_mut() = Version::HTTP_2;
+        } else {
+            request.headers_mut().insert(header::HOST, authority.clone());
+        }
+        let reused = lease.reused();
+        let sent = match &mut lease {
+            Lease::Http1 { sender, .. } => sender.try_send_request(request).await,
+            Lease::Http2(stream) => stream.sender().try_send_request(request).await,
+        };
+        let mut response = match sent {
+            Ok(response) => response,
+            // Closed while idle: the next connection, at the latest a new one, tells more.
+            Err(_) if reused && stale < MAX_STALE => {
+                stale += 1;
+                continue;
+            }
+            Err(error) => return Err(failed(&error.into_error())),
+        };
+        if !response.status().is_success() {
+            return Err(Refused::Status(response.status().as_u16()));
+        }
+        let upgraded = hyper::upgrade::on(&mut response)
+            .await
+            .map_err(|error| failed(&error))?;
+        return Ok(Granted {
+            stream: Box::new(TokioIo::new(upgraded)),
+            lease,
+        });
+    }
+}
