@@ -59,6 +59,13 @@
 //!   shown is them with a [`metrics::baseline`]: what processes before this one counted, or what they were reset by.
 //! - The messages of resources are kept as they came, encoded, for `/config_dump`; they are some hundred bytes each.
 //! - Responses that the proxy makes itself carry `x-serin-response-flags` when a flag is set.
+//! - What a request may wait for is asked for beside everything (`*`), as Envoy does, so that a server may send ahead what it
+//!   likes; unlike Envoy, names that nobody uses are given up ([`config::on_demand`]), and only a host without a virtual host
+//!   waits, not one whose routes do not fit.
+//! - A filter by ECDS is taken by every listener that names it or by none ([`config::extension`]).
+//! - Shares of requests with a runtime key hold a cell that a change of a layer writes ([`config::runtime`]): a request pays
+//!   one relaxed load.
+//! - A sidecar finds the Service that it belongs to by its own address among the endpoints that it is told.
 //!
 //! # Limits
 //! 60 KiB and 100 fields per request head; 1 MiB of a request body kept for retries and mirrors (larger bodies are not

@@ -1,6 +1,6 @@
 //! Resolving the endpoints of STRICT_DNS and LOGICAL_DNS clusters, again and again.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +24,8 @@ pub async fn run(proxy: Arc<Proxy>, cancel: CancellationToken) {
     loop {
         changes.borrow_and_update();
         let clusters = proxy.store(|store| store.dns_clusters());
-        due.retain(|name, _| clusters.iter().any(|cluster| cluster.name == *name));
+        let present: HashSet<&str> = clusters.iter().map(|cluster| &*cluster.name).collect();
+        due.retain(|name, _| present.contains(&**name));
         for cluster in clusters {
             let Discovery::Dns {
                 logical,

@@ -1,7 +1,7 @@
 //! Compares the hosts of clusters with each other, once every `outlier_detection.interval`: the ejections by success
 //! rate and by failure percentage. What a row of failures does is decided inline, by [`crate::upstream::outlier`].
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -23,7 +23,8 @@ pub async fn run(proxy: Arc<Proxy>, cancel: CancellationToken) {
         if stale {
             changes.borrow_and_update();
             clusters = proxy.store(|store| store.compared_clusters());
-            due.retain(|name, _| clusters.iter().any(|slot| slot.name == *name));
+            let present: HashSet<&str> = clusters.iter().map(|slot| &*slot.name).collect();
+            due.retain(|name, _| present.contains(&**name));
         }
         let now = Instant::now();
         for slot in &clusters {

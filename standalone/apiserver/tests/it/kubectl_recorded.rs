@@ -58,12 +58,17 @@ fn meanwhile(scenario: &str, namespace: &str, args: &[String]) -> Option<Value> 
 /// Acts as another client as soon as somebody watches; what is waited for until it exists is asked for again and again instead.
 async fn act(run: &Run, request: &Value) {
     let metrics = json!({"method": "GET", "path": "/metrics"});
-    while request["method"] != "POST" {
-        let Reply::Whole { body, .. } = run.send(&metrics).await;
-        if !String::from_utf8_lossy(&body).contains("apiserver_watchers 0\n") {
-            break;
+    let watched = async {
+        loop {
+            let Reply::Whole { body, .. } = run.send(&metrics).await;
+            if !String::from_utf8_lossy(&body).contains("apiserver_watchers 0\n") {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        tokio::time::sleep(Duration::from_millis(5)).await;
+    };
+    if request["method"] != "POST" {
+        watched.await;
     }
     run.send(request).await;
 }
