@@ -162,7 +162,8 @@ fn canary(object: &DynamicObject, now: Timestamp) -> Canary {
     let metrics = status["metrics"].as_array().into_iter().flatten().map(|metric| {
         let name = metric["name"].as_str().unwrap_or("");
         let verdict = metric["verdict"].as_str().unwrap_or("");
-        match metric["value"].as_f64() {
+        // A judge's value is its evidence, a number that says nothing beside the verdict.
+        match metric["value"].as_f64().filter(|_| metric["alpha"].is_null()) {
             Some(value) => format!("{name} {value:.2} {verdict}"),
             None => format!("{name} {verdict}"),
         }
@@ -195,6 +196,16 @@ fn route(kind: &'static str, object: &DynamicObject) -> Route {
     }
 }
 
+/// `main@sha1:47ee2543` for a revision with its whole digest, as Flux shows it.
+fn short_revision(revision: &str) -> &str {
+    const DIGITS: usize = 8;
+    let digest = revision.rfind(':').map_or(0, |colon| colon + 1);
+    match revision.get(digest..digest + DIGITS) {
+        Some(_) => &revision[..digest + DIGITS],
+        None => revision,
+    }
+}
+
 fn print(status: &Status) {
     let running = if status.running {
         paint("running", Mood::Good)
@@ -221,7 +232,7 @@ fn print(status: &Status) {
                 cell(&source.namespace, Mood::Plain),
                 cell(&source.name, Mood::Plain),
                 cell(&source.ready, mood),
-                cell(&source.revision, Mood::Plain),
+                cell(short_revision(&source.revision), Mood::Plain),
                 cell(&source.message, Mood::Plain),
             ]);
         }
@@ -293,15 +304,29 @@ mod tests {
                 "phase": "Progressing", "canaryWeight": 30, "failedChecks": 0,
                 "lastTransitionTime": "2026-01-01T00:00:00Z",
                 "weightLive": {"weight": 30, "generation": 4, "needed": 3, "acked": 2, "live": false},
-                "metrics": [{"name": "request-success-rate", "value": 99.5, "verdict": "good"}],
+                "metrics": [
+                    {"name": "request-success-rate", "value": 99.5, "verdict": "good"},
+                    {"name": "errors", "value": 57649.7, "alpha": 0.0075, "verdict": "bad"},
+                ],
             },
         }))
         .unwrap();
         let shown = canary(&object, "2026-01-01T00:00:05Z".parse().unwrap());
         assert_eq!((shown.weight_wanted, shown.weight_live), (30, None));
         assert_eq!((shown.acked, shown.needed), (Some(2), Some(3)));
-        assert_eq!(shown.metrics, ["request-success-rate 99.50 good"]);
+        assert_eq!(shown.metrics, ["request-success-rate 99.50 good", "errors bad"]);
         assert_eq!(shown.seconds_in_phase, Some(5));
+    }
+
+    #[test]
+    fn a_revision_is_shown_with_eight_digits_of_its_digest() {
+        assert_eq!(
+            short_revision("main@sha1:47ee254358b7931d3ee6cc4385b880493c6626fb"),
+            "main@sha1:47ee2543"
+        );
+        assert_eq!(short_revision("main@sha1:47e"), "main@sha1:47e");
+        assert_eq!(short_revision("v1.2.3"), "v1.2.3");
+        assert_eq!(short_revision(""), "");
     }
 
     #[test]

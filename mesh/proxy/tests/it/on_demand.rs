@@ -83,6 +83,18 @@ impl Followed {
         (out, link)
     }
 
+    /// A proxy that serves the manager and the route configuration in front of a backend of its own.
+    async fn serving(
+        limits: Limits,
+        manager: &hcm::HttpConnectionManager,
+        routes: route::RouteConfiguration,
+    ) -> (Self, Link, Backend, SocketAddr) {
+        let (proxy, mut link) = Self::start(limits).await;
+        let backend = Backend::named("b").await;
+        let at = proxy.configure(&mut link, backend.address, manager, routes).await;
+        (proxy, link, backend, at)
+    }
+
     /// Configures a listener with the manager, a cluster `c` and the route configuration.
     async fn configure(
         &self,
@@ -149,16 +161,8 @@ async fn get_host(at: SocketAddr, host: &str) -> (u16, String) {
 
 #[tokio::test]
 async fn a_request_for_an_unknown_host_waits_for_its_virtual_host_and_is_routed() {
-    let (proxy, mut link) = Followed::start(Limits::default()).await;
-    let backend = Backend::named("b").await;
-    let at = proxy
-        .configure(
-            &mut link,
-            backend.address,
-            &manager_on_demand(None),
-            discovering(),
-        )
-        .await;
+    let (proxy, mut link, _backend, at) =
+        Followed::serving(Limits::default(), &manager_on_demand(None), discovering()).await;
     // Like Envoy, everything that the server has for it is asked for first.
     link.subscribed(ResourceType::VirtualHost, "*").await;
     let waiting: Vec<_> = (0..3)
@@ -194,16 +198,8 @@ async fn a_request_for_an_unknown_host_waits_for_its_virtual_host_and_is_routed(
 
 #[tokio::test]
 async fn a_host_that_the_control_plane_does_not_know_is_404_at_once_until_it_comes_into_being() {
-    let (mut proxy, mut link) = Followed::start(Limits::default()).await;
-    let backend = Backend::named("b").await;
-    let at = proxy
-        .configure(
-            &mut link,
-            backend.address,
-            &manager_on_demand(None),
-            discovering(),
-        )
-        .await;
+    let (mut proxy, mut link, _backend, at) =
+        Followed::serving(Limits::default(), &manager_on_demand(None), discovering()).await;
     // Servers say so by a resource without a body, or by its removal.
     for (host, by_removal) in [("none", false), ("gone", true)] {
         let waiting = tokio::spawn(get_host(at, host));
@@ -242,16 +238,8 @@ async fn a_virtual_host_that_does_not_come_in_time_is_404_and_nothing_is_left_be
         waiting: 1,
         ..Limits::default()
     };
-    let (proxy, mut link) = Followed::start(limits).await;
-    let backend = Backend::named("b").await;
-    let at = proxy
-        .configure(
-            &mut link,
-            backend.address,
-            &manager_on_demand(None),
-            discovering(),
-        )
-        .await;
+    let (proxy, mut link, _backend, at) =
+        Followed::serving(limits, &manager_on_demand(None), discovering()).await;
     assert_eq!(get_host(at, "never").await.0, 404);
     link.subscribed(ResourceType::VirtualHost, "80/never").await;
     assert_eq!(proxy.proxy.on_demand().waiting(), 0);
@@ -272,16 +260,8 @@ async fn more_requests_than_may_wait_are_404_at_once() {
         waiting: 1,
         ..Limits::default()
     };
-    let (proxy, mut link) = Followed::start(limits).await;
-    let backend = Backend::named("b").await;
-    let at = proxy
-        .configure(
-            &mut link,
-            backend.address,
-            &manager_on_demand(None),
-            discovering(),
-        )
-        .await;
+    let (proxy, mut link, _backend, at) =
+        Followed::serving(limits, &manager_on_demand(None), discovering()).await;
     let waiting = tokio::spawn(get_host(at, "a"));
     link.subscribed(ResourceType::VirtualHost, "80/a").await;
     assert_eq!(get_host(at, "b").await.0, 404);
@@ -292,11 +272,8 @@ async fn more_requests_than_may_wait_are_404_at_once() {
 
 #[tokio::test]
 async fn without_the_filter_no_request_waits() {
-    let (proxy, mut link) = Followed::start(Limits::default()).await;
-    let backend = Backend::named("b").await;
-    let at = proxy
-        .configure(&mut link, backend.address, &manager("80"), discovering())
-        .await;
+    let (proxy, mut link, _backend, at) =
+        Followed::serving(Limits::default(), &manager("80"), discovering()).await;
     assert_eq!(get_host(at, "a").await.0, 404);
     assert!(
         proxy
@@ -313,16 +290,8 @@ async fn a_virtual_host_that_nobody_uses_is_given_up_and_asked_for_again() {
         idle: Duration::from_millis(100),
         ..Limits::default()
     };
-    let (proxy, mut link) = Followed::start(limits).await;
-    let backend = Backend::named("b").await;
-    let at = proxy
-        .configure(
-            &mut link,
-            backend.address,
-            &manager_on_demand(None),
-            discovering(),
-        )
-        .await;
+    let (proxy, mut link, _backend, at) =
+        Followed::serving(limits, &manager_on_demand(None), discovering()).await;
     for round in 0..2 {
         let waiting = tokio::spawn(get_host(at, "a"));
         link.subscribed(ResourceType::VirtualHost, "80/a").await;
@@ -387,16 +356,8 @@ async fn a_request_for_an_unknown_cluster_waits_for_it_and_its_endpoints() {
 
 #[tokio::test]
 async fn a_cluster_that_does_not_exist_or_does_not_come_in_time_is_503_nc() {
-    let (mut proxy, mut link) = Followed::start(Limits::default()).await;
-    let backend = Backend::named("b").await;
-    let at = proxy
-        .configure(
-            &mut link,
-            backend.address,
-            &manager_on_demand(clusters(50)),
-            by_header(),
-        )
-        .await;
+    let (mut proxy, mut link, _backend, at) =
+        Followed::serving(Limits::default(), &manager_on_demand(clusters(50)), by_header()).await;
     // Not in time.
     assert_eq!(get_cluster(at, "never").await.0, 503);
     link.subscribed(ResourceType::Cluster, "never").await;
@@ -474,16 +435,8 @@ async fn a_cluster_that_is_used_stays_and_one_that_is_not_is_given_up() {
         idle: Duration::from_millis(200),
         ..Limits::default()
     };
-    let (proxy, mut link) = Followed::start(limits).await;
-    let backend = Backend::named("b").await;
-    let at = proxy
-        .configure(
-            &mut link,
-            backend.address,
-            &manager_on_demand(clusters(15_000)),
-            by_header(),
-        )
-        .await;
+    let (proxy, mut link, backend, at) =
+        Followed::serving(limits, &manager_on_demand(clusters(15_000)), by_header()).await;
     for name in ["used", "idle"] {
         let waiting = tokio::spawn(get_cluster(at, name));
         link.subscribed(ResourceType::Cluster, name).await;
@@ -510,16 +463,8 @@ async fn a_cluster_that_is_used_stays_and_one_that_is_not_is_given_up() {
 
 #[tokio::test]
 async fn when_the_control_plane_is_left_nobody_waits_and_what_came_stays() {
-    let (proxy, mut link) = Followed::start(Limits::default()).await;
-    let backend = Backend::named("b").await;
-    let at = proxy
-        .configure(
-            &mut link,
-            backend.address,
-            &manager_on_demand(None),
-            discovering(),
-        )
-        .await;
+    let (proxy, mut link, _backend, at) =
+        Followed::serving(Limits::default(), &manager_on_demand(None), discovering()).await;
     let came = tokio::spawn(get_host(at, "a"));
     link.subscribed(ResourceType::VirtualHost, "80/a").await;
     link.put(ResourceType::VirtualHost, vec![answered("a", "a", &["80/a"])])
@@ -536,16 +481,8 @@ async fn when_the_control_plane_is_left_nobody_waits_and_what_came_stays() {
 
 #[tokio::test]
 async fn a_new_stream_asks_again_for_what_requests_wait_for() {
-    let (mut proxy, mut link) = Followed::start(Limits::default()).await;
-    let backend = Backend::named("b").await;
-    let at = proxy
-        .configure(
-            &mut link,
-            backend.address,
-            &manager_on_demand(None),
-            discovering(),
-        )
-        .await;
+    let (mut proxy, mut link, _backend, at) =
+        Followed::serving(Limits::default(), &manager_on_demand(None), discovering()).await;
     let waiting = tokio::spawn(get_host(at, "a"));
     link.subscribed(ResourceType::VirtualHost, "80/a").await;
     drop(link);
