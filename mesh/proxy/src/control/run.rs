@@ -228,11 +228,9 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
 async fn housekeeping(proxy: Arc<Proxy>, cancel: CancellationToken) {
     /// How often the store is looked at.
     const LOOK: Duration = Duration::from_secs(2);
-    /// Looks between two times that the program's pages are given back.
-    const APART: u32 = 3;
     let (mut seen, mut collected) = (0, u64::MAX);
-    // What was applied when pages were given back last, and at which look.
-    let (mut forgotten, mut forgotten_at) = (u64::MAX, None::<u32>);
+    // What was applied when pages were given back last.
+    let mut forgotten = u64::MAX;
     let shards = proxy.shards().1;
     let mut looks = 0u32;
     loop {
@@ -250,10 +248,10 @@ async fn housekeeping(proxy: Arc<Proxy>, cancel: CancellationToken) {
             collected = applied;
             crate::sys::collect_memory();
         }
-        // What compiles configuration is not needed until the next burst; what is needed comes back from the page cache.
-        let rested = forgotten_at.is_none_or(|at| looks.wrapping_sub(at) >= APART);
-        if quiet && proxy.is_ready() && forgotten != applied && rested {
-            (forgotten, forgotten_at) = (applied, Some(looks));
+        // What compiles configuration is not needed until the next change; what is needed comes back from the page cache, for
+        // half a millisecond in all.
+        if proxy.is_ready() && forgotten != applied {
+            forgotten = applied;
             crate::sys::forget_startup_pages();
         }
     }
