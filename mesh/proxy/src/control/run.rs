@@ -232,10 +232,12 @@ async fn housekeeping(proxy: Arc<Proxy>, cancel: CancellationToken) {
     // What was applied when pages were given back last.
     let mut forgotten = u64::MAX;
     let shards = proxy.shards().1;
-    let mut looks = 0u32;
+    let (mut looks, mut live) = (0u32, false);
     loop {
         tokio::select! {
             () = cancel.cancelled() => return,
+            // The start is what touches most.
+            () = proxy.live(), if !live => live = true,
             () = tokio::time::sleep(LOOK) => {}
         }
         looks = looks.wrapping_add(1);
