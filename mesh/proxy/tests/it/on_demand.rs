@@ -260,7 +260,7 @@ async fn more_requests_than_may_wait_are_404_at_once() {
         waiting: 1,
         ..Limits::default()
     };
-    let (proxy, mut link, _backend, at) =
+    let (_proxy, mut link, _backend, at) =
         Followed::serving(limits, &manager_on_demand(None), discovering()).await;
     let waiting = tokio::spawn(get_host(at, "a"));
     link.subscribed(ResourceType::VirtualHost, "80/a").await;
@@ -272,7 +272,7 @@ async fn more_requests_than_may_wait_are_404_at_once() {
 
 #[tokio::test]
 async fn without_the_filter_no_request_waits() {
-    let (proxy, mut link, _backend, at) =
+    let (proxy, _link, _backend, at) =
         Followed::serving(Limits::default(), &manager("80"), discovering()).await;
     assert_eq!(get_host(at, "a").await.0, 404);
     assert!(
@@ -290,7 +290,7 @@ async fn a_virtual_host_that_nobody_uses_is_given_up_and_asked_for_again() {
         idle: Duration::from_millis(100),
         ..Limits::default()
     };
-    let (proxy, mut link, _backend, at) =
+    let (_proxy, mut link, _backend, at) =
         Followed::serving(limits, &manager_on_demand(None), discovering()).await;
     for round in 0..2 {
         let waiting = tokio::spawn(get_host(at, "a"));
@@ -435,7 +435,7 @@ async fn a_cluster_that_is_used_stays_and_one_that_is_not_is_given_up() {
         idle: Duration::from_millis(200),
         ..Limits::default()
     };
-    let (proxy, mut link, backend, at) =
+    let (_proxy, mut link, backend, at) =
         Followed::serving(limits, &manager_on_demand(clusters(15_000)), by_header()).await;
     for name in ["used", "idle"] {
         let waiting = tokio::spawn(get_cluster(at, name));
