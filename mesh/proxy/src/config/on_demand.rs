@@ -202,6 +202,11 @@ impl OnDemand {
         of_kind.map(|(_, name)| name.clone()).collect()
     }
 
+    /// Whether anything is subscribed to by name.
+    pub fn holds_any(&self) -> bool {
+        !self.inner.lock().entries.is_empty()
+    }
+
     /// Names that nothing is known of yet.
     pub fn pending(&self, kind: Wanted) -> Vec<Arc<str>> {
         let inner = self.inner.lock();

@@ -11,8 +11,8 @@ use serin_xds::{Refusal, ResourceType};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::xds::upserted;
 use super::{Proxy, dial};
-use crate::config::store::Update;
 use crate::tls::table::SdsService;
 
 struct Followed {
@@ -83,14 +83,7 @@ async fn take(proxy: Arc<Proxy>, service: SdsService, mut deliveries: Deliveries
 }
 
 async fn deliver(proxy: &Proxy, service: &SdsService, delivery: Delivery) {
-    let upserted: Vec<Update<'_>> = delivery
-        .upserted
-        .iter()
-        .map(|received| Update {
-            name: &received.name,
-            body: &received.body,
-        })
-        .collect();
+    let upserted = upserted(&delivery);
     let refused = proxy.apply_secrets_of(service, &upserted).await;
     let refusals = refused
         .into_iter()

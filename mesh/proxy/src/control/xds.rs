@@ -44,7 +44,8 @@ pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationT
                 ask_on_demand(&proxy, &client, &on_demand);
                 continue;
             }
-            _ = sweep.tick() => {
+            // Disuse is the passing of time, which nobody tells; without anything on demand nothing is looked at.
+            _ = sweep.tick(), if on_demand.holds_any() => {
                 give_up(&proxy, &client, &on_demand).await;
                 continue;
             }
@@ -124,15 +125,20 @@ async fn give_up(proxy: &Proxy, client: &AdsClient, on_demand: &OnDemand) {
     ask_on_demand(proxy, client, on_demand);
 }
 
-async fn deliver(proxy: &Proxy, on_demand: &OnDemand, delivery: Delivery) {
-    let upserted: Vec<Update<'_>> = delivery
+/// What a delivery brings, for the store.
+pub(super) fn upserted(delivery: &Delivery) -> Vec<Update<'_>> {
+    delivery
         .upserted
         .iter()
         .map(|received| Update {
             name: &received.name,
             body: &received.body,
         })
-        .collect();
+        .collect()
+}
+
+async fn deliver(proxy: &Proxy, on_demand: &OnDemand, delivery: Delivery) {
+    let upserted = upserted(&delivery);
     let removed: Vec<&str> = delivery.removed.iter().map(|name| &**name).collect();
     let refused = proxy.apply(delivery.resource_type, &upserted, &removed).await;
     settle(proxy, on_demand, &delivery, |name| {

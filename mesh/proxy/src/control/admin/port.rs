@@ -181,6 +181,7 @@ impl AdminPort {
                 },
             };
             if served.is_err() {
+                // Nothing tells when there are descriptors again; at once it would spin.
                 tokio::time::sleep(PAUSE).await;
             }
         }
