@@ -2,11 +2,11 @@
 //!
 //! A request is handed to `h2` where it is made, and the future that waits for its answer sends its body as well: no
 //! channel, no task per request. Only a body that is still being sent when its answer has come gets a task of its own,
-//! which ends with the answer's body. The connection has one task ([`drive`]), which reads and writes.
+//! which ends with the answer's body. The connection has one task, which reads and writes.
 //!
-//! What `h2` leaves to its user: bodies, tunnels and flow control ([`crate::worker::streams`]), which fields may be sent,
+//! What `h2` leaves to its user: bodies, tunnels and flow control (`worker::streams`), which fields may be sent,
 //! `content-length` of what has none, whether a connection may still be used, and pings for connections that say nothing
-//! while requests wait ([`QUIET`], [`PONG`]).
+//! while requests wait.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;

@@ -1,5 +1,5 @@
-//! A downstream HTTP connection: what its requests share, whichever version it speaks ([`super::http1`],
-//! [`super::http2`]).
+//! A downstream HTTP connection: what its requests share, whichever version it speaks (`worker::http1`,
+//! `worker::http2`).
 
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;

@@ -2,12 +2,12 @@
 //! it (RFC 9110 section 15.2).
 //!
 //! Endpoints over HTTP/1 tell through hyper ([`hyper::ext::on_informational`]), those over HTTP/2 through `h2`
-//! (`ResponseFuture::poll_informational`). What they tell goes through the client's [`Door`]: over HTTP/1 to the
+//! (`ResponseFuture::poll_informational`). What they tell goes through the client's door: over HTTP/1 to the
 //! connection's [`Interims`](crate::hygiene::interim::Interims), which write it below hyper's server; over HTTP/2 to the
 //! stream's [`Waiting`], from where its task sends it before it sends the final answer.
 //!
 //! A client that expects `100 Continue` gets the endpoint's: its head goes on with `Expect`, its body is not asked for
-//! (100 is said when it is) until the endpoint has said 100, or has said nothing for [`PATIENCE`].
+//! (100 is said when it is) until the endpoint has said 100, or has said nothing for a second.
 //!
 //! 101 is never passed on: it is an upgrade's final answer, and over HTTP/2 it is malformed.
 
