@@ -19,7 +19,7 @@ use super::logging;
 use super::mirror::mirror;
 use super::prepare::prepare;
 use super::request::{Routed, variables, view};
-use super::respond::{respond, respond_waiting};
+use super::respond::{Answer, respond, respond_waiting};
 use super::tunnel::{self, Tunnel};
 use crate::config::cluster::UpstreamHttp;
 use crate::config::hash::{Hashed, request_hash};
@@ -309,30 +309,19 @@ pub(super) async fn forward(
         }
         conn.decide_upgrade(false);
     }
-    if filters::waits(&exchange) {
-        // Boxed: every request's future would carry its state.
-        return Box::pin(respond_waiting(
-            exchange,
-            &plan,
-            &routed,
-            target,
-            request_headers,
-            &parts,
-            response,
-            lease,
-            active,
-        ))
-        .await;
-    }
-    respond(
-        exchange,
-        &plan,
-        &routed,
+    let answer = Answer {
+        plan: &plan,
+        routed: &routed,
         target,
         request_headers,
-        &parts,
+        parts: &parts,
         response,
         lease,
         active,
-    )
+    };
+    if filters::waits(&exchange) {
+        // Boxed: every request's future would carry its state.
+        return Box::pin(respond_waiting(exchange, answer)).await;
+    }
+    respond(exchange, answer)
 }
