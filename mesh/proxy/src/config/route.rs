@@ -214,8 +214,12 @@ pub struct Forward {
     pub timeout: Option<Duration>,
     /// Limit of silence on the stream; `None` inherits the listener's.
     pub idle_timeout: Option<Option<Duration>>,
+    /// What gRPC calls may say of the limit for the whole exchange (`max_grpc_timeout`).
+    pub grpc_timeout: Option<GrpcTimeout>,
     /// Limit of the whole stream.
     pub max_stream_duration: Option<Duration>,
+    /// What gRPC calls may say of it (`grpc_timeout_header_max`).
+    pub grpc_stream_duration: Option<GrpcTimeout>,
     /// Whether and when to try again.
     pub retry: Option<RetryPolicy>,
     /// Path change.
@@ -469,10 +473,12 @@ impl Rewrite {
 }
 
 mod forward;
+mod grpc_timeout;
 mod local;
 mod matching;
 mod template;
 
+use grpc_timeout::GrpcTimeout;
 use local::split_port;
 use matching::PathMatch;
 pub use matching::{RouteFacts, is_grpc};

@@ -68,6 +68,8 @@ pub struct Exchange {
     pub route: Option<Arc<crate::config::route::Route>>,
     /// The request's body.
     pub source: Option<Rc<RefCell<RequestSource>>>,
+    /// Whether its time is the stream's (`max_stream_duration`) and not the route's.
+    pub stream_limited: bool,
     /// Attempts made.
     pub attempts: u32,
     /// Flags.
@@ -114,6 +116,7 @@ impl Exchange {
             upstream_tls: None,
             route: None,
             source: None,
+            stream_limited: false,
             attempts: 0,
             flags: Flags::default(),
             code: 0,

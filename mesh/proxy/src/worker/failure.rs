@@ -10,16 +10,24 @@ use crate::config::retry::RetryPolicy;
 use crate::metrics::flags::Flags;
 use crate::upstream::pool::ConnectError;
 
+/// gRPC's DEADLINE_EXCEEDED.
+const DEADLINE_EXCEEDED: u32 = 4;
+
 /// How an attempt failed.
 pub(super) enum Failure {
     Connect(ConnectError),
     /// The peer says that it did nothing.
-    Refused,
+    Refused {
+        /// Because it takes no more requests on this connection.
+        leaving: bool,
+    },
     /// The connection or stream broke.
     Reset {
         sent: bool,
         reused: bool,
         protocol: bool,
+        /// By the peer, of this stream only.
+        stream: bool,
         text: String,
     },
     PerTryTimeout,
@@ -65,13 +73,25 @@ pub(super) fn final_reply(
             }
             reply
         }
-        Some(Failure::Refused) => unavailable(
+        Some(Failure::Refused { .. }) => unavailable(
             Flags::UPSTREAM_RESET,
             "upstream_reset_before_response_started{remote_refused_stream_reset}",
             "upstream connect error or disconnect/reset before headers. reset reason: remote refused stream reset",
         ),
-        Some(Failure::Reset { protocol, text, .. }) => {
+        Some(Failure::Reset {
+            protocol,
+            stream,
+            text,
+            ..
+        }) => {
             exchange.failure = Some(text.into());
+            if stream {
+                return unavailable(
+                    Flags::UPSTREAM_RESET,
+                    "upstream_reset_before_response_started{remote_reset}",
+                    "upstream connect error or disconnect/reset before headers. reset reason: remote reset",
+                );
+            }
             if protocol {
                 let mut reply = unavailable(
                     Flags::UPSTREAM_PROTOCOL_ERROR,
@@ -93,6 +113,21 @@ pub(super) fn final_reply(
             "upstream_per_try_timeout",
             "upstream request timeout",
         ),
+        Some(Failure::Timeout) if exchange.stream_limited => {
+            let status = if received_whole(exchange) {
+                StatusCode::GATEWAY_TIMEOUT
+            } else {
+                StatusCode::REQUEST_TIMEOUT
+            };
+            let mut reply = LocalReply::new(
+                status,
+                Flags::default(),
+                "max_duration_timeout",
+                "downstream duration timeout",
+            );
+            reply.grpc_status = Some(DEADLINE_EXCEEDED);
+            reply
+        }
         Some(Failure::Timeout) => LocalReply::new(
             StatusCode::GATEWAY_TIMEOUT,
             Flags::UPSTREAM_TIMEOUT,
@@ -122,6 +157,11 @@ pub(super) fn final_reply(
     }
 }
 
+fn received_whole(exchange: &Exchange) -> bool {
+    let source = exchange.source.as_ref();
+    source.is_none_or(|source| source.borrow().ended_at.is_some())
+}
+
 fn timed_out(exchange: &Exchange) -> bool {
     let source = exchange.source.as_ref();
     source.is_some_and(|source| source.borrow().timed_out)
@@ -139,15 +179,27 @@ pub(super) fn full_text(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Whether the peer says by HTTP/2 that it did not process the stream.
-pub(super) fn refused_by_peer(error: &hyper::Error) -> bool {
+/// Whether the peer has reset the stream, and not the connection, by HTTP/2.
+pub(super) fn stream_reset_by_peer(error: &hyper::Error) -> bool {
     let mut source = std::error::Error::source(error);
     while let Some(inner) = source {
         if let Some(h2) = inner.downcast_ref::<h2::Error>() {
-            return h2.reason() == Some(h2::Reason::REFUSED_STREAM)
-                || (h2.is_go_away() && h2.is_remote() && h2.reason() == Some(h2::Reason::NO_ERROR));
+            return h2.is_reset() && h2.is_remote();
         }
         source = inner.source();
     }
     false
+}
+
+/// Whether the peer says by HTTP/2 that it did not process the stream, and then whether that is for it leaves.
+pub(super) fn refused_by_peer(error: &hyper::Error) -> Option<bool> {
+    let mut source = std::error::Error::source(error);
+    while let Some(inner) = source {
+        if let Some(h2) = inner.downcast_ref::<h2::Error>() {
+            let leaving = h2.is_go_away() && h2.is_remote() && h2.reason() == Some(h2::Reason::NO_ERROR);
+            return (leaving || h2.reason() == Some(h2::Reason::REFUSED_STREAM)).then_some(leaving);
+        }
+        source = inner.source();
+    }
+    None
 }

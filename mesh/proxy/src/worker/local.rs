@@ -63,8 +63,7 @@ impl LocalReply {
         exchange.flags.add(self.flags);
         exchange.details = self.details;
         let mut body = self.body;
-        let failed = self.status.is_client_error() || self.status.is_server_error();
-        if exchange.grpc && (failed || self.grpc_status.is_some()) {
+        if exchange.grpc {
             let status = self.grpc_status.unwrap_or_else(|| grpc_of_http(self.status));
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
             headers.insert("grpc-status", HeaderValue::from(status));
@@ -119,6 +118,14 @@ impl LocalReply {
             }
             exchange.sent = body.len() as u64;
         }
+        // HTTP/2 takes content for what it is, also where there must be none.
+        if exchange.method == http::Method::HEAD && !body.is_empty() {
+            response
+                .headers_mut()
+                .insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
+            body = Bytes::new();
+            exchange.sent = 0;
+        }
         exchange
             .conn
             .clone()
@@ -134,7 +141,7 @@ impl LocalReply {
 }
 
 /// gRPC's own mapping of HTTP statuses.
-fn grpc_of_http(status: StatusCode) -> u32 {
+pub(super) fn grpc_of_http(status: StatusCode) -> u32 {
     match status.as_u16() {
         400 => 13,
         401 => 16,

@@ -4,7 +4,6 @@ use http::request::Parts;
 use http::response::Parts as Head;
 use http::{HeaderName, HeaderValue, Response, Version, header};
 use hyper::body::Incoming;
-use tokio::time::Instant;
 
 use super::attempts::X_ATTEMPT_COUNT;
 use super::body::ResponseBody;
@@ -166,22 +165,13 @@ impl Ready<'_> {
         if exchange.version == Version::HTTP_2 {
             head.version = Version::HTTP_2;
         }
-        let stream_limit = plan
-            .forward
-            .max_stream_duration
-            .or(conn.manager.max_stream_duration);
-        let deadline = match (plan.deadline, stream_limit) {
-            (Some(at), _) => Some((at, Flags::UPSTREAM_TIMEOUT, "response_timeout")),
-            (None, Some(limit)) => {
-                let at = Instant::from_std(exchange.started) + limit;
-                Some((
-                    at,
-                    Flags::MAX_STREAM_DURATION,
-                    "upstream_max_stream_duration_reached",
-                ))
+        let deadline = plan.deadline.map(|at| {
+            if plan.by_stream {
+                (at, Flags::MAX_STREAM_DURATION, "max_duration_timeout")
+            } else {
+                (at, Flags::UPSTREAM_TIMEOUT, "response_timeout")
             }
-            (None, None) => None,
-        };
+        });
         let idle = plan
             .forward
             .idle_timeout
