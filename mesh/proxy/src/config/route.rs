@@ -291,20 +291,13 @@ impl VirtualHost {
                     .within(format!("routes[{index}]"))
             })
             .collect::<Result<_, _>>()?;
+        let (request_headers, response_headers) = HeaderOps::of(from)?;
         Ok(Self {
             name: from.name.as_str().into(),
             domains: from.domains.iter().map(|domain| domain.as_str().into()).collect(),
             routes,
-            request_headers: HeaderOps::compile(
-                &from.request_headers_to_add,
-                &from.request_headers_to_remove,
-                "request_headers",
-            )?,
-            response_headers: HeaderOps::compile(
-                &from.response_headers_to_add,
-                &from.response_headers_to_remove,
-                "response_headers",
-            )?,
+            request_headers,
+            response_headers,
             attempt_count: from.include_request_attempt_count,
             attempt_count_in_response: from.include_attempt_count_in_response,
             per_filter,
@@ -372,20 +365,13 @@ impl Route {
             }
             None => return Err(Refusal::new("action", "is missing")),
         };
+        let (request_headers, response_headers) = HeaderOps::of(from)?;
         Ok(Self {
             name: from.name.as_str().into(),
             matches,
             action,
-            request_headers: HeaderOps::compile(
-                &from.request_headers_to_add,
-                &from.request_headers_to_remove,
-                "request_headers",
-            )?,
-            response_headers: HeaderOps::compile(
-                &from.response_headers_to_add,
-                &from.response_headers_to_remove,
-                "response_headers",
-            )?,
+            request_headers,
+            response_headers,
             per_filter,
         })
     }

@@ -21,6 +21,7 @@ mod fixture;
 mod forwarding;
 mod frames;
 mod fuzz;
+mod fuzz_crate;
 mod golden;
 mod h2spec;
 mod harness;

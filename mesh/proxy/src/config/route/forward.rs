@@ -216,23 +216,14 @@ fn compile_weighted(
                 Some(header_value(host, "host_rewrite_literal").within(&path)?)
             }
         };
+        let (request_headers, response_headers) = HeaderOps::of(cluster).within(&path)?;
         targets.push(Target {
             cluster: match by_field {
                 None => TargetCluster::Fixed(context.slots.cluster(&cluster.name)),
                 Some((field, directory)) => TargetCluster::Named(field, directory),
             },
-            request_headers: HeaderOps::compile(
-                &cluster.request_headers_to_add,
-                &cluster.request_headers_to_remove,
-                "request_headers",
-            )
-            .within(&path)?,
-            response_headers: HeaderOps::compile(
-                &cluster.response_headers_to_add,
-                &cluster.response_headers_to_remove,
-                "response_headers",
-            )
-            .within(&path)?,
+            request_headers,
+            response_headers,
             host_rewrite,
             criteria: cluster
                 .metadata_match
