@@ -8,18 +8,21 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use socket2::SockRef;
-use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::Instant;
 
+mod first_bytes;
+
+use first_bytes::{read_preface, read_proxy_header, read_until_detected};
+
 use super::connection_log::ConnectionLog;
 use super::io::Io;
-use super::sniff::{self, Detected, Http};
+use super::sniff::{Detected, Http};
 use super::{Command, Worker, http, tcp};
 use crate::clock;
 use crate::config::hcm::{Codec, HttpManager};
 use crate::config::listener::{ConnectionFacts, Direction, FilterChain, Handler, Listener};
-use crate::config::listener_filters::{Place, ProxyProtocol};
+use crate::config::listener_filters::Place;
 use crate::config::slot::ListenerSlot;
 use crate::metrics::flags::Flags;
 use crate::overload::Action;
@@ -27,14 +30,11 @@ use crate::policy::facts::{Facts, PeerIdentity};
 use crate::random;
 use crate::tls::info::ConnectionTls;
 use crate::tls::rewind::Rewind;
-use crate::upstream::proxy_header::{self, Header};
 
 /// Pause after an accept that failed for lack of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Limit for the first bytes of an HTTP connection, when nothing else bounds them.
 const FIRST_BYTES: Duration = Duration::from_secs(3600);
-/// Bytes read at a time while detecting.
-const CHUNK: usize = 2048;
 
 /// Accepts until aborted.
 pub(super) async fn run(worker: Rc<Worker>, slot: Arc<ListenerSlot>, socket: TcpListener) {
@@ -504,100 +504,4 @@ fn log_handshake(worker: &Worker, listener: &Listener, log: &mut ConnectionLog, 
         })
         .to_string(),
     );
-}
-
-/// Reads until the bytes say what they are; `Ok(None)` when the time is over, an error when the client is gone.
-async fn read_until_detected(
-    stream: &TcpStream,
-    prefix: &mut Vec<u8>,
-    deadline: Instant,
-) -> io::Result<Option<Detected>> {
-    loop {
-        if let Some(detected) = sniff::detect(prefix) {
-            return Ok(Some(detected));
-        }
-        if prefix.len() >= sniff::MAX_BYTES {
-            return Ok(Some(Detected::default()));
-        }
-        match tokio::time::timeout_at(deadline, read_more(stream, prefix)).await {
-            Ok(result) => result?,
-            Err(_) => return Ok(None),
-        }
-    }
-}
-
-/// Reads a PROXY protocol header and leaves what follows it; the addresses in it, if it has any.
-async fn read_proxy_header(
-    stream: &TcpStream,
-    prefix: &mut Vec<u8>,
-    rules: ProxyProtocol,
-    deadline: Instant,
-) -> io::Result<Option<(SocketAddr, SocketAddr)>> {
-    let bad = |reason| io::Error::new(io::ErrorKind::InvalidData, reason);
-    loop {
-        match proxy_header::read(prefix) {
-            Header::Present {
-                version,
-                length,
-                between,
-            } => {
-                if !rules.allows(version) {
-                    return Err(bad("PROXY protocol: this version is not allowed"));
-                }
-                prefix.drain(..length);
-                return Ok(between);
-            }
-            Header::Absent if rules.optional => return Ok(None),
-            Header::Absent | Header::Malformed => return Err(bad("PROXY protocol: no header")),
-            Header::Incomplete => {}
-        }
-        match tokio::time::timeout_at(deadline, read_more(stream, prefix)).await {
-            Ok(result) => result?,
-            // Whoever need not send a header may also be waiting for the server to speak.
-            Err(_) if rules.optional => return Ok(None),
-            Err(_) => return Err(io::Error::new(io::ErrorKind::TimedOut, "PROXY protocol: timeout")),
-        }
-    }
-}
-
-/// Reads until the bytes are an HTTP/2 preface or cannot become one. Ends with an error at the end of the stream or
-/// when the worker closes its idle connections.
-async fn read_preface(io: &mut Io, prefix: &mut Vec<u8>, worker: &Worker) -> io::Result<()> {
-    const START: &[u8] = b"PRI * HTTP/2";
-    while prefix.len() < START.len() && START.starts_with(prefix) {
-        let more = async {
-            match &mut *io {
-                Io::Plain(stream) => read_more(stream, prefix).await,
-                Io::Tls(stream) => {
-                    prefix.reserve(CHUNK);
-                    match stream.read_buf(prefix).await? {
-                        0 => Err(io::ErrorKind::UnexpectedEof.into()),
-                        _ => Ok(()),
-                    }
-                }
-            }
-        };
-        tokio::select! {
-            result = more => result?,
-            () = worker.closing() => return Err(io::ErrorKind::ConnectionAborted.into()),
-        }
-    }
-    Ok(())
-}
-
-/// Reads what there is, once. The buffer is only as large as what came, for the sake of idle connections.
-async fn read_more(stream: &TcpStream, prefix: &mut Vec<u8>) -> io::Result<()> {
-    loop {
-        stream.readable().await?;
-        let mut chunk = [0u8; CHUNK];
-        match stream.try_read(&mut chunk) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => {
-                prefix.extend_from_slice(&chunk[..count]);
-                return Ok(());
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-        }
-    }
 }

@@ -12,6 +12,7 @@ use super::Worker;
 use super::call::grpc_bytes;
 use super::exchange::{Exchange, protocol_text};
 use super::filters;
+use super::local::grpc_of_http;
 use super::request::{X_FORWARDED_FOR, view};
 use super::spans;
 use crate::config::cluster::UpstreamHttp;
@@ -32,6 +33,15 @@ pub struct LogState {
     response: Option<Instant>,
     /// The client, where a trusted hop names it.
     remote: Option<SocketAddr>,
+}
+
+/// The status of a gRPC call that ended without one: what its HTTP status means.
+fn of_call(exchange: &Exchange) -> Option<u8> {
+    let status = http::StatusCode::from_u16(exchange.code).ok()?;
+    exchange
+        .grpc
+        .then(|| u8::try_from(grpc_of_http(status)).ok())
+        .flatten()
 }
 
 fn logs(exchange: &Exchange) -> Option<&AccessLogs> {
@@ -132,7 +142,7 @@ pub(super) fn write(exchange: &Exchange) -> bool {
         termination: "",
         local_close: "",
         downstream_failure: None,
-        grpc_status: exchange.grpc_status,
+        grpc_status: exchange.grpc_status.or_else(|| of_call(exchange)),
         flags: exchange.flags,
         received: exchange.received(),
         sent: exchange.sent,

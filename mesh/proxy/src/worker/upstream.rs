@@ -20,7 +20,7 @@ use super::logging;
 use super::mirror::mirror;
 use super::prepare::prepare;
 use super::request::{Routed, variables, view};
-use super::respond::{respond, respond_waiting};
+use super::respond::{Answer, respond, respond_waiting};
 use super::tunnel::{self, Tunnel};
 use crate::config::cluster::UpstreamHttp;
 use crate::config::hash::{Hashed, request_hash};
@@ -44,6 +44,8 @@ pub(super) struct Plan<'a> {
     /// Of connections that are made for this request only, or for those like it.
     pub(super) options: ConnectOptions,
     pub(super) deadline: Option<Instant>,
+    /// Whether that is the end of the stream's time and not of the route's.
+    pub(super) by_stream: bool,
     pub(super) hash: Option<u64>,
     /// That the client is given, so that its next requests find the same endpoint.
     pub(super) cookies: Vec<HeaderValue>,
@@ -239,6 +241,24 @@ pub(super) async fn forward(
         source.borrow_mut().capture(tap.capture());
     }
     exchange.source.clone_from(&source);
+    let timeout = forward.timeout_of(exchange.grpc, &mut parts.headers);
+    let stream_limit = forward
+        .stream_limit_of(&parts.headers)
+        .or(conn.manager.max_stream_duration);
+    let deadline = match (
+        timeout.map(|timeout| Instant::now() + timeout),
+        stream_limit.map(|limit| Instant::from_std(exchange.started) + limit),
+    ) {
+        (Some(route), Some(stream)) => {
+            exchange.stream_limited = stream < route;
+            Some(route.min(stream))
+        }
+        (None, Some(stream)) => {
+            exchange.stream_limited = true;
+            Some(stream)
+        }
+        (route, None) => route,
+    };
     let plan = Plan {
         conn: &conn,
         cluster: &cluster,
@@ -256,7 +276,8 @@ pub(super) async fn forward(
                 .config
                 .connect_options(&parts.headers, conn.remote, conn.local)
         },
-        deadline: forward.timeout.map(|timeout| Instant::now() + timeout),
+        deadline,
+        by_stream: exchange.stream_limited,
         hash: hashed.hash,
         cookies: hashed.cookies,
         criteria,
@@ -313,30 +334,19 @@ pub(super) async fn forward(
         }
         conn.decide_upgrade(false);
     }
-    if filters::waits(&exchange) {
-        // Boxed: every request's future would carry its state.
-        return Box::pin(respond_waiting(
-            exchange,
-            &plan,
-            &routed,
-            target,
-            request_headers,
-            &parts,
-            response,
-            lease,
-            active,
-        ))
-        .await;
-    }
-    respond(
-        exchange,
-        &plan,
-        &routed,
+    let answer = Answer {
+        plan: &plan,
+        routed: &routed,
         target,
         request_headers,
-        &parts,
+        parts: &parts,
         response,
         lease,
         active,
-    )
+    };
+    if filters::waits(&exchange) {
+        // Boxed: every request's future would carry its state.
+        return Box::pin(respond_waiting(exchange, answer)).await;
+    }
+    respond(exchange, answer)
 }

@@ -44,6 +44,17 @@ impl OneView {
             client.apply(resources.iter().cloned().map(Change::Upsert));
         }
     }
+
+    /// What nobody should have any more.
+    #[allow(dead_code)] // by the soak only
+    pub(crate) fn remove(&self, resource_type: ResourceType, name: &str) {
+        let name: Arc<str> = name.into();
+        let mut view = self.view.lock();
+        view.remove(&(resource_type, name.clone()));
+        for client in self.clients.lock().values() {
+            client.apply([Change::Remove(resource_type, name.clone())]);
+        }
+    }
 }
 
 impl Source for OneView {

@@ -410,6 +410,8 @@ impl Harness {
 pub(crate) struct Seen {
     pub(crate) method: String,
     pub(crate) path: String,
+    /// Of HTTP/2 and of absolute targets.
+    pub(crate) authority: Option<String>,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Bytes,
 }
@@ -463,6 +465,7 @@ impl Backend {
                             let seen = Seen {
                                 method: parts.method.to_string(),
                                 path: parts.uri.path_and_query().unwrap().to_string(),
+                                authority: parts.uri.authority().map(ToString::to_string),
                                 headers: parts.headers,
                                 body,
                             };

@@ -224,21 +224,14 @@ fn table_of(
     if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
         return Err(Refusal::new(*field, "not supported"));
     }
+    let (request_headers, response_headers) = HeaderOps::of(from)?;
     Ok(RouteTable {
         name: from.name.as_str().into(),
         domains,
         discovers_hosts: from.vhds.is_some(),
         ignore_port: from.ignore_port_in_host_matching,
-        request_headers: HeaderOps::compile(
-            &from.request_headers_to_add,
-            &from.request_headers_to_remove,
-            "request_headers",
-        )?,
-        response_headers: HeaderOps::compile(
-            &from.response_headers_to_add,
-            &from.response_headers_to_remove,
-            "response_headers",
-        )?,
+        request_headers,
+        response_headers,
         per_filter,
     })
 }

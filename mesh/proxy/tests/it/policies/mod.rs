@@ -6,7 +6,7 @@ mod compression;
 mod ext_authz;
 mod ext_proc;
 mod grpc_stats;
-mod jwt;
+pub(crate) mod jwt;
 mod log_services;
 mod rate_limit;
 mod rbac;
