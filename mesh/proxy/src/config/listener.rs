@@ -164,6 +164,8 @@ pub struct TcpProxy {
     /// The cluster is the one that the server name names (`sni_cluster`); without a name, or with an unknown one, it is
     /// that of `targets`.
     pub by_server_name: Option<Directory>,
+    /// Clusters by name, where network filters may name one in the filter state.
+    pub by_state: Option<Directory>,
     /// Connections go on within a CONNECT.
     pub tunneling: Option<Box<Tunneling>>,
     /// Limit of silence.
@@ -225,7 +227,7 @@ impl Cidr {
     }
 
     /// Bits that are compared.
-    pub(super) fn length(&self) -> u8 {
+    pub(crate) fn length(&self) -> u8 {
         self.length
     }
 
@@ -523,6 +525,10 @@ fn compile_chain(
                     .within(&path)?;
                 let mut proxy = TcpProxy::compile(&message, measured, context).within(&path)?;
                 proxy.by_server_name = by_server_name.then(|| context.slots.directory.clone());
+                let by_state = policies.iter().any(
+                    |policy| matches!(policy, NetworkFilter::SetFilterState(state) if state.names_cluster()),
+                );
+                proxy.by_state = by_state.then(|| context.slots.directory.clone());
                 handler = Some(Handler::Tcp(Arc::new(proxy)));
             }
             (name, any) => match NetworkFilter::compile(name, any, context).within(&path)? {
@@ -637,6 +643,7 @@ impl TcpProxy {
             criteria: Criteria::compile(from.metadata_match.as_ref(), None),
             target_criteria,
             by_server_name: None,
+            by_state: None,
             idle_timeout: match &from.idle_timeout {
                 None => Some(Duration::from_secs(3600)),
                 given => convert::timeout(given.as_ref()).within("idle_timeout")?,

@@ -28,6 +28,7 @@ use crate::config::subset::{Criteria, METADATA};
 use crate::config::virtual_cluster::VirtualCluster;
 use crate::metrics::clusters::ClusterCells;
 use crate::metrics::flags::Flags;
+use crate::policy::filter_state::Factory;
 use crate::random;
 use crate::upstream::cluster::WorkerCluster;
 use crate::upstream::connect::{ConnectOptions, Speaking};
@@ -197,7 +198,13 @@ pub(super) async fn forward(
     let hashed = if forward.hash.is_empty() {
         Hashed::default()
     } else {
-        request_hash(&forward.hash, &view(&parts), conn.remote, conn.local)
+        request_hash(
+            &forward.hash,
+            &view(&parts),
+            conn.remote,
+            conn.local,
+            &filters::metadata(&exchange).state,
+        )
     };
     let criteria = target
         .and_then(|target| target.criteria.as_deref())
@@ -236,12 +243,21 @@ pub(super) async fn forward(
         source.borrow_mut().capture(tap.capture());
     }
     exchange.source.clone_from(&source);
+    let options = cluster
+        .config
+        .connect_options(&parts.headers, conn.remote, conn.local);
+    // Of the filter state before what the cluster says.
+    let server_name = filters::metadata(&exchange)
+        .state
+        .known(Factory::ServerName)
+        .map(Box::from);
     let plan = Plan {
         conn: &conn,
         cluster: &cluster,
         forward,
         speaking,
         options: ConnectOptions {
+            server_name: server_name.or(options.server_name),
             alpn: conn
                 .manager
                 .alpn
@@ -249,9 +265,7 @@ pub(super) async fn forward(
                 .filter(|_| cluster.config.alpn_overridable)
                 .and_then(|names| names.offer(speaking, parts.version).cloned()),
             priority,
-            ..cluster
-                .config
-                .connect_options(&parts.headers, conn.remote, conn.local)
+            ..options
         },
         deadline: forward.timeout.map(|timeout| Instant::now() + timeout),
         hash: hashed.hash,
