@@ -615,26 +615,32 @@ impl Run<'_> {
     }
 }
 
+/// Whole numbers of either kind; nothing where the result is none of the kind.
+macro_rules! whole {
+    ($function:expr, $a:expr, $b:expr) => {
+        match $function {
+            Function::Add => $a.checked_add($b),
+            Function::Subtract => $a.checked_sub($b),
+            Function::Multiply => $a.checked_mul($b),
+            Function::Divide => $a.checked_div($b),
+            Function::Modulo => $a.checked_rem($b),
+            _ => None,
+        }
+    };
+}
+
+/// What times and spans know of arithmetic.
+fn sum(function: Function, a: i64, b: i64) -> Option<i64> {
+    match function {
+        Function::Add | Function::Subtract => whole!(function, a, b),
+        _ => None,
+    }
+}
+
 fn arithmetic<'a>(function: Function, first: Value<'a>, second: Value<'a>) -> Outcome<'a> {
     let checked = match (first, second) {
-        (Value::Int(a), Value::Int(b)) => match function {
-            Function::Add => a.checked_add(b),
-            Function::Subtract => a.checked_sub(b),
-            Function::Multiply => a.checked_mul(b),
-            Function::Divide => a.checked_div(b),
-            Function::Modulo => a.checked_rem(b),
-            _ => None,
-        }
-        .map(Value::Int),
-        (Value::Uint(a), Value::Uint(b)) => match function {
-            Function::Add => a.checked_add(b),
-            Function::Subtract => a.checked_sub(b),
-            Function::Multiply => a.checked_mul(b),
-            Function::Divide => a.checked_div(b),
-            Function::Modulo => a.checked_rem(b),
-            _ => None,
-        }
-        .map(Value::Uint),
+        (Value::Int(a), Value::Int(b)) => whole!(function, a, b).map(Value::Int),
+        (Value::Uint(a), Value::Uint(b)) => whole!(function, a, b).map(Value::Uint),
         (Value::Double(a), Value::Double(b)) => match function {
             Function::Add => Some(a + b),
             Function::Subtract => Some(a - b),
@@ -647,16 +653,8 @@ fn arithmetic<'a>(function: Function, first: Value<'a>, second: Value<'a>) -> Ou
         (Value::Text(a), Value::Text(b)) if function == Function::Add => {
             Some(Value::Text((a.into_owned() + &b).into()))
         }
-        (Value::Duration(a), Value::Duration(b)) => match function {
-            Function::Add => a.checked_add(b).map(Value::Duration),
-            Function::Subtract => a.checked_sub(b).map(Value::Duration),
-            _ => None,
-        },
-        (Value::Timestamp(a), Value::Duration(b)) => match function {
-            Function::Add => a.checked_add(b).map(Value::Timestamp),
-            Function::Subtract => a.checked_sub(b).map(Value::Timestamp),
-            _ => None,
-        },
+        (Value::Duration(a), Value::Duration(b)) => sum(function, a, b).map(Value::Duration),
+        (Value::Timestamp(a), Value::Duration(b)) => sum(function, a, b).map(Value::Timestamp),
         (Value::Timestamp(a), Value::Timestamp(b)) if function == Function::Subtract => {
             a.checked_sub(b).map(Value::Duration)
         }
