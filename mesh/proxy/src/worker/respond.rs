@@ -3,13 +3,14 @@
 use http::request::Parts;
 use http::response::Parts as Head;
 use http::{HeaderName, HeaderValue, Response, Version, header};
-use hyper::body::Incoming;
+use http_body::Body as _;
 use tokio::time::Instant;
 
 use super::attempts::X_ATTEMPT_COUNT;
 use super::body::ResponseBody;
 use super::exchange::{Exchange, Limits, Watch};
 use super::filters;
+use super::incoming::Incoming;
 use super::local::Body;
 use super::logging;
 use super::request::{PEER_METADATA, PEER_METADATA_ID, Routed, X_REQUEST_ID, X_UNPROCESSED, variables};
@@ -47,7 +48,7 @@ pub(super) fn respond(
         response,
     );
     let encoder = if exchange.policy.is_some() {
-        let has_body = !hyper::body::Body::is_end_stream(&incoming);
+        let has_body = !incoming.is_end_stream();
         filters::encode(&mut exchange, &mut head, has_body)
     } else {
         None
@@ -76,7 +77,7 @@ pub(super) async fn respond_waiting(
         parts,
         response,
     );
-    let has_body = !hyper::body::Body::is_end_stream(&incoming);
+    let has_body = !incoming.is_end_stream();
     match filters::encode_waiting(&mut exchange, &mut head, has_body).await {
         Ok(encoder) => finish(exchange, plan, head, incoming, encoder, lease, active),
         Err(reply) => reply.send(exchange),
@@ -195,7 +196,7 @@ fn finish(
         .unwrap_or(conn.manager.stream_idle_timeout);
     let max_requests = plan.cluster.config.max_requests_per_connection;
     // A response without a body needs no timers.
-    let limits = if hyper::body::Body::is_end_stream(&incoming) {
+    let limits = if incoming.is_end_stream() {
         Limits::default()
     } else {
         Limits::new(deadline, idle)
