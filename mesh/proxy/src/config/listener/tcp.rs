@@ -26,6 +26,8 @@ pub struct TcpProxy {
     /// The cluster is the one that the server name names (`sni_cluster`); without a name, or with an unknown one, it is
     /// that of `targets`.
     pub by_server_name: Option<Directory>,
+    /// Clusters by name, where network filters may name one in the filter state.
+    pub by_state: Option<Directory>,
     /// Connections go on within a CONNECT.
     pub tunneling: Option<Box<Tunneling>>,
     /// Limit of silence.
@@ -140,6 +142,7 @@ impl TcpProxy {
             criteria: Criteria::compile(from.metadata_match.as_ref(), None),
             target_criteria,
             by_server_name: None,
+            by_state: None,
             idle_timeout: match &from.idle_timeout {
                 None => Some(Duration::from_secs(3600)),
                 given => convert::timeout(given.as_ref()).within("idle_timeout")?,

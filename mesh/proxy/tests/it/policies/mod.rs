@@ -5,6 +5,7 @@ mod chain;
 mod compression;
 mod ext_authz;
 mod ext_proc;
+pub(crate) mod filter_state;
 mod grpc_stats;
 pub(crate) mod jwt;
 mod log_services;
