@@ -502,6 +502,11 @@ impl Proxy {
         self.live.cancelled().await;
     }
 
+    /// Whether [`Self::set_ready`] has been called, whatever has become of the proxy since.
+    pub fn was_ready(&self) -> bool {
+        self.ready.load(Ordering::Acquire)
+    }
+
     /// Whether the proxy should get traffic.
     pub fn is_ready(&self) -> bool {
         self.state() == "LIVE"

@@ -148,7 +148,7 @@ impl WorkerCluster {
             return None;
         };
         let set = slot.endpoints();
-        slot.usage.used.store(true, Ordering::Relaxed);
+        slot.note_use();
         let known: HashMap<&Address, &Rc<Host>, foldhash::fast::RandomState> = previous
             .iter()
             .flat_map(|previous| &previous.hosts)

@@ -48,6 +48,11 @@ impl Received {
         }
     }
 
+    /// The message of a route configuration.
+    pub(super) fn route(&self, name: &str) -> Option<&[u8]> {
+        self.routes.get(name).map(|body| &**body)
+    }
+
     /// Messages of clusters.
     pub fn clusters(&self) -> impl Iterator<Item = (&str, &[u8])> {
         self.clusters.iter().map(|(name, body)| (&**name, &**body))
