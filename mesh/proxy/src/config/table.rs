@@ -95,7 +95,10 @@ impl DomainIndex {
     /// Takes a domain of a virtual host out; what another one has stays.
     pub fn remove(&mut self, domain: &str, host: &Arc<VirtualHostSlot>) {
         let domain = domain.to_ascii_lowercase();
-        if !self.holder(&domain).is_some_and(|holder| Arc::ptr_eq(holder, host)) {
+        if !self
+            .holder(&domain)
+            .is_some_and(|holder| Arc::ptr_eq(holder, host))
+        {
             return;
         }
         match Place::of(&domain) {

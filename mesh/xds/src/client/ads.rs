@@ -181,7 +181,9 @@ impl AdsClient {
     /// [`Self::set_interest`] compares all names.
     pub fn change_interest(&self, resource_type: ResourceType, changes: NameChanges) {
         if !changes.is_empty() {
-            self.shared.said.lock()[resource_type.index()].names.merge(changes);
+            self.shared.said.lock()[resource_type.index()]
+                .names
+                .merge(changes);
             self.shared.changed.notify_one();
         }
     }

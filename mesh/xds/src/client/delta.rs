@@ -31,7 +31,11 @@ impl ClientState {
         // What the server believes to be held, and is not, is given up first and asked for with the next request.
         let mut given_up: Vec<String> = Vec::new();
         if let Some(known) = &mut state.announced {
-            for name in known.gained.extract_if(.., |_, asked| *asked).map(|(name, _)| name) {
+            for name in known
+                .gained
+                .extract_if(.., |_, asked| *asked)
+                .map(|(name, _)| name)
+            {
                 given_up.push(name.to_string());
                 next.gained.insert(name, false);
             }

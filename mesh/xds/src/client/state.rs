@@ -251,7 +251,9 @@ impl ClientState {
             return;
         }
         // Another name that is still asked for may stand for the same resource.
-        let TypeState { aliases, interest, .. } = &*state;
+        let TypeState {
+            aliases, interest, ..
+        } = &*state;
         for resource in aliases.values() {
             if interest.includes(resource) {
                 gone.remove(resource);

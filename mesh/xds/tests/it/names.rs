@@ -146,5 +146,12 @@ fn changes_of_names_ask_for_what_is_new_and_give_up_what_is_gone() {
     assert_eq!(second.resource_names_subscribe, ["d"]);
     assert_eq!(second.resource_names_unsubscribe, ["a"]);
     assert!(client.next_delta_request().is_none());
-    assert!(client.interest(Endpoints).names.iter().map(|name| &**name).eq(["b", "d"]));
+    assert!(
+        client
+            .interest(Endpoints)
+            .names
+            .iter()
+            .map(|name| &**name)
+            .eq(["b", "d"])
+    );
 }

@@ -135,7 +135,8 @@ impl Store {
             let Taken::New(slot) = host else { continue };
             anew = true;
             let loaded = slot.load();
-            while let Some((holder, refusal)) = index.conflict(loaded.domains.iter().map(|one| &**one), slot) {
+            while let Some((holder, refusal)) = index.conflict(loaded.domains.iter().map(|one| &**one), slot)
+            {
                 let mut discovered = state.iter().flat_map(|state| &state.discovered);
                 let Some((name, _)) = discovered.find(|(_, own)| Arc::ptr_eq(own, &holder)) else {
                     return Err(refusal.within(format!("virtual_hosts[{at}]")));
