@@ -22,7 +22,7 @@ use serin_xds::ResourceType;
 
 use self::membership::Membership;
 use self::names::Names;
-use self::received::Received;
+pub use self::received::{Failure, Kept, Received};
 pub(super) use self::routes::compile_inline_routes;
 use self::routes::{RouteState, Staged};
 use super::cluster::Cluster;
@@ -103,7 +103,7 @@ pub struct Store {
     /// Route configurations that take their virtual hosts by VHDS.
     discovering: usize,
     /// Encoded: decoded messages are many times as large, and these are only read again when a cluster is replaced.
-    assignments: BTreeMap<Box<str>, Box<[u8]>>,
+    assignments: BTreeMap<Box<str>, Kept>,
     routes: BTreeMap<Arc<str>, RouteState>,
     listeners: BTreeMap<Arc<str>, Arc<Listener>>,
     bound: BTreeMap<Arc<str>, Arc<ListenerSlot>>,
@@ -218,6 +218,14 @@ impl Store {
             }
         }
         refused.extend(self.settle_hosts(staged));
+        if !refused.is_empty() {
+            let bodies: HashMap<&str, &[u8]> =
+                upserted.iter().map(|update| (update.name, update.body)).collect();
+            for (name, refusal) in &refused {
+                let body = bodies.get(&**name).copied();
+                self.received.fail(resource_type, name, body, refusal);
+            }
+        }
         if matches!(resource_type, ResourceType::Secret | ResourceType::Extension) {
             self.warm(None);
         }
@@ -226,6 +234,25 @@ impl Store {
         }
         self.slots.sweep_after(removed.len());
         refused
+    }
+
+    /// The control plane's versions of the resources that have been [applied](Self::apply) just now.
+    pub fn note_versions<'a>(
+        &mut self,
+        resource_type: ResourceType,
+        versions: impl IntoIterator<Item = (&'a str, &'a Arc<str>)>,
+    ) {
+        for (name, version) in versions {
+            if resource_type == ResourceType::Endpoints
+                && self.received.failure(resource_type, name).is_none()
+            {
+                if let Some(kept) = self.assignments.get_mut(name) {
+                    kept.version = Some(version.clone());
+                }
+            } else {
+                self.received.note_version(resource_type, name, version);
+            }
+        }
     }
 
     /// The control plane has said something about a name.

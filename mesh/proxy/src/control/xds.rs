@@ -152,6 +152,10 @@ async fn deliver(proxy: &Proxy, on_demand: &OnDemand, delivery: Delivery) {
     let upserted = upserted(&delivery);
     let removed: Vec<&str> = delivery.removed.iter().map(|name| &**name).collect();
     let refused = proxy.apply(delivery.resource_type, &upserted, &removed).await;
+    proxy.store(|store| {
+        let versions = delivery.upserted.iter().map(|one| (&*one.name, &one.version));
+        store.note_versions(delivery.resource_type, versions);
+    });
     settle(proxy, on_demand, &delivery, |name| {
         refused.iter().any(|(refused, _)| **refused == *name)
     });

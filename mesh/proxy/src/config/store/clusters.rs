@@ -6,7 +6,7 @@ use prost::Message;
 use serin_xds::pb::envoy::config::cluster::v3 as pb_cluster;
 use serin_xds::pb::envoy::config::endpoint::v3 as pb_endpoint;
 
-use super::{Store, Update, Waiting, decode};
+use super::{Kept, Store, Update, Waiting, decode};
 use crate::clock::now_ms;
 use crate::config::cluster::{Cluster, Discovery};
 use crate::config::convert::Address;
@@ -113,7 +113,7 @@ impl Store {
             endpoints = self
                 .assignments
                 .get(name)
-                .and_then(|body| pb_endpoint::ClusterLoadAssignment::decode(&**body).ok())
+                .and_then(|kept| pb_endpoint::ClusterLoadAssignment::decode(&*kept.body).ok())
                 .and_then(|assignment| EndpointSet::compile(&assignment, slot.endpoints().as_deref()).ok());
         }
         let cluster = Arc::new(cluster);
@@ -181,7 +181,13 @@ impl Store {
         for (slot, set) in compiled {
             self.set_endpoints(&slot, set);
         }
-        self.assignments.insert(update.name.into(), update.body.into());
+        match self.assignments.get_mut(update.name) {
+            Some(kept) => *kept = Kept::now(update.body),
+            None => {
+                self.assignments
+                    .insert(update.name.into(), Kept::now(update.body));
+            }
+        }
         Ok(())
     }
 

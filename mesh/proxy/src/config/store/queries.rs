@@ -7,7 +7,7 @@ use serin_xds::ResourceType;
 use serin_xds::client::NameChanges;
 
 use super::Store;
-use super::received::Received;
+use super::received::{Kept, Received};
 use crate::config::cluster::{Cluster, Discovery};
 use crate::config::listener::Listener;
 use crate::config::on_demand::Wanted;
@@ -22,8 +22,8 @@ impl Store {
     }
 
     /// Encoded endpoints by the name that they were asked for by.
-    pub fn assignments(&self) -> impl Iterator<Item = (&str, &[u8])> {
-        self.assignments.iter().map(|(name, body)| (&**name, &**body))
+    pub fn assignments(&self) -> impl Iterator<Item = (&str, &Kept)> {
+        self.assignments.iter().map(|(name, kept)| (&**name, kept))
     }
 
     /// Names that the proxy must ask for by EDS.
