@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serin_crds::istio::{
-    self, CorsPolicy, Destination, Headers, HttpFaultInjection, HttpMatchRequest, HttpRoute, StringMatch,
-    StringMatchKind, VirtualService,
+    self, CorsPolicy, Destination, Headers, HttpFaultInjection, HttpMatchRequest, HttpRoute,
+    RouteDestination, StringMatch, StringMatchKind, VirtualService,
 };
 
 use crate::delegate::merge_delegate;
@@ -93,6 +93,18 @@ pub(crate) fn compile<'a>(
             }
         }
     }
+    let connection = |index: usize, matches, route: &[RouteDestination]| ConnectionRoute {
+        provenance: Provenance {
+            rule: u32::try_from(index).ok(),
+            ..provenance.clone()
+        },
+        matches,
+        backends: backends(
+            route.iter().map(|r| (&r.destination, r.weight, None)),
+            namespace,
+            domain,
+        ),
+    };
     RuleSet {
         hosts: spec
             .hosts
@@ -106,64 +118,40 @@ pub(crate) fn compile<'a>(
             .tls
             .iter()
             .enumerate()
-            .map(|(index, rule)| ConnectionRoute {
-                provenance: Provenance {
-                    rule: u32::try_from(index).ok(),
-                    ..provenance.clone()
-                },
-                matches: rule
-                    .matches
-                    .iter()
-                    .map(|block| ConnectionMatch {
-                        audience: audience(
-                            &block.source_labels,
-                            block.source_namespace.as_ref(),
-                            &block.gateways,
-                            block.port,
-                            namespace,
-                        ),
-                        sni: block.sni_hosts.clone(),
-                        destinations: block.destination_subnets.clone(),
-                        source: None,
-                    })
-                    .collect(),
-                backends: backends(
-                    rule.route.iter().map(|r| (&r.destination, r.weight, None)),
-                    namespace,
-                    domain,
-                ),
+            .map(|(index, rule)| {
+                let matches = rule.matches.iter().map(|block| ConnectionMatch {
+                    audience: audience(
+                        &block.source_labels,
+                        block.source_namespace.as_ref(),
+                        &block.gateways,
+                        block.port,
+                        namespace,
+                    ),
+                    sni: block.sni_hosts.clone(),
+                    destinations: block.destination_subnets.clone(),
+                    source: None,
+                });
+                connection(index, matches.collect(), &rule.route)
             })
             .collect(),
         tcp: spec
             .tcp
             .iter()
             .enumerate()
-            .map(|(index, rule)| ConnectionRoute {
-                provenance: Provenance {
-                    rule: u32::try_from(index).ok(),
-                    ..provenance.clone()
-                },
-                matches: rule
-                    .matches
-                    .iter()
-                    .map(|block| ConnectionMatch {
-                        audience: audience(
-                            &block.source_labels,
-                            block.source_namespace.as_ref(),
-                            &block.gateways,
-                            block.port,
-                            namespace,
-                        ),
-                        sni: Vec::new(),
-                        destinations: block.destination_subnets.clone(),
-                        source: block.source_subnet.clone(),
-                    })
-                    .collect(),
-                backends: backends(
-                    rule.route.iter().map(|r| (&r.destination, r.weight, None)),
-                    namespace,
-                    domain,
-                ),
+            .map(|(index, rule)| {
+                let matches = rule.matches.iter().map(|block| ConnectionMatch {
+                    audience: audience(
+                        &block.source_labels,
+                        block.source_namespace.as_ref(),
+                        &block.gateways,
+                        block.port,
+                        namespace,
+                    ),
+                    sni: Vec::new(),
+                    destinations: block.destination_subnets.clone(),
+                    source: block.source_subnet.clone(),
+                });
+                connection(index, matches.collect(), &rule.route)
             })
             .collect(),
         provenance,

@@ -11,6 +11,7 @@ use http::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, UnixListener};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::admission::{Admission, PodLogs};
@@ -210,32 +211,15 @@ impl ApiServer {
         let local = listener.local_addr().map_err(listen)?;
         let acceptor = tokio_rustls::TlsAcceptor::from(certificates.server_config()?);
         let router = self.router(Trust::Tokens(Arc::new(tokens)));
-        let (shutdown, tasks) = (self.hub.shutdown.clone(), self.tasks.clone());
-        let limit = Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
-        self.tasks.spawn(async move {
-            loop {
-                let Ok(permit) = limit.clone().acquire_owned().await else {
-                    return;
-                };
-                let accepted = tokio::select! {
-                    accepted = listener.accept() => accepted,
-                    () = shutdown.cancelled() => return,
-                };
-                let Ok((stream, _)) = accepted else {
-                    // Out of descriptors or the peer was gone: yield, so that a persistent failure does not spin.
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                    continue;
-                };
+        self.accept(listener, move |stream, shutdown| {
+            let (acceptor, router) = (acceptor.clone(), router.clone());
+            async move {
                 let _ = stream.set_nodelay(true);
-                let (acceptor, router, shutdown) = (acceptor.clone(), router.clone(), shutdown.clone());
-                tasks.spawn(async move {
-                    let _permit = permit;
-                    match tokio::time::timeout(HANDSHAKE_DEADLINE, acceptor.accept(stream)).await {
-                        Ok(Ok(stream)) => connection(TokioIo::new(stream), router, shutdown).await,
-                        Ok(Err(error)) => tracing::debug!(%error, "TLS handshake"),
-                        Err(_) => tracing::debug!("TLS handshake took too long"),
-                    }
-                });
+                match tokio::time::timeout(HANDSHAKE_DEADLINE, acceptor.accept(stream)).await {
+                    Ok(Ok(stream)) => connection(TokioIo::new(stream), router, shutdown).await,
+                    Ok(Err(error)) => tracing::debug!(%error, "TLS handshake"),
+                    Err(_) => tracing::debug!("TLS handshake took too long"),
+                }
             }
         });
         Ok(local)
@@ -258,6 +242,21 @@ impl ApiServer {
             std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(listen)?;
         }
         let router = self.router(Trust::Caller(Arc::new(User::admin("serin"))));
+        self.accept(listener, move |stream, shutdown| {
+            connection(TokioIo::new(stream), router.clone(), shutdown)
+        });
+        Ok(())
+    }
+
+    /// Serves each connection in a task of its own, as many at a time as are allowed, until the shutdown.
+    fn accept<L, F>(
+        &self,
+        mut listener: L,
+        mut serve: impl FnMut(L::Io, CancellationToken) -> F + Send + 'static,
+    ) where
+        L: axum::serve::Listener,
+        F: Future<Output = ()> + Send + 'static,
+    {
         let (shutdown, tasks) = (self.hub.shutdown.clone(), self.tasks.clone());
         let limit = Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
         self.tasks.spawn(async move {
@@ -265,22 +264,17 @@ impl ApiServer {
                 let Ok(permit) = limit.clone().acquire_owned().await else {
                     return;
                 };
-                let accepted = tokio::select! {
+                let (stream, _) = tokio::select! {
                     accepted = listener.accept() => accepted,
                     () = shutdown.cancelled() => return,
                 };
-                let Ok((stream, _)) = accepted else {
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                    continue;
-                };
-                let (router, shutdown) = (router.clone(), shutdown.clone());
+                let served = serve(stream, shutdown.clone());
                 tasks.spawn(async move {
                     let _permit = permit;
-                    connection(TokioIo::new(stream), router, shutdown).await;
+                    served.await;
                 });
             }
         });
-        Ok(())
     }
 
     /// The newest resource version.
@@ -324,9 +318,8 @@ impl Drop for ApiServer {
 }
 
 const HANDSHAKE_DEADLINE: std::time::Duration = std::time::Duration::from_secs(10);
-const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
 
-async fn connection<I>(io: TokioIo<I>, router: Router, shutdown: tokio_util::sync::CancellationToken)
+async fn connection<I>(io: TokioIo<I>, router: Router, shutdown: CancellationToken)
 where
     I: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {

@@ -1,7 +1,8 @@
 //! External processing, header modes: a service sees the heads of request and response and may change them, or answer.
 //!
 //! This module says what is sent and what the answers mean; the stream is the worker's part. Bodies and trailers are
-//! never sent: modes that ask for that are refused.
+//! never sent: modes that ask for that are refused. Responses that the proxy makes itself are shown like any other, also
+//! where an earlier filter answered before the request came here (Envoy's rule); those that the service has made are not.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +17,7 @@ use super::cel::{Attribute, Value};
 use super::ext_authz::{Field, field, matchers};
 use super::metadata::Metadata;
 use super::mutation_rules::MutationRules;
-use super::service::GrpcTarget;
+use super::service::{GrpcTarget, header_pair};
 use super::stats::Counter;
 use crate::config::convert;
 use crate::config::matchers::StringMatch;
@@ -51,6 +52,19 @@ fn attributes(
         .map(|name| match Attribute::find(name) {
             Some((attribute, at_end)) if known(attribute, at_end) => Ok((name.as_str().into(), attribute)),
             _ => Err(Refusal::new("", format!("{name} is not known here"))),
+        })
+        .collect()
+}
+
+/// The namespaces of an answer that may be set.
+fn taken(names: &[Box<str>], from: Option<google::Struct>) -> Vec<(Box<str>, google::Struct)> {
+    use google::value::Kind;
+    let mut fields = from.unwrap_or_default().fields;
+    names
+        .iter()
+        .filter_map(|name| match fields.remove(&**name)?.kind? {
+            Kind::StructValue(fields) => Some((name.clone(), fields)),
+            _ => None,
         })
         .collect()
 }
@@ -110,8 +124,10 @@ pub struct ExtProc {
     disallowed: Box<[StringMatch]>,
     no_immediate: bool,
     route: RouteCache,
-    sent_namespaces: Box<[Box<str>]>,
-    taken_namespaces: Box<[Box<str>]>,
+    /// What the service may ask for at most, once for each message; `None` if it may not ask.
+    max_timeout: Option<Duration>,
+    /// Metadata that it is told, and that it may set.
+    pub namespaces: Arc<Namespaces>,
     /// The service may say what it wants to see of the response; if not empty, only one of these.
     mode_override: Option<Box<[filter::ProcessingMode]>>,
     /// Nobody waits for answers, and none changes anything; streams end that long after their request.
@@ -126,6 +142,40 @@ pub struct ExtProc {
     pub counters: Counters,
 }
 
+/// Namespaces of metadata that a service has to do with.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Namespaces {
+    sent: Box<[Box<str>]>,
+    taken: Box<[Box<str>]>,
+}
+
+impl Namespaces {
+    fn compile(from: Option<&filter::MetadataOptions>) -> Result<Self, Refusal> {
+        let Some(from) = from else {
+            return Ok(Self::default());
+        };
+        let names = |field: &str, from: Option<&filter::metadata_options::MetadataNamespaces>| {
+            let Some(from) = from else {
+                return Ok(Box::default());
+            };
+            if !from.typed.is_empty() {
+                return Err(Refusal::new(format!("{field}.typed"), "not supported"));
+            }
+            Ok(from.untyped.iter().map(|name| name.as_str().into()).collect())
+        };
+        if from.cluster_metadata_forwarding_namespaces.is_some() {
+            return Err(Refusal::new(
+                "cluster_metadata_forwarding_namespaces",
+                "not supported",
+            ));
+        }
+        Ok(Self {
+            sent: names("forwarding_namespaces", from.forwarding_namespaces.as_ref())?,
+            taken: names("receiving_namespaces", from.receiving_namespaces.as_ref())?,
+        })
+    }
+}
+
 /// Envoy's counters of the filter.
 #[derive(Debug)]
 #[allow(missing_docs)] // Envoy's names
@@ -138,6 +188,8 @@ pub struct Counters {
     pub failure_allowed: Arc<Counter>,
     pub timeouts: Arc<Counter>,
     pub rejected_mutations: Arc<Counter>,
+    pub overridden_timeouts: Arc<Counter>,
+    pub ignored_overrides: Arc<Counter>,
 }
 
 /// What a route says (`ExtProcPerRoute`).
@@ -153,6 +205,10 @@ pub enum PerRouteProc {
         target: Option<Box<GrpcTarget>>,
         /// Another failure mode.
         failure_allows: Option<bool>,
+        /// Other metadata.
+        namespaces: Option<Arc<Namespaces>>,
+        /// Fields of its calls, in place of those of the same name.
+        fields: Box<[(HeaderName, HeaderValue)]>,
     },
 }
 
@@ -205,8 +261,10 @@ impl PerRouteProc {
             ("async_mode", from.async_mode),
             ("request_attributes", !from.request_attributes.is_empty()),
             ("response_attributes", !from.response_attributes.is_empty()),
-            ("metadata_options", from.metadata_options.is_some()),
-            ("grpc_initial_metadata", !from.grpc_initial_metadata.is_empty()),
+            (
+                "processing_request_modifier",
+                from.processing_request_modifier.is_some(),
+            ),
         ];
         if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
             return Err(Refusal::new(format!("overrides.{field}"), "not supported"));
@@ -224,6 +282,20 @@ impl PerRouteProc {
                 .transpose()
                 .within("overrides.grpc_service")?,
             failure_allows: from.failure_mode_allow.as_ref().map(|value| value.value),
+            namespaces: from
+                .metadata_options
+                .as_ref()
+                .map(|options| Namespaces::compile(Some(options)).map(Arc::new))
+                .transpose()
+                .within("overrides.metadata_options")?,
+            fields: from
+                .grpc_initial_metadata
+                .iter()
+                .enumerate()
+                .map(|(index, field)| {
+                    header_pair(field).within(format!("overrides.grpc_initial_metadata[{index}]"))
+                })
+                .collect::<Result<_, _>>()?,
         })
     }
 }
@@ -231,6 +303,8 @@ impl PerRouteProc {
 /// What an answer means for a head.
 #[derive(Debug)]
 pub enum Answer {
+    /// It comes later: within that time from now, where the service may say so.
+    Later(Option<Duration>),
     /// It goes on with these changes.
     Continue(Changes),
     /// The client gets this instead.
@@ -301,20 +375,8 @@ impl ExtProc {
         prefix: &str,
         context: &mut Context<'_>,
     ) -> Result<Self, Refusal> {
-        let typed = |options: Option<&filter::metadata_options::MetadataNamespaces>| {
-            options.is_some_and(|namespaces| !namespaces.typed.is_empty())
-        };
-        let options = from.metadata_options.as_ref();
-        let forwarded = options.and_then(|options| options.forwarding_namespaces.as_ref());
-        let received = options.and_then(|options| options.receiving_namespaces.as_ref());
         let unsupported = [
             ("http_service", from.http_service.is_some()),
-            (
-                "max_message_timeout",
-                convert::timeout(from.max_message_timeout.as_ref())
-                    .within("max_message_timeout")?
-                    .is_some(),
-            ),
             ("filter_metadata", from.filter_metadata.is_some()),
             (
                 "deferred_close_timeout",
@@ -330,13 +392,6 @@ impl ExtProc {
             ),
             ("on_processing_response", from.on_processing_response.is_some()),
             ("allow_content_length_header", from.allow_content_length_header),
-            (
-                "metadata_options",
-                typed(forwarded)
-                    || typed(received)
-                    || options
-                        .is_some_and(|options| options.cluster_metadata_forwarding_namespaces.is_some()),
-            ),
         ];
         if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
             return Err(Refusal::new(*field, "not supported"));
@@ -356,15 +411,6 @@ impl ExtProc {
             Err(_) => return Err(Refusal::new("route_cache_action", "is unknown")),
         };
         let forward = from.forward_rules.as_ref();
-        let names = |namespaces: Option<&filter::metadata_options::MetadataNamespaces>| {
-            namespaces.map_or_else(Box::default, |namespaces| {
-                namespaces
-                    .untyped
-                    .iter()
-                    .map(|name| name.as_str().into())
-                    .collect()
-            })
-        };
         let target = GrpcTarget::compile(from.grpc_service.as_ref(), context).within("grpc_service")?;
         let closing =
             convert::timeout(from.deferred_close_timeout.as_ref()).within("deferred_close_timeout")?;
@@ -407,8 +453,10 @@ impl ExtProc {
             .unwrap_or_default(),
             no_immediate: from.disable_immediate_response,
             route,
-            sent_namespaces: names(forwarded),
-            taken_namespaces: names(received),
+            max_timeout: convert::timeout(from.max_message_timeout.as_ref()).within("max_message_timeout")?,
+            namespaces: Arc::new(
+                Namespaces::compile(from.metadata_options.as_ref()).within("metadata_options")?,
+            ),
             mode_override: from.allow_mode_override.then(|| {
                 let modes = from.allowed_override_modes.iter();
                 modes.map(|mode| of_response(*mode)).collect()
@@ -436,6 +484,8 @@ impl ExtProc {
                 failure_allowed: counter("envoy_http_ext_proc_failure_mode_allowed"),
                 timeouts: counter("envoy_http_ext_proc_message_timeouts"),
                 rejected_mutations: counter("envoy_http_ext_proc_rejected_header_mutations"),
+                overridden_timeouts: counter("envoy_http_ext_proc_override_message_timeout_received"),
+                ignored_overrides: counter("envoy_http_ext_proc_override_message_timeout_ignored"),
             },
         })
     }
@@ -449,10 +499,12 @@ impl ExtProc {
         })
     }
 
-    /// The message about a head; `system` are its pseudo fields.
+    /// The message about a head; `system` are its pseudo fields. The `first` of a stream says what will be sent.
     pub fn question(
         &self,
         about: About,
+        first: bool,
+        namespaces: &Namespaces,
         system: &[(&str, &str)],
         headers: &HeaderMap,
         ends: bool,
@@ -485,8 +537,8 @@ impl ExtProc {
             end_of_stream: ends,
             ..Default::default()
         };
-        let filter_metadata: std::collections::HashMap<_, _> = self
-            .sent_namespaces
+        let filter_metadata: std::collections::HashMap<_, _> = namespaces
+            .sent
             .iter()
             .filter_map(|name| Some((name.to_string(), metadata.get(name)?.clone())))
             .collect();
@@ -498,6 +550,8 @@ impl ExtProc {
         service::ProcessingRequest {
             attributes,
             observability_mode: self.observing.is_some(),
+            // Bodies are never sent, which is what the defaults say.
+            protocol_config: first.then(service::ProtocolConfiguration::default),
             metadata_context: (!filter_metadata.is_empty()).then(|| core::Metadata {
                 filter_metadata,
                 ..Default::default()
@@ -514,11 +568,19 @@ impl ExtProc {
     pub fn read(
         &self,
         about: About,
+        namespaces: &Namespaces,
         from: service::ProcessingResponse,
         worker: usize,
     ) -> Result<Answer, Wrong> {
         use service::processing_response::Response;
-        let metadata = self.metadata(from.dynamic_metadata);
+        if let Some(asked) = &from.override_message_timeout {
+            // Nothing else of such a message counts.
+            let asked = convert::duration(asked).ok().filter(|asked| {
+                *asked >= Duration::from_millis(1) && self.max_timeout.is_some_and(|most| *asked <= most)
+            });
+            return Ok(Answer::Later(asked));
+        }
+        let metadata = taken(&namespaces.taken, from.dynamic_metadata);
         let from_mode = from.mode_override;
         let answer = match (about, from.response) {
             (About::Request, Some(Response::RequestHeaders(answer)))
@@ -565,18 +627,6 @@ impl ExtProc {
         Mode::compile(Some(mode))
             .map(Some)
             .map_err(|_| Wrong::Unsupported)
-    }
-
-    fn metadata(&self, from: Option<google::Struct>) -> Vec<(Box<str>, google::Struct)> {
-        use google::value::Kind;
-        let mut fields = from.unwrap_or_default().fields;
-        self.taken_namespaces
-            .iter()
-            .filter_map(|name| match fields.remove(&**name)?.kind? {
-                Kind::StructValue(fields) => Some((name.clone(), fields)),
-                _ => None,
-            })
-            .collect()
     }
 
     fn immediate(&self, from: service::ImmediateResponse, worker: usize) -> Result<Answer, Wrong> {

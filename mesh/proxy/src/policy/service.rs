@@ -69,6 +69,20 @@ impl GrpcTarget {
     }
 }
 
+impl GrpcTarget {
+    /// The same service, called with these fields in place of those of the same name.
+    pub fn with_fields(&self, fields: &[(HeaderName, HeaderValue)]) -> Self {
+        let kept = self
+            .metadata
+            .iter()
+            .filter(|(name, _)| !fields.iter().any(|(own, _)| own == name));
+        Self {
+            metadata: kept.chain(fields).cloned().collect(),
+            ..self.clone()
+        }
+    }
+}
+
 /// A fixed field.
 pub(crate) fn header_pair(from: &core::HeaderValue) -> Result<(HeaderName, HeaderValue), Refusal> {
     let name = HeaderName::from_bytes(from.key.as_bytes())

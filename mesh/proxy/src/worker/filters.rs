@@ -16,6 +16,7 @@ pub(super) use encode::{encode, encode_waiting, waits};
 pub(super) use jwt::fetch_ahead;
 use local_rate_limit::limit_locally;
 
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,6 +63,24 @@ pub struct PolicyState {
     place: Option<Place>,
     /// The request's fields, where a change of the response may name them.
     request: Option<HeaderMap>,
+    /// Where a reply waits that a service must see before it goes to the client.
+    outbox: Option<Outbox>,
+}
+
+/// A reply of the proxy that waits for a service, with the exchange that it ends. Whoever runs the request sends it.
+pub(super) type Outbox = Rc<RefCell<Option<(Box<Exchange>, LocalReply)>>>;
+
+/// Where replies to a request would wait.
+pub(super) fn outbox(exchange: &Exchange) -> Option<Outbox> {
+    exchange.policy.as_ref()?.outbox.clone()
+}
+
+/// The same where the present reply must wait. Taken, so that what waits there does not own its place.
+pub(super) fn must_wait(exchange: &mut Exchange) -> Option<Outbox> {
+    if !waits(exchange) {
+        return None;
+    }
+    exchange.policy.as_mut()?.outbox.take()
 }
 
 /// A request's place under an adaptive limit, until it is dropped.
@@ -331,14 +350,7 @@ pub(super) async fn decode(
             }
         };
         if let Err(reply) = result {
-            // Later filters have not seen the request; only mutations change its response all the same.
-            for filter in &filters[index + 1..] {
-                if let Kind::HeaderMutation(chain) = &filter.kind
-                    && !matches!(find(routed, &filter.name), Some(Override::Disabled))
-                {
-                    remember_mutations(exchange, filter, chain, routed, parts);
-                }
-            }
+            pass_by(exchange, &filters[index + 1..], routed, parts);
             return Err(reply);
         }
         if reroute {
@@ -347,6 +359,39 @@ pub(super) async fn decode(
         }
     }
     Ok(())
+}
+
+/// Later filters have not seen a request that has been answered; mutations change its response and processors are shown
+/// it all the same.
+fn pass_by(exchange: &mut Exchange, filters: &[Filter], routed: &Routed, parts: &Parts) {
+    for filter in filters {
+        let own = find(routed, &filter.name);
+        let skipped = matches!(own, Some(Override::Disabled)) || (own.is_none() && !filter.enabled);
+        let loaded;
+        let kind = match &filter.kind {
+            Kind::Discovered(place) => {
+                loaded = place.load();
+                match &loaded {
+                    Some(kind) => &**kind,
+                    None => continue,
+                }
+            }
+            kind => kind,
+        };
+        match (kind, own) {
+            (Kind::HeaderMutation(chain), own) if !matches!(own, Some(Override::Disabled)) => {
+                remember_mutations(exchange, filter, chain, routed, parts);
+            }
+            (Kind::ExtProc(processor), own) if !skipped => {
+                let own = match own {
+                    Some(Override::ExtProc(own)) => Some(own),
+                    _ => None,
+                };
+                ext_proc::answered(exchange, processor, own);
+            }
+            _ => {}
+        }
+    }
 }
 
 /// Notes how much the client wants an encoding.

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use bytes::Bytes;
+use http::response::Parts as Head;
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 
 use super::body::ResponseBody;
@@ -10,6 +11,7 @@ use super::exchange::{Exchange, Watch};
 use super::filters;
 use super::logging;
 use crate::metrics::flags::Flags;
+use crate::policy::compressor::Encoder;
 
 /// Response flags on responses that the proxy made itself.
 static X_RESPONSE_FLAGS: http::HeaderName = http::HeaderName::from_static("x-serin-response-flags");
@@ -55,8 +57,37 @@ impl LocalReply {
         }
     }
 
-    /// Turns it into a response and records the exchange. gRPC clients get a gRPC status in a 200 response.
+    /// Turns it into a response and records the exchange. gRPC clients get a gRPC status in a 200 response. One that a
+    /// service must see first is left in the exchange's outbox, and what is returned goes nowhere.
     pub fn send(self, mut exchange: Box<Exchange>) -> Response<Body> {
+        if let Some(outbox) = filters::must_wait(&mut exchange) {
+            *outbox.borrow_mut() = Some((exchange, self));
+            return Response::new(ResponseBody::Full(None));
+        }
+        let (mut head, body, long) = self.begin(&mut exchange);
+        let encoder = if exchange.policy.is_some() {
+            filters::encode(&mut exchange, &mut head, long)
+        } else {
+            None
+        };
+        finish(exchange, head, body, encoder)
+    }
+
+    /// Like [`Self::send`], after the services that must see the reply have.
+    pub async fn send_waiting(self, mut exchange: Box<Exchange>) -> Response<Body> {
+        let mut reply = self;
+        loop {
+            let (mut head, body, long) = reply.begin(&mut exchange);
+            match filters::encode_waiting(&mut exchange, &mut head, long).await {
+                Ok(encoder) => return finish(exchange, head, body, encoder),
+                // The filters that are left see what the service says instead; each time there are fewer.
+                Err(instead) => reply = instead,
+            }
+        }
+    }
+
+    /// The head before it passes the filters, the body, and whether one will be sent.
+    fn begin(self, exchange: &mut Exchange) -> (Head, Bytes, bool) {
         let mut response = Response::new(());
         *response.headers_mut() = self.headers;
         let headers = response.headers_mut();
@@ -94,43 +125,48 @@ impl LocalReply {
         {
             response.headers_mut().insert(X_RESPONSE_FLAGS.clone(), flags);
         }
-        exchange.sent = body.len() as u64;
-        if exchange.policy.is_some() {
-            let (mut head, ()) = response.into_parts();
-            let long = !body.is_empty() && exchange.method != http::Method::HEAD;
-            if long {
-                head.headers
-                    .insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
-            }
-            let encoder = filters::encode(&mut exchange, &mut head, long);
-            head.headers.remove(header::CONTENT_LENGTH);
-            response = Response::from_parts(head, ());
-            if let Some(mut encoder) = encoder {
-                let encoded = encoder.push(&body).and_then(|start| {
-                    let end = encoder.finish()?;
-                    Ok(Bytes::from([start, end].concat()))
-                });
-                match encoded {
-                    Ok(encoded) => body = encoded,
-                    Err(_) => {
-                        response.headers_mut().remove(header::CONTENT_ENCODING);
-                    }
-                }
-            }
-            exchange.sent = body.len() as u64;
+        let long = !body.is_empty() && exchange.method != http::Method::HEAD;
+        if long && exchange.policy.is_some() {
+            // Filters look at it; what goes out is counted again.
+            response
+                .headers_mut()
+                .insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
         }
-        exchange
-            .conn
-            .clone()
-            .dress(response.headers_mut(), exchange.version);
-        logging::keep_response(&mut exchange, response.headers(), false);
-        if let Some(tap) = &mut exchange.tap {
-            tap.response(response.status(), response.headers());
-            tap.answer().data(&body);
-        }
-        exchange.finish();
-        response.map(|()| ResponseBody::Full((!body.is_empty()).then_some(body)))
+        (response.into_parts().0, body, long)
     }
+}
+
+/// The rest of the way of a reply that has passed the filters.
+fn finish(
+    mut exchange: Box<Exchange>,
+    mut head: Head,
+    mut body: Bytes,
+    encoder: Option<Encoder>,
+) -> Response<Body> {
+    if exchange.policy.is_some() {
+        head.headers.remove(header::CONTENT_LENGTH);
+    }
+    if let Some(mut encoder) = encoder {
+        let encoded = encoder.push(&body).and_then(|start| {
+            let end = encoder.finish()?;
+            Ok(Bytes::from([start, end].concat()))
+        });
+        match encoded {
+            Ok(encoded) => body = encoded,
+            Err(_) => {
+                head.headers.remove(header::CONTENT_ENCODING);
+            }
+        }
+    }
+    exchange.sent = body.len() as u64;
+    exchange.conn.clone().dress(&mut head.headers, exchange.version);
+    logging::keep_response(&mut exchange, &head.headers, false);
+    if let Some(tap) = &mut exchange.tap {
+        tap.response(head.status, &head.headers);
+        tap.answer().data(&body);
+    }
+    exchange.finish();
+    Response::from_parts(head, ResponseBody::Full((!body.is_empty()).then_some(body)))
 }
 
 /// gRPC's own mapping of HTTP statuses.

@@ -161,8 +161,13 @@ pub(super) async fn handle(
     tap::arrive(&mut exchange, &conn.worker.shared.tap, &parts);
     spans::begin(&mut exchange, &mut parts);
     logging::keep_request(&mut exchange, &parts);
+    let mut outbox = None;
     // Boxed: the future of a request lives as long as the request, and most of it is here.
-    Ok(Box::pin(route(conn, exchange, parts, incoming, tunnel)).await)
+    let response = Box::pin(route(conn, exchange, parts, incoming, tunnel, &mut outbox)).await;
+    Ok(match outbox.and_then(|outbox| outbox.take()) {
+        None => response,
+        Some((exchange, reply)) => Box::pin(reply.send_waiting(exchange)).await,
+    })
 }
 
 /// The hygiene rules that need a parsed head: target forms, authority, path.
@@ -401,6 +406,7 @@ async fn route(
     mut parts: Box<Parts>,
     incoming: Incoming,
     tunnel: Option<Tunnel>,
+    outbox: &mut Option<filters::Outbox>,
 ) -> Response<Body> {
     if conn.tls.is_some() && !conn.serves(view(&parts).authority()) {
         conn.decide_upgrade(false);
@@ -438,6 +444,7 @@ async fn route(
     if !conn.manager.filters.filters.is_empty() {
         filters::choose_target(&conn, &mut routed);
         let passed = filters::decode(&conn, &mut exchange, &mut routed, &mut parts, &mut body).await;
+        *outbox = filters::outbox(&exchange);
         if let Err(reply) = passed {
             conn.decide_upgrade(false);
             return reply.send(exchange);

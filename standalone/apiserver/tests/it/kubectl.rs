@@ -291,6 +291,9 @@ async fn kubectl_does_what_an_engineer_asks_of_it_or_says_why_not() {
     file("deployment.yaml", DEPLOYMENT);
     file("changed.yaml", &DEPLOYMENT.replace("replicas: 2", "replicas: 5"));
     k.ok(&["apply", "-f", "-"], KIND).await;
+    // As with a real API server: a definition is written first and served once it is established.
+    k.ok(&["wait", "--for=condition=Established", "crd", "--all"], "")
+        .await;
     for (line, granted, wanted) in COMMANDS {
         let args: Vec<String> = line
             .split(' ')

@@ -2,9 +2,9 @@
 //!
 //! # What it is for
 //! [`Expression`] is compiled when the configuration arrives, from text or from the parsed form that control planes send.
-//! What is not known is refused then: attributes, functions, macros, and attributes that are not there yet where the
-//! expression is asked (`response.code` in an access rule). A regular expression must be a literal, so that it is
-//! compiled once.
+//! What is not known is refused then: attributes, functions, and attributes that are not there yet where the expression is
+//! asked (`response.code` in an access rule). A regular expression must be a literal, so that it is compiled once, and so
+//! must zones of time, which are offsets from UTC.
 //!
 //! # How data flows
 //! ```text
@@ -14,18 +14,23 @@
 //!
 //! # Limits
 //! 8 KiB of text, 1,000 nodes, nesting of 64; an evaluation may take 10,000 steps, where handling a text costs a step for
-//! every 64 bytes. Header fields are found by literal names only. There are no comprehensions.
+//! every 64 bytes, and a list one for every 16 elements. Where an expression is asked at the end of a request, header fields
+//! are found by literal names only, because only these are kept until then. Macros over lists and maps cost what their
+//! elements cost; one that is cut off by the budget makes the whole expression false. Messages are not made.
 
 mod eval;
+mod fold;
 mod parse;
 mod scene;
 #[cfg(test)]
 mod tests;
+mod time;
 
 use http::HeaderName;
 use serin_xds::pb::google::api::expr::v1alpha1 as pb;
 
-use self::eval::Node;
+use self::eval::{Folding, Node};
+use self::fold::Fold;
 use crate::error::Refusal;
 use crate::observe::record::Side;
 
@@ -59,6 +64,7 @@ pub enum Attribute {
     ResponseCodeDetails,
     ResponseGrpcStatus,
     ResponseSize,
+    ResponseBackendLatency,
     SourceAddress,
     SourcePort,
     DestinationAddress,
@@ -71,7 +77,11 @@ pub enum Attribute {
     ConnectionDnsSanPeer,
     ConnectionUriSanPeer,
     ConnectionTermination,
+    ConnectionFailure,
     UpstreamAddress,
+    UpstreamPort,
+    UpstreamLocalAddress,
+    UpstreamAttempts,
     UpstreamFailure,
     ClusterName,
     RouteName,
@@ -97,6 +107,11 @@ const ATTRIBUTES: &[(&str, Attribute, bool)] = &[
     ("response.code_details", Attribute::ResponseCodeDetails, true),
     ("response.grpc_status", Attribute::ResponseGrpcStatus, true),
     ("response.size", Attribute::ResponseSize, true),
+    (
+        "response.backend_latency",
+        Attribute::ResponseBackendLatency,
+        true,
+    ),
     ("source.address", Attribute::SourceAddress, false),
     ("source.port", Attribute::SourcePort, false),
     ("destination.address", Attribute::DestinationAddress, false),
@@ -129,7 +144,19 @@ const ATTRIBUTES: &[(&str, Attribute, bool)] = &[
         Attribute::ConnectionTermination,
         true,
     ),
+    (
+        "connection.transport_failure_reason",
+        Attribute::ConnectionFailure,
+        true,
+    ),
     ("upstream.address", Attribute::UpstreamAddress, true),
+    ("upstream.port", Attribute::UpstreamPort, true),
+    ("upstream.local_address", Attribute::UpstreamLocalAddress, true),
+    (
+        "upstream.request_attempt_count",
+        Attribute::UpstreamAttempts,
+        true,
+    ),
     (
         "upstream.transport_failure_reason",
         Attribute::UpstreamFailure,
@@ -160,6 +187,10 @@ pub(crate) enum Ast {
     Call(Option<Box<Ast>>, String, Vec<Ast>),
     /// A list.
     List(Vec<Ast>),
+    /// A map.
+    Map(Vec<(Ast, Ast)>),
+    /// A comprehension, which is what a macro stands for.
+    Fold(Box<Fold>),
 }
 
 /// A compiled expression.
@@ -174,6 +205,8 @@ struct Compiler<'a, 'b> {
     /// Where the expression is asked at the end of a request: how header fields are kept until then.
     keep: Option<&'a mut Keep<'b>>,
     nodes: usize,
+    /// Variables of the comprehensions around, the innermost last.
+    variables: Vec<String>,
 }
 
 impl Expression {
@@ -194,7 +227,12 @@ impl Expression {
     }
 
     fn compile(ast: &Ast, keep: Option<&mut Keep<'_>>) -> Result<Self, Refusal> {
-        Compiler { keep, nodes: 0 }.node(ast, 0).map(Self)
+        let mut compiler = Compiler {
+            keep,
+            nodes: 0,
+            variables: Vec::new(),
+        };
+        compiler.node(ast, 0).map(Self)
     }
 
     /// Whether the expression is true; an error is not.
@@ -239,9 +277,7 @@ fn read(from: &pb::Expr, depth: usize) -> Result<Ast, Refusal> {
                     .saturating_mul(1_000_000_000)
                     .saturating_add(i64::from(value.nanos)),
             ),
-            Some(ConstantKind::BytesValue(_)) => {
-                return Err(Refusal::new("", "bytes are not supported"));
-            }
+            Some(ConstantKind::BytesValue(value)) => Value::Bytes(value.clone().into()),
         }),
         Some(ExprKind::IdentExpr(ident)) => Ast::Ident(ident.name.clone()),
         Some(ExprKind::SelectExpr(select)) => Ast::Select(
@@ -258,12 +294,41 @@ fn read(from: &pb::Expr, depth: usize) -> Result<Ast, Refusal> {
             all(&call.args)?,
         ),
         Some(ExprKind::ListExpr(list)) => Ast::List(all(&list.elements)?),
-        Some(ExprKind::StructExpr(_)) => return Err(Refusal::new("", "messages and maps are not supported")),
-        Some(ExprKind::ComprehensionExpr(_)) => {
+        Some(ExprKind::StructExpr(message)) if message.message_name.is_empty() => {
+            use pb::expr::create_struct::entry::KeyKind;
+            let entries = message.entries.iter().map(|entry| {
+                let missing = || Refusal::new("", "a part of the expression is missing");
+                let key = match &entry.key_kind {
+                    Some(KeyKind::MapKey(key)) => read(key, depth + 1)?,
+                    Some(KeyKind::FieldKey(_)) | None => return Err(missing()),
+                };
+                let value = entry.value.as_ref().ok_or_else(missing)?;
+                Ok((key, read(value, depth + 1)?))
+            });
+            Ast::Map(entries.collect::<Result<_, Refusal>>()?)
+        }
+        Some(ExprKind::StructExpr(message)) => {
             return Err(Refusal::new(
                 "",
-                "comprehensions (exists, all, map, filter) are not supported",
+                format!("messages ({}) are not supported", message.message_name),
             ));
+        }
+        Some(ExprKind::ComprehensionExpr(fold)) => {
+            if !fold.iter_var2.is_empty() {
+                return Err(Refusal::new(
+                    "",
+                    "comprehensions with two variables are not supported",
+                ));
+            }
+            Ast::Fold(Box::new(Fold {
+                variable: fold.iter_var.clone(),
+                range: inner(&fold.iter_range)?,
+                accumulator: fold.accu_var.clone(),
+                initial: inner(&fold.accu_init)?,
+                condition: inner(&fold.loop_condition)?,
+                step: inner(&fold.loop_step)?,
+                result: inner(&fold.result)?,
+            }))
         }
         None => return Err(Refusal::new("", "a part of the expression is missing")),
     })
@@ -301,9 +366,15 @@ impl Compiler<'_, '_> {
                 .map(|item| self.node(item, depth + 1))
                 .collect::<Result<_, _>>()
                 .map(Node::List),
+            Ast::Map(entries) => entries
+                .iter()
+                .map(|(key, value)| Ok((self.node(key, depth + 1)?, self.node(value, depth + 1)?)))
+                .collect::<Result<_, _>>()
+                .map(Node::Map),
+            Ast::Fold(fold) => self.fold(fold, depth),
             Ast::Ident(_) | Ast::Select(..) => self.name(ast, depth),
             Ast::Call(target, function, arguments) => {
-                if let Some(found) = self.header_call(function, arguments)? {
+                if let Some(found) = self.header_call(function, arguments, depth)? {
                     return Ok(found);
                 }
                 let mut all = Vec::with_capacity(arguments.len() + 1);
@@ -315,20 +386,70 @@ impl Compiler<'_, '_> {
         }
     }
 
+    fn fold(&mut self, fold: &Fold, depth: usize) -> Result<Node, Refusal> {
+        let range = match dotted(&fold.range).filter(|name| !self.is_variable(name)) {
+            Some(name) if headers(&name).is_some() => self.all_headers(&name)?,
+            _ => self.node(&fold.range, depth + 1)?,
+        };
+        let initial = self.node(&fold.initial, depth + 1)?;
+        self.variables.push(fold.accumulator.clone());
+        let result = self.node(&fold.result, depth + 1)?;
+        self.variables.push(fold.variable.clone());
+        let condition = self.node(&fold.condition, depth + 1)?;
+        let step = self.node(&fold.step, depth + 1)?;
+        self.variables.truncate(self.variables.len() - 2);
+        Ok(Node::Fold(Box::new(Folding {
+            range,
+            initial,
+            condition,
+            step,
+            result,
+        })))
+    }
+
+    /// Every header field, where all of them are at hand.
+    fn all_headers(&self, name: &str) -> Result<Node, Refusal> {
+        if self.keep.is_none() && headers(name) == Some(Side::Request) {
+            return Ok(Node::AllHeaders);
+        }
+        Err(Refusal::new(
+            "",
+            format!(
+                "{name} can be asked for one field only, by a literal name, where this expression is asked"
+            ),
+        ))
+    }
+
+    /// Whether a dotted name begins with the name of a variable.
+    fn is_variable(&self, name: &str) -> bool {
+        let first = name.split('.').next().unwrap_or_default();
+        self.variables.iter().any(|own| own == first)
+    }
+
     /// `request.headers["x"]` and `"x" in request.headers`.
-    fn header_call(&mut self, function: &str, arguments: &[Ast]) -> Result<Option<Node>, Refusal> {
+    fn header_call(
+        &mut self,
+        function: &str,
+        arguments: &[Ast],
+        depth: usize,
+    ) -> Result<Option<Node>, Refusal> {
         let (map, name, test) = match (function, arguments) {
             ("_[_]", [map, name]) => (map, name, false),
             ("@in" | "in" | "_in_", [name, map]) => (map, name, true),
             _ => return Ok(None),
         };
-        let Some(side) = dotted(map).as_deref().and_then(headers) else {
+        let whole = dotted(map).filter(|name| !self.is_variable(name));
+        let Some(side) = whole.as_deref().and_then(headers) else {
             return Ok(None);
         };
-        let Ast::Literal(Value::Text(name)) = name else {
-            return Err(Refusal::new("", "the name of a header field must be a literal"));
-        };
-        self.header(side, name, test).map(Some)
+        match name {
+            Ast::Literal(Value::Text(name)) => self.header(side, name, test).map(Some),
+            _ if self.keep.is_none() && side == Side::Request => {
+                let name = self.node(name, depth + 1)?;
+                Ok(Some(Node::NamedHeader(Box::new(name), test)))
+            }
+            _ => Err(Refusal::new("", "the name of a header field must be a literal")),
+        }
     }
 
     fn header(&mut self, side: Side, name: &str, test: bool) -> Result<Node, Refusal> {
@@ -348,6 +469,17 @@ impl Compiler<'_, '_> {
     }
 
     fn name(&mut self, ast: &Ast, depth: usize) -> Result<Node, Refusal> {
+        if let Ast::Ident(name) = ast
+            && let Some(place) = self.variables.iter().rev().position(|own| own == name)
+        {
+            return Ok(Node::Variable(place));
+        }
+        if let Ast::Select(operand, field, test) = ast
+            && dotted(operand).is_some_and(|name| self.is_variable(&name))
+        {
+            let operand = self.node(operand, depth + 1)?;
+            return Ok(Node::Field(Box::new(operand), field.as_str().into(), *test));
+        }
         if let Some(name) = dotted(ast) {
             if let Some((_, attribute, late)) = ATTRIBUTES.iter().find(|(known, ..)| *known == name) {
                 if *late && self.keep.is_none() {

@@ -1,5 +1,6 @@
-//! CEL's grammar: operators by precedence, literals, names, calls. Macros other than `has` are refused.
+//! CEL's grammar: operators by precedence, literals, names, calls, macros.
 
+use super::fold;
 use super::{Ast, MAX_DEPTH, Value};
 use crate::error::Refusal;
 
@@ -14,7 +15,7 @@ enum Token {
 /// Longer ones first.
 const SIGNS: &[&str] = &[
     "&&", "||", "==", "!=", "<=", ">=", "<", ">", "!", "+", "-", "*", "/", "%", "?", ":", "(", ")", "[", "]",
-    ".", ",",
+    ".", ",", "{", "}",
 ];
 
 fn wrong(at: usize, reason: &str) -> Refusal {
@@ -34,15 +35,8 @@ fn tokens(text: &str) -> Result<Vec<(Token, usize)>, Refusal> {
             out.push((Token::End, at));
             return Ok(out);
         };
-        let (token, length) = if first == '"' || first == '\'' {
-            string(rest, first, false, at)?
-        } else if let Some(raw) = rest
-            .strip_prefix(['r', 'R'])
-            .filter(|raw| raw.starts_with(['"', '\'']))
-        {
-            let quote = raw.chars().next().unwrap_or('"');
-            let (token, length) = string(raw, quote, true, at)?;
-            (token, length + 1)
+        let (token, length) = if let Some(found) = quoted(rest, at)? {
+            found
         } else if first.is_ascii_digit() {
             number(rest, at)?
         } else if first.is_ascii_alphabetic() || first == '_' {
@@ -68,41 +62,101 @@ fn tokens(text: &str) -> Result<Vec<(Token, usize)>, Refusal> {
     }
 }
 
-fn string(text: &str, quote: char, raw: bool, at: usize) -> Result<(Token, usize), Refusal> {
-    let mut out = String::new();
-    let mut chars = text.char_indices().skip(1);
-    while let Some((index, char)) = chars.next() {
-        if char == quote {
-            return Ok((Token::Literal(Value::Text(out.into())), index + 1));
+/// A text or bytes, with the letters before that say whether it is raw (`r`) or bytes (`b`).
+fn quoted(text: &str, at: usize) -> Result<Option<(Token, usize)>, Refusal> {
+    let (mut raw, mut bytes, mut rest) = (false, false, text);
+    loop {
+        match rest.as_bytes().first() {
+            Some(b'r' | b'R') if !raw => raw = true,
+            Some(b'b' | b'B') if !bytes => bytes = true,
+            Some(b'"' | b'\'') => break,
+            _ => return Ok(None),
         }
-        if char == '\n' {
-            break;
+        rest = &rest[1..];
+    }
+    let (value, length) = string(rest, raw, bytes, at)?;
+    let token = if bytes {
+        Value::Bytes(value.into())
+    } else {
+        // Escapes of texts are characters.
+        let value = String::from_utf8(value).map_err(|_| wrong(at, "an escape is malformed"))?;
+        Value::Text(value.into())
+    };
+    Ok(Some((Token::Literal(token), text.len() - rest.len() + length)))
+}
+
+fn string(text: &str, raw: bool, bytes: bool, at: usize) -> Result<(Vec<u8>, usize), Refusal> {
+    let mark = &text[..1];
+    let triple = [mark, mark, mark].concat();
+    let (end, multiline) = if text.starts_with(&triple) {
+        (&*triple, true)
+    } else {
+        (mark, false)
+    };
+    let malformed = || wrong(at, "an escape is malformed");
+    let mut out = Vec::new();
+    let mut rest = &text[end.len()..];
+    loop {
+        if let Some(after) = rest.strip_prefix(end) {
+            return Ok((out, text.len() - after.len()));
         }
+        let mut chars = rest.chars();
+        let char = match chars.next() {
+            Some('\n') if !multiline => None,
+            other => other,
+        };
+        let Some(char) = char else {
+            return Err(wrong(at, "the end of a text is missing"));
+        };
+        rest = chars.as_str();
         if char != '\\' || raw {
-            out.push(char);
+            out.extend(char.encode_utf8(&mut [0; 4]).bytes());
             continue;
         }
-        let escape = chars.next().map(|(_, char)| char);
-        let hex = |count: usize, chars: &mut dyn Iterator<Item = (usize, char)>| {
-            let digits: String = chars.take(count).map(|(_, char)| char).collect();
-            u32::from_str_radix(&digits, 16)
-                .ok()
-                .filter(|_| digits.len() == count)
-                .and_then(char::from_u32)
-                .ok_or_else(|| wrong(at, "an escape is malformed"))
+        let escape = chars.next().ok_or_else(malformed)?;
+        rest = chars.as_str();
+        let (digits, base) = match escape {
+            'x' | 'X' => (2, 16),
+            'u' => (4, 16),
+            'U' => (8, 16),
+            '0'..='3' => (3, 8),
+            _ => (0, 0),
         };
-        out.push(match escape {
-            Some(plain @ ('\\' | '"' | '\'' | '`' | '?')) => plain,
-            Some('n') => '\n',
-            Some('r') => '\r',
-            Some('t') => '\t',
-            Some('x' | 'X') => hex(2, &mut chars)?,
-            Some('u') => hex(4, &mut chars)?,
-            Some('U') => hex(8, &mut chars)?,
-            _ => return Err(wrong(at, "an escape is malformed")),
-        });
+        if digits == 0 {
+            out.push(match escape {
+                plain @ ('\\' | '"' | '\'' | '`' | '?') => plain as u8,
+                'a' => 7,
+                'b' => 8,
+                't' => b'\t',
+                'n' => b'\n',
+                'v' => 11,
+                'f' => 12,
+                'r' => b'\r',
+                _ => return Err(malformed()),
+            });
+            continue;
+        }
+        // Octal escapes have no letter.
+        let from = if base == 8 {
+            &text[text.len() - rest.len() - 1..]
+        } else {
+            rest
+        };
+        let code = from
+            .get(..digits)
+            .filter(|code| code.bytes().all(|byte| byte.is_ascii_hexdigit()))
+            .ok_or_else(malformed)?;
+        let code = u32::from_str_radix(code, base).map_err(|_| malformed())?;
+        rest = &from[digits..];
+        match u8::try_from(code) {
+            Ok(byte) if bytes && digits <= 3 => out.push(byte),
+            _ if bytes && digits > 3 => return Err(malformed()),
+            _ => {
+                let char = char::from_u32(code).ok_or_else(malformed)?;
+                out.extend(char.encode_utf8(&mut [0; 4]).bytes());
+            }
+        }
     }
-    Err(wrong(at, "the end of a text is missing"))
 }
 
 fn number(text: &str, at: usize) -> Result<(Token, usize), Refusal> {
@@ -272,7 +326,11 @@ impl Parser {
             if self.takes(".") {
                 let name = self.name()?;
                 out = if self.takes("(") {
-                    Ast::Call(Some(Box::new(out)), name, self.list(")")?)
+                    let arguments = self.list(")")?;
+                    match fold::expand(&out, &name, &arguments)? {
+                        Some(expanded) => expanded,
+                        None => Ast::Call(Some(Box::new(out)), name, arguments),
+                    }
                 } else {
                     Ast::Select(Box::new(out), name, false)
                 };
@@ -311,6 +369,23 @@ impl Parser {
         Ok(out)
     }
 
+    /// What follows the `{` of a map.
+    fn map(&mut self) -> Result<Ast, Refusal> {
+        let mut entries = Vec::new();
+        while !self.takes("}") {
+            if !entries.is_empty() {
+                self.expect(",")?;
+                if self.takes("}") {
+                    break;
+                }
+            }
+            let key = self.ternary()?;
+            self.expect(":")?;
+            entries.push((key, self.ternary()?));
+        }
+        Ok(Ast::Map(entries))
+    }
+
     fn primary(&mut self) -> Result<Ast, Refusal> {
         if self.takes("(") {
             let inner = self.ternary()?;
@@ -319,6 +394,9 @@ impl Parser {
         }
         if self.takes("[") {
             return self.list("]").map(Ast::List);
+        }
+        if self.takes("{") {
+            return self.map();
         }
         // A leading dot says that the name is not relative to anything.
         self.takes(".");

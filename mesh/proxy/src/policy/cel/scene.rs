@@ -61,10 +61,15 @@ impl Scene for Facts<'_> {
             | Attribute::ResponseCodeDetails
             | Attribute::ResponseGrpcStatus
             | Attribute::ResponseSize
+            | Attribute::ResponseBackendLatency
             | Attribute::ConnectionId
             | Attribute::ConnectionTlsVersion
             | Attribute::ConnectionTermination
+            | Attribute::ConnectionFailure
             | Attribute::UpstreamAddress
+            | Attribute::UpstreamPort
+            | Attribute::UpstreamLocalAddress
+            | Attribute::UpstreamAttempts
             | Attribute::UpstreamFailure
             | Attribute::ClusterName
             | Attribute::RouteName => None,
@@ -85,6 +90,12 @@ impl Scene for Facts<'_> {
             all_mut.push_str(&String::from_utf8_lossy(value.as_bytes()));
             all
         }))
+    }
+
+    fn header_names(&self) -> Vec<&str> {
+        self.request.as_ref().map_or_else(Vec::new, |request| {
+            request.headers.keys().map(HeaderName::as_str).collect()
+        })
     }
 }
 
@@ -111,6 +122,10 @@ impl Scene for Record<'_> {
             Attribute::ResponseCodeDetails => text(Some(self.details)),
             Attribute::ResponseGrpcStatus => self.grpc_status.map(|status| Value::Int(i64::from(status))),
             Attribute::ResponseSize => Some(Value::Int(self.sent as i64)),
+            Attribute::ResponseBackendLatency => {
+                let (request, response) = self.request.zip(self.response)?;
+                nanos(response.saturating_sub(request)).map(Value::Duration)
+            }
             Attribute::SourceAddress => Some(Value::Text(self.remote.to_string().into())),
             Attribute::SourcePort => Some(Value::Int(i64::from(self.remote.port()))),
             Attribute::DestinationAddress => Some(Value::Text(self.local.to_string().into())),
@@ -123,7 +138,17 @@ impl Scene for Record<'_> {
             Attribute::ConnectionDnsSanPeer => name_of(self.peer.map(|peer| peer.dns_sans)),
             Attribute::ConnectionUriSanPeer => name_of(self.peer.map(|peer| peer.uri_sans)),
             Attribute::ConnectionTermination => text(Some(self.termination)),
+            Attribute::ConnectionFailure => text(self.downstream_failure),
             Attribute::UpstreamAddress => text(self.upstream_host),
+            Attribute::UpstreamPort => {
+                let at: std::net::SocketAddr = self.upstream_host?.parse().ok()?;
+                Some(Value::Int(i64::from(at.port())))
+            }
+            Attribute::UpstreamLocalAddress => {
+                let at = self.upstream_local?;
+                Some(Value::Text(at.to_string().into()))
+            }
+            Attribute::UpstreamAttempts => Some(Value::Uint(u64::from(self.attempts))),
             Attribute::UpstreamFailure => text(self.upstream_failure),
             Attribute::ClusterName => text(self.upstream_cluster),
             Attribute::RouteName => text(self.route),

@@ -81,6 +81,86 @@ fn expressions_are_decided_as_the_language_says() {
 }
 
 #[test]
+fn macros_ask_every_element_of_lists_and_maps() {
+    for expression in [
+        "[1, 2, 3].all(x, x > 0) && ![1, 2, 3].all(x, x > 1) && [].all(x, false)",
+        "[1, 2, 3].exists(x, x == 2) && ![].exists(x, true)",
+        "[1, 2, 3].exists_one(x, x > 2) && ![1, 2, 3].exists_one(x, x > 1)",
+        "[1, 2, 3].filter(x, x != 2) == [1, 3] && [1, 2].map(x, x * x) == [1, 4]",
+        "[1, 2, 3].map(x, x > 1, string(x)) == ['2', '3']",
+        // What fails decides nothing where another element does.
+        "[0, 1].exists(x, 1 / x == 1) && ![0, 1].all(x, 1 / x > 1)",
+        // The inner variable hides the outer one, which is back afterwards.
+        "[[1, 2], [3]].all(x, x.exists(y, y > 0) && x.map(x, x + 1).size() == x.size())",
+        "{'a': 1, 'b': 2}.all(key, key in ['a', 'b']) && {'a': 1}['a'] == 1 && {'a': {'b': 2}}.a.b == 2",
+        "{1: 'x', true: 'y'}[true] == 'y' && 1 in {1: 'x'} && size({'a': 1}) == 1 && {} == {}",
+        "has({'a': 1}.a) && !has({'a': 1}.b) && {'a': 1, 'b': 2} == {'b': 2, 'a': 1}",
+        "metadata.filter_metadata['jwt']['groups'].exists(group, group == 'ops')",
+        "metadata.filter_metadata['jwt'].exists(field, field.startsWith('lev'))",
+        "metadata.filter_metadata['jwt']['groups'].map(g, {'name': g}).filter(g, g.name == 'dev').size() == 1",
+        "request.headers.exists(name, name.startsWith('x-ten') && request.headers[name] == 'blue')",
+        "request.headers['x-' + 'tenant'] == 'blue' && !(('x-' + 'none') in request.headers)",
+    ] {
+        assert!(holds(expression), "{expression}");
+    }
+    for expression in [
+        "[1, 2].all(x, x.y)",
+        "[0].exists(x, 1 / x == 1)",
+        "'abc'.all(x, true)",
+        "{'a': 1}['b'] == 1",
+        "{'a': 1}.exists(x, x)",
+        "request.headers.all(name, name == 'x-tenant')",
+    ] {
+        assert!(!holds(expression), "{expression}");
+    }
+}
+
+#[test]
+fn bytes_conversions_times_and_spans_are_as_the_language_says() {
+    for expression in [
+        r#"b'a\x62\143' == b"abc" && size(b'\xff') == 1 && br'\x' == b'\\x' && rb'a' + b'b' == b'ab'"#,
+        "bytes('ä') == b'\\xc3\\xa4' && string(b'abc') == 'abc' && b'a' < b'b'",
+        "'''a'b''' == \"a'b\" && '\\a\\t' != '' && '\\101' == 'A'",
+        "uint('3') == 3u && uint(3) == 3u && uint(3.9) == 3u && bool('true') && !bool('0')",
+        "string(true) == 'true' && int(timestamp('1970-01-01T00:01:00Z')) == 60",
+        "timestamp('2024-05-06T07:08:09.25Z').getFullYear() == 2024 && timestamp(60) == timestamp('1970-01-01T00:01:00Z')",
+        "timestamp('2024-05-06T07:08:09.25Z').getMonth() == 4 && timestamp('2024-05-06T07:08:09Z').getDate() == 6",
+        "timestamp('2024-05-06T07:08:09.25Z').getDayOfMonth() == 5 && timestamp('2024-05-06T07:08:09Z').getDayOfWeek() == 1",
+        "timestamp('2024-12-31T07:08:09Z').getDayOfYear() == 365 && timestamp('2024-05-06T07:08:09Z').getHours() == 7",
+        "timestamp('2024-05-06T23:08:09Z').getHours('+01:30') == 0 && timestamp('2024-05-06T00:08:09Z').getDate('-00:30') == 5",
+        "timestamp('2024-05-06T07:08:09.25Z').getMilliseconds() == 250 && timestamp('2024-05-06T07:08:09Z').getMinutes() == 8",
+        "timestamp('2024-05-06T07:08:09Z') - timestamp('2024-05-06T06:08:09Z') == duration('1h')",
+        "timestamp('2024-05-06T07:08:09Z') + duration('51s') == timestamp('2024-05-06T07:09:00Z')",
+        "duration('90m').getHours() == 1 && duration('90m').getMinutes() == 90 && duration('1.5s').getMilliseconds() == 500",
+        "string(duration('90m')) == '5400s' && string(duration('-1500ms')) == '-1.5s'",
+        "string(timestamp('2024-05-06T09:08:09.5+02:00')) == '2024-05-06T07:08:09.5Z'",
+        "duration(request.method == 'GET' ? '1s' : '2s') == duration('1s')",
+        "timestamp(['2024-05-06T07:08:09Z'][0]).getSeconds() == 9",
+    ] {
+        assert!(holds(expression), "{expression}");
+    }
+    for expression in [
+        "duration('1h').getFullYear() == 0",
+        "string(b'\\xff') == ''",
+        "bool('yes') || true == false",
+        "timestamp(['soon'][0]) == timestamp(0)",
+        "uint(-1) == 0u",
+    ] {
+        assert!(!holds(expression), "{expression}");
+    }
+}
+
+#[test]
+fn comprehensions_end_with_the_budget_and_nothing_is_decided_after_that() {
+    let list = format!("[{}]", vec!["1"; 60].join(","));
+    let cubic = format!("{list}.all(x, {list}.all(y, {list}.all(z, x + y + z > 0)))");
+    assert!(!holds(&cubic));
+    assert!(!holds(&format!("{cubic} || true")));
+    assert!(!holds(&format!("!({cubic})")));
+    assert!(holds(&format!("{list}.map(x, x + 1).all(x, x == 2)")));
+}
+
+#[test]
 fn what_has_no_value_is_not_true() {
     for expression in [
         "request.headers['x-none'] == 'a'",
@@ -104,10 +184,21 @@ fn what_is_not_known_is_refused_by_name() {
         ("foo", "\"foo\""),
         ("response.code == 200", "response.code is not known yet"),
         ("response.headers['a'] == 'b'", "no response yet"),
-        ("request.headers[request.method] == 'b'", "must be a literal"),
         ("request.headers == 'a'", "one field only"),
         ("request.path.reverse() == 'a'", "the function reverse"),
-        ("[1].exists(x, x > 0)", "not supported"),
+        ("[1].exists(1, true)", "the name of a variable"),
+        ("[1].map(x)", "the name of a variable"),
+        ("[1].all(x, y > 0)", "\"y\""),
+        ("size(request.headers) > 0", "one field only"),
+        (
+            "timestamp('soon') < timestamp('2024-01-01T00:00:00Z')",
+            "no timestamp",
+        ),
+        (
+            "timestamp('2024-01-01T00:00:00Z').getHours('Europe/Paris') == 1",
+            "Europe/Paris",
+        ),
+        ("b'\\u0041' == b'A'", "an escape is malformed"),
         ("request.path.matches(request.host)", "must be a literal"),
         ("request.path.matches('[')", "regex"),
         ("duration('soon') == duration('1s')", "no duration"),
@@ -185,8 +276,40 @@ fn parsed_messages_mean_the_same_as_text() {
         "_[_]",
         vec![select(name("request"), "headers"), constant("x-tenant")],
     );
-    let message = call("_==_", vec![tenant, constant("blue")]);
+    let message = call("_==_", vec![tenant.clone(), constant("blue")]);
     let compiled = Expression::of_message(&message, None).unwrap();
+    assert!(with_facts(|facts| compiled.holds(facts)));
+    // `["red", x].exists(c, c == "blue")` as parsers write it.
+    let list = expr(ExprKind::ListExpr(pb::expr::CreateList {
+        elements: vec![constant("red"), tenant.clone()],
+        ..Default::default()
+    }));
+    let truth = |value| {
+        expr(ExprKind::ConstExpr(pb::Constant {
+            constant_kind: Some(ConstantKind::BoolValue(value)),
+        }))
+    };
+    let some = |expr| Some(Box::new(expr));
+    let fold = expr(ExprKind::ComprehensionExpr(Box::new(pb::expr::Comprehension {
+        iter_var: "c".into(),
+        iter_range: some(list),
+        accu_var: "__result__".into(),
+        accu_init: some(truth(false)),
+        loop_condition: some(call(
+            "@not_strictly_false",
+            vec![call("!_", vec![name("__result__")])],
+        )),
+        loop_step: some(call(
+            "_||_",
+            vec![
+                name("__result__"),
+                call("_==_", vec![name("c"), constant("blue")]),
+            ],
+        )),
+        result: some(name("__result__")),
+        ..Default::default()
+    })));
+    let compiled = Expression::of_message(&fold, None).unwrap();
     assert!(with_facts(|facts| compiled.holds(facts)));
     let unknown = call("_==_", vec![select(name("request"), "colour"), constant("blue")]);
     assert!(Expression::of_message(&unknown, None).is_err());

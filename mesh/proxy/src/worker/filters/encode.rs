@@ -48,7 +48,7 @@ impl PolicyState {
                 mutation.response(&mut head.headers, self.request.as_ref(), &variables);
             }
             Encode::Fields(fields) => apply(fields, &mut head.headers),
-            // Only responses of upstreams are shown to services.
+            // Shown to services where there is time for that.
             Encode::Process(_) => {}
         }
         None
@@ -72,7 +72,7 @@ pub(in crate::worker) fn waits(exchange: &Exchange) -> bool {
         state
             .encode
             .iter()
-            .any(|encode| matches!(encode, Encode::Process(_)))
+            .any(|encode| matches!(encode, Encode::Process(Some(_))))
     })
 }
 

@@ -9,6 +9,7 @@ use http::response::Parts as Head;
 use http::{HeaderMap, StatusCode, Uri};
 use prost::Message;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use super::super::Worker;
 use super::super::body::Inbound;
@@ -17,7 +18,9 @@ use super::{Encode, Exchange, LocalReply, facts, metadata, state};
 use crate::metrics::flags::Flags;
 use crate::policy::cel::{Attribute, Scene as _, Value};
 use crate::policy::ext_authz::apply;
-use crate::policy::ext_proc::{About, Answer, Changes, ExtProc, Immediate, PATH, PerRouteProc, Wrong, told};
+use crate::policy::ext_proc::{
+    About, Answer, Changes, ExtProc, Immediate, Mode, Namespaces, PATH, PerRouteProc, Wrong, told,
+};
 use crate::policy::service::GrpcTarget;
 use crate::worker::call::CallError;
 use crate::worker::request::view;
@@ -34,6 +37,9 @@ pub(super) struct Processing {
     over: bool,
     /// Where nobody waits for answers: what takes the messages.
     observer: Option<mpsc::Sender<Vec<u8>>>,
+    /// Whether the service has been told something.
+    begun: bool,
+    namespaces: Arc<Namespaces>,
 }
 
 /// Streams that one filter keeps open at a time only to observe; beyond that nothing is sent.
@@ -118,23 +124,38 @@ impl Processing {
         about: About,
         question: &[u8],
     ) -> Result<Option<Answer>, Failure> {
-        let timeout = self.filter.timeout;
-        let work = self.exchange(worker, question);
-        let answer = match tokio::time::timeout(timeout, work).await {
-            Err(_) => {
-                self.filter.counters.timeouts.add(worker.id);
-                return Err(Failure::Timeout);
+        let mut deadline = Instant::now() + self.filter.timeout;
+        let mut answer = tokio::time::timeout_at(deadline, self.exchange(worker, question)).await;
+        let mut extended = false;
+        loop {
+            let received = match answer {
+                Err(_) => {
+                    self.filter.counters.timeouts.add(worker.id);
+                    return Err(Failure::Timeout);
+                }
+                Ok(Err(error)) => return Err(Failure::Call(error)),
+                Ok(Ok(None)) => return Ok(None),
+                Ok(Ok(Some(received))) => received,
+            };
+            let counters = &self.filter.counters;
+            counters.messages_received.add(worker.id);
+            let received = Message::decode(received).map_err(|_| Failure::Wrong(Wrong::Spurious))?;
+            let read = self.filter.read(about, &self.namespaces, received, worker.id);
+            match read.map_err(Failure::Wrong)? {
+                Answer::Later(Some(time)) if !extended => {
+                    counters.overridden_timeouts.add(worker.id);
+                    extended = true;
+                    deadline = Instant::now() + time;
+                }
+                // The time that there was goes on.
+                Answer::Later(_) => counters.ignored_overrides.add(worker.id),
+                read => return Ok(Some(read)),
             }
-            Ok(Err(error)) => return Err(Failure::Call(error)),
-            Ok(Ok(None)) => return Ok(None),
-            Ok(Ok(Some(answer))) => answer,
-        };
-        self.filter.counters.messages_received.add(worker.id);
-        let answer = Message::decode(answer).map_err(|_| Failure::Wrong(Wrong::Spurious))?;
-        self.filter
-            .read(about, answer, worker.id)
-            .map(Some)
-            .map_err(Failure::Wrong)
+            let Some(stream) = &mut self.stream else {
+                return Ok(None);
+            };
+            answer = tokio::time::timeout_at(deadline, stream.next()).await;
+        }
     }
 
     async fn exchange(&mut self, worker: &Worker, question: &[u8]) -> Result<Option<Bytes>, CallError> {
@@ -193,37 +214,9 @@ pub(super) async fn request(
     parts: &mut Parts,
     body: Option<&Inbound>,
 ) -> Result<bool, LocalReply> {
-    let (mut mode, mut target, mut failure_allows) = (filter.mode, None, filter.failure_allows);
-    match own {
-        None => {}
-        Some(PerRouteProc::Disabled) => return Ok(false),
-        Some(PerRouteProc::Settings {
-            mode: own_mode,
-            target: own_target,
-            failure_allows: own_failure,
-        }) => {
-            mode = own_mode.unwrap_or(mode);
-            target = own_target.as_deref().cloned();
-            failure_allows = own_failure.unwrap_or(failure_allows);
-        }
-    }
-    let mut processing = Box::new(Processing {
-        filter: filter.clone(),
-        target,
-        failure_allows,
-        response: mode.response,
-        stream: None,
-        over: false,
-        observer: None,
-    });
-    if let Some(closing) = filter.observing {
-        let (sender, messages) = mpsc::channel(2);
-        let worker = exchange.conn.worker.clone();
-        let target = processing.target.clone();
-        let work = observe(worker.clone(), filter.clone(), target, messages, closing);
-        worker.tasks.spawn_local(work);
-        processing.observer = Some(sender);
-    }
+    let Some((mode, mut processing)) = begin(exchange, filter, own) else {
+        return Ok(false);
+    };
     let mut reroute = false;
     if mode.request {
         let worker = exchange.conn.worker.clone();
@@ -242,8 +235,11 @@ pub(super) async fn request(
                 let facts = facts(&exchange.conn, parts, metadata(exchange));
                 told(&filter.request_attributes, |attribute| facts.attribute(attribute))
             };
+            let first = !std::mem::replace(&mut processing.begun, true);
             filter.question(
                 About::Request,
+                first,
+                &processing.namespaces,
                 &system,
                 &parts.headers,
                 body.is_none(),
@@ -254,9 +250,7 @@ pub(super) async fn request(
         if let Some(observer) = &processing.observer {
             // A service that is behind misses it.
             let _ = observer.try_send(question.encode_to_vec());
-            if processing.response {
-                state(exchange).encode.push(Encode::Process(Some(processing)));
-            }
+            await_response(exchange, processing);
             return Ok(false);
         }
         match processing
@@ -272,13 +266,81 @@ pub(super) async fn request(
                 change_request(exchange, parts, changes);
             }
             Ok(Some(Answer::Immediate(answer))) => return Err(immediate(*answer)),
+            // Waited for above.
+            Ok(Some(Answer::Later(_))) => {}
             Err(failure) => processing.fail(&failure, &worker)?,
         }
     }
-    if processing.response && !processing.over {
-        state(exchange).encode.push(Encode::Process(Some(processing)));
-    }
+    await_response(exchange, processing);
     Ok(reroute)
+}
+
+/// Lets the service see only the response: an earlier filter has answered the request.
+pub(super) fn answered(exchange: &mut Exchange, filter: &Arc<ExtProc>, own: Option<&PerRouteProc>) {
+    if let Some((_, processing)) = begin(exchange, filter, own) {
+        await_response(exchange, processing);
+    }
+}
+
+/// The processing of a request as filter and route want it; `None` if nobody is asked.
+fn begin(
+    exchange: &Exchange,
+    filter: &Arc<ExtProc>,
+    own: Option<&PerRouteProc>,
+) -> Option<(Mode, Box<Processing>)> {
+    let mut mode = filter.mode;
+    let mut processing = Box::new(Processing {
+        filter: filter.clone(),
+        target: None,
+        failure_allows: filter.failure_allows,
+        response: true,
+        stream: None,
+        over: false,
+        observer: None,
+        begun: false,
+        namespaces: filter.namespaces.clone(),
+    });
+    match own {
+        None => {}
+        Some(PerRouteProc::Disabled) => return None,
+        Some(PerRouteProc::Settings {
+            mode: own_mode,
+            target,
+            failure_allows,
+            namespaces,
+            fields,
+        }) => {
+            mode = own_mode.unwrap_or(mode);
+            processing.target = target.as_deref().cloned();
+            if !fields.is_empty() {
+                let target = target.as_deref().unwrap_or(&filter.target);
+                processing.target = Some(target.with_fields(fields));
+            }
+            processing.failure_allows = failure_allows.unwrap_or(filter.failure_allows);
+            if let Some(namespaces) = namespaces {
+                processing.namespaces = namespaces.clone();
+            }
+        }
+    }
+    processing.response = mode.response;
+    if let Some(closing) = filter.observing {
+        let (sender, messages) = mpsc::channel(2);
+        let worker = exchange.conn.worker.clone();
+        let target = processing.target.clone();
+        let work = observe(worker.clone(), filter.clone(), target, messages, closing);
+        worker.tasks.spawn_local(work);
+        processing.observer = Some(sender);
+    }
+    Some((mode, processing))
+}
+
+/// Keeps the processing for the response, where the service is still interested.
+fn await_response(exchange: &mut Exchange, processing: Box<Processing>) {
+    if processing.response && !processing.over {
+        let state = state(exchange);
+        state.outbox.get_or_insert_default();
+        state.encode.push(Encode::Process(Some(processing)));
+    }
 }
 
 /// Lets the service see a response.
@@ -289,8 +351,11 @@ pub(super) async fn response(
     has_body: bool,
 ) -> Result<(), LocalReply> {
     let worker = exchange.conn.worker.clone();
+    let first = !std::mem::replace(&mut processing.begun, true);
     let question = processing.filter.question(
         About::Response,
+        first,
+        &processing.namespaces,
         &[(":status", head.status.as_str())],
         &head.headers,
         !has_body,
@@ -314,7 +379,7 @@ pub(super) async fn response(
         .ask(&worker, About::Response, &question.encode_to_vec())
         .await
     {
-        Ok(None) => Ok(()),
+        Ok(None) | Ok(Some(Answer::Later(_))) => Ok(()),
         Ok(Some(Answer::Continue(changes))) => {
             if let Some(status) = changes.status {
                 head.status = status;
