@@ -9,10 +9,3 @@ static START: LazyLock<Instant> = LazyLock::new(Instant::now);
 pub(crate) fn now_ms() -> u64 {
     START.elapsed().as_millis() as u64 + 1
 }
-
-/// Milliseconds since 1970 by the wall clock, for what people read.
-pub(crate) fn wall_ms() -> u64 {
-    std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |since| since.as_millis() as u64)
-}

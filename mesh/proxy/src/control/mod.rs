@@ -149,6 +149,7 @@ impl Proxy {
         let (log, lines) = mpsc::channel(LOG_LINES);
         let header = |text: &str| HeaderValue::from_str(text).unwrap_or(HeaderValue::from_static("unknown"));
         let shared = Arc::new(Shared {
+            workers: count,
             own: own.clone(),
             peer_metadata: header(&header_of_node(&metadata)),
             peer_id: header(&options.node.id),

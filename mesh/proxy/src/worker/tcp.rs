@@ -235,7 +235,10 @@ async fn connect_to(
         between: config.tells_clients().then_some(between),
         ..ConnectOptions::default()
     };
-    let mut connection = cluster.cells(&worker.recorder).clone().connecting();
+    let mut connection = cluster
+        .cells(&worker.recorder)
+        .clone()
+        .connecting(&host.endpoint.state);
     let work = connect::connect(config, &host.endpoint, Speaking::Bytes, &options);
     let result = tokio::time::timeout(config.connect_timeout, work).await;
     let counters = worker.recorder.counters();

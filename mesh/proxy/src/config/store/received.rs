@@ -10,13 +10,19 @@ use std::sync::Arc;
 
 use serin_xds::ResourceType;
 
-use crate::clock::wall_ms;
 use crate::error::Refusal;
 
 /// Refused resources that are remembered.
 const MAX_FAILURES: usize = 1_000;
 /// Largest refused message that is kept.
 const MAX_FAILED_BYTES: usize = 64 * 1024;
+
+/// Milliseconds since 1970, for what people read.
+fn wall_ms() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| since.as_millis() as u64)
+}
 
 /// A message that is in use.
 #[derive(Debug)]
