@@ -6,6 +6,8 @@
 //! to Envoy in the same round, the median of all rounds. `SERIN_BENCH_ROUNDS` (3) and `SERIN_BENCH_REQUESTS` (30,000) say
 //! how much; `ENVOY_BIN` where Envoy is; `SERIN_BENCH_BASELINE` names another build of serin-proxy to measure beside this
 //! one; `SERIN_BENCH_ONLY` the parts to run: `matrix`, `latency`, `memory`, `weights`, `changes`, `growth`, `costs`;
+//! (what each took is told on stderr; all of them take about half an hour with Envoy, most of it `matrix`, `latency` and, since
+//! Envoy starts slowly under valgrind, `costs`);
 //! `SERIN_BENCH_POLITE` lets proxies end by themselves, for builds that write what they counted (`hack/pgo.sh`);
 //! `SERIN_BENCH_ROWS` only those rows of the matrix that contain this text (several with `|` between).
 //!
@@ -86,30 +88,45 @@ async fn run() -> anyhow::Result<()> {
     if let Some(result) = helpers::run(&args).await {
         return result;
     }
-    if wanted("weights") {
-        weights::run().await?;
-    }
-    let Some(tools) = Tools::find() else { return Ok(()) };
+    let mut parts = Parts::default();
+    parts.run("weights", weights::run()).await;
+    let Some(tools) = Tools::find() else {
+        return parts.end();
+    };
     let backend = Backend::start().await?;
-    if wanted("matrix") {
-        rows::run(&tools, &backend).await?;
+    parts.run("matrix", rows::run(&tools, &backend)).await;
+    parts.run("latency", latency::run(&tools, &backend)).await;
+    parts.run("memory", memory(&tools, &backend)).await;
+    parts.run("changes", changes::run(&tools, &backend)).await;
+    parts.run("growth", growth::run(&tools, &backend)).await;
+    parts.run("costs", costs(&tools, &backend)).await;
+    parts.end()
+}
+
+/// Parts of a run: one that fails is told, and the others are measured all the same.
+#[derive(Default)]
+struct Parts {
+    failed: Vec<&'static str>,
+}
+
+impl Parts {
+    async fn run(&mut self, name: &'static str, part: impl Future<Output = anyhow::Result<()>>) {
+        if !wanted(name) {
+            return;
+        }
+        let began = std::time::Instant::now();
+        let result = part.await;
+        eprintln!("{name}: {:.0} s", began.elapsed().as_secs_f64());
+        if let Err(error) = result {
+            eprintln!("{name}: FAILED: {error:#}");
+            self.failed.push(name);
+        }
     }
-    if wanted("latency") {
-        latency::run(&tools, &backend).await?;
+
+    fn end(self) -> anyhow::Result<()> {
+        anyhow::ensure!(self.failed.is_empty(), "failed: {}", self.failed.join(", "));
+        Ok(())
     }
-    if wanted("memory") {
-        memory(&tools, &backend).await?;
-    }
-    if wanted("changes") {
-        changes::run(&tools, &backend).await?;
-    }
-    if wanted("growth") {
-        growth::run(&tools, &backend).await?;
-    }
-    if wanted("costs") {
-        costs(&tools, &backend).await?;
-    }
-    Ok(())
 }
 
 async fn memory(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {
