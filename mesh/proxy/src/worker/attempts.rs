@@ -310,6 +310,9 @@ pub(super) fn judge<'r>(
                     note_ejection(plan, ejected);
                 }
             }
+            if matches!(failure, Failure::PerTryTimeout | Failure::Timeout) {
+                host.endpoint.state.counted.timed_out();
+            }
             if matches!(failure, Failure::PerTryTimeout) {
                 plan.cells().per_try_timeouts.add(1);
             }

@@ -273,7 +273,10 @@ async fn connect_to(
         server_name: client.state.known(Factory::ServerName).map(Box::from),
         ..ConnectOptions::default()
     };
-    let mut connection = cluster.cells(&worker.recorder).clone().connecting();
+    let mut connection = cluster
+        .cells(&worker.recorder)
+        .clone()
+        .connecting(&host.endpoint.state);
     let work = connect::connect(config, &host.endpoint, Speaking::Bytes, &options);
     let result = tokio::time::timeout(config.connect_timeout, work).await;
     let counters = worker.recorder.counters();
