@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use http::request::Parts;
 use http::uri::PathAndQuery;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Uri, Version, header};
 use http_body::Body as _;
 
 use super::body::Inbound;
@@ -120,16 +120,15 @@ impl Routed {
 #[error("the connection is broken off")]
 pub struct Broken;
 
-/// Serves one request. Interim answers go to `interims` where the client speaks HTTP/2 and may have them.
+/// Serves one request. Its head is boxed, since it goes from function to function, and each would copy its two hundred
+/// bytes. Interim answers go to `interims` where the client speaks HTTP/2 and may have them.
 pub(super) async fn handle(
     conn: Rc<Downstream>,
-    request: Request<Incoming>,
+    mut parts: Box<Parts>,
+    incoming: Incoming,
     interims: Option<Arc<Waiting>>,
 ) -> Result<Response<Body>, Broken> {
     conn.request_began();
-    let (parts, incoming) = request.into_parts();
-    // Boxed: it goes from function to function, and each would copy its two hundred bytes.
-    let mut parts = Box::new(parts);
     let mut exchange = Exchange::new(
         conn.clone(),
         parts.method.clone(),
