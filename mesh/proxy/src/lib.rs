@@ -52,8 +52,10 @@
 //! - Within the proxy an upgrade is a GET that asks for a protocol, whichever HTTP version it came in; CONNECT, upgrades
 //!   and extended CONNECT differ at the two ends of a tunnel only. Nothing follows a CONNECT that was refused.
 //! - Overload is one flag that requests look at ([`mod@overload`]); what is measured is measured on the control thread.
-//! - Interim answers (1xx) are written to HTTP/1.1 clients below hyper ([`hygiene::interim`]); a client that expects
-//!   `100 Continue` gets its endpoint's.
+//! - HTTP/1 is hyper's; HTTP/2 is `h2` itself on both sides (`worker::http2`, [`upstream::http2`]): a request has one task,
+//!   that of its stream, and interim answers pass.
+//! - Interim answers (1xx) pass from and to HTTP/1.1 and HTTP/2 ([`worker::interim`]), to HTTP/1.1 clients below hyper
+//!   ([`hygiene::interim`]); a client that expects `100 Continue` gets its endpoint's.
 //! - Who looks at requests ([`policy::tap`]) gets copies over a bounded queue; while nobody looks, a request reads a flag.
 //! - Statistics of a cluster begin with its first use on a worker ([`metrics::clusters`]); counters only grow, and what is
 //!   shown is them with a [`metrics::baseline`]: what processes before this one counted, or what they were reset by.

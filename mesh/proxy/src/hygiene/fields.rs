@@ -27,6 +27,8 @@ impl Present {
     pub const HOP: Self = Self(2);
     /// `te`.
     pub const TE: Self = Self(4);
+    /// What HTTP/2 does not know, or only in part (RFC 9113 section 8.2.2).
+    pub const NOT_IN_HTTP2: Self = Self(7);
     /// `x-envoy-peer-metadata`, `x-envoy-peer-metadata-id`.
     pub const PEER: Self = Self(8);
     /// `grpc-status`.

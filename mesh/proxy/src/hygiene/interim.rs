@@ -13,9 +13,9 @@ use http::{HeaderMap, StatusCode, header};
 use parking_lot::Mutex;
 
 /// Bytes of interim answers that may wait for one client; more are dropped.
-const MAX_WAITING: usize = 64 * 1024;
+pub(crate) const MAX_WAITING: usize = 64 * 1024;
 /// Interim answers that are passed on for one request: an endpoint that sends them for ever occupies nobody.
-const MAX_PER_REQUEST: u32 = 64;
+pub(crate) const MAX_PER_REQUEST: u32 = 64;
 
 /// See the module. Costs a connection that passes none on one flag per write.
 #[derive(Debug, Default)]
@@ -129,6 +129,17 @@ fn stays_behind(name: &header::HeaderName, headers: &HeaderMap) -> bool {
         .filter_map(|value| value.to_str().ok())
         .flat_map(|value| value.split(','))
         .any(|nominated| nominated.trim().eq_ignore_ascii_case(name.as_str()))
+}
+
+/// What of an interim answer's head goes on.
+pub(crate) fn passed_on(headers: &HeaderMap) -> HeaderMap {
+    let mut passed = HeaderMap::with_capacity(headers.len());
+    for (name, value) in headers {
+        if !stays_behind(name, headers) {
+            passed.append(name.clone(), value.clone());
+        }
+    }
+    passed
 }
 
 fn write_head(out: &mut Vec<u8>, status: StatusCode, headers: &HeaderMap) {

@@ -72,6 +72,21 @@ fn civil(seconds: u64) -> Civil {
     }
 }
 
+/// A moment as the `date` field has it (RFC 9110 section 5.6.7), in seconds since 1970.
+pub(crate) fn http_date(seconds: u64) -> String {
+    let at = civil(seconds);
+    format!(
+        "{}, {:02} {} {:04} {:02}:{:02}:{:02} GMT",
+        WEEKDAYS[at.weekday],
+        at.day,
+        MONTHS[(at.month - 1) as usize],
+        at.year,
+        at.second_of_day / 3600,
+        at.second_of_day / 60 % 60,
+        at.second_of_day % 60
+    )
+}
+
 impl TimeFormat {
     /// RFC 3339 in UTC with milliseconds, the default.
     pub fn rfc3339() -> Self {
@@ -214,6 +229,12 @@ fn fraction(time: Duration, digits: usize, out: &mut String) -> std::fmt::Result
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_date_field_is_written_as_rfc_9110_has_it() {
+        assert_eq!(http_date(784_111_777), "Sun, 06 Nov 1994 08:49:37 GMT");
+        assert_eq!(http_date(0), "Thu, 01 Jan 1970 00:00:00 GMT");
+    }
 
     #[test]
     fn times_are_written_as_strftime_writes_them_in_utc() {

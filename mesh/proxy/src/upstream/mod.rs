@@ -6,6 +6,7 @@ pub mod connect;
 pub mod consistent;
 pub mod ewma;
 pub mod health;
+pub mod http2;
 pub mod metered;
 pub mod outlier;
 pub mod pool;

@@ -12,19 +12,23 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use hyper::client::conn::{http1, http2};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use http::{Request, Response};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
 use tokio::sync::Notify;
 
 use super::connect::{self, ConnectOptions, Connected, Speaking, Stream};
+use super::http2;
 use super::metered::Metered;
 use crate::config::cluster::{Cluster, Priority};
 use crate::config::endpoint::Endpoint;
 use crate::config::slot::ClusterSlot;
 use crate::metrics::clusters::Connection;
 use crate::tls::info::ConnectionTls;
+use crate::worker::Worker;
 use crate::worker::body::UpstreamBody;
-use crate::worker::{LocalExecutor, Worker};
+use crate::worker::incoming::Incoming;
+use crate::worker::interim::Tell;
 
 /// HTTP/1 connections that one worker keeps idle per endpoint.
 const MAX_IDLE: usize = 256;
@@ -64,6 +68,32 @@ impl From<hyper::Error> for ConnectError {
     }
 }
 
+impl From<h2::Error> for ConnectError {
+    fn from(error: h2::Error) -> Self {
+        Self::Io(io::ErrorKind::Other, error.to_string().into())
+    }
+}
+
+/// Why a request has no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// Over HTTP/1.
+    #[error(transparent)]
+    Http1(hyper::Error),
+    /// Over HTTP/2.
+    #[error("http2 error")]
+    Http2(#[source] h2::Error),
+}
+
+/// A request that was not answered.
+#[derive(Debug)]
+pub struct Unanswered {
+    /// Why.
+    pub error: SendError,
+    /// Nothing of it was sent.
+    pub unsent: bool,
+}
+
 /// Whether a connection has lived for as long as the cluster lets it. The clock is read where there is a limit only.
 fn too_old(cluster: &Cluster, born: Instant) -> bool {
     cluster
@@ -90,9 +120,9 @@ impl Drop for Counted {
     }
 }
 
-/// The connection for hyper.
-fn metered(stream: Stream, counted: &Counted) -> TokioIo<Metered> {
-    TokioIo::new(Metered::new(stream, counted.connection.cells().clone()))
+/// The connection, its bytes counted.
+fn metered(stream: Stream, counted: &Counted) -> Metered {
+    Metered::new(stream, counted.connection.cells().clone())
 }
 
 #[derive(Debug)]
@@ -107,10 +137,7 @@ struct Idle {
 
 #[derive(Debug)]
 struct Shared2 {
-    sender: http2::SendRequest<UpstreamBody>,
-    /// Streams that the peer allows at a time, as its SETTINGS say now.
-    streams: Rc<Cell<usize>>,
-    active: Cell<u32>,
+    handle: http2::Handle,
     served: Cell<u32>,
     born: Instant,
     idle_since: Cell<Instant>,
@@ -162,17 +189,25 @@ pub struct Stream2(Rc<Shared2>);
 
 impl Drop for Stream2 {
     fn drop(&mut self) {
-        self.0.active.set(self.0.active.get() - 1);
-        if self.0.active.get() == 0 {
+        self.0.handle.leave();
+        if self.0.handle.active() == 0 {
             self.0.idle_since.set(Instant::now());
         }
     }
 }
 
 impl Stream2 {
-    /// A handle to send with.
-    pub fn sender(&self) -> http2::SendRequest<UpstreamBody> {
-        self.0.sender.clone()
+    /// Sends the request of this place; `tell` is told of interim answers.
+    pub fn send(
+        &self,
+        request: Request<UpstreamBody>,
+        tell: Option<Tell>,
+    ) -> Result<http2::Answering, Unanswered> {
+        self.0.handle.send(request, tell).map_err(|error| Unanswered {
+            // What is left is a request that cannot be written.
+            unsent: error.is_go_away() || error.is_reset() || error.is_io(),
+            error: SendError::Http2(error),
+        })
     }
 }
 
@@ -182,6 +217,34 @@ impl Lease {
         match self {
             Self::Http1 { served, .. } => *served > 0,
             Self::Http2(stream) => stream.0.served.get() > 1,
+        }
+    }
+
+    /// Sends a request and waits for its final answer; `tell` is told of interim ones.
+    pub async fn send(
+        &mut self,
+        mut request: Request<UpstreamBody>,
+        tell: Option<Tell>,
+    ) -> Result<Response<Incoming>, Unanswered> {
+        match self {
+            Self::Http1 { sender, .. } => {
+                if let Some(tell) = tell {
+                    hyper::ext::on_informational(&mut request, move |answer| {
+                        tell(answer.status(), answer.headers());
+                    });
+                }
+                match sender.try_send_request(request).await {
+                    Ok(response) => Ok(response.map(Incoming::Http1)),
+                    Err(mut error) => Err(Unanswered {
+                        unsent: error.take_message().is_some(),
+                        error: SendError::Http1(error.into_error()),
+                    }),
+                }
+            }
+            Self::Http2(stream) => stream.send(request, tell)?.await.map_err(|error| Unanswered {
+                error: SendError::Http2(error),
+                unsent: false,
+            }),
         }
     }
 
@@ -297,14 +360,14 @@ impl Pool {
     fn reuse2(&self, cluster: &Cluster) -> Option<Stream2> {
         let mut shared = self.shared.borrow_mut();
         // One that is too old ends with the streams that it has.
-        shared.retain(|connection| !connection.sender.is_closed() && !too_old(cluster, connection.born));
+        shared.retain(|connection| !connection.handle.is_closed() && !too_old(cluster, connection.born));
         let limit = cluster.max_requests_per_connection;
         let found = shared.iter().find(|connection| {
-            let streams = (connection.streams.get() as u64).min(u64::from(cluster.max_streams));
-            u64::from(connection.active.get()) < streams.max(1)
+            let streams = (connection.handle.streams() as u64).min(u64::from(cluster.max_streams));
+            u64::from(connection.handle.active()) < streams.max(1)
                 && (limit == 0 || connection.served.get() < limit)
         })?;
-        found.active.set(found.active.get() + 1);
+        found.handle.enter();
         found.served.set(found.served.get().saturating_add(1));
         Some(Stream2(found.clone()))
     }
@@ -449,7 +512,7 @@ impl Pool {
     ) -> Result<Lease, ConnectError> {
         let (sender, connection) = http1::Builder::new()
             .max_buf_size(64 * 1024)
-            .handshake::<_, UpstreamBody>(metered(connected.stream, &counted))
+            .handshake::<_, UpstreamBody>(TokioIo::new(metered(connected.stream, &counted)))
             .await?;
         worker.tasks.spawn_local(async move {
             // An error also reaches the request, which reports it.
@@ -472,30 +535,11 @@ impl Pool {
         connected: Connected,
         counted: Counted,
     ) -> Result<Lease, ConnectError> {
-        let (sender, connection) = http2::Builder::new(LocalExecutor)
-            .timer(TokioTimer::new())
-            .initial_stream_window_size(256 * 1024)
-            .initial_connection_window_size(1024 * 1024)
-            .keep_alive_interval(Duration::from_secs(60))
-            .keep_alive_timeout(Duration::from_secs(20))
-            .handshake::<_, UpstreamBody>(metered(connected.stream, &counted))
-            .await?;
-        let streams = Rc::new(Cell::new(connection.current_max_send_streams()));
-        let noted = streams.clone();
-        worker.tasks.spawn_local(async move {
-            let mut connection = std::pin::pin!(connection);
-            let work = std::future::poll_fn(|cx| {
-                let result = connection.as_mut().poll(cx);
-                noted.set(connection.current_max_send_streams());
-                result
-            });
-            let _ = work.await;
-            drop(counted);
-        });
+        let stream = metered(connected.stream, &counted);
+        let handle = http2::connect(stream, &worker.tasks, counted).await?;
+        handle.enter();
         let shared = Rc::new(Shared2 {
-            sender,
-            streams,
-            active: Cell::new(1),
+            handle,
             served: Cell::new(1),
             born: Instant::now(),
             idle_since: Cell::new(Instant::now()),
@@ -512,8 +556,8 @@ impl Pool {
             .borrow_mut()
             .retain(|idle| !idle.sender.is_closed() && now.duration_since(idle.since) < idle_timeout);
         self.shared.borrow_mut().retain(|connection| {
-            !connection.sender.is_closed()
-                && (connection.active.get() > 0
+            !connection.handle.is_closed()
+                && (connection.handle.active() > 0
                     || now.duration_since(connection.idle_since.get()) < idle_timeout)
         });
         let mut variants = self.variants.borrow_mut();

@@ -8,12 +8,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use http::request::Parts;
 use http::uri::Scheme;
 use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
-use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use super::body::{RequestSource, UpstreamBody};
 use super::exchange::{Exchange, GRPC_STATUS};
-use super::failure::{Failure, final_reply, full_text, refused_by_peer, stream_reset_by_peer};
+use super::failure::{
+    Failure, broke_protocol, final_reply, full_text, refused_by_peer, stream_reset_by_peer,
+};
+use super::incoming::Incoming;
 use super::interim;
 use super::local::LocalReply;
 use super::request::{Routed, X_UNPROCESSED, view};
@@ -30,7 +32,7 @@ use crate::tls::info::ConnectionTls;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::{Active, Host};
 use crate::upstream::outlier::Event;
-use crate::upstream::pool::{ConnectError, Lease};
+use crate::upstream::pool::{ConnectError, Lease, Unanswered};
 
 pub(super) static X_ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
 
@@ -432,40 +434,36 @@ pub(super) async fn attempt(
     };
     *try_of.tls.borrow_mut() = lease.tls().cloned();
     let mut request = build(plan, &mut parts.borrow_mut(), try_of, host, &lease);
-    let passes = try_of.tunnel.is_none() && interim::pass(plan, parts.borrow().version, &lease);
+    let door = match try_of.tunnel {
+        None => interim::Door::of(plan, parts.borrow().version),
+        Some(_) => None,
+    };
+    let mut tell = None;
     if plan.conn.manager.interim_answers {
-        interim::prepare(plan, &mut request, source, passes);
+        tell = interim::prepare(&mut request, source, door.as_ref());
     }
     let reused = lease.reused();
-    let sent = match &mut lease {
-        Lease::Http1 { sender, .. } => {
-            let response = sender.try_send_request(request);
-            let outcome = if passes {
-                // Boxed: every request's future would carry its state.
-                let response = Box::pin(interim::watch(plan.conn, source, response));
-                bounded(plan, per_try, response).await
-            } else {
-                bounded(plan, per_try, response).await
-            };
-            outcome?.map_err(|mut error| {
-                let unsent = error.take_message().is_some();
-                (error.into_error(), unsent)
-            })
-        }
-        Lease::Http2(stream) => {
-            let mut sender = stream.sender();
-            let response = sender.try_send_request(request);
-            bounded(plan, per_try, response).await?.map_err(|mut error| {
-                let unsent = error.take_message().is_some();
-                (error.into_error(), unsent)
-            })
-        }
+    let answer = lease.send(request, tell);
+    let sent = match &door {
+        // Boxed: every request's future would carry its state.
+        Some(door) => bounded(plan, per_try, Box::pin(interim::watch(door, source, answer))).await?,
+        None => bounded(plan, per_try, answer).await?,
     };
     match sent {
         // The client broke the protocol within the body: an early answer is not one to what it sent.
         Ok(_) if source.is_some_and(|source| source.borrow().client_failed) => Err(Failure::Client),
+        // Nobody has asked for another protocol.
+        Ok(response) if response.status().is_informational() && try_of.tunnel.is_none() => {
+            Err(Failure::Reset {
+                sent: true,
+                reused: false,
+                protocol: true,
+                stream: false,
+                text: format!("the final answer is {}", response.status()),
+            })
+        }
         Ok(response) => Ok((response, lease)),
-        Err((error, unsent)) => {
+        Err(Unanswered { error, unsent }) => {
             if source.is_some_and(|source| source.borrow().client_failed) {
                 return Err(Failure::Client);
             }
@@ -475,7 +473,7 @@ pub(super) async fn attempt(
             Err(Failure::Reset {
                 sent: !unsent,
                 reused,
-                protocol: error.is_parse(),
+                protocol: broke_protocol(&error),
                 stream: stream_reset_by_peer(&error),
                 text: full_text(&error),
             })

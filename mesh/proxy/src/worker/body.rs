@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
 use tokio::time::Sleep;
 
+use super::incoming::Incoming;
 use super::tap::Capture;
 use crate::policy::compressor::Encoder;
 use crate::policy::grpc_stats::Messages;
@@ -71,7 +71,7 @@ impl Inbound {
             };
             match frame {
                 None => self.ended = true,
-                Some(Err(error)) => return Err(error.into()),
+                Some(Err(error)) => return Err(error),
                 Some(Ok(frame)) => {
                     self.ahead_bytes += frame.data_ref().map_or(0, Bytes::len);
                     self.ahead.push_back(frame);
@@ -106,7 +106,7 @@ impl Inbound {
         self.ahead_bytes
     }
 
-    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         match self.ahead.pop_front() {
             Some(frame) => Poll::Ready(Some(Ok(frame))),
             None if self.ended => Poll::Ready(None),
@@ -405,7 +405,7 @@ impl Body for UpstreamBody {
                     }
                     Some(Err(error)) => {
                         source.client_failed = true;
-                        Poll::Ready(Some(Err(error.into())))
+                        Poll::Ready(Some(Err(error)))
                     }
                     Some(Ok(frame)) => {
                         source.last_frame = Some(Instant::now());
@@ -594,7 +594,7 @@ impl<O: Observer + Unpin> Body for ResponseBody<O> {
                 Poll::Ready(Some(Err(error))) => {
                     *done = true;
                     observer.failed();
-                    Poll::Ready(Some(Err(error.into())))
+                    Poll::Ready(Some(Err(error)))
                 }
                 Poll::Ready(Some(Ok(frame))) => {
                     observer.frame(&frame);
@@ -640,7 +640,7 @@ mod tests {
     async fn incoming() -> Incoming {
         let (mut client, server) = tokio::io::duplex(1024);
         let (sender, mut received) = tokio::sync::mpsc::channel(1);
-        let service = hyper::service::service_fn(move |request: http::Request<Incoming>| {
+        let service = hyper::service::service_fn(move |request: http::Request<hyper::body::Incoming>| {
             let sender = sender.clone();
             async move {
                 sender.send(request.into_body()).await.unwrap();
@@ -653,7 +653,7 @@ mod tests {
             .write_all(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\n\r\n")
             .await
             .unwrap();
-        received.recv().await.unwrap()
+        Incoming::Http1(received.recv().await.unwrap())
     }
 
     async fn next(body: &mut UpstreamBody) -> Option<Bytes> {

@@ -12,6 +12,8 @@ use tokio::time::Instant;
 
 use super::Worker;
 use super::body::UpstreamBody;
+use super::failure::full_text;
+use super::incoming::Incoming;
 use crate::config::cluster::UpstreamHttp;
 use crate::config::slot::ClusterSlot;
 use crate::metrics::flags::Flags;
@@ -138,11 +140,7 @@ async fn exchange(
         let reused = lease.reused();
         let request = build(&parts, &body, matches!(lease, Lease::Http2(_)))
             .ok_or_else(|| broken("the request cannot be written".into()))?;
-        let sent = match &mut lease {
-            Lease::Http1 { sender, .. } => sender.try_send_request(request).await,
-            Lease::Http2(stream) => stream.sender().try_send_request(request).await,
-        };
-        match sent {
+        match lease.send(request, None).await {
             Ok(response) => {
                 let answer = read(response, cluster).await?;
                 lease.release(cluster.config.max_requests_per_connection);
@@ -150,7 +148,7 @@ async fn exchange(
             }
             // Closed while idle: the next connection, at the latest a new one, tells more.
             Err(_) if reused && attempt < MAX_STALE => {}
-            Err(error) => return Err(broken(error.into_error().to_string())),
+            Err(unanswered) => return Err(broken(full_text(&unanswered.error))),
         }
     }
     Err(broken("too many connections were closed".into()))
@@ -178,10 +176,7 @@ fn build(parts: &http::request::Parts, body: &Bytes, http2: bool) -> Option<Requ
     Some(request)
 }
 
-async fn read(
-    response: Response<hyper::body::Incoming>,
-    cluster: &WorkerCluster,
-) -> Result<Answer, CallError> {
+async fn read(response: Response<Incoming>, cluster: &WorkerCluster) -> Result<Answer, CallError> {
     let (head, mut incoming) = response.into_parts();
     let mut body = BytesMut::new();
     let mut trailers = None;

@@ -17,6 +17,7 @@ use tokio::time::Sleep;
 use super::body::{BodyError, Observer, RequestSource};
 use super::filters::{self, PolicyState};
 use super::http::Downstream;
+use super::interim::Waiting;
 use super::logging::{self, LogState};
 use super::spans::{self, SpanState};
 use super::tap::{self, TapState};
@@ -68,6 +69,8 @@ pub struct Exchange {
     pub route: Option<Arc<crate::config::route::Route>>,
     /// The request's body.
     pub source: Option<Rc<RefCell<RequestSource>>>,
+    /// Where interim answers go to a client over HTTP/2.
+    pub interims: Option<Arc<Waiting>>,
     /// Whether its time is the stream's (`max_stream_duration`) and not the route's.
     pub stream_limited: bool,
     /// Attempts made.
@@ -116,6 +119,7 @@ impl Exchange {
             upstream_tls: None,
             route: None,
             source: None,
+            interims: None,
             stream_limited: false,
             attempts: 0,
             flags: Flags::default(),

@@ -8,7 +8,7 @@ use super::request::X_UNPROCESSED;
 use crate::config::listener::Direction;
 use crate::config::retry::RetryPolicy;
 use crate::metrics::flags::Flags;
-use crate::upstream::pool::ConnectError;
+use crate::upstream::pool::{ConnectError, SendError};
 
 /// gRPC's DEADLINE_EXCEEDED.
 const DEADLINE_EXCEEDED: u32 = 4;
@@ -180,26 +180,30 @@ pub(super) fn full_text(error: &dyn std::error::Error) -> String {
 }
 
 /// Whether the peer has reset the stream, and not the connection, by HTTP/2.
-pub(super) fn stream_reset_by_peer(error: &hyper::Error) -> bool {
-    let mut source = std::error::Error::source(error);
-    while let Some(inner) = source {
-        if let Some(h2) = inner.downcast_ref::<h2::Error>() {
-            return h2.is_reset() && h2.is_remote();
-        }
-        source = inner.source();
+pub(super) fn stream_reset_by_peer(error: &SendError) -> bool {
+    match error {
+        SendError::Http1(_) => false,
+        SendError::Http2(error) => error.is_reset() && error.is_remote(),
     }
-    false
 }
 
 /// Whether the peer says by HTTP/2 that it did not process the stream, and then whether that is for it leaves.
-pub(super) fn refused_by_peer(error: &hyper::Error) -> Option<bool> {
-    let mut source = std::error::Error::source(error);
-    while let Some(inner) = source {
-        if let Some(h2) = inner.downcast_ref::<h2::Error>() {
-            let leaving = h2.is_go_away() && h2.is_remote() && h2.reason() == Some(h2::Reason::NO_ERROR);
-            return (leaving || h2.reason() == Some(h2::Reason::REFUSED_STREAM)).then_some(leaving);
+pub(super) fn refused_by_peer(error: &SendError) -> Option<bool> {
+    let SendError::Http2(error) = error else {
+        return None;
+    };
+    let leaving =
+        error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR);
+    (leaving || error.reason() == Some(h2::Reason::REFUSED_STREAM)).then_some(leaving)
+}
+
+/// Whether what the peer has sent is no answer.
+pub(super) fn broke_protocol(error: &SendError) -> bool {
+    match error {
+        SendError::Http1(error) => error.is_parse(),
+        // Of our own making: neither received nor detected by `h2`.
+        SendError::Http2(error) => {
+            error.reason() == Some(h2::Reason::PROTOCOL_ERROR) && !(error.is_reset() || error.is_go_away())
         }
-        source = inner.source();
     }
-    None
 }

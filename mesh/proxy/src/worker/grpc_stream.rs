@@ -7,12 +7,13 @@ use std::sync::Arc;
 use bytes::{Buf, Bytes, BytesMut};
 use http::{HeaderMap, Response, Uri, header};
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
 use tokio::sync::mpsc;
 
 use super::Worker;
 use super::body::UpstreamBody;
 use super::call::{CallError, MAX_ANSWER, framed, grpc_request};
+use super::failure::full_text;
+use super::incoming::Incoming;
 use crate::policy::service::GrpcTarget;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::{Active, Host, WorkerCluster};
@@ -97,12 +98,10 @@ impl GrpcStream {
         let Lease::Http2(stream) = &lease else {
             return Err(CallError::Answer(name(), "no HTTP/2"));
         };
-        let mut sending = stream.sender();
+        let answering = stream.send(request, None);
         let head = async move {
-            sending
-                .send_request(request)
-                .await
-                .map_err(|error| error.to_string())
+            let answering = answering.map_err(|unanswered| full_text(&unanswered.error))?;
+            answering.await.map_err(|error| error.to_string())
         };
         Ok(Self {
             name: name(),

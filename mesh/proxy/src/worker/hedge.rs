@@ -161,7 +161,7 @@ fn settle(
     one: Running,
     result: Result<
         (
-            http::Response<hyper::body::Incoming>,
+            http::Response<super::incoming::Incoming>,
             crate::upstream::pool::Lease,
         ),
         Failure,

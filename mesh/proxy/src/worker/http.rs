@@ -1,4 +1,5 @@
-//! A downstream HTTP connection: hyper's server with our limits, our drain, our strict reader.
+//! A downstream HTTP connection: what its requests share, whichever version it speaks (`worker::http1`,
+//! `worker::http2`).
 
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
@@ -8,16 +9,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use http::{HeaderMap, HeaderValue, Version, header};
-use hyper::server::conn::http2;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Notify;
 
 use super::alarm::Alarms;
-use super::rest::{End, wait_for_end};
-use super::seldom::Seldom;
-use super::{DrainPhase, LocalExecutor, Worker, http1, request};
+use super::{DrainPhase, Worker, http1, http2};
 use crate::config::hcm::{HttpManager, ServerHeader};
 use crate::config::listener::{Direction, FilterChain};
 use crate::hygiene::scan::{HeadLimits, Scanner};
@@ -257,41 +253,8 @@ pub async fn serve<S>(
     });
     if http2 {
         // Boxed: HTTP/1 connections, the idle ones above all, do without its two kilobytes.
-        Box::pin(serve2(conn, TokioIo::new(io))).await
+        Box::pin(http2::serve(conn, io)).await
     } else {
         http1::serve(conn, io).await
-    }
-}
-
-async fn serve2<S>(conn: Rc<Downstream>, io: TokioIo<StrictIo<S>>)
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    let mut builder = http2::Builder::new(LocalExecutor);
-    builder
-        .timer(TokioTimer::new())
-        .max_concurrent_streams(conn.manager.max_streams)
-        .initial_stream_window_size(conn.manager.stream_window)
-        .initial_connection_window_size(conn.manager.connection_window)
-        .max_header_list_size(conn.manager.max_head as u32)
-        .max_pending_accept_reset_streams(20)
-        .max_local_error_reset_streams(1024);
-    if conn.manager.extended_connect {
-        builder.enable_connect_protocol();
-    }
-    let service = {
-        let conn = conn.clone();
-        service_fn(move |request| request::handle(conn.clone(), request))
-    };
-    let mut connection = std::pin::pin!(builder.serve_connection(io, service));
-    loop {
-        tokio::select! {
-            biased;
-            _ = connection.as_mut() => return,
-            end = Seldom::new(wait_for_end(&conn, false)) => match end {
-                End::Finish => connection.as_mut().graceful_shutdown(),
-                End::Abort | End::Park => return,
-            }
-        }
     }
 }

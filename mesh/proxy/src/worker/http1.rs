@@ -8,12 +8,14 @@ use std::future::poll_fn;
 use std::pin::Pin;
 use std::rc::Rc;
 
+use http::Request;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::http::Downstream;
+use super::incoming::Incoming;
 use super::rest::{End, idle_left, wait_for_end};
 use super::seldom::Seldom;
 use super::{DrainPhase, request};
@@ -53,7 +55,9 @@ where
     }
     let service = {
         let conn = conn.clone();
-        service_fn(move |request| request::handle(conn.clone(), request))
+        service_fn(move |request: Request<hyper::body::Incoming>| {
+            request::handle(conn.clone(), request.map(Incoming::Http1), None)
+        })
     };
     let mut connection = builder
         .serve_connection(TokioIo::new(io), service)

@@ -16,7 +16,6 @@ use crate::random;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::{Active, Host, WorkerCluster};
 use crate::upstream::connect::{ConnectOptions, Speaking};
-use crate::upstream::pool::Lease;
 
 /// Sends copies, without waiting for what becomes of them. A body is copied if it has been read whole and fits the
 /// buffer; otherwise nothing is mirrored.
@@ -106,20 +105,17 @@ async fn send_mirror(
         )
         .await;
     let mut lease = lease.ok()?;
-    let response = match &mut lease {
-        Lease::Http1 { sender, .. } => sender.try_send_request(request).await.ok()?,
-        Lease::Http2(stream) => {
-            let authority = request.headers_mut().remove(header::HOST)?;
-            let path = request.uri().path_and_query()?.clone();
-            *request.uri_mut() = Uri::builder()
-                .scheme("http")
-                .authority(authority.to_str().ok()?)
-                .path_and_query(path)
-                .build()
-                .ok()?;
-            stream.sender().try_send_request(request).await.ok()?
-        }
-    };
+    if lease.is_http2() {
+        let authority = request.headers_mut().remove(header::HOST)?;
+        let path = request.uri().path_and_query()?.clone();
+        *request.uri_mut() = Uri::builder()
+            .scheme("http")
+            .authority(authority.to_str().ok()?)
+            .path_and_query(path)
+            .build()
+            .ok()?;
+    }
+    let response = lease.send(request, None).await.ok()?;
     let mut body = response.into_body();
     while let Some(frame) = http_body_util::BodyExt::frame(&mut body).await {
         frame.ok()?;

@@ -14,7 +14,9 @@ mod grpc_stream;
 mod hedge;
 pub mod http;
 mod http1;
-mod interim;
+mod http2;
+pub mod incoming;
+pub mod interim;
 pub mod io;
 pub mod local;
 mod logging;
@@ -23,9 +25,10 @@ mod prepare;
 pub mod request;
 mod respond;
 mod rest;
-mod seldom;
+pub(crate) mod seldom;
 pub mod sniff;
 mod spans;
+pub(crate) mod streams;
 pub mod tap;
 pub mod tcp;
 mod tcp_tunnel;
@@ -36,7 +39,6 @@ pub(crate) use tunnel::CONNECT;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::future::Future;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -141,28 +143,6 @@ pub struct Worker {
     collected_at: Cell<u64>,
     clusters: RefCell<Vec<Option<Rc<WorkerCluster>>>>,
     peers: RefCell<HashMap<Vec<u8>, Arc<Workload>, foldhash::fast::RandomState>>,
-}
-
-/// Spawns hyper's HTTP/2 tasks on the worker itself.
-#[derive(Clone, Copy, Debug)]
-pub struct LocalExecutor;
-
-impl<F> hyper::rt::Executor<F> for LocalExecutor
-where
-    F: Future + 'static,
-    F::Output: 'static,
-{
-    fn execute(&self, future: F) {
-        /// A task is moved several times until it runs, and once more when it ends. hyper spawns what waits for one
-        /// response as a variant of what drives a whole connection, which is some kilobytes.
-        const LARGE: usize = 1024;
-        // Owned by the worker's runtime, which drops it when the worker ends.
-        if size_of::<F>() > LARGE {
-            tokio::task::spawn_local(Box::pin(future));
-        } else {
-            tokio::task::spawn_local(future);
-        }
-    }
 }
 
 /// Counts a downstream connection.

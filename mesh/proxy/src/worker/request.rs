@@ -6,12 +6,14 @@ use std::sync::Arc;
 use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
-use hyper::body::{Body as _, Incoming};
+use http_body::Body as _;
 
 use super::body::Inbound;
 use super::exchange::{Exchange, protocol_text};
 use super::filters;
 use super::http::Downstream;
+use super::incoming::Incoming;
+use super::interim::Waiting;
 use super::local::{Body, LocalReply};
 use super::logging;
 use super::spans;
@@ -118,10 +120,11 @@ impl Routed {
 #[error("the connection is broken off")]
 pub struct Broken;
 
-/// Serves one request.
+/// Serves one request. Interim answers go to `interims` where the client speaks HTTP/2 and may have them.
 pub(super) async fn handle(
     conn: Rc<Downstream>,
     request: Request<Incoming>,
+    interims: Option<Arc<Waiting>>,
 ) -> Result<Response<Body>, Broken> {
     conn.request_began();
     let (parts, incoming) = request.into_parts();
@@ -133,6 +136,7 @@ pub(super) async fn handle(
         parts.uri.clone(),
         parts.version,
     );
+    exchange.interims = interims;
     exchange.grpc = is_grpc(&parts.headers);
     if let Err(reply) = admit(&conn, &mut exchange, &mut parts) {
         conn.worker.recorder.counters().refused_requests.add(1);

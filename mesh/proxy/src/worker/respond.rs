@@ -3,12 +3,13 @@
 use http::request::Parts;
 use http::response::Parts as Head;
 use http::{HeaderName, HeaderValue, Response, Version, header};
-use hyper::body::Incoming;
+use http_body::Body as _;
 
 use super::attempts::X_ATTEMPT_COUNT;
 use super::body::ResponseBody;
 use super::exchange::{Exchange, Limits, Watch};
 use super::filters;
+use super::incoming::Incoming;
 use super::local::Body;
 use super::logging;
 use super::request::{PEER_METADATA, PEER_METADATA_ID, Routed, X_REQUEST_ID, X_UNPROCESSED, variables};
@@ -143,7 +144,7 @@ struct Ready<'a> {
 
 impl Ready<'_> {
     fn has_body(&self) -> bool {
-        !hyper::body::Body::is_end_stream(&self.incoming)
+        !self.incoming.is_end_stream()
     }
 
     fn send(self, mut exchange: Box<Exchange>, mut head: Head) -> Response<Body> {

@@ -12,7 +12,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use futures::task::AtomicWaker;
 
 /// See the module.
-pub(super) struct Seldom<F> {
+pub(crate) struct Seldom<F> {
     inner: Pin<Box<F>>,
     bell: Arc<Bell>,
     waker: Waker,
@@ -39,7 +39,7 @@ impl Wake for Bell {
 
 impl<F: Future> Seldom<F> {
     /// Wraps `inner`, which is looked at once at the beginning.
-    pub(super) fn new(inner: F) -> Self {
+    pub(crate) fn new(inner: F) -> Self {
         let bell = Arc::new(Bell::default());
         bell.rung.store(true, Ordering::Relaxed);
         Self {

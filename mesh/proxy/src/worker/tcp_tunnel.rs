@@ -4,12 +4,12 @@
 use std::rc::Rc;
 
 use http::{Method, Request, Uri, Version, header};
-use hyper::upgrade::Upgraded;
-use hyper_util::rt::TokioIo;
 
 use super::Worker;
 use super::body::UpstreamBody;
+use super::failure::full_text;
 use super::tcp::Client;
+use super::tunnel::{Inside, inside};
 use crate::config::cluster::UpstreamHttp;
 use crate::config::headers::Variables;
 use crate::config::tunneling::Tunneling;
@@ -24,7 +24,7 @@ const MAX_STALE: u32 = 5;
 /// A tunnel that an endpoint has granted.
 pub(super) struct Granted {
     /// What is inside of it.
-    pub stream: Box<TokioIo<Upgraded>>,
+    pub stream: Box<Inside>,
     /// Its place on the connection, held for as long as it lasts.
     pub lease: Lease,
 }
@@ -116,27 +116,21 @@ async fn ask(
             request.headers_mut().insert(header::HOST, authority.clone());
         }
         let reused = lease.reused();
-        let sent = match &mut lease {
-            Lease::Http1 { sender, .. } => sender.try_send_request(request).await,
-            Lease::Http2(stream) => stream.sender().try_send_request(request).await,
-        };
-        let mut response = match sent {
+        let mut response = match lease.send(request, None).await {
             Ok(response) => response,
             // Closed while idle: the next connection, at the latest a new one, tells more.
             Err(_) if reused && stale < MAX_STALE => {
                 stale += 1;
                 continue;
             }
-            Err(error) => return Err(failed(&error.into_error())),
+            Err(unanswered) => return Err(Refused::Failed(full_text(&unanswered.error))),
         };
         if !response.status().is_success() {
             return Err(Refused::Status(response.status().as_u16()));
         }
-        let upgraded = hyper::upgrade::on(&mut response)
-            .await
-            .map_err(|error| failed(&error))?;
+        let stream = inside(&mut response).await.map_err(|error| failed(&error))?;
         return Ok(Granted {
-            stream: Box::new(TokioIo::new(upgraded)),
+            stream: Box::new(stream),
             lease,
         });
     }

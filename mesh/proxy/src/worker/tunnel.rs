@@ -6,21 +6,27 @@
 //! (101 in HTTP/1 for an upgrade, 2xx everywhere else), and that HTTP/2 does without the handshake of WebSocket's own.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use aws_lc_rs::digest;
 use base64::Engine as _;
+use h2::ext::Protocol;
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
-use hyper::body::Incoming;
-use hyper::ext::Protocol;
-use hyper::upgrade::OnUpgrade;
+use hyper::upgrade::{OnUpgrade, Upgraded};
+use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::oneshot;
+use tokio_util::either::Either;
 
 use super::attempts::{Permit, no_healthy_upstream};
 use super::body::{ResponseBody, UpstreamBody};
 use super::exchange::Exchange;
 use super::http::Downstream;
+use super::incoming::Incoming;
 use super::local::{Body, LocalReply};
+use super::streams::TunnelIo;
 use super::upstream::Plan;
 use crate::hygiene::fields::{requested_upgrade, strip_hop_by_hop};
 use crate::metrics::flags::Flags;
@@ -38,6 +44,41 @@ const WEBSOCKET_GUID: &[u8] = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 /// What CONNECT is called in `upgrade_configs`, lower case.
 pub(crate) const CONNECT: &str = "connect";
 
+/// The client's end of a tunnel over HTTP/2: there once the tunnel is granted. Travels with the request.
+#[derive(Clone, Debug)]
+pub(super) struct Later(Arc<Mutex<Option<oneshot::Receiver<TunnelIo>>>>);
+
+impl Later {
+    /// Who grants it, and what waits for it.
+    pub(super) fn new() -> (oneshot::Sender<TunnelIo>, Self) {
+        let (granted, later) = oneshot::channel();
+        (granted, Self(Arc::new(Mutex::new(Some(later)))))
+    }
+}
+
+/// The client's end of a tunnel, as each version has it.
+#[derive(Debug)]
+enum Client {
+    Http1(OnUpgrade),
+    Http2(oneshot::Receiver<TunnelIo>),
+}
+
+impl Client {
+    fn take(parts: &mut Parts) -> Option<Self> {
+        match parts.extensions.remove::<Later>() {
+            Some(later) => later.0.lock().take().map(Self::Http2),
+            None => parts.extensions.remove::<OnUpgrade>().map(Self::Http1),
+        }
+    }
+
+    async fn granted(self) -> Option<Inside> {
+        match self {
+            Self::Http1(upgrade) => Some(Either::Left(TokioIo::new(upgrade.await.ok()?))),
+            Self::Http2(later) => Some(Either::Right(Box::new(later.await.ok()?))),
+        }
+    }
+}
+
 /// What a client asks for instead of an answer.
 #[derive(Debug)]
 pub(super) struct Tunnel {
@@ -48,7 +89,7 @@ pub(super) struct Tunnel {
     /// `sec-websocket-key` of the client.
     key: Option<HeaderValue>,
     /// What becomes the client's end of the tunnel.
-    on_upgrade: Option<OnUpgrade>,
+    client: Option<Client>,
 }
 
 /// Whether a CONNECT request may go on to be routed.
@@ -108,8 +149,19 @@ pub(super) fn take(conn: &Downstream, parts: &mut Parts) -> Result<Option<Tunnel
         key: parts.headers.get(&WEBSOCKET_KEY).cloned(),
         protocol,
         over_http2,
-        on_upgrade: parts.extensions.remove::<OnUpgrade>(),
+        client: Client::take(parts),
     }))
+}
+
+/// What is inside of a tunnel.
+pub(super) type Inside = Either<TokioIo<Upgraded>, Box<TunnelIo>>;
+
+/// The endpoint's end of a tunnel that it has granted.
+pub(super) async fn inside(response: &mut Response<Incoming>) -> Result<Inside, hyper::Error> {
+    match std::mem::replace(response.body_mut(), Incoming::Empty) {
+        Incoming::Tunnel(io) => Ok(Either::Right(io)),
+        _ => Ok(Either::Left(TokioIo::new(hyper::upgrade::on(response).await?))),
+    }
 }
 
 /// An upgrade that is not allowed.
@@ -221,13 +273,8 @@ impl Tunnel {
         lease: Lease,
         active: Active,
     ) -> Response<Body> {
-        let upstream = hyper::upgrade::on(&mut response);
-        let (head, _) = response.into_parts();
-        let answer = self.grant(head.headers);
-        let upstream = async move {
-            let upgraded = upstream.await.ok()?;
-            Some(hyper_util::rt::TokioIo::new(upgraded))
-        };
+        let answer = self.grant(std::mem::take(response.headers_mut()));
+        let upstream = async move { inside(&mut response).await.ok() };
         self.join(exchange, answer, upstream, (lease, active))
     }
 
@@ -302,12 +349,12 @@ impl Tunnel {
         if self.over_http2 {
             conn.dress(answer.headers_mut(), Version::HTTP_2);
         }
-        let downstream = self.on_upgrade;
+        let downstream = self.client;
         let tasks = conn.worker.tasks.clone();
         tasks.spawn_local(async move {
             let ends = async {
-                let (downstream, upstream) = tokio::join!(async { downstream?.await.ok() }, upstream);
-                Some((hyper_util::rt::TokioIo::new(downstream?), upstream?))
+                let (downstream, upstream) = tokio::join!(async { downstream?.granted().await }, upstream);
+                Some((downstream?, upstream?))
             };
             if let Some((mut downstream, mut upstream)) = ends.await
                 && let Ok((_, sent)) = tokio::io::copy_bidirectional(&mut downstream, &mut upstream).await
@@ -357,7 +404,7 @@ mod tests {
             protocol: protocol.into(),
             over_http2,
             key: key.map(HeaderValue::from_static),
-            on_upgrade: None,
+            client: None,
         };
         let written = |tunnel: &Tunnel, http2: bool| {
             let mut request = Request::new(UpstreamBody::Empty);

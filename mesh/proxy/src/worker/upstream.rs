@@ -14,6 +14,7 @@ use super::exchange::Exchange;
 use super::filters;
 use super::hedge::hedged;
 use super::http::Downstream;
+use super::interim::Waiting;
 use super::local::{Body, LocalReply};
 use super::logging;
 use super::mirror::mirror;
@@ -53,6 +54,8 @@ pub(super) struct Plan<'a> {
     pub(super) auto_host: bool,
     /// What the client called the authority, for an upstream that is given the same one.
     pub(super) authority: Option<Authority>,
+    /// Where interim answers go to a client over HTTP/2.
+    pub(super) interims: Option<Arc<Waiting>>,
 }
 
 impl Plan<'_> {
@@ -280,6 +283,7 @@ pub(super) async fn forward(
         criteria,
         auto_host: matches!(forward.host_rewrite, Some(HostRewrite::Auto)),
         authority: exchange.uri.authority().cloned(),
+        interims: exchange.interims.take(),
     };
     if forward.connect_tcp && tunnel.as_ref().is_some_and(Tunnel::is_connect) {
         let Some(tunnel) = tunnel else {

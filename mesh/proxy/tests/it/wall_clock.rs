@@ -12,7 +12,7 @@ use serin_proxy::tls::secret::Secret;
 use crate::certificates::Authority;
 
 /// Files that may look, and why.
-const LOOKERS: [(&str, &str); 13] = [
+const LOOKERS: [(&str, &str); 14] = [
     ("bootstrap/", "start"),
     ("control/admin.rs", "days left of certificates, told"),
     ("metrics/push.rs", "the time of a measurement, told"),
@@ -29,6 +29,7 @@ const LOOKERS: [(&str, &str); 13] = [
         "worker/filters/",
         "tokens are good until a time of day; ext_authz is told it",
     ),
+    ("worker/http2.rs", "`date` of answers, told"),
     ("worker/logging.rs", "times in logs, told"),
     ("worker/spans.rs", "times in spans, told"),
     ("worker/tap.rs", "times in traces, told"),

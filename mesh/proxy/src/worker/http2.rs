@@ -1,0 +1,224 @@
+//! HTTP/2 towards clients: `h2` itself, without a server of hyper's above it.
+//!
+//! The connection's task reads, writes and accepts; each stream has a task of its own, which serves the request, sends
+//! interim answers while it is served, and then sends the answer, its body and trailers. A stream that its client resets
+//! ends its task, and with it whatever was done for it.
+//!
+//! What `h2` sees to: frames, windows, limits of streams and heads, floods of resets (Rapid Reset, MadeYouReset) and of
+//! empty frames, `content-length` of requests, `RST_STREAM` with `NO_ERROR` after an answer to a request that was not read
+//! to its end. What is left to its user is here and in [`super::streams`]: `date`, `content-length`, which fields may be
+//! sent, answers without content, CONNECT, and the order of the end (GOAWAY, then what runs, then nothing).
+
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::pin::pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use h2::server::{Connection, SendResponse};
+use h2::{Reason, RecvStream};
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body::Body as _;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use super::http::Downstream;
+use super::incoming::Incoming;
+use super::interim::Waiting;
+use super::local::Body;
+use super::request;
+use super::rest::{End, wait_for_end};
+use super::seldom::Seldom;
+use super::streams::{Pump, Received, TunnelIo, content_length, strip};
+use super::tunnel::Later;
+use crate::hygiene::strict::StrictIo;
+
+/// Largest frame that is taken.
+const MAX_FRAME: u32 = 16 * 1024;
+/// Bytes of an answer that may wait to be written for one stream.
+const SEND_BUFFER: usize = 400 * 1024;
+/// Streams that a client may have reset before they were looked at (Rapid Reset, CVE-2023-44487).
+const MAX_PENDING_RESETS: usize = 20;
+/// Streams that a client may make us reset by breaking the protocol (MadeYouReset, CVE-2025-8671).
+const MAX_ERRORS: usize = 1024;
+
+/// Serves the connection to its end.
+pub(super) async fn serve<S>(conn: Rc<Downstream>, io: StrictIo<S>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let mut builder = h2::server::Builder::new();
+    builder
+        .max_concurrent_streams(conn.manager.max_streams)
+        .initial_window_size(conn.manager.stream_window)
+        .initial_connection_window_size(conn.manager.connection_window)
+        .max_frame_size(MAX_FRAME)
+        .max_header_list_size(conn.manager.max_head as u32)
+        .max_send_buffer_size(SEND_BUFFER)
+        .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
+        .max_local_error_reset_streams(Some(MAX_ERRORS));
+    if conn.manager.extended_connect {
+        builder.enable_connect_protocol();
+    }
+    let mut handshake = pin!(builder.handshake::<_, Bytes>(io));
+    let mut finishing = false;
+    let mut connection = loop {
+        tokio::select! {
+            biased;
+            made = handshake.as_mut() => match made {
+                Ok(connection) => break connection,
+                Err(_) => return,
+            },
+            end = Seldom::new(wait_for_end(&conn, false)) => match end {
+                End::Finish => finishing = true,
+                End::Abort | End::Park => return,
+            },
+        }
+    };
+    if finishing {
+        connection.graceful_shutdown();
+    }
+    loop {
+        tokio::select! {
+            biased;
+            () = accept(&conn, &mut connection) => return,
+            end = Seldom::new(wait_for_end(&conn, false)) => match end {
+                End::Finish => connection.graceful_shutdown(),
+                End::Abort | End::Park => return,
+            },
+        }
+    }
+}
+
+/// Accepts streams until the connection has ended. An error means that the client broke off or broke the protocol; its
+/// requests have been recorded.
+async fn accept<S>(conn: &Rc<Downstream>, connection: &mut Connection<StrictIo<S>, Bytes>)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    poll_fn(|cx| {
+        loop {
+            match connection.poll_accept(cx) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(None | Some(Err(_))) => return Poll::Ready(()),
+                Poll::Ready(Some(Ok((request, respond)))) => {
+                    conn.worker
+                        .tasks
+                        .spawn_local(stream(conn.clone(), request, respond));
+                }
+            }
+        }
+    })
+    .await;
+}
+
+/// Serves one request.
+async fn stream(conn: Rc<Downstream>, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
+    let (mut head, received) = request.into_parts();
+    let bodiless = head.method == Method::HEAD;
+    let expects = || head.headers.contains_key(header::EXPECT);
+    let interims = (conn.manager.interim_answers || expects()).then(|| Arc::new(Waiting::default()));
+    let mut tunnel = None;
+    let incoming = if head.method == Method::CONNECT {
+        if content_length(&head.headers).is_some_and(|length| length != 0) {
+            respond.send_reset(Reason::PROTOCOL_ERROR);
+            return;
+        }
+        let (granted, later) = Later::new();
+        head.extensions.insert(later);
+        tunnel = Some((granted, received));
+        Incoming::Empty
+    } else {
+        let expected = interims.clone().filter(|_| expects());
+        Incoming::Http2(Received::of_request(received, &head.headers, expected))
+    };
+    let request = Request::from_parts(head, incoming);
+    let Some(response) = answer(conn, request, &mut respond, interims).await else {
+        return;
+    };
+    let (mut head, body) = response.into_parts();
+    strip(&mut head.headers, false);
+    head.headers.entry(header::DATE).or_insert_with(date);
+    if let Some((granted, received)) = tunnel
+        && head.status.is_success()
+    {
+        // After the head there is no message any more.
+        head.headers.remove(header::CONTENT_LENGTH);
+        match respond.send_response(Response::from_parts(head, ()), false) {
+            // The tunnel's task may be gone; then the stream is reset with what is dropped here.
+            Ok(send) => drop(granted.send(TunnelIo::new(send, received))),
+            Err(_) => respond.send_reset(Reason::INTERNAL_ERROR),
+        }
+        return;
+    }
+    let ended = body.is_end_stream();
+    if !ended && let Some(length) = body.size_hint().exact() {
+        head.headers
+            .entry(header::CONTENT_LENGTH)
+            .or_insert_with(|| HeaderValue::from(length));
+    }
+    let ended = ended || bodiless || matches!(head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+    match respond.send_response(Response::from_parts(head, ()), ended) {
+        Ok(_) if ended => {}
+        Ok(send) => {
+            let mut pump = Pump::new(send, body);
+            poll_fn(|cx| pump.poll(cx)).await;
+        }
+        Err(_) => respond.send_reset(Reason::INTERNAL_ERROR),
+    }
+}
+
+/// The answer to a request, unless its client has given it up.
+async fn answer(
+    conn: Rc<Downstream>,
+    request: Request<Incoming>,
+    respond: &mut SendResponse<Bytes>,
+    interims: Option<Arc<Waiting>>,
+) -> Option<Response<Body>> {
+    let mut service = pin!(request::handle(conn, request, interims.clone()));
+    let mut told = false;
+    poll_fn(|cx| {
+        if let Some(interims) = &interims
+            && !std::mem::replace(&mut told, true)
+        {
+            interims.tell(cx.waker());
+        }
+        let served = service.as_mut().poll(cx);
+        let waiting = interims.as_ref().filter(|interims| interims.any());
+        if served.is_pending() || waiting.is_some() {
+            if respond.poll_reset(cx).is_ready() {
+                return Poll::Ready(None);
+            }
+            if let Some(waiting) = waiting {
+                waiting.send(respond);
+            }
+        }
+        served.map(|response| {
+            if response.is_err() {
+                respond.send_reset(Reason::INTERNAL_ERROR);
+            }
+            response.ok()
+        })
+    })
+    .await
+}
+
+thread_local! {
+    /// The present second and how it is written.
+    static DATE: RefCell<(u64, HeaderValue)> = const { RefCell::new((0, HeaderValue::from_static(""))) };
+}
+
+/// `date` as it is now (RFC 9110 section 6.6.1), written once a second.
+fn date() -> HeaderValue {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    DATE.with_borrow_mut(|(written, value)| {
+        if *written != now.as_secs() {
+            *written = now.as_secs();
+            let text = crate::observe::time::http_date(now.as_secs());
+            *value = HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static(""));
+        }
+        value.clone()
+    })
+}

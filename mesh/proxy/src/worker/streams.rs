@@ -1,0 +1,526 @@
+//! Streams of HTTP/2, as both sides of the proxy use them: the body that comes, the body that goes, the tunnel of a
+//! CONNECT, and what a head may not hold.
+//!
+//! Flow control is passed through: what is read is given back to the sender's window when it is taken out of `h2`, and a
+//! chunk is taken from its source only when the one before it has been handed to `h2`. Capacity is asked for with a chunk
+//! in hand and one byte at a time (`h2` asks for the rest itself), so that a stream that has nothing to send holds none of
+//! the connection's window.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, Bytes};
+use h2::{Reason, RecvStream, SendStream};
+use http::{HeaderMap, header};
+use http_body::{Body, Frame, SizeHint};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::task::AbortHandle;
+
+use super::body::BodyError;
+use super::interim::Waiting;
+use crate::hygiene::fields::{Present, strip_present};
+
+/// Bytes that a tunnel hands over at a time: a frame of the default size.
+const TUNNEL_CHUNK: usize = 16 * 1024;
+
+/// Takes off what HTTP/2 does not know (RFC 9113 section 8.2.2): `h2` refuses to send it.
+pub(crate) fn strip(headers: &mut HeaderMap, request: bool) {
+    let present = Present::of(headers);
+    if present.has(Present::NOT_IN_HTTP2) {
+        strip_present(headers, present);
+        if !request {
+            headers.remove(header::TE);
+        }
+    }
+}
+
+/// `content-length`, which `h2` has checked.
+pub(crate) fn content_length(headers: &HeaderMap) -> Option<u64> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+/// The reason for a reset that an error brings with it.
+fn reason_of(error: &BodyError) -> Reason {
+    let mut inner: Option<&(dyn std::error::Error + 'static)> = Some(&**error);
+    while let Some(error) = inner {
+        if let Some(reason) = error.downcast_ref::<h2::Error>().and_then(h2::Error::reason) {
+            return reason;
+        }
+        inner = error.source();
+    }
+    Reason::INTERNAL_ERROR
+}
+
+/// Ends the sending of a request's body with whoever holds it.
+#[derive(Debug)]
+pub struct Upload(AbortHandle);
+
+impl Upload {
+    /// The task that sends it.
+    pub fn new(task: AbortHandle) -> Self {
+        Self(task)
+    }
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// A body that comes over HTTP/2.
+#[derive(Debug)]
+pub struct Received {
+    stream: RecvStream,
+    /// Bytes that have yet to come, as far as that is known.
+    left: Option<u64>,
+    data_done: bool,
+    /// Seen to have ended.
+    ended: bool,
+    /// Whoever sends it waits to be told that it is wanted.
+    expected: Option<Arc<Waiting>>,
+    /// The request that it answers is still being sent.
+    _upload: Option<Upload>,
+}
+
+impl Received {
+    /// The body of a request with this head. Its client is told to go on through `expected`, if it waits for that.
+    pub fn of_request(stream: RecvStream, headers: &HeaderMap, expected: Option<Arc<Waiting>>) -> Self {
+        Self {
+            expected,
+            ..Self::of_response(stream, headers, None)
+        }
+    }
+
+    /// The body of a response with this head.
+    pub fn of_response(stream: RecvStream, headers: &HeaderMap, upload: Option<Upload>) -> Self {
+        let ended = stream.is_end_stream();
+        Self {
+            left: content_length(headers).or(ended.then_some(0)),
+            stream,
+            data_done: false,
+            ended,
+            expected: None,
+            _upload: upload,
+        }
+    }
+
+    /// A stream that its sender has reset without an error may be read no further, but has been sent as far as it goes:
+    /// after a whole answer a server says so that the rest of the request is not wanted (RFC 9113 section 8.1).
+    fn broke(&mut self, error: h2::Error) -> Option<Result<Frame<Bytes>, h2::Error>> {
+        self.ended = true;
+        let whole = error.reason() == Some(Reason::NO_ERROR) && self.left.is_none_or(|left| left == 0);
+        (!whole).then_some(Err(error))
+    }
+
+    /// The next frame.
+    pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        if !self.data_done {
+            let polled = self.stream.poll_data(cx);
+            if let Some(expected) = self.expected.take()
+                && polled.is_pending()
+            {
+                expected.go_on();
+            }
+            match ready!(polled) {
+                Some(Ok(data)) => {
+                    // The stream may be gone already; its window is, too, then.
+                    let _ = self.stream.flow_control().release_capacity(data.len());
+                    self.left = self.left.map(|left| left.saturating_sub(data.len() as u64));
+                    return Poll::Ready(Some(Ok(Frame::data(data))));
+                }
+                Some(Err(error)) => return Poll::Ready(self.broke(error)),
+                None => self.data_done = true,
+            }
+        }
+        match ready!(self.stream.poll_trailers(cx)) {
+            Ok(trailers) => {
+                self.ended = true;
+                Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))))
+            }
+            Err(error) => Poll::Ready(self.broke(error)),
+        }
+    }
+
+    /// Whether there is nothing more to read.
+    pub fn is_end_stream(&self) -> bool {
+        self.ended || self.stream.is_end_stream()
+    }
+
+    /// What is known of what has yet to come.
+    pub fn size_hint(&self) -> SizeHint {
+        self.left.map_or_else(SizeHint::default, SizeHint::with_exact)
+    }
+}
+
+/// A body that goes over HTTP/2.
+#[derive(Debug)]
+pub(crate) struct Pump<B> {
+    stream: SendStream<Bytes>,
+    body: B,
+    /// A chunk that waits for capacity, and whether it is the last one.
+    chunk: Option<(Bytes, bool)>,
+}
+
+impl<B> Pump<B>
+where
+    B: Body<Data = Bytes, Error = BodyError> + Unpin,
+{
+    /// Sends `body` on `stream`.
+    pub(crate) fn new(stream: SendStream<Bytes>, body: B) -> Self {
+        Self {
+            stream,
+            body,
+            chunk: None,
+        }
+    }
+
+    /// Sends what there is. Ready when there is nothing more to do: everything was sent, the peer wants no more of it, or
+    /// the body has failed, for which the stream has been reset.
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            if let Some((_, last)) = &self.chunk {
+                let last = *last;
+                if !ready!(self.poll_capacity(cx)) {
+                    return Poll::Ready(());
+                }
+                if let Some((data, _)) = self.chunk.take()
+                    && (self.stream.send_data(data, last).is_err() || last)
+                {
+                    return Poll::Ready(());
+                }
+            }
+            match Pin::new(&mut self.body).poll_frame(cx) {
+                // Whoever waits for its source is told when the peer has reset the stream.
+                Poll::Pending => return self.stream.poll_reset(cx).map(|_| ()),
+                Poll::Ready(None) => {
+                    // An error means that the peer has reset the stream.
+                    let _ = self.stream.send_data(Bytes::new(), true);
+                    return Poll::Ready(());
+                }
+                Poll::Ready(Some(Err(error))) => {
+                    self.stream.send_reset(reason_of(&error));
+                    return Poll::Ready(());
+                }
+                Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
+                    Ok(data) => {
+                        let last = self.body.is_end_stream();
+                        if !data.is_empty() {
+                            self.stream.reserve_capacity(1);
+                            self.chunk = Some((data, last));
+                        } else if last {
+                            let _ = self.stream.send_data(data, true);
+                            return Poll::Ready(());
+                        }
+                    }
+                    Err(frame) => {
+                        if let Ok(mut trailers) = frame.into_trailers() {
+                            strip(&mut trailers, false);
+                            self.stream.reserve_capacity(0);
+                            let _ = self.stream.send_trailers(trailers);
+                            return Poll::Ready(());
+                        }
+                    }
+                },
+            }
+        }
+    }
+
+    /// Whether there is capacity for some of the chunk; not, if the stream has been reset.
+    fn poll_capacity(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
+        poll_capacity(&mut self.stream, cx)
+    }
+}
+
+fn poll_capacity(stream: &mut SendStream<Bytes>, cx: &mut Context<'_>) -> Poll<bool> {
+    while stream.capacity() == 0 {
+        match stream.poll_capacity(cx) {
+            // Told once, and used up since by what was buffered.
+            Poll::Ready(Some(Ok(_))) => {}
+            Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(false),
+            Poll::Pending => return Poll::Pending,
+        }
+    }
+    Poll::Ready(true)
+}
+
+/// What is inside of a CONNECT over HTTP/2.
+#[derive(Debug)]
+pub struct TunnelIo {
+    send: SendStream<Bytes>,
+    received: RecvStream,
+    /// Taken out of `h2`, not yet read.
+    unread: Bytes,
+    shut: bool,
+}
+
+impl TunnelIo {
+    /// Of the two halves of a stream.
+    pub fn new(send: SendStream<Bytes>, received: RecvStream) -> Self {
+        Self {
+            send,
+            received,
+            unread: Bytes::new(),
+            shut: false,
+        }
+    }
+}
+
+fn io_error(error: h2::Error) -> io::Error {
+    if error.reason() == Some(Reason::STREAM_CLOSED) {
+        return io::Error::new(io::ErrorKind::BrokenPipe, error);
+    }
+    if error.is_io()
+        && let Some(kind) = error.get_io().map(io::Error::kind)
+    {
+        return io::Error::new(kind, error);
+    }
+    io::Error::other(error)
+}
+
+impl AsyncRead for TunnelIo {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        while this.unread.is_empty() {
+            match ready!(this.received.poll_data(cx)) {
+                None => return Poll::Ready(Ok(())),
+                Some(Ok(data)) => this.unread = data,
+                Some(Err(error)) => {
+                    return Poll::Ready(match error.reason() {
+                        Some(Reason::NO_ERROR | Reason::CANCEL) => Ok(()),
+                        _ => Err(io_error(error)),
+                    });
+                }
+            }
+        }
+        let count = this.unread.len().min(buf.remaining());
+        buf.put_slice(&this.unread[..count]);
+        this.unread.advance(count);
+        let _ = this.received.flow_control().release_capacity(count);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for TunnelIo {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        if buf.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        if this.shut {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        this.send.reserve_capacity(1);
+        if !ready!(poll_capacity(&mut this.send, cx)) {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        let count = buf.len().min(TUNNEL_CHUNK);
+        this.send
+            .send_data(Bytes::copy_from_slice(&buf[..count]), false)
+            .map_err(io_error)?;
+        Poll::Ready(Ok(count))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // The connection writes what it has been handed.
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if !std::mem::replace(&mut this.shut, true) {
+            // A peer that has reset the stream needs no end of it.
+            let _ = this.send.send_data(Bytes::new(), true);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use h2::server::SendResponse;
+    use http::{Request, Response};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    /// The two ends of one stream, as a client and a server have them. The connections are driven by tasks of their own.
+    async fn stream(
+        request: Request<()>,
+    ) -> (
+        SendStream<Bytes>,
+        h2::client::ResponseFuture,
+        RecvStream,
+        SendResponse<Bytes>,
+    ) {
+        let (near, far) = tokio::io::duplex(64 * 1024);
+        let (client, server) = tokio::join!(h2::client::handshake(near), h2::server::handshake(far));
+        let (sender, connection) = client.unwrap();
+        tokio::spawn(connection);
+        let mut server = server.unwrap();
+        let (answer, send) = sender
+            .ready()
+            .await
+            .unwrap()
+            .send_request(request, false)
+            .unwrap();
+        let (request, respond) = server.accept().await.unwrap().unwrap();
+        tokio::spawn(async move { poll_fn(|cx| server.poll_closed(cx)).await });
+        (send, answer, request.into_body(), respond)
+    }
+
+    fn post() -> Request<()> {
+        Request::post("http://a/").body(()).unwrap()
+    }
+
+    /// A body without end, or that fails.
+    struct Endless {
+        taken: usize,
+        fails: Option<BodyError>,
+    }
+
+    impl Body for Endless {
+        type Data = Bytes;
+        type Error = BodyError;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+            let this = self.get_mut();
+            this.taken += 1;
+            Poll::Ready(Some(match this.fails.take() {
+                Some(error) => Err(error),
+                None => Ok(Frame::data(Bytes::from(vec![0; 40_000]))),
+            }))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_chunk_is_taken_from_its_source_when_the_one_before_it_has_been_handed_over() {
+        let (send, _answer, mut received, _respond) = stream(post()).await;
+        let body = Endless {
+            taken: 0,
+            fails: None,
+        };
+        let mut pump = Pump::new(send, body);
+        let mut window = 0;
+        while window < 65_535 {
+            tokio::select! {
+                biased;
+                () = poll_fn(|cx| pump.poll(cx)) => panic!("it has no end"),
+                data = received.data() => window += data.unwrap().unwrap().len(),
+            }
+        }
+        // One that fits the window, one that fits in part and one that waits.
+        assert_eq!(pump.body.taken, 3);
+        received.flow_control().release_capacity(window).unwrap();
+        tokio::select! {
+            biased;
+            () = poll_fn(|cx| pump.poll(cx)) => panic!("it has no end"),
+            data = received.data() => assert!(data.unwrap().is_ok()),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_body_that_fails_resets_its_stream_for_the_reason_that_it_brings() {
+        let given: BodyError = Box::new(h2::Error::from(Reason::CANCEL));
+        for (error, reason) in [
+            (given, Reason::CANCEL),
+            (BodyError::from("cut off"), Reason::INTERNAL_ERROR),
+        ] {
+            let (send, _answer, received, _respond) = stream(post()).await;
+            let body = Endless {
+                taken: 0,
+                fails: Some(error),
+            };
+            let mut pump = Pump::new(send, body);
+            poll_fn(|cx| pump.poll(cx)).await;
+            let mut received = Received::of_response(received, &HeaderMap::new(), None);
+            let told = poll_fn(|cx| received.poll_frame(cx)).await.unwrap();
+            assert_eq!(told.unwrap_err().reason(), Some(reason));
+            assert!(received.is_end_stream());
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_reset_without_an_error_ends_there_unless_more_was_announced() {
+        for announced in [None, Some(10)] {
+            let (_send, answer, _received, mut respond) = stream(post()).await;
+            let mut head = Response::builder();
+            if let Some(length) = announced {
+                head = head.header("content-length", length);
+            }
+            let mut body = respond.send_response(head.body(()).unwrap(), false).unwrap();
+            body.send_data(Bytes::from_static(b"four"), false).unwrap();
+            let (head, answered) = answer.await.unwrap().into_parts();
+            let mut received = Received::of_response(answered, &head.headers, None);
+            assert_eq!(received.size_hint().exact(), announced);
+            let frame = poll_fn(|cx| received.poll_frame(cx)).await.unwrap().unwrap();
+            assert_eq!(frame.into_data().unwrap(), "four");
+            body.send_reset(Reason::NO_ERROR);
+            let end = poll_fn(|cx| received.poll_frame(cx)).await;
+            assert_eq!(end.is_some_and(|end| end.is_err()), announced.is_some());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_tunnel_carries_more_than_its_windows_both_ways_and_ends_by_halves() {
+        let request = Request::connect("a:80").body(()).unwrap();
+        let (send, answer, received, mut respond) = stream(request).await;
+        let back = respond.send_response(Response::new(()), false).unwrap();
+        let mut near = TunnelIo::new(send, answer.await.unwrap().into_body());
+        let mut far = TunnelIo::new(back, received);
+        let sent: Vec<u8> = (0..300_000u32).map(|at| at as u8).collect();
+        let echo = async {
+            let mut got = vec![0; sent.len()];
+            far.read_exact(&mut got).await.unwrap();
+            assert_eq!(far.read(&mut [0; 1]).await.unwrap(), 0, "its end");
+            far.write_all(&got).await.unwrap();
+            far.shutdown().await.unwrap();
+        };
+        let (read, write) = tokio::io::split(&mut near);
+        let ask = async {
+            let (mut read, mut write) = (read, write);
+            write.write_all(&sent).await.unwrap();
+            write.shutdown().await.unwrap();
+            assert_eq!(
+                write.write(b"x").await.unwrap_err().kind(),
+                io::ErrorKind::BrokenPipe
+            );
+            let mut got = Vec::new();
+            read.read_to_end(&mut got).await.unwrap();
+            got
+        };
+        let ((), got) = tokio::join!(echo, ask);
+        assert!(got == sent);
+    }
+
+    #[test]
+    fn what_http2_does_not_know_is_not_sent() {
+        let headers = || {
+            let mut headers = HeaderMap::new();
+            for name in ["connection", "keep-alive", "upgrade", "x-own", "accept"] {
+                headers.insert(name, http::HeaderValue::from_static("x-own"));
+            }
+            headers.insert("te", http::HeaderValue::from_static("trailers, gzip"));
+            headers
+        };
+        let names = |request| {
+            let mut headers = headers();
+            strip(&mut headers, request);
+            let mut names: Vec<_> = headers.keys().map(|name| name.as_str().to_owned()).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(names(true), ["accept", "te"]);
+        assert_eq!(names(false), ["accept"]);
+    }
+}
