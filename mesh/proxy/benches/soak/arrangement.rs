@@ -237,7 +237,7 @@ impl Arrangement {
     }
 
     /// The next change of each kind whose turn it is.
-    pub(crate) fn change(&mut self, number: u32) -> anyhow::Result<()> {
+    pub(crate) fn change(&mut self, number: u32) {
         self.routes(number);
         if number.is_multiple_of(3) {
             self.endpoints(number / 3);
@@ -262,7 +262,12 @@ impl Arrangement {
         if number.is_multiple_of(150) {
             self.listeners(number / 150);
         }
-        Ok(())
+    }
+
+    /// The end of the cluster whose endpoint is the proxy itself, so that its connections are not taken for clients'.
+    pub(crate) fn end(&self) {
+        self.ads.source.remove(ResourceType::Cluster, "three");
+        self.ads.source.remove(ResourceType::Endpoints, "three");
     }
 
     /// What the proxy refused.

@@ -7,9 +7,10 @@ use std::time::Instant;
 
 use anyhow::Context;
 use bytes::Bytes;
-use http::{Method, Request};
+use http::{Method, Request, Response};
 use http_body_util::{BodyExt, Full};
-use hyper::client::conn::{http1, http2};
+use hyper::body::Incoming;
+use hyper::client::conn::{TrySendError, http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -29,6 +30,8 @@ pub(crate) struct Counts {
     absent: AtomicU64,
     /// Left by the client.
     left: AtomicU64,
+    /// Not sent, since the proxy had said goodbye on the connection: asked again on another one.
+    unsent: AtomicU64,
     /// Neither.
     pub(crate) unexpected: AtomicU64,
 }
@@ -37,32 +40,62 @@ fn add(to: &AtomicU64) {
     to.fetch_add(1, Ordering::Relaxed);
 }
 
+/// Why there is no answer.
+#[derive(Debug)]
+enum Failed {
+    /// The request has not left this client.
+    Unsent,
+    /// Anything else.
+    Broken(hyper::Error),
+}
+
+/// The status of an answer that came whole.
+async fn whole(
+    sent: impl Future<Output = Result<Response<Incoming>, TrySendError<Request<Full<Bytes>>>>>,
+) -> Result<u16, Failed> {
+    let response = sent.await.map_err(|mut error| {
+        if error.take_message().is_some() {
+            Failed::Unsent
+        } else {
+            Failed::Broken(error.into_error())
+        }
+    })?;
+    let status = response.status().as_u16();
+    response.into_body().collect().await.map_err(Failed::Broken)?;
+    Ok(status)
+}
+
 impl Counts {
     pub(crate) fn told(&self) -> String {
         let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
         format!(
-            "{} requests answered, {} broken off by their endpoint, {} for an absent cluster, {} left by their client",
+            "{} requests answered, {} broken off by their endpoint, {} for an absent cluster, {} left by their client, {} \
+             not sent where the proxy had said goodbye",
             of(&self.answered),
             of(&self.broken),
             of(&self.absent),
             of(&self.left),
+            of(&self.unsent),
         )
     }
 
-    /// Takes note of an answer; nothing is one that broke off.
-    fn note(&self, path: &str, status: Option<u16>) {
-        match status {
-            Some(200) => add(&self.answered),
-            Some(503) if path.starts_with("/t") => add(&self.absent),
-            // The moody endpoint is behind `/1` and `/3`.
-            None | Some(503) if !path.starts_with("/2") && !path.starts_with("/t") => add(&self.broken),
+    /// Takes note of an answer; whether the connection may be used again.
+    fn note(&self, path: &str, answer: Result<u16, Failed>) -> bool {
+        // The moody endpoint is behind `/1` and `/3`.
+        let moody = !path.starts_with("/2") && !path.starts_with("/t");
+        match &answer {
+            Ok(200) => add(&self.answered),
+            Ok(503) if path.starts_with("/t") => add(&self.absent),
+            Ok(503) | Err(Failed::Broken(_)) if moody => add(&self.broken),
+            Err(Failed::Unsent) => add(&self.unsent),
             other => {
-                if self.unexpected.load(Ordering::Relaxed) < 5 {
+                if self.unexpected.load(Ordering::Relaxed) < 10 {
                     eprintln!("soak: {path} was answered {other:?}");
                 }
                 add(&self.unexpected);
             }
         }
+        answer.is_ok()
     }
 }
 
@@ -150,15 +183,10 @@ async fn kept(target: &Target, round: u32, requests: u32) -> anyhow::Result<()> 
         if sender.ready().await.is_err() {
             break;
         }
-        let sent = sender.send_request(request(path, round, "")?);
-        let status = match sent.await {
-            Ok(response) => {
-                let status = response.status().as_u16();
-                response.into_body().collect().await.ok().map(|_| status)
-            }
-            Err(_) => None,
-        };
-        target.counts.note(path, status);
+        let sent = sender.try_send_request(request(path, round, "")?);
+        if !target.counts.note(path, whole(sent).await) {
+            break;
+        }
     }
     task.abort();
     Ok(())
@@ -177,7 +205,7 @@ where
             let mut sender = sender.clone();
             async move {
                 let path = PATHS[round as usize % PATHS.len()];
-                let sent = sender.send_request(request(path, round, authority)?);
+                let sent = sender.try_send_request(request(path, round, authority)?);
                 if round.is_multiple_of(9) {
                     tokio::select! {
                         biased;
@@ -185,21 +213,17 @@ where
                         () = tokio::task::yield_now() => {}
                     }
                     add(&target.counts.left);
-                    return anyhow::Ok(());
+                    return anyhow::Ok(true);
                 }
-                let status = match sent.await {
-                    Ok(response) => {
-                        let status = response.status().as_u16();
-                        response.into_body().collect().await.ok().map(|_| status)
-                    }
-                    Err(_) => None,
-                };
-                target.counts.note(path, status);
-                Ok(())
+                Ok(target.counts.note(path, whole(sent).await))
             }
         });
+        let mut good = true;
         for done in futures::future::join_all(asked).await {
-            done?;
+            good &= done?;
+        }
+        if !good {
+            break;
         }
     }
     drop(sender);

@@ -103,7 +103,7 @@ async fn run() -> anyhow::Result<()> {
     let mut changes = 0u32;
     while start.elapsed() < whole {
         changes += 1;
-        arrangement.change(changes)?;
+        arrangement.change(changes);
         tokio::time::sleep(PAUSE).await;
         report.sample(start.elapsed(), &counts, changes).await?;
         if let Some(status) = child.try_wait()? {
@@ -113,6 +113,7 @@ async fn run() -> anyhow::Result<()> {
     while let Some(ended) = clients.join_next().await {
         ended??;
     }
+    arrangement.end();
     let refused = arrangement.refusals();
     report.ended(&counts, changes).await?;
     child.kill().await?;

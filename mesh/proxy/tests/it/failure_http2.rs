@@ -138,11 +138,9 @@ fn goaway(last: u32, code: u32) -> Vec<u8> {
 
 async fn setup(endpoint: SocketAddr, action: route::RouteAction) -> (Harness, SocketAddr) {
     let harness = Harness::start();
-    harness
-        .put(ResourceType::Cluster, "c", &speaking_h2(counted_cluster("c")))
+    let at = harness
+        .serve_cluster(&speaking_h2(counted_cluster("c")), &[endpoint], action)
         .await;
-    harness.endpoints("c", &[endpoint]).await;
-    let at = harness.serve(vec![prefix_route("/", action)]).await;
     (harness, at)
 }
 
@@ -532,11 +530,9 @@ async fn vanishing(bytes: &[u8], http2: bool) {
         }
     });
     let harness = Harness::start();
-    harness
-        .put(ResourceType::Cluster, "c", &counted_cluster("c"))
+    let at = harness
+        .serve_cluster(&counted_cluster("c"), &[upstream], to_cluster("c"))
         .await;
-    harness.endpoints("c", &[upstream]).await;
-    let at = harness.serve(vec![prefix_route("/", to_cluster("c"))]).await;
     for abrupt in [false, true] {
         for cut in 0..=bytes.len() {
             let mut client = TcpStream::connect(at).await.unwrap();

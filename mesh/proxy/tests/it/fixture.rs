@@ -356,6 +356,18 @@ impl Harness {
             .await
     }
 
+    /// A listener that sends everything to this cluster, as the action says.
+    pub(crate) async fn serve_cluster(
+        &self,
+        cluster: &cluster::Cluster,
+        endpoints: &[SocketAddr],
+        action: route::RouteAction,
+    ) -> SocketAddr {
+        self.put(ResourceType::Cluster, &cluster.name, cluster).await;
+        self.endpoints(&cluster.name, endpoints).await;
+        self.serve(vec![prefix_route("/", action)]).await
+    }
+
     pub(crate) async fn routes(&self, virtual_hosts: Vec<route::VirtualHost>) {
         let config = route::RouteConfiguration {
             name: "80".into(),

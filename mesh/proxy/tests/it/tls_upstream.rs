@@ -389,9 +389,9 @@ async fn a_cluster_waits_for_its_secrets_rotates_them_and_resumes_sessions_in_be
     );
     // A connection for each request.
     message.max_requests_per_connection = super::fixture::number(1);
-    harness.put(ResourceType::Cluster, "c", &message).await;
-    harness.endpoints("c", &[front.address]).await;
-    let at = harness.serve(vec![prefix_route("/", to_cluster("c"))]).await;
+    let at = harness
+        .serve_cluster(&message, &[front.address], to_cluster("c"))
+        .await;
     let (status, headers, _) = get(at, "/").await;
     assert_eq!(
         (status, headers["x-serin-response-flags"].to_str().unwrap()),
@@ -430,11 +430,9 @@ async fn connections_made_before_tls_was_asked_for_are_not_used_after() {
     let mut front = Front::start(&authority.issue(&[SERVER]), None, &[], backend.address).await;
     let harness = Harness::start();
     let socket = |sni| client_socket(common(None, Some(authority.context()), &[]), sni);
-    harness
-        .put(ResourceType::Cluster, "c", &secured("c", socket("one")))
+    let at = harness
+        .serve_cluster(&secured("c", socket("one")), &[front.address], to_cluster("c"))
         .await;
-    harness.endpoints("c", &[front.address]).await;
-    let at = harness.serve(vec![prefix_route("/", to_cluster("c"))]).await;
     assert_eq!(get(at, "/").await.0, 200);
     assert_eq!(front.next().await.server_name.as_deref(), Some("one"));
     // The same again changes nothing.
