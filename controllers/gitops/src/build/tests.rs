@@ -1,7 +1,9 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use serin_crds::flux::kustomize::{CommonMetadata, Image, Kustomization, Patch, PostBuild, Selector};
+use serin_crds::flux::kustomize::{
+    BuildMetadata, CommonMetadata, Image, Kustomization, Patch, PostBuild, Selector,
+};
 
 use crate::source::tree_testing::snapshot;
 
@@ -79,6 +81,37 @@ fn without_a_kustomization_file_all_yaml_files_below_the_path_are_taken() {
     assert_eq!(
         ids,
         ["ConfigMap/prod/a", "ConfigMap/prod/b", "ConfigMap/prod/p-c"]
+    );
+}
+
+#[test]
+fn build_metadata_of_the_spec_joins_that_of_the_repository() {
+    let files = [
+        (
+            "deploy/kustomization.yaml",
+            "resources: [map.yaml]\nbuildMetadata: [managedByLabel]\n",
+        ),
+        (
+            "deploy/map.yaml",
+            "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: a\n",
+        ),
+    ];
+    let spec = KustomizationSpec {
+        path: Some("deploy".into()),
+        target_namespace: Some("prod".into()),
+        build_metadata: vec![BuildMetadata::OriginAnnotations],
+        ..Default::default()
+    };
+    let built = run(&files, &spec, None).unwrap();
+    let metadata = &plain(&built)["ConfigMap/prod/a"]["metadata"];
+    assert_eq!(
+        metadata["annotations"]["config.kubernetes.io/origin"],
+        "path: map.yaml\n"
+    );
+    let managed = metadata["labels"]["app.kubernetes.io/managed-by"].as_str();
+    assert!(
+        managed.is_some_and(|by| by.starts_with("kustomize-")),
+        "{metadata}"
     );
 }
 

@@ -416,6 +416,14 @@ impl Sources {
             None => Auth::default(),
         };
         if let Some(reference) = &spec.proxy_secret_ref {
+            // libgit2 goes past the proxy of a plain http address, which must not happen in silence.
+            if !matches!(place, Place::Http { tls: true, .. }) {
+                return Err(Fault::terminal(
+                    "FieldsRefused",
+                    "spec.proxySecretRef is honoured for https addresses only: write https in spec.url, or leave the proxy out"
+                        .into(),
+                ));
+            }
             let keys = self.secret(key, &reference.name).await?;
             auth.add_proxy(&keys)
                 .map_err(|reason| failed(&reference.name, reason))?;

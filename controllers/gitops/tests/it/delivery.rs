@@ -1,8 +1,10 @@
 //! From a push to applied, healthy objects.
 
+use futures::StreamExt as _;
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::ConfigMap;
+use k8s_openapi::api::core::v1::{ConfigMap, Event};
 use kube::api::{DeleteParams, Patch, PatchParams};
+use kube::runtime::watcher;
 use serde_json::json;
 use serin_crds::flux::kustomize::Kustomization;
 use serin_gitops::What;
@@ -406,6 +408,62 @@ async fn a_request_by_annotation_is_handled_and_echoed_and_a_suspended_object_re
         |m: Option<&ConfigMap>| m.and_then(|m| m.data.as_ref()?.get("key").cloned()).as_deref() == Some("2"),
     )
     .await;
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn events_tell_what_a_revision_changed_and_one_that_changed_nothing_is_told_by_none() {
+    let cluster = Cluster::start().await;
+    let repo = cluster.repository("app");
+    let first = repo.push(&[("deploy/a.yaml", &config_map("a", "1"))]);
+    cluster.source("app", &repo).await;
+    cluster.kustomization("app", json!({})).await;
+    cluster.applied("app", &first).await;
+    let idle = repo.push(&[("deploy/a.yaml", &config_map("a", "1")), ("README", "words")]);
+    cluster.applied("app", &idle).await;
+    let last = repo.push(&[("deploy/b.yaml", &config_map("b", "1"))]);
+    cluster.applied("app", &last).await;
+    let told = |event: &Event| {
+        (event.involved_object.kind.as_deref() == Some("Kustomization")).then(|| {
+            (
+                event.reason.clone().unwrap_or_default(),
+                event.message.clone().unwrap_or_default(),
+            )
+        })
+    };
+    let mut events = Vec::new();
+    let mut watch = std::pin::pin!(watcher(cluster.api::<Event>(NS), watcher::Config::default()));
+    let all = async {
+        while let Some(event) = watch.next().await {
+            if let Ok(watcher::Event::Apply(event) | watcher::Event::InitApply(event)) = event {
+                events.extend(told(&event));
+            }
+            let succeeded = events.iter().filter(|(r, _)| r == "ReconciliationSucceeded");
+            if succeeded.count() == 2 {
+                break;
+            }
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(30), all)
+        .await
+        .expect("both revisions are told");
+    let changes: Vec<&str> = events
+        .iter()
+        .filter(|(reason, _)| reason == "Progressing")
+        .map(|(_, message)| message.as_str())
+        .collect();
+    assert_eq!(
+        changes,
+        [
+            "ConfigMap/prod/a created",
+            "ConfigMap/prod/b created\nConfigMap/prod/a deleted"
+        ],
+        "{events:#?}"
+    );
+    assert!(
+        events.iter().all(|(_, message)| !message.contains(&idle)),
+        "{events:#?}"
+    );
     cluster.stop().await;
 }
 

@@ -1,6 +1,7 @@
 //! A git server over http: git's own `http-backend` behind a small web server. Skipped where git is not installed.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::Arc;
@@ -12,9 +13,13 @@ use axum::extract::State;
 use axum::response::Response;
 use base64::Engine as _;
 use http::{HeaderMap, Method, StatusCode, Uri};
+use parking_lot::Mutex;
 use serde_json::json;
 use serin_crds::flux::source::GitRepository;
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 
 use crate::cluster::{Cluster, NS, Repository, condition, config_map};
 
@@ -107,7 +112,7 @@ async fn serve(cluster: &Cluster, authorization: Option<String>) -> (String, Arc
         authorization,
         sent_bytes: sent_bytes.clone(),
     };
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let router = Router::new().fallback(backend).with_state(served);
     // Ends with the test's runtime.
@@ -292,4 +297,171 @@ fn tag(repo: &Repository, name: &str, commit: &str, annotated: bool) {
     } else {
         git.tag_lightweight(name, &target, false).unwrap();
     }
+}
+
+/// A listener for connections with TLS.
+struct Encrypted {
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+}
+
+impl axum::serve::Listener for Encrypted {
+    type Io = TlsStream<TcpStream>;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
+        loop {
+            let (stream, address) = self.listener.accept().await.unwrap();
+            // A client that does not trust the certificate goes away.
+            if let Ok(stream) = self.acceptor.accept(stream).await {
+                return (stream, address);
+            }
+        }
+    }
+
+    fn local_addr(&self) -> std::io::Result<Self::Addr> {
+        self.listener.local_addr()
+    }
+}
+
+/// Serves the repositories with TLS as `git.example.invalid`; gives the port and the certificate of the authority.
+async fn serve_encrypted(cluster: &Cluster, authorization: String) -> (SocketAddr, String) {
+    let mut parameters = rcgen::CertificateParams::default();
+    parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let authority =
+        rcgen::CertifiedIssuer::self_signed(parameters, rcgen::KeyPair::generate().unwrap()).unwrap();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let leaf = rcgen::CertificateParams::new(vec!["git.example.invalid".to_owned()])
+        .unwrap()
+        .signed_by(&key, &authority)
+        .unwrap();
+    let provider = Arc::new(tokio_rustls::rustls::crypto::aws_lc_rs::default_provider());
+    let config = tokio_rustls::rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![leaf.der().clone()], key.serialize_der().try_into().unwrap())
+        .unwrap();
+    let listener = Encrypted {
+        listener: TcpListener::bind("127.0.0.1:0").await.unwrap(),
+        acceptor: TlsAcceptor::from(Arc::new(config)),
+    };
+    let address = listener.listener.local_addr().unwrap();
+    let router = Router::new().fallback(backend).with_state(Served {
+        root: cluster.dir.path().to_path_buf(),
+        authorization: Some(authorization),
+        sent_bytes: Arc::default(),
+    });
+    // Ends with the test's runtime.
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    (address, authority.pem())
+}
+
+/// A proxy that opens tunnels to `to`, whatever host is asked for, for those who say `authorization`; gives its address
+/// and the hosts that were asked for.
+async fn tunnels(to: SocketAddr, authorization: String) -> (SocketAddr, Arc<Mutex<Vec<String>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let asked = Arc::<Mutex<Vec<String>>>::default();
+    let noted = asked.clone();
+    tokio::spawn(async move {
+        loop {
+            let (client, _) = listener.accept().await.unwrap();
+            let (authorization, noted) = (authorization.clone(), noted.clone());
+            tokio::spawn(async move {
+                let mut client = BufReader::new(client);
+                loop {
+                    let mut head = String::new();
+                    while !head.ends_with("\r\n\r\n") {
+                        if client.read_line(&mut head).await.unwrap_or(0) == 0 {
+                            return;
+                        }
+                    }
+                    if head.contains(&format!("Proxy-Authorization: {authorization}\r\n")) {
+                        noted.lock().push(head.lines().next().unwrap().to_owned());
+                        break;
+                    }
+                    let refusal = "HTTP/1.1 407 Proxy Authentication Required\r\nProxy-Authenticate: Basic realm=proxy\r\nContent-Length: 0\r\n\r\n";
+                    client.write_all(refusal.as_bytes()).await.unwrap();
+                }
+                let mut server = TcpStream::connect(to).await.unwrap();
+                client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
+            });
+        }
+    });
+    (address, asked)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_repository_behind_https_is_fetched_through_the_proxy_of_its_secret() {
+    if !git_is_here() {
+        return;
+    }
+    let basic = |who: &str| {
+        let encoded = base64::engine::general_purpose::STANDARD.encode(who);
+        format!("Basic {encoded}")
+    };
+    let cluster = Cluster::start().await;
+    let repo = cluster.repository("app");
+    let first = repo.push(&[("a.yaml", &config_map("a", "1"))]);
+    let (server, authority) = serve_encrypted(&cluster, basic("user:secret")).await;
+    let (proxy, asked) = tunnels(server, basic("through:p@ss/word")).await;
+    let secret = |name: &str, data: serde_json::Value| json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name, "namespace": NS}, "stringData": data});
+    let user = json!({"username": "user", "password": "secret", "ca.crt": authority});
+    cluster.create(secret("git", user)).await;
+    // Nobody but the proxy knows this host.
+    let https = "https://git.example.invalid/app";
+    let through = |url: &str, secret: &str| json!({"url": url, "interval": "10m", "ref": {"branch": "main"}, "secretRef": {"name": "git"}, "proxySecretRef": {"name": secret}});
+    for (name, url, data, wanted) in [
+        (
+            "socks",
+            https,
+            json!({"address": "socks5://127.0.0.1:1"}),
+            "socks5 is not honoured",
+        ),
+        ("nowhere", https, json!({"host": "x"}), "has no key 'address'"),
+        (
+            "unencrypted",
+            "http://git.example.invalid/app",
+            json!({"address": format!("http://{proxy}")}),
+            "spec.proxySecretRef is honoured for https",
+        ),
+        (
+            "stranger",
+            https,
+            json!({"address": format!("http://{proxy}"), "username": "through", "password": "wrong"}),
+            "proxy",
+        ),
+    ] {
+        cluster.create(secret(name, data)).await;
+        let mut spec = through(url, name);
+        if url != https {
+            spec.as_object_mut().unwrap().remove("secretRef");
+        }
+        source(&cluster, name, spec).await;
+        let refused = cluster
+            .git(name, "refused", |g| {
+                condition(g, "Ready").is_some_and(|(s, ..)| s == "False")
+            })
+            .await;
+        let message = condition(&refused, "Ready").unwrap().2;
+        assert!(
+            message.contains(wanted) && !message.contains("wrong"),
+            "{name}: {message}"
+        );
+    }
+    assert!(asked.lock().is_empty(), "nobody has come through yet");
+    let data = json!({"address": format!("http://{proxy}"), "username": "through", "password": "p@ss/word"});
+    cluster.create(secret("proxy", data)).await;
+    source(&cluster, "app", through(https, "proxy")).await;
+    cluster.git("app", "fetched", at(&first)).await;
+    assert!(
+        asked
+            .lock()
+            .iter()
+            .all(|line| line == "CONNECT git.example.invalid:443 HTTP/1.1"),
+        "{asked:?}"
+    );
+    cluster.stop().await;
 }

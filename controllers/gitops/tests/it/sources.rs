@@ -215,6 +215,90 @@ async fn a_webhook_makes_its_sources_look_at_once_and_strangers_get_nothing() {
 }
 
 #[tokio::test]
+async fn a_suspended_source_stays_where_it_is_until_it_is_resumed() {
+    let cluster = Cluster::start().await;
+    let repo = cluster.repository("app");
+    let first = repo.push(&[("a.yaml", &config_map("a", "1"))]);
+    let at = |revision: &str| {
+        let revision = revision.to_owned();
+        move |g: &GitRepository| {
+            let artifact = g.status.as_ref().and_then(|s| s.artifact.as_ref());
+            artifact.is_some_and(|a| a.revision == revision)
+        }
+    };
+    for name in ["app", "other"] {
+        cluster.source(name, &repo).await;
+        cluster.git(name, "at the first revision", at(&first)).await;
+    }
+    let suspend = |yes: bool| json!({"spec": {"suspend": yes}, "metadata": {"annotations": {"reconcile.fluxcd.io/requestedAt": "now"}}});
+    cluster.merge::<GitRepository>(NS, "app", suspend(true)).await;
+    let second = repo.push(&[("a.yaml", &config_map("a", "2"))]);
+    cluster.git("other", "at the second revision", at(&second)).await;
+    let suspended = cluster.api::<GitRepository>(NS).get("app").await.unwrap();
+    assert!(at(&first)(&suspended), "{suspended:?}");
+    assert_eq!(suspended.status.unwrap().last_handled_reconcile_at, None);
+    cluster.merge::<GitRepository>(NS, "app", suspend(false)).await;
+    let resumed = cluster.git("app", "at the second revision", at(&second)).await;
+    assert_eq!(
+        resumed.status.unwrap().last_handled_reconcile_at.as_deref(),
+        Some("now")
+    );
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn a_suspended_receiver_answers_nobody_until_it_is_resumed() {
+    let cluster = Cluster::start().await;
+    let repo = cluster.repository("app");
+    repo.push(&[("deploy/a.yaml", &config_map("a", "1"))]);
+    cluster.source("app", &repo).await;
+    cluster.create(json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "hook", "namespace": NS}, "stringData": {"token": "t0ken"}})).await;
+    cluster
+        .create(json!({"apiVersion": "notification.toolkit.fluxcd.io/v1", "kind": "Receiver", "metadata": {"name": "hook", "namespace": NS},
+            "spec": {"type": "generic", "interval": "1m", "suspend": true, "secretRef": {"name": "hook"}, "resources": [{"kind": "GitRepository", "name": "app"}]}}))
+        .await;
+    let cancel = CancellationToken::new();
+    let receivers = Receivers::new(cluster.client.clone(), cancel.clone());
+    let running = {
+        let (receivers, cancel) = (receivers.clone(), cancel.clone());
+        tokio::spawn(async move { receivers.run(cancel).await })
+    };
+    let suspend = |yes: bool| json!({"spec": {"suspend": yes}});
+    let hook: Receiver = cluster.merge(NS, "hook", suspend(false)).await;
+    assert!(hook.status.is_none_or(|s| s.webhook_path.is_none()));
+    let receiver = until(cluster.api(NS), "hook", "ready", |r: Option<&Receiver>| {
+        r.is_some_and(|r| r.status.as_ref().is_some_and(|s| s.webhook_path.is_some()))
+    })
+    .await
+    .unwrap();
+    let path = receiver.status.unwrap().webhook_path.unwrap();
+    let call = || async {
+        let request = Request::post(path.as_str()).body(Body::empty()).unwrap();
+        receivers.router().oneshot(request).await.unwrap().status()
+    };
+    assert_eq!(call().await, StatusCode::OK);
+    cluster.merge::<Receiver>(NS, "hook", suspend(true)).await;
+    let becomes = |wanted: StatusCode| async move {
+        while call().await != wanted {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), becomes(StatusCode::NOT_FOUND))
+        .await
+        .expect("a suspended receiver is gone");
+    cluster.merge::<Receiver>(NS, "hook", suspend(false)).await;
+    tokio::time::timeout(Duration::from_secs(10), becomes(StatusCode::OK))
+        .await
+        .expect("a resumed receiver answers");
+    cancel.cancel();
+    tokio::time::timeout(Duration::from_secs(10), running)
+        .await
+        .unwrap()
+        .unwrap();
+    cluster.stop().await;
+}
+
+#[tokio::test]
 async fn the_cache_of_a_source_goes_with_it_and_a_shared_one_stays() {
     let cluster = Cluster::start().await;
     let (one, two) = (cluster.repository("one"), cluster.repository("two"));

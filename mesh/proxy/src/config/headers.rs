@@ -2,6 +2,7 @@
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 use serin_xds::pb::envoy::config::core::v3 as core;
+use serin_xds::pb::envoy::config::route::v3 as route;
 
 use crate::error::{Refusal, Within};
 
@@ -86,7 +87,42 @@ pub struct HeaderOps {
     add: Box<[Addition]>,
 }
 
+/// A message that says what is done to the fields of requests and of responses.
+pub(crate) trait Mutating {
+    /// What is added and removed, of requests and of responses.
+    fn mutations(&self) -> [(&[core::HeaderValueOption], &[String]); 2];
+}
+
+macro_rules! mutating {
+    ($($message:ty),+) => {$(
+        impl Mutating for $message {
+            fn mutations(&self) -> [(&[core::HeaderValueOption], &[String]); 2] {
+                [
+                    (&self.request_headers_to_add, &self.request_headers_to_remove),
+                    (&self.response_headers_to_add, &self.response_headers_to_remove),
+                ]
+            }
+        }
+    )+};
+}
+
+mutating!(
+    route::RouteConfiguration,
+    route::VirtualHost,
+    route::Route,
+    route::weighted_cluster::ClusterWeight
+);
+
 impl HeaderOps {
+    /// What a message does to requests, and to responses.
+    pub(crate) fn of(message: &impl Mutating) -> Result<(Self, Self), Refusal> {
+        let [(add, remove), (response_add, response_remove)] = message.mutations();
+        Ok((
+            Self::compile(add, remove, "request_headers")?,
+            Self::compile(response_add, response_remove, "response_headers")?,
+        ))
+    }
+
     /// Compiles `*_headers_to_add` and `*_headers_to_remove`.
     pub(crate) fn compile(
         add: &[core::HeaderValueOption],

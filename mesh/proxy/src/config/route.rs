@@ -214,8 +214,12 @@ pub struct Forward {
     pub timeout: Option<Duration>,
     /// Limit of silence on the stream; `None` inherits the listener's.
     pub idle_timeout: Option<Option<Duration>>,
+    /// What gRPC calls may say of the limit for the whole exchange (`max_grpc_timeout`).
+    pub grpc_timeout: Option<GrpcTimeout>,
     /// Limit of the whole stream.
     pub max_stream_duration: Option<Duration>,
+    /// What gRPC calls may say of it (`grpc_timeout_header_max`).
+    pub grpc_stream_duration: Option<GrpcTimeout>,
     /// Whether and when to try again.
     pub retry: Option<RetryPolicy>,
     /// Path change.
@@ -287,20 +291,13 @@ impl VirtualHost {
                     .within(format!("routes[{index}]"))
             })
             .collect::<Result<_, _>>()?;
+        let (request_headers, response_headers) = HeaderOps::of(from)?;
         Ok(Self {
             name: from.name.as_str().into(),
             domains: from.domains.iter().map(|domain| domain.as_str().into()).collect(),
             routes,
-            request_headers: HeaderOps::compile(
-                &from.request_headers_to_add,
-                &from.request_headers_to_remove,
-                "request_headers",
-            )?,
-            response_headers: HeaderOps::compile(
-                &from.response_headers_to_add,
-                &from.response_headers_to_remove,
-                "response_headers",
-            )?,
+            request_headers,
+            response_headers,
             attempt_count: from.include_request_attempt_count,
             attempt_count_in_response: from.include_attempt_count_in_response,
             per_filter,
@@ -368,20 +365,13 @@ impl Route {
             }
             None => return Err(Refusal::new("action", "is missing")),
         };
+        let (request_headers, response_headers) = HeaderOps::of(from)?;
         Ok(Self {
             name: from.name.as_str().into(),
             matches,
             action,
-            request_headers: HeaderOps::compile(
-                &from.request_headers_to_add,
-                &from.request_headers_to_remove,
-                "request_headers",
-            )?,
-            response_headers: HeaderOps::compile(
-                &from.response_headers_to_add,
-                &from.response_headers_to_remove,
-                "response_headers",
-            )?,
+            request_headers,
+            response_headers,
             per_filter,
         })
     }
@@ -469,10 +459,12 @@ impl Rewrite {
 }
 
 mod forward;
+mod grpc_timeout;
 mod local;
 mod matching;
 mod template;
 
+use grpc_timeout::GrpcTimeout;
 use local::split_port;
 use matching::PathMatch;
 pub use matching::{RouteFacts, is_grpc};

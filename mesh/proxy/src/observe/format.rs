@@ -210,6 +210,7 @@ impl Json {
                 Datum::Number(number) => {
                     let _ = write!(out, "{number}");
                 }
+                Datum::Quoted(text) => quote(text, out),
                 Datum::Json(value) => {
                     let _ = write!(out, "{value}");
                 }
@@ -316,6 +317,11 @@ impl Template {
                     }
                     Datum::Json(serde_json::Value::String(text)) => out.push_str(cut(&text, operator.limit)),
                     Datum::Json(value) => out.push_str(cut(&value.to_string(), operator.limit)),
+                    Datum::Quoted(text) => {
+                        let mut quoted = String::with_capacity(text.len() + 2);
+                        quote(text, &mut quoted);
+                        out.push_str(cut(&quoted, operator.limit));
+                    }
                 },
             }
         }

@@ -10,6 +10,7 @@ use super::buffer::Buffer;
 use super::compressor::Compressor;
 use super::ext_authz::ExtAuthz;
 use super::ext_proc::ExtProc;
+use super::filter_state::SetFilterState;
 use super::grpc_stats::GrpcStats;
 use super::header_mutation::HeaderMutation;
 use super::jwt::JwtAuthn;
@@ -49,6 +50,8 @@ pub enum Kind {
     HeaderMutation(Arc<HeaderMutation>),
     /// Fixed metadata.
     SetMetadata(SetMetadata),
+    /// Objects of the filter state.
+    SetFilterState(Arc<SetFilterState>),
     /// Holding requests.
     Buffer(Buffer),
     /// Global rate limit.
@@ -202,6 +205,9 @@ pub(crate) fn compile(
             Some(any) => Kind::SetMetadata(SetMetadata::compile(&convert::unpack(any, type_name)?)?),
             None => return Ok(None),
         },
+        ("envoy.extensions.filters.http.set_filter_state.v3.Config", _) => {
+            Kind::SetFilterState(Arc::new(SetFilterState::compile(&unpack(config, type_name)?)?))
+        }
         ("envoy.extensions.filters.http.buffer.v3.Buffer", _) => {
             Kind::Buffer(Buffer::compile(&unpack(config, type_name)?)?)
         }

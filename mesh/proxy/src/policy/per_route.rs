@@ -12,6 +12,7 @@ use super::buffer::Buffer;
 use super::compressor::PerRouteCompressor;
 use super::ext_authz::PerRouteAuthz;
 use super::ext_proc::PerRouteProc;
+use super::filter_state::SetFilterState;
 use super::header_mutation::HeaderMutation;
 use super::jwt::PerRouteJwt;
 use super::local_rate_limit::LocalRateLimit;
@@ -58,6 +59,8 @@ pub enum Override {
     Compressor(Option<PerRouteCompressor>),
     /// Clusters on demand; `None` switches them off.
     OnDemand(Option<OnDemandClusters>),
+    /// Objects of the filter state, beside those of the chain and of less specific levels.
+    SetFilterState(Arc<SetFilterState>),
 }
 
 /// Overrides by filter name.
@@ -157,6 +160,9 @@ fn compile(any: &Any, context: &mut Context<'_>) -> Result<Option<Override>, Ref
         "envoy.extensions.filters.http.set_metadata.v3.Config" => {
             Override::SetMetadata(SetMetadata::compile(&convert::unpack(any, type_name)?)?)
         }
+        "envoy.extensions.filters.http.set_filter_state.v3.Config" => Override::SetFilterState(Arc::new(
+            SetFilterState::compile(&convert::unpack(any, type_name)?)?,
+        )),
         "envoy.extensions.filters.http.buffer.v3.BufferPerRoute" => {
             Override::Buffer(Buffer::compile_route(&convert::unpack(any, type_name)?)?)
         }

@@ -451,7 +451,7 @@ impl Pool {
         }
         let mut counted = Counted {
             slot: limited.then(|| (slot.clone(), options.priority)),
-            connection: cells.connecting(),
+            connection: cells.connecting(&endpoint.state),
         };
         let work = connect::connect(cluster, endpoint, speaking, options);
         let result = match tokio::time::timeout(cluster.connect_timeout, work).await {

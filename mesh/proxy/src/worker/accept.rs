@@ -8,33 +8,35 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use socket2::SockRef;
-use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::Instant;
 
+mod first_bytes;
+
+use first_bytes::{read_preface, read_proxy_header, read_until_detected};
+
 use super::connection_log::ConnectionLog;
 use super::io::Io;
-use super::sniff::{self, Detected, Http};
+use super::sniff::{Detected, Http};
 use super::{Command, Worker, http, tcp};
 use crate::clock;
 use crate::config::hcm::{Codec, HttpManager};
 use crate::config::listener::{ConnectionFacts, Direction, FilterChain, Handler, Listener};
-use crate::config::listener_filters::{Place, ProxyProtocol};
+use crate::config::listener_filters::Place;
 use crate::config::slot::ListenerSlot;
 use crate::metrics::flags::Flags;
 use crate::overload::Action;
 use crate::policy::facts::{Facts, PeerIdentity};
+use crate::policy::filter_state::FilterState;
+use crate::policy::network::NetworkFilter;
 use crate::random;
 use crate::tls::info::ConnectionTls;
 use crate::tls::rewind::Rewind;
-use crate::upstream::proxy_header::{self, Header};
 
 /// Pause after an accept that failed for lack of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Limit for the first bytes of an HTTP connection, when nothing else bounds them.
 const FIRST_BYTES: Duration = Duration::from_secs(3600);
-/// Bytes read at a time while detecting.
-const CHUNK: usize = 2048;
 
 /// Accepts until aborted.
 pub(super) async fn run(worker: Rc<Worker>, slot: Arc<ListenerSlot>, socket: TcpListener) {
@@ -229,6 +231,7 @@ async fn connection(
             destination,
             tls: None,
             server_name: None,
+            state: &FilterState::EMPTY,
         };
         let greeting = async {
             match tcp::open(&worker, proxy, &listener, &client, None).await {
@@ -252,8 +255,24 @@ async fn connection(
             () = worker.closing() => return None,
         };
         if let Some(upstream) = upstream {
+            // What the server has said so far has reached nobody.
+            let place = match &chain.limit {
+                None => None,
+                Some(limit) => match limit.take() {
+                    Some(place) => Some(place),
+                    None => {
+                        let error = io::Error::other("connection_limit");
+                        log_handshake(&worker, &listener, &mut log, &error);
+                        return None;
+                    }
+                },
+            };
+            if !chain.policies.is_empty() && !Box::pin(admitted(&worker, &listener, &chain, &mut log)).await {
+                return None;
+            }
             log.enter(proxy);
             tcp::join(worker, proxy.clone(), Io::Plain(stream), prefix, upstream, log).await;
+            drop(place);
             return None;
         }
         let chain = choose(&worker, &listener, &detected, &mut log)?;
@@ -262,10 +281,43 @@ async fn connection(
     handle(worker, listener, chain, stream, prefix, detected, log).await
 }
 
-/// Whether the chain's network filters let the connection through; a denial is logged.
-fn admitted(worker: &Worker, listener: &Listener, chain: &FilterChain, log: &mut ConnectionLog) -> bool {
+/// Whether the chain's network filters let the connection through; a denial is logged, and may take its time.
+async fn admitted(
+    worker: &Worker,
+    listener: &Listener,
+    chain: &FilterChain,
+    log: &mut ConnectionLog,
+) -> bool {
+    match judge(worker, listener, chain, log) {
+        Ok(()) => true,
+        Err(delay) => {
+            if let Some(delay) = delay {
+                tokio::select! {
+                    () = tokio::time::sleep(delay) => {}
+                    () = worker.closing() => {}
+                }
+            }
+            false
+        }
+    }
+}
+
+/// The verdict of the chain's network filters; an error is how long to wait until the connection is closed.
+fn judge(
+    worker: &Worker,
+    listener: &Listener,
+    chain: &FilterChain,
+    log: &mut ConnectionLog,
+) -> Result<(), Option<Duration>> {
     let addresses = log.addresses;
     for policy in &chain.policies {
+        if let NetworkFilter::SetFilterState(state) = policy {
+            log.set_state(&state.connected);
+            if log.tls.is_some() {
+                log.set_state(&state.handshaken);
+            }
+            continue;
+        }
         let facts = Facts {
             direct_remote: addresses.direct,
             source: addresses.remote,
@@ -298,13 +350,13 @@ fn admitted(worker: &Worker, listener: &Listener, chain: &FilterChain, log: &mut
                     .to_string(),
                 );
             }
-            return false;
+            return Err(denied.delay);
         }
         if let Some(noted) = noted {
             log.metadata = noted;
         }
     }
-    true
+    Ok(())
 }
 
 fn choose(
@@ -390,7 +442,7 @@ async fn handle(
     };
     log.server_name.clone_from(&server_name);
     log.tls.clone_from(&tls);
-    if !chain.policies.is_empty() && !admitted(&worker, &listener, &chain, &mut log) {
+    if !chain.policies.is_empty() && !Box::pin(admitted(&worker, &listener, &chain, &mut log)).await {
         return None;
     }
     match &chain.handler {
@@ -402,6 +454,7 @@ async fn handle(
                 destination: addresses.local,
                 tls: tls.as_deref(),
                 server_name: server_name.as_deref(),
+                state: &log.metadata.state.clone(),
             };
             // A failure has been recorded where it happened; the client sees the connection close.
             if let Ok(upstream) = tcp::open(&worker, &proxy, &listener, &client, Some(&mut log)).await {
@@ -413,6 +466,7 @@ async fn handle(
             let manager = manager.clone();
             // Not kept over the life of the connection: the listener may be replaced meanwhile.
             drop(listener);
+            let state = log.metadata.state.clone();
             // Lines of requests are the manager's; those of connections only where the listener wants them.
             let log = log.is_wanted().then_some(log);
             let agreed = tls.as_ref().and_then(|tls| tls.alpn.as_deref());
@@ -442,6 +496,7 @@ async fn handle(
                 addresses,
                 tls,
                 server_name,
+                state,
                 log,
                 place,
             })
@@ -461,6 +516,8 @@ struct HttpConnection {
     addresses: http::Addresses,
     tls: Option<Arc<ConnectionTls>>,
     server_name: Option<Box<str>>,
+    /// What network filters have set.
+    state: FilterState,
     /// Written when the connection ends, where the listener wants that.
     log: Option<Box<ConnectionLog>>,
     /// Given back when the connection ends.
@@ -481,6 +538,7 @@ impl HttpConnection {
             self.addresses,
             self.tls,
             self.server_name,
+            self.state,
         )
         .await;
     }
@@ -504,100 +562,4 @@ fn log_handshake(worker: &Worker, listener: &Listener, log: &mut ConnectionLog, 
         })
         .to_string(),
     );
-}
-
-/// Reads until the bytes say what they are; `Ok(None)` when the time is over, an error when the client is gone.
-async fn read_until_detected(
-    stream: &TcpStream,
-    prefix: &mut Vec<u8>,
-    deadline: Instant,
-) -> io::Result<Option<Detected>> {
-    loop {
-        if let Some(detected) = sniff::detect(prefix) {
-            return Ok(Some(detected));
-        }
-        if prefix.len() >= sniff::MAX_BYTES {
-            return Ok(Some(Detected::default()));
-        }
-        match tokio::time::timeout_at(deadline, read_more(stream, prefix)).await {
-            Ok(result) => result?,
-            Err(_) => return Ok(None),
-        }
-    }
-}
-
-/// Reads a PROXY protocol header and leaves what follows it; the addresses in it, if it has any.
-async fn read_proxy_header(
-    stream: &TcpStream,
-    prefix: &mut Vec<u8>,
-    rules: ProxyProtocol,
-    deadline: Instant,
-) -> io::Result<Option<(SocketAddr, SocketAddr)>> {
-    let bad = |reason| io::Error::new(io::ErrorKind::InvalidData, reason);
-    loop {
-        match proxy_header::read(prefix) {
-            Header::Present {
-                version,
-                length,
-                between,
-            } => {
-                if !rules.allows(version) {
-                    return Err(bad("PROXY protocol: this version is not allowed"));
-                }
-                prefix.drain(..length);
-                return Ok(between);
-            }
-            Header::Absent if rules.optional => return Ok(None),
-            Header::Absent | Header::Malformed => return Err(bad("PROXY protocol: no header")),
-            Header::Incomplete => {}
-        }
-        match tokio::time::timeout_at(deadline, read_more(stream, prefix)).await {
-            Ok(result) => result?,
-            // Whoever need not send a header may also be waiting for the server to speak.
-            Err(_) if rules.optional => return Ok(None),
-            Err(_) => return Err(io::Error::new(io::ErrorKind::TimedOut, "PROXY protocol: timeout")),
-        }
-    }
-}
-
-/// Reads until the bytes are an HTTP/2 preface or cannot become one. Ends with an error at the end of the stream or
-/// when the worker closes its idle connections.
-async fn read_preface(io: &mut Io, prefix: &mut Vec<u8>, worker: &Worker) -> io::Result<()> {
-    const START: &[u8] = b"PRI * HTTP/2";
-    while prefix.len() < START.len() && START.starts_with(prefix) {
-        let more = async {
-            match &mut *io {
-                Io::Plain(stream) => read_more(stream, prefix).await,
-                Io::Tls(stream) => {
-                    prefix.reserve(CHUNK);
-                    match stream.read_buf(prefix).await? {
-                        0 => Err(io::ErrorKind::UnexpectedEof.into()),
-                        _ => Ok(()),
-                    }
-                }
-            }
-        };
-        tokio::select! {
-            result = more => result?,
-            () = worker.closing() => return Err(io::ErrorKind::ConnectionAborted.into()),
-        }
-    }
-    Ok(())
-}
-
-/// Reads what there is, once. The buffer is only as large as what came, for the sake of idle connections.
-async fn read_more(stream: &TcpStream, prefix: &mut Vec<u8>) -> io::Result<()> {
-    loop {
-        stream.readable().await?;
-        let mut chunk = [0u8; CHUNK];
-        match stream.try_read(&mut chunk) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => {
-                prefix.extend_from_slice(&chunk[..count]);
-                return Ok(());
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-        }
-    }
 }

@@ -12,7 +12,9 @@ use tokio::time::Instant;
 
 use super::body::{RequestSource, UpstreamBody};
 use super::exchange::{Exchange, GRPC_STATUS};
-use super::failure::{Failure, broke_protocol, final_reply, full_text, refused_by_peer};
+use super::failure::{
+    Failure, broke_protocol, final_reply, full_text, refused_by_peer, stream_reset_by_peer,
+};
 use super::incoming::Incoming;
 use super::interim::{self, Door};
 use super::local::LocalReply;
@@ -142,10 +144,15 @@ pub(super) async fn attempts(
         };
         // A reused connection that broke before a response was most likely closed while idle; the request is sent
         // again, unless it may have been acted on and is not idempotent (RFC 9110 section 9.2.2).
+        // One that came as the peer had said goodbye was not acted on.
         let quietly = match &result {
-            Err(Failure::Reset { sent, reused, .. }) => {
-                *reused && (!sent || is_idempotent(&parts.borrow().method)) && unsent < MAX_UNSENT
-            }
+            Err(Failure::Reset {
+                sent,
+                reused,
+                stream: false,
+                ..
+            }) => *reused && (!sent || is_idempotent(&parts.borrow().method)) && unsent < MAX_UNSENT,
+            Err(Failure::Refused { leaving: true }) => unsent < MAX_UNSENT,
             _ => false,
         };
         let wanted = may_retry && policy.is_some_and(|policy| policy.wants(&outcome));
@@ -290,11 +297,21 @@ pub(super) fn judge<'r>(
                 Failure::Client | Failure::Connect(ConnectError::Overflow)
             ) {
                 // A connection closed while idle says nothing about the host's health.
-                let stale = matches!(failure, Failure::Reset { reused: true, .. });
+                let stale = matches!(
+                    failure,
+                    Failure::Reset {
+                        reused: true,
+                        stream: false,
+                        ..
+                    }
+                );
                 if !stale {
                     let ejected = cluster.record(host, Event::LocalFailure);
                     note_ejection(plan, ejected);
                 }
+            }
+            if matches!(failure, Failure::PerTryTimeout | Failure::Timeout) {
+                host.endpoint.state.counted.timed_out();
             }
             if matches!(failure, Failure::PerTryTimeout) {
                 plan.cells().per_try_timeouts.add(1);
@@ -302,7 +319,7 @@ pub(super) fn judge<'r>(
             match failure {
                 Failure::Connect(ConnectError::Overflow) | Failure::Client | Failure::Timeout => None,
                 Failure::Connect(_) => Some(Outcome::ConnectFailure),
-                Failure::Refused => Some(Outcome::Refused),
+                Failure::Refused { .. } => Some(Outcome::Refused),
                 Failure::Reset { sent, .. } => Some(Outcome::Reset { sent: *sent }),
                 Failure::PerTryTimeout => Some(Outcome::PerTryTimeout),
             }
@@ -455,6 +472,7 @@ pub(super) async fn attempt(
                 sent: true,
                 reused: false,
                 protocol: true,
+                stream: false,
                 text: format!("the final answer is {}", response.status()),
             })
         }
@@ -463,13 +481,14 @@ pub(super) async fn attempt(
             if source.is_some_and(|source| source.borrow().client_failed) {
                 return Err(Failure::Client);
             }
-            if !unsent && refused_by_peer(&error) {
-                return Err(Failure::Refused);
+            if let Some(leaving) = refused_by_peer(&error) {
+                return Err(Failure::Refused { leaving });
             }
             Err(Failure::Reset {
                 sent: !unsent,
                 reused,
                 protocol: broke_protocol(&error),
+                stream: stream_reset_by_peer(&error),
                 text: full_text(&error),
             })
         }

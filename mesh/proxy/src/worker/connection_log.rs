@@ -14,6 +14,7 @@ use crate::metrics::flags::Flags;
 use crate::observe::access_log::AccessLogs;
 use crate::observe::record::{Kept, LogType, Record};
 use crate::policy::facts::PeerIdentity;
+use crate::policy::filter_state::Settings;
 use crate::policy::metadata::Metadata;
 use crate::random;
 use crate::tls::info::ConnectionTls;
@@ -113,6 +114,24 @@ impl ConnectionLog {
     }
 
     fn write(&self, logs: &AccessLogs, kind: LogType) {
+        self.with_record(kind, |record| {
+            logs.write(record, &random::next, self.worker.id, |batches| {
+                logging::flush_later(&self.worker, batches);
+            });
+        });
+    }
+
+    /// Sets objects of the connection's filter state.
+    pub(super) fn set_state(&mut self, settings: &Settings) {
+        for index in 0..settings.len() {
+            let made = self.with_record(LogType::TcpConnectionEnd, |record| settings.make(index, record));
+            if let Some(made) = made {
+                made.set(&mut self.metadata.state);
+            }
+        }
+    }
+
+    fn with_record<T>(&self, kind: LogType, show: impl FnOnce(&Record<'_>) -> T) -> T {
         let duration = self.started.elapsed();
         let kept = Kept::default();
         let record = Record {
@@ -162,9 +181,7 @@ impl ConnectionLog {
             connection: self.addresses.connection,
             trace: None,
         };
-        logs.write(&record, &random::next, self.worker.id, |batches| {
-            logging::flush_later(&self.worker, batches);
-        });
+        show(&record)
     }
 }
 

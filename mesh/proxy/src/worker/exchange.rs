@@ -71,6 +71,8 @@ pub struct Exchange {
     pub source: Option<Rc<RefCell<RequestSource>>>,
     /// Where interim answers go to a client over HTTP/2.
     pub interims: Option<Arc<Waiting>>,
+    /// Whether its time is the stream's (`max_stream_duration`) and not the route's.
+    pub stream_limited: bool,
     /// Attempts made.
     pub attempts: u32,
     /// Flags.
@@ -118,6 +120,7 @@ impl Exchange {
             route: None,
             source: None,
             interims: None,
+            stream_limited: false,
             attempts: 0,
             flags: Flags::default(),
             code: 0,

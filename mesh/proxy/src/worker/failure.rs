@@ -10,16 +10,24 @@ use crate::config::retry::RetryPolicy;
 use crate::metrics::flags::Flags;
 use crate::upstream::pool::{ConnectError, SendError};
 
+/// gRPC's DEADLINE_EXCEEDED.
+const DEADLINE_EXCEEDED: u32 = 4;
+
 /// How an attempt failed.
 pub(super) enum Failure {
     Connect(ConnectError),
     /// The peer says that it did nothing.
-    Refused,
+    Refused {
+        /// Because it takes no more requests on this connection.
+        leaving: bool,
+    },
     /// The connection or stream broke.
     Reset {
         sent: bool,
         reused: bool,
         protocol: bool,
+        /// By the peer, of this stream only.
+        stream: bool,
         text: String,
     },
     PerTryTimeout,
@@ -65,13 +73,25 @@ pub(super) fn final_reply(
             }
             reply
         }
-        Some(Failure::Refused) => unavailable(
+        Some(Failure::Refused { .. }) => unavailable(
             Flags::UPSTREAM_RESET,
             "upstream_reset_before_response_started{remote_refused_stream_reset}",
             "upstream connect error or disconnect/reset before headers. reset reason: remote refused stream reset",
         ),
-        Some(Failure::Reset { protocol, text, .. }) => {
+        Some(Failure::Reset {
+            protocol,
+            stream,
+            text,
+            ..
+        }) => {
             exchange.failure = Some(text.into());
+            if stream {
+                return unavailable(
+                    Flags::UPSTREAM_RESET,
+                    "upstream_reset_before_response_started{remote_reset}",
+                    "upstream connect error or disconnect/reset before headers. reset reason: remote reset",
+                );
+            }
             if protocol {
                 let mut reply = unavailable(
                     Flags::UPSTREAM_PROTOCOL_ERROR,
@@ -93,6 +113,21 @@ pub(super) fn final_reply(
             "upstream_per_try_timeout",
             "upstream request timeout",
         ),
+        Some(Failure::Timeout) if exchange.stream_limited => {
+            let status = if received_whole(exchange) {
+                StatusCode::GATEWAY_TIMEOUT
+            } else {
+                StatusCode::REQUEST_TIMEOUT
+            };
+            let mut reply = LocalReply::new(
+                status,
+                Flags::default(),
+                "max_duration_timeout",
+                "downstream duration timeout",
+            );
+            reply.grpc_status = Some(DEADLINE_EXCEEDED);
+            reply
+        }
         Some(Failure::Timeout) => LocalReply::new(
             StatusCode::GATEWAY_TIMEOUT,
             Flags::UPSTREAM_TIMEOUT,
@@ -122,6 +157,11 @@ pub(super) fn final_reply(
     }
 }
 
+fn received_whole(exchange: &Exchange) -> bool {
+    let source = exchange.source.as_ref();
+    source.is_none_or(|source| source.borrow().ended_at.is_some())
+}
+
 fn timed_out(exchange: &Exchange) -> bool {
     let source = exchange.source.as_ref();
     source.is_some_and(|source| source.borrow().timed_out)
@@ -139,15 +179,22 @@ pub(super) fn full_text(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Whether the peer says by HTTP/2 that it did not process the stream.
-pub(super) fn refused_by_peer(error: &SendError) -> bool {
+/// Whether the peer has reset the stream, and not the connection, by HTTP/2.
+pub(super) fn stream_reset_by_peer(error: &SendError) -> bool {
     match error {
         SendError::Http1(_) => false,
-        SendError::Http2(error) => {
-            error.reason() == Some(h2::Reason::REFUSED_STREAM)
-                || (error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR))
-        }
+        SendError::Http2(error) => error.is_reset() && error.is_remote(),
     }
+}
+
+/// Whether the peer says by HTTP/2 that it did not process the stream, and then whether that is for it leaves.
+pub(super) fn refused_by_peer(error: &SendError) -> Option<bool> {
+    let SendError::Http2(error) = error else {
+        return None;
+    };
+    let leaving =
+        error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR);
+    (leaving || error.reason() == Some(h2::Reason::REFUSED_STREAM)).then_some(leaving)
 }
 
 /// Whether what the peer has sent is no answer.

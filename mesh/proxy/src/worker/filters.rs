@@ -28,6 +28,7 @@ use super::body::{Ahead, Inbound};
 use super::exchange::Exchange;
 use super::http::Downstream;
 use super::local::LocalReply;
+use super::logging;
 use super::request::{Routed, find_route, variables, view};
 use crate::config::filters::{Cors, CorsVerdict, Fault, FaultAbort};
 use crate::config::route::{Action, Targets};
@@ -38,6 +39,7 @@ use crate::policy::compressor::Compressor;
 use crate::policy::descriptors::{Descriptor, RateLimitEntry, Scene};
 use crate::policy::ext_authz::Field;
 use crate::policy::facts::Facts;
+use crate::policy::filter_state::SetFilterState;
 use crate::policy::grpc_stats::{Call, GrpcStats, Messages};
 use crate::policy::header_mutation::HeaderMutation;
 use crate::policy::local_rate_limit::VirtualHostLimits;
@@ -49,7 +51,6 @@ use crate::random;
 static X_RATELIMIT_LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit");
 static X_RATELIMIT_REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining");
 static X_RATELIMIT_RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset");
-static EMPTY: Metadata = Metadata::EMPTY;
 
 /// What filters remember of a request until its response has passed.
 #[derive(Default)]
@@ -165,11 +166,20 @@ pub(super) fn finish(exchange: &Exchange) {
 
 /// What filters said about a request so far.
 pub(super) fn metadata(exchange: &Exchange) -> &Metadata {
-    exchange.policy.as_ref().map_or(&EMPTY, |state| &state.metadata)
+    match &exchange.policy {
+        Some(state) => &state.metadata,
+        None => &exchange.conn.noted,
+    }
 }
 
 fn state(exchange: &mut Exchange) -> &mut PolicyState {
-    exchange.policy.get_or_insert_default()
+    let noted = &exchange.conn.noted;
+    exchange.policy.get_or_insert_with(|| {
+        Box::new(PolicyState {
+            metadata: noted.clone(),
+            ..Default::default()
+        })
+    })
 }
 
 /// Who and what, for matchers.
@@ -286,6 +296,10 @@ pub(super) async fn decode(
                 values.apply(&mut state(exchange).metadata);
                 Ok(())
             }
+            (Kind::SetFilterState(chain), _) => {
+                reroute = set_state(exchange, filter, chain, routed, parts);
+                Ok(())
+            }
             (Kind::Buffer(_), Some(Override::Buffer(own))) => match own {
                 Some(buffer) => Box::pin(hold(conn, buffer.limit, parts, body)).await,
                 None => Ok(()),
@@ -394,6 +408,37 @@ fn pass_by(exchange: &mut Exchange, filters: &[Filter], routed: &Routed, parts: 
     }
 }
 
+/// Sets objects as the chain says and then every level, the most specific last. `true` says that the route is to be
+/// searched again.
+fn set_state(
+    exchange: &mut Exchange,
+    filter: &Filter,
+    chain: &Arc<SetFilterState>,
+    routed: &Routed,
+    parts: &Parts,
+) -> bool {
+    let own = levels(routed)
+        .into_iter()
+        .rev()
+        .flatten()
+        .filter_map(|level| match level.get(&filter.name) {
+            Some(Override::SetFilterState(own)) => Some(own),
+            _ => None,
+        });
+    let mut reroute = false;
+    for level in std::iter::once(chain).chain(own) {
+        reroute |= level.reroutes;
+        let seen = logging::meanwhile(&level.settings.wants, exchange, parts);
+        for index in 0..level.settings.len() {
+            let made = logging::with_record(exchange, &seen, |record| level.settings.make(index, record));
+            if let Some(made) = made {
+                made.set(&mut state(exchange).metadata.state);
+            }
+        }
+    }
+    reroute
+}
+
 /// Notes how much the client wants an encoding.
 fn offer_compression(
     exchange: &mut Exchange,
@@ -426,8 +471,7 @@ fn search_again(
     routed: &mut Routed,
     parts: &Parts,
 ) -> Result<(), LocalReply> {
-    let metadata = exchange.policy.as_ref().map(|state| &state.metadata);
-    let found = find_route(conn, parts, metadata)
+    let found = find_route(conn, parts, metadata(exchange))
         .ok_or_else(|| LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", ""))?;
     *routed = found;
     exchange.route = Some(routed.route.clone());

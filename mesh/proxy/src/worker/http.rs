@@ -20,7 +20,9 @@ use crate::hygiene::scan::{HeadLimits, Scanner};
 use crate::hygiene::strict::{Gate, StrictIo};
 use crate::overload::Action;
 use crate::policy::facts::PeerIdentity;
+use crate::policy::filter_state::FilterState;
 use crate::policy::local_rate_limit::{Buckets, LocalRateLimit};
+use crate::policy::metadata::Metadata;
 use crate::random;
 use crate::tls::info::ConnectionTls;
 
@@ -50,6 +52,8 @@ pub struct Downstream {
     pub gate: Arc<Gate>,
     /// Token buckets of this connection, by the limit that they belong to.
     buckets: RefCell<Vec<(Arc<LocalRateLimit>, Rc<Buckets>)>>,
+    /// What requests know of what was set on the connection: its filter state.
+    pub noted: Metadata,
     /// For the limits of its requests.
     pub(super) alarms: Alarms,
     remote_text: OnceCell<HeaderValue>,
@@ -224,6 +228,7 @@ pub async fn serve<S>(
     addresses: Addresses,
     tls: Option<Arc<ConnectionTls>>,
     server_name: Option<Box<str>>,
+    state: FilterState,
 ) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -250,6 +255,7 @@ pub async fn serve<S>(
         server_name,
         gate,
         buckets: RefCell::default(),
+        noted: Metadata::of_connection(state),
         alarms: Alarms::default(),
         remote_text: OnceCell::new(),
         upgrade_asked: Cell::new(false),

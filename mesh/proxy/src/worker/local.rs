@@ -94,8 +94,7 @@ impl LocalReply {
         exchange.flags.add(self.flags);
         exchange.details = self.details;
         let mut body = self.body;
-        let failed = self.status.is_client_error() || self.status.is_server_error();
-        if exchange.grpc && (failed || self.grpc_status.is_some()) {
+        if exchange.grpc {
             let status = self.grpc_status.unwrap_or_else(|| grpc_of_http(self.status));
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
             headers.insert("grpc-status", HeaderValue::from(status));
@@ -158,6 +157,12 @@ fn finish(
             }
         }
     }
+    // HTTP/2 takes content for what it is, also where there must be none.
+    if exchange.method == http::Method::HEAD && !body.is_empty() {
+        head.headers
+            .insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
+        body = Bytes::new();
+    }
     exchange.sent = body.len() as u64;
     exchange.conn.clone().dress(&mut head.headers, exchange.version);
     logging::keep_response(&mut exchange, &head.headers, false);
@@ -170,7 +175,7 @@ fn finish(
 }
 
 /// gRPC's own mapping of HTTP statuses.
-fn grpc_of_http(status: StatusCode) -> u32 {
+pub(super) fn grpc_of_http(status: StatusCode) -> u32 {
     match status.as_u16() {
         400 => 13,
         401 => 16,

@@ -12,13 +12,14 @@ use super::Worker;
 use super::call::grpc_bytes;
 use super::exchange::{Exchange, protocol_text};
 use super::filters;
+use super::local::grpc_of_http;
 use super::request::{X_FORWARDED_FOR, view};
 use super::spans;
 use crate::config::cluster::UpstreamHttp;
 use crate::config::virtual_cluster::Counted;
 use crate::observe::access_log::AccessLogs;
 use crate::observe::batch::{Batches, Destination};
-use crate::observe::record::{Kept, LogType, Record};
+use crate::observe::record::{Kept, LogType, Record, Wants};
 use crate::random;
 
 /// Limit of a call to a log service, where it says none.
@@ -34,6 +35,15 @@ pub struct LogState {
     remote: Option<SocketAddr>,
 }
 
+/// The status of a gRPC call that ended without one: what its HTTP status means.
+fn of_call(exchange: &Exchange) -> Option<u8> {
+    let status = http::StatusCode::from_u16(exchange.code).ok()?;
+    exchange
+        .grpc
+        .then(|| u8::try_from(grpc_of_http(status)).ok())
+        .flatten()
+}
+
 fn logs(exchange: &Exchange) -> Option<&AccessLogs> {
     exchange.conn.manager.logs.as_deref()
 }
@@ -42,20 +52,33 @@ fn logs(exchange: &Exchange) -> Option<&AccessLogs> {
 pub(super) fn keep_request(exchange: &mut Exchange, parts: &Parts) {
     let conn = exchange.conn.clone();
     if let Some(logs) = &conn.manager.logs {
-        let state = exchange.log.get_or_insert_default();
-        logs.wants.keep_request(&view(parts), &mut state.kept);
-        if !conn.manager.use_remote_address
-            && state.remote.is_none()
-            && parts.headers.contains_key(&X_FORWARDED_FOR)
-        {
-            let metadata = crate::policy::metadata::Metadata::EMPTY;
-            let remote = filters::facts(&conn, parts, &metadata).remote();
-            state.remote = (remote != conn.remote.ip()).then(|| SocketAddr::new(remote, 0));
-        }
-        if parts.uri.path_and_query() != exchange.uri.path_and_query() {
-            state.kept.path = parts.uri.path_and_query().map(|path| path.as_str().into());
-        }
+        let mut state = exchange.log.take().unwrap_or_default();
+        keep(&logs.wants, exchange, parts, &mut state);
+        exchange.log = Some(state);
     }
+}
+
+fn keep(wants: &Wants, exchange: &Exchange, parts: &Parts, state: &mut LogState) {
+    let conn = &exchange.conn;
+    wants.keep_request(&view(parts), &mut state.kept);
+    if !conn.manager.use_remote_address
+        && state.remote.is_none()
+        && parts.headers.contains_key(&X_FORWARDED_FOR)
+    {
+        let metadata = crate::policy::metadata::Metadata::EMPTY;
+        let remote = filters::facts(conn, parts, &metadata).remote();
+        state.remote = (remote != conn.remote.ip()).then(|| SocketAddr::new(remote, 0));
+    }
+    if parts.uri.path_and_query() != exchange.uri.path_and_query() {
+        state.kept.path = parts.uri.path_and_query().map(|path| path.as_str().into());
+    }
+}
+
+/// What is known of a request while filters see it, for formats that are written then.
+pub(super) fn meanwhile(wants: &Wants, exchange: &Exchange, parts: &Parts) -> LogState {
+    let mut state = LogState::default();
+    keep(wants, exchange, parts, &mut state);
+    state
 }
 
 /// Keeps what the logs want of a response.
@@ -91,6 +114,21 @@ pub(super) fn write(exchange: &Exchange) -> bool {
     };
     let none = LogState::default();
     let state = exchange.log.as_deref().unwrap_or(&none);
+    let worker = &exchange.conn.worker;
+    with_record(exchange, state, |record| {
+        logs.write(record, &random::next, worker.id, |batches| {
+            flush_later(worker, batches);
+        });
+    });
+    true
+}
+
+/// Shows what is known of a request as logs see it.
+pub(super) fn with_record<T>(
+    exchange: &Exchange,
+    state: &LogState,
+    show: impl FnOnce(&Record<'_>) -> T,
+) -> T {
     let conn = &exchange.conn;
     let now = Instant::now();
     let since = |at: Instant| at.saturating_duration_since(exchange.started);
@@ -132,7 +170,7 @@ pub(super) fn write(exchange: &Exchange) -> bool {
         termination: "",
         local_close: "",
         downstream_failure: None,
-        grpc_status: exchange.grpc_status,
+        grpc_status: exchange.grpc_status.or_else(|| of_call(exchange)),
         flags: exchange.flags,
         received: exchange.received(),
         sent: exchange.sent,
@@ -153,10 +191,7 @@ pub(super) fn write(exchange: &Exchange) -> bool {
         connection: conn.id,
         trace: exchange.span.as_ref().map(|span| (&*span.trace, span.recorded())),
     };
-    logs.write(&record, &random::next, conn.worker.id, |batches| {
-        flush_later(&conn.worker, batches);
-    });
-    true
+    show(&record)
 }
 
 /// Sends what waits for a log service, after a while or once there is enough of it.

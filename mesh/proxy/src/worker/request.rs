@@ -388,7 +388,7 @@ pub(super) fn variables<'a>(conn: &'a Downstream, parts: &'a Parts, route: &'a R
 }
 
 /// The route of a request; `metadata` is what filters have noted so far.
-pub(super) fn find_route(conn: &Downstream, parts: &Parts, metadata: Option<&Metadata>) -> Option<Routed> {
+pub(super) fn find_route(conn: &Downstream, parts: &Parts, metadata: &Metadata) -> Option<Routed> {
     let table = conn.manager.table()?;
     let view = view(parts);
     let slot = table.find(view.authority())?;
@@ -398,7 +398,7 @@ pub(super) fn find_route(conn: &Downstream, parts: &Parts, metadata: Option<&Met
     let host = slot.load();
     let facts = RouteFacts {
         tls: conn.tls.as_deref(),
-        metadata,
+        metadata: Some(metadata),
     };
     let route = host.find_with(&view, &facts, random::next)?.clone();
     Some(Routed {
@@ -427,12 +427,12 @@ async fn route(
         )
         .send(exchange);
     }
-    let mut found = find_route(&conn, &parts, None);
+    let mut found = find_route(&conn, &parts, &conn.noted);
     if found.is_none()
         && conn.manager.waits_for_hosts
         && Box::pin(filters::on_demand::virtual_host(&conn, &parts)).await
     {
-        found = find_route(&conn, &parts, None);
+        found = find_route(&conn, &parts, &conn.noted);
     }
     let Some(mut routed) = found else {
         conn.decide_upgrade(false);

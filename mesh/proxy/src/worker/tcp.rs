@@ -24,6 +24,7 @@ use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
 use crate::metrics::series::{Reporter, TcpLabels, TcpSeries};
 use crate::observe::record::LogType;
+use crate::policy::filter_state::{Factory, FilterState};
 use crate::tls::info::ConnectionTls;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::{Active, Host, WorkerCluster};
@@ -50,6 +51,8 @@ pub(super) struct Client<'a> {
     pub tls: Option<&'a ConnectionTls>,
     /// The name in its TLS handshake.
     pub server_name: Option<&'a str>,
+    /// What network filters have set.
+    pub state: &'a FilterState,
 }
 
 /// There is no connection to join with; why has been recorded.
@@ -114,6 +117,34 @@ pub(super) async fn open(
         .as_ref()
         .zip(client.server_name)
         .and_then(|(directory, name)| directory.find(name));
+    let wanted = proxy
+        .by_state
+        .as_ref()
+        .zip(client.state.known(Factory::TcpCluster));
+    let unknown;
+    let named = match wanted {
+        None => named,
+        Some((directory, name)) => match directory.find(name) {
+            Some(slot) => Some(slot),
+            // What was asked for by name is not replaced by something else.
+            None => {
+                unknown = name;
+                if let Some(log) = &mut log {
+                    let labels = TcpLabels {
+                        reporter: Reporter::Source,
+                        peer: Workload::unknown(),
+                        service: ServiceIdentity::unknown(),
+                        flags: Flags::NO_CLUSTER,
+                        principals: None,
+                    };
+                    log.flag(Flags::NO_CLUSTER);
+                    log.cluster = Some(unknown.into());
+                    record_failure(worker, proxy, &labels, listener, log);
+                }
+                return Err(NoUpstream);
+            }
+        },
+    };
     let (slot, own_criteria) = match (&named, &proxy.targets) {
         (Some(slot), _) | (None, TcpTargets::One(slot)) => (slot, None),
         (None, TcpTargets::Weighted(slots, weights, turn)) => {
@@ -181,8 +212,12 @@ pub(super) async fn open(
         {
             labels.peer = workload.clone();
         }
-        let reached = match &proxy.tunneling {
-            None => connect_to(worker, &cluster, &host, (source, destination))
+        let tunneling = proxy
+            .tunneling
+            .as_ref()
+            .filter(|_| client.state.known(Factory::NoTunneling) != Some("true"));
+        let reached = match tunneling {
+            None => connect_to(worker, &cluster, &host, client)
                 .await
                 .map(|(connected, connection)| {
                     let stream = End::Direct(connected.stream);
@@ -228,14 +263,20 @@ async fn connect_to(
     worker: &Worker,
     cluster: &WorkerCluster,
     host: &Host,
-    between: (SocketAddr, SocketAddr),
+    client: &Client<'_>,
 ) -> Result<(Connected, Connection), String> {
     let config = &cluster.config;
     let options = ConnectOptions {
-        between: config.tells_clients().then_some(between),
+        between: config
+            .tells_clients()
+            .then_some((client.source, client.destination)),
+        server_name: client.state.known(Factory::ServerName).map(Box::from),
         ..ConnectOptions::default()
     };
-    let mut connection = cluster.cells(&worker.recorder).clone().connecting();
+    let mut connection = cluster
+        .cells(&worker.recorder)
+        .clone()
+        .connecting(&host.endpoint.state);
     let work = connect::connect(config, &host.endpoint, Speaking::Bytes, &options);
     let result = tokio::time::timeout(config.connect_timeout, work).await;
     let counters = worker.recorder.counters();

@@ -20,7 +20,7 @@ use super::logging;
 use super::mirror::mirror;
 use super::prepare::prepare;
 use super::request::{Routed, variables, view};
-use super::respond::{respond, respond_waiting};
+use super::respond::{Answer, respond, respond_waiting};
 use super::tunnel::{self, Tunnel};
 use crate::config::cluster::UpstreamHttp;
 use crate::config::hash::{Hashed, request_hash};
@@ -29,6 +29,7 @@ use crate::config::subset::{Criteria, METADATA};
 use crate::config::virtual_cluster::VirtualCluster;
 use crate::metrics::clusters::ClusterCells;
 use crate::metrics::flags::Flags;
+use crate::policy::filter_state::Factory;
 use crate::random;
 use crate::upstream::cluster::WorkerCluster;
 use crate::upstream::connect::{ConnectOptions, Speaking};
@@ -44,6 +45,8 @@ pub(super) struct Plan<'a> {
     /// Of connections that are made for this request only, or for those like it.
     pub(super) options: ConnectOptions,
     pub(super) deadline: Option<Instant>,
+    /// Whether that is the end of the stream's time and not of the route's.
+    pub(super) by_stream: bool,
     pub(super) hash: Option<u64>,
     /// That the client is given, so that its next requests find the same endpoint.
     pub(super) cookies: Vec<HeaderValue>,
@@ -200,7 +203,13 @@ pub(super) async fn forward(
     let hashed = if forward.hash.is_empty() {
         Hashed::default()
     } else {
-        request_hash(&forward.hash, &view(&parts), conn.remote, conn.local)
+        request_hash(
+            &forward.hash,
+            &view(&parts),
+            conn.remote,
+            conn.local,
+            &filters::metadata(&exchange).state,
+        )
     };
     let criteria = target
         .and_then(|target| target.criteria.as_deref())
@@ -239,12 +248,39 @@ pub(super) async fn forward(
         source.borrow_mut().capture(tap.capture());
     }
     exchange.source.clone_from(&source);
+    let timeout = forward.timeout_of(exchange.grpc, &mut parts.headers);
+    let stream_limit = forward
+        .stream_limit_of(&parts.headers)
+        .or(conn.manager.max_stream_duration);
+    let deadline = match (
+        timeout.map(|timeout| Instant::now() + timeout),
+        stream_limit.map(|limit| Instant::from_std(exchange.started) + limit),
+    ) {
+        (Some(route), Some(stream)) => {
+            exchange.stream_limited = stream < route;
+            Some(route.min(stream))
+        }
+        (None, Some(stream)) => {
+            exchange.stream_limited = true;
+            Some(stream)
+        }
+        (route, None) => route,
+    };
+    let options = cluster
+        .config
+        .connect_options(&parts.headers, conn.remote, conn.local);
+    // Of the filter state before what the cluster says.
+    let server_name = filters::metadata(&exchange)
+        .state
+        .known(Factory::ServerName)
+        .map(Box::from);
     let plan = Plan {
         conn: &conn,
         cluster: &cluster,
         forward,
         speaking,
         options: ConnectOptions {
+            server_name: server_name.or(options.server_name),
             alpn: conn
                 .manager
                 .alpn
@@ -252,11 +288,10 @@ pub(super) async fn forward(
                 .filter(|_| cluster.config.alpn_overridable)
                 .and_then(|names| names.offer(speaking, parts.version).cloned()),
             priority,
-            ..cluster
-                .config
-                .connect_options(&parts.headers, conn.remote, conn.local)
+            ..options
         },
-        deadline: forward.timeout.map(|timeout| Instant::now() + timeout),
+        deadline,
+        by_stream: exchange.stream_limited,
         hash: hashed.hash,
         cookies: hashed.cookies,
         criteria,
@@ -313,30 +348,19 @@ pub(super) async fn forward(
         }
         conn.decide_upgrade(false);
     }
-    if filters::waits(&exchange) {
-        // Boxed: every request's future would carry its state.
-        return Box::pin(respond_waiting(
-            exchange,
-            &plan,
-            &routed,
-            target,
-            request_headers,
-            &parts,
-            response,
-            lease,
-            active,
-        ))
-        .await;
-    }
-    respond(
-        exchange,
-        &plan,
-        &routed,
+    let answer = Answer {
+        plan: &plan,
+        routed: &routed,
         target,
         request_headers,
-        &parts,
+        parts: &parts,
         response,
         lease,
         active,
-    )
+    };
+    if filters::waits(&exchange) {
+        // Boxed: every request's future would carry its state.
+        return Box::pin(respond_waiting(exchange, answer)).await;
+    }
+    respond(exchange, answer)
 }

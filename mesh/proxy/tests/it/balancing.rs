@@ -105,13 +105,10 @@ pub(crate) fn only(body: &str, count: usize) -> BTreeMap<String, usize> {
     [(body.to_owned(), count)].into()
 }
 
-#[tokio::test]
-async fn requests_reach_the_subset_that_their_route_or_weighted_cluster_asks_for() {
-    let (v1, v2) = (Backend::named("v1").await, Backend::named("v2").await);
-    let harness = Harness::start();
-    let subsets = cluster::Cluster {
+/// A cluster with a subset for each version.
+fn by_version() -> cluster::Cluster {
+    cluster::Cluster {
         lb_subset_config: Some(cluster::cluster::LbSubsetConfig {
-            fallback_policy: 0,
             subset_selectors: vec![cluster::cluster::lb_subset_config::LbSubsetSelector {
                 keys: vec!["version".into()],
                 ..Default::default()
@@ -119,7 +116,14 @@ async fn requests_reach_the_subset_that_their_route_or_weighted_cluster_asks_for
             ..Default::default()
         }),
         ..eds_cluster("c")
-    };
+    }
+}
+
+#[tokio::test]
+async fn requests_reach_the_subset_that_their_route_or_weighted_cluster_asks_for() {
+    let (v1, v2) = (Backend::named("v1").await, Backend::named("v2").await);
+    let harness = Harness::start();
+    let subsets = by_version();
     harness.put(ResourceType::Cluster, "c", &subsets).await;
     let endpoints = |second: &str| {
         localities(
@@ -436,9 +440,9 @@ async fn peak_ewma_by_load_balancing_policy_sends_requests_where_answers_are_fas
         }),
         ..eds_cluster("c")
     };
-    harness.put(ResourceType::Cluster, "c", &cluster).await;
-    harness.endpoints("c", &[fast.address, slow]).await;
-    let at = harness.serve(vec![prefix_route("/", to_cluster("c"))]).await;
+    let at = harness
+        .serve_cluster(&cluster, &[fast.address, slow], to_cluster("c"))
+        .await;
     // Until both are known.
     soon("an answer of the slow one", async {
         while get(at, "/").await.2 != "slow" {}
@@ -465,9 +469,9 @@ async fn connections_that_have_lived_long_enough_take_no_more_requests() {
             };
             if http2 { speaking_h2(cluster) } else { cluster }
         };
-        harness.put(ResourceType::Cluster, "c", &with(None)).await;
-        harness.endpoints("c", &[backend.address]).await;
-        let at = harness.serve(vec![prefix_route("/", to_cluster("c"))]).await;
+        let at = harness
+            .serve_cluster(&with(None), &[backend.address], to_cluster("c"))
+            .await;
         let made = || harness.counter("serin_proxy_upstream_connections_total", &[]);
         for _ in 0..3 {
             assert_eq!(get(at, "/").await.0, 200);
@@ -498,16 +502,7 @@ async fn tcp_connections_reach_the_subset_that_their_proxy_or_weighted_cluster_a
     };
     let (v1, v2) = (greeting("v1").await, greeting("v2").await);
     let harness = Harness::start();
-    let subsets = cluster::Cluster {
-        lb_subset_config: Some(cluster::cluster::LbSubsetConfig {
-            subset_selectors: vec![cluster::cluster::lb_subset_config::LbSubsetSelector {
-                keys: vec!["version".into()],
-                ..Default::default()
-            }],
-            ..Default::default()
-        }),
-        ..eds_cluster("c")
-    };
+    let subsets = by_version();
     harness.put(ResourceType::Cluster, "c", &subsets).await;
     let endpoints = vec![
         lb_endpoint(v1, lb_metadata(&[("version", "v1")])),

@@ -100,9 +100,9 @@ async fn every_cut(
 ) {
     let mut harness = Harness::start();
     cluster.name = "c".into();
-    harness.put(ResourceType::Cluster, "c", &cluster).await;
-    harness.endpoints("c", &[upstream.at]).await;
-    let at = harness.serve(vec![prefix_route("/", to_cluster("c"))]).await;
+    let at = harness
+        .serve_cluster(&cluster, &[upstream.at], to_cluster("c"))
+        .await;
     for cut in 0..=answer.len() {
         upstream.cut.store(cut, Ordering::SeqCst);
         let what = format!("{name}, cut at {cut} of {}", answer.len());
@@ -180,11 +180,9 @@ async fn http1_answers_of_every_framing_that_end_at_any_byte_are_never_taken_for
 /// The same where only the framing of what arrives tells a whole answer.
 async fn every_cut_chunked(name: &str, answer: &[u8], head: usize, upstream: Breaking) {
     let mut harness = Harness::start();
-    harness
-        .put(ResourceType::Cluster, "c", &counted_cluster("c"))
+    let at = harness
+        .serve_cluster(&counted_cluster("c"), &[upstream.at], to_cluster("c"))
         .await;
-    harness.endpoints("c", &[upstream.at]).await;
-    let at = harness.serve(vec![prefix_route("/", to_cluster("c"))]).await;
     for cut in 0..=answer.len() {
         upstream.cut.store(cut, Ordering::SeqCst);
         let mut stream = TcpStream::connect(at).await.unwrap();

@@ -124,11 +124,9 @@ pub(crate) fn counted_cluster(name: &str) -> cluster::Cluster {
 
 async fn setup(upstream: SocketAddr, action: route::RouteAction) -> (Harness, SocketAddr) {
     let harness = Harness::start();
-    harness
-        .put(ResourceType::Cluster, "c", &counted_cluster("c"))
+    let at = harness
+        .serve_cluster(&counted_cluster("c"), &[upstream], action)
         .await;
-    harness.endpoints("c", &[upstream]).await;
-    let at = harness.serve(vec![prefix_route("/", action)]).await;
     (harness, at)
 }
 

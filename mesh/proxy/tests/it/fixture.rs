@@ -356,6 +356,18 @@ impl Harness {
             .await
     }
 
+    /// A listener that sends everything to this cluster, as the action says.
+    pub(crate) async fn serve_cluster(
+        &self,
+        cluster: &cluster::Cluster,
+        endpoints: &[SocketAddr],
+        action: route::RouteAction,
+    ) -> SocketAddr {
+        self.put(ResourceType::Cluster, &cluster.name, cluster).await;
+        self.endpoints(&cluster.name, endpoints).await;
+        self.serve(vec![prefix_route("/", action)]).await
+    }
+
     pub(crate) async fn routes(&self, virtual_hosts: Vec<route::VirtualHost>) {
         let config = route::RouteConfiguration {
             name: "80".into(),
@@ -410,6 +422,8 @@ impl Harness {
 pub(crate) struct Seen {
     pub(crate) method: String,
     pub(crate) path: String,
+    /// Of HTTP/2 and of absolute targets.
+    pub(crate) authority: Option<String>,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Bytes,
 }
@@ -463,6 +477,7 @@ impl Backend {
                             let seen = Seen {
                                 method: parts.method.to_string(),
                                 path: parts.uri.path_and_query().unwrap().to_string(),
+                                authority: parts.uri.authority().map(ToString::to_string),
                                 headers: parts.headers,
                                 body,
                             };

@@ -21,7 +21,7 @@ pub(crate) const END_STREAM: u8 = 1;
 pub(crate) const ACK: u8 = 1;
 pub(crate) const END_HEADERS: u8 = 4;
 
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+pub(crate) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// A frame as it was received.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -146,7 +146,7 @@ impl Fate {
     }
 }
 
-/// A connection.
+/// A connection, of a client or accepted by a server.
 pub(crate) struct RawClient {
     stream: TcpStream,
     buffer: Vec<u8>,
@@ -167,18 +167,25 @@ impl RawClient {
         client
     }
 
-    /// Sends bytes; an error is the peer's way to end the connection and shows when reading.
-    pub(crate) async fn send(&mut self, bytes: &[u8]) {
-        let _ = soon("room to write", self.stream.write_all(bytes)).await;
+    /// The server's end: takes the client's preface and sends SETTINGS; `settings` is the payload of ours.
+    pub(crate) async fn accepted(mut stream: TcpStream, settings: &[u8]) -> std::io::Result<Self> {
+        stream.set_nodelay(true)?;
+        let mut preface = [0; PREFACE.len()];
+        stream.read_exact(&mut preface).await?;
+        stream.write_all(&frame(SETTINGS, 0, 0, settings)).await?;
+        Ok(Self {
+            stream,
+            buffer: Vec::new(),
+        })
     }
 
-    /// Sends bytes without waiting for room for ever: false when the peer no longer reads or is gone.
-    pub(crate) async fn try_send(&mut self, bytes: &[u8]) -> bool {
-        self.stream.write_all(bytes).await.is_ok()
+    /// Ends the connection at once, so that the peer sees a reset.
+    pub(crate) fn reset(self) {
+        let _ = socket2::SockRef::from(&self.stream).set_linger(Some(std::time::Duration::ZERO));
     }
 
-    /// The next frame; `None` at the end of the connection. SETTINGS and PING of the peer are acknowledged.
-    pub(crate) async fn next(&mut self) -> Option<Frame> {
+    /// The same for as long as it takes.
+    pub(crate) async fn listen(&mut self) -> Option<Frame> {
         loop {
             if let Some((found, rest)) = Frame::parse(&self.buffer) {
                 self.buffer = rest.to_vec();
@@ -194,11 +201,26 @@ impl RawClient {
                 return Some(found);
             }
             let mut chunk = vec![0_u8; 16 * 1024];
-            match soon("a frame or the end", self.stream.read(&mut chunk)).await {
+            match self.stream.read(&mut chunk).await {
                 Ok(0) | Err(_) => return None,
                 Ok(count) => self.buffer.extend(&chunk[..count]),
             }
         }
+    }
+
+    /// Sends bytes; an error is the peer's way to end the connection and shows when reading.
+    pub(crate) async fn send(&mut self, bytes: &[u8]) {
+        let _ = soon("room to write", self.stream.write_all(bytes)).await;
+    }
+
+    /// Sends bytes without waiting for room for ever: false when the peer no longer reads or is gone.
+    pub(crate) async fn try_send(&mut self, bytes: &[u8]) -> bool {
+        self.stream.write_all(bytes).await.is_ok()
+    }
+
+    /// The next frame; `None` at the end of the connection. SETTINGS and PING of the peer are acknowledged.
+    pub(crate) async fn next(&mut self) -> Option<Frame> {
+        soon("a frame or the end", self.listen()).await
     }
 
     /// Opens a stream with this header block and no body.

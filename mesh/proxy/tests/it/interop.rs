@@ -11,7 +11,7 @@ use http_body_util::Full;
 use serin_proxy::bootstrap::file;
 use serin_proxy::control::Proxy;
 use serin_proxy::control::run::apply_static;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::envoy;
@@ -166,7 +166,11 @@ pub(crate) async fn backend(name: &'static str) -> Backend {
             "connection",
             "x-hop",
         ];
-        let fields: Vec<_> = keys.iter().map(|key| format!("{key}={}", told(key))).collect();
+        let mut fields: Vec<_> = keys.iter().map(|key| format!("{key}={}", told(key))).collect();
+        fields.push(format!(
+            ":authority={}",
+            seen.authority.as_deref().unwrap_or_default()
+        ));
         let text = format!(
             "{name} {} {} [{}] {} {}",
             seen.method,
@@ -175,12 +179,18 @@ pub(crate) async fn backend(name: &'static str) -> Backend {
             !told("x-request-id").is_empty(),
             String::from_utf8_lossy(&seen.body)
         );
-        Response::builder()
+        let response = Response::builder()
             .status(status.unwrap_or(200))
             .header("x-secret", "s")
-            .header("x-backend", name)
-            .body(Full::from(text))
-            .unwrap()
+            .header("x-backend", name);
+        // hyper leaves out what must not be sent over HTTP/1 only.
+        if seen.method == "HEAD" && seen.authority.is_some() {
+            return response
+                .header("content-length", text.len())
+                .body(Full::default())
+                .unwrap();
+        }
+        response.body(Full::from(text)).unwrap()
     })
     .await
 }
@@ -194,7 +204,8 @@ pub(crate) struct Seen {
     pub(crate) flags: String,
 }
 
-const COMPARED: [&str; 9] = [
+/// Header fields that are compared.
+pub(crate) const COMPARED: [&str; 9] = [
     "location",
     "server",
     "x-answered",
@@ -206,12 +217,12 @@ const COMPARED: [&str; 9] = [
     "connection",
 ];
 
+/// A request in a connection of its own, of any kind.
 pub(crate) async fn ask(
-    at: SocketAddr,
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
     bytes: &[u8],
     head: bool,
 ) -> Option<(u16, BTreeMap<String, String>, String)> {
-    let mut stream = TcpStream::connect(at).await.unwrap();
     let _ = stream.write_all(bytes).await;
     // Not to the end of the connection: Envoy leaves it open for a second.
     let mut raw = Vec::new();
@@ -442,7 +453,8 @@ async fn envoy_and_serin_proxy_answer_the_same_requests_alike() {
         .map(|case| async move {
             let mut pair = Vec::new();
             for at in [ours, theirs] {
-                let (status, headers, body) = ask(at, &case.bytes, case.head)
+                let stream = TcpStream::connect(at).await.unwrap();
+                let (status, headers, body) = ask(stream, &case.bytes, case.head)
                     .await
                     .unwrap_or_else(|| panic!("{} was not answered by {at}", case.name));
                 let flags = headers.get("x-serin-response-flags").cloned().unwrap_or_default();

@@ -1,7 +1,7 @@
-//! Envoy and serin-proxy on one ADS server: the same resources, the same requests, the same answers; and the same hosts
-//! chosen, as far as chance allows.
+//! Envoy and serin-proxy on one ADS server ([`crate::interop_wire`] asks them), and the hosts that they choose: the same
+//! ones as often, as far as chance allows.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use futures::stream::{self, StreamExt};
@@ -9,16 +9,12 @@ use http::Request;
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
 use prost::Message;
-use serin_proxy::bootstrap::file;
 use serin_proxy::control::xds::follow;
 use serin_xds::client::Endpoint;
-use serin_xds::pb::envoy::config::accesslog::v3 as accesslog;
 use serin_xds::pb::envoy::config::cluster::v3 as cluster;
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::endpoint::v3 as endpoint;
-use serin_xds::pb::envoy::config::listener::v3 as listener;
 use serin_xds::pb::envoy::config::route::v3 as route;
-use serin_xds::pb::envoy::extensions::access_loggers::file::v3 as log_file;
 use serin_xds::pb::envoy::extensions::filters::http::router::v3 as router;
 use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
 use serin_xds::server::Event;
@@ -29,7 +25,6 @@ use tokio_util::sync::CancellationToken;
 use crate::ads::Ads;
 use crate::envoy::{self, Envoy};
 use crate::fixture::*;
-use crate::interop::{CONFIG, Seen, ask, backend, cases, pardoned};
 
 /// Both proxies on one control plane.
 pub(crate) struct Pair {
@@ -53,7 +48,7 @@ impl Pair {
         let cancel = CancellationToken::new();
         let follower = tokio::spawn(follow(
             harness.proxy.clone(),
-            Endpoint::Unix(ads.socket.clone()),
+            Endpoint::Unix(folder.path().join("xds.sock")),
             cancel.clone(),
         ));
         Some(Self {
@@ -114,177 +109,6 @@ pub(crate) fn resource<M: Message>(resource_type: ResourceType, name: &str, mess
 /// The router by its type: Envoy wants it.
 pub(crate) fn router() -> hcm::HttpFilter {
     http_filter("envoy.filters.http.router", Some(any(&router::Router::default())))
-}
-
-/// The file of the interoperation test as resources: listener, routes, clusters and endpoints each for themselves.
-fn by_ads(text: &str, log: &str) -> Vec<Resource> {
-    let plan = file::parse(text, 1).unwrap();
-    let mut out = Vec::new();
-    for one in plan.static_resources {
-        match one.resource_type {
-            ResourceType::Cluster => {
-                let mut message = cluster::Cluster::decode(&*one.body).unwrap();
-                let assignment = message.load_assignment.take().unwrap();
-                message.cluster_discovery_type = Some(cluster::cluster::ClusterDiscoveryType::Type(
-                    cluster::cluster::DiscoveryType::Eds as i32,
-                ));
-                message.eds_cluster_config = Some(cluster::cluster::EdsClusterConfig {
-                    eds_config: ads_source(),
-                    ..Default::default()
-                });
-                out.push(resource(ResourceType::Cluster, &one.name, &message));
-                out.push(resource(ResourceType::Endpoints, &one.name, &assignment));
-            }
-            ResourceType::Listener => {
-                let mut message = listener::Listener::decode(&*one.body).unwrap();
-                let filter = &mut message.filter_chains[0].filters[0];
-                let Some(listener::filter::ConfigType::TypedConfig(config)) = &mut filter.config_type else {
-                    panic!("no configuration");
-                };
-                let mut manager = hcm::HttpConnectionManager::decode(&*config.value).unwrap();
-                use hcm::http_connection_manager::RouteSpecifier;
-                let Some(RouteSpecifier::RouteConfig(table)) = manager.route_specifier.take() else {
-                    panic!("no routes");
-                };
-                out.push(resource(ResourceType::Route, &table.name, &table));
-                manager.route_specifier = Some(RouteSpecifier::Rds(hcm::Rds {
-                    route_config_name: table.name,
-                    config_source: ads_source(),
-                }));
-                manager.http_filters = vec![router()];
-                manager.access_log = vec![access_log(log)];
-                *config = any(&manager);
-                out.push(resource(ResourceType::Listener, &one.name, &message));
-            }
-            other => panic!("{other:?}"),
-        }
-    }
-    out
-}
-
-fn access_log(path: &str) -> accesslog::AccessLog {
-    let line = "%REQ(X-CASE)% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %UPSTREAM_CLUSTER% %ROUTE_NAME%\n";
-    accesslog::AccessLog {
-        name: "envoy.access_loggers.file".into(),
-        config_type: Some(accesslog::access_log::ConfigType::TypedConfig(any(
-            &log_file::FileAccessLog {
-                path: path.into(),
-                access_log_format: Some(log_file::file_access_log::AccessLogFormat::LogFormat(
-                    core::SubstitutionFormatString {
-                        format: Some(core::substitution_format_string::Format::TextFormatSource(
-                            core::DataSource {
-                                specifier: Some(core::data_source::Specifier::InlineString(line.into())),
-                                ..Default::default()
-                            },
-                        )),
-                        ..Default::default()
-                    },
-                )),
-            },
-        ))),
-        ..Default::default()
-    }
-}
-
-/// Details that say the same in other words.
-fn pardoned_details(line: &str) -> String {
-    // What went wrong with the connection is told by Envoy's transport in its own words.
-    let cut = line.split('{').next().unwrap_or_default();
-    cut.to_owned()
-}
-
-#[tokio::test]
-async fn one_ads_server_drives_envoy_and_serin_proxy_and_they_answer_and_log_alike() {
-    let (a, b) = (backend("a").await, backend("b").await);
-    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    let log = folder.path().join("access.log");
-    let text = CONFIG
-        .replace("PORT", "0")
-        .replace("{A}", &a.address.port().to_string())
-        .replace("{B}", &b.address.port().to_string())
-        .replace("{SLOW}", &silent.local_addr().unwrap().port().to_string());
-    let Some(pair) = Pair::start(by_ads(&text, log.to_str().unwrap())).await else {
-        return;
-    };
-    let at = pair.listener("http").await;
-    for at in at {
-        soon("routes", async {
-            while get(at, "/").await.0 == 404 && get_host(at, "a.example", "/exact").await.0 != 200 {
-                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-            }
-        })
-        .await;
-    }
-    let cases = cases();
-    assert!(cases.len() >= 300, "{}", cases.len());
-    let answers: Vec<[Seen; 2]> = stream::iter(&cases)
-        .map(|case| async move {
-            let mut pair = Vec::new();
-            for (who, at) in ["ours", "theirs"].into_iter().zip(at) {
-                let text = String::from_utf8(case.bytes.clone()).unwrap();
-                let bytes = text.replace("X-Case: ", &format!("X-Case: {who}-"));
-                let (status, headers, body) = ask(at, bytes.as_bytes(), case.head)
-                    .await
-                    .unwrap_or_else(|| panic!("{} was not answered by {who}", case.name));
-                pair.push(Seen {
-                    status,
-                    headers,
-                    body,
-                    flags: String::new(),
-                });
-            }
-            <[Seen; 2]>::try_from(pair).unwrap()
-        })
-        .buffered(16)
-        .collect()
-        .await;
-    let lines = soon("the access log", async {
-        loop {
-            let text = std::fs::read_to_string(&log).unwrap_or_default();
-            let lines: BTreeMap<String, String> = text
-                .lines()
-                .filter_map(|line| line.split_once(' '))
-                .filter(|(case, _)| case.contains('-') && case.len() > 1)
-                .map(|(case, rest)| (case.to_owned(), rest.to_owned()))
-                .collect();
-            if lines.len() >= cases.len() * 2 {
-                break lines;
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-        }
-    })
-    .await;
-    let mut differences = Vec::new();
-    for (case, [ours, theirs]) in cases.iter().zip(answers) {
-        let id = case.name.split(':').next().unwrap();
-        let logged = |who: &str| pardoned_details(&lines[&format!("{who}-{id}")]);
-        let pair = [(ours, logged("ours")), (theirs, logged("theirs"))];
-        let [ours, theirs] = pair.map(|(seen, line)| {
-            let mut seen = pardoned(case, seen);
-            seen.flags = line;
-            seen
-        });
-        if ours != theirs {
-            differences.push(format!("{}\n   ours   {ours:?}\n   theirs {theirs:?}", case.name));
-        }
-    }
-    assert!(
-        differences.is_empty(),
-        "{} of {} differ:\n{}",
-        differences.len(),
-        cases.len(),
-        differences.join("\n")
-    );
-    pair.stop().await;
-}
-
-async fn get_host(at: SocketAddr, host: &str, path: &str) -> (u16, http::HeaderMap, String) {
-    let request = Request::get(path)
-        .header("host", host)
-        .body(Full::from(""))
-        .unwrap();
-    send(at, request).await
 }
 
 /// A cluster by EDS with these hosts: address, weight, priority, locality, whether it is well.
@@ -366,14 +190,14 @@ fn choosing(
     ]
 }
 
-/// How often each backend answers of `count` requests for `path`, each with another key.
-async fn spread(at: SocketAddr, path: &str, count: usize) -> BTreeMap<String, usize> {
+/// Who answers each of `count` requests for `path`, each with another key.
+async fn choices(at: SocketAddr, path: &str, count: usize) -> Vec<String> {
     let stream = TcpStream::connect(at).await.unwrap();
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
         .await
         .unwrap();
     let task = tokio::spawn(connection);
-    let mut out = BTreeMap::new();
+    let mut out = Vec::new();
     for index in 0..count {
         let request = Request::get(path)
             .header("host", "a")
@@ -383,9 +207,37 @@ async fn spread(at: SocketAddr, path: &str, count: usize) -> BTreeMap<String, us
         let response = soon("a response", sender.send_request(request)).await.unwrap();
         assert_eq!(response.status(), 200, "{path}");
         let body = response.into_body().collect().await.unwrap().to_bytes();
-        *out.entry(String::from_utf8(body.to_vec()).unwrap()).or_insert(0) += 1;
+        out.push(String::from_utf8(body.to_vec()).unwrap());
     }
     task.abort();
+    out
+}
+
+/// The same over HTTP/2, twenty at a time.
+async fn choices_of_streams(at: SocketAddr, path: &str, count: usize) -> Vec<String> {
+    let sender = h2_client(at).await;
+    let asked = (0..count).map(|index| {
+        let request = Request::get(format!("http://a{path}"))
+            .header("x-key", format!("key-{index}"))
+            .body(Full::default())
+            .unwrap();
+        let mut sender = sender.clone();
+        async move {
+            let response = soon("a response", sender.send_request(request)).await.unwrap();
+            assert_eq!(response.status(), 200, "{path}");
+            let body = response.into_body().collect().await.unwrap().to_bytes();
+            String::from_utf8(body.to_vec()).unwrap()
+        }
+    });
+    stream::iter(asked).buffered(20).collect().await
+}
+
+/// How often each backend answered.
+fn spread(choices: &[String]) -> BTreeMap<&str, usize> {
+    let mut out = BTreeMap::new();
+    for name in choices {
+        *out.entry(name.as_str()).or_insert(0) += 1;
+    }
     out
 }
 
@@ -513,18 +365,27 @@ async fn hosts_are_chosen_in_the_same_shares_by_envoy_and_serin_proxy() {
         .await;
     }
     let all = ["h0", "h1", "h2", "h3"];
-    let percent = |counts: &BTreeMap<String, usize>, count: usize| {
-        all.map(|name| counts.get(name).copied().unwrap_or(0) as f64 * 100.0 / count as f64)
+    let percent = |choices: Vec<String>| {
+        let counts = spread(&choices);
+        all.map(|name| counts.get(name).copied().unwrap_or(0) as f64 * 100.0 / COUNT as f64)
     };
     let split = ("split", LbPolicy::RoundRobin, &[][..], [20., 20., 20., 40.]);
     const COUNT: usize = 400;
     for (name, _, _, expected) in clusters.iter().chain([&split]) {
-        let [ours, theirs] = [
-            spread(at[0], &format!("/{name}"), COUNT).await,
-            spread(at[1], &format!("/{name}"), COUNT).await,
-        ]
-        .map(|counts| percent(&counts, COUNT));
-        for (who, shares) in [("ours", ours), ("theirs", theirs)] {
+        let path = format!("/{name}");
+        let shares = [
+            ("ours", percent(choices(at[0], &path, COUNT).await)),
+            ("theirs", percent(choices(at[1], &path, COUNT).await)),
+            (
+                "ours, HTTP/2",
+                percent(choices_of_streams(at[0], &path, COUNT).await),
+            ),
+            (
+                "theirs, HTTP/2",
+                percent(choices_of_streams(at[1], &path, COUNT).await),
+            ),
+        ];
+        for (who, shares) in shares {
             for (share, wanted) in shares.iter().zip(expected) {
                 // Four standard deviations of a fair draw of this size, where there is a draw at all.
                 let chance = 400.0 * (wanted / 100.0 * (1.0 - wanted / 100.0) / COUNT as f64).sqrt();
@@ -535,21 +396,47 @@ async fn hosts_are_chosen_in_the_same_shares_by_envoy_and_serin_proxy() {
             }
         }
     }
-    // Hashes: which host a key has differs (other functions), but it keeps it, and all hosts have keys.
-    for name in ["ring-hash", "maglev"] {
+    // Hashes: which host a key has differs (other functions), but it keeps it over HTTP/1 and HTTP/2, all hosts have as
+    // many keys as the other proxy gives them, and when a host goes, most keys of the others stay where they are.
+    for (name, policy) in [("ring-hash", LbPolicy::RingHash), ("maglev", LbPolicy::Maglev)] {
+        let path = format!("/{name}");
+        let mut before = Vec::new();
         for (who, at) in ["ours", "theirs"].into_iter().zip(at) {
-            let path = format!("/{name}");
-            let first = spread(at, &path, 100).await;
+            let first = choices(at, &path, COUNT).await;
             assert_eq!(
                 first,
-                spread(at, &path, 100).await,
+                choices_of_streams(at, &path, COUNT).await,
                 "{name}, {who}: the same keys, the same hosts"
             );
-            assert_eq!(
-                first.keys().collect::<BTreeSet<_>>().len(),
-                4,
-                "{name}, {who}: {first:?}"
-            );
+            for (host, share) in all.iter().zip(percent(first.clone())) {
+                // Rings are uneven: 1,024 places for four hosts, and chance on top.
+                assert!(
+                    (share - 25.0).abs() <= 12.0,
+                    "{name}, {who}: {host} has {share} %"
+                );
+            }
+            before.push(first);
+        }
+        pair.ads.source.put_all(choosing(name, policy, &even[..3]));
+        for ((who, at), before) in ["ours", "theirs"].into_iter().zip(at).zip(before) {
+            let after = soon("the end of a host", async {
+                loop {
+                    let now = choices(at, &path, COUNT).await;
+                    if !now.iter().any(|host| host == "h3") {
+                        return now;
+                    }
+                }
+            })
+            .await;
+            let kept = before.iter().filter(|host| *host != "h3").count();
+            let moved = before
+                .iter()
+                .zip(&after)
+                .filter(|(before, after)| *before != "h3" && before != after)
+                .count();
+            // With fewer hosts each has more places of a ring, which take keys as well.
+            let most = if name == "maglev" { kept / 5 } else { kept / 3 };
+            assert!(moved <= most, "{name}, {who}: {moved} of {kept} keys moved");
         }
     }
     pair.stop().await;

@@ -3,63 +3,24 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 
 use futures::Stream;
 use prost::Message;
 use serin_xds::ResourceType;
-use serin_xds::pb::envoy::service::discovery::v3::aggregated_discovery_service_server::{
-    AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
-};
-use serin_xds::pb::envoy::service::discovery::v3::{
-    DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse, Resource,
-};
+use serin_xds::pb::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
 use serin_xds::pb::google::protobuf as google;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::mpsc;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::Status;
 
 use crate::fixture::*;
 
-type Reply<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
-
-#[derive(Clone)]
-struct Service(mpsc::UnboundedSender<Link>);
-
-#[tonic::async_trait]
-impl AggregatedDiscoveryService for Service {
-    type StreamAggregatedResourcesStream = Reply<DiscoveryResponse>;
-    type DeltaAggregatedResourcesStream = Reply<DeltaDiscoveryResponse>;
-
-    async fn stream_aggregated_resources(
-        &self,
-        _: Request<Streaming<DiscoveryRequest>>,
-    ) -> Result<Response<Self::StreamAggregatedResourcesStream>, Status> {
-        Err(Status::unimplemented("incremental only"))
-    }
-
-    async fn delta_aggregated_resources(
-        &self,
-        request: Request<Streaming<DeltaDiscoveryRequest>>,
-    ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
-        let (responses, mut outgoing) = mpsc::unbounded_channel();
-        let link = Link {
-            requests: request.into_inner(),
-            responses,
-            seen: Vec::new(),
-            nonce: 0,
-        };
-        let _ = self.0.send(link);
-        Ok(Response::new(Box::pin(futures::stream::poll_fn(move |cx| {
-            outgoing.poll_recv(cx)
-        }))))
-    }
-}
+#[path = "../../../xds/tests/it/scripted.rs"]
+mod service;
 
 /// One stream of a proxy.
 pub(crate) struct Link {
-    requests: Streaming<DeltaDiscoveryRequest>,
-    responses: mpsc::UnboundedSender<Result<DeltaDiscoveryResponse, Status>>,
+    stream: service::Opened,
     seen: Vec<DeltaDiscoveryRequest>,
     nonce: u32,
 }
@@ -95,6 +56,7 @@ impl Link {
         soon(what, async {
             loop {
                 let request = self
+                    .stream
                     .requests
                     .message()
                     .await
@@ -133,12 +95,12 @@ impl Link {
 
     /// Sends a response as it is.
     pub(crate) fn raw(&self, response: DeltaDiscoveryResponse) {
-        let _ = self.responses.send(Ok(response));
+        let _ = self.stream.responses.send(Ok(response));
     }
 
     /// Ends the stream with a status.
     pub(crate) fn fail(&self, status: Status) {
-        let _ = self.responses.send(Err(status));
+        let _ = self.stream.responses.send(Err(status));
     }
 
     /// Sends a response; its nonce.
@@ -179,7 +141,7 @@ impl Link {
 
 /// The server; it ends when dropped.
 pub(crate) struct Scripted {
-    links: mpsc::UnboundedReceiver<Link>,
+    streams: mpsc::UnboundedReceiver<service::Opened>,
     pub(crate) socket: PathBuf,
     task: tokio::task::JoinHandle<()>,
 }
@@ -213,18 +175,25 @@ impl Scripted {
             + Send
             + 'static,
     {
-        let (sender, links) = mpsc::unbounded_channel();
-        let router = tonic::transport::Server::builder()
-            .add_service(AggregatedDiscoveryServiceServer::new(Service(sender)));
+        let (service, streams) = service::service(true);
+        let router = tonic::transport::Server::builder().add_service(service);
         let task = tokio::spawn(async move {
             let _ = router.serve_with_incoming(incoming).await;
         });
-        Self { links, socket, task }
+        Self {
+            streams,
+            socket,
+            task,
+        }
     }
 
     /// The next stream of a proxy.
     pub(crate) async fn link(&mut self) -> Link {
-        soon("a stream", self.links.recv()).await.unwrap()
+        Link {
+            stream: soon("a stream", self.streams.recv()).await.unwrap(),
+            seen: Vec::new(),
+            nonce: 0,
+        }
     }
 }
 

@@ -9,7 +9,10 @@ use serin_xds::pb::envoy::config::listener::v3 as listener;
 use serin_xds::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::certificates::{Authority, Issued, common, common_by_sds, server_socket, validation_secret};
+use super::certificates::{
+    Authority, Issued, client_socket, common, common_by_sds, provider, server_socket, validation_secret,
+};
+use super::failure::{counted_cluster, nothing_is_left};
 use super::fixture::{
     Backend, Harness, get, host, http_chain, listener_of, manager, prefix_route, soon, to_cluster,
 };
@@ -451,4 +454,108 @@ async fn a_secret_that_rotates_in_the_middle_of_handshakes_breaks_none_of_them()
         }
     }
     assert_eq!(stat(&harness, "connection_error"), 0);
+}
+
+#[tokio::test]
+async fn secrets_of_a_cluster_that_rotate_in_the_middle_of_its_handshakes_break_none_of_them() {
+    let (authority, stranger) = (Authority::new("ca"), Authority::new("stranger"));
+    let server = authority.issue(&["backend"]);
+    let clients = ["one", "two", "three"].map(|name| authority.issue(&[&format!("spiffe://mesh/sa/{name}")]));
+    let mut roots = rustls::RootCertStore::empty();
+    use rustls::pki_types::pem::PemObject as _;
+    roots
+        .add(rustls::pki_types::CertificateDer::from_pem_slice(authority.pem.as_bytes()).unwrap())
+        .unwrap();
+    let (chain, key) = server.der();
+    let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider())
+        .build()
+        .unwrap();
+    let config = rustls::ServerConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(chain, key)
+        .unwrap();
+    let config = Arc::new(config);
+    // An endpoint that waits to be told to go on between the client's hello and its own; it says whom it has met.
+    let socket = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = socket.local_addr().unwrap();
+    let (greeted, mut greetings) = tokio::sync::mpsc::unbounded_channel();
+    let task = tokio::spawn(async move {
+        while let Ok((stream, _)) = socket.accept().await {
+            let hello = tokio_rustls::LazyConfigAcceptor::new(rustls::server::Acceptor::default(), stream);
+            let Ok(hello) = hello.await else { continue };
+            let (go, gone_on) = tokio::sync::oneshot::channel::<()>();
+            let (met, whom) = tokio::sync::oneshot::channel();
+            let _ = greeted.send((go, whom));
+            let _ = gone_on.await;
+            // A client that does not believe the server goes away.
+            let Ok(mut stream) = hello.into_stream(config.clone()).await else {
+                continue;
+            };
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n")
+                && stream.read_buf(&mut head).await.is_ok_and(|count| count > 0)
+            {}
+            let peer = stream
+                .get_ref()
+                .1
+                .peer_certificates()
+                .map(|chain| chain[0].to_vec());
+            let _ = met.send(peer.unwrap());
+            let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok";
+            let _ = stream.write_all(answer).await;
+            let _ = stream.shutdown().await;
+        }
+    });
+    let mut harness = Harness::start();
+    let trust = |authority: &Authority| validation_secret("trust", authority.context());
+    harness
+        .put(ResourceType::Secret, "client", &clients[0].secret("client"))
+        .await;
+    harness
+        .put(ResourceType::Secret, "trust", &trust(&authority))
+        .await;
+    let mut cluster = counted_cluster("c");
+    cluster.transport_socket =
+        client_socket(common_by_sds("client", Some("trust"), &["http/1.1"]), "backend");
+    harness.put(ResourceType::Cluster, "c", &cluster).await;
+    harness.endpoints("c", &[at]).await;
+    let gate = harness.serve(vec![prefix_route("/", to_cluster("c"))]).await;
+    // What is held as the handshake begins, what comes meanwhile, and whether the answer arrives.
+    for (round, (next, believed, good)) in [
+        (1, &stranger, true),
+        (2, &authority, false),
+        (2, &authority, true),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let asked = tokio::spawn(async move { get(gate, "/").await });
+        let (go, whom) = soon("a hello", greetings.recv()).await.unwrap();
+        harness
+            .put(ResourceType::Secret, "client", &clients[next].secret("client"))
+            .await;
+        harness.put(ResourceType::Secret, "trust", &trust(believed)).await;
+        go.send(()).unwrap();
+        let (status, headers, _) = soon("an answer", asked).await.unwrap();
+        if good {
+            assert_eq!(status, 200, "round {round}");
+            assert_eq!(
+                soon("whom it met", whom).await.unwrap(),
+                clients[round].der().0[0].to_vec(),
+                "round {round}: the one that the handshake began with"
+            );
+        } else {
+            assert_eq!(
+                (status, headers["x-serin-response-flags"].to_str().unwrap()),
+                (503, "UF")
+            );
+            let line = harness.line().await;
+            let told = line["upstream_transport_failure_reason"].as_str().unwrap();
+            assert!(told.contains("issuer"), "{line}");
+        }
+    }
+    task.abort();
+    nothing_is_left(&harness).await;
 }

@@ -255,6 +255,35 @@ async fn alpn_decides_the_http_version_and_more_requests_share_what_was_agreed()
 }
 
 #[tokio::test]
+async fn the_filter_state_may_name_the_server_of_upstream_tls() {
+    let authority = Authority::new("ca");
+    let backend = Backend::named("hello").await;
+    let mut front = Front::start(
+        &authority.issue(&["a.example", "b.example"]),
+        None,
+        &[],
+        backend.address,
+    )
+    .await;
+    let harness = Harness::start();
+    let socket = client_socket(common(None, Some(authority.context()), &[]), "a.example");
+    harness
+        .put(ResourceType::Cluster, "c", &secured("c", socket))
+        .await;
+    harness.endpoints("c", &[front.address]).await;
+    harness.routes(crate::policies::to_c()).await;
+    let name =
+        crate::policies::filter_state::object("envoy.network.upstream_server_name", "", "%REQ(x-server)%");
+    let manager = crate::policies::manager_with(vec![crate::policies::filter_state::on_requests(vec![name])]);
+    let at = harness.listen(&manager, core::TrafficDirection::Outbound).await;
+    let ask = async |fields: &[(&str, &str)]| crate::policies::get_with(at, "/", fields).await.0;
+    assert_eq!(ask(&[]).await, 200);
+    assert_eq!(front.next().await.server_name.as_deref(), Some("a.example"));
+    assert_eq!(ask(&[("x-server", "b.example")]).await, 200);
+    assert_eq!(front.next().await.server_name.as_deref(), Some("b.example"));
+}
+
+#[tokio::test]
 async fn the_server_name_follows_the_host_and_the_certificate_must_be_valid_for_it() {
     let authority = Authority::new("ca");
     let backend = Backend::named("hello").await;
@@ -360,9 +389,9 @@ async fn a_cluster_waits_for_its_secrets_rotates_them_and_resumes_sessions_in_be
     );
     // A connection for each request.
     message.max_requests_per_connection = super::fixture::number(1);
-    harness.put(ResourceType::Cluster, "c", &message).await;
-    harness.endpoints("c", &[front.address]).await;
-    let at = harness.serve(vec![prefix_route("/", to_cluster("c"))]).await;
+    let at = harness
+        .serve_cluster(&message, &[front.address], to_cluster("c"))
+        .await;
     let (status, headers, _) = get(at, "/").await;
     assert_eq!(
         (status, headers["x-serin-response-flags"].to_str().unwrap()),
@@ -401,11 +430,9 @@ async fn connections_made_before_tls_was_asked_for_are_not_used_after() {
     let mut front = Front::start(&authority.issue(&[SERVER]), None, &[], backend.address).await;
     let harness = Harness::start();
     let socket = |sni| client_socket(common(None, Some(authority.context()), &[]), sni);
-    harness
-        .put(ResourceType::Cluster, "c", &secured("c", socket("one")))
+    let at = harness
+        .serve_cluster(&secured("c", socket("one")), &[front.address], to_cluster("c"))
         .await;
-    harness.endpoints("c", &[front.address]).await;
-    let at = harness.serve(vec![prefix_route("/", to_cluster("c"))]).await;
     assert_eq!(get(at, "/").await.0, 200);
     assert_eq!(front.next().await.server_name.as_deref(), Some("one"));
     // The same again changes nothing.

@@ -7,6 +7,7 @@ mod envoy;
 mod histories;
 mod names;
 mod ordering;
+mod scripted;
 mod storm;
 mod support;
 mod transport;

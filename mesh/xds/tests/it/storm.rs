@@ -1,23 +1,17 @@
 //! How often a server that misbehaves is tried again, in simulated time over connections in memory.
 
-use std::pin::Pin;
 use std::time::Duration;
 
-use futures::Stream;
 use serin_xds::ResourceType;
 use serin_xds::client::{
     AdsClient, AdsClientConfig, BackoffRange, Dialer, Endpoint, Interest, Io, STABLE_AFTER,
 };
-use serin_xds::pb::envoy::service::discovery::v3::aggregated_discovery_service_server::{
-    AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
-};
-use serin_xds::pb::envoy::service::discovery::v3::{
-    DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
-};
+use serin_xds::pb::envoy::service::discovery::v3::DeltaDiscoveryResponse;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tonic::{Request, Response, Status, Streaming};
+
+use crate::scripted::service;
 
 /// What the server does with each stream.
 #[derive(Clone, Copy, Debug)]
@@ -28,54 +22,25 @@ enum Manner {
     NeverAnswers,
 }
 
-type Reply<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
-
-#[tonic::async_trait]
-impl AggregatedDiscoveryService for Manner {
-    type StreamAggregatedResourcesStream = Reply<DiscoveryResponse>;
-    type DeltaAggregatedResourcesStream = Reply<DeltaDiscoveryResponse>;
-
-    async fn stream_aggregated_resources(
-        &self,
-        _: Request<Streaming<DiscoveryRequest>>,
-    ) -> Result<Response<Self::StreamAggregatedResourcesStream>, Status> {
-        Err(Status::internal("only one variant here"))
-    }
-
-    async fn delta_aggregated_resources(
-        &self,
-        _: Request<Streaming<DeltaDiscoveryRequest>>,
-    ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
-        match *self {
-            Self::NeverAnswers => std::future::pending().await,
-            Self::BreaksOffAfter(time) => {
-                let first = DeltaDiscoveryResponse {
-                    type_url: ResourceType::Cluster.type_url().into(),
-                    nonce: "1".into(),
-                    ..Default::default()
-                };
-                let stream = futures::stream::unfold(Some(first), move |next| async move {
-                    match next {
-                        Some(response) => Some((Ok(response), None)),
-                        None => {
-                            tokio::time::sleep(time).await;
-                            None
-                        }
-                    }
-                });
-                Ok(Response::new(Box::pin(stream)))
-            }
-        }
-    }
-}
-
 /// When a client tried to connect, the first `count` times.
 async fn attempts(manner: Manner, count: usize) -> Vec<Duration> {
     let (dialed, mut dials) = mpsc::unbounded_channel();
     let (accept, mut accepted) = mpsc::unbounded_channel();
+    let (service, mut streams) = service(!matches!(manner, Manner::NeverAnswers));
+    let answering = tokio::spawn(async move {
+        while let (Some(stream), Manner::BreaksOffAfter(time)) = (streams.recv().await, manner) {
+            let first = DeltaDiscoveryResponse {
+                type_url: ResourceType::Cluster.type_url().into(),
+                nonce: "1".into(),
+                ..Default::default()
+            };
+            let _ = stream.responses.send(Ok(first));
+            tokio::time::sleep(time).await;
+        }
+    });
     let server = tokio::spawn(
         tonic::transport::Server::builder()
-            .add_service(AggregatedDiscoveryServiceServer::new(manner))
+            .add_service(service)
             .serve_with_incoming(futures::stream::poll_fn(move |cx| {
                 accepted
                     .poll_recv(cx)
@@ -110,6 +75,7 @@ async fn attempts(manner: Manner, count: usize) -> Vec<Duration> {
     client.join().await;
     taking.await.unwrap();
     server.abort();
+    answering.abort();
     out
 }
 

@@ -1,5 +1,7 @@
 //! Compiling the forwarding action.
 
+use http::HeaderMap;
+
 use super::*;
 
 fn header_value(text: &str, field: &str) -> Result<HeaderValue, Refusal> {
@@ -55,6 +57,23 @@ impl Forward {
                     convert::timeout(value.max_stream_duration.as_ref())
                 })
                 .within("max_stream_duration")?,
+            grpc_timeout: GrpcTimeout::compile(
+                ("max_grpc_timeout", from.max_grpc_timeout.as_ref()),
+                ("grpc_timeout_offset", from.grpc_timeout_offset.as_ref()),
+            )?,
+            grpc_stream_duration: from
+                .max_stream_duration
+                .as_ref()
+                .map_or(Ok(None), |value| {
+                    GrpcTimeout::compile(
+                        ("grpc_timeout_header_max", value.grpc_timeout_header_max.as_ref()),
+                        (
+                            "grpc_timeout_header_offset",
+                            value.grpc_timeout_header_offset.as_ref(),
+                        ),
+                    )
+                })
+                .within("max_stream_duration")?,
             criteria: Criteria::compile(from.metadata_match.as_ref(), None),
             hedge: compile_hedge(from.hedge_policy.as_ref().or(host.hedge_policy.as_ref()))
                 .within("hedge_policy")?,
@@ -103,6 +122,30 @@ impl Forward {
                 })
                 .collect(),
         })
+    }
+}
+
+impl Forward {
+    /// Limit for the whole exchange of a request, which a gRPC call is told on its way.
+    pub fn timeout_of(&self, grpc: bool, headers: &mut HeaderMap) -> Option<Duration> {
+        match &self.grpc_timeout {
+            Some(rule) if grpc => {
+                let limit = rule.of(headers).unwrap_or_else(|most| most);
+                if let Some(limit) = limit {
+                    GrpcTimeout::write(limit, headers);
+                }
+                limit
+            }
+            _ => self.timeout,
+        }
+    }
+
+    /// Limit of a request's stream, if the route has one.
+    pub fn stream_limit_of(&self, headers: &HeaderMap) -> Option<Duration> {
+        match self.grpc_stream_duration.map(|rule| rule.of(headers)) {
+            Some(Ok(limit)) => limit,
+            Some(Err(_)) | None => self.max_stream_duration,
+        }
     }
 }
 
@@ -173,23 +216,14 @@ fn compile_weighted(
                 Some(header_value(host, "host_rewrite_literal").within(&path)?)
             }
         };
+        let (request_headers, response_headers) = HeaderOps::of(cluster).within(&path)?;
         targets.push(Target {
             cluster: match by_field {
                 None => TargetCluster::Fixed(context.slots.cluster(&cluster.name)),
                 Some((field, directory)) => TargetCluster::Named(field, directory),
             },
-            request_headers: HeaderOps::compile(
-                &cluster.request_headers_to_add,
-                &cluster.request_headers_to_remove,
-                "request_headers",
-            )
-            .within(&path)?,
-            response_headers: HeaderOps::compile(
-                &cluster.response_headers_to_add,
-                &cluster.response_headers_to_remove,
-                "response_headers",
-            )
-            .within(&path)?,
+            request_headers,
+            response_headers,
             host_rewrite,
             criteria: cluster
                 .metadata_match

@@ -75,6 +75,8 @@ enum What {
     TlsCipher,
     GrpcStatus(GrpcText),
     Metadata(Key),
+    /// As a text, or as JSON.
+    State(Box<str>, bool),
     MetadataAll(Box<str>),
     RequestId,
     Connection,
@@ -97,6 +99,8 @@ pub(super) enum Datum<'a> {
     Text(Cow<'a, str>),
     Number(u64),
     Json(serde_json::Value),
+    /// A text that is JSON also within a text.
+    Quoted(&'a str),
 }
 
 impl<'a> Datum<'a> {
@@ -293,8 +297,20 @@ impl What {
                 }
             }
             "ACCESS_LOG_TYPE" => Self::Kind,
-            // What the proxy does not know of a connection; standard formats name them, so they are not refused.
-            "FILTER_STATE" | "UPSTREAM_METADATA" => Self::Absent,
+            "FILTER_STATE" => {
+                let mut parts = arguments.unwrap_or_default().split(':');
+                let key = parts.next().filter(|key| !key.is_empty());
+                let key = key.ok_or_else(|| refused("needs a key"))?.into();
+                match (parts.next(), parts.next()) {
+                    (None | Some("TYPED"), None) => Self::State(key, true),
+                    (Some("PLAIN"), None) => Self::State(key, false),
+                    // None of our objects has fields.
+                    (Some("FIELD"), Some(_)) => Self::Absent,
+                    _ => return Err(refused("the key may be followed by PLAIN, TYPED or FIELD:name")),
+                }
+            }
+            // What the proxy does not know of an endpoint; standard formats name it, so it is not refused.
+            "UPSTREAM_METADATA" => Self::Absent,
             _ => return Err(refused("this operator is not supported")),
         })
     }
@@ -406,6 +422,11 @@ impl Operator {
             What::MetadataAll(namespace) => record.metadata.get(namespace).map_or(Datum::Absent, |fields| {
                 Datum::Json(crate::policy::metadata::struct_to_json(fields))
             }),
+            What::State(key, typed) => match record.metadata.state.get(key) {
+                None => Datum::Absent,
+                Some(value) if *typed => Datum::Quoted(value),
+                Some(value) => Datum::Text(value.into()),
+            },
             What::RequestId => text(record.request_id),
             What::Connection => Datum::Number(record.connection),
             What::TraceId => text(record.trace.map(|(id, _)| id)),

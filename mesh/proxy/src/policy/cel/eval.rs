@@ -12,6 +12,7 @@ use super::Attribute;
 use super::time::{self, Part};
 use crate::error::Refusal;
 use crate::observe::record::Side;
+use crate::policy::filter_state::FilterState;
 use crate::policy::metadata::Metadata;
 
 /// Steps of one evaluation.
@@ -46,6 +47,8 @@ pub enum Value<'a> {
     Metadata(&'a Metadata),
     /// Fields by name.
     Struct(&'a google::Struct),
+    /// Objects by key, as bytes.
+    State(&'a FilterState),
 }
 
 /// Where attributes come from.
@@ -494,7 +497,7 @@ impl Run<'_> {
                     self.spend(items.len())?;
                     Ok(Value::Bool(items.iter().any(|item| equal(item, &first))))
                 }
-                map @ (Value::Metadata(_) | Value::Struct(_)) => match &first {
+                map @ (Value::Metadata(_) | Value::Struct(_) | Value::State(_)) => match &first {
                     Value::Text(name) => Ok(Value::Bool(field(map, name).is_some())),
                     _ => Err(Failed),
                 },
@@ -704,6 +707,7 @@ fn field<'a>(map: &Value<'a>, name: &str) -> Option<Value<'a>> {
         Value::Metadata(metadata) if name == "filter_metadata" => Some(Value::Metadata(metadata)),
         Value::Metadata(metadata) => metadata.get(name).map(Value::Struct),
         Value::Struct(fields) => fields.fields.get(name).map(of_message),
+        Value::State(state) => Some(Value::Bytes(state.get(name)?.as_bytes().into())),
         Value::Map(entries) => entries
             .iter()
             .find(|(key, _)| matches!(key, Value::Text(text) if text == name))

@@ -86,6 +86,7 @@ pub enum Attribute {
     ClusterName,
     RouteName,
     Metadata,
+    FilterState,
 }
 
 /// Attributes by name, and whether they are known only at the end of a request.
@@ -502,6 +503,9 @@ impl Compiler<'_, '_> {
             if name == "metadata" || name == "metadata.filter_metadata" {
                 return Ok(Node::Attribute(Attribute::Metadata, false));
             }
+            if name == "filter_state" {
+                return Ok(Node::Attribute(Attribute::FilterState, false));
+            }
             if headers(&name).is_some() {
                 return Err(Refusal::new(
                     "",
@@ -522,7 +526,7 @@ impl Compiler<'_, '_> {
                             return Ok(Node::Attribute(*attribute, true));
                         }
                     }
-                    if name != "metadata" && !name.starts_with("metadata.") {
+                    if name != "metadata" && name != "filter_state" && !name.starts_with("metadata.") {
                         return Err(unknown(&format!("{name}.{field}")));
                     }
                 }

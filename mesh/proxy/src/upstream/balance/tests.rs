@@ -188,7 +188,7 @@ fn the_same_hash_finds_the_same_host() {
 fn an_endpoint_update_keeps_the_connections_of_hosts_that_stay() {
     use crate::upstream::cluster::WorkerCluster;
     let fixture = fixture(ROUND_ROBIN, &[(0, 1, true), (0, 1, true)]);
-    let slot = Arc::new(ClusterSlot::new(0, "c".into()));
+    let slot = Arc::new(ClusterSlot::new(0, "c".into(), Arc::default()));
     slot.set_config(Some(Arc::new(fixture.cluster)));
     slot.set_endpoints(Some(Arc::new(fixture.set)));
     let first = WorkerCluster::new(&slot, None, None).unwrap();

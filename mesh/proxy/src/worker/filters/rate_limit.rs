@@ -8,10 +8,11 @@ use super::super::call::grpc;
 use super::super::request::{Routed, variables};
 use super::{
     Encode, Exchange, LocalReply, X_RATELIMIT_LIMIT, X_RATELIMIT_REMAINING, X_RATELIMIT_RESET, describe,
-    state,
+    metadata, state,
 };
 use crate::metrics::flags::Flags;
 use crate::policy::ext_authz::How;
+use crate::policy::filter_state::Factory;
 use crate::policy::local_rate_limit::VirtualHostLimits;
 use crate::policy::rate_limit::{PATH, PerRouteLimit, RateLimit};
 use crate::random;
@@ -43,7 +44,11 @@ pub(super) async fn ask(
     if descriptors.is_empty() {
         return Ok(());
     }
-    let question = limit.question(descriptors, own.and_then(|own| own.domain.as_deref()));
+    let mut question = limit.question(descriptors, own.and_then(|own| own.domain.as_deref()));
+    let addend = metadata(exchange).state.known(Factory::HitsAddend);
+    if let Some(addend) = addend.and_then(|text| text.parse::<u64>().ok()) {
+        question.hits_addend = u32::try_from(addend).unwrap_or(u32::MAX);
+    }
     let worker = &conn.worker;
     let said = match grpc(worker, &limit.service, PATH, &question, limit.timeout).await {
         Ok(answer) => limit.read(answer, worker.id),

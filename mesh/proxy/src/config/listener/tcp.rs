@@ -1,0 +1,180 @@
+//! The TCP proxy of a filter chain, compiled.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_v3;
+
+use crate::config::convert;
+use crate::config::route::Context;
+use crate::config::slot::{ClusterSlot, Directory};
+use crate::config::subset::Criteria;
+use crate::config::tunneling::Tunneling;
+use crate::config::weighted::{Turn, Weights};
+use crate::error::{Refusal, Within};
+use crate::observe::access_log::AccessLogs;
+
+/// A compiled TCP proxy.
+#[derive(Debug)]
+pub struct TcpProxy {
+    /// Where to.
+    pub targets: TcpTargets,
+    /// The subset of the cluster, and those of weighted clusters that have their own.
+    pub criteria: Option<Box<Criteria>>,
+    /// See `criteria`; in the order of the targets.
+    pub target_criteria: Box<[Option<Box<Criteria>>]>,
+    /// The cluster is the one that the server name names (`sni_cluster`); without a name, or with an unknown one, it is
+    /// that of `targets`.
+    pub by_server_name: Option<Directory>,
+    /// Clusters by name, where network filters may name one in the filter state.
+    pub by_state: Option<Directory>,
+    /// Connections go on within a CONNECT.
+    pub tunneling: Option<Box<Tunneling>>,
+    /// Limit of silence.
+    pub idle_timeout: Option<Duration>,
+    /// Connections are ended after this.
+    pub max_duration: Option<Duration>,
+    /// Consistent hashing balancers go by the client's address.
+    pub hash_by_source: bool,
+    /// How often a connection is tried.
+    pub max_connect_attempts: u32,
+    /// Whether Istio's TCP metrics are kept.
+    pub stats: bool,
+    /// Access logs.
+    pub logs: Option<AccessLogs>,
+    /// How often lines are written while a connection goes on.
+    pub log_interval: Option<Duration>,
+    /// Whether lines are written when the upstream has been reached.
+    pub log_connected: bool,
+}
+
+/// Where TCP connections go.
+#[derive(Debug)]
+pub enum TcpTargets {
+    /// One cluster.
+    One(Arc<ClusterSlot>),
+    /// Several, by weight.
+    Weighted(Box<[Arc<ClusterSlot>]>, Weights, Turn),
+}
+
+impl TcpProxy {
+    pub(super) fn compile(
+        from: &tcp_v3::TcpProxy,
+        stats: bool,
+        context: &mut Context<'_>,
+    ) -> Result<Self, Refusal> {
+        use tcp_v3::tcp_proxy::ClusterSpecifier;
+        let options = from.access_log_options.as_ref();
+        let unsupported = [
+            ("on_demand", from.on_demand.is_some()),
+            ("downstream_idle_timeout", from.downstream_idle_timeout.is_some()),
+            ("upstream_idle_timeout", from.upstream_idle_timeout.is_some()),
+            ("backoff_options", from.backoff_options.is_some()),
+            (
+                "max_downstream_connection_duration_jitter_percentage",
+                from.max_downstream_connection_duration_jitter_percentage
+                    .is_some(),
+            ),
+            ("proxy_protocol_tlvs", !from.proxy_protocol_tlvs.is_empty()),
+            ("upstream_connect_mode", from.upstream_connect_mode != 0),
+            (
+                "check_drain_close",
+                from.check_drain_close.as_ref().is_some_and(|value| value.value),
+            ),
+            ("max_early_data_bytes", from.max_early_data_bytes.is_some()),
+            (
+                "access_log_options.flush_access_log_on_start",
+                options.is_some_and(|options| options.flush_access_log_on_start),
+            ),
+        ];
+        if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
+            return Err(Refusal::new(*field, "not supported"));
+        }
+        let interval = options
+            .and_then(|options| options.access_log_flush_interval.as_ref())
+            .or(from.access_log_flush_interval.as_ref());
+        let log_interval = convert::timeout(interval).within("access_log_flush_interval")?;
+        if log_interval.is_some_and(|interval| interval < Duration::from_millis(1)) {
+            return Err(Refusal::new("access_log_flush_interval", "must be at least 1ms"));
+        }
+        let target_criteria = match &from.cluster_specifier {
+            Some(ClusterSpecifier::WeightedClusters(weighted)) => weighted
+                .clusters
+                .iter()
+                .map(|cluster| {
+                    cluster
+                        .metadata_match
+                        .as_ref()
+                        .and_then(|own| Criteria::compile(Some(own), from.metadata_match.as_ref()))
+                })
+                .collect(),
+            Some(ClusterSpecifier::Cluster(_)) | None => Box::default(),
+        };
+        let targets = match &from.cluster_specifier {
+            Some(ClusterSpecifier::Cluster(name)) => TcpTargets::One(context.slots.cluster(name)),
+            Some(ClusterSpecifier::WeightedClusters(weighted)) => {
+                let clusters = weighted
+                    .clusters
+                    .iter()
+                    .map(|cluster| context.slots.cluster(&cluster.name))
+                    .collect();
+                let weights = Weights::new(
+                    weighted
+                        .clusters
+                        .iter()
+                        .map(|cluster| cluster.weight)
+                        .collect::<Vec<_>>(),
+                )
+                .ok_or_else(|| Refusal::new("weighted_clusters", "the weights add up to zero"))?;
+                let turn = Turn::new(context.workers, weights.total(), context.seed % weights.total());
+                TcpTargets::Weighted(clusters, weights, turn)
+            }
+            None => return Err(Refusal::new("cluster_specifier", "is missing")),
+        };
+        Ok(Self {
+            tunneling: from
+                .tunneling_config
+                .as_ref()
+                .map(|config| Tunneling::compile(config).map(Box::new))
+                .transpose()
+                .within("tunneling_config")?,
+            targets,
+            criteria: Criteria::compile(from.metadata_match.as_ref(), None),
+            target_criteria,
+            by_server_name: None,
+            by_state: None,
+            idle_timeout: match &from.idle_timeout {
+                None => Some(Duration::from_secs(3600)),
+                given => convert::timeout(given.as_ref()).within("idle_timeout")?,
+            },
+            max_duration: convert::timeout(from.max_downstream_connection_duration.as_ref())
+                .within("max_downstream_connection_duration")?,
+            hash_by_source: match from.hash_policy.as_slice() {
+                [] => false,
+                [one]
+                    if matches!(
+                        one.policy_specifier,
+                        Some(serin_xds::pb::envoy::r#type::v3::hash_policy::PolicySpecifier::SourceIp(_))
+                    ) =>
+                {
+                    true
+                }
+                _ => {
+                    return Err(Refusal::new(
+                        "hash_policy",
+                        "only the source address is supported",
+                    ));
+                }
+            },
+            max_connect_attempts: from
+                .max_connect_attempts
+                .as_ref()
+                .map_or(1, |value| value.value.max(1)),
+            stats,
+            logs: AccessLogs::compile(&from.access_log, context)?,
+            log_interval,
+            log_connected: from.flush_access_log_on_connected
+                || options.is_some_and(|options| options.flush_access_log_on_connected),
+        })
+    }
+}

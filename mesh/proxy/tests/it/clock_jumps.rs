@@ -1,0 +1,570 @@
+//! The program with a wall clock that jumps by hours while it serves: what users see. Whatever lasts goes by the monotonic
+//! clock (timeouts, limits, ejection, back-off, probes); only what is told as a time of day or is good until one follows the
+//! jump, in both directions.
+//!
+//! The clock is the C library's, with a shift that the test writes into a file that the program has mapped.
+
+use std::net::SocketAddr;
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use http::Response;
+use http_body_util::Full;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::certificates::Authority;
+use crate::fixture::*;
+use crate::policies::jwt::Issuer;
+use crate::tls_upstream::Front;
+
+const HOURS: i64 = 3_600;
+/// Later, much earlier, and right again.
+const JUMPS: [i64; 3] = [10 * HOURS, -10 * HOURS, 0];
+
+/// Every way to ask for the time of day, shifted by the seconds at the start of the file.
+const SHIM: &str = r#"
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+static volatile int64_t *shift;
+__attribute__((constructor)) static void start(void) {
+  int file = open(getenv("SHIFT_FILE"), O_RDONLY);
+  void *at = mmap(0, 4096, PROT_READ, MAP_SHARED, file, 0);
+  close(file);
+  if (at == MAP_FAILED) abort();
+  shift = at;
+}
+int clock_gettime(clockid_t clock, struct timespec *out) {
+  int result = syscall(SYS_clock_gettime, clock, out);
+  if (!result && shift && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE)) out->tv_sec += *shift;
+  return result;
+}
+int gettimeofday(struct timeval *out, void *zone) {
+  struct timespec now;
+  (void)zone;
+  clock_gettime(CLOCK_REALTIME, &now);
+  out->tv_sec = now.tv_sec;
+  out->tv_usec = now.tv_nsec / 1000;
+  return 0;
+}
+time_t time(time_t *out) {
+  struct timespec now;
+  clock_gettime(CLOCK_REALTIME, &now);
+  if (out) *out = now.tv_sec;
+  return now.tv_sec;
+}
+"#;
+
+/// Seconds since 1970, truly.
+fn now() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as i64
+}
+
+/// A proxy with a clock of its own.
+struct Clocked {
+    at: SocketAddr,
+    admin: SocketAddr,
+    shift: std::fs::File,
+    log: PathBuf,
+    read: usize,
+    child: tokio::process::Child,
+    _folder: tempfile::TempDir,
+}
+
+impl Clocked {
+    /// With these filters before the router, routes and clusters; nothing without a compiler for the shim.
+    async fn start(filters: &str, routes: &str, clusters: &str) -> Option<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        let (source, library) = (folder.path().join("shift.c"), folder.path().join("shift.so"));
+        std::fs::write(&source, SHIM).unwrap();
+        let mut compiler = tokio::process::Command::new("cc");
+        compiler
+            .args(["-shared", "-fPIC", "-O1", "-o"])
+            .arg(&library)
+            .arg(&source);
+        match compiler.output().await {
+            Ok(output) if output.status.success() => {}
+            other => {
+                eprintln!("SKIPPED: a wall clock that jumps: cc does not make a library: {other:?}");
+                return None;
+            }
+        }
+        let mapped = folder.path().join("shift");
+        std::fs::write(&mapped, [0; 4096]).unwrap();
+        let (at, admin) = (free_port().await, free_port().await);
+        let log = folder.path().join("access.log");
+        let config = folder.path().join("proxy.yaml");
+        let text = format!(
+            r#"
+node: {{ id: clocked, cluster: clocked }}
+admin: {{ address: {{ socket_address: {{ address: 127.0.0.1, port_value: {} }} }} }}
+static_resources:
+  listeners:
+  - name: l
+    address: {{ socket_address: {{ address: 127.0.0.1, port_value: {} }} }}
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: l
+          access_log:
+          - name: envoy.access_loggers.file
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog
+              path: "{}"
+              log_format: {{ json_format: {{ path: "%REQ(:PATH)%", code: "%RESPONSE_CODE%", flags: "%RESPONSE_FLAGS%", details: "%RESPONSE_CODE_DETAILS%", failure: "%UPSTREAM_TRANSPORT_FAILURE_REASON%", start: "%START_TIME(%s)%", duration: "%DURATION%", attempts: "%UPSTREAM_REQUEST_ATTEMPT_COUNT%" }} }}
+          http_filters:
+{filters}
+          - name: envoy.filters.http.router
+            typed_config: {{ "@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router }}
+          route_config:
+            name: r
+            virtual_hosts:
+            - name: all
+              domains: ["*"]
+              routes:
+{routes}
+  clusters:
+{clusters}
+"#,
+            admin.port(),
+            at.port(),
+            log.display(),
+        );
+        std::fs::write(&config, text).unwrap();
+        let child = tokio::process::Command::new(env!("CARGO_BIN_EXE_serin-proxy"))
+            .arg("--config")
+            .arg(&config)
+            .args(["--concurrency", "1"])
+            .env("LD_PRELOAD", &library)
+            .env("SHIFT_FILE", &mapped)
+            .stdout(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        crate::interop::wait_for(at).await;
+        Some(Self {
+            at,
+            admin,
+            shift: std::fs::File::options().write(true).open(&mapped).unwrap(),
+            log,
+            read: 0,
+            child,
+            _folder: folder,
+        })
+    }
+
+    /// The wall clock says from now on so many seconds more than it should.
+    fn jump(&self, seconds: i64) {
+        self.shift.write_all_at(&seconds.to_ne_bytes(), 0).unwrap();
+    }
+
+    /// The next line of the access log.
+    async fn line(&mut self) -> Value {
+        let line = soon("a line of the access log", async {
+            loop {
+                let text = std::fs::read_to_string(&self.log).unwrap_or_default();
+                if let Some(line) = text.split_inclusive('\n').nth(self.read)
+                    && line.ends_with('\n')
+                {
+                    return line.to_owned();
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+        self.read += 1;
+        serde_json::from_str(&line).unwrap()
+    }
+
+    async fn stop(mut self) {
+        assert!(self.child.try_wait().unwrap().is_none(), "the process lives");
+        self.child.kill().await.unwrap();
+    }
+}
+
+fn cluster(name: &str, more: &str, endpoints: &[SocketAddr]) -> String {
+    let endpoints: Vec<_> = endpoints
+        .iter()
+        .map(|at| {
+            format!(
+                "{{ endpoint: {{ address: {{ socket_address: {{ address: 127.0.0.1, port_value: {} }} }} }} }}",
+                at.port()
+            )
+        })
+        .collect();
+    format!(
+        "  - {{ name: {name}, type: STATIC, connect_timeout: 1s, {more} load_assignment: {{ cluster_name: {name}, \
+         endpoints: [ {{ lb_endpoints: [ {} ] }} ] }} }}\n",
+        endpoints.join(", ")
+    )
+}
+
+fn route(path: &str, action: &str, more: &str) -> String {
+    format!("              - {{ match: {{ prefix: {path} }}, route: {{ {action} }} {more} }}\n")
+}
+
+/// Answers once it is let go; says how many requests wait.
+struct Held {
+    at: SocketAddr,
+    waiting: Arc<AtomicUsize>,
+    go: watch::Sender<usize>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Held {
+    async fn start() -> Self {
+        let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = socket.local_addr().unwrap();
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let (go, released) = watch::channel(0);
+        let arrived = waiting.clone();
+        let task = tokio::spawn(async move {
+            let mut connections = tokio::task::JoinSet::new();
+            while let Ok((mut stream, _)) = socket.accept().await {
+                let (arrived, mut released) = (arrived.clone(), released.clone());
+                connections.spawn(async move {
+                    let mut head = Vec::new();
+                    while !head.ends_with(b"\r\n\r\n") {
+                        match stream.read_buf(&mut head).await {
+                            Ok(count) if count > 0 => {}
+                            _ => return,
+                        }
+                    }
+                    let number = arrived.fetch_add(1, Ordering::SeqCst) + 1;
+                    let _ = released.wait_for(|go| *go >= number).await;
+                    let answer = "HTTP/1.1 200 OK\r\ncontent-length: 4\r\nconnection: close\r\n\r\nheld";
+                    let _ = stream.write_all(answer.as_bytes()).await;
+                });
+            }
+        });
+        Self {
+            at,
+            waiting,
+            go,
+            task,
+        }
+    }
+
+    async fn arrived(&self, count: usize) {
+        soon("a request that waits", async {
+            while self.waiting.load(Ordering::SeqCst) < count {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn requests_on_their_way_neither_time_out_nor_hang_when_the_wall_clock_jumps() {
+    let held = Held::start().await;
+    let backend = Backend::named("b").await;
+    let routes = [
+        route("/long", "cluster: held, timeout: 600s", ""),
+        route("/short", "cluster: held, timeout: 0.4s", ""),
+        route("/", "cluster: b", ""),
+    ];
+    let clusters = [
+        cluster("held", "", &[held.at]),
+        cluster("b", "", &[backend.address]),
+    ];
+    let Some(mut proxy) = Clocked::start("", &routes.concat(), &clusters.concat()).await else {
+        return;
+    };
+    let at = proxy.at;
+    let mut sent = 0;
+    for shift in JUMPS {
+        // On its way as the clock jumps, with ten minutes to go.
+        let long = tokio::spawn(async move { get(at, "/long").await });
+        held.arrived(sent + 1).await;
+        // And one that has less than a second, whatever the clock says.
+        let short = tokio::spawn(async move { get(at, "/short").await });
+        held.arrived(sent + 2).await;
+        proxy.jump(shift);
+        assert_eq!(get(at, "/now").await.0, 200, "a jump by {shift} s");
+        let (status, headers, _) = soon("the timeout", short).await.unwrap();
+        assert_eq!(
+            (status, headers["x-serin-response-flags"].to_str().unwrap()),
+            (504, "UT"),
+            "a jump by {shift} s"
+        );
+        assert!(!long.is_finished(), "a jump by {shift} s ended a request");
+        sent += 2;
+        held.go.send_replace(sent);
+        let (status, _, body) = soon("the answer", long).await.unwrap();
+        assert_eq!((status, &*body), (200, "held"), "a jump by {shift} s");
+        for (path, flags) in [("/now", "-"), ("/short", "UT"), ("/long", "-")] {
+            let line = proxy.line().await;
+            let number = |key: &str| -> i64 {
+                match &line[key] {
+                    Value::Number(number) => number.as_i64().unwrap(),
+                    other => other.as_str().unwrap().parse().unwrap(),
+                }
+            };
+            let flags_logged = line["flags"].as_str().unwrap_or("-");
+            assert_eq!(
+                (line["path"].as_str().unwrap(), flags_logged),
+                (path, flags),
+                "{line}"
+            );
+            // What lasted less than a minute is not told to have lasted hours, or less than nothing.
+            let duration = number("duration");
+            assert!(
+                (0..HOURS * 1000).contains(&duration),
+                "a jump by {shift} s: {line}"
+            );
+            // The time of day is what the clock says.
+            let told = number("start") - now() - shift;
+            assert!(told.abs() < HOURS, "a jump by {shift} s: {line}");
+        }
+    }
+    // How long it has been up is no matter of the time of day.
+    let info: Value = serde_json::from_str(&get(proxy.admin, "/server_info").await.2).unwrap();
+    let uptime = info["uptime_all_epochs"].as_str().unwrap().trim_end_matches('s');
+    assert!(uptime.parse::<f64>().unwrap() < HOURS as f64, "{info}");
+    held.task.abort();
+    proxy.stop().await;
+}
+
+const LIMIT: &str = r#", typed_per_filter_config: { envoy.filters.http.local_ratelimit: { "@type": type.googleapis.com/envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit, stat_prefix: l, token_bucket: { max_tokens: TOKENS, tokens_per_fill: TOKENS, fill_interval: FILL }, filter_enabled: { default_value: { numerator: 100 } }, filter_enforced: { default_value: { numerator: 100 } } } }"#;
+
+#[tokio::test]
+async fn a_jump_of_the_wall_clock_neither_fills_a_rate_limit_nor_stops_it_from_filling() {
+    let backend = Backend::named("b").await;
+    let limit = |tokens: &str, fill: &str| LIMIT.replace("TOKENS", tokens).replace("FILL", fill);
+    let routes = [
+        route("/hourly", "cluster: b", &limit("2", "3600s")),
+        route("/quick", "cluster: b", &limit("1", "0.05s")),
+    ];
+    let filters = r#"          - name: envoy.filters.http.local_ratelimit
+            typed_config: { "@type": type.googleapis.com/envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit, stat_prefix: l }
+"#;
+    let clusters = cluster("b", "", &[backend.address]);
+    let Some(proxy) = Clocked::start(filters, &routes.concat(), &clusters).await else {
+        return;
+    };
+    let at = proxy.at;
+    for expected in [200, 200, 429] {
+        assert_eq!(get(at, "/hourly").await.0, expected);
+    }
+    for shift in JUMPS {
+        proxy.jump(shift);
+        let (status, headers, _) = get(at, "/hourly").await;
+        assert_eq!(status, 429, "a jump by {shift} s filled the bucket");
+        assert_eq!(headers["x-serin-response-flags"], "RL");
+        // Emptied after the jump, full again soon.
+        soon("an empty bucket", async {
+            while get(at, "/quick").await.0 != 429 {}
+        })
+        .await;
+        soon("a full bucket", async {
+            while get(at, "/quick").await.0 != 200 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+    }
+    proxy.stop().await;
+}
+
+/// Two backends, one of which answers 503, behind a cluster that ejects after one error.
+fn ejecting(name: &str, time: &str, endpoints: &[SocketAddr]) -> String {
+    let more = format!(
+        "outlier_detection: {{ consecutive_5xx: 1, interval: 0.05s, base_ejection_time: {time}, max_ejection_time: {time}, \
+         max_ejection_percent: 50, enforcing_success_rate: 0 }},"
+    );
+    cluster(name, &more, endpoints)
+}
+
+#[tokio::test]
+async fn a_jump_of_the_wall_clock_neither_ends_an_ejection_nor_keeps_a_host_out() {
+    let good = Backend::named("good").await;
+    let bad = Backend::answering(|_| status(503)).await;
+    let both = [good.address, bad.address];
+    let routes = [
+        route("/long", "cluster: long", ""),
+        route("/short", "cluster: short", ""),
+    ];
+    let clusters = [ejecting("long", "3600s", &both), ejecting("short", "0.1s", &both)];
+    let Some(proxy) = Clocked::start("", &routes.concat(), &clusters.concat()).await else {
+        return;
+    };
+    let at = proxy.at;
+    soon("an ejection", async { while get(at, "/long").await.0 == 200 {} }).await;
+    for shift in JUMPS {
+        proxy.jump(shift);
+        // The bad one comes back and is ejected again, so that the sweep has run since the jump, more than once.
+        for _ in 0..2 {
+            soon("a host that is back", async {
+                while get(at, "/short").await.0 == 200 {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            })
+            .await;
+        }
+        for _ in 0..20 {
+            let (status, _, body) = get(at, "/long").await;
+            assert_eq!(
+                (status, &*body),
+                (200, "good"),
+                "a jump by {shift} s ended an ejection"
+            );
+        }
+    }
+    proxy.stop().await;
+}
+
+#[tokio::test]
+async fn retries_and_probes_go_on_when_the_wall_clock_jumps() {
+    let count = Arc::new(AtomicUsize::new(0));
+    let counted = count.clone();
+    let flaky = Backend::answering(move |_| {
+        if counted.fetch_add(1, Ordering::SeqCst).is_multiple_of(2) {
+            status(503)
+        } else {
+            Response::new(Full::from("again"))
+        }
+    })
+    .await;
+    let probed = Backend::named("probed").await;
+    let routes = [
+        route(
+            "/retry",
+            "cluster: flaky, retry_policy: { retry_on: 5xx, num_retries: 1, retry_back_off: { base_interval: 0.05s, max_interval: 0.1s } }",
+            "",
+        ),
+        route("/", "cluster: probed", ""),
+    ];
+    let check = "health_checks: [ { timeout: 1s, interval: 0.02s, no_traffic_interval: 0.02s, unhealthy_threshold: 1, healthy_threshold: 1, \
+                 http_health_check: { path: /health } } ],";
+    let clusters = [
+        cluster("flaky", "", &[flaky.address]),
+        cluster("probed", check, &[probed.address]),
+    ];
+    let Some(mut proxy) = Clocked::start("", &routes.concat(), &clusters.concat()).await else {
+        return;
+    };
+    let at = proxy.at;
+    for shift in JUMPS {
+        let before = count.load(Ordering::SeqCst);
+        let asked = tokio::spawn(async move { get(at, "/retry").await });
+        soon("the first try", async {
+            while count.load(Ordering::SeqCst) == before {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+        // While the back-off lasts, or just after.
+        proxy.jump(shift);
+        let (status, _, body) = soon("the second try", asked).await.unwrap();
+        assert_eq!((status, &*body), (200, "again"), "a jump by {shift} s");
+        assert_eq!(count.load(Ordering::SeqCst), before + 2, "a jump by {shift} s");
+        let line = proxy.line().await;
+        assert_eq!(line["attempts"].to_string().trim_matches('"'), "2", "{line}");
+        let hits = probed.hits();
+        soon("three more probes", async {
+            while probed.hits() < hits + 3 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+        assert_eq!(get(at, "/probed").await.0, 200);
+        assert_eq!(proxy.line().await["path"], "/probed");
+    }
+    proxy.stop().await;
+}
+
+#[tokio::test]
+async fn tokens_and_certificates_are_good_until_the_time_of_day_that_they_name() {
+    let issuer = Issuer::new("k");
+    let authority = Authority::new("ca");
+    let served = authority.issue_with(&["backend.example"], |params| {
+        let hours = |hours: u64| Duration::from_secs(hours * HOURS as u64);
+        params.not_before = (SystemTime::now() - hours(1)).into();
+        params.not_after = (SystemTime::now() + hours(1)).into();
+    });
+    let backend = Backend::named("b").await;
+    let front = Front::start(&served, None, &["http/1.1"], backend.address).await;
+    let filters = format!(
+        r#"          - name: envoy.filters.http.jwt_authn
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication
+              providers: {{ p: {{ issuer: me, local_jwks: {{ inline_string: {:?} }} }} }}
+              rules: [ {{ match: {{ prefix: /token }}, requires: {{ provider_name: p }} }} ]
+"#,
+        issuer.jwks()
+    );
+    let routes = [
+        route("/token", "cluster: b", ""),
+        route("/tls", "cluster: tls", ""),
+    ];
+    let tls = format!(
+        "max_requests_per_connection: 1, transport_socket: {{ name: envoy.transport_sockets.tls, typed_config: {{ \"@type\": \
+         type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext, sni: backend.example, \
+         max_session_keys: 0, common_tls_context: {{ validation_context: {{ trusted_ca: {{ inline_string: {:?} }} }} }} }} }},",
+        authority.pem
+    );
+    let clusters = [
+        cluster("b", "", &[backend.address]),
+        cluster("tls", &tls, &[front.address]),
+    ];
+    let Some(mut proxy) = Clocked::start(&filters, &routes.concat(), &clusters.concat()).await else {
+        return;
+    };
+    let token = issuer.token(&json!({"iss": "me", "nbf": now() - HOURS, "exp": now() + HOURS}));
+    for (shift, status, details, tls_status, failure) in [
+        (0, 200, "via_upstream", 200, "-"),
+        (
+            10 * HOURS,
+            401,
+            "jwt_authn_access_denied{Jwt_is_expired}",
+            503,
+            "expired",
+        ),
+        (0, 200, "via_upstream", 200, "-"),
+        (
+            -10 * HOURS,
+            401,
+            "jwt_authn_access_denied{Jwt_not_yet_valid}",
+            503,
+            "not yet valid",
+        ),
+        (0, 200, "via_upstream", 200, "-"),
+    ] {
+        proxy.jump(shift);
+        let request = http::Request::get("/token")
+            .header("host", "a")
+            .header("authorization", format!("Bearer {token}"))
+            .body(Full::from(""))
+            .unwrap();
+        assert_eq!(send(proxy.at, request).await.0, status, "a shift of {shift} s");
+        let line = proxy.line().await;
+        assert_eq!(line["details"], details, "a shift of {shift} s: {line}");
+        assert_eq!(get(proxy.at, "/tls").await.0, tls_status, "a shift of {shift} s");
+        let line = proxy.line().await;
+        let told = line["failure"].as_str().unwrap_or("-").to_lowercase();
+        assert!(told.contains(failure), "a shift of {shift} s: {line}");
+        assert_eq!(
+            line["flags"].as_str().unwrap_or("-"),
+            if tls_status == 200 { "-" } else { "UF" },
+            "a shift of {shift} s: {line}"
+        );
+    }
+    drop(front);
+    proxy.stop().await;
+}
