@@ -503,9 +503,13 @@ async fn answered<T>(
     answer: impl Future<Output = T>,
 ) -> Result<T, Failure> {
     match door {
-        // Boxed: every request's future would carry its state.
-        Some((door, source)) => bounded(plan, per_try, Box::pin(interim::watch(door, source, answer))).await,
         None => bounded(plan, per_try, answer).await,
+        // Boxed: rare, and every request's future would carry its timer.
+        Some((door, Some(source))) if source.borrow().is_held() => {
+            let answer = Box::pin(interim::pass_held(door, source, answer));
+            bounded(plan, per_try, answer).await
+        }
+        Some((door, _)) => bounded(plan, per_try, interim::pass(door, answer)).await,
     }
 }
 

@@ -301,7 +301,12 @@ fn identify(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) {
     let headers = &mut parts.headers;
     let manager = &conn.manager;
     let exchanged = manager.metadata_exchange || conn.direction == Direction::Inbound;
-    if exchanged && Present::of(headers).has(Present::PEER) {
+    let present = if exchanged || manager.use_remote_address {
+        Present::of(headers)
+    } else {
+        Present::default()
+    };
+    if exchanged && present.has(Present::PEER) {
         let metadata = headers.remove(&PEER_METADATA);
         headers.remove(&PEER_METADATA_ID);
         if conn.direction == Direction::Inbound {
@@ -311,16 +316,17 @@ fn identify(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) {
     manager.client_cert.apply(headers, conn.tls.as_deref());
     let scheme = HeaderValue::from_static(if conn.tls.is_some() { "https" } else { "http" });
     if manager.use_remote_address {
-        for name in INTERNAL_FIELDS {
-            headers.remove(name);
+        if present.has(Present::OWN) {
+            for name in INTERNAL_FIELDS {
+                headers.remove(name);
+            }
         }
-        let remote = conn.remote.ip().to_canonical().to_string();
         let value = match headers
             .get(&X_FORWARDED_FOR)
             .and_then(|value| value.to_str().ok())
         {
-            Some(before) => HeaderValue::try_from(format!("{before},{remote}")),
-            None => HeaderValue::try_from(remote),
+            Some(before) => HeaderValue::try_from(format!("{before},{}", conn.remote.ip().to_canonical())),
+            None => Ok(conn.remote_text().clone()),
         };
         if let Ok(value) = value
             && !manager.skip_forwarded_for
@@ -509,4 +515,19 @@ fn redirect(
         &variables(&conn, parts, &routed.route),
     );
     reply.send(exchange)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_field_that_outside_clients_may_not_send_is_seen_by_the_look_at_their_heads() {
+        for name in INTERNAL_FIELDS {
+            let mut headers = HeaderMap::new();
+            headers.insert(name, HeaderValue::from_static("1"));
+            assert!(Present::of(&headers).has(Present::OWN), "{name}");
+        }
+        assert!(!Present::of(&HeaderMap::new()).has(Present::OWN));
+    }
 }
