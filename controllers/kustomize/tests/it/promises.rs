@@ -301,6 +301,26 @@ fn origins_are_annotated_on_request() {
 }
 
 #[test]
+fn who_manages_an_object_is_labelled_on_request() {
+    let t = tree(&[
+        ("kustomization.yaml", "resources: [cm.yaml]\n"),
+        ("cm.yaml", CONFIG),
+    ]);
+    let label = |managed_by: bool| {
+        let options = Options {
+            managed_by,
+            ..Options::default()
+        };
+        let yaml = build(&t, "", &options).unwrap().to_yaml().unwrap();
+        yaml.lines()
+            .find_map(|line| line.trim().strip_prefix("app.kubernetes.io/managed-by: "))
+            .map(str::to_owned)
+    };
+    assert_eq!(label(false), None);
+    assert!(label(true).is_some_and(|by| by.starts_with("kustomize-")));
+}
+
+#[test]
 fn the_order_of_the_files_is_kept_on_request() {
     let namespace = "apiVersion: v1\nkind: Namespace\nmetadata: {name: n}\n";
     let t = tree(&[

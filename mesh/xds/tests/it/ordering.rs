@@ -103,6 +103,36 @@ fn a_client_that_does_not_acknowledge_is_sent_the_rest_after_the_patience() {
 }
 
 #[test]
+fn endpoints_of_a_changed_cluster_are_sent_again_to_those_who_forget_them() {
+    for forgets in [true, false] {
+        let mut server = Connection::new(Options {
+            endpoints_follow_clusters: forgets,
+            ..Options::default()
+        });
+        server.load([resource(Cluster, "c", "1"), resource(Endpoints, "c", "1")]);
+        for resource_type in [Cluster, Endpoints] {
+            server.subscribe(resource_type, true, []);
+        }
+        let sent = |server: &mut Connection| {
+            let mut sent = Vec::new();
+            while let Some(response) = server.poll(Duration::ZERO) {
+                sent.push(response.resource_type);
+                server.answer(response.resource_type, response.nonce, None);
+            }
+            sent
+        };
+        assert_eq!(sent(&mut server), [Cluster, Endpoints]);
+        server.apply(vec![upsert(Cluster, "c", "2")]);
+        let wanted: &[ResourceType] = if forgets {
+            &[Cluster, Endpoints]
+        } else {
+            &[Cluster]
+        };
+        assert_eq!(sent(&mut server), wanted, "{forgets}");
+    }
+}
+
+#[test]
 fn routes_wait_until_endpoints_of_new_clusters_have_been_asked_for_and_taken() {
     let mut server = Connection::new(Options::default());
     server.load([]);

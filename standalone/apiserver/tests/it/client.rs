@@ -5,10 +5,12 @@ use std::time::Duration;
 use futures::{StreamExt as _, TryStreamExt as _};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Service};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{
     Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams, WatchEvent, WatchParams,
 };
 use kube::core::{ApiResource, GroupVersionKind};
+use kube::runtime::wait::await_condition;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Client, ResourceExt as _};
 use serde_json::json;
@@ -670,5 +672,125 @@ async fn pages_of_one_list_show_one_moment_and_after_a_compaction_the_next_one_i
         matches!(&first, Some(WatchEvent::Error(e)) if e.code == 410),
         "{first:?}"
     );
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_dry_run_answers_as_if_and_writes_nothing() {
+    let (server, client) = server().await;
+    let api: Api<ConfigMap> = Api::default_namespaced(client);
+    let dry = PostParams {
+        dry_run: true,
+        ..PostParams::default()
+    };
+    let tried = api
+        .create(&dry, &config_map("c", json!({"a": "1"})))
+        .await
+        .expect("it would be created");
+    assert!(tried.uid().is_some());
+    assert!(api.get_opt("c").await.expect("an answer").is_none());
+    let created = api
+        .create(&PostParams::default(), &config_map("c", json!({"a": "1"})))
+        .await
+        .expect("created");
+    let error = api
+        .create(&dry, &config_map("c", json!({})))
+        .await
+        .expect_err("it exists");
+    assert!(
+        matches!(&error, kube::Error::Api(s) if s.is_already_exists()),
+        "{error:?}"
+    );
+    let before = server.resource_version();
+    let patch = Patch::Merge(json!({"data": {"a": "2"}}));
+    let params = PatchParams {
+        dry_run: true,
+        ..PatchParams::default()
+    };
+    let patched = api
+        .patch("c", &params, &patch)
+        .await
+        .expect("it would be patched");
+    assert_eq!(patched.data.expect("data")["a"], "2");
+    let applied = Patch::Apply(json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "d"}}));
+    let params = PatchParams {
+        dry_run: true,
+        ..PatchParams::apply("tests")
+    };
+    api.patch("d", &params, &applied)
+        .await
+        .expect("it would be applied");
+    let params = DeleteParams {
+        dry_run: true,
+        ..DeleteParams::default()
+    };
+    api.delete("c", &params).await.expect("it would be deleted");
+    assert_eq!(server.resource_version(), before);
+    let left = api.list(&ListParams::default()).await.expect("a list").items;
+    assert_eq!(left.len(), 1);
+    assert_eq!(
+        left[0].metadata.resource_version,
+        created.metadata.resource_version
+    );
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_custom_object_is_read_and_written_in_each_version_of_its_definition() {
+    let (server, client) = server().await;
+    let version = |name: &str, storage: bool| {
+        json!({"name": name, "served": true, "storage": storage, "schema": {"openAPIV3Schema": {"type": "object",
+            "properties": {"spec": {"type": "object", "properties": {"size": {"type": "integer"}}}}}}})
+    };
+    let definition: CustomResourceDefinition = serde_json::from_value(json!({
+        "metadata": {"name": "birds.example.com"},
+        "spec": {"group": "example.com", "scope": "Namespaced", "conversion": {"strategy": "None"},
+            "names": {"plural": "birds", "singular": "bird", "kind": "Bird"},
+            "versions": [version("v1", true), version("v1beta1", false)]}}))
+    .expect("a definition");
+    let definitions: Api<CustomResourceDefinition> = Api::all(client.clone());
+    definitions
+        .create(&PostParams::default(), &definition)
+        .await
+        .expect("created");
+    let established = await_condition(
+        definitions,
+        "birds.example.com",
+        kube::runtime::conditions::is_crd_established(),
+    );
+    tokio::time::timeout(DEADLINE, established)
+        .await
+        .expect("in time")
+        .expect("established");
+    let birds = |version: &str| {
+        let kind = GroupVersionKind::gvk("example.com", version, "Bird");
+        Api::<DynamicObject>::default_namespaced_with(client.clone(), &ApiResource::from_gvk(&kind))
+    };
+    let old: DynamicObject = serde_json::from_value(
+        json!({"apiVersion": "example.com/v1beta1", "kind": "Bird", "metadata": {"name": "serin"}, "spec": {"size": 1}}),
+    )
+    .expect("an object");
+    let created = birds("v1beta1")
+        .create(&PostParams::default(), &old)
+        .await
+        .expect("created");
+    let read = birds("v1").get("serin").await.expect("read");
+    assert_eq!(read.types.as_ref().expect("types").api_version, "example.com/v1");
+    assert_eq!(read.data, created.data);
+    assert_eq!(read.uid(), created.uid());
+    let patch = Patch::Merge(json!({"spec": {"size": 2}}));
+    birds("v1")
+        .patch("serin", &PatchParams::default(), &patch)
+        .await
+        .expect("patched");
+    let listed = birds("v1beta1")
+        .list(&ListParams::default())
+        .await
+        .expect("a list");
+    assert_eq!(
+        listed.items[0].types.as_ref().expect("types").api_version,
+        "example.com/v1beta1"
+    );
+    assert_eq!(listed.items[0].data["spec"]["size"], 2);
     server.shutdown().await;
 }

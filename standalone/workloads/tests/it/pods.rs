@@ -225,6 +225,30 @@ async fn probes_decide_on_readiness_and_restart_what_is_not_alive() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn hooks_run_when_a_container_has_started_and_before_it_is_stopped_and_its_root_may_be_read_only() {
+    let Some(cluster) = Cluster::start().await else {
+        return;
+    };
+    // Not alive from the first hook to the second: the container is stopped for that, and started again.
+    let script = "if [ -e /s/stopping ]; then cat /s/started /s/stopping; (echo > /written) 2>/dev/null || echo kept; \
+                  exit 0; fi; sleep 1000";
+    let spec = json!({"restartPolicy": "OnFailure", "terminationGracePeriodSeconds": 1,
+        "volumes": [{"name": "s", "emptyDir": {}}],
+        "containers": [{"name": "c", "image": "test/sh:1", "args": [script],
+            "securityContext": {"readOnlyRootFilesystem": true},
+            "lifecycle": {
+                "postStart": {"exec": {"command": ["/bin/sh", "-c", "echo started > /s/started"]}},
+                "preStop": {"exec": {"command": ["/bin/sh", "-c", "echo stopping > /s/stopping"]}}},
+            "livenessProbe": {"periodSeconds": 1, "failureThreshold": 1,
+                "exec": {"command": ["/bin/sh", "-c", "test ! -e /s/started"]}},
+            "volumeMounts": [{"name": "s", "mountPath": "/s"}]}]});
+    let pod = cluster.pod("hooks", spec, phase("Succeeded")).await;
+    assert_eq!(cluster.log(&pod, "c").await, "started\nstopping\nkept\n");
+    let status = pod.status.unwrap().container_statuses.unwrap()[0].clone();
+    assert_eq!(status.restart_count, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_config_map_volume_follows_its_object() {
     let Some(cluster) = Cluster::start().await else {
         return;

@@ -99,3 +99,63 @@ fn a_service_whose_topology_mode_is_auto_is_zone_aware_unless_its_rule_says_more
     ];
     assert_eq!(found, expected.map(|(name, kind)| (name.to_owned(), kind)));
 }
+
+#[test]
+fn traffic_that_prefers_to_stay_close_goes_by_priority_from_zone_to_region() {
+    let mut translator = Translator::new(MeshConfig::default());
+    let mut text = String::new();
+    for (node, region, zone) in [("near", "r1", "z1"), ("same", "r1", "z2"), ("far", "r2", "z1")] {
+        text += &format!(
+            "{{apiVersion: v1, kind: Node, metadata: {{name: {node}, labels: {{topology.kubernetes.io/region: {region}, \
+             topology.kubernetes.io/zone: {zone}}}}}}}\n---\n"
+        );
+    }
+    for (name, distribution) in [("close", ", trafficDistribution: PreferClose"), ("spread", "")] {
+        text += &format!(
+            "{{apiVersion: v1, kind: Service, metadata: {{name: {name}, namespace: a}}, \
+             spec: {{clusterIP: 10.0.0.1, ports: [{{name: http, port: 80}}]{distribution}}}}}\n---\n\
+             {{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, metadata: {{name: {name}, namespace: a, \
+             labels: {{kubernetes.io/service-name: {name}}}}}, addressType: IPv4, ports: [{{name: http, port: 8080}}], endpoints: \
+             [{{addresses: [10.2.0.1], conditions: {{ready: true}}, nodeName: far}}, \
+             {{addresses: [10.2.0.2], conditions: {{ready: true}}, nodeName: same}}, \
+             {{addresses: [10.2.0.3], conditions: {{ready: true}}, nodeName: near}}]}}\n---\n"
+        );
+    }
+    translator.apply_all(apply(&text));
+    let mut found = Vec::new();
+    for resource in translator.resources_for(&proxy(ProxyKind::Sidecar, "a", "x", true)) {
+        if resource.resource_type != ResourceType::Endpoints {
+            continue;
+        }
+        let message =
+            <serin_xds::pb::envoy::config::endpoint::v3::ClusterLoadAssignment as prost::Message>::decode(
+                &*resource.body,
+            )
+            .unwrap();
+        let Some(name) = message.cluster_name.strip_prefix("outbound|80||") else {
+            continue;
+        };
+        let mut groups: Vec<(u32, String)> = message
+            .endpoints
+            .iter()
+            .map(|group| {
+                let locality = group.locality.clone().unwrap_or_default();
+                (group.priority, format!("{}/{}", locality.region, locality.zone))
+            })
+            .collect();
+        groups.sort();
+        found.push((name.split('.').next().unwrap().to_owned(), groups));
+    }
+    found.sort();
+    let groups = |priorities: [u32; 3]| {
+        let places = ["r1/z1", "r1/z2", "r2/z1"].map(str::to_owned);
+        priorities.into_iter().zip(places).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        found,
+        [
+            ("close".to_owned(), groups([0, 1, 2])),
+            ("spread".to_owned(), groups([0, 0, 0]))
+        ]
+    );
+}
