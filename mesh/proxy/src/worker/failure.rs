@@ -192,8 +192,7 @@ pub(super) fn refused_by_peer(error: &SendError) -> Option<bool> {
     let SendError::Http2(error) = error else {
         return None;
     };
-    let leaving =
-        error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR);
+    let leaving = error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR);
     (leaving || error.reason() == Some(h2::Reason::REFUSED_STREAM)).then_some(leaving)
 }
 
