@@ -31,9 +31,9 @@ pub fn normalize(path: &str, dots: bool, merge_slashes: bool, escaped: EscapedSl
         if out.contains("%00") {
             return Normalized::Refused;
         }
-        if let Some(decoded) = decode_unreserved(&out) {
-            // `%2%65` would have become another escape, for somebody else to decode.
-            if decode_unreserved(&decoded).is_some() {
+        if let Some((decoded, count)) = decode_unreserved(&out) {
+            // `%2%65`, `%2%66` and `%0%30` would have become other escapes, for somebody else to decode.
+            if escapes(&decoded) + count > escapes(&out) {
                 return Normalized::Refused;
             }
             out = decoded.into();
@@ -74,10 +74,11 @@ fn unescape_slashes(path: &str) -> String {
 }
 
 /// The path with escapes of unreserved characters decoded (RFC 3986 section 6.2.2.2), if it has any: `/%61dmin` is
-/// `/admin` to every application, so it is to every policy.
-fn decode_unreserved(path: &str) -> Option<String> {
+/// `/admin` to every application, so it is to every policy. Also how many they were.
+fn decode_unreserved(path: &str) -> Option<(String, usize)> {
     let digit = |byte: u8| (byte as char).to_digit(16);
     let mut out: Option<String> = None;
+    let mut count = 0;
     let mut rest = path;
     while let Some(at) = rest.find('%') {
         let (before, escape) = rest.split_at(at);
@@ -93,6 +94,7 @@ fn decode_unreserved(path: &str) -> Option<String> {
                 let out = out.get_or_insert_with(|| path[..path.len() - rest.len()].to_owned());
                 out.push_str(before);
                 out.push(char);
+                count += 1;
                 rest = &escape[3..];
             }
             None => {
@@ -104,10 +106,17 @@ fn decode_unreserved(path: &str) -> Option<String> {
             }
         }
     }
-    if let Some(out) = &mut out {
-        out.push_str(rest);
-    }
-    out
+    let mut out = out?;
+    out.push_str(rest);
+    Some((out, count))
+}
+
+/// How many escapes there are.
+fn escapes(path: &str) -> usize {
+    path.as_bytes()
+        .windows(3)
+        .filter(|w| w[0] == b'%' && w[1].is_ascii_hexdigit() && w[2].is_ascii_hexdigit())
+        .count()
 }
 
 /// Cheap test that lets ordinary paths through untouched.
@@ -174,7 +183,17 @@ mod tests {
         ] {
             assert_eq!(dots(path), Normalized::Path(expected.into()), "{path}");
         }
-        assert_eq!(dots("/%2%65%2%65/etc"), Normalized::Refused);
+        // Escapes made of escapes: a dot, a slash, NUL, a percent sign that begins one.
+        for path in [
+            "/%2%65%2%65/etc",
+            "/a%2%66b",
+            "/a%%32fb",
+            "/a%0%30b",
+            "/a%5%63b",
+            "/a%%32%35b",
+        ] {
+            assert_eq!(dots(path), Normalized::Refused, "{path}");
+        }
         assert_eq!(dots("/a%00b"), Normalized::Refused);
         assert_eq!(dots("/../etc"), Normalized::Refused);
         assert_eq!(dots("/a/../../etc"), Normalized::Refused);

@@ -3,6 +3,7 @@
 //! Parsed when the configuration arrives; an operator that the proxy does not have is refused by name. A value that is
 //! not there is written `-`, in JSON `null`, or left out where `omit_empty_values` says so.
 
+mod certificates;
 mod operator;
 
 use std::fmt::Write as _;

@@ -35,6 +35,7 @@ pub mod descriptors;
 pub mod ext_authz;
 pub mod ext_proc;
 pub mod facts;
+pub mod fault;
 pub mod filter_state;
 pub mod grpc_stats;
 pub mod header_mutation;

@@ -12,6 +12,7 @@ use super::buffer::Buffer;
 use super::compressor::PerRouteCompressor;
 use super::ext_authz::PerRouteAuthz;
 use super::ext_proc::PerRouteProc;
+use super::fault::Fault;
 use super::filter_state::SetFilterState;
 use super::header_mutation::HeaderMutation;
 use super::jwt::PerRouteJwt;
@@ -22,7 +23,7 @@ use super::rbac::Rules;
 use super::set_metadata::SetMetadata;
 use crate::clock;
 use crate::config::convert;
-use crate::config::filters::{Cors, Fault};
+use crate::config::filters::Cors;
 use crate::config::route::Context;
 use crate::error::{Refusal, Within};
 
@@ -34,7 +35,7 @@ pub enum Override {
     /// Use it, as the chain configures it, although the chain switches it off.
     Enabled,
     /// Fault injection; `None` does nothing.
-    Fault(Option<Fault>),
+    Fault(Option<Arc<Fault>>),
     /// CORS.
     Cors(Arc<Cors>),
     /// RBAC; `None` judges nothing.

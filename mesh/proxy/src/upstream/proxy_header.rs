@@ -16,7 +16,14 @@ pub fn write(version: ProxyVersion, between: Option<(SocketAddr, SocketAddr)>) -
     let canonical = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
     let between = between
         .map(|(source, destination)| (canonical(source), canonical(destination)))
-        .filter(|(source, destination)| source.is_ipv4() == destination.is_ipv4());
+        .map(|(source, destination)| {
+            // A header has room for one family: the wider one takes both.
+            if source.is_ipv4() == destination.is_ipv4() {
+                (source, destination)
+            } else {
+                (widened(source), widened(destination))
+            }
+        });
     match version {
         ProxyVersion::V1 => match between {
             Some((source, destination)) => format!(
@@ -52,6 +59,15 @@ pub fn write(version: ProxyVersion, between: Option<(SocketAddr, SocketAddr)>) -
             out
         }
     }
+}
+
+/// As an IPv6 address.
+fn widened(address: SocketAddr) -> SocketAddr {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+        IpAddr::V6(ip) => ip,
+    };
+    SocketAddr::new(ip.into(), address.port())
 }
 
 /// What the first bytes of a connection say.
@@ -182,6 +198,24 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn addresses_of_two_families_are_written_as_the_wider_one() {
+        let (v4, v6): (SocketAddr, SocketAddr) =
+            ("1.2.3.4:5".parse().unwrap(), "[2001:db8::1]:6".parse().unwrap());
+        for version in [ProxyVersion::V1, ProxyVersion::V2] {
+            let written = write(version, Some((v4, v6)));
+            let Header::Present {
+                between: Some((source, destination)),
+                ..
+            } = read(&written)
+            else {
+                panic!("{written:?}");
+            };
+            assert_eq!(source.ip().to_canonical(), v4.ip());
+            assert_eq!((source.port(), destination), (5, v6));
+        }
+    }
 
     #[test]
     fn malformed_headers_are_told_from_absent_and_incomplete_ones() {

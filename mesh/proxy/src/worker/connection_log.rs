@@ -46,6 +46,8 @@ pub(super) struct ConnectionLog {
     pub host: Option<Rc<Host>>,
     /// Our own end of the connection to it.
     pub upstream_local: Option<SocketAddr>,
+    /// TLS towards it.
+    pub upstream_tls: Option<Arc<ConnectionTls>>,
     /// The cluster, also when it does not exist.
     pub cluster: Option<Arc<str>>,
     /// Why there is no upstream.
@@ -76,6 +78,7 @@ impl ConnectionLog {
             attempts: 0,
             host: None,
             upstream_local: None,
+            upstream_tls: None,
             cluster: None,
             failure: String::new(),
             downstream_failure: None,
@@ -176,6 +179,9 @@ impl ConnectionLog {
             local: self.addresses.local,
             server_name: self.server_name.as_deref(),
             peer: self.tls.as_deref().and_then(PeerIdentity::of),
+            downstream_tls: self.tls.as_deref(),
+            upstream_tls: self.upstream_tls.as_deref(),
+            upstream_name: self.host.as_ref().map(|host| &*host.endpoint.hostname),
             tls: self.tls.as_ref().map(|tls| (tls.version, tls.cipher)),
             metadata: &self.metadata,
             connection: self.addresses.connection,

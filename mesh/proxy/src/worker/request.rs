@@ -480,7 +480,7 @@ async fn route(
 }
 
 impl Routed {
-    fn clone_arcs(&self) -> Self {
+    pub(super) fn clone_arcs(&self) -> Self {
         Self {
             table: self.table.clone(),
             host: self.host.clone(),

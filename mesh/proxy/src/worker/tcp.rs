@@ -14,11 +14,13 @@ use tokio::net::TcpStream;
 
 use super::Worker;
 use super::connection_log::{ConnectionLog, periodically};
+use super::filters::on_demand;
 use super::io::Io;
 use super::seldom::Seldom;
 use super::tcp_tunnel::{self, Granted};
 use crate::config::hash::hash_of_source;
 use crate::config::listener::{Direction, Listener, TcpProxy, TcpTargets};
+use crate::config::slot::{ClusterSlot, Directory};
 use crate::metrics::clusters::Connection;
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
@@ -72,6 +74,7 @@ pub struct Upstream {
     /// Where its bytes are counted, if the pool does not.
     connection: Option<Connection>,
     local: Option<SocketAddr>,
+    tls: Option<Arc<ConnectionTls>>,
 }
 
 /// What joins the client with its endpoint.
@@ -124,7 +127,7 @@ pub(super) async fn open(
     let unknown;
     let named = match wanted {
         None => named,
-        Some((directory, name)) => match directory.find(name) {
+        Some((directory, name)) => match find(worker, proxy, directory, name).await {
             Some(slot) => Some(slot),
             // What was asked for by name is not replaced by something else.
             None => {
@@ -180,6 +183,14 @@ pub(super) async fn open(
             Reporter::Source => None,
         },
     };
+    if let Some(rules) = &proxy.on_demand {
+        if slot.exists() {
+            slot.mark_used();
+        } else {
+            // Boxed: few connections wait.
+            Box::pin(on_demand::cluster_named(worker, rules, &slot.name)).await;
+        }
+    }
     let Some(cluster) = worker.cluster(slot) else {
         return no_upstream(labels, Flags::NO_CLUSTER, String::new(), 0, None);
     };
@@ -234,10 +245,11 @@ pub(super) async fn open(
         match reached {
             Ok((stream, tls, local, connection)) => {
                 if reporter == Reporter::Source {
-                    labels.principals = tls.and_then(|tls| tls.principals.clone());
+                    labels.principals = tls.as_ref().and_then(|tls| tls.principals.clone());
                 }
                 return Ok(Upstream {
                     local,
+                    tls,
                     stream,
                     early: Vec::new(),
                     labels,
@@ -257,6 +269,22 @@ pub(super) async fn open(
         flags.add(Flags::RETRY_LIMIT);
     }
     no_upstream(labels, flags, failure, proxy.max_connect_attempts, tried.pop())
+}
+
+/// The cluster of that name; where the proxy says so, one that does not exist is waited for.
+async fn find(
+    worker: &Worker,
+    proxy: &TcpProxy,
+    directory: &Directory,
+    name: &str,
+) -> Option<Arc<ClusterSlot>> {
+    match (directory.find(name), &proxy.on_demand) {
+        (None, Some(rules)) => {
+            Box::pin(on_demand::cluster_named(worker, rules, name)).await;
+            directory.find(name)
+        }
+        (found, _) => found,
+    }
 }
 
 async fn connect_to(
@@ -352,6 +380,7 @@ pub(super) async fn join(
     log.cluster = Some(upstream.cluster);
     log.attempts = upstream.attempts;
     log.host = Some(upstream.host);
+    log.upstream_tls.clone_from(&upstream.tls);
     log.upstream_local = upstream.local;
     if proxy.log_connected {
         log.write_meanwhile(LogType::TcpUpstreamConnected);

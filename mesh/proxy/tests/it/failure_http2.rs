@@ -9,7 +9,6 @@ use bytes::Bytes;
 use http::Request;
 use http_body_util::Full;
 use parking_lot::Mutex;
-use serin_xds::ResourceType;
 use serin_xds::pb::envoy::config::route::v3 as route;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};

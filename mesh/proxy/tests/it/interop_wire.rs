@@ -463,7 +463,7 @@ static_resources:
                 route: { cluster: g }
   clusters:
   - { name: g, type: STATIC, connect_timeout: 1s, load_assignment: { cluster_name: g, endpoints: [ { lb_endpoints: [ { endpoint: { address: { socket_address: { address: 127.0.0.1, port_value: {G} } } } } ] } ] } }
-  - { name: slow, type: STATIC, connect_timeout: 1s, load_assignment: { cluster_name: slow, endpoints: [ { lb_endpoints: [ { endpoint: { address: { socket_address: { address: 127.0.0.1, port_value: {SLOW} } } } } ] } ] } }
+  - { name: slow, type: STATIC, connect_timeout: 20s, load_assignment: { cluster_name: slow, endpoints: [ { lb_endpoints: [ { endpoint: { address: { socket_address: { address: 127.0.0.1, port_value: {SLOW} } } } } ] } ] } }
   - { name: dead, type: STATIC, connect_timeout: 1s, load_assignment: { cluster_name: dead, endpoints: [ { lb_endpoints: [ { endpoint: { address: { socket_address: { address: 127.99.0.1, port_value: 1 } } } } ] } ] } }
   - { name: empty, type: STATIC, connect_timeout: 1s, load_assignment: { cluster_name: empty } }
 "#;

@@ -133,8 +133,12 @@ fn changes_of_names_ask_for_what_is_new_and_give_up_what_is_gone() {
     let mut client = ClientState::new(Default::default());
     let change = |added: &[&str], removed: &[&str]| {
         let mut changes = NameChanges::default();
-        added.iter().for_each(|name| changes.add(*name));
-        removed.iter().for_each(|name| changes.remove(*name));
+        for name in added {
+            changes.add(*name);
+        }
+        for name in removed {
+            changes.remove(*name);
+        }
         changes
     };
     client.change_interest(Endpoints, change(&["a", "b"], &[]));

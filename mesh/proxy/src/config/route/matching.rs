@@ -85,11 +85,6 @@ impl RouteMatch {
         })
     }
 
-    /// Whether it is for that request, of whose connection nothing is known.
-    pub(crate) fn test(&self, request: &RequestView<'_>, random: &impl Fn() -> u64) -> bool {
-        self.test_with(request, &RouteFacts::default(), random)
-    }
-
     /// Whether it is for that request.
     pub(crate) fn test_with(
         &self,

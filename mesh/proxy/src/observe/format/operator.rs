@@ -7,6 +7,8 @@ use http::HeaderName;
 
 use super::super::record::{Record, Side, Wants};
 use super::super::time::TimeFormat;
+use super::certificates::OfCertificate;
+use crate::config::table::strip_port;
 use crate::error::Refusal;
 use crate::metrics::flags::Flags;
 use crate::policy::metadata::{Key, to_json};
@@ -68,9 +70,11 @@ enum What {
     DirectRemote(Address),
     Local(Address),
     ServerName,
-    PeerUriSan,
-    PeerDnsSan,
-    PeerSubject,
+    OfCertificate(OfCertificate),
+    UpstreamTlsVersion,
+    UpstreamTlsCipher,
+    UpstreamName(bool),
+    Query(Box<str>),
     TlsVersion,
     TlsCipher,
     GrpcStatus(GrpcText),
@@ -104,7 +108,7 @@ pub(super) enum Datum<'a> {
 }
 
 impl<'a> Datum<'a> {
-    fn text(value: Option<&'a str>) -> Self {
+    pub(super) fn text(value: Option<&'a str>) -> Self {
         match value {
             Some(text) if !text.is_empty() => Self::Text(Cow::Borrowed(text)),
             _ => Self::Absent,
@@ -213,7 +217,12 @@ impl What {
                 | "GRPC_STATUS"
                 | "ENVIRONMENT"
                 | "UPSTREAM_METADATA"
+                | "PATH"
+                | "QUERY_PARAM"
         );
+        if let Some(found) = OfCertificate::find(name, arguments)? {
+            return Ok(Self::OfCertificate(found));
+        }
         if takes_none && arguments.is_some() {
             return Err(refused("takes no argument"));
         }
@@ -260,9 +269,36 @@ impl What {
             "DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT" => Self::Local(Address::WithoutPort),
             "DOWNSTREAM_LOCAL_PORT" => Self::Local(Address::Port),
             "REQUESTED_SERVER_NAME" => Self::ServerName,
-            "DOWNSTREAM_PEER_URI_SAN" => Self::PeerUriSan,
-            "DOWNSTREAM_PEER_DNS_SAN" => Self::PeerDnsSan,
-            "DOWNSTREAM_PEER_SUBJECT" => Self::PeerSubject,
+            "UPSTREAM_TLS_VERSION" => Self::UpstreamTlsVersion,
+            "UPSTREAM_TLS_CIPHER" => Self::UpstreamTlsCipher,
+            "UPSTREAM_HOST_NAME" => Self::UpstreamName(true),
+            "UPSTREAM_HOST_NAME_WITHOUT_PORT" => Self::UpstreamName(false),
+            "QUERY_PARAM" => Self::Query(
+                arguments
+                    .filter(|name| !name.is_empty())
+                    .ok_or_else(|| refused("needs the name of a parameter"))?
+                    .into(),
+            ),
+            "PATH" => {
+                let mut parts = arguments.unwrap_or_default().split(':');
+                let whole = match parts.next() {
+                    None | Some("" | "WQ") => true,
+                    Some("NQ") => false,
+                    Some(other) => return Err(refused(&format!("{other:?} is none of WQ, NQ"))),
+                };
+                let fields = match (parts.next(), parts.next()) {
+                    (None | Some("" | "ORIG_OR_PATH"), None) => "X-ENVOY-ORIGINAL-PATH?:PATH",
+                    (Some("ORIG"), None) => "X-ENVOY-ORIGINAL-PATH",
+                    (Some("PATH"), None) => ":PATH",
+                    _ => return Err(refused("the second argument is ORIG, PATH or ORIG_OR_PATH")),
+                };
+                let fields = names(Side::Request, Some(fields), name, wants)?;
+                if whole {
+                    Self::Fields(fields)
+                } else {
+                    Self::PathWithoutQuery(fields)
+                }
+            }
             "DOWNSTREAM_TLS_VERSION" => Self::TlsVersion,
             "DOWNSTREAM_TLS_CIPHER" => Self::TlsCipher,
             "GRPC_STATUS" => Self::GrpcStatus(match arguments {
@@ -408,9 +444,26 @@ impl Operator {
             What::DirectRemote(part) => address(record.direct_remote, *part),
             What::Local(part) => address(record.local, *part),
             What::ServerName => text(record.server_name),
-            What::PeerUriSan => joined(record.peer.map(|peer| peer.uri_sans)),
-            What::PeerDnsSan => joined(record.peer.map(|peer| peer.dns_sans)),
-            What::PeerSubject => text(record.peer.map(|peer| peer.subject)),
+            What::OfCertificate(operator) => operator.value(record),
+            What::UpstreamTlsVersion => text(record.upstream_tls.map(|tls| tls.version)),
+            What::UpstreamTlsCipher => text(record.upstream_tls.map(|tls| tls.cipher)),
+            What::UpstreamName(with_port) => match record.upstream_name.filter(|name| !name.is_empty()) {
+                Some(name) => text(Some(if *with_port { name } else { strip_port(name) })),
+                // Endpoints without a name are called by their address.
+                None if *with_port => text(record.upstream_host),
+                None => match record.upstream_host.and_then(|host| host.parse().ok()) {
+                    Some(at) => address(at, Address::WithoutPort),
+                    None => Datum::Absent,
+                },
+            },
+            What::Query(name) => {
+                let path = record.kept.path.as_deref().unwrap_or(record.path);
+                let query = path.split_once('?').map_or("", |(_, query)| query);
+                text(query.split('&').find_map(|pair| {
+                    let (key, value) = pair.split_once('=')?;
+                    (key == &**name).then_some(value)
+                }))
+            }
             What::TlsVersion => text(record.tls.map(|(version, _)| version)),
             What::TlsCipher => text(record.tls.map(|(_, cipher)| cipher)),
             What::GrpcStatus(how) => record
@@ -433,13 +486,6 @@ impl Operator {
             What::Fixed(value) => text(Some(value)),
             What::Absent => Datum::Absent,
         }
-    }
-}
-
-fn joined(names: Option<&[Box<str>]>) -> Datum<'_> {
-    match names {
-        Some(names) if !names.is_empty() => Datum::Text(names.join(",").into()),
-        _ => Datum::Absent,
     }
 }
 

@@ -20,6 +20,7 @@
 
 mod eval;
 mod fold;
+mod functions;
 mod parse;
 mod scene;
 #[cfg(test)]
@@ -382,7 +383,7 @@ impl Compiler<'_, '_> {
                 for argument in target.as_deref().into_iter().chain(arguments) {
                     all.push(self.node(argument, depth + 1)?);
                 }
-                eval::call(function, target.is_some(), all)
+                functions::call(function, target.is_some(), all)
             }
         }
     }

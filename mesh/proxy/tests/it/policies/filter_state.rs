@@ -75,7 +75,7 @@ fn denied(key: &str, value: &str) -> hcm::HttpFilter {
     )
 }
 
-fn log_to(path: &std::path::Path, format: &str) -> accesslog::AccessLog {
+pub(crate) fn log_to(path: &std::path::Path, format: &str) -> accesslog::AccessLog {
     accesslog::AccessLog {
         name: "envoy.access_loggers.file".into(),
         filter: None,
@@ -88,7 +88,7 @@ fn log_to(path: &std::path::Path, format: &str) -> accesslog::AccessLog {
     }
 }
 
-async fn lines(path: &std::path::Path, count: usize) -> Vec<String> {
+pub(crate) async fn lines(path: &std::path::Path, count: usize) -> Vec<String> {
     soon("the log lines", async {
         loop {
             let text = tokio::fs::read_to_string(path).await.unwrap_or_default();
