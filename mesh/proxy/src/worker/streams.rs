@@ -163,8 +163,8 @@ impl Received {
 pub(crate) struct Pump<B> {
     stream: SendStream<Bytes>,
     body: B,
-    /// A chunk that waits for capacity, and whether it is the last one.
-    chunk: Option<(Bytes, bool)>,
+    /// A chunk that waits for capacity.
+    chunk: Option<Bytes>,
 }
 
 impl<B> Pump<B>
@@ -184,13 +184,12 @@ where
     /// the body has failed, for which the stream has been reset.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
-            if let Some((_, last)) = &self.chunk {
-                let last = *last;
-                if !ready!(self.poll_capacity(cx)) {
+            if self.chunk.is_some() {
+                if !ready!(poll_capacity(&mut self.stream, cx)) {
                     return Poll::Ready(());
                 }
-                if let Some((data, _)) = self.chunk.take()
-                    && (self.stream.send_data(data, last).is_err() || last)
+                if let Some(data) = self.chunk.take()
+                    && self.stream.send_data(data, false).is_err()
                 {
                     return Poll::Ready(());
                 }
@@ -209,13 +208,14 @@ where
                 }
                 Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
                     Ok(data) => {
-                        let last = self.body.is_end_stream();
-                        if !data.is_empty() {
-                            self.stream.reserve_capacity(1);
-                            self.chunk = Some((data, last));
-                        } else if last {
+                        // The last chunk waits in `h2` as well as here.
+                        if self.body.is_end_stream() {
                             let _ = self.stream.send_data(data, true);
                             return Poll::Ready(());
+                        }
+                        if !data.is_empty() {
+                            self.stream.reserve_capacity(1);
+                            self.chunk = Some(data);
                         }
                     }
                     Err(frame) => {
@@ -230,13 +230,9 @@ where
             }
         }
     }
-
-    /// Whether there is capacity for some of the chunk; not, if the stream has been reset.
-    fn poll_capacity(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
-        poll_capacity(&mut self.stream, cx)
-    }
 }
 
+/// Whether there is capacity for some of what waits; not, if the stream has been reset.
 fn poll_capacity(stream: &mut SendStream<Bytes>, cx: &mut Context<'_>) -> Poll<bool> {
     while stream.capacity() == 0 {
         match stream.poll_capacity(cx) {
@@ -426,6 +422,30 @@ mod tests {
             biased;
             () = poll_fn(|cx| pump.poll(cx)) => panic!("it has no end"),
             data = received.data() => assert!(data.unwrap().is_ok()),
+        }
+    }
+
+    #[tokio::test]
+    async fn what_waits_for_its_window_when_the_last_chunk_was_handed_over_arrives_all_the_same() {
+        for request_ended in [true, false] {
+            let (mut send, answer, received, mut respond) = stream(post()).await;
+            if request_ended {
+                send.send_data(Bytes::new(), true).unwrap();
+            }
+            let out = respond.send_response(Response::new(()), false).unwrap();
+            let whole = http_body_util::Full::new(Bytes::from(vec![1; 200_000]));
+            let whole = http_body_util::BodyExt::map_err(whole, |never| match never {});
+            let mut pump = Pump::new(out, whole);
+            poll_fn(|cx| pump.poll(cx)).await;
+            // As the task of a stream does when it has ended.
+            drop((pump, respond, received));
+            let (head, body) = answer.await.unwrap().into_parts();
+            let mut body = Received::of_response(body, &head.headers, None);
+            let mut got = 0;
+            while let Some(frame) = poll_fn(|cx| body.poll_frame(cx)).await {
+                got += frame.unwrap().into_data().unwrap().len();
+            }
+            assert_eq!(got, 200_000, "the request has ended: {request_ended}");
         }
     }
 
