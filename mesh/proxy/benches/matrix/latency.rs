@@ -204,8 +204,11 @@ async fn one(case: &Case, tools: &Tools, backend: &Backend) -> anyhow::Result<()
             hop = format!("{:.2} [{low:.2}, {high:.2}]", added(index, &all));
         }
         if let Some(envoy) = envoy.filter(|envoy| index > 0 && index != *envoy) {
-            // What is added may come out as nothing, or less: a ratio to that would say nothing.
-            let share = |sample: &[usize]| added(index, sample) / added(envoy, sample).max(0.001);
+            // What is added may come out as nothing, or less, which no share can be taken of.
+            let share = |sample: &[usize]| match added(envoy, sample) {
+                whole if whole > 0.0 => added(index, sample) / whole,
+                _ => f64::INFINITY,
+            };
             let (low, high) = interval(rounds, &mut dice, share);
             ratio = format!("{:.2} [{low:.2}, {high:.2}]", share(&all));
             verdict = match () {
