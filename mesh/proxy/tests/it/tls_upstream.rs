@@ -285,7 +285,10 @@ async fn logs_tell_of_the_certificates_of_the_upstream_connection() {
     assert_eq!(parts[..4], [SERVER, "db.example", CLIENT, "TLSv1.3"]);
     let der = &server.der().0[0];
     let hash = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, der);
-    let digits: String = hash.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+    let digits = hash
+        .as_ref()
+        .iter()
+        .fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
     assert_eq!(parts[4], digits);
     assert!(parts[5].starts_with("-----BEGIN%20CERTIFICATE-----%0A"), "{line}");
 }
