@@ -12,8 +12,10 @@ for bench in "${@:-${all[@]}}"; do
         # The proxy as it is shipped; what only measures is built quickly.
         proxy)
             cargo build --locked -q --release -p serin-proxy
+            # The tables are kept beside the programs; what the parts took and what failed is told on stderr.
             SERIN_BENCH_PROXY="${CARGO_TARGET_DIR}/release/serin-proxy" \
-                cargo bench --locked -q --profile "${PROFILE:-demo}" -p serin-proxy --bench matrix
+                cargo bench --locked -q --profile "${PROFILE:-demo}" -p serin-proxy --bench matrix |
+                tee "${CARGO_TARGET_DIR}/bench-proxy.md"
             ;;
         soak) cargo bench --locked -q --profile "${PROFILE:-demo}" -p serin-proxy --bench soak ;;
         demo) cargo bench --locked -q -p serin-tests --bench demo ;;

@@ -9,6 +9,14 @@ if [ ! -x "$profdata" ]; then
     echo "SKIPPED: no llvm-profdata for this compiler: rustup component add llvm-tools" >&2
     exit 0
 fi
+# What the training needs.
+hack/setup.sh --peers
+for needed in h2load nginx taskset; do
+    if ! PATH=$PATH:/usr/sbin command -v "$needed" >/dev/null; then
+        echo "SKIPPED: $needed is not installed, without which nothing can be learnt" >&2
+        exit 0
+    fi
+done
 out=${CARGO_TARGET_DIR:?}/pgo
 rm -rf -- "$out/raw"
 mkdir -p "$out/raw"
@@ -18,6 +26,10 @@ RUSTFLAGS="${RUSTFLAGS:-} -Cprofile-generate=$out/raw" \
 SERIN_BENCH_PROXY=$out/$target/demo/serin-proxy ENVOY_BIN='' SERIN_BENCH_POLITE=1 SERIN_BENCH_ONLY=matrix \
     SERIN_BENCH_ROUNDS=1 SERIN_BENCH_REQUESTS="${SERIN_BENCH_REQUESTS:-20000}" \
     cargo bench --locked -q --profile "${PROFILE:-demo}" -p serin-proxy --bench matrix
+if [ -z "$(find "$out/raw" -name '*.profraw' -size +0 -print -quit)" ]; then
+    echo "pgo: the instrumented proxy wrote no counts to $out/raw: did the matrix above run?" >&2
+    exit 1
+fi
 "$profdata" merge -o "$out/serin-proxy.profdata" "$out/raw"
 RUSTFLAGS="${RUSTFLAGS:-} -Cprofile-use=$out/serin-proxy.profdata" \
     cargo build --locked --release --target "$target" --target-dir "$out" -p serin-proxy

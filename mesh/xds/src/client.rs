@@ -19,5 +19,5 @@ pub use ads::{
     AdsClient, AdsClientConfig, ConnectionState, Deliveries, Delivery, MAX_UNIX_WAIT, STABLE_AFTER, Service,
 };
 pub use backoff::BackoffRange;
-pub use state::{Interest, ProtocolError, Received};
+pub use state::{Interest, NameChanges, ProtocolError, Received};
 pub use transport::{Dialer, Dialing, Endpoint, EndpointError, Io, channel};

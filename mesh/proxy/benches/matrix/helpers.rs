@@ -3,6 +3,7 @@
 //!
 //! - `new-connections PORT COUNT FOLDER`: a mutual TLS handshake and one request per connection, without resumption.
 //! - `grpc-backend PORT`: answers unary gRPC calls.
+//! - `open-loop …`: see [`crate::openloop`].
 
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
@@ -21,6 +22,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsConnector;
 
+use crate::openloop::{self, Job};
+
 /// Connections that are being made at a time.
 const AT_A_TIME: usize = 4;
 
@@ -37,6 +40,7 @@ pub(crate) async fn run(args: &[String]) -> Option<anyhow::Result<()>> {
             Some(new_connections(port, count, Path::new(folder)).await)
         }
         [_, "grpc-backend", port] => Some(grpc_backend(port).await),
+        [_, "open-loop", job @ ..] => Some(Job::parse(job).and_then(|job| openloop::run(&job))),
         _ => None,
     }
 }

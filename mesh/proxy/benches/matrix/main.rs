@@ -6,6 +6,8 @@
 //! to Envoy in the same round, the median of all rounds. `SERIN_BENCH_ROUNDS` (3) and `SERIN_BENCH_REQUESTS` (30,000) say
 //! how much; `ENVOY_BIN` where Envoy is; `SERIN_BENCH_BASELINE` names another build of serin-proxy to measure beside this
 //! one; `SERIN_BENCH_ONLY` the parts to run: `matrix`, `latency`, `memory`, `weights`, `changes`, `growth`, `costs`;
+//! (what each took is told on stderr; all of them take about half an hour with Envoy, most of it `matrix`, `latency` and, since
+//! Envoy starts slowly under valgrind, `costs`);
 //! `SERIN_BENCH_POLITE` lets proxies end by themselves, for builds that write what they counted (`hack/pgo.sh`);
 //! `SERIN_BENCH_ROWS` only those rows of the matrix that contain this text (several with `|` between).
 //!
@@ -32,16 +34,18 @@ mod configs;
 mod fixture;
 mod growth;
 mod helpers;
+mod latency;
 mod measure;
 mod mesh;
+mod openloop;
 mod peers;
 mod rows;
+mod stamped;
 mod weights;
 
 use std::process::ExitCode;
 
 use configs::{Kind, Setup};
-use measure::Sample;
 use mesh::{Down, Mesh, Up};
 use peers::{Backend, Peer, Tools};
 
@@ -84,111 +88,45 @@ async fn run() -> anyhow::Result<()> {
     if let Some(result) = helpers::run(&args).await {
         return result;
     }
-    if wanted("weights") {
-        weights::run().await?;
-    }
-    let Some(tools) = Tools::find() else { return Ok(()) };
+    let mut parts = Parts::default();
+    parts.run("weights", weights::run()).await;
+    let Some(tools) = Tools::find() else {
+        return parts.end();
+    };
     let backend = Backend::start().await?;
-    if wanted("matrix") {
-        rows::run(&tools, &backend).await?;
-    }
-    if wanted("latency") {
-        latency(&tools, &backend).await?;
-    }
-    if wanted("memory") {
-        memory(&tools, &backend).await?;
-    }
-    if wanted("changes") {
-        changes::run(&tools, &backend).await?;
-    }
-    if wanted("growth") {
-        growth::run(&tools, &backend).await?;
-    }
-    if wanted("costs") {
-        costs(&tools, &backend).await?;
-    }
-    Ok(())
+    parts.run("matrix", rows::run(&tools, &backend)).await;
+    parts.run("latency", latency::run(&tools, &backend)).await;
+    parts.run("memory", memory(&tools, &backend)).await;
+    parts.run("changes", changes::run(&tools, &backend)).await;
+    parts.run("growth", growth::run(&tools, &backend)).await;
+    parts.run("costs", costs(&tools, &backend)).await;
+    parts.end()
 }
 
-/// What one hop adds at a rate that leaves everybody room, from an open loop: waits count.
-async fn latency(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {
-    let Some(serin) = &tools.serin else {
-        eprintln!(
-            "SKIPPED: latency: no serin program in SERIN_BIN_DIR (the open-loop generator is `serin load`)"
-        );
-        return Ok(());
-    };
-    println!(
-        "\n| open loop at half of the slowest one's rate, sidecar | p50 ms | p99 ms | p99.9 ms | p99 added | × Envoy |\n|---|---|---|---|---|---|"
-    );
-    for (name, mesh, load, http2) in [
-        (
-            "HTTP/1.1",
-            Mesh::new(Down::Plain, Up::Http1),
-            &["--h1", "-c", "32"][..],
-            false,
-        ),
-        (
-            "HTTP/2 → HTTP/2",
-            Mesh::new(Down::Plain, Up::Http2),
-            &["-c", "8", "-m", "10"],
-            true,
-        ),
-        (
-            "TCP",
-            Mesh::new(Down::Plain, Up::Bytes),
-            &["--h1", "-c", "32"],
-            false,
-        ),
-    ] {
-        let mut peers = Vec::new();
-        let mut rate = f64::MAX;
-        for kind in MESH {
-            if let Some(peer) = Peer::start_mesh(tools, *kind, &mesh, backend, Some("0")).await? {
-                let sample = Sample::take(&peer, load, 20_000, &peer.url("/")).await?;
-                rate = rate.min(sample.rate / 2.0);
-                peers.push(peer);
-            }
+/// Parts of a run: one that fails is told, and the others are measured all the same.
+#[derive(Default)]
+struct Parts {
+    failed: Vec<&'static str>,
+}
+
+impl Parts {
+    async fn run(&mut self, name: &'static str, part: impl Future<Output = anyhow::Result<()>>) {
+        if !wanted(name) {
+            return;
         }
-        // In turns, and the median of each, so that what disturbs disturbs all.
-        let mut figures: Vec<Vec<[f64; 3]>> = vec![Vec::new(); peers.len() + 1];
-        for _ in 0..number("SERIN_BENCH_ROUNDS", 3) {
-            for (index, list) in figures.iter_mut().enumerate() {
-                let (url, http2) = match index {
-                    // The backend speaks HTTP/2 in the clear on another port; the way there is the same.
-                    0 => (backend.url("/"), false),
-                    _ => (peers[index - 1].url("/"), http2),
-                };
-                let figure = measure::open_loop(serin, &url, rate, http2).await?;
-                list.push(figure.map(Option::unwrap_or_default));
-            }
-        }
-        let middle = |list: &[[f64; 3]], at: usize| measure::median(list.iter().map(|three| three[at]));
-        let direct = middle(&figures[0], 1);
-        let added: Vec<f64> = figures.iter().map(|list| middle(list, 1) - direct).collect();
-        let envoy = peers
-            .iter()
-            .position(|peer| peer.kind == Kind::Envoy)
-            .map(|at| added[at + 1]);
-        for (index, list) in figures.iter().enumerate() {
-            let who = match index {
-                0 => "no proxy",
-                _ => peers[index - 1].kind.name(),
-            };
-            let ratio = envoy.filter(|_| index > 0).map_or_else(
-                || "-".to_owned(),
-                |envoy| format!("{:.2}", added[index] / envoy.max(0.001)),
-            );
-            println!(
-                "| {name}, {rate:.0}/s, {who} | {:.2} | {:.2} | {:.2} | {:.2} | {ratio} |",
-                middle(list, 0),
-                middle(list, 1),
-                middle(list, 2),
-                added[index],
-            );
+        let began = std::time::Instant::now();
+        let result = part.await;
+        eprintln!("{name}: {:.0} s", began.elapsed().as_secs_f64());
+        if let Err(error) = result {
+            eprintln!("{name}: FAILED: {error:#}");
+            self.failed.push(name);
         }
     }
-    Ok(())
+
+    fn end(self) -> anyhow::Result<()> {
+        anyhow::ensure!(self.failed.is_empty(), "failed: {}", self.failed.join(", "));
+        Ok(())
+    }
 }
 
 async fn memory(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {

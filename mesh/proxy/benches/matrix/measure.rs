@@ -65,14 +65,14 @@ impl Sample {
 }
 
 /// Processor time of a process: nanoseconds by the scheduler's account, and ticks, which tell user from kernel.
-struct Spent {
-    nanos: u64,
+pub(crate) struct Spent {
+    pub(crate) nanos: u64,
     user: u64,
     kernel: u64,
 }
 
 impl Spent {
-    fn of(pid: u32) -> anyhow::Result<Self> {
+    pub(crate) fn of(pid: u32) -> anyhow::Result<Self> {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
         let after_name = stat.rsplit_once(')').context("/proc/pid/stat")?.1;
         let mut fields = after_name.split_whitespace().skip(11).map(str::parse::<u64>);
@@ -160,59 +160,6 @@ pub(crate) async fn h2load_on(
         .find_map(|part| part.strip_suffix(" req/s")?.parse().ok())
         .context("h2load printed no rate")?;
     Ok(Outcome { good, rate })
-}
-
-/// Latencies of an open loop: p50, p99, p99.9 in milliseconds.
-pub(crate) async fn open_loop(
-    serin: &Path,
-    url: &str,
-    rate: f64,
-    http2: bool,
-) -> anyhow::Result<[Option<f64>; 3]> {
-    let output = Command::new("taskset")
-        .args(["-c", "1"])
-        .arg(serin)
-        .args([
-            "load",
-            url,
-            "--rate",
-            &format!("{rate:.0}"),
-            "--duration",
-            "10s",
-            "-c",
-            "32",
-            "-o",
-            "json",
-        ])
-        .args(http2.then_some("--http2"))
-        .output()
-        .await
-        .context("serin load")?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let report: serde_json::Value = serde_json::from_str(&text).with_context(|| {
-        format!(
-            "serin load said: {text} {}",
-            String::from_utf8_lossy(&output.stderr)
-        )
-    })?;
-    let latency = find(&report, "latency_ms")
-        .or_else(|| find(&report, "latency"))
-        .unwrap_or(&report);
-    Ok(["p50", "p99", "p999"].map(|key| {
-        find(latency, key)
-            .or_else(|| find(latency, &key.replace("p999", "p99.9")))
-            .and_then(serde_json::Value::as_f64)
-    }))
-}
-
-/// The first value of that key, however deep.
-fn find<'a>(value: &'a serde_json::Value, key: &str) -> Option<&'a serde_json::Value> {
-    match value {
-        serde_json::Value::Object(map) => map
-            .get(key)
-            .or_else(|| map.values().find_map(|inner| find(inner, key))),
-        _ => None,
-    }
 }
 
 /// Kilobytes that an idle connection costs.

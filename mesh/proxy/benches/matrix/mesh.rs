@@ -64,6 +64,8 @@ pub(crate) struct Mesh {
     /// Endpoints of a second cluster of the weighted route (of which none is asked: its weight is 0), and of the first in
     /// a lower priority.
     pub(crate) hosts: usize,
+    /// Virtual hosts as resources of their own (VHDS).
+    pub(crate) by_host: bool,
 }
 
 impl Mesh {
@@ -73,6 +75,7 @@ impl Mesh {
             up,
             clusters: 0,
             hosts: 0,
+            by_host: false,
         }
     }
 }
@@ -447,28 +450,9 @@ fn listener_of(mesh: &Mesh, port: u16, identities: &Identities) -> listener::Lis
     }
 }
 
-/// The routes, with this share (of 100) for `canary`.
-pub(crate) fn routes(mesh: &Mesh, canary: u32) -> Resource {
-    let prefix = || {
-        Some(route::RouteMatch {
-            path_specifier: Some(route::route_match::PathSpecifier::Prefix("/".into())),
-            ..Default::default()
-        })
-    };
-    let action = |specifier| {
-        Some(route::route::Action::Route(route::RouteAction {
-            cluster_specifier: Some(specifier),
-            timeout: millis(15_000),
-            retry_policy: Some(route::RetryPolicy {
-                retry_on: "connect-failure,refused-stream,reset".into(),
-                num_retries: number(2),
-                ..Default::default()
-            }),
-            ..Default::default()
-        }))
-    };
-    use route::route_action::ClusterSpecifier;
-    let mut hosts: Vec<_> = (0..mesh.clusters.max(100))
+/// The virtual hosts for the clusters beside those in use.
+fn others(mesh: &Mesh) -> Vec<route::VirtualHost> {
+    (0..mesh.clusters.max(100))
         .map(|index| {
             let to = if index < mesh.clusters {
                 format!("c{index}")
@@ -481,16 +465,39 @@ pub(crate) fn routes(mesh: &Mesh, canary: u32) -> Resource {
                     format!("svc-{index}.ns.svc.cluster.local"),
                     format!("svc-{index}.ns:80"),
                 ],
-                routes: vec![route::Route {
-                    r#match: prefix(),
-                    action: action(ClusterSpecifier::Cluster(to)),
-                    ..Default::default()
-                }],
+                routes: vec![leading_to(route::route_action::ClusterSpecifier::Cluster(to))],
                 ..Default::default()
             }
         })
-        .collect();
-    let weighted = route::WeightedCluster {
+        .collect()
+}
+
+fn leading_to(specifier: route::route_action::ClusterSpecifier) -> route::Route {
+    let prefix = || {
+        Some(route::RouteMatch {
+            path_specifier: Some(route::route_match::PathSpecifier::Prefix("/".into())),
+            ..Default::default()
+        })
+    };
+    route::Route {
+        r#match: prefix(),
+        action: Some(route::route::Action::Route(route::RouteAction {
+            cluster_specifier: Some(specifier),
+            timeout: millis(15_000),
+            retry_policy: Some(route::RetryPolicy {
+                retry_on: "connect-failure,refused-stream,reset".into(),
+                num_retries: number(2),
+                ..Default::default()
+            }),
+            ..Default::default()
+        })),
+        ..Default::default()
+    }
+}
+
+/// The virtual host whose route is weighted, with this share (of 100) for `canary`.
+fn weighted(canary: u32) -> route::VirtualHost {
+    let clusters = route::WeightedCluster {
         clusters: [("main", 100 - canary), ("canary", canary)]
             .map(|(name, weight)| route::weighted_cluster::ClusterWeight {
                 name: name.into(),
@@ -500,16 +507,23 @@ pub(crate) fn routes(mesh: &Mesh, canary: u32) -> Resource {
             .into(),
         ..Default::default()
     };
-    hosts.push(route::VirtualHost {
+    route::VirtualHost {
         name: "rest".into(),
         domains: vec!["*".into()],
-        routes: vec![route::Route {
-            r#match: prefix(),
-            action: action(ClusterSpecifier::WeightedClusters(weighted)),
-            ..Default::default()
-        }],
+        routes: vec![leading_to(
+            route::route_action::ClusterSpecifier::WeightedClusters(clusters),
+        )],
         ..Default::default()
-    });
+    }
+}
+
+/// What changes when the share of `canary` does: the whole route configuration, or one virtual host.
+pub(crate) fn routes(mesh: &Mesh, canary: u32) -> Resource {
+    if mesh.by_host {
+        return resource(ResourceType::VirtualHost, "main/rest", &weighted(canary));
+    }
+    let mut hosts = others(mesh);
+    hosts.push(weighted(canary));
     let table = route::RouteConfiguration {
         name: "main".into(),
         virtual_hosts: hosts,
@@ -554,6 +568,18 @@ pub(crate) fn resources(mesh: &Mesh, port: u16, backend: &Backend, identities: &
     ));
     if !matches!(mesh.up, Up::Bytes | Up::MutualBytes) {
         out.push(routes(mesh, 10));
+        if mesh.by_host {
+            let table = route::RouteConfiguration {
+                name: "main".into(),
+                vhds: Some(route::Vhds { config_source: ads() }),
+                ..Default::default()
+            };
+            out.push(resource(ResourceType::Route, "main", &table));
+            for host in others(mesh) {
+                let name = format!("main/{}", host.name);
+                out.push(resource(ResourceType::VirtualHost, &name, &host));
+            }
+        }
     }
     out
 }

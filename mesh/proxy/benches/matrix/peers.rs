@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use tokio::net::{TcpListener, TcpStream};
@@ -12,14 +13,13 @@ use crate::ads::Ads;
 use crate::configs::{self, Kind, Ports, Setup};
 use crate::helpers;
 use crate::mesh::{self, Identities, Mesh, Up};
+use crate::stamped::{Stamped, Stamps};
 
 /// Where the programs are.
 pub(crate) struct Tools {
     proxy: PathBuf,
     /// Another build, that somebody wants compared.
     baseline: Option<PathBuf>,
-    /// `serin`, for its load generator.
-    pub(crate) serin: Option<PathBuf>,
     envoy: Option<PathBuf>,
     haproxy: Option<PathBuf>,
     nginx: Option<PathBuf>,
@@ -60,7 +60,6 @@ impl Tools {
         let tools = Self {
             proxy,
             baseline: std::env::var_os("SERIN_BENCH_BASELINE").map(PathBuf::from),
-            serin: ours("serin"),
             envoy,
             haproxy: on_path("haproxy"),
             nginx: on_path("nginx"),
@@ -203,10 +202,6 @@ impl Backend {
         })
     }
 
-    pub(crate) fn url(&self, path: &str) -> String {
-        format!("http://127.0.0.1:{}{path}", self.ports.backend)
-    }
-
     /// Certificates and the like.
     pub(crate) fn folder(&self) -> &Path {
         self.folder.path()
@@ -240,6 +235,10 @@ pub(crate) struct Peer {
     _folder: tempfile::TempDir,
     /// Where it is driven by one.
     pub(crate) control: Option<Ads>,
+    /// When it was started.
+    pub(crate) started: Instant,
+    /// Times of the connection to it.
+    pub(crate) stamps: Arc<Stamps>,
     secure: bool,
 }
 
@@ -264,6 +263,7 @@ impl Peer {
             &config,
             configs::text(kind, setup, &ports, &folder.path().to_string_lossy()),
         )?;
+        let started = Instant::now();
         let child = pinned("0", &program, &args)?;
         listening(ports.listen, Duration::from_secs(60)).await?;
         Ok(Some(Self {
@@ -272,6 +272,8 @@ impl Peer {
             child,
             _folder: folder,
             control: None,
+            started,
+            stamps: Arc::default(),
             secure: false,
         }))
     }
@@ -291,7 +293,13 @@ impl Peer {
             return Ok(None);
         };
         let port = free_port().await?;
-        let control = Ads::start(&folder.path().join("xds.sock"))?;
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let place = format!(
+            "{{ socket_address: {{ address: 127.0.0.1, port_value: {} }} }}",
+            listener.local_addr()?.port()
+        );
+        let stamps = Arc::new(Stamps::default());
+        let control = Ads::serve(Stamped::incoming(listener, stamps.clone()), place);
         control
             .source
             .put_all(mesh::resources(mesh, port, backend, &backend.identities));
@@ -301,6 +309,7 @@ impl Peer {
         {
             args[at + 1] = "2".to_owned();
         }
+        let started = Instant::now();
         let child = pinned(processor.unwrap_or("0,1"), &program, &args)?;
         listening(port, Duration::from_secs(120)).await?;
         Ok(Some(Self {
@@ -309,6 +318,8 @@ impl Peer {
             child,
             _folder: folder,
             control: Some(control),
+            started,
+            stamps,
             secure: mesh.down != mesh::Down::Plain,
         }))
     }

@@ -31,6 +31,9 @@ pub enum LbPolicy {
     LeastRequest {
         /// How many are drawn; 0 for all hosts (`FULL_SCAN`).
         choices: u32,
+        /// The power of the requests on their way that is set against the weight, in thousandths: 0 looks at the weight
+        /// only, as Envoy's `active_request_bias` does.
+        bias: u32,
     },
     /// At random, by weight.
     Random,
@@ -185,14 +188,14 @@ fn compile_older(from: &cluster::Cluster) -> Result<Balancing, Refusal> {
             LbPolicy::RoundRobin
         }
         Ok(Policy::LeastRequest) => {
-            let mut choices = 2;
+            let (mut choices, mut bias) = (2, PLAIN_BIAS);
             if let Some(LbConfig::LeastRequestLbConfig(config)) = &from.lb_config {
                 choices = choice_count(config.choice_count.as_ref());
-                refuse_bias(config.active_request_bias.as_ref()).within("least_request_lb_config")?;
+                bias = compile_bias(config.active_request_bias.as_ref()).within("least_request_lb_config")?;
                 slow_start = older_slow_start(config.slow_start_config.as_ref())
                     .within("least_request_lb_config.slow_start_config")?;
             }
-            LbPolicy::LeastRequest { choices }
+            LbPolicy::LeastRequest { choices, bias }
         }
         Ok(Policy::Random) => LbPolicy::Random,
         Ok(Policy::RingHash) => match &from.lb_config {
@@ -263,14 +266,22 @@ fn choice_count(from: Option<&google::UInt32Value>) -> u32 {
     from.map_or(2, |count| count.value.clamp(2, 16))
 }
 
-/// Hosts are compared by requests per weight, which is Envoy's bias of 1.
-fn refuse_bias(from: Option<&core::RuntimeDouble>) -> Result<(), Refusal> {
+/// Hosts are compared by requests per weight.
+pub(crate) const PLAIN_BIAS: u32 = 1000;
+/// Beyond that the least busy host is all that counts anyway.
+const MAX_BIAS: f64 = 100.0;
+
+/// The power of the requests on their way that is set against a host's weight, in thousandths.
+fn compile_bias(from: Option<&core::RuntimeDouble>) -> Result<u32, Refusal> {
     match from {
-        Some(bias) if bias.default_value != 1.0 => Err(Refusal::new(
+        None => Ok(PLAIN_BIAS),
+        Some(bias) if (0.0..=MAX_BIAS).contains(&bias.default_value) => {
+            Ok((bias.default_value * 1000.0).round() as u32)
+        }
+        Some(bias) => Err(Refusal::new(
             "active_request_bias",
-            format!("{} is not supported, only 1.0 is", bias.default_value),
+            format!("{} is not between 0 and {MAX_BIAS}", bias.default_value),
         )),
-        _ => Ok(()),
     }
 }
 
@@ -401,7 +412,7 @@ fn compile_policy(any: &google::Any, depth: usize) -> Result<Option<Balancing>, 
         "least_request.v3.LeastRequest" => {
             use policies::least_request::v3::least_request::SelectionMethod;
             let config: policies::least_request::v3::LeastRequest = read(any)?;
-            refuse_bias(config.active_request_bias.as_ref())?;
+            let bias = compile_bias(config.active_request_bias.as_ref())?;
             let all = config.selection_method == SelectionMethod::FullScan as i32
                 || config.enable_full_scan.as_ref().is_some_and(|value| value.value);
             let mut out = Balancing::plain(LbPolicy::LeastRequest {
@@ -410,6 +421,7 @@ fn compile_policy(any: &google::Any, depth: usize) -> Result<Option<Balancing>, 
                 } else {
                     choice_count(config.choice_count.as_ref())
                 },
+                bias,
             });
             out.slow_start = newer_slow_start(config.slow_start_config.as_ref())?;
             out.add_locality(config.locality_lb_config.as_ref());

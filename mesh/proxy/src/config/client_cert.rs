@@ -117,7 +117,7 @@ impl ClientCert {
 }
 
 /// Certificates as PEM, percent-encoded.
-fn encoded(chain: &[CertificateDer<'_>]) -> String {
+pub(crate) fn encoded(chain: &[CertificateDer<'_>]) -> String {
     use base64::Engine as _;
     let mut out = String::new();
     for der in chain {

@@ -13,6 +13,7 @@ use serin_xds::pb::google::protobuf::Struct;
 use super::convert::{self, Address};
 use crate::clock::now_ms;
 use crate::error::{Refusal, Within};
+use crate::metrics::hosts::HostCells;
 use crate::metrics::peer::Workload;
 
 /// Metadata of endpoints that transport sockets are matched with.
@@ -47,6 +48,8 @@ pub struct HostState {
     pub failed_checks: AtomicU32,
     /// Since when it may be used, on the process clock: slow start counts from here. 0 is always.
     pub since: AtomicU64,
+    /// Its requests and connections.
+    pub counted: HostCells,
 }
 
 /// Requests and the good ones among them.
@@ -89,6 +92,7 @@ impl Default for HostState {
             local: Ratio::default(),
             failed_checks: AtomicU32::new(u32::MAX),
             since: AtomicU64::new(now_ms()),
+            counted: HostCells::default(),
         }
     }
 }

@@ -1,140 +1,14 @@
-//! Fault injection and CORS, compiled.
+//! CORS, compiled.
 
-use std::time::Duration;
-
-use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, header};
 use serin_xds::pb::envoy::config::route::v3 as route;
-use serin_xds::pb::envoy::extensions::filters::http::{cors::v3 as cors_v3, fault::v3 as fault_v3};
+use serin_xds::pb::envoy::extensions::filters::http::cors::v3 as cors_v3;
 use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
 
-use super::convert::{self, Fraction};
-use super::matchers::{HeaderMatch, RequestView, StringMatch};
+use super::convert::Fraction;
+use super::matchers::StringMatch;
 use super::runtime::{Runtime, RuntimeFraction};
 use crate::error::{Refusal, Within};
-
-/// What the fault filter does to a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FaultAbort {
-    /// An HTTP status.
-    Http(StatusCode),
-    /// A gRPC status, in a 200 answer.
-    Grpc(u32),
-}
-
-/// A compiled `HTTPFault`.
-#[derive(Clone, Debug)]
-pub struct Fault {
-    delay: Option<(Fraction, Duration)>,
-    abort: Option<(Fraction, FaultAbort)>,
-    headers: Box<[HeaderMatch]>,
-}
-
-impl Fault {
-    /// Compiles the message; `None` when it does nothing.
-    pub(crate) fn compile(from: &fault_v3::HttpFault) -> Result<Option<Self>, Refusal> {
-        use fault_v3::fault_abort::ErrorType;
-        use serin_xds::pb::envoy::extensions::filters::common::fault::v3::fault_delay::FaultDelaySecifier;
-        if from.response_rate_limit.is_some() {
-            return Err(Refusal::new("response_rate_limit", "not supported yet"));
-        }
-        if !from
-            .filter_metadata
-            .as_ref()
-            .is_none_or(|fields| fields.fields.is_empty())
-        {
-            return Err(Refusal::new("filter_metadata", "not supported"));
-        }
-        if from
-            .abort
-            .as_ref()
-            .is_some_and(|abort| !abort.response_body.is_empty())
-        {
-            return Err(Refusal::new("abort.response_body", "not supported"));
-        }
-        if from.max_active_faults.is_some() {
-            return Err(Refusal::new("max_active_faults", "not supported yet"));
-        }
-        if !from.upstream_cluster.is_empty() || !from.downstream_nodes.is_empty() {
-            return Err(Refusal::new(
-                "upstream_cluster",
-                "faults by cluster or node are not supported",
-            ));
-        }
-        let none = Fraction::compile(
-            Some(&serin_xds::pb::envoy::r#type::v3::FractionalPercent::default()),
-            Fraction::ALL,
-        )?;
-        let delay = match &from.delay {
-            None => None,
-            Some(delay) => {
-                let share = Fraction::compile(delay.percentage.as_ref(), none).within("delay.percentage")?;
-                match &delay.fault_delay_secifier {
-                    Some(FaultDelaySecifier::FixedDelay(time)) => {
-                        Some((share, convert::duration(time).within("delay.fixed_delay")?))
-                    }
-                    Some(FaultDelaySecifier::HeaderDelay(_)) => {
-                        return Err(Refusal::new("delay.header_delay", "not supported"));
-                    }
-                    None => return Err(Refusal::new("delay", "fixed_delay is missing")),
-                }
-            }
-        };
-        let abort = match &from.abort {
-            None => None,
-            Some(abort) => {
-                let share = Fraction::compile(abort.percentage.as_ref(), none).within("abort.percentage")?;
-                let kind = match &abort.error_type {
-                    Some(ErrorType::HttpStatus(code)) => FaultAbort::Http(
-                        u16::try_from(*code)
-                            .ok()
-                            .filter(|code| (200..600).contains(code))
-                            .and_then(|code| StatusCode::from_u16(code).ok())
-                            .ok_or_else(|| {
-                                Refusal::new("abort.http_status", format!("{code} is not 200 to 599"))
-                            })?,
-                    ),
-                    Some(ErrorType::GrpcStatus(code)) => FaultAbort::Grpc(*code),
-                    Some(ErrorType::HeaderAbort(_)) => {
-                        return Err(Refusal::new("abort.header_abort", "not supported"));
-                    }
-                    None => return Err(Refusal::new("abort", "http_status or grpc_status is missing")),
-                };
-                Some((share, kind))
-            }
-        };
-        let headers = from
-            .headers
-            .iter()
-            .enumerate()
-            .map(|(index, header)| HeaderMatch::compile(header).within(format!("headers[{index}]")))
-            .collect::<Result<_, _>>()?;
-        let active = delay.is_some_and(|(share, _)| !share.is_none())
-            || abort.is_some_and(|(share, _)| !share.is_none());
-        Ok(active.then_some(Self {
-            delay,
-            abort,
-            headers,
-        }))
-    }
-
-    /// What happens to this request: a delay, an abort, or both in that order. `random` is called at most twice.
-    pub fn decide(
-        &self,
-        request: &RequestView<'_>,
-        mut random: impl FnMut() -> u64,
-    ) -> (Option<Duration>, Option<FaultAbort>) {
-        if !self.headers.iter().all(|header| header.matches(request)) {
-            return (None, None);
-        }
-        let delay = self
-            .delay
-            .and_then(|(share, time)| share.hit(random()).then_some(time));
-        let abort = self
-            .abort
-            .and_then(|(share, kind)| share.hit(random()).then_some(kind));
-        (delay, abort)
-    }
-}
 
 /// A compiled CORS policy.
 #[derive(Clone, Debug)]
@@ -361,46 +235,5 @@ mod tests {
             policy().judge(&Method::GET, &request),
             CorsVerdict::Actual(_)
         ));
-    }
-
-    #[test]
-    fn a_fault_of_half_the_requests_hits_about_half_and_only_matching_ones() {
-        let fault = Fault::compile(&fault_v3::HttpFault {
-            abort: Some(fault_v3::FaultAbort {
-                percentage: Some(serin_xds::pb::envoy::r#type::v3::FractionalPercent {
-                    numerator: 50,
-                    denominator: 0,
-                }),
-                error_type: Some(fault_v3::fault_abort::ErrorType::HttpStatus(503)),
-                ..Default::default()
-            }),
-            headers: vec![route::HeaderMatcher {
-                name: "x-hit".into(),
-                ..Default::default()
-            }],
-            ..Default::default()
-        })
-        .unwrap()
-        .unwrap();
-        let hit = headers(&[("x-hit", "1")]);
-        let miss = HeaderMap::new();
-        let view = |headers| RequestView {
-            method: "GET",
-            path: "/",
-            query: None,
-            authority: Some(""),
-            scheme: Some(""),
-            headers,
-        };
-        let mut counter = 0u64;
-        let mut spread = move || {
-            counter = counter.wrapping_add(0x9E37_79B9_7F4A_7C15);
-            counter
-        };
-        let hits = (0..1000)
-            .filter(|_| fault.decide(&view(&hit), &mut spread).1.is_some())
-            .count();
-        assert!((480..=520).contains(&hits), "{hits}");
-        assert_eq!(fault.decide(&view(&miss), &mut spread), (None, None));
     }
 }

@@ -11,6 +11,7 @@ use super::convert;
 use super::matchers::RequestView;
 use super::route::{cookie, substitution};
 use crate::error::{Refusal, Within};
+use crate::policy::filter_state::FilterState;
 
 /// One hash policy.
 #[derive(Clone, Debug)]
@@ -26,6 +27,8 @@ enum Kind {
     Cookie(Box<str>, Option<Box<str>>),
     SourceIp,
     Query(Box<str>),
+    /// An object that may be hashed.
+    State(Box<str>),
 }
 
 impl HashPolicy {
@@ -51,9 +54,10 @@ impl HashPolicy {
                 return Err(Refusal::new("connection_properties", "source_ip is not set"));
             }
             Some(PolicySpecifier::QueryParameter(query)) => Kind::Query(query.name.as_str().into()),
-            Some(PolicySpecifier::FilterState(_)) => {
-                return Err(Refusal::new("filter_state", "not supported"));
+            Some(PolicySpecifier::FilterState(state)) if state.key.is_empty() => {
+                return Err(Refusal::new("filter_state.key", "is missing"));
             }
+            Some(PolicySpecifier::FilterState(state)) => Kind::State(state.key.as_str().into()),
             None => return Err(Refusal::new("policy_specifier", "is missing")),
         };
         Ok(Self {
@@ -68,6 +72,7 @@ impl HashPolicy {
         request: &RequestView<'_>,
         client: SocketAddr,
         local: SocketAddr,
+        state: &FilterState,
     ) -> Option<(u64, Option<HeaderValue>)> {
         let plain = |hash| Some((hash, None));
         match &self.kind {
@@ -88,6 +93,7 @@ impl HashPolicy {
                 Some((hash, Some(header)))
             }
             Kind::SourceIp => plain(hash_of_source(client.ip())),
+            Kind::State(key) => plain(stable_hash(state.hashable(key)?.as_bytes())),
             Kind::Query(name) => request.query?.split('&').find_map(|pair| {
                 let (key, value) = pair.split_once('=')?;
                 (key == &**name).then(|| (stable_hash(value.as_bytes()), None))
@@ -157,10 +163,11 @@ pub fn request_hash(
     request: &RequestView<'_>,
     client: SocketAddr,
     local: SocketAddr,
+    state: &FilterState,
 ) -> Hashed {
     let mut out = Hashed::default();
     for policy in policies {
-        if let Some((value, cookie)) = policy.value(request, client, local) {
+        if let Some((value, cookie)) = policy.value(request, client, local, state) {
             out.hash = Some(
                 out.hash
                     .map_or(value, |before: u64| before.rotate_left(1) ^ value),
@@ -224,7 +231,13 @@ mod tests {
                 scheme: Some("http"),
                 headers,
             };
-            request_hash(std::slice::from_ref(&policy), &view, client, local)
+            request_hash(
+                std::slice::from_ref(&policy),
+                &view,
+                client,
+                local,
+                &FilterState::EMPTY,
+            )
         };
         let first = hash(&http::HeaderMap::new());
         let text = first.cookies[0].to_str().unwrap().to_owned();

@@ -183,7 +183,7 @@ impl Cidr {
     }
 
     /// Bits that are compared.
-    pub(super) fn length(&self) -> u8 {
+    pub(crate) fn length(&self) -> u8 {
         self.length
     }
 
@@ -481,6 +481,10 @@ fn compile_chain(
                     .within(&path)?;
                 let mut proxy = TcpProxy::compile(&message, measured, context).within(&path)?;
                 proxy.by_server_name = by_server_name.then(|| context.slots.directory.clone());
+                let by_state = policies.iter().any(
+                    |policy| matches!(policy, NetworkFilter::SetFilterState(state) if state.names_cluster()),
+                );
+                proxy.by_state = by_state.then(|| context.slots.directory.clone());
                 handler = Some(Handler::Tcp(Arc::new(proxy)));
             }
             (name, any) => match NetworkFilter::compile(name, any, context).within(&path)? {

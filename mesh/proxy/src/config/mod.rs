@@ -28,6 +28,7 @@ pub mod outlier;
 pub mod retry;
 pub mod route;
 pub mod runtime;
+pub mod shared_map;
 pub mod slot;
 pub mod store;
 pub mod subset;

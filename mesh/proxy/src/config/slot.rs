@@ -30,6 +30,7 @@ pub struct ClusterSlot {
     pub usage: Usage,
     /// Whether a request that would have waited for it was for it.
     used: Used,
+    first_uses: Arc<FirstUses>,
 }
 
 /// Shared counts for circuit breakers; only written when a limit is set.
@@ -49,7 +50,7 @@ pub struct Level {
 #[derive(Debug, Default)]
 pub struct Usage {
     levels: [Level; 2],
-    /// Whether any worker has had a request for it.
+    /// Whether any worker has had a request for it since it came.
     pub used: AtomicBool,
     /// When the last ejection by outlier detection ends (process clock, ms): after that nobody need be asked.
     pub ejected_until: AtomicU64,
@@ -62,9 +63,38 @@ impl Usage {
     }
 }
 
+/// The first use of each cluster, told by the workers: whoever looks after clusters in the background need not know those
+/// that nobody uses.
+#[derive(Debug, Default)]
+pub struct FirstUses {
+    /// Whether somebody listens; else nothing is kept.
+    followed: AtomicBool,
+    /// At most one entry for each cluster that there is.
+    slots: parking_lot::Mutex<Vec<std::sync::Weak<ClusterSlot>>>,
+    told: tokio::sync::Notify,
+}
+
+impl FirstUses {
+    /// From now on uses are told.
+    pub(crate) fn follow(&self) {
+        self.followed.store(true, Ordering::Release);
+    }
+
+    /// Waits until there are any.
+    pub(crate) async fn told(&self) {
+        self.told.notified().await;
+    }
+
+    /// Those since this was asked last.
+    pub(crate) fn take(&self) -> Vec<std::sync::Weak<ClusterSlot>> {
+        std::mem::take(&mut *self.slots.lock())
+    }
+}
+
 impl ClusterSlot {
-    pub(crate) fn new(id: u32, name: Arc<str>) -> Self {
+    pub(crate) fn new(id: u32, name: Arc<str>, first_uses: Arc<FirstUses>) -> Self {
         Self {
+            first_uses,
             id,
             name,
             config: ArcSwapOption::empty(),
@@ -72,6 +102,17 @@ impl ClusterSlot {
             version: AtomicU64::new(1),
             usage: Usage::default(),
             used: Used::default(),
+        }
+    }
+
+    /// A worker has a request for it; cheap for all but the first since it came.
+    pub(crate) fn note_use(self: &Arc<Self>) {
+        if !self.usage.used.load(Ordering::Relaxed)
+            && !self.usage.used.swap(true, Ordering::Relaxed)
+            && self.first_uses.followed.load(Ordering::Acquire)
+        {
+            self.first_uses.slots.lock().push(Arc::downgrade(self));
+            self.first_uses.told.notify_one();
         }
     }
 
@@ -111,6 +152,9 @@ impl ClusterSlot {
     }
 
     pub(crate) fn set_config(&self, config: Option<Arc<Cluster>>) {
+        if config.is_none() {
+            self.usage.used.store(false, Ordering::Relaxed);
+        }
         self.config.store(config);
         self.version.fetch_add(1, Ordering::Release);
     }
@@ -315,6 +359,10 @@ pub struct Slots {
     routes: std::collections::HashMap<Arc<str>, Arc<RouteSlot>, foldhash::fast::RandomState>,
     free: Vec<u32>,
     next: u32,
+    /// Resources removed since the last sweep.
+    removed: usize,
+    /// Where the first use of each cluster is told.
+    pub first_uses: Arc<FirstUses>,
     /// Clusters by name, for connections that name theirs.
     pub directory: Directory,
     /// Counters of filters.
@@ -341,7 +389,7 @@ impl Slots {
             self.next += 1;
             self.next - 1
         });
-        let slot = Arc::new(ClusterSlot::new(id, name.into()));
+        let slot = Arc::new(ClusterSlot::new(id, name.into(), self.first_uses.clone()));
         self.clusters.insert(slot.name.clone(), slot.clone());
         self.directory
             .0
@@ -370,8 +418,27 @@ impl Slots {
         self.clusters.get(name)
     }
 
+    /// Forgets what nobody refers to any more after so many removals, or later: looking costs a time for all slots, so it
+    /// comes after as many removals as make that up.
+    pub fn sweep_after(&mut self, removed: usize) {
+        /// Slots that are looked at for each removal.
+        const EACH: usize = 64;
+        self.removed += removed;
+        if self.removed > 0 && self.removed * EACH >= self.clusters.len() {
+            self.sweep();
+        }
+    }
+
+    /// Does what [`Self::sweep_after`] has put off.
+    pub fn sweep_rest(&mut self) {
+        if self.removed > 0 {
+            self.sweep();
+        }
+    }
+
     /// Forgets slots that hold nothing and that nobody refers to any more.
     pub fn sweep(&mut self) {
+        self.removed = 0;
         let free = &mut self.free;
         let mut directory = self.directory.0.write();
         self.clusters.retain(|name, slot| {

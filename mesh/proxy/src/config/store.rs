@@ -7,11 +7,12 @@
 mod clusters;
 mod listeners;
 mod membership;
+mod names;
 mod queries;
 mod received;
 mod routes;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -20,9 +21,10 @@ use prost::Message;
 use serin_xds::ResourceType;
 
 use self::membership::Membership;
-use self::received::Received;
-use self::routes::RouteState;
+use self::names::Names;
+pub use self::received::{Failure, Kept, Received};
 pub(super) use self::routes::compile_inline_routes;
+use self::routes::{RouteState, Staged};
 use super::cluster::Cluster;
 use super::endpoint::EndpointSet;
 use super::listener::Listener;
@@ -89,16 +91,24 @@ pub struct Store {
     slots: Slots,
     workers: usize,
     clusters: BTreeMap<Arc<str>, Arc<ClusterSlot>>,
-    /// EDS name to the clusters that use it.
-    eds: BTreeMap<Box<str>, BTreeSet<Arc<str>>>,
+    /// Clusters whose endpoints are names to resolve.
+    dns: BTreeMap<Arc<str>, Arc<ClusterSlot>>,
+    /// Clusters with active health checks, and how often they or their endpoints have changed.
+    checked: BTreeMap<Arc<str>, Arc<ClusterSlot>>,
+    checked_version: u64,
+    /// EDS names and the clusters that use them.
+    eds: Names,
+    /// RDS names and the listeners that use them, once for each place: in use, waiting.
+    rds: Names,
+    /// Route configurations that take their virtual hosts by VHDS.
+    discovering: usize,
     /// Encoded: decoded messages are many times as large, and these are only read again when a cluster is replaced.
-    assignments: BTreeMap<Box<str>, Box<[u8]>>,
+    assignments: BTreeMap<Box<str>, Kept>,
     routes: BTreeMap<Arc<str>, RouteState>,
     listeners: BTreeMap<Arc<str>, Arc<Listener>>,
     bound: BTreeMap<Arc<str>, Arc<ListenerSlot>>,
     virtuals: Arc<ArcSwap<VirtualListeners>>,
     warming: Warming,
-    answered: BTreeSet<(ResourceType, Arc<str>)>,
     membership: Option<Membership>,
     changes: Vec<ListenerChange>,
     applied: u64,
@@ -112,14 +122,18 @@ impl Store {
             slots: Slots::default(),
             workers: workers.max(1),
             clusters: BTreeMap::new(),
-            eds: BTreeMap::new(),
+            dns: BTreeMap::new(),
+            checked: BTreeMap::new(),
+            checked_version: 0,
+            eds: Names::default(),
+            rds: Names::default(),
+            discovering: 0,
             assignments: BTreeMap::new(),
             routes: BTreeMap::new(),
             listeners: BTreeMap::new(),
             bound: BTreeMap::new(),
             virtuals: Arc::default(),
             warming: Warming::default(),
-            answered: BTreeSet::new(),
             membership: None,
             changes: Vec::new(),
             applied: 0,
@@ -171,15 +185,15 @@ impl Store {
     ) -> Vec<(Box<str>, Refusal)> {
         self.applied += 1;
         let mut refused = Vec::new();
-        let mut dirty = BTreeSet::new();
+        let mut staged = Staged::new();
         for update in upserted {
-            self.answered.insert((resource_type, update.name.into()));
+            self.answer(resource_type, update.name);
             let result = match resource_type {
                 ResourceType::Cluster => self.put_cluster(update),
                 ResourceType::Endpoints => self.put_endpoints(update),
                 ResourceType::Listener => self.put_listener(update),
-                ResourceType::Route => self.put_route(update, &mut dirty),
-                ResourceType::VirtualHost => self.put_virtual_host(update, &mut dirty),
+                ResourceType::Route => self.put_route(update, &mut refused),
+                ResourceType::VirtualHost => self.put_virtual_host(update, &mut staged),
                 ResourceType::Secret => self.slots.secrets.put(update.name, update.body),
                 ResourceType::Extension => self.put_extension(update),
                 ResourceType::Runtime => self.put_runtime(update),
@@ -191,20 +205,26 @@ impl Store {
         }
         for name in removed {
             self.received.forget(resource_type, name);
-            self.answered.insert((resource_type, (*name).into()));
+            self.answer(resource_type, name);
             match resource_type {
                 ResourceType::Cluster => self.remove_cluster(name),
                 ResourceType::Endpoints => self.remove_endpoints(name),
                 ResourceType::Listener => self.remove_listener(name),
                 ResourceType::Route => self.remove_route(name),
-                ResourceType::VirtualHost => self.remove_virtual_host(name, &mut dirty),
+                ResourceType::VirtualHost => self.remove_virtual_host(name, &mut staged),
                 ResourceType::Secret => self.slots.secrets.remove(name),
                 ResourceType::Extension => self.slots.extensions.remove(name),
                 ResourceType::Runtime => self.slots.runtime.remove(name),
             }
         }
-        for name in dirty {
-            refused.extend(self.rebuild(&name));
+        refused.extend(self.settle_hosts(staged));
+        if !refused.is_empty() {
+            let bodies: HashMap<&str, &[u8]> =
+                upserted.iter().map(|update| (update.name, update.body)).collect();
+            for (name, refusal) in &refused {
+                let body = bodies.get(&**name).copied();
+                self.received.fail(resource_type, name, body, refusal);
+            }
         }
         if matches!(resource_type, ResourceType::Secret | ResourceType::Extension) {
             self.warm(None);
@@ -212,10 +232,41 @@ impl Store {
         if resource_type == ResourceType::Listener {
             self.publish_virtual_listeners();
         }
-        if !removed.is_empty() {
-            self.slots.sweep();
-        }
+        self.slots.sweep_after(removed.len());
         refused
+    }
+
+    /// The control plane's versions of the resources that have been [applied](Self::apply) just now.
+    pub fn note_versions<'a>(
+        &mut self,
+        resource_type: ResourceType,
+        versions: impl IntoIterator<Item = (&'a str, &'a Arc<str>)>,
+    ) {
+        for (name, version) in versions {
+            if resource_type == ResourceType::Endpoints
+                && self.received.failure(resource_type, name).is_none()
+            {
+                if let Some(kept) = self.assignments.get_mut(name) {
+                    kept.version = Some(version.clone());
+                }
+            } else {
+                self.received.note_version(resource_type, name, version);
+            }
+        }
+    }
+
+    /// The control plane has said something about a name.
+    fn answer(&mut self, resource_type: ResourceType, name: &str) {
+        match resource_type {
+            ResourceType::Endpoints => self.eds.answer(name),
+            ResourceType::Route => self.rds.answer(name),
+            _ => {}
+        }
+    }
+
+    /// Forgets what nobody refers to any more, where that was put off.
+    pub fn sweep(&mut self) {
+        self.slots.sweep_rest();
     }
 
     /// Takes into use what has got its secrets meanwhile, or at `now` (process clock, ms) has waited long enough:

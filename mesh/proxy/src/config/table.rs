@@ -1,67 +1,113 @@
 //! A route table: which virtual host answers for an authority.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::headers::HeaderOps;
+use super::shared_map::SharedMap;
 use super::slot::VirtualHostSlot;
 use crate::error::Refusal;
 use crate::policy::per_route::PerRoute;
 
-type Map<V> = HashMap<Box<str>, V, foldhash::fast::RandomState>;
+type Map = SharedMap<Arc<VirtualHostSlot>>;
 
-/// Domains of a route configuration, searched in Envoy's order: exact, longest `*suffix`, longest `prefix*`, `*`.
+/// Domains of a route configuration, searched in Envoy's order: exact, longest `*suffix`, longest `prefix*`, `*`. A copy
+/// shares what it has in common with the original.
 #[derive(Clone, Debug, Default)]
 pub struct DomainIndex {
-    exact: Map<Arc<VirtualHostSlot>>,
+    exact: Map,
     /// By length of the fixed part, longest first.
-    suffixes: Vec<(usize, Map<Arc<VirtualHostSlot>>)>,
-    prefixes: Vec<(usize, Map<Arc<VirtualHostSlot>>)>,
+    suffixes: Vec<(usize, Map)>,
+    prefixes: Vec<(usize, Map)>,
     any: Option<Arc<VirtualHostSlot>>,
 }
 
-impl DomainIndex {
-    /// Refuses a domain that another virtual host has.
-    pub fn check(&self, domain: &str, host: &Arc<VirtualHostSlot>) -> Result<(), Refusal> {
-        let domain = domain.to_ascii_lowercase();
-        let level = |levels: &[(usize, Map<Arc<VirtualHostSlot>>)], fixed: &str| {
-            levels
-                .iter()
-                .find(|(length, _)| *length == fixed.len())
-                .and_then(|(_, map)| map.get(fixed).cloned())
-        };
-        let holder = if domain == "*" {
-            self.any.clone()
+/// Where a domain is kept, and the part of it that is compared.
+enum Place<'d> {
+    Any,
+    Suffix(&'d str),
+    Prefix(&'d str),
+    Exact(&'d str),
+}
+
+impl<'d> Place<'d> {
+    /// Of a domain in lower case.
+    fn of(domain: &'d str) -> Self {
+        if domain == "*" {
+            Self::Any
         } else if let Some(suffix) = domain.strip_prefix('*') {
-            level(&self.suffixes, suffix)
+            Self::Suffix(suffix)
         } else if let Some(prefix) = domain.strip_suffix('*') {
-            level(&self.prefixes, prefix)
+            Self::Prefix(prefix)
         } else {
-            self.exact.get(domain.as_str()).cloned()
-        };
-        match holder {
-            Some(holder) if !Arc::ptr_eq(&holder, host) => Err(Refusal::new(
-                "domains",
-                format!(
-                    "{domain:?} already belongs to virtual host {:?}",
-                    holder.load().name
-                ),
-            )),
-            _ => Ok(()),
+            Self::Exact(domain)
         }
+    }
+}
+
+impl DomainIndex {
+    /// The virtual host that has exactly this domain, which is in lower case.
+    fn holder(&self, domain: &str) -> Option<&Arc<VirtualHostSlot>> {
+        let level = |levels: &'_ [(usize, Map)], fixed: &str| {
+            levels.iter().position(|(length, _)| *length == fixed.len())
+        };
+        match Place::of(domain) {
+            Place::Any => self.any.as_ref(),
+            Place::Suffix(fixed) => self.suffixes[level(&self.suffixes, fixed)?].1.get(fixed),
+            Place::Prefix(fixed) => self.prefixes[level(&self.prefixes, fixed)?].1.get(fixed),
+            Place::Exact(domain) => self.exact.get(domain),
+        }
+    }
+
+    /// Another virtual host that has one of these domains, and which.
+    pub fn conflict<'d>(
+        &self,
+        domains: impl IntoIterator<Item = &'d str>,
+        host: &Arc<VirtualHostSlot>,
+    ) -> Option<(Arc<VirtualHostSlot>, Refusal)> {
+        domains.into_iter().find_map(|domain| {
+            let domain = domain.to_ascii_lowercase();
+            let holder = self.holder(&domain).filter(|holder| !Arc::ptr_eq(holder, host))?;
+            let reason = format!(
+                "{domain:?} already belongs to virtual host {:?}",
+                holder.load().name
+            );
+            Some((holder.clone(), Refusal::new("domains", reason)))
+        })
     }
 
     /// Adds a domain.
     pub fn insert(&mut self, domain: &str, host: &Arc<VirtualHostSlot>) {
         let domain = domain.to_ascii_lowercase();
-        if domain == "*" {
-            self.any = Some(host.clone());
-        } else if let Some(suffix) = domain.strip_prefix('*') {
-            by_length(&mut self.suffixes, suffix.len()).insert(suffix.into(), host.clone());
-        } else if let Some(prefix) = domain.strip_suffix('*') {
-            by_length(&mut self.prefixes, prefix.len()).insert(prefix.into(), host.clone());
-        } else {
-            self.exact.insert(domain.into(), host.clone());
+        match Place::of(&domain) {
+            Place::Any => self.any = Some(host.clone()),
+            Place::Suffix(fixed) => {
+                by_length(&mut self.suffixes, fixed.len()).insert(fixed, host.clone());
+            }
+            Place::Prefix(fixed) => {
+                by_length(&mut self.prefixes, fixed.len()).insert(fixed, host.clone());
+            }
+            Place::Exact(domain) => {
+                self.exact.insert(domain, host.clone());
+            }
+        }
+    }
+
+    /// Takes a domain of a virtual host out; what another one has stays.
+    pub fn remove(&mut self, domain: &str, host: &Arc<VirtualHostSlot>) {
+        let domain = domain.to_ascii_lowercase();
+        if !self
+            .holder(&domain)
+            .is_some_and(|holder| Arc::ptr_eq(holder, host))
+        {
+            return;
+        }
+        match Place::of(&domain) {
+            Place::Any => self.any = None,
+            Place::Suffix(fixed) => leave(&mut self.suffixes, fixed),
+            Place::Prefix(fixed) => leave(&mut self.prefixes, fixed),
+            Place::Exact(domain) => {
+                self.exact.remove(domain);
+            }
         }
     }
 
@@ -91,10 +137,7 @@ impl DomainIndex {
     }
 }
 
-fn by_length(
-    levels: &mut Vec<(usize, Map<Arc<VirtualHostSlot>>)>,
-    length: usize,
-) -> &mut Map<Arc<VirtualHostSlot>> {
+fn by_length(levels: &mut Vec<(usize, Map)>, length: usize) -> &mut Map {
     let index = match levels.binary_search_by(|(have, _)| length.cmp(have)) {
         Ok(index) => index,
         Err(index) => {
@@ -103,6 +146,11 @@ fn by_length(
         }
     };
     &mut levels[index].1
+}
+
+fn leave(levels: &mut Vec<(usize, Map)>, fixed: &str) {
+    by_length(levels, fixed.len()).remove(fixed);
+    levels.retain(|(_, map)| !map.is_empty());
 }
 
 /// A route configuration, compiled.
@@ -202,9 +250,32 @@ mod tests {
     #[test]
     fn a_domain_of_two_virtual_hosts_is_refused() {
         let mut index = DomainIndex::default();
-        index.insert("a", &host("one"));
-        let error = index.check("A", &host("two")).unwrap_err();
-        assert!(error.reason.contains("\"one\""), "{error}");
+        let one = host("one");
+        index.insert("a", &one);
+        let (holder, refusal) = index.conflict(["b", "A"], &host("two")).unwrap();
+        assert!(Arc::ptr_eq(&holder, &one));
+        assert!(refusal.reason.contains("\"one\""), "{refusal}");
+        assert!(index.conflict(["a"], &one).is_none(), "it is its own");
+    }
+
+    #[test]
+    fn a_domain_that_is_taken_out_leaves_those_of_others() {
+        let mut index = DomainIndex::default();
+        let (one, two) = (host("one"), host("two"));
+        for domain in ["a.example.com", "*.example.com", "a.*", "*"] {
+            index.insert(domain, &one);
+        }
+        index.insert("*.com", &two);
+        let before = index.clone();
+        for domain in ["A.example.com", "*.example.com", "a.*", "*", "*.com"] {
+            index.remove(domain, &one);
+        }
+        assert!(Arc::ptr_eq(index.find("a.example.com").unwrap(), &two));
+        assert!(index.find("a.org").is_none());
+        assert!(
+            Arc::ptr_eq(before.find("a.example.com").unwrap(), &one),
+            "the copy stays"
+        );
     }
 
     #[test]

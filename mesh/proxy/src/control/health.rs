@@ -53,10 +53,16 @@ impl Drop for Watched {
 pub async fn run(proxy: Arc<Proxy>, cancel: CancellationToken) {
     let mut changes = proxy.changes();
     let mut watched: HashMap<(Arc<str>, Address), Watched> = HashMap::new();
+    let mut version = 0;
     loop {
         changes.borrow_and_update();
-        let clusters = proxy.store(|store| store.checked_clusters());
-        follow(&mut watched, clusters);
+        let changed = proxy.store(|store| {
+            let before = std::mem::replace(&mut version, store.checked_version());
+            (before != version).then(|| store.checked_clusters().cloned().collect())
+        });
+        if let Some(clusters) = changed {
+            follow(&mut watched, clusters);
+        }
         tokio::select! {
             () = cancel.cancelled() => return,
             changed = changes.changed() => if changed.is_err() { return },

@@ -149,6 +149,7 @@ impl Proxy {
         let (log, lines) = mpsc::channel(LOG_LINES);
         let header = |text: &str| HeaderValue::from_str(text).unwrap_or(HeaderValue::from_static("unknown"));
         let shared = Arc::new(Shared {
+            workers: count,
             own: own.clone(),
             peer_metadata: header(&header_of_node(&metadata)),
             peer_id: header(&options.node.id),
@@ -500,6 +501,11 @@ impl Proxy {
     /// Waits for [`Self::set_ready`].
     pub async fn live(&self) {
         self.live.cancelled().await;
+    }
+
+    /// Whether [`Self::set_ready`] has been called, whatever has become of the proxy since.
+    pub fn was_ready(&self) -> bool {
+        self.ready.load(Ordering::Acquire)
     }
 
     /// Whether the proxy should get traffic.

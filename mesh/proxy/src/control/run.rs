@@ -92,6 +92,11 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
     };
     let rules = plan.options.overload.clone();
     let (proxy, lines) = Proxy::start(plan.options)?;
+    // The workers have their own threads by now. A change of configuration is a fraction of a millisecond of work, for which
+    // this thread would wait for several behind busy workers.
+    if let Err(error) = crate::sys::ask_for_short_turns() {
+        tracing::debug!(%error, "the control thread is scheduled as all others");
+    }
     if plan.restart.is_some() {
         proxy.keep_sockets();
     }
@@ -248,11 +253,13 @@ async fn housekeeping(proxy: Arc<Proxy>, cancel: CancellationToken) {
         let quiet = std::mem::replace(&mut seen, applied) == applied;
         if quiet && collected != applied {
             collected = applied;
+            proxy.store(Store::sweep);
             crate::sys::collect_memory();
         }
         // What compiles configuration is not needed until the next change; what is needed comes back from the page cache, for
-        // half a millisecond in all.
-        if proxy.is_ready() && forgotten != applied {
+        // half a millisecond in all, which each change of many would pay again.
+        let begins = forgotten == u64::MAX;
+        if proxy.is_ready() && forgotten != applied && (quiet || begins) {
             forgotten = applied;
             crate::sys::forget_startup_pages();
         }

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::Proxy;
 use crate::clock::now_ms;
 use crate::config::on_demand::{OnDemand, Wanted};
-use crate::config::store::Update;
+use crate::config::store::{Store, Update};
 
 /// Follows the control plane at `endpoint` until cancelled.
 pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationToken) {
@@ -37,6 +37,8 @@ pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationT
     let mut sweep = tokio::time::interval((idle / 4).max(Duration::from_millis(10)));
     sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut answered = BTreeSet::new();
+    let mut extensions = BTreeSet::new();
+    let mut hosts_wanted = false;
     loop {
         let delivery = tokio::select! {
             () = cancel.cancelled() => break,
@@ -57,39 +59,48 @@ pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationT
         let resource_type = delivery.resource_type;
         answered.insert(resource_type);
         deliver(&proxy, &on_demand, delivery).await;
-        let (secrets, extensions, endpoints, routes, virtual_hosts, complete) = proxy.store(|store| {
-            let endpoints: Vec<Arc<str>> = store.eds_names().map(Arc::from).collect();
-            let cold = store.cold();
-            if !cold.is_empty() {
-                tracing::debug!(missing = ?cold, "configuration is not complete yet");
+        ask_for_names(&proxy, &client);
+        if names_extensions(resource_type) {
+            let names = proxy.store(|store| store.extension_names());
+            if names != extensions {
+                extensions.clone_from(&names);
+                client.set_interest(ResourceType::Extension, Interest::names(names));
             }
-            (
-                store.secrets().wanted(),
-                store.extension_names(),
-                endpoints,
-                store.rds_names(),
-                store.wants_virtual_hosts(),
-                cold.is_empty(),
-            )
-        });
-        client.set_interest(ResourceType::Secret, Interest::names(secrets));
-        client.set_interest(ResourceType::Extension, Interest::names(extensions));
-        client.set_interest(ResourceType::Endpoints, Interest::names(endpoints));
-        client.set_interest(ResourceType::Route, Interest::names(routes));
-        if virtual_hosts {
+        }
+        let virtual_hosts = proxy.store(|store| store.wants_virtual_hosts());
+        if virtual_hosts && !std::mem::replace(&mut hosts_wanted, virtual_hosts) {
             ask_on_demand(&proxy, &client, &on_demand);
         }
+        if proxy.was_ready() {
+            continue;
+        }
+        let complete = proxy.store(|store| store.is_complete());
         let first = [ResourceType::Cluster, ResourceType::Listener]
             .iter()
             .all(|ty| answered.contains(ty));
         let hosts = !virtual_hosts || answered.contains(&ResourceType::VirtualHost);
-        if first && hosts && complete && !proxy.is_ready() {
+        if first && hosts && complete {
             tracing::info!("the first full configuration is live");
             proxy.set_ready();
         }
     }
     drop(following);
     client.join().await;
+}
+
+/// Subscribes to what the configuration names since the last time, and leaves what it names no more.
+fn ask_for_names(proxy: &Proxy, client: &AdsClient) {
+    for (resource_type, changes) in proxy.store(Store::take_name_changes) {
+        client.change_interest(resource_type, changes);
+    }
+}
+
+/// Whether resources of that type name filters by ECDS, or are such.
+fn names_extensions(resource_type: ResourceType) -> bool {
+    matches!(
+        resource_type,
+        ResourceType::Listener | ResourceType::Extension | ResourceType::Route | ResourceType::VirtualHost
+    )
 }
 
 /// Subscribes to what is asked for by name, beside everything.
@@ -141,6 +152,10 @@ async fn deliver(proxy: &Proxy, on_demand: &OnDemand, delivery: Delivery) {
     let upserted = upserted(&delivery);
     let removed: Vec<&str> = delivery.removed.iter().map(|name| &**name).collect();
     let refused = proxy.apply(delivery.resource_type, &upserted, &removed).await;
+    proxy.store(|store| {
+        let versions = delivery.upserted.iter().map(|one| (&*one.name, &one.version));
+        store.note_versions(delivery.resource_type, versions);
+    });
     settle(proxy, on_demand, &delivery, |name| {
         refused.iter().any(|(refused, _)| **refused == *name)
     });

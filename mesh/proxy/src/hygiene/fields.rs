@@ -35,6 +35,8 @@ impl Present {
     pub const GRPC_STATUS: Self = Self(16);
     /// `x-serin-unprocessed`, `x-serin-response-flags`.
     pub const SERIN: Self = Self(32);
+    /// Any field that begins with `x-envoy-` or `x-serin-`.
+    pub const OWN: Self = Self(64);
 
     /// Looks at the names of a head.
     pub fn of(headers: &HeaderMap) -> Self {
@@ -44,9 +46,10 @@ impl Present {
                 "connection" => Self::CONNECTION.0,
                 "transfer-encoding" | "upgrade" | "keep-alive" | "proxy-connection" => Self::HOP.0,
                 "te" => Self::TE.0,
-                "x-envoy-peer-metadata" | "x-envoy-peer-metadata-id" => Self::PEER.0,
+                "x-envoy-peer-metadata" | "x-envoy-peer-metadata-id" => Self::PEER.0 | Self::OWN.0,
                 "grpc-status" => Self::GRPC_STATUS.0,
-                "x-serin-unprocessed" | "x-serin-response-flags" => Self::SERIN.0,
+                "x-serin-unprocessed" | "x-serin-response-flags" => Self::SERIN.0 | Self::OWN.0,
+                name if name.starts_with("x-envoy-") || name.starts_with("x-serin-") => Self::OWN.0,
                 _ => 0,
             };
         }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use super::collect::{Family, Labels, Value};
 use super::flags::Flags;
 use super::series::{Cell, Histogram, HistogramValue, Shard};
+use crate::config::endpoint::HostState;
 use crate::config::slot::ClusterSlot;
 
 /// Status codes that are counted without more memory.
@@ -171,11 +172,13 @@ impl ClusterCells {
         self.time.observe_thousandths(took.as_micros() as u64);
     }
 
-    /// A connection is being made.
-    pub fn connecting(self: Arc<Self>) -> Connection {
+    /// A connection to a host is being made.
+    pub fn connecting(self: Arc<Self>, host: &Arc<HostState>) -> Connection {
         self.connections.add(1);
+        host.counted.connecting();
         Connection {
             cells: self,
+            host: host.clone(),
             since: Instant::now(),
         }
     }
@@ -185,6 +188,7 @@ impl ClusterCells {
 #[derive(Debug)]
 pub struct Connection {
     cells: Arc<ClusterCells>,
+    host: Arc<HostState>,
     since: Instant,
 }
 
@@ -210,6 +214,7 @@ impl Connection {
     /// It could not be made.
     pub fn failed(&self, timeout: bool) {
         self.cells.connect_failures.add(1);
+        self.host.counted.connect_failed();
         if timeout {
             self.cells.connect_timeouts.add(1);
         }
@@ -224,6 +229,7 @@ impl Connection {
 impl Drop for Connection {
     fn drop(&mut self) {
         self.cells.connections_closed.add(1);
+        self.host.counted.connection_ends();
         let length = self.cells.connection_length.get_or_init(Box::default);
         length.observe_thousandths(self.since.elapsed().as_micros() as u64);
     }

@@ -6,6 +6,7 @@ pub mod clusters;
 pub mod collect;
 pub mod expiry;
 pub mod flags;
+pub mod hosts;
 pub mod names;
 pub mod peer;
 pub mod push;

@@ -22,6 +22,8 @@ use super::series::{BOUNDS, Shard};
 const INTERVAL: Duration = Duration::from_secs(1);
 /// Shortest time between two messages that changes of routes are the cause of.
 const APART: Duration = Duration::from_millis(50);
+/// Turns of the control thread that a change's acknowledgement takes to its socket, and some.
+const HOPS: usize = 8;
 /// Waits between attempts to open the stream.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -179,6 +181,10 @@ impl Pusher {
                     _ = ticks.tick() => false,
                     () = self.rerouted.notified() => {
                         tokio::time::sleep_until(last + APART).await;
+                        // The change is acknowledged first: collecting takes the longer the more series there are.
+                        for _ in 0..HOPS {
+                            tokio::task::yield_now().await;
+                        }
                         true
                     }
                 };

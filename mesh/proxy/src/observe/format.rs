@@ -3,6 +3,7 @@
 //! Parsed when the configuration arrives; an operator that the proxy does not have is refused by name. A value that is
 //! not there is written `-`, in JSON `null`, or left out where `omit_empty_values` says so.
 
+mod certificates;
 mod operator;
 
 use std::fmt::Write as _;
@@ -210,6 +211,7 @@ impl Json {
                 Datum::Number(number) => {
                     let _ = write!(out, "{number}");
                 }
+                Datum::Quoted(text) => quote(text, out),
                 Datum::Json(value) => {
                     let _ = write!(out, "{value}");
                 }
@@ -316,6 +318,11 @@ impl Template {
                     }
                     Datum::Json(serde_json::Value::String(text)) => out.push_str(cut(&text, operator.limit)),
                     Datum::Json(value) => out.push_str(cut(&value.to_string(), operator.limit)),
+                    Datum::Quoted(text) => {
+                        let mut quoted = String::with_capacity(text.len() + 2);
+                        quote(text, &mut quoted);
+                        out.push_str(cut(&quoted, operator.limit));
+                    }
                 },
             }
         }

@@ -9,6 +9,7 @@ use crate::config::matchers::{HeaderMatch, RequestView};
 use crate::metrics::flags::Flags;
 use crate::policy::facts::PeerIdentity;
 use crate::policy::metadata::Metadata;
+use crate::tls::info::ConnectionTls;
 
 /// The fields that the formats and filters of a connection manager name.
 #[derive(Debug, Default)]
@@ -42,6 +43,11 @@ impl Wants {
             list.push(name);
             list.len() - 1
         })
+    }
+
+    /// Whether fields of responses are among them.
+    pub fn looks_at_responses(&self) -> bool {
+        !(self.response.is_empty() && self.trailers.is_empty())
     }
 
     /// The place of a matcher's outcome.
@@ -203,6 +209,12 @@ pub struct Record<'a> {
     pub server_name: Option<&'a str>,
     /// The verified peer.
     pub peer: Option<PeerIdentity<'a>>,
+    /// TLS of the client's connection.
+    pub downstream_tls: Option<&'a ConnectionTls>,
+    /// TLS towards the endpoint.
+    pub upstream_tls: Option<&'a ConnectionTls>,
+    /// The endpoint's name, where it has one.
+    pub upstream_name: Option<&'a str>,
     /// TLS version and cipher suite.
     pub tls: Option<(&'a str, &'a str)>,
     /// What filters said.

@@ -10,6 +10,8 @@ use super::buffer::Buffer;
 use super::compressor::Compressor;
 use super::ext_authz::ExtAuthz;
 use super::ext_proc::ExtProc;
+use super::fault::Fault;
+use super::filter_state::SetFilterState;
 use super::grpc_stats::GrpcStats;
 use super::header_mutation::HeaderMutation;
 use super::jwt::JwtAuthn;
@@ -22,7 +24,7 @@ use super::tap::TapFilter;
 use crate::clock;
 use crate::config::convert;
 use crate::config::extension::{Extensions, Place};
-use crate::config::filters::{Cors, Fault};
+use crate::config::filters::Cors;
 use crate::config::route::Context;
 use crate::error::Refusal;
 
@@ -38,7 +40,7 @@ fn unpack<M: prost::Message + Default>(config: Option<&Any>, type_name: &str) ->
 #[derive(Debug)]
 pub enum Kind {
     /// Fault injection.
-    Fault(Option<Fault>),
+    Fault(Option<Arc<Fault>>),
     /// CORS.
     Cors(Option<Arc<Cors>>),
     /// Role-based access control; `None` where only routes say something.
@@ -49,10 +51,12 @@ pub enum Kind {
     HeaderMutation(Arc<HeaderMutation>),
     /// Fixed metadata.
     SetMetadata(SetMetadata),
+    /// Objects of the filter state.
+    SetFilterState(Arc<SetFilterState>),
     /// Holding requests.
     Buffer(Buffer),
     /// Global rate limit.
-    RateLimit(Box<RateLimit>),
+    RateLimit(Arc<RateLimit>),
     /// JWT authentication.
     Jwt(Box<JwtAuthn>),
     /// External authorisation.
@@ -202,10 +206,13 @@ pub(crate) fn compile(
             Some(any) => Kind::SetMetadata(SetMetadata::compile(&convert::unpack(any, type_name)?)?),
             None => return Ok(None),
         },
+        ("envoy.extensions.filters.http.set_filter_state.v3.Config", _) => {
+            Kind::SetFilterState(Arc::new(SetFilterState::compile(&unpack(config, type_name)?)?))
+        }
         ("envoy.extensions.filters.http.buffer.v3.Buffer", _) => {
             Kind::Buffer(Buffer::compile(&unpack(config, type_name)?)?)
         }
-        ("envoy.extensions.filters.http.ratelimit.v3.RateLimit", _) => Kind::RateLimit(Box::new(
+        ("envoy.extensions.filters.http.ratelimit.v3.RateLimit", _) => Kind::RateLimit(Arc::new(
             RateLimit::compile(&unpack(config, type_name)?, stat_prefix, context)?,
         )),
         ("envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication", _) => Kind::Jwt(Box::new(

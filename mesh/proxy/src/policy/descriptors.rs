@@ -14,6 +14,8 @@ use super::metadata::Key;
 use crate::config::listener::Cidr;
 use crate::config::matchers::{HeaderMatch, QueryMatch};
 use crate::error::{Refusal, Within};
+use crate::observe::format::Template;
+use crate::observe::record::{Record, Wants};
 
 /// A limit that a request brings with it for the rate limit service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +35,8 @@ pub struct Descriptor {
     pub limit: Option<LimitOverride>,
     /// How many hits the request counts for.
     pub hits: Option<u64>,
+    /// Whether `x-ratelimit-*` is sent for it, where it says so itself.
+    pub headers: Option<bool>,
 }
 
 /// What actions may look at, beside the facts.
@@ -44,6 +48,8 @@ pub struct Scene<'a> {
     pub destination_cluster: &'a str,
     /// Name of the cluster that this proxy belongs to (`node.cluster`).
     pub source_cluster: &'a str,
+    /// What is known of the request, where formats want it.
+    pub record: Option<&'a Record<'a>>,
 }
 
 /// A compiled `RateLimit` of a route.
@@ -51,9 +57,58 @@ pub struct Scene<'a> {
 pub struct RateLimitEntry {
     /// Filters of this stage use it.
     pub stage: u32,
+    /// It is asked about when the request has ended, and nobody waits for the answer.
+    pub at_end: bool,
     actions: Box<[Action]>,
     limit: Option<Limit>,
-    hits: Option<u64>,
+    hits: Option<Hits>,
+    headers: Option<bool>,
+    /// Fields that its formats name.
+    wants: Option<Box<Wants>>,
+}
+
+#[derive(Debug)]
+enum Hits {
+    Fixed(u64),
+    Format(Template),
+}
+
+/// Envoy's limit of what a format may say.
+const MAX_HITS: f64 = 1e9;
+
+/// The value of a descriptor.
+#[derive(Debug)]
+enum Text {
+    Fixed(Box<str>),
+    /// A format, and what counts where it says nothing.
+    Format(Template, Box<str>),
+}
+
+impl Text {
+    fn compile(text: &str, default: &str, wants: &mut Wants) -> Result<Self, Refusal> {
+        if text.contains('%') {
+            let template = Template::parse(text, true, wants).within("descriptor_value")?;
+            return Ok(Self::Format(template, default.into()));
+        }
+        Ok(Self::Fixed(if text.is_empty() { default } else { text }.into()))
+    }
+
+    fn value(&self, scene: &Scene<'_>) -> Box<str> {
+        match self {
+            Self::Fixed(text) => text.clone(),
+            Self::Format(template, default) => {
+                let mut out = String::new();
+                if let Some(record) = scene.record {
+                    template.write(record, &mut out);
+                }
+                if out.is_empty() {
+                    default.clone()
+                } else {
+                    out.into()
+                }
+            }
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -70,10 +125,10 @@ enum Action {
     Query(Box<str>, Box<str>, bool),
     RemoteAddress,
     MaskedRemoteAddress(u8, u8),
-    Fixed(Box<str>, Box<str>),
-    HeaderMatch(Box<str>, Box<str>, bool, Box<[HeaderMatch]>),
-    QueryMatch(Box<str>, Box<str>, bool, Box<[QueryMatch]>),
-    AddressMatch(Box<str>, Box<str>, bool, Box<[Cidr]>),
+    Fixed(Box<str>, Text),
+    HeaderMatch(Box<str>, Text, bool, Box<[HeaderMatch]>),
+    QueryMatch(Box<str>, Text, bool, Box<[QueryMatch]>),
+    AddressMatch(Box<str>, Text, bool, Box<[Cidr]>),
     Metadata(Box<str>, Key, Box<str>, bool),
 }
 
@@ -95,15 +150,14 @@ pub(crate) fn compile_all(from: &[route::RateLimit]) -> Result<Box<[RateLimitEnt
 
 impl RateLimitEntry {
     fn compile(from: &route::RateLimit) -> Result<Self, Refusal> {
-        if from.apply_on_stream_done {
-            return Err(Refusal::new("apply_on_stream_done", "not supported"));
-        }
-        if from.x_ratelimit_option != 0 {
-            return Err(Refusal::new(
-                "x_ratelimit_option",
-                "not supported, set it on the filter",
-            ));
-        }
+        use route::rate_limit::XRateLimitOption;
+        let headers = match XRateLimitOption::try_from(from.x_ratelimit_option) {
+            Ok(XRateLimitOption::Unspecified) => None,
+            Ok(XRateLimitOption::Off) => Some(false),
+            Ok(XRateLimitOption::DraftVersion03) => Some(true),
+            Err(_) => return Err(Refusal::new("x_ratelimit_option", "is unknown")),
+        };
+        let mut wants = Wants::default();
         if from.actions.is_empty() {
             return Err(Refusal::new("actions", "an entry needs an action"));
         }
@@ -128,19 +182,40 @@ impl RateLimitEntry {
         };
         let hits = match &from.hits_addend {
             None => None,
-            Some(addend) if !addend.format.is_empty() || addend.is_negative_hits => {
-                return Err(Refusal::new("hits_addend", "only number is supported"));
+            Some(addend) if addend.is_negative_hits => {
+                return Err(Refusal::new("hits_addend.is_negative_hits", "not supported"));
             }
-            Some(addend) => addend.number.as_ref().map(|number| number.value),
+            Some(addend) if addend.number.is_some() && !addend.format.is_empty() => {
+                return Err(Refusal::new(
+                    "hits_addend",
+                    "number and format exclude each other",
+                ));
+            }
+            Some(addend) if !addend.format.is_empty() => {
+                let template = Template::parse(&addend.format, true, &mut wants);
+                Some(Hits::Format(template.within("hits_addend.format")?))
+            }
+            Some(addend) => addend.number.as_ref().map(|number| Hits::Fixed(number.value)),
         };
+        let actions = from
+            .actions
+            .iter()
+            .enumerate()
+            .map(|(index, action)| Action::compile(action, &mut wants).within(format!("actions[{index}]")))
+            .collect::<Result<Box<[_]>, _>>()?;
+        if wants.looks_at_responses() {
+            return Err(Refusal::new(
+                "",
+                "formats of descriptors may not name fields of responses",
+            ));
+        }
+        let formats = matches!(hits, Some(Hits::Format(_))) || actions.iter().any(Action::has_format);
         Ok(Self {
+            at_end: from.apply_on_stream_done,
+            headers,
+            wants: formats.then(|| Box::new(wants)),
             stage,
-            actions: from
-                .actions
-                .iter()
-                .enumerate()
-                .map(|(index, action)| Action::compile(action).within(format!("actions[{index}]")))
-                .collect::<Result<_, _>>()?,
+            actions,
             limit,
             hits,
         })
@@ -153,6 +228,11 @@ impl RateLimitEntry {
             .any(|action| matches!(action, Action::DestinationCluster))
     }
 
+    /// Fields that its formats name, if it has any.
+    pub fn wants(&self) -> Option<&Wants> {
+        self.wants.as_deref()
+    }
+
     /// The descriptor of a request; `None` if an action says that the entry does not apply.
     pub fn describe(&self, scene: &Scene<'_>) -> Option<Descriptor> {
         let mut entries = Vec::with_capacity(self.actions.len());
@@ -163,10 +243,22 @@ impl RateLimitEntry {
                 Outcome::Stop => return None,
             }
         }
+        let hits = match &self.hits {
+            None => None,
+            Some(Hits::Fixed(hits)) => Some(*hits),
+            // A number that is none makes the entry one that does not apply, as in Envoy.
+            Some(Hits::Format(template)) => {
+                let mut text = String::new();
+                template.write(scene.record?, &mut text);
+                let hits: f64 = text.parse().ok()?;
+                Some((0.0..=MAX_HITS).contains(&hits).then_some(hits as u64)?)
+            }
+        };
         Some(Descriptor {
             entries,
             limit: self.limit.as_ref().and_then(|limit| limit.resolve(scene)),
-            hits: self.hits,
+            hits,
+            headers: self.headers,
         })
         .filter(|descriptor| !descriptor.entries.is_empty())
     }
@@ -208,16 +300,6 @@ fn or_default(text: &str, default: &str) -> Box<str> {
     if text.is_empty() { default } else { text }.into()
 }
 
-fn value_of(text: &str, default: &str) -> Result<Box<str>, Refusal> {
-    if text.contains('%') || !default.is_empty() {
-        return Err(Refusal::new(
-            "descriptor_value",
-            "substitution in descriptor values is not supported",
-        ));
-    }
-    Ok(text.into())
-}
-
 fn mask(value: Option<&serin_xds::pb::google::protobuf::UInt32Value>, widest: u8) -> Result<u8, Refusal> {
     match value {
         None => Ok(widest),
@@ -229,7 +311,17 @@ fn mask(value: Option<&serin_xds::pb::google::protobuf::UInt32Value>, widest: u8
 }
 
 impl Action {
-    fn compile(from: &route::rate_limit::Action) -> Result<Self, Refusal> {
+    fn has_format(&self) -> bool {
+        match self {
+            Self::Fixed(_, text)
+            | Self::HeaderMatch(_, text, ..)
+            | Self::QueryMatch(_, text, ..)
+            | Self::AddressMatch(_, text, ..) => matches!(text, Text::Format(..)),
+            _ => false,
+        }
+    }
+
+    fn compile(from: &route::rate_limit::Action, wants: &mut Wants) -> Result<Self, Refusal> {
         use route::rate_limit::action::ActionSpecifier as Spec;
         let spec = from
             .action_specifier
@@ -268,11 +360,12 @@ impl Action {
             ),
             Spec::GenericKey(key) => Self::Fixed(
                 or_default(&key.descriptor_key, "generic_key"),
-                value_of(&key.descriptor_value, &key.default_value).within("generic_key")?,
+                Text::compile(&key.descriptor_value, &key.default_value, wants).within("generic_key")?,
             ),
             Spec::HeaderValueMatch(value) => Self::HeaderMatch(
                 or_default(&value.descriptor_key, "header_match"),
-                value_of(&value.descriptor_value, &value.default_value).within("header_value_match")?,
+                Text::compile(&value.descriptor_value, &value.default_value, wants)
+                    .within("header_value_match")?,
                 expect(&value.expect_match),
                 value
                     .headers
@@ -285,7 +378,7 @@ impl Action {
             ),
             Spec::QueryParameterValueMatch(value) => Self::QueryMatch(
                 or_default(&value.descriptor_key, "query_match"),
-                value_of(&value.descriptor_value, &value.default_value)
+                Text::compile(&value.descriptor_value, &value.default_value, wants)
                     .within("query_parameter_value_match")?,
                 expect(&value.expect_match),
                 value
@@ -302,7 +395,8 @@ impl Action {
                     .ok_or_else(|| Refusal::new("remote_address_match.address_matcher", "is missing"))?;
                 Self::AddressMatch(
                     or_default(&value.descriptor_key, "remote_address_match"),
-                    value_of(&value.descriptor_value, &value.default_value).within("remote_address_match")?,
+                    Text::compile(&value.descriptor_value, &value.default_value, wants)
+                        .within("remote_address_match")?,
                     !matcher.invert_match,
                     matcher
                         .ranges
@@ -353,11 +447,13 @@ impl Action {
             _ if skip => Outcome::Skip,
             _ => Outcome::Stop,
         };
-        let when = |matched: bool, key: &str, value: &str| {
-            if matched {
-                Outcome::Entry(key.into(), value.into())
-            } else {
-                Outcome::Stop
+        let when = |matched: bool, key: &str, value: &Text| {
+            if !matched {
+                return Outcome::Stop;
+            }
+            match value.value(scene) {
+                empty if empty.is_empty() => Outcome::Stop,
+                text => Outcome::Entry(key.into(), text),
             }
         };
         match self {
@@ -387,7 +483,7 @@ impl Action {
                 "masked_remote_address".into(),
                 masked(facts.remote(), *v4, *v6).into(),
             ),
-            Self::Fixed(key, value) => Outcome::Entry(key.clone(), value.clone()),
+            Self::Fixed(key, value) => when(true, key, value),
             Self::HeaderMatch(key, value, expected, headers) => {
                 let matched = headers.iter().all(|header| header.matches(request));
                 when(matched == *expected, key, value)
@@ -474,6 +570,7 @@ mod tests {
             facts: &facts,
             destination_cluster: "out",
             source_cluster: "me",
+            record: None,
         };
         let descriptor = entry.describe(&scene)?;
         Some(

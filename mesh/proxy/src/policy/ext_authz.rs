@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header};
+use rustls_pki_types::CertificateDer;
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::extensions::filters::http::ext_authz::v3 as filter;
 use serin_xds::pb::envoy::service::auth::v3 as auth;
@@ -20,8 +21,10 @@ use serin_xds::pb::google::protobuf as google;
 use super::facts::Facts;
 use super::local_rate_limit::denial_status;
 use super::metadata::{Metadata, MetadataMatch};
+use super::mutation_rules::MutationRules;
 use super::service::GrpcTarget;
 use super::stats::Counter;
+use crate::config::client_cert::encoded;
 use crate::config::convert::Fraction;
 use crate::config::matchers::StringMatch;
 use crate::config::route::Context;
@@ -29,7 +32,7 @@ use crate::config::runtime::RuntimeFraction;
 use crate::error::{Refusal, Within};
 
 pub(super) use answer::field;
-pub use answer::{Allowed, Denied, Field, How, Verdict, apply, read_grpc};
+pub use answer::{Allowed, Denied, Field, How, Verdict, apply, is_valid, read_grpc};
 pub use http_service::HttpService;
 
 /// The method that is called.
@@ -63,11 +66,19 @@ pub struct ExtAuthz {
     allowed: Option<Box<[StringMatch]>>,
     disallowed: Box<[StringMatch]>,
     namespaces: Box<[Box<str>]>,
+    /// What of a request the service may change; anything without them.
+    rules: Option<MutationRules>,
+    /// Changes that are none make the answer one that must not be used.
+    pub validates: bool,
+    tells_certificate: bool,
+    tells_session: bool,
+    raw_headers: bool,
     counters: Counters,
 }
 
 #[derive(Debug)]
 struct Counters {
+    invalid: Arc<Counter>,
     ok: Arc<Counter>,
     denied: Arc<Counter>,
     error: Arc<Counter>,
@@ -207,11 +218,6 @@ impl ExtAuthz {
         context: &mut Context<'_>,
     ) -> Result<Self, Refusal> {
         let unsupported = [
-            ("validate_mutations", from.validate_mutations),
-            (
-                "decoder_header_mutation_rules",
-                from.decoder_header_mutation_rules.is_some(),
-            ),
             (
                 "typed_metadata_context_namespaces",
                 !from.typed_metadata_context_namespaces.is_empty(),
@@ -224,9 +230,6 @@ impl ExtAuthz {
                 "route_typed_metadata_context_namespaces",
                 !from.route_typed_metadata_context_namespaces.is_empty(),
             ),
-            ("include_peer_certificate", from.include_peer_certificate),
-            ("include_tls_session", from.include_tls_session),
-            ("encode_raw_headers", from.encode_raw_headers),
             (
                 "bootstrap_metadata_labels_key",
                 !from.bootstrap_metadata_labels_key.is_empty(),
@@ -295,7 +298,18 @@ impl ExtAuthz {
                 .iter()
                 .map(|name| name.as_str().into())
                 .collect(),
+            rules: from
+                .decoder_header_mutation_rules
+                .as_ref()
+                .map(|rules| MutationRules::compile(Some(rules)))
+                .transpose()
+                .within("decoder_header_mutation_rules")?,
+            validates: from.validate_mutations,
+            tells_certificate: from.include_peer_certificate,
+            tells_session: from.include_tls_session,
+            raw_headers: from.encode_raw_headers,
             counters: Counters {
+                invalid: counter("envoy_http_ext_authz_invalid"),
                 ok: counter("envoy_http_ext_authz_ok"),
                 denied: counter("envoy_http_ext_authz_denied"),
                 error: counter("envoy_http_ext_authz_error"),
@@ -316,6 +330,21 @@ impl ExtAuthz {
             self.counters.disabled.add(worker);
         }
         applies
+    }
+
+    /// Leaves out, of the changes to a request, those that the rules do not allow. `false` if that makes the answer one that
+    /// must not be used.
+    pub fn restrict(&self, allowed: &mut Allowed) -> bool {
+        let Some(rules) = &self.rules else { return true };
+        let before = allowed.set.len() + allowed.remove.len();
+        allowed.set.retain(|(name, ..)| rules.allows(name.as_str()));
+        allowed.remove.retain(|name| rules.allows_removal(name));
+        !rules.is_error || before == allowed.set.len() + allowed.remove.len()
+    }
+
+    /// Counts an answer that must not be used.
+    pub fn count_invalid(&self, worker: usize) {
+        self.counters.invalid.add(worker);
     }
 
     /// Counts a verdict.
@@ -354,24 +383,32 @@ impl ExtAuthz {
             })
         };
         let request = facts.request.as_ref().map(|request| {
-            let mut headers = self.header_map(request.headers);
-            if let Some(partial) = partial {
-                headers.insert("x-envoy-auth-partial-body".into(), partial.to_string());
-            }
-            for (name, value) in [
+            let system = [
                 (":method", request.method),
                 (":authority", request.authority()),
                 (":scheme", request.scheme()),
                 (":path", scene.path),
-            ] {
-                if self.passes(name) {
-                    headers.insert(name.into(), value.into());
+            ];
+            let partial = partial.map(|partial| partial.to_string());
+            let (mut headers, mut raw_headers) = (HashMap::new(), None);
+            if self.raw_headers {
+                raw_headers = Some(self.raw_map(&system, request.headers, partial.as_deref()));
+            } else {
+                headers = self.header_map(request.headers);
+                if let Some(partial) = partial {
+                    headers.insert("x-envoy-auth-partial-body".into(), partial);
+                }
+                for (name, value) in system {
+                    if self.passes(name) {
+                        headers.insert(name.into(), value.into());
+                    }
                 }
             }
             HttpRequest {
                 id: scene.id.to_owned(),
                 method: request.method.into(),
                 headers,
+                header_map: raw_headers,
                 path: scene.path.to_owned(),
                 host: request.authority().into(),
                 scheme: request.scheme().into(),
@@ -399,6 +436,10 @@ impl ExtAuthz {
                         facts.direct_remote.port(),
                     )),
                     principal: facts.peer.map_or("", |peer| peer.principal()).to_owned(),
+                    certificate: scene
+                        .certificate
+                        .filter(|_| self.tells_certificate)
+                        .map_or_else(String::new, |der| encoded(std::slice::from_ref(der))),
                     ..Default::default()
                 }),
                 destination: Some(Peer {
@@ -412,6 +453,10 @@ impl ExtAuthz {
                     }),
                     http: request,
                 }),
+                tls_session: scene
+                    .session
+                    .filter(|_| self.tells_session)
+                    .map(|sni| auth::attribute_context::TlsSession { sni: sni.to_owned() }),
                 context_extensions: scene.extensions.cloned().unwrap_or_default(),
                 metadata_context: Some(core::Metadata {
                     filter_metadata: metadata,
@@ -424,6 +469,33 @@ impl ExtAuthz {
 
     fn passes(&self, name: &str) -> bool {
         self.allowed.as_deref().is_none_or(|list| any(list, name)) && !any(&self.disallowed, name)
+    }
+
+    /// Fields as they came, each by itself.
+    fn raw_map(
+        &self,
+        system: &[(&str, &str)],
+        headers: &HeaderMap,
+        partial: Option<&str>,
+    ) -> core::HeaderMap {
+        let partial = partial.map(|text| ("x-envoy-auth-partial-body", text.as_bytes()));
+        let own = system.iter().map(|(name, value)| (*name, value.as_bytes()));
+        let fields = headers
+            .iter()
+            .filter(|(name, _)| **name != header::HOST)
+            .map(|(name, value)| (name.as_str(), value.as_bytes()));
+        core::HeaderMap {
+            headers: own
+                .chain(fields)
+                .filter(|(name, _)| self.passes(name))
+                .chain(partial)
+                .map(|(name, value)| core::HeaderValue {
+                    key: name.to_owned(),
+                    raw_value: value.to_vec(),
+                    ..Default::default()
+                })
+                .collect(),
+        }
     }
 
     /// Fields by name; values of repeated ones are joined with commas.
@@ -458,6 +530,10 @@ pub struct CheckScene<'a> {
     pub size: i64,
     /// Since 1970.
     pub time: Duration,
+    /// The client's certificate.
+    pub certificate: Option<&'a CertificateDer<'static>>,
+    /// Server name of the client's TLS session, empty if it gave none; `None` without TLS.
+    pub session: Option<&'a str>,
     /// The route's `context_extensions`.
     pub extensions: Option<&'a HashMap<String, String>>,
 }

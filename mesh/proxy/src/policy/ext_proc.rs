@@ -4,6 +4,8 @@
 //! never sent: modes that ask for that are refused. Responses that the proxy makes itself are shown like any other, also
 //! where an earlier filter answered before the request came here (Envoy's rule); those that the service has made are not.
 
+mod namespaces;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +15,7 @@ use serin_xds::pb::envoy::extensions::filters::http::ext_proc::v3 as filter;
 use serin_xds::pb::envoy::service::ext_proc::v3 as service;
 use serin_xds::pb::google::protobuf as google;
 
+use self::namespaces::taken;
 use super::cel::{Attribute, Value};
 use super::ext_authz::{Field, field, matchers};
 use super::metadata::Metadata;
@@ -23,6 +26,8 @@ use crate::config::convert;
 use crate::config::matchers::StringMatch;
 use crate::config::route::Context;
 use crate::error::{Refusal, Within};
+
+pub use self::namespaces::Namespaces;
 
 /// The method that is called.
 pub const PATH: &str = "/envoy.service.ext_proc.v3.ExternalProcessor/Process";
@@ -52,19 +57,6 @@ fn attributes(
         .map(|name| match Attribute::find(name) {
             Some((attribute, at_end)) if known(attribute, at_end) => Ok((name.as_str().into(), attribute)),
             _ => Err(Refusal::new("", format!("{name} is not known here"))),
-        })
-        .collect()
-}
-
-/// The namespaces of an answer that may be set.
-fn taken(names: &[Box<str>], from: Option<google::Struct>) -> Vec<(Box<str>, google::Struct)> {
-    use google::value::Kind;
-    let mut fields = from.unwrap_or_default().fields;
-    names
-        .iter()
-        .filter_map(|name| match fields.remove(&**name)?.kind? {
-            Kind::StructValue(fields) => Some((name.clone(), fields)),
-            _ => None,
         })
         .collect()
 }
@@ -140,40 +132,6 @@ pub struct ExtProc {
     pub response_attributes: Box<[(Box<str>, Attribute)]>,
     /// What happened.
     pub counters: Counters,
-}
-
-/// Namespaces of metadata that a service has to do with.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Namespaces {
-    sent: Box<[Box<str>]>,
-    taken: Box<[Box<str>]>,
-}
-
-impl Namespaces {
-    fn compile(from: Option<&filter::MetadataOptions>) -> Result<Self, Refusal> {
-        let Some(from) = from else {
-            return Ok(Self::default());
-        };
-        let names = |field: &str, from: Option<&filter::metadata_options::MetadataNamespaces>| {
-            let Some(from) = from else {
-                return Ok(Box::default());
-            };
-            if !from.typed.is_empty() {
-                return Err(Refusal::new(format!("{field}.typed"), "not supported"));
-            }
-            Ok(from.untyped.iter().map(|name| name.as_str().into()).collect())
-        };
-        if from.cluster_metadata_forwarding_namespaces.is_some() {
-            return Err(Refusal::new(
-                "cluster_metadata_forwarding_namespaces",
-                "not supported",
-            ));
-        }
-        Ok(Self {
-            sent: names("forwarding_namespaces", from.forwarding_namespaces.as_ref())?,
-            taken: names("receiving_namespaces", from.receiving_namespaces.as_ref())?,
-        })
-    }
 }
 
 /// Envoy's counters of the filter.

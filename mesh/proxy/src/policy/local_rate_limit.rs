@@ -186,6 +186,8 @@ pub struct Verdict {
     pub remaining: u32,
     /// Seconds until it is filled next.
     pub reset_s: u64,
+    /// Whether that is told, where its descriptor says so itself.
+    pub headers: Option<bool>,
 }
 
 impl LocalRateLimit {
@@ -316,16 +318,16 @@ impl LocalRateLimit {
     ) -> Verdict {
         let buckets = own.unwrap_or(&self.shared);
         self.counters.enabled.add(worker);
-        let mut decisive: Option<(bool, Taken, Fill)> = None;
-        let mut weigh = |taken: Taken, fill: Fill, shadow: bool| {
+        let mut decisive: Option<(bool, Taken, Fill, Option<bool>)> = None;
+        let mut weigh = |taken: Taken, fill: Fill, shadow: bool, headers: Option<bool>| {
             let limited = !taken.granted && !shadow;
             // The bucket that denies decides, else the one with the least left.
-            let closer = decisive.is_none_or(|(was_limited, was, _)| {
+            let closer = decisive.is_none_or(|(was_limited, was, ..)| {
                 (limited, std::cmp::Reverse(taken.remaining))
                     > (was_limited, std::cmp::Reverse(was.remaining))
             });
             if closer {
-                decisive = Some((limited, taken, fill));
+                decisive = Some((limited, taken, fill, headers));
             }
             limited
         };
@@ -349,27 +351,34 @@ impl LocalRateLimit {
                     .dynamic(index, pattern.fill, descriptor, self.blueprint.dynamic, now_ms)
                     .take(hits, now_ms),
             };
-            limited |= weigh(taken, pattern.fill, pattern.shadow);
+            limited |= weigh(taken, pattern.fill, pattern.shadow, descriptor.headers);
             if limited {
                 break;
             }
         }
         if !limited && (!matched || self.blueprint.always_default) {
-            limited = weigh(buckets.default.take(1, now_ms), self.blueprint.default, false);
+            limited = weigh(
+                buckets.default.take(1, now_ms),
+                self.blueprint.default,
+                false,
+                None,
+            );
         }
         if limited {
             self.counters.limited.add(worker);
         } else {
             self.counters.ok.add(worker);
         }
-        let (limit, remaining, next) = decisive.map_or((0, 0, 0), |(_, taken, fill)| {
-            (fill.max, taken.remaining, taken.next_step_ms)
-        });
+        let (limit, remaining, next, headers) = decisive
+            .map_or((0, 0, 0, None), |(_, taken, fill, headers)| {
+                (fill.max, taken.remaining, taken.next_step_ms, headers)
+            });
         Verdict {
             limited,
             limit,
             remaining,
             reset_s: next.div_ceil(1000),
+            headers,
         }
     }
 

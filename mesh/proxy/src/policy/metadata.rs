@@ -4,20 +4,37 @@ use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
 use serin_xds::pb::envoy::r#type::metadata::v3 as key;
 use serin_xds::pb::google::protobuf::{Struct, Value, value::Kind};
 
+use super::filter_state::FilterState;
 use crate::config::matchers::StringMatch;
 use crate::error::{Refusal, Within};
 
-/// Values by namespace. A list, because there are one or two of them.
+/// Values by namespace, a list, because there are one or two of them; and beside them the filter state, which goes the same
+/// ways.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Metadata(Vec<(Box<str>, Struct)>);
+pub struct Metadata {
+    namespaces: Vec<(Box<str>, Struct)>,
+    /// Objects by key.
+    pub state: FilterState,
+}
 
 impl Metadata {
     /// None.
-    pub const EMPTY: Self = Self(Vec::new());
+    pub const EMPTY: Self = Self {
+        namespaces: Vec::new(),
+        state: FilterState::EMPTY,
+    };
+
+    /// What requests see of their connection: its filter state, not its metadata.
+    pub fn of_connection(state: FilterState) -> Self {
+        Self {
+            namespaces: Vec::new(),
+            state,
+        }
+    }
 
     /// The values of a namespace.
     pub fn get(&self, namespace: &str) -> Option<&Struct> {
-        self.0
+        self.namespaces
             .iter()
             .find(|(name, _)| **name == *namespace)
             .map(|(_, fields)| fields)
@@ -25,19 +42,19 @@ impl Metadata {
 
     /// Every namespace.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Struct)> {
-        self.0.iter().map(|(name, fields)| (&**name, fields))
+        self.namespaces.iter().map(|(name, fields)| (&**name, fields))
     }
 
     /// The values of a namespace, made if there are none.
     pub fn entry(&mut self, namespace: &str) -> &mut Struct {
-        let index = match self.0.iter().position(|(name, _)| **name == *namespace) {
+        let index = match self.namespaces.iter().position(|(name, _)| **name == *namespace) {
             Some(index) => index,
             None => {
-                self.0.push((namespace.into(), Struct::default()));
-                self.0.len() - 1
+                self.namespaces.push((namespace.into(), Struct::default()));
+                self.namespaces.len() - 1
             }
         };
-        &mut self.0[index].1
+        &mut self.namespaces[index].1
     }
 
     /// Sets one value.

@@ -12,7 +12,7 @@
 //! HttpFilter ──compile──▶ Kind ─┐
 //! typed_per_filter_config ─▶ Override ─┴─▶ decode in order ─▶ router ─▶ encode in reverse order
 //! ```
-//! What one filter says to the next is dynamic [`metadata`]; who asks is in [`facts`].
+//! What one filter says to the next is dynamic [`metadata`] and [`filter_state`]; who asks is in [`facts`].
 //!
 //! # Decisions worth knowing
 //! - A filter is known by the type of its configuration, as in Envoy, and by its name where it has none; overrides find
@@ -35,6 +35,8 @@ pub mod descriptors;
 pub mod ext_authz;
 pub mod ext_proc;
 pub mod facts;
+pub mod fault;
+pub mod filter_state;
 pub mod grpc_stats;
 pub mod header_mutation;
 pub mod jwt;

@@ -1,11 +1,13 @@
 //! Network filters that judge a connection before its bytes go on.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serin_xds::pb::envoy::extensions::filters::network::rbac::v3 as rbac;
 use serin_xds::pb::google::protobuf::Any;
 
 use super::facts::Facts;
+use super::filter_state::SetConnectionState;
 use super::local_rate_limit::ConnectionLimit;
 use super::metadata::Metadata;
 use super::rbac::{NETWORK_NAMESPACE, Parts, Rules};
@@ -18,9 +20,16 @@ use crate::error::{Refusal, Within};
 #[derive(Debug)]
 pub enum NetworkFilter {
     /// Role-based access control by what is known of the connection.
-    Rbac(Box<Rules>),
+    Rbac {
+        /// The rules.
+        rules: Box<Rules>,
+        /// How long a connection that is denied stays open, unread.
+        delay: Option<Duration>,
+    },
     /// A limit of new connections.
     LocalRateLimit(Arc<ConnectionLimit>),
+    /// Objects of the filter state, which the worker makes.
+    SetFilterState(Box<SetConnectionState>),
 }
 
 /// Why a connection is closed.
@@ -30,6 +39,8 @@ pub struct Denied {
     pub details: String,
     /// Whether it is a rate limit.
     pub limited: bool,
+    /// When it is closed.
+    pub delay: Option<Duration>,
 }
 
 impl NetworkFilter {
@@ -43,13 +54,11 @@ impl NetworkFilter {
         match (any, type_name) {
             (Some(any), "envoy.extensions.filters.network.rbac.v3.RBAC") => {
                 let message: rbac::Rbac = convert::unpack(any, type_name)?;
-                if message.delay_deny.is_some() {
-                    return Err(Refusal::new("delay_deny", "not supported"));
-                }
-                if message.enforcement_type != rbac::rbac::EnforcementType::OneTimeOnFirstByte as i32 {
+                // Nothing that a rule can see changes during a connection: to judge it once is to judge it continuously.
+                if rbac::rbac::EnforcementType::try_from(message.enforcement_type).is_err() {
                     return Err(Refusal::new(
                         "enforcement_type",
-                        "CONTINUOUS is not supported: nothing that a rule can see changes during a connection",
+                        format!("{} is unknown", message.enforcement_type),
                     ));
                 }
                 let (workers, counters) = context.counters();
@@ -75,7 +84,10 @@ impl NetworkFilter {
                     workers,
                     counters,
                 )?;
-                Ok(Some(Self::Rbac(Box::new(rules))))
+                Ok(Some(Self::Rbac {
+                    rules: Box::new(rules),
+                    delay: convert::timeout(message.delay_deny.as_ref()).within("delay_deny")?,
+                }))
             }
             (Some(any), "envoy.extensions.filters.network.local_ratelimit.v3.LocalRateLimit") => {
                 let (workers, counters) = context.counters();
@@ -87,6 +99,10 @@ impl NetworkFilter {
                 )?;
                 Ok(Some(Self::LocalRateLimit(Arc::new(limit))))
             }
+            (Some(any), "envoy.extensions.filters.network.set_filter_state.v3.Config") => {
+                let state = SetConnectionState::compile(&convert::unpack(any, type_name)?)?;
+                Ok(Some(Self::SetFilterState(Box::new(state))))
+            }
             (None, _) if name == "envoy.filters.network.rbac" => {
                 Err(Refusal::new("typed_config", "is missing")).within(name)
             }
@@ -97,7 +113,7 @@ impl NetworkFilter {
     /// Judges a connection.
     pub fn judge(&self, facts: &Facts<'_>, now_ms: u64, worker: usize) -> (Option<Denied>, Option<Metadata>) {
         match self {
-            Self::Rbac(rules) => {
+            Self::Rbac { rules, delay } => {
                 let (denied, notes) = rules.judge(facts, worker);
                 let metadata = (!notes.is_empty()).then(|| {
                     let mut metadata = facts.metadata.clone();
@@ -107,6 +123,7 @@ impl NetworkFilter {
                 let denied = denied.map(|details| Denied {
                     details,
                     limited: false,
+                    delay: *delay,
                 });
                 (denied, metadata)
             }
@@ -114,9 +131,11 @@ impl NetworkFilter {
                 let denied = (!limit.admits(now_ms, worker)).then(|| Denied {
                     details: "local_rate_limited".into(),
                     limited: true,
+                    delay: None,
                 });
                 (denied, None)
             }
+            Self::SetFilterState(_) => (None, None),
         }
     }
 }

@@ -5,11 +5,16 @@ use std::time::Duration;
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::extensions::filters::http::on_demand::v3 as on_demand;
 
+use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3::tcp_proxy;
+
 use crate::config::convert;
 use crate::error::{Refusal, Within};
 
 /// Envoy's limit for a cluster when the filter does not say.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The same for TCP proxies.
+const DEFAULT_TCP_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Clusters on demand (`OnDemandCds`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +44,22 @@ impl OnDemandClusters {
                 .within("timeout")?
                 .unwrap_or(DEFAULT_TIMEOUT),
         })
+    }
+
+    /// Of a TCP proxy; `None` where it does not say where from.
+    pub(crate) fn of_tcp(from: &tcp_proxy::OnDemand) -> Result<Option<Self>, Refusal> {
+        if !from.resources_locator.is_empty() {
+            return Err(Refusal::new("resources_locator", "not supported"));
+        }
+        let Some(source) = &from.odcds_config else {
+            return Ok(None);
+        };
+        aggregated(Some(source)).within("odcds_config")?;
+        Ok(Some(Self {
+            timeout: convert::timeout(from.timeout.as_ref())
+                .within("timeout")?
+                .unwrap_or(DEFAULT_TCP_TIMEOUT),
+        }))
     }
 
     /// Of the filter in a chain.

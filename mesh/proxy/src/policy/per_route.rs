@@ -12,6 +12,8 @@ use super::buffer::Buffer;
 use super::compressor::PerRouteCompressor;
 use super::ext_authz::PerRouteAuthz;
 use super::ext_proc::PerRouteProc;
+use super::fault::Fault;
+use super::filter_state::SetFilterState;
 use super::header_mutation::HeaderMutation;
 use super::jwt::PerRouteJwt;
 use super::local_rate_limit::LocalRateLimit;
@@ -21,7 +23,7 @@ use super::rbac::Rules;
 use super::set_metadata::SetMetadata;
 use crate::clock;
 use crate::config::convert;
-use crate::config::filters::{Cors, Fault};
+use crate::config::filters::Cors;
 use crate::config::route::Context;
 use crate::error::{Refusal, Within};
 
@@ -33,7 +35,7 @@ pub enum Override {
     /// Use it, as the chain configures it, although the chain switches it off.
     Enabled,
     /// Fault injection; `None` does nothing.
-    Fault(Option<Fault>),
+    Fault(Option<Arc<Fault>>),
     /// CORS.
     Cors(Arc<Cors>),
     /// RBAC; `None` judges nothing.
@@ -58,6 +60,8 @@ pub enum Override {
     Compressor(Option<PerRouteCompressor>),
     /// Clusters on demand; `None` switches them off.
     OnDemand(Option<OnDemandClusters>),
+    /// Objects of the filter state, beside those of the chain and of less specific levels.
+    SetFilterState(Arc<SetFilterState>),
 }
 
 /// Overrides by filter name.
@@ -157,6 +161,9 @@ fn compile(any: &Any, context: &mut Context<'_>) -> Result<Option<Override>, Ref
         "envoy.extensions.filters.http.set_metadata.v3.Config" => {
             Override::SetMetadata(SetMetadata::compile(&convert::unpack(any, type_name)?)?)
         }
+        "envoy.extensions.filters.http.set_filter_state.v3.Config" => Override::SetFilterState(Arc::new(
+            SetFilterState::compile(&convert::unpack(any, type_name)?)?,
+        )),
         "envoy.extensions.filters.http.buffer.v3.BufferPerRoute" => {
             Override::Buffer(Buffer::compile_route(&convert::unpack(any, type_name)?)?)
         }

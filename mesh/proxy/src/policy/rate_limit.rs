@@ -241,8 +241,8 @@ impl RateLimit {
         }
     }
 
-    /// Reads the answer.
-    pub fn read(&self, from: service::RateLimitResponse, worker: usize) -> Said {
+    /// Reads the answer. `told` is what descriptors say about `x-ratelimit-*`.
+    pub fn read(&self, from: service::RateLimitResponse, told: &[Option<bool>], worker: usize) -> Said {
         let over = from.overall_code == service::rate_limit_response::Code::OverLimit as i32;
         let counter = if over {
             &self.counters.over
@@ -256,7 +256,11 @@ impl RateLimit {
         };
         Said {
             over,
-            limit: self.headers.then(|| limit_of(&from.statuses)).flatten(),
+            // Descriptors may say themselves whether theirs is told.
+            limit: limit_of(from.statuses.iter().enumerate().filter_map(|(index, status)| {
+                let own = told.get(index).copied().flatten();
+                own.unwrap_or(self.headers).then_some(status)
+            })),
             response_headers: fields(&from.response_headers_to_add),
             request_headers: fields(&from.request_headers_to_add),
             body: from.raw_body,
@@ -274,9 +278,11 @@ impl RateLimit {
 }
 
 /// The status with the least left decides; all limits are listed (draft 03).
-fn limit_of(statuses: &[service::rate_limit_response::DescriptorStatus]) -> Option<(String, u32, i64)> {
+fn limit_of<'a>(
+    statuses: impl Iterator<Item = &'a service::rate_limit_response::DescriptorStatus> + Clone,
+) -> Option<(String, u32, i64)> {
     use service::rate_limit_response::rate_limit::Unit;
-    let limited = || statuses.iter().filter(|status| status.current_limit.is_some());
+    let limited = || statuses.clone().filter(|status| status.current_limit.is_some());
     let least = limited().min_by_key(|status| status.limit_remaining)?;
     let window = |unit: i32| match Unit::try_from(unit) {
         Ok(Unit::Second) => 1,

@@ -9,13 +9,17 @@ mod tree;
 
 use std::sync::Arc;
 
+use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::rbac::v3 as rbac;
 use serin_xds::pb::envoy::extensions::filters::http::rbac::v3 as http_rbac;
 use serin_xds::pb::envoy::extensions::path::r#match::uri_template::v3 as template;
+use serin_xds::pb::envoy::extensions::rbac::principals::mtls_authenticated::v3 as mtls_authenticated;
+use serin_xds::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
 use serin_xds::pb::xds::r#type::matcher::v3 as xds;
 
 use super::cel::Expression;
 use super::facts::{Facts, PeerIdentity};
+use super::filter_state::StateMatch;
 use super::metadata::{Metadata, MetadataMatch, text};
 use super::stats::{Counter, Registry};
 use super::uri_template::UriTemplate;
@@ -128,14 +132,16 @@ enum Principal {
     Not(Box<Principal>),
     /// A verified certificate, with such a name if one is asked for.
     Authenticated(Option<StringMatch>),
+    /// The same as an extension says it.
+    MutualTls(MutualTls),
     DirectRemote(Cidr),
     Source(Cidr),
     Remote(Cidr),
     Header(HeaderMatch),
     Path(StringMatch),
     Metadata(MetadataMatch),
-    /// The peer's identity as Istio keeps it in filter state.
-    Peer(StringMatch),
+    /// Filter state; the peer's identity, which Istio keeps there, if nothing else has been set under its key.
+    State(StateMatch, bool),
 }
 
 impl Engine {
@@ -189,8 +195,16 @@ impl Engine {
 
 impl Policy {
     fn compile(name: &str, from: &rbac::Policy) -> Result<Self, Refusal> {
-        if from.cel_config.is_some() {
-            return Err(Refusal::new("cel_config", "not supported"));
+        // Conversions and joined texts are always there.
+        if from
+            .cel_config
+            .as_ref()
+            .is_some_and(|config| config.enable_string_functions)
+        {
+            return Err(Refusal::new(
+                "cel_config.enable_string_functions",
+                "not supported",
+            ));
         }
         let checked = from.checked_condition.as_ref();
         let condition = match (&from.condition, checked) {
@@ -364,25 +378,10 @@ impl Principal {
             }
             Identifier::SourcedMetadata(matcher) => Self::Metadata(sourced(matcher)?),
             Identifier::FilterState(state) => {
-                use serin_xds::pb::envoy::r#type::matcher::v3::filter_state_matcher::Matcher;
-                match (&*state.key, &state.matcher) {
-                    (PEER_PRINCIPAL, Some(Matcher::StringMatch(test))) => {
-                        Self::Peer(StringMatch::compile(test).within("filter_state.string_match")?)
-                    }
-                    (key, _) => {
-                        return Err(Refusal::new(
-                            "filter_state",
-                            format!("there is no filter state {key:?}; only {PEER_PRINCIPAL} is kept"),
-                        ));
-                    }
-                }
+                let test = StateMatch::compile(state).within("filter_state")?;
+                Self::State(test, state.key == PEER_PRINCIPAL)
             }
-            Identifier::Custom(extension) => {
-                return Err(Refusal::new(
-                    "custom",
-                    format!("the principal {:?} is not supported", extension.name),
-                ));
-            }
+            Identifier::Custom(extension) => Self::MutualTls(MutualTls::compile(extension).within("custom")?),
         })
     }
 
@@ -397,6 +396,7 @@ impl Principal {
                 (Some(_), None) => true,
                 (Some(peer), Some(test)) => authenticated_as(peer, test),
             },
+            Self::MutualTls(test) => facts.peer.is_some_and(|peer| test.matches(peer)),
             Self::DirectRemote(range) => range.contains(facts.direct_remote.ip()),
             Self::Source(range) => range.contains(facts.source.ip()),
             Self::Remote(range) => range.contains(facts.remote()),
@@ -409,10 +409,68 @@ impl Principal {
                 .as_ref()
                 .is_some_and(|request| test.matches(request.path)),
             Self::Metadata(test) => test.matches(facts.metadata),
-            Self::Peer(test) => facts
-                .peer
-                .and_then(|peer| peer.uri_sans.first())
-                .is_some_and(|name| test.matches(name)),
+            Self::State(test, is_peer) => {
+                let state = &facts.metadata.state;
+                if *is_peer && state.get(PEER_PRINCIPAL).is_none() {
+                    let name = facts.peer.and_then(|peer| peer.uri_sans.first());
+                    return name.is_some_and(|name| test.test_of(name));
+                }
+                test.matches(state)
+            }
+        }
+    }
+}
+
+/// `mtls_authenticated`: a verified certificate, with a name of that kind if one is asked for.
+#[derive(Debug)]
+struct MutualTls(Option<NameTest>);
+
+#[derive(Debug)]
+enum NameTest {
+    Uri(StringMatch),
+    Dns(StringMatch),
+}
+
+impl MutualTls {
+    fn compile(from: &core::TypedExtensionConfig) -> Result<Self, Refusal> {
+        use tls::subject_alt_name_matcher::SanType;
+        const NAME: &str = "envoy.extensions.rbac.principals.mtls_authenticated.v3.Config";
+        let any = from
+            .typed_config
+            .as_ref()
+            .filter(|any| any.type_url.rsplit('/').next() == Some(NAME))
+            .ok_or_else(|| Refusal::new("", format!("the principal {:?} is not supported", from.name)))?;
+        let message: mtls_authenticated::Config = convert::unpack(any, NAME)?;
+        let Some(san) = &message.san_matcher else {
+            return if message.any_validated_client_certificate {
+                Ok(Self(None))
+            } else {
+                Err(Refusal::new(
+                    "",
+                    "needs san_matcher or any_validated_client_certificate",
+                ))
+            };
+        };
+        let matcher = san
+            .matcher
+            .as_ref()
+            .ok_or_else(|| Refusal::new("san_matcher.matcher", "is missing"))?;
+        let test = StringMatch::compile(matcher).within("san_matcher.matcher")?;
+        match SanType::try_from(san.san_type) {
+            Ok(SanType::Uri) => Ok(Self(Some(NameTest::Uri(test)))),
+            Ok(SanType::Dns) => Ok(Self(Some(NameTest::Dns(test)))),
+            _ => Err(Refusal::new(
+                "san_matcher.san_type",
+                "only DNS and URI are supported",
+            )),
+        }
+    }
+
+    fn matches(&self, peer: PeerIdentity<'_>) -> bool {
+        match &self.0 {
+            None => true,
+            Some(NameTest::Uri(test)) => peer.uri_sans.iter().any(|name| test.matches(name)),
+            Some(NameTest::Dns(test)) => peer.dns_sans.iter().any(|name| test.matches(name)),
         }
     }
 }

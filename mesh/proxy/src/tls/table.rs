@@ -5,6 +5,7 @@ use std::sync::{Arc, Weak};
 
 use prost::Message as _;
 use rustls_pki_types::UnixTime;
+use serin_xds::client::NameChanges;
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
 
@@ -71,6 +72,8 @@ pub struct SecretTable {
     /// Secrets of services, by service and name.
     remote: HashMap<(SdsService, Box<str>), Arc<SecretSlot>>,
     stats: HashMap<(Side, Box<str>), Arc<TlsStats>>,
+    /// What has changed of the names to ask the control plane for.
+    changes: NameChanges,
 }
 
 impl SecretTable {
@@ -143,6 +146,9 @@ impl SecretTable {
             slot.set(value);
         }
         self.slots.insert(slot.name.clone(), slot.clone());
+        if discovered {
+            self.changes.add(&*slot.name);
+        }
         Ok(slot)
     }
 
@@ -253,16 +259,22 @@ impl SecretTable {
 
     /// Forgets slots that nobody refers to any more.
     pub fn sweep(&mut self) {
-        let values = &mut self.values;
+        let (values, changes) = (&mut self.values, &mut self.changes);
         self.slots.retain(|name, slot| {
             let keep = Arc::strong_count(slot) > 1;
             if !keep && slot.discovered {
                 values.remove(name);
+                changes.remove(&**name);
             }
             keep
         });
         self.inline.retain(|slot| slot.strong_count() > 0);
         self.remote.retain(|_, slot| Arc::strong_count(slot) > 1);
+    }
+
+    /// What has changed of [`Self::wanted`] since this was asked last.
+    pub fn take_name_changes(&mut self) -> NameChanges {
+        std::mem::take(&mut self.changes)
     }
 
     /// Names to ask the control plane for.

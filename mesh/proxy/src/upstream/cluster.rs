@@ -17,7 +17,7 @@ use super::zone::{self, Zone, ZoneRouting};
 use crate::clock::now_ms;
 use crate::config::cluster::{Cluster, Discovery, LbPolicy};
 use crate::config::convert::Address;
-use crate::config::endpoint::{Endpoint, EndpointSet};
+use crate::config::endpoint::{Endpoint, EndpointSet, HostState};
 use crate::config::slot::{ClusterSlot, Home};
 use crate::metrics::clusters::ClusterCells;
 use crate::metrics::series::Recorder;
@@ -34,7 +34,7 @@ pub struct Host {
     /// Its connections; the same pool for as long as the address is in the cluster.
     pub pool: Rc<Pool>,
     /// Requests on their way.
-    pub active: Rc<Cell<u32>>,
+    pub active: Rc<InUse>,
     /// Requests on their way to all hosts of the cluster, where the balancer goes by that.
     pub siblings: Option<Rc<Cell<u32>>>,
     /// How long answers take, where the balancer goes by that.
@@ -43,13 +43,37 @@ pub struct Host {
     pub priority: u32,
 }
 
+/// How many requests a worker has on their way to a host, and where they are counted.
+#[derive(Debug)]
+pub struct InUse {
+    count: Cell<u32>,
+    state: Arc<HostState>,
+}
+
+impl InUse {
+    fn of(endpoint: &Endpoint) -> Rc<Self> {
+        Rc::new(Self {
+            count: Cell::new(0),
+            state: endpoint.state.clone(),
+        })
+    }
+}
+
+impl std::ops::Deref for InUse {
+    type Target = Cell<u32>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.count
+    }
+}
+
 impl Host {
     /// A host without connections.
     pub fn new(endpoint: Arc<Endpoint>) -> Self {
         Self {
+            active: InUse::of(&endpoint),
             endpoint,
             pool: Rc::default(),
-            active: Rc::default(),
             siblings: None,
             ewma: None,
             priority: 0,
@@ -60,7 +84,7 @@ impl Host {
 /// Counts a request on a host.
 #[derive(Debug)]
 pub struct Active {
-    host: Rc<Cell<u32>>,
+    host: Rc<InUse>,
     siblings: Option<Rc<Cell<u32>>>,
 }
 
@@ -71,6 +95,7 @@ impl Active {
         if let Some(siblings) = &host.siblings {
             siblings.set(siblings.get() + 1);
         }
+        host.endpoint.state.counted.request_begins();
         Self {
             host: host.active.clone(),
             siblings: host.siblings.clone(),
@@ -80,6 +105,7 @@ impl Active {
 
 impl Drop for Active {
     fn drop(&mut self) {
+        self.host.state.counted.request_ends();
         self.host.set(self.host.get() - 1);
         if let Some(siblings) = &self.siblings {
             siblings.set(siblings.get() - 1);
@@ -148,7 +174,7 @@ impl WorkerCluster {
             return None;
         };
         let set = slot.endpoints();
-        slot.usage.used.store(true, Ordering::Relaxed);
+        slot.note_use();
         let known: HashMap<&Address, &Rc<Host>, foldhash::fast::RandomState> = previous
             .iter()
             .flat_map(|previous| &previous.hosts)
@@ -178,7 +204,7 @@ impl WorkerCluster {
                 Rc::new(Host {
                     endpoint: endpoint.clone(),
                     pool: known.map_or_else(Rc::default, |host| pool_for(&config, endpoint, previous, host)),
-                    active: known.map_or_else(Rc::default, |host| host.active.clone()),
+                    active: known.map_or_else(|| InUse::of(endpoint), |host| host.active.clone()),
                     siblings: siblings.clone(),
                     ewma: measures.then(|| known.and_then(|host| host.ewma.clone()).unwrap_or_default()),
                     priority,
@@ -359,6 +385,10 @@ impl WorkerCluster {
 
     /// Tells outlier detection how a request to `host` went; returns whether that ejected it.
     pub fn record(&self, host: &Host, event: Event) -> bool {
+        host.endpoint
+            .state
+            .counted
+            .answered(matches!(event, Event::Status(status) if status < 500));
         let Some(rules) = &self.config.outlier else {
             return false;
         };

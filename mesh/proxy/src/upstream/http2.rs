@@ -59,6 +59,8 @@ pub struct State {
     heard: Cell<bool>,
     /// Streams that are in use.
     active: Cell<u32>,
+    /// Where tasks of its requests run.
+    tasks: TaskTracker,
 }
 
 /// The socket of a connection.
@@ -107,12 +109,14 @@ impl AsyncWrite for Io {
 pub struct Handle {
     sender: RefCell<SendRequest<Bytes>>,
     state: Rc<State>,
-    tasks: TaskTracker,
 }
 
 /// Begins to speak HTTP/2; `held` is given up when the connection has ended. Does not wait for the peer's settings.
 pub async fn connect<H: 'static>(stream: Metered, tasks: &TaskTracker, held: H) -> Result<Handle, h2::Error> {
-    let state = Rc::new(State::default());
+    let state = Rc::new(State {
+        tasks: tasks.clone(),
+        ..State::default()
+    });
     let io = Io {
         inner: stream,
         state: state.clone(),
@@ -137,7 +141,6 @@ pub async fn connect<H: 'static>(stream: Metered, tasks: &TaskTracker, held: H) 
     Ok(Handle {
         sender: RefCell::new(sender),
         state,
-        tasks: tasks.clone(),
     })
 }
 
@@ -246,7 +249,7 @@ impl Handle {
                 Outgoing::Body(Pump::new(stream, body))
             },
             tell,
-            tasks: self.tasks.clone(),
+            state: self.state.clone(),
         })
     }
 }
@@ -272,7 +275,7 @@ pub struct Answering {
     answer: ResponseFuture,
     outgoing: Outgoing,
     tell: Option<Tell>,
-    tasks: TaskTracker,
+    state: Rc<State>,
 }
 
 impl Answering {
@@ -301,6 +304,7 @@ impl Answering {
             outgoing => {
                 if let Outgoing::Body(mut pump) = outgoing {
                     let sending = self
+                        .state
                         .tasks
                         .spawn_local(async move { poll_fn(|cx| pump.poll(cx)).await });
                     upload = Some(Upload::new(sending.abort_handle()));

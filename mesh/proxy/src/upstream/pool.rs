@@ -94,6 +94,28 @@ pub struct Unanswered {
     pub unsent: bool,
 }
 
+/// What hyper says of a request over HTTP/1 that was not answered.
+type Http1Error = hyper::client::conn::TrySendError<Request<UpstreamBody>>;
+
+impl From<Http1Error> for Unanswered {
+    fn from(mut error: Http1Error) -> Self {
+        Self {
+            unsent: error.take_message().is_some(),
+            error: SendError::Http1(error.into_error()),
+        }
+    }
+}
+
+/// Of a request whose head was sent.
+impl From<h2::Error> for Unanswered {
+    fn from(error: h2::Error) -> Self {
+        Self {
+            unsent: false,
+            error: SendError::Http2(error),
+        }
+    }
+}
+
 /// Whether a connection has lived for as long as the cluster lets it. The clock is read where there is a limit only.
 fn too_old(cluster: &Cluster, born: Instant) -> bool {
     cluster
@@ -211,6 +233,20 @@ impl Stream2 {
     }
 }
 
+/// Sends a request over HTTP/1; `tell` is told of interim answers.
+pub fn http1_send(
+    sender: &mut http1::SendRequest<UpstreamBody>,
+    mut request: Request<UpstreamBody>,
+    tell: Option<Tell>,
+) -> impl Future<Output = Result<Response<hyper::body::Incoming>, Http1Error>> + use<> {
+    if let Some(tell) = tell {
+        hyper::ext::on_informational(&mut request, move |answer| {
+            tell(answer.status(), answer.headers());
+        });
+    }
+    sender.try_send_request(request)
+}
+
 impl Lease {
     /// Whether requests went over the connection before: then a failure may be that it was closed while idle.
     pub fn reused(&self) -> bool {
@@ -223,28 +259,15 @@ impl Lease {
     /// Sends a request and waits for its final answer; `tell` is told of interim ones.
     pub async fn send(
         &mut self,
-        mut request: Request<UpstreamBody>,
+        request: Request<UpstreamBody>,
         tell: Option<Tell>,
     ) -> Result<Response<Incoming>, Unanswered> {
         match self {
             Self::Http1 { sender, .. } => {
-                if let Some(tell) = tell {
-                    hyper::ext::on_informational(&mut request, move |answer| {
-                        tell(answer.status(), answer.headers());
-                    });
-                }
-                match sender.try_send_request(request).await {
-                    Ok(response) => Ok(response.map(Incoming::Http1)),
-                    Err(mut error) => Err(Unanswered {
-                        unsent: error.take_message().is_some(),
-                        error: SendError::Http1(error.into_error()),
-                    }),
-                }
+                let response = http1_send(sender, request, tell).await?;
+                Ok(response.map(Incoming::Http1))
             }
-            Self::Http2(stream) => stream.send(request, tell)?.await.map_err(|error| Unanswered {
-                error: SendError::Http2(error),
-                unsent: false,
-            }),
+            Self::Http2(stream) => Ok(stream.send(request, tell)?.await?),
         }
     }
 
@@ -428,7 +451,7 @@ impl Pool {
         }
         let mut counted = Counted {
             slot: limited.then(|| (slot.clone(), options.priority)),
-            connection: cells.connecting(),
+            connection: cells.connecting(&endpoint.state),
         };
         let work = connect::connect(cluster, endpoint, speaking, options);
         let result = match tokio::time::timeout(cluster.connect_timeout, work).await {

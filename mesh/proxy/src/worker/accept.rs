@@ -27,6 +27,8 @@ use crate::config::slot::ListenerSlot;
 use crate::metrics::flags::Flags;
 use crate::overload::Action;
 use crate::policy::facts::{Facts, PeerIdentity};
+use crate::policy::filter_state::FilterState;
+use crate::policy::network::NetworkFilter;
 use crate::random;
 use crate::tls::info::ConnectionTls;
 use crate::tls::rewind::Rewind;
@@ -229,6 +231,7 @@ async fn connection(
             destination,
             tls: None,
             server_name: None,
+            state: &FilterState::EMPTY,
         };
         let greeting = async {
             match tcp::open(&worker, proxy, &listener, &client, None).await {
@@ -252,8 +255,24 @@ async fn connection(
             () = worker.closing() => return None,
         };
         if let Some(upstream) = upstream {
+            // What the server has said so far has reached nobody.
+            let place = match &chain.limit {
+                None => None,
+                Some(limit) => match limit.take() {
+                    Some(place) => Some(place),
+                    None => {
+                        let error = io::Error::other("connection_limit");
+                        log_handshake(&worker, &listener, &mut log, &error);
+                        return None;
+                    }
+                },
+            };
+            if !chain.policies.is_empty() && !Box::pin(admitted(&worker, &listener, &chain, &mut log)).await {
+                return None;
+            }
             log.enter(proxy);
             tcp::join(worker, proxy.clone(), Io::Plain(stream), prefix, upstream, log).await;
+            drop(place);
             return None;
         }
         let chain = choose(&worker, &listener, &detected, &mut log)?;
@@ -262,10 +281,43 @@ async fn connection(
     handle(worker, listener, chain, stream, prefix, detected, log).await
 }
 
-/// Whether the chain's network filters let the connection through; a denial is logged.
-fn admitted(worker: &Worker, listener: &Listener, chain: &FilterChain, log: &mut ConnectionLog) -> bool {
+/// Whether the chain's network filters let the connection through; a denial is logged, and may take its time.
+async fn admitted(
+    worker: &Worker,
+    listener: &Listener,
+    chain: &FilterChain,
+    log: &mut ConnectionLog,
+) -> bool {
+    match judge(worker, listener, chain, log) {
+        Ok(()) => true,
+        Err(delay) => {
+            if let Some(delay) = delay {
+                tokio::select! {
+                    () = tokio::time::sleep(delay) => {}
+                    () = worker.closing() => {}
+                }
+            }
+            false
+        }
+    }
+}
+
+/// The verdict of the chain's network filters; an error is how long to wait until the connection is closed.
+fn judge(
+    worker: &Worker,
+    listener: &Listener,
+    chain: &FilterChain,
+    log: &mut ConnectionLog,
+) -> Result<(), Option<Duration>> {
     let addresses = log.addresses;
     for policy in &chain.policies {
+        if let NetworkFilter::SetFilterState(state) = policy {
+            log.set_state(&state.connected);
+            if log.tls.is_some() {
+                log.set_state(&state.handshaken);
+            }
+            continue;
+        }
         let facts = Facts {
             direct_remote: addresses.direct,
             source: addresses.remote,
@@ -298,13 +350,13 @@ fn admitted(worker: &Worker, listener: &Listener, chain: &FilterChain, log: &mut
                     .to_string(),
                 );
             }
-            return false;
+            return Err(denied.delay);
         }
         if let Some(noted) = noted {
             log.metadata = noted;
         }
     }
-    true
+    Ok(())
 }
 
 fn choose(
@@ -390,7 +442,7 @@ async fn handle(
     };
     log.server_name.clone_from(&server_name);
     log.tls.clone_from(&tls);
-    if !chain.policies.is_empty() && !admitted(&worker, &listener, &chain, &mut log) {
+    if !chain.policies.is_empty() && !Box::pin(admitted(&worker, &listener, &chain, &mut log)).await {
         return None;
     }
     match &chain.handler {
@@ -402,6 +454,7 @@ async fn handle(
                 destination: addresses.local,
                 tls: tls.as_deref(),
                 server_name: server_name.as_deref(),
+                state: &log.metadata.state.clone(),
             };
             // A failure has been recorded where it happened; the client sees the connection close.
             if let Ok(upstream) = tcp::open(&worker, &proxy, &listener, &client, Some(&mut log)).await {
@@ -413,6 +466,7 @@ async fn handle(
             let manager = manager.clone();
             // Not kept over the life of the connection: the listener may be replaced meanwhile.
             drop(listener);
+            let state = log.metadata.state.clone();
             // Lines of requests are the manager's; those of connections only where the listener wants them.
             let log = log.is_wanted().then_some(log);
             let agreed = tls.as_ref().and_then(|tls| tls.alpn.as_deref());
@@ -442,6 +496,7 @@ async fn handle(
                 addresses,
                 tls,
                 server_name,
+                state,
                 log,
                 place,
             })
@@ -461,6 +516,8 @@ struct HttpConnection {
     addresses: http::Addresses,
     tls: Option<Arc<ConnectionTls>>,
     server_name: Option<Box<str>>,
+    /// What network filters have set.
+    state: FilterState,
     /// Written when the connection ends, where the listener wants that.
     log: Option<Box<ConnectionLog>>,
     /// Given back when the connection ends.
@@ -481,6 +538,7 @@ impl HttpConnection {
             self.addresses,
             self.tls,
             self.server_name,
+            self.state,
         )
         .await;
     }

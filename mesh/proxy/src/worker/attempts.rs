@@ -16,7 +16,7 @@ use super::failure::{
     Failure, broke_protocol, final_reply, full_text, refused_by_peer, stream_reset_by_peer,
 };
 use super::incoming::Incoming;
-use super::interim;
+use super::interim::{self, Door};
 use super::local::LocalReply;
 use super::request::{Routed, X_UNPROCESSED, view};
 use super::tunnel::Tunnel;
@@ -32,7 +32,7 @@ use crate::tls::info::ConnectionTls;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::{Active, Host};
 use crate::upstream::outlier::Event;
-use crate::upstream::pool::{ConnectError, Lease, Unanswered};
+use crate::upstream::pool::{ConnectError, Lease, Unanswered, http1_send};
 
 pub(super) static X_ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
 
@@ -310,6 +310,9 @@ pub(super) fn judge<'r>(
                     note_ejection(plan, ejected);
                 }
             }
+            if matches!(failure, Failure::PerTryTimeout | Failure::Timeout) {
+                host.endpoint.state.counted.timed_out();
+            }
             if matches!(failure, Failure::PerTryTimeout) {
                 plan.cells().per_try_timeouts.add(1);
             }
@@ -435,7 +438,7 @@ pub(super) async fn attempt(
     *try_of.tls.borrow_mut() = lease.tls().cloned();
     let mut request = build(plan, &mut parts.borrow_mut(), try_of, host, &lease);
     let door = match try_of.tunnel {
-        None => interim::Door::of(plan, parts.borrow().version),
+        None => Door::of(plan, parts.borrow().version),
         Some(_) => None,
     };
     let mut tell = None;
@@ -443,11 +446,22 @@ pub(super) async fn attempt(
         tell = interim::prepare(&mut request, source, door.as_ref());
     }
     let reused = lease.reused();
-    let answer = lease.send(request, tell);
-    let sent = match &door {
-        // Boxed: every request's future would carry its state.
-        Some(door) => bounded(plan, per_try, Box::pin(interim::watch(door, source, answer))).await?,
-        None => bounded(plan, per_try, answer).await?,
+    let door = door.as_ref().map(|door| (door, source));
+    // What [`Lease::send`] does, but with nothing that holds the request while it waits.
+    let sent = match &mut lease {
+        Lease::Http1 { sender, .. } => {
+            let answer = http1_send(sender, request, tell);
+            let answer = answered(plan, per_try, door, answer).await?;
+            answer
+                .map(|response| response.map(Incoming::Http1))
+                .map_err(Unanswered::from)
+        }
+        Lease::Http2(stream) => match stream.send(request, tell) {
+            Ok(answer) => answered(plan, per_try, door, answer)
+                .await?
+                .map_err(Unanswered::from),
+            Err(unanswered) => Err(unanswered),
+        },
     };
     match sent {
         // The client broke the protocol within the body: an early answer is not one to what it sent.
@@ -478,6 +492,24 @@ pub(super) async fn attempt(
                 text: full_text(&error),
             })
         }
+    }
+}
+
+/// Waits for an answer, and lets interim ones pass where there is a door.
+async fn answered<T>(
+    plan: &Plan<'_>,
+    per_try: Option<Instant>,
+    door: Option<(&Door, Option<&Rc<RefCell<RequestSource>>>)>,
+    answer: impl Future<Output = T>,
+) -> Result<T, Failure> {
+    match door {
+        None => bounded(plan, per_try, answer).await,
+        // Boxed: rare, and every request's future would carry its timer.
+        Some((door, Some(source))) if source.borrow().is_held() => {
+            let answer = Box::pin(interim::pass_held(door, source, answer));
+            bounded(plan, per_try, answer).await
+        }
+        Some((door, _)) => bounded(plan, per_try, interim::pass(door, answer)).await,
     }
 }
 

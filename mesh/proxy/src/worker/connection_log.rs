@@ -14,6 +14,7 @@ use crate::metrics::flags::Flags;
 use crate::observe::access_log::AccessLogs;
 use crate::observe::record::{Kept, LogType, Record};
 use crate::policy::facts::PeerIdentity;
+use crate::policy::filter_state::Settings;
 use crate::policy::metadata::Metadata;
 use crate::random;
 use crate::tls::info::ConnectionTls;
@@ -45,6 +46,8 @@ pub(super) struct ConnectionLog {
     pub host: Option<Rc<Host>>,
     /// Our own end of the connection to it.
     pub upstream_local: Option<SocketAddr>,
+    /// TLS towards it.
+    pub upstream_tls: Option<Arc<ConnectionTls>>,
     /// The cluster, also when it does not exist.
     pub cluster: Option<Arc<str>>,
     /// Why there is no upstream.
@@ -75,6 +78,7 @@ impl ConnectionLog {
             attempts: 0,
             host: None,
             upstream_local: None,
+            upstream_tls: None,
             cluster: None,
             failure: String::new(),
             downstream_failure: None,
@@ -113,6 +117,24 @@ impl ConnectionLog {
     }
 
     fn write(&self, logs: &AccessLogs, kind: LogType) {
+        self.with_record(kind, |record| {
+            logs.write(record, &random::next, self.worker.id, |batches| {
+                logging::flush_later(&self.worker, batches);
+            });
+        });
+    }
+
+    /// Sets objects of the connection's filter state.
+    pub(super) fn set_state(&mut self, settings: &Settings) {
+        for index in 0..settings.len() {
+            let made = self.with_record(LogType::TcpConnectionEnd, |record| settings.make(index, record));
+            if let Some(made) = made {
+                made.set(&mut self.metadata.state);
+            }
+        }
+    }
+
+    fn with_record<T>(&self, kind: LogType, show: impl FnOnce(&Record<'_>) -> T) -> T {
         let duration = self.started.elapsed();
         let kept = Kept::default();
         let record = Record {
@@ -157,14 +179,15 @@ impl ConnectionLog {
             local: self.addresses.local,
             server_name: self.server_name.as_deref(),
             peer: self.tls.as_deref().and_then(PeerIdentity::of),
+            downstream_tls: self.tls.as_deref(),
+            upstream_tls: self.upstream_tls.as_deref(),
+            upstream_name: self.host.as_ref().map(|host| &*host.endpoint.hostname),
             tls: self.tls.as_ref().map(|tls| (tls.version, tls.cipher)),
             metadata: &self.metadata,
             connection: self.addresses.connection,
             trace: None,
         };
-        logs.write(&record, &random::next, self.worker.id, |batches| {
-            logging::flush_later(&self.worker, batches);
-        });
+        show(&record)
     }
 }
 

@@ -2,11 +2,15 @@
 //! proxy makes itself, in reverse order.
 //!
 //! A filter that has something to do with the response says so when the request passes it (`Encode`); a response
-//! therefore only meets filters that its request has met, except for header mutations, which change every response.
+//! therefore only meets filters that its request has met, except for header mutations, which change every response, and
+//! processors (`ext_proc`), which see every response. A reply of the proxy that a processor must see first waits in the
+//! request's outbox until whoever runs the request sends it: replies are made in many places that cannot wait.
 
+mod descriptors;
 mod encode;
 mod ext_authz;
 mod ext_proc;
+mod filter_state;
 mod jwt;
 mod local_rate_limit;
 pub(super) mod on_demand;
@@ -29,18 +33,17 @@ use super::exchange::Exchange;
 use super::http::Downstream;
 use super::local::LocalReply;
 use super::request::{Routed, find_route, variables, view};
-use crate::config::filters::{Cors, CorsVerdict, Fault, FaultAbort};
+use crate::config::filters::{Cors, CorsVerdict};
 use crate::config::route::{Action, Targets};
 use crate::metrics::flags::Flags;
 use crate::policy::adaptive_concurrency::AdaptiveConcurrency;
 use crate::policy::chain::{Filter, Kind};
 use crate::policy::compressor::Compressor;
-use crate::policy::descriptors::{Descriptor, RateLimitEntry, Scene};
 use crate::policy::ext_authz::Field;
 use crate::policy::facts::Facts;
+use crate::policy::fault::{ActiveFault, Fault, FaultAbort};
 use crate::policy::grpc_stats::{Call, GrpcStats, Messages};
 use crate::policy::header_mutation::HeaderMutation;
-use crate::policy::local_rate_limit::VirtualHostLimits;
 use crate::policy::metadata::Metadata;
 use crate::policy::per_route::Override;
 use crate::policy::rbac::{NAMESPACE, Rules};
@@ -49,7 +52,6 @@ use crate::random;
 static X_RATELIMIT_LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit");
 static X_RATELIMIT_REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining");
 static X_RATELIMIT_RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset");
-static EMPTY: Metadata = Metadata::EMPTY;
 
 /// What filters remember of a request until its response has passed.
 #[derive(Default)]
@@ -63,6 +65,10 @@ pub struct PolicyState {
     place: Option<Place>,
     /// The request's fields, where a change of the response may name them.
     request: Option<HeaderMap>,
+    /// What was injected.
+    fault: Option<ActiveFault>,
+    /// Of which services are told when it has ended.
+    later: Vec<rate_limit::Later>,
     /// Where a reply waits that a service must see before it goes to the client.
     outbox: Option<Outbox>,
 }
@@ -145,6 +151,11 @@ pub(super) fn finish(exchange: &Exchange) {
     {
         place.latency.set(Some(exchange.started.elapsed()));
     }
+    if let Some(state) = &exchange.policy {
+        for later in &state.later {
+            rate_limit::tell(exchange, later);
+        }
+    }
     if let Some(state) = &exchange.policy
         && let Some((stats, messages)) = &state.grpc
         && let Some(cluster) = &exchange.cluster_name
@@ -165,11 +176,20 @@ pub(super) fn finish(exchange: &Exchange) {
 
 /// What filters said about a request so far.
 pub(super) fn metadata(exchange: &Exchange) -> &Metadata {
-    exchange.policy.as_ref().map_or(&EMPTY, |state| &state.metadata)
+    match &exchange.policy {
+        Some(state) => &state.metadata,
+        None => &exchange.conn.noted,
+    }
 }
 
 fn state(exchange: &mut Exchange) -> &mut PolicyState {
-    exchange.policy.get_or_insert_default()
+    let noted = &exchange.conn.noted;
+    exchange.policy.get_or_insert_with(|| {
+        Box::new(PolicyState {
+            metadata: noted.clone(),
+            ..Default::default()
+        })
+    })
 }
 
 /// Who and what, for matchers.
@@ -258,7 +278,7 @@ pub(super) async fn decode(
             (Kind::Discovered(_), _) => Ok(()),
             (Kind::Fault(_), Some(Override::Fault(Some(fault))))
             | (Kind::Fault(Some(fault)), None | Some(Override::Enabled)) => {
-                inject_fault(exchange, fault, parts).await
+                inject_fault(exchange, fault, routed.cluster_name(), parts).await
             }
             (Kind::Fault(_), _) => Ok(()),
             (Kind::Cors(chain), _) => {
@@ -286,6 +306,10 @@ pub(super) async fn decode(
                 values.apply(&mut state(exchange).metadata);
                 Ok(())
             }
+            (Kind::SetFilterState(chain), _) => {
+                reroute = filter_state::set_state(exchange, filter, chain, routed, parts);
+                Ok(())
+            }
             (Kind::Buffer(_), Some(Override::Buffer(own))) => match own {
                 Some(buffer) => Box::pin(hold(conn, buffer.limit, parts, body)).await,
                 None => Ok(()),
@@ -296,7 +320,7 @@ pub(super) async fn decode(
                     Some(Override::RateLimit(own)) => Some(own),
                     _ => None,
                 };
-                Box::pin(rate_limit::ask(exchange, limit, own, routed, parts)).await
+                Box::pin(rate_limit::ask(exchange, limit, own, &filter.name, routed, parts)).await
             }
             (Kind::Jwt(authn), own) => {
                 let own = match own {
@@ -426,8 +450,7 @@ fn search_again(
     routed: &mut Routed,
     parts: &Parts,
 ) -> Result<(), LocalReply> {
-    let metadata = exchange.policy.as_ref().map(|state| &state.metadata);
-    let found = find_route(conn, parts, metadata)
+    let found = find_route(conn, parts, metadata(exchange))
         .ok_or_else(|| LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", ""))?;
     *routed = found;
     exchange.route = Some(routed.route.clone());
@@ -511,20 +534,30 @@ fn judge_origin(exchange: &mut Exchange, cors: &Arc<Cors>, parts: &Parts) -> Res
 }
 
 /// Delays, and the reply of an abort.
-async fn inject_fault(exchange: &mut Exchange, fault: &Fault, parts: &Parts) -> Result<(), LocalReply> {
-    let (delay, abort) = fault.decide(&view(parts), random::next);
-    if let Some(delay) = delay {
+async fn inject_fault(
+    exchange: &mut Exchange,
+    fault: &Arc<Fault>,
+    cluster: &str,
+    parts: &Parts,
+) -> Result<(), LocalReply> {
+    let decision = fault.decide(&view(parts), cluster, random::next);
+    if decision.delay.is_none() && decision.abort.is_none() {
+        return Ok(());
+    }
+    let Some(active) = fault.begin() else {
+        return Ok(());
+    };
+    state(exchange).fault = Some(active);
+    if let Some(delay) = decision.delay {
         exchange.flags.add(Flags::DELAY_INJECTED);
         // Boxed, because few requests wait and every request's future would carry the timer.
         Box::pin(tokio::time::sleep(delay.min(Duration::from_secs(3600)))).await;
     }
-    let Some(abort) = abort else { return Ok(()) };
-    let mut reply = LocalReply::new(
-        StatusCode::OK,
-        Flags::FAULT_INJECTED,
-        "fault_filter_abort",
-        "fault filter abort",
-    );
+    let Some(abort) = decision.abort else {
+        return Ok(());
+    };
+    let mut reply = LocalReply::new(StatusCode::OK, Flags::FAULT_INJECTED, "fault_filter_abort", "");
+    reply.body = fault.body.clone();
     match abort {
         FaultAbort::Http(status) => reply.status = status,
         FaultAbort::Grpc(status) => {
@@ -555,51 +588,6 @@ fn authorize(
             "RBAC: access denied",
         )),
     }
-}
-
-/// The descriptors of a request by the entries of its route and virtual host.
-pub(super) fn describe(
-    conn: &Downstream,
-    exchange: &Exchange,
-    routed: &Routed,
-    parts: &Parts,
-    own: &[RateLimitEntry],
-    stage: u32,
-    hosts: VirtualHostLimits,
-) -> Vec<Descriptor> {
-    let facts = facts(conn, parts, metadata(exchange));
-    let scene = Scene {
-        facts: &facts,
-        destination_cluster: routed.cluster_name(),
-        source_cluster: &conn.worker.shared.cluster,
-    };
-    let mut out = Vec::new();
-    let mut add = |entries: &[RateLimitEntry]| {
-        out.extend(
-            entries
-                .iter()
-                .filter(|entry| entry.stage == stage)
-                .filter_map(|entry| entry.describe(&scene)),
-        );
-    };
-    if !own.is_empty() {
-        add(own);
-        return out;
-    }
-    let (of_route, include) = match &routed.route.action {
-        Action::Forward(forward) => (&*forward.rate_limits, forward.include_host_rate_limits),
-        Action::Redirect(_) | Action::Direct(_) => (&[][..], false),
-    };
-    add(of_route);
-    let of_host = match hosts {
-        VirtualHostLimits::Override => include || of_route.is_empty(),
-        VirtualHostLimits::Include => true,
-        VirtualHostLimits::Ignore => false,
-    };
-    if of_host {
-        add(&routed.host.rate_limits);
-    }
-    out
 }
 
 /// The mutations of all levels in the order in which they are applied: the chain's own first; then from the least to

@@ -1,7 +1,7 @@
 //! A downstream HTTP connection: what its requests share, whichever version it speaks (`worker::http1`,
 //! `worker::http2`).
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -20,7 +20,9 @@ use crate::hygiene::scan::{HeadLimits, Scanner};
 use crate::hygiene::strict::{Gate, StrictIo};
 use crate::overload::Action;
 use crate::policy::facts::PeerIdentity;
+use crate::policy::filter_state::FilterState;
 use crate::policy::local_rate_limit::{Buckets, LocalRateLimit};
+use crate::policy::metadata::Metadata;
 use crate::random;
 use crate::tls::info::ConnectionTls;
 
@@ -50,8 +52,11 @@ pub struct Downstream {
     pub gate: Arc<Gate>,
     /// Token buckets of this connection, by the limit that they belong to.
     buckets: RefCell<Vec<(Arc<LocalRateLimit>, Rc<Buckets>)>>,
+    /// What requests know of what was set on the connection: its filter state.
+    pub noted: Metadata,
     /// For the limits of its requests.
     pub(super) alarms: Alarms,
+    remote_text: OnceCell<HeaderValue>,
     upgrade_asked: Cell<bool>,
     last: Cell<bool>,
     requests: Cell<u32>,
@@ -71,6 +76,14 @@ impl Downstream {
     /// Who the client is, by its verified certificate.
     pub fn peer_identity(&self) -> Option<PeerIdentity<'_>> {
         self.tls.as_deref().and_then(PeerIdentity::of)
+    }
+
+    /// The client's address without its port, as fields have it; written once.
+    pub fn remote_text(&self) -> &HeaderValue {
+        self.remote_text.get_or_init(|| {
+            let text = self.remote.ip().to_canonical().to_string();
+            HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static("unknown"))
+        })
     }
 
     /// Server name of the client's TLS handshake.
@@ -215,6 +228,7 @@ pub async fn serve<S>(
     addresses: Addresses,
     tls: Option<Arc<ConnectionTls>>,
     server_name: Option<Box<str>>,
+    state: FilterState,
 ) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -241,7 +255,9 @@ pub async fn serve<S>(
         server_name,
         gate,
         buckets: RefCell::default(),
+        noted: Metadata::of_connection(state),
         alarms: Alarms::default(),
+        remote_text: OnceCell::new(),
         upgrade_asked: Cell::new(false),
         last: Cell::new(false),
         requests: Cell::new(0),

@@ -56,7 +56,8 @@ where
     let service = {
         let conn = conn.clone();
         service_fn(move |request: Request<hyper::body::Incoming>| {
-            request::handle(conn.clone(), request.map(Incoming::Http1), None)
+            let (head, incoming) = request.into_parts();
+            request::handle(conn.clone(), Box::new(head), Incoming::Http1(incoming), None)
         })
     };
     let mut connection = builder

@@ -20,7 +20,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use h2::server::{Connection, SendResponse};
 use h2::{Reason, RecvStream};
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http::request::Parts;
+use http::{HeaderValue, Method, Response, StatusCode, header};
 use http_body::Body as _;
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -104,9 +105,10 @@ where
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(None | Some(Err(_))) => return Poll::Ready(()),
                 Poll::Ready(Some(Ok((request, respond)))) => {
-                    conn.worker
-                        .tasks
-                        .spawn_local(stream(conn.clone(), request, respond));
+                    let (head, received) = request.into_parts();
+                    // Boxed, both of them: a task is moved several times until it runs and once more when it ends.
+                    let stream = stream(conn.clone(), Box::new(head), received, respond);
+                    conn.worker.tasks.spawn_local(Box::pin(stream));
                 }
             }
         }
@@ -115,11 +117,15 @@ where
 }
 
 /// Serves one request.
-async fn stream(conn: Rc<Downstream>, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
-    let (mut head, received) = request.into_parts();
+async fn stream(
+    conn: Rc<Downstream>,
+    mut head: Box<Parts>,
+    received: RecvStream,
+    mut respond: SendResponse<Bytes>,
+) {
     let bodiless = head.method == Method::HEAD;
-    let expects = || head.headers.contains_key(header::EXPECT);
-    let interims = (conn.manager.interim_answers || expects()).then(|| Arc::new(Waiting::default()));
+    let expects = !received.is_end_stream() && head.headers.contains_key(header::EXPECT);
+    let interims = (conn.manager.interim_answers || expects).then(|| Arc::new(Waiting::default()));
     let mut tunnel = None;
     let incoming = if head.method == Method::CONNECT {
         if content_length(&head.headers).is_some_and(|length| length != 0) {
@@ -131,11 +137,10 @@ async fn stream(conn: Rc<Downstream>, request: Request<RecvStream>, mut respond:
         tunnel = Some((granted, received));
         Incoming::Empty
     } else {
-        let expected = interims.clone().filter(|_| expects());
+        let expected = interims.clone().filter(|_| expects);
         Incoming::Http2(Received::of_request(received, &head.headers, expected))
     };
-    let request = Request::from_parts(head, incoming);
-    let Some(response) = answer(conn, request, &mut respond, interims).await else {
+    let Some(response) = answer(conn, head, incoming, &mut respond, interims).await else {
         return;
     };
     let (mut head, body) = response.into_parts();
@@ -173,11 +178,12 @@ async fn stream(conn: Rc<Downstream>, request: Request<RecvStream>, mut respond:
 /// The answer to a request, unless its client has given it up.
 async fn answer(
     conn: Rc<Downstream>,
-    request: Request<Incoming>,
+    head: Box<Parts>,
+    incoming: Incoming,
     respond: &mut SendResponse<Bytes>,
     interims: Option<Arc<Waiting>>,
 ) -> Option<Response<Body>> {
-    let mut service = pin!(request::handle(conn, request, interims.clone()));
+    let mut service = pin!(request::handle(conn, head, incoming, interims.clone()));
     let mut told = false;
     poll_fn(|cx| {
         if let Some(interims) = &interims

@@ -17,7 +17,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Poll, Waker};
+use std::task::Waker;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -194,14 +194,14 @@ pub(super) fn prepare(
     source: Option<&Rc<RefCell<RequestSource>>>,
     door: Option<&Door>,
 ) -> Option<Tell> {
-    let expects = request
-        .headers()
-        .get(header::EXPECT)
-        .is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"));
-    let held = door.is_some() && expects && source.is_some_and(|source| source.borrow_mut().hold());
-    if !held {
-        // It is answered when the body is read.
-        request.headers_mut().remove(header::EXPECT);
+    let mut held = false;
+    if let Some(expected) = request.headers().get(header::EXPECT) {
+        let expects = expected.as_bytes().eq_ignore_ascii_case(b"100-continue");
+        held = door.is_some() && expects && source.is_some_and(|source| source.borrow_mut().hold());
+        if !held {
+            // It is answered when the body is read.
+            request.headers_mut().remove(header::EXPECT);
+        }
     }
     let door = door?.clone();
     Some(Box::new(move |status, headers| door.offer(status, headers, held)))
@@ -220,14 +220,24 @@ impl Drop for Open<'_> {
 }
 
 /// Waits for the final answer, and lets interim ones pass meanwhile.
-pub(super) async fn watch<T>(
+pub(super) async fn pass<T>(door: &Door, answer: impl Future<Output = T>) -> T {
+    let _open = Open(door);
+    let mut answer = pin!(answer);
+    poll_fn(|cx| {
+        door.expect(cx.waker());
+        answer.as_mut().poll(cx)
+    })
+    .await
+}
+
+/// The same for a request whose body is held until the endpoint has said 100.
+pub(super) async fn pass_held<T>(
     door: &Door,
-    source: Option<&Rc<RefCell<RequestSource>>>,
+    source: &RefCell<RequestSource>,
     answer: impl Future<Output = T>,
 ) -> T {
     let _open = Open(door);
-    let held = source.filter(|source| source.borrow().is_held());
-    let mut patience = held.map(|_| Box::pin(tokio::time::sleep(PATIENCE)));
+    let mut patience = Some(pin!(tokio::time::sleep(PATIENCE)));
     let mut answer = pin!(answer);
     poll_fn(|cx| {
         let continued = door.expect(cx.waker());
@@ -235,14 +245,9 @@ pub(super) async fn watch<T>(
             && (continued || timer.as_mut().poll(cx).is_ready())
         {
             patience = None;
-            if let Some(source) = held {
-                source.borrow_mut().go_on();
-            }
+            source.borrow_mut().go_on();
         }
-        match answer.as_mut().poll(cx) {
-            Poll::Ready(answer) => Poll::Ready(answer),
-            Poll::Pending => Poll::Pending,
-        }
+        answer.as_mut().poll(cx)
     })
     .await
 }

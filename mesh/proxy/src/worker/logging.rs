@@ -19,7 +19,7 @@ use crate::config::cluster::UpstreamHttp;
 use crate::config::virtual_cluster::Counted;
 use crate::observe::access_log::AccessLogs;
 use crate::observe::batch::{Batches, Destination};
-use crate::observe::record::{Kept, LogType, Record};
+use crate::observe::record::{Kept, LogType, Record, Wants};
 use crate::random;
 
 /// Limit of a call to a log service, where it says none.
@@ -52,20 +52,33 @@ fn logs(exchange: &Exchange) -> Option<&AccessLogs> {
 pub(super) fn keep_request(exchange: &mut Exchange, parts: &Parts) {
     let conn = exchange.conn.clone();
     if let Some(logs) = &conn.manager.logs {
-        let state = exchange.log.get_or_insert_default();
-        logs.wants.keep_request(&view(parts), &mut state.kept);
-        if !conn.manager.use_remote_address
-            && state.remote.is_none()
-            && parts.headers.contains_key(&X_FORWARDED_FOR)
-        {
-            let metadata = crate::policy::metadata::Metadata::EMPTY;
-            let remote = filters::facts(&conn, parts, &metadata).remote();
-            state.remote = (remote != conn.remote.ip()).then(|| SocketAddr::new(remote, 0));
-        }
-        if parts.uri.path_and_query() != exchange.uri.path_and_query() {
-            state.kept.path = parts.uri.path_and_query().map(|path| path.as_str().into());
-        }
+        let mut state = exchange.log.take().unwrap_or_default();
+        keep(&logs.wants, exchange, parts, &mut state);
+        exchange.log = Some(state);
     }
+}
+
+fn keep(wants: &Wants, exchange: &Exchange, parts: &Parts, state: &mut LogState) {
+    let conn = &exchange.conn;
+    wants.keep_request(&view(parts), &mut state.kept);
+    if !conn.manager.use_remote_address
+        && state.remote.is_none()
+        && parts.headers.contains_key(&X_FORWARDED_FOR)
+    {
+        let metadata = crate::policy::metadata::Metadata::EMPTY;
+        let remote = filters::facts(conn, parts, &metadata).remote();
+        state.remote = (remote != conn.remote.ip()).then(|| SocketAddr::new(remote, 0));
+    }
+    if parts.uri.path_and_query() != exchange.uri.path_and_query() {
+        state.kept.path = parts.uri.path_and_query().map(|path| path.as_str().into());
+    }
+}
+
+/// What is known of a request while filters see it, for formats that are written then.
+pub(super) fn meanwhile(wants: &Wants, exchange: &Exchange, parts: &Parts) -> LogState {
+    let mut state = LogState::default();
+    keep(wants, exchange, parts, &mut state);
+    state
 }
 
 /// Keeps what the logs want of a response.
@@ -101,6 +114,21 @@ pub(super) fn write(exchange: &Exchange) -> bool {
     };
     let none = LogState::default();
     let state = exchange.log.as_deref().unwrap_or(&none);
+    let worker = &exchange.conn.worker;
+    with_record(exchange, state, |record| {
+        logs.write(record, &random::next, worker.id, |batches| {
+            flush_later(worker, batches);
+        });
+    });
+    true
+}
+
+/// Shows what is known of a request as logs see it.
+pub(super) fn with_record<T>(
+    exchange: &Exchange,
+    state: &LogState,
+    show: impl FnOnce(&Record<'_>) -> T,
+) -> T {
     let conn = &exchange.conn;
     let now = Instant::now();
     let since = |at: Instant| at.saturating_duration_since(exchange.started);
@@ -158,15 +186,15 @@ pub(super) fn write(exchange: &Exchange) -> bool {
         local: conn.local,
         server_name: conn.server_name(),
         peer: conn.peer_identity(),
+        downstream_tls: conn.tls.as_deref(),
+        upstream_tls: exchange.upstream_tls.as_deref(),
+        upstream_name: exchange.host.as_ref().map(|host| &*host.endpoint.hostname),
         tls: conn.tls.as_ref().map(|tls| (tls.version, tls.cipher)),
         metadata: filters::metadata(exchange),
         connection: conn.id,
         trace: exchange.span.as_ref().map(|span| (&*span.trace, span.recorded())),
     };
-    logs.write(&record, &random::next, conn.worker.id, |batches| {
-        flush_later(&conn.worker, batches);
-    });
-    true
+    show(&record)
 }
 
 /// Sends what waits for a log service, after a while or once there is enough of it.

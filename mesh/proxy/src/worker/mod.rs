@@ -52,6 +52,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::on_demand::OnDemand;
 use crate::config::slot::{Chore, ClusterSlot, Home, ListenerSlot};
 use crate::config::store::VirtualListeners;
+use crate::metrics::hosts;
 use crate::metrics::peer::Workload;
 use crate::metrics::series::{Recorder, Shard};
 use crate::overload::Overload;
@@ -66,6 +67,8 @@ const MAX_PEERS: usize = 1024;
 /// What all workers know.
 #[derive(Debug)]
 pub struct Shared {
+    /// How many workers there are.
+    pub workers: usize,
     /// Who we are.
     pub own: Arc<Workload>,
     /// Who we are, for peers (`x-envoy-peer-metadata`, `-id`).
@@ -186,6 +189,7 @@ impl Worker {
             .event_interval(128)
             // A local one: its tasks need not be Send, and no set of tasks stands between them and the scheduler.
             .build_local(tokio::runtime::LocalOptions::default())?;
+        hosts::count_as(id, shared.workers);
         let worker = Self::new(id, shared, shard);
         runtime.block_on(worker.clone().follow(commands));
         Ok(())

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use http::request::Parts;
 use http::uri::PathAndQuery;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Uri, Version, header};
 use http_body::Body as _;
 
 use super::body::Inbound;
@@ -120,16 +120,15 @@ impl Routed {
 #[error("the connection is broken off")]
 pub struct Broken;
 
-/// Serves one request. Interim answers go to `interims` where the client speaks HTTP/2 and may have them.
+/// Serves one request. Its head is boxed, since it goes from function to function, and each would copy its two hundred
+/// bytes. Interim answers go to `interims` where the client speaks HTTP/2 and may have them.
 pub(super) async fn handle(
     conn: Rc<Downstream>,
-    request: Request<Incoming>,
+    mut parts: Box<Parts>,
+    incoming: Incoming,
     interims: Option<Arc<Waiting>>,
 ) -> Result<Response<Body>, Broken> {
     conn.request_began();
-    let (parts, incoming) = request.into_parts();
-    // Boxed: it goes from function to function, and each would copy its two hundred bytes.
-    let mut parts = Box::new(parts);
     let mut exchange = Exchange::new(
         conn.clone(),
         parts.method.clone(),
@@ -302,7 +301,12 @@ fn identify(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) {
     let headers = &mut parts.headers;
     let manager = &conn.manager;
     let exchanged = manager.metadata_exchange || conn.direction == Direction::Inbound;
-    if exchanged && Present::of(headers).has(Present::PEER) {
+    let present = if exchanged || manager.use_remote_address {
+        Present::of(headers)
+    } else {
+        Present::default()
+    };
+    if exchanged && present.has(Present::PEER) {
         let metadata = headers.remove(&PEER_METADATA);
         headers.remove(&PEER_METADATA_ID);
         if conn.direction == Direction::Inbound {
@@ -312,16 +316,17 @@ fn identify(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) {
     manager.client_cert.apply(headers, conn.tls.as_deref());
     let scheme = HeaderValue::from_static(if conn.tls.is_some() { "https" } else { "http" });
     if manager.use_remote_address {
-        for name in INTERNAL_FIELDS {
-            headers.remove(name);
+        if present.has(Present::OWN) {
+            for name in INTERNAL_FIELDS {
+                headers.remove(name);
+            }
         }
-        let remote = conn.remote.ip().to_canonical().to_string();
         let value = match headers
             .get(&X_FORWARDED_FOR)
             .and_then(|value| value.to_str().ok())
         {
-            Some(before) => HeaderValue::try_from(format!("{before},{remote}")),
-            None => HeaderValue::try_from(remote),
+            Some(before) => HeaderValue::try_from(format!("{before},{}", conn.remote.ip().to_canonical())),
+            None => Ok(conn.remote_text().clone()),
         };
         if let Ok(value) = value
             && !manager.skip_forwarded_for
@@ -383,7 +388,7 @@ pub(super) fn variables<'a>(conn: &'a Downstream, parts: &'a Parts, route: &'a R
 }
 
 /// The route of a request; `metadata` is what filters have noted so far.
-pub(super) fn find_route(conn: &Downstream, parts: &Parts, metadata: Option<&Metadata>) -> Option<Routed> {
+pub(super) fn find_route(conn: &Downstream, parts: &Parts, metadata: &Metadata) -> Option<Routed> {
     let table = conn.manager.table()?;
     let view = view(parts);
     let slot = table.find(view.authority())?;
@@ -393,7 +398,7 @@ pub(super) fn find_route(conn: &Downstream, parts: &Parts, metadata: Option<&Met
     let host = slot.load();
     let facts = RouteFacts {
         tls: conn.tls.as_deref(),
-        metadata,
+        metadata: Some(metadata),
     };
     let route = host.find_with(&view, &facts, random::next)?.clone();
     Some(Routed {
@@ -422,12 +427,12 @@ async fn route(
         )
         .send(exchange);
     }
-    let mut found = find_route(&conn, &parts, None);
+    let mut found = find_route(&conn, &parts, &conn.noted);
     if found.is_none()
         && conn.manager.waits_for_hosts
         && Box::pin(filters::on_demand::virtual_host(&conn, &parts)).await
     {
-        found = find_route(&conn, &parts, None);
+        found = find_route(&conn, &parts, &conn.noted);
     }
     let Some(mut routed) = found else {
         conn.decide_upgrade(false);
@@ -475,7 +480,7 @@ async fn route(
 }
 
 impl Routed {
-    fn clone_arcs(&self) -> Self {
+    pub(super) fn clone_arcs(&self) -> Self {
         Self {
             table: self.table.clone(),
             host: self.host.clone(),
@@ -510,4 +515,19 @@ fn redirect(
         &variables(&conn, parts, &routed.route),
     );
     reply.send(exchange)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_field_that_outside_clients_may_not_send_is_seen_by_the_look_at_their_heads() {
+        for name in INTERNAL_FIELDS {
+            let mut headers = HeaderMap::new();
+            headers.insert(name, HeaderValue::from_static("1"));
+            assert!(Present::of(&headers).has(Present::OWN), "{name}");
+        }
+        assert!(!Present::of(&HeaderMap::new()).has(Present::OWN));
+    }
 }

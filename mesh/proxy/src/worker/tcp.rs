@@ -14,16 +14,19 @@ use tokio::net::TcpStream;
 
 use super::Worker;
 use super::connection_log::{ConnectionLog, periodically};
+use super::filters::on_demand;
 use super::io::Io;
 use super::seldom::Seldom;
 use super::tcp_tunnel::{self, Granted};
 use crate::config::hash::hash_of_source;
 use crate::config::listener::{Direction, Listener, TcpProxy, TcpTargets};
+use crate::config::slot::{ClusterSlot, Directory};
 use crate::metrics::clusters::Connection;
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
 use crate::metrics::series::{Reporter, TcpLabels, TcpSeries};
 use crate::observe::record::LogType;
+use crate::policy::filter_state::{Factory, FilterState};
 use crate::tls::info::ConnectionTls;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::{Active, Host, WorkerCluster};
@@ -50,6 +53,8 @@ pub(super) struct Client<'a> {
     pub tls: Option<&'a ConnectionTls>,
     /// The name in its TLS handshake.
     pub server_name: Option<&'a str>,
+    /// What network filters have set.
+    pub state: &'a FilterState,
 }
 
 /// There is no connection to join with; why has been recorded.
@@ -69,6 +74,7 @@ pub struct Upstream {
     /// Where its bytes are counted, if the pool does not.
     connection: Option<Connection>,
     local: Option<SocketAddr>,
+    tls: Option<Arc<ConnectionTls>>,
 }
 
 /// What joins the client with its endpoint.
@@ -114,6 +120,34 @@ pub(super) async fn open(
         .as_ref()
         .zip(client.server_name)
         .and_then(|(directory, name)| directory.find(name));
+    let wanted = proxy
+        .by_state
+        .as_ref()
+        .zip(client.state.known(Factory::TcpCluster));
+    let unknown;
+    let named = match wanted {
+        None => named,
+        Some((directory, name)) => match find(worker, proxy, directory, name).await {
+            Some(slot) => Some(slot),
+            // What was asked for by name is not replaced by something else.
+            None => {
+                unknown = name;
+                if let Some(log) = &mut log {
+                    let labels = TcpLabels {
+                        reporter: Reporter::Source,
+                        peer: Workload::unknown(),
+                        service: ServiceIdentity::unknown(),
+                        flags: Flags::NO_CLUSTER,
+                        principals: None,
+                    };
+                    log.flag(Flags::NO_CLUSTER);
+                    log.cluster = Some(unknown.into());
+                    record_failure(worker, proxy, &labels, listener, log);
+                }
+                return Err(NoUpstream);
+            }
+        },
+    };
     let (slot, own_criteria) = match (&named, &proxy.targets) {
         (Some(slot), _) | (None, TcpTargets::One(slot)) => (slot, None),
         (None, TcpTargets::Weighted(slots, weights, turn)) => {
@@ -149,6 +183,14 @@ pub(super) async fn open(
             Reporter::Source => None,
         },
     };
+    if let Some(rules) = &proxy.on_demand {
+        if slot.exists() {
+            slot.mark_used();
+        } else {
+            // Boxed: few connections wait.
+            Box::pin(on_demand::cluster_named(worker, rules, &slot.name)).await;
+        }
+    }
     let Some(cluster) = worker.cluster(slot) else {
         return no_upstream(labels, Flags::NO_CLUSTER, String::new(), 0, None);
     };
@@ -181,8 +223,12 @@ pub(super) async fn open(
         {
             labels.peer = workload.clone();
         }
-        let reached = match &proxy.tunneling {
-            None => connect_to(worker, &cluster, &host, (source, destination))
+        let tunneling = proxy
+            .tunneling
+            .as_ref()
+            .filter(|_| client.state.known(Factory::NoTunneling) != Some("true"));
+        let reached = match tunneling {
+            None => connect_to(worker, &cluster, &host, client)
                 .await
                 .map(|(connected, connection)| {
                     let stream = End::Direct(connected.stream);
@@ -199,10 +245,11 @@ pub(super) async fn open(
         match reached {
             Ok((stream, tls, local, connection)) => {
                 if reporter == Reporter::Source {
-                    labels.principals = tls.and_then(|tls| tls.principals.clone());
+                    labels.principals = tls.as_ref().and_then(|tls| tls.principals.clone());
                 }
                 return Ok(Upstream {
                     local,
+                    tls,
                     stream,
                     early: Vec::new(),
                     labels,
@@ -224,18 +271,40 @@ pub(super) async fn open(
     no_upstream(labels, flags, failure, proxy.max_connect_attempts, tried.pop())
 }
 
+/// The cluster of that name; where the proxy says so, one that does not exist is waited for.
+async fn find(
+    worker: &Worker,
+    proxy: &TcpProxy,
+    directory: &Directory,
+    name: &str,
+) -> Option<Arc<ClusterSlot>> {
+    match (directory.find(name), &proxy.on_demand) {
+        (None, Some(rules)) => {
+            Box::pin(on_demand::cluster_named(worker, rules, name)).await;
+            directory.find(name)
+        }
+        (found, _) => found,
+    }
+}
+
 async fn connect_to(
     worker: &Worker,
     cluster: &WorkerCluster,
     host: &Host,
-    between: (SocketAddr, SocketAddr),
+    client: &Client<'_>,
 ) -> Result<(Connected, Connection), String> {
     let config = &cluster.config;
     let options = ConnectOptions {
-        between: config.tells_clients().then_some(between),
+        between: config
+            .tells_clients()
+            .then_some((client.source, client.destination)),
+        server_name: client.state.known(Factory::ServerName).map(Box::from),
         ..ConnectOptions::default()
     };
-    let mut connection = cluster.cells(&worker.recorder).clone().connecting();
+    let mut connection = cluster
+        .cells(&worker.recorder)
+        .clone()
+        .connecting(&host.endpoint.state);
     let work = connect::connect(config, &host.endpoint, Speaking::Bytes, &options);
     let result = tokio::time::timeout(config.connect_timeout, work).await;
     let counters = worker.recorder.counters();
@@ -311,6 +380,7 @@ pub(super) async fn join(
     log.cluster = Some(upstream.cluster);
     log.attempts = upstream.attempts;
     log.host = Some(upstream.host);
+    log.upstream_tls.clone_from(&upstream.tls);
     log.upstream_local = upstream.local;
     if proxy.log_connected {
         log.write_meanwhile(LogType::TcpUpstreamConnected);

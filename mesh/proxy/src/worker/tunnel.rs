@@ -298,7 +298,7 @@ impl Tunnel {
         exchange.host = Some(host.clone());
         let active = Active::on(&host);
         let cells = cluster.cells(&plan.conn.worker.recorder);
-        let mut connection = cells.clone().connecting();
+        let mut connection = cells.clone().connecting(&host.endpoint.state);
         let work = connect::connect(&cluster.config, &host.endpoint, Speaking::Bytes, &plan.options);
         let connected = match tokio::time::timeout(cluster.config.connect_timeout, work).await {
             Ok(Ok(connected)) => connected,

@@ -29,6 +29,7 @@ use crate::config::subset::{Criteria, METADATA};
 use crate::config::virtual_cluster::VirtualCluster;
 use crate::metrics::clusters::ClusterCells;
 use crate::metrics::flags::Flags;
+use crate::policy::filter_state::Factory;
 use crate::random;
 use crate::upstream::cluster::WorkerCluster;
 use crate::upstream::connect::{ConnectOptions, Speaking};
@@ -202,7 +203,13 @@ pub(super) async fn forward(
     let hashed = if forward.hash.is_empty() {
         Hashed::default()
     } else {
-        request_hash(&forward.hash, &view(&parts), conn.remote, conn.local)
+        request_hash(
+            &forward.hash,
+            &view(&parts),
+            conn.remote,
+            conn.local,
+            &filters::metadata(&exchange).state,
+        )
     };
     let criteria = target
         .and_then(|target| target.criteria.as_deref())
@@ -259,12 +266,21 @@ pub(super) async fn forward(
         }
         (route, None) => route,
     };
+    let options = cluster
+        .config
+        .connect_options(&parts.headers, conn.remote, conn.local);
+    // Of the filter state before what the cluster says.
+    let server_name = filters::metadata(&exchange)
+        .state
+        .known(Factory::ServerName)
+        .map(Box::from);
     let plan = Plan {
         conn: &conn,
         cluster: &cluster,
         forward,
         speaking,
         options: ConnectOptions {
+            server_name: server_name.or(options.server_name),
             alpn: conn
                 .manager
                 .alpn
@@ -272,9 +288,7 @@ pub(super) async fn forward(
                 .filter(|_| cluster.config.alpn_overridable)
                 .and_then(|names| names.offer(speaking, parts.version).cloned()),
             priority,
-            ..cluster
-                .config
-                .connect_options(&parts.headers, conn.remote, conn.local)
+            ..options
         },
         deadline,
         by_stream: exchange.stream_limited,

@@ -59,12 +59,27 @@ async fn clusters_listeners_memory_and_server_info_have_envoys_shapes() {
         u64::from(backend.address.port())
     );
     assert_eq!(host["health_status"]["eds_health_status"], "HEALTHY");
+    let stat = |name: &str| {
+        let stats = host["stats"].as_array().unwrap();
+        stats.iter().find(|one| one["name"] == name).unwrap().clone()
+    };
+    assert_eq!(stat("rq_total")["value"], "1");
+    assert_eq!(stat("rq_success")["value"], "1");
+    assert_eq!(stat("rq_error")["value"], "0");
+    assert_eq!(stat("cx_total")["value"], "1");
+    assert_eq!(stat("cx_active")["type"], "GAUGE");
     let text = get(admin, "/clusters").await.2;
     assert!(
         text.contains(&format!("c::{}::health_flags::healthy\n", backend.address)),
         "{text}"
     );
     assert!(text.contains("c::default_priority::max_connections::"), "{text}");
+    for line in ["rq_total::1", "rq_active::0", "cx_connect_fail::0", "priority::0"] {
+        assert!(
+            text.contains(&format!("c::{}::{line}\n", backend.address)),
+            "{line}\n{text}"
+        );
+    }
     let listeners = json(admin, "/listeners?format=json").await;
     assert_eq!(
         listeners["listener_statuses"][0]["local_address"]["socket_address"]["port_value"],
@@ -510,5 +525,99 @@ async fn a_graceful_drain_that_skips_the_end_discourages_clients_and_serves_on()
         assert_eq!(status, 200);
         assert_eq!(headers["connection"], "close");
     }
+    cancel.cancel();
+}
+
+#[tokio::test]
+async fn an_endpoint_that_fails_is_told_from_the_others_by_its_counters() {
+    let (harness, _backend, at, admin, cancel) = served().await;
+    let bad = Backend::answering(|_| {
+        let mut response = http::Response::new(Full::from("bad"));
+        *response.status_mut() = http::StatusCode::SERVICE_UNAVAILABLE;
+        response
+    })
+    .await;
+    harness.cluster("c", &[bad.address, closed_port().await]).await;
+    let count = |text: &str, name: &str| -> Vec<u64> {
+        let lines = text.lines().filter(|line| line.starts_with("c::127."));
+        let values = lines.filter_map(|line| line.split_once(&format!("::{name}::")));
+        values.map(|(_, value)| value.parse().unwrap()).collect()
+    };
+    // Until both have been tried.
+    for sent in 1..1_000 {
+        assert_eq!(get(at, "/").await.0, 503);
+        let text = get(admin, "/clusters").await.2;
+        assert_eq!(count(&text, "rq_total").iter().sum::<u64>(), sent, "{text}");
+        assert_eq!(count(&text, "rq_error"), count(&text, "rq_total"), "{text}");
+        assert_eq!(count(&text, "rq_success"), [0, 0], "{text}");
+        assert_eq!(count(&text, "cx_connect_fail")[0], 0, "{text}");
+        if count(&text, "rq_total").iter().all(|count| *count > 0) {
+            assert!(count(&text, "cx_connect_fail")[1] > 0, "{text}");
+            cancel.cancel();
+            return;
+        }
+    }
+    panic!("one of two endpoints is never tried");
+}
+
+#[tokio::test]
+async fn config_dump_says_which_version_is_in_use_since_when_and_what_was_refused_since() {
+    use serin_xds::ResourceType;
+    use serin_xds::client::Endpoint;
+    use serin_xds::server::Event;
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("xds.sock");
+    let mut ads = crate::ads::Ads::start(&socket).unwrap();
+    let harness = Harness::start();
+    let port = AdminPort::bind(&harness.proxy, "127.0.0.1:0".parse().unwrap(), Port::Admin).unwrap();
+    let admin = port.address().unwrap();
+    let cancel = CancellationToken::new();
+    tokio::spawn(port.serve(harness.proxy.clone(), CancellationToken::new(), cancel.clone()));
+    let follower =
+        serin_proxy::control::xds::follow(harness.proxy.clone(), Endpoint::Unix(socket), cancel.clone());
+    tokio::spawn(follower);
+    let told = |event: &Event, refused: bool| match event {
+        Event::Held(held) => !refused && held.resource_type == ResourceType::Cluster,
+        Event::Refused(..) => refused,
+        _ => false,
+    };
+    let good = crate::fixture::eds_cluster("c");
+    let mut bad = good.clone();
+    bad.lb_policy =
+        serin_xds::pb::envoy::config::cluster::v3::cluster::LbPolicy::LoadBalancingPolicyConfig as i32;
+    let never = serin_xds::pb::envoy::config::cluster::v3::Cluster {
+        name: "never".into(),
+        ..bad.clone()
+    };
+    let mut versions = Vec::new();
+    for (name, message, refused) in [("c", &good, false), ("c", &bad, true), ("never", &never, true)] {
+        let resource = serin_xds::Resource::new(ResourceType::Cluster, name, message, []);
+        versions.push(resource.version.to_string());
+        ads.source.put_all([resource]);
+        let event = async { while !told(&ads.events.recv().await.unwrap().1, refused) {} };
+        tokio::time::timeout(std::time::Duration::from_secs(20), event)
+            .await
+            .unwrap();
+    }
+    let dump = json(admin, "/config_dump?resource=dynamic_active_clusters").await;
+    let entries = dump["configs"].as_array().unwrap();
+    assert_eq!(entries.len(), 2, "{dump}");
+    assert_eq!(entries[0]["version_info"], *versions[0]);
+    assert_eq!(entries[0]["cluster"]["name"], "c");
+    let since = entries[0]["last_updated"].as_str().unwrap();
+    assert!(
+        since.len() == 24 && since.starts_with("20") && since.ends_with('Z'),
+        "{since}"
+    );
+    let failed = &entries[0]["error_state"];
+    assert_eq!(failed["version_info"], *versions[1]);
+    assert_eq!(failed["failed_configuration"]["name"], "c");
+    assert!(
+        failed["last_update_attempt"].as_str().unwrap() >= since,
+        "{failed}"
+    );
+    assert!(!failed["details"].as_str().unwrap().is_empty());
+    assert!(entries[1]["cluster"].is_null(), "nothing of it was ever taken");
+    assert_eq!(entries[1]["error_state"]["failed_configuration"]["name"], "never");
     cancel.cancel();
 }

@@ -3,7 +3,7 @@
 //! The benchmark includes this file as well; it depends on nothing of the tests.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -81,33 +81,47 @@ impl Source for OneView {
 pub(crate) struct Ads {
     pub(crate) source: Arc<OneView>,
     pub(crate) events: mpsc::UnboundedReceiver<(ClientId, Event)>,
-    pub(crate) socket: PathBuf,
+    /// Where it is, as an address of the bootstrap file.
+    place: String,
     cancel: CancellationToken,
     task: tokio::task::JoinHandle<()>,
 }
 
 impl Ads {
     pub(crate) fn start(socket: &Path) -> std::io::Result<Self> {
-        let (source, events) = OneView::new();
-        let cancel = CancellationToken::new();
-        let ads = AdsServer::new(source.clone(), Options::default(), cancel.clone());
         let listener = UnixListener::bind(socket)?;
         let incoming = futures::stream::poll_fn(move |cx| {
             listener
                 .poll_accept(cx)
                 .map(|accepted| Some(accepted.map(|(stream, _)| stream)))
         });
+        let place = format!("{{ pipe: {{ path: \"{}\" }} }}", socket.display());
+        Ok(Self::serve(incoming, place))
+    }
+
+    /// Serves these connections, which are made to `place`.
+    pub(crate) fn serve<C>(
+        incoming: impl futures::Stream<Item = std::io::Result<C>> + Send + 'static,
+        place: String,
+    ) -> Self
+    where
+        C: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+        C: tonic::transport::server::Connected,
+    {
+        let (source, events) = OneView::new();
+        let cancel = CancellationToken::new();
+        let ads = AdsServer::new(source.clone(), Options::default(), cancel.clone());
         let router = tonic::transport::Server::builder().add_service(ads.service());
         let task = tokio::spawn(async move {
             let _ = router.serve_with_incoming(incoming).await;
         });
-        Ok(Self {
+        Self {
             source,
             events,
-            socket: socket.to_owned(),
+            place,
             cancel,
             task,
-        })
+        }
     }
 
     /// A bootstrap file that follows this server: the same for both proxies, but for how HTTP/2 is asked of a cluster.
@@ -133,9 +147,9 @@ static_resources:
     {http2}
     load_assignment:
       cluster_name: xds
-      endpoints: [ {{ lb_endpoints: [ {{ endpoint: {{ address: {{ pipe: {{ path: \"{}\" }} }} }} }} ] }} ]
+      endpoints: [ {{ lb_endpoints: [ {{ endpoint: {{ address: {} }} }} ] }} ]
 ",
-            self.socket.display()
+            self.place
         )
     }
 }

@@ -48,7 +48,7 @@ impl Pair {
         let cancel = CancellationToken::new();
         let follower = tokio::spawn(follow(
             harness.proxy.clone(),
-            Endpoint::Unix(ads.socket.clone()),
+            Endpoint::Unix(folder.path().join("xds.sock")),
             cancel.clone(),
         ));
         Some(Self {

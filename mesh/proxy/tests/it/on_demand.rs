@@ -13,9 +13,11 @@ use serin_proxy::control::{Options, Proxy};
 use serin_xds::ResourceType;
 use serin_xds::client::Endpoint;
 use serin_xds::pb::envoy::config::core::v3 as core;
+use serin_xds::pb::envoy::config::listener::v3 as listener;
 use serin_xds::pb::envoy::config::route::v3 as route;
 use serin_xds::pb::envoy::extensions::filters::http::on_demand::v3 as on_demand;
 use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
+use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp;
 use serin_xds::pb::envoy::service::discovery::v3::Resource;
 use tokio_util::sync::CancellationToken;
 
@@ -352,6 +354,54 @@ async fn a_request_for_an_unknown_cluster_waits_for_it_and_its_endpoints() {
     )
     .await;
     assert_eq!(waiting.await.unwrap(), (200, "late".to_owned()));
+}
+
+#[tokio::test]
+async fn a_connection_waits_for_its_cluster_where_its_proxy_says_so() {
+    let (proxy, mut link) = Followed::start(Limits::default()).await;
+    let late = Backend::named("late").await;
+    let waits = |timeout_ms| tcp::TcpProxy {
+        cluster_specifier: Some(tcp::tcp_proxy::ClusterSpecifier::Cluster("late".into())),
+        on_demand: Some(tcp::tcp_proxy::OnDemand {
+            odcds_config: aggregated(),
+            timeout: millis(timeout_ms),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    for (name, timeout) in [("long", 15_000), ("short", 50)] {
+        let chain = listener::FilterChain {
+            filters: vec![network_filter(
+                "envoy.filters.network.tcp_proxy",
+                Some(any(&waits(timeout))),
+            )],
+            ..Default::default()
+        };
+        let message = listener_of(name, core::TrafficDirection::Outbound, vec![chain]);
+        link.put(
+            ResourceType::Listener,
+            vec![resource(ResourceType::Listener, name, "1", &message)],
+        )
+        .await;
+    }
+    // Not in time: closed.
+    let short = proxy.proxy.listener_address("short").unwrap();
+    assert_eq!(raw(short, b"").await, "");
+    let at = proxy.proxy.listener_address("long").unwrap();
+    let request = b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
+    let waiting = tokio::spawn(raw(at, request));
+    link.subscribed(ResourceType::Cluster, "late").await;
+    let cluster = resource(ResourceType::Cluster, "late", "1", &eds_cluster("late"));
+    link.put(ResourceType::Cluster, vec![cluster]).await;
+    link.subscribed(ResourceType::Endpoints, "late").await;
+    assert!(!waiting.is_finished(), "it has no endpoints yet");
+    let endpoints = assignment("late", &[(late.address, "")]);
+    link.put(
+        ResourceType::Endpoints,
+        vec![resource(ResourceType::Endpoints, "late", "1", &endpoints)],
+    )
+    .await;
+    assert!(waiting.await.unwrap().ends_with("late"));
 }
 
 #[tokio::test]

@@ -26,6 +26,10 @@ fn tcp_chain(cluster: &str) -> listener::FilterChain {
 
 /// A listener that detects HTTP and passes everything else on, with detection limits switched off as istiod sends it.
 async fn detecting(harness: &Harness) -> std::net::SocketAddr {
+    detecting_before(harness, tcp_chain("tcp")).await
+}
+
+async fn detecting_before(harness: &Harness, otherwise: listener::FilterChain) -> std::net::SocketAddr {
     let mut http = http_chain(&manager("80"));
     http.filter_chain_match = Some(listener::FilterChainMatch {
         transport_protocol: "raw_buffer".into(),
@@ -33,7 +37,7 @@ async fn detecting(harness: &Harness) -> std::net::SocketAddr {
         ..Default::default()
     });
     let mut message = listener_of("l", core::TrafficDirection::Outbound, vec![http]);
-    message.default_filter_chain = Some(tcp_chain("tcp"));
+    message.default_filter_chain = Some(otherwise);
     message.listener_filters = vec![listener::ListenerFilter {
         name: "envoy.filters.listener.http_inspector".into(),
         ..Default::default()
@@ -130,6 +134,38 @@ async fn a_server_that_speaks_first_is_heard_and_a_slow_http_client_still_gets_h
     let mut answer = String::new();
     soon("an answer", slow.read_to_string(&mut answer)).await.unwrap();
     assert!(answer.ends_with("http"), "{answer}");
+}
+
+#[tokio::test]
+async fn a_server_that_speaks_first_is_not_heard_by_whom_the_rules_deny() {
+    use serin_xds::pb::envoy::config::rbac::v3 as rbac;
+    use serin_xds::pb::envoy::extensions::filters::network::rbac::v3 as network_rbac;
+    let harness = Harness::start();
+    let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    harness.cluster("tcp", &[socket.local_addr().unwrap()]).await;
+    let mut denied = tcp_chain("tcp");
+    denied.filters.insert(
+        0,
+        network_filter(
+            "envoy.filters.network.rbac",
+            Some(any(&network_rbac::Rbac {
+                rules: Some(rbac::Rbac::default()),
+                stat_prefix: "r".into(),
+                ..Default::default()
+            })),
+        ),
+    );
+    let at = detecting_before(&harness, denied).await;
+    let mut client = TcpStream::connect(at).await.unwrap();
+    let (mut server, _) = soon("the speculative connection", socket.accept()).await.unwrap();
+    server.write_all(b"220 hello\r\n").await.unwrap();
+    let mut heard = String::new();
+    soon("the end", client.read_to_string(&mut heard)).await.unwrap();
+    assert_eq!(heard, "");
+    assert_eq!(
+        harness.counter("envoy_rbac_denied", &[("envoy_tcp_prefix", "r")]),
+        1.0
+    );
 }
 
 #[tokio::test]

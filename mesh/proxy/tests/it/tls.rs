@@ -223,6 +223,67 @@ async fn a_client_that_says_nothing_is_let_go_when_the_handshake_takes_too_long(
 }
 
 #[tokio::test]
+async fn an_authorisation_service_is_told_the_clients_certificate_and_server_name() {
+    use crate::policies::services::{Asked, serve, service_cluster};
+    use serin_xds::pb::envoy::extensions::filters::http::ext_authz::v3 as authz;
+    use serin_xds::pb::envoy::service::auth::v3 as auth;
+    let service = Asked::new(|_: &auth::CheckRequest| Ok(auth::CheckResponse::default()));
+    let seen = service.seen.clone();
+    let (at_service, _server) = serve(
+        tonic::transport::Server::builder()
+            .add_service(auth::authorization_server::AuthorizationServer::new(service)),
+    )
+    .await;
+    let backend = Backend::named("hello").await;
+    let harness = Harness::start();
+    service_cluster(&harness, at_service).await;
+    harness.cluster("c", &[backend.address]).await;
+    harness.routes(crate::policies::to_c()).await;
+    let message = authz::ExtAuthz {
+        services: Some(authz::ext_authz::Services::GrpcService(core::GrpcService {
+            target_specifier: Some(core::grpc_service::TargetSpecifier::EnvoyGrpc(
+                core::grpc_service::EnvoyGrpc {
+                    cluster_name: "svc".into(),
+                    ..Default::default()
+                },
+            )),
+            ..Default::default()
+        })),
+        include_peer_certificate: true,
+        include_tls_session: true,
+        ..Default::default()
+    };
+    let manager = crate::policies::manager_with(vec![crate::fixture::http_filter(
+        "envoy.filters.http.ext_authz",
+        Some(crate::fixture::any(&message)),
+    )]);
+    let authority = Authority::new("ca");
+    let server = authority.issue(&["reviews"]);
+    let mut chain = http_chain(&manager);
+    chain.transport_socket = server_socket(
+        common(Some(&server), Some(authority.context()), &["http/1.1"]),
+        true,
+    );
+    let listener = listener_of("tls", core::TrafficDirection::Inbound, vec![chain]);
+    harness
+        .put(serin_xds::ResourceType::Listener, "tls", &listener)
+        .await;
+    let at = harness.proxy.listener_address("tls").unwrap();
+    let identity = authority.issue(&[CLIENT]);
+    let client = authority.client().identity(&identity).build();
+    assert_eq!(tls_get(at, &client, "reviews", "/").await.unwrap().0, 200);
+    let attributes = seen.lock()[0].attributes.clone().unwrap();
+    assert_eq!(attributes.tls_session.unwrap().sni, "reviews");
+    let source = attributes.source.unwrap();
+    assert_eq!(source.principal, CLIENT);
+    assert!(
+        source.certificate.starts_with("-----BEGIN%20CERTIFICATE-----%0A"),
+        "{}",
+        source.certificate
+    );
+}
+
+#[tokio::test]
 async fn clients_without_a_good_certificate_are_refused_and_counted_by_reason() {
     let authority = Authority::new("ca");
     let other = Authority::new("another ca");

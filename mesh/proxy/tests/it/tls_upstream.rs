@@ -255,6 +255,71 @@ async fn alpn_decides_the_http_version_and_more_requests_share_what_was_agreed()
 }
 
 #[tokio::test]
+async fn logs_tell_of_the_certificates_of_the_upstream_connection() {
+    use crate::policies::filter_state::{lines, log_to};
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("access.log");
+    let authority = Authority::new("ca");
+    let backend = Backend::named("hello").await;
+    let server = authority.issue(&[SERVER, "db.example"]);
+    let front = Front::start(&server, Some(&authority), &["http/1.1"], backend.address).await;
+    let harness = Harness::start();
+    let identity = authority.issue(&[CLIENT]);
+    let context = common(Some(&identity), Some(only_uri(authority.context(), SERVER)), &[]);
+    let socket = client_socket(context, "db.example");
+    harness
+        .put(ResourceType::Cluster, "c", &secured("c", socket))
+        .await;
+    harness.endpoints("c", &[front.address]).await;
+    harness.routes(crate::policies::to_c()).await;
+    let mut manager = crate::policies::manager_with(vec![]);
+    manager.access_log = vec![log_to(
+        &path,
+        "%UPSTREAM_PEER_URI_SAN% %UPSTREAM_PEER_DNS_SAN% %UPSTREAM_LOCAL_URI_SAN% %UPSTREAM_TLS_VERSION% \
+         %UPSTREAM_PEER_FINGERPRINT_256% %UPSTREAM_PEER_CERT%\n",
+    )];
+    let at = harness.listen(&manager, core::TrafficDirection::Outbound).await;
+    assert_eq!(get(at, "/").await.0, 200);
+    let line = lines(&path, 1).await.remove(0);
+    let parts: Vec<&str> = line.split(' ').collect();
+    assert_eq!(parts[..4], [SERVER, "db.example", CLIENT, "TLSv1.3"]);
+    let der = &server.der().0[0];
+    let hash = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, der);
+    let digits: String = hash.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(parts[4], digits);
+    assert!(parts[5].starts_with("-----BEGIN%20CERTIFICATE-----%0A"), "{line}");
+}
+
+#[tokio::test]
+async fn the_filter_state_may_name_the_server_of_upstream_tls() {
+    let authority = Authority::new("ca");
+    let backend = Backend::named("hello").await;
+    let mut front = Front::start(
+        &authority.issue(&["a.example", "b.example"]),
+        None,
+        &[],
+        backend.address,
+    )
+    .await;
+    let harness = Harness::start();
+    let socket = client_socket(common(None, Some(authority.context()), &[]), "a.example");
+    harness
+        .put(ResourceType::Cluster, "c", &secured("c", socket))
+        .await;
+    harness.endpoints("c", &[front.address]).await;
+    harness.routes(crate::policies::to_c()).await;
+    let name =
+        crate::policies::filter_state::object("envoy.network.upstream_server_name", "", "%REQ(x-server)%");
+    let manager = crate::policies::manager_with(vec![crate::policies::filter_state::on_requests(vec![name])]);
+    let at = harness.listen(&manager, core::TrafficDirection::Outbound).await;
+    let ask = async |fields: &[(&str, &str)]| crate::policies::get_with(at, "/", fields).await.0;
+    assert_eq!(ask(&[]).await, 200);
+    assert_eq!(front.next().await.server_name.as_deref(), Some("a.example"));
+    assert_eq!(ask(&[("x-server", "b.example")]).await, 200);
+    assert_eq!(front.next().await.server_name.as_deref(), Some("b.example"));
+}
+
+#[tokio::test]
 async fn the_server_name_follows_the_host_and_the_certificate_must_be_valid_for_it() {
     let authority = Authority::new("ca");
     let backend = Backend::named("hello").await;

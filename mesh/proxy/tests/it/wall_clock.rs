@@ -12,8 +12,9 @@ use serin_proxy::tls::secret::Secret;
 use crate::certificates::Authority;
 
 /// Files that may look, and why.
-const LOOKERS: [(&str, &str); 14] = [
+const LOOKERS: [(&str, &str); 15] = [
     ("bootstrap/", "start"),
+    ("config/store/received.rs", "when resources came, told"),
     ("control/admin.rs", "days left of certificates, told"),
     ("metrics/push.rs", "the time of a measurement, told"),
     ("observe/", "times in logs and spans, told"),

@@ -22,7 +22,7 @@ use tonic::{Code, Status, Streaming};
 use tracing::{debug, info, warn};
 
 use super::backoff::{Backoff, BackoffRange};
-use super::state::{ClientState, Incoming, Interest, ProtocolError, Receipt, Received};
+use super::state::{ClientState, Incoming, Interest, NameChanges, ProtocolError, Receipt, Received};
 use super::transport::{Endpoint, EndpointError, channel};
 use crate::refusal::Refusal;
 use crate::resource::ResourceType;
@@ -121,9 +121,16 @@ pub struct AdsClient {
     task: JoinHandle<()>,
 }
 
+/// What was said about a type's interest since the client's task looked: the last whole one, and names after it.
+#[derive(Debug, Default)]
+struct Said {
+    whole: Option<Interest>,
+    names: NameChanges,
+}
+
 #[derive(Debug, Default)]
 struct Shared {
-    interests: Mutex<[Interest; ResourceType::COUNT]>,
+    said: Mutex<[Said; ResourceType::COUNT]>,
     changed: Notify,
 }
 
@@ -163,23 +170,29 @@ impl AdsClient {
     ///
     /// What is no longer wanted is forgotten without a delivery: the caller knows.
     pub fn set_interest(&self, resource_type: ResourceType, interest: Interest) {
-        let mut interests = self.shared.interests.lock();
-        let current = &mut interests[resource_type.index()];
-        if *current != interest {
-            *current = interest;
-            drop(interests);
+        self.shared.said.lock()[resource_type.index()] = Said {
+            whole: Some(interest),
+            names: NameChanges::default(),
+        };
+        self.shared.changed.notify_one();
+    }
+
+    /// States which names are wanted too from now on, and which are not any more. Costs what has changed, where
+    /// [`Self::set_interest`] compares all names.
+    pub fn change_interest(&self, resource_type: ResourceType, changes: NameChanges) {
+        if !changes.is_empty() {
+            self.shared.said.lock()[resource_type.index()]
+                .names
+                .merge(changes);
             self.shared.changed.notify_one();
         }
     }
 
     /// Asks for one more resource by name (on demand), beside what is wanted already.
     pub fn want(&self, resource_type: ResourceType, name: impl Into<Arc<str>>) {
-        if self.shared.interests.lock()[resource_type.index()]
-            .names
-            .insert(name.into())
-        {
-            self.shared.changed.notify_one();
-        }
+        let mut changes = NameChanges::default();
+        changes.add(name);
+        self.change_interest(resource_type, changes);
     }
 
     /// How the connection stands, now and from now on.
@@ -351,11 +364,12 @@ impl Worker {
     }
 
     async fn ask<V: Variant>(&mut self, requests: &mpsc::Sender<V::Request>) -> Result<(), StreamEnd> {
-        for resource_type in ResourceType::ALL {
-            let interest = self.shared.interests.lock()[resource_type.index()].clone();
-            if *self.client.interest(resource_type) != interest {
+        let said = std::mem::take(&mut *self.shared.said.lock());
+        for (resource_type, said) in ResourceType::ALL.into_iter().zip(said) {
+            if let Some(interest) = said.whole {
                 self.client.set_interest(resource_type, interest);
             }
+            self.client.change_interest(resource_type, said.names);
         }
         while let Some(request) = V::next_request(&mut self.client) {
             requests.send(request).await.map_err(|_| StreamEnd::Closed)?;

@@ -9,7 +9,7 @@ use envoy_types::pb::envoy::service::discovery::v3::{
 use foldhash::fast::RandomState;
 
 use super::state::{
-    ClientState, Incoming, Interest, ProtocolError, Receipt, Received, WILDCARD, expected_type,
+    Announced, ClientState, Incoming, ProtocolError, Receipt, Received, WILDCARD, expected_type,
 };
 use crate::refusal::Refusal;
 use crate::resource::ResourceType;
@@ -18,32 +18,59 @@ impl ClientState {
     /// The next request that the interests call for; call until `None` after each change of interest and after
     /// [`ClientState::connected`].
     pub fn next_delta_request(&mut self) -> Option<DeltaDiscoveryRequest> {
-        let resource_type = ResourceType::ALL.into_iter().find(|resource_type| {
-            let state = &self.types[resource_type.index()];
-            match &state.announced {
-                Some(announced) => *announced != state.interest,
-                // An empty first request would mean "everything".
-                None => !state.interest.is_empty(),
-            }
-        })?;
+        let resource_type = ResourceType::ALL
+            .into_iter()
+            .find(|resource_type| self.types[resource_type.index()].is_to_be_announced())?;
         let node = self.node_once();
         let state = &mut self.types[resource_type.index()];
-        let known = state.announced.replace(state.interest.clone());
-        let initial_resource_versions = match known {
-            Some(_) => Default::default(),
-            None => state
-                .held
-                .iter()
-                .map(|(name, version)| (name.to_string(), version.to_string()))
-                .collect(),
+        let all = state.interest.all;
+        let mut next = Announced {
+            all,
+            ..Announced::default()
         };
-        let known = known.unwrap_or_default();
+        // What the server believes to be held, and is not, is given up first and asked for with the next request.
+        let mut given_up: Vec<String> = Vec::new();
+        if let Some(known) = &mut state.announced {
+            for name in known
+                .gained
+                .extract_if(.., |_, asked| *asked)
+                .map(|(name, _)| name)
+            {
+                given_up.push(name.to_string());
+                next.gained.insert(name, false);
+            }
+        }
+        let wildcard = |now: bool| now.then(|| WILDCARD.to_owned()).into_iter();
+        let text = |name: Arc<str>| name.to_string();
+        let (subscribe, unsubscribe, held) = match state.announced.replace(next) {
+            Some(known) => (
+                wildcard(all && !known.all)
+                    .chain(known.gained.into_keys().map(text))
+                    .collect(),
+                wildcard(known.all && !all)
+                    .chain(known.lost.into_iter().map(text))
+                    .chain(given_up)
+                    .collect(),
+                Default::default(),
+            ),
+            None => (
+                wildcard(all)
+                    .chain(state.interest.names.iter().cloned().map(text))
+                    .collect(),
+                Vec::new(),
+                state
+                    .held
+                    .iter()
+                    .map(|(name, version)| (name.to_string(), version.to_string()))
+                    .collect(),
+            ),
+        };
         Some(DeltaDiscoveryRequest {
             node,
             type_url: resource_type.type_url().to_owned(),
-            resource_names_subscribe: gained(&known, &state.interest),
-            resource_names_unsubscribe: gained(&state.interest, &known),
-            initial_resource_versions,
+            resource_names_subscribe: subscribe,
+            resource_names_unsubscribe: unsubscribe,
+            initial_resource_versions: held,
             ..DeltaDiscoveryRequest::default()
         })
     }
@@ -104,7 +131,10 @@ impl ClientState {
             .filter(|name| state.interest.includes(name) && !contradicted.contains(name.as_str()))
             .map(Arc::from)
             .collect();
-        state.aliases.retain(|_, resource| !removed.contains(resource));
+        if !state.aliases.is_empty() && !removed.is_empty() {
+            let gone: HashSet<&str> = removed.iter().map(|name| &**name).collect();
+            state.aliases.retain(|_, resource| !gone.contains(&**resource));
+        }
         let receipt = Receipt {
             resource_type,
             id: self.hand_over(resource_type, &upserted),
@@ -150,13 +180,4 @@ fn contradicted(resources: &[Resource], removed: &[String]) -> BTreeSet<Arc<str>
         }
     }
     out
-}
-
-/// The names that `after` asks for and `before` did not.
-fn gained(before: &Interest, after: &Interest) -> Vec<String> {
-    let wildcard = (after.all && !before.all).then(|| WILDCARD.to_owned());
-    wildcard
-        .into_iter()
-        .chain(after.names.difference(&before.names).map(|name| name.to_string()))
-        .collect()
 }

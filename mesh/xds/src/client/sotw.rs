@@ -12,7 +12,7 @@ use envoy_types::pb::envoy::service::discovery::v3::{DiscoveryRequest, Discovery
 use envoy_types::pb::google::protobuf::Any;
 use prost::Message;
 
-use super::state::{ClientState, Incoming, ProtocolError, Receipt, Received, expected_type};
+use super::state::{Announced, ClientState, Incoming, ProtocolError, Receipt, Received, expected_type};
 use crate::digest;
 use crate::refusal::Refusal;
 use crate::resource::ResourceType;
@@ -31,12 +31,8 @@ impl ClientState {
     /// [`ClientState::connected`].
     pub fn next_sotw_request(&mut self) -> Option<DiscoveryRequest> {
         let resource_type = ResourceType::ALL.into_iter().find(|resource_type| {
-            let state = &self.types[resource_type.index()];
             *resource_type != ResourceType::VirtualHost
-                && match &state.announced {
-                    Some(announced) => *announced != state.interest,
-                    None => !state.interest.is_empty(),
-                }
+                && self.types[resource_type.index()].is_to_be_announced()
         })?;
         Some(self.sotw_request(resource_type))
     }
@@ -44,7 +40,10 @@ impl ClientState {
     fn sotw_request(&mut self, resource_type: ResourceType) -> DiscoveryRequest {
         let node = self.node_once();
         let state = &mut self.types[resource_type.index()];
-        state.announced = Some(state.interest.clone());
+        state.announced = Some(Announced {
+            all: state.interest.all,
+            ..Announced::default()
+        });
         DiscoveryRequest {
             version_info: state.version_info.clone(),
             node,

@@ -3,7 +3,7 @@
 //! The two wire variants are in `delta.rs` and `sotw.rs`; both work on this state. No clock, no network: a history of
 //! requests, responses and verdicts is a test.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -50,6 +50,56 @@ impl Interest {
 
     pub(crate) fn includes(&self, name: &str) -> bool {
         self.all || self.names.contains(name)
+    }
+}
+
+/// What becomes of one name in an interest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum NameChange {
+    Added,
+    Removed,
+    /// Removed and added again: what was held is forgotten, so it must be asked for again.
+    Renewed,
+}
+
+/// Names that are wanted from now on and names that are not, in the order in which that was found out: what a large interest
+/// is kept up to date with at the cost of what has changed. Bounded by the number of names.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NameChanges(BTreeMap<Arc<str>, NameChange>);
+
+impl NameChanges {
+    /// From now on it is wanted.
+    pub fn add(&mut self, name: impl Into<Arc<str>>) {
+        self.0
+            .entry(name.into())
+            .and_modify(|change| {
+                if *change == NameChange::Removed {
+                    *change = NameChange::Renewed;
+                }
+            })
+            .or_insert(NameChange::Added);
+    }
+
+    /// From now on it is not.
+    pub fn remove(&mut self, name: impl Into<Arc<str>>) {
+        self.0.insert(name.into(), NameChange::Removed);
+    }
+
+    /// Whether nothing has changed.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// What happened afterwards, added to this.
+    pub(crate) fn merge(&mut self, later: Self) {
+        for (name, change) in later.0 {
+            if change != NameChange::Added {
+                self.remove(name.clone());
+            }
+            if change != NameChange::Removed {
+                self.add(name);
+            }
+        }
     }
 }
 
@@ -119,12 +169,23 @@ pub(super) struct TypeState {
     /// forgets it, even if the interest comes back before the verdict.
     pub(super) in_hand: HashMap<u64, HashSet<Arc<str>>, RandomState>,
     /// What the server has been told on this stream; `None` before the first request of this type.
-    pub(super) announced: Option<Interest>,
+    pub(super) announced: Option<Announced>,
     /// Names that were asked for on demand → the resource that came for them.
     pub(super) aliases: HashMap<Arc<str>, Arc<str>, RandomState>,
     /// Nonce and version of the last response and the last accepted one; state of the world only.
     pub(super) nonce: String,
     pub(super) version_info: String,
+}
+
+/// What the server has been told of an interest, as the difference to the interest: it is small where that is large.
+#[derive(Debug, Default)]
+pub(super) struct Announced {
+    /// Whether it was asked for everything.
+    pub(super) all: bool,
+    /// Names that it is yet to be asked for, and whether it was asked for them before.
+    pub(super) gained: BTreeMap<Arc<str>, bool>,
+    /// Names that it is yet to be told are not wanted any more.
+    pub(super) lost: BTreeSet<Arc<str>>,
 }
 
 impl ClientState {
@@ -143,24 +204,67 @@ impl ClientState {
     /// everything is wanted: the server sends them again if they are part of everything.
     pub fn set_interest(&mut self, resource_type: ResourceType, interest: Interest) {
         let state = &mut self.types[resource_type.index()];
-        let given_up: Vec<_> = state
-            .interest
-            .names
-            .difference(&interest.names)
-            .cloned()
-            .collect();
-        let mut gone: HashSet<Arc<str>> = given_up.iter().cloned().collect();
-        gone.extend(given_up.iter().filter_map(|name| state.aliases.remove(name)));
+        let mut changes = NameChanges::default();
+        for name in state.interest.names.difference(&interest.names) {
+            changes.remove(name.clone());
+        }
+        for name in interest.names.difference(&state.interest.names) {
+            changes.add(name.clone());
+        }
+        let narrowed = state.interest.all && !interest.all;
+        state.interest.all = interest.all;
+        self.change_interest(resource_type, changes);
+        if narrowed {
+            let state = &mut self.types[resource_type.index()];
+            let names = &state.interest.names;
+            state.held.retain(|name, _| names.contains(name));
+            for in_hand in state.in_hand.values_mut() {
+                in_hand.retain(|name| names.contains(name));
+            }
+        }
+    }
+
+    /// The same for names beside those that are wanted already, and for names of these: costs what changes.
+    pub fn change_interest(&mut self, resource_type: ResourceType, changes: NameChanges) {
+        let state = &mut self.types[resource_type.index()];
+        let mut gone: HashSet<Arc<str>> = HashSet::new();
+        for (name, change) in changes.0 {
+            if change != NameChange::Added && state.interest.names.remove(&name) {
+                if let Some(announced) = &mut state.announced
+                    && announced.gained.remove(&name) != Some(false)
+                {
+                    announced.lost.insert(name.clone());
+                }
+                gone.extend(state.aliases.remove(&name));
+                gone.insert(name.clone());
+            }
+            if change != NameChange::Removed
+                && state.interest.names.insert(name.clone())
+                && let Some(announced) = &mut state.announced
+            {
+                // What was held under a name that has been given up meanwhile is forgotten, so it is asked for again.
+                let known = announced.lost.remove(&name);
+                announced.gained.insert(name, known);
+            }
+        }
+        if gone.is_empty() {
+            return;
+        }
         // Another name that is still asked for may stand for the same resource.
-        for resource in state.aliases.values() {
-            gone.remove(resource);
+        let TypeState {
+            aliases, interest, ..
+        } = &*state;
+        for resource in aliases.values() {
+            if interest.includes(resource) {
+                gone.remove(resource);
+            }
         }
-        let keep = |name: &Arc<str>| interest.includes(name) && !gone.contains(name);
-        state.held.retain(|name, _| keep(name));
-        for names in state.in_hand.values_mut() {
-            names.retain(keep);
+        for name in gone {
+            state.held.remove(&name);
+            for in_hand in state.in_hand.values_mut() {
+                in_hand.remove(&name);
+            }
         }
-        state.interest = interest;
     }
 
     /// What is wanted of a type.
@@ -201,17 +305,21 @@ impl ClientState {
     /// Takes over what the consumer accepted; returns the `error_detail` if it refused anything.
     pub(super) fn settle(&mut self, receipt: &Receipt, mut refusals: Vec<Refusal>) -> Option<Status> {
         let state = &mut self.types[receipt.resource_type.index()];
-        refusals.retain(|refusal| receipt.upserted.iter().any(|(name, _)| *name == refusal.name));
+        if !refusals.is_empty() {
+            let sent: HashSet<&str> = receipt.upserted.iter().map(|(name, _)| &**name).collect();
+            refusals.retain(|refusal| sent.contains(&*refusal.name));
+        }
+        let refused: HashSet<&str> = refusals.iter().map(|refusal| &*refusal.name).collect();
         let in_hand = state.in_hand.remove(&receipt.id).unwrap_or_default();
         for (name, version) in &receipt.upserted {
-            let refused = refusals.iter().any(|refusal| refusal.name == *name);
-            if !refused && in_hand.contains(name) {
+            if !refused.contains(&**name) && in_hand.contains(name) {
                 state.held.insert(name.clone(), version.clone());
             }
         }
         for name in &receipt.removed {
             state.held.remove(name);
         }
+        drop(refused);
         refusals.extend(receipt.malformed.iter().cloned());
         (!refusals.is_empty()).then(|| Status {
             code: refusal::INVALID_ARGUMENT,
@@ -222,6 +330,19 @@ impl ClientState {
 }
 
 impl TypeState {
+    /// Whether the server is to be told something about what is wanted.
+    pub(super) fn is_to_be_announced(&self) -> bool {
+        match &self.announced {
+            Some(announced) => {
+                announced.all != self.interest.all
+                    || !announced.gained.is_empty()
+                    || !announced.lost.is_empty()
+            }
+            // An empty first request would mean "everything".
+            None => !self.interest.is_empty(),
+        }
+    }
+
     /// Notes which of the names that are asked for a resource came for; whether one of them was not known yet.
     pub(super) fn note_aliases(&mut self, resource: &str, aliases: &[String]) -> bool {
         let mut news = false;

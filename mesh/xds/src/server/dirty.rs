@@ -1,22 +1,19 @@
 //! A set of names that await sending, each with the sequence number of the change that made it so.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use foldhash::fast::RandomState;
-
-/// Room that is kept for later when everything was taken.
-const KEPT: usize = 32;
-
-/// Names with sequence numbers, and the lowest of these at hand.
+/// Names with sequence numbers, and the lowest of these at hand. What is taken costs what is taken, however much waits: a
+/// large view goes out in many responses.
 #[derive(Debug, Default)]
 pub(super) struct Dirty {
-    names: HashMap<Arc<str>, Span, RandomState>,
-    oldest: u64,
+    names: BTreeMap<Arc<str>, Span>,
+    /// First numbers, and how many names have each.
+    firsts: BTreeMap<u64, usize>,
 }
 
 /// The changes that a waiting name has gone through.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug)]
 struct Span {
     /// The first: whoever depends on it must wait for this name.
     first: u64,
@@ -31,30 +28,35 @@ impl Dirty {
 
     /// The lowest sequence number within, `u64::MAX` when empty.
     pub(super) fn oldest(&self) -> u64 {
-        if self.names.is_empty() {
-            u64::MAX
-        } else {
-            self.oldest
-        }
+        self.firsts
+            .first_key_value()
+            .map_or(u64::MAX, |(first, _)| *first)
     }
 
     /// Adds a name. One that waits already has gone through one more change.
     pub(super) fn insert(&mut self, name: &Arc<str>, sequence: u64) {
-        self.oldest = self.oldest().min(sequence);
-        let span = self.names.entry(name.clone()).or_insert(Span {
+        let mut span = Span {
             first: sequence,
             last: sequence,
-        });
-        span.first = span.first.min(sequence);
-        span.last = span.last.max(sequence);
+        };
+        if let Some(before) = self.names.get_mut(name) {
+            span.first = span.first.min(before.first);
+            span.last = span.last.max(before.last);
+            let before = std::mem::replace(before, span);
+            if before.first == span.first {
+                return;
+            }
+            self.leave(before.first);
+        } else {
+            self.names.insert(name.clone(), span);
+        }
+        *self.firsts.entry(span.first).or_default() += 1;
     }
 
     /// Takes a name out; returns its first number if it was there.
     pub(super) fn remove(&mut self, name: &str) -> Option<u64> {
         let span = self.names.remove(name)?;
-        if span.first == self.oldest {
-            self.refresh();
-        }
+        self.leave(span.first);
         Some(span.first)
     }
 
@@ -69,51 +71,25 @@ impl Dirty {
         if self.oldest() >= barrier {
             return (Vec::new(), u64::MAX);
         }
-        let mut ready: Vec<_> = self
+        let taken: Vec<Arc<str>> = self
             .names
             .iter()
             .filter(|(_, span)| span.last < barrier)
+            .map(|(name, _)| name)
+            .take(most)
+            .take_while(|name| limit(name))
+            .cloned()
             .collect();
-        if ready.len() > most {
-            // Only what may be taken is sorted: a large view goes out in many responses.
-            ready.select_nth_unstable(most);
-            ready.truncate(most);
-        }
-        ready.sort_unstable();
-        let mut lowest = u64::MAX;
-        let mut taken = Vec::with_capacity(ready.len());
-        for (name, span) in ready {
-            if !limit(name) {
-                break;
-            }
-            lowest = lowest.min(span.first);
-            taken.push(name.clone());
-        }
-        if taken.len() == self.names.len() {
-            if self.names.capacity() > KEPT {
-                // A proxy that has its first view changes little from then on.
-                self.names = HashMap::default();
-            } else {
-                self.names.clear();
-            }
-        } else {
-            for name in &taken {
-                self.names.remove(name);
-            }
-            self.refresh();
-        }
-        (taken, lowest)
+        let lowest = taken.iter().filter_map(|name| self.remove(name)).min();
+        (taken, lowest.unwrap_or(u64::MAX))
     }
 
-    /// Finds the lowest number again; stops early where many share it.
-    fn refresh(&mut self) {
-        let mut lowest = u64::MAX;
-        for span in self.names.values() {
-            lowest = lowest.min(span.first);
-            if lowest == self.oldest {
-                break;
+    fn leave(&mut self, first: u64) {
+        if let Some(count) = self.firsts.get_mut(&first) {
+            *count -= 1;
+            if *count == 0 {
+                self.firsts.remove(&first);
             }
         }
-        self.oldest = lowest;
     }
 }

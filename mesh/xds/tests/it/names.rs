@@ -2,15 +2,16 @@
 
 use std::time::Duration;
 
-use serin_xds::ResourceType::{Cluster, VirtualHost};
-use serin_xds::client::Interest;
+use serin_xds::Change;
+use serin_xds::ResourceType::{Cluster, Endpoints, VirtualHost};
 use serin_xds::client::state::ClientState;
+use serin_xds::client::{Interest, NameChanges};
 use serin_xds::pb::envoy::service::discovery::v3::{DeltaDiscoveryResponse, Resource};
 use serin_xds::pb::google::protobuf::Any;
 use serin_xds::server::Options;
 use serin_xds::server::connection::Connection;
 
-use crate::support::resource;
+use crate::support::{Link, resource};
 
 fn everything_and(names: &[&str]) -> Interest {
     Interest {
@@ -96,4 +97,65 @@ fn a_name_that_is_given_up_while_its_resource_is_under_way_is_sent_again() {
     server.unsubscribe(Cluster, false, ["c"]);
     server.answer(Cluster, first.nonce, None);
     assert_eq!(server.poll(Duration::ZERO).unwrap().upserted.len(), 1);
+}
+
+#[test]
+fn a_name_that_is_given_up_and_wanted_again_at_once_comes_again_also_if_its_resource_is_on_its_way() {
+    for on_its_way in 0..4 {
+        let mut link = Link::new();
+        link.apply(vec![Change::Upsert(resource(Endpoints, "a", "1"))]);
+        link.set_interest(Endpoints, Interest::names(["a", "b"]));
+        // Nothing has happened yet, the server has sent it, it is with the consumer, or the server knows that it is held.
+        let steps: [fn(&mut Link); 3] = [
+            |link| assert!(link.deliver_to_server(false)),
+            |link| assert!(link.deliver_to_client(false)),
+            |link| {
+                link.settle();
+                link.deliver_to_server(false);
+            },
+        ];
+        for step in steps.iter().take(on_its_way) {
+            step(&mut link);
+        }
+        link.renew(Endpoints, &["a"]);
+        link.quiesce();
+        let key = (Endpoints, "a".into());
+        assert!(link.running.contains_key(&key), "after {on_its_way} steps");
+        assert_eq!(link.client.held(Endpoints).count(), 1, "after {on_its_way} steps");
+        link.log.clear();
+        link.quiesce();
+        assert!(link.log.is_empty(), "{:?}", link.log);
+    }
+}
+
+#[test]
+fn changes_of_names_ask_for_what_is_new_and_give_up_what_is_gone() {
+    let mut client = ClientState::new(Default::default());
+    let change = |added: &[&str], removed: &[&str]| {
+        let mut changes = NameChanges::default();
+        for name in added {
+            changes.add(*name);
+        }
+        for name in removed {
+            changes.remove(*name);
+        }
+        changes
+    };
+    client.change_interest(Endpoints, change(&["a", "b"], &[]));
+    let first = client.next_delta_request().unwrap();
+    assert_eq!(first.resource_names_subscribe, ["a", "b"]);
+    client.change_interest(Endpoints, change(&["c"], &["a"]));
+    client.change_interest(Endpoints, change(&["d"], &["c", "never"]));
+    let second = client.next_delta_request().unwrap();
+    assert_eq!(second.resource_names_subscribe, ["d"]);
+    assert_eq!(second.resource_names_unsubscribe, ["a"]);
+    assert!(client.next_delta_request().is_none());
+    assert!(
+        client
+            .interest(Endpoints)
+            .names
+            .iter()
+            .map(|name| &**name)
+            .eq(["b", "d"])
+    );
 }

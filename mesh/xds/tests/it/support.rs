@@ -285,6 +285,17 @@ impl Link {
         self.client.set_interest(resource_type, interest);
         self.ask();
     }
+
+    /// Names are given up and wanted again before the server hears of either; what they stand for is run no more.
+    pub(crate) fn renew(&mut self, resource_type: ResourceType, names: &[&str]) {
+        let mut changes = serin_xds::client::NameChanges::default();
+        for name in names {
+            self.running.remove(&(resource_type, Arc::from(*name)));
+            changes.remove(*name);
+            changes.add(*name);
+        }
+        self.client.change_interest(resource_type, changes);
+    }
 }
 
 pub(crate) fn prost_decode<M: prost::Message + Default>(bytes: &[u8]) -> M {

@@ -76,7 +76,13 @@ fn policies_within_policies_bring_localities_and_subsets() {
         ..Default::default()
     };
     let out = Balancing::compile(&list(vec![policy("subset.v3.Subset", &subset)])).unwrap();
-    assert_eq!(out.lb, LbPolicy::LeastRequest { choices: 0 });
+    assert_eq!(
+        out.lb,
+        LbPolicy::LeastRequest {
+            choices: 0,
+            bias: 1000
+        }
+    );
     assert!(out.locality_weighted);
     assert_eq!(out.subsets.unwrap().selectors.len(), 1);
 }
@@ -101,7 +107,7 @@ fn the_older_fields_are_refused_beside_a_list_and_half_known_options_by_name() {
         lb_config: Some(cluster::cluster::LbConfig::LeastRequestLbConfig(
             cluster::cluster::LeastRequestLbConfig {
                 active_request_bias: Some(core::RuntimeDouble {
-                    default_value: 2.0,
+                    default_value: -1.0,
                     runtime_key: String::new(),
                 }),
                 ..Default::default()

@@ -13,6 +13,7 @@ use crate::config::tunneling::Tunneling;
 use crate::config::weighted::{Turn, Weights};
 use crate::error::{Refusal, Within};
 use crate::observe::access_log::AccessLogs;
+use crate::policy::on_demand::OnDemandClusters;
 
 /// A compiled TCP proxy.
 #[derive(Debug)]
@@ -26,6 +27,10 @@ pub struct TcpProxy {
     /// The cluster is the one that the server name names (`sni_cluster`); without a name, or with an unknown one, it is
     /// that of `targets`.
     pub by_server_name: Option<Directory>,
+    /// Whether connections wait for a cluster that does not exist.
+    pub on_demand: Option<OnDemandClusters>,
+    /// Clusters by name, where network filters may name one in the filter state.
+    pub by_state: Option<Directory>,
     /// Connections go on within a CONNECT.
     pub tunneling: Option<Box<Tunneling>>,
     /// Limit of silence.
@@ -64,7 +69,6 @@ impl TcpProxy {
         use tcp_v3::tcp_proxy::ClusterSpecifier;
         let options = from.access_log_options.as_ref();
         let unsupported = [
-            ("on_demand", from.on_demand.is_some()),
             ("downstream_idle_timeout", from.downstream_idle_timeout.is_some()),
             ("upstream_idle_timeout", from.upstream_idle_timeout.is_some()),
             ("backoff_options", from.backoff_options.is_some()),
@@ -140,6 +144,12 @@ impl TcpProxy {
             criteria: Criteria::compile(from.metadata_match.as_ref(), None),
             target_criteria,
             by_server_name: None,
+            by_state: None,
+            on_demand: from
+                .on_demand
+                .as_ref()
+                .map_or(Ok(None), OnDemandClusters::of_tcp)
+                .within("on_demand")?,
             idle_timeout: match &from.idle_timeout {
                 None => Some(Duration::from_secs(3600)),
                 given => convert::timeout(given.as_ref()).within("idle_timeout")?,

@@ -8,6 +8,7 @@ use crate::config::convert::Fraction;
 use crate::config::matchers::{HeaderMatch, QueryMatch, RequestView, StringMatch, full_regex, has_prefix};
 use crate::config::runtime::{Runtime, RuntimeFraction};
 use crate::error::{Refusal, Within};
+use crate::policy::filter_state::StateMatch;
 use crate::policy::metadata::{Metadata, MetadataMatch};
 use crate::policy::uri_template::UriTemplate;
 use crate::tls::info::ConnectionTls;
@@ -58,12 +59,6 @@ impl RouteMatch {
                 PathMatch::Template(compile_match(policy).within("path_match_policy")?)
             }
         };
-        if !from.filter_state.is_empty() {
-            return Err(Refusal::new(
-                "filter_state",
-                "filter state matchers are not supported",
-            ));
-        }
         Ok(Self {
             path,
             case_insensitive: from.case_sensitive.as_ref().is_some_and(|value| !value.value),
@@ -88,11 +83,6 @@ impl RouteMatch {
                 .within("runtime_fraction")?,
             more: MoreMatch::compile(from)?,
         })
-    }
-
-    /// Whether it is for that request, of whose connection nothing is known.
-    pub(crate) fn test(&self, request: &RequestView<'_>, random: &impl Fn() -> u64) -> bool {
-        self.test_with(request, &RouteFacts::default(), random)
     }
 
     /// Whether it is for that request.
@@ -145,6 +135,7 @@ impl RouteMatch {
 struct MoreMatch {
     cookies: Box<[CookieMatch]>,
     metadata: Box<[MetadataMatch]>,
+    state: Box<[StateMatch]>,
     /// Whether the client showed a certificate.
     presented: Option<bool>,
     /// Whether that was verified.
@@ -153,7 +144,11 @@ struct MoreMatch {
 
 impl MoreMatch {
     fn compile(from: &route::RouteMatch) -> Result<Option<Box<Self>>, Refusal> {
-        if from.cookies.is_empty() && from.dynamic_metadata.is_empty() && from.tls_context.is_none() {
+        if from.cookies.is_empty()
+            && from.dynamic_metadata.is_empty()
+            && from.filter_state.is_empty()
+            && from.tls_context.is_none()
+        {
             return Ok(None);
         }
         let flag = |value: &Option<serin_xds::pb::google::protobuf::BoolValue>| {
@@ -175,6 +170,12 @@ impl MoreMatch {
                     MetadataMatch::compile(message).within(format!("dynamic_metadata[{index}]"))
                 })
                 .collect::<Result<_, _>>()?,
+            state: from
+                .filter_state
+                .iter()
+                .enumerate()
+                .map(|(index, message)| StateMatch::compile(message).within(format!("filter_state[{index}]")))
+                .collect::<Result<_, _>>()?,
             presented: tls.and_then(|tls| flag(&tls.presented)),
             validated: tls.and_then(|tls| flag(&tls.validated)),
         })))
@@ -191,6 +192,7 @@ impl MoreMatch {
         let metadata = facts.metadata.unwrap_or(&nothing);
         self.cookies.iter().all(|cookie| cookie.matches(request))
             && self.metadata.iter().all(|matcher| matcher.matches(metadata))
+            && self.state.iter().all(|matcher| matcher.matches(&metadata.state))
             && certificate(self.presented, |tls| tls.peer.is_some())
             && certificate(self.validated, |tls| tls.peer_validated)
     }

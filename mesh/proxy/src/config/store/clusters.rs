@@ -3,11 +3,10 @@
 use std::sync::Arc;
 
 use prost::Message;
-use serin_xds::ResourceType;
 use serin_xds::pb::envoy::config::cluster::v3 as pb_cluster;
 use serin_xds::pb::envoy::config::endpoint::v3 as pb_endpoint;
 
-use super::{Store, Update, Waiting, decode};
+use super::{Kept, Store, Update, Waiting, decode};
 use crate::clock::now_ms;
 use crate::config::cluster::{Cluster, Discovery};
 use crate::config::convert::Address;
@@ -50,12 +49,14 @@ impl Store {
             ));
         }
         let slot = self.slots.cluster(update.name);
-        if let Discovery::Eds(name) = &cluster.discovery {
-            self.eds
-                .entry(name.clone())
-                .or_default()
-                .insert(slot.name.clone());
+        let before = self.eds_names_of(&slot.name);
+        if let Discovery::Eds(name) = &cluster.discovery
+            && !self.eds.is_held_by(name, &slot.name)
+        {
+            let known = self.assignments.contains_key(name);
+            self.eds.hold(name, &slot.name, known);
         }
+        let name = slot.name.clone();
         let ready = cluster.secrets().all(|secret| secret.version() > 0);
         let waiting = Waiting {
             item: (cluster, own),
@@ -68,7 +69,36 @@ impl Store {
             // Until its secrets are here the one before stays in use.
             self.warming.clusters.insert(slot.name.clone(), waiting);
         }
+        self.leave_eds_names(&name, before);
         Ok(())
+    }
+
+    /// The EDS names of a cluster: as it is, and as it will be.
+    fn eds_names_of(&self, name: &str) -> Vec<Box<str>> {
+        let eds = |cluster: &Cluster| match &cluster.discovery {
+            Discovery::Eds(name) => Some(name.clone()),
+            _ => None,
+        };
+        let active = self.clusters.get(name).and_then(|slot| slot.config());
+        let waiting = self.warming.clusters.get(name);
+        active
+            .and_then(|config| eds(&config))
+            .into_iter()
+            .chain(waiting.and_then(|waiting| eds(&waiting.item.0)))
+            .collect()
+    }
+
+    /// A cluster has changed that used these EDS names: those that it uses no more lose it.
+    fn leave_eds_names(&mut self, cluster: &str, before: Vec<Box<str>>) {
+        if before.is_empty() {
+            return;
+        }
+        let now = self.eds_names_of(cluster);
+        for name in before.iter().filter(|name| !now.contains(name)) {
+            if self.eds.is_held_by(name, cluster) && self.eds.release(name, cluster) {
+                self.assignments.remove(name);
+            }
+        }
     }
 
     pub(super) fn activate_cluster(
@@ -76,65 +106,66 @@ impl Store {
         slot: Arc<ClusterSlot>,
         (cluster, own): (Cluster, Option<EndpointSet>),
     ) {
-        let old_eds = slot.config().and_then(|old| match &old.discovery {
-            Discovery::Eds(name) => Some(name.clone()),
-            _ => None,
-        });
-        if let Some(old) = old_eds
-            && cluster.discovery != Discovery::Eds(old.clone())
-        {
-            self.forget_eds_user(&old, &slot.name);
-        }
+        let before = self.eds_names_of(&slot.name);
+        let name = slot.name.clone();
         let mut endpoints = None;
         if let Discovery::Eds(name) = &cluster.discovery {
             endpoints = self
                 .assignments
                 .get(name)
-                .and_then(|body| pb_endpoint::ClusterLoadAssignment::decode(&**body).ok())
+                .and_then(|kept| pb_endpoint::ClusterLoadAssignment::decode(&*kept.body).ok())
                 .and_then(|assignment| EndpointSet::compile(&assignment, slot.endpoints().as_deref()).ok());
         }
-        slot.set_config(Some(Arc::new(cluster)));
+        let cluster = Arc::new(cluster);
+        self.note_kind(&slot, Some(&cluster));
+        slot.set_config(Some(cluster));
+        self.clusters.insert(slot.name.clone(), slot.clone());
         if let Some(set) = own.or(endpoints) {
-            self.note_membership(&slot, Some(&set));
-            slot.set_endpoints(Some(Arc::new(set)));
+            self.set_endpoints(&slot, set);
         }
-        self.clusters.insert(slot.name.clone(), slot);
+        self.leave_eds_names(&name, before);
     }
 
-    fn forget_eds_user(&mut self, eds_name: &str, cluster: &str) {
-        if let Some(users) = self.eds.get_mut(eds_name) {
-            users.remove(cluster);
-            if users.is_empty() {
-                self.eds.remove(eds_name);
-                self.assignments.remove(eds_name);
-                self.answered.remove(&(ResourceType::Endpoints, eds_name.into()));
-            }
+    /// Notes what is done for a cluster in the background; nothing for one that is gone.
+    fn note_kind(&mut self, slot: &Arc<ClusterSlot>, config: Option<&Cluster>) {
+        if config.is_some_and(|config| matches!(config.discovery, Discovery::Dns { .. })) {
+            self.dns.insert(slot.name.clone(), slot.clone());
+        } else {
+            self.dns.remove(&slot.name);
+        }
+        if config.is_some_and(|config| !config.health_checks.is_empty()) {
+            self.checked.insert(slot.name.clone(), slot.clone());
+            self.checked_version += 1;
+        } else if self.checked.remove(&slot.name).is_some() {
+            self.checked_version += 1;
+        }
+    }
+
+    /// Replaces the endpoints of a cluster.
+    fn set_endpoints(&mut self, slot: &Arc<ClusterSlot>, set: EndpointSet) {
+        self.note_membership(slot, Some(&set));
+        slot.set_endpoints(Some(Arc::new(set)));
+        if self.checked.contains_key(&slot.name) {
+            self.checked_version += 1;
         }
     }
 
     pub(super) fn remove_cluster(&mut self, name: &str) {
         self.slots.secrets.forget(Side::Cluster, name);
-        if let Some(waiting) = self.warming.clusters.remove(name)
-            && let Discovery::Eds(eds_name) = &waiting.item.0.discovery
-        {
-            self.forget_eds_user(eds_name, name);
+        let before = self.eds_names_of(name);
+        self.warming.clusters.remove(name);
+        if let Some(slot) = self.clusters.remove(name) {
+            slot.set_config(None);
+            slot.set_endpoints(None);
+            self.note_kind(&slot, None);
+            self.note_membership(&slot, None);
         }
-        let Some(slot) = self.clusters.remove(name) else {
-            return;
-        };
-        if let Some(config) = slot.config()
-            && let Discovery::Eds(eds_name) = &config.discovery
-        {
-            self.forget_eds_user(eds_name, name);
-        }
-        slot.set_config(None);
-        slot.set_endpoints(None);
-        self.note_membership(&slot, None);
+        self.leave_eds_names(name, before);
     }
 
     pub(super) fn put_endpoints(&mut self, update: &Update<'_>) -> Result<(), Refusal> {
         let message = decode::<pb_endpoint::ClusterLoadAssignment>(update)?;
-        let users: Vec<_> = self.eds.get(update.name).into_iter().flatten().cloned().collect();
+        let users = self.eds.users(update.name).to_vec();
         let mut compiled = Vec::with_capacity(users.len());
         for user in &users {
             if let Some(slot) = self.clusters.get(user) {
@@ -148,23 +179,27 @@ impl Store {
             EndpointSet::compile(&message, None)?;
         }
         for (slot, set) in compiled {
-            self.note_membership(&slot, Some(&set));
-            slot.set_endpoints(Some(Arc::new(set)));
+            self.set_endpoints(&slot, set);
         }
-        self.assignments.insert(update.name.into(), update.body.into());
+        match self.assignments.get_mut(update.name) {
+            Some(kept) => *kept = Kept::now(update.body),
+            None => {
+                self.assignments
+                    .insert(update.name.into(), Kept::now(update.body));
+            }
+        }
         Ok(())
     }
 
     pub(super) fn remove_endpoints(&mut self, name: &str) {
         self.assignments.remove(name);
-        let users = self.eds.get(name).into_iter().flatten();
+        let users = self.eds.users(name).iter();
         let slots: Vec<_> = users
             .filter_map(|user| self.clusters.get(user))
             .cloned()
             .collect();
         for slot in slots {
-            slot.set_endpoints(Some(Arc::new(EndpointSet::default())));
-            self.note_membership(&slot, None);
+            self.set_endpoints(&slot, EndpointSet::default());
         }
     }
 
@@ -174,10 +209,9 @@ impl Store {
         cluster: &str,
         assignment: &pb_endpoint::ClusterLoadAssignment,
     ) -> Result<(), Refusal> {
-        if let Some(slot) = self.clusters.get(cluster) {
+        if let Some(slot) = self.clusters.get(cluster).cloned() {
             let set = EndpointSet::compile(assignment, slot.endpoints().as_deref())?;
-            slot.set_endpoints(Some(Arc::new(set)));
-            self.answered.insert((ResourceType::Endpoints, cluster.into()));
+            self.set_endpoints(&slot, set);
         }
         Ok(())
     }

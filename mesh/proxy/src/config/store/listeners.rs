@@ -26,19 +26,31 @@ impl Store {
         };
         let listener = Arc::new(Listener::compile(&message, &mut context)?);
         for name in listener.route_names() {
-            self.route_state(&name);
+            let known = self.route_state(&name).base.is_some();
+            self.rds.hold(&name, &listener.name, known);
         }
         if listener.is_warm() {
-            self.warming.listeners.remove(&listener.name);
+            if let Some(waiting) = self.warming.listeners.remove(&listener.name) {
+                self.leave_routes(&waiting.item);
+            }
             self.activate_listener(listener);
         } else {
             let waiting = Waiting {
                 item: listener.clone(),
                 since: now_ms(),
             };
-            self.warming.listeners.insert(listener.name.clone(), waiting);
+            if let Some(old) = self.warming.listeners.insert(listener.name.clone(), waiting) {
+                self.leave_routes(&old.item);
+            }
         }
         Ok(())
+    }
+
+    /// A listener is not in this place any more.
+    fn leave_routes(&mut self, listener: &Listener) {
+        for name in listener.route_names() {
+            self.rds.release(&name, &listener.name);
+        }
     }
 
     pub(super) fn put_extension(&mut self, update: &Update<'_>) -> Result<(), Refusal> {
@@ -74,14 +86,18 @@ impl Store {
         }
         if let Some(old) = self.listeners.insert(listener.name.clone(), listener) {
             old.retire();
+            self.leave_routes(&old);
         }
     }
 
     pub(super) fn remove_listener(&mut self, name: &str) {
         self.slots.secrets.forget(Side::Listener, name);
-        self.warming.listeners.remove(name);
+        if let Some(waiting) = self.warming.listeners.remove(name) {
+            self.leave_routes(&waiting.item);
+        }
         if let Some(old) = self.listeners.remove(name) {
             old.retire();
+            self.leave_routes(&old);
         }
         if let Some(slot) = self.bound.remove(name) {
             self.changes.push(ListenerChange::Close(slot.load().name.clone()));

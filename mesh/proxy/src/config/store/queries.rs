@@ -4,13 +4,14 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use serin_xds::ResourceType;
+use serin_xds::client::NameChanges;
 
 use super::Store;
-use super::received::Received;
-use crate::config::cluster::{Cluster, Discovery, Outlier};
+use super::received::{Kept, Received};
+use crate::config::cluster::{Cluster, Discovery};
 use crate::config::listener::Listener;
 use crate::config::on_demand::Wanted;
-use crate::config::slot::{ClusterSlot, VirtualHostSlot};
+use crate::config::slot::{ClusterSlot, FirstUses, VirtualHostSlot};
 use crate::config::table::RouteTable;
 use crate::policy::tap::{EVERYWHERE, Spot};
 
@@ -21,13 +22,22 @@ impl Store {
     }
 
     /// Encoded endpoints by the name that they were asked for by.
-    pub fn assignments(&self) -> impl Iterator<Item = (&str, &[u8])> {
-        self.assignments.iter().map(|(name, body)| (&**name, &**body))
+    pub fn assignments(&self) -> impl Iterator<Item = (&str, &Kept)> {
+        self.assignments.iter().map(|(name, kept)| (&**name, kept))
     }
 
     /// Names that the proxy must ask for by EDS.
     pub fn eds_names(&self) -> impl Iterator<Item = &str> {
-        self.eds.keys().map(|name| &**name)
+        self.eds.all().map(|name| &**name)
+    }
+
+    /// What has changed of names to ask for, since this was asked last.
+    pub fn take_name_changes(&mut self) -> [(ResourceType, NameChanges); 3] {
+        [
+            (ResourceType::Secret, self.slots.secrets.take_name_changes()),
+            (ResourceType::Endpoints, self.eds.take_changes()),
+            (ResourceType::Route, self.rds.take_changes()),
+        ]
     }
 
     /// Where requests that pass a tap filter of that id can be looked at.
@@ -41,19 +51,13 @@ impl Store {
     }
 
     /// Names that the proxy must ask for by RDS.
-    pub fn rds_names(&self) -> BTreeSet<Arc<str>> {
-        self.listeners
-            .values()
-            .chain(self.warming.listeners.values().map(|waiting| &waiting.item))
-            .flat_map(|listener| listener.route_names().collect::<Vec<_>>())
-            .collect()
+    pub fn rds_names(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.rds.all()
     }
 
     /// Whether any route configuration takes its virtual hosts by VHDS.
     pub fn wants_virtual_hosts(&self) -> bool {
-        self.routes
-            .values()
-            .any(|state| state.base.as_ref().is_some_and(|base| base.vhds.is_some()))
+        self.discovering > 0
     }
 
     /// Names that the proxy must ask for by ECDS.
@@ -67,10 +71,7 @@ impl Store {
             return false;
         };
         match &config.discovery {
-            Discovery::Eds(eds) => {
-                let key = (ResourceType::Endpoints, Arc::from(&**eds));
-                self.answered.contains(&key)
-            }
+            Discovery::Eds(eds) => self.eds.is_answered(eds),
             Discovery::Static | Discovery::Dns { .. } | Discovery::OriginalDst { .. } => true,
         }
     }
@@ -95,49 +96,40 @@ impl Store {
     }
 
     /// Clusters with active health checks.
-    pub fn checked_clusters(&self) -> Vec<Arc<ClusterSlot>> {
-        self.clusters_where(|config| !config.health_checks.is_empty())
+    pub fn checked_clusters(&self) -> impl Iterator<Item = &Arc<ClusterSlot>> {
+        self.checked.values()
     }
 
-    /// Clusters whose hosts are compared with each other at intervals.
-    pub fn compared_clusters(&self) -> Vec<Arc<ClusterSlot>> {
-        self.clusters_where(|config| config.outlier.as_ref().is_some_and(Outlier::compares))
+    /// Changes with each change of these clusters or of their endpoints.
+    pub fn checked_version(&self) -> u64 {
+        self.checked_version
     }
 
-    fn clusters_where(&self, wanted: impl Fn(&Cluster) -> bool) -> Vec<Arc<ClusterSlot>> {
-        self.clusters
-            .values()
-            .filter(|slot| slot.config().is_some_and(|config| wanted(&config)))
-            .cloned()
-            .collect()
+    /// Where the first use of each cluster is told.
+    pub fn first_uses(&self) -> Arc<FirstUses> {
+        self.slots.first_uses.clone()
     }
 
     /// Clusters whose endpoints are names to resolve.
     pub fn dns_clusters(&self) -> Vec<Arc<Cluster>> {
-        self.clusters
-            .values()
-            .filter_map(|slot| slot.config())
-            .filter(|config| matches!(config.discovery, Discovery::Dns { .. }))
-            .collect()
+        self.dns.values().filter_map(|slot| slot.config()).collect()
+    }
+
+    /// Whether the configuration that has been announced is complete: [`Self::cold`] would name nothing.
+    pub fn is_complete(&self) -> bool {
+        self.eds.is_complete() && self.rds.is_complete() && self.missing_for_warmth().is_empty()
     }
 
     /// What is still missing before the configuration that has been announced is complete: endpoints of clusters and
     /// routes of listeners that were never answered for.
     pub fn cold(&self) -> Vec<String> {
-        let mut missing = Vec::new();
-        for name in self.eds.keys() {
-            if !self
-                .answered
-                .contains(&(ResourceType::Endpoints, Arc::from(&**name)))
-            {
-                missing.push(format!("endpoints {name}"));
-            }
-        }
-        for name in self.rds_names() {
-            if !self.answered.contains(&(ResourceType::Route, name.clone())) {
-                missing.push(format!("routes {name}"));
-            }
-        }
+        let endpoints = self.eds.cold().map(|name| format!("endpoints {name}"));
+        let routes = self.rds.cold().map(|name| format!("routes {name}"));
+        endpoints.chain(routes).chain(self.missing_for_warmth()).collect()
+    }
+
+    /// Filters and secrets that something waits for.
+    fn missing_for_warmth(&self) -> Vec<String> {
         let clusters = self
             .warming
             .clusters
@@ -149,7 +141,7 @@ impl Store {
             .values()
             .flat_map(|waiting| waiting.item.secrets());
         let extensions = self.slots.extensions.unsettled();
-        missing.extend(extensions.map(|name| format!("extension {name}")));
+        let mut missing: Vec<_> = extensions.map(|name| format!("extension {name}")).collect();
         let secrets: BTreeSet<_> = clusters
             .chain(listeners)
             .filter(|secret| secret.version() == 0)

@@ -255,3 +255,190 @@ fn a_cluster_that_comes_back_finds_no_old_endpoints() {
     assert_eq!(store.cold(), ["endpoints c"]);
     assert!(store.clusters().next().unwrap().endpoints().is_none());
 }
+
+fn config(name: &str, hosts: Vec<pb_route::VirtualHost>) -> pb_route::RouteConfiguration {
+    pb_route::RouteConfiguration {
+        name: name.into(),
+        virtual_hosts: hosts,
+        ..Default::default()
+    }
+}
+
+#[test]
+fn a_route_configuration_of_which_one_host_changes_keeps_its_table_and_the_other_hosts() {
+    let mut store = Store::new(1);
+    let hosts = |weight: &str| vec![host("a", "a", "v1"), host("b", "b", weight), host("c", "c", "v1")];
+    put(&mut store, ResourceType::Route, "80", &config("80", hosts("v1")));
+    let before = table(&store, "80");
+    let of = |table: &RouteTable, domain: &str| table.find(domain).unwrap().load();
+    let loaded = ["a", "b", "c"].map(|domain| of(&before, domain));
+
+    assert!(put(&mut store, ResourceType::Route, "80", &config("80", hosts("v2"))).is_empty());
+
+    let after = table(&store, "80");
+    assert!(Arc::ptr_eq(&before, &after), "the table was rebuilt");
+    let same = ["a", "b", "c"].map(|domain| {
+        let index = usize::from(domain.as_bytes()[0] - b'a');
+        Arc::ptr_eq(&loaded[index], &of(&after, domain))
+    });
+    assert_eq!(same, [true, false, true]);
+    // One that comes first moves all others, which stay what they are.
+    let mut more = hosts("v2");
+    more.insert(0, host("d", "d", "v1"));
+    assert!(put(&mut store, ResourceType::Route, "80", &config("80", more)).is_empty());
+    let third = table(&store, "80");
+    assert!(Arc::ptr_eq(&of(&after, "b"), &of(&third, "b")));
+    assert!(third.find("d").is_some() && after.find("d").is_none());
+}
+
+#[test]
+fn a_domain_may_move_between_hosts_of_one_batch_and_a_host_that_is_refused_keeps_its_own() {
+    let mut store = Store::new(1);
+    put(&mut store, ResourceType::Route, "80", &vhds_config("80"));
+    for (name, domain) in [("80/a", "one"), ("80/b", "two")] {
+        put(
+            &mut store,
+            ResourceType::VirtualHost,
+            name,
+            &host(name, domain, "v1"),
+        );
+    }
+    let (a, b) = (
+        host("80/a", "two", "v1").encode_to_vec(),
+        host("80/b", "one", "v1").encode_to_vec(),
+    );
+    let batch = [
+        Update {
+            name: "80/a",
+            body: &a,
+        },
+        Update {
+            name: "80/b",
+            body: &b,
+        },
+    ];
+    assert!(store.apply(ResourceType::VirtualHost, &batch, &[]).is_empty());
+    let holder = |store: &Store, domain: &str| {
+        let table = table(store, "80");
+        table.find(domain).map(|host| host.load().name.to_string())
+    };
+    assert_eq!(holder(&store, "one").as_deref(), Some("80/b"));
+    assert_eq!(holder(&store, "two").as_deref(), Some("80/a"));
+    let refused = put(
+        &mut store,
+        ResourceType::VirtualHost,
+        "80/a",
+        &host("80/a", "one", "v1"),
+    );
+    assert_eq!(&*refused[0].0, "80/a");
+    assert_eq!(
+        holder(&store, "two").as_deref(),
+        Some("80/a"),
+        "the last good one stays"
+    );
+}
+
+#[test]
+fn a_host_of_the_route_configuration_takes_its_domain_from_one_that_came_by_itself() {
+    let mut store = Store::new(1);
+    put(&mut store, ResourceType::Route, "80", &vhds_config("80"));
+    put(
+        &mut store,
+        ResourceType::VirtualHost,
+        "80/x",
+        &host("x", "same", "v1"),
+    );
+    let mut with_own = config("80", vec![host("own", "same", "v1")]);
+    with_own.vhds = Some(pb_route::Vhds::default());
+    let refused = put(&mut store, ResourceType::Route, "80", &with_own);
+    assert_eq!(&*refused[0].0, "80/x");
+    assert_eq!(&*table(&store, "80").find("same").unwrap().load().name, "own");
+    assert!(store.wants_virtual_hosts());
+    store.apply(ResourceType::Route, &[], &["80"]);
+    assert!(!store.wants_virtual_hosts());
+}
+
+#[test]
+fn a_cluster_that_changes_its_eds_name_asks_for_the_new_one_and_leaves_the_old_one() {
+    let mut store = Store::new(1);
+    let named = |eds: &str| pb_cluster::Cluster {
+        eds_cluster_config: Some(pb_cluster::cluster::EdsClusterConfig {
+            service_name: eds.into(),
+            ..Default::default()
+        }),
+        ..eds_cluster("c")
+    };
+    put(&mut store, ResourceType::Cluster, "c", &named("one"));
+    put(
+        &mut store,
+        ResourceType::Endpoints,
+        "one",
+        &endpoints("one", &[1]),
+    );
+    assert!(store.is_complete());
+    put(&mut store, ResourceType::Cluster, "c", &named("two"));
+    assert!(store.eds_names().eq(["two"]));
+    assert_eq!(store.cold(), ["endpoints two"]);
+    assert!(!store.is_complete());
+    assert_eq!(store.assignments().count(), 0, "nobody uses the old ones");
+}
+
+mod histories {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A host by number, with some domains of a few, leading somewhere.
+    fn hosts() -> impl Strategy<Value = Vec<(u8, u8, u8)>> {
+        proptest::collection::vec((0u8..6, 0u8..64, 0u8..3), 0..5)
+    }
+
+    fn message(hosts: &[(u8, u8, u8)]) -> pb_route::RouteConfiguration {
+        let one = |(name, domains, to): &(u8, u8, u8)| pb_route::VirtualHost {
+            domains: (0..6)
+                .filter(|bit| *bit == *name || domains >> bit & 1 == 1)
+                .map(|bit| ["a", "b", "*.c", "d.*", "*", "e"][usize::from(bit)].to_owned())
+                .collect(),
+            // The name tells where it leads, so that answers do.
+            ..host(&format!("h{name}-{to}"), "", "c")
+        };
+        config("80", hosts.iter().map(one).collect())
+    }
+
+    fn answers(store: &Store) -> Vec<Option<Vec<u8>>> {
+        let table = store
+            .routes()
+            .find(|(name, ..)| &***name == "80")
+            .and_then(|(_, table, _)| table);
+        ["a", "b", "x.c", "d.x", "e", "other"]
+            .map(|authority| {
+                let found = table.as_ref()?.find(authority)?.load();
+                Some(format!("{} {:?}", found.name, found.domains).into_bytes())
+            })
+            .into()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(128))]
+
+        #[test]
+        fn after_any_changes_requests_are_routed_as_by_the_last_configuration_that_was_taken(
+            updates in proptest::collection::vec(hosts(), 1..8)
+        ) {
+            let mut store = Store::new(1);
+            let mut last = None;
+            for hosts in &updates {
+                let message = message(hosts);
+                let refused = !put(&mut store, ResourceType::Route, "80", &message).is_empty();
+                let mut fresh = Store::new(1);
+                let refused_anyway = !put(&mut fresh, ResourceType::Route, "80", &message).is_empty();
+                prop_assert_eq!(refused, refused_anyway);
+                if !refused {
+                    last = Some(fresh);
+                }
+                let expected = last.as_ref().map(answers).unwrap_or_else(|| vec![None; 6]);
+                prop_assert_eq!(answers(&store), expected);
+            }
+        }
+    }
+}

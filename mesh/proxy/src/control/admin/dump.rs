@@ -1,11 +1,16 @@
 //! `/config_dump`: Envoy's sections, with the resources as they were received.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use serde_json::{Map, Value, json};
+use serin_xds::ResourceType;
 
 use super::Proxy;
 use crate::bootstrap::Showing;
+use crate::config::store::{Failure, Kept, Store};
+use crate::observe::time::TimeFormat;
 
 const CLUSTER: &str = "envoy.config.cluster.v3.Cluster";
 const LISTENER: &str = "envoy.config.listener.v3.Listener";
@@ -52,8 +57,87 @@ fn text(entry: &Value) -> String {
     format!("{entry:#}").replace('\n', "\n        ")
 }
 
+/// Adds to what is shown of a resource which version it is and when it came, and what of its name was refused since.
+struct Provenance<'a> {
+    showing: Showing,
+    time: TimeFormat,
+    store: &'a Store,
+}
+
+impl Provenance<'_> {
+    fn time(&self, since_1970: u64) -> Value {
+        let mut out = String::new();
+        self.time.write(Duration::from_millis(since_1970), &mut out);
+        out.into()
+    }
+
+    /// `version_info` and `last_updated` beside a field with the resource.
+    fn state(&self, field: &str, message: &'static str, kept: &Kept) -> Map<String, Value> {
+        self.stated(field, self.showing.show(message, &kept.body), kept)
+    }
+
+    fn stated(&self, field: &str, shown: Value, kept: &Kept) -> Map<String, Value> {
+        let mut out = Map::new();
+        if let Some(version) = &kept.version {
+            out.insert("version_info".to_owned(), (**version).into());
+        }
+        out.insert(field.to_owned(), shown);
+        out.insert("last_updated".to_owned(), self.time(kept.updated));
+        out
+    }
+
+    /// An `UpdateFailureState`.
+    fn failure(&self, message: &'static str, failure: &Failure) -> Value {
+        let mut out = json!({
+            "last_update_attempt": self.time(failure.at),
+            "details": &*failure.details,
+        });
+        if !failure.body.is_empty() {
+            out["failed_configuration"] = self.showing.show(message, &failure.body);
+        }
+        if let Some(version) = &failure.version {
+            out["version_info"] = (**version).into();
+        }
+        out
+    }
+
+    /// Entries of a section: those in use, with what was refused since, and those of which nothing was ever taken.
+    fn entries<'k>(
+        &self,
+        (resource_type, message): (ResourceType, &'static str),
+        kept: impl Iterator<Item = (&'k str, &'k Kept)>,
+        fits: impl Fn(&str) -> bool,
+        mask: Option<&Mask>,
+        mut entry: impl FnMut(&str, Option<&Kept>) -> Map<String, Value>,
+    ) -> Vec<String> {
+        let in_text = |entry: Map<String, Value>| match mask {
+            Some(mask) => text(&mask.apply(&entry.into())),
+            None => text(&entry.into()),
+        };
+        let mut out = Vec::new();
+        let received = self.store.received();
+        let mut shown = BTreeSet::new();
+        for (name, kept) in kept.filter(|(name, _)| fits(name)) {
+            let mut entry = entry(name, Some(kept));
+            if let Some(failure) = received.failure(resource_type, name) {
+                shown.insert(name);
+                entry.insert("error_state".to_owned(), self.failure(message, failure));
+            }
+            out.push(in_text(entry));
+        }
+        let never = received
+            .failures(resource_type)
+            .filter(|(name, _)| fits(name) && !shown.contains(name));
+        for (name, failure) in never {
+            let mut entry = entry(name, None);
+            entry.insert("error_state".to_owned(), self.failure(message, failure));
+            out.push(in_text(entry));
+        }
+        out
+    }
+}
+
 fn sections(proxy: &Proxy, wanted: &Wanted<'_>, mask: Option<&Mask>) -> Vec<Section> {
-    let showing = Showing::new();
     let fits = |name: &str| wanted.named.is_none_or(|named| named.is_match(name));
     // What of the entries of a field is wanted; nothing where the field is not.
     let asked = |field: &str| -> Option<Option<&Mask>> {
@@ -63,79 +147,73 @@ fn sections(proxy: &Proxy, wanted: &Wanted<'_>, mask: Option<&Mask>) -> Vec<Sect
             (None, Some(mask)) => mask.0.get(field).map(Some),
         }
     };
-    let shown = |mask: Option<&Mask>, entry: Value| match mask {
-        Some(mask) => text(&mask.apply(&entry)),
-        None => text(&entry),
-    };
     proxy.store(|store| {
+        let provenance = Provenance {
+            showing: Showing::new(),
+            time: TimeFormat::rfc3339(),
+            store,
+        };
         let received = store.received();
         let mut out = Vec::new();
         let mut add = |kind, field, entries| out.push(Section { kind, field, entries });
         if let Some(mask) = asked("dynamic_active_clusters") {
-            let clusters = received
-                .clusters()
-                .filter(|(name, _)| fits(name))
-                .map(|(_, body)| shown(mask, json!({ "cluster": showing.show(CLUSTER, body) })));
-            add(
-                "ClustersConfigDump",
-                "dynamic_active_clusters",
-                clusters.collect(),
-            );
+            let of = (ResourceType::Cluster, CLUSTER);
+            let clusters = provenance.entries(of, received.clusters(), fits, mask, |_, kept| {
+                kept.map_or_else(Map::new, |kept| provenance.state("cluster", CLUSTER, kept))
+            });
+            add("ClustersConfigDump", "dynamic_active_clusters", clusters);
         }
         if let Some(mask) = asked("dynamic_listeners") {
-            let listeners = received
-                .listeners()
-                .filter(|(name, _)| fits(name))
-                .map(|(name, body)| {
-                    let listener = showing.show(LISTENER, body);
-                    shown(
-                        mask,
-                        json!({ "name": name, "active_state": { "listener": listener } }),
-                    )
-                });
-            add("ListenersConfigDump", "dynamic_listeners", listeners.collect());
+            let of = (ResourceType::Listener, LISTENER);
+            let listeners = provenance.entries(of, received.listeners(), fits, mask, |name, kept| {
+                let mut entry = Map::new();
+                entry.insert("name".to_owned(), name.into());
+                if let Some(kept) = kept {
+                    let state = provenance.state("listener", LISTENER, kept);
+                    entry.insert("active_state".to_owned(), state.into());
+                }
+                entry
+            });
+            add("ListenersConfigDump", "dynamic_listeners", listeners);
         }
         if let Some(mask) = asked("dynamic_route_configs") {
-            let routes = received
-                .routes()
-                .filter(|(name, _)| fits(name))
-                .map(|(name, body)| {
-                    let mut config = showing.show(ROUTE, body);
-                    let discovered = received
-                        .virtual_hosts(name)
-                        .map(|body| showing.show(VIRTUAL_HOST, body))
-                        .map(|mut host| {
-                            if let Some(host) = host.as_object_mut() {
-                                host.remove("@type");
-                            }
-                            host
-                        });
-                    let discovered: Vec<Value> = discovered.collect();
-                    if !discovered.is_empty()
-                        && let Some(map) = config.as_object_mut()
-                        && let Some(hosts) = map
-                            .entry("virtual_hosts")
-                            .or_insert_with(|| json!([]))
-                            .as_array_mut()
-                    {
-                        hosts.extend(discovered);
-                    }
-                    shown(mask, json!({ "route_config": config }))
-                });
-            add("RoutesConfigDump", "dynamic_route_configs", routes.collect());
+            let of = (ResourceType::Route, ROUTE);
+            let routes = provenance.entries(of, received.routes(), fits, mask, |name, kept| {
+                let Some(kept) = kept else { return Map::new() };
+                let mut config = provenance.showing.show(ROUTE, &kept.body);
+                let discovered = received
+                    .virtual_hosts(name)
+                    .map(|body| provenance.showing.show(VIRTUAL_HOST, body))
+                    .map(|mut host| {
+                        if let Some(host) = host.as_object_mut() {
+                            host.remove("@type");
+                        }
+                        host
+                    });
+                let discovered: Vec<Value> = discovered.collect();
+                if !discovered.is_empty()
+                    && let Some(map) = config.as_object_mut()
+                    && let Some(hosts) = map
+                        .entry("virtual_hosts")
+                        .or_insert_with(|| json!([]))
+                        .as_array_mut()
+                {
+                    hosts.extend(discovered);
+                }
+                provenance.stated("route_config", config, kept)
+            });
+            add("RoutesConfigDump", "dynamic_route_configs", routes);
         }
         if wanted.endpoints
             && let Some(mask) = asked("dynamic_endpoint_configs")
         {
-            let endpoints = store
-                .assignments()
-                .filter(|(name, _)| fits(name))
-                .map(|(_, body)| shown(mask, json!({ "endpoint_config": showing.show(ENDPOINTS, body) })));
-            add(
-                "EndpointsConfigDump",
-                "dynamic_endpoint_configs",
-                endpoints.collect(),
-            );
+            let of = (ResourceType::Endpoints, ENDPOINTS);
+            let endpoints = provenance.entries(of, store.assignments(), fits, mask, |_, kept| {
+                kept.map_or_else(Map::new, |kept| {
+                    provenance.state("endpoint_config", ENDPOINTS, kept)
+                })
+            });
+            add("EndpointsConfigDump", "dynamic_endpoint_configs", endpoints);
         }
         out
     })

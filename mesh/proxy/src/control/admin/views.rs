@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
@@ -10,6 +11,7 @@ use super::super::server_stats;
 use super::Proxy;
 use crate::config::cluster::Priority;
 use crate::config::convert::Address;
+use crate::config::endpoint::{Endpoint, EndpointSet, Locality};
 use crate::config::slot::ClusterSlot;
 
 /// `/server_info`.
@@ -97,6 +99,34 @@ fn flags(endpoint: &crate::config::endpoint::Endpoint, checks: usize, now: u64) 
     ]
 }
 
+/// Endpoints with their priorities and localities.
+fn by_locality(set: &EndpointSet) -> impl Iterator<Item = (usize, &Locality, &Arc<Endpoint>)> {
+    set.priorities
+        .iter()
+        .enumerate()
+        .flat_map(|(priority, localities)| localities.iter().map(move |locality| (priority, locality)))
+        .flat_map(|(priority, locality)| {
+            let members = &set.all[locality.members.clone()];
+            members.iter().map(move |endpoint| (priority, locality, endpoint))
+        })
+}
+
+/// The counters of an endpoint as `SimpleMetric`s.
+fn stats(endpoint: &Endpoint) -> Value {
+    let counts = endpoint.state.counted.read();
+    counts
+        .named()
+        .into_iter()
+        .map(|(name, value, gauge)| {
+            let mut metric = json!({ "name": name, "value": value.to_string() });
+            if gauge {
+                metric["type"] = "GAUGE".into();
+            }
+            metric
+        })
+        .collect()
+}
+
 /// Limits of a cluster's circuit breakers, by Envoy's names.
 fn thresholds(slot: &ClusterSlot, priority: Priority) -> Option<[(&'static str, u32); 4]> {
     let config = slot.config()?;
@@ -127,7 +157,7 @@ pub(super) fn clusters(proxy: &Proxy) -> String {
                 continue;
             };
             let checks = slot.config().map_or(0, |config| config.health_checks.len());
-            for endpoint in &set.all {
+            for (priority, locality, endpoint) in by_locality(&set) {
                 let names = ["/failed_active_hc", "/failed_outlier_check", "/failed_eds_health"];
                 let mut health: String = names
                     .iter()
@@ -139,10 +169,23 @@ pub(super) fn clusters(proxy: &Proxy) -> String {
                     health.push_str("healthy");
                 }
                 let at = &endpoint.text;
+                for (counter, value, _) in endpoint.state.counted.read().named() {
+                    let _ = writeln!(out, "{name}::{at}::{counter}::{value}");
+                }
                 let _ = write!(
                     out,
                     "{name}::{at}::hostname::{}\n{name}::{at}::health_flags::{health}\n{name}::{at}::weight::{}\n",
                     endpoint.hostname, endpoint.weight
+                );
+                let parts: [&str; 3] = std::array::from_fn(|index| {
+                    locality.zone.splitn(3, '/').nth(index).unwrap_or_default()
+                });
+                let [region, zone, sub_zone] = parts;
+                let _ = write!(
+                    out,
+                    "{name}::{at}::region::{region}\n{name}::{at}::zone::{zone}\n{name}::{at}::sub_zone::{sub_zone}\n\
+                     {name}::{at}::canary::{}\n{name}::{at}::priority::{priority}\n",
+                    endpoint.is_canary()
                 );
             }
         }
@@ -174,6 +217,7 @@ pub(super) fn clusters_json(proxy: &Proxy) -> Value {
                             health["failed_outlier_check"] = true.into();
                         }
                         json!({
+                            "stats": stats(endpoint),
                             "address": address(&endpoint.address),
                             "hostname": &*endpoint.hostname,
                             "health_status": health,

@@ -7,6 +7,8 @@ use http::HeaderName;
 
 use super::super::record::{Record, Side, Wants};
 use super::super::time::TimeFormat;
+use super::certificates::OfCertificate;
+use crate::config::table::strip_port;
 use crate::error::Refusal;
 use crate::metrics::flags::Flags;
 use crate::policy::metadata::{Key, to_json};
@@ -68,13 +70,17 @@ enum What {
     DirectRemote(Address),
     Local(Address),
     ServerName,
-    PeerUriSan,
-    PeerDnsSan,
-    PeerSubject,
+    OfCertificate(OfCertificate),
+    UpstreamTlsVersion,
+    UpstreamTlsCipher,
+    UpstreamName(bool),
+    Query(Box<str>),
     TlsVersion,
     TlsCipher,
     GrpcStatus(GrpcText),
     Metadata(Key),
+    /// As a text, or as JSON.
+    State(Box<str>, bool),
     MetadataAll(Box<str>),
     RequestId,
     Connection,
@@ -97,10 +103,12 @@ pub(super) enum Datum<'a> {
     Text(Cow<'a, str>),
     Number(u64),
     Json(serde_json::Value),
+    /// A text that is JSON also within a text.
+    Quoted(&'a str),
 }
 
 impl<'a> Datum<'a> {
-    fn text(value: Option<&'a str>) -> Self {
+    pub(super) fn text(value: Option<&'a str>) -> Self {
         match value {
             Some(text) if !text.is_empty() => Self::Text(Cow::Borrowed(text)),
             _ => Self::Absent,
@@ -209,7 +217,12 @@ impl What {
                 | "GRPC_STATUS"
                 | "ENVIRONMENT"
                 | "UPSTREAM_METADATA"
+                | "PATH"
+                | "QUERY_PARAM"
         );
+        if let Some(found) = OfCertificate::find(name, arguments)? {
+            return Ok(Self::OfCertificate(found));
+        }
         if takes_none && arguments.is_some() {
             return Err(refused("takes no argument"));
         }
@@ -256,9 +269,36 @@ impl What {
             "DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT" => Self::Local(Address::WithoutPort),
             "DOWNSTREAM_LOCAL_PORT" => Self::Local(Address::Port),
             "REQUESTED_SERVER_NAME" => Self::ServerName,
-            "DOWNSTREAM_PEER_URI_SAN" => Self::PeerUriSan,
-            "DOWNSTREAM_PEER_DNS_SAN" => Self::PeerDnsSan,
-            "DOWNSTREAM_PEER_SUBJECT" => Self::PeerSubject,
+            "UPSTREAM_TLS_VERSION" => Self::UpstreamTlsVersion,
+            "UPSTREAM_TLS_CIPHER" => Self::UpstreamTlsCipher,
+            "UPSTREAM_HOST_NAME" => Self::UpstreamName(true),
+            "UPSTREAM_HOST_NAME_WITHOUT_PORT" => Self::UpstreamName(false),
+            "QUERY_PARAM" => Self::Query(
+                arguments
+                    .filter(|name| !name.is_empty())
+                    .ok_or_else(|| refused("needs the name of a parameter"))?
+                    .into(),
+            ),
+            "PATH" => {
+                let mut parts = arguments.unwrap_or_default().split(':');
+                let whole = match parts.next() {
+                    None | Some("" | "WQ") => true,
+                    Some("NQ") => false,
+                    Some(other) => return Err(refused(&format!("{other:?} is none of WQ, NQ"))),
+                };
+                let fields = match (parts.next(), parts.next()) {
+                    (None | Some("" | "ORIG_OR_PATH"), None) => "X-ENVOY-ORIGINAL-PATH?:PATH",
+                    (Some("ORIG"), None) => "X-ENVOY-ORIGINAL-PATH",
+                    (Some("PATH"), None) => ":PATH",
+                    _ => return Err(refused("the second argument is ORIG, PATH or ORIG_OR_PATH")),
+                };
+                let fields = names(Side::Request, Some(fields), name, wants)?;
+                if whole {
+                    Self::Fields(fields)
+                } else {
+                    Self::PathWithoutQuery(fields)
+                }
+            }
             "DOWNSTREAM_TLS_VERSION" => Self::TlsVersion,
             "DOWNSTREAM_TLS_CIPHER" => Self::TlsCipher,
             "GRPC_STATUS" => Self::GrpcStatus(match arguments {
@@ -293,8 +333,20 @@ impl What {
                 }
             }
             "ACCESS_LOG_TYPE" => Self::Kind,
-            // What the proxy does not know of a connection; standard formats name them, so they are not refused.
-            "FILTER_STATE" | "UPSTREAM_METADATA" => Self::Absent,
+            "FILTER_STATE" => {
+                let mut parts = arguments.unwrap_or_default().split(':');
+                let key = parts.next().filter(|key| !key.is_empty());
+                let key = key.ok_or_else(|| refused("needs a key"))?.into();
+                match (parts.next(), parts.next()) {
+                    (None | Some("TYPED"), None) => Self::State(key, true),
+                    (Some("PLAIN"), None) => Self::State(key, false),
+                    // None of our objects has fields.
+                    (Some("FIELD"), Some(_)) => Self::Absent,
+                    _ => return Err(refused("the key may be followed by PLAIN, TYPED or FIELD:name")),
+                }
+            }
+            // What the proxy does not know of an endpoint; standard formats name it, so it is not refused.
+            "UPSTREAM_METADATA" => Self::Absent,
             _ => return Err(refused("this operator is not supported")),
         })
     }
@@ -392,9 +444,26 @@ impl Operator {
             What::DirectRemote(part) => address(record.direct_remote, *part),
             What::Local(part) => address(record.local, *part),
             What::ServerName => text(record.server_name),
-            What::PeerUriSan => joined(record.peer.map(|peer| peer.uri_sans)),
-            What::PeerDnsSan => joined(record.peer.map(|peer| peer.dns_sans)),
-            What::PeerSubject => text(record.peer.map(|peer| peer.subject)),
+            What::OfCertificate(operator) => operator.value(record),
+            What::UpstreamTlsVersion => text(record.upstream_tls.map(|tls| tls.version)),
+            What::UpstreamTlsCipher => text(record.upstream_tls.map(|tls| tls.cipher)),
+            What::UpstreamName(with_port) => match record.upstream_name.filter(|name| !name.is_empty()) {
+                Some(name) => text(Some(if *with_port { name } else { strip_port(name) })),
+                // Endpoints without a name are called by their address.
+                None if *with_port => text(record.upstream_host),
+                None => match record.upstream_host.and_then(|host| host.parse().ok()) {
+                    Some(at) => address(at, Address::WithoutPort),
+                    None => Datum::Absent,
+                },
+            },
+            What::Query(name) => {
+                let path = record.kept.path.as_deref().unwrap_or(record.path);
+                let query = path.split_once('?').map_or("", |(_, query)| query);
+                text(query.split('&').find_map(|pair| {
+                    let (key, value) = pair.split_once('=')?;
+                    (key == &**name).then_some(value)
+                }))
+            }
             What::TlsVersion => text(record.tls.map(|(version, _)| version)),
             What::TlsCipher => text(record.tls.map(|(_, cipher)| cipher)),
             What::GrpcStatus(how) => record
@@ -406,19 +475,17 @@ impl Operator {
             What::MetadataAll(namespace) => record.metadata.get(namespace).map_or(Datum::Absent, |fields| {
                 Datum::Json(crate::policy::metadata::struct_to_json(fields))
             }),
+            What::State(key, typed) => match record.metadata.state.get(key) {
+                None => Datum::Absent,
+                Some(value) if *typed => Datum::Quoted(value),
+                Some(value) => Datum::Text(value.into()),
+            },
             What::RequestId => text(record.request_id),
             What::Connection => Datum::Number(record.connection),
             What::TraceId => text(record.trace.map(|(id, _)| id)),
             What::Fixed(value) => text(Some(value)),
             What::Absent => Datum::Absent,
         }
-    }
-}
-
-fn joined(names: Option<&[Box<str>]>) -> Datum<'_> {
-    match names {
-        Some(names) if !names.is_empty() => Datum::Text(names.join(",").into()),
-        _ => Datum::Absent,
     }
 }
 

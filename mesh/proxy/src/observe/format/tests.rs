@@ -71,6 +71,9 @@ fn record<'a>(kept: &'a Kept, metadata: &'a Metadata) -> Record<'a> {
         local: "10.0.0.2:80".parse().unwrap(),
         server_name: None,
         peer: None,
+        downstream_tls: None,
+        upstream_tls: None,
+        upstream_name: Some("shop.internal:8080"),
         tls: Some(("TLSv1.3", "TLS_AES_128_GCM_SHA256")),
         metadata,
         connection: 17,
@@ -104,6 +107,19 @@ fn every_operator_is_written_as_envoy_writes_it() {
         ("%REQ(X-A):5%", "value"),
         ("%REQ(X-NONE?USER-AGENT)%", "curl"),
         ("%REQ(X-NONE)%", "-"),
+        (
+            "%PATH% %PATH(NQ)% %PATH(WQ:PATH)% %PATH(NQ:ORIG)%",
+            "/p?q=1 /p /p?q=1 -",
+        ),
+        ("%QUERY_PARAM(q)% %QUERY_PARAM(none)%", "1 -"),
+        (
+            "%UPSTREAM_HOST_NAME% %UPSTREAM_HOST_NAME_WITHOUT_PORT%",
+            "shop.internal:8080 shop.internal",
+        ),
+        (
+            "%DOWNSTREAM_PEER_ISSUER% %UPSTREAM_PEER_CERT_V_END(%Y)% %UPSTREAM_TLS_VERSION%",
+            "- - -",
+        ),
         (
             "%REQ(:METHOD)% %REQ(:PATH)% %REQ(:AUTHORITY)% %REQ(:SCHEME)%",
             "GET /p?q=1 shop http",

@@ -9,9 +9,10 @@ use regex::Regex;
 use serin_xds::pb::google::protobuf as google;
 
 use super::Attribute;
+use super::functions::{Function, duration};
 use super::time::{self, Part};
-use crate::error::Refusal;
 use crate::observe::record::Side;
+use crate::policy::filter_state::FilterState;
 use crate::policy::metadata::Metadata;
 
 /// Steps of one evaluation.
@@ -46,6 +47,8 @@ pub enum Value<'a> {
     Metadata(&'a Metadata),
     /// Fields by name.
     Struct(&'a google::Struct),
+    /// Objects by key, as bytes.
+    State(&'a FilterState),
 }
 
 /// Where attributes come from.
@@ -60,38 +63,6 @@ pub trait Scene {
     fn header_names(&self) -> Vec<&str> {
         Vec::new()
     }
-}
-
-/// A function.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Function {
-    Not,
-    Negate,
-    Equal,
-    NotEqual,
-    Less,
-    LessOrEqual,
-    Greater,
-    GreaterOrEqual,
-    Add,
-    Subtract,
-    Multiply,
-    Divide,
-    Modulo,
-    In,
-    Index,
-    Size,
-    StartsWith,
-    EndsWith,
-    Contains,
-    Text,
-    Int,
-    Uint,
-    Double,
-    Bool,
-    Bytes,
-    Timestamp,
-    Duration,
 }
 
 /// A compiled part of an expression.
@@ -130,134 +101,6 @@ pub(super) struct Folding {
     pub(super) condition: Node,
     pub(super) step: Node,
     pub(super) result: Node,
-}
-
-/// A call with its arguments, the target first.
-pub(super) fn call(name: &str, has_target: bool, mut all: Vec<Node>) -> Result<Node, Refusal> {
-    let count = all.len();
-    let wrong = || {
-        Refusal::new(
-            "",
-            format!("the function {name} with {count} arguments is not supported"),
-        )
-    };
-    let take = |all: &mut Vec<Node>| all.pop().map(Box::new).ok_or_else(wrong);
-    match (name, count) {
-        ("_&&_" | "_||_", 2) => {
-            let right = take(&mut all)?;
-            let left = take(&mut all)?;
-            return Ok(if name == "_&&_" {
-                Node::And(left, right)
-            } else {
-                Node::Or(left, right)
-            });
-        }
-        ("_?_:_", 3) => {
-            let parts: [Node; 3] = all.try_into().map_err(|_| wrong())?;
-            return Ok(Node::If(Box::new(parts)));
-        }
-        ("matches", 2) => {
-            let pattern = match all.pop() {
-                Some(Node::Literal(Value::Text(pattern))) => pattern,
-                _ => return Err(Refusal::new("", "the pattern of matches() must be a literal")),
-            };
-            let regex = Regex::new(&pattern).map_err(|error| Refusal::new("", error.to_string()))?;
-            return Ok(Node::Matches(take(&mut all)?, regex));
-        }
-        // Times and spans that are literals are read once.
-        ("duration", 1) if !has_target => {
-            if let [Node::Literal(Value::Text(text))] = &*all {
-                return duration(text)
-                    .map(|nanos| Node::Literal(Value::Duration(nanos)))
-                    .ok_or_else(|| Refusal::new("", format!("{text:?} is no duration")));
-            }
-        }
-        ("timestamp", 1) if !has_target => {
-            if let [Node::Literal(Value::Text(text))] = &*all {
-                return time::timestamp(text)
-                    .map(|nanos| Node::Literal(Value::Timestamp(nanos)))
-                    .ok_or_else(|| Refusal::new("", format!("{text:?} is no timestamp")));
-            }
-        }
-        ("@not_strictly_false" | "__not_strictly_false__", 1) => {
-            return take(&mut all).map(Node::NotFalse);
-        }
-        _ => {}
-    }
-    if has_target && let Some(part) = Part::find(name) {
-        let east = match (count, all.get(1)) {
-            (1, None) => 0,
-            (2, Some(Node::Literal(Value::Text(zone)))) => time::offset(zone).ok_or_else(|| {
-                Refusal::new(
-                    "",
-                    format!("the zone {zone:?} is not supported, only UTC and +01:00"),
-                )
-            })?,
-            _ => return Err(wrong()),
-        };
-        all.truncate(1);
-        return take(&mut all).map(|operand| Node::Part(part, operand, east));
-    }
-    let function = match (name, count) {
-        ("!_", 1) => Function::Not,
-        ("-_", 1) => Function::Negate,
-        ("_==_", 2) => Function::Equal,
-        ("_!=_", 2) => Function::NotEqual,
-        ("_<_", 2) => Function::Less,
-        ("_<=_", 2) => Function::LessOrEqual,
-        ("_>_", 2) => Function::Greater,
-        ("_>=_", 2) => Function::GreaterOrEqual,
-        ("_+_", 2) => Function::Add,
-        ("_-_", 2) => Function::Subtract,
-        ("_*_", 2) => Function::Multiply,
-        ("_/_", 2) => Function::Divide,
-        ("_%_", 2) => Function::Modulo,
-        ("@in" | "in" | "_in_", 2) => Function::In,
-        ("_[_]", 2) => Function::Index,
-        ("size", 1) => Function::Size,
-        ("startsWith", 2) if has_target => Function::StartsWith,
-        ("endsWith", 2) if has_target => Function::EndsWith,
-        ("contains", 2) if has_target => Function::Contains,
-        ("string", 1) if !has_target => Function::Text,
-        ("int", 1) if !has_target => Function::Int,
-        ("uint", 1) if !has_target => Function::Uint,
-        ("double", 1) if !has_target => Function::Double,
-        ("bool", 1) if !has_target => Function::Bool,
-        ("bytes", 1) if !has_target => Function::Bytes,
-        ("timestamp", 1) if !has_target => Function::Timestamp,
-        ("duration", 1) if !has_target => Function::Duration,
-        _ => return Err(wrong()),
-    };
-    Ok(Node::Call(function, all.into()))
-}
-
-/// `1h30m`, `1.5s`, `-10ms` in nanoseconds.
-fn duration(text: &str) -> Option<i64> {
-    let (sign, mut rest) = match text.strip_prefix('-') {
-        Some(rest) => (-1.0, rest),
-        None => (1.0, text),
-    };
-    if rest == "0" {
-        return Some(0);
-    }
-    let mut nanos = 0.0f64;
-    while !rest.is_empty() {
-        let digits = rest.find(|char: char| !(char.is_ascii_digit() || char == '.'))?;
-        let value: f64 = rest[..digits].parse().ok()?;
-        rest = &rest[digits..];
-        let units = [
-            ("ns", 1.0),
-            ("us", 1e3),
-            ("ms", 1e6),
-            ("s", 1e9),
-            ("m", 60e9),
-            ("h", 3600e9),
-        ];
-        let (unit, scale) = units.iter().find(|(unit, _)| rest.starts_with(unit))?;
-        nanos += value * scale;
-        rest = &rest[unit.len()..];
-    }
-    (!text.is_empty() && nanos < i64::MAX as f64).then_some((sign * nanos) as i64)
 }
 
 /// An evaluation has no value: a field is not there, types do not fit, the budget is used up.
@@ -494,7 +337,7 @@ impl Run<'_> {
                     self.spend(items.len())?;
                     Ok(Value::Bool(items.iter().any(|item| equal(item, &first))))
                 }
-                map @ (Value::Metadata(_) | Value::Struct(_)) => match &first {
+                map @ (Value::Metadata(_) | Value::Struct(_) | Value::State(_)) => match &first {
                     Value::Text(name) => Ok(Value::Bool(field(map, name).is_some())),
                     _ => Err(Failed),
                 },
@@ -704,6 +547,7 @@ fn field<'a>(map: &Value<'a>, name: &str) -> Option<Value<'a>> {
         Value::Metadata(metadata) if name == "filter_metadata" => Some(Value::Metadata(metadata)),
         Value::Metadata(metadata) => metadata.get(name).map(Value::Struct),
         Value::Struct(fields) => fields.fields.get(name).map(of_message),
+        Value::State(state) => Some(Value::Bytes(state.get(name)?.as_bytes().into())),
         Value::Map(entries) => entries
             .iter()
             .find(|(key, _)| matches!(key, Value::Text(text) if text == name))

@@ -20,6 +20,7 @@
 
 mod eval;
 mod fold;
+mod functions;
 mod parse;
 mod scene;
 #[cfg(test)]
@@ -86,6 +87,7 @@ pub enum Attribute {
     ClusterName,
     RouteName,
     Metadata,
+    FilterState,
 }
 
 /// Attributes by name, and whether they are known only at the end of a request.
@@ -381,7 +383,7 @@ impl Compiler<'_, '_> {
                 for argument in target.as_deref().into_iter().chain(arguments) {
                     all.push(self.node(argument, depth + 1)?);
                 }
-                eval::call(function, target.is_some(), all)
+                functions::call(function, target.is_some(), all)
             }
         }
     }
@@ -502,6 +504,9 @@ impl Compiler<'_, '_> {
             if name == "metadata" || name == "metadata.filter_metadata" {
                 return Ok(Node::Attribute(Attribute::Metadata, false));
             }
+            if name == "filter_state" {
+                return Ok(Node::Attribute(Attribute::FilterState, false));
+            }
             if headers(&name).is_some() {
                 return Err(Refusal::new(
                     "",
@@ -522,7 +527,7 @@ impl Compiler<'_, '_> {
                             return Ok(Node::Attribute(*attribute, true));
                         }
                     }
-                    if name != "metadata" && !name.starts_with("metadata.") {
+                    if name != "metadata" && name != "filter_state" && !name.starts_with("metadata.") {
                         return Err(unknown(&format!("{name}.{field}")));
                     }
                 }

@@ -52,6 +52,7 @@ impl Scene for Facts<'_> {
             Attribute::ConnectionDnsSanPeer => name_of(self.peer.map(|peer| peer.dns_sans)),
             Attribute::ConnectionUriSanPeer => name_of(self.peer.map(|peer| peer.uri_sans)),
             Attribute::Metadata => Some(Value::Metadata(self.metadata)),
+            Attribute::FilterState => Some(Value::State(&self.metadata.state)),
             // Known at the end only; expressions that ask for these here are refused.
             Attribute::RequestProtocol
             | Attribute::RequestTime
@@ -153,6 +154,7 @@ impl Scene for Record<'_> {
             Attribute::ClusterName => text(self.upstream_cluster),
             Attribute::RouteName => text(self.route),
             Attribute::Metadata => Some(Value::Metadata(self.metadata)),
+            Attribute::FilterState => Some(Value::State(&self.metadata.state)),
         }
     }
 

@@ -81,6 +81,28 @@ pub(crate) fn field(from: &core::HeaderValueOption) -> Option<Field> {
     Some((name, value, how))
 }
 
+/// Whether every change that an answer asks for can be made (`validate_mutations`). What is to be taken off need not exist.
+pub fn is_valid(from: &auth::CheckResponse) -> bool {
+    use auth::check_response::HttpResponse;
+    let fields = |list: &[core::HeaderValueOption]| list.iter().all(|option| field(option).is_some());
+    let query = |text: &str| {
+        text.bytes()
+            .all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'&' | b'#' | b'"' | b'<' | b'>'))
+    };
+    match &from.http_response {
+        Some(HttpResponse::OkResponse(ok)) => {
+            fields(&ok.headers)
+                && fields(&ok.response_headers_to_add)
+                && ok
+                    .query_parameters_to_set
+                    .iter()
+                    .all(|parameter| query(&parameter.key) && query(&parameter.value))
+        }
+        Some(HttpResponse::DeniedResponse(denied)) => fields(&denied.headers),
+        Some(HttpResponse::ErrorResponse(_)) | None => true,
+    }
+}
+
 /// What the answer of a gRPC service means. Fields that are none are left out.
 pub fn read_grpc(from: auth::CheckResponse) -> Verdict {
     use auth::check_response::HttpResponse;

@@ -23,7 +23,7 @@ use super::metadata::{Metadata, of_json};
 use super::stats::Counter;
 use crate::config::convert;
 use crate::config::matchers::{RequestView, StringMatch};
-use crate::config::route::{Context, RouteMatch};
+use crate::config::route::{Context, RouteFacts, RouteMatch};
 use crate::config::runtime::Runtime;
 use crate::error::{Refusal, Within};
 
@@ -44,6 +44,7 @@ pub struct JwtAuthn {
     pub providers: Box<[Arc<Provider>]>,
     rules: Box<[Rule]>,
     named: Box<[(Box<str>, Requirement)]>,
+    by_state: Option<StateRules>,
     /// CORS preflights pass.
     pub bypass_preflight: bool,
     /// Denials say nothing.
@@ -166,9 +167,6 @@ impl JwtAuthn {
         prefix: &str,
         context: &mut Context<'_>,
     ) -> Result<Self, Refusal> {
-        if from.filter_state_rules.is_some() {
-            return Err(Refusal::new("filter_state_rules", "not supported"));
-        }
         let mut names: Vec<&String> = from.providers.keys().collect();
         names.sort_unstable();
         let providers = names
@@ -198,12 +196,18 @@ impl JwtAuthn {
                     .within(format!("rules[{index}]"))
             })
             .collect::<Result<_, _>>()?;
+        let by_state = from
+            .filter_state_rules
+            .as_ref()
+            .map(|rules| StateRules::compile(rules, &names).within("filter_state_rules"))
+            .transpose()?;
         let (workers, registry) = context.counters();
         let labels = [
             ("envoy_http_conn_manager_prefix", prefix),
             ("prefix", from.stat_prefix.as_str()),
         ];
         Ok(Self {
+            by_state,
             providers,
             rules,
             named,
@@ -215,12 +219,27 @@ impl JwtAuthn {
         })
     }
 
-    /// What a request must bring, by the first rule that matches it.
-    pub fn requirement(&self, request: &RequestView<'_>, random: &impl Fn() -> u64) -> Option<&Requirement> {
-        self.rules
+    /// What a request must bring, by the first rule that matches it, else by what the filter state says.
+    pub fn requirement(
+        &self,
+        request: &RequestView<'_>,
+        facts: &RouteFacts<'_>,
+        random: &impl Fn() -> u64,
+    ) -> Option<&Requirement> {
+        let rule = self
+            .rules
             .iter()
-            .find(|rule| rule.matches.test(request, random))
-            .and_then(|rule| rule.requirement.as_ref())
+            .find(|rule| rule.matches.test_with(request, facts, random));
+        if let Some(rule) = rule {
+            return rule.requirement.as_ref();
+        }
+        let rules = self.by_state.as_ref()?;
+        let wanted = facts.metadata?.state.get(&rules.key)?;
+        rules
+            .requirements
+            .iter()
+            .find(|(value, _)| **value == *wanted)
+            .map(|(_, requirement)| requirement)
     }
 
     /// The requirement that a route names. A route that names one that does not exist denies the request.
@@ -229,6 +248,35 @@ impl JwtAuthn {
             .iter()
             .find(|(own, _)| **own == *name)
             .map(|(_, requirement)| requirement)
+    }
+}
+
+/// `filter_state_rules`: the text of an object chooses what a request must bring.
+#[derive(Debug)]
+struct StateRules {
+    key: Box<str>,
+    requirements: Box<[(Box<str>, Requirement)]>,
+}
+
+impl StateRules {
+    fn compile(from: &jwt::FilterStateRule, providers: &[&String]) -> Result<Self, Refusal> {
+        if from.name.is_empty() {
+            return Err(Refusal::new("name", "is missing"));
+        }
+        let mut values: Vec<&String> = from.requires.keys().collect();
+        values.sort_unstable();
+        let requirements = values
+            .into_iter()
+            .map(|value| {
+                let requirement = Requirement::compile(&from.requires[value], providers)
+                    .within(format!("requires[{value:?}]"))?;
+                Ok((value.as_str().into(), requirement))
+            })
+            .collect::<Result<_, Refusal>>()?;
+        Ok(Self {
+            key: from.name.as_str().into(),
+            requirements,
+        })
     }
 }
 

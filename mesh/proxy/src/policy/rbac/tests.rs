@@ -223,8 +223,39 @@ fn every_principal_is_decided_as_envoy_decides_it() {
             "spiffe://td/ns/a/sa/b",
         ))),
     });
+    let mutual = |san: Option<(i32, &str)>| {
+        let message = mtls_authenticated::Config {
+            san_matcher: san.map(|(kind, name)| tls::SubjectAltNameMatcher {
+                san_type: kind,
+                matcher: Some(exact(name)),
+                ..Default::default()
+            }),
+            any_validated_client_certificate: san.is_none(),
+        };
+        Identifier::Custom(core::TypedExtensionConfig {
+            name: "mtls".into(),
+            typed_config: Some(serin_xds::pb::google::protobuf::Any {
+                type_url: "type.googleapis.com/envoy.extensions.rbac.principals.mtls_authenticated.v3.Config"
+                    .into(),
+                value: prost::Message::encode_to_vec(&message),
+            }),
+        })
+    };
     let cases = [
         ("any", Identifier::Any(true), true),
+        ("mutual TLS", mutual(None), true),
+        (
+            "mutual TLS by URI",
+            mutual(Some((3, "spiffe://td/ns/a/sa/b"))),
+            true,
+        ),
+        (
+            "mutual TLS by another URI",
+            mutual(Some((3, "spiffe://td/ns/a/sa/c"))),
+            false,
+        ),
+        // Unlike `authenticated`, each kind of name counts by itself.
+        ("mutual TLS by a DNS name", mutual(Some((2, "b.a"))), true),
         ("identity", named("spiffe://td/ns/a/sa/b"), true),
         ("a DNS name where there is a URI", named("b.a"), false),
         (

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::Wish;
+use crate::config::balancing::PLAIN_BIAS;
 use crate::config::cluster::{Cluster, LbPolicy, SlowStart};
 use crate::random;
 use crate::upstream::cluster::Host;
@@ -55,8 +56,8 @@ impl View<'_> {
         };
         let chosen = match cluster.lb {
             LbPolicy::RoundRobin => self.round_robin(hosts, turn),
-            LbPolicy::LeastRequest { choices: 0 } => self.least_of_all(hosts),
-            LbPolicy::LeastRequest { choices } => self.least_request(hosts, choices),
+            LbPolicy::LeastRequest { choices: 0, bias } => self.least_of_all(hosts, bias),
+            LbPolicy::LeastRequest { choices, bias } => self.least_request(hosts, choices, bias),
             LbPolicy::PeakEwma { default_rtt, .. } => self.cheaper(hosts, default_rtt),
             // Without a hash the consistent policies choose at random, as Envoy does.
             LbPolicy::Random | LbPolicy::RingHash { .. } | LbPolicy::Maglev { .. } => self.random(hosts),
@@ -138,12 +139,12 @@ impl View<'_> {
         None
     }
 
-    fn least_request<'h>(&self, hosts: &'h [Rc<Host>], choices: u32) -> Option<&'h Rc<Host>> {
+    fn least_request<'h>(&self, hosts: &'h [Rc<Host>], choices: u32, bias: u32) -> Option<&'h Rc<Host>> {
         let mut best: Option<&Rc<Host>> = None;
         for _ in 0..choices {
             // A young host is drawn less often, which is how its weight is smaller here.
             let Some(host) = self.random(hosts) else { continue };
-            if best.is_none_or(|best| busier(best, host)) {
+            if best.is_none_or(|best| busier(best, host, bias)) {
                 best = Some(host);
             }
         }
@@ -151,7 +152,7 @@ impl View<'_> {
     }
 
     /// The least busy of all, one of them at random if there are several.
-    fn least_of_all<'h>(&self, hosts: &'h [Rc<Host>]) -> Option<&'h Rc<Host>> {
+    fn least_of_all<'h>(&self, hosts: &'h [Rc<Host>], bias: u32) -> Option<&'h Rc<Host>> {
         let mut best: Option<&Rc<Host>> = None;
         let mut equals = 1;
         for host in hosts
@@ -160,11 +161,11 @@ impl View<'_> {
         {
             let better = match best {
                 None => true,
-                Some(best) if busier(best, host) => {
+                Some(best) if busier(best, host, bias) => {
                     equals = 1;
                     true
                 }
-                Some(best) if busier(host, best) => false,
+                Some(best) if busier(host, best, bias) => false,
                 Some(_) => {
                     equals += 1;
                     random::below(equals) == 0
@@ -217,8 +218,16 @@ impl View<'_> {
     }
 }
 
-/// Whether `one` has more requests per weight than `other`, without a division.
-fn busier(one: &Host, other: &Host) -> bool {
+/// Whether `one` has more requests per weight than `other`, usually without a division. Where all weights are the same, any
+/// bias but none gives the same order.
+fn busier(one: &Host, other: &Host, bias: u32) -> bool {
+    if bias != PLAIN_BIAS && one.endpoint.weight != other.endpoint.weight {
+        let load = |host: &Host| {
+            (f64::from(host.active.get()) + 1.0).powf(f64::from(bias) / 1000.0)
+                / f64::from(host.endpoint.weight)
+        };
+        return load(other) < load(one);
+    }
     u64::from(other.active.get()) * u64::from(one.endpoint.weight)
         < u64::from(one.active.get()) * u64::from(other.endpoint.weight)
 }

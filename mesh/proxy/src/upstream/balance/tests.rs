@@ -188,7 +188,7 @@ fn the_same_hash_finds_the_same_host() {
 fn an_endpoint_update_keeps_the_connections_of_hosts_that_stay() {
     use crate::upstream::cluster::WorkerCluster;
     let fixture = fixture(ROUND_ROBIN, &[(0, 1, true), (0, 1, true)]);
-    let slot = Arc::new(ClusterSlot::new(0, "c".into()));
+    let slot = Arc::new(ClusterSlot::new(0, "c".into(), Arc::default()));
     slot.set_config(Some(Arc::new(fixture.cluster)));
     slot.set_endpoints(Some(Arc::new(fixture.set)));
     let first = WorkerCluster::new(&slot, None, None).unwrap();
@@ -367,7 +367,10 @@ fn peak_ewma_prefers_the_faster_host_until_it_is_busy() {
 #[test]
 fn a_full_scan_finds_the_least_busy_of_all() {
     let mut fixture = fixture(LEAST_REQUEST, &[(0, 1, true), (0, 4, true), (0, 1, true)]);
-    fixture.cluster.lb = LbPolicy::LeastRequest { choices: 0 };
+    fixture.cluster.lb = LbPolicy::LeastRequest {
+        choices: 0,
+        bias: 1000,
+    };
     for (host, active) in fixture.hosts.iter().zip([2, 6, 3]) {
         host.active.set(active);
     }
@@ -375,6 +378,22 @@ fn a_full_scan_finds_the_least_busy_of_all() {
     fixture.hosts[1].active.set(8);
     let counts = fixture.counts(400, &Wish::default());
     assert!(counts[0] > 100 && counts[1] > 100 && counts[2] == 0, "{counts:?}");
+}
+
+#[test]
+fn the_bias_weighs_requests_on_their_way_against_the_weight() {
+    let mut fixture = fixture(LEAST_REQUEST, &[(0, 1, true), (0, 4, true)]);
+    for (host, active) in fixture.hosts.iter().zip([0, 3]) {
+        host.active.set(active);
+    }
+    let mut first = |bias| {
+        fixture.cluster.lb = LbPolicy::LeastRequest { choices: 0, bias };
+        fixture.counts(50, &Wish::default())
+    };
+    // 1^2/1 against 4^2/4; 1/1 against 2/4; without a bias the weight alone.
+    assert_eq!(first(2000), [50, 0]);
+    assert_eq!(first(500), [0, 50]);
+    assert_eq!(first(0), [0, 50]);
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use http::request::Parts;
 use http::uri::Uri;
-use http::{HeaderValue, header};
+use http::{HeaderValue, StatusCode, header};
 
 use super::super::body::{Ahead, Inbound};
 use super::super::call::{call, grpc};
@@ -14,7 +14,7 @@ use super::{Encode, Exchange, LocalReply, facts, metadata, state};
 use crate::metrics::flags::Flags;
 use crate::policy::ext_authz::{
     self, BodySettings, CheckScene, DEFAULT_TIMEOUT, ExtAuthz, NAMESPACE, PerRouteAuthz, Service, Verdict,
-    read_grpc,
+    is_valid, read_grpc,
 };
 use crate::random;
 
@@ -71,6 +71,12 @@ pub(super) async fn ask(
                     protocol: protocol_text(parts.version),
                     size: announced(parts),
                     time: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(),
+                    certificate: conn
+                        .tls
+                        .as_ref()
+                        .and_then(|tls| tls.peer.as_ref())
+                        .map(|peer| &peer.der),
+                    session: conn.tls.as_ref().map(|_| conn.server_name().unwrap_or("")),
                     extensions: settings.map(|settings| &settings.extensions),
                 };
                 let raw = wanted.unwrap_or(BodySettings {
@@ -80,6 +86,9 @@ pub(super) async fn ask(
                 });
                 let question = authz.question(&facts, &scene, sent, raw, partial);
                 match grpc(&worker, target, ext_authz::PATH, &question, DEFAULT_TIMEOUT).await {
+                    Ok(answer) if authz.validates && !is_valid(&answer) => {
+                        return Err(invalid(authz, worker.id));
+                    }
                     Ok(answer) => read_grpc(answer),
                     Err(error) => failed(&error),
                 }
@@ -98,7 +107,10 @@ pub(super) async fn ask(
     };
     authz.count(&verdict, worker.id);
     match verdict {
-        Verdict::Allowed(allowed) => {
+        Verdict::Allowed(mut allowed) => {
+            if !authz.restrict(&mut allowed) {
+                return Err(invalid(authz, worker.id));
+            }
             let changed = !allowed.set.is_empty() || !allowed.remove.is_empty();
             for name in &allowed.remove {
                 parts.headers.remove(name);
@@ -139,6 +151,17 @@ pub(super) async fn ask(
             "",
         )),
     }
+}
+
+/// The answer asks for what must not or cannot be done.
+fn invalid(authz: &ExtAuthz, worker: usize) -> LocalReply {
+    authz.count_invalid(worker);
+    LocalReply::new(
+        StatusCode::INTERNAL_SERVER_ERROR,
+        Flags::UNAUTHORIZED,
+        "ext_authz_invalid",
+        "",
+    )
 }
 
 fn failed(error: &super::super::call::CallError) -> Verdict {

@@ -379,7 +379,7 @@ pub(super) async fn response(
         .ask(&worker, About::Response, &question.encode_to_vec())
         .await
     {
-        Ok(None) | Ok(Some(Answer::Later(_))) => Ok(()),
+        Ok(None | Some(Answer::Later(_))) => Ok(()),
         Ok(Some(Answer::Continue(changes))) => {
             if let Some(status) = changes.status {
                 head.status = status;

@@ -13,8 +13,9 @@ use http::{HeaderValue, Method, Request, StatusCode, Uri, header};
 
 use super::super::Worker;
 use super::super::call::call;
-use super::{Exchange, LocalReply, state};
+use super::{Exchange, LocalReply, metadata, state};
 use crate::clock;
+use crate::config::route::RouteFacts;
 use crate::metrics::flags::Flags;
 use crate::policy::jwt::jwks::{Need, Remote, Source};
 use crate::policy::jwt::keys::KeySet;
@@ -59,7 +60,13 @@ pub(super) async fn authenticate(
         return Ok(false);
     }
     let requirement = match own {
-        None => authn.requirement(&view(parts), &random::next),
+        None => {
+            let facts = RouteFacts {
+                tls: exchange.conn.tls.as_deref(),
+                metadata: Some(metadata(exchange)),
+            };
+            authn.requirement(&view(parts), &facts, &random::next)
+        }
         Some(PerRouteJwt::Disabled) => None,
         Some(PerRouteJwt::Named(name)) => match authn.named(name) {
             Some(requirement) => Some(requirement),

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use http::request::Parts;
 use http::{HeaderValue, header};
 
-use super::{Encode, X_RATELIMIT_LIMIT, X_RATELIMIT_REMAINING, X_RATELIMIT_RESET, describe, state};
+use super::descriptors::{Entries, describe};
+use super::{Encode, X_RATELIMIT_LIMIT, X_RATELIMIT_REMAINING, X_RATELIMIT_RESET, state};
 use crate::clock;
 use crate::metrics::flags::Flags;
 use crate::policy::ext_authz::{Field, How};
@@ -42,21 +43,14 @@ pub(super) fn limit_locally(
     }
     let now = clock::now_ms();
     let descriptors = if limit.wants_descriptors() {
-        describe(
-            conn,
-            exchange,
-            routed,
-            parts,
-            &limit.own,
-            limit.stage,
-            limit.virtual_host,
-        )
+        let entries = Entries::of(routed, &limit.own, limit.stage, limit.virtual_host);
+        describe(conn, exchange, routed, parts, &entries, false)
     } else {
         Vec::new()
     };
     let own = limit.per_connection.then(|| conn.buckets_of(limit, now));
     let verdict = limit.judge(&descriptors, own.as_deref(), now, conn.worker.id);
-    if limit.headers {
+    if verdict.headers.unwrap_or(limit.headers) {
         let fields = limit_fields(verdict.limit, verdict.remaining, verdict.reset_s);
         state(exchange).encode.push(Encode::Fields(fields));
     }

@@ -3,6 +3,7 @@
 use http::HeaderName;
 use http::request::Parts;
 
+use super::super::Worker;
 use super::super::http::Downstream;
 use super::super::request::{Routed, view};
 use crate::clock::now_ms;
@@ -14,8 +15,8 @@ use crate::policy::on_demand::OnDemandClusters;
 /// Longest authority that is asked for: the longest name that DNS has, and a port.
 const MAX_AUTHORITY: usize = 253 + 6;
 
-async fn wait(conn: &Downstream, kind: Wanted, name: &str, limit: std::time::Duration) -> bool {
-    match conn.worker.shared.on_demand.ask(kind, name, now_ms()) {
+async fn wait(worker: &Worker, kind: Wanted, name: &str, limit: std::time::Duration) -> bool {
+    match worker.shared.on_demand.ask(kind, name, now_ms()) {
         Answer::Known(known) => known,
         Answer::Full => false,
         Answer::Wait(ticket) => ticket.wait(limit).await,
@@ -34,7 +35,12 @@ pub(in crate::worker) async fn virtual_host(conn: &Downstream, parts: &Parts) ->
     }
     let name = format!("{}/{}", table.name, authority.to_ascii_lowercase());
     let limit = conn.worker.shared.on_demand.limits().host_timeout;
-    wait(conn, Wanted::VirtualHost, &name, limit).await
+    wait(&conn.worker, Wanted::VirtualHost, &name, limit).await
+}
+
+/// Waits for a cluster by name, for a connection; whether there is one now.
+pub(in crate::worker) async fn cluster_named(worker: &Worker, rules: &OnDemandClusters, name: &str) -> bool {
+    !name.is_empty() && wait(worker, Wanted::Cluster, name, rules.timeout).await
 }
 
 /// The name of the cluster that a field of the request names, if it names one that does not exist.
@@ -97,6 +103,6 @@ pub(super) async fn cluster(conn: &Downstream, rules: &OnDemandClusters, routed:
         Targets::Empty => return,
     };
     if !name.is_empty() {
-        wait(conn, Wanted::Cluster, name, rules.timeout).await;
+        wait(&conn.worker, Wanted::Cluster, name, rules.timeout).await;
     }
 }

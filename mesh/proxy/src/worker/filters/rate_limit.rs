@@ -1,28 +1,75 @@
 //! The global rate limit on the worker.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use http::request::Parts;
 use http::{HeaderName, HeaderValue, header};
 
 use super::super::call::grpc;
 use super::super::request::{Routed, variables};
+use super::descriptors::{Entries, describe};
 use super::{
-    Encode, Exchange, LocalReply, X_RATELIMIT_LIMIT, X_RATELIMIT_REMAINING, X_RATELIMIT_RESET, describe,
-    state,
+    Encode, Exchange, LocalReply, X_RATELIMIT_LIMIT, X_RATELIMIT_REMAINING, X_RATELIMIT_RESET, find,
+    metadata, state,
 };
 use crate::metrics::flags::Flags;
 use crate::policy::ext_authz::How;
+use crate::policy::filter_state::Factory;
 use crate::policy::local_rate_limit::VirtualHostLimits;
+use crate::policy::per_route::Override;
 use crate::policy::rate_limit::{PATH, PerRouteLimit, RateLimit};
 use crate::random;
 
 static X_ENVOY_RATELIMITED: HeaderName = HeaderName::from_static("x-envoy-ratelimited");
 
+/// A request of which the service is told when it has ended.
+pub(super) struct Later {
+    limit: Arc<RateLimit>,
+    /// The filter's.
+    name: Box<str>,
+    routed: Routed,
+    parts: Parts,
+}
+
+/// Tells the services of a request that has ended; nobody waits for what they say.
+pub(super) fn tell(exchange: &Exchange, later: &Later) {
+    let conn = &exchange.conn;
+    let own = match find(&later.routed, &later.name) {
+        Some(Override::RateLimit(own)) => Some(own),
+        _ => None,
+    };
+    let limit = &later.limit;
+    let entries = own
+        .map(|own| &*own.own)
+        .filter(|own| !own.is_empty())
+        .unwrap_or(&limit.own);
+    let hosts = own.map_or(VirtualHostLimits::Override, |own| own.virtual_host);
+    let found = Entries::of(&later.routed, entries, limit.stage, hosts);
+    let descriptors = describe(conn, exchange, &later.routed, &later.parts, &found, true);
+    if descriptors.is_empty() {
+        return;
+    }
+    let question = limit.question(descriptors, own.and_then(|own| own.domain.as_deref()));
+    let (worker, limit) = (conn.worker.clone(), limit.clone());
+    conn.worker.tasks.spawn_local(async move {
+        // Bounded by its time limit.
+        match grpc(&worker, &limit.service, PATH, &question, limit.timeout).await {
+            Ok(answer) => drop(limit.read(answer, &[], worker.id)),
+            Err(error) => {
+                tracing::debug!(%error, "the rate limit service was not told of a request that has ended");
+                limit.count_error(true, worker.id);
+            }
+        }
+    });
+}
+
 /// Asks the service about a request.
 pub(super) async fn ask(
     exchange: &mut Exchange,
-    limit: &RateLimit,
+    limit: &Arc<RateLimit>,
     own: Option<&PerRouteLimit>,
+    name: &str,
     routed: &Routed,
     parts: &mut Parts,
 ) -> Result<(), LocalReply> {
@@ -39,14 +86,29 @@ pub(super) async fn ask(
         .filter(|own| !own.is_empty())
         .unwrap_or(&limit.own);
     let hosts = own.map_or(VirtualHostLimits::Override, |own| own.virtual_host);
-    let descriptors = describe(&conn, exchange, routed, parts, entries, limit.stage, hosts);
+    let found = Entries::of(routed, entries, limit.stage, hosts);
+    if found.at_end() {
+        let later = Later {
+            limit: limit.clone(),
+            name: name.into(),
+            routed: routed.clone_arcs(),
+            parts: parts.clone(),
+        };
+        state(exchange).later.push(later);
+    }
+    let descriptors = describe(&conn, exchange, routed, parts, &found, false);
     if descriptors.is_empty() {
         return Ok(());
     }
-    let question = limit.question(descriptors, own.and_then(|own| own.domain.as_deref()));
+    let told: Vec<_> = descriptors.iter().map(|descriptor| descriptor.headers).collect();
+    let mut question = limit.question(descriptors, own.and_then(|own| own.domain.as_deref()));
+    let addend = metadata(exchange).state.known(Factory::HitsAddend);
+    if let Some(addend) = addend.and_then(|text| text.parse::<u64>().ok()) {
+        question.hits_addend = u32::try_from(addend).unwrap_or(u32::MAX);
+    }
     let worker = &conn.worker;
     let said = match grpc(worker, &limit.service, PATH, &question, limit.timeout).await {
-        Ok(answer) => limit.read(answer, worker.id),
+        Ok(answer) => limit.read(answer, &told, worker.id),
         Err(error) => {
             tracing::debug!(%error, "the rate limit service failed");
             let denies = limit.failure_denies.hit(random::next());

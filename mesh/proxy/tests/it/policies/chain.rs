@@ -98,6 +98,55 @@ async fn mutations_of_the_chain_and_of_every_level_reach_both_sides() {
 }
 
 #[tokio::test]
+async fn faults_are_asked_for_by_header_and_only_so_many_at_a_time() {
+    use serin_xds::pb::envoy::extensions::filters::common::fault::v3 as common;
+    use serin_xds::pb::envoy::extensions::filters::http::fault::v3 as fault;
+    let all = Some(envoy_type::FractionalPercent {
+        numerator: 100,
+        denominator: 0,
+    });
+    let message = fault::HttpFault {
+        delay: Some(common::FaultDelay {
+            percentage: all,
+            fault_delay_secifier: Some(common::fault_delay::FaultDelaySecifier::HeaderDelay(
+                common::fault_delay::HeaderDelay {},
+            )),
+        }),
+        abort: Some(fault::FaultAbort {
+            percentage: all,
+            error_type: Some(fault::fault_abort::ErrorType::HeaderAbort(
+                fault::fault_abort::HeaderAbort {},
+            )),
+            response_body: "as you wish".into(),
+        }),
+        max_active_faults: number(1),
+        ..Default::default()
+    };
+    let filter = http_filter("envoy.filters.http.fault", Some(any(&message)));
+    let (mut harness, _backend, at) = served(vec![filter], to_c()).await;
+    assert_eq!(get(at, "/").await.0, 200);
+    let abort = [("x-envoy-fault-abort-request", "418")];
+    let (status, _, body) = get_with(at, "/", &abort).await;
+    assert_eq!((status, &*body), (418, "as you wish"));
+    assert_eq!(harness.line().await["response_flags"], "FI");
+    // One waits for an hour; while it does nobody else's wish is granted.
+    let request = b"GET / HTTP/1.1\r\nhost: a\r\nx-envoy-fault-delay-request: 3600000\r\n\r\n";
+    let mut waiting = tokio::net::TcpStream::connect(at).await.unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut waiting, request)
+        .await
+        .unwrap();
+    soon("the other's fault", async {
+        while get_with(at, "/", &abort).await.0 != 200 {}
+    })
+    .await;
+    drop(waiting);
+    soon("the end of the other's fault", async {
+        while get_with(at, "/", &abort).await.0 != 418 {}
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn filters_run_in_their_order_and_a_reply_of_the_proxy_passes_them_back() {
     let late = mutating(mutations(Vec::new(), vec![append("x-out", "mutated")]));
     let (_harness, backend, at) = served(vec![aborting(418), late], to_c()).await;

@@ -87,6 +87,105 @@ fn post(path: &str, body: &str) -> Request<Full<bytes::Bytes>> {
 }
 
 #[tokio::test]
+async fn changes_that_are_invalid_or_not_allowed_are_left_out_or_fail_the_request() {
+    use serin_xds::pb::envoy::config::common::mutation_rules::v3 as rules;
+    let service = Asked::new(|question: &auth::CheckRequest| {
+        let http = question
+            .attributes
+            .clone()
+            .unwrap()
+            .request
+            .unwrap()
+            .http
+            .unwrap();
+        Ok(match &*http.path {
+            "/bad" => allowed(auth::OkHttpResponse {
+                headers: vec![add_header("x-bad", "a\nb")],
+                ..Default::default()
+            }),
+            "/query" => allowed(auth::OkHttpResponse {
+                query_parameters_to_set: vec![core::QueryParameter {
+                    key: "a".into(),
+                    value: "b c".into(),
+                }],
+                ..Default::default()
+            }),
+            _ => allowed(auth::OkHttpResponse {
+                headers: vec![add_header("x-user", "bob"), add_header("x-secret", "1")],
+                headers_to_remove: vec!["x-id".into(), "x-keep".into()],
+                ..Default::default()
+            }),
+        })
+    });
+    let (at_service, _server) =
+        serve(Server::builder().add_service(auth::authorization_server::AuthorizationServer::new(service)))
+            .await;
+    let regex = |text: &str| {
+        Some(matcher::RegexMatcher {
+            regex: text.into(),
+            ..Default::default()
+        })
+    };
+    let mut message = over_grpc();
+    message.validate_mutations = true;
+    let restricted = rules::HeaderMutationRules {
+        disallow_expression: regex("x-secret|x-keep"),
+        ..Default::default()
+    };
+    message.decoder_header_mutation_rules = Some(restricted.clone());
+    let (mut harness, mut backend, at) = served(vec![filter(&message)], to_c()).await;
+    service_cluster(&harness, at_service).await;
+    let fields = [("x-id", "7"), ("x-keep", "8")];
+    assert_eq!(get_with(at, "/", &fields).await.0, 200);
+    let request = backend.next().await;
+    assert_eq!(request.headers["x-user"], "bob");
+    assert_eq!(request.headers["x-keep"], "8");
+    assert!(!request.headers.contains_key("x-id") && !request.headers.contains_key("x-secret"));
+    for path in ["/bad", "/query"] {
+        assert_eq!(get(at, path).await.0, 500, "{path}");
+        assert_eq!(harness.line().await["response_code_details"], "ext_authz_invalid");
+    }
+    assert_eq!(harness.counter("envoy_http_ext_authz_invalid", &[]), 2.0);
+    let mut strict = restricted;
+    strict.disallow_is_error = Some(google::BoolValue { value: true });
+    message.decoder_header_mutation_rules = Some(strict);
+    let at = harness
+        .listen(
+            &manager_with(vec![filter(&message)]),
+            core::TrafficDirection::Outbound,
+        )
+        .await;
+    assert_eq!(get(at, "/").await.0, 500);
+}
+
+#[tokio::test]
+async fn a_service_is_told_fields_as_they_came_where_it_wants_that() {
+    let service = Asked::new(|_: &auth::CheckRequest| Ok(allowed(auth::OkHttpResponse::default())));
+    let seen = service.seen.clone();
+    let (at_service, _server) =
+        serve(Server::builder().add_service(auth::authorization_server::AuthorizationServer::new(service)))
+            .await;
+    let mut message = over_grpc();
+    message.encode_raw_headers = true;
+    let (harness, _backend, at) = served(vec![filter(&message)], to_c()).await;
+    service_cluster(&harness, at_service).await;
+    assert_eq!(get_with(at, "/a", &[("x-id", "7"), ("x-id", "8")]).await.0, 200);
+    let question = seen.lock()[0].clone();
+    let http = question.attributes.unwrap().request.unwrap().http.unwrap();
+    assert!(http.headers.is_empty());
+    let all = http.header_map.unwrap().headers;
+    let values = |name: &str| -> Vec<String> {
+        all.iter()
+            .filter(|field| field.key == name)
+            .map(|field| String::from_utf8(field.raw_value.clone()).unwrap())
+            .collect()
+    };
+    assert_eq!(values("x-id"), ["7", "8"]);
+    assert_eq!(values(":path"), ["/a"]);
+    assert_eq!(values(":authority"), ["reviews"]);
+}
+
+#[tokio::test]
 async fn a_grpc_service_sees_the_request_and_decides_and_changes_it() {
     let service = Asked::new(|question: &auth::CheckRequest| {
         let http = question

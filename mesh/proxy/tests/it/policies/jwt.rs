@@ -102,6 +102,59 @@ fn filter(provider: jwt::JwtProvider, rules: Vec<jwt::RequirementRule>) -> hcm::
     )
 }
 
+#[tokio::test]
+async fn what_the_filter_state_says_chooses_what_a_request_must_bring() {
+    let issuer = Issuer::new("one");
+    let mut by_state = jwt::JwtAuthentication {
+        providers: [("p".to_owned(), local(&issuer))].into(),
+        rules: vec![rule("/open", None)],
+        filter_state_rules: Some(jwt::FilterStateRule {
+            name: "wants".into(),
+            requires: [("token".to_owned(), provider_named("p"))].into(),
+        }),
+        ..Default::default()
+    };
+    let of =
+        |message: &jwt::JwtAuthentication| http_filter("envoy.filters.http.jwt_authn", Some(any(message)));
+    let state = || {
+        super::filter_state::on_requests(vec![super::filter_state::object(
+            "wants",
+            "envoy.string",
+            "%REQ(x-wants)%",
+        )])
+    };
+    let (harness, _backend, at) = served(vec![state(), of(&by_state)], to_c()).await;
+    let token = issuer.token(&json!({"iss": "me", "exp": now() + 60}));
+    let wants = ("x-wants", "token");
+    assert_eq!(get_with(at, "/", &[wants]).await.0, 401);
+    assert_eq!(
+        get_with(at, "/open", &[wants]).await.0,
+        200,
+        "a rule counts first"
+    );
+    assert_eq!(get_with(at, "/", &[("x-wants", "nothing")]).await.0, 200);
+    assert_eq!(get(at, "/").await.0, 200);
+    let bearer = format!("Bearer {token}");
+    assert_eq!(
+        get_with(at, "/", &[wants, ("authorization", &bearer)]).await.0,
+        200
+    );
+    // Rules may look at the state as well.
+    let mut on_state = rule("/", Some(provider_named("p")));
+    on_state.r#match.as_mut().unwrap().filter_state = vec![matcher::FilterStateMatcher {
+        key: "wants".into(),
+        matcher: Some(matcher::filter_state_matcher::Matcher::StringMatch(exact(
+            "token",
+        ))),
+    }];
+    by_state.rules = vec![on_state];
+    by_state.filter_state_rules = None;
+    let manager = manager_with(vec![state(), of(&by_state)]);
+    let at = harness.listen(&manager, core::TrafficDirection::Outbound).await;
+    assert_eq!(get_with(at, "/", &[wants]).await.0, 401);
+    assert_eq!(get(at, "/").await.0, 200);
+}
+
 async fn with_token(at: SocketAddr, path: &str, token: &str) -> (u16, HeaderMap, String) {
     get_with(
         at,

@@ -5,12 +5,15 @@ mod chain;
 mod compression;
 mod ext_authz;
 mod ext_proc;
+mod ext_proc_calls;
+pub(crate) mod filter_state;
 mod grpc_stats;
 pub(crate) mod jwt;
 mod log_services;
 mod rate_limit;
 mod rbac;
-mod services;
+mod rbac_trees;
+pub(crate) mod services;
 mod tracing;
 
 use std::net::SocketAddr;

@@ -271,6 +271,141 @@ mod global {
         vec![host("all", "*", vec![prefix_route("/", action)])]
     }
 
+    fn generic(value: &str, default: &str) -> route::RateLimit {
+        route::RateLimit {
+            actions: vec![Action {
+                action_specifier: Some(action::ActionSpecifier::GenericKey(action::GenericKey {
+                    descriptor_value: value.into(),
+                    default_value: default.into(),
+                    ..Default::default()
+                })),
+            }],
+            ..Default::default()
+        }
+    }
+
+    /// A service that lets everything pass, with these entries on the only route.
+    async fn asked(
+        filters: Vec<hcm::HttpFilter>,
+        limits: Vec<route::RateLimit>,
+    ) -> (
+        Harness,
+        Backend,
+        SocketAddr,
+        std::sync::Arc<parking_lot::Mutex<Vec<service::RateLimitRequest>>>,
+        super::super::services::Served,
+    ) {
+        use service::rate_limit_response::{Code, DescriptorStatus, RateLimit, rate_limit::Unit};
+        let limiter = Asked::new(|question: &service::RateLimitRequest| {
+            let status = |limit| DescriptorStatus {
+                code: Code::Ok as i32,
+                current_limit: Some(RateLimit {
+                    requests_per_unit: limit,
+                    unit: Unit::Minute as i32,
+                    ..Default::default()
+                }),
+                limit_remaining: limit - 1,
+                ..Default::default()
+            };
+            Ok(service::RateLimitResponse {
+                overall_code: Code::Ok as i32,
+                statuses: (0..question.descriptors.len() as u32)
+                    .map(|index| status(10 + index))
+                    .collect(),
+                ..Default::default()
+            })
+        });
+        let seen = limiter.seen.clone();
+        let (at_service, server) = serve(Server::builder().add_service(
+            service::rate_limit_service_server::RateLimitServiceServer::new(limiter),
+        ))
+        .await;
+        let mut action = to_cluster("c");
+        action.rate_limits = limits;
+        let hosts = vec![host("all", "*", vec![prefix_route("/", action)])];
+        let chain = filters.into_iter().chain([filter(&message())]).collect();
+        let (harness, backend, at) = served(chain, hosts).await;
+        service_cluster(&harness, at_service).await;
+        (harness, backend, at, seen, server)
+    }
+
+    fn values(question: &service::RateLimitRequest) -> Vec<&str> {
+        let entries = question.descriptors.iter().flat_map(|one| &one.entries);
+        entries.map(|entry| entry.value.as_str()).collect()
+    }
+
+    #[tokio::test]
+    async fn formats_make_the_values_and_the_weights_of_descriptors() {
+        let mut weighed = generic("%REQ(x-user)%/%REQ(:METHOD)%", "");
+        weighed.hits_addend = Some(route::rate_limit::HitsAddend {
+            format: "%REQ(x-cost)%".into(),
+            ..Default::default()
+        });
+        let limits = vec![weighed, generic("%REQ(x-user)%", "nobody")];
+        let state = super::super::filter_state::on_requests(vec![super::super::filter_state::object(
+            "envoy.ratelimit.hits_addend",
+            "",
+            "%REQ(x-all)%",
+        )]);
+        let (_harness, _backend, at, seen, _server) = asked(vec![state], limits).await;
+        let fields = [("x-user", "bob"), ("x-cost", "7"), ("x-all", "3")];
+        assert_eq!(get_with(at, "/", &fields).await.0, 200);
+        // Without a number the entry does not apply; without a user there is a default.
+        assert_eq!(get_with(at, "/", &[("x-cost", "many")]).await.0, 200);
+        let seen = seen.lock();
+        assert_eq!(values(&seen[0]), ["bob/GET", "bob"]);
+        assert_eq!(seen[0].descriptors[0].hits_addend.as_ref().unwrap().value, 7);
+        assert_eq!(seen[0].hits_addend, 3);
+        assert_eq!(values(&seen[1]), ["nobody"]);
+        assert_eq!(seen[1].hits_addend, 0);
+    }
+
+    #[tokio::test]
+    async fn the_service_is_told_of_a_request_when_it_has_ended() {
+        let mut done = generic("%REQ(:PATH)% %RESPONSE_CODE%", "");
+        done.apply_on_stream_done = true;
+        done.hits_addend = Some(route::rate_limit::HitsAddend {
+            format: "%BYTES_SENT%".into(),
+            ..Default::default()
+        });
+        let (_harness, _backend, at, seen, _server) = asked(vec![], vec![done]).await;
+        assert_eq!(get(at, "/done").await.0, 200);
+        soon("the question", async {
+            while seen.lock().is_empty() {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+        let seen = seen.lock();
+        assert_eq!(values(&seen[0]), ["/done 200"]);
+        assert_eq!(seen[0].descriptors[0].hits_addend.as_ref().unwrap().value, 2);
+    }
+
+    #[tokio::test]
+    async fn descriptors_say_themselves_whether_their_limit_is_told() {
+        let with = |value: &str, option: i32| route::RateLimit {
+            x_ratelimit_option: option,
+            ..generic(value, "")
+        };
+        let (_harness, _backend, at, _seen, _server) = asked(vec![], vec![with("a", 1), with("b", 0)]).await;
+        assert_eq!(get(at, "/").await.1["x-ratelimit-limit"], "11, 11;w=60");
+        let (_harness, _backend, at, _seen, _server) = asked(vec![], vec![with("a", 1), with("b", 1)]).await;
+        assert!(!get(at, "/").await.1.contains_key("x-ratelimit-limit"));
+        // The local limit likewise: its filter tells nothing, one of its descriptors does.
+        let mut message = limit(1000);
+        message.descriptors = vec![common::LocalRateLimitDescriptor {
+            entries: vec![common::rate_limit_descriptor::Entry {
+                key: "generic_key".into(),
+                value: "a".into(),
+            }],
+            token_bucket: bucket(5),
+            shadow_mode: false,
+        }];
+        message.rate_limits = vec![with("a", 2)];
+        let (_harness, _backend, at) = served(vec![super::filter(&message)], to_c()).await;
+        assert_eq!(get(at, "/").await.1["x-ratelimit-limit"], "5");
+    }
+
     #[tokio::test]
     async fn the_service_decides_by_the_descriptors_of_the_request() {
         use service::rate_limit_response::{Code, DescriptorStatus, RateLimit, rate_limit::Unit};

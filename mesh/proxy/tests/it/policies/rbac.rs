@@ -6,10 +6,7 @@ use serin_xds::pb::envoy::config::rbac::v3 as rbac;
 use serin_xds::pb::envoy::extensions::filters::http::rbac::v3 as http_rbac;
 use serin_xds::pb::envoy::extensions::filters::network::rbac::v3 as network_rbac;
 use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp;
-use serin_xds::pb::envoy::extensions::matching::common_inputs::network::v3 as network_inputs;
 use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
-use serin_xds::pb::xds::core::v3::TypedExtensionConfig;
-use serin_xds::pb::xds::r#type::matcher::v3 as xds;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -306,116 +303,52 @@ async fn a_condition_decides_beside_permissions_and_principals() {
 }
 
 /// A header's input, an equal text, and the action that follows.
-fn field(header: &str, text: &str, action: rbac::rbac::Action) -> xds::matcher::matcher_list::FieldMatcher {
-    use xds::matcher::matcher_list::predicate::{MatchType, SinglePredicate, single_predicate};
-    xds::matcher::matcher_list::FieldMatcher {
-        predicate: Some(xds::matcher::matcher_list::Predicate {
-            match_type: Some(MatchType::SinglePredicate(SinglePredicate {
-                input: typed(&matcher::HttpRequestHeaderMatchInput {
-                    header_name: header.into(),
-                }),
-                matcher: Some(single_predicate::Matcher::ValueMatch(xds::StringMatcher {
-                    match_pattern: Some(xds::string_matcher::MatchPattern::Exact(text.into())),
-                    ..Default::default()
-                })),
-            })),
-        }),
-        on_match: Some(leads_to(text, action)),
-    }
-}
-
-fn leads_to(name: &str, action: rbac::rbac::Action) -> xds::matcher::OnMatch {
-    xds::matcher::OnMatch {
-        keep_matching: false,
-        on_match: typed(&rbac::Action {
-            name: name.into(),
-            action: action as i32,
-        })
-        .map(xds::matcher::on_match::OnMatch::Action),
-    }
-}
-
-fn typed<M: prost::Message + prost::Name>(message: &M) -> Option<TypedExtensionConfig> {
-    Some(TypedExtensionConfig {
-        name: "typed".into(),
-        typed_config: Some(any(message)),
-    })
-}
-
 #[tokio::test]
-async fn a_matcher_tree_decides_by_its_first_match_and_denies_what_nothing_matches() {
-    use rbac::rbac::Action;
-    let tree = xds::Matcher {
-        matcher_type: Some(xds::matcher::MatcherType::MatcherList(
-            xds::matcher::MatcherList {
-                matchers: vec![
-                    field("x-tenant", "red", Action::Deny),
-                    field("x-tenant", "blue", Action::Allow),
-                    field("x-role", "boss", Action::Allow),
-                ],
-            },
-        )),
-        on_no_match: None,
+async fn a_denied_connection_is_kept_for_as_long_as_the_rules_say() {
+    let harness = Harness::start();
+    harness.cluster("c", &[closed_port().await]).await;
+    let listen = async |name: &str, delay: Option<google::Duration>, continuous: bool| {
+        let chain = serin_xds::pb::envoy::config::listener::v3::FilterChain {
+            filters: vec![
+                network_filter(
+                    "envoy.filters.network.rbac",
+                    Some(any(&network_rbac::Rbac {
+                        rules: Some(rbac::Rbac::default()),
+                        stat_prefix: name.into(),
+                        delay_deny: delay,
+                        enforcement_type: i32::from(continuous),
+                        ..Default::default()
+                    })),
+                ),
+                network_filter(
+                    "envoy.filters.network.tcp_proxy",
+                    Some(any(&tcp::TcpProxy {
+                        cluster_specifier: Some(tcp::tcp_proxy::ClusterSpecifier::Cluster("c".into())),
+                        ..Default::default()
+                    })),
+                ),
+            ],
+            ..Default::default()
+        };
+        let message = listener_of(name, core::TrafficDirection::Inbound, vec![chain]);
+        harness.put(ResourceType::Listener, name, &message).await;
+        harness.proxy.listener_address(name).unwrap()
     };
-    let with = |tree: xds::Matcher| {
-        http_filter(
-            "envoy.filters.http.rbac",
-            Some(any(&http_rbac::Rbac {
-                matcher: Some(tree),
-                ..Default::default()
-            })),
-        )
-    };
-    let (mut harness, _backend, at) = served(vec![with(tree)], to_c()).await;
-    assert_eq!(get_with(at, "/", &[("x-tenant", "blue")]).await.0, 200);
-    assert_eq!(
-        get_with(at, "/", &[("x-tenant", "red"), ("x-role", "boss")])
-            .await
-            .0,
-        403
-    );
-    assert_eq!(get_with(at, "/", &[("x-role", "boss")]).await.0, 200);
-    assert_eq!(get(at, "/").await.0, 403);
-    let mut map = std::collections::HashMap::new();
-    map.insert("127.".to_owned(), leads_to("near", Action::Deny));
-    map.insert("127.0.0.1".to_owned(), leads_to("self", Action::Allow));
-    let by_address = xds::Matcher {
-        matcher_type: Some(xds::matcher::MatcherType::MatcherTree(
-            xds::matcher::MatcherTree {
-                input: typed(&network_inputs::SourceIpInput {}),
-                tree_type: Some(xds::matcher::matcher_tree::TreeType::PrefixMatchMap(
-                    xds::matcher::matcher_tree::MatchMap { map },
-                )),
-            },
-        )),
-        on_no_match: None,
-    };
-    let at = harness
-        .listen(
-            &manager_with(vec![with(by_address)]),
-            core::TrafficDirection::Outbound,
-        )
-        .await;
-    assert_eq!(get(at, "/").await.0, 200, "the longest prefix decides");
-    let unknown = xds::Matcher {
-        matcher_type: None,
-        on_no_match: Some(Box::new(xds::matcher::OnMatch {
-            keep_matching: true,
-            ..leads_to("x", Action::Allow)
-        })),
-    };
-    let manager = manager_with(vec![with(unknown)]);
-    let listener = listener_of("l", core::TrafficDirection::Outbound, vec![http_chain(&manager)]);
-    let refusal = harness
-        .try_put(ResourceType::Listener, "l", &listener)
+    let long = TcpStream::connect(listen("long", millis(3_600_000), false).await)
         .await
         .unwrap();
-    assert!(
-        refusal.contains("matcher.on_no_match.on_match.keep_matching"),
-        "{refusal}"
+    soon("the denial", async {
+        while harness.counter("envoy_rbac_denied", &[("envoy_tcp_prefix", "long")]) < 1.0 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    // One that came later, judged continuously, is closed at once.
+    assert_eq!(raw(listen("none", None, true).await, b"").await, "");
+    let mut byte = [0];
+    assert_eq!(
+        long.try_read(&mut byte).unwrap_err().kind(),
+        std::io::ErrorKind::WouldBlock
     );
-    assert!(
-        harness.log.try_recv().is_err(),
-        "denials have no flag and are no errors"
-    );
+    assert_eq!(raw(listen("short", millis(20), false).await, b"").await, "");
 }

@@ -1,0 +1,93 @@
+//! Rate limit descriptors of a request, for the local and the global limit.
+
+use http::request::Parts;
+
+use super::{Exchange, facts, metadata};
+use crate::config::route::Action;
+use crate::policy::descriptors::{Descriptor, RateLimitEntry, Scene};
+use crate::policy::local_rate_limit::VirtualHostLimits;
+use crate::worker::http::Downstream;
+use crate::worker::logging;
+use crate::worker::request::Routed;
+
+/// The entries of a filter's stage that a request falls under: the filter's own, or those of route and virtual host.
+pub(super) struct Entries<'a> {
+    stage: u32,
+    lists: [&'a [RateLimitEntry]; 2],
+}
+
+impl<'a> Entries<'a> {
+    pub(super) fn of(
+        routed: &'a Routed,
+        own: &'a [RateLimitEntry],
+        stage: u32,
+        hosts: VirtualHostLimits,
+    ) -> Self {
+        if !own.is_empty() {
+            return Self {
+                stage,
+                lists: [own, &[]],
+            };
+        }
+        let (of_route, include) = match &routed.route.action {
+            Action::Forward(forward) => (&*forward.rate_limits, forward.include_host_rate_limits),
+            Action::Redirect(_) | Action::Direct(_) => (&[][..], false),
+        };
+        let of_host = match hosts {
+            VirtualHostLimits::Override => include || of_route.is_empty(),
+            VirtualHostLimits::Include => true,
+            VirtualHostLimits::Ignore => false,
+        };
+        let of_host: &[_] = if of_host { &routed.host.rate_limits } else { &[] };
+        Self {
+            stage,
+            lists: [of_route, of_host],
+        }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &'a RateLimitEntry> {
+        let stage = self.stage;
+        let [first, second] = self.lists;
+        first
+            .iter()
+            .chain(second)
+            .filter(move |entry| entry.stage == stage)
+    }
+
+    /// Whether some are for the end of the request.
+    pub(super) fn at_end(&self) -> bool {
+        self.iter().any(|entry| entry.at_end)
+    }
+}
+
+/// The descriptors of a request: those for its end, or the others.
+pub(super) fn describe(
+    conn: &Downstream,
+    exchange: &Exchange,
+    routed: &Routed,
+    parts: &Parts,
+    entries: &Entries<'_>,
+    at_end: bool,
+) -> Vec<Descriptor> {
+    let facts = facts(conn, parts, metadata(exchange));
+    let scene = Scene {
+        facts: &facts,
+        destination_cluster: routed.cluster_name(),
+        source_cluster: &conn.worker.shared.cluster,
+        record: None,
+    };
+    entries
+        .iter()
+        .filter(|entry| entry.at_end == at_end)
+        .filter_map(|entry| match entry.wants() {
+            None => entry.describe(&scene),
+            Some(wants) => {
+                let seen = logging::meanwhile(wants, exchange, parts);
+                logging::with_record(exchange, &seen, |record| {
+                    let record = Some(record);
+                    entry.describe(&Scene { record, ..scene })
+                })
+            }
+        })
+        .collect()
+}
