@@ -78,11 +78,11 @@ impl Counts {
         )
     }
 
-    /// Takes note of an answer; whether the connection may be used again.
-    fn note(&self, path: &str, answer: Result<u16, Failed>) -> bool {
+    /// Takes note of an answer.
+    fn note(&self, path: &str, answer: &Result<u16, Failed>) {
         // The moody endpoint is behind `/1` and `/3`.
         let moody = !path.starts_with("/2") && !path.starts_with("/t");
-        match &answer {
+        match answer {
             Ok(200) => add(&self.answered),
             Ok(503) if path.starts_with("/t") => add(&self.absent),
             Ok(503) | Err(Failed::Broken(_)) if moody => add(&self.broken),
@@ -99,7 +99,6 @@ impl Counts {
                 add(&self.unexpected);
             }
         }
-        answer.is_ok()
     }
 }
 
@@ -188,7 +187,10 @@ async fn kept(target: &Target, round: u32, requests: u32) -> anyhow::Result<()> 
             break;
         }
         let sent = sender.try_send_request(request(path, round, "")?);
-        if !target.counts.note(path, whole(sent).await) {
+        let answer = whole(sent).await;
+        target.counts.note(path, &answer);
+        // After an early answer the proxy may close: the rest of the request was not read.
+        if !matches!(answer, Ok(200)) {
             break;
         }
     }
@@ -219,7 +221,9 @@ where
                     add(&target.counts.left);
                     return anyhow::Ok(true);
                 }
-                Ok(target.counts.note(path, whole(sent).await))
+                let answer = whole(sent).await;
+                target.counts.note(path, &answer);
+                Ok(answer.is_ok())
             }
         });
         let mut good = true;
