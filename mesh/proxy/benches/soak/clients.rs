@@ -78,11 +78,11 @@ impl Counts {
         )
     }
 
-    /// Takes note of an answer.
-    fn note(&self, path: &str, answer: &Result<u16, Failed>) {
+    /// Takes note of an answer; whether the connection may be used again.
+    fn note(&self, path: &str, answer: Result<u16, Failed>) -> bool {
         // The moody endpoint is behind `/1` and `/3`.
         let moody = !path.starts_with("/2") && !path.starts_with("/t");
-        match answer {
+        match &answer {
             Ok(200) => add(&self.answered),
             Ok(503) if path.starts_with("/t") => add(&self.absent),
             Ok(503) | Err(Failed::Broken(_)) if moody => add(&self.broken),
@@ -99,6 +99,7 @@ impl Counts {
                 add(&self.unexpected);
             }
         }
+        answer.is_ok()
     }
 }
 
@@ -187,10 +188,7 @@ async fn kept(target: &Target, round: u32, requests: u32) -> anyhow::Result<()> 
             break;
         }
         let sent = sender.try_send_request(request(path, round, "")?);
-        let answer = whole(sent).await;
-        target.counts.note(path, &answer);
-        // After an early answer the proxy may close: the rest of the request was not read.
-        if !matches!(answer, Ok(200)) {
+        if !target.counts.note(path, whole(sent).await) {
             break;
         }
     }
@@ -221,9 +219,7 @@ where
                     add(&target.counts.left);
                     return anyhow::Ok(true);
                 }
-                let answer = whole(sent).await;
-                target.counts.note(path, &answer);
-                Ok(answer.is_ok())
+                Ok(target.counts.note(path, whole(sent).await))
             }
         });
         let mut good = true;
