@@ -41,7 +41,6 @@ fn add(to: &AtomicU64) {
 }
 
 /// Why there is no answer.
-#[derive(Debug)]
 enum Failed {
     /// The request has not left this client.
     Unsent,
@@ -90,7 +89,12 @@ impl Counts {
             Err(Failed::Unsent) => add(&self.unsent),
             other => {
                 if self.unexpected.load(Ordering::Relaxed) < 10 {
-                    eprintln!("soak: {path} was answered {other:?}");
+                    let told = match other {
+                        Ok(status) => status.to_string(),
+                        Err(Failed::Broken(error)) => format!("{error:?}"),
+                        Err(Failed::Unsent) => "nothing".to_owned(),
+                    };
+                    eprintln!("soak: {path} was answered {told}");
                 }
                 add(&self.unexpected);
             }
