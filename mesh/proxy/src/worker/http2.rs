@@ -28,6 +28,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use super::http::Downstream;
 use super::incoming::Incoming;
 use super::interim::Waiting;
+use super::linger::Lingering;
 use super::local::Body;
 use super::request;
 use super::rest::{End, wait_for_end};
@@ -63,7 +64,7 @@ where
     if conn.manager.extended_connect {
         builder.enable_connect_protocol();
     }
-    let mut handshake = pin!(builder.handshake::<_, Bytes>(io));
+    let mut handshake = pin!(builder.handshake::<_, Bytes>(Lingering::new(io)));
     let mut finishing = false;
     let mut connection = loop {
         tokio::select! {
@@ -95,7 +96,7 @@ where
 
 /// Accepts streams until the connection has ended. An error means that the client broke off or broke the protocol; its
 /// requests have been recorded.
-async fn accept<S>(conn: &Rc<Downstream>, connection: &mut Connection<StrictIo<S>, Bytes>)
+async fn accept<S>(conn: &Rc<Downstream>, connection: &mut Connection<Lingering<StrictIo<S>>, Bytes>)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {

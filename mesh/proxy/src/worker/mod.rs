@@ -18,6 +18,7 @@ mod http2;
 pub mod incoming;
 pub mod interim;
 pub mod io;
+mod linger;
 pub mod local;
 mod logging;
 mod mirror;

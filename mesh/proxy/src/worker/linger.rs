@@ -1,0 +1,115 @@
+//! The end of a connection that still has something to say to us.
+//!
+//! A socket that is closed while bytes of its peer are unread resets the connection, and the peer may lose what it has not
+//! read yet: the answers before a GOAWAY, as its window updates cross them. So the writing side is closed first, and what
+//! the peer sends is read and dropped until it closes as well, for [`LINGER`] at most (Envoy's `delayed_close_timeout`).
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::Sleep;
+
+/// How long the peer has to close.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Lingering<S> {
+    inner: S,
+    /// Until when, once the writing side is closed.
+    timer: Option<Pin<Box<Sleep>>>,
+}
+
+impl<S> Lingering<S> {
+    pub(super) fn new(inner: S) -> Self {
+        Self { inner, timer: None }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Lingering<S> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().inner).poll_read(cx, buf)
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Lingering<S> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().inner).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().inner).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if this.timer.is_none() {
+            ready!(Pin::new(&mut this.inner).poll_shutdown(cx))?;
+        }
+        let timer = this
+            .timer
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER)));
+        let mut chunk = [0; 512];
+        loop {
+            if timer.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
+            let mut read = ReadBuf::new(&mut chunk);
+            match ready!(Pin::new(&mut this.inner).poll_read(cx, &mut read)) {
+                Ok(()) if !read.filled().is_empty() => {}
+                // The peer has closed, or is gone.
+                Ok(()) | Err(_) => return Poll::Ready(Ok(())),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_the_peer_still_sends_is_read_until_it_closes_or_its_time_is_over() {
+        for closes in [true, false] {
+            let (near, mut far) = tokio::io::duplex(64);
+            let began = tokio::time::Instant::now();
+            let ending = tokio::spawn(async move {
+                let mut near = Lingering::new(near);
+                near.write_all(b"answer").await.unwrap();
+                near.shutdown().await.unwrap();
+            });
+            // More than the pipe holds, so that it is written only if it is read.
+            far.write_all(&[0; 1000]).await.unwrap();
+            let mut answer = Vec::new();
+            far.read_to_end(&mut answer).await.unwrap();
+            assert_eq!(answer, b"answer");
+            assert!(!ending.is_finished());
+            if closes {
+                drop(far);
+                ending.await.unwrap();
+                assert_eq!(began.elapsed(), Duration::ZERO);
+            } else {
+                ending.await.unwrap();
+                assert_eq!(began.elapsed(), LINGER);
+                drop(far);
+            }
+        }
+    }
+}
