@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admission::{Admission, PodLogs};
 use crate::clock::Clock;
+use crate::controllers::crds;
 use crate::error::{ApiError, ApiResult};
 use crate::kinds::{Kind, Registry, ResourceId};
 use crate::log::{Log, StoreSide};
@@ -210,7 +211,7 @@ impl Hub {
             }
         };
         let Some(log) = &self.log else {
-            let changed = store.publish(event.rv);
+            let changed = self.show(store, event.rv);
             return Staged::Published(event, changed);
         };
         match event.change {
@@ -251,8 +252,17 @@ impl Hub {
 
     /// Show readers and watchers everything up to a version, which is on disk.
     pub(crate) fn publish(&self, durable: u64) {
-        let changed = self.store.lock().publish(durable);
+        let changed = self.show(&mut self.store.lock(), durable);
         self.wake(&changed);
+    }
+
+    /// Publishes within the store. Requests are answered by a definition from the moment in which it can be read, so that
+    /// nobody who has been told of a change of it meets what was before.
+    fn show(&self, store: &mut Store, durable: u64) -> Vec<(ResourceId, u64)> {
+        for event in store.to_be_published(crds::RESOURCE, durable) {
+            crds::take_over(self, &event);
+        }
+        store.publish(durable)
     }
 
     pub(crate) fn storage_error(text: &str) -> ApiError {

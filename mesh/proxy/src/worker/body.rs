@@ -282,6 +282,11 @@ impl RequestSource {
         self.ended_at.get_or_insert_with(Instant::now);
     }
 
+    /// Whether the client has sent the whole request, as far as it was looked at.
+    pub fn is_whole(&self) -> bool {
+        self.ended || self.incoming.is_end_stream()
+    }
+
     /// Whether the whole request has been read.
     pub fn ended(&self) -> bool {
         self.ended

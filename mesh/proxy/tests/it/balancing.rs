@@ -556,3 +556,36 @@ async fn tcp_connections_reach_the_subset_that_their_proxy_or_weighted_cluster_a
         }
     }
 }
+
+#[tokio::test]
+async fn the_share_of_requests_that_endpoints_say_is_dropped_and_told_as_such() {
+    use serin_xds::pb::envoy::r#type::v3 as kind;
+    let backend = Backend::named("b").await;
+    let mut harness = Harness::start();
+    harness.cluster("c", &[backend.address]).await;
+    harness
+        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
+        .await;
+    let at = harness
+        .listen(&manager("80"), core::TrafficDirection::Outbound)
+        .await;
+    for (percent, wanted) in [(100, 503), (0, 200)] {
+        let mut endpoints = assignment("c", &[(backend.address, "")]);
+        endpoints.policy = Some(endpoint::cluster_load_assignment::Policy {
+            drop_overloads: vec![endpoint::cluster_load_assignment::policy::DropOverload {
+                category: "lb".into(),
+                drop_percentage: Some(kind::FractionalPercent {
+                    numerator: percent,
+                    denominator: kind::fractional_percent::DenominatorType::Hundred as i32,
+                }),
+            }],
+            ..Default::default()
+        });
+        harness.put(ResourceType::Endpoints, "c", &endpoints).await;
+        assert_eq!(get(at, "/").await.0, wanted, "{percent} %");
+        let line = harness.line().await;
+        let flags = if wanted == 503 { "DO" } else { "-" };
+        assert_eq!(line["response_flags"], flags, "{line}");
+    }
+    assert_eq!(backend.hits(), 1);
+}

@@ -262,11 +262,42 @@ async fn an_early_answer_reaches_the_client_and_the_rest_of_its_request_is_not_w
         .write_all(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n\r\nbegin")
         .await
         .unwrap();
-    let mut answer = [0u8; 12];
-    soon("the early answer", stream.read_exact(&mut answer))
-        .await
-        .unwrap();
-    assert_eq!(&answer, b"HTTP/1.1 413");
+    let mut answer = String::new();
+    while !answer.ends_with("\r\n\r\nbig") {
+        let mut chunk = [0u8; 4096];
+        let count = soon("the early answer", stream.read(&mut chunk)).await.unwrap();
+        assert!(count > 0, "{answer}");
+        answer.push_str(&String::from_utf8_lossy(&chunk[..count]));
+    }
+    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+    // Nothing can follow a request that is not read to its end.
+    assert!(answer.contains("\r\nconnection: close\r\n"), "{answer}");
+    drop(stream);
+    nothing_is_left(&harness).await;
+}
+
+#[tokio::test]
+async fn the_connection_of_a_request_that_was_read_to_its_end_stays_open() {
+    let backend = Backend::named("ok").await;
+    let (harness, at) = setup(backend.address, to_cluster("c")).await;
+    let mut stream = TcpStream::connect(at).await.unwrap();
+    for body in [
+        "content-length: 5\r\n\r\nhello",
+        "transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    ] {
+        stream
+            .write_all(format!("POST / HTTP/1.1\r\nhost: a\r\n{body}").as_bytes())
+            .await
+            .unwrap();
+        let mut answer = String::new();
+        while !answer.ends_with("\r\n\r\nok") {
+            let mut chunk = [0u8; 4096];
+            let count = soon("an answer", stream.read(&mut chunk)).await.unwrap();
+            assert!(count > 0, "{answer}");
+            answer.push_str(&String::from_utf8_lossy(&chunk[..count]));
+        }
+        assert!(!answer.contains("connection: close"), "{answer}");
+    }
     drop(stream);
     nothing_is_left(&harness).await;
 }

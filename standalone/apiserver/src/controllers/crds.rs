@@ -1,4 +1,5 @@
-//! CustomResourceDefinitions: conditions, and the registry that requests are answered from. Deleting one deletes its objects.
+//! CustomResourceDefinitions: conditions, and the registry that requests are answered from, which changes as a definition is
+//! published. Deleting one deletes its objects.
 
 use std::sync::Arc;
 
@@ -8,6 +9,7 @@ use super::Follower;
 use crate::crd::definition;
 use crate::hub::Hub;
 use crate::meta::{self, str_at};
+use crate::store::{Change, Event};
 use crate::time;
 
 pub(crate) const RESOURCE: &str = "apiextensions.k8s.io/customresourcedefinitions";
@@ -25,12 +27,26 @@ pub(crate) fn restore(hub: &Hub) {
             .map(|o| o.value.clone())
             .collect()
     };
-    for crd in stored
-        .iter()
-        .filter(|c| definition::condition_is_true(c, "Established"))
-    {
+    for crd in &stored {
+        serve(hub, crd);
+    }
+}
+
+/// Requests are answered by this definition from now on, if it is established.
+fn serve(hub: &Hub, crd: &Value) {
+    if definition::condition_is_true(crd, "Established") {
         let kind = Arc::new(definition::to_kind(crd));
         hub.change_registry(|r| r.insert(kind));
+    }
+}
+
+/// Takes over what is about to be published.
+pub(crate) fn take_over(hub: &Hub, event: &Event) {
+    let crd = &event.object.value;
+    if event.change == Change::Deleted {
+        hub.change_registry(|r| r.remove(str_at(crd, "spec.group"), str_at(crd, "spec.names.plural")));
+    } else {
+        serve(hub, crd);
     }
 }
 
@@ -41,13 +57,8 @@ pub(crate) async fn run(hub: Arc<Hub>) {
         wake.mark_unchanged();
         for seen in follower.changes(&hub) {
             if seen.deleted {
-                let (group, plural) = (
-                    str_at(&seen.object.value, "spec.group"),
-                    str_at(&seen.object.value, "spec.names.plural"),
-                );
-                hub.change_registry(|r| r.remove(group, plural));
                 // A name that was in conflict may be free now.
-                reconcile_group(&hub, group).await;
+                reconcile_group(&hub, str_at(&seen.object.value, "spec.group")).await;
                 continue;
             }
             settle(&hub, meta::name(&seen.object.value)).await;
@@ -76,7 +87,7 @@ async fn reconcile_group(hub: &Hub, group: &str) {
     }
 }
 
-/// Bring one CRD to rest: finalizer, conditions, registry; or its end.
+/// Bring one CRD to rest: finalizer, conditions; or its end.
 async fn settle(hub: &Hub, name: &str) {
     // NamesAccepted first, then Established: two writes, as watchers of real CRDs see them.
     for _ in 0..3 {
@@ -116,12 +127,6 @@ async fn settle(hub: &Hub, name: &str) {
                 return;
             }
         }
-    }
-    if let Some(current) = hub.get_at(RESOURCE, name)
-        && definition::condition_is_true(&current.value, "Established")
-    {
-        let kind = Arc::new(definition::to_kind(&current.value));
-        hub.change_registry(|r| r.insert(kind));
     }
 }
 

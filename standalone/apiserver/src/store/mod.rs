@@ -293,6 +293,16 @@ impl Store {
         event
     }
 
+    /// Writes of one kind that [`Self::publish`] up to this version will show, in their order.
+    pub(crate) fn to_be_published(&self, resource: &str, durable: u64) -> Vec<Arc<Event>> {
+        self.staged
+            .iter()
+            .take_while(|(_, event)| event.rv <= durable)
+            .filter(|(of, _)| **of == *resource)
+            .map(|(_, event)| event.clone())
+            .collect()
+    }
+
     /// Show every staged write up to a version; the kinds that changed, each with its newest version.
     pub(crate) fn publish(&mut self, durable: u64) -> Vec<(ResourceId, u64)> {
         let mut changed: Vec<(ResourceId, u64)> = Vec::new();

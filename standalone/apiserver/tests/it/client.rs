@@ -794,3 +794,59 @@ async fn a_custom_object_is_read_and_written_in_each_version_of_its_definition()
     assert_eq!(listed.items[0].data["spec"]["size"], 2);
     server.shutdown().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_changed_definition_holds_for_the_next_write() {
+    let (server, client) = server().await;
+    let definition = |longest: usize| -> CustomResourceDefinition {
+        serde_json::from_value(json!({
+            "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition", "metadata": {"name": "birds.example.com"},
+            "spec": {"group": "example.com", "scope": "Namespaced", "names": {"plural": "birds", "singular": "bird", "kind": "Bird"},
+                "versions": [{"name": "v1", "served": true, "storage": true, "schema": {"openAPIV3Schema": {"type": "object",
+                    "properties": {"song": {"type": "string", "maxLength": longest}}}}}]}}))
+        .expect("a definition")
+    };
+    let definitions: Api<CustomResourceDefinition> = Api::all(client.clone());
+    definitions
+        .create(&PostParams::default(), &definition(1))
+        .await
+        .expect("created");
+    let established = await_condition(
+        definitions.clone(),
+        "birds.example.com",
+        kube::runtime::conditions::is_crd_established(),
+    );
+    tokio::time::timeout(DEADLINE, established)
+        .await
+        .expect("in time")
+        .expect("established");
+    let kind = GroupVersionKind::gvk("example.com", "v1", "Bird");
+    let birds: Api<DynamicObject> = Api::default_namespaced_with(client, &ApiResource::from_gvk(&kind));
+    let sing = |length: usize| {
+        let song = "x".repeat(length);
+        Patch::Apply(
+            json!({"apiVersion": "example.com/v1", "kind": "Bird", "metadata": {"name": "serin"}, "song": song}),
+        )
+    };
+    let params = PatchParams::apply("tests").force();
+    // No event is waited for: what was answered holds.
+    for longest in (1..30).chain((1..30).rev()) {
+        definitions
+            .patch("birds.example.com", &params, &Patch::Apply(definition(longest)))
+            .await
+            .expect("changed");
+        birds
+            .patch("serin", &params, &sing(longest))
+            .await
+            .expect("it is short enough");
+        let error = birds
+            .patch("serin", &params, &sing(longest + 1))
+            .await
+            .expect_err("it is too long");
+        assert!(
+            matches!(&error, kube::Error::Api(s) if s.code == 422),
+            "{longest}: {error:?}"
+        );
+    }
+    server.shutdown().await;
+}

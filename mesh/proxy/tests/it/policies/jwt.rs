@@ -325,6 +325,34 @@ async fn claims_can_choose_the_route() {
 }
 
 #[tokio::test]
+async fn metadata_of_a_filter_can_choose_the_route() {
+    let issuer = Issuer::new("k");
+    // The claims are in the metadata below `payload`.
+    let mut provider = local(&issuer);
+    provider.clear_route_cache = true;
+    let key = |name: &str| matcher::metadata_matcher::PathSegment {
+        segment: Some(matcher::metadata_matcher::path_segment::Segment::Key(name.into())),
+    };
+    let mut bobs = prefix_route("/", to_cluster("d"));
+    bobs.r#match.as_mut().unwrap().dynamic_metadata = vec![matcher::MetadataMatcher {
+        filter: "envoy.filters.http.jwt_authn".into(),
+        path: vec![key("payload"), key("sub")],
+        value: Some(matcher::ValueMatcher {
+            match_pattern: Some(matcher::value_matcher::MatchPattern::StringMatch(exact("bob"))),
+        }),
+        invert: false,
+    }];
+    let hosts = vec![host("all", "*", vec![bobs, prefix_route("/", to_cluster("c"))])];
+    let authenticate = filter(provider, vec![rule("/", Some(provider_named("p")))]);
+    let (harness, _backend, at) = served(vec![authenticate], hosts).await;
+    let other = Backend::named("bobs").await;
+    harness.cluster("d", &[other.address]).await;
+    let token = |sub: &str| issuer.token(&json!({"iss": "me", "sub": sub}));
+    assert_eq!(with_token(at, "/", &token("bob")).await.2, "bobs");
+    assert_eq!(with_token(at, "/", &token("eve")).await.2, "ok");
+}
+
+#[tokio::test]
 async fn remote_keys_are_fetched_once_and_a_failed_fetch_denies() {
     let issuer = Arc::new(Issuer::new("k"));
     let mut provider = local(&issuer);
