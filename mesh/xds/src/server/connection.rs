@@ -308,7 +308,7 @@ impl Connection {
             .values()
             .filter_map(|entry| match entry.in_flight.as_ref().unwrap_or(&entry.held) {
                 Held::Resource(resource) => Some(resource.clone()),
-                Held::Unknown | Held::Nothing | Held::Stated(_) => None,
+                Held::Unknown | Held::Perhaps | Held::Nothing | Held::Stated(_) => None,
             })
             .collect();
         world.sort_unstable_by(|a, b| a.name.cmp(&b.name));

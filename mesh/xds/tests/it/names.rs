@@ -159,3 +159,26 @@ fn changes_of_names_ask_for_what_is_new_and_give_up_what_is_gone() {
             .eq(["b", "d"])
     );
 }
+
+#[test]
+fn what_was_on_its_way_as_its_name_was_given_up_for_everything_is_taken_back_if_it_is_gone() {
+    for gone_before in [true, false] {
+        let mut link = Link::new();
+        link.set_interest(Endpoints, Interest::names(["a"]));
+        link.apply(vec![Change::Upsert(resource(Endpoints, "a", "good"))]);
+        while link.deliver_to_server(false) {}
+        let remove = |link: &mut Link| link.apply(vec![Change::Remove(Endpoints, "a".into())]);
+        // The response is on its way. Its client no longer asks for the name, but for everything.
+        if gone_before {
+            remove(&mut link);
+        }
+        link.set_interest(Endpoints, Interest::all());
+        while link.deliver_to_server(false) {}
+        if !gone_before {
+            remove(&mut link);
+        }
+        link.quiesce();
+        assert!(link.running.is_empty(), "{gone_before}: {:?}", link.running);
+        assert!(link.believed.is_empty(), "{gone_before}: {:?}", link.believed);
+    }
+}

@@ -274,14 +274,18 @@ impl Link {
         );
     }
 
-    /// The proxy's interest changes; what it no longer wants it stops running.
+    /// The proxy's interest changes; what it no longer wants it stops running, and so it does with names that it gives up
+    /// while everything is wanted: these come again.
     pub(crate) fn set_interest(
         &mut self,
         resource_type: ResourceType,
         interest: serin_xds::client::Interest,
     ) {
-        self.running
-            .retain(|(ty, name), _| *ty != resource_type || interest.all || interest.names.contains(name));
+        let before = self.client.interest(resource_type);
+        self.running.retain(|(ty, name), _| {
+            let given_up = before.names.contains(name) && !interest.names.contains(name);
+            *ty != resource_type || (!given_up && (interest.all || interest.names.contains(name)))
+        });
         self.client.set_interest(resource_type, interest);
         self.ask();
     }

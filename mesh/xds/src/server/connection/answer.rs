@@ -67,7 +67,13 @@ impl Connection {
             .get_mut(&resource.name)
             .filter(|entry| entry.in_flight.is_some())
         else {
-            return; // unsubscribed meanwhile
+            // Unsubscribed meanwhile. Part of everything, it may have come before the name was given up, and is dropped, or
+            // after that, and is held.
+            if state.subscribed(&resource.name) {
+                state.entries.entry(resource.name.clone()).or_default().held = Held::Perhaps;
+                self.classify(resource.resource_type, &resource.name, self.sequence);
+            }
+            return;
         };
         entry.in_flight = None;
         entry.refused = None;

@@ -28,7 +28,7 @@ impl Connection {
                 upsert = !basis.is_version(&wanted.version) && !refused;
             }
             None => match basis {
-                Held::Stated(_) | Held::Resource(_) => removal = true,
+                Held::Stated(_) | Held::Resource(_) | Held::Perhaps => removal = true,
                 // A name that was asked for and does not exist: the client must be told, and need not wait for it.
                 Held::Unknown => upsert = named,
                 Held::Nothing => {}

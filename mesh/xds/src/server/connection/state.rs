@@ -58,6 +58,8 @@ pub(super) enum Held {
     /// Nothing, or nothing known: it must be told.
     #[default]
     Unknown,
+    /// Whatever was on its way to it as it gave the name up, if it took it as part of everything.
+    Perhaps,
     /// It was told that there is none.
     Nothing,
     /// A version that the client stated.
@@ -69,7 +71,7 @@ pub(super) enum Held {
 impl Held {
     pub(super) fn is_version(&self, version: &str) -> bool {
         match self {
-            Self::Unknown | Self::Nothing => false,
+            Self::Unknown | Self::Perhaps | Self::Nothing => false,
             Self::Stated(held) => **held == *version,
             Self::Resource(held) => *held.version == *version,
         }
