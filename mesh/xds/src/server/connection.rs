@@ -256,7 +256,9 @@ impl Connection {
             .filter_map(|name| state.names.take(name))
             .collect();
         if all && std::mem::replace(&mut state.all, false) {
-            lost.extend(state.entries.keys().cloned());
+            // The client keeps what it asks for by name as well.
+            let kept = &state.names;
+            lost.extend(state.entries.keys().filter(|name| !kept.contains(*name)).cloned());
         }
         lost.sort_unstable();
         lost.dedup();
@@ -268,6 +270,9 @@ impl Connection {
                 entry.held = Held::Unknown;
                 entry.in_flight = None;
                 entry.refused = None;
+                if entry.wanted.is_none() {
+                    self.events.push(Event::Gone(resource_type, name.clone()));
+                }
                 self.classify(resource_type, &name, self.sequence);
                 continue;
             }
