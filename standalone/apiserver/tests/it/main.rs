@@ -1,6 +1,7 @@
 //! The server seen from outside: through kube-rs, through kubectl, and against recorded transcripts of a real kube-apiserver.
 
 mod client;
+mod definitions;
 mod durable;
 mod kubectl;
 mod kubectl_recorded;
