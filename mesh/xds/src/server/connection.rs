@@ -270,9 +270,7 @@ impl Connection {
                 entry.held = Held::Unknown;
                 entry.in_flight = None;
                 entry.refused = None;
-                if entry.wanted.is_none() {
-                    self.events.push(Event::Gone(resource_type, name.clone()));
-                }
+                self.events.push(Event::Gone(resource_type, name.clone()));
                 self.classify(resource_type, &name, self.sequence);
                 continue;
             }
