@@ -40,6 +40,7 @@ mod metrics;
 mod mutations;
 mod on_demand;
 mod policies;
+mod proxy_tlvs;
 mod reference;
 mod resilience;
 mod restart;
