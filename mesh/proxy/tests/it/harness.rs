@@ -77,6 +77,7 @@ pub(crate) fn proxy_header(data: &[u8]) {
         version,
         length,
         between,
+        ..
     } = read
     {
         assert!(length > 0 && length <= data.len());
