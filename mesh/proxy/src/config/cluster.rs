@@ -44,6 +44,8 @@ pub struct Cluster {
     pub connect_timeout: Duration,
     /// Balancer.
     pub lb: LbPolicy,
+    /// How reports of hosts become weights, where the policy goes by them.
+    pub reporting: Option<Arc<super::balancing::reported::Reporting>>,
     /// Whether locality weights count.
     pub locality_weighted: bool,
     /// Whether zones count.
@@ -134,6 +136,7 @@ impl Cluster {
             locality_weighted: balancing.locality_weighted,
             zone_aware: balancing.zone_aware,
             hashing: balancing.hashing,
+            reporting: balancing.reporting,
             subsets: balancing.subsets,
             panic_threshold: common_lb
                 .and_then(|config| config.healthy_panic_threshold.as_ref())

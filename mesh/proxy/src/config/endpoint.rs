@@ -10,6 +10,7 @@ use serin_xds::pb::envoy::config::endpoint::v3 as endpoint;
 
 use serin_xds::pb::google::protobuf::Struct;
 
+use super::balancing::reported::Reported;
 use super::convert::{self, Address};
 use crate::upstream::proxy_header::Tlv;
 use crate::clock::now_ms;
@@ -51,6 +52,8 @@ pub struct HostState {
     pub failed_checks: AtomicU32,
     /// Since when it may be used, on the process clock: slow start counts from here. 0 is always.
     pub since: AtomicU64,
+    /// What it has reported of its load.
+    pub reported: Reported,
     /// Its requests and connections.
     pub counted: HostCells,
 }
@@ -84,6 +87,7 @@ impl Ratio {
 impl Default for HostState {
     fn default() -> Self {
         Self {
+            reported: Reported::default(),
             consecutive_5xx: AtomicU32::new(0),
             consecutive_gateway: AtomicU32::new(0),
             consecutive_local: AtomicU32::new(0),

@@ -42,6 +42,7 @@ mod on_demand;
 mod policies;
 mod proxy_tlvs;
 mod reference;
+mod reported_load;
 mod resilience;
 mod restart;
 mod rogue;
