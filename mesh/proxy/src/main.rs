@@ -11,7 +11,7 @@ use serin_proxy::control::run::{Plan, check, run};
 use serin_proxy::intercept;
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: serin_proxy::Allocator = serin_proxy::Allocator;
 
 /// The data plane of Serin: an L4/L7 proxy driven by xDS.
 #[derive(Debug, Parser)]

@@ -8,19 +8,26 @@ use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::connect::Stream;
+use crate::bell::Ear;
 use crate::metrics::clusters::ClusterCells;
 
 /// See the module.
 #[derive(Debug)]
 pub struct Metered {
     stream: Stream,
+    /// Through which the stream is read, always: hyper and h2 ask for bytes whenever they are woken, for whatever it was.
+    ear: Ear,
     cells: Arc<ClusterCells>,
 }
 
 impl Metered {
     /// Counts what passes `stream` in `cells`, which must be those of the worker that polls it.
     pub fn new(stream: Stream, cells: Arc<ClusterCells>) -> Self {
-        Self { stream, cells }
+        Self {
+            stream,
+            ear: Ear::default(),
+            cells,
+        }
     }
 
     fn wrote(&self, outcome: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
@@ -33,11 +40,11 @@ impl Metered {
 
 impl AsyncRead for Metered {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
+        let Self { stream, ear, cells } = self.get_mut();
         let before = buf.filled().len();
-        let outcome = Pin::new(&mut this.stream).poll_read(cx, buf);
+        let outcome = ear.poll(cx, |cx| Pin::new(stream).poll_read(cx, buf));
         if outcome.is_ready() {
-            this.cells.received.add((buf.filled().len() - before) as u64);
+            cells.received.add((buf.filled().len() - before) as u64);
         }
         outcome
     }
