@@ -13,9 +13,19 @@ use serin_proxy::intercept;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+const EXAMPLES: &str = "\
+Examples:
+  serin-proxy --config bootstrap.yaml --mode validate      say what is wrong with a file, line by line
+  serin-proxy --config bootstrap.yaml --concurrency 2      serve by it with two workers
+  serin-proxy --config new.yaml --restart-socket /run/serin/restart.sock
+                                                           take over from the process that runs with that socket
+  serin-proxy intercept --dry-run                          print the packet filter's rules
+
+It ends with 0 when it was told to end, 1 when it cannot start or the file is refused, 2 when it is called wrongly.";
+
 /// The data plane of Serin: an L4/L7 proxy driven by xDS.
 #[derive(Debug, Parser)]
-#[command(version, args_conflicts_with_subcommands = true)]
+#[command(version, args_conflicts_with_subcommands = true, after_help = EXAMPLES)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,

@@ -271,6 +271,17 @@ fn the_program_validates_a_file_and_names_what_is_wrong_with_another() {
         );
     }
     assert_eq!(refused(&[]), text);
+    // Help says how to come here.
+    let help = program().arg("--help").output().unwrap();
+    let help = String::from_utf8_lossy(&help.stdout).into_owned();
+    assert!(
+        help.contains("--mode validate") && help.contains("refused, 2 when"),
+        "{help}"
+    );
+    assert_eq!(
+        program().arg("--concurrency").output().unwrap().status.code(),
+        Some(2)
+    );
     // Where the document itself is broken the reader of YAML says where.
     std::fs::write(&path, "a: [\n").unwrap();
     let text = refused(&[]);
