@@ -277,6 +277,11 @@ fn layered_runtime(
             Some(LayerSpecifier::RtdsLayer(rtds)) => {
                 aggregated(rtds.rtds_config.as_ref()).within(format!("{path}.rtds_layer.rtds_config"))?;
                 let mut out = Layer::empty(&layer.name, Source::Rtds);
+                let source = rtds.rtds_config.as_ref();
+                if let Some(limit) = source.and_then(|source| source.initial_fetch_timeout.as_ref()) {
+                    out.patience = convert::timeout(Some(limit))
+                        .within(format!("{path}.rtds_layer.rtds_config.initial_fetch_timeout"))?;
+                }
                 if !rtds.name.is_empty() {
                     out.resource = rtds.name.as_str().into();
                 }

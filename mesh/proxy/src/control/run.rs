@@ -162,6 +162,9 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
         signals(SignalKind::terminate())?,
         signals(SignalKind::interrupt())?,
     );
+    if plan.control_plane.is_none() {
+        proxy.waited_for_runtime(None).await;
+    }
     apply_static(&proxy, &plan.static_resources).await?;
     // Encoded messages of a large file are megabytes.
     drop(plan.static_resources);

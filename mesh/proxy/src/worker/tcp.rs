@@ -53,6 +53,8 @@ pub(super) struct Client<'a> {
     pub tls: Option<&'a ConnectionTls>,
     /// The name in its TLS handshake.
     pub server_name: Option<&'a str>,
+    /// Whether that names its cluster.
+    pub by_server_name: bool,
     /// What network filters have set.
     pub state: &'a FilterState,
 }
@@ -115,19 +117,15 @@ pub(super) async fn open(
 ) -> Result<Upstream, NoUpstream> {
     let (source, destination) = (client.source, client.destination);
     // A name that comes with the connection may only choose among clusters that exist.
-    let named = proxy
-        .by_server_name
-        .as_ref()
-        .zip(client.server_name)
-        .and_then(|(directory, name)| directory.find(name));
-    let wanted = proxy
-        .by_state
-        .as_ref()
-        .zip(client.state.known(Factory::TcpCluster));
+    let named = client
+        .server_name
+        .filter(|_| client.by_server_name)
+        .and_then(|name| proxy.directory.find(name));
+    let wanted = client.state.known(Factory::TcpCluster);
     let unknown;
     let named = match wanted {
         None => named,
-        Some((directory, name)) => match find(worker, proxy, directory, name).await {
+        Some(name) => match find(worker, proxy, &proxy.directory, name).await {
             Some(slot) => Some(slot),
             // What was asked for by name is not replaced by something else.
             None => {

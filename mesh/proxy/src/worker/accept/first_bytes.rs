@@ -40,7 +40,7 @@ pub(super) async fn read_until_detected(
 pub(super) async fn read_proxy_header(
     stream: &TcpStream,
     prefix: &mut Vec<u8>,
-    rules: ProxyProtocol,
+    rules: &ProxyProtocol,
     deadline: Instant,
 ) -> io::Result<Option<(SocketAddr, SocketAddr)>> {
     let bad = |reason| io::Error::new(io::ErrorKind::InvalidData, reason);
