@@ -93,6 +93,7 @@ pub mod observe;
 pub mod overload;
 pub mod policy;
 mod random;
+pub mod stream;
 mod sys;
 pub mod tls;
 pub mod upstream;
