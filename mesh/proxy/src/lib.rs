@@ -81,6 +81,7 @@
 //! end ([`metrics::expiry`]); circuit
 //! breakers count over all workers, pools and balancing are per worker.
 
+mod bell;
 pub mod bootstrap;
 mod clock;
 pub mod config;
@@ -93,7 +94,10 @@ pub mod observe;
 pub mod overload;
 pub mod policy;
 mod random;
+pub mod stream;
 mod sys;
 pub mod tls;
 pub mod upstream;
 pub mod worker;
+
+pub use sys::Allocator;

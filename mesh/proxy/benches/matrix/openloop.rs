@@ -1,12 +1,14 @@
 //! An open-loop generator, as a process of its own: requests go out at the times that a schedule says, whatever becomes of
-//! those before, and a request's latency counts from the time at which it should have gone out.
+//! those before. A request's latency counts from when it was its turn, whether or not there was room for it, until the kernel
+//! had the last of its answer ([`crate::stamped`]): how long the generator itself waits for a processor, which it shares with
+//! the backend, is neither the proxy's time nor the backend's.
 //!
 //! One thread, which sleeps in `ppoll` between two requests: a runtime's timers are a millisecond coarse, and spinning would
 //! starve the backend on the same processor. HTTP/1.1 without pipelining, or HTTP/2 with a few streams per connection; a
 //! request for which there is no room waits, and its wait counts.
 
 use std::collections::VecDeque;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Write};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
@@ -14,6 +16,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
+
+use crate::stamped;
 
 /// Requests of the beginning that do not count: connections have to be made.
 const WARM_UP: Duration = Duration::from_millis(300);
@@ -60,12 +64,21 @@ impl Job {
     }
 }
 
+/// When it was a request's turn.
+#[derive(Clone, Copy)]
+struct Turn {
+    /// By the schedule.
+    due: Instant,
+    /// Nanoseconds of the wall clock when the generator got to it.
+    at: u64,
+}
+
 /// One connection.
 struct Connection {
     stream: TcpStream,
     http2: bool,
-    /// Requests on their way, oldest first, by the number of the stream for HTTP/2: when they should have gone out.
-    open: VecDeque<(u32, Instant)>,
+    /// Requests on their way, oldest first, by the number of the stream for HTTP/2.
+    open: VecDeque<(u32, Turn)>,
     next_stream: u32,
     read: Vec<u8>,
     write: Vec<u8>,
@@ -78,6 +91,7 @@ impl Connection {
         let stream = TcpStream::connect(("127.0.0.1", job.port)).context("connecting")?;
         stream.set_nodelay(true)?;
         stream.set_nonblocking(true)?;
+        stamped::stamp(&stream)?;
         let mut write = Vec::new();
         if job.http2 {
             write.extend_from_slice(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
@@ -98,7 +112,7 @@ impl Connection {
         self.open.len() < if self.http2 { STREAMS } else { 1 }
     }
 
-    fn send(&mut self, intended: Instant) -> anyhow::Result<()> {
+    fn send(&mut self, turn: Turn) -> anyhow::Result<()> {
         if self.http2 {
             // GET, http, /, and the authority without being indexed.
             let block = [0x82, 0x86, 0x84, 0x01, 0x01, b'a'];
@@ -107,7 +121,7 @@ impl Connection {
             self.write
                 .extend_from_slice(b"GET / HTTP/1.1\r\nHost: a\r\nUser-Agent: b\r\n\r\n");
         }
-        self.open.push_back((self.next_stream, intended));
+        self.open.push_back((self.next_stream, turn));
         self.next_stream += 2;
         self.flush()
     }
@@ -123,23 +137,27 @@ impl Connection {
         Ok(())
     }
 
-    /// Takes what has come; when those should have gone out that have been answered.
-    fn receive(&mut self, done: &mut Vec<Instant>) -> anyhow::Result<()> {
+    /// Takes what has come: the turns of those that have been answered, and when the kernel had it.
+    fn receive(&mut self, done: &mut Vec<Turn>) -> anyhow::Result<Option<u64>> {
         let mut chunk = [0; 16 << 10];
-        match self.stream.read(&mut chunk) {
-            Ok(0) => bail!("the connection was closed"),
-            Ok(count) => self.read.extend_from_slice(&chunk[..count]),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+        let at = match stamped::receive(&self.stream, &mut chunk) {
+            Ok((0, _)) => bail!("the connection was closed"),
+            Ok((count, at)) => {
+                self.read.extend_from_slice(&chunk[..count]);
+                at
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
             Err(error) => return Err(error).context("reading"),
-        }
+        };
         if self.http2 {
-            self.frames(done)
+            self.frames(done)?;
         } else {
-            self.messages(done)
+            self.messages(done)?;
         }
+        Ok(at)
     }
 
-    fn messages(&mut self, done: &mut Vec<Instant>) -> anyhow::Result<()> {
+    fn messages(&mut self, done: &mut Vec<Turn>) -> anyhow::Result<()> {
         while let Some(end) = self.read.windows(4).position(|four| four == b"\r\n\r\n") {
             let head = std::str::from_utf8(&self.read[..end])?;
             if !head.starts_with("HTTP/1.1 200") {
@@ -157,13 +175,13 @@ impl Connection {
                 return Ok(());
             }
             self.read.drain(..end + 4 + length);
-            let (_, intended) = self.open.pop_front().context("an answer to nothing")?;
-            done.push(intended);
+            let (_, turn) = self.open.pop_front().context("an answer to nothing")?;
+            done.push(turn);
         }
         Ok(())
     }
 
-    fn frames(&mut self, done: &mut Vec<Instant>) -> anyhow::Result<()> {
+    fn frames(&mut self, done: &mut Vec<Turn>) -> anyhow::Result<()> {
         let mut at = 0;
         while let Some(head) = self.read.get(at..at + 9) {
             let length = usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2]);
@@ -183,10 +201,10 @@ impl Connection {
             }
             if kind <= 1 && flags & 1 != 0 {
                 let found = self.open.iter().position(|(own, _)| *own == stream);
-                let (_, intended) = found
+                let (_, turn) = found
                     .and_then(|index| self.open.remove(index))
                     .context("an answer to nothing")?;
-                done.push(intended);
+                done.push(turn);
             }
             at += 9 + length;
         }
@@ -221,11 +239,12 @@ pub(crate) fn run(job: &Job) -> anyhow::Result<()> {
     let mut done = Vec::new();
     loop {
         let now = Instant::now();
+        let at = stamped::now();
         while due <= now && due < end {
-            waiting.push_back(due);
+            waiting.push_back(Turn { due, at });
             due += interval;
         }
-        while let Some(intended) = waiting.front().copied() {
+        while let Some(next) = waiting.front().copied() {
             let count = connections.len();
             let Some(free) = (0..count)
                 .map(|step| (turn + step) % count)
@@ -235,7 +254,7 @@ pub(crate) fn run(job: &Job) -> anyhow::Result<()> {
             };
             waiting.pop_front();
             turn = free + 1;
-            connections[free].send(intended)?;
+            connections[free].send(next)?;
         }
         let outstanding = connections.iter().any(|connection| !connection.open.is_empty());
         if due >= end && waiting.is_empty() && !outstanding {
@@ -270,13 +289,10 @@ pub(crate) fn run(job: &Job) -> anyhow::Result<()> {
         for (connection, ready) in connections.iter_mut().zip(ready) {
             if ready {
                 connection.flush()?;
-                connection.receive(&mut done)?;
-            }
-        }
-        let now = Instant::now();
-        for intended in done.drain(..) {
-            if intended >= start + WARM_UP {
-                latencies.push(now.duration_since(intended).as_micros() as u64);
+                let arrived = connection.receive(&mut done)?.unwrap_or_else(stamped::now);
+                for turn in done.drain(..).filter(|turn| turn.due >= start + WARM_UP) {
+                    latencies.push(arrived.saturating_sub(turn.at) / 1_000);
+                }
             }
         }
     }

@@ -1,12 +1,12 @@
-//! The control plane's connection with times on it: when a change was handed to the kernel, and when the kernel had the
-//! acknowledgement.
+//! Connections with times on them: when something was handed to the kernel, and when the kernel had what came back. The control
+//! plane's, for changes and their acknowledgements; the open loop's, for requests and their answers.
 //!
 //! On a machine with two busy processors a measuring process waits for one of them as everybody does. The kernel stamps what
 //! arrives in the sender's context (`SO_TIMESTAMPNS`), so that wait is not part of what is measured; the time of writing is
 //! read right before the system call.
 
 use std::io::IoSliceMut;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -42,7 +42,32 @@ impl Stamps {
     }
 }
 
-fn now() -> u64 {
+/// Asks the kernel to stamp what arrives.
+pub(crate) fn stamp(stream: &impl AsFd) -> std::io::Result<()> {
+    Ok(setsockopt(stream, sockopt::ReceiveTimestampns, &true)?)
+}
+
+/// Reads once; how much, and when the last of it arrived, in nanoseconds of the wall clock.
+pub(crate) fn receive(stream: &impl AsRawFd, into: &mut [u8]) -> std::io::Result<(usize, Option<u64>)> {
+    let mut space = nix::cmsg_space!(TimeSpec);
+    let mut parts = [IoSliceMut::new(into)];
+    let message = recvmsg::<()>(
+        stream.as_raw_fd(),
+        &mut parts,
+        Some(&mut space),
+        MsgFlags::empty(),
+    )?;
+    let at = message.cmsgs()?.find_map(|control| match control {
+        ControlMessageOwned::ScmTimestampns(at) => {
+            Some(at.tv_sec() as u64 * 1_000_000_000 + at.tv_nsec() as u64)
+        }
+        _ => None,
+    });
+    Ok((message.bytes, at))
+}
+
+/// Nanoseconds of the wall clock, which is the stamps' own.
+pub(crate) fn now() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_nanos() as u64)
@@ -63,7 +88,7 @@ impl Stamped {
         futures::stream::poll_fn(move |cx| {
             let (stream, _) = ready!(listener.poll_accept(cx))?;
             stream.set_nodelay(true)?;
-            setsockopt(&stream, sockopt::ReceiveTimestampns, &true)?;
+            stamp(&stream)?;
             Poll::Ready(Some(Ok(Self {
                 stream,
                 stamps: stamps.clone(),
@@ -72,21 +97,11 @@ impl Stamped {
     }
 
     fn receive(&self, into: &mut [u8]) -> std::io::Result<usize> {
-        let mut space = nix::cmsg_space!(TimeSpec);
-        let mut parts = [IoSliceMut::new(into)];
-        let message = recvmsg::<()>(
-            self.stream.as_raw_fd(),
-            &mut parts,
-            Some(&mut space),
-            MsgFlags::empty(),
-        )?;
-        for control in message.cmsgs()? {
-            if let ControlMessageOwned::ScmTimestampns(at) = control {
-                let nanos = at.tv_sec() as u64 * 1_000_000_000 + at.tv_nsec() as u64;
-                self.stamps.read.store(nanos, Ordering::Relaxed);
-            }
+        let (count, at) = receive(&self.stream, into)?;
+        if let Some(at) = at {
+            self.stamps.read.store(at, Ordering::Relaxed);
         }
-        Ok(message.bytes)
+        Ok(count)
     }
 }
 

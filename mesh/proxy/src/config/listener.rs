@@ -312,7 +312,10 @@ impl Listener {
     /// Filters whose configuration is a resource of its own.
     pub fn discovered(&self) -> impl Iterator<Item = &dyn AnyPlace> {
         let of_chains = self.all_chains().flat_map(|chain| {
-            let http = chain.manager().into_iter().flat_map(|manager| manager.filters.discovered());
+            let http = chain
+                .manager()
+                .into_iter()
+                .flat_map(|manager| manager.filters.discovered());
             chain.discovered().chain(http)
         });
         self.filters.discovered().chain(of_chains)
@@ -330,8 +333,7 @@ impl Listener {
 
     /// Names of the route configurations that the listener needs.
     pub fn route_names(&self) -> impl Iterator<Item = Arc<str>> {
-        self.all_chains()
-            .filter_map(|chain| chain.manager()?.rds_name())
+        self.all_chains().filter_map(|chain| chain.manager()?.rds_name())
     }
 
     /// Marks every chain as replaced.

@@ -16,7 +16,7 @@ mod first_bytes;
 use first_bytes::{read_preface, read_proxy_header, read_until_detected};
 
 use super::connection_log::ConnectionLog;
-use super::io::Io;
+use super::io::{Io, Socket};
 use super::sniff::{Detected, Http};
 use super::{Command, Worker, http, tcp};
 use crate::clock;
@@ -30,6 +30,7 @@ use crate::policy::facts::{Facts, PeerIdentity};
 use crate::policy::filter_state::FilterState;
 use crate::policy::network::NetworkFilter;
 use crate::random;
+use crate::stream::{Layer, Together};
 use crate::tls::info::ConnectionTls;
 use crate::tls::rewind::Rewind;
 
@@ -280,11 +281,14 @@ async fn connection(
                     }
                 },
             };
-            if !filters.policies.is_empty() && !Box::pin(admitted(&worker, &listener, &filters, &mut log)).await {
+            if !filters.policies.is_empty()
+                && !Box::pin(admitted(&worker, &listener, &filters, &mut log)).await
+            {
                 return None;
             }
             log.enter(proxy);
-            tcp::join(worker, proxy.clone(), Io::Plain(stream), prefix, upstream, log).await;
+            let stream = Io::Plain(Socket::over(stream, Together));
+            tcp::join(worker, proxy.clone(), stream, prefix, upstream, log).await;
             drop(place);
             return None;
         }
@@ -447,12 +451,13 @@ async fn handle(
     };
     let mut server_name = detected.server_name.map(Box::from);
     let (mut io, tls) = match &chain.tls {
-        None => (Io::Plain(stream), None),
+        None => (Io::Plain(Socket::over(stream, Together)), None),
         Some(context) => {
-            let stream = Rewind::new(std::mem::take(&mut prefix), stream);
+            let stream = Rewind::new(std::mem::take(&mut prefix), Socket::over(stream, Together));
             match context.accept(stream, chain.handshake_timeout).await {
                 Ok((stream, facts)) => {
                     server_name.clone_from(&facts.server_name);
+                    let stream = Layer::over(stream, Together);
                     (Io::Tls(Box::new(stream)), Some(Arc::new(facts)))
                 }
                 Err(error) => {

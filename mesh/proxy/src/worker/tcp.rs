@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::TcpStream;
+use tokio_util::either::Either;
 
 use super::Worker;
 use super::connection_log::{ConnectionLog, periodically};
@@ -91,7 +92,10 @@ impl Upstream {
     /// Waits until the endpoint has said something (or gone).
     pub async fn readable(mut self) -> io::Result<Self> {
         match &mut self.stream {
-            End::Direct(Stream::Plain(socket)) => socket.readable().await?,
+            End::Direct(Stream::Plain(socket)) => match socket.below() {
+                Either::Left(socket) => socket.readable().await?,
+                Either::Right(socket) => socket.readable().await?,
+            },
             // Only what is inside counts; the socket is readable for session tickets as well.
             End::Direct(Stream::Tls(stream)) => {
                 self.early.reserve(EARLY);
@@ -409,7 +413,7 @@ pub(super) async fn join(
         // The first error ends both; a mere end of stream is passed on and leaves the other direction open.
         let _ = match (downstream, upstream.stream) {
             (Io::Plain(downstream), End::Direct(Stream::Plain(upstream))) => {
-                join_sockets(downstream, upstream, &prefix, received, sent).await
+                join_sockets(downstream.into_below(), upstream, &prefix, received, sent).await
             }
             (downstream, End::Direct(stream)) => {
                 relay(downstream, stream, &prefix, &upstream.early, received, sent).await
@@ -477,14 +481,14 @@ async fn join_sockets(
     sent: impl Fn(usize),
 ) -> io::Result<()> {
     let (from_client, to_client) = downstream.split();
-    match upstream {
-        Socket::Tcp(mut upstream) => {
+    match upstream.into_below() {
+        Either::Left(mut upstream) => {
             let (from_server, to_server) = upstream.split();
             let up = relay_one(from_client, to_server, prefix, received);
             let down = relay_one(from_server, to_client, &[], sent);
             futures::future::try_join(up, down).await.map(drop)
         }
-        Socket::Unix(mut upstream) => {
+        Either::Right(mut upstream) => {
             let (from_server, to_server) = upstream.split();
             let up = relay_one(from_client, to_server, prefix, received);
             let down = relay_one(from_server, to_client, &[], sent);
@@ -559,15 +563,6 @@ async fn relay_one(
                 to.write_all(&rest).await?;
                 to.flush().await?;
             }
-        }
-    }
-}
-
-impl Socket {
-    async fn readable(&self) -> io::Result<()> {
-        match self {
-            Self::Tcp(stream) => stream.readable().await,
-            Self::Unix(stream) => stream.readable().await,
         }
     }
 }

@@ -101,7 +101,9 @@ async fn until(what: &str, at: SocketAddr, expected: Option<u8>) {
 async fn a_network_filter_comes_by_discovery_and_an_update_is_for_connections_to_come() {
     let harness = Harness::start();
     harness.cluster("greeter", &[greeter("welcome").await]).await;
-    harness.put(ResourceType::Listener, "l", &guarded("l", None)).await;
+    harness
+        .put(ResourceType::Listener, "l", &guarded("l", None))
+        .await;
     assert_eq!(harness.proxy.listener_address("l"), None, "it waits");
     let put = async |config| {
         let message = extension("guard", config);
@@ -170,7 +172,10 @@ async fn the_end_of_a_chain_may_come_by_discovery_and_nothing_else_may_be_in_its
     let harness = Harness::start();
     harness.cluster("a", &[greeter("a").await]).await;
     harness.cluster("b", &[greeter("b").await]).await;
-    let last = listener_with("l", vec![network("end", source(&[&tcp_to(""), &guard(true)], None))]);
+    let last = listener_with(
+        "l",
+        vec![network("end", source(&[&tcp_to(""), &guard(true)], None))],
+    );
     harness.put(ResourceType::Listener, "l", &last).await;
     let put = async |config| {
         let message = extension("end", config);
@@ -269,7 +274,10 @@ async fn discovery_of_filters_below_http_that_cannot_be_honoured_is_refused_with
     let harness = Harness::start();
     let mut message = listener_of("l", core::TrafficDirection::Outbound, vec![tcp_chain("c")]);
     message.listener_filters = vec![before("first", source(&[], None))];
-    let refused = harness.try_put(ResourceType::Listener, "l", &message).await.unwrap();
+    let refused = harness
+        .try_put(ResourceType::Listener, "l", &message)
+        .await
+        .unwrap();
     assert!(
         refused.starts_with("listener_filters[0].config_discovery.type_urls"),
         "{refused}"
@@ -277,9 +285,14 @@ async fn discovery_of_filters_below_http_that_cannot_be_honoured_is_refused_with
     // Off for some ports, where it cannot be.
     message.listener_filters = vec![before("first", source(&[&told(true)], Some(told(true))))];
     message.listener_filters[0].filter_disabled = Some(listener::ListenerFilterChainMatchPredicate {
-        rule: Some(listener::listener_filter_chain_match_predicate::Rule::AnyMatch(true)),
+        rule: Some(listener::listener_filter_chain_match_predicate::Rule::AnyMatch(
+            true,
+        )),
     });
-    let refused = harness.try_put(ResourceType::Listener, "l", &message).await.unwrap();
+    let refused = harness
+        .try_put(ResourceType::Listener, "l", &message)
+        .await
+        .unwrap();
     assert!(refused.contains("filter_disabled"), "{refused}");
     let mut wrong = guarded("l", Some(guard(true)));
     if let Some(listener::filter::ConfigType::ConfigDiscovery(source)) =
@@ -287,7 +300,10 @@ async fn discovery_of_filters_below_http_that_cannot_be_honoured_is_refused_with
     {
         source.config_source = None;
     }
-    let refused = harness.try_put(ResourceType::Listener, "l", &wrong).await.unwrap();
+    let refused = harness
+        .try_put(ResourceType::Listener, "l", &wrong)
+        .await
+        .unwrap();
     let expected = "filter_chains[0].filters[0].config_discovery.config_source";
     assert!(refused.starts_with(expected), "{refused}");
 }

@@ -45,7 +45,12 @@ impl Starting {
             name: "own",
             body: &body,
         };
-        assert!(proxy.apply(ResourceType::Listener, &[update], &[]).await.is_empty());
+        assert!(
+            proxy
+                .apply(ResourceType::Listener, &[update], &[])
+                .await
+                .is_empty()
+        );
         assert_eq!(proxy.listener_address("own"), None, "it waits");
         let cancel = CancellationToken::new();
         let endpoint = Endpoint::Unix(control.socket.clone());

@@ -169,7 +169,8 @@ impl FilterChain {
         .within("transport_socket")?;
         // As for HTTP: measured unless Istio's own filters are there and leave it out.
         let names = || from.filters.iter().map(|filter| filter.name.as_str());
-        let measured = names().any(|name| name == "istio.stats") || !names().any(|name| name.starts_with("istio."));
+        let measured =
+            names().any(|name| name == "istio.stats") || !names().any(|name| name.starts_with("istio."));
         let mut steps = Vec::with_capacity(from.filters.len());
         for (index, filter) in from.filters.iter().enumerate() {
             let origin = NetworkOrigin {
@@ -272,7 +273,8 @@ impl NetworkPart {
             ("envoy.extensions.filters.network.sni_cluster.v3.SniCluster", ..)
             | ("", "envoy.filters.network.sni_cluster", _) => Self::ServerName,
             (MANAGER, _, Some(any)) => {
-                let manager = HttpManager::compile(&convert::unpack(any, MANAGER)?, origin.direction, context)?;
+                let manager =
+                    HttpManager::compile(&convert::unpack(any, MANAGER)?, origin.direction, context)?;
                 Self::Terminal(Handler::Http(Arc::new(manager)))
             }
             (TCP_PROXY, _, Some(any)) => {

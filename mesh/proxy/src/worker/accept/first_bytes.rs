@@ -84,7 +84,7 @@ pub(super) async fn read_preface(io: &mut Io, prefix: &mut Vec<u8>, worker: &Wor
     while prefix.len() < START.len() && START.starts_with(prefix) {
         let more = async {
             match &mut *io {
-                Io::Plain(stream) => read_more(stream, prefix).await,
+                Io::Plain(stream) => read_more(stream.below(), prefix).await,
                 Io::Tls(stream) => {
                     prefix.reserve(CHUNK);
                     match stream.read_buf(prefix).await? {
