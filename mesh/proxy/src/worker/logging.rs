@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use http::request::Parts;
-use http::{HeaderMap, Method};
+use http::{HeaderMap, Method, Uri, header};
 
 use super::Worker;
 use super::call::grpc_bytes;
@@ -16,6 +16,7 @@ use super::local::grpc_of_http;
 use super::request::{X_FORWARDED_FOR, view};
 use super::spans;
 use crate::config::cluster::UpstreamHttp;
+use crate::config::matchers::RequestView;
 use crate::config::virtual_cluster::Counted;
 use crate::observe::access_log::AccessLogs;
 use crate::observe::batch::{Batches, Destination};
@@ -53,31 +54,46 @@ pub(super) fn keep_request(exchange: &mut Exchange, parts: &Parts) {
     let conn = exchange.conn.clone();
     if let Some(logs) = &conn.manager.logs {
         let mut state = exchange.log.take().unwrap_or_default();
-        keep(&logs.wants, exchange, parts, &mut state);
+        keep(&logs.wants, exchange, &view(parts), &parts.uri, &mut state);
         exchange.log = Some(state);
     }
 }
 
-fn keep(wants: &Wants, exchange: &Exchange, parts: &Parts, state: &mut LogState) {
+fn keep(wants: &Wants, exchange: &Exchange, request: &RequestView<'_>, uri: &Uri, state: &mut LogState) {
     let conn = &exchange.conn;
-    wants.keep_request(&view(parts), &mut state.kept);
+    wants.keep_request(request, &mut state.kept);
     if !conn.manager.use_remote_address
         && state.remote.is_none()
-        && parts.headers.contains_key(&X_FORWARDED_FOR)
+        && request.headers.contains_key(&X_FORWARDED_FOR)
     {
-        let metadata = crate::policy::metadata::Metadata::EMPTY;
-        let remote = filters::facts(conn, parts, &metadata).remote();
+        let remote = filters::forwarded_client(conn, request);
         state.remote = (remote != conn.remote.ip()).then(|| SocketAddr::new(remote, 0));
     }
-    if parts.uri.path_and_query() != exchange.uri.path_and_query() {
-        state.kept.path = parts.uri.path_and_query().map(|path| path.as_str().into());
+    if uri.path_and_query() != exchange.uri.path_and_query() {
+        state.kept.path = uri.path_and_query().map(|path| path.as_str().into());
+    }
+    let authority = request.headers.get(header::HOST);
+    if authority != exchange.authority.as_ref() {
+        state.kept.authority = authority.and_then(|value| value.to_str().ok()).map(Into::into);
+    }
+}
+
+impl LogState {
+    /// Keeps what is wanted of a response.
+    pub(super) fn keep_response(&mut self, wants: &Wants, headers: &HeaderMap) {
+        wants.keep_response(headers, &mut self.kept);
     }
 }
 
 /// What is known of a request while filters see it, for formats that are written then.
-pub(super) fn meanwhile(wants: &Wants, exchange: &Exchange, parts: &Parts) -> LogState {
+pub(super) fn meanwhile(
+    wants: &Wants,
+    exchange: &Exchange,
+    request: &RequestView<'_>,
+    uri: &Uri,
+) -> LogState {
     let mut state = LogState::default();
-    keep(wants, exchange, parts, &mut state);
+    keep(wants, exchange, request, uri, &mut state);
     state
 }
 
@@ -178,7 +194,7 @@ pub(super) fn with_record<T>(
         upstream_host: exchange.host.as_ref().map(|host| &*host.endpoint.text),
         upstream_local: exchange.upstream_local,
         virtual_cluster: exchange.virtual_cluster.as_deref().and_then(Counted::name),
-        upstream_cluster: exchange.cluster_name.as_deref(),
+        upstream_cluster: exchange.cluster_name.as_deref().or(exchange.routed.as_deref()),
         upstream_failure: exchange.failure.as_deref(),
         route: exchange.route.as_ref().map(|route| &*route.name),
         direct_remote: conn.direct,
@@ -189,6 +205,14 @@ pub(super) fn with_record<T>(
         downstream_tls: conn.tls.as_deref(),
         upstream_tls: exchange.upstream_tls.as_deref(),
         upstream_name: exchange.host.as_ref().map(|host| &*host.endpoint.hostname),
+        upstream_metadata: exchange
+            .host
+            .as_ref()
+            .and_then(|host| host.endpoint.metadata.as_ref()),
+        cluster_metadata: exchange
+            .cluster
+            .as_ref()
+            .and_then(|cluster| cluster.config.metadata.as_ref()),
         tls: conn.tls.as_ref().map(|tls| (tls.version, tls.cipher)),
         metadata: filters::metadata(exchange),
         connection: conn.id,
