@@ -15,6 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::interim::Interims;
 use super::scan::{HeadLimits, Scanner, Violation};
+use crate::bell::Ear;
 
 /// What stands in for a refused head.
 const SUBSTITUTE: &[u8] = b"GET / HTTP/1.1\r\nhost: refused\r\n\r\n";
@@ -66,6 +67,8 @@ impl Gate {
 #[derive(Debug)]
 pub struct StrictIo<S> {
     inner: S,
+    /// Through which `inner` is read, always: hyper and h2 ask for bytes whenever they are woken, for whatever it was.
+    ear: Ear,
     /// `None` for protocols that frame themselves (HTTP/2).
     scanner: Option<Scanner>,
     gate: Arc<Gate>,
@@ -94,6 +97,7 @@ impl<S> StrictIo<S> {
     pub fn with(inner: S, prefix: Vec<u8>, scanner: Option<Scanner>, gate: Arc<Gate>) -> Self {
         let mut io = Self {
             inner,
+            ear: Ear::default(),
             scanner,
             gate,
             held: Vec::new(),
@@ -191,6 +195,11 @@ impl<S> StrictIo<S> {
 }
 
 impl<S: AsyncRead + Unpin> StrictIo<S> {
+    fn poll_inner(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let Self { inner, ear, .. } = self;
+        ear.poll(cx, |cx| Pin::new(inner).poll_read(cx, buf))
+    }
+
     /// Waits until something arrives, a whole head or not; false at the end of the stream. Only while nothing else reads.
     pub fn poll_arrival(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
         if !self.ready.is_empty() {
@@ -199,7 +208,7 @@ impl<S: AsyncRead + Unpin> StrictIo<S> {
         // On the stack: a connection that waits holds no buffer.
         let mut scratch = [0u8; 2048];
         let mut buf = ReadBuf::new(&mut scratch);
-        std::task::ready!(Pin::new(&mut self.inner).poll_read(cx, &mut buf))?;
+        std::task::ready!(self.poll_inner(cx, &mut buf))?;
         if buf.filled().is_empty() {
             return Poll::Ready(Ok(false));
         }
@@ -212,7 +221,7 @@ impl<S: AsyncRead + Unpin> StrictIo<S> {
         let mut scratch = [0u8; 4096];
         while self.discarded < MAX_DISCARDED {
             let mut buf = ReadBuf::new(&mut scratch);
-            match Pin::new(&mut self.inner).poll_read(cx, &mut buf) {
+            match self.poll_inner(cx, &mut buf) {
                 Poll::Ready(Ok(())) if !buf.filled().is_empty() => self.discarded += buf.filled().len(),
                 // Even when the client has closed its side, the answer is still to be written; hyper closes after it.
                 Poll::Ready(_) | Poll::Pending => break,
@@ -236,7 +245,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for StrictIo<S> {
                 return this.poll_discard(cx);
             }
             let Some(scanner) = &mut this.scanner else {
-                return Pin::new(&mut this.inner).poll_read(cx, buf);
+                return this.poll_inner(cx, buf);
             };
             if scanner.undecided() {
                 this.gate.waker.register(cx.waker());
@@ -252,7 +261,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for StrictIo<S> {
                 continue;
             }
             let before = buf.filled().len();
-            match Pin::new(&mut this.inner).poll_read(cx, buf) {
+            match this.poll_inner(cx, buf) {
                 Poll::Ready(Ok(())) => {}
                 other => {
                     this.gate

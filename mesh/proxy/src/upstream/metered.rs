@@ -5,70 +5,50 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, ReadBuf};
 
 use super::connect::Stream;
+use crate::bell::Ear;
 use crate::metrics::clusters::ClusterCells;
+use crate::stream::{Hooks, Layer};
 
 /// See the module.
+pub type Metered = Layer<Stream, Meter>;
+
+/// Where the bytes are counted.
 #[derive(Debug)]
-pub struct Metered {
-    stream: Stream,
+pub struct Meter {
     cells: Arc<ClusterCells>,
+    /// Through which the stream is read, always: hyper and h2 ask for bytes whenever they are woken, for whatever it was.
+    ear: Ear,
 }
 
 impl Metered {
     /// Counts what passes `stream` in `cells`, which must be those of the worker that polls it.
     pub fn new(stream: Stream, cells: Arc<ClusterCells>) -> Self {
-        Self { stream, cells }
-    }
-
-    fn wrote(&self, outcome: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        if let Poll::Ready(Ok(count)) = &outcome {
-            self.cells.sent.add(*count as u64);
-        }
-        outcome
+        let ear = Ear::default();
+        Self::over(stream, Meter { cells, ear })
     }
 }
 
-impl AsyncRead for Metered {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        let before = buf.filled().len();
-        let outcome = Pin::new(&mut this.stream).poll_read(cx, buf);
-        if outcome.is_ready() {
-            this.cells.received.add((buf.filled().len() - before) as u64);
-        }
-        outcome
-    }
-}
-
-impl AsyncWrite for Metered {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let this = self.get_mut();
-        let outcome = Pin::new(&mut this.stream).poll_write(cx, buf);
-        this.wrote(outcome)
+impl<S> Hooks<S> for Meter {
+    fn received(&mut self, count: usize) {
+        self.cells.received.add(count as u64);
     }
 
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
+    fn sent(&mut self, count: usize) {
+        self.cells.sent.add(count as u64);
+    }
+
+    fn poll_read(
+        &mut self,
+        below: Pin<&mut S>,
         cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let this = self.get_mut();
-        let outcome = Pin::new(&mut this.stream).poll_write_vectored(cx, bufs);
-        this.wrote(outcome)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>>
+    where
+        S: AsyncRead,
+    {
+        self.ear.poll(cx, |cx| below.poll_read(cx, buf))
     }
 }

@@ -292,8 +292,8 @@ impl Lease {
         }
     }
 
-    /// The exchange is over and the connection may be used again.
-    pub fn release(self, max_requests: u32) {
+    /// The exchange is over `now` and the connection may be used again.
+    pub fn release(self, max_requests: u32, now: Instant) {
         if let Self::Http1 {
             sender,
             served,
@@ -310,7 +310,7 @@ impl Lease {
                 if idle.len() < MAX_IDLE {
                     idle.push(Idle {
                         sender,
-                        since: Instant::now(),
+                        since: now,
                         born,
                         served,
                         tls,

@@ -42,7 +42,6 @@ pub(super) fn prepare(
         };
         ops.apply(&mut parts.headers, &scene);
     }
-    let old_host = parts.headers.get(header::HOST).cloned();
     let new_host =
         target
             .and_then(|target| target.host_rewrite.clone())
@@ -59,7 +58,7 @@ pub(super) fn prepare(
             parts.headers.insert(X_ORIGINAL_HOST.clone(), old.clone());
         }
         if forward.append_forwarded_host
-            && let Some(old) = old_host
+            && let Some(old) = parts.headers.get(header::HOST).cloned()
         {
             parts.headers.append(X_FORWARDED_HOST.clone(), old);
         }

@@ -105,6 +105,7 @@ impl<'a> Answer<'a> {
         }
         exchange.code = head.status.as_u16();
         exchange.details = "via_upstream".into();
+        let changed = request_headers.is_some();
         if let Some(request) = &request_headers {
             let scene = ResponseScene {
                 request,
@@ -112,7 +113,9 @@ impl<'a> Answer<'a> {
             };
             routed.mutate_response(&mut head.headers, target, &scene);
         }
-        exchange.note_grpc_status(&head.headers);
+        if changed || present.has(Present::GRPC_STATUS) {
+            exchange.note_grpc_status(&head.headers);
+        }
         let ready = Ready {
             plan,
             incoming,
