@@ -24,11 +24,12 @@ use crate::config::runtime::{Layer, Source};
 use crate::control::Options;
 use crate::control::run::{ControlPlane, DEFAULT_DRAIN, Plan, StaticResource};
 use crate::error::{Error, Refusal, Within};
+use crate::metrics::select;
 use crate::overload;
 use crate::policy::on_demand::aggregated;
 
 /// Parts of the bootstrap that are honoured.
-const HONOURED: [&str; 7] = [
+const HONOURED: [&str; 9] = [
     "node",
     "admin",
     "static_resources",
@@ -36,16 +37,16 @@ const HONOURED: [&str; 7] = [
     "cluster_manager",
     "overload_manager",
     "layered_runtime",
+    "stats_config",
+    "deferred_stat_options",
 ];
 /// Parts that only concern how Envoy itself is watched, counted and named.
-const WITHOUT_EFFECT: [&str; 12] = [
+const WITHOUT_EFFECT: [&str; 10] = [
     "default_regex_engine",
-    "deferred_stat_options",
     "enable_dispatcher_stats",
     "flags_path",
     "memory_allocator_manager",
     "node_context_params",
-    "stats_config",
     "stats_flush_interval",
     "stats_flush_on_admin",
     "use_tcp_for_dns_lookups",
@@ -69,7 +70,9 @@ pub fn parse(text: &str, concurrency: usize) -> Result<Plan, Error> {
     let bytes = json::encode(&Schema::load(), "envoy.config.bootstrap.v3.Bootstrap", &value)?;
     let message = bootstrap::Bootstrap::decode(bytes.as_slice())
         .map_err(|error| Refusal::new("", format!("is no bootstrap: {error}")))?;
-    Ok(plan(message, concurrency)?)
+    let mut plan = plan(message, concurrency)?;
+    plan.options.bootstrap = bytes.into();
+    Ok(plan)
 }
 
 /// YAML, of which JSON is a part, with its anchors and merges resolved.
@@ -142,6 +145,18 @@ fn plan(from: bootstrap::Bootstrap, concurrency: usize) -> Result<Plan, Refusal>
         None => None,
         Some(manager) => cluster_manager(manager).within("cluster_manager")?,
     };
+    let stats = select::Rules {
+        matcher: select::Matcher::compile(
+            from.stats_config
+                .as_ref()
+                .and_then(|config| config.stats_matcher.as_ref()),
+        )
+        .within("stats_config.stats_matcher")?,
+        deferred: match &from.deferred_stat_options {
+            Some(options) if options.enable_deferred_creation_stats => select::Deferred::Yes,
+            _ => select::Deferred::No,
+        },
+    };
     Ok(Plan {
         options: Options {
             node,
@@ -149,6 +164,7 @@ fn plan(from: bootstrap::Bootstrap, concurrency: usize) -> Result<Plan, Refusal>
             local_cluster,
             overload,
             runtime,
+            stats,
             ..Default::default()
         },
         push_metrics: false,

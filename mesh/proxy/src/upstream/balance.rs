@@ -53,6 +53,8 @@ struct Level {
 pub struct Balancer {
     levels: Vec<Level>,
     turn: Cell<u64>,
+    /// Somebody was chosen whatever their health, since that was asked last.
+    panicked: Cell<bool>,
     /// Until when some host is young enough for slow start.
     slow_until: u64,
     overprovisioning: u32,
@@ -174,10 +176,16 @@ impl Balancer {
         Self {
             levels,
             turn: Cell::new(random::next() >> 32),
+            panicked: Cell::new(false),
             slow_until,
             overprovisioning,
             loads,
         }
+    }
+
+    /// Whether somebody was chosen whatever their health, since this was asked last.
+    pub fn has_panicked(&self) -> bool {
+        self.panicked.get() && self.panicked.replace(false)
     }
 
     /// Whether it is over no host at all.
@@ -240,6 +248,7 @@ impl Balancer {
             // One level that is well enough to carry everything does not panic, whatever the threshold (Envoy).
             let carries = health.availability(self.overprovisioning) >= 100;
             if !carries && health.below(cluster.panic_threshold) {
+                self.panicked.set(true);
                 return only.panic(cluster);
             }
             if health.healthy == 0 {
@@ -272,6 +281,7 @@ impl Balancer {
         let (index, degraded) = loads.choose(random::below)?;
         let level = &self.levels[index];
         if loads.may_panic() && loads.health(index).below(cluster.panic_threshold) {
+            self.panicked.set(true);
             return level.panic(cluster);
         }
         if loads.nobody() {

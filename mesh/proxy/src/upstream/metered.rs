@@ -8,19 +8,31 @@ use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::connect::Stream;
-use crate::metrics::clusters::ClusterCells;
+use crate::metrics::clusters::{ClusterCells, Shared};
 
 /// See the module.
 #[derive(Debug)]
 pub struct Metered {
     stream: Stream,
     cells: Arc<ClusterCells>,
+    /// Told when the endpoint has ended it.
+    shared: Option<Arc<Shared>>,
 }
 
 impl Metered {
     /// Counts what passes `stream` in `cells`, which must be those of the worker that polls it.
     pub fn new(stream: Stream, cells: Arc<ClusterCells>) -> Self {
-        Self { stream, cells }
+        Self {
+            stream,
+            cells,
+            shared: None,
+        }
+    }
+
+    /// The same, which tells `shared` when the endpoint has ended the connection.
+    pub fn watched(mut self, shared: Arc<Shared>) -> Self {
+        self.shared = Some(shared);
+        self
     }
 
     fn wrote(&self, outcome: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
@@ -37,7 +49,13 @@ impl AsyncRead for Metered {
         let before = buf.filled().len();
         let outcome = Pin::new(&mut this.stream).poll_read(cx, buf);
         if outcome.is_ready() {
-            this.cells.received.add((buf.filled().len() - before) as u64);
+            let count = buf.filled().len() - before;
+            this.cells.received.add(count as u64);
+            if count == 0
+                && let Some(shared) = &this.shared
+            {
+                shared.ended_by_peer();
+            }
         }
         outcome
     }

@@ -24,11 +24,13 @@ use crate::config::hcm::{Codec, HttpManager};
 use crate::config::listener::{ConnectionFacts, Direction, FilterChain, Handler, Listener};
 use crate::config::listener_filters::Place;
 use crate::config::slot::ListenerSlot;
+use crate::metrics::events::ListenerEvent;
 use crate::metrics::flags::Flags;
 use crate::overload::Action;
 use crate::policy::facts::{Facts, PeerIdentity};
 use crate::policy::filter_state::FilterState;
 use crate::policy::network::NetworkFilter;
+use crate::policy::stats::OpenCount;
 use crate::random;
 use crate::tls::info::ConnectionTls;
 use crate::tls::rewind::Rewind;
@@ -46,6 +48,9 @@ pub(super) async fn run(worker: Rc<Worker>, slot: Arc<ListenerSlot>, socket: Tcp
         match socket.accept().await {
             Ok(_) if overload.hits(Action::RejectIncomingConnections, random::next) => {
                 worker.recorder.counters().refused_connections.add(1);
+                slot.load()
+                    .traffic
+                    .note_listener(ListenerEvent::OverloadReject, worker.id);
             }
             Ok((stream, remote)) => balance(&worker, &slot, stream, remote),
             Err(error) => match error.kind() {
@@ -126,19 +131,62 @@ pub(super) fn serve(
     // Beyond the limit of all listeners a connection is closed at once, as in Envoy.
     let Some(counted) = worker.shared.overload.count_connection() else {
         worker.recorder.counters().refused_connections.add(1);
+        slot.load()
+            .traffic
+            .note_listener(ListenerEvent::GlobalOverflow, worker.id);
         return;
     };
     let open = worker.open_connection();
     worker.tasks.clone().spawn_local(async move {
         let listener = slot.load();
         drop(slot);
-        let _counted = listener.traffic.open(worker.id);
+        let mut place = Entrance::new(listener.clone(), worker.id);
         // Boxed, so that what detection and handshakes need is given back while requests are served.
-        if let Some(http) = Box::pin(connection(worker, listener, stream, remote)).await {
+        if let Some(http) = Box::pin(connection(worker, listener, stream, remote, &mut place)).await {
             http.serve().await;
         }
-        drop((open, share, counted));
+        drop((open, share, counted, place));
     });
+}
+
+/// A connection in its listener's statistics: as Envoy counts, it is one once its filter chain is known, and waits before.
+struct Entrance {
+    listener: Option<Arc<Listener>>,
+    worker: usize,
+    _open: Option<OpenCount>,
+}
+
+impl Entrance {
+    fn new(listener: Arc<Listener>, worker: usize) -> Self {
+        listener.traffic.note_listener(ListenerEvent::Accepted, worker);
+        Self {
+            listener: Some(listener),
+            worker,
+            _open: None,
+        }
+    }
+
+    fn note(&self, event: ListenerEvent) {
+        if let Some(listener) = &self.listener {
+            listener.traffic.note_listener(event, self.worker);
+        }
+    }
+
+    /// Its filter chain is known.
+    fn enter(&mut self) {
+        if let Some(listener) = self.listener.take() {
+            listener
+                .traffic
+                .note_listener(ListenerEvent::Classified, self.worker);
+            self._open = Some(listener.traffic.open(self.worker));
+        }
+    }
+}
+
+impl Drop for Entrance {
+    fn drop(&mut self) {
+        self.note(ListenerEvent::Classified);
+    }
 }
 
 /// Where the client wanted to go before interception changed it.
@@ -164,6 +212,7 @@ async fn connection(
     bound: Arc<Listener>,
     stream: TcpStream,
     remote: SocketAddr,
+    entrance: &mut Entrance,
 ) -> Option<HttpConnection> {
     // Small messages both ways; failures do no harm.
     let _ = stream.set_nodelay(true);
@@ -187,6 +236,11 @@ async fn connection(
             Ok(Some((source, told))) => (addresses.remote, addresses.local) = (source, told),
             Ok(None) => {}
             Err(error) => {
+                entrance.note(match error.kind() {
+                    io::ErrorKind::TimedOut => ListenerEvent::FilterTimeout,
+                    io::ErrorKind::UnexpectedEof => ListenerEvent::FilterRemoteClose,
+                    _ => ListenerEvent::FilterError,
+                });
                 log_handshake(&worker, &bound, &mut log, &error);
                 return None;
             }
@@ -210,15 +264,29 @@ async fn connection(
         let deadline = Instant::now() + listener.detection_timeout;
         match read_until_detected(&stream, &mut prefix, deadline).await {
             Ok(Some(found)) => detected = found,
-            Ok(None) if listener.continue_on_timeout => timed_out = true,
+            Ok(None) if listener.continue_on_timeout => {
+                entrance.note(ListenerEvent::FilterTimeout);
+                timed_out = true;
+            }
             Ok(None) => {
+                entrance.note(ListenerEvent::FilterTimeout);
                 log.local_close.set("listener_filter_timeout");
                 return None;
             }
-            Err(_) => return None,
+            Err(error) => {
+                entrance.note(match error.kind() {
+                    io::ErrorKind::UnexpectedEof => ListenerEvent::FilterRemoteClose,
+                    _ => ListenerEvent::FilterError,
+                });
+                return None;
+            }
         }
     }
-    let chain = choose(&worker, &listener, &detected, &mut log)?;
+    let Some(chain) = choose(&worker, &listener, &detected, &mut log) else {
+        entrance.note(ListenerEvent::NoFilterChain);
+        return None;
+    };
+    entrance.enter();
     if timed_out
         && prefix.is_empty()
         && chain.tls.is_none()
@@ -271,6 +339,7 @@ async fn connection(
                 return None;
             }
             log.enter(proxy);
+            let _open = tcp::Open::of(proxy, worker.id);
             tcp::join(worker, proxy.clone(), Io::Plain(stream), prefix, upstream, log).await;
             drop(place);
             return None;
@@ -434,6 +503,10 @@ async fn handle(
                     (Io::Tls(Box::new(stream)), Some(Arc::new(facts)))
                 }
                 Err(error) => {
+                    if error.kind() == io::ErrorKind::TimedOut {
+                        let traffic = &listener.traffic;
+                        traffic.note_listener(ListenerEvent::HandshakeTimeout, worker.id);
+                    }
                     log_handshake(&worker, &listener, &mut log, &error);
                     return None;
                 }
@@ -449,6 +522,7 @@ async fn handle(
         Handler::Tcp(proxy) => {
             let proxy = proxy.clone();
             log.enter(&proxy);
+            let _open = tcp::Open::of(&proxy, worker.id);
             let client = tcp::Client {
                 source: addresses.remote,
                 destination: addresses.local,

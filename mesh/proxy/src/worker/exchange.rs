@@ -23,6 +23,7 @@ use super::spans::{self, SpanState};
 use super::tap::{self, TapState};
 use crate::config::listener::Direction;
 use crate::config::virtual_cluster::Counted;
+use crate::metrics::events::{ClusterEvent, HttpEvent};
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
 use crate::metrics::series::{HttpLabels, Protocol, Reporter};
@@ -75,6 +76,8 @@ pub struct Exchange {
     pub stream_limited: bool,
     /// Attempts made.
     pub attempts: u32,
+    /// Whether the last attempt got as far as a connection.
+    pub sent_on: bool,
     /// Flags.
     pub flags: Flags,
     /// Status sent.
@@ -122,6 +125,7 @@ impl Exchange {
             interims: None,
             stream_limited: false,
             attempts: 0,
+            sent_on: false,
             flags: Flags::default(),
             code: 0,
             grpc_status: None,
@@ -264,6 +268,18 @@ impl Drop for Exchange {
     fn drop(&mut self) {
         if !self.finished {
             // Dropped before its end: hyper gave up the request because the client is gone.
+            self.conn.note(HttpEvent::RqRxReset);
+            if self.version != Version::HTTP_2 {
+                self.conn.lost.set(true);
+            }
+            if let Some(cluster) = &self.cluster {
+                let event = if self.sent_on {
+                    ClusterEvent::RqTxReset
+                } else {
+                    ClusterEvent::RqCancelled
+                };
+                cluster.slot.counted.note(event);
+            }
             self.flags.add(Flags::DOWNSTREAM_TERMINATION);
             if self.details.is_empty() || self.details == "via_upstream" {
                 self.details = Cow::Borrowed("downstream_remote_disconnect");
@@ -428,11 +444,25 @@ impl Observer for Watch {
         let source = self.exchange.source.as_ref();
         let sent = source.and_then(|source| source.borrow().last_frame);
         let (flag, details) = std::task::ready!(self.limits.poll(cx, sent));
+        let conn = &self.exchange.conn;
+        if flag.has(Flags::STREAM_IDLE) {
+            conn.note(HttpEvent::RqIdleTimeout);
+        } else if flag.has(Flags::MAX_STREAM_DURATION) {
+            conn.note(HttpEvent::RqMaxDuration);
+        }
+        if let Some(cluster) = &self.exchange.cluster {
+            cluster.slot.counted.note(ClusterEvent::RqTxReset);
+        }
+        conn.note(HttpEvent::RqTxReset);
         self.broken(flag, details);
         Poll::Ready(details.into())
     }
 
     fn ended(&mut self) {
+        let source = self.exchange.source.as_ref();
+        if source.is_some_and(|source| !source.borrow().is_whole()) {
+            self.exchange.conn.note(HttpEvent::RqEarlyAnswer);
+        }
         if let Some(lease) = self.lease.take() {
             lease.release(self.max_requests);
         }
@@ -445,6 +475,13 @@ impl Observer for Watch {
         let client = self.exchange.source.as_ref();
         if client.is_some_and(|source| source.borrow().client_failed) {
             return self.broken(Flags::DOWNSTREAM_TERMINATION, "downstream_remote_disconnect");
+        }
+        self.exchange.conn.note(HttpEvent::ResetAfterStart);
+        self.exchange.conn.note(HttpEvent::RqTxReset);
+        if let Some(cluster) = &self.exchange.cluster
+            && self.lease.as_ref().is_some_and(Lease::is_http2)
+        {
+            cluster.slot.counted.note(ClusterEvent::RqRxReset);
         }
         self.broken(
             Flags::UPSTREAM_CONNECTION_TERMINATION,

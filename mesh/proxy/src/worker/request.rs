@@ -28,6 +28,7 @@ use crate::config::table::RouteTable;
 use crate::hygiene::fields::{Present, never_again};
 use crate::hygiene::path::{Normalized, normalize};
 use crate::hygiene::scan::valid_host;
+use crate::metrics::events::HttpEvent;
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{METADATA_HEADER, METADATA_ID_HEADER};
 use crate::overload;
@@ -128,7 +129,7 @@ pub(super) async fn handle(
     incoming: Incoming,
     interims: Option<Arc<Waiting>>,
 ) -> Result<Response<Body>, Broken> {
-    conn.request_began();
+    conn.request_began(parts.version == Version::HTTP_2);
     let mut exchange = Exchange::new(
         conn.clone(),
         parts.method.clone(),
@@ -152,6 +153,7 @@ pub(super) async fn handle(
         .hits(overload::Action::StopAcceptingRequests, random::next)
     {
         conn.decide_upgrade(false);
+        conn.note(HttpEvent::RqOverload);
         let reply = LocalReply::new(
             StatusCode::SERVICE_UNAVAILABLE,
             Flags::OVERLOAD,
@@ -181,6 +183,7 @@ fn admit(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) -> Resul
         reply
     };
     if let Some(violation) = conn.gate.violation(conn.request_number()) {
+        conn.note(HttpEvent::CxProtocolError);
         let status = StatusCode::from_u16(violation.status()).unwrap_or(StatusCode::BAD_REQUEST);
         return Err(refuse(status, violation.details()));
     }
@@ -264,8 +267,12 @@ fn normalize_target(conn: &Downstream, parts: &mut Parts) -> Result<(), LocalRep
         manager.merge_slashes,
         manager.escaped_slashes,
     ) {
-        Normalized::Refused => return Err(refused("path_normalization_failed")),
+        Normalized::Refused => {
+            conn.note(HttpEvent::RqPathRefused);
+            return Err(refused("path_normalization_failed"));
+        }
         Normalized::Redirect(path) => {
+            conn.note(HttpEvent::RqPathRedirected);
             let mut reply = LocalReply::new(
                 StatusCode::TEMPORARY_REDIRECT,
                 Flags::default(),
@@ -434,13 +441,16 @@ async fn route(
     {
         found = find_route(&conn, &parts, &conn.noted);
     }
+    conn.manager.traffic.routed(conn.worker.id);
     let Some(mut routed) = found else {
+        conn.note(HttpEvent::NoRoute);
         conn.decide_upgrade(false);
         return LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", "").send(exchange);
     };
     exchange.route = Some(routed.route.clone());
     if routed.host.require_tls && view(&parts).scheme() != "https" {
         let location = format!("https://{}{}", view(&parts).authority(), parts.uri);
+        conn.note(HttpEvent::Redirect);
         return redirect(
             exchange,
             &routed,
@@ -461,6 +471,7 @@ async fn route(
     }
     let response = match &routed.route.action {
         Action::Direct(direct) => {
+            conn.note(HttpEvent::DirectResponse);
             let mut reply = LocalReply::new(direct.status, Flags::default(), "direct_response", "");
             reply.body = direct.body.clone();
             let variables = variables(&conn, &parts, &routed.route);
@@ -469,6 +480,7 @@ async fn route(
         }
         Action::Redirect(action) => {
             let location = routed.route.location(action, &view(&parts));
+            conn.note(HttpEvent::Redirect);
             redirect(exchange, &routed, &parts, action.status, &location)
         }
         Action::Forward(_) => {

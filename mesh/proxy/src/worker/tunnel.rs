@@ -29,6 +29,7 @@ use super::local::{Body, LocalReply};
 use super::streams::TunnelIo;
 use super::upstream::Plan;
 use crate::hygiene::fields::{requested_upgrade, strip_hop_by_hop};
+use crate::metrics::events::{ClusterEvent, HttpEvent};
 use crate::metrics::flags::Flags;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::Active;
@@ -143,6 +144,7 @@ pub(super) fn take(conn: &Downstream, parts: &mut Parts) -> Result<Option<Tunnel
     strip_hop_by_hop(&mut parts.headers);
     if !conn.manager.upgrades.iter().any(|allowed| **allowed == *protocol) {
         conn.decide_upgrade(false);
+        conn.note(HttpEvent::RqNoUpgrade);
         return Err(refused());
     }
     Ok(Some(Tunnel {
@@ -307,6 +309,7 @@ impl Tunnel {
                 let counters = plan.conn.worker.recorder.counters();
                 counters.upstream_connect_failures.add(1);
                 connection.failed(failed.is_err());
+                plan.note(ClusterEvent::RqPendingFailure);
                 exchange.failure = Some(match failed {
                     Ok(Err(error)) => error.to_string().into(),
                     _ => "connection timeout".into(),
@@ -350,6 +353,7 @@ impl Tunnel {
             conn.dress(answer.headers_mut(), Version::HTTP_2);
         }
         let downstream = self.client;
+        let open = OpenTunnel::of(conn.clone());
         let tasks = conn.worker.tasks.clone();
         tasks.spawn_local(async move {
             let ends = async {
@@ -361,10 +365,26 @@ impl Tunnel {
             {
                 exchange.sent = sent;
             }
-            drop(held);
+            drop((held, open));
             exchange.finish();
         });
         answer
+    }
+}
+
+/// Counts a tunnel for as long as it lives.
+struct OpenTunnel(Rc<Downstream>);
+
+impl OpenTunnel {
+    fn of(conn: Rc<Downstream>) -> Self {
+        conn.note(HttpEvent::CxUpgrades);
+        Self(conn)
+    }
+}
+
+impl Drop for OpenTunnel {
+    fn drop(&mut self) {
+        self.0.note(HttpEvent::CxUpgradesEnded);
     }
 }
 

@@ -47,6 +47,7 @@ mod routing;
 mod scripted;
 mod secret_services;
 mod soak;
+mod statistics;
 mod tap;
 mod tcp;
 mod tls;

@@ -1,0 +1,388 @@
+//! Statistics: those that operators know from Envoy, each at what it counts; and Envoy with the same file and the same
+//! requests, which must count the same.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serin_proxy::bootstrap::file;
+use serin_proxy::control::Proxy;
+use serin_proxy::control::admin::{AdminPort, Port};
+use serin_proxy::control::run::apply_static;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
+
+use crate::envoy;
+use crate::fixture::*;
+use crate::interop::wait_for;
+
+const CONFIG: &str = r#"
+admin: { address: { socket_address: { address: 127.0.0.1, port_value: ADMIN } } }
+node: { id: counted, cluster: counted }
+static_resources:
+  listeners:
+  - name: tcp
+    address: { socket_address: { address: 127.0.0.1, port_value: TCP } }
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.tcp_proxy
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy
+          stat_prefix: bytes
+          cluster: good
+  - name: unmatched
+    address: { socket_address: { address: 127.0.0.1, port_value: UNMATCHED } }
+    filter_chains:
+    - filter_chain_match: { source_prefix_ranges: [ { address_prefix: 192.0.2.0, prefix_len: 24 } ] }
+      filters:
+      - name: envoy.filters.network.tcp_proxy
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy
+          stat_prefix: none
+          cluster: good
+  - name: http
+    address: { socket_address: { address: 127.0.0.1, port_value: HTTP } }
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: in
+          codec_type: AUTO
+          use_remote_address: true
+          normalize_path: true
+          path_with_escaped_slashes_action: UNESCAPE_AND_REDIRECT
+          delayed_close_timeout: 0s
+          max_request_headers_kb: 8
+          common_http_protocol_options: { idle_timeout: 1s }
+          upgrade_configs: [ { upgrade_type: websocket } ]
+          http_filters:
+          - name: envoy.filters.http.router
+            typed_config: { "@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router }
+          route_config:
+            name: main
+            validate_clusters: false
+            virtual_hosts:
+            - name: all
+              domains: ["*"]
+              routes:
+              - match: { path: /direct }
+                direct_response: { status: 200, body: { inline_string: direct } }
+              - match: { path: /moved }
+                redirect: { path_redirect: /elsewhere }
+              - match: { path: /unknown }
+                route: { cluster: unknown }
+              - match: { path: /dead }
+                route: { cluster: dead }
+              - match: { path: /empty }
+                route: { cluster: empty }
+              - match: { path: /slow }
+                route: { cluster: slow, timeout: 0.3s }
+              - match: { path: /waits }
+                route: { cluster: waits, timeout: 30s }
+              - match: { path: /breaks }
+                route: { cluster: breaks }
+              - match: { path: /cut }
+                route: { cluster: cut }
+              - match: { path: /garbled }
+                route: { cluster: garbled }
+              - match: { path: /fails }
+                route: { cluster: fails, retry_policy: { retry_on: "5xx", num_retries: 2 } }
+              - match: { path: /recovers }
+                route: { cluster: recovers, retry_policy: { retry_on: "5xx", num_retries: 2 } }
+              - match: { path: /hangs }
+                route: { cluster: hangs, timeout: 10s, retry_policy: { retry_on: "5xx", num_retries: 1, per_try_timeout: 0.2s } }
+              - match: { path: /talk }
+                route: { cluster: good }
+              - match: { path: /ok }
+                route: { cluster: good }
+  clusters:
+CLUSTERS
+  - { name: dead, type: STATIC, connect_timeout: 1s, load_assignment: { cluster_name: dead, endpoints: [ { lb_endpoints: [ { endpoint: { address: { socket_address: { address: 127.99.0.1, port_value: 1 } } } } ] } ] } }
+  - { name: empty, type: STATIC, connect_timeout: 1s, load_assignment: { cluster_name: empty } }
+  - { name: idle, type: STATIC, connect_timeout: 1s, circuit_breakers: { thresholds: [ { max_connections: 7, track_remaining: true } ] }, load_assignment: { cluster_name: idle, endpoints: [ { lb_endpoints: [ { endpoint: { address: { socket_address: { address: 127.0.0.1, port_value: 1 } } } } ] } ] } }
+"#;
+
+/// Clusters of the one backend.
+const CLUSTERS: [&str; 9] = [
+    "good", "slow", "waits", "breaks", "cut", "garbled", "fails", "recovers", "hangs",
+];
+
+fn config(admin: SocketAddr, listeners: [SocketAddr; 3], backend: SocketAddr) -> String {
+    let clusters: String = CLUSTERS
+        .iter()
+        .map(|name| {
+            format!(
+                "  - {{ name: {name}, type: STATIC, connect_timeout: 1s, load_assignment: {{ cluster_name: {name}, endpoints: \
+                 [ {{ lb_endpoints: [ {{ endpoint: {{ address: {{ socket_address: {{ address: 127.0.0.1, port_value: {} }} }} }} }} ] }} ] }} }}\n",
+                backend.port()
+            )
+        })
+        .collect();
+    CONFIG
+        .replace("ADMIN", &admin.port().to_string())
+        .replace("UNMATCHED", &listeners[2].port().to_string())
+        .replace("TCP }", &format!("{} }}", listeners[1].port()))
+        .replace("HTTP }", &format!("{} }}", listeners[0].port()))
+        .replace("CLUSTERS\n", &clusters)
+}
+
+/// A backend that does what the path says.
+async fn backend() -> SocketAddr {
+    let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = socket.local_addr().unwrap();
+    tokio::spawn(async move {
+        let tried = Arc::new(std::sync::atomic::AtomicU32::new(0));
+        loop {
+            let Ok((stream, _)) = socket.accept().await else {
+                return;
+            };
+            tokio::spawn(serve(stream, tried.clone()));
+        }
+    });
+    address
+}
+
+async fn serve(mut stream: TcpStream, tried: Arc<std::sync::atomic::AtomicU32>) {
+    let mut raw = Vec::new();
+    loop {
+        let Some(end) = raw.windows(4).position(|window| window == b"\r\n\r\n") else {
+            match stream.read_buf(&mut raw).await {
+                Ok(count) if count > 0 => continue,
+                _ => return,
+            }
+        };
+        let head = String::from_utf8_lossy(&raw[..end]).into_owned();
+        raw.drain(..end + 4);
+        let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
+        let answer: &[u8] = match path.as_str() {
+            "/slow" | "/waits" | "/hangs" => {
+                // Until whoever waits gives up.
+                let _ = stream.read_buf(&mut raw).await;
+                return;
+            }
+            "/breaks" => return,
+            "/cut" => {
+                let _ = stream
+                    .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf")
+                    .await;
+                return;
+            }
+            "/garbled" => b"what do you want\r\n\r\n",
+            "/fails" => b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n",
+            // Each proxy asks twice.
+            "/recovers" if tried.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % 2 == 0 => {
+                b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\n\r\n"
+            }
+            "/talk" => {
+                b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n"
+            }
+            _ => b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok",
+        };
+        if stream.write_all(answer).await.is_err() {
+            return;
+        }
+        if path == "/talk" {
+            let _ = stream.read_buf(&mut raw).await;
+            return;
+        }
+    }
+}
+
+/// The head of an answer, and as much of its body as its length says.
+async fn answer(stream: &mut TcpStream) -> String {
+    let mut raw = Vec::new();
+    loop {
+        let text = String::from_utf8_lossy(&raw).into_owned();
+        if let Some((head, body)) = text.split_once("\r\n\r\n") {
+            let length = head
+                .to_ascii_lowercase()
+                .split("content-length: ")
+                .nth(1)
+                .and_then(|rest| rest.lines().next()?.parse().ok())
+                .unwrap_or(0);
+            if body.len() >= length {
+                return text;
+            }
+        }
+        match soon("an answer", stream.read_buf(&mut raw)).await {
+            Ok(count) if count > 0 => {}
+            _ => return String::from_utf8_lossy(&raw).into_owned(),
+        }
+    }
+}
+
+async fn ask(at: SocketAddr, bytes: &str) -> String {
+    let mut stream = TcpStream::connect(at).await.unwrap();
+    stream.write_all(bytes.as_bytes()).await.unwrap();
+    answer(&mut stream).await
+}
+
+/// Everything that happens, to one proxy.
+async fn everything(http: SocketAddr, tcp: SocketAddr, unmatched: SocketAddr) {
+    let plain = |path: &str| format!("GET {path} HTTP/1.1\r\nhost: a\r\n\r\n");
+    for (path, status) in [
+        ("/ok", 200),
+        ("/ok", 200),
+        ("/direct", 200),
+        ("/moved", 301),
+        ("/nowhere", 404),
+        ("/unknown", 503),
+        ("/dead", 503),
+        ("/empty", 503),
+        ("/slow", 504),
+        ("/breaks", 503),
+        ("/cut", 200),
+        ("/garbled", 502),
+        ("/fails", 503),
+        ("/recovers", 200),
+        ("/hangs", 504),
+        ("/a%2Fb", 307),
+    ] {
+        let text = ask(http, &plain(path)).await;
+        assert!(
+            text.starts_with(&format!("HTTP/1.1 {status} ")),
+            "{path} at {http}: {text}"
+        );
+    }
+    for (bytes, status) in [
+        (
+            "GET /ok HTTP/1.1\r\nhost: a\r\ncontent-length: x\r\n\r\n".to_owned(),
+            400,
+        ),
+        (
+            format!("GET /ok HTTP/1.1\r\nhost: a\r\nx: {}\r\n\r\n", "y".repeat(20_000)),
+            431,
+        ),
+        (
+            "GET /ok HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: other\r\n\r\n".to_owned(),
+            403,
+        ),
+    ] {
+        let text = ask(http, &bytes).await;
+        assert!(
+            text.starts_with(&format!("HTTP/1.1 {status} ")),
+            "{status} at {http}: {text}"
+        );
+    }
+    // A tunnel.
+    let mut stream = TcpStream::connect(http).await.unwrap();
+    let upgrade = "GET /talk HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: websocket\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n\r\n";
+    stream.write_all(upgrade.as_bytes()).await.unwrap();
+    assert!(answer(&mut stream).await.starts_with("HTTP/1.1 101 "));
+    drop(stream);
+    // Two requests on one connection, which is then idle for too long.
+    let mut kept = TcpStream::connect(http).await.unwrap();
+    for _ in 0..2 {
+        kept.write_all(plain("/ok").as_bytes()).await.unwrap();
+        answer(&mut kept).await;
+    }
+    let mut rest = Vec::new();
+    soon("the end of an idle connection", kept.read_to_end(&mut rest))
+        .await
+        .unwrap();
+    drop(kept);
+    // Given up while it is waited for.
+    let mut stream = TcpStream::connect(http).await.unwrap();
+    stream.write_all(plain("/waits").as_bytes()).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    drop(stream);
+    // Bytes.
+    let mut stream = TcpStream::connect(tcp).await.unwrap();
+    stream.write_all(plain("/ok").as_bytes()).await.unwrap();
+    assert!(answer(&mut stream).await.starts_with("HTTP/1.1 200 "));
+    drop(stream);
+    let mut stream = TcpStream::connect(unmatched).await.unwrap();
+    let _ = stream.read_to_end(&mut rest).await;
+}
+
+/// Numbers by name, with the listeners' ports taken out.
+async fn numbers(admin: SocketAddr, listeners: [SocketAddr; 3]) -> BTreeMap<String, String> {
+    let mut text = get(admin, "/stats").await.2;
+    for (listener, name) in listeners.iter().zip(["HTTP", "TCP", "UNMATCHED"]) {
+        text = text.replace(&format!("127.0.0.1_{}", listener.port()), name);
+    }
+    text.lines()
+        .filter_map(|line| line.split_once(": "))
+        .filter(|(_, value)| value.parse::<f64>().is_ok())
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .collect()
+}
+
+/// What differs, and why.
+const DIFFERENT: &[(&str, &str)] = &[];
+
+fn is_pardoned(name: &str) -> bool {
+    DIFFERENT
+        .iter()
+        .any(|(part, reason)| !reason.is_empty() && regex::Regex::new(part).unwrap().is_match(name))
+}
+
+#[tokio::test]
+async fn envoy_and_serin_proxy_count_the_same_of_the_same_requests() {
+    let Some(program) = envoy::program() else { return };
+    let backend = backend().await;
+    let folder = tempfile::tempdir().unwrap();
+    let mut places = Vec::new();
+    for _ in 0..2 {
+        let mut four = Vec::new();
+        for _ in 0..4 {
+            four.push(free_port().await);
+        }
+        places.push((four[0], [four[1], four[2], four[3]]));
+    }
+    let path = folder.path().join("envoy.yaml");
+    std::fs::write(&path, config(places[1].0, places[1].1, backend)).unwrap();
+    let mut child = envoy::command(&program, &path).spawn().unwrap();
+    let plan = file::parse(&config(places[0].0, places[0].1, backend), 1).unwrap();
+    let (proxy, _log) = Proxy::start(plan.options).unwrap();
+    apply_static(&proxy, &plan.static_resources).await.unwrap();
+    proxy.set_ready();
+    let port = AdminPort::bind(&proxy, places[0].0, Port::Admin).unwrap();
+    let cancel = CancellationToken::new();
+    let admin = tokio::spawn(port.serve(proxy.clone(), CancellationToken::new(), cancel.clone()));
+    // Envoy's own: a look at a listener is a connection that counts.
+    wait_for(places[1].0).await;
+    let live = async {
+        while get(places[1].0, "/ready").await.0 != 200 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    soon("Envoy", live).await;
+    for (_, [http, tcp, unmatched]) in &places {
+        everything(*http, *tcp, *unmatched).await;
+    }
+    let mut differences = Vec::new();
+    let mut both = 0;
+    // Ends are counted a moment later.
+    for _ in 0..40 {
+        let ours = numbers(places[0].0, places[0].1).await;
+        let theirs = numbers(places[1].0, places[1].1).await;
+        both = ours.keys().filter(|name| theirs.contains_key(*name)).count();
+        differences = ours
+            .iter()
+            .filter(|(name, _)| !is_pardoned(name))
+            .filter_map(|(name, value)| {
+                let other = theirs.get(name)?;
+                (other != value).then(|| format!("{name}: ours {value}, theirs {other}"))
+            })
+            .collect();
+        if differences.is_empty() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(
+        differences.is_empty(),
+        "{} of {both} differ:\n{}",
+        differences.len(),
+        differences.join("\n")
+    );
+    assert!(both > 600, "{both}");
+    child.kill().await.unwrap();
+    cancel.cancel();
+    admin.await.unwrap();
+    proxy.stop().await;
+}
