@@ -16,8 +16,14 @@ pub enum Error {
         source: std::io::Error,
     },
     /// The bootstrap document is not what we understand.
-    #[error("bootstrap: {0}")]
-    Bootstrap(#[from] Refusal),
+    #[error("bootstrap: {}", lines(.0.iter()))]
+    Bootstrap(Vec<Refusal>),
+    /// The same of a file, with the lines that have to be mended.
+    #[error("{}", lines(.fields.iter()))]
+    BootstrapFile {
+        /// What is wrong with it; never empty.
+        fields: Vec<Misplaced>,
+    },
     /// The environment of `serin-proxy proxy` lacks something.
     #[error("environment variable {name}: {reason}")]
     Environment {
@@ -88,10 +94,42 @@ pub enum Error {
     },
 }
 
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Self {
+        Self::Bootstrap(vec![refusal])
+    }
+}
+
+fn lines<T: std::fmt::Display>(list: impl Iterator<Item = T>) -> String {
+    let list: Vec<String> = list.map(|one| one.to_string()).collect();
+    list.join("\n")
+}
+
+/// A field of a file that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Misplaced {
+    /// The file.
+    pub file: PathBuf,
+    /// Its line, from 1, where it could be found.
+    pub line: Option<usize>,
+    /// Which field, and why.
+    pub refusal: Refusal,
+}
+
+impl std::fmt::Display for Misplaced {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:", self.file.display())?;
+        if let Some(line) = self.line {
+            write!(f, "{line}:")?;
+        }
+        write!(f, " {}", self.refusal)
+    }
+}
+
 /// A configuration resource that cannot be honoured: where in it, and why. Sent to the control plane as the text of
 /// the NACK, so it is written for the person who wrote the object.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{path}: {reason}")]
+#[error("{path}{}{reason}", if .path.is_empty() { "" } else { ": " })]
 pub struct Refusal {
     /// Path of the field inside the resource, for example `routes[2].match.headers[0]`.
     pub path: String,

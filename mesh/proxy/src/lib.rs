@@ -64,7 +64,8 @@
 //! - What a request may wait for is asked for beside everything (`*`), as Envoy does, so that a server may send ahead what it
 //!   likes; unlike Envoy, names that nobody uses are given up ([`config::on_demand`]), and only a host without a virtual host
 //!   waits, not one whose routes do not fit.
-//! - A filter by ECDS is taken by every listener that names it or by none ([`config::extension`]).
+//! - A filter by ECDS, of HTTP, of the network or of the listener, is taken by every listener that names it or by none
+//!   ([`config::extension`]).
 //! - Shares of requests with a runtime key hold a cell that a change of a layer writes ([`config::runtime`]): a request pays
 //!   one relaxed load.
 //! - What a change costs does not grow with what is loaded beside it: names to ask for are counted as resources come and go
@@ -92,6 +93,7 @@ pub mod observe;
 pub mod overload;
 pub mod policy;
 mod random;
+pub mod stream;
 mod sys;
 pub mod tls;
 pub mod upstream;

@@ -3,19 +3,29 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
 use serin_proxy::bootstrap::{agent, file, inherited};
 use serin_proxy::control::levels;
 use serin_proxy::control::run::{Plan, check, run};
+use serin_proxy::error::Error;
 use serin_proxy::intercept;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+const EXAMPLES: &str = "\
+Examples:
+  serin-proxy --config bootstrap.yaml --mode validate      say what is wrong with a file, line by line
+  serin-proxy --config bootstrap.yaml --concurrency 2      serve by it with two workers
+  serin-proxy --config new.yaml --restart-socket /run/serin/restart.sock
+                                                           take over from the process that runs with that socket
+  serin-proxy intercept --dry-run                          print the packet filter's rules
+
+It ends with 0 when it was told to end, 1 when it cannot start or the file is refused, 2 when it is called wrongly.";
+
 /// The data plane of Serin: an L4/L7 proxy driven by xDS.
 #[derive(Debug, Parser)]
-#[command(version, args_conflicts_with_subcommands = true)]
+#[command(version, args_conflicts_with_subcommands = true, after_help = EXAMPLES)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -167,10 +177,23 @@ fn main() -> ExitCode {
     match start(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("serin-proxy: {error:#}");
+            eprintln!("serin-proxy: {}", told(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error with its causes, without those that it tells itself.
+fn told(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 fn start(cli: Cli) -> anyhow::Result<()> {
@@ -181,8 +204,9 @@ fn start(cli: Cli) -> anyhow::Result<()> {
                 anyhow::bail!("say what to run: --config FILE, or a command; see --help")
             };
             let mut plan = file::read(&path, cli.concurrency)?;
+            let placed = |error| file::placed(&path, error);
             if cli.mode == Mode::Validate {
-                check(&plan.static_resources)?;
+                check(&plan.static_resources).map_err(placed)?;
                 println!("configuration '{}' OK", path.display());
                 return Ok(());
             }
@@ -192,7 +216,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
             plan.options.started_as.config_path = path.display().to_string();
             plan.restart = cli.restart_socket;
             plan.serve_admin_at(cli.admin_socket);
-            control(plan)
+            Ok(control(plan).map_err(placed)?)
         }
         Some(Command::Proxy {
             role,
@@ -206,7 +230,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
             let mut plan = agent::plan(role, &domain, concurrency, &environment)?;
             plan.restart = cli.restart_socket;
             plan.serve_admin_at(cli.admin_socket);
-            control(plan)
+            Ok(control(plan)?)
         }
         Some(Command::Intercept(options)) => {
             if options.remove {
@@ -223,12 +247,14 @@ fn start(cli: Cli) -> anyhow::Result<()> {
 }
 
 /// Runs on this thread, which becomes the control thread.
-fn control(plan: Plan) -> anyhow::Result<()> {
+fn control(plan: Plan) -> Result<(), Error> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(4)
         .build()
-        .context("starting the control thread's runtime")?
-        .block_on(run(plan))?;
-    Ok(())
+        .map_err(|source| Error::Start {
+            what: "the control thread's runtime",
+            source,
+        })?
+        .block_on(run(plan))
 }

@@ -17,13 +17,13 @@ use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::endpoint::v3::lb_endpoint::HostIdentifier;
 use serin_xds::{FEATURE_VHDS, ResourceType};
 
-use super::json;
 use super::schema::Schema;
+use super::{json, place};
 use crate::config::convert::{self, Address};
 use crate::config::runtime::{Layer, Source};
 use crate::control::Options;
 use crate::control::run::{ControlPlane, DEFAULT_DRAIN, Plan, StaticResource};
-use crate::error::{Error, Refusal, Within};
+use crate::error::{Error, Misplaced, Refusal, Within};
 use crate::metrics::select;
 use crate::overload;
 use crate::policy::on_demand::aggregated;
@@ -60,7 +60,31 @@ pub fn read(path: &Path, concurrency: usize) -> Result<Plan, Error> {
         path: path.to_owned(),
         source,
     })?;
-    parse(&text, concurrency)
+    parse(&text, concurrency).map_err(|error| within(path, &text, error))
+}
+
+/// Says on which lines of the file is what an error is about that came up when its contents were used.
+pub fn placed(path: &Path, error: Error) -> Error {
+    match std::fs::read_to_string(path) {
+        Ok(text) => within(path, &text, error),
+        Err(_) => error,
+    }
+}
+
+fn within(path: &Path, text: &str, error: Error) -> Error {
+    match error {
+        Error::Bootstrap(refusals) => Error::BootstrapFile {
+            fields: refusals
+                .into_iter()
+                .map(|refusal| Misplaced {
+                    file: path.to_owned(),
+                    line: place::line(text, &refusal.path),
+                    refusal,
+                })
+                .collect(),
+        },
+        other => other,
+    }
 }
 
 /// Reads the document.
@@ -269,6 +293,11 @@ fn layered_runtime(
             Some(LayerSpecifier::RtdsLayer(rtds)) => {
                 aggregated(rtds.rtds_config.as_ref()).within(format!("{path}.rtds_layer.rtds_config"))?;
                 let mut out = Layer::empty(&layer.name, Source::Rtds);
+                let source = rtds.rtds_config.as_ref();
+                if let Some(limit) = source.and_then(|source| source.initial_fetch_timeout.as_ref()) {
+                    out.patience = convert::timeout(Some(limit))
+                        .within(format!("{path}.rtds_layer.rtds_config.initial_fetch_timeout"))?;
+                }
                 if !rtds.name.is_empty() {
                     out.resource = rtds.name.as_str().into();
                 }
@@ -287,22 +316,26 @@ fn layered_runtime(
 }
 
 fn static_resources(from: &bootstrap::bootstrap::StaticResources) -> Result<Vec<StaticResource>, Refusal> {
-    let resource = |resource_type, name: &str, body| StaticResource {
+    let resource = |resource_type, field: &str, index: usize, name: &str, body| StaticResource {
         resource_type,
         name: name.to_owned(),
         body,
+        at: format!("static_resources.{field}[{index}]"),
     };
     // In the order in which they are needed: secrets by clusters and listeners, clusters by listeners.
     let mut out: Vec<_> = from
         .secrets
         .iter()
-        .map(|secret| resource(ResourceType::Secret, &secret.name, secret.encode_to_vec()))
+        .enumerate()
+        .map(|(index, secret)| {
+            let body = secret.encode_to_vec();
+            resource(ResourceType::Secret, "secrets", index, &secret.name, body)
+        })
         .collect();
-    out.extend(
-        from.clusters
-            .iter()
-            .map(|cluster| resource(ResourceType::Cluster, &cluster.name, cluster.encode_to_vec())),
-    );
+    out.extend(from.clusters.iter().enumerate().map(|(index, cluster)| {
+        let body = cluster.encode_to_vec();
+        resource(ResourceType::Cluster, "clusters", index, &cluster.name, body)
+    }));
     for (index, listener) in from.listeners.iter().enumerate() {
         // Envoy makes a name up as well.
         let name = if listener.name.is_empty() {
@@ -312,7 +345,8 @@ fn static_resources(from: &bootstrap::bootstrap::StaticResources) -> Result<Vec<
         } else {
             listener.name.clone()
         };
-        out.push(resource(ResourceType::Listener, &name, listener.encode_to_vec()));
+        let body = listener.encode_to_vec();
+        out.push(resource(ResourceType::Listener, "listeners", index, &name, body));
     }
     let names = |wanted| {
         let mut names: Vec<&str> = out
@@ -415,6 +449,7 @@ mod tests {
     use super::*;
 
     const EXAMPLE: &str = include_str!("../../example/bootstrap.yaml");
+    const EXAMPLE_WITH_CONTROL_PLANE: &str = include_str!("../../example/xds.yaml");
 
     #[test]
     fn the_example_starts_a_proxy_with_its_listener_and_clusters() {
@@ -424,11 +459,20 @@ mod tests {
             .iter()
             .map(|resource| resource.name.as_str())
             .collect();
-        assert_eq!(names, ["v1", "v2", "control-plane", "http"]);
+        assert_eq!(names, ["v1", "v2", "http"]);
         assert_eq!(plan.options.node.id, "edge-1");
         assert_eq!(admin_address(&plan), Some("127.0.0.1:15000".parse().unwrap()));
+        assert_eq!(plan.control_plane, None, "it runs alone");
+        let with = parse(EXAMPLE_WITH_CONTROL_PLANE, 1).unwrap();
         assert_eq!(
-            plan.control_plane,
+            with.control_plane,
+            Some(ControlPlane::At(Endpoint::Tcp("127.0.0.1:15010".into())))
+        );
+        let address = "{ socket_address: { address: 127.0.0.1, port_value: 15010 } }";
+        assert!(EXAMPLE_WITH_CONTROL_PLANE.contains(address));
+        let pipe = EXAMPLE_WITH_CONTROL_PLANE.replace(address, "{ pipe: { path: /run/serin/xds.sock } }");
+        assert_eq!(
+            parse(&pipe, 1).unwrap().control_plane,
             Some(ControlPlane::At(Endpoint::Unix("/run/serin/xds.sock".into())))
         );
         let mut store = crate::config::store::Store::new(1);
@@ -469,6 +513,10 @@ mod tests {
                 "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.@type",
             ),
             ("stats_sinks: []", "stats_sinks"),
+            (
+                "stats_config: {stats_matcher: {inclusion_list: {patterns: [{safe_regex: {regex: '('}}]}}}",
+                "stats_config.stats_matcher.inclusion_list.patterns[0].safe_regex",
+            ),
             ("hdsConfig: {}", "hdsConfig"),
             (
                 "dynamic_resources: {lds_config: {path_config_source: {path: /a}}}",
@@ -489,7 +537,7 @@ mod tests {
         ];
         for (text, path) in cases {
             match parse(text, 1) {
-                Err(Error::Bootstrap(refusal)) => assert_eq!(refusal.path, path, "{text}"),
+                Err(Error::Bootstrap(refusals)) => assert_eq!(refusals[0].path, path, "{text}"),
                 other => panic!("{text}: {:?}", other.map(|plan| plan.static_resources.len())),
             }
         }

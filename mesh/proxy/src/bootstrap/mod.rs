@@ -7,6 +7,7 @@ pub mod agent;
 pub mod file;
 pub mod inherited;
 mod json;
+mod place;
 #[cfg(test)]
 mod recorded;
 mod schema;

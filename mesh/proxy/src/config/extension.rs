@@ -1,6 +1,7 @@
 //! Filters whose configuration is a resource of its own (ECDS): the places where one is used, and what is known of it.
 //!
-//! A place compiles what comes for its name by itself, because counters and defaults differ from listener to listener. An
+//! There are places in chains of HTTP filters, in chains of network filters and among listener filters ([`Discoverable`]). A
+//! place compiles what comes for its name by itself, because counters and defaults differ from listener to listener. An
 //! update is taken only if every place can use it, so that no two listeners differ in what a name means; otherwise all keep
 //! what they had.
 
@@ -14,55 +15,89 @@ use serin_xds::pb::google::protobuf::Any;
 
 use super::route::Context;
 use crate::error::{Refusal, Within};
-use crate::policy::chain::{self, Kind};
 use crate::policy::on_demand::aggregated;
 
-/// A filter of a chain whose configuration comes by ECDS.
+/// A kind of filter whose configuration may come by ECDS.
+pub trait Discoverable: std::fmt::Debug + Send + Sync + Sized + 'static {
+    /// What it takes to compile one, beside its message.
+    type Origin: std::fmt::Debug + Send + Sync;
+
+    /// Compiles a message that came for the filter `name`. What cannot come this way is refused.
+    fn discovered(
+        name: &str,
+        any: &Any,
+        origin: &Self::Origin,
+        context: &mut Context<'_>,
+    ) -> Result<Self, Refusal>;
+}
+
+/// A filter whose configuration comes by ECDS.
 #[derive(Debug)]
-pub struct Place {
+pub struct Place<K: Discoverable> {
     /// The resource's name, which is the filter's.
     pub name: Box<str>,
     types: Box<[Box<str>]>,
-    stat_prefix: Box<str>,
-    default: Option<Arc<Kind>>,
-    current: ArcSwapOption<Kind>,
+    origin: K::Origin,
+    default: Option<Arc<K>>,
+    current: ArcSwapOption<K>,
     /// Whether the listener need not wait any more.
     settled: AtomicBool,
 }
 
-impl Place {
+/// Puts into use what was compiled.
+type Commit = Box<dyn FnOnce()>;
+
+/// A place, whatever kind of filter it is for.
+pub trait AnyPlace: std::fmt::Debug + Send + Sync {
+    /// Whether its listener can be used as far as this filter is concerned.
+    fn is_settled(&self) -> bool;
+
+    /// Nothing has come in time, or what there was is gone: the default, if there is one.
+    fn fall_back(&self);
+
+    /// Compiles a message, which is used from the commit on.
+    #[doc(hidden)]
+    fn prepare(self: Arc<Self>, any: &Any, context: &mut Context<'_>) -> Result<Commit, Refusal>;
+}
+
+impl<K: Discoverable> Place<K> {
     /// What the filter does now; `None` where nothing has come and there is no default.
-    pub fn load(&self) -> Option<Arc<Kind>> {
+    pub fn load(&self) -> Option<Arc<K>> {
         self.current.load_full()
     }
 
-    /// Whether its listener can be used as far as this filter is concerned.
-    pub fn is_settled(&self) -> bool {
-        self.settled.load(Ordering::Acquire)
-    }
-
-    /// Nothing has come in time, or what there was is gone: the default, if there is one.
-    pub fn fall_back(&self) {
-        self.set(self.default.clone());
-    }
-
-    fn set(&self, kind: Option<Arc<Kind>>) {
+    fn set(&self, kind: Option<Arc<K>>) {
         self.current.store(kind);
         self.settled.store(true, Ordering::Release);
     }
 
-    fn compile(&self, any: &Any, context: &mut Context<'_>) -> Result<Arc<Kind>, Refusal> {
-        compile(&self.name, &self.types, any, &self.stat_prefix, context)
+    fn compile(&self, any: &Any, context: &mut Context<'_>) -> Result<Arc<K>, Refusal> {
+        compile(&self.name, &self.types, any, &self.origin, context)
     }
 }
 
-fn compile(
+impl<K: Discoverable> AnyPlace for Place<K> {
+    fn is_settled(&self) -> bool {
+        self.settled.load(Ordering::Acquire)
+    }
+
+    fn fall_back(&self) {
+        self.set(self.default.clone());
+    }
+
+    fn prepare(self: Arc<Self>, any: &Any, context: &mut Context<'_>) -> Result<Commit, Refusal> {
+        let kind = self.compile(any, context)?;
+        Ok(Box::new(move || self.set(Some(kind))))
+    }
+}
+
+fn compile<K: Discoverable>(
     name: &str,
     types: &[Box<str>],
     any: &Any,
-    stat_prefix: &str,
+    origin: &K::Origin,
     context: &mut Context<'_>,
-) -> Result<Arc<Kind>, Refusal> {
+) -> Result<Arc<K>, Refusal> {
     if !types.iter().any(|url| type_name(url) == type_name(&any.type_url)) {
         return Err(Refusal::new(
             "typed_config",
@@ -73,34 +108,36 @@ fn compile(
             ),
         ));
     }
-    match chain::compile(name, Some(any), stat_prefix, context)? {
-        Some(Kind::OnDemand(_)) | None => Err(Refusal::new(
-            "typed_config",
-            format!("{} cannot be configured by extension discovery", any.type_url),
-        )),
-        Some(kind) => Ok(Arc::new(kind)),
-    }
+    K::discovered(name, any, origin, context).map(Arc::new)
 }
 
 fn type_name(url: &str) -> &str {
     url.rsplit('/').next().unwrap_or_default()
 }
 
+/// The refusal of a message that a filter cannot be configured with by ECDS.
+pub(crate) fn not_by_discovery(any: &Any) -> Refusal {
+    Refusal::new(
+        "typed_config",
+        format!("{} cannot be configured by extension discovery", any.type_url),
+    )
+}
+
 /// Every place, and what is held for their names.
 #[derive(Debug, Default)]
 pub struct Extensions {
-    places: HashMap<Box<str>, Vec<Weak<Place>>>,
+    places: HashMap<Box<str>, Vec<Weak<dyn AnyPlace>>>,
     values: HashMap<Box<str>, Any>,
 }
 
 impl Extensions {
     /// A place for the filter of that name.
-    pub(crate) fn place(
+    pub(crate) fn place<K: Discoverable>(
         name: &str,
         from: &core::ExtensionConfigSource,
-        stat_prefix: &str,
+        origin: K::Origin,
         context: &mut Context<'_>,
-    ) -> Result<Arc<Place>, Refusal> {
+    ) -> Result<Arc<Place<K>>, Refusal> {
         if name.is_empty() {
             return Err(Refusal::new("name", "is missing"));
         }
@@ -112,13 +149,13 @@ impl Extensions {
         let default = from
             .default_config
             .as_ref()
-            .map(|any| compile(name, &types, any, stat_prefix, context))
+            .map(|any| compile(name, &types, any, &origin, context))
             .transpose()
             .within("config_discovery.default_config")?;
         let place = Place {
             name: name.into(),
             types,
-            stat_prefix: stat_prefix.into(),
+            origin,
             default,
             current: ArcSwapOption::empty(),
             settled: AtomicBool::new(false),
@@ -136,11 +173,12 @@ impl Extensions {
         }
         let place = Arc::new(place);
         let extensions = &mut context.slots.extensions;
+        let erased: Arc<dyn AnyPlace> = place.clone();
         extensions
             .places
             .entry(name.into())
             .or_default()
-            .push(Arc::downgrade(&place));
+            .push(Arc::downgrade(&erased));
         Ok(place)
     }
 
@@ -155,13 +193,11 @@ impl Extensions {
             .as_ref()
             .ok_or_else(|| Refusal::new("typed_config", "is missing"))?;
         let places = context.slots.extensions.live(name);
-        let kinds = places
-            .iter()
-            .map(|place| place.compile(any, context))
+        let commits = places
+            .into_iter()
+            .map(|place| place.prepare(any, context))
             .collect::<Result<Vec<_>, _>>()?;
-        for (place, kind) in places.iter().zip(kinds) {
-            place.set(Some(kind));
-        }
+        commits.into_iter().for_each(|commit| commit());
         context.slots.extensions.values.insert(name.into(), any.clone());
         Ok(())
     }
@@ -174,7 +210,7 @@ impl Extensions {
         }
     }
 
-    fn live(&self, name: &str) -> Vec<Arc<Place>> {
+    fn live(&self, name: &str) -> Vec<Arc<dyn AnyPlace>> {
         let places = self.places.get(name).into_iter().flatten();
         places.filter_map(Weak::upgrade).collect()
     }

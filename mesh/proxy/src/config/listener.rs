@@ -2,34 +2,29 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::listener::v3 as listener;
 
+mod chain;
 mod tcp;
 
+pub use chain::{FilterChain, Handler, NetworkFilters};
 pub use tcp::{TcpProxy, TcpTargets};
 
 use super::chain_match::ChainMatch;
 use super::convert::{self, Address};
-use super::extension::Place;
-use super::hcm::HttpManager;
-use super::listener_filters::{ConnectionLimit, ProxyProtocol, disabled_ports};
+use super::extension::AnyPlace;
+use super::listener_filters::{ListenerFilters, ListenerSteps};
 use super::route::Context;
-use super::transport_socket;
 use crate::error::{Refusal, Within};
 use crate::observe::access_log::AccessLogs;
-use crate::policy::network::NetworkFilter;
-use crate::policy::stats::{LISTENER, Traffic};
-use crate::tls::downstream::DownstreamTls;
+use crate::policy::stats::{Counter, LISTENER, Traffic};
 use crate::tls::secret::SecretSlot;
 
 /// Envoy's limit for protocol detection when the listener does not say.
 const DEFAULT_DETECTION: Duration = Duration::from_secs(15);
-/// Our limit for a TLS handshake when the chain does not say; Envoy has none.
-const DEFAULT_HANDSHAKE: Duration = Duration::from_secs(15);
 /// Our limit where the configuration switches the limit off (`0s`, as istiod does): a client that waits for the server
 /// to speak first gets its connection after this, instead of never.
 const UNLIMITED_DETECTION: Duration = Duration::from_millis(500);
@@ -56,20 +51,12 @@ pub struct Listener {
     pub addresses: Box<[SocketAddr]>,
     /// Connections are spread exactly evenly over the workers.
     pub exact_balance: bool,
-    /// A PROXY protocol header comes first.
-    pub proxy_protocol: Option<ProxyProtocol>,
     /// Whether it has a socket.
     pub bind: bool,
     /// Connections are handed to the listener of their original destination.
     pub use_original_dst: bool,
-    /// The original destination counts as destination (`original_dst` listener filter).
-    pub original_dst: bool,
     /// Side.
     pub direction: Direction,
-    /// Whether the first bytes are looked at for TLS.
-    pub inspect_tls: Inspect,
-    /// Whether the first bytes are looked at for HTTP.
-    pub inspect_http: Inspect,
     /// How long to wait for these bytes.
     pub detection_timeout: Duration,
     /// Its connections.
@@ -78,24 +65,14 @@ pub struct Listener {
     pub logs: Option<Arc<AccessLogs>>,
     /// When the time is over: go on without knowledge (or else close).
     pub continue_on_timeout: bool,
+    filters: ListenerSteps,
+    /// Connections closed because the configuration of a listener filter has not come.
+    pub without_filter: Arc<Counter>,
+    /// The same for a network filter.
+    pub without_network_filter: Arc<Counter>,
     matcher: ChainMatch,
     chains: Box<[Arc<FilterChain>]>,
     default_chain: Option<Arc<FilterChain>>,
-}
-
-/// A listener filter and the destination ports for which it is off.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Inspect {
-    on: bool,
-    off_ports: Box<[std::ops::Range<u32>]>,
-}
-
-impl Inspect {
-    /// Whether connections to `port` are looked at.
-    pub fn applies(&self, port: u16) -> bool {
-        let off = |range: &std::ops::Range<u32>| range.contains(&u32::from(port));
-        self.on && !self.off_ports.iter().any(off)
-    }
 }
 
 /// What is known of a connection when its chain is chosen.
@@ -113,42 +90,6 @@ pub struct ConnectionFacts<'a> {
     pub server_name: Option<&'a str>,
     /// `http/1.1`, `h2c`, or what ALPN offers.
     pub application: &'a [&'a str],
-}
-
-/// A compiled filter chain.
-#[derive(Debug)]
-pub struct FilterChain {
-    /// Its name.
-    pub name: Box<str>,
-    /// What judges a connection before its bytes go on.
-    pub policies: Box<[NetworkFilter]>,
-    /// Server names of its match, lower case; a chain without any takes every name.
-    pub server_names: Box<[Box<str>]>,
-    /// TLS that is ended here.
-    pub tls: Option<Arc<DownstreamTls>>,
-    /// Limit for the TLS handshake.
-    pub handshake_timeout: Duration,
-    /// Connections at a time.
-    pub limit: Option<Arc<ConnectionLimit>>,
-    /// What happens to the bytes.
-    pub handler: Handler,
-    retired: AtomicBool,
-}
-
-impl FilterChain {
-    /// Whether the chain was replaced: its connections should finish what they do and close.
-    pub fn is_retired(&self) -> bool {
-        self.retired.load(Ordering::Relaxed)
-    }
-}
-
-/// The terminal network filter.
-#[derive(Debug)]
-pub enum Handler {
-    /// HTTP.
-    Http(Arc<HttpManager>),
-    /// Bytes.
-    Tcp(Arc<TcpProxy>),
 }
 
 /// A range of addresses.
@@ -264,6 +205,14 @@ impl Listener {
             .connection_balance_config
             .as_ref()
             .and_then(|config| config.balance_type.as_ref());
+        let counted = format!("{}_{}", address.ip(), address.port());
+        let logs = AccessLogs::compile(&from.access_log, context)?.map(Arc::new);
+        let (workers, registry) = context.counters();
+        let mut counter = |name| registry.counter(workers, name, &[(LISTENER.label, &counted)]);
+        let (without_filter, without_network_filter) = (
+            counter("envoy_listener_extension_config_missing"),
+            counter("envoy_listener_network_extension_config_missing"),
+        );
         let mut out = Self {
             name: from.name.as_str().into(),
             address,
@@ -278,7 +227,6 @@ impl Listener {
                     ));
                 }
             },
-            proxy_protocol: None,
             bind: from.bind_to_port.as_ref().is_none_or(|value| value.value)
                 && from
                     .deprecated_v1
@@ -286,16 +234,12 @@ impl Listener {
                     .and_then(|old| old.bind_to_port.as_ref())
                     .is_none_or(|value| value.value),
             use_original_dst: from.use_original_dst.as_ref().is_some_and(|value| value.value),
-            original_dst: false,
             direction,
-            traffic: {
-                let (workers, registry) = context.counters();
-                let name = format!("{}_{}", address.ip(), address.port());
-                registry.traffic(workers, &LISTENER, &name)
-            },
-            logs: AccessLogs::compile(&from.access_log, context)?.map(Arc::new),
-            inspect_tls: Inspect::default(),
-            inspect_http: Inspect::default(),
+            traffic: registry.traffic(workers, &LISTENER, &counted),
+            without_filter,
+            without_network_filter,
+            filters: ListenerSteps::default(),
+            logs,
             detection_timeout: match &from.listener_filters_timeout {
                 None => DEFAULT_DETECTION,
                 given => convert::timeout(given.as_ref())
@@ -312,7 +256,8 @@ impl Listener {
             default_chain: None,
         };
         for (index, filter) in from.listener_filters.iter().enumerate() {
-            out.add_listener_filter(filter)
+            out.filters
+                .add(filter, context)
                 .within(format!("listener_filters[{index}]"))?;
         }
         out.chains = from
@@ -323,7 +268,7 @@ impl Listener {
                 out.matcher
                     .add(index, chain.filter_chain_match.as_ref())
                     .within("filter_chain_match")
-                    .and_then(|()| compile_chain(chain, direction, context, &from.name))
+                    .and_then(|()| FilterChain::compile(chain, direction, context, &from.name))
                     .map(Arc::new)
                     .within(format!("filter_chains[{index}]"))
             })
@@ -331,11 +276,11 @@ impl Listener {
         out.default_chain = from
             .default_filter_chain
             .as_ref()
-            .map(|chain| compile_chain(chain, direction, context, &from.name).map(Arc::new))
+            .map(|chain| FilterChain::compile(chain, direction, context, &from.name).map(Arc::new))
             .transpose()
             .within("default_filter_chain")?;
-        if out.matcher.needs_tls() && !out.inspect_tls.on {
-            out.inspect_tls.on = true;
+        if out.matcher.needs_tls() {
+            out.filters.look_for_tls();
         }
         if out.chains.is_empty() && out.default_chain.is_none() {
             return Err(Refusal::new("filter_chains", "a listener needs a filter chain"));
@@ -343,39 +288,10 @@ impl Listener {
         Ok(out)
     }
 
-    fn add_listener_filter(&mut self, filter: &listener::ListenerFilter) -> Result<(), Refusal> {
-        let off_ports = match &filter.filter_disabled {
-            None => Box::default(),
-            Some(predicate) => disabled_ports(predicate).within("filter_disabled")?.into(),
-        };
-        let any = match &filter.config_type {
-            Some(listener::listener_filter::ConfigType::TypedConfig(any)) => Some(any),
-            Some(listener::listener_filter::ConfigType::ConfigDiscovery(_)) => {
-                return Err(Refusal::new("config_discovery", "not supported"));
-            }
-            None => None,
-        };
-        match filter.name.as_str() {
-            "envoy.filters.listener.proxy_protocol" => {
-                if filter.filter_disabled.is_some() {
-                    return Err(Refusal::new(
-                        "filter_disabled",
-                        "not supported for proxy_protocol",
-                    ));
-                }
-                self.proxy_protocol = Some(ProxyProtocol::compile(any).within("typed_config")?);
-            }
-            "envoy.filters.listener.original_dst" => self.original_dst = true,
-            "envoy.filters.listener.tls_inspector" => self.inspect_tls = Inspect { on: true, off_ports },
-            "envoy.filters.listener.http_inspector" => self.inspect_http = Inspect { on: true, off_ports },
-            other => {
-                return Err(Refusal::new(
-                    "name",
-                    format!("the listener filter {other:?} is not supported"),
-                ));
-            }
-        }
-        Ok(())
+    /// What its listener filters do with a connection that begins; `None` while the configuration of one has not come, and it
+    /// has no default.
+    pub fn before(&self) -> Option<Arc<ListenerFilters>> {
+        self.filters.now()
     }
 
     /// The chain for a connection, or `None` if it must be closed (flag `NR`).
@@ -394,11 +310,15 @@ impl Listener {
     }
 
     /// Filters whose configuration is a resource of its own.
-    pub fn discovered(&self) -> impl Iterator<Item = &Arc<Place>> {
-        self.all_chains().flat_map(|chain| match &chain.handler {
-            Handler::Http(manager) => Some(manager.filters.discovered()).into_iter().flatten(),
-            Handler::Tcp(_) => None.into_iter().flatten(),
-        })
+    pub fn discovered(&self) -> impl Iterator<Item = &dyn AnyPlace> {
+        let of_chains = self.all_chains().flat_map(|chain| {
+            let http = chain
+                .manager()
+                .into_iter()
+                .flat_map(|manager| manager.filters.discovered());
+            chain.discovered().chain(http)
+        });
+        self.filters.discovered().chain(of_chains)
     }
 
     /// Whether everything that it needs beside routes has come.
@@ -413,107 +333,13 @@ impl Listener {
 
     /// Names of the route configurations that the listener needs.
     pub fn route_names(&self) -> impl Iterator<Item = Arc<str>> {
-        self.all_chains().filter_map(|chain| match &chain.handler {
-            Handler::Http(manager) => manager.rds_name(),
-            Handler::Tcp(_) => None,
-        })
+        self.all_chains().filter_map(|chain| chain.manager()?.rds_name())
     }
 
     /// Marks every chain as replaced.
     pub fn retire(&self) {
         for chain in self.all_chains() {
-            chain.retired.store(true, Ordering::Relaxed);
+            chain.retire();
         }
     }
-}
-
-fn compile_chain(
-    from: &listener::FilterChain,
-    direction: Direction,
-    context: &mut Context<'_>,
-    listener: &str,
-) -> Result<FilterChain, Refusal> {
-    let tls = transport_socket::downstream(
-        from.transport_socket.as_ref(),
-        &mut context.slots.secrets,
-        listener,
-    )
-    .within("transport_socket")?;
-    // As for HTTP: measured unless Istio's own filters are there and leave it out.
-    let mut measured = !from
-        .filters
-        .iter()
-        .any(|filter| filter.name.starts_with("istio."));
-    let (mut handler, mut limit, mut by_server_name) = (None, None, false);
-    let mut policies = Vec::new();
-    for (index, filter) in from.filters.iter().enumerate() {
-        let path = format!("filters[{index}]");
-        let any = match &filter.config_type {
-            Some(listener::filter::ConfigType::TypedConfig(any)) => Some(any),
-            Some(listener::filter::ConfigType::ConfigDiscovery(_)) => {
-                return Err(Refusal::new(
-                    path,
-                    "filters by extension discovery are not supported",
-                ));
-            }
-            None => None,
-        };
-        match (filter.name.as_str(), any) {
-            // Peers are told apart by HTTP headers and endpoint metadata; without mTLS there is no ALPN to carry the
-            // TCP exchange.
-            ("istio.metadata_exchange", _) => {}
-            ("istio.stats", _) => measured = true,
-            ("envoy.filters.network.connection_limit", any) => {
-                limit = ConnectionLimit::compile(any).within(&path)?;
-            }
-            ("envoy.filters.network.sni_cluster", _) => by_server_name = true,
-            ("envoy.filters.network.http_connection_manager", Some(any)) => {
-                let message = convert::unpack(
-                    any,
-                    "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
-                )
-                .within(&path)?;
-                let manager = HttpManager::compile(&message, direction, context).within(&path)?;
-                handler = Some(Handler::Http(Arc::new(manager)));
-            }
-            ("envoy.filters.network.tcp_proxy", Some(any)) => {
-                let message = convert::unpack(any, "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy")
-                    .within(&path)?;
-                let mut proxy = TcpProxy::compile(&message, measured, context).within(&path)?;
-                proxy.by_server_name = by_server_name.then(|| context.slots.directory.clone());
-                let by_state = policies.iter().any(
-                    |policy| matches!(policy, NetworkFilter::SetFilterState(state) if state.names_cluster()),
-                );
-                proxy.by_state = by_state.then(|| context.slots.directory.clone());
-                handler = Some(Handler::Tcp(Arc::new(proxy)));
-            }
-            (name, any) => match NetworkFilter::compile(name, any, context).within(&path)? {
-                Some(policy) => policies.push(policy),
-                None => {
-                    return Err(Refusal::new(
-                        path,
-                        format!("the network filter {name:?} is not supported"),
-                    ));
-                }
-            },
-        }
-    }
-    Ok(FilterChain {
-        name: from.name.as_str().into(),
-        policies: policies.into(),
-        server_names: from
-            .filter_chain_match
-            .iter()
-            .flat_map(|criteria| &criteria.server_names)
-            .map(|name| name.to_ascii_lowercase().into())
-            .collect(),
-        tls,
-        limit,
-        handshake_timeout: convert::timeout(from.transport_socket_connect_timeout.as_ref())
-            .within("transport_socket_connect_timeout")?
-            .unwrap_or(DEFAULT_HANDSHAKE),
-        handler: handler
-            .ok_or_else(|| Refusal::new("filters", "no http_connection_manager and no tcp_proxy"))?,
-        retired: AtomicBool::new(false),
-    })
 }

@@ -10,6 +10,8 @@ use serin_xds::pb::envoy::extensions::filters::network::connection_limit::v3 as 
 use serin_xds::pb::google::protobuf as google;
 
 use super::convert;
+use super::extension::{AnyPlace, Discoverable, Extensions, Place};
+use super::route::Context;
 use super::transport_socket::ProxyVersion;
 use crate::error::{Refusal, Within};
 
@@ -48,6 +50,171 @@ impl ProxyProtocol {
             ProxyVersion::V1 => !self.no_v1,
             ProxyVersion::V2 => !self.no_v2,
         }
+    }
+}
+
+/// What listener filters do with a connection.
+#[derive(Clone, Debug, Default)]
+pub struct ListenerFilters {
+    /// A PROXY protocol header comes first.
+    pub proxy_protocol: Option<Arc<ProxyProtocol>>,
+    /// The original destination counts as destination (`original_dst`).
+    pub original_dst: bool,
+    /// Whether the first bytes are looked at for TLS.
+    pub inspect_tls: Inspect,
+    /// Whether the first bytes are looked at for HTTP.
+    pub inspect_http: Inspect,
+}
+
+/// A listener filter and the destination ports for which it is off.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Inspect {
+    on: bool,
+    off_ports: Arc<[std::ops::Range<u32>]>,
+}
+
+impl Inspect {
+    /// Whether connections to `port` are looked at.
+    pub fn applies(&self, port: u16) -> bool {
+        let off = |range: &std::ops::Range<u32>| range.contains(&u32::from(port));
+        self.on && !self.off_ports.iter().any(off)
+    }
+}
+
+/// One listener filter.
+#[derive(Clone, Debug)]
+pub enum ListenerFilter {
+    /// `proxy_protocol`.
+    ProxyProtocol(Arc<ProxyProtocol>),
+    /// `original_dst`.
+    OriginalDst,
+    /// `tls_inspector`.
+    TlsInspector,
+    /// `http_inspector`.
+    HttpInspector,
+}
+
+/// What a listener filter's configuration is read with: where it is off.
+type OffPorts = Option<Arc<[std::ops::Range<u32>]>>;
+
+impl ListenerFilter {
+    /// A filter is known by its configuration's type; where that says nothing, by its name.
+    fn compile(name: &str, any: Option<&google::Any>, off: &OffPorts) -> Result<Self, Refusal> {
+        let type_name = any.map_or("", |any| any.type_url.rsplit('/').next().unwrap_or_default());
+        let filter = match (type_name, name) {
+            ("envoy.extensions.filters.listener.proxy_protocol.v3.ProxyProtocol", _)
+            | ("", "envoy.filters.listener.proxy_protocol") => {
+                Self::ProxyProtocol(Arc::new(ProxyProtocol::compile(any).within("typed_config")?))
+            }
+            ("envoy.extensions.filters.listener.original_dst.v3.OriginalDst", _)
+            | ("", "envoy.filters.listener.original_dst") => Self::OriginalDst,
+            ("envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector", _)
+            | ("", "envoy.filters.listener.tls_inspector") => Self::TlsInspector,
+            ("envoy.extensions.filters.listener.http_inspector.v3.HttpInspector", _)
+            | ("", "envoy.filters.listener.http_inspector") => Self::HttpInspector,
+            ("", name) => {
+                return Err(Refusal::new(
+                    "name",
+                    format!("the listener filter {name:?} is not supported"),
+                ));
+            }
+            (kind, name) => {
+                return Err(Refusal::new(
+                    "name",
+                    format!("the listener filter {name:?} ({kind}) is not supported"),
+                ));
+            }
+        };
+        match &filter {
+            Self::ProxyProtocol(_) | Self::OriginalDst if off.is_some() => Err(Refusal::new(
+                "filter_disabled",
+                "supported for tls_inspector and http_inspector only",
+            )),
+            _ => Ok(filter),
+        }
+    }
+
+    fn add_to(self, all: &mut ListenerFilters, off: &OffPorts) {
+        let inspect = || Inspect {
+            on: true,
+            off_ports: off.clone().unwrap_or_default(),
+        };
+        match self {
+            Self::ProxyProtocol(rules) => all.proxy_protocol = Some(rules),
+            Self::OriginalDst => all.original_dst = true,
+            Self::TlsInspector => all.inspect_tls = inspect(),
+            Self::HttpInspector => all.inspect_http = inspect(),
+        }
+    }
+}
+
+impl Discoverable for ListenerFilter {
+    type Origin = OffPorts;
+
+    fn discovered(
+        name: &str,
+        any: &google::Any,
+        off: &OffPorts,
+        _context: &mut Context<'_>,
+    ) -> Result<Self, Refusal> {
+        Self::compile(name, Some(any), off)
+    }
+}
+
+/// The listener filters of a listener: those that are fixed, taken together, and those by ECDS.
+#[derive(Debug, Default)]
+pub struct ListenerSteps {
+    fixed: Arc<ListenerFilters>,
+    discovered: Vec<(Arc<Place<ListenerFilter>>, OffPorts)>,
+}
+
+impl ListenerSteps {
+    pub(super) fn add(
+        &mut self,
+        filter: &listener::ListenerFilter,
+        context: &mut Context<'_>,
+    ) -> Result<(), Refusal> {
+        use listener::listener_filter::ConfigType;
+        let off: OffPorts = match &filter.filter_disabled {
+            None => None,
+            Some(predicate) => Some(disabled_ports(predicate).within("filter_disabled")?.into()),
+        };
+        let any = match &filter.config_type {
+            Some(ConfigType::TypedConfig(any)) => Some(any),
+            Some(ConfigType::ConfigDiscovery(source)) => {
+                let place = Extensions::place(&filter.name, source, off.clone(), context)?;
+                self.discovered.push((place, off));
+                return Ok(());
+            }
+            None => None,
+        };
+        let filter = ListenerFilter::compile(&filter.name, any, &off)?;
+        filter.add_to(Arc::make_mut(&mut self.fixed), &off);
+        Ok(())
+    }
+
+    /// Chains are told apart by what TLS says, whether or not the listener says that somebody looks.
+    pub(super) fn look_for_tls(&mut self) {
+        if !self.fixed.inspect_tls.on {
+            Arc::make_mut(&mut self.fixed).inspect_tls.on = true;
+        }
+    }
+
+    /// What they do with a connection that begins; `None` while the configuration of one has not come.
+    pub(super) fn now(&self) -> Option<Arc<ListenerFilters>> {
+        if self.discovered.is_empty() {
+            return Some(self.fixed.clone());
+        }
+        let mut all = ListenerFilters::clone(&self.fixed);
+        for (place, off) in &self.discovered {
+            ListenerFilter::clone(&*place.load()?).add_to(&mut all, off);
+        }
+        Some(Arc::new(all))
+    }
+
+    /// Those by ECDS.
+    pub(super) fn discovered(&self) -> impl Iterator<Item = &dyn AnyPlace> {
+        self.discovered.iter().map(|(place, _)| &**place as &dyn AnyPlace)
     }
 }
 
@@ -91,21 +258,21 @@ impl ConnectionLimit {
     }
 
     /// A place for one more connection, or `None` if there are too many.
-    pub fn take(self: &Arc<Self>) -> Option<Place> {
+    pub fn take(self: &Arc<Self>) -> Option<Taken> {
         if self.active.fetch_add(1, Ordering::Relaxed) >= self.most {
             self.active.fetch_sub(1, Ordering::Relaxed);
             self.limited.fetch_add(1, Ordering::Relaxed);
             return None;
         }
-        Some(Place(self.clone()))
+        Some(Taken(self.clone()))
     }
 }
 
 /// A connection's place, given back when dropped.
 #[derive(Debug)]
-pub struct Place(Arc<ConnectionLimit>);
+pub struct Taken(Arc<ConnectionLimit>);
 
-impl Drop for Place {
+impl Drop for Taken {
     fn drop(&mut self) {
         self.0.active.fetch_sub(1, Ordering::Relaxed);
     }

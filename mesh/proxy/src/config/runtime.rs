@@ -1,7 +1,8 @@
 //! The runtime: layers of values by key, the last layer that has a key deciding, and the shares of requests that follow them.
 //!
 //! A share that names a key ([`RuntimeFraction`]) holds a cell that is written when a layer changes, so that a request pays
-//! one relaxed load. Layers are static, set over the admin port, or delivered by RTDS.
+//! one relaxed load. Layers are static, set over the admin port, or delivered by RTDS; what a proxy does from its start on
+//! should follow them, so listeners and everything else that comes from a control plane wait for the first values (Envoy).
 //!
 //! Keys have the meaning that the configuration gives them by naming them. Envoy's own switches (`envoy.…`, `re2.…`) have
 //! none here and are passed over; its own settings of traffic are refused, lest somebody think that they hold.
@@ -9,6 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use serin_xds::pb::envoy::config::core::v3 as core;
@@ -29,6 +31,8 @@ const FOREIGN: [&str; 9] = [
     "tcp_proxy.",
     "listener.",
 ];
+/// Envoy's `initial_fetch_timeout` when the layer does not say.
+const INITIAL_FETCH: Duration = Duration::from_secs(15);
 /// How deep values may be within values.
 const MAX_DEPTH: usize = 16;
 /// Keys of one layer.
@@ -56,6 +60,10 @@ pub struct Layer {
     pub source: Source,
     /// The resource, where that is RTDS.
     pub resource: Arc<str>,
+    /// How long the start waits for it (`initial_fetch_timeout`); for ever if `None`.
+    pub patience: Option<Duration>,
+    /// Whether nobody waits for it any more: something has come, or not in time.
+    settled: bool,
     values: BTreeMap<Box<str>, Setting>,
 }
 
@@ -73,6 +81,8 @@ impl Layer {
             name: name.into(),
             source,
             resource: name.into(),
+            patience: Some(INITIAL_FETCH),
+            settled: source != Source::Rtds,
             values: BTreeMap::new(),
         }
     }
@@ -336,6 +346,40 @@ impl Runtime {
             .collect()
     }
 
+    /// Whether the start waits for layers.
+    pub fn is_awaited(&self) -> bool {
+        self.awaited().next().is_some()
+    }
+
+    /// The layers that the start waits for.
+    pub fn awaited(&self) -> impl Iterator<Item = &Layer> {
+        self.layers.iter().filter(|layer| !layer.settled)
+    }
+
+    /// The control plane has said something about a layer, whether or not that can be used.
+    pub fn answer(&mut self, resource: &str) {
+        for layer in &mut self.layers {
+            layer.settled |= *layer.resource == *resource;
+        }
+    }
+
+    /// So much time has passed since layers were asked for first, or (`None`) nobody will send any: those that should have
+    /// come by now are not waited for any more.
+    pub fn expire(&mut self, waited: Option<Duration>) {
+        for layer in self.layers.iter_mut().filter(|layer| !layer.settled) {
+            layer.settled = match (waited, layer.patience) {
+                (None, _) => true,
+                (Some(waited), Some(patience)) => waited >= patience,
+                (Some(_), None) => false,
+            };
+        }
+    }
+
+    /// When layers should be [given up](Self::expire) next, since they were asked for first.
+    pub fn patience(&self) -> Option<Duration> {
+        self.awaited().filter_map(|layer| layer.patience).min()
+    }
+
     /// Takes a layer from RTDS. One that cannot be used is refused, and the last good one stays.
     pub fn put(&mut self, resource: &str, from: Option<&google::Struct>) -> Result<(), Refusal> {
         let nothing = google::Struct::default();
@@ -513,6 +557,35 @@ mod tests {
         assert_eq!(runtime.modify([("k", "")]), Ok(true));
         runtime.remove("rtds");
         assert_eq!(followed.now(), Fraction::of_percent(20.0));
+    }
+
+    #[test]
+    fn layers_are_waited_for_until_they_are_answered_for_or_each_ones_time_is_over() {
+        let layer = |name: &str, patience| Layer {
+            patience,
+            ..Layer::empty(name, Source::Rtds)
+        };
+        let mut runtime = Runtime::default();
+        runtime.set_layers(vec![Layer::empty("fixed", Source::Static)]);
+        assert!(!runtime.is_awaited());
+        let seconds = |count| Some(Duration::from_secs(count));
+        runtime.set_layers(vec![
+            layer("a", seconds(1)),
+            layer("b", seconds(2)),
+            layer("c", seconds(3)),
+            layer("d", None),
+        ]);
+        assert_eq!(runtime.patience(), seconds(1));
+        runtime.answer("a");
+        assert_eq!(runtime.patience(), seconds(2));
+        runtime.expire(seconds(2));
+        assert_eq!(runtime.patience(), seconds(3));
+        runtime.expire(seconds(100));
+        let awaited: Vec<_> = runtime.awaited().map(|layer| &*layer.name).collect();
+        assert_eq!(awaited, ["d"], "one without a limit is waited for");
+        assert_eq!(runtime.patience(), None);
+        runtime.expire(None);
+        assert!(!runtime.is_awaited());
     }
 
     #[test]

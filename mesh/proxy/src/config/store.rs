@@ -73,7 +73,7 @@ impl VirtualListeners {
     }
 }
 
-/// What waits for secrets, or for the configuration of filters.
+/// What waits for secrets, for the configuration of filters, or for the runtime.
 #[derive(Debug, Default)]
 struct Warming {
     clusters: BTreeMap<Arc<str>, Waiting<(Cluster, Option<EndpointSet>)>>,
@@ -240,7 +240,10 @@ impl Store {
                 self.received.fail(resource_type, name, body, refusal);
             }
         }
-        if matches!(resource_type, ResourceType::Secret | ResourceType::Extension) {
+        if matches!(
+            resource_type,
+            ResourceType::Secret | ResourceType::Extension | ResourceType::Runtime
+        ) {
             self.warm(None);
         }
         if resource_type == ResourceType::Listener {
@@ -281,6 +284,7 @@ impl Store {
         match resource_type {
             ResourceType::Endpoints => self.eds.answer(name),
             ResourceType::Route => self.rds.answer(name),
+            ResourceType::Runtime => self.slots.runtime.answer(name),
             _ => {}
         }
     }
@@ -309,6 +313,10 @@ impl Store {
                 self.activate_cluster(slot, waiting.item);
             }
         }
+        // What serves follows the runtime from the start on.
+        if self.slots.runtime.is_awaited() {
+            return;
+        }
         let ready: Vec<_> = self
             .warming
             .listeners
@@ -329,12 +337,18 @@ impl Store {
         }
     }
 
+    /// So long has been waited for layers of the runtime; for ever, where nobody will send any (`None`).
+    pub fn waited_for_runtime(&mut self, waited: Option<std::time::Duration>) {
+        self.slots.runtime.expire(waited);
+        self.warm(None);
+    }
+
     /// Values by which shares of requests change.
     pub fn runtime(&mut self) -> &mut Runtime {
         &mut self.slots.runtime
     }
 
-    /// Whether something waits for secrets or for the configuration of filters.
+    /// Whether something waits for secrets, for the configuration of filters or for the runtime.
     pub fn is_warming(&self) -> bool {
         !self.warming.clusters.is_empty() || !self.warming.listeners.is_empty()
     }

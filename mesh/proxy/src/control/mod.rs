@@ -314,6 +314,19 @@ impl Proxy {
         }
     }
 
+    /// So long has been waited for layers of the runtime; for ever, where nobody will send any (`None`). Listeners that
+    /// waited for nothing else are opened.
+    pub async fn waited_for_runtime(&self, waited: Option<Duration>) {
+        let changes = {
+            let mut store = self.store.lock();
+            store.waited_for_runtime(waited);
+            store.take_listener_changes()
+        };
+        for (name, refusal) in self.follow(changes).await {
+            tracing::warn!(listener = %name, %refusal, "not opened");
+        }
+    }
+
     /// Opens and closes sockets; returns the listeners that could not be opened.
     async fn follow(&self, changes: Vec<ListenerChange>) -> Vec<(Box<str>, Refusal)> {
         let mut refused = Vec::new();

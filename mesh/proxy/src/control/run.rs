@@ -17,7 +17,7 @@ use super::admin::{AdminPort, Port};
 use super::restart::{self, Station};
 use super::{Options, Proxy, dial, dns, health, outliers, sds, xds};
 use crate::config::store::{Store, Update};
-use crate::error::Error;
+use crate::error::{Error, Refusal};
 use crate::metrics::expiry;
 use crate::metrics::push::Pusher;
 use crate::overload;
@@ -38,6 +38,30 @@ pub struct StaticResource {
     pub name: String,
     /// Encoded message.
     pub body: Vec<u8>,
+    /// Where the document has it: `static_resources.clusters[0]`.
+    pub at: String,
+}
+
+impl StaticResource {
+    fn update(&self) -> Update<'_> {
+        Update {
+            name: &self.name,
+            body: &self.body,
+        }
+    }
+}
+
+/// What was refused of resources, by its place in the document.
+fn refused(resources: &[StaticResource], refused: Vec<(Box<str>, Refusal)>) -> Result<(), Error> {
+    if refused.is_empty() {
+        return Ok(());
+    }
+    let placed = refused.into_iter().map(|(name, mut refusal)| {
+        let at = resources.iter().find(|resource| *resource.name == *name);
+        refusal.reason = format!("{} ({name:?})", refusal.reason);
+        refusal.within(at.map_or("static_resources", |resource| resource.at.as_str()))
+    });
+    Err(Error::Bootstrap(placed.collect()))
 }
 
 /// Where a control plane is.
@@ -142,6 +166,9 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
         signals(SignalKind::terminate())?,
         signals(SignalKind::interrupt())?,
     );
+    if plan.control_plane.is_none() {
+        proxy.waited_for_runtime(None).await;
+    }
     apply_static(&proxy, &plan.static_resources).await?;
     // Encoded messages of a large file are megabytes.
     drop(plan.static_resources);
@@ -270,26 +297,21 @@ async fn housekeeping(proxy: Arc<Proxy>, cancel: CancellationToken) {
     }
 }
 
-/// Applies resources in make-before-break order; the first refusal ends the start, because a file is fixed by hand.
+/// Applies resources in make-before-break order; a refusal ends the start, because a file is fixed by hand.
 pub async fn apply_static(proxy: &Arc<Proxy>, resources: &[StaticResource]) -> Result<(), Error> {
     for resource_type in ResourceType::ALL
         .into_iter()
         .filter(|ty| *ty != ResourceType::Listener)
         .chain([ResourceType::Listener])
     {
-        let batch: Vec<_> = resources
+        let of_type: Vec<_> = resources
             .iter()
             .filter(|resource| resource.resource_type == resource_type)
-            .map(|resource| Update {
-                name: &resource.name,
-                body: &resource.body,
-            })
+            .cloned()
             .collect();
-        if batch.is_empty() {
-            continue;
-        }
-        if let Some((name, refusal)) = proxy.apply(resource_type, &batch, &[]).await.into_iter().next() {
-            return Err(refusal.within(format!("static resource {name:?}")).into());
+        let batch: Vec<_> = of_type.iter().map(StaticResource::update).collect();
+        if !batch.is_empty() {
+            refused(&of_type, proxy.apply(resource_type, &batch, &[]).await)?;
         }
         proxy.store(|store| store.note_static(resource_type, batch.iter().map(|update| update.name)));
     }
@@ -299,20 +321,18 @@ pub async fn apply_static(proxy: &Arc<Proxy>, resources: &[StaticResource]) -> R
 /// Compiles resources without serving them.
 pub fn check(resources: &[StaticResource]) -> Result<(), Error> {
     let mut store = Store::new(1);
+    let mut wrong = Vec::new();
     for resource in resources {
-        let update = Update {
-            name: &resource.name,
-            body: &resource.body,
-        };
-        if let Some((name, refusal)) = store
-            .apply(resource.resource_type, &[update], &[])
-            .into_iter()
-            .next()
-        {
-            return Err(refusal.within(format!("static resource {name:?}")).into());
+        let one = store.apply(resource.resource_type, &[resource.update()], &[]);
+        if let Err(Error::Bootstrap(more)) = refused(std::slice::from_ref(resource), one) {
+            wrong.extend(more);
         }
     }
-    Ok(())
+    if wrong.is_empty() {
+        Ok(())
+    } else {
+        Err(Error::Bootstrap(wrong))
+    }
 }
 
 /// Looks after secrets from files and after what waits for secrets.

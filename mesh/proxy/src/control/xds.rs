@@ -1,6 +1,7 @@
 //! Following a control plane: deliveries to the store, verdicts back, interests forward.
 //!
-//! CDS and LDS are asked for whole; what they name decides what is asked of EDS, RDS, SDS and ECDS; virtual hosts come as
+//! Layers of the runtime are asked for first: everything else, listeners of the file included, waits for them, each for up
+//! to its `initial_fetch_timeout` (Envoy). CDS and LDS are asked for whole; what they name decides what is asked of EDS, RDS, SDS and ECDS; virtual hosts come as
 //! resources of their own where a route configuration says so. What requests wait for is asked for by name besides, as long
 //! as it is used. With the control plane gone everything stays as it is.
 
@@ -31,8 +32,11 @@ pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationT
         ResourceType::Runtime,
         Interest::names(proxy.store(|store| store.runtime().names())),
     );
-    client.set_interest(ResourceType::Cluster, Interest::all());
-    client.set_interest(ResourceType::Listener, Interest::all());
+    let began = tokio::time::Instant::now();
+    let mut waits = proxy.store(|store| store.runtime().is_awaited());
+    if !waits {
+        ask_for_all(&client);
+    }
     let on_demand = proxy.on_demand();
     let following = on_demand.follow();
     let idle = on_demand.limits().idle;
@@ -42,14 +46,24 @@ pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationT
     let mut extensions = BTreeSet::new();
     let mut hosts_wanted = false;
     loop {
+        if waits && !proxy.store(|store| store.runtime().is_awaited()) {
+            waits = false;
+            ask_for_all(&client);
+        }
+        let patience = proxy.store(|store| store.runtime().patience()).filter(|_| waits);
         let delivery = tokio::select! {
             () = cancel.cancelled() => break,
-            () = on_demand.changed() => {
+            () = tokio::time::sleep_until(began + patience.unwrap_or_default()), if patience.is_some() => {
+                tracing::warn!("layers of the runtime have not come in time: the start goes on without them");
+                proxy.waited_for_runtime(Some(began.elapsed())).await;
+                continue;
+            }
+            () = on_demand.changed(), if !waits => {
                 ask_on_demand(&proxy, &client, &on_demand);
                 continue;
             }
             // Disuse is the passing of time, which nobody tells; without anything on demand nothing is looked at.
-            _ = sweep.tick(), if on_demand.holds_any() => {
+            _ = sweep.tick(), if !waits && on_demand.holds_any() => {
                 give_up(&proxy, &client, &on_demand).await;
                 continue;
             }
@@ -88,6 +102,12 @@ pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationT
     }
     drop(following);
     client.join().await;
+}
+
+/// Subscribes to everything that the rest follows from.
+fn ask_for_all(client: &AdsClient) {
+    client.set_interest(ResourceType::Cluster, Interest::all());
+    client.set_interest(ResourceType::Listener, Interest::all());
 }
 
 /// Subscribes to what the configuration names since the last time, and leaves what it names no more.

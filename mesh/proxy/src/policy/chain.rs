@@ -23,7 +23,7 @@ use super::set_metadata::SetMetadata;
 use super::tap::TapFilter;
 use crate::clock;
 use crate::config::convert;
-use crate::config::extension::{Extensions, Place};
+use crate::config::extension::{AnyPlace, Discoverable, Extensions, Place, not_by_discovery};
 use crate::config::filters::Cors;
 use crate::config::route::Context;
 use crate::error::Refusal;
@@ -74,7 +74,7 @@ pub enum Kind {
     /// Waiting for virtual hosts and, where it says so, for clusters.
     OnDemand(Option<OnDemandClusters>),
     /// Whatever its resource says (ECDS).
-    Discovered(Arc<Place>),
+    Discovered(Arc<Place<Kind>>),
 }
 
 /// A filter of a chain.
@@ -106,7 +106,7 @@ impl Chain {
         let any = match &filter.config_type {
             Some(hcm::http_filter::ConfigType::TypedConfig(any)) => Some(any),
             Some(hcm::http_filter::ConfigType::ConfigDiscovery(source)) => {
-                let place = Extensions::place(&filter.name, source, stat_prefix, context)?;
+                let place = Extensions::place(&filter.name, source, stat_prefix.into(), context)?;
                 self.filters.push(Filter {
                     name: filter.name.as_str().into(),
                     enabled: !filter.disabled,
@@ -127,9 +127,9 @@ impl Chain {
     }
 
     /// Filters whose configuration is a resource of its own.
-    pub fn discovered(&self) -> impl Iterator<Item = &Arc<Place>> {
+    pub fn discovered(&self) -> impl Iterator<Item = &dyn AnyPlace> {
         self.filters.iter().filter_map(|filter| match &filter.kind {
-            Kind::Discovered(place) => Some(place),
+            Kind::Discovered(place) => Some(&**place as &dyn AnyPlace),
             _ => None,
         })
     }
@@ -139,6 +139,23 @@ impl Chain {
         self.filters
             .iter()
             .any(|filter| filter.enabled && matches!(filter.kind, Kind::OnDemand(_)))
+    }
+}
+
+impl Discoverable for Kind {
+    /// The manager's prefix of statistics.
+    type Origin = Box<str>;
+
+    fn discovered(
+        name: &str,
+        any: &Any,
+        stat_prefix: &Box<str>,
+        context: &mut Context<'_>,
+    ) -> Result<Self, Refusal> {
+        match compile(name, Some(any), stat_prefix, context)? {
+            Some(Self::OnDemand(_)) | None => Err(not_by_discovery(any)),
+            Some(kind) => Ok(kind),
+        }
     }
 }
 

@@ -170,13 +170,6 @@ impl Settings {
         self.settings.is_empty()
     }
 
-    /// Whether it may name a TCP proxy's cluster.
-    pub fn names_cluster(&self) -> bool {
-        self.settings
-            .iter()
-            .any(|setting| setting.factory == Factory::TcpCluster)
-    }
-
     /// What one of them is for this request or connection. Each may name those before it.
     pub fn make(&self, index: usize, record: &Record<'_>) -> Option<Made> {
         let setting = self.settings.get(index)?;
@@ -236,11 +229,6 @@ impl SetConnectionState {
             connected: Settings::compile(&from.on_new_connection, "on_new_connection")?,
             handshaken: Settings::compile(&from.on_downstream_tls_handshake, "on_downstream_tls_handshake")?,
         })
-    }
-
-    /// Whether it may name a TCP proxy's cluster.
-    pub fn names_cluster(&self) -> bool {
-        self.connected.names_cluster() || self.handshaken.names_cluster()
     }
 }
 

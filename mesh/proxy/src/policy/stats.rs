@@ -84,7 +84,7 @@ impl Distribution {
 /// Names of the counters of a kind of place.
 #[derive(Debug)]
 pub struct Area {
-    label: &'static str,
+    pub(crate) label: &'static str,
     opened: &'static str,
     closed: &'static str,
     active: &'static str,

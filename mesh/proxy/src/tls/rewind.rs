@@ -4,62 +4,49 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, ReadBuf};
+
+use crate::stream::{Hooks, Layer};
 
 /// Gives the bytes read before first, then the stream's.
+pub type Rewind<S> = Layer<S, Prefix>;
+
+/// What was read before and not given yet.
 #[derive(Debug)]
-pub struct Rewind<S> {
-    prefix: Vec<u8>,
+pub struct Prefix {
+    bytes: Vec<u8>,
     at: usize,
-    inner: S,
 }
 
 impl<S> Rewind<S> {
-    /// `prefix` was read from `inner`.
-    pub fn new(prefix: Vec<u8>, inner: S) -> Self {
-        Self { prefix, at: 0, inner }
+    /// `prefix` was read from `below`.
+    pub fn new(prefix: Vec<u8>, below: S) -> Self {
+        Self::over(below, Prefix { bytes: prefix, at: 0 })
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Rewind<S> {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        if this.at < this.prefix.len() {
-            let count = buf.remaining().min(this.prefix.len() - this.at);
-            buf.put_slice(&this.prefix[this.at..this.at + count]);
-            this.at += count;
-            if this.at == this.prefix.len() {
-                this.prefix = Vec::new();
-                this.at = 0;
-            }
-            return Poll::Ready(Ok(()));
-        }
-        Pin::new(&mut this.inner).poll_read(cx, buf)
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Rewind<S> {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().inner).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
+impl<S> Hooks<S> for Prefix {
+    fn poll_read(
+        &mut self,
+        below: Pin<&mut S>,
         cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().inner).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.inner.is_write_vectored()
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().inner).poll_flush(cx)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().inner).poll_shutdown(cx)
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>>
+    where
+        S: AsyncRead,
+    {
+        if self.at == self.bytes.len() {
+            return below.poll_read(cx, buf);
+        }
+        let count = buf.remaining().min(self.bytes.len() - self.at);
+        buf.put_slice(&self.bytes[self.at..self.at + count]);
+        self.at += count;
+        if self.at == self.bytes.len() {
+            *self = Self {
+                bytes: Vec::new(),
+                at: 0,
+            };
+        }
+        Poll::Ready(Ok(()))
     }
 }

@@ -2,18 +2,17 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
 use socket2::{Domain, Protocol, SockRef, TcpKeepalive, Type};
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use tokio_rustls::client::TlsStream;
+use tokio_util::either::Either;
 
 use super::proxy_header;
 use crate::config::alpn::Alpn;
@@ -21,31 +20,23 @@ use crate::config::cluster::{Cluster, Priority};
 use crate::config::convert::Address;
 use crate::config::endpoint::Endpoint;
 use crate::intercept::{MARK_IN, MARK_OUT};
+use crate::stream::{Layer, MaybeTls, Together};
 use crate::tls::info::ConnectionTls;
 pub use crate::tls::upstream::Speaking;
-use crate::worker::io::write_pieces;
 
 /// Whether marking sockets is allowed; found out once, since without CAP_NET_ADMIN every attempt fails.
 static MARK_ALLOWED: AtomicBool = AtomicBool::new(true);
 /// RFC 8305's delay before the next address is tried, as Envoy has it.
 const ATTEMPT_DELAY: Duration = Duration::from_millis(300);
 
-/// A socket to an endpoint.
-#[derive(Debug)]
-pub enum Socket {
-    /// TCP.
-    Tcp(TcpStream),
-    /// Unix socket.
-    Unix(UnixStream),
-}
+/// A socket to an endpoint: TCP on the left, Unix on the right.
+pub type Socket = Layer<Either<TcpStream, UnixStream>, Together>;
 
 /// A connection to an endpoint.
-#[derive(Debug)]
-pub enum Stream {
-    /// The socket itself.
-    Plain(Socket),
-    /// What is inside of TLS.
-    Tls(Box<TlsStream<Socket>>),
+pub type Stream = MaybeTls<Socket, Layer<TlsStream<Socket>, Together>>;
+
+fn tcp(stream: TcpStream) -> Socket {
+    Socket::over(Either::Left(stream), Together)
 }
 
 /// What one connection has of its own, beside what the cluster says. Connections that differ in it are not shared.
@@ -88,7 +79,7 @@ pub async fn connect(
 ) -> io::Result<Connected> {
     let mut socket = match &endpoint.address {
         Address::Tcp(address) => connect_any(cluster, *address, &endpoint.more_addresses).await?,
-        Address::Pipe(path) => UnixStream::connect(&**path).await.map(Socket::Unix)?,
+        Address::Pipe(path) => Socket::over(Either::Right(UnixStream::connect(&**path).await?), Together),
         Address::Name(name, _) => return Err(io::Error::other(format!("{name} has not been resolved"))),
     };
     let dress = cluster.socket_for(endpoint);
@@ -96,9 +87,9 @@ pub async fn connect(
         let header = proxy_header::write(version, options.between);
         socket.write_all(&header).await?;
     }
-    let local = match &socket {
-        Socket::Tcp(socket) => socket.local_addr().ok(),
-        Socket::Unix(_) => None,
+    let local = match socket.below() {
+        Either::Left(socket) => socket.local_addr().ok(),
+        Either::Right(_) => None,
     };
     let Some(tls) = &dress.tls else {
         return Ok(Connected {
@@ -117,7 +108,7 @@ pub async fn connect(
         .connect(socket, server_name, address, speaking, options.alpn.as_deref())
         .await?;
     Ok(Connected {
-        stream: Stream::Tls(Box::new(stream)),
+        stream: Stream::Tls(Box::new(Layer::over(stream, Together))),
         tls: Some(Arc::new(facts)),
         local,
     })
@@ -127,7 +118,7 @@ pub async fn connect(
 /// when the one before has failed or has not answered for a while.
 async fn connect_any(cluster: &Cluster, first: SocketAddr, more: &[SocketAddr]) -> io::Result<Socket> {
     if more.is_empty() {
-        return connect_tcp(cluster, first).await.map(Socket::Tcp);
+        return connect_tcp(cluster, first).await.map(tcp);
     }
     let mut waiting = in_turn(first, more).into_iter();
     let mut running = FuturesUnordered::new();
@@ -145,7 +136,7 @@ async fn connect_any(cluster: &Cluster, first: SocketAddr, more: &[SocketAddr]) 
         };
         tokio::select! {
             result = running.next() => match result {
-                Some(Ok(stream)) => return Ok(Socket::Tcp(stream)),
+                Some(Ok(stream)) => return Ok(tcp(stream)),
                 Some(Err(error)) => {
                     failure.get_or_insert(error);
                     if running.is_empty() && waiting.len() == 0 {
@@ -222,67 +213,6 @@ fn mark(socket: &socket2::Socket, mark: u32) {
         MARK_ALLOWED.store(false, Ordering::Relaxed);
     }
 }
-
-macro_rules! passed_on {
-    ($name:ident, $first:ident, $second:ident) => {
-        impl AsyncRead for $name {
-            fn poll_read(
-                self: Pin<&mut Self>,
-                cx: &mut Context<'_>,
-                buf: &mut ReadBuf<'_>,
-            ) -> Poll<io::Result<()>> {
-                match self.get_mut() {
-                    Self::$first(stream) => Pin::new(stream).poll_read(cx, buf),
-                    Self::$second(stream) => Pin::new(stream).poll_read(cx, buf),
-                }
-            }
-        }
-
-        impl AsyncWrite for $name {
-            fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-                match self.get_mut() {
-                    Self::$first(stream) => Pin::new(stream).poll_write(cx, buf),
-                    Self::$second(stream) => Pin::new(stream).poll_write(cx, buf),
-                }
-            }
-
-            fn poll_write_vectored(
-                self: Pin<&mut Self>,
-                cx: &mut Context<'_>,
-                bufs: &[io::IoSlice<'_>],
-            ) -> Poll<io::Result<usize>> {
-                match self.get_mut() {
-                    Self::$first(stream) => write_pieces(Pin::new(stream), cx, bufs),
-                    Self::$second(stream) => write_pieces(Pin::new(stream), cx, bufs),
-                }
-            }
-
-            fn is_write_vectored(&self) -> bool {
-                match self {
-                    Self::$first(stream) => stream.is_write_vectored(),
-                    Self::$second(stream) => stream.is_write_vectored(),
-                }
-            }
-
-            fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-                match self.get_mut() {
-                    Self::$first(stream) => Pin::new(stream).poll_flush(cx),
-                    Self::$second(stream) => Pin::new(stream).poll_flush(cx),
-                }
-            }
-
-            fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-                match self.get_mut() {
-                    Self::$first(stream) => Pin::new(stream).poll_shutdown(cx),
-                    Self::$second(stream) => Pin::new(stream).poll_shutdown(cx),
-                }
-            }
-        }
-    };
-}
-
-passed_on!(Socket, Tcp, Unix);
-passed_on!(Stream, Plain, Tls);
 
 #[cfg(test)]
 mod tests {

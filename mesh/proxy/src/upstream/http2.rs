@@ -10,7 +10,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
-use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker, ready};
@@ -21,10 +20,10 @@ use h2::client::{Connection, ResponseFuture, SendRequest};
 use h2::{Ping, PingPong, Reason, SendStream};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::Body as _;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::task::TaskTracker;
 
 use super::metered::Metered;
+use crate::stream::{Hooks, Layer};
 use crate::worker::body::UpstreamBody;
 use crate::worker::incoming::Incoming;
 use crate::worker::interim::Tell;
@@ -64,43 +63,14 @@ pub struct State {
 }
 
 /// The socket of a connection.
-struct Io {
-    inner: Metered,
-    state: Rc<State>,
-}
+type Io = Layer<Metered, Heard>;
 
-impl AsyncRead for Io {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        ready!(Pin::new(&mut this.inner).poll_read(cx, buf))?;
-        this.state.heard.set(true);
-        Poll::Ready(Ok(()))
-    }
-}
+/// Notes that something was read.
+struct Heard(Rc<State>);
 
-impl AsyncWrite for Io {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().inner).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().inner).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.inner.is_write_vectored()
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().inner).poll_flush(cx)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().inner).poll_shutdown(cx)
+impl<S> Hooks<S> for Heard {
+    fn received(&mut self, _count: usize) {
+        self.0.heard.set(true);
     }
 }
 
@@ -117,10 +87,7 @@ pub async fn connect<H: 'static>(stream: Metered, tasks: &TaskTracker, held: H) 
         tasks: tasks.clone(),
         ..State::default()
     });
-    let io = Io {
-        inner: stream,
-        state: state.clone(),
-    };
+    let io = Io::over(stream, Heard(state.clone()));
     let (sender, connection) = h2::client::Builder::new()
         .initial_max_send_streams(FIRST_STREAMS)
         .initial_window_size(STREAM_WINDOW)

@@ -145,7 +145,8 @@ impl Drop for Counted {
 
 /// The connection, its bytes counted.
 fn metered(stream: Stream, counted: &Counted) -> Metered {
-    Metered::new(stream, counted.connection.cells().clone()).watched(counted.connection.shared().clone())
+    let connection = &counted.connection;
+    Metered::watched(stream, connection.cells().clone(), connection.shared().clone())
 }
 
 #[derive(Debug)]

@@ -16,13 +16,13 @@ mod first_bytes;
 use first_bytes::{read_preface, read_proxy_header, read_until_detected};
 
 use super::connection_log::ConnectionLog;
-use super::io::Io;
+use super::io::{Io, Socket};
 use super::sniff::{Detected, Http};
 use super::{Command, Worker, http, tcp};
 use crate::clock;
 use crate::config::hcm::{Codec, HttpManager};
-use crate::config::listener::{ConnectionFacts, Direction, FilterChain, Handler, Listener};
-use crate::config::listener_filters::Place;
+use crate::config::listener::{ConnectionFacts, Direction, FilterChain, Handler, Listener, NetworkFilters};
+use crate::config::listener_filters::Taken;
 use crate::config::slot::ListenerSlot;
 use crate::metrics::events::ListenerEvent;
 use crate::metrics::flags::Flags;
@@ -32,6 +32,7 @@ use crate::policy::filter_state::FilterState;
 use crate::policy::network::NetworkFilter;
 use crate::policy::stats::OpenCount;
 use crate::random;
+use crate::stream::{Layer, Together};
 use crate::tls::info::ConnectionTls;
 use crate::tls::rewind::Rewind;
 
@@ -218,7 +219,11 @@ async fn connection(
     let _ = stream.set_nodelay(true);
     let local = stream.local_addr().ok()?;
     let mut destination = SocketAddr::new(local.ip().to_canonical(), local.port());
-    if bound.use_original_dst || bound.original_dst {
+    let Some(mut before) = bound.before() else {
+        bound.without_filter.add(worker.id);
+        return None;
+    };
+    if bound.use_original_dst || before.original_dst {
         destination = original_destination(&stream, local);
     }
     let direct = SocketAddr::new(remote.ip().to_canonical(), remote.port());
@@ -230,7 +235,7 @@ async fn connection(
     };
     let mut log = ConnectionLog::new(worker.clone(), bound.logs.clone(), addresses);
     let mut prefix = Vec::new();
-    if let Some(rules) = bound.proxy_protocol {
+    if let Some(rules) = &before.proxy_protocol {
         let deadline = Instant::now() + bound.detection_timeout;
         match read_proxy_header(&stream, &mut prefix, rules, deadline).await {
             Ok(Some((source, told))) => (addresses.remote, addresses.local) = (source, told),
@@ -254,11 +259,19 @@ async fn connection(
         if let Some(found) = virtuals.find(destination) {
             listener = found.clone();
             log.follow(listener.logs.clone());
+            match listener.before() {
+                Some(own) => before = own,
+                None => {
+                    listener.without_filter.add(worker.id);
+                    return None;
+                }
+            }
         }
     }
     let mut detected = Detected::default();
     let port = destination.port();
-    let inspect = listener.inspect_tls.applies(port) || listener.inspect_http.applies(port);
+    let inspect = before.inspect_tls.applies(port) || before.inspect_http.applies(port);
+    drop(before);
     let mut timed_out = false;
     if inspect {
         let deadline = Instant::now() + listener.detection_timeout;
@@ -282,15 +295,12 @@ async fn connection(
             }
         }
     }
-    let Some(chain) = choose(&worker, &listener, &detected, &mut log) else {
-        entrance.note(ListenerEvent::NoFilterChain);
-        return None;
-    };
+    let (chain, filters) = choose(&worker, &listener, &detected, &mut log, entrance)?;
     entrance.enter();
     if timed_out
         && prefix.is_empty()
         && chain.tls.is_none()
-        && let Handler::Tcp(proxy) = &chain.handler
+        && let Handler::Tcp(proxy) = &filters.handler
     {
         // Nobody has spoken. The TCP chain's upstream is asked now, and whoever speaks first decides: a server that
         // greets gets its TCP connection, a client that was merely slow still gets HTTP, also where nobody answers.
@@ -299,6 +309,7 @@ async fn connection(
             destination,
             tls: None,
             server_name: None,
+            by_server_name: false,
             state: &FilterState::EMPTY,
         };
         let greeting = async {
@@ -324,7 +335,7 @@ async fn connection(
         };
         if let Some(upstream) = upstream {
             // What the server has said so far has reached nobody.
-            let place = match &chain.limit {
+            let place = match &filters.limit {
                 None => None,
                 Some(limit) => match limit.take() {
                     Some(place) => Some(place),
@@ -335,29 +346,32 @@ async fn connection(
                     }
                 },
             };
-            if !chain.policies.is_empty() && !Box::pin(admitted(&worker, &listener, &chain, &mut log)).await {
+            if !filters.policies.is_empty()
+                && !Box::pin(admitted(&worker, &listener, &filters, &mut log)).await
+            {
                 return None;
             }
             log.enter(proxy);
             let _open = tcp::Open::of(proxy, worker.id);
-            tcp::join(worker, proxy.clone(), Io::Plain(stream), prefix, upstream, log).await;
+            let stream = Io::Plain(Socket::over(stream, Together));
+            tcp::join(worker, proxy.clone(), stream, prefix, upstream, log).await;
             drop(place);
             return None;
         }
-        let chain = choose(&worker, &listener, &detected, &mut log)?;
-        return handle(worker, listener, chain, stream, prefix, detected, log).await;
+        let chosen = choose(&worker, &listener, &detected, &mut log, entrance)?;
+        return handle(worker, listener, chosen, stream, prefix, detected, log).await;
     }
-    handle(worker, listener, chain, stream, prefix, detected, log).await
+    handle(worker, listener, (chain, filters), stream, prefix, detected, log).await
 }
 
 /// Whether the chain's network filters let the connection through; a denial is logged, and may take its time.
 async fn admitted(
     worker: &Worker,
     listener: &Listener,
-    chain: &FilterChain,
+    filters: &NetworkFilters,
     log: &mut ConnectionLog,
 ) -> bool {
-    match judge(worker, listener, chain, log) {
+    match judge(worker, listener, filters, log) {
         Ok(()) => true,
         Err(delay) => {
             if let Some(delay) = delay {
@@ -375,12 +389,12 @@ async fn admitted(
 fn judge(
     worker: &Worker,
     listener: &Listener,
-    chain: &FilterChain,
+    filters: &NetworkFilters,
     log: &mut ConnectionLog,
 ) -> Result<(), Option<Duration>> {
     let addresses = log.addresses;
-    for policy in &chain.policies {
-        if let NetworkFilter::SetFilterState(state) = policy {
+    for policy in &filters.policies {
+        if let NetworkFilter::SetFilterState(state) = &**policy {
             log.set_state(&state.connected);
             if log.tls.is_some() {
                 log.set_state(&state.handshaken);
@@ -428,12 +442,14 @@ fn judge(
     Ok(())
 }
 
+/// The chain for a connection and its filters as they are now; `None` closes it.
 fn choose(
     worker: &Worker,
     listener: &Listener,
     detected: &Detected,
     log: &mut ConnectionLog,
-) -> Option<Arc<FilterChain>> {
+    entrance: &Entrance,
+) -> Option<(Arc<FilterChain>, Arc<NetworkFilters>)> {
     let addresses = log.addresses;
     log.server_name = detected.server_name.as_deref().map(Box::from);
     let alpn: Vec<&str> = match detected.http {
@@ -451,6 +467,7 @@ fn choose(
     };
     let chain = listener.select(&facts).cloned();
     if chain.is_none() {
+        entrance.note(ListenerEvent::NoFilterChain);
         log.flag(Flags::NO_ROUTE);
         if !log.is_wanted() {
             worker.log(
@@ -466,13 +483,21 @@ fn choose(
             );
         }
     }
-    chain
+    let chain = chain?;
+    match chain.filters() {
+        Some(filters) => Some((chain, filters)),
+        None => {
+            listener.without_network_filter.add(worker.id);
+            log.local_close.set("no_filters");
+            None
+        }
+    }
 }
 
 async fn handle(
     worker: Rc<Worker>,
     listener: Arc<Listener>,
-    chain: Arc<FilterChain>,
+    (chain, filters): (Arc<FilterChain>, Arc<NetworkFilters>),
     stream: TcpStream,
     mut prefix: Vec<u8>,
     detected: Detected,
@@ -480,7 +505,7 @@ async fn handle(
 ) -> Option<HttpConnection> {
     let direction = listener.direction;
     let addresses = log.addresses;
-    let place = match &chain.limit {
+    let place = match &filters.limit {
         None => None,
         Some(limit) => match limit.take() {
             Some(place) => Some(place),
@@ -494,12 +519,13 @@ async fn handle(
     };
     let mut server_name = detected.server_name.map(Box::from);
     let (mut io, tls) = match &chain.tls {
-        None => (Io::Plain(stream), None),
+        None => (Io::Plain(Socket::over(stream, Together)), None),
         Some(context) => {
-            let stream = Rewind::new(std::mem::take(&mut prefix), stream);
+            let stream = Rewind::new(std::mem::take(&mut prefix), Socket::over(stream, Together));
             match context.accept(stream, chain.handshake_timeout).await {
                 Ok((stream, facts)) => {
                     server_name.clone_from(&facts.server_name);
+                    let stream = Layer::over(stream, Together);
                     (Io::Tls(Box::new(stream)), Some(Arc::new(facts)))
                 }
                 Err(error) => {
@@ -515,10 +541,10 @@ async fn handle(
     };
     log.server_name.clone_from(&server_name);
     log.tls.clone_from(&tls);
-    if !chain.policies.is_empty() && !Box::pin(admitted(&worker, &listener, &chain, &mut log)).await {
+    if !filters.policies.is_empty() && !Box::pin(admitted(&worker, &listener, &filters, &mut log)).await {
         return None;
     }
-    match &chain.handler {
+    match &filters.handler {
         Handler::Tcp(proxy) => {
             let proxy = proxy.clone();
             log.enter(&proxy);
@@ -528,6 +554,7 @@ async fn handle(
                 destination: addresses.local,
                 tls: tls.as_deref(),
                 server_name: server_name.as_deref(),
+                by_server_name: filters.by_server_name,
                 state: &log.metadata.state.clone(),
             };
             // A failure has been recorded where it happened; the client sees the connection close.
@@ -595,7 +622,7 @@ struct HttpConnection {
     /// Written when the connection ends, where the listener wants that.
     log: Option<Box<ConnectionLog>>,
     /// Given back when the connection ends.
-    place: Option<Place>,
+    place: Option<Taken>,
 }
 
 impl HttpConnection {

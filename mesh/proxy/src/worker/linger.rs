@@ -12,65 +12,40 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
 
+use crate::stream::{Hooks, Layer};
+
 /// How long the peer has to close.
 const LINGER: Duration = Duration::from_secs(1);
 
 /// See the module.
-#[derive(Debug)]
-pub(super) struct Lingering<S> {
-    inner: S,
-    /// Until when, once the writing side is closed.
-    timer: Option<Pin<Box<Sleep>>>,
-}
+pub(super) type Lingering<S> = Layer<S, Linger>;
+
+/// Until when, once the writing side is closed.
+#[derive(Debug, Default)]
+pub(super) struct Linger(Option<Pin<Box<Sleep>>>);
 
 impl<S> Lingering<S> {
-    pub(super) fn new(inner: S) -> Self {
-        Self { inner, timer: None }
+    pub(super) fn new(below: S) -> Self {
+        Self::over(below, Linger::default())
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Lingering<S> {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().inner).poll_read(cx, buf)
-    }
-}
-
-impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Lingering<S> {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().inner).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().inner).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.inner.is_write_vectored()
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().inner).poll_flush(cx)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        if this.timer.is_none() {
-            ready!(Pin::new(&mut this.inner).poll_shutdown(cx))?;
+impl<S: AsyncRead> Hooks<S> for Linger {
+    fn poll_shutdown(&mut self, mut below: Pin<&mut S>, cx: &mut Context<'_>) -> Poll<io::Result<()>>
+    where
+        S: AsyncWrite,
+    {
+        if self.0.is_none() {
+            ready!(below.as_mut().poll_shutdown(cx))?;
         }
-        let timer = this
-            .timer
-            .get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER)));
+        let timer = self.0.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER)));
         let mut chunk = [0; 512];
         loop {
             if timer.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Ok(()));
             }
             let mut read = ReadBuf::new(&mut chunk);
-            match ready!(Pin::new(&mut this.inner).poll_read(cx, &mut read)) {
+            match ready!(below.as_mut().poll_read(cx, &mut read)) {
                 Ok(()) if !read.filled().is_empty() => {}
                 // The peer has closed, or is gone.
                 Ok(()) | Err(_) => return Poll::Ready(Ok(())),

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::TcpStream;
+use tokio_util::either::Either;
 
 use super::Worker;
 use super::connection_log::{ConnectionLog, periodically};
@@ -54,6 +55,8 @@ pub(super) struct Client<'a> {
     pub tls: Option<&'a ConnectionTls>,
     /// The name in its TLS handshake.
     pub server_name: Option<&'a str>,
+    /// Whether that names its cluster.
+    pub by_server_name: bool,
     /// What network filters have set.
     pub state: &'a FilterState,
 }
@@ -90,7 +93,10 @@ impl Upstream {
     /// Waits until the endpoint has said something (or gone).
     pub async fn readable(mut self) -> io::Result<Self> {
         match &mut self.stream {
-            End::Direct(Stream::Plain(socket)) => socket.readable().await?,
+            End::Direct(Stream::Plain(socket)) => match socket.below() {
+                Either::Left(socket) => socket.readable().await?,
+                Either::Right(socket) => socket.readable().await?,
+            },
             // Only what is inside counts; the socket is readable for session tickets as well.
             End::Direct(Stream::Tls(stream)) => {
                 self.early.reserve(EARLY);
@@ -116,19 +122,15 @@ pub(super) async fn open(
 ) -> Result<Upstream, NoUpstream> {
     let (source, destination) = (client.source, client.destination);
     // A name that comes with the connection may only choose among clusters that exist.
-    let named = proxy
-        .by_server_name
-        .as_ref()
-        .zip(client.server_name)
-        .and_then(|(directory, name)| directory.find(name));
-    let wanted = proxy
-        .by_state
-        .as_ref()
-        .zip(client.state.known(Factory::TcpCluster));
+    let named = client
+        .server_name
+        .filter(|_| client.by_server_name)
+        .and_then(|name| proxy.directory.find(name));
+    let wanted = client.state.known(Factory::TcpCluster);
     let unknown;
     let named = match wanted {
         None => named,
-        Some((directory, name)) => match find(worker, proxy, directory, name).await {
+        Some(name) => match find(worker, proxy, &proxy.directory, name).await {
             Some(slot) => Some(slot),
             // What was asked for by name is not replaced by something else.
             None => {
@@ -451,7 +453,7 @@ pub(super) async fn join(
         // The first error ends both; a mere end of stream is passed on and leaves the other direction open.
         let _ = match (downstream, upstream.stream) {
             (Io::Plain(downstream), End::Direct(Stream::Plain(upstream))) => {
-                join_sockets(downstream, upstream, &prefix, received, sent).await
+                join_sockets(downstream.into_below(), upstream, &prefix, received, sent).await
             }
             (downstream, End::Direct(stream)) => {
                 relay(downstream, stream, &prefix, &upstream.early, received, sent).await
@@ -523,14 +525,14 @@ async fn join_sockets(
     sent: impl Fn(usize),
 ) -> io::Result<()> {
     let (from_client, to_client) = downstream.split();
-    match upstream {
-        Socket::Tcp(mut upstream) => {
+    match upstream.into_below() {
+        Either::Left(mut upstream) => {
             let (from_server, to_server) = upstream.split();
             let up = relay_one(from_client, to_server, prefix, received);
             let down = relay_one(from_server, to_client, &[], sent);
             futures::future::try_join(up, down).await.map(drop)
         }
-        Socket::Unix(mut upstream) => {
+        Either::Right(mut upstream) => {
             let (from_server, to_server) = upstream.split();
             let up = relay_one(from_client, to_server, prefix, received);
             let down = relay_one(from_server, to_client, &[], sent);
@@ -605,15 +607,6 @@ async fn relay_one(
                 to.write_all(&rest).await?;
                 to.flush().await?;
             }
-        }
-    }
-}
-
-impl Socket {
-    async fn readable(&self) -> io::Result<()> {
-        match self {
-            Self::Tcp(stream) => stream.readable().await,
-            Self::Unix(stream) => stream.readable().await,
         }
     }
 }

@@ -290,6 +290,16 @@ async fn extensions_and_runtime_layers_come_over_the_aggregated_stream() {
     ));
     let mut link = control.link().await;
     link.subscribed(ResourceType::Runtime, "mesh").await;
+    let values = |values| runtime::Runtime {
+        name: "mesh".into(),
+        layer: Some(values),
+    };
+    let message = values(google::Struct::default());
+    link.put(
+        ResourceType::Runtime,
+        vec![resource(ResourceType::Runtime, "mesh", "0", &message)],
+    )
+    .await;
     let backend = Backend::named("b").await;
     let mut cluster = eds_cluster("c");
     cluster.cluster_discovery_type = None;
@@ -327,10 +337,6 @@ async fn extensions_and_runtime_layers_come_over_the_aggregated_stream() {
     assert!(proxy.is_ready());
     let at = proxy.listener_address("l").unwrap();
     assert_eq!(get(at, "/").await.2, "b");
-    let values = |values| runtime::Runtime {
-        name: "mesh".into(),
-        layer: Some(values),
-    };
     let message = values(layer("routes.new", 100.0));
     link.put(
         ResourceType::Runtime,

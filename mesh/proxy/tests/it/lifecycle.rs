@@ -234,19 +234,65 @@ fn the_program_validates_a_file_and_names_what_is_wrong_with_another() {
     let path = directory.path().join("bad.yaml");
     std::fs::write(
         &path,
-        "static_resources: {clusters: [{name: a, type: STATIC, colour: red}]}",
+        "static_resources:\n  clusters:\n  - name: a\n    type: STATIC\n    colour: red\n",
     )
     .unwrap();
-    let output = program()
-        .arg("--mode")
-        .arg("validate")
-        .arg("--config")
-        .arg(&path)
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(!output.status.success());
-    assert!(text.contains("static_resources.clusters[0].colour"), "{text}");
+    let refused = |arguments: &[&str]| {
+        let output = program()
+            .args(arguments)
+            .arg("--config")
+            .arg(&path)
+            .output()
+            .unwrap();
+        assert!(!output.status.success());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let at = path.display();
+    assert_eq!(
+        refused(&["--mode", "validate"]),
+        format!(
+            "serin-proxy: {at}:5: static_resources.clusters[0].colour: is not a field that this proxy knows here\n"
+        )
+    );
+    // What only shows when resources are compiled is told of all of them, with their names; to serve is refused alike.
+    std::fs::write(
+        &path,
+        "static_resources:\n  clusters:\n  - name: a\n    type: STATIC\n    lb_policy: 77\n  - name: b\n    \
+         dns_lookup_family: ALL\n    max_requests_per_connection: 1\n    lb_policy: LOAD_BALANCING_POLICY_CONFIG\n",
+    )
+    .unwrap();
+    let text = refused(&["--mode", "validate"]);
+    for (line, cluster) in [(5, "(\"a\")"), (9, "(\"b\")")] {
+        let wanted = format!("{at}:{line}: static_resources.clusters[");
+        assert!(
+            text.lines()
+                .any(|told| told.contains(&wanted) && told.ends_with(cluster)),
+            "{text}"
+        );
+    }
+    assert_eq!(refused(&[]), text);
+    // Help says how to come here.
+    let help = program().arg("--help").output().unwrap();
+    let help = String::from_utf8_lossy(&help.stdout).into_owned();
+    assert!(
+        help.contains("--mode validate") && help.contains("refused, 2 when"),
+        "{help}"
+    );
+    assert_eq!(
+        program().arg("--concurrency").output().unwrap().status.code(),
+        Some(2)
+    );
+    // Where the document itself is broken the reader of YAML says where.
+    std::fs::write(&path, "a: [\n").unwrap();
+    let text = refused(&[]);
+    assert!(
+        text.starts_with(&format!("serin-proxy: {at}: ")) && text.contains("line 2"),
+        "{text}"
+    );
+    assert_eq!(text.lines().count(), 1, "{text}");
+    std::fs::remove_file(&path).unwrap();
+    let text = refused(&[]);
+    assert_eq!(text.matches("No such file").count(), 1, "{text}");
 }
 
 #[tokio::test]

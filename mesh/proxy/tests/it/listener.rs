@@ -25,7 +25,7 @@ use super::fixture::{
 };
 use super::tls::{handshake, request_on, tls_get};
 
-fn tcp_chain(cluster: &str) -> listener::FilterChain {
+pub(crate) fn tcp_chain(cluster: &str) -> listener::FilterChain {
     listener::FilterChain {
         filters: vec![network_filter(
             "envoy.filters.network.tcp_proxy",
@@ -53,7 +53,7 @@ async fn listen(harness: &Harness, message: &listener::Listener) -> SocketAddr {
 }
 
 /// Says its name and then what it hears, once a connection.
-async fn greeter(name: &'static str) -> SocketAddr {
+pub(crate) async fn greeter(name: &'static str) -> SocketAddr {
     let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let at = socket.local_addr().unwrap();
     tokio::spawn(async move {
@@ -73,7 +73,7 @@ async fn greeter(name: &'static str) -> SocketAddr {
 }
 
 /// What is answered to these bytes; nothing also where the connection is reset.
-async fn answer_to(at: SocketAddr, bytes: &[u8]) -> String {
+pub(crate) async fn answer_to(at: SocketAddr, bytes: &[u8]) -> String {
     let mut stream = TcpStream::connect(at).await.unwrap();
     let mut answer = Vec::new();
     let work = async {

@@ -84,6 +84,12 @@ impl Link {
         .await
     }
 
+    /// Whether there was a request about that type, of those seen so far that nobody has waited for.
+    pub(crate) fn has_asked_for(&self, resource_type: ResourceType) -> bool {
+        let url = resource_type.type_url();
+        self.seen.iter().any(|request| request.type_url == url)
+    }
+
     /// Waits until `name` is given up.
     pub(crate) async fn given_up(&mut self, resource_type: ResourceType, name: &str) {
         self.request(&format!("the end of the subscription to {name}"), |request| {

@@ -26,13 +26,11 @@ pub struct TcpProxy {
     pub criteria: Option<Box<Criteria>>,
     /// See `criteria`; in the order of the targets.
     pub target_criteria: Box<[Option<Box<Criteria>>]>,
-    /// The cluster is the one that the server name names (`sni_cluster`); without a name, or with an unknown one, it is
-    /// that of `targets`.
-    pub by_server_name: Option<Directory>,
+    /// Clusters by name, for connections whose server name (`sni_cluster`) or filter state names theirs. Without a server
+    /// name, or with an unknown one, the cluster is that of `targets`.
+    pub directory: Directory,
     /// Whether connections wait for a cluster that does not exist.
     pub on_demand: Option<OnDemandClusters>,
-    /// Clusters by name, where network filters may name one in the filter state.
-    pub by_state: Option<Directory>,
     /// Connections go on within a CONNECT.
     pub tunneling: Option<Box<Tunneling>>,
     /// Limit of silence.
@@ -157,8 +155,7 @@ impl TcpProxy {
             targets,
             criteria: Criteria::compile(from.metadata_match.as_ref(), None),
             target_criteria,
-            by_server_name: None,
-            by_state: None,
+            directory: context.slots.directory.clone(),
             on_demand: from
                 .on_demand
                 .as_ref()

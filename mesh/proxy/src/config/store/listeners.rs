@@ -29,7 +29,7 @@ impl Store {
             let known = self.route_state(&name).base.is_some();
             self.rds.hold(&name, &listener.name, known);
         }
-        if listener.is_warm() {
+        if listener.is_warm() && !self.slots.runtime.is_awaited() {
             if let Some(waiting) = self.warming.listeners.remove(&listener.name) {
                 self.leave_routes(&waiting.item);
             }

@@ -128,7 +128,7 @@ impl Store {
         endpoints.chain(routes).chain(self.missing_for_warmth()).collect()
     }
 
-    /// Filters and secrets that something waits for.
+    /// Filters, secrets and layers of the runtime that something waits for.
     fn missing_for_warmth(&self) -> Vec<String> {
         let clusters = self
             .warming
@@ -142,6 +142,8 @@ impl Store {
             .flat_map(|waiting| waiting.item.secrets());
         let extensions = self.slots.extensions.unsettled();
         let mut missing: Vec<_> = extensions.map(|name| format!("extension {name}")).collect();
+        let layers = self.slots.runtime.awaited();
+        missing.extend(layers.map(|layer| format!("runtime layer {}", layer.name)));
         let secrets: BTreeSet<_> = clusters
             .chain(listeners)
             .filter(|secret| secret.version() == 0)

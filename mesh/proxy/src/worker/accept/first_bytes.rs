@@ -40,7 +40,7 @@ pub(super) async fn read_until_detected(
 pub(super) async fn read_proxy_header(
     stream: &TcpStream,
     prefix: &mut Vec<u8>,
-    rules: ProxyProtocol,
+    rules: &ProxyProtocol,
     deadline: Instant,
 ) -> io::Result<Option<(SocketAddr, SocketAddr)>> {
     let bad = |reason| io::Error::new(io::ErrorKind::InvalidData, reason);
@@ -77,7 +77,7 @@ pub(super) async fn read_preface(io: &mut Io, prefix: &mut Vec<u8>, worker: &Wor
     while prefix.len() < START.len() && START.starts_with(prefix) {
         let more = async {
             match &mut *io {
-                Io::Plain(stream) => read_more(stream, prefix).await,
+                Io::Plain(stream) => read_more(stream.below(), prefix).await,
                 Io::Tls(stream) => {
                     prefix.reserve(CHUNK);
                     match stream.read_buf(prefix).await? {
