@@ -86,7 +86,8 @@ pub struct ClusterCells {
     retry_success: Cell,
     /// Retries that there was no room for.
     pub retry_overflow: Cell,
-    timeouts: Cell,
+    /// Requests that took too long.
+    pub timeouts: Cell,
     /// Tries that took too long.
     pub per_try_timeouts: Cell,
     /// Requests that waited for a connection.
@@ -174,9 +175,6 @@ impl ClusterCells {
         {
             class.add(1);
             self.codes.count(code);
-        }
-        if flags.has(Flags::UPSTREAM_TIMEOUT) {
-            self.timeouts.add(1);
         }
         self.time.observe_thousandths(took.as_micros() as u64);
     }

@@ -183,8 +183,7 @@ events! {
         RqEarlyAnswer = "downstream_rq_response_before_rq_complete", "Requests that were answered before they had come whole.";
         NoRoute = "no_route", "Requests without a route.";
         NoCluster = "no_cluster", "Requests whose cluster does not exist.";
-        DirectResponse = "rq_direct_response", "Requests that the route answers.";
-        Redirect = "rq_redirect", "Requests that the route sends elsewhere.";
+        DirectResponse = "rq_direct_response", "Requests that the route answers, or sends elsewhere.";
         ResetAfterStart = "rq_reset_after_downstream_response_started", "Requests that broke after the answer had begun.";
         TracedRandomly = "tracing_random_sampling", "Traces begun by chance.";
         TracedByService = "tracing_service_forced", "Traces that the service asked for.";

@@ -428,6 +428,7 @@ impl Registry {
                 ));
             }
         }
+        answered(&mut families);
         families.extend(self.per_worker());
         families.extend(event_families(&self.http, HTTP.label));
         families.extend(event_families(&self.listeners, LISTENER.label));
@@ -495,6 +496,30 @@ fn less(
         })
         .collect();
     Some(Family { name, help, metrics })
+}
+
+/// What is shown as completed is what was answered: a request whose client has gone is not.
+fn answered(families: &mut [Family]) {
+    let Some(names) = &HTTP.requests else { return };
+    let mut sums: BTreeMap<Labels, f64> = BTreeMap::new();
+    for (labels, value) in families
+        .iter()
+        .filter(|family| family.name == names.classes)
+        .flat_map(|family| &family.metrics)
+    {
+        let place = labels.iter().filter(|(key, _)| *key == HTTP.label);
+        if let Value::Counter(value) = value {
+            *sums.entry(place.cloned().collect()).or_default() += value;
+        }
+    }
+    for family in families
+        .iter_mut()
+        .filter(|family| family.name == names.completed)
+    {
+        for (labels, value) in &mut family.metrics {
+            *value = Value::Counter(sums.get(labels).copied().unwrap_or(0.0));
+        }
+    }
 }
 
 fn events_of<E: Event>(

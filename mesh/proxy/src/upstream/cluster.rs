@@ -319,7 +319,7 @@ impl WorkerCluster {
             }
             _ => {
                 let host = self.balancer.pick(&self.config, wish);
-                if self.balancer.has_panicked() {
+                if self.balancer.has_panicked() || host.is_none() && self.balancer.is_empty() {
                     self.slot.counted.note(ClusterEvent::Panic);
                 }
                 host

@@ -479,6 +479,12 @@ impl Pool {
             slot: limited.then(|| (slot.clone(), options.priority)),
             connection: cells.connecting(&endpoint.state),
         };
+        // What is not negotiated is known before, and counts for connections that fail as well.
+        match speaking {
+            Speaking::Http1 => counted.connection.speaks(false),
+            Speaking::Http2 => counted.connection.speaks(true),
+            Speaking::Either | Speaking::Bytes => {}
+        }
         let work = connect::connect(cluster, endpoint, speaking, options);
         let result = match tokio::time::timeout(cluster.connect_timeout, work).await {
             Ok(Ok(connected)) => Ok(connected),
@@ -536,7 +542,9 @@ impl Pool {
                     chosen
                 }
             };
-            counted.connection.speaks(http2);
+            if speaking == Speaking::Either {
+                counted.connection.speaks(http2);
+            }
             if http2 {
                 self.handshake2(worker, connected, counted).await
             } else {

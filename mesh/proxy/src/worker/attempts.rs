@@ -8,10 +8,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use http::request::Parts;
 use http::uri::Scheme;
 use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
+use http_body::Body as _;
 use tokio::time::Instant;
 
 use super::body::{RequestSource, UpstreamBody};
-use super::exchange::{Exchange, GRPC_STATUS};
+use super::exchange::{Exchange, GRPC_STATUS, Sent};
 use super::failure::{
     Failure, broke_protocol, final_reply, full_text, refused_by_peer, stream_reset_by_peer,
 };
@@ -113,7 +114,7 @@ pub(super) async fn attempts(
             return Err(no_healthy_upstream());
         };
         exchange.attempts += 1;
-        exchange.sent_on = false;
+        exchange.sent_on = Sent::Not;
         exchange.host = Some(host.clone());
         let active = Active::on(&host);
         // What nobody acted on may be sent once more often: while pods are replaced, several may be on their way out.
@@ -137,6 +138,14 @@ pub(super) async fn attempts(
         };
         let result = attempt(plan, &parts, &try_of, &host, &mut exchange.sent_on).await;
         exchange.upstream_tls = tls.into_inner();
+        if exchange.sent_on == Sent::Http2
+            && matches!(
+                &result,
+                Err(Failure::PerTryTimeout | Failure::Timeout | Failure::Client)
+            )
+        {
+            plan.note(ClusterEvent::RqTxReset);
+        }
         if let Some(began) = began.filter(|_| result.is_ok()) {
             cluster.observe(&host, began.elapsed());
         }
@@ -205,7 +214,13 @@ pub(super) async fn attempts(
             plan.cells().retries.add(1);
         }
         let asked = policy.and_then(|policy| asked_wait(policy, &outcome));
-        drop(result);
+        match result {
+            // Nothing is left of it: the connection serves on.
+            Ok((response, lease)) if response.body().is_end_stream() => {
+                lease.release(cluster.config.max_requests_per_connection);
+            }
+            dropped => drop(dropped),
+        }
         avoid.add(host, policy);
         if !quietly && let Some(policy) = policy {
             plan.note(match asked {
@@ -374,16 +389,9 @@ fn outcome_of<B>(response: &Response<B>) -> Outcome<'_> {
 /// Counts how an attempt has failed.
 fn note_failure(plan: &Plan<'_>, failure: &Failure) {
     match failure {
-        Failure::PerTryTimeout => {
-            plan.cells().per_try_timeouts.add(1);
-            plan.note(ClusterEvent::RqTxReset);
-        }
-        Failure::Timeout => {
-            if plan.by_stream {
-                plan.note(ClusterEvent::RqMaxDuration);
-            }
-            plan.note(ClusterEvent::RqTxReset);
-        }
+        Failure::PerTryTimeout => plan.cells().per_try_timeouts.add(1),
+        Failure::Timeout if plan.by_stream => plan.note(ClusterEvent::RqMaxDuration),
+        Failure::Timeout => plan.cells().timeouts.add(1),
         Failure::Connect(ConnectError::Overflow) => {}
         Failure::Connect(_) => plan.note(ClusterEvent::RqPendingFailure),
         Failure::Refused { .. } => plan.note(ClusterEvent::RqRxReset),
@@ -433,7 +441,7 @@ pub(super) async fn attempt(
     parts: &RefCell<&mut Parts>,
     try_of: &Try<'_>,
     host: &Host,
-    sent_on: &mut bool,
+    sent_on: &mut Sent,
 ) -> Result<(Response<Incoming>, Lease), Failure> {
     let cluster = plan.cluster;
     let worker = &plan.conn.worker;
@@ -470,7 +478,11 @@ pub(super) async fn attempt(
             lease
         }
     };
-    *sent_on = true;
+    *sent_on = if lease.is_http2() {
+        Sent::Http2
+    } else {
+        Sent::Http1
+    };
     plan.cells().total.add(1);
     *try_of.tls.borrow_mut() = lease.tls().cloned();
     let mut request = build(plan, &mut parts.borrow_mut(), try_of, host, &lease);

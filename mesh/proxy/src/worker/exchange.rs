@@ -34,6 +34,18 @@ use crate::upstream::pool::Lease;
 /// By name, so that it is not parsed for every response.
 pub(super) static GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
+/// How far an attempt has got.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sent {
+    /// It has no connection.
+    #[default]
+    Not,
+    /// It is on a connection of its own.
+    Http1,
+    /// It is a stream of a connection.
+    Http2,
+}
+
 /// See the module. Recorded when it is finished, or, if the client goes away, when it is dropped.
 pub struct Exchange {
     /// The connection it came on.
@@ -77,7 +89,7 @@ pub struct Exchange {
     /// Attempts made.
     pub attempts: u32,
     /// Whether the last attempt got as far as a connection.
-    pub sent_on: bool,
+    pub sent_on: Sent,
     /// Flags.
     pub flags: Flags,
     /// Status sent.
@@ -125,7 +137,7 @@ impl Exchange {
             interims: None,
             stream_limited: false,
             attempts: 0,
-            sent_on: false,
+            sent_on: Sent::Not,
             flags: Flags::default(),
             code: 0,
             grpc_status: None,
@@ -273,12 +285,12 @@ impl Drop for Exchange {
                 self.conn.lost.set(true);
             }
             if let Some(cluster) = &self.cluster {
-                let event = if self.sent_on {
-                    ClusterEvent::RqTxReset
-                } else {
-                    ClusterEvent::RqCancelled
-                };
-                cluster.slot.counted.note(event);
+                match self.sent_on {
+                    Sent::Not => cluster.slot.counted.note(ClusterEvent::RqCancelled),
+                    // Over HTTP/1 nothing is reset: the connection ends.
+                    Sent::Http1 => {}
+                    Sent::Http2 => cluster.slot.counted.note(ClusterEvent::RqTxReset),
+                }
             }
             self.flags.add(Flags::DOWNSTREAM_TERMINATION);
             if self.details.is_empty() || self.details == "via_upstream" {
@@ -451,7 +463,14 @@ impl Observer for Watch {
             conn.note(HttpEvent::RqMaxDuration);
         }
         if let Some(cluster) = &self.exchange.cluster {
-            cluster.slot.counted.note(ClusterEvent::RqTxReset);
+            if flag.has(Flags::UPSTREAM_TIMEOUT) {
+                cluster.cells(&conn.worker.recorder).timeouts.add(1);
+            } else if flag.has(Flags::MAX_STREAM_DURATION) {
+                cluster.slot.counted.note(ClusterEvent::RqMaxDuration);
+            }
+            if self.lease.as_ref().is_some_and(Lease::is_http2) {
+                cluster.slot.counted.note(ClusterEvent::RqTxReset);
+            }
         }
         conn.note(HttpEvent::RqTxReset);
         self.broken(flag, details);
@@ -478,10 +497,14 @@ impl Observer for Watch {
         }
         self.exchange.conn.note(HttpEvent::ResetAfterStart);
         self.exchange.conn.note(HttpEvent::RqTxReset);
-        if let Some(cluster) = &self.exchange.cluster
-            && self.lease.as_ref().is_some_and(Lease::is_http2)
-        {
-            cluster.slot.counted.note(ClusterEvent::RqRxReset);
+        if let Some(cluster) = &self.exchange.cluster {
+            let http2 = self.lease.as_ref().is_some_and(Lease::is_http2);
+            // Over HTTP/1 a message that ends early is a broken one.
+            cluster.slot.counted.note(if http2 {
+                ClusterEvent::RqRxReset
+            } else {
+                ClusterEvent::CxProtocolError
+            });
         }
         self.broken(
             Flags::UPSTREAM_CONNECTION_TERMINATION,

@@ -18,7 +18,7 @@ use super::attempts::{
     take_retry_permit,
 };
 use super::body::RequestSource;
-use super::exchange::Exchange;
+use super::exchange::{Exchange, Sent};
 use super::failure::{Failure, final_reply};
 use super::local::LocalReply;
 use super::request::{Routed, view};
@@ -74,7 +74,7 @@ pub(super) async fn hedged(
             }
         };
         exchange.attempts += 1;
-        exchange.sent_on = true;
+        exchange.sent_on = Sent::Http1;
         let number = exchange.attempts;
         let one = Running {
             active: Active::on(&host),
@@ -98,7 +98,7 @@ pub(super) async fn hedged(
                 per_try: None,
                 tls,
             };
-            let mut sent_on = false;
+            let mut sent_on = Sent::Not;
             let result = attempt(plan, parts, &try_of, &one.host, &mut sent_on).await;
             (one, result)
         });

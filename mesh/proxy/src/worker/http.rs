@@ -64,8 +64,10 @@ pub struct Downstream {
     told_end: Cell<bool>,
     requests: Cell<u32>,
     pub(super) running: Cell<u32>,
-    /// A request was given up because the client is gone.
+    /// A request or a tunnel was on it when it ended.
     pub(super) lost: Cell<bool>,
+    /// Counts it as open.
+    _counted: OpenCount,
     opened: Instant,
     pub(super) last_used: Cell<Instant>,
     pub(super) finishing: Cell<bool>,
@@ -294,42 +296,32 @@ pub async fn serve<S>(
         requests: Cell::new(0),
         running: Cell::new(0),
         lost: Cell::new(false),
+        _counted: counted,
         opened: now,
         last_used: Cell::new(now),
         finishing: Cell::new(false),
         finish: Notify::new(),
     });
-    let ended = Ended {
-        conn: conn.clone(),
-        _counted: counted,
-    };
     if http2 {
         // Boxed: HTTP/1 connections, the idle ones above all, do without its two kilobytes.
         Box::pin(http2::serve(conn, io)).await
     } else {
         http1::serve(conn, io).await
     }
-    drop(ended);
 }
 
-/// Counts the end of a connection, whichever way it comes.
-struct Ended {
-    conn: Rc<Downstream>,
-    _counted: OpenCount,
-}
-
-impl Drop for Ended {
+/// Counts the end of a connection, whichever way it comes. One that has become a tunnel goes on as that.
+impl Drop for Downstream {
     fn drop(&mut self) {
-        let conn = &self.conn;
-        let by_client = conn.gate.ended_by_client();
-        conn.note(if by_client {
+        let by_client = self.gate.ended_by_client();
+        self.note(if by_client {
             HttpEvent::CxDestroyRemote
         } else {
             HttpEvent::CxDestroyLocal
         });
-        if conn.running.get() > 0 || conn.lost.get() {
-            conn.note(HttpEvent::CxDestroyWithRequest);
-            conn.note(if by_client {
+        if self.running.get() > 0 || self.lost.get() {
+            self.note(HttpEvent::CxDestroyWithRequest);
+            self.note(if by_client {
                 HttpEvent::CxDestroyRemoteWithRequest
             } else {
                 HttpEvent::CxDestroyLocalWithRequest

@@ -450,7 +450,7 @@ async fn route(
     exchange.route = Some(routed.route.clone());
     if routed.host.require_tls && view(&parts).scheme() != "https" {
         let location = format!("https://{}{}", view(&parts).authority(), parts.uri);
-        conn.note(HttpEvent::Redirect);
+        conn.note(HttpEvent::DirectResponse);
         return redirect(
             exchange,
             &routed,
@@ -480,7 +480,7 @@ async fn route(
         }
         Action::Redirect(action) => {
             let location = routed.route.location(action, &view(&parts));
-            conn.note(HttpEvent::Redirect);
+            conn.note(HttpEvent::DirectResponse);
             redirect(exchange, &routed, &parts, action.status, &location)
         }
         Action::Forward(_) => {

@@ -312,10 +312,10 @@ async fn connect_to(
         server_name: client.state.known(Factory::ServerName).map(Box::from),
         ..ConnectOptions::default()
     };
-    let mut connection = cluster
-        .cells(&worker.recorder)
-        .clone()
-        .connecting(&host.endpoint.state);
+    // As in Envoy a connection is a request as well.
+    let cells = cluster.cells(&worker.recorder);
+    cells.pending.add(1);
+    let mut connection = cells.clone().connecting(&host.endpoint.state);
     let work = connect::connect(config, &host.endpoint, Speaking::Bytes, &options);
     let result = tokio::time::timeout(config.connect_timeout, work).await;
     let counters = worker.recorder.counters();
@@ -325,6 +325,8 @@ async fn connect_to(
             // A connection is a success as TCP goes.
             cluster.record(host, Event::Status(200));
             connection.made();
+            connection.shared().begin();
+            cells.total.add(1);
             Ok((connected, connection))
         }
         failed => {
@@ -426,6 +428,7 @@ pub(super) async fn join(
     }
     let counted = Counted(series);
     let cells = upstream.connection.as_ref().map(|own| own.cells().clone());
+    let shared = upstream.connection.as_ref().map(|own| own.shared().clone());
     let last = Cell::new(Instant::now());
     let received = |count: usize| {
         last.set(Instant::now());
@@ -488,7 +491,12 @@ pub(super) async fn join(
     };
     tokio::select! {
         biased;
-        () = both => {}
+        // Each side has said that it is over, or one has broken.
+        () = both => {
+            if let Some(shared) = &shared {
+                shared.ended_by_peer();
+            }
+        }
         () = Seldom::new(limits) => {}
     }
 }

@@ -353,7 +353,7 @@ impl Tunnel {
             conn.dress(answer.headers_mut(), Version::HTTP_2);
         }
         let downstream = self.client;
-        let open = OpenTunnel::of(conn.clone());
+        let open = OpenTunnel::of(conn.clone(), self.over_http2);
         let tasks = conn.worker.tasks.clone();
         tasks.spawn_local(async move {
             let ends = async {
@@ -373,18 +373,20 @@ impl Tunnel {
 }
 
 /// Counts a tunnel for as long as it lives.
-struct OpenTunnel(Rc<Downstream>);
+struct OpenTunnel(Rc<Downstream>, bool);
 
 impl OpenTunnel {
-    fn of(conn: Rc<Downstream>) -> Self {
+    /// `stream` says that it is one stream of a connection that others share.
+    fn of(conn: Rc<Downstream>, stream: bool) -> Self {
         conn.note(HttpEvent::CxUpgrades);
-        Self(conn)
+        Self(conn, stream)
     }
 }
 
 impl Drop for OpenTunnel {
     fn drop(&mut self) {
         self.0.note(HttpEvent::CxUpgradesEnded);
+        self.0.lost.set(!self.1 || self.0.lost.get());
     }
 }
 

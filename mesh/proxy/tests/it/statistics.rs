@@ -312,7 +312,21 @@ async fn numbers(admin: SocketAddr, listeners: [SocketAddr; 3]) -> BTreeMap<Stri
 }
 
 /// What differs, and why.
-const DIFFERENT: &[(&str, &str)] = &[];
+const DIFFERENT: &[(&str, &str)] = &[
+    (
+        r"_cx_tx_bytes_total$",
+        "heads hold other fields: no x-envoy-expected-rq-timeout-ms, flags on local answers",
+    ),
+    (r"^server\.(memory_|uptime|version)", "of the process"),
+    (
+        r"downstream_rq_(rx_reset|response_before_rq_complete)$",
+        "Envoy resets requests whose head it has refused as well, tunnels that end, and what it has broken off itself",
+    ),
+    (
+        r"rq_reset_after_downstream_response_started$",
+        "Envoy leaves out answers that break the protocol of HTTP/1 after their head",
+    ),
+];
 
 fn is_pardoned(name: &str) -> bool {
     DIFFERENT
@@ -385,4 +399,319 @@ async fn envoy_and_serin_proxy_count_the_same_of_the_same_requests() {
     cancel.cancel();
     admin.await.unwrap();
     proxy.stop().await;
+}
+
+/// A proxy from a file's text, its admin port, and what ends that.
+async fn started(
+    text: &str,
+    admin: SocketAddr,
+) -> (Arc<Proxy>, CancellationToken, tokio::task::JoinHandle<()>) {
+    let plan = file::parse(text, 1).unwrap();
+    let (proxy, _log) = Proxy::start(plan.options).unwrap();
+    apply_static(&proxy, &plan.static_resources).await.unwrap();
+    proxy.set_ready();
+    let port = AdminPort::bind(&proxy, admin, Port::Admin).unwrap();
+    let cancel = CancellationToken::new();
+    let served = tokio::spawn(port.serve(proxy.clone(), CancellationToken::new(), cancel.clone()));
+    (proxy, cancel, served)
+}
+
+/// A file with clusters that nobody uses.
+fn idle_clusters(count: usize, more: &str) -> String {
+    let clusters: String = (0..count)
+        .map(|index| {
+            format!(
+                "  - {{ name: c{index}, type: STATIC, outlier_detection: {{}}, load_assignment: {{ cluster_name: c{index}, endpoints: \
+                 [ {{ lb_endpoints: [ {{ endpoint: {{ address: {{ socket_address: {{ address: 127.0.0.1, port_value: 1 }} }} }} }} ] }} ] }} }}\n"
+            )
+        })
+        .collect();
+    format!("node: {{ id: idle, cluster: idle }}\nstatic_resources:\n  clusters:\n{clusters}{more}")
+}
+
+#[tokio::test]
+async fn clusters_that_nobody_has_used_are_shown_whole_or_as_the_bootstrap_says() {
+    let shown = async |count: usize, more: &str, path: &str| {
+        let admin = free_port().await;
+        let (proxy, cancel, served) = started(&idle_clusters(count, more), admin).await;
+        let (status, _, text) = get(admin, path).await;
+        assert_eq!(status, 200);
+        cancel.cancel();
+        served.await.unwrap();
+        proxy.stop().await;
+        text
+    };
+    let all = shown(2, "", "/stats").await;
+    for line in [
+        "cluster.c1.membership_healthy: 1",
+        "cluster.c1.membership_total: 1",
+        "cluster.c1.membership_change: 1",
+        "cluster.c1.upstream_rq_total: 0",
+        "cluster.c1.upstream_cx_connect_fail: 0",
+        "cluster.c1.outlier_detection.ejections_active: 0",
+        "cluster.c1.outlier_detection.ejections_enforced_total: 0",
+        "cluster.c1.circuit_breakers.default.cx_open: 0",
+        "cluster_manager.cluster_added: 2",
+    ] {
+        assert!(all.lines().any(|own| own == line), "{line}\n{all}");
+    }
+    assert!(!all.contains("cluster.c1.health_check."), "it has no checks");
+    let used = shown(2, "", "/stats?usedonly").await;
+    assert!(
+        used.contains("cluster.c1.membership_healthy: 1\n") && !used.contains("upstream_rq_total"),
+        "{used}"
+    );
+    let deferred = shown(
+        2,
+        "deferred_stat_options: { enable_deferred_creation_stats: true }\n",
+        "/stats",
+    )
+    .await;
+    assert!(
+        deferred.contains("cluster.c1.membership_healthy: 1\n"),
+        "{deferred}"
+    );
+    assert!(!deferred.contains("cluster.c1.upstream_rq_total"), "{deferred}");
+    let matcher = "stats_config: { stats_matcher: { inclusion_list: { patterns: [ { suffix: membership_healthy }, { prefix: server } ] } } }\n";
+    let some = shown(2, matcher, "/stats").await;
+    let names: Vec<_> = some.lines().filter_map(|line| line.split(':').next()).collect();
+    assert!(
+        names.contains(&"cluster.c0.membership_healthy") && names.contains(&"server.live"),
+        "{some}"
+    );
+    assert!(
+        names.iter().all(|name| name.ends_with("membership_healthy")
+            || name.starts_with("server.")
+            || name.starts_with("serin_")),
+        "{some}"
+    );
+}
+
+#[tokio::test]
+async fn statistics_of_many_clusters_come_in_pieces_that_hold_everything_once() {
+    const COUNT: usize = 300;
+    let admin = free_port().await;
+    let (proxy, cancel, served) = started(&idle_clusters(COUNT, ""), admin).await;
+    let text = get(admin, "/stats").await.2;
+    let healthy = text
+        .lines()
+        .filter(|line| line.ends_with(".membership_healthy: 1"))
+        .count();
+    assert_eq!(healthy, COUNT);
+    let mut names: Vec<_> = text.lines().collect();
+    let lines = names.len();
+    names.sort_unstable();
+    names.dedup();
+    assert_eq!(names.len(), lines, "nothing is there twice");
+    let json: serde_json::Value = serde_json::from_str(&get(admin, "/stats?format=json").await.2).unwrap();
+    let entries = json["stats"].as_array().unwrap();
+    assert_eq!(
+        entries.iter().filter(|entry| entry["name"].is_string()).count(),
+        lines - text.matches(": P0(").count() - text.matches("No recorded values").count()
+    );
+    let prometheus = get(admin, "/stats/prometheus").await.2;
+    let families: Vec<_> = prometheus
+        .lines()
+        .filter(|line| line.starts_with("# TYPE "))
+        .collect();
+    let mut once = families.clone();
+    once.sort_unstable();
+    once.dedup();
+    assert_eq!(once.len(), families.len(), "all series of a family are together");
+    let series = "envoy_cluster_membership_healthy{";
+    assert_eq!(prometheus.matches(series).count(), COUNT);
+    let one = get(admin, "/stats?filter=%5Ecluster%5C.c77%5C.membership_healthy%24")
+        .await
+        .2;
+    assert_eq!(one, "cluster.c77.membership_healthy: 1\n");
+    cancel.cancel();
+    served.await.unwrap();
+    proxy.stop().await;
+}
+
+#[tokio::test]
+async fn the_dump_tells_the_bootstrap_and_what_is_of_it_apart_from_what_came_later() {
+    let (admin, backend) = (free_port().await, backend().await);
+    let listeners = [free_port().await, free_port().await, free_port().await];
+    let (proxy, cancel, served) = started(&config(admin, listeners, backend), admin).await;
+    let cluster = serin_xds::pb::envoy::config::cluster::v3::Cluster {
+        name: "later".into(),
+        ..Default::default()
+    };
+    let body = prost::Message::encode_to_vec(&cluster);
+    let update = serin_proxy::config::store::Update {
+        name: "later",
+        body: &body,
+    };
+    assert!(
+        proxy
+            .apply(serin_xds::ResourceType::Cluster, &[update], &[])
+            .await
+            .is_empty()
+    );
+    let dump: serde_json::Value =
+        serde_json::from_str(&get(admin, "/config_dump?include_eds").await.2).unwrap();
+    let section = |kind: &str| {
+        let name = format!("type.googleapis.com/envoy.admin.v3.{kind}ConfigDump");
+        let sections = dump["configs"].as_array().unwrap();
+        sections
+            .iter()
+            .find(|section| section["@type"] == name)
+            .unwrap()
+            .clone()
+    };
+    let names = |list: &serde_json::Value, field: &str| -> Vec<String> {
+        let entries = list.as_array().unwrap().iter();
+        entries
+            .map(|entry| entry[field]["name"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    let bootstrap = section("Bootstrap");
+    assert_eq!(bootstrap["bootstrap"]["node"]["id"], "counted");
+    assert_eq!(
+        bootstrap["bootstrap"]["admin"]["address"]["socket_address"]["port_value"],
+        u64::from(admin.port())
+    );
+    assert_eq!(
+        bootstrap["bootstrap"]["static_resources"]["listeners"]
+            .as_array()
+            .unwrap()
+            .len(),
+        3
+    );
+    assert!(bootstrap["last_updated"].as_str().unwrap().ends_with('Z'));
+    let clusters = section("Clusters");
+    assert_eq!(names(&clusters["static_clusters"], "cluster").len(), 12);
+    assert!(clusters["static_clusters"][0]["version_info"].is_null());
+    assert_eq!(names(&clusters["dynamic_active_clusters"], "cluster"), ["later"]);
+    assert_eq!(
+        names(&section("Listeners")["static_listeners"], "listener"),
+        ["http", "tcp", "unmatched"]
+    );
+    assert_eq!(
+        names(&section("Routes")["static_route_configs"], "route_config"),
+        ["main"]
+    );
+    let endpoints = section("Endpoints");
+    assert_eq!(
+        endpoints["static_endpoint_configs"][0]["endpoint_config"]["cluster_name"],
+        "breaks"
+    );
+    let listeners: serde_json::Value = serde_json::from_str(
+        &get(admin, "/config_dump?resource=static_listeners&name_regex=tcp")
+            .await
+            .2,
+    )
+    .unwrap();
+    assert_eq!(listeners["configs"].as_array().unwrap().len(), 1);
+    cancel.cancel();
+    served.await.unwrap();
+    proxy.stop().await;
+}
+
+#[tokio::test]
+async fn the_admin_port_answers_as_envoys_does_where_tools_look() {
+    let admin = free_port().await;
+    let (proxy, cancel, served) = started(&idle_clusters(1, ""), admin).await;
+    let help = get(admin, "/help").await.2;
+    assert!(help.starts_with("admin commands are:\n  /: "), "{help}");
+    assert!(
+        help.contains("\n  /quitquitquit (POST): ") && help.contains("\n      usedonly: "),
+        "{help}"
+    );
+    let (status, _, text) = get(admin, "/nothing").await;
+    assert_eq!((status, text), (404, format!("invalid path. {help}")));
+    let (status, _, text) = get(admin, "/quitquitquit").await;
+    assert_eq!((status, &*text), (405, "Method GET not allowed, POST required."));
+    assert_eq!(get(admin, "/hot_restart_version").await.2, "serin.1");
+    assert_eq!(get(admin, "/init_dump").await.2, "{}\n");
+    let info: serde_json::Value = serde_json::from_str(&get(admin, "/server_info").await.2).unwrap();
+    assert_eq!(info["version"].as_str().unwrap().split('/').count(), 5);
+    assert_eq!(info["node"]["id"], "idle");
+    assert_eq!(info["node"]["user_agent_name"], "serin-proxy");
+    for option in [
+        "concurrency",
+        "config_path",
+        "log_level",
+        "drain_time",
+        "mode",
+        "disable_hot_restart",
+    ] {
+        assert!(!info["command_line_options"][option].is_null(), "{option}");
+    }
+    cancel.cancel();
+    served.await.unwrap();
+    proxy.stop().await;
+}
+
+#[tokio::test]
+async fn what_is_waited_for_before_readiness_is_told() {
+    let harness = Harness::start();
+    let port = AdminPort::bind(&harness.proxy, "127.0.0.1:0".parse().unwrap(), Port::Admin).unwrap();
+    let admin = port.address().unwrap();
+    let cancel = CancellationToken::new();
+    tokio::spawn(port.serve(harness.proxy.clone(), CancellationToken::new(), cancel.clone()));
+    harness
+        .put(serin_xds::ResourceType::Cluster, "c", &eds_cluster("c"))
+        .await;
+    let dump: serde_json::Value = serde_json::from_str(&get(admin, "/init_dump").await.2).unwrap();
+    assert_eq!(
+        dump["unready_targets_dumps"],
+        serde_json::json!([{ "name": "server", "target_names": ["endpoints c"] }])
+    );
+    assert_eq!(get(admin, "/init_dump?mask=listener").await.2, "{}\n");
+    cancel.cancel();
+}
+
+#[tokio::test]
+async fn the_documented_example_runs_alone_and_its_commands_say_what_the_document_says() {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+    let document = std::fs::read_to_string(format!("{root}/docs/supported/proxy.md")).unwrap();
+    let mut example = std::fs::read_to_string(format!("{root}/mesh/proxy/example/bootstrap.yaml")).unwrap();
+    let commands: Vec<(String, String)> = document
+        .lines()
+        .filter(|line| line.starts_with("curl "))
+        .filter_map(|line| line.split_once(" # "))
+        .map(|(command, says)| (command.trim().to_owned(), says.trim().to_owned()))
+        .collect();
+    assert!(commands.len() >= 5, "{commands:?}");
+    let (v1, v2) = (Backend::named("one").await, Backend::named("two").await);
+    let ports = [
+        ("8080", free_port().await.port()),
+        ("15000", free_port().await.port()),
+        ("9081", v1.address.port()),
+        ("9082", v2.address.port()),
+    ];
+    let moved = |text: &str| {
+        let mut text = text.to_owned();
+        for (port, here) in ports {
+            text = text.replace(port, &here.to_string());
+        }
+        text
+    };
+    example = moved(&example);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("example.yaml");
+    std::fs::write(&path, example).unwrap();
+    let mut child = tokio::process::Command::new(env!("CARGO_BIN_EXE_serin-proxy"))
+        .args(["--concurrency", "1", "--config"])
+        .arg(&path)
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    wait_for(SocketAddr::from(([127, 0, 0, 1], ports[0].1))).await;
+    for (command, says) in commands {
+        let run = tokio::process::Command::new("sh")
+            .arg("-c")
+            .arg(moved(&command))
+            .output();
+        let output = soon(&command, run).await.unwrap();
+        if output.status.code() == Some(127) {
+            eprintln!("SKIPPED: no curl");
+            break;
+        }
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(text.contains(&*moved(&says)), "{command}: {text}");
+    }
+    child.kill().await.unwrap();
 }

@@ -30,7 +30,7 @@ const COUNTERS: [(&str, &str, Read); 19] = [
     ),
     (
         "envoy_cluster_upstream_rq_completed",
-        "Requests that have ended.",
+        "Requests that have been answered.",
         |cells| &cells.completed,
     ),
     (
@@ -382,17 +382,26 @@ impl Row {
         self.sum.is_some() || self.slot.usage.used.load(Ordering::Relaxed)
     }
 
+    /// Requests that have been answered. Others end without, when their client has gone.
+    fn answered(&self) -> u64 {
+        self.sum.as_ref().map_or(0, |sum| sum.classes.iter().sum())
+    }
+
     /// A number and whether it is a gauge; nothing where the cluster has no such statistic.
     fn value(&self, from: From, deferred: Deferred) -> Option<(f64, bool)> {
         let traffic = deferred == Deferred::No || self.is_used();
         let counter = |index: usize| self.sum.as_ref().map_or(0, |sum| sum.counters[index]);
         Some(match from {
+            From::Counter(COMPLETED) if traffic => (self.answered() as f64, false),
             From::Counter(index) if traffic => (counter(index) as f64, false),
             // Workers are read one after the other, and go on meanwhile.
             From::Active(began, ended) if traffic => {
                 (counter(began).saturating_sub(counter(ended)) as f64, true)
             }
-            From::ExternalCompleted => (self.sum.as_ref()?.counters[COMPLETED] as f64, false),
+            From::ExternalCompleted => {
+                self.sum.as_ref()?;
+                (self.answered() as f64, false)
+            }
             From::Counter(_) | From::Active(..) => return None,
             From::Event(index) => {
                 let name = ClusterEvent::ALL[index].0;
