@@ -81,6 +81,7 @@
 //! end ([`metrics::expiry`]); circuit
 //! breakers count over all workers, pools and balancing are per worker.
 
+mod bell;
 pub mod bootstrap;
 mod clock;
 pub mod config;
@@ -98,3 +99,5 @@ mod sys;
 pub mod tls;
 pub mod upstream;
 pub mod worker;
+
+pub use sys::Allocator;

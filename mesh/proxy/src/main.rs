@@ -11,7 +11,7 @@ use serin_proxy::error::Error;
 use serin_proxy::intercept;
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: serin_proxy::Allocator = serin_proxy::Allocator;
 
 const EXAMPLES: &str = "\
 Examples:

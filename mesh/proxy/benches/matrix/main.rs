@@ -9,7 +9,8 @@
 //! (what each took is told on stderr; all of them take about half an hour with Envoy, most of it `matrix`, `latency` and, since
 //! Envoy starts slowly under valgrind, `costs`);
 //! `SERIN_BENCH_POLITE` lets proxies end by themselves, for builds that write what they counted (`hack/pgo.sh`);
-//! `SERIN_BENCH_ROWS` only those rows of the matrix that contain this text (several with `|` between).
+//! `SERIN_BENCH_ROWS` only those rows of the matrix and of `costs` that contain this text (several with `|` between).
+//! `SERIN_BENCH_KEEP` is a folder in which callgrind's output stays, for `callgrind_annotate`.
 //!
 //! *Bare* cases start from files. *Sidecar* cases take a sidecar's whole configuration (see [`mesh`]) from an ADS server
 //! in this process, the same resources for serin-proxy and Envoy.
@@ -67,6 +68,11 @@ fn number(name: &str, default: usize) -> usize {
 
 fn wanted(part: &str) -> bool {
     std::env::var("SERIN_BENCH_ONLY").map_or(true, |only| only.split(',').any(|name| name == part))
+}
+
+/// Whether a row of this name is to be measured.
+fn chosen(row: &str) -> bool {
+    std::env::var("SERIN_BENCH_ROWS").map_or(true, |only| only.split('|').any(|part| row.contains(part)))
 }
 
 fn main() -> ExitCode {
@@ -154,21 +160,49 @@ async fn memory(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What costs are told of: name, what clients and endpoints speak, how it is loaded.
+const WIRES: &[(&str, Down, Up, &[&str])] = &[
+    ("HTTP/1.1", Down::Plain, Up::Http1, &["--h1", "-c", "8"]),
+    (
+        "HTTP/1.1, TLS 1.3 in, mTLS out",
+        Down::Tls,
+        Up::MutualHttp1,
+        &["--h1", "-c", "8"],
+    ),
+    (
+        "HTTP/2 → HTTP/1.1",
+        Down::Plain,
+        Up::Http1,
+        &["-c", "8", "-m", "10"],
+    ),
+    (
+        "HTTP/2 → HTTP/2",
+        Down::Plain,
+        Up::Http2,
+        &["-c", "8", "-m", "10"],
+    ),
+    (
+        "HTTP/2 → HTTP/2, TLS 1.3 in, mTLS out",
+        Down::Tls,
+        Up::MutualHttp2,
+        &["-c", "8", "-m", "10"],
+    ),
+];
+
 async fn costs(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {
     println!(
-        "\n| sidecar | instructions/request (callgrind), HTTP/1.1, 8 connections | HTTP/2 → HTTP/2, 8 × 10 streams | system calls/request (strace), HTTP/1.1 |\n|---|---|---|---|"
+        "\n| sidecar, 8 connections (× 10 streams) | proxy | instructions/request in user space (callgrind) | system calls/request (strace) |\n|---|---|---|---|"
     );
-    for kind in MESH {
-        let calls = measure::system_calls(tools, *kind, backend).await?;
-        let mut figures = Vec::new();
-        for (up, load) in [
-            (Up::Http1, &["--h1", "-c", "8"][..]),
-            (Up::Http2, &["-c", "8", "-m", "10"]),
-        ] {
-            let mesh = Mesh::new(Down::Plain, up);
-            figures.push(measure::instructions(tools, *kind, &mesh, load, backend).await?);
+    for (name, down, up, load) in WIRES.iter().filter(|wire| chosen(wire.0)) {
+        let mesh = Mesh::new(*down, *up);
+        for kind in MESH {
+            if tools.command(*kind, std::path::Path::new("")).is_none() {
+                continue;
+            }
+            let calls = measure::system_calls(tools, *kind, &mesh, load, backend).await?;
+            let instructions = measure::instructions(tools, *kind, &mesh, load, backend, name).await?;
+            println!("| {name} | {} | {instructions} | {calls} |", kind.name());
         }
-        println!("| {} | {} | {calls} |", kind.name(), figures.join(" | "));
     }
     Ok(())
 }

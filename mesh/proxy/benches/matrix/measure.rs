@@ -10,11 +10,8 @@ use tokio::process::Command;
 
 use crate::ads::Ads;
 use crate::configs::Kind;
-use crate::mesh::{self, Down, Mesh, Up};
+use crate::mesh::{self, Down, Mesh};
 use crate::peers::{Backend, Peer, Tools, free_port, listening};
-
-/// What costs are told of.
-const SIDECAR: Mesh = Mesh::new(Down::Plain, Up::Http1);
 
 /// The middle of some figures; 0 of none.
 pub(crate) fn median(figures: impl Iterator<Item = f64>) -> f64 {
@@ -186,12 +183,18 @@ pub(crate) async fn idle_connections(peer: &Peer, count: usize) -> anyhow::Resul
 }
 
 /// System calls per request, by strace; a dash without it.
-pub(crate) async fn system_calls(tools: &Tools, kind: Kind, backend: &Backend) -> anyhow::Result<String> {
+pub(crate) async fn system_calls(
+    tools: &Tools,
+    kind: Kind,
+    mesh: &Mesh,
+    load: &[&str],
+    backend: &Backend,
+) -> anyhow::Result<String> {
     const REQUESTS: usize = 5_000;
-    let Some(peer) = Peer::start_mesh(tools, kind, &SIDECAR, backend, Some("0")).await? else {
+    let Some(peer) = Peer::start_mesh(tools, kind, mesh, backend, Some("0")).await? else {
         return Ok("-".into());
     };
-    h2load(&["--h1", "-c", "8"], 500, &peer.url("/")).await?;
+    h2load(load, 500, &peer.url("/")).await?;
     let folder = tempfile::tempdir()?;
     let report = folder.path().join("strace");
     let strace = Command::new("strace")
@@ -205,7 +208,7 @@ pub(crate) async fn system_calls(tools: &Tools, kind: Kind, backend: &Backend) -
         return Ok("-".into());
     };
     tokio::time::sleep(Duration::from_secs(1)).await;
-    h2load(&["--h1", "-c", "8"], REQUESTS, &peer.url("/")).await?;
+    h2load(load, REQUESTS, &peer.url("/")).await?;
     let pid = i32::try_from(strace.id().context("strace has ended")?)?;
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGINT)?;
     strace.wait().await?;
@@ -225,13 +228,15 @@ pub(crate) async fn system_calls(tools: &Tools, kind: Kind, backend: &Backend) -
     Ok(parts.join(", "))
 }
 
-/// Instructions per request in user space, by callgrind; a dash without it.
+/// Instructions per request in user space, by callgrind; a dash without it. What it wrote stays in `SERIN_BENCH_KEEP`,
+/// under `name`.
 pub(crate) async fn instructions(
     tools: &Tools,
     kind: Kind,
     mesh: &Mesh,
     load: &[&str],
     backend: &Backend,
+    name: &str,
 ) -> anyhow::Result<String> {
     const REQUESTS: usize = 3_000;
     // Envoy takes minutes to start there.
@@ -262,7 +267,8 @@ pub(crate) async fn instructions(
         return Ok("-".into());
     };
     listening(port, START).await?;
-    let url = format!("http://127.0.0.1:{port}/");
+    let scheme = if mesh.down == Down::Plain { "http" } else { "https" };
+    let url = format!("{scheme}://127.0.0.1:{port}/");
     let pid = child.id().context("valgrind has ended")?.to_string();
     let control = |arg: &'static str| {
         let mut command = Command::new("callgrind_control");
@@ -286,6 +292,10 @@ pub(crate) async fn instructions(
         if let Some(Ok(total)) = total.map(|total| total.trim().parse::<f64>())
             && total > 0.0
         {
+            if let Some(keep) = std::env::var_os("SERIN_BENCH_KEEP") {
+                let file = format!("{name} {}", kind.name()).replace(|c: char| !c.is_alphanumeric(), "-");
+                std::fs::copy(&path, Path::new(&keep).join(file))?;
+            }
             return Ok(format!("{:.0}", total / REQUESTS as f64));
         }
     }

@@ -5,8 +5,8 @@ use std::path::Path;
 use crate::configs::{Kind, Setup};
 use crate::measure::{self, Sample, h2load, median};
 use crate::mesh::{Down, Mesh, Up};
-use crate::number;
 use crate::peers::{Backend, Peer, Tools};
+use crate::{chosen, number};
 
 /// What a row's proxies are.
 #[derive(Clone, Copy)]
@@ -178,12 +178,10 @@ async fn send(row: &Row, peer: &Peer, requests: usize, folder: &Path) -> anyhow:
 
 pub(crate) async fn run(tools: &Tools, backend: &Backend) -> anyhow::Result<()> {
     let rounds = number("SERIN_BENCH_ROUNDS", 3);
-    let only = std::env::var("SERIN_BENCH_ROWS").unwrap_or_default();
     println!(
         "\n| case | proxy | µs/request | user | kernel | × Envoy | requests/s |\n|---|---|---|---|---|---|---|"
     );
-    let wanted = |row: &&Row| only.split('|').any(|part| row.name.contains(part));
-    for row in ROWS.iter().filter(wanted) {
+    for row in ROWS.iter().filter(|row| chosen(row.name)) {
         let requests = match (row.path, row.load) {
             ("/1m", _) => number("SERIN_BENCH_REQUESTS", 30_000) / 30,
             (_, Load::Connections) => number("SERIN_BENCH_REQUESTS", 30_000) / 15,

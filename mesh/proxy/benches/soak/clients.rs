@@ -79,7 +79,7 @@ impl Counts {
     }
 
     /// Takes note of an answer; whether the connection may be used again.
-    fn note(&self, path: &str, answer: Result<u16, Failed>) -> bool {
+    fn note(&self, path: &str, before: &str, answer: Result<u16, Failed>) -> bool {
         // The moody endpoint is behind `/1` and `/3`.
         let moody = !path.starts_with("/2") && !path.starts_with("/t");
         match &answer {
@@ -94,7 +94,7 @@ impl Counts {
                         Err(Failed::Broken(error)) => format!("{error:?}"),
                         Err(Failed::Unsent) => "nothing".to_owned(),
                     };
-                    eprintln!("soak: {path} was answered {told}");
+                    eprintln!("soak: {path}{before} was answered {told}");
                 }
                 add(&self.unexpected);
             }
@@ -180,6 +180,7 @@ async fn kept(target: &Target, round: u32, requests: u32) -> anyhow::Result<()> 
     let stream = TcpStream::connect(target.plain).await?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
     let task = tokio::spawn(connection);
+    let mut before = String::from(", the first of its connection,");
     for index in 0..requests {
         let round = round.wrapping_add(index);
         let path = PATHS[round as usize % PATHS.len()];
@@ -187,10 +188,15 @@ async fn kept(target: &Target, round: u32, requests: u32) -> anyhow::Result<()> 
         if sender.ready().await.is_err() {
             break;
         }
-        let sent = sender.try_send_request(request(path, round, "")?);
-        if !target.counts.note(path, whole(sent).await) {
+        let sent = whole(sender.try_send_request(request(path, round, "")?)).await;
+        let next = match &sent {
+            Ok(status) => format!(", after {index} others, the last of them {path} with {status},"),
+            Err(_) => String::new(),
+        };
+        if !target.counts.note(path, &before, sent) {
             break;
         }
+        before = next;
     }
     task.abort();
     Ok(())
@@ -219,7 +225,7 @@ where
                     add(&target.counts.left);
                     return anyhow::Ok(true);
                 }
-                Ok(target.counts.note(path, whole(sent).await))
+                Ok(target.counts.note(path, " over HTTP/2", whole(sent).await))
             }
         });
         let mut good = true;

@@ -2,7 +2,8 @@
 //!
 //! What comes and goes: connections (HTTP/1 and HTTP/2, plain and mutual TLS, kept and not), requests (answered, broken off
 //! by their endpoint, cancelled, left half sent, read slowly), routes, endpoints, clusters, listeners and certificates (all
-//! over ADS). The proxy is a process of its own, so that what grows in the load does not show.
+//! over ADS). The proxy is a process of its own, so that what grows in the load does not show; what it says of errors goes to
+//! the file `SERIN_SOAK_LOG`, if there is one.
 //!
 //! Every thirtieth of the time a line tells its resident memory, descriptors, threads and connections. The rule by which the
 //! run fails ([`report::Report::verdict`]): the median of resident memory in the last fifth may exceed that of the second
@@ -71,7 +72,10 @@ async fn run() -> anyhow::Result<()> {
         .arg(arrangement.bootstrap())
         .args(["--concurrency", "2"])
         .stdout(Stdio::null())
-        .stderr(Stdio::null())
+        .stderr(match std::env::var_os("SERIN_SOAK_LOG") {
+            Some(path) => std::fs::File::create(path).context("SERIN_SOAK_LOG")?.into(),
+            None => Stdio::null(),
+        })
         .kill_on_drop(true)
         .spawn()
         .context("starting serin-proxy")?;

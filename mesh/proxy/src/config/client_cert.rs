@@ -60,13 +60,16 @@ impl ClientCert {
         })
     }
 
-    /// Makes the field of a request what the mode says. Only a certificate that was verified counts.
-    pub fn apply(&self, headers: &mut HeaderMap, tls: Option<&ConnectionTls>) {
+    /// Makes the field of a request what the mode says; whether there may be one is `present`. Only a certificate that was
+    /// verified counts.
+    pub fn apply(&self, headers: &mut HeaderMap, tls: Option<&ConnectionTls>, present: bool) {
         let tls = tls.filter(|tls| tls.is_mutual());
         match (self.mode, tls) {
             (Mode::AlwaysForwardOnly, _) | (Mode::ForwardOnly, Some(_)) => {}
             (Mode::Sanitize, _) | (_, None) => {
-                headers.remove(&X_FORWARDED_CLIENT_CERT);
+                if present {
+                    headers.remove(&X_FORWARDED_CLIENT_CERT);
+                }
             }
             (Mode::AppendForward | Mode::SanitizeSet, Some(tls)) => {
                 let ours = self.element(tls);

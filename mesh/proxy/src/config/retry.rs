@@ -11,6 +11,9 @@ use super::matchers::{HeaderMatch, RequestView};
 use super::subset::Criteria;
 use crate::error::{Refusal, Within};
 
+static X_RATE_LIMITED: HeaderName = HeaderName::from_static("x-envoy-ratelimited");
+static GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+
 /// Envoy's first back-off interval.
 const BASE_INTERVAL: Duration = Duration::from_millis(25);
 /// Envoy's longest wait that an upstream may ask for.
@@ -55,6 +58,15 @@ impl RetryOn {
         self.0 & other.0 != 0
     }
 }
+
+/// What asks for the status of a gRPC call.
+const GRPC_CONDITIONS: RetryOn = RetryOn(
+    RetryOn::CANCELLED.0
+        | RetryOn::DEADLINE_EXCEEDED.0
+        | RetryOn::INTERNAL.0
+        | RetryOn::RESOURCE_EXHAUSTED.0
+        | RetryOn::UNAVAILABLE.0,
+);
 
 impl std::ops::BitOr for RetryOn {
     type Output = Self;
@@ -363,7 +375,7 @@ impl RetryPolicy {
             || (on.has(RetryOn::GATEWAY_ERROR) && (502..=504).contains(&code))
             || (on.has(RetryOn::RETRIABLE_4XX) && code == 409)
             || (on.has(RetryOn::STATUS_CODES) && self.status_codes.contains(&code))
-            || (on.has(RetryOn::RATE_LIMITED) && headers.contains_key("x-envoy-ratelimited"))
+            || (on.has(RetryOn::RATE_LIMITED) && headers.contains_key(&X_RATE_LIMITED))
         {
             return true;
         }
@@ -381,7 +393,10 @@ impl RetryPolicy {
             }
         }
         // gRPC says how it went in the head only when there is no body; trailers come too late for a retry.
-        match headers.get("grpc-status").map(http::HeaderValue::as_bytes) {
+        if !on.has(GRPC_CONDITIONS) {
+            return false;
+        }
+        match headers.get(&GRPC_STATUS).map(http::HeaderValue::as_bytes) {
             Some(b"1") => on.has(RetryOn::CANCELLED),
             Some(b"4") => on.has(RetryOn::DEADLINE_EXCEEDED),
             Some(b"8") => on.has(RetryOn::RESOURCE_EXHAUSTED),
@@ -394,11 +409,6 @@ impl RetryPolicy {
     /// Whether a response, rather than a lost connection, may be cause for a retry: only then must a copy of the
     /// request be kept for every attempt.
     pub fn looks_at_responses(&self, is_grpc: bool) -> bool {
-        let grpc = RetryOn::CANCELLED
-            | RetryOn::DEADLINE_EXCEEDED
-            | RetryOn::INTERNAL
-            | RetryOn::RESOURCE_EXHAUSTED
-            | RetryOn::UNAVAILABLE;
         self.on.has(
             RetryOn::SERVER_ERROR
                 | RetryOn::GATEWAY_ERROR
@@ -407,7 +417,7 @@ impl RetryPolicy {
                 | RetryOn::HEADERS
                 | RetryOn::RESET,
         ) || (self.on.has(RetryOn::STATUS_CODES) && !self.status_codes.is_empty())
-            || (is_grpc && self.on.has(grpc))
+            || (is_grpc && self.on.has(GRPC_CONDITIONS))
     }
 
     /// The wait that a response asks for, at that time since the epoch; `None` to wait as always.

@@ -37,6 +37,14 @@ impl Present {
     pub const SERIN: Self = Self(32);
     /// Any field that begins with `x-envoy-` or `x-serin-`.
     pub const OWN: Self = Self(64);
+    /// `x-forwarded-client-cert`.
+    pub const CLIENT_CERT: Self = Self(128);
+    /// `x-forwarded-for`.
+    pub const FORWARDED_FOR: Self = Self(256);
+    /// `x-forwarded-proto`.
+    pub const FORWARDED_PROTO: Self = Self(512);
+    /// `x-request-id`.
+    pub const REQUEST_ID: Self = Self(1024);
 
     /// Looks at the names of a head.
     pub fn of(headers: &HeaderMap) -> Self {
@@ -49,6 +57,10 @@ impl Present {
                 "x-envoy-peer-metadata" | "x-envoy-peer-metadata-id" => Self::PEER.0 | Self::OWN.0,
                 "grpc-status" => Self::GRPC_STATUS.0,
                 "x-serin-unprocessed" | "x-serin-response-flags" => Self::SERIN.0 | Self::OWN.0,
+                "x-forwarded-client-cert" => Self::CLIENT_CERT.0,
+                "x-forwarded-for" => Self::FORWARDED_FOR.0,
+                "x-forwarded-proto" => Self::FORWARDED_PROTO.0,
+                "x-request-id" => Self::REQUEST_ID.0,
                 name if name.starts_with("x-envoy-") || name.starts_with("x-serin-") => Self::OWN.0,
                 _ => 0,
             };
@@ -94,10 +106,17 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
 
 /// [`strip_hop_by_hop`] for a head that has been looked at.
 pub fn strip_present(headers: &mut HeaderMap, present: Present) {
+    let plain = |value: &HeaderValue| {
+        let value = value.as_bytes();
+        value.eq_ignore_ascii_case(b"keep-alive") || value.eq_ignore_ascii_case(b"close")
+    };
     if present.has(Present::CONNECTION) {
+        // The usual field names nothing; no list is made then.
+        let names = !headers.get_all(header::CONNECTION).iter().all(plain);
         let named: Vec<HeaderName> = headers
             .get_all(header::CONNECTION)
             .iter()
+            .take_while(|_| names)
             .filter_map(|value| value.to_str().ok())
             .flat_map(|value| value.split(','))
             .map(str::trim)

@@ -8,7 +8,9 @@
 #[cfg(test)]
 mod tests;
 
-use super::chars::{is_target, is_token, is_value};
+use memchr::{memchr, memchr_iter, memrchr};
+
+use super::chars::{is_host, is_target, is_token, is_value};
 use super::extension::Extension;
 
 /// Longest chunk-size line with its extensions, bytes.
@@ -239,7 +241,7 @@ impl Scanner {
 
     /// Length of the head, if it is all there.
     fn head(&mut self, bytes: &[u8]) -> Result<Option<usize>, Violation> {
-        while let Some(offset) = bytes[self.searched..].iter().position(|byte| *byte == b'\n') {
+        while let Some(offset) = memchr(b'\n', &bytes[self.searched..]) {
             let feed = self.searched + offset;
             if feed == self.line_start || bytes[feed - 1] != b'\r' {
                 return Err(Violation::BareLineFeed);
@@ -271,9 +273,12 @@ impl Scanner {
 
     /// What follows a complete head.
     fn judge(&self, head: &[u8]) -> Result<State, Violation> {
-        let mut lines = head
-            .split(|byte| *byte == b'\n')
-            .map(|line| line.strip_suffix(b"\r").unwrap_or(line))
+        let mut start = 0;
+        let mut lines = memchr_iter(b'\n', head)
+            .map(|feed| {
+                let line = &head[std::mem::replace(&mut start, feed + 1)..feed];
+                line.strip_suffix(b"\r").unwrap_or(line)
+            })
             .skip_while(|line| line.is_empty());
         let line = lines.next().unwrap_or_default();
         let http_10 = request_line(line, self.connect)?;
@@ -366,10 +371,12 @@ impl Scanner {
 
 /// Whether the version is HTTP/1.0.
 fn request_line(line: &[u8], connect: bool) -> Result<bool, Violation> {
-    let mut parts = line.split(|byte| *byte == b' ');
-    let (Some(method), Some(target), Some(version), None) =
-        (parts.next(), parts.next(), parts.next(), parts.next())
-    else {
+    // A space within the target is found as one of its bytes.
+    let spaces = memchr(b' ', line).zip(memrchr(b' ', line));
+    let Some((method, target, version)) = spaces.and_then(|(first, last)| {
+        let target = line.get(first + 1..last)?;
+        Some((&line[..first], target, &line[last + 1..]))
+    }) else {
         return Err(Violation::BadRequestLine);
     };
     if !is_token(method) || !is_target(target) {
@@ -402,10 +409,7 @@ impl Facts {
         if matches!(line[0], b' ' | b'\t') {
             return Err(Violation::FoldedLine);
         }
-        let colon = line
-            .iter()
-            .position(|byte| *byte == b':')
-            .ok_or(Violation::BadField)?;
+        let colon = memchr(b':', line).ok_or(Violation::BadField)?;
         let (name, value) = (&line[..colon], line[colon + 1..].trim_ascii());
         if !is_token(name) || !is_value(value) {
             return Err(Violation::BadField);
@@ -481,31 +485,11 @@ impl Facts {
 /// bracketed address. Empty is allowed (RFC 9110 section 7.2). A comma, though a sub-delim, is what two joined fields
 /// look like, and is not.
 pub fn valid_host(value: &[u8]) -> bool {
-    let mut brackets = 0;
-    for byte in value {
-        match byte {
-            b'[' | b']' => brackets += 1,
-            b'a'..=b'z'
-            | b'A'..=b'Z'
-            | b'0'..=b'9'
-            | b'.'
-            | b'-'
-            | b'_'
-            | b'~'
-            | b':'
-            | b'%'
-            | b'!'
-            | b'$'
-            | b'&'
-            | b'\''
-            | b'('
-            | b')'
-            | b'*'
-            | b'+'
-            | b';'
-            | b'=' => {}
-            _ => return false,
-        }
+    if is_host(value) {
+        return true;
     }
-    brackets == 0 || (brackets == 2 && value.starts_with(b"["))
+    let is_bracket = |byte: &u8| matches!(byte, b'[' | b']');
+    value.starts_with(b"[")
+        && value.iter().filter(|byte| is_bracket(byte)).count() == 2
+        && value.split(is_bracket).all(is_host)
 }

@@ -15,6 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::interim::Interims;
 use super::scan::{HeadLimits, Scanner, Violation};
+use crate::bell::Ear;
 use crate::policy::stats::Bytes;
 
 /// What stands in for a refused head.
@@ -98,6 +99,8 @@ impl Gate {
 #[derive(Debug)]
 pub struct StrictIo<S> {
     inner: S,
+    /// Through which `inner` is read, always: hyper and h2 ask for bytes whenever they are woken, for whatever it was.
+    ear: Ear,
     /// `None` for protocols that frame themselves (HTTP/2).
     scanner: Option<Scanner>,
     gate: Arc<Gate>,
@@ -126,6 +129,7 @@ impl<S> StrictIo<S> {
     pub fn with(inner: S, prefix: Vec<u8>, scanner: Option<Scanner>, gate: Arc<Gate>) -> Self {
         let mut io = Self {
             inner,
+            ear: Ear::default(),
             scanner,
             gate,
             held: Vec::new(),
@@ -240,6 +244,14 @@ impl<S> StrictIo<S> {
 }
 
 impl<S: AsyncRead + Unpin> StrictIo<S> {
+    fn poll_inner(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let Self { inner, ear, gate, .. } = self;
+        let before = buf.filled().len();
+        let outcome = ear.poll(cx, |cx| Pin::new(inner).poll_read(cx, buf));
+        gate.read(&outcome, buf, before);
+        outcome
+    }
+
     /// Waits until something arrives, a whole head or not; false at the end of the stream. Only while nothing else reads.
     pub fn poll_arrival(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
         if !self.ready.is_empty() {
@@ -248,9 +260,7 @@ impl<S: AsyncRead + Unpin> StrictIo<S> {
         // On the stack: a connection that waits holds no buffer.
         let mut scratch = [0u8; 2048];
         let mut buf = ReadBuf::new(&mut scratch);
-        let outcome = Pin::new(&mut self.inner).poll_read(cx, &mut buf);
-        self.gate.read(&outcome, &buf, 0);
-        std::task::ready!(outcome)?;
+        std::task::ready!(self.poll_inner(cx, &mut buf))?;
         if buf.filled().is_empty() {
             return Poll::Ready(Ok(false));
         }
@@ -263,9 +273,7 @@ impl<S: AsyncRead + Unpin> StrictIo<S> {
         let mut scratch = [0u8; 4096];
         while self.discarded < MAX_DISCARDED {
             let mut buf = ReadBuf::new(&mut scratch);
-            let outcome = Pin::new(&mut self.inner).poll_read(cx, &mut buf);
-            self.gate.read(&outcome, &buf, 0);
-            match outcome {
+            match self.poll_inner(cx, &mut buf) {
                 Poll::Ready(Ok(())) if !buf.filled().is_empty() => self.discarded += buf.filled().len(),
                 // Even when the client has closed its side, the answer is still to be written; hyper closes after it.
                 Poll::Ready(_) | Poll::Pending => break,
@@ -289,10 +297,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for StrictIo<S> {
                 return this.poll_discard(cx);
             }
             let Some(scanner) = &mut this.scanner else {
-                let before = buf.filled().len();
-                let outcome = Pin::new(&mut this.inner).poll_read(cx, buf);
-                this.gate.read(&outcome, buf, before);
-                return outcome;
+                return this.poll_inner(cx, buf);
             };
             if scanner.undecided() {
                 this.gate.waker.register(cx.waker());
@@ -308,9 +313,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for StrictIo<S> {
                 continue;
             }
             let before = buf.filled().len();
-            let outcome = Pin::new(&mut this.inner).poll_read(cx, buf);
-            this.gate.read(&outcome, buf, before);
-            match outcome {
+            match this.poll_inner(cx, buf) {
                 Poll::Ready(Ok(())) => {}
                 other => {
                     this.gate

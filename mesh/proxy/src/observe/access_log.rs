@@ -18,6 +18,7 @@ use super::sink::{Sink, Target};
 use crate::config::convert;
 use crate::config::route::Context;
 use crate::error::{Refusal, Within};
+use crate::metrics::flags::Flags;
 
 /// Envoy's names of what the access log service took and what it did not.
 const ALS_COUNTERS: [&str; 2] = [
@@ -71,6 +72,14 @@ impl AccessLogs {
             })
             .collect::<Result<_, _>>()?;
         Ok(Some(Self { logs, wants }))
+    }
+
+    /// Whether any line may be written about a request of this outcome.
+    pub fn may_write(&self, code: u16, duration: std::time::Duration, flags: Flags) -> bool {
+        let may_pass = |filter: &Filter| filter.may_pass(code, duration, flags);
+        self.logs
+            .iter()
+            .any(|log| log.filter.as_ref().is_none_or(may_pass))
     }
 
     /// Writes the lines of a request or connection on behalf of a worker. `flush` gets batches that nobody sends yet.

@@ -175,6 +175,26 @@ impl Filter {
         })
     }
 
+    /// Whether a request of this outcome may be logged, as far as that says: no more of it need be known where it may not.
+    pub fn may_pass(&self, code: u16, duration: std::time::Duration, flags: Flags) -> bool {
+        match self {
+            Self::Status(comparison) => comparison.holds(u64::from(code)),
+            Self::Duration(comparison) => comparison.holds(duration.as_millis() as u64),
+            Self::And(all) => all.iter().all(|filter| filter.may_pass(code, duration, flags)),
+            Self::Or(any) => any.iter().any(|filter| filter.may_pass(code, duration, flags)),
+            Self::AnyFlag(None) => !flags.is_empty(),
+            Self::AnyFlag(Some(wanted)) => flags.has(*wanted),
+            Self::Everything
+            | Self::Traced
+            | Self::Share(_)
+            | Self::Header(_)
+            | Self::Grpc(..)
+            | Self::Expression(_)
+            | Self::Metadata(..)
+            | Self::Kind(..) => true,
+        }
+    }
+
     /// Whether a request is logged. `random` is called for shares.
     pub fn passes(&self, record: &Record<'_>, random: &impl Fn() -> u64) -> bool {
         match self {

@@ -60,6 +60,11 @@ impl Wants {
         names.iter().map(|name| from.get(name).cloned()).collect()
     }
 
+    /// Whether anything of a request's head is wanted.
+    pub fn looks_at_requests(&self) -> bool {
+        !(self.request.is_empty() && self.matchers.is_empty())
+    }
+
     /// Keeps what is wanted of a request. Called again after the request was changed.
     pub fn keep_request(&self, request: &RequestView<'_>, kept: &mut Kept) {
         kept.request = Self::take(&self.request, request.headers);

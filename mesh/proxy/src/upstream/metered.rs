@@ -8,6 +8,7 @@ use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, ReadBuf};
 
 use super::connect::Stream;
+use crate::bell::Ear;
 use crate::metrics::clusters::{ClusterCells, Shared};
 use crate::stream::{Hooks, Layer};
 
@@ -18,6 +19,8 @@ pub type Metered = Layer<Stream, Meter>;
 #[derive(Debug)]
 pub struct Meter {
     cells: Arc<ClusterCells>,
+    /// Through which the stream is read, always: hyper and h2 ask for bytes whenever they are woken, for whatever it was.
+    ear: Ear,
     /// Told when the endpoint has ended the connection.
     shared: Option<Arc<Shared>>,
 }
@@ -25,13 +28,16 @@ pub struct Meter {
 impl Metered {
     /// Counts what passes `stream` in `cells`, which must be those of the worker that polls it.
     pub fn new(stream: Stream, cells: Arc<ClusterCells>) -> Self {
-        Self::over(stream, Meter { cells, shared: None })
+        let ear = Ear::default();
+        let shared = None;
+        Self::over(stream, Meter { cells, ear, shared })
     }
 
     /// The same, which tells `shared` when the endpoint has ended the connection.
     pub fn watched(stream: Stream, cells: Arc<ClusterCells>, shared: Arc<Shared>) -> Self {
+        let ear = Ear::default();
         let shared = Some(shared);
-        Self::over(stream, Meter { cells, shared })
+        Self::over(stream, Meter { cells, ear, shared })
     }
 }
 
@@ -64,7 +70,7 @@ impl<S> Hooks<S> for Meter {
     where
         S: AsyncRead,
     {
-        let outcome = below.poll_read(cx, buf);
+        let outcome = self.ear.poll(cx, |cx| below.poll_read(cx, buf));
         if matches!(outcome, Poll::Ready(Err(_))) {
             self.ended_by_peer();
         }

@@ -299,8 +299,8 @@ impl Lease {
         }
     }
 
-    /// The exchange is over and the connection may be used again.
-    pub fn release(self, max_requests: u32) {
+    /// The exchange is over `now` and the connection may be used again.
+    pub fn release(self, max_requests: u32, now: Instant) {
         if let Self::Http1 {
             sender,
             counted,
@@ -323,7 +323,7 @@ impl Lease {
                     idle.push(Idle {
                         sender,
                         counted,
-                        since: Instant::now(),
+                        since: now,
                         born,
                         served,
                         tls,

@@ -1,6 +1,7 @@
 //! Attempts: endpoint, connection, request, and whether there is another one.
 
 use std::cell::RefCell;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -217,7 +218,10 @@ pub(super) async fn attempts(
         match result {
             // Nothing is left of it: the connection serves on.
             Ok((response, lease)) if response.body().is_end_stream() => {
-                lease.release(cluster.config.max_requests_per_connection);
+                lease.release(
+                    cluster.config.max_requests_per_connection,
+                    std::time::Instant::now(),
+                );
             }
             dropped => drop(dropped),
         }
@@ -310,10 +314,13 @@ pub(super) fn judge<'r>(
     match result {
         Ok((response, _)) => {
             let status = response.status();
-            let ejected = cluster.record(host, Event::Status(status_for_outliers(response)));
+            let present = Present::of(response.headers());
+            let ejected = cluster.record(host, Event::Status(status_for_outliers(response, present)));
             note_ejection(plan, ejected);
             // Believed from any next hop: whoever answered says that nobody acted on the request.
-            let nobody_acted = plan.conn.direction != Direction::Inbound && unprocessed(response.headers());
+            let nobody_acted = plan.conn.direction != Direction::Inbound
+                && present.has(Present::SERIN)
+                && unprocessed(response.headers());
             Some(if nobody_acted {
                 Outcome::Refused
             } else {
@@ -371,10 +378,6 @@ pub(super) struct Try<'a> {
 /// Whether the next hop is a proxy that could not reach its application: by its own mark, or by the flag of a
 /// connection failure on a response that it made itself.
 fn unprocessed(headers: &http::HeaderMap) -> bool {
-    Present::of(headers).has(Present::SERIN) && marked(headers)
-}
-
-fn marked(headers: &http::HeaderMap) -> bool {
     headers.contains_key(&X_UNPROCESSED)
         || headers
             .get("x-serin-response-flags")
@@ -408,7 +411,10 @@ fn note_ejection(plan: &Plan<'_>, ejected: bool) {
 }
 
 /// gRPC answers 200 always; its own status counts, by the HTTP status that means the same.
-fn status_for_outliers<B>(response: &Response<B>) -> u16 {
+fn status_for_outliers<B>(response: &Response<B>, present: Present) -> u16 {
+    if !present.has(Present::GRPC_STATUS) {
+        return response.status().as_u16();
+    }
     match response.headers().get(&GRPC_STATUS).map(HeaderValue::as_bytes) {
         Some(b"2" | b"13" | b"15") => 500,
         Some(b"14") => 503,
@@ -496,17 +502,18 @@ pub(super) async fn attempt(
     }
     let reused = lease.reused();
     let door = door.as_ref().map(|door| (door, source));
-    // What [`Lease::send`] does, but with nothing that holds the request while it waits.
+    // What [`Lease::send`] does, but with nothing that holds the request while it waits. The answer is pinned here: each
+    // function that it went to by value would keep room for it twice, and whoever makes this future copies all of that.
     let sent = match &mut lease {
         Lease::Http1 { sender, .. } => {
-            let answer = http1_send(sender, request, tell);
+            let answer = pin!(http1_send(sender, request, tell));
             let answer = answered(plan, per_try, door, answer).await?;
             answer
                 .map(|response| response.map(Incoming::Http1))
                 .map_err(Unanswered::from)
         }
         Lease::Http2(stream) => match stream.send(request, tell) {
-            Ok(answer) => answered(plan, per_try, door, answer)
+            Ok(answer) => answered(plan, per_try, door, pin!(answer))
                 .await?
                 .map_err(Unanswered::from),
             Err(unanswered) => Err(unanswered),

@@ -144,7 +144,10 @@ async fn exchange(
         match lease.send(request, None).await {
             Ok(response) => {
                 let answer = read(response, cluster).await?;
-                lease.release(cluster.config.max_requests_per_connection);
+                lease.release(
+                    cluster.config.max_requests_per_connection,
+                    std::time::Instant::now(),
+                );
                 return Ok(answer);
             }
             // Closed while idle: the next connection, at the latest a new one, tells more.

@@ -104,6 +104,8 @@ pub struct Exchange {
     pub sent: u64,
     /// What filters remember.
     pub policy: Option<Box<PolicyState>>,
+    /// When the response's head came from the upstream, where an access log may tell.
+    pub answered: Option<Instant>,
     /// What access logs keep.
     pub log: Option<Box<LogState>>,
     /// Its place in a trace.
@@ -145,6 +147,7 @@ impl Exchange {
             failure: None,
             sent: 0,
             policy: None,
+            answered: None,
             log: None,
             span: None,
             tap: None,
@@ -159,13 +162,16 @@ impl Exchange {
         }
     }
 
-    /// Records the exchange; later calls do nothing.
+    /// Records the exchange as ended now; later calls do nothing.
     pub fn finish(&mut self) {
+        self.finish_at(Instant::now());
+    }
+
+    fn finish_at(&mut self, now: Instant) {
         if std::mem::replace(&mut self.finished, true) {
             return;
         }
         let conn = self.conn.clone();
-        let now = Instant::now();
         if let Some(source) = &self.source {
             source.borrow_mut().let_go();
         }
@@ -180,13 +186,13 @@ impl Exchange {
             counted.count(self.code, took, conn.worker.id);
         }
         if conn.manager.stats && conn.direction != Direction::Unspecified {
-            self.record(&conn, now);
+            self.record(&conn, took);
         }
         if self.policy.is_some() {
             filters::finish(self);
         }
         // Without configured access logs, errors are told all the same.
-        if !logging::write(self) && (!self.flags.is_empty() || self.code >= 500) {
+        if !logging::write(self, took) && (!self.flags.is_empty() || self.code >= 500) {
             conn.worker.log(self.log_line());
         }
         if self.span.is_some() {
@@ -197,7 +203,7 @@ impl Exchange {
         }
     }
 
-    fn record(&self, conn: &Downstream, now: Instant) {
+    fn record(&self, conn: &Downstream, took: Duration) {
         let (reporter, peer) = match conn.direction {
             Direction::Inbound => (Reporter::Destination, self.peer.clone()),
             Direction::Outbound | Direction::Unspecified => (
@@ -220,9 +226,7 @@ impl Exchange {
             .and_then(|tls| tls.principals.clone()),
         });
         series.requests.add(1);
-        series
-            .duration
-            .observe_thousandths(now.saturating_duration_since(self.started).as_micros() as u64);
+        series.duration.observe_thousandths(took.as_micros() as u64);
         series.request_bytes.observe_thousandths(self.received() * 1000);
         series.response_bytes.observe_thousandths(self.sent * 1000);
     }
@@ -339,6 +343,9 @@ pub struct Limits {
     deadline: Option<(tokio::time::Instant, Flags, &'static str)>,
     idle: Option<Duration>,
     timers: Option<Box<Timers>>,
+    /// Frames have come since this was waited for last.
+    moved: bool,
+    /// When frames that had come were first waited after.
     last_frame: Option<Instant>,
 }
 
@@ -357,6 +364,7 @@ impl Limits {
             deadline,
             idle,
             timers: None,
+            moved: false,
             last_frame: None,
         }
     }
@@ -366,6 +374,10 @@ impl Limits {
     fn poll(&mut self, cx: &mut Context<'_>, sent: Option<Instant>) -> Poll<(Flags, &'static str)> {
         if self.deadline.is_none() && self.idle.is_none() {
             return Poll::Pending;
+        }
+        // The clock is read where there is something to wait for: most responses are there whole.
+        if std::mem::take(&mut self.moved) {
+            self.last_frame = Some(Instant::now());
         }
         let timers = self.timers.get_or_insert_with(|| {
             Box::new(Timers {
@@ -447,9 +459,7 @@ impl Observer for Watch {
                 tap.answer().trailers(trailers);
             }
         }
-        if self.limits.idle.is_some() {
-            self.limits.last_frame = Some(Instant::now());
-        }
+        self.limits.moved = true;
     }
 
     fn poll_limits(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {
@@ -482,11 +492,12 @@ impl Observer for Watch {
         if source.is_some_and(|source| !source.borrow().is_whole()) {
             self.exchange.conn.note(HttpEvent::RqEarlyAnswer);
         }
+        let now = Instant::now();
         if let Some(lease) = self.lease.take() {
-            lease.release(self.max_requests);
+            lease.release(self.max_requests, now);
         }
         self.active = None;
-        self.exchange.finish();
+        self.exchange.finish_at(now);
     }
 
     fn failed(&mut self) {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use http::request::Parts;
+use http::uri::PathAndQuery;
 use http::{HeaderMap, Method};
 
 use super::Worker;
@@ -13,10 +14,11 @@ use super::call::grpc_bytes;
 use super::exchange::{Exchange, protocol_text};
 use super::filters;
 use super::local::grpc_of_http;
-use super::request::{X_FORWARDED_FOR, view};
+use super::request::view;
 use super::spans;
 use crate::config::cluster::UpstreamHttp;
 use crate::config::virtual_cluster::Counted;
+use crate::hygiene::fields::Present;
 use crate::observe::access_log::AccessLogs;
 use crate::observe::batch::{Batches, Destination};
 use crate::observe::record::{Kept, LogType, Record, Wants};
@@ -25,12 +27,10 @@ use crate::random;
 /// Limit of a call to a log service, where it says none.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What a request keeps for its log lines.
+/// What a request keeps for its log lines. Most keep nothing: made when there is something.
 #[derive(Debug, Default)]
 pub struct LogState {
     kept: Kept,
-    /// When the response's head came from the upstream.
-    response: Option<Instant>,
     /// The client, where a trusted hop names it.
     remote: Option<SocketAddr>,
 }
@@ -48,10 +48,29 @@ fn logs(exchange: &Exchange) -> Option<&AccessLogs> {
     exchange.conn.manager.logs.as_deref()
 }
 
-/// Keeps what the logs want of a request: as it arrived, and again as it is sent on.
-pub(super) fn keep_request(exchange: &mut Exchange, parts: &Parts) {
-    let conn = exchange.conn.clone();
-    if let Some(logs) = &conn.manager.logs {
+/// Keeps what the logs want of a request as it arrived, in whose head `present` was found.
+pub(super) fn keep_request(exchange: &mut Exchange, parts: &Parts, present: Present) {
+    let Some(logs) = exchange.conn.manager.logs.as_deref() else {
+        return;
+    };
+    let remote = present
+        .has(Present::FORWARDED_FOR)
+        .then(|| named_remote(exchange, parts))
+        .flatten();
+    if logs.wants.looks_at_requests() || remote.is_some() || changed_path(exchange, parts).is_some() {
+        let mut state = exchange.log.take().unwrap_or_default();
+        keep(&logs.wants, exchange, parts, &mut state);
+        state.remote = remote;
+        exchange.log = Some(state);
+    }
+}
+
+/// The same as it is sent on: who asks has been seen.
+pub(super) fn keep_sent(exchange: &mut Exchange, parts: &Parts) {
+    let Some(logs) = exchange.conn.manager.logs.as_deref() else {
+        return;
+    };
+    if logs.wants.looks_at_requests() || changed_path(exchange, parts).is_some() {
         let mut state = exchange.log.take().unwrap_or_default();
         keep(&logs.wants, exchange, parts, &mut state);
         exchange.log = Some(state);
@@ -59,43 +78,59 @@ pub(super) fn keep_request(exchange: &mut Exchange, parts: &Parts) {
 }
 
 fn keep(wants: &Wants, exchange: &Exchange, parts: &Parts, state: &mut LogState) {
-    let conn = &exchange.conn;
     wants.keep_request(&view(parts), &mut state.kept);
-    if !conn.manager.use_remote_address
-        && state.remote.is_none()
-        && parts.headers.contains_key(&X_FORWARDED_FOR)
-    {
-        let metadata = crate::policy::metadata::Metadata::EMPTY;
-        let remote = filters::facts(conn, parts, &metadata).remote();
-        state.remote = (remote != conn.remote.ip()).then(|| SocketAddr::new(remote, 0));
+    if let Some(path) = changed_path(exchange, parts) {
+        state.kept.path = Some(path.as_str().into());
     }
-    if parts.uri.path_and_query() != exchange.uri.path_and_query() {
-        state.kept.path = parts.uri.path_and_query().map(|path| path.as_str().into());
+}
+
+/// The client, where a trusted hop names another one than is connected.
+fn named_remote(exchange: &Exchange, parts: &Parts) -> Option<SocketAddr> {
+    let conn = &exchange.conn;
+    if conn.manager.use_remote_address {
+        return None;
     }
+    let metadata = crate::policy::metadata::Metadata::EMPTY;
+    let remote = filters::facts(conn, parts, &metadata).remote();
+    (remote != conn.remote.ip()).then(|| SocketAddr::new(remote, 0))
+}
+
+/// Path and query, where they are no longer what the client sent.
+fn changed_path<'a>(exchange: &Exchange, parts: &'a Parts) -> Option<&'a PathAndQuery> {
+    let path = parts.uri.path_and_query();
+    path.filter(|path| exchange.uri.path_and_query() != Some(path))
 }
 
 /// What is known of a request while filters see it, for formats that are written then.
 pub(super) fn meanwhile(wants: &Wants, exchange: &Exchange, parts: &Parts) -> LogState {
-    let mut state = LogState::default();
+    let mut state = LogState {
+        remote: named_remote(exchange, parts),
+        ..LogState::default()
+    };
     keep(wants, exchange, parts, &mut state);
     state
 }
 
 /// Keeps what the logs want of a response.
 pub(super) fn keep_response(exchange: &mut Exchange, headers: &HeaderMap, from_upstream: bool) {
-    let conn = exchange.conn.clone();
-    if let (Some(logs), Some(state)) = (&conn.manager.logs, &mut exchange.log) {
-        if from_upstream {
-            state.response = Some(Instant::now());
-        }
+    let Some(logs) = exchange.conn.manager.logs.as_deref() else {
+        return;
+    };
+    if from_upstream {
+        exchange.answered = Some(Instant::now());
+    }
+    if logs.wants.looks_at_responses() {
+        let state = exchange.log.get_or_insert_default();
         logs.wants.keep_response(headers, &mut state.kept);
     }
 }
 
 /// Keeps what the logs want of the trailers.
 pub(super) fn keep_trailers(exchange: &mut Exchange, trailers: &HeaderMap) {
-    let conn = exchange.conn.clone();
-    if let (Some(logs), Some(state)) = (&conn.manager.logs, &mut exchange.log) {
+    if let Some(logs) = exchange.conn.manager.logs.as_deref()
+        && logs.wants.looks_at_responses()
+    {
+        let state = exchange.log.get_or_insert_default();
         logs.wants.keep_trailers(trailers, &mut state.kept);
     }
 }
@@ -107,15 +142,18 @@ fn text(value: Option<&http::HeaderValue>) -> Option<std::borrow::Cow<'_, str>> 
     })
 }
 
-/// Writes the lines of a request that has ended; `false` if no access log is configured.
-pub(super) fn write(exchange: &Exchange) -> bool {
+/// Writes the lines of a request that ended after `took`; `false` if no access log is configured.
+pub(super) fn write(exchange: &Exchange, took: Duration) -> bool {
     let Some(logs) = logs(exchange) else {
         return false;
     };
+    if !logs.may_write(exchange.code, took, exchange.flags) {
+        return true;
+    }
     let none = LogState::default();
     let state = exchange.log.as_deref().unwrap_or(&none);
     let worker = &exchange.conn.worker;
-    with_record(exchange, state, |record| {
+    record_after(exchange, state, took, |record| {
         logs.write(record, &random::next, worker.id, |batches| {
             flush_later(worker, batches);
         });
@@ -129,10 +167,17 @@ pub(super) fn with_record<T>(
     state: &LogState,
     show: impl FnOnce(&Record<'_>) -> T,
 ) -> T {
+    record_after(exchange, state, exchange.started.elapsed(), show)
+}
+
+fn record_after<T>(
+    exchange: &Exchange,
+    state: &LogState,
+    duration: Duration,
+    show: impl FnOnce(&Record<'_>) -> T,
+) -> T {
     let conn = &exchange.conn;
-    let now = Instant::now();
     let since = |at: Instant| at.saturating_duration_since(exchange.started);
-    let duration = since(now);
     let start = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default()
@@ -156,7 +201,7 @@ pub(super) fn with_record<T>(
         start,
         duration,
         request,
-        response: state.response.map(since),
+        response: exchange.answered.map(since),
         kept: &state.kept,
         method: exchange.method.as_str(),
         path: exchange.uri.path_and_query().map_or("/", |path| path.as_str()),

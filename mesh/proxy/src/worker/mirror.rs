@@ -120,6 +120,9 @@ async fn send_mirror(
     while let Some(frame) = http_body_util::BodyExt::frame(&mut body).await {
         frame.ok()?;
     }
-    lease.release(cluster.config.max_requests_per_connection);
+    lease.release(
+        cluster.config.max_requests_per_connection,
+        std::time::Instant::now(),
+    );
     Some(())
 }

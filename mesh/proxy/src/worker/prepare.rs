@@ -53,7 +53,6 @@ pub(super) fn prepare(
             ops.apply(&mut parts.headers, None, &variables);
         }
     }
-    let old_host = parts.headers.get(header::HOST).cloned();
     let new_host =
         target
             .and_then(|target| target.host_rewrite.clone())
@@ -67,7 +66,7 @@ pub(super) fn prepare(
             });
     if let Some(new) = new_host {
         if forward.append_forwarded_host
-            && let Some(old) = old_host
+            && let Some(old) = parts.headers.get(header::HOST).cloned()
         {
             parts.headers.append(X_FORWARDED_HOST.clone(), old);
         }

@@ -138,11 +138,12 @@ pub(super) async fn handle(
     );
     exchange.interims = interims;
     exchange.grpc = is_grpc(&parts.headers);
+    let present = Present::of(&parts.headers);
     if let Err(reply) = admit(&conn, &mut exchange, &mut parts) {
         conn.worker.recorder.counters().refused_requests.add(1);
         return Ok(reply.send(exchange));
     }
-    let tunnel = match tunnel::take(&conn, &mut parts) {
+    let tunnel = match tunnel::take(&conn, &mut parts, present) {
         Ok(tunnel) => tunnel,
         Err(reply) => return Ok(reply.send(exchange)),
     };
@@ -162,13 +163,23 @@ pub(super) async fn handle(
         );
         return Ok(reply.send(exchange));
     }
-    identify(&conn, &mut exchange, &mut parts);
+    identify(&conn, &mut exchange, &mut parts, present);
     tap::arrive(&mut exchange, &conn.worker.shared.tap, &parts);
     spans::begin(&mut exchange, &mut parts);
-    logging::keep_request(&mut exchange, &parts);
+    logging::keep_request(&mut exchange, &parts, present);
     let mut outbox = None;
-    // Boxed: the future of a request lives as long as the request, and most of it is here.
-    let response = Box::pin(route(conn, exchange, parts, incoming, tunnel, &mut outbox)).await;
+    // Boxed: the future of a request lives as long as the request, and most of it is here. Two boxes, one after the other:
+    // within the first, the second would be copied twice.
+    let response = match Box::pin(route(conn, exchange, parts, incoming, tunnel, &mut outbox)).await {
+        Err(response) => response,
+        Ok(Onward {
+            exchange,
+            routed,
+            parts,
+            body,
+            tunnel,
+        }) => Box::pin(upstream::forward(exchange, routed, parts, body, tunnel)).await,
+    };
     Ok(match outbox.and_then(|outbox| outbox.take()) {
         None => response,
         Some((exchange, reply)) => Box::pin(reply.send_waiting(exchange)).await,
@@ -206,7 +217,7 @@ fn admit(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) -> Resul
             return Err(bad("host_and_authority_differ"));
         }
         parts.headers.insert(header::HOST, value);
-    } else if !parts.headers.contains_key(header::HOST) {
+    } else if parts.headers.get(header::HOST).is_none() {
         if parts.version == Version::HTTP_10 && !conn.manager.default_host.is_empty() {
             let value =
                 HeaderValue::from_str(&conn.manager.default_host).map_err(|_| bad("invalid_authority"))?;
@@ -303,16 +314,11 @@ fn normalize_target(conn: &Downstream, parts: &mut Parts) -> Result<(), LocalRep
     Ok(())
 }
 
-/// Who asks, and the fields that say so to the next hop.
-fn identify(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) {
+/// Who asks, and the fields that say so to the next hop. `present` was found in the head as it came.
+fn identify(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts, present: Present) {
     let headers = &mut parts.headers;
     let manager = &conn.manager;
     let exchanged = manager.metadata_exchange || conn.direction == Direction::Inbound;
-    let present = if exchanged || manager.use_remote_address {
-        Present::of(headers)
-    } else {
-        Present::default()
-    };
     if exchanged && present.has(Present::PEER) {
         let metadata = headers.remove(&PEER_METADATA);
         headers.remove(&PEER_METADATA_ID);
@@ -320,7 +326,10 @@ fn identify(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) {
             exchange.peer = metadata.and_then(|value| conn.worker.peer(&value));
         }
     }
-    manager.client_cert.apply(headers, conn.tls.as_deref());
+    let certificate = present.has(Present::CLIENT_CERT);
+    manager
+        .client_cert
+        .apply(headers, conn.tls.as_deref(), certificate);
     let scheme = HeaderValue::from_static(if conn.tls.is_some() { "https" } else { "http" });
     if manager.use_remote_address {
         if present.has(Present::OWN) {
@@ -341,11 +350,15 @@ fn identify(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) {
             headers.insert(X_FORWARDED_FOR.clone(), value);
         }
         headers.insert(X_FORWARDED_PROTO.clone(), scheme);
+    } else if !present.has(Present::FORWARDED_PROTO) {
+        headers.insert(X_FORWARDED_PROTO.clone(), scheme);
     } else {
+        // `connection` may have taken it off.
         headers.entry(X_FORWARDED_PROTO.clone()).or_insert(scheme);
     }
     if manager.generate_request_id {
-        let value = match headers.get_mut(&X_REQUEST_ID) {
+        let known = present.has(Present::REQUEST_ID);
+        let value = match known.then(|| headers.get_mut(&X_REQUEST_ID)).flatten() {
             Some(value) if !manager.use_remote_address || manager.preserve_request_id => {
                 never_again(value);
                 value.clone()
@@ -416,6 +429,16 @@ pub(super) fn find_route(conn: &Downstream, parts: &Parts, metadata: &Metadata) 
     })
 }
 
+/// A request that is to be sent on.
+struct Onward {
+    exchange: Box<Exchange>,
+    routed: Routed,
+    parts: Box<Parts>,
+    body: Option<Inbound>,
+    tunnel: Option<Tunnel>,
+}
+
+/// Finds the route of a request and lets the request pass the filters; the response, if that is ours to give.
 async fn route(
     conn: Rc<Downstream>,
     mut exchange: Box<Exchange>,
@@ -423,16 +446,16 @@ async fn route(
     incoming: Incoming,
     tunnel: Option<Tunnel>,
     outbox: &mut Option<filters::Outbox>,
-) -> Response<Body> {
+) -> Result<Onward, Response<Body>> {
     if conn.tls.is_some() && !conn.serves(view(&parts).authority()) {
         conn.decide_upgrade(false);
-        return LocalReply::new(
+        let reply = LocalReply::new(
             StatusCode::MISDIRECTED_REQUEST,
             Flags::NO_ROUTE,
             "misdirected_request",
             "this connection was made for another host",
-        )
-        .send(exchange);
+        );
+        return Err(reply.send(exchange));
     }
     let mut found = find_route(&conn, &parts, &conn.noted);
     if found.is_none()
@@ -445,19 +468,15 @@ async fn route(
     let Some(mut routed) = found else {
         conn.note(HttpEvent::NoRoute);
         conn.decide_upgrade(false);
-        return LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", "").send(exchange);
+        let reply = LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", "");
+        return Err(reply.send(exchange));
     };
     exchange.route = Some(routed.route.clone());
     if routed.host.require_tls && view(&parts).scheme() != "https" {
         let location = format!("https://{}{}", view(&parts).authority(), parts.uri);
         conn.note(HttpEvent::DirectResponse);
-        return redirect(
-            exchange,
-            &routed,
-            &parts,
-            StatusCode::MOVED_PERMANENTLY,
-            &location,
-        );
+        let status = StatusCode::MOVED_PERMANENTLY;
+        return Err(redirect(exchange, &routed, &parts, status, &location));
     }
     let mut body = (tunnel.is_none() && !incoming.is_end_stream()).then(|| Inbound::new(incoming));
     if !conn.manager.filters.filters.is_empty() {
@@ -466,7 +485,7 @@ async fn route(
         *outbox = filters::outbox(&exchange);
         if let Err(reply) = passed {
             conn.decide_upgrade(false);
-            return reply.send(exchange);
+            return Err(reply.send(exchange));
         }
     }
     let response = match &routed.route.action {
@@ -484,11 +503,17 @@ async fn route(
             redirect(exchange, &routed, &parts, action.status, &location)
         }
         Action::Forward(_) => {
-            return upstream::forward(exchange, routed.clone_arcs(), parts, body, tunnel).await;
+            return Ok(Onward {
+                exchange,
+                routed,
+                parts,
+                body,
+                tunnel,
+            });
         }
     };
     conn.decide_upgrade(false);
-    response
+    Err(response)
 }
 
 impl Routed {

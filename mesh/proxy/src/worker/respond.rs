@@ -106,7 +106,8 @@ impl<'a> Answer<'a> {
         let target_ops = target
             .map(|target| &target.response_headers)
             .filter(|ops| !ops.is_empty());
-        if request_headers.is_some() || target_ops.is_some() {
+        let changed = request_headers.is_some() || target_ops.is_some();
+        if changed {
             let host = exchange.host.clone();
             let variables = Variables {
                 upstream_cluster: &plan.cluster.slot.name,
@@ -121,7 +122,9 @@ impl<'a> Answer<'a> {
         }
         exchange.code = head.status.as_u16();
         exchange.details = "via_upstream".into();
-        exchange.note_grpc_status(&head.headers);
+        if changed || present.has(Present::GRPC_STATUS) {
+            exchange.note_grpc_status(&head.headers);
+        }
         let ready = Ready {
             plan,
             incoming,

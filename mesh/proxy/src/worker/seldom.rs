@@ -5,48 +5,22 @@
 //! looked at only when that was called.
 
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll, Wake, Waker};
+use std::task::{Context, Poll};
 
-use futures::task::AtomicWaker;
+use crate::bell::Ear;
 
 /// See the module.
 pub(crate) struct Seldom<F> {
     inner: Pin<Box<F>>,
-    bell: Arc<Bell>,
-    waker: Waker,
-    /// The task that the bell wakes.
-    task: Option<Waker>,
-}
-
-#[derive(Default)]
-struct Bell {
-    rung: AtomicBool,
-    task: AtomicWaker,
-}
-
-impl Wake for Bell {
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        self.rung.store(true, Ordering::Release);
-        self.task.wake();
-    }
+    ear: Ear,
 }
 
 impl<F: Future> Seldom<F> {
     /// Wraps `inner`, which is looked at once at the beginning.
     pub(crate) fn new(inner: F) -> Self {
-        let bell = Arc::new(Bell::default());
-        bell.rung.store(true, Ordering::Relaxed);
         Self {
             inner: Box::pin(inner),
-            waker: Waker::from(bell.clone()),
-            bell,
-            task: None,
+            ear: Ear::default(),
         }
     }
 }
@@ -55,19 +29,8 @@ impl<F: Future> Future for Seldom<F> {
     type Output = F::Output;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
-        let this = self.get_mut();
-        // Before the bell is looked at: one that is rung from now on wakes this task.
-        if !this.task.as_ref().is_some_and(|task| task.will_wake(cx.waker())) {
-            this.bell.task.register(cx.waker());
-            this.task = Some(cx.waker().clone());
-        }
-        if !this.bell.rung.load(Ordering::Relaxed) {
-            return Poll::Pending;
-        }
-        // Ringing has taken the task's waker out.
-        this.bell.task.register(cx.waker());
-        this.bell.rung.swap(false, Ordering::Acquire);
-        this.inner.as_mut().poll(&mut Context::from_waker(&this.waker))
+        let Self { inner, ear } = self.get_mut();
+        ear.poll(cx, |cx| inner.as_mut().poll(cx))
     }
 }
 

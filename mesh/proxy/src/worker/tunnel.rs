@@ -28,7 +28,7 @@ use super::incoming::Incoming;
 use super::local::{Body, LocalReply};
 use super::streams::TunnelIo;
 use super::upstream::Plan;
-use crate::hygiene::fields::{requested_upgrade, strip_hop_by_hop};
+use crate::hygiene::fields::{Present, requested_upgrade, strip_hop_by_hop, strip_present};
 use crate::metrics::events::{ClusterEvent, HttpEvent};
 use crate::metrics::flags::Flags;
 use crate::upstream::balance::Wish;
@@ -102,7 +102,12 @@ pub(super) fn may_connect(conn: &Downstream, parts: &Parts) -> bool {
 }
 
 /// Takes the hop-by-hop fields off; what was asked for instead of an answer, if it may be forwarded.
-pub(super) fn take(conn: &Downstream, parts: &mut Parts) -> Result<Option<Tunnel>, LocalReply> {
+/// `present` was found in the head as it came.
+pub(super) fn take(
+    conn: &Downstream,
+    parts: &mut Parts,
+    present: Present,
+) -> Result<Option<Tunnel>, LocalReply> {
     let over_http2 = parts.version == Version::HTTP_2;
     let protocol: Box<str> = if parts.method == Method::CONNECT {
         match parts.extensions.remove::<Protocol>() {
@@ -120,28 +125,31 @@ pub(super) fn take(conn: &Downstream, parts: &mut Parts) -> Result<Option<Tunnel
             }
         }
     } else if over_http2 {
-        strip_hop_by_hop(&mut parts.headers);
+        strip_present(&mut parts.headers, present);
         return Ok(None);
     } else {
-        let asked = requested_upgrade(&parts.headers);
+        let asked = present
+            .has(Present::HOP)
+            .then(|| requested_upgrade(&parts.headers))
+            .flatten();
         if asked.is_some() {
             conn.ask_upgrade();
         }
         match asked {
             None => {
-                strip_hop_by_hop(&mut parts.headers);
+                strip_present(&mut parts.headers, present);
                 return Ok(None);
             }
             // h2c by upgrade is deprecated (RFC 9113 section 3.1) and may be ignored.
             Some(protocol) if protocol == "h2c" => {
-                strip_hop_by_hop(&mut parts.headers);
+                strip_present(&mut parts.headers, present);
                 conn.decide_upgrade(false);
                 return Ok(None);
             }
             Some(protocol) => protocol.into(),
         }
     };
-    strip_hop_by_hop(&mut parts.headers);
+    strip_present(&mut parts.headers, present);
     if !conn.manager.upgrades.iter().any(|allowed| **allowed == *protocol) {
         conn.decide_upgrade(false);
         conn.note(HttpEvent::RqNoUpgrade);

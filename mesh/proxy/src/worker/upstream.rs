@@ -249,7 +249,7 @@ pub(super) async fn forward(
     if let Err(reply) = prepare(&conn, &routed, forward, target, &cluster, &mut parts) {
         return reply.send(exchange);
     }
-    logging::keep_request(&mut exchange, &parts);
+    logging::keep_sent(&mut exchange, &parts);
     let source = incoming.map(|incoming| {
         let keep = forward.retry.is_some() || !forward.mirrors.is_empty();
         let idle = forward.idle_timeout.unwrap_or(conn.manager.stream_idle_timeout);

@@ -1,274 +1,21 @@
 //! The program with a wall clock that jumps by hours while it serves: what users see. Whatever lasts goes by the monotonic
 //! clock (timeouts, limits, ejection, back-off, probes); only what is told as a time of day or is good until one follows the
-//! jump, in both directions.
-//!
-//! The clock is the C library's, with a shift that the test writes into a file that the program has mapped.
+//! jump, in both directions. What is decided over longer times is in `clock_windows`.
 
 use std::net::SocketAddr;
-use std::os::unix::fs::FileExt as _;
-use std::path::PathBuf;
-use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use http::Response;
 use http_body_util::Full;
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpListener;
-use tokio::sync::watch;
 
 use crate::certificates::Authority;
+use crate::clocked::{Clocked, HOURS, Held, JUMPS, Setup, cluster, now, route};
 use crate::fixture::*;
 use crate::policies::jwt::Issuer;
 use crate::tls_upstream::Front;
-
-const HOURS: i64 = 3_600;
-/// Later, much earlier, and right again.
-const JUMPS: [i64; 3] = [10 * HOURS, -10 * HOURS, 0];
-
-/// Every way to ask for the time of day, shifted by the seconds at the start of the file.
-const SHIM: &str = r#"
-#define _GNU_SOURCE
-#include <fcntl.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
-#include <sys/time.h>
-#include <time.h>
-#include <unistd.h>
-static volatile int64_t *shift;
-__attribute__((constructor)) static void start(void) {
-  int file = open(getenv("SHIFT_FILE"), O_RDONLY);
-  void *at = mmap(0, 4096, PROT_READ, MAP_SHARED, file, 0);
-  close(file);
-  if (at == MAP_FAILED) abort();
-  shift = at;
-}
-int clock_gettime(clockid_t clock, struct timespec *out) {
-  int result = syscall(SYS_clock_gettime, clock, out);
-  if (!result && shift && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE)) out->tv_sec += *shift;
-  return result;
-}
-int gettimeofday(struct timeval *out, void *zone) {
-  struct timespec now;
-  (void)zone;
-  clock_gettime(CLOCK_REALTIME, &now);
-  out->tv_sec = now.tv_sec;
-  out->tv_usec = now.tv_nsec / 1000;
-  return 0;
-}
-time_t time(time_t *out) {
-  struct timespec now;
-  clock_gettime(CLOCK_REALTIME, &now);
-  if (out) *out = now.tv_sec;
-  return now.tv_sec;
-}
-"#;
-
-/// Seconds since 1970, truly.
-fn now() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as i64
-}
-
-/// A proxy with a clock of its own.
-struct Clocked {
-    at: SocketAddr,
-    admin: SocketAddr,
-    shift: std::fs::File,
-    log: PathBuf,
-    read: usize,
-    child: tokio::process::Child,
-    _folder: tempfile::TempDir,
-}
-
-impl Clocked {
-    /// With these filters before the router, routes and clusters; nothing without a compiler for the shim.
-    async fn start(filters: &str, routes: &str, clusters: &str) -> Option<Self> {
-        let folder = tempfile::tempdir().unwrap();
-        let (source, library) = (folder.path().join("shift.c"), folder.path().join("shift.so"));
-        std::fs::write(&source, SHIM).unwrap();
-        let mut compiler = tokio::process::Command::new("cc");
-        compiler
-            .args(["-shared", "-fPIC", "-O1", "-o"])
-            .arg(&library)
-            .arg(&source);
-        match compiler.output().await {
-            Ok(output) if output.status.success() => {}
-            other => {
-                eprintln!("SKIPPED: a wall clock that jumps: cc does not make a library: {other:?}");
-                return None;
-            }
-        }
-        let mapped = folder.path().join("shift");
-        std::fs::write(&mapped, [0; 4096]).unwrap();
-        let (at, admin) = (free_port().await, free_port().await);
-        let log = folder.path().join("access.log");
-        let config = folder.path().join("proxy.yaml");
-        let text = format!(
-            r#"
-node: {{ id: clocked, cluster: clocked }}
-admin: {{ address: {{ socket_address: {{ address: 127.0.0.1, port_value: {} }} }} }}
-static_resources:
-  listeners:
-  - name: l
-    address: {{ socket_address: {{ address: 127.0.0.1, port_value: {} }} }}
-    filter_chains:
-    - filters:
-      - name: envoy.filters.network.http_connection_manager
-        typed_config:
-          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
-          stat_prefix: l
-          access_log:
-          - name: envoy.access_loggers.file
-            typed_config:
-              "@type": type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog
-              path: "{}"
-              log_format: {{ json_format: {{ path: "%REQ(:PATH)%", code: "%RESPONSE_CODE%", flags: "%RESPONSE_FLAGS%", details: "%RESPONSE_CODE_DETAILS%", failure: "%UPSTREAM_TRANSPORT_FAILURE_REASON%", start: "%START_TIME(%s)%", duration: "%DURATION%", attempts: "%UPSTREAM_REQUEST_ATTEMPT_COUNT%" }} }}
-          http_filters:
-{filters}
-          - name: envoy.filters.http.router
-            typed_config: {{ "@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router }}
-          route_config:
-            name: r
-            virtual_hosts:
-            - name: all
-              domains: ["*"]
-              routes:
-{routes}
-  clusters:
-{clusters}
-"#,
-            admin.port(),
-            at.port(),
-            log.display(),
-        );
-        std::fs::write(&config, text).unwrap();
-        let child = tokio::process::Command::new(env!("CARGO_BIN_EXE_serin-proxy"))
-            .arg("--config")
-            .arg(&config)
-            .args(["--concurrency", "1"])
-            .env("LD_PRELOAD", &library)
-            .env("SHIFT_FILE", &mapped)
-            .stdout(Stdio::null())
-            .kill_on_drop(true)
-            .spawn()
-            .unwrap();
-        crate::interop::wait_for(at).await;
-        Some(Self {
-            at,
-            admin,
-            shift: std::fs::File::options().write(true).open(&mapped).unwrap(),
-            log,
-            read: 0,
-            child,
-            _folder: folder,
-        })
-    }
-
-    /// The wall clock says from now on so many seconds more than it should.
-    fn jump(&self, seconds: i64) {
-        self.shift.write_all_at(&seconds.to_ne_bytes(), 0).unwrap();
-    }
-
-    /// The next line of the access log.
-    async fn line(&mut self) -> Value {
-        let line = soon("a line of the access log", async {
-            loop {
-                let text = std::fs::read_to_string(&self.log).unwrap_or_default();
-                if let Some(line) = text.split_inclusive('\n').nth(self.read)
-                    && line.ends_with('\n')
-                {
-                    return line.to_owned();
-                }
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        })
-        .await;
-        self.read += 1;
-        serde_json::from_str(&line).unwrap()
-    }
-
-    async fn stop(mut self) {
-        assert!(self.child.try_wait().unwrap().is_none(), "the process lives");
-        self.child.kill().await.unwrap();
-    }
-}
-
-fn cluster(name: &str, more: &str, endpoints: &[SocketAddr]) -> String {
-    let endpoints: Vec<_> = endpoints
-        .iter()
-        .map(|at| {
-            format!(
-                "{{ endpoint: {{ address: {{ socket_address: {{ address: 127.0.0.1, port_value: {} }} }} }} }}",
-                at.port()
-            )
-        })
-        .collect();
-    format!(
-        "  - {{ name: {name}, type: STATIC, connect_timeout: 1s, {more} load_assignment: {{ cluster_name: {name}, \
-         endpoints: [ {{ lb_endpoints: [ {} ] }} ] }} }}\n",
-        endpoints.join(", ")
-    )
-}
-
-fn route(path: &str, action: &str, more: &str) -> String {
-    format!("              - {{ match: {{ prefix: {path} }}, route: {{ {action} }} {more} }}\n")
-}
-
-/// Answers once it is let go; says how many requests wait.
-struct Held {
-    at: SocketAddr,
-    waiting: Arc<AtomicUsize>,
-    go: watch::Sender<usize>,
-    task: tokio::task::JoinHandle<()>,
-}
-
-impl Held {
-    async fn start() -> Self {
-        let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let at = socket.local_addr().unwrap();
-        let waiting = Arc::new(AtomicUsize::new(0));
-        let (go, released) = watch::channel(0);
-        let arrived = waiting.clone();
-        let task = tokio::spawn(async move {
-            let mut connections = tokio::task::JoinSet::new();
-            while let Ok((mut stream, _)) = socket.accept().await {
-                let (arrived, mut released) = (arrived.clone(), released.clone());
-                connections.spawn(async move {
-                    let mut head = Vec::new();
-                    while !head.ends_with(b"\r\n\r\n") {
-                        match stream.read_buf(&mut head).await {
-                            Ok(count) if count > 0 => {}
-                            _ => return,
-                        }
-                    }
-                    let number = arrived.fetch_add(1, Ordering::SeqCst) + 1;
-                    let _ = released.wait_for(|go| *go >= number).await;
-                    let answer = "HTTP/1.1 200 OK\r\ncontent-length: 4\r\nconnection: close\r\n\r\nheld";
-                    let _ = stream.write_all(answer.as_bytes()).await;
-                });
-            }
-        });
-        Self {
-            at,
-            waiting,
-            go,
-            task,
-        }
-    }
-
-    async fn arrived(&self, count: usize) {
-        soon("a request that waits", async {
-            while self.waiting.load(Ordering::SeqCst) < count {
-                tokio::time::sleep(Duration::from_millis(2)).await;
-            }
-        })
-        .await;
-    }
-}
 
 #[tokio::test]
 async fn requests_on_their_way_neither_time_out_nor_hang_when_the_wall_clock_jumps() {
@@ -283,7 +30,13 @@ async fn requests_on_their_way_neither_time_out_nor_hang_when_the_wall_clock_jum
         cluster("held", "", &[held.at]),
         cluster("b", "", &[backend.address]),
     ];
-    let Some(mut proxy) = Clocked::start("", &routes.concat(), &clusters.concat()).await else {
+    let Some(mut proxy) = Clocked::start(Setup {
+        routes: &routes.concat(),
+        clusters: &clusters.concat(),
+        ..Default::default()
+    })
+    .await
+    else {
         return;
     };
     let at = proxy.at;
@@ -305,7 +58,7 @@ async fn requests_on_their_way_neither_time_out_nor_hang_when_the_wall_clock_jum
         );
         assert!(!long.is_finished(), "a jump by {shift} s ended a request");
         sent += 2;
-        held.go.send_replace(sent);
+        held.answer(sent);
         let (status, _, body) = soon("the answer", long).await.unwrap();
         assert_eq!((status, &*body), (200, "held"), "a jump by {shift} s");
         for (path, flags) in [("/now", "-"), ("/short", "UT"), ("/long", "-")] {
@@ -337,7 +90,6 @@ async fn requests_on_their_way_neither_time_out_nor_hang_when_the_wall_clock_jum
     let info: Value = serde_json::from_str(&get(proxy.admin, "/server_info").await.2).unwrap();
     let uptime = info["uptime_all_epochs"].as_str().unwrap().trim_end_matches('s');
     assert!(uptime.parse::<f64>().unwrap() < HOURS as f64, "{info}");
-    held.task.abort();
     proxy.stop().await;
 }
 
@@ -355,7 +107,14 @@ async fn a_jump_of_the_wall_clock_neither_fills_a_rate_limit_nor_stops_it_from_f
             typed_config: { "@type": type.googleapis.com/envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit, stat_prefix: l }
 "#;
     let clusters = cluster("b", "", &[backend.address]);
-    let Some(proxy) = Clocked::start(filters, &routes.concat(), &clusters).await else {
+    let Some(proxy) = Clocked::start(Setup {
+        filters,
+        routes: &routes.concat(),
+        clusters: &clusters,
+        ..Default::default()
+    })
+    .await
+    else {
         return;
     };
     let at = proxy.at;
@@ -379,6 +138,11 @@ async fn a_jump_of_the_wall_clock_neither_fills_a_rate_limit_nor_stops_it_from_f
         })
         .await;
     }
+    // An hour fills it.
+    proxy.pass(HOURS).await;
+    for expected in [200, 200, 429] {
+        assert_eq!(get(at, "/hourly").await.0, expected);
+    }
     proxy.stop().await;
 }
 
@@ -401,7 +165,13 @@ async fn a_jump_of_the_wall_clock_neither_ends_an_ejection_nor_keeps_a_host_out(
         route("/short", "cluster: short", ""),
     ];
     let clusters = [ejecting("long", "3600s", &both), ejecting("short", "0.1s", &both)];
-    let Some(proxy) = Clocked::start("", &routes.concat(), &clusters.concat()).await else {
+    let Some(proxy) = Clocked::start(Setup {
+        routes: &routes.concat(),
+        clusters: &clusters.concat(),
+        ..Default::default()
+    })
+    .await
+    else {
         return;
     };
     let at = proxy.at;
@@ -456,7 +226,13 @@ async fn retries_and_probes_go_on_when_the_wall_clock_jumps() {
         cluster("flaky", "", &[flaky.address]),
         cluster("probed", check, &[probed.address]),
     ];
-    let Some(mut proxy) = Clocked::start("", &routes.concat(), &clusters.concat()).await else {
+    let Some(mut proxy) = Clocked::start(Setup {
+        routes: &routes.concat(),
+        clusters: &clusters.concat(),
+        ..Default::default()
+    })
+    .await
+    else {
         return;
     };
     let at = proxy.at;
@@ -523,7 +299,14 @@ async fn tokens_and_certificates_are_good_until_the_time_of_day_that_they_name()
         cluster("b", "", &[backend.address]),
         cluster("tls", &tls, &[front.address]),
     ];
-    let Some(mut proxy) = Clocked::start(&filters, &routes.concat(), &clusters.concat()).await else {
+    let Some(mut proxy) = Clocked::start(Setup {
+        filters: &filters,
+        routes: &routes.concat(),
+        clusters: &clusters.concat(),
+        ..Default::default()
+    })
+    .await
+    else {
         return;
     };
     let token = issuer.token(&json!({"iss": "me", "nbf": now() - HOURS, "exp": now() + HOURS}));

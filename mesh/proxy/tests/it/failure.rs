@@ -155,6 +155,34 @@ pub(crate) async fn nothing_is_left(harness: &Harness) {
     soon("the end of every connection, task and permit", clean).await;
 }
 
+/// The log's next line tells of a request that ended like this.
+pub(crate) async fn told(harness: &mut Harness, flags: &str, details: &str) {
+    let line = harness.line().await;
+    let text = |key: &str| line[key].as_str().unwrap_or_default();
+    assert_eq!(
+        (text("response_flags"), text("response_code_details")),
+        (flags, details),
+        "{line}"
+    );
+}
+
+/// How an upstream that closes the connection instead of an answer is told.
+pub(crate) const CLOSED: &str = "upstream_reset_before_response_started{connection_termination}";
+/// How a client that is gone is told.
+pub(crate) const GONE: &str = "downstream_remote_disconnect";
+
+/// Reads until what was read ends with `end`.
+async fn read_until(stream: &mut TcpStream, end: &str) -> String {
+    let mut answer = String::new();
+    while !answer.ends_with(end) {
+        let mut chunk = [0u8; 4096];
+        let count = soon("an answer", stream.read(&mut chunk)).await.unwrap();
+        assert!(count > 0, "{answer}");
+        answer.push_str(&String::from_utf8_lossy(&chunk[..count]));
+    }
+    answer
+}
+
 #[tokio::test]
 async fn an_upstream_that_breaks_off_at_any_byte_is_answered_or_broken_off_and_leaves_nothing() {
     const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\nx-one: 1\r\n\r\nhello";
@@ -241,8 +269,7 @@ async fn an_upstream_that_never_answers_is_given_up_after_the_route_timeout() {
             (status, headers["x-serin-response-flags"].to_str().unwrap()),
             (504, "UT")
         );
-        let line = harness.line().await;
-        assert_eq!(line["response_code_details"], "response_timeout");
+        told(&mut harness, "UT", "response_timeout").await;
     }
     nothing_is_left(&harness).await;
 }
@@ -262,13 +289,7 @@ async fn an_early_answer_reaches_the_client_and_the_rest_of_its_request_is_not_w
         .write_all(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n\r\nbegin")
         .await
         .unwrap();
-    let mut answer = String::new();
-    while !answer.ends_with("\r\n\r\nbig") {
-        let mut chunk = [0u8; 4096];
-        let count = soon("the early answer", stream.read(&mut chunk)).await.unwrap();
-        assert!(count > 0, "{answer}");
-        answer.push_str(&String::from_utf8_lossy(&chunk[..count]));
-    }
+    let answer = read_until(&mut stream, "\r\n\r\nbig").await;
     assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
     // Nothing can follow a request that is not read to its end.
     assert!(answer.contains("\r\nconnection: close\r\n"), "{answer}");
@@ -289,13 +310,7 @@ async fn the_connection_of_a_request_that_was_read_to_its_end_stays_open() {
             .write_all(format!("POST / HTTP/1.1\r\nhost: a\r\n{body}").as_bytes())
             .await
             .unwrap();
-        let mut answer = String::new();
-        while !answer.ends_with("\r\n\r\nok") {
-            let mut chunk = [0u8; 4096];
-            let count = soon("an answer", stream.read(&mut chunk)).await.unwrap();
-            assert!(count > 0, "{answer}");
-            answer.push_str(&String::from_utf8_lossy(&chunk[..count]));
-        }
+        let answer = read_until(&mut stream, "\r\n\r\nok").await;
         assert!(!answer.contains("connection: close"), "{answer}");
     }
 }
@@ -316,14 +331,11 @@ async fn a_second_answer_that_nobody_asked_for_reaches_nobody() {
             .write_all(format!("GET {path} HTTP/1.1\r\nhost: a\r\n\r\n").as_bytes())
             .await
             .unwrap();
-        let mut answer = String::new();
-        while !answer.ends_with(&path) {
-            let mut chunk = [0u8; 4096];
-            let count = soon("an answer", client.read(&mut chunk)).await.unwrap();
-            assert!(count > 0, "{answer}");
-            answer.push_str(&String::from_utf8_lossy(&chunk[..count]));
-            assert!(!answer.contains("/evil"), "{answer}");
-        }
+        let answer = read_until(&mut client, &path).await;
+        assert!(
+            answer.starts_with("HTTP/1.1 200 ") && !answer.contains("/evil"),
+            "{answer}"
+        );
     }
     drop(client);
     drop(upstream);
@@ -372,7 +384,7 @@ async fn a_request_that_may_have_been_acted_on_is_not_sent_twice_unless_it_is_id
         }
     })
     .await;
-    let (_harness, at) = setup(upstream.at, to_cluster("c")).await;
+    let (mut harness, at) = setup(upstream.at, to_cluster("c")).await;
     assert_eq!(get(at, "/").await.0, 200);
     let request = Request::post("/")
         .header("host", "a")
@@ -383,7 +395,10 @@ async fn a_request_that_may_have_been_acted_on_is_not_sent_twice_unless_it_is_id
         (status, headers["x-serin-response-flags"].to_str().unwrap()),
         (503, "UC")
     );
+    told(&mut harness, "UC", CLOSED).await;
     assert_eq!(counted.load(Ordering::SeqCst), 1);
+    drop(upstream);
+    nothing_is_left(&harness).await;
 }
 
 #[tokio::test]
@@ -431,12 +446,7 @@ async fn clients_that_vanish_at_any_moment_leave_nothing() {
             }
             drop(stream);
             if stage >= 2 {
-                let line = harness.line().await;
-                let flags = line["response_flags"].as_str().unwrap().to_owned();
-                assert!(
-                    flags.contains("DC") || flags.contains("DPE"),
-                    "stage {stage}: {line}"
-                );
+                told(&mut harness, "DC", GONE).await;
             }
             nothing_is_left(&harness).await;
         }
@@ -446,7 +456,7 @@ async fn clients_that_vanish_at_any_moment_leave_nothing() {
 #[tokio::test]
 async fn an_http2_client_that_resets_its_streams_cancels_them_upstream() {
     let upstream = Upstream::start(|_| act("", Ending::Hang)).await;
-    let (harness, at) = setup(upstream.at, to_cluster("c")).await;
+    let (mut harness, at) = setup(upstream.at, to_cluster("c")).await;
     let mut client = h2_client(at).await;
     let requests: Vec<_> = (0..20)
         .map(|_| {
@@ -462,6 +472,9 @@ async fn an_http2_client_that_resets_its_streams_cancels_them_upstream() {
     soon("twenty upstream connections", busy).await;
     for request in requests {
         request.abort();
+    }
+    for _ in 0..20 {
+        told(&mut harness, "DC", GONE).await;
     }
     drop(client);
     nothing_is_left(&harness).await;
@@ -517,7 +530,10 @@ async fn a_slow_reader_holds_back_its_upstream_and_not_the_proxys_memory() {
 async fn a_head_that_never_ends_is_given_up_after_the_headers_timeout() {
     let backend = Backend::named("b").await;
     let harness = Harness::start();
-    harness.cluster("c", &[backend.address]).await;
+    harness
+        .put(ResourceType::Cluster, "c", &counted_cluster("c"))
+        .await;
+    harness.endpoints("c", &[backend.address]).await;
     harness
         .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
         .await;
@@ -543,7 +559,9 @@ async fn a_head_that_never_ends_is_given_up_after_the_headers_timeout() {
         }
     };
     soon("the end of a slow head", slow).await;
+    assert_eq!(String::from_utf8_lossy(&answer), "");
     assert_eq!(backend.hits(), 0);
+    nothing_is_left(&harness).await;
 }
 
 #[tokio::test]
@@ -566,9 +584,7 @@ async fn a_body_that_stalls_is_given_up_after_the_stream_idle_timeout() {
     )
     .await;
     assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
-    let line = harness.line().await;
-    assert_eq!(line["response_flags"], "SI");
-    assert_eq!(line["response_code_details"], "stream_idle_timeout");
+    told(&mut harness, "SI", "stream_idle_timeout").await;
     nothing_is_left(&harness).await;
 }
 

@@ -11,6 +11,8 @@ mod bootstrap;
 mod breaking;
 mod certificates;
 mod clock_jumps;
+mod clock_windows;
+mod clocked;
 mod differential;
 mod discovered_filters;
 mod envoy;

@@ -454,6 +454,8 @@ async fn a_secret_that_rotates_in_the_middle_of_handshakes_breaks_none_of_them()
         }
     }
     assert_eq!(stat(&harness, "connection_error"), 0);
+    drop(backend);
+    nothing_is_left(&harness).await;
 }
 
 #[tokio::test]

@@ -16,6 +16,7 @@ use super::certificates::{
     Authority, Issued, client_socket, common, common_by_sds, inline, only_uri, provider, socket,
     validation_secret,
 };
+use super::failure::{counted_cluster, nothing_is_left};
 use super::fixture::{
     Backend, Harness, any, assignment, eds_cluster, get, prefix_route, send, soon, string_struct, to_cluster,
 };
@@ -207,7 +208,10 @@ async fn endpoints_that_are_not_who_they_should_be_get_no_request_and_the_log_sa
             .put(
                 ResourceType::Cluster,
                 "c",
-                &secured("c", client_socket(common(None, Some(context), &[]), "reviews")),
+                &cluster::Cluster {
+                    transport_socket: client_socket(common(None, Some(context), &[]), "reviews"),
+                    ..counted_cluster("c")
+                },
             )
             .await;
         harness.endpoints("c", &[front.address]).await;
@@ -220,6 +224,11 @@ async fn endpoints_that_are_not_who_they_should_be_get_no_request_and_the_log_sa
             .as_str()
             .unwrap_or_default();
         assert!(text.contains(reason), "{line}");
+        assert_eq!(
+            line["response_code_details"], "upstream_reset_before_response_started{connection_failure}",
+            "{line}"
+        );
+        nothing_is_left(&harness).await;
     }
     assert_eq!(backend.hits(), 0);
 }
