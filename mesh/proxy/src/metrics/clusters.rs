@@ -15,6 +15,7 @@ use crate::config::endpoint::HostState;
 use crate::config::slot::ClusterSlot;
 
 pub mod rows;
+mod tables;
 
 /// Status codes that are counted without more memory.
 const FIRST_CODES: usize = 4;
@@ -214,12 +215,15 @@ impl Shared {
 
     /// A request begins on it.
     pub fn begin(&self) {
-        self.busy.fetch_add(1, Ordering::Relaxed);
+        // Only the connection's worker writes.
+        self.busy
+            .store(self.busy.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
     }
 
     /// A request on it has ended in good order.
     pub fn end(&self) {
-        self.busy.fetch_sub(1, Ordering::Relaxed);
+        let busy = self.busy.load(Ordering::Relaxed).saturating_sub(1);
+        self.busy.store(busy, Ordering::Relaxed);
     }
 
     /// Something rare has happened to it.
