@@ -15,6 +15,7 @@ use super::endpoint::EndpointSet;
 use super::listener::Listener;
 use super::route::VirtualHost;
 use super::table::RouteTable;
+use crate::metrics::events::{ClusterEvent, Events};
 
 /// A cluster by name: its configuration and its endpoints, each replaced on its own.
 #[derive(Debug)]
@@ -28,9 +29,37 @@ pub struct ClusterSlot {
     version: AtomicU64,
     /// What is in use now, over all workers.
     pub usage: Usage,
+    /// What rarely happens to it, over all workers.
+    pub counted: Events<ClusterEvent>,
+    /// Updates of its endpoints.
+    pub updates: Updates,
     /// Whether a request that would have waited for it was for it.
     used: Used,
     first_uses: Arc<FirstUses>,
+}
+
+/// How the endpoints of a cluster have changed. Small, since every cluster has it.
+#[derive(Debug, Default)]
+pub struct Updates {
+    /// Times that they were asked for.
+    pub attempts: AtomicU32,
+    /// Answers that were taken.
+    pub successes: AtomicU32,
+    /// Times that they could not be had.
+    pub failures: AtomicU32,
+    /// Answers that were refused.
+    pub rejected: AtomicU32,
+    /// Answers that changed nothing.
+    pub unchanged: AtomicU32,
+    /// Changes of the set of endpoints.
+    pub memberships: AtomicU32,
+}
+
+impl Updates {
+    /// Counts one.
+    pub(crate) fn add(counter: &AtomicU32) {
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 /// Shared counts for circuit breakers; only written when a limit is set.
@@ -101,6 +130,8 @@ impl ClusterSlot {
             endpoints: ArcSwapOption::empty(),
             version: AtomicU64::new(1),
             usage: Usage::default(),
+            counted: Events::default(),
+            updates: Updates::default(),
             used: Used::default(),
         }
     }

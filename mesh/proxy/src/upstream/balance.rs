@@ -59,6 +59,8 @@ struct Level {
 pub struct Balancer {
     levels: Vec<Level>,
     turn: Cell<u64>,
+    /// Somebody was chosen whatever their health, since that was asked last.
+    panicked: Cell<bool>,
     /// Until when some host is young enough for slow start.
     slow_until: u64,
     overprovisioning: u32,
@@ -182,11 +184,17 @@ impl Balancer {
         Self {
             levels,
             turn: Cell::new(random::next() >> 32),
+            panicked: Cell::new(false),
             slow_until,
             overprovisioning,
             loads,
             compared: Cell::default(),
         }
+    }
+
+    /// Whether somebody was chosen whatever their health, since this was asked last.
+    pub fn has_panicked(&self) -> bool {
+        self.panicked.get() && self.panicked.replace(false)
     }
 
     /// Compares the weights that hosts have reported, from time to time.
@@ -274,6 +282,7 @@ impl Balancer {
             // One level that is well enough to carry everything does not panic, whatever the threshold (Envoy).
             let carries = health.availability(self.overprovisioning) >= 100;
             if !carries && health.below(cluster.panic_threshold) {
+                self.panicked.set(true);
                 return only.panic(cluster);
             }
             if health.healthy == 0 {
@@ -311,6 +320,7 @@ impl Balancer {
         };
         let level = &self.levels[index];
         if loads.may_panic() && loads.health(index).below(cluster.panic_threshold) {
+            self.panicked.set(true);
             return level.panic(cluster);
         }
         if loads.nobody() {

@@ -54,6 +54,7 @@ mod runtime_start;
 mod scripted;
 mod secret_services;
 mod soak;
+mod statistics;
 mod tap;
 mod tcp;
 mod tls;
