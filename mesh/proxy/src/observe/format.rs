@@ -330,4 +330,4 @@ impl Template {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
