@@ -56,7 +56,10 @@ impl Pass {
                 .map(|kind| type_of(*kind).within("tlv_type"))
                 .collect::<Result<_, _>>()
                 .map(Self::Some),
-            Err(_) => Err(Refusal::new("match_type", format!("{} is unknown", from.match_type))),
+            Err(_) => Err(Refusal::new(
+                "match_type",
+                format!("{} is unknown", from.match_type),
+            )),
         }
     }
 
