@@ -438,7 +438,8 @@ fn compile_policy(any: &google::Any, depth: usize) -> Result<Option<Balancing>, 
             out
         }
         "client_side_weighted_round_robin.v3.ClientSideWeightedRoundRobin" => {
-            let config: policies::client_side_weighted_round_robin::v3::ClientSideWeightedRoundRobin = read(any)?;
+            let config: policies::client_side_weighted_round_robin::v3::ClientSideWeightedRoundRobin =
+                read(any)?;
             let mut out = Balancing::plain(LbPolicy::ClientSideWeighted);
             out.reporting = Some(Arc::new(Reporting::compile(&config)?));
             out.slow_start = newer_slow_start(config.slow_start_config.as_ref())?;

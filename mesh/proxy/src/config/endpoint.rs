@@ -12,11 +12,11 @@ use serin_xds::pb::google::protobuf::Struct;
 
 use super::balancing::reported::Reported;
 use super::convert::{self, Address};
-use crate::upstream::proxy_header::Tlv;
 use crate::clock::now_ms;
 use crate::error::{Refusal, Within};
 use crate::metrics::hosts::HostCells;
 use crate::metrics::peer::Workload;
+use crate::upstream::proxy_header::Tlv;
 
 /// Where endpoints have values by type for PROXY protocol headers.
 const PROXY_PROTOCOL: &str = "envoy.transport_sockets.proxy_protocol";
@@ -344,7 +344,10 @@ fn compile_endpoint(
         .flatten()
         .find_map(|metadata| metadata.filter_metadata.get(SOCKET_MATCH))
         .cloned();
-    let typed = from.metadata.as_ref().map(|metadata| &metadata.typed_filter_metadata);
+    let typed = from
+        .metadata
+        .as_ref()
+        .map(|metadata| &metadata.typed_filter_metadata);
     let tlvs = match typed.and_then(|typed| typed.get(PROXY_PROTOCOL)) {
         None => Box::default(),
         Some(any) => {

@@ -23,8 +23,8 @@ use super::subset::Criteria;
 use super::virtual_cluster::VirtualCluster;
 use super::weighted::{Turn, Weights};
 use crate::error::{Refusal, Within};
-use crate::policy::metadata::Metadata;
 use crate::policy::descriptors::{self, RateLimitEntry};
+use crate::policy::metadata::Metadata;
 use crate::policy::per_route::PerRoute;
 use crate::policy::uri_template::UriTemplate;
 

@@ -57,10 +57,7 @@ const FACTORIES: [(&str, Factory); 9] = [
     ("envoy.tcp_proxy.cluster", Factory::TcpCluster),
     ("envoy.tcp_proxy.disable_tunneling", Factory::NoTunneling),
     ("envoy.network.upstream_server_name", Factory::ServerName),
-    (
-        "envoy.network.upstream_subject_alt_names",
-        Factory::PeerNames,
-    ),
+    ("envoy.network.upstream_subject_alt_names", Factory::PeerNames),
     ("envoy.network.application_protocols", Factory::Protocols),
     ("envoy.ratelimit.hits_addend", Factory::HitsAddend),
 ];

@@ -554,7 +554,15 @@ mod tests {
     }
 
     fn compile(message: local::LocalRateLimit) -> LocalRateLimit {
-        LocalRateLimit::compile(&message, 1, &mut Registry::default(), &mut Runtime::default(), None, 0).unwrap()
+        LocalRateLimit::compile(
+            &message,
+            1,
+            &mut Registry::default(),
+            &mut Runtime::default(),
+            None,
+            0,
+        )
+        .unwrap()
     }
 
     fn asked(key: &str, value: &str) -> Vec<Descriptor> {

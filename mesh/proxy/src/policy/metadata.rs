@@ -39,7 +39,9 @@ impl Metadata {
         let from = from.filter(|from| !from.filter_metadata.is_empty())?;
         let each = from.filter_metadata.iter();
         Some(Box::new(Self {
-            namespaces: each.map(|(name, fields)| (name.as_str().into(), fields.clone())).collect(),
+            namespaces: each
+                .map(|(name, fields)| (name.as_str().into(), fields.clone()))
+                .collect(),
             state: FilterState::EMPTY,
         }))
     }

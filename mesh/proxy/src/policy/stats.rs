@@ -220,7 +220,8 @@ pub struct Registry {
     /// Where requests can be looked at.
     pub spots: super::tap::Spots,
     /// Buckets that filters share by a key and what they are made of.
-    buckets: std::collections::HashMap<(Box<str>, super::bucket::Fill), std::sync::Weak<super::bucket::Bucket>>,
+    buckets:
+        std::collections::HashMap<(Box<str>, super::bucket::Fill), std::sync::Weak<super::bucket::Bucket>>,
 }
 
 impl Registry {

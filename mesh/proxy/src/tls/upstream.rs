@@ -15,7 +15,6 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use super::validation::dns_matches;
 use super::certificate::Certificate;
 use super::context::Common;
 use super::downstream::{count_failure, expired_meanwhile};
@@ -23,6 +22,7 @@ use super::info::{ConnectionTls, Part};
 use super::secret::SecretSlot;
 use super::stats::{TlsStats, count};
 use super::table::SecretTable;
+use super::validation::dns_matches;
 use super::verify::Verifier;
 use crate::error::{Refusal, Within};
 

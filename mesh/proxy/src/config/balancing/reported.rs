@@ -156,7 +156,11 @@ pub struct Reporting {
 
 impl Reporting {
     pub(super) fn compile(from: &pb::ClientSideWeightedRoundRobin) -> Result<Self, Refusal> {
-        if from.enable_oob_load_report.as_ref().is_some_and(|value| value.value) {
+        if from
+            .enable_oob_load_report
+            .as_ref()
+            .is_some_and(|value| value.value)
+        {
             return Err(Refusal::new(
                 "enable_oob_load_report",
                 "reports out of band are not supported: hosts report with their responses",
@@ -183,7 +187,8 @@ impl Reporting {
         }
         let update = period(from.weight_update_period.as_ref(), UPDATE, "weight_update_period")?;
         Ok(Self {
-            blackout_ms: period(from.blackout_period.as_ref(), BLACKOUT, "blackout_period")?.as_millis() as u64,
+            blackout_ms: period(from.blackout_period.as_ref(), BLACKOUT, "blackout_period")?.as_millis()
+                as u64,
             expiration_ms: period(
                 from.weight_expiration_period.as_ref(),
                 EXPIRATION,
@@ -323,19 +328,38 @@ mod tests {
     fn a_weight_is_what_is_done_by_how_busy_that_makes_and_errors_cost() {
         let plain = rules(pb::ClientSideWeightedRoundRobin::default());
         let named = rules(pb::ClientSideWeightedRoundRobin {
-            metric_names_for_computing_utilization: vec!["named_metrics.queue".into(), "utilization.*".into()],
+            metric_names_for_computing_utilization: vec![
+                "named_metrics.queue".into(),
+                "utilization.*".into(),
+            ],
             error_utilization_penalty: Some(serin_xds::pb::google::protobuf::FloatValue { value: 2.0 }),
             ..Default::default()
         });
         for (rules, text, expected) in [
-            (&plain, "rps_fractional=100,application_utilization=0.5,cpu_utilization=0.1", Some(200.0)),
+            (
+                &plain,
+                "rps_fractional=100,application_utilization=0.5,cpu_utilization=0.1",
+                Some(200.0),
+            ),
             (&plain, "rps_fractional=100,cpu_utilization=0.25", Some(400.0)),
-            (&plain, "rps_fractional=100,cpu_utilization=0.25,eps=25", Some(200.0)),
+            (
+                &plain,
+                "rps_fractional=100,cpu_utilization=0.25,eps=25",
+                Some(200.0),
+            ),
             (&plain, "rps_fractional=100,named_metrics.queue=0.5", None),
             (&plain, "cpu_utilization=0.5", None),
             (&plain, "rps_fractional=100", None),
-            (&named, "rps_fractional=100,named_metrics.queue=0.5,cpu_utilization=0.9", Some(200.0)),
-            (&named, "rps_fractional=100,utilization.a=0.2,utilization.b=0.4", Some(250.0)),
+            (
+                &named,
+                "rps_fractional=100,named_metrics.queue=0.5,cpu_utilization=0.9",
+                Some(200.0),
+            ),
+            (
+                &named,
+                "rps_fractional=100,utilization.a=0.2,utilization.b=0.4",
+                Some(250.0),
+            ),
             (&named, "rps_fractional=100,utilization.b=0.4,eps=30", Some(100.0)),
         ] {
             let report = Report::of_text(text).unwrap();

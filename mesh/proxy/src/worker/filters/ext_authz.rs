@@ -16,8 +16,8 @@ use crate::policy::ext_authz::{
     self, BodySettings, CheckScene, DEFAULT_TIMEOUT, ExtAuthz, NAMESPACE, PerRouteAuthz, Service, Verdict,
     is_valid, read_grpc,
 };
-use crate::worker::request::Routed;
 use crate::random;
+use crate::worker::request::Routed;
 
 /// Asks about a request. `Ok(true)` says that the route is to be searched again.
 pub(super) async fn ask(

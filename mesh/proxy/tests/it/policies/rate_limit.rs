@@ -560,7 +560,10 @@ async fn members_of_a_cluster_share_a_limit_evenly() {
     let harness = Harness::start();
     let chain = http_chain(&manager_with(vec![filter(&message)]));
     let listener = listener_of("l", core::TrafficDirection::Outbound, vec![chain]);
-    let refused = harness.try_put(ResourceType::Listener, "l", &listener).await.unwrap();
+    let refused = harness
+        .try_put(ResourceType::Listener, "l", &listener)
+        .await
+        .unwrap();
     assert!(refused.contains("local_cluster_rate_limit: needs"), "{refused}");
     let (proxy, log) = Proxy::start(Options {
         concurrency: 1,
@@ -575,7 +578,10 @@ async fn members_of_a_cluster_share_a_limit_evenly() {
     let member: Vec<std::net::SocketAddr> = (1..=3).map(|last| ([10, 0, 0, last], 80).into()).collect();
     harness.cluster("local", &member).await;
     let at = harness
-        .listen(&manager_with(vec![filter(&message)]), core::TrafficDirection::Outbound)
+        .listen(
+            &manager_with(vec![filter(&message)]),
+            core::TrafficDirection::Outbound,
+        )
         .await;
     // A third of six.
     for expected in [200, 200, 429] {
@@ -610,10 +616,14 @@ async fn filters_of_one_key_and_one_filling_share_their_bucket() {
             ..Default::default()
         };
         let mut chain = crate::listener::tcp_chain("c");
-        chain
-            .filters
-            .insert(0, network_filter("envoy.filters.network.local_ratelimit", Some(any(&limit))));
-        chains.push((name, listener_of(name, core::TrafficDirection::Outbound, vec![chain])));
+        chain.filters.insert(
+            0,
+            network_filter("envoy.filters.network.local_ratelimit", Some(any(&limit))),
+        );
+        chains.push((
+            name,
+            listener_of(name, core::TrafficDirection::Outbound, vec![chain]),
+        ));
     }
     let request = b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
     let mut passed = Vec::new();
