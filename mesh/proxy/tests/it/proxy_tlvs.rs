@@ -156,11 +156,6 @@ fn receiving() -> Vec<(&'static str, Vec<u8>, &'static str)> {
             header(on_behalf, &[(0xe0, b"plain"), (0xe0, b"a\xffb")]),
             "1",
         ),
-        (
-            "stated",
-            header(on_behalf, &[(0xe0, b"plain"), (0xe0, b"a\xffb")]),
-            "2",
-        ),
         ("noted", header(own, &[(0xe0, b"plain")]), "1"),
         (
             "noted",

@@ -85,11 +85,11 @@ impl Searching {
         if self.searches.is_empty() {
             return;
         }
-        let before = self.tail.len();
+        let start = self.passed - self.tail.len();
         self.tail.extend_from_slice(data);
         for (search, found) in self.searches.iter().zip(&mut self.found) {
-            let room = search.limit.saturating_sub(self.passed).min(data.len());
-            let within = &self.tail[..before + room];
+            let room = search.limit.saturating_sub(start).min(self.tail.len());
+            let within = &self.tail[..room];
             for (pattern, found) in search.patterns.iter().zip(found) {
                 *found = *found || within.windows(pattern.len()).any(|window| *window == **pattern);
             }
