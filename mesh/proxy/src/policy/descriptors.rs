@@ -119,13 +119,6 @@ enum Limit {
     Metadata(Key),
 }
 
-/// Whose metadata is meant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Noted {
-    ByFilters,
-    OfRoute,
-}
-
 #[derive(Debug)]
 enum Action {
     SourceCluster,
@@ -138,7 +131,7 @@ enum Action {
     HeaderMatch(Box<str>, Text, bool, Box<[HeaderMatch]>),
     QueryMatch(Box<str>, Text, bool, Box<[QueryMatch]>),
     AddressMatch(Box<str>, Text, bool, Box<[Cidr]>),
-    Metadata(Box<str>, Key, Box<str>, bool, Noted),
+    Metadata(Box<str>, Key, Box<str>, bool, bool),
 }
 
 #[derive(Debug)]
@@ -425,13 +418,13 @@ impl Action {
                 Key::compile(metadata.metadata_key.as_ref()).within("dynamic_metadata")?,
                 metadata.default_value.as_str().into(),
                 false,
-                Noted::ByFilters,
+                false,
             ),
             Spec::Metadata(metadata) => {
                 use route::rate_limit::action::meta_data::Source;
-                let noted = match Source::try_from(metadata.source) {
-                    Ok(Source::Dynamic) => Noted::ByFilters,
-                    Ok(Source::RouteEntry) => Noted::OfRoute,
+                let of_route = match Source::try_from(metadata.source) {
+                    Ok(Source::Dynamic) => false,
+                    Ok(Source::RouteEntry) => true,
                     Ok(Source::ClusterEntry | Source::ClusterLocalityEntry) | Err(_) => {
                         return Err(Refusal::new(
                             "metadata.source",
@@ -444,7 +437,7 @@ impl Action {
                     Key::compile(metadata.metadata_key.as_ref()).within("metadata")?,
                     metadata.default_value.as_str().into(),
                     metadata.skip_if_absent,
-                    noted,
+                    of_route,
                 )
             }
             Spec::Extension(extension) => {
@@ -518,12 +511,11 @@ impl Action {
                 let matched = ranges.iter().any(|range| range.contains(remote));
                 when(matched == *expected, key, value)
             }
-            Self::Metadata(key, path, default, skip, noted) => {
-                let metadata = match noted {
-                    Noted::ByFilters => Some(facts.metadata),
-                    Noted::OfRoute => scene.route,
-                };
-                let value = metadata.and_then(|metadata| path.find(metadata));
+            Self::Metadata(key, path, default, skip, of_route) => {
+                let of_filters = (!of_route).then_some(facts.metadata);
+                let value = of_filters
+                    .or(scene.route.filter(|_| *of_route))
+                    .and_then(|metadata| path.find(metadata));
                 let value = match value.and_then(|value| value.kind.as_ref()) {
                     Some(Kind::StringValue(text)) => Some(text.as_str()),
                     _ => None,

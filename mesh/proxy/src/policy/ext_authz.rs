@@ -474,7 +474,6 @@ impl ExtAuthz {
                     filter_metadata: of_route,
                     ..Default::default()
                 }),
-                ..Default::default()
             }),
         }
     }

@@ -196,9 +196,12 @@ impl ProxyProtocol {
             if let Some(rule) = self.rules.iter().find(|rule| rule.kind == *kind) {
                 let value = text(rule.write(value));
                 if self.in_state {
+                    // Here the last.
                     fields.fields.insert(rule.key.to_string(), value);
                 } else {
-                    metadata.set(&rule.namespace, &rule.key, value);
+                    // Of several the first counts (Envoy).
+                    let place = metadata.entry(&rule.namespace).fields.entry(rule.key.to_string());
+                    place.or_insert(value);
                 }
             }
         }
