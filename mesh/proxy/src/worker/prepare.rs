@@ -54,13 +54,11 @@ pub(super) fn prepare(
                 }
             });
     if let Some(new) = new_host {
-        if let Some(old) = &old_host {
-            parts.headers.insert(X_ORIGINAL_HOST.clone(), old.clone());
-        }
-        if forward.append_forwarded_host
-            && let Some(old) = parts.headers.get(header::HOST).cloned()
-        {
-            parts.headers.append(X_FORWARDED_HOST.clone(), old);
+        if let Some(old) = parts.headers.get(header::HOST).cloned() {
+            if forward.append_forwarded_host {
+                parts.headers.append(X_FORWARDED_HOST.clone(), old.clone());
+            }
+            parts.headers.insert(X_ORIGINAL_HOST.clone(), old);
         }
         parts.headers.insert(header::HOST, new);
     }

@@ -460,7 +460,7 @@ fn route(rng: &mut Rng, name: String) -> Value {
         out["name"] = json!(name);
     }
     match rng.below(10) {
-        0 | 1 => out["redirect"] = redirect(rng),
+        0 | 1 => out["redirect"] = redirect(rng, path),
         2 => {
             out["direct_response"] = json!({
                 "status": rng.pick(&[200, 204, 301, 404, 418, 503]),
