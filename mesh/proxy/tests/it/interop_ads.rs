@@ -403,8 +403,8 @@ async fn hosts_are_chosen_in_the_same_shares_by_envoy_and_serin_proxy() {
             }
         }
     }
-    // Hashes: which host a key has differs (other functions), but it keeps it over HTTP/1 and HTTP/2, all hosts have as
-    // many keys as the other proxy gives them, and when a host goes, most keys of the others stay where they are.
+    // Hashes: a key has the same host through both and over HTTP/1 and HTTP/2, and when a host goes, most keys of the others
+    // stay where they are.
     for (name, policy) in [("ring-hash", LbPolicy::RingHash), ("maglev", LbPolicy::Maglev)] {
         let path = format!("/{name}");
         let mut before = Vec::new();
@@ -424,6 +424,7 @@ async fn hosts_are_chosen_in_the_same_shares_by_envoy_and_serin_proxy() {
             }
             before.push(first);
         }
+        assert_eq!(before[0], before[1], "{name}: the same keys, the same hosts");
         pair.ads.source.put_all(choosing(name, policy, &even[..3]));
         for ((who, at), before) in ["ours", "theirs"].into_iter().zip(at).zip(before) {
             let after = soon("the end of a host", async {

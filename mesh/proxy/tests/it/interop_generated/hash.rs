@@ -226,7 +226,7 @@ async fn keys_find_the_same_hosts_through_envoy_and_serin_proxy_whatever_is_hash
 /// Which of seven hosts with the hash keys `h0` to `h6` and weights 1, 2, 3, 4, 1, 2, 3 Envoy 1.40 chose for the values
 /// `key-0`, `key-1`, … of a field: what was seen, kept for machines without Envoy.
 const RING_KEYED: &str = "032661243264166211663523330122611513565401232326500166223636";
-const MAGLEV_KEYED: &str = "";
+const MAGLEV_KEYED: &str = "261061436243635256435046232262213502366651620251221366636601";
 
 #[tokio::test]
 async fn keys_find_the_hosts_that_envoy_was_seen_to_choose() {
