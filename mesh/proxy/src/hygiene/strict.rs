@@ -16,6 +16,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use super::interim::Interims;
 use super::scan::{HeadLimits, Scanner, Violation};
 use crate::bell::Ear;
+use crate::stream::linger::Linger;
 
 /// What stands in for a refused head.
 const SUBSTITUTE: &[u8] = b"GET / HTTP/1.1\r\nhost: refused\r\n\r\n";
@@ -85,6 +86,8 @@ pub struct StrictIo<S> {
     flushed: bool,
     /// The rest of interim answers that the socket did not take at once.
     interim: Vec<u8>,
+    /// For the end of a connection in the middle of a request.
+    linger: Linger,
 }
 
 impl<S> StrictIo<S> {
@@ -108,6 +111,7 @@ impl<S> StrictIo<S> {
             discarded: 0,
             flushed: true,
             interim: Vec::new(),
+            linger: Linger::default(),
         };
         if io.scanner.is_none() {
             io.ready = prefix;
@@ -183,6 +187,11 @@ impl<S> StrictIo<S> {
             self.gate.unflushed.store(blocked, Ordering::Relaxed);
         }
         outcome
+    }
+
+    /// Whether the client is in the middle of something that nobody will read.
+    fn is_owed(&self) -> bool {
+        self.scanner.as_ref().is_some_and(|scanner| !scanner.opaque()) && !self.between_requests()
     }
 
     fn between_requests(&self) -> bool {
@@ -339,7 +348,7 @@ impl<S: AsyncWrite + Unpin> StrictIo<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for StrictIo<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for StrictIo<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         std::task::ready!(this.poll_before_write(cx))?;
@@ -372,6 +381,18 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for StrictIo<S> {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().inner).poll_shutdown(cx)
+        let this = self.get_mut();
+        if !this.linger.has_begun() {
+            std::task::ready!(Pin::new(&mut this.inner).poll_shutdown(cx))?;
+            if !this.is_owed() {
+                return Poll::Ready(Ok(()));
+            }
+        }
+        let Self {
+            inner, ear, linger, ..
+        } = this;
+        linger.poll(cx, |cx, buf| {
+            ear.poll(cx, |cx| Pin::new(&mut *inner).poll_read(cx, buf))
+        })
     }
 }

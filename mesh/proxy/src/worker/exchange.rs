@@ -15,9 +15,11 @@ use http_body::Frame;
 use tokio::time::Sleep;
 
 use super::body::{BodyError, Observer, RequestSource};
+use super::failure;
 use super::filters::{self, PolicyState};
 use super::http::Downstream;
 use super::interim::Waiting;
+use super::local::LocalReply;
 use super::logging::{self, LogState};
 use super::spans::{self, SpanState};
 use super::tap::{self, TapState};
@@ -67,6 +69,8 @@ pub struct Exchange {
     pub upstream_tls: Option<Arc<ConnectionTls>>,
     /// Name of the route.
     pub route: Option<Arc<crate::config::route::Route>>,
+    /// Whether the request has content that has not been read, as long as there is no `source`.
+    pub unread: bool,
     /// The request's body.
     pub source: Option<Rc<RefCell<RequestSource>>>,
     /// Where interim answers go to a client over HTTP/2.
@@ -120,6 +124,7 @@ impl Exchange {
             virtual_cluster: None,
             upstream_tls: None,
             route: None,
+            unread: false,
             source: None,
             interims: None,
             stream_limited: false,
@@ -137,6 +142,15 @@ impl Exchange {
             tap: None,
             finished: false,
         })
+    }
+
+    /// Whether the client has sent the whole request, as far as it was looked at. Otherwise nothing can come after it on an
+    /// HTTP/1 connection, since the rest of it is not waited for.
+    pub fn is_received(&self) -> bool {
+        match &self.source {
+            Some(source) => source.borrow().is_whole(),
+            None => !self.unread,
+        }
     }
 
     /// Reads a gRPC status from a head or from trailers.
@@ -407,9 +421,9 @@ impl Watch {
         }
     }
 
-    fn broken(&mut self, flag: Flags, details: &'static str) {
+    fn broken(&mut self, flag: Flags, details: impl Into<Cow<'static, str>>) {
         self.exchange.flags.add(flag);
-        self.exchange.details = Cow::Borrowed(details);
+        self.exchange.details = details.into();
         self.lease = None;
         self.active = None;
         self.exchange.finish();
@@ -451,16 +465,17 @@ impl Observer for Watch {
         self.exchange.finish_at(now);
     }
 
-    fn failed(&mut self) {
+    fn failed(&mut self, error: &BodyError) {
         // A client that breaks off its request takes the upstream's connection with it.
         let client = self.exchange.source.as_ref();
-        if client.is_some_and(|source| source.borrow().client_failed) {
-            return self.broken(Flags::DOWNSTREAM_TERMINATION, "downstream_remote_disconnect");
-        }
-        self.broken(
-            Flags::UPSTREAM_CONNECTION_TERMINATION,
-            "upstream_reset_after_response_started{connection_termination}",
-        );
+        let (flags, details) = match client.and_then(|source| source.borrow().fault) {
+            Some(fault) => {
+                let reply = LocalReply::of_fault(fault);
+                (reply.flags, reply.details)
+            }
+            None => failure::after_start(error),
+        };
+        self.broken(flags, details);
     }
 }
 
