@@ -196,6 +196,16 @@ impl Home {
         self.here.load_full()
     }
 
+    /// How many the local cluster has, as far as is known.
+    pub fn members(&self) -> u32 {
+        let here = self.here.load();
+        let set = here.as_ref().and_then(|here| here.slot.endpoints());
+        set.map_or(0, |set| {
+            let of_first = set.priorities.first().into_iter().flatten();
+            of_first.map(|locality| locality.members.len() as u32).sum()
+        })
+    }
+
     /// Differs whenever the place or its members do.
     pub fn version(&self) -> (u64, u64) {
         let members = self.here.load().as_ref().map_or(0, |here| here.slot.version());
@@ -365,6 +375,8 @@ pub struct Slots {
     pub first_uses: Arc<FirstUses>,
     /// Clusters by name, for connections that name theirs.
     pub directory: Directory,
+    /// Where this proxy is, if it can know.
+    pub home: Option<Arc<Home>>,
     /// Counters of filters.
     pub counters: crate::policy::stats::Registry,
     /// What workers are to do in the background for what was compiled.

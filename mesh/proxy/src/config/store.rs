@@ -151,6 +151,11 @@ impl Store {
         self.slots.cluster(name)
     }
 
+    /// Where this proxy is, for limits that the members of its cluster share.
+    pub(crate) fn set_home(&mut self, home: Arc<super::slot::Home>) {
+        self.slots.home = Some(home);
+    }
+
     /// Listeners without sockets; shared with the workers.
     pub fn virtual_listeners(&self) -> Arc<ArcSwap<VirtualListeners>> {
         self.virtuals.clone()

@@ -144,6 +144,9 @@ impl Proxy {
             }
             (None, None) => None,
         };
+        if let Some(home) = &home {
+            store.set_home(home.clone());
+        }
         let metadata = options.node.metadata.clone().unwrap_or_default();
         let own = Workload::of_node(&metadata);
         let (log, lines) = mpsc::channel(LOG_LINES);

@@ -219,6 +219,8 @@ pub struct Registry {
     pub grpc: super::grpc_stats::Table,
     /// Where requests can be looked at.
     pub spots: super::tap::Spots,
+    /// Buckets that filters share by a key and what they are made of.
+    buckets: std::collections::HashMap<(Box<str>, super::bucket::Fill), std::sync::Weak<super::bucket::Bucket>>,
 }
 
 impl Registry {
@@ -289,8 +291,28 @@ impl Registry {
         made
     }
 
+    /// The bucket that filters with that key and the same filling share; without a key it is one's own.
+    pub(crate) fn bucket(
+        &mut self,
+        key: &str,
+        fill: super::bucket::Fill,
+        now_ms: u64,
+    ) -> Arc<super::bucket::Bucket> {
+        let make = || Arc::new(super::bucket::Bucket::new(fill, now_ms));
+        if key.is_empty() {
+            return make();
+        }
+        let place = self.buckets.entry((key.into(), fill)).or_default();
+        place.upgrade().unwrap_or_else(|| {
+            let bucket = make();
+            *place = Arc::downgrade(&bucket);
+            bucket
+        })
+    }
+
     /// Forgets counters that no filter uses any more.
     pub fn sweep(&mut self) {
+        self.buckets.retain(|_, bucket| bucket.strong_count() > 0);
         self.counters.retain(|_, counter| Arc::strong_count(counter) > 1);
         self.distributions
             .retain(|_, distribution| Arc::strong_count(distribution) > 1);

@@ -11,6 +11,7 @@ use super::consistent::Table;
 use super::outlier::is_ejected;
 use super::zone::ZoneRouting;
 use crate::clock::now_ms;
+use crate::config::balancing::reported::Reporting;
 use crate::config::cluster::{Cluster, LbPolicy};
 use crate::config::endpoint::EndpointSet;
 use crate::config::retry::HostRules;
@@ -20,7 +21,7 @@ use crate::random;
 mod draw;
 mod loads;
 
-use draw::View;
+use draw::{Compared, View};
 use loads::{Health, Loads};
 
 /// Usable hosts of one priority that are equally well.
@@ -58,6 +59,8 @@ pub struct Balancer {
     overprovisioning: u32,
     /// How the load is shared out while nobody is ejected.
     loads: Loads,
+    /// How the weights that hosts have reported compare, and until when.
+    compared: Cell<Compared>,
 }
 
 /// What a request brings to the choice.
@@ -177,7 +180,29 @@ impl Balancer {
             slow_until,
             overprovisioning,
             loads,
+            compared: Cell::default(),
         }
+    }
+
+    /// Compares the weights that hosts have reported, from time to time.
+    fn compare(&self, rules: &Reporting, now: u64) -> Compared {
+        let known = self.compared.get();
+        if known.heaviest > 0.0 && now < known.until {
+            return known;
+        }
+        let hosts = self.levels.iter().flat_map(|level| &level.everybody);
+        let mut weights: Vec<f64> = hosts
+            .filter_map(|host| host.endpoint.state.reported.weight(rules, now))
+            .collect();
+        weights.sort_unstable_by(f64::total_cmp);
+        let median = weights.get(weights.len() / 2).copied().unwrap_or(1.0);
+        let compared = Compared {
+            until: now + rules.update_ms,
+            median,
+            heaviest: weights.last().copied().unwrap_or(1.0).max(median),
+        };
+        self.compared.set(compared);
+        compared
     }
 
     /// Whether it is over no host at all.
@@ -204,6 +229,10 @@ impl Balancer {
         {
             let now = now_ms();
             view.slow = (now < self.slow_until).then_some((slow, now));
+        }
+        if let Some(rules) = &cluster.reporting {
+            let now = now_ms();
+            view.reported = Some((rules, now, self.compare(rules, now)));
         }
         if wish.is_free() {
             return view.draw(cluster, wish, 0, &self.turn);
@@ -374,6 +403,7 @@ impl Level {
             table: None,
             panic: true,
             slow: None,
+            reported: None,
         })
     }
 }
@@ -400,6 +430,7 @@ impl Group {
             LbPolicy::RoundRobin
             | LbPolicy::LeastRequest { .. }
             | LbPolicy::Random
+            | LbPolicy::ClientSideWeighted
             | LbPolicy::PeakEwma { .. } => None,
         };
         self.table = table;
@@ -421,6 +452,7 @@ impl Group {
             table: self.table.as_ref(),
             panic: false,
             slow: None,
+            reported: None,
         })
     }
 }

@@ -15,6 +15,7 @@ use super::pool::Pool;
 use super::subset::SubsetBalancer;
 use super::zone::{self, Zone, ZoneRouting};
 use crate::clock::now_ms;
+use crate::config::balancing::reported::Report;
 use crate::config::cluster::{Cluster, Discovery, LbPolicy};
 use crate::config::convert::Address;
 use crate::config::endpoint::{Endpoint, EndpointSet, HostState};
@@ -344,6 +345,15 @@ impl WorkerCluster {
     /// Whether the balancer goes by how long hosts take.
     pub fn measures(&self) -> bool {
         matches!(self.config.lb, LbPolicy::PeakEwma { .. })
+    }
+
+    /// The head or the trailers of a response of `host`, which may say how busy it is.
+    pub fn note_load(&self, host: &Host, headers: &http::HeaderMap) {
+        if let Some(rules) = &self.config.reporting
+            && let Some(weight) = Report::of(headers).and_then(|report| rules.weight(&report))
+        {
+            host.endpoint.state.reported.take(weight, now_ms());
+        }
     }
 
     /// Takes how long a host took to answer, where the balancer goes by that.

@@ -188,7 +188,7 @@ async fn connection(
     let mut prefix = Vec::new();
     if let Some(rules) = &before.proxy_protocol {
         let deadline = Instant::now() + bound.detection_timeout;
-        match read_proxy_header(&stream, &mut prefix, rules, deadline).await {
+        match read_proxy_header(&stream, &mut prefix, rules, &mut log.metadata, deadline).await {
             Ok(Some((source, told))) => (addresses.remote, addresses.local) = (source, told),
             Ok(None) => {}
             Err(error) => {

@@ -440,6 +440,9 @@ impl Observer for Watch {
             }
         } else if let Some(trailers) = frame.trailers_ref() {
             self.exchange.note_grpc_status(trailers);
+            if let (Some(cluster), Some(host)) = (&self.exchange.cluster, &self.exchange.host) {
+                cluster.note_load(host, trailers);
+            }
             logging::keep_trailers(&mut self.exchange, trailers);
             if let Some(tap) = &mut self.exchange.tap {
                 tap.answer().trailers(trailers);

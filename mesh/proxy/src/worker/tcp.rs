@@ -31,7 +31,7 @@ use crate::policy::filter_state::{Factory, FilterState};
 use crate::tls::info::ConnectionTls;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::{Active, Host, WorkerCluster};
-use crate::upstream::connect::{self, ConnectOptions, Connected, Socket, Speaking, Stream};
+use crate::upstream::connect::{self, Connected, Socket, Speaking, Stream};
 use crate::upstream::outlier::Event;
 
 /// Bytes of a greeting that are read at most before it is known who speaks first.
@@ -296,13 +296,7 @@ async fn connect_to(
     client: &Client<'_>,
 ) -> Result<(Connected, Connection), String> {
     let config = &cluster.config;
-    let options = ConnectOptions {
-        between: config
-            .tells_clients()
-            .then_some((client.source, client.destination)),
-        server_name: client.state.known(Factory::ServerName).map(Box::from),
-        ..ConnectOptions::default()
-    };
+    let options = config.connect_options(None, client.state, client.source, client.destination);
     let mut connection = cluster
         .cells(&worker.recorder)
         .clone()

@@ -14,7 +14,7 @@ use crate::config::cluster::UpstreamHttp;
 use crate::config::headers::Variables;
 use crate::config::tunneling::Tunneling;
 use crate::upstream::cluster::{Host, WorkerCluster};
-use crate::upstream::connect::{ConnectOptions, Speaking};
+use crate::upstream::connect::Speaking;
 use crate::upstream::outlier::Event;
 use crate::upstream::pool::Lease;
 
@@ -95,12 +95,7 @@ async fn ask(
         UpstreamHttp::Auto => Speaking::Either,
         UpstreamHttp::Http1 | UpstreamHttp::Downstream => Speaking::Http1,
     };
-    let options = ConnectOptions {
-        between: config
-            .tells_clients()
-            .then_some((client.source, client.destination)),
-        ..ConnectOptions::default()
-    };
+    let options = config.connect_options(None, client.state, client.source, client.destination);
     let pool = host.pool.variant(&options);
     let mut stale = 0;
     loop {

@@ -29,7 +29,6 @@ use crate::config::subset::{Criteria, METADATA};
 use crate::config::virtual_cluster::VirtualCluster;
 use crate::metrics::clusters::ClusterCells;
 use crate::metrics::flags::Flags;
-use crate::policy::filter_state::Factory;
 use crate::random;
 use crate::upstream::cluster::WorkerCluster;
 use crate::upstream::connect::{ConnectOptions, Speaking};
@@ -266,27 +265,23 @@ pub(super) async fn forward(
         }
         (route, None) => route,
     };
+    let state = &filters::metadata(&exchange).state;
     let options = cluster
         .config
-        .connect_options(&parts.headers, conn.remote, conn.local);
-    // Of the filter state before what the cluster says.
-    let server_name = filters::metadata(&exchange)
-        .state
-        .known(Factory::ServerName)
-        .map(Box::from);
+        .connect_options(Some(&parts.headers), state, conn.remote, conn.local);
     let plan = Plan {
         conn: &conn,
         cluster: &cluster,
         forward,
         speaking,
         options: ConnectOptions {
-            server_name: server_name.or(options.server_name),
-            alpn: conn
-                .manager
-                .alpn
-                .as_ref()
-                .filter(|_| cluster.config.alpn_overridable)
-                .and_then(|names| names.offer(speaking, parts.version).cloned()),
+            alpn: options.alpn.or_else(|| {
+                conn.manager
+                    .alpn
+                    .as_ref()
+                    .filter(|_| cluster.config.alpn_overridable)
+                    .and_then(|names| names.offer(speaking, parts.version).cloned())
+            }),
             priority,
             ..options
         },

@@ -18,7 +18,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::certificates::{Authority, client_socket, common as common_tls, server_socket};
 use crate::fixture::*;
-use crate::interop_ads::{Pair, resource, router};
+use crate::interop_ads::{Pair, from_ads, resource, router};
 use crate::listener::{greeter, tcp_chain};
 
 /// A header of version 2 from 203.0.113.7 to 10.0.0.1 (or one of the sender itself), with these values by type.
@@ -84,6 +84,7 @@ fn setting(key: &str, factory: &str, format: &str) -> common::FilterStateValue {
                         ..Default::default()
                     },
                 )),
+                omit_empty_values: true,
                 ..Default::default()
             },
         )),
@@ -453,6 +454,7 @@ fn http_setting(name: &str, cluster: &str, value: common::FilterStateValue) -> V
         ..Default::default()
     };
     let mut manager = manager(name);
+    from_ads(&mut manager);
     manager.http_filters = vec![
         http_filter("envoy.filters.http.set_filter_state", Some(any(&config))),
         router(),

@@ -24,7 +24,7 @@ fn list(policies: Vec<cluster::load_balancing_policy::Policy>) -> cluster::Clust
 fn the_first_policy_that_is_known_counts_and_a_list_without_one_is_refused() {
     let unknown = || {
         policy(
-            "client_side_weighted_round_robin.v3.ClientSideWeightedRoundRobin",
+            "pick_first.v3.PickFirst",
             &google::Empty {},
         )
     };
@@ -47,7 +47,7 @@ fn the_first_policy_that_is_known_counts_and_a_list_without_one_is_refused() {
     let refusal = Balancing::compile(&list(vec![unknown()])).unwrap_err();
     assert_eq!(refusal.path, "load_balancing_policy.policies");
     assert!(
-        refusal.to_string().contains("ClientSideWeightedRoundRobin"),
+        refusal.to_string().contains("PickFirst"),
         "{refusal}"
     );
 }

@@ -16,6 +16,7 @@ use crate::policy::ext_authz::{
     self, BodySettings, CheckScene, DEFAULT_TIMEOUT, ExtAuthz, NAMESPACE, PerRouteAuthz, Service, Verdict,
     is_valid, read_grpc,
 };
+use crate::worker::request::Routed;
 use crate::random;
 
 /// Asks about a request. `Ok(true)` says that the route is to be searched again.
@@ -23,6 +24,7 @@ pub(super) async fn ask(
     exchange: &mut Exchange,
     authz: &ExtAuthz,
     own: Option<&PerRouteAuthz>,
+    routed: &Routed,
     parts: &mut Parts,
     body: &mut Option<Inbound>,
 ) -> Result<bool, LocalReply> {
@@ -62,6 +64,7 @@ pub(super) async fn ask(
         match service {
             Service::Grpc(target) => {
                 let scene = CheckScene {
+                    route: routed.route.metadata.as_deref(),
                     path: parts.uri.path_and_query().map_or("/", |path| path.as_str()),
                     id: exchange
                         .request_id
