@@ -23,6 +23,7 @@ use super::local::LocalReply;
 use super::logging::{self, LogState};
 use super::spans::{self, SpanState};
 use super::tap::{self, TapState};
+use crate::calendar;
 use crate::config::listener::Direction;
 use crate::config::virtual_cluster::Counted;
 use crate::metrics::flags::Flags;
@@ -303,24 +304,8 @@ pub fn protocol_text(version: Version) -> &'static str {
 fn rfc3339(instant: Instant) -> String {
     let at = std::time::SystemTime::now() - instant.elapsed();
     let since = at.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    let (days, seconds) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
-    // Howard Hinnant's civil-from-days: the Gregorian calendar in eras of 400 years.
-    let z = days as i64 + 719_468;
-    let era = z.div_euclid(146_097);
-    let day_of_era = z.rem_euclid(146_097);
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
-    format!(
-        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:03}Z",
-        seconds / 3600,
-        seconds / 60 % 60,
-        seconds % 60,
-        since.subsec_millis()
-    )
+    let fraction = format!(".{:03}", since.subsec_millis());
+    calendar::rfc3339(since.as_secs() as i64, &fraction)
 }
 
 /// Limits of the response's time. Timers are made when there is something to wait for: most responses are there whole.

@@ -319,52 +319,6 @@ async fn an_answer_of_the_proxys_own_that_does_not_wait_for_the_request_says_tha
 }
 
 #[tokio::test]
-async fn an_early_answer_reaches_a_client_that_sends_on() {
-    let upstream = Upstream::start(|_| {
-        act(
-            "HTTP/1.1 413 Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
-            Ending::Close,
-        )
-    })
-    .await;
-    let (harness, at) = setup(upstream.at, to_cluster("c")).await;
-    harness
-        .routes(vec![host(
-            "all",
-            "*",
-            vec![
-                prefix_route("/nowhere", to_cluster("nowhere")),
-                prefix_route("/", to_cluster("c")),
-            ],
-        )])
-        .await;
-    for (path, status) in [("/", "413"), ("/nowhere", "503")] {
-        let mut stream = TcpStream::connect(at).await.unwrap();
-        let body = vec![b'x'; 4_000_000];
-        let head = format!(
-            "POST {path} HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n",
-            body.len() + 1
-        );
-        // It looks for no answer before it has sent nearly everything; a reset would take the answer away from it.
-        let sent = async {
-            stream.write_all(head.as_bytes()).await?;
-            stream.write_all(&body).await?;
-            let mut answer = Vec::new();
-            stream.read_to_end(&mut answer).await?;
-            std::io::Result::Ok(answer)
-        };
-        let answer = soon("the answer", sent).await.unwrap();
-        let answer = String::from_utf8_lossy(&answer);
-        assert!(
-            answer.starts_with(&format!("HTTP/1.1 {status} ")),
-            "{path}: {answer}"
-        );
-    }
-    drop(upstream);
-    nothing_is_left(&harness).await;
-}
-
-#[tokio::test]
 async fn the_connection_of_a_request_that_was_read_to_its_end_stays_open() {
     let backend = Backend::named("ok").await;
     let (_harness, at) = setup(backend.address, to_cluster("c")).await;
