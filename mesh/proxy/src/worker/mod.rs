@@ -25,6 +25,7 @@ mod prepare;
 pub mod request;
 mod respond;
 mod rest;
+mod scene;
 pub(crate) mod seldom;
 pub mod sniff;
 mod spans;
