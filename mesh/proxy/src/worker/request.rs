@@ -214,6 +214,7 @@ pub(super) async fn handle(
     );
     exchange.interims = interims;
     exchange.grpc = is_grpc(&parts.headers);
+    exchange.unread = !incoming.is_end_stream();
     let present = Present::of(&parts.headers);
     if let Err(reply) = admit(&conn, &mut exchange, &mut parts) {
         conn.worker.recorder.counters().refused_requests.add(1);
@@ -538,6 +539,7 @@ async fn route(
             exchange.routed = routed.existing_cluster();
         }
         let passed = filters::decode(&conn, &mut exchange, &mut routed, &mut parts, &mut body).await;
+        exchange.unread = body.as_ref().is_some_and(|body| !body.is_whole());
         *outbox = filters::outbox(&exchange);
         if let Err(reply) = passed {
             conn.decide_upgrade(false);
