@@ -24,6 +24,10 @@ use crate::error::{Refusal, Within};
 const DEFAULT_MIN_CLUSTER_SIZE: u64 = 6;
 /// Points of a ring at most (Envoy's limit).
 const MAX_RING: u64 = 8 << 20;
+/// Points of a ring at least, unless told otherwise (Envoy).
+const DEFAULT_RING: u64 = 1024;
+/// Entries of a Maglev table at most (Envoy's limit).
+const MAX_MAGLEV: u64 = 5_000_011;
 /// How deep policies may be within policies.
 const MAX_DEPTH: usize = 4;
 
@@ -51,16 +55,36 @@ pub enum LbPolicy {
     },
     /// In turn, by the weights that follow from what hosts report of their load.
     ClientSideWeighted,
-    /// Consistent hashing on a ring of at least that many points.
+    /// Consistent hashing on a ring.
     RingHash {
-        /// Points.
+        /// Least number of points.
         minimum: u64,
+        /// Largest number of points.
+        maximum: u64,
+        /// What the points are hashed by.
+        function: RingFunction,
     },
     /// Consistent hashing by a Maglev table.
     Maglev {
         /// Entries.
         size: u64,
     },
+}
+
+impl LbPolicy {
+    /// Whether the hash of a request decides.
+    pub fn hashes(self) -> bool {
+        matches!(self, Self::RingHash { .. } | Self::Maglev { .. })
+    }
+}
+
+/// By what the points of a ring are hashed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RingFunction {
+    /// XXH64.
+    Xxh64,
+    /// `MURMUR_HASH_2`.
+    MurmurHash2,
 }
 
 /// New hosts get their share little by little.
@@ -212,12 +236,17 @@ fn compile_older(from: &cluster::Cluster) -> Result<Balancing, Refusal> {
             Some(LbConfig::RingHashLbConfig(config)) => ring(
                 config.minimum_ring_size.as_ref(),
                 config.maximum_ring_size.as_ref(),
-            ),
-            _ => ring(None, None),
+                config.hash_function
+                    == cluster::cluster::ring_hash_lb_config::HashFunction::MurmurHash2 as i32,
+            )
+            .within("ring_hash_lb_config")?,
+            _ => ring(None, None, false)?,
         },
         Ok(Policy::Maglev) => match &from.lb_config {
-            Some(LbConfig::MaglevLbConfig(config)) => maglev(config.table_size.as_ref()),
-            _ => maglev(None),
+            Some(LbConfig::MaglevLbConfig(config)) => {
+                maglev(config.table_size.as_ref()).within("maglev_lb_config")?
+            }
+            _ => maglev(None)?,
         },
         Ok(Policy::LoadBalancingPolicyConfig) => {
             return Err(Refusal::new(
@@ -295,17 +324,44 @@ fn compile_bias(from: Option<&core::RuntimeDouble>) -> Result<u32, Refusal> {
     }
 }
 
-fn ring(minimum: Option<&google::UInt64Value>, maximum: Option<&google::UInt64Value>) -> LbPolicy {
-    let most = wide(maximum, MAX_RING).clamp(1, MAX_RING);
-    LbPolicy::RingHash {
-        minimum: wide(minimum, 1024).clamp(1, most),
+fn ring(
+    minimum: Option<&google::UInt64Value>,
+    maximum: Option<&google::UInt64Value>,
+    murmur: bool,
+) -> Result<LbPolicy, Refusal> {
+    let (minimum, maximum) = (wide(minimum, DEFAULT_RING), wide(maximum, MAX_RING));
+    for (field, size) in [("minimum_ring_size", minimum), ("maximum_ring_size", maximum)] {
+        if size > MAX_RING {
+            return Err(Refusal::new(field, format!("{size} is above {MAX_RING}")));
+        }
     }
+    if minimum > maximum {
+        return Err(Refusal::new(
+            "minimum_ring_size",
+            format!("{minimum} is above the maximum, {maximum}"),
+        ));
+    }
+    Ok(LbPolicy::RingHash {
+        minimum,
+        maximum,
+        function: if murmur {
+            RingFunction::MurmurHash2
+        } else {
+            RingFunction::Xxh64
+        },
+    })
 }
 
-fn maglev(size: Option<&google::UInt64Value>) -> LbPolicy {
-    LbPolicy::Maglev {
-        size: wide(size, 65_537).clamp(2, 5_000_011),
+fn maglev(size: Option<&google::UInt64Value>) -> Result<LbPolicy, Refusal> {
+    let size = wide(size, 65_537);
+    let is_prime = size > 1 && (2..=size.isqrt()).all(|divisor| !size.is_multiple_of(divisor));
+    if !is_prime || size > MAX_MAGLEV {
+        return Err(Refusal::new(
+            "table_size",
+            format!("{size} is not a prime of at most {MAX_MAGLEV}"),
+        ));
     }
+    Ok(LbPolicy::Maglev { size })
 }
 
 fn hashing(by_hostname: bool, factor: Option<&google::UInt32Value>) -> Result<Hashing, Refusal> {
@@ -456,7 +512,8 @@ fn compile_policy(any: &google::Any, depth: usize) -> Result<Option<Balancing>, 
             let mut out = Balancing::plain(ring(
                 config.minimum_ring_size.as_ref(),
                 config.maximum_ring_size.as_ref(),
-            ));
+                config.hash_function == policies::ring_hash::v3::ring_hash::HashFunction::MurmurHash2 as i32,
+            )?);
             out.locality_weighted = config.locality_weighted_lb_config.is_some();
             out.hashing = newer_hashing(config.consistent_hashing_lb_config.as_ref())?;
             if config.consistent_hashing_lb_config.is_none() {
@@ -469,7 +526,7 @@ fn compile_policy(any: &google::Any, depth: usize) -> Result<Option<Balancing>, 
         }
         "maglev.v3.Maglev" => {
             let config: policies::maglev::v3::Maglev = read(any)?;
-            let mut out = Balancing::plain(maglev(config.table_size.as_ref()));
+            let mut out = Balancing::plain(maglev(config.table_size.as_ref())?);
             out.locality_weighted = config.locality_weighted_lb_config.is_some();
             out.hashing = newer_hashing(config.consistent_hashing_lb_config.as_ref())?;
             out

@@ -80,6 +80,8 @@ pub struct Cluster {
     pub max_streams: u32,
     /// Which service it is (`istio.services`).
     pub service: Option<Arc<ServiceIdentity>>,
+    /// What logs and headers may say of it.
+    pub metadata: Option<convert::EncodedMetadata>,
     /// How connections are dressed unless an entry of `sockets` fits the endpoint.
     pub socket: Arc<UpstreamSocket>,
     /// `transport_socket_matches`.
@@ -179,6 +181,7 @@ impl Cluster {
                 .and_then(|options| options.max_concurrent_streams)
                 .map_or(1024, |value| value.value.max(1)),
             service: ServiceIdentity::of_cluster(from.metadata.as_ref()),
+            metadata: convert::EncodedMetadata::of(from.metadata.as_ref()),
             socket: sockets.default,
             sockets: sockets.matches,
             auto_sni: sockets.auto_sni,

@@ -154,6 +154,40 @@ impl Fraction {
     }
 }
 
+/// Metadata as it came. It is read where a log or a header names it, which is seldom, and there are many endpoints.
+#[derive(Debug)]
+pub struct EncodedMetadata(Box<[u8]>);
+
+impl EncodedMetadata {
+    /// Of a message that says something.
+    pub(crate) fn of(from: Option<&core::Metadata>) -> Option<Self> {
+        let from = from.filter(|metadata| !metadata.filter_metadata.is_empty())?;
+        let plain = core::Metadata {
+            filter_metadata: from.filter_metadata.clone(),
+            ..Default::default()
+        };
+        Some(Self(prost::Message::encode_to_vec(&plain).into()))
+    }
+
+    /// The value at `namespace`, `key`, `key`, …; the whole namespace where there is no key.
+    pub(crate) fn find(&self, path: &[Box<str>]) -> Option<serde_json::Value> {
+        let metadata: core::Metadata = prost::Message::decode(&*self.0).ok()?;
+        let (namespace, keys) = path.split_first()?;
+        let fields = metadata.filter_metadata.get(&**namespace)?;
+        let Some((first, rest)) = keys.split_first() else {
+            return Some(crate::policy::metadata::struct_to_json(fields));
+        };
+        let mut value = fields.fields.get(&**first)?;
+        for key in rest {
+            value = match &value.kind {
+                Some(google::value::Kind::StructValue(inner)) => inner.fields.get(&**key)?,
+                _ => return None,
+            };
+        }
+        Some(crate::policy::metadata::to_json(value))
+    }
+}
+
 /// A string at `filter_metadata[filter][key]`.
 pub(crate) fn metadata_string<'a>(
     metadata: Option<&'a core::Metadata>,

@@ -150,6 +150,8 @@ pub struct Endpoint {
     pub text: Arc<str>,
     /// Host name for `auto_host_rewrite`, if given.
     pub hostname: Box<str>,
+    /// What consistent hashing knows it by instead of its address or host name (`hash_key` of `envoy.lb`).
+    pub hash_key: Option<Box<str>>,
     /// At least 1.
     pub weight: u32,
     /// Whether EDS says that it may be used.
@@ -158,6 +160,8 @@ pub struct Endpoint {
     pub degraded: bool,
     /// Which workload it is (`istio.workload`).
     pub workload: Option<Arc<Workload>>,
+    /// What logs and headers may say of it.
+    pub metadata: Option<convert::EncodedMetadata>,
     /// How active health checks reach it.
     pub check: Check,
     /// What `transport_socket_matches` go by: `envoy.transport_socket_match` of the endpoint, else of its locality.
@@ -179,10 +183,12 @@ impl Endpoint {
             text: address.to_string().into(),
             address,
             hostname: "".into(),
+            hash_key: None,
             weight: 1,
             healthy: true,
             degraded: false,
             workload: None,
+            metadata: None,
             check: Check::default(),
             socket_metadata: None,
             tlvs: Box::default(),
@@ -369,6 +375,9 @@ fn compile_endpoint(
         check,
         text: address.to_string().into(),
         hostname: inner.hostname.as_str().into(),
+        hash_key: convert::metadata_string(from.metadata.as_ref(), super::subset::METADATA, "hash_key")
+            .filter(|key| !key.is_empty())
+            .map(Into::into),
         weight: from
             .load_balancing_weight
             .as_ref()
@@ -378,6 +387,7 @@ fn compile_endpoint(
         workload: convert::metadata_string(from.metadata.as_ref(), "istio", "workload").map(Workload::parse),
         socket_metadata,
         tlvs,
+        metadata: convert::EncodedMetadata::of(from.metadata.as_ref()),
         lb_metadata: from
             .metadata
             .as_ref()

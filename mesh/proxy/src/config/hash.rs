@@ -1,6 +1,7 @@
 //! Hash policies: which part of a request decides the endpoint, for consistent hashing balancers.
+//!
+//! What is hashed, and by what function, is Envoy's, so that proxies of both kinds send a request to the same endpoint.
 
-use std::hash::{BuildHasher, Hasher};
 use std::net::{IpAddr, SocketAddr};
 
 use http::{HeaderName, HeaderValue};
@@ -76,30 +77,54 @@ impl HashPolicy {
     ) -> Option<(u64, Option<HeaderValue>)> {
         let plain = |hash| Some((hash, None));
         match &self.kind {
-            Kind::Header(name, None) => plain(stable_hash(request.headers.get(name)?.as_bytes())),
-            Kind::Header(name, Some((regex, with))) => {
-                let value = String::from_utf8_lossy(request.headers.get(name)?.as_bytes());
-                plain(stable_hash(regex.replace_all(&value, &**with).as_bytes()))
-            }
+            Kind::Header(name, rewrite) => plain(hash_of_values(request, name, rewrite.as_ref())?),
             Kind::Cookie(name, made) => {
-                if let Some(value) = cookie(request.headers, name) {
-                    return plain(stable_hash(value.as_bytes()));
+                if let Some(value) = cookie(request.headers, name).filter(|value| !value.is_empty()) {
+                    return plain(xxh64(value.as_bytes(), 0));
                 }
                 let suffix = made.as_ref()?;
                 // Of the connection: requests that race on it are given the same cookie (Envoy's rule).
-                let value = format!("{:016x}", stable_hash(format!("{client}{local}").as_bytes()));
-                let hash = stable_hash(value.as_bytes());
+                let value = format!("{:016x}", xxh64(format!("{client}{local}").as_bytes(), 0));
+                let hash = xxh64(value.as_bytes(), 0);
                 let header = HeaderValue::try_from(format!("{name}=\"{value}\"{suffix}")).ok()?;
                 Some((hash, Some(header)))
             }
             Kind::SourceIp => plain(hash_of_source(client.ip())),
-            Kind::State(key) => plain(stable_hash(state.hashable(key)?.as_bytes())),
+            Kind::State(key) => plain(xxh64(state.hashable(key)?.as_bytes(), 0)),
             Kind::Query(name) => request.query?.split('&').find_map(|pair| {
-                let (key, value) = pair.split_once('=')?;
-                (key == &**name).then(|| (stable_hash(value.as_bytes()), None))
+                let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+                (key == &**name).then(|| (xxh64(value.as_bytes(), 0), None))
             }),
         }
     }
+}
+
+/// Of all values of a field, in their own order and not in that of the request.
+fn hash_of_values(
+    request: &RequestView<'_>,
+    name: &HeaderName,
+    rewrite: Option<&(Regex, Box<str>)>,
+) -> Option<u64> {
+    let mut values = request.headers.get_all(name).iter().map(HeaderValue::as_bytes);
+    let first = values.next()?;
+    let Some((regex, with)) = rewrite else {
+        let Some(second) = values.next() else {
+            return Some(xxh64(first, 0));
+        };
+        let mut all: Vec<&[u8]> = [first, second].into_iter().chain(values).collect();
+        all.sort_unstable();
+        return Some(all.iter().fold(0, |seed, value| xxh64(value, seed)));
+    };
+    let mut all: Vec<String> = std::iter::once(first)
+        .chain(values)
+        .map(|value| {
+            regex
+                .replace_all(&String::from_utf8_lossy(value), &**with)
+                .into_owned()
+        })
+        .collect();
+    all.sort_unstable();
+    Some(all.iter().fold(0, |seed, value| xxh64(value.as_bytes(), seed)))
 }
 
 /// What follows the value of a cookie that the proxy makes; `None` if it makes none.
@@ -173,27 +198,42 @@ pub fn request_hash(
                     .map_or(value, |before: u64| before.rotate_left(1) ^ value),
             );
             out.cookies.extend(cookie);
-            if policy.terminal {
-                break;
-            }
+        }
+        // Also where it is an earlier policy that has found something (Envoy).
+        if policy.terminal && out.hash.is_some() {
+            break;
         }
     }
     out
 }
 
-/// The hash of a client's address.
+/// The hash of a client's address, which is that of its text.
 pub fn hash_of_source(source: IpAddr) -> u64 {
-    match source {
-        IpAddr::V4(ip) => stable_hash(&ip.octets()),
-        IpAddr::V6(ip) => stable_hash(&ip.octets()),
-    }
+    xxh64(source.to_canonical().to_string().as_bytes(), 0)
 }
 
-/// A hash that is the same in every proxy and every run, so that clients agree on the endpoint.
-pub fn stable_hash(bytes: &[u8]) -> u64 {
-    let mut hasher = foldhash::quality::FixedState::with_seed(0x5e71_4000).build_hasher();
-    hasher.write(bytes);
-    hasher.finish()
+/// XXH64 (Collet), Envoy's hash.
+pub fn xxh64(bytes: &[u8], seed: u64) -> u64 {
+    twox_hash::XxHash64::oneshot(seed, bytes)
+}
+
+/// MurmurHash64A (Appleby) with the seed of libstdc++'s `std::hash`, which is what Envoy calls `MURMUR_HASH_2`.
+pub fn murmur_hash_2(bytes: &[u8]) -> u64 {
+    const SEED: u64 = 0xc70f_6907;
+    const MULTIPLIER: u64 = 0xc6a4_a793_5bd1_e995;
+    let mut hash = SEED ^ (bytes.len() as u64).wrapping_mul(MULTIPLIER);
+    let (words, rest) = bytes.as_chunks::<8>();
+    let mix = |value: u64| value ^ (value >> 47);
+    for word in words {
+        let word = u64::from_le_bytes(*word).wrapping_mul(MULTIPLIER);
+        hash = (hash ^ mix(word).wrapping_mul(MULTIPLIER)).wrapping_mul(MULTIPLIER);
+    }
+    if !rest.is_empty() {
+        let mut last = [0; 8];
+        last[..rest.len()].copy_from_slice(rest);
+        hash = (hash ^ u64::from_le_bytes(last)).wrapping_mul(MULTIPLIER);
+    }
+    mix(mix(hash).wrapping_mul(MULTIPLIER))
 }
 
 #[cfg(test)]

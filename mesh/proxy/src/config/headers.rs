@@ -1,61 +1,37 @@
 //! Header mutations with Envoy's substitution variables, parsed once.
+//!
+//! The variables are the operators of access logs ([`crate::observe::format`]): there is one way to write them and one to
+//! read them. What is not there is nothing here, and a field that would be empty is not added.
+
+use std::borrow::Cow;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::route::v3 as route;
 
 use crate::error::{Refusal, Within};
+use crate::observe::format;
+use crate::observe::record::{Record, Wants};
 
-/// Values that the variables of a header template can name.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Variables<'a> {
-    /// `%DOWNSTREAM_REMOTE_ADDRESS%`.
-    pub downstream_remote: Option<std::net::SocketAddr>,
-    /// `%DOWNSTREAM_LOCAL_ADDRESS%`.
-    pub downstream_local: Option<std::net::SocketAddr>,
-    /// `%PROTOCOL%`.
-    pub protocol: &'a str,
-    /// `%ROUTE_NAME%`.
-    pub route_name: &'a str,
-    /// `%UPSTREAM_CLUSTER%`.
-    pub upstream_cluster: &'a str,
-    /// `%UPSTREAM_HOST%`.
-    pub upstream_host: Option<&'a str>,
-    /// `%REQ(:PATH)%`.
-    pub path: &'a str,
-    /// `%REQ(:METHOD)%`.
-    pub method: &'a str,
-    /// `%REQ(:AUTHORITY)%`.
-    pub authority: &'a str,
-    /// `%RESPONSE_FLAGS%`.
-    pub response_flags: &'a str,
-    /// `%REQUESTED_SERVER_NAME%`.
-    pub server_name: &'a str,
+/// Whoever knows what the variables of templates stand for.
+pub trait Scene {
+    /// Shows what is known, with the fields that are wanted; `headers` are those that are being changed.
+    fn show(&self, wants: &Wants, headers: &HeaderMap, to: &mut dyn FnMut(&Record<'_>));
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Segment {
-    Literal(Box<str>),
-    RemoteAddress,
-    RemoteAddressWithoutPort,
-    LocalAddress,
-    Protocol,
-    RouteName,
-    UpstreamCluster,
-    UpstreamHost,
-    ResponseFlags,
-    ServerName,
-    RequestPath,
-    RequestMethod,
-    RequestAuthority,
-    RequestHeader(HeaderName),
+/// Where nothing is known: values without variables are applied all the same.
+#[derive(Clone, Copy, Debug)]
+pub struct Nothing;
+
+impl Scene for Nothing {
+    fn show(&self, _: &Wants, _: &HeaderMap, _: &mut dyn FnMut(&Record<'_>)) {}
 }
 
 /// The value of a header to add: fixed, or with variables.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 enum Template {
     Fixed(HeaderValue),
-    Variable(Box<[Segment]>),
+    Variable(format::Template),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,25 +42,37 @@ enum Mode {
     OverwriteIfExists,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Addition {
     name: Target,
     value: Template,
     mode: Mode,
+    keep_empty: bool,
 }
 
 /// `host` and `:authority` both mean the authority of the request.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 enum Target {
     Field(HeaderName),
     Authority,
 }
 
-/// A list of mutations, applied removals first as Envoy does.
-#[derive(Clone, Debug, Default)]
+impl Target {
+    fn name(&self) -> &HeaderName {
+        match self {
+            Self::Field(name) => name,
+            Self::Authority => &http::header::HOST,
+        }
+    }
+}
+
+/// A list of mutations, applied removals first, then overwriting, then adding, as Envoy does.
+#[derive(Debug, Default)]
 pub struct HeaderOps {
     remove: Box<[HeaderName]>,
     add: Box<[Addition]>,
+    /// What the variables of all values read; none where there are no variables.
+    wants: Option<Box<Wants>>,
 }
 
 /// A message that says what is done to the fields of requests and of responses.
@@ -144,12 +132,22 @@ impl HeaderOps {
                     })
             })
             .collect::<Result<_, _>>()?;
-        let add = add
+        let mut wants = Wants::default();
+        let add: Box<[Addition]> = add
             .iter()
             .enumerate()
-            .map(|(index, option)| compile_addition(option).within(format!("{field}_to_add[{index}]")))
+            .map(|(index, option)| {
+                compile_addition(option, &mut wants).within(format!("{field}_to_add[{index}]"))
+            })
             .collect::<Result<_, _>>()?;
-        Ok(Self { remove, add })
+        let variable = add
+            .iter()
+            .any(|addition| matches!(addition.value, Template::Variable(_)));
+        Ok(Self {
+            remove,
+            add,
+            wants: variable.then(|| Box::new(wants)),
+        })
     }
 
     /// Whether there is nothing to do.
@@ -157,47 +155,95 @@ impl HeaderOps {
         self.remove.is_empty() && self.add.is_empty()
     }
 
-    /// Applies the mutations to `headers`. Request header variables read `request`, or `headers` itself when that is
-    /// the request. A new authority is returned through the `Host` field of `headers`.
-    pub fn apply(&self, headers: &mut HeaderMap, request: Option<&HeaderMap>, variables: &Variables<'_>) {
+    /// Applies the mutations to `headers`. All values and conditions are of the fields as they are after the removals. A
+    /// new authority is returned through the `Host` field of `headers`.
+    pub fn apply(&self, headers: &mut HeaderMap, scene: &dyn Scene) {
         for name in &self.remove {
             headers.remove(name);
         }
-        for addition in &self.add {
-            let value = match &addition.value {
-                Template::Fixed(value) => value.clone(),
-                Template::Variable(segments) => {
-                    match HeaderValue::from_str(&render(segments, request.unwrap_or(headers), variables)) {
-                        Ok(value) if !value.is_empty() => value,
-                        _ => continue,
+        if self.add.is_empty() {
+            return;
+        }
+        let mut made: Vec<Option<HeaderValue>> = Vec::with_capacity(self.add.len());
+        if let Some(wants) = &self.wants {
+            scene.show(wants, headers, &mut |record| {
+                let values = self.add.iter().map(|addition| match &addition.value {
+                    Template::Fixed(value) => Some(value.clone()),
+                    Template::Variable(template) => {
+                        let mut text = String::new();
+                        template.write(record, &mut text);
+                        HeaderValue::try_from(text).ok()
                     }
-                }
+                });
+                made.extend(values);
+            });
+        }
+        if made.is_empty() {
+            made.extend(self.add.iter().map(|addition| match &addition.value {
+                Template::Fixed(value) => Some(value.clone()),
+                Template::Variable(_) => None,
+            }));
+        }
+        for (addition, value) in self.add.iter().zip(&mut made) {
+            let there = || headers.contains_key(addition.name.name());
+            let stays = value
+                .as_ref()
+                .is_some_and(|value| !value.is_empty() || addition.keep_empty);
+            let applies = match addition.mode {
+                Mode::Append | Mode::Overwrite => true,
+                Mode::AddIfAbsent => !there(),
+                Mode::OverwriteIfExists => there(),
             };
-            let (name, mode) = match &addition.name {
-                Target::Field(name) => (name, addition.mode),
-                Target::Authority => (&http::header::HOST, Mode::Overwrite),
-            };
-            match mode {
-                Mode::Append => {
-                    headers.append(name, value);
+            if !stays || !applies {
+                *value = None;
+            }
+        }
+        for overwrites in [true, false] {
+            for (addition, value) in self.add.iter().zip(&mut made) {
+                if overwrites != matches!(addition.mode, Mode::Overwrite | Mode::OverwriteIfExists) {
+                    continue;
                 }
-                Mode::AddIfAbsent => {
-                    headers.entry(name).or_insert(value);
-                }
-                Mode::Overwrite => {
+                let Some(value) = value.take() else { continue };
+                let name = addition.name.name();
+                if overwrites {
                     headers.insert(name, value);
-                }
-                Mode::OverwriteIfExists => {
-                    if headers.contains_key(name) {
-                        headers.insert(name, value);
-                    }
+                } else if let Some(joined) = joined(name, headers, &value) {
+                    headers.insert(name, joined);
+                } else {
+                    headers.append(name, value);
                 }
             }
         }
     }
 }
 
-fn compile_addition(option: &core::HeaderValueOption) -> Result<Addition, Refusal> {
+/// Fields that have one value here and in Envoy: what is added to them follows a comma.
+const SINGLE: [&str; 12] = [
+    "content-type",
+    "user-agent",
+    "server",
+    "via",
+    "location",
+    "expect",
+    "te",
+    "date",
+    "x-request-id",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-proto",
+];
+
+/// What a field that has one value is once `value` is added to what is there.
+fn joined(name: &HeaderName, headers: &HeaderMap, value: &HeaderValue) -> Option<HeaderValue> {
+    if !SINGLE.contains(&name.as_str()) {
+        return None;
+    }
+    let before = headers.get(name)?;
+    let all = [before.as_bytes(), value.as_bytes()].join(&b',');
+    HeaderValue::from_bytes(&all).ok()
+}
+
+fn compile_addition(option: &core::HeaderValueOption, wants: &mut Wants) -> Result<Addition, Refusal> {
     use core::header_value_option::HeaderAppendAction;
     let header = option
         .header
@@ -226,115 +272,68 @@ fn compile_addition(option: &core::HeaderValueOption) -> Result<Addition, Refusa
         }
     };
     let value = if header.raw_value.is_empty() {
-        compile_template(&header.value).within("header.value")?
+        compile_template(&header.value, wants).within("header.value")?
     } else {
         Template::Fixed(
             HeaderValue::from_bytes(&header.raw_value)
                 .map_err(|_| Refusal::new("header.raw_value", "is not a header value"))?,
         )
     };
-    Ok(Addition { name, value, mode })
-}
-
-fn compile_template(text: &str) -> Result<Template, Refusal> {
-    let mut segments = Vec::new();
-    let mut literal = String::new();
-    let mut rest = text;
-    while let Some(start) = rest.find('%') {
-        literal.push_str(&rest[..start]);
-        rest = &rest[start + 1..];
-        if let Some(after) = rest.strip_prefix('%') {
-            literal.push('%');
-            rest = after;
-            continue;
-        }
-        let end = rest
-            .find('%')
-            .ok_or_else(|| Refusal::new("", format!("{text:?}: a lone % must be written %%")))?;
-        if !literal.is_empty() {
-            segments.push(Segment::Literal(std::mem::take(&mut literal).into()));
-        }
-        segments.push(compile_variable(&rest[..end])?);
-        rest = &rest[end + 1..];
-    }
-    literal.push_str(rest);
-    if segments.is_empty() {
-        return HeaderValue::from_str(&literal)
-            .map(Template::Fixed)
-            .map_err(|_| Refusal::new("", format!("{literal:?} is not a header value")));
-    }
-    if !literal.is_empty() {
-        segments.push(Segment::Literal(literal.into()));
-    }
-    Ok(Template::Variable(segments.into()))
-}
-
-fn compile_variable(name: &str) -> Result<Segment, Refusal> {
-    if let Some(header) = name.strip_prefix("REQ(").and_then(|rest| rest.strip_suffix(')')) {
-        return Ok(match header.to_ascii_lowercase().as_str() {
-            ":path" => Segment::RequestPath,
-            ":method" => Segment::RequestMethod,
-            ":authority" | "host" => Segment::RequestAuthority,
-            field => Segment::RequestHeader(
-                HeaderName::from_bytes(field.as_bytes())
-                    .map_err(|_| Refusal::new("", format!("%{name}%: not a header name")))?,
-            ),
-        });
-    }
-    Ok(match name {
-        "DOWNSTREAM_REMOTE_ADDRESS" | "DOWNSTREAM_DIRECT_REMOTE_ADDRESS" => Segment::RemoteAddress,
-        "DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT" | "DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT" => {
-            Segment::RemoteAddressWithoutPort
-        }
-        "DOWNSTREAM_LOCAL_ADDRESS" => Segment::LocalAddress,
-        "PROTOCOL" => Segment::Protocol,
-        "ROUTE_NAME" => Segment::RouteName,
-        "UPSTREAM_CLUSTER" => Segment::UpstreamCluster,
-        "UPSTREAM_HOST" | "UPSTREAM_REMOTE_ADDRESS" => Segment::UpstreamHost,
-        "RESPONSE_FLAGS" => Segment::ResponseFlags,
-        "REQUESTED_SERVER_NAME" => Segment::ServerName,
-        other => {
-            return Err(Refusal::new(
-                "",
-                format!("the variable %{other}% is not supported in headers"),
-            ));
-        }
+    // There is one authority.
+    let mode = if matches!(name, Target::Authority) {
+        Mode::Overwrite
+    } else {
+        mode
+    };
+    Ok(Addition {
+        name,
+        value,
+        mode,
+        keep_empty: option.keep_empty_value,
     })
 }
 
-fn render(segments: &[Segment], request: &HeaderMap, variables: &Variables<'_>) -> String {
-    let mut out = String::new();
-    for segment in segments {
-        match segment {
-            Segment::Literal(text) => out.push_str(text),
-            Segment::RemoteAddress => push(&mut out, variables.downstream_remote),
-            Segment::RemoteAddressWithoutPort => push(&mut out, variables.downstream_remote.map(|a| a.ip())),
-            Segment::LocalAddress => push(&mut out, variables.downstream_local),
-            Segment::Protocol => out.push_str(variables.protocol),
-            Segment::RouteName => out.push_str(variables.route_name),
-            Segment::UpstreamCluster => out.push_str(variables.upstream_cluster),
-            Segment::UpstreamHost => push(&mut out, variables.upstream_host),
-            Segment::ResponseFlags => out.push_str(variables.response_flags),
-            Segment::ServerName => out.push_str(variables.server_name),
-            Segment::RequestPath => out.push_str(variables.path),
-            Segment::RequestMethod => out.push_str(variables.method),
-            Segment::RequestAuthority => out.push_str(variables.authority),
-            Segment::RequestHeader(name) => {
-                if let Some(value) = request.get(name).and_then(|value| value.to_str().ok()) {
-                    out.push_str(value);
-                }
-            }
-        }
+fn compile_template(text: &str, wants: &mut Wants) -> Result<Template, Refusal> {
+    let template = format::Template::parse(&translated(text), true, wants)?;
+    match template.literal() {
+        Some(literal) => HeaderValue::from_bytes(literal.as_bytes())
+            .map(Template::Fixed)
+            .map_err(|_| Refusal::new("", format!("{literal:?} is not a header value"))),
+        None => Ok(Template::Variable(template)),
     }
-    out
 }
 
-fn push(out: &mut String, value: Option<impl std::fmt::Display>) {
-    use std::fmt::Write;
-    if let Some(value) = value {
-        // Writing to a String cannot fail.
-        let _ = write!(out, "{value}");
+/// Older ways to write variables, which headers alone have: `%DYNAMIC_METADATA(["a", "b"])%`, `%PER_REQUEST_STATE(a)%`.
+fn translated(text: &str) -> Cow<'_, str> {
+    let mut out = Cow::Borrowed(text);
+    for name in ["DYNAMIC_METADATA", "UPSTREAM_METADATA", "CLUSTER_METADATA"] {
+        let start = format!("%{name}([");
+        while let Some(at) = out.find(&start) {
+            let list = at + start.len() - 1;
+            let Some(end) = out[list..].find("])%").map(|end| list + end + 1) else {
+                break;
+            };
+            let Ok(parts) = serde_json::from_str::<Vec<String>>(&out[list..end]) else {
+                break;
+            };
+            out = format!("{}{name}({}{}", &out[..at + 1], parts.join(":"), &out[end..]).into();
+        }
     }
+    let start = "%PER_REQUEST_STATE(";
+    while let Some(at) = out.find(start) {
+        let key = at + start.len();
+        let Some(end) = out[key..].find(")%").map(|end| key + end) else {
+            break;
+        };
+        out = format!(
+            "{}FILTER_STATE({}:PLAIN{}",
+            &out[..at + 1],
+            &out[key..end],
+            &out[end..]
+        )
+        .into();
+    }
+    out
 }
 
 #[cfg(test)]
@@ -377,7 +376,7 @@ mod tests {
         ] {
             headers.insert(name, HeaderValue::from_static(value));
         }
-        ops.apply(&mut headers, None, &Variables::default());
+        ops.apply(&mut headers, &Nothing);
         let all = |name: &str| {
             headers
                 .get_all(name)
@@ -391,6 +390,69 @@ mod tests {
         assert_eq!(all("x-over"), ["new"]);
         assert!(all("x-never").is_empty());
         assert_eq!(all("x-gone"), ["back"]);
+    }
+
+    /// A request over HTTP/2 of a client.
+    struct One;
+
+    impl Scene for One {
+        fn show(&self, wants: &Wants, headers: &HeaderMap, to: &mut dyn FnMut(&Record<'_>)) {
+            let mut kept = crate::observe::record::Kept::default();
+            let view = crate::config::matchers::RequestView {
+                method: "GET",
+                path: "/",
+                query: None,
+                authority: None,
+                scheme: None,
+                headers,
+            };
+            wants.keep_request(&view, &mut kept);
+            let client = "10.0.0.1:5".parse().unwrap();
+            let metadata = crate::policy::metadata::Metadata::EMPTY;
+            to(&Record {
+                protocol: "HTTP/2",
+                ..Record::of_connection(&kept, &metadata, client, "10.0.0.2:80".parse().unwrap())
+            });
+        }
+    }
+
+    #[test]
+    fn what_overwrites_comes_before_what_adds_and_what_is_empty_is_kept_where_that_is_said() {
+        let mut empty = option("x-kept", "", 0);
+        empty.keep_empty_value = true;
+        let all = [
+            option("x-a", "added", 0),
+            option("x-a", "over", 2),
+            option("x-new", "first", 0),
+            option("x-new", "not absent before", 1),
+            option("x-new", "not there before", 3),
+            option("x-none", "%REQ(x-none)%", 0),
+            empty,
+        ];
+        let ops = HeaderOps::compile(&all, &[], "request_headers").unwrap();
+        let mut headers = HeaderMap::new();
+        headers.insert("x-a", HeaderValue::from_static("old"));
+        ops.apply(&mut headers, &One);
+        let all = |name: &str| headers.get_all(name).iter().cloned().collect::<Vec<_>>();
+        assert_eq!(all("x-a"), ["over", "added"]);
+        assert_eq!(all("x-new"), ["first", "not absent before"]);
+        assert!(all("x-none").is_empty());
+        assert_eq!(all("x-kept"), [""]);
+    }
+
+    #[test]
+    fn older_ways_to_write_variables_mean_the_same() {
+        for (older, newer) in [
+            ("%DYNAMIC_METADATA([\"a\", \"b\"])%", "%DYNAMIC_METADATA(a:b)%"),
+            (
+                "x%UPSTREAM_METADATA([\"a\",\"b\"])%y",
+                "x%UPSTREAM_METADATA(a:b)%y",
+            ),
+            ("%PER_REQUEST_STATE(k.e)%", "%FILTER_STATE(k.e:PLAIN)%"),
+            ("%REQ(a)%", "%REQ(a)%"),
+        ] {
+            assert_eq!(translated(older), newer);
+        }
     }
 
     #[test]
@@ -407,12 +469,7 @@ mod tests {
         .unwrap();
         let mut headers = HeaderMap::new();
         headers.insert("x-a", HeaderValue::from_static("v"));
-        let variables = Variables {
-            protocol: "HTTP/2",
-            downstream_remote: Some("10.0.0.1:5".parse().unwrap()),
-            ..Default::default()
-        };
-        ops.apply(&mut headers, None, &variables);
+        ops.apply(&mut headers, &One);
         assert_eq!(headers["x-v"], "100% HTTP/2 v 10.0.0.1");
 
         let error =

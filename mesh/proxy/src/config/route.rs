@@ -94,6 +94,21 @@ pub struct Route {
     pub metadata: Option<Box<Metadata>>,
 }
 
+impl Route {
+    /// What stands for a route where there is none.
+    pub(crate) fn instead(action: Action) -> Self {
+        Self {
+            name: Box::default(),
+            matches: RouteMatch::any(),
+            action,
+            request_headers: HeaderOps::default(),
+            response_headers: HeaderOps::default(),
+            metadata: None,
+            per_filter: PerRoute::default(),
+        }
+    }
+}
+
 /// What a route does.
 #[derive(Debug)]
 pub enum Action {
@@ -103,6 +118,10 @@ pub enum Action {
     Redirect(Box<Redirect>),
     /// Answer from configuration.
     Direct(Direct),
+    /// There is nobody to answer: what stands for a route where none fits.
+    Nobody,
+    /// Plain requests go to https: what stands for a route where its virtual host says so.
+    Tls,
 }
 
 /// A direct response.

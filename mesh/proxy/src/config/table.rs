@@ -164,6 +164,8 @@ pub struct RouteTable {
     pub discovers_hosts: bool,
     /// Whether the port of the authority is ignored.
     pub ignore_port: bool,
+    /// Whether routes have the last word about fields, and not the route configuration.
+    pub most_specific_wins: bool,
     /// Mutations for every request.
     pub request_headers: HeaderOps,
     /// Mutations for every response.
@@ -173,6 +175,20 @@ pub struct RouteTable {
 }
 
 impl RouteTable {
+    /// One without virtual hosts that says nothing.
+    pub(crate) fn empty() -> Self {
+        Self {
+            name: "".into(),
+            domains: DomainIndex::default(),
+            discovers_hosts: false,
+            ignore_port: false,
+            most_specific_wins: false,
+            request_headers: HeaderOps::default(),
+            response_headers: HeaderOps::default(),
+            per_filter: Arc::default(),
+        }
+    }
+
     /// The virtual host that answers for `authority` as the client sent it.
     pub fn find(&self, authority: &str) -> Option<&Arc<VirtualHostSlot>> {
         let host = if self.ignore_port {

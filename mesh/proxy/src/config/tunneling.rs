@@ -4,7 +4,7 @@ use http::{HeaderMap, HeaderValue, header};
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3::tcp_proxy::TunnelingConfig;
 
-use super::headers::{HeaderOps, Variables};
+use super::headers::{HeaderOps, Scene};
 use crate::error::Refusal;
 
 /// What is asked of the endpoint, compiled.
@@ -53,9 +53,9 @@ impl Tunneling {
     }
 
     /// Authority and fields of a CONNECT; `None` where the authority cannot be told, since nobody named one.
-    pub fn head(&self, variables: &Variables<'_>) -> Option<(HeaderValue, HeaderMap)> {
+    pub fn head(&self, scene: &dyn Scene) -> Option<(HeaderValue, HeaderMap)> {
         let mut headers = HeaderMap::new();
-        self.fields.apply(&mut headers, None, variables);
+        self.fields.apply(&mut headers, scene);
         let authority = headers.remove(header::HOST)?;
         Some((authority, headers))
     }
@@ -64,6 +64,22 @@ impl Tunneling {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::observe::record::{Kept, Record, Wants};
+    use crate::policy::metadata::Metadata;
+
+    /// A connection with this server name.
+    struct Connection(&'static str);
+
+    impl Scene for Connection {
+        fn show(&self, _: &Wants, _: &HeaderMap, to: &mut dyn FnMut(&Record<'_>)) {
+            let (kept, metadata) = (Kept::default(), Metadata::EMPTY);
+            let (client, own) = ("10.0.0.1:5".parse().unwrap(), "10.0.0.2:443".parse().unwrap());
+            to(&Record {
+                server_name: Some(self.0),
+                ..Record::of_connection(&kept, &metadata, client, own)
+            });
+        }
+    }
 
     #[test]
     fn the_authority_may_be_what_the_client_asked_for_and_fields_go_with_it() {
@@ -79,24 +95,19 @@ mod tests {
             }],
             ..Default::default()
         };
-        let variables = Variables {
-            server_name: "shop.example",
-            downstream_remote: Some("10.0.0.1:5".parse().unwrap()),
-            downstream_local: Some("10.0.0.2:443".parse().unwrap()),
-            ..Default::default()
-        };
+        let scene = Connection("shop.example");
         for (hostname, authority) in [
             ("fixed.example:443", "fixed.example:443"),
             ("%REQUESTED_SERVER_NAME%:443", "shop.example:443"),
             ("%DOWNSTREAM_LOCAL_ADDRESS%", "10.0.0.2:443"),
         ] {
             let tunneling = Tunneling::compile(&config(hostname)).unwrap();
-            let (own, headers) = tunneling.head(&variables).unwrap();
+            let (own, headers) = tunneling.head(&scene).unwrap();
             assert_eq!(own, authority);
             assert_eq!(headers["x-client"], "10.0.0.1");
         }
         let nameless = Tunneling::compile(&config("%REQUESTED_SERVER_NAME%")).unwrap();
-        assert!(nameless.head(&Variables::default()).is_none());
+        assert!(nameless.head(&Connection("")).is_none());
         for (wrong, path) in [
             (config(""), "hostname"),
             (config("%NOTHING%"), "headers_to_add"),

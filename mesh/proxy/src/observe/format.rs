@@ -304,6 +304,15 @@ impl Template {
         })
     }
 
+    /// The text, where it has no operators.
+    pub(crate) fn literal(&self) -> Option<&str> {
+        match &*self.pieces {
+            [] => Some(""),
+            [Piece::Literal(text)] => Some(text),
+            _ => None,
+        }
+    }
+
     /// Appends the text.
     pub fn write(&self, record: &Record<'_>, out: &mut String) {
         for piece in &self.pieces {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
+use crate::config::convert::EncodedMetadata;
 use crate::config::matchers::{HeaderMatch, RequestView};
 use crate::metrics::flags::Flags;
 use crate::policy::facts::PeerIdentity;
@@ -99,6 +100,8 @@ pub struct Kept {
     matched: Box<[bool]>,
     /// Path and query as they were sent on, where they were rewritten.
     pub path: Option<Box<str>>,
+    /// The authority, where it is not the one that came any more.
+    pub authority: Option<Box<str>>,
 }
 
 impl Kept {
@@ -139,6 +142,62 @@ impl LogType {
             Self::TcpPeriodic => "TcpPeriodic",
             Self::TcpConnectionEnd => "TcpConnectionEnd",
             Self::DownstreamEnd => "DownstreamEnd",
+        }
+    }
+}
+
+impl<'a> Record<'a> {
+    /// Of a connection of which nothing else is known.
+    pub fn of_connection(
+        kept: &'a Kept,
+        metadata: &'a Metadata,
+        remote: SocketAddr,
+        local: SocketAddr,
+    ) -> Self {
+        Self {
+            kind: LogType::TcpConnectionEnd,
+            start: Duration::ZERO,
+            duration: Duration::ZERO,
+            request: None,
+            response: None,
+            kept,
+            method: "",
+            path: "",
+            authority: "",
+            scheme: "",
+            protocol: "",
+            upstream_protocol: None,
+            request_id: None,
+            code: 0,
+            details: "",
+            termination: "",
+            local_close: "",
+            downstream_failure: None,
+            grpc_status: None,
+            flags: Flags::default(),
+            received: 0,
+            sent: 0,
+            attempts: 0,
+            upstream_host: None,
+            upstream_local: None,
+            virtual_cluster: None,
+            upstream_cluster: None,
+            upstream_failure: None,
+            route: None,
+            direct_remote: remote,
+            remote,
+            local,
+            server_name: None,
+            peer: None,
+            downstream_tls: None,
+            upstream_tls: None,
+            upstream_name: None,
+            upstream_metadata: None,
+            cluster_metadata: None,
+            tls: None,
+            metadata,
+            connection: 0,
+            trace: None,
         }
     }
 }
@@ -220,6 +279,10 @@ pub struct Record<'a> {
     pub upstream_tls: Option<&'a ConnectionTls>,
     /// The endpoint's name, where it has one.
     pub upstream_name: Option<&'a str>,
+    /// The endpoint's metadata.
+    pub upstream_metadata: Option<&'a EncodedMetadata>,
+    /// The cluster's.
+    pub cluster_metadata: Option<&'a EncodedMetadata>,
     /// TLS version and cipher suite.
     pub tls: Option<(&'a str, &'a str)>,
     /// What filters said.

@@ -4,7 +4,7 @@ use http::{HeaderMap, HeaderName};
 use serin_xds::pb::envoy::config::common::mutation_rules::v3 as rules;
 use serin_xds::pb::envoy::extensions::filters::http::header_mutation::v3 as filter;
 
-use crate::config::headers::{HeaderOps, Variables};
+use crate::config::headers::{HeaderOps, Scene};
 use crate::config::matchers::StringMatch;
 use crate::error::{Refusal, Within};
 
@@ -53,9 +53,9 @@ impl HeaderMutation {
     }
 
     /// Changes a request.
-    pub fn request(&self, headers: &mut HeaderMap, variables: &Variables<'_>) {
+    pub fn request(&self, headers: &mut HeaderMap, scene: &dyn Scene) {
         for change in &self.request {
-            change.apply(headers, None, variables);
+            change.apply(headers, scene);
         }
     }
 
@@ -65,9 +65,9 @@ impl HeaderMutation {
     }
 
     /// Changes a response.
-    pub fn response(&self, headers: &mut HeaderMap, request: Option<&HeaderMap>, variables: &Variables<'_>) {
+    pub fn response(&self, headers: &mut HeaderMap, scene: &dyn Scene) {
         for change in &self.response {
-            change.apply(headers, request, variables);
+            change.apply(headers, scene);
         }
     }
 }
@@ -103,9 +103,9 @@ fn changes(from: &[rules::HeaderMutation], field: &str) -> Result<Box<[Change]>,
 }
 
 impl Change {
-    fn apply(&self, headers: &mut HeaderMap, request: Option<&HeaderMap>, variables: &Variables<'_>) {
+    fn apply(&self, headers: &mut HeaderMap, scene: &dyn Scene) {
         match self {
-            Self::Ops(ops) => ops.apply(headers, request, variables),
+            Self::Ops(ops) => ops.apply(headers, scene),
             Self::RemoveMatching(test) => {
                 let names: Vec<HeaderName> = headers
                     .keys()
@@ -159,7 +159,7 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.insert("y", "1".parse().unwrap());
         headers.insert("z", "1".parse().unwrap());
-        compiled.request(&mut headers, &Variables::default());
+        compiled.request(&mut headers, &crate::config::headers::Nothing);
         let mut names: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
         names.sort_unstable();
         assert_eq!(names, ["x-b", "z"]);

@@ -2,26 +2,27 @@
 //!
 //! The common case (one priority, everybody healthy) looks at nothing but the hosts it draws.
 
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
 use super::cluster::Host;
-use super::consistent::Table;
 use super::outlier::is_ejected;
 use super::zone::ZoneRouting;
 use crate::clock::now_ms;
 use crate::config::balancing::reported::Reporting;
-use crate::config::cluster::{Cluster, LbPolicy};
+use crate::config::cluster::Cluster;
 use crate::config::endpoint::EndpointSet;
 use crate::config::retry::HostRules;
 use crate::config::subset::Criteria;
 use crate::random;
 
 mod draw;
+mod hashed;
 mod loads;
 
 use draw::{Compared, View};
+use hashed::{Hashed, HashedHosts};
 use loads::{Health, Loads};
 
 /// Usable hosts of one priority that are equally well.
@@ -32,7 +33,7 @@ struct Group {
     localities: Vec<(u32, std::ops::Range<usize>)>,
     /// All localities in the order of the endpoint set, where zones count.
     zones: Vec<std::ops::Range<usize>>,
-    table: Option<Table>,
+    hashed: Option<HashedHosts>,
 }
 
 /// The hosts of one priority.
@@ -47,6 +48,10 @@ struct Level {
     heaviest: u32,
     /// Everybody that EDS names, for panic.
     everybody: Vec<Rc<Host>>,
+    /// Localities with their weights, as ranges of `everybody`, where they count for consistent hashing.
+    parts: Vec<(u64, std::ops::Range<usize>)>,
+    /// Made by the first request that finds a panic.
+    everybody_hashed: OnceCell<Rc<Hashed>>,
 }
 
 /// The balancer of one cluster, or of one subset of it, on one worker.
@@ -284,7 +289,8 @@ impl Balancer {
                 return None;
             }
         }
-        only.healthy.view(only.heaviest, wish.zones)
+        only.healthy
+            .view(cluster, only.heaviest, wish.zones, wish.some_ejected)
     }
 
     fn view_of_several(&self, cluster: &Cluster, wish: &Wish<'_>) -> Option<View<'_>> {
@@ -307,7 +313,11 @@ impl Balancer {
         } else {
             &self.loads
         };
-        let (index, degraded) = loads.choose(random::below)?;
+        // A key keeps to its priority as well.
+        let (index, degraded) = match wish.hash.filter(|_| cluster.lb.hashes()) {
+            Some(hash) => loads.choose(|count| (hash % count as u64) as usize)?,
+            None => loads.choose(random::below)?,
+        };
         let level = &self.levels[index];
         if loads.may_panic() && loads.health(index).below(cluster.panic_threshold) {
             self.panicked.set(true);
@@ -317,7 +327,8 @@ impl Balancer {
             return None;
         }
         let group = if degraded { &level.degraded } else { &level.healthy };
-        group.view(level.heaviest, wish.zones.filter(|_| index == 0 && !degraded))
+        let zones = wish.zones.filter(|_| index == 0 && !degraded);
+        group.view(cluster, level.heaviest, zones, wish.some_ejected)
     }
 }
 
@@ -340,9 +351,13 @@ impl Level {
             heaviest: 1,
             ..Self::default()
         };
+        let hashes = cluster.lb.hashes();
+        // Localities for consistent hashing, of healthy and of degraded hosts.
+        let mut parts = (Vec::new(), Vec::new());
         for locality in localities {
             let (count, indices) = members.within(&locality.members);
             let starts = (level.healthy.hosts.len(), level.degraded.hosts.len());
+            let first = level.everybody.len();
             for host in indices.map(|index| &hosts[index]) {
                 level.everybody.push(host.clone());
                 level.heaviest = level.heaviest.max(host.endpoint.weight);
@@ -356,6 +371,15 @@ impl Level {
                 }
             }
             level.total += count;
+            let mut weight = u64::from(locality.weight);
+            if weights == LocalityWeights::Scaled {
+                weight = (weight * count as u64).div_ceil(locality.members.len().max(1) as u64);
+            }
+            if hashes && weights != LocalityWeights::Ignored {
+                level.parts.push((weight, first..level.everybody.len()));
+                parts.0.push((weight, starts.0..level.healthy.hosts.len()));
+                parts.1.push((weight, starts.1..level.degraded.hosts.len()));
+            }
             for (group, start) in [(&mut level.healthy, starts.0), (&mut level.degraded, starts.1)] {
                 let range = start..group.hosts.len();
                 if cluster.zone_aware.is_some() {
@@ -363,10 +387,6 @@ impl Level {
                 }
                 if range.is_empty() || weights == LocalityWeights::Ignored {
                     continue;
-                }
-                let mut weight = u64::from(locality.weight);
-                if weights == LocalityWeights::Scaled {
-                    weight = (weight * count as u64).div_ceil(locality.members.len().max(1) as u64);
                 }
                 // The share shrinks only once less than 1/1.4 of the locality is usable.
                 let usable = range.len() as u64 * u64::from(set.overprovisioning);
@@ -376,8 +396,10 @@ impl Level {
                 }
             }
         }
-        for group in [&mut level.healthy, &mut level.degraded] {
-            group.finish(cluster);
+        if hashes {
+            for (group, parts) in [(&mut level.healthy, parts.0), (&mut level.degraded, parts.1)] {
+                group.hashed = Some(HashedHosts::new(cluster, &group.hosts, parts));
+            }
         }
         level
     }
@@ -405,12 +427,16 @@ impl Level {
         if cluster.zone_aware.is_some_and(|rules| rules.fail_on_panic) || self.everybody.is_empty() {
             return None;
         }
+        let hashed = cluster.lb.hashes().then(|| {
+            let all = || Rc::new(Hashed::new(cluster, &self.everybody, &self.parts, |_| true));
+            self.everybody_hashed.get_or_init(all).clone()
+        });
         Some(View {
             hosts: &self.everybody,
             localities: &[],
             zone: None,
             heaviest: self.heaviest,
-            table: None,
+            hashed,
             panic: true,
             slow: None,
             reported: None,
@@ -419,34 +445,13 @@ impl Level {
 }
 
 impl Group {
-    fn finish(&mut self, cluster: &Cluster) {
-        let named = || -> Vec<(&str, u32)> {
-            self.hosts
-                .iter()
-                .map(|host| {
-                    let endpoint = &host.endpoint;
-                    let name = if cluster.hashing.by_hostname && !endpoint.hostname.is_empty() {
-                        &*endpoint.hostname
-                    } else {
-                        &*endpoint.text
-                    };
-                    (name, endpoint.weight)
-                })
-                .collect()
-        };
-        let table = match cluster.lb {
-            LbPolicy::RingHash { minimum } => Some(Table::ring(&named(), minimum)),
-            LbPolicy::Maglev { size } => Some(Table::maglev(&named(), size)),
-            LbPolicy::RoundRobin
-            | LbPolicy::LeastRequest { .. }
-            | LbPolicy::Random
-            | LbPolicy::ClientSideWeighted
-            | LbPolicy::PeakEwma { .. } => None,
-        };
-        self.table = table;
-    }
-
-    fn view(&self, heaviest: u32, zones: Option<&ZoneRouting>) -> Option<View<'_>> {
+    fn view(
+        &self,
+        cluster: &Cluster,
+        heaviest: u32,
+        zones: Option<&ZoneRouting>,
+        some_ejected: bool,
+    ) -> Option<View<'_>> {
         if self.hosts.is_empty() {
             return None;
         }
@@ -459,7 +464,10 @@ impl Group {
             localities: &self.localities,
             zone,
             heaviest,
-            table: self.table.as_ref(),
+            hashed: self
+                .hashed
+                .as_ref()
+                .map(|hashed| hashed.now(cluster, &self.hosts, some_ejected)),
             panic: false,
             slow: None,
             reported: None,

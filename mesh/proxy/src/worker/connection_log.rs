@@ -144,17 +144,6 @@ impl ConnectionLog {
                 .unwrap_or_default()
                 .saturating_sub(duration),
             duration,
-            request: None,
-            response: None,
-            kept: &kept,
-            method: "",
-            path: "",
-            authority: "",
-            scheme: "",
-            protocol: "",
-            upstream_protocol: None,
-            request_id: None,
-            code: 0,
             details: if self.flags.get().has(Flags::NO_ROUTE) {
                 "filter_chain_not_found"
             } else {
@@ -163,29 +152,27 @@ impl ConnectionLog {
             termination: &self.termination,
             local_close: self.local_close.get(),
             downstream_failure: self.downstream_failure.as_deref(),
-            grpc_status: None,
             flags: self.flags.get(),
             received: self.received.get(),
             sent: self.sent.get(),
             attempts: self.attempts,
             upstream_host: self.host.as_ref().map(|host| &*host.endpoint.text),
             upstream_local: self.upstream_local,
-            virtual_cluster: None,
             upstream_cluster: self.cluster.as_deref(),
             upstream_failure: Some(&*self.failure).filter(|text| !text.is_empty()),
-            route: None,
             direct_remote: self.addresses.direct,
-            remote: self.addresses.remote,
-            local: self.addresses.local,
             server_name: self.server_name.as_deref(),
             peer: self.tls.as_deref().and_then(PeerIdentity::of),
             downstream_tls: self.tls.as_deref(),
             upstream_tls: self.upstream_tls.as_deref(),
             upstream_name: self.host.as_ref().map(|host| &*host.endpoint.hostname),
+            upstream_metadata: self
+                .host
+                .as_ref()
+                .and_then(|host| host.endpoint.metadata.as_ref()),
             tls: self.tls.as_ref().map(|tls| (tls.version, tls.cipher)),
-            metadata: &self.metadata,
             connection: self.addresses.connection,
-            trace: None,
+            ..Record::of_connection(&kept, &self.metadata, self.addresses.remote, self.addresses.local)
         };
         show(&record)
     }

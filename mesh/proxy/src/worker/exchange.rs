@@ -70,6 +70,8 @@ pub struct Exchange {
     pub cluster: Option<Rc<WorkerCluster>>,
     /// Name of the cluster, also when it does not exist.
     pub cluster_name: Option<Arc<str>>,
+    /// Name of the cluster of its route, where filters may answer before it is asked for.
+    pub routed: Option<Arc<str>>,
     /// The endpoint that answered, or was tried last.
     pub host: Option<Rc<Host>>,
     /// Our own end of the connection to that endpoint.
@@ -130,6 +132,7 @@ impl Exchange {
             peer: None,
             cluster: None,
             cluster_name: None,
+            routed: None,
             host: None,
             upstream_local: None,
             virtual_cluster: None,

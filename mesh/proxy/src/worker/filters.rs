@@ -21,6 +21,7 @@ pub(super) use jwt::fetch_ahead;
 use local_rate_limit::limit_locally;
 
 use std::cell::RefCell;
+use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,8 +33,10 @@ use super::body::{Ahead, Inbound};
 use super::exchange::Exchange;
 use super::http::Downstream;
 use super::local::LocalReply;
-use super::request::{Routed, find_route, variables, view};
+use super::request::{Routed, find_route, view};
+use super::scene::RequestScene;
 use crate::config::filters::{Cors, CorsVerdict};
+use crate::config::matchers::RequestView;
 use crate::config::route::{Action, Targets};
 use crate::metrics::flags::Flags;
 use crate::policy::adaptive_concurrency::AdaptiveConcurrency;
@@ -206,6 +209,22 @@ pub(super) fn facts<'a>(conn: &'a Downstream, parts: &'a Parts, metadata: &'a Me
     }
 }
 
+/// The client that the fields of a request name, where a trusted hop has written them.
+pub(super) fn forwarded_client(conn: &Downstream, request: &RequestView<'_>) -> IpAddr {
+    let metadata = Metadata::EMPTY;
+    let facts = Facts {
+        direct_remote: conn.direct,
+        source: conn.remote,
+        local: conn.local,
+        server_name: None,
+        peer: None,
+        request: Some(*request),
+        forwarded: !conn.manager.use_remote_address,
+        metadata: &metadata,
+    };
+    facts.remote()
+}
+
 /// What the most specific level says about a filter: weighted cluster, route, virtual host, route configuration.
 fn find<'a>(routed: &'a Routed, name: &str) -> Option<&'a Override> {
     levels(routed)
@@ -295,7 +314,7 @@ pub(super) async fn decode(
             (Kind::LocalRateLimit(Some(limit)), _) => limit_locally(conn, exchange, limit, routed, parts),
             (Kind::LocalRateLimit(None), _) => Ok(()),
             (Kind::HeaderMutation(chain), _) => {
-                mutate(conn, exchange, filter, chain, routed, parts);
+                mutate(exchange, filter, chain, routed, parts);
                 Ok(())
             }
             (Kind::SetMetadata(_), Some(Override::SetMetadata(values))) => {
@@ -331,6 +350,8 @@ pub(super) async fn decode(
                     .await
                     .map(|again| reroute = again)
             }
+            // Whose request has no route is not asked about (Envoy's rule).
+            (Kind::ExtAuthz(_), _) if !routed.is_found() => Ok(()),
             (Kind::ExtAuthz(authz), own) => {
                 let own = match own {
                     Some(Override::ExtAuthz(own)) => Some(own),
@@ -378,7 +399,7 @@ pub(super) async fn decode(
             return Err(reply);
         }
         if reroute {
-            search_again(conn, exchange, routed, parts)?;
+            search_again(conn, exchange, routed, parts);
             silent = says_nothing(routed);
         }
     }
@@ -444,18 +465,11 @@ fn says_nothing(routed: &Routed) -> bool {
 }
 
 /// Searches the route again, after a filter has changed what routes may look at.
-fn search_again(
-    conn: &Rc<Downstream>,
-    exchange: &mut Exchange,
-    routed: &mut Routed,
-    parts: &Parts,
-) -> Result<(), LocalReply> {
-    let found = find_route(conn, parts, metadata(exchange))
-        .ok_or_else(|| LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", ""))?;
-    *routed = found;
-    exchange.route = Some(routed.route.clone());
+fn search_again(conn: &Rc<Downstream>, exchange: &mut Exchange, routed: &mut Routed, parts: &Parts) {
+    *routed = find_route(conn, parts, metadata(exchange));
+    exchange.route = routed.configured();
     choose_target(conn, routed);
-    Ok(())
+    exchange.routed = routed.existing_cluster();
 }
 
 /// Reads a request whole before it goes on.
@@ -612,17 +626,19 @@ fn mutations<'a>(
 }
 
 fn mutate(
-    conn: &Downstream,
     exchange: &mut Exchange,
     filter: &Filter,
     chain: &Arc<HeaderMutation>,
     routed: &Routed,
     parts: &mut Parts,
 ) {
-    let head = parts.clone();
-    let variables = variables(conn, &head, &routed.route);
     for mutation in mutations(filter, chain, routed) {
-        mutation.request(&mut parts.headers, &variables);
+        let scene = RequestScene {
+            exchange: &*exchange,
+            uri: &parts.uri,
+            cluster: routed.cluster_name(),
+        };
+        mutation.request(&mut parts.headers, &scene);
     }
     remember_mutations(exchange, filter, chain, routed, parts);
 }

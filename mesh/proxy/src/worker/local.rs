@@ -87,6 +87,13 @@ impl LocalReply {
         }
     }
 
+    /// Notes on the exchange what the response will say, for those who look at it before it is sent.
+    pub(super) fn foretell(&self, exchange: &mut Exchange) {
+        exchange.flags.add(self.flags);
+        exchange.details.clone_from(&self.details);
+        exchange.code = self.status.as_u16();
+    }
+
     /// The head before it passes the filters, the body, and whether one will be sent.
     fn begin(self, exchange: &mut Exchange) -> (Head, Bytes, bool) {
         let mut response = Response::new(());
@@ -112,15 +119,15 @@ impl LocalReply {
                 headers.insert("grpc-message", message);
             }
             body = Bytes::new();
-            exchange.code = 200;
             exchange.grpc_status = u8::try_from(status).ok();
         } else {
             if !body.is_empty() && !headers.contains_key(header::CONTENT_TYPE) {
                 headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
             }
             *response.status_mut() = self.status;
-            exchange.code = self.status.as_u16();
         }
+        // For gRPC as well, until filters have seen it.
+        exchange.code = self.status.as_u16();
         if self.close && exchange.version != http::Version::HTTP_2 {
             response
                 .headers_mut()
@@ -172,6 +179,9 @@ fn finish(
         body = Bytes::new();
     }
     exchange.sent = body.len() as u64;
+    if exchange.grpc {
+        exchange.code = 200;
+    }
     exchange.conn.clone().dress(&mut head.headers, exchange.version);
     logging::keep_response(&mut exchange, &head.headers, false);
     if let Some(tap) = &mut exchange.tap {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use http::request::Parts;
 use http::uri::PathAndQuery;
-use http::{HeaderMap, Method};
+use http::{HeaderMap, Method, Uri, header};
 
 use super::Worker;
 use super::call::grpc_bytes;
@@ -17,6 +17,7 @@ use super::local::grpc_of_http;
 use super::request::view;
 use super::spans;
 use crate::config::cluster::UpstreamHttp;
+use crate::config::matchers::RequestView;
 use crate::config::virtual_cluster::Counted;
 use crate::hygiene::fields::Present;
 use crate::observe::access_log::AccessLogs;
@@ -55,11 +56,11 @@ pub(super) fn keep_request(exchange: &mut Exchange, parts: &Parts, present: Pres
     };
     let remote = present
         .has(Present::FORWARDED_FOR)
-        .then(|| named_remote(exchange, parts))
+        .then(|| named_remote(exchange, &view(parts)))
         .flatten();
-    if logs.wants.looks_at_requests() || remote.is_some() || changed_path(exchange, parts).is_some() {
+    if logs.wants.looks_at_requests() || remote.is_some() || changed_path(exchange, &parts.uri).is_some() {
         let mut state = exchange.log.take().unwrap_or_default();
-        keep(&logs.wants, exchange, parts, &mut state);
+        keep(&logs.wants, exchange, &view(parts), &parts.uri, &mut state);
         state.remote = remote;
         exchange.log = Some(state);
     }
@@ -70,44 +71,70 @@ pub(super) fn keep_sent(exchange: &mut Exchange, parts: &Parts) {
     let Some(logs) = exchange.conn.manager.logs.as_deref() else {
         return;
     };
-    if logs.wants.looks_at_requests() || changed_path(exchange, parts).is_some() {
+    if logs.wants.looks_at_requests()
+        || changed_path(exchange, &parts.uri).is_some()
+        || changed_authority(exchange, &parts.headers).is_some()
+    {
         let mut state = exchange.log.take().unwrap_or_default();
-        keep(&logs.wants, exchange, parts, &mut state);
+        keep(&logs.wants, exchange, &view(parts), &parts.uri, &mut state);
         exchange.log = Some(state);
     }
 }
 
-fn keep(wants: &Wants, exchange: &Exchange, parts: &Parts, state: &mut LogState) {
-    wants.keep_request(&view(parts), &mut state.kept);
-    if let Some(path) = changed_path(exchange, parts) {
+fn keep(wants: &Wants, exchange: &Exchange, request: &RequestView<'_>, uri: &Uri, state: &mut LogState) {
+    wants.keep_request(request, &mut state.kept);
+    if let Some(path) = changed_path(exchange, uri) {
         state.kept.path = Some(path.as_str().into());
+    }
+    if let Some(authority) = changed_authority(exchange, request.headers) {
+        state.kept.authority = Some(authority.into());
+    }
+}
+
+/// The authority, where it is no longer what the client sent.
+fn changed_authority<'a>(exchange: &Exchange, headers: &'a HeaderMap) -> Option<&'a str> {
+    let value = headers.get(header::HOST);
+    value
+        .filter(|value| exchange.authority.as_ref() != Some(value))?
+        .to_str()
+        .ok()
+}
+
+impl LogState {
+    /// Keeps what is wanted of a response.
+    pub(super) fn keep_response(&mut self, wants: &Wants, headers: &HeaderMap) {
+        wants.keep_response(headers, &mut self.kept);
     }
 }
 
 /// The client, where a trusted hop names another one than is connected.
-fn named_remote(exchange: &Exchange, parts: &Parts) -> Option<SocketAddr> {
+fn named_remote(exchange: &Exchange, request: &RequestView<'_>) -> Option<SocketAddr> {
     let conn = &exchange.conn;
     if conn.manager.use_remote_address {
         return None;
     }
-    let metadata = crate::policy::metadata::Metadata::EMPTY;
-    let remote = filters::facts(conn, parts, &metadata).remote();
+    let remote = filters::forwarded_client(conn, request);
     (remote != conn.remote.ip()).then(|| SocketAddr::new(remote, 0))
 }
 
 /// Path and query, where they are no longer what the client sent.
-fn changed_path<'a>(exchange: &Exchange, parts: &'a Parts) -> Option<&'a PathAndQuery> {
-    let path = parts.uri.path_and_query();
+fn changed_path<'a>(exchange: &Exchange, uri: &'a Uri) -> Option<&'a PathAndQuery> {
+    let path = uri.path_and_query();
     path.filter(|path| exchange.uri.path_and_query() != Some(path))
 }
 
 /// What is known of a request while filters see it, for formats that are written then.
-pub(super) fn meanwhile(wants: &Wants, exchange: &Exchange, parts: &Parts) -> LogState {
+pub(super) fn meanwhile(
+    wants: &Wants,
+    exchange: &Exchange,
+    request: &RequestView<'_>,
+    uri: &Uri,
+) -> LogState {
     let mut state = LogState {
-        remote: named_remote(exchange, parts),
+        remote: named_remote(exchange, request),
         ..LogState::default()
     };
-    keep(wants, exchange, parts, &mut state);
+    keep(wants, exchange, request, uri, &mut state);
     state
 }
 
@@ -223,7 +250,7 @@ fn record_after<T>(
         upstream_host: exchange.host.as_ref().map(|host| &*host.endpoint.text),
         upstream_local: exchange.upstream_local,
         virtual_cluster: exchange.virtual_cluster.as_deref().and_then(Counted::name),
-        upstream_cluster: exchange.cluster_name.as_deref(),
+        upstream_cluster: exchange.cluster_name.as_deref().or(exchange.routed.as_deref()),
         upstream_failure: exchange.failure.as_deref(),
         route: exchange.route.as_ref().map(|route| &*route.name),
         direct_remote: conn.direct,
@@ -234,6 +261,14 @@ fn record_after<T>(
         downstream_tls: conn.tls.as_deref(),
         upstream_tls: exchange.upstream_tls.as_deref(),
         upstream_name: exchange.host.as_ref().map(|host| &*host.endpoint.hostname),
+        upstream_metadata: exchange
+            .host
+            .as_ref()
+            .and_then(|host| host.endpoint.metadata.as_ref()),
+        cluster_metadata: exchange
+            .cluster
+            .as_ref()
+            .and_then(|cluster| cluster.config.metadata.as_ref()),
         tls: conn.tls.as_ref().map(|tls| (tls.version, tls.cipher)),
         metadata: filters::metadata(exchange),
         connection: conn.id,

@@ -26,6 +26,7 @@ mod prepare;
 pub mod request;
 mod respond;
 mod rest;
+mod scene;
 pub(crate) mod seldom;
 pub mod sniff;
 mod spans;

@@ -3,55 +3,44 @@
 use http::request::Parts;
 use http::{HeaderName, HeaderValue, StatusCode, header};
 
-use super::http::Downstream;
+use super::exchange::Exchange;
 use super::local::LocalReply;
 use super::request::{PEER_METADATA, PEER_METADATA_ID, Routed};
-use crate::config::headers::Variables;
+use super::scene::RequestScene;
 use crate::config::listener::Direction;
 use crate::config::route::{Forward, HostRewrite, Target};
 use crate::metrics::flags::Flags;
-use crate::upstream::cluster::WorkerCluster;
 
 static X_ORIGINAL_PATH: HeaderName = HeaderName::from_static("x-envoy-original-path");
+static X_ORIGINAL_HOST: HeaderName = HeaderName::from_static("x-envoy-original-host");
 static X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 
 /// Makes the request what the upstream gets: mutations, rewrites, identity.
 pub(super) fn prepare(
-    conn: &Downstream,
+    exchange: &Exchange,
     routed: &Routed,
     forward: &Forward,
     target: Option<&Target>,
-    cluster: &WorkerCluster,
     parts: &mut Parts,
 ) -> Result<(), LocalReply> {
-    let ops = [
+    let conn = &exchange.conn;
+    let levels = routed.header_levels(
         target.map(|target| &target.request_headers),
-        Some(&routed.route.request_headers),
-        Some(&routed.host.request_headers),
-        Some(&routed.table.request_headers),
-    ];
-    if ops.iter().flatten().any(|ops| !ops.is_empty()) {
-        let uri = parts.uri.clone();
-        let authority = parts.headers.get(header::HOST).cloned();
-        let method = parts.method.clone();
-        let variables = Variables {
-            downstream_remote: Some(conn.remote),
-            downstream_local: Some(conn.local),
-            protocol: super::exchange::protocol_text(parts.version),
-            route_name: &routed.route.name,
-            server_name: conn.server_name().unwrap_or(""),
-            upstream_cluster: &cluster.slot.name,
-            path: uri.path_and_query().map_or("/", |path| path.as_str()),
-            method: method.as_str(),
-            authority: authority
-                .as_ref()
-                .and_then(|value| value.to_str().ok())
-                .unwrap_or(""),
-            ..Default::default()
+        |route, host, table| {
+            [
+                &route.request_headers,
+                &host.request_headers,
+                &table.request_headers,
+            ]
+        },
+    );
+    for ops in levels {
+        let scene = RequestScene {
+            exchange,
+            uri: &parts.uri,
+            cluster: "",
         };
-        for ops in ops.into_iter().flatten() {
-            ops.apply(&mut parts.headers, None, &variables);
-        }
+        ops.apply(&mut parts.headers, &scene);
     }
     let new_host =
         target
@@ -65,10 +54,11 @@ pub(super) fn prepare(
                 }
             });
     if let Some(new) = new_host {
-        if forward.append_forwarded_host
-            && let Some(old) = parts.headers.get(header::HOST).cloned()
-        {
-            parts.headers.append(X_FORWARDED_HOST.clone(), old);
+        if let Some(old) = parts.headers.get(header::HOST).cloned() {
+            if forward.append_forwarded_host {
+                parts.headers.append(X_FORWARDED_HOST.clone(), old.clone());
+            }
+            parts.headers.insert(X_ORIGINAL_HOST.clone(), old);
         }
         parts.headers.insert(header::HOST, new);
     }

@@ -1,7 +1,7 @@
 //! The request path: hygiene, identity, routing, filters, action.
 
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use http::request::Parts;
 use http::uri::PathAndQuery;
@@ -9,18 +9,19 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Uri
 use http_body::Body as _;
 
 use super::body::Inbound;
-use super::exchange::{Exchange, protocol_text};
+use super::exchange::Exchange;
 use super::filters;
 use super::http::Downstream;
 use super::incoming::Incoming;
 use super::interim::Waiting;
 use super::local::{Body, LocalReply};
 use super::logging;
+use super::scene::ResponseScene;
 use super::spans;
 use super::tap;
 use super::tunnel::{self, Tunnel};
 use super::upstream;
-use crate::config::headers::Variables;
+use crate::config::headers::{HeaderOps, Scene};
 use crate::config::listener::Direction;
 use crate::config::matchers::RequestView;
 use crate::config::route::{Action, Route, RouteFacts, Target, TargetCluster, Targets, VirtualHost, is_grpc};
@@ -37,6 +38,7 @@ use crate::random;
 
 pub(super) static X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub(super) static X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+static X_EXTERNAL_ADDRESS: HeaderName = HeaderName::from_static("x-envoy-external-address");
 static X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 pub(super) static PEER_METADATA: HeaderName = HeaderName::from_static(METADATA_HEADER);
 pub(super) static PEER_METADATA_ID: HeaderName = HeaderName::from_static(METADATA_ID_HEADER);
@@ -68,7 +70,49 @@ pub(super) struct Routed {
     pub chosen: Option<usize>,
 }
 
+/// What stands for a route that there is not, and says nothing to any filter (Envoy's rule).
+struct Instead {
+    table: Arc<RouteTable>,
+    host: Arc<VirtualHost>,
+    nobody: Arc<Route>,
+    tls: Arc<Route>,
+}
+
+static INSTEAD: LazyLock<Instead> = LazyLock::new(|| Instead {
+    table: Arc::new(RouteTable::empty()),
+    host: Arc::new(VirtualHost::empty("")),
+    nobody: Arc::new(Route::instead(Action::Nobody)),
+    tls: Arc::new(Route::instead(Action::Tls)),
+});
+
 impl Routed {
+    /// For a request that nobody answers: filters see it all the same, then it gets its 404.
+    fn nobody() -> Self {
+        Self::without_route(&INSTEAD.nobody)
+    }
+
+    fn without_route(route: &Arc<Route>) -> Self {
+        Self {
+            table: INSTEAD.table.clone(),
+            host: INSTEAD.host.clone(),
+            route: route.clone(),
+            chosen: None,
+        }
+    }
+
+    /// Whether somebody answers.
+    pub(super) fn is_found(&self) -> bool {
+        !matches!(self.route.action, Action::Nobody)
+    }
+
+    /// The route, where it is one of the configuration.
+    pub(super) fn configured(&self) -> Option<Arc<Route>> {
+        match self.route.action {
+            Action::Nobody | Action::Tls => None,
+            Action::Forward(_) | Action::Redirect(_) | Action::Direct(_) => Some(self.route.clone()),
+        }
+    }
+
     /// The weighted cluster, if it has been chosen.
     pub(super) fn target(&self) -> Option<&Target> {
         match (&self.route.action, self.chosen) {
@@ -93,26 +137,58 @@ impl Routed {
                 Targets::One(slot) => &slot.name,
                 Targets::Weighted(..) | Targets::Named(..) | Targets::Empty => "",
             },
-            Action::Redirect(_) | Action::Direct(_) => "",
+            Action::Redirect(_) | Action::Direct(_) | Action::Nobody | Action::Tls => "",
         }
     }
 
-    /// Response mutations, most specific first, as Envoy orders them.
+    /// What the levels of the configuration do to fields, in the order in which they do it: the weighted cluster first, and
+    /// whoever has the last word last (Envoy).
+    pub(super) fn header_levels<'a>(
+        &'a self,
+        target: Option<&'a HeaderOps>,
+        of: fn(&'a Route, &'a VirtualHost, &'a RouteTable) -> [&'a HeaderOps; 3],
+    ) -> impl Iterator<Item = &'a HeaderOps> {
+        let mut levels = of(&self.route, &self.host, &self.table);
+        if self.table.most_specific_wins {
+            levels.reverse();
+        }
+        target.into_iter().chain(levels).filter(|ops| !ops.is_empty())
+    }
+
+    /// Mutations of a response, of whatever made it.
     pub(super) fn mutate_response(
         &self,
         headers: &mut HeaderMap,
-        request: &HeaderMap,
-        variables: &Variables<'_>,
+        target: Option<&Target>,
+        scene: &dyn Scene,
     ) {
-        for ops in [
-            &self.route.response_headers,
-            &self.host.response_headers,
-            &self.table.response_headers,
-        ] {
-            if !ops.is_empty() {
-                ops.apply(headers, Some(request), variables);
-            }
+        let target = target.map(|target| &target.response_headers);
+        let levels = self.header_levels(target, |route, host, table| {
+            [
+                &route.response_headers,
+                &host.response_headers,
+                &table.response_headers,
+            ]
+        });
+        for ops in levels {
+            ops.apply(headers, scene);
         }
+    }
+
+    /// The cluster, where it is known by now and there is one.
+    pub(super) fn existing_cluster(&self) -> Option<Arc<str>> {
+        let slot = match (self.target(), &self.route.action) {
+            (Some(target), _) => match &target.cluster {
+                TargetCluster::Fixed(slot) => slot,
+                TargetCluster::Named(..) => return None,
+            },
+            (None, Action::Forward(forward)) => match &forward.targets {
+                Targets::One(slot) => slot,
+                Targets::Weighted(..) | Targets::Named(..) | Targets::Empty => return None,
+            },
+            (None, Action::Redirect(_) | Action::Direct(_) | Action::Nobody | Action::Tls) => return None,
+        };
+        slot.exists().then(|| slot.name.clone())
     }
 }
 
@@ -350,6 +426,7 @@ fn identify(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts, prese
             headers.insert(X_FORWARDED_FOR.clone(), value);
         }
         headers.insert(X_FORWARDED_PROTO.clone(), scheme);
+        headers.insert(X_EXTERNAL_ADDRESS.clone(), conn.remote_text().clone());
     } else if !present.has(Present::FORWARDED_PROTO) {
         headers.insert(X_FORWARDED_PROTO.clone(), scheme);
     } else {
@@ -388,27 +465,12 @@ pub(super) fn view(parts: &Parts) -> RequestView<'_> {
     }
 }
 
-/// The variables of header templates for a request.
-pub(super) fn variables<'a>(conn: &'a Downstream, parts: &'a Parts, route: &'a Route) -> Variables<'a> {
-    Variables {
-        downstream_remote: Some(conn.remote),
-        downstream_local: Some(conn.local),
-        protocol: protocol_text(parts.version),
-        route_name: &route.name,
-        server_name: conn.server_name().unwrap_or(""),
-        path: parts.uri.path_and_query().map_or("/", |path| path.as_str()),
-        method: parts.method.as_str(),
-        authority: parts
-            .headers
-            .get(header::HOST)
-            .and_then(|value| value.to_str().ok())
-            .unwrap_or(""),
-        ..Default::default()
-    }
+/// The route of a request; `metadata` is what filters have noted so far.
+pub(super) fn find_route(conn: &Downstream, parts: &Parts, metadata: &Metadata) -> Routed {
+    configured_route(conn, parts, metadata).unwrap_or_else(Routed::nobody)
 }
 
-/// The route of a request; `metadata` is what filters have noted so far.
-pub(super) fn find_route(conn: &Downstream, parts: &Parts, metadata: &Metadata) -> Option<Routed> {
+fn configured_route(conn: &Downstream, parts: &Parts, metadata: &Metadata) -> Option<Routed> {
     let table = conn.manager.table()?;
     let view = view(parts);
     let slot = table.find(view.authority())?;
@@ -416,6 +478,9 @@ pub(super) fn find_route(conn: &Downstream, parts: &Parts, metadata: &Metadata) 
         slot.mark_used();
     }
     let host = slot.load();
+    if host.require_tls && view.scheme() != "https" {
+        return Some(Routed::without_route(&INSTEAD.tls));
+    }
     let facts = RouteFacts {
         tls: conn.tls.as_deref(),
         metadata: Some(metadata),
@@ -457,44 +522,56 @@ async fn route(
         );
         return Err(reply.send(exchange));
     }
-    let mut found = find_route(&conn, &parts, &conn.noted);
-    if found.is_none()
+    let mut routed = find_route(&conn, &parts, &conn.noted);
+    if !routed.is_found()
         && conn.manager.waits_for_hosts
         && Box::pin(filters::on_demand::virtual_host(&conn, &parts)).await
     {
-        found = find_route(&conn, &parts, &conn.noted);
+        routed = find_route(&conn, &parts, &conn.noted);
     }
-    conn.manager.traffic.routed(conn.worker.id);
-    let Some(mut routed) = found else {
-        conn.note(HttpEvent::NoRoute);
-        conn.decide_upgrade(false);
-        let reply = LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", "");
-        return Err(reply.send(exchange));
-    };
-    exchange.route = Some(routed.route.clone());
-    if routed.host.require_tls && view(&parts).scheme() != "https" {
-        let location = format!("https://{}{}", view(&parts).authority(), parts.uri);
-        conn.note(HttpEvent::DirectResponse);
-        let status = StatusCode::MOVED_PERMANENTLY;
-        return Err(redirect(exchange, &routed, &parts, status, &location));
-    }
+    exchange.route = routed.configured();
     let mut body = (tunnel.is_none() && !incoming.is_end_stream()).then(|| Inbound::new(incoming));
     if !conn.manager.filters.filters.is_empty() {
         filters::choose_target(&conn, &mut routed);
+        if conn.manager.logs.is_some() {
+            exchange.routed = routed.existing_cluster();
+        }
         let passed = filters::decode(&conn, &mut exchange, &mut routed, &mut parts, &mut body).await;
         *outbox = filters::outbox(&exchange);
         if let Err(reply) = passed {
             conn.decide_upgrade(false);
-            return Err(reply.send(exchange));
+            // What a route that forwards does to responses is done to those of filters as well, but not to what CORS says.
+            return Err(match &routed.route.action {
+                Action::Forward(_) if reply.details != "cors_preflight" => {
+                    upstream::decline(exchange, &routed, routed.target(), &parts, None, reply)
+                }
+                _ => reply.send(exchange),
+            });
         }
     }
+    conn.manager.traffic.routed(conn.worker.id);
     let response = match &routed.route.action {
+        Action::Nobody => {
+            conn.note(HttpEvent::NoRoute);
+            LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", "").send(exchange)
+        }
+        Action::Tls => {
+            conn.note(HttpEvent::DirectResponse);
+            let location = format!("https://{}{}", view(&parts).authority(), parts.uri);
+            redirect(
+                exchange,
+                &routed,
+                &parts,
+                StatusCode::MOVED_PERMANENTLY,
+                &location,
+            )
+        }
         Action::Direct(direct) => {
             conn.note(HttpEvent::DirectResponse);
             let mut reply = LocalReply::new(direct.status, Flags::default(), "direct_response", "");
             reply.body = direct.body.clone();
-            let variables = variables(&conn, &parts, &routed.route);
-            routed.mutate_response(&mut reply.headers, &parts.headers, &variables);
+            reply.foretell(&mut exchange);
+            routed.mutate_response(&mut reply.headers, None, &ResponseScene::of(&exchange, &parts));
             reply.send(exchange)
         }
         Action::Redirect(action) => {
@@ -528,7 +605,7 @@ impl Routed {
 }
 
 fn redirect(
-    exchange: Box<Exchange>,
+    mut exchange: Box<Exchange>,
     routed: &Routed,
     parts: &Parts,
     status: StatusCode,
@@ -545,12 +622,8 @@ fn redirect(
     };
     let mut reply = LocalReply::new(status, Flags::default(), "direct_response", "");
     reply.headers.insert(header::LOCATION, location);
-    let conn = exchange.conn.clone();
-    routed.mutate_response(
-        &mut reply.headers,
-        &parts.headers,
-        &variables(&conn, parts, &routed.route),
-    );
+    reply.foretell(&mut exchange);
+    routed.mutate_response(&mut reply.headers, None, &ResponseScene::of(&exchange, parts));
     reply.send(exchange)
 }
 

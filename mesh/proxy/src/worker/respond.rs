@@ -12,9 +12,9 @@ use super::filters;
 use super::incoming::Incoming;
 use super::local::Body;
 use super::logging;
-use super::request::{PEER_METADATA, PEER_METADATA_ID, Routed, X_REQUEST_ID, X_UNPROCESSED, variables};
+use super::request::{PEER_METADATA, PEER_METADATA_ID, Routed, X_REQUEST_ID, X_UNPROCESSED};
+use super::scene::ResponseScene;
 use super::upstream::Plan;
-use crate::config::headers::Variables;
 use crate::config::listener::Direction;
 use crate::config::route::Target;
 use crate::hygiene::fields::{Present, strip_present};
@@ -106,25 +106,16 @@ impl<'a> Answer<'a> {
         {
             head.headers.insert(X_REQUEST_ID.clone(), id.clone());
         }
-        let target_ops = target
-            .map(|target| &target.response_headers)
-            .filter(|ops| !ops.is_empty());
-        let changed = request_headers.is_some() || target_ops.is_some();
-        if changed {
-            let host = exchange.host.clone();
-            let variables = Variables {
-                upstream_cluster: &plan.cluster.slot.name,
-                upstream_host: host.as_ref().map(|host| &*host.endpoint.text),
-                ..variables(conn, parts, &routed.route)
-            };
-            let request = request_headers.unwrap_or_default();
-            if let Some(ops) = target_ops {
-                ops.apply(&mut head.headers, Some(&request), &variables);
-            }
-            routed.mutate_response(&mut head.headers, &request, &variables);
-        }
         exchange.code = head.status.as_u16();
         exchange.details = "via_upstream".into();
+        let changed = request_headers.is_some();
+        if let Some(request) = &request_headers {
+            let scene = ResponseScene {
+                request,
+                ..ResponseScene::of(exchange, parts)
+            };
+            routed.mutate_response(&mut head.headers, target, &scene);
+        }
         if changed || present.has(Present::GRPC_STATUS) {
             exchange.note_grpc_status(&head.headers);
         }

@@ -2,8 +2,9 @@
 //! requests, so that tunnels share HTTP/2 connections.
 
 use std::rc::Rc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use http::{Method, Request, Uri, Version, header};
+use http::{HeaderMap, Method, Request, Uri, Version, header};
 
 use super::Worker;
 use super::body::UpstreamBody;
@@ -11,8 +12,10 @@ use super::failure::full_text;
 use super::tcp::Client;
 use super::tunnel::{Inside, inside};
 use crate::config::cluster::UpstreamHttp;
-use crate::config::headers::Variables;
+use crate::config::headers::Scene;
 use crate::config::tunneling::Tunneling;
+use crate::observe::record::{Kept, Record, Wants};
+use crate::policy::metadata::Metadata;
 use crate::upstream::cluster::{Host, WorkerCluster};
 use crate::upstream::connect::Speaking;
 use crate::upstream::outlier::Event;
@@ -61,6 +64,30 @@ enum Refused {
     Failed(String),
 }
 
+/// What is known of a connection that asks for a tunnel.
+struct ConnectionScene<'a> {
+    client: &'a Client<'a>,
+    cluster: &'a WorkerCluster,
+    host: &'a Host,
+    metadata: &'a Metadata,
+}
+
+impl Scene for ConnectionScene<'_> {
+    fn show(&self, _: &Wants, _: &HeaderMap, to: &mut dyn FnMut(&Record<'_>)) {
+        let (kept, client) = (Kept::default(), self.client);
+        to(&Record {
+            start: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(),
+            server_name: client.server_name,
+            upstream_cluster: Some(&self.cluster.slot.name),
+            upstream_host: Some(&self.host.endpoint.text),
+            upstream_name: Some(&self.host.endpoint.hostname),
+            upstream_metadata: self.host.endpoint.metadata.as_ref(),
+            cluster_metadata: self.cluster.config.metadata.as_ref(),
+            ..Record::of_connection(&kept, self.metadata, client.source, client.destination)
+        });
+    }
+}
+
 async fn ask(
     worker: &Worker,
     cluster: &WorkerCluster,
@@ -70,16 +97,15 @@ async fn ask(
 ) -> Result<Granted, Refused> {
     let failed = |reason: &dyn std::fmt::Display| Refused::Failed(reason.to_string());
     let config = &cluster.config;
-    let variables = Variables {
-        downstream_remote: Some(client.source),
-        downstream_local: Some(client.destination),
-        server_name: client.server_name.unwrap_or(""),
-        upstream_cluster: &cluster.slot.name,
-        upstream_host: Some(&host.endpoint.text),
-        ..Variables::default()
+    let metadata = Metadata::of_connection(client.state.clone());
+    let scene = ConnectionScene {
+        client,
+        cluster,
+        host,
+        metadata: &metadata,
     };
     let (authority, headers) = tunneling
-        .head(&variables)
+        .head(&scene)
         .ok_or_else(|| failed(&"tunneling_config.hostname is empty for this connection"))?;
     let uri = authority
         .to_str()

@@ -19,12 +19,13 @@ use super::local::{Body, LocalReply};
 use super::logging;
 use super::mirror::mirror;
 use super::prepare::prepare;
-use super::request::{Routed, variables, view};
+use super::request::{Routed, view};
 use super::respond::{Answer, respond, respond_waiting};
+use super::scene::ResponseScene;
 use super::tunnel::{self, Tunnel};
 use crate::config::cluster::UpstreamHttp;
 use crate::config::hash::{Hashed, request_hash};
-use crate::config::route::{Action, Forward, HostRewrite, TargetCluster, Targets};
+use crate::config::route::{Action, Forward, HostRewrite, Target, TargetCluster, Targets};
 use crate::config::subset::{Criteria, METADATA};
 use crate::config::virtual_cluster::VirtualCluster;
 use crate::metrics::clusters::ClusterCells;
@@ -71,17 +72,28 @@ impl Plan<'_> {
     }
 }
 
-/// Sends a reply of our own to a request that had a route: what the route does to responses is done to it as well.
-fn decline(
-    exchange: Box<Exchange>,
+/// Sends a reply of our own to a request that had a route: what the route does to responses is done to it first, then the
+/// reply's own fields are set.
+pub(super) fn decline(
+    mut exchange: Box<Exchange>,
     routed: &Routed,
+    target: Option<&Target>,
     parts: &Parts,
     request: Option<&http::HeaderMap>,
     mut reply: LocalReply,
 ) -> Response<Body> {
-    let conn = exchange.conn.clone();
-    let variables = variables(&conn, parts, &routed.route);
-    routed.mutate_response(&mut reply.headers, request.unwrap_or(&parts.headers), &variables);
+    reply.foretell(&mut exchange);
+    let scene = ResponseScene {
+        request: request.unwrap_or(&parts.headers),
+        ..ResponseScene::of(&exchange, parts)
+    };
+    let mut headers = http::HeaderMap::new();
+    routed.mutate_response(&mut headers, target, &scene);
+    for name in reply.headers.keys() {
+        headers.remove(name);
+    }
+    headers.extend(std::mem::take(&mut reply.headers));
+    reply.headers = headers;
     reply.send(exchange)
 }
 
@@ -126,7 +138,7 @@ pub(super) async fn forward(
                 "cluster_not_found",
                 "",
             );
-            return decline(exchange, &routed, &parts, None, reply);
+            return decline(exchange, &routed, None, &parts, None, reply);
         }
     };
     let slot = match cluster {
@@ -148,7 +160,7 @@ pub(super) async fn forward(
                         "cluster_not_found",
                         "",
                     );
-                    return decline(exchange, &routed, &parts, None, reply);
+                    return decline(exchange, &routed, target, &parts, None, reply);
                 }
             }
         }
@@ -165,7 +177,7 @@ pub(super) async fn forward(
     {
         conn.note(HttpEvent::RqNoUpgrade);
         conn.decide_upgrade(false);
-        return decline(exchange, &routed, &parts, None, tunnel::refused());
+        return decline(exchange, &routed, target, &parts, None, tunnel::refused());
     }
     exchange.cluster_name = Some(slot.name.clone());
     let Some(cluster) = conn.worker.cluster(slot) else {
@@ -177,7 +189,7 @@ pub(super) async fn forward(
             "cluster_not_found",
             "",
         );
-        return decline(exchange, &routed, &parts, None, reply);
+        return decline(exchange, &routed, target, &parts, None, reply);
     };
     exchange.cluster = Some(cluster.clone());
     let overflow = || {
@@ -198,7 +210,7 @@ pub(super) async fn forward(
     let limit = cluster.config.limits.of(priority).requests;
     let Some(permit) = Permit::take(slot, priority, |level| &level.requests, limit) else {
         cells.pending_overflow.add(1);
-        return decline(exchange, &routed, &parts, None, overflow());
+        return decline(exchange, &routed, target, &parts, None, overflow());
     };
     if cluster.drops(random::next()) {
         slot.counted.note(ClusterEvent::RqDropOverload);
@@ -208,7 +220,7 @@ pub(super) async fn forward(
             "drop_overload",
             "drop overload",
         );
-        return decline(exchange, &routed, &parts, None, reply);
+        return decline(exchange, &routed, target, &parts, None, reply);
     }
     let hashed = if forward.hash.is_empty() {
         Hashed::default()
@@ -241,11 +253,13 @@ pub(super) async fn forward(
         UpstreamHttp::Auto => Speaking::Either,
         UpstreamHttp::Downstream => Speaking::Http1,
     };
-    let request_headers = (!routed.route.response_headers.is_empty()
+    let target_answers = target.is_some_and(|target| !target.response_headers.is_empty());
+    let request_headers = (target_answers
+        || !routed.route.response_headers.is_empty()
         || !routed.host.response_headers.is_empty()
         || !routed.table.response_headers.is_empty())
     .then(|| parts.headers.clone());
-    if let Err(reply) = prepare(&conn, &routed, forward, target, &cluster, &mut parts) {
+    if let Err(reply) = prepare(&exchange, &routed, forward, target, &mut parts) {
         return reply.send(exchange);
     }
     logging::keep_sent(&mut exchange, &parts);
@@ -307,13 +321,13 @@ pub(super) async fn forward(
     };
     if forward.connect_tcp && tunnel.as_ref().is_some_and(Tunnel::is_connect) {
         let Some(tunnel) = tunnel else {
-            return decline(exchange, &routed, &parts, None, tunnel::refused());
+            return decline(exchange, &routed, target, &parts, None, tunnel::refused());
         };
         return match Box::pin(tunnel.join_tcp(exchange, &plan, permit)).await {
             Ok(response) => response,
             Err((exchange, reply)) => {
                 conn.decide_upgrade(false);
-                decline(exchange, &routed, &parts, request_headers.as_ref(), reply)
+                decline(exchange, &routed, target, &parts, request_headers.as_ref(), reply)
             }
         };
     }
@@ -343,7 +357,7 @@ pub(super) async fn forward(
             } else {
                 reply
             };
-            return decline(exchange, &routed, &parts, request_headers.as_ref(), reply);
+            return decline(exchange, &routed, target, &parts, request_headers.as_ref(), reply);
         }
     };
     drop(permit);

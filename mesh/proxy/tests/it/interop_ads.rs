@@ -30,7 +30,7 @@ use crate::fixture::*;
 pub(crate) struct Pair {
     pub(crate) ads: Ads,
     pub(crate) envoy: Envoy,
-    harness: Harness,
+    pub(crate) harness: Harness,
     cancel: CancellationToken,
     follower: tokio::task::JoinHandle<()>,
     _folder: tempfile::TempDir,

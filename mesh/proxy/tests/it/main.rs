@@ -33,6 +33,7 @@ mod interception;
 mod interim;
 mod interop;
 mod interop_ads;
+mod interop_generated;
 mod interop_wire;
 mod lifecycle;
 mod listener;

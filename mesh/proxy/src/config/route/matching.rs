@@ -40,6 +40,19 @@ pub(super) enum PathMatch {
 }
 
 impl RouteMatch {
+    /// What matches everything.
+    pub(super) fn any() -> Self {
+        Self {
+            path: PathMatch::Any,
+            case_insensitive: false,
+            headers: Box::default(),
+            query: Box::default(),
+            grpc: false,
+            fraction: None,
+            more: None,
+        }
+    }
+
     /// Compiles the message.
     pub(crate) fn compile(from: &route::RouteMatch, runtime: &mut Runtime) -> Result<Self, Refusal> {
         use route::route_match::PathSpecifier;

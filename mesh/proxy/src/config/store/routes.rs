@@ -405,10 +405,6 @@ fn table_of(
             !from.request_mirror_policies.is_empty(),
         ),
         (
-            "most_specific_header_mutations_wins",
-            from.most_specific_header_mutations_wins,
-        ),
-        (
             "ignore_path_parameters_in_path_matching",
             from.ignore_path_parameters_in_path_matching,
         ),
@@ -422,6 +418,7 @@ fn table_of(
         domains,
         discovers_hosts: from.vhds.is_some(),
         ignore_port: from.ignore_port_in_host_matching,
+        most_specific_wins: from.most_specific_header_mutations_wins,
         request_headers,
         response_headers,
         per_filter,

@@ -84,12 +84,21 @@ enum What {
     /// A field of an object of the filter state.
     StateField(Box<str>, Box<str>),
     MetadataAll(Box<str>),
+    /// Of the endpoint, or of the cluster.
+    Configured(Owner, Box<[Box<str>]>),
     RequestId,
     Connection,
     TraceId,
     Fixed(Arc<str>),
     /// Known to Envoy, and here never there.
     Absent,
+}
+
+/// Whose metadata.
+#[derive(Clone, Copy, Debug)]
+enum Owner {
+    Endpoint,
+    Cluster,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -219,6 +228,7 @@ impl What {
                 | "GRPC_STATUS"
                 | "ENVIRONMENT"
                 | "UPSTREAM_METADATA"
+                | "CLUSTER_METADATA"
                 | "PATH"
                 | "QUERY_PARAM"
         );
@@ -319,7 +329,13 @@ impl What {
                 Some(("DYNAMIC", path)) => {
                     Self::metadata(Some(path)).ok_or_else(|| refused("needs a namespace"))?
                 }
-                _ => return Err(refused("only METADATA(DYNAMIC:namespace:...) is supported")),
+                Some(("CLUSTER", path)) => Self::configured(Owner::Cluster, Some(path), &refused)?,
+                Some(("UPSTREAM_HOST", path)) => Self::configured(Owner::Endpoint, Some(path), &refused)?,
+                _ => {
+                    return Err(refused(
+                        "only METADATA(DYNAMIC:…), METADATA(CLUSTER:…) and METADATA(UPSTREAM_HOST:…) are supported",
+                    ));
+                }
             },
             "STREAM_ID" | "UNIQUE_ID" => Self::RequestId,
             "CONNECTION_ID" => Self::Connection,
@@ -346,10 +362,23 @@ impl What {
                     _ => return Err(refused("the key may be followed by PLAIN, TYPED or FIELD:name")),
                 }
             }
-            // What the proxy does not know of an endpoint; standard formats name it, so it is not refused.
-            "UPSTREAM_METADATA" => Self::Absent,
+            "UPSTREAM_METADATA" => Self::configured(Owner::Endpoint, arguments, &refused)?,
+            "CLUSTER_METADATA" => Self::configured(Owner::Cluster, arguments, &refused)?,
             _ => return Err(refused("this operator is not supported")),
         })
+    }
+
+    /// The same of what is configured.
+    fn configured(
+        owner: Owner,
+        arguments: Option<&str>,
+        refused: &impl Fn(&str) -> Refusal,
+    ) -> Result<Self, Refusal> {
+        let text = arguments.unwrap_or_default();
+        if text.is_empty() || text.starts_with(':') {
+            return Err(refused("needs a namespace"));
+        }
+        Ok(Self::Configured(owner, text.split(':').map(Into::into).collect()))
     }
 
     /// `namespace:key:key`.
@@ -476,6 +505,15 @@ impl Operator {
             What::MetadataAll(namespace) => record.metadata.get(namespace).map_or(Datum::Absent, |fields| {
                 Datum::Json(crate::policy::metadata::struct_to_json(fields))
             }),
+            What::Configured(owner, path) => {
+                let metadata = match owner {
+                    Owner::Endpoint => record.upstream_metadata,
+                    Owner::Cluster => record.cluster_metadata,
+                };
+                metadata
+                    .and_then(|metadata| metadata.find(path))
+                    .map_or(Datum::Absent, Datum::Json)
+            }
             What::State(key, typed) => match record.metadata.state.get(key) {
                 None => Datum::Absent,
                 Some(value) if *typed => Datum::Quoted(value),
@@ -497,7 +535,7 @@ impl Name {
         match self {
             Self::Method => some(record.method),
             Self::Path => some(record.kept.path.as_deref().unwrap_or(record.path)),
-            Self::Authority => some(record.authority),
+            Self::Authority => some(record.kept.authority.as_deref().unwrap_or(record.authority)),
             Self::Scheme => some(record.scheme),
             Self::Status => (record.code > 0).then(|| record.code.to_string().into()),
             Self::Kept(side, index) => record

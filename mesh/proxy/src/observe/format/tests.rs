@@ -74,6 +74,8 @@ fn record<'a>(kept: &'a Kept, metadata: &'a Metadata) -> Record<'a> {
         downstream_tls: None,
         upstream_tls: None,
         upstream_name: Some("shop.internal:8080"),
+        upstream_metadata: None,
+        cluster_metadata: None,
         tls: Some(("TLSv1.3", "TLS_AES_128_GCM_SHA256")),
         metadata,
         connection: 17,

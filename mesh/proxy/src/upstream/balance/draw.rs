@@ -6,12 +6,12 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::Wish;
+use super::hashed::Hashed;
 use crate::config::balancing::PLAIN_BIAS;
 use crate::config::balancing::reported::Reporting;
 use crate::config::cluster::{Cluster, LbPolicy, SlowStart};
 use crate::random;
 use crate::upstream::cluster::Host;
-use crate::upstream::consistent::Table;
 
 /// Draws that chance gets before hosts are looked through.
 const MAX_DRAWS: u32 = 32;
@@ -23,7 +23,7 @@ pub(super) struct View<'a> {
     /// The zone that was chosen for the request.
     pub(super) zone: Option<&'a std::ops::Range<usize>>,
     pub(super) heaviest: u32,
-    pub(super) table: Option<&'a Table>,
+    pub(super) hashed: Option<Rc<Hashed>>,
     pub(super) panic: bool,
     /// The time, while slow start has a say.
     pub(super) slow: Option<(SlowStart, u64)>,
@@ -49,8 +49,10 @@ impl View<'_> {
         attempt: usize,
         turn: &Cell<u64>,
     ) -> Option<Rc<Host>> {
-        if let (Some(table), Some(hash)) = (self.table, wish.hash) {
-            return self.hashed(cluster, table, hash, attempt);
+        if let (Some(hashed), Some(hash)) = (&self.hashed, wish.hash)
+            && let Some(index) = hashed.find(self.hosts, hash, attempt, cluster.hashing.balance_factor)
+        {
+            return Some(self.hosts[index].clone());
         }
         let hosts = match (self.zone, self.localities) {
             (Some(zone), _) => &self.hosts[zone.clone()],
@@ -81,31 +83,6 @@ impl View<'_> {
             .or_else(|| hosts.iter().find(|host| self.may_use(host)))
             .or_else(|| self.hosts.iter().find(|host| self.may_use(host)))
             .cloned()
-    }
-
-    /// By the table; passed on from hosts that are out, or that carry more than their part of the load.
-    fn hashed(&self, cluster: &Cluster, table: &Table, hash: u64, attempt: usize) -> Option<Rc<Host>> {
-        let candidates = || {
-            (0..self.hosts.len().max(1))
-                .filter_map(|step| table.find(hash, attempt + step))
-                .map(|index| &self.hosts[index])
-                .filter(|host| self.may_use(host))
-        };
-        if let Some(factor) = cluster.hashing.balance_factor {
-            let weights: u64 = self
-                .hosts
-                .iter()
-                .map(|host| u64::from(host.endpoint.weight))
-                .sum();
-            let room = |host: &&Rc<Host>| {
-                let all = host.siblings.as_ref().map_or(0, |all| all.get());
-                u64::from(host.active.get()) < slots(all, factor, host.endpoint.weight, weights)
-            };
-            if let Some(host) = candidates().find(room) {
-                return Some(host.clone());
-            }
-        }
-        candidates().next().cloned()
     }
 
     fn may_use(&self, host: &Host) -> bool {
@@ -266,11 +243,4 @@ fn busier(one: &Host, other: &Host, bias: u32) -> bool {
     }
     u64::from(other.active.get()) * u64::from(one.endpoint.weight)
         < u64::from(one.active.get()) * u64::from(other.endpoint.weight)
-}
-
-/// Requests that a host may have on their way when `all` are, by consistent hashing with bounded loads: its part of
-/// `factor` percent of one more than there are, at least one.
-pub(super) fn slots(all: u32, factor: u32, weight: u32, weights: u64) -> u64 {
-    let numerator = u128::from(all + 1) * u128::from(factor) * u128::from(weight);
-    (numerator.div_ceil(u128::from(weights.max(1)) * 100) as u64).max(1)
 }

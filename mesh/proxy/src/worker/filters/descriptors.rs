@@ -8,7 +8,7 @@ use crate::policy::descriptors::{Descriptor, RateLimitEntry, Scene};
 use crate::policy::local_rate_limit::VirtualHostLimits;
 use crate::worker::http::Downstream;
 use crate::worker::logging;
-use crate::worker::request::Routed;
+use crate::worker::request::{Routed, view};
 
 /// The entries of a filter's stage that a request falls under: the filter's own, or those of route and virtual host.
 pub(super) struct Entries<'a> {
@@ -31,7 +31,13 @@ impl<'a> Entries<'a> {
         }
         let (of_route, include) = match &routed.route.action {
             Action::Forward(forward) => (&*forward.rate_limits, forward.include_host_rate_limits),
-            Action::Redirect(_) | Action::Direct(_) => (&[][..], false),
+            // Envoy asks for no descriptors of what it does not forward.
+            Action::Redirect(_) | Action::Direct(_) | Action::Nobody | Action::Tls => {
+                return Self {
+                    stage,
+                    lists: [&[], &[]],
+                };
+            }
         };
         let of_host = match hosts {
             VirtualHostLimits::Override => include || of_route.is_empty(),
@@ -83,7 +89,7 @@ pub(super) fn describe(
         .filter_map(|entry| match entry.wants() {
             None => entry.describe(&scene),
             Some(wants) => {
-                let seen = logging::meanwhile(wants, exchange, parts);
+                let seen = logging::meanwhile(wants, exchange, &view(parts), &parts.uri);
                 logging::with_record(exchange, &seen, |record| {
                     let record = Some(record);
                     entry.describe(&Scene { record, ..scene })

@@ -1,13 +1,14 @@
 //! Responses on their way back through the chain.
 
+use http::HeaderMap;
 use http::response::Parts as Head;
 
 use super::{Encode, PolicyState, ext_proc};
-use crate::config::headers::Variables;
 use crate::policy::compressor::{Encoder, vary};
 use crate::policy::ext_authz::apply;
-use crate::worker::exchange::{Exchange, protocol_text};
+use crate::worker::exchange::Exchange;
 use crate::worker::local::LocalReply;
+use crate::worker::scene::ResponseScene;
 
 impl PolicyState {
     /// The encoding that the client wants most; of equals the first in the chain.
@@ -44,8 +45,14 @@ impl PolicyState {
             }
             Encode::Cors(cors, origin) => cors.decorate(origin.clone(), &mut head.headers),
             Encode::Mutate(mutation) => {
-                let variables = response_variables(exchange);
-                mutation.response(&mut head.headers, self.request.as_ref(), &variables);
+                let none = HeaderMap::new();
+                let scene = ResponseScene {
+                    exchange,
+                    request: self.request.as_ref().unwrap_or(&none),
+                    uri: &exchange.uri,
+                    cluster: "",
+                };
+                mutation.response(&mut head.headers, &scene);
             }
             Encode::Fields(fields) => apply(fields, &mut head.headers),
             // Shown to services where there is time for that.
@@ -111,26 +118,6 @@ pub(in crate::worker) async fn encode_waiting(
         }
     }
     Ok(encoder)
-}
-
-fn response_variables(exchange: &Exchange) -> Variables<'_> {
-    Variables {
-        downstream_remote: Some(exchange.conn.remote),
-        downstream_local: Some(exchange.conn.local),
-        protocol: protocol_text(exchange.version),
-        server_name: exchange.conn.server_name().unwrap_or(""),
-        route_name: exchange.route.as_ref().map_or("", |route| &route.name),
-        upstream_cluster: exchange.cluster_name.as_deref().unwrap_or(""),
-        upstream_host: exchange.host.as_ref().map(|host| &*host.endpoint.text),
-        path: exchange.uri.path_and_query().map_or("/", |path| path.as_str()),
-        method: exchange.method.as_str(),
-        authority: exchange
-            .authority
-            .as_ref()
-            .and_then(|value| value.to_str().ok())
-            .unwrap_or(""),
-        ..Default::default()
-    }
 }
 
 /// Lets the head of a response pass the chain that its request passed. What encodes its body is returned.

@@ -9,7 +9,7 @@ use crate::policy::chain::Filter;
 use crate::policy::filter_state::SetFilterState;
 use crate::policy::per_route::Override;
 use crate::worker::logging;
-use crate::worker::request::Routed;
+use crate::worker::request::{Routed, view};
 
 /// Sets objects as the chain says and then every level, the most specific last. `true` says that the route is to be
 /// searched again.
@@ -31,7 +31,7 @@ pub(super) fn set_state(
     let mut reroute = false;
     for level in std::iter::once(chain).chain(own) {
         reroute |= level.reroutes;
-        let seen = logging::meanwhile(&level.settings.wants, exchange, parts);
+        let seen = logging::meanwhile(&level.settings.wants, exchange, &view(parts), &parts.uri);
         for index in 0..level.settings.len() {
             let made = logging::with_record(exchange, &seen, |record| level.settings.make(index, record));
             if let Some(made) = made {

@@ -153,7 +153,8 @@ fn denial(authn: &JwtAuthn, failure: Failure, parts: &Parts) -> LocalReply {
         } else {
             ", error=\"invalid_token\""
         };
-        let realm = format!("{}://{}{}", view.scheme(), view.authority(), view.path).replace(['"', '\\'], "");
+        let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
+        let realm = format!("{}://{}{path}", view.scheme(), view.authority()).replace(['"', '\\'], "");
         if let Ok(value) = HeaderValue::from_str(&format!("Bearer realm=\"{realm}\"{error}")) {
             reply.headers.insert(header::WWW_AUTHENTICATE, value);
         }

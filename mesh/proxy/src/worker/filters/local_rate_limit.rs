@@ -15,7 +15,8 @@ use crate::random;
 use crate::worker::exchange::Exchange;
 use crate::worker::http::Downstream;
 use crate::worker::local::LocalReply;
-use crate::worker::request::{Routed, variables};
+use crate::worker::request::Routed;
+use crate::worker::scene::{RequestScene, ResponseScene};
 
 /// `x-ratelimit-*` of draft 03.
 fn limit_fields(limit: u32, remaining: u32, reset_s: u64) -> Vec<Field> {
@@ -59,9 +60,12 @@ pub(super) fn limit_locally(
     }
     if !limit.enforced.hit(random::next()) {
         if !limit.request_headers.is_empty() {
-            let head = parts.clone();
-            let variables = variables(conn, &head, &routed.route);
-            limit.request_headers.apply(&mut parts.headers, None, &variables);
+            let scene = RequestScene {
+                exchange: &*exchange,
+                uri: &parts.uri,
+                cluster: routed.cluster_name(),
+            };
+            limit.request_headers.apply(&mut parts.headers, &scene);
         }
         return Ok(());
     }
@@ -78,9 +82,8 @@ pub(super) fn limit_locally(
             .headers
             .insert(header::RETRY_AFTER, HeaderValue::from(verdict.reset_s));
     }
-    let variables = variables(conn, parts, &routed.route);
-    limit
-        .response_headers
-        .apply(&mut reply.headers, Some(&parts.headers), &variables);
+    reply.foretell(exchange);
+    let scene = ResponseScene::of(exchange, parts);
+    limit.response_headers.apply(&mut reply.headers, &scene);
     Err(reply)
 }

@@ -7,7 +7,8 @@ use http::request::Parts;
 use http::{HeaderName, HeaderValue, header};
 
 use super::super::call::grpc;
-use super::super::request::{Routed, variables};
+use super::super::request::Routed;
+use super::super::scene::ResponseScene;
 use super::descriptors::{Entries, describe};
 use super::{
     Encode, Exchange, LocalReply, X_RATELIMIT_LIMIT, X_RATELIMIT_REMAINING, X_RATELIMIT_RESET, find,
@@ -169,9 +170,8 @@ pub(super) async fn ask(
             .headers
             .insert(header::RETRY_AFTER, HeaderValue::from(reset));
     }
-    let variables = variables(&conn, parts, &routed.route);
-    limit
-        .response_headers
-        .apply(&mut reply.headers, Some(&parts.headers), &variables);
+    reply.foretell(exchange);
+    let scene = ResponseScene::of(exchange, parts);
+    limit.response_headers.apply(&mut reply.headers, &scene);
     Err(reply)
 }

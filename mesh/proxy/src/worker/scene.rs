@@ -1,0 +1,83 @@
+//! What the variables of header templates stand for while a request is on its way.
+
+use http::request::Parts;
+use http::{HeaderMap, Uri};
+
+use super::exchange::Exchange;
+use super::logging::{self, LogState};
+use crate::config::headers::Scene;
+use crate::config::matchers::RequestView;
+use crate::observe::record::{Record, Wants};
+
+/// A request whose fields are being changed.
+pub(super) struct RequestScene<'a> {
+    /// The request.
+    pub exchange: &'a Exchange,
+    /// Path and query as they are now.
+    pub uri: &'a Uri,
+    /// The cluster, where the exchange does not know it yet.
+    pub cluster: &'a str,
+}
+
+/// A response whose fields are being changed.
+pub(super) struct ResponseScene<'a> {
+    /// The request that it is for.
+    pub exchange: &'a Exchange,
+    /// The fields of the request as they are now.
+    pub request: &'a HeaderMap,
+    /// Path and query of the request as they are now.
+    pub uri: &'a Uri,
+    /// The cluster, where the exchange does not know it yet.
+    pub cluster: &'a str,
+}
+
+impl<'a> ResponseScene<'a> {
+    /// Of a request that is at hand.
+    pub(super) fn of(exchange: &'a Exchange, parts: &'a Parts) -> Self {
+        Self {
+            exchange,
+            request: &parts.headers,
+            uri: &parts.uri,
+            cluster: "",
+        }
+    }
+}
+
+fn show(exchange: &Exchange, cluster: &str, state: &LogState, to: &mut dyn FnMut(&Record<'_>)) {
+    logging::with_record(exchange, state, |record| {
+        let upstream_cluster = record
+            .upstream_cluster
+            .or(Some(cluster).filter(|name| !name.is_empty()));
+        to(&Record {
+            upstream_cluster,
+            ..*record
+        });
+    });
+}
+
+fn state_of(exchange: &Exchange, wants: &Wants, request: &HeaderMap, uri: &Uri) -> LogState {
+    let view = RequestView {
+        method: exchange.method.as_str(),
+        path: uri.path(),
+        query: uri.query(),
+        authority: None,
+        scheme: None,
+        headers: request,
+    };
+    logging::meanwhile(wants, exchange, &view, uri)
+}
+
+impl Scene for RequestScene<'_> {
+    fn show(&self, wants: &Wants, headers: &HeaderMap, to: &mut dyn FnMut(&Record<'_>)) {
+        let state = state_of(self.exchange, wants, headers, self.uri);
+        show(self.exchange, self.cluster, &state, to);
+    }
+}
+
+impl Scene for ResponseScene<'_> {
+    fn show(&self, wants: &Wants, headers: &HeaderMap, to: &mut dyn FnMut(&Record<'_>)) {
+        let mut state = state_of(self.exchange, wants, self.request, self.uri);
+        state.keep_response(wants, headers);
+        show(self.exchange, self.cluster, &state, to);
+    }
+}

@@ -1,0 +1,500 @@
+//! Envoy and serin-proxy beside each other with generated configurations and generated requests: what the client gets, what
+//! the endpoint sees and what both write to one access log must be equal.
+//!
+//! Everything is made from seeds, so that a difference can be looked at again. `SERIN_GENERATED_SEEDS=100..400` asks for
+//! other seeds than those of the suite, `SERIN_GENERATED_REQUESTS=100` for more requests each, and
+//! `SERIN_GENERATED_DUMP=<folder>` writes the configurations that were refused or told differences. What is pardoned is in
+//! [`pardoned`], and with its reason in `docs/supported/proxy-envoy-differences.md`.
+
+mod client;
+mod hash;
+mod policies;
+mod random;
+mod requests;
+mod routes;
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+
+use futures::stream::{self, StreamExt};
+use http::Response;
+use http_body_util::Full;
+use prost::Message;
+use serde_json::{Value, json};
+use serin_proxy::bootstrap::file;
+use serin_xds::pb::envoy::config::listener::v3 as listener;
+use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
+use serin_xds::server::Event;
+use serin_xds::{Resource, ResourceType};
+
+use self::client::{Answer, Ask, Client};
+use self::random::Rng;
+use crate::fixture::*;
+use crate::interop_ads::{Pair, ads_source, resource};
+
+/// What both proxies are given, and what they are asked.
+struct Setup {
+    name: String,
+    /// Without routes, access log and router.
+    manager: Value,
+    table: Value,
+    asks: Vec<Ask>,
+    /// What the line of the log says beside the usual, by commands.
+    more: &'static str,
+}
+
+/// What the log says of each request, by both.
+const LINE: &str = "%DOWNSTREAM_LOCAL_PORT% %REQ(X-CASE)% code=%RESPONSE_CODE% flags=%RESPONSE_FLAGS% \
+                    details=%RESPONSE_CODE_DETAILS% route=%ROUTE_NAME% cluster=%UPSTREAM_CLUSTER% \
+                    path=%REQ(:PATH)% was=%REQ(X-ENVOY-ORIGINAL-PATH)% host=%REQ(:AUTHORITY)% method=%REQ(:METHOD)% \
+                    attempts=%UPSTREAM_REQUEST_ATTEMPT_COUNT% received=%BYTES_RECEIVED% sent=%BYTES_SENT% \
+                    type=%RESP(CONTENT-TYPE)% grpc=%GRPC_STATUS_NUMBER%";
+
+/// Says what it was asked, field by field.
+async fn echo(name: &'static str) -> Backend {
+    Backend::answering(move |seen| {
+        let mut lines: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for (key, value) in &seen.headers {
+            lines
+                .entry(key.as_str())
+                .or_default()
+                .push(value.to_str().unwrap_or("?"));
+        }
+        let fields: Vec<String> = lines
+            .iter()
+            .map(|(key, values)| format!("{key}: {}\n", values.join(" | ")))
+            .collect();
+        let text = format!(
+            "{name} {} {}\n{}{}",
+            seen.method,
+            seen.path,
+            fields.concat(),
+            String::from_utf8_lossy(&seen.body)
+        );
+        let status: u16 = seen
+            .headers
+            .get("x-want")
+            .and_then(|value| value.to_str().ok()?.parse().ok())
+            .unwrap_or(200);
+        let body = if matches!(status, 204 | 304) {
+            Full::default()
+        } else {
+            Full::from(text)
+        };
+        Response::builder()
+            .status(status)
+            .header("x-secret", "s")
+            .header("x-backend", name)
+            .header("x-multi", "r1")
+            .header("x-multi", "r2")
+            .header("server", "backend")
+            .header("content-type", "text/x-echo")
+            .body(body)
+            .unwrap()
+    })
+    .await
+}
+
+/// A cluster with this endpoint.
+fn cluster(name: &str, at: SocketAddr) -> Value {
+    json!({
+        "name": name, "type": "STATIC", "connect_timeout": "2s",
+        "load_assignment": { "cluster_name": name, "endpoints": [ { "lb_endpoints": [ { "endpoint": { "address": {
+            "socket_address": { "address": at.ip().to_string(), "port_value": at.port() } } } } ] } ] },
+    })
+}
+
+/// The resources of a setup: its listener, and its routes under the same name.
+fn resources(setup: &Setup, log: &str) -> Vec<Resource> {
+    let mut table = setup.table.clone();
+    table["name"] = json!(setup.name);
+    let ready = json!({
+        "name": "ready", "domains": ["ready.test"],
+        "routes": [ { "match": { "prefix": "/" }, "direct_response": { "status": 200 } } ],
+    });
+    table["virtual_hosts"].as_array_mut().unwrap().push(ready);
+    let mut manager = setup.manager.clone();
+    manager["@type"] = json!(
+        "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
+    );
+    manager["http_filters"].as_array_mut().unwrap().push(json!({
+        "name": "envoy.filters.http.router",
+        "typed_config": { "@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router" },
+    }));
+    manager["access_log"] = json!([ { "name": "envoy.access_loggers.file", "typed_config": {
+        "@type": "type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog",
+        "path": log,
+        "log_format": { "text_format_source": { "inline_string": format!("{LINE} {}\n", setup.more) } },
+    } } ]);
+    manager["route_config"] = table;
+    let text = json!({ "static_resources": { "listeners": [ {
+        "name": setup.name,
+        "address": { "socket_address": { "address": "127.0.0.1", "port_value": 0 } },
+        "filter_chains": [ { "filters": [ {
+            "name": "envoy.filters.network.http_connection_manager", "typed_config": manager } ] } ],
+    } ] } });
+    let plan =
+        file::parse(&text.to_string(), 1).unwrap_or_else(|error| panic!("{}: {error}\n{text:#}", setup.name));
+    let mut out = Vec::new();
+    for one in plan.static_resources {
+        let mut message = listener::Listener::decode(&*one.body).unwrap();
+        let filter = &mut message.filter_chains[0].filters[0];
+        let Some(listener::filter::ConfigType::TypedConfig(config)) = &mut filter.config_type else {
+            panic!("no configuration");
+        };
+        let mut manager = hcm::HttpConnectionManager::decode(&*config.value).unwrap();
+        use hcm::http_connection_manager::RouteSpecifier;
+        let Some(RouteSpecifier::RouteConfig(table)) = manager.route_specifier.take() else {
+            panic!("no routes");
+        };
+        out.push(resource(ResourceType::Route, &table.name, &table));
+        manager.route_specifier = Some(RouteSpecifier::Rds(hcm::Rds {
+            route_config_name: table.name,
+            config_source: ads_source(),
+        }));
+        *config = any(&manager);
+        out.push(resource(ResourceType::Listener, &one.name, &message));
+    }
+    out
+}
+
+/// Clusters, by the same way.
+fn clusters(list: &[Value]) -> Vec<Resource> {
+    let text = json!({ "static_resources": { "clusters": list } });
+    let plan = file::parse(&text.to_string(), 1).unwrap_or_else(|error| panic!("{error}\n{text:#}"));
+    plan.static_resources
+        .into_iter()
+        .map(|one| {
+            let message = serin_xds::pb::envoy::config::cluster::v3::Cluster::decode(&*one.body).unwrap();
+            resource(ResourceType::Cluster, &one.name, &message)
+        })
+        .collect()
+}
+
+/// Of what endpoints see: the time that is left is not told to them; who we are is told (the peers' metadata); an empty
+/// request is told to be so only where its method says that it might not be; services that are asked about requests are
+/// not called internal.
+const NOT_COMPARED: [&str; 5] = [
+    "x-envoy-expected-rq-timeout-ms",
+    "x-envoy-peer-metadata",
+    "content-length: 0",
+    "x-envoy-internal",
+    "x-envoy-peer-metadata-id",
+];
+
+/// What is compared of an answer, without what differs for a reason that is listed.
+fn pardoned(ask: &Ask, mut answer: Answer) -> Answer {
+    // The rest of a request that was answered early is read, and its connection goes on. How long a bucket takes to have
+    // more is told also while it has some.
+    for name in [
+        "date",
+        "x-envoy-upstream-service-time",
+        "x-serin-response-flags",
+        "connection",
+        "x-ratelimit-reset",
+    ] {
+        answer.headers.remove(name);
+    }
+    if let Some(values) = answer.headers.get_mut("x-request-id") {
+        for value in values.iter_mut().filter(|value| *value != "mine") {
+            *value = "(id)".into();
+        }
+    }
+    let lines: Vec<String> = answer
+        .body
+        .split('\n')
+        .filter(|line| !NOT_COMPARED.iter().any(|name| line.starts_with(name)))
+        .map(|line| match line.split_once(": ") {
+            Some(("x-request-id", value)) if value != "mine" => "x-request-id: (id)".to_owned(),
+            // Envoy names this machine's own address where the client's is a loopback address.
+            Some(("x-forwarded-for", value)) => {
+                let before = value.rsplit_once(',').map_or("", |(before, _)| before);
+                format!("x-forwarded-for: {before}")
+            }
+            _ => line.to_owned(),
+        })
+        .collect();
+    if answer.headers.contains_key("x-backend")
+        || answer.body.starts_with("a ")
+        || answer.body.starts_with("b ")
+    {
+        answer.body = lines.join("\n");
+        answer.headers.remove("content-length");
+    }
+    // Compressors are not the same; what they make means the same.
+    if answer.headers.contains_key("content-encoding") {
+        answer.body.clear();
+        answer.headers.remove("content-length");
+        answer.headers.remove("transfer-encoding");
+    }
+    if ask.method == "HEAD" {
+        answer.headers.remove("content-length");
+        answer.headers.remove("transfer-encoding");
+    }
+    answer
+}
+
+/// The same of a line of the log.
+fn pardoned_line(line: &str) -> String {
+    let mut out = line.to_owned();
+    // What was read of a body that was too large is not counted.
+    if out.contains("details=request_payload_too_large") {
+        out = out
+            .replace(" received=200 ", " received=0 ")
+            .replace(" received=65 ", " received=0 ");
+    }
+    // A cluster that is not there is named all the same.
+    if out.contains("flags=NC") {
+        out = out
+            .replace(" cluster=missing ", " cluster=- ")
+            .replace(" cluster=nope ", " cluster=- ");
+    }
+    // How many bytes there are depends on the addresses.
+    if let Some((before, rest)) = out.split_once(" sent=")
+        && (out.contains("via_upstream") || out.contains("ext_authz"))
+    {
+        let after = rest.split_once(' ').map_or("", |(_, after)| after);
+        out = format!("{before} sent=* {after}");
+    }
+    out
+}
+
+/// Asks both, and tells what differs.
+async fn differences(setups: Vec<Setup>, more: Vec<Value>) -> Option<Vec<String>> {
+    crate::envoy::program()?;
+    let (a, b) = (echo("a").await, echo("b").await);
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("access.log");
+    let mut list = vec![cluster("a", a.address), cluster("b", b.address)];
+    list.extend(more);
+    let mut all = clusters(&list);
+    for setup in &setups {
+        all.extend(resources(setup, log.to_str().unwrap()));
+    }
+    let mut pair = Pair::start(all).await?;
+    let mut out = Vec::new();
+    // Whoever is refused by one only is a difference; by both, a waste.
+    let mut refused: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut places: HashMap<String, [SocketAddr; 2]> = HashMap::new();
+    for setup in &setups {
+        let found = async {
+            let at = pair.listener(&setup.name).await;
+            for at in at {
+                loop {
+                    let ready = Ask {
+                        case: "ready".into(),
+                        method: "GET",
+                        target: "/ready".into(),
+                        fields: vec![("host".into(), "ready.test".into())],
+                        body: String::new(),
+                    };
+                    let status = Client::new(at).ask(&ready).await.status;
+                    if status != 404 && status != 0 {
+                        break;
+                    }
+                    tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+                }
+            }
+            at
+        };
+        if let Ok(at) = tokio::time::timeout(std::time::Duration::from_secs(5), found).await {
+            places.insert(setup.name.clone(), at);
+        }
+        while let Ok((client, event)) = pair.ads.events.try_recv() {
+            if let Event::Refused(resource, reason) = event {
+                let text = format!("{client:?}: {reason}");
+                refused.entry(resource.name.to_string()).or_default().push(text);
+            }
+        }
+    }
+    for (name, reasons) in &refused {
+        out.push(format!("{name} was refused: {reasons:#?}"));
+    }
+    let pairs: Vec<(&Setup, &Ask, [Answer; 2])> = stream::iter(&setups)
+        .filter_map(|setup| {
+            let at = places.get(&setup.name).copied();
+            async move { Some((setup, at?)) }
+        })
+        .map(|(setup, at)| async move {
+            let mut clients = at.map(Client::new);
+            let mut out = Vec::new();
+            for ask in &setup.asks {
+                let [ours, theirs] = &mut clients;
+                out.push((setup, ask, [ours.ask(ask).await, theirs.ask(ask).await]));
+            }
+            out
+        })
+        .buffered(6)
+        .collect::<Vec<_>>()
+        .await
+        .into_iter()
+        .flatten()
+        .collect();
+    let lines = read_log(&log, &pairs, &places).await;
+    let mut told = std::collections::BTreeSet::new();
+    for (setup, ask, answers) in pairs {
+        let [ours, theirs] = answers.map(|answer| pardoned(ask, answer));
+        let line = |index: usize| {
+            let port = places[&setup.name][index].port().to_string();
+            lines
+                .get(&(port, ask.case.clone()))
+                .map(|line| pardoned_line(line))
+        };
+        let (our_line, their_line) = (line(0), line(1));
+        if ours == theirs && our_line == their_line {
+            continue;
+        }
+        // What is no request is refused by both, by ours before it is anybody's.
+        if ours.status == 400 && theirs.status == 400 && our_line.is_none() {
+            continue;
+        }
+        told.insert(setup.name.clone());
+        out.push(format!(
+            "{} {:?}\n  log ours   {our_line:?}\n  log theirs {their_line:?}\n{}",
+            setup.name,
+            String::from_utf8_lossy(&ask.bytes()),
+            compare(&ours, &theirs),
+        ));
+    }
+    if let Some(folder) = std::env::var_os("SERIN_GENERATED_DUMP") {
+        for setup in setups
+            .iter()
+            .filter(|setup| told.contains(&setup.name) || refused.contains_key(&setup.name))
+        {
+            let text = format!("{:#}", json!({ "manager": setup.manager, "table": setup.table }));
+            let path = std::path::Path::new(&folder).join(format!("{}.json", setup.name));
+            std::fs::write(path, text).unwrap();
+        }
+    }
+    pair.stop().await;
+    Some(out)
+}
+
+/// What differs, line by line.
+fn compare(ours: &Answer, theirs: &Answer) -> String {
+    let mut out = String::new();
+    if ours.status != theirs.status {
+        out.push_str(&format!("  status {} and {}\n", ours.status, theirs.status));
+    }
+    let names: std::collections::BTreeSet<_> = ours.headers.keys().chain(theirs.headers.keys()).collect();
+    for name in names {
+        let (one, other) = (ours.headers.get(name), theirs.headers.get(name));
+        if one != other {
+            out.push_str(&format!("  {name}: {one:?} and {other:?}\n"));
+        }
+    }
+    if ours.body != theirs.body {
+        let (one, other): (Vec<_>, Vec<_>) = (ours.body.lines().collect(), theirs.body.lines().collect());
+        for line in one.iter().filter(|line| !other.contains(line)) {
+            out.push_str(&format!("  body ours   {line:?}\n"));
+        }
+        for line in other.iter().filter(|line| !one.contains(line)) {
+            out.push_str(&format!("  body theirs {line:?}\n"));
+        }
+    }
+    out
+}
+
+type Lines = HashMap<(String, String), String>;
+
+/// The lines of both, by port and case. What never comes is missing.
+async fn read_log(
+    log: &std::path::Path,
+    pairs: &[(&Setup, &Ask, [Answer; 2])],
+    places: &HashMap<String, [SocketAddr; 2]>,
+) -> Lines {
+    let mut lines = Lines::new();
+    let read = async {
+        loop {
+            let text = std::fs::read_to_string(log).unwrap_or_default();
+            lines = text
+                .lines()
+                .filter_map(|line| {
+                    let (port, rest) = line.split_once(' ')?;
+                    let (case, rest) = rest.split_once(' ')?;
+                    Some(((port.to_owned(), case.to_owned()), rest.to_owned()))
+                })
+                .collect();
+            let all = pairs.iter().all(|(setup, ask, _)| {
+                places[&setup.name]
+                    .iter()
+                    .all(|at| lines.contains_key(&(at.port().to_string(), ask.case.clone())))
+            });
+            if all {
+                return;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    };
+    let _ = tokio::time::timeout(std::time::Duration::from_secs(3), read).await;
+    lines
+}
+
+/// The seeds to try: those of the suite, unless the environment names others.
+fn seeds(usual: std::ops::Range<u64>) -> std::ops::Range<u64> {
+    let named = std::env::var("SERIN_GENERATED_SEEDS").ok();
+    named
+        .and_then(|text| {
+            let (from, to) = text.split_once("..")?;
+            Some(from.parse().ok()?..to.parse().ok()?)
+        })
+        .unwrap_or(usual)
+}
+
+fn requests_each(usual: usize) -> usize {
+    let named = std::env::var("SERIN_GENERATED_REQUESTS").ok();
+    named.and_then(|text| text.parse().ok()).unwrap_or(usual)
+}
+
+/// Many setups by the dozen, so that no proxy has too many listeners.
+async fn compare_all(
+    seeds: std::ops::Range<u64>,
+    setup: impl Fn(u64) -> Setup,
+    more: &[Value],
+) -> Option<(usize, Vec<String>)> {
+    let all: Vec<u64> = seeds.collect();
+    let mut out = Vec::new();
+    let mut count = 0;
+    for some in all.chunks(100) {
+        let setups: Vec<Setup> = some.iter().map(|seed| setup(*seed)).collect();
+        count += setups.iter().map(|setup| setup.asks.len()).sum::<usize>();
+        out.extend(differences(setups, more.to_vec()).await?);
+    }
+    Some((count, out))
+}
+
+fn assert_none(count: usize, differences: &[String]) {
+    assert!(
+        differences.is_empty(),
+        "{} of {count} differ:\n{}",
+        differences.len(),
+        differences
+            .iter()
+            .take(2000)
+            .cloned()
+            .collect::<Vec<_>>()
+            .join("\n")
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn generated_routes_answer_generated_requests_as_envoy_does() {
+    let each = requests_each(60);
+    let setup = |seed: u64| {
+        let mut rng = Rng::new(seed);
+        let (manager, table) = (routes::manager(&mut rng), routes::table(&mut rng));
+        Setup {
+            name: format!("routes-{seed}"),
+            manager,
+            table,
+            asks: (0..each)
+                .map(|number| requests::request(&mut rng, format!("s{seed}-{number}")))
+                .collect(),
+            more: "",
+        }
+    };
+    let Some((count, differences)) = compare_all(seeds(0..20), setup, &[]).await else {
+        return;
+    };
+    assert_none(count, &differences);
+}
