@@ -530,7 +530,6 @@ async fn route(
     {
         routed = find_route(&conn, &parts, &conn.noted);
     }
-    conn.manager.traffic.routed(conn.worker.id);
     exchange.route = routed.configured();
     let mut body = (tunnel.is_none() && !incoming.is_end_stream()).then(|| Inbound::new(incoming));
     if !conn.manager.filters.filters.is_empty() {
@@ -552,6 +551,7 @@ async fn route(
             });
         }
     }
+    conn.manager.traffic.routed(conn.worker.id);
     let response = match &routed.route.action {
         Action::Nobody => {
             conn.note(HttpEvent::NoRoute);
