@@ -12,7 +12,7 @@ use serin_proxy::tls::secret::Secret;
 use crate::certificates::Authority;
 
 /// Files that may look, and why.
-const LOOKERS: [(&str, &str); 16] = [
+const LOOKERS: [(&str, &str); 17] = [
     ("bootstrap/", "start"),
     ("config/store/received.rs", "when resources came, told"),
     ("control/admin.rs", "days left of certificates, told"),
@@ -35,6 +35,7 @@ const LOOKERS: [(&str, &str); 16] = [
     ("worker/logging.rs", "times in logs, told"),
     ("worker/spans.rs", "times in spans, told"),
     ("worker/tap.rs", "times in traces, told"),
+    ("worker/tcp_tunnel.rs", "times in header values, told"),
 ];
 
 fn files(folder: &Path, out: &mut Vec<std::path::PathBuf>) {
