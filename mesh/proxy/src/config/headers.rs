@@ -239,6 +239,11 @@ fn joined(name: &HeaderName, headers: &HeaderMap, value: &HeaderValue) -> Option
         return None;
     }
     let before = headers.get(name)?;
+    match (before.is_empty(), value.is_empty()) {
+        (_, true) => return Some(before.clone()),
+        (true, false) => return Some(value.clone()),
+        (false, false) => {}
+    }
     let all = [before.as_bytes(), value.as_bytes()].join(&b',');
     HeaderValue::from_bytes(&all).ok()
 }
