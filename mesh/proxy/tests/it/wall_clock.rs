@@ -32,6 +32,7 @@ const LOOKERS: [(&str, &str); 15] = [
     ),
     ("worker/http2.rs", "`date` of answers, told"),
     ("worker/logging.rs", "times in logs, told"),
+    ("worker/tcp_tunnel.rs", "times in fields, told"),
     ("worker/spans.rs", "times in spans, told"),
     ("worker/tap.rs", "times in traces, told"),
 ];
