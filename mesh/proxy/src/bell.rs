@@ -8,12 +8,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 
-use futures::task::AtomicWaker;
+use parking_lot::Mutex;
 
 #[derive(Debug, Default)]
 struct Bell {
     rung: AtomicBool,
-    task: AtomicWaker,
+    /// Who is woken. It stays, so that a look enters it only when it is another one.
+    task: Mutex<Option<Waker>>,
 }
 
 impl Wake for Bell {
@@ -23,7 +24,9 @@ impl Wake for Bell {
 
     fn wake_by_ref(self: &Arc<Self>) {
         self.rung.store(true, Ordering::Release);
-        self.task.wake();
+        if let Some(task) = &*self.task.lock() {
+            task.wake_by_ref();
+        }
     }
 }
 
@@ -32,7 +35,7 @@ impl Wake for Bell {
 pub(crate) struct Ear {
     bell: Arc<Bell>,
     waker: Waker,
-    /// The task that the bell wakes.
+    /// The task that the bell wakes, to be compared without its lock.
     task: Option<Waker>,
 }
 
@@ -59,14 +62,12 @@ impl Ear {
     ) -> Poll<T> {
         // Before the bell is looked at: one that is rung from now on wakes this task.
         if !self.task.as_ref().is_some_and(|task| task.will_wake(cx.waker())) {
-            self.bell.task.register(cx.waker());
+            *self.bell.task.lock() = Some(cx.waker().clone());
             self.task = Some(cx.waker().clone());
         }
         if !self.bell.rung.load(Ordering::Relaxed) {
             return Poll::Pending;
         }
-        // Ringing has taken the task's waker out.
-        self.bell.task.register(cx.waker());
         self.bell.rung.swap(false, Ordering::Acquire);
         let outcome = look(&mut Context::from_waker(&self.waker));
         if outcome.is_ready() {

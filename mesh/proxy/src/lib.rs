@@ -57,8 +57,12 @@
 //! - Interim answers (1xx) pass from and to HTTP/1.1 and HTTP/2 ([`worker::interim`]), to HTTP/1.1 clients below hyper
 //!   ([`hygiene::interim`]); a client that expects `100 Continue` gets its endpoint's.
 //! - Who looks at requests ([`policy::tap`]) gets copies over a bounded queue; while nobody looks, a request reads a flag.
-//! - Statistics of a cluster begin with its first use on a worker ([`metrics::clusters`]); counters only grow, and what is
+//! - Statistics of a cluster begin with its first use on a worker ([`metrics::clusters`]); what of it is rare is counted by
+//!   its slot, with the first event ([`metrics::events`]). Clusters that nobody uses are shown by what the configuration says,
+//!   and answers about thousands of them are written piece by piece ([`control::scrape`]). Counters only grow, and what is
 //!   shown is them with a [`metrics::baseline`]: what processes before this one counted, or what they were reset by.
+//! - What this proxy has no meaning for (HTTP/3, watchdogs, flow-control pauses) has no statistic: a zero would say that all
+//!   is well with it.
 //! - The messages of resources are kept as they came, encoded, for `/config_dump`; they are some hundred bytes each.
 //! - Responses that the proxy makes itself carry `x-serin-response-flags` when a flag is set.
 //! - What a request may wait for is asked for beside everything (`*`), as Envoy does, so that a server may send ahead what it

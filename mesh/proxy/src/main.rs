@@ -213,6 +213,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
             if let Some(text) = environment.get(inherited::VARIABLE) {
                 plan.options.inherited = inherited::adopt(text)?;
             }
+            plan.options.started_as.config_path = path.display().to_string();
             plan.restart = cli.restart_socket;
             plan.serve_admin_at(cli.admin_socket);
             Ok(control(plan).map_err(placed)?)

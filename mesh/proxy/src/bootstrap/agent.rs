@@ -14,6 +14,7 @@ use super::inherited;
 use crate::control::Options;
 use crate::control::run::{ControlPlane, DEFAULT_DRAIN, Plan};
 use crate::error::Error;
+use crate::metrics::select;
 
 /// Which kind of proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,6 +144,10 @@ pub fn plan(role: Role, domain: &str, concurrency: usize, environment: &Environm
             node: node(role, domain, environment)?,
             concurrency,
             overload: Default::default(),
+            stats: select::Rules {
+                deferred: select::Deferred::Hidden,
+                ..Default::default()
+            },
             own_address: environment.get("INSTANCE_IP").and_then(|text| text.parse().ok()),
             local_cluster: environment.get("SERIN_LOCAL_CLUSTER").cloned(),
             inherited: environment

@@ -24,11 +24,12 @@ use crate::config::runtime::{Layer, Source};
 use crate::control::Options;
 use crate::control::run::{ControlPlane, DEFAULT_DRAIN, Plan, StaticResource};
 use crate::error::{Error, Misplaced, Refusal, Within};
+use crate::metrics::select;
 use crate::overload;
 use crate::policy::on_demand::aggregated;
 
 /// Parts of the bootstrap that are honoured.
-const HONOURED: [&str; 7] = [
+const HONOURED: [&str; 9] = [
     "node",
     "admin",
     "static_resources",
@@ -36,16 +37,16 @@ const HONOURED: [&str; 7] = [
     "cluster_manager",
     "overload_manager",
     "layered_runtime",
+    "stats_config",
+    "deferred_stat_options",
 ];
 /// Parts that only concern how Envoy itself is watched, counted and named.
-const WITHOUT_EFFECT: [&str; 12] = [
+const WITHOUT_EFFECT: [&str; 10] = [
     "default_regex_engine",
-    "deferred_stat_options",
     "enable_dispatcher_stats",
     "flags_path",
     "memory_allocator_manager",
     "node_context_params",
-    "stats_config",
     "stats_flush_interval",
     "stats_flush_on_admin",
     "use_tcp_for_dns_lookups",
@@ -93,7 +94,9 @@ pub fn parse(text: &str, concurrency: usize) -> Result<Plan, Error> {
     let bytes = json::encode(&Schema::load(), "envoy.config.bootstrap.v3.Bootstrap", &value)?;
     let message = bootstrap::Bootstrap::decode(bytes.as_slice())
         .map_err(|error| Refusal::new("", format!("is no bootstrap: {error}")))?;
-    Ok(plan(message, concurrency)?)
+    let mut plan = plan(message, concurrency)?;
+    plan.options.bootstrap = bytes.into();
+    Ok(plan)
 }
 
 /// YAML, of which JSON is a part, with its anchors and merges resolved.
@@ -166,6 +169,18 @@ fn plan(from: bootstrap::Bootstrap, concurrency: usize) -> Result<Plan, Refusal>
         None => None,
         Some(manager) => cluster_manager(manager).within("cluster_manager")?,
     };
+    let stats = select::Rules {
+        matcher: select::Matcher::compile(
+            from.stats_config
+                .as_ref()
+                .and_then(|config| config.stats_matcher.as_ref()),
+        )
+        .within("stats_config.stats_matcher")?,
+        deferred: match &from.deferred_stat_options {
+            Some(options) if options.enable_deferred_creation_stats => select::Deferred::Yes,
+            _ => select::Deferred::No,
+        },
+    };
     Ok(Plan {
         options: Options {
             node,
@@ -173,6 +188,7 @@ fn plan(from: bootstrap::Bootstrap, concurrency: usize) -> Result<Plan, Refusal>
             local_cluster,
             overload,
             runtime,
+            stats,
             ..Default::default()
         },
         push_metrics: false,
@@ -433,6 +449,7 @@ mod tests {
     use super::*;
 
     const EXAMPLE: &str = include_str!("../../example/bootstrap.yaml");
+    const EXAMPLE_WITH_CONTROL_PLANE: &str = include_str!("../../example/xds.yaml");
 
     #[test]
     fn the_example_starts_a_proxy_with_its_listener_and_clusters() {
@@ -442,11 +459,20 @@ mod tests {
             .iter()
             .map(|resource| resource.name.as_str())
             .collect();
-        assert_eq!(names, ["v1", "v2", "control-plane", "http"]);
+        assert_eq!(names, ["v1", "v2", "http"]);
         assert_eq!(plan.options.node.id, "edge-1");
         assert_eq!(admin_address(&plan), Some("127.0.0.1:15000".parse().unwrap()));
+        assert_eq!(plan.control_plane, None, "it runs alone");
+        let with = parse(EXAMPLE_WITH_CONTROL_PLANE, 1).unwrap();
         assert_eq!(
-            plan.control_plane,
+            with.control_plane,
+            Some(ControlPlane::At(Endpoint::Tcp("127.0.0.1:15010".into())))
+        );
+        let address = "{ socket_address: { address: 127.0.0.1, port_value: 15010 } }";
+        assert!(EXAMPLE_WITH_CONTROL_PLANE.contains(address));
+        let pipe = EXAMPLE_WITH_CONTROL_PLANE.replace(address, "{ pipe: { path: /run/serin/xds.sock } }");
+        assert_eq!(
+            parse(&pipe, 1).unwrap().control_plane,
             Some(ControlPlane::At(Endpoint::Unix("/run/serin/xds.sock".into())))
         );
         let mut store = crate::config::store::Store::new(1);
@@ -487,6 +513,10 @@ mod tests {
                 "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.@type",
             ),
             ("stats_sinks: []", "stats_sinks"),
+            (
+                "stats_config: {stats_matcher: {inclusion_list: {patterns: [{safe_regex: {regex: '('}}]}}}",
+                "stats_config.stats_matcher.inclusion_list.patterns[0].safe_regex",
+            ),
             ("hdsConfig: {}", "hdsConfig"),
             (
                 "dynamic_resources: {lds_config: {path_config_source: {path: /a}}}",

@@ -3,7 +3,12 @@
 //! Two shapes say the same: the older `lb_policy` with its `lb_config`, and `load_balancing_policy`, a list of extensions
 //! of which the first that is known counts (Envoy's rule).
 
+use std::sync::Arc;
 use std::time::Duration;
+
+pub mod reported;
+
+use reported::Reporting;
 
 use prost::Message;
 use serin_xds::pb::envoy::config::cluster::v3 as cluster;
@@ -48,6 +53,8 @@ pub enum LbPolicy {
         /// What a host without a measurement is taken for.
         default_rtt: Duration,
     },
+    /// In turn, by the weights that follow from what hosts report of their load.
+    ClientSideWeighted,
     /// Consistent hashing on a ring.
     RingHash {
         /// Least number of points.
@@ -140,6 +147,8 @@ pub struct Balancing {
     pub slow_start: Option<SlowStart>,
     /// Names and limits of consistent hashing.
     pub hashing: Hashing,
+    /// How reports of hosts become weights.
+    pub reporting: Option<Arc<Reporting>>,
     /// Groups of endpoints by their metadata.
     pub subsets: Option<Box<Subsets>>,
 }
@@ -152,6 +161,7 @@ impl Balancing {
             zone_aware: None,
             slow_start: None,
             hashing: Hashing::default(),
+            reporting: None,
             subsets: None,
         }
     }
@@ -481,6 +491,14 @@ fn compile_policy(any: &google::Any, depth: usize) -> Result<Option<Balancing>, 
             });
             out.slow_start = newer_slow_start(config.slow_start_config.as_ref())?;
             out.add_locality(config.locality_lb_config.as_ref());
+            out
+        }
+        "client_side_weighted_round_robin.v3.ClientSideWeightedRoundRobin" => {
+            let config: policies::client_side_weighted_round_robin::v3::ClientSideWeightedRoundRobin =
+                read(any)?;
+            let mut out = Balancing::plain(LbPolicy::ClientSideWeighted);
+            out.reporting = Some(Arc::new(Reporting::compile(&config)?));
+            out.slow_start = newer_slow_start(config.slow_start_config.as_ref())?;
             out
         }
         "random.v3.Random" => {

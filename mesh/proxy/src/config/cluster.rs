@@ -23,6 +23,7 @@ pub use super::upstream_http::{Breakers, Limits, Priority, UpstreamHttp};
 use super::upstream_http::{compile_http, compile_limits, http_options, http2_options};
 use crate::error::{Refusal, Within};
 use crate::metrics::peer::ServiceIdentity;
+use crate::policy::filter_state::{Factory, FilterState};
 use crate::tls::secret::SecretSlot;
 use crate::tls::table::{SecretTable, Side};
 use crate::upstream::connect::ConnectOptions;
@@ -43,6 +44,8 @@ pub struct Cluster {
     pub connect_timeout: Duration,
     /// Balancer.
     pub lb: LbPolicy,
+    /// How reports of hosts become weights, where the policy goes by them.
+    pub reporting: Option<Arc<super::balancing::reported::Reporting>>,
     /// Whether locality weights count.
     pub locality_weighted: bool,
     /// Whether zones count.
@@ -135,6 +138,7 @@ impl Cluster {
             locality_weighted: balancing.locality_weighted,
             zone_aware: balancing.zone_aware,
             hashing: balancing.hashing,
+            reporting: balancing.reporting,
             subsets: balancing.subsets,
             panic_threshold: common_lb
                 .and_then(|config| config.healthy_panic_threshold.as_ref())
@@ -196,18 +200,34 @@ impl Cluster {
             .map_or(&self.socket, |entry| &entry.socket)
     }
 
-    /// Options of connections for a request with these headers, from `source` to `destination`.
+    /// Options of connections for a request with these headers, or for a connection, from `source` to `destination`, for
+    /// which filters have set this state. What they say goes before what the cluster says.
     pub fn connect_options(
         &self,
-        headers: &http::HeaderMap,
+        headers: Option<&http::HeaderMap>,
+        state: &FilterState,
         source: SocketAddr,
         destination: SocketAddr,
     ) -> ConnectOptions {
-        ConnectOptions {
-            server_name: self.request_server_name(headers),
-            between: self.tells_clients().then_some((source, destination)),
+        let tells = self.tells_clients();
+        let mut out = ConnectOptions {
+            between: tells.then_some((source, destination)),
+            tlvs: state.tlvs.clone().filter(|_| tells),
             ..ConnectOptions::default()
+        };
+        if !state.is_empty() {
+            let known = |factory| state.known(factory).map(Box::from);
+            out.server_name = known(Factory::ServerName);
+            out.peer_names = known(Factory::PeerNames);
+            out.alpn = state
+                .known(Factory::Protocols)
+                .map(|names| names.split(',').map(|name| name.as_bytes().to_vec()).collect());
+            out.shared = state.shared();
         }
+        if out.server_name.is_none() {
+            out.server_name = headers.and_then(|headers| self.request_server_name(headers));
+        }
+        out
     }
 
     /// The server name that follows the request, where the cluster wants that.

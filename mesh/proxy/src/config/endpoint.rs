@@ -10,12 +10,16 @@ use serin_xds::pb::envoy::config::endpoint::v3 as endpoint;
 
 use serin_xds::pb::google::protobuf::Struct;
 
+use super::balancing::reported::Reported;
 use super::convert::{self, Address};
 use crate::clock::now_ms;
 use crate::error::{Refusal, Within};
 use crate::metrics::hosts::HostCells;
 use crate::metrics::peer::Workload;
+use crate::upstream::proxy_header::Tlv;
 
+/// Where endpoints have values by type for PROXY protocol headers.
+const PROXY_PROTOCOL: &str = "envoy.transport_sockets.proxy_protocol";
 /// Metadata of endpoints that transport sockets are matched with.
 const SOCKET_MATCH: &str = "envoy.transport_socket_match";
 /// Envoy's overprovisioning factor: a priority level takes all its share while 1/1.4 of it is healthy.
@@ -48,6 +52,8 @@ pub struct HostState {
     pub failed_checks: AtomicU32,
     /// Since when it may be used, on the process clock: slow start counts from here. 0 is always.
     pub since: AtomicU64,
+    /// What it has reported of its load.
+    pub reported: Reported,
     /// Its requests and connections.
     pub counted: HostCells,
 }
@@ -81,6 +87,7 @@ impl Ratio {
 impl Default for HostState {
     fn default() -> Self {
         Self {
+            reported: Reported::default(),
             consecutive_5xx: AtomicU32::new(0),
             consecutive_gateway: AtomicU32::new(0),
             consecutive_local: AtomicU32::new(0),
@@ -159,6 +166,8 @@ pub struct Endpoint {
     pub check: Check,
     /// What `transport_socket_matches` go by: `envoy.transport_socket_match` of the endpoint, else of its locality.
     pub socket_metadata: Option<Struct>,
+    /// Values by type that its PROXY protocol headers have.
+    pub tlvs: Box<[Tlv]>,
     /// What subsets go by (`envoy.lb`).
     pub lb_metadata: Option<Struct>,
     /// Other addresses of the same endpoint, tried when the first does not answer soon.
@@ -182,6 +191,7 @@ impl Endpoint {
             metadata: None,
             check: Check::default(),
             socket_metadata: None,
+            tlvs: Box::default(),
             lb_metadata: None,
             more_addresses: Box::default(),
             state: Arc::default(),
@@ -340,6 +350,19 @@ fn compile_endpoint(
         .flatten()
         .find_map(|metadata| metadata.filter_metadata.get(SOCKET_MATCH))
         .cloned();
+    let typed = from
+        .metadata
+        .as_ref()
+        .map(|metadata| &metadata.typed_filter_metadata);
+    let tlvs = match typed.and_then(|typed| typed.get(PROXY_PROTOCOL)) {
+        None => Box::default(),
+        Some(any) => {
+            let path = format!("metadata.typed_filter_metadata[{PROXY_PROTOCOL}]");
+            convert::unpack::<core::PerHostConfig>(any, "envoy.config.core.v3.PerHostConfig")
+                .and_then(|own| super::transport_socket::compile_tlvs(&own.added_tlvs).within("added_tlvs"))
+                .within(path)?
+        }
+    };
     let health = core::HealthStatus::try_from(from.health_status).unwrap_or(core::HealthStatus::Unknown);
     use core::HealthStatus;
     let (healthy, degraded) = match health {
@@ -363,6 +386,7 @@ fn compile_endpoint(
         degraded,
         workload: convert::metadata_string(from.metadata.as_ref(), "istio", "workload").map(Workload::parse),
         socket_metadata,
+        tlvs,
         metadata: convert::EncodedMetadata::of(from.metadata.as_ref()),
         lb_metadata: from
             .metadata

@@ -197,7 +197,9 @@ impl Extensions {
             .into_iter()
             .map(|place| place.prepare(any, context))
             .collect::<Result<Vec<_>, _>>()?;
-        commits.into_iter().for_each(|commit| commit());
+        for commit in commits {
+            commit();
+        }
         context.slots.extensions.values.insert(name.into(), any.clone());
         Ok(())
     }

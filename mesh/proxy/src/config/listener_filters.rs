@@ -5,53 +5,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serin_xds::pb::envoy::config::listener::v3 as listener;
-use serin_xds::pb::envoy::extensions::filters::listener::proxy_protocol::v3 as proxy_protocol;
 use serin_xds::pb::envoy::extensions::filters::network::connection_limit::v3 as connection_limit;
 use serin_xds::pb::google::protobuf as google;
 
 use super::convert;
 use super::extension::{AnyPlace, Discoverable, Extensions, Place};
 use super::route::Context;
-use super::transport_socket::ProxyVersion;
 use crate::error::{Refusal, Within};
 
-/// The `proxy_protocol` listener filter.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ProxyProtocol {
-    /// Connections without a header are served as they are.
-    pub optional: bool,
-    no_v1: bool,
-    no_v2: bool,
-}
+mod proxy_protocol;
 
-impl ProxyProtocol {
-    pub(super) fn compile(any: Option<&google::Any>) -> Result<Self, Refusal> {
-        let Some(any) = any else {
-            return Ok(Self::default());
-        };
-        let from: proxy_protocol::ProxyProtocol = convert::unpack(
-            any,
-            "envoy.extensions.filters.listener.proxy_protocol.v3.ProxyProtocol",
-        )?;
-        if !from.rules.is_empty() || from.pass_through_tlvs.is_some() {
-            return Err(Refusal::new("rules", "TLVs are not kept"));
-        }
-        // V1 is 0, V2 is 1.
-        Ok(Self {
-            optional: from.allow_requests_without_proxy_protocol,
-            no_v1: from.disallowed_versions.contains(&0),
-            no_v2: from.disallowed_versions.contains(&1),
-        })
-    }
-
-    /// Whether headers of that version are taken.
-    pub fn allows(&self, version: ProxyVersion) -> bool {
-        match version {
-            ProxyVersion::V1 => !self.no_v1,
-            ProxyVersion::V2 => !self.no_v2,
-        }
-    }
-}
+pub use proxy_protocol::ProxyProtocol;
+pub(crate) use proxy_protocol::{Pass, type_of};
 
 /// What listener filters do with a connection.
 #[derive(Clone, Debug, Default)]

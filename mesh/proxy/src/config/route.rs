@@ -24,6 +24,7 @@ use super::virtual_cluster::VirtualCluster;
 use super::weighted::{Turn, Weights};
 use crate::error::{Refusal, Within};
 use crate::policy::descriptors::{self, RateLimitEntry};
+use crate::policy::metadata::Metadata;
 use crate::policy::per_route::PerRoute;
 use crate::policy::uri_template::UriTemplate;
 
@@ -89,6 +90,8 @@ pub struct Route {
     pub response_headers: HeaderOps,
     /// Filter configuration.
     pub per_filter: PerRoute,
+    /// What is noted of it, for filters.
+    pub metadata: Option<Box<Metadata>>,
 }
 
 impl Route {
@@ -100,6 +103,7 @@ impl Route {
             action,
             request_headers: HeaderOps::default(),
             response_headers: HeaderOps::default(),
+            metadata: None,
             per_filter: PerRoute::default(),
         }
     }
@@ -385,6 +389,7 @@ impl Route {
         };
         let (request_headers, response_headers) = HeaderOps::of(from)?;
         Ok(Self {
+            metadata: Metadata::of_resource(from.metadata.as_ref()),
             name: from.name.as_str().into(),
             matches,
             action,

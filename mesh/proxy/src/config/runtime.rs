@@ -430,6 +430,17 @@ impl Runtime {
         Ok(true)
     }
 
+    /// Keys and layers.
+    pub fn size(&self) -> (usize, usize) {
+        let keys: BTreeSet<&str> = self
+            .layers
+            .iter()
+            .flat_map(|layer| layer.values.keys())
+            .map(|key| &**key)
+            .collect();
+        (keys.len(), self.layers.len())
+    }
+
     /// `/runtime` in Envoy's shape.
     pub fn json(&self) -> Value {
         let keys: BTreeSet<&str> = self

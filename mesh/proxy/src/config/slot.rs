@@ -15,6 +15,7 @@ use super::endpoint::EndpointSet;
 use super::listener::Listener;
 use super::route::VirtualHost;
 use super::table::RouteTable;
+use crate::metrics::events::{ClusterEvent, Events};
 
 /// A cluster by name: its configuration and its endpoints, each replaced on its own.
 #[derive(Debug)]
@@ -28,9 +29,37 @@ pub struct ClusterSlot {
     version: AtomicU64,
     /// What is in use now, over all workers.
     pub usage: Usage,
+    /// What rarely happens to it, over all workers.
+    pub counted: Events<ClusterEvent>,
+    /// Updates of its endpoints.
+    pub updates: Updates,
     /// Whether a request that would have waited for it was for it.
     used: Used,
     first_uses: Arc<FirstUses>,
+}
+
+/// How the endpoints of a cluster have changed. Small, since every cluster has it.
+#[derive(Debug, Default)]
+pub struct Updates {
+    /// Times that they were asked for.
+    pub attempts: AtomicU32,
+    /// Answers that were taken.
+    pub successes: AtomicU32,
+    /// Times that they could not be had.
+    pub failures: AtomicU32,
+    /// Answers that were refused.
+    pub rejected: AtomicU32,
+    /// Answers that changed nothing.
+    pub unchanged: AtomicU32,
+    /// Changes of the set of endpoints.
+    pub memberships: AtomicU32,
+}
+
+impl Updates {
+    /// Counts one.
+    pub(crate) fn add(counter: &AtomicU32) {
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 /// Shared counts for circuit breakers; only written when a limit is set.
@@ -101,6 +130,8 @@ impl ClusterSlot {
             endpoints: ArcSwapOption::empty(),
             version: AtomicU64::new(1),
             usage: Usage::default(),
+            counted: Events::default(),
+            updates: Updates::default(),
             used: Used::default(),
         }
     }
@@ -194,6 +225,16 @@ impl Home {
     /// Where that is.
     pub fn here(&self) -> Option<Arc<Here>> {
         self.here.load_full()
+    }
+
+    /// How many the local cluster has, as far as is known.
+    pub fn members(&self) -> u32 {
+        let here = self.here.load();
+        let set = here.as_ref().and_then(|here| here.slot.endpoints());
+        set.map_or(0, |set| {
+            let of_first = set.priorities.first().into_iter().flatten();
+            of_first.map(|locality| locality.members.len() as u32).sum()
+        })
     }
 
     /// Differs whenever the place or its members do.
@@ -365,6 +406,8 @@ pub struct Slots {
     pub first_uses: Arc<FirstUses>,
     /// Clusters by name, for connections that name theirs.
     pub directory: Directory,
+    /// Where this proxy is, if it can know.
+    pub home: Option<Arc<Home>>,
     /// Counters of filters.
     pub counters: crate::policy::stats::Registry,
     /// What workers are to do in the background for what was compiled.

@@ -5,6 +5,7 @@
 //! [`ListenerChange`]s; all else they read through slots.
 
 mod clusters;
+mod counts;
 mod listeners;
 mod membership;
 mod names;
@@ -20,6 +21,7 @@ use arc_swap::ArcSwap;
 use prost::Message;
 use serin_xds::ResourceType;
 
+use self::counts::Counts;
 use self::membership::Membership;
 use self::names::Names;
 pub use self::received::{Failure, Kept, Received};
@@ -113,6 +115,7 @@ pub struct Store {
     changes: Vec<ListenerChange>,
     applied: u64,
     received: Received,
+    counts: Counts,
 }
 
 impl Store {
@@ -138,7 +141,18 @@ impl Store {
             changes: Vec::new(),
             applied: 0,
             received: Received::default(),
+            counts: Counts::default(),
         }
+    }
+
+    /// What the managers of clusters and listeners count.
+    pub fn counts(&mut self) -> &mut Counts {
+        &mut self.counts
+    }
+
+    /// Clusters and listeners that wait for something.
+    pub fn warming_count(&self) -> (usize, usize) {
+        (self.warming.clusters.len(), self.warming.listeners.len())
     }
 
     /// Batches taken so far.
@@ -149,6 +163,11 @@ impl Store {
     /// The slot of the cluster that this proxy is a member of.
     pub fn local_cluster(&mut self, name: &str) -> Arc<ClusterSlot> {
         self.slots.cluster(name)
+    }
+
+    /// Where this proxy is, for limits that the members of its cluster share.
+    pub(crate) fn set_home(&mut self, home: Arc<super::slot::Home>) {
+        self.slots.home = Some(home);
     }
 
     /// Listeners without sockets; shared with the workers.
@@ -255,6 +274,13 @@ impl Store {
             } else {
                 self.received.note_version(resource_type, name, version);
             }
+        }
+    }
+
+    /// Resources that have been [applied](Self::apply) just now are of the bootstrap.
+    pub fn note_static<'a>(&mut self, resource_type: ResourceType, names: impl Iterator<Item = &'a str>) {
+        for name in names {
+            self.received.note_static(resource_type, name);
         }
     }
 

@@ -10,11 +10,13 @@ use serin_xds::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
 use serin_xds::pb::google::protobuf as google;
 
 use super::convert;
+use super::listener_filters::{Pass, type_of};
 use crate::error::{Refusal, Within};
 use crate::tls::downstream::DownstreamTls;
 use crate::tls::stats::TlsStats;
 use crate::tls::table::{SecretTable, Side};
 use crate::tls::upstream::UpstreamTls;
+use crate::upstream::proxy_header::{Tlv, Tlvs};
 
 const DOWNSTREAM_TLS: &str = "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext";
 const UPSTREAM_TLS: &str = "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext";
@@ -67,13 +69,77 @@ pub enum ProxyVersion {
     V2,
 }
 
+/// The PROXY protocol header that endpoints get.
+#[derive(Debug)]
+pub struct ProxyHeader {
+    /// Its version.
+    pub version: ProxyVersion,
+    /// Which of the values by type that came with the client are passed on.
+    pass: Pass,
+    /// Values by type that every connection has.
+    added: Box<[Tlv]>,
+}
+
+impl ProxyHeader {
+    fn compile(from: &core::ProxyProtocolConfig) -> Result<Self, Refusal> {
+        use core::proxy_protocol_config::Version;
+        Ok(Self {
+            version: match Version::try_from(from.version) {
+                Ok(Version::V1) => ProxyVersion::V1,
+                Ok(Version::V2) => ProxyVersion::V2,
+                Err(_) => return Err(Refusal::new("version", format!("{} is unknown", from.version))),
+            },
+            pass: Pass::compile(from.pass_through_tlvs.as_ref()).within("pass_through_tlvs")?,
+            added: compile_tlvs(&from.added_tlvs).within("added_tlvs")?,
+        })
+    }
+
+    /// The values by type of a connection: the host's own, then those of the configuration, then what the client brought;
+    /// a type that one of them has is not looked for in the others (Envoy).
+    pub fn tlvs(&self, own: &[Tlv], brought: Option<&Tlvs>) -> Vec<Tlv> {
+        let mut out: Vec<Tlv> = own.to_vec();
+        let has = |all: &[Tlv], kind| all.iter().any(|tlv: &Tlv| tlv.kind == kind);
+        out.extend(self.added.iter().filter(|tlv| !has(own, tlv.kind)).cloned());
+        let added = out.len();
+        for tlv in brought.into_iter().flat_map(|tlvs| tlvs.iter()) {
+            if self.pass.has(tlv.kind) && !has(&out[..added], tlv.kind) {
+                out.push(tlv.clone());
+            }
+        }
+        out
+    }
+}
+
+/// Values by type of a configuration.
+pub(super) fn compile_tlvs(from: &[core::TlvEntry]) -> Result<Box<[Tlv]>, Refusal> {
+    from.iter()
+        .enumerate()
+        .map(|(index, entry)| {
+            let path = |field: &str| format!("[{index}].{field}");
+            if entry.format_string.is_some() {
+                return Err(Refusal::new(
+                    path("format_string"),
+                    "not supported: the value must be fixed",
+                ));
+            }
+            if entry.value.is_empty() || entry.value.len() > usize::from(u16::MAX) {
+                return Err(Refusal::new(path("value"), "must have 1 to 65535 bytes"));
+            }
+            Ok(Tlv {
+                kind: type_of(entry.r#type).within(path("type"))?,
+                value: entry.value.as_slice().into(),
+            })
+        })
+        .collect()
+}
+
 /// How connections to endpoints are dressed.
 #[derive(Debug, Default)]
 pub struct UpstreamSocket {
     /// The message, to see whether a new configuration is the same.
     source: Vec<u8>,
     /// A PROXY protocol header goes first.
-    pub proxy_protocol: Option<ProxyVersion>,
+    pub proxy_protocol: Option<ProxyHeader>,
     /// Then TLS.
     pub tls: Option<UpstreamTls>,
 }
@@ -135,14 +201,7 @@ impl UpstreamSocket {
                 let message: proxy_protocol::ProxyProtocolUpstreamTransport =
                     convert::unpack(any, PROXY_PROTOCOL)?;
                 let config = message.config.unwrap_or_default();
-                if config.pass_through_tlvs.is_some() {
-                    return Err(Refusal::new("config.pass_through_tlvs", "TLVs are not supported"));
-                }
-                self.proxy_protocol = Some(if config.version == 0 {
-                    ProxyVersion::V1
-                } else {
-                    ProxyVersion::V2
-                });
+                self.proxy_protocol = Some(ProxyHeader::compile(&config).within("config")?);
                 if let Some(inner) = &message.transport_socket {
                     self.add(inner, check_name, secrets, stats)
                         .within("transport_socket")?;

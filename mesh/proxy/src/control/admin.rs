@@ -1,8 +1,11 @@
 //! Admin, readiness and Prometheus ports, served on the control thread.
 
 mod dump;
+mod fixed;
+mod help;
 mod port;
 mod tap;
+mod telling;
 mod views;
 
 use std::sync::Arc;
@@ -16,10 +19,11 @@ use tokio_util::sync::CancellationToken;
 
 pub use port::{AdminPort, Port};
 
+use self::telling::{Answer, Form, Telling};
 use super::drain::Drained;
 use super::{Proxy, levels};
-use crate::metrics::collect::Value;
-use crate::metrics::names::{self, Buckets, Kind, Wanted};
+use crate::metrics::names::Buckets;
+use crate::metrics::select::{Kind, Select};
 use crate::metrics::text;
 
 fn reply(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
@@ -87,7 +91,7 @@ fn pattern(parameters: &[(&str, &str)], name: &str) -> Result<Option<Regex>, Res
         .map_err(|error| plain(StatusCode::BAD_REQUEST, format!("Invalid regex: \"{error}\"\n")))
 }
 
-fn stats(proxy: &Proxy, parameters: &[(&str, &str)], accept: &str) -> Response<Full<Bytes>> {
+fn stats(proxy: &Arc<Proxy>, parameters: &[(&str, &str)], accept: &str) -> Answer {
     let value = |name: &str| {
         parameters
             .iter()
@@ -96,9 +100,9 @@ fn stats(proxy: &Proxy, parameters: &[(&str, &str)], accept: &str) -> Response<F
     };
     let filter = match pattern(parameters, "filter") {
         Ok(filter) => filter,
-        Err(reply) => return reply,
+        Err(reply) => return reply.into(),
     };
-    let wanted = Wanted {
+    let select = Select {
         filter,
         used_only: value("usedonly").is_some(),
         kind: match value("type") {
@@ -110,57 +114,53 @@ fn stats(proxy: &Proxy, parameters: &[(&str, &str)], accept: &str) -> Response<F
                 return plain(
                     StatusCode::BAD_REQUEST,
                     "invalid &type= param: use All, Counters, Gauges or Histograms\n",
-                );
+                )
+                .into();
             }
         },
-        ..Wanted::default()
+        ..proxy.select()
     };
-    let wanted = Wanted {
-        buckets: match value("histogram_buckets") {
-            None | Some("none") => Buckets::None,
-            Some("cumulative") => Buckets::Cumulative,
-            Some("disjoint") => Buckets::Disjoint,
-            Some("detailed") => Buckets::Detailed,
-            Some(_) => {
-                return plain(
-                    StatusCode::BAD_REQUEST,
-                    "usage: /stats?histogram_buckets=(cumulative|disjoint|detailed|none)\n",
-                );
-            }
-        },
-        ..wanted
+    let buckets = match value("histogram_buckets") {
+        None | Some("none") => Buckets::None,
+        Some("cumulative") => Buckets::Cumulative,
+        Some("disjoint") => Buckets::Disjoint,
+        Some("detailed") => Buckets::Detailed,
+        Some(_) => {
+            return plain(
+                StatusCode::BAD_REQUEST,
+                "usage: /stats?histogram_buckets=(cumulative|disjoint|detailed|none)\n",
+            )
+            .into();
+        }
     };
-    match value("format") {
-        None | Some("text") => plain(StatusCode::OK, names::text(&proxy.metrics(), &wanted)),
-        Some("json") => json_reply(&names::json(&proxy.metrics(), &wanted)),
-        Some("prometheus") => prometheus(proxy, parameters, accept),
-        Some(_) => plain(
-            StatusCode::BAD_REQUEST,
-            "usage: /stats?format=(text|json|prometheus)\n",
-        ),
-    }
+    let form = match value("format") {
+        None | Some("text") => Form::Text(buckets),
+        Some("json") => Form::Json(buckets),
+        Some("prometheus") => return prometheus(proxy, parameters, accept),
+        Some(_) => {
+            return plain(
+                StatusCode::BAD_REQUEST,
+                "usage: /stats?format=(text|json|prometheus)\n",
+            )
+            .into();
+        }
+    };
+    Telling::new(proxy, select, form).answer()
 }
 
 /// `/stats/prometheus`, in the format that the client accepts.
-fn prometheus(proxy: &Proxy, parameters: &[(&str, &str)], accept: &str) -> Response<Full<Bytes>> {
+fn prometheus(proxy: &Arc<Proxy>, parameters: &[(&str, &str)], accept: &str) -> Answer {
     let filter = match pattern(parameters, "filter") {
         Ok(filter) => filter,
-        Err(reply) => return reply,
+        Err(reply) => return reply.into(),
     };
-    let mut families = proxy.metrics();
-    let used_only = parameters.iter().any(|(key, _)| *key == "usedonly");
-    for family in &mut families {
-        let name = family.name;
-        family.metrics.retain(|(_, value)| {
-            let used = match value {
-                Value::Counter(value) | Value::Gauge(value) => *value != 0.0,
-                Value::Histogram(histogram) => histogram.count() > 0,
-            };
-            (!used_only || used) && filter.as_ref().is_none_or(|filter| filter.is_match(name))
-        });
-    }
-    let encoding = text::Encoding::of(accept);
-    reply(StatusCode::OK, encoding.content_type(), encoding.write(&families))
+    let select = Select {
+        filter,
+        by_family: true,
+        used_only: parameters.iter().any(|(key, _)| *key == "usedonly"),
+        ..proxy.select()
+    };
+    Telling::new(proxy, select, Form::Prometheus(text::Encoding::of(accept))).answer()
 }
 
 fn runtime_modify(proxy: &Proxy, parameters: &[(&str, &str)]) -> Response<Full<Bytes>> {
@@ -193,7 +193,33 @@ async fn answer(
     if port == Port::Admin && request.uri().path() == "/tap" && request.method() == Method::POST {
         return tap::serve(proxy, request).await;
     }
+    if request.method() != Method::POST
+        && let Some(answer) = tell(proxy, port, &request)
+    {
+        return match answer {
+            Answer::Whole(response) => response.map(tap::AdminBody::Whole),
+            Answer::Pieces(response) => response.map(tap::AdminBody::Pieces),
+        };
+    }
     show(proxy, port, quit, &request).await.map(tap::AdminBody::Whole)
+}
+
+/// Statistics, if that is what is asked for.
+fn tell(proxy: &Arc<Proxy>, port: Port, request: &Request<Incoming>) -> Option<Answer> {
+    let path = request.uri().path();
+    if !matches!(path, "/stats" | "/stats/prometheus" | "/metrics") || !port.shows(path) {
+        return None;
+    }
+    let accept = request
+        .headers()
+        .get(header::ACCEPT)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or("");
+    let parameters = parameters(request);
+    Some(match path {
+        "/stats" => stats(proxy, &parameters, accept),
+        _ => prometheus(proxy, &parameters, accept),
+    })
 }
 
 /// Answers a request for something that is made at once.
@@ -204,26 +230,17 @@ async fn show(
     request: &Request<Incoming>,
 ) -> Response<Full<Bytes>> {
     let path = request.uri().path();
-    let allowed = match port {
-        Port::Admin => true,
-        Port::Prometheus => path == "/stats/prometheus",
-        Port::Ready => path == "/healthz/ready",
-    };
-    if !allowed {
+    if !port.shows(path) {
         return plain(StatusCode::NOT_FOUND, "not found\n");
     }
-    let accept = request
-        .headers()
-        .get(header::ACCEPT)
-        .and_then(|value| value.to_str().ok())
-        .unwrap_or("");
     let parameters = parameters(request);
+    if path == "/logging" && request.method() != Method::POST && parameters.is_empty() {
+        return logging(levels::shown());
+    }
     let has = |name: &str| parameters.iter().any(|(key, _)| *key == name);
     let json = parameters.contains(&("format", "json"));
     match path {
         "/ready" | "/healthz/ready" => ready(proxy),
-        "/stats/prometheus" | "/metrics" => prometheus(proxy, &parameters, accept),
-        "/stats" => stats(proxy, &parameters, accept),
         "/config_dump" => config_dump(proxy, &parameters),
         "/certs" => {
             let now = rustls_pki_types::UnixTime::now().as_secs();
@@ -236,18 +253,14 @@ async fn show(
         "/listeners" => plain(StatusCode::OK, views::listeners(proxy)),
         "/server_info" => json_reply(&views::server_info(proxy)),
         "/memory" => json_reply(&views::memory()),
-        "/" | "/help" => plain(StatusCode::OK, HELP),
+        "/" | "/help" => plain(StatusCode::OK, help::text()),
+        "/init_dump" => init_dump(proxy, &parameters),
+        "/hot_restart_version" => plain(StatusCode::OK, views::HOT_RESTART_VERSION),
         "/runtime" => json_reply(&proxy.store(|store| store.runtime().json())),
-        "/logging" if request.method() != Method::POST && parameters.is_empty() => logging(levels::shown()),
-        "/tap" | "/reset_counters" | "/drain_listeners" | "/quitquitquit" | "/reopen_logs"
-        | "/healthcheck/fail" | "/healthcheck/ok" | "/logging" | "/runtime_modify"
-            if request.method() != Method::POST =>
-        {
-            plain(
-                StatusCode::METHOD_NOT_ALLOWED,
-                "use POST for what changes something\n",
-            )
-        }
+        path if request.method() != Method::POST && help::takes_post(path) => plain(
+            StatusCode::METHOD_NOT_ALLOWED,
+            format!("Method {} not allowed, POST required.", request.method()),
+        ),
         "/runtime_modify" => runtime_modify(proxy, &parameters),
         "/logging" => logging(levels::change(parameters.iter().copied())),
         "/healthcheck/fail" | "/healthcheck/ok" => {
@@ -282,15 +295,29 @@ async fn show(
             quit.cancel();
             plain(StatusCode::OK, "OK\n")
         }
-        _ => plain(StatusCode::NOT_FOUND, "not found; see /help\n"),
+        _ => plain(StatusCode::NOT_FOUND, format!("invalid path. {}", help::text())),
     }
 }
 
-const HELP: &str = "/ready\n/stats[?format=text|json|prometheus&filter=REGEX&usedonly&type=Counters|Gauges|Histograms&histogram_buckets=none|cumulative|disjoint|detailed]\n\
-    /stats/prometheus\n/config_dump[?resource=FIELD&name_regex=REGEX&mask=FIELDS&include_eds]\n/certs\n/clusters[?format=json]\n\
-    /listeners[?format=json]\n/server_info\n/memory\n/logging\nPOST /logging?level=LEVEL or ?paths=LOGGER:LEVEL,...\n\
-    POST /healthcheck/fail\nPOST /healthcheck/ok\nPOST /drain_listeners[?inboundonly&graceful&skip_exit]\nPOST /reset_counters\nPOST /reopen_logs\n\
-    POST /tap\nPOST /quitquitquit\n";
+/// What the proxy waits for before it is ready (`envoy.admin.v3.UnreadyTargetsDumps`).
+fn init_dump(proxy: &Proxy, parameters: &[(&str, &str)]) -> Response<Full<Bytes>> {
+    if let Some((name, _)) = parameters.iter().find(|(name, _)| *name != "mask") {
+        return plain(StatusCode::BAD_REQUEST, format!("{name} is not supported\n"));
+    }
+    let component = parameters.iter().find(|(name, _)| *name == "mask");
+    let missing = if proxy.is_ready() {
+        Vec::new()
+    } else {
+        proxy.store(|store| store.cold())
+    };
+    // Everything is waited for by the one manager of the process.
+    if missing.is_empty() || component.is_some_and(|(_, name)| *name != "server") {
+        return json_reply(&serde_json::json!({}));
+    }
+    json_reply(&serde_json::json!({
+        "unready_targets_dumps": [{ "name": "server", "target_names": missing }],
+    }))
+}
 
 fn ready(proxy: &Proxy) -> Response<Full<Bytes>> {
     if proxy.is_ready() {

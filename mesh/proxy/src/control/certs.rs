@@ -25,6 +25,21 @@ pub fn certs(secrets: &SecretTable, now: i64) -> Value {
     json!({ "certificates": out })
 }
 
+/// Days until the first certificate in use ends, not below 0; nothing where there is none. `now` in seconds since 1970.
+pub(super) fn days_left(secrets: &SecretTable, now: i64) -> Option<u64> {
+    let mut first: Option<i64> = None;
+    for slot in secrets.in_use() {
+        let ends = |certificate: &Certificate| certificate.not_after;
+        let earliest = match slot.get().as_deref() {
+            Some(Secret::Identity(identity)) => identity.chain.iter().map(ends).min(),
+            Some(Secret::Validation(_, validation)) => validation.authorities().map(ends).min(),
+            Some(Secret::Tickets(_)) | None => None,
+        };
+        first = [first, earliest].into_iter().flatten().min();
+    }
+    first.map(|end| u64::try_from((end - now) / 86_400).unwrap_or(0))
+}
+
 fn entry(name: &str, authorities: &[&Certificate], chain: &[&Certificate], now: i64) -> Value {
     let details = |certificates: &[&Certificate]| {
         certificates

@@ -44,6 +44,8 @@ pub async fn run(proxy: Arc<Proxy>, cancel: CancellationToken) {
                     tracing::warn!(cluster = %cluster.name, %refusal, "resolved endpoints refused");
                 }
                 proxy.changed();
+            } else {
+                proxy.store(|store| store.note_unresolved(&cluster.name));
             }
             due.insert(cluster.name.clone(), Instant::now() + refresh);
         }

@@ -25,6 +25,7 @@ use crate::config::convert::Address;
 use crate::config::endpoint::Endpoint;
 use crate::config::health_check::{HealthCheck, HttpProbe, Probe};
 use crate::config::slot::ClusterSlot;
+use crate::metrics::events::ClusterEvent;
 use crate::random;
 use crate::upstream::connect::{ConnectOptions, Speaking, Stream, connect};
 use crate::upstream::health::{Finding, Tally, jitter};
@@ -146,18 +147,36 @@ impl CheckedHost {
         )
         .await;
         loop {
+            let mut network = false;
             let finding = match tokio::time::timeout(schedule.timeout, self.probe(&mut kept)).await {
                 Ok(Ok(finding)) => finding,
                 Ok(Err(error)) => {
+                    network = true;
                     tracing::debug!(cluster = %self.slot.name, host = %self.endpoint.text, %error, "health check");
                     kept = None;
                     Finding::Failed
                 }
                 Err(_) => {
+                    network = true;
                     kept = None;
                     Finding::Failed
                 }
             };
+            let counted = &self.slot.counted;
+            counted.note(ClusterEvent::CheckAttempt);
+            if let Probe::Http(probe) = &self.check().probe
+                && probe.service.is_some()
+            {
+                counted.note(ClusterEvent::CheckVerifyCluster);
+            }
+            counted.note(if finding == Finding::Passed {
+                ClusterEvent::CheckSuccess
+            } else {
+                ClusterEvent::CheckFailure
+            });
+            if network {
+                counted.note(ClusterEvent::CheckNetworkFailure);
+            }
             if !self.check().reuse {
                 kept = None;
             }

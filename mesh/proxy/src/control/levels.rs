@@ -62,6 +62,21 @@ pub fn install() {
     }
 }
 
+/// Envoy's name of the level of everything that has none of its own.
+pub fn default_level() -> &'static str {
+    let all = INSTALLED
+        .get()
+        .map_or(LevelFilter::INFO, |installed| installed.levels.lock().all);
+    match all.into_level() {
+        None => "off",
+        Some(tracing::Level::ERROR) => "error",
+        Some(tracing::Level::WARN) => "warning",
+        Some(tracing::Level::INFO) => "info",
+        Some(tracing::Level::DEBUG) => "debug",
+        Some(tracing::Level::TRACE) => "trace",
+    }
+}
+
 /// A level by Envoy's name of it.
 fn level(name: &str) -> Result<LevelFilter, String> {
     Ok(match name {

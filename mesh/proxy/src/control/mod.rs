@@ -13,6 +13,7 @@ pub mod levels;
 pub mod outliers;
 pub mod restart;
 pub mod run;
+pub mod scrape;
 pub mod sds;
 pub mod server_stats;
 pub mod xds;
@@ -35,11 +36,11 @@ use crate::config::endpoint::zone_name;
 use crate::config::on_demand::{self, OnDemand};
 use crate::config::runtime;
 use crate::config::slot::{Here, Home};
-use crate::config::store::{ListenerChange, Store, Update};
+use crate::config::store::{Kept, ListenerChange, Store, Update};
 use crate::error::{Error, Refusal};
 use crate::metrics::baseline::Baseline;
-use crate::metrics::collect::{Family, collect};
 use crate::metrics::peer::{Workload, header_of_node};
+use crate::metrics::select;
 use crate::metrics::series::Shard;
 use crate::overload::{self, Overload};
 use crate::tls;
@@ -72,6 +73,21 @@ pub struct Options {
     pub runtime: Vec<runtime::Layer>,
     /// What there may be of resources on demand.
     pub on_demand: on_demand::Limits,
+    /// Which statistics are told.
+    pub stats: select::Rules,
+    /// The bootstrap as it was read, encoded; empty where there is none.
+    pub bootstrap: Box<[u8]>,
+    /// What the process was started with, for those who ask.
+    pub started_as: StartedAs,
+}
+
+/// How the process was started (`command_line_options` of `/server_info`).
+#[derive(Clone, Debug, Default)]
+pub struct StartedAs {
+    /// The file of the bootstrap.
+    pub config_path: String,
+    /// Path of the socket for hot restarts.
+    pub restart_path: String,
 }
 
 struct WorkerHandle {
@@ -100,6 +116,13 @@ pub struct Proxy {
     draining: AtomicBool,
     health_fails: AtomicBool,
     started: std::time::Instant,
+    /// From the start until the first full configuration, in milliseconds.
+    initialized: std::sync::OnceLock<u64>,
+    stats: select::Rules,
+    bootstrap: Kept,
+    started_as: StartedAs,
+    /// What the connection to the control plane looks like.
+    control_plane: server_stats::ControlPlaneStats,
     changes: watch::Sender<()>,
     /// Told when requests may go elsewhere from now on.
     rerouted: Arc<Notify>,
@@ -144,6 +167,9 @@ impl Proxy {
             }
             (None, None) => None,
         };
+        if let Some(home) = &home {
+            store.set_home(home.clone());
+        }
         let metadata = options.node.metadata.clone().unwrap_or_default();
         let own = Workload::of_node(&metadata);
         let (log, lines) = mpsc::channel(LOG_LINES);
@@ -201,6 +227,11 @@ impl Proxy {
             draining: AtomicBool::new(false),
             health_fails: AtomicBool::new(false),
             started: std::time::Instant::now(),
+            initialized: std::sync::OnceLock::new(),
+            stats: options.stats,
+            bootstrap: Kept::now(&options.bootstrap),
+            started_as: options.started_as,
+            control_plane: server_stats::ControlPlaneStats::default(),
             changes: watch::Sender::new(()),
             baseline: Mutex::default(),
             drain_time: Mutex::new(run::DEFAULT_DRAIN),
@@ -318,6 +349,7 @@ impl Proxy {
                             let bound = sockets.first().into_iter().flatten();
                             let bound: Vec<_> = bound.filter_map(|socket| socket.local_addr().ok()).collect();
                             self.bound.lock().insert(listener.name.clone(), bound);
+                            self.store.lock().counts().opened(self.workers.len());
                             self.keep(&listener.name, sockets.iter().flatten());
                             for (worker, sockets) in self.workers.iter().zip(sockets) {
                                 // A worker that has ended serves nothing; its end has been logged.
@@ -332,6 +364,7 @@ impl Proxy {
                             };
                             // Forgotten, so that the control plane's next attempt binds again.
                             let mut store = self.store.lock();
+                            store.counts().not_opened();
                             store.apply(ResourceType::Listener, &[], &[&listener.name]);
                             store.take_listener_changes();
                             refused.push((
@@ -470,13 +503,6 @@ impl Proxy {
         f(&mut self.store.lock())
     }
 
-    /// Everything that was counted, with what counters begin with.
-    pub fn metrics(&self) -> Vec<Family> {
-        let mut families = self.counted();
-        self.baseline.lock().apply(&mut families);
-        families
-    }
-
     /// Counters are shown from zero from now on. What is streamed to the control plane stays cumulative.
     pub fn reset_counters(&self) {
         let counted = self.counted();
@@ -488,18 +514,6 @@ impl Proxy {
         self.baseline.lock().take(told);
     }
 
-    /// Everything that this process counted.
-    fn counted(&self) -> Vec<Family> {
-        let mut families = collect(&self.own, &self.shards);
-        families.extend(tls::stats::families(self.store.lock().secrets().all_stats()));
-        families.extend(crate::metrics::clusters::collect(&self.shards));
-        families.extend(self.store(|store| store.counters()));
-        families.extend(server_stats::server(self));
-        let now = crate::clock::now_ms();
-        families.extend(self.store(|store| server_stats::configuration(store, now)));
-        families
-    }
-
     /// What the metrics pusher reads.
     pub fn shards(&self) -> (Arc<Workload>, Arc<[Arc<Shard>]>) {
         (self.own.clone(), self.shards.clone())
@@ -507,6 +521,8 @@ impl Proxy {
 
     /// Says that the first full configuration is live. Stays so: later gaps are served with what there is.
     pub fn set_ready(&self) {
+        self.initialized
+            .get_or_init(|| self.started.elapsed().as_millis() as u64);
         self.ready.store(true, Ordering::Release);
         self.live.cancel();
     }

@@ -106,7 +106,7 @@ fn look_at(slot: &ClusterSlot) {
     let Some(rules) = config.outlier.as_ref().filter(|rules| Outlier::compares(rules)) else {
         return;
     };
-    for host in compare(rules, &set.all, now_ms()) {
+    for host in compare(rules, &set.all, now_ms(), &slot.counted) {
         let until = host.state.ejected_until.load(Ordering::Relaxed);
         slot.usage.ejected_until.fetch_max(until, Ordering::Relaxed);
         tracing::info!(cluster = %slot.name, host = %host.text, "ejected: it fails more than its siblings");

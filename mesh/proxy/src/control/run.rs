@@ -115,7 +115,11 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
         Some(path) => restart::take(path)?,
     };
     let rules = plan.options.overload.clone();
-    let (proxy, lines) = Proxy::start(plan.options)?;
+    let mut options = plan.options;
+    if let Some(path) = &plan.restart {
+        options.started_as.restart_path = path.display().to_string();
+    }
+    let (proxy, lines) = Proxy::start(options)?;
     // The workers have their own threads by now. A change of configuration is a fraction of a millisecond of work, for which
     // this thread would wait for several behind busy workers.
     if let Err(error) = crate::sys::ask_for_short_turns() {
@@ -309,6 +313,7 @@ pub async fn apply_static(proxy: &Arc<Proxy>, resources: &[StaticResource]) -> R
         if !batch.is_empty() {
             refused(&of_type, proxy.apply(resource_type, &batch, &[]).await)?;
         }
+        proxy.store(|store| store.note_static(resource_type, batch.iter().map(|update| update.name)));
     }
     Ok(())
 }

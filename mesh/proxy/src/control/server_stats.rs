@@ -1,12 +1,14 @@
-//! Statistics of the process and of the configuration, read when somebody asks (`server.*`, `cluster.*.membership_*`).
+//! Statistics of the process and of the configuration, read when somebody asks (`server.*`, `cluster_manager.*`,
+//! `listener_manager.*`, `control_plane.*`, `runtime.*`). Those of clusters are in [`crate::metrics::clusters::rows`].
 
-use std::sync::atomic::Ordering;
+use parking_lot::Mutex;
+use serin_xds::client::ConnectionState;
+use tokio::sync::watch;
 
 use super::Proxy;
-use crate::config::cluster::{Breakers, Priority};
-use crate::config::slot::ClusterSlot;
 use crate::config::store::Store;
-use crate::metrics::collect::{Family, Labels, Value};
+use crate::metrics::collect::{Family, Value};
+use crate::metrics::series::{Histogram, HistogramValue};
 
 /// Memory of the process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -57,6 +59,34 @@ fn gauge(name: &'static str, help: &'static str, value: f64) -> Family {
     }
 }
 
+/// How the connection to the control plane stands.
+#[derive(Debug, Default)]
+pub(super) struct ControlPlaneStats(Mutex<Option<watch::Receiver<ConnectionState>>>);
+
+impl ControlPlaneStats {
+    /// From now on that one is told of.
+    pub(super) fn follow(&self, state: watch::Receiver<ConnectionState>) {
+        *self.0.lock() = Some(state);
+    }
+
+    /// Whether there is a connection; nothing where there is no control plane.
+    fn connected(&self) -> Option<bool> {
+        self.0.lock().as_ref().map(|state| state.borrow().connected)
+    }
+}
+
+/// What is shown where no certificate ends, as Envoy shows it.
+const NEVER: f64 = u32::MAX as f64;
+
+/// The program's version as one number.
+fn version() -> f64 {
+    let part = |text: &str| text.parse::<u32>().unwrap_or(0);
+    let number = part(env!("CARGO_PKG_VERSION_MAJOR")) * 1_000_000
+        + part(env!("CARGO_PKG_VERSION_MINOR")) * 1_000
+        + part(env!("CARGO_PKG_VERSION_PATCH"));
+    f64::from(number)
+}
+
 /// Statistics of the process.
 pub(super) fn server(proxy: &Proxy) -> Vec<Family> {
     let memory = memory();
@@ -65,7 +95,18 @@ pub(super) fn server(proxy: &Proxy) -> Vec<Family> {
         "DRAINING" => 1.0,
         _ => 2.0,
     };
-    vec![
+    let connections: u64 = proxy
+        .shards
+        .iter()
+        .map(|shard| {
+            let closed = shard.counters.connections_closed.get();
+            shard.counters.connections.get().saturating_sub(closed)
+        })
+        .sum();
+    let now = rustls_pki_types::UnixTime::now().as_secs();
+    let now = i64::try_from(now).unwrap_or(i64::MAX);
+    let days = proxy.store(|store| super::certs::days_left(store.secrets(), now));
+    let mut out = vec![
         gauge(
             "envoy_server_live",
             "1 while it serves and does not drain.",
@@ -92,136 +133,101 @@ pub(super) fn server(proxy: &Proxy) -> Vec<Family> {
             memory.allocated as f64,
         ),
         gauge(
+            "envoy_server_memory_heap_size",
+            "Bytes of heap and other writable memory that are mapped.",
+            memory.heap as f64,
+        ),
+        gauge(
             "envoy_server_memory_physical_size",
             "Resident bytes.",
             memory.physical as f64,
         ),
-    ]
+        gauge(
+            "envoy_server_total_connections",
+            "Connections of clients.",
+            connections as f64,
+        ),
+        gauge(
+            "envoy_server_days_until_first_cert_expiring",
+            "Days until the first certificate in use ends; 4294967295 without one.",
+            days.map_or(NEVER, |days| days as f64),
+        ),
+        gauge(
+            "envoy_server_version",
+            "Major, minor and patch, a thousand each.",
+            version(),
+        ),
+    ];
+    if let Some(took) = proxy.initialized.get() {
+        let histogram = Histogram::default();
+        histogram.observe_thousandths(took * 1000);
+        let mut value = HistogramValue::default();
+        histogram.read(&mut value);
+        out.push(Family {
+            name: "envoy_server_initialization_time_ms",
+            help: "From the start to the first full configuration.",
+            metrics: vec![(Vec::new(), Value::Histogram(Box::new(value)))],
+        });
+    }
+    if let Some(connected) = proxy.control_plane.connected() {
+        out.push(gauge(
+            "envoy_control_plane_connected_state",
+            "1 while there is a stream to the control plane.",
+            f64::from(u8::from(connected)),
+        ));
+    }
+    out
 }
 
-/// Statistics of circuit breakers: open or not, then what is left, of each priority.
-const BREAKERS: [&str; 16] = [
-    "envoy_cluster_circuit_breakers_default_cx_open",
-    "envoy_cluster_circuit_breakers_default_rq_pending_open",
-    "envoy_cluster_circuit_breakers_default_rq_open",
-    "envoy_cluster_circuit_breakers_default_rq_retry_open",
-    "envoy_cluster_circuit_breakers_default_remaining_cx",
-    "envoy_cluster_circuit_breakers_default_remaining_pending",
-    "envoy_cluster_circuit_breakers_default_remaining_rq",
-    "envoy_cluster_circuit_breakers_default_remaining_retries",
-    "envoy_cluster_circuit_breakers_high_cx_open",
-    "envoy_cluster_circuit_breakers_high_rq_pending_open",
-    "envoy_cluster_circuit_breakers_high_rq_open",
-    "envoy_cluster_circuit_breakers_high_rq_retry_open",
-    "envoy_cluster_circuit_breakers_high_remaining_cx",
-    "envoy_cluster_circuit_breakers_high_remaining_pending",
-    "envoy_cluster_circuit_breakers_high_remaining_rq",
-    "envoy_cluster_circuit_breakers_high_remaining_retries",
-];
-
-fn read_breakers(
-    slot: &ClusterSlot,
-    limits: &Breakers,
-    labels: &Labels,
-    into: &mut [Vec<(Labels, Value)>; BREAKERS.len()],
-) {
-    for (priority, _) in Priority::ALL {
-        let (level, limits) = (slot.usage.of(priority), limits.of(priority));
-        let used = [
-            &level.connections,
-            &level.pending,
-            &level.requests,
-            &level.retries,
-        ]
-        .map(|count| count.load(Ordering::Relaxed));
-        let allowed = [
-            limits.connections,
-            limits.pending,
-            limits.requests,
-            limits.retry_limit(used[2]),
-        ];
-        let first = priority as usize * 8;
-        for (index, (used, allowed)) in used.into_iter().zip(allowed).enumerate() {
-            let mut put = |at: usize, value: u32| {
-                into[first + at].push((labels.clone(), Value::Gauge(f64::from(value))));
-            };
-            put(index, u32::from(used >= allowed));
-            if limits.track_remaining {
-                put(4 + index, allowed.saturating_sub(used));
-            }
-        }
-    }
-}
-
-/// Statistics of the configuration; members only of clusters that have had a request.
-pub(super) fn configuration(store: &Store, now_ms: u64) -> Vec<Family> {
-    let (mut total, mut healthy) = (Vec::new(), Vec::new());
-    let mut breakers: [Vec<(Labels, Value)>; BREAKERS.len()] = Default::default();
-    let mut pending = Vec::new();
-    let mut clusters = 0;
-    for slot in store.clusters() {
-        clusters += 1;
-        if !slot.usage.used.load(Ordering::Relaxed) {
-            continue;
-        }
-        let labels: Labels = vec![("envoy_cluster_name", slot.name.to_string())];
-        if let Some(config) = slot.config() {
-            read_breakers(slot, &config.limits, &labels, &mut breakers);
-            let waiting = Priority::ALL.map(|(priority, _)| &slot.usage.of(priority).pending);
-            let waiting: u32 = waiting.iter().map(|count| count.load(Ordering::Relaxed)).sum();
-            pending.push((labels.clone(), Value::Gauge(f64::from(waiting))));
-        }
-        let Some(set) = slot.endpoints() else { continue };
-        let checks = slot.config().map_or(0, |config| config.health_checks.len());
-        let well = set
-            .all
-            .iter()
-            .filter(|endpoint| {
-                endpoint.usable(checks) && endpoint.state.ejected_until.load(Ordering::Relaxed) <= now_ms
-            })
-            .count();
-        total.push((labels.clone(), Value::Gauge(set.all.len() as f64)));
-        healthy.push((labels, Value::Gauge(well as f64)));
-    }
+/// Statistics of the configuration.
+pub(super) fn configuration(store: &mut Store) -> Vec<Family> {
     let listeners = store.listeners().filter(|listener| listener.bind).count();
+    let (warming_clusters, warming_listeners) = store.warming_count();
     let mut out = vec![
         gauge(
             "envoy_cluster_manager_active_clusters",
             "Clusters.",
-            f64::from(clusters),
+            store.clusters().count() as f64,
+        ),
+        gauge(
+            "envoy_cluster_manager_warming_clusters",
+            "Clusters that wait for something.",
+            warming_clusters as f64,
         ),
         gauge(
             "envoy_listener_manager_total_listeners_active",
             "Bound listeners.",
             listeners as f64,
         ),
+        gauge(
+            "envoy_listener_manager_total_listeners_warming",
+            "Listeners that wait for something.",
+            warming_listeners as f64,
+        ),
         gauge("envoy_listener_manager_workers_started", "The workers run.", 1.0),
     ];
-    let breakers = BREAKERS.into_iter().zip(breakers).map(|(name, metrics)| {
-        let help = if name.contains("remaining") {
-            "What a circuit breaker still allows."
-        } else {
-            "1 while a circuit breaker is open."
-        };
-        (name, help, metrics)
-    });
-    for (name, help, metrics) in breakers.chain([
-        (
-            "envoy_cluster_upstream_rq_pending_active",
-            "Requests that wait for a connection.",
-            pending,
-        ),
-        ("envoy_cluster_membership_total", "Endpoints.", total),
-        (
-            "envoy_cluster_membership_healthy",
-            "Endpoints that may be used.",
-            healthy,
-        ),
-    ]) {
-        if !metrics.is_empty() {
-            out.push(Family { name, help, metrics });
-        }
-    }
+    let counter = |name: &'static str, help: &'static str, value: u64| Family {
+        name,
+        help,
+        metrics: vec![(Vec::new(), Value::Counter(value as f64))],
+    };
+    out.extend(
+        store
+            .counts()
+            .told()
+            .map(|(name, help, value)| counter(name, help, value)),
+    );
+    let (keys, layers) = store.runtime().size();
+    out.push(gauge(
+        "envoy_runtime_num_keys",
+        "Keys of the runtime.",
+        keys as f64,
+    ));
+    out.push(gauge(
+        "envoy_runtime_num_layers",
+        "Layers of the runtime.",
+        layers as f64,
+    ));
     out
 }
 

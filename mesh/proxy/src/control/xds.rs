@@ -26,6 +26,8 @@ pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationT
         backoff: BackoffRange::default(),
     };
     let (client, mut deliveries) = AdsClient::spawn(config, cancel.clone());
+    proxy.control_plane.follow(client.connection());
+    proxy.store(|store| store.counts().asked());
     client.set_interest(
         ResourceType::Runtime,
         Interest::names(proxy.store(|store| store.runtime().names())),
@@ -175,6 +177,9 @@ async fn deliver(proxy: &Proxy, on_demand: &OnDemand, delivery: Delivery) {
     proxy.store(|store| {
         let versions = delivery.upserted.iter().map(|one| (&*one.name, &one.version));
         store.note_versions(delivery.resource_type, versions);
+        store
+            .counts()
+            .delivered(delivery.resource_type, refused.is_empty());
     });
     settle(proxy, on_demand, &delivery, |name| {
         refused.iter().any(|(refused, _)| **refused == *name)

@@ -91,6 +91,27 @@ const fn equal(word: u64, value: u8) -> u64 {
     below(word ^ (ONES * value as u64), 1)
 }
 
+/// Where `byte` is first. Most lines and names are short, for which a search that is made for long ones is slow to begin.
+pub(super) fn find(bytes: &[u8], byte: u8) -> Option<usize> {
+    const SHORT: usize = 64;
+    let (words, _) = bytes[..bytes.len().min(SHORT)].as_chunks::<8>();
+    for (index, word) in words.iter().enumerate() {
+        // The lowest bit that is set is right: what a borrow adds is above it.
+        let found = equal(u64::from_le_bytes(*word), byte);
+        if found != 0 {
+            return Some(index * 8 + found.trailing_zeros() as usize / 8);
+        }
+    }
+    let searched = words.len() * 8;
+    let rest = &bytes[searched..];
+    let at = if rest.len() < 8 {
+        rest.iter().position(|other| *other == byte)
+    } else {
+        memchr::memchr(byte, rest)
+    };
+    at.map(|at| searched + at)
+}
+
 /// Whether all bytes are of `class`: eight at a time by `fine`, and by the table where that says no or there are fewer.
 fn in_words(bytes: &[u8], class: u8, fine: impl Fn(u64) -> bool) -> bool {
     let (words, rest) = bytes.as_chunks::<8>();
@@ -117,6 +138,24 @@ mod tests {
         assert!(is_value(b"") && is_value("ü \t~".as_bytes()));
         for byte in (0..9).chain(10..0x20).chain([0x7f]) {
             assert!(!is_value(&[b'a', byte]), "{byte}");
+        }
+    }
+
+    #[test]
+    fn a_byte_is_found_where_it_is_first() {
+        for length in 0..100 {
+            // With neighbours that are nearly it.
+            let mut bytes: Vec<u8> = b";\x3a\xba9".iter().copied().cycle().take(length).collect();
+            bytes.retain(|byte| *byte != b':');
+            assert_eq!(find(&bytes, b':'), None);
+            for at in 0..bytes.len() {
+                let mut bytes = bytes.clone();
+                bytes[at] = b':';
+                if let Some(last) = bytes.last_mut() {
+                    *last = b':';
+                }
+                assert_eq!(find(&bytes, b':'), Some(at));
+            }
         }
     }
 

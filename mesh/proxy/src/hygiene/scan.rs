@@ -8,9 +8,7 @@
 #[cfg(test)]
 mod tests;
 
-use memchr::{memchr, memchr_iter, memrchr};
-
-use super::chars::{is_host, is_target, is_token, is_value};
+use super::chars::{find, is_host, is_target, is_token, is_value};
 use super::extension::Extension;
 
 /// Longest chunk-size line with its extensions, bytes.
@@ -241,7 +239,7 @@ impl Scanner {
 
     /// Length of the head, if it is all there.
     fn head(&mut self, bytes: &[u8]) -> Result<Option<usize>, Violation> {
-        while let Some(offset) = memchr(b'\n', &bytes[self.searched..]) {
+        while let Some(offset) = find(&bytes[self.searched..], b'\n') {
             let feed = self.searched + offset;
             if feed == self.line_start || bytes[feed - 1] != b'\r' {
                 return Err(Violation::BareLineFeed);
@@ -273,13 +271,14 @@ impl Scanner {
 
     /// What follows a complete head.
     fn judge(&self, head: &[u8]) -> Result<State, Violation> {
-        let mut start = 0;
-        let mut lines = memchr_iter(b'\n', head)
-            .map(|feed| {
-                let line = &head[std::mem::replace(&mut start, feed + 1)..feed];
-                line.strip_suffix(b"\r").unwrap_or(line)
-            })
-            .skip_while(|line| line.is_empty());
+        let mut rest = head;
+        let mut lines = std::iter::from_fn(|| {
+            let line;
+            (line, rest) = rest.split_at_checked(find(rest, b'\n')?)?;
+            rest = &rest[1..];
+            Some(line.strip_suffix(b"\r").unwrap_or(line))
+        })
+        .skip_while(|line| line.is_empty());
         let line = lines.next().unwrap_or_default();
         let http_10 = request_line(line, self.connect)?;
         let connect = line.starts_with(b"CONNECT ");
@@ -372,7 +371,7 @@ impl Scanner {
 /// Whether the version is HTTP/1.0.
 fn request_line(line: &[u8], connect: bool) -> Result<bool, Violation> {
     // A space within the target is found as one of its bytes.
-    let spaces = memchr(b' ', line).zip(memrchr(b' ', line));
+    let spaces = find(line, b' ').zip(line.iter().rposition(|byte| *byte == b' '));
     let Some((method, target, version)) = spaces.and_then(|(first, last)| {
         let target = line.get(first + 1..last)?;
         Some((&line[..first], target, &line[last + 1..]))
@@ -409,7 +408,7 @@ impl Facts {
         if matches!(line[0], b' ' | b'\t') {
             return Err(Violation::FoldedLine);
         }
-        let colon = memchr(b':', line).ok_or(Violation::BadField)?;
+        let colon = find(line, b':').ok_or(Violation::BadField)?;
         let (name, value) = (&line[..colon], line[colon + 1..].trim_ascii());
         if !is_token(name) || !is_value(value) {
             return Err(Violation::BadField);

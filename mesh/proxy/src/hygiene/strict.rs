@@ -16,6 +16,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use super::interim::Interims;
 use super::scan::{HeadLimits, Scanner, Violation};
 use crate::bell::Ear;
+use crate::policy::stats::Bytes;
 
 /// What stands in for a refused head.
 const SUBSTITUTE: &[u8] = b"GET / HTTP/1.1\r\nhost: refused\r\n\r\n";
@@ -36,9 +37,40 @@ pub struct Gate {
     unflushed: AtomicBool,
     /// Interim answers, which hyper does not write.
     pub interims: Interims,
+    /// The client has said that it is over, or its connection broke.
+    ended: AtomicBool,
+    /// Where bytes are counted.
+    bytes: Option<Bytes>,
 }
 
 impl Gate {
+    /// One whose connection's bytes are counted there.
+    pub fn counting(bytes: Option<Bytes>) -> Self {
+        Self {
+            bytes,
+            ..Self::default()
+        }
+    }
+
+    /// Whether the client has said that it is over, or its connection broke.
+    pub fn ended_by_client(&self) -> bool {
+        self.ended.load(Ordering::Relaxed)
+    }
+
+    /// Notes the outcome of a read from the socket, which had `before` bytes in its buffer.
+    fn read(&self, outcome: &Poll<io::Result<()>>, buf: &ReadBuf<'_>, before: usize) {
+        match outcome {
+            Poll::Pending => {}
+            Poll::Ready(Ok(())) if buf.filled().len() > before => {
+                if let Some(bytes) = &self.bytes {
+                    bytes.received(buf.filled().len() - before);
+                }
+            }
+            Poll::Ready(Ok(())) if buf.remaining() == 0 => {}
+            Poll::Ready(_) => self.ended.store(true, Ordering::Relaxed),
+        }
+    }
+
     /// The violation of the request that is the connection's `number`th, if that is the substitute.
     pub fn violation(&self, number: u32) -> Option<Violation> {
         let violation = Violation::from_code(self.violation.load(Ordering::Acquire))?;
@@ -109,6 +141,9 @@ impl<S> StrictIo<S> {
             flushed: true,
             interim: Vec::new(),
         };
+        if let Some(bytes) = &io.gate.bytes {
+            bytes.received(prefix.len());
+        }
         if io.scanner.is_none() {
             io.ready = prefix;
         } else {
@@ -176,6 +211,20 @@ impl<S> StrictIo<S> {
         }
     }
 
+    /// Notes the outcome of a write of bytes.
+    fn sent(&self, outcome: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        match &outcome {
+            Poll::Ready(Ok(count)) => {
+                if let Some(bytes) = &self.gate.bytes {
+                    bytes.sent(*count);
+                }
+            }
+            Poll::Ready(Err(_)) => self.gate.ended.store(true, Ordering::Relaxed),
+            Poll::Pending => {}
+        }
+        self.wrote(outcome)
+    }
+
     /// Notes the outcome of a write.
     fn wrote<T>(&self, outcome: Poll<T>) -> Poll<T> {
         let blocked = outcome.is_pending();
@@ -196,8 +245,11 @@ impl<S> StrictIo<S> {
 
 impl<S: AsyncRead + Unpin> StrictIo<S> {
     fn poll_inner(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let Self { inner, ear, .. } = self;
-        ear.poll(cx, |cx| Pin::new(inner).poll_read(cx, buf))
+        let Self { inner, ear, gate, .. } = self;
+        let before = buf.filled().len();
+        let outcome = ear.poll(cx, |cx| Pin::new(inner).poll_read(cx, buf));
+        gate.read(&outcome, buf, before);
+        outcome
     }
 
     /// Waits until something arrives, a whole head or not; false at the end of the stream. Only while nothing else reads.
@@ -318,7 +370,7 @@ impl<S: AsyncWrite + Unpin> StrictIo<S> {
         }
         while !self.interim.is_empty() {
             let outcome = Pin::new(&mut self.inner).poll_write(cx, &self.interim);
-            let count = std::task::ready!(self.wrote(outcome))?;
+            let count = std::task::ready!(self.sent(outcome))?;
             if count == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
@@ -344,7 +396,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for StrictIo<S> {
         let this = self.get_mut();
         std::task::ready!(this.poll_before_write(cx))?;
         let outcome = Pin::new(&mut this.inner).poll_write(cx, buf);
-        this.wrote(outcome)
+        this.sent(outcome)
     }
 
     fn poll_write_vectored(
@@ -355,7 +407,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for StrictIo<S> {
         let this = self.get_mut();
         std::task::ready!(this.poll_before_write(cx))?;
         let outcome = Pin::new(&mut this.inner).poll_write_vectored(cx, bufs);
-        this.wrote(outcome)
+        this.sent(outcome)
     }
 
     fn is_write_vectored(&self) -> bool {

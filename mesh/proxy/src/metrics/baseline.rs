@@ -26,6 +26,10 @@ pub struct Baseline {
     own_only: bool,
 }
 
+/// Series of the process before this one that have been shown.
+#[derive(Debug, Default)]
+pub struct Seen(HashSet<Key, foldhash::fast::RandomState>);
+
 fn is_cumulative(value: &Value) -> bool {
     !matches!(value, Value::Gauge(_))
 }
@@ -50,34 +54,43 @@ fn add(to: &mut Value, other: &Value, sign: f64) {
 impl Baseline {
     /// What is shown of what was counted.
     pub fn apply(&self, families: &mut Vec<Family>) {
-        if !self.taken.is_empty() {
-            self.add_taken(families);
-        }
-        if self.reset.is_empty() {
-            return;
-        }
+        let mut seen = Seen::default();
+        self.adjust(families, &mut seen);
+        self.add_rest(families, &seen, None);
+    }
+
+    /// What is shown of a part of what was counted; `seen` is kept for the parts that follow.
+    pub fn adjust(&self, families: &mut [Family], seen: &mut Seen) {
         for family in families {
+            if self.taken.is_empty() && self.reset.is_empty() {
+                return;
+            }
             for (labels, value) in &mut family.metrics {
+                if !is_cumulative(value) {
+                    continue;
+                }
+                let key = (family.name, labels.clone());
+                if let Some(taken) = self.taken.get(&key) {
+                    add(value, taken, 1.0);
+                }
                 // Few are set back, and it is done by hand.
-                if let Some(reset) = self.reset.get(&(family.name, labels.clone())) {
+                if let Some(reset) = self.reset.get(&key) {
                     add(value, reset, -1.0);
+                }
+                if self.taken.contains_key(&key) {
+                    seen.0.insert(key);
                 }
             }
         }
     }
 
-    fn add_taken(&self, families: &mut Vec<Family>) {
-        let mut seen: HashSet<&Key, foldhash::fast::RandomState> = HashSet::default();
-        for family in families.iter_mut() {
-            for (labels, value) in &mut family.metrics {
-                if let Some((key, taken)) = self.taken.get_key_value(&(family.name, labels.clone())) {
-                    add(value, taken, 1.0);
-                    seen.insert(key);
-                }
-            }
-        }
-        // What this process has not counted yet.
-        let mut rest: Vec<_> = self.taken.iter().filter(|(key, _)| !seen.contains(key)).collect();
+    /// Adds what only the process before this one has counted: of one family, or of all.
+    pub fn add_rest(&self, families: &mut Vec<Family>, seen: &Seen, only: Option<&[&str]>) {
+        let mut rest: Vec<_> = self
+            .taken
+            .iter()
+            .filter(|(key, _)| only.is_none_or(|only| only.contains(&key.0)) && !seen.0.contains(*key))
+            .collect();
         rest.sort_by_key(|(key, _)| *key);
         for ((name, labels), value) in rest {
             let metric = (labels.clone(), value.clone());
@@ -90,6 +103,12 @@ impl Baseline {
                 }),
             }
         }
+    }
+
+    /// Takes note that a family has been shown whole.
+    pub fn see(&self, name: &str, seen: &mut Seen) {
+        let of_family = self.taken.keys().filter(|key| key.0 == name);
+        seen.0.extend(of_family.cloned());
     }
 
     /// Counters begin with zero from now on; `families` is what they are, without a baseline.

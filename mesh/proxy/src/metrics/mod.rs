@@ -4,11 +4,13 @@
 pub mod baseline;
 pub mod clusters;
 pub mod collect;
+pub mod events;
 pub mod expiry;
 pub mod flags;
 pub mod hosts;
 pub mod names;
 pub mod peer;
 pub mod push;
+pub mod select;
 pub mod series;
 pub mod text;

@@ -25,28 +25,65 @@ pub enum Buckets {
     Detailed,
 }
 
-/// Kinds of statistics.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// Counters only.
-    Counters,
-    /// Gauges only.
-    Gauges,
-    /// Histograms only.
-    Histograms,
+/// Parts of names that Envoy writes with a dot behind them, within an area; longer ones first.
+const SCOPES: [(&str, &[&str]); 3] = [
+    (
+        "cluster.",
+        &[
+            "circuit_breakers_default_",
+            "circuit_breakers_high_",
+            "outlier_detection_",
+            "health_check_",
+            "external_",
+            "ext_authz_",
+            "ratelimit_",
+            "ssl_",
+            "http2_",
+        ],
+    ),
+    (
+        "http.",
+        &[
+            "tap_",
+            "tracing_",
+            "rbac_",
+            "ext_authz_",
+            "ext_proc_",
+            "jwt_authn_",
+            "fault_",
+            "cors_",
+            "buffer_",
+            "local_rate_limit_",
+            "adaptive_concurrency_",
+            "compressor_",
+        ],
+    ),
+    ("listener.", &["ssl_"]),
+];
+
+/// What comes after the place in the name of a statistic: `outlier_detection_x` is `outlier_detection.x`.
+fn scoped(area: &str, rest: &str) -> String {
+    let scopes = SCOPES.iter().find(|(of, _)| area.starts_with(of));
+    let scope = scopes
+        .into_iter()
+        .flat_map(|(_, scopes)| scopes.iter())
+        .find(|scope| rest.starts_with(**scope));
+    match scope {
+        None => rest.to_owned(),
+        Some(scope) => {
+            let dotted = match scope.strip_prefix("circuit_breakers_") {
+                Some(priority) => format!("circuit_breakers.{priority}"),
+                None => (*scope).to_owned(),
+            };
+            format!("{}.{}", dotted.trim_end_matches('_'), &rest[scope.len()..])
+        }
+    }
 }
 
-/// Which statistics are told.
-#[derive(Debug, Default)]
-pub struct Wanted {
-    /// Names that match somewhere.
-    pub filter: Option<regex::Regex>,
-    /// None that are zero.
-    pub used_only: bool,
-    /// Of one kind.
-    pub kind: Option<Kind>,
-    /// Shape of histograms.
-    pub buckets: Buckets,
+/// What comes after the cluster in the name of a statistic of clusters that has no further labels.
+pub fn cluster_tail(family: &str) -> String {
+    let rest = family.strip_prefix("envoy_cluster_").unwrap_or(family);
+    scoped("cluster.", rest)
 }
 
 /// The name under which Envoy's `/stats` has a series.
@@ -73,14 +110,38 @@ pub fn name(family: &str, labels: &Labels) -> String {
             break;
         }
     }
+    if let Some(worker) = label("envoy_worker_id")
+        && out.starts_with("listener.")
+    {
+        let _ = write!(out, "worker_{worker}.");
+        rest = rest.strip_prefix("worker_").unwrap_or(&rest).to_owned();
+        used.push("envoy_worker_id");
+    }
     if out.is_empty() {
-        for area in ["cluster_manager_", "listener_manager_", "server_"] {
-            if let Some(inner) = rest.strip_prefix(area) {
+        for (area, inner) in [
+            ("cluster_manager_", &["cds_"][..]),
+            ("listener_manager_", &["lds_"]),
+            ("server_", &[]),
+            ("control_plane_", &[]),
+            ("runtime_", &[]),
+        ] {
+            if let Some(left) = rest.strip_prefix(area) {
                 out = format!("{}.", area.trim_end_matches('_'));
-                rest = inner.to_owned();
+                rest = left.to_owned();
+                if let Some(scope) = inner.iter().find(|scope| rest.starts_with(**scope)) {
+                    let _ = write!(out, "{}.", scope.trim_end_matches('_'));
+                    rest = rest[scope.len()..].to_owned();
+                }
                 break;
             }
         }
+    }
+    if let (Some(inner), Some(route)) = (rest.strip_prefix("rds_"), label("envoy_rds_route_config"))
+        && out.starts_with("http.")
+    {
+        let _ = write!(out, "rds.{route}.");
+        rest = inner.to_owned();
+        used.push("envoy_rds_route_config");
     }
     if let Some(inner) = rest.strip_prefix("grpc_")
         && out.starts_with("cluster.")
@@ -103,17 +164,7 @@ pub fn name(family: &str, labels: &Labels) -> String {
         rest = inner.to_owned();
         used.extend(["envoy_virtual_host", "envoy_virtual_cluster"]);
     }
-    if out.starts_with("http.")
-        && let Some(inner) = rest.strip_prefix("tap_")
-    {
-        rest = format!("tap.{inner}");
-    }
-    if out.starts_with("cluster.")
-        && let Some(inner) = rest.strip_prefix("circuit_breakers_")
-        && let Some((priority, what)) = inner.split_once('_')
-    {
-        rest = format!("circuit_breakers.{priority}.{what}");
-    }
+    rest = scoped(&out, &rest);
     if let Some(class) = label("envoy_response_code_class") {
         rest = rest.replace("_xx", &format!("_{class}xx"));
         used.push("envoy_response_code_class");
@@ -130,46 +181,21 @@ pub fn name(family: &str, labels: &Labels) -> String {
     out
 }
 
-/// Every wanted series by its name.
-fn each<'a>(families: &'a [Family], wanted: &'a Wanted) -> impl Iterator<Item = (String, &'a Value)> {
-    families
-        .iter()
-        .flat_map(|family| {
-            family
-                .metrics
-                .iter()
-                .map(move |(labels, value)| (name(family.name, labels), value))
-        })
-        .filter(|(name, value)| {
-            let kind = match value {
-                Value::Counter(_) => Kind::Counters,
-                Value::Gauge(_) => Kind::Gauges,
-                Value::Histogram(_) => Kind::Histograms,
-            };
-            let used = match value {
-                Value::Counter(value) | Value::Gauge(value) => *value != 0.0,
-                Value::Histogram(histogram) => histogram.count() > 0,
-            };
-            (!wanted.used_only || used)
-                && wanted.kind.is_none_or(|wanted| wanted == kind)
-                && wanted.filter.as_ref().is_none_or(|filter| filter.is_match(name))
-        })
-}
-
-/// `name: value`, sorted, histograms after the rest.
-pub fn text(families: &[Family], wanted: &Wanted) -> String {
+/// `name: value`, sorted; histograms apart, which come after the rest.
+pub fn text(families: &[Family], buckets: Buckets) -> [String; 2] {
     let (mut simple, mut histograms) = (Vec::new(), Vec::new());
-    for (name, value) in each(families, wanted) {
-        match value {
-            Value::Counter(value) | Value::Gauge(value) => simple.push(format!("{name}: {value}\n")),
-            Value::Histogram(histogram) => {
-                histograms.push(histogram_line(&name, histogram, wanted.buckets));
+    for family in families {
+        for (labels, value) in &family.metrics {
+            let name = name(family.name, labels);
+            match value {
+                Value::Counter(value) | Value::Gauge(value) => simple.push(format!("{name}: {value}\n")),
+                Value::Histogram(histogram) => histograms.push(histogram_line(&name, histogram, buckets)),
             }
         }
     }
     simple.sort_unstable();
     histograms.sort_unstable();
-    simple.concat() + &histograms.concat()
+    [simple.concat(), histograms.concat()]
 }
 
 /// What of a histogram a line of text says. There are no intervals here: everything is told since the start.
@@ -231,25 +257,33 @@ fn filled(histogram: &HistogramValue) -> impl Iterator<Item = (f64, f64, u64)> {
         .map(|(index, (count, low))| (low, BOUNDS.get(index).map_or(0.0, |high| high - low), *count))
 }
 
-/// The same in the shape of `/stats?format=json`.
-pub fn json(families: &[Family], wanted: &Wanted) -> Json {
-    let (mut stats, mut told) = (Vec::new(), Vec::new());
-    for (name, value) in each(families, wanted) {
-        match value {
-            Value::Counter(value) | Value::Gauge(value) => stats.push(json!({"name": name, "value": value})),
-            Value::Histogram(histogram) => told.push(histogram_json(&name, histogram, wanted.buckets)),
+/// The same as values in the shape of `/stats?format=json`: those with a number, and what [`json_histograms`] puts
+/// together.
+pub fn json(families: &[Family], buckets: Buckets) -> [Vec<Json>; 2] {
+    let (mut simple, mut told) = (Vec::new(), Vec::new());
+    for family in families {
+        for (labels, value) in &family.metrics {
+            let name = name(family.name, labels);
+            match value {
+                Value::Counter(value) | Value::Gauge(value) => {
+                    simple.push(json!({"name": name, "value": value}));
+                }
+                Value::Histogram(histogram) => told.push(histogram_json(&name, histogram, buckets)),
+            }
         }
     }
-    if !told.is_empty() {
-        let quantiles = QUANTILES.map(percent);
-        let histograms = match wanted.buckets {
-            Buckets::None => json!({ "supported_quantiles": quantiles, "computed_quantiles": told }),
-            Buckets::Cumulative | Buckets::Disjoint => told.into(),
-            Buckets::Detailed => json!({ "supported_percentiles": quantiles, "details": told }),
-        };
-        stats.push(json!({ "histograms": histograms }));
-    }
-    json!({ "stats": stats })
+    [simple, told]
+}
+
+/// The last entry of `/stats?format=json`.
+pub fn json_histograms(told: Vec<Json>, buckets: Buckets) -> Json {
+    let quantiles = QUANTILES.map(percent);
+    let histograms = match buckets {
+        Buckets::None => json!({ "supported_quantiles": quantiles, "computed_quantiles": told }),
+        Buckets::Cumulative | Buckets::Disjoint => told.into(),
+        Buckets::Detailed => json!({ "supported_percentiles": quantiles, "details": told }),
+    };
+    json!({ "histograms": histograms })
 }
 
 fn histogram_json(name: &str, histogram: &HistogramValue, buckets: Buckets) -> Json {
@@ -304,6 +338,7 @@ fn histogram_quantile(histogram: &HistogramValue, quantile: f64) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::select::{Kind, Select};
     use super::*;
 
     #[test]
@@ -342,7 +377,7 @@ mod tests {
             (
                 "envoy_http_rbac_denied",
                 &[("envoy_http_conn_manager_prefix", "in")],
-                "http.in.rbac_denied",
+                "http.in.rbac.denied",
             ),
             (
                 "envoy_listener_downstream_cx_total",
@@ -358,6 +393,39 @@ mod tests {
                 "envoy_cluster_circuit_breakers_high_rq_pending_open",
                 &[("envoy_cluster_name", "c")],
                 "cluster.c.circuit_breakers.high.rq_pending_open",
+            ),
+            (
+                "envoy_cluster_outlier_detection_ejections_active",
+                &[("envoy_cluster_name", "c")],
+                "cluster.c.outlier_detection.ejections_active",
+            ),
+            (
+                "envoy_cluster_external_upstream_rq_xx",
+                &[("envoy_response_code_class", "5"), ("envoy_cluster_name", "c")],
+                "cluster.c.external.upstream_rq_5xx",
+            ),
+            (
+                "envoy_listener_worker_downstream_cx_total",
+                &[("envoy_worker_id", "0"), ("envoy_listener_address", "a_1")],
+                "listener.a_1.worker_0.downstream_cx_total",
+            ),
+            (
+                "envoy_cluster_manager_cds_update_success",
+                &[],
+                "cluster_manager.cds.update_success",
+            ),
+            (
+                "envoy_control_plane_connected_state",
+                &[],
+                "control_plane.connected_state",
+            ),
+            (
+                "envoy_http_rds_update_success",
+                &[
+                    ("envoy_rds_route_config", "r"),
+                    ("envoy_http_conn_manager_prefix", "in"),
+                ],
+                "http.in.rds.r.update_success",
             ),
             (
                 "envoy_vhost_vcluster_upstream_rq_xx",
@@ -400,23 +468,27 @@ mod tests {
                 metrics: vec![(vec![], Value::Histogram(Box::new(histogram)))],
             },
         ];
-        let all = text(&families, &Wanted::default());
-        assert!(
-            all.starts_with("server.live: 1\nserver.zero: 0\nistio_request_bytes: P0("),
-            "{all}"
-        );
-        let used = Wanted {
+        let [simple, histograms] = text(&families, Buckets::None);
+        assert_eq!(simple, "server.live: 1\nserver.zero: 0\n");
+        assert!(histograms.starts_with("istio_request_bytes: P0("), "{histograms}");
+        let select = Select {
             used_only: true,
             filter: Some(regex::Regex::new("^server").unwrap()),
             ..Default::default()
         };
-        assert_eq!(text(&families, &used), "server.live: 1\n");
-        let histograms = Wanted {
+        let mut used = families.to_vec();
+        select.narrow(&mut used);
+        assert_eq!(text(&used, Buckets::None).concat(), "server.live: 1\n");
+        let select = Select {
             kind: Some(Kind::Histograms),
             ..Default::default()
         };
-        let shown = json(&families, &histograms);
-        let computed = &shown["stats"][0]["histograms"]["computed_quantiles"][0];
+        let mut histograms = families.to_vec();
+        select.narrow(&mut histograms);
+        let [simple, told] = json(&histograms, Buckets::None);
+        assert!(simple.is_empty());
+        let shown = json_histograms(told, Buckets::None);
+        let computed = &shown["histograms"]["computed_quantiles"][0];
         // Half of four values between 0 and 0.5.
         assert_eq!(computed["values"][2]["cumulative"], 0.25);
     }
@@ -431,13 +503,10 @@ mod tests {
             metrics: vec![(vec![], Value::Histogram(Box::new(histogram)))],
         }];
         let told = |buckets| {
-            let wanted = Wanted {
-                buckets,
-                ..Default::default()
-            };
+            let [_, histograms] = json(&families, buckets);
             (
-                text(&families, &wanted),
-                json(&families, &wanted)["stats"][0]["histograms"].clone(),
+                text(&families, buckets).concat(),
+                json_histograms(histograms, buckets)["histograms"].clone(),
             )
         };
         let (text, json) = told(Buckets::Cumulative);

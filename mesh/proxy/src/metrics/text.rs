@@ -56,7 +56,15 @@ impl Encoding {
         }
     }
 
-    /// Families in this format.
+    /// What comes after all families.
+    pub fn end(self) -> &'static [u8] {
+        match self {
+            Self::OpenMetrics => b"# EOF\n",
+            Self::Text | Self::Protobuf => b"",
+        }
+    }
+
+    /// Families in this format; [`Self::end`] comes after the last.
     pub fn write(self, families: &[Family]) -> Vec<u8> {
         match self {
             Self::Text => write(families).into_bytes(),
@@ -92,7 +100,7 @@ fn message(family: &Family) -> prometheus::MetricFamily {
     }
 }
 
-/// Families as OpenMetrics: counters are called after their family with `_total`, and the end is marked.
+/// Families as OpenMetrics: counters are called after their family with `_total`.
 fn open_metrics(families: &[Family]) -> String {
     let mut out = String::with_capacity(4096);
     for family in families {
@@ -110,7 +118,6 @@ fn open_metrics(families: &[Family]) -> String {
             write_value(&mut out, &sample, &written(labels), value);
         }
     }
-    out.push_str("# EOF\n");
     out
 }
 
@@ -232,8 +239,9 @@ mod tests {
         let text = String::from_utf8(Encoding::OpenMetrics.write(&families)).unwrap();
         assert_eq!(
             text,
-            "# HELP a h\n# TYPE a counter\na_total{x=\"y\"} 2\n# HELP b h\n# TYPE b counter\nb_total 3\n# EOF\n"
+            "# HELP a h\n# TYPE a counter\na_total{x=\"y\"} 2\n# HELP b h\n# TYPE b counter\nb_total 3\n"
         );
+        assert_eq!(Encoding::OpenMetrics.end(), b"# EOF\n");
         let bytes = Encoding::Protobuf.write(&families);
         let mut rest = bytes.as_slice();
         let first = prometheus::MetricFamily::decode_length_delimited(&mut rest).unwrap();

@@ -227,3 +227,77 @@ impl Filter {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::super::format::tests::record;
+    use super::super::record::Kept;
+    use super::*;
+    use crate::policy::metadata::Metadata;
+
+    fn comparisons() -> impl Strategy<Value = Comparison> {
+        use pb::comparison_filter::Op;
+        let op = prop_oneof![Just(Op::Eq), Just(Op::Ge), Just(Op::Le), Just(Op::Ne)];
+        (op, 0..4u64).prop_map(|(op, value)| Comparison { op, value })
+    }
+
+    fn filters() -> impl Strategy<Value = Filter> {
+        let leaf = (0..7, comparisons()).prop_map(|(kind, comparison)| match kind {
+            0 | 1 => Filter::Status(comparison),
+            2 => Filter::Duration(comparison),
+            3 => Filter::AnyFlag(None),
+            4 => Filter::AnyFlag(Some(Flags::RETRY_LIMIT)),
+            5 => Filter::Traced,
+            _ => Filter::Grpc(Box::new([7]), false),
+        });
+        leaf.prop_recursive(3, 12, 3, |inner| {
+            let list = prop::collection::vec(inner, 0..3);
+            (any::<bool>(), list).prop_map(|(all, list)| {
+                if all {
+                    Filter::And(list.into())
+                } else {
+                    Filter::Or(list.into())
+                }
+            })
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(256))]
+        #[test]
+        fn what_is_logged_might_have_been_by_its_outcome_alone(
+            filter in filters(),
+            code in 0..4u16,
+            millis in 0..4u64,
+            flag in any::<bool>(),
+            recorded in any::<bool>(),
+        ) {
+            let (kept, metadata) = (Kept::default(), Metadata::EMPTY);
+            let mut record = record(&kept, &metadata);
+            record.code = code;
+            record.duration = Duration::from_millis(millis);
+            record.flags = if flag { Flags::RETRY_LIMIT } else { Flags::default() };
+            record.trace = Some(("", recorded));
+            let may_pass = filter.may_pass(code, record.duration, record.flags);
+            prop_assert!(may_pass || !filter.passes(&record, &|| 0));
+        }
+    }
+
+    #[test]
+    fn a_request_without_error_is_not_looked_at_for_a_log_of_errors() {
+        let errors = Filter::Or(Box::new([
+            Filter::Status(Comparison {
+                op: pb::comparison_filter::Op::Ge,
+                value: 500,
+            }),
+            Filter::AnyFlag(None),
+        ]));
+        let may_pass = |code, flags| errors.may_pass(code, Duration::ZERO, flags);
+        assert!(!may_pass(200, Flags::default()));
+        assert!(may_pass(503, Flags::default()) && may_pass(200, Flags::RETRY_LIMIT));
+    }
+}

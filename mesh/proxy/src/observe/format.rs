@@ -339,4 +339,4 @@ impl Template {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -12,7 +12,7 @@ use crate::error::{Refusal, Within};
 const MIN_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Size and filling of a bucket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Fill {
     /// Tokens that fit.
     pub max: u32,

@@ -207,8 +207,8 @@ pub(crate) fn compile(
                     .map(|any| {
                         let message = convert::unpack(any, type_name)?;
                         let (counters, runtime) = (&mut slots.counters, &mut slots.runtime);
-                        LocalRateLimit::compile(&message, workers, counters, runtime, clock::now_ms())
-                            .map(Arc::new)
+                        let (home, now) = (slots.home.as_ref(), clock::now_ms());
+                        LocalRateLimit::compile(&message, workers, counters, runtime, home, now).map(Arc::new)
                     })
                     .transpose()?,
             )

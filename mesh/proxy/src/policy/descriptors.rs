@@ -10,7 +10,7 @@ use serin_xds::pb::envoy::config::route::v3 as route;
 use serin_xds::pb::google::protobuf::value::Kind;
 
 use super::facts::Facts;
-use super::metadata::Key;
+use super::metadata::{Key, Metadata};
 use crate::config::listener::Cidr;
 use crate::config::matchers::{HeaderMatch, QueryMatch};
 use crate::error::{Refusal, Within};
@@ -42,6 +42,8 @@ pub struct Descriptor {
 /// What actions may look at, beside the facts.
 #[derive(Clone, Copy, Debug)]
 pub struct Scene<'a> {
+    /// What is noted of its route.
+    pub route: Option<&'a Metadata>,
     /// Who, what, from where.
     pub facts: &'a Facts<'a>,
     /// Name of the cluster that the request goes to.
@@ -129,7 +131,7 @@ enum Action {
     HeaderMatch(Box<str>, Text, bool, Box<[HeaderMatch]>),
     QueryMatch(Box<str>, Text, bool, Box<[QueryMatch]>),
     AddressMatch(Box<str>, Text, bool, Box<[Cidr]>),
-    Metadata(Box<str>, Key, Box<str>, bool),
+    Metadata(Box<str>, Key, Box<str>, bool, bool),
 }
 
 #[derive(Debug)]
@@ -416,16 +418,26 @@ impl Action {
                 Key::compile(metadata.metadata_key.as_ref()).within("dynamic_metadata")?,
                 metadata.default_value.as_str().into(),
                 false,
+                false,
             ),
             Spec::Metadata(metadata) => {
-                if metadata.source != 0 {
-                    return Err(Refusal::new("metadata.source", "only DYNAMIC is supported"));
-                }
+                use route::rate_limit::action::meta_data::Source;
+                let of_route = match Source::try_from(metadata.source) {
+                    Ok(Source::Dynamic) => false,
+                    Ok(Source::RouteEntry) => true,
+                    Ok(Source::ClusterEntry | Source::ClusterLocalityEntry) | Err(_) => {
+                        return Err(Refusal::new(
+                            "metadata.source",
+                            "only DYNAMIC and ROUTE_ENTRY are supported",
+                        ));
+                    }
+                };
                 Self::Metadata(
                     metadata.descriptor_key.as_str().into(),
                     Key::compile(metadata.metadata_key.as_ref()).within("metadata")?,
                     metadata.default_value.as_str().into(),
                     metadata.skip_if_absent,
+                    of_route,
                 )
             }
             Spec::Extension(extension) => {
@@ -499,8 +511,12 @@ impl Action {
                 let matched = ranges.iter().any(|range| range.contains(remote));
                 when(matched == *expected, key, value)
             }
-            Self::Metadata(key, path, default, skip) => {
-                let value = match path.find(facts.metadata).and_then(|value| value.kind.as_ref()) {
+            Self::Metadata(key, path, default, skip, of_route) => {
+                let of_filters = (!of_route).then_some(facts.metadata);
+                let value = of_filters
+                    .or(scene.route.filter(|_| *of_route))
+                    .and_then(|metadata| path.find(metadata));
+                let value = match value.and_then(|value| value.kind.as_ref()) {
                     Some(Kind::StringValue(text)) => Some(text.as_str()),
                     _ => None,
                 };
@@ -531,7 +547,7 @@ mod tests {
 
     use super::*;
     use crate::config::matchers::RequestView;
-    use crate::policy::metadata::{Metadata, text};
+    use crate::policy::metadata::text;
     use route::rate_limit::action::{self, ActionSpecifier as Spec};
 
     fn describe(specs: Vec<Spec>) -> Option<Vec<(String, String)>> {
@@ -539,6 +555,8 @@ mod tests {
         headers.insert("x-user", "bob".parse().unwrap());
         let mut metadata = Metadata::default();
         metadata.set("ns", "tier", text("gold"));
+        let mut noted = Metadata::default();
+        noted.set("ns", "tier", text("of the route"));
         let facts = Facts {
             direct_remote: "10.1.2.3:5".parse().unwrap(),
             source: "10.1.2.3:5".parse().unwrap(),
@@ -568,6 +586,7 @@ mod tests {
         .unwrap();
         let scene = Scene {
             facts: &facts,
+            route: Some(&noted),
             destination_cluster: "out",
             source_cluster: "me",
             record: None,

@@ -66,6 +66,8 @@ pub struct ExtAuthz {
     allowed: Option<Box<[StringMatch]>>,
     disallowed: Box<[StringMatch]>,
     namespaces: Box<[Box<str>]>,
+    /// The same of what is noted of routes.
+    route_namespaces: Box<[Box<str>]>,
     /// What of a request the service may change; anything without them.
     rules: Option<MutationRules>,
     /// Changes that are none make the answer one that must not be used.
@@ -223,10 +225,6 @@ impl ExtAuthz {
                 !from.typed_metadata_context_namespaces.is_empty(),
             ),
             (
-                "route_metadata_context_namespaces",
-                !from.route_metadata_context_namespaces.is_empty(),
-            ),
-            (
                 "route_typed_metadata_context_namespaces",
                 !from.route_typed_metadata_context_namespaces.is_empty(),
             ),
@@ -295,6 +293,11 @@ impl ExtAuthz {
             disallowed: matchers(from.disallowed_headers.as_ref(), "disallowed_headers")?.unwrap_or_default(),
             namespaces: from
                 .metadata_context_namespaces
+                .iter()
+                .map(|name| name.as_str().into())
+                .collect(),
+            route_namespaces: from
+                .route_metadata_context_namespaces
                 .iter()
                 .map(|name| name.as_str().into())
                 .collect(),
@@ -423,11 +426,16 @@ impl ExtAuthz {
                 ..Default::default()
             }
         });
-        let metadata: HashMap<String, google::Struct> = self
-            .namespaces
-            .iter()
-            .filter_map(|name| Some((name.to_string(), facts.metadata.get(name)?.clone())))
-            .collect();
+        let told = |names: &[Box<str>], metadata: &Metadata| -> HashMap<String, google::Struct> {
+            let each = names.iter();
+            each.filter_map(|name| Some((name.to_string(), metadata.get(name)?.clone())))
+                .collect()
+        };
+        let metadata = told(&self.namespaces, facts.metadata);
+        let of_route = match scene.route {
+            Some(noted) => told(&self.route_namespaces, noted),
+            None => HashMap::new(),
+        };
         auth::CheckRequest {
             attributes: Some(auth::AttributeContext {
                 source: Some(Peer {
@@ -462,7 +470,10 @@ impl ExtAuthz {
                     filter_metadata: metadata,
                     ..Default::default()
                 }),
-                ..Default::default()
+                route_metadata_context: (!of_route.is_empty()).then(|| core::Metadata {
+                    filter_metadata: of_route,
+                    ..Default::default()
+                }),
             }),
         }
     }
@@ -520,6 +531,8 @@ impl ExtAuthz {
 /// What a question says beside the facts.
 #[derive(Clone, Copy, Debug)]
 pub struct CheckScene<'a> {
+    /// What is noted of the request's route.
+    pub route: Option<&'a Metadata>,
     /// Path with query.
     pub path: &'a str,
     /// `x-request-id`.

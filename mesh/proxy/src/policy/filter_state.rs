@@ -1,9 +1,12 @@
 //! Filter state: objects by key that filters set on a connection or a request, for rules, routes, logs, hashing and a few
 //! settings of the proxy itself.
 //!
-//! An object is what its factory makes of a text. Some keys mean something to the proxy, and only objects of their own
+//! An object is what its factory makes of a text; one that a listener filter sets may have fields. Some keys mean something to the proxy, and only objects of their own
 //! factory do (`envoy.tcp_proxy.cluster`). What is set on a connection is seen by all of its requests; what is set on a
-//! request ends with it. Objects are not handed on to upstream connections.
+//! request ends with it.
+//!
+//! Objects that are shared with upstream connections (`ONCE`, `TRANSITIVE`: there are no connections within the proxy to tell
+//! them apart) decide, where they may be hashed, which requests share connections: those with the same objects, as in Envoy.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -14,11 +17,15 @@ use serin_xds::pb::envoy::extensions::filters::http::set_filter_state::v3 as htt
 use serin_xds::pb::envoy::extensions::filters::network::set_filter_state::v3 as network_filter;
 use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
 
+use serin_xds::pb::google::protobuf::{Struct, value::Kind};
+
+use super::metadata::struct_to_json;
 use crate::config::listener::Cidr;
 use crate::config::matchers::StringMatch;
 use crate::error::{Refusal, Within};
 use crate::observe::format::Format;
 use crate::observe::record::{Record, Wants};
+use crate::upstream::proxy_header::Tlvs;
 
 /// What makes objects of texts, and so what they can be used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,17 +42,23 @@ pub enum Factory {
     NoTunneling,
     /// `envoy.network.upstream_server_name`: the server name of upstream TLS connections.
     ServerName,
+    /// `envoy.network.upstream_subject_alt_names`: the names of which upstream TLS peers must have one.
+    PeerNames,
+    /// `envoy.network.application_protocols`: what upstream TLS connections offer.
+    Protocols,
     /// `envoy.ratelimit.hits_addend`: what a request counts at the rate limit service.
     HitsAddend,
 }
 
-const FACTORIES: [(&str, Factory); 7] = [
+const FACTORIES: [(&str, Factory); 9] = [
     ("envoy.string", Factory::Text),
     ("envoy.hashable_string", Factory::Hashable),
     ("envoy.network.ip", Factory::Address),
     ("envoy.tcp_proxy.cluster", Factory::TcpCluster),
     ("envoy.tcp_proxy.disable_tunneling", Factory::NoTunneling),
     ("envoy.network.upstream_server_name", Factory::ServerName),
+    ("envoy.network.upstream_subject_alt_names", Factory::PeerNames),
+    ("envoy.network.application_protocols", Factory::Protocols),
     ("envoy.ratelimit.hits_addend", Factory::HitsAddend),
 ];
 
@@ -70,7 +83,8 @@ impl Factory {
         match self {
             Self::Text | Self::Hashable => true,
             Self::Address => text.parse::<IpAddr>().is_ok(),
-            Self::TcpCluster | Self::ServerName => !text.is_empty(),
+            Self::TcpCluster | Self::ServerName | Self::PeerNames => !text.is_empty(),
+            Self::Protocols => text.split(',').all(|name| (1..=255).contains(&name.len())),
             Self::NoTunneling => matches!(text, "true" | "false"),
             Self::HitsAddend => text.parse::<u64>().is_ok(),
         }
@@ -83,19 +97,33 @@ struct Object {
     value: Box<str>,
     factory: Factory,
     read_only: bool,
+    /// Whether upstream connections have it.
+    shared: bool,
+    /// What it consists of, where it does.
+    fields: Option<Arc<Struct>>,
 }
 
 /// See the module. A list, because there are one or two objects.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct FilterState(Vec<Object>);
+pub struct FilterState {
+    objects: Vec<Object>,
+    /// What the PROXY protocol has said that endpoints may be told.
+    pub tlvs: Option<Tlvs>,
+}
+
+/// Shared objects that may be hashed, by key, in their order.
+pub type Shared = Box<[(Arc<str>, Box<str>)]>;
 
 impl FilterState {
     /// None.
-    pub const EMPTY: Self = Self(Vec::new());
+    pub const EMPTY: Self = Self {
+        objects: Vec::new(),
+        tlvs: None,
+    };
 
     /// Whether there is nothing.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.objects.is_empty()
     }
 
     /// The text of an object.
@@ -104,7 +132,7 @@ impl FilterState {
     }
 
     fn find(&self, key: &str) -> Option<&Object> {
-        self.0.iter().find(|object| *object.key == *key)
+        self.objects.iter().find(|object| *object.key == *key)
     }
 
     /// The object that means something to the proxy under its factory's own key.
@@ -121,11 +149,45 @@ impl FilterState {
             .map(|object| &*object.value)
     }
 
+    /// A field of an object that has fields.
+    pub fn field(&self, key: &str, field: &str) -> Option<&str> {
+        match &self.fields(key)?.fields.get(field)?.kind {
+            Some(Kind::StringValue(text)) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// The fields of an object.
+    pub fn fields(&self, key: &str) -> Option<&Struct> {
+        self.find(key)?.fields.as_deref()
+    }
+
+    /// Sets an object that has fields; its text is JSON.
+    pub(crate) fn set_fields(&mut self, key: &str, fields: Struct) {
+        self.set(Object {
+            key: key.into(),
+            value: struct_to_json(&fields).to_string().into(),
+            factory: Factory::Text,
+            read_only: false,
+            shared: false,
+            fields: Some(Arc::new(fields)),
+        });
+    }
+
+    /// The objects by which connections to endpoints are told apart.
+    pub fn shared(&self) -> Shared {
+        self.objects
+            .iter()
+            .filter(|object| object.shared && object.factory == Factory::Hashable)
+            .map(|object| (object.key.clone(), object.value.clone()))
+            .collect()
+    }
+
     fn set(&mut self, object: Object) {
-        match self.0.iter_mut().find(|own| own.key == object.key) {
+        match self.objects.iter_mut().find(|own| own.key == object.key) {
             Some(own) if own.read_only => {}
             Some(own) => *own = object,
-            None => self.0.push(object),
+            None => self.objects.push(object),
         }
     }
 }
@@ -138,6 +200,7 @@ struct Setting {
     format: Format,
     skip_if_empty: bool,
     read_only: bool,
+    shared: bool,
 }
 
 /// Objects that a filter sets, and what must be kept of a request to make them.
@@ -187,6 +250,8 @@ impl Settings {
             value: value.into(),
             factory: setting.factory,
             read_only: setting.read_only,
+            shared: setting.shared,
+            fields: None,
         }))
     }
 }
@@ -258,12 +323,17 @@ impl Setting {
         };
         let factory = Factory::find(name)
             .ok_or_else(|| Refusal::new(field, format!("there is no object factory {name:?}")))?;
-        if from.shared_with_upstream != 0 {
-            return Err(Refusal::new(
-                "shared_with_upstream",
-                "only NONE is supported: objects are not handed on to upstream connections",
-            ));
-        }
+        use common::filter_state_value::SharedWithUpstream;
+        let shared = match SharedWithUpstream::try_from(from.shared_with_upstream) {
+            Ok(SharedWithUpstream::None) => false,
+            Ok(SharedWithUpstream::Once | SharedWithUpstream::Transitive) => true,
+            Err(_) => {
+                return Err(Refusal::new(
+                    "shared_with_upstream",
+                    format!("{} is unknown", from.shared_with_upstream),
+                ));
+            }
+        };
         let Some(common::filter_state_value::Value::FormatString(format)) = &from.value else {
             return Err(Refusal::new("format_string", "is missing"));
         };
@@ -275,6 +345,7 @@ impl Setting {
             format: Format::compile(Some(format), wants).within("format_string")?,
             skip_if_empty: from.skip_if_empty,
             read_only,
+            shared,
         })
     }
 }
@@ -350,6 +421,8 @@ mod tests {
             value: value.into(),
             factory,
             read_only,
+            shared: false,
+            fields: None,
         }
     }
 
@@ -372,6 +445,8 @@ mod tests {
             (Factory::HitsAddend, "0", "-1"),
             (Factory::NoTunneling, "true", "1"),
             (Factory::ServerName, "a.example", ""),
+            (Factory::PeerNames, "a.example,b.example", ""),
+            (Factory::Protocols, "h2,http/1.1", "h2,,http/1.1"),
         ] {
             assert!(factory.takes(good) && !factory.takes(bad), "{factory:?}");
         }

@@ -1,4 +1,5 @@
-//! The local rate limit: token buckets of this proxy, shared by its workers, or one per connection.
+//! The local rate limit: token buckets of this proxy, shared by its workers, or one per connection; and, where the
+//! configuration says so, its part of a limit that all members of its cluster have together.
 
 use std::sync::Arc;
 
@@ -14,6 +15,7 @@ use super::stats::{Counter, Registry};
 use crate::config::convert::Fraction;
 use crate::config::headers::HeaderOps;
 use crate::config::runtime::{Runtime, RuntimeFraction};
+use crate::config::slot::Home;
 use crate::error::{Refusal, Within};
 
 /// Envoy's number of buckets for values of wildcard descriptors.
@@ -51,6 +53,8 @@ pub struct LocalRateLimit {
     blueprint: Blueprint,
     shared: Buckets,
     counters: Counters,
+    /// Whose members share the limit evenly.
+    members: Option<Arc<Home>>,
 }
 
 /// `vh_rate_limits`.
@@ -197,14 +201,40 @@ impl LocalRateLimit {
         workers: usize,
         registry: &mut Registry,
         runtime: &mut Runtime,
+        home: Option<&Arc<Home>>,
         now_ms: u64,
     ) -> Result<Self, Refusal> {
         if from.stat_prefix.is_empty() {
             return Err(Refusal::new("stat_prefix", "is missing"));
         }
-        if from.local_cluster_rate_limit.is_some() {
-            return Err(Refusal::new("local_cluster_rate_limit", "not supported"));
-        }
+        let members = match (&from.local_cluster_rate_limit, home) {
+            (None, _) => None,
+            (Some(_), _) if from.local_rate_limit_per_downstream_connection => {
+                return Err(Refusal::new(
+                    "local_cluster_rate_limit",
+                    "cannot be combined with local_rate_limit_per_downstream_connection",
+                ));
+            }
+            (Some(_), None) => {
+                return Err(Refusal::new(
+                    "local_cluster_rate_limit",
+                    "needs cluster_manager.local_cluster_name in the bootstrap",
+                ));
+            }
+            (Some(_), Some(home)) => Some(home.clone()),
+        };
+        let mut out = Self::compile_own(from, workers, registry, runtime, now_ms)?;
+        out.members = members;
+        Ok(out)
+    }
+
+    fn compile_own(
+        from: &local::LocalRateLimit,
+        workers: usize,
+        registry: &mut Registry,
+        runtime: &mut Runtime,
+        now_ms: u64,
+    ) -> Result<Self, Refusal> {
         let none = Fraction::NONE;
         let Some(bucket) = &from.token_bucket else {
             // A filter without a bucket does nothing until a route gives it one.
@@ -289,6 +319,7 @@ impl LocalRateLimit {
             per_connection: from.local_rate_limit_per_downstream_connection,
             shared: Buckets::new(&blueprint, now_ms),
             blueprint,
+            members: None,
             counters: Counters {
                 enabled: counter("envoy_http_local_rate_limit_enabled"),
                 ok: counter("envoy_http_local_rate_limit_ok"),
@@ -317,6 +348,8 @@ impl LocalRateLimit {
         worker: usize,
     ) -> Verdict {
         let buckets = own.unwrap_or(&self.shared);
+        // Each of the members lets its part through: to it a request is as many.
+        let share = self.members.as_ref().map_or(1, |home| home.members().max(1));
         self.counters.enabled.add(worker);
         let mut decisive: Option<(bool, Taken, Fill, Option<bool>)> = None;
         let mut weigh = |taken: Taken, fill: Fill, shadow: bool, headers: Option<bool>| {
@@ -344,7 +377,8 @@ impl LocalRateLimit {
             matched = true;
             let hits = descriptor
                 .hits
-                .map_or(1, |hits| u32::try_from(hits).unwrap_or(u32::MAX));
+                .map_or(1, |hits| u32::try_from(hits).unwrap_or(u32::MAX))
+                .saturating_mul(share);
             let taken = match &buckets.fixed[index] {
                 Some(bucket) => bucket.take(hits, now_ms),
                 None => buckets
@@ -358,7 +392,7 @@ impl LocalRateLimit {
         }
         if !limited && (!matched || self.blueprint.always_default) {
             limited = weigh(
-                buckets.default.take(1, now_ms),
+                buckets.default.take(share, now_ms),
                 self.blueprint.default,
                 false,
                 None,
@@ -428,7 +462,7 @@ fn compile_pattern(from: &common::LocalRateLimitDescriptor) -> Result<Pattern, R
 #[derive(Debug)]
 pub struct ConnectionLimit {
     enabled: bool,
-    bucket: Bucket,
+    bucket: Arc<Bucket>,
     limited: Arc<Counter>,
 }
 
@@ -450,12 +484,6 @@ impl ConnectionLimit {
                 "a filter that is off is left out: there is no runtime layer to switch it on",
             ));
         }
-        if !from.share_key.is_empty() {
-            return Err(Refusal::new(
-                "share_key",
-                "buckets shared by filters are not supported",
-            ));
-        }
         let bucket = from
             .token_bucket
             .as_ref()
@@ -464,7 +492,10 @@ impl ConnectionLimit {
             |flag: &core::RuntimeFeatureFlag| flag.default_value.as_ref().is_none_or(|value| value.value);
         Ok(Self {
             enabled: from.runtime_enabled.as_ref().is_none_or(flag),
-            bucket: Bucket::new(Fill::compile(bucket).within("token_bucket")?, now_ms),
+            bucket: {
+                let fill = Fill::compile(bucket).within("token_bucket")?;
+                registry.bucket(&from.share_key, fill, now_ms)
+            },
             limited: registry.counter(
                 workers,
                 "envoy_local_rate_limit_rate_limited",
@@ -523,7 +554,15 @@ mod tests {
     }
 
     fn compile(message: local::LocalRateLimit) -> LocalRateLimit {
-        LocalRateLimit::compile(&message, 1, &mut Registry::default(), &mut Runtime::default(), 0).unwrap()
+        LocalRateLimit::compile(
+            &message,
+            1,
+            &mut Registry::default(),
+            &mut Runtime::default(),
+            None,
+            0,
+        )
+        .unwrap()
     }
 
     fn asked(key: &str, value: &str) -> Vec<Descriptor> {

@@ -32,6 +32,20 @@ impl Metadata {
         }
     }
 
+    /// What a resource says; `None` where it says nothing.
+    pub(crate) fn of_resource(
+        from: Option<&serin_xds::pb::envoy::config::core::v3::Metadata>,
+    ) -> Option<Box<Self>> {
+        let from = from.filter(|from| !from.filter_metadata.is_empty())?;
+        let each = from.filter_metadata.iter();
+        Some(Box::new(Self {
+            namespaces: each
+                .map(|(name, fields)| (name.as_str().into(), fields.clone()))
+                .collect(),
+            state: FilterState::EMPTY,
+        }))
+    }
+
     /// The values of a namespace.
     pub fn get(&self, namespace: &str) -> Option<&Struct> {
         self.namespaces

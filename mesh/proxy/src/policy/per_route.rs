@@ -149,6 +149,7 @@ fn compile(any: &Any, context: &mut Context<'_>) -> Result<Option<Override>, Ref
                 context.workers,
                 &mut slots.counters,
                 &mut slots.runtime,
+                slots.home.as_ref(),
                 clock::now_ms(),
             )?))
         }

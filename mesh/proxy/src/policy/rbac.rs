@@ -153,11 +153,10 @@ impl Engine {
             Ok(rbac::rbac::Action::Log) => Action::Log,
             Err(_) => return Err(Refusal::new("action", format!("{} is unknown", from.action))),
         };
-        if from
-            .audit_logging_options
-            .as_ref()
-            .is_some_and(|options| options.audit_condition != 0)
-        {
+        // Loggers that may be left out are.
+        if from.audit_logging_options.as_ref().is_some_and(|options| {
+            options.audit_condition != 0 && options.logger_configs.iter().any(|one| !one.is_optional)
+        }) {
             return Err(Refusal::new(
                 "audit_logging_options",
                 "audit loggers are not supported",

@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::metrics::collect::{Family, Labels, Value};
+use crate::metrics::events::{Event, HttpEvent, ListenerEvent, TcpEvent, WorkerEvents};
 use crate::metrics::series::{Histogram, HistogramValue};
 
 /// Counters that the registry holds at most; later ones count for nobody but are harmless.
@@ -102,6 +103,11 @@ struct RequestNames {
     http1: &'static str,
     http2: &'static str,
     tls: &'static str,
+    http2_requests: &'static str,
+    http1_requests: &'static str,
+    routed: &'static str,
+    received: &'static str,
+    sent: &'static str,
 }
 
 /// Connection managers.
@@ -120,6 +126,11 @@ pub static HTTP: Area = Area {
         http1: "envoy_http_downstream_cx_http1_total",
         http2: "envoy_http_downstream_cx_http2_total",
         tls: "envoy_http_downstream_cx_ssl_total",
+        http2_requests: "envoy_http_downstream_rq_http2_total",
+        http1_requests: "envoy_http_downstream_rq_http1_total",
+        routed: "envoy_http_rq_total",
+        received: "envoy_http_downstream_cx_rx_bytes_total",
+        sent: "envoy_http_downstream_cx_tx_bytes_total",
     }),
 };
 /// Listeners.
@@ -139,6 +150,8 @@ pub struct Traffic {
     closed: Arc<Counter>,
     length: Arc<Distribution>,
     requests: Option<Requests>,
+    http: Option<Arc<WorkerEvents<HttpEvent>>>,
+    listener: Option<Arc<WorkerEvents<ListenerEvent>>>,
 }
 
 #[derive(Debug)]
@@ -150,6 +163,30 @@ struct Requests {
     http1: Arc<Counter>,
     http2: Arc<Counter>,
     tls: Arc<Counter>,
+    http2_requests: Arc<Counter>,
+    routed: Arc<Counter>,
+    received: Arc<Counter>,
+    sent: Arc<Counter>,
+}
+
+/// Where the bytes of a worker's connections are counted.
+#[derive(Clone, Debug)]
+pub struct Bytes {
+    received: Arc<Counter>,
+    sent: Arc<Counter>,
+    worker: usize,
+}
+
+impl Bytes {
+    /// Bytes from the client.
+    pub fn received(&self, count: usize) {
+        self.received.add_many(self.worker, count as u64);
+    }
+
+    /// Bytes to the client.
+    pub fn sent(&self, count: usize) {
+        self.sent.add_many(self.worker, count as u64);
+    }
 }
 
 impl Traffic {
@@ -161,24 +198,61 @@ impl Traffic {
             length: self.length.clone(),
             since: Instant::now(),
             worker,
+            http: self.http.clone(),
+            http2: false,
+            tls: false,
         }
     }
 
     /// Counts what a connection speaks.
-    pub fn speaks(&self, http2: bool, tls: bool, worker: usize) {
+    pub fn speaks(&self, open: &mut OpenCount, http2: bool, tls: bool) {
+        (open.http2, open.tls) = (http2, tls);
         if let Some(requests) = &self.requests {
             let version = if http2 { &requests.http2 } else { &requests.http1 };
-            version.add(worker);
+            version.add(open.worker);
             if tls {
-                requests.tls.add(worker);
+                requests.tls.add(open.worker);
             }
         }
     }
 
+    /// Where bytes of a worker's connections are counted.
+    pub fn bytes(&self, worker: usize) -> Option<Bytes> {
+        self.requests.as_ref().map(|requests| Bytes {
+            received: requests.received.clone(),
+            sent: requests.sent.clone(),
+            worker,
+        })
+    }
+
+    /// Something rare has happened to a connection or request.
+    pub fn note(&self, event: HttpEvent, worker: usize) {
+        if let Some(events) = &self.http {
+            events.note(event, worker);
+        }
+    }
+
+    /// Something rare has happened to a connection of a listener.
+    pub fn note_listener(&self, event: ListenerEvent, worker: usize) {
+        if let Some(events) = &self.listener {
+            events.note(event, worker);
+        }
+    }
+
     /// Counts a request that begins.
-    pub fn request_began(&self, worker: usize) {
+    pub fn request_began(&self, http2: bool, worker: usize) {
         if let Some(requests) = &self.requests {
             requests.total.add(worker);
+            if http2 {
+                requests.http2_requests.add(worker);
+            }
+        }
+    }
+
+    /// Counts a request that has come to the router.
+    pub fn routed(&self, worker: usize) {
+        if let Some(requests) = &self.requests {
+            requests.routed.add(worker);
         }
     }
 
@@ -201,10 +275,21 @@ pub struct OpenCount {
     length: Arc<Distribution>,
     since: Instant,
     worker: usize,
+    http: Option<Arc<WorkerEvents<HttpEvent>>>,
+    http2: bool,
+    tls: bool,
 }
 
 impl Drop for OpenCount {
     fn drop(&mut self) {
+        if let Some(events) = &self.http {
+            if self.http2 {
+                events.note(HttpEvent::CxHttp2Ended, self.worker);
+            }
+            if self.tls {
+                events.note(HttpEvent::CxTlsEnded, self.worker);
+            }
+        }
         self.closed.add(self.worker);
         self.length.observe(self.worker, self.since.elapsed());
     }
@@ -215,10 +300,16 @@ impl Drop for OpenCount {
 pub struct Registry {
     counters: BTreeMap<(&'static str, Labels), Arc<Counter>>,
     distributions: BTreeMap<(&'static str, Labels), Arc<Distribution>>,
+    http: BTreeMap<Box<str>, Arc<WorkerEvents<HttpEvent>>>,
+    listeners: BTreeMap<Box<str>, Arc<WorkerEvents<ListenerEvent>>>,
+    tcp: BTreeMap<Box<str>, Arc<WorkerEvents<TcpEvent>>>,
     /// Calls by gRPC method.
     pub grpc: super::grpc_stats::Table,
     /// Where requests can be looked at.
     pub spots: super::tap::Spots,
+    /// Buckets that filters share by a key and what they are made of.
+    buckets:
+        std::collections::HashMap<(Box<str>, super::bucket::Fill), std::sync::Weak<super::bucket::Bucket>>,
 }
 
 impl Registry {
@@ -261,13 +352,25 @@ impl Registry {
             http1: self.counter(workers, names.http1, &[label]),
             http2: self.counter(workers, names.http2, &[label]),
             tls: self.counter(workers, names.tls, &[label]),
+            http2_requests: self.counter(workers, names.http2_requests, &[label]),
+            routed: self.counter(workers, names.routed, &[label]),
+            received: self.counter(workers, names.received, &[label]),
+            sent: self.counter(workers, names.sent, &[label]),
         });
+        let is_http = requests.is_some();
         Traffic {
             opened: self.counter(workers, area.opened, &[label]),
             closed: self.counter(workers, area.closed, &[label]),
             length: self.distribution(workers, area.length, &[label]),
             requests,
+            http: is_http.then(|| events_of(&mut self.http, value, workers)),
+            listener: (!is_http).then(|| events_of(&mut self.listeners, value, workers)),
         }
+    }
+
+    /// The counters of TCP proxies with that prefix.
+    pub fn tcp(&mut self, workers: usize, prefix: &str) -> Arc<WorkerEvents<TcpEvent>> {
+        events_of(&mut self.tcp, prefix, workers)
     }
 
     /// The distribution of that name and these labels, made if nobody asked for it before.
@@ -289,11 +392,34 @@ impl Registry {
         made
     }
 
+    /// The bucket that filters with that key and the same filling share; without a key it is one's own.
+    pub(crate) fn bucket(
+        &mut self,
+        key: &str,
+        fill: super::bucket::Fill,
+        now_ms: u64,
+    ) -> Arc<super::bucket::Bucket> {
+        let make = || Arc::new(super::bucket::Bucket::new(fill, now_ms));
+        if key.is_empty() {
+            return make();
+        }
+        let place = self.buckets.entry((key.into(), fill)).or_default();
+        place.upgrade().unwrap_or_else(|| {
+            let bucket = make();
+            *place = Arc::downgrade(&bucket);
+            bucket
+        })
+    }
+
     /// Forgets counters that no filter uses any more.
     pub fn sweep(&mut self) {
+        self.buckets.retain(|_, bucket| bucket.strong_count() > 0);
         self.counters.retain(|_, counter| Arc::strong_count(counter) > 1);
         self.distributions
             .retain(|_, distribution| Arc::strong_count(distribution) > 1);
+        self.http.retain(|_, events| Arc::strong_count(events) > 1);
+        self.listeners.retain(|_, events| Arc::strong_count(events) > 1);
+        self.tcp.retain(|_, events| Arc::strong_count(events) > 1);
         self.spots.sweep();
     }
 
@@ -315,8 +441,22 @@ impl Registry {
             families.extend(active(&families, area.active, area.opened, area.closed));
             if let Some(names) = &area.requests {
                 families.extend(active(&families, names.active, names.total, names.completed));
+                families.extend(less(
+                    &families,
+                    names.http1_requests,
+                    names.total,
+                    names.http2_requests,
+                    Value::Counter,
+                    "Requests over HTTP/1.",
+                ));
             }
         }
+        answered(&mut families);
+        families.extend(self.per_worker());
+        families.extend(event_families(&self.http, HTTP.label));
+        families.extend(event_families(&self.listeners, LISTENER.label));
+        families.extend(event_families(&self.tcp, "envoy_tcp_prefix"));
+        self.connections_by_kind(&mut families);
         for ((name, labels), distribution) in &self.distributions {
             let metric = (labels.clone(), Value::Histogram(Box::new(distribution.get())));
             match families.last_mut() {
@@ -347,6 +487,18 @@ impl Registry {
 
 /// What is going on: what has begun less what has ended.
 fn active(families: &[Family], name: &'static str, began: &str, ended: &str) -> Option<Family> {
+    less(families, name, began, ended, Value::Gauge, "Open now.")
+}
+
+/// One family less another.
+fn less(
+    families: &[Family],
+    name: &'static str,
+    began: &str,
+    ended: &str,
+    value_of: fn(f64) -> Value,
+    help: &'static str,
+) -> Option<Family> {
     let find = |name: &str| families.iter().find(|family| family.name == name);
     let (began, ended) = (find(began)?, find(ended)?);
     let number = |value: &Value| match value {
@@ -363,14 +515,187 @@ fn active(families: &[Family], name: &'static str, began: &str, ended: &str) -> 
             let over = ended.next_if(|(own, _)| own == labels);
             let over = over.map_or(0.0, |(_, value)| number(value));
             // Workers are read one after the other, and go on meanwhile.
-            (labels.clone(), Value::Gauge((number(value) - over).max(0.0)))
+            (labels.clone(), value_of((number(value) - over).max(0.0)))
         })
         .collect();
-    Some(Family {
+    Some(Family { name, help, metrics })
+}
+
+/// What is shown as completed is what was answered: a request whose client has gone is not.
+fn answered(families: &mut [Family]) {
+    let Some(names) = &HTTP.requests else { return };
+    let mut sums: BTreeMap<Labels, f64> = BTreeMap::new();
+    for (labels, value) in families
+        .iter()
+        .filter(|family| family.name == names.classes)
+        .flat_map(|family| &family.metrics)
+    {
+        let place = labels.iter().filter(|(key, _)| *key == HTTP.label);
+        if let Value::Counter(value) = value {
+            *sums.entry(place.cloned().collect()).or_default() += value;
+        }
+    }
+    for family in families
+        .iter_mut()
+        .filter(|family| family.name == names.completed)
+    {
+        for (labels, value) in &mut family.metrics {
+            *value = Value::Counter(sums.get(labels).copied().unwrap_or(0.0));
+        }
+    }
+}
+
+fn events_of<E: Event>(
+    all: &mut BTreeMap<Box<str>, Arc<WorkerEvents<E>>>,
+    value: &str,
+    workers: usize,
+) -> Arc<WorkerEvents<E>> {
+    if let Some(found) = all.get(value) {
+        return found.clone();
+    }
+    let made = Arc::new(WorkerEvents::new(workers));
+    if all.len() < MAX_COUNTERS {
+        all.insert(value.into(), made.clone());
+    }
+    made
+}
+
+/// A family for each event that has a name.
+fn event_families<E: Event>(
+    all: &BTreeMap<Box<str>, Arc<WorkerEvents<E>>>,
+    label: &'static str,
+) -> impl Iterator<Item = Family> {
+    let named = E::ALL
+        .iter()
+        .enumerate()
+        .filter(|(_, (name, _))| !name.is_empty());
+    named.map(move |(index, (name, help))| Family {
         name,
-        help: "Open now.",
-        metrics,
+        help,
+        metrics: all
+            .iter()
+            .map(|(value, events)| {
+                let labels = vec![(label, value.to_string())];
+                (labels, Value::Counter(events.at(index) as f64))
+            })
+            .collect(),
     })
+}
+
+impl Registry {
+    /// Connections of listeners by worker.
+    fn per_worker(&self) -> [Family; 2] {
+        let cells = |name: &'static str| {
+            self.counters
+                .range((name, Labels::new())..)
+                .take_while(move |((own, _), _)| *own == name)
+        };
+        let of = |labels: &Labels, worker: usize| {
+            let mut out = vec![("envoy_worker_id", worker.to_string())];
+            out.extend(labels.iter().cloned());
+            out
+        };
+        let (mut total, mut active) = (Vec::new(), Vec::new());
+        for (((_, labels), opened), (_, closed)) in cells(LISTENER.opened).zip(cells(LISTENER.closed)) {
+            for (worker, (opened, closed)) in opened.cells.iter().zip(&closed.cells).enumerate() {
+                let opened = opened.0.load(Ordering::Relaxed);
+                let open = opened.saturating_sub(closed.0.load(Ordering::Relaxed));
+                total.push((of(labels, worker), Value::Counter(opened as f64)));
+                active.push((of(labels, worker), Value::Gauge(open as f64)));
+            }
+        }
+        [
+            Family {
+                name: "envoy_listener_worker_downstream_cx_total",
+                help: "Connections of a worker.",
+                metrics: total,
+            },
+            Family {
+                name: "envoy_listener_worker_downstream_cx_active",
+                help: "Open connections of a worker.",
+                metrics: active,
+            },
+        ]
+    }
+
+    /// Open connections by what they speak, and what waits within listener filters.
+    fn connections_by_kind(&self, families: &mut Vec<Family>) {
+        let total = |families: &[Family], name: &str, value: &str| {
+            let family = families.iter().find(|family| family.name == name);
+            let found = family
+                .into_iter()
+                .flat_map(|family| &family.metrics)
+                .find(|(labels, _)| labels.iter().any(|(_, own)| own == value));
+            match found {
+                Some((_, Value::Counter(value) | Value::Gauge(value))) => *value,
+                _ => 0.0,
+            }
+        };
+        let mut kinds: [Vec<(Labels, Value)>; 4] = Default::default();
+        for (value, events) in &self.http {
+            let label = || vec![(HTTP.label, value.to_string())];
+            let ended = |event| events.get(event) as f64;
+            let http2 = total(families, "envoy_http_downstream_cx_http2_total", value)
+                - ended(HttpEvent::CxHttp2Ended);
+            let tls =
+                total(families, "envoy_http_downstream_cx_ssl_total", value) - ended(HttpEvent::CxTlsEnded);
+            let open = total(families, "envoy_http_downstream_cx_active", value);
+            let tunnels = ended(HttpEvent::CxUpgrades) - ended(HttpEvent::CxUpgradesEnded);
+            for (kind, count) in kinds.iter_mut().zip([open - http2, http2, tls, tunnels]) {
+                // Workers go on while they are read.
+                kind.push((label(), Value::Gauge(count.max(0.0))));
+            }
+        }
+        let names = [
+            (
+                "envoy_http_downstream_cx_http1_active",
+                "Open connections of HTTP/1.",
+            ),
+            (
+                "envoy_http_downstream_cx_http2_active",
+                "Open connections of HTTP/2.",
+            ),
+            ("envoy_http_downstream_cx_ssl_active", "Open connections of TLS."),
+            ("envoy_http_downstream_cx_upgrades_active", "Open tunnels."),
+        ];
+        families.extend(
+            names
+                .into_iter()
+                .zip(kinds)
+                .map(|((name, help), metrics)| Family { name, help, metrics }),
+        );
+        let gauge = |name, help, metrics| Family { name, help, metrics };
+        families.push(gauge(
+            "envoy_listener_downstream_pre_cx_active",
+            "Connections within listener filters.",
+            self.listeners
+                .iter()
+                .map(|(value, events)| {
+                    let done = events.get(ListenerEvent::Classified);
+                    let open = events.get(ListenerEvent::Accepted).saturating_sub(done);
+                    (
+                        vec![(LISTENER.label, value.to_string())],
+                        Value::Gauge(open as f64),
+                    )
+                })
+                .collect(),
+        ));
+        families.push(gauge(
+            "envoy_tcp_downstream_cx_active",
+            "Open connections.",
+            self.tcp
+                .iter()
+                .map(|(value, events)| {
+                    let closed = events.get(TcpEvent::Closed);
+                    let open = events.get(TcpEvent::Opened).saturating_sub(closed);
+                    (
+                        vec![("envoy_tcp_prefix", value.to_string())],
+                        Value::Gauge(open as f64),
+                    )
+                })
+                .collect(),
+        ));
+    }
 }
 
 #[cfg(test)]

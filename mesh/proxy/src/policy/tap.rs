@@ -23,8 +23,10 @@ use serin_xds::pb::envoy::extensions::filters::http::tap::v3 as filter;
 use tokio::sync::mpsc;
 
 mod condition;
+mod search;
 
-use condition::Condition;
+use condition::{Condition, Searches};
+pub use search::{Search, Searching};
 
 use super::stats::Counter;
 use crate::config::convert::{self, Fraction};
@@ -184,6 +186,8 @@ pub struct TapFilter {
     pub tapped: Arc<Counter>,
     /// Whether traces say who is connected.
     pub connection: bool,
+    /// Whether traces say which endpoint answered.
+    pub upstream: bool,
     /// Whether traces say when heads came.
     pub times: bool,
 }
@@ -195,9 +199,6 @@ impl TapFilter {
         stat_prefix: &str,
         context: &mut Context<'_>,
     ) -> Result<Self, Refusal> {
-        if from.record_upstream_connection {
-            return Err(Refusal::new("record_upstream_connection", "not supported"));
-        }
         let id = match from
             .common_config
             .as_ref()
@@ -230,6 +231,7 @@ impl TapFilter {
                 &[("envoy_http_conn_manager_prefix", stat_prefix)],
             ),
             connection: from.record_downstream_connection,
+            upstream: from.record_upstream_connection,
             times: from.record_headers_received_time,
         })
     }
@@ -248,6 +250,10 @@ pub enum Sink {
 #[derive(Debug)]
 pub struct TapConfig {
     matches: Condition,
+    /// What is looked for in a request's body.
+    pub in_request: Arc<[Search]>,
+    /// What is looked for in a response's body.
+    pub in_response: Arc<[Search]>,
     /// Of those that match.
     pub share: Fraction,
     /// Bytes of a request's body.
@@ -264,15 +270,16 @@ impl TapConfig {
     pub fn compile(from: &tap::TapConfig) -> Result<Self, Refusal> {
         #[allow(deprecated)]
         let old = from.match_config.clone();
+        let mut searches = Searches::default();
         let matches = match (&from.r#match, old) {
             (Some(new), _) => {
                 // The same message under another name, field by field.
                 let bytes = new.encode_to_vec();
                 let same = tap::MatchPredicate::decode(bytes.as_slice())
                     .map_err(|error| Refusal::new("match", error.to_string()))?;
-                Condition::compile(&same, 0).within("match")?
+                Condition::compile(&same, &mut searches, 0).within("match")?
             }
-            (None, Some(old)) => Condition::compile(&old, 0).within("match_config")?,
+            (None, Some(old)) => Condition::compile(&old, &mut searches, 0).within("match_config")?,
             (None, None) => return Err(Refusal::new("match", "is missing")),
         };
         let output = from
@@ -330,6 +337,8 @@ impl TapConfig {
             .and_then(|enabled| enabled.default_value.as_ref());
         Ok(Self {
             matches,
+            in_request: searches.request.into(),
+            in_response: searches.response.into(),
             share: Fraction::compile(enabled, Fraction::ALL).within("tap_enabled")?,
             request_bytes: bytes(&output.max_buffered_rx_bytes),
             response_bytes: bytes(&output.max_buffered_tx_bytes),
@@ -355,6 +364,10 @@ pub struct Seen<'a> {
     pub response: Option<&'a HeaderMap>,
     /// The response's trailers.
     pub response_trailers: Option<&'a HeaderMap>,
+    /// What was found in the request's body.
+    pub request_body: Option<&'a Searching>,
+    /// What was found in the response's body.
+    pub response_body: Option<&'a Searching>,
 }
 
 /// A response's fields, and its status where conditions look for `:status`.
@@ -424,13 +437,15 @@ mod tests {
             request_trailers: None,
             response: None,
             response_trailers: None,
+            request_body: None,
+            response_body: None,
         }
     }
 
     #[test]
     fn what_the_request_decides_is_decided_early_and_the_rest_when_it_has_come() {
         let none = HeaderMap::new();
-        let condition = |from| Condition::compile(&rule(from), 0).unwrap();
+        let condition = |from| Condition::compile(&rule(from), &mut Searches::default(), 0).unwrap();
         let bad = header(":status", "503");
         let ours = header(":path", "/a");
         let both = condition(Rule::AndMatch(MatchSet {
@@ -479,7 +494,7 @@ mod tests {
             (config(Rule::AnyMatch(true), buffered), "max_traces"),
             (
                 config(Rule::HttpRequestGenericBodyMatch(Default::default()), streaming()),
-                "generic_body",
+                "http_request_generic_body_match.patterns",
             ),
             (tap::TapConfig::default(), "match"),
         ] {

@@ -320,6 +320,14 @@ impl SecretTable {
         self.stats.remove(&(side, Box::from(name)));
     }
 
+    /// Everything that is in use, and whether it was discovered, for admin output.
+    pub fn in_use_by_kind(&self) -> impl Iterator<Item = (Arc<SecretSlot>, bool)> + '_ {
+        let named = self.slots.values().map(|slot| (slot.clone(), slot.discovered));
+        let remote = self.remote.values().map(|slot| (slot.clone(), true));
+        let inline = self.inline.iter().filter_map(Weak::upgrade);
+        named.chain(remote).chain(inline.map(|slot| (slot, false)))
+    }
+
     /// Everything that is in use, for admin output.
     pub fn in_use(&self) -> impl Iterator<Item = Arc<SecretSlot>> + '_ {
         self.slots

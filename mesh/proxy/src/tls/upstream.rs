@@ -22,6 +22,7 @@ use super::info::{ConnectionTls, Part};
 use super::secret::SecretSlot;
 use super::stats::{TlsStats, count};
 use super::table::SecretTable;
+use super::validation::dns_matches;
 use super::verify::Verifier;
 use crate::error::{Refusal, Within};
 
@@ -252,6 +253,30 @@ impl UpstreamTls {
         count(&self.stats.handshake);
         self.stats.negotiated(facts.version, facts.cipher, facts.group);
         Ok((stream, facts))
+    }
+}
+
+impl UpstreamTls {
+    /// Whether the peer of a connection that was made has one of these names, separated by commas, in its certificate.
+    pub fn must_be(&self, facts: &ConnectionTls, names: &str) -> io::Result<()> {
+        let known = facts.peer.as_ref().filter(|_| facts.peer_validated);
+        let has = |name: &str| {
+            known.is_some_and(|peer| {
+                peer.uri_sans.iter().any(|san| **san == *name)
+                    || peer.dns_sans.iter().any(|san| dns_matches(san, name))
+                    || peer.ip_sans.iter().any(|san| name.parse() == Ok(*san))
+            })
+        };
+        if names.split(',').any(has) {
+            return Ok(());
+        }
+        count(&self.stats.fail_verify_san);
+        Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            format!(
+                "TLS_error: CERTIFICATE_VERIFY_FAILED: the certificate has none of the names {names} that the filter state asks for"
+            ),
+        ))
     }
 }
 

@@ -10,6 +10,7 @@ use super::cluster::Host;
 use super::outlier::is_ejected;
 use super::zone::ZoneRouting;
 use crate::clock::now_ms;
+use crate::config::balancing::reported::Reporting;
 use crate::config::cluster::Cluster;
 use crate::config::endpoint::EndpointSet;
 use crate::config::retry::HostRules;
@@ -20,7 +21,7 @@ mod draw;
 mod hashed;
 mod loads;
 
-use draw::View;
+use draw::{Compared, View};
 use hashed::{Hashed, HashedHosts};
 use loads::{Health, Loads};
 
@@ -58,11 +59,15 @@ struct Level {
 pub struct Balancer {
     levels: Vec<Level>,
     turn: Cell<u64>,
+    /// Somebody was chosen whatever their health, since that was asked last.
+    panicked: Cell<bool>,
     /// Until when some host is young enough for slow start.
     slow_until: u64,
     overprovisioning: u32,
     /// How the load is shared out while nobody is ejected.
     loads: Loads,
+    /// How the weights that hosts have reported compare, and until when.
+    compared: Cell<Compared>,
 }
 
 /// What a request brings to the choice.
@@ -179,10 +184,38 @@ impl Balancer {
         Self {
             levels,
             turn: Cell::new(random::next() >> 32),
+            panicked: Cell::new(false),
             slow_until,
             overprovisioning,
             loads,
+            compared: Cell::default(),
         }
+    }
+
+    /// Whether somebody was chosen whatever their health, since this was asked last.
+    pub fn has_panicked(&self) -> bool {
+        self.panicked.get() && self.panicked.replace(false)
+    }
+
+    /// Compares the weights that hosts have reported, from time to time.
+    fn compare(&self, rules: &Reporting, now: u64) -> Compared {
+        let known = self.compared.get();
+        if known.heaviest > 0.0 && now < known.until {
+            return known;
+        }
+        let hosts = self.levels.iter().flat_map(|level| &level.everybody);
+        let mut weights: Vec<f64> = hosts
+            .filter_map(|host| host.endpoint.state.reported.weight(rules, now))
+            .collect();
+        weights.sort_unstable_by(f64::total_cmp);
+        let median = weights.get(weights.len() / 2).copied().unwrap_or(1.0);
+        let compared = Compared {
+            until: now + rules.update_ms,
+            median,
+            heaviest: weights.last().copied().unwrap_or(1.0).max(median),
+        };
+        self.compared.set(compared);
+        compared
     }
 
     /// Whether it is over no host at all.
@@ -209,6 +242,10 @@ impl Balancer {
         {
             let now = now_ms();
             view.slow = (now < self.slow_until).then_some((slow, now));
+        }
+        if let Some(rules) = &cluster.reporting {
+            let now = now_ms();
+            view.reported = Some((rules, now, self.compare(rules, now)));
         }
         if wish.is_free() {
             return view.draw(cluster, wish, 0, &self.turn);
@@ -245,6 +282,7 @@ impl Balancer {
             // One level that is well enough to carry everything does not panic, whatever the threshold (Envoy).
             let carries = health.availability(self.overprovisioning) >= 100;
             if !carries && health.below(cluster.panic_threshold) {
+                self.panicked.set(true);
                 return only.panic(cluster);
             }
             if health.healthy == 0 {
@@ -282,6 +320,7 @@ impl Balancer {
         };
         let level = &self.levels[index];
         if loads.may_panic() && loads.health(index).below(cluster.panic_threshold) {
+            self.panicked.set(true);
             return level.panic(cluster);
         }
         if loads.nobody() {
@@ -400,6 +439,7 @@ impl Level {
             hashed,
             panic: true,
             slow: None,
+            reported: None,
         })
     }
 }
@@ -430,6 +470,7 @@ impl Group {
                 .map(|hashed| hashed.now(cluster, &self.hosts, some_ejected)),
             panic: false,
             slow: None,
+            reported: None,
         })
     }
 }

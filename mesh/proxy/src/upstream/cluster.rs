@@ -12,14 +12,16 @@ use super::balance::{Balancer, Wish};
 use super::ewma::Ewma;
 use super::outlier::{self, Event};
 use super::pool::Pool;
-use super::subset::SubsetBalancer;
+use super::subset::{Chosen, SubsetBalancer};
 use super::zone::{self, Zone, ZoneRouting};
 use crate::clock::now_ms;
+use crate::config::balancing::reported::Report;
 use crate::config::cluster::{Cluster, Discovery, LbPolicy};
 use crate::config::convert::Address;
 use crate::config::endpoint::{Endpoint, EndpointSet, HostState};
 use crate::config::slot::{ClusterSlot, Home};
 use crate::metrics::clusters::ClusterCells;
+use crate::metrics::events::ClusterEvent;
 use crate::metrics::series::Recorder;
 use crate::random;
 
@@ -268,7 +270,10 @@ impl WorkerCluster {
     pub fn pick(&self, wish: &Wish<'_>, destination: Option<SocketAddr>) -> Option<Rc<Host>> {
         match &self.config.discovery {
             Discovery::OriginalDst { port } => {
-                let mut destination = destination?;
+                let Some(mut destination) = destination else {
+                    self.slot.counted.note(ClusterEvent::OriginalDestinationInvalid);
+                    return None;
+                };
                 if let Some(port) = port {
                     destination.set_port(*port);
                 }
@@ -276,6 +281,9 @@ impl WorkerCluster {
             }
             Discovery::Static | Discovery::Eds(_) | Discovery::Dns { .. } => {
                 let routing = self.zone_routing();
+                if matches!(routing.as_deref(), Some(ZoneRouting::Direct(_))) {
+                    self.slot.counted.note(ClusterEvent::ZoneDirect);
+                }
                 let wish = Wish {
                     some_ejected: self.some_ejected(),
                     zones: routing.as_deref(),
@@ -301,8 +309,22 @@ impl WorkerCluster {
 
     fn choose(&self, wish: &Wish<'_>) -> Option<Rc<Host>> {
         match (&self.subsets, &self.config.subsets) {
-            (Some(subsets), Some(rules)) => subsets.pick(rules, &self.config, &self.balancer, wish),
-            _ => self.balancer.pick(&self.config, wish),
+            (Some(subsets), Some(rules)) => {
+                let (host, how) = subsets.pick(rules, &self.config, &self.balancer, wish);
+                self.slot.counted.note(match how {
+                    Chosen::Subset => ClusterEvent::SubsetSelected,
+                    Chosen::Fallback => ClusterEvent::SubsetFallback,
+                    Chosen::Panic => ClusterEvent::SubsetPanic,
+                });
+                host
+            }
+            _ => {
+                let host = self.balancer.pick(&self.config, wish);
+                if self.balancer.has_panicked() || host.is_none() && self.balancer.is_empty() {
+                    self.slot.counted.note(ClusterEvent::Panic);
+                }
+                host
+            }
         }
     }
 
@@ -315,6 +337,7 @@ impl WorkerCluster {
         }
         let version = Some(home.version());
         if self.routing.borrow().0 != version {
+            self.slot.counted.note(ClusterEvent::ZoneRecalculated);
             *self.routing.borrow_mut() = (version, self.decide_zones(rules, home));
         }
         Some(std::cell::Ref::map(self.routing.borrow(), |(_, routing)| routing))
@@ -344,6 +367,15 @@ impl WorkerCluster {
     /// Whether the balancer goes by how long hosts take.
     pub fn measures(&self) -> bool {
         matches!(self.config.lb, LbPolicy::PeakEwma { .. })
+    }
+
+    /// The head or the trailers of a response of `host`, which may say how busy it is.
+    pub fn note_load(&self, host: &Host, headers: &http::HeaderMap) {
+        if let Some(rules) = &self.config.reporting
+            && let Some(weight) = Report::of(headers).and_then(|report| rules.weight(&report))
+        {
+            host.endpoint.state.reported.take(weight, now_ms());
+        }
     }
 
     /// Takes how long a host took to answer, where the balancer goes by that.
@@ -393,7 +425,14 @@ impl WorkerCluster {
             return false;
         };
         let all = self.set.as_ref().map_or(&[][..], |set| &set.all);
-        let ejected = outlier::record(rules, &host.endpoint.state, all, event, now_ms);
+        let ejected = outlier::record(
+            rules,
+            &host.endpoint.state,
+            all,
+            event,
+            now_ms,
+            &self.slot.counted,
+        );
         if ejected {
             let until = host.endpoint.state.ejected_until.load(Ordering::Relaxed);
             self.slot.usage.ejected_until.fetch_max(until, Ordering::Relaxed);

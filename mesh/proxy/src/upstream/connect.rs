@@ -14,12 +14,13 @@ use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use tokio_rustls::client::TlsStream;
 use tokio_util::either::Either;
 
-use super::proxy_header;
+use super::proxy_header::{self, Tlvs};
 use crate::config::alpn::Alpn;
 use crate::config::cluster::{Cluster, Priority};
 use crate::config::convert::Address;
 use crate::config::endpoint::Endpoint;
 use crate::intercept::{MARK_IN, MARK_OUT};
+use crate::policy::filter_state::Shared;
 use crate::stream::{Layer, MaybeTls, Together};
 use crate::tls::info::ConnectionTls;
 pub use crate::tls::upstream::Speaking;
@@ -46,6 +47,12 @@ pub struct ConnectOptions {
     pub server_name: Option<Box<str>>,
     /// Client and its destination, where the endpoint is told by PROXY protocol.
     pub between: Option<(SocketAddr, SocketAddr)>,
+    /// What else the endpoint is told by it, from what the client's PROXY protocol header has said.
+    pub tlvs: Option<Tlvs>,
+    /// Names of which the peer's certificate must have one, separated by commas.
+    pub peer_names: Option<Box<str>>,
+    /// Objects of the filter state that requests on one connection have in common.
+    pub shared: Shared,
     /// What TLS offers instead of what the context says.
     pub alpn: Option<Alpn>,
     /// Whose circuit breaker it counts for.
@@ -83,8 +90,9 @@ pub async fn connect(
         Address::Name(name, _) => return Err(io::Error::other(format!("{name} has not been resolved"))),
     };
     let dress = cluster.socket_for(endpoint);
-    if let Some(version) = dress.proxy_protocol {
-        let header = proxy_header::write(version, options.between);
+    if let Some(told) = &dress.proxy_protocol {
+        let tlvs = told.tlvs(&endpoint.tlvs, options.tlvs.as_ref());
+        let header = proxy_header::write(told.version, options.between, &tlvs);
         socket.write_all(&header).await?;
     }
     let local = match socket.below() {
@@ -107,6 +115,9 @@ pub async fn connect(
     let (stream, facts) = tls
         .connect(socket, server_name, address, speaking, options.alpn.as_deref())
         .await?;
+    if let Some(names) = &options.peer_names {
+        tls.must_be(&facts, names)?;
+    }
     Ok(Connected {
         stream: Stream::Tls(Box::new(Layer::over(stream, Together))),
         tls: Some(Arc::new(facts)),

@@ -9,7 +9,7 @@ use tokio::io::{AsyncRead, ReadBuf};
 
 use super::connect::Stream;
 use crate::bell::Ear;
-use crate::metrics::clusters::ClusterCells;
+use crate::metrics::clusters::{ClusterCells, Shared};
 use crate::stream::{Hooks, Layer};
 
 /// See the module.
@@ -21,19 +21,40 @@ pub struct Meter {
     cells: Arc<ClusterCells>,
     /// Through which the stream is read, always: hyper and h2 ask for bytes whenever they are woken, for whatever it was.
     ear: Ear,
+    /// Told when the endpoint has ended the connection.
+    shared: Option<Arc<Shared>>,
 }
 
 impl Metered {
     /// Counts what passes `stream` in `cells`, which must be those of the worker that polls it.
     pub fn new(stream: Stream, cells: Arc<ClusterCells>) -> Self {
         let ear = Ear::default();
-        Self::over(stream, Meter { cells, ear })
+        let shared = None;
+        Self::over(stream, Meter { cells, ear, shared })
+    }
+
+    /// The same, which tells `shared` when the endpoint has ended the connection.
+    pub fn watched(stream: Stream, cells: Arc<ClusterCells>, shared: Arc<Shared>) -> Self {
+        let ear = Ear::default();
+        let shared = Some(shared);
+        Self::over(stream, Meter { cells, ear, shared })
+    }
+}
+
+impl Meter {
+    fn ended_by_peer(&self) {
+        if let Some(shared) = &self.shared {
+            shared.ended_by_peer();
+        }
     }
 }
 
 impl<S> Hooks<S> for Meter {
     fn received(&mut self, count: usize) {
         self.cells.received.add(count as u64);
+        if count == 0 {
+            self.ended_by_peer();
+        }
     }
 
     fn sent(&mut self, count: usize) {
@@ -49,6 +70,10 @@ impl<S> Hooks<S> for Meter {
     where
         S: AsyncRead,
     {
-        self.ear.poll(cx, |cx| below.poll_read(cx, buf))
+        let outcome = self.ear.poll(cx, |cx| below.poll_read(cx, buf));
+        if matches!(outcome, Poll::Ready(Err(_))) {
+            self.ended_by_peer();
+        }
+        outcome
     }
 }

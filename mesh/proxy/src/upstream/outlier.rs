@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering;
 
 use crate::config::cluster::Outlier;
 use crate::config::endpoint::{Endpoint, HostState};
+use crate::metrics::events::{ClusterEvent, Events};
 
 /// What a host did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +69,7 @@ pub fn record(
     hosts: &[Arc<Endpoint>],
     event: Event,
     now_ms: impl Fn() -> u64,
+    counted: &Events<ClusterEvent>,
 ) -> bool {
     if rules.compares() {
         match event {
@@ -86,8 +88,18 @@ pub fn record(
         // In split mode local failures have a counter of their own; otherwise they count as 503.
         Event::LocalFailure if rules.split_local => {
             let count = state.consecutive_local.fetch_add(1, Ordering::Relaxed) + 1;
-            return rules.consecutive_local.is_some_and(|limit| count >= limit)
-                && eject(rules, state, hosts, now_ms());
+            if rules.consecutive_local.is_none_or(|limit| count < limit) {
+                return false;
+            }
+            counted.note(ClusterEvent::OutlierDetectedLocal);
+            return enforce(
+                rules,
+                state,
+                hosts,
+                now_ms(),
+                counted,
+                ClusterEvent::OutlierEnforcedLocal,
+            );
         }
         Event::LocalFailure => 503,
     };
@@ -108,7 +120,14 @@ pub fn record(
         return false;
     }
     if on_probation {
-        return eject(rules, state, hosts, now_ms());
+        return enforce(
+            rules,
+            state,
+            hosts,
+            now_ms(),
+            counted,
+            ClusterEvent::OutlierEnforcedServer,
+        );
     }
     let server = state.consecutive_5xx.fetch_add(1, Ordering::Relaxed) + 1;
     let gateway = if (502..=504).contains(&status) {
@@ -117,16 +136,55 @@ pub fn record(
         state.consecutive_gateway.store(0, Ordering::Relaxed);
         0
     };
-    let over = rules.consecutive_5xx.is_some_and(|limit| server >= limit)
-        || rules.consecutive_gateway.is_some_and(|limit| gateway >= limit);
-    over && eject(rules, state, hosts, now_ms())
+    let by_gateway = rules.consecutive_gateway.is_some_and(|limit| gateway >= limit);
+    let by_server = rules.consecutive_5xx.is_some_and(|limit| server >= limit);
+    if by_gateway {
+        counted.note(ClusterEvent::OutlierDetectedGateway);
+    }
+    if by_server {
+        counted.note(ClusterEvent::OutlierDetectedServer);
+    }
+    // Looked at first, as in Envoy.
+    let event = if by_gateway {
+        ClusterEvent::OutlierEnforcedGateway
+    } else {
+        ClusterEvent::OutlierEnforcedServer
+    };
+    (by_gateway || by_server) && enforce(rules, state, hosts, now_ms(), counted, event)
+}
+
+/// Ejects a host if it may be, and counts what has come of it.
+fn enforce(
+    rules: &Outlier,
+    state: &HostState,
+    hosts: &[Arc<Endpoint>],
+    now: u64,
+    counted: &Events<ClusterEvent>,
+    event: ClusterEvent,
+) -> bool {
+    if is_ejected(state, || now) && !on_probation(state, || now) {
+        return false;
+    }
+    let ejected = eject(rules, state, hosts, now);
+    if ejected {
+        counted.note(ClusterEvent::OutlierEnforced);
+        counted.note(event);
+    } else {
+        counted.note(ClusterEvent::OutlierOverflow);
+    }
+    ejected
 }
 
 /// Ejects hosts that stand out among their siblings by the last interval's answers, and begins a new interval.
-pub fn compare<'h>(rules: &Outlier, hosts: &'h [Arc<Endpoint>], now: u64) -> Vec<&'h Arc<Endpoint>> {
+pub fn compare<'h>(
+    rules: &Outlier,
+    hosts: &'h [Arc<Endpoint>],
+    now: u64,
+    counted: &Events<ClusterEvent>,
+) -> Vec<&'h Arc<Endpoint>> {
     let answers: Vec<_> = hosts.iter().map(|host| host.state.answers.take()).collect();
     let local: Vec<_> = hosts.iter().map(|host| host.state.local.take()).collect();
-    let mut out = Vec::new();
+    let mut out: Vec<(usize, ClusterEvent)> = Vec::new();
     for (counts, which) in [(&answers, 0), (&local, 1)] {
         let enforced = |pair: (bool, bool)| if which == 0 { pair.0 } else { pair.1 };
         // Of each host with enough requests: its index and its success rate in percent.
@@ -145,33 +203,52 @@ pub fn compare<'h>(rules: &Outlier, hosts: &'h [Arc<Endpoint>], now: u64) -> Vec
                 let mean = rates.iter().map(|(_, rate)| rate).sum::<f64>() / count;
                 let variance = rates.iter().map(|(_, rate)| (rate - mean).powi(2)).sum::<f64>() / count;
                 let floor = mean - variance.sqrt() * f64::from(rule.stdev_factor) / 1000.0;
-                out.extend(
-                    rates
-                        .iter()
-                        .filter(|(_, rate)| *rate < floor)
-                        .map(|(index, _)| *index),
-                );
+                let [detected, enforced] = if which == 0 {
+                    [
+                        ClusterEvent::OutlierDetectedRate,
+                        ClusterEvent::OutlierEnforcedRate,
+                    ]
+                } else {
+                    [
+                        ClusterEvent::OutlierDetectedLocalRate,
+                        ClusterEvent::OutlierEnforcedLocalRate,
+                    ]
+                };
+                for (index, _) in rates.iter().filter(|(_, rate)| *rate < floor) {
+                    counted.note(detected);
+                    out.push((*index, enforced));
+                }
             }
         }
         if let Some(rule) = rules.failure_percentage.filter(|rule| enforced(rule.enforced)) {
             let rates = rates(rule.request_volume);
             if rates.len() >= rule.minimum_hosts as usize {
                 let ceiling = f64::from(rule.threshold);
-                out.extend(
-                    rates
-                        .iter()
-                        .filter(|(_, rate)| 100.0 - rate >= ceiling)
-                        .map(|(index, _)| *index),
-                );
+                let [detected, enforced] = if which == 0 {
+                    [
+                        ClusterEvent::OutlierDetectedPercentage,
+                        ClusterEvent::OutlierEnforcedPercentage,
+                    ]
+                } else {
+                    [
+                        ClusterEvent::OutlierDetectedLocalPercentage,
+                        ClusterEvent::OutlierEnforcedLocalPercentage,
+                    ]
+                };
+                for (index, _) in rates.iter().filter(|(_, rate)| 100.0 - rate >= ceiling) {
+                    counted.note(detected);
+                    out.push((*index, enforced));
+                }
             }
         }
     }
-    out.sort_unstable();
-    out.dedup();
+    out.sort_by_key(|(index, _)| *index);
+    out.dedup_by_key(|(index, _)| *index);
     out.into_iter()
-        .map(|index| &hosts[index])
-        .filter(|host| host.state.ejected_until.load(Ordering::Relaxed) == 0)
-        .filter(|host| eject(rules, &host.state, hosts, now))
+        .map(|(index, event)| (&hosts[index], event))
+        .filter(|(host, _)| host.state.ejected_until.load(Ordering::Relaxed) == 0)
+        .filter(|(host, event)| enforce(rules, &host.state, hosts, now, counted, *event))
+        .map(|(host, _)| host)
         .collect()
 }
 
@@ -222,6 +299,46 @@ mod tests {
 
     use super::*;
     use crate::config::convert::Address;
+
+    fn record(
+        rules: &Outlier,
+        state: &HostState,
+        hosts: &[Arc<Endpoint>],
+        event: Event,
+        now_ms: impl Fn() -> u64,
+    ) -> bool {
+        super::record(rules, state, hosts, event, now_ms, &Events::default())
+    }
+
+    fn compare<'h>(rules: &Outlier, hosts: &'h [Arc<Endpoint>], now: u64) -> Vec<&'h Arc<Endpoint>> {
+        super::compare(rules, hosts, now, &Events::default())
+    }
+
+    #[test]
+    fn what_is_detected_and_what_is_enforced_is_counted_and_what_too_many_prevent_as_well() {
+        let (rules, hosts, counted) = (rules(), hosts(2), Events::default());
+        for host in 0..2 {
+            for _ in 0..3 {
+                super::record(
+                    &rules,
+                    &hosts[host].state,
+                    &hosts,
+                    Event::Status(503),
+                    || 1,
+                    &counted,
+                );
+            }
+        }
+        for (event, times) in [
+            (ClusterEvent::OutlierDetectedGateway, 2),
+            (ClusterEvent::OutlierEnforcedGateway, 1),
+            (ClusterEvent::OutlierEnforced, 1),
+            (ClusterEvent::OutlierOverflow, 1),
+            (ClusterEvent::OutlierDetectedServer, 0),
+        ] {
+            assert_eq!(counted.get(event), times, "{event:?}");
+        }
+    }
 
     fn rules() -> Outlier {
         Outlier {

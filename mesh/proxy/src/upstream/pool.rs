@@ -23,7 +23,8 @@ use super::metered::Metered;
 use crate::config::cluster::{Cluster, Priority};
 use crate::config::endpoint::Endpoint;
 use crate::config::slot::ClusterSlot;
-use crate::metrics::clusters::Connection;
+use crate::metrics::clusters::{Connection, Shared as Counts};
+use crate::metrics::events::ClusterEvent;
 use crate::tls::info::ConnectionTls;
 use crate::worker::Worker;
 use crate::worker::body::UpstreamBody;
@@ -144,12 +145,14 @@ impl Drop for Counted {
 
 /// The connection, its bytes counted.
 fn metered(stream: Stream, counted: &Counted) -> Metered {
-    Metered::new(stream, counted.connection.cells().clone())
+    let connection = &counted.connection;
+    Metered::watched(stream, connection.cells().clone(), connection.shared().clone())
 }
 
 #[derive(Debug)]
 struct Idle {
     sender: http1::SendRequest<UpstreamBody>,
+    counted: Arc<Counts>,
     since: Instant,
     born: Instant,
     served: u32,
@@ -160,6 +163,7 @@ struct Idle {
 #[derive(Debug)]
 struct Shared2 {
     handle: http2::Handle,
+    counted: Arc<Counts>,
     served: Cell<u32>,
     born: Instant,
     idle_since: Cell<Instant>,
@@ -190,6 +194,8 @@ pub enum Lease {
     Http1 {
         /// To send with.
         sender: http1::SendRequest<UpstreamBody>,
+        /// What is known of the connection.
+        counted: Arc<Counts>,
         /// Requests served before.
         served: u32,
         /// When it was made.
@@ -212,6 +218,7 @@ pub struct Stream2(Rc<Shared2>);
 impl Drop for Stream2 {
     fn drop(&mut self) {
         self.0.handle.leave();
+        self.0.counted.end();
         if self.0.handle.active() == 0 {
             self.0.idle_since.set(Instant::now());
         }
@@ -296,6 +303,7 @@ impl Lease {
     pub fn release(self, max_requests: u32, now: Instant) {
         if let Self::Http1 {
             sender,
+            counted,
             served,
             born,
             tls,
@@ -303,13 +311,18 @@ impl Lease {
             pool,
         } = self
         {
+            counted.end();
             let served = served + 1;
             let used_up = max_requests > 0 && served >= max_requests;
+            if used_up {
+                counted.note(ClusterEvent::CxMaxRequests);
+            }
             if !used_up && !pool.retired.get() && !sender.is_closed() {
                 let mut idle = pool.idle.borrow_mut();
                 if idle.len() < MAX_IDLE {
                     idle.push(Idle {
                         sender,
+                        counted,
                         since: now,
                         born,
                         served,
@@ -358,13 +371,16 @@ impl Pool {
         while index > 0 {
             index -= 1;
             if too_old(cluster, idle[index].born) {
+                idle[index].counted.note(ClusterEvent::CxMaxDuration);
                 idle.remove(index);
                 continue;
             }
             if idle[index].sender.is_ready() {
                 let taken = idle.remove(index);
+                taken.counted.begin();
                 return Some(Lease::Http1 {
                     sender: taken.sender,
+                    counted: taken.counted,
                     served: taken.served,
                     born: taken.born,
                     tls: taken.tls,
@@ -383,7 +399,13 @@ impl Pool {
     fn reuse2(&self, cluster: &Cluster) -> Option<Stream2> {
         let mut shared = self.shared.borrow_mut();
         // One that is too old ends with the streams that it has.
-        shared.retain(|connection| !connection.handle.is_closed() && !too_old(cluster, connection.born));
+        shared.retain(|connection| {
+            let old = too_old(cluster, connection.born);
+            if old {
+                connection.counted.note(ClusterEvent::CxMaxDuration);
+            }
+            !connection.handle.is_closed() && !old
+        });
         let limit = cluster.max_requests_per_connection;
         let found = shared.iter().find(|connection| {
             let streams = (connection.handle.streams() as u64).min(u64::from(cluster.max_streams));
@@ -391,6 +413,10 @@ impl Pool {
                 && (limit == 0 || connection.served.get() < limit)
         })?;
         found.handle.enter();
+        found.counted.begin();
+        if limit > 0 && found.served.get() + 1 >= limit {
+            found.counted.note(ClusterEvent::CxMaxRequests);
+        }
         found.served.set(found.served.get().saturating_add(1));
         Some(Stream2(found.clone()))
     }
@@ -453,6 +479,12 @@ impl Pool {
             slot: limited.then(|| (slot.clone(), options.priority)),
             connection: cells.connecting(&endpoint.state),
         };
+        // What is not negotiated is known before, and counts for connections that fail as well.
+        match speaking {
+            Speaking::Http1 => counted.connection.speaks(false),
+            Speaking::Http2 => counted.connection.speaks(true),
+            Speaking::Either | Speaking::Bytes => {}
+        }
         let work = connect::connect(cluster, endpoint, speaking, options);
         let result = match tokio::time::timeout(cluster.connect_timeout, work).await {
             Ok(Ok(connected)) => Ok(connected),
@@ -510,7 +542,9 @@ impl Pool {
                     chosen
                 }
             };
-            counted.connection.speaks(http2);
+            if speaking == Speaking::Either {
+                counted.connection.speaks(http2);
+            }
             if http2 {
                 self.handshake2(worker, connected, counted).await
             } else {
@@ -537,6 +571,8 @@ impl Pool {
             .max_buf_size(64 * 1024)
             .handshake::<_, UpstreamBody>(TokioIo::new(metered(connected.stream, &counted)))
             .await?;
+        let shared = counted.connection.shared().clone();
+        shared.begin();
         worker.tasks.spawn_local(async move {
             // An error also reaches the request, which reports it.
             let _ = connection.with_upgrades().await;
@@ -544,6 +580,7 @@ impl Pool {
         });
         Ok(Lease::Http1 {
             sender,
+            counted: shared,
             served: 0,
             born: Instant::now(),
             tls: connected.tls,
@@ -559,10 +596,13 @@ impl Pool {
         counted: Counted,
     ) -> Result<Lease, ConnectError> {
         let stream = metered(connected.stream, &counted);
+        let known = counted.connection.shared().clone();
+        known.begin();
         let handle = http2::connect(stream, &worker.tasks, counted).await?;
         handle.enter();
         let shared = Rc::new(Shared2 {
             handle,
+            counted: known,
             served: Cell::new(1),
             born: Instant::now(),
             idle_since: Cell::new(Instant::now()),
@@ -575,13 +615,20 @@ impl Pool {
 
     /// Closes what has been idle for too long; returns whether the pool is empty.
     pub fn sweep(&self, now: Instant, idle_timeout: Duration) -> bool {
+        let within = |since: Instant, counted: &Counts| {
+            let within = now.duration_since(since) < idle_timeout;
+            if !within {
+                counted.note(ClusterEvent::CxIdleTimeout);
+            }
+            within
+        };
         self.idle
             .borrow_mut()
-            .retain(|idle| !idle.sender.is_closed() && now.duration_since(idle.since) < idle_timeout);
+            .retain(|idle| !idle.sender.is_closed() && within(idle.since, &idle.counted));
         self.shared.borrow_mut().retain(|connection| {
             !connection.handle.is_closed()
                 && (connection.handle.active() > 0
-                    || now.duration_since(connection.idle_since.get()) < idle_timeout)
+                    || within(connection.idle_since.get(), &connection.counted))
         });
         let mut variants = self.variants.borrow_mut();
         // One that a request uses is kept: its connection comes back.

@@ -1,4 +1,6 @@
 //! The PROXY protocol's header, written and read. The format is HAProxy's `proxy-protocol.txt`.
+//!
+//! Version 2 has room for values by type (TLVs) after the addresses: [`Tlvs`].
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -10,9 +12,51 @@ pub const SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
 const MAX_V1: usize = 107;
 /// The longest header of version 2 that is read; the addresses take 36 bytes at most, the rest are TLVs.
 const MAX_V2: usize = 16 + 4096;
+/// What follows the first 16 bytes of version 2 at most.
+const MAX_REST: usize = u16::MAX as usize;
 
-/// The header for a connection between these two, or for one of our own.
-pub fn write(version: ProxyVersion, between: Option<(SocketAddr, SocketAddr)>) -> Vec<u8> {
+/// A type and a value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tlv {
+    /// The type (`PP2_TYPE_...`).
+    pub kind: u8,
+    /// The value, of at most 65,535 bytes.
+    pub value: Box<[u8]>,
+}
+
+/// Types and values in their order. Shared by everything that happens on a connection.
+pub type Tlvs = std::sync::Arc<[Tlv]>;
+
+/// The types and values of what follows the addresses; `None` if it is no such list.
+pub fn read_tlvs(mut bytes: &[u8]) -> Option<Vec<(u8, &[u8])>> {
+    let mut out = Vec::new();
+    while let [kind, high, low, rest @ ..] = bytes {
+        let length = usize::from(u16::from_be_bytes([*high, *low]));
+        out.push((*kind, rest.get(..length)?));
+        bytes = &rest[length..];
+    }
+    bytes.is_empty().then_some(out)
+}
+
+/// Values by type beyond what a header has room for are left out (Envoy).
+fn write_tlvs(tlvs: &[Tlv], taken: usize) -> Vec<u8> {
+    let mut out = Vec::new();
+    for tlv in tlvs {
+        let Ok(length) = u16::try_from(tlv.value.len()) else {
+            continue;
+        };
+        if taken + out.len() + 3 + tlv.value.len() > MAX_REST {
+            continue;
+        }
+        out.push(tlv.kind);
+        out.extend(length.to_be_bytes());
+        out.extend(&tlv.value);
+    }
+    out
+}
+
+/// The header for a connection between these two, or for one of our own. `tlvs` are for version 2 and others' connections.
+pub fn write(version: ProxyVersion, between: Option<(SocketAddr, SocketAddr)>, tlvs: &[Tlv]) -> Vec<u8> {
     let canonical = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
     let between = between
         .map(|(source, destination)| (canonical(source), canonical(destination)))
@@ -54,8 +98,10 @@ pub fn write(version: ProxyVersion, between: Option<(SocketAddr, SocketAddr)>) -
             addresses.extend(source.port().to_be_bytes());
             addresses.extend(destination.port().to_be_bytes());
             out.extend([0x21, if source.is_ipv4() { 0x11 } else { 0x21 }]);
-            out.extend((addresses.len() as u16).to_be_bytes());
+            let tlvs = write_tlvs(tlvs, addresses.len());
+            out.extend(((addresses.len() + tlvs.len()) as u16).to_be_bytes());
             out.extend(addresses);
+            out.extend(tlvs);
             out
         }
     }
@@ -79,6 +125,8 @@ pub enum Header {
         version: ProxyVersion,
         /// Bytes to take off.
         length: usize,
+        /// Where in them the addresses end, and values by type begin.
+        tlvs: usize,
         /// Who connected to whom.
         between: Option<(SocketAddr, SocketAddr)>,
     },
@@ -114,6 +162,7 @@ fn read_v1(bytes: &[u8]) -> Header {
     let present = |between| Header::Present {
         version: ProxyVersion::V1,
         length: end + 2,
+        tlvs: end + 2,
         between,
     };
     let Ok(line) = std::str::from_utf8(&bytes[..end]) else {
@@ -162,21 +211,20 @@ fn read_v2(bytes: &[u8]) -> Header {
     let Some(rest) = bytes.get(16..length) else {
         return Header::Incomplete;
     };
-    let present = |between| Header::Present {
+    let present = |between, addresses: usize| Header::Present {
         version: ProxyVersion::V2,
         length,
+        tlvs: 16 + addresses,
         between,
     };
     let port = |at: usize| u16::from_be_bytes([rest[at], rest[at + 1]]);
     match (fixed[0] & 0x0f, fixed[1]) {
         // LOCAL, whatever the family; or nothing known of the family.
-        (0, _) | (1, 0x00) => present(None),
+        (0, _) | (1, 0x00) => present(None, 0),
         (1, 0x11) if rest.len() >= 12 => {
             let ip = |at: usize| IpAddr::from([rest[at], rest[at + 1], rest[at + 2], rest[at + 3]]);
-            present(Some((
-                SocketAddr::new(ip(0), port(8)),
-                SocketAddr::new(ip(4), port(10)),
-            )))
+            let source = SocketAddr::new(ip(0), port(8));
+            present(Some((source, SocketAddr::new(ip(4), port(10)))), 12)
         }
         (1, 0x21) if rest.len() >= 36 => {
             let ip = |at: usize| {
@@ -184,10 +232,8 @@ fn read_v2(bytes: &[u8]) -> Header {
                 octets.copy_from_slice(&rest[at..at + 16]);
                 IpAddr::from(octets)
             };
-            present(Some((
-                SocketAddr::new(ip(0), port(32)),
-                SocketAddr::new(ip(16), port(34)),
-            )))
+            let source = SocketAddr::new(ip(0), port(32));
+            present(Some((source, SocketAddr::new(ip(16), port(34)))), 36)
         }
         _ => Header::Malformed,
     }
@@ -204,7 +250,7 @@ mod tests {
         let (v4, v6): (SocketAddr, SocketAddr) =
             ("1.2.3.4:5".parse().unwrap(), "[2001:db8::1]:6".parse().unwrap());
         for version in [ProxyVersion::V1, ProxyVersion::V2] {
-            let written = write(version, Some((v4, v6)));
+            let written = write(version, Some((v4, v6)), &[]);
             let Header::Present {
                 between: Some((source, destination)),
                 ..
@@ -244,10 +290,45 @@ mod tests {
         ));
     }
 
+    #[test]
+    fn a_list_of_values_that_does_not_end_where_it_says_is_none() {
+        let whole = [0x01, 0, 2, b'a', b'b', 0xe0, 0, 0];
+        assert_eq!(read_tlvs(&whole), Some(vec![(1, &b"ab"[..]), (0xe0, &b""[..])]));
+        for end in [1, 2, 3, 4, 6, 7] {
+            assert_eq!(read_tlvs(&whole[..end]), None, "{end}");
+        }
+        assert_eq!(read_tlvs(&[]), Some(Vec::new()));
+    }
+
+    #[test]
+    fn values_that_a_header_has_no_room_for_are_left_out() {
+        let of = |kind, length| Tlv {
+            kind,
+            value: vec![0; length].into(),
+        };
+        let between = ("1.2.3.4:5".parse().unwrap(), "1.2.3.4:6".parse().unwrap());
+        let tlvs = [of(1, 60_000), of(2, 60_000), of(3, 100), of(4, 70_000)];
+        let written = write(ProxyVersion::V2, Some(between), &tlvs);
+        let kinds: Vec<u8> = read_tlvs(&written[28..])
+            .unwrap()
+            .iter()
+            .map(|(kind, _)| *kind)
+            .collect();
+        assert_eq!(kinds, [1, 3]);
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(128))]
         #[test]
-        fn what_is_written_is_read(a: [u8; 16], b: [u8; 16], v4: bool, v2: bool, ports: (u16, u16), local: bool) {
+        fn what_is_written_is_read(
+            a: [u8; 16],
+            b: [u8; 16],
+            v4: bool,
+            v2: bool,
+            ports: (u16, u16),
+            local: bool,
+            tlvs in proptest::collection::vec((any::<u8>(), proptest::collection::vec(any::<u8>(), 0..40)), 0..5),
+        ) {
             let ip = |octets: [u8; 16]| if v4 {
                 IpAddr::from([octets[0], octets[1], octets[2], octets[3]])
             } else {
@@ -257,13 +338,24 @@ mod tests {
             // Mapped addresses are written as what they are.
             prop_assume!(between.is_none_or(|(a, b)| v4 || (a.ip().to_canonical().is_ipv6() && b.ip().to_canonical().is_ipv6())));
             let version = if v2 { ProxyVersion::V2 } else { ProxyVersion::V1 };
-            let written = write(version, between);
+            let list: Vec<Tlv> = tlvs
+                .iter()
+                .map(|(kind, value)| Tlv { kind: *kind, value: value.as_slice().into() })
+                .collect();
+            let written = write(version, between, &list);
             for end in 0..written.len() {
                 prop_assert_eq!(read(&written[..end]), Header::Incomplete);
             }
             let length = written.len();
             let more = [&written[..], b"GET"].concat();
-            prop_assert_eq!(read(&more), Header::Present { version, length, between });
+            let Header::Present { version: own, length: whole, tlvs: start, between: told } = read(&more) else {
+                panic!("{:?}", read(&more));
+            };
+            prop_assert_eq!((own, whole, told), (version, length, between));
+            let found = read_tlvs(&written[start..]).unwrap();
+            // Version 1 has no room for them, and connections of the proxy itself have none.
+            let kept = if v2 && !local { tlvs.len() } else { 0 };
+            prop_assert!(found.iter().copied().eq(tlvs[..kept].iter().map(|(kind, value)| (*kind, value.as_slice()))));
         }
 
         #[test]

@@ -1,5 +1,6 @@
 //! Subsets of a cluster on one worker: a balancer for each group of endpoints, found by the group's name.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 
@@ -63,19 +64,33 @@ impl SubsetBalancer {
         Self { groups, default }
     }
 
-    /// A host of the group that `wish` asks for, or of what stands for it. `whole` is the balancer over all hosts.
+    /// Chooses as [`Self::find`] does, and says how.
     pub fn pick(
         &self,
         rules: &Subsets,
         cluster: &Cluster,
         whole: &Balancer,
         wish: &Wish<'_>,
+    ) -> (Option<Rc<Host>>, Chosen) {
+        let how = Cell::new(Chosen::Subset);
+        let host = self.find(rules, cluster, whole, wish, &how);
+        (host, how.get())
+    }
+
+    /// A host of the group that `wish` asks for, or of what stands for it. `whole` is the balancer over all hosts.
+    fn find(
+        &self,
+        rules: &Subsets,
+        cluster: &Cluster,
+        whole: &Balancer,
+        wish: &Wish<'_>,
+        how: &Cell<Chosen>,
     ) -> Option<Rc<Host>> {
         let Some(criteria) = wish.criteria.filter(|criteria| !criteria.is_empty()) else {
-            return self.fall_back(&rules.fallback, rules, cluster, whole, wish);
+            return self.fall_back(&rules.fallback, rules, cluster, whole, wish, how);
         };
         if !rules.fallback_list || criteria.alternatives.is_empty() {
-            return self.pick_by(criteria, rules, cluster, whole, wish);
+            return self.pick_by(criteria, rules, cluster, whole, wish, how);
         }
         let mut choices = criteria.alternatives.iter();
         // Each alternative by its own group; what no group has falls back as the last one would.
@@ -83,7 +98,7 @@ impl SubsetBalancer {
             .find_map(|choice| self.group(choice, rules)?.pick(cluster, wish))
             .or_else(|| {
                 let plain = criteria.without_alternatives();
-                self.pick_by(&plain, rules, cluster, whole, wish)
+                self.pick_by(&plain, rules, cluster, whole, wish, how)
             })
     }
 
@@ -109,11 +124,12 @@ impl SubsetBalancer {
         cluster: &Cluster,
         whole: &Balancer,
         wish: &Wish<'_>,
+        how: &Cell<Chosen>,
     ) -> Option<Rc<Host>> {
         if let Some(group) = self.group(criteria, rules) {
             return group
                 .pick(cluster, wish)
-                .or_else(|| rules.panic_mode_any.then(|| whole.pick(cluster, wish))?);
+                .or_else(|| panic(rules, cluster, whole, wish, how));
         }
         let selector = rules.selectors.iter().find(|selector| {
             criteria.has_exactly(&selector.keys)
@@ -123,10 +139,10 @@ impl SubsetBalancer {
             // Fewer keys each time: this ends.
             Some(Fallback::Keys(keys)) => {
                 let narrowed = criteria.narrowed(keys)?;
-                self.pick_by(&narrowed, rules, cluster, whole, wish)
+                self.pick_by(&narrowed, rules, cluster, whole, wish, how)
             }
-            Some(fallback) => self.fall_back(fallback, rules, cluster, whole, wish),
-            None => self.fall_back(&rules.fallback, rules, cluster, whole, wish),
+            Some(fallback) => self.fall_back(fallback, rules, cluster, whole, wish, how),
+            None => self.fall_back(&rules.fallback, rules, cluster, whole, wish, how),
         }
     }
 
@@ -137,16 +153,44 @@ impl SubsetBalancer {
         cluster: &Cluster,
         whole: &Balancer,
         wish: &Wish<'_>,
+        how: &Cell<Chosen>,
     ) -> Option<Rc<Host>> {
+        how.set(Chosen::Fallback);
         match fallback {
             Fallback::Nobody | Fallback::Keys(_) => None,
             Fallback::Anybody => whole.pick(cluster, wish),
             Fallback::Default => self
                 .default
                 .pick(cluster, wish)
-                .or_else(|| rules.panic_mode_any.then(|| whole.pick(cluster, wish))?),
+                .or_else(|| panic(rules, cluster, whole, wish, how)),
         }
     }
+}
+
+/// Anybody, where the rules allow that for a group without hosts.
+fn panic(
+    rules: &Subsets,
+    cluster: &Cluster,
+    whole: &Balancer,
+    wish: &Wish<'_>,
+    how: &Cell<Chosen>,
+) -> Option<Rc<Host>> {
+    if !rules.panic_mode_any {
+        return None;
+    }
+    how.set(Chosen::Panic);
+    whole.pick(cluster, wish)
+}
+
+/// How a host was chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Chosen {
+    /// From the subset that was asked for.
+    Subset,
+    /// From what stands for it.
+    Fallback,
+    /// From all, since the subset has none.
+    Panic,
 }
 
 /// The names of the groups that an endpoint is in by one selector.

@@ -24,11 +24,13 @@ use crate::config::hcm::{Codec, HttpManager};
 use crate::config::listener::{ConnectionFacts, Direction, FilterChain, Handler, Listener, NetworkFilters};
 use crate::config::listener_filters::Taken;
 use crate::config::slot::ListenerSlot;
+use crate::metrics::events::ListenerEvent;
 use crate::metrics::flags::Flags;
 use crate::overload::Action;
 use crate::policy::facts::{Facts, PeerIdentity};
 use crate::policy::filter_state::FilterState;
 use crate::policy::network::NetworkFilter;
+use crate::policy::stats::OpenCount;
 use crate::random;
 use crate::stream::{Layer, Together};
 use crate::tls::info::ConnectionTls;
@@ -47,6 +49,9 @@ pub(super) async fn run(worker: Rc<Worker>, slot: Arc<ListenerSlot>, socket: Tcp
         match socket.accept().await {
             Ok(_) if overload.hits(Action::RejectIncomingConnections, random::next) => {
                 worker.recorder.counters().refused_connections.add(1);
+                slot.load()
+                    .traffic
+                    .note_listener(ListenerEvent::OverloadReject, worker.id);
             }
             Ok((stream, remote)) => balance(&worker, &slot, stream, remote),
             Err(error) => match error.kind() {
@@ -127,19 +132,62 @@ pub(super) fn serve(
     // Beyond the limit of all listeners a connection is closed at once, as in Envoy.
     let Some(counted) = worker.shared.overload.count_connection() else {
         worker.recorder.counters().refused_connections.add(1);
+        slot.load()
+            .traffic
+            .note_listener(ListenerEvent::GlobalOverflow, worker.id);
         return;
     };
     let open = worker.open_connection();
     worker.tasks.clone().spawn_local(async move {
         let listener = slot.load();
         drop(slot);
-        let _counted = listener.traffic.open(worker.id);
+        let mut place = Entrance::new(listener.clone(), worker.id);
         // Boxed, so that what detection and handshakes need is given back while requests are served.
-        if let Some(http) = Box::pin(connection(worker, listener, stream, remote)).await {
+        if let Some(http) = Box::pin(connection(worker, listener, stream, remote, &mut place)).await {
             http.serve().await;
         }
-        drop((open, share, counted));
+        drop((open, share, counted, place));
     });
+}
+
+/// A connection in its listener's statistics: as Envoy counts, it is one once its filter chain is known, and waits before.
+struct Entrance {
+    listener: Option<Arc<Listener>>,
+    worker: usize,
+    _open: Option<OpenCount>,
+}
+
+impl Entrance {
+    fn new(listener: Arc<Listener>, worker: usize) -> Self {
+        listener.traffic.note_listener(ListenerEvent::Accepted, worker);
+        Self {
+            listener: Some(listener),
+            worker,
+            _open: None,
+        }
+    }
+
+    fn note(&self, event: ListenerEvent) {
+        if let Some(listener) = &self.listener {
+            listener.traffic.note_listener(event, self.worker);
+        }
+    }
+
+    /// Its filter chain is known.
+    fn enter(&mut self) {
+        if let Some(listener) = self.listener.take() {
+            listener
+                .traffic
+                .note_listener(ListenerEvent::Classified, self.worker);
+            self._open = Some(listener.traffic.open(self.worker));
+        }
+    }
+}
+
+impl Drop for Entrance {
+    fn drop(&mut self) {
+        self.note(ListenerEvent::Classified);
+    }
 }
 
 /// Where the client wanted to go before interception changed it.
@@ -165,6 +213,7 @@ async fn connection(
     bound: Arc<Listener>,
     stream: TcpStream,
     remote: SocketAddr,
+    entrance: &mut Entrance,
 ) -> Option<HttpConnection> {
     // Small messages both ways; failures do no harm.
     let _ = stream.set_nodelay(true);
@@ -188,10 +237,15 @@ async fn connection(
     let mut prefix = Vec::new();
     if let Some(rules) = &before.proxy_protocol {
         let deadline = Instant::now() + bound.detection_timeout;
-        match read_proxy_header(&stream, &mut prefix, rules, deadline).await {
+        match read_proxy_header(&stream, &mut prefix, rules, &mut log.metadata, deadline).await {
             Ok(Some((source, told))) => (addresses.remote, addresses.local) = (source, told),
             Ok(None) => {}
             Err(error) => {
+                entrance.note(match error.kind() {
+                    io::ErrorKind::TimedOut => ListenerEvent::FilterTimeout,
+                    io::ErrorKind::UnexpectedEof => ListenerEvent::FilterRemoteClose,
+                    _ => ListenerEvent::FilterError,
+                });
                 log_handshake(&worker, &bound, &mut log, &error);
                 return None;
             }
@@ -223,15 +277,26 @@ async fn connection(
         let deadline = Instant::now() + listener.detection_timeout;
         match read_until_detected(&stream, &mut prefix, deadline).await {
             Ok(Some(found)) => detected = found,
-            Ok(None) if listener.continue_on_timeout => timed_out = true,
+            Ok(None) if listener.continue_on_timeout => {
+                entrance.note(ListenerEvent::FilterTimeout);
+                timed_out = true;
+            }
             Ok(None) => {
+                entrance.note(ListenerEvent::FilterTimeout);
                 log.local_close.set("listener_filter_timeout");
                 return None;
             }
-            Err(_) => return None,
+            Err(error) => {
+                entrance.note(match error.kind() {
+                    io::ErrorKind::UnexpectedEof => ListenerEvent::FilterRemoteClose,
+                    _ => ListenerEvent::FilterError,
+                });
+                return None;
+            }
         }
     }
-    let (chain, filters) = choose(&worker, &listener, &detected, &mut log)?;
+    let (chain, filters) = choose(&worker, &listener, &detected, &mut log, entrance)?;
+    entrance.enter();
     if timed_out
         && prefix.is_empty()
         && chain.tls.is_none()
@@ -287,12 +352,13 @@ async fn connection(
                 return None;
             }
             log.enter(proxy);
+            let _open = tcp::Open::of(proxy, worker.id);
             let stream = Io::Plain(Socket::over(stream, Together));
             tcp::join(worker, proxy.clone(), stream, prefix, upstream, log).await;
             drop(place);
             return None;
         }
-        let chosen = choose(&worker, &listener, &detected, &mut log)?;
+        let chosen = choose(&worker, &listener, &detected, &mut log, entrance)?;
         return handle(worker, listener, chosen, stream, prefix, detected, log).await;
     }
     handle(worker, listener, (chain, filters), stream, prefix, detected, log).await
@@ -382,6 +448,7 @@ fn choose(
     listener: &Listener,
     detected: &Detected,
     log: &mut ConnectionLog,
+    entrance: &Entrance,
 ) -> Option<(Arc<FilterChain>, Arc<NetworkFilters>)> {
     let addresses = log.addresses;
     log.server_name = detected.server_name.as_deref().map(Box::from);
@@ -400,6 +467,7 @@ fn choose(
     };
     let chain = listener.select(&facts).cloned();
     if chain.is_none() {
+        entrance.note(ListenerEvent::NoFilterChain);
         log.flag(Flags::NO_ROUTE);
         if !log.is_wanted() {
             worker.log(
@@ -461,6 +529,10 @@ async fn handle(
                     (Io::Tls(Box::new(stream)), Some(Arc::new(facts)))
                 }
                 Err(error) => {
+                    if error.kind() == io::ErrorKind::TimedOut {
+                        let traffic = &listener.traffic;
+                        traffic.note_listener(ListenerEvent::HandshakeTimeout, worker.id);
+                    }
                     log_handshake(&worker, &listener, &mut log, &error);
                     return None;
                 }
@@ -476,6 +548,7 @@ async fn handle(
         Handler::Tcp(proxy) => {
             let proxy = proxy.clone();
             log.enter(&proxy);
+            let _open = tcp::Open::of(&proxy, worker.id);
             let client = tcp::Client {
                 source: addresses.remote,
                 destination: addresses.local,

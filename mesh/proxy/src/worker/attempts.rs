@@ -9,10 +9,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use http::request::Parts;
 use http::uri::Scheme;
 use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
+use http_body::Body as _;
 use tokio::time::Instant;
 
 use super::body::{RequestSource, UpstreamBody};
-use super::exchange::{Exchange, GRPC_STATUS};
+use super::exchange::{Exchange, GRPC_STATUS, Sent};
 use super::failure::{
     Failure, broke_protocol, final_reply, full_text, refused_by_peer, stream_reset_by_peer,
 };
@@ -27,6 +28,7 @@ use crate::config::listener::Direction;
 use crate::config::retry::{Outcome, RetryPolicy};
 use crate::config::slot::{ClusterSlot, Level};
 use crate::hygiene::fields::Present;
+use crate::metrics::events::ClusterEvent;
 use crate::metrics::flags::Flags;
 use crate::random;
 use crate::tls::info::ConnectionTls;
@@ -109,9 +111,11 @@ pub(super) async fn attempts(
     loop {
         let wish = avoid.wish(plan, policy, unsent > 0);
         let Some(host) = cluster.pick(&wish, Some(plan.conn.local)) else {
+            plan.note(ClusterEvent::CxNoneHealthy);
             return Err(no_healthy_upstream());
         };
         exchange.attempts += 1;
+        exchange.sent_on = Sent::Not;
         exchange.host = Some(host.clone());
         let active = Active::on(&host);
         // What nobody acted on may be sent once more often: while pods are replaced, several may be on their way out.
@@ -133,8 +137,16 @@ pub(super) async fn attempts(
                 .map(|limit| Instant::now() + limit),
             tls: &tls,
         };
-        let result = attempt(plan, &parts, &try_of, &host).await;
+        let result = attempt(plan, &parts, &try_of, &host, &mut exchange.sent_on).await;
         exchange.upstream_tls = tls.into_inner();
+        if exchange.sent_on == Sent::Http2
+            && matches!(
+                &result,
+                Err(Failure::PerTryTimeout | Failure::Timeout | Failure::Client)
+            )
+        {
+            plan.note(ClusterEvent::RqTxReset);
+        }
         if let Some(began) = began.filter(|_| result.is_ok()) {
             cluster.observe(&host, began.elapsed());
         }
@@ -157,8 +169,14 @@ pub(super) async fn attempts(
             _ => false,
         };
         let wanted = may_retry && policy.is_some_and(|policy| policy.wants(&outcome));
+        let used_up = !may_retry && policy.is_some_and(|policy| policy.wants(&outcome));
         let in_time = || plan.deadline.is_none_or(|deadline| Instant::now() < deadline);
         if !(replayable && (quietly || wanted) && in_time()) {
+            if used_up {
+                plan.note(ClusterEvent::RetryLimit);
+            } else if wanted && !replayable {
+                plan.note(ClusterEvent::RetryAbandoned);
+            }
             if let Some(source) = source
                 && plan.forward.mirrors.is_empty()
             {
@@ -194,11 +212,25 @@ pub(super) async fn attempts(
                 refused += 1;
             }
             plan.conn.worker.recorder.counters().retries.add(1);
+            plan.cells().retries.add(1);
         }
         let asked = policy.and_then(|policy| asked_wait(policy, &outcome));
-        drop(result);
+        match result {
+            // Nothing is left of it: the connection serves on.
+            Ok((response, lease)) if response.body().is_end_stream() => {
+                lease.release(
+                    cluster.config.max_requests_per_connection,
+                    std::time::Instant::now(),
+                );
+            }
+            dropped => drop(dropped),
+        }
         avoid.add(host, policy);
         if !quietly && let Some(policy) = policy {
+            plan.note(match asked {
+                Some(_) => ClusterEvent::RetryAsked,
+                None => ClusterEvent::RetryBackoff,
+            });
             let wait = asked.unwrap_or_else(|| policy.back_off(retries, random::next()));
             let until = Instant::now() + wait;
             let until = plan.deadline.map_or(until, |deadline| until.min(deadline));
@@ -317,9 +349,7 @@ pub(super) fn judge<'r>(
             if matches!(failure, Failure::PerTryTimeout | Failure::Timeout) {
                 host.endpoint.state.counted.timed_out();
             }
-            if matches!(failure, Failure::PerTryTimeout) {
-                plan.cells().per_try_timeouts.add(1);
-            }
+            note_failure(plan, failure);
             match failure {
                 Failure::Connect(ConnectError::Overflow) | Failure::Client | Failure::Timeout => None,
                 Failure::Connect(_) => Some(Outcome::ConnectFailure),
@@ -357,6 +387,21 @@ fn unprocessed(headers: &http::HeaderMap) -> bool {
 
 fn outcome_of<B>(response: &Response<B>) -> Outcome<'_> {
     Outcome::Response(response.status(), response.headers())
+}
+
+/// Counts how an attempt has failed.
+fn note_failure(plan: &Plan<'_>, failure: &Failure) {
+    match failure {
+        Failure::PerTryTimeout => plan.cells().per_try_timeouts.add(1),
+        Failure::Timeout if plan.by_stream => plan.note(ClusterEvent::RqMaxDuration),
+        Failure::Timeout => plan.cells().timeouts.add(1),
+        Failure::Connect(ConnectError::Overflow) => {}
+        Failure::Connect(_) => plan.note(ClusterEvent::RqPendingFailure),
+        Failure::Refused { .. } => plan.note(ClusterEvent::RqRxReset),
+        Failure::Reset { protocol: true, .. } => plan.note(ClusterEvent::CxProtocolError),
+        Failure::Reset { stream: true, .. } => plan.note(ClusterEvent::RqRxReset),
+        Failure::Reset { .. } | Failure::Client => {}
+    }
 }
 
 fn note_ejection(plan: &Plan<'_>, ejected: bool) {
@@ -402,6 +447,7 @@ pub(super) async fn attempt(
     parts: &RefCell<&mut Parts>,
     try_of: &Try<'_>,
     host: &Host,
+    sent_on: &mut Sent,
 ) -> Result<(Response<Incoming>, Lease), Failure> {
     let cluster = plan.cluster;
     let worker = &plan.conn.worker;
@@ -438,6 +484,12 @@ pub(super) async fn attempt(
             lease
         }
     };
+    *sent_on = if lease.is_http2() {
+        Sent::Http2
+    } else {
+        Sent::Http1
+    };
+    plan.cells().total.add(1);
     *try_of.tls.borrow_mut() = lease.tls().cloned();
     let mut request = build(plan, &mut parts.borrow_mut(), try_of, host, &lease);
     let door = match try_of.tunnel {

@@ -94,6 +94,7 @@ pub async fn call(
         Ok(Err(_)) => (0, Flags::default()),
         Err(_) => (0, Flags::UPSTREAM_TIMEOUT),
     };
+    cells.total.add(1);
     cells.count(code, 1, flags, began.elapsed());
     match result {
         Ok(Ok(answer)) => {

@@ -23,6 +23,7 @@ use super::spans::{self, SpanState};
 use super::tap::{self, TapState};
 use crate::config::listener::Direction;
 use crate::config::virtual_cluster::Counted;
+use crate::metrics::events::{ClusterEvent, HttpEvent};
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
 use crate::metrics::series::{HttpLabels, Protocol, Reporter};
@@ -32,6 +33,18 @@ use crate::upstream::pool::Lease;
 
 /// By name, so that it is not parsed for every response.
 pub(super) static GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+
+/// How far an attempt has got.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sent {
+    /// It has no connection.
+    #[default]
+    Not,
+    /// It is on a connection of its own.
+    Http1,
+    /// It is a stream of a connection.
+    Http2,
+}
 
 /// See the module. Recorded when it is finished, or, if the client goes away, when it is dropped.
 pub struct Exchange {
@@ -77,6 +90,8 @@ pub struct Exchange {
     pub stream_limited: bool,
     /// Attempts made.
     pub attempts: u32,
+    /// Whether the last attempt got as far as a connection.
+    pub sent_on: Sent,
     /// Flags.
     pub flags: Flags,
     /// Status sent.
@@ -127,6 +142,7 @@ impl Exchange {
             interims: None,
             stream_limited: false,
             attempts: 0,
+            sent_on: Sent::Not,
             flags: Flags::default(),
             code: 0,
             grpc_status: None,
@@ -271,6 +287,18 @@ impl Drop for Exchange {
     fn drop(&mut self) {
         if !self.finished {
             // Dropped before its end: hyper gave up the request because the client is gone.
+            self.conn.note(HttpEvent::RqRxReset);
+            if self.version != Version::HTTP_2 {
+                self.conn.lost.set(true);
+            }
+            if let Some(cluster) = &self.cluster {
+                match self.sent_on {
+                    Sent::Not => cluster.slot.counted.note(ClusterEvent::RqCancelled),
+                    // Over HTTP/1 nothing is reset: the connection ends.
+                    Sent::Http1 => {}
+                    Sent::Http2 => cluster.slot.counted.note(ClusterEvent::RqTxReset),
+                }
+            }
             self.flags.add(Flags::DOWNSTREAM_TERMINATION);
             if self.details.is_empty() || self.details == "via_upstream" {
                 self.details = Cow::Borrowed("downstream_remote_disconnect");
@@ -429,6 +457,9 @@ impl Observer for Watch {
             }
         } else if let Some(trailers) = frame.trailers_ref() {
             self.exchange.note_grpc_status(trailers);
+            if let (Some(cluster), Some(host)) = (&self.exchange.cluster, &self.exchange.host) {
+                cluster.note_load(host, trailers);
+            }
             logging::keep_trailers(&mut self.exchange, trailers);
             if let Some(tap) = &mut self.exchange.tap {
                 tap.answer().trailers(trailers);
@@ -441,11 +472,32 @@ impl Observer for Watch {
         let source = self.exchange.source.as_ref();
         let sent = source.and_then(|source| source.borrow().last_frame);
         let (flag, details) = std::task::ready!(self.limits.poll(cx, sent));
+        let conn = &self.exchange.conn;
+        if flag.has(Flags::STREAM_IDLE) {
+            conn.note(HttpEvent::RqIdleTimeout);
+        } else if flag.has(Flags::MAX_STREAM_DURATION) {
+            conn.note(HttpEvent::RqMaxDuration);
+        }
+        if let Some(cluster) = &self.exchange.cluster {
+            if flag.has(Flags::UPSTREAM_TIMEOUT) {
+                cluster.cells(&conn.worker.recorder).timeouts.add(1);
+            } else if flag.has(Flags::MAX_STREAM_DURATION) {
+                cluster.slot.counted.note(ClusterEvent::RqMaxDuration);
+            }
+            if self.lease.as_ref().is_some_and(Lease::is_http2) {
+                cluster.slot.counted.note(ClusterEvent::RqTxReset);
+            }
+        }
+        conn.note(HttpEvent::RqTxReset);
         self.broken(flag, details);
         Poll::Ready(details.into())
     }
 
     fn ended(&mut self) {
+        let source = self.exchange.source.as_ref();
+        if source.is_some_and(|source| !source.borrow().is_whole()) {
+            self.exchange.conn.note(HttpEvent::RqEarlyAnswer);
+        }
         let now = Instant::now();
         if let Some(lease) = self.lease.take() {
             lease.release(self.max_requests, now);
@@ -459,6 +511,17 @@ impl Observer for Watch {
         let client = self.exchange.source.as_ref();
         if client.is_some_and(|source| source.borrow().client_failed) {
             return self.broken(Flags::DOWNSTREAM_TERMINATION, "downstream_remote_disconnect");
+        }
+        self.exchange.conn.note(HttpEvent::ResetAfterStart);
+        self.exchange.conn.note(HttpEvent::RqTxReset);
+        if let Some(cluster) = &self.exchange.cluster {
+            let http2 = self.lease.as_ref().is_some_and(Lease::is_http2);
+            // Over HTTP/1 a message that ends early is a broken one.
+            cluster.slot.counted.note(if http2 {
+                ClusterEvent::RqRxReset
+            } else {
+                ClusterEvent::CxProtocolError
+            });
         }
         self.broken(
             Flags::UPSTREAM_CONNECTION_TERMINATION,

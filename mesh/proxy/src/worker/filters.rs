@@ -357,7 +357,7 @@ pub(super) async fn decode(
                     Some(Override::ExtAuthz(own)) => Some(own),
                     _ => None,
                 };
-                Box::pin(ext_authz::ask(exchange, authz, own, parts, body))
+                Box::pin(ext_authz::ask(exchange, authz, own, routed, parts, body))
                     .await
                     .map(|again| reroute = again)
             }

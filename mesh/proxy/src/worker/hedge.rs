@@ -18,11 +18,12 @@ use super::attempts::{
     take_retry_permit,
 };
 use super::body::RequestSource;
-use super::exchange::Exchange;
+use super::exchange::{Exchange, Sent};
 use super::failure::{Failure, final_reply};
 use super::local::LocalReply;
 use super::request::{Routed, view};
 use super::upstream::Plan;
+use crate::metrics::events::ClusterEvent;
 use crate::metrics::flags::Flags;
 use crate::random;
 use crate::upstream::cluster::{Active, Host};
@@ -60,6 +61,7 @@ pub(super) async fn hedged(
     loop {
         let Some(host) = cluster.pick(&avoid.wish(plan, Some(policy), false), Some(plan.conn.local)) else {
             if running.is_empty() {
+                plan.note(ClusterEvent::CxNoneHealthy);
                 return Err(no_healthy_upstream());
             }
             // Nobody to hedge with: what runs decides.
@@ -72,6 +74,7 @@ pub(super) async fn hedged(
             }
         };
         exchange.attempts += 1;
+        exchange.sent_on = Sent::Http1;
         let number = exchange.attempts;
         let one = Running {
             active: Active::on(&host),
@@ -95,7 +98,8 @@ pub(super) async fn hedged(
                 per_try: None,
                 tls,
             };
-            let result = attempt(plan, parts, &try_of, &one.host).await;
+            let mut sent_on = Sent::Not;
+            let result = attempt(plan, parts, &try_of, &one.host, &mut sent_on).await;
             (one, result)
         });
         let mut soft = Instant::now() + patience;
@@ -118,6 +122,11 @@ pub(super) async fn hedged(
                     }
                     let replayable = source.is_none_or(|source| source.borrow().can_replay());
                     if !may_retry || !replayable {
+                        plan.note(if may_retry {
+                            ClusterEvent::RetryAbandoned
+                        } else {
+                            ClusterEvent::RetryLimit
+                        });
                         exchange.flags.add(Flags::RETRY_LIMIT);
                         return settle(exchange, one, result, tls, retries, policy);
                     }
@@ -146,6 +155,7 @@ pub(super) async fn hedged(
         };
         retries += 1;
         plan.conn.worker.recorder.counters().retries.add(1);
+        plan.cells().retries.add(1);
         if let Some(wait) = wait {
             match plan.deadline {
                 Some(deadline) => tokio::time::sleep_until((Instant::now() + wait).min(deadline)).await,

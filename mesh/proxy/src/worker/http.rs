@@ -18,11 +18,13 @@ use crate::config::hcm::{HttpManager, ServerHeader};
 use crate::config::listener::{Direction, FilterChain};
 use crate::hygiene::scan::{HeadLimits, Scanner};
 use crate::hygiene::strict::{Gate, StrictIo};
+use crate::metrics::events::HttpEvent;
 use crate::overload::Action;
 use crate::policy::facts::PeerIdentity;
 use crate::policy::filter_state::FilterState;
 use crate::policy::local_rate_limit::{Buckets, LocalRateLimit};
 use crate::policy::metadata::Metadata;
+use crate::policy::stats::OpenCount;
 use crate::random;
 use crate::tls::info::ConnectionTls;
 
@@ -59,8 +61,13 @@ pub struct Downstream {
     remote_text: OnceCell<HeaderValue>,
     upgrade_asked: Cell<bool>,
     last: Cell<bool>,
+    told_end: Cell<bool>,
     requests: Cell<u32>,
     pub(super) running: Cell<u32>,
+    /// A request or a tunnel was on it when it ended.
+    pub(super) lost: Cell<bool>,
+    /// Counts it as open.
+    _counted: OpenCount,
     opened: Instant,
     pub(super) last_used: Cell<Instant>,
     pub(super) finishing: Cell<bool>,
@@ -107,10 +114,15 @@ impl Downstream {
     }
 
     /// A request begins.
-    pub fn request_began(&self) {
+    pub fn request_began(&self, http2: bool) {
         self.requests.set(self.requests.get().saturating_add(1));
-        self.manager.traffic.request_began(self.worker.id);
+        self.manager.traffic.request_began(http2, self.worker.id);
         self.running.set(self.running.get() + 1);
+    }
+
+    /// Something rare has happened to it, or to one of its requests.
+    pub fn note(&self, event: HttpEvent) {
+        self.manager.traffic.note(event, self.worker.id);
     }
 
     /// How many requests have come so far.
@@ -175,6 +187,25 @@ impl Downstream {
                 .is_some_and(|limit| self.opened.elapsed() >= limit)
     }
 
+    /// Counts why the connection should end, once.
+    fn note_end(&self) {
+        if self.told_end.replace(true) {
+            return;
+        }
+        let limit = self.manager.max_requests_per_connection;
+        let overload = &self.worker.shared.overload;
+        let too_old = self.manager.max_connection_duration;
+        if self.worker.phase() != DrainPhase::Serving || self.chain.is_retired() {
+            self.note(HttpEvent::CxDrainClose);
+        } else if limit > 0 && self.requests.get() >= limit {
+            self.note(HttpEvent::CxMaxRequests);
+        } else if too_old.is_some_and(|limit| self.opened.elapsed() >= limit) {
+            self.note(HttpEvent::CxMaxDuration);
+        } else if overload.hits(Action::DisableHttpKeepalive, || 0) {
+            self.note(HttpEvent::CxOverload);
+        }
+    }
+
     /// Puts what every response carries on one: `server`, and `connection: close` when it is time.
     pub fn dress(&self, headers: &mut HeaderMap, version: Version) {
         match &self.manager.server {
@@ -187,6 +218,7 @@ impl Downstream {
             ServerHeader::PassThrough => {}
         }
         if self.should_close() {
+            self.note_end();
             if version == Version::HTTP_2 {
                 if !self.finishing.replace(true) {
                     self.finish.notify_one();
@@ -232,7 +264,7 @@ pub async fn serve<S>(
 ) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let gate = Arc::new(Gate::default());
+    let gate = Arc::new(Gate::counting(manager.traffic.bytes(worker.id)));
     let limits = (!http2).then_some(HeadLimits {
         bytes: manager.max_head,
         fields: manager.max_header_count,
@@ -240,8 +272,8 @@ pub async fn serve<S>(
     let scanner = limits.map(|limits| Scanner::new(limits).allowing_connect(manager.connect));
     let io = StrictIo::with(stream, prefix, scanner, gate.clone());
     let now = Instant::now();
-    let _counted = manager.traffic.open(worker.id);
-    manager.traffic.speaks(http2, tls.is_some(), worker.id);
+    let mut counted = manager.traffic.open(worker.id);
+    manager.traffic.speaks(&mut counted, http2, tls.is_some());
     let conn = Rc::new(Downstream {
         worker,
         manager,
@@ -260,8 +292,11 @@ pub async fn serve<S>(
         remote_text: OnceCell::new(),
         upgrade_asked: Cell::new(false),
         last: Cell::new(false),
+        told_end: Cell::new(false),
         requests: Cell::new(0),
         running: Cell::new(0),
+        lost: Cell::new(false),
+        _counted: counted,
         opened: now,
         last_used: Cell::new(now),
         finishing: Cell::new(false),
@@ -272,5 +307,25 @@ pub async fn serve<S>(
         Box::pin(http2::serve(conn, io)).await
     } else {
         http1::serve(conn, io).await
+    }
+}
+
+/// Counts the end of a connection, whichever way it comes. One that has become a tunnel goes on as that.
+impl Drop for Downstream {
+    fn drop(&mut self) {
+        let by_client = self.gate.ended_by_client();
+        self.note(if by_client {
+            HttpEvent::CxDestroyRemote
+        } else {
+            HttpEvent::CxDestroyLocal
+        });
+        if self.running.get() > 0 || self.lost.get() {
+            self.note(HttpEvent::CxDestroyWithRequest);
+            self.note(if by_client {
+                HttpEvent::CxDestroyRemoteWithRequest
+            } else {
+                HttpEvent::CxDestroyLocalWithRequest
+            });
+        }
     }
 }

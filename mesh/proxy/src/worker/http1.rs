@@ -20,6 +20,7 @@ use super::rest::{End, idle_left, wait_for_end};
 use super::seldom::Seldom;
 use super::{DrainPhase, request};
 use crate::hygiene::strict::StrictIo;
+use crate::metrics::events::HttpEvent;
 
 /// Fields that hyper has room for without being told. Being told, it clears room for them for each request.
 const HYPERS_FIELDS: usize = 100;
@@ -68,7 +69,12 @@ where
         let end = tokio::select! {
             biased;
             // An error means that the client broke off or broke the protocol; its requests have been recorded.
-            _ = &mut connection => return None,
+            outcome = &mut connection => {
+                if outcome.is_err_and(|error| error.is_timeout()) {
+                    conn.note(HttpEvent::RqHeaderTimeout);
+                }
+                return None;
+            }
             end = Seldom::new(wait_for_end(&conn, may_park)) => end,
         };
         match end {
@@ -102,6 +108,7 @@ where
             () = conn.worker.phase_changed() => {}
             () = tokio::time::sleep(idle_left(conn)) => {
                 if idle_left(conn).is_zero() {
+                    conn.note(HttpEvent::CxIdleTimeout);
                     return false;
                 }
             }

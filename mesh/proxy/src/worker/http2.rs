@@ -36,6 +36,7 @@ use super::seldom::Seldom;
 use super::streams::{Pump, Received, TunnelIo, content_length, strip};
 use super::tunnel::Later;
 use crate::hygiene::strict::StrictIo;
+use crate::metrics::events::HttpEvent;
 
 /// Largest frame that is taken.
 const MAX_FRAME: u32 = 16 * 1024;
@@ -71,7 +72,7 @@ where
             biased;
             made = handshake.as_mut() => match made {
                 Ok(connection) => break connection,
-                Err(_) => return,
+                Err(error) => return note_error(&conn, &error),
             },
             end = Seldom::new(wait_for_end(&conn, false)) => match end {
                 End::Finish => finishing = true,
@@ -104,7 +105,11 @@ where
         loop {
             match connection.poll_accept(cx) {
                 Poll::Pending => return Poll::Pending,
-                Poll::Ready(None | Some(Err(_))) => return Poll::Ready(()),
+                Poll::Ready(None) => return Poll::Ready(()),
+                Poll::Ready(Some(Err(error))) => {
+                    note_error(conn, &error);
+                    return Poll::Ready(());
+                }
                 Poll::Ready(Some(Ok((request, respond)))) => {
                     let (head, received) = request.into_parts();
                     // Boxed, both of them: a task is moved several times until it runs and once more when it ends.
@@ -115,6 +120,19 @@ where
         }
     })
     .await;
+}
+
+/// Counts a connection that did not end in good order.
+fn note_error(conn: &Downstream, error: &h2::Error) {
+    // Of our own finding: what the client says of us is not the client's fault, nor is a broken socket.
+    if error.is_remote() || error.is_io() {
+        return;
+    }
+    match error.reason() {
+        None | Some(Reason::NO_ERROR) => {}
+        Some(Reason::ENHANCE_YOUR_CALM) => conn.note(HttpEvent::RqTooManyResets),
+        Some(_) => conn.note(HttpEvent::CxProtocolError),
+    }
 }
 
 /// Serves one request.

@@ -11,6 +11,7 @@ use super::exchange::{Exchange, Watch};
 use super::filters;
 use super::logging;
 use super::request::X_REQUEST_ID;
+use crate::metrics::events::HttpEvent;
 use crate::metrics::flags::Flags;
 use crate::policy::compressor::Encoder;
 
@@ -99,6 +100,13 @@ impl LocalReply {
         let mut response = Response::new(());
         *response.headers_mut() = self.headers;
         let headers = response.headers_mut();
+        let conn = &exchange.conn;
+        match &*self.details {
+            "request_payload_too_large" => conn.note(HttpEvent::RqTooLarge),
+            "stream_idle_timeout" => conn.note(HttpEvent::RqIdleTimeout),
+            "max_duration_timeout" => conn.note(HttpEvent::RqMaxDuration),
+            _ => {}
+        }
         exchange.flags.add(self.flags);
         exchange.details = self.details;
         let mut body = self.body;

@@ -29,6 +29,7 @@ use crate::config::table::RouteTable;
 use crate::hygiene::fields::{Present, never_again};
 use crate::hygiene::path::{Normalized, normalize};
 use crate::hygiene::scan::valid_host;
+use crate::metrics::events::HttpEvent;
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{METADATA_HEADER, METADATA_ID_HEADER};
 use crate::overload;
@@ -204,7 +205,7 @@ pub(super) async fn handle(
     incoming: Incoming,
     interims: Option<Arc<Waiting>>,
 ) -> Result<Response<Body>, Broken> {
-    conn.request_began();
+    conn.request_began(parts.version == Version::HTTP_2);
     let mut exchange = Exchange::new(
         conn.clone(),
         parts.method.clone(),
@@ -229,6 +230,7 @@ pub(super) async fn handle(
         .hits(overload::Action::StopAcceptingRequests, random::next)
     {
         conn.decide_upgrade(false);
+        conn.note(HttpEvent::RqOverload);
         let reply = LocalReply::new(
             StatusCode::SERVICE_UNAVAILABLE,
             Flags::OVERLOAD,
@@ -268,6 +270,7 @@ fn admit(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) -> Resul
         reply
     };
     if let Some(violation) = conn.gate.violation(conn.request_number()) {
+        conn.note(HttpEvent::CxProtocolError);
         let status = StatusCode::from_u16(violation.status()).unwrap_or(StatusCode::BAD_REQUEST);
         return Err(refuse(status, violation.details()));
     }
@@ -351,8 +354,12 @@ fn normalize_target(conn: &Downstream, parts: &mut Parts) -> Result<(), LocalRep
         manager.merge_slashes,
         manager.escaped_slashes,
     ) {
-        Normalized::Refused => return Err(refused("path_normalization_failed")),
+        Normalized::Refused => {
+            conn.note(HttpEvent::RqPathRefused);
+            return Err(refused("path_normalization_failed"));
+        }
         Normalized::Redirect(path) => {
+            conn.note(HttpEvent::RqPathRedirected);
             let mut reply = LocalReply::new(
                 StatusCode::TEMPORARY_REDIRECT,
                 Flags::default(),
@@ -526,6 +533,7 @@ async fn route(
     {
         routed = find_route(&conn, &parts, &conn.noted);
     }
+    conn.manager.traffic.routed(conn.worker.id);
     exchange.route = routed.configured();
     let mut body = (tunnel.is_none() && !incoming.is_end_stream()).then(|| Inbound::new(incoming));
     if !conn.manager.filters.filters.is_empty() {
@@ -548,9 +556,11 @@ async fn route(
     }
     let response = match &routed.route.action {
         Action::Nobody => {
+            conn.note(HttpEvent::NoRoute);
             LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", "").send(exchange)
         }
         Action::Tls => {
+            conn.note(HttpEvent::DirectResponse);
             let location = format!("https://{}{}", view(&parts).authority(), parts.uri);
             redirect(
                 exchange,
@@ -561,6 +571,7 @@ async fn route(
             )
         }
         Action::Direct(direct) => {
+            conn.note(HttpEvent::DirectResponse);
             let mut reply = LocalReply::new(direct.status, Flags::default(), "direct_response", "");
             reply.body = direct.body.clone();
             reply.foretell(&mut exchange);
@@ -569,6 +580,7 @@ async fn route(
         }
         Action::Redirect(action) => {
             let location = routed.route.location(action, &view(&parts));
+            conn.note(HttpEvent::DirectResponse);
             redirect(exchange, &routed, &parts, action.status, &location)
         }
         Action::Forward(_) => {

@@ -79,6 +79,9 @@ impl<'a> Answer<'a> {
             source.borrow_mut().answered = true;
         }
         let (mut head, incoming) = response.into_parts();
+        if let Some(host) = &exchange.host {
+            plan.cluster.note_load(host, &head.headers);
+        }
         let present = Present::of(&head.headers);
         strip_present(&mut head.headers, present);
         if present.has(Present::PEER) {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::DrainPhase;
 use super::http::Downstream;
+use crate::metrics::events::HttpEvent;
 
 /// Quiet for this long, an HTTP/1 connection is parked: long enough that clients which ask every second never are.
 const PARK_AFTER: Duration = Duration::from_secs(2);
@@ -49,6 +50,9 @@ pub(super) async fn wait_for_end(conn: &Downstream, may_park: bool) -> End {
                 }
                 let quiet = conn.last_used.get().elapsed();
                 if conn.manager.idle_timeout.is_some_and(|idle| quiet >= idle) {
+                    if !told {
+                        conn.note(HttpEvent::CxIdleTimeout);
+                    }
                     return if told { End::Abort } else {
                         conn.finishing.set(true);
                         End::Finish

@@ -15,6 +15,7 @@ use super::filters;
 use super::request::X_REQUEST_ID;
 use crate::config::listener::Direction;
 use crate::hygiene::fields::never_again;
+use crate::metrics::events::HttpEvent;
 use crate::observe::export::{
     BATCH, Collector, Exporter, FLUSH, OTLP_PATH, Span, datadog_bytes, otlp_bytes, to_otlp, zipkin_bytes,
 };
@@ -57,6 +58,12 @@ pub(super) fn begin(exchange: &mut Exchange, parts: &mut Parts) {
         internal,
         &random::next,
     );
+    conn.note(match reason {
+        Reason::None => HttpEvent::NotTraced,
+        Reason::Sampled => HttpEvent::TracedRandomly,
+        Reason::Forced => HttpEvent::TracedByService,
+        Reason::Client => HttpEvent::TracedByClient,
+    });
     let (context, parent) = tracer.begin(&parts.headers, reason, &random::next);
     // The id tells later hops what was decided here.
     if let Some(mut packed) = id.as_ref().and_then(|id| reason_of(context, reason).pack(id)) {

@@ -12,31 +12,37 @@ use serde_json::{Value, json};
 
 use super::exchange::Exchange;
 use super::request::view;
+use crate::config::convert::Address;
 use crate::config::matchers::RequestView;
 use crate::observe::time::TimeFormat;
 use crate::policy::stats::Counter;
-use crate::policy::tap::{Seen, Spot, Tap, TapFilter, is_status, with_status};
+use crate::policy::tap::{Search, Searching, Seen, Spot, Tap, TapFilter, is_status, with_status};
 use crate::random;
 
 /// The first bytes of a body, and the trailers behind it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Capture {
     bytes: Vec<u8>,
     limit: usize,
     truncated: bool,
     trailers: Option<HeaderMap>,
+    searching: Searching,
 }
 
 impl Capture {
-    fn new(limit: usize) -> Self {
+    fn new(limit: usize, searches: &Arc<[Search]>) -> Self {
         Self {
+            bytes: Vec::new(),
             limit,
-            ..Self::default()
+            truncated: false,
+            trailers: None,
+            searching: Searching::new(searches),
         }
     }
 
     /// Bytes of it.
     pub fn data(&mut self, data: &[u8]) {
+        self.searching.feed(data);
         let room = self.limit - self.bytes.len();
         self.truncated |= data.len() > room;
         self.bytes.extend_from_slice(&data[..data.len().min(room)]);
@@ -64,6 +70,7 @@ pub struct TapState {
     tap: Arc<Tap>,
     tapped: Option<Arc<Counter>>,
     connection: bool,
+    upstream: bool,
     times: bool,
     method: http::Method,
     target: String,
@@ -97,6 +104,8 @@ fn begin(exchange: &mut Exchange, tap: Arc<Tap>, parts: &Parts, filter: Option<&
         request_trailers: None,
         response: None,
         response_trailers: None,
+        request_body: None,
+        response_body: None,
     };
     // Looked at once: who was there first sees it.
     if exchange.tap.is_some()
@@ -108,6 +117,7 @@ fn begin(exchange: &mut Exchange, tap: Arc<Tap>, parts: &Parts, filter: Option<&
     exchange.tap = Some(Box::new(TapState {
         tapped: filter.map(|filter| filter.tapped.clone()),
         connection: filter.is_none_or(|filter| filter.connection),
+        upstream: filter.is_some_and(|filter| filter.upstream),
         times: filter.is_none_or(|filter| filter.times),
         method: parts.method.clone(),
         target: parts
@@ -120,7 +130,7 @@ fn begin(exchange: &mut Exchange, tap: Arc<Tap>, parts: &Parts, filter: Option<&
         request: parts.headers.clone(),
         came: SystemTime::now(),
         response: None,
-        answer: Capture::new(tap.config.response_bytes),
+        answer: Capture::new(tap.config.response_bytes, &tap.config.in_response),
         tap,
     }));
 }
@@ -128,7 +138,10 @@ fn begin(exchange: &mut Exchange, tap: Arc<Tap>, parts: &Parts, filter: Option<&
 impl TapState {
     /// For the request's body.
     pub(super) fn capture(&self) -> Box<Capture> {
-        Box::new(Capture::new(self.tap.config.request_bytes))
+        Box::new(Capture::new(
+            self.tap.config.request_bytes,
+            &self.tap.config.in_request,
+        ))
     }
 
     /// The response's head.
@@ -165,11 +178,14 @@ pub(super) fn finish(exchange: &mut Exchange) {
     let source = exchange.source.as_ref().map(|source| source.borrow());
     let captured = source.as_ref().and_then(|source| source.captured());
     let none = HeaderMap::new();
+    let nothing = Searching::new(&state.tap.config.in_request);
     let seen = Seen {
         request: state.request_view(),
         request_trailers: Some(captured.and_then(|body| body.trailers.as_ref()).unwrap_or(&none)),
         response: Some(state.response.as_ref().map_or(&none, |(_, headers, _)| headers)),
         response_trailers: Some(state.answer.trailers.as_ref().unwrap_or(&none)),
+        request_body: Some(captured.map_or(&nothing, |body| &body.searching)),
+        response_body: Some(&state.answer.searching),
     };
     if state.tap.config.wants(&seen) != Some(true) {
         return;
@@ -203,8 +219,21 @@ pub(super) fn finish(exchange: &mut Exchange) {
     if state.times {
         trace["request"]["headers_received_time"] = time(state.came);
     }
+    let address = |at: std::net::SocketAddr| json!({ "socket_address": { "address": at.ip().to_string(), "port_value": at.port() } });
+    if state.upstream
+        && let Some(host) = &exchange.host
+    {
+        let remote = match &host.endpoint.address {
+            Address::Tcp(at) => address(*at),
+            other => json!({ "pipe": { "path": other.to_string() } }),
+        };
+        let mut shown = json!({ "remote_address": remote });
+        if let Some(local) = exchange.upstream_local {
+            shown["local_address"] = address(local);
+        }
+        trace["upstream_connection"] = shown;
+    }
     if state.connection {
-        let address = |at: std::net::SocketAddr| json!({ "socket_address": { "address": at.ip().to_string(), "port_value": at.port() } });
         trace["downstream_connection"] = json!({
             "local_address": address(exchange.conn.local),
             "remote_address": address(exchange.conn.remote),

@@ -23,6 +23,7 @@ use crate::config::hash::hash_of_source;
 use crate::config::listener::{Direction, Listener, TcpProxy, TcpTargets};
 use crate::config::slot::{ClusterSlot, Directory};
 use crate::metrics::clusters::Connection;
+use crate::metrics::events::{ClusterEvent, TcpEvent, WorkerEvents};
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{ServiceIdentity, Workload};
 use crate::metrics::series::{Reporter, TcpLabels, TcpSeries};
@@ -31,7 +32,7 @@ use crate::policy::filter_state::{Factory, FilterState};
 use crate::tls::info::ConnectionTls;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::{Active, Host, WorkerCluster};
-use crate::upstream::connect::{self, ConnectOptions, Connected, Socket, Speaking, Stream};
+use crate::upstream::connect::{self, Connected, Socket, Speaking, Stream};
 use crate::upstream::outlier::Event;
 
 /// Bytes of a greeting that are read at most before it is known who speaks first.
@@ -144,6 +145,7 @@ pub(super) async fn open(
                     };
                     log.flag(Flags::NO_CLUSTER);
                     log.cluster = Some(unknown.into());
+                    proxy.counted.note(TcpEvent::NoRoute, worker.id);
                     record_failure(worker, proxy, &labels, listener, log);
                 }
                 return Err(NoUpstream);
@@ -162,6 +164,8 @@ pub(super) async fn open(
         Direction::Inbound => Reporter::Destination,
         Direction::Outbound | Direction::Unspecified => Reporter::Source,
     };
+    // Who only wanted to see whether the server speaks first comes again.
+    let counts = log.is_some();
     let mut no_upstream =
         |mut labels: TcpLabels, flags, failure: String, attempts, host: Option<Rc<Host>>| {
             if let Some(log) = &mut log {
@@ -194,6 +198,9 @@ pub(super) async fn open(
         }
     }
     let Some(cluster) = worker.cluster(slot) else {
+        if counts {
+            proxy.counted.note(TcpEvent::NoRoute, worker.id);
+        }
         return no_upstream(labels, Flags::NO_CLUSTER, String::new(), 0, None);
     };
     labels.service = cluster
@@ -212,6 +219,7 @@ pub(super) async fn open(
             ..Default::default()
         };
         let Some(host) = cluster.pick(&wish, Some(destination)) else {
+            slot.counted.note(ClusterEvent::CxNoneHealthy);
             return no_upstream(
                 labels,
                 Flags::NO_HEALTHY_UPSTREAM,
@@ -266,6 +274,7 @@ pub(super) async fn open(
         }
         tried.push(host);
     }
+    slot.counted.note(ClusterEvent::CxConnectAttemptsExceeded);
     let mut flags = Flags::UPSTREAM_CONNECTION_FAILURE;
     if proxy.max_connect_attempts > 1 {
         flags.add(Flags::RETRY_LIMIT);
@@ -296,17 +305,11 @@ async fn connect_to(
     client: &Client<'_>,
 ) -> Result<(Connected, Connection), String> {
     let config = &cluster.config;
-    let options = ConnectOptions {
-        between: config
-            .tells_clients()
-            .then_some((client.source, client.destination)),
-        server_name: client.state.known(Factory::ServerName).map(Box::from),
-        ..ConnectOptions::default()
-    };
-    let mut connection = cluster
-        .cells(&worker.recorder)
-        .clone()
-        .connecting(&host.endpoint.state);
+    let options = config.connect_options(None, client.state, client.source, client.destination);
+    // As in Envoy a connection is a request as well.
+    let cells = cluster.cells(&worker.recorder);
+    cells.pending.add(1);
+    let mut connection = cells.clone().connecting(&host.endpoint.state);
     let work = connect::connect(config, &host.endpoint, Speaking::Bytes, &options);
     let result = tokio::time::timeout(config.connect_timeout, work).await;
     let counters = worker.recorder.counters();
@@ -316,11 +319,14 @@ async fn connect_to(
             // A connection is a success as TCP goes.
             cluster.record(host, Event::Status(200));
             connection.made();
+            connection.shared().begin();
+            cells.total.add(1);
             Ok((connected, connection))
         }
         failed => {
             counters.upstream_connect_failures.add(1);
             connection.failed(failed.is_err());
+            cluster.slot.counted.note(ClusterEvent::RqPendingFailure);
             if cluster.record(host, Event::LocalFailure) {
                 counters.ejections.add(1);
             }
@@ -359,6 +365,28 @@ fn record_failure(
     );
 }
 
+/// Counts a connection of a TCP proxy for as long as it lives.
+pub(super) struct Open {
+    counted: Arc<WorkerEvents<TcpEvent>>,
+    worker: usize,
+}
+
+impl Open {
+    pub(super) fn of(proxy: &TcpProxy, worker: usize) -> Self {
+        proxy.counted.note(TcpEvent::Opened, worker);
+        Self {
+            counted: proxy.counted.clone(),
+            worker,
+        }
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.counted.note(TcpEvent::Closed, self.worker);
+    }
+}
+
 /// Counts a connection in its series until dropped.
 struct Counted(Option<Arc<TcpSeries>>);
 
@@ -394,6 +422,7 @@ pub(super) async fn join(
     }
     let counted = Counted(series);
     let cells = upstream.connection.as_ref().map(|own| own.cells().clone());
+    let shared = upstream.connection.as_ref().map(|own| own.shared().clone());
     let last = Cell::new(Instant::now());
     let received = |count: usize| {
         last.set(Instant::now());
@@ -404,6 +433,7 @@ pub(super) async fn join(
         if let Some(cells) = &cells {
             cells.sent.add(count as u64);
         }
+        proxy.bytes[0].add_many(worker.id, count as u64);
     };
     let sent = |count: usize| {
         last.set(Instant::now());
@@ -414,6 +444,7 @@ pub(super) async fn join(
         if let Some(cells) = &cells {
             cells.received.add(count as u64);
         }
+        proxy.bytes[1].add_many(worker.id, count as u64);
     };
     let both = async {
         // The first error ends both; a mere end of stream is passed on and leaves the other direction open.
@@ -439,9 +470,13 @@ pub(super) async fn join(
     };
     let limits = async {
         tokio::select! {
-            () = quiet(&last, proxy.idle_timeout) => log.local_close.set("tcp_session_idle_timeout"),
+            () = quiet(&last, proxy.idle_timeout) => {
+                proxy.counted.note(TcpEvent::IdleTimeout, worker.id);
+                log.local_close.set("tcp_session_idle_timeout");
+            }
             () = worker.closing() => log.local_close.set("draining"),
             () = lasting(proxy.max_duration) => {
+                proxy.counted.note(TcpEvent::MaxDuration, worker.id);
                 log.flag(Flags::DURATION_TIMEOUT);
                 log.local_close.set("max_connection_duration_reached");
             }
@@ -450,7 +485,12 @@ pub(super) async fn join(
     };
     tokio::select! {
         biased;
-        () = both => {}
+        // Each side has said that it is over, or one has broken.
+        () = both => {
+            if let Some(shared) = &shared {
+                shared.ended_by_peer();
+            }
+        }
         () = Seldom::new(limits) => {}
     }
 }

@@ -17,7 +17,7 @@ use crate::config::tunneling::Tunneling;
 use crate::observe::record::{Kept, Record, Wants};
 use crate::policy::metadata::Metadata;
 use crate::upstream::cluster::{Host, WorkerCluster};
-use crate::upstream::connect::{ConnectOptions, Speaking};
+use crate::upstream::connect::Speaking;
 use crate::upstream::outlier::Event;
 use crate::upstream::pool::Lease;
 
@@ -121,12 +121,7 @@ async fn ask(
         UpstreamHttp::Auto => Speaking::Either,
         UpstreamHttp::Http1 | UpstreamHttp::Downstream => Speaking::Http1,
     };
-    let options = ConnectOptions {
-        between: config
-            .tells_clients()
-            .then_some((client.source, client.destination)),
-        ..ConnectOptions::default()
-    };
+    let options = config.connect_options(None, client.state, client.source, client.destination);
     let pool = host.pool.variant(&options);
     let mut stale = 0;
     loop {

@@ -29,6 +29,7 @@ use super::local::{Body, LocalReply};
 use super::streams::TunnelIo;
 use super::upstream::Plan;
 use crate::hygiene::fields::{Present, requested_upgrade, strip_hop_by_hop, strip_present};
+use crate::metrics::events::{ClusterEvent, HttpEvent};
 use crate::metrics::flags::Flags;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::Active;
@@ -151,6 +152,7 @@ pub(super) fn take(
     strip_present(&mut parts.headers, present);
     if !conn.manager.upgrades.iter().any(|allowed| **allowed == *protocol) {
         conn.decide_upgrade(false);
+        conn.note(HttpEvent::RqNoUpgrade);
         return Err(refused());
     }
     Ok(Some(Tunnel {
@@ -315,6 +317,7 @@ impl Tunnel {
                 let counters = plan.conn.worker.recorder.counters();
                 counters.upstream_connect_failures.add(1);
                 connection.failed(failed.is_err());
+                plan.note(ClusterEvent::RqPendingFailure);
                 exchange.failure = Some(match failed {
                     Ok(Err(error)) => error.to_string().into(),
                     _ => "connection timeout".into(),
@@ -358,6 +361,7 @@ impl Tunnel {
             conn.dress(answer.headers_mut(), Version::HTTP_2);
         }
         let downstream = self.client;
+        let open = OpenTunnel::of(conn.clone(), self.over_http2);
         let tasks = conn.worker.tasks.clone();
         tasks.spawn_local(async move {
             let ends = async {
@@ -369,10 +373,28 @@ impl Tunnel {
             {
                 exchange.sent = sent;
             }
-            drop(held);
+            drop((held, open));
             exchange.finish();
         });
         answer
+    }
+}
+
+/// Counts a tunnel for as long as it lives.
+struct OpenTunnel(Rc<Downstream>, bool);
+
+impl OpenTunnel {
+    /// `stream` says that it is one stream of a connection that others share.
+    fn of(conn: Rc<Downstream>, stream: bool) -> Self {
+        conn.note(HttpEvent::CxUpgrades);
+        Self(conn, stream)
+    }
+}
+
+impl Drop for OpenTunnel {
+    fn drop(&mut self) {
+        self.0.note(HttpEvent::CxUpgradesEnded);
+        self.0.lost.set(!self.1 || self.0.lost.get());
     }
 }
 

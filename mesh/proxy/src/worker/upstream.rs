@@ -29,8 +29,8 @@ use crate::config::route::{Action, Forward, HostRewrite, Target, TargetCluster, 
 use crate::config::subset::{Criteria, METADATA};
 use crate::config::virtual_cluster::VirtualCluster;
 use crate::metrics::clusters::ClusterCells;
+use crate::metrics::events::{ClusterEvent, HttpEvent};
 use crate::metrics::flags::Flags;
-use crate::policy::filter_state::Factory;
 use crate::random;
 use crate::upstream::cluster::WorkerCluster;
 use crate::upstream::connect::{ConnectOptions, Speaking};
@@ -64,6 +64,11 @@ impl Plan<'_> {
     /// Where what happens is counted for the cluster.
     pub(super) fn cells(&self) -> &ClusterCells {
         self.cluster.cells(&self.conn.worker.recorder)
+    }
+
+    /// Something rare has happened to the cluster.
+    pub(super) fn note(&self, event: ClusterEvent) {
+        self.cluster.slot.counted.note(event);
     }
 }
 
@@ -126,6 +131,7 @@ pub(super) async fn forward(
             (cluster, Some(target))
         }
         Targets::Empty => {
+            conn.note(HttpEvent::NoCluster);
             let reply = LocalReply::new(
                 forward.cluster_not_found,
                 Flags::NO_CLUSTER,
@@ -145,6 +151,7 @@ pub(super) async fn forward(
                     &named
                 }
                 None => {
+                    conn.note(HttpEvent::NoCluster);
                     conn.decide_upgrade(false);
                     exchange.cluster_name = name.map(Arc::from);
                     let reply = LocalReply::new(
@@ -168,11 +175,13 @@ pub(super) async fn forward(
             .iter()
             .any(|(protocol, enabled)| !enabled && **protocol == *tunnel.protocol())
     {
+        conn.note(HttpEvent::RqNoUpgrade);
         conn.decide_upgrade(false);
         return decline(exchange, &routed, target, &parts, None, tunnel::refused());
     }
     exchange.cluster_name = Some(slot.name.clone());
     let Some(cluster) = conn.worker.cluster(slot) else {
+        conn.note(HttpEvent::NoCluster);
         conn.decide_upgrade(false);
         let reply = LocalReply::new(
             forward.cluster_not_found,
@@ -204,6 +213,7 @@ pub(super) async fn forward(
         return decline(exchange, &routed, target, &parts, None, overflow());
     };
     if cluster.drops(random::next()) {
+        slot.counted.note(ClusterEvent::RqDropOverload);
         let reply = LocalReply::new(
             StatusCode::SERVICE_UNAVAILABLE,
             Flags::DROP_OVERLOAD,
@@ -280,27 +290,23 @@ pub(super) async fn forward(
         }
         (route, None) => route,
     };
+    let state = &filters::metadata(&exchange).state;
     let options = cluster
         .config
-        .connect_options(&parts.headers, conn.remote, conn.local);
-    // Of the filter state before what the cluster says.
-    let server_name = filters::metadata(&exchange)
-        .state
-        .known(Factory::ServerName)
-        .map(Box::from);
+        .connect_options(Some(&parts.headers), state, conn.remote, conn.local);
     let plan = Plan {
         conn: &conn,
         cluster: &cluster,
         forward,
         speaking,
         options: ConnectOptions {
-            server_name: server_name.or(options.server_name),
-            alpn: conn
-                .manager
-                .alpn
-                .as_ref()
-                .filter(|_| cluster.config.alpn_overridable)
-                .and_then(|names| names.offer(speaking, parts.version).cloned()),
+            alpn: options.alpn.or_else(|| {
+                conn.manager
+                    .alpn
+                    .as_ref()
+                    .filter(|_| cluster.config.alpn_overridable)
+                    .and_then(|names| names.offer(speaking, parts.version).cloned())
+            }),
             priority,
             ..options
         },

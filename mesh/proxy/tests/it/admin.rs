@@ -116,9 +116,11 @@ async fn config_dump_has_envoys_sections_and_can_be_narrowed() {
     assert_eq!(
         sections,
         [
+            "type.googleapis.com/envoy.admin.v3.BootstrapConfigDump",
             "type.googleapis.com/envoy.admin.v3.ClustersConfigDump",
             "type.googleapis.com/envoy.admin.v3.ListenersConfigDump",
             "type.googleapis.com/envoy.admin.v3.RoutesConfigDump",
+            "type.googleapis.com/envoy.admin.v3.SecretsConfigDump",
         ]
     );
     let clusters = json(
@@ -419,21 +421,25 @@ async fn config_dump_holds_resources_whole_and_a_mask_leaves_what_it_names() {
     harness.put(ResourceType::VirtualHost, "80/found", &vhds).await;
     let dump = json(admin, "/config_dump?include_eds").await;
     let sections = dump["configs"].as_array().unwrap();
-    assert_eq!(sections.len(), 4);
-    let cluster = &sections[0]["dynamic_active_clusters"][0]["cluster"];
+    assert_eq!(sections.len(), 6);
+    let section = |kind: &str| {
+        let name = format!("type.googleapis.com/envoy.admin.v3.{kind}ConfigDump");
+        sections.iter().find(|section| section["@type"] == name).unwrap()
+    };
+    let cluster = &section("Clusters")["dynamic_active_clusters"][0]["cluster"];
     assert_eq!(cluster["connect_timeout"], "2s");
     assert_eq!(
         cluster["metadata"]["filter_metadata"]["istio"]["services"][0]["name"],
         "reviews"
     );
-    let listener = &sections[1]["dynamic_listeners"][0]["active_state"]["listener"];
+    let listener = &section("Listeners")["dynamic_listeners"][0]["active_state"]["listener"];
     let manager = &listener["filter_chains"][0]["filters"][0]["typed_config"];
     assert_eq!(manager["upgrade_configs"][0]["upgrade_type"], "websocket");
     assert_eq!(manager["rds"]["route_config_name"], "80");
-    let hosts = &sections[2]["dynamic_route_configs"][0]["route_config"]["virtual_hosts"];
+    let hosts = &section("Routes")["dynamic_route_configs"][0]["route_config"]["virtual_hosts"];
     assert_eq!(hosts[0]["routes"][0]["route"]["cluster"], "none");
     assert_eq!(hosts[1]["include_request_attempt_count"], true);
-    let endpoints = &sections[3]["dynamic_endpoint_configs"][0]["endpoint_config"];
+    let endpoints = &section("Endpoints")["dynamic_endpoint_configs"][0]["endpoint_config"];
     assert_eq!(endpoints["cluster_name"], "c");
     // Without whole messages Envoy's own reader would refuse it.
     assert_eq!(

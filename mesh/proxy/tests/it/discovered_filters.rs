@@ -79,7 +79,7 @@ fn guarded(name: &str, default: Option<google::Any>) -> listener::Listener {
 async fn heard(at: SocketAddr) -> Option<u8> {
     let mut stream = TcpStream::connect(at).await.unwrap();
     // A policy of Envoy looks when the client has spoken.
-    let _ = stream.write_all(b"?").await;
+    let _ = stream.write_all(&[b'?'; 64]).await;
     let mut byte = [0];
     match soon("a greeting or the end", stream.read(&mut byte)).await {
         Ok(1) => Some(byte[0]),
@@ -89,7 +89,6 @@ async fn heard(at: SocketAddr) -> Option<u8> {
 
 /// Asks until the answer is as expected: configuration takes its time.
 async fn until(what: &str, at: SocketAddr, expected: Option<u8>) {
-    eprintln!("{:?} {what}", std::time::SystemTime::now());
     soon(what, async {
         while heard(at).await != expected {
             tokio::task::yield_now().await;

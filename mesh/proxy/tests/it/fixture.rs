@@ -331,6 +331,16 @@ impl Harness {
         );
     }
 
+    /// One that a control plane would send.
+    pub(crate) async fn put_resource(&self, resource: &serin_xds::Resource) {
+        let update = Update {
+            name: &resource.name,
+            body: &resource.body,
+        };
+        let refused = self.proxy.apply(resource.resource_type, &[update], &[]).await;
+        assert!(refused.is_empty(), "{}: {refused:?}", resource.name);
+    }
+
     pub(crate) async fn remove(&self, resource_type: ResourceType, name: &str) {
         assert!(self.proxy.apply(resource_type, &[], &[name]).await.is_empty());
     }

@@ -77,11 +77,12 @@ pub(crate) fn proxy_header(data: &[u8]) {
         version,
         length,
         between,
+        ..
     } = read
     {
         assert!(length > 0 && length <= data.len());
         assert_eq!(proxy_header::read(&data[..length]), read, "the header alone");
-        let again = proxy_header::write(version, between);
+        let again = proxy_header::write(version, between, &[]);
         match proxy_header::read(&again) {
             Header::Present {
                 between: read_back, ..

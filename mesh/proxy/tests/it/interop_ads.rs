@@ -106,6 +106,13 @@ pub(crate) fn resource<M: Message>(resource_type: ResourceType, name: &str, mess
     Resource::new(resource_type, name, message, [])
 }
 
+/// Says where routes come from: Envoy wants to know.
+pub(crate) fn from_ads(manager: &mut hcm::HttpConnectionManager) {
+    if let Some(hcm::http_connection_manager::RouteSpecifier::Rds(rds)) = &mut manager.route_specifier {
+        rds.config_source = ads_source();
+    }
+}
+
 /// The router by its type: Envoy wants it.
 pub(crate) fn router() -> hcm::HttpFilter {
     http_filter("envoy.filters.http.router", Some(any(&router::Router::default())))

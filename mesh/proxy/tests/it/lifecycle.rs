@@ -198,7 +198,7 @@ async fn admin_ports_show_only_what_is_theirs() {
     );
     let dump: serde_json::Value = serde_json::from_str(&get(ports["Admin"], "/config_dump").await.2).unwrap();
     assert_eq!(
-        dump["configs"][0]["dynamic_active_clusters"][0]["cluster"]["name"],
+        dump["configs"][1]["dynamic_active_clusters"][0]["cluster"]["name"],
         "c"
     );
     assert!(

@@ -632,7 +632,7 @@ async fn what_listeners_cannot_do_is_refused_by_name() {
     for (message, path) in [
         (
             with_proxy_protocol(base(), &rules),
-            "listener_filters[0].typed_config.rules",
+            "listener_filters[0].typed_config.rules[0].on_tlv_present.key",
         ),
         (same, "filter_chains[1].filter_chain_match"),
         (wildcard, "filter_chains[0].filter_chain_match.server_names"),

@@ -18,7 +18,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::certificates::{Authority, client_socket, common as common_tls, server_socket};
 use crate::fixture::*;
-use crate::interop_ads::{Pair, resource, router};
+use crate::interop_ads::{Pair, from_ads, resource, router};
 use crate::listener::{greeter, tcp_chain};
 
 /// A header of version 2 from 203.0.113.7 to 10.0.0.1 (or one of the sender itself), with these values by type.
@@ -84,6 +84,7 @@ fn setting(key: &str, factory: &str, format: &str) -> common::FilterStateValue {
                         ..Default::default()
                     },
                 )),
+                omit_empty_values: true,
                 ..Default::default()
             },
         )),
@@ -142,29 +143,49 @@ fn receiving() -> Vec<(&'static str, Vec<u8>, &'static str)> {
     let (on_behalf, own) = (1, 0);
     vec![
         ("noted", header(on_behalf, &[(0xe0, b"plain")]), "1"),
-        ("noted", header(on_behalf, &[(0x02, b"x"), (0xe0, b"a\xffb")]), "2"),
+        (
+            "noted",
+            header(on_behalf, &[(0x02, b"x"), (0xe0, b"a\xffb")]),
+            "2",
+        ),
         ("noted", header(on_behalf, &[(0xe1, b"plain")]), "0"),
         ("noted", header(on_behalf, &[]), "0"),
-        // The last of several.
-        ("noted", header(on_behalf, &[(0xe0, b"plain"), (0xe0, b"a\xffb")]), "2"),
+        // One of several.
+        (
+            "noted",
+            header(on_behalf, &[(0xe0, b"plain"), (0xe0, b"a\xffb")]),
+            "1",
+        ),
         ("noted", header(own, &[(0xe0, b"plain")]), "1"),
-        ("noted", b"PROXY TCP4 203.0.113.7 10.0.0.1 1234 80\r\n".to_vec(), "0"),
+        (
+            "noted",
+            b"PROXY TCP4 203.0.113.7 10.0.0.1 1234 80\r\n".to_vec(),
+            "0",
+        ),
         ("coded", header(on_behalf, &[(0xe0, b"plain")]), "3"),
         ("stated", header(on_behalf, &[(0xe0, b"plain")]), "1"),
         ("stated", header(on_behalf, &[(0x01, b"plain")]), "0"),
         // No list of values.
-        ("noted", {
-            let mut bytes = header(on_behalf, &[(0xe0, b"plain")]);
-            let at = bytes.len() - 6;
-            bytes[at] = 9;
-            bytes
-        }, ""),
-        ("passed", {
-            let mut bytes = header(on_behalf, &[(0xe0, b"")]);
-            let at = bytes.len() - 1;
-            bytes[at] = 9;
-            bytes
-        }, ""),
+        (
+            "noted",
+            {
+                let mut bytes = header(on_behalf, &[(0xe0, b"plain")]);
+                let at = bytes.len() - 6;
+                bytes[at] = 9;
+                bytes
+            },
+            "",
+        ),
+        (
+            "passed",
+            {
+                let mut bytes = header(on_behalf, &[(0xe0, b"")]);
+                let at = bytes.len() - 1;
+                bytes[at] = 9;
+                bytes
+            },
+            "",
+        ),
     ]
 }
 
@@ -240,7 +261,12 @@ async fn reading() -> SocketAddr {
 }
 
 /// A cluster whose endpoints are told so.
-fn told(name: &str, at: SocketAddr, config: core::ProxyProtocolConfig, own: &[core::TlvEntry]) -> cluster::Cluster {
+fn told(
+    name: &str,
+    at: SocketAddr,
+    config: core::ProxyProtocolConfig,
+    own: &[core::TlvEntry],
+) -> cluster::Cluster {
     let mut out = fixed(name, at);
     let inner = core::TransportSocket {
         name: "envoy.transport_sockets.raw_buffer".into(),
@@ -264,7 +290,8 @@ fn told(name: &str, at: SocketAddr, config: core::ProxyProtocolConfig, own: &[co
         };
         if let Some(assignment) = &mut out.load_assignment {
             assignment.endpoints[0].lb_endpoints[0].metadata = Some(core::Metadata {
-                typed_filter_metadata: [("envoy.transport_sockets.proxy_protocol".to_owned(), any(&host))].into(),
+                typed_filter_metadata: [("envoy.transport_sockets.proxy_protocol".to_owned(), any(&host))]
+                    .into(),
                 ..Default::default()
             });
         }
@@ -289,17 +316,36 @@ fn passing(all: bool, kinds: &[u32]) -> Option<core::ProxyProtocolPassThroughTlV
 
 /// Sending cases: listener, what the client brings, what the endpoint is told.
 fn sending() -> Vec<(&'static str, Vec<u8>, Vec<u8>)> {
-    let brought: &[(u8, &[u8])] = &[(0xd1, b"one"), (0xe1, b"brought"), (0xd1, b"two"), (0xd2, b"three")];
+    let brought: &[(u8, &[u8])] = &[
+        (0xd1, b"one"),
+        (0xe1, b"brought"),
+        (0xd1, b"two"),
+        (0xd2, b"three"),
+    ];
     vec![
         ("all", header(1, brought), listed(brought)),
-        ("some", header(1, brought), listed(&[(0xd1, b"one"), (0xd1, b"two")])),
+        (
+            "some",
+            header(1, brought),
+            listed(&[(0xd1, b"one"), (0xd1, b"two")]),
+        ),
         ("none", header(1, brought), Vec::new()),
         (
             "added",
             header(1, brought),
-            listed(&[(0xe2, b"host"), (0xe1, b"fixed"), (0xd1, b"one"), (0xd1, b"two"), (0xd2, b"three")]),
+            listed(&[
+                (0xe2, b"host"),
+                (0xe1, b"fixed"),
+                (0xd1, b"one"),
+                (0xd1, b"two"),
+                (0xd2, b"three"),
+            ]),
         ),
-        ("added", header(1, &[]), listed(&[(0xe2, b"host"), (0xe1, b"fixed")])),
+        (
+            "added",
+            header(1, &[]),
+            listed(&[(0xe2, b"host"), (0xe1, b"fixed")]),
+        ),
     ]
 }
 
@@ -345,7 +391,11 @@ async fn endpoints_are_told_values_by_type_of_the_configuration_their_own_and_th
     }
     for (name, bytes, expected) in sending() {
         let at = harness.proxy.listener_address(name).unwrap();
-        assert_eq!(answer(at, &bytes, usize::MAX).await, format!("{expected:?}"), "{name}");
+        assert_eq!(
+            answer(at, &bytes, usize::MAX).await,
+            format!("{expected:?}"),
+            "{name}"
+        );
     }
 }
 
@@ -356,7 +406,11 @@ async fn envoy_tells_endpoints_the_same_values_by_type() {
     };
     for (name, bytes, expected) in sending() {
         for at in pair.listener(name).await {
-            assert_eq!(answer(at, &bytes, usize::MAX).await, format!("{expected:?}"), "{name}");
+            assert_eq!(
+                answer(at, &bytes, usize::MAX).await,
+                format!("{expected:?}"),
+                "{name}"
+            );
         }
     }
     pair.stop().await;
@@ -382,10 +436,16 @@ async fn values_by_type_that_cannot_be_honoured_are_refused_with_their_path() {
         (config(vec![formatted], None), "added_tlvs[0].format_string"),
         (config(vec![entry(256, b"a")], None), "added_tlvs[0].type"),
         (config(vec![entry(1, b"")], None), "added_tlvs[0].value"),
-        (config(Vec::new(), passing(false, &[256])), "pass_through_tlvs.tlv_type"),
+        (
+            config(Vec::new(), passing(false, &[256])),
+            "pass_through_tlvs.tlv_type",
+        ),
     ] {
         let message = told("c", at, config, &[]);
-        let refused = harness.try_put(ResourceType::Cluster, "c", &message).await.unwrap();
+        let refused = harness
+            .try_put(ResourceType::Cluster, "c", &message)
+            .await
+            .unwrap();
         assert!(refused.starts_with(&format!("{socket}{path}")), "{refused}");
     }
     let mut message = choosing("l", &proxy_in::ProxyProtocol::default(), "%PROTOCOL%");
@@ -413,7 +473,10 @@ async fn values_by_type_that_cannot_be_honoured_are_refused_with_their_path() {
         ),
     ] {
         message.listener_filters = vec![before(&config)];
-        let refused = harness.try_put(ResourceType::Listener, "l", &message).await.unwrap();
+        let refused = harness
+            .try_put(ResourceType::Listener, "l", &message)
+            .await
+            .unwrap();
         let expected = format!("listener_filters[0].typed_config.{path}");
         assert!(refused.starts_with(&expected), "{refused}");
     }
@@ -434,7 +497,8 @@ async fn numbering() -> SocketAddr {
                     if heard.ends_with(b"\r\n\r\n") {
                         heard.clear();
                         let text = format!("{number}");
-                        let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{text}", text.len());
+                        let answer =
+                            format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{text}", text.len());
                         if stream.write_all(answer.as_bytes()).await.is_err() {
                             return;
                         }
@@ -453,6 +517,7 @@ fn http_setting(name: &str, cluster: &str, value: common::FilterStateValue) -> V
         ..Default::default()
     };
     let mut manager = manager(name);
+    from_ads(&mut manager);
     manager.http_filters = vec![
         http_filter("envoy.filters.http.set_filter_state", Some(any(&config))),
         router(),
@@ -550,9 +615,16 @@ async fn the_filter_state_says_who_an_endpoint_must_be_and_which_protocols_it_is
     // An endpoint that says what ALPN has agreed on.
     let backend = Harness::start();
     let mut chain = tcp_chain("greeter");
-    chain.transport_socket = server_socket(common_tls(Some(&server), None, &["h2", "http/1.1", "mine"]), false);
+    chain.transport_socket = server_socket(
+        common_tls(Some(&server), None, &["h2", "http/1.1", "mine"]),
+        false,
+    );
     backend
-        .put(ResourceType::Cluster, "greeter", &fixed("greeter", greeter("hello").await))
+        .put(
+            ResourceType::Cluster,
+            "greeter",
+            &fixed("greeter", greeter("hello").await),
+        )
         .await;
     let message = listener_of("in", core::TrafficDirection::Inbound, vec![chain]);
     backend.put(ResourceType::Listener, "in", &message).await;
@@ -573,13 +645,18 @@ async fn the_filter_state_says_who_an_endpoint_must_be_and_which_protocols_it_is
         let at = harness.proxy.listener_address(name).unwrap();
         assert_eq!(answer(at, b"", expected.len().max(1)).await, expected, "{name}");
     }
-    let failed = harness.counter("envoy_cluster_ssl_fail_verify_san", &[("envoy_cluster_name", "c")]);
+    let failed = harness.counter(
+        "envoy_cluster_ssl_fail_verify_san",
+        &[("envoy_cluster_name", "c")],
+    );
     assert_eq!(failed, 1.0);
     // What is offered.
     let at = harness.proxy.listener_address("good").unwrap();
     let mut chain = tcp_chain("c");
     let key = "envoy.network.application_protocols";
-    chain.filters.insert(0, stating(vec![setting(key, "", "unknown,mine")]));
+    chain
+        .filters
+        .insert(0, stating(vec![setting(key, "", "unknown,mine")]));
     let mut offering = listener_of("good", core::TrafficDirection::Outbound, vec![chain]);
     offering.access_log = Vec::new();
     harness.put(ResourceType::Listener, "good", &offering).await;
@@ -593,5 +670,9 @@ async fn the_filter_state_says_who_an_endpoint_must_be_and_which_protocols_it_is
     backend.put(ResourceType::Listener, "in", &message).await;
     assert_eq!(answer(at, b"", 5).await, "hello");
     let dns = harness.proxy.listener_address("dns").unwrap();
-    assert_eq!(answer(dns, b"", 1).await, "", "without the protocol no chain fits");
+    assert_eq!(
+        answer(dns, b"", 1).await,
+        "",
+        "without the protocol no chain fits"
+    );
 }

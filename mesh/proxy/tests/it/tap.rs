@@ -49,6 +49,7 @@ async fn tapped() -> Tapped {
             )),
         }),
         record_downstream_connection: true,
+        record_upstream_connection: true,
         ..Default::default()
     };
     manager
@@ -175,6 +176,12 @@ async fn requests_that_match_are_streamed_with_their_answers_and_bodies_up_to_th
         first["downstream_connection"]["local_address"]["socket_address"]["port_value"],
         u64::from(tapped.at.port())
     );
+    let upstream = &first["upstream_connection"];
+    assert_eq!(
+        upstream["remote_address"]["socket_address"]["port_value"],
+        u64::from(tapped._backend.address.port())
+    );
+    assert!(upstream["local_address"]["socket_address"]["port_value"].is_u64());
     let second = looking.next().await.unwrap();
     assert_eq!(header(&second["response"], ":status"), Some("503"));
     assert_eq!(
@@ -184,6 +191,42 @@ async fn requests_that_match_are_streamed_with_their_answers_and_bodies_up_to_th
         ),
         2.0
     );
+}
+
+#[tokio::test]
+async fn bodies_are_looked_through_beyond_what_of_them_is_shown() {
+    let tapped = tapped().await;
+    // The endpoint answers with what it was sent.
+    let condition = "{or_match: {rules: [
+        {and_match: {rules: [
+            {http_request_generic_body_match: {patterns: [{string_match: needle}, {binary_match: aGF5}]}},
+            {http_request_headers_match: {headers: [{name: ':path', string_match: {exact: /asked}}]}}]}},
+        {and_match: {rules: [
+            {http_response_generic_body_match: {bytes_limit: 10, patterns: [{string_match: needle}]}},
+            {http_request_headers_match: {headers: [{name: ':path', string_match: {exact: /answered}}]}}]}}]}}";
+    let mut looking = look(tapped.admin, &wanted("t", condition, "streaming_admin: {}"))
+        .await
+        .unwrap();
+    for (path, body) in [
+        ("/asked", "only a needle"),
+        ("/asked", "a needle in the hay"),
+        ("/answered", "too far is the needle"),
+        ("/answered", "the needle is not"),
+        ("/other", "a needle in the hay"),
+        ("/asked", ""),
+        ("/answered", "a needle"),
+    ] {
+        assert_eq!(ask(tapped.at, path, body).await, 200);
+    }
+    for (path, body) in [
+        ("/asked", "a needle in the hay"),
+        ("/answered", "the needle is not"),
+        ("/answered", "a needle"),
+    ] {
+        let trace = looking.next().await.unwrap();
+        assert_eq!(header(&trace["request"], ":path"), Some(path), "{trace:#}");
+        assert_eq!(trace["response"]["body"]["as_string"], body);
+    }
 }
 
 #[tokio::test]

@@ -12,10 +12,11 @@ use serin_proxy::tls::secret::Secret;
 use crate::certificates::Authority;
 
 /// Files that may look, and why.
-const LOOKERS: [(&str, &str); 15] = [
+const LOOKERS: [(&str, &str); 16] = [
     ("bootstrap/", "start"),
     ("config/store/received.rs", "when resources came, told"),
     ("control/admin.rs", "days left of certificates, told"),
+    ("control/server_stats.rs", "days left of certificates, told"),
     ("metrics/push.rs", "the time of a measurement, told"),
     ("observe/", "times in logs and spans, told"),
     ("policy/cel/", "request.time of conditions"),

@@ -22,12 +22,7 @@ fn list(policies: Vec<cluster::load_balancing_policy::Policy>) -> cluster::Clust
 
 #[test]
 fn the_first_policy_that_is_known_counts_and_a_list_without_one_is_refused() {
-    let unknown = || {
-        policy(
-            "client_side_weighted_round_robin.v3.ClientSideWeightedRoundRobin",
-            &google::Empty {},
-        )
-    };
+    let unknown = || policy("pick_first.v3.PickFirst", &google::Empty {});
     let ewma = PeakEwma {
         decay_time: Some(google::Duration { seconds: 3, nanos: 0 }),
         default_rtt: None,
@@ -46,10 +41,7 @@ fn the_first_policy_that_is_known_counts_and_a_list_without_one_is_refused() {
     );
     let refusal = Balancing::compile(&list(vec![unknown()])).unwrap_err();
     assert_eq!(refusal.path, "load_balancing_policy.policies");
-    assert!(
-        refusal.to_string().contains("ClientSideWeightedRoundRobin"),
-        "{refusal}"
-    );
+    assert!(refusal.to_string().contains("PickFirst"), "{refusal}");
 }
 
 #[test]

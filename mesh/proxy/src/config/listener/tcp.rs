@@ -12,8 +12,10 @@ use crate::config::subset::Criteria;
 use crate::config::tunneling::Tunneling;
 use crate::config::weighted::{Turn, Weights};
 use crate::error::{Refusal, Within};
+use crate::metrics::events::{TcpEvent, WorkerEvents};
 use crate::observe::access_log::AccessLogs;
 use crate::policy::on_demand::OnDemandClusters;
+use crate::policy::stats::Counter;
 
 /// A compiled TCP proxy.
 #[derive(Debug)]
@@ -41,6 +43,10 @@ pub struct TcpProxy {
     pub max_connect_attempts: u32,
     /// Whether Istio's TCP metrics are kept.
     pub stats: bool,
+    /// What happens to its connections.
+    pub counted: Arc<WorkerEvents<TcpEvent>>,
+    /// Bytes from clients, and to them.
+    pub bytes: [Arc<Counter>; 2],
     /// Access logs.
     pub logs: Option<AccessLogs>,
     /// How often lines are written while a connection goes on.
@@ -131,6 +137,14 @@ impl TcpProxy {
             }
             None => return Err(Refusal::new("cluster_specifier", "is missing")),
         };
+        let (workers, registry) = context.counters();
+        let counted = registry.tcp(workers, &from.stat_prefix);
+        let label = [("envoy_tcp_prefix", &*from.stat_prefix)];
+        let bytes = [
+            "envoy_tcp_downstream_cx_rx_bytes_total",
+            "envoy_tcp_downstream_cx_tx_bytes_total",
+        ]
+        .map(|name| registry.counter(workers, name, &label));
         Ok(Self {
             tunneling: from
                 .tunneling_config
@@ -175,6 +189,8 @@ impl TcpProxy {
                 .as_ref()
                 .map_or(1, |value| value.value.max(1)),
             stats,
+            counted,
+            bytes,
             logs: AccessLogs::compile(&from.access_log, context)?,
             log_interval,
             log_connected: from.flush_access_log_on_connected

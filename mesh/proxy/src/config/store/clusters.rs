@@ -11,7 +11,7 @@ use crate::clock::now_ms;
 use crate::config::cluster::{Cluster, Discovery};
 use crate::config::convert::Address;
 use crate::config::endpoint::EndpointSet;
-use crate::config::slot::ClusterSlot;
+use crate::config::slot::{ClusterSlot, Updates};
 use crate::error::{Refusal, Within};
 use crate::tls::table::Side;
 
@@ -55,6 +55,7 @@ impl Store {
         {
             let known = self.assignments.contains_key(name);
             self.eds.hold(name, &slot.name, known);
+            Updates::add(&slot.updates.attempts);
         }
         let name = slot.name.clone();
         let ready = cluster.secrets().all(|secret| secret.version() > 0);
@@ -119,7 +120,10 @@ impl Store {
         let cluster = Arc::new(cluster);
         self.note_kind(&slot, Some(&cluster));
         slot.set_config(Some(cluster));
-        self.clusters.insert(slot.name.clone(), slot.clone());
+        match self.clusters.insert(slot.name.clone(), slot.clone()) {
+            None => self.counts.clusters.added += 1,
+            Some(_) => self.counts.clusters.modified += 1,
+        }
         if let Some(set) = own.or(endpoints) {
             self.set_endpoints(&slot, set);
         }
@@ -144,6 +148,9 @@ impl Store {
     /// Replaces the endpoints of a cluster.
     fn set_endpoints(&mut self, slot: &Arc<ClusterSlot>, set: EndpointSet) {
         self.note_membership(slot, Some(&set));
+        if !same_members(slot.endpoints().as_deref(), &set) {
+            Updates::add(&slot.updates.memberships);
+        }
         slot.set_endpoints(Some(Arc::new(set)));
         if self.checked.contains_key(&slot.name) {
             self.checked_version += 1;
@@ -155,6 +162,7 @@ impl Store {
         let before = self.eds_names_of(name);
         self.warming.clusters.remove(name);
         if let Some(slot) = self.clusters.remove(name) {
+            self.counts.clusters.removed += 1;
             slot.set_config(None);
             slot.set_endpoints(None);
             self.note_kind(&slot, None);
@@ -164,6 +172,22 @@ impl Store {
     }
 
     pub(super) fn put_endpoints(&mut self, update: &Update<'_>) -> Result<(), Refusal> {
+        let taken = self.take_endpoints(update);
+        if taken.is_err() {
+            for slot in self
+                .eds
+                .users(update.name)
+                .iter()
+                .filter_map(|user| self.clusters.get(user))
+            {
+                Updates::add(&slot.updates.attempts);
+                Updates::add(&slot.updates.rejected);
+            }
+        }
+        taken
+    }
+
+    fn take_endpoints(&mut self, update: &Update<'_>) -> Result<(), Refusal> {
         let message = decode::<pb_endpoint::ClusterLoadAssignment>(update)?;
         let users = self.eds.users(update.name).to_vec();
         let mut compiled = Vec::with_capacity(users.len());
@@ -178,7 +202,16 @@ impl Store {
         if users.is_empty() {
             EndpointSet::compile(&message, None)?;
         }
+        let same = self
+            .assignments
+            .get(update.name)
+            .is_some_and(|kept| *kept.body == *update.body);
         for (slot, set) in compiled {
+            Updates::add(&slot.updates.attempts);
+            Updates::add(&slot.updates.successes);
+            if same {
+                Updates::add(&slot.updates.unchanged);
+            }
             self.set_endpoints(&slot, set);
         }
         match self.assignments.get_mut(update.name) {
@@ -210,9 +243,36 @@ impl Store {
         assignment: &pb_endpoint::ClusterLoadAssignment,
     ) -> Result<(), Refusal> {
         if let Some(slot) = self.clusters.get(cluster).cloned() {
-            let set = EndpointSet::compile(assignment, slot.endpoints().as_deref())?;
+            Updates::add(&slot.updates.attempts);
+            let set = EndpointSet::compile(assignment, slot.endpoints().as_deref())
+                .inspect_err(|_| Updates::add(&slot.updates.failures))?;
+            Updates::add(&slot.updates.successes);
             self.set_endpoints(&slot, set);
         }
         Ok(())
     }
+
+    /// The names of a cluster could not be resolved.
+    pub fn note_unresolved(&mut self, cluster: &str) {
+        if let Some(slot) = self.clusters.get(cluster) {
+            Updates::add(&slot.updates.attempts);
+            Updates::add(&slot.updates.failures);
+        }
+    }
+}
+
+/// Whether both hold the same addresses.
+fn same_members(before: Option<&EndpointSet>, after: &EndpointSet) -> bool {
+    let Some(before) = before else {
+        return after.all.is_empty();
+    };
+    if before.all.len() != after.all.len() {
+        return false;
+    }
+    let in_order = before.all.iter().zip(&after.all);
+    if in_order.clone().all(|(one, other)| one.address == other.address) {
+        return true;
+    }
+    let known: std::collections::HashSet<&Address> = before.all.iter().map(|one| &one.address).collect();
+    after.all.iter().all(|one| known.contains(&one.address))
 }

@@ -71,7 +71,10 @@ impl Store {
     pub(super) fn activate_listener(&mut self, listener: Arc<Listener>) {
         if listener.bind {
             match self.bound.get(&listener.name) {
-                Some(slot) if slot.load().addresses == listener.addresses => slot.set(listener.clone()),
+                Some(slot) if slot.load().addresses == listener.addresses => {
+                    self.counts.in_place += 1;
+                    slot.set(listener.clone());
+                }
                 existing => {
                     if existing.is_some() {
                         self.changes.push(ListenerChange::Close(listener.name.clone()));
@@ -84,9 +87,13 @@ impl Store {
         } else if self.bound.remove(&listener.name).is_some() {
             self.changes.push(ListenerChange::Close(listener.name.clone()));
         }
-        if let Some(old) = self.listeners.insert(listener.name.clone(), listener) {
-            old.retire();
-            self.leave_routes(&old);
+        match self.listeners.insert(listener.name.clone(), listener) {
+            None => self.counts.listeners.added += 1,
+            Some(old) => {
+                self.counts.listeners.modified += 1;
+                old.retire();
+                self.leave_routes(&old);
+            }
         }
     }
 
@@ -96,6 +103,7 @@ impl Store {
             self.leave_routes(&waiting.item);
         }
         if let Some(old) = self.listeners.remove(name) {
+            self.counts.listeners.removed += 1;
             old.retire();
             self.leave_routes(&old);
         }

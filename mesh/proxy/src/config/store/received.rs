@@ -33,14 +33,17 @@ pub struct Kept {
     pub version: Option<Arc<str>>,
     /// When it came, in milliseconds since 1970.
     pub updated: u64,
+    /// Whether it is of the bootstrap.
+    pub is_static: bool,
 }
 
 impl Kept {
-    pub(super) fn now(body: &[u8]) -> Self {
+    pub(crate) fn now(body: &[u8]) -> Self {
         Self {
             body: body.into(),
             version: None,
             updated: wall_ms(),
+            is_static: false,
         }
     }
 }
@@ -132,6 +135,18 @@ impl Received {
             failure.version = Some(version.clone());
         } else if let Some(kept) = self.of(resource_type).and_then(|kept| kept.get_mut(name)) {
             kept.version = Some(version.clone());
+        }
+    }
+
+    /// Whether a cluster is of the bootstrap.
+    pub fn is_static_cluster(&self, name: &str) -> bool {
+        self.clusters.get(name).is_some_and(|kept| kept.is_static)
+    }
+
+    /// What was taken just now is of the bootstrap.
+    pub(super) fn note_static(&mut self, resource_type: ResourceType, name: &str) {
+        if let Some(kept) = self.of(resource_type).and_then(|kept| kept.get_mut(name)) {
+            kept.is_static = true;
         }
     }
 

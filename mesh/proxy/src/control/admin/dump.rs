@@ -4,10 +4,11 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::time::Duration;
 
+use prost::Message as _;
 use serde_json::{Map, Value, json};
 use serin_xds::ResourceType;
 
-use super::Proxy;
+use super::{Proxy, fixed};
 use crate::bootstrap::Showing;
 use crate::config::store::{Failure, Kept, Store};
 use crate::observe::time::TimeFormat;
@@ -44,12 +45,23 @@ pub(super) enum DumpError {
     Mask(String),
 }
 
-/// A section: its message, its field, its entries as text. Entry by entry, because the tree of a value is many times as
-/// large as its text, and a proxy with thousands of resources should not grow by being looked at.
+/// A section: its message, and of each of its lists the entries as text. Entry by entry, because the tree of a value is many
+/// times as large as its text, and a proxy with thousands of resources should not grow by being looked at.
 struct Section {
     kind: &'static str,
-    field: &'static str,
-    entries: Vec<String>,
+    lists: Vec<(&'static str, Vec<String>)>,
+    /// Fields that are no lists, as text.
+    single: Vec<(&'static str, String)>,
+}
+
+impl Section {
+    fn new(kind: &'static str) -> Self {
+        Self {
+            kind,
+            lists: Vec::new(),
+            single: Vec::new(),
+        }
+    }
 }
 
 /// Lines of text, two levels further in.
@@ -84,6 +96,52 @@ impl Provenance<'_> {
         out.insert(field.to_owned(), shown);
         out.insert("last_updated".to_owned(), self.time(kept.updated));
         out
+    }
+
+    /// Entries of what is in use and was never refused, since it is of the bootstrap.
+    fn in_use<'k>(
+        &self,
+        field: &str,
+        message: &'static str,
+        kept: impl Iterator<Item = (&'k str, &'k Kept)>,
+        fits: impl Fn(&str) -> bool,
+        mask: Option<&Mask>,
+    ) -> Vec<String> {
+        kept.filter(|(name, _)| fits(name))
+            .map(|(_, kept)| {
+                let entry: Value = self.state(field, message, kept).into();
+                match mask {
+                    Some(mask) => text(&mask.apply(&entry)),
+                    None => text(&entry),
+                }
+            })
+            .collect()
+    }
+
+    /// A route configuration with the virtual hosts that came by themselves.
+    fn route(&self, name: &str, kept: &Kept) -> Map<String, Value> {
+        let mut config = self.showing.show(ROUTE, &kept.body);
+        let received = self.store.received();
+        let discovered: Vec<Value> = received
+            .virtual_hosts(name)
+            .map(|body| self.showing.show(VIRTUAL_HOST, body))
+            .map(|mut host| {
+                if let Some(host) = host.as_object_mut() {
+                    host.remove("@type");
+                }
+                host
+            })
+            .collect();
+        if !discovered.is_empty()
+            && let Some(map) = config.as_object_mut()
+            && let Some(hosts) = map
+                .entry("virtual_hosts")
+                .or_insert_with(|| json!([]))
+                .as_array_mut()
+        {
+            hosts.extend(discovered);
+        }
+        self.stated("route_config", config, kept)
     }
 
     /// An `UpdateFailureState`.
@@ -137,6 +195,14 @@ impl Provenance<'_> {
     }
 }
 
+/// Of a list of encoded messages in use: those of the bootstrap, or those that came later.
+fn of_kind<'k>(
+    kept: impl Iterator<Item = (&'k str, &'k Kept)>,
+    is_static: bool,
+) -> impl Iterator<Item = (&'k str, &'k Kept)> {
+    kept.filter(move |(_, kept)| kept.is_static == is_static)
+}
+
 fn sections(proxy: &Proxy, wanted: &Wanted<'_>, mask: Option<&Mask>) -> Vec<Section> {
     let fits = |name: &str| wanted.named.is_none_or(|named| named.is_match(name));
     // What of the entries of a field is wanted; nothing where the field is not.
@@ -147,25 +213,79 @@ fn sections(proxy: &Proxy, wanted: &Wanted<'_>, mask: Option<&Mask>) -> Vec<Sect
             (None, Some(mask)) => mask.0.get(field).map(Some),
         }
     };
+    let masked = |value: Value, mask: Option<&Mask>| match mask {
+        Some(mask) => text(&mask.apply(&value)),
+        None => text(&value),
+    };
     proxy.store(|store| {
+        let (secrets_static, secrets_dynamic) = fixed::secrets(store.secrets());
         let provenance = Provenance {
             showing: Showing::new(),
             time: TimeFormat::rfc3339(),
             store,
         };
+        let showing = &provenance.showing;
         let received = store.received();
         let mut out = Vec::new();
-        let mut add = |kind, field, entries| out.push(Section { kind, field, entries });
+        let mut bootstrap = Section::new("BootstrapConfigDump");
+        if let Some(mask) = asked("bootstrap").filter(|_| wanted.resource.is_none()) {
+            let shown = fixed::bootstrap(proxy, showing);
+            bootstrap.single.push(("bootstrap", masked(shown, mask)));
+            let updated = provenance.time(proxy.bootstrap.updated);
+            bootstrap.single.push(("last_updated", updated.to_string()));
+        }
+        out.push(bootstrap);
+        let mut clusters = Section::new("ClustersConfigDump");
+        let of = (ResourceType::Cluster, CLUSTER);
+        if let Some(mask) = asked("static_clusters") {
+            let kept = of_kind(received.clusters(), true);
+            let entries = provenance.in_use("cluster", CLUSTER, kept, fits, mask);
+            clusters.lists.push(("static_clusters", entries));
+        }
         if let Some(mask) = asked("dynamic_active_clusters") {
-            let of = (ResourceType::Cluster, CLUSTER);
-            let clusters = provenance.entries(of, received.clusters(), fits, mask, |_, kept| {
+            let kept = of_kind(received.clusters(), false);
+            let entries = provenance.entries(of, kept, fits, mask, |_, kept| {
                 kept.map_or_else(Map::new, |kept| provenance.state("cluster", CLUSTER, kept))
             });
-            add("ClustersConfigDump", "dynamic_active_clusters", clusters);
+            clusters.lists.push(("dynamic_active_clusters", entries));
+        }
+        out.push(clusters);
+        let mut endpoints = Section::new("EndpointsConfigDump");
+        if wanted.endpoints
+            && let Some(mask) = asked("static_endpoint_configs")
+        {
+            let clusters = store.clusters().filter(|slot| fits(&slot.name));
+            let entries = clusters.filter_map(|slot| {
+                let body = slot.config()?.load_assignment.as_ref()?.encode_to_vec();
+                let shown = showing.show(ENDPOINTS, &body);
+                Some(masked(json!({ "endpoint_config": shown }), mask))
+            });
+            endpoints
+                .lists
+                .push(("static_endpoint_configs", entries.collect()));
+        }
+        if wanted.endpoints
+            && let Some(mask) = asked("dynamic_endpoint_configs")
+        {
+            let of = (ResourceType::Endpoints, ENDPOINTS);
+            let entries = provenance.entries(of, store.assignments(), fits, mask, |_, kept| {
+                kept.map_or_else(Map::new, |kept| {
+                    provenance.state("endpoint_config", ENDPOINTS, kept)
+                })
+            });
+            endpoints.lists.push(("dynamic_endpoint_configs", entries));
+        }
+        out.push(endpoints);
+        let mut listeners = Section::new("ListenersConfigDump");
+        let of = (ResourceType::Listener, LISTENER);
+        if let Some(mask) = asked("static_listeners") {
+            let kept = of_kind(received.listeners(), true);
+            let entries = provenance.in_use("listener", LISTENER, kept, fits, mask);
+            listeners.lists.push(("static_listeners", entries));
         }
         if let Some(mask) = asked("dynamic_listeners") {
-            let of = (ResourceType::Listener, LISTENER);
-            let listeners = provenance.entries(of, received.listeners(), fits, mask, |name, kept| {
+            let kept = of_kind(received.listeners(), false);
+            let entries = provenance.entries(of, kept, fits, mask, |name, kept| {
                 let mut entry = Map::new();
                 entry.insert("name".to_owned(), name.into());
                 if let Some(kept) = kept {
@@ -174,47 +294,45 @@ fn sections(proxy: &Proxy, wanted: &Wanted<'_>, mask: Option<&Mask>) -> Vec<Sect
                 }
                 entry
             });
-            add("ListenersConfigDump", "dynamic_listeners", listeners);
+            listeners.lists.push(("dynamic_listeners", entries));
+        }
+        out.push(listeners);
+        let mut routes = Section::new("RoutesConfigDump");
+        if let Some(mask) = asked("static_route_configs") {
+            let inline = received.listeners().flat_map(|(_, kept)| {
+                let configs = fixed::inline_routes(&kept.body).into_iter();
+                configs.map(|(name, body)| (name, body, kept.updated))
+            });
+            let entries = inline.filter(|(name, ..)| fits(name)).map(|(_, body, updated)| {
+                let shown = showing.show(ROUTE, &body);
+                masked(
+                    json!({ "route_config": shown, "last_updated": provenance.time(updated) }),
+                    mask,
+                )
+            });
+            routes.lists.push(("static_route_configs", entries.collect()));
         }
         if let Some(mask) = asked("dynamic_route_configs") {
             let of = (ResourceType::Route, ROUTE);
-            let routes = provenance.entries(of, received.routes(), fits, mask, |name, kept| {
-                let Some(kept) = kept else { return Map::new() };
-                let mut config = provenance.showing.show(ROUTE, &kept.body);
-                let discovered = received
-                    .virtual_hosts(name)
-                    .map(|body| provenance.showing.show(VIRTUAL_HOST, body))
-                    .map(|mut host| {
-                        if let Some(host) = host.as_object_mut() {
-                            host.remove("@type");
-                        }
-                        host
-                    });
-                let discovered: Vec<Value> = discovered.collect();
-                if !discovered.is_empty()
-                    && let Some(map) = config.as_object_mut()
-                    && let Some(hosts) = map
-                        .entry("virtual_hosts")
-                        .or_insert_with(|| json!([]))
-                        .as_array_mut()
-                {
-                    hosts.extend(discovered);
-                }
-                provenance.stated("route_config", config, kept)
+            let entries = provenance.entries(of, received.routes(), fits, mask, |name, kept| {
+                kept.map_or_else(Map::new, |kept| provenance.route(name, kept))
             });
-            add("RoutesConfigDump", "dynamic_route_configs", routes);
+            routes.lists.push(("dynamic_route_configs", entries));
         }
-        if wanted.endpoints
-            && let Some(mask) = asked("dynamic_endpoint_configs")
-        {
-            let of = (ResourceType::Endpoints, ENDPOINTS);
-            let endpoints = provenance.entries(of, store.assignments(), fits, mask, |_, kept| {
-                kept.map_or_else(Map::new, |kept| {
-                    provenance.state("endpoint_config", ENDPOINTS, kept)
-                })
-            });
-            add("EndpointsConfigDump", "dynamic_endpoint_configs", endpoints);
+        out.push(routes);
+        let mut secrets = Section::new("SecretsConfigDump");
+        for (field, all) in [
+            ("static_secrets", secrets_static),
+            ("dynamic_active_secrets", secrets_dynamic),
+        ] {
+            if let Some(mask) = asked(field) {
+                let entries = all.into_iter().filter(|(name, _)| fits(name));
+                let entries = entries.map(|(_, entry)| masked(entry, mask)).collect();
+                secrets.lists.push((field, entries));
+            }
         }
+        out.push(secrets);
+        out.retain(|section| !section.lists.is_empty() || !section.single.is_empty());
         out
     })
 }
@@ -231,18 +349,28 @@ pub(super) fn config_dump(proxy: &Proxy, wanted: &Wanted<'_>) -> Result<String, 
     }
     let mut out = String::from("{\n  \"configs\": [");
     for (index, section) in sections.into_iter().enumerate() {
+        let lists = section.lists.into_iter();
+        if wanted.resource.is_some() {
+            for (_, entries) in lists {
+                let _ = write!(out, "\n        {}", entries.join(",\n        "));
+            }
+            continue;
+        }
         let comma = if index == 0 { "" } else { "," };
-        let entries = section.entries.join(",\n        ");
         // Writing to a String cannot fail.
-        let _ = match wanted.resource {
-            Some(_) => write!(out, "\n        {entries}"),
-            None => write!(
-                out,
-                "{comma}\n    {{\n      \"@type\": \"type.googleapis.com/envoy.admin.v3.{}\",\n      \"{}\": [\n        \
-                 {entries}\n      ]\n    }}",
-                section.kind, section.field
-            ),
-        };
+        let _ = write!(
+            out,
+            "{comma}\n    {{\n      \"@type\": \"type.googleapis.com/envoy.admin.v3.{}\"",
+            section.kind
+        );
+        for (field, value) in section.single {
+            let _ = write!(out, ",\n      \"{field}\": {value}");
+        }
+        for (field, entries) in lists.filter(|(_, entries)| !entries.is_empty()) {
+            let entries = entries.join(",\n        ");
+            let _ = write!(out, ",\n      \"{field}\": [\n        {entries}\n      ]");
+        }
+        out.push_str("\n    }");
     }
     out.push_str("\n  ]\n}\n");
     Ok(out)

@@ -34,6 +34,17 @@ pub enum Port {
     Ready,
 }
 
+impl Port {
+    /// Whether it shows anything under that path.
+    pub(super) fn shows(self, path: &str) -> bool {
+        match self {
+            Self::Admin => true,
+            Self::Prometheus => path == "/stats/prometheus",
+            Self::Ready => path == "/healthz/ready",
+        }
+    }
+}
+
 #[derive(Debug)]
 enum Socket {
     Tcp(TcpListener),

@@ -12,6 +12,7 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
 use tokio::time::Sleep;
 
+use super::telling::Telling;
 use super::{Proxy, plain};
 use crate::bootstrap;
 use crate::policy::tap::{Look, Sink, TapConfig};
@@ -27,6 +28,8 @@ pub(super) enum AdminBody {
     Whole(Full<Bytes>),
     /// Traces.
     Traces(Box<Traces>),
+    /// Statistics.
+    Pieces(Box<Telling>),
 }
 
 /// Traces on their way to who asked.
@@ -95,20 +98,21 @@ impl Body for AdminBody {
             Self::Traces(traces) => traces
                 .poll(cx)
                 .map(|trace| trace.map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Pieces(telling) => Pin::new(telling).poll_frame(cx),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Whole(full) => full.is_end_stream(),
-            Self::Traces(_) => false,
+            Self::Traces(_) | Self::Pieces(_) => false,
         }
     }
 
     fn size_hint(&self) -> http_body::SizeHint {
         match self {
             Self::Whole(full) => full.size_hint(),
-            Self::Traces(_) => http_body::SizeHint::default(),
+            Self::Traces(_) | Self::Pieces(_) => http_body::SizeHint::default(),
         }
     }
 }

@@ -7,25 +7,53 @@ use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
 
-use super::super::server_stats;
-use super::Proxy;
+use super::super::{levels, server_stats};
+use super::{Proxy, fixed};
+use crate::bootstrap::Showing;
 use crate::config::cluster::Priority;
 use crate::config::convert::Address;
 use crate::config::endpoint::{Endpoint, EndpointSet, Locality};
 use crate::config::slot::ClusterSlot;
 
+/// Processes that say the same can take over from each other.
+pub(super) const HOT_RESTART_VERSION: &str = "serin.1";
+
 /// `/server_info`.
 pub(super) fn server_info(proxy: &Proxy) -> Value {
-    let uptime = format!("{}s", proxy.uptime().as_secs());
+    let uptime = |time: std::time::Duration| format!("{}s", time.as_secs());
+    let options = &proxy.started_as;
+    let drain = *proxy.drain_time.lock();
     json!({
-        "version": concat!("serin-proxy/", env!("CARGO_PKG_VERSION")),
+        "version": server_version(),
         "state": proxy.state(),
-        "uptime_current_epoch": uptime,
-        "uptime_all_epochs": uptime,
-        "hot_restart_version": "serin.1",
-        "command_line_options": { "concurrency": proxy.concurrency() },
-        "node": { "id": proxy.node.id, "cluster": proxy.node.cluster },
+        "uptime_current_epoch": uptime(proxy.uptime()),
+        "uptime_all_epochs": uptime(proxy.uptime()),
+        "hot_restart_version": HOT_RESTART_VERSION,
+        "command_line_options": {
+            "concurrency": proxy.concurrency(),
+            "config_path": options.config_path,
+            "disable_hot_restart": options.restart_path.is_empty(),
+            "socket_path": options.restart_path,
+            "drain_time": uptime(drain),
+            "drain_strategy": "Immediate",
+            "mode": "Serve",
+            "log_level": levels::default_level(),
+            "local_address_ip_version": "v4",
+            "service_cluster": proxy.node.cluster,
+            "service_node": proxy.node.id,
+        },
+        "node": fixed::node(proxy, &Showing::new()),
     })
+}
+
+/// In Envoy's form: revision, version, state of the sources, build, TLS library. Tools read the second.
+fn server_version() -> String {
+    let build = if cfg!(debug_assertions) {
+        "DEBUG"
+    } else {
+        "RELEASE"
+    };
+    format!("serin-proxy/{}/Clean/{build}/rustls", env!("CARGO_PKG_VERSION"))
 }
 
 /// `/memory`.
@@ -228,7 +256,7 @@ pub(super) fn clusters_json(proxy: &Proxy) -> Value {
                 let mut status = json!({
                     "name": &*slot.name,
                     "observability_name": &*slot.name,
-                    "added_via_api": true,
+                    "added_via_api": !store.received().is_static_cluster(&slot.name),
                     "host_statuses": hosts,
                 });
                 let limits: Vec<Value> = Priority::ALL

@@ -81,6 +81,8 @@ enum What {
     Metadata(Key),
     /// As a text, or as JSON.
     State(Box<str>, bool),
+    /// A field of an object of the filter state.
+    StateField(Box<str>, Box<str>),
     MetadataAll(Box<str>),
     /// Of the endpoint, or of the cluster.
     Configured(Owner, Box<[Box<str>]>),
@@ -356,8 +358,7 @@ impl What {
                 match (parts.next(), parts.next()) {
                     (None | Some("TYPED"), None) => Self::State(key, true),
                     (Some("PLAIN"), None) => Self::State(key, false),
-                    // None of our objects has fields.
-                    (Some("FIELD"), Some(_)) => Self::Absent,
+                    (Some("FIELD"), Some(field)) => Self::StateField(key, field.into()),
                     _ => return Err(refused("the key may be followed by PLAIN, TYPED or FIELD:name")),
                 }
             }
@@ -518,6 +519,7 @@ impl Operator {
                 Some(value) if *typed => Datum::Quoted(value),
                 Some(value) => Datum::Text(value.into()),
             },
+            What::StateField(key, field) => text(record.metadata.state.field(key, field)),
             What::RequestId => text(record.request_id),
             What::Connection => Datum::Number(record.connection),
             What::TraceId => text(record.trace.map(|(id, _)| id)),

@@ -33,7 +33,7 @@ fn kept(wants: &Wants) -> Kept {
     kept
 }
 
-fn record<'a>(kept: &'a Kept, metadata: &'a Metadata) -> Record<'a> {
+pub(in crate::observe) fn record<'a>(kept: &'a Kept, metadata: &'a Metadata) -> Record<'a> {
     let mut flags = Flags::UPSTREAM_CONNECTION_FAILURE;
     flags.add(Flags::RETRY_LIMIT);
     Record {

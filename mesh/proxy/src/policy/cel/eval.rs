@@ -547,7 +547,10 @@ fn field<'a>(map: &Value<'a>, name: &str) -> Option<Value<'a>> {
         Value::Metadata(metadata) if name == "filter_metadata" => Some(Value::Metadata(metadata)),
         Value::Metadata(metadata) => metadata.get(name).map(Value::Struct),
         Value::Struct(fields) => fields.fields.get(name).map(of_message),
-        Value::State(state) => Some(Value::Bytes(state.get(name)?.as_bytes().into())),
+        Value::State(state) => Some(match state.fields(name) {
+            Some(fields) => Value::Struct(fields),
+            None => Value::Bytes(state.get(name)?.as_bytes().into()),
+        }),
         Value::Map(entries) => entries
             .iter()
             .find(|(key, _)| matches!(key, Value::Text(text) if text == name))

@@ -46,7 +46,7 @@ enum Input {
     Subject,
     Header(HeaderName),
     Query(Box<str>),
-    State(Box<str>),
+    State(Box<str>, Box<str>),
     /// Metadata, for matchers of values.
     Metadata(Key),
     /// Everything that CEL knows, for its matcher.
@@ -142,10 +142,7 @@ impl Input {
             (_, Some("SubjectInput")) => Self::Subject,
             (Some("FilterStateInput"), _) => {
                 let message: inputs::FilterStateInput = convert::unpack(any, type_name).within("input")?;
-                if !message.field.is_empty() {
-                    return Err(Refusal::new("input.field", "objects have no fields here"));
-                }
-                Self::State(message.key.into())
+                Self::State(message.key.into(), message.field.into())
             }
             (Some("DynamicMetadataInput"), _) => {
                 use inputs::dynamic_metadata_input::path_segment::Segment;
@@ -217,7 +214,14 @@ impl Input {
                 let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
                 (percent_decoded(key) == **name).then(|| percent_decoded(value))
             }),
-            Self::State(key) => facts.metadata.state.get(key).map(Cow::from),
+            Self::State(key, field) => {
+                let state = &facts.metadata.state;
+                match &**field {
+                    "" => state.get(key),
+                    field => state.field(key, field),
+                }
+                .map(Cow::from)
+            }
             // For matchers of their own.
             Self::Metadata(_) | Self::Attributes => None,
             Self::Header(name) => {

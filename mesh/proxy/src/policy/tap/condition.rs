@@ -4,6 +4,7 @@ use http::HeaderMap;
 use serin_xds::pb::envoy::config::route::v3 as route;
 use serin_xds::pb::envoy::config::tap::v3 as tap;
 
+use super::search::Search;
 use super::{STATUS, Seen};
 use crate::config::matchers::{HeaderMatch, RequestView};
 use crate::error::{Refusal, Within};
@@ -22,22 +23,40 @@ pub(super) enum Condition {
     RequestTrailers(Vec<HeaderMatch>),
     Response(Vec<HeaderMatch>),
     ResponseTrailers(Vec<HeaderMatch>),
+    /// By the place of its search.
+    RequestBody(usize),
+    /// The same.
+    ResponseBody(usize),
+}
+
+/// What conditions look for in bodies of requests and of responses.
+#[derive(Debug, Default)]
+pub(super) struct Searches {
+    pub(super) request: Vec<Search>,
+    pub(super) response: Vec<Search>,
 }
 
 impl Condition {
-    pub(super) fn compile(from: &tap::MatchPredicate, depth: u32) -> Result<Self, Refusal> {
+    pub(super) fn compile(
+        from: &tap::MatchPredicate,
+        searches: &mut Searches,
+        depth: u32,
+    ) -> Result<Self, Refusal> {
         use tap::match_predicate::Rule;
         if depth > MAX_DEPTH {
             return Err(Refusal::new("", "is nested too deeply"));
         }
-        let all = |set: &tap::match_predicate::MatchSet| -> Result<Vec<Self>, Refusal> {
-            if set.rules.len() < 2 {
-                return Err(Refusal::new("rules", "at least two are needed"));
-            }
-            let each = set.rules.iter().enumerate();
-            each.map(|(index, rule)| Self::compile(rule, depth + 1).within(format!("rules[{index}]")))
+        let all =
+            |set: &tap::match_predicate::MatchSet, searches: &mut Searches| -> Result<Vec<Self>, Refusal> {
+                if set.rules.len() < 2 {
+                    return Err(Refusal::new("rules", "at least two are needed"));
+                }
+                let each = set.rules.iter().enumerate();
+                each.map(|(index, rule)| {
+                    Self::compile(rule, searches, depth + 1).within(format!("rules[{index}]"))
+                })
                 .collect()
-        };
+            };
         let headers = |from: &tap::HttpHeadersMatch, response: bool| -> Result<Vec<HeaderMatch>, Refusal> {
             let each = from.headers.iter().enumerate();
             each.map(|(index, matcher)| {
@@ -56,10 +75,11 @@ impl Condition {
             .collect()
         };
         Ok(match &from.rule {
-            Some(Rule::OrMatch(set)) => Self::Any(all(set).within("or_match")?),
-            Some(Rule::AndMatch(set)) => Self::All(all(set).within("and_match")?),
+            Some(Rule::OrMatch(set)) => Self::Any(all(set, searches).within("or_match")?),
+            Some(Rule::AndMatch(set)) => Self::All(all(set, searches).within("and_match")?),
             Some(Rule::NotMatch(inner)) => {
-                Self::Not(Box::new(Self::compile(inner, depth + 1).within("not_match")?))
+                let inner = Self::compile(inner, searches, depth + 1).within("not_match")?;
+                Self::Not(Box::new(inner))
             }
             Some(Rule::AnyMatch(true)) => Self::Always,
             Some(Rule::AnyMatch(false)) => return Err(Refusal::new("any_match", "can only be true")),
@@ -75,11 +95,15 @@ impl Condition {
             Some(Rule::HttpResponseTrailersMatch(from)) => {
                 Self::ResponseTrailers(headers(from, true).within("http_response_trailers_match")?)
             }
-            Some(Rule::HttpRequestGenericBodyMatch(_) | Rule::HttpResponseGenericBodyMatch(_)) => {
-                return Err(Refusal::new(
-                    "http_request_generic_body_match",
-                    "conditions on bodies are not supported",
-                ));
+            Some(Rule::HttpRequestGenericBodyMatch(from)) => {
+                let search = Search::compile(from).within("http_request_generic_body_match")?;
+                searches.request.push(search);
+                Self::RequestBody(searches.request.len() - 1)
+            }
+            Some(Rule::HttpResponseGenericBodyMatch(from)) => {
+                let search = Search::compile(from).within("http_response_generic_body_match")?;
+                searches.response.push(search);
+                Self::ResponseBody(searches.response.len() - 1)
             }
             None => return Err(Refusal::new("rule", "is missing")),
         })
@@ -105,6 +129,8 @@ impl Condition {
             Self::RequestTrailers(matchers) => fields(matchers, seen.request_trailers),
             Self::Response(matchers) => fields(matchers, seen.response),
             Self::ResponseTrailers(matchers) => fields(matchers, seen.response_trailers),
+            Self::RequestBody(search) => seen.request_body.map(|body| body.has_found(*search)),
+            Self::ResponseBody(search) => seen.response_body.map(|body| body.has_found(*search)),
         }
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::Wish;
 use super::hashed::Hashed;
 use crate::config::balancing::PLAIN_BIAS;
+use crate::config::balancing::reported::Reporting;
 use crate::config::cluster::{Cluster, LbPolicy, SlowStart};
 use crate::random;
 use crate::upstream::cluster::Host;
@@ -26,6 +27,18 @@ pub(super) struct View<'a> {
     pub(super) panic: bool,
     /// The time, while slow start has a say.
     pub(super) slow: Option<(SlowStart, u64)>,
+    /// How weights follow from reports, the time, and how they compare.
+    pub(super) reported: Option<(&'a Reporting, u64, Compared)>,
+}
+
+/// How the weights that hosts have reported compare.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Compared {
+    /// Until when that is not looked at again (process clock, ms).
+    pub(super) until: u64,
+    /// What hosts without a weight have.
+    pub(super) median: f64,
+    pub(super) heaviest: f64,
 }
 
 impl View<'_> {
@@ -58,6 +71,7 @@ impl View<'_> {
         };
         let chosen = match cluster.lb {
             LbPolicy::RoundRobin => self.round_robin(hosts, turn),
+            LbPolicy::ClientSideWeighted => self.by_reports(hosts, turn),
             LbPolicy::LeastRequest { choices: 0, bias } => self.least_of_all(hosts, bias),
             LbPolicy::LeastRequest { choices, bias } => self.least_request(hosts, choices, bias),
             LbPolicy::PeakEwma { default_rtt, .. } => self.cheaper(hosts, default_rtt),
@@ -93,6 +107,28 @@ impl View<'_> {
         }
         let factor = self.factor(host);
         factor >= 1.0 || (random::next() as f64) < factor * u64::MAX as f64
+    }
+
+    /// In turn by what hosts have reported.
+    fn by_reports<'h>(&self, hosts: &'h [Rc<Host>], turn: &Cell<u64>) -> Option<&'h Rc<Host>> {
+        let Some((rules, now, compared)) = self.reported else {
+            return self.round_robin(hosts, turn);
+        };
+        let count = hosts.len() as u64;
+        for _ in 0..count * 1000 {
+            let n = turn.get();
+            turn.set(n.wrapping_add(1));
+            let host = &hosts[(n % count) as usize];
+            let own = host.endpoint.state.reported.weight(rules, now);
+            let share = (own.unwrap_or(compared.median) / compared.heaviest).min(1.0);
+            // As for the weights that EDS tells. Rounds are counted modulo what a number with a fraction can tell apart.
+            let round = (n / count % (1 << 32)) as f64;
+            let takes = ((round + 1.0) * share).floor() > (round * share).floor();
+            if takes && self.may_use(host) && self.old_enough(host) {
+                return Some(host);
+            }
+        }
+        None
     }
 
     /// In turn; a host of weight `w` takes its turn in `w` of `heaviest` rounds, spread evenly.

@@ -116,6 +116,7 @@ impl Hashed {
             LbPolicy::RoundRobin
             | LbPolicy::LeastRequest { .. }
             | LbPolicy::Random
+            | LbPolicy::ClientSideWeighted
             | LbPolicy::PeakEwma { .. } => Table::Maglev(Vec::new()),
         };
         Self { table, shares }

@@ -98,7 +98,7 @@ impl Fixture {
         let rules = self.cluster.subsets.as_ref().unwrap();
         let mut found = std::collections::BTreeSet::new();
         for _ in 0..40 {
-            if let Some(host) = self.subsets.pick(rules, &self.cluster, &self.whole, &wish) {
+            if let Some(host) = self.subsets.pick(rules, &self.cluster, &self.whole, &wish).0 {
                 found.insert(host.endpoint.text.to_string());
             }
         }
@@ -269,7 +269,7 @@ proptest! {
         let rules = fixture.cluster.subsets.as_ref().unwrap();
         let mut found = std::collections::BTreeSet::new();
         for _ in 0..hosts.len() * 2 {
-            match fixture.subsets.pick(rules, &fixture.cluster, &fixture.whole, &wish) {
+            match fixture.subsets.pick(rules, &fixture.cluster, &fixture.whole, &wish).0 {
                 None => prop_assert_eq!(fitting, 0),
                 Some(host) => {
                     prop_assert!(criteria.fits(host.endpoint.lb_metadata.as_ref(), false));

@@ -8,6 +8,7 @@ use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use crate::config::listener_filters::ProxyProtocol;
+use crate::policy::metadata::Metadata;
 use crate::upstream::proxy_header::{self, Header};
 use crate::worker::Worker;
 use crate::worker::io::Io;
@@ -36,11 +37,13 @@ pub(super) async fn read_until_detected(
     }
 }
 
-/// Reads a PROXY protocol header and leaves what follows it; the addresses in it, if it has any.
+/// Reads a PROXY protocol header and leaves what follows it; the addresses in it, if it has any. What its rules say of its
+/// values by type is noted.
 pub(super) async fn read_proxy_header(
     stream: &TcpStream,
     prefix: &mut Vec<u8>,
     rules: &ProxyProtocol,
+    noted: &mut Metadata,
     deadline: Instant,
 ) -> io::Result<Option<(SocketAddr, SocketAddr)>> {
     let bad = |reason| io::Error::new(io::ErrorKind::InvalidData, reason);
@@ -49,11 +52,15 @@ pub(super) async fn read_proxy_header(
             Header::Present {
                 version,
                 length,
+                tlvs,
                 between,
             } => {
                 if !rules.allows(version) {
                     return Err(bad("PROXY protocol: this version is not allowed"));
                 }
+                let tlvs = proxy_header::read_tlvs(&prefix[tlvs..length])
+                    .ok_or_else(|| bad("PROXY protocol: malformed TLVs"))?;
+                rules.keep(&tlvs, noted);
                 prefix.drain(..length);
                 return Ok(between);
             }

@@ -78,6 +78,7 @@ pub(super) fn describe(
     let facts = facts(conn, parts, metadata(exchange));
     let scene = Scene {
         facts: &facts,
+        route: routed.route.metadata.as_deref(),
         destination_cluster: routed.cluster_name(),
         source_cluster: &conn.worker.shared.cluster,
         record: None,

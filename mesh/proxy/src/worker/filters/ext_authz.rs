@@ -17,12 +17,14 @@ use crate::policy::ext_authz::{
     is_valid, read_grpc,
 };
 use crate::random;
+use crate::worker::request::Routed;
 
 /// Asks about a request. `Ok(true)` says that the route is to be searched again.
 pub(super) async fn ask(
     exchange: &mut Exchange,
     authz: &ExtAuthz,
     own: Option<&PerRouteAuthz>,
+    routed: &Routed,
     parts: &mut Parts,
     body: &mut Option<Inbound>,
 ) -> Result<bool, LocalReply> {
@@ -62,6 +64,7 @@ pub(super) async fn ask(
         match service {
             Service::Grpc(target) => {
                 let scene = CheckScene {
+                    route: routed.route.metadata.as_deref(),
                     path: parts.uri.path_and_query().map_or("/", |path| path.as_str()),
                     id: exchange
                         .request_id

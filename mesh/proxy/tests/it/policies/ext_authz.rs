@@ -217,7 +217,13 @@ async fn a_grpc_service_sees_the_request_and_decides_and_changes_it() {
         allow_partial_message: true,
         pack_as_bytes: false,
     });
+    message.route_metadata_context_namespaces = vec!["shop".into(), "none".into()];
     let mut route = prefix_route("/", to_cluster("c"));
+    let noted = |tier: &str| string_struct(&[("tier", tier)]);
+    route.metadata = Some(core::Metadata {
+        filter_metadata: [("shop".to_owned(), noted("free")), ("own".to_owned(), noted("x"))].into(),
+        ..Default::default()
+    });
     route.typed_per_filter_config = [(
         "envoy.filters.http.ext_authz".to_owned(),
         any(&authz::ExtAuthzPerRoute {
@@ -258,6 +264,8 @@ async fn a_grpc_service_sees_the_request_and_decides_and_changes_it() {
         ("7", "true")
     );
     assert_eq!(question.context_extensions["route"], "main");
+    let of_route = question.route_metadata_context.unwrap().filter_metadata;
+    assert_eq!(of_route, [("shop".to_owned(), noted("free"))].into());
 
     let (status, headers, body) = send(at, post("/no", "")).await;
     assert_eq!(

@@ -303,7 +303,7 @@ async fn state_that_cannot_be_made_is_refused_with_its_path() {
         ),
         (
             set::FilterStateValue {
-                shared_with_upstream: 1,
+                shared_with_upstream: 9,
                 ..object("a", "envoy.string", "x")
             },
             "on_request_headers[0].shared_with_upstream",

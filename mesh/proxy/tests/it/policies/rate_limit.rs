@@ -492,3 +492,151 @@ mod global {
         assert_eq!(line["response_code_details"], "rate_limiter_error");
     }
 }
+
+/// Entries that name the tier that is noted of a route, or nobody's.
+fn by_tier() -> Vec<route::RateLimit> {
+    use serin_xds::pb::envoy::r#type::metadata::v3 as metadata;
+    let segment = metadata::metadata_key::path_segment::Segment::Key("tier".into());
+    vec![route::RateLimit {
+        actions: vec![Action {
+            action_specifier: Some(action::ActionSpecifier::Metadata(action::MetaData {
+                descriptor_key: "tier".into(),
+                metadata_key: Some(metadata::MetadataKey {
+                    key: "shop".into(),
+                    path: vec![metadata::metadata_key::PathSegment {
+                        segment: Some(segment),
+                    }],
+                }),
+                source: action::meta_data::Source::RouteEntry as i32,
+                skip_if_absent: true,
+                ..Default::default()
+            })),
+        }],
+        ..Default::default()
+    }]
+}
+
+#[tokio::test]
+async fn what_is_noted_of_a_route_chooses_the_bucket() {
+    let mut message = limit(1000);
+    message.descriptors = vec![common::LocalRateLimitDescriptor {
+        entries: vec![common::rate_limit_descriptor::Entry {
+            key: "tier".into(),
+            value: "free".into(),
+        }],
+        token_bucket: bucket(1),
+        shadow_mode: false,
+    }];
+    message.rate_limits = by_tier();
+    let noted = |prefix: &str, tier: &str| {
+        let mut route = prefix_route(prefix, to_cluster("c"));
+        route.metadata = Some(core::Metadata {
+            filter_metadata: [("shop".to_owned(), string_struct(&[("tier", tier)]))].into(),
+            ..Default::default()
+        });
+        route
+    };
+    let routes = vec![
+        noted("/free", "free"),
+        noted("/gold", "gold"),
+        prefix_route("/", to_cluster("c")),
+    ];
+    let (_harness, _backend, at) = served(vec![filter(&message)], vec![host("all", "*", routes)]).await;
+    assert_eq!(get(at, "/free").await.0, 200);
+    assert_eq!(get(at, "/free").await.0, 429);
+    for path in ["/gold", "/"] {
+        for _ in 0..3 {
+            assert_eq!(get(at, path).await.0, 200, "{path}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn members_of_a_cluster_share_a_limit_evenly() {
+    use serin_proxy::control::{Options, Proxy};
+    let mut message = limit(6);
+    message.local_cluster_rate_limit = Some(common::LocalClusterRateLimit {});
+    // Who does not know its cluster cannot know its share.
+    let harness = Harness::start();
+    let chain = http_chain(&manager_with(vec![filter(&message)]));
+    let listener = listener_of("l", core::TrafficDirection::Outbound, vec![chain]);
+    let refused = harness
+        .try_put(ResourceType::Listener, "l", &listener)
+        .await
+        .unwrap();
+    assert!(refused.contains("local_cluster_rate_limit: needs"), "{refused}");
+    let (proxy, log) = Proxy::start(Options {
+        concurrency: 1,
+        local_cluster: Some("local".into()),
+        ..Default::default()
+    })
+    .unwrap();
+    let harness = Harness { proxy, log };
+    let backend = Backend::named("ok").await;
+    harness.cluster("c", &[backend.address]).await;
+    harness.routes(to_c()).await;
+    let member: Vec<std::net::SocketAddr> = (1..=3).map(|last| ([10, 0, 0, last], 80).into()).collect();
+    harness.cluster("local", &member).await;
+    let at = harness
+        .listen(
+            &manager_with(vec![filter(&message)]),
+            core::TrafficDirection::Outbound,
+        )
+        .await;
+    // A third of six.
+    for expected in [200, 200, 429] {
+        assert_eq!(get(at, "/").await.0, expected);
+    }
+    // Alone it has all of what is left.
+    harness.endpoints("local", &member[..1]).await;
+    message.stat_prefix = "alone".into();
+    let at = {
+        let chain = http_chain(&manager_with(vec![filter(&message)]));
+        let listener = listener_of("alone", core::TrafficDirection::Outbound, vec![chain]);
+        harness.put(ResourceType::Listener, "alone", &listener).await;
+        harness.proxy.listener_address("alone").unwrap()
+    };
+    for _ in 0..6 {
+        assert_eq!(get(at, "/").await.0, 200);
+    }
+    assert_eq!(get(at, "/").await.0, 429);
+}
+
+#[tokio::test]
+async fn filters_of_one_key_and_one_filling_share_their_bucket() {
+    let harness = Harness::start();
+    let backend = Backend::named("ok").await;
+    harness.cluster("c", &[backend.address]).await;
+    let mut chains = Vec::new();
+    for (name, key, tokens) in [("a", "k", 2), ("b", "k", 2), ("c", "k", 3), ("d", "", 2)] {
+        let limit = network::LocalRateLimit {
+            stat_prefix: name.into(),
+            token_bucket: bucket(tokens),
+            share_key: key.into(),
+            ..Default::default()
+        };
+        let mut chain = crate::listener::tcp_chain("c");
+        chain.filters.insert(
+            0,
+            network_filter("envoy.filters.network.local_ratelimit", Some(any(&limit))),
+        );
+        chains.push((
+            name,
+            listener_of(name, core::TrafficDirection::Outbound, vec![chain]),
+        ));
+    }
+    let request = b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
+    let mut passed = Vec::new();
+    for (name, listener) in &chains {
+        harness.put(ResourceType::Listener, name, listener).await;
+    }
+    for (name, tries) in [("a", 1), ("b", 2), ("c", 4), ("d", 3)] {
+        let at = harness.proxy.listener_address(name).unwrap();
+        let mut count = 0;
+        for _ in 0..tries {
+            count += usize::from(crate::listener::answer_to(at, request).await.ends_with("ok"));
+        }
+        passed.push(count);
+    }
+    assert_eq!(passed, [1, 1, 3, 2]);
+}
