@@ -321,7 +321,7 @@ fn translated(text: &str) -> Cow<'_, str> {
             let Ok(parts) = serde_json::from_str::<Vec<String>>(&out[list..end]) else {
                 break;
             };
-            out = format!("{}{name}({}{}", &out[..at + 1], parts.join(":"), &out[end..]).into();
+            out = format!("{}{name}({}{}", &out[..=at], parts.join(":"), &out[end..]).into();
         }
     }
     let start = "%PER_REQUEST_STATE(";
@@ -332,7 +332,7 @@ fn translated(text: &str) -> Cow<'_, str> {
         };
         out = format!(
             "{}FILTER_STATE({}:PLAIN{}",
-            &out[..at + 1],
+            &out[..=at],
             &out[key..end],
             &out[end..]
         )

@@ -12,7 +12,7 @@ use serin_proxy::tls::secret::Secret;
 use crate::certificates::Authority;
 
 /// Files that may look, and why.
-const LOOKERS: [(&str, &str); 16] = [
+const LOOKERS: [(&str, &str); 17] = [
     ("bootstrap/", "start"),
     ("config/store/received.rs", "when resources came, told"),
     ("control/admin.rs", "days left of certificates, told"),
