@@ -87,6 +87,7 @@
 
 mod bell;
 pub mod bootstrap;
+mod calendar;
 mod clock;
 pub mod config;
 pub mod control;

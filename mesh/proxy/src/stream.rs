@@ -7,6 +7,8 @@
 //!
 //! Not here: what makes bytes of its own (`hygiene::strict`, tunnels inside of HTTP/2).
 
+pub mod linger;
+
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::task::{Context, Poll};

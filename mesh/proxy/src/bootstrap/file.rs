@@ -515,7 +515,7 @@ mod tests {
             ("stats_sinks: []", "stats_sinks"),
             (
                 "stats_config: {stats_matcher: {inclusion_list: {patterns: [{safe_regex: {regex: '('}}]}}}",
-                "stats_config.stats_matcher.inclusion_list.patterns[0].safe_regex",
+                "stats_config.stats_matcher.inclusion_list.patterns[0].safe_regex.regex",
             ),
             ("hdsConfig: {}", "hdsConfig"),
             (

@@ -17,6 +17,7 @@ use super::interim::Interims;
 use super::scan::{HeadLimits, Scanner, Violation};
 use crate::bell::Ear;
 use crate::policy::stats::Bytes;
+use crate::stream::linger::Linger;
 
 /// What stands in for a refused head.
 const SUBSTITUTE: &[u8] = b"GET / HTTP/1.1\r\nhost: refused\r\n\r\n";
@@ -117,6 +118,8 @@ pub struct StrictIo<S> {
     flushed: bool,
     /// The rest of interim answers that the socket did not take at once.
     interim: Vec<u8>,
+    /// For the end of a connection in the middle of a request.
+    linger: Linger,
 }
 
 impl<S> StrictIo<S> {
@@ -140,6 +143,7 @@ impl<S> StrictIo<S> {
             discarded: 0,
             flushed: true,
             interim: Vec::new(),
+            linger: Linger::default(),
         };
         if let Some(bytes) = &io.gate.bytes {
             bytes.received(prefix.len());
@@ -232,6 +236,11 @@ impl<S> StrictIo<S> {
             self.gate.unflushed.store(blocked, Ordering::Relaxed);
         }
         outcome
+    }
+
+    /// Whether the client is in the middle of something that nobody will read.
+    fn is_owed(&self) -> bool {
+        self.scanner.as_ref().is_some_and(|scanner| !scanner.opaque()) && !self.between_requests()
     }
 
     fn between_requests(&self) -> bool {
@@ -391,7 +400,7 @@ impl<S: AsyncWrite + Unpin> StrictIo<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for StrictIo<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for StrictIo<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         std::task::ready!(this.poll_before_write(cx))?;
@@ -424,6 +433,18 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for StrictIo<S> {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().inner).poll_shutdown(cx)
+        let this = self.get_mut();
+        if !this.linger.has_begun() {
+            std::task::ready!(Pin::new(&mut this.inner).poll_shutdown(cx))?;
+            if !this.is_owed() {
+                return Poll::Ready(Ok(()));
+            }
+        }
+        let Self {
+            inner, ear, linger, ..
+        } = this;
+        linger.poll(cx, |cx, buf| {
+            ear.poll(cx, |cx| Pin::new(&mut *inner).poll_read(cx, buf))
+        })
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
+use crate::calendar;
 use crate::error::Refusal;
 
 /// A parsed time format.
@@ -50,23 +51,14 @@ const WEEKDAYS: [&str; 7] = ["Thu", "Fri", "Sat", "Sun", "Mon", "Tue", "Wed"];
 
 fn civil(seconds: u64) -> Civil {
     let days = (seconds / 86_400) as i64;
-    // Howard Hinnant's civil-from-days: the Gregorian calendar in eras of 400 years.
-    let z = days + 719_468;
-    let era = z.div_euclid(146_097);
-    let day_of_era = z.rem_euclid(146_097);
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_march_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted = (5 * day_of_march_year + 2) / 153;
-    let day = day_of_march_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
+    let (year, month, day) = calendar::date(days);
     let leap = (year % 4 == 0 && year % 100 != 0) || year % 400 == 0;
     let before = [0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334][(month - 1) as usize];
     Civil {
         year,
-        month: month as u32,
-        day: day as u32,
-        day_of_year: before + day as u32 + u32::from(leap && month > 2),
+        month,
+        day,
+        day_of_year: before + day + u32::from(leap && month > 2),
         weekday: (days % 7) as usize,
         second_of_day: seconds % 86_400,
     }

@@ -6,6 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+mod shown;
+
+use shown::event_families;
+
 use crate::metrics::collect::{Family, Labels, Value};
 use crate::metrics::events::{Event, HttpEvent, ListenerEvent, TcpEvent, WorkerEvents};
 use crate::metrics::series::{Histogram, HistogramValue};
@@ -558,144 +562,6 @@ fn events_of<E: Event>(
         all.insert(value.into(), made.clone());
     }
     made
-}
-
-/// A family for each event that has a name.
-fn event_families<E: Event>(
-    all: &BTreeMap<Box<str>, Arc<WorkerEvents<E>>>,
-    label: &'static str,
-) -> impl Iterator<Item = Family> {
-    let named = E::ALL
-        .iter()
-        .enumerate()
-        .filter(|(_, (name, _))| !name.is_empty());
-    named.map(move |(index, (name, help))| Family {
-        name,
-        help,
-        metrics: all
-            .iter()
-            .map(|(value, events)| {
-                let labels = vec![(label, value.to_string())];
-                (labels, Value::Counter(events.at(index) as f64))
-            })
-            .collect(),
-    })
-}
-
-impl Registry {
-    /// Connections of listeners by worker.
-    fn per_worker(&self) -> [Family; 2] {
-        let cells = |name: &'static str| {
-            self.counters
-                .range((name, Labels::new())..)
-                .take_while(move |((own, _), _)| *own == name)
-        };
-        let of = |labels: &Labels, worker: usize| {
-            let mut out = vec![("envoy_worker_id", worker.to_string())];
-            out.extend(labels.iter().cloned());
-            out
-        };
-        let (mut total, mut active) = (Vec::new(), Vec::new());
-        for (((_, labels), opened), (_, closed)) in cells(LISTENER.opened).zip(cells(LISTENER.closed)) {
-            for (worker, (opened, closed)) in opened.cells.iter().zip(&closed.cells).enumerate() {
-                let opened = opened.0.load(Ordering::Relaxed);
-                let open = opened.saturating_sub(closed.0.load(Ordering::Relaxed));
-                total.push((of(labels, worker), Value::Counter(opened as f64)));
-                active.push((of(labels, worker), Value::Gauge(open as f64)));
-            }
-        }
-        [
-            Family {
-                name: "envoy_listener_worker_downstream_cx_total",
-                help: "Connections of a worker.",
-                metrics: total,
-            },
-            Family {
-                name: "envoy_listener_worker_downstream_cx_active",
-                help: "Open connections of a worker.",
-                metrics: active,
-            },
-        ]
-    }
-
-    /// Open connections by what they speak, and what waits within listener filters.
-    fn connections_by_kind(&self, families: &mut Vec<Family>) {
-        let total = |families: &[Family], name: &str, value: &str| {
-            let family = families.iter().find(|family| family.name == name);
-            let found = family
-                .into_iter()
-                .flat_map(|family| &family.metrics)
-                .find(|(labels, _)| labels.iter().any(|(_, own)| own == value));
-            match found {
-                Some((_, Value::Counter(value) | Value::Gauge(value))) => *value,
-                _ => 0.0,
-            }
-        };
-        let mut kinds: [Vec<(Labels, Value)>; 4] = Default::default();
-        for (value, events) in &self.http {
-            let label = || vec![(HTTP.label, value.to_string())];
-            let ended = |event| events.get(event) as f64;
-            let http2 = total(families, "envoy_http_downstream_cx_http2_total", value)
-                - ended(HttpEvent::CxHttp2Ended);
-            let tls =
-                total(families, "envoy_http_downstream_cx_ssl_total", value) - ended(HttpEvent::CxTlsEnded);
-            let open = total(families, "envoy_http_downstream_cx_active", value);
-            let tunnels = ended(HttpEvent::CxUpgrades) - ended(HttpEvent::CxUpgradesEnded);
-            for (kind, count) in kinds.iter_mut().zip([open - http2, http2, tls, tunnels]) {
-                // Workers go on while they are read.
-                kind.push((label(), Value::Gauge(count.max(0.0))));
-            }
-        }
-        let names = [
-            (
-                "envoy_http_downstream_cx_http1_active",
-                "Open connections of HTTP/1.",
-            ),
-            (
-                "envoy_http_downstream_cx_http2_active",
-                "Open connections of HTTP/2.",
-            ),
-            ("envoy_http_downstream_cx_ssl_active", "Open connections of TLS."),
-            ("envoy_http_downstream_cx_upgrades_active", "Open tunnels."),
-        ];
-        families.extend(
-            names
-                .into_iter()
-                .zip(kinds)
-                .map(|((name, help), metrics)| Family { name, help, metrics }),
-        );
-        let gauge = |name, help, metrics| Family { name, help, metrics };
-        families.push(gauge(
-            "envoy_listener_downstream_pre_cx_active",
-            "Connections within listener filters.",
-            self.listeners
-                .iter()
-                .map(|(value, events)| {
-                    let done = events.get(ListenerEvent::Classified);
-                    let open = events.get(ListenerEvent::Accepted).saturating_sub(done);
-                    (
-                        vec![(LISTENER.label, value.to_string())],
-                        Value::Gauge(open as f64),
-                    )
-                })
-                .collect(),
-        ));
-        families.push(gauge(
-            "envoy_tcp_downstream_cx_active",
-            "Open connections.",
-            self.tcp
-                .iter()
-                .map(|(value, events)| {
-                    let closed = events.get(TcpEvent::Closed);
-                    let open = events.get(TcpEvent::Opened).saturating_sub(closed);
-                    (
-                        vec![("envoy_tcp_prefix", value.to_string())],
-                        Value::Gauge(open as f64),
-                    )
-                })
-                .collect(),
-        ));
-    }
 }
 
 #[cfg(test)]

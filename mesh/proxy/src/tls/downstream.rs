@@ -4,8 +4,6 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use arc_swap::ArcSwapOption;
-use parking_lot::Mutex;
 use rustls::server::{ClientHello, NoServerSessionStorage, ProducesTickets, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls::{HandshakeKind, ServerConfig};
@@ -17,6 +15,7 @@ use tokio_rustls::server::TlsStream;
 use super::certificate::Certificate;
 use super::context::Common;
 use super::info::{ConnectionTls, Part};
+use super::rebuilt::Rebuilt;
 use super::secret::{Identity, Kind, Secret, SecretSlot};
 use super::stats::{TlsStats, count};
 use super::table::SecretTable;
@@ -48,14 +47,12 @@ pub struct DownstreamTls {
     stateful: bool,
     prefer_client_ciphers: bool,
     stats: Arc<TlsStats>,
-    built: ArcSwapOption<Built>,
-    building: Mutex<()>,
+    built: Rebuilt<Built>,
 }
 
 /// What was built from the secrets of one moment.
 #[derive(Debug)]
 struct Built {
-    version: u64,
     config: Arc<ServerConfig>,
     /// For clients whose ALPN has nothing in common with ours.
     without_alpn: Arc<ServerConfig>,
@@ -116,8 +113,7 @@ impl DownstreamTls {
             stateful: !from.disable_stateful_session_resumption,
             prefer_client_ciphers: from.prefer_client_ciphers,
             stats,
-            built: ArcSwapOption::empty(),
-            building: Mutex::new(()),
+            built: Rebuilt::default(),
         })
     }
 
@@ -135,25 +131,14 @@ impl DownstreamTls {
     }
 
     fn current(&self) -> Option<Arc<Built>> {
-        let version = self.version();
-        let fresh = |built: &Arc<Built>| built.version == version;
-        if let Some(built) = self.built.load_full().filter(fresh) {
-            return Some(built);
-        }
-        let _building = self.building.lock();
-        let before = self.built.load_full();
-        if let Some(built) = before.clone().filter(fresh) {
-            return Some(built);
-        }
-        let built = Arc::new(self.build(version)?);
-        if before.is_some() {
-            count(&self.stats.context_updated);
-        }
-        self.built.store(Some(built.clone()));
-        Some(built)
+        self.built.current(
+            self.version(),
+            || self.build(),
+            || count(&self.stats.context_updated),
+        )
     }
 
-    fn build(&self, version: u64) -> Option<Built> {
+    fn build(&self) -> Option<Built> {
         let identities: Arc<[Arc<Identity>]> = self.common.identities()?.into();
         let validation = self.common.validation()?;
         let mandatory = self.require_certificate
@@ -213,7 +198,6 @@ impl DownstreamTls {
         let mut without_alpn = config.clone();
         without_alpn.alpn_protocols.clear();
         Some(Built {
-            version,
             config: Arc::new(config),
             without_alpn: Arc::new(without_alpn),
             identities,

@@ -24,6 +24,7 @@ pub mod certificate;
 pub mod context;
 pub mod downstream;
 pub mod info;
+mod rebuilt;
 pub mod rewind;
 pub mod secret;
 pub mod stats;

@@ -4,8 +4,6 @@ use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use arc_swap::ArcSwapOption;
-use parking_lot::Mutex;
 use rustls::client::Resumption;
 use rustls::sign::SingleCertAndKey;
 use rustls::{CertificateError, ClientConfig, HandshakeKind};
@@ -19,6 +17,7 @@ use super::certificate::Certificate;
 use super::context::Common;
 use super::downstream::{count_failure, expired_meanwhile};
 use super::info::{ConnectionTls, Part};
+use super::rebuilt::Rebuilt;
 use super::secret::SecretSlot;
 use super::stats::{TlsStats, count};
 use super::table::SecretTable;
@@ -52,13 +51,11 @@ pub struct UpstreamTls {
     check_name: bool,
     sessions: usize,
     stats: Arc<TlsStats>,
-    built: ArcSwapOption<Built>,
-    building: Mutex<()>,
+    built: Rebuilt<Built>,
 }
 
 #[derive(Debug)]
 struct Built {
-    version: u64,
     config: Arc<ClientConfig>,
     local: Option<Arc<Certificate>>,
     validates: bool,
@@ -105,8 +102,7 @@ impl UpstreamTls {
                 .as_ref()
                 .map_or(SESSIONS, |keys| keys.value as usize),
             stats,
-            built: ArcSwapOption::empty(),
-            building: Mutex::new(()),
+            built: Rebuilt::default(),
         })
     }
 
@@ -142,25 +138,14 @@ impl UpstreamTls {
     }
 
     fn current(&self) -> Option<Arc<Built>> {
-        let version = self.common.version();
-        let fresh = |built: &Arc<Built>| built.version == version;
-        if let Some(built) = self.built.load_full().filter(fresh) {
-            return Some(built);
-        }
-        let _building = self.building.lock();
-        let before = self.built.load_full();
-        if let Some(built) = before.clone().filter(fresh) {
-            return Some(built);
-        }
-        let built = Arc::new(self.build(version)?);
-        if before.is_some() {
-            count(&self.stats.context_updated);
-        }
-        self.built.store(Some(built.clone()));
-        Some(built)
+        self.built.current(
+            self.common.version(),
+            || self.build(),
+            || count(&self.stats.context_updated),
+        )
     }
 
-    fn build(&self, version: u64) -> Option<Built> {
+    fn build(&self) -> Option<Built> {
         let identities = self.common.identities()?;
         let validation = self.common.validation()?;
         let validates = validation
@@ -192,7 +177,6 @@ impl UpstreamTls {
             sessions => Resumption::in_memory_sessions(sessions),
         };
         Some(Built {
-            version,
             config: Arc::new(config),
             local: identities.first().map(|identity| identity.leaf.clone()),
             validates,

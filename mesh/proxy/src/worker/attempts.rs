@@ -521,7 +521,7 @@ pub(super) async fn attempt(
     };
     match sent {
         // The client broke the protocol within the body: an early answer is not one to what it sent.
-        Ok(_) if source.is_some_and(|source| source.borrow().client_failed) => Err(Failure::Client),
+        Ok(_) if source.is_some_and(|source| source.borrow().fault.is_some()) => Err(Failure::Client),
         // Nobody has asked for another protocol.
         Ok(response) if response.status().is_informational() && try_of.tunnel.is_none() => {
             Err(Failure::Reset {
@@ -534,7 +534,7 @@ pub(super) async fn attempt(
         }
         Ok(response) => Ok((response, lease)),
         Err(Unanswered { error, unsent }) => {
-            if source.is_some_and(|source| source.borrow().client_failed) {
+            if source.is_some_and(|source| source.borrow().fault.is_some()) {
                 return Err(Failure::Client);
             }
             if let Some(leaving) = refused_by_peer(&error) {

@@ -20,6 +20,46 @@ use crate::policy::grpc_stats::Messages;
 /// The error of a body: what went wrong, for hyper to break the message off.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
 
+/// What was wrong with a body, or with who sends it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// The sender is gone.
+    #[error("the connection has ended")]
+    Gone,
+    /// It sent nothing for too long.
+    #[error("stream_idle_timeout")]
+    Silent,
+    /// It broke the protocol.
+    #[error("the protocol was broken")]
+    Broken,
+}
+
+impl Fault {
+    /// What an error of a body says, as far as it is known.
+    pub fn of(error: &BodyError) -> Option<Self> {
+        let mut inner: Option<&(dyn std::error::Error + 'static)> = Some(&**error);
+        while let Some(error) = inner {
+            if let Some(fault) = error.downcast_ref() {
+                return Some(*fault);
+            }
+            if let Some(error) = error.downcast_ref::<std::io::Error>() {
+                use std::io::ErrorKind::{InvalidData, InvalidInput};
+                // The latter are hyper's and our own readers'.
+                return Some(match error.kind() {
+                    InvalidData | InvalidInput => Self::Broken,
+                    _ => Self::Gone,
+                });
+            }
+            if let Some(error) = error.downcast_ref::<h2::Error>() {
+                let ended = error.is_io() || error.is_go_away() || (error.is_reset() && error.is_remote());
+                return Some(if ended { Self::Gone } else { Self::Broken });
+            }
+            inner = error.source();
+        }
+        None
+    }
+}
+
 /// The body of a request on its way in. What filters read of it before it is sent on is kept here.
 #[derive(Debug)]
 pub struct Inbound {
@@ -67,7 +107,7 @@ impl Inbound {
                 None => frame.await,
                 Some(idle) => tokio::time::timeout(idle, frame)
                     .await
-                    .map_err(|_| BodyError::from("stream_idle_timeout"))?,
+                    .map_err(|_| BodyError::from(Fault::Silent))?,
             };
             match frame {
                 None => self.ended = true,
@@ -89,6 +129,11 @@ impl Inbound {
             out.extend_from_slice(&data[..data.len().min(room)]);
         }
         out.freeze()
+    }
+
+    /// Whether the client has sent all of it, as far as it was looked at.
+    pub fn is_whole(&self) -> bool {
+        self.ended || self.incoming.is_end_stream()
     }
 
     /// Whether nobody has asked for any of it.
@@ -146,10 +191,8 @@ pub struct RequestSource {
     pub ended_at: Option<Instant>,
     /// Bytes received from the client.
     pub received: u64,
-    /// The client broke off, or broke the protocol, or sent nothing for too long.
-    pub client_failed: bool,
-    /// The client sent nothing for too long.
-    pub timed_out: bool,
+    /// What the client did wrong, if its body did not come to its end.
+    pub fault: Option<Fault>,
     /// The response has begun: what follows is bounded by its limits.
     pub answered: bool,
     /// When the client sent something last.
@@ -193,8 +236,7 @@ impl RequestSource {
             ended: false,
             ended_at: None,
             received: 0,
-            client_failed: false,
-            timed_out: false,
+            fault: None,
             answered: false,
             last_frame: None,
             idle,
@@ -284,7 +326,7 @@ impl RequestSource {
 
     /// Whether the client has sent the whole request, as far as it was looked at.
     pub fn is_whole(&self) -> bool {
-        self.ended || self.incoming.is_end_stream()
+        self.ended || self.incoming.is_whole()
     }
 
     /// Whether the whole request has been read.
@@ -399,9 +441,8 @@ impl Body for UpstreamBody {
                 }
                 let polled = source.incoming.poll_frame(cx);
                 if polled.is_pending() && source.stalled(cx) {
-                    source.client_failed = true;
-                    source.timed_out = true;
-                    return Poll::Ready(Some(Err("stream_idle_timeout".into())));
+                    source.fault = Some(Fault::Silent);
+                    return Poll::Ready(Some(Err(Fault::Silent.into())));
                 }
                 match ready!(polled) {
                     None => {
@@ -409,7 +450,7 @@ impl Body for UpstreamBody {
                         Poll::Ready(None)
                     }
                     Some(Err(error)) => {
-                        source.client_failed = true;
+                        source.fault = Fault::of(&error).or(Some(Fault::Broken));
                         Poll::Ready(Some(Err(error)))
                     }
                     Some(Ok(frame)) => {
@@ -485,7 +526,7 @@ pub trait Observer {
     /// The upstream has sent everything.
     fn ended(&mut self);
     /// The upstream broke off.
-    fn failed(&mut self);
+    fn failed(&mut self, error: &BodyError);
 }
 
 /// The body of a response to the client.
@@ -598,7 +639,7 @@ impl<O: Observer + Unpin> Body for ResponseBody<O> {
                 }
                 Poll::Ready(Some(Err(error))) => {
                     *done = true;
-                    observer.failed();
+                    observer.failed(&error);
                     Poll::Ready(Some(Err(error)))
                 }
                 Poll::Ready(Some(Ok(frame))) => {

@@ -15,12 +15,15 @@ use http_body::Frame;
 use tokio::time::Sleep;
 
 use super::body::{BodyError, Observer, RequestSource};
+use super::failure;
 use super::filters::{self, PolicyState};
 use super::http::Downstream;
 use super::interim::Waiting;
+use super::local::LocalReply;
 use super::logging::{self, LogState};
 use super::spans::{self, SpanState};
 use super::tap::{self, TapState};
+use crate::calendar;
 use crate::config::listener::Direction;
 use crate::config::virtual_cluster::Counted;
 use crate::metrics::events::{ClusterEvent, HttpEvent};
@@ -82,6 +85,8 @@ pub struct Exchange {
     pub upstream_tls: Option<Arc<ConnectionTls>>,
     /// Name of the route.
     pub route: Option<Arc<crate::config::route::Route>>,
+    /// Whether the request has content that has not been read, as long as there is no `source`.
+    pub unread: bool,
     /// The request's body.
     pub source: Option<Rc<RefCell<RequestSource>>>,
     /// Where interim answers go to a client over HTTP/2.
@@ -138,6 +143,7 @@ impl Exchange {
             virtual_cluster: None,
             upstream_tls: None,
             route: None,
+            unread: false,
             source: None,
             interims: None,
             stream_limited: false,
@@ -156,6 +162,15 @@ impl Exchange {
             tap: None,
             finished: false,
         })
+    }
+
+    /// Whether the client has sent the whole request, as far as it was looked at. Otherwise nothing can come after it on an
+    /// HTTP/1 connection, since the rest of it is not waited for.
+    pub fn is_received(&self) -> bool {
+        match &self.source {
+            Some(source) => source.borrow().is_whole(),
+            None => !self.unread,
+        }
     }
 
     /// Reads a gRPC status from a head or from trailers.
@@ -320,24 +335,8 @@ pub fn protocol_text(version: Version) -> &'static str {
 fn rfc3339(instant: Instant) -> String {
     let at = std::time::SystemTime::now() - instant.elapsed();
     let since = at.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    let (days, seconds) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
-    // Howard Hinnant's civil-from-days: the Gregorian calendar in eras of 400 years.
-    let z = days as i64 + 719_468;
-    let era = z.div_euclid(146_097);
-    let day_of_era = z.rem_euclid(146_097);
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
-    format!(
-        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:03}Z",
-        seconds / 3600,
-        seconds / 60 % 60,
-        seconds % 60,
-        since.subsec_millis()
-    )
+    let fraction = format!(".{:03}", since.subsec_millis());
+    calendar::rfc3339(since.as_secs() as i64, &fraction)
 }
 
 /// Limits of the response's time. Timers are made when there is something to wait for: most responses are there whole.
@@ -438,9 +437,9 @@ impl Watch {
         }
     }
 
-    fn broken(&mut self, flag: Flags, details: &'static str) {
+    fn broken(&mut self, flag: Flags, details: impl Into<Cow<'static, str>>) {
         self.exchange.flags.add(flag);
-        self.exchange.details = Cow::Borrowed(details);
+        self.exchange.details = details.into();
         self.lease = None;
         self.active = None;
         self.exchange.finish();
@@ -506,27 +505,31 @@ impl Observer for Watch {
         self.exchange.finish_at(now);
     }
 
-    fn failed(&mut self) {
+    fn failed(&mut self, error: &BodyError) {
         // A client that breaks off its request takes the upstream's connection with it.
         let client = self.exchange.source.as_ref();
-        if client.is_some_and(|source| source.borrow().client_failed) {
-            return self.broken(Flags::DOWNSTREAM_TERMINATION, "downstream_remote_disconnect");
+        let fault = client.and_then(|source| source.borrow().fault);
+        let (flags, details) = match fault {
+            Some(fault) => {
+                let reply = LocalReply::of_fault(fault);
+                (reply.flags, reply.details)
+            }
+            None => failure::after_start(error),
+        };
+        if fault.is_none() {
+            self.exchange.conn.note(HttpEvent::ResetAfterStart);
+            self.exchange.conn.note(HttpEvent::RqTxReset);
+            if let Some(cluster) = &self.exchange.cluster {
+                let http2 = self.lease.as_ref().is_some_and(Lease::is_http2);
+                // Over HTTP/1 a message that ends early is a broken one.
+                cluster.slot.counted.note(if http2 {
+                    ClusterEvent::RqRxReset
+                } else {
+                    ClusterEvent::CxProtocolError
+                });
+            }
         }
-        self.exchange.conn.note(HttpEvent::ResetAfterStart);
-        self.exchange.conn.note(HttpEvent::RqTxReset);
-        if let Some(cluster) = &self.exchange.cluster {
-            let http2 = self.lease.as_ref().is_some_and(Lease::is_http2);
-            // Over HTTP/1 a message that ends early is a broken one.
-            cluster.slot.counted.note(if http2 {
-                ClusterEvent::RqRxReset
-            } else {
-                ClusterEvent::CxProtocolError
-            });
-        }
-        self.broken(
-            Flags::UPSTREAM_CONNECTION_TERMINATION,
-            "upstream_reset_after_response_started{connection_termination}",
-        );
+        self.broken(flags, details);
     }
 }
 

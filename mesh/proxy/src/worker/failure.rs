@@ -1,7 +1,10 @@
 //! How attempts fail, and what the client is told when nothing more can be tried.
 
+use std::borrow::Cow;
+
 use http::{HeaderValue, StatusCode};
 
+use super::body::{BodyError, Fault};
 use super::exchange::Exchange;
 use super::local::LocalReply;
 use super::request::X_UNPROCESSED;
@@ -134,37 +137,41 @@ pub(super) fn final_reply(
             "response_timeout",
             "upstream request timeout",
         ),
-        Some(Failure::Client) if timed_out(exchange) => {
-            let mut reply = LocalReply::new(
-                StatusCode::REQUEST_TIMEOUT,
-                Flags::STREAM_IDLE,
-                "stream_idle_timeout",
-                "stream timeout",
-            );
-            reply.close = true;
-            reply
-        }
         Some(Failure::Client) | None => {
-            let mut reply = LocalReply::new(
-                StatusCode::BAD_REQUEST,
-                Flags::DOWNSTREAM_PROTOCOL_ERROR,
-                "downstream_request_body_failed",
-                "",
-            );
-            reply.close = true;
-            reply
+            let source = exchange.source.as_ref();
+            let fault = source.and_then(|source| source.borrow().fault);
+            LocalReply::of_fault(fault.unwrap_or(Fault::Broken))
         }
     }
+}
+
+/// How the end of a response that had begun is told.
+pub(super) fn after_start(error: &BodyError) -> (Flags, Cow<'static, str>) {
+    let reset = error.downcast_ref::<h2::Error>();
+    let (flags, details) = match reset.filter(|error| error.is_reset() && error.is_remote()) {
+        Some(error) if error.reason() == Some(h2::Reason::REFUSED_STREAM) => (
+            Flags::UPSTREAM_RESET,
+            "upstream_reset_after_response_started{remote_refused_stream_reset}",
+        ),
+        Some(_) => (
+            Flags::UPSTREAM_RESET,
+            "upstream_reset_after_response_started{remote_reset}",
+        ),
+        None if Fault::of(error) == Some(Fault::Broken) => (
+            Flags::UPSTREAM_PROTOCOL_ERROR,
+            "upstream_reset_after_response_started{protocol_error}",
+        ),
+        None => (
+            Flags::UPSTREAM_CONNECTION_TERMINATION,
+            "upstream_reset_after_response_started{connection_termination}",
+        ),
+    };
+    (flags, Cow::Borrowed(details))
 }
 
 fn received_whole(exchange: &Exchange) -> bool {
     let source = exchange.source.as_ref();
     source.is_none_or(|source| source.borrow().ended_at.is_some())
-}
-
-fn timed_out(exchange: &Exchange) -> bool {
-    let source = exchange.source.as_ref();
-    source.is_some_and(|source| source.borrow().timed_out)
 }
 
 /// An error with its causes.

@@ -481,7 +481,7 @@ async fn hold(
 ) -> Result<(), LocalReply> {
     let Some(inbound) = body else { return Ok(()) };
     match inbound.read_ahead(limit, conn.manager.stream_idle_timeout).await {
-        Err(_) => Err(broken_body()),
+        Err(error) => Err(LocalReply::of_body(&error)),
         Ok(Ahead::Whole) if inbound.held() <= limit => {
             // The length is known now.
             parts.headers.remove(header::TRANSFER_ENCODING);
@@ -492,18 +492,6 @@ async fn hold(
         }
         Ok(_) => Err(too_large()),
     }
-}
-
-/// The client broke off its request.
-fn broken_body() -> LocalReply {
-    let mut reply = LocalReply::new(
-        StatusCode::BAD_REQUEST,
-        Flags::DOWNSTREAM_PROTOCOL_ERROR,
-        "downstream_request_body_failed",
-        "",
-    );
-    reply.close = true;
-    reply
 }
 
 /// A body that a filter must hold is too large.

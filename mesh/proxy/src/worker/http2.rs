@@ -28,7 +28,6 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use super::http::Downstream;
 use super::incoming::Incoming;
 use super::interim::Waiting;
-use super::linger::Lingering;
 use super::local::Body;
 use super::request;
 use super::rest::{End, wait_for_end};
@@ -37,6 +36,7 @@ use super::streams::{Pump, Received, TunnelIo, content_length, strip};
 use super::tunnel::Later;
 use crate::hygiene::strict::StrictIo;
 use crate::metrics::events::HttpEvent;
+use crate::stream::linger::Lingering;
 
 /// Largest frame that is taken.
 const MAX_FRAME: u32 = 16 * 1024;

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http::response::Parts as Head;
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 
-use super::body::ResponseBody;
+use super::body::{BodyError, Fault, ResponseBody};
 use super::exchange::{Exchange, Watch};
 use super::filters;
 use super::logging;
@@ -57,6 +57,39 @@ impl LocalReply {
             grpc_status: None,
             close: false,
         }
+    }
+
+    /// To a client whose body was waited for, and failed like this.
+    pub fn of_body(error: &BodyError) -> Self {
+        Self::of_fault(Fault::of(error).unwrap_or(Fault::Broken))
+    }
+
+    /// To a client whose request did not come to its end.
+    pub fn of_fault(fault: Fault) -> Self {
+        let (status, flags, details, text) = match fault {
+            // Nobody will hear it.
+            Fault::Gone => (
+                StatusCode::BAD_REQUEST,
+                Flags::DOWNSTREAM_TERMINATION,
+                "downstream_remote_disconnect",
+                "",
+            ),
+            Fault::Silent => (
+                StatusCode::REQUEST_TIMEOUT,
+                Flags::STREAM_IDLE,
+                "stream_idle_timeout",
+                "stream timeout",
+            ),
+            Fault::Broken => (
+                StatusCode::BAD_REQUEST,
+                Flags::DOWNSTREAM_PROTOCOL_ERROR,
+                "downstream_request_body_failed",
+                "",
+            ),
+        };
+        let mut reply = Self::new(status, flags, details, text);
+        reply.close = true;
+        reply
     }
 
     /// Turns it into a response and records the exchange. gRPC clients get a gRPC status in a 200 response. One that a
@@ -130,9 +163,13 @@ impl LocalReply {
             }
             *response.status_mut() = self.status;
         }
-        // For gRPC as well, until filters have seen it.
-        exchange.code = self.status.as_u16();
-        if self.close && exchange.version != http::Version::HTTP_2 {
+        // For gRPC as well, until filters have seen it. Nobody hears what is said to a client that is gone.
+        exchange.code = if self.flags.has(Flags::DOWNSTREAM_TERMINATION) {
+            0
+        } else {
+            self.status.as_u16()
+        };
+        if (self.close || !exchange.is_received()) && exchange.version != http::Version::HTTP_2 {
             response
                 .headers_mut()
                 .insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -188,7 +225,7 @@ fn finish(
         body = Bytes::new();
     }
     exchange.sent = body.len() as u64;
-    if exchange.grpc {
+    if exchange.grpc && exchange.code != 0 {
         exchange.code = 200;
     }
     exchange.conn.clone().dress(&mut head.headers, exchange.version);

@@ -18,7 +18,6 @@ mod http2;
 pub mod incoming;
 pub mod interim;
 pub mod io;
-mod linger;
 pub mod local;
 mod logging;
 mod mirror;

@@ -214,6 +214,7 @@ pub(super) async fn handle(
     );
     exchange.interims = interims;
     exchange.grpc = is_grpc(&parts.headers);
+    exchange.unread = !incoming.is_end_stream();
     let present = Present::of(&parts.headers);
     if let Err(reply) = admit(&conn, &mut exchange, &mut parts) {
         conn.worker.recorder.counters().refused_requests.add(1);
@@ -533,7 +534,6 @@ async fn route(
     {
         routed = find_route(&conn, &parts, &conn.noted);
     }
-    conn.manager.traffic.routed(conn.worker.id);
     exchange.route = routed.configured();
     let mut body = (tunnel.is_none() && !incoming.is_end_stream()).then(|| Inbound::new(incoming));
     if !conn.manager.filters.filters.is_empty() {
@@ -542,6 +542,7 @@ async fn route(
             exchange.routed = routed.existing_cluster();
         }
         let passed = filters::decode(&conn, &mut exchange, &mut routed, &mut parts, &mut body).await;
+        exchange.unread = body.as_ref().is_some_and(|body| !body.is_whole());
         *outbox = filters::outbox(&exchange);
         if let Err(reply) = passed {
             conn.decide_upgrade(false);
@@ -554,6 +555,7 @@ async fn route(
             });
         }
     }
+    conn.manager.traffic.routed(conn.worker.id);
     let response = match &routed.route.action {
         Action::Nobody => {
             conn.note(HttpEvent::NoRoute);

@@ -162,12 +162,7 @@ impl Ready<'_> {
         head.version = Version::HTTP_11;
         if exchange.version == Version::HTTP_2 {
             head.version = Version::HTTP_2;
-        } else if exchange
-            .source
-            .as_ref()
-            .is_some_and(|source| !source.borrow().is_whole())
-        {
-            // The rest of the request is not waited for, and nothing can come after it on this connection.
+        } else if !exchange.is_received() {
             head.headers
                 .insert(header::CONNECTION, HeaderValue::from_static("close"));
         }

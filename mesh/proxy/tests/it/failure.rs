@@ -298,6 +298,27 @@ async fn an_early_answer_reaches_the_client_and_the_rest_of_its_request_is_not_w
 }
 
 #[tokio::test]
+async fn an_answer_of_the_proxys_own_that_does_not_wait_for_the_request_says_that_it_is_the_last() {
+    let harness = Harness::start();
+    let at = harness
+        .serve(vec![prefix_route("/", to_cluster("nowhere"))])
+        .await;
+    let mut stream = TcpStream::connect(at).await.unwrap();
+    for (request, last) in [
+        ("GET / HTTP/1.1\r\nhost: a\r\n\r\n", false),
+        (
+            "POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n\r\nbegin",
+            true,
+        ),
+    ] {
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let answer = read_until(&mut stream, "\r\n\r\n").await;
+        assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+        assert_eq!(answer.contains("\r\nconnection: close\r\n"), last, "{answer}");
+    }
+}
+
+#[tokio::test]
 async fn the_connection_of_a_request_that_was_read_to_its_end_stays_open() {
     let backend = Backend::named("ok").await;
     let (_harness, at) = setup(backend.address, to_cluster("c")).await;

@@ -442,15 +442,15 @@ async fn a_stream_that_the_endpoint_resets_with_any_code_at_any_time_is_an_error
         for when in ["before", "within", "behind"] {
             *to_do.lock() = (code, when);
             let what = format!("code {code} {when}");
+            let reason = if code == REFUSED_STREAM {
+                "remote_refused_stream_reset"
+            } else {
+                "remote_reset"
+            };
             let answer = raw_until_close(at).await;
             match when {
                 "before" => {
                     assert!(answer.starts_with("HTTP/1.1 503 "), "{what}: {answer}");
-                    let reason = if code == REFUSED_STREAM {
-                        "remote_refused_stream_reset"
-                    } else {
-                        "remote_reset"
-                    };
                     let details = format!("upstream_reset_before_response_started{{{reason}}}");
                     told(&mut harness, "UR", &details).await;
                 }
@@ -459,12 +459,8 @@ async fn a_stream_that_the_endpoint_resets_with_any_code_at_any_time_is_an_error
                 "within" => {
                     // Chunked towards the client: only the last chunk says that it is whole.
                     assert!(!answer.ends_with("0\r\n\r\n"), "{what}: {answer}");
-                    told(
-                        &mut harness,
-                        "UR",
-                        "upstream_reset_after_response_started{remote_reset}",
-                    )
-                    .await;
+                    let details = format!("upstream_reset_after_response_started{{{reason}}}");
+                    told(&mut harness, "UR", &details).await;
                 }
                 _ => assert!(answer.contains("whole"), "{what}: {answer}"),
             }

@@ -11,10 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::BTreeMap;
-use super::tables::{
-    BEGAN, BREAKERS, COMPLETED, CONNECTIONS, CONNECTIONS_CLOSED, COUNTERS, From, GAUGES, REJECTED, STATS,
-    UPDATES,
-};
+use super::tables::{BREAKERS, COMPLETED, COUNTERS, From, GAUGES, REJECTED, STATS, UPDATES};
 use crate::config::cluster::{Cluster, Discovery, Priority};
 use crate::config::slot::ClusterSlot;
 use crate::metrics::collect::{Family, Value};
@@ -356,6 +353,7 @@ fn sums(shards: &[Arc<Shard>]) -> HashMap<Arc<str>, Box<Sum>, foldhash::fast::Ra
 
 #[cfg(test)]
 mod tests {
+    use super::super::tables::{BEGAN, CONNECTIONS, CONNECTIONS_CLOSED};
     use super::*;
     use crate::metrics::collect::Labels;
 

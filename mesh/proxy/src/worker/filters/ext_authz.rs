@@ -191,7 +191,7 @@ async fn read_body(
         return Ok((Bytes::new(), Some(false)));
     };
     match inbound.read_ahead(wanted.limit, idle).await {
-        Err(_) => Err(super::broken_body()),
+        Err(error) => Err(LocalReply::of_body(&error)),
         Ok(Ahead::Whole) if inbound.held() <= wanted.limit => {
             Ok((inbound.first_bytes(wanted.limit), Some(false)))
         }

@@ -1,7 +1,8 @@
 //! The end of a connection that still has something to say to us.
 //!
 //! A socket that is closed while bytes of its peer are unread resets the connection, and the peer may lose what it has not
-//! read yet: the answers before a GOAWAY, as its window updates cross them. So the writing side is closed first, and what
+//! read yet: the answers before a GOAWAY, as its window updates cross them; the answer to a request of which not all was waited
+//! for. So the writing side is closed first, and what
 //! the peer sends is read and dropped until it closes as well, for [`LINGER`] at most (Envoy's `delayed_close_timeout`).
 
 use std::io;
@@ -12,20 +13,49 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
 
-use crate::stream::{Hooks, Layer};
+use super::{Hooks, Layer};
 
 /// How long the peer has to close.
 const LINGER: Duration = Duration::from_secs(1);
 
 /// See the module.
-pub(super) type Lingering<S> = Layer<S, Linger>;
+pub type Lingering<S> = Layer<S, Linger>;
 
 /// Until when, once the writing side is closed.
 #[derive(Debug, Default)]
-pub(super) struct Linger(Option<Pin<Box<Sleep>>>);
+pub struct Linger(Option<Pin<Box<Sleep>>>);
+
+impl Linger {
+    /// Whether the writing side has been closed.
+    pub fn has_begun(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// Reads and drops what comes until the peer closes or its time is over. The writing side has been closed.
+    pub fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut read: impl FnMut(&mut Context<'_>, &mut ReadBuf<'_>) -> Poll<io::Result<()>>,
+    ) -> Poll<io::Result<()>> {
+        let timer = self.0.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER)));
+        let mut chunk = [0; 4096];
+        loop {
+            if timer.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
+            let mut dropped = ReadBuf::new(&mut chunk);
+            match ready!(read(cx, &mut dropped)) {
+                Ok(()) if !dropped.filled().is_empty() => {}
+                // The peer has closed, or is gone.
+                Ok(()) | Err(_) => return Poll::Ready(Ok(())),
+            }
+        }
+    }
+}
 
 impl<S> Lingering<S> {
-    pub(super) fn new(below: S) -> Self {
+    /// Above `below`.
+    pub fn new(below: S) -> Self {
         Self::over(below, Linger::default())
     }
 }
@@ -35,22 +65,10 @@ impl<S: AsyncRead> Hooks<S> for Linger {
     where
         S: AsyncWrite,
     {
-        if self.0.is_none() {
+        if !self.has_begun() {
             ready!(below.as_mut().poll_shutdown(cx))?;
         }
-        let timer = self.0.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER)));
-        let mut chunk = [0; 512];
-        loop {
-            if timer.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Ok(()));
-            }
-            let mut read = ReadBuf::new(&mut chunk);
-            match ready!(below.as_mut().poll_read(cx, &mut read)) {
-                Ok(()) if !read.filled().is_empty() => {}
-                // The peer has closed, or is gone.
-                Ok(()) | Err(_) => return Poll::Ready(Ok(())),
-            }
-        }
+        self.poll(cx, |cx, buf| below.as_mut().poll_read(cx, buf))
     }
 }
 
