@@ -239,6 +239,11 @@ fn joined(name: &HeaderName, headers: &HeaderMap, value: &HeaderValue) -> Option
         return None;
     }
     let before = headers.get(name)?;
+    match (before.is_empty(), value.is_empty()) {
+        (_, true) => return Some(before.clone()),
+        (true, false) => return Some(value.clone()),
+        (false, false) => {}
+    }
     let all = [before.as_bytes(), value.as_bytes()].join(&b',');
     HeaderValue::from_bytes(&all).ok()
 }
@@ -316,7 +321,7 @@ fn translated(text: &str) -> Cow<'_, str> {
             let Ok(parts) = serde_json::from_str::<Vec<String>>(&out[list..end]) else {
                 break;
             };
-            out = format!("{}{name}({}{}", &out[..at + 1], parts.join(":"), &out[end..]).into();
+            out = format!("{}{name}({}{}", &out[..=at], parts.join(":"), &out[end..]).into();
         }
     }
     let start = "%PER_REQUEST_STATE(";
@@ -327,7 +332,7 @@ fn translated(text: &str) -> Cow<'_, str> {
         };
         out = format!(
             "{}FILTER_STATE({}:PLAIN{}",
-            &out[..at + 1],
+            &out[..=at],
             &out[key..end],
             &out[end..]
         )

@@ -10,6 +10,7 @@ use super::body::{BodyError, Fault, ResponseBody};
 use super::exchange::{Exchange, Watch};
 use super::filters;
 use super::logging;
+use super::request::X_REQUEST_ID;
 use crate::metrics::events::HttpEvent;
 use crate::metrics::flags::Flags;
 use crate::policy::compressor::Encoder;
@@ -120,11 +121,11 @@ impl LocalReply {
         }
     }
 
-    /// Notes on the exchange what the response will say, for those who look at it before it is sent.
+    /// Notes on the exchange why the response will be what it is, for those who look at it before it is sent. Its status is
+    /// not known to them (Envoy).
     pub(super) fn foretell(&self, exchange: &mut Exchange) {
         exchange.flags.add(self.flags);
         exchange.details.clone_from(&self.details);
-        exchange.code = self.status.as_u16();
     }
 
     /// The head before it passes the filters, the body, and whether one will be sent.
@@ -157,6 +158,9 @@ impl LocalReply {
             if !body.is_empty() && !headers.contains_key(header::CONTENT_TYPE) {
                 headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
             }
+            if body.is_empty() {
+                headers.remove(header::CONTENT_TYPE);
+            }
             *response.status_mut() = self.status;
         }
         // For gRPC as well, until filters have seen it. Nobody hears what is said to a client that is gone.
@@ -169,6 +173,11 @@ impl LocalReply {
             response
                 .headers_mut()
                 .insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        if exchange.conn.manager.request_id_in_response
+            && let Some(id) = &exchange.request_id
+        {
+            response.headers_mut().insert(X_REQUEST_ID.clone(), id.clone());
         }
         // Who reads a failure can tell ours from the application's, and why; passed on unchanged by gateways.
         if !exchange.flags.is_empty()

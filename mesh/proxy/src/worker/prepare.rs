@@ -48,7 +48,9 @@ pub(super) fn prepare(
             .or_else(|| match &forward.host_rewrite {
                 None | Some(HostRewrite::Auto) => None,
                 Some(HostRewrite::Literal(value)) => Some(value.clone()),
-                Some(HostRewrite::Header(name)) => parts.headers.get(name).cloned(),
+                Some(HostRewrite::Header(name)) => {
+                    parts.headers.get(name).filter(|value| !value.is_empty()).cloned()
+                }
                 Some(HostRewrite::PathRegex(regex, with)) => {
                     HeaderValue::from_str(&regex.replace_all(parts.uri.path(), &**with)).ok()
                 }

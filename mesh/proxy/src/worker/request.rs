@@ -367,7 +367,11 @@ fn normalize_target(conn: &Downstream, parts: &mut Parts) -> Result<(), LocalRep
                 "path_normalized",
                 "",
             );
-            let location = HeaderValue::from_str(&path).map_err(|_| refused("path_normalization_failed"))?;
+            let location = match parts.uri.query() {
+                Some(query) => HeaderValue::from_str(&format!("{path}?{query}")),
+                None => HeaderValue::from_str(&path),
+            };
+            let location = location.map_err(|_| refused("path_normalization_failed"))?;
             reply.headers.insert(header::LOCATION, location);
             return Err(reply);
         }

@@ -33,6 +33,7 @@ const LOOKERS: [(&str, &str); 17] = [
     ),
     ("worker/http2.rs", "`date` of answers, told"),
     ("worker/logging.rs", "times in logs, told"),
+    ("worker/tcp_tunnel.rs", "times in fields, told"),
     ("worker/spans.rs", "times in spans, told"),
     ("worker/tap.rs", "times in traces, told"),
     ("worker/tcp_tunnel.rs", "times in header values, told"),

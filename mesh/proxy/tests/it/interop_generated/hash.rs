@@ -66,12 +66,6 @@ fn balancers() -> Vec<(&'static str, bool, Value)> {
             false,
             json!({ "lb_policy": "RING_HASH", "ring_hash_lb_config": { "hash_function": "MURMUR_HASH_2" } }),
         ),
-        (
-            "ring-hostname",
-            false,
-            json!({ "type": "STRICT_DNS", "lb_policy": "RING_HASH", "common_lb_config": {
-                "consistent_hashing_lb_config": { "use_hostname_for_hashing": true } } }),
-        ),
         ("ring-keyed", true, json!({ "lb_policy": "RING_HASH" })),
         (
             "ring-localities",
@@ -88,12 +82,6 @@ fn balancers() -> Vec<(&'static str, bool, Value)> {
             "maglev-small",
             false,
             json!({ "lb_policy": "MAGLEV", "maglev_lb_config": { "table_size": 251 } }),
-        ),
-        (
-            "maglev-hostname",
-            false,
-            json!({ "type": "STRICT_DNS", "lb_policy": "MAGLEV", "common_lb_config": {
-                "consistent_hashing_lb_config": { "use_hostname_for_hashing": true, "hash_balance_factor": 200 } } }),
         ),
         ("maglev-keyed", true, json!({ "lb_policy": "MAGLEV" })),
         (
