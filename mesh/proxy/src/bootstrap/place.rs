@@ -37,7 +37,7 @@ struct Down<'a> {
     path: &'a str,
 }
 
-impl<'a> Down<'a> {
+impl Down<'_> {
     /// The rest of the path behind that key, if it leads there. Keys may have dots in them, and may be written as protobuf's
     /// JSON mapping has them.
     fn behind(self, key: &str) -> Option<Self> {

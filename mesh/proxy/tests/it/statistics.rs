@@ -111,7 +111,7 @@ const CLUSTERS: [&str; 9] = [
 ];
 
 fn config(admin: SocketAddr, listeners: [SocketAddr; 3], backend: SocketAddr) -> String {
-    let clusters: String = CLUSTERS
+    let clusters: Vec<String> = CLUSTERS
         .iter()
         .map(|name| {
             format!(
@@ -126,7 +126,7 @@ fn config(admin: SocketAddr, listeners: [SocketAddr; 3], backend: SocketAddr) ->
         .replace("UNMATCHED", &listeners[2].port().to_string())
         .replace("TCP }", &format!("{} }}", listeners[1].port()))
         .replace("HTTP }", &format!("{} }}", listeners[0].port()))
-        .replace("CLUSTERS\n", &clusters)
+        .replace("CLUSTERS\n", &clusters.concat())
 }
 
 /// A backend that does what the path says.
@@ -173,7 +173,11 @@ async fn serve(mut stream: TcpStream, tried: Arc<std::sync::atomic::AtomicU32>) 
             "/garbled" => b"what do you want\r\n\r\n",
             "/fails" => b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n",
             // Each proxy asks twice.
-            "/recovers" if tried.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % 2 == 0 => {
+            "/recovers"
+                if tried
+                    .fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+                    .is_multiple_of(2) =>
+            {
                 b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\n\r\n"
             }
             "/talk" => {
@@ -422,7 +426,7 @@ async fn started(
 
 /// A file with clusters that nobody uses.
 fn idle_clusters(count: usize, more: &str) -> String {
-    let clusters: String = (0..count)
+    let clusters: Vec<String> = (0..count)
         .map(|index| {
             format!(
                 "  - {{ name: c{index}, type: STATIC, outlier_detection: {{}}, load_assignment: {{ cluster_name: c{index}, endpoints: \
@@ -430,7 +434,10 @@ fn idle_clusters(count: usize, more: &str) -> String {
             )
         })
         .collect();
-    format!("node: {{ id: idle, cluster: idle }}\nstatic_resources:\n  clusters:\n{clusters}{more}")
+    format!(
+        "node: {{ id: idle, cluster: idle }}\nstatic_resources:\n  clusters:\n{}{more}",
+        clusters.concat()
+    )
 }
 
 #[tokio::test]

@@ -36,7 +36,6 @@ const LOOKERS: [(&str, &str); 17] = [
     ("worker/tcp_tunnel.rs", "times in fields, told"),
     ("worker/spans.rs", "times in spans, told"),
     ("worker/tap.rs", "times in traces, told"),
-    ("worker/tcp_tunnel.rs", "times in header values, told"),
 ];
 
 fn files(folder: &Path, out: &mut Vec<std::path::PathBuf>) {
