@@ -234,7 +234,10 @@ async fn envoy_takes_values_of_proxy_headers_alike() {
         return;
     };
     for (name, bytes, expected) in receiving() {
-        for (who, at) in ["serin-proxy", "Envoy"].into_iter().zip(pair.listener(name).await) {
+        for (who, at) in ["serin-proxy", "Envoy"]
+            .into_iter()
+            .zip(pair.listener(name).await)
+        {
             assert_eq!(answer(at, &bytes, 1).await, expected, "{who}: {name} {bytes:?}");
         }
     }
