@@ -4,6 +4,7 @@
 #![allow(deprecated)] // what control planes still send is tested as well
 
 mod admin;
+mod admin_views;
 mod ads;
 mod authz;
 mod balancing;

@@ -1,0 +1,167 @@
+//! The bodies of responses to clients.
+
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http_body::{Body, Frame, SizeHint};
+
+use super::super::incoming::Incoming;
+use super::BodyError;
+use crate::policy::compressor::Encoder;
+
+/// What happens to a response body from the upstream.
+pub trait Observer {
+    /// A frame passes. An error breaks the response off.
+    fn frame(&mut self, frame: &Frame<Bytes>);
+    /// Called before waiting for the next frame; may end the response with an error (a timeout).
+    fn poll_limits(&mut self, cx: &mut Context<'_>) -> Poll<BodyError>;
+    /// The upstream has sent everything.
+    fn ended(&mut self);
+    /// The upstream broke off.
+    fn failed(&mut self, error: &BodyError);
+}
+
+/// The body of a response to the client.
+#[derive(Debug)]
+pub enum ResponseBody<O> {
+    /// Ours; recorded when it was made.
+    Full(Option<Bytes>),
+    /// The upstream's.
+    Upstream {
+        /// Frames.
+        incoming: Incoming,
+        /// Who watches.
+        observer: O,
+        /// Whether all was seen.
+        done: bool,
+    },
+    /// Encoded on its way.
+    Encoded(Box<Encoded<O>>),
+}
+
+/// A body that is encoded on its way.
+#[derive(Debug)]
+pub struct Encoded<O> {
+    inner: ResponseBody<O>,
+    /// Gone once the end was written.
+    encoder: Option<Encoder>,
+    trailers: Option<HeaderMap>,
+}
+
+impl<O: Observer + Unpin> Encoded<O> {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        loop {
+            let Some(encoder) = &mut self.encoder else {
+                return Poll::Ready(self.trailers.take().map(|trailers| Ok(Frame::trailers(trailers))));
+            };
+            let end = match ready!(Pin::new(&mut self.inner).poll_frame(cx)) {
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) if data.is_empty() => continue,
+                    Ok(data) => match encoder.push(&data) {
+                        Ok(out) if out.is_empty() => continue,
+                        Ok(out) => return Poll::Ready(Some(Ok(Frame::data(out)))),
+                        Err(error) => return Poll::Ready(Some(Err(error.into()))),
+                    },
+                    Err(frame) => {
+                        self.trailers = frame.into_trailers().ok();
+                        true
+                    }
+                },
+                None => true,
+            };
+            if end && let Some(encoder) = self.encoder.take() {
+                match encoder.finish() {
+                    Ok(out) if out.is_empty() => {}
+                    Ok(out) => return Poll::Ready(Some(Ok(Frame::data(out)))),
+                    Err(error) => return Poll::Ready(Some(Err(error.into()))),
+                }
+            }
+        }
+    }
+}
+
+impl<O: Observer> ResponseBody<O> {
+    /// The upstream's body. One without content is over at once: hyper will not ask for it.
+    pub fn upstream(incoming: Incoming, mut observer: O) -> Self {
+        let done = incoming.is_end_stream();
+        if done {
+            observer.ended();
+        }
+        Self::Upstream {
+            incoming,
+            observer,
+            done,
+        }
+    }
+
+    /// The same body, encoded.
+    pub fn encoded(self, encoder: Encoder) -> Self {
+        Self::Encoded(Box::new(Encoded {
+            inner: self,
+            encoder: Some(encoder),
+            trailers: None,
+        }))
+    }
+}
+
+impl<O: Observer + Unpin> Body for ResponseBody<O> {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match self.get_mut() {
+            Self::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Encoded(encoded) => encoded.poll_frame(cx),
+            Self::Upstream {
+                incoming,
+                observer,
+                done,
+            } => match Pin::new(&mut *incoming).poll_frame(cx) {
+                Poll::Pending => observer.poll_limits(cx).map(|error| Some(Err(error))),
+                Poll::Ready(None) => {
+                    if !*done {
+                        *done = true;
+                        observer.ended();
+                    }
+                    Poll::Ready(None)
+                }
+                Poll::Ready(Some(Err(error))) => {
+                    *done = true;
+                    observer.failed(&error);
+                    Poll::Ready(Some(Err(error)))
+                }
+                Poll::Ready(Some(Ok(frame))) => {
+                    observer.frame(&frame);
+                    // hyper does not poll again after the last byte of a sized body.
+                    if !*done && incoming.is_end_stream() {
+                        *done = true;
+                        observer.ended();
+                    }
+                    Poll::Ready(Some(Ok(frame)))
+                }
+            },
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Full(bytes) => bytes.is_none(),
+            Self::Upstream { incoming, done, .. } => *done || incoming.is_end_stream(),
+            Self::Encoded(encoded) => encoded.encoder.is_none() && encoded.trailers.is_none(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Self::Upstream { incoming, .. } => incoming.size_hint(),
+            Self::Encoded(_) => SizeHint::default(),
+        }
+    }
+}
