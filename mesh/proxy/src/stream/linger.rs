@@ -2,8 +2,8 @@
 //!
 //! A socket that is closed while bytes of its peer are unread resets the connection, and the peer may lose what it has not
 //! read yet: the answers before a GOAWAY, as its window updates cross them; the answer to a request of which not all was waited
-//! for. So the writing side is closed first, and what
-//! the peer sends is read and dropped until it closes as well, for [`LINGER`] at most (Envoy's `delayed_close_timeout`).
+//! for. So the writing side is closed first, and what the peer sends is read and dropped until it closes as well, for a second at
+//! most (Envoy's `delayed_close_timeout`).
 
 use std::io;
 use std::pin::Pin;

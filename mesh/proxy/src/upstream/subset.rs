@@ -64,7 +64,7 @@ impl SubsetBalancer {
         Self { groups, default }
     }
 
-    /// Chooses as [`Self::find`] does, and says how.
+    /// Chooses as `find` does, and says how.
     pub fn pick(
         &self,
         rules: &Subsets,

@@ -203,6 +203,10 @@ pub struct RequestSource {
     idle: Option<Duration>,
     timer: Option<Pin<Box<Sleep>>>,
     hold: Hold,
+    /// The exchange has ended before the request.
+    left: bool,
+    /// Who waits for more of it.
+    waiting: Option<Waker>,
 }
 
 /// Whether a body is asked for, where its client waits to be told that it is wanted (`Expect: 100-continue`).
@@ -212,11 +216,9 @@ enum Hold {
     #[default]
     Never,
     /// Not yet.
-    Held(Option<Waker>),
+    Held,
     /// It was held, and then asked for.
     Over,
-    /// It was never asked for, and its exchange has ended.
-    LetGo,
 }
 
 #[derive(Clone, Debug)]
@@ -245,37 +247,56 @@ impl RequestSource {
             idle,
             timer: None,
             hold: Hold::Never,
+            left: false,
+            waiting: None,
         }))
     }
 
     /// Holds the body back until [`Self::go_on`]; `false` if it has been asked for already.
     pub fn hold(&mut self) -> bool {
         if matches!(self.hold, Hold::Never) && self.received == 0 && self.incoming.untouched() {
-            self.hold = Hold::Held(None);
+            self.hold = Hold::Held;
         }
         self.is_held()
     }
 
     /// Whether the body is held back.
     pub fn is_held(&self) -> bool {
-        matches!(self.hold, Hold::Held(_))
+        matches!(self.hold, Hold::Held)
     }
 
     /// The body is wanted.
     pub fn go_on(&mut self) {
-        self.end_hold(Hold::Over);
+        if self.is_held() {
+            self.hold = Hold::Over;
+            self.wake();
+        }
     }
 
-    /// The exchange is over: who waits for a body that was never asked for gives up.
+    /// The exchange is over. What the client has not sent by now nobody waits for: neither the endpoint's connection, nor the
+    /// client's, which ends once it has its answer.
     pub fn let_go(&mut self) {
-        self.end_hold(Hold::LetGo);
+        if !self.is_whole() {
+            self.left = true;
+            self.incoming.incoming = Incoming::Empty;
+            self.wake();
+        }
     }
 
-    fn end_hold(&mut self, next: Hold) {
-        if self.is_held()
-            && let Hold::Held(Some(waker)) = std::mem::replace(&mut self.hold, next)
-        {
+    fn wake(&mut self) {
+        if let Some(waker) = self.waiting.take() {
             waker.wake();
+        }
+    }
+
+    /// Remembers who waits.
+    fn wait(&mut self, cx: &Context<'_>) {
+        if !self
+            .waiting
+            .as_ref()
+            .is_some_and(|waker| waker.will_wake(cx.waker()))
+        {
+            self.waiting = Some(cx.waker().clone());
         }
     }
 
@@ -329,7 +350,7 @@ impl RequestSource {
 
     /// Whether the client has sent the whole request, as far as it was looked at.
     pub fn is_whole(&self) -> bool {
-        self.ended || self.incoming.is_whole()
+        self.ended || (!self.left && self.incoming.is_whole())
     }
 
     /// Whether the whole request has been read.
@@ -434,18 +455,20 @@ impl Body for UpstreamBody {
                 if source.ended {
                     return Poll::Ready(None);
                 }
-                match &mut source.hold {
-                    Hold::Never | Hold::Over => {}
-                    Hold::Held(waker) => {
-                        *waker = Some(cx.waker().clone());
-                        return Poll::Pending;
-                    }
-                    Hold::LetGo => return Poll::Ready(Some(Err("never asked for".into()))),
+                if source.left {
+                    return Poll::Ready(Some(Err("its exchange has ended".into())));
+                }
+                if source.is_held() {
+                    source.wait(cx);
+                    return Poll::Pending;
                 }
                 let polled = source.incoming.poll_frame(cx);
-                if polled.is_pending() && source.stalled(cx) {
-                    source.fault = Some(Fault::Silent);
-                    return Poll::Ready(Some(Err(Fault::Silent.into())));
+                if polled.is_pending() {
+                    source.wait(cx);
+                    if source.stalled(cx) {
+                        source.fault = Some(Fault::Silent);
+                        return Poll::Ready(Some(Err(Fault::Silent.into())));
+                    }
                 }
                 match ready!(polled) {
                     None => {

@@ -276,25 +276,31 @@ async fn an_upstream_that_never_answers_is_given_up_after_the_route_timeout() {
 
 #[tokio::test]
 async fn an_early_answer_reaches_the_client_and_the_rest_of_its_request_is_not_waited_for() {
-    let upstream = Upstream::start(|_| {
-        act(
-            "HTTP/1.1 413 Too Large\r\ncontent-length: 3\r\nconnection: close\r\n\r\nbig",
-            Ending::Close,
-        )
-    })
-    .await;
-    let (harness, at) = setup(upstream.at, to_cluster("c")).await;
-    let mut stream = TcpStream::connect(at).await.unwrap();
-    stream
-        .write_all(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n\r\nbegin")
-        .await
-        .unwrap();
-    let answer = read_until(&mut stream, "\r\n\r\nbig").await;
-    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
-    // Nothing can follow a request that is not read to its end.
-    assert!(answer.contains("\r\nconnection: close\r\n"), "{answer}");
-    drop(stream);
-    nothing_is_left(&harness).await;
+    // An endpoint that ends its connection, and one that would read on.
+    for (ending, more) in [(Ending::Close, "connection: close\r\n"), (Ending::Hang, "")] {
+        let upstream = Upstream::start(move |_| {
+            let answer = format!("HTTP/1.1 413 Too Large\r\ncontent-length: 3\r\n{more}\r\nbig");
+            act(answer, ending)
+        })
+        .await;
+        let (harness, at) = setup(upstream.at, to_cluster("c")).await;
+        let mut stream = TcpStream::connect(at).await.unwrap();
+        stream
+            .write_all(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n\r\nbegin")
+            .await
+            .unwrap();
+        // The client sends no more and reads on: the end comes all the same.
+        let mut answer = String::new();
+        soon("the end", stream.read_to_string(&mut answer)).await.unwrap();
+        assert!(
+            answer.starts_with("HTTP/1.1 413 ") && answer.ends_with("\r\n\r\nbig"),
+            "{answer}"
+        );
+        // Nothing can follow a request that is not read to its end.
+        assert!(answer.contains("\r\nconnection: close\r\n"), "{answer}");
+        drop(stream);
+        nothing_is_left(&harness).await;
+    }
 }
 
 #[tokio::test]
