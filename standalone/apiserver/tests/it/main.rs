@@ -3,6 +3,7 @@
 mod client;
 mod definitions;
 mod durable;
+mod history;
 mod kubectl;
 mod kubectl_recorded;
 mod likeness;

@@ -30,10 +30,8 @@ const fn changes(
     parameters: &'static [(&'static str, &'static str)],
 ) -> Command {
     Command {
-        path,
         post: true,
-        help,
-        parameters,
+        ..shows(path, help, parameters)
     }
 }
 
