@@ -187,7 +187,7 @@ impl RateLimit {
                 .within("failure_mode_deny_percent")?,
             status: denial_status(from.rate_limited_status.as_ref(), StatusCode::TOO_MANY_REQUESTS)?,
             status_on_error: denial_status(from.status_on_error.as_ref(), StatusCode::INTERNAL_SERVER_ERROR)?,
-            response_headers: HeaderOps::compile(&from.response_headers_to_add, &[], "response_headers")?,
+            response_headers: HeaderOps::compile(&from.response_headers_to_add, &[], true)?,
             headers: from.enable_x_ratelimit_headers
                 == filter::rate_limit::XRateLimitHeadersRfcVersion::DraftVersion03 as i32,
             retry_after: from.enable_retry_after_header,

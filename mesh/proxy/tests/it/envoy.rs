@@ -50,7 +50,9 @@ impl Envoy {
         let config = folder.path().join("envoy.yaml");
         let admin = free_port().await;
         let text = format!(
-            "admin: {{ address: {{ socket_address: {{ address: 127.0.0.1, port_value: {} }} }} }}\n{}",
+            // Which of two logs is its own.
+            "admin: {{ address: {{ socket_address: {{ address: 127.0.0.1, port_value: {} }} }} }}\n\
+             layered_runtime: {{ layers: [ {{ name: interop, static_layer: {{ interop: {{ ours: 0, theirs: 100 }} }} }} ] }}\n{}",
             admin.port(),
             ads.bootstrap("interop", true)
         );
