@@ -578,7 +578,9 @@ async fn handle(
                 (Codec::Auto, _) => {
                     if prefix.is_empty() {
                         let wait = manager.idle_timeout.unwrap_or(FIRST_BYTES);
-                        match tokio::time::timeout(wait, read_preface(&mut io, &mut prefix, &worker)).await {
+                        let limit = manager.headers_timeout;
+                        let read = read_preface(&mut io, &mut prefix, &worker, limit);
+                        match tokio::time::timeout(wait, read).await {
                             Ok(Ok(())) => {}
                             Ok(Err(_)) | Err(_) => return None,
                         }
