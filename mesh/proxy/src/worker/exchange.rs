@@ -61,6 +61,8 @@ pub struct Exchange {
     pub uri: Uri,
     /// Authority.
     pub authority: Option<HeaderValue>,
+    /// What stands here for its head says nothing: the head could not be read.
+    pub headless: bool,
     /// Protocol version of the client.
     pub version: Version,
     /// Whether it is gRPC.
@@ -131,6 +133,7 @@ impl Exchange {
             method,
             uri,
             authority: None,
+            headless: false,
             version,
             grpc: false,
             request_id: None,
