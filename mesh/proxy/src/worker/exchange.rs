@@ -61,6 +61,8 @@ pub struct Exchange {
     pub uri: Uri,
     /// Authority.
     pub authority: Option<HeaderValue>,
+    /// What stands here for its head says nothing: the head could not be read.
+    pub headless: bool,
     /// Protocol version of the client.
     pub version: Version,
     /// Whether it is gRPC.
@@ -131,6 +133,7 @@ impl Exchange {
             method,
             uri,
             authority: None,
+            headless: false,
             version,
             grpc: false,
             request_id: None,
@@ -209,8 +212,9 @@ impl Exchange {
         if self.policy.is_some() {
             filters::finish(self);
         }
-        // Without configured access logs, errors are told all the same.
-        if !logging::write(self, took) && (!self.flags.is_empty() || self.code >= 500) {
+        // Without configured access logs, errors are told all the same, and whom the proxy itself has refused.
+        let told = !self.flags.is_empty() || self.code >= 500 || self.details == "path_normalization_failed";
+        if !logging::write(self, took) && told {
             conn.worker.log(self.log_line());
         }
         if self.span.is_some() {

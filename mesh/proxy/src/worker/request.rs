@@ -29,7 +29,7 @@ use crate::config::slot::Directory;
 use crate::config::table::RouteTable;
 use crate::hygiene::fields::{Present, join_repeated, never_again};
 use crate::hygiene::path::{Normalized, normalize};
-use crate::hygiene::scan::valid_host;
+use crate::hygiene::scan::{Violation, valid_host};
 use crate::metrics::events::HttpEvent;
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{METADATA_HEADER, METADATA_ID_HEADER};
@@ -312,6 +312,10 @@ fn admit(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) -> Resul
         reply
     };
     if let Some(violation) = conn.gate.violation(conn.request_number()) {
+        exchange.headless = true;
+        if violation == Violation::Unfinished {
+            return Err(LocalReply::of_late_head());
+        }
         conn.note(HttpEvent::CxProtocolError);
         let status = StatusCode::from_u16(violation.status()).unwrap_or(StatusCode::BAD_REQUEST);
         return Err(refuse(status, violation.details()));
