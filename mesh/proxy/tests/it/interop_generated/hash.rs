@@ -77,25 +77,6 @@ fn balancers() -> Vec<(&'static str, bool, Value)> {
             false,
             newer("ring_hash.v3.RingHash", json!({ "minimum_ring_size": 333 })),
         ),
-        (
-            "ring-names",
-            false,
-            json!({ "lb_policy": "RING_HASH", "common_lb_config": {
-                "consistent_hashing_lb_config": { "use_hostname_for_hashing": true } } }),
-        ),
-        (
-            "maglev-names",
-            false,
-            json!({ "lb_policy": "MAGLEV", "common_lb_config": {
-                "consistent_hashing_lb_config": { "use_hostname_for_hashing": true } } }),
-        ),
-        // One request at a time overloads nobody: the bound is there, and is never reached.
-        (
-            "ring-bounded",
-            false,
-            json!({ "lb_policy": "RING_HASH", "common_lb_config": {
-                "consistent_hashing_lb_config": { "hash_balance_factor": 1000 } } }),
-        ),
         ("maglev", false, json!({ "lb_policy": "MAGLEV" })),
         (
             "maglev-small",
