@@ -49,7 +49,7 @@ impl Tunneling {
             .chain(from.headers_to_add.iter().cloned())
             .collect();
         Ok(Self {
-            fields: HeaderOps::compile(&all, &[], "headers")?,
+            fields: HeaderOps::compile(&all, &[], false)?,
         })
     }
 

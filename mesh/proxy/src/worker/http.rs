@@ -295,7 +295,8 @@ pub(super) async fn serve(connection: Connection) {
         fields: manager.max_header_count,
     });
     let scanner = limits.map(|limits| Scanner::new(limits).allowing_connect(manager.connect));
-    let io = StrictIo::with(stream, prefix, scanner, gate.clone());
+    let mut io = StrictIo::with(stream, prefix, scanner, gate.clone());
+    io.limit_heads(manager.headers_timeout);
     let now = Instant::now();
     let mut counted = manager.traffic.open(worker.id);
     manager.traffic.speaks(&mut counted, http2, tls.is_some());

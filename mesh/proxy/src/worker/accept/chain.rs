@@ -268,7 +268,8 @@ async fn speaks_http2(
         (Codec::Auto, _) => {
             if prefix.is_empty() {
                 let wait = manager.idle_timeout.unwrap_or(FIRST_BYTES);
-                match tokio::time::timeout(wait, read_preface(io, prefix, worker)).await {
+                let read = read_preface(io, prefix, worker, manager.headers_timeout);
+                match tokio::time::timeout(wait, read).await {
                     Ok(Ok(())) => {}
                     Ok(Err(_)) | Err(_) => return Err(Closed),
                 }
