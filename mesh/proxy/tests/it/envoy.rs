@@ -63,6 +63,11 @@ impl Envoy {
         }
     }
 
+    /// Where its admin port is.
+    pub(crate) fn admin(&self) -> SocketAddr {
+        self.admin
+    }
+
     /// Where a listener is, once it is there.
     pub(crate) async fn listener(&self, name: &str) -> SocketAddr {
         let prefix = format!("{name}::");
