@@ -21,4 +21,5 @@ pub mod peer;
 pub mod push;
 pub mod select;
 pub mod series;
+pub mod tags;
 pub mod text;
