@@ -468,14 +468,7 @@ pub(super) async fn attempt(
                 return Err(Failure::Connect(ConnectError::Overflow));
             };
             plan.cells().pending.add(1);
-            let acquire = pool.acquire(
-                worker,
-                &cluster.slot,
-                &cluster.config,
-                &host.endpoint,
-                plan.speaking,
-                &plan.options,
-            );
+            let acquire = pool.acquire(cluster.wanted(worker, host, plan.speaking, &plan.options));
             // Boxed: rare, and large.
             let lease = Box::pin(bounded(plan, per_try, acquire))
                 .await?
@@ -505,8 +498,8 @@ pub(super) async fn attempt(
     // What [`Lease::send`] does, but with nothing that holds the request while it waits. The answer is pinned here: each
     // function that it went to by value would keep room for it twice, and whoever makes this future copies all of that.
     let sent = match &mut lease {
-        Lease::Http1 { sender, .. } => {
-            let answer = pin!(http1_send(sender, request, tell));
+        Lease::Http1(connection, _) => {
+            let answer = pin!(http1_send(&mut connection.sender, request, tell));
             let answer = answered(plan, per_try, door, answer).await?;
             answer
                 .map(|response| response.map(Incoming::Http1))
