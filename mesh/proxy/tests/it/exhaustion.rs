@@ -21,7 +21,7 @@ static_resources:
   - { name: c, type: STATIC, connect_timeout: 1s, common_http_protocol_options: { idle_timeout: 0.3s }, OPTIONS load_assignment: { cluster_name: c, endpoints: [ { lb_endpoints: [ { endpoint: { address: { socket_address: { address: 127.0.0.1, port_value: BACKEND } } } } ] } ] } }
   listeners:
   - name: main
-    address: { socket_address: { address: 127.0.0.1, port_value: PORT } }
+    address: { socket_address: { address: 127.0.0.1, port_value: LISTEN } }
     filter_chains:
     - filters:
       - name: envoy.filters.network.http_connection_manager
@@ -96,7 +96,7 @@ impl Poor {
             .replace("BACKEND", &backend.port().to_string())
             .replace("OPTIONS", if http2 { "http2_protocol_options: {}," } else { "" })
             .replace("LOG", folder.path().join("log").to_str().unwrap())
-            .replace("PORT", &at.port().to_string());
+            .replace("LISTEN", &at.port().to_string());
         std::fs::write(&config, text).unwrap();
         let child = tokio::process::Command::new("sh")
             .args(["-c", r#"ulimit -n "$2"; exec "$0" --config "$1" --concurrency 1"#])
