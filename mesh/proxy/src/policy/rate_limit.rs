@@ -194,7 +194,7 @@ impl RateLimit {
                 StatusCode::INTERNAL_SERVER_ERROR,
                 "status_on_error",
             )?,
-            response_headers: HeaderOps::compile(&from.response_headers_to_add, &[], "response_headers")?,
+            response_headers: HeaderOps::compile(&from.response_headers_to_add, &[], true)?,
             headers: from.enable_x_ratelimit_headers
                 == filter::rate_limit::XRateLimitHeadersRfcVersion::DraftVersion03 as i32,
             retry_after: from.enable_retry_after_header,

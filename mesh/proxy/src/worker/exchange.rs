@@ -431,6 +431,8 @@ pub struct Watch {
     lease: Option<Lease>,
     max_requests: u32,
     active: Option<Active>,
+    /// Whether the client gets another encoding than what comes.
+    encoded: bool,
 }
 
 impl Watch {
@@ -448,6 +450,7 @@ impl Watch {
             lease: Some(lease),
             max_requests,
             active: Some(active),
+            encoded: false,
         }
     }
 
@@ -463,7 +466,9 @@ impl Watch {
 impl Observer for Watch {
     fn frame(&mut self, frame: &Frame<Bytes>) {
         if let Some(data) = frame.data_ref() {
-            self.exchange.sent += data.len() as u64;
+            if !self.encoded {
+                self.exchange.sent += data.len() as u64;
+            }
             filters::saw_data(&mut self.exchange, data);
             if let Some(tap) = &mut self.exchange.tap {
                 tap.answer().data(data);
@@ -479,6 +484,14 @@ impl Observer for Watch {
             }
         }
         self.limits.moved = true;
+    }
+
+    fn encoded(&mut self, bytes: usize) {
+        self.exchange.sent += bytes as u64;
+    }
+
+    fn encodes(&mut self) {
+        self.encoded = true;
     }
 
     fn poll_limits(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {

@@ -162,6 +162,7 @@ impl LocalReply {
             headers.insert("grpc-status", HeaderValue::from(status));
             if let Ok(message) = HeaderValue::from_bytes(&body)
                 && !body.is_empty()
+                && exchange.method != http::Method::HEAD
             {
                 headers.insert("grpc-message", message);
             }

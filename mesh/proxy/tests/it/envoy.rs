@@ -51,7 +51,9 @@ impl Envoy {
         let folder = tempfile::tempdir().unwrap();
         let config = folder.path().join("envoy.yaml");
         let text = format!(
-            "admin: {{ address: {{ socket_address: {{ address: 127.0.0.1, port_value: 0 }} }} }}\n{}",
+            // Which of two logs is its own.
+            "admin: {{ address: {{ socket_address: {{ address: 127.0.0.1, port_value: 0 }} }} }}\n\
+             layered_runtime: {{ layers: [ {{ name: interop, static_layer: {{ interop: {{ ours: 0, theirs: 100 }} }} }} ] }}\n{}",
             ads.bootstrap("interop", true)
         );
         std::fs::write(&config, text).unwrap();
