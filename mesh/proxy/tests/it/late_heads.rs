@@ -124,6 +124,8 @@ async fn a_head_that_stops_anywhere_is_answered_408_and_a_request_before_it_as_e
         "GET /whole a HTTP/1.1 200 - via_upstream 0 1 r"
     );
     assert_eq!(backend.hits(), 1);
+    // And with it the connection that was kept for the next request.
+    drop(backend);
     nothing_is_left(&harness).await;
 }
 
