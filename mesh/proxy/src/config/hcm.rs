@@ -17,7 +17,7 @@ use crate::error::{Refusal, Within};
 use crate::observe::access_log::AccessLogs;
 use crate::observe::tracer::Tracer;
 use crate::policy::chain::Chain;
-use crate::policy::stats::{HTTP, Traffic};
+use crate::policy::stats::Traffic;
 use crate::worker::CONNECT;
 
 /// Envoy's limit of silence on a stream when none is given.
@@ -178,6 +178,7 @@ impl HttpManager {
     pub(super) fn compile(
         from: &hcm::HttpConnectionManager,
         direction: Direction,
+        listener: &str,
         context: &mut Context<'_>,
     ) -> Result<Self, Refusal> {
         use hcm::http_connection_manager::{CodecType, RouteSpecifier};
@@ -271,7 +272,7 @@ impl HttpManager {
             value.as_ref().map_or(default, |value| value.value)
         };
         let (workers, registry) = context.counters();
-        let traffic = registry.traffic(workers, &HTTP, &from.stat_prefix);
+        let traffic = registry.traffic_of(workers, listener, &from.stat_prefix);
         let mut out = Self {
             stat_prefix: from.stat_prefix.as_str().into(),
             traffic,

@@ -205,7 +205,7 @@ impl Listener {
             .connection_balance_config
             .as_ref()
             .and_then(|config| config.balance_type.as_ref());
-        let counted = format!("{}_{}", address.ip(), address.port());
+        let counted: Arc<str> = format!("{}_{}", address.ip(), address.port()).into();
         let logs = AccessLogs::compile(&from.access_log, context)?.map(Arc::new);
         let (workers, registry) = context.counters();
         let mut counter = |name| registry.counter(workers, name, &[(LISTENER.label, &counted)]);
@@ -235,7 +235,7 @@ impl Listener {
                     .is_none_or(|value| value.value),
             use_original_dst: from.use_original_dst.as_ref().is_some_and(|value| value.value),
             direction,
-            traffic: registry.traffic(workers, &LISTENER, &counted),
+            traffic: registry.traffic(workers, &counted),
             without_filter,
             without_network_filter,
             filters: ListenerSteps::default(),
@@ -268,7 +268,7 @@ impl Listener {
                 out.matcher
                     .add(index, chain.filter_chain_match.as_ref())
                     .within("filter_chain_match")
-                    .and_then(|()| FilterChain::compile(chain, direction, context, &from.name))
+                    .and_then(|()| FilterChain::compile(chain, direction, context, &from.name, &counted))
                     .map(Arc::new)
                     .within(format!("filter_chains[{index}]"))
             })
@@ -276,7 +276,7 @@ impl Listener {
         out.default_chain = from
             .default_filter_chain
             .as_ref()
-            .map(|chain| FilterChain::compile(chain, direction, context, &from.name).map(Arc::new))
+            .map(|chain| FilterChain::compile(chain, direction, context, &from.name, &counted).map(Arc::new))
             .transpose()
             .within("default_filter_chain")?;
         if out.matcher.needs_tls() {

@@ -110,8 +110,16 @@ pub struct ClusterCells {
     pub received: Cell,
     /// Bytes to endpoints.
     pub sent: Cell,
-    connect_time: OnceLock<Box<Histogram>>,
-    connection_length: OnceLock<Box<Histogram>>,
+    /// Made with the first connection.
+    of_connections: OnceLock<Box<OfConnections>>,
+}
+
+/// Distributions over connections.
+#[derive(Debug, Default)]
+struct OfConnections {
+    made_in: Histogram,
+    length: Histogram,
+    requests: Histogram,
 }
 
 impl ClusterCells {
@@ -142,8 +150,7 @@ impl ClusterCells {
             connection_overflow: Cell::default(),
             received: Cell::default(),
             sent: Cell::default(),
-            connect_time: OnceLock::new(),
-            connection_length: OnceLock::new(),
+            of_connections: OnceLock::new(),
         })
     }
 
@@ -189,6 +196,7 @@ impl ClusterCells {
                 cells: self,
                 by_peer: AtomicBool::new(false),
                 busy: AtomicU32::new(0),
+                served: AtomicU32::new(0),
             }),
             host: host.clone(),
             since: Instant::now(),
@@ -205,6 +213,8 @@ pub struct Shared {
     by_peer: AtomicBool,
     /// Requests on it.
     busy: AtomicU32,
+    /// Requests that it has had.
+    served: AtomicU32,
 }
 
 impl Shared {
@@ -216,8 +226,9 @@ impl Shared {
     /// A request begins on it.
     pub fn begin(&self) {
         // Only the connection's worker writes.
-        self.busy
-            .store(self.busy.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        for count in [&self.busy, &self.served] {
+            count.store(count.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+        }
     }
 
     /// A request on it has ended in good order.
@@ -246,8 +257,8 @@ impl Connection {
     pub fn made(&mut self) {
         let now = Instant::now();
         let took = now.duration_since(self.since);
-        let histogram = self.cells().connect_time.get_or_init(Box::default);
-        histogram.observe_thousandths(took.as_micros() as u64);
+        let histograms = self.cells().of_connections.get_or_init(Box::default);
+        histograms.made_in.observe_thousandths(took.as_micros() as u64);
         self.since = now;
         self.made = true;
     }
@@ -304,8 +315,11 @@ impl Drop for Connection {
             });
         }
         if self.made {
-            let length = cells.connection_length.get_or_init(Box::default);
-            length.observe_thousandths(self.since.elapsed().as_micros() as u64);
+            let histograms = cells.of_connections.get_or_init(Box::default);
+            let length = self.since.elapsed().as_micros() as u64;
+            histograms.length.observe_thousandths(length);
+            let served = self.shared.served.load(Ordering::Relaxed);
+            histograms.requests.observe_thousandths(u64::from(served) * 1000);
         }
     }
 }

@@ -13,4 +13,5 @@ pub mod peer;
 pub mod push;
 pub mod select;
 pub mod series;
+pub mod tags;
 pub mod text;

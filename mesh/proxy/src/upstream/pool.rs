@@ -394,7 +394,12 @@ async fn open(wanted: Wanted<'_>) -> Result<(Connected, Counted), ConnectError> 
             counted.connection.made();
             return Ok((connected, counted));
         }
-        Ok(Err(error)) => error.into(),
+        Ok(Err(error)) => {
+            if connect::is_unbound(&error) {
+                slot.counted.note(ClusterEvent::BindError);
+            }
+            error.into()
+        }
         Err(_) => ConnectError::Timeout,
     };
     counted.connection.failed(matches!(error, ConnectError::Timeout));

@@ -1,7 +1,7 @@
 //! Subsets of a cluster on one worker: a balancer for each group of endpoints, found by the group's name.
 
 use std::cell::Cell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
 
 use serin_xds::pb::google::protobuf as google;
@@ -191,6 +191,15 @@ pub enum Chosen {
     Fallback,
     /// From all, since the subset has none.
     Panic,
+}
+
+/// The names of all groups that the endpoints of a set make.
+pub(crate) fn group_names(rules: &Subsets, set: &EndpointSet) -> BTreeSet<Box<[u8]>> {
+    let each = rules.selectors.iter().flat_map(|selector| {
+        let endpoints = set.all.iter();
+        endpoints.flat_map(|endpoint| names(selector, endpoint.lb_metadata.as_ref(), rules.list_as_any))
+    });
+    each.collect()
 }
 
 /// The names of the groups that an endpoint is in by one selector.

@@ -318,6 +318,11 @@ impl Tunnel {
                 counters.upstream_connect_failures.add(1);
                 connection.failed(failed.is_err());
                 plan.note(ClusterEvent::RqPendingFailure);
+                if let Ok(Err(error)) = &failed
+                    && connect::is_unbound(error)
+                {
+                    plan.note(ClusterEvent::BindError);
+                }
                 exchange.failure = Some(match failed {
                     Ok(Err(error)) => error.to_string().into(),
                     _ => "connection timeout".into(),

@@ -57,6 +57,7 @@ mod scripted;
 mod secret_services;
 mod soak;
 mod statistics;
+mod statistics_updates;
 mod tap;
 mod tcp;
 mod tls;

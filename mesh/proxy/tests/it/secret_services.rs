@@ -293,6 +293,10 @@ async fn certificates_and_roots_come_from_the_agents_service_and_rotate_in_both_
         let peer = authority.issue(&["spiffe://cluster.local/ns/edge/sa/client"]);
         let client = authority.client().identity(&peer).build();
         assert_eq!(tls_get(at, &client, "shop.example", "/").await.unwrap().0, 200);
+        let counted = |what: &str| {
+            let name = format!("envoy_sds_update_{what}");
+            harness.counter(&name, &[("envoy_xds_resource_name", "default")])
+        };
         // A bad one is refused, and the last good one stays.
         let other = Authority::new("other");
         let mut mixed = other.issue(&["shop.example"]);
@@ -301,6 +305,8 @@ async fn certificates_and_roots_come_from_the_agents_service_and_rotate_in_both_
         if !delta {
             let reason = soon("the refusal", agent.refused.recv()).await.unwrap();
             assert!(reason.contains("private_key"), "{reason}");
+            let shown = ["attempt", "success", "rejected"].map(counted);
+            assert_eq!(shown, [3.0, 1.0, 1.0], "asked once, answered twice");
         }
         assert_eq!(tls_get(at, &client, "shop.example", "/").await.unwrap().0, 200);
         // Rotation to another authority on both sides.
