@@ -197,6 +197,8 @@ impl ClusterCells {
                 by_peer: AtomicBool::new(false),
                 busy: AtomicU32::new(0),
                 served: AtomicU32::new(0),
+                one_by_one: AtomicBool::new(false),
+                over: AtomicBool::new(false),
             }),
             host: host.clone(),
             since: Instant::now(),
@@ -215,6 +217,11 @@ pub struct Shared {
     busy: AtomicU32,
     /// Requests that it has had.
     served: AtomicU32,
+    /// Its requests come one after the other (HTTP/1): each says itself whether it has ended in good order, which may be
+    /// a moment after the connection has ended.
+    one_by_one: AtomicBool,
+    /// It was made and has ended.
+    over: AtomicBool,
 }
 
 impl Shared {
@@ -240,6 +247,27 @@ impl Shared {
     /// Something rare has happened to it.
     pub fn note(&self, event: ClusterEvent) {
         self.cells.note(event);
+    }
+
+    /// It has ended while a request was on its way, if one is.
+    fn note_request(&self) {
+        if self.busy.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        self.note(ClusterEvent::CxDestroyWithRequest);
+        self.note(if self.by_peer.load(Ordering::Relaxed) {
+            ClusterEvent::CxDestroyRemoteWithRequest
+        } else {
+            ClusterEvent::CxDestroyLocalWithRequest
+        });
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if *self.over.get_mut() && *self.one_by_one.get_mut() {
+            self.note_request();
+        }
     }
 }
 
@@ -269,6 +297,7 @@ impl Connection {
             self.cells().connections_http2.add(1);
         } else {
             self.cells().connections_http1.add(1);
+            self.shared.one_by_one.store(true, Ordering::Relaxed);
         }
     }
 
@@ -281,6 +310,13 @@ impl Connection {
         } else {
             self.shared.ended_by_peer();
         }
+    }
+
+    /// Its own end could not be bound.
+    pub fn unbound(&self) {
+        self.cells().connect_failures.add(1);
+        self.cells().note(ClusterEvent::BindError);
+        self.host.counted.connect_failed();
     }
 
     /// Where its bytes are counted.
@@ -300,21 +336,16 @@ impl Drop for Connection {
         cells.connections_closed.add(1);
         self.host.counted.connection_ends();
         let by_peer = self.shared.by_peer.load(Ordering::Relaxed);
-        let busy = self.made && self.shared.busy.load(Ordering::Relaxed) > 0;
         cells.note(if by_peer {
             ClusterEvent::CxDestroyRemote
         } else {
             ClusterEvent::CxDestroyLocal
         });
-        if busy {
-            cells.note(ClusterEvent::CxDestroyWithRequest);
-            cells.note(if by_peer {
-                ClusterEvent::CxDestroyRemoteWithRequest
-            } else {
-                ClusterEvent::CxDestroyLocalWithRequest
-            });
-        }
         if self.made {
+            self.shared.over.store(true, Ordering::Relaxed);
+            if !self.shared.one_by_one.load(Ordering::Relaxed) {
+                self.shared.note_request();
+            }
             let histograms = cells.of_connections.get_or_init(Box::default);
             let length = self.since.elapsed().as_micros() as u64;
             histograms.length.observe_thousandths(length);

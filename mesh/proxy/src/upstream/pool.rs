@@ -488,12 +488,12 @@ impl Pool {
         let work = connect::connect(cluster, endpoint, speaking, options);
         let result = match tokio::time::timeout(cluster.connect_timeout, work).await {
             Ok(Ok(connected)) => Ok(connected),
-            Ok(Err(error)) => {
-                if connect::is_unbound(&error) {
-                    slot.counted.note(ClusterEvent::BindError);
-                }
-                Err(error.into())
+            Ok(Err(error)) if connect::is_unbound(&error) => {
+                counted.connection.unbound();
+                worker.recorder.counters().upstream_connect_failures.add(1);
+                return Err(error.into());
             }
+            Ok(Err(error)) => Err(error.into()),
             Err(_) => Err(ConnectError::Timeout),
         };
         match result {
