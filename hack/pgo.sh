@@ -11,7 +11,7 @@ if [ ! -x "$profdata" ]; then
 fi
 # What the training needs.
 hack/setup.sh --peers
-for needed in h2load nginx taskset; do
+for needed in h2load taskset; do
     if ! PATH=$PATH:/usr/sbin command -v "$needed" >/dev/null; then
         echo "SKIPPED: $needed is not installed, without which nothing can be learnt" >&2
         exit 0

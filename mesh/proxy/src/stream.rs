@@ -7,6 +7,7 @@
 //!
 //! Not here: what makes bytes of its own (`hygiene::strict`, tunnels inside of HTTP/2).
 
+pub mod last_words;
 pub mod linger;
 
 use std::io::{self, IoSlice};

@@ -40,12 +40,7 @@ pub(crate) enum Setup {
 #[derive(Clone, Copy)]
 pub(crate) struct Ports {
     pub(crate) listen: u16,
-    /// HTTP/1.1 and HTTP/2 in the clear.
     pub(crate) backend: u16,
-    pub(crate) backend2: u16,
-    /// The same over mutual TLS.
-    pub(crate) secure: u16,
-    pub(crate) secure2: u16,
 }
 
 /// The configuration file of `kind`.
@@ -140,36 +135,5 @@ fn nginx(ports: &Ports, folder: &str) -> String {
          server {{ listen 127.0.0.1:{} backlog=4096; location / {{ proxy_pass http://u; proxy_http_version 1.1; \
          proxy_set_header Connection \"\"; }} }} }}\n",
         ports.backend, ports.listen
-    )
-}
-
-/// The backend: nginx, HTTP/1.1 and HTTP/2, in the clear and over mutual TLS.
-pub(crate) fn backend(ports: &Ports, folder: &str) -> String {
-    let small = "0123456789".repeat(10);
-    let server = |listen: &str| {
-        format!(
-            "server {{ {listen}\n location = /10k {{ }} location = /1m {{ }} location / {{ return 200 \"{small}\"; }} }}\n"
-        )
-    };
-    let secured = format!(
-        " ssl_protocols TLSv1.3; ssl_certificate {folder}/server.pem; ssl_certificate_key {folder}/server.key; \
-         ssl_client_certificate {folder}/root.pem; ssl_verify_client on;"
-    );
-    format!(
-        "worker_processes 1; daemon off; master_process off; pid {folder}/backend.pid; error_log {folder}/backend.err;\n\
-         events {{ worker_connections 8000; }}\nhttp {{ access_log off; keepalive_requests 1000000000; keepalive_timeout 3600; \
-         sendfile on; tcp_nopush on; root {folder};\n{}{}{} }}\n",
-        server(&format!(
-            "listen 127.0.0.1:{} backlog=4096; listen 127.0.0.1:{} http2 backlog=4096;",
-            ports.backend, ports.backend2
-        )),
-        server(&format!(
-            "listen 127.0.0.1:{} ssl backlog=4096;{secured}",
-            ports.secure
-        )),
-        server(&format!(
-            "listen 127.0.0.1:{} ssl http2 backlog=4096;{secured}",
-            ports.secure2
-        )),
     )
 }

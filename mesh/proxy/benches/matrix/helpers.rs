@@ -2,27 +2,20 @@
 //! argument that says what to be.
 //!
 //! - `new-connections PORT COUNT FOLDER`: a mutual TLS handshake and one request per connection, without resumption.
-//! - `grpc-backend PORT`: answers unary gRPC calls.
-//! - `open-loop …`: see [`crate::openloop`].
+//! - `endpoint PLAIN GRPC SECURE SECURE2 FOLDER`: the backend, and an open loop when it is told to; see [`crate::openloop`].
 
-use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Request, Response};
-use http_body_util::{BodyExt, Full};
-use hyper::body::Incoming;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
-use crate::openloop::{self, Job};
+use crate::endpoint::Ports;
+use crate::openloop;
 
 /// Connections that are being made at a time.
 const AT_A_TIME: usize = 4;
@@ -39,8 +32,9 @@ pub(crate) async fn run(args: &[String]) -> Option<anyhow::Result<()>> {
         [_, "new-connections", port, count, folder] => {
             Some(new_connections(port, count, Path::new(folder)).await)
         }
-        [_, "grpc-backend", port] => Some(grpc_backend(port).await),
-        [_, "open-loop", job @ ..] => Some(Job::parse(job).and_then(|job| openloop::run(&job))),
+        [_, "endpoint", ports @ .., folder] => {
+            Some(Ports::parse(ports).and_then(|ports| openloop::Process::run(ports, Path::new(folder))))
+        }
         _ => None,
     }
 }
@@ -89,35 +83,4 @@ async fn new_connections(port: &str, count: &str, folder: &Path) -> anyhow::Resu
         ended??;
     }
     Ok(())
-}
-
-async fn grpc_backend(port: &str) -> anyhow::Result<()> {
-    let socket = TcpListener::bind(("127.0.0.1", port.parse()?)).await?;
-    loop {
-        let (stream, _) = socket.accept().await?;
-        stream.set_nodelay(true)?;
-        tokio::spawn(async move {
-            let served = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
-                .max_concurrent_streams(1000)
-                .serve_connection(TokioIo::new(stream), service_fn(unary))
-                .await;
-            drop(served);
-        });
-    }
-}
-
-async fn unary(
-    request: Request<Incoming>,
-) -> Result<Response<impl hyper::body::Body<Data = Bytes, Error = Infallible>>, hyper::Error> {
-    request.into_body().collect().await?;
-    let mut message = vec![0, 0, 0, 0, 100];
-    message.resize(105, b'x');
-    let mut trailers = HeaderMap::new();
-    trailers.insert("grpc-status", HeaderValue::from_static("0"));
-    let body = Full::new(Bytes::from(message)).with_trailers(std::future::ready(Some(Ok(trailers))));
-    let mut response = Response::new(body);
-    response
-        .headers_mut()
-        .insert("content-type", HeaderValue::from_static("application/grpc"));
-    Ok(response)
 }

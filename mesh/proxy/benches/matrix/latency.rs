@@ -7,10 +7,6 @@
 //! the same rate: half of what the slowest one reaches with the same connections. The proxies are on the first processor, the
 //! load and the backend on the second.
 
-use std::time::Duration;
-
-use anyhow::Context;
-
 use crate::configs::Kind;
 use crate::measure::{Sample, median};
 use crate::mesh::{Down, Mesh, Up};
@@ -20,8 +16,6 @@ use crate::peers::{Backend, Peer, Tools};
 
 /// One slice.
 const SLICE: f64 = 2.3;
-/// A slice that takes longer is given up.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// Samples of the rounds.
 const SAMPLES: usize = 2_000;
 /// The goal for the ratio to Envoy.
@@ -62,26 +56,14 @@ const CASES: &[Case] = &[
 /// p50, p99 and p99.9 in milliseconds.
 type Figures = [f64; 3];
 
-async fn slice(job: Job) -> anyhow::Result<Figures> {
-    let output = tokio::process::Command::new("taskset")
-        .args(["-c", "1"])
-        .arg(crate::helpers::program()?)
-        .args(job.arguments())
-        .kill_on_drop(true)
-        .output();
-    let output = tokio::time::timeout(PATIENCE, output)
-        .await
-        .context("the load does not end")??;
-    let text = String::from_utf8_lossy(&output.stdout);
+async fn slice(backend: &Backend, job: Job) -> anyhow::Result<Figures> {
+    let text = backend.load(job).await?;
     let numbers: Vec<f64> = text
         .split_whitespace()
         .filter_map(|one| one.parse().ok())
         .collect();
     let [p50, p99, p999, _] = numbers[..] else {
-        anyhow::bail!(
-            "the load said {text:?}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        anyhow::bail!("the load said {text:?}");
     };
     Ok([p50, p99, p999].map(|micros| micros / 1_000.0))
 }
@@ -158,7 +140,7 @@ async fn one(case: &Case, tools: &Tools, backend: &Backend) -> anyhow::Result<()
     let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
     let mut dice = Dice(seed.as_nanos() as u64 | 1);
     let rounds = number("SERIN_BENCH_SLICES", 15).max(1);
-    // The first is the way without a proxy; HTTP/2 in the clear is on another port of the backend.
+    // The first is the way without a proxy.
     let direct = backend.port_of(case.mesh.up);
     let ports: Vec<u16> = std::iter::once(direct)
         .chain(peers.iter().map(|peer| peer.port))
@@ -177,7 +159,7 @@ async fn one(case: &Case, tools: &Tools, backend: &Backend) -> anyhow::Result<()
                 connections: case.connections,
                 http2: case.http2,
             };
-            figures[index].push(slice(job).await?);
+            figures[index].push(slice(backend, job).await?);
         }
     }
     let added = |index: usize, sample: &[usize]| {

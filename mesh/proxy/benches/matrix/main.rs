@@ -2,7 +2,7 @@
 //!
 //! Processor time per request is the figure to trust on a shared machine (the kernel accounts it per process); wall times
 //! and requests per second are not. Each proxy has one worker, pinned to the first processor; the load (`h2load`, from
-//! nghttp2) and the backend (nginx, and this program for gRPC) share the second. What is said beside a proxy is its ratio
+//! nghttp2, and an open loop of our own for latencies) and the backend ([`endpoint`]) share the second. What is said beside a proxy is its ratio
 //! to Envoy in the same round, the median of all rounds. `SERIN_BENCH_ROUNDS` (3) and `SERIN_BENCH_REQUESTS` (30,000) say
 //! how much; `ENVOY_BIN` where Envoy is; `SERIN_BENCH_BASELINE` names another build of serin-proxy to measure beside this
 //! one; `SERIN_BENCH_ONLY` the parts to run: `matrix`, `latency`, `memory`, `weights`, `changes`, `growth`, `costs`;
@@ -24,6 +24,7 @@ mod ads;
 mod certificates;
 mod changes;
 mod configs;
+mod endpoint;
 #[path = "../../tests/it/fixture.rs"]
 #[allow(
     dead_code,
@@ -41,6 +42,7 @@ mod mesh;
 mod openloop;
 mod peers;
 mod rows;
+mod socket;
 mod stamped;
 mod weights;
 

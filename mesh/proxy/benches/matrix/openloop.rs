@@ -1,22 +1,28 @@
-//! An open-loop generator, as a process of its own: requests go out at the times that a schedule says, whatever becomes of
-//! those before. A request's latency counts from when it was its turn, whether or not there was room for it, until the kernel
-//! had the last of its answer ([`crate::stamped`]): how long the generator itself waits for a processor, which it shares with
-//! the backend, is neither the proxy's time nor the backend's.
+//! An open loop, in the backend's own process: requests go out at the times that a schedule says, whatever becomes of those
+//! before. A request's latency counts from when it was its turn, whether or not there was room for it, until the kernel had the
+//! last of its answer ([`crate::stamped`]).
 //!
-//! One thread, which sleeps in `ppoll` between two requests: a runtime's timers are a millisecond coarse, and spinning would
-//! starve the backend on the same processor. HTTP/1.1 without pipelining, or HTTP/2 with a few streams per connection; a
-//! request for which there is no room waits, and its wait counts.
+//! Load and backend are one thread, because they have one processor: as two processes each would wait for the other's turn, for
+//! as long as the scheduler likes, and the time that a request waits at its backend would be told as the proxy's. While it has a
+//! job the thread does not sleep: nobody else needs that processor, timers of polls are a millisecond coarse, and waking up would
+//! be part of each latency. HTTP/1.1 without pipelining, or HTTP/2 with a few streams per connection; a request for which there is no room waits, and
+//! its wait counts.
 
 use std::collections::VecDeque;
-use std::io::{ErrorKind, Write};
-use std::net::TcpStream;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use nix::poll::{PollFd, PollFlags, ppoll};
-use nix::sys::time::TimeSpec;
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
+use crate::endpoint::{Endpoint, Ports};
+use crate::socket::{
+    ACK, DATA, END_HEADERS, END_STREAM, Frame, GOAWAY, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, Socket,
+    WINDOW_UPDATE, frame,
+};
 use crate::stamped;
 
 /// Requests of the beginning that do not count: connections have to be made.
@@ -25,6 +31,10 @@ const WARM_UP: Duration = Duration::from_millis(300);
 const REST: Duration = Duration::from_secs(5);
 /// Streams per HTTP/2 connection.
 const STREAMS: usize = 10;
+/// The first token of the load's own connections: no backend has as many.
+const CLIENTS: usize = 1_000_000;
+/// The token of the commands.
+const COMMANDS: Token = Token(999);
 
 /// What is to be done.
 #[derive(Clone, Copy, Debug)]
@@ -38,28 +48,29 @@ pub(crate) struct Job {
 }
 
 impl Job {
-    /// As arguments of this program.
-    pub(crate) fn arguments(&self) -> [String; 6] {
-        [
-            "open-loop".to_owned(),
-            self.port.to_string(),
-            self.rate.to_string(),
-            self.seconds.to_string(),
-            self.connections.to_string(),
-            u8::from(self.http2).to_string(),
-        ]
+    /// As a line of commands.
+    pub(crate) fn line(&self) -> String {
+        let Self {
+            port,
+            rate,
+            seconds,
+            connections,
+            http2,
+        } = self;
+        format!("{port} {rate} {seconds} {connections} {http2}\n")
     }
 
-    pub(crate) fn parse(arguments: &[&str]) -> anyhow::Result<Self> {
-        let [port, rate, seconds, connections, http2] = arguments else {
-            bail!("open-loop PORT RATE SECONDS CONNECTIONS HTTP2");
+    fn parse(line: &str) -> anyhow::Result<Self> {
+        let parts: Vec<&str> = line.split_whitespace().collect();
+        let [port, rate, seconds, connections, http2] = parts[..] else {
+            bail!("a job is PORT RATE SECONDS CONNECTIONS HTTP2, not {line:?}");
         };
         Ok(Self {
             port: port.parse()?,
             rate: rate.parse()?,
             seconds: seconds.parse()?,
             connections: connections.parse()?,
-            http2: *http2 == "1",
+            http2: http2.parse()?,
         })
     }
 }
@@ -69,86 +80,44 @@ impl Job {
 struct Turn {
     /// By the schedule.
     due: Instant,
-    /// Nanoseconds of the wall clock when the generator got to it.
+    /// Nanoseconds of the wall clock when the load got to it.
     at: u64,
 }
 
-/// One connection.
+/// One connection of the load.
 struct Connection {
-    stream: TcpStream,
+    socket: Socket,
     http2: bool,
     /// Requests on their way, oldest first, by the number of the stream for HTTP/2.
     open: VecDeque<(u32, Turn)>,
     next_stream: u32,
-    read: Vec<u8>,
-    write: Vec<u8>,
     /// Body bytes since the connection's window was given back.
     consumed: u32,
 }
 
 impl Connection {
-    fn open(job: &Job) -> anyhow::Result<Self> {
-        let stream = TcpStream::connect(("127.0.0.1", job.port)).context("connecting")?;
-        stream.set_nodelay(true)?;
-        stream.set_nonblocking(true)?;
-        stamped::stamp(&stream)?;
-        let mut write = Vec::new();
-        if job.http2 {
-            write.extend_from_slice(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
-            frame(&mut write, 4, 0, 0, &[]);
-        }
-        Ok(Self {
-            stream,
-            http2: job.http2,
-            open: VecDeque::new(),
-            next_stream: 1,
-            read: Vec::with_capacity(16 << 10),
-            write,
-            consumed: 0,
-        })
-    }
-
     fn has_room(&self) -> bool {
         self.open.len() < if self.http2 { STREAMS } else { 1 }
     }
 
     fn send(&mut self, turn: Turn) -> anyhow::Result<()> {
+        let out = &mut self.socket.write;
         if self.http2 {
             // GET, http, /, and the authority without being indexed.
             let block = [0x82, 0x86, 0x84, 0x01, 0x01, b'a'];
-            frame(&mut self.write, 1, 0x5, self.next_stream, &block);
+            frame(out, HEADERS, END_HEADERS | END_STREAM, self.next_stream, &block);
         } else {
-            self.write
-                .extend_from_slice(b"GET / HTTP/1.1\r\nHost: a\r\nUser-Agent: b\r\n\r\n");
+            out.extend_from_slice(b"GET / HTTP/1.1\r\nHost: a\r\nUser-Agent: b\r\n\r\n");
         }
         self.open.push_back((self.next_stream, turn));
         self.next_stream += 2;
-        self.flush()
-    }
-
-    fn flush(&mut self) -> anyhow::Result<()> {
-        while !self.write.is_empty() {
-            match self.stream.write(&self.write) {
-                Ok(count) => drop(self.write.drain(..count)),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(error) => return Err(error).context("writing"),
-            }
-        }
-        Ok(())
+        self.socket.flush().context("writing")
     }
 
     /// Takes what has come: the turns of those that have been answered, and when the kernel had it.
     fn receive(&mut self, done: &mut Vec<Turn>) -> anyhow::Result<Option<u64>> {
-        let mut chunk = [0; 16 << 10];
-        let at = match stamped::receive(&self.stream, &mut chunk) {
-            Ok((0, _)) => bail!("the connection was closed"),
-            Ok((count, at)) => {
-                self.read.extend_from_slice(&chunk[..count]);
-                at
-            }
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
-            Err(error) => return Err(error).context("reading"),
-        };
+        self.socket.flush().context("writing")?;
+        let at = self.socket.fill().context("reading")?;
         if self.http2 {
             self.frames(done)?;
         } else {
@@ -158,8 +127,9 @@ impl Connection {
     }
 
     fn messages(&mut self, done: &mut Vec<Turn>) -> anyhow::Result<()> {
-        while let Some(end) = self.read.windows(4).position(|four| four == b"\r\n\r\n") {
-            let head = std::str::from_utf8(&self.read[..end])?;
+        let read = &mut self.socket.read;
+        while let Some(end) = read.windows(4).position(|four| four == b"\r\n\r\n") {
+            let head = std::str::from_utf8(&read[..end])?;
             if !head.starts_with("HTTP/1.1 200") {
                 bail!("answered {head:?}");
             }
@@ -171,10 +141,10 @@ impl Connection {
                         .then(|| value.trim().parse().ok())?
                 })
                 .context("an answer without a length")?;
-            if self.read.len() < end + 4 + length {
+            if read.len() < end + 4 + length {
                 return Ok(());
             }
-            self.read.drain(..end + 4 + length);
+            read.drain(..end + 4 + length);
             let (_, turn) = self.open.pop_front().context("an answer to nothing")?;
             done.push(turn);
         }
@@ -182,128 +152,187 @@ impl Connection {
     }
 
     fn frames(&mut self, done: &mut Vec<Turn>) -> anyhow::Result<()> {
+        let Socket { read, write, .. } = &mut self.socket;
         let mut at = 0;
-        while let Some(head) = self.read.get(at..at + 9) {
-            let length = usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2]);
-            let (kind, flags) = (head[3], head[4]);
-            let stream = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
-            let Some(payload) = self.read.get(at + 9..at + 9 + length) else {
-                break;
-            };
-            match kind {
-                0 => self.consumed += length as u32,
+        while let Some((got, length)) = Frame::first(&read[at..]) {
+            match got.kind {
+                DATA => self.consumed += got.payload.len() as u32,
                 // The first field of each answer is its status: 200 is the static table's eighth entry.
-                1 if payload.first() != Some(&0x88) => bail!("not answered 200"),
-                3 | 7 => bail!("a stream or the connection was reset"),
-                4 if flags & 1 == 0 => frame(&mut self.write, 4, 1, 0, &[]),
-                6 if flags & 1 == 0 => frame(&mut self.write, 6, 1, 0, payload),
+                HEADERS if got.payload.first() != Some(&0x88) => bail!("not answered 200"),
+                RST_STREAM | GOAWAY => bail!("a stream or the connection was reset"),
+                SETTINGS if !got.acknowledges() => frame(write, SETTINGS, ACK, 0, &[]),
+                PING if !got.acknowledges() => frame(write, PING, ACK, 0, got.payload),
                 _ => {}
             }
-            if kind <= 1 && flags & 1 != 0 {
-                let found = self.open.iter().position(|(own, _)| *own == stream);
+            if got.ends() {
+                let found = self.open.iter().position(|(own, _)| *own == got.stream);
                 let (_, turn) = found
                     .and_then(|index| self.open.remove(index))
                     .context("an answer to nothing")?;
                 done.push(turn);
             }
-            at += 9 + length;
+            at += length;
         }
-        self.read.drain(..at);
+        read.drain(..at);
         if self.consumed > 16 << 10 {
-            frame(&mut self.write, 8, 0, 0, &self.consumed.to_be_bytes());
+            frame(write, WINDOW_UPDATE, 0, 0, &self.consumed.to_be_bytes());
             self.consumed = 0;
         }
-        self.flush()
+        self.socket.flush().context("writing")
     }
 }
 
-fn frame(out: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
-    out.extend_from_slice(&(payload.len() as u32).to_be_bytes()[1..]);
-    out.extend_from_slice(&[kind, flags]);
-    out.extend_from_slice(&stream.to_be_bytes());
-    out.extend_from_slice(payload);
+/// The process: a backend that runs jobs.
+pub(crate) struct Process {
+    poll: Poll,
+    events: Events,
+    backend: Endpoint,
+    commands: Vec<u8>,
 }
 
-/// Does it and prints the median, the 99th and the 99.9th percentile in microseconds, and the number of requests.
-pub(crate) fn run(job: &Job) -> anyhow::Result<()> {
-    // A process without privileges may sleep as precisely as it likes.
-    let _ = nix::sys::prctl::set_timerslack(1);
-    let mut connections = (0..job.connections)
-        .map(|_| Connection::open(job))
-        .collect::<Result<Vec<_>, _>>()?;
-    let start = Instant::now();
-    let end = start + Duration::from_secs_f64(job.seconds);
-    let interval = Duration::from_secs_f64(1.0 / job.rate);
-    let mut latencies: Vec<u64> = Vec::with_capacity((job.rate * job.seconds) as usize);
-    let (mut due, mut waiting, mut turn) = (start, VecDeque::new(), 0);
-    let mut done = Vec::new();
-    loop {
-        let now = Instant::now();
-        let at = stamped::now();
-        while due <= now && due < end {
-            waiting.push_back(Turn { due, at });
-            due += interval;
-        }
-        while let Some(next) = waiting.front().copied() {
-            let count = connections.len();
-            let Some(free) = (0..count)
-                .map(|step| (turn + step) % count)
-                .find(|index| connections[*index].has_room())
-            else {
-                break;
-            };
-            waiting.pop_front();
-            turn = free + 1;
-            connections[free].send(next)?;
-        }
-        let outstanding = connections.iter().any(|connection| !connection.open.is_empty());
-        if due >= end && waiting.is_empty() && !outstanding {
-            break;
-        }
-        if now > end + REST {
-            bail!("requests were not answered within {} s", REST.as_secs());
-        }
-        let limit = if due < end {
-            due.saturating_duration_since(Instant::now())
-        } else {
-            Duration::from_millis(100)
+impl Process {
+    /// Serves on `ports` and does what lines of the standard input say, until that ends: each is a [`Job`], and is answered by a
+    /// line with the median, the 99th and the 99.9th percentile in microseconds, and the number of requests.
+    pub(crate) fn run(ports: Ports, folder: &Path) -> anyhow::Result<()> {
+        let poll = Poll::new()?;
+        let input = std::io::stdin();
+        fcntl(&input, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        poll.registry()
+            .register(&mut SourceFd(&input.as_raw_fd()), COMMANDS, Interest::READABLE)?;
+        let backend = Endpoint::open(ports, folder, poll.registry())?;
+        let mut process = Self {
+            poll,
+            events: Events::with_capacity(1024),
+            backend,
+            commands: Vec::new(),
         };
-        let ready: Vec<bool> = {
-            let mut polled: Vec<PollFd<'_>> = connections
-                .iter()
-                .map(|connection| {
-                    let mut flags = PollFlags::POLLIN;
-                    flags.set(PollFlags::POLLOUT, !connection.write.is_empty());
-                    PollFd::new(connection.stream.as_fd(), flags)
-                })
-                .collect();
-            match ppoll(&mut polled, Some(TimeSpec::from_duration(limit)), None) {
-                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-                Err(error) => return Err(error).context("ppoll"),
+        loop {
+            process.turn(Duration::from_secs(1))?;
+            if !process.listen(input.as_fd())? {
+                return Ok(());
             }
-            polled
-                .iter()
-                .map(|one| one.revents().is_some_and(|events| !events.is_empty()))
-                .collect()
-        };
-        for (connection, ready) in connections.iter_mut().zip(ready) {
-            if ready {
-                connection.flush()?;
+            while let Some(end) = process.commands.iter().position(|byte| *byte == b'\n') {
+                let line = String::from_utf8(process.commands.drain(..=end).collect())?;
+                let job = Job::parse(&line)?;
+                println!("{}", process.job(&job)?);
+            }
+        }
+    }
+
+    /// Takes commands that have come; whether there may be more.
+    fn listen(&mut self, input: BorrowedFd<'_>) -> anyhow::Result<bool> {
+        let mut chunk = [0; 1024];
+        loop {
+            match nix::unistd::read(input, &mut chunk) {
+                Ok(0) => return Ok(false),
+                Ok(count) => self.commands.extend_from_slice(&chunk[..count]),
+                Err(nix::errno::Errno::EAGAIN) => return Ok(true),
+                Err(error) => return Err(error).context("reading commands"),
+            }
+        }
+    }
+
+    /// Waits until something is ready, but no longer than this, and serves as the backend.
+    fn turn(&mut self, limit: Duration) -> anyhow::Result<()> {
+        match self.poll.poll(&mut self.events, Some(limit)) {
+            Err(error) if error.kind() != std::io::ErrorKind::Interrupted => {
+                return Err(error).context("polling");
+            }
+            _ => {}
+        }
+        for event in self.events.iter().filter(|event| event.token().0 < CLIENTS) {
+            self.backend.ready(event.token(), self.poll.registry())?;
+        }
+        Ok(())
+    }
+
+    fn open(&self, job: &Job, index: usize) -> anyhow::Result<Connection> {
+        let stream = std::net::TcpStream::connect(("127.0.0.1", job.port)).context("connecting")?;
+        stream.set_nonblocking(true)?;
+        let token = Token(CLIENTS + index);
+        let stream = mio::net::TcpStream::from_std(stream);
+        let mut socket = Socket::new(stream, self.poll.registry(), token, None)?;
+        socket.stamp()?;
+        if job.http2 {
+            socket.write.extend_from_slice(PREFACE);
+            frame(&mut socket.write, SETTINGS, 0, 0, &[]);
+        }
+        Ok(Connection {
+            socket,
+            http2: job.http2,
+            open: VecDeque::new(),
+            next_stream: 1,
+            consumed: 0,
+        })
+    }
+
+    fn job(&mut self, job: &Job) -> anyhow::Result<String> {
+        let mut connections = (0..job.connections)
+            .map(|index| self.open(job, index))
+            .collect::<Result<Vec<_>, _>>()?;
+        let start = Instant::now();
+        let end = start + Duration::from_secs_f64(job.seconds);
+        let interval = Duration::from_secs_f64(1.0 / job.rate);
+        let mut latencies: Vec<u64> = Vec::with_capacity((job.rate * job.seconds) as usize);
+        let (mut due, mut waiting, mut turn) = (start, VecDeque::new(), 0);
+        let (mut done, mut outstanding) = (Vec::new(), 0_usize);
+        loop {
+            let now = Instant::now();
+            let at = stamped::now();
+            while due <= now && due < end {
+                waiting.push_back(Turn { due, at });
+                due += interval;
+            }
+            while let Some(next) = waiting.front().copied() {
+                let count = connections.len();
+                let Some(free) = (0..count)
+                    .map(|step| (turn + step) % count)
+                    .find(|index| connections[*index].has_room())
+                else {
+                    break;
+                };
+                waiting.pop_front();
+                turn = free + 1;
+                connections[free].send(next)?;
+                outstanding += 1;
+            }
+            if due >= end && waiting.is_empty() && outstanding == 0 {
+                break;
+            }
+            if now > end + REST {
+                bail!("requests were not answered within {} s", REST.as_secs());
+            }
+            self.turn(Duration::ZERO)?;
+            for event in &self.events {
+                let Some(connection) = event
+                    .token()
+                    .0
+                    .checked_sub(CLIENTS)
+                    .and_then(|index| connections.get_mut(index))
+                else {
+                    continue;
+                };
                 let arrived = connection.receive(&mut done)?.unwrap_or_else(stamped::now);
+                outstanding -= done.len();
                 for turn in done.drain(..).filter(|turn| turn.due >= start + WARM_UP) {
                     latencies.push(arrived.saturating_sub(turn.at) / 1_000);
                 }
             }
         }
+        latencies.sort_unstable();
+        let at = |share: f64| {
+            let last = latencies.len().saturating_sub(1);
+            latencies
+                .get((last as f64 * share) as usize)
+                .copied()
+                .unwrap_or(0)
+        };
+        Ok(format!(
+            "{} {} {} {}",
+            at(0.5),
+            at(0.99),
+            at(0.999),
+            latencies.len()
+        ))
     }
-    latencies.sort_unstable();
-    let at = |share: f64| {
-        let last = latencies.len().saturating_sub(1);
-        latencies
-            .get((last as f64 * share) as usize)
-            .copied()
-            .unwrap_or(0)
-    };
-    println!("{} {} {} {}", at(0.5), at(0.99), at(0.999), latencies.len());
-    Ok(())
 }

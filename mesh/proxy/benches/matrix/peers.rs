@@ -6,14 +6,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::sync::Mutex;
 
 use crate::ads::Ads;
 use crate::configs::{self, Kind, Ports, Setup};
-use crate::helpers;
 use crate::mesh::{self, Identities, Mesh, Up};
+use crate::openloop::Job;
 use crate::stamped::{Stamped, Stamps};
+use crate::{endpoint, helpers};
+
+/// An open loop that takes longer is given up.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Where the programs are.
 pub(crate) struct Tools {
@@ -47,9 +53,9 @@ impl Tools {
             eprintln!("SKIPPED: no serin-proxy in SERIN_BENCH_PROXY or SERIN_BIN_DIR: make build");
             return None;
         };
-        for needed in ["h2load", "nginx", "taskset"] {
+        for needed in ["h2load", "taskset"] {
             if on_path(needed).is_none() {
-                eprintln!("SKIPPED: {needed} is not installed (packages nghttp2-client, nginx, util-linux)");
+                eprintln!("SKIPPED: {needed} is not installed (packages nghttp2-client, util-linux)");
                 return None;
             }
         }
@@ -64,7 +70,11 @@ impl Tools {
             haproxy: on_path("haproxy"),
             nginx: on_path("nginx"),
         };
-        for (name, found) in [("envoy", &tools.envoy), ("haproxy", &tools.haproxy)] {
+        for (name, found) in [
+            ("envoy", &tools.envoy),
+            ("haproxy", &tools.haproxy),
+            ("nginx", &tools.nginx),
+        ] {
             if found.is_none() {
                 eprintln!("SKIPPED: {name} is not installed; its rows are left out");
             }
@@ -137,22 +147,24 @@ pub(crate) async fn listening(port: u16, limit: Duration) -> anyhow::Result<()> 
         .with_context(|| format!("nobody came to listen on port {port}"))
 }
 
-/// The backend: nginx, and ourselves for gRPC.
+/// The backend, which is this program in a process of its own.
 pub(crate) struct Backend {
-    ports: Ports,
-    grpc: u16,
+    ports: endpoint::Ports,
     pub(crate) identities: Identities,
     folder: tempfile::TempDir,
-    _children: [Child; 2],
+    process: Mutex<Process>,
+}
+
+/// What a backend hears and says.
+struct Process {
+    commands: ChildStdin,
+    answers: Lines<BufReader<ChildStdout>>,
+    _child: Child,
 }
 
 impl Backend {
     pub(crate) async fn start() -> anyhow::Result<Self> {
         let folder = tempfile::tempdir()?;
-        let place = folder.path().to_string_lossy().into_owned();
-        // nginx may run as another user.
-        std::fs::write(folder.path().join("10k"), "x".repeat(10 << 10))?;
-        std::fs::write(folder.path().join("1m"), "x".repeat(1 << 20))?;
         let identities = Identities::new();
         // A gRPC message of 100 bytes, for h2load to send.
         std::fs::write(
@@ -168,37 +180,35 @@ impl Backend {
         ] {
             std::fs::write(folder.path().join(name), text)?;
         }
-        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-        std::fs::set_permissions(folder.path(), open)?;
-        let ports = Ports {
-            listen: 0,
-            backend: free_port().await?,
-            backend2: free_port().await?,
+        let ports = endpoint::Ports {
+            plain: free_port().await?,
+            grpc: free_port().await?,
             secure: free_port().await?,
             secure2: free_port().await?,
         };
-        let config = folder.path().join("backend.conf");
-        std::fs::write(&config, configs::backend(&ports, &place))?;
-        let nginx = on_path("nginx").context("nginx is gone")?;
-        let child = pinned(
-            "1",
-            &nginx,
-            &["-c".to_owned(), config.to_string_lossy().into_owned()],
-        )?;
-        listening(ports.backend, Duration::from_secs(10)).await?;
-        let grpc = free_port().await?;
-        let calls = pinned(
-            "1",
-            &helpers::program()?,
-            &["grpc-backend".to_owned(), grpc.to_string()],
-        )?;
-        listening(grpc, Duration::from_secs(10)).await?;
+        let mut child = Command::new("taskset")
+            .args(["-c", "1"])
+            .arg(helpers::program()?)
+            .arg("endpoint")
+            .args(ports.arguments())
+            .arg(folder.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .context("starting the backend")?;
+        let commands = child.stdin.take().context("the backend hears nothing")?;
+        let answers = child.stdout.take().context("the backend says nothing")?;
+        listening(ports.secure2, Duration::from_secs(10)).await?;
         Ok(Self {
             ports,
-            grpc,
             identities,
             folder,
-            _children: [child, calls],
+            process: Mutex::new(Process {
+                commands,
+                answers: BufReader::new(answers).lines(),
+                _child: child,
+            }),
         })
     }
 
@@ -208,22 +218,30 @@ impl Backend {
     }
 
     /// Ports for a proxy in front of it.
-    pub(crate) async fn ports(&self) -> anyhow::Result<Ports> {
+    async fn ports(&self) -> anyhow::Result<Ports> {
         Ok(Ports {
             listen: free_port().await?,
-            ..self.ports
+            backend: self.ports.plain,
         })
     }
 
     /// Where a cluster finds it.
     pub(crate) fn port_of(&self, up: Up) -> u16 {
         match up {
-            Up::Http1 | Up::Bytes => self.ports.backend,
-            Up::Http2 => self.ports.backend2,
+            Up::Http1 | Up::Http2 | Up::Bytes => self.ports.plain,
             Up::MutualHttp1 | Up::MutualBytes => self.ports.secure,
             Up::MutualHttp2 => self.ports.secure2,
-            Up::Grpc => self.grpc,
+            Up::Grpc => self.ports.grpc,
         }
+    }
+
+    /// Has an open loop made from the backend's own thread; what it says of it.
+    pub(crate) async fn load(&self, job: Job) -> anyhow::Result<String> {
+        let mut process = self.process.lock().await;
+        process.commands.write_all(job.line().as_bytes()).await?;
+        let answer = tokio::time::timeout(PATIENCE, process.answers.next_line());
+        let answer = answer.await.context("the load does not end")??;
+        answer.context("the load broke off")
     }
 }
 

@@ -530,7 +530,7 @@ mod tests {
             ("stats_sinks: []", "stats_sinks"),
             (
                 "stats_config: {histogram_bucket_settings: [{match: {prefix: istiocustom}, buckets: [1]}, {match: {prefix: cluster}, buckets: [1, 2]}]}",
-                "stats_config.histogram_bucket_settings[1]",
+                "stats_config.histogram_bucket_settings[1].buckets",
             ),
             (
                 "stats_config: {stats_tags: [{tag_name: a, regex: '('}]}",

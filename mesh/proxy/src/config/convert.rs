@@ -3,12 +3,58 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use http::StatusCode;
 use prost::Message;
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::r#type::v3 as envoy_type;
 use serin_xds::pb::google::protobuf as google;
 
-use crate::error::Refusal;
+use crate::error::{Refusal, Within};
+
+/// A list of messages, each compiled; a refusal names its place in `field`.
+pub(crate) fn each<'a, M: 'a, T, L: FromIterator<T>>(
+    from: impl IntoIterator<Item = &'a M>,
+    field: &str,
+    mut compile: impl FnMut(&'a M) -> Result<T, Refusal>,
+) -> Result<L, Refusal> {
+    from.into_iter()
+        .enumerate()
+        .map(|(index, message)| compile(message).within(format!("{field}[{index}]")))
+        .collect()
+}
+
+/// The value of a field that has to be there.
+pub(crate) fn required<'a, T>(from: Option<&'a T>, field: &str) -> Result<&'a T, Refusal> {
+    from.ok_or_else(|| Refusal::new(field, "is missing"))
+}
+
+/// Refuses the first field that is present although nothing here can honour it.
+pub(crate) fn refuse_present(fields: &[(&str, bool)], reason: &str) -> Result<(), Refusal> {
+    match fields.iter().find(|(_, present)| *present) {
+        Some((field, _)) => Err(Refusal::new(*field, reason)),
+        None => Ok(()),
+    }
+}
+
+/// A status of HTTP.
+pub(crate) fn status_code(from: &envoy_type::HttpStatus) -> Result<StatusCode, Refusal> {
+    u16::try_from(from.code)
+        .ok()
+        .and_then(|code| StatusCode::from_u16(code).ok())
+        .ok_or_else(|| Refusal::new("", format!("{} is no HTTP status", from.code)))
+}
+
+/// The status of denials in field `field`. Envoy's rule: those below 400 are ignored.
+pub(crate) fn denial_status(
+    from: Option<&envoy_type::HttpStatus>,
+    default: StatusCode,
+    field: &str,
+) -> Result<StatusCode, Refusal> {
+    match from {
+        Some(status) if status.code >= 400 => status_code(status).within(field),
+        Some(_) | None => Ok(default),
+    }
+}
 
 /// A protobuf duration; negative ones are refused.
 pub(crate) fn duration(from: &google::Duration) -> Result<Duration, Refusal> {

@@ -18,8 +18,8 @@ pub struct Cors {
     allow_headers: Option<HeaderValue>,
     expose_headers: Option<HeaderValue>,
     max_age: Option<HeaderValue>,
-    allow_credentials: bool,
-    forward_unmatched_preflights: bool,
+    allow_credentials: Option<bool>,
+    forward_unmatched_preflights: Option<bool>,
     /// Share of requests that it is for.
     enabled: RuntimeFraction,
 }
@@ -56,10 +56,10 @@ impl Cors {
                 &from.expose_headers,
                 &from.max_age,
             ],
-            from.allow_credentials.as_ref().is_some_and(|value| value.value),
+            from.allow_credentials.as_ref().map(|value| value.value),
             from.forward_not_matching_preflights
                 .as_ref()
-                .is_none_or(|value| value.value),
+                .map(|value| value.value),
             enabled,
         )
     }
@@ -80,10 +80,10 @@ impl Cors {
                 &from.expose_headers,
                 &from.max_age,
             ],
-            from.allow_credentials.as_ref().is_some_and(|value| value.value),
+            from.allow_credentials.as_ref().map(|value| value.value),
             from.forward_not_matching_preflights
                 .as_ref()
-                .is_none_or(|value| value.value),
+                .map(|value| value.value),
             enabled,
         )
     }
@@ -91,8 +91,8 @@ impl Cors {
     fn build(
         origins: &[matcher::StringMatcher],
         [methods, headers, expose, max_age]: [&String; 4],
-        allow_credentials: bool,
-        forward_unmatched_preflights: bool,
+        allow_credentials: Option<bool>,
+        forward_unmatched_preflights: Option<bool>,
         enabled: RuntimeFraction,
     ) -> Result<Self, Refusal> {
         let value = |text: &str, field: &str| {
@@ -121,6 +121,28 @@ impl Cors {
         })
     }
 
+    /// What this policy says, and a less specific one where this one says nothing.
+    pub(crate) fn or(&self, less: &Self) -> Self {
+        let either =
+            |own: &Option<HeaderValue>, other: &Option<HeaderValue>| own.clone().or_else(|| other.clone());
+        Self {
+            origins: if self.origins.is_empty() {
+                less.origins.clone()
+            } else {
+                self.origins.clone()
+            },
+            allow_methods: either(&self.allow_methods, &less.allow_methods),
+            allow_headers: either(&self.allow_headers, &less.allow_headers),
+            expose_headers: either(&self.expose_headers, &less.expose_headers),
+            max_age: either(&self.max_age, &less.max_age),
+            allow_credentials: self.allow_credentials.or(less.allow_credentials),
+            forward_unmatched_preflights: self
+                .forward_unmatched_preflights
+                .or(less.forward_unmatched_preflights),
+            enabled: self.enabled.clone(),
+        }
+    }
+
     /// Whether a request is judged at all.
     pub fn applies(&self, random: impl FnOnce() -> u64) -> bool {
         self.enabled.is_all() || self.enabled.hit(random())
@@ -144,7 +166,7 @@ impl Cors {
             };
         }
         if !allowed {
-            return if self.forward_unmatched_preflights {
+            return if self.forward_unmatched_preflights.unwrap_or(true) {
                 CorsVerdict::None
             } else {
                 CorsVerdict::Preflight(Box::default())
@@ -160,7 +182,7 @@ impl Cors {
         put(header::ACCESS_CONTROL_ALLOW_METHODS, &self.allow_methods);
         put(header::ACCESS_CONTROL_ALLOW_HEADERS, &self.allow_headers);
         put(header::ACCESS_CONTROL_MAX_AGE, &self.max_age);
-        if self.allow_credentials {
+        if self.allow_credentials == Some(true) {
             answer.insert(
                 header::ACCESS_CONTROL_ALLOW_CREDENTIALS,
                 HeaderValue::from_static("true"),
@@ -172,7 +194,7 @@ impl Cors {
     /// Adds the allow headers to the response of an allowed cross-origin request.
     pub fn decorate(&self, origin: HeaderValue, response: &mut HeaderMap) {
         response.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
-        if self.allow_credentials {
+        if self.allow_credentials == Some(true) {
             response.insert(
                 header::ACCESS_CONTROL_ALLOW_CREDENTIALS,
                 HeaderValue::from_static("true"),

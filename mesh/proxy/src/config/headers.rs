@@ -10,6 +10,7 @@ use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::route::v3 as route;
 
 use crate::error::{Refusal, Within};
+use crate::hygiene::fields::append;
 use crate::observe::format;
 use crate::observe::record::{Record, Wants};
 
@@ -69,6 +70,8 @@ impl Target {
 /// A list of mutations, applied removals first, then overwriting, then adding, as Envoy does.
 #[derive(Debug, Default)]
 pub struct HeaderOps {
+    /// Of responses and not of requests.
+    of_responses: bool,
     remove: Box<[HeaderName]>,
     add: Box<[Addition]>,
     /// What the variables of all values read; none where there are no variables.
@@ -106,17 +109,22 @@ impl HeaderOps {
     pub(crate) fn of(message: &impl Mutating) -> Result<(Self, Self), Refusal> {
         let [(add, remove), (response_add, response_remove)] = message.mutations();
         Ok((
-            Self::compile(add, remove, "request_headers")?,
-            Self::compile(response_add, response_remove, "response_headers")?,
+            Self::compile(add, remove, false)?,
+            Self::compile(response_add, response_remove, true)?,
         ))
     }
 
-    /// Compiles `*_headers_to_add` and `*_headers_to_remove`.
+    /// Compiles `*_headers_to_add` and `*_headers_to_remove`, of responses or of requests.
     pub(crate) fn compile(
         add: &[core::HeaderValueOption],
         remove: &[String],
-        field: &str,
+        of_responses: bool,
     ) -> Result<Self, Refusal> {
+        let field = if of_responses {
+            "response_headers"
+        } else {
+            "request_headers"
+        };
         let remove = remove
             .iter()
             .enumerate()
@@ -144,6 +152,7 @@ impl HeaderOps {
             .iter()
             .any(|addition| matches!(addition.value, Template::Variable(_)));
         Ok(Self {
+            of_responses,
             remove,
             add,
             wants: variable.then(|| Box::new(wants)),
@@ -207,45 +216,12 @@ impl HeaderOps {
                 let name = addition.name.name();
                 if overwrites {
                     headers.insert(name, value);
-                } else if let Some(joined) = joined(name, headers, &value) {
-                    headers.insert(name, joined);
                 } else {
-                    headers.append(name, value);
+                    append(headers, name, value, self.of_responses);
                 }
             }
         }
     }
-}
-
-/// Fields that have one value here and in Envoy: what is added to them follows a comma.
-const SINGLE: [&str; 12] = [
-    "content-type",
-    "user-agent",
-    "server",
-    "via",
-    "location",
-    "expect",
-    "te",
-    "date",
-    "x-request-id",
-    "x-forwarded-for",
-    "x-forwarded-host",
-    "x-forwarded-proto",
-];
-
-/// What a field that has one value is once `value` is added to what is there.
-fn joined(name: &HeaderName, headers: &HeaderMap, value: &HeaderValue) -> Option<HeaderValue> {
-    if !SINGLE.contains(&name.as_str()) {
-        return None;
-    }
-    let before = headers.get(name)?;
-    match (before.is_empty(), value.is_empty()) {
-        (_, true) => return Some(before.clone()),
-        (true, false) => return Some(value.clone()),
-        (false, false) => {}
-    }
-    let all = [before.as_bytes(), value.as_bytes()].join(&b',');
-    HeaderValue::from_bytes(&all).ok()
 }
 
 fn compile_addition(option: &core::HeaderValueOption, wants: &mut Wants) -> Result<Addition, Refusal> {
@@ -369,7 +345,7 @@ mod tests {
                 option("x-gone", "back", 0),
             ],
             &["x-gone".into()],
-            "request_headers",
+            false,
         )
         .unwrap();
         let mut headers = HeaderMap::new();
@@ -434,7 +410,7 @@ mod tests {
             option("x-none", "%REQ(x-none)%", 0),
             empty,
         ];
-        let ops = HeaderOps::compile(&all, &[], "request_headers").unwrap();
+        let ops = HeaderOps::compile(&all, &[], false).unwrap();
         let mut headers = HeaderMap::new();
         headers.insert("x-a", HeaderValue::from_static("old"));
         ops.apply(&mut headers, &One);
@@ -469,7 +445,7 @@ mod tests {
                 2,
             )],
             &[],
-            "request_headers",
+            false,
         )
         .unwrap();
         let mut headers = HeaderMap::new();
@@ -477,8 +453,7 @@ mod tests {
         ops.apply(&mut headers, &One);
         assert_eq!(headers["x-v"], "100% HTTP/2 v 10.0.0.1");
 
-        let error =
-            HeaderOps::compile(&[option("x-v", "%NOT_A_THING%", 2)], &[], "request_headers").unwrap_err();
+        let error = HeaderOps::compile(&[option("x-v", "%NOT_A_THING%", 2)], &[], false).unwrap_err();
         assert_eq!(error.path, "request_headers_to_add[0].header.value");
         assert!(error.reason.contains("NOT_A_THING"), "{error}");
     }

@@ -1,7 +1,7 @@
 //! Compiled matchers: strings, headers, query parameters. Everything is prepared at configuration time, so that a
 //! request pays for comparisons only.
 
-use http::{HeaderMap, HeaderName, header};
+use http::{HeaderMap, HeaderName, HeaderValue, header};
 use regex::Regex;
 use serin_xds::pb::envoy::config::route::v3 as route;
 use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
@@ -201,37 +201,39 @@ impl HeaderMatch {
                 Some(query) => self.test_value(Some(&format!("{}?{query}", request.path))),
             },
             HeaderKey::Field(name) => {
-                let mut values = request.headers.get_all(name).iter();
-                match (values.next(), values.next()) {
-                    (None, _) => self.test_value(None),
-                    (Some(one), None) => match one.to_str() {
-                        Ok(text) => self.test_value(Some(text)),
-                        Err(_) => self.test_value(Some(&String::from_utf8_lossy(one.as_bytes()))),
-                    },
-                    (Some(_), Some(_)) => {
-                        let joined: Vec<_> = request
-                            .headers
-                            .get_all(name)
-                            .iter()
-                            .map(|value| String::from_utf8_lossy(value.as_bytes()))
-                            .collect();
-                        self.test_value(Some(&joined.join(",")))
-                    }
+                let mut values = request.headers.get_all(name).iter().peekable();
+                if values.peek().is_none() {
+                    return self.test_value(None);
                 }
+                // Of several values one must be as asked, or none where that is inverted.
+                let holds = |value: &HeaderValue| match value.to_str() {
+                    Ok(text) => self.holds(text),
+                    Err(_) => self.holds(&String::from_utf8_lossy(value.as_bytes())),
+                };
+                values.any(holds) != self.invert
             }
         }
     }
 
     fn test_value(&self, value: Option<&str>) -> bool {
         let outcome = match (&self.test, value) {
-            (HeaderTest::Present(wanted), value) => (value.is_some() || self.missing_is_empty) == *wanted,
+            (_, Some(value)) => self.holds(value),
+            (HeaderTest::Present(wanted), None) => self.missing_is_empty == *wanted,
             (_, None) if !self.missing_is_empty => return false,
-            (HeaderTest::Range(start, end), value) => value
-                .and_then(|text| text.parse::<i64>().ok())
-                .is_some_and(|number| (*start..*end).contains(&number)),
-            (HeaderTest::String(test), value) => test.matches(value.unwrap_or("")),
+            (_, None) => self.holds(""),
         };
         outcome != self.invert
+    }
+
+    /// Whether a value that is there is as asked, before that is inverted.
+    fn holds(&self, value: &str) -> bool {
+        match &self.test {
+            HeaderTest::Present(wanted) => *wanted,
+            HeaderTest::Range(start, end) => value
+                .parse::<i64>()
+                .is_ok_and(|number| (*start..*end).contains(&number)),
+            HeaderTest::String(test) => test.matches(value),
+        }
     }
 }
 
@@ -330,7 +332,8 @@ mod tests {
             ("x-n", Some(Spec::PresentMatch(true)), true),
             ("x-n", Some(Spec::PresentMatch(false)), false),
             ("x-none", Some(Spec::PresentMatch(false)), true),
-            ("x-l", Some(Spec::ExactMatch("a,b".into())), true),
+            ("x-l", Some(Spec::ExactMatch("b".into())), true),
+            ("x-l", Some(Spec::ExactMatch("a,b".into())), false),
             (":method", Some(Spec::ExactMatch("GET".into())), true),
             (":path", Some(Spec::ExactMatch("/a?x=1".into())), true),
             (":authority", Some(Spec::SuffixMatch(".b".into())), true),

@@ -263,7 +263,8 @@ impl RetryPolicy {
             on = on | RetryOn::parse(word).unwrap_or_default();
         }
         let attempts = from.num_retries.as_ref().map_or(1, |value| value.value);
-        if on == RetryOn::default() || attempts == 0 {
+        // A policy of no retries says when a last try was one too few (`URX`).
+        if on == RetryOn::default() {
             return Ok(None);
         }
         let rate_limited = from

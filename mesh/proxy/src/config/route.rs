@@ -20,6 +20,7 @@ use super::retry::RetryPolicy;
 use super::runtime::RuntimeFraction;
 use super::slot::{ClusterSlot, Directory, Slots};
 use super::subset::Criteria;
+use super::table::strip_port;
 use super::virtual_cluster::VirtualCluster;
 use super::weighted::{Turn, Weights};
 use crate::error::{Refusal, Within};
@@ -407,33 +408,56 @@ impl Route {
         rewrite.apply(path, self.matches.matched_prefix_length(path))
     }
 
-    /// The `Location` of a redirect of `request`.
-    pub fn location(&self, redirect: &Redirect, request: &RequestView<'_>) -> String {
-        let scheme = redirect.scheme.as_deref().unwrap_or(request.scheme());
-        let (host, own_port) = split_port(request.authority());
-        let host = redirect.host.as_deref().unwrap_or(host);
-        let port = match (redirect.port, &redirect.scheme, own_port) {
-            (Some(port), _, _) => Some(port),
-            // The port of the old scheme says nothing about the new one.
-            (None, Some(_), Some(80 | 443)) => None,
-            (None, _, port) if redirect.host.is_none() => port,
-            (None, _, _) => None,
+    /// The `Location` of an answer to `request`, whose path and query are now `target`: where a redirect leads, or for
+    /// answers of other routes the request's own address.
+    pub fn location(redirect: Option<&Redirect>, request: &RequestView<'_>, target: &str) -> String {
+        let scheme = redirect.and_then(|redirect| redirect.scheme.as_deref());
+        let scheme = scheme.unwrap_or(request.scheme());
+        let port = redirect.and_then(|redirect| redirect.port);
+        let host = match redirect.and_then(|redirect| redirect.host.as_deref()) {
+            Some(host) => host,
+            None => own_host(request, scheme, port.is_some()),
         };
-        let default_port = if scheme == "https" { 443 } else { 80 };
-        let port = port
-            .filter(|port| *port != default_port)
-            .map(|port| format!(":{port}"))
-            .unwrap_or_default();
-        let path = match &redirect.path {
-            None => request.path.into(),
-            Some(rewrite) => self.rewritten(rewrite, request.path),
+        let port = port.map(|port| format!(":{port}")).unwrap_or_default();
+        let (path, query) = match target.find('?') {
+            Some(at) => target.split_at(at),
+            None => (target, ""),
         };
-        let query = match request.query {
-            Some(query) if !redirect.strip_query && !path.contains('?') => format!("?{query}"),
-            _ => String::new(),
+        let query = if redirect.is_some_and(|redirect| redirect.strip_query) {
+            ""
+        } else {
+            query
+        };
+        let path = match redirect.and_then(|redirect| redirect.path.as_ref()) {
+            // Its own query counts.
+            Some(Rewrite::Full(own)) if own.contains('?') => {
+                return format!("{scheme}://{host}{port}{own}");
+            }
+            Some(Rewrite::Full(own)) => own,
+            // Other changes are those of the request itself.
+            Some(_) | None => path,
         };
         format!("{scheme}://{host}{port}{path}{query}")
     }
+}
+
+impl Redirect {
+    /// What it does to the request itself, before it is looked at for the location.
+    pub fn rewrite(&self) -> Option<&Rewrite> {
+        self.path
+            .as_ref()
+            .filter(|rewrite| !matches!(rewrite, Rewrite::Full(_)))
+    }
+}
+
+/// The authority of a request as a redirect to `scheme` repeats it: without its port where there is a new one, and without
+/// the old scheme's own port where the scheme changes.
+fn own_host<'a>(request: &RequestView<'a>, scheme: &str, new_port: bool) -> &'a str {
+    let host = request.authority();
+    let bare = strip_port(host);
+    let former = (request.scheme(), &host[bare.len()..]);
+    let drops = scheme != former.0 && matches!(former, ("https", ":443") | ("http", ":80"));
+    if new_port || drops { bare } else { host }
 }
 
 pub(super) fn substitution(from: &matcher::RegexMatchAndSubstitute) -> Result<(Regex, Box<str>), Refusal> {
@@ -488,7 +512,6 @@ mod matching;
 mod template;
 
 use grpc_timeout::GrpcTimeout;
-use local::split_port;
 use matching::PathMatch;
 pub use matching::{RouteFacts, is_grpc};
 pub(crate) use matching::{RouteMatch, cookie};

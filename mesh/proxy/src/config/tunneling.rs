@@ -48,7 +48,7 @@ impl Tunneling {
             .chain(from.headers_to_add.iter().cloned())
             .collect();
         Ok(Self {
-            fields: HeaderOps::compile(&all, &[], "headers")?,
+            fields: HeaderOps::compile(&all, &[], false)?,
         })
     }
 

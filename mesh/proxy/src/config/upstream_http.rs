@@ -6,6 +6,7 @@ use serin_xds::pb::envoy::extensions::upstreams::http::v3 as upstream_http;
 
 use super::convert;
 use crate::error::{Refusal, Within};
+use crate::tls::upstream::Speaking;
 
 const HTTP_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
 
@@ -20,6 +21,17 @@ pub enum UpstreamHttp {
     Downstream,
     /// What ALPN agrees on.
     Auto,
+}
+
+impl UpstreamHttp {
+    /// What the proxy's own requests speak, which follow no client's.
+    pub fn for_own_requests(self) -> Speaking {
+        match self {
+            Self::Http2 => Speaking::Http2,
+            Self::Auto => Speaking::Either,
+            Self::Http1 | Self::Downstream => Speaking::Http1,
+        }
+    }
 }
 
 /// Priority of a request, by its route: each has circuit breakers of its own.

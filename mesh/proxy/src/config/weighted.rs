@@ -74,6 +74,11 @@ impl Turn {
         )
     }
 
+    /// The number that `worker` would have next.
+    pub fn peek(&self, worker: usize) -> u64 {
+        self.0[worker % self.0.len()].0.load(Ordering::Relaxed)
+    }
+
     /// The next number for `worker`. Only that worker writes its counter, hence load and store instead of an atomic
     /// read-modify-write.
     pub fn next(&self, worker: usize) -> u64 {

@@ -1,6 +1,8 @@
-//! Draining on purpose while the process goes on (`/drain_listeners`).
+//! The end of what a proxy serves: of all of it when the process ends, of listeners while it goes on
+//! (`/drain_listeners`).
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::Proxy;
@@ -42,10 +44,7 @@ impl Proxy {
                     if !listener.bind {
                         continue;
                     }
-                    if let Some(kept) = &mut *self.kept.lock() {
-                        // A copy would keep the socket listening.
-                        kept.remove(&listener.name);
-                    }
+                    self.sockets.forget(&listener.name);
                     for worker in &self.workers {
                         let _ = worker.commands.send(Command::Close(listener.name.clone())).await;
                     }
@@ -75,6 +74,68 @@ impl Proxy {
         });
         if let Some(before) = self.drainer.lock().replace(task) {
             before.abort();
+        }
+    }
+
+    /// Accepts no more; what is connected is served on.
+    pub async fn stop_accepting(&self) {
+        self.sockets.drop_copies();
+        for worker in &self.workers {
+            let _ = worker.commands.send(Command::StopAccepting).await;
+        }
+    }
+
+    /// Enters a phase of the end.
+    pub async fn drain(&self, phase: DrainPhase) {
+        self.draining.store(true, Ordering::Release);
+        if phase == DrainPhase::Closing {
+            // A copy would keep the socket listening.
+            self.sockets.drop_copies();
+        }
+        for worker in &self.workers {
+            let _ = worker.commands.send(Command::Drain(phase)).await;
+        }
+    }
+
+    /// Drains in order: for up to `discourage` clients are told to go elsewhere while everything is still served, then
+    /// nothing new is accepted and what runs has `finish` to end. Over earlier when nobody is connected any more.
+    pub async fn shut_down(&self, discourage: Duration, finish: Duration) {
+        /// How often connections are counted.
+        const LOOK: Duration = Duration::from_millis(100);
+        /// Nobody connected for this long means that nobody will come.
+        const QUIET: u32 = 10;
+        self.drain(DrainPhase::Discouraging).await;
+        let end = tokio::time::Instant::now() + discourage;
+        let mut quiet = 0;
+        while tokio::time::Instant::now() < end && quiet < QUIET {
+            tokio::time::sleep(LOOK).await;
+            quiet = if self.connections().await == 0 {
+                quiet + 1
+            } else {
+                0
+            };
+        }
+        self.drain(DrainPhase::Closing).await;
+        let end = tokio::time::Instant::now() + finish;
+        while tokio::time::Instant::now() < end && self.connections().await > 0 {
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Ends the workers and waits for their threads. Connections still open are dropped.
+    pub async fn stop(self: Arc<Self>) {
+        for worker in &self.workers {
+            let _ = worker.commands.send(Command::Stop).await;
+        }
+        if let Some(mut proxy) = Arc::into_inner(self) {
+            let workers = std::mem::take(&mut proxy.workers);
+            let join = move || {
+                for worker in workers {
+                    // A panic has been reported by the thread itself.
+                    let _ = worker.thread.join();
+                }
+            };
+            let _ = tokio::task::spawn_blocking(join).await;
         }
     }
 }

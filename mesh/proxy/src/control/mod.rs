@@ -1,10 +1,20 @@
 //! The control side of the process: configuration in, measurements out, beginning and end.
 //!
 //! [`Proxy`] owns the worker threads and the [`Store`]. It can be driven by hand (tests, static configuration) or by
-//! [`xds`]; [`admin`] shows what it does.
+//! [`xds`]; [`admin`] shows what it does. [`run`] is the process around it.
+//!
+//! | what happens | where |
+//! |---|---|
+//! | a resource arrives, is taken or refused, and sockets open or close for it | [`xds`], `changes`, `sockets` |
+//! | a secret arrives, or a file with one changes | [`sds`], [`certs`], `changes` |
+//! | a name is resolved, a host's health is asked for, an outlier is looked at | [`dns`], [`health`], [`outliers`] |
+//! | statistics are read, or pushed | [`scrape`], [`server_stats`], [`crate::metrics::push`] |
+//! | somebody asks | [`admin`], [`levels`] |
+//! | listeners or the process end; a successor takes over | [`drain`], [`restart`] |
 
 pub mod admin;
 pub mod certs;
+mod changes;
 pub mod dial;
 pub mod dns;
 pub mod drain;
@@ -16,7 +26,10 @@ pub mod run;
 pub mod scrape;
 pub mod sds;
 pub mod server_stats;
+mod sockets;
 pub mod xds;
+
+pub use sockets::ListeningSockets;
 
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpListener};
@@ -26,9 +39,7 @@ use std::time::Duration;
 
 use http::HeaderValue;
 use parking_lot::Mutex;
-use serin_xds::ResourceType;
 use serin_xds::pb::envoy::config::core::v3::Node;
-use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -36,22 +47,19 @@ use crate::config::endpoint::zone_name;
 use crate::config::on_demand::{self, OnDemand};
 use crate::config::runtime;
 use crate::config::slot::{Here, Home};
-use crate::config::store::{Kept, ListenerChange, Store, Update};
-use crate::error::{Error, Refusal};
+use crate::config::store::{Kept, Store};
+use crate::error::Error;
 use crate::metrics::baseline::Baseline;
 use crate::metrics::peer::{Workload, header_of_node};
 use crate::metrics::select;
 use crate::metrics::series::Shard;
 use crate::overload::{self, Overload};
-use crate::tls;
-use crate::worker::{Command, DrainPhase, Shared, Worker};
+use crate::worker::{Command, Shared, Worker};
 
 /// Commands that may wait for a worker; one is some hundred bytes and takes microseconds.
 const COMMANDS: usize = 1024;
 /// Access log lines that may wait to be written.
 const LOG_LINES: usize = 1024;
-/// Connections that the kernel keeps waiting for accept.
-const BACKLOG: i32 = 4096;
 
 /// What a proxy is started with.
 #[derive(Debug, Default)]
@@ -105,12 +113,7 @@ pub struct Proxy {
     shards: Arc<[Arc<Shard>]>,
     overload: Arc<Overload>,
     on_demand: Arc<OnDemand>,
-    inherited: HashMap<u16, TcpListener>,
-    bound: Mutex<HashMap<Arc<str>, Vec<SocketAddr>>>,
-    /// Sockets of the process before this one that no listener has taken yet.
-    handed: Mutex<restart::Sockets>,
-    /// Copies of all listening sockets by their owner, for a successor; `None` where nobody will ask.
-    kept: Mutex<Option<HashMap<Arc<str>, Vec<TcpListener>>>>,
+    sockets: ListeningSockets,
     live: CancellationToken,
     ready: AtomicBool,
     draining: AtomicBool,
@@ -219,10 +222,7 @@ impl Proxy {
             shards,
             overload,
             on_demand,
-            inherited: options.inherited,
-            bound: Mutex::default(),
-            handed: Mutex::default(),
-            kept: Mutex::default(),
+            sockets: ListeningSockets::new(options.inherited),
             live: CancellationToken::new(),
             ready: AtomicBool::new(false),
             draining: AtomicBool::new(false),
@@ -243,6 +243,21 @@ impl Proxy {
         Ok((Arc::new(proxy), lines))
     }
 
+    /// The listening sockets of the process.
+    pub fn sockets(&self) -> &ListeningSockets {
+        &self.sockets
+    }
+
+    /// Where a listener is bound.
+    pub fn listener_address(&self, name: &str) -> Option<SocketAddr> {
+        self.sockets.addresses(name).first().copied()
+    }
+
+    /// Every address where a listener is bound, in the order of its configuration.
+    pub fn listener_addresses(&self, name: &str) -> Vec<SocketAddr> {
+        self.sockets.addresses(name)
+    }
+
     /// What requests wait for.
     pub fn on_demand(&self) -> Arc<OnDemand> {
         self.on_demand.clone()
@@ -253,142 +268,9 @@ impl Proxy {
         self.overload.clone()
     }
 
-    /// Takes a batch of resources; what is refused is returned by name, the rest is live on every worker.
-    pub async fn apply(
-        &self,
-        resource_type: ResourceType,
-        upserted: &[Update<'_>],
-        removed: &[&str],
-    ) -> Vec<(Box<str>, Refusal)> {
-        let (mut refused, changes) = {
-            let mut store = self.store.lock();
-            let refused = store.apply(resource_type, upserted, removed);
-            (refused, store.take_listener_changes())
-        };
-        if matches!(resource_type, ResourceType::Route | ResourceType::VirtualHost) {
-            self.rerouted.notify_one();
-        }
-        refused.extend(self.follow(changes).await);
-        refused
-    }
-
     /// Told when requests may go elsewhere from now on: what was counted before belongs to what was.
     pub fn rerouted(&self) -> Arc<Notify> {
         self.rerouted.clone()
-    }
-
-    /// Takes secrets of a service; what is refused is returned by name, the rest is in use.
-    pub async fn apply_secrets_of(
-        &self,
-        service: &tls::table::SdsService,
-        upserted: &[Update<'_>],
-    ) -> Vec<(Box<str>, Refusal)> {
-        let (refused, changes) = {
-            let mut store = self.store.lock();
-            let mut refused = Vec::new();
-            for update in upserted {
-                if let Err(refusal) = store.secrets().put_of(service, update.name, update.body) {
-                    refused.push((update.name.into(), refusal));
-                }
-            }
-            store.warm(None);
-            (refused, store.take_listener_changes())
-        };
-        for (name, refusal) in self.follow(changes).await {
-            tracing::warn!(listener = %name, %refusal, "not opened");
-        }
-        refused
-    }
-
-    /// Takes into use what waits for secrets when they have come from files or, at `now_ms` on the process clock, it has
-    /// waited long enough; reads changed files again. Cheap when there is nothing to do.
-    pub async fn tend_secrets(&self, now_ms: u64) {
-        let (unusable, changes) = {
-            let mut store = self.store.lock();
-            let unusable = store.secrets().reload_files();
-            if store.is_warming() {
-                store.warm(Some(now_ms));
-            }
-            (unusable, store.take_listener_changes())
-        };
-        for refusal in unusable {
-            tracing::warn!(%refusal, "a changed file cannot be used; what it held before stays in use");
-        }
-        for (name, refusal) in self.follow(changes).await {
-            tracing::warn!(listener = %name, %refusal, "not opened");
-        }
-    }
-
-    /// So long has been waited for layers of the runtime; for ever, where nobody will send any (`None`). Listeners that
-    /// waited for nothing else are opened.
-    pub async fn waited_for_runtime(&self, waited: Option<Duration>) {
-        let changes = {
-            let mut store = self.store.lock();
-            store.waited_for_runtime(waited);
-            store.take_listener_changes()
-        };
-        for (name, refusal) in self.follow(changes).await {
-            tracing::warn!(listener = %name, %refusal, "not opened");
-        }
-    }
-
-    /// Opens and closes sockets; returns the listeners that could not be opened.
-    async fn follow(&self, changes: Vec<ListenerChange>) -> Vec<(Box<str>, Refusal)> {
-        let mut refused = Vec::new();
-        // The first worker does for all what is to be done once.
-        let chores = self.store(Store::take_chores);
-        for chore in chores {
-            if let Some(worker) = self.workers.first() {
-                let _ = worker.commands.send(Command::Chore(chore)).await;
-            }
-        }
-        for change in changes {
-            match change {
-                ListenerChange::Open(slot) => {
-                    let listener = slot.load();
-                    match self.bind_all(&listener.addresses) {
-                        Ok(sockets) => {
-                            let bound = sockets.first().into_iter().flatten();
-                            let bound: Vec<_> = bound.filter_map(|socket| socket.local_addr().ok()).collect();
-                            self.bound.lock().insert(listener.name.clone(), bound);
-                            self.store.lock().counts().opened(self.workers.len());
-                            self.keep(&listener.name, sockets.iter().flatten());
-                            for (worker, sockets) in self.workers.iter().zip(sockets) {
-                                // A worker that has ended serves nothing; its end has been logged.
-                                let _ = worker.commands.send(Command::Listen(slot.clone(), sockets)).await;
-                            }
-                        }
-                        Err((address, source)) => {
-                            let error = Error::Bind {
-                                name: listener.name.to_string(),
-                                address,
-                                source,
-                            };
-                            // Forgotten, so that the control plane's next attempt binds again.
-                            let mut store = self.store.lock();
-                            store.counts().not_opened();
-                            store.apply(ResourceType::Listener, &[], &[&listener.name]);
-                            store.take_listener_changes();
-                            refused.push((
-                                (*listener.name).into(),
-                                Refusal::new("address", full_text(&error)),
-                            ));
-                        }
-                    }
-                }
-                ListenerChange::Close(name) => {
-                    self.bound.lock().remove(&name);
-                    if let Some(kept) = &mut *self.kept.lock() {
-                        kept.remove(&name);
-                    }
-                    for worker in &self.workers {
-                        let _ = worker.commands.send(Command::Close(name.clone())).await;
-                    }
-                }
-            }
-        }
-        self.changes.send_replace(());
-        refused
     }
 
     /// Woken when clusters or endpoints may have changed.
@@ -399,105 +281,6 @@ impl Proxy {
     /// Says that clusters or endpoints were changed by way of [`Self::store`].
     pub fn changed(&self) {
         self.changes.send_replace(());
-    }
-
-    /// For each worker a socket for each of the addresses.
-    fn bind_all(
-        &self,
-        addresses: &[SocketAddr],
-    ) -> Result<Vec<Vec<TcpListener>>, (SocketAddr, std::io::Error)> {
-        let mut out: Vec<Vec<_>> = self.workers.iter().map(|_| Vec::new()).collect();
-        for address in addresses {
-            let sockets = self.bind(*address).map_err(|error| (*address, error))?;
-            for (of_worker, sockets) in out.iter_mut().zip(sockets) {
-                of_worker.extend(sockets);
-            }
-        }
-        Ok(out)
-    }
-
-    /// At least one socket per worker for `address`.
-    fn bind(&self, address: SocketAddr) -> std::io::Result<Vec<Vec<TcpListener>>> {
-        if let Some(inherited) = self.inherited.get(&address.port()) {
-            let each = |_| inherited.try_clone().map(|socket| vec![socket]);
-            return self.workers.iter().map(each).collect();
-        }
-        let handed = self.handed.lock().remove(&address);
-        if let Some(handed) = handed {
-            return restart::distribute(handed, self.workers.len());
-        }
-        let mut sockets = Vec::with_capacity(self.workers.len());
-        let mut address = address;
-        for _ in &self.workers {
-            let socket = listening_socket(address, true)?;
-            // Port 0 is the kernel's choice once; the others join it.
-            address = socket.local_addr()?;
-            sockets.push(vec![socket]);
-        }
-        Ok(sockets)
-    }
-
-    /// Sockets of the process before this one are used for the listeners of their addresses.
-    pub fn take_over(&self, sockets: restart::Sockets) {
-        *self.handed.lock() = sockets;
-    }
-
-    /// A socket for one of the process's own ports.
-    pub(crate) fn own_socket(&self, name: &str, address: SocketAddr) -> std::io::Result<TcpListener> {
-        let handed = self.handed.lock().remove(&address).and_then(|mut all| all.pop());
-        let socket = match handed {
-            Some(socket) => socket,
-            None => listening_socket(address, false)?,
-        };
-        self.keep(&Arc::from(name), [&socket].into_iter());
-        Ok(socket)
-    }
-
-    /// From now on copies of listening sockets are kept for a successor.
-    pub fn keep_sockets(&self) {
-        self.kept.lock().get_or_insert_default();
-    }
-
-    fn keep<'a>(&self, owner: &Arc<str>, sockets: impl Iterator<Item = &'a TcpListener>) {
-        if let Some(kept) = &mut *self.kept.lock() {
-            // A socket that cannot be copied is not handed over: the successor binds its own.
-            let copies = sockets.filter_map(|socket| socket.try_clone().ok()).collect();
-            kept.insert(owner.clone(), copies);
-        }
-    }
-
-    /// Copies of all listening sockets.
-    fn kept_sockets(&self) -> std::io::Result<Vec<TcpListener>> {
-        self.kept
-            .lock()
-            .iter()
-            .flat_map(HashMap::values)
-            .flatten()
-            .map(TcpListener::try_clone)
-            .collect()
-    }
-
-    /// Closes sockets of the process before this one that no listener has taken.
-    pub fn close_handed(&self) {
-        self.handed.lock().clear();
-    }
-
-    /// Accepts no more; what is connected is served on.
-    pub async fn stop_accepting(&self) {
-        *self.kept.lock() = None;
-        for worker in &self.workers {
-            let _ = worker.commands.send(Command::StopAccepting).await;
-        }
-    }
-
-    /// Where a listener is bound.
-    pub fn listener_address(&self, name: &str) -> Option<SocketAddr> {
-        self.bound.lock().get(name)?.first().copied()
-    }
-
-    /// Every address where a listener is bound, in the order of its configuration.
-    pub fn listener_addresses(&self, name: &str) -> Vec<SocketAddr> {
-        self.bound.lock().get(name).cloned().unwrap_or_default()
     }
 
     /// Reads or changes the configuration store; must not be kept over an `await`.
@@ -590,79 +373,4 @@ impl Proxy {
         }
         total
     }
-
-    /// Enters a phase of the end.
-    pub async fn drain(&self, phase: DrainPhase) {
-        self.draining.store(true, Ordering::Release);
-        if phase == DrainPhase::Closing {
-            // A copy would keep the socket listening.
-            *self.kept.lock() = None;
-        }
-        for worker in &self.workers {
-            let _ = worker.commands.send(Command::Drain(phase)).await;
-        }
-    }
-
-    /// Drains in order: for up to `discourage` clients are told to go elsewhere while everything is still served, then
-    /// nothing new is accepted and what runs has `finish` to end. Over earlier when nobody is connected any more.
-    pub async fn shut_down(&self, discourage: Duration, finish: Duration) {
-        /// How often connections are counted.
-        const LOOK: Duration = Duration::from_millis(100);
-        /// Nobody connected for this long means that nobody will come.
-        const QUIET: u32 = 10;
-        self.drain(DrainPhase::Discouraging).await;
-        let end = tokio::time::Instant::now() + discourage;
-        let mut quiet = 0;
-        while tokio::time::Instant::now() < end && quiet < QUIET {
-            tokio::time::sleep(LOOK).await;
-            quiet = if self.connections().await == 0 {
-                quiet + 1
-            } else {
-                0
-            };
-        }
-        self.drain(DrainPhase::Closing).await;
-        let end = tokio::time::Instant::now() + finish;
-        while tokio::time::Instant::now() < end && self.connections().await > 0 {
-            tokio::time::sleep(LOOK).await;
-        }
-    }
-
-    /// Ends the workers and waits for their threads. Connections still open are dropped.
-    pub async fn stop(self: Arc<Self>) {
-        for worker in &self.workers {
-            let _ = worker.commands.send(Command::Stop).await;
-        }
-        if let Some(mut proxy) = Arc::into_inner(self) {
-            let workers = std::mem::take(&mut proxy.workers);
-            let join = move || {
-                for worker in workers {
-                    // A panic has been reported by the thread itself.
-                    let _ = worker.thread.join();
-                }
-            };
-            let _ = tokio::task::spawn_blocking(join).await;
-        }
-    }
-}
-
-/// A listening TCP socket, ready for a runtime.
-pub(crate) fn listening_socket(address: SocketAddr, reuse_port: bool) -> std::io::Result<TcpListener> {
-    let socket = Socket::new(
-        Domain::for_address(address),
-        Type::STREAM.nonblocking().cloexec(),
-        Some(Protocol::TCP),
-    )?;
-    socket.set_reuse_address(true)?;
-    if reuse_port {
-        socket.set_reuse_port(true)?;
-    }
-    socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    Ok(socket.into())
-}
-
-fn full_text(error: &dyn std::error::Error) -> String {
-    // The display of this crate's errors includes their source.
-    error.to_string()
 }

@@ -271,7 +271,7 @@ async fn hand_over(
         if question != TAKE {
             return Err(std::io::Error::other("it does not speak our protocol"));
         }
-        let sockets = proxy.kept_sockets()?;
+        let sockets = proxy.sockets.copies()?;
         send_all(&mut stream, &sockets)?;
         tracing::info!(sockets = sockets.len(), "handed to a successor");
         stream.set_nonblocking(true)?;

@@ -126,10 +126,10 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
         tracing::debug!(%error, "the control thread is scheduled as all others");
     }
     if plan.restart.is_some() {
-        proxy.keep_sockets();
+        proxy.sockets().keep_copies();
     }
     let predecessor = predecessor.map(|(predecessor, sockets)| {
-        proxy.take_over(sockets);
+        proxy.sockets().take_over(sockets);
         predecessor
     });
     proxy.set_drain_time(plan.drain);
@@ -207,7 +207,7 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
                 () = cancel.cancelled() => return,
                 () = proxy.live() => {}
             }
-            proxy.close_handed();
+            proxy.sockets().close_handed();
             // Before the one before us hears that we serve: from then on we are asked.
             let station = match Station::open(&path) {
                 Ok(station) => station,

@@ -74,6 +74,118 @@ impl Present {
     }
 }
 
+/// Whether a field has one value in Envoy, where others have a list of them: what comes more than once is joined by commas,
+/// which means the same (RFC 9110 section 5.3).
+fn is_single(name: &str, of_responses: bool) -> bool {
+    match name {
+        "cache-control"
+        | "content-encoding"
+        | "content-type"
+        | "via"
+        | "proxy-status"
+        | "x-request-id"
+        | "x-envoy-attempt-count"
+        | "x-envoy-decorator-operation" => true,
+        "age"
+        | "date"
+        | "etag"
+        | "expires"
+        | "last-modified"
+        | "location"
+        | "server"
+        | "vary"
+        | "grpc-message"
+        | "grpc-status"
+        | "access-control-allow-credentials"
+        | "access-control-allow-headers"
+        | "access-control-allow-methods"
+        | "access-control-allow-origin"
+        | "access-control-allow-private-network"
+        | "access-control-expose-headers"
+        | "access-control-max-age"
+        | "x-envoy-degraded"
+        | "x-envoy-immediate-health-check-fail"
+        | "x-envoy-ratelimited"
+        | "x-envoy-upstream-canary"
+        | "x-envoy-upstream-healthchecked-cluster"
+        | "x-envoy-upstream-service-time" => of_responses,
+        "accept"
+        | "accept-encoding"
+        | "authorization"
+        | "cdn-loop"
+        | "expect"
+        | "origin"
+        | "pragma"
+        | "referer"
+        | "te"
+        | "user-agent"
+        | "grpc-accept-encoding"
+        | "grpc-timeout"
+        | "if-match"
+        | "if-modified-since"
+        | "if-none-match"
+        | "if-range"
+        | "if-unmodified-since"
+        | "access-control-request-headers"
+        | "access-control-request-method"
+        | "access-control-request-private-network"
+        | "x-client-trace-id"
+        | "x-forwarded-client-cert"
+        | "x-forwarded-for"
+        | "x-forwarded-host"
+        | "x-forwarded-port"
+        | "x-forwarded-proto" => !of_responses,
+        name => !of_responses && name.starts_with("x-envoy-"),
+    }
+}
+
+/// Adds a value to a field of a request or of a response.
+pub(crate) fn append(headers: &mut HeaderMap, name: &HeaderName, value: HeaderValue, of_responses: bool) {
+    if is_single(name.as_str(), of_responses)
+        && let Some(before) = headers.get_mut(name)
+    {
+        if let Some(joined) = joined(before, &value) {
+            *before = joined;
+        }
+        return;
+    }
+    headers.append(name, value);
+}
+
+/// Both values, with a comma between them; nothing where the second says nothing.
+fn joined(before: &HeaderValue, value: &HeaderValue) -> Option<HeaderValue> {
+    match (before.is_empty(), value.is_empty()) {
+        (_, true) => None,
+        (true, false) => Some(value.clone()),
+        (false, false) => HeaderValue::from_bytes(&[before.as_bytes(), value.as_bytes()].join(&b',')).ok(),
+    }
+}
+
+/// Joins the values of fields that have only one. Costs nothing where every field comes once.
+pub(crate) fn join_repeated(headers: &mut HeaderMap, of_responses: bool) {
+    if headers.len() == headers.keys_len() {
+        return;
+    }
+    let repeated: Vec<HeaderName> = headers
+        .keys()
+        .filter(|name| {
+            is_single(name.as_str(), of_responses) && headers.get_all(*name).iter().nth(1).is_some()
+        })
+        .cloned()
+        .collect();
+    for name in repeated {
+        let mut values = headers.get_all(&name).iter();
+        let Some(first) = values.next() else { continue };
+        let mut all = first.clone();
+        for value in values {
+            if let Some(both) = joined(&all, value) {
+                all = both;
+            }
+        }
+        headers.insert(name, all);
+    }
+}
+
 /// Says that a value does not come again, so that HTTP/2 does not enter it into its table: there it would push out what
 /// does, and h2 would compare it with every value that its name has had before.
 pub(crate) fn never_again(value: &mut HeaderValue) {
@@ -181,6 +293,39 @@ mod tests {
         left.sort_unstable();
         assert_eq!(left, ["accept", "host", "te"]);
         assert_eq!(headers["te"], "trailers");
+    }
+
+    #[test]
+    fn fields_with_one_value_are_joined_by_commas_and_others_stay_apart() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            ("x-forwarded-for", "1.2.3.4"),
+            ("x-k", "a"),
+            ("x-forwarded-for", ""),
+            ("x-k", "b"),
+            ("x-forwarded-for", "5.6.7.8"),
+            ("vary", "a"),
+            ("vary", "b"),
+            ("accept", "c"),
+        ] {
+            headers.append(HeaderName::from_static(name), HeaderValue::from_static(value));
+        }
+        join_repeated(&mut headers, false);
+        let all = |headers: &HeaderMap, name: &str| headers.get_all(name).iter().cloned().collect::<Vec<_>>();
+        assert_eq!(all(&headers, "x-forwarded-for"), ["1.2.3.4,5.6.7.8"]);
+        assert_eq!(all(&headers, "x-k"), ["a", "b"]);
+        assert_eq!(all(&headers, "vary"), ["a", "b"]);
+        join_repeated(&mut headers, true);
+        assert_eq!(all(&headers, "vary"), ["a,b"]);
+        append(
+            &mut headers,
+            &header::ACCEPT,
+            HeaderValue::from_static("d"),
+            false,
+        );
+        assert_eq!(all(&headers, "accept"), ["c,d"]);
+        append(&mut headers, &header::ACCEPT, HeaderValue::from_static("e"), true);
+        assert_eq!(all(&headers, "accept"), ["c,d", "e"]);
     }
 
     #[test]

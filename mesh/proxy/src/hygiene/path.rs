@@ -11,8 +11,8 @@ pub enum Normalized<'a> {
     Path(Cow<'a, str>),
     /// Tell the client to use this path.
     Redirect(String),
-    /// Refuse the request.
-    Refused,
+    /// Refuse the request; its slashes are as they were understood.
+    Refused(Cow<'a, str>),
 }
 
 /// Normalises `path` (without query) as the connection manager is configured.
@@ -21,7 +21,7 @@ pub fn normalize(path: &str, dots: bool, merge_slashes: bool, escaped: EscapedSl
     let mut out: Cow<'_, str> = path.into();
     if escaped != EscapedSlashes::Keep && has_escaped_slash(bytes) {
         match escaped {
-            EscapedSlashes::Reject => return Normalized::Refused,
+            EscapedSlashes::Reject => return Normalized::Refused(unescape_slashes(path).into()),
             _ => out = unescape_slashes(path).into(),
         }
     }
@@ -29,12 +29,12 @@ pub fn normalize(path: &str, dots: bool, merge_slashes: bool, escaped: EscapedSl
     if dots && out.contains('%') {
         // An application in C ends there, a policy does not.
         if out.contains("%00") {
-            return Normalized::Refused;
+            return Normalized::Refused(out);
         }
         if let Some((decoded, count)) = decode_unreserved(&out) {
             // `%2%65`, `%2%66` and `%0%30` would have become other escapes, for somebody else to decode.
             if escapes(&decoded) + count > escapes(&out) {
-                return Normalized::Refused;
+                return Normalized::Refused(out);
             }
             out = decoded.into();
         }
@@ -42,7 +42,7 @@ pub fn normalize(path: &str, dots: bool, merge_slashes: bool, escaped: EscapedSl
     if dots && needs_dots(out.as_bytes()) {
         match resolve_dots(&out) {
             Some(resolved) => out = resolved.into(),
-            None => return Normalized::Refused,
+            None => return Normalized::Refused(out),
         }
     }
     if merge_slashes && out.contains("//") {
@@ -192,11 +192,11 @@ mod tests {
             "/a%5%63b",
             "/a%%32%35b",
         ] {
-            assert_eq!(dots(path), Normalized::Refused, "{path}");
+            assert_eq!(dots(path), Normalized::Refused(path.into()), "{path}");
         }
-        assert_eq!(dots("/a%00b"), Normalized::Refused);
-        assert_eq!(dots("/../etc"), Normalized::Refused);
-        assert_eq!(dots("/a/../../etc"), Normalized::Refused);
+        assert_eq!(dots("/a%00b"), Normalized::Refused("/a%00b".into()));
+        assert_eq!(dots("/../etc"), Normalized::Refused("/../etc".into()));
+        assert_eq!(dots("/a/../../etc"), Normalized::Refused("/a/../../etc".into()));
     }
 
     #[test]
@@ -210,7 +210,7 @@ mod tests {
         );
         assert_eq!(
             normalize(path, true, true, EscapedSlashes::Reject),
-            Normalized::Refused
+            Normalized::Refused("/a/b".into())
         );
         assert_eq!(
             normalize(path, true, true, EscapedSlashes::Forward),

@@ -52,10 +52,12 @@ pub enum Violation {
     HeadTooLarge,
     /// Chunk framing that is not exactly as specified.
     BadChunk,
+    /// A head that did not come to its end in time; not found by the scanner, which has no clock.
+    Unfinished,
 }
 
 impl Violation {
-    const ALL: [Self; 16] = [
+    const ALL: [Self; 17] = [
         Self::BareLineFeed,
         Self::LengthAndCoding,
         Self::SeveralLengths,
@@ -72,6 +74,7 @@ impl Violation {
         Self::Connect,
         Self::HeadTooLarge,
         Self::BadChunk,
+        Self::Unfinished,
     ];
 
     /// The violation behind its number.
@@ -85,6 +88,7 @@ impl Violation {
             Self::UnknownCoding => 501,
             Self::BadVersion => 505,
             Self::Connect => 405,
+            Self::Unfinished => 408,
             Self::HeadTooLarge => 431,
             _ => 400,
         }
@@ -109,6 +113,7 @@ impl Violation {
             Self::Connect => "http1.connect_not_allowed",
             Self::HeadTooLarge => "request_headers_too_large",
             Self::BadChunk => "http1.invalid_chunk",
+            Self::Unfinished => "request_header_timeout",
         }
     }
 }

@@ -2,16 +2,18 @@
 //!
 //! A head that breaks the rules never reaches hyper: in its place hyper reads a request that the service recognises by
 //! the connection's [`Gate`] and answers with the violation's status and `connection: close`. So refusals are answered
-//! in order, logged and counted like every other request.
+//! in order, logged and counted like every other request. So is a head that is not whole in time.
 
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use futures::task::AtomicWaker;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::Sleep;
 
 use super::interim::Interims;
 use super::scan::{HeadLimits, Scanner, Violation};
@@ -120,6 +122,10 @@ pub struct StrictIo<S> {
     interim: Vec<u8>,
     /// For the end of a connection in the middle of a request.
     linger: Linger,
+    /// How long a head may take from its first byte on.
+    head_limit: Option<Duration>,
+    /// When the head of which a part is held must be whole.
+    head_deadline: Option<Pin<Box<Sleep>>>,
 }
 
 impl<S> StrictIo<S> {
@@ -144,6 +150,8 @@ impl<S> StrictIo<S> {
             flushed: true,
             interim: Vec::new(),
             linger: Linger::default(),
+            head_limit: None,
+            head_deadline: None,
         };
         if let Some(bytes) = &io.gate.bytes {
             bytes.received(prefix.len());
@@ -155,6 +163,11 @@ impl<S> StrictIo<S> {
             io.scan_held();
         }
         io
+    }
+
+    /// Heads must be whole this long after their first byte: another one is refused. What was read before now has just come.
+    pub fn limit_heads(&mut self, limit: Option<Duration>) {
+        self.head_limit = limit;
     }
 
     /// Scans what is held and moves what is fine to `ready`.
@@ -278,6 +291,27 @@ impl<S: AsyncRead + Unpin> StrictIo<S> {
         Poll::Ready(Ok(true))
     }
 
+    /// Whether the head that has begun is out of time. Nothing but a head that arrives in several pieces costs a timer.
+    fn is_head_late(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(limit) = self.head_limit else {
+            return false;
+        };
+        if self.held.is_empty() || !self.scanner.as_ref().is_some_and(Scanner::in_head) {
+            self.head_deadline = None;
+            return false;
+        }
+        let deadline = self
+            .head_deadline
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
+        if deadline.as_mut().poll(cx).is_pending() {
+            return false;
+        }
+        self.head_deadline = None;
+        self.held = Vec::new();
+        self.refuse(Violation::Unfinished);
+        true
+    }
+
     fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut scratch = [0u8; 4096];
         while self.discarded < MAX_DISCARDED {
@@ -324,6 +358,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for StrictIo<S> {
             let before = buf.filled().len();
             match this.poll_inner(cx, buf) {
                 Poll::Ready(Ok(())) => {}
+                Poll::Pending if this.is_head_late(cx) => continue,
                 other => {
                     this.gate
                         .between
@@ -347,6 +382,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for StrictIo<S> {
                         this.held.extend_from_slice(&read[fine..]);
                         buf.set_filled(before + fine);
                         if fine > 0 {
+                            this.head_deadline = None;
                             return Poll::Ready(Ok(()));
                         }
                         continue;
@@ -364,6 +400,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for StrictIo<S> {
             this.held.extend_from_slice(read);
             buf.set_filled(before);
             this.scan_held();
+            if !this.ready.is_empty() {
+                this.head_deadline = None;
+            }
         }
     }
 }

@@ -4,7 +4,7 @@
 //! and is shown all the same.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
@@ -198,7 +198,8 @@ impl ClusterCells {
                 busy: AtomicU32::new(0),
                 served: AtomicU32::new(0),
                 one_by_one: AtomicBool::new(false),
-                over: AtomicBool::new(false),
+                http: AtomicBool::new(false),
+                over: AtomicU8::new(0),
             }),
             host: host.clone(),
             since: Instant::now(),
@@ -220,9 +221,16 @@ pub struct Shared {
     /// Its requests come one after the other (HTTP/1): each says itself whether it has ended in good order, which may be
     /// a moment after the connection has ended.
     one_by_one: AtomicBool,
-    /// It was made and has ended.
-    over: AtomicBool,
+    /// It carries requests, not bytes alone.
+    http: AtomicBool,
+    /// [`ENDED`] and who ended it, if it was made.
+    over: AtomicU8,
 }
+
+/// By us.
+const ENDED: u8 = 1;
+/// By the endpoint.
+const ENDED_BY_PEER: u8 = 2;
 
 impl Shared {
     /// The endpoint has said that it is over.
@@ -255,7 +263,7 @@ impl Shared {
             return;
         }
         self.note(ClusterEvent::CxDestroyWithRequest);
-        self.note(if self.by_peer.load(Ordering::Relaxed) {
+        self.note(if self.over.load(Ordering::Relaxed) == ENDED_BY_PEER {
             ClusterEvent::CxDestroyRemoteWithRequest
         } else {
             ClusterEvent::CxDestroyLocalWithRequest
@@ -265,7 +273,7 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        if *self.over.get_mut() && *self.one_by_one.get_mut() {
+        if *self.over.get_mut() != 0 && *self.one_by_one.get_mut() {
             self.note_request();
         }
     }
@@ -293,6 +301,7 @@ impl Connection {
 
     /// It speaks that version of HTTP.
     pub fn speaks(&self, http2: bool) {
+        self.shared.http.store(true, Ordering::Relaxed);
         if http2 {
             self.cells().connections_http2.add(1);
         } else {
@@ -342,15 +351,18 @@ impl Drop for Connection {
             ClusterEvent::CxDestroyLocal
         });
         if self.made {
-            self.shared.over.store(true, Ordering::Relaxed);
+            let over = if by_peer { ENDED_BY_PEER } else { ENDED };
+            self.shared.over.store(over, Ordering::Relaxed);
             if !self.shared.one_by_one.load(Ordering::Relaxed) {
                 self.shared.note_request();
             }
             let histograms = cells.of_connections.get_or_init(Box::default);
             let length = self.since.elapsed().as_micros() as u64;
             histograms.length.observe_thousandths(length);
-            let served = self.shared.served.load(Ordering::Relaxed);
-            histograms.requests.observe_thousandths(u64::from(served) * 1000);
+            if self.shared.http.load(Ordering::Relaxed) {
+                let served = self.shared.served.load(Ordering::Relaxed);
+                histograms.requests.observe_thousandths(u64::from(served) * 1000);
+            }
         }
     }
 }

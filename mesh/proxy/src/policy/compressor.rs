@@ -266,17 +266,20 @@ impl Compressor {
         let long_enough = text(header::CONTENT_LENGTH)
             .and_then(|length| length.parse::<u64>().ok())
             .is_none_or(|length| length >= self.min_length);
-        let content_type = text(header::CONTENT_TYPE).unwrap_or("");
+        let content_type = text(header::CONTENT_TYPE);
         let essence = content_type
+            .unwrap_or_default()
             .split(';')
             .next()
             .unwrap_or("")
             .trim()
             .to_ascii_lowercase();
-        let fits = match &self.types {
-            Types::Listed(types) => types.iter().any(|wanted| **wanted == *essence),
-            Types::Matched(matchers) => matchers.iter().any(|matcher| matcher.matches(&essence)),
-        };
+        // What says nothing of its type may be of any (Envoy).
+        let fits = content_type.is_none()
+            || match &self.types {
+                Types::Listed(types) => types.iter().any(|wanted| **wanted == *essence),
+                Types::Matched(matchers) => matchers.iter().any(|matcher| matcher.matches(&essence)),
+            };
         let fixed = headers
             .get_all(header::CACHE_CONTROL)
             .iter()

@@ -19,13 +19,12 @@ use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
 use serin_xds::pb::google::protobuf as google;
 
 use super::facts::Facts;
-use super::local_rate_limit::denial_status;
 use super::metadata::{Metadata, MetadataMatch};
 use super::mutation_rules::MutationRules;
 use super::service::GrpcTarget;
 use super::stats::Counter;
 use crate::config::client_cert::encoded;
-use crate::config::convert::Fraction;
+use crate::config::convert::{self, Fraction};
 use crate::config::matchers::StringMatch;
 use crate::config::route::Context;
 use crate::config::runtime::RuntimeFraction;
@@ -275,7 +274,11 @@ impl ExtAuthz {
                 .within("with_request_body")?,
             failure_allows: from.failure_mode_allow,
             failure_marks: from.failure_mode_allow_header_add,
-            status_on_error: denial_status(from.status_on_error.as_ref(), StatusCode::FORBIDDEN)?,
+            status_on_error: convert::denial_status(
+                from.status_on_error.as_ref(),
+                StatusCode::FORBIDDEN,
+                "status_on_error",
+            )?,
             clear_route: from.clear_route_cache,
             enabled,
             enabled_metadata: from

@@ -1,102 +1,68 @@
 //! External processing, header modes: a service sees the heads of request and response and may change them, or answer.
 //!
-//! This module says what is sent and what the answers mean; the stream is the worker's part. Bodies and trailers are
-//! never sent: modes that ask for that are refused. Responses that the proxy makes itself are shown like any other, also
-//! where an earlier filter answered before the request came here (Envoy's rule); those that the service has made are not.
+//! This module says what is sent ([`messages`]) and what the answers mean; the stream is the worker's part. Bodies and
+//! trailers are never sent: modes that ask for that are refused. Responses that the proxy makes itself are shown like any
+//! other, also where an earlier filter answered before the request came here (Envoy's rule); those that the service has made
+//! are not.
 
+mod messages;
+mod mode;
 mod namespaces;
+mod per_route;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
-use serin_xds::pb::envoy::config::core::v3 as core;
+use http::StatusCode;
 use serin_xds::pb::envoy::extensions::filters::http::ext_proc::v3 as filter;
-use serin_xds::pb::envoy::service::ext_proc::v3 as service;
-use serin_xds::pb::google::protobuf as google;
 
-use self::namespaces::taken;
-use super::cel::{Attribute, Value};
-use super::ext_authz::{Field, field, matchers};
-use super::metadata::Metadata;
+pub use self::messages::{About, Answer, Changes, Immediate, Question, Wrong, told};
+pub use self::mode::Mode;
+pub use self::namespaces::Namespaces;
+pub use self::per_route::PerRouteProc;
+
+use self::mode::of_response;
+use super::cel::Attribute;
+use super::ext_authz::matchers;
 use super::mutation_rules::MutationRules;
-use super::service::{GrpcTarget, header_pair};
+use super::service::GrpcTarget;
 use super::stats::Counter;
-use crate::config::convert;
+use crate::config::convert::{self, refuse_present};
 use crate::config::matchers::StringMatch;
 use crate::config::route::Context;
 use crate::error::{Refusal, Within};
-
-pub use self::namespaces::Namespaces;
 
 /// The method that is called.
 pub const PATH: &str = "/envoy.service.ext_proc.v3.ExternalProcessor/Process";
 /// Envoy's limit for each message.
 const DEFAULT_TIMEOUT: Duration = Duration::from_millis(200);
-
 /// Envoy's time for which a stream that observes stays open after its request.
 const DEFAULT_CLOSE: Duration = Duration::from_secs(5);
-/// Under this name attributes are sent.
-const NAME: &str = "envoy.filters.http.ext_proc";
-
-/// A mode without its request's head, which has been sent when a mode is overridden.
-fn of_response(mode: filter::ProcessingMode) -> filter::ProcessingMode {
-    filter::ProcessingMode {
-        request_header_mode: 0,
-        ..mode
-    }
-}
-
-/// Attributes by name, of those that are known in time.
-fn attributes(
-    names: &[String],
-    known: impl Fn(Attribute, bool) -> bool,
-) -> Result<Box<[(Box<str>, Attribute)]>, Refusal> {
-    names
-        .iter()
-        .map(|name| match Attribute::find(name) {
-            Some((attribute, at_end)) if known(attribute, at_end) => Ok((name.as_str().into(), attribute)),
-            _ => Err(Refusal::new("", format!("{name} is not known here"))),
-        })
-        .collect()
-}
-
-/// The values of attributes that are there.
-pub fn told<'a>(
-    wanted: &[(Box<str>, Attribute)],
-    mut value: impl FnMut(Attribute) -> Option<Value<'a>>,
-) -> google::Struct {
-    use google::value::Kind;
-    let fields = wanted.iter().filter_map(|(name, attribute)| {
-        let kind = match value(*attribute)? {
-            Value::Text(text) => Kind::StringValue(text.into_owned()),
-            Value::Int(number) => Kind::NumberValue(number as f64),
-            Value::Uint(number) => Kind::NumberValue(number as f64),
-            Value::Bool(value) => Kind::BoolValue(value),
-            _ => return None,
-        };
-        Some((name.to_string(), google::Value { kind: Some(kind) }))
-    });
-    google::Struct {
-        fields: fields.collect(),
-    }
-}
-
-/// Which heads are sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mode {
-    /// Of requests.
-    pub request: bool,
-    /// Of responses.
-    pub response: bool,
-}
-
 /// Whether the route is searched again after the service changed a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum RouteCache {
     AsAsked,
     Clear,
     Retain,
+}
+
+impl RouteCache {
+    fn compile(from: &filter::ExternalProcessor) -> Result<Self, Refusal> {
+        use filter::external_processor::RouteCacheAction;
+        Ok(match RouteCacheAction::try_from(from.route_cache_action) {
+            Ok(RouteCacheAction::Default) if from.disable_clear_route_cache => Self::Retain,
+            Ok(RouteCacheAction::Default) => Self::AsAsked,
+            Ok(_) if from.disable_clear_route_cache => {
+                return Err(Refusal::new(
+                    "route_cache_action",
+                    "cannot be combined with disable_clear_route_cache",
+                ));
+            }
+            Ok(RouteCacheAction::Clear) => Self::Clear,
+            Ok(RouteCacheAction::Retain) => Self::Retain,
+            Err(_) => return Err(Refusal::new("route_cache_action", "is unknown")),
+        })
+    }
 }
 
 /// The compiled filter.
@@ -150,182 +116,6 @@ pub struct Counters {
     pub ignored_overrides: Arc<Counter>,
 }
 
-/// What a route says (`ExtProcPerRoute`).
-#[derive(Debug)]
-pub enum PerRouteProc {
-    /// Nobody is asked.
-    Disabled,
-    /// It is asked like this.
-    Settings {
-        /// What it sees.
-        mode: Option<Mode>,
-        /// Another service.
-        target: Option<Box<GrpcTarget>>,
-        /// Another failure mode.
-        failure_allows: Option<bool>,
-        /// Other metadata.
-        namespaces: Option<Arc<Namespaces>>,
-        /// Fields of its calls, in place of those of the same name.
-        fields: Box<[(HeaderName, HeaderValue)]>,
-    },
-}
-
-impl Mode {
-    fn compile(from: Option<&filter::ProcessingMode>) -> Result<Self, Refusal> {
-        let from = from.copied().unwrap_or_default();
-        for (field, mode) in [
-            ("request_body_mode", from.request_body_mode),
-            ("response_body_mode", from.response_body_mode),
-        ] {
-            if mode != filter::processing_mode::BodySendMode::None as i32 {
-                return Err(Refusal::new(
-                    field,
-                    "only NONE is supported: bodies are not sent to processors",
-                ));
-            }
-        }
-        // By default trailers are not sent.
-        let send = filter::processing_mode::HeaderSendMode::Send as i32;
-        for (field, mode) in [
-            ("request_trailer_mode", from.request_trailer_mode),
-            ("response_trailer_mode", from.response_trailer_mode),
-        ] {
-            if mode == send {
-                return Err(Refusal::new(field, "SEND is not supported"));
-            }
-        }
-        let skip = filter::processing_mode::HeaderSendMode::Skip as i32;
-        Ok(Self {
-            request: from.request_header_mode != skip,
-            response: from.response_header_mode != skip,
-        })
-    }
-}
-
-impl PerRouteProc {
-    /// Compiles the message.
-    pub(crate) fn compile(
-        from: &filter::ExtProcPerRoute,
-        context: &mut Context<'_>,
-    ) -> Result<Self, Refusal> {
-        use filter::ext_proc_per_route::Override;
-        let from = match &from.r#override {
-            Some(Override::Disabled(true)) => return Ok(Self::Disabled),
-            Some(Override::Disabled(false)) => return Err(Refusal::new("disabled", "must be true")),
-            Some(Override::Overrides(overrides)) => overrides,
-            None => return Err(Refusal::new("override", "is missing")),
-        };
-        let unsupported = [
-            ("async_mode", from.async_mode),
-            ("request_attributes", !from.request_attributes.is_empty()),
-            ("response_attributes", !from.response_attributes.is_empty()),
-            (
-                "processing_request_modifier",
-                from.processing_request_modifier.is_some(),
-            ),
-        ];
-        if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
-            return Err(Refusal::new(format!("overrides.{field}"), "not supported"));
-        }
-        Ok(Self::Settings {
-            mode: from
-                .processing_mode
-                .as_ref()
-                .map(|mode| Mode::compile(Some(mode)).within("overrides.processing_mode"))
-                .transpose()?,
-            target: from
-                .grpc_service
-                .as_ref()
-                .map(|service| GrpcTarget::compile(Some(service), context).map(Box::new))
-                .transpose()
-                .within("overrides.grpc_service")?,
-            failure_allows: from.failure_mode_allow.as_ref().map(|value| value.value),
-            namespaces: from
-                .metadata_options
-                .as_ref()
-                .map(|options| Namespaces::compile(Some(options)).map(Arc::new))
-                .transpose()
-                .within("overrides.metadata_options")?,
-            fields: from
-                .grpc_initial_metadata
-                .iter()
-                .enumerate()
-                .map(|(index, field)| {
-                    header_pair(field).within(format!("overrides.grpc_initial_metadata[{index}]"))
-                })
-                .collect::<Result<_, _>>()?,
-        })
-    }
-}
-
-/// What an answer means for a head.
-#[derive(Debug)]
-pub enum Answer {
-    /// It comes later: within that time from now, where the service may say so.
-    Later(Option<Duration>),
-    /// It goes on with these changes.
-    Continue(Changes),
-    /// The client gets this instead.
-    Immediate(Box<Immediate>),
-}
-
-/// Changes to a head.
-#[derive(Debug, Default)]
-pub struct Changes {
-    /// Fields to set.
-    pub set: Vec<Field>,
-    /// Fields to take off.
-    pub remove: Vec<HeaderName>,
-    /// `:path` of a request.
-    pub path: Option<String>,
-    /// `:status` of a response.
-    pub status: Option<StatusCode>,
-    /// For later filters, by namespace.
-    pub metadata: Vec<(Box<str>, google::Struct)>,
-    /// The route is searched again.
-    pub reroute: bool,
-    /// What the service wants to see from now on, where it may say so.
-    pub mode: Option<Mode>,
-}
-
-/// An answer of the service to the client.
-#[derive(Debug)]
-pub struct Immediate {
-    /// Status.
-    pub status: StatusCode,
-    /// Fields.
-    pub headers: Vec<Field>,
-    /// Body.
-    pub body: Vec<u8>,
-    /// gRPC status.
-    pub grpc_status: Option<u32>,
-    /// Response code details, where the service gives some.
-    pub details: String,
-}
-
-/// Why an answer cannot be used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Wrong {
-    /// An answer to something else.
-    #[error("spurious_message")]
-    Spurious,
-    /// It asks for what the proxy does not do.
-    #[error("unsupported_response")]
-    Unsupported,
-    /// A change that is not allowed, where that is an error.
-    #[error("invalid_header_mutation")]
-    Mutation,
-}
-
-/// Which head an answer is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum About {
-    /// The request's.
-    Request,
-    /// The response's.
-    Response,
-}
-
 impl ExtProc {
     /// Compiles the message.
     pub(crate) fn compile(
@@ -333,41 +123,27 @@ impl ExtProc {
         prefix: &str,
         context: &mut Context<'_>,
     ) -> Result<Self, Refusal> {
-        let unsupported = [
-            ("http_service", from.http_service.is_some()),
-            ("filter_metadata", from.filter_metadata.is_some()),
-            (
-                "deferred_close_timeout",
-                from.deferred_close_timeout.is_some() && !from.observability_mode,
-            ),
-            (
-                "send_body_without_waiting_for_header_response",
-                from.send_body_without_waiting_for_header_response,
-            ),
-            (
-                "processing_request_modifier",
-                from.processing_request_modifier.is_some(),
-            ),
-            ("on_processing_response", from.on_processing_response.is_some()),
-            ("allow_content_length_header", from.allow_content_length_header),
-        ];
-        if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
-            return Err(Refusal::new(*field, "not supported"));
-        }
-        use filter::external_processor::RouteCacheAction;
-        let route = match RouteCacheAction::try_from(from.route_cache_action) {
-            Ok(RouteCacheAction::Default) if from.disable_clear_route_cache => RouteCache::Retain,
-            Ok(RouteCacheAction::Default) => RouteCache::AsAsked,
-            Ok(_) if from.disable_clear_route_cache => {
-                return Err(Refusal::new(
-                    "route_cache_action",
-                    "cannot be combined with disable_clear_route_cache",
-                ));
-            }
-            Ok(RouteCacheAction::Clear) => RouteCache::Clear,
-            Ok(RouteCacheAction::Retain) => RouteCache::Retain,
-            Err(_) => return Err(Refusal::new("route_cache_action", "is unknown")),
-        };
+        refuse_present(
+            &[
+                ("http_service", from.http_service.is_some()),
+                ("filter_metadata", from.filter_metadata.is_some()),
+                (
+                    "deferred_close_timeout",
+                    from.deferred_close_timeout.is_some() && !from.observability_mode,
+                ),
+                (
+                    "send_body_without_waiting_for_header_response",
+                    from.send_body_without_waiting_for_header_response,
+                ),
+                (
+                    "processing_request_modifier",
+                    from.processing_request_modifier.is_some(),
+                ),
+                ("on_processing_response", from.on_processing_response.is_some()),
+                ("allow_content_length_header", from.allow_content_length_header),
+            ],
+            "not supported",
+        )?;
         let forward = from.forward_rules.as_ref();
         let target = GrpcTarget::compile(from.grpc_service.as_ref(), context).within("grpc_service")?;
         let closing =
@@ -388,14 +164,7 @@ impl ExtProc {
             status_on_error: from
                 .status_on_error
                 .as_ref()
-                .map(|status| {
-                    u16::try_from(status.code)
-                        .ok()
-                        .and_then(|code| StatusCode::from_u16(code).ok())
-                        .ok_or_else(|| {
-                            Refusal::new("status_on_error", format!("{} is no HTTP status", status.code))
-                        })
-                })
+                .map(|status| convert::status_code(status).within("status_on_error"))
                 .transpose()?,
             rules: MutationRules::compile(from.mutation_rules.as_ref()).within("mutation_rules")?,
             allowed: matchers(
@@ -410,7 +179,7 @@ impl ExtProc {
             .within("forward_rules")?
             .unwrap_or_default(),
             no_immediate: from.disable_immediate_response,
-            route,
+            route: RouteCache::compile(from)?,
             max_timeout: convert::timeout(from.max_message_timeout.as_ref()).within("max_message_timeout")?,
             namespaces: Arc::new(
                 Namespaces::compile(from.metadata_options.as_ref()).within("metadata_options")?,
@@ -456,206 +225,18 @@ impl ExtProc {
             StatusCode::INTERNAL_SERVER_ERROR
         })
     }
+}
 
-    /// The message about a head; `system` are its pseudo fields. The `first` of a stream says what will be sent.
-    pub fn question(
-        &self,
-        about: About,
-        first: bool,
-        namespaces: &Namespaces,
-        system: &[(&str, &str)],
-        headers: &HeaderMap,
-        ends: bool,
-        metadata: &Metadata,
-        attributes: google::Struct,
-    ) -> service::ProcessingRequest {
-        use service::processing_request::Request;
-        let passes = |name: &str| {
-            let any = |list: &[StringMatch]| list.iter().any(|matcher| matcher.matches(name));
-            self.allowed.as_deref().is_none_or(any) && !any(&self.disallowed)
-        };
-        let entry = |name: &str, value: &[u8]| core::HeaderValue {
-            key: name.to_owned(),
-            raw_value: value.to_vec(),
-            ..Default::default()
-        };
-        let fields = headers
-            .iter()
-            .filter(|(name, _)| **name != header::HOST)
-            .map(|(name, value)| (name.as_str(), value.as_bytes()));
-        let headers = system
-            .iter()
-            .map(|(name, value)| (*name, value.as_bytes()))
-            .chain(fields)
-            .filter(|(name, _)| passes(name))
-            .map(|(name, value)| entry(name, value))
-            .collect();
-        let headers = service::HttpHeaders {
-            headers: Some(core::HeaderMap { headers }),
-            end_of_stream: ends,
-            ..Default::default()
-        };
-        let filter_metadata: std::collections::HashMap<_, _> = namespaces
-            .sent
-            .iter()
-            .filter_map(|name| Some((name.to_string(), metadata.get(name)?.clone())))
-            .collect();
-        let attributes = if attributes.fields.is_empty() {
-            Default::default()
-        } else {
-            [(NAME.to_owned(), attributes)].into()
-        };
-        service::ProcessingRequest {
-            attributes,
-            observability_mode: self.observing.is_some(),
-            // Bodies are never sent, which is what the defaults say.
-            protocol_config: first.then(service::ProtocolConfiguration::default),
-            metadata_context: (!filter_metadata.is_empty()).then(|| core::Metadata {
-                filter_metadata,
-                ..Default::default()
-            }),
-            request: Some(match about {
-                About::Request => Request::RequestHeaders(headers),
-                About::Response => Request::ResponseHeaders(headers),
-            }),
-            ..Default::default()
-        }
-    }
-
-    /// What an answer about a head means.
-    pub fn read(
-        &self,
-        about: About,
-        namespaces: &Namespaces,
-        from: service::ProcessingResponse,
-        worker: usize,
-    ) -> Result<Answer, Wrong> {
-        use service::processing_response::Response;
-        if let Some(asked) = &from.override_message_timeout {
-            // Nothing else of such a message counts.
-            let asked = convert::duration(asked).ok().filter(|asked| {
-                *asked >= Duration::from_millis(1) && self.max_timeout.is_some_and(|most| *asked <= most)
-            });
-            return Ok(Answer::Later(asked));
-        }
-        let metadata = taken(&namespaces.taken, from.dynamic_metadata);
-        let from_mode = from.mode_override;
-        let answer = match (about, from.response) {
-            (About::Request, Some(Response::RequestHeaders(answer)))
-            | (About::Response, Some(Response::ResponseHeaders(answer))) => {
-                answer.response.unwrap_or_default()
-            }
-            (_, Some(Response::ImmediateResponse(answer))) if !self.no_immediate => {
-                return self.immediate(answer, worker);
-            }
-            (_, Some(Response::StreamedImmediateResponse(_))) => return Err(Wrong::Unsupported),
-            _ => {
-                self.counters.spurious_messages.add(worker);
-                return Err(Wrong::Spurious);
-            }
-        };
-        let replaces = service::common_response::ResponseStatus::ContinueAndReplace as i32;
-        if answer.status == replaces || answer.body_mutation.is_some() || answer.trailers.is_some() {
-            return Err(Wrong::Unsupported);
-        }
-        let mut changes = self.changes(answer.header_mutation.as_ref(), about, worker)?;
-        changes.metadata = metadata;
-        if about == About::Request
-            && let Some(mode) = &from_mode
-        {
-            changes.mode = self.overridden(mode)?;
-        }
-        changes.reroute = about == About::Request
-            && match self.route {
-                RouteCache::AsAsked => answer.clear_route_cache,
-                RouteCache::Clear => true,
-                RouteCache::Retain => false,
-            };
-        Ok(Answer::Continue(changes))
-    }
-
-    /// What a service may want to see from now on; nothing where it may not say so.
-    fn overridden(&self, mode: &filter::ProcessingMode) -> Result<Option<Mode>, Wrong> {
-        let Some(allowed) = &self.mode_override else {
-            return Ok(None);
-        };
-        if !allowed.is_empty() && !allowed.contains(&of_response(*mode)) {
-            return Ok(None);
-        }
-        Mode::compile(Some(mode))
-            .map(Some)
-            .map_err(|_| Wrong::Unsupported)
-    }
-
-    fn immediate(&self, from: service::ImmediateResponse, worker: usize) -> Result<Answer, Wrong> {
-        let status = from
-            .status
-            .and_then(|status| u16::try_from(status.code).ok())
-            .and_then(|code| StatusCode::from_u16(code).ok())
-            .unwrap_or(StatusCode::OK);
-        let changes = self.changes(from.headers.as_ref(), About::Response, worker)?;
-        Ok(Answer::Immediate(Box::new(Immediate {
-            status,
-            headers: changes.set,
-            body: from.body,
-            grpc_status: from.grpc_status.map(|status| status.status),
-            details: from.details,
-        })))
-    }
-
-    /// Fields that may not be changed are left out, or fail the message.
-    fn changes(
-        &self,
-        from: Option<&service::HeaderMutation>,
-        about: About,
-        worker: usize,
-    ) -> Result<Changes, Wrong> {
-        let mut out = Changes::default();
-        let Some(from) = from else { return Ok(out) };
-        let rejected = || {
-            self.counters.rejected_mutations.add(worker);
-            if self.rules.is_error {
-                Err(Wrong::Mutation)
-            } else {
-                Ok(())
-            }
-        };
-        for name in &from.remove_headers {
-            match HeaderName::from_bytes(name.as_bytes()) {
-                Ok(name) if self.rules.allows_removal(&name) => out.remove.push(name),
-                _ => rejected()?,
-            }
-        }
-        for option in &from.set_headers {
-            let Some(given) = &option.header else { continue };
-            let name = given.key.to_ascii_lowercase();
-            let text = if given.raw_value.is_empty() {
-                given.value.as_bytes()
-            } else {
-                &given.raw_value
-            };
-            // The length is the message's own: bodies are not changed.
-            if !self.rules.allows(&name) || name == "content-length" || name == "transfer-encoding" {
-                rejected()?;
-                continue;
-            }
-            let text = String::from_utf8_lossy(text);
-            match (&*name, about) {
-                (":path", About::Request) => out.path = Some(text.into_owned()),
-                (":status", About::Response) => match text.parse().ok().map(StatusCode::from_u16) {
-                    Some(Ok(status)) => out.status = Some(status),
-                    _ => rejected()?,
-                },
-                (":authority" | "host", About::Request) => match HeaderValue::from_str(&text) {
-                    Ok(value) => out.set.push((header::HOST, value, super::ext_authz::How::Set)),
-                    Err(_) => rejected()?,
-                },
-                _ => match field(option) {
-                    Some(field) => out.set.push(field),
-                    None => rejected()?,
-                },
-            }
-        }
-        Ok(out)
-    }
+/// Attributes by name, of those that are known in time.
+fn attributes(
+    names: &[String],
+    known: impl Fn(Attribute, bool) -> bool,
+) -> Result<Box<[(Box<str>, Attribute)]>, Refusal> {
+    names
+        .iter()
+        .map(|name| match Attribute::find(name) {
+            Some((attribute, at_end)) if known(attribute, at_end) => Ok((name.as_str().into(), attribute)),
+            _ => Err(Refusal::new("", format!("{name} is not known here"))),
+        })
+        .collect()
 }

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use super::metadata::Metadata;
-use crate::config::matchers::RequestView;
+use crate::config::matchers::{HeaderMatch, RequestView};
 use crate::tls::info::ConnectionTls;
 
 /// What the peer's certificate says, after it was verified.
@@ -59,6 +59,18 @@ pub struct Facts<'a> {
 }
 
 impl Facts<'_> {
+    /// Whether the request has such a field.
+    pub fn has(&self, field: &HeaderMatch) -> bool {
+        self.request
+            .as_ref()
+            .is_some_and(|request| field.matches(request))
+    }
+
+    /// The path of the request.
+    pub fn path(&self) -> Option<&str> {
+        self.request.as_ref().map(|request| request.path)
+    }
+
     /// The client: whom a trusted hop names in `x-forwarded-for`, or else who opened the connection.
     pub fn remote(&self) -> IpAddr {
         self.forwarded_address().unwrap_or(self.source.ip())

@@ -46,8 +46,8 @@ impl HeaderMutation {
             ));
         }
         Ok(Self {
-            request: changes(&from.request_mutations, "request_mutations")?,
-            response: changes(&from.response_mutations, "response_mutations")?,
+            request: changes(&from.request_mutations, false)?,
+            response: changes(&from.response_mutations, true)?,
             most_specific_wins: false,
         })
     }
@@ -72,19 +72,26 @@ impl HeaderMutation {
     }
 }
 
-fn changes(from: &[rules::HeaderMutation], field: &str) -> Result<Box<[Change]>, Refusal> {
+fn changes(from: &[rules::HeaderMutation], of_responses: bool) -> Result<Box<[Change]>, Refusal> {
     use rules::header_mutation::Action;
+    let field = if of_responses {
+        "response_mutations"
+    } else {
+        "request_mutations"
+    };
     from.iter()
         .enumerate()
         .map(|(index, mutation)| {
             let path = format!("{field}[{index}]");
             match &mutation.action {
                 None => Err(Refusal::new(path, "action is missing")),
-                Some(Action::Remove(name)) => HeaderOps::compile(&[], std::slice::from_ref(name), "headers")
-                    .map(Change::Ops)
-                    .within(path),
+                Some(Action::Remove(name)) => {
+                    HeaderOps::compile(&[], std::slice::from_ref(name), of_responses)
+                        .map(Change::Ops)
+                        .within(path)
+                }
                 Some(Action::Append(option)) => {
-                    HeaderOps::compile(std::slice::from_ref(option), &[], "headers")
+                    HeaderOps::compile(std::slice::from_ref(option), &[], of_responses)
                         .map(Change::Ops)
                         .within(path)
                 }

@@ -8,9 +8,9 @@ use serin_xds::pb::google::protobuf::Any;
 
 use super::facts::Facts;
 use super::filter_state::SetConnectionState;
-use super::local_rate_limit::ConnectionLimit;
+use super::local_rate_limit::ConnectionRateLimit;
 use super::metadata::Metadata;
-use super::rbac::{NETWORK_NAMESPACE, Parts, Rules};
+use super::rbac::{NETWORK_NAMESPACE, Rules};
 use crate::clock;
 use crate::config::convert;
 use crate::config::route::Context;
@@ -27,7 +27,7 @@ pub enum NetworkFilter {
         delay: Option<Duration>,
     },
     /// A limit of new connections.
-    LocalRateLimit(Arc<ConnectionLimit>),
+    LocalRateLimit(Arc<ConnectionRateLimit>),
     /// Objects of the filter state, which the worker makes.
     SetFilterState(Box<SetConnectionState>),
 }
@@ -62,28 +62,7 @@ impl NetworkFilter {
                     ));
                 }
                 let (workers, counters) = context.counters();
-                let rules = Rules::build(
-                    &Parts {
-                        rules: message.rules.as_ref(),
-                        shadow_rules: message.shadow_rules.as_ref(),
-                        matcher: message.matcher.as_ref(),
-                        shadow_matcher: message.shadow_matcher.as_ref(),
-                        shadow_rules_stat_prefix: &message.shadow_rules_stat_prefix,
-                        rules_stat_prefix: "",
-                        track_per_rule_stats: false,
-                    },
-                    &[
-                        "envoy_rbac_allowed",
-                        "envoy_rbac_denied",
-                        "envoy_rbac_shadow_allowed",
-                        "envoy_rbac_shadow_denied",
-                        "envoy_rbac_logged",
-                        "envoy_rbac_not_logged",
-                    ],
-                    ("envoy_tcp_prefix", &message.stat_prefix),
-                    workers,
-                    counters,
-                )?;
+                let rules = Rules::compile_network(&message, workers, counters)?;
                 Ok(Some(Self::Rbac {
                     rules: Box::new(rules),
                     delay: convert::timeout(message.delay_deny.as_ref()).within("delay_deny")?,
@@ -91,7 +70,7 @@ impl NetworkFilter {
             }
             (Some(any), "envoy.extensions.filters.network.local_ratelimit.v3.LocalRateLimit") => {
                 let (workers, counters) = context.counters();
-                let limit = ConnectionLimit::compile(
+                let limit = ConnectionRateLimit::compile(
                     &convert::unpack(any, type_name)?,
                     workers,
                     counters,

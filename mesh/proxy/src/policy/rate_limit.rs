@@ -9,8 +9,7 @@ use serin_xds::pb::envoy::extensions::filters::http::ratelimit::v3 as filter;
 use serin_xds::pb::envoy::service::ratelimit::v3 as service;
 use serin_xds::pb::google::protobuf::UInt64Value;
 
-use super::descriptors::{self, Descriptor, RateLimitEntry};
-use super::local_rate_limit::{VirtualHostLimits, denial_status};
+use super::descriptors::{self, Descriptor, RateLimitEntry, VirtualHostLimits};
 use super::service::{GrpcTarget, header_pair};
 use super::stats::{Counter, Registry};
 use crate::config::convert::{self, Fraction};
@@ -185,9 +184,17 @@ impl RateLimit {
                 .runtime
                 .fraction(from.failure_mode_deny_percent.as_ref(), failure)
                 .within("failure_mode_deny_percent")?,
-            status: denial_status(from.rate_limited_status.as_ref(), StatusCode::TOO_MANY_REQUESTS)?,
-            status_on_error: denial_status(from.status_on_error.as_ref(), StatusCode::INTERNAL_SERVER_ERROR)?,
-            response_headers: HeaderOps::compile(&from.response_headers_to_add, &[], "response_headers")?,
+            status: convert::denial_status(
+                from.rate_limited_status.as_ref(),
+                StatusCode::TOO_MANY_REQUESTS,
+                "rate_limited_status",
+            )?,
+            status_on_error: convert::denial_status(
+                from.status_on_error.as_ref(),
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "status_on_error",
+            )?,
+            response_headers: HeaderOps::compile(&from.response_headers_to_add, &[], true)?,
             headers: from.enable_x_ratelimit_headers
                 == filter::rate_limit::XRateLimitHeadersRfcVersion::DraftVersion03 as i32,
             retry_after: from.enable_retry_after_header,

@@ -9,9 +9,10 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::balance::{Balancer, Wish};
+use super::connect::{ConnectOptions, Speaking};
 use super::ewma::Ewma;
 use super::outlier::{self, Event};
-use super::pool::Pool;
+use super::pool::{ConnectError, Lease, Pool, Wanted};
 use super::subset::{Chosen, SubsetBalancer};
 use super::zone::{self, Sent, Zone, ZoneRouting};
 use crate::clock::now_ms;
@@ -24,6 +25,7 @@ use crate::metrics::clusters::ClusterCells;
 use crate::metrics::events::ClusterEvent;
 use crate::metrics::series::Recorder;
 use crate::random;
+use crate::worker::Worker;
 
 /// Destinations that one worker keeps connections to for an ORIGINAL_DST cluster.
 const MAX_DYNAMIC: usize = 4096;
@@ -160,6 +162,36 @@ pub struct WorkerCluster {
 }
 
 impl WorkerCluster {
+    /// A connection to one of its hosts.
+    pub fn wanted<'a>(
+        &'a self,
+        worker: &'a Worker,
+        host: &'a Host,
+        speaking: Speaking,
+        options: &'a ConnectOptions,
+    ) -> Wanted<'a> {
+        Wanted {
+            worker,
+            slot: &self.slot,
+            cluster: &self.config,
+            endpoint: &host.endpoint,
+            speaking,
+            options,
+        }
+    }
+
+    /// The right to send a request to one of its hosts.
+    pub async fn lease(
+        &self,
+        worker: &Worker,
+        host: &Host,
+        speaking: Speaking,
+        options: &ConnectOptions,
+    ) -> Result<Lease, ConnectError> {
+        let pool = host.pool.variant(options);
+        pool.acquire(self.wanted(worker, host, speaking, options)).await
+    }
+
     /// Where the worker counts what happens to it.
     pub fn cells(&self, recorder: &Recorder) -> &Arc<ClusterCells> {
         self.cells.get_or_init(|| recorder.cluster(&self.slot))

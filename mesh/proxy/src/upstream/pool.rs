@@ -4,19 +4,23 @@
 //! connections are shared up to the peer's stream limit. The connection's own task runs on the worker; it ends when the
 //! peer closes or the last handle is dropped.
 
+mod error;
+mod lease;
+
 use std::cell::{Cell, RefCell};
-use std::io;
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use http::{Request, Response};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::sync::Notify;
 
+pub use self::error::{ConnectError, SendError, Unanswered};
+pub use self::lease::{Lease, StreamLease, http1_send};
+
+use self::lease::{Http1, Http2};
 use super::connect::{self, ConnectOptions, Connected, Speaking, Stream};
 use super::http2;
 use super::metered::Metered;
@@ -25,97 +29,13 @@ use crate::config::endpoint::Endpoint;
 use crate::config::slot::ClusterSlot;
 use crate::metrics::clusters::{Connection, Shared as Counts};
 use crate::metrics::events::ClusterEvent;
-use crate::tls::info::ConnectionTls;
 use crate::worker::Worker;
 use crate::worker::body::UpstreamBody;
-use crate::worker::incoming::Incoming;
-use crate::worker::interim::Tell;
 
 /// HTTP/1 connections that one worker keeps idle per endpoint.
 const MAX_IDLE: usize = 256;
 /// Sets of connection options (server names, clients told by PROXY protocol) with pools of their own, per endpoint.
 const MAX_VARIANTS: usize = 512;
-
-/// Why there is no connection.
-#[derive(Clone, Debug)]
-pub enum ConnectError {
-    /// It took too long.
-    Timeout,
-    /// The system or the peer said no.
-    Io(io::ErrorKind, Arc<str>),
-    /// A circuit breaker is open.
-    Overflow,
-}
-
-impl std::fmt::Display for ConnectError {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Timeout => f.write_str("connection timeout"),
-            Self::Io(_, text) => f.write_str(text),
-            Self::Overflow => f.write_str("too many connections"),
-        }
-    }
-}
-
-impl From<io::Error> for ConnectError {
-    fn from(error: io::Error) -> Self {
-        Self::Io(error.kind(), error.to_string().into())
-    }
-}
-
-impl From<hyper::Error> for ConnectError {
-    fn from(error: hyper::Error) -> Self {
-        Self::Io(io::ErrorKind::Other, error.to_string().into())
-    }
-}
-
-impl From<h2::Error> for ConnectError {
-    fn from(error: h2::Error) -> Self {
-        Self::Io(io::ErrorKind::Other, error.to_string().into())
-    }
-}
-
-/// Why a request has no answer.
-#[derive(Debug, thiserror::Error)]
-pub enum SendError {
-    /// Over HTTP/1.
-    #[error(transparent)]
-    Http1(hyper::Error),
-    /// Over HTTP/2.
-    #[error("http2 error")]
-    Http2(#[source] h2::Error),
-}
-
-/// A request that was not answered.
-#[derive(Debug)]
-pub struct Unanswered {
-    /// Why.
-    pub error: SendError,
-    /// Nothing of it was sent.
-    pub unsent: bool,
-}
-
-/// What hyper says of a request over HTTP/1 that was not answered.
-type Http1Error = hyper::client::conn::TrySendError<Request<UpstreamBody>>;
-
-impl From<Http1Error> for Unanswered {
-    fn from(mut error: Http1Error) -> Self {
-        Self {
-            unsent: error.take_message().is_some(),
-            error: SendError::Http1(error.into_error()),
-        }
-    }
-}
-
-/// Of a request whose head was sent.
-impl From<h2::Error> for Unanswered {
-    fn from(error: h2::Error) -> Self {
-        Self {
-            unsent: false,
-            error: SendError::Http2(error),
-        }
-    }
-}
 
 /// Whether a connection has lived for as long as the cluster lets it. The clock is read where there is a limit only.
 fn too_old(cluster: &Cluster, born: Instant) -> bool {
@@ -149,190 +69,46 @@ fn metered(stream: Stream, counted: &Counted) -> Metered {
     Metered::watched(stream, connection.cells().clone(), connection.shared().clone())
 }
 
+/// An HTTP/1 connection without a request.
 #[derive(Debug)]
 struct Idle {
-    sender: http1::SendRequest<UpstreamBody>,
-    counted: Arc<Counts>,
+    connection: Http1,
     since: Instant,
-    born: Instant,
-    served: u32,
-    tls: Option<Arc<ConnectionTls>>,
-    local: Option<SocketAddr>,
 }
 
-#[derive(Debug)]
-struct Shared2 {
-    handle: http2::Handle,
-    counted: Arc<Counts>,
-    served: Cell<u32>,
-    born: Instant,
-    idle_since: Cell<Instant>,
-    tls: Option<Arc<ConnectionTls>>,
-    local: Option<SocketAddr>,
+/// Whom to connect to, and how.
+#[derive(Clone, Copy)]
+pub struct Wanted<'a> {
+    /// Who wants it.
+    pub worker: &'a Worker,
+    /// Where it is counted.
+    pub slot: &'a Arc<ClusterSlot>,
+    /// What the cluster says of its connections.
+    pub cluster: &'a Cluster,
+    /// The peer.
+    pub endpoint: &'a Endpoint,
+    /// What is spoken on it.
+    pub speaking: Speaking,
+    /// What it has of its own.
+    pub options: &'a ConnectOptions,
 }
 
 /// Connections of one worker to one endpoint.
 #[derive(Debug, Default)]
 pub struct Pool {
     idle: RefCell<Vec<Idle>>,
-    shared: RefCell<Vec<Rc<Shared2>>>,
-    connecting2: Cell<bool>,
-    connected2: Notify,
-    last_failure: RefCell<Option<(u64, ConnectError)>>,
+    shared: RefCell<Vec<Rc<Http2>>>,
+    /// A connection is being made that requests may share.
+    connecting: Cell<bool>,
+    /// That has ended, well or not.
+    connected: Notify,
+    last_failure: RefCell<Option<ConnectError>>,
     failures: Cell<u64>,
     retired: Cell<bool>,
     /// Whether ALPN chose HTTP/2 the last time that it could choose.
-    chosen2: Cell<Option<bool>>,
+    chose_http2: Cell<Option<bool>>,
     /// Connections with options of their own.
     variants: RefCell<Vec<(ConnectOptions, Rc<Pool>)>>,
-}
-
-/// The right to send one request on a connection.
-#[derive(Debug)]
-pub enum Lease {
-    /// A whole HTTP/1 connection.
-    Http1 {
-        /// To send with.
-        sender: http1::SendRequest<UpstreamBody>,
-        /// What is known of the connection.
-        counted: Arc<Counts>,
-        /// Requests served before.
-        served: u32,
-        /// When it was made.
-        born: Instant,
-        /// What TLS was negotiated to.
-        tls: Option<Arc<ConnectionTls>>,
-        /// Our own end.
-        local: Option<SocketAddr>,
-        /// Where it goes back to.
-        pool: Rc<Pool>,
-    },
-    /// A stream of an HTTP/2 connection.
-    Http2(Stream2),
-}
-
-/// A stream's place on an HTTP/2 connection.
-#[derive(Debug)]
-pub struct Stream2(Rc<Shared2>);
-
-impl Drop for Stream2 {
-    fn drop(&mut self) {
-        self.0.handle.leave();
-        self.0.counted.end();
-        if self.0.handle.active() == 0 {
-            self.0.idle_since.set(Instant::now());
-        }
-    }
-}
-
-impl Stream2 {
-    /// Sends the request of this place; `tell` is told of interim answers.
-    pub fn send(
-        &self,
-        request: Request<UpstreamBody>,
-        tell: Option<Tell>,
-    ) -> Result<http2::Answering, Unanswered> {
-        self.0.handle.send(request, tell).map_err(|error| Unanswered {
-            // What is left is a request that cannot be written.
-            unsent: error.is_go_away() || error.is_reset() || error.is_io(),
-            error: SendError::Http2(error),
-        })
-    }
-}
-
-/// Sends a request over HTTP/1; `tell` is told of interim answers.
-pub fn http1_send(
-    sender: &mut http1::SendRequest<UpstreamBody>,
-    mut request: Request<UpstreamBody>,
-    tell: Option<Tell>,
-) -> impl Future<Output = Result<Response<hyper::body::Incoming>, Http1Error>> + use<> {
-    if let Some(tell) = tell {
-        hyper::ext::on_informational(&mut request, move |answer| {
-            tell(answer.status(), answer.headers());
-        });
-    }
-    sender.try_send_request(request)
-}
-
-impl Lease {
-    /// Whether requests went over the connection before: then a failure may be that it was closed while idle.
-    pub fn reused(&self) -> bool {
-        match self {
-            Self::Http1 { served, .. } => *served > 0,
-            Self::Http2(stream) => stream.0.served.get() > 1,
-        }
-    }
-
-    /// Sends a request and waits for its final answer; `tell` is told of interim ones.
-    pub async fn send(
-        &mut self,
-        request: Request<UpstreamBody>,
-        tell: Option<Tell>,
-    ) -> Result<Response<Incoming>, Unanswered> {
-        match self {
-            Self::Http1 { sender, .. } => {
-                let response = http1_send(sender, request, tell).await?;
-                Ok(response.map(Incoming::Http1))
-            }
-            Self::Http2(stream) => Ok(stream.send(request, tell)?.await?),
-        }
-    }
-
-    /// Whether it is a stream of HTTP/2.
-    pub fn is_http2(&self) -> bool {
-        matches!(self, Self::Http2(_))
-    }
-
-    /// What TLS was negotiated to.
-    pub fn tls(&self) -> Option<&Arc<ConnectionTls>> {
-        match self {
-            Self::Http1 { tls, .. } => tls.as_ref(),
-            Self::Http2(stream) => stream.0.tls.as_ref(),
-        }
-    }
-
-    /// Our own end of the connection.
-    pub fn local(&self) -> Option<SocketAddr> {
-        match self {
-            Self::Http1 { local, .. } => *local,
-            Self::Http2(stream) => stream.0.local,
-        }
-    }
-
-    /// The exchange is over `now` and the connection may be used again.
-    pub fn release(self, max_requests: u32, now: Instant) {
-        if let Self::Http1 {
-            sender,
-            counted,
-            served,
-            born,
-            tls,
-            local,
-            pool,
-        } = self
-        {
-            counted.end();
-            let served = served + 1;
-            let used_up = max_requests > 0 && served >= max_requests;
-            if used_up {
-                counted.note(ClusterEvent::CxMaxRequests);
-            }
-            if !used_up && !pool.retired.get() && !sender.is_closed() {
-                let mut idle = pool.idle.borrow_mut();
-                if idle.len() < MAX_IDLE {
-                    idle.push(Idle {
-                        sender,
-                        counted,
-                        since: now,
-                        born,
-                        served,
-                        tls,
-                        local,
-                    });
-                }
-            }
-        }
-    }
 }
 
 impl Pool {
@@ -356,47 +132,35 @@ impl Pool {
     /// An idle or shared connection, if there is one.
     pub fn reuse(self: &Rc<Self>, speaking: Speaking, cluster: &Cluster) -> Option<Lease> {
         match speaking {
-            Speaking::Http2 => self.reuse2(cluster).map(Lease::Http2),
+            Speaking::Http2 => self.reuse_http2(cluster).map(Lease::Http2),
             Speaking::Either => self
-                .reuse2(cluster)
+                .reuse_http2(cluster)
                 .map(Lease::Http2)
-                .or_else(|| self.reuse1(cluster)),
-            Speaking::Http1 | Speaking::Bytes => self.reuse1(cluster),
+                .or_else(|| self.reuse_http1(cluster)),
+            Speaking::Http1 | Speaking::Bytes => self.reuse_http1(cluster),
         }
     }
 
-    fn reuse1(self: &Rc<Self>, cluster: &Cluster) -> Option<Lease> {
+    fn reuse_http1(self: &Rc<Self>, cluster: &Cluster) -> Option<Lease> {
         let mut idle = self.idle.borrow_mut();
-        let mut index = idle.len();
-        while index > 0 {
-            index -= 1;
-            if too_old(cluster, idle[index].born) {
-                idle[index].counted.note(ClusterEvent::CxMaxDuration);
+        for index in (0..idle.len()).rev() {
+            let connection = &mut idle[index].connection;
+            if too_old(cluster, connection.born) {
+                connection.counted.note(ClusterEvent::CxMaxDuration);
                 idle.remove(index);
-                continue;
-            }
-            if idle[index].sender.is_ready() {
-                let taken = idle.remove(index);
-                taken.counted.begin();
-                return Some(Lease::Http1 {
-                    sender: taken.sender,
-                    counted: taken.counted,
-                    served: taken.served,
-                    born: taken.born,
-                    tls: taken.tls,
-                    local: taken.local,
-                    pool: self.clone(),
-                });
-            }
-            // Not ready but open: its task has yet to notice that the last exchange is over.
-            if idle[index].sender.is_closed() {
+            } else if connection.sender.is_ready() {
+                let connection = idle.remove(index).connection;
+                connection.counted.begin();
+                return Some(Lease::Http1(connection, self.clone()));
+            } else if connection.sender.is_closed() {
                 idle.remove(index);
             }
+            // Else not ready but open: its task has yet to notice that the last exchange is over.
         }
         None
     }
 
-    fn reuse2(&self, cluster: &Cluster) -> Option<Stream2> {
+    fn reuse_http2(&self, cluster: &Cluster) -> Option<StreamLease> {
         let mut shared = self.shared.borrow_mut();
         // One that is too old ends with the streams that it has.
         shared.retain(|connection| {
@@ -412,161 +176,102 @@ impl Pool {
             u64::from(connection.handle.active()) < streams.max(1)
                 && (limit == 0 || connection.served.get() < limit)
         })?;
-        found.handle.enter();
-        found.counted.begin();
-        if limit > 0 && found.served.get() + 1 >= limit {
+        let stream = StreamLease::on(found);
+        if limit > 0 && found.served.get() >= limit {
             found.counted.note(ClusterEvent::CxMaxRequests);
         }
-        found.served.set(found.served.get().saturating_add(1));
-        Some(Stream2(found.clone()))
+        Some(stream)
     }
 
-    /// A connection to `endpoint`, made if need be.
-    pub async fn acquire(
-        self: &Rc<Self>,
-        worker: &Worker,
-        slot: &Arc<ClusterSlot>,
-        cluster: &Cluster,
-        endpoint: &Endpoint,
-        speaking: Speaking,
-        options: &ConnectOptions,
-    ) -> Result<Lease, ConnectError> {
+    /// Takes a connection back whose exchange is over `now`.
+    fn take_back(&self, mut connection: Http1, max_requests: u32, now: Instant) {
+        connection.counted.end();
+        connection.served += 1;
+        if max_requests > 0 && connection.served >= max_requests {
+            connection.counted.note(ClusterEvent::CxMaxRequests);
+            return;
+        }
+        if self.retired.get() || connection.sender.is_closed() {
+            return;
+        }
+        let mut idle = self.idle.borrow_mut();
+        if idle.len() < MAX_IDLE {
+            idle.push(Idle {
+                connection,
+                since: now,
+            });
+        }
+    }
+
+    /// A connection, made if need be.
+    pub async fn acquire(self: &Rc<Self>, wanted: Wanted<'_>) -> Result<Lease, ConnectError> {
         loop {
-            if let Some(lease) = self.reuse(speaking, cluster) {
+            if let Some(lease) = self.reuse(wanted.speaking, wanted.cluster) {
                 return Ok(lease);
             }
-            let may_share = match speaking {
+            let may_share = match wanted.speaking {
                 Speaking::Http2 => true,
-                Speaking::Either => self.chosen2.get() != Some(false),
+                Speaking::Either => self.chose_http2.get() != Some(false),
                 Speaking::Http1 | Speaking::Bytes => false,
             };
-            if !may_share || !self.connecting2.get() {
-                return self
-                    .connect(worker, slot, cluster, endpoint, speaking, options, may_share)
-                    .await;
+            if !may_share {
+                return self.connect(wanted).await;
+            }
+            if !self.connecting.get() {
+                return self.connect_shared(wanted).await;
             }
             // Someone is connecting: the new connection will likely carry this request as well.
             let before = self.failures.get();
-            self.connected2.notified().await;
+            self.connected.notified().await;
             if self.failures.get() != before
-                && let Some((_, error)) = &*self.last_failure.borrow()
+                && let Some(error) = &*self.last_failure.borrow()
             {
                 return Err(error.clone());
             }
         }
     }
 
-    async fn open(
-        worker: &Worker,
-        slot: &Arc<ClusterSlot>,
-        cluster: &Cluster,
-        endpoint: &Endpoint,
-        speaking: Speaking,
-        options: &ConnectOptions,
-    ) -> Result<(Connected, Counted), ConnectError> {
-        let limit = cluster.limits.of(options.priority).connections;
-        let cells = worker.recorder.cluster(slot);
-        let limited = limit != u32::MAX;
-        if limited {
-            let open = &slot.usage.of(options.priority).connections;
-            if open.fetch_add(1, Ordering::Relaxed) >= limit {
-                open.fetch_sub(1, Ordering::Relaxed);
-                cells.connection_overflow.add(1);
-                return Err(ConnectError::Overflow);
-            }
-        }
-        let mut counted = Counted {
-            slot: limited.then(|| (slot.clone(), options.priority)),
-            connection: cells.connecting(&endpoint.state),
-        };
-        // What is not negotiated is known before, and counts for connections that fail as well.
-        match speaking {
-            Speaking::Http1 => counted.connection.speaks(false),
-            Speaking::Http2 => counted.connection.speaks(true),
-            Speaking::Either | Speaking::Bytes => {}
-        }
-        let work = connect::connect(cluster, endpoint, speaking, options);
-        let result = match tokio::time::timeout(cluster.connect_timeout, work).await {
-            Ok(Ok(connected)) => Ok(connected),
-            Ok(Err(error)) if connect::is_unbound(&error) => {
-                counted.connection.unbound();
-                worker.recorder.counters().upstream_connect_failures.add(1);
-                return Err(error.into());
-            }
-            Ok(Err(error)) => Err(error.into()),
-            Err(_) => Err(ConnectError::Timeout),
-        };
-        match result {
-            Ok(connected) => {
-                worker.recorder.counters().upstream_connections.add(1);
-                counted.connection.made();
-                Ok((connected, counted))
-            }
-            Err(error) => {
-                counted.connection.failed(matches!(error, ConnectError::Timeout));
-                worker.recorder.counters().upstream_connect_failures.add(1);
-                Err(error)
-            }
-        }
-    }
-
-    /// Makes a connection. `may_share` lets other requests wait for it, since it may become one that is shared.
-    async fn connect(
-        self: &Rc<Self>,
-        worker: &Worker,
-        slot: &Arc<ClusterSlot>,
-        cluster: &Cluster,
-        endpoint: &Endpoint,
-        speaking: Speaking,
-        options: &ConnectOptions,
-        may_share: bool,
-    ) -> Result<Lease, ConnectError> {
+    /// Makes a connection that other requests wait for, since it may become one that is shared.
+    async fn connect_shared(self: &Rc<Self>, wanted: Wanted<'_>) -> Result<Lease, ConnectError> {
         /// Tells waiters on every way out, also when the request is dropped meanwhile.
         struct Connecting<'a>(&'a Pool);
         impl Drop for Connecting<'_> {
             fn drop(&mut self) {
-                self.0.connecting2.set(false);
-                self.0.connected2.notify_waiters();
+                self.0.connecting.set(false);
+                self.0.connected.notify_waiters();
             }
         }
-        let _connecting = may_share.then(|| {
-            self.connecting2.set(true);
-            Connecting(self)
-        });
-        let result = async {
-            let (connected, counted) = Self::open(worker, slot, cluster, endpoint, speaking, options).await?;
-            let http2 = match speaking {
-                Speaking::Http2 => true,
-                Speaking::Http1 | Speaking::Bytes => false,
-                Speaking::Either => {
-                    let chosen = connected
-                        .tls
-                        .as_ref()
-                        .is_some_and(|tls| matches!(tls.alpn.as_deref(), Some("h2" | "istio-h2")));
-                    self.chosen2.set(Some(chosen));
-                    chosen
-                }
-            };
-            if speaking == Speaking::Either {
-                counted.connection.speaks(http2);
-            }
-            if http2 {
-                self.handshake2(worker, connected, counted).await
-            } else {
-                self.handshake1(worker, connected, counted).await
-            }
-        }
-        .await;
-        if let Err(error) = &result
-            && may_share
-        {
+        self.connecting.set(true);
+        let _connecting = Connecting(self);
+        let result = self.connect(wanted).await;
+        if let Err(error) = &result {
             self.failures.set(self.failures.get() + 1);
-            *self.last_failure.borrow_mut() = Some((self.failures.get(), error.clone()));
+            *self.last_failure.borrow_mut() = Some(error.clone());
         }
         result
     }
 
-    async fn handshake1(
+    async fn connect(self: &Rc<Self>, wanted: Wanted<'_>) -> Result<Lease, ConnectError> {
+        let (connected, counted) = open(wanted).await?;
+        let http2 = match wanted.speaking {
+            Speaking::Http2 => true,
+            Speaking::Http1 | Speaking::Bytes => false,
+            Speaking::Either => {
+                let agreed = connected.tls.as_ref().and_then(|tls| tls.alpn.as_deref());
+                let chosen = matches!(agreed, Some("h2" | "istio-h2"));
+                self.chose_http2.set(Some(chosen));
+                counted.connection.speaks(chosen);
+                chosen
+            }
+        };
+        if http2 {
+            self.start_http2(wanted.worker, connected, counted).await
+        } else {
+            self.start_http1(wanted.worker, connected, counted).await
+        }
+    }
+
+    async fn start_http1(
         self: &Rc<Self>,
         worker: &Worker,
         connected: Connected,
@@ -576,46 +281,44 @@ impl Pool {
             .max_buf_size(64 * 1024)
             .handshake::<_, UpstreamBody>(TokioIo::new(metered(connected.stream, &counted)))
             .await?;
-        let shared = counted.connection.shared().clone();
-        shared.begin();
+        let counts = counted.connection.shared().clone();
+        counts.begin();
         worker.tasks.spawn_local(async move {
             // An error also reaches the request, which reports it.
             let _ = connection.with_upgrades().await;
             drop(counted);
         });
-        Ok(Lease::Http1 {
+        let connection = Http1 {
             sender,
-            counted: shared,
+            counted: counts,
             served: 0,
             born: Instant::now(),
             tls: connected.tls,
             local: connected.local,
-            pool: self.clone(),
-        })
+        };
+        Ok(Lease::Http1(connection, self.clone()))
     }
 
-    async fn handshake2(
-        self: &Rc<Self>,
+    async fn start_http2(
+        &self,
         worker: &Worker,
         connected: Connected,
         counted: Counted,
     ) -> Result<Lease, ConnectError> {
         let stream = metered(connected.stream, &counted);
-        let known = counted.connection.shared().clone();
-        known.begin();
+        let counts = counted.connection.shared().clone();
         let handle = http2::connect(stream, &worker.tasks, counted).await?;
-        handle.enter();
-        let shared = Rc::new(Shared2 {
+        let connection = Rc::new(Http2 {
             handle,
-            counted: known,
-            served: Cell::new(1),
+            counted: counts,
+            served: Cell::new(0),
             born: Instant::now(),
             idle_since: Cell::new(Instant::now()),
             tls: connected.tls,
             local: connected.local,
         });
-        self.shared.borrow_mut().push(shared.clone());
-        Ok(Lease::Http2(Stream2(shared)))
+        self.shared.borrow_mut().push(connection.clone());
+        Ok(Lease::Http2(StreamLease::on(&connection)))
     }
 
     /// Closes what has been idle for too long; returns whether the pool is empty.
@@ -627,9 +330,10 @@ impl Pool {
             }
             within
         };
-        self.idle
-            .borrow_mut()
-            .retain(|idle| !idle.sender.is_closed() && within(idle.since, &idle.counted));
+        self.idle.borrow_mut().retain(|idle| {
+            let connection = &idle.connection;
+            !connection.sender.is_closed() && within(idle.since, &connection.counted)
+        });
         self.shared.borrow_mut().retain(|connection| {
             !connection.handle.is_closed()
                 && (connection.handle.active() > 0
@@ -650,4 +354,55 @@ impl Pool {
             pool.retire();
         }
     }
+}
+
+/// Connects, within the cluster's time and limit.
+async fn open(wanted: Wanted<'_>) -> Result<(Connected, Counted), ConnectError> {
+    let Wanted {
+        worker,
+        slot,
+        cluster,
+        endpoint,
+        speaking,
+        options,
+    } = wanted;
+    let limit = cluster.limits.of(options.priority).connections;
+    let cells = worker.recorder.cluster(slot);
+    let limited = limit != u32::MAX;
+    if limited {
+        let open = &slot.usage.of(options.priority).connections;
+        if open.fetch_add(1, Ordering::Relaxed) >= limit {
+            open.fetch_sub(1, Ordering::Relaxed);
+            cells.connection_overflow.add(1);
+            return Err(ConnectError::Overflow);
+        }
+    }
+    let mut counted = Counted {
+        slot: limited.then(|| (slot.clone(), options.priority)),
+        connection: cells.connecting(&endpoint.state),
+    };
+    // What is not negotiated is known before, and counts for connections that fail as well.
+    match speaking {
+        Speaking::Http1 => counted.connection.speaks(false),
+        Speaking::Http2 => counted.connection.speaks(true),
+        Speaking::Either | Speaking::Bytes => {}
+    }
+    let work = connect::connect(cluster, endpoint, speaking, options);
+    let error = match tokio::time::timeout(cluster.connect_timeout, work).await {
+        Ok(Ok(connected)) => {
+            worker.recorder.counters().upstream_connections.add(1);
+            counted.connection.made();
+            return Ok((connected, counted));
+        }
+        Ok(Err(error)) if connect::is_unbound(&error) => {
+            counted.connection.unbound();
+            worker.recorder.counters().upstream_connect_failures.add(1);
+            return Err(error.into());
+        }
+        Ok(Err(error)) => error.into(),
+        Err(_) => ConnectError::Timeout,
+    };
+    counted.connection.failed(matches!(error, ConnectError::Timeout));
+    worker.recorder.counters().upstream_connect_failures.add(1);
+    Err(error)
 }

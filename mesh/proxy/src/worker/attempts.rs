@@ -153,7 +153,7 @@ pub(super) async fn attempts(
         let replayable = source.is_none_or(|source| source.borrow().can_replay());
         let outcome = match judge(plan, &host, &result) {
             Some(outcome) => outcome,
-            None => return Err(final_reply(exchange, result.err(), retries, policy)),
+            None => return Err(final_reply(exchange, result.err())),
         };
         // A reused connection that broke before a response was most likely closed while idle; the request is sent
         // again, unless it may have been acted on and is not idempotent (RFC 9110 section 9.2.2).
@@ -174,6 +174,7 @@ pub(super) async fn attempts(
         if !(replayable && (quietly || wanted) && in_time()) {
             if used_up {
                 plan.note(ClusterEvent::RetryLimit);
+                exchange.flags.add(Flags::RETRY_LIMIT);
             } else if wanted && !replayable {
                 plan.note(ClusterEvent::RetryAbandoned);
             }
@@ -183,17 +184,8 @@ pub(super) async fn attempts(
                 source.borrow_mut().stop_keeping();
             }
             return match result {
-                Ok((response, lease)) => {
-                    if wanted
-                        || policy.is_some_and(|policy| {
-                            retries >= policy.attempts && policy.wants(&outcome_of(&response))
-                        })
-                    {
-                        exchange.flags.add(Flags::RETRY_LIMIT);
-                    }
-                    Ok((response, lease, active))
-                }
-                Err(failure) => Err(final_reply(exchange, Some(failure), retries, policy)),
+                Ok((response, lease)) => Ok((response, lease, active)),
+                Err(failure) => Err(final_reply(exchange, Some(failure))),
             };
         }
         if quietly {
@@ -203,7 +195,7 @@ pub(super) async fn attempts(
                 exchange.flags.add(Flags::UPSTREAM_OVERFLOW);
                 return match result {
                     Ok((response, lease)) => Ok((response, lease, active)),
-                    Err(failure) => Err(final_reply(exchange, Some(failure), retries, policy)),
+                    Err(failure) => Err(final_reply(exchange, Some(failure))),
                 };
             };
             retry_permit.replace(permit);
@@ -388,10 +380,6 @@ fn unprocessed(headers: &http::HeaderMap) -> bool {
             .is_some_and(|flags| flags.split(',').any(|flag| flag == "UF"))
 }
 
-fn outcome_of<B>(response: &Response<B>) -> Outcome<'_> {
-    Outcome::Response(response.status(), response.headers())
-}
-
 /// Counts how an attempt has failed.
 fn note_failure(plan: &Plan<'_>, failure: &Failure) {
     match failure {
@@ -471,14 +459,7 @@ pub(super) async fn attempt(
                 return Err(Failure::Connect(ConnectError::Overflow));
             };
             plan.cells().pending.add(1);
-            let acquire = pool.acquire(
-                worker,
-                &cluster.slot,
-                &cluster.config,
-                &host.endpoint,
-                plan.speaking,
-                &plan.options,
-            );
+            let acquire = pool.acquire(cluster.wanted(worker, host, plan.speaking, &plan.options));
             // Boxed: rare, and large.
             let lease = Box::pin(bounded(plan, per_try, acquire))
                 .await?
@@ -508,8 +489,8 @@ pub(super) async fn attempt(
     // What [`Lease::send`] does, but with nothing that holds the request while it waits. The answer is pinned here: each
     // function that it went to by value would keep room for it twice, and whoever makes this future copies all of that.
     let sent = match &mut lease {
-        Lease::Http1 { sender, .. } => {
-            let answer = pin!(http1_send(sender, request, tell));
+        Lease::Http1(connection, _) => {
+            let answer = pin!(http1_send(&mut connection.sender, request, tell));
             let answer = answered(plan, per_try, door, answer).await?;
             answer
                 .map(|response| response.map(Incoming::Http1))

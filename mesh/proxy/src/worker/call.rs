@@ -14,7 +14,6 @@ use super::Worker;
 use super::body::UpstreamBody;
 use super::failure::full_text;
 use super::incoming::Incoming;
-use crate::config::cluster::UpstreamHttp;
 use crate::config::slot::ClusterSlot;
 use crate::metrics::flags::Flags;
 use crate::policy::service::GrpcTarget;
@@ -22,7 +21,6 @@ use crate::upstream::balance::Wish;
 use crate::upstream::cluster::{Active, Host, WorkerCluster};
 use crate::upstream::connect::{ConnectOptions, Speaking};
 use crate::upstream::outlier::Event;
-use crate::upstream::pool::Lease;
 
 /// Bytes of an answer at most.
 pub(crate) const MAX_ANSWER: usize = 4 << 20;
@@ -78,11 +76,10 @@ pub async fn call(
         .pick(&Wish::default(), None)
         .ok_or_else(|| CallError::NoHost(name()))?;
     let _active = Active::on(&host);
-    let speaking = match cluster.config.http {
-        _ if http2 => Speaking::Http2,
-        UpstreamHttp::Http2 => Speaking::Http2,
-        UpstreamHttp::Auto => Speaking::Either,
-        UpstreamHttp::Http1 | UpstreamHttp::Downstream => Speaking::Http1,
+    let speaking = if http2 {
+        Speaking::Http2
+    } else {
+        cluster.config.http.for_own_requests()
     };
     let work = exchange(worker, &cluster, &host, request, speaking);
     let began = Instant::now();
@@ -125,21 +122,13 @@ async fn exchange(
         server_name: cluster.config.request_server_name(&parts.headers),
         ..Default::default()
     };
-    let pool = host.pool.variant(&options);
     for attempt in 0.. {
-        let mut lease = pool
-            .acquire(
-                worker,
-                &cluster.slot,
-                &cluster.config,
-                &host.endpoint,
-                speaking,
-                &options,
-            )
+        let mut lease = cluster
+            .lease(worker, host, speaking, &options)
             .await
             .map_err(|error| broken(error.to_string()))?;
         let reused = lease.reused();
-        let request = build(&parts, &body, matches!(lease, Lease::Http2(_)))
+        let request = build(&parts, &body, lease.is_http2())
             .ok_or_else(|| broken("the request cannot be written".into()))?;
         match lease.send(request, None).await {
             Ok(response) => {

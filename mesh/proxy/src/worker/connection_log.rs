@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::http::Addresses;
 use super::{Worker, logging};
-use crate::config::listener::TcpProxy;
+use crate::config::listener::{Listener, TcpProxy};
 use crate::metrics::flags::Flags;
 use crate::observe::access_log::AccessLogs;
 use crate::observe::record::{Kept, LogType, Record};
@@ -100,6 +100,33 @@ impl ConnectionLog {
     /// Whether anybody wants lines; otherwise errors are told all the same.
     pub(super) fn is_wanted(&self) -> bool {
         self.listener.is_some() || self.proxy.is_some()
+    }
+
+    /// What the client did, or was to do, has failed.
+    pub(super) fn client_failed(&mut self, listener: &Listener, error: &std::io::Error) {
+        let reason = error.to_string();
+        self.tell(listener, "downstream_transport_failure_reason", &reason);
+        self.downstream_failure = Some(reason);
+    }
+
+    /// Writes a line about a connection that nobody serves, where nobody wants lines: errors are told all the same.
+    pub(super) fn tell(&self, listener: &Listener, field: &str, reason: &str) {
+        if self.is_wanted() {
+            return;
+        }
+        let addresses = self.addresses;
+        self.worker.log(
+            serde_json::json!({
+                "listener": &*listener.name,
+                "response_flags": self.flags.get().to_string(),
+                field: reason,
+                "requested_server_name": self.server_name,
+                "downstream_remote_address": addresses.remote.to_string(),
+                "downstream_direct_remote_address": addresses.direct.to_string(),
+                "downstream_local_address": addresses.local.to_string(),
+            })
+            .to_string(),
+        );
     }
 
     /// Adds a flag.

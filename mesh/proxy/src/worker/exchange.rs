@@ -61,6 +61,8 @@ pub struct Exchange {
     pub uri: Uri,
     /// Authority.
     pub authority: Option<HeaderValue>,
+    /// What stands here for its head says nothing: the head could not be read.
+    pub headless: bool,
     /// Protocol version of the client.
     pub version: Version,
     /// Whether it is gRPC.
@@ -131,6 +133,7 @@ impl Exchange {
             method,
             uri,
             authority: None,
+            headless: false,
             version,
             grpc: false,
             request_id: None,
@@ -417,6 +420,8 @@ pub struct Watch {
     lease: Option<Lease>,
     max_requests: u32,
     active: Option<Active>,
+    /// Whether the client gets another encoding than what comes.
+    encoded: bool,
 }
 
 impl Watch {
@@ -434,6 +439,7 @@ impl Watch {
             lease: Some(lease),
             max_requests,
             active: Some(active),
+            encoded: false,
         }
     }
 
@@ -449,7 +455,9 @@ impl Watch {
 impl Observer for Watch {
     fn frame(&mut self, frame: &Frame<Bytes>) {
         if let Some(data) = frame.data_ref() {
-            self.exchange.sent += data.len() as u64;
+            if !self.encoded {
+                self.exchange.sent += data.len() as u64;
+            }
             filters::saw_data(&mut self.exchange, data);
             if let Some(tap) = &mut self.exchange.tap {
                 tap.answer().data(data);
@@ -465,6 +473,14 @@ impl Observer for Watch {
             }
         }
         self.limits.moved = true;
+    }
+
+    fn encoded(&mut self, bytes: usize) {
+        self.exchange.sent += bytes as u64;
+    }
+
+    fn encodes(&mut self) {
+        self.encoded = true;
     }
 
     fn poll_limits(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {

@@ -9,7 +9,6 @@ use super::exchange::Exchange;
 use super::local::LocalReply;
 use super::request::X_UNPROCESSED;
 use crate::config::listener::Direction;
-use crate::config::retry::RetryPolicy;
 use crate::metrics::flags::Flags;
 use crate::upstream::pool::{ConnectError, SendError};
 
@@ -40,15 +39,7 @@ pub(super) enum Failure {
 }
 
 /// The reply when there is no response.
-pub(super) fn final_reply(
-    exchange: &mut Exchange,
-    failure: Option<Failure>,
-    retries: u32,
-    policy: Option<&RetryPolicy>,
-) -> LocalReply {
-    if retries > 0 && policy.is_some_and(|policy| retries >= policy.attempts) {
-        exchange.flags.add(Flags::RETRY_LIMIT);
-    }
+pub(super) fn final_reply(exchange: &mut Exchange, failure: Option<Failure>) -> LocalReply {
     let unavailable =
         |flags, details, text| LocalReply::new(StatusCode::SERVICE_UNAVAILABLE, flags, details, text);
     match failure {

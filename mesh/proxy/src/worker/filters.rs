@@ -16,7 +16,7 @@ mod local_rate_limit;
 pub(super) mod on_demand;
 mod rate_limit;
 
-pub(super) use encode::{encode, encode_waiting, waits};
+pub(super) use encode::{encode, encode_waiting, keep_request, waits};
 pub(super) use jwt::fetch_ahead;
 use local_rate_limit::limit_locally;
 
@@ -27,7 +27,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::request::Parts;
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
 
 use super::body::{Ahead, Inbound};
 use super::exchange::Exchange;
@@ -66,8 +66,9 @@ pub struct PolicyState {
     grpc: Option<(Arc<GrpcStats>, Messages)>,
     /// Its place among those let in at a time.
     place: Option<Place>,
-    /// The request's fields, where a change of the response may name them.
+    /// The request's fields, where a change of the response may name them, and its target where that has changed.
     request: Option<HeaderMap>,
+    uri: Option<Uri>,
     /// What was injected.
     fault: Option<ActiveFault>,
     /// Of which services are told when it has ended.
@@ -300,9 +301,11 @@ pub(super) async fn decode(
                 inject_fault(exchange, fault, routed.cluster_name(), parts).await
             }
             (Kind::Fault(_), _) => Ok(()),
+            // Of routes that answer themselves it says nothing (Envoy's rule).
+            (Kind::Cors(_), _) if !matches!(routed.route.action, Action::Forward(_)) => Ok(()),
             (Kind::Cors(chain), _) => {
-                let cors = cors_of(routed, &filter.name, silent).or(chain.as_ref());
-                cors.map_or(Ok(()), |cors| judge_origin(exchange, cors, parts))
+                let cors = cors_of(routed, &filter.name, silent).or_else(|| chain.clone());
+                cors.map_or(Ok(()), |cors| judge_origin(exchange, &cors, parts))
             }
             (Kind::Rbac(_), Some(Override::Rbac(rules))) => {
                 authorize(conn, exchange, rules.as_deref(), parts)
@@ -439,6 +442,14 @@ fn pass_by(exchange: &mut Exchange, filters: &[Filter], routed: &Routed, parts: 
     }
 }
 
+/// The same for a request that has met no filter at all.
+pub(super) fn pass_by_all(exchange: &mut Exchange, parts: &Parts) {
+    let manager = exchange.conn.manager.clone();
+    if !manager.filters.filters.is_empty() {
+        pass_by(exchange, &manager.filters.filters, &Routed::nobody(), parts);
+    }
+}
+
 /// Notes how much the client wants an encoding.
 fn offer_compression(
     exchange: &mut Exchange,
@@ -469,7 +480,7 @@ fn search_again(conn: &Rc<Downstream>, exchange: &mut Exchange, routed: &mut Rou
     *routed = find_route(conn, parts, metadata(exchange));
     exchange.route = routed.configured();
     choose_target(conn, routed);
-    exchange.routed = routed.existing_cluster();
+    exchange.routed = routed.known_cluster(conn.worker.id, &parts.headers);
 }
 
 /// Reads a request whole before it goes on.
@@ -504,17 +515,20 @@ fn too_large() -> LocalReply {
     )
 }
 
-fn cors_of<'a>(routed: &'a Routed, name: &str, silent: bool) -> Option<&'a Arc<Cors>> {
+/// What all levels say together: of each field the most specific one that says something of it.
+fn cors_of(routed: &Routed, name: &str, silent: bool) -> Option<Arc<Cors>> {
     if silent {
         return None;
     }
-    levels(routed)
+    let mut found = levels(routed)
         .into_iter()
         .flatten()
-        .find_map(|level| match level.get(name) {
+        .filter_map(|level| match level.get(name) {
             Some(Override::Cors(cors)) => Some(cors),
             _ => level.cors.as_ref(),
-        })
+        });
+    let first = found.next()?;
+    Some(found.fold(first.clone(), |all, next| Arc::new(all.or(next))))
 }
 
 fn judge_origin(exchange: &mut Exchange, cors: &Arc<Cors>, parts: &Parts) -> Result<(), LocalReply> {
@@ -620,11 +634,12 @@ fn mutate(
     routed: &Routed,
     parts: &mut Parts,
 ) {
+    let cluster = routed.known_cluster(exchange.conn.worker.id, &parts.headers);
     for mutation in mutations(filter, chain, routed) {
         let scene = RequestScene {
             exchange: &*exchange,
             uri: &parts.uri,
-            cluster: routed.cluster_name(),
+            cluster: cluster.as_deref(),
         };
         mutation.request(&mut parts.headers, &scene);
     }
@@ -656,5 +671,12 @@ pub(super) fn choose_target(conn: &Downstream, routed: &mut Routed) {
         && let Targets::Weighted(_, weights, turn) = &forward.targets
     {
         routed.chosen = Some(weights.pick(turn.next(conn.worker.id)));
+    }
+}
+
+/// Tells which weighted cluster it would have been, for the answer of a filter: nobody's turn is taken.
+pub(super) fn expect_target(conn: &Downstream, routed: &mut Routed) {
+    if routed.chosen.is_none() {
+        routed.chosen = routed.expected(conn.worker.id);
     }
 }

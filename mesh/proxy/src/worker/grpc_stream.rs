@@ -79,17 +79,8 @@ impl GrpcStream {
             .build();
         *request.uri_mut() = uri.map_err(|error| CallError::Broken(name(), error.to_string()))?;
         *request.version_mut() = http::Version::HTTP_2;
-        let lease = host
-            .pool
-            .variant(&options)
-            .acquire(
-                worker,
-                &cluster.slot,
-                &cluster.config,
-                &host.endpoint,
-                Speaking::Http2,
-                &options,
-            )
+        let lease = cluster
+            .lease(worker, &host, Speaking::Http2, &options)
             .await
             .map_err(|error| {
                 cluster.record(&host, Event::LocalFailure);

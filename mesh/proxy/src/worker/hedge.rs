@@ -68,7 +68,7 @@ pub(super) async fn hedged(
             drop(permit);
             match Pin::new(&mut running).next().await {
                 Some((one, result)) => {
-                    return settle(exchange, one, result, &tls, retries, policy);
+                    return settle(exchange, one, result, &tls);
                 }
                 None => return Err(no_healthy_upstream()),
             }
@@ -111,9 +111,9 @@ pub(super) async fn hedged(
                         cluster.observe(&one.host, one.began.elapsed());
                     }
                     let wait = match judge(plan, &one.host, &result) {
-                        None => return settle(exchange, one, result, tls, retries, policy),
+                        None => return settle(exchange, one, result, tls),
                         Some(outcome) if !policy.wants(&outcome) => {
-                            return settle(exchange, one, result, tls, retries, policy);
+                            return settle(exchange, one, result, tls);
                         }
                         Some(outcome) => asked_wait(policy, &outcome),
                     };
@@ -122,17 +122,17 @@ pub(super) async fn hedged(
                     }
                     let replayable = source.is_none_or(|source| source.borrow().can_replay());
                     if !may_retry || !replayable {
-                        plan.note(if may_retry {
-                            ClusterEvent::RetryAbandoned
+                        if may_retry {
+                            plan.note(ClusterEvent::RetryAbandoned);
                         } else {
-                            ClusterEvent::RetryLimit
-                        });
-                        exchange.flags.add(Flags::RETRY_LIMIT);
-                        return settle(exchange, one, result, tls, retries, policy);
+                            plan.note(ClusterEvent::RetryLimit);
+                            exchange.flags.add(Flags::RETRY_LIMIT);
+                        }
+                        return settle(exchange, one, result, tls);
                     }
                     let Some(taken) = take_retry_permit(plan) else {
                         exchange.flags.add(Flags::UPSTREAM_OVERFLOW);
-                        return settle(exchange, one, result, tls, retries, policy);
+                        return settle(exchange, one, result, tls);
                     };
                     permit = Some(taken);
                     break Some(wait.unwrap_or_else(|| policy.back_off(retries + 1, random::next())));
@@ -177,8 +177,6 @@ fn settle(
         Failure,
     >,
     tls: &RefCell<Option<std::sync::Arc<crate::tls::info::ConnectionTls>>>,
-    retries: u32,
-    policy: &crate::config::retry::RetryPolicy,
 ) -> Result<Success, LocalReply> {
     drop(one.permit);
     exchange.host = Some(one.host);
@@ -189,7 +187,7 @@ fn settle(
         }
         Err(failure) => {
             exchange.upstream_tls = tls.borrow().clone();
-            Err(final_reply(exchange, Some(failure), retries, Some(policy)))
+            Err(final_reply(exchange, Some(failure)))
         }
     }
 }

@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use http::{HeaderMap, HeaderValue, Version, header};
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Notify;
 
 use super::alarm::Alarms;
+use super::io::Io;
 use super::{DrainPhase, Worker, http1, http2};
 use crate::config::hcm::{HttpManager, ServerHeader};
 use crate::config::listener::{Direction, FilterChain};
@@ -248,29 +248,55 @@ pub(super) fn next_connection() -> u64 {
     CONNECTIONS.fetch_add(1, Ordering::Relaxed)
 }
 
-/// Serves a connection to its end. `prefix` was read from it already; `http2` is what these bytes said.
-pub async fn serve<S>(
-    worker: Rc<Worker>,
-    stream: S,
-    prefix: Vec<u8>,
-    http2: bool,
-    chain: Arc<FilterChain>,
-    manager: Arc<HttpManager>,
-    direction: Direction,
-    addresses: Addresses,
-    tls: Option<Arc<ConnectionTls>>,
-    server_name: Option<Box<str>>,
-    state: FilterState,
-) where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
+/// A connection that speaks HTTP, about to be served.
+pub(super) struct Connection {
+    /// The worker.
+    pub worker: Rc<Worker>,
+    /// Its bytes.
+    pub stream: Io,
+    /// Bytes that were read from it already.
+    pub prefix: Vec<u8>,
+    /// Whether it speaks HTTP/2.
+    pub http2: bool,
+    /// The filter chain.
+    pub chain: Arc<FilterChain>,
+    /// The connection manager.
+    pub manager: Arc<HttpManager>,
+    /// Side.
+    pub direction: Direction,
+    /// Who is connected with whom.
+    pub addresses: Addresses,
+    /// TLS, where the connection has it and we end it.
+    pub tls: Option<Arc<ConnectionTls>>,
+    /// Server name of the TLS handshake, ours or one that we looked into.
+    pub server_name: Option<Box<str>>,
+    /// What network filters have set.
+    pub state: FilterState,
+}
+
+/// Serves a connection to its end.
+pub(super) async fn serve(connection: Connection) {
+    let Connection {
+        worker,
+        stream,
+        prefix,
+        http2,
+        chain,
+        manager,
+        direction,
+        addresses,
+        tls,
+        server_name,
+        state,
+    } = connection;
     let gate = Arc::new(Gate::counting(manager.traffic.bytes(worker.id)));
     let limits = (!http2).then_some(HeadLimits {
         bytes: manager.max_head,
         fields: manager.max_header_count,
     });
     let scanner = limits.map(|limits| Scanner::new(limits).allowing_connect(manager.connect));
-    let io = StrictIo::with(stream, prefix, scanner, gate.clone());
+    let mut io = StrictIo::with(stream, prefix, scanner, gate.clone());
+    io.limit_heads(manager.headers_timeout);
     let now = Instant::now();
     let mut counted = manager.traffic.open(worker.id);
     manager.traffic.speaks(&mut counted, http2, tls.is_some());

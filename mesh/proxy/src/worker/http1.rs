@@ -50,7 +50,8 @@ where
     builder
         .timer(TokioTimer::new())
         .max_buf_size((conn.manager.max_head + 4096).max(8192))
-        .header_read_timeout(conn.manager.headers_timeout);
+        // Heads come whole, or not at all: see `hygiene::strict`.
+        .header_read_timeout(None);
     if conn.manager.max_header_count != HYPERS_FIELDS {
         builder.max_headers(conn.manager.max_header_count);
     }
@@ -69,12 +70,7 @@ where
         let end = tokio::select! {
             biased;
             // An error means that the client broke off or broke the protocol; its requests have been recorded.
-            outcome = &mut connection => {
-                if outcome.is_err_and(|error| error.is_timeout()) {
-                    conn.note(HttpEvent::RqHeaderTimeout);
-                }
-                return None;
-            }
+            _ = &mut connection => return None,
             end = Seldom::new(wait_for_end(&conn, may_park)) => end,
         };
         match end {

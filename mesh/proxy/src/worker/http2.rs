@@ -36,6 +36,7 @@ use super::streams::{Pump, Received, TunnelIo, content_length, strip};
 use super::tunnel::Later;
 use crate::hygiene::strict::StrictIo;
 use crate::metrics::events::HttpEvent;
+use crate::stream::last_words::{Ending, LastWords};
 use crate::stream::linger::Lingering;
 
 /// Largest frame that is taken.
@@ -65,7 +66,9 @@ where
     if conn.manager.extended_connect {
         builder.enable_connect_protocol();
     }
-    let mut handshake = pin!(builder.handshake::<_, Bytes>(Lingering::new(io)));
+    let ending = Ending::default();
+    let io = LastWords::new(Lingering::new(io), ending.clone());
+    let mut handshake = pin!(builder.handshake::<_, Bytes>(io));
     let mut finishing = false;
     let mut connection = loop {
         tokio::select! {
@@ -80,13 +83,14 @@ where
             },
         }
     };
+    ending.hold();
     if finishing {
         connection.graceful_shutdown();
     }
     loop {
         tokio::select! {
             biased;
-            () = accept(&conn, &mut connection) => return,
+            () = accept(&conn, &mut connection, &ending) => return,
             end = Seldom::new(wait_for_end(&conn, false)) => match end {
                 End::Finish => connection.graceful_shutdown(),
                 End::Abort | End::Park => return,
@@ -95,15 +99,20 @@ where
     }
 }
 
-/// Accepts streams until the connection has ended. An error means that the client broke off or broke the protocol; its
-/// requests have been recorded.
-async fn accept<S>(conn: &Rc<Downstream>, connection: &mut Connection<Lingering<StrictIo<S>>, Bytes>)
-where
+/// Accepts streams until the connection has ended: those that came before its end as well, each of which may be the client's
+/// last word. An error means that the client broke off or broke the protocol; its requests have been recorded.
+async fn accept<S>(
+    conn: &Rc<Downstream>,
+    connection: &mut Connection<LastWords<Lingering<StrictIo<S>>>, Bytes>,
+    ending: &Ending,
+) where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     poll_fn(|cx| {
         loop {
             match connection.poll_accept(cx) {
+                // Nothing more is to be taken; if the end has come, the connection learns it now.
+                Poll::Pending if ending.release() => {}
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(None) => return Poll::Ready(()),
                 Poll::Ready(Some(Err(error))) => {

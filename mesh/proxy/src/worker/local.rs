@@ -92,6 +92,18 @@ impl LocalReply {
         reply
     }
 
+    /// To a client whose request's head did not come to its end in time. No flag tells it (Envoy).
+    pub fn of_late_head() -> Self {
+        let mut reply = Self::new(
+            StatusCode::REQUEST_TIMEOUT,
+            Flags::default(),
+            "request_header_timeout",
+            "request header timeout",
+        );
+        reply.close = true;
+        reply
+    }
+
     /// Turns it into a response and records the exchange. gRPC clients get a gRPC status in a 200 response. One that a
     /// service must see first is left in the exchange's outbox, and what is returned goes nowhere.
     pub fn send(self, mut exchange: Box<Exchange>) -> Response<Body> {
@@ -137,6 +149,7 @@ impl LocalReply {
         match &*self.details {
             "request_payload_too_large" => conn.note(HttpEvent::RqTooLarge),
             "stream_idle_timeout" => conn.note(HttpEvent::RqIdleTimeout),
+            "request_header_timeout" => conn.note(HttpEvent::RqHeaderTimeout),
             "max_duration_timeout" => conn.note(HttpEvent::RqMaxDuration),
             _ => {}
         }
@@ -149,6 +162,7 @@ impl LocalReply {
             headers.insert("grpc-status", HeaderValue::from(status));
             if let Ok(message) = HeaderValue::from_bytes(&body)
                 && !body.is_empty()
+                && exchange.method != http::Method::HEAD
             {
                 headers.insert("grpc-message", message);
             }

@@ -74,6 +74,7 @@ pub(super) fn keep_sent(exchange: &mut Exchange, parts: &Parts) {
     if logs.wants.looks_at_requests()
         || changed_path(exchange, &parts.uri).is_some()
         || changed_authority(exchange, &parts.headers).is_some()
+        || exchange.log.is_some()
     {
         let mut state = exchange.log.take().unwrap_or_default();
         keep(&logs.wants, exchange, &view(parts), &parts.uri, &mut state);
@@ -83,12 +84,8 @@ pub(super) fn keep_sent(exchange: &mut Exchange, parts: &Parts) {
 
 fn keep(wants: &Wants, exchange: &Exchange, request: &RequestView<'_>, uri: &Uri, state: &mut LogState) {
     wants.keep_request(request, &mut state.kept);
-    if let Some(path) = changed_path(exchange, uri) {
-        state.kept.path = Some(path.as_str().into());
-    }
-    if let Some(authority) = changed_authority(exchange, request.headers) {
-        state.kept.authority = Some(authority.into());
-    }
+    state.kept.path = changed_path(exchange, uri).map(|path| path.as_str().into());
+    state.kept.authority = changed_authority(exchange, request.headers).map(Into::into);
 }
 
 /// The authority, where it is no longer what the client sent.
@@ -230,8 +227,15 @@ fn record_after<T>(
         request,
         response: exchange.answered.map(since),
         kept: &state.kept,
-        method: exchange.method.as_str(),
-        path: exchange.uri.path_and_query().map_or("/", |path| path.as_str()),
+        method: if exchange.headless {
+            ""
+        } else {
+            exchange.method.as_str()
+        },
+        path: match exchange.uri.path_and_query() {
+            _ if exchange.headless => "",
+            path => path.map_or("/", |path| path.as_str()),
+        },
         authority: authority.as_deref().unwrap_or(""),
         scheme: exchange.uri.scheme_str().unwrap_or("http"),
         protocol: protocol_text(exchange.version),

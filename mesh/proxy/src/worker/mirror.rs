@@ -10,12 +10,11 @@ use http::{HeaderValue, Request, Uri, header};
 use super::Worker;
 use super::body::{RequestSource, UpstreamBody};
 use super::http::Downstream;
-use crate::config::cluster::UpstreamHttp;
 use crate::config::route::Forward;
 use crate::random;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::{Active, Host, WorkerCluster};
-use crate::upstream::connect::{ConnectOptions, Speaking};
+use crate::upstream::connect::ConnectOptions;
 
 /// Sends copies, without waiting for what becomes of them. A body is copied if it has been read whole and fits the
 /// buffer; otherwise nothing is mirrored.
@@ -83,28 +82,13 @@ async fn send_mirror(
     host: &Host,
     mut request: Request<UpstreamBody>,
 ) -> Option<()> {
-    let speaking = match cluster.config.http {
-        UpstreamHttp::Http2 => Speaking::Http2,
-        UpstreamHttp::Auto => Speaking::Either,
-        UpstreamHttp::Http1 | UpstreamHttp::Downstream => Speaking::Http1,
-    };
+    let speaking = cluster.config.http.for_own_requests();
     // Nobody's client in particular: a mirror is the proxy's own request.
     let options = ConnectOptions {
         server_name: cluster.config.request_server_name(request.headers()),
         ..ConnectOptions::default()
     };
-    let pool = host.pool.variant(&options);
-    let lease = pool
-        .acquire(
-            worker,
-            &cluster.slot,
-            &cluster.config,
-            &host.endpoint,
-            speaking,
-            &options,
-        )
-        .await;
-    let mut lease = lease.ok()?;
+    let mut lease = cluster.lease(worker, host, speaking, &options).await.ok()?;
     if lease.is_http2() {
         let authority = request.headers_mut().remove(header::HOST)?;
         let path = request.uri().path_and_query()?.clone();

@@ -3,6 +3,7 @@
 
 pub mod accept;
 mod alarm;
+mod answer;
 mod attempts;
 pub mod body;
 pub mod call;

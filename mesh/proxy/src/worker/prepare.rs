@@ -1,14 +1,18 @@
 //! What a request becomes before it is sent on.
 
+use std::borrow::Cow;
+
 use http::request::Parts;
-use http::{HeaderName, HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 
 use super::exchange::Exchange;
 use super::local::LocalReply;
 use super::request::{PEER_METADATA, PEER_METADATA_ID, Routed};
 use super::scene::RequestScene;
+use crate::config::headers::HeaderOps;
 use crate::config::listener::Direction;
-use crate::config::route::{Forward, HostRewrite, Target};
+use crate::config::route::{Forward, HostRewrite, Rewrite, Route, Target};
+use crate::hygiene::fields::append;
 use crate::metrics::flags::Flags;
 
 static X_ORIGINAL_PATH: HeaderName = HeaderName::from_static("x-envoy-original-path");
@@ -24,66 +28,60 @@ pub(super) fn prepare(
     parts: &mut Parts,
 ) -> Result<(), LocalReply> {
     let conn = &exchange.conn;
-    let levels = routed.header_levels(
-        target.map(|target| &target.request_headers),
-        |route, host, table| {
-            [
-                &route.request_headers,
-                &host.request_headers,
-                &table.request_headers,
-            ]
-        },
-    );
-    for ops in levels {
+    let apply = |ops: &HeaderOps, parts: &mut Parts| {
         let scene = RequestScene {
             exchange,
             uri: &parts.uri,
-            cluster: "",
+            cluster: None,
         };
         ops.apply(&mut parts.headers, &scene);
+    };
+    // The weighted cluster comes first, and what it does is what the route and the levels above find.
+    if let Some(target) = target {
+        apply(&target.request_headers, parts);
+        if let Some(new) = &target.host_rewrite {
+            parts.headers.insert(header::HOST, new.clone());
+        }
     }
-    let new_host =
-        target
-            .and_then(|target| target.host_rewrite.clone())
-            .or_else(|| match &forward.host_rewrite {
-                None | Some(HostRewrite::Auto) => None,
-                Some(HostRewrite::Literal(value)) => Some(value.clone()),
-                Some(HostRewrite::Header(name)) => {
-                    parts.headers.get(name).filter(|value| !value.is_empty()).cloned()
-                }
-                Some(HostRewrite::PathRegex(regex, with)) => {
-                    HeaderValue::from_str(&regex.replace_all(parts.uri.path(), &**with)).ok()
-                }
-            });
+    let levels = routed.header_levels(None, |route, host, table| {
+        [
+            &route.request_headers,
+            &host.request_headers,
+            &table.request_headers,
+        ]
+    });
+    for ops in levels {
+        apply(ops, parts);
+    }
+    let new_host = match &forward.host_rewrite {
+        None | Some(HostRewrite::Auto) => None,
+        Some(HostRewrite::Literal(value)) => Some(value.clone()),
+        Some(HostRewrite::Header(name)) => parts.headers.get(name).filter(|value| !value.is_empty()).cloned(),
+        Some(HostRewrite::PathRegex(regex, with)) => {
+            HeaderValue::from_str(&regex.replace_all(parts.uri.path(), &**with)).ok()
+        }
+    };
     if let Some(new) = new_host {
         if let Some(old) = parts.headers.get(header::HOST).cloned() {
             if forward.append_forwarded_host {
-                parts.headers.append(X_FORWARDED_HOST.clone(), old.clone());
+                append_forwarded_host(&mut parts.headers, &old);
             }
             parts.headers.insert(X_ORIGINAL_HOST.clone(), old);
         }
         parts.headers.insert(header::HOST, new);
     }
     // A plain CONNECT has no path.
-    if let Some(rewrite) = forward.rewrite.as_ref().filter(|_| !parts.uri.path().is_empty()) {
-        let path = routed.route.rewritten(rewrite, parts.uri.path());
-        let target = match parts.uri.query() {
-            Some(query) => format!("{path}?{query}"),
-            None => path.into_owned(),
-        };
-        if let Ok(original) =
-            HeaderValue::from_str(parts.uri.path_and_query().map_or("/", |path| path.as_str()))
-        {
-            parts.headers.insert(X_ORIGINAL_PATH.clone(), original);
-        }
-        parts.uri = target.parse().map_err(|_| {
-            LocalReply::new(
+    if let Some(rewrite) = forward.rewrite.as_ref().filter(|_| !parts.uri.path().is_empty())
+        && let Some(target) = rewritten_target(&routed.route, rewrite, parts)
+    {
+        if !set_target(parts, &target) {
+            return Err(LocalReply::new(
                 StatusCode::BAD_REQUEST,
                 Flags::DOWNSTREAM_PROTOCOL_ERROR,
                 "path_rewrite_failed",
                 "",
-            )
-        })?;
+            ));
+        }
     }
     if conn.manager.metadata_exchange && conn.direction != Direction::Inbound {
         parts
@@ -98,4 +96,50 @@ pub(super) fn prepare(
         parts.headers.remove(header::EXPECT);
     }
     Ok(())
+}
+
+/// Adds to the hosts that a request was for before, unless this one is the last of them already.
+fn append_forwarded_host(headers: &mut HeaderMap, host: &HeaderValue) {
+    let known = headers.get_all(&X_FORWARDED_HOST).iter().next_back();
+    let last = known.and_then(|value| value.as_bytes().rsplit(|byte| *byte == b',').next());
+    if last.is_none_or(|last| last.trim_ascii() != host.as_bytes()) {
+        append(headers, &X_FORWARDED_HOST, host.clone(), false);
+    }
+}
+
+/// Path and query after `rewrite`, as a text. What they were is kept in `x-envoy-original-path`. Nothing happens where
+/// nothing would be left of the path (Envoy).
+pub(super) fn rewritten_target(route: &Route, rewrite: &Rewrite, parts: &mut Parts) -> Option<String> {
+    let path = route.rewritten(rewrite, parts.uri.path());
+    if path.is_empty() {
+        return None;
+    }
+    let original = parts.uri.path_and_query().map_or("/", |path| path.as_str());
+    if let Ok(original) = HeaderValue::from_str(original) {
+        parts.headers.insert(X_ORIGINAL_PATH.clone(), original);
+    }
+    Some(match parts.uri.query() {
+        Some(query) => format!("{path}?{query}"),
+        None => path.into_owned(),
+    })
+}
+
+/// Gives a request this path and query; `false` where they are none. A number sign is escaped: what follows it would be no
+/// part of the target (RFC 9112 section 3.2).
+pub(super) fn set_target(parts: &mut Parts, target: &str) -> bool {
+    let escaped = if target.contains('#') {
+        Cow::Owned(target.replace('#', "%23"))
+    } else {
+        Cow::Borrowed(target)
+    };
+    if !escaped.starts_with('/') {
+        return false;
+    }
+    match escaped.parse() {
+        Ok(uri) => {
+            parts.uri = uri;
+            true
+        }
+        Err(_) => false,
+    }
 }

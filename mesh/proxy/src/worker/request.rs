@@ -8,6 +8,7 @@ use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Uri, Version, header};
 use http_body::Body as _;
 
+use super::answer::answer;
 use super::body::Inbound;
 use super::exchange::Exchange;
 use super::filters;
@@ -16,7 +17,6 @@ use super::incoming::Incoming;
 use super::interim::Waiting;
 use super::local::{Body, LocalReply};
 use super::logging;
-use super::scene::ResponseScene;
 use super::spans;
 use super::tap;
 use super::tunnel::{self, Tunnel};
@@ -25,10 +25,11 @@ use crate::config::headers::{HeaderOps, Scene};
 use crate::config::listener::Direction;
 use crate::config::matchers::RequestView;
 use crate::config::route::{Action, Route, RouteFacts, Target, TargetCluster, Targets, VirtualHost, is_grpc};
+use crate::config::slot::Directory;
 use crate::config::table::RouteTable;
-use crate::hygiene::fields::{Present, never_again};
+use crate::hygiene::fields::{Present, join_repeated, never_again};
 use crate::hygiene::path::{Normalized, normalize};
-use crate::hygiene::scan::valid_host;
+use crate::hygiene::scan::{Violation, valid_host};
 use crate::metrics::events::HttpEvent;
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{METADATA_HEADER, METADATA_ID_HEADER};
@@ -87,7 +88,7 @@ static INSTEAD: LazyLock<Instead> = LazyLock::new(|| Instead {
 
 impl Routed {
     /// For a request that nobody answers: filters see it all the same, then it gets its 404.
-    fn nobody() -> Self {
+    pub(super) fn nobody() -> Self {
         Self::without_route(&INSTEAD.nobody)
     }
 
@@ -141,6 +142,17 @@ impl Routed {
         }
     }
 
+    /// The weighted cluster whose turn it would be.
+    pub(super) fn expected(&self, worker: usize) -> Option<usize> {
+        match &self.route.action {
+            Action::Forward(forward) => match &forward.targets {
+                Targets::Weighted(_, weights, turn) => Some(weights.pick(turn.peek(worker))),
+                Targets::One(_) | Targets::Named(..) | Targets::Empty => None,
+            },
+            Action::Redirect(_) | Action::Direct(_) | Action::Nobody | Action::Tls => None,
+        }
+    }
+
     /// What the levels of the configuration do to fields, in the order in which they do it: the weighted cluster first, and
     /// whoever has the last word last (Envoy).
     pub(super) fn header_levels<'a>(
@@ -175,18 +187,26 @@ impl Routed {
         }
     }
 
-    /// The cluster, where it is known by now and there is one.
-    pub(super) fn existing_cluster(&self) -> Option<Arc<str>> {
-        let slot = match (self.target(), &self.route.action) {
-            (Some(target), _) => match &target.cluster {
-                TargetCluster::Fixed(slot) => slot,
-                TargetCluster::Named(..) => return None,
-            },
-            (None, Action::Forward(forward)) => match &forward.targets {
-                Targets::One(slot) => slot,
-                Targets::Weighted(..) | Targets::Named(..) | Targets::Empty => return None,
-            },
-            (None, Action::Redirect(_) | Action::Direct(_) | Action::Nobody | Action::Tls) => return None,
+    /// The cluster that the request would go to as things are, if there is that cluster.
+    pub(super) fn known_cluster(&self, worker: usize, headers: &HeaderMap) -> Option<Arc<str>> {
+        let Action::Forward(forward) = &self.route.action else {
+            return None;
+        };
+        let named = |field: &HeaderName, directory: &Directory| {
+            let slot = directory.find(headers.get(field)?.to_str().ok()?)?;
+            slot.exists().then(|| slot.name.clone())
+        };
+        let slot = match &forward.targets {
+            Targets::One(slot) => slot,
+            Targets::Weighted(targets, ..) => {
+                let index = self.chosen.or_else(|| self.expected(worker))?;
+                match &targets.get(index)?.cluster {
+                    TargetCluster::Fixed(slot) => slot,
+                    TargetCluster::Named(field, directory) => return named(field, directory),
+                }
+            }
+            Targets::Named(field, directory) => return named(field, directory),
+            Targets::Empty => return None,
         };
         slot.exists().then(|| slot.name.clone())
     }
@@ -215,14 +235,15 @@ pub(super) async fn handle(
     exchange.interims = interims;
     exchange.grpc = is_grpc(&parts.headers);
     exchange.unread = !incoming.is_end_stream();
+    join_repeated(&mut parts.headers, false);
     let present = Present::of(&parts.headers);
     if let Err(reply) = admit(&conn, &mut exchange, &mut parts) {
         conn.worker.recorder.counters().refused_requests.add(1);
-        return Ok(reply.send(exchange));
+        return Ok(turn_away(exchange, &parts, present, reply).await);
     }
     let tunnel = match tunnel::take(&conn, &mut parts, present) {
         Ok(tunnel) => tunnel,
-        Err(reply) => return Ok(reply.send(exchange)),
+        Err(reply) => return Ok(turn_away(exchange, &parts, present, reply).await),
     };
     if conn
         .worker
@@ -238,7 +259,7 @@ pub(super) async fn handle(
             "overload",
             "envoy overloaded",
         );
-        return Ok(reply.send(exchange));
+        return Ok(turn_away(exchange, &parts, present, reply).await);
     }
     identify(&conn, &mut exchange, &mut parts, present);
     tap::arrive(&mut exchange, &conn.worker.shared.tap, &parts);
@@ -263,6 +284,26 @@ pub(super) async fn handle(
     })
 }
 
+/// Answers a request that never gets as far as to a route: it is logged like others, and filters see the answer.
+async fn turn_away(
+    mut exchange: Box<Exchange>,
+    parts: &Parts,
+    present: Present,
+    reply: LocalReply,
+) -> Response<Body> {
+    exchange.request_id = parts.headers.get(&X_REQUEST_ID).cloned();
+    logging::keep_request(&mut exchange, parts, present);
+    filters::pass_by_all(&mut exchange, parts);
+    filters::keep_request(&mut exchange, parts);
+    let outbox = filters::outbox(&exchange);
+    let response = reply.send(exchange);
+    match outbox.and_then(|outbox| outbox.take()) {
+        None => response,
+        // Boxed: seldom.
+        Some((exchange, reply)) => Box::pin(reply.send_waiting(exchange)).await,
+    }
+}
+
 /// The hygiene rules that need a parsed head: target forms, authority, path.
 fn admit(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) -> Result<(), LocalReply> {
     let refuse = |status: StatusCode, details| {
@@ -271,6 +312,10 @@ fn admit(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) -> Resul
         reply
     };
     if let Some(violation) = conn.gate.violation(conn.request_number()) {
+        exchange.headless = true;
+        if violation == Violation::Unfinished {
+            return Err(LocalReply::of_late_head());
+        }
         conn.note(HttpEvent::CxProtocolError);
         let status = StatusCode::from_u16(violation.status()).unwrap_or(StatusCode::BAD_REQUEST);
         return Err(refuse(status, violation.details()));
@@ -310,6 +355,8 @@ fn admit(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) -> Resul
     {
         return Err(bad("invalid_authority"));
     }
+    exchange.authority = parts.headers.get(header::HOST).cloned();
+    normalize_target(conn, exchange.grpc, parts)?;
     if conn.manager.strip_port
         && let Some(host) = parts
             .headers
@@ -320,23 +367,15 @@ fn admit(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) -> Resul
         if stripped.len() < host.len()
             && let Ok(value) = HeaderValue::from_str(stripped)
         {
+            exchange.authority = Some(value.clone());
             parts.headers.insert(header::HOST, value);
         }
     }
-    exchange.authority = parts.headers.get(header::HOST).cloned();
-    normalize_target(conn, parts)
+    Ok(())
 }
 
 /// Makes the target origin-form with a normalised path.
-fn normalize_target(conn: &Downstream, parts: &mut Parts) -> Result<(), LocalReply> {
-    let refused = |details| {
-        LocalReply::new(
-            StatusCode::BAD_REQUEST,
-            Flags::DOWNSTREAM_PROTOCOL_ERROR,
-            details,
-            "",
-        )
-    };
+fn normalize_target(conn: &Downstream, grpc: bool, parts: &mut Parts) -> Result<(), LocalReply> {
     let path = parts.uri.path();
     if path.is_empty() && parts.method == Method::CONNECT {
         return Ok(());
@@ -345,53 +384,80 @@ fn normalize_target(conn: &Downstream, parts: &mut Parts) -> Result<(), LocalRep
         return if parts.method == Method::OPTIONS {
             Ok(())
         } else {
-            Err(refused("invalid_path"))
+            Err(LocalReply::new(
+                StatusCode::BAD_REQUEST,
+                Flags::DOWNSTREAM_PROTOCOL_ERROR,
+                "invalid_path",
+                "",
+            ))
         };
     }
     let manager = &conn.manager;
-    let normalized = match normalize(
+    let normalized = normalize(
         path,
         manager.normalize_path,
         manager.merge_slashes,
         manager.escaped_slashes,
-    ) {
-        Normalized::Refused => {
-            conn.note(HttpEvent::RqPathRefused);
-            return Err(refused("path_normalization_failed"));
-        }
-        Normalized::Redirect(path) => {
+    );
+    let with_query = |path: &str, parts: &Parts| match parts.uri.query() {
+        Some(query) => format!("{path}?{query}"),
+        None => path.to_owned(),
+    };
+    let invalid = |details| {
+        LocalReply::new(
+            StatusCode::BAD_REQUEST,
+            Flags::DOWNSTREAM_PROTOCOL_ERROR,
+            details,
+            "",
+        )
+    };
+    let target = match &normalized {
+        // Callers by gRPC follow no redirects.
+        Normalized::Redirect(path) if !grpc => {
             conn.note(HttpEvent::RqPathRedirected);
+            let target = with_query(path, parts);
+            let location = HeaderValue::from_str(&target);
+            let location = location.map_err(|_| invalid("path_normalization_failed"))?;
+            parts.uri = target.parse().map_err(|_| invalid("path_normalization_failed"))?;
             let mut reply = LocalReply::new(
                 StatusCode::TEMPORARY_REDIRECT,
                 Flags::default(),
-                "path_normalized",
+                "path_normalization_failed",
                 "",
             );
-            let location = match parts.uri.query() {
-                Some(query) => HeaderValue::from_str(&format!("{path}?{query}")),
-                None => HeaderValue::from_str(&path),
-            };
-            let location = location.map_err(|_| refused("path_normalization_failed"))?;
             reply.headers.insert(header::LOCATION, location);
             return Err(reply);
         }
-        Normalized::Path(std::borrow::Cow::Borrowed(_)) => None,
-        Normalized::Path(std::borrow::Cow::Owned(path)) => Some(path),
-    };
-    let target = match normalized {
-        Some(path) => match parts.uri.query() {
-            Some(query) => format!("{path}?{query}").parse(),
-            None => path.parse(),
-        },
+        Normalized::Redirect(_) | Normalized::Refused(_) => {
+            conn.note(HttpEvent::RqPathRefused);
+            let seen = match &normalized {
+                Normalized::Redirect(path) => with_query(path, parts),
+                Normalized::Path(path) | Normalized::Refused(path) => with_query(path, parts),
+            };
+            if let Ok(uri) = seen.parse() {
+                parts.uri = uri;
+            }
+            return Err(LocalReply::new(
+                StatusCode::BAD_REQUEST,
+                Flags::default(),
+                "path_normalization_failed",
+                "",
+            ));
+        }
+        Normalized::Path(std::borrow::Cow::Owned(path)) => with_query(path, parts).parse(),
         // Already origin-form, the usual case for HTTP/1: nothing is rebuilt.
-        None if parts.uri.authority().is_none() && parts.uri.scheme().is_none() => return Ok(()),
-        None => Ok(parts
+        Normalized::Path(std::borrow::Cow::Borrowed(_))
+            if parts.uri.authority().is_none() && parts.uri.scheme().is_none() =>
+        {
+            return Ok(());
+        }
+        Normalized::Path(std::borrow::Cow::Borrowed(_)) => Ok(parts
             .uri
             .path_and_query()
             .cloned()
             .unwrap_or_else(|| PathAndQuery::from_static("/"))),
     };
-    parts.uri = target.map(Uri::from).map_err(|_| refused("invalid_path"))?;
+    parts.uri = target.map(Uri::from).map_err(|_| invalid("invalid_path"))?;
     Ok(())
 }
 
@@ -539,13 +605,19 @@ async fn route(
     if !conn.manager.filters.filters.is_empty() {
         filters::choose_target(&conn, &mut routed);
         if conn.manager.logs.is_some() {
-            exchange.routed = routed.existing_cluster();
+            exchange.routed = routed.known_cluster(conn.worker.id, &parts.headers);
         }
         let passed = filters::decode(&conn, &mut exchange, &mut routed, &mut parts, &mut body).await;
         exchange.unread = body.as_ref().is_some_and(|body| !body.is_whole());
         *outbox = filters::outbox(&exchange);
+        filters::keep_request(&mut exchange, &parts);
         if let Err(reply) = passed {
             conn.decide_upgrade(false);
+            logging::keep_sent(&mut exchange, &parts);
+            filters::expect_target(&conn, &mut routed);
+            if conn.manager.logs.is_some() {
+                exchange.routed = routed.known_cluster(conn.worker.id, &parts.headers);
+            }
             // What a route that forwards does to responses is done to those of filters as well, but not to what CORS says.
             return Err(match &routed.route.action {
                 Action::Forward(_) if reply.details != "cors_preflight" => {
@@ -556,47 +628,17 @@ async fn route(
         }
     }
     conn.manager.traffic.routed(conn.worker.id);
-    let response = match &routed.route.action {
-        Action::Nobody => {
-            conn.note(HttpEvent::NoRoute);
-            LocalReply::new(StatusCode::NOT_FOUND, Flags::NO_ROUTE, "route_not_found", "").send(exchange)
-        }
-        Action::Tls => {
-            conn.note(HttpEvent::DirectResponse);
-            let location = format!("https://{}{}", view(&parts).authority(), parts.uri);
-            redirect(
-                exchange,
-                &routed,
-                &parts,
-                StatusCode::MOVED_PERMANENTLY,
-                &location,
-            )
-        }
-        Action::Direct(direct) => {
-            conn.note(HttpEvent::DirectResponse);
-            let mut reply = LocalReply::new(direct.status, Flags::default(), "direct_response", "");
-            reply.body = direct.body.clone();
-            reply.foretell(&mut exchange);
-            routed.mutate_response(&mut reply.headers, None, &ResponseScene::of(&exchange, &parts));
-            reply.send(exchange)
-        }
-        Action::Redirect(action) => {
-            let location = routed.route.location(action, &view(&parts));
-            conn.note(HttpEvent::DirectResponse);
-            redirect(exchange, &routed, &parts, action.status, &location)
-        }
-        Action::Forward(_) => {
-            return Ok(Onward {
-                exchange,
-                routed,
-                parts,
-                body,
-                tunnel,
-            });
-        }
-    };
+    if let Action::Forward(_) = &routed.route.action {
+        return Ok(Onward {
+            exchange,
+            routed,
+            parts,
+            body,
+            tunnel,
+        });
+    }
     conn.decide_upgrade(false);
-    Err(response)
+    Err(answer(exchange, &routed, &mut parts))
 }
 
 impl Routed {
@@ -608,29 +650,6 @@ impl Routed {
             chosen: self.chosen,
         }
     }
-}
-
-fn redirect(
-    mut exchange: Box<Exchange>,
-    routed: &Routed,
-    parts: &Parts,
-    status: StatusCode,
-    location: &str,
-) -> Response<Body> {
-    let Ok(location) = HeaderValue::from_str(location) else {
-        return LocalReply::new(
-            StatusCode::BAD_REQUEST,
-            Flags::DOWNSTREAM_PROTOCOL_ERROR,
-            "invalid_path",
-            "",
-        )
-        .send(exchange);
-    };
-    let mut reply = LocalReply::new(status, Flags::default(), "direct_response", "");
-    reply.headers.insert(header::LOCATION, location);
-    reply.foretell(&mut exchange);
-    routed.mutate_response(&mut reply.headers, None, &ResponseScene::of(&exchange, parts));
-    reply.send(exchange)
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use super::scene::ResponseScene;
 use super::upstream::Plan;
 use crate::config::listener::Direction;
 use crate::config::route::Target;
-use crate::hygiene::fields::{Present, strip_present};
+use crate::hygiene::fields::{Present, join_repeated, strip_present};
 use crate::metrics::flags::Flags;
 use crate::policy::compressor::Encoder;
 use crate::upstream::cluster::Active;
@@ -84,6 +84,7 @@ impl<'a> Answer<'a> {
         }
         let present = Present::of(&head.headers);
         strip_present(&mut head.headers, present);
+        join_repeated(&mut head.headers, true);
         if present.has(Present::PEER) {
             head.headers.remove(&PEER_METADATA);
             head.headers.remove(&PEER_METADATA_ID);

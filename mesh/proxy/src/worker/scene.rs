@@ -7,6 +7,7 @@ use super::exchange::Exchange;
 use super::logging::{self, LogState};
 use crate::config::headers::Scene;
 use crate::config::matchers::RequestView;
+use crate::metrics::flags::Flags;
 use crate::observe::record::{Record, Wants};
 
 /// A request whose fields are being changed.
@@ -16,7 +17,7 @@ pub(super) struct RequestScene<'a> {
     /// Path and query as they are now.
     pub uri: &'a Uri,
     /// The cluster, where the exchange does not know it yet.
-    pub cluster: &'a str,
+    pub cluster: Option<&'a str>,
 }
 
 /// A response whose fields are being changed.
@@ -27,8 +28,6 @@ pub(super) struct ResponseScene<'a> {
     pub request: &'a HeaderMap,
     /// Path and query of the request as they are now.
     pub uri: &'a Uri,
-    /// The cluster, where the exchange does not know it yet.
-    pub cluster: &'a str,
 }
 
 impl<'a> ResponseScene<'a> {
@@ -38,16 +37,15 @@ impl<'a> ResponseScene<'a> {
             exchange,
             request: &parts.headers,
             uri: &parts.uri,
-            cluster: "",
         }
     }
 }
 
-fn show(exchange: &Exchange, cluster: &str, state: &LogState, to: &mut dyn FnMut(&Record<'_>)) {
+fn show(exchange: &Exchange, cluster: Option<&str>, state: &LogState, to: &mut dyn FnMut(&Record<'_>)) {
     logging::with_record(exchange, state, |record| {
-        let upstream_cluster = record
-            .upstream_cluster
-            .or(Some(cluster).filter(|name| !name.is_empty()));
+        // The log names a cluster that is not there, since it is what one looks for; fields do not.
+        let named = record.upstream_cluster.or(cluster);
+        let upstream_cluster = named.filter(|_| !exchange.flags.has(Flags::NO_CLUSTER));
         to(&Record {
             upstream_cluster,
             ..*record
@@ -78,6 +76,6 @@ impl Scene for ResponseScene<'_> {
     fn show(&self, wants: &Wants, headers: &HeaderMap, to: &mut dyn FnMut(&Record<'_>)) {
         let mut state = state_of(self.exchange, wants, self.request, self.uri);
         state.keep_response(wants, headers);
-        show(self.exchange, self.cluster, &state, to);
+        show(self.exchange, None, &state, to);
     }
 }

@@ -11,13 +11,11 @@ use super::body::UpstreamBody;
 use super::failure::full_text;
 use super::tcp::Client;
 use super::tunnel::{Inside, inside};
-use crate::config::cluster::UpstreamHttp;
 use crate::config::headers::Scene;
 use crate::config::tunneling::Tunneling;
 use crate::observe::record::{Kept, Record, Wants};
 use crate::policy::metadata::Metadata;
 use crate::upstream::cluster::{Host, WorkerCluster};
-use crate::upstream::connect::Speaking;
 use crate::upstream::outlier::Event;
 use crate::upstream::pool::Lease;
 
@@ -116,17 +114,12 @@ async fn ask(
                 "tunneling_config.hostname: {authority:?} is no authority"
             ))
         })?;
-    let speaking = match config.http {
-        UpstreamHttp::Http2 => Speaking::Http2,
-        UpstreamHttp::Auto => Speaking::Either,
-        UpstreamHttp::Http1 | UpstreamHttp::Downstream => Speaking::Http1,
-    };
+    let speaking = config.http.for_own_requests();
     let options = config.connect_options(None, client.state, client.source, client.destination);
-    let pool = host.pool.variant(&options);
     let mut stale = 0;
     loop {
-        let acquired = pool.acquire(worker, &cluster.slot, config, &host.endpoint, speaking, &options);
-        let mut lease = acquired.await.map_err(|error| failed(&error))?;
+        let lease = cluster.lease(worker, host, speaking, &options).await;
+        let mut lease = lease.map_err(|error| failed(&error))?;
         let mut request = Request::new(UpstreamBody::Empty);
         *request.method_mut() = Method::CONNECT;
         *request.uri_mut() = uri.clone();

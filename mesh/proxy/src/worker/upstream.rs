@@ -253,18 +253,21 @@ pub(super) async fn forward(
         UpstreamHttp::Auto => Speaking::Either,
         UpstreamHttp::Downstream => Speaking::Http1,
     };
+    if let Err(reply) = prepare(&exchange, &routed, forward, target, &mut parts) {
+        return decline(exchange, &routed, target, &parts, None, reply);
+    }
+    logging::keep_sent(&mut exchange, &parts);
+    filters::keep_request(&mut exchange, &parts);
     let target_answers = target.is_some_and(|target| !target.response_headers.is_empty());
+    // As they are sent: that is what operations on the response read (Envoy).
     let request_headers = (target_answers
         || !routed.route.response_headers.is_empty()
         || !routed.host.response_headers.is_empty()
         || !routed.table.response_headers.is_empty())
     .then(|| parts.headers.clone());
-    if let Err(reply) = prepare(&exchange, &routed, forward, target, &mut parts) {
-        return reply.send(exchange);
-    }
-    logging::keep_sent(&mut exchange, &parts);
     let source = incoming.map(|incoming| {
-        let keep = forward.retry.is_some() || !forward.mirrors.is_empty();
+        let retries = forward.retry.as_ref().is_some_and(|policy| policy.attempts > 0);
+        let keep = retries || !forward.mirrors.is_empty();
         let idle = forward.idle_timeout.unwrap_or(conn.manager.stream_idle_timeout);
         RequestSource::new(incoming, if keep { forward.request_buffer } else { 0 }, idle)
     });

@@ -427,7 +427,7 @@ struct PeakEwma {
 #[tokio::test]
 async fn peak_ewma_by_load_balancing_policy_sends_requests_where_answers_are_fast() {
     let fast = Backend::named("fast").await;
-    let slow = slow("slow", Duration::from_millis(40)).await;
+    let slow = slow("slow", Duration::from_millis(700)).await;
     let harness = Harness::start();
     let policy = |name: &str, value: Vec<u8>| cluster::load_balancing_policy::Policy {
         typed_extension_config: Some(core::TypedExtensionConfig {

@@ -37,35 +37,38 @@ pub(crate) fn command(program: &std::path::Path, config: &std::path::Path) -> Co
     command
 }
 
+/// Where it writes which port its admin interface has got.
+const ADMIN: &str = "admin-address";
+
 /// One that follows an ADS server.
 pub(crate) struct Envoy {
-    admin: SocketAddr,
     child: Child,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 impl Envoy {
     pub(crate) async fn follow(program: &std::path::Path, ads: &Ads) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let config = folder.path().join("envoy.yaml");
-        let admin = free_port().await;
         let text = format!(
-            "admin: {{ address: {{ socket_address: {{ address: 127.0.0.1, port_value: {} }} }} }}\n{}",
-            admin.port(),
+            // Which of two logs is its own.
+            "admin: {{ address: {{ socket_address: {{ address: 127.0.0.1, port_value: 0 }} }} }}\n\
+             layered_runtime: {{ layers: [ {{ name: interop, static_layer: {{ interop: {{ ours: 0, theirs: 100 }} }} }} ] }}\n{}",
             ads.bootstrap("interop", true)
         );
         std::fs::write(&config, text).unwrap();
-        let child = command(program, &config).spawn().unwrap();
-        Self {
-            admin,
-            child,
-            _folder: folder,
-        }
+        let child = command(program, &config)
+            .arg("--admin-address-path")
+            .arg(folder.path().join(ADMIN))
+            .spawn()
+            .unwrap();
+        Self { child, folder }
     }
 
-    /// Where its admin port is.
-    pub(crate) fn admin(&self) -> SocketAddr {
-        self.admin
+    /// Where its admin port is; nothing as long as it has not said so.
+    pub(crate) fn admin(&self) -> Option<SocketAddr> {
+        let admin = std::fs::read_to_string(self.folder.path().join(ADMIN)).ok()?;
+        admin.trim().parse().ok()
     }
 
     /// Where a listener is, once it is there.
@@ -85,9 +88,9 @@ impl Envoy {
     }
 
     async fn listeners(&self) -> Option<String> {
-        let stream = tokio::net::TcpStream::connect(self.admin).await.ok()?;
-        drop(stream);
-        Some(get(self.admin, "/listeners").await.2)
+        let admin = self.admin()?;
+        drop(tokio::net::TcpStream::connect(admin).await.ok()?);
+        Some(get(admin, "/listeners").await.2)
     }
 
     pub(crate) async fn stop(mut self) {

@@ -518,74 +518,127 @@ async fn an_http2_endpoint_that_resets_the_connection_at_any_byte_is_never_taken
     nothing_is_left(&harness).await;
 }
 
-/// What a client says, cut at every byte, and the client gone.
-async fn vanishing(bytes: &[u8], http2: bool) {
-    // A head is answered, the content after it is waited for.
+/// What a client says for a path, cut at every byte, and the client gone: in good order or with a reset, at once or once
+/// its request has reached the endpoint. `say` also tells how much of it makes a request.
+async fn vanishing(say: impl Fn(&str) -> (Vec<u8>, usize), http2: bool) {
+    // A head is waited for, and never answered.
     let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let upstream = socket.local_addr().unwrap();
+    let (sender, mut heads) = mpsc::unbounded_channel();
     let task = tokio::spawn(async move {
         let mut connections = tokio::task::JoinSet::new();
         while let Ok((mut stream, _)) = socket.accept().await {
+            let sender = sender.clone();
             connections.spawn(async move {
-                let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
+                let mut held = Vec::new();
+                let mut heard = false;
+                while matches!(stream.read_buf(&mut held).await, Ok(count) if count > 0) {
+                    if !heard && held.windows(4).any(|window| window == b"\r\n\r\n") {
+                        heard = true;
+                        let _ = sender.send(String::from_utf8_lossy(&held).into_owned());
+                    }
+                }
             });
         }
     });
+    let mut arrival = async |path: &str| {
+        let wanted = format!("POST {path} HTTP/1.1");
+        let heard = async { while !heads.recv().await.unwrap().starts_with(&wanted) {} };
+        soon("the request at the endpoint", heard).await;
+    };
     let mut harness = Harness::start();
     let at = harness
         .serve_cluster(&counted_cluster("c"), &[upstream], to_cluster("c"))
         .await;
-    for abrupt in [false, true] {
-        for cut in 0..=bytes.len() {
-            let mut client = TcpStream::connect(at).await.unwrap();
-            client.write_all(&bytes[..cut]).await.unwrap();
-            if http2 && cut >= PREFACE.len() {
-                // The proxy has begun.
-                let mut first = [0; 9];
-                soon("the proxy's SETTINGS", client.read_exact(&mut first))
-                    .await
-                    .unwrap();
-            }
+    let come = async |bytes: &[u8]| {
+        let mut client = TcpStream::connect(at).await.unwrap();
+        client.write_all(bytes).await.unwrap();
+        if http2 && bytes.len() >= PREFACE.len() {
+            // The proxy has begun.
+            let mut settings = [0; 9];
+            soon("the proxy's SETTINGS", client.read_exact(&mut settings))
+                .await
+                .unwrap();
+        }
+        client
+    };
+    for (abrupt, how) in [(false, "closed"), (true, "reset")] {
+        let leave = |client: TcpStream| {
             if abrupt {
                 socket2::SockRef::from(&client)
                     .set_linger(Some(std::time::Duration::ZERO))
                     .unwrap();
             }
+        };
+        let (bytes, head) = say(&format!("/{how}/at-once"));
+        for cut in 0..=bytes.len() {
+            leave(come(&bytes[..cut]).await);
         }
-        // What had come far enough to be a request is told; a body that ended too early is the client's doing.
-        told(&mut harness, "DC", GONE).await;
+        // Connections are accepted in order: with the last one's request every other has been.
+        let last = format!("/{how}/last");
+        let client = come(&say(&last).0).await;
+        arrival(&last).await;
+        leave(client);
         nothing_is_left(&harness).await;
+        // What came before the end was read, and each request in it is told.
+        let mut told = 0;
         while let Ok(line) = harness.log.try_recv() {
-            let line: serde_json::Value = serde_json::from_str(&line).unwrap();
-            let text = |key: &str| line[key].as_str().unwrap_or_default();
-            assert_eq!(
-                (text("response_flags"), text("response_code_details")),
-                ("DC", GONE),
-                "{line}"
-            );
+            gone(&serde_json::from_str(&line).unwrap());
+            told += 1;
         }
+        assert_eq!(told, bytes.len() - head + 2, "{how}");
+        for cut in head..=bytes.len() {
+            let path = format!("/{how}/{cut}");
+            let (bytes, more) = say(&path);
+            let client = come(&bytes[..cut - head + more]).await;
+            arrival(&path).await;
+            leave(client);
+            gone(&harness.line().await);
+        }
+        nothing_is_left(&harness).await;
+        assert!(harness.log.try_recv().is_err(), "each is told once");
     }
     task.abort();
 }
 
+/// The line tells of a request whose client is gone; a body that ended too early is the client's doing as well.
+fn gone(line: &serde_json::Value) {
+    let text = |key: &str| line[key].as_str().unwrap_or_default();
+    assert_eq!(
+        (text("response_flags"), text("response_code_details")),
+        ("DC", GONE),
+        "{line}"
+    );
+}
+
 #[tokio::test]
 async fn http2_clients_that_vanish_at_any_byte_leave_nothing() {
-    let block = request("POST", "/", &[("content-length", "10")]);
-    let bytes = [
-        PREFACE.to_vec(),
-        frame(SETTINGS, 0, 0, &[]),
-        frame(HEADERS, END_HEADERS, 1, &block),
-        frame(DATA, 0, 1, b"half "),
-        frame(DATA, END_STREAM, 1, b"whole"),
-    ]
-    .concat();
-    vanishing(&bytes, true).await;
+    let say = |path: &str| {
+        let block = request("POST", path, &[("content-length", "10")]);
+        let mut bytes = [
+            PREFACE.to_vec(),
+            frame(SETTINGS, 0, 0, &[]),
+            frame(HEADERS, END_HEADERS, 1, &block),
+        ]
+        .concat();
+        let head = bytes.len();
+        bytes.extend(frame(DATA, 0, 1, b"half "));
+        bytes.extend(frame(DATA, END_STREAM, 1, b"whole"));
+        (bytes, head)
+    };
+    vanishing(say, true).await;
 }
 
 #[tokio::test]
 async fn http1_clients_that_vanish_at_any_byte_leave_nothing() {
-    let bytes = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nx-end: 1\r\n\r\n";
-    vanishing(bytes, false).await;
+    let say = |path: &str| {
+        let mut bytes =
+            format!("POST {path} HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n").into_bytes();
+        let head = bytes.len();
+        bytes.extend(b"5\r\nhello\r\n0\r\nx-end: 1\r\n\r\n");
+        (bytes, head)
+    };
+    vanishing(say, false).await;
 }
 
 #[tokio::test]

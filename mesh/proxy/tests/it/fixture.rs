@@ -27,7 +27,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 
 /// Nothing in these tests takes this long; what does, hangs.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) async fn soon<T>(what: &str, work: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, work)
@@ -524,10 +524,26 @@ pub(crate) async fn closed_port() -> SocketAddr {
     SocketAddr::from(([127, 99, 0, 1], 1))
 }
 
-/// A port that was free a moment ago.
+/// A port where nobody listens, for a program that is to be told one. Below the ports that the kernel deals out, so that no
+/// connection and no listener of another test takes it meanwhile; each only once, and other processes begin elsewhere.
 pub(crate) async fn free_port() -> SocketAddr {
-    let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    socket.local_addr().unwrap()
+    const LOWEST: usize = 12_000;
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let dealt = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let end = dealt
+        .split_whitespace()
+        .next()
+        .and_then(|low| low.parse().ok())
+        .filter(|end| *end > LOWEST + 1_000)
+        .unwrap_or(32_768);
+    let first = std::process::id() as usize * 61;
+    loop {
+        let offset = (first + NEXT.fetch_add(1, Ordering::SeqCst)) % (end - LOWEST);
+        let at = SocketAddr::from(([127, 0, 0, 1], (LOWEST + offset) as u16));
+        if TcpListener::bind(at).await.is_ok() {
+            return at;
+        }
+    }
 }
 
 pub(crate) fn status(code: u16) -> Response<Full<Bytes>> {

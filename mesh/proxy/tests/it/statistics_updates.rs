@@ -121,7 +121,7 @@ async fn envoy_and_serin_proxy_count_the_same_updates_of_the_same_control_plane(
     };
     pair.listener("l").await;
     let (ours, cancel) = admin_of(&pair.harness).await;
-    let both = [ours, pair.envoy.admin()];
+    let both = [ours, pair.envoy.admin().expect("its listener is there")];
     let is = |name: &'static str, value: u64| {
         move |stats: &BTreeMap<String, String>| number_of(stats, name) == value
     };

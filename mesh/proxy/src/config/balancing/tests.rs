@@ -1,3 +1,9 @@
+use prost::Message;
+use serin_xds::pb::envoy::config::core::v3 as core;
+use serin_xds::pb::envoy::extensions::load_balancing_policies as policies;
+use serin_xds::pb::google::protobuf as google;
+
+use super::policies::PeakEwma;
 use super::*;
 
 fn policy(name: &str, message: &impl Message) -> cluster::load_balancing_policy::Policy {

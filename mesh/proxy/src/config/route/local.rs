@@ -6,19 +6,10 @@ use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::route::v3 as route;
 
 use super::{Direct, Redirect, Rewrite, substitution};
-use crate::config::table::strip_port;
 use crate::error::{Refusal, Within};
 
 /// Direct response bodies above this are refused (Envoy's default is 4 KiB, Istio sends 1 MiB).
 const MAX_DIRECT_RESPONSE: usize = 1 << 20;
-
-pub(super) fn split_port(authority: &str) -> (&str, Option<u16>) {
-    let host = strip_port(authority);
-    (
-        host,
-        authority.get(host.len() + 1..).and_then(|port| port.parse().ok()),
-    )
-}
 
 impl Redirect {
     pub(super) fn compile(from: &route::RedirectAction) -> Result<Self, Refusal> {

@@ -28,7 +28,8 @@ pub(crate) struct RouteMatch {
 
 #[derive(Debug)]
 pub(super) enum PathMatch {
-    Any,
+    /// Every path; so many bytes of it were asked for: `/`, or nothing.
+    Any(usize),
     /// CONNECT, which has no path.
     Connect,
     Prefix(Box<str>),
@@ -43,7 +44,7 @@ impl RouteMatch {
     /// What matches everything.
     pub(super) fn any() -> Self {
         Self {
-            path: PathMatch::Any,
+            path: PathMatch::Any(1),
             case_insensitive: false,
             headers: Box::default(),
             query: Box::default(),
@@ -58,7 +59,9 @@ impl RouteMatch {
         use route::route_match::PathSpecifier;
         let path = match &from.path_specifier {
             None => return Err(Refusal::new("path_specifier", "is missing")),
-            Some(PathSpecifier::Prefix(prefix)) if prefix.is_empty() || prefix == "/" => PathMatch::Any,
+            Some(PathSpecifier::Prefix(prefix)) if prefix.is_empty() || prefix == "/" => {
+                PathMatch::Any(prefix.len())
+            }
             Some(PathSpecifier::Prefix(prefix)) => PathMatch::Prefix(prefix.as_str().into()),
             Some(PathSpecifier::Path(path)) => PathMatch::Exact(path.as_str().into()),
             Some(PathSpecifier::SafeRegex(regex)) => {
@@ -108,7 +111,7 @@ impl RouteMatch {
         let path = request.path;
         let path_matches = match &self.path {
             // CONNECT has no path and is for its own matcher only.
-            PathMatch::Any => !path.is_empty(),
+            PathMatch::Any(_) => !path.is_empty(),
             PathMatch::Connect => request.method == "CONNECT",
             PathMatch::Prefix(prefix) => has_prefix(path, prefix, self.case_insensitive),
             PathMatch::Exact(exact) if self.case_insensitive => exact.eq_ignore_ascii_case(path),
@@ -133,8 +136,7 @@ impl RouteMatch {
 
     pub(super) fn matched_prefix_length(&self, path: &str) -> usize {
         match &self.path {
-            // `/` and the empty prefix both match the leading slash.
-            PathMatch::Any => usize::from(path.starts_with('/')),
+            PathMatch::Any(length) => path.len().min(*length),
             PathMatch::Prefix(prefix) | PathMatch::SeparatedPrefix(prefix) => prefix.len(),
             PathMatch::Exact(_) | PathMatch::Regex(_) | PathMatch::Template(_) | PathMatch::Connect => {
                 path.len()

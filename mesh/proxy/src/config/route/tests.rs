@@ -131,7 +131,7 @@ fn redirects_keep_what_they_do_not_change() {
                 strip_query: true,
                 ..Default::default()
             },
-            "https://h/a",
+            "https://h:443/a",
         ),
         (
             route::RedirectAction {
@@ -140,6 +140,21 @@ fn redirects_keep_what_they_do_not_change() {
                 ..Default::default()
             },
             "http://h:81/b?q=1",
+        ),
+        (
+            route::RedirectAction {
+                path_rewrite_specifier: Some(PathRewriteSpecifier::PathRedirect("/b".into())),
+                ..Default::default()
+            },
+            "http://h:8080/b?q=1",
+        ),
+        (
+            route::RedirectAction {
+                path_rewrite_specifier: Some(PathRewriteSpecifier::PathRedirect("/b?own".into())),
+                strip_query: true,
+                ..Default::default()
+            },
+            "http://h:8080/b?own",
         ),
     ];
     for (message, expected) in cases {
@@ -152,7 +167,12 @@ fn redirects_keep_what_they_do_not_change() {
         let Action::Redirect(redirect) = &route.action else {
             unreachable!()
         };
-        assert_eq!(route.location(redirect, &request), expected);
+        let target = match redirect.rewrite() {
+            None => "/a?q=1".to_owned(),
+            Some(rewrite) => format!("{}?q=1", route.rewritten(rewrite, "/a")),
+        };
+        let location = Route::location(Some(redirect), &request, &target);
+        assert_eq!(location, expected);
     }
 }
 

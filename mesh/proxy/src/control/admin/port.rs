@@ -116,7 +116,8 @@ impl AdminPort {
     pub fn bind(proxy: &Proxy, address: SocketAddr, port: Port) -> Result<Self, Error> {
         let name = format!("{port:?}").to_lowercase();
         let listener = proxy
-            .own_socket(&format!("{name} port"), address)
+            .sockets
+            .own(&format!("{name} port"), address)
             .and_then(TcpListener::from_std)
             .map_err(|source| Error::Bind {
                 name,

@@ -445,9 +445,9 @@ impl Operator {
             What::LocalClose => text(Some(record.local_close)),
             What::DownstreamFailure => text(record.downstream_failure),
             What::Kind => text(Some(record.kind.name())),
-            What::Flags if record.flags.is_empty() => Datum::Absent,
+            // Envoy: also in fields, where everything else that is not there is left out.
+            What::Flags | What::FlagsLong if record.flags.is_empty() => Datum::Text("-".into()),
             What::Flags => Datum::Text(record.flags.to_string().into()),
-            What::FlagsLong if record.flags.is_empty() => Datum::Absent,
             What::FlagsLong => Datum::Text(long_names(record.flags).into()),
             What::Received => Datum::Number(record.received),
             What::Sent => Datum::Number(record.sent),

@@ -1,8 +1,13 @@
 use aws_lc_rs::signature::{self, KeyPair};
-use serde_json::json;
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use http::{HeaderMap, HeaderValue, header};
+use serde_json::{Value, json};
 
+use super::keys::KeySet;
 use super::token::{Failure, Token};
 use super::*;
+use crate::policy::metadata::Metadata;
 
 fn part(value: &Value) -> String {
     URL_SAFE_NO_PAD.encode(value.to_string())

@@ -4,8 +4,16 @@ use serin_xds::pb::envoy::config::route::v3 as route;
 use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
 use serin_xds::pb::google::protobuf::UInt32Value;
 
+use serin_xds::pb::envoy::extensions::path::r#match::uri_template::v3 as template;
+use serin_xds::pb::envoy::extensions::rbac::principals::mtls_authenticated::v3 as mtls_authenticated;
+use serin_xds::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
+
+use super::principal::PEER_PRINCIPAL;
+use super::rules::denial_details;
 use super::*;
 use crate::config::matchers::RequestView;
+use crate::policy::facts::PeerIdentity;
+use crate::policy::metadata::{Metadata, text};
 
 fn cidr(address: &str, length: u32) -> core::CidrRange {
     core::CidrRange {

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
@@ -77,10 +78,16 @@ pub(super) async fn read_proxy_header(
     }
 }
 
-/// Reads until the bytes are an HTTP/2 preface or cannot become one. Ends with an error at the end of the stream or
-/// when the worker closes its idle connections.
-pub(super) async fn read_preface(io: &mut Io, prefix: &mut Vec<u8>, worker: &Worker) -> io::Result<()> {
+/// Reads until the bytes are an HTTP/2 preface or cannot become one, or have been neither for as long as the head of a
+/// request may take. Ends with an error at the end of the stream or when the worker closes its idle connections.
+pub(super) async fn read_preface(
+    io: &mut Io,
+    prefix: &mut Vec<u8>,
+    worker: &Worker,
+    limit: Option<Duration>,
+) -> io::Result<()> {
     const START: &[u8] = b"PRI * HTTP/2";
+    let mut deadline = None;
     while prefix.len() < START.len() && START.starts_with(prefix) {
         let more = async {
             match &mut *io {
@@ -94,10 +101,18 @@ pub(super) async fn read_preface(io: &mut Io, prefix: &mut Vec<u8>, worker: &Wor
                 }
             }
         };
+        let late = async {
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline).await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             result = more => result?,
             () = worker.closing() => return Err(io::ErrorKind::ConnectionAborted.into()),
+            () = late => return Ok(()),
         }
+        deadline = deadline.or_else(|| Some(Instant::now() + limit?));
     }
     Ok(())
 }

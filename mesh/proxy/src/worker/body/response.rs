@@ -13,8 +13,12 @@ use crate::policy::compressor::Encoder;
 
 /// What happens to a response body from the upstream.
 pub trait Observer {
-    /// A frame passes. An error breaks the response off.
+    /// A frame comes from the upstream.
     fn frame(&mut self, frame: &Frame<Bytes>);
+    /// So much content goes to the client in the place of what came.
+    fn encoded(&mut self, bytes: usize);
+    /// Content is encoded from here on: what comes is not what the client gets.
+    fn encodes(&mut self);
     /// Called before waiting for the next frame; may end the response with an error (a timeout).
     fn poll_limits(&mut self, cx: &mut Context<'_>) -> Poll<BodyError>;
     /// The upstream has sent everything.
@@ -36,6 +40,8 @@ pub enum ResponseBody<O> {
         observer: O,
         /// Whether all was seen.
         done: bool,
+        /// Whether it is encoded on its way: then it has ended when what encodes it has.
+        encoded: bool,
     },
     /// Encoded on its way.
     Encoded(Box<Encoded<O>>),
@@ -62,7 +68,10 @@ impl<O: Observer + Unpin> Encoded<O> {
                     Ok(data) if data.is_empty() => continue,
                     Ok(data) => match encoder.push(&data) {
                         Ok(out) if out.is_empty() => continue,
-                        Ok(out) => return Poll::Ready(Some(Ok(Frame::data(out)))),
+                        Ok(out) => {
+                            self.inner.sends(out.len());
+                            return Poll::Ready(Some(Ok(Frame::data(out))));
+                        }
                         Err(error) => return Poll::Ready(Some(Err(error.into()))),
                     },
                     Err(frame) => {
@@ -73,7 +82,12 @@ impl<O: Observer + Unpin> Encoded<O> {
                 None => true,
             };
             if end && let Some(encoder) = self.encoder.take() {
-                match encoder.finish() {
+                let rest = encoder.finish();
+                if let Ok(out) = &rest {
+                    self.inner.sends(out.len());
+                }
+                self.inner.over();
+                match rest {
                     Ok(out) if out.is_empty() => {}
                     Ok(out) => return Poll::Ready(Some(Ok(Frame::data(out)))),
                     Err(error) => return Poll::Ready(Some(Err(error.into()))),
@@ -94,11 +108,33 @@ impl<O: Observer> ResponseBody<O> {
             incoming,
             observer,
             done,
+            encoded: false,
+        }
+    }
+
+    /// So much goes to the client of what is encoded.
+    fn sends(&mut self, bytes: usize) {
+        if let Self::Upstream { observer, .. } = self {
+            observer.encoded(bytes);
+        }
+    }
+
+    /// What encodes the body has ended.
+    fn over(&mut self) {
+        if let Self::Upstream { observer, .. } = self {
+            observer.ended();
         }
     }
 
     /// The same body, encoded.
-    pub fn encoded(self, encoder: Encoder) -> Self {
+    pub fn encoded(mut self, encoder: Encoder) -> Self {
+        if let Self::Upstream {
+            observer, encoded, ..
+        } = &mut self
+        {
+            *encoded = true;
+            observer.encodes();
+        }
         Self::Encoded(Box::new(Encoded {
             inner: self,
             encoder: Some(encoder),
@@ -122,11 +158,11 @@ impl<O: Observer + Unpin> Body for ResponseBody<O> {
                 incoming,
                 observer,
                 done,
+                encoded,
             } => match Pin::new(&mut *incoming).poll_frame(cx) {
                 Poll::Pending => observer.poll_limits(cx).map(|error| Some(Err(error))),
                 Poll::Ready(None) => {
-                    if !*done {
-                        *done = true;
+                    if !std::mem::replace(done, true) && !*encoded {
                         observer.ended();
                     }
                     Poll::Ready(None)
@@ -141,7 +177,9 @@ impl<O: Observer + Unpin> Body for ResponseBody<O> {
                     // hyper does not poll again after the last byte of a sized body.
                     if !*done && incoming.is_end_stream() {
                         *done = true;
-                        observer.ended();
+                        if !*encoded {
+                            observer.ended();
+                        }
                     }
                     Poll::Ready(Some(Ok(frame)))
                 }

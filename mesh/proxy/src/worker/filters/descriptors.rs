@@ -4,8 +4,7 @@ use http::request::Parts;
 
 use super::{Exchange, facts, metadata};
 use crate::config::route::Action;
-use crate::policy::descriptors::{Descriptor, RateLimitEntry, Scene};
-use crate::policy::local_rate_limit::VirtualHostLimits;
+use crate::policy::descriptors::{Descriptor, RateLimitEntry, Scene, VirtualHostLimits};
 use crate::worker::http::Downstream;
 use crate::worker::logging;
 use crate::worker::request::{Routed, view};

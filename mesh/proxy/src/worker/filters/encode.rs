@@ -1,6 +1,7 @@
 //! Responses on their way back through the chain.
 
 use http::HeaderMap;
+use http::request::Parts;
 use http::response::Parts as Head;
 
 use super::{Encode, PolicyState, ext_proc};
@@ -35,11 +36,13 @@ impl PolicyState {
     ) -> Option<Encoder> {
         match self.encode.get(index)? {
             Encode::Compress(compressor, _) => {
-                if !has_body || !compressor.applies(head.status, &head.headers) {
+                if !compressor.applies(head.status, &head.headers) {
                     return None;
                 }
                 // An encoder that cannot be made leaves the response as it is.
-                let encoder = best.then(|| compressor.begin(&mut head.headers).ok()).flatten();
+                let encoder = (best && has_body)
+                    .then(|| compressor.begin(&mut head.headers).ok())
+                    .flatten();
                 vary(&mut head.headers);
                 return encoder;
             }
@@ -49,8 +52,7 @@ impl PolicyState {
                 let scene = ResponseScene {
                     exchange,
                     request: self.request.as_ref().unwrap_or(&none),
-                    uri: &exchange.uri,
-                    cluster: "",
+                    uri: self.uri.as_ref().unwrap_or(&exchange.uri),
                 };
                 mutation.response(&mut head.headers, &scene);
             }
@@ -70,6 +72,16 @@ impl PolicyState {
             encoder = passed.or(encoder);
         }
         encoder
+    }
+}
+
+/// Takes note of what a request is by now, where a change of the response may name it.
+pub(in crate::worker) fn keep_request(exchange: &mut Exchange, parts: &Parts) {
+    if let Some(state) = &mut exchange.policy
+        && let Some(request) = &mut state.request
+    {
+        request.clone_from(&parts.headers);
+        state.uri = Some(parts.uri.clone());
     }
 }
 

@@ -19,7 +19,7 @@ use crate::metrics::flags::Flags;
 use crate::policy::cel::{Attribute, Scene as _, Value};
 use crate::policy::ext_authz::apply;
 use crate::policy::ext_proc::{
-    About, Answer, Changes, ExtProc, Immediate, Mode, Namespaces, PATH, PerRouteProc, Wrong, told,
+    About, Answer, Changes, ExtProc, Immediate, Mode, Namespaces, PATH, PerRouteProc, Question, Wrong, told,
 };
 use crate::policy::service::GrpcTarget;
 use crate::worker::call::CallError;
@@ -235,17 +235,17 @@ pub(super) async fn request(
                 let facts = facts(&exchange.conn, parts, metadata(exchange));
                 told(&filter.request_attributes, |attribute| facts.attribute(attribute))
             };
-            let first = !std::mem::replace(&mut processing.begun, true);
-            filter.question(
-                About::Request,
-                first,
-                &processing.namespaces,
-                &system,
-                &parts.headers,
-                body.is_none(),
-                metadata(exchange),
+            let is_first = !std::mem::replace(&mut processing.begun, true);
+            filter.question(Question {
+                about: About::Request,
+                is_first,
+                namespaces: &processing.namespaces,
+                system: &system,
+                headers: &parts.headers,
+                ends: body.is_none(),
+                metadata: metadata(exchange),
                 attributes,
-            )
+            })
         };
         if let Some(observer) = &processing.observer {
             // A service that is behind misses it.
@@ -351,16 +351,16 @@ pub(super) async fn response(
     has_body: bool,
 ) -> Result<(), LocalReply> {
     let worker = exchange.conn.worker.clone();
-    let first = !std::mem::replace(&mut processing.begun, true);
-    let question = processing.filter.question(
-        About::Response,
-        first,
-        &processing.namespaces,
-        &[(":status", head.status.as_str())],
-        &head.headers,
-        !has_body,
-        metadata(exchange),
-        told(&processing.filter.response_attributes, |attribute| {
+    let is_first = !std::mem::replace(&mut processing.begun, true);
+    let question = processing.filter.question(Question {
+        about: About::Response,
+        is_first,
+        namespaces: &processing.namespaces,
+        system: &[(":status", head.status.as_str())],
+        headers: &head.headers,
+        ends: !has_body,
+        metadata: metadata(exchange),
+        attributes: told(&processing.filter.response_attributes, |attribute| {
             let text = |text: Option<&str>| text.map(|text| Value::Text(text.to_owned().into()));
             match attribute {
                 Attribute::ResponseCode => Some(Value::Int(i64::from(head.status.as_u16()))),
@@ -370,7 +370,7 @@ pub(super) async fn response(
                 _ => None,
             }
         }),
-    );
+    });
     if let Some(observer) = &processing.observer {
         let _ = observer.try_send(question.encode_to_vec());
         return Ok(());

@@ -60,10 +60,11 @@ pub(super) fn limit_locally(
     }
     if !limit.enforced.hit(random::next()) {
         if !limit.request_headers.is_empty() {
+            let cluster = routed.known_cluster(conn.worker.id, &parts.headers);
             let scene = RequestScene {
                 exchange: &*exchange,
                 uri: &parts.uri,
-                cluster: routed.cluster_name(),
+                cluster: cluster.as_deref(),
             };
             limit.request_headers.apply(&mut parts.headers, &scene);
         }

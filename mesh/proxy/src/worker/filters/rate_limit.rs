@@ -15,9 +15,9 @@ use super::{
     metadata, state,
 };
 use crate::metrics::flags::Flags;
+use crate::policy::descriptors::VirtualHostLimits;
 use crate::policy::ext_authz::How;
 use crate::policy::filter_state::Factory;
-use crate::policy::local_rate_limit::VirtualHostLimits;
 use crate::policy::per_route::Override;
 use crate::policy::rate_limit::{PATH, PerRouteLimit, RateLimit};
 use crate::random;

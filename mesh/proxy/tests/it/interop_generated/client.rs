@@ -41,6 +41,8 @@ pub(crate) struct Answer {
     pub(crate) status: u16,
     pub(crate) headers: BTreeMap<String, Vec<String>>,
     pub(crate) body: String,
+    /// Bytes of the body as they came.
+    pub(crate) length: usize,
 }
 
 /// One connection after another to one proxy.
@@ -121,6 +123,7 @@ impl Client {
         Some(Answer {
             status,
             headers,
+            length: body.len(),
             body: String::from_utf8_lossy(&body).into_owned(),
         })
     }
