@@ -15,6 +15,7 @@ use serin_xds::pb::envoy::config::bootstrap::v3 as bootstrap;
 use serin_xds::pb::envoy::config::cluster::v3 as cluster;
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::endpoint::v3::lb_endpoint::HostIdentifier;
+use serin_xds::pb::envoy::config::metrics::v3 as metrics;
 use serin_xds::{FEATURE_VHDS, ResourceType};
 
 use super::schema::Schema;
@@ -25,6 +26,7 @@ use crate::control::Options;
 use crate::control::run::{ControlPlane, DEFAULT_DRAIN, Plan, StaticResource};
 use crate::error::{Error, Misplaced, Refusal, Within};
 use crate::metrics::select;
+use crate::metrics::tags::{self, Tags};
 use crate::overload;
 use crate::policy::on_demand::aggregated;
 
@@ -170,6 +172,10 @@ fn plan(from: bootstrap::Bootstrap, concurrency: usize) -> Result<Plan, Refusal>
         Some(manager) => cluster_manager(manager).within("cluster_manager")?,
     };
     let stats = select::Rules {
+        tags: match &from.stats_config {
+            None => Tags::default(),
+            Some(config) => stats_tags(config).within("stats_config")?,
+        },
         matcher: select::Matcher::compile(
             from.stats_config
                 .as_ref()
@@ -235,6 +241,15 @@ fn admin_place(from: &core::Address) -> Result<AdminAddress, Refusal> {
         Address::Tcp(address) => Ok(AdminAddress::Tcp(address)),
         other => Err(Refusal::new("", format!("cannot listen on {other}"))),
     }
+}
+
+/// Labels of statistics. Buckets are those that every histogram is counted in: others are refused.
+fn stats_tags(from: &metrics::StatsConfig) -> Result<Tags, Refusal> {
+    for (index, setting) in from.histogram_bucket_settings.iter().enumerate() {
+        let path = format!("histogram_bucket_settings[{index}]");
+        tags::check_buckets(setting).within(path)?;
+    }
+    Tags::compile(from)
 }
 
 /// The name of the cluster that the proxy is a member of.
@@ -513,6 +528,14 @@ mod tests {
                 "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.@type",
             ),
             ("stats_sinks: []", "stats_sinks"),
+            (
+                "stats_config: {histogram_bucket_settings: [{match: {prefix: istiocustom}, buckets: [1]}, {match: {prefix: cluster}, buckets: [1, 2]}]}",
+                "stats_config.histogram_bucket_settings[1].buckets",
+            ),
+            (
+                "stats_config: {stats_tags: [{tag_name: a, regex: '('}]}",
+                "stats_config.stats_tags[0].regex",
+            ),
             (
                 "stats_config: {stats_matcher: {inclusion_list: {patterns: [{safe_regex: {regex: '('}}]}}}",
                 "stats_config.stats_matcher.inclusion_list.patterns[0].safe_regex.regex",

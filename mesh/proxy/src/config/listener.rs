@@ -14,7 +14,7 @@ pub use chain::{FilterChain, Handler, NetworkFilters};
 pub use tcp::{TcpProxy, TcpTargets};
 
 use super::chain_match::ChainMatch;
-use super::convert::{self, Address};
+use super::convert::{self, Address, refuse_present};
 use super::extension::AnyPlace;
 use super::listener_filters::{ListenerFilters, ListenerSteps};
 use super::route::Context;
@@ -174,19 +174,19 @@ impl Listener {
             Address::Tcp(address) => address,
             other => return Err(Refusal::new("address", format!("cannot listen on {other}"))),
         };
-        let unsupported = [
-            ("udp_listener_config", from.udp_listener_config.is_some()),
-            ("api_listener", from.api_listener.is_some()),
-            ("filter_chain_matcher", from.filter_chain_matcher.is_some()),
-            (
-                "transparent",
-                from.transparent.as_ref().is_some_and(|value| value.value),
-            ),
-            ("fcds_config", from.fcds_config.is_some()),
-        ];
-        if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
-            return Err(Refusal::new(*field, "not supported"));
-        }
+        refuse_present(
+            &[
+                ("udp_listener_config", from.udp_listener_config.is_some()),
+                ("api_listener", from.api_listener.is_some()),
+                ("filter_chain_matcher", from.filter_chain_matcher.is_some()),
+                (
+                    "transparent",
+                    from.transparent.as_ref().is_some_and(|value| value.value),
+                ),
+                ("fcds_config", from.fcds_config.is_some()),
+            ],
+            "not supported",
+        )?;
         let direction = match core::TrafficDirection::try_from(from.traffic_direction) {
             Ok(core::TrafficDirection::Inbound) => Direction::Inbound,
             Ok(core::TrafficDirection::Outbound) => Direction::Outbound,
@@ -205,7 +205,7 @@ impl Listener {
             .connection_balance_config
             .as_ref()
             .and_then(|config| config.balance_type.as_ref());
-        let counted = format!("{}_{}", address.ip(), address.port());
+        let counted: Arc<str> = format!("{}_{}", address.ip(), address.port()).into();
         let logs = AccessLogs::compile(&from.access_log, context)?.map(Arc::new);
         let (workers, registry) = context.counters();
         let mut counter = |name| registry.counter(workers, name, &[(LISTENER.label, &counted)]);
@@ -235,7 +235,7 @@ impl Listener {
                     .is_none_or(|value| value.value),
             use_original_dst: from.use_original_dst.as_ref().is_some_and(|value| value.value),
             direction,
-            traffic: registry.traffic(workers, &LISTENER, &counted),
+            traffic: registry.traffic(workers, &counted),
             without_filter,
             without_network_filter,
             filters: ListenerSteps::default(),
@@ -268,7 +268,7 @@ impl Listener {
                 out.matcher
                     .add(index, chain.filter_chain_match.as_ref())
                     .within("filter_chain_match")
-                    .and_then(|()| FilterChain::compile(chain, direction, context, &from.name))
+                    .and_then(|()| FilterChain::compile(chain, direction, context, &from.name, &counted))
                     .map(Arc::new)
                     .within(format!("filter_chains[{index}]"))
             })
@@ -276,7 +276,7 @@ impl Listener {
         out.default_chain = from
             .default_filter_chain
             .as_ref()
-            .map(|chain| FilterChain::compile(chain, direction, context, &from.name).map(Arc::new))
+            .map(|chain| FilterChain::compile(chain, direction, context, &from.name, &counted).map(Arc::new))
             .transpose()
             .within("default_filter_chain")?;
         if out.matcher.needs_tls() {

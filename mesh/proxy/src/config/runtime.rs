@@ -76,6 +76,8 @@ impl RuntimeFraction {
 pub struct Runtime {
     layers: Vec<Layer>,
     cells: HashMap<Box<str>, Weak<Cell>>,
+    /// Times that values were taken, and that they could not be.
+    loads: [u64; 2],
 }
 
 impl Runtime {
@@ -120,8 +122,14 @@ impl Runtime {
             .map_or(UNSET, Fraction::millionths)
     }
 
+    /// Times that values were taken, and that they could not be.
+    pub fn loads(&self) -> [u64; 2] {
+        self.loads
+    }
+
     /// Lets every share that names a key follow.
     fn publish(&mut self) {
+        self.loads[0] += 1;
         self.cells.retain(|_, cell| cell.strong_count() > 0);
         for (key, cell) in &self.cells {
             if let Some(cell) = cell.upgrade() {
@@ -178,7 +186,10 @@ impl Runtime {
         let nothing = google::Struct::default();
         for layer in &mut self.layers {
             if layer.source == Source::Rtds && *layer.resource == *resource {
-                layer.fill(from.unwrap_or(&nothing)).within("layer")?;
+                layer
+                    .fill(from.unwrap_or(&nothing))
+                    .within("layer")
+                    .inspect_err(|_| self.loads[1] += 1)?;
             }
         }
         self.publish();

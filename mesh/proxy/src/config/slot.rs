@@ -53,6 +53,12 @@ pub struct Updates {
     pub unchanged: AtomicU32,
     /// Changes of the set of endpoints.
     pub memberships: AtomicU32,
+    /// Streams to the control plane that had failed when it was asked for them first.
+    pub lost_before: AtomicU32,
+    /// The hash of the state's name that they are of; 0 if they are not discovered.
+    pub version: AtomicU64,
+    /// When some were taken last, in milliseconds since 1970.
+    pub updated: AtomicU64,
 }
 
 impl Updates {

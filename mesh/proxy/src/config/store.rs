@@ -12,10 +12,12 @@ mod names;
 mod queries;
 mod received;
 mod routes;
+pub mod subscriptions;
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use arc_swap::ArcSwap;
 use prost::Message;
@@ -207,6 +209,11 @@ impl Store {
         let mut staged = Staged::new();
         for update in upserted {
             self.answer(resource_type, update.name);
+            let news = resource_type == ResourceType::Route
+                && self
+                    .received
+                    .route(update.name)
+                    .is_none_or(|kept| kept != update.body);
             let result = match resource_type {
                 ResourceType::Cluster => self.put_cluster(update),
                 ResourceType::Endpoints => self.put_endpoints(update),
@@ -218,7 +225,12 @@ impl Store {
                 ResourceType::Runtime => self.put_runtime(update),
             };
             match result {
-                Ok(()) => self.received.keep(resource_type, update.name, update.body),
+                Ok(()) => {
+                    if news {
+                        self.counts.subscriptions.routes_changed(update.name);
+                    }
+                    self.received.keep(resource_type, update.name, update.body);
+                }
                 Err(refusal) => refused.push((update.name.into(), refusal)),
             }
         }
@@ -275,6 +287,56 @@ impl Store {
                 self.received.note_version(resource_type, name, version);
             }
         }
+    }
+
+    /// What has been [applied](Self::apply) just now was one delivery of the control plane, of a state that it calls
+    /// `version`; `refused` are the names of which it was refused.
+    pub fn note_delivery<'a>(
+        &mut self,
+        resource_type: ResourceType,
+        version: &str,
+        names: impl Iterator<Item = &'a str>,
+        refused: &[(Box<str>, Refusal)],
+    ) {
+        let version = subscriptions::version_hash(version);
+        let taken = |name: &str| !refused.iter().any(|(refused, _)| **refused == *name);
+        let counts = &mut self.counts.subscriptions;
+        match resource_type {
+            ResourceType::Cluster => {
+                let changed = names.into_iter().any(taken);
+                counts.clusters_came(refused.is_empty(), changed, version);
+            }
+            ResourceType::Listener => counts.listeners_came(refused.is_empty(), version),
+            ResourceType::Route => names.for_each(|name| counts.routes_came(name, taken(name), version)),
+            ResourceType::Secret => names.for_each(|name| counts.secret_came(name, taken(name), version)),
+            ResourceType::Endpoints => {
+                let now = received::wall_ms();
+                for name in names.filter(|name| taken(name)) {
+                    let users = self.eds.users(name).iter();
+                    for slot in users.filter_map(|user| self.clusters.get(user)) {
+                        slot.updates.version.store(version, Ordering::Relaxed);
+                        slot.updates.updated.store(now, Ordering::Relaxed);
+                    }
+                }
+            }
+            ResourceType::VirtualHost | ResourceType::Extension | ResourceType::Runtime => {}
+        }
+    }
+
+    /// A stream to the control plane has ended, or could not be opened.
+    pub fn note_lost(&mut self) {
+        self.counts.subscriptions.lose();
+    }
+
+    /// How many of them have.
+    pub fn lost(&self) -> u64 {
+        self.counts.subscriptions.lost()
+    }
+
+    /// What is counted of what the control plane and services of secrets are asked for.
+    pub fn subscription_families(&mut self) -> Vec<Family> {
+        let secrets = self.slots.secrets.asked_for();
+        self.counts.subscriptions.families(&secrets)
     }
 
     /// Resources that have been [applied](Self::apply) just now are of the bootstrap.

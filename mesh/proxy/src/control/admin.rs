@@ -1,5 +1,6 @@
 //! Admin, readiness and Prometheus ports, served on the control thread.
 
+pub mod counted;
 mod dump;
 mod fixed;
 mod help;

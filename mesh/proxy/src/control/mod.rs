@@ -126,6 +126,7 @@ pub struct Proxy {
     started_as: StartedAs,
     /// What the connection to the control plane looks like.
     control_plane: server_stats::ControlPlaneStats,
+    admin_counts: Arc<admin::counted::AdminCounts>,
     changes: watch::Sender<()>,
     /// Told when requests may go elsewhere from now on.
     rerouted: Arc<Notify>,
@@ -232,6 +233,7 @@ impl Proxy {
             bootstrap: Kept::now(&options.bootstrap),
             started_as: options.started_as,
             control_plane: server_stats::ControlPlaneStats::default(),
+            admin_counts: Arc::default(),
             changes: watch::Sender::new(()),
             baseline: Mutex::default(),
             drain_time: Mutex::new(run::DEFAULT_DRAIN),

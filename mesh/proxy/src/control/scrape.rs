@@ -7,10 +7,12 @@
 use std::sync::Arc;
 
 use super::{Proxy, server_stats};
+use crate::config::store::Store;
 use crate::metrics::baseline::Seen;
-use crate::metrics::clusters::rows::Rows;
+use crate::metrics::clusters::rows::{Look, Rows};
 use crate::metrics::collect::{Family, collect};
 use crate::metrics::select::Select;
+use crate::metrics::tags::Tags;
 use crate::tls;
 
 /// Clusters of a piece.
@@ -55,6 +57,11 @@ impl Scrape {
             other: Some(other),
             seen,
         }
+    }
+
+    /// What Prometheus' labels are made of.
+    pub fn tags(&self) -> &Tags {
+        &self.proxy.stats.tags
     }
 
     /// Whether it is one piece or two, which may as well be made at once.
@@ -111,8 +118,11 @@ impl Proxy {
 
     /// What workers and the configuration say of clusters.
     fn rows(&self, deferred: crate::metrics::select::Deferred) -> Rows {
-        let now = crate::clock::now_ms();
-        self.store(|store| Rows::read(&self.shards, store.clusters(), deferred, now))
+        let now_ms = crate::clock::now_ms();
+        self.store(|store| {
+            let lost = store.lost();
+            Rows::read(&self.shards, store.clusters(), deferred, Look { now_ms, lost })
+        })
     }
 
     /// Everything else that this process counted.
@@ -122,6 +132,14 @@ impl Proxy {
         families.extend(self.store(|store| store.counters()));
         families.extend(server_stats::server(self));
         families.extend(self.store(server_stats::configuration));
+        families.extend(self.store(Store::subscription_families));
+        // Of the same families as other listeners and connection managers, which are told once.
+        for own in self.admin_counts.families() {
+            match families.iter_mut().find(|family| family.name == own.name) {
+                Some(family) => family.metrics.extend(own.metrics),
+                None => families.push(own),
+            }
+        }
         families
     }
 

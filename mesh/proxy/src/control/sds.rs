@@ -85,6 +85,10 @@ async fn take(proxy: Arc<Proxy>, service: SdsService, mut deliveries: Deliveries
 async fn deliver(proxy: &Proxy, service: &SdsService, delivery: Delivery) {
     let upserted = upserted(&delivery);
     let refused = proxy.apply_secrets_of(service, &upserted).await;
+    proxy.store(|store| {
+        let names = delivery.upserted.iter().map(|one| &*one.name);
+        store.note_delivery(ResourceType::Secret, &delivery.version, names, &refused);
+    });
     let refusals = refused
         .into_iter()
         .map(|(name, refusal)| {

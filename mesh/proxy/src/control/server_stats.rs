@@ -158,6 +158,24 @@ pub(super) fn server(proxy: &Proxy) -> Vec<Family> {
             version(),
         ),
     ];
+    let (epoch, connections) = proxy.baseline.lock().before();
+    out.extend([
+        gauge(
+            "envoy_server_hot_restart_epoch",
+            "How many processes have handed over to one another before this one.",
+            epoch as f64,
+        ),
+        gauge(
+            "envoy_server_hot_restart_generation",
+            "The same, and this one.",
+            (epoch + 1) as f64,
+        ),
+        gauge(
+            "envoy_server_parent_connections",
+            "Connections of the process before this one.",
+            connections as f64,
+        ),
+    ]);
     if let Some(took) = proxy.initialized.get() {
         let histogram = Histogram::default();
         histogram.observe_thousandths(took * 1000);
@@ -217,6 +235,32 @@ pub(super) fn configuration(store: &mut Store) -> Vec<Family> {
             .told()
             .map(|(name, help, value)| counter(name, help, value)),
     );
+    let [loads, failures] = store.runtime().loads();
+    for (name, help, value) in [
+        (
+            "envoy_runtime_load_success",
+            "Times that values of the runtime were taken.",
+            loads,
+        ),
+        (
+            "envoy_runtime_load_error",
+            "Times that values of the runtime could not be taken.",
+            failures,
+        ),
+        // Values on disk are refused, so that nothing there can take the place of others.
+        (
+            "envoy_runtime_override_dir_exists",
+            "Times that values on disk took the place of others: there are none on disk.",
+            0,
+        ),
+        (
+            "envoy_runtime_override_dir_not_exists",
+            "Times that there was nothing on disk to take the place of others.",
+            loads,
+        ),
+    ] {
+        out.push(counter(name, help, value));
+    }
     let (keys, layers) = store.runtime().size();
     out.push(gauge(
         "envoy_runtime_num_keys",

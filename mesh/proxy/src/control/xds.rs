@@ -27,7 +27,9 @@ pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationT
     };
     let (client, mut deliveries) = AdsClient::spawn(config, cancel.clone());
     proxy.control_plane.follow(client.connection());
-    proxy.store(|store| store.counts().asked());
+    proxy.store(|store| store.counts().subscriptions.begin());
+    let mut connection = client.connection();
+    connection.mark_unchanged();
     client.set_interest(
         ResourceType::Runtime,
         Interest::names(proxy.store(|store| store.runtime().names())),
@@ -60,6 +62,16 @@ pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationT
             }
             () = on_demand.changed(), if !waits => {
                 ask_on_demand(&proxy, &client, &on_demand);
+                continue;
+            }
+            Ok(()) = connection.changed() => {
+                let failed = {
+                    let state = connection.borrow_and_update();
+                    !state.connected && state.last_error.is_some()
+                };
+                if failed {
+                    proxy.store(Store::note_lost);
+                }
                 continue;
             }
             // Disuse is the passing of time, which nobody tells; without anything on demand nothing is looked at.
@@ -177,9 +189,9 @@ async fn deliver(proxy: &Proxy, on_demand: &OnDemand, delivery: Delivery) {
     proxy.store(|store| {
         let versions = delivery.upserted.iter().map(|one| (&*one.name, &one.version));
         store.note_versions(delivery.resource_type, versions);
-        store
-            .counts()
-            .delivered(delivery.resource_type, refused.is_empty());
+        let names = delivery.upserted.iter().map(|one| &*one.name);
+        let names = names.chain(delivery.removed.iter().map(|name| &**name));
+        store.note_delivery(delivery.resource_type, &delivery.version, names, &refused);
     });
     settle(proxy, on_demand, &delivery, |name| {
         refused.iter().any(|(refused, _)| **refused == *name)

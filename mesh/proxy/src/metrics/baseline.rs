@@ -24,14 +24,24 @@ pub struct Baseline {
     reset: HashMap<Key, Value, foldhash::fast::RandomState>,
     /// Counters were set back: what others counted counts no more.
     own_only: bool,
+    /// How many processes there were before this one.
+    epoch: u64,
+    /// Connections that the one before it has.
+    connections: u64,
 }
+
+/// What a process tells of itself beside counters: how many there are up to it, and its connections.
+const ITSELF: [&str; 2] = [
+    "envoy_server_hot_restart_generation",
+    "envoy_server_total_connections",
+];
 
 /// Series of the process before this one that have been shown.
 #[derive(Debug, Default)]
 pub struct Seen(HashSet<Key, foldhash::fast::RandomState>);
 
 fn is_cumulative(value: &Value) -> bool {
-    !matches!(value, Value::Gauge(_))
+    !matches!(value, Value::Gauge(_) | Value::Whole(_))
 }
 
 fn add(to: &mut Value, other: &Value, sign: f64) {
@@ -131,6 +141,14 @@ impl Baseline {
     /// Takes over what another process has counted, in place of what was taken over before. What cannot be read is left
     /// out: a process of another version may count other things.
     pub fn take(&mut self, told: &Json) {
+        let [epoch, connections] = ITSELF.map(|name| {
+            let entries = told.as_array().into_iter().flatten();
+            let mut own = entries.filter(|entry| entry.get(0).and_then(Json::as_str) == Some(name));
+            let value = own.next().and_then(|entry| entry.get(2)?.as_f64());
+            value.map(|value| value as u64)
+        });
+        self.epoch = epoch.unwrap_or(self.epoch);
+        self.connections = connections.unwrap_or(0);
         if self.own_only {
             return;
         }
@@ -140,7 +158,13 @@ impl Baseline {
             .flatten()
             .take(MAX_TAKEN)
             .filter_map(read)
+            .filter(|((name, _), _)| !ITSELF.contains(name))
             .collect();
+    }
+
+    /// How many processes there were before this one, and how many connections the last of them has.
+    pub fn before(&self) -> (u64, u64) {
+        (self.epoch, self.connections)
     }
 }
 
@@ -152,6 +176,7 @@ pub fn tell(families: &[Family]) -> Json {
             .iter()
             .filter_map(|(labels, value)| match value {
                 Value::Counter(value) if *value > 0.0 => Some((labels, json!(value))),
+                Value::Gauge(value) if ITSELF.contains(&family.name) => Some((labels, json!(value))),
                 Value::Histogram(histogram) if histogram.count() > 0 => Some((
                     labels,
                     json!({ "buckets": histogram.buckets, "sum": histogram.sum }),
@@ -273,6 +298,25 @@ mod tests {
         assert_eq!((histogram.buckets[1], histogram.sum), (3, 6.0));
         assert_eq!(values[3], Value::Gauge(1.0), "what is open is open elsewhere");
         assert_eq!(shown(&baseline, Vec::new()).len(), 3);
+    }
+
+    #[test]
+    fn a_process_knows_how_many_there_were_before_it_and_how_many_connections_the_last_one_has() {
+        let mut baseline = Baseline::default();
+        assert_eq!(baseline.before(), (0, 0));
+        let itself = |generation: f64, connections: f64| {
+            let gauge = |name, value| Family {
+                name,
+                help: "",
+                metrics: vec![(Labels::new(), Value::Gauge(value))],
+            };
+            tell(&[gauge(ITSELF[0], generation), gauge(ITSELF[1], connections)])
+        };
+        baseline.take(&itself(3.0, 7.0));
+        assert_eq!(baseline.before(), (3, 7));
+        baseline.take(&itself(3.0, 0.0));
+        assert_eq!(baseline.before(), (3, 0), "it has ended");
+        assert!(shown(&baseline, Vec::new()).is_empty(), "they are no counters");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! and is shown all the same.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
@@ -110,8 +110,16 @@ pub struct ClusterCells {
     pub received: Cell,
     /// Bytes to endpoints.
     pub sent: Cell,
-    connect_time: OnceLock<Box<Histogram>>,
-    connection_length: OnceLock<Box<Histogram>>,
+    /// Made with the first connection.
+    of_connections: OnceLock<Box<OfConnections>>,
+}
+
+/// Distributions over connections.
+#[derive(Debug, Default)]
+struct OfConnections {
+    made_in: Histogram,
+    length: Histogram,
+    requests: Histogram,
 }
 
 impl ClusterCells {
@@ -142,8 +150,7 @@ impl ClusterCells {
             connection_overflow: Cell::default(),
             received: Cell::default(),
             sent: Cell::default(),
-            connect_time: OnceLock::new(),
-            connection_length: OnceLock::new(),
+            of_connections: OnceLock::new(),
         })
     }
 
@@ -189,6 +196,10 @@ impl ClusterCells {
                 cells: self,
                 by_peer: AtomicBool::new(false),
                 busy: AtomicU32::new(0),
+                served: AtomicU32::new(0),
+                one_by_one: AtomicBool::new(false),
+                http: AtomicBool::new(false),
+                over: AtomicU8::new(0),
             }),
             host: host.clone(),
             since: Instant::now(),
@@ -205,7 +216,21 @@ pub struct Shared {
     by_peer: AtomicBool,
     /// Requests on it.
     busy: AtomicU32,
+    /// Requests that it has had.
+    served: AtomicU32,
+    /// Its requests come one after the other (HTTP/1): each says itself whether it has ended in good order, which may be
+    /// a moment after the connection has ended.
+    one_by_one: AtomicBool,
+    /// It carries requests, not bytes alone.
+    http: AtomicBool,
+    /// [`ENDED`] and who ended it, if it was made.
+    over: AtomicU8,
 }
+
+/// By us.
+const ENDED: u8 = 1;
+/// By the endpoint.
+const ENDED_BY_PEER: u8 = 2;
 
 impl Shared {
     /// The endpoint has said that it is over.
@@ -216,8 +241,9 @@ impl Shared {
     /// A request begins on it.
     pub fn begin(&self) {
         // Only the connection's worker writes.
-        self.busy
-            .store(self.busy.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        for count in [&self.busy, &self.served] {
+            count.store(count.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+        }
     }
 
     /// A request on it has ended in good order.
@@ -229,6 +255,27 @@ impl Shared {
     /// Something rare has happened to it.
     pub fn note(&self, event: ClusterEvent) {
         self.cells.note(event);
+    }
+
+    /// It has ended while a request was on its way, if one is.
+    fn note_request(&self) {
+        if self.busy.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        self.note(ClusterEvent::CxDestroyWithRequest);
+        self.note(if self.over.load(Ordering::Relaxed) == ENDED_BY_PEER {
+            ClusterEvent::CxDestroyRemoteWithRequest
+        } else {
+            ClusterEvent::CxDestroyLocalWithRequest
+        });
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if *self.over.get_mut() != 0 && *self.one_by_one.get_mut() {
+            self.note_request();
+        }
     }
 }
 
@@ -246,18 +293,20 @@ impl Connection {
     pub fn made(&mut self) {
         let now = Instant::now();
         let took = now.duration_since(self.since);
-        let histogram = self.cells().connect_time.get_or_init(Box::default);
-        histogram.observe_thousandths(took.as_micros() as u64);
+        let histograms = self.cells().of_connections.get_or_init(Box::default);
+        histograms.made_in.observe_thousandths(took.as_micros() as u64);
         self.since = now;
         self.made = true;
     }
 
     /// It speaks that version of HTTP.
     pub fn speaks(&self, http2: bool) {
+        self.shared.http.store(true, Ordering::Relaxed);
         if http2 {
             self.cells().connections_http2.add(1);
         } else {
             self.cells().connections_http1.add(1);
+            self.shared.one_by_one.store(true, Ordering::Relaxed);
         }
     }
 
@@ -270,6 +319,13 @@ impl Connection {
         } else {
             self.shared.ended_by_peer();
         }
+    }
+
+    /// Its own end could not be bound.
+    pub fn unbound(&self) {
+        self.cells().connect_failures.add(1);
+        self.cells().note(ClusterEvent::BindError);
+        self.host.counted.connect_failed();
     }
 
     /// Where its bytes are counted.
@@ -289,23 +345,24 @@ impl Drop for Connection {
         cells.connections_closed.add(1);
         self.host.counted.connection_ends();
         let by_peer = self.shared.by_peer.load(Ordering::Relaxed);
-        let busy = self.made && self.shared.busy.load(Ordering::Relaxed) > 0;
         cells.note(if by_peer {
             ClusterEvent::CxDestroyRemote
         } else {
             ClusterEvent::CxDestroyLocal
         });
-        if busy {
-            cells.note(ClusterEvent::CxDestroyWithRequest);
-            cells.note(if by_peer {
-                ClusterEvent::CxDestroyRemoteWithRequest
-            } else {
-                ClusterEvent::CxDestroyLocalWithRequest
-            });
-        }
         if self.made {
-            let length = cells.connection_length.get_or_init(Box::default);
-            length.observe_thousandths(self.since.elapsed().as_micros() as u64);
+            let over = if by_peer { ENDED_BY_PEER } else { ENDED };
+            self.shared.over.store(over, Ordering::Relaxed);
+            if !self.shared.one_by_one.load(Ordering::Relaxed) {
+                self.shared.note_request();
+            }
+            let histograms = cells.of_connections.get_or_init(Box::default);
+            let length = self.since.elapsed().as_micros() as u64;
+            histograms.length.observe_thousandths(length);
+            if self.shared.http.load(Ordering::Relaxed) {
+                let served = self.shared.served.load(Ordering::Relaxed);
+                histograms.requests.observe_thousandths(u64::from(served) * 1000);
+            }
         }
     }
 }

@@ -16,8 +16,21 @@ pub enum Value {
     Counter(f64),
     /// Momentary.
     Gauge(f64),
+    /// Momentary, and to be told to the last digit: a hash, a time in milliseconds.
+    Whole(u64),
     /// Distribution.
     Histogram(Box<HistogramValue>),
+}
+
+impl Value {
+    /// Whether it is anything but zero, or has any values.
+    pub fn is_used(&self) -> bool {
+        match self {
+            Self::Counter(value) | Self::Gauge(value) => *value != 0.0,
+            Self::Whole(value) => *value != 0,
+            Self::Histogram(histogram) => histogram.count() > 0,
+        }
+    }
 }
 
 /// A metric family.

@@ -108,6 +108,9 @@ events! {
         CxDestroyRemoteWithRequest = "upstream_cx_destroy_remote_with_active_rq", "Connections that the endpoint ended while a request was on its way.";
         CxConnectAttemptsExceeded = "upstream_cx_connect_attempts_exceeded", "Connections that were given up after the allowed attempts.";
         CxIdleTimeout = "upstream_cx_idle_timeout", "Connections that were idle for too long.";
+        BindError = "bind_errors", "Connections whose own end could not be bound.";
+        CxCloseNotify = "upstream_cx_close_notify", "Connections that the endpoint has said it will close.";
+        UpdateEmpty = "update_empty", "Updates without endpoints.";
         CxMaxDuration = "upstream_cx_max_duration_reached", "Connections that became too old.";
         CxMaxRequests = "upstream_cx_max_requests", "Connections that had as many requests as they may have.";
         CxNoneHealthy = "upstream_cx_none_healthy", "Requests and connections for which no endpoint could be used.";
@@ -125,6 +128,12 @@ events! {
         Panic = "lb_healthy_panic", "Requests for which hosts were chosen whatever their health.";
         ZoneDirect = "lb_zone_routing_all_directly", "Requests kept in the own zone.";
         ZoneRecalculated = "lb_recalculate_zone_structures", "Times that zones were compared.";
+        ZoneSampled = "lb_zone_routing_sampled", "Requests kept in the own zone, of which others left it.";
+        ZoneCrossed = "lb_zone_routing_cross_zone", "Requests that left the own zone.";
+        ZoneTooSmall = "lb_zone_cluster_too_small", "Times that zones were not compared because there are too few hosts.";
+        ZoneFull = "lb_zone_no_capacity_left", "Requests sent to any zone because none has hosts to spare.";
+        SubsetCreated = "lb_subsets_created", "Subsets that came to have endpoints.";
+        SubsetRemoved = "lb_subsets_removed", "Subsets that lost their last endpoint.";
         SubsetSelected = "lb_subsets_selected", "Requests that a subset took.";
         SubsetFallback = "lb_subsets_fallback", "Requests for which no subset was found.";
         SubsetPanic = "lb_subsets_fallback_panic", "Requests that any host took because their subset had none.";

@@ -2,6 +2,7 @@
 //! JSON.
 
 use std::fmt::Write;
+use std::ops::Range;
 
 use serde_json::{Value as Json, json};
 
@@ -38,6 +39,7 @@ const SCOPES: [(&str, &[&str]); 3] = [
             "ext_authz_",
             "ratelimit_",
             "ssl_",
+            "http1_",
             "http2_",
         ],
     ),
@@ -88,97 +90,151 @@ pub fn cluster_tail(family: &str) -> String {
 
 /// The name under which Envoy's `/stats` has a series.
 pub fn name(family: &str, labels: &Labels) -> String {
-    let label = |key: &str| {
-        labels
-            .iter()
-            .find(|(own, _)| *own == key)
-            .map(|(_, value)| value.as_str())
+    with_places(family, labels).0
+}
+
+/// Which part of a name says the value of a label: what Envoy takes out of the name where it makes a label of it.
+pub type Places = Vec<(&'static str, Range<usize>)>;
+
+/// A name on its way.
+struct Writing<'a> {
+    labels: &'a Labels,
+    out: String,
+    places: Places,
+}
+
+impl Writing<'_> {
+    /// The value of a label, and the label as it is kept.
+    fn find(&self, key: &str) -> Option<(&'static str, &str)> {
+        let found = self.labels.iter().find(|(own, _)| *own == key)?;
+        Some((found.0, found.1.as_str()))
+    }
+
+    /// Writes a label's value between `before` and `after`, of which `after` is the value's as well; whether there is one.
+    fn part(&mut self, before: &str, key: &str, after: &str) -> bool {
+        let Some((key, value)) = self.labels.iter().find(|(own, _)| *own == key) else {
+            return false;
+        };
+        self.out.push_str(before);
+        let start = self.out.len();
+        self.out.push_str(value);
+        self.out.push_str(after);
+        self.places.push((*key, start..self.out.len()));
+        true
+    }
+}
+
+/// A [name](name()), and where the values of labels are in it.
+pub fn with_places(family: &str, labels: &Labels) -> (String, Places) {
+    let mut name = Writing {
+        labels,
+        out: String::new(),
+        places: Places::new(),
     };
-    let mut rest = family.strip_prefix("envoy_").unwrap_or(family).to_owned();
-    let mut used = Vec::new();
-    let mut out = String::new();
+    let mut rest = family.strip_prefix("envoy_").unwrap_or(family);
     for (area, key) in [
         ("cluster_", "envoy_cluster_name"),
         ("http_", "envoy_http_conn_manager_prefix"),
         ("listener_", "envoy_listener_address"),
         ("tcp_", "envoy_tcp_prefix"),
     ] {
-        if let (Some(inner), Some(value)) = (rest.strip_prefix(area), label(key)) {
-            out = format!("{}.{value}.", area.trim_end_matches('_'));
-            rest = inner.to_owned();
-            used.push(key);
+        if let Some(inner) = rest.strip_prefix(area)
+            && name.find(key).is_some()
+        {
+            name.out.push_str(area.trim_end_matches('_'));
+            name.part(".", key, ".");
+            rest = inner;
             break;
         }
     }
-    if let Some(worker) = label("envoy_worker_id")
-        && out.starts_with("listener.")
+    if let Some(inner) = rest.strip_prefix("listener_admin_")
+        && name.out.is_empty()
     {
-        let _ = write!(out, "worker_{worker}.");
-        rest = rest.strip_prefix("worker_").unwrap_or(&rest).to_owned();
-        used.push("envoy_worker_id");
+        name.out.push_str("listener.admin.");
+        rest = inner;
     }
-    if out.is_empty() {
+    if let Some(inner) = rest.strip_prefix("http_")
+        && name.out.starts_with("listener.")
+        && name.part("http.", "envoy_http_conn_manager_prefix", ".")
+    {
+        rest = inner;
+    }
+    if name.out.starts_with("listener.") && name.part("worker_", "envoy_worker_id", ".") {
+        rest = rest.strip_prefix("worker_").unwrap_or(rest);
+    }
+    if name.out.is_empty() {
         for (area, inner) in [
             ("cluster_manager_", &["cds_"][..]),
             ("listener_manager_", &["lds_"]),
             ("server_", &[]),
             ("control_plane_", &[]),
             ("runtime_", &[]),
+            ("http1_", &[]),
+            ("http2_", &[]),
         ] {
             if let Some(left) = rest.strip_prefix(area) {
-                out = format!("{}.", area.trim_end_matches('_'));
-                rest = left.to_owned();
+                let _ = write!(name.out, "{}.", area.trim_end_matches('_'));
+                rest = left;
                 if let Some(scope) = inner.iter().find(|scope| rest.starts_with(**scope)) {
-                    let _ = write!(out, "{}.", scope.trim_end_matches('_'));
-                    rest = rest[scope.len()..].to_owned();
+                    let _ = write!(name.out, "{}.", scope.trim_end_matches('_'));
+                    rest = &rest[scope.len()..];
                 }
                 break;
             }
         }
     }
-    if let (Some(inner), Some(route)) = (rest.strip_prefix("rds_"), label("envoy_rds_route_config"))
-        && out.starts_with("http.")
+    if let Some(inner) = rest.strip_prefix("rds_")
+        && name.out.starts_with("http.")
+        && name.part("rds.", "envoy_rds_route_config", ".")
     {
-        let _ = write!(out, "rds.{route}.");
-        rest = inner.to_owned();
-        used.push("envoy_rds_route_config");
+        rest = inner;
+    }
+    if let Some(inner) = rest.strip_prefix("sds_")
+        && name.out.is_empty()
+        && name.part("sds.", "envoy_xds_resource_name", ".")
+    {
+        rest = inner;
     }
     if let Some(inner) = rest.strip_prefix("grpc_")
-        && out.starts_with("cluster.")
+        && name.out.starts_with("cluster.")
     {
-        out.push_str("grpc.");
-        for key in ["envoy_grpc_bridge_service", "envoy_grpc_bridge_method"] {
-            if let Some(value) = label(key) {
-                let _ = write!(out, "{value}.");
-                used.push(key);
+        name.out.push_str("grpc.");
+        name.part("", "envoy_grpc_bridge_service", ".");
+        name.part("", "envoy_grpc_bridge_method", ".");
+        rest = inner;
+    }
+    if let Some(inner) = rest.strip_prefix("vhost_vcluster_")
+        && name.find("envoy_virtual_host").is_some()
+        && name.find("envoy_virtual_cluster").is_some()
+    {
+        name.part("vhost.", "envoy_virtual_host", ".");
+        name.part("vcluster.", "envoy_virtual_cluster", ".");
+        rest = inner;
+    }
+    let rest = scoped(&name.out, rest);
+    match rest.split_once("_xx") {
+        Some((before, after)) if name.part(&format!("{before}_"), "envoy_response_code_class", "") => {
+            let _ = write!(name.out, "xx{after}");
+        }
+        _ => {
+            name.out.push_str(&rest);
+            // The line before the code goes with it.
+            let start = name.out.len();
+            if name.part("_", "envoy_response_code", "")
+                && let Some((_, place)) = name.places.last_mut()
+            {
+                place.start = start;
             }
         }
-        rest = inner.to_owned();
     }
-    if let (Some(inner), Some(host), Some(cluster)) = (
-        rest.strip_prefix("vhost_vcluster_"),
-        label("envoy_virtual_host"),
-        label("envoy_virtual_cluster"),
-    ) {
-        out = format!("vhost.{host}.vcluster.{cluster}.");
-        rest = inner.to_owned();
-        used.extend(["envoy_virtual_host", "envoy_virtual_cluster"]);
-    }
-    rest = scoped(&out, &rest);
-    if let Some(class) = label("envoy_response_code_class") {
-        rest = rest.replace("_xx", &format!("_{class}xx"));
-        used.push("envoy_response_code_class");
-    } else if let Some(code) = label("envoy_response_code") {
-        let _ = write!(rest, "_{code}");
-        used.push("envoy_response_code");
-    }
-    out.push_str(&rest);
     for (key, value) in labels {
-        if !used.contains(key) && !value.is_empty() {
-            let _ = write!(out, ".{key}.{value}");
+        if !value.is_empty() && !name.places.iter().any(|(own, _)| own == key) {
+            let start = name.out.len();
+            let _ = write!(name.out, ".{key}.{value}");
+            name.places.push((*key, start..name.out.len()));
         }
     }
-    out
+    (name.out, name.places)
 }
 
 /// `name: value`, sorted; histograms apart, which come after the rest.
@@ -189,6 +245,7 @@ pub fn text(families: &[Family], buckets: Buckets) -> [String; 2] {
             let name = name(family.name, labels);
             match value {
                 Value::Counter(value) | Value::Gauge(value) => simple.push(format!("{name}: {value}\n")),
+                Value::Whole(value) => simple.push(format!("{name}: {value}\n")),
                 Value::Histogram(histogram) => histograms.push(histogram_line(&name, histogram, buckets)),
             }
         }
@@ -268,6 +325,7 @@ pub fn json(families: &[Family], buckets: Buckets) -> [Vec<Json>; 2] {
                 Value::Counter(value) | Value::Gauge(value) => {
                     simple.push(json!({"name": name, "value": value}));
                 }
+                Value::Whole(value) => simple.push(json!({"name": name, "value": value})),
                 Value::Histogram(histogram) => told.push(histogram_json(&name, histogram, buckets)),
             }
         }
@@ -437,6 +495,36 @@ mod tests {
                 "vhost.h.vcluster.v.upstream_rq_2xx",
             ),
             ("envoy_server_live", &[], "server.live"),
+            (
+                "envoy_listener_http_downstream_rq_xx",
+                &[
+                    ("envoy_response_code_class", "2"),
+                    ("envoy_http_conn_manager_prefix", "in"),
+                    ("envoy_listener_address", "127.0.0.1_80"),
+                ],
+                "listener.127.0.0.1_80.http.in.downstream_rq_2xx",
+            ),
+            (
+                "envoy_listener_admin_http_downstream_rq_completed",
+                &[("envoy_http_conn_manager_prefix", "admin")],
+                "listener.admin.http.admin.downstream_rq_completed",
+            ),
+            (
+                "envoy_listener_admin_downstream_cx_total",
+                &[],
+                "listener.admin.downstream_cx_total",
+            ),
+            (
+                "envoy_sds_update_success",
+                &[("envoy_xds_resource_name", "cert")],
+                "sds.cert.update_success",
+            ),
+            ("envoy_http2_rx_reset", &[], "http2.rx_reset"),
+            (
+                "envoy_cluster_http2_rx_reset",
+                &[("envoy_cluster_name", "c")],
+                "cluster.c.http2.rx_reset",
+            ),
             (
                 "istio_requests_total",
                 &[("reporter", "source"), ("grpc_response_status", "")],

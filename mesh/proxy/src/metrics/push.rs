@@ -56,6 +56,7 @@ impl Sent {
             for (labels, value) in &family.metrics {
                 let mark = match value {
                     Value::Counter(value) | Value::Gauge(value) => value.to_bits(),
+                    Value::Whole(value) => *value,
                     Value::Histogram(histogram) => histogram.count(),
                 };
                 let last = self.0.get_mut(&(family.name, labels.clone()));
@@ -116,6 +117,11 @@ pub(super) fn encode(labels: &Labels, value: &Value, timestamp_ms: Option<i64>) 
             });
         }
         Value::Gauge(value) => metric.gauge = Some(prometheus::Gauge { value: Some(*value) }),
+        Value::Whole(value) => {
+            metric.gauge = Some(prometheus::Gauge {
+                value: Some(*value as f64),
+            });
+        }
         Value::Histogram(histogram) => {
             let mut cumulative = 0;
             let bucket = histogram

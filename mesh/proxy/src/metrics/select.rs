@@ -6,6 +6,7 @@ use serin_xds::pb::envoy::r#type::matcher::v3::ListStringMatcher;
 
 use super::collect::{Family, Labels, Value};
 use super::names;
+use super::tags::Tags;
 use crate::config::matchers::StringMatch;
 use crate::error::{Refusal, Within};
 
@@ -21,10 +22,11 @@ pub enum Kind {
 }
 
 impl Kind {
-    fn of(value: &Value) -> Self {
+    /// Which it is.
+    pub fn of(value: &Value) -> Self {
         match value {
             Value::Counter(_) => Self::Counters,
-            Value::Gauge(_) => Self::Gauges,
+            Value::Gauge(_) | Value::Whole(_) => Self::Gauges,
             Value::Histogram(_) => Self::Histograms,
         }
     }
@@ -91,6 +93,8 @@ pub struct Rules {
     pub matcher: Matcher,
     /// What of clusters that nobody has used.
     pub deferred: Deferred,
+    /// Labels of Prometheus.
+    pub tags: Tags,
 }
 
 /// Which statistics are told.
@@ -146,11 +150,7 @@ impl Select {
             return Vec::new();
         }
         let wanted = |labels: &Labels, value: &Value| {
-            let used = match value {
-                Value::Counter(value) | Value::Gauge(value) => *value != 0.0,
-                Value::Histogram(histogram) => histogram.count() > 0,
-            };
-            self.wants_value(Kind::of(value), used)
+            self.wants_value(Kind::of(value), value.is_used())
                 && (!self.looks_at_names() || self.wants_name(family, &names::name(family, labels)))
         };
         metrics.filter(|(labels, value)| wanted(labels, value)).collect()

@@ -5,8 +5,9 @@ use std::fmt::Write;
 use prost::Message;
 use serin_xds::pb::io::prometheus::client as prometheus;
 
-use super::collect::{Family, Value};
+use super::collect::{Family, Labels, Value};
 use super::series::BOUNDS;
+use super::tags::Renamed;
 
 /// A format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,13 +67,26 @@ impl Encoding {
 
     /// Families in this format; [`Self::end`] comes after the last.
     pub fn write(self, families: &[Family]) -> Vec<u8> {
+        self.write_named(families.iter().map(Named::from))
+    }
+
+    /// The same by names that were put together.
+    pub fn write_renamed(self, families: &[Renamed]) -> Vec<u8> {
+        self.write_named(families.iter().map(|family| Named {
+            name: &family.name,
+            help: family.help,
+            metrics: &family.metrics,
+        }))
+    }
+
+    fn write_named<'a>(self, families: impl Iterator<Item = Named<'a>>) -> Vec<u8> {
         match self {
-            Self::Text => write(families).into_bytes(),
+            Self::Text => write_named(families).into_bytes(),
             Self::OpenMetrics => open_metrics(families).into_bytes(),
             Self::Protobuf => {
                 let mut out = Vec::new();
-                for family in families.iter().filter(|family| !family.metrics.is_empty()) {
-                    out.extend(message(family).encode_length_delimited_to_vec());
+                for family in families.filter(|family| !family.metrics.is_empty()) {
+                    out.extend(message(&family).encode_length_delimited_to_vec());
                 }
                 out
             }
@@ -80,10 +94,27 @@ impl Encoding {
     }
 }
 
+/// A family as it is written.
+struct Named<'a> {
+    name: &'a str,
+    help: &'a str,
+    metrics: &'a [(Labels, Value)],
+}
+
+impl<'a> From<&'a Family> for Named<'a> {
+    fn from(family: &'a Family) -> Self {
+        Self {
+            name: family.name,
+            help: family.help,
+            metrics: &family.metrics,
+        }
+    }
+}
+
 /// A family as a message.
-fn message(family: &Family) -> prometheus::MetricFamily {
+fn message(family: &Named<'_>) -> prometheus::MetricFamily {
     let kind = match family.metrics.first() {
-        Some((_, Value::Gauge(_))) => prometheus::MetricType::Gauge,
+        Some((_, Value::Gauge(_) | Value::Whole(_))) => prometheus::MetricType::Gauge,
         Some((_, Value::Histogram(_))) => prometheus::MetricType::Histogram,
         Some((_, Value::Counter(_))) | None => prometheus::MetricType::Counter,
     };
@@ -101,12 +132,12 @@ fn message(family: &Family) -> prometheus::MetricFamily {
 }
 
 /// Families as OpenMetrics: counters are called after their family with `_total`.
-fn open_metrics(families: &[Family]) -> String {
+fn open_metrics<'a>(families: impl Iterator<Item = Named<'a>>) -> String {
     let mut out = String::with_capacity(4096);
     for family in families {
         let (kind, suffix) = match family.metrics.first() {
             Some((_, Value::Counter(_))) => ("counter", "_total"),
-            Some((_, Value::Gauge(_))) => ("gauge", ""),
+            Some((_, Value::Gauge(_) | Value::Whole(_))) => ("gauge", ""),
             Some((_, Value::Histogram(_))) => ("histogram", ""),
             None => continue,
         };
@@ -114,7 +145,7 @@ fn open_metrics(families: &[Family]) -> String {
         // Writing to a String cannot fail.
         let _ = writeln!(out, "# HELP {name} {}\n# TYPE {name} {kind}", family.help);
         let sample = format!("{name}{suffix}");
-        for (labels, value) in &family.metrics {
+        for (labels, value) in family.metrics {
             write_value(&mut out, &sample, &written(labels), value);
         }
     }
@@ -122,7 +153,7 @@ fn open_metrics(families: &[Family]) -> String {
 }
 
 /// Labels between the braces.
-fn written(labels: &super::collect::Labels) -> String {
+fn written(labels: &Labels) -> String {
     let mut text = String::new();
     for (name, value) in labels {
         if !text.is_empty() {
@@ -135,11 +166,15 @@ fn written(labels: &super::collect::Labels) -> String {
 
 /// Families as text.
 pub fn write(families: &[Family]) -> String {
+    write_named(families.iter().map(Named::from))
+}
+
+fn write_named<'a>(families: impl Iterator<Item = Named<'a>>) -> String {
     let mut out = String::with_capacity(4096);
     for family in families {
         let kind = match family.metrics.first() {
             Some((_, Value::Counter(_))) => "counter",
-            Some((_, Value::Gauge(_))) => "gauge",
+            Some((_, Value::Gauge(_) | Value::Whole(_))) => "gauge",
             Some((_, Value::Histogram(_))) => "histogram",
             None => continue,
         };
@@ -149,7 +184,7 @@ pub fn write(families: &[Family]) -> String {
             "# HELP {} {}\n# TYPE {} {kind}",
             family.name, family.help, family.name
         );
-        for (labels, value) in &family.metrics {
+        for (labels, value) in family.metrics {
             write_value(&mut out, family.name, &written(labels), value);
         }
     }
@@ -157,13 +192,15 @@ pub fn write(families: &[Family]) -> String {
 }
 
 fn write_value(out: &mut String, name: &str, labels: &str, value: &Value) {
+    let mut number = |value: &dyn std::fmt::Display| {
+        let _ = match labels {
+            "" => writeln!(out, "{name} {value}"),
+            labels => writeln!(out, "{name}{{{labels}}} {value}"),
+        };
+    };
     match value {
-        Value::Counter(value) | Value::Gauge(value) => {
-            let _ = match labels {
-                "" => writeln!(out, "{name} {value}"),
-                labels => writeln!(out, "{name}{{{labels}}} {value}"),
-            };
-        }
+        Value::Counter(value) | Value::Gauge(value) => number(value),
+        Value::Whole(value) => number(value),
         Value::Histogram(histogram) => {
             let separator = if labels.is_empty() { "" } else { "," };
             let mut cumulative = 0;

@@ -112,6 +112,9 @@ struct RequestNames {
     routed: &'static str,
     received: &'static str,
     sent: &'static str,
+    /// Classes of answers by listener as well. Only these are counted: those of a manager's prefix are their sum.
+    classes_by_listener: &'static str,
+    completed_by_listener: &'static str,
 }
 
 /// Connection managers.
@@ -135,6 +138,8 @@ pub static HTTP: Area = Area {
         routed: "envoy_http_rq_total",
         received: "envoy_http_downstream_cx_rx_bytes_total",
         sent: "envoy_http_downstream_cx_tx_bytes_total",
+        classes_by_listener: "envoy_listener_http_downstream_rq_xx",
+        completed_by_listener: "envoy_listener_http_downstream_rq_completed",
     }),
 };
 /// Listeners.
@@ -304,6 +309,8 @@ impl Drop for OpenCount {
 pub struct Registry {
     counters: BTreeMap<(&'static str, Labels), Arc<Counter>>,
     distributions: BTreeMap<(&'static str, Labels), Arc<Distribution>>,
+    /// Answers at listeners that are gone, of managers that others have, by class and manager.
+    retired: BTreeMap<Labels, u64>,
     http: BTreeMap<Box<str>, Arc<WorkerEvents<HttpEvent>>>,
     listeners: BTreeMap<Box<str>, Arc<WorkerEvents<ListenerEvent>>>,
     tcp: BTreeMap<Box<str>, Arc<WorkerEvents<TcpEvent>>>,
@@ -339,8 +346,17 @@ impl Registry {
         counter
     }
 
-    /// The counters of connections and requests of one place: a connection manager's prefix, a listener's address.
-    pub fn traffic(&mut self, workers: usize, area: &'static Area, value: &str) -> Traffic {
+    /// The counters of connections to a listener's address.
+    pub fn traffic(&mut self, workers: usize, listener: &str) -> Traffic {
+        self.traffic_in(workers, &LISTENER, listener, "")
+    }
+
+    /// The counters of connections and requests of managers with that prefix, at the listener of that address.
+    pub fn traffic_of(&mut self, workers: usize, listener: &str, prefix: &str) -> Traffic {
+        self.traffic_in(workers, &HTTP, prefix, listener)
+    }
+
+    fn traffic_in(&mut self, workers: usize, area: &'static Area, value: &str, listener: &str) -> Traffic {
         let label = (area.label, value);
         let requests = area.requests.as_ref().map(|names| Requests {
             total: self.counter(workers, names.total, &[label]),
@@ -348,8 +364,12 @@ impl Registry {
             classes: ["1", "2", "3", "4", "5"].map(|class| {
                 self.counter(
                     workers,
-                    names.classes,
-                    &[("envoy_response_code_class", class), label],
+                    names.classes_by_listener,
+                    &[
+                        ("envoy_response_code_class", class),
+                        label,
+                        (LISTENER.label, listener),
+                    ],
                 )
             }),
             time: self.distribution(workers, names.time, &[label]),
@@ -418,10 +438,23 @@ impl Registry {
     /// Forgets counters that no filter uses any more.
     pub fn sweep(&mut self) {
         self.buckets.retain(|_, bucket| bucket.strong_count() > 0);
-        self.counters.retain(|_, counter| Arc::strong_count(counter) > 1);
+        let names = HTTP.requests.as_ref().map(|names| names.classes_by_listener);
+        let retired = &mut self.retired;
+        self.counters.retain(|(name, labels), counter| {
+            let used = Arc::strong_count(counter) > 1;
+            if !used && names == Some(*name) {
+                *retired.entry(shown::of_manager(labels)).or_default() += counter.get();
+            }
+            used
+        });
         self.distributions
             .retain(|_, distribution| Arc::strong_count(distribution) > 1);
         self.http.retain(|_, events| Arc::strong_count(events) > 1);
+        let http = &self.http;
+        self.retired.retain(|labels, _| {
+            let prefix = labels.iter().find(|(key, _)| *key == HTTP.label);
+            prefix.is_some_and(|(_, prefix)| http.contains_key(prefix.as_str()))
+        });
         self.listeners.retain(|_, events| Arc::strong_count(events) > 1);
         self.tcp.retain(|_, events| Arc::strong_count(events) > 1);
         self.spots.sweep();
@@ -441,6 +474,7 @@ impl Registry {
                 }),
             }
         }
+        self.answers(&mut families);
         for area in [&HTTP, &LISTENER] {
             families.extend(active(&families, area.active, area.opened, area.closed));
             if let Some(names) = &area.requests {
@@ -581,5 +615,41 @@ mod tests {
         drop(counter);
         registry.sweep();
         assert!(registry.collect().is_empty());
+    }
+
+    #[test]
+    fn a_managers_answers_stay_when_one_of_its_listeners_goes() {
+        let mut registry = Registry::default();
+        let [one, other] = ["one", "other"].map(|listener| registry.traffic_of(1, listener, "in"));
+        one.request(200, Duration::ZERO, 0);
+        other.request(200, Duration::ZERO, 0);
+        let shown = |registry: &Registry, name: &str| -> Vec<(Labels, Value)> {
+            let families = registry.collect();
+            let family = families.into_iter().find(|family| family.name == name);
+            let metrics = family.map(|family| family.metrics).unwrap_or_default();
+            metrics.into_iter().filter(|(_, value)| value.is_used()).collect()
+        };
+        let class = |count: f64| {
+            let labels = vec![
+                ("envoy_response_code_class", "2".to_owned()),
+                (HTTP.label, "in".to_owned()),
+            ];
+            vec![(labels, Value::Counter(count))]
+        };
+        let all = "envoy_http_downstream_rq_xx";
+        assert_eq!(shown(&registry, all), class(2.0));
+        drop(one);
+        registry.sweep();
+        other.request(201, Duration::ZERO, 0);
+        assert_eq!(shown(&registry, all), class(3.0));
+        let left = shown(&registry, "envoy_listener_http_downstream_rq_completed");
+        let labels = vec![
+            (HTTP.label, "in".to_owned()),
+            (LISTENER.label, "other".to_owned()),
+        ];
+        assert_eq!(left, vec![(labels, Value::Counter(2.0))]);
+        drop(other);
+        registry.sweep();
+        assert!(registry.collect().is_empty(), "nobody has that prefix any more");
     }
 }

@@ -286,6 +286,13 @@ impl SecretTable {
             .collect()
     }
 
+    /// Names that the control plane or services are asked for.
+    pub fn asked_for(&self) -> BTreeSet<Arc<str>> {
+        let of_services = self.remote.iter().filter(|(_, slot)| Arc::strong_count(slot) > 1);
+        let of_services = of_services.map(|((_, name), _)| Arc::from(&**name));
+        self.wanted().into_iter().chain(of_services).collect()
+    }
+
     /// Whether any secret comes from files.
     pub fn has_files(&self) -> bool {
         self.inline

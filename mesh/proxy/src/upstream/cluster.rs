@@ -14,7 +14,7 @@ use super::ewma::Ewma;
 use super::outlier::{self, Event};
 use super::pool::{ConnectError, Lease, Pool, Wanted};
 use super::subset::{Chosen, SubsetBalancer};
-use super::zone::{self, Zone, ZoneRouting};
+use super::zone::{self, Sent, Zone, ZoneRouting};
 use crate::clock::now_ms;
 use crate::config::balancing::reported::Report;
 use crate::config::cluster::{Cluster, Discovery, LbPolicy};
@@ -321,7 +321,11 @@ impl WorkerCluster {
                     zones: routing.as_deref(),
                     ..*wish
                 };
-                let host = self.choose(&wish)?;
+                let host = self.choose(&wish);
+                if let Some(sent) = routing.as_deref().and_then(ZoneRouting::take_sent) {
+                    self.note_zone(sent);
+                }
+                let host = host?;
                 if outlier::admit(&host.endpoint.state, now_ms) {
                     self.note_probation(&host);
                     return Some(host);
@@ -335,6 +339,18 @@ impl WorkerCluster {
                     ..wish
                 };
                 Some(self.choose(&wish).unwrap_or(host))
+            }
+        }
+    }
+
+    fn note_zone(&self, sent: Sent) {
+        let counted = &self.slot.counted;
+        match sent {
+            Sent::Stays => counted.note(ClusterEvent::ZoneSampled),
+            Sent::Across => counted.note(ClusterEvent::ZoneCrossed),
+            Sent::Anywhere => {
+                counted.note(ClusterEvent::ZoneCrossed);
+                counted.note(ClusterEvent::ZoneFull);
             }
         }
     }
@@ -393,6 +409,9 @@ impl WorkerCluster {
             })
             .collect();
         let own = first.iter().position(|locality| locality.zone == here.zone);
+        if zones.iter().map(|zone| zone.count).sum::<u64>() < rules.min_cluster_size {
+            self.slot.counted.note(ClusterEvent::ZoneTooSmall);
+        }
         zone::decide(rules, &zones, own, callers.values().sum())
     }
 

@@ -214,8 +214,28 @@ fn bind(socket: &socket2::Socket, source: IpAddr, target: SocketAddr) -> io::Res
     match socket.bind(&SocketAddr::new(source, 0).into()) {
         // ::6 exists only where interception has put it; without it the connection still works.
         Err(error) if source.is_ipv6() && error.kind() == io::ErrorKind::AddrNotAvailable => Ok(()),
-        other => other,
+        Err(error) => Err(io::Error::new(
+            error.kind(),
+            Unbound {
+                address: source,
+                source: error,
+            },
+        )),
+        Ok(()) => Ok(()),
     }
+}
+
+/// A connection's own end could not be bound to what `upstream_bind_config` says.
+#[derive(Debug, thiserror::Error)]
+#[error("binding the connection to {address}: {source}; use an address of this host")]
+struct Unbound {
+    address: IpAddr,
+    source: io::Error,
+}
+
+/// Whether a connection was not even begun, because its own end could not be bound.
+pub fn is_unbound(error: &io::Error) -> bool {
+    error.get_ref().is_some_and(|inner| inner.is::<Unbound>())
 }
 
 /// Marks a socket as the proxy's own, so that interception lets it pass.

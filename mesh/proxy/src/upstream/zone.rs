@@ -5,6 +5,8 @@
 //! zone can carry, and the rest goes to zones that have hosts to spare, in proportion. Everything is in parts of
 //! 10,000; nothing here knows hosts, clusters or clocks.
 
+use std::cell::Cell;
+
 use crate::config::balancing::ZoneAware;
 
 /// All of something.
@@ -25,7 +27,20 @@ pub enum ZoneRouting {
         stay: u64,
         /// What zones have to spare, added up.
         spare: Box<[u64]>,
+        /// What was decided for the last request, until somebody asks.
+        last: Cell<Option<Sent>>,
     },
+}
+
+/// Where a request goes of which not all may stay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sent {
+    /// To the own zone.
+    Stays,
+    /// To another one that has hosts to spare.
+    Across,
+    /// To any zone, since none has hosts to spare: for lack of exactness.
+    Anywhere,
 }
 
 /// Hosts of one zone on both sides.
@@ -80,6 +95,7 @@ pub fn decide(rules: &ZoneAware, zones: &[Zone], own: Option<usize>, callers: u6
         own,
         stay: WHOLE * have / need,
         spare,
+        last: Cell::default(),
     }
 }
 
@@ -89,18 +105,36 @@ impl ZoneRouting {
         match self {
             Self::Off => None,
             Self::Direct(own) => Some(*own),
-            Self::Residual { own, stay, spare } => {
+            Self::Residual {
+                own,
+                stay,
+                spare,
+                last,
+            } => {
                 if (below(WHOLE as usize) as u64) < *stay {
+                    last.set(Some(Sent::Stays));
                     return Some(*own);
                 }
                 match spare.last() {
-                    None | Some(0) => Some(below(spare.len().max(1))),
+                    None | Some(0) => {
+                        last.set(Some(Sent::Anywhere));
+                        Some(below(spare.len().max(1)))
+                    }
                     Some(all) => {
+                        last.set(Some(Sent::Across));
                         let point = below(*all as usize) as u64;
                         spare.iter().position(|sum| point < *sum)
                     }
                 }
             }
+        }
+    }
+
+    /// Where the request has gone for which a zone was [chosen](Self::choose) last, if that was not told yet.
+    pub fn take_sent(&self) -> Option<Sent> {
+        match self {
+            Self::Off | Self::Direct(_) => None,
+            Self::Residual { last, .. } => last.take(),
         }
     }
 }
@@ -144,7 +178,10 @@ mod tests {
         // 50 % of the callers and 25 % of the hosts: half stays, the rest goes to the second zone alone, since the
         // third is as full as ours.
         let decided = decide(&rules(2, None), &zones(&[(5, 1), (2, 2), (3, 1)]), Some(0), 10);
-        let ZoneRouting::Residual { own: 0, stay, spare } = &decided else {
+        let ZoneRouting::Residual {
+            own: 0, stay, spare, ..
+        } = &decided
+        else {
             panic!("{decided:?}")
         };
         assert_eq!((*stay, &spare[..]), (5_000, &[0, 3_000, 3_000][..]));

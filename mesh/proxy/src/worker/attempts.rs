@@ -27,7 +27,7 @@ use crate::config::cluster::Priority;
 use crate::config::listener::Direction;
 use crate::config::retry::{Outcome, RetryPolicy};
 use crate::config::slot::{ClusterSlot, Level};
-use crate::hygiene::fields::Present;
+use crate::hygiene::fields::{Present, connection_has};
 use crate::metrics::events::ClusterEvent;
 use crate::metrics::flags::Flags;
 use crate::random;
@@ -309,6 +309,9 @@ pub(super) fn judge<'r>(
             let present = Present::of(response.headers());
             let ejected = cluster.record(host, Event::Status(status_for_outliers(response, present)));
             note_ejection(plan, ejected);
+            if present.has(Present::CONNECTION) && connection_has(response.headers(), "close") {
+                plan.note(ClusterEvent::CxCloseNotify);
+            }
             // Believed from any next hop: whoever answered says that nobody acted on the request.
             let nobody_acted = plan.conn.direction != Direction::Inbound
                 && present.has(Present::SERIN)

@@ -61,7 +61,7 @@ async fn the_dump_tells_the_bootstrap_and_what_is_of_it_apart_from_what_came_lat
     );
     assert!(bootstrap["last_updated"].as_str().unwrap().ends_with('Z'));
     let clusters = section("Clusters");
-    assert_eq!(names(&clusters["static_clusters"], "cluster").len(), 12);
+    assert_eq!(names(&clusters["static_clusters"], "cluster").len(), 15);
     assert!(clusters["static_clusters"][0]["version_info"].is_null());
     assert_eq!(names(&clusters["dynamic_active_clusters"], "cluster"), ["later"]);
     assert_eq!(

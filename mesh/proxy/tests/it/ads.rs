@@ -46,7 +46,7 @@ impl OneView {
     }
 
     /// What nobody should have any more.
-    #[allow(dead_code)] // by the soak only
+    #[allow(dead_code)] // not by the benchmark
     pub(crate) fn remove(&self, resource_type: ResourceType, name: &str) {
         let name: Arc<str> = name.into();
         let mut view = self.view.lock();

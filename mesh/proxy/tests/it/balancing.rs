@@ -244,6 +244,20 @@ async fn requests_stay_in_the_proxys_zone_as_far_as_it_can_carry_them() {
         (25..75).contains(&spread["near"]) && spread["near"] + spread["far"] == 100,
         "{spread:?}"
     );
+    let counted = |name: &str| {
+        let name = format!("envoy_cluster_lb_zone_{name}");
+        harness.counter(&name, &[("envoy_cluster_name", "c")]) as usize
+    };
+    assert_eq!(counted("routing_all_directly"), 20);
+    assert_eq!(counted("routing_sampled"), spread["near"]);
+    assert_eq!(counted("routing_cross_zone"), spread["far"]);
+    assert_eq!(counted("no_capacity_left"), 0);
+    assert_eq!(counted("cluster_too_small"), 0);
+    // One host is less than the two that zones are for.
+    let alone = localities("c", vec![(0, "a", vec![lb_endpoint(near.address, None)])]);
+    harness.put(ResourceType::Endpoints, "c", &alone).await;
+    assert_eq!(answers(at, &[], 2).await, only("near", 2));
+    assert_eq!(counted("cluster_too_small"), 1);
 }
 
 #[tokio::test]

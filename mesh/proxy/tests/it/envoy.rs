@@ -65,6 +65,12 @@ impl Envoy {
         Self { child, folder }
     }
 
+    /// Where its admin port is; nothing as long as it has not said so.
+    pub(crate) fn admin(&self) -> Option<SocketAddr> {
+        let admin = std::fs::read_to_string(self.folder.path().join(ADMIN)).ok()?;
+        admin.trim().parse().ok()
+    }
+
     /// Where a listener is, once it is there.
     pub(crate) async fn listener(&self, name: &str) -> SocketAddr {
         let prefix = format!("{name}::");
@@ -82,8 +88,7 @@ impl Envoy {
     }
 
     async fn listeners(&self) -> Option<String> {
-        let admin = std::fs::read_to_string(self.folder.path().join(ADMIN)).ok()?;
-        let admin = admin.trim().parse().ok()?;
+        let admin = self.admin()?;
         drop(tokio::net::TcpStream::connect(admin).await.ok()?);
         Some(get(admin, "/listeners").await.2)
     }

@@ -166,7 +166,8 @@ async fn counters_go_on_where_the_processes_before_have_left_them() {
     until(gateway, "zero").await;
     station(directory.path()).await;
     let mut least = 0;
-    for next in ["one", "two"] {
+    assert_eq!(stat(admin, "server.hot_restart_epoch").await, Some(0));
+    for (epoch, next) in (1..).zip(["one", "two"]) {
         for _ in 0..10 {
             ask(gateway).await.unwrap();
         }
@@ -189,6 +190,11 @@ async fn counters_go_on_where_the_processes_before_have_left_them() {
         })
         .await;
         station(directory.path()).await;
+        assert_eq!(stat(admin, "server.hot_restart_epoch").await, Some(epoch));
+        assert_eq!(
+            stat(admin, "server.hot_restart_generation").await,
+            Some(epoch + 1)
+        );
         least = counted;
     }
 }

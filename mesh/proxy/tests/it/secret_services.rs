@@ -267,9 +267,7 @@ async fn certificates_and_roots_come_from_the_agents_service_and_rotate_in_both_
         let following = tokio::spawn(sds::run(harness.proxy.clone(), cancel.clone()));
         let backend = Backend::named("b").await;
         harness.cluster("c", &[backend.address]).await;
-        harness
-            .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-            .await;
+        harness.route_all_to("c").await;
         let mut chain = http_chain(&manager("80"));
         chain.transport_socket = server_socket(context_by_agent(delta), true);
         let listener = listener_of("l", core::TrafficDirection::Inbound, vec![chain]);
@@ -293,6 +291,10 @@ async fn certificates_and_roots_come_from_the_agents_service_and_rotate_in_both_
         let peer = authority.issue(&["spiffe://cluster.local/ns/edge/sa/client"]);
         let client = authority.client().identity(&peer).build();
         assert_eq!(tls_get(at, &client, "shop.example", "/").await.unwrap().0, 200);
+        let counted = |what: &str| {
+            let name = format!("envoy_sds_update_{what}");
+            harness.counter(&name, &[("envoy_xds_resource_name", "default")])
+        };
         // A bad one is refused, and the last good one stays.
         let other = Authority::new("other");
         let mut mixed = other.issue(&["shop.example"]);
@@ -301,6 +303,8 @@ async fn certificates_and_roots_come_from_the_agents_service_and_rotate_in_both_
         if !delta {
             let reason = soon("the refusal", agent.refused.recv()).await.unwrap();
             assert!(reason.contains("private_key"), "{reason}");
+            let shown = ["attempt", "success", "rejected"].map(counted);
+            assert_eq!(shown, [4.0, 1.0, 1.0], "asked once, answered twice, refused once");
         }
         assert_eq!(tls_get(at, &client, "shop.example", "/").await.unwrap().0, 200);
         // Rotation to another authority on both sides.
@@ -377,9 +381,7 @@ async fn a_service_of_secrets_that_is_away_is_tried_again_and_sources_by_rest_ar
 
 async fn serve_by_agent(harness: &Harness, backend: &Backend) {
     harness.cluster("c", &[backend.address]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-        .await;
+    harness.route_all_to("c").await;
     let mut chain = http_chain(&manager("80"));
     chain.transport_socket = server_socket(context_by_agent(false), true);
     let listener = listener_of("l", core::TrafficDirection::Inbound, vec![chain]);

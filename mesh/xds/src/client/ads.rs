@@ -93,6 +93,8 @@ pub struct Delivery {
     pub upserted: Vec<Received>,
     /// Names of resources that exist no more (or never did, for names that were asked for).
     pub removed: Vec<Arc<str>>,
+    /// What the server calls the state that this is of (`system_version_info`, `version_info`); it may say nothing.
+    pub version: Box<str>,
     reply: Option<oneshot::Sender<Vec<Refusal>>>,
 }
 
@@ -383,6 +385,7 @@ impl Worker {
             resource_type: receipt.resource_type,
             upserted: incoming.upserted,
             removed: incoming.removed,
+            version: incoming.version,
             reply: Some(reply),
         };
         let names: Vec<_> = delivery.upserted.iter().map(|one| one.name.clone()).collect();

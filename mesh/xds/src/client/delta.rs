@@ -148,7 +148,13 @@ impl ClientState {
             total,
             malformed,
         };
-        Ok((Incoming { upserted, removed }, receipt))
+        let version = response.system_version_info.into();
+        let incoming = Incoming {
+            upserted,
+            removed,
+            version,
+        };
+        Ok((incoming, receipt))
     }
 
     /// Takes over what was accepted (everything in the response but `refusals`) and returns the ACK or NACK.

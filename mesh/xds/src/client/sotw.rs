@@ -103,7 +103,7 @@ impl ClientState {
             resource_type,
             id: self.hand_over(resource_type, &upserted),
             nonce: response.nonce,
-            version_info: response.version_info,
+            version_info: response.version_info.clone(),
             upserted: upserted
                 .iter()
                 .map(|one| (one.name.clone(), one.version.clone()))
@@ -112,7 +112,13 @@ impl ClientState {
             total,
             malformed,
         };
-        Ok((Incoming { upserted, removed }, receipt))
+        let version = response.version_info.into();
+        let incoming = Incoming {
+            upserted,
+            removed,
+            version,
+        };
+        Ok((incoming, receipt))
     }
 
     /// Takes over what was accepted (everything in the response but `refusals`) and returns the ACK or NACK.

@@ -131,6 +131,8 @@ pub struct Incoming {
     pub upserted: Vec<Received>,
     /// Resources that exist no more.
     pub removed: Vec<Arc<str>>,
+    /// What the server calls the state that it is of.
+    pub version: Box<str>,
 }
 
 /// What must be remembered of a response until its verdict.

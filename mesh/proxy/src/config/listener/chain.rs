@@ -95,6 +95,8 @@ pub(super) enum NetworkPart {
 #[derive(Clone, Debug)]
 pub(super) struct NetworkOrigin {
     direction: Direction,
+    /// The listener's address as statistics name it.
+    counted: Arc<str>,
     /// Whether Istio's TCP metrics are kept.
     measured: bool,
     /// Whether it is the last of its chain.
@@ -160,6 +162,7 @@ impl FilterChain {
         direction: Direction,
         context: &mut Context<'_>,
         listener: &str,
+        counted: &Arc<str>,
     ) -> Result<Self, Refusal> {
         let tls = transport_socket::downstream(
             from.transport_socket.as_ref(),
@@ -175,6 +178,7 @@ impl FilterChain {
         for (index, filter) in from.filters.iter().enumerate() {
             let origin = NetworkOrigin {
                 direction,
+                counted: counted.clone(),
                 measured,
                 last: index + 1 == from.filters.len(),
             };
@@ -273,8 +277,8 @@ impl NetworkPart {
             ("envoy.extensions.filters.network.sni_cluster.v3.SniCluster", ..)
             | ("", "envoy.filters.network.sni_cluster", _) => Self::ServerName,
             (MANAGER, _, Some(any)) => {
-                let manager =
-                    HttpManager::compile(&convert::unpack(any, MANAGER)?, origin.direction, context)?;
+                let from = convert::unpack(any, MANAGER)?;
+                let manager = HttpManager::compile(&from, origin.direction, &origin.counted, context)?;
                 Self::Terminal(Handler::Http(Arc::new(manager)))
             }
             (TCP_PROXY, _, Some(any)) => {

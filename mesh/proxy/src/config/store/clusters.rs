@@ -1,6 +1,8 @@
 //! Clusters and their endpoints: taken, activated once their secrets are here, removed.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use prost::Message;
 use serin_xds::pb::envoy::config::cluster::v3 as pb_cluster;
@@ -13,7 +15,9 @@ use crate::config::convert::Address;
 use crate::config::endpoint::EndpointSet;
 use crate::config::slot::{ClusterSlot, Updates};
 use crate::error::{Refusal, Within};
+use crate::metrics::events::ClusterEvent;
 use crate::tls::table::Side;
+use crate::upstream::subset::group_names;
 
 impl Store {
     pub(super) fn put_cluster(&mut self, update: &Update<'_>) -> Result<(), Refusal> {
@@ -56,6 +60,8 @@ impl Store {
             let known = self.assignments.contains_key(name);
             self.eds.hold(name, &slot.name, known);
             Updates::add(&slot.updates.attempts);
+            let lost = u32::try_from(self.counts.subscriptions.lost()).unwrap_or(u32::MAX);
+            slot.updates.lost_before.store(lost, Ordering::Relaxed);
         }
         let name = slot.name.clone();
         let ready = cluster.secrets().all(|secret| secret.version() > 0);
@@ -119,7 +125,9 @@ impl Store {
         }
         let cluster = Arc::new(cluster);
         self.note_kind(&slot, Some(&cluster));
+        let groups = groups_of(&slot);
         slot.set_config(Some(cluster));
+        note_groups(&slot, groups);
         match self.clusters.insert(slot.name.clone(), slot.clone()) {
             None => self.counts.clusters.added += 1,
             Some(_) => self.counts.clusters.modified += 1,
@@ -151,7 +159,9 @@ impl Store {
         if !same_members(slot.endpoints().as_deref(), &set) {
             Updates::add(&slot.updates.memberships);
         }
+        let groups = groups_of(slot);
         slot.set_endpoints(Some(Arc::new(set)));
+        note_groups(slot, groups);
         if self.checked.contains_key(&slot.name) {
             self.checked_version += 1;
         }
@@ -163,8 +173,10 @@ impl Store {
         self.warming.clusters.remove(name);
         if let Some(slot) = self.clusters.remove(name) {
             self.counts.clusters.removed += 1;
+            let groups = groups_of(&slot);
             slot.set_config(None);
             slot.set_endpoints(None);
+            note_groups(&slot, groups);
             self.note_kind(&slot, None);
             self.note_membership(&slot, None);
         }
@@ -180,6 +192,8 @@ impl Store {
                 .iter()
                 .filter_map(|user| self.clusters.get(user))
             {
+                // One for the answer, one for saying that it is refused (Envoy).
+                Updates::add(&slot.updates.attempts);
                 Updates::add(&slot.updates.attempts);
                 Updates::add(&slot.updates.rejected);
             }
@@ -232,6 +246,9 @@ impl Store {
             .cloned()
             .collect();
         for slot in slots {
+            Updates::add(&slot.updates.attempts);
+            Updates::add(&slot.updates.successes);
+            slot.counted.note(ClusterEvent::UpdateEmpty);
             self.set_endpoints(&slot, EndpointSet::default());
         }
     }
@@ -258,6 +275,28 @@ impl Store {
             Updates::add(&slot.updates.attempts);
             Updates::add(&slot.updates.failures);
         }
+    }
+}
+
+/// The subsets of a cluster, if it has any.
+fn groups_of(slot: &ClusterSlot) -> Option<BTreeSet<Box<[u8]>>> {
+    let config = slot.config()?;
+    let rules = config.subsets.as_ref()?;
+    Some(group_names(rules, &*slot.endpoints()?))
+}
+
+/// Counts which subsets have come and gone since they were `before`.
+fn note_groups(slot: &ClusterSlot, before: Option<BTreeSet<Box<[u8]>>>) {
+    let after = groups_of(slot);
+    if before.is_none() && after.is_none() {
+        return;
+    }
+    let (before, after) = (before.unwrap_or_default(), after.unwrap_or_default());
+    for _ in after.difference(&before) {
+        slot.counted.note(ClusterEvent::SubsetCreated);
+    }
+    for _ in before.difference(&after) {
+        slot.counted.note(ClusterEvent::SubsetRemoved);
     }
 }
 

@@ -29,6 +29,12 @@ impl Store {
             let known = self.route_state(&name).base.is_some();
             self.rds.hold(&name, &listener.name, known);
         }
+        for manager in listener.all_chains().filter_map(|chain| chain.manager()) {
+            if let Some(name) = manager.rds_name() {
+                let counts = &mut self.counts.subscriptions;
+                counts.ask_routes(&name, &manager.stat_prefix);
+            }
+        }
         if listener.is_warm() && !self.slots.runtime.is_awaited() {
             if let Some(waiting) = self.warming.listeners.remove(&listener.name) {
                 self.leave_routes(&waiting.item);
@@ -49,7 +55,9 @@ impl Store {
     /// A listener is not in this place any more.
     fn leave_routes(&mut self, listener: &Listener) {
         for name in listener.route_names() {
-            self.rds.release(&name, &listener.name);
+            if self.rds.release(&name, &listener.name) {
+                self.counts.subscriptions.leave_routes(&name);
+            }
         }
     }
 

@@ -18,7 +18,7 @@ const MAX_FAILURES: usize = 1_000;
 const MAX_FAILED_BYTES: usize = 64 * 1024;
 
 /// Milliseconds since 1970, for what people read.
-fn wall_ms() -> u64 {
+pub(super) fn wall_ms() -> u64 {
     std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(0, |since| since.as_millis() as u64)

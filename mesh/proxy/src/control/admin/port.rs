@@ -13,6 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::counted::AdminCounts;
 use super::{Proxy, answer};
 use crate::error::Error;
 
@@ -221,10 +222,20 @@ impl Server {
             self.cancel.clone(),
             self.port,
         );
+        // What others show is no admin port of Envoy's.
+        let counts = (port == Port::Admin).then(|| proxy.admin_counts.clone());
         self.tasks.spawn(async move {
+            let _open = counts.as_ref().map(AdminCounts::open);
             let service = service_fn(move |request| {
-                let (proxy, quit) = (proxy.clone(), quit.clone());
-                async move { Ok::<_, std::convert::Infallible>(answer(&proxy, port, &quit, request).await) }
+                let (proxy, quit, counts) = (proxy.clone(), quit.clone(), counts.clone());
+                async move {
+                    let serving = counts.as_ref().map(|counts| counts.serve());
+                    let response = answer(&proxy, port, &quit, request).await;
+                    if let Some(serving) = serving {
+                        serving.answered(response.status());
+                    }
+                    Ok::<_, std::convert::Infallible>(response)
+                }
             });
             let connection = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())

@@ -12,6 +12,7 @@ use http_body_util::Full;
 
 use super::super::scrape::{Order, Scrape};
 use super::Proxy;
+use crate::metrics::collect::Family;
 use crate::metrics::names::{self, Buckets};
 use crate::metrics::select::Select;
 use crate::metrics::text::Encoding;
@@ -47,6 +48,8 @@ pub(super) struct Telling {
     form: Form,
     /// Histograms come last.
     histograms: String,
+    /// Families that wait for the rest, where their names change: series of one may come from several.
+    waiting: Vec<Family>,
     json_histograms: Vec<serde_json::Value>,
     /// Entries of JSON written.
     entries: u64,
@@ -65,6 +68,7 @@ impl Telling {
             scrape: Scrape::new(proxy, select, order),
             form,
             histograms: String::new(),
+            waiting: Vec::new(),
             json_histograms: Vec::new(),
             entries: 0,
             began: false,
@@ -111,7 +115,7 @@ impl Telling {
             out.extend_from_slice(b"{\"stats\":[");
         }
         match self.scrape.piece() {
-            Some(families) => match self.form {
+            Some(mut families) => match self.form {
                 Form::Text(buckets) => {
                     let [simple, histograms] = names::text(&families, buckets);
                     self.histograms.push_str(&histograms);
@@ -124,7 +128,11 @@ impl Telling {
                         self.entry(&mut out, &entry);
                     }
                 }
-                Form::Prometheus(encoding) => out = encoding.write(&families),
+                Form::Prometheus(_) if self.scrape.tags().rename() => self.waiting.append(&mut families),
+                Form::Prometheus(encoding) => {
+                    self.scrape.tags().add_fixed(&mut families);
+                    out = encoding.write(&families);
+                }
             },
             None => {
                 self.ended = true;
@@ -138,7 +146,13 @@ impl Telling {
                         }
                         out.extend_from_slice(b"]}\n");
                     }
-                    Form::Prometheus(encoding) => out.extend_from_slice(encoding.end()),
+                    Form::Prometheus(encoding) => {
+                        let waiting = std::mem::take(&mut self.waiting);
+                        if !waiting.is_empty() {
+                            out = encoding.write_renamed(&self.scrape.tags().renamed(waiting));
+                        }
+                        out.extend_from_slice(encoding.end());
+                    }
                 }
             }
         }

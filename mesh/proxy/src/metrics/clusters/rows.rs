@@ -11,7 +11,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::BTreeMap;
-use super::tables::{BREAKERS, COMPLETED, COUNTERS, From, GAUGES, REJECTED, STATS, UPDATES};
+use super::tables::{
+    ATTEMPTS, BREAKERS, COMPLETED, COUNTERS, FAILURES, From, GAUGES, REJECTED, STATS, UPDATES,
+};
 use crate::config::cluster::{Cluster, Discovery, Priority};
 use crate::config::slot::ClusterSlot;
 use crate::metrics::collect::{Family, Value};
@@ -19,7 +21,7 @@ use crate::metrics::events::{ClusterEvent, Event};
 use crate::metrics::select::{Deferred, Kind, Select};
 use crate::metrics::series::{HistogramValue, Shard};
 
-const HISTOGRAMS: [(&str, &str, fn(&Sum) -> &HistogramValue); 3] = [
+const HISTOGRAMS: [(&str, &str, fn(&Sum) -> &HistogramValue); 4] = [
     (
         "envoy_cluster_upstream_rq_time",
         "Milliseconds that requests took.",
@@ -34,6 +36,11 @@ const HISTOGRAMS: [(&str, &str, fn(&Sum) -> &HistogramValue); 3] = [
         "envoy_cluster_upstream_cx_length_ms",
         "Milliseconds that connections lasted.",
         |sum| &sum.length,
+    ),
+    (
+        "envoy_cluster_upstream_rq_per_cx",
+        "Requests that connections carried.",
+        |sum| &sum.requests,
     ),
 ];
 
@@ -55,6 +62,7 @@ struct Sum {
     time: HistogramValue,
     connect: HistogramValue,
     length: HistogramValue,
+    requests: HistogramValue,
 }
 
 /// What there is of one cluster.
@@ -64,21 +72,38 @@ pub struct Row {
     config: Option<Arc<Cluster>>,
     gauges: [Option<u32>; GAUGES.len()],
     sum: Option<Box<Sum>>,
+    /// Streams to the control plane that failed while its endpoints were asked for.
+    lost: u32,
+}
+
+/// What is looked at beside the clusters.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Look {
+    /// The process clock.
+    pub now_ms: u64,
+    /// Streams to the control plane that have failed.
+    pub lost: u64,
 }
 
 impl Row {
-    fn new(slot: &Arc<ClusterSlot>, sum: Option<Box<Sum>>, now_ms: u64) -> Self {
+    fn new(slot: &Arc<ClusterSlot>, sum: Option<Box<Sum>>, look: Look) -> Self {
         let config = slot.config();
         let mut gauges = [None; GAUGES.len()];
         if let Some(config) = &config {
-            read_gauges(slot, config, now_ms, &mut gauges);
+            read_gauges(slot, config, look.now_ms, &mut gauges);
         }
-        Self {
+        let mut row = Self {
             slot: slot.clone(),
             config,
             gauges,
             sum,
+            lost: 0,
+        };
+        if row.asks() {
+            let lost = u32::try_from(look.lost).unwrap_or(u32::MAX);
+            row.lost = lost.saturating_sub(slot.updates.lost_before.load(Ordering::Relaxed));
         }
+        row
     }
 
     fn is_used(&self) -> bool {
@@ -90,20 +115,27 @@ impl Row {
         self.sum.as_ref().map_or(0, |sum| sum.classes.iter().sum())
     }
 
-    /// A number and whether it is a gauge; nothing where the cluster has no such statistic.
-    fn value(&self, from: From, deferred: Deferred) -> Option<(f64, bool)> {
+    /// Whether its endpoints are asked for by EDS.
+    fn asks(&self) -> bool {
+        let config = self.config.as_ref();
+        config.is_some_and(|config| matches!(config.discovery, Discovery::Eds(_)))
+    }
+
+    /// A number; nothing where the cluster has no such statistic.
+    fn value(&self, from: From, deferred: Deferred) -> Option<Value> {
+        let count = |value: u64| Value::Counter(value as f64);
         let traffic = deferred == Deferred::No || self.is_used();
         let counter = |index: usize| self.sum.as_ref().map_or(0, |sum| sum.counters[index]);
         Some(match from {
-            From::Counter(COMPLETED) if traffic => (self.answered() as f64, false),
-            From::Counter(index) if traffic => (counter(index) as f64, false),
+            From::Counter(COMPLETED) if traffic => count(self.answered()),
+            From::Counter(index) if traffic => count(counter(index)),
             // Workers are read one after the other, and go on meanwhile.
             From::Active(began, ended) if traffic => {
-                (counter(began).saturating_sub(counter(ended)) as f64, true)
+                Value::Gauge(counter(began).saturating_sub(counter(ended)) as f64)
             }
             From::ExternalCompleted => {
                 self.sum.as_ref()?;
-                (self.answered() as f64, false)
+                count(self.answered())
             }
             From::Counter(_) | From::Active(..) => return None,
             From::Event(index) => {
@@ -119,20 +151,32 @@ impl Row {
                 if !has {
                     return None;
                 }
-                (self.slot.counted.at(index) as f64, false)
+                count(self.slot.counted.at(index))
             }
+            From::SubsetsActive if traffic => {
+                let counted = &self.slot.counted;
+                let created = counted.get(ClusterEvent::SubsetCreated);
+                let removed = counted.get(ClusterEvent::SubsetRemoved);
+                Value::Gauge(created.saturating_sub(removed) as f64)
+            }
+            From::SubsetsActive => return None,
             From::Update(index) => {
-                let asks = || {
-                    let config = self.config.as_ref();
-                    config.is_some_and(|config| matches!(config.discovery, Discovery::Eds(_)))
-                };
-                if index == REJECTED && !asks() {
+                if index == REJECTED && !self.asks() {
                     return None;
                 }
                 let read = UPDATES[index].2;
-                (f64::from(read(&self.slot.updates).load(Ordering::Relaxed)), false)
+                let lost = if matches!(index, ATTEMPTS | FAILURES) {
+                    self.lost
+                } else {
+                    0
+                };
+                let own = read(&self.slot.updates).load(Ordering::Relaxed);
+                count(u64::from(own) + u64::from(lost))
             }
-            From::Gauge(index) => (f64::from(self.gauges[index]?), true),
+            From::Version => Value::Whole(self.slot.updates.version.load(Ordering::Relaxed)),
+            From::Updated if self.asks() => Value::Whole(self.slot.updates.updated.load(Ordering::Relaxed)),
+            From::Updated => return None,
+            From::Gauge(index) => Value::Gauge(f64::from(self.gauges[index]?)),
         })
     }
 }
@@ -208,7 +252,7 @@ impl Rows {
         shards: &[Arc<Shard>],
         slots: impl Iterator<Item = &'s Arc<ClusterSlot>>,
         deferred: Deferred,
-        now_ms: u64,
+        look: Look,
     ) -> Self {
         let mut sums = sums(shards);
         let mut rows = Vec::new();
@@ -217,7 +261,7 @@ impl Rows {
             if deferred == Deferred::Hidden && sum.is_none() && !slot.usage.used.load(Ordering::Relaxed) {
                 continue;
             }
-            rows.push(Row::new(slot, sum, now_ms));
+            rows.push(Row::new(slot, sum, look));
         }
         Self(rows)
     }
@@ -253,9 +297,8 @@ impl Rows {
                     continue;
                 }
                 let metrics = rows.iter().filter_map(|row| {
-                    let (value, gauge) = row.value(stat.from, select.deferred)?;
-                    let kind = if gauge { Kind::Gauges } else { Kind::Counters };
-                    if !select.wants_value(kind, value != 0.0) {
+                    let value = row.value(stat.from, select.deferred)?;
+                    if !select.wants_value(Kind::of(&value), value.is_used()) {
                         return None;
                     }
                     if select.looks_at_names() {
@@ -268,11 +311,6 @@ impl Rows {
                             return None;
                         }
                     }
-                    let value = if gauge {
-                        Value::Gauge(value)
-                    } else {
-                        Value::Counter(value)
-                    };
                     Some((vec![label(row)], value))
                 });
                 let metrics = metrics.collect();
@@ -338,13 +376,10 @@ fn sums(shards: &[Arc<Shard>]) -> HashMap<Arc<str>, Box<Sum>, foldhash::fast::Ra
             }
             cells.codes.read(&mut sum.codes);
             cells.time.read(&mut sum.time);
-            for (histogram, sum) in [
-                (&cells.connect_time, &mut sum.connect),
-                (&cells.connection_length, &mut sum.length),
-            ] {
-                if let Some(histogram) = histogram.get() {
-                    histogram.read(sum);
-                }
+            if let Some(connections) = cells.of_connections.get() {
+                connections.made_in.read(&mut sum.connect);
+                connections.length.read(&mut sum.length);
+                connections.requests.read(&mut sum.requests);
             }
         }
     }
@@ -368,6 +403,8 @@ mod tests {
             assert_eq!(COUNTERS[index].0, name);
         }
         assert_eq!(UPDATES[REJECTED].0, "envoy_cluster_update_rejected");
+        assert_eq!(UPDATES[ATTEMPTS].0, "envoy_cluster_update_attempt");
+        assert_eq!(UPDATES[FAILURES].0, "envoy_cluster_update_failure");
         assert_eq!(
             GAUGES[BREAKERS].0,
             "envoy_cluster_circuit_breakers_default_cx_open"
@@ -385,7 +422,7 @@ mod tests {
         let slots = slots(2);
         slots[1].counted.note(ClusterEvent::Panic);
         let shown = |deferred| {
-            let rows = Rows::read(&[], slots.iter(), deferred, 0);
+            let rows = Rows::read(&[], slots.iter(), deferred, Look::default());
             let select = Select {
                 deferred,
                 ..Select::default()
@@ -407,14 +444,14 @@ mod tests {
             Some(vec![Value::Counter(0.0), Value::Counter(1.0)])
         );
         assert_eq!(shown(Deferred::Yes), None);
-        let rows = Rows::read(&[], slots.iter(), Deferred::Hidden, 0);
+        let rows = Rows::read(&[], slots.iter(), Deferred::Hidden, Look::default());
         assert!(rows.is_empty());
     }
 
     #[test]
     fn a_filter_makes_only_the_series_that_pass_it() {
         let slots = slots(1_000);
-        let rows = Rows::read(&[], slots.iter(), Deferred::No, 0);
+        let rows = Rows::read(&[], slots.iter(), Deferred::No, Look::default());
         let select = Select {
             filter: Some(regex::Regex::new("^cluster\\.c77\\.upstream_rq_total$").unwrap()),
             ..Select::default()
@@ -431,7 +468,7 @@ mod tests {
     #[test]
     fn pieces_by_rows_and_by_families_hold_the_same_series() {
         let slots = slots(10);
-        let rows = Rows::read(&[], slots.iter(), Deferred::No, 0);
+        let rows = Rows::read(&[], slots.iter(), Deferred::No, Look::default());
         let select = Select::default();
         let count = |families: Vec<Family>| families.iter().map(|family| family.metrics.len()).sum::<usize>();
         let whole = count(rows.pick(0..rows.len(), 0..rows.families(), &select));

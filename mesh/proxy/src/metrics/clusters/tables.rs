@@ -141,6 +141,8 @@ pub(super) const UPDATES: [(&str, &str, fn(&Updates) -> &AtomicU32); 6] = [
         |updates| &updates.rejected,
     ),
 ];
+pub(super) const ATTEMPTS: usize = 1;
+pub(super) const FAILURES: usize = 3;
 pub(super) const REJECTED: usize = 5;
 
 /// Gauges: those of the cluster, then of circuit breakers, of each priority.
@@ -252,6 +254,12 @@ pub(super) enum From {
     Update(usize),
     Gauge(usize),
     ExternalCompleted,
+    /// Subsets that have come less those that have gone.
+    SubsetsActive,
+    /// The state of the control plane that its endpoints are of.
+    Version,
+    /// When its endpoints came last.
+    Updated,
 }
 
 /// A family with one series per cluster.
@@ -292,6 +300,21 @@ pub(super) static STATS: LazyLock<Vec<Stat>> = LazyLock::new(|| {
         "envoy_cluster_external_upstream_rq_completed",
         "Requests from outside that have ended.",
         From::ExternalCompleted,
+    ));
+    out.push(stat(
+        "envoy_cluster_lb_subsets_active",
+        "Subsets that have endpoints.",
+        From::SubsetsActive,
+    ));
+    out.push(stat(
+        "envoy_cluster_version",
+        "The hash of what the control plane calls the state that the endpoints are of.",
+        From::Version,
+    ));
+    out.push(stat(
+        "envoy_cluster_update_time",
+        "When endpoints came last, in milliseconds since 1970.",
+        From::Updated,
     ));
     for (index, (name, help)) in ClusterEvent::ALL.iter().enumerate() {
         out.push(stat(name, help, From::Event(index)));

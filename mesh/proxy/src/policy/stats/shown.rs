@@ -30,7 +30,52 @@ pub(super) fn event_families<E: Event>(
     })
 }
 
+/// The labels of an answer's class without the listener.
+pub(super) fn of_manager(labels: &Labels) -> Labels {
+    let kept = labels.iter().filter(|(key, _)| *key != LISTENER.label);
+    kept.cloned().collect()
+}
+
 impl Registry {
+    /// Answers by class of each manager, and how many there were at each listener: sums of what is counted, by class,
+    /// manager and listener.
+    pub(super) fn answers(&self, families: &mut Vec<Family>) {
+        let Some(names) = &HTTP.requests else { return };
+        let mut classes: BTreeMap<Labels, f64> = BTreeMap::new();
+        for (labels, count) in &self.retired {
+            classes.insert(labels.clone(), *count as f64);
+        }
+        let mut completed: BTreeMap<Labels, f64> = BTreeMap::new();
+        let counted = families
+            .iter()
+            .find(|family| family.name == names.classes_by_listener);
+        for (labels, value) in counted.into_iter().flat_map(|family| &family.metrics) {
+            let Value::Counter(value) = value else { continue };
+            *classes.entry(of_manager(labels)).or_default() += value;
+            let place = labels
+                .iter()
+                .filter(|(key, _)| *key == LISTENER.label || *key == HTTP.label);
+            *completed.entry(place.cloned().collect()).or_default() += value;
+        }
+        for (name, help, sums) in [
+            (names.classes, "Answers by the class of their status.", classes),
+            (
+                names.completed_by_listener,
+                "Requests at a listener that have been answered.",
+                completed,
+            ),
+        ] {
+            families.push(Family {
+                name,
+                help,
+                metrics: sums
+                    .into_iter()
+                    .map(|(labels, sum)| (labels, Value::Counter(sum)))
+                    .collect(),
+            });
+        }
+    }
+
     /// Connections of listeners by worker.
     pub(super) fn per_worker(&self) -> [Family; 2] {
         let cells = |name: &'static str| {
