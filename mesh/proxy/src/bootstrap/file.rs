@@ -26,7 +26,7 @@ use crate::control::Options;
 use crate::control::run::{ControlPlane, DEFAULT_DRAIN, Plan, StaticResource};
 use crate::error::{Error, Misplaced, Refusal, Within};
 use crate::metrics::select;
-use crate::metrics::tags::Tags;
+use crate::metrics::tags::{self, Tags};
 use crate::overload;
 use crate::policy::on_demand::aggregated;
 
@@ -243,13 +243,11 @@ fn admin_place(from: &core::Address) -> Result<AdminAddress, Refusal> {
     }
 }
 
-/// Labels of statistics. Buckets are those that every histogram is counted in.
+/// Labels of statistics. Buckets are those that every histogram is counted in: others are refused.
 fn stats_tags(from: &metrics::StatsConfig) -> Result<Tags, Refusal> {
-    if !from.histogram_bucket_settings.is_empty() {
-        return Err(Refusal::new(
-            "histogram_bucket_settings[0]",
-            "not supported: histograms have Envoy's default buckets; take it out",
-        ));
+    for (index, setting) in from.histogram_bucket_settings.iter().enumerate() {
+        let path = format!("histogram_bucket_settings[{index}]");
+        tags::check_buckets(setting).within(path)?;
     }
     Tags::compile(from)
 }
@@ -531,8 +529,8 @@ mod tests {
             ),
             ("stats_sinks: []", "stats_sinks"),
             (
-                "stats_config: {histogram_bucket_settings: [{match: {prefix: cluster}, buckets: [1, 2]}]}",
-                "stats_config.histogram_bucket_settings[0]",
+                "stats_config: {histogram_bucket_settings: [{match: {prefix: istiocustom}, buckets: [1]}, {match: {prefix: cluster}, buckets: [1, 2]}]}",
+                "stats_config.histogram_bucket_settings[1].buckets",
             ),
             (
                 "stats_config: {stats_tags: [{tag_name: a, regex: '('}]}",

@@ -4,7 +4,7 @@
 //! and is shown all the same.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
@@ -197,6 +197,9 @@ impl ClusterCells {
                 by_peer: AtomicBool::new(false),
                 busy: AtomicU32::new(0),
                 served: AtomicU32::new(0),
+                one_by_one: AtomicBool::new(false),
+                http: AtomicBool::new(false),
+                over: AtomicU8::new(0),
             }),
             host: host.clone(),
             since: Instant::now(),
@@ -215,7 +218,19 @@ pub struct Shared {
     busy: AtomicU32,
     /// Requests that it has had.
     served: AtomicU32,
+    /// Its requests come one after the other (HTTP/1): each says itself whether it has ended in good order, which may be
+    /// a moment after the connection has ended.
+    one_by_one: AtomicBool,
+    /// It carries requests, not bytes alone.
+    http: AtomicBool,
+    /// [`ENDED`] and who ended it, if it was made.
+    over: AtomicU8,
 }
+
+/// By us.
+const ENDED: u8 = 1;
+/// By the endpoint.
+const ENDED_BY_PEER: u8 = 2;
 
 impl Shared {
     /// The endpoint has said that it is over.
@@ -241,6 +256,27 @@ impl Shared {
     pub fn note(&self, event: ClusterEvent) {
         self.cells.note(event);
     }
+
+    /// It has ended while a request was on its way, if one is.
+    fn note_request(&self) {
+        if self.busy.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        self.note(ClusterEvent::CxDestroyWithRequest);
+        self.note(if self.over.load(Ordering::Relaxed) == ENDED_BY_PEER {
+            ClusterEvent::CxDestroyRemoteWithRequest
+        } else {
+            ClusterEvent::CxDestroyLocalWithRequest
+        });
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if *self.over.get_mut() != 0 && *self.one_by_one.get_mut() {
+            self.note_request();
+        }
+    }
 }
 
 /// A connection to an endpoint, counted until it is dropped, by its worker.
@@ -265,10 +301,12 @@ impl Connection {
 
     /// It speaks that version of HTTP.
     pub fn speaks(&self, http2: bool) {
+        self.shared.http.store(true, Ordering::Relaxed);
         if http2 {
             self.cells().connections_http2.add(1);
         } else {
             self.cells().connections_http1.add(1);
+            self.shared.one_by_one.store(true, Ordering::Relaxed);
         }
     }
 
@@ -281,6 +319,13 @@ impl Connection {
         } else {
             self.shared.ended_by_peer();
         }
+    }
+
+    /// Its own end could not be bound.
+    pub fn unbound(&self) {
+        self.cells().connect_failures.add(1);
+        self.cells().note(ClusterEvent::BindError);
+        self.host.counted.connect_failed();
     }
 
     /// Where its bytes are counted.
@@ -300,26 +345,24 @@ impl Drop for Connection {
         cells.connections_closed.add(1);
         self.host.counted.connection_ends();
         let by_peer = self.shared.by_peer.load(Ordering::Relaxed);
-        let busy = self.made && self.shared.busy.load(Ordering::Relaxed) > 0;
         cells.note(if by_peer {
             ClusterEvent::CxDestroyRemote
         } else {
             ClusterEvent::CxDestroyLocal
         });
-        if busy {
-            cells.note(ClusterEvent::CxDestroyWithRequest);
-            cells.note(if by_peer {
-                ClusterEvent::CxDestroyRemoteWithRequest
-            } else {
-                ClusterEvent::CxDestroyLocalWithRequest
-            });
-        }
         if self.made {
+            let over = if by_peer { ENDED_BY_PEER } else { ENDED };
+            self.shared.over.store(over, Ordering::Relaxed);
+            if !self.shared.one_by_one.load(Ordering::Relaxed) {
+                self.shared.note_request();
+            }
             let histograms = cells.of_connections.get_or_init(Box::default);
             let length = self.since.elapsed().as_micros() as u64;
             histograms.length.observe_thousandths(length);
-            let served = self.shared.served.load(Ordering::Relaxed);
-            histograms.requests.observe_thousandths(u64::from(served) * 1000);
+            if self.shared.http.load(Ordering::Relaxed) {
+                let served = self.shared.served.load(Ordering::Relaxed);
+                histograms.requests.observe_thousandths(u64::from(served) * 1000);
+            }
         }
     }
 }

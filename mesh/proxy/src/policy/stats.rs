@@ -616,4 +616,40 @@ mod tests {
         registry.sweep();
         assert!(registry.collect().is_empty());
     }
+
+    #[test]
+    fn a_managers_answers_stay_when_one_of_its_listeners_goes() {
+        let mut registry = Registry::default();
+        let [one, other] = ["one", "other"].map(|listener| registry.traffic_of(1, listener, "in"));
+        one.request(200, Duration::ZERO, 0);
+        other.request(200, Duration::ZERO, 0);
+        let shown = |registry: &Registry, name: &str| -> Vec<(Labels, Value)> {
+            let families = registry.collect();
+            let family = families.into_iter().find(|family| family.name == name);
+            let metrics = family.map(|family| family.metrics).unwrap_or_default();
+            metrics.into_iter().filter(|(_, value)| value.is_used()).collect()
+        };
+        let class = |count: f64| {
+            let labels = vec![
+                ("envoy_response_code_class", "2".to_owned()),
+                (HTTP.label, "in".to_owned()),
+            ];
+            vec![(labels, Value::Counter(count))]
+        };
+        let all = "envoy_http_downstream_rq_xx";
+        assert_eq!(shown(&registry, all), class(2.0));
+        drop(one);
+        registry.sweep();
+        other.request(201, Duration::ZERO, 0);
+        assert_eq!(shown(&registry, all), class(3.0));
+        let left = shown(&registry, "envoy_listener_http_downstream_rq_completed");
+        let labels = vec![
+            (HTTP.label, "in".to_owned()),
+            (LISTENER.label, "other".to_owned()),
+        ];
+        assert_eq!(left, vec![(labels, Value::Counter(2.0))]);
+        drop(other);
+        registry.sweep();
+        assert!(registry.collect().is_empty(), "nobody has that prefix any more");
+    }
 }

@@ -394,12 +394,12 @@ async fn open(wanted: Wanted<'_>) -> Result<(Connected, Counted), ConnectError> 
             counted.connection.made();
             return Ok((connected, counted));
         }
-        Ok(Err(error)) => {
-            if connect::is_unbound(&error) {
-                slot.counted.note(ClusterEvent::BindError);
-            }
-            error.into()
+        Ok(Err(error)) if connect::is_unbound(&error) => {
+            counted.connection.unbound();
+            worker.recorder.counters().upstream_connect_failures.add(1);
+            return Err(error.into());
         }
+        Ok(Err(error)) => error.into(),
         Err(_) => ConnectError::Timeout,
     };
     counted.connection.failed(matches!(error, ConnectError::Timeout));

@@ -316,13 +316,11 @@ impl Tunnel {
                 cluster.record(&host, Event::LocalFailure);
                 let counters = plan.conn.worker.recorder.counters();
                 counters.upstream_connect_failures.add(1);
-                connection.failed(failed.is_err());
-                plan.note(ClusterEvent::RqPendingFailure);
-                if let Ok(Err(error)) = &failed
-                    && connect::is_unbound(error)
-                {
-                    plan.note(ClusterEvent::BindError);
+                match &failed {
+                    Ok(Err(error)) if connect::is_unbound(error) => connection.unbound(),
+                    failed => connection.failed(failed.is_err()),
                 }
+                plan.note(ClusterEvent::RqPendingFailure);
                 exchange.failure = Some(match failed {
                     Ok(Err(error)) => error.to_string().into(),
                     _ => "connection timeout".into(),

@@ -304,7 +304,7 @@ async fn certificates_and_roots_come_from_the_agents_service_and_rotate_in_both_
             let reason = soon("the refusal", agent.refused.recv()).await.unwrap();
             assert!(reason.contains("private_key"), "{reason}");
             let shown = ["attempt", "success", "rejected"].map(counted);
-            assert_eq!(shown, [3.0, 1.0, 1.0], "asked once, answered twice");
+            assert_eq!(shown, [4.0, 1.0, 1.0], "asked once, answered twice, refused once");
         }
         assert_eq!(tls_get(at, &client, "shop.example", "/").await.unwrap().0, 200);
         // Rotation to another authority on both sides.

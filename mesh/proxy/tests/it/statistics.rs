@@ -324,6 +324,13 @@ async fn everything(http: SocketAddr, tcp: SocketAddr, unmatched: SocketAddr) {
 /// Numbers by name, with the listeners' ports taken out.
 async fn numbers(admin: SocketAddr, listeners: [SocketAddr; 3]) -> BTreeMap<String, String> {
     let mut text = get(admin, "/stats").await.2;
+    // How many values histograms have: what is not above the last bound.
+    let path = "/stats?type=Histograms&histogram_buckets=cumulative&filter=upstream_rq_per_cx";
+    for line in get(admin, path).await.2.lines() {
+        if let (Some((name, _)), Some((_, count))) = (line.split_once(':'), line.rsplit_once(',')) {
+            text.push_str(&format!("{name}.count: {}\n", count.trim_end_matches(')')));
+        }
+    }
     for (listener, name) in listeners.iter().zip(["HTTP", "TCP", "UNMATCHED"]) {
         text = text.replace(&format!("127.0.0.1_{}", listener.port()), name);
     }

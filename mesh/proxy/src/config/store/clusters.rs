@@ -192,6 +192,8 @@ impl Store {
                 .iter()
                 .filter_map(|user| self.clusters.get(user))
             {
+                // One for the answer, one for saying that it is refused (Envoy).
+                Updates::add(&slot.updates.attempts);
                 Updates::add(&slot.updates.attempts);
                 Updates::add(&slot.updates.rejected);
             }

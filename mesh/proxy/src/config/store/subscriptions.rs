@@ -1,6 +1,6 @@
 //! What is counted of what the control plane is asked for (`cds.*`, `lds.*`, `rds.*`, `sds.*`), as Envoy counts it: being
-//! asked for is an attempt, each answer is one (it asks for the next), and each stream that ends or cannot be opened is one
-//! that failed. Endpoints are counted by their clusters ([`crate::config::slot::Updates`]), with the same meaning.
+//! asked for is an attempt, each answer is one (it asks for the next), one that is refused is two, and each stream that ends
+//! or cannot be opened is one that failed. Endpoints are counted by their clusters ([`crate::config::slot::Updates`]), with the same meaning.
 //!
 //! Streams that failed are counted once for all; what a subscription has had of them is the difference to when it began.
 
@@ -45,6 +45,8 @@ impl Subscription {
             self.updated = wall_ms();
             self.version = version;
         } else {
+            // And saying that it is refused is one (Envoy).
+            self.attempts += 1;
             self.refused += 1;
         }
     }
@@ -295,7 +297,7 @@ mod tests {
         let of = |name: &str| all[name][0].clone();
         assert_eq!(
             of("envoy_cluster_manager_cds_update_attempt"),
-            Value::Counter(4.0)
+            Value::Counter(5.0)
         );
         assert_eq!(
             of("envoy_cluster_manager_cds_update_success"),
@@ -337,7 +339,7 @@ mod tests {
         assert_eq!(all["envoy_http_rds_config_reload"], [Value::Counter(1.0)]);
         assert_eq!(
             all["envoy_sds_update_attempt"],
-            [Value::Counter(2.0), Value::Counter(1.0)]
+            [Value::Counter(3.0), Value::Counter(1.0)]
         );
         assert_eq!(
             all["envoy_sds_update_rejected"],

@@ -348,13 +348,11 @@ async fn connect_to(
         }
         failed => {
             counters.upstream_connect_failures.add(1);
-            connection.failed(failed.is_err());
-            cluster.slot.counted.note(ClusterEvent::RqPendingFailure);
-            if let Ok(Err(error)) = &failed
-                && connect::is_unbound(error)
-            {
-                cluster.slot.counted.note(ClusterEvent::BindError);
+            match &failed {
+                Ok(Err(error)) if connect::is_unbound(error) => connection.unbound(),
+                failed => connection.failed(failed.is_err()),
             }
+            cluster.slot.counted.note(ClusterEvent::RqPendingFailure);
             if cluster.record(host, Event::LocalFailure) {
                 counters.ejections.add(1);
             }
