@@ -1,5 +1,5 @@
 //! Istio's standard metrics: recorded per worker ([`series`]), read as families ([`collect`]), written for Prometheus
-//! ([`text`]) and streamed to the control plane ([`push`]).
+//! ([`text`]) with the labels that the bootstrap asks for ([`tags`]), and streamed to the control plane ([`push`]).
 
 pub mod baseline;
 pub mod clusters;
