@@ -18,6 +18,10 @@
 //! worker threads   accept ─▶ sniff ─▶ filter chain ─▶ http | tcp ──┴▶ route ─▶ cluster ─▶ endpoint ─▶ pool ─▶ socket
 //!                                                     hygiene                  balance, retry, outlier
 //! ```
+//! Where a line belongs: the way of a request is told in [`worker`], of a resource in [`config`], of a statistic in
+//! [`metrics`], of the process in [`control`]; what is decided about traffic is in [`policy`] (filters), [`upstream`]
+//! (endpoints) and [`hygiene`] (messages), which wait for nothing.
+//!
 //! Each worker is a thread with a `current_thread` runtime, its own `SO_REUSEPORT` sockets, connection pools and metric
 //! cells. Routes refer to clusters, listeners to routes, routes to virtual hosts through [`config::slot`]s, atomic cells
 //! that are swapped one by one: a weight change costs one swap whatever the size of the mesh, is live on all workers

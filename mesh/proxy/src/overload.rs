@@ -17,7 +17,7 @@ use serin_xds::pb::google::protobuf as google;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::convert;
+use crate::config::convert::{self, each};
 use crate::error::{Refusal, Within};
 
 /// Envoy's interval of measurements.
@@ -145,13 +145,10 @@ impl Rules {
                 .iter()
                 .find(|(_, name)| *name == action.name)
                 .ok_or_else(|| Refusal::new(&path, format!("{} is not supported", action.name)))?;
-            let triggers = action
-                .triggers
-                .iter()
-                .enumerate()
-                .map(|(index, trigger)| compile_trigger(trigger, &names).within(format!("triggers[{index}]")))
-                .collect::<Result<_, _>>()
-                .within(&path)?;
+            let triggers = each(&action.triggers, "triggers", |trigger| {
+                compile_trigger(trigger, &names)
+            })
+            .within(&path)?;
             out.actions.push((*known, triggers));
         }
         Ok(out)

@@ -13,7 +13,8 @@ use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::listener::v3 as listener;
 
 use super::listener::{Cidr, ConnectionFacts};
-use crate::error::{Refusal, Within};
+use crate::config::convert::each;
+use crate::error::Refusal;
 
 type Map<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 
@@ -252,10 +253,7 @@ fn ranges(list: &[core::CidrRange], field: &str) -> Result<Vec<Cidr>, Refusal> {
     if list.is_empty() {
         return Ok(Cidr::everything().to_vec());
     }
-    list.iter()
-        .enumerate()
-        .map(|(index, range)| Cidr::compile(range).within(format!("{field}[{index}]")))
-        .collect()
+    each(list, field, Cidr::compile)
 }
 
 #[cfg(test)]

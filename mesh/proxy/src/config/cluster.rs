@@ -9,7 +9,7 @@ use serin_xds::pb::envoy::config::core::v3 as core;
 
 use super::balancing::{Balancing, Hashing, ZoneAware};
 pub use super::balancing::{LbPolicy, SlowStart};
-use super::convert;
+use super::convert::{self, each};
 use super::discovery::compile_discovery;
 pub use super::discovery::{Discovery, Family};
 use super::endpoint::Endpoint;
@@ -345,11 +345,7 @@ fn compile_health_checks(from: &cluster::Cluster) -> Result<Box<[HealthCheck]>, 
             format!("more than {MAX_CHECKS} are not supported"),
         ));
     }
-    from.health_checks
-        .iter()
-        .enumerate()
-        .map(|(index, check)| HealthCheck::compile(check).within(format!("health_checks[{index}]")))
-        .collect()
+    each(&from.health_checks, "health_checks", HealthCheck::compile)
 }
 
 fn compile_bind(from: &cluster::Cluster) -> Result<Option<IpAddr>, Refusal> {

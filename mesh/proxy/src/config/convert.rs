@@ -118,6 +118,18 @@ pub(crate) fn address(from: Option<&core::Address>) -> Result<Address, Refusal> 
     }
 }
 
+/// The message of an address.
+pub(crate) fn address_of(at: SocketAddr) -> Option<core::Address> {
+    use core::socket_address::PortSpecifier;
+    Some(core::Address {
+        address: Some(core::address::Address::SocketAddress(core::SocketAddress {
+            address: at.ip().to_string(),
+            port_specifier: Some(PortSpecifier::PortValue(u32::from(at.port()))),
+            ..Default::default()
+        })),
+    })
+}
+
 /// A `SocketAddress` message.
 pub(crate) fn socket_address(from: &core::SocketAddress) -> Result<Address, Refusal> {
     use core::socket_address::PortSpecifier;

@@ -14,6 +14,7 @@ use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::google::protobuf::Any;
 
 use super::route::Context;
+use crate::config::convert::required;
 use crate::error::{Refusal, Within};
 use crate::policy::on_demand::aggregated;
 
@@ -188,10 +189,7 @@ impl Extensions {
         from: &core::TypedExtensionConfig,
         context: &mut Context<'_>,
     ) -> Result<(), Refusal> {
-        let any = from
-            .typed_config
-            .as_ref()
-            .ok_or_else(|| Refusal::new("typed_config", "is missing"))?;
+        let any = required(from.typed_config.as_ref(), "typed_config")?;
         let places = context.slots.extensions.live(name);
         let commits = places
             .into_iter()

@@ -8,7 +8,7 @@ use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager:
 
 use super::alpn::AlpnOverrides;
 use super::client_cert::ClientCert;
-use super::convert;
+use super::convert::{self, refuse_present};
 use super::listener::Direction;
 use super::route::Context;
 use super::slot::RouteSlot;
@@ -158,6 +158,54 @@ pub struct HttpManager {
     pub interim_answers: bool,
 }
 
+impl Routes {
+    fn compile(from: &hcm::HttpConnectionManager, context: &mut Context<'_>) -> Result<Self, Refusal> {
+        use hcm::http_connection_manager::RouteSpecifier;
+        Ok(match &from.route_specifier {
+            Some(RouteSpecifier::Rds(rds)) => Self::Rds(context.slots.route(&rds.route_config_name)),
+            Some(RouteSpecifier::RouteConfig(config)) => {
+                let table = super::store::compile_inline_routes(config, context).within("route_config")?;
+                Self::Inline(Arc::new(table))
+            }
+            Some(RouteSpecifier::ScopedRoutes(_)) => {
+                return Err(Refusal::new("scoped_routes", "not supported"));
+            }
+            None => return Err(Refusal::new("route_specifier", "is missing")),
+        })
+    }
+}
+
+impl Codec {
+    fn compile(from: i32) -> Result<Self, Refusal> {
+        use hcm::http_connection_manager::CodecType;
+        Ok(match CodecType::try_from(from) {
+            Ok(CodecType::Auto) => Self::Auto,
+            Ok(CodecType::Http1) => Self::Http1,
+            Ok(CodecType::Http2) => Self::Http2,
+            Ok(CodecType::Http3) | Err(_) => {
+                return Err(Refusal::new("codec_type", "HTTP/3 is not supported"));
+            }
+        })
+    }
+}
+
+impl EscapedSlashes {
+    fn compile(from: i32) -> Result<Self, Refusal> {
+        Ok(match from {
+            0 | 1 => Self::Keep,
+            2 => Self::Reject,
+            3 => Self::Redirect,
+            4 => Self::Forward,
+            other => {
+                return Err(Refusal::new(
+                    "path_with_escaped_slashes_action",
+                    format!("{other} is unknown"),
+                ));
+            }
+        })
+    }
+}
+
 impl HttpManager {
     /// The name of its route configuration, if it is not inline.
     pub fn rds_name(&self) -> Option<Arc<str>> {
@@ -181,90 +229,8 @@ impl HttpManager {
         listener: &str,
         context: &mut Context<'_>,
     ) -> Result<Self, Refusal> {
-        use hcm::http_connection_manager::{CodecType, RouteSpecifier};
-        let unsupported = [
-            (
-                "original_ip_detection_extensions",
-                !from.original_ip_detection_extensions.is_empty(),
-            ),
-            (
-                "early_header_mutation_extensions",
-                !from.early_header_mutation_extensions.is_empty(),
-            ),
-            ("local_reply_config", from.local_reply_config.is_some()),
-            (
-                "path_normalization_options",
-                from.path_normalization_options.is_some(),
-            ),
-            ("proxy_status_config", from.proxy_status_config.is_some()),
-            ("via", !from.via.is_empty()),
-            ("append_x_forwarded_port", from.append_x_forwarded_port),
-            ("xff_num_trusted_hops", from.xff_num_trusted_hops > 0),
-            (
-                "access_log_options",
-                from.access_log_options.as_ref().is_some_and(|options| {
-                    options.access_log_flush_interval.is_some()
-                        || options.flush_access_log_on_new_request
-                        || options.flush_log_on_tunnel_successfully_established
-                }),
-            ),
-            (
-                "access_log_flush_interval",
-                from.access_log_flush_interval.is_some() || from.flush_access_log_on_new_request,
-            ),
-            (
-                "add_user_agent",
-                from.add_user_agent.as_ref().is_some_and(|value| value.value),
-            ),
-            (
-                "scheme_header_transformation",
-                from.scheme_header_transformation
-                    .as_ref()
-                    .is_some_and(|change| change.transformation.is_some() || change.match_upstream),
-            ),
-            (
-                "represent_ipv4_remote_address_as_ipv4_mapped_ipv6",
-                from.represent_ipv4_remote_address_as_ipv4_mapped_ipv6,
-            ),
-            ("strip_trailing_host_dot", from.strip_trailing_host_dot),
-            ("stream_flush_timeout", from.stream_flush_timeout.is_some()),
-            ("append_local_overload", from.append_local_overload),
-            ("forward_proto_config", from.forward_proto_config.is_some()),
-            (
-                "http1_safe_max_connection_duration",
-                from.http1_safe_max_connection_duration,
-            ),
-            (
-                "typed_header_validation_config",
-                from.typed_header_validation_config.is_some(),
-            ),
-            (
-                "forward_client_cert_matcher",
-                from.forward_client_cert_matcher.is_some(),
-            ),
-        ];
-        if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
-            return Err(Refusal::new(*field, "not supported"));
-        }
-        let routes = match &from.route_specifier {
-            Some(RouteSpecifier::Rds(rds)) => Routes::Rds(context.slots.route(&rds.route_config_name)),
-            Some(RouteSpecifier::RouteConfig(config)) => {
-                let table = super::store::compile_inline_routes(config, context).within("route_config")?;
-                Routes::Inline(Arc::new(table))
-            }
-            Some(RouteSpecifier::ScopedRoutes(_)) => {
-                return Err(Refusal::new("scoped_routes", "not supported"));
-            }
-            None => return Err(Refusal::new("route_specifier", "is missing")),
-        };
-        let codec = match CodecType::try_from(from.codec_type) {
-            Ok(CodecType::Auto) => Codec::Auto,
-            Ok(CodecType::Http1) => Codec::Http1,
-            Ok(CodecType::Http2) => Codec::Http2,
-            Ok(CodecType::Http3) | Err(_) => {
-                return Err(Refusal::new("codec_type", "HTTP/3 is not supported"));
-            }
-        };
+        refuse_unsupported(from)?;
+        let routes = Routes::compile(from, context)?;
         let common = from.common_http_protocol_options.as_ref();
         let http1 = from.http_protocol_options.as_ref();
         let http2 = from.http2_protocol_options.as_ref();
@@ -276,7 +242,7 @@ impl HttpManager {
         let mut out = Self {
             stat_prefix: from.stat_prefix.as_str().into(),
             traffic,
-            codec,
+            codec: Codec::compile(from.codec_type)?,
             direction,
             routes,
             filters: Chain::default(),
@@ -337,18 +303,7 @@ impl HttpManager {
             server: server_header(from)?,
             normalize_path: flag(&from.normalize_path, false),
             merge_slashes: from.merge_slashes,
-            escaped_slashes: match from.path_with_escaped_slashes_action {
-                0 | 1 => EscapedSlashes::Keep,
-                2 => EscapedSlashes::Reject,
-                3 => EscapedSlashes::Redirect,
-                4 => EscapedSlashes::Forward,
-                other => {
-                    return Err(Refusal::new(
-                        "path_with_escaped_slashes_action",
-                        format!("{other} is unknown"),
-                    ));
-                }
-            },
+            escaped_slashes: EscapedSlashes::compile(from.path_with_escaped_slashes_action)?,
             upgrades: from
                 .upgrade_configs
                 .iter()
@@ -380,30 +335,32 @@ impl HttpManager {
                 "filters of their own are not supported: those of the chain apply",
             ));
         }
+        out.add_filters(&from.http_filters, context)?;
+        Ok(out)
+    }
+
+    fn add_filters(&mut self, filters: &[hcm::HttpFilter], context: &mut Context<'_>) -> Result<(), Refusal> {
         // Istio's own filters say what to measure and exchange; a control plane that sends none of them (ours, which
         // serves Envoy as well) gets both.
-        let implicit = !from
-            .http_filters
-            .iter()
-            .any(|filter| filter.name.starts_with("istio."));
-        (out.stats, out.metadata_exchange) = (implicit, implicit);
+        let implicit = !filters.iter().any(|filter| filter.name.starts_with("istio."));
+        (self.stats, self.metadata_exchange) = (implicit, implicit);
         let mut routed = false;
-        for (index, filter) in from.http_filters.iter().enumerate() {
+        for (index, filter) in filters.iter().enumerate() {
             let path = format!("http_filters[{index}]");
             if routed {
                 return Err(Refusal::new(path, "no filter may follow the router"));
             }
-            match out.add_filter(filter, context) {
+            match self.add_filter(filter, context) {
                 Ok(router) => routed = router,
                 Err(_) if filter.is_optional => {}
                 Err(refusal) => return Err(refusal.within(path)),
             }
         }
-        out.waits_for_hosts = out.filters.waits_for_hosts();
+        self.waits_for_hosts = self.filters.waits_for_hosts();
         if !routed {
             return Err(Refusal::new("http_filters", "the router filter is missing"));
         }
-        Ok(out)
+        Ok(())
     }
 
     /// Whether the filter was the router.
@@ -447,6 +404,74 @@ fn plugin_disables_host(any: &serin_xds::pb::google::protobuf::Any) -> bool {
     }
     <PluginConfig as prost::Message>::decode(any.value.as_slice())
         .is_ok_and(|config| config.disable_host_header_fallback)
+}
+
+/// What a manager may say that nothing here can honour.
+fn refuse_unsupported(from: &hcm::HttpConnectionManager) -> Result<(), Refusal> {
+    refuse_present(
+        &[
+            (
+                "original_ip_detection_extensions",
+                !from.original_ip_detection_extensions.is_empty(),
+            ),
+            (
+                "early_header_mutation_extensions",
+                !from.early_header_mutation_extensions.is_empty(),
+            ),
+            ("local_reply_config", from.local_reply_config.is_some()),
+            (
+                "path_normalization_options",
+                from.path_normalization_options.is_some(),
+            ),
+            ("proxy_status_config", from.proxy_status_config.is_some()),
+            ("via", !from.via.is_empty()),
+            ("append_x_forwarded_port", from.append_x_forwarded_port),
+            ("xff_num_trusted_hops", from.xff_num_trusted_hops > 0),
+            (
+                "access_log_options",
+                from.access_log_options.as_ref().is_some_and(|options| {
+                    options.access_log_flush_interval.is_some()
+                        || options.flush_access_log_on_new_request
+                        || options.flush_log_on_tunnel_successfully_established
+                }),
+            ),
+            (
+                "access_log_flush_interval",
+                from.access_log_flush_interval.is_some() || from.flush_access_log_on_new_request,
+            ),
+            (
+                "add_user_agent",
+                from.add_user_agent.as_ref().is_some_and(|value| value.value),
+            ),
+            (
+                "scheme_header_transformation",
+                from.scheme_header_transformation
+                    .as_ref()
+                    .is_some_and(|change| change.transformation.is_some() || change.match_upstream),
+            ),
+            (
+                "represent_ipv4_remote_address_as_ipv4_mapped_ipv6",
+                from.represent_ipv4_remote_address_as_ipv4_mapped_ipv6,
+            ),
+            ("strip_trailing_host_dot", from.strip_trailing_host_dot),
+            ("stream_flush_timeout", from.stream_flush_timeout.is_some()),
+            ("append_local_overload", from.append_local_overload),
+            ("forward_proto_config", from.forward_proto_config.is_some()),
+            (
+                "http1_safe_max_connection_duration",
+                from.http1_safe_max_connection_duration,
+            ),
+            (
+                "typed_header_validation_config",
+                from.typed_header_validation_config.is_some(),
+            ),
+            (
+                "forward_client_cert_matcher",
+                from.forward_client_cert_matcher.is_some(),
+            ),
+        ],
+        "not supported",
+    )
 }
 
 fn server_header(from: &hcm::HttpConnectionManager) -> Result<ServerHeader, Refusal> {

@@ -9,6 +9,7 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::route::v3 as route;
 
+use crate::config::convert::{each, required};
 use crate::error::{Refusal, Within};
 use crate::hygiene::fields::append;
 use crate::observe::format;
@@ -141,13 +142,9 @@ impl HeaderOps {
             })
             .collect::<Result<_, _>>()?;
         let mut wants = Wants::default();
-        let add: Box<[Addition]> = add
-            .iter()
-            .enumerate()
-            .map(|(index, option)| {
-                compile_addition(option, &mut wants).within(format!("{field}_to_add[{index}]"))
-            })
-            .collect::<Result<_, _>>()?;
+        let add: Box<[Addition]> = each(add, &format!("{field}_to_add"), |option| {
+            compile_addition(option, &mut wants)
+        })?;
         let variable = add
             .iter()
             .any(|addition| matches!(addition.value, Template::Variable(_)));
@@ -226,10 +223,7 @@ impl HeaderOps {
 
 fn compile_addition(option: &core::HeaderValueOption, wants: &mut Wants) -> Result<Addition, Refusal> {
     use core::header_value_option::HeaderAppendAction;
-    let header = option
-        .header
-        .as_ref()
-        .ok_or_else(|| Refusal::new("header", "is missing"))?;
+    let header = required(option.header.as_ref(), "header")?;
     let name = match header.key.as_str() {
         ":authority" => Target::Authority,
         key if key.eq_ignore_ascii_case("host") => Target::Authority,

@@ -9,7 +9,7 @@ use serin_xds::pb::envoy::config::core::v3::health_check as pb;
 use serin_xds::pb::envoy::r#type::v3 as envoy_type;
 use serin_xds::pb::google::protobuf::UInt32Value;
 
-use super::convert;
+use super::convert::{self, refuse_present};
 use super::matchers::StringMatch;
 use crate::error::{Refusal, Within};
 
@@ -123,22 +123,22 @@ impl HealthCheck {
             Some(value) => Ok(value.value.max(1)),
             None => Err(Refusal::new(field, "must be given")),
         };
-        let refused = [
-            (
-                "event_logger",
-                !from.event_logger.is_empty()
-                    || from.event_service.is_some()
-                    || !from.event_log_path.is_empty(),
-            ),
-            (
-                "transport_socket_match_criteria",
-                from.transport_socket_match_criteria.is_some(),
-            ),
-            ("tls_options", from.tls_options.is_some()),
-        ];
-        if let Some((field, _)) = refused.iter().find(|(_, present)| *present) {
-            return Err(Refusal::new(*field, "is not supported"));
-        }
+        refuse_present(
+            &[
+                (
+                    "event_logger",
+                    !from.event_logger.is_empty()
+                        || from.event_service.is_some()
+                        || !from.event_log_path.is_empty(),
+                ),
+                (
+                    "transport_socket_match_criteria",
+                    from.transport_socket_match_criteria.is_some(),
+                ),
+                ("tls_options", from.tls_options.is_some()),
+            ],
+            "is not supported",
+        )?;
         let interval = needed("interval", &from.interval)?;
         let unhealthy_interval = optional("unhealthy_interval", &from.unhealthy_interval, interval)?;
         let no_traffic = optional(

@@ -14,7 +14,7 @@ pub use chain::{FilterChain, Handler, NetworkFilters};
 pub use tcp::{TcpProxy, TcpTargets};
 
 use super::chain_match::ChainMatch;
-use super::convert::{self, Address};
+use super::convert::{self, Address, refuse_present};
 use super::extension::AnyPlace;
 use super::listener_filters::{ListenerFilters, ListenerSteps};
 use super::route::Context;
@@ -174,19 +174,19 @@ impl Listener {
             Address::Tcp(address) => address,
             other => return Err(Refusal::new("address", format!("cannot listen on {other}"))),
         };
-        let unsupported = [
-            ("udp_listener_config", from.udp_listener_config.is_some()),
-            ("api_listener", from.api_listener.is_some()),
-            ("filter_chain_matcher", from.filter_chain_matcher.is_some()),
-            (
-                "transparent",
-                from.transparent.as_ref().is_some_and(|value| value.value),
-            ),
-            ("fcds_config", from.fcds_config.is_some()),
-        ];
-        if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
-            return Err(Refusal::new(*field, "not supported"));
-        }
+        refuse_present(
+            &[
+                ("udp_listener_config", from.udp_listener_config.is_some()),
+                ("api_listener", from.api_listener.is_some()),
+                ("filter_chain_matcher", from.filter_chain_matcher.is_some()),
+                (
+                    "transparent",
+                    from.transparent.as_ref().is_some_and(|value| value.value),
+                ),
+                ("fcds_config", from.fcds_config.is_some()),
+            ],
+            "not supported",
+        )?;
         let direction = match core::TrafficDirection::try_from(from.traffic_direction) {
             Ok(core::TrafficDirection::Inbound) => Direction::Inbound,
             Ok(core::TrafficDirection::Outbound) => Direction::Outbound,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use http::{HeaderMap, HeaderName, StatusCode};
 use serin_xds::pb::envoy::config::route::v3 as route;
 
-use super::convert;
+use super::convert::{self, each};
 use super::endpoint::Endpoint;
 use super::matchers::{HeaderMatch, RequestView};
 use super::subset::Criteria;
@@ -312,12 +312,7 @@ impl RetryPolicy {
                 (base.max(Duration::from_millis(1)), max)
             }
         };
-        let headers = |list: &[route::HeaderMatcher], field: &str| {
-            list.iter()
-                .enumerate()
-                .map(|(index, matcher)| HeaderMatch::compile(matcher).within(format!("{field}[{index}]")))
-                .collect::<Result<Box<[_]>, _>>()
-        };
+        let headers = |list: &[route::HeaderMatcher], field: &str| each(list, field, HeaderMatch::compile);
         Ok(Some(Self {
             on,
             attempts,

@@ -12,7 +12,6 @@ use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
 
 use super::cluster::Priority;
 use super::convert::{self, Fraction};
-use super::filters::Cors;
 use super::hash::HashPolicy;
 use super::headers::HeaderOps;
 use super::matchers::RequestView;
@@ -24,6 +23,7 @@ use super::table::strip_port;
 use super::virtual_cluster::VirtualCluster;
 use super::weighted::{Turn, Weights};
 use crate::error::{Refusal, Within};
+use crate::policy::cors::Cors;
 use crate::policy::descriptors::{self, RateLimitEntry};
 use crate::policy::metadata::Metadata;
 use crate::policy::per_route::PerRoute;

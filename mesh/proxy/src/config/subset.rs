@@ -7,7 +7,8 @@ use serin_xds::pb::envoy::config::cluster::v3 as cluster;
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::google::protobuf as google;
 
-use crate::error::{Refusal, Within};
+use crate::config::convert::each;
+use crate::error::Refusal;
 
 /// Metadata that subsets go by, of endpoints and of routes.
 pub const METADATA: &str = "envoy.lb";
@@ -284,12 +285,7 @@ impl Subsets {
                 ));
             }
         };
-        let mut selectors = from
-            .subset_selectors
-            .iter()
-            .enumerate()
-            .map(|(index, selector)| compile_selector(selector).within(format!("subset_selectors[{index}]")))
-            .collect::<Result<Vec<_>, _>>()?;
+        let mut selectors: Vec<_> = each(&from.subset_selectors, "subset_selectors", compile_selector)?;
         if from
             .subset_selectors
             .iter()

@@ -5,6 +5,7 @@ use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3::tcp_proxy::TunnelingConfig;
 
 use super::headers::{HeaderOps, Scene};
+use crate::config::convert::refuse_present;
 use crate::error::Refusal;
 
 /// What is asked of the endpoint, compiled.
@@ -17,22 +18,22 @@ pub struct Tunneling {
 impl Tunneling {
     /// Compiles the message.
     pub(crate) fn compile(from: &TunnelingConfig) -> Result<Self, Refusal> {
-        let unsupported = [
-            ("use_post", from.use_post),
-            ("post_path", !from.post_path.is_empty()),
-            ("propagate_response_headers", from.propagate_response_headers),
-            ("propagate_response_trailers", from.propagate_response_trailers),
-            ("request_id_extension", from.request_id_extension.is_some()),
-            ("request_id_header", !from.request_id_header.is_empty()),
-            (
-                "request_id_metadata_key",
-                !from.request_id_metadata_key.is_empty(),
-            ),
-            ("formatters", !from.formatters.is_empty()),
-        ];
-        if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
-            return Err(Refusal::new(*field, "not supported"));
-        }
+        refuse_present(
+            &[
+                ("use_post", from.use_post),
+                ("post_path", !from.post_path.is_empty()),
+                ("propagate_response_headers", from.propagate_response_headers),
+                ("propagate_response_trailers", from.propagate_response_trailers),
+                ("request_id_extension", from.request_id_extension.is_some()),
+                ("request_id_header", !from.request_id_header.is_empty()),
+                (
+                    "request_id_metadata_key",
+                    !from.request_id_metadata_key.is_empty(),
+                ),
+                ("formatters", !from.formatters.is_empty()),
+            ],
+            "not supported",
+        )?;
         if from.hostname.is_empty() {
             return Err(Refusal::new("hostname", "is missing"));
         }

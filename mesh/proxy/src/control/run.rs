@@ -8,13 +8,14 @@ use std::time::Duration;
 use serin_xds::ResourceType;
 use serin_xds::client::Endpoint;
 use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::admin::{AdminPort, Port};
-use super::restart::{self, Station};
+use super::restart::{self, Predecessor, Station};
 use super::{Options, Proxy, dial, dns, health, outliers, sds, xds};
 use crate::config::store::{Store, Update};
 use crate::error::{Error, Refusal};
@@ -137,7 +138,7 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
     let quit = CancellationToken::new();
     // The admin port ends before everything else where a successor has it.
     let ports_end = cancel.child_token();
-    let (succeed, succeeded) = tokio::sync::oneshot::channel();
+    let (succeed, succeeded) = oneshot::channel();
     let tasks = TaskTracker::new();
     let log = tokio::spawn(write_log(lines));
     let ports = [
@@ -181,50 +182,11 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
     tasks.spawn(overload::run(rules, proxy.overload(), cancel.clone()));
     match plan.control_plane {
         None => proxy.set_ready(),
-        Some(control_plane) => {
-            let endpoint = match control_plane {
-                ControlPlane::At(endpoint) => endpoint,
-                ControlPlane::Cluster(name) => dial::cluster(&proxy, &name),
-            };
-            if plan.push_metrics {
-                let (own, shards) = proxy.shards();
-                let pusher = Pusher {
-                    endpoint: endpoint.clone(),
-                    node: proxy.node.clone(),
-                    own,
-                    shards,
-                    rerouted: proxy.rerouted(),
-                };
-                tasks.spawn(pusher.run(cancel.clone()));
-            }
-            tasks.spawn(xds::follow(proxy.clone(), endpoint, cancel.clone()));
-        }
+        Some(control_plane) => follow(&proxy, control_plane, plan.push_metrics, &tasks, &cancel),
     }
     if let Some(path) = plan.restart {
-        let (proxy, cancel) = (proxy.clone(), cancel.clone());
-        tasks.spawn(async move {
-            tokio::select! {
-                () = cancel.cancelled() => return,
-                () = proxy.live() => {}
-            }
-            proxy.sockets().close_handed();
-            // Before the one before us hears that we serve: from then on we are asked.
-            let station = match Station::open(&path) {
-                Ok(station) => station,
-                Err(error) => return tracing::error!(%error, "no hot restart"),
-            };
-            let inherit = async {
-                if let Some(predecessor) = predecessor {
-                    predecessor.ready(proxy.clone(), cancel.clone()).await;
-                }
-            };
-            let serve = async {
-                if let Some(heir) = station.serve(proxy.clone(), cancel.clone()).await {
-                    let _ = succeed.send(heir);
-                }
-            };
-            tokio::join!(inherit, serve);
-        });
+        let work = succession(path, predecessor, proxy.clone(), succeed, cancel.clone());
+        tasks.spawn(work);
     }
     let mut heir = None;
     tokio::select! {
@@ -258,6 +220,63 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
     // Ends with the workers, which held the other ends.
     let _ = log.await;
     Ok(())
+}
+
+/// Takes configuration from the control plane, and streams measurements to it where it is told to.
+fn follow(
+    proxy: &Arc<Proxy>,
+    control_plane: ControlPlane,
+    push_metrics: bool,
+    tasks: &TaskTracker,
+    cancel: &CancellationToken,
+) {
+    let endpoint = match control_plane {
+        ControlPlane::At(endpoint) => endpoint,
+        ControlPlane::Cluster(name) => dial::cluster(proxy, &name),
+    };
+    if push_metrics {
+        let (own, shards) = proxy.shards();
+        let pusher = Pusher {
+            endpoint: endpoint.clone(),
+            node: proxy.node.clone(),
+            own,
+            shards,
+            rerouted: proxy.rerouted(),
+        };
+        tasks.spawn(pusher.run(cancel.clone()));
+    }
+    tasks.spawn(xds::follow(proxy.clone(), endpoint, cancel.clone()));
+}
+
+/// Once this process serves: takes over from the one before it, and waits for the one after it, which is told to `succeed`.
+async fn succession(
+    path: PathBuf,
+    predecessor: Option<Predecessor>,
+    proxy: Arc<Proxy>,
+    succeed: oneshot::Sender<UnixStream>,
+    cancel: CancellationToken,
+) {
+    tokio::select! {
+        () = cancel.cancelled() => return,
+        () = proxy.live() => {}
+    }
+    proxy.sockets().close_handed();
+    // Before the one before us hears that we serve: from then on we are asked.
+    let station = match Station::open(&path) {
+        Ok(station) => station,
+        Err(error) => return tracing::error!(%error, "no hot restart"),
+    };
+    let inherit = async {
+        if let Some(predecessor) = predecessor {
+            predecessor.ready(proxy.clone(), cancel.clone()).await;
+        }
+    };
+    let serve = async {
+        if let Some(heir) = station.serve(proxy.clone(), cancel.clone()).await {
+            let _ = succeed.send(heir);
+        }
+    };
+    tokio::join!(inherit, serve);
 }
 
 /// Ends unused series; gives memory back after the start and after each burst of configuration.

@@ -15,7 +15,7 @@ use super::format::{Format, Template};
 use super::otlp::{self, LogEntry};
 use super::record::{Record, Wants};
 use super::sink::{Sink, Target};
-use crate::config::convert;
+use crate::config::convert::{self, each};
 use crate::config::route::Context;
 use crate::error::{Refusal, Within};
 use crate::metrics::flags::Flags;
@@ -64,13 +64,9 @@ impl AccessLogs {
             return Ok(None);
         }
         let mut wants = Wants::default();
-        let logs = from
-            .iter()
-            .enumerate()
-            .map(|(index, log)| {
-                AccessLog::compile(log, &mut wants, context).within(format!("access_log[{index}]"))
-            })
-            .collect::<Result<_, _>>()?;
+        let logs = each(from, "access_log", |log| {
+            AccessLog::compile(log, &mut wants, context)
+        })?;
         Ok(Some(Self { logs, wants }))
     }
 

@@ -1,7 +1,6 @@
 //! Entries of Envoy's access log service (`envoy.service.accesslog.v3`).
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use http::HeaderName;
@@ -11,6 +10,7 @@ use serin_xds::pb::envoy::extensions::access_loggers::grpc::v3 as grpc;
 use serin_xds::pb::google::protobuf as google;
 
 use super::record::{Record, Side, Wants};
+use crate::config::convert;
 use crate::error::Refusal;
 use crate::metrics::flags::Flags;
 
@@ -143,18 +143,6 @@ pub fn tcp(record: &Record<'_>) -> data::TcpAccessLogEntry {
     }
 }
 
-fn address(at: SocketAddr) -> Option<core::Address> {
-    Some(core::Address {
-        address: Some(core::address::Address::SocketAddress(core::SocketAddress {
-            address: at.ip().to_string(),
-            port_specifier: Some(core::socket_address::PortSpecifier::PortValue(u32::from(
-                at.port(),
-            ))),
-            ..Default::default()
-        })),
-    })
-}
-
 fn duration(value: Duration) -> Option<google::Duration> {
     Some(google::Duration {
         seconds: value.as_secs() as i64,
@@ -170,9 +158,9 @@ fn common(record: &Record<'_>) -> data::AccessLogCommon {
         .collect();
     data::AccessLogCommon {
         sample_rate: 1.0,
-        downstream_remote_address: address(record.remote),
-        downstream_direct_remote_address: address(record.direct_remote),
-        downstream_local_address: address(record.local),
+        downstream_remote_address: convert::address_of(record.remote),
+        downstream_direct_remote_address: convert::address_of(record.direct_remote),
+        downstream_local_address: convert::address_of(record.local),
         tls_properties: tls(record),
         start_time: Some(google::Timestamp {
             seconds: record.start.as_secs() as i64,
@@ -185,7 +173,7 @@ fn common(record: &Record<'_>) -> data::AccessLogCommon {
         upstream_remote_address: record
             .upstream_host
             .and_then(|host| host.parse().ok())
-            .and_then(address),
+            .and_then(convert::address_of),
         upstream_cluster: record.upstream_cluster.unwrap_or("").to_owned(),
         response_flags: (!record.flags.is_empty()).then(|| flags(record.flags)),
         metadata: (!metadata.is_empty()).then(|| core::Metadata {

@@ -18,7 +18,7 @@ use serin_xds::pb::envoy::service::accesslog::v3 as als;
 use tokio::sync::Notify;
 
 use super::tracer::http_service;
-use crate::config::convert;
+use crate::config::convert::{self, refuse_present};
 use crate::config::route::Context;
 use crate::error::{Refusal, Within};
 use crate::policy::service::{GrpcTarget, HttpTarget};
@@ -114,21 +114,21 @@ pub(super) struct Limits<'a> {
 impl<'a> Limits<'a> {
     /// Of the message that the access log service's configurations share.
     pub(super) fn of(common: &'a grpc::CommonGrpcAccessLogConfig) -> Result<Self, Refusal> {
-        let unsupported = [
-            (
-                "grpc_stream_retry_policy",
-                common.grpc_stream_retry_policy.is_some(),
-            ),
-            ("custom_tags", !common.custom_tags.is_empty()),
-            (
-                "transport_api_version",
-                // AUTO and V3.
-                !matches!(common.transport_api_version, 0 | 2),
-            ),
-        ];
-        if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
-            return Err(Refusal::new(*field, "not supported"));
-        }
+        refuse_present(
+            &[
+                (
+                    "grpc_stream_retry_policy",
+                    common.grpc_stream_retry_policy.is_some(),
+                ),
+                ("custom_tags", !common.custom_tags.is_empty()),
+                (
+                    "transport_api_version",
+                    // AUTO and V3.
+                    !matches!(common.transport_api_version, 0 | 2),
+                ),
+            ],
+            "not supported",
+        )?;
         Ok(Self {
             service: common.grpc_service.as_ref(),
             http: None,

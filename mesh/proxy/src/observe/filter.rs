@@ -4,7 +4,7 @@ use serin_xds::pb::envoy::config::accesslog::v3 as pb;
 use serin_xds::pb::envoy::extensions::access_loggers::filters::cel::v3 as cel;
 
 use super::record::{Record, Wants};
-use crate::config::convert::{self, Fraction};
+use crate::config::convert::{self, Fraction, each, required};
 use crate::config::matchers::HeaderMatch;
 use crate::error::{Refusal, Within};
 use crate::metrics::flags::Flags;
@@ -98,18 +98,11 @@ impl Filter {
     /// Compiles the message; what it must see of the request is added to `wants`.
     pub(crate) fn compile(from: &pb::AccessLogFilter, wants: &mut Wants) -> Result<Self, Refusal> {
         use pb::access_log_filter::FilterSpecifier as Spec;
-        let spec = from
-            .filter_specifier
-            .as_ref()
-            .ok_or_else(|| Refusal::new("filter_specifier", "is missing"))?;
+        let spec = required(from.filter_specifier.as_ref(), "filter_specifier")?;
         let mut list = |filters: &[pb::AccessLogFilter], field: &str| {
-            filters
-                .iter()
-                .enumerate()
-                .map(|(index, filter)| {
-                    Self::compile(filter, wants).within(format!("{field}.filters[{index}]"))
-                })
-                .collect::<Result<Box<[_]>, _>>()
+            each(filters, &format!("{field}.filters"), |filter| {
+                Self::compile(filter, wants)
+            })
         };
         Ok(match spec {
             Spec::StatusCodeFilter(filter) => {
@@ -127,10 +120,7 @@ impl Filter {
             Spec::AndFilter(filter) => Self::And(list(&filter.filters, "and_filter")?),
             Spec::OrFilter(filter) => Self::Or(list(&filter.filters, "or_filter")?),
             Spec::HeaderFilter(filter) => {
-                let header = filter
-                    .header
-                    .as_ref()
-                    .ok_or_else(|| Refusal::new("header_filter.header", "is missing"))?;
+                let header = required(filter.header.as_ref(), "header_filter.header")?;
                 Self::Header(wants.matcher(HeaderMatch::compile(header).within("header_filter.header")?))
             }
             Spec::ResponseFlagFilter(filter) => {

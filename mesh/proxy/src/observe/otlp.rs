@@ -9,6 +9,7 @@ use serin_xds::pb::opentelemetry::proto::common::v1 as common;
 use super::batch::Limits;
 use super::format::Template;
 use super::record::{Record, Wants};
+use crate::config::convert::refuse_present;
 use crate::error::{Refusal, Within};
 
 /// A key and its value.
@@ -180,14 +181,14 @@ fn pairs(
 
 /// Limits and fixed attributes of the message; its own fields go before those of the older common message.
 pub(super) fn limits(from: &pb::OpenTelemetryAccessLogConfig) -> Result<(Limits<'_>, &str), Refusal> {
-    let unsupported = [
-        ("resource_detectors", !from.resource_detectors.is_empty()),
-        ("custom_tags", !from.custom_tags.is_empty()),
-        ("formatters", !from.formatters.is_empty()),
-    ];
-    if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
-        return Err(Refusal::new(*field, "not supported"));
-    }
+    refuse_present(
+        &[
+            ("resource_detectors", !from.resource_detectors.is_empty()),
+            ("custom_tags", !from.custom_tags.is_empty()),
+            ("formatters", !from.formatters.is_empty()),
+        ],
+        "not supported",
+    )?;
     let mut limits = match &from.common_config {
         Some(common) => Limits::of(common).within("common_config")?,
         None => Limits::default(),

@@ -11,7 +11,7 @@ use serin_xds::pb::envoy::r#type::v3::Percent;
 
 use super::export::{Collector, Exporter};
 use super::trace::{Context, Propagation, Reason};
-use crate::config::convert;
+use crate::config::convert::{self, each, refuse_present};
 use crate::config::listener::Direction;
 use crate::config::route::Context as Compile;
 use crate::error::{Refusal, Within};
@@ -115,12 +115,7 @@ impl Tracer {
                 ));
             }
         };
-        let tags = from
-            .custom_tags
-            .iter()
-            .enumerate()
-            .map(|(index, tag)| CustomTag::compile(tag).within(format!("tracing.custom_tags[{index}]")))
-            .collect::<Result<_, _>>()?;
+        let tags = each(&from.custom_tags, "tracing.custom_tags", CustomTag::compile)?;
         let labels = [("envoy_http_conn_manager_prefix", prefix)];
         let (workers, registry) = context.counters();
         let sent = registry.counter(workers, "envoy_tracing_spans_sent", &labels);
@@ -305,14 +300,14 @@ fn zipkin(
 }
 
 fn otlp(from: &trace::OpenTelemetryConfig, context: &mut Compile<'_>) -> Result<Collector, Refusal> {
-    let unsupported = [
-        ("exporter", from.exporter.is_some()),
-        ("resource_detectors", !from.resource_detectors.is_empty()),
-        ("sampler", from.sampler.is_some()),
-    ];
-    if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
-        return Err(Refusal::new(*field, "not supported"));
-    }
+    refuse_present(
+        &[
+            ("exporter", from.exporter.is_some()),
+            ("resource_detectors", !from.resource_detectors.is_empty()),
+            ("sampler", from.sampler.is_some()),
+        ],
+        "not supported",
+    )?;
     match (&from.grpc_service, &from.http_service) {
         (Some(service), None) => GrpcTarget::compile(Some(service), context).map(Collector::OtlpGrpc),
         (None, Some(service)) => {

@@ -14,7 +14,7 @@ use http::StatusCode;
 use parking_lot::Mutex;
 use serin_xds::pb::envoy::extensions::filters::http::adaptive_concurrency::v3 as pb;
 
-use crate::config::convert;
+use crate::config::convert::{self, required};
 use crate::error::{Refusal, Within};
 
 /// Samples of an interval that are kept; what comes after them counts no more.
@@ -190,14 +190,8 @@ impl AdaptiveConcurrency {
 
 impl Rules {
     fn compile(from: &pb::GradientControllerConfig) -> Result<Self, Refusal> {
-        let limits = from
-            .concurrency_limit_params
-            .as_ref()
-            .ok_or_else(|| Refusal::new("concurrency_limit_params", "is missing"))?;
-        let idle = from
-            .min_rtt_calc_params
-            .as_ref()
-            .ok_or_else(|| Refusal::new("min_rtt_calc_params", "is missing"))?;
+        let limits = required(from.concurrency_limit_params.as_ref(), "concurrency_limit_params")?;
+        let idle = required(from.min_rtt_calc_params.as_ref(), "min_rtt_calc_params")?;
         let number = |given: &Option<serin_xds::pb::google::protobuf::UInt32Value>, default: u32| {
             given.as_ref().map_or(default, |value| value.value).max(1)
         };

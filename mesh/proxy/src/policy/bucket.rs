@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serin_xds::pb::envoy::r#type::v3 as envoy_type;
 
-use crate::config::convert;
+use crate::config::convert::{self, required};
 use crate::error::{Refusal, Within};
 
 /// Envoy's shortest fill interval.
@@ -32,10 +32,7 @@ impl Fill {
         if per_step == 0 {
             return Err(Refusal::new("tokens_per_fill", "must be above zero"));
         }
-        let interval = from
-            .fill_interval
-            .as_ref()
-            .ok_or_else(|| Refusal::new("fill_interval", "is missing"))?;
+        let interval = required(from.fill_interval.as_ref(), "fill_interval")?;
         let interval = convert::duration(interval).within("fill_interval")?;
         if interval < MIN_INTERVAL {
             return Err(Refusal::new("fill_interval", "must be 50 ms or more"));

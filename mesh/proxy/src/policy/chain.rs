@@ -8,6 +8,7 @@ use serin_xds::pb::google::protobuf::Any;
 use super::adaptive_concurrency::AdaptiveConcurrency;
 use super::buffer::Buffer;
 use super::compressor::Compressor;
+use super::cors::Cors;
 use super::ext_authz::ExtAuthz;
 use super::ext_proc::ExtProc;
 use super::fault::Fault;
@@ -24,7 +25,6 @@ use super::tap::TapFilter;
 use crate::clock;
 use crate::config::convert;
 use crate::config::extension::{AnyPlace, Discoverable, Extensions, Place, not_by_discovery};
-use crate::config::filters::Cors;
 use crate::config::route::Context;
 use crate::error::Refusal;
 

@@ -24,7 +24,7 @@ use super::mutation_rules::MutationRules;
 use super::service::GrpcTarget;
 use super::stats::Counter;
 use crate::config::client_cert::encoded;
-use crate::config::convert::{self, Fraction};
+use crate::config::convert::{self, Fraction, each, refuse_present};
 use crate::config::matchers::StringMatch;
 use crate::config::route::Context;
 use crate::config::runtime::RuntimeFraction;
@@ -134,16 +134,8 @@ pub(super) fn matchers(
     from: Option<&matcher::ListStringMatcher>,
     field: &str,
 ) -> Result<Option<Box<[StringMatch]>>, Refusal> {
-    from.map(|list| {
-        list.patterns
-            .iter()
-            .enumerate()
-            .map(|(index, pattern)| {
-                StringMatch::compile(pattern).within(format!("{field}.patterns[{index}]"))
-            })
-            .collect()
-    })
-    .transpose()
+    from.map(|list| each(&list.patterns, &format!("{field}.patterns"), StringMatch::compile))
+        .transpose()
 }
 
 fn any(matchers: &[StringMatch], name: &str) -> bool {
@@ -218,31 +210,31 @@ impl ExtAuthz {
         prefix: &str,
         context: &mut Context<'_>,
     ) -> Result<Self, Refusal> {
-        let unsupported = [
-            (
-                "typed_metadata_context_namespaces",
-                !from.typed_metadata_context_namespaces.is_empty(),
-            ),
-            (
-                "route_typed_metadata_context_namespaces",
-                !from.route_typed_metadata_context_namespaces.is_empty(),
-            ),
-            (
-                "bootstrap_metadata_labels_key",
-                !from.bootstrap_metadata_labels_key.is_empty(),
-            ),
-            ("shadow_mode", from.shadow_mode),
-            (
-                "enable_dynamic_metadata_ingestion",
-                from.enable_dynamic_metadata_ingestion
-                    .as_ref()
-                    .is_some_and(|value| !value.value),
-            ),
-            ("emit_filter_state_stats", from.emit_filter_state_stats),
-        ];
-        if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
-            return Err(Refusal::new(*field, "not supported"));
-        }
+        refuse_present(
+            &[
+                (
+                    "typed_metadata_context_namespaces",
+                    !from.typed_metadata_context_namespaces.is_empty(),
+                ),
+                (
+                    "route_typed_metadata_context_namespaces",
+                    !from.route_typed_metadata_context_namespaces.is_empty(),
+                ),
+                (
+                    "bootstrap_metadata_labels_key",
+                    !from.bootstrap_metadata_labels_key.is_empty(),
+                ),
+                ("shadow_mode", from.shadow_mode),
+                (
+                    "enable_dynamic_metadata_ingestion",
+                    from.enable_dynamic_metadata_ingestion
+                        .as_ref()
+                        .is_some_and(|value| !value.value),
+                ),
+                ("emit_filter_state_stats", from.emit_filter_state_stats),
+            ],
+            "not supported",
+        )?;
         let service = match &from.services {
             Some(filter::ext_authz::Services::GrpcService(service)) => Service::grpc(service, context)?,
             Some(filter::ext_authz::Services::HttpService(service)) => Service::http(service, context)?,
@@ -377,17 +369,6 @@ impl ExtAuthz {
         partial: Option<bool>,
     ) -> auth::CheckRequest {
         use auth::attribute_context::{HttpRequest, Peer, Request};
-        let address = |at: std::net::SocketAddr| {
-            Some(core::Address {
-                address: Some(core::address::Address::SocketAddress(core::SocketAddress {
-                    address: at.ip().to_string(),
-                    port_specifier: Some(core::socket_address::PortSpecifier::PortValue(u32::from(
-                        at.port(),
-                    ))),
-                    ..Default::default()
-                })),
-            })
-        };
         let request = facts.request.as_ref().map(|request| {
             let system = [
                 (":method", request.method),
@@ -442,7 +423,7 @@ impl ExtAuthz {
         auth::CheckRequest {
             attributes: Some(auth::AttributeContext {
                 source: Some(Peer {
-                    address: address(std::net::SocketAddr::new(
+                    address: convert::address_of(std::net::SocketAddr::new(
                         facts.remote(),
                         facts.direct_remote.port(),
                     )),
@@ -454,7 +435,7 @@ impl ExtAuthz {
                     ..Default::default()
                 }),
                 destination: Some(Peer {
-                    address: address(facts.local),
+                    address: convert::address_of(facts.local),
                     ..Default::default()
                 }),
                 request: Some(Request {

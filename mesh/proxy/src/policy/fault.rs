@@ -9,7 +9,7 @@ use http::StatusCode;
 use serin_xds::pb::envoy::extensions::filters::http::fault::v3 as fault_v3;
 use serin_xds::pb::envoy::r#type::v3::{FractionalPercent, fractional_percent::DenominatorType};
 
-use crate::config::convert::{self, Fraction};
+use crate::config::convert::{self, Fraction, each};
 use crate::config::matchers::{HeaderMatch, RequestView};
 use crate::error::{Refusal, Within};
 
@@ -158,12 +158,7 @@ impl Fault {
                 Some((share, given))
             }
         };
-        let headers = from
-            .headers
-            .iter()
-            .enumerate()
-            .map(|(index, header)| HeaderMatch::compile(header).within(format!("headers[{index}]")))
-            .collect::<Result<_, _>>()?;
+        let headers = each(&from.headers, "headers", HeaderMatch::compile)?;
         let active = delay.is_some_and(|(share, _)| !share.fraction.is_none())
             || abort.is_some_and(|(share, _)| !share.fraction.is_none());
         let body = from.abort.as_ref().map_or("", |abort| &abort.response_body);

@@ -20,6 +20,7 @@ use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
 use serin_xds::pb::google::protobuf::{Struct, value::Kind};
 
 use super::metadata::struct_to_json;
+use crate::config::convert::each;
 use crate::config::listener::Cidr;
 use crate::config::matchers::StringMatch;
 use crate::error::{Refusal, Within};
@@ -215,11 +216,7 @@ impl Settings {
     /// Compiles the list.
     pub(crate) fn compile(from: &[common::FilterStateValue], field: &str) -> Result<Self, Refusal> {
         let mut wants = Wants::default();
-        let settings = from
-            .iter()
-            .enumerate()
-            .map(|(index, value)| Setting::compile(value, &mut wants).within(format!("{field}[{index}]")))
-            .collect::<Result<_, _>>()?;
+        let settings = each(from, field, |value| Setting::compile(value, &mut wants))?;
         Ok(Self { settings, wants })
     }
 

@@ -5,6 +5,7 @@ use serin_xds::pb::envoy::r#type::metadata::v3 as key;
 use serin_xds::pb::google::protobuf::{Struct, Value, value::Kind};
 
 use super::filter_state::FilterState;
+use crate::config::convert::{each, required};
 use crate::config::matchers::StringMatch;
 use crate::error::{Refusal, Within};
 
@@ -219,42 +220,30 @@ impl ValueMatch {
     /// Compiles the message.
     pub(crate) fn compile(from: &matcher::ValueMatcher) -> Result<Self, Refusal> {
         use matcher::value_matcher::MatchPattern;
-        Ok(
-            match from
-                .match_pattern
-                .as_ref()
-                .ok_or_else(|| Refusal::new("match_pattern", "is missing"))?
-            {
-                MatchPattern::NullMatch(_) => Self::Null,
-                MatchPattern::DoubleMatch(double) => match &double.match_pattern {
-                    Some(matcher::double_matcher::MatchPattern::Range(range)) => {
-                        Self::Range(range.start, range.end)
-                    }
-                    Some(matcher::double_matcher::MatchPattern::Exact(value)) => Self::Number(*value),
-                    None => return Err(Refusal::new("double_match", "match_pattern is missing")),
-                },
-                MatchPattern::StringMatch(text) => {
-                    Self::Text(StringMatch::compile(text).within("string_match")?)
+        Ok(match required(from.match_pattern.as_ref(), "match_pattern")? {
+            MatchPattern::NullMatch(_) => Self::Null,
+            MatchPattern::DoubleMatch(double) => match &double.match_pattern {
+                Some(matcher::double_matcher::MatchPattern::Range(range)) => {
+                    Self::Range(range.start, range.end)
                 }
-                MatchPattern::BoolMatch(value) => Self::Bool(*value),
-                MatchPattern::PresentMatch(value) => Self::Present(*value),
-                MatchPattern::ListMatch(list) => match &list.match_pattern {
-                    Some(matcher::list_matcher::MatchPattern::OneOf(inner)) => {
-                        Self::AnyOf(Box::new(Self::compile(inner).within("list_match.one_of")?))
-                    }
-                    None => return Err(Refusal::new("list_match", "one_of is missing")),
-                },
-                MatchPattern::OrMatch(or) => Self::Or(
-                    or.value_matchers
-                        .iter()
-                        .enumerate()
-                        .map(|(index, inner)| {
-                            Self::compile(inner).within(format!("or_match.value_matchers[{index}]"))
-                        })
-                        .collect::<Result<_, _>>()?,
-                ),
+                Some(matcher::double_matcher::MatchPattern::Exact(value)) => Self::Number(*value),
+                None => return Err(Refusal::new("double_match", "match_pattern is missing")),
             },
-        )
+            MatchPattern::StringMatch(text) => Self::Text(StringMatch::compile(text).within("string_match")?),
+            MatchPattern::BoolMatch(value) => Self::Bool(*value),
+            MatchPattern::PresentMatch(value) => Self::Present(*value),
+            MatchPattern::ListMatch(list) => match &list.match_pattern {
+                Some(matcher::list_matcher::MatchPattern::OneOf(inner)) => {
+                    Self::AnyOf(Box::new(Self::compile(inner).within("list_match.one_of")?))
+                }
+                None => return Err(Refusal::new("list_match", "one_of is missing")),
+            },
+            MatchPattern::OrMatch(or) => Self::Or(each(
+                &or.value_matchers,
+                "or_match.value_matchers",
+                Self::compile,
+            )?),
+        })
     }
 
     /// Whether `value` is as asked.
@@ -304,12 +293,7 @@ impl MetadataMatch {
                 namespace: from.filter.as_str().into(),
                 path,
             },
-            value: ValueMatch::compile(
-                from.value
-                    .as_ref()
-                    .ok_or_else(|| Refusal::new("value", "is missing"))?,
-            )
-            .within("value")?,
+            value: ValueMatch::compile(required(from.value.as_ref(), "value")?).within("value")?,
             invert: from.invert,
         })
     }

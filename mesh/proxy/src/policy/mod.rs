@@ -31,6 +31,7 @@ pub mod buffer;
 pub mod cel;
 pub mod chain;
 pub mod compressor;
+pub mod cors;
 pub mod descriptors;
 pub mod ext_authz;
 pub mod ext_proc;

@@ -10,6 +10,7 @@ use serin_xds::pb::google::protobuf::Any;
 
 use super::buffer::Buffer;
 use super::compressor::PerRouteCompressor;
+use super::cors::Cors;
 use super::ext_authz::PerRouteAuthz;
 use super::ext_proc::PerRouteProc;
 use super::fault::Fault;
@@ -23,7 +24,6 @@ use super::rbac::Rules;
 use super::set_metadata::SetMetadata;
 use crate::clock;
 use crate::config::convert;
-use crate::config::filters::Cors;
 use crate::config::route::Context;
 use crate::error::{Refusal, Within};
 

@@ -7,7 +7,7 @@ use http::uri::PathAndQuery;
 use http::{HeaderName, HeaderValue, Uri};
 use serin_xds::pb::envoy::config::core::v3 as core;
 
-use crate::config::convert;
+use crate::config::convert::{self, each};
 use crate::config::route::Context;
 use crate::config::slot::ClusterSlot;
 use crate::error::{Refusal, Within};
@@ -53,12 +53,7 @@ impl GrpcTarget {
         } else {
             &envoy.authority
         };
-        let metadata = from
-            .initial_metadata
-            .iter()
-            .enumerate()
-            .map(|(index, field)| header_pair(field).within(format!("initial_metadata[{index}]")))
-            .collect::<Result<_, _>>()?;
+        let metadata = each(&from.initial_metadata, "initial_metadata", header_pair)?;
         Ok(Self {
             cluster: context.slots.cluster(&envoy.cluster_name),
             authority: HeaderValue::from_str(authority)

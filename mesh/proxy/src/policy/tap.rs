@@ -29,7 +29,7 @@ use condition::{Condition, Searches};
 pub use search::{Search, Searching};
 
 use super::stats::Counter;
-use crate::config::convert::{self, Fraction};
+use crate::config::convert::{self, Fraction, required};
 use crate::config::matchers::RequestView;
 use crate::config::route::Context;
 use crate::error::{Refusal, Within};
@@ -282,10 +282,7 @@ impl TapConfig {
             (None, Some(old)) => Condition::compile(&old, &mut searches, 0).within("match_config")?,
             (None, None) => return Err(Refusal::new("match", "is missing")),
         };
-        let output = from
-            .output_config
-            .as_ref()
-            .ok_or_else(|| Refusal::new("output_config", "is missing"))?;
+        let output = required(from.output_config.as_ref(), "output_config")?;
         if output.streaming {
             return Err(Refusal::new(
                 "output_config.streaming",

@@ -10,6 +10,7 @@ use serin_xds::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
 use super::secret::{Identity, Kind, Secret, SecretSlot};
 use super::table::SecretTable;
 use super::validation::Validation;
+use crate::config::convert::refuse_present;
 use crate::error::{Refusal, Within};
 
 /// Where the rules for peers come from.
@@ -39,26 +40,26 @@ pub(super) struct Common {
 impl Common {
     pub(super) fn compile(from: &tls::CommonTlsContext, secrets: &mut SecretTable) -> Result<Self, Refusal> {
         use tls::common_tls_context::ValidationContextType;
-        let unsupported = [
-            (
-                "tls_certificate_provider_instance",
-                from.tls_certificate_provider_instance.is_some(),
-            ),
-            (
-                "custom_tls_certificate_selector",
-                from.custom_tls_certificate_selector.is_some(),
-            ),
-            (
-                "tls_certificate_certificate_provider",
-                from.tls_certificate_certificate_provider.is_some()
-                    || from.tls_certificate_certificate_provider_instance.is_some(),
-            ),
-            ("custom_handshaker", from.custom_handshaker.is_some()),
-            ("key_log", from.key_log.is_some()),
-        ];
-        if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
-            return Err(Refusal::new(*field, "not supported"));
-        }
+        refuse_present(
+            &[
+                (
+                    "tls_certificate_provider_instance",
+                    from.tls_certificate_provider_instance.is_some(),
+                ),
+                (
+                    "custom_tls_certificate_selector",
+                    from.custom_tls_certificate_selector.is_some(),
+                ),
+                (
+                    "tls_certificate_certificate_provider",
+                    from.tls_certificate_certificate_provider.is_some()
+                        || from.tls_certificate_certificate_provider_instance.is_some(),
+                ),
+                ("custom_handshaker", from.custom_handshaker.is_some()),
+                ("key_log", from.key_log.is_some()),
+            ],
+            "not supported",
+        )?;
         let mut identities = Vec::new();
         for (index, certificate) in from.tls_certificates.iter().enumerate() {
             let slot = secrets

@@ -22,7 +22,7 @@ use super::table::SecretTable;
 use super::tickets::Ticketer;
 use super::validation::dns_matches;
 use super::verify::Verifier;
-use crate::config::convert;
+use crate::config::convert::{self, required};
 use crate::error::{Refusal, Within};
 
 /// Seconds for which a ticket is good when nothing is said.
@@ -68,10 +68,7 @@ impl DownstreamTls {
         stats: Arc<TlsStats>,
     ) -> Result<Self, Refusal> {
         use tls::downstream_tls_context::{OcspStaplePolicy, SessionTicketKeysType};
-        let common = from
-            .common_tls_context
-            .as_ref()
-            .ok_or_else(|| Refusal::new("common_tls_context", "is missing"))?;
+        let common = required(from.common_tls_context.as_ref(), "common_tls_context")?;
         let common = Common::compile(common, secrets).within("common_tls_context")?;
         if !common.has_identity() {
             return Err(Refusal::new(

@@ -16,6 +16,7 @@ use serin_xds::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
 
 use super::certificate::Certificate;
 use super::validation::Validation;
+use crate::config::convert::{each, refuse_present};
 use crate::error::{Refusal, Within};
 
 /// Bytes of a file that are read at most: certificates and lists are far smaller.
@@ -102,13 +103,8 @@ impl Secret {
                 .map(|compiled| Self::Validation(Box::new(context.clone()), Arc::new(compiled)))
                 .within("validation_context"),
             Some(Type::SessionTicketKeys(keys)) => {
-                let keys = keys
-                    .keys
-                    .iter()
-                    .enumerate()
-                    .map(|(index, key)| read_source(key).within(format!("keys[{index}]")))
-                    .collect::<Result<Vec<_>, _>>()
-                    .and_then(|keys| super::tickets::Ticketer::new(&keys, 0).map(|_| keys))
+                let keys = each(&keys.keys, "keys", read_source)
+                    .and_then(|keys: Vec<_>| super::tickets::Ticketer::new(&keys, 0).map(|_| keys))
                     .within("session_ticket_keys")?;
                 Ok(Self::Tickets(keys))
             }
@@ -128,19 +124,19 @@ impl Secret {
 }
 
 fn compile_identity(from: &tls::TlsCertificate, now: UnixTime) -> Result<Identity, Refusal> {
-    let unsupported = [
-        ("private_key_provider", from.private_key_provider.is_some()),
-        ("pkcs12", from.pkcs12.is_some()),
-        ("password", from.password.is_some()),
-        (
-            "signed_certificate_timestamp",
-            !from.signed_certificate_timestamp.is_empty(),
-        ),
-        ("tls_params", from.tls_params.is_some()),
-    ];
-    if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
-        return Err(Refusal::new(*field, "not supported"));
-    }
+    refuse_present(
+        &[
+            ("private_key_provider", from.private_key_provider.is_some()),
+            ("pkcs12", from.pkcs12.is_some()),
+            ("password", from.password.is_some()),
+            (
+                "signed_certificate_timestamp",
+                !from.signed_certificate_timestamp.is_empty(),
+            ),
+            ("tls_params", from.tls_params.is_some()),
+        ],
+        "not supported",
+    )?;
     let required = |source: Option<&core::DataSource>, field: &'static str| {
         read_source(source.ok_or_else(|| Refusal::new("", "is missing"))?).within(field)
     };

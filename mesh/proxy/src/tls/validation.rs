@@ -26,6 +26,7 @@ use self::san::SanMatch;
 pub use self::san::dns_matches;
 use super::certificate::Certificate;
 use super::secret::read_source;
+use crate::config::convert::refuse_present;
 use crate::error::{Refusal, Within};
 
 /// Authorities that are believed.
@@ -122,21 +123,21 @@ pub struct Validation {
 impl Validation {
     /// Compiles the message; data sources are read.
     pub fn compile(from: &tls::CertificateValidationContext) -> Result<Self, Refusal> {
-        let unsupported = [
-            (
-                "ca_certificate_provider_instance",
-                from.ca_certificate_provider_instance.is_some(),
-            ),
-            (
-                "require_signed_certificate_timestamp",
-                from.require_signed_certificate_timestamp
-                    .as_ref()
-                    .is_some_and(|value| value.value),
-            ),
-        ];
-        if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
-            return Err(Refusal::new(*field, "not supported"));
-        }
+        refuse_present(
+            &[
+                (
+                    "ca_certificate_provider_instance",
+                    from.ca_certificate_provider_instance.is_some(),
+                ),
+                (
+                    "require_signed_certificate_timestamp",
+                    from.require_signed_certificate_timestamp
+                        .as_ref()
+                        .is_some_and(|value| value.value),
+                ),
+            ],
+            "not supported",
+        )?;
         let mut out = Self {
             roots: match source(from.trusted_ca.as_ref(), "trusted_ca")? {
                 Some(pem) => Some(Arc::new(Roots::from_pem(&pem).within("trusted_ca")?)),

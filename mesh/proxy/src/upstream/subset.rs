@@ -64,7 +64,8 @@ impl SubsetBalancer {
         Self { groups, default }
     }
 
-    /// Chooses as `find` does, and says how.
+    /// A host of the group that `wish` asks for, or of what stands for it, and which of the two. `whole` is the balancer over
+    /// all hosts.
     pub fn pick(
         &self,
         rules: &Subsets,
@@ -72,114 +73,96 @@ impl SubsetBalancer {
         whole: &Balancer,
         wish: &Wish<'_>,
     ) -> (Option<Rc<Host>>, Chosen) {
-        let how = Cell::new(Chosen::Subset);
-        let host = self.find(rules, cluster, whole, wish, &how);
-        (host, how.get())
-    }
-
-    /// A host of the group that `wish` asks for, or of what stands for it. `whole` is the balancer over all hosts.
-    fn find(
-        &self,
-        rules: &Subsets,
-        cluster: &Cluster,
-        whole: &Balancer,
-        wish: &Wish<'_>,
-        how: &Cell<Chosen>,
-    ) -> Option<Rc<Host>> {
-        let Some(criteria) = wish.criteria.filter(|criteria| !criteria.is_empty()) else {
-            return self.fall_back(&rules.fallback, rules, cluster, whole, wish, how);
+        let search = Search {
+            subsets: self,
+            rules,
+            cluster,
+            whole,
+            wish,
+            how: Cell::new(Chosen::Subset),
         };
-        if !rules.fallback_list || criteria.alternatives.is_empty() {
-            return self.pick_by(criteria, rules, cluster, whole, wish, how);
-        }
-        let mut choices = criteria.alternatives.iter();
-        // Each alternative by its own group; what no group has falls back as the last one would.
-        choices
-            .find_map(|choice| self.group(choice, rules)?.pick(cluster, wish))
-            .or_else(|| {
-                let plain = criteria.without_alternatives();
-                self.pick_by(&plain, rules, cluster, whole, wish, how)
-            })
-    }
-
-    fn group(&self, criteria: &Criteria, rules: &Subsets) -> Option<&Balancer> {
-        if let Some(found) = self.groups.get(criteria.name()) {
-            return Some(found);
-        }
-        if !rules.allow_redundant_keys {
-            return None;
-        }
-        // Selectors with more keys come first.
-        rules
-            .selectors
-            .iter()
-            .filter_map(|selector| criteria.narrowed(&selector.keys))
-            .find_map(|narrowed| self.groups.get(narrowed.name()))
-    }
-
-    fn pick_by(
-        &self,
-        criteria: &Criteria,
-        rules: &Subsets,
-        cluster: &Cluster,
-        whole: &Balancer,
-        wish: &Wish<'_>,
-        how: &Cell<Chosen>,
-    ) -> Option<Rc<Host>> {
-        if let Some(group) = self.group(criteria, rules) {
-            return group
-                .pick(cluster, wish)
-                .or_else(|| panic(rules, cluster, whole, wish, how));
-        }
-        let selector = rules.selectors.iter().find(|selector| {
-            criteria.has_exactly(&selector.keys)
-                || rules.allow_redundant_keys && criteria.narrowed(&selector.keys).is_some()
-        });
-        match selector.and_then(|selector| selector.fallback.as_ref()) {
-            // Fewer keys each time: this ends.
-            Some(Fallback::Keys(keys)) => {
-                let narrowed = criteria.narrowed(keys)?;
-                self.pick_by(&narrowed, rules, cluster, whole, wish, how)
-            }
-            Some(fallback) => self.fall_back(fallback, rules, cluster, whole, wish, how),
-            None => self.fall_back(&rules.fallback, rules, cluster, whole, wish, how),
-        }
-    }
-
-    fn fall_back(
-        &self,
-        fallback: &Fallback,
-        rules: &Subsets,
-        cluster: &Cluster,
-        whole: &Balancer,
-        wish: &Wish<'_>,
-        how: &Cell<Chosen>,
-    ) -> Option<Rc<Host>> {
-        how.set(Chosen::Fallback);
-        match fallback {
-            Fallback::Nobody | Fallback::Keys(_) => None,
-            Fallback::Anybody => whole.pick(cluster, wish),
-            Fallback::Default => self
-                .default
-                .pick(cluster, wish)
-                .or_else(|| panic(rules, cluster, whole, wish, how)),
-        }
+        (search.host(), search.how.get())
     }
 }
 
-/// Anybody, where the rules allow that for a group without hosts.
-fn panic(
-    rules: &Subsets,
-    cluster: &Cluster,
-    whole: &Balancer,
-    wish: &Wish<'_>,
-    how: &Cell<Chosen>,
-) -> Option<Rc<Host>> {
-    if !rules.panic_mode_any {
-        return None;
+/// One choice.
+struct Search<'a> {
+    subsets: &'a SubsetBalancer,
+    rules: &'a Subsets,
+    cluster: &'a Cluster,
+    whole: &'a Balancer,
+    wish: &'a Wish<'a>,
+    how: Cell<Chosen>,
+}
+
+impl Search<'_> {
+    fn host(&self) -> Option<Rc<Host>> {
+        let Some(criteria) = self.wish.criteria.filter(|criteria| !criteria.is_empty()) else {
+            return self.fall_back(&self.rules.fallback);
+        };
+        if !self.rules.fallback_list || criteria.alternatives.is_empty() {
+            return self.host_for(criteria);
+        }
+        // Each alternative by its own group; what no group has falls back as the last one would.
+        criteria
+            .alternatives
+            .iter()
+            .find_map(|choice| self.group(choice)?.pick(self.cluster, self.wish))
+            .or_else(|| self.host_for(&criteria.without_alternatives()))
     }
-    how.set(Chosen::Panic);
-    whole.pick(cluster, wish)
+
+    fn host_for(&self, criteria: &Criteria) -> Option<Rc<Host>> {
+        if let Some(group) = self.group(criteria) {
+            return group.pick(self.cluster, self.wish).or_else(|| self.anybody());
+        }
+        let selector = self.rules.selectors.iter().find(|selector| {
+            criteria.has_exactly(&selector.keys)
+                || self.rules.allow_redundant_keys && criteria.narrowed(&selector.keys).is_some()
+        });
+        match selector.and_then(|selector| selector.fallback.as_ref()) {
+            // Fewer keys each time: this ends.
+            Some(Fallback::Keys(keys)) => self.host_for(&criteria.narrowed(keys)?),
+            Some(fallback) => self.fall_back(fallback),
+            None => self.fall_back(&self.rules.fallback),
+        }
+    }
+
+    fn group(&self, criteria: &Criteria) -> Option<&Balancer> {
+        let groups = &self.subsets.groups;
+        if let Some(found) = groups.get(criteria.name()) {
+            return Some(found);
+        }
+        if !self.rules.allow_redundant_keys {
+            return None;
+        }
+        // Selectors with more keys come first.
+        self.rules
+            .selectors
+            .iter()
+            .filter_map(|selector| criteria.narrowed(&selector.keys))
+            .find_map(|narrowed| groups.get(narrowed.name()))
+    }
+
+    fn fall_back(&self, fallback: &Fallback) -> Option<Rc<Host>> {
+        self.how.set(Chosen::Fallback);
+        match fallback {
+            Fallback::Nobody | Fallback::Keys(_) => None,
+            Fallback::Anybody => self.whole.pick(self.cluster, self.wish),
+            Fallback::Default => {
+                let default = &self.subsets.default;
+                default.pick(self.cluster, self.wish).or_else(|| self.anybody())
+            }
+        }
+    }
+
+    /// Anybody, where the rules allow that for a group without hosts.
+    fn anybody(&self) -> Option<Rc<Host>> {
+        if !self.rules.panic_mode_any {
+            return None;
+        }
+        self.how.set(Chosen::Panic);
+        self.whole.pick(self.cluster, self.wish)
+    }
 }
 
 /// How a host was chosen.

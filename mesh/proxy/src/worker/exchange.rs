@@ -272,13 +272,24 @@ impl Exchange {
         ServiceIdentity::unknown()
     }
 
+    /// The method, where it could be read.
+    pub fn method_text(&self) -> Option<&str> {
+        (!self.headless).then_some(self.method.as_str())
+    }
+
+    /// Path and query, where they could be read.
+    pub fn path_text(&self) -> Option<&str> {
+        let path = self.uri.path_and_query();
+        (!self.headless).then(|| path.map_or("/", |path| path.as_str()))
+    }
+
     /// The access log line, with the keys of Istio's JSON format.
     fn log_line(&self) -> String {
         let text = |value: &HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
         serde_json::json!({
             "start_time": rfc3339(self.started),
-            "method": self.method.as_str(),
-            "path": self.uri.path_and_query().map_or("/", |path| path.as_str()),
+            "method": self.method_text(),
+            "path": self.path_text(),
             "authority": self.authority.as_ref().map(text),
             "protocol": protocol_text(self.version),
             "request_id": self.request_id.as_ref().map(text),

@@ -227,15 +227,8 @@ fn record_after<T>(
         request,
         response: exchange.answered.map(since),
         kept: &state.kept,
-        method: if exchange.headless {
-            ""
-        } else {
-            exchange.method.as_str()
-        },
-        path: match exchange.uri.path_and_query() {
-            _ if exchange.headless => "",
-            path => path.map_or("/", |path| path.as_str()),
-        },
+        method: exchange.method_text().unwrap_or(""),
+        path: exchange.path_text().unwrap_or(""),
         authority: authority.as_deref().unwrap_or(""),
         scheme: exchange.uri.scheme_str().unwrap_or("http"),
         protocol: protocol_text(exchange.version),

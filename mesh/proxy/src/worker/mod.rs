@@ -1,5 +1,31 @@
 //! A worker: one thread, one `current_thread` runtime, its own listening sockets, pools and metric cells. Nothing on
 //! the request path is shared with other workers but the configuration that is read.
+//!
+//! # The way of a connection, and of a request
+//! ```text
+//! accept ─▶ arrival: addresses, first bytes, chain ─▶ chain: place, TLS, network filters ─┬▶ tcp ─▶ reach ─▶ relay
+//!                                                                                         └▶ http ─▶ http1 | http2
+//! request ─▶ admit, identify, route ─▶ filters::decode ─┬▶ local: an answer of our own ───────┐
+//!                                                       └▶ upstream: cluster, plan            ├▶ filters::encode
+//!                                                          attempts: endpoint, lease, retry ─▶ respond
+//! ```
+//! What is remembered of a request from its first byte to its last is its [`exchange`]; when that is dropped it is counted,
+//! logged and traced.
+//!
+//! | a line about | is in |
+//! |---|---|
+//! | sockets, the PROXY protocol, what a connection speaks, network filters | [`accept`], [`sniff`] |
+//! | what requests of a connection share; one HTTP version | [`http`]; `http1`, `rest`, `http2` |
+//! | what a request must look like, which route it takes | `request` |
+//! | HTTP filters that wait, or keep state of a request | `filters` (what they decide is in [`crate::policy`]) |
+//! | which fields go on; header templates | `prepare`; `scene` |
+//! | which endpoint, which connection, whether again, several at once | `upstream`, `attempts`, `hedge`, `failure` |
+//! | bodies | [`body`], [`incoming`], `streams` |
+//! | CONNECT and upgrades; TCP inside of them | `tunnel`; `tcp_tunnel` |
+//! | interim answers | [`interim`] |
+//! | requests of the proxy's own: filters' services, mirrors | `call`, `grpc_stream`, `mirror` |
+//! | access logs, spans, taps | `logging`, `connection_log`, `spans`, `tap` |
+//! | waiting for what is rare | `alarm`, `seldom` |
 
 pub mod accept;
 mod alarm;

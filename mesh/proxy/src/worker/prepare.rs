@@ -73,15 +73,14 @@ pub(super) fn prepare(
     // A plain CONNECT has no path.
     if let Some(rewrite) = forward.rewrite.as_ref().filter(|_| !parts.uri.path().is_empty())
         && let Some(target) = rewritten_target(&routed.route, rewrite, parts)
+        && !set_target(parts, &target)
     {
-        if !set_target(parts, &target) {
-            return Err(LocalReply::new(
-                StatusCode::BAD_REQUEST,
-                Flags::DOWNSTREAM_PROTOCOL_ERROR,
-                "path_rewrite_failed",
-                "",
-            ));
-        }
+        return Err(LocalReply::new(
+            StatusCode::BAD_REQUEST,
+            Flags::DOWNSTREAM_PROTOCOL_ERROR,
+            "path_rewrite_failed",
+            "",
+        ));
     }
     if conn.manager.metadata_exchange && conn.direction != Direction::Inbound {
         parts

@@ -1,11 +1,12 @@
 //! Forwarding: cluster, endpoint, connection, attempts, response.
 
+use std::borrow::Cow;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use http::request::Parts;
 use http::uri::Authority;
-use http::{HeaderName, HeaderValue, Response, StatusCode, Version};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, Version};
 use tokio::time::Instant;
 
 use super::attempts::{Permit, attempts};
@@ -26,6 +27,7 @@ use super::tunnel::{self, Tunnel};
 use crate::config::cluster::UpstreamHttp;
 use crate::config::hash::{Hashed, request_hash};
 use crate::config::route::{Action, Forward, HostRewrite, Target, TargetCluster, Targets};
+use crate::config::slot::{ClusterSlot, Directory};
 use crate::config::subset::{Criteria, METADATA};
 use crate::config::virtual_cluster::VirtualCluster;
 use crate::metrics::clusters::ClusterCells;
@@ -79,7 +81,7 @@ pub(super) fn decline(
     routed: &Routed,
     target: Option<&Target>,
     parts: &Parts,
-    request: Option<&http::HeaderMap>,
+    request: Option<&HeaderMap>,
     mut reply: LocalReply,
 ) -> Response<Body> {
     reply.foretell(&mut exchange);
@@ -87,7 +89,7 @@ pub(super) fn decline(
         request: request.unwrap_or(&parts.headers),
         ..ResponseScene::of(&exchange, parts)
     };
-    let mut headers = http::HeaderMap::new();
+    let mut headers = HeaderMap::new();
     routed.mutate_response(&mut headers, target, &scene);
     for name in reply.headers.keys() {
         headers.remove(name);
@@ -115,54 +117,12 @@ pub(super) async fn forward(
         )
         .send(exchange);
     };
-    let named;
-    let (cluster, target) = match &forward.targets {
-        Targets::One(slot) => (Ok(slot), None),
-        Targets::Named(field, directory) => (Err((field, directory)), None),
-        Targets::Weighted(targets, weights, turn) => {
-            let target = match routed.target() {
-                Some(target) => target,
-                None => &targets[weights.pick(turn.next(conn.worker.id))],
-            };
-            let cluster = match &target.cluster {
-                TargetCluster::Fixed(slot) => Ok(slot),
-                TargetCluster::Named(field, directory) => Err((field, directory)),
-            };
-            (cluster, Some(target))
-        }
-        Targets::Empty => {
-            conn.note(HttpEvent::NoCluster);
-            let reply = LocalReply::new(
-                forward.cluster_not_found,
-                Flags::NO_CLUSTER,
-                "cluster_not_found",
-                "",
-            );
-            return decline(exchange, &routed, None, &parts, None, reply);
-        }
-    };
-    let slot = match cluster {
-        Ok(slot) => slot,
-        Err((field, directory)) => {
-            let name = parts.headers.get(field).and_then(|value| value.to_str().ok());
-            match name.and_then(|name| directory.find(name)) {
-                Some(slot) => {
-                    named = slot;
-                    &named
-                }
-                None => {
-                    conn.note(HttpEvent::NoCluster);
-                    conn.decide_upgrade(false);
-                    exchange.cluster_name = name.map(Arc::from);
-                    let reply = LocalReply::new(
-                        forward.cluster_not_found,
-                        Flags::NO_CLUSTER,
-                        "cluster_not_found",
-                        "",
-                    );
-                    return decline(exchange, &routed, target, &parts, None, reply);
-                }
-            }
+    let Destination { slot, target } = match destination(&conn, forward, &routed, &parts) {
+        Ok(found) => found,
+        Err(Missing { name, target }) => {
+            exchange.cluster_name = name.map(Arc::from);
+            let reply = no_cluster(&conn, forward);
+            return decline(exchange, &routed, target, &parts, None, reply);
         }
     };
     if !routed.host.virtual_clusters.is_empty() {
@@ -180,35 +140,16 @@ pub(super) async fn forward(
         return decline(exchange, &routed, target, &parts, None, tunnel::refused());
     }
     exchange.cluster_name = Some(slot.name.clone());
-    let Some(cluster) = conn.worker.cluster(slot) else {
-        conn.note(HttpEvent::NoCluster);
-        conn.decide_upgrade(false);
-        let reply = LocalReply::new(
-            forward.cluster_not_found,
-            Flags::NO_CLUSTER,
-            "cluster_not_found",
-            "",
-        );
+    let Some(cluster) = conn.worker.cluster(&slot) else {
+        let reply = no_cluster(&conn, forward);
         return decline(exchange, &routed, target, &parts, None, reply);
     };
     exchange.cluster = Some(cluster.clone());
-    let overflow = || {
-        let mut reply = LocalReply::new(
-            StatusCode::SERVICE_UNAVAILABLE,
-            Flags::UPSTREAM_OVERFLOW,
-            "upstream_reset_before_response_started{overflow}",
-            "upstream connect error or disconnect/reset before headers. reset reason: overflow",
-        );
-        reply
-            .headers
-            .insert(X_OVERLOADED.clone(), HeaderValue::from_static("true"));
-        reply
-    };
     let priority = forward.priority;
     let cells = cluster.cells(&conn.worker.recorder);
     cells.began.add(1);
     let limit = cluster.config.limits.of(priority).requests;
-    let Some(permit) = Permit::take(slot, priority, |level| &level.requests, limit) else {
+    let Some(permit) = Permit::take(&slot, priority, |level| &level.requests, limit) else {
         cells.pending_overflow.add(1);
         return decline(exchange, &routed, target, &parts, None, overflow());
     };
@@ -244,15 +185,7 @@ pub(super) async fn forward(
         .and_then(|policy| policy.metadata.get(METADATA))
         .map(|noted| Criteria::default_of(criteria).with(noted));
     let criteria = noted.as_ref().or(criteria);
-    let speaking = match cluster.config.http {
-        UpstreamHttp::Http2 => Speaking::Http2,
-        UpstreamHttp::Downstream if parts.version == Version::HTTP_2 => Speaking::Http2,
-        // What ALPN would choose cannot be known before it is asked for.
-        _ if tunnel.is_some() => Speaking::Http1,
-        UpstreamHttp::Http1 => Speaking::Http1,
-        UpstreamHttp::Auto => Speaking::Either,
-        UpstreamHttp::Downstream => Speaking::Http1,
-    };
+    let speaking = speaking(cluster.config.http, parts.version, tunnel.as_ref());
     if let Err(reply) = prepare(&exchange, &routed, forward, target, &mut parts) {
         return decline(exchange, &routed, target, &parts, None, reply);
     }
@@ -275,24 +208,7 @@ pub(super) async fn forward(
         source.borrow_mut().capture(tap.capture());
     }
     exchange.source.clone_from(&source);
-    let timeout = forward.timeout_of(exchange.grpc, &mut parts.headers);
-    let stream_limit = forward
-        .stream_limit_of(&parts.headers)
-        .or(conn.manager.max_stream_duration);
-    let deadline = match (
-        timeout.map(|timeout| Instant::now() + timeout),
-        stream_limit.map(|limit| Instant::from_std(exchange.started) + limit),
-    ) {
-        (Some(route), Some(stream)) => {
-            exchange.stream_limited = stream < route;
-            Some(route.min(stream))
-        }
-        (None, Some(stream)) => {
-            exchange.stream_limited = true;
-            Some(stream)
-        }
-        (route, None) => route,
-    };
+    let deadline = deadline(&mut exchange, forward, &mut parts.headers);
     let state = &filters::metadata(&exchange).state;
     let options = cluster
         .config
@@ -386,4 +302,118 @@ pub(super) async fn forward(
         return Box::pin(respond_waiting(exchange, answer)).await;
     }
     respond(exchange, answer)
+}
+
+/// Where a request goes.
+struct Destination<'a> {
+    slot: Cow<'a, Arc<ClusterSlot>>,
+    /// Where the route has several.
+    target: Option<&'a Target>,
+}
+
+/// There is no such cluster.
+struct Missing<'a, 'p> {
+    /// As far as it has a name.
+    name: Option<&'p str>,
+    target: Option<&'a Target>,
+}
+
+/// The cluster that the route names, or the field of the request that it says.
+fn destination<'a, 'p>(
+    conn: &Downstream,
+    forward: &'a Forward,
+    routed: &'a Routed,
+    parts: &'p Parts,
+) -> Result<Destination<'a>, Missing<'a, 'p>> {
+    let fixed = |slot, target| {
+        Ok(Destination {
+            slot: Cow::Borrowed(slot),
+            target,
+        })
+    };
+    let named = |field: &HeaderName, directory: &Directory, target| {
+        let name = parts.headers.get(field).and_then(|value| value.to_str().ok());
+        match name.and_then(|name| directory.find(name)) {
+            Some(slot) => Ok(Destination {
+                slot: Cow::Owned(slot),
+                target,
+            }),
+            None => Err(Missing { name, target }),
+        }
+    };
+    match &forward.targets {
+        Targets::One(slot) => fixed(slot, None),
+        Targets::Named(field, directory) => named(field, directory, None),
+        Targets::Weighted(targets, weights, turn) => {
+            let target = match routed.target() {
+                Some(target) => target,
+                None => &targets[weights.pick(turn.next(conn.worker.id))],
+            };
+            match &target.cluster {
+                TargetCluster::Fixed(slot) => fixed(slot, Some(target)),
+                TargetCluster::Named(field, directory) => named(field, directory, Some(target)),
+            }
+        }
+        Targets::Empty => Err(Missing {
+            name: None,
+            target: None,
+        }),
+    }
+}
+
+fn no_cluster(conn: &Downstream, forward: &Forward) -> LocalReply {
+    conn.note(HttpEvent::NoCluster);
+    conn.decide_upgrade(false);
+    LocalReply::new(
+        forward.cluster_not_found,
+        Flags::NO_CLUSTER,
+        "cluster_not_found",
+        "",
+    )
+}
+
+fn overflow() -> LocalReply {
+    let mut reply = LocalReply::new(
+        StatusCode::SERVICE_UNAVAILABLE,
+        Flags::UPSTREAM_OVERFLOW,
+        "upstream_reset_before_response_started{overflow}",
+        "upstream connect error or disconnect/reset before headers. reset reason: overflow",
+    );
+    reply
+        .headers
+        .insert(X_OVERLOADED.clone(), HeaderValue::from_static("true"));
+    reply
+}
+
+/// What is spoken with the endpoint.
+fn speaking(cluster: UpstreamHttp, client: Version, tunnel: Option<&Tunnel>) -> Speaking {
+    match cluster {
+        UpstreamHttp::Http2 => Speaking::Http2,
+        UpstreamHttp::Downstream if client == Version::HTTP_2 => Speaking::Http2,
+        // What ALPN would choose cannot be known before it is asked for.
+        _ if tunnel.is_some() => Speaking::Http1,
+        UpstreamHttp::Http1 | UpstreamHttp::Downstream => Speaking::Http1,
+        UpstreamHttp::Auto => Speaking::Either,
+    }
+}
+
+/// When the request must have ended: after its route's time or its stream's, whichever is over first.
+fn deadline(exchange: &mut Exchange, forward: &Forward, headers: &mut HeaderMap) -> Option<Instant> {
+    let timeout = forward.timeout_of(exchange.grpc, headers);
+    let stream_limit = forward
+        .stream_limit_of(headers)
+        .or(exchange.conn.manager.max_stream_duration);
+    let route = timeout.map(|timeout| Instant::now() + timeout);
+    let stream = stream_limit.map(|limit| Instant::from_std(exchange.started) + limit);
+    match (route, stream) {
+        (Some(route), Some(stream)) => {
+            exchange.stream_limited = stream < route;
+            Some(route.min(stream))
+        }
+        (None, Some(stream)) => {
+            exchange.stream_limited = true;
+            Some(stream)
+        }
+        (route, None) => route,
+    }
 }

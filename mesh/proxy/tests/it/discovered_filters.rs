@@ -232,9 +232,7 @@ async fn a_listener_filter_comes_by_discovery_and_without_it_connections_are_clo
     let mut backend = Backend::named("hello").await;
     let harness = Harness::start();
     harness.cluster("c", &[backend.address]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-        .await;
+    harness.route_all_to("c").await;
     let mut edge = manager("80");
     edge.use_remote_address = Some(google::BoolValue { value: true });
     let mut message = listener_of("l", core::TrafficDirection::Outbound, vec![http_chain(&edge)]);

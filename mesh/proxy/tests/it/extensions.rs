@@ -78,9 +78,7 @@ fn extension(config: google::Any) -> core::TypedExtensionConfig {
 
 async fn routes(harness: &Harness, backend: &Backend) {
     harness.cluster("c", &[backend.address]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-        .await;
+    harness.route_all_to("c").await;
 }
 
 async fn listen(harness: &Harness, name: &str, manager: &hcm::HttpConnectionManager) -> Option<String> {

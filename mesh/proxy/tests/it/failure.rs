@@ -554,44 +554,6 @@ async fn a_slow_reader_holds_back_its_upstream_and_not_the_proxys_memory() {
 }
 
 #[tokio::test]
-async fn a_head_that_never_ends_is_given_up_after_the_headers_timeout() {
-    let backend = Backend::named("b").await;
-    let harness = Harness::start();
-    harness
-        .put(ResourceType::Cluster, "c", &counted_cluster("c"))
-        .await;
-    harness.endpoints("c", &[backend.address]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-        .await;
-    let mut manager = manager("80");
-    manager.request_headers_timeout = millis(200);
-    let at = harness.listen(&manager, core::TrafficDirection::Outbound).await;
-    let mut stream = TcpStream::connect(at).await.unwrap();
-    stream
-        .write_all(b"GET / HTTP/1.1\r\nhost: a\r\nx: ")
-        .await
-        .unwrap();
-    let mut answer = Vec::new();
-    // One byte at a time, for ever: slowloris.
-    let slow = async {
-        loop {
-            tokio::select! {
-                read = stream.read_buf(&mut answer) => if !matches!(read, Ok(count) if count > 0) { return },
-                () = tokio::time::sleep(std::time::Duration::from_millis(20)) => {}
-            }
-            if stream.write_all(b"y").await.is_err() {
-                return;
-            }
-        }
-    };
-    soon("the end of a slow head", slow).await;
-    assert_eq!(String::from_utf8_lossy(&answer), "");
-    assert_eq!(backend.hits(), 0);
-    nothing_is_left(&harness).await;
-}
-
-#[tokio::test]
 async fn a_body_that_stalls_is_given_up_after_the_stream_idle_timeout() {
     let upstream = Upstream::start(|_| act("", Ending::Hang)).await;
     let mut harness = Harness::start();

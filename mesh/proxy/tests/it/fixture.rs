@@ -21,6 +21,7 @@ use serin_xds::pb::envoy::config::endpoint::v3 as endpoint;
 use serin_xds::pb::envoy::config::listener::v3 as listener;
 use serin_xds::pb::envoy::config::route::v3 as route;
 use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
+use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_proxy;
 use serin_xds::pb::google::protobuf as google;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -246,6 +247,16 @@ pub(crate) fn network_filter(name: &str, config: Option<google::Any>) -> listene
     }
 }
 
+/// The filter that joins connections with endpoints of a cluster.
+pub(crate) fn tcp_filter(cluster: &str) -> listener::Filter {
+    let proxy = tcp_proxy::TcpProxy {
+        stat_prefix: "t".into(),
+        cluster_specifier: Some(tcp_proxy::tcp_proxy::ClusterSpecifier::Cluster(cluster.into())),
+        ..Default::default()
+    };
+    network_filter("envoy.filters.network.tcp_proxy", Some(any(&proxy)))
+}
+
 pub(crate) fn http_chain(manager: &hcm::HttpConnectionManager) -> listener::FilterChain {
     listener::FilterChain {
         filters: vec![network_filter(
@@ -376,6 +387,16 @@ impl Harness {
         self.put(ResourceType::Cluster, &cluster.name, cluster).await;
         self.endpoints(&cluster.name, endpoints).await;
         self.serve(vec![prefix_route("/", action)]).await
+    }
+
+    /// Every request goes to that cluster.
+    pub(crate) async fn route_all_to(&self, cluster: &str) {
+        self.routes(vec![host(
+            "all",
+            "*",
+            vec![prefix_route("/", to_cluster(cluster))],
+        )])
+        .await;
     }
 
     pub(crate) async fn routes(&self, virtual_hosts: Vec<route::VirtualHost>) {

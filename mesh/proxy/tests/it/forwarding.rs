@@ -297,9 +297,7 @@ async fn an_unprocessed_answer_of_a_mesh_peer_is_retried_elsewhere() {
 async fn an_inbound_proxy_marks_what_its_application_never_saw() {
     let harness = Harness::start();
     harness.cluster("c", &[closed_port().await]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-        .await;
+    harness.route_all_to("c").await;
     let at = harness
         .listen(&manager("80"), core::TrafficDirection::Inbound)
         .await;
@@ -658,15 +656,12 @@ async fn a_sidecar_whose_application_is_gone_costs_no_request() {
     // Two pods behind real sidecars; the application of one has closed its listener.
     let gone = Harness::start();
     gone.cluster("app", &[closed_port().await]).await;
-    gone.routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("app"))])])
-        .await;
+    gone.route_all_to("app").await;
     let gone_at = gone.listen(&manager("80"), core::TrafficDirection::Inbound).await;
     let alive = Harness::start();
     let app = Backend::named("alive").await;
     alive.cluster("app", &[app.address]).await;
-    alive
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("app"))])])
-        .await;
+    alive.route_all_to("app").await;
     let alive_at = alive
         .listen(&manager("80"), core::TrafficDirection::Inbound)
         .await;

@@ -31,9 +31,7 @@ async fn a_client_that_expects_100_continue_gets_it_and_then_the_answer_to_its_b
     let harness = Harness::start();
     let backend = Backend::answering(|seen: &Seen| Response::new(Full::from(seen.body.clone()))).await;
     harness.cluster("c", &[backend.address]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-        .await;
+    harness.route_all_to("c").await;
     let mut manager = manager("80");
     manager.proxy_100_continue = true;
     let at = harness.listen(&manager, TrafficDirection::Outbound).await;
@@ -97,9 +95,7 @@ async fn to_endpoint(endpoint: SocketAddr, http2: bool, passes: bool) -> (Harnes
     } else {
         harness.cluster("c", &[endpoint]).await;
     }
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-        .await;
+    harness.route_all_to("c").await;
     let mut manager = manager("80");
     manager.proxy_100_continue = passes;
     let at = harness.listen(&manager, TrafficDirection::Outbound).await;

@@ -155,9 +155,7 @@ async fn an_inherited_socket_serves_the_listener_of_its_port_on_every_worker() {
     let harness = Harness { proxy, log };
     let backend = Backend::named("b").await;
     harness.cluster("c", &[backend.address]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-        .await;
+    harness.route_all_to("c").await;
     let mut message = listener_of(
         "gateway",
         core::TrafficDirection::Outbound,

@@ -12,7 +12,6 @@ use serin_xds::pb::envoy::config::listener::v3 as listener;
 use serin_xds::pb::envoy::extensions::filters::listener::proxy_protocol::v3 as proxy_protocol_in;
 use serin_xds::pb::envoy::extensions::filters::network::connection_limit::v3 as connection_limit;
 use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
-use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_proxy;
 use serin_xds::pb::envoy::extensions::transport_sockets::proxy_protocol::v3 as proxy_protocol_out;
 use serin_xds::pb::google::protobuf as google;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -20,21 +19,14 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::certificates::{Authority, client_socket, common, server_socket, socket};
 use super::fixture::{
-    Backend, Harness, address, any, eds_cluster, get, h2_client, host, http_chain, listener_of, manager,
-    network_filter, prefix_route, soon, to_cluster,
+    Backend, Harness, address, any, eds_cluster, get, h2_client, http_chain, listener_of, manager,
+    network_filter, prefix_route, soon, tcp_filter, to_cluster,
 };
 use super::tls::{handshake, request_on, tls_get};
 
 pub(crate) fn tcp_chain(cluster: &str) -> listener::FilterChain {
     listener::FilterChain {
-        filters: vec![network_filter(
-            "envoy.filters.network.tcp_proxy",
-            Some(any(&tcp_proxy::TcpProxy {
-                stat_prefix: "t".into(),
-                cluster_specifier: Some(tcp_proxy::tcp_proxy::ClusterSpecifier::Cluster(cluster.into())),
-                ..Default::default()
-            })),
-        )],
+        filters: vec![tcp_filter(cluster)],
         ..Default::default()
     }
 }
@@ -90,9 +82,7 @@ async fn a_listener_serves_all_of_its_addresses() {
     let backend = Backend::named("hello").await;
     let harness = Harness::start_with(2);
     harness.cluster("c", &[backend.address]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-        .await;
+    harness.route_all_to("c").await;
     let mut message = listener_of(
         "l",
         core::TrafficDirection::Outbound,
@@ -126,9 +116,7 @@ async fn tls_passes_through_by_server_name_and_is_ended_where_a_chain_says_so() 
     let backend = Backend::named("ended here").await;
     let harness = Harness::start();
     harness.cluster("c", &[backend.address]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-        .await;
+    harness.route_all_to("c").await;
     // What is passed through ends in another listener of the proxy.
     let inner = authority.issue(&["db.example", "inner.example"]);
     let mut chain = tcp_chain("greeter");
@@ -296,9 +284,7 @@ async fn clients_are_who_the_proxy_protocol_says_and_endpoints_are_told() {
     let mut backend = Backend::named("hello").await;
     let harness = Harness::start();
     harness.cluster("c", &[backend.address]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-        .await;
+    harness.route_all_to("c").await;
     let mut edge = manager("80");
     edge.use_remote_address = Some(google::BoolValue { value: true });
     let message = listener_of("in", core::TrafficDirection::Outbound, vec![http_chain(&edge)]);
@@ -354,9 +340,7 @@ async fn more_connections_than_the_limit_are_turned_away() {
     let backend = Backend::named("hello").await;
     let mut harness = Harness::start_with(2);
     harness.cluster("c", &[backend.address]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-        .await;
+    harness.route_all_to("c").await;
     let mut chain = http_chain(&manager("80"));
     let config = connection_limit::ConnectionLimit {
         stat_prefix: "limit".into(),
@@ -400,9 +384,7 @@ async fn exact_balance_gives_every_worker_as_many_connections() {
     let backend = Backend::named("hello").await;
     let harness = Harness::start_with(3);
     harness.cluster("c", &[backend.address]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-        .await;
+    harness.route_all_to("c").await;
     let mut message = listener_of(
         "l",
         core::TrafficDirection::Outbound,
@@ -441,9 +423,7 @@ async fn the_next_hop_is_told_who_the_client_proved_to_be() {
     let mut backend = Backend::named("hello").await;
     let harness = Harness::start();
     harness.cluster("c", &[backend.address]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-        .await;
+    harness.route_all_to("c").await;
     let server = authority.issue(&["reviews", "spiffe://td/server"]);
     let issued = authority.issue(&["spiffe://td/client", "client.example"]);
     let client = authority.client().identity(&issued).build();
@@ -504,9 +484,7 @@ async fn a_request_for_a_host_of_another_chain_is_misdirected() {
     let backend = Backend::named("hello").await;
     let harness = Harness::start();
     harness.cluster("c", &[backend.address]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-        .await;
+    harness.route_all_to("c").await;
     let issued = authority.issue(&["a.example", "b.example", "c.example"]);
     let chain = |names: &[&str]| {
         let mut chain = for_names(http_chain(&manager("80")), names);

@@ -36,6 +36,7 @@ mod interop;
 mod interop_ads;
 mod interop_generated;
 mod interop_wire;
+mod late_heads;
 mod lifecycle;
 mod listener;
 mod matrix1;

@@ -225,9 +225,7 @@ async fn adaptive_concurrency_lets_in_as_many_as_its_limit_and_refuses_the_other
     let (at_hand, mut requests) = by_hand().await;
     let harness = Harness::start();
     harness.cluster("c", &[at_hand]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-        .await;
+    harness.route_all_to("c").await;
     let mut manager = manager("80");
     manager.http_filters.insert(
         0,

@@ -267,9 +267,7 @@ async fn certificates_and_roots_come_from_the_agents_service_and_rotate_in_both_
         let following = tokio::spawn(sds::run(harness.proxy.clone(), cancel.clone()));
         let backend = Backend::named("b").await;
         harness.cluster("c", &[backend.address]).await;
-        harness
-            .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-            .await;
+        harness.route_all_to("c").await;
         let mut chain = http_chain(&manager("80"));
         chain.transport_socket = server_socket(context_by_agent(delta), true);
         let listener = listener_of("l", core::TrafficDirection::Inbound, vec![chain]);
@@ -383,9 +381,7 @@ async fn a_service_of_secrets_that_is_away_is_tried_again_and_sources_by_rest_ar
 
 async fn serve_by_agent(harness: &Harness, backend: &Backend) {
     harness.cluster("c", &[backend.address]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-        .await;
+    harness.route_all_to("c").await;
     let mut chain = http_chain(&manager("80"));
     chain.transport_socket = server_socket(context_by_agent(false), true);
     let listener = listener_of("l", core::TrafficDirection::Inbound, vec![chain]);

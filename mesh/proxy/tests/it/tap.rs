@@ -36,9 +36,7 @@ async fn tapped() -> Tapped {
     })
     .await;
     harness.cluster("c", &[backend.address]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-        .await;
+    harness.route_all_to("c").await;
     let mut manager = manager("80");
     let tap = filter::Tap {
         common_config: Some(common::CommonExtensionConfig {

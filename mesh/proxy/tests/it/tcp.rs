@@ -92,9 +92,7 @@ async fn http_is_detected_and_anything_else_goes_on_as_bytes() {
     let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
     harness.cluster("h", &[http.address]).await;
     harness.cluster("tcp", &[socket.local_addr().unwrap()]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("h"))])])
-        .await;
+    harness.route_all_to("h").await;
     let at = detecting(&harness).await;
     assert_eq!(get(at, "/").await.2, "http");
     let mut client = TcpStream::connect(at).await.unwrap();
@@ -112,9 +110,7 @@ async fn a_server_that_speaks_first_is_heard_and_a_slow_http_client_still_gets_h
     let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
     harness.cluster("h", &[http.address]).await;
     harness.cluster("tcp", &[socket.local_addr().unwrap()]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("h"))])])
-        .await;
+    harness.route_all_to("h").await;
     let at = detecting(&harness).await;
     // The client says nothing; when detection gives up, the server is asked and greets.
     let mut client = TcpStream::connect(at).await.unwrap();
@@ -189,9 +185,7 @@ async fn a_slow_http_client_is_served_also_where_the_tcp_upstream_does_not_exist
     let http = Backend::named("http").await;
     harness.cluster("h", &[http.address]).await;
     harness.cluster("tcp", &[closed_port().await]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("h"))])])
-        .await;
+    harness.route_all_to("h").await;
     let at = detecting(&harness).await;
     let mut slow = TcpStream::connect(at).await.unwrap();
     // Detection has given up once the TCP upstream has been tried.

@@ -18,9 +18,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::certificates::{Authority, Issued, by_sds, common, inline, only_uri, server_socket};
-use super::fixture::{
-    Backend, Harness, get, host, http_chain, listener_of, manager, millis, prefix_route, soon, to_cluster,
-};
+use super::fixture::{Backend, Harness, get, http_chain, listener_of, manager, millis, soon};
 
 const CLIENT: &str = "spiffe://cluster.local/ns/edge/sa/client";
 const SERVER: &str = "spiffe://cluster.local/ns/prod/sa/reviews";
@@ -100,9 +98,7 @@ pub(crate) async fn serve_tls(
     direction: core::TrafficDirection,
 ) -> SocketAddr {
     harness.cluster("c", &[backend.address]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-        .await;
+    harness.route_all_to("c").await;
     let mut chain = http_chain(&manager("80"));
     chain.transport_socket = socket;
     harness
@@ -357,9 +353,7 @@ async fn one_port_takes_mutual_tls_and_plain_clients() {
     let harness = Harness::start();
     let server = authority.issue(&["reviews", SERVER]);
     harness.cluster("c", &[backend.address]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-        .await;
+    harness.route_all_to("c").await;
     // As Istio lays PERMISSIVE out.
     let mut mutual = http_chain(&manager("80"));
     mutual.transport_socket = server_socket(

@@ -14,7 +14,7 @@ use super::certificates::{
 };
 use super::failure::{counted_cluster, nothing_is_left};
 use super::fixture::{
-    Backend, Harness, get, host, http_chain, listener_of, manager, prefix_route, soon, to_cluster,
+    Backend, Harness, get, http_chain, listener_of, manager, prefix_route, soon, to_cluster,
 };
 use super::tls::{handshake, request_on, serve_tls, stat, tls_get};
 
@@ -189,9 +189,7 @@ async fn a_listener_whose_secrets_do_not_come_opens_after_a_while_and_refuses_tl
     let backend = Backend::named("hello").await;
     let harness = Harness::start();
     harness.cluster("c", &[backend.address]).await;
-    harness
-        .routes(vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])])
-        .await;
+    harness.route_all_to("c").await;
     let mut secured = http_chain(&manager("80"));
     secured.transport_socket = server_socket(common_by_sds("never", None, &[]), false);
     secured.filter_chain_match = Some(listener::FilterChainMatch {

@@ -3,7 +3,6 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use serin_proxy::control::xds::follow;
 use serin_proxy::metrics::push::Pusher;
@@ -313,10 +312,7 @@ async fn measurements_are_streamed_to_the_control_plane_with_the_nodes_identity(
     })
     .await;
     cancel.cancel();
-    tokio::time::timeout(Duration::from_secs(5), task)
-        .await
-        .expect("the pusher ends")
-        .unwrap();
+    soon("the end of the pusher", task).await.unwrap();
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_v3;
 
-use crate::config::convert;
+use crate::config::convert::{self, refuse_present};
 use crate::config::route::Context;
 use crate::config::slot::{ClusterSlot, Directory};
 use crate::config::subset::Criteria;
@@ -72,30 +72,30 @@ impl TcpProxy {
     ) -> Result<Self, Refusal> {
         use tcp_v3::tcp_proxy::ClusterSpecifier;
         let options = from.access_log_options.as_ref();
-        let unsupported = [
-            ("downstream_idle_timeout", from.downstream_idle_timeout.is_some()),
-            ("upstream_idle_timeout", from.upstream_idle_timeout.is_some()),
-            ("backoff_options", from.backoff_options.is_some()),
-            (
-                "max_downstream_connection_duration_jitter_percentage",
-                from.max_downstream_connection_duration_jitter_percentage
-                    .is_some(),
-            ),
-            ("proxy_protocol_tlvs", !from.proxy_protocol_tlvs.is_empty()),
-            ("upstream_connect_mode", from.upstream_connect_mode != 0),
-            (
-                "check_drain_close",
-                from.check_drain_close.as_ref().is_some_and(|value| value.value),
-            ),
-            ("max_early_data_bytes", from.max_early_data_bytes.is_some()),
-            (
-                "access_log_options.flush_access_log_on_start",
-                options.is_some_and(|options| options.flush_access_log_on_start),
-            ),
-        ];
-        if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
-            return Err(Refusal::new(*field, "not supported"));
-        }
+        refuse_present(
+            &[
+                ("downstream_idle_timeout", from.downstream_idle_timeout.is_some()),
+                ("upstream_idle_timeout", from.upstream_idle_timeout.is_some()),
+                ("backoff_options", from.backoff_options.is_some()),
+                (
+                    "max_downstream_connection_duration_jitter_percentage",
+                    from.max_downstream_connection_duration_jitter_percentage
+                        .is_some(),
+                ),
+                ("proxy_protocol_tlvs", !from.proxy_protocol_tlvs.is_empty()),
+                ("upstream_connect_mode", from.upstream_connect_mode != 0),
+                (
+                    "check_drain_close",
+                    from.check_drain_close.as_ref().is_some_and(|value| value.value),
+                ),
+                ("max_early_data_bytes", from.max_early_data_bytes.is_some()),
+                (
+                    "access_log_options.flush_access_log_on_start",
+                    options.is_some_and(|options| options.flush_access_log_on_start),
+                ),
+            ],
+            "not supported",
+        )?;
         let interval = options
             .and_then(|options| options.access_log_flush_interval.as_ref())
             .or(from.access_log_flush_interval.as_ref());

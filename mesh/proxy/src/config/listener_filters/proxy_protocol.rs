@@ -6,7 +6,7 @@ use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::extensions::filters::listener::proxy_protocol::v3 as proxy_protocol;
 use serin_xds::pb::google::protobuf as google;
 
-use crate::config::convert;
+use crate::config::convert::{self, each};
 use crate::config::transport_socket::ProxyVersion;
 use crate::error::{Refusal, Within};
 use crate::policy::metadata::{Metadata, text};
@@ -170,12 +170,7 @@ impl ProxyProtocol {
             optional: from.allow_requests_without_proxy_protocol,
             no_v1: from.disallowed_versions.contains(&0),
             no_v2: from.disallowed_versions.contains(&1),
-            rules: from
-                .rules
-                .iter()
-                .enumerate()
-                .map(|(index, rule)| Rule::compile(rule).within(format!("rules[{index}]")))
-                .collect::<Result<_, _>>()?,
+            rules: each(&from.rules, "rules", Rule::compile)?,
             in_state,
             pass: Pass::compile(from.pass_through_tlvs.as_ref()).within("pass_through_tlvs")?,
         })

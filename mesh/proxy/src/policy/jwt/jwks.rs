@@ -14,7 +14,7 @@ use serin_xds::pb::envoy::extensions::filters::http::jwt_authn::v3 as jwt;
 use tokio::sync::Notify;
 
 use super::keys::KeySet;
-use crate::config::convert;
+use crate::config::convert::{self, refuse_present};
 use crate::config::route::Context;
 use crate::config::slot::Chore;
 use crate::error::{Refusal, Within};
@@ -86,14 +86,14 @@ impl Retries {
                 max: BACK_OFF,
             });
         };
-        let unsupported = [
-            ("retry_priority", from.retry_priority.is_some()),
-            ("retry_host_predicate", !from.retry_host_predicate.is_empty()),
-            ("retry_on", !from.retry_on.is_empty()),
-        ];
-        if let Some((field, _)) = unsupported.iter().find(|(_, present)| *present) {
-            return Err(Refusal::new(*field, "not supported"));
-        }
+        refuse_present(
+            &[
+                ("retry_priority", from.retry_priority.is_some()),
+                ("retry_host_predicate", !from.retry_host_predicate.is_empty()),
+                ("retry_on", !from.retry_on.is_empty()),
+            ],
+            "not supported",
+        )?;
         let span = from.retry_back_off.as_ref();
         let base = convert::timeout(span.and_then(|span| span.base_interval.as_ref()))
             .within("retry_back_off.base_interval")?

@@ -21,7 +21,7 @@ use serin_xds::pb::xds::r#type::matcher::v3 as tree;
 use serin_xds::pb::xds::r#type::v3::CelExpression;
 
 use super::{Action, Decision};
-use crate::config::convert;
+use crate::config::convert::{self, each, required};
 use crate::config::listener::Cidr;
 use crate::config::matchers::StringMatch;
 use crate::error::{Refusal, Within};
@@ -271,10 +271,7 @@ fn ranges(from: &[core::CidrRange], field: &str) -> Result<Box<[Cidr]>, Refusal>
     if from.is_empty() {
         return Err(Refusal::new(field, "is empty"));
     }
-    from.iter()
-        .enumerate()
-        .map(|(index, range)| Cidr::compile(range).within(format!("{field}[{index}]")))
-        .collect()
+    each(from, field, Cidr::compile)
 }
 
 fn string_match(from: &tree::StringMatcher) -> Result<StringMatch, Refusal> {
@@ -352,13 +349,9 @@ impl Predicate {
             return Err(Refusal::new("", "is nested too deeply"));
         }
         let list = |list: &tree::matcher::matcher_list::predicate::PredicateList, field: &str| {
-            list.predicate
-                .iter()
-                .enumerate()
-                .map(|(index, inner)| {
-                    Self::compile(inner, depth + 1).within(format!("{field}.predicate[{index}]"))
-                })
-                .collect::<Result<Box<[_]>, _>>()
+            each(&list.predicate, &format!("{field}.predicate"), |inner| {
+                Self::compile(inner, depth + 1)
+            })
         };
         match &from.match_type {
             Some(MatchType::SinglePredicate(single)) => {
@@ -397,10 +390,7 @@ impl Predicate {
             }
             ("envoy.extensions.matching.input_matchers.metadata.v3.Metadata", Input::Metadata(key)) => {
                 let message: input_matchers::metadata::v3::Metadata = convert::unpack(any, type_name)?;
-                let value = message
-                    .value
-                    .as_ref()
-                    .ok_or_else(|| Refusal::new("value", "is missing"))?;
+                let value = required(message.value.as_ref(), "value")?;
                 let value = ValueMatch::compile(value).within("value")?;
                 Ok(Self::Value(key, value, message.invert))
             }
@@ -463,10 +453,7 @@ impl Found {
                 Tree::build(inner, depth + 1).within("on_match.matcher")?,
             )),
             Some(OnMatch::Action(action)) => {
-                let any = action
-                    .typed_config
-                    .as_ref()
-                    .ok_or_else(|| Refusal::new("on_match.action.typed_config", "is missing"))?;
+                let any = required(action.typed_config.as_ref(), "on_match.action.typed_config")?;
                 let message: rbac::Action =
                     convert::unpack(any, "envoy.config.rbac.v3.Action").within("on_match.action")?;
                 let what = match rbac::rbac::Action::try_from(message.action) {

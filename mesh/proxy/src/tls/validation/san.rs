@@ -6,6 +6,7 @@ use serin_xds::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
 use serin_xds::pb::envoy::r#type::matcher::v3::StringMatcher;
 use serin_xds::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
 
+use crate::config::convert::required;
 use crate::config::matchers::StringMatch;
 use crate::error::{Refusal, Within};
 use crate::tls::certificate::Certificate;
@@ -43,10 +44,7 @@ impl SanMatch {
                 ));
             }
         };
-        let matcher = from
-            .matcher
-            .as_ref()
-            .ok_or_else(|| Refusal::new("matcher", "is missing"))?;
+        let matcher = required(from.matcher.as_ref(), "matcher")?;
         Ok(Self {
             kind,
             matcher: StringMatch::compile(matcher).within("matcher")?,

@@ -8,7 +8,7 @@ use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
 
 use super::{Roots, Unverified, source};
-use crate::config::convert;
+use crate::config::convert::{self, required};
 use crate::error::{Refusal, Within};
 use crate::tls::certificate::Certificate;
 
@@ -38,10 +38,7 @@ pub(super) fn roots<'a>(
 }
 
 pub(super) fn compile(from: &core::TypedExtensionConfig) -> Result<HashMap<Box<str>, Roots>, Refusal> {
-    let any = from
-        .typed_config
-        .as_ref()
-        .ok_or_else(|| Refusal::new("typed_config", "is missing"))?;
+    let any = required(from.typed_config.as_ref(), "typed_config")?;
     let message: tls::SpiffeCertValidatorConfig = convert::unpack(any, SPIFFE_VALIDATOR)?;
     let mut domains = HashMap::new();
     for (index, domain) in message.trust_domains.iter().enumerate() {

@@ -153,10 +153,10 @@ async fn reach(
     let Target { slot, criteria } = match target(worker, proxy, client).await {
         Ok(target) => target,
         // What was asked for by name is not replaced by something else.
-        Err(unknown) => return Err(Failed::at(labels, Flags::NO_CLUSTER, unknown.into())),
+        Err(unknown) => return Err(Box::new(Failed::at(labels, Flags::NO_CLUSTER, unknown.into()))),
     };
     let Some(cluster) = worker.cluster(&slot) else {
-        return Err(Failed::at(labels, Flags::NO_CLUSTER, slot.name.clone()));
+        return Err(Box::new(Failed::at(labels, Flags::NO_CLUSTER, slot.name.clone())));
     };
     labels.service = cluster
         .config
@@ -179,7 +179,7 @@ async fn reach(
                 reason,
                 attempts: attempt - 1,
                 host: tried.pop(),
-                ..*Failed::at(labels, Flags::NO_HEALTHY_UPSTREAM, slot.name.clone())
+                ..Failed::at(labels, Flags::NO_HEALTHY_UPSTREAM, slot.name.clone())
             }));
         };
         if labels.reporter == Reporter::Source
@@ -218,20 +218,20 @@ async fn reach(
         reason,
         attempts: proxy.max_connect_attempts,
         host: tried.pop(),
-        ..*Failed::at(labels, flags, slot.name.clone())
+        ..Failed::at(labels, flags, slot.name.clone())
     }))
 }
 
 impl Failed {
     /// Before any attempt.
-    fn at(labels: TcpLabels, flags: Flags, cluster: Arc<str>) -> Box<Self> {
-        Box::new(Self {
+    fn at(labels: TcpLabels, flags: Flags, cluster: Arc<str>) -> Self {
+        Self {
             labels: TcpLabels { flags, ..labels },
             cluster,
             reason: String::new(),
             attempts: 0,
             host: None,
-        })
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use tonic::transport::Server;
 
 use super::services::{Asked, serve, service_cluster};
 use super::*;
+use crate::failure::told;
 
 fn over_grpc() -> authz::ExtAuthz {
     authz::ExtAuthz {
@@ -382,4 +383,39 @@ async fn a_body_over_the_limit_is_refused_with_413() {
         (&request.body[..], request.headers["content-length"].as_bytes()),
         (&b"abcd"[..], &b"4"[..])
     );
+}
+
+#[tokio::test]
+async fn a_body_that_stalls_while_a_filter_holds_it_is_answered_408() {
+    let mut asking = over_grpc();
+    asking.with_request_body = Some(authz::BufferSettings {
+        max_request_bytes: 100,
+        ..Default::default()
+    });
+    let hold = http_filter(
+        "envoy.filters.http.buffer",
+        Some(any(&buffer::Buffer {
+            max_request_bytes: number(100),
+        })),
+    );
+    for held in [hold, filter(&asking)] {
+        let mut harness = Harness::start();
+        let backend = Backend::named("ok").await;
+        harness.cluster("c", &[backend.address]).await;
+        harness.routes(to_c()).await;
+        let mut manager = manager_with(vec![held]);
+        manager.stream_idle_timeout = millis(150);
+        let at = harness.listen(&manager, core::TrafficDirection::Outbound).await;
+        for framing in [
+            "content-length: 10\r\n\r\nhalf",
+            "transfer-encoding: chunked\r\n\r\n4\r\nhalf\r\n",
+        ] {
+            let request = format!("POST / HTTP/1.1\r\nhost: a\r\n{framing}");
+            let answer = raw(at, request.as_bytes()).await;
+            assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
+            assert!(answer.ends_with("\r\n\r\nstream timeout"), "{answer}");
+            told(&mut harness, "SI", "stream_idle_timeout").await;
+        }
+        assert_eq!(backend.hits(), 0);
+    }
 }

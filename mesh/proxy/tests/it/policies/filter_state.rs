@@ -10,7 +10,6 @@ use serin_xds::pb::envoy::extensions::filters::common::set_filter_state::v3 as s
 use serin_xds::pb::envoy::extensions::filters::http::rbac::v3 as http_rbac;
 use serin_xds::pb::envoy::extensions::filters::http::set_filter_state::v3 as http_state;
 use serin_xds::pb::envoy::extensions::filters::network::set_filter_state::v3 as network_state;
-use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp;
 
 use super::*;
 
@@ -229,13 +228,7 @@ async fn objects_of_a_connection_choose_its_cluster_and_are_seen_by_its_requests
             })),
         )
     };
-    let joined = network_filter(
-        "envoy.filters.network.tcp_proxy",
-        Some(any(&tcp::TcpProxy {
-            cluster_specifier: Some(tcp::tcp_proxy::ClusterSpecifier::Cluster("c".into())),
-            ..Default::default()
-        })),
-    );
+    let joined = tcp_filter("c");
     let listen = async |harness: &Harness, name: &str, filters: Vec<listener::Filter>| {
         let chain = listener::FilterChain {
             filters,

@@ -5,7 +5,6 @@ use serin_xds::pb::envoy::config::route::v3::rate_limit::{Action, action};
 use serin_xds::pb::envoy::extensions::common::ratelimit::v3 as common;
 use serin_xds::pb::envoy::extensions::filters::http::local_ratelimit::v3 as local;
 use serin_xds::pb::envoy::extensions::filters::network::local_ratelimit::v3 as network;
-use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp;
 
 use super::*;
 
@@ -196,13 +195,7 @@ async fn connections_over_the_limit_are_closed() {
                     ..Default::default()
                 })),
             ),
-            network_filter(
-                "envoy.filters.network.tcp_proxy",
-                Some(any(&tcp::TcpProxy {
-                    cluster_specifier: Some(tcp::tcp_proxy::ClusterSpecifier::Cluster("c".into())),
-                    ..Default::default()
-                })),
-            ),
+            tcp_filter("c"),
         ],
         ..Default::default()
     };

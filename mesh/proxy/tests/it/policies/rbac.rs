@@ -5,7 +5,6 @@ use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::rbac::v3 as rbac;
 use serin_xds::pb::envoy::extensions::filters::http::rbac::v3 as http_rbac;
 use serin_xds::pb::envoy::extensions::filters::network::rbac::v3 as network_rbac;
-use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp;
 use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -182,13 +181,7 @@ async fn connections_are_judged_before_their_bytes_go_on() {
                         ..Default::default()
                     })),
                 ),
-                network_filter(
-                    "envoy.filters.network.tcp_proxy",
-                    Some(any(&tcp::TcpProxy {
-                        cluster_specifier: Some(tcp::tcp_proxy::ClusterSpecifier::Cluster("c".into())),
-                        ..Default::default()
-                    })),
-                ),
+                tcp_filter("c"),
             ],
             ..Default::default()
         };
@@ -320,13 +313,7 @@ async fn a_denied_connection_is_kept_for_as_long_as_the_rules_say() {
                         ..Default::default()
                     })),
                 ),
-                network_filter(
-                    "envoy.filters.network.tcp_proxy",
-                    Some(any(&tcp::TcpProxy {
-                        cluster_specifier: Some(tcp::tcp_proxy::ClusterSpecifier::Cluster("c".into())),
-                        ..Default::default()
-                    })),
-                ),
+                tcp_filter("c"),
             ],
             ..Default::default()
         };

@@ -1,13 +1,13 @@
-//! CORS, compiled.
+//! CORS (`envoy.filters.http.cors`): which origins may ask, and the answers to preflights.
 
 use http::{HeaderMap, HeaderValue, Method, header};
 use serin_xds::pb::envoy::config::route::v3 as route;
 use serin_xds::pb::envoy::extensions::filters::http::cors::v3 as cors_v3;
 use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
 
-use super::convert::Fraction;
-use super::matchers::StringMatch;
-use super::runtime::{Runtime, RuntimeFraction};
+use crate::config::convert::{Fraction, each};
+use crate::config::matchers::StringMatch;
+use crate::config::runtime::{Runtime, RuntimeFraction};
 use crate::error::{Refusal, Within};
 
 /// A compiled CORS policy.
@@ -104,13 +104,7 @@ impl Cors {
                 .map_err(|_| Refusal::new(field, "is not a header value"))
         };
         Ok(Self {
-            origins: origins
-                .iter()
-                .enumerate()
-                .map(|(index, origin)| {
-                    StringMatch::compile(origin).within(format!("allow_origin_string_match[{index}]"))
-                })
-                .collect::<Result<_, _>>()?,
+            origins: each(origins, "allow_origin_string_match", StringMatch::compile)?,
             allow_methods: value(methods, "allow_methods")?,
             allow_headers: value(headers, "allow_headers")?,
             expose_headers: value(expose, "expose_headers")?,
