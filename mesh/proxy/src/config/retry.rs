@@ -249,7 +249,7 @@ impl RateLimitedBackOff {
 }
 
 impl RetryPolicy {
-    /// Compiles the message; `None` when it can never retry anything.
+    /// Compiles the message; `None` when it names no condition.
     pub(crate) fn compile(from: &route::RetryPolicy) -> Result<Option<Self>, Refusal> {
         let mut on = RetryOn::default();
         for word in from
@@ -490,13 +490,13 @@ mod tests {
     }
 
     #[test]
-    fn zero_attempts_or_no_condition_is_no_policy() {
+    fn no_condition_is_no_policy_but_no_retries_are_one() {
         let zero = route::RetryPolicy {
             retry_on: "5xx".into(),
             num_retries: Some(serin_xds::pb::google::protobuf::UInt32Value { value: 0 }),
             ..Default::default()
         };
-        assert!(RetryPolicy::compile(&zero).unwrap().is_none());
+        assert_eq!(RetryPolicy::compile(&zero).unwrap().unwrap().attempts, 0);
         assert!(
             RetryPolicy::compile(&route::RetryPolicy::default())
                 .unwrap()

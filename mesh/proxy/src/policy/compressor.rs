@@ -510,7 +510,8 @@ mod tests {
             (200, &[text, ("cache-control", "public, no-transform")], false),
             (206, &[text], false),
             (500, &[text], false),
-            (200, &[], false),
+            // Of whatever type.
+            (200, &[], true),
         ];
         for (status, headers, expected) in cases {
             let status = StatusCode::from_u16(status).unwrap();

@@ -1,6 +1,6 @@
 //! External processing, header modes: a service sees the heads of request and response and may change them, or answer.
 //!
-//! This module says what is sent ([`messages`]) and what the answers mean; the stream is the worker's part. Bodies and
+//! This module says what is sent (`messages`) and what the answers mean; the stream is the worker's part. Bodies and
 //! trailers are never sent: modes that ask for that are refused. Responses that the proxy makes itself are shown like any
 //! other, also where an earlier filter answered before the request came here (Envoy's rule); those that the service has made
 //! are not.

@@ -5,7 +5,7 @@
 //! rules are judged and counted, never enforced. A denial names its policy, which in a mesh names the rule
 //! (`ns[a]-policy[b]-rule[0]`). Instead of policies there may be a matcher `tree`, whose actions have names.
 //!
-//! [`Engine`] judges policies, [`tree`] a matcher tree; [`rules`] is the filter that asks them.
+//! [`Engine`] judges policies, `tree` a matcher tree; `rules` is the filter that asks them.
 
 mod permission;
 mod principal;

@@ -1,6 +1,6 @@
 //! Accepting connections: from the socket to the worker that serves them.
 //!
-//! [`arrival`] finds out what a connection is and which filter chain serves it, from its [`first_bytes`]; [`chain`] does for
+//! `arrival` finds out what a connection is and which filter chain serves it, from its `first_bytes`; `chain` does for
 //! it what the chain says, up to the handler.
 
 use std::io;

@@ -1,6 +1,6 @@
 //! Message bodies on their way through the proxy: counted, bounded in time, and kept for retries where asked.
 //!
-//! [`inbound`] is what comes from the client, [`request`] what attempts make of it, [`response`] what goes back.
+//! `inbound` is what comes from the client, `request` what attempts make of it, `response` what goes back.
 
 mod inbound;
 mod request;

@@ -212,8 +212,9 @@ impl Exchange {
         if self.policy.is_some() {
             filters::finish(self);
         }
-        // Without configured access logs, errors are told all the same.
-        if !logging::write(self, took) && (!self.flags.is_empty() || self.code >= 500) {
+        // Without configured access logs, errors are told all the same, and whom the proxy itself has refused.
+        let told = !self.flags.is_empty() || self.code >= 500 || self.details == "path_normalization_failed";
+        if !logging::write(self, took) && told {
             conn.worker.log(self.log_line());
         }
         if self.span.is_some() {

@@ -1,6 +1,6 @@
 //! TCP: a connection and its endpoint joined both ways, counted, with limits of time.
 //!
-//! [`reach`] connects, [`relay`] moves the bytes.
+//! `reach` connects, `relay` moves the bytes.
 
 use std::cell::Cell;
 use std::net::SocketAddr;

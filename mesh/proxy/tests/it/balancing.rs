@@ -190,11 +190,9 @@ fn zoned() -> Harness {
     Harness { proxy, log }
 }
 
-#[tokio::test]
-async fn requests_stay_in_the_proxys_zone_as_far_as_it_can_carry_them() {
-    let (near, far) = (Backend::named("near").await, Backend::named("far").await);
-    let harness = zoned();
-    let zone_aware = cluster::Cluster {
+/// A cluster whose zones count from two hosts on.
+fn zone_aware(name: &str) -> cluster::Cluster {
+    cluster::Cluster {
         lb_policy: cluster::cluster::LbPolicy::RoundRobin as i32,
         common_lb_config: Some(cluster::cluster::CommonLbConfig {
             locality_config_specifier: Some(
@@ -207,8 +205,15 @@ async fn requests_stay_in_the_proxys_zone_as_far_as_it_can_carry_them() {
             ),
             ..Default::default()
         }),
-        ..eds_cluster("c")
-    };
+        ..eds_cluster(name)
+    }
+}
+
+#[tokio::test]
+async fn requests_stay_in_the_proxys_zone_as_far_as_it_can_carry_them() {
+    let (near, far) = (Backend::named("near").await, Backend::named("far").await);
+    let harness = zoned();
+    let zone_aware = zone_aware("c");
     harness.put(ResourceType::Cluster, "c", &zone_aware).await;
     harness
         .put(ResourceType::Cluster, "local", &eds_cluster("local"))
@@ -271,21 +276,7 @@ async fn a_proxy_that_is_told_no_local_cluster_finds_its_own_by_its_address() {
     })
     .expect("workers start");
     let harness = Harness { proxy, log };
-    let zone_aware = cluster::Cluster {
-        lb_policy: cluster::cluster::LbPolicy::RoundRobin as i32,
-        common_lb_config: Some(cluster::cluster::CommonLbConfig {
-            locality_config_specifier: Some(
-                cluster::cluster::common_lb_config::LocalityConfigSpecifier::ZoneAwareLbConfig(
-                    cluster::cluster::common_lb_config::ZoneAwareLbConfig {
-                        min_cluster_size: Some(google::UInt64Value { value: 2 }),
-                        ..Default::default()
-                    },
-                ),
-            ),
-            ..Default::default()
-        }),
-        ..eds_cluster("c")
-    };
+    let zone_aware = zone_aware("c");
     harness.put(ResourceType::Cluster, "c", &zone_aware).await;
     let hosts = localities(
         "c",

@@ -168,7 +168,14 @@ async fn http1_answers_of_every_framing_that_end_at_any_byte_are_never_taken_for
         let bytes = answer.as_bytes();
         let head = after(bytes, head_end) - if head_end.ends_with("hello") { 5 } else { 0 };
         let upstream = Breaking::start(bytes.to_vec(), b"\r\n\r\n", None).await;
-        every_cut(name, bytes, (head, bytes.len()), upstream, counted_cluster("c")).await;
+        Box::pin(every_cut(
+            name,
+            bytes,
+            (head, bytes.len()),
+            upstream,
+            counted_cluster("c"),
+        ))
+        .await;
     }
 }
 
@@ -192,13 +199,13 @@ async fn answers_over_tls_that_end_at_any_byte_are_never_taken_for_whole_ones() 
     .await;
     let mut cluster = counted_cluster("c");
     cluster.transport_socket = client_socket(common(None, Some(authority.context()), &[]), "backend");
-    every_cut(
+    Box::pin(every_cut(
         "over TLS",
         answer,
         (answer.len() - 5, answer.len()),
         upstream,
         cluster,
-    )
+    ))
     .await;
 }
 
@@ -216,5 +223,12 @@ async fn http2_answers_that_end_at_any_byte_are_never_taken_for_whole_ones() {
     // The request's HEADERS frame ends headers and stream: flags 5, stream 1.
     let upstream = Breaking::start(answer.clone(), &[1, 5, 0, 0, 0, 1], None).await;
     let cluster = speaking_h2(counted_cluster("c"));
-    every_cut("HTTP/2", &answer, (head, answer.len()), upstream, cluster).await;
+    Box::pin(every_cut(
+        "HTTP/2",
+        &answer,
+        (head, answer.len()),
+        upstream,
+        cluster,
+    ))
+    .await;
 }

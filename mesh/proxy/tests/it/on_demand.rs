@@ -161,6 +161,21 @@ async fn get_host(at: SocketAddr, host: &str) -> (u16, String) {
     (status, body)
 }
 
+/// Sends the cluster that somebody waits for once it is asked for, and then its endpoint.
+async fn deliver<T>(link: &mut Link, at: SocketAddr, waiting: &tokio::task::JoinHandle<T>) {
+    link.subscribed(ResourceType::Cluster, "late").await;
+    let cluster = resource(ResourceType::Cluster, "late", "1", &eds_cluster("late"));
+    link.put(ResourceType::Cluster, vec![cluster]).await;
+    link.subscribed(ResourceType::Endpoints, "late").await;
+    assert!(!waiting.is_finished(), "it has no endpoints yet");
+    let endpoints = assignment("late", &[(at, "")]);
+    link.put(
+        ResourceType::Endpoints,
+        vec![resource(ResourceType::Endpoints, "late", "1", &endpoints)],
+    )
+    .await;
+}
+
 #[tokio::test]
 async fn a_request_for_an_unknown_host_waits_for_its_virtual_host_and_is_routed() {
     let (proxy, mut link, _backend, at) =
@@ -343,17 +358,7 @@ async fn a_request_for_an_unknown_cluster_waits_for_it_and_its_endpoints() {
         .await;
     assert_eq!(get_cluster(at, "c").await, (200, "b".to_owned()));
     let waiting = tokio::spawn(get_cluster(at, "late"));
-    link.subscribed(ResourceType::Cluster, "late").await;
-    let cluster = resource(ResourceType::Cluster, "late", "1", &eds_cluster("late"));
-    link.put(ResourceType::Cluster, vec![cluster]).await;
-    link.subscribed(ResourceType::Endpoints, "late").await;
-    assert!(!waiting.is_finished(), "it has no endpoints yet");
-    let endpoints = assignment("late", &[(late.address, "")]);
-    link.put(
-        ResourceType::Endpoints,
-        vec![resource(ResourceType::Endpoints, "late", "1", &endpoints)],
-    )
-    .await;
+    deliver(&mut link, late.address, &waiting).await;
     assert_eq!(waiting.await.unwrap(), (200, "late".to_owned()));
 }
 
@@ -391,17 +396,7 @@ async fn a_connection_waits_for_its_cluster_where_its_proxy_says_so() {
     let at = proxy.proxy.listener_address("long").unwrap();
     let request = b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
     let waiting = tokio::spawn(raw(at, request));
-    link.subscribed(ResourceType::Cluster, "late").await;
-    let cluster = resource(ResourceType::Cluster, "late", "1", &eds_cluster("late"));
-    link.put(ResourceType::Cluster, vec![cluster]).await;
-    link.subscribed(ResourceType::Endpoints, "late").await;
-    assert!(!waiting.is_finished(), "it has no endpoints yet");
-    let endpoints = assignment("late", &[(late.address, "")]);
-    link.put(
-        ResourceType::Endpoints,
-        vec![resource(ResourceType::Endpoints, "late", "1", &endpoints)],
-    )
-    .await;
+    deliver(&mut link, late.address, &waiting).await;
     assert!(waiting.await.unwrap().ends_with("late"));
 }
 

@@ -54,41 +54,28 @@ fn table(store: &Store, name: &str) -> Arc<RouteTable> {
         .unwrap()
 }
 
+/// A virtual host of the route configuration `80`, all of whose requests go to `cluster`.
+fn put_host(store: &mut Store, name: &str, domain: &str, cluster: &str) -> Vec<(Box<str>, Refusal)> {
+    let key = format!("80/{name}");
+    put(
+        store,
+        ResourceType::VirtualHost,
+        &key,
+        &host(name, domain, cluster),
+    )
+}
+
 #[test]
 fn a_virtual_host_resource_is_replaced_without_touching_table_or_other_hosts() {
     let mut store = Store::new(1);
     assert!(put(&mut store, ResourceType::Route, "80", &vhds_config("80")).is_empty());
-    assert!(
-        put(
-            &mut store,
-            ResourceType::VirtualHost,
-            "80/a:80",
-            &host("a:80", "a", "v1")
-        )
-        .is_empty()
-    );
-    assert!(
-        put(
-            &mut store,
-            ResourceType::VirtualHost,
-            "80/b:80",
-            &host("b:80", "b", "v1")
-        )
-        .is_empty()
-    );
+    assert!(put_host(&mut store, "a:80", "a", "v1").is_empty());
+    assert!(put_host(&mut store, "b:80", "b", "v1").is_empty());
     let before = table(&store, "80");
     let other = before.find("b").unwrap().load();
     let one = before.find("a").unwrap().load();
 
-    assert!(
-        put(
-            &mut store,
-            ResourceType::VirtualHost,
-            "80/a:80",
-            &host("a:80", "a", "v2")
-        )
-        .is_empty()
-    );
+    assert!(put_host(&mut store, "a:80", "a", "v2").is_empty());
 
     let after = table(&store, "80");
     assert!(Arc::ptr_eq(&before, &after), "the table was rebuilt");
@@ -105,15 +92,7 @@ fn a_virtual_host_resource_is_replaced_without_touching_table_or_other_hosts() {
 #[test]
 fn virtual_hosts_that_arrive_before_their_route_configuration_wait_for_it() {
     let mut store = Store::new(1);
-    assert!(
-        put(
-            &mut store,
-            ResourceType::VirtualHost,
-            "80/a:80",
-            &host("a:80", "a", "v1")
-        )
-        .is_empty()
-    );
+    assert!(put_host(&mut store, "a:80", "a", "v1").is_empty());
     assert!(put(&mut store, ResourceType::Route, "80", &vhds_config("80")).is_empty());
     assert!(table(&store, "80").find("a").is_some());
 }
@@ -122,12 +101,7 @@ fn virtual_hosts_that_arrive_before_their_route_configuration_wait_for_it() {
 fn a_refused_resource_leaves_the_last_good_one_and_the_rest_of_the_batch_goes_live() {
     let mut store = Store::new(1);
     put(&mut store, ResourceType::Route, "80", &vhds_config("80"));
-    put(
-        &mut store,
-        ResourceType::VirtualHost,
-        "80/a:80",
-        &host("a:80", "a", "v1"),
-    );
+    put_host(&mut store, "a:80", "a", "v1");
     let good = table(&store, "80").find("a").unwrap().load();
 
     let mut bad = host("a:80", "a", "v2");
@@ -159,18 +133,8 @@ fn a_refused_resource_leaves_the_last_good_one_and_the_rest_of_the_batch_goes_li
 fn a_domain_conflict_refuses_the_later_host_only() {
     let mut store = Store::new(1);
     put(&mut store, ResourceType::Route, "80", &vhds_config("80"));
-    put(
-        &mut store,
-        ResourceType::VirtualHost,
-        "80/a",
-        &host("a", "same", "v1"),
-    );
-    let refused = put(
-        &mut store,
-        ResourceType::VirtualHost,
-        "80/b",
-        &host("b", "same", "v1"),
-    );
+    put_host(&mut store, "a", "same", "v1");
+    let refused = put_host(&mut store, "b", "same", "v1");
     assert_eq!(&*refused[0].0, "80/b");
     assert_eq!(&*table(&store, "80").find("same").unwrap().load().name, "a");
 }
@@ -342,12 +306,7 @@ fn a_domain_may_move_between_hosts_of_one_batch_and_a_host_that_is_refused_keeps
 fn a_host_of_the_route_configuration_takes_its_domain_from_one_that_came_by_itself() {
     let mut store = Store::new(1);
     put(&mut store, ResourceType::Route, "80", &vhds_config("80"));
-    put(
-        &mut store,
-        ResourceType::VirtualHost,
-        "80/x",
-        &host("x", "same", "v1"),
-    );
+    put_host(&mut store, "x", "same", "v1");
     let mut with_own = config("80", vec![host("own", "same", "v1")]);
     with_own.vhds = Some(pb_route::Vhds::default());
     let refused = put(&mut store, ResourceType::Route, "80", &with_own);

@@ -127,6 +127,8 @@ impl HttpService {
         for (name, value) in &self.add {
             headers.insert(name, value.clone());
         }
+        // Envoy says so of everything that it asks for itself.
+        headers.insert("x-envoy-internal", HeaderValue::from_static("true"));
         if let Some(partial) = partial {
             headers.insert(
                 "x-envoy-auth-partial-body",

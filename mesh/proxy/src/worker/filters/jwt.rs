@@ -146,18 +146,17 @@ fn denial(authn: &JwtAuthn, failure: Failure, parts: &Parts) -> LocalReply {
         return reply;
     }
     reply.body = Bytes::from(text);
-    if status == StatusCode::UNAUTHORIZED {
-        let view = view(parts);
-        let error = if failure == Failure::Missing {
-            ""
-        } else {
-            ", error=\"invalid_token\""
-        };
-        let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
-        let realm = format!("{}://{}{path}", view.scheme(), view.authority()).replace(['"', '\\'], "");
-        if let Ok(value) = HeaderValue::from_str(&format!("Bearer realm=\"{realm}\"{error}")) {
-            reply.headers.insert(header::WWW_AUTHENTICATE, value);
-        }
+    // Also with a 403 (Envoy).
+    let view = view(parts);
+    let error = if failure == Failure::Missing {
+        ""
+    } else {
+        ", error=\"invalid_token\""
+    };
+    let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
+    let realm = format!("{}://{}{path}", view.scheme(), view.authority()).replace(['"', '\\'], "");
+    if let Ok(value) = HeaderValue::from_str(&format!("Bearer realm=\"{realm}\"{error}")) {
+        reply.headers.insert(header::WWW_AUTHENTICATE, value);
     }
     reply
 }

@@ -13,12 +13,12 @@ const JWT: &str = "type.googleapis.com/envoy.extensions.filters.http.jwt_authn.v
 const AUTHZ: &str = "type.googleapis.com/envoy.extensions.filters.http.ext_authz.v3.ExtAuthz";
 const MUTATION: &str = "type.googleapis.com/envoy.extensions.filters.http.header_mutation.v3.HeaderMutation";
 
-fn filter(name: &str, config: Value) -> Value {
+pub(crate) fn filter(name: &str, config: Value) -> Value {
     json!({ "name": name, "typed_config": config })
 }
 
 /// Every kind of answer that is not an endpoint's, beside one that is.
-fn every_end() -> Value {
+pub(crate) fn every_end() -> Value {
     json!({ "virtual_hosts": [
         { "name": "a", "domains": ["a.test"], "routes": [
             { "match": { "prefix": "/forward" }, "route": { "cluster": "a" } },
@@ -34,7 +34,7 @@ fn every_end() -> Value {
     ], "response_headers_to_add": [ { "header": { "key": "x-table", "value": "t" } } ] })
 }
 
-fn ask(case: String, host: &str, target: &str, fields: &[(&str, &str)]) -> Ask {
+pub(crate) fn ask(case: String, host: &str, target: &str, fields: &[(&str, &str)]) -> Ask {
     let mut all = vec![
         ("host".to_owned(), host.to_owned()),
         ("x-case".to_owned(), case.clone()),

@@ -87,18 +87,17 @@ fn post(path: &str, body: &str) -> Request<Full<bytes::Bytes>> {
         .unwrap()
 }
 
+/// The request that a service is asked about.
+fn http_of(question: &auth::CheckRequest) -> auth::attribute_context::HttpRequest {
+    let request = question.attributes.clone().unwrap().request.unwrap();
+    request.http.unwrap()
+}
+
 #[tokio::test]
 async fn changes_that_are_invalid_or_not_allowed_are_left_out_or_fail_the_request() {
     use serin_xds::pb::envoy::config::common::mutation_rules::v3 as rules;
     let service = Asked::new(|question: &auth::CheckRequest| {
-        let http = question
-            .attributes
-            .clone()
-            .unwrap()
-            .request
-            .unwrap()
-            .http
-            .unwrap();
+        let http = http_of(question);
         Ok(match &*http.path {
             "/bad" => allowed(auth::OkHttpResponse {
                 headers: vec![add_header("x-bad", "a\nb")],
@@ -189,14 +188,7 @@ async fn a_service_is_told_fields_as_they_came_where_it_wants_that() {
 #[tokio::test]
 async fn a_grpc_service_sees_the_request_and_decides_and_changes_it() {
     let service = Asked::new(|question: &auth::CheckRequest| {
-        let http = question
-            .attributes
-            .clone()
-            .unwrap()
-            .request
-            .unwrap()
-            .http
-            .unwrap();
+        let http = http_of(question);
         Ok(match &*http.path {
             "/no" => denied(401, "who are you"),
             _ => allowed(auth::OkHttpResponse {
