@@ -51,7 +51,7 @@ impl Subscription {
         }
     }
 
-    /// Values in the order of [`NAMES`].
+    /// Values in the order of [`HELP`].
     fn values(&self, lost: u64) -> [Value; 6] {
         let failed = lost.saturating_sub(self.lost_before);
         [
