@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::HeaderValue;
+use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
 
 use super::alpn::AlpnOverrides;
@@ -60,6 +61,17 @@ pub enum EscapedSlashes {
     Redirect,
     /// Decoded and forwarded.
     Forward,
+}
+
+/// Header fields of clients whose names have underscores, which some servers take for dashes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Underscores {
+    /// Handed on.
+    Keep,
+    /// 400.
+    Reject,
+    /// Taken off.
+    Drop,
 }
 
 /// Where routes come from.
@@ -144,6 +156,8 @@ pub struct HttpManager {
     pub merge_slashes: bool,
     /// `%2F` and `%5C`.
     pub escaped_slashes: EscapedSlashes,
+    /// `_` in names of header fields.
+    pub underscores: Underscores,
     /// Upgrades that are let through (`websocket`), lower case.
     pub upgrades: Box<[Box<str>]>,
     /// Whether CONNECT is among them.
@@ -203,6 +217,21 @@ impl EscapedSlashes {
                 ));
             }
         })
+    }
+}
+
+impl Underscores {
+    fn compile(from: i32) -> Result<Self, Refusal> {
+        use core::http_protocol_options::HeadersWithUnderscoresAction as Action;
+        match Action::try_from(from) {
+            Ok(Action::Allow) => Ok(Self::Keep),
+            Ok(Action::RejectRequest) => Ok(Self::Reject),
+            Ok(Action::DropHeader) => Ok(Self::Drop),
+            Err(_) => Err(Refusal::new(
+                "common_http_protocol_options.headers_with_underscores_action",
+                format!("{from} is unknown"),
+            )),
+        }
     }
 }
 
@@ -304,6 +333,9 @@ impl HttpManager {
             normalize_path: flag(&from.normalize_path, false),
             merge_slashes: from.merge_slashes,
             escaped_slashes: EscapedSlashes::compile(from.path_with_escaped_slashes_action)?,
+            underscores: Underscores::compile(
+                common.map_or(0, |options| options.headers_with_underscores_action),
+            )?,
             upgrades: from
                 .upgrade_configs
                 .iter()
@@ -426,6 +458,12 @@ fn refuse_unsupported(from: &hcm::HttpConnectionManager) -> Result<(), Refusal> 
             ("proxy_status_config", from.proxy_status_config.is_some()),
             ("via", !from.via.is_empty()),
             ("append_x_forwarded_port", from.append_x_forwarded_port),
+            (
+                "http2_protocol_options.connection_keepalive",
+                from.http2_protocol_options
+                    .as_ref()
+                    .is_some_and(|options| options.connection_keepalive.is_some()),
+            ),
             ("xff_num_trusted_hops", from.xff_num_trusted_hops > 0),
             (
                 "access_log_options",

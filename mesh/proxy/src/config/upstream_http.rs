@@ -139,6 +139,12 @@ pub(super) fn compile_http(
     use upstream_http::http_protocol_options::{
         UpstreamProtocolOptions, explicit_http_config::ProtocolConfig,
     };
+    if http2_options(from).is_some_and(|options| options.connection_keepalive.is_some()) {
+        return Err(Refusal::new(
+            "http2_protocol_options.connection_keepalive",
+            "not supported",
+        ));
+    }
     let Some(options) = http_options(from)? else {
         let http = if from.protocol_selection
             == cluster::cluster::ClusterProtocolSelection::UseDownstreamProtocol as i32
@@ -208,6 +214,12 @@ pub(super) fn compile_limits(from: &cluster::Cluster) -> Result<Breakers, Refusa
         // The first of a priority counts, as in Envoy.
         if std::mem::replace(&mut seen[priority as usize], true) {
             continue;
+        }
+        if threshold.max_connection_pools.is_some() {
+            return Err(Refusal::new(
+                format!("circuit_breakers.thresholds[{index}].max_connection_pools"),
+                "not supported: pools go with their endpoints",
+            ));
         }
         let limits = &mut all.0[priority as usize];
         let value = |given: &Option<serin_xds::pb::google::protobuf::UInt32Value>, default| {

@@ -13,12 +13,14 @@ pub mod token;
 
 use std::sync::Arc;
 
+use http::HeaderMap;
 use serin_xds::pb::envoy::extensions::filters::http::jwt_authn::v3 as jwt;
 
 pub use self::places::{Found, Place};
 pub use self::provider::Provider;
 pub use self::requirement::Requirement;
 
+use self::token::Token;
 use super::stats::Counter;
 use crate::config::convert::{each, required};
 use crate::config::matchers::RequestView;
@@ -153,6 +155,37 @@ impl JwtAuthn {
             .iter()
             .find(|(value, _)| **value == *wanted)
             .map(|(_, requirement)| requirement)
+    }
+
+    /// The tokens that a request brings for these providers (all of them if there are none), each with those that look for
+    /// tokens where it is.
+    pub fn tokens(
+        &self,
+        only: &[usize],
+        headers: &HeaderMap,
+        query: Option<&str>,
+    ) -> Vec<(Found, Vec<&Arc<Provider>>)> {
+        let mut out: Vec<(Found, Vec<&Arc<Provider>>)> = Vec::new();
+        let wanted = self
+            .providers
+            .iter()
+            .enumerate()
+            .filter(|(index, _)| only.is_empty() || only.contains(index));
+        for (_, provider) in wanted {
+            for found in provider.extract(headers, query) {
+                match out.iter_mut().find(|(known, _)| *known == found) {
+                    Some((_, owners)) => owners.push(provider),
+                    None => out.push((found, vec![provider])),
+                }
+            }
+        }
+        out
+    }
+
+    /// Whose token it is: the provider of its issuer, else one for any issuer.
+    pub fn provider_of(&self, token: &Token) -> Option<&Arc<Provider>> {
+        let of = |issuer: &str| self.providers.iter().find(|provider| *provider.issuer == *issuer);
+        of(token.issuer()).or_else(|| of(""))
     }
 
     /// The requirement that a route names. A route that names one that does not exist denies the request.

@@ -21,6 +21,7 @@ use super::spans;
 use super::tap;
 use super::tunnel::{self, Tunnel};
 use super::upstream;
+use crate::config::hcm::Underscores;
 use crate::config::headers::{HeaderOps, Scene};
 use crate::config::listener::Direction;
 use crate::config::matchers::RequestView;
@@ -324,6 +325,17 @@ fn admit(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) -> Resul
         return Err(refuse(StatusCode::METHOD_NOT_ALLOWED, "connect_not_allowed"));
     }
     let bad = |details| refuse(StatusCode::BAD_REQUEST, details);
+    match conn.manager.underscores {
+        Underscores::Keep => {}
+        Underscores::Drop => drop_underscores(&mut parts.headers),
+        Underscores::Reject if parts.headers.keys().any(has_underscore) => {
+            return Err(bad(match parts.version {
+                Version::HTTP_2 => "http2.unexpected_underscore",
+                _ => "http1.unexpected_underscore",
+            }));
+        }
+        Underscores::Reject => {}
+    }
     // The authority of the target wins over Host (RFC 9112 section 3.2.2, RFC 9113 section 8.3.1).
     if let Some(authority) = parts.uri.authority() {
         if authority.as_str().contains('@') || !valid_host(authority.as_str().as_bytes()) {
@@ -372,6 +384,21 @@ fn admit(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) -> Resul
         }
     }
     Ok(())
+}
+
+fn has_underscore(name: &HeaderName) -> bool {
+    name.as_str().contains('_')
+}
+
+fn drop_underscores(headers: &mut HeaderMap) {
+    let names: Vec<_> = headers
+        .keys()
+        .filter(|name| has_underscore(name))
+        .cloned()
+        .collect();
+    for name in names {
+        headers.remove(name);
+    }
 }
 
 /// Makes the target origin-form with a normalised path.

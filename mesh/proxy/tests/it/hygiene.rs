@@ -1,7 +1,10 @@
 //! Attacks on the protocol, as bytes. Each is answered as the behaviour table says and reaches no backend.
 
-use http::Request;
+use http::{HeaderValue, Request};
 use http_body_util::Full;
+use serin_xds::ResourceType;
+use serin_xds::pb::envoy::config::core::v3 as core;
+use serin_xds::pb::envoy::config::core::v3::http_protocol_options::HeadersWithUnderscoresAction;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -223,6 +226,59 @@ async fn http2_with_differing_host_and_authority_is_refused() {
     let response = soon("a response", client.send_request(request)).await.unwrap();
     assert_eq!(response.status(), 400);
     assert_eq!(backend.hits(), 0);
+}
+
+/// A listener before a backend that does this about underscores in names.
+async fn with_underscores(action: HeadersWithUnderscoresAction) -> (Harness, Backend, std::net::SocketAddr) {
+    let (harness, backend, _) = setup().await;
+    let mut manager = manager("80");
+    manager.common_http_protocol_options = Some(core::HttpProtocolOptions {
+        headers_with_underscores_action: action as i32,
+        ..Default::default()
+    });
+    harness.remove(ResourceType::Listener, "l").await;
+    let at = harness.listen(&manager, core::TrafficDirection::Outbound).await;
+    (harness, backend, at)
+}
+
+#[tokio::test]
+async fn names_with_underscores_are_kept_refused_or_taken_off_as_the_listener_says() {
+    const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nx-a: 1\r\nx_a: 2\r\n\r\n";
+    let over_http2 = async |at| {
+        let mut client = h2_client(at).await;
+        let request = Request::get("http://a/")
+            .header("x_a", "2")
+            .body(Full::from(""))
+            .unwrap();
+        let response = soon("a response", client.send_request(request)).await.unwrap();
+        response.status()
+    };
+
+    let (_harness, mut backend, at) = with_underscores(HeadersWithUnderscoresAction::Allow).await;
+    assert!(raw(at, REQUEST).await.starts_with("HTTP/1.1 200"));
+    assert_eq!(backend.next().await.headers["x_a"], "2");
+    assert_eq!(over_http2(at).await, 200);
+    assert_eq!(backend.next().await.headers["x_a"], "2");
+
+    let (_harness, mut backend, at) = with_underscores(HeadersWithUnderscoresAction::DropHeader).await;
+    assert!(raw(at, REQUEST).await.starts_with("HTTP/1.1 200"));
+    let seen = backend.next().await.headers;
+    assert_eq!(
+        (seen.get("x_a"), &seen["x-a"]),
+        (None, &HeaderValue::from_static("1"))
+    );
+    assert_eq!(over_http2(at).await, 200);
+    assert_eq!(backend.next().await.headers.get("x_a"), None);
+
+    let (mut harness, backend, at) = with_underscores(HeadersWithUnderscoresAction::RejectRequest).await;
+    assert!(raw(at, REQUEST).await.starts_with("HTTP/1.1 400"));
+    let line = harness.line().await;
+    assert_eq!(line["response_code_details"], "http1.unexpected_underscore");
+    assert_eq!(line["response_flags"], "DPE");
+    assert_eq!(over_http2(at).await, 400);
+    let line = harness.line().await;
+    assert_eq!(line["response_code_details"], "http2.unexpected_underscore");
+    assert_eq!(backend.hits(), 0, "nothing was forwarded");
 }
 
 #[tokio::test]

@@ -42,7 +42,8 @@ pub struct Provider {
     max_lifetime_s: Option<u64>,
     /// Its keys.
     pub source: Source,
-    forward: bool,
+    /// Whether its tokens stay in the request.
+    pub forward: bool,
     places: Places,
     forward_payload: Option<ForwardPayload>,
     claims: Box<[ClaimField]>,

@@ -14,10 +14,30 @@ pub enum Requirement {
     Any(Box<[Requirement]>),
     /// All of these.
     All(Box<[Requirement]>),
-    /// No token, or a good one.
+    /// No token, or good ones.
     AllowMissing,
     /// Anything; good tokens are used.
     AllowMissingOrFailed,
+}
+
+impl Requirement {
+    /// Adds the providers that it names, however deep.
+    pub fn providers(&self, out: &mut Vec<usize>) {
+        match self {
+            Self::Provider(index, _) => out.push(*index),
+            Self::Any(list) | Self::All(list) => {
+                for inner in list {
+                    inner.providers(out);
+                }
+            }
+            Self::AllowMissing | Self::AllowMissingOrFailed => {}
+        }
+    }
+
+    /// Whether a request without a token meets it.
+    pub fn is_lenient(&self) -> bool {
+        matches!(self, Self::AllowMissing | Self::AllowMissingOrFailed)
+    }
 }
 
 impl Requirement {

@@ -20,9 +20,12 @@ use crate::metrics::flags::Flags;
 use crate::policy::jwt::jwks::{Need, Remote, Source};
 use crate::policy::jwt::keys::KeySet;
 use crate::policy::jwt::token::{Failure, Token};
-use crate::policy::jwt::{JwtAuthn, PerRouteJwt, Place, Provider, Requirement};
+use crate::policy::jwt::{Found, JwtAuthn, PerRouteJwt, Place, Provider, Requirement};
 use crate::random;
 use crate::worker::request::view;
+
+/// Bytes of the path in a realm (Envoy).
+const MAX_REALM_PATH: usize = 256;
 
 struct Accepted {
     provider: Arc<Provider>,
@@ -104,11 +107,8 @@ pub(super) async fn authenticate(
     for (provider, failure) in failures {
         provider.note_failure(failure, &mut state(exchange).metadata);
     }
-    if let Err(failure) = result {
-        authn.denied.add(worker.id);
-        return Err(denial(authn, failure, parts));
-    }
-    authn.allowed.add(worker.id);
+    // Good tokens have been told of also where the requirement is not met (Envoy).
+    let asked = result.is_err().then(|| parts.uri.clone());
     let mut reroute = false;
     for accepted in accepted {
         let metadata = &mut state(exchange).metadata;
@@ -130,10 +130,21 @@ pub(super) async fn authenticate(
         }
         reroute |= accepted.provider.clear_route;
     }
+    if let Err(failure) = result {
+        authn.denied.add(worker.id);
+        return Err(denial(
+            authn,
+            failure,
+            parts,
+            asked.as_ref().unwrap_or(&parts.uri),
+        ));
+    }
+    authn.allowed.add(worker.id);
     Ok(reroute)
 }
 
-fn denial(authn: &JwtAuthn, failure: Failure, parts: &Parts) -> LocalReply {
+/// The answer to a request for `asked`, as it came.
+fn denial(authn: &JwtAuthn, failure: Failure, parts: &Parts, asked: &Uri) -> LocalReply {
     let status = if failure == Failure::Audience {
         StatusCode::FORBIDDEN
     } else {
@@ -153,7 +164,8 @@ fn denial(authn: &JwtAuthn, failure: Failure, parts: &Parts) -> LocalReply {
     } else {
         ", error=\"invalid_token\""
     };
-    let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
+    let path = asked.path_and_query().map_or("/", |path| path.as_str());
+    let path = path.get(..MAX_REALM_PATH).unwrap_or(path);
     let realm = format!("{}://{}{path}", view.scheme(), view.authority()).replace(['"', '\\'], "");
     if let Ok(value) = HeaderValue::from_str(&format!("Bearer realm=\"{realm}\"{error}")) {
         reply.headers.insert(header::WWW_AUTHENTICATE, value);
@@ -179,51 +191,82 @@ impl Trial<'_> {
                     Ok(())
                 }
                 Requirement::Any(any) => self.any(any).await,
-                Requirement::AllowMissing => self.every_provider(false).await,
-                Requirement::AllowMissingOrFailed => self.every_provider(true).await,
+                Requirement::AllowMissing => self.every_token(&[], false).await,
+                Requirement::AllowMissingOrFailed => self.every_token(&[], true).await,
             }
         })
     }
 
+    /// One of these. What a request without a token meets comes last, since it judges every token that there is; it looks
+    /// where the providers beside it do (Envoy).
     async fn any(&self, any: &[Requirement]) -> Result<(), Failure> {
         let mut reason = Failure::Missing;
         let mut only_missing = true;
-        for inner in any {
-            if matches!(
-                inner,
-                Requirement::AllowMissing | Requirement::AllowMissingOrFailed
-            ) {
-                continue;
+        let mut note = |failure: Failure| {
+            if !failure.is_missing() {
+                only_missing = false;
+                reason = failure;
+            } else if only_missing && reason == Failure::Missing {
+                reason = failure;
             }
+        };
+        for inner in any.iter().filter(|inner| !inner.is_lenient()) {
             match self.evaluate(inner).await {
                 Ok(()) => return Ok(()),
-                Err(failure) => {
-                    if !failure.is_missing() {
-                        only_missing = false;
-                        reason = failure;
-                    } else if only_missing && reason == Failure::Missing {
-                        reason = failure;
-                    }
-                }
+                Err(failure) => note(failure),
             }
         }
-        let allows = any.iter().any(|inner| match inner {
-            Requirement::AllowMissingOrFailed => true,
-            Requirement::AllowMissing => only_missing,
-            _ => false,
-        });
-        if allows { Ok(()) } else { Err(reason) }
+        let pardoned = any
+            .iter()
+            .any(|inner| matches!(inner, Requirement::AllowMissingOrFailed));
+        if pardoned || (reason.is_missing() && any.iter().any(Requirement::is_lenient)) {
+            let mut beside = Vec::new();
+            for inner in any {
+                inner.providers(&mut beside);
+            }
+            return self.every_token(&beside, pardoned).await;
+        }
+        Err(reason)
     }
 
-    /// Any good token of any provider is used; bad ones fail unless `failed` is allowed.
-    async fn every_provider(&self, failed: bool) -> Result<(), Failure> {
-        for provider in &self.authn.providers {
-            match self.provider(provider, None).await {
-                Err(failure) if !failed && !failure.is_missing() => return Err(failure),
-                _ => {}
+    /// Every token that the request brings for these providers must be good, unless those that are not are `pardoned`.
+    async fn every_token(&self, only: &[usize], pardoned: bool) -> Result<(), Failure> {
+        let query = self.parts.uri.query();
+        let tokens = self.authn.tokens(only, &self.parts.headers, query);
+        for (found, owners) in tokens.iter().filter(|(found, _)| !self.is_taken(&found.place)) {
+            match self.own(found, owners).await {
+                Ok(accepted) => self.accepted.borrow_mut().push(accepted),
+                Err(_) if pardoned => {}
+                Err(failure) => return Err(failure),
             }
         }
         Ok(())
+    }
+
+    /// Whether the token that was here has been used, and does not stay in the request.
+    fn is_taken(&self, place: &Place) -> bool {
+        let accepted = self.accepted.borrow();
+        let mut taken = accepted.iter().filter(|accepted| !accepted.provider.forward);
+        *place != Place::Cookie && taken.any(|accepted| accepted.place == *place)
+    }
+
+    /// A token of whoever issued it, as long as that provider, or one for any issuer, looks for tokens where it was.
+    async fn own(&self, found: &Found, owners: &[&Arc<Provider>]) -> Result<Accepted, Failure> {
+        let token = Token::parse(&found.text)?;
+        let here = |owner: &&Arc<Provider>| owner.issuer.is_empty() || *owner.issuer == *token.issuer();
+        let provider = self.authn.provider_of(&token).filter(|_| owners.iter().any(here));
+        let provider = provider.ok_or(Failure::UnknownIssuer)?;
+        match self.verify(provider, &found.text, None).await {
+            Ok(token) => Ok(Accepted {
+                provider: provider.clone(),
+                token,
+                place: found.place.clone(),
+            }),
+            Err(failure) => {
+                self.failures.borrow_mut().push((provider.clone(), failure));
+                Err(failure)
+            }
+        }
     }
 
     /// Every token that the request brings for a provider must be good, and there must be one.
@@ -232,7 +275,8 @@ impl Trial<'_> {
         provider: &Arc<Provider>,
         audiences: Option<&[Box<str>]>,
     ) -> Result<(), Failure> {
-        let found = provider.extract(&self.parts.headers, self.parts.uri.query());
+        let mut found = provider.extract(&self.parts.headers, self.parts.uri.query());
+        found.retain(|found| !self.is_taken(&found.place));
         let mut good = Vec::with_capacity(found.len());
         for found in found {
             match self.verify(provider, &found.text, audiences).await {

@@ -13,6 +13,7 @@ mod policies;
 mod random;
 mod requests;
 mod routes;
+mod tokens;
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;

@@ -188,6 +188,7 @@ async fn requests_need_a_good_token_where_the_rules_say_so() {
     let good = issuer.token(&json!({"iss": "me", "sub": "bob", "exp": now() + 600}));
     let expired = issuer.token(&json!({"iss": "me", "exp": now() - 600}));
     let foreign = Issuer::new("k").token(&json!({"iss": "me", "sub": "bob"}));
+    let stranger = issuer.token(&json!({"iss": "nobody", "sub": "bob"}));
 
     let (status, headers, body) = get(at, "/x").await;
     assert_eq!((status, &*body), (401, "Jwt is missing"));
@@ -218,7 +219,9 @@ async fn requests_need_a_good_token_where_the_rules_say_so() {
         ("/optional", "", 200),
         ("/optional", &good, 200),
         ("/optional", &expired, 401),
+        ("/optional", &stranger, 401),
         ("/lenient", &expired, 200),
+        ("/lenient", &stranger, 200),
     ] {
         let status = if token.is_empty() {
             get_with(at, path, &[("x-sub", "forged")]).await.0
