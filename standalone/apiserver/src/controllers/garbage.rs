@@ -149,11 +149,11 @@ async fn attend(hub: &Hub, graph: &Graph, place: &Place) {
             foreground(hub, graph, place, object).await;
         }
     }
-    collect(hub, place, object).await;
+    collect(hub, graph, place, object).await;
 }
 
 /// Delete an object none of whose owners lives.
-async fn collect(hub: &Hub, place: &Place, object: &Value) {
+async fn collect(hub: &Hub, graph: &Graph, place: &Place, object: &Value) {
     let owners = meta::owners(object);
     if owners.is_empty() || meta::is_terminating(object) {
         return;
@@ -196,13 +196,9 @@ async fn collect(hub: &Hub, place: &Place, object: &Value) {
     if dangling.is_empty() && waiting.is_empty() {
         return;
     }
-    // What waits in the foreground passes its manner of deletion on.
-    let policy = if !waiting.is_empty() {
-        Some(FOREGROUND)
-    } else {
-        None
-    };
-    delete(hub, place, policy).await;
+    // What waits in the foreground passes its manner of deletion on, to whoever has dependents to wait for.
+    let waits = !waiting.is_empty() && graph.dependents.contains_key(meta::uid(object));
+    delete(hub, place, waits.then_some(FOREGROUND)).await;
 }
 
 /// Delete the dependents; the owner goes when no blocking one is left.
@@ -210,7 +206,7 @@ async fn foreground(hub: &Hub, graph: &Graph, place: &Place, owner: &Value) {
     let uid = meta::uid(owner);
     for dependent in graph.dependents.get(uid).into_iter().flatten() {
         if let Some(object) = hub.get_at(&dependent.0, &dependent.1) {
-            collect(hub, dependent, &object.value).await;
+            collect(hub, graph, dependent, &object.value).await;
         }
     }
     let blocked = graph.dependents.get(uid).into_iter().flatten().any(|d| {
