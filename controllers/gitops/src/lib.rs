@@ -119,6 +119,8 @@ pub async fn run(context: Context, cancel: CancellationToken) -> Result<(), Erro
     let sources_cache = Cache::start(Api::all(client.clone()), child.clone());
     let objects_cache = Cache::start(Api::all(client.clone()), child.clone());
     tokio::select! {
+        // First: caches that are told to end say that they never became ready.
+        biased;
         () = cancel.cancelled() => return Ok(()),
         ready = async {
             sources_cache.ready(FIRST_LIST).await?;

@@ -151,6 +151,8 @@ impl Dispatcher {
         let mut secrets = caches.secrets.changes();
         let mut endpoints = caches.endpoints.changes();
         tokio::select! {
+            // First: caches that are told to end say that they never became ready.
+            biased;
             () = self.cancel.cancelled() => return Ok(()),
             ready = caches.ready(CACHES_DEADLINE) => ready?,
         }
