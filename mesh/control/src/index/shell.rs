@@ -90,6 +90,8 @@ where
     // Subscribed before the first read: what changes in between is told twice rather than never.
     let mut changes = cache.changes();
     tokio::select! {
+        // First: a cache that is told to end says that it never became ready.
+        biased;
         () = cancel.cancelled() => return Ok(()),
         listed = cache.ready(FIRST_LIST) => listed.map_err(|source| WatchError { kind: kind.as_str(), source })?,
     }
