@@ -15,11 +15,13 @@ use prost::{Message, Name};
 use serin_proxy::config::store::Update;
 use serin_proxy::control::{Options, Proxy};
 use serin_xds::ResourceType;
+use serin_xds::pb::envoy::config::accesslog::v3 as accesslog;
 use serin_xds::pb::envoy::config::cluster::v3 as cluster;
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::endpoint::v3 as endpoint;
 use serin_xds::pb::envoy::config::listener::v3 as listener;
 use serin_xds::pb::envoy::config::route::v3 as route;
+use serin_xds::pb::envoy::extensions::access_loggers::file::v3 as log_file;
 use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
 use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_proxy;
 use serin_xds::pb::google::protobuf as google;
@@ -236,6 +238,30 @@ pub(crate) fn manager(routes: &str) -> hcm::HttpConnectionManager {
             ..Default::default()
         }],
         normalize_path: Some(google::BoolValue { value: true }),
+        ..Default::default()
+    }
+}
+
+/// An access log that writes lines of this format to a file.
+pub(crate) fn file_log(path: &str, line: &str) -> accesslog::AccessLog {
+    accesslog::AccessLog {
+        name: "envoy.access_loggers.file".into(),
+        config_type: Some(accesslog::access_log::ConfigType::TypedConfig(any(
+            &log_file::FileAccessLog {
+                path: path.into(),
+                access_log_format: Some(log_file::file_access_log::AccessLogFormat::LogFormat(
+                    core::SubstitutionFormatString {
+                        format: Some(core::substitution_format_string::Format::TextFormatSource(
+                            core::DataSource {
+                                specifier: Some(core::data_source::Specifier::InlineString(line.into())),
+                                ..Default::default()
+                            },
+                        )),
+                        ..Default::default()
+                    },
+                )),
+            },
+        ))),
         ..Default::default()
     }
 }

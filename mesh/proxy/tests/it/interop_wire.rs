@@ -18,7 +18,6 @@ use serin_xds::pb::envoy::config::accesslog::v3 as accesslog;
 use serin_xds::pb::envoy::config::cluster::v3 as cluster;
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::listener::v3 as listener;
-use serin_xds::pb::envoy::extensions::access_loggers::file::v3 as log_file;
 use serin_xds::pb::envoy::extensions::filters::listener::tls_inspector::v3 as tls_inspector;
 use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
 use serin_xds::pb::envoy::extensions::upstreams::http::v3 as upstream_http;
@@ -172,26 +171,7 @@ fn access_log(path: &str) -> accesslog::AccessLog {
     let line = "%REQ(X-CASE)% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %UPSTREAM_CLUSTER% %ROUTE_NAME% \
                 %PROTOCOL% %REQUESTED_SERVER_NAME% %DOWNSTREAM_TLS_VERSION% %DOWNSTREAM_PEER_URI_SAN% %GRPC_STATUS% \
                 %TRAILER(X-END)%\n";
-    accesslog::AccessLog {
-        name: "envoy.access_loggers.file".into(),
-        config_type: Some(accesslog::access_log::ConfigType::TypedConfig(any(
-            &log_file::FileAccessLog {
-                path: path.into(),
-                access_log_format: Some(log_file::file_access_log::AccessLogFormat::LogFormat(
-                    core::SubstitutionFormatString {
-                        format: Some(core::substitution_format_string::Format::TextFormatSource(
-                            core::DataSource {
-                                specifier: Some(core::data_source::Specifier::InlineString(line.into())),
-                                ..Default::default()
-                            },
-                        )),
-                        ..Default::default()
-                    },
-                )),
-            },
-        ))),
-        ..Default::default()
-    }
+    file_log(path, line)
 }
 
 /// A line without what says the same in other words: what went wrong with a connection is told by Envoy's transport in its

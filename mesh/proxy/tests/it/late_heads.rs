@@ -8,7 +8,6 @@ use serin_xds::ResourceType;
 use serin_xds::pb::envoy::config::accesslog::v3 as accesslog;
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::route::v3 as route;
-use serin_xds::pb::envoy::extensions::access_loggers::file::v3 as log_file;
 use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -158,26 +157,7 @@ async fn a_connection_on_which_no_head_has_begun_is_not_hurried() {
 fn logged_to(path: &Path) -> accesslog::AccessLog {
     let line = "%REQ(:METHOD)% %REQ(:PATH)% %REQ(:AUTHORITY)% %PROTOCOL% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% \
                 %BYTES_RECEIVED% %BYTES_SENT% %ROUTE_NAME%\n";
-    accesslog::AccessLog {
-        name: "envoy.access_loggers.file".into(),
-        config_type: Some(accesslog::access_log::ConfigType::TypedConfig(any(
-            &log_file::FileAccessLog {
-                path: path.to_str().unwrap().into(),
-                access_log_format: Some(log_file::file_access_log::AccessLogFormat::LogFormat(
-                    core::SubstitutionFormatString {
-                        format: Some(core::substitution_format_string::Format::TextFormatSource(
-                            core::DataSource {
-                                specifier: Some(core::data_source::Specifier::InlineString(line.into())),
-                                ..Default::default()
-                            },
-                        )),
-                        ..Default::default()
-                    },
-                )),
-            },
-        ))),
-        ..Default::default()
-    }
+    file_log(path.to_str().unwrap(), line)
 }
 
 /// An answer without what each proxy says in its own way: who it is, when it is, and the order of its fields.
