@@ -184,6 +184,7 @@ events! {
         RqIdleTimeout = "downstream_rq_idle_timeout", "Requests that were idle for too long.";
         RqMaxDuration = "downstream_rq_max_duration_reached", "Requests that lasted too long.";
         RqOverload = "downstream_rq_overload_close", "Requests that were turned away because of overload.";
+        RqClientUnknown = "downstream_rq_rejected_via_ip_detection", "Requests that were turned away because nothing says who their client is.";
         RqTooLarge = "downstream_rq_too_large", "Requests with a body that is too large.";
         RqNoUpgrade = "downstream_rq_ws_on_non_ws_route", "Requests for an upgrade that the route does not allow.";
         RqPathRefused = "downstream_rq_failed_path_normalization", "Requests whose path could not be normalised.";

@@ -98,9 +98,7 @@ pub(super) async fn attempts(
 ) -> Result<Success, LocalReply> {
     let cluster = plan.cluster;
     let policy = plan
-        .forward
         .retry
-        .as_ref()
         .filter(|policy| tunnel.is_none() && policy.applies_to(&view(parts)));
     let mut avoid = Avoid::default();
     let parts = RefCell::new(parts);
@@ -132,8 +130,10 @@ pub(super) async fn attempts(
             source,
             tunnel,
             again,
-            per_try: policy
-                .and_then(|policy| policy.per_try_timeout)
+            per_try: plan
+                .times
+                .per_try
+                .filter(|_| tunnel.is_none())
                 .map(|limit| Instant::now() + limit),
             tls: &tls,
         };
@@ -600,6 +600,11 @@ fn build(
     if try_of.routed.host.attempt_count {
         headers.insert(X_ATTEMPT_COUNT.clone(), HeaderValue::from(try_of.number));
     }
+    if try_of.number > 1 {
+        let left = plan.deadline.filter(|_| !plan.by_stream);
+        let left = left.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        plan.times.tell_again(left, headers);
+    }
     if lease.is_http2() {
         let host = headers.remove(header::HOST);
         let authority = host
@@ -610,23 +615,23 @@ fn build(
             .path_and_query()
             .cloned()
             .unwrap_or_else(|| http::uri::PathAndQuery::from_static("/"));
-        let scheme = if plan.conn.tls.is_some() { "https" } else { "http" };
+        let scheme = match (plan.conn.manager.origin.match_upstream, lease.tls()) {
+            (false, _) => plan.scheme.clone(),
+            (true, Some(_)) => Scheme::HTTPS,
+            (true, None) => Scheme::HTTP,
+        };
         let authority = authority.unwrap_or("unknown");
         // Parsed once, where it is what the client sent.
         let absolute = match &plan.authority {
             Some(known) if known.as_str() == authority => {
                 let mut whole = http::uri::Parts::default();
-                whole.scheme = Some(if plan.conn.tls.is_some() {
-                    Scheme::HTTPS
-                } else {
-                    Scheme::HTTP
-                });
+                whole.scheme = Some(scheme.clone());
                 whole.authority = Some(known.clone());
                 whole.path_and_query = Some(path);
                 Uri::from_parts(whole).ok()
             }
             _ => Uri::builder()
-                .scheme(scheme)
+                .scheme(scheme.clone())
                 .authority(authority)
                 .path_and_query(path)
                 .build()
@@ -635,7 +640,7 @@ fn build(
         *request.uri_mut() = absolute.unwrap_or(uri);
         *request.version_mut() = Version::HTTP_2;
         if let Some(tunnel) = try_of.tunnel {
-            tunnel.write(&mut request, true, authority, scheme);
+            tunnel.write(&mut request, true, authority, scheme.as_str());
         }
     } else {
         // hyper drops a body of unknown length from methods that usually have none, unless it is told.

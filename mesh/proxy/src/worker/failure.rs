@@ -107,6 +107,16 @@ pub(super) fn final_reply(exchange: &mut Exchange, failure: Option<Failure>) -> 
             "upstream_per_try_timeout",
             "upstream request timeout",
         ),
+        Some(Failure::Timeout) if exchange.stream_asked => LocalReply::new(
+            if received_whole(exchange) {
+                StatusCode::GATEWAY_TIMEOUT
+            } else {
+                StatusCode::REQUEST_TIMEOUT
+            },
+            Flags::MAX_STREAM_DURATION,
+            "upstream_max_stream_duration_reached",
+            "upstream max stream duration reached",
+        ),
         Some(Failure::Timeout) if exchange.stream_limited => {
             let status = if received_whole(exchange) {
                 StatusCode::GATEWAY_TIMEOUT

@@ -21,7 +21,6 @@ pub(super) use jwt::fetch_ahead;
 use local_rate_limit::limit_locally;
 
 use std::cell::RefCell;
-use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,7 +34,6 @@ use super::http::Downstream;
 use super::local::LocalReply;
 use super::request::{Routed, find_route, view};
 use super::scene::RequestScene;
-use crate::config::matchers::RequestView;
 use crate::config::route::{Action, Targets};
 use crate::metrics::flags::Flags;
 use crate::policy::adaptive_concurrency::AdaptiveConcurrency;
@@ -197,7 +195,8 @@ fn state(exchange: &mut Exchange) -> &mut PolicyState {
 }
 
 /// Who and what, for matchers.
-pub(super) fn facts<'a>(conn: &'a Downstream, parts: &'a Parts, metadata: &'a Metadata) -> Facts<'a> {
+pub(super) fn facts<'a>(exchange: &'a Exchange, parts: &'a Parts) -> Facts<'a> {
+    let conn = &exchange.conn;
     Facts {
         direct_remote: conn.direct,
         source: conn.remote,
@@ -205,25 +204,9 @@ pub(super) fn facts<'a>(conn: &'a Downstream, parts: &'a Parts, metadata: &'a Me
         server_name: conn.server_name(),
         peer: conn.peer_identity(),
         request: Some(view(parts)),
-        forwarded: !conn.manager.use_remote_address,
-        metadata,
+        remote: exchange.remote,
+        metadata: metadata(exchange),
     }
-}
-
-/// The client that the fields of a request name, where a trusted hop has written them.
-pub(super) fn forwarded_client(conn: &Downstream, request: &RequestView<'_>) -> IpAddr {
-    let metadata = Metadata::EMPTY;
-    let facts = Facts {
-        direct_remote: conn.direct,
-        source: conn.remote,
-        local: conn.local,
-        server_name: None,
-        peer: None,
-        request: Some(*request),
-        forwarded: !conn.manager.use_remote_address,
-        metadata: &metadata,
-    };
-    facts.remote()
 }
 
 /// What the most specific level says about a filter: weighted cluster, route, virtual host, route configuration.
@@ -591,7 +574,7 @@ fn authorize(
     parts: &Parts,
 ) -> Result<(), LocalReply> {
     let Some(rules) = rules else { return Ok(()) };
-    let (denied, notes) = rules.judge(&facts(conn, parts, metadata(exchange)), conn.worker.id);
+    let (denied, notes) = rules.judge(&facts(exchange, parts), conn.worker.id);
     if !notes.is_empty() {
         notes.write(NAMESPACE, &mut state(exchange).metadata);
     }

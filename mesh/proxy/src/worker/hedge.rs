@@ -46,9 +46,8 @@ pub(super) async fn hedged(
     parts: &mut Parts,
     source: Option<&Rc<RefCell<RequestSource>>>,
 ) -> Result<Success, LocalReply> {
-    let policy = plan.forward.retry.as_ref();
-    let policy = policy.filter(|policy| policy.applies_to(&view(parts)));
-    let Some((policy, patience)) = policy.and_then(|policy| Some((policy, policy.per_try_timeout?))) else {
+    let policy = plan.retry.filter(|policy| policy.applies_to(&view(parts)));
+    let Some((policy, patience)) = policy.and_then(|policy| Some((policy, plan.times.per_try?))) else {
         return attempts(plan, routed, exchange, parts, source, None).await;
     };
     let cluster = plan.cluster;

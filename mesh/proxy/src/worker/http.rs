@@ -12,6 +12,7 @@ use http::{HeaderMap, HeaderValue, Version, header};
 use tokio::sync::Notify;
 
 use super::alarm::Alarms;
+use super::identify::append_via;
 use super::io::Io;
 use super::{DrainPhase, Worker, http1, http2};
 use crate::config::hcm::{HttpManager, ServerHeader};
@@ -216,6 +217,9 @@ impl Downstream {
                 headers.entry(header::SERVER).or_insert_with(|| value.clone());
             }
             ServerHeader::PassThrough => {}
+        }
+        if let Some(via) = &self.manager.origin.via {
+            append_via(headers, via);
         }
         if self.should_close() {
             self.note_end();

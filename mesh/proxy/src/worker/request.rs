@@ -13,6 +13,7 @@ use super::body::Inbound;
 use super::exchange::Exchange;
 use super::filters;
 use super::http::Downstream;
+use super::identify::identify;
 use super::incoming::Incoming;
 use super::interim::Waiting;
 use super::local::{Body, LocalReply};
@@ -23,12 +24,11 @@ use super::tunnel::{self, Tunnel};
 use super::upstream;
 use crate::config::hcm::Underscores;
 use crate::config::headers::{HeaderOps, Scene};
-use crate::config::listener::Direction;
 use crate::config::matchers::RequestView;
 use crate::config::route::{Action, Route, RouteFacts, Target, TargetCluster, Targets, VirtualHost, is_grpc};
 use crate::config::slot::Directory;
 use crate::config::table::RouteTable;
-use crate::hygiene::fields::{Present, join_repeated, never_again};
+use crate::hygiene::fields::{Present, join_repeated};
 use crate::hygiene::path::{Normalized, normalize};
 use crate::hygiene::scan::{Violation, valid_host};
 use crate::metrics::events::HttpEvent;
@@ -39,30 +39,11 @@ use crate::policy::metadata::Metadata;
 use crate::random;
 
 pub(super) static X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-pub(super) static X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-static X_EXTERNAL_ADDRESS: HeaderName = HeaderName::from_static("x-envoy-external-address");
-static X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 pub(super) static PEER_METADATA: HeaderName = HeaderName::from_static(METADATA_HEADER);
 pub(super) static PEER_METADATA_ID: HeaderName = HeaderName::from_static(METADATA_ID_HEADER);
 /// Says on a response that the request was not processed and may be sent again, whatever its method. Set by an inbound
 /// proxy that could not reach its application; believed by the client's proxy, taken off before anyone else sees it.
 pub(super) static X_UNPROCESSED: HeaderName = HeaderName::from_static("x-serin-unprocessed");
-/// Fields by which clients could steer an Envoy; taken from outside clients only as text.
-const INTERNAL_FIELDS: [&str; 12] = [
-    "x-envoy-internal",
-    "x-envoy-retry-on",
-    "x-envoy-retry-grpc-on",
-    "x-envoy-max-retries",
-    "x-envoy-upstream-rq-timeout-ms",
-    "x-envoy-upstream-rq-per-try-timeout-ms",
-    "x-envoy-upstream-alt-stat-name",
-    "x-envoy-decorator-operation",
-    "x-envoy-hedge-on-per-try-timeout",
-    "x-envoy-attempt-count",
-    "x-envoy-original-path",
-    "x-serin-unprocessed",
-];
-
 /// What was decided about a request, for those that act on it.
 pub(super) struct Routed {
     pub table: Arc<RouteTable>,
@@ -240,11 +221,11 @@ pub(super) async fn handle(
     let present = Present::of(&parts.headers);
     if let Err(reply) = admit(&conn, &mut exchange, &mut parts) {
         conn.worker.recorder.counters().refused_requests.add(1);
-        return Ok(turn_away(exchange, &parts, present, reply).await);
+        return Ok(turn_away(exchange, &parts, reply).await);
     }
     let tunnel = match tunnel::take(&conn, &mut parts, present) {
         Ok(tunnel) => tunnel,
-        Err(reply) => return Ok(turn_away(exchange, &parts, present, reply).await),
+        Err(reply) => return Ok(turn_away(exchange, &parts, reply).await),
     };
     if conn
         .worker
@@ -260,12 +241,15 @@ pub(super) async fn handle(
             "overload",
             "envoy overloaded",
         );
-        return Ok(turn_away(exchange, &parts, present, reply).await);
+        return Ok(turn_away(exchange, &parts, reply).await);
     }
-    identify(&conn, &mut exchange, &mut parts, present);
+    if let Err(reply) = identify(&mut exchange, &mut parts, present) {
+        conn.decide_upgrade(false);
+        return Ok(turn_away(exchange, &parts, reply).await);
+    }
     tap::arrive(&mut exchange, &conn.worker.shared.tap, &parts);
     spans::begin(&mut exchange, &mut parts);
-    logging::keep_request(&mut exchange, &parts, present);
+    logging::keep_request(&mut exchange, &parts);
     let mut outbox = None;
     // Boxed: the future of a request lives as long as the request, and most of it is here. Two boxes, one after the other:
     // within the first, the second would be copied twice.
@@ -289,11 +273,10 @@ pub(super) async fn handle(
 async fn turn_away(
     mut exchange: Box<Exchange>,
     parts: &Parts,
-    present: Present,
     reply: LocalReply,
 ) -> Response<Body> {
     exchange.request_id = parts.headers.get(&X_REQUEST_ID).cloned();
-    logging::keep_request(&mut exchange, parts, present);
+    logging::keep_request(&mut exchange, parts);
     filters::pass_by_all(&mut exchange, parts);
     filters::keep_request(&mut exchange, parts);
     let outbox = filters::outbox(&exchange);
@@ -488,68 +471,6 @@ fn normalize_target(conn: &Downstream, grpc: bool, parts: &mut Parts) -> Result<
     Ok(())
 }
 
-/// Who asks, and the fields that say so to the next hop. `present` was found in the head as it came.
-fn identify(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts, present: Present) {
-    let headers = &mut parts.headers;
-    let manager = &conn.manager;
-    let exchanged = manager.metadata_exchange || conn.direction == Direction::Inbound;
-    if exchanged && present.has(Present::PEER) {
-        let metadata = headers.remove(&PEER_METADATA);
-        headers.remove(&PEER_METADATA_ID);
-        if conn.direction == Direction::Inbound {
-            exchange.peer = metadata.and_then(|value| conn.worker.peer(&value));
-        }
-    }
-    let certificate = present.has(Present::CLIENT_CERT);
-    manager
-        .client_cert
-        .apply(headers, conn.tls.as_deref(), certificate);
-    let scheme = HeaderValue::from_static(if conn.tls.is_some() { "https" } else { "http" });
-    if manager.use_remote_address {
-        if present.has(Present::OWN) {
-            for name in INTERNAL_FIELDS {
-                headers.remove(name);
-            }
-        }
-        let value = match headers
-            .get(&X_FORWARDED_FOR)
-            .and_then(|value| value.to_str().ok())
-        {
-            Some(before) => HeaderValue::try_from(format!("{before},{}", conn.remote.ip().to_canonical())),
-            None => Ok(conn.remote_text().clone()),
-        };
-        if let Ok(value) = value
-            && !manager.skip_forwarded_for
-        {
-            headers.insert(X_FORWARDED_FOR.clone(), value);
-        }
-        headers.insert(X_FORWARDED_PROTO.clone(), scheme);
-        headers.insert(X_EXTERNAL_ADDRESS.clone(), conn.remote_text().clone());
-    } else if !present.has(Present::FORWARDED_PROTO) {
-        headers.insert(X_FORWARDED_PROTO.clone(), scheme);
-    } else {
-        // `connection` may have taken it off.
-        headers.entry(X_FORWARDED_PROTO.clone()).or_insert(scheme);
-    }
-    if manager.generate_request_id {
-        let known = present.has(Present::REQUEST_ID);
-        let value = match known.then(|| headers.get_mut(&X_REQUEST_ID)).flatten() {
-            Some(value) if !manager.use_remote_address || manager.preserve_request_id => {
-                never_again(value);
-                value.clone()
-            }
-            _ => {
-                let fresh = HeaderValue::from_bytes(&random::uuid());
-                let mut value = fresh.unwrap_or(HeaderValue::from_static("-"));
-                never_again(&mut value);
-                headers.insert(X_REQUEST_ID.clone(), value.clone());
-                value
-            }
-        };
-        exchange.request_id = Some(value);
-    }
-}
-
 /// A view of a request for matchers.
 pub(super) fn view(parts: &Parts) -> RequestView<'_> {
     RequestView {
@@ -592,6 +513,15 @@ fn configured_route(conn: &Downstream, parts: &Parts, metadata: &Metadata) -> Op
     })
 }
 
+/// Takes off the fields that only internal clients may send; whether there were any.
+fn keep_for_internal(table: &RouteTable, headers: &mut HeaderMap) -> bool {
+    let mut any = false;
+    for name in &table.internal_only {
+        any |= headers.remove(name).is_some();
+    }
+    any
+}
+
 /// A request that is to be sent on.
 struct Onward {
     exchange: Box<Exchange>,
@@ -625,6 +555,9 @@ async fn route(
         && conn.manager.waits_for_hosts
         && Box::pin(filters::on_demand::virtual_host(&conn, &parts)).await
     {
+        routed = find_route(&conn, &parts, &conn.noted);
+    }
+    if !exchange.internal && keep_for_internal(&routed.table, &mut parts.headers) {
         routed = find_route(&conn, &parts, &conn.noted);
     }
     exchange.route = routed.configured();
@@ -676,20 +609,5 @@ impl Routed {
             route: self.route.clone(),
             chosen: self.chosen,
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_field_that_outside_clients_may_not_send_is_seen_by_the_look_at_their_heads() {
-        for name in INTERNAL_FIELDS {
-            let mut headers = HeaderMap::new();
-            headers.insert(name, HeaderValue::from_static("1"));
-            assert!(Present::of(&headers).has(Present::OWN), "{name}");
-        }
-        assert!(!Present::of(&HeaderMap::new()).has(Present::OWN));
     }
 }

@@ -4,11 +4,13 @@ use std::borrow::Cow;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use http::request::Parts;
-use http::uri::Authority;
+use http::uri::{Authority, Scheme};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, Version};
 use tokio::time::Instant;
 
+use super::asked::Times;
 use super::attempts::{Permit, attempts};
 use super::body::{Inbound, RequestSource};
 use super::exchange::Exchange;
@@ -26,6 +28,7 @@ use super::scene::ResponseScene;
 use super::tunnel::{self, Tunnel};
 use crate::config::cluster::UpstreamHttp;
 use crate::config::hash::{Hashed, request_hash};
+use crate::config::retry::RetryPolicy;
 use crate::config::route::{Action, Forward, HostRewrite, Target, TargetCluster, Targets};
 use crate::config::slot::{ClusterSlot, Directory};
 use crate::config::subset::{Criteria, METADATA};
@@ -47,6 +50,10 @@ pub(super) struct Plan<'a> {
     pub(super) speaking: Speaking,
     /// Of connections that are made for this request only, or for those like it.
     pub(super) options: ConnectOptions,
+    /// Whether and when to try again: the route's policy, or what the request has made of it.
+    pub(super) retry: Option<&'a RetryPolicy>,
+    /// What the endpoint is told of them.
+    pub(super) times: Times,
     pub(super) deadline: Option<Instant>,
     /// Whether that is the end of the stream's time and not of the route's.
     pub(super) by_stream: bool,
@@ -58,6 +65,8 @@ pub(super) struct Plan<'a> {
     pub(super) auto_host: bool,
     /// What the client called the authority, for an upstream that is given the same one.
     pub(super) authority: Option<Authority>,
+    /// The scheme that the endpoint is told.
+    pub(super) scheme: Scheme,
     /// Where interim answers go to a client over HTTP/2.
     pub(super) interims: Option<Arc<Waiting>>,
 }
@@ -151,7 +160,7 @@ pub(super) async fn forward(
     let limit = cluster.config.limits.of(priority).requests;
     let Some(permit) = Permit::take(&slot, priority, |level| &level.requests, limit) else {
         cells.pending_overflow.add(1);
-        return decline(exchange, &routed, target, &parts, None, overflow());
+        return decline(exchange, &routed, target, &parts, None, overflow(&conn));
     };
     if cluster.drops(random::next()) {
         slot.counted.note(ClusterEvent::RqDropOverload);
@@ -169,7 +178,7 @@ pub(super) async fn forward(
         request_hash(
             &forward.hash,
             &view(&parts),
-            conn.remote,
+            exchange.remote,
             conn.local,
             &filters::metadata(&exchange).state,
         )
@@ -185,10 +194,23 @@ pub(super) async fn forward(
         .and_then(|policy| policy.metadata.get(METADATA))
         .map(|noted| Criteria::default_of(criteria).with(noted));
     let criteria = noted.as_ref().or(criteria);
+    if let Some(reply) = disobeyed(&conn, &parts.headers) {
+        return decline(exchange, &routed, target, &parts, None, reply);
+    }
+    let times = Times::of(forward, &conn.manager.router, exchange.grpc, &mut parts.headers);
     let speaking = speaking(cluster.config.http, parts.version, tunnel.as_ref());
     if let Err(reply) = prepare(&exchange, &routed, forward, target, &mut parts) {
         return decline(exchange, &routed, target, &parts, None, reply);
     }
+    // What the route adds may ask for retries as well (Envoy).
+    let adds = [&routed.route.request_headers, &routed.host.request_headers, &routed.table.request_headers];
+    let may_ask = times.asks || adds.iter().any(|ops| !ops.is_empty());
+    let asks = may_ask && parts.headers.keys().any(|name| RetryPolicy::is_asked_by(name.as_str()));
+    let asked = asks.then(|| RetryPolicy::asked(forward.retry.as_ref(), &mut parts.headers));
+    let retry = match &asked {
+        None => forward.retry.as_ref(),
+        Some(asked) => asked.as_ref(),
+    };
     logging::keep_sent(&mut exchange, &parts);
     filters::keep_request(&mut exchange, &parts);
     let target_answers = target.is_some_and(|target| !target.response_headers.is_empty());
@@ -199,7 +221,7 @@ pub(super) async fn forward(
         || !routed.table.response_headers.is_empty())
     .then(|| parts.headers.clone());
     let source = incoming.map(|incoming| {
-        let retries = forward.retry.as_ref().is_some_and(|policy| policy.attempts > 0);
+        let retries = retry.is_some_and(|policy| policy.attempts > 0);
         let keep = retries || !forward.mirrors.is_empty();
         let idle = forward.idle_timeout.unwrap_or(conn.manager.stream_idle_timeout);
         RequestSource::new(incoming, if keep { forward.request_buffer } else { 0 }, idle)
@@ -208,7 +230,7 @@ pub(super) async fn forward(
         source.borrow_mut().capture(tap.capture());
     }
     exchange.source.clone_from(&source);
-    let deadline = deadline(&mut exchange, forward, &mut parts.headers);
+    let deadline = deadline(&mut exchange, forward, &times, &parts.headers);
     let state = &filters::metadata(&exchange).state;
     let options = cluster
         .config
@@ -229,6 +251,8 @@ pub(super) async fn forward(
             priority,
             ..options
         },
+        retry,
+        times,
         deadline,
         by_stream: exchange.stream_limited,
         hash: hashed.hash,
@@ -236,6 +260,7 @@ pub(super) async fn forward(
         criteria,
         auto_host: matches!(forward.host_rewrite, Some(HostRewrite::Auto)),
         authority: exchange.uri.authority().cloned(),
+        scheme: exchange.scheme.clone(),
         interims: exchange.interims.take(),
     };
     if forward.connect_tcp && tunnel.as_ref().is_some_and(Tunnel::is_connect) {
@@ -251,7 +276,7 @@ pub(super) async fn forward(
         };
     }
     let mirror_head = (!forward.mirrors.is_empty()).then(|| Parts::clone(&parts));
-    let outcome = if forward.hedge && tunnel.is_none() {
+    let outcome = if times.hedge && tunnel.is_none() {
         Box::pin(hedged(&plan, &routed, &mut exchange, &mut parts, source.as_ref())).await
     } else {
         attempts(
@@ -271,11 +296,15 @@ pub(super) async fn forward(
         Ok(success) => success,
         Err(reply) => {
             conn.decide_upgrade(false);
-            let reply = if reply.details == "overflow" {
-                overflow()
+            let mut reply = if reply.details == "overflow" {
+                overflow(&conn)
             } else {
                 reply
             };
+            if times.no_content && reply.flags.has(Flags::UPSTREAM_TIMEOUT) {
+                reply.status = StatusCode::NO_CONTENT;
+                reply.body = Bytes::new();
+            }
             return decline(exchange, &routed, target, &parts, request_headers.as_ref(), reply);
         }
     };
@@ -372,17 +401,32 @@ fn no_cluster(conn: &Downstream, forward: &Forward) -> LocalReply {
     )
 }
 
-fn overflow() -> LocalReply {
+fn overflow(conn: &Downstream) -> LocalReply {
     let mut reply = LocalReply::new(
         StatusCode::SERVICE_UNAVAILABLE,
         Flags::UPSTREAM_OVERFLOW,
         "upstream_reset_before_response_started{overflow}",
         "upstream connect error or disconnect/reset before headers. reset reason: overflow",
     );
+    if !conn.manager.router.suppress_envoy_headers {
+        reply
+            .headers
+            .insert(X_OVERLOADED.clone(), HeaderValue::from_static("true"));
+    }
     reply
-        .headers
-        .insert(X_OVERLOADED.clone(), HeaderValue::from_static("true"));
-    reply
+}
+
+/// An answer to a request that asks for something in a field which is checked, and cannot be understood.
+fn disobeyed(conn: &Downstream, headers: &HeaderMap) -> Option<LocalReply> {
+    let (name, value) = conn.manager.router.disobeyed(headers)?;
+    let mut reply = LocalReply::new(
+        StatusCode::BAD_REQUEST,
+        Flags::INVALID_ENVOY_HEADERS,
+        format!("request_headers_failed_strict_check{{{name}}}"),
+        "",
+    );
+    reply.body = format!("invalid header '{name}' with value '{value}'").into();
+    Some(reply)
 }
 
 /// What is spoken with the endpoint.
@@ -398,16 +442,27 @@ fn speaking(cluster: UpstreamHttp, client: Version, tunnel: Option<&Tunnel>) -> 
 }
 
 /// When the request must have ended: after its route's time or its stream's, whichever is over first.
-fn deadline(exchange: &mut Exchange, forward: &Forward, headers: &mut HeaderMap) -> Option<Instant> {
-    let timeout = forward.timeout_of(exchange.grpc, headers);
-    let stream_limit = forward
+fn deadline(
+    exchange: &mut Exchange,
+    forward: &Forward,
+    times: &Times,
+    headers: &HeaderMap,
+) -> Option<Instant> {
+    let mut stream_limit = forward
         .stream_limit_of(headers)
         .or(exchange.conn.manager.max_stream_duration);
-    let route = timeout.map(|timeout| Instant::now() + timeout);
+    if let Some(asked) = times.stream
+        && stream_limit.is_none_or(|limit| asked < limit)
+    {
+        exchange.stream_asked = true;
+        stream_limit = Some(asked);
+    }
+    let route = times.route.map(|timeout| Instant::now() + timeout);
     let stream = stream_limit.map(|limit| Instant::from_std(exchange.started) + limit);
     match (route, stream) {
         (Some(route), Some(stream)) => {
             exchange.stream_limited = stream < route;
+            exchange.stream_asked &= exchange.stream_limited;
             Some(route.min(stream))
         }
         (None, Some(stream)) => {

@@ -2,7 +2,7 @@
 
 use http::request::Parts;
 
-use super::{Exchange, facts, metadata};
+use super::{Exchange, facts};
 use crate::config::route::Action;
 use crate::policy::descriptors::{Descriptor, RateLimitEntry, Scene, VirtualHostLimits};
 use crate::worker::http::Downstream;
@@ -74,7 +74,7 @@ pub(super) fn describe(
     entries: &Entries<'_>,
     at_end: bool,
 ) -> Vec<Descriptor> {
-    let facts = facts(conn, parts, metadata(exchange));
+    let facts = facts(exchange, parts);
     let scene = Scene {
         facts: &facts,
         route: routed.route.metadata.as_deref(),

@@ -60,7 +60,7 @@ pub(super) async fn ask(
         .unwrap_or(&authz.service);
     let verdict = {
         let conn = exchange.conn.clone();
-        let facts = facts(&conn, parts, metadata(exchange));
+        let facts = facts(exchange, parts);
         match service {
             Service::Grpc(target) => {
                 let scene = CheckScene {

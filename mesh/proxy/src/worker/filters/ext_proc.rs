@@ -232,7 +232,7 @@ pub(super) async fn request(
             let attributes = if filter.request_attributes.is_empty() {
                 Default::default()
             } else {
-                let facts = facts(&exchange.conn, parts, metadata(exchange));
+                let facts = facts(exchange, parts);
                 told(&filter.request_attributes, |attribute| facts.attribute(attribute))
             };
             let is_first = !std::mem::replace(&mut processing.begun, true);
