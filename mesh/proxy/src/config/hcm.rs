@@ -10,6 +10,7 @@ use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager:
 use super::alpn::AlpnOverrides;
 use super::client_cert::ClientCert;
 use super::convert::{self, refuse_present};
+use super::http2::Http2Options;
 use super::listener::Direction;
 use super::origin::Origin;
 use super::route::Context;
@@ -138,6 +139,8 @@ pub struct HttpManager {
     pub stream_window: u32,
     /// HTTP/2 connection window.
     pub connection_window: u32,
+    /// HTTP/2: what clients may send, and whether they are asked if they live.
+    pub http2: Http2Options,
     /// How the router behaves.
     pub router: RouterOptions,
     /// Who requests are from, and what is told of it.
@@ -325,6 +328,14 @@ impl HttpManager {
             connection_window: http2
                 .and_then(|options| options.initial_connection_window_size.as_ref())
                 .map_or(1024 * 1024, |value| value.value),
+            http2: Http2Options::compile(
+                http2,
+                from.stream_error_on_invalid_http_message
+                    .as_ref()
+                    .filter(|_| from.codec_type != hcm::http_connection_manager::CodecType::Http1 as i32)
+                    .map(|value| value.value),
+            )
+            .within("http2_protocol_options")?,
             router: RouterOptions::default(),
             origin: Origin::compile(from)?,
             client_cert: ClientCert::compile(from)?,
@@ -457,12 +468,6 @@ fn refuse_unsupported(from: &hcm::HttpConnectionManager) -> Result<(), Refusal> 
                 from.path_normalization_options.is_some(),
             ),
             ("proxy_status_config", from.proxy_status_config.is_some()),
-            (
-                "http2_protocol_options.connection_keepalive",
-                from.http2_protocol_options
-                    .as_ref()
-                    .is_some_and(|options| options.connection_keepalive.is_some()),
-            ),
             (
                 "access_log_options",
                 from.access_log_options.as_ref().is_some_and(|options| {

@@ -38,6 +38,7 @@ pub mod hash;
 pub mod hcm;
 pub mod headers;
 pub mod health_check;
+pub mod http2;
 pub mod listener;
 pub mod listener_filters;
 pub mod matchers;

@@ -11,7 +11,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, Version};
 use tokio::time::Instant;
 
 use super::asked::Times;
-use super::attempts::{Permit, attempts};
+use super::attempts::{Permit, X_ATTEMPT_COUNT, attempts};
 use super::body::{Inbound, RequestSource};
 use super::exchange::Exchange;
 use super::filters;
@@ -104,6 +104,9 @@ pub(super) fn decline(
         headers.remove(name);
     }
     headers.extend(std::mem::take(&mut reply.headers));
+    if routed.host.attempt_count_in_response && exchange.attempts > 0 {
+        headers.insert(X_ATTEMPT_COUNT.clone(), HeaderValue::from(exchange.attempts));
+    }
     reply.headers = headers;
     reply.send(exchange)
 }

@@ -22,6 +22,8 @@ impl Forward {
             Some(policy) => RetryPolicy::compile(policy).within("retry_policy")?,
         };
         let timeout = match &from.timeout {
+            // Envoy's rule: the one or the other.
+            _ if from.max_stream_duration.is_some() => None,
             None => Some(DEFAULT_ROUTE_TIMEOUT),
             given => convert::timeout(given.as_ref()).within("timeout")?,
         };

@@ -4,10 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::client::{Answer, Ask};
 
-/// Of what endpoints see: the time that is left is not told to them; who we are is told (the peers' metadata); an empty
-/// request is told to be so only where its method says that it might not be.
-const NOT_COMPARED: [&str; 4] = [
-    "x-envoy-expected-rq-timeout-ms",
+/// Of what endpoints see: who we are is told (the peers' metadata); an empty request is told to be so only where its method
+/// says that it might not be.
+const NOT_COMPARED: [&str; 3] = [
     "x-envoy-peer-metadata",
     "content-length: 0",
     "x-envoy-peer-metadata-id",
