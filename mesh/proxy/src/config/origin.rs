@@ -29,7 +29,7 @@ const CUSTOM_HEADER: &str =
     "envoy.extensions.http.original_ip_detection.custom_header.v3.CustomHeaderConfig";
 
 /// Fields by which internal clients ask something of the router; of others they are not taken.
-const OF_INTERNAL_CLIENTS: [&str; 14] = [
+const OF_INTERNAL_CLIENTS: [&str; 15] = [
     "x-envoy-retriable-status-codes",
     "x-envoy-retriable-header-names",
     "x-envoy-retry-on",
@@ -39,6 +39,7 @@ const OF_INTERNAL_CLIENTS: [&str; 14] = [
     "x-envoy-upstream-rq-timeout-ms",
     "x-envoy-upstream-rq-per-try-timeout-ms",
     "x-envoy-upstream-rq-timeout-alt-response",
+    "x-envoy-upstream-stream-duration-ms",
     "x-envoy-expected-rq-timeout-ms",
     "x-envoy-force-trace",
     "x-envoy-ip-tags",

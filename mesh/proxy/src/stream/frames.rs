@@ -553,16 +553,18 @@ mod tests {
         let update = frame(WINDOW_UPDATE, 0, &[0, 0, 0, 1]);
         let priority = frame(PRIORITY, 0, &[0; 5]);
         let limits = FrameLimits { priority: 2, ..FrameLimits::default() };
-        let mut watch = Frames::of_client((), limits, None, Rc::default());
-        watch.received(&[b'P'; PREFACE as usize]);
-        for piece in [frame(HEADERS, END_HEADERS, b"h"), frame(DATA, 0, &[0; 100])].concat().chunks(5) {
-            watch.sent(piece);
-        }
+        let judged = |frames: Vec<u8>| {
+            let mut watch = Frames::of_client((), limits, None, Rc::default());
+            watch.received(&[b'P'; PREFACE as usize]);
+            for piece in [frame(HEADERS, END_HEADERS, b"h"), frame(DATA, 0, &[0; 100])].concat().chunks(5) {
+                watch.sent(piece);
+            }
+            watch.received(&frames)
+        };
         // 5 + 2 * (1 stream + 10 * 1 frame), 2 * (1 + 1 stream).
-        assert_eq!(watch.received(&update.repeat(27)), None);
-        assert_eq!(watch.received(&priority.repeat(4)), None);
-        assert_eq!(watch.received(&update), Some(Verdict::WindowUpdates));
-        assert_eq!(watch.received(&priority), Some(Verdict::Priority));
+        assert_eq!(judged([update.repeat(27), priority.repeat(4)].concat()), None);
+        assert_eq!(judged(update.repeat(28)), Some(Verdict::WindowUpdates));
+        assert_eq!(judged(priority.repeat(5)), Some(Verdict::Priority));
     }
 
     #[test]

@@ -102,6 +102,8 @@ where
     }
     let pings = options.keepalive.and_then(|_| connection.ping_pong());
     let asked = tokio::sync::Notify::new();
+    // How long a client that is told to go may take to hear it.
+    let mut goodbye = None;
     let mut dead = pin!(Seldom::new(async {
         match &options.keepalive {
             Some(rules) => until_dead(pings, rules, &watched, &asked, random::next).await,
@@ -111,7 +113,7 @@ where
     loop {
         tokio::select! {
             biased;
-            () = accept(&conn, &mut connection, &ending, &watched) => return,
+            () = accept(&conn, &mut connection, &ending, &watched, &mut goodbye) => return,
             () = dead.as_mut() => {
                 note_http2(&conn, Http2Event::KeepaliveTimeout);
                 return;
@@ -131,13 +133,13 @@ async fn accept<S>(
     connection: &mut Connection<Io<S>, Bytes>,
     ending: &Ending,
     watched: &Watched,
+    goodbye: &mut Option<Pin<Box<Sleep>>>,
 ) where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let mut goodbye = None;
     poll_fn(|cx| {
         loop {
-            if goodbye.as_mut().is_some_and(|wait: &mut Pin<Box<Sleep>>| wait.as_mut().poll(cx).is_ready()) {
+            if goodbye.as_mut().is_some_and(|wait| wait.as_mut().poll(cx).is_ready()) {
                 return Poll::Ready(());
             }
             match connection.poll_accept(cx) {
@@ -146,7 +148,7 @@ async fn accept<S>(
                         note_http2(conn, Http2Event::Ended(verdict));
                     }
                     connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
-                    goodbye = Some(Box::pin(tokio::time::sleep(GOODBYE)));
+                    *goodbye = Some(Box::pin(tokio::time::sleep(GOODBYE)));
                 }
                 // Nothing more is to be taken; if the end has come, the connection learns it now.
                 Poll::Pending if ending.release() => {}

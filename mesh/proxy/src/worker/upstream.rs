@@ -104,7 +104,9 @@ pub(super) fn decline(
         headers.remove(name);
     }
     headers.extend(std::mem::take(&mut reply.headers));
-    if routed.host.attempt_count_in_response && exchange.attempts > 0 {
+    // What the connection manager decides is not the router's answer.
+    let of_router = reply.details != "max_duration_timeout";
+    if of_router && routed.host.attempt_count_in_response && exchange.attempts > 0 {
         headers.insert(X_ATTEMPT_COUNT.clone(), HeaderValue::from(exchange.attempts));
     }
     reply.headers = headers;

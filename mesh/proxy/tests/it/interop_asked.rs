@@ -72,10 +72,10 @@ fn routes() -> Value {
                 to("/rewrite", "a", json!({ "prefix_rewrite": "/rewritten", "host_rewrite_literal": "inner" })),
                 to("/streams", "a", json!({ "timeout": "5s", "max_stream_duration": { "max_stream_duration": "8s" } })),
                 to("/grpc", "a", json!({ "max_grpc_timeout": "3s" })),
-                to("/slow-streams", "slow", json!({ "timeout": "0.1s", "max_stream_duration": { "max_stream_duration": "0.4s" } })),
+                to("/slow-streams", "slow", json!({ "timeout": "0.1s", "max_stream_duration": { "max_stream_duration": "1s" } })),
                 to("/slow-try", "slow", json!({ "timeout": "9s", "retry_policy": {
                     "retry_on": "5xx", "num_retries": 1, "per_try_timeout": "0.1s", "retry_back_off": waits } })),
-                to("/slow", "slow", json!({ "timeout": "0.4s" })),
+                to("/slow", "slow", json!({ "timeout": "2s" })),
                 to("/dead", "dead", json!({})),
                 to("/", "a", json!({})),
             ],
@@ -134,23 +134,23 @@ fn cases() -> Vec<(&'static str, String)> {
         ("/tries", vec![("x-envoy-hedge-on-per-try-timeout", "true")]),
         ("/tries", vec![("x-envoy-hedge-on-per-try-timeout", "maybe")]),
         ("/streams", vec![all("2000")]),
-        ("/slow", vec![all("150")]),
-        ("/slow", vec![each("150")]),
-        ("/slow", vec![each("150"), on("5xx"), max("1")]),
-        ("/slow", vec![all("150"), ("x-envoy-upstream-rq-timeout-alt-response", "1")]),
-        ("/slow", vec![each("150"), ("x-envoy-upstream-rq-timeout-alt-response", "1")]),
-        ("/slow", vec![("x-envoy-upstream-stream-duration-ms", "150")]),
-        ("/", vec![("x-envoy-upstream-stream-duration-ms", "150")]),
+        ("/slow", vec![all("400")]),
+        ("/slow", vec![each("400")]),
+        ("/slow", vec![each("400"), on("5xx"), max("1")]),
+        ("/slow", vec![all("400"), ("x-envoy-upstream-rq-timeout-alt-response", "1")]),
+        ("/slow", vec![each("400"), ("x-envoy-upstream-rq-timeout-alt-response", "1")]),
+        ("/slow", vec![("x-envoy-upstream-stream-duration-ms", "400")]),
+        ("/", vec![("x-envoy-upstream-stream-duration-ms", "400")]),
         ("/", vec![("x-envoy-upstream-alt-stat-name", "other")]),
         ("/", vec![("x-envoy-expected-rq-timeout-ms", "777")]),
         ("/", vec![("x-envoy-expected-rq-timeout-ms", "777"), all("555")]),
-        ("/slow", vec![("x-envoy-expected-rq-timeout-ms", "100")]),
+        ("/slow", vec![("x-envoy-expected-rq-timeout-ms", "400")]),
         ("/rewrite", vec![all("1500")]),
         ("/grpc", vec![("content-type", "application/grpc"), ("grpc-timeout", "2S")]),
         ("/grpc", vec![("content-type", "application/grpc"), ("grpc-timeout", "20S")]),
         ("/grpc", vec![("content-type", "application/grpc"), all("1500")]),
         ("/grpc", vec![("content-type", "application/grpc"), each("700")]),
-        ("/slow-streams", vec![all("150")]),
+        ("/slow-streams", vec![all("400")]),
     ] {
         out.push((path, fields(&list)));
     }
@@ -174,6 +174,14 @@ fn steady(text: &str) -> String {
 async fn envoy_and_serin_proxy_obey_the_same_clients_about_retries_and_timeouts() {
     let backend = telling("a").await;
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let never = silent.local_addr().unwrap();
+    // Connections are taken and nothing is said on them.
+    let held = tokio::spawn(async move {
+        let mut held = Vec::new();
+        while let Ok((stream, _)) = silent.accept().await {
+            held.push(stream);
+        }
+    });
     let dead = closed_port().await;
     let managers = managers();
     let format = "%REQ(X-CASE)% %RESPONSE_CODE% %RESPONSE_CODE_DETAILS% %RESPONSE_FLAGS% %UPSTREAM_REQUEST_ATTEMPT_COUNT% \
@@ -187,7 +195,7 @@ async fn envoy_and_serin_proxy_obey_the_same_clients_about_retries_and_timeouts(
             .collect();
         let mut clusters = [
             cluster("a", "ROUND_ROBIN", &[backend.address]),
-            cluster("slow", "ROUND_ROBIN", &[silent.local_addr().unwrap()]),
+            cluster("slow", "ROUND_ROBIN", &[never]),
             cluster("dead", "ROUND_ROBIN", &[dead]),
         ];
         for cluster in &mut clusters {
@@ -215,9 +223,8 @@ async fn envoy_and_serin_proxy_obey_the_same_clients_about_retries_and_timeouts(
     }
     let answers: Vec<_> = stream::iter(&asked)
         .map(|(_, _, ports, bytes)| async move {
-            let mut pair = Vec::new();
-            for at in ports {
-                let answer = ask(*at, bytes.as_bytes()).await.expect("an answer");
+            let one = async |at| {
+                let answer = ask(at, bytes.as_bytes()).await.expect("an answer");
                 let names: Vec<_> = answer
                     .fields
                     .iter()
@@ -230,11 +237,12 @@ async fn envoy_and_serin_proxy_obey_the_same_clients_about_retries_and_timeouts(
                 // Texts of failures name the transport's reason in Envoy.
                 let own = answer.status >= 500 && !answer.body.starts_with("a ");
                 let body = if own { String::new() } else { steady(&answer.body) };
-                pair.push((answer.status, names, body));
-            }
-            pair
+                (answer.status, names, body)
+            };
+            let (ours, theirs) = tokio::join!(one(ports[0]), one(ports[1]));
+            [ours, theirs]
         })
-        .buffered(16)
+        .buffered(48)
         .collect()
         .await;
     let [ours, theirs] = beside.lines(asked.len()).await;
@@ -267,5 +275,6 @@ async fn envoy_and_serin_proxy_obey_the_same_clients_about_retries_and_timeouts(
         asked.len(),
         differences.join("\n")
     );
+    held.abort();
     beside.stop().await;
 }

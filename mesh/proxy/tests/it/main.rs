@@ -29,6 +29,7 @@ mod fuzz_crate;
 mod golden;
 mod h2spec;
 mod harness;
+mod http2_limits;
 mod hygiene;
 mod interception;
 mod interim;

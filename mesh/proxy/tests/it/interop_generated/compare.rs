@@ -36,6 +36,11 @@ fn pardoned(ask: &Ask, mut answer: Answer) -> Answer {
         .filter(|line| !NOT_COMPARED.iter().any(|name| line.starts_with(name)))
         .map(|line| match line.split_once(": ") {
             Some(("x-request-id", value)) if value != "mine" => "x-request-id: (id)".to_owned(),
+            // Of a further try, what is left of the time: to the second.
+            Some((name @ "x-envoy-expected-rq-timeout-ms", left)) => {
+                let left: u64 = left.parse().unwrap_or(0);
+                format!("{name}: {}", left.div_ceil(1000))
+            }
             // Envoy names this machine's own address where the client's is a loopback address.
             Some(("x-forwarded-for", value)) => {
                 let before = value.rsplit_once(',').map_or("", |(before, _)| before);
