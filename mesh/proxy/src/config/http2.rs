@@ -97,8 +97,13 @@ impl Keepalive {
         Ok(Self {
             interval: convert::timeout(from.interval.as_ref()).within("interval")?,
             timeout: timeout.ok_or_else(|| Refusal::new("timeout", "is missing"))?,
-            jitter: from.interval_jitter.as_ref().map_or(JITTER, |percent| percent.value) / 100.0,
-            idle: convert::timeout(from.connection_idle_interval.as_ref()).within("connection_idle_interval")?,
+            jitter: from
+                .interval_jitter
+                .as_ref()
+                .map_or(JITTER, |percent| percent.value)
+                / 100.0,
+            idle: convert::timeout(from.connection_idle_interval.as_ref())
+                .within("connection_idle_interval")?,
         })
     }
 
@@ -120,7 +125,8 @@ impl Http2Options {
             return Ok(Self::default());
         };
         refuse(from, invalid_messages)?;
-        let number = |given: &Option<UInt32Value>, default| given.as_ref().map_or(default, |value| value.value);
+        let number =
+            |given: &Option<UInt32Value>, default| given.as_ref().map_or(default, |value| value.value);
         let control = number(&from.max_outbound_control_frames, u32::MAX);
         let resets = (from.stream_reset_burst.is_some() || from.stream_reset_rate.is_some()).then(|| {
             let number = |given: &Option<serin_xds::pb::google::protobuf::UInt64Value>, default| {
@@ -136,7 +142,10 @@ impl Http2Options {
             max_errors: MAX_ERRORS.min(control as usize),
             max_pending_resets: MAX_PENDING_RESETS.min(control as usize),
             frames: FrameLimits {
-                empty: number(&from.max_consecutive_inbound_frames_with_empty_payload, EMPTY_FRAMES),
+                empty: number(
+                    &from.max_consecutive_inbound_frames_with_empty_payload,
+                    EMPTY_FRAMES,
+                ),
                 priority: number(&from.max_inbound_priority_frames_per_stream, PRIORITY_FRAMES),
                 window_updates: number(
                     &from.max_inbound_window_update_frames_per_data_frame_sent,
@@ -225,7 +234,10 @@ mod tests {
             None,
         )
         .unwrap();
-        assert_eq!((given.table_size, given.max_errors, given.max_pending_resets), (Some(0), 10, 10));
+        assert_eq!(
+            (given.table_size, given.max_errors, given.max_pending_resets),
+            (Some(0), 10, 10)
+        );
         let frames = FrameLimits {
             empty: 0,
             priority: 3,
@@ -239,12 +251,27 @@ mod tests {
     fn what_is_stricter_than_what_holds_is_refused_by_name() {
         let plain = core::Http2ProtocolOptions::default;
         for (field, from) in [
-            ("max_outbound_frames", core::Http2ProtocolOptions { max_outbound_frames: number(9_999), ..plain() }),
+            (
+                "max_outbound_frames",
+                core::Http2ProtocolOptions {
+                    max_outbound_frames: number(9_999),
+                    ..plain()
+                },
+            ),
             (
                 "max_outbound_control_frames",
-                core::Http2ProtocolOptions { max_outbound_control_frames: number(7), ..plain() },
+                core::Http2ProtocolOptions {
+                    max_outbound_control_frames: number(7),
+                    ..plain()
+                },
             ),
-            ("allow_metadata", core::Http2ProtocolOptions { allow_metadata: true, ..plain() }),
+            (
+                "allow_metadata",
+                core::Http2ProtocolOptions {
+                    allow_metadata: true,
+                    ..plain()
+                },
+            ),
             (
                 "override_stream_error_on_invalid_http_message",
                 core::Http2ProtocolOptions {
@@ -279,6 +306,13 @@ mod tests {
         };
         assert_eq!(rules.wait(0), Some(Duration::from_secs(10)));
         assert_eq!(rules.wait(u64::MAX), Some(Duration::from_secs(15)));
-        assert_eq!(Keepalive { interval: None, ..rules }.wait(0), None);
+        assert_eq!(
+            Keepalive {
+                interval: None,
+                ..rules
+            }
+            .wait(0),
+            None
+        );
     }
 }

@@ -25,8 +25,7 @@ use crate::error::{Refusal, Within};
 static X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
 const XFF: &str = "envoy.extensions.http.original_ip_detection.xff.v3.XffConfig";
-const CUSTOM_HEADER: &str =
-    "envoy.extensions.http.original_ip_detection.custom_header.v3.CustomHeaderConfig";
+const CUSTOM_HEADER: &str = "envoy.extensions.http.original_ip_detection.custom_header.v3.CustomHeaderConfig";
 
 /// Fields by which internal clients ask something of the router; of others they are not taken.
 const OF_INTERNAL_CLIENTS: [&str; 15] = [
@@ -203,7 +202,8 @@ impl Origin {
             }
             found.named.filter(|_| may_be_internal)
         };
-        found.internal = client.is_some_and(|client| self.internal.iter().any(|range| range.contains(client)));
+        found.internal =
+            client.is_some_and(|client| self.internal.iter().any(|range| range.contains(client)));
         found.edge = self.use_remote_address && !found.internal;
         Ok(found)
     }
@@ -219,7 +219,9 @@ impl Detection {
         let any = convert::required(from.typed_config.as_ref(), "typed_config")?;
         match any.type_url.rsplit('/').next() {
             Some(XFF) => Self::of_forwarded_for(&convert::unpack(any, XFF)?).within("typed_config"),
-            Some(CUSTOM_HEADER) => Self::of_field(&convert::unpack(any, CUSTOM_HEADER)?).within("typed_config"),
+            Some(CUSTOM_HEADER) => {
+                Self::of_field(&convert::unpack(any, CUSTOM_HEADER)?).within("typed_config")
+            }
             _ => Err(Refusal::new(
                 "typed_config",
                 format!("{} is not supported", any.type_url),
@@ -306,7 +308,9 @@ impl Detection {
 
 fn scheme(from: Option<&core::SchemeHeaderTransformation>) -> Result<(Option<Scheme>, bool), Refusal> {
     use core::scheme_header_transformation::Transformation;
-    let Some(from) = from else { return Ok((None, false)) };
+    let Some(from) = from else {
+        return Ok((None, false));
+    };
     Ok(match &from.transformation {
         Some(Transformation::SchemeToOverwrite(scheme)) => match scheme.as_str() {
             "http" => (Some(Scheme::HTTP), false),
@@ -324,11 +328,9 @@ fn scheme(from: Option<&core::SchemeHeaderTransformation>) -> Result<(Option<Sch
 
 /// What is internal where the configuration does not say what is: RFC 1918, RFC 4193 and the loopback addresses.
 fn private() -> Box<[Cidr]> {
-    let range = |address: &str, length| {
-        core::CidrRange {
-            address_prefix: address.into(),
-            prefix_len: Some(serin_xds::pb::google::protobuf::UInt32Value { value: length }),
-        }
+    let range = |address: &str, length| core::CidrRange {
+        address_prefix: address.into(),
+        prefix_len: Some(serin_xds::pb::google::protobuf::UInt32Value { value: length }),
     };
     [
         range("10.0.0.0", 8),
@@ -431,14 +433,54 @@ mod tests {
             (true, 0, None, "10.1.1.1", "10.1.1.1", true, false),
             (true, 0, None, "8.8.8.8", "8.8.8.8", false, true),
             (true, 0, Some("10.2.2.2"), "10.1.1.1", "10.1.1.1", false, true),
-            (true, 1, Some("1.1.1.1, 2.2.2.2"), "10.1.1.1", "2.2.2.2", false, true),
-            (true, 2, Some("1.1.1.1, 2.2.2.2"), "10.1.1.1", "1.1.1.1", false, true),
-            (true, 3, Some("1.1.1.1, 2.2.2.2"), "10.1.1.1", "10.1.1.1", false, true),
+            (
+                true,
+                1,
+                Some("1.1.1.1, 2.2.2.2"),
+                "10.1.1.1",
+                "2.2.2.2",
+                false,
+                true,
+            ),
+            (
+                true,
+                2,
+                Some("1.1.1.1, 2.2.2.2"),
+                "10.1.1.1",
+                "1.1.1.1",
+                false,
+                true,
+            ),
+            (
+                true,
+                3,
+                Some("1.1.1.1, 2.2.2.2"),
+                "10.1.1.1",
+                "10.1.1.1",
+                false,
+                true,
+            ),
             (true, 1, Some("nobody"), "10.1.1.1", "10.1.1.1", false, true),
             (false, 0, None, "10.1.1.1", "10.1.1.1", false, false),
             (false, 0, Some("10.2.2.2"), "8.8.8.8", "10.2.2.2", true, false),
-            (false, 0, Some("1.1.1.1,10.2.2.2"), "8.8.8.8", "10.2.2.2", false, false),
-            (false, 1, Some("10.3.3.3,10.2.2.2"), "8.8.8.8", "10.3.3.3", false, false),
+            (
+                false,
+                0,
+                Some("1.1.1.1,10.2.2.2"),
+                "8.8.8.8",
+                "10.2.2.2",
+                false,
+                false,
+            ),
+            (
+                false,
+                1,
+                Some("10.3.3.3,10.2.2.2"),
+                "8.8.8.8",
+                "10.3.3.3",
+                false,
+                false,
+            ),
             (false, 1, Some("10.2.2.2"), "8.8.8.8", "8.8.8.8", false, false),
             (false, 0, Some("1.1.1.1,"), "8.8.8.8", "8.8.8.8", false, false),
             (false, 0, Some(" ::1 "), "8.8.8.8", "::1", false, false),
@@ -454,7 +496,12 @@ mod tests {
 
     #[test]
     fn a_request_without_the_field_that_names_its_client_is_refused_where_that_is_asked_for() {
-        for (asked, answered) in [(None, None), (Some(404), Some(404)), (Some(200), Some(403)), (Some(600), Some(403))] {
+        for (asked, answered) in [
+            (None, None),
+            (Some(404), Some(404)),
+            (Some(200), Some(403)),
+            (Some(600), Some(403)),
+        ] {
             let detection = Detection::of_field(&custom_header::CustomHeaderConfig {
                 header_name: "x-client".into(),
                 reject_with_status: asked.map(|code| serin_xds::pb::envoy::r#type::v3::HttpStatus { code }),
@@ -487,12 +534,20 @@ mod tests {
         let mut other = manager(false, 0);
         other.original_ip_detection_extensions = vec![extension("a.B")];
         let mut range_of_nothing = manager(false, 0);
-        range_of_nothing.internal_address_config.as_mut().unwrap().cidr_ranges[0].address_prefix = "x".into();
+        range_of_nothing
+            .internal_address_config
+            .as_mut()
+            .unwrap()
+            .cidr_ranges[0]
+            .address_prefix = "x".into();
         for (from, path) in [
             (with_both, "original_ip_detection_extensions"),
             (with_hops, "original_ip_detection_extensions"),
             (other, "original_ip_detection_extensions[0].typed_config"),
-            (range_of_nothing, "internal_address_config.cidr_ranges[0].address_prefix"),
+            (
+                range_of_nothing,
+                "internal_address_config.cidr_ranges[0].address_prefix",
+            ),
         ] {
             let refusal = Origin::compile(&from).unwrap_err().to_string();
             assert!(refusal.contains(path), "{refusal}");

@@ -43,8 +43,10 @@ impl RouterOptions {
         Ok(Self {
             suppress_envoy_headers: from.suppress_envoy_headers,
             respect_expected_timeout: from.respect_expected_rq_timeout,
-            strict: each(&from.strict_check_headers, "strict_check_headers", |name: &String| {
-                match name.as_str() {
+            strict: each(
+                &from.strict_check_headers,
+                "strict_check_headers",
+                |name: &String| match name.as_str() {
                     "x-envoy-upstream-rq-timeout-ms"
                     | "x-envoy-upstream-rq-per-try-timeout-ms"
                     | "x-envoy-max-retries"
@@ -52,8 +54,8 @@ impl RouterOptions {
                     | "x-envoy-retry-on" => HeaderName::from_bytes(name.as_bytes())
                         .map_err(|_| Refusal::new("", format!("{name:?} is not a header name"))),
                     _ => Err(Refusal::new("", format!("{name:?} is not checked"))),
-                }
-            })?,
+                },
+            )?,
         })
     }
 

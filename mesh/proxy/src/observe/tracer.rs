@@ -137,12 +137,7 @@ impl Tracer {
     }
 
     /// Whether and why a request without a decision of its own is traced.
-    pub fn decide(
-        &self,
-        id: Option<&[u8]>,
-        headers: &HeaderMap,
-        random: &impl Fn() -> u64,
-    ) -> Reason {
+    pub fn decide(&self, id: Option<&[u8]>, headers: &HeaderMap, random: &impl Fn() -> u64) -> Reason {
         let mut reason = id.and_then(Reason::of_id).unwrap_or(Reason::None);
         if reason == Reason::None {
             if headers.contains_key("x-client-trace-id") && hit(self.client, random()) {

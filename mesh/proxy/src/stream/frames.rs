@@ -269,7 +269,11 @@ impl Counts {
             WINDOW_UPDATE => {
                 self.window_updates += 1;
                 let answered = u64::from(self.limits.window_updates).saturating_mul(self.data);
-                let most = self.opened.saturating_add(answered).saturating_mul(2).saturating_add(5);
+                let most = self
+                    .opened
+                    .saturating_add(answered)
+                    .saturating_mul(2)
+                    .saturating_add(5);
                 (self.window_updates > most).then_some(Verdict::WindowUpdates)
             }
             RST_STREAM => {
@@ -498,7 +502,11 @@ mod tests {
 
     fn frame(kind: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
         let length = (payload.len() as u32).to_be_bytes();
-        [&[length[1], length[2], length[3], kind, flags, 0, 0, 0, 1][..], payload].concat()
+        [
+            &[length[1], length[2], length[3], kind, flags, 0, 0, 0, 1][..],
+            payload,
+        ]
+        .concat()
     }
 
     /// The verdict on what a client sends, `step` bytes at a time.
@@ -511,7 +519,12 @@ mod tests {
     #[test]
     fn frames_without_use_are_counted_and_others_are_not() {
         let limits = FrameLimits::default();
-        let strict = FrameLimits { empty: 0, priority: 0, window_updates: 1, resets: Some((2, 0)) };
+        let strict = FrameLimits {
+            empty: 0,
+            priority: 0,
+            window_updates: 1,
+            resets: Some((2, 0)),
+        };
         let empty = frame(DATA, 0, b"");
         let padded = frame(DATA, PADDED, &[3, 0, 0, 0]);
         let last = frame(DATA, END_STREAM, b"");
@@ -526,13 +539,33 @@ mod tests {
         for (name, limits, frames, verdict) in [
             ("one empty", limits, many(&empty, 1), None),
             ("two", limits, many(&empty, 2), Some(Verdict::EmptyFrames)),
-            ("one where none may be", strict, many(&empty, 1), Some(Verdict::EmptyFrames)),
-            ("padding is nothing", strict, many(&padded, 1), Some(Verdict::EmptyFrames)),
+            (
+                "one where none may be",
+                strict,
+                many(&empty, 1),
+                Some(Verdict::EmptyFrames),
+            ),
+            (
+                "padding is nothing",
+                strict,
+                many(&padded, 1),
+                Some(Verdict::EmptyFrames),
+            ),
             ("the last one", strict, many(&last, 3), None),
             ("content", strict, many(&full, 3), None),
             ("padded content", strict, many(&full_padded, 3), None),
-            ("apart", limits, [many(&empty, 1), many(&full, 1), many(&empty, 1)].concat(), None),
-            ("heads", limits, [many(&head, 1), many(&empty_more, 2)].concat(), Some(Verdict::EmptyFrames)),
+            (
+                "apart",
+                limits,
+                [many(&empty, 1), many(&full, 1), many(&empty, 1)].concat(),
+                None,
+            ),
+            (
+                "heads",
+                limits,
+                [many(&head, 1), many(&empty_more, 2)].concat(),
+                Some(Verdict::EmptyFrames),
+            ),
             ("priorities", limits, many(&priority, 100), None),
             ("one more", limits, many(&priority, 101), Some(Verdict::Priority)),
             ("none may be", strict, many(&priority, 1), Some(Verdict::Priority)),
@@ -552,11 +585,17 @@ mod tests {
     fn what_was_sent_allows_more_window_updates_and_priorities() {
         let update = frame(WINDOW_UPDATE, 0, &[0, 0, 0, 1]);
         let priority = frame(PRIORITY, 0, &[0; 5]);
-        let limits = FrameLimits { priority: 2, ..FrameLimits::default() };
+        let limits = FrameLimits {
+            priority: 2,
+            ..FrameLimits::default()
+        };
         let judged = |frames: Vec<u8>| {
             let mut watch = Frames::of_client((), limits, None, Rc::default());
             watch.received(&[b'P'; PREFACE as usize]);
-            for piece in [frame(HEADERS, END_HEADERS, b"h"), frame(DATA, 0, &[0; 100])].concat().chunks(5) {
+            for piece in [frame(HEADERS, END_HEADERS, b"h"), frame(DATA, 0, &[0; 100])]
+                .concat()
+                .chunks(5)
+            {
                 watch.sent(piece);
             }
             watch.received(&frames)
@@ -583,9 +622,21 @@ mod tests {
         for (name, frames, late) in [
             ("whole", vec![frame(HEADERS, END_HEADERS, b"h")], false),
             ("no end", vec![frame(HEADERS, 0, b"h")], true),
-            ("no end of more", vec![frame(HEADERS, 0, b"h"), frame(CONTINUATION, 0, b"h")], true),
-            ("in two", vec![frame(HEADERS, 0, b"h"), frame(CONTINUATION, END_HEADERS, b"h")], false),
-            ("half a frame", vec![frame(HEADERS, END_HEADERS, b"half")[..10].to_vec()], true),
+            (
+                "no end of more",
+                vec![frame(HEADERS, 0, b"h"), frame(CONTINUATION, 0, b"h")],
+                true,
+            ),
+            (
+                "in two",
+                vec![frame(HEADERS, 0, b"h"), frame(CONTINUATION, END_HEADERS, b"h")],
+                false,
+            ),
+            (
+                "half a frame",
+                vec![frame(HEADERS, END_HEADERS, b"half")[..10].to_vec()],
+                true,
+            ),
             ("no head", vec![frame(DATA, 0, b"content")[..10].to_vec()], false),
         ] {
             let (near, mut far) = tokio::io::duplex(1024);

@@ -138,7 +138,9 @@ async fn drive(mut connection: Connection<Io, Bytes>, state: &State, keepalive: 
     });
     let dead = async {
         match keepalive {
-            Some(rules) => keepalive::until_dead(pings, rules, &state.watched, &state.asked, random::next).await,
+            Some(rules) => {
+                keepalive::until_dead(pings, rules, &state.watched, &state.asked, random::next).await
+            }
             None => until_dead(pings, state).await,
         }
     };

@@ -57,7 +57,12 @@ fn is_asking(name: &HeaderName) -> bool {
 
 impl Times {
     /// Of a request that takes the route; what it asks is taken off, and the endpoint told what is left.
-    pub(super) fn of(forward: &Forward, options: &RouterOptions, grpc: bool, headers: &mut HeaderMap) -> Self {
+    pub(super) fn of(
+        forward: &Forward,
+        options: &RouterOptions,
+        grpc: bool,
+        headers: &mut HeaderMap,
+    ) -> Self {
         let asks = headers.keys().any(is_asking);
         let mut times = Self {
             route: forward.timeout_of(grpc, headers),
@@ -97,7 +102,9 @@ impl Times {
             Some(b"false") => self.hedge = false,
             _ => {}
         }
-        let expected = headers.get(&EXPECTED).filter(|_| options.respect_expected_timeout);
+        let expected = headers
+            .get(&EXPECTED)
+            .filter(|_| options.respect_expected_timeout);
         let asked = match expected {
             Some(expected) => {
                 // It stands as the hop before has written it.

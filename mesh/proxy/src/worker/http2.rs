@@ -139,7 +139,10 @@ async fn accept<S>(
 {
     poll_fn(|cx| {
         loop {
-            if goodbye.as_mut().is_some_and(|wait| wait.as_mut().poll(cx).is_ready()) {
+            if goodbye
+                .as_mut()
+                .is_some_and(|wait| wait.as_mut().poll(cx).is_ready())
+            {
                 return Poll::Ready(());
             }
             match connection.poll_accept(cx) {
@@ -185,7 +188,8 @@ fn note_http2(conn: &Rc<Downstream>, event: Http2Event) {
         Http2Event::Ended(Verdict::LateHeaders) => {
             conn.note(HttpEvent::RqHeaderTimeout);
             conn.request_began(true);
-            let mut exchange = Exchange::new(conn.clone(), Method::GET, Uri::from_static("/"), Version::HTTP_2);
+            let mut exchange =
+                Exchange::new(conn.clone(), Method::GET, Uri::from_static("/"), Version::HTTP_2);
             exchange.headless = true;
             exchange.code = StatusCode::REQUEST_TIMEOUT.as_u16();
             exchange.details = Verdict::LateHeaders.details().into();

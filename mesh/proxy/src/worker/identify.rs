@@ -51,12 +51,7 @@ pub(super) fn identify(
         .apply(headers, conn.tls.as_deref(), certificate);
     let found = origin.find(headers, conn.remote.ip()).map_err(|status| {
         conn.note(HttpEvent::RqClientUnknown);
-        LocalReply::new(
-            status,
-            Flags::default(),
-            "rejecting_because_detection_failed",
-            "",
-        )
+        LocalReply::new(status, Flags::default(), "rejecting_because_detection_failed", "")
     })?;
     exchange.internal = found.internal;
     if let Some(named) = found.named {
@@ -99,7 +94,9 @@ fn forward_addresses(conn: &Downstream, exchange: &Exchange, headers: &mut Heade
     for _ in 0..found.appends {
         let value = match headers.get(&X_FORWARDED_FOR).map(HeaderValue::to_str) {
             Some(Ok("")) | None => Ok(conn.remote_text().clone()),
-            Some(Ok(before)) => HeaderValue::try_from(format!("{before},{}", conn.remote.ip().to_canonical())),
+            Some(Ok(before)) => {
+                HeaderValue::try_from(format!("{before},{}", conn.remote.ip().to_canonical()))
+            }
             Some(Err(_)) => break,
         };
         if let Ok(value) = value {
@@ -144,7 +141,9 @@ fn scheme(conn: &Downstream, exchange: &Exchange, origin: &Origin, headers: &Hea
     {
         return scheme.clone();
     }
-    let forwarded = headers.get(&X_FORWARDED_PROTO).map_or(&b""[..], HeaderValue::as_bytes);
+    let forwarded = headers
+        .get(&X_FORWARDED_PROTO)
+        .map_or(&b""[..], HeaderValue::as_bytes);
     match () {
         () if forwarded.eq_ignore_ascii_case(b"https") => Scheme::HTTPS,
         () if forwarded.eq_ignore_ascii_case(b"http") => Scheme::HTTP,
@@ -158,6 +157,8 @@ pub(super) fn append_via(headers: &mut HeaderMap, via: &HeaderValue) {
     let joined = headers
         .get(header::VIA)
         .filter(|before| !before.is_empty())
-        .and_then(|before| HeaderValue::from_bytes(&[before.as_bytes(), via.as_bytes()].join(&b", "[..])).ok());
+        .and_then(|before| {
+            HeaderValue::from_bytes(&[before.as_bytes(), via.as_bytes()].join(&b", "[..])).ok()
+        });
     headers.insert(header::VIA, joined.unwrap_or_else(|| via.clone()));
 }

@@ -11,8 +11,8 @@ use super::request::{PEER_METADATA, PEER_METADATA_ID, Routed};
 use super::scene::RequestScene;
 use crate::config::headers::HeaderOps;
 use crate::config::listener::Direction;
-use crate::config::router::RouterOptions;
 use crate::config::route::{Forward, HostRewrite, Rewrite, Route, Target};
+use crate::config::router::RouterOptions;
 use crate::hygiene::fields::append;
 use crate::metrics::flags::Flags;
 

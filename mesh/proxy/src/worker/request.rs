@@ -270,11 +270,7 @@ pub(super) async fn handle(
 }
 
 /// Answers a request that never gets as far as to a route: it is logged like others, and filters see the answer.
-async fn turn_away(
-    mut exchange: Box<Exchange>,
-    parts: &Parts,
-    reply: LocalReply,
-) -> Response<Body> {
+async fn turn_away(mut exchange: Box<Exchange>, parts: &Parts, reply: LocalReply) -> Response<Body> {
     exchange.request_id = parts.headers.get(&X_REQUEST_ID).cloned();
     logging::keep_request(&mut exchange, parts);
     filters::pass_by_all(&mut exchange, parts);

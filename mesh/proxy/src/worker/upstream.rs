@@ -208,9 +208,17 @@ pub(super) async fn forward(
         return decline(exchange, &routed, target, &parts, None, reply);
     }
     // What the route adds may ask for retries as well (Envoy).
-    let adds = [&routed.route.request_headers, &routed.host.request_headers, &routed.table.request_headers];
+    let adds = [
+        &routed.route.request_headers,
+        &routed.host.request_headers,
+        &routed.table.request_headers,
+    ];
     let may_ask = times.asks || adds.iter().any(|ops| !ops.is_empty());
-    let asks = may_ask && parts.headers.keys().any(|name| RetryPolicy::is_asked_by(name.as_str()));
+    let asks = may_ask
+        && parts
+            .headers
+            .keys()
+            .any(|name| RetryPolicy::is_asked_by(name.as_str()));
     let asked = asks.then(|| RetryPolicy::asked(forward.retry.as_ref(), &mut parts.headers));
     let retry = match &asked {
         None => forward.retry.as_ref(),

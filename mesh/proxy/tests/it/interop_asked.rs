@@ -75,7 +75,7 @@ fn routes() -> Value {
                 to("/slow-streams", "slow", json!({ "timeout": "0.1s", "max_stream_duration": { "max_stream_duration": "1s" } })),
                 to("/slow-try", "slow", json!({ "timeout": "9s", "retry_policy": {
                     "retry_on": "5xx", "num_retries": 1, "per_try_timeout": "0.1s", "retry_back_off": waits } })),
-                to("/slow", "slow", json!({ "timeout": "2s" })),
+                to("/slow", "slow", json!({ "timeout": "1.2s" })),
                 to("/dead", "dead", json!({})),
                 to("/", "a", json!({})),
             ],
@@ -85,15 +85,32 @@ fn routes() -> Value {
 
 /// Path and fields.
 fn cases() -> Vec<(&'static str, String)> {
-    let fields = |list: &[(&str, &str)]| list.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect::<String>();
+    let fields = |list: &[(&str, &str)]| {
+        list.iter()
+            .map(|(name, value)| format!("{name}: {value}\r\n"))
+            .collect::<String>()
+    };
     let on = |value: &'static str| ("x-envoy-retry-on", value);
     let max = |value: &'static str| ("x-envoy-max-retries", value);
     let all = |value: &'static str| ("x-envoy-upstream-rq-timeout-ms", value);
     let each = |value: &'static str| ("x-envoy-upstream-rq-per-try-timeout-ms", value);
     let mut out = Vec::new();
     for path in [
-        "/", "/retry", "/tries", "/long-tries", "/hedge", "/forever", "/rewrite", "/streams", "/adds?status=503", "/slow",
-        "/slow-try", "/slow-streams", "/dead", "/?status=503", "/grpc",
+        "/",
+        "/retry",
+        "/tries",
+        "/long-tries",
+        "/hedge",
+        "/forever",
+        "/rewrite",
+        "/streams",
+        "/adds?status=503",
+        "/slow",
+        "/slow-try",
+        "/slow-streams",
+        "/dead",
+        "/?status=503",
+        "/grpc",
     ] {
         out.push((path, String::new()));
     }
@@ -108,10 +125,28 @@ fn cases() -> Vec<(&'static str, String)> {
         ("/?status=503", vec![max("2")]),
         ("/?status=503", vec![("x-envoy-retry-grpc-on", "5xx"), max("2")]),
         ("/?status=503", vec![on("unavailable")]),
-        ("/?status=418", vec![on("retriable-status-codes"), ("x-envoy-retriable-status-codes", "417, 418,x")]),
+        (
+            "/?status=418",
+            vec![
+                on("retriable-status-codes"),
+                ("x-envoy-retriable-status-codes", "417, 418,x"),
+            ],
+        ),
         ("/?status=418", vec![on("retriable-status-codes")]),
-        ("/?status=200", vec![on("retriable-headers"), ("x-envoy-retriable-header-names", "x-none, via")]),
-        ("/?status=200", vec![on("retriable-headers"), ("x-envoy-retriable-header-names", "x-none")]),
+        (
+            "/?status=200",
+            vec![
+                on("retriable-headers"),
+                ("x-envoy-retriable-header-names", "x-none, via"),
+            ],
+        ),
+        (
+            "/?status=200",
+            vec![
+                on("retriable-headers"),
+                ("x-envoy-retriable-header-names", "x-none"),
+            ],
+        ),
         ("/retry?status=409", vec![max("1")]),
         ("/retry?status=409", vec![]),
         ("/retry?status=503", vec![on("5xx")]),
@@ -137,8 +172,14 @@ fn cases() -> Vec<(&'static str, String)> {
         ("/slow", vec![all("400")]),
         ("/slow", vec![each("400")]),
         ("/slow", vec![each("400"), on("5xx"), max("1")]),
-        ("/slow", vec![all("400"), ("x-envoy-upstream-rq-timeout-alt-response", "1")]),
-        ("/slow", vec![each("400"), ("x-envoy-upstream-rq-timeout-alt-response", "1")]),
+        (
+            "/slow",
+            vec![all("400"), ("x-envoy-upstream-rq-timeout-alt-response", "1")],
+        ),
+        (
+            "/slow",
+            vec![each("400"), ("x-envoy-upstream-rq-timeout-alt-response", "1")],
+        ),
         ("/slow", vec![("x-envoy-upstream-stream-duration-ms", "400")]),
         ("/", vec![("x-envoy-upstream-stream-duration-ms", "400")]),
         ("/", vec![("x-envoy-upstream-alt-stat-name", "other")]),
@@ -146,8 +187,14 @@ fn cases() -> Vec<(&'static str, String)> {
         ("/", vec![("x-envoy-expected-rq-timeout-ms", "777"), all("555")]),
         ("/slow", vec![("x-envoy-expected-rq-timeout-ms", "400")]),
         ("/rewrite", vec![all("1500")]),
-        ("/grpc", vec![("content-type", "application/grpc"), ("grpc-timeout", "2S")]),
-        ("/grpc", vec![("content-type", "application/grpc"), ("grpc-timeout", "20S")]),
+        (
+            "/grpc",
+            vec![("content-type", "application/grpc"), ("grpc-timeout", "2S")],
+        ),
+        (
+            "/grpc",
+            vec![("content-type", "application/grpc"), ("grpc-timeout", "20S")],
+        ),
         ("/grpc", vec![("content-type", "application/grpc"), all("1500")]),
         ("/grpc", vec![("content-type", "application/grpc"), each("700")]),
         ("/slow-streams", vec![all("400")]),
@@ -162,9 +209,14 @@ fn steady(text: &str) -> String {
     const NAME: &str = "x-envoy-expected-rq-timeout-ms=";
     let again = !text.contains("x-envoy-attempt-count=1 ");
     text.split(' ')
-        .map(|word| match word.strip_prefix(NAME).and_then(|millis| millis.parse::<u64>().ok()) {
-            Some(millis) if again && millis > 500 => format!("{NAME}<{}", millis.div_ceil(500) * 500),
-            _ => word.to_owned(),
+        .map(|word| {
+            match word
+                .strip_prefix(NAME)
+                .and_then(|millis| millis.parse::<u64>().ok())
+            {
+                Some(millis) if again && millis > 3000 => format!("{NAME}<{}", millis.div_ceil(3000) * 3000),
+                _ => word.to_owned(),
+            }
         })
         .collect::<Vec<_>>()
         .join(" ")
@@ -211,7 +263,11 @@ async fn envoy_and_serin_proxy_obey_the_same_clients_about_retries_and_timeouts(
         for (path, fields) in cases() {
             for client in ["10.1.2.3", "8.8.8.8"] {
                 // Where the client is not who is connected, a hop before says who it is.
-                let named = if manager == 1 { format!("x-forwarded-for: {client}\r\n") } else { String::new() };
+                let named = if manager == 1 {
+                    format!("x-forwarded-for: {client}\r\n")
+                } else {
+                    String::new()
+                };
                 let id = format!("c{}", asked.len());
                 let bytes = format!(
                     "PROXY TCP4 {client} 10.200.0.1 1234 4321\r\n\
@@ -242,7 +298,7 @@ async fn envoy_and_serin_proxy_obey_the_same_clients_about_retries_and_timeouts(
             let (ours, theirs) = tokio::join!(one(ports[0]), one(ports[1]));
             [ours, theirs]
         })
-        .buffered(48)
+        .buffered(96)
         .collect()
         .await;
     let [ours, theirs] = beside.lines(asked.len()).await;

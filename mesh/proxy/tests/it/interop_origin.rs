@@ -43,7 +43,10 @@ pub(crate) async fn telling(name: &'static str) -> Backend {
             })
             .map(|(key, value)| format!("{key}={}", String::from_utf8_lossy(value.as_bytes())))
             .collect();
-        let id = seen.headers.get("x-request-id").map(|id| id.as_bytes() == b"mine");
+        let id = seen
+            .headers
+            .get("x-request-id")
+            .map(|id| id.as_bytes() == b"mine");
         fields.push(format!("id={id:?}"));
         fields.sort();
         let text = format!("{name} {} {}", seen.path, fields.join(" "));
@@ -58,7 +61,14 @@ pub(crate) async fn telling(name: &'static str) -> Backend {
 }
 
 /// A listener that believes the PROXY protocol, with a connection manager of which `more` says the rest.
-pub(crate) fn listener(name: &str, port: u16, log: &str, format: &str, more: &Value, routes: &Value) -> Value {
+pub(crate) fn listener(
+    name: &str,
+    port: u16,
+    log: &str,
+    format: &str,
+    more: &Value,
+    routes: &Value,
+) -> Value {
     let mut manager = json!({
         "@type": HCM,
         "stat_prefix": name,
@@ -116,7 +126,9 @@ pub(crate) async fn ask(at: SocketAddr, bytes: &[u8]) -> Option<Answer> {
                 .filter_map(|line| line.split_once(':'))
                 .map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned()))
                 .collect();
-            let length = fields.get("content-length").and_then(|length| length.parse().ok());
+            let length = fields
+                .get("content-length")
+                .and_then(|length| length.parse().ok());
             if body.len() >= length.unwrap_or(0) {
                 let status = top.get(9..12)?.parse().ok()?;
                 let body = body.to_owned();
@@ -186,7 +198,10 @@ impl Beside {
             };
             for line in soon("an access log", read).await.lines() {
                 let (case, rest) = line.split_once(' ').unwrap();
-                lines.entry(case.to_owned()).or_insert_with(Vec::new).push(rest.to_owned());
+                lines
+                    .entry(case.to_owned())
+                    .or_insert_with(Vec::new)
+                    .push(rest.to_owned());
             }
         }
         out
@@ -311,7 +326,14 @@ fn heads() -> Vec<String> {
     for proto in ["http", "https", "HTTPS", "ftp"] {
         out.push(format!("x-forwarded-proto: {proto}\r\nx-forwarded-port: 77\r\n"));
     }
-    for client in ["10.4.4.4", "9.4.4.4", "fd00::4", "10.4.4.4:80", "nobody", "10.4.4.4, 9.9.9.9"] {
+    for client in [
+        "10.4.4.4",
+        "9.4.4.4",
+        "fd00::4",
+        "10.4.4.4:80",
+        "nobody",
+        "10.4.4.4, 9.9.9.9",
+    ] {
         out.push(format!("x-client: {client}\r\n"));
     }
     out.push("x-client: 10.4.4.4\r\nx-forwarded-for: 9.9.9.9\r\n".into());

@@ -115,7 +115,10 @@ mod tests {
             policy.wants(&Outcome::Response(StatusCode::from_u16(code).unwrap(), &fields))
         };
         let mut asked = headers(&[
-            (RETRY_ON, "gateway-error, retriable-status-codes,retriable-headers,nonsense,unavailable"),
+            (
+                RETRY_ON,
+                "gateway-error, retriable-status-codes,retriable-headers,nonsense,unavailable",
+            ),
             (MAX_RETRIES, " 7 "),
             (STATUS_CODES, "418, x, 70000"),
             (HEADER_NAMES, "x-again, not a name"),
@@ -127,7 +130,10 @@ mod tests {
         assert!(answer(&policy, 503, None) && answer(&policy, 409, None) && answer(&policy, 418, None));
         assert!(answer(&policy, 200, Some("x-again")));
         assert!(!answer(&policy, 200, Some("x-other")) && !answer(&policy, 500, None));
-        assert!(!policy.on.has(RetryOn::UNAVAILABLE), "that is asked for in another field");
+        assert!(
+            !policy.on.has(RetryOn::UNAVAILABLE),
+            "that is asked for in another field"
+        );
     }
 
     #[test]
@@ -139,7 +145,10 @@ mod tests {
             &[(RETRY_GRPC_ON, "5xx")],
             &[(STATUS_CODES, "418")],
         ] {
-            assert!(RetryPolicy::asked(None, &mut headers(fields)).is_none(), "{fields:?}");
+            assert!(
+                RetryPolicy::asked(None, &mut headers(fields)).is_none(),
+                "{fields:?}"
+            );
         }
         let one = RetryPolicy::asked(None, &mut headers(&[(RETRY_GRPC_ON, "cancelled")])).unwrap();
         assert_eq!((one.attempts, one.on), (1, RetryOn::CANCELLED));

@@ -27,8 +27,8 @@ impl Forward {
             None => Some(DEFAULT_ROUTE_TIMEOUT),
             given => convert::timeout(given.as_ref()).within("timeout")?,
         };
-        let hedge =
-            compile_hedge(from.hedge_policy.as_ref().or(host.hedge_policy.as_ref())).within("hedge_policy")?;
+        let hedge = compile_hedge(from.hedge_policy.as_ref().or(host.hedge_policy.as_ref()))
+            .within("hedge_policy")?;
         let mirrors = from
             .request_mirror_policies
             .iter()

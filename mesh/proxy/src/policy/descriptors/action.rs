@@ -343,7 +343,9 @@ impl Action {
                 });
                 Outcome::found(key, value, *absent)
             }
-            Self::RemoteAddress => Outcome::Entry("remote_address".into(), facts.remote.ip().to_string().into()),
+            Self::RemoteAddress => {
+                Outcome::Entry("remote_address".into(), facts.remote.ip().to_string().into())
+            }
             Self::MaskedRemoteAddress { v4, v6 } => Outcome::Entry(
                 "masked_remote_address".into(),
                 masked(facts.remote.ip(), *v4, *v6).into(),
