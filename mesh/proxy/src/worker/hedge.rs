@@ -7,6 +7,7 @@
 use std::cell::RefCell;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
@@ -14,18 +15,18 @@ use http::request::Parts;
 use tokio::time::Instant;
 
 use super::attempts::{
-    Again, Avoid, Permit, Success, Try, asked_wait, attempt, attempts, judge, no_healthy_upstream,
+    Again, Avoid, Permit, Success, Tried, Try, asked_wait, attempt, attempts, judge, no_healthy_upstream,
     take_retry_permit,
 };
-use super::body::RequestSource;
 use super::exchange::{Exchange, Sent};
-use super::failure::{Failure, final_reply};
+use super::failure::final_reply;
 use super::local::LocalReply;
-use super::request::{Routed, view};
+use super::request::view;
 use super::upstream::Plan;
 use crate::metrics::events::ClusterEvent;
 use crate::metrics::flags::Flags;
 use crate::random;
+use crate::tls::info::ConnectionTls;
 use crate::upstream::cluster::{Active, Host};
 
 /// A running try.
@@ -41,15 +42,14 @@ struct Running {
 /// [`attempts`].
 pub(super) async fn hedged(
     plan: &Plan<'_>,
-    routed: &Routed,
     exchange: &mut Exchange,
     parts: &mut Parts,
-    source: Option<&Rc<RefCell<RequestSource>>>,
 ) -> Result<Success, LocalReply> {
+    let source = plan.source;
     let policy = plan.forward.retry.as_ref();
     let policy = policy.filter(|policy| policy.applies_to(&view(parts)));
     let Some((policy, patience)) = policy.and_then(|policy| Some((policy, policy.per_try_timeout?))) else {
-        return attempts(plan, routed, exchange, parts, source, None).await;
+        return attempts(plan, exchange, parts, None).await;
     };
     let cluster = plan.cluster;
     let parts = RefCell::new(parts);
@@ -86,9 +86,7 @@ pub(super) async fn hedged(
         let (parts, tls) = (&parts, &tls);
         running.push(async move {
             let try_of = Try {
-                routed,
                 number,
-                source,
                 tunnel: None,
                 // Another try may come at any time.
                 again: Again {
@@ -169,25 +167,19 @@ pub(super) async fn hedged(
 fn settle(
     exchange: &mut Exchange,
     one: Running,
-    result: Result<
-        (
-            http::Response<super::incoming::Incoming>,
-            crate::upstream::pool::Lease,
-        ),
-        Failure,
-    >,
-    tls: &RefCell<Option<std::sync::Arc<crate::tls::info::ConnectionTls>>>,
+    tried: Tried,
+    tls: &RefCell<Option<Arc<ConnectionTls>>>,
 ) -> Result<Success, LocalReply> {
     drop(one.permit);
     exchange.host = Some(one.host);
-    match result {
+    match tried {
         Ok((response, lease)) => {
             exchange.upstream_tls = lease.tls().cloned();
             Ok((response, lease, one.active))
         }
         Err(failure) => {
             exchange.upstream_tls = tls.borrow().clone();
-            Err(final_reply(exchange, Some(failure)))
+            Err(final_reply(exchange, failure))
         }
     }
 }
