@@ -7,7 +7,7 @@ use http_body::Body as _;
 
 use super::attempts::X_ATTEMPT_COUNT;
 use super::body::ResponseBody;
-use super::exchange::{Exchange, Limits, Watch};
+use super::exchange::Exchange;
 use super::failure::X_UNPROCESSED;
 use super::filters;
 use super::incoming::Incoming;
@@ -16,6 +16,7 @@ use super::logging;
 use super::request::{PEER_METADATA, PEER_METADATA_ID, X_REQUEST_ID};
 use super::scene::ResponseScene;
 use super::upstream::Plan;
+use super::watch::{Limits, Watch};
 use crate::config::listener::Direction;
 use crate::config::route::Target;
 use crate::hygiene::fields::{Present, join_repeated, strip_present};
