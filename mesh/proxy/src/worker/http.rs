@@ -12,8 +12,8 @@ use http::{HeaderMap, HeaderValue, Version, header};
 use tokio::sync::Notify;
 
 use super::alarm::Alarms;
-use super::identify::append_via;
 use super::io::Io;
+use super::request::append_via;
 use super::{DrainPhase, Worker, http1, http2};
 use crate::config::hcm::{HttpManager, ServerHeader};
 use crate::config::listener::{Direction, FilterChain};

@@ -17,11 +17,11 @@
 //! | sockets, the PROXY protocol, what a connection speaks, network filters | [`accept`], [`sniff`] |
 //! | what requests of a connection share; one HTTP version | [`http`]; `http1`, `rest`, `http2` |
 //! | what a request must look like, which route it takes | `request` |
-//! | who asks; what requests ask about their own time | `identify`; `asked` |
+//! | who asks; what requests ask about their own time | `request`; `asked` |
 //! | HTTP filters that wait, or keep state of a request | `filters` (what they decide is in [`crate::policy`]) |
 //! | which fields go on; header templates | `prepare`; `scene` |
 //! | which endpoint, which connection, whether again, several at once | `upstream`, `attempts`, `hedge`, `failure` |
-//! | bodies | [`body`], [`incoming`], `streams` |
+//! | bodies; time limits of a response | [`body`], [`incoming`], `streams`; [`watch`] |
 //! | CONNECT and upgrades; TCP inside of them | `tunnel`; `tcp_tunnel` |
 //! | interim answers | [`interim`] |
 //! | requests of the proxy's own: filters' services, mirrors | `call`, `grpc_stream`, `mirror` |
@@ -44,7 +44,6 @@ mod hedge;
 pub mod http;
 mod http1;
 mod http2;
-mod identify;
 pub mod incoming;
 pub mod interim;
 pub mod io;
@@ -65,6 +64,7 @@ pub mod tcp;
 mod tcp_tunnel;
 mod tunnel;
 pub mod upstream;
+pub mod watch;
 
 pub(crate) use tunnel::CONNECT;
 

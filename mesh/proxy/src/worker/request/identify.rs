@@ -10,16 +10,20 @@ use http::request::Parts;
 use http::uri::Scheme;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 
-use super::exchange::Exchange;
-use super::http::Downstream;
-use super::local::LocalReply;
-use super::request::{PEER_METADATA, PEER_METADATA_ID, X_REQUEST_ID};
 use crate::config::listener::Direction;
 use crate::config::origin::{Found, Origin};
 use crate::hygiene::fields::{Present, never_again};
 use crate::metrics::events::HttpEvent;
 use crate::metrics::flags::Flags;
+use crate::metrics::peer::{METADATA_HEADER, METADATA_ID_HEADER};
 use crate::random;
+use crate::worker::exchange::Exchange;
+use crate::worker::http::Downstream;
+use crate::worker::local::LocalReply;
+
+pub(in crate::worker) static X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(in crate::worker) static PEER_METADATA: HeaderName = HeaderName::from_static(METADATA_HEADER);
+pub(in crate::worker) static PEER_METADATA_ID: HeaderName = HeaderName::from_static(METADATA_ID_HEADER);
 
 static X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 static X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
@@ -153,7 +157,7 @@ fn scheme(conn: &Downstream, exchange: &Exchange, origin: &Origin, headers: &Hea
 }
 
 /// Adds this proxy to those that a message came by.
-pub(super) fn append_via(headers: &mut HeaderMap, via: &HeaderValue) {
+pub(in crate::worker) fn append_via(headers: &mut HeaderMap, via: &HeaderValue) {
     let joined = headers
         .get(header::VIA)
         .filter(|before| !before.is_empty())
