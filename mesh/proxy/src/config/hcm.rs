@@ -107,6 +107,10 @@ pub struct HttpManager {
     pub tracer: Option<Box<Tracer>>,
     /// Access logs; without them only errors are told.
     pub logs: Option<Box<AccessLogs>>,
+    /// Lines are written of requests that have come, too.
+    pub logs_start: bool,
+    /// And of tunnels that have been granted.
+    pub logs_tunnels: bool,
     /// `istio.alpn`: what TLS towards endpoints offers.
     pub alpn: Option<Box<AlpnOverrides>>,
     /// Whether Istio's metrics are kept.
@@ -283,6 +287,15 @@ impl HttpManager {
             waits_for_hosts: false,
             tracer: Tracer::compile(from.tracing.as_ref(), &from.stat_prefix, context)?,
             logs: AccessLogs::compile(&from.access_log, context)?.map(Box::new),
+            logs_start: from.flush_access_log_on_new_request
+                || from
+                    .access_log_options
+                    .as_ref()
+                    .is_some_and(|options| options.flush_access_log_on_new_request),
+            logs_tunnels: from
+                .access_log_options
+                .as_ref()
+                .is_some_and(|options| options.flush_log_on_tunnel_successfully_established),
             alpn: None,
             stats: false,
             disable_host_fallback: false,
@@ -470,15 +483,13 @@ fn refuse_unsupported(from: &hcm::HttpConnectionManager) -> Result<(), Refusal> 
             ("proxy_status_config", from.proxy_status_config.is_some()),
             (
                 "access_log_options",
-                from.access_log_options.as_ref().is_some_and(|options| {
-                    options.access_log_flush_interval.is_some()
-                        || options.flush_access_log_on_new_request
-                        || options.flush_log_on_tunnel_successfully_established
-                }),
+                from.access_log_options
+                    .as_ref()
+                    .is_some_and(|options| options.access_log_flush_interval.is_some()),
             ),
             (
                 "access_log_flush_interval",
-                from.access_log_flush_interval.is_some() || from.flush_access_log_on_new_request,
+                from.access_log_flush_interval.is_some(),
             ),
             (
                 "add_user_agent",

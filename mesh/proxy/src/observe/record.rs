@@ -130,23 +130,42 @@ pub enum LogType {
     TcpPeriodic = 2,
     /// A connection has ended.
     TcpConnectionEnd = 3,
+    /// A request has come.
+    DownstreamStart = 4,
     /// A request has ended.
     DownstreamEnd = 6,
+    /// A tunnel has been granted.
+    DownstreamTunnelSuccessfullyEstablished = 10,
 }
 
 impl LogType {
+    /// Whether what the line is about goes on.
+    pub fn is_intermediate(self) -> bool {
+        !matches!(self, Self::TcpConnectionEnd | Self::DownstreamEnd)
+    }
+
     /// Envoy's name.
     pub fn name(self) -> &'static str {
         match self {
             Self::TcpUpstreamConnected => "TcpUpstreamConnected",
             Self::TcpPeriodic => "TcpPeriodic",
             Self::TcpConnectionEnd => "TcpConnectionEnd",
+            Self::DownstreamStart => "DownstreamStart",
             Self::DownstreamEnd => "DownstreamEnd",
+            Self::DownstreamTunnelSuccessfullyEstablished => "DownstreamTunnelSuccessfullyEstablished",
         }
     }
 }
 
 impl<'a> Record<'a> {
+    /// Whether it is about a request that goes on.
+    pub fn is_request_under_way(&self) -> bool {
+        matches!(
+            self.kind,
+            LogType::DownstreamStart | LogType::DownstreamTunnelSuccessfullyEstablished
+        )
+    }
+
     /// Of a connection of which nothing else is known.
     pub fn of_connection(
         kept: &'a Kept,

@@ -163,6 +163,26 @@ pub(super) fn write(exchange: &Exchange, took: Duration) -> bool {
     true
 }
 
+/// Writes lines of a request that goes on.
+pub(super) fn write_meanwhile(exchange: &Exchange, kind: LogType) {
+    let Some(logs) = logs(exchange) else {
+        return;
+    };
+    let none = LogState::default();
+    let state = exchange.log.as_deref().unwrap_or(&none);
+    let worker = &exchange.conn.worker;
+    with_record(exchange, state, |record| {
+        let record = Record {
+            kind,
+            request: record.request.filter(|_| !exchange.unread),
+            ..*record
+        };
+        logs.write(&record, &random::next, worker.id, |batches| {
+            flush_later(worker, batches);
+        });
+    });
+}
+
 /// Shows what is known of a request as logs see it.
 pub(super) fn with_record<T>(
     exchange: &Exchange,

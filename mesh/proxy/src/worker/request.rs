@@ -33,6 +33,7 @@ use crate::config::table::RouteTable;
 use crate::hygiene::fields::{Present, join_repeated};
 use crate::metrics::events::HttpEvent;
 use crate::metrics::flags::Flags;
+use crate::observe::record::LogType;
 use crate::overload;
 use crate::random;
 
@@ -193,6 +194,10 @@ async fn route(
         routed = find_route(&conn, &parts, &conn.noted);
     }
     exchange.route = routed.configured();
+    if conn.manager.logs_start {
+        note_cluster(&mut exchange, &routed, &parts);
+        logging::write_meanwhile(&exchange, LogType::DownstreamStart);
+    }
     let mut body = (tunnel.is_none() && !incoming.is_end_stream()).then(|| Inbound::new(incoming));
     if !conn.manager.filters.filters.is_empty() {
         routed.choose(conn.worker.id);

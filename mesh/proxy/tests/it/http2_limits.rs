@@ -8,6 +8,7 @@ use bytes::Bytes;
 use http::Request;
 use http_body_util::Full;
 use serin_xds::ResourceType;
+use serin_xds::pb::envoy::config::cluster::v3 as cluster;
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::route::v3 as route;
 use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
@@ -159,9 +160,26 @@ async fn a_client_that_resets_faster_than_the_listener_allows_is_told_to_calm_do
 
 #[tokio::test]
 async fn a_flood_of_frames_without_use_is_borne_for_as_long_by_envoy_as_by_serin_proxy() {
-    let manager = answering(limits());
+    // It answers requests once they are whole: the second stream stays open.
+    let backend = Backend::named("b").await;
+    let mut manager = answering(limits());
+    if let Some(hcm::http_connection_manager::RouteSpecifier::RouteConfig(routes)) =
+        &mut manager.route_specifier
+    {
+        routes.virtual_hosts = vec![host("all", "*", vec![prefix_route("/", to_cluster("c"))])];
+    }
+    let cluster = cluster::Cluster {
+        name: "c".into(),
+        connect_timeout: millis(1000),
+        load_assignment: Some(assignment("c", &[(backend.address, "")])),
+        ..Default::default()
+    };
     let listener = listener_of("l", core::TrafficDirection::Outbound, vec![http_chain(&manager)]);
-    let Some(pair) = Pair::start(vec![resource(ResourceType::Listener, "l", &listener)]).await else {
+    let resources = vec![
+        resource(ResourceType::Cluster, "c", &cluster),
+        resource(ResourceType::Listener, "l", &listener),
+    ];
+    let Some(pair) = Pair::start(resources).await else {
         return;
     };
     let mut borne = Vec::new();

@@ -464,3 +464,78 @@ async fn clients_are_told_apart_by_envoy_and_serin_proxy_alike() {
     );
     beside.stop().await;
 }
+
+#[tokio::test]
+async fn lines_of_requests_that_have_just_come_are_written_alike_by_envoy_and_serin_proxy() {
+    let backend = telling("a").await;
+    let format = "%REQ(X-CASE)% %ACCESS_LOG_TYPE% %RESPONSE_CODE% %RESPONSE_CODE_DETAILS% %UPSTREAM_CLUSTER% %ROUTE_NAME% \
+        %BYTES_RECEIVED% %BYTES_SENT% %REQUEST_DURATION% %RESPONSE_DURATION% %UPSTREAM_REQUEST_ATTEMPT_COUNT% %REQ(:PATH)%";
+    let routes = json!({ "name": "main", "virtual_hosts": [{ "name": "all", "domains": ["h"], "routes": [
+        { "name": "direct", "match": { "prefix": "/direct" }, "direct_response": { "status": 204 } },
+        { "name": "there", "match": { "prefix": "/" }, "route": { "cluster": "a", "prefix_rewrite": "/x" } },
+    ]}]});
+    // How long a request lasts is known at its end only, and differs.
+    let lasting = json!({ "name": "envoy.access_loggers.file", "filter": { "log_type_filter": { "types": ["DownstreamStart"] } } });
+    let managers = [
+        json!({ "access_log_options": { "flush_access_log_on_new_request": true } }),
+        json!({ "flush_access_log_on_new_request": true }),
+    ];
+    let beside = Beside::start(managers.len(), |ports, log| {
+        let listeners: Vec<_> = managers
+            .iter()
+            .zip(ports)
+            .enumerate()
+            .map(|(index, (more, port))| {
+                let mut more = more.clone();
+                let mut timed = lasting.clone();
+                timed["typed_config"] = json!({ "@type": LOG, "path": log, "log_format": {
+                    "text_format_source": { "inline_string": "%REQ(X-CASE)% timed %DURATION%\n" } } });
+                let plain = json!({ "name": "envoy.access_loggers.file", "typed_config": { "@type": LOG, "path": log,
+                    "log_format": { "text_format_source": { "inline_string": format!("{format}\n") } } } });
+                more["access_log"] = json!([plain, timed]);
+                listener(&format!("l{index}"), *port, log, format, &more, &routes)
+            })
+            .collect();
+        json!({ "node": { "id": "n", "cluster": "c" }, "static_resources": {
+            "listeners": listeners, "clusters": [cluster("a", "ROUND_ROBIN", &[backend.address])],
+        }})
+    })
+    .await;
+    let Some(beside) = beside else { return };
+    let mut count = 0;
+    for ports in &beside.ports {
+        for (host, path, body) in [
+            ("h", "/direct", ""),
+            ("h", "/", ""),
+            ("h", "/", "body"),
+            ("other", "/", ""),
+        ] {
+            for at in ports {
+                let bytes = format!(
+                    "{}POST {path} HTTP/1.1\r\nhost: {host}\r\nx-case: c{count}\r\nconnection: close\r\n\
+                     content-length: {}\r\n\r\n{body}",
+                    PEERS[0],
+                    body.len()
+                );
+                ask(*at, bytes.as_bytes()).await.expect("an answer");
+            }
+            count += 1;
+        }
+    }
+    let mut told = beside.lines(3 * count).await;
+    // Milliseconds are not compared.
+    for line in told.iter_mut().flat_map(|lines| lines.values_mut()).flatten() {
+        let mut words: Vec<_> = line.split(' ').collect();
+        if words.first() == Some(&"DownstreamEnd") {
+            (words[7], words[8]) = ("", "");
+        }
+        *line = words.join(" ");
+    }
+    for lines in &mut told {
+        lines.values_mut().for_each(|lines| lines.sort());
+    }
+    let [ours, theirs] = told;
+    assert_eq!(ours, theirs);
+    assert!(ours.values().all(|lines| lines.len() == 3), "{ours:?}");
+    beside.stop().await;
+}

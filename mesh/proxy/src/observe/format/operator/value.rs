@@ -55,7 +55,8 @@ impl Operator {
             What::FlagsLong => Datum::Text(long_names(record.flags).into()),
             What::Received => Datum::Number(record.received),
             What::Sent => Datum::Number(record.sent),
-            What::Duration => Datum::millis(Some(record.duration)),
+            // A request that goes on has none yet (Envoy).
+            What::Duration => Datum::millis(Some(record.duration).filter(|_| !record.is_request_under_way())),
             What::RequestDuration => Datum::millis(record.request),
             What::ResponseDuration => Datum::millis(record.response),
             What::ResponseTxDuration => {
