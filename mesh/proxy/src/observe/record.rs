@@ -158,14 +158,6 @@ impl LogType {
 }
 
 impl<'a> Record<'a> {
-    /// Whether it is about a request that goes on.
-    pub fn is_request_under_way(&self) -> bool {
-        matches!(
-            self.kind,
-            LogType::DownstreamStart | LogType::DownstreamTunnelSuccessfullyEstablished
-        )
-    }
-
     /// Of a connection of which nothing else is known.
     pub fn of_connection(
         kept: &'a Kept,

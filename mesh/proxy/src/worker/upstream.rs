@@ -152,11 +152,8 @@ pub(super) async fn forward(
     if let Err(reply) = prepare(&exchange, &routed, forward, target, &mut parts) {
         return decline(exchange, &routed, target, &parts, None, reply);
     }
-    let asked = asked_retries(&routed, forward, &times, &mut parts.headers);
-    let retry = match &asked {
-        None => forward.retry.as_ref(),
-        Some(asked) => asked.as_ref(),
-    };
+    let retries = retries(&routed, forward, &times, &mut parts.headers);
+    let retry = retries.policy();
     logging::keep_sent(&mut exchange, &parts);
     filters::keep_request(&mut exchange, &parts);
     let request_headers = headers_for_response(&routed, target, &parts);
@@ -466,24 +463,36 @@ fn overflow(conn: &Downstream) -> LocalReply {
     reply
 }
 
-/// What the request asks about retries, if it asks anything: the policy that comes of it, if any does.
-fn asked_retries(
-    routed: &Routed,
-    forward: &Forward,
-    times: &Times,
-    headers: &mut HeaderMap,
-) -> Option<Option<RetryPolicy>> {
+/// Whether and when a request is tried again.
+enum Retries<'a> {
+    /// As its route says.
+    OfRoute(Option<&'a RetryPolicy>),
+    /// As it asks for itself.
+    Asked(Option<Box<RetryPolicy>>),
+}
+
+impl Retries<'_> {
+    fn policy(&self) -> Option<&RetryPolicy> {
+        match self {
+            Self::OfRoute(policy) => *policy,
+            Self::Asked(policy) => policy.as_deref(),
+        }
+    }
+}
+
+/// What the route says of retries, and what the request asks, whose fields are taken off.
+fn retries<'a>(routed: &Routed, forward: &'a Forward, times: &Times, headers: &mut HeaderMap) -> Retries<'a> {
     // What the route adds may ask for retries as well (Envoy).
     let adds = [
         &routed.route.request_headers,
         &routed.host.request_headers,
         &routed.table.request_headers,
     ];
-    if !times.asks && adds.iter().all(|ops| ops.is_empty()) {
-        return None;
+    let may_ask = times.asks || adds.iter().any(|ops| !ops.is_empty());
+    if !may_ask || !headers.keys().any(|name| RetryPolicy::is_asked_by(name.as_str())) {
+        return Retries::OfRoute(forward.retry.as_ref());
     }
-    let asks = headers.keys().any(|name| RetryPolicy::is_asked_by(name.as_str()));
-    asks.then(|| RetryPolicy::asked(forward.retry.as_ref(), headers))
+    Retries::Asked(RetryPolicy::asked(forward.retry.as_ref(), headers).map(Box::new))
 }
 
 /// An answer to a request that asks for something in a field which is checked, and cannot be understood.

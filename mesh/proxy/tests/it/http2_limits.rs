@@ -76,7 +76,7 @@ fn limits() -> core::Http2ProtocolOptions {
 async fn survives(at: SocketAddr, flood: &[u8], count: usize) -> (bool, Option<u32>) {
     let mut client = RawClient::connect(at, &[]).await;
     client.get(1, &request("GET", "/", &[])).await;
-    assert_eq!(client.fate(1).await, Fate::Status(200));
+    assert!(matches!(client.fate(1).await, Fate::Status(200 | 204)));
     client
         .send(&frame(HEADERS, END_HEADERS, 3, &request("POST", "/", &[])))
         .await;
@@ -160,8 +160,8 @@ async fn a_client_that_resets_faster_than_the_listener_allows_is_told_to_calm_do
 
 #[tokio::test]
 async fn a_flood_of_frames_without_use_is_borne_for_as_long_by_envoy_as_by_serin_proxy() {
-    // It answers requests once they are whole: the second stream stays open.
-    let backend = Backend::named("b").await;
+    // It answers requests once they are whole, so that the second stream stays open, and with no DATA.
+    let backend = Backend::answering(|_| status(204)).await;
     let mut manager = answering(limits());
     if let Some(hcm::http_connection_manager::RouteSpecifier::RouteConfig(routes)) =
         &mut manager.route_specifier

@@ -86,9 +86,12 @@ fn routes() -> Value {
 /// Path and fields.
 fn cases() -> Vec<(&'static str, String)> {
     let fields = |list: &[(&str, &str)]| {
-        list.iter()
-            .map(|(name, value)| format!("{name}: {value}\r\n"))
-            .collect::<String>()
+        list.iter().fold(String::new(), |mut out, (name, value)| {
+            out += name;
+            out += ": ";
+            out += value;
+            out + "\r\n"
+        })
     };
     let on = |value: &'static str| ("x-envoy-retry-on", value);
     let max = |value: &'static str| ("x-envoy-max-retries", value);

@@ -55,8 +55,7 @@ impl Operator {
             What::FlagsLong => Datum::Text(long_names(record.flags).into()),
             What::Received => Datum::Number(record.received),
             What::Sent => Datum::Number(record.sent),
-            // A request that goes on has none yet (Envoy).
-            What::Duration => Datum::millis(Some(record.duration).filter(|_| !record.is_request_under_way())),
+            What::Duration => Datum::millis(Some(record.duration)),
             What::RequestDuration => Datum::millis(record.request),
             What::ResponseDuration => Datum::millis(record.response),
             What::ResponseTxDuration => {
