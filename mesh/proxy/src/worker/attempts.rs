@@ -100,7 +100,7 @@ pub(super) async fn attempts(
     let policy = plan
         .forward
         .retry
-        .as_ref()
+        .as_deref()
         .filter(|policy| tunnel.is_none() && policy.applies_to(&view(parts)));
     let mut avoid = Avoid::default();
     let parts = RefCell::new(parts);
@@ -592,8 +592,8 @@ fn build(
     let uri = parts.uri.clone();
     let headers = request.headers_mut();
     if plan.auto_host
-        && !host.endpoint.hostname.is_empty()
-        && let Ok(value) = HeaderValue::from_str(&host.endpoint.hostname)
+        && !host.endpoint.hostname().is_empty()
+        && let Ok(value) = HeaderValue::from_str(host.endpoint.hostname())
     {
         headers.insert(header::HOST, value);
     }

@@ -46,7 +46,7 @@ pub(super) async fn hedged(
     parts: &mut Parts,
     source: Option<&Rc<RefCell<RequestSource>>>,
 ) -> Result<Success, LocalReply> {
-    let policy = plan.forward.retry.as_ref();
+    let policy = plan.forward.retry.as_deref();
     let policy = policy.filter(|policy| policy.applies_to(&view(parts)));
     let Some((policy, patience)) = policy.and_then(|policy| Some((policy, policy.per_try_timeout?))) else {
         return attempts(plan, routed, exchange, parts, source, None).await;

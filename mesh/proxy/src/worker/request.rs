@@ -31,7 +31,7 @@ use crate::config::table::RouteTable;
 use crate::hygiene::fields::{Present, join_repeated, never_again};
 use crate::hygiene::path::{Normalized, normalize};
 use crate::hygiene::scan::{Violation, valid_host};
-use crate::metrics::events::HttpEvent;
+use crate::metrics::events::{CodecEvent, HttpEvent};
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{METADATA_HEADER, METADATA_ID_HEADER};
 use crate::overload;
@@ -325,10 +325,24 @@ fn admit(conn: &Downstream, exchange: &mut Exchange, parts: &mut Parts) -> Resul
         return Err(refuse(StatusCode::METHOD_NOT_ALLOWED, "connect_not_allowed"));
     }
     let bad = |details| refuse(StatusCode::BAD_REQUEST, details);
+    let of_version = |http1, http2| match parts.version {
+        Version::HTTP_2 => http2,
+        _ => http1,
+    };
     match conn.manager.underscores {
         Underscores::Keep => {}
-        Underscores::Drop => drop_underscores(&mut parts.headers),
+        Underscores::Drop => {
+            let dropped = drop_underscores(&mut parts.headers);
+            conn.note_codec(
+                of_version(CodecEvent::Http1Dropped, CodecEvent::Http2Dropped),
+                dropped,
+            );
+        }
         Underscores::Reject if parts.headers.keys().any(has_underscore) => {
+            conn.note_codec(
+                of_version(CodecEvent::Http1Rejected, CodecEvent::Http2Rejected),
+                1,
+            );
             return Err(bad(match parts.version {
                 Version::HTTP_2 => "http2.unexpected_underscore",
                 _ => "http1.unexpected_underscore",
@@ -390,15 +404,18 @@ fn has_underscore(name: &HeaderName) -> bool {
     name.as_str().contains('_')
 }
 
-fn drop_underscores(headers: &mut HeaderMap) {
+/// Returns how many fields there were.
+fn drop_underscores(headers: &mut HeaderMap) -> u64 {
     let names: Vec<_> = headers
         .keys()
         .filter(|name| has_underscore(name))
         .cloned()
         .collect();
+    let before = headers.len();
     for name in names {
         headers.remove(name);
     }
+    (before - headers.len()) as u64
 }
 
 /// Makes the target origin-form with a normalised path.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use prost::Message as _;
 use serde_json::{Map, Value, json};
 use serin_xds::ResourceType;
+use serin_xds::pb::envoy::config::cluster::v3 as pb_cluster;
 
 use super::{Proxy, fixed};
 use crate::bootstrap::Showing;
@@ -254,9 +255,10 @@ fn sections(proxy: &Proxy, wanted: &Wanted<'_>, mask: Option<&Mask>) -> Vec<Sect
         if wanted.endpoints
             && let Some(mask) = asked("static_endpoint_configs")
         {
-            let clusters = store.clusters().filter(|slot| fits(&slot.name));
-            let entries = clusters.filter_map(|slot| {
-                let body = slot.config()?.load_assignment.as_ref()?.encode_to_vec();
+            let clusters = received.clusters().filter(|(name, _)| fits(name));
+            let entries = clusters.filter_map(|(_, kept)| {
+                let cluster = pb_cluster::Cluster::decode(&*kept.body).ok()?;
+                let body = cluster.load_assignment?.encode_to_vec();
                 let shown = showing.show(ENDPOINTS, &body);
                 Some(masked(json!({ "endpoint_config": shown }), mask))
             });
