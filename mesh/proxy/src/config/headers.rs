@@ -329,6 +329,7 @@ fn translated(text: &str) -> Cow<'_, str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::given::headers;
 
     fn option(key: &str, value: &str, action: i32) -> core::HeaderValueOption {
         core::HeaderValueOption {
@@ -357,15 +358,12 @@ mod tests {
             false,
         )
         .unwrap();
-        let mut headers = HeaderMap::new();
-        for (name, value) in [
+        let mut headers = headers(&[
             ("x-append", "a"),
             ("x-absent", "a"),
             ("x-over", "a"),
             ("x-gone", "a"),
-        ] {
-            headers.insert(name, HeaderValue::from_static(value));
-        }
+        ]);
         ops.apply(&mut headers, &Nothing);
         let all = |name: &str| {
             headers
