@@ -15,6 +15,7 @@ mod clock_jumps;
 mod clock_windows;
 mod clocked;
 mod codecs;
+mod counted;
 mod differential;
 mod discovered_filters;
 mod envoy;
