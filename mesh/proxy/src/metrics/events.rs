@@ -181,7 +181,6 @@ events! {
         Http2Messaging = "http2_rx_messaging_error", "Answers that are no message of HTTP/2.";
         Http2RxReset = "http2_rx_reset", "Streams that the endpoint reset.";
         Http2Refused = "http2_stream_refused_errors", "Streams that the endpoint refused.";
-        Http2Trailers = "http2_trailers", "Answers with trailers.";
         Http2TxReset = "http2_tx_reset", "Streams that we reset.";
     }
     hidden {}
@@ -195,8 +194,6 @@ events! {
         Http2Dropped = "http2_dropped_headers_with_underscores", "Fields that were left out for an underscore in their name.";
         Http2Rejected = "http2_requests_rejected_with_underscores_in_headers", "Requests that were refused for an underscore in a field's name.";
         Http2Goaway = "http2_goaway_sent", "Connections that we have ended in good order.";
-        Http2HeaderOverflow = "http2_header_overflow", "Connections that were ended for heads far beyond their limit.";
-        Http2EmptyFrames = "http2_inbound_empty_frames_flood", "Connections that were ended for a flood of frames without content.";
         Http2RxReset = "http2_rx_reset", "Streams that the client reset.";
         Http2Trailers = "http2_trailers", "Requests with trailers.";
         Http2TxReset = "http2_tx_reset", "Streams that we reset.";
@@ -254,7 +251,7 @@ events! {
         HandshakeTimeout = "downstream_cx_transport_socket_connect_timeout", "Handshakes that took too long.";
         GlobalOverflow = "downstream_global_cx_overflow", "Connections beyond the process's limit.";
         FilterTimeout = "downstream_pre_cx_timeout", "Connections that listener filters waited for too long for.";
-        FilterError = "downstream_listener_filter_error", "Connections that broke within listener filters.";
+        FilterError = "downstream_listener_filter_error", "Connections that could not be read within listener filters.";
         FilterRemoteClose = "downstream_listener_filter_remote_close", "Connections that the client ended within listener filters.";
         NoFilterChain = "no_filter_chain_match", "Connections that no filter chain is for.";
     }

@@ -143,28 +143,22 @@ fn note_error(conn: &Downstream, error: &h2::Error) {
     }
     match error.reason() {
         None | Some(Reason::NO_ERROR) => {}
-        Some(Reason::ENHANCE_YOUR_CALM) => match flood(error) {
-            Some(event) => {
-                conn.note(HttpEvent::CxProtocolError);
-                conn.note_codec(event, 1);
-            }
-            None => conn.note(HttpEvent::RqTooManyResets),
-        },
+        Some(Reason::ENHANCE_YOUR_CALM) => conn.note(HttpEvent::RqTooManyResets),
         Some(_) => conn.note(HttpEvent::CxProtocolError),
     }
 }
 
-/// Which flood `h2` has ended a connection for, as it tells the client with its GOAWAY; none for floods of resets.
-fn flood(error: &h2::Error) -> Option<CodecEvent> {
-    let text = error.to_string();
-    let told = |words: &str| text.contains(words);
-    if told("too_many_data_frames") {
-        Some(CodecEvent::Http2EmptyFrames)
-    } else if told("header_list_way_too_large") || told("too_many_continuations") {
-        Some(CodecEvent::Http2HeaderOverflow)
-    } else {
-        None
-    }
+/// Whether a stream that has ended for this reason was reset by its client, and not with the connection or for what is wrong
+/// with it: `h2` tells the reason only.
+fn is_of_client(reason: Reason) -> bool {
+    !matches!(
+        reason,
+        Reason::PROTOCOL_ERROR
+            | Reason::ENHANCE_YOUR_CALM
+            | Reason::FLOW_CONTROL_ERROR
+            | Reason::FRAME_SIZE_ERROR
+            | Reason::COMPRESSION_ERROR
+    )
 }
 
 /// Serves one request.
@@ -262,7 +256,10 @@ async fn answer(
         if served.is_pending() || waiting.is_some() {
             if let Poll::Ready(outcome) = respond.poll_reset(cx) {
                 // Else the connection is gone.
-                conn.note_codec(CodecEvent::Http2RxReset, u64::from(outcome.is_ok()));
+                conn.note_codec(
+                    CodecEvent::Http2RxReset,
+                    u64::from(outcome.is_ok_and(is_of_client)),
+                );
                 return Poll::Ready(None);
             }
             if let Some(waiting) = waiting {

@@ -136,6 +136,12 @@ async fn everything(place: &Place) {
     drop(connect(inspected, b"").await);
     let mut silent = connect(inspected, b"").await;
     let _ = soon("the end of a silent connection", silent.read(&mut [0])).await;
+    // One that resets the connection.
+    let reset = connect(inspected, b"").await;
+    socket2::SockRef::from(&reset)
+        .set_linger(Some(std::time::Duration::ZERO))
+        .unwrap();
+    drop(reset);
     // A stream that lasts too long.
     let mut stream = connect(http, b"GET /waits HTTP/1.1\r\nhost: a\r\n\r\n").await;
     let mut head = [0; 12];
@@ -152,6 +158,14 @@ async fn everything(place: &Place) {
         assert!(head.starts_with(b"HTTP/1.1 200"));
         tokio::time::sleep(std::time::Duration::from_millis(400)).await;
     }
+}
+
+/// Which numbers differ, and why.
+fn is_pardoned(name: &str) -> bool {
+    // Envoy ends an idle connection when it is too old, and this proxy when it would be used again or has been idle too long.
+    name == "cluster.aging.upstream_cx_max_duration_reached"
+        // Envoy does not count the limit of a route, whose requests end with 504 all the same.
+        || name == "cluster.lasting.upstream_rq_max_duration_reached"
 }
 
 async fn numbers(place: &Place) -> BTreeMap<String, String> {
@@ -179,7 +193,7 @@ async fn what_nothing_else_moves_is_counted_by_its_own_event_as_in_envoy() {
     for place in twins.places() {
         everything(place).await;
     }
-    let (ours, both) = twins.agree(numbers, |_| false).await;
+    let (ours, both) = twins.agree(numbers, is_pardoned).await;
     assert!(both > 60, "{both}");
     for (name, expected) in [
         ("cluster.well.health_check.attempt", "1"),
@@ -194,7 +208,8 @@ async fn what_nothing_else_moves_is_counted_by_its_own_event_as_in_envoy() {
         ("cluster.open.health_check.success", "1"),
         ("cluster.shut.health_check.failure", "1"),
         ("cluster.lasting.upstream_rq_max_duration_reached", "1"),
-        ("listener.L0.downstream_listener_filter_error", "2"),
+        ("listener.L0.downstream_listener_filter_error", "0"),
+        ("listener.L1.downstream_listener_filter_error", "1"),
         ("listener.L0.downstream_listener_filter_remote_close", "1"),
         ("listener.L1.downstream_listener_filter_remote_close", "1"),
         ("listener.L1.downstream_pre_cx_timeout", "1"),
