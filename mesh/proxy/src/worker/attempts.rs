@@ -121,7 +121,7 @@ struct Course<'p> {
 
 impl<'p> Course<'p> {
     fn new(plan: &Plan<'p>, parts: &Parts, tunnel: Option<&Tunnel>) -> Self {
-        let policy = plan.forward.retry.as_ref();
+        let policy = plan.forward.retry.as_deref();
         Self {
             policy: policy.filter(|policy| tunnel.is_none() && policy.applies_to(&view(parts))),
             avoid: Avoid::default(),

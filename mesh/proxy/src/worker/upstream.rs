@@ -152,7 +152,7 @@ pub(super) async fn forward(
         hash: hashed.hash,
         cookies: hashed.cookies,
         criteria: noted.as_ref().or(criteria),
-        auto_host: matches!(forward.host_rewrite, Some(HostRewrite::Auto)),
+        auto_host: matches!(forward.host_rewrite.as_deref(), Some(HostRewrite::Auto)),
         authority: exchange.uri.authority().cloned(),
         interims: exchange.interims.take(),
     };
