@@ -347,8 +347,8 @@ async fn housekeeping(proxy: Arc<Proxy>, cancel: CancellationToken) {
     /// How often the store is looked at.
     const LOOK: Duration = Duration::from_secs(2);
     let (mut seen, mut collected) = (0, u64::MAX);
-    // What was applied when pages were given back last.
-    let mut forgotten = u64::MAX;
+    // What was applied when pages were given back last, but for the start.
+    let (mut begun, mut forgotten) = (false, u64::MAX);
     let shards = proxy.shards().1;
     let (mut looks, mut live) = (0u32, false);
     loop {
@@ -370,10 +370,15 @@ async fn housekeeping(proxy: Arc<Proxy>, cancel: CancellationToken) {
             crate::sys::collect_memory();
         }
         // What compiles configuration is not needed until the next change; what is needed comes back from the page cache, for
-        // half a millisecond in all, which each change of many would pay again.
-        let begins = forgotten == u64::MAX;
-        if proxy.is_ready() && forgotten != applied && (quiet || begins) {
-            forgotten = applied;
+        // half a millisecond in all, which each change of many would pay again. The start is followed by the first steps of
+        // every task, so that a quiet moment after it finds as much again.
+        let begins = !std::mem::replace(&mut begun, proxy.is_ready());
+        if proxy.is_ready() && (begins || quiet && forgotten != applied) {
+            if begins {
+                crate::Allocator.serve();
+            } else {
+                forgotten = applied;
+            }
             crate::sys::forget_startup_pages();
         }
     }
@@ -417,14 +422,18 @@ pub fn check(resources: &[StaticResource]) -> Result<(), Error> {
     }
 }
 
-/// Looks after secrets from files and after what waits for secrets.
+/// Looks after secrets from files, after what waits for secrets, and after endpoints that are to be given up.
 async fn tend_secrets(proxy: Arc<Proxy>, cancel: CancellationToken) {
     let mut tick = tokio::time::interval(SECRETS);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             () = cancel.cancelled() => return,
-            _ = tick.tick() => proxy.tend_secrets(crate::clock::now_ms()).await,
+            _ = tick.tick() => {
+                let now = crate::clock::now_ms();
+                proxy.store(|store| store.end_stale(now));
+                proxy.tend_secrets(now).await;
+            }
         }
     }
 }

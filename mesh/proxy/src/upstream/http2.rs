@@ -12,6 +12,7 @@ use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
@@ -25,14 +26,16 @@ use tokio_util::task::TaskTracker;
 
 use super::metered::Metered;
 use crate::config::http2::{Http2Options, Keepalive};
+use crate::metrics::clusters::Shared as Counts;
+use crate::metrics::events::ClusterEvent;
 use crate::random;
-use crate::stream::frames::{Frames, Watched};
+use crate::stream::frames::{Frames, Verdict, Watched};
 use crate::stream::keepalive;
 use crate::worker::body::UpstreamBody;
 use crate::worker::incoming::Incoming;
 use crate::worker::interim::Tell;
 use crate::worker::seldom::Seldom;
-use crate::worker::streams::{Pump, Received, TunnelIo, Upload, content_length, strip};
+use crate::worker::streams::{Pump, Received, TunnelIo, Upload, Watcher, content_length, strip};
 
 /// Received bytes that may wait for one stream.
 const STREAM_WINDOW: u32 = 256 * 1024;
@@ -53,8 +56,10 @@ const QUIET: Duration = Duration::from_secs(30);
 const PONG: Duration = Duration::from_secs(20);
 
 /// What the connection's task and its users know of it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct State {
+    /// Where what happens to it is counted.
+    counts: Arc<Counts>,
     closed: Cell<bool>,
     /// What was read lately, and whether the peer may go on.
     watched: Rc<Watched>,
@@ -83,6 +88,7 @@ pub async fn connect<H: 'static>(
     stream: Metered,
     options: Http2Options,
     tasks: &TaskTracker,
+    counts: Arc<Counts>,
     held: H,
 ) -> Result<Handle, h2::Error> {
     let idle = options.keepalive.and_then(|rules| rules.idle);
@@ -91,10 +97,13 @@ pub async fn connect<H: 'static>(
         None => Watched::default(),
     });
     let state = Rc::new(State {
+        counts,
+        closed: Cell::new(false),
+        active: Cell::new(0),
         tasks: tasks.clone(),
         watched: watched.clone(),
         idle,
-        ..State::default()
+        asked: Notify::new(),
     });
     let io = Io::of_server(stream, options.frames, watched);
     let mut builder = h2::client::Builder::new();
@@ -147,10 +156,18 @@ async fn drive(mut connection: Connection<Io, Bytes>, state: &State, keepalive: 
     tokio::select! {
         biased;
         () = connection => {}
-        () = Seldom::new(dead) => {}
+        () = Seldom::new(dead) => state.counts.note(ClusterEvent::Http2Keepalive),
     }
     if let Some(verdict) = state.watched.verdict() {
         tracing::debug!(reason = verdict.details(), "an endpoint's connection is ended");
+        state.counts.note(ClusterEvent::CxProtocolError);
+        match verdict {
+            Verdict::EmptyFrames => state.counts.note(ClusterEvent::Http2EmptyFlood),
+            Verdict::Priority => state.counts.note(ClusterEvent::Http2PriorityFlood),
+            Verdict::WindowUpdates => state.counts.note(ClusterEvent::Http2WindowFlood),
+            // Of clients only.
+            Verdict::Resets | Verdict::LateHeaders => {}
+        }
     }
 }
 
@@ -255,6 +272,7 @@ impl Handle {
             },
             tell,
             state: self.state.clone(),
+            answered: false,
         })
     }
 }
@@ -281,6 +299,43 @@ pub struct Answering {
     outgoing: Outgoing,
     tell: Option<Tell>,
     state: Rc<State>,
+    /// Its end has come, one way or the other.
+    answered: bool,
+}
+
+/// Nobody waits any more: `h2` resets the stream.
+impl Drop for Answering {
+    fn drop(&mut self) {
+        if !self.answered && !self.state.closed.get() {
+            self.state.counts.note(ClusterEvent::Http2TxReset);
+        }
+    }
+}
+
+impl State {
+    /// Counts what an error of a stream is.
+    pub(crate) fn note_error(&self, error: &h2::Error) {
+        if !error.is_reset() {
+            return;
+        }
+        if !error.is_remote() {
+            // Of our own finding, or of our own doing.
+            if error.is_library() && error.reason() == Some(Reason::PROTOCOL_ERROR) {
+                self.counts.note(ClusterEvent::Http2Messaging);
+            }
+            self.counts.note(ClusterEvent::Http2TxReset);
+            return;
+        }
+        self.counts.note(ClusterEvent::Http2RxReset);
+        if error.reason() == Some(Reason::REFUSED_STREAM) {
+            self.counts.note(ClusterEvent::Http2Refused);
+        }
+    }
+
+    /// Something rare has happened on one of its streams.
+    pub(crate) fn note(&self, event: ClusterEvent) {
+        self.counts.note(event);
+    }
 }
 
 impl Answering {
@@ -314,7 +369,12 @@ impl Answering {
                         .spawn_local(async move { poll_fn(|cx| pump.poll(cx)).await });
                     upload = Some(Upload::new(sending.abort_handle()));
                 }
-                Incoming::Http2(Received::of_response(stream, &head.headers, upload))
+                Incoming::Http2(Received::of_response(
+                    stream,
+                    &head.headers,
+                    upload,
+                    Watcher::Endpoint(self.state.clone()),
+                ))
             }
         };
         Response::from_parts(head, body)
@@ -336,8 +396,17 @@ impl Future for Answering {
         {
             this.outgoing = Outgoing::Nothing;
         }
-        ready!(this.poll_interim(cx))?;
-        let response = ready!(Pin::new(&mut this.answer).poll(cx))?;
-        Poll::Ready(Ok(this.answered(response)))
+        let outcome = match ready!(this.poll_interim(cx)) {
+            Ok(()) => ready!(Pin::new(&mut this.answer).poll(cx)),
+            Err(error) => Err(error),
+        };
+        this.answered = true;
+        match outcome {
+            Ok(response) => Poll::Ready(Ok(this.answered(response))),
+            Err(error) => {
+                this.state.note_error(&error);
+                Poll::Ready(Err(error))
+            }
+        }
     }
 }

@@ -1,4 +1,7 @@
 //! Attempts: endpoint, connection, request, and whether there is another one.
+//!
+//! The loop and its decision ([`Course`]) are here. `attempt` is one try on one host, `head` what it sends, `judge` what came of
+//! it; `avoid` is what the next try asks of the balancer, `permit` what it must get of the cluster's limits.
 
 mod attempt;
 mod avoid;

@@ -35,10 +35,10 @@ use super::local::Body;
 use super::request;
 use super::rest::{End, wait_for_end};
 use super::seldom::Seldom;
-use super::streams::{Pump, Received, TunnelIo, content_length, strip};
+use super::streams::{Pump, Pumped, Received, TunnelIo, content_length, strip};
 use super::tunnel::Later;
 use crate::hygiene::strict::StrictIo;
-use crate::metrics::events::HttpEvent;
+use crate::metrics::events::{CodecEvent, HttpEvent};
 use crate::random;
 use crate::stream::frames::{Frames, LATE_BODY, Verdict, Watched};
 use crate::stream::keepalive::until_dead;
@@ -97,8 +97,12 @@ where
         }
     };
     ending.hold();
-    if finishing {
+    let leave = |connection: &mut Connection<_, _>| {
+        conn.note_codec(CodecEvent::Http2Goaway, 1);
         connection.graceful_shutdown();
+    };
+    if finishing {
+        leave(&mut connection);
     }
     let pings = options.keepalive.and_then(|_| connection.ping_pong());
     let asked = tokio::sync::Notify::new();
@@ -115,11 +119,11 @@ where
             biased;
             () = accept(&conn, &mut connection, &ending, &watched, &mut goodbye) => return,
             () = dead.as_mut() => {
-                note_http2(&conn, Http2Event::KeepaliveTimeout);
+                conn.note_codec(CodecEvent::Http2Keepalive, 1);
                 return;
             }
             end = Seldom::new(wait_for_end(&conn, false)) => match end {
-                End::Finish => connection.graceful_shutdown(),
+                End::Finish => leave(&mut connection),
                 End::Abort | End::Park => return,
             },
         }
@@ -148,7 +152,7 @@ async fn accept<S>(
             match connection.poll_accept(cx) {
                 Poll::Pending if goodbye.is_none() && watched.verdict().is_some() => {
                     if let Some(verdict) = watched.verdict() {
-                        note_http2(conn, Http2Event::Ended(verdict));
+                        note_verdict(conn, verdict);
                     }
                     connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
                     *goodbye = Some(Box::pin(tokio::time::sleep(GOODBYE)));
@@ -173,35 +177,29 @@ async fn accept<S>(
     .await;
 }
 
-/// What happens to connections over HTTP/2 alone.
-enum Http2Event {
-    /// The client has sent what it may not.
-    Ended(Verdict),
-    /// The client no longer answers (`http2.keepalive_timeout`).
-    KeepaliveTimeout,
+/// Counts why a client's connection is ended, and logs the request that never came to be.
+fn note_verdict(conn: &Rc<Downstream>, verdict: Verdict) {
+    tracing::debug!(reason = verdict.details(), "a client's connection is ended");
+    let flood = match verdict {
+        Verdict::LateHeaders => return note_late_headers(conn),
+        Verdict::Resets => return conn.note(HttpEvent::RqTooManyResets),
+        Verdict::EmptyFrames => CodecEvent::Http2EmptyFlood,
+        Verdict::Priority => CodecEvent::Http2PriorityFlood,
+        Verdict::WindowUpdates => CodecEvent::Http2WindowFlood,
+    };
+    conn.note_codec(flood, 1);
+    conn.note(HttpEvent::CxProtocolError);
 }
 
-/// Counts it, and logs the request that never came to be.
-fn note_http2(conn: &Rc<Downstream>, event: Http2Event) {
-    match event {
-        Http2Event::KeepaliveTimeout => {}
-        Http2Event::Ended(Verdict::LateHeaders) => {
-            conn.note(HttpEvent::RqHeaderTimeout);
-            conn.request_began(true);
-            let mut exchange =
-                Exchange::new(conn.clone(), Method::GET, Uri::from_static("/"), Version::HTTP_2);
-            exchange.headless = true;
-            exchange.code = StatusCode::REQUEST_TIMEOUT.as_u16();
-            exchange.details = Verdict::LateHeaders.details().into();
-            exchange.sent = LATE_BODY.len() as u64;
-            exchange.finish();
-        }
-        Http2Event::Ended(Verdict::Resets) => conn.note(HttpEvent::RqTooManyResets),
-        Http2Event::Ended(verdict) => {
-            tracing::debug!(reason = verdict.details(), "a client's connection is ended");
-            conn.note(HttpEvent::CxProtocolError);
-        }
-    }
+fn note_late_headers(conn: &Rc<Downstream>) {
+    conn.note(HttpEvent::RqHeaderTimeout);
+    conn.request_began(true);
+    let mut exchange = Exchange::new(conn.clone(), Method::GET, Uri::from_static("/"), Version::HTTP_2);
+    exchange.headless = true;
+    exchange.code = StatusCode::REQUEST_TIMEOUT.as_u16();
+    exchange.details = Verdict::LateHeaders.details().into();
+    exchange.sent = LATE_BODY.len() as u64;
+    exchange.finish();
 }
 
 /// Counts a connection that did not end in good order.
@@ -217,6 +215,19 @@ fn note_error(conn: &Downstream, error: &h2::Error) {
     }
 }
 
+/// Whether a stream that has ended for this reason was reset by its client, and not with the connection or for what is wrong
+/// with it: `h2` tells the reason only.
+fn is_of_client(reason: Reason) -> bool {
+    !matches!(
+        reason,
+        Reason::PROTOCOL_ERROR
+            | Reason::ENHANCE_YOUR_CALM
+            | Reason::FLOW_CONTROL_ERROR
+            | Reason::FRAME_SIZE_ERROR
+            | Reason::COMPRESSION_ERROR
+    )
+}
+
 /// Serves one request.
 async fn stream(
     conn: Rc<Downstream>,
@@ -230,7 +241,7 @@ async fn stream(
     let mut tunnel = None;
     let incoming = if head.method == Method::CONNECT {
         if content_length(&head.headers).is_some_and(|length| length != 0) {
-            respond.send_reset(Reason::PROTOCOL_ERROR);
+            reset(&conn, &mut respond, Reason::PROTOCOL_ERROR);
             return;
         }
         let (granted, later) = Later::new();
@@ -239,9 +250,14 @@ async fn stream(
         Incoming::Empty
     } else {
         let expected = interims.clone().filter(|_| expects);
-        Incoming::Http2(Received::of_request(received, &head.headers, expected))
+        Incoming::Http2(Received::of_request(
+            received,
+            &head.headers,
+            expected,
+            conn.clone(),
+        ))
     };
-    let Some(response) = answer(conn, head, incoming, &mut respond, interims).await else {
+    let Some(response) = answer(&conn, head, incoming, &mut respond, interims).await else {
         return;
     };
     let (mut head, body) = response.into_parts();
@@ -255,7 +271,7 @@ async fn stream(
         match respond.send_response(Response::from_parts(head, ()), false) {
             // The tunnel's task may be gone; then the stream is reset with what is dropped here.
             Ok(send) => drop(granted.send(TunnelIo::new(send, received))),
-            Err(_) => respond.send_reset(Reason::INTERNAL_ERROR),
+            Err(_) => reset(&conn, &mut respond, Reason::INTERNAL_ERROR),
         }
         return;
     }
@@ -270,21 +286,31 @@ async fn stream(
         Ok(_) if ended => {}
         Ok(send) => {
             let mut pump = Pump::new(send, body);
-            poll_fn(|cx| pump.poll(cx)).await;
+            match poll_fn(|cx| pump.poll(cx)).await {
+                Pumped::Whole | Pumped::Lost => {}
+                Pumped::Reset => conn.note_codec(CodecEvent::Http2RxReset, 1),
+                Pumped::Failed => conn.note_codec(CodecEvent::Http2TxReset, 1),
+            }
         }
-        Err(_) => respond.send_reset(Reason::INTERNAL_ERROR),
+        Err(_) => reset(&conn, &mut respond, Reason::INTERNAL_ERROR),
     }
+}
+
+/// Resets a stream.
+fn reset(conn: &Downstream, respond: &mut SendResponse<Bytes>, reason: Reason) {
+    conn.note_codec(CodecEvent::Http2TxReset, 1);
+    respond.send_reset(reason);
 }
 
 /// The answer to a request, unless its client has given it up.
 async fn answer(
-    conn: Rc<Downstream>,
+    conn: &Rc<Downstream>,
     head: Box<Parts>,
     incoming: Incoming,
     respond: &mut SendResponse<Bytes>,
     interims: Option<Arc<Waiting>>,
 ) -> Option<Response<Body>> {
-    let mut service = pin!(request::handle(conn, head, incoming, interims.clone()));
+    let mut service = pin!(request::handle(conn.clone(), head, incoming, interims.clone()));
     let mut told = false;
     poll_fn(|cx| {
         if let Some(interims) = &interims
@@ -295,7 +321,12 @@ async fn answer(
         let served = service.as_mut().poll(cx);
         let waiting = interims.as_ref().filter(|interims| interims.any());
         if served.is_pending() || waiting.is_some() {
-            if respond.poll_reset(cx).is_ready() {
+            if let Poll::Ready(outcome) = respond.poll_reset(cx) {
+                // Else the connection is gone.
+                conn.note_codec(
+                    CodecEvent::Http2RxReset,
+                    u64::from(outcome.is_ok_and(is_of_client)),
+                );
                 return Poll::Ready(None);
             }
             if let Some(waiting) = waiting {
@@ -304,7 +335,7 @@ async fn answer(
         }
         served.map(|response| {
             if response.is_err() {
-                respond.send_reset(Reason::INTERNAL_ERROR);
+                reset(conn, respond, Reason::INTERNAL_ERROR);
             }
             response.ok()
         })

@@ -1,4 +1,7 @@
 //! The request path: hygiene, identity, routing, filters, action.
+//!
+//! `admit` refuses what no request may look like, `identify` says who asks, `routed` is what was decided about a request and
+//! how its route is found. What is synchronous is a function, so that the future of a request holds no more than it waits with.
 
 mod admit;
 mod identify;

@@ -8,8 +8,9 @@
 
 use std::io;
 use std::pin::Pin;
+use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 
 use bytes::{Buf, Bytes};
 use h2::{Reason, RecvStream, SendStream};
@@ -19,8 +20,11 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::task::AbortHandle;
 
 use super::body::BodyError;
+use super::http::Downstream;
 use super::interim::Waiting;
 use crate::hygiene::fields::{Present, strip_present};
+use crate::metrics::events::{ClusterEvent, CodecEvent};
+use crate::upstream::http2;
 
 /// Bytes that a tunnel hands over at a time: a frame of the default size.
 const TUNNEL_CHUNK: usize = 16 * 1024;
@@ -53,13 +57,66 @@ fn reason_of(error: &BodyError) -> Reason {
     Reason::INTERNAL_ERROR
 }
 
+/// Who counts what happens to a stream that a body comes over.
+pub(crate) enum Watcher {
+    /// The client's connection.
+    Client(Rc<Downstream>),
+    /// The endpoint's.
+    Endpoint(Rc<http2::State>),
+    #[cfg(test)]
+    Nobody,
+}
+
+impl std::fmt::Debug for Watcher {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str(match self {
+            Self::Client(_) => "Client",
+            Self::Endpoint(_) => "Endpoint",
+            #[cfg(test)]
+            Self::Nobody => "Nobody",
+        })
+    }
+}
+
+impl Watcher {
+    fn trailers(&self) {
+        match self {
+            Self::Client(conn) => conn.note_codec(CodecEvent::Http2Trailers, 1),
+            // Envoy counts those of requests only.
+            Self::Endpoint(_) => {}
+            #[cfg(test)]
+            Self::Nobody => {}
+        }
+    }
+
+    fn broke(&self, error: &h2::Error) {
+        match self {
+            // Whoever serves the request asks how its stream has ended.
+            Self::Client(_) => {}
+            Self::Endpoint(state) => state.note_error(error),
+            #[cfg(test)]
+            Self::Nobody => {}
+        }
+    }
+
+    /// The body is read no further.
+    fn left(&self) {
+        match self {
+            Self::Client(conn) => conn.note_codec(CodecEvent::Http2TxReset, 1),
+            Self::Endpoint(state) => state.note(ClusterEvent::Http2TxReset),
+            #[cfg(test)]
+            Self::Nobody => {}
+        }
+    }
+}
+
 /// Ends the sending of a request's body with whoever holds it.
 #[derive(Debug)]
-pub struct Upload(AbortHandle);
+pub(crate) struct Upload(AbortHandle);
 
 impl Upload {
     /// The task that sends it.
-    pub fn new(task: AbortHandle) -> Self {
+    pub(crate) fn new(task: AbortHandle) -> Self {
         Self(task)
     }
 }
@@ -83,19 +140,38 @@ pub struct Received {
     expected: Option<Arc<Waiting>>,
     /// The request that it answers is still being sent.
     _upload: Option<Upload>,
+    watcher: Watcher,
+}
+
+/// A stream whose end has not been seen is reset by `h2`.
+impl Drop for Received {
+    fn drop(&mut self) {
+        if !self.is_end_stream() && !self.data_done && self.is_open() {
+            self.watcher.left();
+        }
+    }
 }
 
 impl Received {
     /// The body of a request with this head. Its client is told to go on through `expected`, if it waits for that.
-    pub fn of_request(stream: RecvStream, headers: &HeaderMap, expected: Option<Arc<Waiting>>) -> Self {
-        Self {
-            expected,
-            ..Self::of_response(stream, headers, None)
-        }
+    pub(crate) fn of_request(
+        stream: RecvStream,
+        headers: &HeaderMap,
+        expected: Option<Arc<Waiting>>,
+        conn: Rc<Downstream>,
+    ) -> Self {
+        let mut body = Self::of_response(stream, headers, None, Watcher::Client(conn));
+        body.expected = expected;
+        body
     }
 
     /// The body of a response with this head.
-    pub fn of_response(stream: RecvStream, headers: &HeaderMap, upload: Option<Upload>) -> Self {
+    pub(crate) fn of_response(
+        stream: RecvStream,
+        headers: &HeaderMap,
+        upload: Option<Upload>,
+        watcher: Watcher,
+    ) -> Self {
         let ended = stream.is_end_stream();
         Self {
             left: content_length(headers).or(ended.then_some(0)),
@@ -104,6 +180,7 @@ impl Received {
             ended,
             expected: None,
             _upload: upload,
+            watcher,
         }
     }
 
@@ -111,12 +188,22 @@ impl Received {
     /// after a whole answer a server says so that the rest of the request is not wanted (RFC 9113 section 8.1).
     fn broke(&mut self, error: h2::Error) -> Option<Result<Frame<Bytes>, h2::Error>> {
         self.ended = true;
+        self.watcher.broke(&error);
         let whole = error.reason() == Some(Reason::NO_ERROR) && self.left.is_none_or(|left| left == 0);
         (!whole).then_some(Err(error))
     }
 
+    /// Whether more may come: its sender has neither ended nor reset it, and the connection lives.
+    fn is_open(&mut self) -> bool {
+        let polled = self.stream.poll_data(&mut Context::from_waker(Waker::noop()));
+        matches!(polled, Poll::Pending | Poll::Ready(Some(Ok(_))))
+    }
+
     /// The next frame.
-    pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
+    pub(crate) fn poll_frame(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
         if self.ended {
             return Poll::Ready(None);
         }
@@ -141,6 +228,9 @@ impl Received {
         match ready!(self.stream.poll_trailers(cx)) {
             Ok(trailers) => {
                 self.ended = true;
+                if trailers.is_some() {
+                    self.watcher.trailers();
+                }
                 Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))))
             }
             Err(error) => Poll::Ready(self.broke(error)),
@@ -155,6 +245,29 @@ impl Received {
     /// What is known of what has yet to come.
     pub fn size_hint(&self) -> SizeHint {
         self.left.map_or_else(SizeHint::default, SizeHint::with_exact)
+    }
+}
+
+/// How the sending of a body has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pumped {
+    /// Everything was sent.
+    Whole,
+    /// The peer has reset the stream.
+    Reset,
+    /// The body has failed, for which we have reset the stream.
+    Failed,
+    /// The connection is gone.
+    Lost,
+}
+
+impl Pumped {
+    /// Why a stream takes no more.
+    fn of(stream: &mut SendStream<Bytes>) -> Self {
+        match stream.poll_reset(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(Ok(_)) => Self::Reset,
+            Poll::Ready(Err(_)) | Poll::Pending => Self::Lost,
+        }
     }
 }
 
@@ -182,36 +295,41 @@ where
 
     /// Sends what there is. Ready when there is nothing more to do: everything was sent, the peer wants no more of it, or
     /// the body has failed, for which the stream has been reset.
-    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Pumped> {
         loop {
             if self.chunk.is_some() {
                 if !ready!(poll_capacity(&mut self.stream, cx)) {
-                    return Poll::Ready(());
+                    return Poll::Ready(Pumped::of(&mut self.stream));
                 }
                 if let Some(data) = self.chunk.take()
                     && self.stream.send_data(data, false).is_err()
                 {
-                    return Poll::Ready(());
+                    return Poll::Ready(Pumped::of(&mut self.stream));
                 }
             }
             match Pin::new(&mut self.body).poll_frame(cx) {
                 // Whoever waits for its source is told when the peer has reset the stream.
-                Poll::Pending => return self.stream.poll_reset(cx).map(|_| ()),
+                Poll::Pending => {
+                    return self.stream.poll_reset(cx).map(|reset| match reset {
+                        Ok(_) => Pumped::Reset,
+                        Err(_) => Pumped::Lost,
+                    });
+                }
                 Poll::Ready(None) => {
                     // An error means that the peer has reset the stream.
                     let _ = self.stream.send_data(Bytes::new(), true);
-                    return Poll::Ready(());
+                    return Poll::Ready(Pumped::Whole);
                 }
                 Poll::Ready(Some(Err(error))) => {
                     self.stream.send_reset(reason_of(&error));
-                    return Poll::Ready(());
+                    return Poll::Ready(Pumped::Failed);
                 }
                 Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
                     Ok(data) => {
                         // The last chunk waits in `h2` as well as here.
                         if self.body.is_end_stream() {
                             let _ = self.stream.send_data(data, true);
-                            return Poll::Ready(());
+                            return Poll::Ready(Pumped::Whole);
                         }
                         if !data.is_empty() {
                             self.stream.reserve_capacity(1);
@@ -223,7 +341,7 @@ where
                             strip(&mut trailers, false);
                             self.stream.reserve_capacity(0);
                             let _ = self.stream.send_trailers(trailers);
-                            return Poll::Ready(());
+                            return Poll::Ready(Pumped::Whole);
                         }
                     }
                 },

@@ -174,7 +174,7 @@ pub(super) async fn forward(
         hash: hashed.hash,
         cookies: hashed.cookies,
         criteria: noted.as_ref().or(criteria),
-        auto_host: matches!(forward.host_rewrite, Some(HostRewrite::Auto)),
+        auto_host: matches!(forward.host_rewrite.as_deref(), Some(HostRewrite::Auto)),
         authority: exchange.uri.authority().cloned(),
         scheme: exchange.scheme.clone(),
         interims: exchange.interims.take(),
@@ -490,9 +490,9 @@ fn retries<'a>(routed: &Routed, forward: &'a Forward, times: &Times, headers: &m
     ];
     let may_ask = times.asks || adds.iter().any(|ops| !ops.is_empty());
     if !may_ask || !headers.keys().any(|name| RetryPolicy::is_asked_by(name.as_str())) {
-        return Retries::OfRoute(forward.retry.as_ref());
+        return Retries::OfRoute(forward.retry.as_deref());
     }
-    Retries::Asked(RetryPolicy::asked(forward.retry.as_ref(), headers).map(Box::new))
+    Retries::Asked(RetryPolicy::asked(forward.retry.as_deref(), headers).map(Box::new))
 }
 
 /// An answer to a request that asks for something in a field which is checked, and cannot be understood.

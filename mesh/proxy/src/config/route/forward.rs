@@ -19,7 +19,12 @@ impl Forward {
         refuse_unsupported(from)?;
         let retry = match from.retry_policy.as_ref().or(host.retry_policy.as_ref()) {
             None => None,
-            Some(policy) => RetryPolicy::compile(policy).within("retry_policy")?,
+            Some(policy) => {
+                let retries = &mut context.slots.retries;
+                retries
+                    .of(policy, || RetryPolicy::compile(policy))
+                    .within("retry_policy")?
+            }
         };
         let timeout = match &from.timeout {
             // Envoy's rule: the one or the other.
@@ -80,10 +85,10 @@ impl Forward {
                 .within("max_stream_duration")?,
             criteria: Criteria::compile(from.metadata_match.as_ref(), None),
             hedge,
-            expected: expected(timeout, retry.as_ref().filter(|_| !hedge)),
+            expected: expected(timeout, retry.as_deref().filter(|_| !hedge)),
             retry,
-            rewrite: compile_rewrite(from, template)?,
-            host_rewrite: compile_host_rewrite(from)?,
+            rewrite: compile_rewrite(from, template)?.map(Box::new),
+            host_rewrite: compile_host_rewrite(from)?.map(Box::new),
             append_forwarded_host: from.append_x_forwarded_host,
             mirrors: mirrors
                 .enumerate()

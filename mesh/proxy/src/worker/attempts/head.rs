@@ -34,8 +34,8 @@ pub(super) fn build(
     };
     let headers = request.headers_mut();
     if plan.auto_host
-        && !host.endpoint.hostname.is_empty()
-        && let Ok(value) = HeaderValue::from_str(&host.endpoint.hostname)
+        && !host.endpoint.hostname().is_empty()
+        && let Ok(value) = HeaderValue::from_str(host.endpoint.hostname())
     {
         headers.insert(header::HOST, value);
     }

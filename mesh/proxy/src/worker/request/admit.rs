@@ -9,7 +9,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version,
 use crate::config::hcm::Underscores;
 use crate::hygiene::path::{Normalized, normalize};
 use crate::hygiene::scan::{Violation, valid_host};
-use crate::metrics::events::HttpEvent;
+use crate::metrics::events::{CodecEvent, HttpEvent};
 use crate::metrics::flags::Flags;
 use crate::worker::exchange::Exchange;
 use crate::worker::http::Downstream;
@@ -22,7 +22,7 @@ pub(super) fn admit(conn: &Downstream, exchange: &mut Exchange, parts: &mut Part
     if parts.method == Method::CONNECT && !tunnel::may_connect(conn, parts) {
         return Err(refusal(StatusCode::METHOD_NOT_ALLOWED, "connect_not_allowed"));
     }
-    judge_underscores(conn.manager.underscores, parts)?;
+    judge_underscores(conn, parts)?;
     settle_authority(&conn.manager.default_host, parts)?;
     exchange.authority = parts.headers.get(header::HOST).cloned();
     normalize_target(conn, exchange.grpc, parts)?;
@@ -68,17 +68,28 @@ fn refuse_violation(conn: &Downstream, exchange: &mut Exchange) -> Result<(), Lo
     Err(refusal(status, violation.details()))
 }
 
-fn judge_underscores(rule: Underscores, parts: &mut Parts) -> Result<(), LocalReply> {
-    match rule {
+fn judge_underscores(conn: &Downstream, parts: &mut Parts) -> Result<(), LocalReply> {
+    let http2 = parts.version == Version::HTTP_2;
+    match conn.manager.underscores {
         Underscores::Keep => Ok(()),
         Underscores::Drop => {
-            drop_underscores(&mut parts.headers);
+            let event = if http2 {
+                CodecEvent::Http2Dropped
+            } else {
+                CodecEvent::Http1Dropped
+            };
+            conn.note_codec(event, drop_underscores(&mut parts.headers));
             Ok(())
         }
-        Underscores::Reject if parts.headers.keys().any(has_underscore) => Err(bad(match parts.version {
-            Version::HTTP_2 => "http2.unexpected_underscore",
-            _ => "http1.unexpected_underscore",
-        })),
+        Underscores::Reject if parts.headers.keys().any(has_underscore) => {
+            let (event, details) = if http2 {
+                (CodecEvent::Http2Rejected, "http2.unexpected_underscore")
+            } else {
+                (CodecEvent::Http1Rejected, "http1.unexpected_underscore")
+            };
+            conn.note_codec(event, 1);
+            Err(bad(details))
+        }
         Underscores::Reject => Ok(()),
     }
 }
@@ -87,15 +98,18 @@ fn has_underscore(name: &HeaderName) -> bool {
     name.as_str().contains('_')
 }
 
-fn drop_underscores(headers: &mut HeaderMap) {
+/// Returns how many fields there were.
+fn drop_underscores(headers: &mut HeaderMap) -> u64 {
     let names: Vec<_> = headers
         .keys()
         .filter(|name| has_underscore(name))
         .cloned()
         .collect();
+    let before = headers.len();
     for name in names {
         headers.remove(name);
     }
+    (before - headers.len()) as u64
 }
 
 /// Makes `Host` the authority: that of the target wins over it (RFC 9112 section 3.2.2, RFC 9113 section 8.3.1). Clients

@@ -72,7 +72,7 @@ async fn a_chunk_is_taken_from_its_source_when_the_one_before_it_has_been_handed
     while window < 65_535 {
         tokio::select! {
             biased;
-            () = poll_fn(|cx| pump.poll(cx)) => panic!("it has no end"),
+            _ = poll_fn(|cx| pump.poll(cx)) => panic!("it has no end"),
             data = received.data() => window += data.unwrap().unwrap().len(),
         }
     }
@@ -81,7 +81,7 @@ async fn a_chunk_is_taken_from_its_source_when_the_one_before_it_has_been_handed
     received.flow_control().release_capacity(window).unwrap();
     tokio::select! {
         biased;
-        () = poll_fn(|cx| pump.poll(cx)) => panic!("it has no end"),
+        _ = poll_fn(|cx| pump.poll(cx)) => panic!("it has no end"),
         data = received.data() => assert!(data.unwrap().is_ok()),
     }
 }
@@ -101,7 +101,7 @@ async fn what_waits_for_its_window_when_the_last_chunk_was_handed_over_arrives_a
         // As the task of a stream does when it has ended.
         drop((pump, respond, received));
         let (head, body) = answer.await.unwrap().into_parts();
-        let mut body = Received::of_response(body, &head.headers, None);
+        let mut body = Received::of_response(body, &head.headers, None, Watcher::Nobody);
         let mut got = 0;
         while let Some(frame) = poll_fn(|cx| body.poll_frame(cx)).await {
             got += frame.unwrap().into_data().unwrap().len();
@@ -124,7 +124,7 @@ async fn a_body_that_fails_resets_its_stream_for_the_reason_that_it_brings() {
         };
         let mut pump = Pump::new(send, body);
         poll_fn(|cx| pump.poll(cx)).await;
-        let mut received = Received::of_response(received, &HeaderMap::new(), None);
+        let mut received = Received::of_response(received, &HeaderMap::new(), None, Watcher::Nobody);
         let told = poll_fn(|cx| received.poll_frame(cx)).await.unwrap();
         assert_eq!(told.unwrap_err().reason(), Some(reason));
         assert!(received.is_end_stream());
@@ -142,7 +142,7 @@ async fn what_is_reset_without_an_error_ends_there_unless_more_was_announced() {
         let mut body = respond.send_response(head.body(()).unwrap(), false).unwrap();
         body.send_data(Bytes::from_static(b"four"), false).unwrap();
         let (head, answered) = answer.await.unwrap().into_parts();
-        let mut received = Received::of_response(answered, &head.headers, None);
+        let mut received = Received::of_response(answered, &head.headers, None, Watcher::Nobody);
         assert_eq!(received.size_hint().exact(), announced);
         let frame = poll_fn(|cx| received.poll_frame(cx)).await.unwrap().unwrap();
         assert_eq!(frame.into_data().unwrap(), "four");

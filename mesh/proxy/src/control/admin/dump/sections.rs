@@ -6,6 +6,7 @@ use std::time::Duration;
 use prost::Message as _;
 use serde_json::{Map, Value, json};
 use serin_xds::ResourceType;
+use serin_xds::pb::envoy::config::cluster::v3 as pb_cluster;
 
 use super::{Mask, Wanted};
 use crate::bootstrap::Showing;
@@ -209,9 +210,10 @@ impl Dump<'_> {
         }
         let store = self.provenance.store;
         if let Some(mask) = self.asked("static_endpoint_configs") {
-            let clusters = store.clusters().filter(|slot| self.fits(&slot.name));
-            let entries = clusters.filter_map(|slot| {
-                let body = slot.config()?.load_assignment.as_ref()?.encode_to_vec();
+            let clusters = store.received().clusters().filter(|(name, _)| self.fits(name));
+            let entries = clusters.filter_map(|(_, kept)| {
+                let cluster = pb_cluster::Cluster::decode(&*kept.body).ok()?;
+                let body = cluster.load_assignment?.encode_to_vec();
                 let shown = self.provenance.showing.show(ENDPOINTS, &body);
                 Some(masked(&json!({ "endpoint_config": shown }), mask))
             });
