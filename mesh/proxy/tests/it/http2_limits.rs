@@ -117,6 +117,10 @@ async fn floods_of_frames_without_use_end_their_connection_at_the_limits_of_the_
         assert_eq!(other.fate(1).await, Fate::Status(200));
     }
     assert!(harness.counter("envoy_http_downstream_cx_protocol_error", &[]) >= 3.0);
+    for kind in ["empty", "priority", "window_update"] {
+        let name = format!("envoy_http2_inbound_{kind}_frames_flood");
+        assert!(harness.counter(&name, &[]) >= 1.0, "{name}");
+    }
 }
 
 #[tokio::test]
@@ -325,6 +329,7 @@ async fn a_client_that_answers_pings_stays_and_one_that_does_not_is_let_go() {
         }
     };
     soon("the end of a client that says nothing", end).await;
+    assert!(harness.counter("envoy_http2_keepalive_timeout", &[]) >= 1.0);
     assert_eq!(asked, 1, "an answer is waited for before the next is asked for");
 }
 
