@@ -177,6 +177,9 @@ events! {
         CheckFailure = "health_check_failure", "Checks that failed.";
         CheckNetworkFailure = "health_check_network_failure", "Checks that failed for lack of an answer.";
         CheckVerifyCluster = "health_check_verify_cluster", "Checks that compared the name of the service.";
+        Http2EmptyFlood = "http2_inbound_empty_frames_flood", "Connections that were ended for too many empty frames.";
+        Http2PriorityFlood = "http2_inbound_priority_frames_flood", "Connections that were ended for too many PRIORITY frames.";
+        Http2WindowFlood = "http2_inbound_window_update_frames_flood", "Connections that were ended for too many WINDOW_UPDATE frames.";
         Http2Keepalive = "http2_keepalive_timeout", "Connections of HTTP/2 that no longer answered.";
         Http2Messaging = "http2_rx_messaging_error", "Answers that are no message of HTTP/2.";
         Http2RxReset = "http2_rx_reset", "Streams that the endpoint reset.";
@@ -194,6 +197,10 @@ events! {
         Http2Dropped = "http2_dropped_headers_with_underscores", "Fields that were left out for an underscore in their name.";
         Http2Rejected = "http2_requests_rejected_with_underscores_in_headers", "Requests that were refused for an underscore in a field's name.";
         Http2Goaway = "http2_goaway_sent", "Connections that we have ended in good order.";
+        Http2EmptyFlood = "http2_inbound_empty_frames_flood", "Connections that were ended for too many empty frames.";
+        Http2PriorityFlood = "http2_inbound_priority_frames_flood", "Connections that were ended for too many PRIORITY frames.";
+        Http2WindowFlood = "http2_inbound_window_update_frames_flood", "Connections that were ended for too many WINDOW_UPDATE frames.";
+        Http2Keepalive = "http2_keepalive_timeout", "Connections whose client no longer answered.";
         Http2RxReset = "http2_rx_reset", "Streams that the client reset.";
         Http2Trailers = "http2_trailers", "Requests with trailers.";
         Http2TxReset = "http2_tx_reset", "Streams that we reset.";
@@ -222,6 +229,7 @@ events! {
         RqIdleTimeout = "downstream_rq_idle_timeout", "Requests that were idle for too long.";
         RqMaxDuration = "downstream_rq_max_duration_reached", "Requests that lasted too long.";
         RqOverload = "downstream_rq_overload_close", "Requests that were turned away because of overload.";
+        RqClientUnknown = "downstream_rq_rejected_via_ip_detection", "Requests that were turned away because nothing says who their client is.";
         RqTooLarge = "downstream_rq_too_large", "Requests with a body that is too large.";
         RqNoUpgrade = "downstream_rq_ws_on_non_ws_route", "Requests for an upgrade that the route does not allow.";
         RqPathRefused = "downstream_rq_failed_path_normalization", "Requests whose path could not be normalised.";

@@ -30,7 +30,6 @@ mod rbac;
 mod state;
 
 pub(super) use encode::{encode, encode_waiting, keep_request, waits};
-pub(super) use facts::forwarded_client;
 pub(super) use jwt::fetch_ahead;
 pub use state::PolicyState;
 use state::{Encode, state};
