@@ -1,7 +1,7 @@
 //! Where a request comes from, as a connection manager believes it: `use_remote_address`, `xff_num_trusted_hops`,
 //! `original_ip_detection_extensions`, `internal_address_config`, and the fields that tell the next hop.
 //!
-//! A request has a client ([`Found::client`]): whoever is connected, or whom a trusted hop names. It is *internal* where its
+//! A request has a client: whoever is connected, or whom a trusted hop names ([`Found::named`]). It is *internal* where its
 //! client is known to be one and its address is among the internal ones; whom the configuration does not call internal is not.
 //! It is an *edge* request where this proxy is the first hop that is trusted and the client is not internal. What clients
 //! may ask of the proxy follows from that ([`Found::may_not_send`]). The rules are Envoy's, those that look odd as well: what
