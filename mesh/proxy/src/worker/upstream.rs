@@ -121,6 +121,7 @@ pub(super) async fn forward(
         Ok(found) => found,
         Err(Missing { name, target }) => {
             exchange.cluster_name = name.map(Arc::from);
+            logging::keep_sent(&mut exchange, &parts);
             let reply = no_cluster(&conn, forward);
             return decline(exchange, &routed, target, &parts, None, reply);
         }
@@ -141,6 +142,7 @@ pub(super) async fn forward(
     }
     exchange.cluster_name = Some(slot.name.clone());
     let Some(cluster) = conn.worker.cluster(&slot) else {
+        logging::keep_sent(&mut exchange, &parts);
         let reply = no_cluster(&conn, forward);
         return decline(exchange, &routed, target, &parts, None, reply);
     };

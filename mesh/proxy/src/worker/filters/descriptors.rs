@@ -11,7 +11,8 @@ use crate::worker::request::{Routed, view};
 
 /// The entries of a filter's stage that a request falls under: the filter's own, or those of route and virtual host.
 pub(super) struct Entries<'a> {
-    stage: u32,
+    /// Entries of routes and hosts have a stage, those of filters have none.
+    stage: Option<u32>,
     lists: [&'a [RateLimitEntry]; 2],
 }
 
@@ -24,10 +25,11 @@ impl<'a> Entries<'a> {
     ) -> Self {
         if !own.is_empty() {
             return Self {
-                stage,
+                stage: None,
                 lists: [own, &[]],
             };
         }
+        let stage = Some(stage);
         let (of_route, include) = match &routed.route.action {
             Action::Forward(forward) => (&*forward.rate_limits, forward.include_host_rate_limits),
             // Envoy asks for no descriptors of what it does not forward.
@@ -56,7 +58,7 @@ impl<'a> Entries<'a> {
         first
             .iter()
             .chain(second)
-            .filter(move |entry| entry.stage == stage)
+            .filter(move |entry| stage.is_none_or(|stage| entry.stage == stage))
     }
 
     /// Whether some are for the end of the request.

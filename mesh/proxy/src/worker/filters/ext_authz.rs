@@ -1,17 +1,21 @@
 //! External authorisation on the worker: what is sent, who is asked, what becomes of the answer.
 
+use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use http::request::Parts;
 use http::uri::Uri;
-use http::{HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 
 use super::super::body::{Ahead, Inbound};
 use super::super::call::{call, grpc};
 use super::super::exchange::protocol_text;
+use super::super::scene::RequestScene;
 use super::{Encode, Exchange, LocalReply, facts, metadata, state};
+use crate::config::headers::Scene;
 use crate::metrics::flags::Flags;
+use crate::observe::record::{Record, Wants};
 use crate::policy::ext_authz::{
     self, BodySettings, CheckScene, DEFAULT_TIMEOUT, ExtAuthz, NAMESPACE, PerRouteAuthz, Service, Verdict,
     is_valid, read_grpc,
@@ -55,6 +59,7 @@ pub(super) async fn ask(
         None => (Bytes::new(), None),
         Some(wanted) => read_body(body, wanted, exchange.conn.manager.stream_idle_timeout).await?,
     };
+    let received = body.as_ref().map_or(0, Inbound::held);
     let service = settings
         .and_then(|settings| settings.service.as_ref())
         .unwrap_or(&authz.service);
@@ -72,7 +77,8 @@ pub(super) async fn ask(
                         .and_then(|id| id.to_str().ok())
                         .unwrap_or(""),
                     protocol: protocol_text(parts.version),
-                    size: announced(parts),
+                    size: i64::try_from(received).unwrap_or(i64::MAX),
+                    own_principal: conn.tls.as_ref().and_then(|tls| tls.local_principal()),
                     time: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(),
                     certificate: conn
                         .tls
@@ -90,13 +96,20 @@ pub(super) async fn ask(
                 let question = authz.question(&facts, &scene, sent, raw, partial);
                 match grpc(&worker, target, ext_authz::PATH, &question, DEFAULT_TIMEOUT).await {
                     Ok(answer) if authz.validates && !is_valid(&answer) => {
+                        if let Some(fields) = answer.dynamic_metadata {
+                            state(exchange).metadata.merge(NAMESPACE, fields);
+                        }
                         return Err(invalid(authz, worker.id));
                     }
                     Ok(answer) => read_grpc(answer),
                     Err(error) => failed(&error),
                 }
             }
-            Service::Http(service) => match service.question(&facts, sent, authz, partial) {
+            Service::Http(service) => match {
+                let mut added = HeaderMap::new();
+                service.add.apply(&mut added, &Asking { exchange, parts });
+                service.question(&facts, sent, authz, partial, added)
+            } {
                 None => Verdict::Failed,
                 Some(question) => {
                     let target = &service.target;
@@ -111,20 +124,31 @@ pub(super) async fn ask(
     authz.count(&verdict, worker.id);
     match verdict {
         Verdict::Allowed(mut allowed) => {
+            if let Some(fields) = allowed.metadata.take() {
+                state(exchange).metadata.merge(NAMESPACE, fields);
+            }
             if !authz.restrict(&mut allowed) {
                 return Err(invalid(authz, worker.id));
             }
-            let changed = !allowed.set.is_empty() || !allowed.remove.is_empty();
+            let changed = !allowed.set.is_empty()
+                || !allowed.remove.is_empty()
+                || allowed.path.is_some()
+                || !allowed.query_set.is_empty()
+                || !allowed.query_remove.is_empty();
+            ext_authz::apply(&allowed.set, &mut parts.headers);
             for name in &allowed.remove {
                 parts.headers.remove(name);
             }
-            ext_authz::apply(&allowed.set, &mut parts.headers);
+            // What the service sends may be no path; then the request goes on with its own.
+            if let Some(path) = &allowed.path
+                && path.starts_with('/')
+                && let Ok(uri) = path.parse::<Uri>()
+            {
+                parts.uri = uri;
+            }
             change_query(parts, &allowed.query_set, &allowed.query_remove);
             if !allowed.response.is_empty() {
                 state(exchange).encode.push(Encode::Fields(allowed.response));
-            }
-            if let Some(fields) = allowed.metadata {
-                state(exchange).metadata.merge(NAMESPACE, fields);
             }
             Ok(authz.clear_route && changed)
         }
@@ -133,7 +157,7 @@ pub(super) async fn ask(
                 state(exchange).metadata.merge(NAMESPACE, fields);
             }
             let mut reply = LocalReply::new(denied.status, Flags::UNAUTHORIZED, "ext_authz_denied", "");
-            ext_authz::apply(&denied.headers, &mut reply.headers);
+            ext_authz::apply_denied(&denied.headers, &mut reply.headers);
             reply.headers.remove(header::CONTENT_LENGTH);
             reply.body = denied.body;
             Err(reply)
@@ -172,14 +196,21 @@ fn failed(error: &super::super::call::CallError) -> Verdict {
     Verdict::Failed
 }
 
-/// The announced length of the body, or -1.
-fn announced(parts: &Parts) -> i64 {
-    parts
-        .headers
-        .get(header::CONTENT_LENGTH)
-        .and_then(|value| value.to_str().ok())
-        .and_then(|text| text.parse().ok())
-        .unwrap_or(-1)
+/// A question that is being made: what its fields are made of is the request.
+struct Asking<'a> {
+    exchange: &'a Exchange,
+    parts: &'a Parts,
+}
+
+impl Scene for Asking<'_> {
+    fn show(&self, wants: &Wants, _: &HeaderMap, to: &mut dyn FnMut(&Record<'_>)) {
+        let scene = RequestScene {
+            exchange: self.exchange,
+            uri: &self.parts.uri,
+            cluster: None,
+        };
+        scene.show(wants, &self.parts.headers, to);
+    }
 }
 
 async fn read_body(
@@ -188,7 +219,7 @@ async fn read_body(
     idle: Option<std::time::Duration>,
 ) -> Result<(Bytes, Option<bool>), LocalReply> {
     let Some(inbound) = body else {
-        return Ok((Bytes::new(), Some(false)));
+        return Ok((Bytes::new(), None));
     };
     match inbound.read_ahead(wanted.limit, idle).await {
         Err(error) => Err(LocalReply::of_body(&error)),
@@ -200,23 +231,49 @@ async fn read_body(
     }
 }
 
+/// A part of a query without what would be no part of it for whoever reads it next.
+fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_graphic() && !matches!(byte, b'#' | b'"' | b'<' | b'>') {
+            out.push(char::from(byte));
+        } else {
+            out.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    out
+}
+
 fn change_query(parts: &mut Parts, set: &[(String, String)], remove: &[String]) {
     if set.is_empty() && remove.is_empty() {
         return;
     }
-    let name = |pair: &str| pair.split_once('=').map_or(pair, |(name, _)| name).to_owned();
-    let mut pairs: Vec<String> = parts
+    // By name, as Envoy has them; of a name that is set the first value is.
+    let mut all: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for pair in parts
         .uri
         .query()
         .unwrap_or("")
         .split('&')
-        .filter(|pair| {
-            let name = name(pair);
-            !pair.is_empty() && !remove.contains(&name) && !set.iter().any(|(key, _)| *key == name)
-        })
-        .map(str::to_owned)
+        .filter(|pair| !pair.is_empty())
+    {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        all.entry(name).or_default().push(value);
+    }
+    let set: Vec<(String, String)> = set
+        .iter()
+        .map(|(name, value)| (escaped(name), escaped(value)))
         .collect();
-    pairs.extend(set.iter().map(|(key, value)| format!("{key}={value}")));
+    for (name, value) in &set {
+        all.insert(name, vec![value]);
+    }
+    for name in remove {
+        all.remove(name.as_str());
+    }
+    let pairs: Vec<String> = all
+        .iter()
+        .flat_map(|(name, values)| values.iter().map(move |value| format!("{name}={value}")))
+        .collect();
     let target = if pairs.is_empty() {
         parts.uri.path().to_owned()
     } else {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use http::request::Parts;
-use http::{HeaderName, HeaderValue, header};
+use http::{HeaderName, HeaderValue, StatusCode, header};
 
 use super::super::call::grpc;
 use super::super::request::Routed;
@@ -16,7 +16,7 @@ use super::{
 };
 use crate::metrics::flags::Flags;
 use crate::policy::descriptors::VirtualHostLimits;
-use crate::policy::ext_authz::How;
+use crate::policy::ext_authz::{How, apply};
 use crate::policy::filter_state::Factory;
 use crate::policy::per_route::Override;
 use crate::policy::rate_limit::{PATH, PerRouteLimit, RateLimit};
@@ -79,6 +79,10 @@ pub(super) async fn ask(
         .headers
         .get("x-envoy-internal")
         .is_some_and(|value| value.as_bytes() == b"true");
+    // Envoy asks about nothing that it does not forward, nor about what it has no cluster for.
+    if routed.known_cluster(conn.worker.id, &parts.headers).is_none() {
+        return Ok(());
+    }
     if !limit.enabled.hit(random::next()) || !limit.concerns(internal) {
         return Ok(());
     }
@@ -114,7 +118,6 @@ pub(super) async fn ask(
             tracing::debug!(%error, "the rate limit service failed");
             let denies = limit.failure_denies.hit(random::next());
             limit.count_error(!denies, worker.id);
-            exchange.flags.add(Flags::RATE_LIMIT_SERVICE);
             if !denies {
                 return Ok(());
             }
@@ -132,26 +135,36 @@ pub(super) async fn ask(
     let mut fields: Vec<_> = said
         .response_headers
         .into_iter()
-        .map(|(name, value)| (name, value, How::Append))
+        .map(|(name, value)| {
+            // There is one type of content.
+            let how = if name == header::CONTENT_TYPE {
+                How::Set
+            } else {
+                How::Append
+            };
+            (name, value, how)
+        })
         .collect();
-    let reset = said.limit.as_ref().map(|(_, _, reset)| *reset);
     if let Some((text, remaining, reset)) = said.limit
         && let Ok(text) = HeaderValue::from_str(&text)
     {
-        fields.push((X_RATELIMIT_LIMIT.clone(), text, How::Set));
+        fields.push((X_RATELIMIT_LIMIT.clone(), text, How::Append));
         fields.push((
             X_RATELIMIT_REMAINING.clone(),
             HeaderValue::from(remaining),
-            How::Set,
+            How::Append,
         ));
-        fields.push((X_RATELIMIT_RESET.clone(), HeaderValue::from(reset), How::Set));
-    }
-    if !fields.is_empty() {
-        state(exchange).encode.push(Encode::Fields(fields));
+        fields.push((X_RATELIMIT_RESET.clone(), HeaderValue::from(reset), How::Append));
     }
     if !said.over || !limit.enforced.hit(random::next()) {
+        if !fields.is_empty() {
+            state(exchange).encode.push(Encode::Fields(fields));
+        }
         for (name, value) in said.request_headers {
-            parts.headers.append(name, value);
+            // A request for two hosts would be refused by whoever reads it next.
+            if name != header::HOST {
+                parts.headers.append(name, value);
+            }
         }
         return Ok(());
     }
@@ -163,8 +176,11 @@ pub(super) async fn ask(
             .headers
             .insert(X_ENVOY_RATELIMITED.clone(), HeaderValue::from_static("true"));
     }
+    apply(&fields, &mut reply.headers);
     if limit.retry_after
-        && let Some(reset) = reset
+        && limit.status == StatusCode::TOO_MANY_REQUESTS
+        && !reply.headers.contains_key(header::RETRY_AFTER)
+        && let Some(reset) = said.retry_after
     {
         reply
             .headers
