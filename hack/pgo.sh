@@ -30,7 +30,11 @@ if [ -z "$(find "$out/raw" -name '*.profraw' -size +0 -print -quit)" ]; then
     echo "pgo: the instrumented proxy wrote no counts to $out/raw: did the matrix above run?" >&2
     exit 1
 fi
-"$profdata" merge -o "$out/serin-proxy.profdata" "$out/raw"
-RUSTFLAGS="${RUSTFLAGS:-} -Cprofile-use=$out/serin-proxy.profdata" \
+"$profdata" merge -o "$out/merged.profdata" "$out/raw"
+# Cargo looks at the flags alone to see what must be built again: another profile needs another name.
+rm -f -- "$out"/serin-proxy-*.profdata
+learnt=$out/serin-proxy-$(sha256sum "$out/merged.profdata" | cut -c1-12).profdata
+mv -- "$out/merged.profdata" "$learnt"
+RUSTFLAGS="${RUSTFLAGS:-} -Cprofile-use=$learnt" \
     cargo build --locked --release --target "$target" --target-dir "$out" -p serin-proxy
 echo "$out/$target/release/serin-proxy"

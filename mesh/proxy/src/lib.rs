@@ -96,6 +96,8 @@ mod clock;
 pub mod config;
 pub mod control;
 pub mod error;
+#[cfg(test)]
+mod given;
 pub mod hygiene;
 pub mod intercept;
 pub mod metrics;

@@ -173,6 +173,7 @@ enum RoleName {
 }
 
 fn main() -> ExitCode {
+    ALLOCATOR.begin();
     levels::install();
     match start(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,

@@ -10,7 +10,7 @@ use serin_crds::flux::kustomize::Kustomization;
 use serin_kit::unhonoured::Field;
 use tokio::time::Instant;
 
-use super::memory::Inputs;
+use super::memory::{HealthWait, Inputs};
 use super::pass::Times;
 use super::work::{Fault, Then};
 use super::{Kustomizations, conditions};
@@ -47,6 +47,41 @@ impl Verdict {
             self.again = Some(self.again.map_or(wait, |a| a.min(wait)));
         }
     }
+
+    /// What it means for a Kustomization that waits.
+    fn next(&self, wait: &HealthWait, now: Instant) -> Next {
+        let waited = seconds(now.duration_since(wait.since));
+        let failed = |why: &str, lines: &[String]| {
+            let lines = lines.join(", ");
+            Next::Unhealthy(format!("health check failed after {waited}: {why}: [{lines}]"))
+        };
+        if !self.failed.is_empty() {
+            return failed("failed early due to stalled resources", &self.failed);
+        }
+        if self.open.is_empty() {
+            return Next::Ready(Some(format!("Health check passed in {waited}")));
+        }
+        if wait.passed {
+            // Healthy once; a rollout that starts by itself (a canary, an autoscaler) does not take readiness away.
+            return Next::Ready(Some("Health check passed".to_owned()));
+        }
+        if now >= wait.deadline {
+            return failed("timeout waiting for", &self.open);
+        }
+        Next::Wait(
+            self.again
+                .map_or(wait.deadline, |again| (now + again).min(wait.deadline)),
+        )
+    }
+}
+
+/// What follows from the health of what was applied.
+enum Next {
+    /// Ready, with what is said of the checks, if there were any.
+    Ready(Option<String>),
+    Unhealthy(String),
+    /// Until something happens, or this time.
+    Wait(Instant),
 }
 
 fn seconds(duration: Duration) -> String {
@@ -79,86 +114,49 @@ impl Kustomizations {
             )
         };
         let checks = ks.spec.wait == Some(true) || !ks.spec.health_checks.is_empty();
-        if !checks {
-            return self
-                .ready(key, ks, refused, inputs, &digest, None, started, full_at)
-                .await;
-        }
-        let verdict = match self.verdict(key, ks).await {
-            Ok(verdict) => verdict,
-            Err(message) => {
-                return self
-                    .write(ks, refused, |e| e.stalled("InvalidCELExpression", &message))
-                    .await
-                    .map(drop);
+        let next = if checks {
+            match self.verdict(key, ks).await {
+                Ok(verdict) => verdict.next(&wait, now),
+                Err(message) => {
+                    return self
+                        .write(ks, refused, |e| e.stalled("InvalidCELExpression", &message))
+                        .await
+                        .map(drop);
+                }
             }
+        } else {
+            Next::Ready(None)
         };
-        let waited = seconds(now.duration_since(wait.since));
-        if !verdict.failed.is_empty() {
-            let message = format!(
-                "health check failed after {waited}: failed early due to stalled resources: [{}]",
-                verdict.failed.join(", ")
-            );
-            return self
-                .unhealthy(key, ks, refused, times, inputs, &message, was_failing.is_some())
-                .await;
+        match next {
+            Next::Ready(message) => {
+                if message.is_some() {
+                    let passed = HealthWait { passed: true, ..wait };
+                    self.memory.lock().entry(key.clone()).or_default().health = Some(passed);
+                }
+                let message = message.as_deref();
+                self.ready(key, ks, refused, inputs, &digest, message, started, full_at)
+                    .await
+            }
+            Next::Unhealthy(message) => {
+                let already = was_failing.is_some();
+                self.unhealthy(key, ks, refused, times, inputs, &message, already)
+                    .await
+            }
+            Next::Wait(until) => {
+                self.queue.push_at(key, until);
+                let message = format!(
+                    "Running health checks for revision {} with a timeout of {}s",
+                    inputs.revision,
+                    times.timeout.as_secs()
+                );
+                self.write(ks, refused, |e| {
+                    e.waiting_for_health(&message);
+                    e.status.last_attempted_revision = Some(inputs.revision.clone());
+                })
+                .await
+                .map(drop)
+            }
         }
-        if verdict.open.is_empty() {
-            self.memory.lock().entry(key.clone()).or_default().health =
-                Some(super::memory::HealthWait { passed: true, ..wait });
-            let message = format!("Health check passed in {waited}");
-            return self
-                .ready(
-                    key,
-                    ks,
-                    refused,
-                    inputs,
-                    &digest,
-                    Some(&message),
-                    started,
-                    full_at,
-                )
-                .await;
-        }
-        if wait.passed {
-            // Healthy once; a rollout that starts by itself (a canary, an autoscaler) does not take readiness away.
-            return self
-                .ready(
-                    key,
-                    ks,
-                    refused,
-                    inputs,
-                    &digest,
-                    Some("Health check passed"),
-                    started,
-                    full_at,
-                )
-                .await;
-        }
-        if now >= wait.deadline {
-            let message = format!(
-                "health check failed after {waited}: timeout waiting for: [{}]",
-                verdict.open.join(", ")
-            );
-            return self
-                .unhealthy(key, ks, refused, times, inputs, &message, was_failing.is_some())
-                .await;
-        }
-        let again = verdict
-            .again
-            .map_or(wait.deadline, |d| (now + d).min(wait.deadline));
-        self.queue.push_at(key, again);
-        let message = format!(
-            "Running health checks for revision {} with a timeout of {}s",
-            inputs.revision,
-            times.timeout.as_secs()
-        );
-        self.write(ks, refused, |e| {
-            e.waiting_for_health(&message);
-            e.status.last_attempted_revision = Some(inputs.revision.clone());
-        })
-        .await
-        .map(drop)
     }
 
     async fn unhealthy(

@@ -4,14 +4,14 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use kube::ResourceExt as _;
-use serin_crds::flux::kustomize::Kustomization;
+use serin_crds::flux::kustomize::{Kustomization, ResourceInventory};
 use serin_kit::unhonoured::Field;
 use tokio::time::Instant;
 
 use super::memory::{Applied, HealthWait, Inputs, Tracked};
 use super::pass::Times;
 use super::{Kustomizations, decryption, variables};
-use crate::apply::{Did, Failed, Outcome, Step};
+use crate::apply::{Did, Failed, Known, Outcome, Step};
 use crate::build::{self, Built};
 use crate::error::Error;
 use crate::key::{Key, ObjectId};
@@ -65,6 +65,18 @@ impl Fault {
         }
     }
 
+    fn of_build(error: &Error) -> Self {
+        Self {
+            reason: "BuildFailed",
+            message: error.to_string(),
+            then: if error.may_pass() {
+                Then::RetrySoon
+            } else {
+                Then::Retry
+            },
+        }
+    }
+
     pub(super) fn superseded() -> Self {
         Self {
             reason: "Progressing",
@@ -109,6 +121,35 @@ fn changes(outcomes: &[Outcome], deleted: &[ObjectId]) -> String {
     lines.join("\n")
 }
 
+/// Objects that were applied once and are part of it no more.
+fn stale(old: &[(ObjectId, String)], built: &Built) -> Vec<(ObjectId, String)> {
+    let wanted: HashSet<&ObjectId> = built.objects.iter().map(|d| &d.id).collect();
+    old.iter()
+        .filter(|(id, _)| !wanted.contains(id))
+        .cloned()
+        .collect()
+}
+
+/// Whether applying makes a difference, as far as it is planned.
+fn changes_anything(planned: &[(Stage, Vec<Step>)]) -> bool {
+    planned.len() < STAGES.len()
+        || planned
+            .iter()
+            .flat_map(|(_, steps)| steps)
+            .any(|step| matches!(step.action, Action::Create | Action::Configure))
+}
+
+/// The inventory of what was built, and of `others`.
+fn inventory_of(built: &Built, others: &[(ObjectId, String)]) -> ResourceInventory {
+    inventory::of(
+        built
+            .objects
+            .iter()
+            .map(|d| (&d.id, d.api_version.as_str()))
+            .chain(others.iter().map(|(id, version)| (id, version.as_str()))),
+    )
+}
+
 impl Kustomizations {
     /// Build, plan, apply, prune. The outer error is the API server refusing a status write.
     pub(super) async fn work(
@@ -122,75 +163,27 @@ impl Kustomizations {
     ) -> Result<Result<Report, Fault>, Error> {
         let built = match self.built(key, ks, snapshot).await {
             Ok(built) => built,
-            Err(error) => {
-                let then = if error.may_pass() {
-                    Then::RetrySoon
-                } else {
-                    Then::Retry
-                };
-                return Ok(Err(Fault {
-                    reason: "BuildFailed",
-                    message: error.to_string(),
-                    then,
-                }));
-            }
+            Err(error) => return Ok(Err(Fault::of_build(&error))),
         };
-        let accepted: HashMap<ObjectId, Accepted> = {
-            let all = self.memory.lock();
-            let applied = all.get(key).and_then(|m| m.applied.as_ref());
-            applied
-                .map(|a| {
-                    a.objects
-                        .iter()
-                        .filter_map(|(id, t)| Some((id.clone(), t.accepted?)))
-                        .collect()
-                })
-                .unwrap_or_default()
-        };
+        let accepted = self.accepted(key);
         let known = |id: &ObjectId| accepted.get(id).copied();
-        let mut planned: Vec<(Stage, Vec<Step>)> = Vec::new();
-        for stage in STAGES {
-            match self.applier.plan_stage(stage, &built.objects, &known).await {
-                Ok(steps) => planned.push((stage, steps)),
-                // A kind that an earlier stage defines; planned again when that stage is done.
-                Err(failed)
-                    if stage != Stage::Definitions
-                        && failed.errors.iter().all(|e| matches!(e, Error::NoKind { .. }))
-                        && defines(&built) => {}
-                Err(failed) => {
-                    return Ok(Err(
-                        Fault::of_apply("ReconciliationFailed", failed, snapshot).await
-                    ));
-                }
+        let planned = match self.planned(&built, &known).await {
+            Ok(planned) => planned,
+            Err(failed) => {
+                return Ok(Err(
+                    Fault::of_apply("ReconciliationFailed", failed, snapshot).await
+                ));
             }
-        }
+        };
         let old = inventory::objects(ks.status.as_ref().and_then(|s| s.inventory.as_ref()));
-        let wanted: HashSet<&ObjectId> = built.objects.iter().map(|d| &d.id).collect();
-        let stale: Vec<(ObjectId, String)> = old
-            .iter()
-            .filter(|(id, _)| !wanted.contains(id))
-            .cloned()
-            .collect();
+        let stale = stale(&old, &built);
         if let Some(words) = self.budget(key, ks, &stale).await {
             return Ok(Err(Fault::new("PruneFailed", words)));
         }
-        let pending = planned.len() < STAGES.len();
-        let changing = pending
-            || !stale.is_empty()
-            || planned
-                .iter()
-                .flat_map(|(_, s)| s)
-                .any(|s| matches!(s.action, Action::Create | Action::Configure));
         self.memory.lock().entry(key.clone()).or_default().inventory = None;
-        if changing {
+        if !stale.is_empty() || changes_anything(&planned) {
             // Written before anything is applied: whatever dies from here on, the inventory knows every object.
-            let ahead = inventory::of(
-                built
-                    .objects
-                    .iter()
-                    .map(|d| (&d.id, d.api_version.as_str()))
-                    .chain(old.iter().map(|(id, v)| (id, v.as_str()))),
-            );
+            let ahead = inventory_of(&built, &old);
             *ks = self
                 .write(ks, refused, |e| {
                     e.progressing(&format!(
@@ -204,47 +197,66 @@ impl Kustomizations {
                 .await?;
         }
         let force = ks.spec.force == Some(true);
-        let outcomes = match self
+        let applied = self
             .applier
             .apply_all(&built.objects, &known, force, planned)
-            .await
-        {
+            .await;
+        let outcomes = match applied {
             Ok(outcomes) => outcomes,
             Err(failed) => return Ok(Err(self.apply_failed(ks, failed, snapshot).await)),
         };
-        let mut now_applied = inventory::of(built.objects.iter().map(|d| (&d.id, d.api_version.as_str())));
-        let mut deleted = Vec::new();
-        let mut prune_fault = None;
+        let mut report = Report {
+            outcomes,
+            deleted: Vec::new(),
+            digest: built.digest.clone(),
+        };
+        let mut left = Vec::new();
+        let mut fault = None;
         if ks.spec.prune && !stale.is_empty() {
             let pruned = self.applier.prune(&stale, key).await;
             for (id, reason) in &pruned.kept {
                 tracing::info!(kustomization = %key, object = %id, reason, "not pruned");
             }
-            deleted = pruned.deleted;
+            report.deleted = pruned.deleted;
+            left = pruned.failed;
             if !pruned.errors.is_empty() {
                 let failed = Failed {
                     errors: pruned.errors,
                     done: Vec::new(),
                 };
-                now_applied = inventory::of(
-                    built
-                        .objects
-                        .iter()
-                        .map(|d| (&d.id, d.api_version.as_str()))
-                        .chain(pruned.failed.iter().map(|(id, v)| (id, v.as_str()))),
-                );
-                prune_fault = Some(Fault::of_apply("PruneFailed", failed, snapshot).await);
+                fault = Some(Fault::of_apply("PruneFailed", failed, snapshot).await);
             }
         }
+        let now_applied = inventory_of(&built, &left);
         self.memory.lock().entry(key.clone()).or_default().inventory = Some(now_applied);
-        if let Some(fault) = prune_fault {
-            return Ok(Err(fault));
+        Ok(fault.map_or(Ok(report), Err))
+    }
+
+    /// What the cluster had accepted of each object when it was applied last.
+    fn accepted(&self, key: &Key) -> HashMap<ObjectId, Accepted> {
+        let all = self.memory.lock();
+        let applied = all.get(key).and_then(|m| m.applied.as_ref());
+        let objects = applied.into_iter().flat_map(|a| &a.objects);
+        objects
+            .filter_map(|(id, t)| Some((id.clone(), t.accepted?)))
+            .collect()
+    }
+
+    /// The steps of every stage whose kinds are known by now.
+    async fn planned(&self, built: &Built, known: &Known<'_>) -> Result<Vec<(Stage, Vec<Step>)>, Failed> {
+        let mut planned = Vec::new();
+        for stage in STAGES {
+            match self.applier.plan_stage(stage, &built.objects, known).await {
+                Ok(steps) => planned.push((stage, steps)),
+                // A kind that an earlier stage defines; planned again when that stage is done.
+                Err(failed)
+                    if stage != Stage::Definitions
+                        && failed.errors.iter().all(|e| matches!(e, Error::NoKind { .. }))
+                        && defines(built) => {}
+                Err(failed) => return Err(failed),
+            }
         }
-        Ok(Ok(Report {
-            outcomes,
-            deleted,
-            digest: built.digest.clone(),
-        }))
+        Ok(planned)
     }
 
     /// Objects in stages that were applied before the failure are told, so that nobody has to guess.

@@ -15,7 +15,6 @@ use serin_xds::pb::envoy::config::bootstrap::v3 as bootstrap;
 use serin_xds::pb::envoy::config::cluster::v3 as cluster;
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::endpoint::v3::lb_endpoint::HostIdentifier;
-use serin_xds::pb::envoy::config::metrics::v3 as metrics;
 use serin_xds::{FEATURE_VHDS, ResourceType};
 
 use super::schema::Schema;
@@ -25,8 +24,9 @@ use crate::config::runtime::{Layer, Source};
 use crate::control::Options;
 use crate::control::run::{ControlPlane, DEFAULT_DRAIN, Plan, StaticResource};
 use crate::error::{Error, Misplaced, Refusal, Within};
+use crate::metrics::buckets::Settings;
 use crate::metrics::select;
-use crate::metrics::tags::{self, Tags};
+use crate::metrics::tags::Tags;
 use crate::overload;
 use crate::policy::on_demand::aggregated;
 
@@ -57,7 +57,24 @@ const WITHOUT_EFFECT: [&str; 10] = [
 ];
 
 /// Reads the file at `path`.
+///
+/// A thread of its own does that, since the trees that a document becomes are many times as large as what is kept of it: of
+/// memory that one thread has both in, little could be given back afterwards.
 pub fn read(path: &Path, concurrency: usize) -> Result<Plan, Error> {
+    let reader = std::thread::Builder::new().name("reader".to_owned());
+    let read = std::thread::scope(|scope| {
+        let reader = reader.spawn_scoped(scope, || read_here(path, concurrency));
+        reader.map(std::thread::ScopedJoinHandle::join)
+    });
+    match read {
+        Ok(Ok(read)) => read,
+        Ok(Err(panic)) => std::panic::resume_unwind(panic),
+        // Without threads nothing will start, but whoever reads should say that.
+        Err(_) => read_here(path, concurrency),
+    }
+}
+
+fn read_here(path: &Path, concurrency: usize) -> Result<Plan, Error> {
     let text = std::fs::read_to_string(path).map_err(|source| Error::BootstrapRead {
         path: path.to_owned(),
         source,
@@ -174,7 +191,11 @@ fn plan(from: bootstrap::Bootstrap, concurrency: usize) -> Result<Plan, Refusal>
     let stats = select::Rules {
         tags: match &from.stats_config {
             None => Tags::default(),
-            Some(config) => stats_tags(config).within("stats_config")?,
+            Some(config) => Tags::compile(config).within("stats_config")?,
+        },
+        buckets: match &from.stats_config {
+            None => Settings::default(),
+            Some(config) => Settings::compile(&config.histogram_bucket_settings).within("stats_config")?,
         },
         matcher: select::Matcher::compile(
             from.stats_config
@@ -241,15 +262,6 @@ fn admin_place(from: &core::Address) -> Result<AdminAddress, Refusal> {
         Address::Tcp(address) => Ok(AdminAddress::Tcp(address)),
         other => Err(Refusal::new("", format!("cannot listen on {other}"))),
     }
-}
-
-/// Labels of statistics. Buckets are those that every histogram is counted in: others are refused.
-fn stats_tags(from: &metrics::StatsConfig) -> Result<Tags, Refusal> {
-    for (index, setting) in from.histogram_bucket_settings.iter().enumerate() {
-        let path = format!("histogram_bucket_settings[{index}]");
-        tags::check_buckets(setting).within(path)?;
-    }
-    Tags::compile(from)
 }
 
 /// The name of the cluster that the proxy is a member of.
@@ -529,7 +541,7 @@ mod tests {
             ),
             ("stats_sinks: []", "stats_sinks"),
             (
-                "stats_config: {histogram_bucket_settings: [{match: {prefix: istiocustom}, buckets: [1]}, {match: {prefix: cluster}, buckets: [1, 2]}]}",
+                "stats_config: {histogram_bucket_settings: [{match: {prefix: istiocustom}, buckets: [1]}, {match: {prefix: cluster}, buckets: [1, 1]}]}",
                 "stats_config.histogram_bucket_settings[1].buckets",
             ),
             (

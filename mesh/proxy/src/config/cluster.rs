@@ -61,7 +61,7 @@ pub struct Cluster {
     /// Circuit breakers.
     pub limits: Breakers,
     /// Outlier detection.
-    pub outlier: Option<Outlier>,
+    pub outlier: Option<Box<Outlier>>,
     /// Active health checks.
     pub health_checks: Box<[HealthCheck]>,
     /// How new hosts begin.
@@ -90,8 +90,8 @@ pub struct Cluster {
     pub auto_sni: Option<http::HeaderName>,
     /// Whether `istio.alpn` says what TLS offers; the cluster's metadata may forbid it.
     pub alpn_overridable: bool,
-    /// Its own endpoints (static and DNS).
-    pub load_assignment: Option<serin_xds::pb::envoy::config::endpoint::v3::ClusterLoadAssignment>,
+    /// Its own endpoints as they came, where they are names that are resolved again and again.
+    pub to_resolve: Option<Box<serin_xds::pb::envoy::config::endpoint::v3::ClusterLoadAssignment>>,
 }
 
 impl Cluster {
@@ -130,6 +130,10 @@ impl Cluster {
             .or(from.max_requests_per_connection.as_ref());
         Ok(Self {
             name: from.name.as_str().into(),
+            to_resolve: match (&discovery, &from.load_assignment) {
+                (Discovery::Dns { .. }, Some(own)) => Some(Box::new(own.clone())),
+                _ => None,
+            },
             discovery,
             connect_timeout: convert::timeout(from.connect_timeout.as_ref())
                 .within("connect_timeout")?
@@ -150,7 +154,8 @@ impl Cluster {
                 .as_ref()
                 .map(compile_outlier)
                 .transpose()
-                .within("outlier_detection")?,
+                .within("outlier_detection")?
+                .map(Box::new),
             health_checks: compile_health_checks(from)?,
             slow_start: balancing.slow_start,
             bind: compile_bind(from)?,
@@ -188,7 +193,6 @@ impl Cluster {
             alpn_overridable: has_tls
                 && convert::metadata_string(from.metadata.as_ref(), "istio", "alpn_override")
                     != Some("false"),
-            load_assignment: from.load_assignment.clone(),
         })
     }
 
@@ -196,7 +200,7 @@ impl Cluster {
     pub fn socket_for(&self, endpoint: &Endpoint) -> &Arc<UpstreamSocket> {
         self.sockets
             .iter()
-            .find(|entry| entry.fits(endpoint.socket_metadata.as_ref()))
+            .find(|entry| entry.fits(endpoint.socket_metadata()))
             .map_or(&self.socket, |entry| &entry.socket)
     }
 
@@ -290,7 +294,7 @@ impl Sockets {
         };
         if from.transport_socket.is_none() && from.transport_socket_matches.is_empty() {
             return Ok(Self {
-                default: Arc::default(),
+                default: UpstreamSocket::plain(),
                 matches: Box::default(),
                 auto_sni,
             });

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::endpoint::v3 as endpoint;
@@ -148,10 +149,6 @@ pub struct Endpoint {
     pub address: Address,
     /// Its address as text, for headers and logs.
     pub text: Arc<str>,
-    /// Host name for `auto_host_rewrite`, if given.
-    pub hostname: Box<str>,
-    /// What consistent hashing knows it by instead of its address or host name (`hash_key` of `envoy.lb`).
-    pub hash_key: Option<Box<str>>,
     /// At least 1.
     pub weight: u32,
     /// Whether EDS says that it may be used.
@@ -162,6 +159,19 @@ pub struct Endpoint {
     pub workload: Option<Arc<Workload>>,
     /// What logs and headers may say of it.
     pub metadata: Option<convert::EncodedMetadata>,
+    /// What few endpoints have.
+    pub special: Option<Arc<Special>>,
+    /// Its record.
+    pub state: Arc<HostState>,
+}
+
+/// What few endpoints have: there are as many endpoints as a mesh has, so what most do not say costs them a pointer.
+#[derive(Debug, Default, PartialEq)]
+pub struct Special {
+    /// Host name for `auto_host_rewrite`, if given.
+    pub hostname: Box<str>,
+    /// What consistent hashing knows it by instead of its address or host name (`hash_key` of `envoy.lb`).
+    pub hash_key: Option<Box<str>>,
     /// How active health checks reach it.
     pub check: Check,
     /// What `transport_socket_matches` go by: `envoy.transport_socket_match` of the endpoint, else of its locality.
@@ -172,9 +182,22 @@ pub struct Endpoint {
     pub lb_metadata: Option<Struct>,
     /// Other addresses of the same endpoint, tried when the first does not answer soon.
     pub more_addresses: Box<[SocketAddr]>,
-    /// Its record.
-    pub state: Arc<HostState>,
 }
+
+impl Special {
+    /// For an endpoint; nothing where there is nothing special about it.
+    fn boxed(self) -> Option<Arc<Self>> {
+        (self != Self::default()).then(|| Arc::new(self))
+    }
+}
+
+/// How an endpoint is checked that says nothing about it.
+static PLAIN_CHECK: Check = Check {
+    disabled: false,
+    port: None,
+    address: None,
+    hostname: None,
+};
 
 impl Endpoint {
     /// An endpoint of which nothing is known but where it is.
@@ -182,28 +205,60 @@ impl Endpoint {
         Self {
             text: address.to_string().into(),
             address,
-            hostname: "".into(),
-            hash_key: None,
             weight: 1,
             healthy: true,
             degraded: false,
             workload: None,
             metadata: None,
-            check: Check::default(),
-            socket_metadata: None,
-            tlvs: Box::default(),
-            lb_metadata: None,
-            more_addresses: Box::default(),
+            special: None,
             state: Arc::default(),
         }
+    }
+
+    /// Host name for `auto_host_rewrite`; empty if there is none.
+    pub fn hostname(&self) -> &str {
+        self.special.as_ref().map_or("", |special| &special.hostname)
+    }
+
+    /// What consistent hashing knows it by, where that is neither its address nor its host name.
+    pub fn hash_key(&self) -> Option<&str> {
+        self.special.as_ref()?.hash_key.as_deref()
+    }
+
+    /// How active health checks reach it.
+    pub fn check(&self) -> &Check {
+        self.special
+            .as_ref()
+            .map_or(&PLAIN_CHECK, |special| &special.check)
+    }
+
+    /// What `transport_socket_matches` go by.
+    pub fn socket_metadata(&self) -> Option<&Struct> {
+        self.special.as_ref()?.socket_metadata.as_ref()
+    }
+
+    /// Values by type that its PROXY protocol headers have.
+    pub fn tlvs(&self) -> &[Tlv] {
+        self.special.as_ref().map_or(&[], |special| &special.tlvs)
+    }
+
+    /// What subsets go by.
+    pub fn lb_metadata(&self) -> Option<&Struct> {
+        self.special.as_ref()?.lb_metadata.as_ref()
+    }
+
+    /// Its other addresses.
+    pub fn more_addresses(&self) -> &[SocketAddr] {
+        self.special
+            .as_ref()
+            .map_or(&[], |special| &special.more_addresses)
     }
 
     /// Whether it is a canary (`envoy.lb`: `canary: true`).
     pub fn is_canary(&self) -> bool {
         use serin_xds::pb::google::protobuf::value::Kind;
         let value = self
-            .lb_metadata
-            .as_ref()
+            .lb_metadata()
             .and_then(|metadata| metadata.fields.get("canary"));
         value.is_some_and(|value| value.kind == Some(Kind::BoolValue(true)))
     }
@@ -211,7 +266,8 @@ impl Endpoint {
     /// Whether EDS and the first `checks` active checks say that it may be used.
     pub fn usable(&self, checks: usize) -> bool {
         let mask = ((1_u64 << checks) - 1) as u32;
-        self.healthy && (self.check.disabled || self.state.failed_checks.load(Ordering::Relaxed) & mask == 0)
+        self.healthy
+            && (self.check().disabled || self.state.failed_checks.load(Ordering::Relaxed) & mask == 0)
     }
 }
 
@@ -237,6 +293,19 @@ pub struct EndpointSet {
     pub overprovisioning: u32,
     /// Share of requests to drop, in parts per million, by `drop_overloads`.
     pub drop: Option<convert::Fraction>,
+}
+
+/// For how long endpoints that are discovered may be used without another update (`endpoint_stale_after`); for ever where
+/// nothing or zero is said.
+pub(crate) fn stale_after(from: &endpoint::ClusterLoadAssignment) -> Result<Option<Duration>, Refusal> {
+    let given = from
+        .policy
+        .as_ref()
+        .and_then(|policy| policy.endpoint_stale_after.as_ref());
+    let given = given.map(convert::duration).transpose();
+    Ok(given
+        .within("policy.endpoint_stale_after")?
+        .filter(|after| !after.is_zero()))
 }
 
 impl EndpointSet {
@@ -371,13 +440,24 @@ fn compile_endpoint(
         HealthStatus::Unhealthy | HealthStatus::Draining | HealthStatus::Timeout => (false, false),
     };
     let check = compile_check(inner).within("endpoint.health_check_config")?;
-    Ok(Endpoint {
-        check,
-        text: address.to_string().into(),
+    let special = Special {
         hostname: inner.hostname.as_str().into(),
         hash_key: convert::metadata_string(from.metadata.as_ref(), super::subset::METADATA, "hash_key")
             .filter(|key| !key.is_empty())
             .map(Into::into),
+        check,
+        socket_metadata,
+        tlvs,
+        lb_metadata: from
+            .metadata
+            .as_ref()
+            .and_then(|metadata| metadata.filter_metadata.get(super::subset::METADATA))
+            .cloned(),
+        more_addresses,
+    };
+    Ok(Endpoint {
+        text: address.to_string().into(),
+        special: special.boxed(),
         weight: from
             .load_balancing_weight
             .as_ref()
@@ -385,15 +465,7 @@ fn compile_endpoint(
         healthy,
         degraded,
         workload: convert::metadata_string(from.metadata.as_ref(), "istio", "workload").map(Workload::parse),
-        socket_metadata,
-        tlvs,
         metadata: convert::EncodedMetadata::of(from.metadata.as_ref()),
-        lb_metadata: from
-            .metadata
-            .as_ref()
-            .and_then(|metadata| metadata.filter_metadata.get(super::subset::METADATA))
-            .cloned(),
-        more_addresses,
         state: states
             .get(&address)
             .map(|state| Arc::clone(state))

@@ -68,9 +68,13 @@ impl Target {
     }
 }
 
-/// A list of mutations, applied removals first, then overwriting, then adding, as Envoy does.
+/// A list of mutations, applied removals first, then overwriting, then adding, as Envoy does. Most routes and virtual hosts
+/// have none, so an empty one is a null pointer.
 #[derive(Debug, Default)]
-pub struct HeaderOps {
+pub struct HeaderOps(Option<Box<Ops>>);
+
+#[derive(Debug)]
+struct Ops {
     /// Of responses and not of requests.
     of_responses: bool,
     remove: Box<[HeaderName]>,
@@ -140,7 +144,7 @@ impl HeaderOps {
                         )
                     })
             })
-            .collect::<Result<_, _>>()?;
+            .collect::<Result<Box<[HeaderName]>, _>>()?;
         let mut wants = Wants::default();
         let add: Box<[Addition]> = each(add, &format!("{field}_to_add"), |option| {
             compile_addition(option, &mut wants)
@@ -148,22 +152,33 @@ impl HeaderOps {
         let variable = add
             .iter()
             .any(|addition| matches!(addition.value, Template::Variable(_)));
-        Ok(Self {
+        if remove.is_empty() && add.is_empty() {
+            return Ok(Self(None));
+        }
+        Ok(Self(Some(Box::new(Ops {
             of_responses,
             remove,
             add,
             wants: variable.then(|| Box::new(wants)),
-        })
+        }))))
     }
 
     /// Whether there is nothing to do.
     pub fn is_empty(&self) -> bool {
-        self.remove.is_empty() && self.add.is_empty()
+        self.0.is_none()
     }
 
     /// Applies the mutations to `headers`. All values and conditions are of the fields as they are after the removals. A
     /// new authority is returned through the `Host` field of `headers`.
     pub fn apply(&self, headers: &mut HeaderMap, scene: &dyn Scene) {
+        if let Some(ops) = &self.0 {
+            ops.apply(headers, scene);
+        }
+    }
+}
+
+impl Ops {
+    fn apply(&self, headers: &mut HeaderMap, scene: &dyn Scene) {
         for name in &self.remove {
             headers.remove(name);
         }
@@ -314,6 +329,7 @@ fn translated(text: &str) -> Cow<'_, str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::given::headers;
 
     fn option(key: &str, value: &str, action: i32) -> core::HeaderValueOption {
         core::HeaderValueOption {
@@ -342,15 +358,12 @@ mod tests {
             false,
         )
         .unwrap();
-        let mut headers = HeaderMap::new();
-        for (name, value) in [
+        let mut headers = headers(&[
             ("x-append", "a"),
             ("x-absent", "a"),
             ("x-over", "a"),
             ("x-gone", "a"),
-        ] {
-            headers.insert(name, HeaderValue::from_static(value));
-        }
+        ]);
         ops.apply(&mut headers, &Nothing);
         let all = |name: &str| {
             headers

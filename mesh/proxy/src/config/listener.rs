@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::listener::v3 as listener;
+use serin_xds::pb::envoy::config::listener::v3::listener::connection_balance_config::BalanceType;
 
 mod chain;
 mod tcp;
@@ -167,44 +168,75 @@ impl Cidr {
     }
 }
 
+impl Direction {
+    fn of(from: &listener::Listener) -> Self {
+        match core::TrafficDirection::try_from(from.traffic_direction) {
+            Ok(core::TrafficDirection::Inbound) => Self::Inbound,
+            Ok(core::TrafficDirection::Outbound) => Self::Outbound,
+            Ok(core::TrafficDirection::Unspecified) | Err(_) => Self::Unspecified,
+        }
+    }
+}
+
+fn refuse_unsupported(from: &listener::Listener) -> Result<(), Refusal> {
+    refuse_present(
+        &[
+            ("udp_listener_config", from.udp_listener_config.is_some()),
+            ("api_listener", from.api_listener.is_some()),
+            ("filter_chain_matcher", from.filter_chain_matcher.is_some()),
+            (
+                "transparent",
+                from.transparent.as_ref().is_some_and(|value| value.value),
+            ),
+            ("fcds_config", from.fcds_config.is_some()),
+        ],
+        "not supported",
+    )
+}
+
+/// Where it listens: its own address first.
+fn addresses(from: &listener::Listener) -> Result<Vec<SocketAddr>, Refusal> {
+    let tcp = |address, path: &str| match address {
+        Address::Tcp(address) => Ok(address),
+        other => Err(Refusal::new(path, format!("cannot listen on {other}"))),
+    };
+    let mut addresses = vec![tcp(convert::address(from.address.as_ref())?, "address")?];
+    for (index, more) in from.additional_addresses.iter().enumerate() {
+        let path = format!("additional_addresses[{index}].address");
+        let address = convert::address(more.address.as_ref()).within(&path)?;
+        addresses.push(tcp(address, &path)?);
+    }
+    Ok(addresses)
+}
+
+/// Whether every worker gets as many connections as any other.
+fn exact_balance(from: &listener::Listener) -> Result<bool, Refusal> {
+    let config = from.connection_balance_config.as_ref();
+    match config.and_then(|config| config.balance_type.as_ref()) {
+        None => Ok(false),
+        Some(BalanceType::ExactBalance(_)) => Ok(true),
+        Some(_) => Err(Refusal::new(
+            "connection_balance_config",
+            "only exact_balance is supported",
+        )),
+    }
+}
+
+/// Whether it has sockets of its own.
+fn binds(from: &listener::Listener) -> bool {
+    let older = from
+        .deprecated_v1
+        .as_ref()
+        .and_then(|old| old.bind_to_port.as_ref());
+    from.bind_to_port.as_ref().is_none_or(|value| value.value) && older.is_none_or(|value| value.value)
+}
+
 impl Listener {
     /// Compiles the message.
     pub(crate) fn compile(from: &listener::Listener, context: &mut Context<'_>) -> Result<Self, Refusal> {
-        let address = match convert::address(from.address.as_ref())? {
-            Address::Tcp(address) => address,
-            other => return Err(Refusal::new("address", format!("cannot listen on {other}"))),
-        };
-        refuse_present(
-            &[
-                ("udp_listener_config", from.udp_listener_config.is_some()),
-                ("api_listener", from.api_listener.is_some()),
-                ("filter_chain_matcher", from.filter_chain_matcher.is_some()),
-                (
-                    "transparent",
-                    from.transparent.as_ref().is_some_and(|value| value.value),
-                ),
-                ("fcds_config", from.fcds_config.is_some()),
-            ],
-            "not supported",
-        )?;
-        let direction = match core::TrafficDirection::try_from(from.traffic_direction) {
-            Ok(core::TrafficDirection::Inbound) => Direction::Inbound,
-            Ok(core::TrafficDirection::Outbound) => Direction::Outbound,
-            Ok(core::TrafficDirection::Unspecified) | Err(_) => Direction::Unspecified,
-        };
-        let mut addresses = vec![address];
-        for (index, more) in from.additional_addresses.iter().enumerate() {
-            let path = format!("additional_addresses[{index}].address");
-            match convert::address(more.address.as_ref()).within(&path)? {
-                Address::Tcp(address) => addresses.push(address),
-                other => return Err(Refusal::new(path, format!("cannot listen on {other}"))),
-            }
-        }
-        use listener::listener::connection_balance_config::BalanceType;
-        let balance = from
-            .connection_balance_config
-            .as_ref()
-            .and_then(|config| config.balance_type.as_ref());
+        let addresses = addresses(from)?;
+        let address = addresses[0];
+        refuse_unsupported(from)?;
         let counted: Arc<str> = format!("{}_{}", address.ip(), address.port()).into();
         let logs = AccessLogs::compile(&from.access_log, context)?.map(Arc::new);
         let (workers, registry) = context.counters();
@@ -213,44 +245,26 @@ impl Listener {
             counter("envoy_listener_extension_config_missing"),
             counter("envoy_listener_network_extension_config_missing"),
         );
+        let timeout = convert::timeout(from.listener_filters_timeout.as_ref());
+        let timeout = timeout.within("listener_filters_timeout")?;
         let mut out = Self {
             name: from.name.as_str().into(),
             address,
             addresses: addresses.into(),
-            exact_balance: match balance {
-                None => false,
-                Some(BalanceType::ExactBalance(_)) => true,
-                Some(_) => {
-                    return Err(Refusal::new(
-                        "connection_balance_config",
-                        "only exact_balance is supported",
-                    ));
-                }
-            },
-            bind: from.bind_to_port.as_ref().is_none_or(|value| value.value)
-                && from
-                    .deprecated_v1
-                    .as_ref()
-                    .and_then(|old| old.bind_to_port.as_ref())
-                    .is_none_or(|value| value.value),
+            exact_balance: exact_balance(from)?,
+            bind: binds(from),
             use_original_dst: from.use_original_dst.as_ref().is_some_and(|value| value.value),
-            direction,
+            direction: Direction::of(from),
             traffic: registry.traffic(workers, &counted),
             without_filter,
             without_network_filter,
             filters: ListenerSteps::default(),
             logs,
-            detection_timeout: match &from.listener_filters_timeout {
+            detection_timeout: match from.listener_filters_timeout {
                 None => DEFAULT_DETECTION,
-                given => convert::timeout(given.as_ref())
-                    .within("listener_filters_timeout")?
-                    .unwrap_or(UNLIMITED_DETECTION),
+                Some(_) => timeout.unwrap_or(UNLIMITED_DETECTION),
             },
-            continue_on_timeout: from.continue_on_listener_filters_timeout
-                || convert::timeout(from.listener_filters_timeout.as_ref())
-                    .ok()
-                    .flatten()
-                    .is_none(),
+            continue_on_timeout: from.continue_on_listener_filters_timeout || timeout.is_none(),
             matcher: ChainMatch::default(),
             chains: Box::default(),
             default_chain: None,
@@ -260,32 +274,44 @@ impl Listener {
                 .add(filter, context)
                 .within(format!("listener_filters[{index}]"))?;
         }
-        out.chains = from
+        out.take_chains(from, context, &counted)?;
+        Ok(out)
+    }
+
+    fn take_chains(
+        &mut self,
+        from: &listener::Listener,
+        context: &mut Context<'_>,
+        counted: &Arc<str>,
+    ) -> Result<(), Refusal> {
+        let direction = self.direction;
+        let mut compile =
+            |chain| FilterChain::compile(chain, direction, context, &from.name, counted).map(Arc::new);
+        self.chains = from
             .filter_chains
             .iter()
             .enumerate()
             .map(|(index, chain)| {
-                out.matcher
+                self.matcher
                     .add(index, chain.filter_chain_match.as_ref())
                     .within("filter_chain_match")
-                    .and_then(|()| FilterChain::compile(chain, direction, context, &from.name, &counted))
-                    .map(Arc::new)
+                    .and_then(|()| compile(chain))
                     .within(format!("filter_chains[{index}]"))
             })
             .collect::<Result<_, _>>()?;
-        out.default_chain = from
+        self.default_chain = from
             .default_filter_chain
             .as_ref()
-            .map(|chain| FilterChain::compile(chain, direction, context, &from.name, &counted).map(Arc::new))
+            .map(compile)
             .transpose()
             .within("default_filter_chain")?;
-        if out.matcher.needs_tls() {
-            out.filters.look_for_tls();
+        if self.matcher.needs_tls() {
+            self.filters.look_for_tls();
         }
-        if out.chains.is_empty() && out.default_chain.is_none() {
+        if self.chains.is_empty() && self.default_chain.is_none() {
             return Err(Refusal::new("filter_chains", "a listener needs a filter chain"));
         }
-        Ok(out)
+        Ok(())
     }
 
     /// What its listener filters do with a connection that begins; `None` while the configuration of one has not come, and it

@@ -17,7 +17,7 @@
 //! |---|---|
 //! | what is held, what is missing, what refers to what | [`store`], [`slot`], [`on_demand`], [`extension`] |
 //! | listeners: before the chain, which chain, what is in it | [`listener_filters`], [`chain_match`], [`listener`] |
-//! | the connection manager and its virtual hosts and routes | [`hcm`], [`table`], [`route`], [`retry`], [`virtual_cluster`] |
+//! | the connection manager and its virtual hosts and routes | [`hcm`], [`table`], [`route`], [`retry`], [`virtual_cluster`], `equal` |
 //! | parts of requests: matchers, header mutations, hashes, weights | [`matchers`], [`headers`], [`hash`], [`weighted`] |
 //! | clusters: endpoints, policy, subsets, health, protocols | [`cluster`], [`discovery`], [`endpoint`], [`balancing`], [`subset`], [`health_check`], [`outlier`], [`upstream_http`] |
 //! | TLS and what else is between TCP and HTTP | [`transport_socket`], [`alpn`], [`client_cert`], [`tunneling`] |
@@ -33,6 +33,7 @@ pub mod cluster;
 pub mod convert;
 pub mod discovery;
 pub mod endpoint;
+mod equal;
 pub mod extension;
 pub mod hash;
 pub mod hcm;

@@ -175,7 +175,7 @@ impl HostRules {
             || self
                 .metadata
                 .iter()
-                .any(|criteria| criteria.fits(endpoint.lb_metadata.as_ref(), false))
+                .any(|criteria| criteria.fits(endpoint.lb_metadata(), false))
     }
 }
 

@@ -244,11 +244,11 @@ pub struct Forward {
     /// What gRPC calls may say of it (`grpc_timeout_header_max`).
     pub grpc_stream_duration: Option<GrpcTimeout>,
     /// Whether and when to try again.
-    pub retry: Option<RetryPolicy>,
+    pub retry: Option<Arc<RetryPolicy>>,
     /// Path change.
-    pub rewrite: Option<Rewrite>,
+    pub rewrite: Option<Box<Rewrite>>,
     /// Authority change.
-    pub host_rewrite: Option<HostRewrite>,
+    pub host_rewrite: Option<Box<HostRewrite>>,
     /// Old authority goes to `x-forwarded-host`.
     pub append_forwarded_host: bool,
     /// Copies.

@@ -422,6 +422,8 @@ pub struct Slots {
     pub sinks: crate::observe::sink::Sinks,
     /// Values by which shares of requests change.
     pub runtime: crate::config::runtime::Runtime,
+    /// Retry policies of routes, of which most are equal.
+    pub(crate) retries: super::equal::Equal<super::retry::RetryPolicy>,
     /// Filters whose configuration is a resource of its own.
     pub extensions: crate::config::extension::Extensions,
     /// Secrets that clusters and listeners refer to.

@@ -108,6 +108,8 @@ pub struct Store {
     discovering: usize,
     /// Encoded: decoded messages are many times as large, and these are only read again when a cluster is replaced.
     assignments: BTreeMap<Box<str>, Kept>,
+    /// Those that are given up if nothing follows, and when, on the process clock.
+    stale: BTreeMap<Box<str>, u64>,
     routes: BTreeMap<Arc<str>, RouteState>,
     listeners: BTreeMap<Arc<str>, Arc<Listener>>,
     bound: BTreeMap<Arc<str>, Arc<ListenerSlot>>,
@@ -134,6 +136,7 @@ impl Store {
             rds: Names::default(),
             discovering: 0,
             assignments: BTreeMap::new(),
+            stale: BTreeMap::new(),
             routes: BTreeMap::new(),
             listeners: BTreeMap::new(),
             bound: BTreeMap::new(),

@@ -1,7 +1,7 @@
 //! Transport sockets: what is between TCP and the filters, on both sides.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use prost::Message as _;
 use serin_xds::pb::envoy::config::core::v3 as core;
@@ -144,7 +144,15 @@ pub struct UpstreamSocket {
     pub tls: Option<UpstreamTls>,
 }
 
+/// The one of all clusters that say nothing.
+static PLAIN: LazyLock<Arc<UpstreamSocket>> = LazyLock::new(Arc::default);
+
 impl UpstreamSocket {
+    /// Plain TCP. All of those are one, which a mesh has as many of as clusters.
+    pub(super) fn plain() -> Arc<Self> {
+        PLAIN.clone()
+    }
+
     /// Whether connections of the one may serve the other.
     pub fn is_same(&self, other: &Self) -> bool {
         std::ptr::eq(self, other) || self.source == other.source
@@ -159,7 +167,7 @@ impl UpstreamSocket {
         known: &[Arc<Self>],
     ) -> Result<Arc<Self>, Refusal> {
         let Some(from) = from else {
-            return Ok(Arc::default());
+            return Ok(Self::plain());
         };
         let mut source = from.encode_to_vec();
         source.push(u8::from(check_name));
@@ -172,7 +180,7 @@ impl UpstreamSocket {
         };
         out.add(from, check_name, secrets, stats)?;
         if out.tls.is_none() && out.proxy_protocol.is_none() {
-            return Ok(Arc::default());
+            return Ok(Self::plain());
         }
         Ok(Arc::new(out))
     }

@@ -69,7 +69,7 @@ async fn resolve(
     logical: bool,
     family: Family,
 ) -> Option<endpoint::ClusterLoadAssignment> {
-    let mut out = cluster.load_assignment.clone()?;
+    let mut out = cluster.to_resolve.as_deref().cloned()?;
     for group in &mut out.endpoints {
         let mut resolved = Vec::new();
         for entry in &group.lb_endpoints {

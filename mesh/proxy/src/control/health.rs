@@ -78,13 +78,13 @@ fn follow(watched: &mut HashMap<(Arc<str>, Address), Watched>, clusters: Vec<Arc
         let (Some(config), Some(set)) = (slot.config(), slot.endpoints()) else {
             continue;
         };
-        for endpoint in set.all.iter().filter(|endpoint| !endpoint.check.disabled) {
+        for endpoint in set.all.iter().filter(|endpoint| !endpoint.check().disabled) {
             let key = (slot.name.clone(), endpoint.address.clone());
             let entry = match watched.remove(&key) {
                 Some(old)
                     if Arc::ptr_eq(&old.config, &config)
                         && Arc::ptr_eq(&old.endpoint.state, &endpoint.state)
-                        && old.endpoint.check == endpoint.check =>
+                        && old.endpoint.check() == endpoint.check() =>
                 {
                     old
                 }
@@ -206,8 +206,7 @@ impl CheckedHost {
     /// A connection as requests have it, TLS included, to where the host wants to be checked.
     async fn connect(&self, speaking: Speaking) -> std::io::Result<Stream> {
         let target = Endpoint {
-            hostname: self.endpoint.hostname.clone(),
-            socket_metadata: self.endpoint.socket_metadata.clone(),
+            special: self.endpoint.special.clone(),
             ..Endpoint::at(self.target())
         };
         let connected = connect(&self.config, &target, speaking, &ConnectOptions::default()).await?;
@@ -215,7 +214,7 @@ impl CheckedHost {
     }
 
     fn target(&self) -> Address {
-        let check = &self.endpoint.check;
+        let check = self.endpoint.check();
         let address = check.address.as_ref().unwrap_or(&self.endpoint.address);
         match (address, check.port.or(self.check().port)) {
             (Address::Tcp(address), Some(port)) => Address::Tcp(SocketAddr::new(address.ip(), port)),
@@ -293,7 +292,7 @@ impl CheckedHost {
     fn uri(&self, host: Option<&str>, path: &http::uri::PathAndQuery) -> Result<Uri, Error> {
         let named = [
             host,
-            self.endpoint.check.hostname.as_deref(),
+            self.endpoint.check().hostname.as_deref(),
             Some(&*self.slot.name),
         ];
         // The cluster's name, Envoy's default, is often no authority (`outbound|80||x`).

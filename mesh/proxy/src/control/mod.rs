@@ -177,6 +177,8 @@ impl Proxy {
         let metadata = options.node.metadata.clone().unwrap_or_default();
         let own = Workload::of_node(&metadata);
         let (log, lines) = mpsc::channel(LOG_LINES);
+        // Nothing has been counted yet.
+        options.stats.buckets.begin();
         let header = |text: &str| HeaderValue::from_str(text).unwrap_or(HeaderValue::from_static("unknown"));
         let shared = Arc::new(Shared {
             workers: count,

@@ -9,7 +9,7 @@ use serin_xds::ResourceType;
 use serin_xds::client::Endpoint;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -134,45 +134,128 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
         predecessor
     });
     proxy.set_drain_time(plan.drain);
-    let cancel = CancellationToken::new();
-    let quit = CancellationToken::new();
-    // The admin port ends before everything else where a successor has it.
-    let ports_end = cancel.child_token();
-    let (succeed, succeeded) = oneshot::channel();
+    let ends = Ends::new();
     let tasks = TaskTracker::new();
     let log = tokio::spawn(write_log(lines));
-    let ports = [
+    let addresses = [
         (plan.admin, Port::Admin),
         (plan.prometheus, Port::Prometheus),
         (plan.ready, Port::Ready),
     ];
-    for (address, port) in ports {
-        if let Some(address) = address {
-            let port = AdminPort::bind(&proxy, address, port)?;
-            tasks.spawn(port.serve(proxy.clone(), quit.clone(), ports_end.clone()));
-        }
-    }
-    if let Some((path, mode)) = &plan.admin_socket {
-        let port = AdminPort::bind_unix(path, *mode, Port::Admin, predecessor.is_some())?;
-        tasks.spawn(port.serve(proxy.clone(), quit.clone(), ports_end.clone()));
+    let socket = plan.admin_socket.as_ref();
+    for port in bind(&proxy, addresses, socket, predecessor.is_some())? {
+        tasks.spawn(port.serve(proxy.clone(), ends.quit.clone(), ends.ports.clone()));
     }
     // Before anything serves: whoever is asked to end from then on drains.
-    let signals = |kind| {
-        signal(kind).map_err(|source| Error::Start {
-            what: "signal handling",
-            source,
-        })
-    };
-    let (mut terminate, mut interrupt) = (
-        signals(SignalKind::terminate())?,
-        signals(SignalKind::interrupt())?,
-    );
+    let mut signals = Signals::new()?;
     if plan.control_plane.is_none() {
         proxy.waited_for_runtime(None).await;
     }
     apply_static(&proxy, &plan.static_resources).await?;
     // Encoded messages of a large file are megabytes.
     drop(plan.static_resources);
+    tend(&proxy, rules, &tasks, &ends.all);
+    match plan.control_plane {
+        None => proxy.set_ready(),
+        Some(control_plane) => follow(&proxy, control_plane, plan.push_metrics, &tasks, &ends.all),
+    }
+    let (succeed, succeeded) = oneshot::channel();
+    if let Some(path) = plan.restart {
+        let work = succession(path, predecessor, proxy.clone(), succeed, ends.all.clone());
+        tasks.spawn(work);
+    }
+    let heir = asked_to_end(&proxy, &mut signals, &ends, succeeded).await;
+    let ended = CancellationToken::new();
+    let report = heir.map(|heir| tokio::spawn(restart::report(proxy.clone(), heir, ended.clone())));
+    // A second signal means now.
+    tokio::select! {
+        () = proxy.shut_down(plan.drain, FINISH) => {}
+        _ = signals.next() => {}
+    }
+    ended.cancel();
+    if let Some(report) = report {
+        // What is counted now is all that will be.
+        let _ = report.await;
+    }
+    ends.all.cancel();
+    tasks.close();
+    tasks.wait().await;
+    proxy.stop().await;
+    // Ends with the workers, which held the other ends.
+    let _ = log.await;
+    Ok(())
+}
+
+/// What ends when.
+struct Ends {
+    all: CancellationToken,
+    /// The ports that answer people and probes: before everything else where a successor has them.
+    ports: CancellationToken,
+    /// Somebody asks for the end over the admin port.
+    quit: CancellationToken,
+}
+
+impl Ends {
+    fn new() -> Self {
+        let all = CancellationToken::new();
+        Self {
+            ports: all.child_token(),
+            quit: CancellationToken::new(),
+            all,
+        }
+    }
+}
+
+/// The signals that ask for the end.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self, Error> {
+        let of = |kind| {
+            signal(kind).map_err(|source| Error::Start {
+                what: "signal handling",
+                source,
+            })
+        };
+        Ok(Self {
+            terminate: of(SignalKind::terminate())?,
+            interrupt: of(SignalKind::interrupt())?,
+        })
+    }
+
+    /// The name of the next one.
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+/// Binds the ports that answer people and probes.
+fn bind(
+    proxy: &Arc<Proxy>,
+    addresses: [(Option<SocketAddr>, Port); 3],
+    socket: Option<&(PathBuf, u32)>,
+    has_predecessor: bool,
+) -> Result<Vec<AdminPort>, Error> {
+    let mut out = Vec::new();
+    for (address, port) in addresses {
+        if let Some(address) = address {
+            out.push(AdminPort::bind(proxy, address, port)?);
+        }
+    }
+    if let Some((path, mode)) = socket {
+        out.push(AdminPort::bind_unix(path, *mode, Port::Admin, has_predecessor)?);
+    }
+    Ok(out)
+}
+
+/// Starts what looks after things for as long as the process runs.
+fn tend(proxy: &Arc<Proxy>, rules: overload::Rules, tasks: &TaskTracker, cancel: &CancellationToken) {
     tasks.spawn(housekeeping(proxy.clone(), cancel.clone()));
     tasks.spawn(dns::run(proxy.clone(), cancel.clone()));
     tasks.spawn(health::run(proxy.clone(), cancel.clone()));
@@ -180,46 +263,26 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
     tasks.spawn(tend_secrets(proxy.clone(), cancel.clone()));
     tasks.spawn(sds::run(proxy.clone(), cancel.clone()));
     tasks.spawn(overload::run(rules, proxy.overload(), cancel.clone()));
-    match plan.control_plane {
-        None => proxy.set_ready(),
-        Some(control_plane) => follow(&proxy, control_plane, plan.push_metrics, &tasks, &cancel),
-    }
-    if let Some(path) = plan.restart {
-        let work = succession(path, predecessor, proxy.clone(), succeed, cancel.clone());
-        tasks.spawn(work);
-    }
-    let mut heir = None;
+}
+
+/// Waits for whoever asks for the end; a successor is returned, which is told what is still counted.
+async fn asked_to_end(
+    proxy: &Proxy,
+    signals: &mut Signals,
+    ends: &Ends,
+    succeeded: oneshot::Receiver<UnixStream>,
+) -> Option<UnixStream> {
     tokio::select! {
-        _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
-        _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
-        () = quit.cancelled() => tracing::info!("asked to quit: draining"),
-        Ok(stream) = succeeded => {
+        name = signals.next() => tracing::info!("{name}: draining"),
+        () = ends.quit.cancelled() => tracing::info!("asked to quit: draining"),
+        Ok(heir) = succeeded => {
             tracing::info!("a successor serves: draining");
-            ports_end.cancel();
+            ends.ports.cancel();
             proxy.stop_accepting().await;
-            heir = Some(stream);
+            return Some(heir);
         }
     }
-    let ended = CancellationToken::new();
-    let report = heir.map(|heir| tokio::spawn(restart::report(proxy.clone(), heir, ended.clone())));
-    // A second signal means now.
-    tokio::select! {
-        () = proxy.shut_down(plan.drain, FINISH) => {}
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    ended.cancel();
-    if let Some(report) = report {
-        // What is counted now is all that will be.
-        let _ = report.await;
-    }
-    cancel.cancel();
-    tasks.close();
-    tasks.wait().await;
-    proxy.stop().await;
-    // Ends with the workers, which held the other ends.
-    let _ = log.await;
-    Ok(())
+    None
 }
 
 /// Takes configuration from the control plane, and streams measurements to it where it is told to.
@@ -284,8 +347,8 @@ async fn housekeeping(proxy: Arc<Proxy>, cancel: CancellationToken) {
     /// How often the store is looked at.
     const LOOK: Duration = Duration::from_secs(2);
     let (mut seen, mut collected) = (0, u64::MAX);
-    // What was applied when pages were given back last.
-    let mut forgotten = u64::MAX;
+    // What was applied when pages were given back last, but for the start.
+    let (mut begun, mut forgotten) = (false, u64::MAX);
     let shards = proxy.shards().1;
     let (mut looks, mut live) = (0u32, false);
     loop {
@@ -307,10 +370,15 @@ async fn housekeeping(proxy: Arc<Proxy>, cancel: CancellationToken) {
             crate::sys::collect_memory();
         }
         // What compiles configuration is not needed until the next change; what is needed comes back from the page cache, for
-        // half a millisecond in all, which each change of many would pay again.
-        let begins = forgotten == u64::MAX;
-        if proxy.is_ready() && forgotten != applied && (quiet || begins) {
-            forgotten = applied;
+        // half a millisecond in all, which each change of many would pay again. The start is followed by the first steps of
+        // every task, so that a quiet moment after it finds as much again.
+        let begins = !std::mem::replace(&mut begun, proxy.is_ready());
+        if proxy.is_ready() && (begins || quiet && forgotten != applied) {
+            if begins {
+                crate::Allocator.serve();
+            } else {
+                forgotten = applied;
+            }
             crate::sys::forget_startup_pages();
         }
     }
@@ -354,14 +422,18 @@ pub fn check(resources: &[StaticResource]) -> Result<(), Error> {
     }
 }
 
-/// Looks after secrets from files and after what waits for secrets.
+/// Looks after secrets from files, after what waits for secrets, and after endpoints that are to be given up.
 async fn tend_secrets(proxy: Arc<Proxy>, cancel: CancellationToken) {
     let mut tick = tokio::time::interval(SECRETS);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             () = cancel.cancelled() => return,
-            _ = tick.tick() => proxy.tend_secrets(crate::clock::now_ms()).await,
+            _ = tick.tick() => {
+                let now = crate::clock::now_ms();
+                proxy.store(|store| store.end_stale(now));
+                proxy.tend_secrets(now).await;
+            }
         }
     }
 }

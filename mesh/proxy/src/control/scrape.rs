@@ -80,6 +80,7 @@ impl Scrape {
             let mut other = self.other.take()?;
             self.proxy.baseline.lock().add_rest(&mut other, &self.seen, None);
             self.select.narrow(&mut other);
+            self.proxy.stats.buckets.apply(&mut other);
             return Some(other);
         }
         let step = match self.order {
@@ -102,6 +103,7 @@ impl Scrape {
                 baseline.see(name, &mut self.seen);
             }
         }
+        self.proxy.stats.buckets.apply(&mut out);
         Some(out)
     }
 }

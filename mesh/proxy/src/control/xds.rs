@@ -9,7 +9,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serin_xds::client::{AdsClient, AdsClientConfig, BackoffRange, Delivery, Endpoint, Interest};
+use serin_xds::client::{
+    AdsClient, AdsClientConfig, BackoffRange, ConnectionState, Delivery, Endpoint, Interest,
+};
 use serin_xds::{Refusal, ResourceType};
 use tokio_util::sync::CancellationToken;
 
@@ -44,9 +46,7 @@ pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationT
     let idle = on_demand.limits().idle;
     let mut sweep = tokio::time::interval((idle / 4).max(Duration::from_millis(10)));
     sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut answered = BTreeSet::new();
-    let mut extensions = BTreeSet::new();
-    let mut hosts_wanted = false;
+    let mut progress = Progress::default();
     loop {
         if waits && !proxy.store(|store| store.runtime().is_awaited()) {
             waits = false;
@@ -65,11 +65,7 @@ pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationT
                 continue;
             }
             Ok(()) = connection.changed() => {
-                let failed = {
-                    let state = connection.borrow_and_update();
-                    !state.connected && state.last_error.is_some()
-                };
-                if failed {
+                if has_failed(&connection.borrow_and_update()) {
                     proxy.store(Store::note_lost);
                 }
                 continue;
@@ -85,35 +81,65 @@ pub async fn follow(proxy: Arc<Proxy>, endpoint: Endpoint, cancel: CancellationT
             },
         };
         let resource_type = delivery.resource_type;
-        answered.insert(resource_type);
         deliver(&proxy, &on_demand, delivery).await;
-        ask_for_names(&proxy, &client);
-        if names_extensions(resource_type) {
-            let names = proxy.store(|store| store.extension_names());
-            if names != extensions {
-                extensions.clone_from(&names);
-                client.set_interest(ResourceType::Extension, Interest::names(names));
-            }
-        }
-        let virtual_hosts = proxy.store(|store| store.wants_virtual_hosts());
-        if virtual_hosts && !std::mem::replace(&mut hosts_wanted, virtual_hosts) {
-            ask_on_demand(&proxy, &client, &on_demand);
-        }
-        if proxy.was_ready() {
-            continue;
-        }
-        let complete = proxy.store(|store| store.is_complete());
-        let first = [ResourceType::Cluster, ResourceType::Listener]
-            .iter()
-            .all(|ty| answered.contains(ty));
-        let hosts = !virtual_hosts || answered.contains(&ResourceType::VirtualHost);
-        if first && hosts && complete {
+        progress.delivered(&proxy, &client, &on_demand, resource_type);
+        if !proxy.was_ready() && progress.is_complete(&proxy) {
             tracing::info!("the first full configuration is live");
             proxy.set_ready();
         }
     }
     drop(following);
     client.join().await;
+}
+
+/// How far the configuration has come.
+#[derive(Default)]
+struct Progress {
+    /// Types of which something has come.
+    answered: BTreeSet<ResourceType>,
+    /// Filters that are asked for by name.
+    extensions: BTreeSet<Arc<str>>,
+    /// Virtual hosts come as resources of their own.
+    hosts_wanted: bool,
+}
+
+impl Progress {
+    /// Asks for what a delivery names.
+    fn delivered(
+        &mut self,
+        proxy: &Proxy,
+        client: &AdsClient,
+        on_demand: &OnDemand,
+        resource_type: ResourceType,
+    ) {
+        self.answered.insert(resource_type);
+        ask_for_names(proxy, client);
+        if names_extensions(resource_type) {
+            let names = proxy.store(|store| store.extension_names());
+            if names != self.extensions {
+                self.extensions.clone_from(&names);
+                client.set_interest(ResourceType::Extension, Interest::names(names));
+            }
+        }
+        if !self.hosts_wanted && proxy.store(|store| store.wants_virtual_hosts()) {
+            self.hosts_wanted = true;
+            ask_on_demand(proxy, client, on_demand);
+        }
+    }
+
+    /// Whether all that there is to know at the start has come.
+    fn is_complete(&self, proxy: &Proxy) -> bool {
+        let has = |resource_type| self.answered.contains(&resource_type);
+        let wants_hosts = proxy.store(|store| store.wants_virtual_hosts());
+        has(ResourceType::Cluster)
+            && has(ResourceType::Listener)
+            && (!wants_hosts || has(ResourceType::VirtualHost))
+            && proxy.store(|store| store.is_complete())
+    }
+}
+
+fn has_failed(connection: &ConnectionState) -> bool {
+    !connection.connected && connection.last_error.is_some()
 }
 
 /// Subscribes to everything that the rest follows from.

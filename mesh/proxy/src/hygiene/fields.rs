@@ -271,11 +271,11 @@ pub fn strip_present(headers: &mut HeaderMap, present: Present) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::given::headers;
 
     #[test]
     fn hop_by_hop_and_nominated_fields_are_removed_and_te_trailers_stays() {
-        let mut headers = HeaderMap::new();
-        for (name, value) in [
+        let mut headers = headers(&[
             ("connection", "keep-alive, X-Secret, host"),
             ("x-secret", "1"),
             ("host", "a"),
@@ -285,9 +285,7 @@ mod tests {
             ("upgrade", "h2c"),
             ("te", "gzip, trailers"),
             ("accept", "*/*"),
-        ] {
-            headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
-        }
+        ]);
         strip_hop_by_hop(&mut headers);
         let mut left: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
         left.sort_unstable();
@@ -297,8 +295,7 @@ mod tests {
 
     #[test]
     fn fields_with_one_value_are_joined_by_commas_and_others_stay_apart() {
-        let mut headers = HeaderMap::new();
-        for (name, value) in [
+        let mut headers = headers(&[
             ("x-forwarded-for", "1.2.3.4"),
             ("x-k", "a"),
             ("x-forwarded-for", ""),
@@ -307,9 +304,7 @@ mod tests {
             ("vary", "a"),
             ("vary", "b"),
             ("accept", "c"),
-        ] {
-            headers.append(HeaderName::from_static(name), HeaderValue::from_static(value));
-        }
+        ]);
         join_repeated(&mut headers, false);
         let all = |headers: &HeaderMap, name: &str| headers.get_all(name).iter().cloned().collect::<Vec<_>>();
         assert_eq!(all(&headers, "x-forwarded-for"), ["1.2.3.4,5.6.7.8"]);

@@ -47,16 +47,7 @@ fn is_cumulative(value: &Value) -> bool {
 fn add(to: &mut Value, other: &Value, sign: f64) {
     match (to, other) {
         (Value::Counter(to), Value::Counter(other)) => *to = (*to + sign * other).max(0.0),
-        (Value::Histogram(to), Value::Histogram(other)) => {
-            for (to, other) in to.buckets.iter_mut().zip(&other.buckets) {
-                *to = if sign < 0.0 {
-                    to.saturating_sub(*other)
-                } else {
-                    to.saturating_add(*other)
-                };
-            }
-            to.sum = (to.sum + sign * other.sum).max(0.0);
-        }
+        (Value::Histogram(to), Value::Histogram(other)) => to.add(other, sign),
         _ => {}
     }
 }

@@ -34,15 +34,24 @@ impl<E> Default for Events<E> {
 impl<E: Event> Events<E> {
     /// One has happened.
     pub fn note(&self, event: E) {
-        let cells = self
-            .cells
-            .get_or_init(|| E::ALL.iter().map(|_| AtomicU64::new(0)).collect());
-        cells[event.index()].fetch_add(1, Ordering::Relaxed);
+        self.cells()[event.index()].fetch_add(1, Ordering::Relaxed);
     }
 
     /// How many there were.
     pub fn get(&self, event: E) -> u64 {
         self.at(event.index())
+    }
+
+    /// So many have happened.
+    pub fn note_many(&self, event: E, times: u64) {
+        if times > 0 {
+            self.cells()[event.index()].fetch_add(times, Ordering::Relaxed);
+        }
+    }
+
+    fn cells(&self) -> &[AtomicU64] {
+        self.cells
+            .get_or_init(|| E::ALL.iter().map(|_| AtomicU64::new(0)).collect())
     }
 
     /// How many there were of that place.
@@ -66,6 +75,13 @@ impl<E: Event> WorkerEvents<E> {
     pub fn note(&self, event: E, worker: usize) {
         if let Some(events) = self.0.get(worker) {
             events.note(event);
+        }
+    }
+
+    /// So many have happened on that worker.
+    pub fn note_many(&self, event: E, times: u64, worker: usize) {
+        if let Some(events) = self.0.get(worker) {
+            events.note_many(event, times);
         }
     }
 
@@ -111,6 +127,8 @@ events! {
         BindError = "bind_errors", "Connections whose own end could not be bound.";
         CxCloseNotify = "upstream_cx_close_notify", "Connections that the endpoint has said it will close.";
         UpdateEmpty = "update_empty", "Updates without endpoints.";
+        AssignmentTimeout = "assignment_timeout_received", "Updates whose endpoints are to be given up if no other follows.";
+        AssignmentStale = "assignment_stale", "Times that endpoints were given up because no update followed.";
         CxMaxDuration = "upstream_cx_max_duration_reached", "Connections that became too old.";
         CxMaxRequests = "upstream_cx_max_requests", "Connections that had as many requests as they may have.";
         CxNoneHealthy = "upstream_cx_none_healthy", "Requests and connections for which no endpoint could be used.";
@@ -159,6 +177,29 @@ events! {
         CheckFailure = "health_check_failure", "Checks that failed.";
         CheckNetworkFailure = "health_check_network_failure", "Checks that failed for lack of an answer.";
         CheckVerifyCluster = "health_check_verify_cluster", "Checks that compared the name of the service.";
+        Http2Keepalive = "http2_keepalive_timeout", "Connections of HTTP/2 that no longer answered.";
+        Http2Messaging = "http2_rx_messaging_error", "Answers that are no message of HTTP/2.";
+        Http2RxReset = "http2_rx_reset", "Streams that the endpoint reset.";
+        Http2Refused = "http2_stream_refused_errors", "Streams that the endpoint refused.";
+        Http2Trailers = "http2_trailers", "Answers with trailers.";
+        Http2TxReset = "http2_tx_reset", "Streams that we reset.";
+    }
+    hidden {}
+}
+
+events! {
+    /// Of what reads and writes HTTP towards clients, whichever manager it is for (`http1.*`, `http2.*`).
+    CodecEvent("envoy_") {
+        Http1Dropped = "http1_dropped_headers_with_underscores", "Fields that were left out for an underscore in their name.";
+        Http1Rejected = "http1_requests_rejected_with_underscores_in_headers", "Requests that were refused for an underscore in a field's name.";
+        Http2Dropped = "http2_dropped_headers_with_underscores", "Fields that were left out for an underscore in their name.";
+        Http2Rejected = "http2_requests_rejected_with_underscores_in_headers", "Requests that were refused for an underscore in a field's name.";
+        Http2Goaway = "http2_goaway_sent", "Connections that we have ended in good order.";
+        Http2HeaderOverflow = "http2_header_overflow", "Connections that were ended for heads far beyond their limit.";
+        Http2EmptyFrames = "http2_inbound_empty_frames_flood", "Connections that were ended for a flood of frames without content.";
+        Http2RxReset = "http2_rx_reset", "Streams that the client reset.";
+        Http2Trailers = "http2_trailers", "Requests with trailers.";
+        Http2TxReset = "http2_tx_reset", "Streams that we reset.";
     }
     hidden {}
 }
@@ -274,5 +315,6 @@ mod tests {
         check::<HttpEvent>("envoy_http_");
         check::<ListenerEvent>("envoy_listener_");
         check::<TcpEvent>("envoy_tcp_");
+        check::<CodecEvent>("envoy_http");
     }
 }

@@ -10,11 +10,13 @@
 //! request has a cell from the start ([`series`], [`clusters`]), what is rare gets one with its first event ([`events`]).
 
 pub mod baseline;
+pub mod buckets;
 pub mod clusters;
 pub mod collect;
 pub mod events;
 pub mod expiry;
 pub mod flags;
+pub mod histogram;
 pub mod hosts;
 pub mod names;
 pub mod peer;

@@ -7,7 +7,7 @@ use std::ops::Range;
 use serde_json::{Value as Json, json};
 
 use super::collect::{Family, Labels, Value};
-use super::series::{BOUNDS, HistogramValue};
+use super::series::HistogramValue;
 
 /// Quantiles that are told of a histogram, as Envoy does.
 const QUANTILES: [f64; 10] = [0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.995, 0.999, 1.0];
@@ -270,13 +270,13 @@ fn histogram_line(name: &str, histogram: &HistogramValue, buckets: Buckets) -> S
         }
         Buckets::Cumulative => {
             let mut sum = 0;
-            for (count, bound) in histogram.buckets.iter().zip(BOUNDS) {
+            for (bound, count) in histogram.shown() {
                 sum += count;
                 let _ = write!(line, " B{bound}(0,{sum})");
             }
         }
         Buckets::Disjoint => {
-            for (count, bound) in histogram.buckets.iter().zip(BOUNDS) {
+            for (bound, count) in histogram.shown() {
                 let _ = write!(line, " B{bound}(0,{count})");
             }
         }
@@ -304,14 +304,16 @@ fn percent(share: f64) -> f64 {
 
 /// Lower bound, width and count of the buckets that hold something; what lies above every bound has no width.
 fn filled(histogram: &HistogramValue) -> impl Iterator<Item = (f64, f64, u64)> {
-    let lows = std::iter::once(0.0).chain(BOUNDS);
-    histogram
-        .buckets
-        .iter()
-        .zip(lows)
-        .enumerate()
-        .filter(|(_, (count, _))| **count > 0)
-        .map(|(index, (count, low))| (low, BOUNDS.get(index).map_or(0.0, |high| high - low), *count))
+    let mut low = 0.0;
+    let within = histogram.shown().map(move |(high, count)| {
+        let bucket = (low, high - low, count);
+        low = high;
+        bucket
+    });
+    let (last, above) = histogram.above();
+    within
+        .chain([(last, 0.0, above)])
+        .filter(|(_, _, count)| *count > 0)
 }
 
 /// The same as values in the shape of `/stats?format=json`: those with a number, and what [`json_histograms`] puts
@@ -359,12 +361,10 @@ fn histogram_json(name: &str, histogram: &HistogramValue, buckets: Buckets) -> J
         Buckets::Cumulative | Buckets::Disjoint => {
             let mut sum = 0;
             let each: Vec<Json> = histogram
-                .buckets
-                .iter()
-                .zip(BOUNDS)
-                .map(|(count, bound)| {
+                .shown()
+                .map(|(bound, count)| {
                     sum += count;
-                    let told = if buckets == Buckets::Disjoint { *count } else { sum };
+                    let told = if buckets == Buckets::Disjoint { count } else { sum };
                     json!({"upper_bound": bound, "interval": 0, "cumulative": told})
                 })
                 .collect();
@@ -383,8 +383,8 @@ fn histogram_json(name: &str, histogram: &HistogramValue, buckets: Buckets) -> J
 fn histogram_quantile(histogram: &HistogramValue, quantile: f64) -> f64 {
     let rank = quantile * histogram.count() as f64;
     let (mut below, mut low) = (0.0, 0.0);
-    for (count, bound) in histogram.buckets.iter().zip(BOUNDS) {
-        let count = *count as f64;
+    for (bound, count) in histogram.shown() {
+        let count = count as f64;
         if count > 0.0 && below + count >= rank {
             return low + (bound - low) * ((rank - below) / count).clamp(0.0, 1.0);
         }

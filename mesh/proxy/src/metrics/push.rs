@@ -14,9 +14,10 @@ use serin_xds::pb::io::prometheus::client as prometheus;
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 
+use super::buckets::Settings;
 use super::collect::{Family, Labels, Value, collect};
 use super::peer::Workload;
-use super::series::{BOUNDS, Shard};
+use super::series::Shard;
 
 /// How often changed series are sent.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -124,18 +125,15 @@ pub(super) fn encode(labels: &Labels, value: &Value, timestamp_ms: Option<i64>) 
         }
         Value::Histogram(histogram) => {
             let mut cumulative = 0;
-            let bucket = histogram
-                .buckets
-                .iter()
-                .zip(BOUNDS.into_iter().chain([f64::INFINITY]))
-                .map(|(count, bound)| {
-                    cumulative += count;
-                    prometheus::Bucket {
-                        cumulative_count: Some(cumulative),
-                        upper_bound: Some(bound),
-                        ..Default::default()
-                    }
-                });
+            let above = (f64::INFINITY, histogram.above().1);
+            let bucket = histogram.shown().chain([above]).map(|(bound, count)| {
+                cumulative += count;
+                prometheus::Bucket {
+                    cumulative_count: Some(cumulative),
+                    upper_bound: Some(bound),
+                    ..Default::default()
+                }
+            });
             metric.histogram = Some(prometheus::Histogram {
                 bucket: bucket.collect(),
                 sample_count: Some(histogram.count()),
@@ -198,7 +196,10 @@ impl Pusher {
                 let now = SystemTime::now()
                     .duration_since(SystemTime::UNIX_EPOCH)
                     .unwrap_or_default();
-                let families = sent.changed(&collect(&self.own, &self.shards), now.as_millis() as i64);
+                let mut families = collect(&self.own, &self.shards);
+                // By the default bounds, which all proxies have.
+                Settings::default().apply(&mut families);
+                let families = sent.changed(&families, now.as_millis() as i64);
                 // The first message goes out even when empty: it says who we are.
                 if families.is_empty() && identifier.is_none() && !rerouted {
                     continue;

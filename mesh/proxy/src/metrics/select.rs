@@ -4,6 +4,7 @@
 use serin_xds::pb::envoy::config::metrics::v3 as pb;
 use serin_xds::pb::envoy::r#type::matcher::v3::ListStringMatcher;
 
+use super::buckets::Settings;
 use super::collect::{Family, Labels, Value};
 use super::names;
 use super::tags::Tags;
@@ -95,6 +96,8 @@ pub struct Rules {
     pub deferred: Deferred,
     /// Labels of Prometheus.
     pub tags: Tags,
+    /// By which bounds histograms are shown.
+    pub buckets: Settings,
 }
 
 /// Which statistics are told.

@@ -12,31 +12,10 @@ use parking_lot::Mutex;
 
 use super::clusters::ClusterCells;
 use super::flags::Flags;
+pub use super::histogram::{BOUNDS, Histogram, HistogramValue};
 use super::peer::{Principals, ServiceIdentity, Workload};
 use crate::config::slot::ClusterSlot;
 
-/// Istio's bucket bounds, for milliseconds and bytes alike.
-pub const BOUNDS: [f64; 19] = [
-    0.5,
-    1.0,
-    5.0,
-    10.0,
-    25.0,
-    50.0,
-    100.0,
-    250.0,
-    500.0,
-    1_000.0,
-    2_500.0,
-    5_000.0,
-    10_000.0,
-    30_000.0,
-    60_000.0,
-    300_000.0,
-    600_000.0,
-    1_800_000.0,
-    3_600_000.0,
-];
 /// Series that one worker may hold; what comes beyond is counted under an unknown peer and service.
 pub const MAX_SERIES: usize = 10_000;
 
@@ -87,47 +66,6 @@ impl Life {
 
     fn is_expired(&self) -> bool {
         self.expired.load(Ordering::Relaxed)
-    }
-}
-
-/// A histogram with [`BOUNDS`].
-#[derive(Debug, Default)]
-pub struct Histogram {
-    buckets: [Cell; BOUNDS.len() + 1],
-    /// In thousandths, so that half milliseconds add up exactly.
-    sum_thousandths: Cell,
-}
-
-impl Histogram {
-    /// Counts a value given in thousandths of the unit.
-    pub fn observe_thousandths(&self, value: u64) {
-        let index = BOUNDS.partition_point(|bound| *bound * 1000.0 < value as f64);
-        self.buckets[index].add(1);
-        self.sum_thousandths.add(value);
-    }
-
-    /// Adds the current content to `into`.
-    pub fn read(&self, into: &mut HistogramValue) {
-        for (cell, sum) in self.buckets.iter().zip(&mut into.buckets) {
-            *sum += cell.get();
-        }
-        into.sum += self.sum_thousandths.get() as f64 / 1000.0;
-    }
-}
-
-/// A histogram as read.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct HistogramValue {
-    /// Counts per bucket, not cumulated; the last is what lies above every bound.
-    pub buckets: [u64; BOUNDS.len() + 1],
-    /// Sum of values.
-    pub sum: f64,
-}
-
-impl HistogramValue {
-    /// Number of values.
-    pub fn count(&self) -> u64 {
-        self.buckets.iter().sum()
     }
 }
 

@@ -12,7 +12,6 @@ use serin_xds::pb::envoy::config::metrics::v3 as pb;
 
 use super::collect::{Family, Labels, Value};
 use super::names;
-use super::series::BOUNDS;
 use crate::error::{Refusal, Within};
 
 /// Tags that a file may ask for.
@@ -228,60 +227,6 @@ impl Tags {
     }
 }
 
-/// Beginnings of the names of histograms in Envoy's form.
-const AREAS: [&str; 5] = ["cluster.", "http.", "listener.", "vhost.", "istio_"];
-/// How their names end, and the names of those that are in no area.
-const HISTOGRAMS: [&str; 10] = [
-    "upstream_rq_time",
-    "upstream_cx_connect_ms",
-    "upstream_cx_length_ms",
-    "upstream_rq_per_cx",
-    "downstream_cx_length_ms",
-    "downstream_rq_time",
-    "istio_request_bytes",
-    "istio_request_duration_milliseconds",
-    "istio_response_bytes",
-    "server.initialization_time_ms",
-];
-
-/// Whether buckets that the bootstrap asks for are those that there are: histograms are counted in Envoy's default ones. What
-/// matches no histogram of this proxy changes nothing in Envoy either, and is taken (Istio's own bootstrap has such).
-pub fn check_buckets(from: &pb::HistogramBucketSettings) -> Result<(), Refusal> {
-    use serin_xds::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
-    if from.buckets == BOUNDS {
-        return Ok(());
-    }
-    let matcher = from.r#match.as_ref();
-    let fold = matcher.is_some_and(|matcher| matcher.ignore_case);
-    let may_match = match matcher.and_then(|matcher| matcher.match_pattern.as_ref()) {
-        Some(MatchPattern::Prefix(text)) => AREAS.iter().chain(&HISTOGRAMS[9..]).any(|name| {
-            let text = if fold {
-                text.to_ascii_lowercase()
-            } else {
-                text.clone()
-            };
-            name.starts_with(&text) || text.starts_with(name)
-        }),
-        Some(MatchPattern::Suffix(text) | MatchPattern::Exact(text)) => HISTOGRAMS.iter().any(|name| {
-            let text = if fold {
-                text.to_ascii_lowercase()
-            } else {
-                text.clone()
-            };
-            name.ends_with(&text) || text.ends_with(name)
-        }),
-        // Whatever else may match.
-        _ => true,
-    };
-    if may_match {
-        return Err(Refusal::new(
-            "buckets",
-            "not supported: histograms have Envoy's default buckets; take this entry out, or let it name none of them",
-        ));
-    }
-    Ok(())
-}
-
 fn compile(pattern: &str) -> Result<Regex, Refusal> {
     let pattern = RegexBuilder::new(pattern)
         .size_limit(1 << 20)
@@ -404,38 +349,6 @@ mod tests {
                 "istio_requests_total reporter=source",
             ]
         );
-    }
-
-    #[test]
-    fn buckets_of_ones_own_are_refused_for_histograms_that_there_are() {
-        use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
-        use serin_xds::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
-        let setting = |pattern: MatchPattern, buckets: &[f64]| pb::HistogramBucketSettings {
-            r#match: Some(matcher::StringMatcher {
-                match_pattern: Some(pattern),
-                ..Default::default()
-            }),
-            buckets: buckets.to_vec(),
-            ..Default::default()
-        };
-        for (pattern, taken) in [
-            (MatchPattern::Prefix("istiocustom".into()), true),
-            (MatchPattern::Prefix("cluster.a.".into()), false),
-            (MatchPattern::Prefix("clu".into()), false),
-            (MatchPattern::Prefix(String::new()), false),
-            (MatchPattern::Exact("http.in.downstream_rq_time".into()), false),
-            (MatchPattern::Exact("http.in.other".into()), true),
-            (MatchPattern::Suffix("rq_time".into()), false),
-            (MatchPattern::Suffix("other".into()), true),
-            (MatchPattern::Contains("rq".into()), false),
-        ] {
-            let own = setting(pattern.clone(), &[1.0, 2.0]);
-            assert_eq!(check_buckets(&own).is_ok(), taken, "{pattern:?}");
-            assert!(
-                check_buckets(&setting(pattern, &BOUNDS)).is_ok(),
-                "they are what there is"
-            );
-        }
     }
 
     #[test]

@@ -6,7 +6,6 @@ use prost::Message;
 use serin_xds::pb::io::prometheus::client as prometheus;
 
 use super::collect::{Family, Labels, Value};
-use super::series::BOUNDS;
 use super::tags::Renamed;
 
 /// A format.
@@ -204,7 +203,7 @@ fn write_value(out: &mut String, name: &str, labels: &str, value: &Value) {
         Value::Histogram(histogram) => {
             let separator = if labels.is_empty() { "" } else { "," };
             let mut cumulative = 0;
-            for (count, bound) in histogram.buckets.iter().zip(BOUNDS) {
+            for (bound, count) in histogram.shown() {
                 cumulative += count;
                 let _ = writeln!(
                     out,

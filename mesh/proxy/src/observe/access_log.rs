@@ -219,28 +219,18 @@ fn destination(any: &Any, wants: &mut Wants) -> Result<(Format, Target), Refusal
             Ok((format, target))
         }
         "envoy.extensions.access_loggers.stream.v3.StdoutAccessLog" => {
-            use stream::stdout_access_log::AccessLogFormat;
+            use stream::stdout_access_log::AccessLogFormat::LogFormat;
             let message: stream::StdoutAccessLog = convert::unpack(any, type_name)?;
-            let format = message
-                .access_log_format
-                .as_ref()
-                .map(|AccessLogFormat::LogFormat(format)| format);
-            Ok((
-                Format::compile(format, wants).within("log_format")?,
-                Target::Stdout,
-            ))
+            let format = message.access_log_format.map(|LogFormat(format)| format);
+            let format = Format::compile(format.as_ref(), wants).within("log_format")?;
+            Ok((format, Target::Stdout))
         }
         "envoy.extensions.access_loggers.stream.v3.StderrAccessLog" => {
-            use stream::stderr_access_log::AccessLogFormat;
+            use stream::stderr_access_log::AccessLogFormat::LogFormat;
             let message: stream::StderrAccessLog = convert::unpack(any, type_name)?;
-            let format = message
-                .access_log_format
-                .as_ref()
-                .map(|AccessLogFormat::LogFormat(format)| format);
-            Ok((
-                Format::compile(format, wants).within("log_format")?,
-                Target::Stderr,
-            ))
+            let format = message.access_log_format.map(|LogFormat(format)| format);
+            let format = Format::compile(format.as_ref(), wants).within("log_format")?;
+            Ok((format, Target::Stderr))
         }
         other => Err(Refusal::new(
             "",

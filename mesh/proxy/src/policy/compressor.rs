@@ -417,6 +417,7 @@ mod tests {
     use std::io::Read;
 
     use super::*;
+    use crate::given::headers;
 
     fn compressor(library: Library) -> Compressor {
         Compressor {
@@ -429,18 +430,6 @@ mod tests {
             remove_accept_encoding: false,
             spared: Box::new([500]),
         }
-    }
-
-    fn fields(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
-        pairs
-            .iter()
-            .map(|(name, value)| {
-                (
-                    http::HeaderName::from_static(name),
-                    HeaderValue::from_static(value),
-                )
-            })
-            .collect()
     }
 
     #[test]
@@ -489,7 +478,7 @@ mod tests {
             ("", 0),
         ] {
             assert_eq!(
-                gzip.quality(&fields(&[("accept-encoding", accepted)])),
+                gzip.quality(&headers(&[("accept-encoding", accepted)])),
                 expected,
                 "{accepted}"
             );
@@ -513,19 +502,19 @@ mod tests {
             // Of whatever type.
             (200, &[], true),
         ];
-        for (status, headers, expected) in cases {
+        for (status, fields, expected) in cases {
             let status = StatusCode::from_u16(status).unwrap();
             assert_eq!(
-                gzip.applies(status, &fields(headers)),
+                gzip.applies(status, &headers(fields)),
                 expected,
-                "{status} {headers:?}"
+                "{status} {fields:?}"
             );
         }
     }
 
     #[test]
     fn a_strong_tag_goes_or_becomes_weak_and_caches_are_told() {
-        let mut headers = fields(&[("etag", "\"a\""), ("content-length", "100"), ("vary", "origin")]);
+        let mut headers = headers(&[("etag", "\"a\""), ("content-length", "100"), ("vary", "origin")]);
         let mut gzip = compressor(Library::Gzip(6));
         gzip.begin(&mut headers.clone()).unwrap();
         let mut plain = headers.clone();

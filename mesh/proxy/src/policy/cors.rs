@@ -3,7 +3,7 @@
 use http::{HeaderMap, HeaderValue, Method, header};
 use serin_xds::pb::envoy::config::route::v3 as route;
 use serin_xds::pb::envoy::extensions::filters::http::cors::v3 as cors_v3;
-use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
+use serin_xds::pb::google::protobuf::BoolValue;
 
 use crate::config::convert::{Fraction, each};
 use crate::config::matchers::StringMatch;
@@ -38,9 +38,6 @@ pub enum CorsVerdict {
 impl Cors {
     /// Compiles the filter's own policy message.
     pub(crate) fn compile(from: &cors_v3::CorsPolicy, runtime: &mut Runtime) -> Result<Self, Refusal> {
-        let enabled = runtime
-            .fraction(from.filter_enabled.as_ref(), Fraction::ALL)
-            .within("filter_enabled")?;
         if from
             .allow_private_network_access
             .as_ref()
@@ -48,53 +45,6 @@ impl Cors {
         {
             return Err(Refusal::new("allow_private_network_access", "not supported"));
         }
-        Self::build(
-            &from.allow_origin_string_match,
-            [
-                &from.allow_methods,
-                &from.allow_headers,
-                &from.expose_headers,
-                &from.max_age,
-            ],
-            from.allow_credentials.as_ref().map(|value| value.value),
-            from.forward_not_matching_preflights
-                .as_ref()
-                .map(|value| value.value),
-            enabled,
-        )
-    }
-
-    /// Compiles the older policy message of routes and virtual hosts.
-    pub(crate) fn compile_route(from: &route::CorsPolicy, runtime: &mut Runtime) -> Result<Self, Refusal> {
-        let enabled = match &from.enabled_specifier {
-            None => Fraction::ALL.into(),
-            Some(route::cors_policy::EnabledSpecifier::FilterEnabled(share)) => runtime
-                .fraction(Some(share), Fraction::ALL)
-                .within("filter_enabled")?,
-        };
-        Self::build(
-            &from.allow_origin_string_match,
-            [
-                &from.allow_methods,
-                &from.allow_headers,
-                &from.expose_headers,
-                &from.max_age,
-            ],
-            from.allow_credentials.as_ref().map(|value| value.value),
-            from.forward_not_matching_preflights
-                .as_ref()
-                .map(|value| value.value),
-            enabled,
-        )
-    }
-
-    fn build(
-        origins: &[matcher::StringMatcher],
-        [methods, headers, expose, max_age]: [&String; 4],
-        allow_credentials: Option<bool>,
-        forward_unmatched_preflights: Option<bool>,
-        enabled: RuntimeFraction,
-    ) -> Result<Self, Refusal> {
         let value = |text: &str, field: &str| {
             if text.is_empty() {
                 return Ok(None);
@@ -103,16 +53,44 @@ impl Cors {
                 .map(Some)
                 .map_err(|_| Refusal::new(field, "is not a header value"))
         };
+        let flag = |value: Option<&BoolValue>| value.map(|value| value.value);
         Ok(Self {
-            origins: each(origins, "allow_origin_string_match", StringMatch::compile)?,
-            allow_methods: value(methods, "allow_methods")?,
-            allow_headers: value(headers, "allow_headers")?,
-            expose_headers: value(expose, "expose_headers")?,
-            max_age: value(max_age, "max_age")?,
-            allow_credentials,
-            forward_unmatched_preflights,
-            enabled,
+            origins: each(
+                &from.allow_origin_string_match,
+                "allow_origin_string_match",
+                StringMatch::compile,
+            )?,
+            allow_methods: value(&from.allow_methods, "allow_methods")?,
+            allow_headers: value(&from.allow_headers, "allow_headers")?,
+            expose_headers: value(&from.expose_headers, "expose_headers")?,
+            max_age: value(&from.max_age, "max_age")?,
+            allow_credentials: flag(from.allow_credentials.as_ref()),
+            forward_unmatched_preflights: flag(from.forward_not_matching_preflights.as_ref()),
+            enabled: runtime
+                .fraction(from.filter_enabled.as_ref(), Fraction::ALL)
+                .within("filter_enabled")?,
         })
+    }
+
+    /// Compiles the older policy message of routes and virtual hosts, which says the same.
+    pub(crate) fn compile_route(from: &route::CorsPolicy, runtime: &mut Runtime) -> Result<Self, Refusal> {
+        use route::cors_policy::EnabledSpecifier;
+        let from = from.clone();
+        let message = cors_v3::CorsPolicy {
+            allow_origin_string_match: from.allow_origin_string_match,
+            allow_methods: from.allow_methods,
+            allow_headers: from.allow_headers,
+            expose_headers: from.expose_headers,
+            max_age: from.max_age,
+            allow_credentials: from.allow_credentials,
+            filter_enabled: from
+                .enabled_specifier
+                .map(|EnabledSpecifier::FilterEnabled(share)| share),
+            shadow_enabled: from.shadow_enabled,
+            allow_private_network_access: from.allow_private_network_access,
+            forward_not_matching_preflights: from.forward_not_matching_preflights,
+        };
+        Self::compile(&message, runtime)
     }
 
     /// What this policy says, and a less specific one where this one says nothing.
@@ -147,11 +125,13 @@ impl Cors {
         let Some(origin) = request.get(header::ORIGIN) else {
             return CorsVerdict::None;
         };
-        let allowed = origin
-            .to_str()
-            .is_ok_and(|text| self.origins.iter().any(|matcher| matcher.matches(text)));
-        let preflight =
-            method == Method::OPTIONS && request.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
+        let allowed = origin.to_str().is_ok_and(|text| {
+            // A star is every origin, as in Envoy.
+            let mut origins = self.origins.iter();
+            origins.any(|matcher| matcher.matches("*") || matcher.matches(text))
+        });
+        let asked = request.get(header::ACCESS_CONTROL_REQUEST_METHOD);
+        let preflight = method == Method::OPTIONS && asked.is_some_and(|method| !method.is_empty());
         if !preflight {
             return if allowed {
                 CorsVerdict::Actual(origin.clone())
@@ -159,15 +139,10 @@ impl Cors {
                 CorsVerdict::None
             };
         }
-        if !allowed {
-            return if self.forward_unmatched_preflights.unwrap_or(true) {
-                CorsVerdict::None
-            } else {
-                CorsVerdict::Preflight(Box::default())
-            };
+        if !allowed && self.forward_unmatched_preflights.unwrap_or(true) {
+            return CorsVerdict::None;
         }
         let mut answer = HeaderMap::new();
-        answer.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
         let mut put = |name, value: &Option<HeaderValue>| {
             if let Some(value) = value {
                 answer.insert(name, value.clone());
@@ -176,6 +151,11 @@ impl Cors {
         put(header::ACCESS_CONTROL_ALLOW_METHODS, &self.allow_methods);
         put(header::ACCESS_CONTROL_ALLOW_HEADERS, &self.allow_headers);
         put(header::ACCESS_CONTROL_MAX_AGE, &self.max_age);
+        // Without an origin the rest allows nothing.
+        if allowed {
+            put(header::ACCESS_CONTROL_EXPOSE_HEADERS, &self.expose_headers);
+            answer.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
+        }
         if self.allow_credentials == Some(true) {
             answer.insert(
                 header::ACCESS_CONTROL_ALLOW_CREDENTIALS,
@@ -202,7 +182,10 @@ impl Cors {
 
 #[cfg(test)]
 mod tests {
+    use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
+
     use super::*;
+    use crate::given::headers;
 
     fn policy() -> Cors {
         Cors::compile(
@@ -220,16 +203,16 @@ mod tests {
         .unwrap()
     }
 
-    fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
-        pairs
-            .iter()
-            .map(|(name, value)| {
-                (
-                    http::HeaderName::from_static(name),
-                    HeaderValue::from_static(value),
-                )
-            })
-            .collect()
+    #[test]
+    fn the_older_message_of_routes_is_compiled_and_refused_like_the_filters_own() {
+        let older = |private: bool| route::CorsPolicy {
+            max_age: "60".into(),
+            allow_private_network_access: Some(BoolValue { value: private }),
+            ..Default::default()
+        };
+        let compile = |private| Cors::compile_route(&older(private), &mut Runtime::default());
+        assert_eq!(compile(false).unwrap().max_age.unwrap(), "60");
+        assert_eq!(compile(true).unwrap_err().path, "allow_private_network_access");
     }
 
     #[test]

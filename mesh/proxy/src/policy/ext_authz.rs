@@ -366,13 +366,23 @@ impl ExtAuthz {
         }
     }
 
-    /// The question for a gRPC service.
+    /// How much of a request's body the service is shown, where its route says this.
+    pub fn wanted_body(&self, of_route: Option<&Settings>) -> Option<BodySettings> {
+        match of_route {
+            Some(settings) if settings.no_body => None,
+            Some(settings) => settings.body.or(self.body),
+            None => self.body,
+        }
+    }
+
+    /// The question for a gRPC service. `raw` content goes as bytes and not as text; `partial` says whether there is more
+    /// of it.
     pub fn question(
         &self,
         facts: &Facts<'_>,
         scene: &CheckScene<'_>,
         body: Bytes,
-        settings: BodySettings,
+        raw: bool,
         partial: Option<bool>,
     ) -> auth::CheckRequest {
         use auth::attribute_context::{HttpRequest, Peer, Request};
@@ -408,12 +418,12 @@ impl ExtAuthz {
                 scheme: request.scheme().into(),
                 size: scene.size,
                 protocol: scene.protocol.into(),
-                body: if settings.raw {
+                body: if raw {
                     String::new()
                 } else {
                     String::from_utf8_lossy(&body).into_owned()
                 },
-                raw_body: if settings.raw { body.to_vec() } else { Vec::new() },
+                raw_body: if raw { body.to_vec() } else { Vec::new() },
                 ..Default::default()
             }
         });

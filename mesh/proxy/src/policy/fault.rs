@@ -245,23 +245,12 @@ impl Fault {
 
 #[cfg(test)]
 mod tests {
-    use http::{HeaderMap, HeaderValue};
+    use http::HeaderMap;
     use serin_xds::pb::envoy::config::route::v3 as route;
     use serin_xds::pb::envoy::extensions::filters::common::fault::v3 as common;
 
     use super::*;
-
-    fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
-        pairs
-            .iter()
-            .map(|(name, value)| {
-                (
-                    http::HeaderName::from_static(name),
-                    HeaderValue::from_static(value),
-                )
-            })
-            .collect()
-    }
+    use crate::given::headers;
 
     fn view(headers: &HeaderMap) -> RequestView<'_> {
         RequestView {

@@ -62,10 +62,11 @@ impl NetworkFilter {
                     ));
                 }
                 let (workers, counters) = context.counters();
-                let rules = Rules::compile_network(&message, workers, counters)?;
+                let delay = convert::timeout(message.delay_deny.as_ref()).within("delay_deny")?;
+                let rules = Rules::compile_network(message, workers, counters)?;
                 Ok(Some(Self::Rbac {
                     rules: Box::new(rules),
-                    delay: convert::timeout(message.delay_deny.as_ref()).within("delay_deny")?,
+                    delay,
                 }))
             }
             (Some(any), "envoy.extensions.filters.network.local_ratelimit.v3.LocalRateLimit") => {

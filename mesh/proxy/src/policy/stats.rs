@@ -11,7 +11,7 @@ mod shown;
 use shown::event_families;
 
 use crate::metrics::collect::{Family, Labels, Value};
-use crate::metrics::events::{Event, HttpEvent, ListenerEvent, TcpEvent, WorkerEvents};
+use crate::metrics::events::{CodecEvent, Event, HttpEvent, ListenerEvent, TcpEvent, WorkerEvents};
 use crate::metrics::series::{Histogram, HistogramValue};
 
 /// Counters that the registry holds at most; later ones count for nobody but are harmless.
@@ -160,6 +160,7 @@ pub struct Traffic {
     length: Arc<Distribution>,
     requests: Option<Requests>,
     http: Option<Arc<WorkerEvents<HttpEvent>>>,
+    codec: Option<Arc<WorkerEvents<CodecEvent>>>,
     listener: Option<Arc<WorkerEvents<ListenerEvent>>>,
 }
 
@@ -241,6 +242,13 @@ impl Traffic {
         }
     }
 
+    /// That often has something rare happened in what reads and writes HTTP.
+    pub fn note_codec(&self, event: CodecEvent, times: u64, worker: usize) {
+        if let Some(events) = &self.codec {
+            events.note_many(event, times, worker);
+        }
+    }
+
     /// Something rare has happened to a connection of a listener.
     pub fn note_listener(&self, event: ListenerEvent, worker: usize) {
         if let Some(events) = &self.listener {
@@ -314,6 +322,8 @@ pub struct Registry {
     http: BTreeMap<Box<str>, Arc<WorkerEvents<HttpEvent>>>,
     listeners: BTreeMap<Box<str>, Arc<WorkerEvents<ListenerEvent>>>,
     tcp: BTreeMap<Box<str>, Arc<WorkerEvents<TcpEvent>>>,
+    /// Of all managers together; made with the first of them.
+    codec: Option<Arc<WorkerEvents<CodecEvent>>>,
     /// Calls by gRPC method.
     pub grpc: super::grpc_stats::Table,
     /// Where requests can be looked at.
@@ -388,6 +398,10 @@ impl Registry {
             length: self.distribution(workers, area.length, &[label]),
             requests,
             http: is_http.then(|| events_of(&mut self.http, value, workers)),
+            codec: is_http.then(|| {
+                let made = || Arc::new(WorkerEvents::new(workers));
+                self.codec.get_or_insert_with(made).clone()
+            }),
             listener: (!is_http).then(|| events_of(&mut self.listeners, value, workers)),
         }
     }
@@ -494,6 +508,7 @@ impl Registry {
         families.extend(event_families(&self.http, HTTP.label));
         families.extend(event_families(&self.listeners, LISTENER.label));
         families.extend(event_families(&self.tcp, "envoy_tcp_prefix"));
+        families.extend(self.codecs(&families));
         self.connections_by_kind(&mut families);
         for ((name, labels), distribution) in &self.distributions {
             let metric = (labels.clone(), Value::Histogram(Box::new(distribution.get())));

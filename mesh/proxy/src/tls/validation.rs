@@ -365,26 +365,22 @@ fn clamp(now: UnixTime, leaf: &Certificate, intermediates: &[CertificateDer<'_>]
     UnixTime::since_unix_epoch(earliest.min(std::time::Duration::from_secs(now.as_secs())))
 }
 
-/// webpki's names of failures, with what an operator wants to know.
+/// webpki's names of failures, in an operator's words.
+const NAMES: [(&str, &str); 7] = [
+    ("CertExpired", "certificate has expired"),
+    ("CertNotValidYet", "certificate is not yet valid"),
+    ("CertRevoked", "certificate revoked"),
+    ("UnknownIssuer", "unable to get local issuer certificate"),
+    ("UnknownRevocationStatus", "unable to get certificate CRL"),
+    ("CrlExpired", "CRL has expired"),
+    ("RequiredEkuNotFound", "unsuitable certificate purpose"),
+];
+
+/// A failure by its name, with what an operator wants to know.
 fn describe(error: &dyn std::fmt::Display, certificate: &Certificate) -> String {
     let text = error.to_string();
-    let plain = if text.starts_with("CertExpired") {
-        "certificate has expired"
-    } else if text.starts_with("CertNotValidYet") {
-        "certificate is not yet valid"
-    } else if text.starts_with("CertRevoked") {
-        "certificate revoked"
-    } else if text.starts_with("UnknownIssuer") {
-        "unable to get local issuer certificate"
-    } else if text.starts_with("UnknownRevocationStatus") {
-        "unable to get certificate CRL"
-    } else if text.starts_with("CrlExpired") {
-        "CRL has expired"
-    } else if text.starts_with("RequiredEkuNotFound") {
-        "unsuitable certificate purpose"
-    } else {
-        &text
-    };
+    let known = NAMES.iter().find(|(name, _)| text.starts_with(name));
+    let plain = known.map_or(&*text, |(_, plain)| plain);
     format!(
         "{plain} (peer {}, serial {})",
         certificate.principal(),

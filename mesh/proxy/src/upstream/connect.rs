@@ -85,13 +85,13 @@ pub async fn connect(
     options: &ConnectOptions,
 ) -> io::Result<Connected> {
     let mut socket = match &endpoint.address {
-        Address::Tcp(address) => connect_any(cluster, *address, &endpoint.more_addresses).await?,
+        Address::Tcp(address) => connect_any(cluster, *address, endpoint.more_addresses()).await?,
         Address::Pipe(path) => Socket::over(Either::Right(UnixStream::connect(&**path).await?), Together),
         Address::Name(name, _) => return Err(io::Error::other(format!("{name} has not been resolved"))),
     };
     let dress = cluster.socket_for(endpoint);
     if let Some(told) = &dress.proxy_protocol {
-        let tlvs = told.tlvs(&endpoint.tlvs, options.tlvs.as_ref());
+        let tlvs = told.tlvs(endpoint.tlvs(), options.tlvs.as_ref());
         let header = proxy_header::write(told.version, options.between, &tlvs);
         socket.write_all(&header).await?;
     }
@@ -106,7 +106,7 @@ pub async fn connect(
             local,
         });
     };
-    let hostname = (tls.auto_host_sni && !endpoint.hostname.is_empty()).then_some(&*endpoint.hostname);
+    let hostname = (tls.auto_host_sni && !endpoint.hostname().is_empty()).then_some(endpoint.hostname());
     let server_name = options.server_name.as_deref().or(hostname);
     let address = match &endpoint.address {
         Address::Tcp(address) => address.ip(),

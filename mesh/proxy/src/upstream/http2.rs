@@ -12,6 +12,7 @@ use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
@@ -23,12 +24,14 @@ use http_body::Body as _;
 use tokio_util::task::TaskTracker;
 
 use super::metered::Metered;
+use crate::metrics::clusters::Shared as Counts;
+use crate::metrics::events::ClusterEvent;
 use crate::stream::{Hooks, Layer};
 use crate::worker::body::UpstreamBody;
 use crate::worker::incoming::Incoming;
 use crate::worker::interim::Tell;
 use crate::worker::seldom::Seldom;
-use crate::worker::streams::{Pump, Received, TunnelIo, Upload, content_length, strip};
+use crate::worker::streams::{Pump, Received, TunnelIo, Upload, Watcher, content_length, strip};
 
 /// Received bytes that may wait for one stream.
 const STREAM_WINDOW: u32 = 256 * 1024;
@@ -51,8 +54,10 @@ const QUIET: Duration = Duration::from_secs(30);
 const PONG: Duration = Duration::from_secs(20);
 
 /// What the connection's task and its users know of it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct State {
+    /// Where what happens to it is counted.
+    counts: Arc<Counts>,
     closed: Cell<bool>,
     /// Something was read lately.
     heard: Cell<bool>,
@@ -82,10 +87,18 @@ pub struct Handle {
 }
 
 /// Begins to speak HTTP/2; `held` is given up when the connection has ended. Does not wait for the peer's settings.
-pub async fn connect<H: 'static>(stream: Metered, tasks: &TaskTracker, held: H) -> Result<Handle, h2::Error> {
+pub async fn connect<H: 'static>(
+    stream: Metered,
+    tasks: &TaskTracker,
+    counts: Arc<Counts>,
+    held: H,
+) -> Result<Handle, h2::Error> {
     let state = Rc::new(State {
+        counts,
+        closed: Cell::new(false),
+        heard: Cell::new(false),
+        active: Cell::new(0),
         tasks: tasks.clone(),
-        ..State::default()
     });
     let io = Io::over(stream, Heard(state.clone()));
     let (sender, connection) = h2::client::Builder::new()
@@ -117,7 +130,7 @@ async fn drive(mut connection: Connection<Io, Bytes>, state: &State) {
     tokio::select! {
         biased;
         _ = &mut connection => {}
-        () = Seldom::new(until_dead(pings, state)) => {}
+        () = Seldom::new(until_dead(pings, state)) => state.counts.note(ClusterEvent::Http2Keepalive),
     }
 }
 
@@ -217,6 +230,7 @@ impl Handle {
             },
             tell,
             state: self.state.clone(),
+            answered: false,
         })
     }
 }
@@ -243,6 +257,43 @@ pub struct Answering {
     outgoing: Outgoing,
     tell: Option<Tell>,
     state: Rc<State>,
+    /// Its end has come, one way or the other.
+    answered: bool,
+}
+
+/// Nobody waits any more: `h2` resets the stream.
+impl Drop for Answering {
+    fn drop(&mut self) {
+        if !self.answered && !self.state.closed.get() {
+            self.state.counts.note(ClusterEvent::Http2TxReset);
+        }
+    }
+}
+
+impl State {
+    /// Counts what an error of a stream is.
+    pub(crate) fn note_error(&self, error: &h2::Error) {
+        if !error.is_reset() {
+            return;
+        }
+        if !error.is_remote() {
+            // Of our own finding, or of our own doing.
+            if error.is_library() && error.reason() == Some(Reason::PROTOCOL_ERROR) {
+                self.counts.note(ClusterEvent::Http2Messaging);
+            }
+            self.counts.note(ClusterEvent::Http2TxReset);
+            return;
+        }
+        self.counts.note(ClusterEvent::Http2RxReset);
+        if error.reason() == Some(Reason::REFUSED_STREAM) {
+            self.counts.note(ClusterEvent::Http2Refused);
+        }
+    }
+
+    /// Something rare has happened on one of its streams.
+    pub(crate) fn note(&self, event: ClusterEvent) {
+        self.counts.note(event);
+    }
 }
 
 impl Answering {
@@ -276,7 +327,12 @@ impl Answering {
                         .spawn_local(async move { poll_fn(|cx| pump.poll(cx)).await });
                     upload = Some(Upload::new(sending.abort_handle()));
                 }
-                Incoming::Http2(Received::of_response(stream, &head.headers, upload))
+                Incoming::Http2(Received::of_response(
+                    stream,
+                    &head.headers,
+                    upload,
+                    Watcher::Endpoint(self.state.clone()),
+                ))
             }
         };
         Response::from_parts(head, body)
@@ -298,8 +354,17 @@ impl Future for Answering {
         {
             this.outgoing = Outgoing::Nothing;
         }
-        ready!(this.poll_interim(cx))?;
-        let response = ready!(Pin::new(&mut this.answer).poll(cx))?;
-        Poll::Ready(Ok(this.answered(response)))
+        let outcome = match ready!(this.poll_interim(cx)) {
+            Ok(()) => ready!(Pin::new(&mut this.answer).poll(cx)),
+            Err(error) => Err(error),
+        };
+        this.answered = true;
+        match outcome {
+            Ok(response) => Poll::Ready(Ok(this.answered(response))),
+            Err(error) => {
+                this.state.note_error(&error);
+                Poll::Ready(Err(error))
+            }
+        }
     }
 }

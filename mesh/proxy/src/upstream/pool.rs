@@ -307,7 +307,7 @@ impl Pool {
     ) -> Result<Lease, ConnectError> {
         let stream = metered(connected.stream, &counted);
         let counts = counted.connection.shared().clone();
-        let handle = http2::connect(stream, &worker.tasks, counted).await?;
+        let handle = http2::connect(stream, &worker.tasks, counts.clone(), counted).await?;
         let connection = Rc::new(Http2 {
             handle,
             counted: counts,

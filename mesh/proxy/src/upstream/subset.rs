@@ -35,7 +35,7 @@ impl SubsetBalancer {
         for selector in &rules.selectors {
             let mut members: BTreeMap<Box<[u8]>, Vec<usize>> = BTreeMap::new();
             for (index, host) in hosts.iter().enumerate() {
-                for name in names(selector, host.endpoint.lb_metadata.as_ref(), rules.list_as_any) {
+                for name in names(selector, host.endpoint.lb_metadata(), rules.list_as_any) {
                     members.entry(name).or_default().push(index);
                 }
             }
@@ -54,7 +54,7 @@ impl SubsetBalancer {
                 .iter()
                 .enumerate()
                 .filter(|(_, host)| {
-                    let metadata = host.endpoint.lb_metadata.as_ref();
+                    let metadata = host.endpoint.lb_metadata();
                     rules.default_subset.fits(metadata, rules.list_as_any)
                 })
                 .map(|(index, _)| index)
@@ -180,7 +180,7 @@ pub enum Chosen {
 pub(crate) fn group_names(rules: &Subsets, set: &EndpointSet) -> BTreeSet<Box<[u8]>> {
     let each = rules.selectors.iter().flat_map(|selector| {
         let endpoints = set.all.iter();
-        endpoints.flat_map(|endpoint| names(selector, endpoint.lb_metadata.as_ref(), rules.list_as_any))
+        endpoints.flat_map(|endpoint| names(selector, endpoint.lb_metadata(), rules.list_as_any))
     });
     each.collect()
 }

@@ -192,7 +192,7 @@ impl ConnectionLog {
             peer: self.tls.as_deref().and_then(PeerIdentity::of),
             downstream_tls: self.tls.as_deref(),
             upstream_tls: self.upstream_tls.as_deref(),
-            upstream_name: self.host.as_ref().map(|host| &*host.endpoint.hostname),
+            upstream_name: self.host.as_ref().map(|host| host.endpoint.hostname()),
             upstream_metadata: self
                 .host
                 .as_ref()

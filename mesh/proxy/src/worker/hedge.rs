@@ -7,6 +7,8 @@
 use std::cell::RefCell;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
 
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
@@ -14,18 +16,19 @@ use http::request::Parts;
 use tokio::time::Instant;
 
 use super::attempts::{
-    Again, Avoid, Permit, Success, Try, asked_wait, attempt, attempts, judge, no_healthy_upstream,
+    Again, Avoid, Permit, Success, Tried, Try, asked_wait, attempt, attempts, judge, no_healthy_upstream,
     take_retry_permit,
 };
-use super::body::RequestSource;
 use super::exchange::{Exchange, Sent};
-use super::failure::{Failure, final_reply};
+use super::failure::final_reply;
 use super::local::LocalReply;
-use super::request::{Routed, view};
+use super::request::view;
 use super::upstream::Plan;
+use crate::config::retry::RetryPolicy;
 use crate::metrics::events::ClusterEvent;
 use crate::metrics::flags::Flags;
 use crate::random;
+use crate::tls::info::ConnectionTls;
 use crate::upstream::cluster::{Active, Host};
 
 /// A running try.
@@ -41,15 +44,13 @@ struct Running {
 /// [`attempts`].
 pub(super) async fn hedged(
     plan: &Plan<'_>,
-    routed: &Routed,
     exchange: &mut Exchange,
     parts: &mut Parts,
-    source: Option<&Rc<RefCell<RequestSource>>>,
 ) -> Result<Success, LocalReply> {
-    let policy = plan.forward.retry.as_ref();
+    let policy = plan.forward.retry.as_deref();
     let policy = policy.filter(|policy| policy.applies_to(&view(parts)));
     let Some((policy, patience)) = policy.and_then(|policy| Some((policy, policy.per_try_timeout?))) else {
-        return attempts(plan, routed, exchange, parts, source, None).await;
+        return attempts(plan, exchange, parts, None).await;
     };
     let cluster = plan.cluster;
     let parts = RefCell::new(parts);
@@ -86,9 +87,7 @@ pub(super) async fn hedged(
         let (parts, tls) = (&parts, &tls);
         running.push(async move {
             let try_of = Try {
-                routed,
                 number,
-                source,
                 tunnel: None,
                 // Another try may come at any time.
                 again: Again {
@@ -106,50 +105,25 @@ pub(super) async fn hedged(
         let wait = loop {
             let may_retry = retries < policy.attempts;
             tokio::select! {
-                Some((one, result)) = running.next() => {
-                    if result.is_ok() {
+                Some((one, tried)) = running.next() => {
+                    if tried.is_ok() {
                         cluster.observe(&one.host, one.began.elapsed());
                     }
-                    let wait = match judge(plan, &one.host, &result) {
-                        None => return settle(exchange, one, result, tls),
-                        Some(outcome) if !policy.wants(&outcome) => {
-                            return settle(exchange, one, result, tls);
+                    match weigh(plan, exchange, policy, &one, &tried, may_retry, running.len()) {
+                        Weighed::Decides => return settle(exchange, one, tried, tls),
+                        Weighed::PassedOver => {}
+                        Weighed::Again { taken, asked } => {
+                            permit = Some(taken);
+                            break Some(asked.unwrap_or_else(|| policy.back_off(retries + 1, random::next())));
                         }
-                        Some(outcome) => asked_wait(policy, &outcome),
-                    };
-                    if !running.is_empty() {
-                        continue;
                     }
-                    let replayable = source.is_none_or(|source| source.borrow().can_replay());
-                    if !may_retry || !replayable {
-                        if may_retry {
-                            plan.note(ClusterEvent::RetryAbandoned);
-                        } else {
-                            plan.note(ClusterEvent::RetryLimit);
-                            exchange.flags.add(Flags::RETRY_LIMIT);
-                        }
-                        return settle(exchange, one, result, tls);
-                    }
-                    let Some(taken) = take_retry_permit(plan) else {
-                        exchange.flags.add(Flags::UPSTREAM_OVERFLOW);
-                        return settle(exchange, one, result, tls);
-                    };
-                    permit = Some(taken);
-                    break Some(wait.unwrap_or_else(|| policy.back_off(retries + 1, random::next())));
                 }
                 () = tokio::time::sleep_until(soft), if may_retry => {
-                    // Envoy's time for a try starts when the request is complete.
-                    let complete = source.is_none_or(|source| {
-                        let source = source.borrow();
-                        source.ended() && source.can_replay()
-                    });
-                    match complete.then(|| take_retry_permit(plan)).flatten() {
-                        Some(taken) => {
-                            permit = Some(taken);
-                            break None;
-                        }
-                        None => soft = Instant::now() + patience,
+                    permit = beside(plan);
+                    if permit.is_some() {
+                        break None;
                     }
+                    soft = Instant::now() + patience;
                 }
             }
         };
@@ -165,29 +139,78 @@ pub(super) async fn hedged(
     }
 }
 
+/// What the end of a try means.
+enum Weighed {
+    /// Its result is the request's.
+    Decides,
+    /// It was bad, and others are running.
+    PassedOver,
+    /// It was bad and the last: there is another one, after the time that the response asks for, if it does.
+    Again { taken: Permit, asked: Option<Duration> },
+}
+
+/// Judges a try that has ended while `others` are running.
+fn weigh(
+    plan: &Plan<'_>,
+    exchange: &mut Exchange,
+    policy: &RetryPolicy,
+    one: &Running,
+    tried: &Tried,
+    may_retry: bool,
+    others: usize,
+) -> Weighed {
+    let asked = match judge(plan, &one.host, tried) {
+        Some(outcome) if policy.wants(&outcome) => asked_wait(policy, &outcome),
+        Some(_) | None => return Weighed::Decides,
+    };
+    if others > 0 {
+        return Weighed::PassedOver;
+    }
+    if !may_retry {
+        plan.note(ClusterEvent::RetryLimit);
+        exchange.flags.add(Flags::RETRY_LIMIT);
+        return Weighed::Decides;
+    }
+    if !plan.source.is_none_or(|source| source.borrow().can_replay()) {
+        plan.note(ClusterEvent::RetryAbandoned);
+        return Weighed::Decides;
+    }
+    match take_retry_permit(plan) {
+        Some(taken) => Weighed::Again { taken, asked },
+        None => {
+            exchange.flags.add(Flags::UPSTREAM_OVERFLOW);
+            Weighed::Decides
+        }
+    }
+}
+
+/// What another try beside the running ones needs, where it may be made now. Envoy's time for a try starts when the
+/// request is complete.
+fn beside(plan: &Plan<'_>) -> Option<Permit> {
+    let complete = plan.source.is_none_or(|source| {
+        let source = source.borrow();
+        source.ended() && source.can_replay()
+    });
+    complete.then(|| take_retry_permit(plan)).flatten()
+}
+
 /// The end of it: this try decides, and what else is running is dropped.
 fn settle(
     exchange: &mut Exchange,
     one: Running,
-    result: Result<
-        (
-            http::Response<super::incoming::Incoming>,
-            crate::upstream::pool::Lease,
-        ),
-        Failure,
-    >,
-    tls: &RefCell<Option<std::sync::Arc<crate::tls::info::ConnectionTls>>>,
+    tried: Tried,
+    tls: &RefCell<Option<Arc<ConnectionTls>>>,
 ) -> Result<Success, LocalReply> {
     drop(one.permit);
     exchange.host = Some(one.host);
-    match result {
+    match tried {
         Ok((response, lease)) => {
             exchange.upstream_tls = lease.tls().cloned();
             Ok((response, lease, one.active))
         }
         Err(failure) => {
             exchange.upstream_tls = tls.borrow().clone();
-            Err(final_reply(exchange, Some(failure)))
+            Err(final_reply(exchange, failure))
         }
     }
 }

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use http::{HeaderMap, HeaderValue, Version, header};
 use tokio::sync::Notify;
@@ -18,7 +18,7 @@ use crate::config::hcm::{HttpManager, ServerHeader};
 use crate::config::listener::{Direction, FilterChain};
 use crate::hygiene::scan::{HeadLimits, Scanner};
 use crate::hygiene::strict::{Gate, StrictIo};
-use crate::metrics::events::HttpEvent;
+use crate::metrics::events::{CodecEvent, HttpEvent};
 use crate::overload::Action;
 use crate::policy::facts::PeerIdentity;
 use crate::policy::filter_state::FilterState;
@@ -125,6 +125,11 @@ impl Downstream {
         self.manager.traffic.note(event, self.worker.id);
     }
 
+    /// That often has something rare happened in reading or writing its HTTP.
+    pub fn note_codec(&self, event: CodecEvent, times: u64) {
+        self.manager.traffic.note_codec(event, times, self.worker.id);
+    }
+
     /// How many requests have come so far.
     pub fn request_number(&self) -> u32 {
         self.requests.get()
@@ -187,8 +192,14 @@ impl Downstream {
                 .is_some_and(|limit| self.opened.elapsed() >= limit)
     }
 
+    /// What is left of the time that it may last, where there is a limit.
+    pub(super) fn age_left(&self) -> Option<Duration> {
+        let limit = self.manager.max_connection_duration?;
+        Some(limit.saturating_sub(self.opened.elapsed()))
+    }
+
     /// Counts why the connection should end, once.
-    fn note_end(&self) {
+    pub(super) fn note_end(&self) {
         if self.told_end.replace(true) {
             return;
         }

@@ -32,10 +32,10 @@ use super::local::Body;
 use super::request;
 use super::rest::{End, wait_for_end};
 use super::seldom::Seldom;
-use super::streams::{Pump, Received, TunnelIo, content_length, strip};
+use super::streams::{Pump, Pumped, Received, TunnelIo, content_length, strip};
 use super::tunnel::Later;
 use crate::hygiene::strict::StrictIo;
-use crate::metrics::events::HttpEvent;
+use crate::metrics::events::{CodecEvent, HttpEvent};
 use crate::stream::last_words::{Ending, LastWords};
 use crate::stream::linger::Lingering;
 
@@ -84,15 +84,19 @@ where
         }
     };
     ending.hold();
-    if finishing {
+    let leave = |connection: &mut Connection<_, _>| {
+        conn.note_codec(CodecEvent::Http2Goaway, 1);
         connection.graceful_shutdown();
+    };
+    if finishing {
+        leave(&mut connection);
     }
     loop {
         tokio::select! {
             biased;
             () = accept(&conn, &mut connection, &ending) => return,
             end = Seldom::new(wait_for_end(&conn, false)) => match end {
-                End::Finish => connection.graceful_shutdown(),
+                End::Finish => leave(&mut connection),
                 End::Abort | End::Park => return,
             },
         }
@@ -139,8 +143,27 @@ fn note_error(conn: &Downstream, error: &h2::Error) {
     }
     match error.reason() {
         None | Some(Reason::NO_ERROR) => {}
-        Some(Reason::ENHANCE_YOUR_CALM) => conn.note(HttpEvent::RqTooManyResets),
+        Some(Reason::ENHANCE_YOUR_CALM) => match flood(error) {
+            Some(event) => {
+                conn.note(HttpEvent::CxProtocolError);
+                conn.note_codec(event, 1);
+            }
+            None => conn.note(HttpEvent::RqTooManyResets),
+        },
         Some(_) => conn.note(HttpEvent::CxProtocolError),
+    }
+}
+
+/// Which flood `h2` has ended a connection for, as it tells the client with its GOAWAY; none for floods of resets.
+fn flood(error: &h2::Error) -> Option<CodecEvent> {
+    let text = error.to_string();
+    let told = |words: &str| text.contains(words);
+    if told("too_many_data_frames") {
+        Some(CodecEvent::Http2EmptyFrames)
+    } else if told("header_list_way_too_large") || told("too_many_continuations") {
+        Some(CodecEvent::Http2HeaderOverflow)
+    } else {
+        None
     }
 }
 
@@ -157,7 +180,7 @@ async fn stream(
     let mut tunnel = None;
     let incoming = if head.method == Method::CONNECT {
         if content_length(&head.headers).is_some_and(|length| length != 0) {
-            respond.send_reset(Reason::PROTOCOL_ERROR);
+            reset(&conn, &mut respond, Reason::PROTOCOL_ERROR);
             return;
         }
         let (granted, later) = Later::new();
@@ -166,9 +189,14 @@ async fn stream(
         Incoming::Empty
     } else {
         let expected = interims.clone().filter(|_| expects);
-        Incoming::Http2(Received::of_request(received, &head.headers, expected))
+        Incoming::Http2(Received::of_request(
+            received,
+            &head.headers,
+            expected,
+            conn.clone(),
+        ))
     };
-    let Some(response) = answer(conn, head, incoming, &mut respond, interims).await else {
+    let Some(response) = answer(&conn, head, incoming, &mut respond, interims).await else {
         return;
     };
     let (mut head, body) = response.into_parts();
@@ -182,7 +210,7 @@ async fn stream(
         match respond.send_response(Response::from_parts(head, ()), false) {
             // The tunnel's task may be gone; then the stream is reset with what is dropped here.
             Ok(send) => drop(granted.send(TunnelIo::new(send, received))),
-            Err(_) => respond.send_reset(Reason::INTERNAL_ERROR),
+            Err(_) => reset(&conn, &mut respond, Reason::INTERNAL_ERROR),
         }
         return;
     }
@@ -197,21 +225,31 @@ async fn stream(
         Ok(_) if ended => {}
         Ok(send) => {
             let mut pump = Pump::new(send, body);
-            poll_fn(|cx| pump.poll(cx)).await;
+            match poll_fn(|cx| pump.poll(cx)).await {
+                Pumped::Whole | Pumped::Lost => {}
+                Pumped::Reset => conn.note_codec(CodecEvent::Http2RxReset, 1),
+                Pumped::Failed => conn.note_codec(CodecEvent::Http2TxReset, 1),
+            }
         }
-        Err(_) => respond.send_reset(Reason::INTERNAL_ERROR),
+        Err(_) => reset(&conn, &mut respond, Reason::INTERNAL_ERROR),
     }
+}
+
+/// Resets a stream.
+fn reset(conn: &Downstream, respond: &mut SendResponse<Bytes>, reason: Reason) {
+    conn.note_codec(CodecEvent::Http2TxReset, 1);
+    respond.send_reset(reason);
 }
 
 /// The answer to a request, unless its client has given it up.
 async fn answer(
-    conn: Rc<Downstream>,
+    conn: &Rc<Downstream>,
     head: Box<Parts>,
     incoming: Incoming,
     respond: &mut SendResponse<Bytes>,
     interims: Option<Arc<Waiting>>,
 ) -> Option<Response<Body>> {
-    let mut service = pin!(request::handle(conn, head, incoming, interims.clone()));
+    let mut service = pin!(request::handle(conn.clone(), head, incoming, interims.clone()));
     let mut told = false;
     poll_fn(|cx| {
         if let Some(interims) = &interims
@@ -222,7 +260,9 @@ async fn answer(
         let served = service.as_mut().poll(cx);
         let waiting = interims.as_ref().filter(|interims| interims.any());
         if served.is_pending() || waiting.is_some() {
-            if respond.poll_reset(cx).is_ready() {
+            if let Poll::Ready(outcome) = respond.poll_reset(cx) {
+                // Else the connection is gone.
+                conn.note_codec(CodecEvent::Http2RxReset, u64::from(outcome.is_ok()));
                 return Poll::Ready(None);
             }
             if let Some(waiting) = waiting {
@@ -231,7 +271,7 @@ async fn answer(
         }
         served.map(|response| {
             if response.is_err() {
-                respond.send_reset(Reason::INTERNAL_ERROR);
+                reset(conn, respond, Reason::INTERNAL_ERROR);
             }
             response.ok()
         })

@@ -7,10 +7,11 @@ use http::response::Parts as Head;
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 
 use super::body::{BodyError, Fault, ResponseBody};
-use super::exchange::{Exchange, Watch};
+use super::exchange::Exchange;
 use super::filters;
 use super::logging;
 use super::request::X_REQUEST_ID;
+use super::watch::Watch;
 use crate::metrics::events::HttpEvent;
 use crate::metrics::flags::Flags;
 use crate::policy::compressor::Encoder;

@@ -257,7 +257,7 @@ fn record_after<T>(
         peer: conn.peer_identity(),
         downstream_tls: conn.tls.as_deref(),
         upstream_tls: exchange.upstream_tls.as_deref(),
-        upstream_name: exchange.host.as_ref().map(|host| &*host.endpoint.hostname),
+        upstream_name: exchange.host.as_ref().map(|host| host.endpoint.hostname()),
         upstream_metadata: exchange
             .host
             .as_ref()

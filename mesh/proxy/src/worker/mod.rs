@@ -20,7 +20,7 @@
 //! | HTTP filters that wait, or keep state of a request | `filters` (what they decide is in [`crate::policy`]) |
 //! | which fields go on; header templates | `prepare`; `scene` |
 //! | which endpoint, which connection, whether again, several at once | `upstream`, `attempts`, `hedge`, `failure` |
-//! | bodies | [`body`], [`incoming`], `streams` |
+//! | bodies; time limits of a response | [`body`], [`incoming`], `streams`; [`watch`] |
 //! | CONNECT and upgrades; TCP inside of them | `tunnel`; `tcp_tunnel` |
 //! | interim answers | [`interim`] |
 //! | requests of the proxy's own: filters' services, mirrors | `call`, `grpc_stream`, `mirror` |
@@ -62,6 +62,7 @@ pub mod tcp;
 mod tcp_tunnel;
 mod tunnel;
 pub mod upstream;
+pub mod watch;
 
 pub(crate) use tunnel::CONNECT;
 

@@ -53,7 +53,7 @@ pub(super) fn prepare(
     for ops in levels {
         apply(ops, parts);
     }
-    let new_host = match &forward.host_rewrite {
+    let new_host = match forward.host_rewrite.as_deref() {
         None | Some(HostRewrite::Auto) => None,
         Some(HostRewrite::Literal(value)) => Some(value.clone()),
         Some(HostRewrite::Header(name)) => parts.headers.get(name).filter(|value| !value.is_empty()).cloned(),
@@ -71,7 +71,10 @@ pub(super) fn prepare(
         parts.headers.insert(header::HOST, new);
     }
     // A plain CONNECT has no path.
-    if let Some(rewrite) = forward.rewrite.as_ref().filter(|_| !parts.uri.path().is_empty())
+    if let Some(rewrite) = forward
+        .rewrite
+        .as_deref()
+        .filter(|_| !parts.uri.path().is_empty())
         && let Some(target) = rewritten_target(&routed.route, rewrite, parts)
         && !set_target(parts, &target)
     {

@@ -7,14 +7,16 @@ use http_body::Body as _;
 
 use super::attempts::X_ATTEMPT_COUNT;
 use super::body::ResponseBody;
-use super::exchange::{Exchange, Limits, Watch};
+use super::exchange::Exchange;
+use super::failure::X_UNPROCESSED;
 use super::filters;
 use super::incoming::Incoming;
 use super::local::Body;
 use super::logging;
-use super::request::{PEER_METADATA, PEER_METADATA_ID, Routed, X_REQUEST_ID, X_UNPROCESSED};
+use super::request::{PEER_METADATA, PEER_METADATA_ID, X_REQUEST_ID};
 use super::scene::ResponseScene;
 use super::upstream::Plan;
+use super::watch::{Limits, Watch};
 use crate::config::listener::Direction;
 use crate::config::route::Target;
 use crate::hygiene::fields::{Present, join_repeated, strip_present};
@@ -28,7 +30,6 @@ static X_UPSTREAM_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-s
 /// An upstream's response, and what it is answered with.
 pub(super) struct Answer<'a> {
     pub(super) plan: &'a Plan<'a>,
-    pub(super) routed: &'a Routed,
     /// The weighted cluster that was chosen.
     pub(super) target: Option<&'a Target>,
     /// The client's fields, where operations on the response read them.
@@ -52,10 +53,7 @@ pub(super) fn respond(mut exchange: Box<Exchange>, answer: Answer<'_>) -> Respon
 /// The same where a filter must wait for a service before the response goes on.
 pub(super) async fn respond_waiting(mut exchange: Box<Exchange>, answer: Answer<'_>) -> Response<Body> {
     let Answer {
-        routed,
-        target,
-        parts,
-        ..
+        plan, target, parts, ..
     } = answer;
     let (mut ready, mut head) = answer.prepare(&mut exchange);
     match filters::encode_waiting(&mut exchange, &mut head, ready.has_body()).await {
@@ -63,7 +61,7 @@ pub(super) async fn respond_waiting(mut exchange: Box<Exchange>, answer: Answer<
             ready.encoder = encoder;
             ready.send(exchange, head)
         }
-        Err(reply) => super::upstream::decline(exchange, routed, target, parts, None, reply),
+        Err(reply) => super::upstream::decline(exchange, plan.routed, target, parts, None, reply),
     }
 }
 
@@ -72,7 +70,6 @@ impl<'a> Answer<'a> {
     fn prepare(self, exchange: &mut Exchange) -> (Ready<'a>, Head) {
         let Self {
             plan,
-            routed,
             target,
             request_headers,
             parts,
@@ -104,7 +101,7 @@ impl<'a> Answer<'a> {
         let elapsed = exchange.started.elapsed().as_millis() as u64;
         head.headers
             .insert(X_UPSTREAM_TIME.clone(), small_number(elapsed));
-        if routed.host.attempt_count_in_response {
+        if plan.routed.host.attempt_count_in_response {
             head.headers
                 .insert(X_ATTEMPT_COUNT.clone(), HeaderValue::from(exchange.attempts));
         }
@@ -121,7 +118,7 @@ impl<'a> Answer<'a> {
                 request,
                 ..ResponseScene::of(exchange, parts)
             };
-            routed.mutate_response(&mut head.headers, target, &scene);
+            plan.routed.mutate_response(&mut head.headers, target, &scene);
         }
         if changed || present.has(Present::GRPC_STATUS) {
             exchange.note_grpc_status(&head.headers);

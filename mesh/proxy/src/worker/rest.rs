@@ -35,6 +35,9 @@ pub(super) async fn wait_for_end(conn: &Downstream, may_park: bool) -> End {
         }
         // Looked at when it may be due, so that an active connection costs few timers.
         let mut wait = idle_left(conn).max(LOOK);
+        if let Some(left) = conn.age_left().filter(|left| !left.is_zero()) {
+            wait = wait.min(left);
+        }
         if may_park {
             wait = wait.min(PARK_AFTER);
         }
@@ -47,6 +50,11 @@ pub(super) async fn wait_for_end(conn: &Downstream, may_park: bool) -> End {
             () = tokio::time::sleep(wait) => {
                 if conn.running.get() > 0 {
                     continue;
+                }
+                if !told && conn.age_left().is_some_and(|left| left.is_zero()) {
+                    conn.note_end();
+                    conn.finishing.set(true);
+                    return End::Finish;
                 }
                 let quiet = conn.last_used.get().elapsed();
                 if conn.manager.idle_timeout.is_some_and(|idle| quiet >= idle) {

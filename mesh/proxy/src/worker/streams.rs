@@ -8,8 +8,9 @@
 
 use std::io;
 use std::pin::Pin;
+use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 
 use bytes::{Buf, Bytes};
 use h2::{Reason, RecvStream, SendStream};
@@ -19,8 +20,11 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::task::AbortHandle;
 
 use super::body::BodyError;
+use super::http::Downstream;
 use super::interim::Waiting;
 use crate::hygiene::fields::{Present, strip_present};
+use crate::metrics::events::{ClusterEvent, CodecEvent};
+use crate::upstream::http2;
 
 /// Bytes that a tunnel hands over at a time: a frame of the default size.
 const TUNNEL_CHUNK: usize = 16 * 1024;
@@ -53,13 +57,65 @@ fn reason_of(error: &BodyError) -> Reason {
     Reason::INTERNAL_ERROR
 }
 
+/// Who counts what happens to a stream that a body comes over.
+pub(crate) enum Watcher {
+    /// The client's connection.
+    Client(Rc<Downstream>),
+    /// The endpoint's.
+    Endpoint(Rc<http2::State>),
+    #[cfg(test)]
+    Nobody,
+}
+
+impl std::fmt::Debug for Watcher {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str(match self {
+            Self::Client(_) => "Client",
+            Self::Endpoint(_) => "Endpoint",
+            #[cfg(test)]
+            Self::Nobody => "Nobody",
+        })
+    }
+}
+
+impl Watcher {
+    fn trailers(&self) {
+        match self {
+            Self::Client(conn) => conn.note_codec(CodecEvent::Http2Trailers, 1),
+            Self::Endpoint(state) => state.note(ClusterEvent::Http2Trailers),
+            #[cfg(test)]
+            Self::Nobody => {}
+        }
+    }
+
+    fn broke(&self, error: &h2::Error) {
+        match self {
+            // Whoever serves the request asks how its stream has ended.
+            Self::Client(_) => {}
+            Self::Endpoint(state) => state.note_error(error),
+            #[cfg(test)]
+            Self::Nobody => {}
+        }
+    }
+
+    /// The body is read no further.
+    fn left(&self) {
+        match self {
+            Self::Client(conn) => conn.note_codec(CodecEvent::Http2TxReset, 1),
+            Self::Endpoint(state) => state.note(ClusterEvent::Http2TxReset),
+            #[cfg(test)]
+            Self::Nobody => {}
+        }
+    }
+}
+
 /// Ends the sending of a request's body with whoever holds it.
 #[derive(Debug)]
-pub struct Upload(AbortHandle);
+pub(crate) struct Upload(AbortHandle);
 
 impl Upload {
     /// The task that sends it.
-    pub fn new(task: AbortHandle) -> Self {
+    pub(crate) fn new(task: AbortHandle) -> Self {
         Self(task)
     }
 }
@@ -83,19 +139,38 @@ pub struct Received {
     expected: Option<Arc<Waiting>>,
     /// The request that it answers is still being sent.
     _upload: Option<Upload>,
+    watcher: Watcher,
+}
+
+/// A stream whose end has not been seen is reset by `h2`.
+impl Drop for Received {
+    fn drop(&mut self) {
+        if !self.is_end_stream() && !self.data_done && self.is_open() {
+            self.watcher.left();
+        }
+    }
 }
 
 impl Received {
     /// The body of a request with this head. Its client is told to go on through `expected`, if it waits for that.
-    pub fn of_request(stream: RecvStream, headers: &HeaderMap, expected: Option<Arc<Waiting>>) -> Self {
-        Self {
-            expected,
-            ..Self::of_response(stream, headers, None)
-        }
+    pub(crate) fn of_request(
+        stream: RecvStream,
+        headers: &HeaderMap,
+        expected: Option<Arc<Waiting>>,
+        conn: Rc<Downstream>,
+    ) -> Self {
+        let mut body = Self::of_response(stream, headers, None, Watcher::Client(conn));
+        body.expected = expected;
+        body
     }
 
     /// The body of a response with this head.
-    pub fn of_response(stream: RecvStream, headers: &HeaderMap, upload: Option<Upload>) -> Self {
+    pub(crate) fn of_response(
+        stream: RecvStream,
+        headers: &HeaderMap,
+        upload: Option<Upload>,
+        watcher: Watcher,
+    ) -> Self {
         let ended = stream.is_end_stream();
         Self {
             left: content_length(headers).or(ended.then_some(0)),
@@ -104,6 +179,7 @@ impl Received {
             ended,
             expected: None,
             _upload: upload,
+            watcher,
         }
     }
 
@@ -111,12 +187,22 @@ impl Received {
     /// after a whole answer a server says so that the rest of the request is not wanted (RFC 9113 section 8.1).
     fn broke(&mut self, error: h2::Error) -> Option<Result<Frame<Bytes>, h2::Error>> {
         self.ended = true;
+        self.watcher.broke(&error);
         let whole = error.reason() == Some(Reason::NO_ERROR) && self.left.is_none_or(|left| left == 0);
         (!whole).then_some(Err(error))
     }
 
+    /// Whether more may come: its sender has neither ended nor reset it, and the connection lives.
+    fn is_open(&mut self) -> bool {
+        let polled = self.stream.poll_data(&mut Context::from_waker(Waker::noop()));
+        matches!(polled, Poll::Pending | Poll::Ready(Some(Ok(_))))
+    }
+
     /// The next frame.
-    pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
+    pub(crate) fn poll_frame(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
         if self.ended {
             return Poll::Ready(None);
         }
@@ -141,6 +227,9 @@ impl Received {
         match ready!(self.stream.poll_trailers(cx)) {
             Ok(trailers) => {
                 self.ended = true;
+                if trailers.is_some() {
+                    self.watcher.trailers();
+                }
                 Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))))
             }
             Err(error) => Poll::Ready(self.broke(error)),
@@ -155,6 +244,29 @@ impl Received {
     /// What is known of what has yet to come.
     pub fn size_hint(&self) -> SizeHint {
         self.left.map_or_else(SizeHint::default, SizeHint::with_exact)
+    }
+}
+
+/// How the sending of a body has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pumped {
+    /// Everything was sent.
+    Whole,
+    /// The peer has reset the stream.
+    Reset,
+    /// The body has failed, for which we have reset the stream.
+    Failed,
+    /// The connection is gone.
+    Lost,
+}
+
+impl Pumped {
+    /// Why a stream takes no more.
+    fn of(stream: &mut SendStream<Bytes>) -> Self {
+        match stream.poll_reset(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(Ok(_)) => Self::Reset,
+            Poll::Ready(Err(_)) | Poll::Pending => Self::Lost,
+        }
     }
 }
 
@@ -182,36 +294,41 @@ where
 
     /// Sends what there is. Ready when there is nothing more to do: everything was sent, the peer wants no more of it, or
     /// the body has failed, for which the stream has been reset.
-    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Pumped> {
         loop {
             if self.chunk.is_some() {
                 if !ready!(poll_capacity(&mut self.stream, cx)) {
-                    return Poll::Ready(());
+                    return Poll::Ready(Pumped::of(&mut self.stream));
                 }
                 if let Some(data) = self.chunk.take()
                     && self.stream.send_data(data, false).is_err()
                 {
-                    return Poll::Ready(());
+                    return Poll::Ready(Pumped::of(&mut self.stream));
                 }
             }
             match Pin::new(&mut self.body).poll_frame(cx) {
                 // Whoever waits for its source is told when the peer has reset the stream.
-                Poll::Pending => return self.stream.poll_reset(cx).map(|_| ()),
+                Poll::Pending => {
+                    return self.stream.poll_reset(cx).map(|reset| match reset {
+                        Ok(_) => Pumped::Reset,
+                        Err(_) => Pumped::Lost,
+                    });
+                }
                 Poll::Ready(None) => {
                     // An error means that the peer has reset the stream.
                     let _ = self.stream.send_data(Bytes::new(), true);
-                    return Poll::Ready(());
+                    return Poll::Ready(Pumped::Whole);
                 }
                 Poll::Ready(Some(Err(error))) => {
                     self.stream.send_reset(reason_of(&error));
-                    return Poll::Ready(());
+                    return Poll::Ready(Pumped::Failed);
                 }
                 Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
                     Ok(data) => {
                         // The last chunk waits in `h2` as well as here.
                         if self.body.is_end_stream() {
                             let _ = self.stream.send_data(data, true);
-                            return Poll::Ready(());
+                            return Poll::Ready(Pumped::Whole);
                         }
                         if !data.is_empty() {
                             self.stream.reserve_capacity(1);
@@ -223,7 +340,7 @@ where
                             strip(&mut trailers, false);
                             self.stream.reserve_capacity(0);
                             let _ = self.stream.send_trailers(trailers);
-                            return Poll::Ready(());
+                            return Poll::Ready(Pumped::Whole);
                         }
                     }
                 },
@@ -338,209 +455,4 @@ impl AsyncWrite for TunnelIo {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::future::poll_fn;
-
-    use h2::server::SendResponse;
-    use http::{Request, Response};
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-
-    use super::*;
-
-    /// The two ends of one stream, as a client and a server have them. The connections are driven by tasks of their own.
-    async fn stream(
-        request: Request<()>,
-    ) -> (
-        SendStream<Bytes>,
-        h2::client::ResponseFuture,
-        RecvStream,
-        SendResponse<Bytes>,
-    ) {
-        let (near, far) = tokio::io::duplex(64 * 1024);
-        let (client, server) = tokio::join!(h2::client::handshake(near), h2::server::handshake(far));
-        let (sender, connection) = client.unwrap();
-        tokio::spawn(connection);
-        let mut server = server.unwrap();
-        let (answer, send) = sender
-            .ready()
-            .await
-            .unwrap()
-            .send_request(request, false)
-            .unwrap();
-        let (request, respond) = server.accept().await.unwrap().unwrap();
-        tokio::spawn(async move { poll_fn(|cx| server.poll_closed(cx)).await });
-        (send, answer, request.into_body(), respond)
-    }
-
-    fn post() -> Request<()> {
-        Request::post("http://a/").body(()).unwrap()
-    }
-
-    /// A body without end, or that fails.
-    struct Endless {
-        taken: usize,
-        fails: Option<BodyError>,
-    }
-
-    impl Body for Endless {
-        type Data = Bytes;
-        type Error = BodyError;
-
-        fn poll_frame(
-            self: Pin<&mut Self>,
-            _: &mut Context<'_>,
-        ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-            let this = self.get_mut();
-            this.taken += 1;
-            Poll::Ready(Some(match this.fails.take() {
-                Some(error) => Err(error),
-                None => Ok(Frame::data(Bytes::from(vec![0; 40_000]))),
-            }))
-        }
-    }
-
-    #[tokio::test]
-    async fn a_chunk_is_taken_from_its_source_when_the_one_before_it_has_been_handed_over() {
-        let (send, _answer, mut received, _respond) = stream(post()).await;
-        let body = Endless {
-            taken: 0,
-            fails: None,
-        };
-        let mut pump = Pump::new(send, body);
-        let mut window = 0;
-        while window < 65_535 {
-            tokio::select! {
-                biased;
-                () = poll_fn(|cx| pump.poll(cx)) => panic!("it has no end"),
-                data = received.data() => window += data.unwrap().unwrap().len(),
-            }
-        }
-        // One that fits the window, one that fits in part and one that waits.
-        assert_eq!(pump.body.taken, 3);
-        received.flow_control().release_capacity(window).unwrap();
-        tokio::select! {
-            biased;
-            () = poll_fn(|cx| pump.poll(cx)) => panic!("it has no end"),
-            data = received.data() => assert!(data.unwrap().is_ok()),
-        }
-    }
-
-    #[tokio::test]
-    async fn what_waits_for_its_window_when_the_last_chunk_was_handed_over_arrives_all_the_same() {
-        for request_ended in [true, false] {
-            let (mut send, answer, received, mut respond) = stream(post()).await;
-            if request_ended {
-                send.send_data(Bytes::new(), true).unwrap();
-            }
-            let out = respond.send_response(Response::new(()), false).unwrap();
-            let whole = http_body_util::Full::new(Bytes::from(vec![1; 200_000]));
-            let whole = http_body_util::BodyExt::map_err(whole, |never| match never {});
-            let mut pump = Pump::new(out, whole);
-            poll_fn(|cx| pump.poll(cx)).await;
-            // As the task of a stream does when it has ended.
-            drop((pump, respond, received));
-            let (head, body) = answer.await.unwrap().into_parts();
-            let mut body = Received::of_response(body, &head.headers, None);
-            let mut got = 0;
-            while let Some(frame) = poll_fn(|cx| body.poll_frame(cx)).await {
-                got += frame.unwrap().into_data().unwrap().len();
-            }
-            assert_eq!(got, 200_000, "the request has ended: {request_ended}");
-        }
-    }
-
-    #[tokio::test]
-    async fn a_body_that_fails_resets_its_stream_for_the_reason_that_it_brings() {
-        let given: BodyError = Box::new(h2::Error::from(Reason::CANCEL));
-        for (error, reason) in [
-            (given, Reason::CANCEL),
-            (BodyError::from("cut off"), Reason::INTERNAL_ERROR),
-        ] {
-            let (send, _answer, received, _respond) = stream(post()).await;
-            let body = Endless {
-                taken: 0,
-                fails: Some(error),
-            };
-            let mut pump = Pump::new(send, body);
-            poll_fn(|cx| pump.poll(cx)).await;
-            let mut received = Received::of_response(received, &HeaderMap::new(), None);
-            let told = poll_fn(|cx| received.poll_frame(cx)).await.unwrap();
-            assert_eq!(told.unwrap_err().reason(), Some(reason));
-            assert!(received.is_end_stream());
-        }
-    }
-
-    #[tokio::test]
-    async fn what_is_reset_without_an_error_ends_there_unless_more_was_announced() {
-        for announced in [None, Some(10)] {
-            let (_send, answer, _received, mut respond) = stream(post()).await;
-            let mut head = Response::builder();
-            if let Some(length) = announced {
-                head = head.header("content-length", length);
-            }
-            let mut body = respond.send_response(head.body(()).unwrap(), false).unwrap();
-            body.send_data(Bytes::from_static(b"four"), false).unwrap();
-            let (head, answered) = answer.await.unwrap().into_parts();
-            let mut received = Received::of_response(answered, &head.headers, None);
-            assert_eq!(received.size_hint().exact(), announced);
-            let frame = poll_fn(|cx| received.poll_frame(cx)).await.unwrap().unwrap();
-            assert_eq!(frame.into_data().unwrap(), "four");
-            body.send_reset(Reason::NO_ERROR);
-            let end = poll_fn(|cx| received.poll_frame(cx)).await;
-            assert_eq!(end.is_some_and(|end| end.is_err()), announced.is_some());
-        }
-    }
-
-    #[tokio::test]
-    async fn a_tunnel_carries_more_than_its_windows_both_ways_and_ends_by_halves() {
-        let request = Request::connect("a:80").body(()).unwrap();
-        let (send, answer, received, mut respond) = stream(request).await;
-        let back = respond.send_response(Response::new(()), false).unwrap();
-        let mut near = TunnelIo::new(send, answer.await.unwrap().into_body());
-        let mut far = TunnelIo::new(back, received);
-        let sent: Vec<u8> = (0..300_000u32).map(|at| at as u8).collect();
-        let echo = async {
-            let mut got = vec![0; sent.len()];
-            far.read_exact(&mut got).await.unwrap();
-            assert_eq!(far.read(&mut [0; 1]).await.unwrap(), 0, "its end");
-            far.write_all(&got).await.unwrap();
-            far.shutdown().await.unwrap();
-        };
-        let (read, write) = tokio::io::split(&mut near);
-        let ask = async {
-            let (mut read, mut write) = (read, write);
-            write.write_all(&sent).await.unwrap();
-            write.shutdown().await.unwrap();
-            assert_eq!(
-                write.write(b"x").await.unwrap_err().kind(),
-                io::ErrorKind::BrokenPipe
-            );
-            let mut got = Vec::new();
-            read.read_to_end(&mut got).await.unwrap();
-            got
-        };
-        let ((), got) = tokio::join!(echo, ask);
-        assert!(got == sent);
-    }
-
-    #[test]
-    fn what_http2_does_not_know_is_not_sent() {
-        let headers = || {
-            let mut headers = HeaderMap::new();
-            for name in ["connection", "keep-alive", "upgrade", "x-own", "accept"] {
-                headers.insert(name, http::HeaderValue::from_static("x-own"));
-            }
-            headers.insert("te", http::HeaderValue::from_static("trailers, gzip"));
-            headers
-        };
-        let names = |request| {
-            let mut headers = headers();
-            strip(&mut headers, request);
-            let mut names: Vec<_> = headers.keys().map(|name| name.as_str().to_owned()).collect();
-            names.sort();
-            names
-        };
-        assert_eq!(names(true), ["accept", "te"]);
-        assert_eq!(names(false), ["accept"]);
-    }
-}
+mod tests;

@@ -21,6 +21,7 @@ use super::connection_log::{ConnectionLog, periodically};
 use super::io::Io;
 use super::seldom::Seldom;
 use crate::config::listener::TcpProxy;
+use crate::metrics::clusters::ClusterCells;
 use crate::metrics::events::{TcpEvent, WorkerEvents};
 use crate::metrics::flags::Flags;
 use crate::metrics::series::TcpSeries;
@@ -71,11 +72,60 @@ impl Drop for Open {
 /// Counts a connection in its series until dropped.
 struct Counted(Option<Arc<TcpSeries>>);
 
+impl Counted {
+    fn of(series: Option<Arc<TcpSeries>>) -> Self {
+        if let Some(series) = &series {
+            series.opened.add(1);
+        }
+        Self(series)
+    }
+}
+
 impl Drop for Counted {
     fn drop(&mut self) {
         if let Some(series) = &self.0 {
             series.closed.add(1);
         }
+    }
+}
+
+/// Where the bytes of a connection are counted.
+struct Moved<'a> {
+    proxy: &'a TcpProxy,
+    log: &'a ConnectionLog,
+    series: Counted,
+    cells: Option<Arc<ClusterCells>>,
+    worker: usize,
+    last: Cell<Instant>,
+}
+
+impl Moved<'_> {
+    /// From the client to the endpoint.
+    fn up(&self, count: usize) {
+        self.last.set(Instant::now());
+        let count = count as u64;
+        self.log.received.set(self.log.received.get() + count);
+        if let Some(series) = &self.series.0 {
+            series.received.add(count);
+        }
+        if let Some(cells) = &self.cells {
+            cells.sent.add(count);
+        }
+        self.proxy.bytes[0].add_many(self.worker, count);
+    }
+
+    /// From the endpoint to the client.
+    fn down(&self, count: usize) {
+        self.last.set(Instant::now());
+        let count = count as u64;
+        self.log.sent.set(self.log.sent.get() + count);
+        if let Some(series) = &self.series.0 {
+            series.sent.add(count);
+        }
+        if let Some(cells) = &self.cells {
+            cells.received.add(count);
+        }
+        self.proxy.bytes[1].add_many(self.worker, count);
     }
 }
 
@@ -96,37 +146,17 @@ pub(super) async fn join(
     if proxy.log_connected {
         log.write_meanwhile(LogType::TcpUpstreamConnected);
     }
-    let log = &*log;
-    let series = proxy.stats.then(|| worker.recorder.tcp(&upstream.labels));
-    if let Some(series) = &series {
-        series.opened.add(1);
-    }
-    let counted = Counted(series);
-    let cells = upstream.connection.as_ref().map(|own| own.cells().clone());
     let shared = upstream.connection.as_ref().map(|own| own.shared().clone());
-    let last = Cell::new(Instant::now());
-    let received = |count: usize| {
-        last.set(Instant::now());
-        log.received.set(log.received.get() + count as u64);
-        if let Some(series) = &counted.0 {
-            series.received.add(count as u64);
-        }
-        if let Some(cells) = &cells {
-            cells.sent.add(count as u64);
-        }
-        proxy.bytes[0].add_many(worker.id, count as u64);
+    let moved = Moved {
+        proxy: &proxy,
+        log: &log,
+        series: Counted::of(proxy.stats.then(|| worker.recorder.tcp(&upstream.labels))),
+        cells: upstream.connection.as_ref().map(|own| own.cells().clone()),
+        worker: worker.id,
+        last: Cell::new(Instant::now()),
     };
-    let sent = |count: usize| {
-        last.set(Instant::now());
-        log.sent.set(log.sent.get() + count as u64);
-        if let Some(series) = &counted.0 {
-            series.sent.add(count as u64);
-        }
-        if let Some(cells) = &cells {
-            cells.received.add(count as u64);
-        }
-        proxy.bytes[1].add_many(worker.id, count as u64);
-    };
+    let received = |count| moved.up(count);
+    let sent = |count| moved.down(count);
     let both = async {
         // The first error ends both; a mere end of stream is passed on and leaves the other direction open.
         let _ = match (downstream, upstream.stream) {
@@ -137,32 +167,10 @@ pub(super) async fn join(
                 relay(downstream, stream, &prefix, &upstream.early, received, sent).await
             }
             (downstream, End::Tunnel(tunnel)) => {
-                relay(
-                    downstream,
-                    tunnel.stream,
-                    &prefix,
-                    &upstream.early,
-                    received,
-                    sent,
-                )
-                .await
+                let stream = tunnel.stream;
+                relay(downstream, stream, &prefix, &upstream.early, received, sent).await
             }
         };
-    };
-    let limits = async {
-        tokio::select! {
-            () = quiet(&last, proxy.idle_timeout) => {
-                proxy.counted.note(TcpEvent::IdleTimeout, worker.id);
-                log.local_close.set("tcp_session_idle_timeout");
-            }
-            () = worker.closing() => log.local_close.set("draining"),
-            () = lasting(proxy.max_duration) => {
-                proxy.counted.note(TcpEvent::MaxDuration, worker.id);
-                log.flag(Flags::DURATION_TIMEOUT);
-                log.local_close.set("max_connection_duration_reached");
-            }
-            () = periodically(log, proxy.log_interval) => {}
-        }
     };
     tokio::select! {
         biased;
@@ -172,7 +180,25 @@ pub(super) async fn join(
                 shared.ended_by_peer();
             }
         }
-        () = Seldom::new(limits) => {}
+        () = Seldom::new(limits(&worker, &moved)) => {}
+    }
+}
+
+/// Ends when the connection must, and says why.
+async fn limits(worker: &Worker, moved: &Moved<'_>) {
+    let (proxy, log) = (moved.proxy, moved.log);
+    tokio::select! {
+        () = quiet(&moved.last, proxy.idle_timeout) => {
+            proxy.counted.note(TcpEvent::IdleTimeout, worker.id);
+            log.local_close.set("tcp_session_idle_timeout");
+        }
+        () = worker.closing() => log.local_close.set("draining"),
+        () = lasting(proxy.max_duration) => {
+            proxy.counted.note(TcpEvent::MaxDuration, worker.id);
+            log.flag(Flags::DURATION_TIMEOUT);
+            log.local_close.set("max_connection_duration_reached");
+        }
+        () = periodically(log, proxy.log_interval) => {}
     }
 }
 

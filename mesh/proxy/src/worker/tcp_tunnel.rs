@@ -78,7 +78,7 @@ impl Scene for ConnectionScene<'_> {
             server_name: client.server_name,
             upstream_cluster: Some(&self.cluster.slot.name),
             upstream_host: Some(&self.host.endpoint.text),
-            upstream_name: Some(&self.host.endpoint.hostname),
+            upstream_name: Some(self.host.endpoint.hostname()),
             upstream_metadata: self.host.endpoint.metadata.as_ref(),
             cluster_metadata: self.cluster.config.metadata.as_ref(),
             ..Record::of_connection(&kept, self.metadata, client.source, client.destination)

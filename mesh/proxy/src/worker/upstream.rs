@@ -1,6 +1,7 @@
 //! Forwarding: cluster, endpoint, connection, attempts, response.
 
 use std::borrow::Cow;
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -43,7 +44,10 @@ static X_OVERLOADED: HeaderName = HeaderName::from_static("x-envoy-overloaded");
 pub(super) struct Plan<'a> {
     pub(super) conn: &'a Rc<Downstream>,
     pub(super) cluster: &'a Rc<WorkerCluster>,
+    pub(super) routed: &'a Routed,
     pub(super) forward: &'a Forward,
+    /// The request's body.
+    pub(super) source: Option<&'a Rc<RefCell<RequestSource>>>,
     pub(super) speaking: Speaking,
     /// Of connections that are made for this request only, or for those like it.
     pub(super) options: ConnectOptions,
@@ -105,145 +109,56 @@ pub(super) async fn forward(
     routed: Routed,
     mut parts: Box<Parts>,
     incoming: Option<Inbound>,
-    tunnel: Option<Tunnel>,
+    mut tunnel: Option<Tunnel>,
 ) -> Response<Body> {
     let conn = exchange.conn.clone();
     let Action::Forward(forward) = &routed.route.action else {
-        return LocalReply::new(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            Flags::LOCAL_RESET,
-            "not_forwarding",
-            "",
-        )
-        .send(exchange);
+        return not_forwarding().send(exchange);
     };
-    let Destination { slot, target } = match destination(&conn, forward, &routed, &parts) {
-        Ok(found) => found,
-        Err(Missing { name, target }) => {
-            exchange.cluster_name = name.map(Arc::from);
-            logging::keep_sent(&mut exchange, &parts);
-            let reply = no_cluster(&conn, forward);
-            return decline(exchange, &routed, target, &parts, None, reply);
-        }
+    let found = destination(&conn, forward, &routed, &parts);
+    let target = match &found {
+        Ok(found) => found.target,
+        Err(missing) => missing.target,
     };
-    if !routed.host.virtual_clusters.is_empty() {
-        exchange.virtual_cluster =
-            VirtualCluster::find(&routed.host.virtual_clusters, &view(&parts)).cloned();
-    }
-    if let Some(tunnel) = &tunnel
-        && forward
-            .upgrades
-            .iter()
-            .any(|(protocol, enabled)| !enabled && **protocol == *tunnel.protocol())
-    {
-        conn.note(HttpEvent::RqNoUpgrade);
-        conn.decide_upgrade(false);
-        return decline(exchange, &routed, target, &parts, None, tunnel::refused());
-    }
-    exchange.cluster_name = Some(slot.name.clone());
-    let Some(cluster) = conn.worker.cluster(&slot) else {
-        logging::keep_sent(&mut exchange, &parts);
-        let reply = no_cluster(&conn, forward);
-        return decline(exchange, &routed, target, &parts, None, reply);
+    let entered = enter(&mut exchange, &routed, forward, found, &parts, tunnel.as_ref());
+    let (cluster, permit) = match entered {
+        Ok(entered) => entered,
+        Err(reply) => return decline(exchange, &routed, target, &parts, None, reply),
     };
-    exchange.cluster = Some(cluster.clone());
-    let priority = forward.priority;
-    let cells = cluster.cells(&conn.worker.recorder);
-    cells.began.add(1);
-    let limit = cluster.config.limits.of(priority).requests;
-    let Some(permit) = Permit::take(&slot, priority, |level| &level.requests, limit) else {
-        cells.pending_overflow.add(1);
-        return decline(exchange, &routed, target, &parts, None, overflow());
-    };
-    if cluster.drops(random::next()) {
-        slot.counted.note(ClusterEvent::RqDropOverload);
-        let reply = LocalReply::new(
-            StatusCode::SERVICE_UNAVAILABLE,
-            Flags::DROP_OVERLOAD,
-            "drop_overload",
-            "drop overload",
-        );
-        return decline(exchange, &routed, target, &parts, None, reply);
-    }
-    let hashed = if forward.hash.is_empty() {
-        Hashed::default()
-    } else {
-        request_hash(
-            &forward.hash,
-            &view(&parts),
-            conn.remote,
-            conn.local,
-            &filters::metadata(&exchange).state,
-        )
-    };
+    let hashed = hash(&exchange, forward, &parts);
     let criteria = target
         .and_then(|target| target.criteria.as_deref())
         .or(forward.criteria.as_deref());
-    // What filters have noted under the same name adds to what the route asks for.
-    let noted = exchange
-        .policy
-        .as_ref()
-        .filter(|_| cluster.config.subsets.is_some())
-        .and_then(|policy| policy.metadata.get(METADATA))
-        .map(|noted| Criteria::default_of(criteria).with(noted));
-    let criteria = noted.as_ref().or(criteria);
+    let noted = noted_criteria(&exchange, criteria, &cluster);
     let speaking = speaking(cluster.config.http, parts.version, tunnel.as_ref());
     if let Err(reply) = prepare(&exchange, &routed, forward, target, &mut parts) {
         return decline(exchange, &routed, target, &parts, None, reply);
     }
     logging::keep_sent(&mut exchange, &parts);
     filters::keep_request(&mut exchange, &parts);
-    let target_answers = target.is_some_and(|target| !target.response_headers.is_empty());
-    // As they are sent: that is what operations on the response read (Envoy).
-    let request_headers = (target_answers
-        || !routed.route.response_headers.is_empty()
-        || !routed.host.response_headers.is_empty()
-        || !routed.table.response_headers.is_empty())
-    .then(|| parts.headers.clone());
-    let source = incoming.map(|incoming| {
-        let retries = forward.retry.as_ref().is_some_and(|policy| policy.attempts > 0);
-        let keep = retries || !forward.mirrors.is_empty();
-        let idle = forward.idle_timeout.unwrap_or(conn.manager.stream_idle_timeout);
-        RequestSource::new(incoming, if keep { forward.request_buffer } else { 0 }, idle)
-    });
-    if let (Some(tap), Some(source)) = (&exchange.tap, &source) {
-        source.borrow_mut().capture(tap.capture());
-    }
-    exchange.source.clone_from(&source);
+    let request_headers = headers_for_response(&routed, target, &parts);
+    let source = body_source(&mut exchange, forward, incoming);
     let deadline = deadline(&mut exchange, forward, &mut parts.headers);
-    let state = &filters::metadata(&exchange).state;
-    let options = cluster
-        .config
-        .connect_options(Some(&parts.headers), state, conn.remote, conn.local);
     let plan = Plan {
         conn: &conn,
         cluster: &cluster,
+        routed: &routed,
         forward,
+        source: source.as_ref(),
         speaking,
-        options: ConnectOptions {
-            alpn: options.alpn.or_else(|| {
-                conn.manager
-                    .alpn
-                    .as_ref()
-                    .filter(|_| cluster.config.alpn_overridable)
-                    .and_then(|names| names.offer(speaking, parts.version).cloned())
-            }),
-            priority,
-            ..options
-        },
+        options: connect_options(&exchange, &cluster, forward, speaking, &parts),
         deadline,
         by_stream: exchange.stream_limited,
         hash: hashed.hash,
         cookies: hashed.cookies,
-        criteria,
-        auto_host: matches!(forward.host_rewrite, Some(HostRewrite::Auto)),
+        criteria: noted.as_ref().or(criteria),
+        auto_host: matches!(forward.host_rewrite.as_deref(), Some(HostRewrite::Auto)),
         authority: exchange.uri.authority().cloned(),
         interims: exchange.interims.take(),
     };
-    if forward.connect_tcp && tunnel.as_ref().is_some_and(Tunnel::is_connect) {
-        let Some(tunnel) = tunnel else {
-            return decline(exchange, &routed, target, &parts, None, tunnel::refused());
-        };
+    if forward.connect_tcp
+        && let Some(tunnel) = tunnel.take_if(|tunnel| tunnel.is_connect())
+    {
         return match Box::pin(tunnel.join_tcp(exchange, &plan, permit)).await {
             Ok(response) => response,
             Err((exchange, reply)) => {
@@ -254,17 +169,9 @@ pub(super) async fn forward(
     }
     let mirror_head = (!forward.mirrors.is_empty()).then(|| Parts::clone(&parts));
     let outcome = if forward.hedge && tunnel.is_none() {
-        Box::pin(hedged(&plan, &routed, &mut exchange, &mut parts, source.as_ref())).await
+        Box::pin(hedged(&plan, &mut exchange, &mut parts)).await
     } else {
-        attempts(
-            &plan,
-            &routed,
-            &mut exchange,
-            &mut parts,
-            source.as_ref(),
-            tunnel.as_ref(),
-        )
-        .await
+        attempts(&plan, &mut exchange, &mut parts, tunnel.as_ref()).await
     };
     if let Some(head) = mirror_head {
         mirror(&conn, forward, head, source.as_ref());
@@ -291,7 +198,6 @@ pub(super) async fn forward(
     }
     let answer = Answer {
         plan: &plan,
-        routed: &routed,
         target,
         request_headers,
         parts: &parts,
@@ -304,6 +210,148 @@ pub(super) async fn forward(
         return Box::pin(respond_waiting(exchange, answer)).await;
     }
     respond(exchange, answer)
+}
+
+fn not_forwarding() -> LocalReply {
+    LocalReply::new(
+        StatusCode::INTERNAL_SERVER_ERROR,
+        Flags::LOCAL_RESET,
+        "not_forwarding",
+        "",
+    )
+}
+
+/// What a request must pass at its cluster: the cluster, and the request's place under the limit of requests.
+fn enter(
+    exchange: &mut Exchange,
+    routed: &Routed,
+    forward: &Forward,
+    found: Result<Destination<'_>, Missing<'_, '_>>,
+    parts: &Parts,
+    tunnel: Option<&Tunnel>,
+) -> Result<(Rc<WorkerCluster>, Permit), LocalReply> {
+    let slot = match found {
+        Ok(found) => found.slot,
+        Err(missing) => {
+            exchange.cluster_name = missing.name.map(Arc::from);
+            logging::keep_sent(exchange, parts);
+            return Err(no_cluster(&exchange.conn, forward));
+        }
+    };
+    let kinds = &routed.host.virtual_clusters;
+    if !kinds.is_empty() {
+        exchange.virtual_cluster = VirtualCluster::find(kinds, &view(parts)).cloned();
+    }
+    if tunnel.is_some_and(|tunnel| refuses(forward, tunnel)) {
+        exchange.conn.note(HttpEvent::RqNoUpgrade);
+        exchange.conn.decide_upgrade(false);
+        return Err(tunnel::refused());
+    }
+    exchange.cluster_name = Some(slot.name.clone());
+    let Some(cluster) = exchange.conn.worker.cluster(&slot) else {
+        logging::keep_sent(exchange, parts);
+        return Err(no_cluster(&exchange.conn, forward));
+    };
+    exchange.cluster = Some(cluster.clone());
+    let priority = forward.priority;
+    let cells = cluster.cells(&exchange.conn.worker.recorder);
+    cells.began.add(1);
+    let limit = cluster.config.limits.of(priority).requests;
+    let Some(permit) = Permit::take(&slot, priority, |level| &level.requests, limit) else {
+        cells.pending_overflow.add(1);
+        return Err(overflow());
+    };
+    if cluster.drops(random::next()) {
+        slot.counted.note(ClusterEvent::RqDropOverload);
+        return Err(LocalReply::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            Flags::DROP_OVERLOAD,
+            "drop_overload",
+            "drop overload",
+        ));
+    }
+    Ok((cluster, permit))
+}
+
+/// Whether the route forbids an upgrade that the listener allows.
+fn refuses(forward: &Forward, tunnel: &Tunnel) -> bool {
+    forward
+        .upgrades
+        .iter()
+        .any(|(protocol, enabled)| !enabled && **protocol == *tunnel.protocol())
+}
+
+/// What the request hashes to, and the cookies that its client is given for that.
+fn hash(exchange: &Exchange, forward: &Forward, parts: &Parts) -> Hashed {
+    if forward.hash.is_empty() {
+        return Hashed::default();
+    }
+    let conn = &exchange.conn;
+    let state = &filters::metadata(exchange).state;
+    request_hash(&forward.hash, &view(parts), conn.remote, conn.local, state)
+}
+
+/// What the route asks of endpoints together with what filters have noted under the same name, where they have.
+fn noted_criteria(
+    exchange: &Exchange,
+    of_route: Option<&Criteria>,
+    cluster: &WorkerCluster,
+) -> Option<Criteria> {
+    cluster.config.subsets.as_ref()?;
+    let noted = exchange.policy.as_ref()?.metadata.get(METADATA)?;
+    Some(Criteria::default_of(of_route).with(noted))
+}
+
+/// The fields of the request as they are sent, where something will read them: that is what operations on the response
+/// read (Envoy).
+fn headers_for_response(routed: &Routed, target: Option<&Target>, parts: &Parts) -> Option<HeaderMap> {
+    let wanted = target.is_some_and(|target| !target.response_headers.is_empty())
+        || !routed.route.response_headers.is_empty()
+        || !routed.host.response_headers.is_empty()
+        || !routed.table.response_headers.is_empty();
+    wanted.then(|| parts.headers.clone())
+}
+
+/// Where the request's body comes from.
+fn body_source(
+    exchange: &mut Exchange,
+    forward: &Forward,
+    incoming: Option<Inbound>,
+) -> Option<Rc<RefCell<RequestSource>>> {
+    let source = incoming.map(|incoming| {
+        let retries = forward.retry.as_ref().is_some_and(|policy| policy.attempts > 0);
+        let keep = retries || !forward.mirrors.is_empty();
+        let idle = exchange.conn.manager.stream_idle_timeout;
+        let idle = forward.idle_timeout.unwrap_or(idle);
+        RequestSource::new(incoming, if keep { forward.request_buffer } else { 0 }, idle)
+    });
+    if let (Some(tap), Some(source)) = (&exchange.tap, &source) {
+        source.borrow_mut().capture(tap.capture());
+    }
+    exchange.source.clone_from(&source);
+    source
+}
+
+/// What a connection must be like that is made for this request.
+fn connect_options(
+    exchange: &Exchange,
+    cluster: &WorkerCluster,
+    forward: &Forward,
+    speaking: Speaking,
+    parts: &Parts,
+) -> ConnectOptions {
+    let conn = &exchange.conn;
+    let state = &filters::metadata(exchange).state;
+    let config = &cluster.config;
+    let mut options = config.connect_options(Some(&parts.headers), state, conn.remote, conn.local);
+    options.priority = forward.priority;
+    if options.alpn.is_none()
+        && config.alpn_overridable
+        && let Some(names) = &conn.manager.alpn
+    {
+        options.alpn = names.offer(speaking, parts.version).cloned();
+    }
+    options
 }
 
 /// Where a request goes.

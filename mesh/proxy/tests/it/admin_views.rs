@@ -7,13 +7,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::fixture::*;
 use crate::interop::wait_for;
-use crate::statistics::{backend, config, idle_clusters, started};
+use crate::statistics::{backend, config, idle_clusters};
+use crate::twins::{Place, Started};
 
 #[tokio::test]
 async fn the_dump_tells_the_bootstrap_and_what_is_of_it_apart_from_what_came_later() {
-    let (admin, backend) = (free_port().await, backend().await);
-    let listeners = [free_port().await, free_port().await, free_port().await];
-    let (proxy, cancel, served) = started(&config(admin, listeners, backend), admin).await;
+    let (place, backend) = (Place::with(3).await, backend().await);
+    let admin = place.admin;
+    let started = Started::from(&config(&place, backend), admin).await;
     let cluster = serin_xds::pb::envoy::config::cluster::v3::Cluster {
         name: "later".into(),
         ..Default::default()
@@ -24,7 +25,8 @@ async fn the_dump_tells_the_bootstrap_and_what_is_of_it_apart_from_what_came_lat
         body: &body,
     };
     assert!(
-        proxy
+        started
+            .proxy
             .apply(serin_xds::ResourceType::Cluster, &[update], &[])
             .await
             .is_empty()
@@ -84,15 +86,13 @@ async fn the_dump_tells_the_bootstrap_and_what_is_of_it_apart_from_what_came_lat
     )
     .unwrap();
     assert_eq!(listeners["configs"].as_array().unwrap().len(), 1);
-    cancel.cancel();
-    served.await.unwrap();
-    proxy.stop().await;
+    started.stop().await;
 }
 
 #[tokio::test]
 async fn the_admin_port_answers_as_envoys_does_where_tools_look() {
     let admin = free_port().await;
-    let (proxy, cancel, served) = started(&idle_clusters(1, ""), admin).await;
+    let started = Started::from(&idle_clusters(1, ""), admin).await;
     let help = get(admin, "/help").await.2;
     assert!(help.starts_with("admin commands are:\n  /: "), "{help}");
     assert!(
@@ -119,9 +119,7 @@ async fn the_admin_port_answers_as_envoys_does_where_tools_look() {
     ] {
         assert!(!info["command_line_options"][option].is_null(), "{option}");
     }
-    cancel.cancel();
-    served.await.unwrap();
-    proxy.stop().await;
+    started.stop().await;
 }
 
 #[tokio::test]

@@ -6,17 +6,11 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serin_proxy::bootstrap::file;
-use serin_proxy::control::Proxy;
-use serin_proxy::control::admin::{AdminPort, Port};
-use serin_proxy::control::run::apply_static;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio_util::sync::CancellationToken;
 
-use crate::envoy;
 use crate::fixture::*;
-use crate::interop::wait_for;
+use crate::twins::{Place, Started, Twins};
 
 const CONFIG: &str = r#"
 admin: { address: { socket_address: { address: 127.0.0.1, port_value: ADMIN } } }
@@ -120,7 +114,8 @@ const CLUSTERS: [&str; 10] = [
     "good", "last", "slow", "waits", "breaks", "cut", "garbled", "fails", "recovers", "hangs",
 ];
 
-pub(crate) fn config(admin: SocketAddr, listeners: [SocketAddr; 3], backend: SocketAddr) -> String {
+/// Three listeners: HTTP, TCP, and one that nothing fits.
+pub(crate) fn config(place: &Place, backend: SocketAddr) -> String {
     let clusters: Vec<String> = CLUSTERS
         .iter()
         .map(|name| {
@@ -132,10 +127,10 @@ pub(crate) fn config(admin: SocketAddr, listeners: [SocketAddr; 3], backend: Soc
         })
         .collect();
     CONFIG
-        .replace("ADMIN", &admin.port().to_string())
-        .replace("UNMATCHED", &listeners[2].port().to_string())
-        .replace("TCP }", &format!("{} }}", listeners[1].port()))
-        .replace("HTTP }", &format!("{} }}", listeners[0].port()))
+        .replace("ADMIN", &place.admin.port().to_string())
+        .replace("UNMATCHED", &place.listeners[2].port().to_string())
+        .replace("TCP }", &format!("{} }}", place.listeners[1].port()))
+        .replace("HTTP }", &format!("{} }}", place.listeners[0].port()))
         .replace("CLUSTERS\n", &clusters.concat())
         .replace("BACKEND", &backend.port().to_string())
 }
@@ -240,7 +235,10 @@ async fn ask(at: SocketAddr, bytes: &str) -> String {
 }
 
 /// Everything that happens, to one proxy.
-async fn everything(http: SocketAddr, tcp: SocketAddr, unmatched: SocketAddr) {
+async fn everything(place: &Place) {
+    let [http, tcp, unmatched] = place.listeners[..] else {
+        panic!("three listeners");
+    };
     let plain = |path: &str| format!("GET {path} HTTP/1.1\r\nhost: a\r\n\r\n");
     for (path, status) in [
         ("/ok", 200),
@@ -322,23 +320,17 @@ async fn everything(http: SocketAddr, tcp: SocketAddr, unmatched: SocketAddr) {
 }
 
 /// Numbers by name, with the listeners' ports taken out.
-async fn numbers(admin: SocketAddr, listeners: [SocketAddr; 3]) -> BTreeMap<String, String> {
-    let mut text = get(admin, "/stats").await.2;
+async fn numbers(place: &Place) -> BTreeMap<String, String> {
+    let mut out = place.numbers("/stats").await;
+    out.retain(|_, value| value.parse::<f64>().is_ok());
     // How many values histograms have: what is not above the last bound.
     let path = "/stats?type=Histograms&histogram_buckets=cumulative&filter=upstream_rq_per_cx";
-    for line in get(admin, path).await.2.lines() {
+    for line in get(place.admin, path).await.2.lines() {
         if let (Some((name, _)), Some((_, count))) = (line.split_once(':'), line.rsplit_once(',')) {
-            text.push_str(&format!("{name}.count: {}\n", count.trim_end_matches(')')));
+            out.insert(format!("{name}.count"), count.trim_end_matches(')').to_owned());
         }
     }
-    for (listener, name) in listeners.iter().zip(["HTTP", "TCP", "UNMATCHED"]) {
-        text = text.replace(&format!("127.0.0.1_{}", listener.port()), name);
-    }
-    text.lines()
-        .filter_map(|line| line.split_once(": "))
-        .filter(|(_, value)| value.parse::<f64>().is_ok())
-        .map(|(name, value)| (name.to_owned(), value.to_owned()))
-        .collect()
+    out
 }
 
 /// What differs, and why.
@@ -384,84 +376,16 @@ fn is_pardoned(name: &str) -> bool {
 
 #[tokio::test]
 async fn envoy_and_serin_proxy_count_the_same_of_the_same_requests() {
-    let Some(program) = envoy::program() else { return };
     let backend = backend().await;
-    let folder = tempfile::tempdir().unwrap();
-    let mut places = Vec::new();
-    for _ in 0..2 {
-        let mut four = Vec::new();
-        for _ in 0..4 {
-            four.push(free_port().await);
-        }
-        places.push((four[0], [four[1], four[2], four[3]]));
-    }
-    let path = folder.path().join("envoy.yaml");
-    std::fs::write(&path, config(places[1].0, places[1].1, backend)).unwrap();
-    let mut child = envoy::command(&program, &path).spawn().unwrap();
-    let plan = file::parse(&config(places[0].0, places[0].1, backend), 1).unwrap();
-    let (proxy, _log) = Proxy::start(plan.options).unwrap();
-    apply_static(&proxy, &plan.static_resources).await.unwrap();
-    proxy.set_ready();
-    let port = AdminPort::bind(&proxy, places[0].0, Port::Admin).unwrap();
-    let cancel = CancellationToken::new();
-    let admin = tokio::spawn(port.serve(proxy.clone(), CancellationToken::new(), cancel.clone()));
-    // Envoy's own: a look at a listener is a connection that counts.
-    wait_for(places[1].0).await;
-    let live = async {
-        while get(places[1].0, "/ready").await.0 != 200 {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+    let Some(twins) = Twins::start(3, |place| config(place, backend)).await else {
+        return;
     };
-    soon("Envoy", live).await;
-    for (_, [http, tcp, unmatched]) in &places {
-        everything(*http, *tcp, *unmatched).await;
+    for place in twins.places() {
+        everything(place).await;
     }
-    let mut differences = Vec::new();
-    let mut both = 0;
-    // Ends are counted a moment later.
-    for _ in 0..40 {
-        let ours = numbers(places[0].0, places[0].1).await;
-        let theirs = numbers(places[1].0, places[1].1).await;
-        both = ours.keys().filter(|name| theirs.contains_key(*name)).count();
-        differences = ours
-            .iter()
-            .filter(|(name, _)| !is_pardoned(name))
-            .filter_map(|(name, value)| {
-                let other = theirs.get(name)?;
-                (other != value).then(|| format!("{name}: ours {value}, theirs {other}"))
-            })
-            .collect();
-        if differences.is_empty() {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    assert!(
-        differences.is_empty(),
-        "{} of {both} differ:\n{}",
-        differences.len(),
-        differences.join("\n")
-    );
+    let (_, both) = twins.agree(numbers, is_pardoned).await;
     assert!(both > 600, "{both}");
-    child.kill().await.unwrap();
-    cancel.cancel();
-    admin.await.unwrap();
-    proxy.stop().await;
-}
-
-/// A proxy from a file's text, its admin port, and what ends that.
-pub(crate) async fn started(
-    text: &str,
-    admin: SocketAddr,
-) -> (Arc<Proxy>, CancellationToken, tokio::task::JoinHandle<()>) {
-    let plan = file::parse(text, 1).unwrap();
-    let (proxy, _log) = Proxy::start(plan.options).unwrap();
-    apply_static(&proxy, &plan.static_resources).await.unwrap();
-    proxy.set_ready();
-    let port = AdminPort::bind(&proxy, admin, Port::Admin).unwrap();
-    let cancel = CancellationToken::new();
-    let served = tokio::spawn(port.serve(proxy.clone(), CancellationToken::new(), cancel.clone()));
-    (proxy, cancel, served)
+    twins.stop().await;
 }
 
 /// A file with clusters that nobody uses.
@@ -484,12 +408,10 @@ pub(crate) fn idle_clusters(count: usize, more: &str) -> String {
 async fn clusters_that_nobody_has_used_are_shown_whole_or_as_the_bootstrap_says() {
     let shown = async |count: usize, more: &str, path: &str| {
         let admin = free_port().await;
-        let (proxy, cancel, served) = started(&idle_clusters(count, more), admin).await;
+        let started = Started::from(&idle_clusters(count, more), admin).await;
         let (status, _, text) = get(admin, path).await;
         assert_eq!(status, 200);
-        cancel.cancel();
-        served.await.unwrap();
-        proxy.stop().await;
+        started.stop().await;
         text
     };
     let all = shown(2, "", "/stats").await;
@@ -542,7 +464,7 @@ async fn clusters_that_nobody_has_used_are_shown_whole_or_as_the_bootstrap_says(
 async fn statistics_of_many_clusters_come_in_pieces_that_hold_everything_once() {
     const COUNT: usize = 300;
     let admin = free_port().await;
-    let (proxy, cancel, served) = started(&idle_clusters(COUNT, ""), admin).await;
+    let started = Started::from(&idle_clusters(COUNT, ""), admin).await;
     let text = get(admin, "/stats").await.2;
     let healthy = text
         .lines()
@@ -575,7 +497,5 @@ async fn statistics_of_many_clusters_come_in_pieces_that_hold_everything_once() 
         .await
         .2;
     assert_eq!(one, "cluster.c77.membership_healthy: 1\n");
-    cancel.cancel();
-    served.await.unwrap();
-    proxy.stop().await;
+    started.stop().await;
 }

@@ -12,11 +12,10 @@ use serin_xds::server::Event;
 use serin_xds::{Resource, ResourceType};
 use tokio_util::sync::CancellationToken;
 
-use crate::envoy;
 use crate::fixture::*;
-use crate::interop::wait_for;
 use crate::interop_ads::{Pair, ads_source, from_ads, resource, router};
-use crate::statistics::{backend, config, idle_clusters, started};
+use crate::statistics::{backend, config, idle_clusters};
+use crate::twins::{Started, Twins};
 
 /// Every number of `/stats` by name.
 async fn all(admin: SocketAddr) -> BTreeMap<String, String> {
@@ -289,7 +288,7 @@ async fn the_runtime_counts_what_it_takes_and_what_it_cannot() {
     let admin = free_port().await;
     let text = idle_clusters(0, "layered_runtime: { layers: [ { name: s, static_layer: { a: 1 } }, { name: admin, admin_layer: {} } ] }\n")
         .replace("static_resources:\n  clusters:\n", "");
-    let (proxy, cancel, served) = started(&text, admin).await;
+    let started = Started::from(&text, admin).await;
     let before = all(admin).await;
     let request = http::Request::post("/runtime_modify?b=2").header("host", "a");
     let (status, _, body) = send(admin, request.body(Default::default()).unwrap()).await;
@@ -305,76 +304,20 @@ async fn the_runtime_counts_what_it_takes_and_what_it_cannot() {
     ] {
         assert_eq!(number_of(&after, name), number_of(&before, name) + more, "{name}");
     }
-    cancel.cancel();
-    served.await.unwrap();
-    proxy.stop().await;
+    started.stop().await;
 }
 
-/// Envoy and ours with the same file, but for their places.
-struct Both {
-    child: tokio::process::Child,
-    proxy: std::sync::Arc<serin_proxy::control::Proxy>,
-    cancel: CancellationToken,
-    served: tokio::task::JoinHandle<()>,
-    /// Ours, then theirs.
-    admins: [SocketAddr; 2],
-    https: [SocketAddr; 2],
-    _folder: tempfile::TempDir,
-}
-
-impl Both {
-    /// Nothing without Envoy.
-    async fn start(more: &str) -> Option<Self> {
-        let program = envoy::program()?;
-        let backend = backend().await;
-        let folder = tempfile::tempdir().unwrap();
-        let mut places = Vec::new();
-        for _ in 0..2 {
-            let mut four = Vec::new();
-            for _ in 0..4 {
-                four.push(free_port().await);
-            }
-            places.push((four[0], [four[1], four[2], four[3]]));
-        }
-        let text = |index: usize| {
-            let (admin, listeners): (SocketAddr, [SocketAddr; 3]) = places[index];
-            config(admin, listeners, backend) + more
-        };
-        let path = folder.path().join("envoy.yaml");
-        std::fs::write(&path, text(1)).unwrap();
-        let child = envoy::command(&program, &path).spawn().unwrap();
-        let (proxy, cancel, served) = started(&text(0), places[0].0).await;
-        wait_for(places[1].0).await;
-        soon("Envoy", async {
-            while get(places[1].0, "/ready").await.0 != 200 {
-                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-            }
-        })
-        .await;
-        Some(Self {
-            child,
-            proxy,
-            cancel,
-            served,
-            admins: [places[0].0, places[1].0],
-            https: [places[0].1[0], places[1].1[0]],
-            _folder: folder,
-        })
-    }
-
-    async fn stop(mut self) {
-        self.child.kill().await.unwrap();
-        self.cancel.cancel();
-        self.served.await.unwrap();
-        self.proxy.stop().await;
-    }
+/// Both with the file of [`crate::statistics`] and `more` of the bootstrap.
+async fn both_with(more: &str) -> Option<Twins> {
+    let backend = backend().await;
+    Twins::start(3, |place| config(place, backend) + more).await
 }
 
 #[tokio::test]
 async fn the_admin_ports_own_statistics_are_those_of_envoys() {
-    let Some(both) = Both::start("").await else { return };
+    let Some(both) = both_with("").await else { return };
     let mut differences = Vec::new();
-    for at in both.admins {
+    for at in both.places().map(|place| place.admin) {
         let before = all(at).await;
         for path in ["/server_info", "/listeners", "/nothing"] {
             get(at, path).await;
@@ -447,15 +390,16 @@ async fn labels_that_the_bootstrap_asks_for_are_extracted_as_envoy_extracts_them
         "stats_config: { use_all_default_tags: false, stats_tags: [ { tag_name: cluster_name, regex: '^cluster\\.((.+?)\\.)' }, \
          { tag_name: envoy.http_conn_manager_prefix } ] }\n",
     ] {
-        let Some(both) = Both::start(more).await else {
+        let Some(both) = both_with(more).await else {
             return;
         };
         let mut found = Vec::new();
-        for (admin, http) in both.admins.iter().zip(both.https) {
+        for place in both.places() {
+            let http = place.listeners[0];
             for path in ["/ok", "/fails", "/nowhere"] {
                 get(http, path).await;
             }
-            let text = get(*admin, "/stats/prometheus").await.2;
+            let text = get(place.admin, "/stats/prometheus").await.2;
             let text = text
                 .replace(&format!("127.0.0.1_{}", http.port()), "HTTP")
                 .replace(&format!("127_0_0_1_{}", http.port()), "HTTP");

@@ -22,7 +22,7 @@ const LOOKERS: [(&str, &str); 17] = [
     ("policy/cel/", "request.time of conditions"),
     ("tls/", "certificates and tickets are good until a time of day"),
     (
-        "worker/attempts.rs",
+        "worker/attempts/judge.rs",
         "rate limits that upstreams say are reset at a time of day",
     ),
     ("worker/connection_log.rs", "times in logs, told"),

@@ -17,6 +17,15 @@ use crate::schema::{conform, json as reader, syntax};
 const MAX_WARNINGS: usize = 1000;
 
 impl Document {
+    /// Another value, about which the same is to be said.
+    pub(crate) fn with(&self, value: Value) -> Self {
+        Self {
+            value,
+            remarks: self.remarks.clone(),
+            source: self.source.clone(),
+        }
+    }
+
     pub(crate) fn of(value: Value) -> Self {
         Self {
             value,
@@ -58,7 +67,7 @@ pub(crate) async fn read(body: Body) -> ApiResult<Bytes> {
 }
 
 /// A decoded document with what is to be said about it.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Document {
     pub(crate) value: Value,
     /// Duplicate and unknown fields, as `duplicate field "a"`.

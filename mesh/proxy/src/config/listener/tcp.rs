@@ -4,6 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_v3;
+use serin_xds::pb::envoy::extensions::filters::network::tcp_proxy::v3::tcp_proxy::ClusterSpecifier;
+use serin_xds::pb::envoy::r#type::v3::HashPolicy;
+use serin_xds::pb::envoy::r#type::v3::hash_policy::PolicySpecifier;
 
 use crate::config::convert::{self, refuse_present};
 use crate::config::route::Context;
@@ -16,6 +19,9 @@ use crate::metrics::events::{TcpEvent, WorkerEvents};
 use crate::observe::access_log::AccessLogs;
 use crate::policy::on_demand::OnDemandClusters;
 use crate::policy::stats::Counter;
+
+/// Envoy's limit of silence where the configuration does not say.
+const DEFAULT_IDLE: Duration = Duration::from_secs(3600);
 
 /// A compiled TCP proxy.
 #[derive(Debug)]
@@ -64,79 +70,33 @@ pub enum TcpTargets {
     Weighted(Box<[Arc<ClusterSlot>]>, Weights, Turn),
 }
 
+impl TcpTargets {
+    fn compile(from: &tcp_v3::TcpProxy, context: &mut Context<'_>) -> Result<Self, Refusal> {
+        let weighted = match &from.cluster_specifier {
+            Some(ClusterSpecifier::Cluster(name)) => return Ok(Self::One(context.slots.cluster(name))),
+            Some(ClusterSpecifier::WeightedClusters(weighted)) => &weighted.clusters,
+            None => return Err(Refusal::new("cluster_specifier", "is missing")),
+        };
+        let clusters = weighted
+            .iter()
+            .map(|cluster| context.slots.cluster(&cluster.name))
+            .collect();
+        let weights: Vec<_> = weighted.iter().map(|cluster| cluster.weight).collect();
+        let weights = Weights::new(weights)
+            .ok_or_else(|| Refusal::new("weighted_clusters", "the weights add up to zero"))?;
+        let turn = Turn::new(context.workers, weights.total(), context.seed % weights.total());
+        Ok(Self::Weighted(clusters, weights, turn))
+    }
+}
+
 impl TcpProxy {
     pub(super) fn compile(
         from: &tcp_v3::TcpProxy,
         stats: bool,
         context: &mut Context<'_>,
     ) -> Result<Self, Refusal> {
-        use tcp_v3::tcp_proxy::ClusterSpecifier;
-        let options = from.access_log_options.as_ref();
-        refuse_present(
-            &[
-                ("downstream_idle_timeout", from.downstream_idle_timeout.is_some()),
-                ("upstream_idle_timeout", from.upstream_idle_timeout.is_some()),
-                ("backoff_options", from.backoff_options.is_some()),
-                (
-                    "max_downstream_connection_duration_jitter_percentage",
-                    from.max_downstream_connection_duration_jitter_percentage
-                        .is_some(),
-                ),
-                ("proxy_protocol_tlvs", !from.proxy_protocol_tlvs.is_empty()),
-                ("upstream_connect_mode", from.upstream_connect_mode != 0),
-                (
-                    "check_drain_close",
-                    from.check_drain_close.as_ref().is_some_and(|value| value.value),
-                ),
-                ("max_early_data_bytes", from.max_early_data_bytes.is_some()),
-                (
-                    "access_log_options.flush_access_log_on_start",
-                    options.is_some_and(|options| options.flush_access_log_on_start),
-                ),
-            ],
-            "not supported",
-        )?;
-        let interval = options
-            .and_then(|options| options.access_log_flush_interval.as_ref())
-            .or(from.access_log_flush_interval.as_ref());
-        let log_interval = convert::timeout(interval).within("access_log_flush_interval")?;
-        if log_interval.is_some_and(|interval| interval < Duration::from_millis(1)) {
-            return Err(Refusal::new("access_log_flush_interval", "must be at least 1ms"));
-        }
-        let target_criteria = match &from.cluster_specifier {
-            Some(ClusterSpecifier::WeightedClusters(weighted)) => weighted
-                .clusters
-                .iter()
-                .map(|cluster| {
-                    cluster
-                        .metadata_match
-                        .as_ref()
-                        .and_then(|own| Criteria::compile(Some(own), from.metadata_match.as_ref()))
-                })
-                .collect(),
-            Some(ClusterSpecifier::Cluster(_)) | None => Box::default(),
-        };
-        let targets = match &from.cluster_specifier {
-            Some(ClusterSpecifier::Cluster(name)) => TcpTargets::One(context.slots.cluster(name)),
-            Some(ClusterSpecifier::WeightedClusters(weighted)) => {
-                let clusters = weighted
-                    .clusters
-                    .iter()
-                    .map(|cluster| context.slots.cluster(&cluster.name))
-                    .collect();
-                let weights = Weights::new(
-                    weighted
-                        .clusters
-                        .iter()
-                        .map(|cluster| cluster.weight)
-                        .collect::<Vec<_>>(),
-                )
-                .ok_or_else(|| Refusal::new("weighted_clusters", "the weights add up to zero"))?;
-                let turn = Turn::new(context.workers, weights.total(), context.seed % weights.total());
-                TcpTargets::Weighted(clusters, weights, turn)
-            }
-            None => return Err(Refusal::new("cluster_specifier", "is missing")),
-        };
+        refuse_unsupported(from)?;
+        let targets = TcpTargets::compile(from, context)?;
         let (workers, registry) = context.counters();
         let counted = registry.tcp(workers, &from.stat_prefix);
         let label = [("envoy_tcp_prefix", &*from.stat_prefix)];
@@ -154,7 +114,7 @@ impl TcpProxy {
                 .within("tunneling_config")?,
             targets,
             criteria: Criteria::compile(from.metadata_match.as_ref(), None),
-            target_criteria,
+            target_criteria: target_criteria(from),
             directory: context.slots.directory.clone(),
             on_demand: from
                 .on_demand
@@ -162,28 +122,12 @@ impl TcpProxy {
                 .map_or(Ok(None), OnDemandClusters::of_tcp)
                 .within("on_demand")?,
             idle_timeout: match &from.idle_timeout {
-                None => Some(Duration::from_secs(3600)),
+                None => Some(DEFAULT_IDLE),
                 given => convert::timeout(given.as_ref()).within("idle_timeout")?,
             },
             max_duration: convert::timeout(from.max_downstream_connection_duration.as_ref())
                 .within("max_downstream_connection_duration")?,
-            hash_by_source: match from.hash_policy.as_slice() {
-                [] => false,
-                [one]
-                    if matches!(
-                        one.policy_specifier,
-                        Some(serin_xds::pb::envoy::r#type::v3::hash_policy::PolicySpecifier::SourceIp(_))
-                    ) =>
-                {
-                    true
-                }
-                _ => {
-                    return Err(Refusal::new(
-                        "hash_policy",
-                        "only the source address is supported",
-                    ));
-                }
-            },
+            hash_by_source: hashes_by_source(&from.hash_policy)?,
             max_connect_attempts: from
                 .max_connect_attempts
                 .as_ref()
@@ -192,9 +136,80 @@ impl TcpProxy {
             counted,
             bytes,
             logs: AccessLogs::compile(&from.access_log, context)?,
-            log_interval,
+            log_interval: log_interval(from)?,
             log_connected: from.flush_access_log_on_connected
-                || options.is_some_and(|options| options.flush_access_log_on_connected),
+                || from
+                    .access_log_options
+                    .as_ref()
+                    .is_some_and(|options| options.flush_access_log_on_connected),
         })
+    }
+}
+
+fn refuse_unsupported(from: &tcp_v3::TcpProxy) -> Result<(), Refusal> {
+    let options = from.access_log_options.as_ref();
+    refuse_present(
+        &[
+            ("downstream_idle_timeout", from.downstream_idle_timeout.is_some()),
+            ("upstream_idle_timeout", from.upstream_idle_timeout.is_some()),
+            ("backoff_options", from.backoff_options.is_some()),
+            (
+                "max_downstream_connection_duration_jitter_percentage",
+                from.max_downstream_connection_duration_jitter_percentage
+                    .is_some(),
+            ),
+            ("proxy_protocol_tlvs", !from.proxy_protocol_tlvs.is_empty()),
+            ("upstream_connect_mode", from.upstream_connect_mode != 0),
+            (
+                "check_drain_close",
+                from.check_drain_close.as_ref().is_some_and(|value| value.value),
+            ),
+            ("max_early_data_bytes", from.max_early_data_bytes.is_some()),
+            (
+                "access_log_options.flush_access_log_on_start",
+                options.is_some_and(|options| options.flush_access_log_on_start),
+            ),
+        ],
+        "not supported",
+    )
+}
+
+/// How often the log tells of a connection that lasts.
+fn log_interval(from: &tcp_v3::TcpProxy) -> Result<Option<Duration>, Refusal> {
+    let options = from.access_log_options.as_ref();
+    let interval = options
+        .and_then(|options| options.access_log_flush_interval.as_ref())
+        .or(from.access_log_flush_interval.as_ref());
+    let interval = convert::timeout(interval).within("access_log_flush_interval")?;
+    if interval.is_some_and(|interval| interval < Duration::from_millis(1)) {
+        return Err(Refusal::new("access_log_flush_interval", "must be at least 1ms"));
+    }
+    Ok(interval)
+}
+
+/// The subsets that weighted clusters ask for, where they ask for one of their own.
+fn target_criteria(from: &tcp_v3::TcpProxy) -> Box<[Option<Box<Criteria>>]> {
+    let Some(ClusterSpecifier::WeightedClusters(weighted)) = &from.cluster_specifier else {
+        return Box::default();
+    };
+    let of_all = from.metadata_match.as_ref();
+    weighted
+        .clusters
+        .iter()
+        .map(|cluster| {
+            let own = cluster.metadata_match.as_ref()?;
+            Criteria::compile(Some(own), of_all)
+        })
+        .collect()
+}
+
+fn hashes_by_source(policies: &[HashPolicy]) -> Result<bool, Refusal> {
+    match policies {
+        [] => Ok(false),
+        [one] if matches!(one.policy_specifier, Some(PolicySpecifier::SourceIp(_))) => Ok(true),
+        _ => Err(Refusal::new(
+            "hash_policy",
+            "only the source address is supported",
+        )),
     }
 }

@@ -19,7 +19,12 @@ impl Forward {
         refuse_unsupported(from)?;
         let retry = match from.retry_policy.as_ref().or(host.retry_policy.as_ref()) {
             None => None,
-            Some(policy) => RetryPolicy::compile(policy).within("retry_policy")?,
+            Some(policy) => {
+                let retries = &mut context.slots.retries;
+                retries
+                    .of(policy, || RetryPolicy::compile(policy))
+                    .within("retry_policy")?
+            }
         };
         let timeout = match &from.timeout {
             None => Some(DEFAULT_ROUTE_TIMEOUT),
@@ -78,8 +83,8 @@ impl Forward {
             hedge: compile_hedge(from.hedge_policy.as_ref().or(host.hedge_policy.as_ref()))
                 .within("hedge_policy")?,
             retry,
-            rewrite: compile_rewrite(from, template)?,
-            host_rewrite: compile_host_rewrite(from)?,
+            rewrite: compile_rewrite(from, template)?.map(Box::new),
+            host_rewrite: compile_host_rewrite(from)?.map(Box::new),
             append_forwarded_host: from.append_x_forwarded_host,
             mirrors: mirrors
                 .enumerate()

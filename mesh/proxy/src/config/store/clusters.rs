@@ -12,7 +12,7 @@ use super::{Kept, Store, Update, Waiting, decode};
 use crate::clock::now_ms;
 use crate::config::cluster::{Cluster, Discovery};
 use crate::config::convert::Address;
-use crate::config::endpoint::EndpointSet;
+use crate::config::endpoint::{EndpointSet, stale_after};
 use crate::config::slot::{ClusterSlot, Updates};
 use crate::error::{Refusal, Within};
 use crate::metrics::events::ClusterEvent;
@@ -27,7 +27,7 @@ impl Store {
             .find_cluster(update.name)
             .and_then(|slot| slot.config());
         let cluster = Cluster::compile(&message, &mut self.slots.secrets, previous.as_deref())?;
-        let own = match (&cluster.discovery, &cluster.load_assignment) {
+        let own = match (&cluster.discovery, &message.load_assignment) {
             (Discovery::Static, Some(assignment)) => {
                 let previous = self
                     .slots
@@ -104,6 +104,7 @@ impl Store {
         for name in before.iter().filter(|name| !now.contains(name)) {
             if self.eds.is_held_by(name, cluster) && self.eds.release(name, cluster) {
                 self.assignments.remove(name);
+                self.stale.remove(name);
             }
         }
     }
@@ -203,6 +204,7 @@ impl Store {
 
     fn take_endpoints(&mut self, update: &Update<'_>) -> Result<(), Refusal> {
         let message = decode::<pb_endpoint::ClusterLoadAssignment>(update)?;
+        let stale_after = stale_after(&message)?;
         let users = self.eds.users(update.name).to_vec();
         let mut compiled = Vec::with_capacity(users.len());
         for user in &users {
@@ -226,7 +228,17 @@ impl Store {
             if same {
                 Updates::add(&slot.updates.unchanged);
             }
+            if stale_after.is_some() {
+                slot.counted.note(ClusterEvent::AssignmentTimeout);
+            }
             self.set_endpoints(&slot, set);
+        }
+        match stale_after {
+            Some(after) => {
+                let at = now_ms().saturating_add(after.as_millis() as u64);
+                self.stale.insert(update.name.into(), at);
+            }
+            None => drop(self.stale.remove(update.name)),
         }
         match self.assignments.get_mut(update.name) {
             Some(kept) => *kept = Kept::now(update.body),
@@ -238,8 +250,29 @@ impl Store {
         Ok(())
     }
 
+    /// Gives up the endpoints for which no update has followed in the time that they were given, as of `now_ms`.
+    pub fn end_stale(&mut self, now_ms: u64) {
+        let due = self.stale.iter().filter(|(_, at)| **at <= now_ms);
+        let due: Vec<Box<str>> = due.map(|(name, _)| name.clone()).collect();
+        for name in due {
+            tracing::warn!(assignment = %name, "no update has followed: its endpoints are used no more");
+            self.stale.remove(&name);
+            self.assignments.remove(&name);
+            let users = self.eds.users(&name).iter();
+            let slots: Vec<_> = users
+                .filter_map(|user| self.clusters.get(user))
+                .cloned()
+                .collect();
+            for slot in slots {
+                slot.counted.note(ClusterEvent::AssignmentStale);
+                self.set_endpoints(&slot, EndpointSet::default());
+            }
+        }
+    }
+
     pub(super) fn remove_endpoints(&mut self, name: &str) {
         self.assignments.remove(name);
+        self.stale.remove(name);
         let users = self.eds.users(name).iter();
         let slots: Vec<_> = users
             .filter_map(|user| self.clusters.get(user))

@@ -209,6 +209,47 @@ fn hosts_keep_their_record_over_endpoint_updates() {
 }
 
 #[test]
+fn endpoints_for_which_no_update_follows_in_their_time_are_given_up() {
+    use crate::metrics::events::ClusterEvent;
+    use serin_xds::pb::google::protobuf::Duration as Time;
+    let mut store = Store::new(1);
+    put(&mut store, ResourceType::Cluster, "c", &eds_cluster("c"));
+    let lasting = |seconds: i64| {
+        let mut message = endpoints("c", &[1, 2]);
+        message.policy = Some(pb_endpoint::cluster_load_assignment::Policy {
+            endpoint_stale_after: Some(Time { seconds, nanos: 0 }),
+            ..Default::default()
+        });
+        message
+    };
+    let slot = store.clusters().next().unwrap().clone();
+    let left = |slot: &ClusterSlot| slot.endpoints().map_or(0, |set| set.all.len());
+    let counts = |slot: &ClusterSlot| {
+        [ClusterEvent::AssignmentTimeout, ClusterEvent::AssignmentStale].map(|event| slot.counted.get(event))
+    };
+    let now = crate::clock::now_ms();
+    put(&mut store, ResourceType::Endpoints, "c", &lasting(60));
+    store.end_stale(now + 59_000);
+    assert_eq!((left(&slot), counts(&slot)), (2, [1, 0]));
+    // One that follows begins anew, and one that says nothing ends the waiting.
+    put(&mut store, ResourceType::Endpoints, "c", &lasting(600));
+    store.end_stale(now + 300_000);
+    assert_eq!((left(&slot), counts(&slot)), (2, [2, 0]));
+    put(&mut store, ResourceType::Endpoints, "c", &endpoints("c", &[1]));
+    store.end_stale(now + 10_000_000);
+    assert_eq!((left(&slot), counts(&slot)), (1, [2, 0]));
+    put(&mut store, ResourceType::Endpoints, "c", &lasting(60));
+    store.end_stale(crate::clock::now_ms() + 60_000);
+    store.end_stale(crate::clock::now_ms() + 120_000);
+    assert_eq!((left(&slot), counts(&slot)), (0, [3, 1]));
+    // The cluster that takes its place does not find them either.
+    put(&mut store, ResourceType::Cluster, "c", &eds_cluster("c"));
+    assert_eq!(left(&slot), 0);
+    put(&mut store, ResourceType::Endpoints, "c", &lasting(-1));
+    assert_eq!(left(&slot), 0, "no time is negative");
+}
+
+#[test]
 fn a_cluster_that_comes_back_finds_no_old_endpoints() {
     let mut store = Store::new(1);
     put(&mut store, ResourceType::Cluster, "c", &eds_cluster("c"));

@@ -61,7 +61,7 @@ pub(super) fn inline_routes(body: &[u8]) -> Vec<(String, Vec<u8>)> {
         .collect()
 }
 
-type Entries = Vec<(String, Value)>;
+pub(super) type Entries = Vec<(String, Value)>;
 
 /// Secrets in use: those that are part of a configuration, and those that were discovered. Keys are not shown.
 pub(super) fn secrets(table: &SecretTable) -> (Entries, Entries) {

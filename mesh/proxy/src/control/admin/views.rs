@@ -203,7 +203,7 @@ pub(super) fn clusters(proxy: &Proxy) -> String {
                 let _ = write!(
                     out,
                     "{name}::{at}::hostname::{}\n{name}::{at}::health_flags::{health}\n{name}::{at}::weight::{}\n",
-                    endpoint.hostname, endpoint.weight
+                    endpoint.hostname(), endpoint.weight
                 );
                 let parts: [&str; 3] = std::array::from_fn(|index| {
                     locality.zone.splitn(3, '/').nth(index).unwrap_or_default()
@@ -247,7 +247,7 @@ pub(super) fn clusters_json(proxy: &Proxy) -> Value {
                         json!({
                             "stats": stats(endpoint),
                             "address": address(&endpoint.address),
-                            "hostname": &*endpoint.hostname,
+                            "hostname": endpoint.hostname(),
                             "health_status": health,
                             "weight": endpoint.weight,
                         })

@@ -12,7 +12,8 @@ use std::sync::atomic::Ordering;
 
 use super::BTreeMap;
 use super::tables::{
-    ATTEMPTS, BREAKERS, COMPLETED, COUNTERS, FAILURES, From, GAUGES, REJECTED, STATS, UPDATES,
+    ATTEMPTS, BREAKERS, COMPLETED, CONNECTIONS_HTTP2, COUNTERS, FAILURES, From, GAUGES, REJECTED, STATS,
+    UPDATES,
 };
 use crate::config::cluster::{Cluster, Discovery, Priority};
 use crate::config::slot::ClusterSlot;
@@ -145,6 +146,9 @@ impl Row {
                     config.is_some_and(|config| config.outlier.is_some())
                 } else if name.starts_with("envoy_cluster_health_check") {
                     config.is_some_and(|config| !config.health_checks.is_empty())
+                } else if name.starts_with("envoy_cluster_http2") {
+                    // From the first connection that speaks it on.
+                    counter(CONNECTIONS_HTTP2) > 0
                 } else {
                     traffic
                 };

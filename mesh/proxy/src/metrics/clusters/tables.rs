@@ -105,6 +105,7 @@ pub(super) const COUNTERS: [(&str, &str, Read); 19] = [
 ];
 pub(super) const COMPLETED: usize = 1;
 pub(super) const CONNECTIONS: usize = 9;
+pub(super) const CONNECTIONS_HTTP2: usize = 11;
 pub(super) const CONNECTIONS_CLOSED: usize = 12;
 pub(super) const BEGAN: usize = 18;
 

@@ -122,8 +122,8 @@ pub fn is_valid(from: &auth::CheckResponse) -> bool {
 
 /// `:path` as the service wants it; the last one counts.
 fn path(from: &[core::HeaderValueOption]) -> Option<String> {
-    let given = from.iter().filter_map(|option| option.header.as_ref());
-    let last = given.filter(|header| header.key == ":path").next_back()?;
+    let mut given = from.iter().filter_map(|option| option.header.as_ref());
+    let last = given.rfind(|header| header.key == ":path")?;
     Some(if last.raw_value.is_empty() {
         last.value.clone()
     } else {
@@ -284,12 +284,16 @@ pub fn apply(fields: &[Field], headers: &mut HeaderMap) {
                 }
             }
             How::Join => {
+                if !headers.contains_key(name) {
+                    continue;
+                }
                 let values = headers.get_all(name).iter().chain([value]);
-                let all: Vec<&[u8]> = values.map(HeaderValue::as_bytes).collect();
+                let all: Vec<&[u8]> = values
+                    .map(HeaderValue::as_bytes)
+                    .filter(|value| !value.is_empty())
+                    .collect();
                 let between: &[u8] = if *name == header::COOKIE { b"; " } else { b"," };
-                if all.len() > 1
-                    && let Ok(joined) = HeaderValue::from_bytes(&all.join(between))
-                {
+                if let Ok(joined) = HeaderValue::from_bytes(&all.join(between)) {
                     headers.insert(name, joined);
                 }
             }

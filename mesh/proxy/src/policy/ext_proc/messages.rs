@@ -237,7 +237,7 @@ impl ExtProc {
                 answer.response.unwrap_or_default()
             }
             (_, Some(Response::ImmediateResponse(_))) if self.no_immediate => {
-                return Err(rejected(Wrong::Immediate, metadata));
+                return Err(rejected(Wrong::Immediate, Vec::new()));
             }
             (_, Some(Response::ImmediateResponse(answer))) => {
                 return Ok(self.immediate(answer, metadata, worker));

@@ -78,17 +78,6 @@ struct Counters {
 /// `track_per_rule_stats`: policy name to how often it decided.
 type PerPolicy = Box<[(Arc<str>, Arc<Counter>)]>;
 
-/// The parts of the HTTP and the network filter's messages that mean the same.
-struct Parts<'a> {
-    rules: Option<&'a rbac::Rbac>,
-    shadow_rules: Option<&'a rbac::Rbac>,
-    matcher: Option<&'a xds::Matcher>,
-    shadow_matcher: Option<&'a xds::Matcher>,
-    shadow_rules_stat_prefix: &'a str,
-    rules_stat_prefix: &'a str,
-    track_per_rule_stats: bool,
-}
-
 impl Rules {
     /// Compiles the HTTP filter's message; `prefix` is the connection manager's `stat_prefix`.
     pub(crate) fn compile(
@@ -97,76 +86,60 @@ impl Rules {
         workers: usize,
         registry: &mut Registry,
     ) -> Result<Self, Refusal> {
-        Self::build(
-            &Parts {
-                rules: from.rules.as_ref(),
-                shadow_rules: from.shadow_rules.as_ref(),
-                matcher: from.matcher.as_ref(),
-                shadow_matcher: from.shadow_matcher.as_ref(),
-                shadow_rules_stat_prefix: &from.shadow_rules_stat_prefix,
-                rules_stat_prefix: &from.rules_stat_prefix,
-                track_per_rule_stats: from.track_per_rule_stats,
-            },
-            &[
-                "envoy_http_rbac_allowed",
-                "envoy_http_rbac_denied",
-                "envoy_http_rbac_shadow_allowed",
-                "envoy_http_rbac_shadow_denied",
-                "envoy_http_rbac_logged",
-                "envoy_http_rbac_not_logged",
-            ],
-            ("envoy_http_conn_manager_prefix", prefix),
-            workers,
-            registry,
-        )
+        let names = [
+            "envoy_http_rbac_allowed",
+            "envoy_http_rbac_denied",
+            "envoy_http_rbac_shadow_allowed",
+            "envoy_http_rbac_shadow_denied",
+            "envoy_http_rbac_logged",
+            "envoy_http_rbac_not_logged",
+        ];
+        let label = ("envoy_http_conn_manager_prefix", prefix);
+        Self::build(from, &names, label, workers, registry)
     }
 
-    /// Compiles the network filter's message.
+    /// Compiles the network filter's message, which says the same of connections.
     pub(crate) fn compile_network(
-        from: &network_rbac::Rbac,
+        from: network_rbac::Rbac,
         workers: usize,
         registry: &mut Registry,
     ) -> Result<Self, Refusal> {
-        Self::build(
-            &Parts {
-                rules: from.rules.as_ref(),
-                shadow_rules: from.shadow_rules.as_ref(),
-                matcher: from.matcher.as_ref(),
-                shadow_matcher: from.shadow_matcher.as_ref(),
-                shadow_rules_stat_prefix: &from.shadow_rules_stat_prefix,
-                rules_stat_prefix: "",
-                track_per_rule_stats: false,
-            },
-            &[
-                "envoy_rbac_allowed",
-                "envoy_rbac_denied",
-                "envoy_rbac_shadow_allowed",
-                "envoy_rbac_shadow_denied",
-                "envoy_rbac_logged",
-                "envoy_rbac_not_logged",
-            ],
-            ("envoy_tcp_prefix", &from.stat_prefix),
-            workers,
-            registry,
-        )
+        let names = [
+            "envoy_rbac_allowed",
+            "envoy_rbac_denied",
+            "envoy_rbac_shadow_allowed",
+            "envoy_rbac_shadow_denied",
+            "envoy_rbac_logged",
+            "envoy_rbac_not_logged",
+        ];
+        let label = ("envoy_tcp_prefix", &*from.stat_prefix);
+        let message = http_rbac::Rbac {
+            rules: from.rules,
+            shadow_rules: from.shadow_rules,
+            matcher: from.matcher,
+            shadow_matcher: from.shadow_matcher,
+            shadow_rules_stat_prefix: from.shadow_rules_stat_prefix,
+            ..Default::default()
+        };
+        Self::build(&message, &names, label, workers, registry)
     }
 
     /// `names` are those of the counters, in the order of [`Counters`].
     fn build(
-        from: &Parts<'_>,
+        from: &http_rbac::Rbac,
         names: &[&'static str; 6],
         label: (&'static str, &str),
         workers: usize,
         registry: &mut Registry,
     ) -> Result<Self, Refusal> {
-        let rules = Judge::compile(from.rules, from.matcher, ["rules", "matcher"])?;
+        let rules = Judge::compile(from.rules.as_ref(), from.matcher.as_ref(), ["rules", "matcher"])?;
         let shadow = Judge::compile(
-            from.shadow_rules,
-            from.shadow_matcher,
+            from.shadow_rules.as_ref(),
+            from.shadow_matcher.as_ref(),
             ["shadow_rules", "shadow_matcher"],
         )?;
-        let own = [label, ("prefix", from.rules_stat_prefix)];
-        let of_shadow = [label, ("prefix", from.shadow_rules_stat_prefix)];
+        let own = [label, ("prefix", &*from.rules_stat_prefix)];
+        let of_shadow = [label, ("prefix", &*from.shadow_rules_stat_prefix)];
         let per_policy = from.track_per_rule_stats.then(|| {
             let engines = rules.iter().chain(&shadow);
             engines

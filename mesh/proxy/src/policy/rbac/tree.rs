@@ -214,7 +214,12 @@ impl Input {
     }
 
     fn value<'a>(&self, facts: &Facts<'a>) -> Option<Cow<'a, str>> {
-        let name = |names: Option<&'a [Box<str>]>| Some(Cow::from(&**names?.first()?));
+        // Several names are one list.
+        let name = |names: Option<&'a [Box<str>]>| match names? {
+            [] => None,
+            [one] => Some(Cow::from(&**one)),
+            several => Some(several.join(",").into()),
+        };
         match self {
             Self::DestinationIp => Some(facts.local.ip().to_string().into()),
             Self::DestinationPort => Some(facts.local.port().to_string().into()),

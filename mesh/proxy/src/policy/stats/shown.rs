@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use super::{HTTP, LISTENER, Registry};
 use crate::metrics::collect::{Family, Labels, Value};
-use crate::metrics::events::{Event, HttpEvent, ListenerEvent, TcpEvent, WorkerEvents};
+use crate::metrics::events::{CodecEvent, Event, HttpEvent, ListenerEvent, TcpEvent, WorkerEvents};
 
 /// A family for each event that has a name.
 pub(super) fn event_families<E: Event>(
@@ -74,6 +74,37 @@ impl Registry {
                     .collect(),
             });
         }
+    }
+
+    /// What happened in what reads and writes HTTP, of the versions that clients have spoken.
+    pub(super) fn codecs(&self, families: &[Family]) -> Vec<Family> {
+        let Some(events) = &self.codec else {
+            return Vec::new();
+        };
+        let spoken = |name: &str| {
+            let family = families.iter().find(|family| family.name == name);
+            let mut metrics = family.into_iter().flat_map(|family| &family.metrics);
+            metrics.any(|(_, value)| value.is_used())
+        };
+        let Some(names) = &HTTP.requests else {
+            return Vec::new();
+        };
+        let versions = [("envoy_http1_", names.http1), ("envoy_http2_", names.http2)];
+        let versions = versions.map(|(prefix, connections)| (prefix, spoken(connections)));
+        CodecEvent::ALL
+            .iter()
+            .enumerate()
+            .filter(|(_, (name, _))| {
+                versions
+                    .iter()
+                    .any(|(prefix, spoken)| *spoken && name.starts_with(prefix))
+            })
+            .map(|(index, (name, help))| Family {
+                name,
+                help,
+                metrics: vec![(Labels::new(), Value::Counter(events.at(index) as f64))],
+            })
+            .collect()
     }
 
     /// Connections of listeners by worker.

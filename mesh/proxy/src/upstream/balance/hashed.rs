@@ -92,10 +92,10 @@ impl Hashed {
             .iter()
             .map(|(index, share)| {
                 let endpoint = &hosts[*index as usize].endpoint;
-                let name = match &endpoint.hash_key {
+                let name = match endpoint.hash_key() {
                     Some(key) => key,
-                    None if cluster.hashing.by_hostname && !endpoint.hostname.is_empty() => {
-                        &endpoint.hostname
+                    None if cluster.hashing.by_hostname && !endpoint.hostname().is_empty() => {
+                        endpoint.hostname()
                     }
                     None => &*endpoint.text,
                 };

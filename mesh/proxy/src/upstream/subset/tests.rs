@@ -6,7 +6,7 @@ use serin_xds::pb::google::protobuf as google;
 
 use super::*;
 use crate::config::convert::Address;
-use crate::config::endpoint::{Endpoint, Locality};
+use crate::config::endpoint::{Endpoint, Locality, Special};
 
 type Message = cluster::cluster::LbSubsetConfig;
 type Pick = cluster::cluster::lb_subset_config::LbSubsetSelector;
@@ -54,7 +54,10 @@ fn fixture(config: Message, hosts: &[google::Struct]) -> Fixture {
         .map(|(index, metadata)| {
             Arc::new(Endpoint {
                 text: index.to_string().into(),
-                lb_metadata: Some(metadata.clone()),
+                special: Some(Arc::new(Special {
+                    lb_metadata: Some(metadata.clone()),
+                    ..Special::default()
+                })),
                 ..Endpoint::at(Address::Tcp(([10, 0, 0, 1], index as u16).into()))
             })
         })
@@ -272,7 +275,7 @@ proptest! {
             match fixture.subsets.pick(rules, &fixture.cluster, &fixture.whole, &wish).0 {
                 None => prop_assert_eq!(fitting, 0),
                 Some(host) => {
-                    prop_assert!(criteria.fits(host.endpoint.lb_metadata.as_ref(), false));
+                    prop_assert!(criteria.fits(host.endpoint.lb_metadata(), false));
                     found.insert(host.endpoint.text.clone());
                 }
             }

@@ -1,13 +1,35 @@
-//! Rate limit descriptors of a request, for the local and the global limit.
+//! What the local and the global rate limit have in common: descriptors of a request, and the fields that tell a client
+//! how much is left.
 
 use http::request::Parts;
+use http::{HeaderName, HeaderValue};
 
-use super::{Exchange, facts, metadata};
+use super::facts::facts;
+use super::metadata;
 use crate::config::route::Action;
 use crate::policy::descriptors::{Descriptor, RateLimitEntry, Scene, VirtualHostLimits};
+use crate::policy::ext_authz::{Field, How};
+use crate::worker::exchange::Exchange;
 use crate::worker::http::Downstream;
 use crate::worker::logging;
 use crate::worker::request::{Routed, view};
+
+static X_RATELIMIT_LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit");
+static X_RATELIMIT_REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining");
+static X_RATELIMIT_RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset");
+
+/// `x-ratelimit-*` of draft 03.
+pub(super) fn limit_fields(limit: HeaderValue, remaining: u32, reset_s: HeaderValue) -> [Field; 3] {
+    [
+        (X_RATELIMIT_LIMIT.clone(), limit, How::Set),
+        (
+            X_RATELIMIT_REMAINING.clone(),
+            HeaderValue::from(remaining),
+            How::Set,
+        ),
+        (X_RATELIMIT_RESET.clone(), reset_s, How::Set),
+    ]
+}
 
 /// The entries of a filter's stage that a request falls under: the filter's own, or those of route and virtual host.
 pub(super) struct Entries<'a> {

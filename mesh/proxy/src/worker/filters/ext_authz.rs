@@ -1,115 +1,81 @@
 //! External authorisation on the worker: what is sent, who is asked, what becomes of the answer.
 
 use std::collections::BTreeMap;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use http::request::Parts;
 use http::uri::Uri;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
+use serin_xds::pb::envoy::service::auth::v3::CheckRequest;
+use serin_xds::pb::google::protobuf::Struct;
 
-use super::super::body::{Ahead, Inbound};
-use super::super::call::{call, grpc};
-use super::super::exchange::protocol_text;
-use super::super::scene::RequestScene;
-use super::{Encode, Exchange, LocalReply, facts, metadata, state};
+use super::buffer::too_large;
+use super::facts::facts;
+use super::{Encode, Passed, metadata, state};
 use crate::config::headers::Scene;
 use crate::metrics::flags::Flags;
 use crate::observe::record::{Record, Wants};
 use crate::policy::ext_authz::{
-    self, BodySettings, CheckScene, DEFAULT_TIMEOUT, ExtAuthz, NAMESPACE, PerRouteAuthz, Service, Verdict,
-    is_valid, read_grpc,
+    self, Allowed, BodySettings, CheckScene, DEFAULT_TIMEOUT, Denied, ExtAuthz, NAMESPACE, PerRouteAuthz,
+    Service, Settings, Verdict, is_valid, read_grpc,
 };
+use crate::policy::per_route::Override;
 use crate::random;
+use crate::worker::body::{Ahead, Inbound};
+use crate::worker::call::{CallError, call, grpc};
+use crate::worker::exchange::{Exchange, protocol_text};
+use crate::worker::local::LocalReply;
 use crate::worker::request::Routed;
+use crate::worker::scene::RequestScene;
 
-/// Asks about a request. `Ok(true)` says that the route is to be searched again.
+/// Asks about a request.
 pub(super) async fn ask(
     exchange: &mut Exchange,
     authz: &ExtAuthz,
-    own: Option<&PerRouteAuthz>,
+    own: Option<&Override>,
     routed: &Routed,
     parts: &mut Parts,
     body: &mut Option<Inbound>,
-) -> Result<bool, LocalReply> {
+) -> super::Verdict {
     let worker = exchange.conn.worker.clone();
     let settings = match own {
-        Some(PerRouteAuthz::Disabled) => return Ok(false),
-        Some(PerRouteAuthz::Settings(settings)) => Some(&**settings),
-        None => None,
+        Some(Override::ExtAuthz(PerRouteAuthz::Disabled)) => return Ok(Passed::On),
+        Some(Override::ExtAuthz(PerRouteAuthz::Settings(settings))) => Some(&**settings),
+        _ => None,
     };
     if !authz.applies(metadata(exchange), random::next(), worker.id) {
         return if authz.deny_at_disable {
-            Err(LocalReply::new(
-                authz.status_on_error,
-                Flags::UNAUTHORIZED,
-                "ext_authz_denied",
-                "",
-            ))
+            Err(refusal(authz.status_on_error, "ext_authz_denied"))
         } else {
-            Ok(false)
+            Ok(Passed::On)
         };
     }
-    let wanted = match settings {
-        Some(settings) if settings.no_body => None,
-        Some(settings) => settings.body.or(authz.body),
-        None => authz.body,
-    };
-    let (sent, partial) = match wanted {
-        None => (Bytes::new(), None),
+    let content = match authz.wanted_body(settings) {
+        None => Content::default(),
         Some(wanted) => read_body(body, wanted, exchange.conn.manager.stream_idle_timeout).await?,
     };
-    let received = body.as_ref().map_or(0, Inbound::held);
-    let service = settings
-        .and_then(|settings| settings.service.as_ref())
-        .unwrap_or(&authz.service);
-    let verdict = {
-        let conn = exchange.conn.clone();
-        let facts = facts(&conn, parts, metadata(exchange));
-        match service {
-            Service::Grpc(target) => {
-                let scene = CheckScene {
-                    route: routed.route.metadata.as_deref(),
-                    path: parts.uri.path_and_query().map_or("/", |path| path.as_str()),
-                    id: exchange
-                        .request_id
-                        .as_ref()
-                        .and_then(|id| id.to_str().ok())
-                        .unwrap_or(""),
-                    protocol: protocol_text(parts.version),
-                    size: i64::try_from(received).unwrap_or(i64::MAX),
-                    own_principal: conn.tls.as_ref().and_then(|tls| tls.local_principal()),
-                    time: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(),
-                    certificate: conn
-                        .tls
-                        .as_ref()
-                        .and_then(|tls| tls.peer.as_ref())
-                        .map(|peer| &peer.der),
-                    session: conn.tls.as_ref().map(|_| conn.server_name().unwrap_or("")),
-                    extensions: settings.map(|settings| &settings.extensions),
-                };
-                let raw = wanted.unwrap_or(BodySettings {
-                    limit: 0,
-                    partial: false,
-                    raw: false,
-                });
-                let question = authz.question(&facts, &scene, sent, raw, partial);
-                match grpc(&worker, target, ext_authz::PATH, &question, DEFAULT_TIMEOUT).await {
-                    Ok(answer) if authz.validates && !is_valid(&answer) => {
-                        if let Some(fields) = answer.dynamic_metadata {
-                            state(exchange).metadata.merge(NAMESPACE, fields);
-                        }
-                        return Err(invalid(authz, worker.id));
-                    }
-                    Ok(answer) => read_grpc(answer),
-                    Err(error) => failed(&error),
+    let service = settings.and_then(|settings| settings.service.as_ref());
+    let verdict = match service.unwrap_or(&authz.service) {
+        Service::Grpc(target) => {
+            let question = grpc_question(exchange, authz, settings, routed, parts, content);
+            match grpc(&worker, target, ext_authz::PATH, &question, DEFAULT_TIMEOUT).await {
+                Ok(answer) if authz.validates && !is_valid(&answer) => {
+                    note(exchange, answer.dynamic_metadata);
+                    return Err(invalid(authz, worker.id));
                 }
+                Ok(answer) => read_grpc(answer),
+                Err(error) => failed(&error),
             }
-            Service::Http(service) => match {
+        }
+        Service::Http(service) => {
+            let question = {
+                let facts = facts(&exchange.conn, parts, metadata(exchange));
                 let mut added = HeaderMap::new();
                 service.add.apply(&mut added, &Asking { exchange, parts });
-                service.question(&facts, sent, authz, partial, added)
-            } {
+                service.question(&facts, content.bytes, authz, content.partial, added)
+            };
+            match question {
                 None => Verdict::Failed,
                 Some(question) => {
                     let target = &service.target;
@@ -118,50 +84,13 @@ pub(super) async fn ask(
                         Err(error) => failed(&error),
                     }
                 }
-            },
+            }
         }
     };
     authz.count(&verdict, worker.id);
     match verdict {
-        Verdict::Allowed(mut allowed) => {
-            if let Some(fields) = allowed.metadata.take() {
-                state(exchange).metadata.merge(NAMESPACE, fields);
-            }
-            if !authz.restrict(&mut allowed) {
-                return Err(invalid(authz, worker.id));
-            }
-            let changed = !allowed.set.is_empty()
-                || !allowed.remove.is_empty()
-                || allowed.path.is_some()
-                || !allowed.query_set.is_empty()
-                || !allowed.query_remove.is_empty();
-            ext_authz::apply(&allowed.set, &mut parts.headers);
-            for name in &allowed.remove {
-                parts.headers.remove(name);
-            }
-            // What the service sends may be no path; then the request goes on with its own.
-            if let Some(path) = &allowed.path
-                && path.starts_with('/')
-                && let Ok(uri) = path.parse::<Uri>()
-            {
-                parts.uri = uri;
-            }
-            change_query(parts, &allowed.query_set, &allowed.query_remove);
-            if !allowed.response.is_empty() {
-                state(exchange).encode.push(Encode::Fields(allowed.response));
-            }
-            Ok(authz.clear_route && changed)
-        }
-        Verdict::Denied(denied) => {
-            if let Some(fields) = denied.metadata {
-                state(exchange).metadata.merge(NAMESPACE, fields);
-            }
-            let mut reply = LocalReply::new(denied.status, Flags::UNAUTHORIZED, "ext_authz_denied", "");
-            ext_authz::apply_denied(&denied.headers, &mut reply.headers);
-            reply.headers.remove(header::CONTENT_LENGTH);
-            reply.body = denied.body;
-            Err(reply)
-        }
+        Verdict::Allowed(allowed) => allow(exchange, authz, *allowed, parts),
+        Verdict::Denied(denied) => Err(deny(exchange, *denied)),
         Verdict::Failed if authz.failure_allows => {
             if authz.failure_marks {
                 parts.headers.insert(
@@ -169,15 +98,92 @@ pub(super) async fn ask(
                     HeaderValue::from_static("true"),
                 );
             }
-            Ok(false)
+            Ok(Passed::On)
         }
-        Verdict::Failed => Err(LocalReply::new(
-            authz.status_on_error,
-            Flags::UNAUTHORIZED,
-            "ext_authz_error",
-            "",
-        )),
+        Verdict::Failed => Err(refusal(authz.status_on_error, "ext_authz_error")),
     }
+}
+
+/// What a service tells later filters and the log.
+fn note(exchange: &mut Exchange, told: Option<Struct>) {
+    if let Some(fields) = told {
+        state(exchange).metadata.merge(NAMESPACE, fields);
+    }
+}
+
+fn refusal(status: StatusCode, details: &'static str) -> LocalReply {
+    LocalReply::new(status, Flags::UNAUTHORIZED, details, "")
+}
+
+/// The question for a service by gRPC.
+fn grpc_question(
+    exchange: &Exchange,
+    authz: &ExtAuthz,
+    settings: Option<&Settings>,
+    routed: &Routed,
+    parts: &Parts,
+    content: Content,
+) -> CheckRequest {
+    let tls = exchange.conn.tls.as_ref();
+    let id = exchange.request_id.as_ref();
+    let scene = CheckScene {
+        route: routed.route.metadata.as_deref(),
+        path: parts.uri.path_and_query().map_or("/", |path| path.as_str()),
+        id: id.and_then(|id| id.to_str().ok()).unwrap_or(""),
+        protocol: protocol_text(parts.version),
+        size: i64::try_from(content.received).unwrap_or(i64::MAX),
+        own_principal: tls.and_then(|tls| tls.local_principal()),
+        time: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(),
+        certificate: tls.and_then(|tls| tls.peer.as_ref()).map(|peer| &peer.der),
+        session: tls.map(|_| exchange.conn.server_name().unwrap_or("")),
+        extensions: settings.map(|settings| &settings.extensions),
+    };
+    let facts = facts(&exchange.conn, parts, metadata(exchange));
+    authz.question(&facts, &scene, content.bytes, content.raw, content.partial)
+}
+
+/// Changes an allowed request as the service says.
+fn allow(
+    exchange: &mut Exchange,
+    authz: &ExtAuthz,
+    mut allowed: Allowed,
+    parts: &mut Parts,
+) -> super::Verdict {
+    note(exchange, allowed.metadata.take());
+    if !authz.restrict(&mut allowed) {
+        return Err(invalid(authz, exchange.conn.worker.id));
+    }
+    let changed = !allowed.set.is_empty()
+        || !allowed.remove.is_empty()
+        || allowed.path.is_some()
+        || !allowed.query_set.is_empty()
+        || !allowed.query_remove.is_empty();
+    ext_authz::apply(&allowed.set, &mut parts.headers);
+    for name in &allowed.remove {
+        parts.headers.remove(name);
+    }
+    // What the service sends may be no path; then the request goes on with its own.
+    if let Some(path) = &allowed.path
+        && path.starts_with('/')
+        && let Ok(uri) = path.parse::<Uri>()
+    {
+        parts.uri = uri;
+    }
+    change_query(parts, &allowed.query_set, &allowed.query_remove);
+    if !allowed.response.is_empty() {
+        state(exchange).encode.push(Encode::Fields(allowed.response));
+    }
+    Ok(Passed::rerouted_if(authz.clear_route && changed))
+}
+
+/// The answer to a request that the service denies.
+fn deny(exchange: &mut Exchange, denied: Denied) -> LocalReply {
+    note(exchange, denied.metadata);
+    let mut reply = refusal(denied.status, "ext_authz_denied");
+    ext_authz::apply_denied(&denied.headers, &mut reply.headers);
+    reply.headers.remove(header::CONTENT_LENGTH);
+    reply.body = denied.body;
+    reply
 }
 
 /// The answer asks for what must not or cannot be done.
@@ -191,7 +197,7 @@ fn invalid(authz: &ExtAuthz, worker: usize) -> LocalReply {
     )
 }
 
-fn failed(error: &super::super::call::CallError) -> Verdict {
+fn failed(error: &CallError) -> Verdict {
     tracing::debug!(%error, "the authorisation service failed");
     Verdict::Failed
 }
@@ -213,21 +219,38 @@ impl Scene for Asking<'_> {
     }
 }
 
+/// The content that the service is shown.
+#[derive(Default)]
+struct Content {
+    bytes: Bytes,
+    /// Bytes of it that have come.
+    received: usize,
+    /// Whether there is more of it; `None` where the service wants none.
+    partial: Option<bool>,
+    /// Whether it is shown as bytes and not as text.
+    raw: bool,
+}
+
+/// Reads as much of the body as the service wants.
 async fn read_body(
     body: &mut Option<Inbound>,
     wanted: BodySettings,
-    idle: Option<std::time::Duration>,
-) -> Result<(Bytes, Option<bool>), LocalReply> {
+    idle: Option<Duration>,
+) -> Result<Content, LocalReply> {
     let Some(inbound) = body else {
-        return Ok((Bytes::new(), None));
+        return Ok(Content::default());
+    };
+    let content = |inbound: &Inbound, partial| Content {
+        bytes: inbound.first_bytes(wanted.limit),
+        received: inbound.held(),
+        partial: Some(partial),
+        raw: wanted.raw,
     };
     match inbound.read_ahead(wanted.limit, idle).await {
         Err(error) => Err(LocalReply::of_body(&error)),
-        Ok(Ahead::Whole) if inbound.held() <= wanted.limit => {
-            Ok((inbound.first_bytes(wanted.limit), Some(false)))
-        }
-        Ok(_) if wanted.partial => Ok((inbound.first_bytes(wanted.limit), Some(true))),
-        Ok(_) => Err(super::too_large()),
+        Ok(Ahead::Whole) if inbound.held() <= wanted.limit => Ok(content(inbound, false)),
+        Ok(_) if wanted.partial => Ok(content(inbound, true)),
+        Ok(_) => Err(too_large()),
     }
 }
 
@@ -249,6 +272,10 @@ fn change_query(parts: &mut Parts, set: &[(String, String)], remove: &[String]) 
         return;
     }
     // By name, as Envoy has them; of a name that is set the first value is.
+    let set: Vec<(String, String)> = set
+        .iter()
+        .map(|(name, value)| (escaped(name), escaped(value)))
+        .collect();
     let mut all: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for pair in parts
         .uri
@@ -260,10 +287,6 @@ fn change_query(parts: &mut Parts, set: &[(String, String)], remove: &[String]) 
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
         all.entry(name).or_default().push(value);
     }
-    let set: Vec<(String, String)> = set
-        .iter()
-        .map(|(name, value)| (escaped(name), escaped(value)))
-        .collect();
     for (name, value) in &set {
         all.insert(name, vec![value]);
     }

@@ -11,10 +11,8 @@ use prost::Message;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::super::Worker;
-use super::super::body::Inbound;
-use super::super::grpc_stream::GrpcStream;
-use super::{Encode, Exchange, LocalReply, facts, metadata, state};
+use super::facts::facts;
+use super::{Encode, Passed, Verdict, metadata, state};
 use crate::metrics::flags::Flags;
 use crate::policy::cel::{Attribute, Scene as _, Value};
 use crate::policy::ext_authz::apply;
@@ -22,8 +20,14 @@ use crate::policy::ext_proc::{
     About, Answer, Changes, ExtProc, Immediate, Mode, Namespaces, PATH, PerRouteProc, Question, Rejected,
     Wrong, told,
 };
+use crate::policy::per_route::Override;
 use crate::policy::service::GrpcTarget;
+use crate::worker::Worker;
+use crate::worker::body::Inbound;
 use crate::worker::call::CallError;
+use crate::worker::exchange::Exchange;
+use crate::worker::grpc_stream::GrpcStream;
+use crate::worker::local::LocalReply;
 use crate::worker::request::view;
 
 /// The processing of one request.
@@ -212,60 +216,31 @@ impl Processing {
     }
 }
 
-/// Lets the service see a request. `Ok(true)` says that the route is to be searched again.
+/// Lets the service see a request.
 pub(super) async fn request(
     exchange: &mut Exchange,
     filter: &Arc<ExtProc>,
-    own: Option<&PerRouteProc>,
+    own: Option<&Override>,
     parts: &mut Parts,
     body: Option<&Inbound>,
-) -> Result<bool, LocalReply> {
+) -> Verdict {
     let Some((mode, mut processing)) = begin(exchange, filter, own) else {
-        return Ok(false);
+        return Ok(Passed::On);
     };
-    let mut reroute = false;
+    let mut passed = Passed::On;
     if mode.request {
         let worker = exchange.conn.worker.clone();
-        let question = {
-            let request = view(parts);
-            let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
-            let system = [
-                (":method", request.method),
-                (":scheme", request.scheme()),
-                (":authority", request.authority()),
-                (":path", path),
-            ];
-            let attributes = if filter.request_attributes.is_empty() {
-                Default::default()
-            } else {
-                let facts = facts(&exchange.conn, parts, metadata(exchange));
-                told(&filter.request_attributes, |attribute| facts.attribute(attribute))
-            };
-            let is_first = !std::mem::replace(&mut processing.begun, true);
-            filter.question(Question {
-                about: About::Request,
-                is_first,
-                namespaces: &processing.namespaces,
-                system: &system,
-                headers: &parts.headers,
-                ends: body.is_none(),
-                metadata: metadata(exchange),
-                attributes,
-            })
-        };
+        let question = request_question(exchange, &mut processing, parts, body.is_none());
         if let Some(observer) = &processing.observer {
             // A service that is behind misses it.
-            let _ = observer.try_send(question.encode_to_vec());
+            let _ = observer.try_send(question);
             await_response(exchange, processing);
-            return Ok(false);
+            return Ok(Passed::On);
         }
-        match processing
-            .ask(&worker, About::Request, &question.encode_to_vec())
-            .await
-        {
+        match processing.ask(&worker, About::Request, &question).await {
             Ok(None) => processing.over = true,
             Ok(Some(Answer::Continue(changes))) => {
-                reroute = changes.reroute;
+                passed = Passed::rerouted_if(changes.reroute);
                 if let Some(mode) = changes.mode {
                     processing.response = mode.response;
                 }
@@ -281,11 +256,41 @@ pub(super) async fn request(
         }
     }
     await_response(exchange, processing);
-    Ok(reroute)
+    Ok(passed)
+}
+
+/// What the service is told of a request, which `ends` with its head.
+fn request_question(exchange: &Exchange, processing: &mut Processing, parts: &Parts, ends: bool) -> Vec<u8> {
+    let filter = &processing.filter;
+    let request = view(parts);
+    let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
+    let system = [
+        (":method", request.method),
+        (":scheme", request.scheme()),
+        (":authority", request.authority()),
+        (":path", path),
+    ];
+    let attributes = if filter.request_attributes.is_empty() {
+        Default::default()
+    } else {
+        let facts = facts(&exchange.conn, parts, metadata(exchange));
+        told(&filter.request_attributes, |attribute| facts.attribute(attribute))
+    };
+    let question = Question {
+        about: About::Request,
+        is_first: !std::mem::replace(&mut processing.begun, true),
+        namespaces: &processing.namespaces,
+        system: &system,
+        headers: &parts.headers,
+        ends,
+        metadata: metadata(exchange),
+        attributes,
+    };
+    filter.question(question).encode_to_vec()
 }
 
 /// Lets the service see only the response: an earlier filter has answered the request.
-pub(super) fn answered(exchange: &mut Exchange, filter: &Arc<ExtProc>, own: Option<&PerRouteProc>) {
+pub(super) fn answered(exchange: &mut Exchange, filter: &Arc<ExtProc>, own: Option<&Override>) {
     if let Some((_, processing)) = begin(exchange, filter, own) {
         await_response(exchange, processing);
     }
@@ -295,7 +300,7 @@ pub(super) fn answered(exchange: &mut Exchange, filter: &Arc<ExtProc>, own: Opti
 fn begin(
     exchange: &Exchange,
     filter: &Arc<ExtProc>,
-    own: Option<&PerRouteProc>,
+    own: Option<&Override>,
 ) -> Option<(Mode, Box<Processing>)> {
     let mut mode = filter.mode;
     let mut processing = Box::new(Processing {
@@ -310,15 +315,14 @@ fn begin(
         namespaces: filter.namespaces.clone(),
     });
     match own {
-        None => {}
-        Some(PerRouteProc::Disabled) => return None,
-        Some(PerRouteProc::Settings {
+        Some(Override::ExtProc(PerRouteProc::Disabled)) => return None,
+        Some(Override::ExtProc(PerRouteProc::Settings {
             mode: own_mode,
             target,
             failure_allows,
             namespaces,
             fields,
-        }) => {
+        })) => {
             mode = own_mode.unwrap_or(mode);
             processing.target = target.as_deref().cloned();
             if !fields.is_empty() {
@@ -330,6 +334,7 @@ fn begin(
                 processing.namespaces = namespaces.clone();
             }
         }
+        _ => {}
     }
     processing.response = mode.response;
     if let Some(closing) = filter.observing {

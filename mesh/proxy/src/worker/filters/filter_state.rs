@@ -4,22 +4,22 @@ use std::sync::Arc;
 
 use http::request::Parts;
 
-use super::{Exchange, levels, state};
+use super::levels::levels;
+use super::{Exchange, Passed, state};
 use crate::policy::chain::Filter;
 use crate::policy::filter_state::SetFilterState;
 use crate::policy::per_route::Override;
 use crate::worker::logging;
 use crate::worker::request::{Routed, view};
 
-/// Sets objects as the chain says and then every level, the most specific last. `true` says that the route is to be
-/// searched again.
-pub(super) fn set_state(
+/// Sets objects as the chain says and then every level, the most specific last.
+pub(super) fn set(
     exchange: &mut Exchange,
     filter: &Filter,
     chain: &Arc<SetFilterState>,
     routed: &Routed,
     parts: &Parts,
-) -> bool {
+) -> Passed {
     let own = levels(routed)
         .into_iter()
         .rev()
@@ -39,5 +39,5 @@ pub(super) fn set_state(
             }
         }
     }
-    reroute
+    Passed::rerouted_if(reroute)
 }

@@ -11,9 +11,7 @@ use bytes::Bytes;
 use http::request::Parts;
 use http::{HeaderValue, Method, Request, StatusCode, Uri, header};
 
-use super::super::Worker;
-use super::super::call::call;
-use super::{Exchange, LocalReply, metadata, state};
+use super::{Passed, Verdict, metadata, state};
 use crate::clock;
 use crate::config::route::RouteFacts;
 use crate::metrics::flags::Flags;
@@ -21,7 +19,12 @@ use crate::policy::jwt::jwks::{Need, Remote, Source};
 use crate::policy::jwt::keys::KeySet;
 use crate::policy::jwt::token::{Failure, Token};
 use crate::policy::jwt::{Found, JwtAuthn, PerRouteJwt, Place, Provider, Requirement};
+use crate::policy::per_route::Override;
 use crate::random;
+use crate::worker::Worker;
+use crate::worker::call::call;
+use crate::worker::exchange::Exchange;
+use crate::worker::local::LocalReply;
 use crate::worker::request::view;
 
 /// Bytes of the path in a realm (Envoy).
@@ -43,67 +46,47 @@ struct Trial<'a> {
     failures: RefCell<Vec<(Arc<Provider>, Failure)>>,
 }
 
-/// Checks the tokens of a request. `Ok(true)` says that the route is to be searched again.
+/// Checks the tokens of a request.
 pub(super) async fn authenticate(
     exchange: &mut Exchange,
     authn: &JwtAuthn,
-    own: Option<&PerRouteJwt>,
+    own: Option<&Override>,
     parts: &mut Parts,
-) -> Result<bool, LocalReply> {
+) -> Verdict {
     let worker = exchange.conn.worker.clone();
-    let preflight = authn.bypass_preflight
-        && parts.method == Method::OPTIONS
-        && parts.headers.contains_key(header::ORIGIN)
-        && parts.headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
+    // As it came: a provider may take the fields off that say so.
+    let preflight = authn.bypass_preflight && is_preflight(parts);
     for provider in &authn.providers {
         provider.sanitize(&mut parts.headers);
     }
     if preflight {
         authn.bypassed.add(worker.id);
-        return Ok(false);
+        return Ok(Passed::On);
     }
-    let requirement = match own {
-        None => {
-            let facts = RouteFacts {
-                tls: exchange.conn.tls.as_deref(),
-                metadata: Some(metadata(exchange)),
-            };
-            authn.requirement(&view(parts), &facts, &random::next)
+    let requirement = match requirement(exchange, authn, own, parts) {
+        Ok(Some(requirement)) => requirement,
+        Ok(None) => {
+            authn.allowed.add(worker.id);
+            return Ok(Passed::On);
         }
-        Some(PerRouteJwt::Disabled) => None,
-        Some(PerRouteJwt::Named(name)) => match authn.named(name) {
-            Some(requirement) => Some(requirement),
-            None => {
-                authn.denied.add(worker.id);
-                return Err(LocalReply::new(
-                    StatusCode::FORBIDDEN,
-                    Flags::default(),
-                    "jwt_authn_access_denied{requirement_not_found}",
-                    "Failed JWT authentication",
-                ));
-            }
-        },
+        Err(reply) => {
+            authn.denied.add(worker.id);
+            return Err(reply);
+        }
     };
-    let Some(requirement) = requirement else {
-        authn.allowed.add(worker.id);
-        return Ok(false);
+    let trial = Trial {
+        worker: &worker,
+        authn,
+        parts,
+        now_s: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_secs(),
+        accepted: RefCell::default(),
+        failures: RefCell::default(),
     };
-    let now_s = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs();
-    let (result, accepted, failures) = {
-        let trial = Trial {
-            worker: &worker,
-            authn,
-            parts,
-            now_s,
-            accepted: RefCell::default(),
-            failures: RefCell::default(),
-        };
-        let result = trial.evaluate(requirement).await;
-        (result, trial.accepted.into_inner(), trial.failures.into_inner())
-    };
+    let result = trial.evaluate(requirement).await;
+    let (accepted, failures) = (trial.accepted.into_inner(), trial.failures.into_inner());
     for (provider, failure) in failures {
         provider.note_failure(failure, &mut state(exchange).metadata);
     }
@@ -111,36 +94,71 @@ pub(super) async fn authenticate(
     let asked = result.is_err().then(|| parts.uri.clone());
     let mut reroute = false;
     for accepted in accepted {
-        let metadata = &mut state(exchange).metadata;
-        let query = accepted.provider.accept(
-            &accepted.token,
-            &accepted.place,
-            &mut parts.headers,
-            parts.uri.query(),
-            metadata,
-        );
-        if let Some(query) = query {
-            let target = match &*query {
-                "" => parts.uri.path().to_owned(),
-                query => format!("{}?{query}", parts.uri.path()),
-            };
-            if let Ok(uri) = target.parse::<Uri>() {
-                parts.uri = uri;
-            }
-        }
         reroute |= accepted.provider.clear_route;
+        accepted.tell(exchange, parts);
     }
     if let Err(failure) = result {
         authn.denied.add(worker.id);
-        return Err(denial(
-            authn,
-            failure,
-            parts,
-            asked.as_ref().unwrap_or(&parts.uri),
-        ));
+        let asked = asked.as_ref().unwrap_or(&parts.uri);
+        return Err(denial(authn, failure, parts, asked));
     }
     authn.allowed.add(worker.id);
-    Ok(reroute)
+    Ok(Passed::rerouted_if(reroute))
+}
+
+fn is_preflight(parts: &Parts) -> bool {
+    parts.method == Method::OPTIONS
+        && parts.headers.contains_key(header::ORIGIN)
+        && parts.headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD)
+}
+
+/// What a request must bring: as its route names it, or as the filter's rules say.
+fn requirement<'a>(
+    exchange: &Exchange,
+    authn: &'a JwtAuthn,
+    own: Option<&Override>,
+    parts: &Parts,
+) -> Result<Option<&'a Requirement>, LocalReply> {
+    match own {
+        Some(Override::Jwt(PerRouteJwt::Disabled)) => Ok(None),
+        Some(Override::Jwt(PerRouteJwt::Named(name))) => match authn.named(name) {
+            Some(requirement) => Ok(Some(requirement)),
+            None => Err(LocalReply::new(
+                StatusCode::FORBIDDEN,
+                Flags::default(),
+                "jwt_authn_access_denied{requirement_not_found}",
+                "Failed JWT authentication",
+            )),
+        },
+        _ => {
+            let facts = RouteFacts {
+                tls: exchange.conn.tls.as_deref(),
+                metadata: Some(metadata(exchange)),
+            };
+            Ok(authn.requirement(&view(parts), &facts, &random::next))
+        }
+    }
+}
+
+impl Accepted {
+    /// Tells of a good token by fields and metadata, and takes it off where the provider says so.
+    fn tell(self, exchange: &mut Exchange, parts: &mut Parts) {
+        let query = self.provider.accept(
+            &self.token,
+            &self.place,
+            &mut parts.headers,
+            parts.uri.query(),
+            &mut state(exchange).metadata,
+        );
+        let Some(query) = query else { return };
+        let target = match &*query {
+            "" => parts.uri.path().to_owned(),
+            query => format!("{}?{query}", parts.uri.path()),
+        };
+        if let Ok(uri) = target.parse::<Uri>() {
+            parts.uri = uri;
+        }
+    }
 }
 
 /// The answer to a request for `asked`, as it came.

@@ -11,6 +11,15 @@ use crate::config::on_demand::{Answer, Wanted};
 use crate::config::route::{Action, TargetCluster, Targets};
 use crate::config::slot::Directory;
 use crate::policy::on_demand::OnDemandClusters;
+use crate::policy::per_route::Override;
+
+/// What the route says of waiting for clusters, or else the chain.
+pub(super) fn rules(chain: Option<OnDemandClusters>, own: Option<&Override>) -> Option<OnDemandClusters> {
+    match own {
+        Some(Override::OnDemand(own)) => *own,
+        _ => chain,
+    }
+}
 
 /// Longest authority that is asked for: the longest name that DNS has, and a port.
 const MAX_AUTHORITY: usize = 253 + 6;

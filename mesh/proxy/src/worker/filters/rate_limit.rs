@@ -6,21 +6,21 @@ use bytes::Bytes;
 use http::request::Parts;
 use http::{HeaderName, HeaderValue, StatusCode, header};
 
-use super::super::call::grpc;
-use super::super::request::Routed;
-use super::super::scene::ResponseScene;
-use super::descriptors::{Entries, describe};
-use super::{
-    Encode, Exchange, LocalReply, X_RATELIMIT_LIMIT, X_RATELIMIT_REMAINING, X_RATELIMIT_RESET, find,
-    metadata, state,
-};
+use super::descriptors::{Entries, describe, limit_fields};
+use super::levels::find;
+use super::{Encode, Passed, Verdict, metadata, state};
 use crate::metrics::flags::Flags;
 use crate::policy::descriptors::VirtualHostLimits;
 use crate::policy::ext_authz::{How, apply};
 use crate::policy::filter_state::Factory;
 use crate::policy::per_route::Override;
-use crate::policy::rate_limit::{PATH, PerRouteLimit, RateLimit};
+use crate::policy::rate_limit::{PATH, PerRouteLimit, RateLimit, Said};
 use crate::random;
+use crate::worker::call::{CallError, grpc};
+use crate::worker::exchange::Exchange;
+use crate::worker::local::LocalReply;
+use crate::worker::request::Routed;
+use crate::worker::scene::ResponseScene;
 
 static X_ENVOY_RATELIMITED: HeaderName = HeaderName::from_static("x-envoy-ratelimited");
 
@@ -36,17 +36,9 @@ pub(super) struct Later {
 /// Tells the services of a request that has ended; nobody waits for what they say.
 pub(super) fn tell(exchange: &Exchange, later: &Later) {
     let conn = &exchange.conn;
-    let own = match find(&later.routed, &later.name) {
-        Some(Override::RateLimit(own)) => Some(own),
-        _ => None,
-    };
+    let own = of_route(find(&later.routed, &later.name));
     let limit = &later.limit;
-    let entries = own
-        .map(|own| &*own.own)
-        .filter(|own| !own.is_empty())
-        .unwrap_or(&limit.own);
-    let hosts = own.map_or(VirtualHostLimits::Override, |own| own.virtual_host);
-    let found = Entries::of(&later.routed, entries, limit.stage, hosts);
+    let found = entries(limit, own, &later.routed);
     let descriptors = describe(conn, exchange, &later.routed, &later.parts, &found, true);
     if descriptors.is_empty() {
         return;
@@ -65,15 +57,34 @@ pub(super) fn tell(exchange: &Exchange, later: &Later) {
     });
 }
 
+/// What the route says of the limit.
+fn of_route(own: Option<&Override>) -> Option<&PerRouteLimit> {
+    match own {
+        Some(Override::RateLimit(own)) => Some(own),
+        _ => None,
+    }
+}
+
+/// The entries by which a request is described.
+fn entries<'a>(limit: &'a RateLimit, own: Option<&'a PerRouteLimit>, routed: &'a Routed) -> Entries<'a> {
+    let entries = own
+        .map(|own| &*own.own)
+        .filter(|own| !own.is_empty())
+        .unwrap_or(&limit.own);
+    let hosts = own.map_or(VirtualHostLimits::Override, |own| own.virtual_host);
+    Entries::of(routed, entries, limit.stage, hosts)
+}
+
 /// Asks the service about a request.
 pub(super) async fn ask(
     exchange: &mut Exchange,
     limit: &Arc<RateLimit>,
-    own: Option<&PerRouteLimit>,
+    own: Option<&Override>,
     name: &str,
     routed: &Routed,
     parts: &mut Parts,
-) -> Result<(), LocalReply> {
+) -> Verdict {
+    let own = of_route(own);
     let conn = exchange.conn.clone();
     let internal = parts
         .headers
@@ -81,29 +92,24 @@ pub(super) async fn ask(
         .is_some_and(|value| value.as_bytes() == b"true");
     // Envoy asks about nothing that it does not forward, nor about what it has no cluster for.
     if routed.known_cluster(conn.worker.id, &parts.headers).is_none() {
-        return Ok(());
+        return Ok(Passed::On);
     }
     if !limit.enabled.hit(random::next()) || !limit.concerns(internal) {
-        return Ok(());
+        return Ok(Passed::On);
     }
-    let entries = own
-        .map(|own| &*own.own)
-        .filter(|own| !own.is_empty())
-        .unwrap_or(&limit.own);
-    let hosts = own.map_or(VirtualHostLimits::Override, |own| own.virtual_host);
-    let found = Entries::of(routed, entries, limit.stage, hosts);
+    let found = entries(limit, own, routed);
     if found.at_end() {
         let later = Later {
             limit: limit.clone(),
             name: name.into(),
-            routed: routed.clone_arcs(),
+            routed: routed.clone(),
             parts: parts.clone(),
         };
         state(exchange).later.push(later);
     }
     let descriptors = describe(&conn, exchange, routed, parts, &found, false);
     if descriptors.is_empty() {
-        return Ok(());
+        return Ok(Passed::On);
     }
     let told: Vec<_> = descriptors.iter().map(|descriptor| descriptor.headers).collect();
     let mut question = limit.question(descriptors, own.and_then(|own| own.domain.as_deref()));
@@ -112,23 +118,30 @@ pub(super) async fn ask(
         question.hits_addend = u32::try_from(addend).unwrap_or(u32::MAX);
     }
     let worker = &conn.worker;
-    let said = match grpc(worker, &limit.service, PATH, &question, limit.timeout).await {
-        Ok(answer) => limit.read(answer, &told, worker.id),
-        Err(error) => {
-            tracing::debug!(%error, "the rate limit service failed");
-            let denies = limit.failure_denies.hit(random::next());
-            limit.count_error(!denies, worker.id);
-            if !denies {
-                return Ok(());
-            }
-            return Err(LocalReply::new(
-                limit.status_on_error,
-                Flags::RATE_LIMIT_SERVICE,
-                "rate_limiter_error",
-                "",
-            ));
-        }
-    };
+    match grpc(worker, &limit.service, PATH, &question, limit.timeout).await {
+        Ok(answer) => obey(exchange, limit, limit.read(answer, &told, worker.id), parts),
+        Err(error) => unasked(exchange, limit, &error),
+    }
+}
+
+/// What becomes of a request that the service has said nothing of.
+fn unasked(exchange: &mut Exchange, limit: &RateLimit, error: &CallError) -> Verdict {
+    tracing::debug!(%error, "the rate limit service failed");
+    let denies = limit.failure_denies.hit(random::next());
+    limit.count_error(!denies, exchange.conn.worker.id);
+    if !denies {
+        return Ok(Passed::On);
+    }
+    Err(LocalReply::new(
+        limit.status_on_error,
+        Flags::RATE_LIMIT_SERVICE,
+        "rate_limiter_error",
+        "",
+    ))
+}
+
+/// Does what the service has said.
+fn obey(exchange: &mut Exchange, limit: &RateLimit, said: Said, parts: &mut Parts) -> Verdict {
     if let Some(fields) = said.metadata {
         state(exchange).metadata.merge(&limit.metadata_namespace, fields);
     }
@@ -148,13 +161,9 @@ pub(super) async fn ask(
     if let Some((text, remaining, reset)) = said.limit
         && let Ok(text) = HeaderValue::from_str(&text)
     {
-        fields.push((X_RATELIMIT_LIMIT.clone(), text, How::Append));
-        fields.push((
-            X_RATELIMIT_REMAINING.clone(),
-            HeaderValue::from(remaining),
-            How::Append,
-        ));
-        fields.push((X_RATELIMIT_RESET.clone(), HeaderValue::from(reset), How::Append));
+        // Beside what the service itself says of it.
+        let own = limit_fields(text, remaining, reset.into());
+        fields.extend(own.map(|(name, value, _)| (name, value, How::Append)));
     }
     if !said.over || !limit.enforced.hit(random::next()) {
         if !fields.is_empty() {
@@ -166,7 +175,7 @@ pub(super) async fn ask(
                 parts.headers.append(name, value);
             }
         }
-        return Ok(());
+        return Ok(Passed::On);
     }
     let mut reply = LocalReply::new(limit.status, Flags::RATE_LIMITED, "request_rate_limited", "");
     reply.body = Bytes::from(said.body);

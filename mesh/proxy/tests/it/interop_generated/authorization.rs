@@ -29,11 +29,11 @@ fn names(rng: &mut Rng) -> Value {
     json!({ "patterns": patterns })
 }
 
+/// `pack_as_bytes` is the filter's in Envoy, also where a route says something else.
 fn with_body(rng: &mut Rng) -> Value {
     json!({
         "max_request_bytes": rng.pick(&[4, 16, 4096]),
         "allow_partial_message": rng.chance(50),
-        "pack_as_bytes": rng.chance(40),
     })
 }
 
@@ -47,7 +47,8 @@ fn common(rng: &mut Rng) -> Value {
     };
     maybe(rng, 50, "failure_mode_allow", json!(true));
     maybe(rng, 50, "failure_mode_allow_header_add", json!(true));
-    let body = with_body(rng);
+    let mut body = with_body(rng);
+    body["pack_as_bytes"] = json!(rng.chance(40));
     maybe(rng, 40, "with_request_body", body);
     maybe(rng, 30, "clear_route_cache", json!(true));
     let status = rng.pick(&["ServiceUnavailable", "BadGateway", "OK"]);
@@ -120,7 +121,7 @@ fn over_http(rng: &mut Rng) -> Value {
     out
 }
 
-fn per_route(rng: &mut Rng) -> Value {
+fn per_route(rng: &mut Rng, of_filter: Option<&Value>) -> Value {
     if rng.chance(20) {
         return json!({ "@type": PER_ROUTE, "disabled": true });
     }
@@ -130,7 +131,7 @@ fn per_route(rng: &mut Rng) -> Value {
     }
     match rng.below(4) {
         0 => settings["disable_request_body_buffering"] = json!(true),
-        1 => settings["with_request_body"] = with_body(rng),
+        1 => settings["with_request_body"] = of_filter.map_or_else(|| with_body(rng), Value::clone),
         _ => {}
     }
     json!({ "@type": PER_ROUTE, "check_settings": settings })
@@ -151,7 +152,8 @@ fn generated(world: &World, seed: u64, each: usize, grpc: bool) -> Setup {
     for host in table["virtual_hosts"].as_array_mut().unwrap() {
         for route in host["routes"].as_array_mut().unwrap() {
             if rng.chance(30) {
-                route["typed_per_filter_config"] = json!({ "authz": per_route(&mut rng) });
+                route["typed_per_filter_config"] =
+                    json!({ "authz": per_route(&mut rng, authz.get("with_request_body")) });
             }
             if rng.chance(30) {
                 route["metadata"] = json!({ "filter_metadata": { "set": { "r": "of-route" } } });
@@ -340,6 +342,10 @@ fn answer(question: &auth::CheckRequest) -> Option<Result<auth::CheckResponse, S
     let request = question.attributes.clone()?.request?.http?;
     // By the path, which tells the case.
     let path = request.path.split('?').next()?;
+    // Whoever asks whether the listener is there.
+    if path == "/ready" {
+        return Some(Ok(auth::CheckResponse::default()));
+    }
     let mut rng = script::chosen_by(path);
     match rng.below(24) {
         0 => return Some(Err(Status::unavailable("not now"))),
@@ -463,7 +469,14 @@ async fn http_service() -> Backend {
         let told = script::field_text(&format!("{} {} {body:?} {fields}", seen.method, seen.path));
         let mut rng = script::chosen_by(seen.path.split('?').next().unwrap_or_default());
         let status: u16 = rng.pick(&[200, 200, 200, 200, 200, 401, 403, 302, 500, 503, 404, 204]);
+        // Whoever asks whether the listener is there gets in.
+        let status = if seen.path.ends_with("/ready") {
+            200
+        } else {
+            status
+        };
         let mut out = Response::builder().status(status).header("x-asked", told);
+        let mut located = false;
         for (name, value) in rng.some(0, 3, |rng| {
             rng.pick(&[
                 ("x-k", "changed"),
@@ -476,7 +489,10 @@ async fn http_service() -> Backend {
                 ("www-authenticate", "Basic"),
             ])
         }) {
-            out = out.header(name, value);
+            // Of two places Envoy makes one that is none.
+            if name != "location" || !std::mem::replace(&mut located, true) {
+                out = out.header(name, value);
+            }
         }
         if rng.chance(30) {
             out = out.header("content-type", "text/told");

@@ -77,7 +77,8 @@ const FIELDS: [&str; 9] = [
     "user-agent",
 ];
 
-const ATTRIBUTES: [&str; 14] = [
+/// Without `request.id`, which is another one each time.
+const ATTRIBUTES: [&str; 13] = [
     "request.path",
     "request.url_path",
     "request.host",
@@ -86,7 +87,6 @@ const ATTRIBUTES: [&str; 14] = [
     "request.query",
     "request.referer",
     "request.useragent",
-    "request.id",
     "connection.requested_server_name",
     "connection.uri_san_peer_certificate",
     "connection.dns_san_peer_certificate",

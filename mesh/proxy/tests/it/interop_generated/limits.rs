@@ -376,7 +376,7 @@ fn answer(question: &service::RateLimitRequest) -> Option<Result<service::RateLi
     out.response_headers_to_add
         .push(field("x-statuses", &format!("{} {statuses:?}", out.overall_code)));
     // Envoy adds a second type of content to what endpoints answer.
-    if over && rng.chance(15) {
+    if out.overall_code == Code::OverLimit as i32 && rng.chance(15) {
         out.response_headers_to_add
             .push(field("content-type", "text/limited"));
     }

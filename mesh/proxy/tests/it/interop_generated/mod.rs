@@ -11,6 +11,7 @@ mod authorization;
 mod cel;
 mod client;
 mod compare;
+mod filters;
 mod hash;
 mod limits;
 mod policies;
@@ -228,6 +229,7 @@ async fn differences(setups: Vec<Setup>, more: Vec<Value>) -> Option<Vec<Differe
     // Whoever is refused by one only is a difference; by both, a waste.
     let mut refused: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut places: HashMap<String, [SocketAddr; 2]> = HashMap::new();
+    let mut late = Vec::new();
     for setup in &setups {
         let found = async {
             let at = pair.listener(&setup.name).await;
@@ -252,6 +254,8 @@ async fn differences(setups: Vec<Setup>, more: Vec<Value>) -> Option<Vec<Differe
         };
         if let Ok(at) = tokio::time::timeout(std::time::Duration::from_secs(5), found).await {
             places.insert(setup.name.clone(), at);
+        } else {
+            late.push(setup.name.clone());
         }
         while let Ok((client, event)) = pair.ads.events.try_recv() {
             if let Event::Refused(resource, reason) = event {
@@ -259,6 +263,9 @@ async fn differences(setups: Vec<Setup>, more: Vec<Value>) -> Option<Vec<Differe
                 refused.entry(resource.name.to_string()).or_default().push(text);
             }
         }
+    }
+    for name in late.iter().filter(|name| !refused.contains_key(*name)) {
+        out.push(Difference::of_setup(format!("{name} was never ready\n")));
     }
     for (name, reasons) in &refused {
         out.push(Difference::of_setup(format!(

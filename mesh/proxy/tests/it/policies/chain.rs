@@ -156,6 +156,15 @@ async fn filters_run_in_their_order_and_a_reply_of_the_proxy_passes_them_back() 
 }
 
 #[tokio::test]
+async fn mutations_that_are_switched_off_leave_a_reply_of_the_proxy_alone() {
+    let mut off = mutating(mutations(Vec::new(), vec![append("x-out", "mutated")]));
+    off.disabled = true;
+    let (_harness, _backend, at) = served(vec![aborting(418), off], to_c()).await;
+    let (status, headers, _) = get(at, "/").await;
+    assert_eq!((status, headers.get("x-out")), (418, None));
+}
+
+#[tokio::test]
 async fn a_filter_can_be_switched_off_by_a_route_and_on_by_a_route() {
     let mut off_by_default = aborting(418);
     off_by_default.disabled = true;

@@ -1,0 +1,105 @@
+//! The head of a request as it goes to a host.
+
+use http::request::Parts;
+use http::uri::{Authority, PathAndQuery, Scheme};
+use http::{HeaderName, HeaderValue, Method, Request, Uri, Version, header};
+
+use super::attempt::Try;
+use crate::upstream::cluster::Host;
+use crate::upstream::pool::Lease;
+use crate::worker::body::UpstreamBody;
+use crate::worker::upstream::Plan;
+
+pub(in crate::worker) static X_ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
+
+/// The request as it goes to `host` over `lease`. Its head is copied only if a further attempt is possible.
+pub(super) fn build(
+    plan: &Plan<'_>,
+    parts: &mut Parts,
+    try_of: &Try<'_>,
+    host: &Host,
+    lease: &Lease,
+) -> Request<UpstreamBody> {
+    let again = try_of.again.by_policy || (lease.reused() && try_of.again.quietly);
+    let mut request = Request::new(match plan.source {
+        None => UpstreamBody::Empty,
+        Some(source) => UpstreamBody::stream(source),
+    });
+    *request.method_mut() = parts.method.clone();
+    *request.headers_mut() = if again {
+        parts.headers.clone()
+    } else {
+        std::mem::take(&mut parts.headers)
+    };
+    let headers = request.headers_mut();
+    if plan.auto_host
+        && !host.endpoint.hostname().is_empty()
+        && let Ok(value) = HeaderValue::from_str(host.endpoint.hostname())
+    {
+        headers.insert(header::HOST, value);
+    }
+    if plan.routed.host.attempt_count {
+        headers.insert(X_ATTEMPT_COUNT.clone(), HeaderValue::from(try_of.number));
+    }
+    let uri = parts.uri.clone();
+    if lease.is_http2() {
+        address_http2(plan, &mut request, uri, try_of);
+    } else {
+        address_http1(plan, &mut request, uri, try_of);
+    }
+    request
+}
+
+/// `:authority` instead of `Host`, and an absolute target (RFC 9113 section 8.3.1).
+fn address_http2(plan: &Plan<'_>, request: &mut Request<UpstreamBody>, uri: Uri, try_of: &Try<'_>) {
+    let host = request.headers_mut().remove(header::HOST);
+    let authority = host
+        .as_ref()
+        .and_then(|value| value.to_str().ok())
+        .filter(|host| !host.is_empty())
+        .unwrap_or("unknown");
+    let scheme = if plan.conn.tls.is_some() {
+        Scheme::HTTPS
+    } else {
+        Scheme::HTTP
+    };
+    // Parsed once, where it is what the client sent.
+    let known = plan.authority.as_ref();
+    let parsed = match known.filter(|known| known.as_str() == authority) {
+        Some(known) => Some(known.clone()),
+        None => Authority::try_from(authority).ok(),
+    };
+    let absolute = parsed.and_then(|parsed| {
+        let mut whole = http::uri::Parts::default();
+        whole.path_and_query = uri.path_and_query().cloned();
+        whole
+            .path_and_query
+            .get_or_insert_with(|| PathAndQuery::from_static("/"));
+        whole.scheme = Some(scheme.clone());
+        whole.authority = Some(parsed);
+        Uri::from_parts(whole).ok()
+    });
+    *request.uri_mut() = absolute.unwrap_or(uri);
+    *request.version_mut() = Version::HTTP_2;
+    if let Some(tunnel) = try_of.tunnel {
+        tunnel.write(request, true, authority, scheme.as_str());
+    }
+}
+
+fn address_http1(plan: &Plan<'_>, request: &mut Request<UpstreamBody>, uri: Uri, try_of: &Try<'_>) {
+    // hyper drops a body of unknown length from methods that usually have none, unless it is told.
+    if plan.source.is_some()
+        && !request.headers().contains_key(header::CONTENT_LENGTH)
+        && matches!(*request.method(), Method::GET | Method::HEAD)
+    {
+        let chunked = HeaderValue::from_static("chunked");
+        request.headers_mut().insert(header::TRANSFER_ENCODING, chunked);
+    }
+    *request.uri_mut() = uri;
+    *request.version_mut() = Version::HTTP_11;
+    if let Some(tunnel) = try_of.tunnel {
+        let host = request.headers().get(header::HOST).cloned();
+        let authority = host.as_ref().and_then(|host| host.to_str().ok()).unwrap_or("");
+        tunnel.write(request, false, authority, "http");
+    }
+}
