@@ -142,7 +142,7 @@ fn tree(rng: &mut Rng, depth: usize) -> Value {
     } else {
         let kind = rng.below(5);
         let mut map = serde_json::Map::new();
-        for _ in 0..1 + rng.below(4) {
+        for _ in 0..=rng.below(4) {
             map.insert(rng.pick(&TEXTS).into(), found(rng, depth));
         }
         match kind {
