@@ -20,6 +20,25 @@ struct Entry {
     targets: Vec<ObjectKey>,
 }
 
+impl Entry {
+    /// The gateways that apply it.
+    fn gateways(&self) -> impl Iterator<Item = &Arc<str>> {
+        let all = self.rules.gateways.iter();
+        all.filter(|gateway| &***gateway != crate::route::MESH)
+    }
+}
+
+/// What decides which virtual hosts a gateway has, as opposed to what is in them.
+fn shape(entry: &Entry) -> impl PartialEq + use<'_> {
+    (
+        &entry.rules.hosts,
+        &entry.rules.gateways,
+        entry.rules.http.is_empty(),
+        &entry.rules.visibility,
+        &entry.seniority,
+    )
+}
+
 /// VirtualServices by key, host and delegate.
 #[derive(Debug, Default)]
 pub(crate) struct RuleIndex {
@@ -91,102 +110,94 @@ impl RuleIndex {
     ) {
         let old = self.entries.remove(key);
         if let Some(old) = &old {
-            self.selective -= usize::from(is_selective(&old.rules));
-            for host in &old.rules.hosts {
-                take(&mut self.mesh, host, &old.seniority);
-            }
-            for gateway in &old.rules.gateways {
-                take(&mut self.gateways, gateway, &old.seniority);
-            }
-            for target in &old.targets {
-                if let Some(roots) = self.roots.get_mut(target) {
-                    roots.remove(key);
-                    if roots.is_empty() {
-                        self.roots.remove(target);
-                    }
-                }
-            }
-            for host in old.rules.destinations().map(|backend| &backend.host) {
-                if let Some(keys) = self.named.get_mut(host) {
-                    keys.remove(key);
-                    if keys.is_empty() {
-                        self.named.remove(host);
-                    }
-                }
-            }
+            self.leave(key, old);
             touched.hosts.extend(old.rules.hosts.iter().cloned());
         }
-        let new = object.map(|object| {
-            let rules = Arc::new(compile(&object, domain, |target| {
-                let child = &self.entries.get(target)?.object;
-                let namespace = child.metadata.namespace.as_deref().unwrap_or("default");
-                Visibility::parse(child.spec.export_to.iter().map(String::as_str), namespace)
-                    .includes(&key.namespace)
-                    .then_some(&**child)
-            }));
-            let seniority = Seniority::of(&object.metadata, &key.namespace);
-            let targets = delegations(&object)
-                .into_iter()
-                .map(|delegation| delegation.target)
-                .collect();
-            Entry {
-                object,
-                seniority,
-                rules,
-                targets,
-            }
-        });
-        if let Some(new) = new {
-            self.selective += usize::from(is_selective(&new.rules));
-            if new.rules.in_mesh() {
-                for host in &new.rules.hosts {
-                    self.mesh
-                        .entry(host.clone())
-                        .or_default()
-                        .insert(new.seniority.clone(), new.rules.clone());
-                }
-            }
-            for gateway in &new.rules.gateways {
-                if &**gateway != crate::route::MESH {
-                    self.gateways
-                        .entry(gateway.clone())
-                        .or_default()
-                        .insert(new.seniority.clone(), new.rules.clone());
-                }
-            }
-            for target in &new.targets {
-                self.roots.entry(target.clone()).or_default().insert(key.clone());
-            }
-            for backend in new.rules.destinations() {
-                let keys = self.named.entry(backend.host.clone()).or_default();
-                keys.insert(key.clone());
-            }
+        if let Some(object) = object {
+            let new = self.compiled(key, object, domain);
+            self.enter(key, &new);
             touched.hosts.extend(new.rules.hosts.iter().cloned());
             self.entries.insert(key.clone(), new);
         }
-        // What decides which virtual hosts a gateway has, as opposed to what is in them.
-        let shape = |entry: Option<&Entry>| {
-            entry.map(|entry| {
-                (
-                    entry.rules.hosts.clone(),
-                    entry.rules.gateways.clone(),
-                    entry.rules.http.is_empty(),
-                    entry.rules.visibility.clone(),
-                    entry.seniority.clone(),
-                )
-            })
-        };
-        if shape(old.as_ref()) != shape(self.entries.get(key)) {
-            for entry in old.as_ref().into_iter().chain(self.entries.get(key)) {
-                touched.gateways.extend(
-                    entry
-                        .rules
-                        .gateways
-                        .iter()
-                        .filter(|gateway| &***gateway != crate::route::MESH)
-                        .cloned(),
-                );
+        let new = self.entries.get(key);
+        if old.as_ref().map(shape) != new.map(shape) {
+            for entry in old.iter().chain(new) {
+                touched.gateways.extend(entry.gateways().cloned());
             }
+        }
+    }
+
+    /// Compiles an object with those that it delegates to, as far as they are here and let it.
+    fn compiled(&self, key: &ObjectKey, object: Arc<VirtualService>, domain: &str) -> Entry {
+        let rules = compile(&object, domain, |target| {
+            let child = &self.entries.get(target)?.object;
+            let namespace = child.metadata.namespace.as_deref().unwrap_or("default");
+            Visibility::parse(child.spec.export_to.iter().map(String::as_str), namespace)
+                .includes(&key.namespace)
+                .then_some(&**child)
+        });
+        let targets = delegations(&object)
+            .into_iter()
+            .map(|delegation| delegation.target)
+            .collect();
+        Entry {
+            seniority: Seniority::of(&object.metadata, &key.namespace),
+            object,
+            rules: Arc::new(rules),
+            targets,
+        }
+    }
+
+    /// Takes an entry out of everything that leads to it.
+    fn leave(&mut self, key: &ObjectKey, old: &Entry) {
+        self.selective -= usize::from(is_selective(&old.rules));
+        for host in &old.rules.hosts {
+            take(&mut self.mesh, host, &old.seniority);
+        }
+        for gateway in &old.rules.gateways {
+            take(&mut self.gateways, gateway, &old.seniority);
+        }
+        for target in &old.targets {
+            if let Some(roots) = self.roots.get_mut(target) {
+                roots.remove(key);
+                if roots.is_empty() {
+                    self.roots.remove(target);
+                }
+            }
+        }
+        for host in old.rules.destinations().map(|backend| &backend.host) {
+            if let Some(keys) = self.named.get_mut(host) {
+                keys.remove(key);
+                if keys.is_empty() {
+                    self.named.remove(host);
+                }
+            }
+        }
+    }
+
+    /// Lets everything that leads to an entry lead to it.
+    fn enter(&mut self, key: &ObjectKey, new: &Entry) {
+        self.selective += usize::from(is_selective(&new.rules));
+        if new.rules.in_mesh() {
+            for host in &new.rules.hosts {
+                self.mesh
+                    .entry(host.clone())
+                    .or_default()
+                    .insert(new.seniority.clone(), new.rules.clone());
+            }
+        }
+        for gateway in new.gateways() {
+            self.gateways
+                .entry(gateway.clone())
+                .or_default()
+                .insert(new.seniority.clone(), new.rules.clone());
+        }
+        for target in &new.targets {
+            self.roots.entry(target.clone()).or_default().insert(key.clone());
+        }
+        for backend in new.rules.destinations() {
+            let keys = self.named.entry(backend.host.clone()).or_default();
+            keys.insert(key.clone());
         }
     }
 

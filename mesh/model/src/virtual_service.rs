@@ -7,8 +7,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serin_crds::istio::{
-    self, CorsPolicy, Destination, Headers, HttpFaultInjection, HttpMatchRequest, HttpRoute,
-    RouteDestination, StringMatch, StringMatchKind, VirtualService,
+    self, CorsPolicy, Destination, Headers, HttpBody, HttpFaultInjection, HttpMatchRequest, HttpRedirect,
+    HttpRetry, HttpRewrite, HttpRoute, L4MatchAttributes, RouteDestination, StringMatch, StringMatchKind,
+    TlsMatchAttributes, VirtualService,
 };
 
 use crate::delegate::merge_delegate;
@@ -67,24 +68,15 @@ pub(crate) fn compile<'a>(
         rule: None,
     };
     let spec = &object.spec;
-    let gateways = if spec.gateways.is_empty() {
-        vec![Arc::from(MESH)]
-    } else {
-        spec.gateways
-            .iter()
-            .map(|gateway| gateway_name(gateway, namespace))
-            .collect()
+    let of_rule = |index: usize| Provenance {
+        rule: u32::try_from(index).ok(),
+        ..provenance.clone()
     };
     let mut http = Vec::new();
+    let delegations = delegations(object);
     for (index, rule) in spec.http.iter().enumerate() {
-        let origin = Provenance {
-            rule: u32::try_from(index).ok(),
-            ..provenance.clone()
-        };
-        match delegations(object)
-            .into_iter()
-            .find(|delegation| delegation.rule == index)
-        {
+        let origin = of_rule(index);
+        match delegations.iter().find(|delegation| delegation.rule == index) {
             None => http.extend(routes(rule, &origin, namespace, domain)),
             Some(delegation) => {
                 if let Some(child) = delegate(&delegation.target) {
@@ -93,11 +85,8 @@ pub(crate) fn compile<'a>(
             }
         }
     }
-    let connection = |index: usize, matches, route: &[RouteDestination]| ConnectionRoute {
-        provenance: Provenance {
-            rule: u32::try_from(index).ok(),
-            ..provenance.clone()
-        },
+    let connection = |index, matches, route: &[RouteDestination]| ConnectionRoute {
+        provenance: of_rule(index),
         matches,
         backends: backends(
             route.iter().map(|r| (&r.destination, r.weight, None)),
@@ -105,57 +94,65 @@ pub(crate) fn compile<'a>(
             domain,
         ),
     };
+    let tls = spec.tls.iter().enumerate().map(|(index, rule)| {
+        let matches = rule.matches.iter().map(|block| tls_match(block, namespace));
+        connection(index, matches.collect(), &rule.route)
+    });
+    let tcp = spec.tcp.iter().enumerate().map(|(index, rule)| {
+        let matches = rule.matches.iter().map(|block| tcp_match(block, namespace));
+        connection(index, matches.collect(), &rule.route)
+    });
     RuleSet {
         hosts: spec
             .hosts
             .iter()
             .map(|name| host::resolve(name, namespace, domain))
             .collect(),
-        gateways,
+        gateways: gateways(&spec.gateways, namespace),
         visibility: Visibility::parse(spec.export_to.iter().map(String::as_str), namespace),
         http,
-        tls: spec
-            .tls
-            .iter()
-            .enumerate()
-            .map(|(index, rule)| {
-                let matches = rule.matches.iter().map(|block| ConnectionMatch {
-                    audience: audience(
-                        &block.source_labels,
-                        block.source_namespace.as_ref(),
-                        &block.gateways,
-                        block.port,
-                        namespace,
-                    ),
-                    sni: block.sni_hosts.clone(),
-                    destinations: block.destination_subnets.clone(),
-                    source: None,
-                });
-                connection(index, matches.collect(), &rule.route)
-            })
-            .collect(),
-        tcp: spec
-            .tcp
-            .iter()
-            .enumerate()
-            .map(|(index, rule)| {
-                let matches = rule.matches.iter().map(|block| ConnectionMatch {
-                    audience: audience(
-                        &block.source_labels,
-                        block.source_namespace.as_ref(),
-                        &block.gateways,
-                        block.port,
-                        namespace,
-                    ),
-                    sni: Vec::new(),
-                    destinations: block.destination_subnets.clone(),
-                    source: block.source_subnet.clone(),
-                });
-                connection(index, matches.collect(), &rule.route)
-            })
-            .collect(),
+        tls: tls.collect(),
+        tcp: tcp.collect(),
         provenance,
     }
+}
+
+fn tls_match(block: &TlsMatchAttributes, namespace: &str) -> ConnectionMatch {
+    ConnectionMatch {
+        audience: audience(
+            &block.source_labels,
+            block.source_namespace.as_ref(),
+            &block.gateways,
+            block.port,
+            namespace,
+        ),
+        sni: block.sni_hosts.clone(),
+        destinations: block.destination_subnets.clone(),
+        source: None,
+    }
+}
+
+fn tcp_match(block: &L4MatchAttributes, namespace: &str) -> ConnectionMatch {
+    ConnectionMatch {
+        audience: audience(
+            &block.source_labels,
+            block.source_namespace.as_ref(),
+            &block.gateways,
+            block.port,
+            namespace,
+        ),
+        sni: Vec::new(),
+        destinations: block.destination_subnets.clone(),
+        source: block.source_subnet.clone(),
+    }
+}
+
+/// Who applies the rules: the mesh, where nobody is named.
+fn gateways(names: &[String], namespace: &str) -> Vec<Arc<str>> {
+    if names.is_empty() {
+        return vec![Arc::from(MESH)];
+    }
+    names.iter().map(|name| gateway_name(name, namespace)).collect()
 }
 
 /// `mesh` stays; a gateway gets the namespace that it is in.
@@ -373,58 +370,16 @@ fn backends<'a>(
 }
 
 fn action(rule: &HttpRoute, namespace: &str, domain: &str) -> Action {
-    if let Some(redirect) = &rule.redirect {
-        let filled = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
-        return Action::Redirect(Redirect {
-            scheme: filled(&redirect.scheme),
-            authority: filled(&redirect.authority),
-            path: filled(&redirect.uri),
-            prefix: filled(&redirect.prefix_rewrite),
-            port: redirect
-                .port
-                .and_then(|port| u16::try_from(port).ok())
-                .map(RedirectPort::Number)
-                .or(redirect.derive_port.map(|derive| match derive {
-                    istio::RedirectPortSelection::FromProtocolDefault => RedirectPort::OfProtocol,
-                    istio::RedirectPortSelection::FromRequestPort => RedirectPort::OfRequest,
-                })),
-            status: redirect
-                .redirect_code
-                .and_then(|code| u16::try_from(code).ok())
-                .unwrap_or(301),
-        });
+    if let Some(from) = &rule.redirect {
+        return Action::Redirect(redirect(from));
     }
     if let Some(response) = &rule.direct_response {
-        let body = response
-            .body
-            .as_ref()
-            .and_then(|body| match (&body.string, &body.bytes) {
-                (Some(text), _) => Some(Body::Text(text.clone())),
-                (None, Some(bytes)) => base64_decode(bytes).map(Body::Bytes),
-                (None, None) => None,
-            });
         return Action::Respond {
             status: u16::try_from(response.status).unwrap_or(500),
-            body,
+            body: response.body.as_ref().and_then(body),
         };
     }
     let rewrite = rule.rewrite.as_ref();
-    let mut mirrors = Vec::new();
-    if let Some(mirror) = &rule.mirror {
-        let percent = match (&rule.mirror_percentage, rule.mirror_percent) {
-            (Some(percentage), _) => Some(percentage.value.map_or(0.0, |value| value.0)),
-            (None, Some(percent)) => Some(f64::from(percent)),
-            (None, None) => None,
-        };
-        mirrors.push((mirror, percent));
-    }
-    for mirror in &rule.mirrors {
-        let percent = mirror
-            .percentage
-            .as_ref()
-            .map(|percentage| percentage.value.map_or(0.0, |value| value.0));
-        mirrors.push((&mirror.destination, percent));
-    }
     Action::Forward(Forward {
         backends: backends(
             rule.route
@@ -433,51 +388,94 @@ fn action(rule: &HttpRoute, namespace: &str, domain: &str) -> Action {
             namespace,
             domain,
         ),
-        path_rewrite: rewrite.and_then(|rewrite| match (&rewrite.uri_regex_rewrite, &rewrite.uri) {
-            (Some(regex), _) => Some(PathRewrite::Regex {
-                pattern: regex.regex.clone().unwrap_or_default(),
-                substitution: regex.rewrite.clone().unwrap_or_default(),
-            }),
-            (None, Some(uri)) => Some(PathRewrite::Prefix(uri.clone())),
-            (None, None) => None,
-        }),
+        path_rewrite: rewrite.and_then(path_rewrite),
         authority: rewrite
             .and_then(|rewrite| rewrite.authority.clone())
             .filter(|authority| !authority.is_empty()),
         timeout: rule.timeout.as_ref().and_then(|timeout| timeout.parse().ok()),
-        retries: match &rule.retries {
-            None => Retries::Default,
-            Some(retries) => match retries
-                .attempts
-                .and_then(|attempts| u32::try_from(attempts).ok())
-                .unwrap_or(0)
-            {
-                0 => Retries::Off,
-                attempts => Retries::Policy(RetryPolicy {
-                    attempts,
-                    per_try_timeout: retries
-                        .per_try_timeout
-                        .as_ref()
-                        .and_then(|timeout| timeout.parse().ok()),
-                    retry_on: retries
-                        .retry_on
-                        .clone()
-                        .filter(|conditions| !conditions.is_empty()),
-                    ignore_previous_hosts: retries.retry_ignore_previous_hosts.unwrap_or(true),
-                    remote_localities: retries.retry_remote_localities.unwrap_or(false),
-                    backoff: retries.backoff.as_ref().and_then(|backoff| backoff.parse().ok()),
-                }),
-            },
-        },
-        mirrors: mirrors
-            .into_iter()
-            .filter(|(_, percent)| *percent != Some(0.0))
-            .map(|(destination, percent)| Mirror {
-                backend: backend(destination, 0, None, namespace, domain),
-                percent,
-            })
-            .collect(),
+        retries: rule.retries.as_ref().map_or(Retries::Default, retries),
+        mirrors: mirrors(rule, namespace, domain),
     })
+}
+
+fn redirect(from: &HttpRedirect) -> Redirect {
+    let filled = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
+    let number = from.port.and_then(|port| u16::try_from(port).ok());
+    let derived = from.derive_port.map(|derive| match derive {
+        istio::RedirectPortSelection::FromProtocolDefault => RedirectPort::OfProtocol,
+        istio::RedirectPortSelection::FromRequestPort => RedirectPort::OfRequest,
+    });
+    Redirect {
+        scheme: filled(&from.scheme),
+        authority: filled(&from.authority),
+        path: filled(&from.uri),
+        prefix: filled(&from.prefix_rewrite),
+        port: number.map(RedirectPort::Number).or(derived),
+        status: from
+            .redirect_code
+            .and_then(|code| u16::try_from(code).ok())
+            .unwrap_or(301),
+    }
+}
+
+fn body(from: &HttpBody) -> Option<Body> {
+    match (&from.string, &from.bytes) {
+        (Some(text), _) => Some(Body::Text(text.clone())),
+        (None, Some(bytes)) => base64_decode(bytes).map(Body::Bytes),
+        (None, None) => None,
+    }
+}
+
+fn path_rewrite(from: &HttpRewrite) -> Option<PathRewrite> {
+    match (&from.uri_regex_rewrite, &from.uri) {
+        (Some(regex), _) => Some(PathRewrite::Regex {
+            pattern: regex.regex.clone().unwrap_or_default(),
+            substitution: regex.rewrite.clone().unwrap_or_default(),
+        }),
+        (None, Some(uri)) => Some(PathRewrite::Prefix(uri.clone())),
+        (None, None) => None,
+    }
+}
+
+/// No attempts are no retries.
+fn retries(from: &HttpRetry) -> Retries {
+    let attempts = from.attempts.and_then(|attempts| u32::try_from(attempts).ok());
+    let attempts = attempts.unwrap_or(0);
+    if attempts == 0 {
+        return Retries::Off;
+    }
+    Retries::Policy(RetryPolicy {
+        attempts,
+        per_try_timeout: from
+            .per_try_timeout
+            .as_ref()
+            .and_then(|timeout| timeout.parse().ok()),
+        retry_on: from.retry_on.clone().filter(|conditions| !conditions.is_empty()),
+        ignore_previous_hosts: from.retry_ignore_previous_hosts.unwrap_or(true),
+        remote_localities: from.retry_remote_localities.unwrap_or(false),
+        backoff: from.backoff.as_ref().and_then(|backoff| backoff.parse().ok()),
+    })
+}
+
+/// The older field for one mirror, and the list; those that mirror nothing are left out.
+fn mirrors(rule: &HttpRoute, namespace: &str, domain: &str) -> Vec<Mirror> {
+    let share = |percentage: &istio::Percent| percentage.value.map_or(0.0, |value| value.0);
+    let one = rule.mirror.as_ref().map(|mirror| {
+        let older = rule.mirror_percent.map(f64::from);
+        (mirror, rule.mirror_percentage.as_ref().map(share).or(older))
+    });
+    let list = rule
+        .mirrors
+        .iter()
+        .map(|mirror| (&mirror.destination, mirror.percentage.as_ref().map(share)));
+    one.into_iter()
+        .chain(list)
+        .filter(|(_, percent)| *percent != Some(0.0))
+        .map(|(destination, percent)| Mirror {
+            backend: backend(destination, 0, None, namespace, domain),
+            percent,
+        })
+        .collect()
 }
 
 fn header_changes(headers: Option<&Headers>) -> HeaderChanges {

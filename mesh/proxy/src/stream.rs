@@ -7,6 +7,8 @@
 //!
 //! Not here: what makes bytes of its own (`hygiene::strict`, tunnels inside of HTTP/2).
 
+pub mod frames;
+pub mod keepalive;
 pub mod last_words;
 pub mod linger;
 

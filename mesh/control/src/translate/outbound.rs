@@ -582,86 +582,25 @@ impl Context<'_> {
         }
     }
 
-    /// The chains of a TCP port: those of rules with conditions, then the one for the rest.
+    /// The chains of a TCP port: those of rules with conditions, then the one for the rest; whether any of them goes by
+    /// server name.
     fn tcp_chains(&self, service: &Arc<Service>, port: &Port, built: &mut Built) -> (Vec<TcpChain>, bool) {
-        let resolver = self.resolver();
         let limits = self.limits(service, port);
-        let mut chains: Vec<TcpChain> = Vec::new();
-        let mut sni = false;
-        let mut catch_all = false;
         built.hosts.insert(service.host.clone());
+        let mut found = TcpChains::default();
         if let Some(rules) = self.model.rules(&service.host, self.client) {
-            let tls = rules
-                .tls
-                .iter()
-                .filter(|_| port.protocol.is_tls())
-                .map(|rule| (rule, true));
-            let tcp = rules
-                .tcp
-                .iter()
-                .filter(|_| !port.protocol.is_tls())
-                .map(|rule| (rule, false));
-            'rules: for (rule, by_name) in tls.chain(tcp) {
-                let blocks: Vec<_> = rule
-                    .matches
-                    .iter()
-                    .filter(|block| is_for(&block.audience, self.client, MESH, port.number))
-                    .collect();
-                if !rule.matches.is_empty() && blocks.is_empty() {
-                    continue;
-                }
-                built.origin(&rule.provenance);
-                built
-                    .hosts
-                    .extend(rule.backends.iter().map(|backend| backend.host.clone()));
-                let destinations = |rule: &ConnectionRoute| destinations(rule, &resolver, port.number);
-                if rule.matches.is_empty() {
-                    chains.push(TcpChain {
-                        matches: None,
-                        destinations: destinations(rule),
-                        limits,
-                        origin: Some(rule.provenance.clone()),
-                        name: String::new(),
-                    });
-                    catch_all = true;
+            let by_name = port.protocol.is_tls();
+            let rules = if by_name { &rules.tls } else { &rules.tcp };
+            for rule in rules {
+                self.add_chains(rule, by_name, port, limits, &mut found, built);
+                if found.catch_all {
                     break;
-                }
-                for block in blocks {
-                    let matches = listener_pb::FilterChainMatch {
-                        server_names: if by_name { block.sni.clone() } else { Vec::new() },
-                        prefix_ranges: listener::ranges(&block.destinations),
-                        source_prefix_ranges: block
-                            .source
-                            .as_ref()
-                            .map(|source| listener::ranges(std::slice::from_ref(source)))
-                            .unwrap_or_default(),
-                        ..Default::default()
-                    };
-                    sni |= by_name && !block.sni.is_empty();
-                    let empty = matches == listener_pb::FilterChainMatch::default();
-                    if chains
-                        .iter()
-                        .any(|chain| chain.matches.as_ref() == Some(&matches))
-                    {
-                        continue;
-                    }
-                    chains.push(TcpChain {
-                        matches: (!empty).then_some(matches),
-                        destinations: destinations(rule),
-                        limits,
-                        origin: (empty || by_name).then(|| rule.provenance.clone()),
-                        name: String::new(),
-                    });
-                    if empty {
-                        catch_all = true;
-                        break 'rules;
-                    }
                 }
             }
         }
         // TLS rules take the port over: a server name that none of them has is not this service's.
-        if !catch_all && !sni {
-            chains.push(TcpChain {
+        if !found.catch_all && !found.sni {
+            found.chains.push(TcpChain {
                 matches: None,
                 destinations: vec![Destination {
                     cluster: cluster::name(port.number, "", &service.host),
@@ -672,8 +611,74 @@ impl Context<'_> {
                 name: String::new(),
             });
         }
-        (chains, sni)
+        (found.chains, found.sni)
     }
+
+    /// Adds the chains of a rule, one for each of its conditions that no chain has yet.
+    fn add_chains(
+        &self,
+        rule: &ConnectionRoute,
+        by_name: bool,
+        port: &Port,
+        limits: listener::ConnectionLimits,
+        found: &mut TcpChains,
+        built: &mut Built,
+    ) {
+        let blocks: Vec<_> = rule
+            .matches
+            .iter()
+            .filter(|block| is_for(&block.audience, self.client, MESH, port.number))
+            .collect();
+        if !rule.matches.is_empty() && blocks.is_empty() {
+            return;
+        }
+        built.origin(&rule.provenance);
+        let hosts = rule.backends.iter().map(|backend| backend.host.clone());
+        built.hosts.extend(hosts);
+        let chain = |matches, origin| TcpChain {
+            matches,
+            destinations: destinations(rule, &self.resolver(), port.number),
+            limits,
+            origin,
+            name: String::new(),
+        };
+        if rule.matches.is_empty() {
+            found.chains.push(chain(None, Some(rule.provenance.clone())));
+            found.catch_all = true;
+            return;
+        }
+        for block in blocks {
+            let source = block.source.as_ref().map(std::slice::from_ref);
+            let matches = listener_pb::FilterChainMatch {
+                server_names: if by_name { block.sni.clone() } else { Vec::new() },
+                prefix_ranges: listener::ranges(&block.destinations),
+                source_prefix_ranges: source.map(listener::ranges).unwrap_or_default(),
+                ..Default::default()
+            };
+            found.sni |= by_name && !block.sni.is_empty();
+            let known = |chain: &TcpChain| chain.matches.as_ref() == Some(&matches);
+            if found.chains.iter().any(known) {
+                continue;
+            }
+            let empty = matches == listener_pb::FilterChainMatch::default();
+            let origin = (empty || by_name).then(|| rule.provenance.clone());
+            found.chains.push(chain((!empty).then_some(matches), origin));
+            if empty {
+                found.catch_all = true;
+                return;
+            }
+        }
+    }
+}
+
+/// Chains of a port as its rules are gone through.
+#[derive(Default)]
+struct TcpChains {
+    chains: Vec<TcpChain>,
+    /// One goes by server name.
+    sni: bool,
+    /// One takes everything: no rule comes after it.
+    catch_all: bool,
 }
 
 /// The clusters of a connection route.

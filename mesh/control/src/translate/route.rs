@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use serin_crds::istio::{ConsistentHashLb, TrafficPolicy};
 use serin_model::route::{
-    Abort, Action, Backend, Body, Cors, Fault, Forward, HeaderEdit, NamedMatch, PathMatch, PathRewrite,
-    Redirect, RedirectPort, RequestMatch, Retries, RetryPolicy, Route, TextMatch,
+    Abort, Action, Backend, Body, Cors, Fault, Forward, HeaderEdit, Mirror, NamedMatch, PathMatch,
+    PathRewrite, Redirect, RedirectPort, RequestMatch, Retries, RetryPolicy, Route, TextMatch,
 };
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::route::v3 as pb;
@@ -326,34 +326,19 @@ fn forward_action(
         request_mirror_policies: forward
             .mirrors
             .iter()
-            .map(|mirror| pb::route_action::RequestMirrorPolicy {
-                cluster: to.cluster(&mirror.backend, port),
-                runtime_fraction: Some(core::RuntimeFractionalPercent {
-                    default_value: Some(
-                        mirror
-                            .percent
-                            .map_or_else(|| wire::hundredths(100), wire::fraction),
-                    ),
-                    ..Default::default()
-                }),
-                trace_sampled: Some(wire::boolean(false)),
-                disable_shadow_host_suffix_append: true,
-                ..Default::default()
-            })
+            .map(|mirror| mirror_policy(mirror, to.cluster(&mirror.backend, port)))
             .collect(),
-        hash_policy: forward
-            .backends
-            .iter()
-            .filter_map(|backend| hash_policy(&to.policy(backend, port)?))
-            .fold(Vec::new(), |mut all, policy| {
-                if !all.contains(&policy) {
-                    all.push(policy);
-                }
-                all
-            }),
+        hash_policy: hash_policies(forward, port, to),
         host_rewrite_specifier: authority.map(pb::route_action::HostRewriteSpecifier::HostRewriteLiteral),
+        cluster_specifier: Some(cluster_specifier(&forward.backends, port, to)),
         ..Default::default()
     };
+    if let [only] = forward.backends.as_slice()
+        && only.missing_status == 500
+    {
+        action.cluster_not_found_response_code =
+            pb::route_action::ClusterNotFoundResponseCode::InternalServerError as i32;
+    }
     match &forward.path_rewrite {
         None => {}
         Some(PathRewrite::Prefix(prefix)) => action.prefix_rewrite.clone_from(prefix),
@@ -367,42 +352,65 @@ fn forward_action(
             });
         }
     }
-    action.cluster_specifier = Some(match forward.backends.as_slice() {
-        // A single destination ignores its weight.
-        [only] => {
-            if only.missing_status == 500 {
-                action.cluster_not_found_response_code =
-                    pb::route_action::ClusterNotFoundResponseCode::InternalServerError as i32;
-            }
-            pb::route_action::ClusterSpecifier::Cluster(to.cluster(only, port))
-        }
-        several => pb::route_action::ClusterSpecifier::WeightedClusters(pb::WeightedCluster {
-            clusters: several
-                .iter()
-                .filter(|backend| backend.weight > 0)
-                .map(|backend| weighted(backend, to.cluster(backend, port)))
-                .collect(),
+    action
+}
+
+fn mirror_policy(mirror: &Mirror, cluster: String) -> pb::route_action::RequestMirrorPolicy {
+    let share = mirror
+        .percent
+        .map_or_else(|| wire::hundredths(100), wire::fraction);
+    pb::route_action::RequestMirrorPolicy {
+        cluster,
+        runtime_fraction: Some(core::RuntimeFractionalPercent {
+            default_value: Some(share),
             ..Default::default()
         }),
-    });
-    if let [only] = forward.backends.as_slice()
-        && only.headers != Default::default()
-    {
-        // Header changes of a single destination need a cluster of their own to hang on.
-        action.cluster_specifier = Some(pb::route_action::ClusterSpecifier::WeightedClusters(
-            pb::WeightedCluster {
-                clusters: vec![weighted(
-                    &Backend {
-                        weight: only.weight.max(1),
-                        ..only.clone()
-                    },
-                    to.cluster(only, port),
-                )],
-                ..Default::default()
-            },
-        ));
+        trace_sampled: Some(wire::boolean(false)),
+        disable_shadow_host_suffix_append: true,
+        ..Default::default()
     }
-    action
+}
+
+/// What the destinations hash by, each rule once.
+fn hash_policies(forward: &Forward, port: u16, to: &impl Destinations) -> Vec<pb::route_action::HashPolicy> {
+    let mut all = Vec::new();
+    for backend in &forward.backends {
+        if let Some(policy) = to.policy(backend, port).and_then(|policy| hash_policy(&policy))
+            && !all.contains(&policy)
+        {
+            all.push(policy);
+        }
+    }
+    all
+}
+
+/// One destination by its cluster, whatever its weight, unless header changes need a weighted cluster to hang on.
+fn cluster_specifier(
+    backends: &[Backend],
+    port: u16,
+    to: &impl Destinations,
+) -> pb::route_action::ClusterSpecifier {
+    let clusters = match backends {
+        [only] if only.headers == Default::default() => {
+            return pb::route_action::ClusterSpecifier::Cluster(to.cluster(only, port));
+        }
+        [only] => {
+            let backend = Backend {
+                weight: only.weight.max(1),
+                ..only.clone()
+            };
+            vec![weighted(&backend, to.cluster(only, port))]
+        }
+        several => several
+            .iter()
+            .filter(|backend| backend.weight > 0)
+            .map(|backend| weighted(backend, to.cluster(backend, port)))
+            .collect(),
+    };
+    pb::route_action::ClusterSpecifier::WeightedClusters(pb::WeightedCluster {
+        clusters,
+        ..Default::default()
+    })
 }
 
 fn weighted(backend: &Backend, cluster: String) -> pb::weighted_cluster::ClusterWeight {

@@ -14,6 +14,7 @@ use super::discovery::compile_discovery;
 pub use super::discovery::{Discovery, Family};
 use super::endpoint::Endpoint;
 use super::health_check::{HealthCheck, MAX_CHECKS};
+use super::http2::Http2Options;
 use super::outlier::compile_outlier;
 pub use super::outlier::{FailurePercentage, Outlier, SuccessRate};
 use super::subset::Subsets;
@@ -76,6 +77,8 @@ pub struct Cluster {
     pub max_requests_per_connection: u32,
     /// TCP keepalive: idle time, interval, probes.
     pub keepalive: Option<(Duration, Duration, u32)>,
+    /// HTTP/2: what endpoints may send, and whether they are asked if they live.
+    pub http2: Http2Options,
     /// HTTP/2 streams per connection that we use at most.
     pub max_streams: u32,
     /// Which service it is (`istio.services`).
@@ -182,6 +185,8 @@ impl Cluster {
                         keepalive.keepalive_probes.as_ref().map_or(9, |value| value.value),
                     )
                 }),
+            http2: Http2Options::compile(http2_options(from).as_ref(), None)
+                .within("http2_protocol_options")?,
             max_streams: http2_options(from)
                 .and_then(|options| options.max_concurrent_streams)
                 .map_or(1024, |value| value.value.max(1)),

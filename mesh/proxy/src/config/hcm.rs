@@ -10,8 +10,11 @@ use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager:
 use super::alpn::AlpnOverrides;
 use super::client_cert::ClientCert;
 use super::convert::{self, refuse_present};
+use super::http2::Http2Options;
 use super::listener::Direction;
+use super::origin::Origin;
 use super::route::Context;
+use super::router::RouterOptions;
 use super::slot::RouteSlot;
 use super::table::RouteTable;
 use crate::error::{Refusal, Within};
@@ -104,6 +107,10 @@ pub struct HttpManager {
     pub tracer: Option<Box<Tracer>>,
     /// Access logs; without them only errors are told.
     pub logs: Option<Box<AccessLogs>>,
+    /// Lines are written of requests that have come, too.
+    pub logs_start: bool,
+    /// And of tunnels that have been granted.
+    pub logs_tunnels: bool,
     /// `istio.alpn`: what TLS towards endpoints offers.
     pub alpn: Option<Box<AlpnOverrides>>,
     /// Whether Istio's metrics are kept.
@@ -136,10 +143,12 @@ pub struct HttpManager {
     pub stream_window: u32,
     /// HTTP/2 connection window.
     pub connection_window: u32,
-    /// The client's address is appended to `x-forwarded-for`, and its `x-envoy-*` headers are not believed.
-    pub use_remote_address: bool,
-    /// But its address is not appended.
-    pub skip_forwarded_for: bool,
+    /// HTTP/2: what clients may send, and whether they are asked if they live.
+    pub http2: Http2Options,
+    /// How the router behaves.
+    pub router: RouterOptions,
+    /// Who requests are from, and what is told of it.
+    pub origin: Origin,
     /// `x-forwarded-client-cert`.
     pub client_cert: ClientCert,
     /// `x-request-id` is made when absent.
@@ -278,6 +287,15 @@ impl HttpManager {
             waits_for_hosts: false,
             tracer: Tracer::compile(from.tracing.as_ref(), &from.stat_prefix, context)?,
             logs: AccessLogs::compile(&from.access_log, context)?.map(Box::new),
+            logs_start: from.flush_access_log_on_new_request
+                || from
+                    .access_log_options
+                    .as_ref()
+                    .is_some_and(|options| options.flush_access_log_on_new_request),
+            logs_tunnels: from
+                .access_log_options
+                .as_ref()
+                .is_some_and(|options| options.flush_log_on_tunnel_successfully_established),
             alpn: None,
             stats: false,
             disable_host_fallback: false,
@@ -323,8 +341,16 @@ impl HttpManager {
             connection_window: http2
                 .and_then(|options| options.initial_connection_window_size.as_ref())
                 .map_or(1024 * 1024, |value| value.value),
-            use_remote_address: flag(&from.use_remote_address, false),
-            skip_forwarded_for: from.skip_xff_append,
+            http2: Http2Options::compile(
+                http2,
+                from.stream_error_on_invalid_http_message
+                    .as_ref()
+                    .filter(|_| from.codec_type != hcm::http_connection_manager::CodecType::Http1 as i32)
+                    .map(|value| value.value),
+            )
+            .within("http2_protocol_options")?,
+            router: RouterOptions::default(),
+            origin: Origin::compile(from)?,
             client_cert: ClientCert::compile(from)?,
             generate_request_id: flag(&from.generate_request_id, true),
             preserve_request_id: from.preserve_external_request_id,
@@ -410,7 +436,10 @@ impl HttpManager {
             Some(hcm::http_filter::ConfigType::ConfigDiscovery(_)) | None => None,
         };
         match filter.name.as_str() {
-            "envoy.filters.http.router" => return Ok(true),
+            "envoy.filters.http.router" => {
+                self.router = RouterOptions::compile(any)?;
+                return Ok(true);
+            }
             _ if filter.disabled && filter.name.starts_with("istio.") => {}
             "istio.metadata_exchange" => self.metadata_exchange = true,
             "istio.stats" => {
@@ -443,10 +472,6 @@ fn refuse_unsupported(from: &hcm::HttpConnectionManager) -> Result<(), Refusal> 
     refuse_present(
         &[
             (
-                "original_ip_detection_extensions",
-                !from.original_ip_detection_extensions.is_empty(),
-            ),
-            (
                 "early_header_mutation_extensions",
                 !from.early_header_mutation_extensions.is_empty(),
             ),
@@ -456,36 +481,19 @@ fn refuse_unsupported(from: &hcm::HttpConnectionManager) -> Result<(), Refusal> 
                 from.path_normalization_options.is_some(),
             ),
             ("proxy_status_config", from.proxy_status_config.is_some()),
-            ("via", !from.via.is_empty()),
-            ("append_x_forwarded_port", from.append_x_forwarded_port),
-            (
-                "http2_protocol_options.connection_keepalive",
-                from.http2_protocol_options
-                    .as_ref()
-                    .is_some_and(|options| options.connection_keepalive.is_some()),
-            ),
-            ("xff_num_trusted_hops", from.xff_num_trusted_hops > 0),
             (
                 "access_log_options",
-                from.access_log_options.as_ref().is_some_and(|options| {
-                    options.access_log_flush_interval.is_some()
-                        || options.flush_access_log_on_new_request
-                        || options.flush_log_on_tunnel_successfully_established
-                }),
+                from.access_log_options
+                    .as_ref()
+                    .is_some_and(|options| options.access_log_flush_interval.is_some()),
             ),
             (
                 "access_log_flush_interval",
-                from.access_log_flush_interval.is_some() || from.flush_access_log_on_new_request,
+                from.access_log_flush_interval.is_some(),
             ),
             (
                 "add_user_agent",
                 from.add_user_agent.as_ref().is_some_and(|value| value.value),
-            ),
-            (
-                "scheme_header_transformation",
-                from.scheme_header_transformation
-                    .as_ref()
-                    .is_some_and(|change| change.transformation.is_some() || change.match_upstream),
             ),
             (
                 "represent_ipv4_remote_address_as_ipv4_mapped_ipv6",

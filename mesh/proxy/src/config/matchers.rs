@@ -37,11 +37,13 @@ impl<'a> RequestView<'a> {
             .unwrap_or("")
     }
 
-    /// `http` or `https`.
+    /// `http` or `https`; what is neither of them is `http`.
     pub fn scheme(&self) -> &'a str {
-        self.scheme
-            .or_else(|| self.headers.get(&X_FORWARDED_PROTO)?.to_str().ok())
-            .unwrap_or("http")
+        self.scheme.unwrap_or_else(|| {
+            let forwarded = self.headers.get(&X_FORWARDED_PROTO);
+            let is_https = forwarded.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"https"));
+            if is_https { "https" } else { "http" }
+        })
     }
 }
 
@@ -174,6 +176,16 @@ pub struct HeaderMatch {
 }
 
 impl HeaderMatch {
+    /// Whether there is such a field.
+    pub fn present(name: HeaderName) -> Self {
+        Self {
+            key: HeaderKey::Field(name),
+            test: HeaderTest::Present(true),
+            invert: false,
+            missing_is_empty: false,
+        }
+    }
+
     /// Compiles the message.
     pub fn compile(from: &route::HeaderMatcher) -> Result<Self, Refusal> {
         use route::header_matcher::HeaderMatchSpecifier as Spec;

@@ -1,5 +1,7 @@
 //! Retry policies: which outcomes are tried again, how often, and after what wait.
 
+pub mod asked;
+
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, StatusCode};
@@ -53,6 +55,11 @@ conditions! {
 }
 
 impl RetryOn {
+    /// A condition by its name, of those of gRPC or of the others.
+    pub fn of(word: &str, grpc: bool) -> Option<Self> {
+        Self::parse(word).filter(|one| GRPC_CONDITIONS.has(*one) == grpc)
+    }
+
     /// Whether any of `other` is in the set.
     pub fn has(self, other: Self) -> bool {
         self.0 & other.0 != 0

@@ -235,6 +235,8 @@ pub struct Forward {
     pub hedge: bool,
     /// Limit for the whole exchange, retries included.
     pub timeout: Option<Duration>,
+    /// What the endpoint is told of the limits of requests that say nothing themselves (`x-envoy-expected-rq-timeout-ms`).
+    pub expected: Option<HeaderValue>,
     /// Limit of silence on the stream; `None` inherits the listener's.
     pub idle_timeout: Option<Option<Duration>>,
     /// What gRPC calls may say of the limit for the whole exchange (`max_grpc_timeout`).

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use http::HeaderName;
+
 use super::headers::HeaderOps;
 use super::shared_map::SharedMap;
 use super::slot::VirtualHostSlot;
@@ -166,6 +168,8 @@ pub struct RouteTable {
     pub ignore_port: bool,
     /// Whether routes have the last word about fields, and not the route configuration.
     pub most_specific_wins: bool,
+    /// Fields that only internal clients may send.
+    pub internal_only: Box<[HeaderName]>,
     /// Mutations for every request.
     pub request_headers: HeaderOps,
     /// Mutations for every response.
@@ -183,6 +187,7 @@ impl RouteTable {
             discovers_hosts: false,
             ignore_port: false,
             most_specific_wins: false,
+            internal_only: Box::default(),
             request_headers: HeaderOps::default(),
             response_headers: HeaderOps::default(),
             per_filter: Arc::default(),

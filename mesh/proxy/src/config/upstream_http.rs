@@ -139,12 +139,6 @@ pub(super) fn compile_http(
     use upstream_http::http_protocol_options::{
         UpstreamProtocolOptions, explicit_http_config::ProtocolConfig,
     };
-    if http2_options(from).is_some_and(|options| options.connection_keepalive.is_some()) {
-        return Err(Refusal::new(
-            "http2_protocol_options.connection_keepalive",
-            "not supported",
-        ));
-    }
     let Some(options) = http_options(from)? else {
         let http = if from.protocol_selection
             == cluster::cluster::ClusterProtocolSelection::UseDownstreamProtocol as i32

@@ -177,11 +177,13 @@ events! {
         CheckFailure = "health_check_failure", "Checks that failed.";
         CheckNetworkFailure = "health_check_network_failure", "Checks that failed for lack of an answer.";
         CheckVerifyCluster = "health_check_verify_cluster", "Checks that compared the name of the service.";
+        Http2EmptyFlood = "http2_inbound_empty_frames_flood", "Connections that were ended for too many empty frames.";
+        Http2PriorityFlood = "http2_inbound_priority_frames_flood", "Connections that were ended for too many PRIORITY frames.";
+        Http2WindowFlood = "http2_inbound_window_update_frames_flood", "Connections that were ended for too many WINDOW_UPDATE frames.";
         Http2Keepalive = "http2_keepalive_timeout", "Connections of HTTP/2 that no longer answered.";
         Http2Messaging = "http2_rx_messaging_error", "Answers that are no message of HTTP/2.";
         Http2RxReset = "http2_rx_reset", "Streams that the endpoint reset.";
         Http2Refused = "http2_stream_refused_errors", "Streams that the endpoint refused.";
-        Http2Trailers = "http2_trailers", "Answers with trailers.";
         Http2TxReset = "http2_tx_reset", "Streams that we reset.";
     }
     hidden {}
@@ -195,8 +197,10 @@ events! {
         Http2Dropped = "http2_dropped_headers_with_underscores", "Fields that were left out for an underscore in their name.";
         Http2Rejected = "http2_requests_rejected_with_underscores_in_headers", "Requests that were refused for an underscore in a field's name.";
         Http2Goaway = "http2_goaway_sent", "Connections that we have ended in good order.";
-        Http2HeaderOverflow = "http2_header_overflow", "Connections that were ended for heads far beyond their limit.";
-        Http2EmptyFrames = "http2_inbound_empty_frames_flood", "Connections that were ended for a flood of frames without content.";
+        Http2EmptyFlood = "http2_inbound_empty_frames_flood", "Connections that were ended for too many empty frames.";
+        Http2PriorityFlood = "http2_inbound_priority_frames_flood", "Connections that were ended for too many PRIORITY frames.";
+        Http2WindowFlood = "http2_inbound_window_update_frames_flood", "Connections that were ended for too many WINDOW_UPDATE frames.";
+        Http2Keepalive = "http2_keepalive_timeout", "Connections whose client no longer answered.";
         Http2RxReset = "http2_rx_reset", "Streams that the client reset.";
         Http2Trailers = "http2_trailers", "Requests with trailers.";
         Http2TxReset = "http2_tx_reset", "Streams that we reset.";
@@ -225,6 +229,7 @@ events! {
         RqIdleTimeout = "downstream_rq_idle_timeout", "Requests that were idle for too long.";
         RqMaxDuration = "downstream_rq_max_duration_reached", "Requests that lasted too long.";
         RqOverload = "downstream_rq_overload_close", "Requests that were turned away because of overload.";
+        RqClientUnknown = "downstream_rq_rejected_via_ip_detection", "Requests that were turned away because nothing says who their client is.";
         RqTooLarge = "downstream_rq_too_large", "Requests with a body that is too large.";
         RqNoUpgrade = "downstream_rq_ws_on_non_ws_route", "Requests for an upgrade that the route does not allow.";
         RqPathRefused = "downstream_rq_failed_path_normalization", "Requests whose path could not be normalised.";
@@ -254,7 +259,7 @@ events! {
         HandshakeTimeout = "downstream_cx_transport_socket_connect_timeout", "Handshakes that took too long.";
         GlobalOverflow = "downstream_global_cx_overflow", "Connections beyond the process's limit.";
         FilterTimeout = "downstream_pre_cx_timeout", "Connections that listener filters waited for too long for.";
-        FilterError = "downstream_listener_filter_error", "Connections that broke within listener filters.";
+        FilterError = "downstream_listener_filter_error", "Connections that could not be read within listener filters.";
         FilterRemoteClose = "downstream_listener_filter_remote_close", "Connections that the client ended within listener filters.";
         NoFilterChain = "no_filter_chain_match", "Connections that no filter chain is for.";
     }

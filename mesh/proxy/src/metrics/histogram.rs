@@ -1,7 +1,7 @@
 //! Histograms: cells that one worker writes and anybody reads.
 //!
 //! Values are counted by Envoy's default bounds. Where the bootstrap asks for others (`histogram_bucket_settings`,
-//! [`super::buckets`]), those are known before anything is counted ([`also_by`]), and every histogram of the process is
+//! [`super::buckets`]), those are known before anything is counted (`also_by`), and every histogram of the process is
 //! counted by all of them as well; which of them one is shown with is decided when it is shown. So what is shown is exact,
 //! whatever its name matches, and nobody's name is looked at while requests are counted.
 
@@ -178,7 +178,7 @@ impl HistogramValue {
     }
 
     /// From now on it is shown by these bounds, or by the default ones. Those that it was not counted by, which are not among
-    /// those that [`also_by`] was told of, are shown with what is known to lie below them.
+    /// those that `also_by` was told of, are shown with what is known to lie below them.
     pub(crate) fn show_by(&mut self, bounds: Option<&Arc<[f64]>>) {
         let Some(wanted) = bounds else {
             self.own = None;

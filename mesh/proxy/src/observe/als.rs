@@ -186,10 +186,7 @@ fn common(record: &Record<'_>) -> data::AccessLogCommon {
         upstream_request_attempt_count: record.attempts,
         connection_termination_details: record.termination.to_owned(),
         stream_id: record.request_id.unwrap_or("").to_owned(),
-        intermediate_log_entry: matches!(
-            record.kind,
-            super::record::LogType::TcpPeriodic | super::record::LogType::TcpUpstreamConnected
-        ),
+        intermediate_log_entry: record.kind.is_intermediate(),
         access_log_type: record.kind as i32,
         ..Default::default()
     }

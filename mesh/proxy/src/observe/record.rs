@@ -130,18 +130,29 @@ pub enum LogType {
     TcpPeriodic = 2,
     /// A connection has ended.
     TcpConnectionEnd = 3,
+    /// A request has come.
+    DownstreamStart = 4,
     /// A request has ended.
     DownstreamEnd = 6,
+    /// A tunnel has been granted.
+    DownstreamTunnelSuccessfullyEstablished = 10,
 }
 
 impl LogType {
+    /// Whether what the line is about goes on.
+    pub fn is_intermediate(self) -> bool {
+        !matches!(self, Self::TcpConnectionEnd | Self::DownstreamEnd)
+    }
+
     /// Envoy's name.
     pub fn name(self) -> &'static str {
         match self {
             Self::TcpUpstreamConnected => "TcpUpstreamConnected",
             Self::TcpPeriodic => "TcpPeriodic",
             Self::TcpConnectionEnd => "TcpConnectionEnd",
+            Self::DownstreamStart => "DownstreamStart",
             Self::DownstreamEnd => "DownstreamEnd",
+            Self::DownstreamTunnelSuccessfullyEstablished => "DownstreamTunnelSuccessfullyEstablished",
         }
     }
 }

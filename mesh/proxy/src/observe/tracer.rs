@@ -137,18 +137,12 @@ impl Tracer {
     }
 
     /// Whether and why a request without a decision of its own is traced.
-    pub fn decide(
-        &self,
-        id: Option<&[u8]>,
-        headers: &HeaderMap,
-        internal: bool,
-        random: &impl Fn() -> u64,
-    ) -> Reason {
+    pub fn decide(&self, id: Option<&[u8]>, headers: &HeaderMap, random: &impl Fn() -> u64) -> Reason {
         let mut reason = id.and_then(Reason::of_id).unwrap_or(Reason::None);
         if reason == Reason::None {
             if headers.contains_key("x-client-trace-id") && hit(self.client, random()) {
                 reason = Reason::Client;
-            } else if internal && headers.contains_key("x-envoy-force-trace") {
+            } else if headers.contains_key("x-envoy-force-trace") {
                 reason = Reason::Forced;
             } else if hit(self.random, random()) {
                 reason = Reason::Sampled;

@@ -440,10 +440,8 @@ impl ExtAuthz {
         auth::CheckRequest {
             attributes: Some(auth::AttributeContext {
                 source: Some(Peer {
-                    address: convert::address_of(std::net::SocketAddr::new(
-                        facts.remote(),
-                        facts.direct_remote.port(),
-                    )),
+                    // Who is connected, whoever that asks for (Envoy).
+                    address: convert::address_of(facts.source),
                     principal: facts.peer.map_or("", |peer| peer.principal()).to_owned(),
                     certificate: scene
                         .certificate

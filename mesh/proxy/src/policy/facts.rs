@@ -1,6 +1,6 @@
 //! What policies may look at: the connection, who is at its other end, the request, and what filters have said before.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use super::metadata::Metadata;
 use crate::config::matchers::{HeaderMatch, RequestView};
@@ -52,8 +52,8 @@ pub struct Facts<'a> {
     pub peer: Option<PeerIdentity<'a>>,
     /// The request; absent for network filters.
     pub request: Option<RequestView<'a>>,
-    /// Whether the client's address is taken from `x-forwarded-for`.
-    pub forwarded: bool,
+    /// The client: who opened the connection, or whom a trusted hop names (without a port).
+    pub remote: SocketAddr,
     /// What filters have said.
     pub metadata: &'a Metadata,
 }
@@ -69,59 +69,5 @@ impl Facts<'_> {
     /// The path of the request.
     pub fn path(&self) -> Option<&str> {
         self.request.as_ref().map(|request| request.path)
-    }
-
-    /// The client: whom a trusted hop names in `x-forwarded-for`, or else who opened the connection.
-    pub fn remote(&self) -> IpAddr {
-        self.forwarded_address().unwrap_or(self.source.ip())
-    }
-
-    fn forwarded_address(&self) -> Option<IpAddr> {
-        if !self.forwarded {
-            return None;
-        }
-        let last = self
-            .request?
-            .headers
-            .get_all("x-forwarded-for")
-            .iter()
-            .next_back()?;
-        let text = last.to_str().ok()?.rsplit(',').next()?.trim();
-        text.parse::<IpAddr>()
-            .or_else(|_| text.parse::<SocketAddr>().map(|address| address.ip()))
-            .ok()
-            .map(|address| address.to_canonical())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_last_forwarded_address_counts_only_where_the_hop_is_trusted() {
-        let metadata = Metadata::default();
-        let mut headers = http::HeaderMap::new();
-        headers.insert("x-forwarded-for", "1.1.1.1, 2.2.2.2".parse().unwrap());
-        let mut facts = Facts {
-            direct_remote: "10.0.0.1:5".parse().unwrap(),
-            source: "10.0.0.1:5".parse().unwrap(),
-            local: "10.0.0.2:80".parse().unwrap(),
-            server_name: None,
-            peer: None,
-            request: Some(RequestView {
-                method: "GET",
-                path: "/",
-                query: None,
-                authority: Some(""),
-                scheme: Some("http"),
-                headers: &headers,
-            }),
-            forwarded: true,
-            metadata: &metadata,
-        };
-        assert_eq!(facts.remote().to_string(), "2.2.2.2");
-        facts.forwarded = false;
-        assert_eq!(facts.remote().to_string(), "10.0.0.1");
     }
 }

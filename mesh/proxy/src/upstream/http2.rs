@@ -21,12 +21,16 @@ use h2::client::{Connection, ResponseFuture, SendRequest};
 use h2::{Ping, PingPong, Reason, SendStream};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::Body as _;
+use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 
 use super::metered::Metered;
+use crate::config::http2::{Http2Options, Keepalive};
 use crate::metrics::clusters::Shared as Counts;
 use crate::metrics::events::ClusterEvent;
-use crate::stream::{Hooks, Layer};
+use crate::random;
+use crate::stream::frames::{Frames, Verdict, Watched};
+use crate::stream::keepalive;
 use crate::worker::body::UpstreamBody;
 use crate::worker::incoming::Incoming;
 use crate::worker::interim::Tell;
@@ -45,8 +49,6 @@ const MAX_HEAD: u32 = 16 * 1024;
 const SEND_BUFFER: usize = 1024 * 1024;
 /// Streams before the peer has said how many it takes: what RFC 9113 section 6.5.2 wants it to take at least.
 const FIRST_STREAMS: usize = 100;
-/// Streams that the peer may make us reset by breaking the protocol.
-const MAX_ERRORS: usize = 1024;
 /// Half of the time after which a connection that has said nothing, while there are streams on it, is asked whether it
 /// lives.
 const QUIET: Duration = Duration::from_secs(30);
@@ -59,8 +61,12 @@ pub struct State {
     /// Where what happens to it is counted.
     counts: Arc<Counts>,
     closed: Cell<bool>,
-    /// Something was read lately.
-    heard: Cell<bool>,
+    /// What was read lately, and whether the peer may go on.
+    watched: Rc<Watched>,
+    /// After how long a silence the peer is asked whether it lives, ahead of a new stream.
+    idle: Option<Duration>,
+    /// It is to be asked now.
+    asked: Notify,
     /// Streams that are in use.
     active: Cell<u32>,
     /// Where tasks of its requests run.
@@ -68,16 +74,7 @@ pub struct State {
 }
 
 /// The socket of a connection.
-type Io = Layer<Metered, Heard>;
-
-/// Notes that something was read.
-struct Heard(Rc<State>);
-
-impl<S> Hooks<S> for Heard {
-    fn received(&mut self, _count: usize) {
-        self.0.heard.set(true);
-    }
-}
+type Io = Frames<Metered>;
 
 /// A connection to send requests on. It closes when this and all of its streams are gone.
 #[derive(Debug)]
@@ -89,32 +86,44 @@ pub struct Handle {
 /// Begins to speak HTTP/2; `held` is given up when the connection has ended. Does not wait for the peer's settings.
 pub async fn connect<H: 'static>(
     stream: Metered,
+    options: Http2Options,
     tasks: &TaskTracker,
     counts: Arc<Counts>,
     held: H,
 ) -> Result<Handle, h2::Error> {
+    let idle = options.keepalive.and_then(|rules| rules.idle);
+    let watched = Rc::new(match idle {
+        Some(_) => Watched::timed(),
+        None => Watched::default(),
+    });
     let state = Rc::new(State {
         counts,
         closed: Cell::new(false),
-        heard: Cell::new(false),
         active: Cell::new(0),
         tasks: tasks.clone(),
+        watched: watched.clone(),
+        idle,
+        asked: Notify::new(),
     });
-    let io = Io::over(stream, Heard(state.clone()));
-    let (sender, connection) = h2::client::Builder::new()
+    let io = Io::of_server(stream, options.frames, watched);
+    let mut builder = h2::client::Builder::new();
+    if let Some(size) = options.table_size {
+        builder.header_table_size(size);
+    }
+    let (sender, connection) = builder
         .initial_max_send_streams(FIRST_STREAMS)
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(MAX_FRAME)
         .max_header_list_size(MAX_HEAD)
         .max_send_buffer_size(SEND_BUFFER)
-        .max_local_error_reset_streams(Some(MAX_ERRORS))
+        .max_local_error_reset_streams(Some(options.max_errors))
         .enable_push(false)
         .handshake(io)
         .await?;
     let driven = state.clone();
     tasks.spawn_local(async move {
-        drive(connection, &driven).await;
+        drive(connection, &driven, options.keepalive.as_ref()).await;
         driven.closed.set(true);
         drop(held);
     });
@@ -125,12 +134,40 @@ pub async fn connect<H: 'static>(
 }
 
 /// Reads and writes until the connection ends. An error reaches its requests, which tell of it.
-async fn drive(mut connection: Connection<Io, Bytes>, state: &State) {
+async fn drive(mut connection: Connection<Io, Bytes>, state: &State, keepalive: Option<&Keepalive>) {
     let pings = connection.ping_pong();
+    let connection = poll_fn(|cx| {
+        let ended = Pin::new(&mut connection).poll(cx).is_ready();
+        // What the peer has sent is looked at no further; its requests find the connection closed.
+        if ended || state.watched.verdict().is_some() {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
+    });
+    let dead = async {
+        match keepalive {
+            Some(rules) => {
+                keepalive::until_dead(pings, rules, &state.watched, &state.asked, random::next).await
+            }
+            None => until_dead(pings, state).await,
+        }
+    };
     tokio::select! {
         biased;
-        _ = &mut connection => {}
-        () = Seldom::new(until_dead(pings, state)) => state.counts.note(ClusterEvent::Http2Keepalive),
+        () = connection => {}
+        () = Seldom::new(dead) => state.counts.note(ClusterEvent::Http2Keepalive),
+    }
+    if let Some(verdict) = state.watched.verdict() {
+        tracing::debug!(reason = verdict.details(), "an endpoint's connection is ended");
+        state.counts.note(ClusterEvent::CxProtocolError);
+        match verdict {
+            Verdict::EmptyFrames => state.counts.note(ClusterEvent::Http2EmptyFlood),
+            Verdict::Priority => state.counts.note(ClusterEvent::Http2PriorityFlood),
+            Verdict::WindowUpdates => state.counts.note(ClusterEvent::Http2WindowFlood),
+            // Of clients only.
+            Verdict::Resets | Verdict::LateHeaders => {}
+        }
     }
 }
 
@@ -142,7 +179,7 @@ async fn until_dead(pings: Option<PingPong>, state: &State) {
     let mut quiet = 0;
     loop {
         tokio::time::sleep(QUIET).await;
-        if state.heard.take() || state.active.get() == 0 {
+        if state.watched.take_heard() || state.active.get() == 0 {
             quiet = 0;
             continue;
         }
@@ -201,6 +238,11 @@ impl Handle {
             head.headers
                 .entry(header::CONTENT_LENGTH)
                 .or_insert_with(|| HeaderValue::from(length));
+        }
+        if let Some(idle) = self.state.idle
+            && self.state.watched.quiet().is_some_and(|quiet| quiet >= idle)
+        {
+            self.state.asked.notify_one();
         }
         let connect = head.method == Method::CONNECT;
         if connect {

@@ -265,7 +265,7 @@ impl Pool {
             }
         };
         if http2 {
-            self.start_http2(wanted.worker, connected, counted).await
+            self.start_http2(wanted, connected, counted).await
         } else {
             self.start_http1(wanted.worker, connected, counted).await
         }
@@ -301,13 +301,20 @@ impl Pool {
 
     async fn start_http2(
         &self,
-        worker: &Worker,
+        wanted: Wanted<'_>,
         connected: Connected,
         counted: Counted,
     ) -> Result<Lease, ConnectError> {
         let stream = metered(connected.stream, &counted);
         let counts = counted.connection.shared().clone();
-        let handle = http2::connect(stream, &worker.tasks, counts.clone(), counted).await?;
+        let handle = http2::connect(
+            stream,
+            wanted.cluster.http2,
+            &wanted.worker.tasks,
+            counts.clone(),
+            counted,
+        )
+        .await?;
         let connection = Rc::new(Http2 {
             handle,
             counted: counts,

@@ -60,9 +60,10 @@ pub(super) fn answer(mut exchange: Box<Exchange>, routed: &Routed, parts: &mut P
 
 /// Does to a request what the redirect says, and tells where it leads.
 fn follow(exchange: &mut Exchange, routed: &Routed, redirect: &Redirect, parts: &mut Parts) -> String {
+    let conn = exchange.conn.clone();
     let rewritten = redirect
         .rewrite()
-        .and_then(|rewrite| rewritten_target(&routed.route, rewrite, parts));
+        .and_then(|rewrite| rewritten_target(&conn.manager.router, &routed.route, rewrite, parts));
     let Some(target) = rewritten else {
         let target = parts.uri.path_and_query().map_or("/", |path| path.as_str());
         return Route::location(Some(redirect), &view(parts), target);

@@ -1,4 +1,7 @@
 //! Attempts: endpoint, connection, request, and whether there is another one.
+//!
+//! The loop and its decision ([`Course`]) are here. `attempt` is one try on one host, `head` what it sends, `judge` what came of
+//! it; `avoid` is what the next try asks of the balancer, `permit` what it must get of the cluster's limits.
 
 mod attempt;
 mod avoid;
@@ -108,6 +111,8 @@ enum Next {
 /// What the tries of a request have come to.
 struct Course<'p> {
     policy: Option<&'p RetryPolicy>,
+    /// The time of each try.
+    per_try: Option<Duration>,
     avoid: Avoid,
     /// By the policy.
     retries: u32,
@@ -121,8 +126,9 @@ struct Course<'p> {
 
 impl<'p> Course<'p> {
     fn new(plan: &Plan<'p>, parts: &Parts, tunnel: Option<&Tunnel>) -> Self {
-        let policy = plan.forward.retry.as_deref();
+        let policy = plan.retry;
         Self {
+            per_try: plan.times.per_try.filter(|_| tunnel.is_none()),
             policy: policy.filter(|policy| tunnel.is_none() && policy.applies_to(&view(parts))),
             avoid: Avoid::default(),
             retries: 0,
@@ -152,8 +158,7 @@ impl<'p> Course<'p> {
 
     /// When a try that begins now is given up.
     fn per_try(&self) -> Option<Instant> {
-        let limit = self.policy?.per_try_timeout?;
-        Some(Instant::now() + limit)
+        Some(Instant::now() + self.per_try?)
     }
 
     /// Whether nothing has happened as far as the client is concerned. A reused connection that broke before a response

@@ -7,6 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use http::uri::Scheme;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version};
 
 use super::body::RequestSource;
@@ -47,6 +48,12 @@ pub struct Exchange {
     pub conn: Rc<Downstream>,
     /// When its head had arrived.
     pub started: Instant,
+    /// The client: who is connected, or whom a trusted hop names (without a port).
+    pub remote: SocketAddr,
+    /// Whether the client is internal.
+    pub internal: bool,
+    /// The scheme of the request, `http` or `https`.
+    pub scheme: Scheme,
     /// Method.
     pub method: Method,
     /// Target as the client sent it.
@@ -87,6 +94,8 @@ pub struct Exchange {
     pub interims: Option<Arc<Waiting>>,
     /// Whether its time is the stream's (`max_stream_duration`) and not the route's.
     pub stream_limited: bool,
+    /// Whether that is the time that the request itself has asked for its stream.
+    pub stream_asked: bool,
     /// Attempts made.
     pub attempts: u32,
     /// Whether the last attempt got as far as a connection.
@@ -120,6 +129,9 @@ impl Exchange {
     /// For a request that has just arrived.
     pub fn new(conn: Rc<Downstream>, method: Method, uri: Uri, version: Version) -> Box<Self> {
         Box::new(Self {
+            remote: conn.remote,
+            internal: false,
+            scheme: Scheme::HTTP,
             conn,
             started: Instant::now(),
             method,
@@ -142,6 +154,7 @@ impl Exchange {
             source: None,
             interims: None,
             stream_limited: false,
+            stream_asked: false,
             attempts: 0,
             sent_on: Sent::Not,
             flags: Flags::default(),
@@ -298,7 +311,7 @@ impl Exchange {
             "route_name": self.route.as_ref().map(|route| &*route.name),
             "upstream_cluster": self.cluster_name.as_deref(),
             "upstream_host": self.host.as_ref().map(|host| &*host.endpoint.text),
-            "downstream_remote_address": self.conn.remote.to_string(),
+            "downstream_remote_address": self.remote.to_string(),
             "downstream_local_address": self.conn.local.to_string(),
         })
         .to_string()

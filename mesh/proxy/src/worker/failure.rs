@@ -89,6 +89,12 @@ pub(super) fn final_reply(exchange: &mut Exchange, failure: Failure) -> LocalRep
             broken_off(protocol, stream)
         }
         Failure::PerTryTimeout => timed_out("upstream_per_try_timeout"),
+        Failure::Timeout if exchange.stream_asked => LocalReply::new(
+            late_status(exchange),
+            Flags::MAX_STREAM_DURATION,
+            "upstream_max_stream_duration_reached",
+            "upstream max stream duration reached",
+        ),
         Failure::Timeout if exchange.stream_limited => took_too_long(exchange),
         Failure::Timeout => timed_out("response_timeout"),
         Failure::Client => {
@@ -158,14 +164,18 @@ fn broken_off(protocol: bool, stream: bool) -> LocalReply {
 }
 
 /// The time of the whole stream is over.
-fn took_too_long(exchange: &Exchange) -> LocalReply {
-    let status = if received_whole(exchange) {
+/// Whose fault it is that a request took too long.
+fn late_status(exchange: &Exchange) -> StatusCode {
+    if received_whole(exchange) {
         StatusCode::GATEWAY_TIMEOUT
     } else {
         StatusCode::REQUEST_TIMEOUT
-    };
+    }
+}
+
+fn took_too_long(exchange: &Exchange) -> LocalReply {
     let mut reply = LocalReply::new(
-        status,
+        late_status(exchange),
         Flags::default(),
         "max_duration_timeout",
         "downstream duration timeout",

@@ -5,6 +5,9 @@
 //! therefore only meets filters that its request has met, except for header mutations, which change every response, and
 //! processors (`ext_proc`), which see every response. A reply of the proxy that a processor must see first waits in the
 //! request's outbox until whoever runs the request sends it: replies are made in many places that cannot wait.
+//!
+//! Each filter has a file, and says by a `Verdict` what becomes of a request. `levels` are the parts of the configuration that
+//! speak of filters, `state` is what they remember, `facts` what they may look at, `encode` the way back.
 
 mod adaptive_concurrency;
 mod buffer;
@@ -27,7 +30,6 @@ mod rbac;
 mod state;
 
 pub(super) use encode::{encode, encode_waiting, keep_request, waits};
-pub(super) use facts::forwarded_client;
 pub(super) use jwt::fetch_ahead;
 pub use state::PolicyState;
 use state::{Encode, state};

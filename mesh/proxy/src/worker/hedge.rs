@@ -47,9 +47,8 @@ pub(super) async fn hedged(
     exchange: &mut Exchange,
     parts: &mut Parts,
 ) -> Result<Success, LocalReply> {
-    let policy = plan.forward.retry.as_deref();
-    let policy = policy.filter(|policy| policy.applies_to(&view(parts)));
-    let Some((policy, patience)) = policy.and_then(|policy| Some((policy, policy.per_try_timeout?))) else {
+    let policy = plan.retry.filter(|policy| policy.applies_to(&view(parts)));
+    let Some((policy, patience)) = policy.and_then(|policy| Some((policy, plan.times.per_try?))) else {
         return attempts(plan, exchange, parts, None).await;
     };
     let cluster = plan.cluster;

@@ -13,6 +13,7 @@ use tokio::sync::Notify;
 
 use super::alarm::Alarms;
 use super::io::Io;
+use super::request::append_via;
 use super::{DrainPhase, Worker, http1, http2};
 use crate::config::hcm::{HttpManager, ServerHeader};
 use crate::config::listener::{Direction, FilterChain};
@@ -227,6 +228,9 @@ impl Downstream {
                 headers.entry(header::SERVER).or_insert_with(|| value.clone());
             }
             ServerHeader::PassThrough => {}
+        }
+        if let Some(via) = &self.manager.origin.via {
+            append_via(headers, via);
         }
         if self.should_close() {
             self.note_end();

@@ -4,27 +4,30 @@
 //! interim answers while it is served, and then sends the answer, its body and trailers. A stream that its client resets
 //! ends its task, and with it whatever was done for it.
 //!
-//! What `h2` sees to: frames, windows, limits of streams and heads, floods of resets (Rapid Reset, MadeYouReset) and of
-//! empty frames, `content-length` of requests, `RST_STREAM` with `NO_ERROR` after an answer to a request that was not read
+//! What `h2` sees to: frames, windows, limits of streams and heads, floods of resets (Rapid Reset, MadeYouReset),
+//! `content-length` of requests, `RST_STREAM` with `NO_ERROR` after an answer to a request that was not read
 //! to its end. What is left to its user is here and in [`super::streams`]: `date`, `content-length`, which fields may be
-//! sent, answers without content, CONNECT, and the order of the end (GOAWAY, then what runs, then nothing).
+//! sent, answers without content, CONNECT, and the order of the end (GOAWAY, then what runs, then nothing). Below it, what
+//! clients send is counted ([`crate::stream::frames`]); whether they live is asked where the listener says so.
 
 use std::cell::RefCell;
 use std::future::poll_fn;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use h2::server::{Connection, SendResponse};
 use h2::{Reason, RecvStream};
 use http::request::Parts;
-use http::{HeaderValue, Method, Response, StatusCode, header};
+use http::{HeaderValue, Method, Response, StatusCode, Uri, Version, header};
 use http_body::Body as _;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::Sleep;
 
+use super::exchange::Exchange;
 use super::http::Downstream;
 use super::incoming::Incoming;
 use super::interim::Waiting;
@@ -36,6 +39,9 @@ use super::streams::{Pump, Pumped, Received, TunnelIo, content_length, strip};
 use super::tunnel::Later;
 use crate::hygiene::strict::StrictIo;
 use crate::metrics::events::{CodecEvent, HttpEvent};
+use crate::random;
+use crate::stream::frames::{Frames, LATE_BODY, Verdict, Watched};
+use crate::stream::keepalive::until_dead;
 use crate::stream::last_words::{Ending, LastWords};
 use crate::stream::linger::Lingering;
 
@@ -43,16 +49,18 @@ use crate::stream::linger::Lingering;
 const MAX_FRAME: u32 = 16 * 1024;
 /// Bytes of an answer that may wait to be written for one stream.
 const SEND_BUFFER: usize = 400 * 1024;
-/// Streams that a client may have reset before they were looked at (Rapid Reset, CVE-2023-44487).
-const MAX_PENDING_RESETS: usize = 20;
-/// Streams that a client may make us reset by breaking the protocol (MadeYouReset, CVE-2025-8671).
-const MAX_ERRORS: usize = 1024;
+/// How long a client may take to hear that its connection ends because of what it sent.
+const GOODBYE: Duration = Duration::from_secs(1);
+
+/// The bytes of a connection.
+type Io<S> = Frames<LastWords<Lingering<StrictIo<S>>>>;
 
 /// Serves the connection to its end.
 pub(super) async fn serve<S>(conn: Rc<Downstream>, io: StrictIo<S>)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let options = &conn.manager.http2;
     let mut builder = h2::server::Builder::new();
     builder
         .max_concurrent_streams(conn.manager.max_streams)
@@ -61,13 +69,18 @@ where
         .max_frame_size(MAX_FRAME)
         .max_header_list_size(conn.manager.max_head as u32)
         .max_send_buffer_size(SEND_BUFFER)
-        .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
-        .max_local_error_reset_streams(Some(MAX_ERRORS));
+        .max_pending_accept_reset_streams(options.max_pending_resets)
+        .max_local_error_reset_streams(Some(options.max_errors));
+    if let Some(size) = options.table_size {
+        builder.header_table_size(size);
+    }
     if conn.manager.extended_connect {
         builder.enable_connect_protocol();
     }
     let ending = Ending::default();
+    let watched = Rc::new(Watched::default());
     let io = LastWords::new(Lingering::new(io), ending.clone());
+    let io = Frames::of_client(io, options.frames, conn.manager.headers_timeout, watched.clone());
     let mut handshake = pin!(builder.handshake::<_, Bytes>(io));
     let mut finishing = false;
     let mut connection = loop {
@@ -91,10 +104,24 @@ where
     if finishing {
         leave(&mut connection);
     }
+    let pings = options.keepalive.and_then(|_| connection.ping_pong());
+    let asked = tokio::sync::Notify::new();
+    // How long a client that is told to go may take to hear it.
+    let mut goodbye = None;
+    let mut dead = pin!(Seldom::new(async {
+        match &options.keepalive {
+            Some(rules) => until_dead(pings, rules, &watched, &asked, random::next).await,
+            None => std::future::pending().await,
+        }
+    }));
     loop {
         tokio::select! {
             biased;
-            () = accept(&conn, &mut connection, &ending) => return,
+            () = accept(&conn, &mut connection, &ending, &watched, &mut goodbye) => return,
+            () = dead.as_mut() => {
+                conn.note_codec(CodecEvent::Http2Keepalive, 1);
+                return;
+            }
             end = Seldom::new(wait_for_end(&conn, false)) => match end {
                 End::Finish => leave(&mut connection),
                 End::Abort | End::Park => return,
@@ -107,14 +134,29 @@ where
 /// last word. An error means that the client broke off or broke the protocol; its requests have been recorded.
 async fn accept<S>(
     conn: &Rc<Downstream>,
-    connection: &mut Connection<LastWords<Lingering<StrictIo<S>>>, Bytes>,
+    connection: &mut Connection<Io<S>, Bytes>,
     ending: &Ending,
+    watched: &Watched,
+    goodbye: &mut Option<Pin<Box<Sleep>>>,
 ) where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     poll_fn(|cx| {
         loop {
+            if goodbye
+                .as_mut()
+                .is_some_and(|wait| wait.as_mut().poll(cx).is_ready())
+            {
+                return Poll::Ready(());
+            }
             match connection.poll_accept(cx) {
+                Poll::Pending if goodbye.is_none() && watched.verdict().is_some() => {
+                    if let Some(verdict) = watched.verdict() {
+                        note_verdict(conn, verdict);
+                    }
+                    connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
+                    *goodbye = Some(Box::pin(tokio::time::sleep(GOODBYE)));
+                }
                 // Nothing more is to be taken; if the end has come, the connection learns it now.
                 Poll::Pending if ending.release() => {}
                 Poll::Pending => return Poll::Pending,
@@ -135,6 +177,31 @@ async fn accept<S>(
     .await;
 }
 
+/// Counts why a client's connection is ended, and logs the request that never came to be.
+fn note_verdict(conn: &Rc<Downstream>, verdict: Verdict) {
+    tracing::debug!(reason = verdict.details(), "a client's connection is ended");
+    let flood = match verdict {
+        Verdict::LateHeaders => return note_late_headers(conn),
+        Verdict::Resets => return conn.note(HttpEvent::RqTooManyResets),
+        Verdict::EmptyFrames => CodecEvent::Http2EmptyFlood,
+        Verdict::Priority => CodecEvent::Http2PriorityFlood,
+        Verdict::WindowUpdates => CodecEvent::Http2WindowFlood,
+    };
+    conn.note_codec(flood, 1);
+    conn.note(HttpEvent::CxProtocolError);
+}
+
+fn note_late_headers(conn: &Rc<Downstream>) {
+    conn.note(HttpEvent::RqHeaderTimeout);
+    conn.request_began(true);
+    let mut exchange = Exchange::new(conn.clone(), Method::GET, Uri::from_static("/"), Version::HTTP_2);
+    exchange.headless = true;
+    exchange.code = StatusCode::REQUEST_TIMEOUT.as_u16();
+    exchange.details = Verdict::LateHeaders.details().into();
+    exchange.sent = LATE_BODY.len() as u64;
+    exchange.finish();
+}
+
 /// Counts a connection that did not end in good order.
 fn note_error(conn: &Downstream, error: &h2::Error) {
     // Of our own finding: what the client says of us is not the client's fault, nor is a broken socket.
@@ -143,28 +210,22 @@ fn note_error(conn: &Downstream, error: &h2::Error) {
     }
     match error.reason() {
         None | Some(Reason::NO_ERROR) => {}
-        Some(Reason::ENHANCE_YOUR_CALM) => match flood(error) {
-            Some(event) => {
-                conn.note(HttpEvent::CxProtocolError);
-                conn.note_codec(event, 1);
-            }
-            None => conn.note(HttpEvent::RqTooManyResets),
-        },
+        Some(Reason::ENHANCE_YOUR_CALM) => conn.note(HttpEvent::RqTooManyResets),
         Some(_) => conn.note(HttpEvent::CxProtocolError),
     }
 }
 
-/// Which flood `h2` has ended a connection for, as it tells the client with its GOAWAY; none for floods of resets.
-fn flood(error: &h2::Error) -> Option<CodecEvent> {
-    let text = error.to_string();
-    let told = |words: &str| text.contains(words);
-    if told("too_many_data_frames") {
-        Some(CodecEvent::Http2EmptyFrames)
-    } else if told("header_list_way_too_large") || told("too_many_continuations") {
-        Some(CodecEvent::Http2HeaderOverflow)
-    } else {
-        None
-    }
+/// Whether a stream that has ended for this reason was reset by its client, and not with the connection or for what is wrong
+/// with it: `h2` tells the reason only.
+fn is_of_client(reason: Reason) -> bool {
+    !matches!(
+        reason,
+        Reason::PROTOCOL_ERROR
+            | Reason::ENHANCE_YOUR_CALM
+            | Reason::FLOW_CONTROL_ERROR
+            | Reason::FRAME_SIZE_ERROR
+            | Reason::COMPRESSION_ERROR
+    )
 }
 
 /// Serves one request.
@@ -262,7 +323,10 @@ async fn answer(
         if served.is_pending() || waiting.is_some() {
             if let Poll::Ready(outcome) = respond.poll_reset(cx) {
                 // Else the connection is gone.
-                conn.note_codec(CodecEvent::Http2RxReset, u64::from(outcome.is_ok()));
+                conn.note_codec(
+                    CodecEvent::Http2RxReset,
+                    u64::from(outcome.is_ok_and(is_of_client)),
+                );
                 return Poll::Ready(None);
             }
             if let Some(waiting) = waiting {

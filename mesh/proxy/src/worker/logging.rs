@@ -1,6 +1,5 @@
 //! Access logs on the worker: what is kept of a request while it runs, and the record when it ends.
 
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -19,7 +18,6 @@ use super::spans;
 use crate::config::cluster::UpstreamHttp;
 use crate::config::matchers::RequestView;
 use crate::config::virtual_cluster::Counted;
-use crate::hygiene::fields::Present;
 use crate::observe::access_log::AccessLogs;
 use crate::observe::batch::{Batches, Destination};
 use crate::observe::record::{Kept, LogType, Record, Wants};
@@ -32,8 +30,6 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug, Default)]
 pub struct LogState {
     kept: Kept,
-    /// The client, where a trusted hop names it.
-    remote: Option<SocketAddr>,
 }
 
 /// The status of a gRPC call that ended without one: what its HTTP status means.
@@ -49,19 +45,14 @@ fn logs(exchange: &Exchange) -> Option<&AccessLogs> {
     exchange.conn.manager.logs.as_deref()
 }
 
-/// Keeps what the logs want of a request as it arrived, in whose head `present` was found.
-pub(super) fn keep_request(exchange: &mut Exchange, parts: &Parts, present: Present) {
+/// Keeps what the logs want of a request as it arrived.
+pub(super) fn keep_request(exchange: &mut Exchange, parts: &Parts) {
     let Some(logs) = exchange.conn.manager.logs.as_deref() else {
         return;
     };
-    let remote = present
-        .has(Present::FORWARDED_FOR)
-        .then(|| named_remote(exchange, &view(parts)))
-        .flatten();
-    if logs.wants.looks_at_requests() || remote.is_some() || changed_path(exchange, &parts.uri).is_some() {
+    if logs.wants.looks_at_requests() || changed_path(exchange, &parts.uri).is_some() {
         let mut state = exchange.log.take().unwrap_or_default();
         keep(&logs.wants, exchange, &view(parts), &parts.uri, &mut state);
-        state.remote = remote;
         exchange.log = Some(state);
     }
 }
@@ -104,16 +95,6 @@ impl LogState {
     }
 }
 
-/// The client, where a trusted hop names another one than is connected.
-fn named_remote(exchange: &Exchange, request: &RequestView<'_>) -> Option<SocketAddr> {
-    let conn = &exchange.conn;
-    if conn.manager.use_remote_address {
-        return None;
-    }
-    let remote = filters::forwarded_client(conn, request);
-    (remote != conn.remote.ip()).then(|| SocketAddr::new(remote, 0))
-}
-
 /// Path and query, where they are no longer what the client sent.
 fn changed_path<'a>(exchange: &Exchange, uri: &'a Uri) -> Option<&'a PathAndQuery> {
     let path = uri.path_and_query();
@@ -127,10 +108,7 @@ pub(super) fn meanwhile(
     request: &RequestView<'_>,
     uri: &Uri,
 ) -> LogState {
-    let mut state = LogState {
-        remote: named_remote(exchange, request),
-        ..LogState::default()
-    };
+    let mut state = LogState::default();
     keep(wants, exchange, request, uri, &mut state);
     state
 }
@@ -185,6 +163,26 @@ pub(super) fn write(exchange: &Exchange, took: Duration) -> bool {
     true
 }
 
+/// Writes lines of a request that goes on.
+pub(super) fn write_meanwhile(exchange: &Exchange, kind: LogType) {
+    let Some(logs) = logs(exchange) else {
+        return;
+    };
+    let none = LogState::default();
+    let state = exchange.log.as_deref().unwrap_or(&none);
+    let worker = &exchange.conn.worker;
+    with_record(exchange, state, |record| {
+        let record = Record {
+            kind,
+            request: record.request.filter(|_| !exchange.unread),
+            ..*record
+        };
+        logs.write(&record, &random::next, worker.id, |batches| {
+            flush_later(worker, batches);
+        });
+    });
+}
+
 /// Shows what is known of a request as logs see it.
 pub(super) fn with_record<T>(
     exchange: &Exchange,
@@ -230,7 +228,7 @@ fn record_after<T>(
         method: exchange.method_text().unwrap_or(""),
         path: exchange.path_text().unwrap_or(""),
         authority: authority.as_deref().unwrap_or(""),
-        scheme: exchange.uri.scheme_str().unwrap_or("http"),
+        scheme: exchange.scheme.as_str(),
         protocol: protocol_text(exchange.version),
         upstream_protocol,
         request_id: request_id.as_deref(),
@@ -251,7 +249,7 @@ fn record_after<T>(
         upstream_failure: exchange.failure.as_deref(),
         route: exchange.route.as_ref().map(|route| &*route.name),
         direct_remote: conn.direct,
-        remote: state.remote.unwrap_or(conn.remote),
+        remote: exchange.remote,
         local: conn.local,
         server_name: conn.server_name(),
         peer: conn.peer_identity(),

@@ -17,6 +17,7 @@
 //! | sockets, the PROXY protocol, what a connection speaks, network filters | [`accept`], [`sniff`] |
 //! | what requests of a connection share; one HTTP version | [`http`]; `http1`, `rest`, `http2` |
 //! | what a request must look like, which route it takes | `request` |
+//! | who asks; what requests ask about their own time | `request`; `asked` |
 //! | HTTP filters that wait, or keep state of a request | `filters` (what they decide is in [`crate::policy`]) |
 //! | which fields go on; header templates | `prepare`; `scene` |
 //! | which endpoint, which connection, whether again, several at once | `upstream`, `attempts`, `hedge`, `failure` |
@@ -30,6 +31,7 @@
 pub mod accept;
 mod alarm;
 mod answer;
+mod asked;
 mod attempts;
 pub mod body;
 pub mod call;

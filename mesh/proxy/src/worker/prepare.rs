@@ -12,6 +12,7 @@ use super::scene::RequestScene;
 use crate::config::headers::HeaderOps;
 use crate::config::listener::Direction;
 use crate::config::route::{Forward, HostRewrite, Rewrite, Route, Target};
+use crate::config::router::RouterOptions;
 use crate::hygiene::fields::append;
 use crate::metrics::flags::Flags;
 
@@ -66,7 +67,9 @@ pub(super) fn prepare(
             if forward.append_forwarded_host {
                 append_forwarded_host(&mut parts.headers, &old);
             }
-            parts.headers.insert(X_ORIGINAL_HOST.clone(), old);
+            if !conn.manager.router.suppress_envoy_headers {
+                parts.headers.insert(X_ORIGINAL_HOST.clone(), old);
+            }
         }
         parts.headers.insert(header::HOST, new);
     }
@@ -75,7 +78,7 @@ pub(super) fn prepare(
         .rewrite
         .as_deref()
         .filter(|_| !parts.uri.path().is_empty())
-        && let Some(target) = rewritten_target(&routed.route, rewrite, parts)
+        && let Some(target) = rewritten_target(&conn.manager.router, &routed.route, rewrite, parts)
         && !set_target(parts, &target)
     {
         return Err(LocalReply::new(
@@ -111,13 +114,20 @@ fn append_forwarded_host(headers: &mut HeaderMap, host: &HeaderValue) {
 
 /// Path and query after `rewrite`, as a text. What they were is kept in `x-envoy-original-path`. Nothing happens where
 /// nothing would be left of the path (Envoy).
-pub(super) fn rewritten_target(route: &Route, rewrite: &Rewrite, parts: &mut Parts) -> Option<String> {
+pub(super) fn rewritten_target(
+    options: &RouterOptions,
+    route: &Route,
+    rewrite: &Rewrite,
+    parts: &mut Parts,
+) -> Option<String> {
     let path = route.rewritten(rewrite, parts.uri.path());
     if path.is_empty() {
         return None;
     }
     let original = parts.uri.path_and_query().map_or("/", |path| path.as_str());
-    if let Ok(original) = HeaderValue::from_str(original) {
+    if !options.suppress_envoy_headers
+        && let Ok(original) = HeaderValue::from_str(original)
+    {
         parts.headers.insert(X_ORIGINAL_PATH.clone(), original);
     }
     Some(match parts.uri.query() {

@@ -1,17 +1,20 @@
 //! The request path: hygiene, identity, routing, filters, action.
+//!
+//! `admit` refuses what no request may look like, `identify` says who asks, `routed` is what was decided about a request and
+//! how its route is found. What is synchronous is a function, so that the future of a request holds no more than it waits with.
 
 mod admit;
 mod identify;
 mod routed;
 
-pub(super) use identify::{PEER_METADATA, PEER_METADATA_ID, X_REQUEST_ID};
+pub(super) use identify::{PEER_METADATA, PEER_METADATA_ID, X_REQUEST_ID, append_via};
 pub(super) use routed::{Routed, find_route};
 
 use std::rc::Rc;
 use std::sync::Arc;
 
 use http::request::Parts;
-use http::{Response, StatusCode, Version};
+use http::{HeaderMap, Response, StatusCode, Version};
 use http_body::Body as _;
 
 use super::answer::answer;
@@ -29,9 +32,11 @@ use super::tunnel::{self, Tunnel};
 use super::upstream;
 use crate::config::matchers::RequestView;
 use crate::config::route::{Action, is_grpc};
+use crate::config::table::RouteTable;
 use crate::hygiene::fields::{Present, join_repeated};
 use crate::metrics::events::HttpEvent;
 use crate::metrics::flags::Flags;
+use crate::observe::record::LogType;
 use crate::overload;
 use crate::random;
 
@@ -62,12 +67,15 @@ pub(super) async fn handle(
     let present = Present::of(&parts.headers);
     let tunnel = match enter(&conn, &mut exchange, &mut parts, present) {
         Ok(tunnel) => tunnel,
-        Err(reply) => return Ok(turn_away(exchange, &parts, present, reply).await),
+        Err(reply) => return Ok(turn_away(exchange, &parts, reply).await),
     };
-    identify::identify(&conn, &mut exchange, &mut parts, present);
+    if let Err(reply) = identify::identify(&mut exchange, &mut parts, present) {
+        conn.decide_upgrade(false);
+        return Ok(turn_away(exchange, &parts, reply).await);
+    }
     tap::arrive(&mut exchange, &conn.worker.shared.tap, &parts);
     spans::begin(&mut exchange, &mut parts);
-    logging::keep_request(&mut exchange, &parts, present);
+    logging::keep_request(&mut exchange, &parts);
     let mut outbox = None;
     // Boxed: the future of a request lives as long as the request, and most of it is here. Two boxes, one after the other:
     // within the first, the second would be copied twice.
@@ -114,14 +122,9 @@ fn enter(
 }
 
 /// Answers a request that never gets as far as to a route: it is logged like others, and filters see the answer.
-async fn turn_away(
-    mut exchange: Box<Exchange>,
-    parts: &Parts,
-    present: Present,
-    reply: LocalReply,
-) -> Response<Body> {
+async fn turn_away(mut exchange: Box<Exchange>, parts: &Parts, reply: LocalReply) -> Response<Body> {
     exchange.request_id = parts.headers.get(&X_REQUEST_ID).cloned();
-    logging::keep_request(&mut exchange, parts, present);
+    logging::keep_request(&mut exchange, parts);
     filters::pass_by_all(&mut exchange, parts);
     filters::keep_request(&mut exchange, parts);
     let outbox = filters::outbox(&exchange);
@@ -144,6 +147,15 @@ pub(super) fn view(parts: &Parts) -> RequestView<'_> {
         scheme: None,
         headers: &parts.headers,
     }
+}
+
+/// Takes off the fields that only internal clients may send; whether there were any.
+fn keep_for_internal(table: &RouteTable, headers: &mut HeaderMap) -> bool {
+    let mut any = false;
+    for name in &table.internal_only {
+        any |= headers.remove(name).is_some();
+    }
+    any
 }
 
 /// A request that is to be sent on.
@@ -181,7 +193,14 @@ async fn route(
     {
         routed = find_route(&conn, &parts, &conn.noted);
     }
+    if !exchange.internal && keep_for_internal(&routed.table, &mut parts.headers) {
+        routed = find_route(&conn, &parts, &conn.noted);
+    }
     exchange.route = routed.configured();
+    if conn.manager.logs_start {
+        note_cluster(&mut exchange, &routed, &parts);
+        logging::write_meanwhile(&exchange, LogType::DownstreamStart);
+    }
     let mut body = (tunnel.is_none() && !incoming.is_end_stream()).then(|| Inbound::new(incoming));
     if !conn.manager.filters.filters.is_empty() {
         routed.choose(conn.worker.id);

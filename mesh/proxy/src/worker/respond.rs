@@ -99,8 +99,10 @@ impl<'a> Answer<'a> {
             head.headers.append(header::SET_COOKIE, cookie.clone());
         }
         let elapsed = exchange.started.elapsed().as_millis() as u64;
-        head.headers
-            .insert(X_UPSTREAM_TIME.clone(), small_number(elapsed));
+        if !conn.manager.router.suppress_envoy_headers {
+            head.headers
+                .insert(X_UPSTREAM_TIME.clone(), small_number(elapsed));
+        }
         if plan.routed.host.attempt_count_in_response {
             head.headers
                 .insert(X_ATTEMPT_COUNT.clone(), HeaderValue::from(exchange.attempts));

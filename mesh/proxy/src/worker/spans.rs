@@ -51,11 +51,9 @@ pub(super) fn begin(exchange: &mut Exchange, parts: &mut Parts) {
         return;
     };
     let id = exchange.request_id.clone();
-    let internal = !conn.manager.use_remote_address;
     let reason = tracer.decide(
         id.as_ref().map(HeaderValue::as_bytes),
         &parts.headers,
-        internal,
         &random::next,
     );
     conn.note(match reason {
@@ -123,7 +121,7 @@ fn head_tags(tracer: &Tracer, exchange: &Exchange, parts: &Parts) -> Vec<(String
         ),
         ("user_agent".to_owned(), text(&header::USER_AGENT)),
         ("downstream_cluster".to_owned(), "-".to_owned()),
-        ("peer.address".to_owned(), exchange.conn.remote.ip().to_string()),
+        ("peer.address".to_owned(), exchange.conn.direct.ip().to_string()),
         (
             "node_id".to_owned(),
             String::from_utf8_lossy(exchange.conn.worker.shared.peer_id.as_bytes()).into_owned(),

@@ -82,7 +82,8 @@ impl Watcher {
     fn trailers(&self) {
         match self {
             Self::Client(conn) => conn.note_codec(CodecEvent::Http2Trailers, 1),
-            Self::Endpoint(state) => state.note(ClusterEvent::Http2Trailers),
+            // Envoy counts those of requests only.
+            Self::Endpoint(_) => {}
             #[cfg(test)]
             Self::Nobody => {}
         }

@@ -26,11 +26,13 @@ use super::exchange::Exchange;
 use super::http::Downstream;
 use super::incoming::Incoming;
 use super::local::{Body, LocalReply};
+use super::logging;
 use super::streams::TunnelIo;
 use super::upstream::Plan;
 use crate::hygiene::fields::{Present, requested_upgrade, strip_hop_by_hop, strip_present};
 use crate::metrics::events::{ClusterEvent, HttpEvent};
 use crate::metrics::flags::Flags;
+use crate::observe::record::LogType;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::Active;
 use crate::upstream::connect::{self, Speaking};
@@ -362,6 +364,9 @@ impl Tunnel {
         exchange.details = "via_upstream".into();
         if self.over_http2 {
             conn.dress(answer.headers_mut(), Version::HTTP_2);
+        }
+        if conn.manager.logs_tunnels {
+            logging::write_meanwhile(&exchange, LogType::DownstreamTunnelSuccessfullyEstablished);
         }
         let downstream = self.client;
         let open = OpenTunnel::of(conn.clone(), self.over_http2);

@@ -5,12 +5,14 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use http::request::Parts;
-use http::uri::Authority;
+use http::uri::{Authority, Scheme};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, Version};
 use tokio::time::Instant;
 
-use super::attempts::{Permit, attempts};
+use super::asked::Times;
+use super::attempts::{Permit, X_ATTEMPT_COUNT, attempts};
 use super::body::{Inbound, RequestSource};
 use super::exchange::Exchange;
 use super::filters;
@@ -27,6 +29,7 @@ use super::scene::ResponseScene;
 use super::tunnel::{self, Tunnel};
 use crate::config::cluster::UpstreamHttp;
 use crate::config::hash::{Hashed, request_hash};
+use crate::config::retry::RetryPolicy;
 use crate::config::route::{Action, Forward, HostRewrite, Target, TargetCluster, Targets};
 use crate::config::slot::{ClusterSlot, Directory};
 use crate::config::subset::{Criteria, METADATA};
@@ -51,6 +54,10 @@ pub(super) struct Plan<'a> {
     pub(super) speaking: Speaking,
     /// Of connections that are made for this request only, or for those like it.
     pub(super) options: ConnectOptions,
+    /// Whether and when to try again: the route's policy, or what the request has made of it.
+    pub(super) retry: Option<&'a RetryPolicy>,
+    /// What the endpoint is told of them.
+    pub(super) times: Times,
     pub(super) deadline: Option<Instant>,
     /// Whether that is the end of the stream's time and not of the route's.
     pub(super) by_stream: bool,
@@ -62,6 +69,8 @@ pub(super) struct Plan<'a> {
     pub(super) auto_host: bool,
     /// What the client called the authority, for an upstream that is given the same one.
     pub(super) authority: Option<Authority>,
+    /// The scheme that the endpoint is told.
+    pub(super) scheme: Scheme,
     /// Where interim answers go to a client over HTTP/2.
     pub(super) interims: Option<Arc<Waiting>>,
 }
@@ -99,6 +108,11 @@ pub(super) fn decline(
         headers.remove(name);
     }
     headers.extend(std::mem::take(&mut reply.headers));
+    // What the connection manager decides is not the router's answer.
+    let of_router = reply.details != "max_duration_timeout";
+    if of_router && routed.host.attempt_count_in_response && exchange.attempts > 0 {
+        headers.insert(X_ATTEMPT_COUNT.clone(), HeaderValue::from(exchange.attempts));
+    }
     reply.headers = headers;
     reply.send(exchange)
 }
@@ -130,15 +144,21 @@ pub(super) async fn forward(
         .and_then(|target| target.criteria.as_deref())
         .or(forward.criteria.as_deref());
     let noted = noted_criteria(&exchange, criteria, &cluster);
+    if let Some(reply) = disobeyed(&conn, &parts.headers) {
+        return decline(exchange, &routed, target, &parts, None, reply);
+    }
+    let times = Times::of(forward, &conn.manager.router, exchange.grpc, &mut parts.headers);
     let speaking = speaking(cluster.config.http, parts.version, tunnel.as_ref());
     if let Err(reply) = prepare(&exchange, &routed, forward, target, &mut parts) {
         return decline(exchange, &routed, target, &parts, None, reply);
     }
+    let retries = retries(&routed, forward, &times, &mut parts.headers);
+    let retry = retries.policy();
     logging::keep_sent(&mut exchange, &parts);
     filters::keep_request(&mut exchange, &parts);
     let request_headers = headers_for_response(&routed, target, &parts);
-    let source = body_source(&mut exchange, forward, incoming);
-    let deadline = deadline(&mut exchange, forward, &mut parts.headers);
+    let source = body_source(&mut exchange, forward, retry, incoming);
+    let deadline = deadline(&mut exchange, forward, &times, &parts.headers);
     let plan = Plan {
         conn: &conn,
         cluster: &cluster,
@@ -147,6 +167,8 @@ pub(super) async fn forward(
         source: source.as_ref(),
         speaking,
         options: connect_options(&exchange, &cluster, forward, speaking, &parts),
+        retry,
+        times,
         deadline,
         by_stream: exchange.stream_limited,
         hash: hashed.hash,
@@ -154,6 +176,7 @@ pub(super) async fn forward(
         criteria: noted.as_ref().or(criteria),
         auto_host: matches!(forward.host_rewrite.as_deref(), Some(HostRewrite::Auto)),
         authority: exchange.uri.authority().cloned(),
+        scheme: exchange.scheme.clone(),
         interims: exchange.interims.take(),
     };
     if forward.connect_tcp
@@ -168,7 +191,7 @@ pub(super) async fn forward(
         };
     }
     let mirror_head = (!forward.mirrors.is_empty()).then(|| Parts::clone(&parts));
-    let outcome = if forward.hedge && tunnel.is_none() {
+    let outcome = if times.hedge && tunnel.is_none() {
         Box::pin(hedged(&plan, &mut exchange, &mut parts)).await
     } else {
         attempts(&plan, &mut exchange, &mut parts, tunnel.as_ref()).await
@@ -180,11 +203,15 @@ pub(super) async fn forward(
         Ok(success) => success,
         Err(reply) => {
             conn.decide_upgrade(false);
-            let reply = if reply.details == "overflow" {
-                overflow()
+            let mut reply = if reply.details == "overflow" {
+                overflow(&conn)
             } else {
                 reply
             };
+            if times.no_content && reply.flags.has(Flags::UPSTREAM_TIMEOUT) {
+                reply.status = StatusCode::NO_CONTENT;
+                reply.body = Bytes::new();
+            }
             return decline(exchange, &routed, target, &parts, request_headers.as_ref(), reply);
         }
     };
@@ -259,7 +286,7 @@ fn enter(
     let limit = cluster.config.limits.of(priority).requests;
     let Some(permit) = Permit::take(&slot, priority, |level| &level.requests, limit) else {
         cells.pending_overflow.add(1);
-        return Err(overflow());
+        return Err(overflow(&exchange.conn));
     };
     if cluster.drops(random::next()) {
         slot.counted.note(ClusterEvent::RqDropOverload);
@@ -288,7 +315,7 @@ fn hash(exchange: &Exchange, forward: &Forward, parts: &Parts) -> Hashed {
     }
     let conn = &exchange.conn;
     let state = &filters::metadata(exchange).state;
-    request_hash(&forward.hash, &view(parts), conn.remote, conn.local, state)
+    request_hash(&forward.hash, &view(parts), exchange.remote, conn.local, state)
 }
 
 /// What the route asks of endpoints together with what filters have noted under the same name, where they have.
@@ -316,10 +343,11 @@ fn headers_for_response(routed: &Routed, target: Option<&Target>, parts: &Parts)
 fn body_source(
     exchange: &mut Exchange,
     forward: &Forward,
+    retry: Option<&RetryPolicy>,
     incoming: Option<Inbound>,
 ) -> Option<Rc<RefCell<RequestSource>>> {
     let source = incoming.map(|incoming| {
-        let retries = forward.retry.as_ref().is_some_and(|policy| policy.attempts > 0);
+        let retries = retry.is_some_and(|policy| policy.attempts > 0);
         let keep = retries || !forward.mirrors.is_empty();
         let idle = exchange.conn.manager.stream_idle_timeout;
         let idle = forward.idle_timeout.unwrap_or(idle);
@@ -422,17 +450,64 @@ fn no_cluster(conn: &Downstream, forward: &Forward) -> LocalReply {
     )
 }
 
-fn overflow() -> LocalReply {
+fn overflow(conn: &Downstream) -> LocalReply {
     let mut reply = LocalReply::new(
         StatusCode::SERVICE_UNAVAILABLE,
         Flags::UPSTREAM_OVERFLOW,
         "upstream_reset_before_response_started{overflow}",
         "upstream connect error or disconnect/reset before headers. reset reason: overflow",
     );
+    if !conn.manager.router.suppress_envoy_headers {
+        reply
+            .headers
+            .insert(X_OVERLOADED.clone(), HeaderValue::from_static("true"));
+    }
     reply
-        .headers
-        .insert(X_OVERLOADED.clone(), HeaderValue::from_static("true"));
-    reply
+}
+
+/// Whether and when a request is tried again.
+enum Retries<'a> {
+    /// As its route says.
+    OfRoute(Option<&'a RetryPolicy>),
+    /// As it asks for itself.
+    Asked(Option<Box<RetryPolicy>>),
+}
+
+impl Retries<'_> {
+    fn policy(&self) -> Option<&RetryPolicy> {
+        match self {
+            Self::OfRoute(policy) => *policy,
+            Self::Asked(policy) => policy.as_deref(),
+        }
+    }
+}
+
+/// What the route says of retries, and what the request asks, whose fields are taken off.
+fn retries<'a>(routed: &Routed, forward: &'a Forward, times: &Times, headers: &mut HeaderMap) -> Retries<'a> {
+    // What the route adds may ask for retries as well (Envoy).
+    let adds = [
+        &routed.route.request_headers,
+        &routed.host.request_headers,
+        &routed.table.request_headers,
+    ];
+    let may_ask = times.asks || adds.iter().any(|ops| !ops.is_empty());
+    if !may_ask || !headers.keys().any(|name| RetryPolicy::is_asked_by(name.as_str())) {
+        return Retries::OfRoute(forward.retry.as_deref());
+    }
+    Retries::Asked(RetryPolicy::asked(forward.retry.as_deref(), headers).map(Box::new))
+}
+
+/// An answer to a request that asks for something in a field which is checked, and cannot be understood.
+fn disobeyed(conn: &Downstream, headers: &HeaderMap) -> Option<LocalReply> {
+    let (name, value) = conn.manager.router.disobeyed(headers)?;
+    let mut reply = LocalReply::new(
+        StatusCode::BAD_REQUEST,
+        Flags::INVALID_ENVOY_HEADERS,
+        format!("request_headers_failed_strict_check{{{name}}}"),
+        "",
+    );
+    reply.body = format!("invalid header '{name}' with value '{value}'").into();
+    Some(reply)
 }
 
 /// What is spoken with the endpoint.
@@ -448,16 +523,27 @@ fn speaking(cluster: UpstreamHttp, client: Version, tunnel: Option<&Tunnel>) -> 
 }
 
 /// When the request must have ended: after its route's time or its stream's, whichever is over first.
-fn deadline(exchange: &mut Exchange, forward: &Forward, headers: &mut HeaderMap) -> Option<Instant> {
-    let timeout = forward.timeout_of(exchange.grpc, headers);
-    let stream_limit = forward
+fn deadline(
+    exchange: &mut Exchange,
+    forward: &Forward,
+    times: &Times,
+    headers: &HeaderMap,
+) -> Option<Instant> {
+    let mut stream_limit = forward
         .stream_limit_of(headers)
         .or(exchange.conn.manager.max_stream_duration);
-    let route = timeout.map(|timeout| Instant::now() + timeout);
+    if let Some(asked) = times.stream
+        && stream_limit.is_none_or(|limit| asked < limit)
+    {
+        exchange.stream_asked = true;
+        stream_limit = Some(asked);
+    }
+    let route = times.route.map(|timeout| Instant::now() + timeout);
     let stream = stream_limit.map(|limit| Instant::from_std(exchange.started) + limit);
     match (route, stream) {
         (Some(route), Some(stream)) => {
             exchange.stream_limited = stream < route;
+            exchange.stream_asked &= exchange.stream_limited;
             Some(route.min(stream))
         }
         (None, Some(stream)) => {

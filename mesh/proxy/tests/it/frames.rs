@@ -186,18 +186,24 @@ impl RawClient {
 
     /// The same for as long as it takes.
     pub(crate) async fn listen(&mut self) -> Option<Frame> {
+        let found = self.overhear().await?;
+        if matches!(found.kind, SETTINGS | PING) && found.flags & ACK == 0 {
+            let payload = if found.kind == PING {
+                &found.payload[..]
+            } else {
+                &[]
+            };
+            let answer = frame(found.kind, ACK, 0, payload);
+            let _ = self.stream.write_all(&answer).await;
+        }
+        Some(found)
+    }
+
+    /// The next frame, which is not answered; `None` at the end of the connection.
+    pub(crate) async fn overhear(&mut self) -> Option<Frame> {
         loop {
             if let Some((found, rest)) = Frame::parse(&self.buffer) {
                 self.buffer = rest.to_vec();
-                if matches!(found.kind, SETTINGS | PING) && found.flags & ACK == 0 {
-                    let payload = if found.kind == PING {
-                        &found.payload[..]
-                    } else {
-                        &[]
-                    };
-                    let answer = frame(found.kind, ACK, 0, payload);
-                    let _ = self.stream.write_all(&answer).await;
-                }
                 return Some(found);
             }
             let mut chunk = vec![0_u8; 16 * 1024];

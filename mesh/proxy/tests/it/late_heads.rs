@@ -28,10 +28,10 @@ const BEGUN: [&str; 7] = [
 ];
 
 /// What the log tells of each of them.
-const LATE: &str = "- - - HTTP/1.1 408 - request_header_timeout 0 22 -";
+pub(crate) const LATE: &str = "- - - HTTP/1.1 408 - request_header_timeout 0 22 -";
 
 /// A listener with a short time for heads, and the file of its log.
-async fn hurried(backend: &Backend, log: &Path) -> (Harness, SocketAddr) {
+pub(crate) async fn hurried(backend: &Backend, log: &Path) -> (Harness, SocketAddr) {
     let harness = Harness::start();
     harness
         .put(ResourceType::Cluster, "c", &counted_cluster("c"))
@@ -48,7 +48,7 @@ async fn hurried(backend: &Backend, log: &Path) -> (Harness, SocketAddr) {
 }
 
 /// The lines of a log, once there are as many.
-async fn lines(log: &Path, count: usize) -> Vec<String> {
+pub(crate) async fn lines(log: &Path, count: usize) -> Vec<String> {
     soon("the access log", async {
         loop {
             let text = std::fs::read_to_string(log).unwrap_or_default();
@@ -154,7 +154,7 @@ async fn a_connection_on_which_no_head_has_begun_is_not_hurried() {
     ask(&mut silent).await;
 }
 
-fn logged_to(path: &Path) -> accesslog::AccessLog {
+pub(crate) fn logged_to(path: &Path) -> accesslog::AccessLog {
     let line = "%REQ(:METHOD)% %REQ(:PATH)% %REQ(:AUTHORITY)% %PROTOCOL% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% \
                 %BYTES_RECEIVED% %BYTES_SENT% %ROUTE_NAME%\n";
     file_log(path.to_str().unwrap(), line)

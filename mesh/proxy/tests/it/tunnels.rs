@@ -379,3 +379,38 @@ async fn a_route_may_forbid_an_upgrade_that_the_listener_allows() {
         .unwrap();
     assert_eq!(send(at, request).await.0, 403);
 }
+
+#[tokio::test]
+async fn a_line_is_written_when_a_request_comes_when_its_tunnel_is_granted_and_when_it_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("log");
+    let harness = Harness::start();
+    harness.put(ResourceType::Cluster, "c", &eds_cluster("c")).await;
+    harness.endpoints("c", &[echo(b"server first\n").await]).await;
+    harness
+        .routes(vec![host("all", "*", vec![connect_route("c", true)])])
+        .await;
+    let mut manager = upgrading(&["CONNECT"]);
+    let line = "%ACCESS_LOG_TYPE% %RESPONSE_CODE% %UPSTREAM_CLUSTER%\n";
+    manager.access_log = vec![file_log(log.to_str().unwrap(), line)];
+    manager.access_log_options = Some(hcm::http_connection_manager::HcmAccessLogOptions {
+        flush_access_log_on_new_request: true,
+        flush_log_on_tunnel_successfully_established: true,
+        ..Default::default()
+    });
+    let at = harness.listen(&manager, core::TrafficDirection::Outbound).await;
+    let (mut stream, answer) = ask(at, CONNECT).await;
+    assert!(answer.starts_with("http/1.1 200 "), "{answer}");
+    let mut greeting = [0; 13];
+    soon("the greeting", stream.read_exact(&mut greeting))
+        .await
+        .unwrap();
+    let expected = [
+        "DownstreamStart 0 c",
+        "DownstreamTunnelSuccessfullyEstablished 200 c",
+        "DownstreamEnd 200 c",
+    ];
+    assert_eq!(crate::late_heads::lines(&log, 2).await, expected[..2]);
+    drop(stream);
+    assert_eq!(crate::late_heads::lines(&log, 3).await, expected);
+}

@@ -5,9 +5,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use serin_proxy::bootstrap::file;
-use serin_proxy::control::Proxy;
 use serin_proxy::control::admin::{AdminPort, Port};
 use serin_proxy::control::run::apply_static;
+use serin_proxy::control::{Proxy, health};
 use tokio::process::Child;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -54,6 +54,7 @@ pub(crate) struct Started {
     pub(crate) proxy: Arc<Proxy>,
     cancel: CancellationToken,
     served: JoinHandle<()>,
+    checks: JoinHandle<()>,
 }
 
 impl Started {
@@ -66,16 +67,19 @@ impl Started {
         let port = AdminPort::bind(&proxy, admin, Port::Admin).unwrap();
         let cancel = CancellationToken::new();
         let served = tokio::spawn(port.serve(proxy.clone(), CancellationToken::new(), cancel.clone()));
+        let checks = tokio::spawn(health::run(proxy.clone(), cancel.clone()));
         Self {
             proxy,
             cancel,
             served,
+            checks,
         }
     }
 
     pub(crate) async fn stop(self) {
         self.cancel.cancel();
         self.served.await.unwrap();
+        self.checks.await.unwrap();
         self.proxy.stop().await;
     }
 }

@@ -27,9 +27,13 @@ impl Forward {
             }
         };
         let timeout = match &from.timeout {
+            // Envoy's rule: the one or the other.
+            _ if from.max_stream_duration.is_some() => None,
             None => Some(DEFAULT_ROUTE_TIMEOUT),
             given => convert::timeout(given.as_ref()).within("timeout")?,
         };
+        let hedge = compile_hedge(from.hedge_policy.as_ref().or(host.hedge_policy.as_ref()))
+            .within("hedge_policy")?;
         let mirrors = from
             .request_mirror_policies
             .iter()
@@ -80,8 +84,8 @@ impl Forward {
                 })
                 .within("max_stream_duration")?,
             criteria: Criteria::compile(from.metadata_match.as_ref(), None),
-            hedge: compile_hedge(from.hedge_policy.as_ref().or(host.hedge_policy.as_ref()))
-                .within("hedge_policy")?,
+            hedge,
+            expected: expected(timeout, retry.as_deref().filter(|_| !hedge)),
             retry,
             rewrite: compile_rewrite(from, template)?.map(Box::new),
             host_rewrite: compile_host_rewrite(from)?.map(Box::new),
@@ -131,18 +135,17 @@ impl Forward {
 }
 
 impl Forward {
-    /// Limit for the whole exchange of a request, which a gRPC call is told on its way.
-    pub fn timeout_of(&self, grpc: bool, headers: &mut HeaderMap) -> Option<Duration> {
+    /// Limit for the whole exchange of a request.
+    pub fn timeout_of(&self, grpc: bool, headers: &HeaderMap) -> Option<Duration> {
         match &self.grpc_timeout {
-            Some(rule) if grpc => {
-                let limit = rule.of(headers).unwrap_or_else(|most| most);
-                if let Some(limit) = limit {
-                    GrpcTimeout::write(limit, headers);
-                }
-                limit
-            }
+            Some(rule) if grpc => rule.of(headers).unwrap_or_else(|most| most),
             _ => self.timeout,
         }
+    }
+
+    /// Tells the endpoint of a gRPC call how long it may take.
+    pub fn tell_grpc_timeout(limit: Duration, headers: &mut HeaderMap) {
+        GrpcTimeout::write(limit, headers);
     }
 
     /// Limit of a request's stream, if the route has one.
@@ -152,6 +155,17 @@ impl Forward {
             Some(Err(_)) | None => self.max_stream_duration,
         }
     }
+}
+
+/// How long the endpoint may take: a try's time, where there is one, and at most the route's.
+fn expected(timeout: Option<Duration>, retry: Option<&RetryPolicy>) -> Option<HeaderValue> {
+    let per_try = retry.and_then(|policy| policy.per_try_timeout);
+    let expected = match (per_try, timeout) {
+        (Some(per_try), Some(timeout)) => per_try.min(timeout),
+        (one, other) => one.or(other)?,
+    };
+    let millis = u64::try_from(expected.as_millis()).unwrap_or(u64::MAX);
+    Some(HeaderValue::from(millis.max(1)))
 }
 
 fn refuse_unsupported(from: &route::RouteAction) -> Result<(), Refusal> {

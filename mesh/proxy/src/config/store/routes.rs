@@ -11,6 +11,7 @@ use prost::Message;
 use serin_xds::pb::envoy::config::route::v3 as pb_route;
 
 use super::{Store, Update, decode};
+use crate::config::convert;
 use crate::config::headers::HeaderOps;
 use crate::config::route::{Context, VirtualHost};
 use crate::config::slot::{RouteSlot, VirtualHostSlot};
@@ -419,6 +420,14 @@ fn table_of(
         discovers_hosts: from.vhds.is_some(),
         ignore_port: from.ignore_port_in_host_matching,
         most_specific_wins: from.most_specific_header_mutations_wins,
+        internal_only: convert::each(
+            &from.internal_only_headers,
+            "internal_only_headers",
+            |name: &String| {
+                http::HeaderName::from_bytes(name.as_bytes())
+                    .map_err(|_| Refusal::new("", format!("{name:?} is not a header name")))
+            },
+        )?,
         request_headers,
         response_headers,
         per_filter,

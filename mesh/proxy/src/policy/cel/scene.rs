@@ -39,11 +39,8 @@ impl Scene for Facts<'_> {
             Attribute::RequestReferer => field("referer"),
             Attribute::RequestUserAgent => field("user-agent"),
             Attribute::RequestId => field("x-request-id"),
-            Attribute::SourceAddress => {
-                let at = std::net::SocketAddr::new(self.remote(), self.source.port());
-                Some(Value::Text(at.to_string().into()))
-            }
-            Attribute::SourcePort => Some(Value::Int(i64::from(self.source.port()))),
+            Attribute::SourceAddress => Some(Value::Text(self.remote.to_string().into())),
+            Attribute::SourcePort => Some(Value::Int(i64::from(self.remote.port()))),
             Attribute::DestinationAddress => Some(Value::Text(self.local.to_string().into())),
             Attribute::DestinationPort => Some(Value::Int(i64::from(self.local.port()))),
             Attribute::ConnectionMtls => Some(Value::Bool(self.peer.is_some())),

@@ -34,7 +34,7 @@ fn with_facts<T>(run: impl FnOnce(&Facts<'_>) -> T) -> T {
             scheme: Some("https"),
             headers: &headers,
         }),
-        forwarded: false,
+        remote: "10.0.0.9:1000".parse().unwrap(),
         metadata: &metadata,
     };
     run(&facts)

@@ -146,7 +146,7 @@ impl Condition {
             Test::Headers(all) => all.iter().all(|header| header.matches(request)),
             Test::Query(all) => all.iter().all(|parameter| parameter.matches(request.query)),
             Test::Addresses(any) => {
-                let remote = scene.facts.remote();
+                let remote = scene.facts.remote.ip();
                 any.iter().any(|range| range.contains(remote))
             }
         };
@@ -346,10 +346,12 @@ impl Action {
                 });
                 Outcome::found(key, value.as_deref(), *absent)
             }
-            Self::RemoteAddress => Outcome::Entry("remote_address".into(), facts.remote().to_string().into()),
+            Self::RemoteAddress => {
+                Outcome::Entry("remote_address".into(), facts.remote.ip().to_string().into())
+            }
             Self::MaskedRemoteAddress { v4, v6 } => Outcome::Entry(
                 "masked_remote_address".into(),
-                masked(facts.remote(), *v4, *v6).into(),
+                masked(facts.remote.ip(), *v4, *v6).into(),
             ),
             Self::Text { key, value, when } => {
                 if when.as_ref().is_some_and(|when| !when.holds(request, scene)) {

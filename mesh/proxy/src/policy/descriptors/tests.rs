@@ -28,7 +28,7 @@ fn describe(specs: Vec<Spec>) -> Option<Vec<(String, String)>> {
             scheme: Some("http"),
             headers: &headers,
         }),
-        forwarded: false,
+        remote: "10.1.2.3:5".parse().unwrap(),
         metadata: &metadata,
     };
     let entry = RateLimitEntry::compile(&route::RateLimit {

@@ -151,6 +151,8 @@ impl HttpService {
         }
         // Envoy says so of everything that it asks for itself.
         headers.insert("x-envoy-internal", HeaderValue::from_static("true"));
+        let left = u64::try_from(self.target.timeout.as_millis()).unwrap_or(u64::MAX);
+        headers.insert("x-envoy-expected-rq-timeout-ms", HeaderValue::from(left));
         if let Some(partial) = partial {
             headers.insert(
                 PARTIAL_BODY,

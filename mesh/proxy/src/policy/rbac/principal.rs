@@ -93,7 +93,7 @@ impl Principal {
             Self::MutualTls(test) => facts.peer.is_some_and(|peer| test.matches(peer)),
             Self::DirectRemote(range) => range.contains(facts.direct_remote.ip()),
             Self::Source(range) => range.contains(facts.source.ip()),
-            Self::Remote(range) => range.contains(facts.remote()),
+            Self::Remote(range) => range.contains(facts.remote.ip()),
             Self::Header(header) => facts.has(header),
             Self::Path(test) => facts.path().is_some_and(|path| test.matches(path)),
             Self::Metadata(test) => test.matches(facts.metadata),

@@ -94,7 +94,6 @@ impl World {
     fn new() -> Self {
         let mut headers = HeaderMap::new();
         headers.insert("x-user", "bob".parse().unwrap());
-        headers.insert("x-forwarded-for", "9.9.9.9".parse().unwrap());
         let mut metadata = Metadata::default();
         metadata.set("jwt", "sub", text("bob"));
         Self {
@@ -124,7 +123,7 @@ impl World {
                 scheme: Some("https"),
                 headers: &self.headers,
             }),
-            forwarded: true,
+            remote: "9.9.9.9:0".parse().unwrap(),
             metadata: &self.metadata,
         }
     }

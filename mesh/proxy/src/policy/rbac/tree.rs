@@ -223,7 +223,7 @@ impl Input {
         match self {
             Self::DestinationIp => Some(facts.local.ip().to_string().into()),
             Self::DestinationPort => Some(facts.local.port().to_string().into()),
-            Self::SourceIp => Some(facts.remote().to_string().into()),
+            Self::SourceIp => Some(facts.remote.ip().to_string().into()),
             Self::SourcePort => Some(facts.source.port().to_string().into()),
             Self::DirectSourceIp => Some(facts.direct_remote.ip().to_string().into()),
             Self::ServerName => facts.server_name.map(Cow::from),

@@ -155,6 +155,8 @@ impl Arrival<'_> {
         self.entrance.note(match error.kind() {
             io::ErrorKind::TimedOut => ListenerEvent::FilterTimeout,
             io::ErrorKind::UnexpectedEof => ListenerEvent::FilterRemoteClose,
+            // What was read is wrong, which is no failure to read (Envoy).
+            io::ErrorKind::InvalidData => return,
             _ => ListenerEvent::FilterError,
         });
     }

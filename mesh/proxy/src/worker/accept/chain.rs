@@ -233,7 +233,7 @@ fn judge(
             server_name: log.server_name.as_deref(),
             peer: log.tls.as_deref().and_then(PeerIdentity::of),
             request: None,
-            forwarded: false,
+            remote: addresses.remote,
             metadata: &log.metadata,
         };
         let (denied, noted) = policy.judge(&facts, clock::now_ms(), worker.id);

@@ -3,6 +3,7 @@
 use http::request::Parts;
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderName, HeaderValue, Method, Request, Uri, Version, header};
+use tokio::time::Instant;
 
 use super::attempt::Try;
 use crate::upstream::cluster::Host;
@@ -41,9 +42,19 @@ pub(super) fn build(
     if plan.routed.host.attempt_count {
         headers.insert(X_ATTEMPT_COUNT.clone(), HeaderValue::from(try_of.number));
     }
+    if try_of.number > 1 {
+        let left = plan.deadline.filter(|_| !plan.by_stream);
+        let left = left.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        plan.times.tell_again(left, headers);
+    }
     let uri = parts.uri.clone();
     if lease.is_http2() {
-        address_http2(plan, &mut request, uri, try_of);
+        let scheme = match (plan.conn.manager.origin.match_upstream, lease.tls()) {
+            (false, _) => plan.scheme.clone(),
+            (true, Some(_)) => Scheme::HTTPS,
+            (true, None) => Scheme::HTTP,
+        };
+        address_http2(plan, &mut request, uri, scheme, try_of);
     } else {
         address_http1(plan, &mut request, uri, try_of);
     }
@@ -51,18 +62,19 @@ pub(super) fn build(
 }
 
 /// `:authority` instead of `Host`, and an absolute target (RFC 9113 section 8.3.1).
-fn address_http2(plan: &Plan<'_>, request: &mut Request<UpstreamBody>, uri: Uri, try_of: &Try<'_>) {
+fn address_http2(
+    plan: &Plan<'_>,
+    request: &mut Request<UpstreamBody>,
+    uri: Uri,
+    scheme: Scheme,
+    try_of: &Try<'_>,
+) {
     let host = request.headers_mut().remove(header::HOST);
     let authority = host
         .as_ref()
         .and_then(|value| value.to_str().ok())
         .filter(|host| !host.is_empty())
         .unwrap_or("unknown");
-    let scheme = if plan.conn.tls.is_some() {
-        Scheme::HTTPS
-    } else {
-        Scheme::HTTP
-    };
     // Parsed once, where it is what the client sent.
     let known = plan.authority.as_ref();
     let parsed = match known.filter(|known| known.as_str() == authority) {

@@ -5,7 +5,6 @@ use http::request::Parts;
 use http::{HeaderName, HeaderValue};
 
 use super::facts::facts;
-use super::metadata;
 use crate::config::route::Action;
 use crate::policy::descriptors::{Descriptor, RateLimitEntry, Scene, VirtualHostLimits};
 use crate::policy::ext_authz::{Field, How};
@@ -98,7 +97,7 @@ pub(super) fn describe(
     entries: &Entries<'_>,
     at_end: bool,
 ) -> Vec<Descriptor> {
-    let facts = facts(conn, parts, metadata(exchange));
+    let facts = facts(exchange, parts);
     let scene = Scene {
         facts: &facts,
         route: routed.route.metadata.as_deref(),

@@ -70,7 +70,7 @@ pub(super) async fn ask(
         }
         Service::Http(service) => {
             let question = {
-                let facts = facts(&exchange.conn, parts, metadata(exchange));
+                let facts = facts(exchange, parts);
                 let mut added = HeaderMap::new();
                 service.add.apply(&mut added, &Asking { exchange, parts });
                 service.question(&facts, content.bytes, authz, content.partial, added)
@@ -138,7 +138,7 @@ fn grpc_question(
         session: tls.map(|_| exchange.conn.server_name().unwrap_or("")),
         extensions: settings.map(|settings| &settings.extensions),
     };
-    let facts = facts(&exchange.conn, parts, metadata(exchange));
+    let facts = facts(exchange, parts);
     authz.question(&facts, &scene, content.bytes, content.raw, content.partial)
 }
 

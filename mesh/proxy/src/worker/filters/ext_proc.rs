@@ -273,7 +273,7 @@ fn request_question(exchange: &Exchange, processing: &mut Processing, parts: &Pa
     let attributes = if filter.request_attributes.is_empty() {
         Default::default()
     } else {
-        let facts = facts(&exchange.conn, parts, metadata(exchange));
+        let facts = facts(exchange, parts);
         told(&filter.request_attributes, |attribute| facts.attribute(attribute))
     };
     let question = Question {

@@ -4,7 +4,7 @@ use http::StatusCode;
 use http::request::Parts;
 
 use super::facts::facts;
-use super::{Passed, Verdict, metadata, state};
+use super::{Passed, Verdict, state};
 use crate::metrics::flags::Flags;
 use crate::policy::per_route::Override;
 use crate::policy::rbac::{NAMESPACE, Rules};
@@ -26,7 +26,7 @@ pub(super) fn authorize(
         return Ok(Passed::On);
     };
     let conn = &exchange.conn;
-    let (denied, notes) = rules.judge(&facts(conn, parts, metadata(exchange)), conn.worker.id);
+    let (denied, notes) = rules.judge(&facts(exchange, parts), conn.worker.id);
     if !notes.is_empty() {
         notes.write(NAMESPACE, &mut state(exchange).metadata);
     }

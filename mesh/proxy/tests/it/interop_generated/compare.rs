@@ -4,10 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::client::{Answer, Ask};
 
-/// Of what endpoints see: the time that is left is not told to them; who we are is told (the peers' metadata); an empty
-/// request is told to be so only where its method says that it might not be.
-const NOT_COMPARED: [&str; 4] = [
-    "x-envoy-expected-rq-timeout-ms",
+/// Of what endpoints see: who we are is told (the peers' metadata); an empty request is told to be so only where its method
+/// says that it might not be.
+const NOT_COMPARED: [&str; 3] = [
     "x-envoy-peer-metadata",
     "content-length: 0",
     "x-envoy-peer-metadata-id",
@@ -62,6 +61,11 @@ fn pardoned(ask: &Ask, mut answer: Answer) -> Answer {
         .filter(|line| !NOT_COMPARED.iter().any(|name| line.starts_with(name)))
         .map(|line| match line.split_once(": ") {
             Some(("x-request-id", value)) if value != "mine" => "x-request-id: (id)".to_owned(),
+            // Of a further try, what is left of the time: to the second.
+            Some((name @ "x-envoy-expected-rq-timeout-ms", left)) => {
+                let left: u64 = left.parse().unwrap_or(0);
+                format!("{name}: {}", left.div_ceil(1000))
+            }
             // Envoy names this machine's own address where the client's is a loopback address.
             Some(("x-forwarded-for", value)) => {
                 let before = value.rsplit_once(',').map_or("", |(before, _)| before);
