@@ -26,13 +26,23 @@ ROOTS = ["envoy.config.bootstrap.v3.Bootstrap", "envoy.service.discovery.v3.Disc
          "envoy.config.route.v3.RouteConfiguration", "envoy.config.route.v3.FilterConfig",
          "envoy.config.trace.v3.ZipkinConfig", "envoy.config.trace.v3.OpenTelemetryConfig",
          "envoy.config.trace.v3.DatadogConfig", "envoy.config.core.v3.TypedExtensionConfig",
-         "envoy.service.runtime.v3.Runtime", "xds.type.v3.TypedStruct", "envoy.admin.v3.TapRequest"]
+         "envoy.service.runtime.v3.Runtime", "xds.type.v3.TypedStruct", "envoy.admin.v3.TapRequest",
+         "envoy.config.rbac.v3.Action", "envoy.type.matcher.v3.HttpRequestHeaderMatchInput",
+         "envoy.type.matcher.v3.HttpRequestQueryParamMatchInput", "xds.type.matcher.v3.CelMatcher",
+         "xds.type.matcher.v3.HttpAttributesCelMatchInput", "xds.type.matcher.v3.IPMatcher"]
 EXTENSIONS = ["access_loggers", "compression.brotli", "compression.gzip", "compression.zstd", "filters.http",
               "filters.listener", "filters.network", "formatter", "http.header_validators", "http.original_ip_detection",
               "internal_redirect", "load_balancing_policies", "network", "path", "rbac", "request_id",
               "resource_monitors", "retry", "transport_sockets", "upstreams", "matching", "tracers", "health_checkers"]
-# What Istio's control plane sends beside Envoy's own types: (field, number, prefix, type).
+# What Istio's control plane sends beside Envoy's own types, and the matchers that the crate leaves out: (field, number,
+# prefix, type).
 FOREIGN = {
+    "xds.type.matcher.v3.CelMatcher": [("expr_match", 1, "", "xds.type.v3.CelExpression"), ("description", 2, "", "string")],
+    "xds.type.matcher.v3.HttpAttributesCelMatchInput": [],
+    "xds.type.matcher.v3.IPMatcher": [("range_matchers", 1, "*", "xds.type.matcher.v3.IPMatcher.IPRangeMatcher")],
+    "xds.type.matcher.v3.IPMatcher.IPRangeMatcher": [
+        ("ranges", 1, "*", "xds.core.v3.CidrRange"), ("on_match", 2, "", "xds.type.matcher.v3.Matcher.OnMatch"),
+        ("exclusive", 3, "", "bool")],
     "udpa.type.v1.TypedStruct": [("type_url", 1, "", "string"), ("value", 2, "", "google.protobuf.Struct")],
     "stats.PluginConfig": [
         ("disable_host_header_fallback", 6, "", "bool"), ("tcp_reporting_duration", 7, "", "google.protobuf.Duration"),

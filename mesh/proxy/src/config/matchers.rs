@@ -1,6 +1,8 @@
 //! Compiled matchers: strings, headers, query parameters. Everything is prepared at configuration time, so that a
 //! request pays for comparisons only.
 
+use std::borrow::Cow;
+
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 use regex::Regex;
 use serin_xds::pb::envoy::config::route::v3 as route;
@@ -48,6 +50,32 @@ impl<'a> RequestView<'a> {
 /// Compiles a regular expression that must match the whole subject, as Envoy's `safe_regex` does.
 pub(crate) fn full_regex(pattern: &str) -> Result<Regex, Refusal> {
     Regex::new(&format!("^(?:{pattern})$")).map_err(|error| Refusal::new("regex", error.to_string()))
+}
+
+/// A part of a query as it was meant; what is no escape stays.
+pub(crate) fn percent_decoded(text: &str) -> Cow<'_, str> {
+    if !text.contains('%') {
+        return text.into();
+    }
+    let bytes = text.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut index = 0;
+    while index < bytes.len() {
+        let escape = text
+            .get(index + 1..index + 3)
+            .filter(|digits| bytes[index] == b'%' && digits.bytes().all(|byte| byte.is_ascii_hexdigit()));
+        match escape.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
+            Some(byte) => {
+                out.push(byte);
+                index += 3;
+            }
+            None => {
+                out.push(bytes[index]);
+                index += 1;
+            }
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned().into()
 }
 
 /// A `StringMatcher`.

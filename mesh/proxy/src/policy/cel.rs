@@ -345,6 +345,17 @@ fn dotted(ast: &Ast) -> Option<String> {
     }
 }
 
+/// What a field of a request is that HTTP/1 has in its first line, by the name that HTTP/2 gives it.
+fn pseudo(name: &str) -> Option<Attribute> {
+    match name {
+        ":path" => Some(Attribute::RequestPath),
+        ":method" => Some(Attribute::RequestMethod),
+        ":authority" => Some(Attribute::RequestHost),
+        ":scheme" => Some(Attribute::RequestScheme),
+        _ => None,
+    }
+}
+
 /// Whose header fields a name means.
 fn headers(name: &str) -> Option<Side> {
     match name {
@@ -455,6 +466,9 @@ impl Compiler<'_, '_> {
     }
 
     fn header(&mut self, side: Side, name: &str, test: bool) -> Result<Node, Refusal> {
+        if let Some(attribute) = pseudo(name).filter(|_| side == Side::Request) {
+            return Ok(Node::Attribute(attribute, test));
+        }
         let name = HeaderName::from_bytes(name.to_ascii_lowercase().as_bytes())
             .map_err(|_| Refusal::new("", format!("{name:?} is not a header name")))?;
         let place = match &mut self.keep {

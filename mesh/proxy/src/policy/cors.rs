@@ -125,11 +125,13 @@ impl Cors {
         let Some(origin) = request.get(header::ORIGIN) else {
             return CorsVerdict::None;
         };
-        let allowed = origin
-            .to_str()
-            .is_ok_and(|text| self.origins.iter().any(|matcher| matcher.matches(text)));
-        let preflight =
-            method == Method::OPTIONS && request.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
+        let allowed = origin.to_str().is_ok_and(|text| {
+            // A star is every origin, as in Envoy.
+            let mut origins = self.origins.iter();
+            origins.any(|matcher| matcher.matches("*") || matcher.matches(text))
+        });
+        let asked = request.get(header::ACCESS_CONTROL_REQUEST_METHOD);
+        let preflight = method == Method::OPTIONS && asked.is_some_and(|method| !method.is_empty());
         if !preflight {
             return if allowed {
                 CorsVerdict::Actual(origin.clone())
@@ -137,15 +139,10 @@ impl Cors {
                 CorsVerdict::None
             };
         }
-        if !allowed {
-            return if self.forward_unmatched_preflights.unwrap_or(true) {
-                CorsVerdict::None
-            } else {
-                CorsVerdict::Preflight(Box::default())
-            };
+        if !allowed && self.forward_unmatched_preflights.unwrap_or(true) {
+            return CorsVerdict::None;
         }
         let mut answer = HeaderMap::new();
-        answer.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
         let mut put = |name, value: &Option<HeaderValue>| {
             if let Some(value) = value {
                 answer.insert(name, value.clone());
@@ -154,6 +151,11 @@ impl Cors {
         put(header::ACCESS_CONTROL_ALLOW_METHODS, &self.allow_methods);
         put(header::ACCESS_CONTROL_ALLOW_HEADERS, &self.allow_headers);
         put(header::ACCESS_CONTROL_MAX_AGE, &self.max_age);
+        // Without an origin the rest allows nothing.
+        if allowed {
+            put(header::ACCESS_CONTROL_EXPOSE_HEADERS, &self.expose_headers);
+            answer.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
+        }
         if self.allow_credentials == Some(true) {
             answer.insert(
                 header::ACCESS_CONTROL_ALLOW_CREDENTIALS,

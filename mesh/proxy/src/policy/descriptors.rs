@@ -191,7 +191,8 @@ impl RateLimitEntry {
         self.wants.as_deref()
     }
 
-    /// The descriptor of a request; `None` if an action says that the entry does not apply.
+    /// The descriptor of a request; `None` if an action says that the entry does not apply. It has no entries where all
+    /// actions are skipped, as in Envoy.
     pub fn describe(&self, scene: &Scene<'_>) -> Option<Descriptor> {
         let mut entries = Vec::with_capacity(self.actions.len());
         for action in &self.actions {
@@ -218,7 +219,6 @@ impl RateLimitEntry {
             hits,
             headers: self.headers,
         })
-        .filter(|descriptor| !descriptor.entries.is_empty())
     }
 }
 

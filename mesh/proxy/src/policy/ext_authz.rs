@@ -30,14 +30,15 @@ use crate::config::route::Context;
 use crate::config::runtime::RuntimeFraction;
 use crate::error::{Refusal, Within};
 
-pub(super) use answer::field;
-pub use answer::{Allowed, Denied, Field, How, Verdict, apply, is_valid, read_grpc};
+pub use answer::{Allowed, Denied, Field, How, Verdict, apply, apply_denied, is_valid, read_grpc};
 pub use http_service::HttpService;
 
 /// The method that is called.
 pub const PATH: &str = "/envoy.service.auth.v3.Authorization/Check";
 /// Namespace of what a service tells.
 pub const NAMESPACE: &str = "envoy.filters.http.ext_authz";
+/// Says whether the body of a question is a part of the request's.
+pub(super) const PARTIAL_BODY: &str = "x-envoy-auth-partial-body";
 /// Envoy's limit of a call.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_millis(200);
 
@@ -266,11 +267,13 @@ impl ExtAuthz {
                 .within("with_request_body")?,
             failure_allows: from.failure_mode_allow,
             failure_marks: from.failure_mode_allow_header_add,
-            status_on_error: convert::denial_status(
-                from.status_on_error.as_ref(),
-                StatusCode::FORBIDDEN,
-                "status_on_error",
-            )?,
+            status_on_error: from
+                .status_on_error
+                .as_ref()
+                .map(convert::status_code)
+                .transpose()
+                .within("status_on_error")?
+                .unwrap_or(StatusCode::FORBIDDEN),
             clear_route: from.clear_route_cache,
             enabled,
             enabled_metadata: from
@@ -334,10 +337,14 @@ impl ExtAuthz {
     /// must not be used.
     pub fn restrict(&self, allowed: &mut Allowed) -> bool {
         let Some(rules) = &self.rules else { return true };
-        let before = allowed.set.len() + allowed.remove.len();
+        let count = |allowed: &Allowed| {
+            allowed.set.len() + allowed.remove.len() + usize::from(allowed.path.is_some())
+        };
+        let before = count(allowed);
         allowed.set.retain(|(name, ..)| rules.allows(name.as_str()));
         allowed.remove.retain(|name| rules.allows_removal(name));
-        !rules.is_error || before == allowed.set.len() + allowed.remove.len()
+        allowed.path = allowed.path.take().filter(|_| rules.allows(":path"));
+        !rules.is_error || (before == count(allowed) && !allowed.removes_needed)
     }
 
     /// Counts an answer that must not be used.
@@ -393,7 +400,7 @@ impl ExtAuthz {
             } else {
                 headers = self.header_map(request.headers);
                 if let Some(partial) = partial {
-                    headers.insert("x-envoy-auth-partial-body".into(), partial);
+                    headers.insert(PARTIAL_BODY.into(), partial);
                 }
                 for (name, value) in system {
                     if self.passes(name) {
@@ -444,6 +451,7 @@ impl ExtAuthz {
                 }),
                 destination: Some(Peer {
                     address: convert::address_of(facts.local),
+                    principal: scene.own_principal.unwrap_or("").to_owned(),
                     ..Default::default()
                 }),
                 request: Some(Request {
@@ -462,7 +470,7 @@ impl ExtAuthz {
                     filter_metadata: metadata,
                     ..Default::default()
                 }),
-                route_metadata_context: (!of_route.is_empty()).then(|| core::Metadata {
+                route_metadata_context: Some(core::Metadata {
                     filter_metadata: of_route,
                     ..Default::default()
                 }),
@@ -481,11 +489,11 @@ impl ExtAuthz {
         headers: &HeaderMap,
         partial: Option<&str>,
     ) -> core::HeaderMap {
-        let partial = partial.map(|text| ("x-envoy-auth-partial-body", text.as_bytes()));
+        let partial = partial.map(|text| (PARTIAL_BODY, text.as_bytes()));
         let own = system.iter().map(|(name, value)| (*name, value.as_bytes()));
         let fields = headers
             .iter()
-            .filter(|(name, _)| **name != header::HOST)
+            .filter(|(name, _)| !is_ours(name))
             .map(|(name, value)| (name.as_str(), value.as_bytes()));
         core::HeaderMap {
             headers: own
@@ -505,7 +513,7 @@ impl ExtAuthz {
     fn header_map(&self, headers: &HeaderMap) -> HashMap<String, String> {
         let mut out: HashMap<String, String> = HashMap::with_capacity(headers.len() + 4);
         for (name, value) in headers {
-            if *name == header::HOST || !self.passes(name.as_str()) {
+            if is_ours(name) || !self.passes(name.as_str()) {
                 continue;
             }
             let text = String::from_utf8_lossy(value.as_bytes());
@@ -520,6 +528,11 @@ impl ExtAuthz {
     }
 }
 
+/// Whether the question says that itself; what the client says of it would be taken for ours.
+fn is_ours(name: &http::HeaderName) -> bool {
+    *name == header::HOST || name.as_str() == PARTIAL_BODY
+}
+
 /// What a question says beside the facts.
 #[derive(Clone, Copy, Debug)]
 pub struct CheckScene<'a> {
@@ -531,8 +544,10 @@ pub struct CheckScene<'a> {
     pub id: &'a str,
     /// `HTTP/1.1` and so on.
     pub protocol: &'a str,
-    /// Bytes of the body as the client announced them, or -1.
+    /// Bytes of the body that have come.
     pub size: i64,
+    /// Who we are on the client's connection.
+    pub own_principal: Option<&'a str>,
     /// Since 1970.
     pub time: Duration,
     /// The client's certificate.

@@ -16,7 +16,7 @@ use std::time::Duration;
 use http::StatusCode;
 use serin_xds::pb::envoy::extensions::filters::http::ext_proc::v3 as filter;
 
-pub use self::messages::{About, Answer, Changes, Immediate, Question, Wrong, told};
+pub use self::messages::{About, Answer, Changes, Immediate, Question, Rejected, Wrong, told};
 pub use self::mode::Mode;
 pub use self::namespaces::Namespaces;
 pub use self::per_route::PerRouteProc;
@@ -217,13 +217,12 @@ impl ExtProc {
         })
     }
 
-    /// The status of a failure.
+    /// The status of a failure; `status_on_error` is for those that are no timeouts.
     pub fn error_status(&self, timeout: bool) -> StatusCode {
-        self.status_on_error.unwrap_or(if timeout {
-            StatusCode::GATEWAY_TIMEOUT
-        } else {
-            StatusCode::INTERNAL_SERVER_ERROR
-        })
+        if timeout {
+            return StatusCode::GATEWAY_TIMEOUT;
+        }
+        self.status_on_error.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
     }
 }
 

@@ -109,6 +109,8 @@ pub struct Said {
     pub over: bool,
     /// `x-ratelimit-*`: limit as text, remaining, seconds until reset.
     pub limit: Option<(String, u32, i64)>,
+    /// Seconds until there is room again, where the request is over a limit.
+    pub retry_after: Option<i64>,
     /// Fields for the response.
     pub response_headers: Vec<(HeaderName, HeaderValue)>,
     /// Fields for the request.
@@ -264,10 +266,22 @@ impl RateLimit {
         Said {
             over,
             // Descriptors may say themselves whether theirs is told.
-            limit: limit_of(from.statuses.iter().enumerate().filter_map(|(index, status)| {
+            limit: limit_of(from.statuses.iter().enumerate().map(|(index, status)| {
                 let own = told.get(index).copied().flatten();
-                own.unwrap_or(self.headers).then_some(status)
+                (status, own.unwrap_or(self.headers))
             })),
+            retry_after: from
+                .statuses
+                .iter()
+                .filter(|status| status.code == service::rate_limit_response::Code::OverLimit as i32)
+                .map(|status| {
+                    status
+                        .duration_until_reset
+                        .as_ref()
+                        .map_or(0, |reset| reset.seconds)
+                })
+                .max()
+                .map(|seconds| seconds.max(1)),
             response_headers: fields(&from.response_headers_to_add),
             request_headers: fields(&from.request_headers_to_add),
             body: from.raw_body,
@@ -284,13 +298,24 @@ impl RateLimit {
     }
 }
 
-/// The status with the least left decides; all limits are listed (draft 03).
+/// The status with the least left decides, also whether anything is told; all limits are listed (draft 03).
 fn limit_of<'a>(
-    statuses: impl Iterator<Item = &'a service::rate_limit_response::DescriptorStatus> + Clone,
+    statuses: impl Iterator<Item = (&'a service::rate_limit_response::DescriptorStatus, bool)> + Clone,
 ) -> Option<(String, u32, i64)> {
     use service::rate_limit_response::rate_limit::Unit;
-    let limited = || statuses.clone().filter(|status| status.current_limit.is_some());
-    let least = limited().min_by_key(|status| status.limit_remaining)?;
+    let with_limit = statuses.filter(|(status, _)| status.current_limit.is_some());
+    let (least, told) = with_limit
+        .clone()
+        .min_by_key(|(status, _)| status.limit_remaining)?;
+    if !told {
+        return None;
+    }
+    let limited = || {
+        with_limit
+            .clone()
+            .filter(|(_, told)| *told)
+            .map(|(status, _)| status)
+    };
     let window = |unit: i32| match Unit::try_from(unit) {
         Ok(Unit::Second) => 1,
         Ok(Unit::Minute) => 60,
@@ -303,7 +328,11 @@ fn limit_of<'a>(
     };
     let mut text = least.current_limit.as_ref()?.requests_per_unit.to_string();
     for limit in limited().filter_map(|status| status.current_limit.as_ref()) {
-        text.push_str(&format!(", {};w={}", limit.requests_per_unit, window(limit.unit)));
+        let window = window(limit.unit);
+        if window == 0 {
+            continue;
+        }
+        text.push_str(&format!(", {};w={window}", limit.requests_per_unit));
         if !limit.name.is_empty() {
             text.push_str(&format!(";name=\"{}\"", limit.name));
         }

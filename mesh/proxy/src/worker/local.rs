@@ -241,7 +241,7 @@ fn finish(
     }
     exchange.sent = body.len() as u64;
     if exchange.grpc && exchange.code != 0 {
-        exchange.code = 200;
+        exchange.code = head.status.as_u16();
     }
     exchange.conn.clone().dress(&mut head.headers, exchange.version);
     logging::keep_response(&mut exchange, &head.headers, false);

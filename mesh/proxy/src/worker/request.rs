@@ -247,7 +247,7 @@ fn answer_for_filter(
     note_cluster(&mut exchange, routed, parts);
     // What a route that forwards does to responses is done to those of filters as well, but not to what CORS says.
     match &routed.route.action {
-        Action::Forward(_) if reply.details != "cors_preflight" => {
+        Action::Forward(_) if reply.details != "cors_response" => {
             upstream::decline(exchange, routed, routed.target(), parts, None, reply)
         }
         _ => reply.send(exchange),

@@ -52,13 +52,16 @@ pub(super) fn respond(mut exchange: Box<Exchange>, answer: Answer<'_>) -> Respon
 
 /// The same where a filter must wait for a service before the response goes on.
 pub(super) async fn respond_waiting(mut exchange: Box<Exchange>, answer: Answer<'_>) -> Response<Body> {
+    let Answer {
+        plan, target, parts, ..
+    } = answer;
     let (mut ready, mut head) = answer.prepare(&mut exchange);
     match filters::encode_waiting(&mut exchange, &mut head, ready.has_body()).await {
         Ok(encoder) => {
             ready.encoder = encoder;
             ready.send(exchange, head)
         }
-        Err(reply) => reply.send(exchange),
+        Err(reply) => super::upstream::decline(exchange, plan.routed, target, parts, None, reply),
     }
 }
 

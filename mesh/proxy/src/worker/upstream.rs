@@ -261,6 +261,7 @@ fn enter(
         Ok(found) => found.slot,
         Err(missing) => {
             exchange.cluster_name = missing.name.map(Arc::from);
+            logging::keep_sent(exchange, parts);
             return Err(no_cluster(&exchange.conn, forward));
         }
     };
@@ -275,6 +276,7 @@ fn enter(
     }
     exchange.cluster_name = Some(slot.name.clone());
     let Some(cluster) = exchange.conn.worker.cluster(&slot) else {
+        logging::keep_sent(exchange, parts);
         return Err(no_cluster(&exchange.conn, forward));
     };
     exchange.cluster = Some(cluster.clone());

@@ -51,9 +51,10 @@ impl Envoy {
         let folder = tempfile::tempdir().unwrap();
         let config = folder.path().join("envoy.yaml");
         let text = format!(
-            // Which of two logs is its own.
+            // Which of two logs is its own. Formats of descriptors have to be asked for.
             "admin: {{ address: {{ socket_address: {{ address: 127.0.0.1, port_value: 0 }} }} }}\n\
-             layered_runtime: {{ layers: [ {{ name: interop, static_layer: {{ interop: {{ ours: 0, theirs: 100 }} }} }} ] }}\n{}",
+             layered_runtime: {{ layers: [ {{ name: interop, static_layer: {{ interop: {{ ours: 0, theirs: 100 }}, \
+             envoy.reloadable_features.enable_formatter_for_ratelimit_action_descriptor_value: true }} }} ] }}\n{}",
             ads.bootstrap("interop", true)
         );
         std::fs::write(&config, text).unwrap();

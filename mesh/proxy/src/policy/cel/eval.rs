@@ -275,13 +275,17 @@ impl Run<'_> {
                 let Value::Text(name) = self.value(name, around)? else {
                     return Err(Failed);
                 };
-                let found = HeaderName::from_bytes(name.to_ascii_lowercase().as_bytes())
-                    .ok()
-                    .and_then(|name| self.scene.header(Side::Request, &name, 0));
+                let found = match super::pseudo(&name) {
+                    Some(attribute) => self.scene.attribute(attribute),
+                    None => HeaderName::from_bytes(name.to_ascii_lowercase().as_bytes())
+                        .ok()
+                        .and_then(|name| self.scene.header(Side::Request, &name, 0))
+                        .map(Value::Text),
+                };
                 if *test {
                     return Ok(Value::Bool(found.is_some()));
                 }
-                found.map(Value::Text).ok_or(Failed)
+                found.ok_or(Failed)
             }
             Node::Part(part, operand, east) => match self.value(operand, around)? {
                 Value::Timestamp(nanos) => Ok(Value::Int(part.of_time(nanos, *east))),

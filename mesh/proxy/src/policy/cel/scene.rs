@@ -45,7 +45,12 @@ impl Scene for Facts<'_> {
             Attribute::DestinationPort => Some(Value::Int(i64::from(self.local.port()))),
             Attribute::ConnectionMtls => Some(Value::Bool(self.peer.is_some())),
             Attribute::ConnectionServerName => text(self.server_name),
-            Attribute::ConnectionSubjectPeer => text(self.peer.map(|peer| peer.subject)),
+            // Over TLS (with a server name) a client without a certificate has an empty one, as in Envoy.
+            Attribute::ConnectionSubjectPeer => match (self.peer, self.server_name) {
+                (Some(peer), _) => Some(Value::Text(peer.subject.into())),
+                (None, Some(_)) => Some(Value::Text("".into())),
+                (None, None) => None,
+            },
             Attribute::ConnectionDnsSanPeer => name_of(self.peer.map(|peer| peer.dns_sans)),
             Attribute::ConnectionUriSanPeer => name_of(self.peer.map(|peer| peer.uri_sans)),
             Attribute::Metadata => Some(Value::Metadata(self.metadata)),

@@ -11,7 +11,7 @@ use serin_xds::pb::google::protobuf::value::Kind;
 use super::Scene;
 use crate::config::convert::{each, required};
 use crate::config::listener::Cidr;
-use crate::config::matchers::{HeaderMatch, QueryMatch, RequestView};
+use crate::config::matchers::{HeaderMatch, QueryMatch, RequestView, percent_decoded};
 use crate::error::{Refusal, Within};
 use crate::observe::format::Template;
 use crate::observe::record::Wants;
@@ -164,9 +164,10 @@ pub(super) enum Outcome {
 }
 
 impl Outcome {
+    /// One that is there may be empty.
     fn found(key: &str, value: Option<&str>, absent: Absent) -> Self {
         match (value, absent) {
-            (Some(value), _) if !value.is_empty() => Self::Entry(key.into(), value.into()),
+            (Some(value), _) => Self::Entry(key.into(), value.into()),
             (_, Absent::Skip) => Self::Skip,
             (_, Absent::Stop) => Self::Stop,
         }
@@ -338,10 +339,12 @@ impl Action {
                 let value = request.query.and_then(|query| {
                     query
                         .split('&')
-                        .filter_map(|pair| pair.split_once('='))
-                        .find_map(|(name, value)| (name == &**parameter).then_some(value))
+                        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+                        .find_map(|(name, value)| {
+                            (percent_decoded(name) == **parameter).then(|| percent_decoded(value))
+                        })
                 });
-                Outcome::found(key, value, *absent)
+                Outcome::found(key, value.as_deref(), *absent)
             }
             Self::RemoteAddress => {
                 Outcome::Entry("remote_address".into(), facts.remote.ip().to_string().into())
@@ -375,7 +378,7 @@ impl Action {
                     Some(Kind::StringValue(text)) => text.as_str(),
                     _ => &**default,
                 };
-                Outcome::found(key, Some(value), *absent)
+                Outcome::found(key, Some(value).filter(|value| !value.is_empty()), *absent)
             }
         }
     }

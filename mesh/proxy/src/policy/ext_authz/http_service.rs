@@ -2,14 +2,16 @@
 
 use bytes::Bytes;
 use http::uri::PathAndQuery;
-use http::{HeaderName, HeaderValue, Request, StatusCode, Uri, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, StatusCode, Uri, header};
+use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::extensions::filters::http::ext_authz::v3 as filter;
 use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
 use serin_xds::pb::google::protobuf as google;
 
 use super::super::facts::Facts;
-use super::super::service::{HttpTarget, header_pair};
-use super::{Allowed, Denied, ExtAuthz, Field, How, Verdict, any, matchers};
+use super::super::service::HttpTarget;
+use super::{Allowed, Denied, ExtAuthz, Field, How, PARTIAL_BODY, Verdict, any, matchers};
+use crate::config::headers::HeaderOps;
 use crate::config::matchers::StringMatch;
 use crate::config::route::Context;
 use crate::error::{Refusal, Within};
@@ -22,12 +24,35 @@ pub struct HttpService {
     prefix: Box<str>,
     path: Option<Box<str>>,
     request: Option<Box<[StringMatch]>>,
-    add: Box<[(HeaderName, HeaderValue)]>,
+    /// Fields of the question, made of the request's.
+    pub add: HeaderOps,
     upstream: Box<[StringMatch]>,
     upstream_append: Box<[StringMatch]>,
     client: Option<Box<[StringMatch]>>,
     client_on_success: Box<[StringMatch]>,
     metadata: Box<[StringMatch]>,
+}
+
+/// The fields that are added to a question, each in place of what is there.
+fn added(from: Option<&filter::AuthorizationRequest>) -> Result<HeaderOps, Refusal> {
+    let options: Vec<_> = from
+        .into_iter()
+        .flat_map(|request| &request.headers_to_add)
+        .map(|header| core::HeaderValueOption {
+            header: Some(header.clone()),
+            append_action: core::header_value_option::HeaderAppendAction::OverwriteIfExistsOrAdd as i32,
+            ..Default::default()
+        })
+        .collect();
+    HeaderOps::compile(&options, &[], false)
+}
+
+/// Adds a field; one that comes several times is one list.
+fn joined(headers: &mut HeaderMap, name: &HeaderName, value: &HeaderValue) {
+    let all = headers.get(name).and_then(|before| {
+        HeaderValue::from_bytes(&[before.as_bytes(), b",", value.as_bytes()].concat()).ok()
+    });
+    headers.insert(name.clone(), all.unwrap_or_else(|| value.clone()));
 }
 
 impl HttpService {
@@ -55,12 +80,7 @@ impl HttpService {
                 "allowed_headers",
             )
             .within("authorization_request")?,
-            add: request
-                .into_iter()
-                .flat_map(|request| &request.headers_to_add)
-                .map(header_pair)
-                .collect::<Result<_, _>>()
-                .within("authorization_request.headers_to_add")?,
+            add: added(request).within("authorization_request.headers_to_add")?,
             upstream: of_response(
                 response.and_then(|response| response.allowed_upstream_headers.as_ref()),
                 "allowed_upstream_headers",
@@ -88,13 +108,14 @@ impl HttpService {
         })
     }
 
-    /// The request to the service; `allowed` and `disallowed` are the filter's lists.
+    /// The request to the service. `added` is what [`Self::add`] has made.
     pub fn question(
         &self,
         facts: &Facts<'_>,
         body: Bytes,
         authz: &ExtAuthz,
         partial: Option<bool>,
+        added: HeaderMap,
     ) -> Option<Request<Bytes>> {
         let request = facts.request.as_ref()?;
         let path = match (&self.path, request.query) {
@@ -116,16 +137,17 @@ impl HttpService {
                 }
             };
             let always = *name == header::AUTHORIZATION || *name == header::HOST;
+            let ours = name.as_str() == PARTIAL_BODY;
             let framing = *name == header::CONTENT_LENGTH || *name == header::TRANSFER_ENCODING;
-            if (wanted || always) && !framing && !any(&authz.disallowed, text) {
-                headers.append(name.clone(), value.clone());
+            if (wanted || always) && !framing && !ours && !any(&authz.disallowed, text) {
+                joined(headers, name, value);
             }
         }
         headers
             .entry(header::HOST)
             .or_insert_with(|| self.target.authority.clone());
-        for (name, value) in &self.add {
-            headers.insert(name, value.clone());
+        for (name, value) in &added {
+            headers.insert(name.clone(), value.clone());
         }
         // Envoy says so of everything that it asks for itself.
         headers.insert("x-envoy-internal", HeaderValue::from_static("true"));
@@ -133,7 +155,7 @@ impl HttpService {
         headers.insert("x-envoy-expected-rq-timeout-ms", HeaderValue::from(left));
         if let Some(partial) = partial {
             headers.insert(
-                "x-envoy-auth-partial-body",
+                PARTIAL_BODY,
                 HeaderValue::from_static(if partial { "true" } else { "false" }),
             );
         }
@@ -158,22 +180,30 @@ impl HttpService {
                 .map(|(name, value)| (name.clone(), value.clone(), how))
                 .collect()
         };
-        if head.status == StatusCode::OK {
-            let mut metadata = google::Struct::default();
-            for (name, value) in &head.headers {
-                if any(&self.metadata, name.as_str()) {
-                    let text = String::from_utf8_lossy(value.as_bytes()).into_owned();
-                    metadata
-                        .fields
-                        .insert(name.to_string(), crate::policy::metadata::text(text));
-                }
+        let mut metadata = google::Struct::default();
+        for (name, value) in &head.headers {
+            if any(&self.metadata, name.as_str()) {
+                let text = String::from_utf8_lossy(value.as_bytes()).into_owned();
+                metadata
+                    .fields
+                    .insert(name.to_string(), crate::policy::metadata::text(text));
             }
+        }
+        let metadata = (!metadata.fields.is_empty()).then_some(metadata);
+        if head.status == StatusCode::OK {
             let mut set = fields(&self.upstream, How::Set);
             set.extend(fields(&self.upstream_append, How::Append));
             return Verdict::Allowed(Box::new(Allowed {
                 set,
-                response: fields(&self.client_on_success, How::Set),
-                metadata: (!metadata.fields.is_empty()).then_some(metadata),
+                response: fields(&self.client_on_success, How::Append)
+                    .into_iter()
+                    .map(|(name, value, how)| {
+                        // Of these an answer has one.
+                        let one = matches!(name, header::CONTENT_TYPE | header::LOCATION);
+                        (name, value, if one { How::Set } else { how })
+                    })
+                    .collect(),
+                metadata,
                 ..Default::default()
             }));
         }
@@ -197,7 +227,7 @@ impl HttpService {
             status: head.status,
             headers,
             body,
-            metadata: None,
+            metadata,
         }))
     }
 }

@@ -15,8 +15,9 @@ use super::{ExtProc, RouteCache};
 use crate::config::convert;
 use crate::config::matchers::StringMatch;
 use crate::policy::cel::{Attribute, Value};
-use crate::policy::ext_authz::{Field, How, field};
+use crate::policy::ext_authz::{Field, How};
 use crate::policy::metadata::Metadata;
+use crate::policy::service::header_pair;
 
 /// Under this name attributes are sent.
 const NAME: &str = "envoy.filters.http.ext_proc";
@@ -85,6 +86,8 @@ pub struct Immediate {
     pub grpc_status: Option<u32>,
     /// Response code details, where the service gives some.
     pub details: String,
+    /// For the access log, by namespace.
+    pub metadata: Vec<(Box<str>, google::Struct)>,
 }
 
 /// Why an answer cannot be used.
@@ -96,9 +99,49 @@ pub enum Wrong {
     /// It asks for what the proxy does not do.
     #[error("unsupported_response")]
     Unsupported,
+    /// An answer to the client, where the service may give none.
+    #[error("unhandled_immediate_response_due_to_config_disabled_it")]
+    Immediate,
     /// A change that is not allowed, where that is an error.
-    #[error("invalid_header_mutation")]
-    Mutation,
+    #[error("header_mutation_{0}_headers_failed")]
+    Forbidden(Change),
+    /// A field to be set or taken off that is none.
+    #[error("header_mutation_{0}_contains_invalid_character")]
+    Malformed(Change),
+}
+
+/// An answer that cannot be used, and what it says beside that, which is noted all the same.
+#[derive(Debug)]
+pub struct Rejected {
+    /// Why.
+    pub wrong: Wrong,
+    /// For later filters and the log, by namespace.
+    pub metadata: Vec<(Box<str>, google::Struct)>,
+}
+
+/// What was to be done with a field.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// It was to be set.
+    Set,
+    /// It was to be taken off.
+    Remove,
+}
+
+impl std::fmt::Display for Change {
+    fn fmt(&self, to: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        to.write_str(match self {
+            Self::Set => "set",
+            Self::Remove => "remove",
+        })
+    }
+}
+
+impl Wrong {
+    /// Whether the message fails also where a failing service lets messages through: it was answered, and wrongly.
+    pub fn is_fatal(self) -> bool {
+        matches!(self, Self::Forbidden(_) | Self::Malformed(_))
+    }
 }
 
 /// Which head an answer is about.
@@ -157,7 +200,7 @@ impl ExtProc {
             observability_mode: self.observing.is_some(),
             // Bodies are never sent, which is what the defaults say.
             protocol_config: question.is_first.then(service::ProtocolConfiguration::default),
-            metadata_context: (!filter_metadata.is_empty()).then(|| core::Metadata {
+            metadata_context: Some(core::Metadata {
                 filter_metadata,
                 ..Default::default()
             }),
@@ -176,7 +219,7 @@ impl ExtProc {
         namespaces: &Namespaces,
         from: service::ProcessingResponse,
         worker: usize,
-    ) -> Result<Answer, Wrong> {
+    ) -> Result<Answer, Rejected> {
         use service::processing_response::Response;
         if let Some(asked) = &from.override_message_timeout {
             // Nothing else of such a message counts.
@@ -186,32 +229,42 @@ impl ExtProc {
             return Ok(Answer::Later(asked));
         }
         let metadata = taken(&namespaces.taken, from.dynamic_metadata);
+        let rejected = |wrong: Wrong, metadata| Rejected { wrong, metadata };
         let from_mode = from.mode_override;
         let answer = match (about, from.response) {
             (About::Request, Some(Response::RequestHeaders(answer)))
             | (About::Response, Some(Response::ResponseHeaders(answer))) => {
                 answer.response.unwrap_or_default()
             }
-            (_, Some(Response::ImmediateResponse(answer))) if !self.no_immediate => {
-                return self.immediate(answer, worker);
+            (_, Some(Response::ImmediateResponse(_))) if self.no_immediate => {
+                return Err(rejected(Wrong::Immediate, Vec::new()));
             }
-            (_, Some(Response::StreamedImmediateResponse(_))) => return Err(Wrong::Unsupported),
+            (_, Some(Response::ImmediateResponse(answer))) => {
+                return Ok(self.immediate(answer, metadata, worker));
+            }
+            (_, Some(Response::StreamedImmediateResponse(_))) => {
+                return Err(rejected(Wrong::Unsupported, metadata));
+            }
             _ => {
                 self.counters.spurious_messages.add(worker);
-                return Err(Wrong::Spurious);
+                return Err(rejected(Wrong::Spurious, metadata));
             }
         };
         let replaces = service::common_response::ResponseStatus::ContinueAndReplace as i32;
         if answer.status == replaces || answer.body_mutation.is_some() || answer.trailers.is_some() {
-            return Err(Wrong::Unsupported);
+            return Err(rejected(Wrong::Unsupported, metadata));
         }
-        let mut changes = self.changes(answer.header_mutation.as_ref(), about, worker)?;
+        let mode = from_mode
+            .as_ref()
+            .filter(|_| about == About::Request)
+            .map_or(Ok(None), |mode| self.overridden(mode));
+        let changed = self.changes(answer.header_mutation.as_ref(), about, worker);
+        let (mut changes, mode) = match changed.and_then(|changes| Ok((changes, mode?))) {
+            Ok(read) => read,
+            Err(wrong) => return Err(rejected(wrong, metadata)),
+        };
         changes.metadata = metadata;
-        if about == About::Request
-            && let Some(mode) = &from_mode
-        {
-            changes.mode = self.overridden(mode)?;
-        }
+        changes.mode = mode;
         changes.reroute = about == About::Request
             && match self.route {
                 RouteCache::AsAsked => answer.clear_route_cache,
@@ -234,20 +287,29 @@ impl ExtProc {
             .map_err(|_| Wrong::Unsupported)
     }
 
-    fn immediate(&self, from: service::ImmediateResponse, worker: usize) -> Result<Answer, Wrong> {
+    fn immediate(
+        &self,
+        from: service::ImmediateResponse,
+        metadata: Vec<(Box<str>, google::Struct)>,
+        worker: usize,
+    ) -> Answer {
         let status = from
             .status
             .and_then(|status| u16::try_from(status.code).ok())
             .and_then(|code| StatusCode::from_u16(code).ok())
             .unwrap_or(StatusCode::OK);
-        let changes = self.changes(from.headers.as_ref(), About::Response, worker)?;
-        Ok(Answer::Immediate(Box::new(Immediate {
+        // Of changes that cannot be made none is; the answer is one all the same.
+        let changes = self
+            .changes(from.headers.as_ref(), About::Response, worker)
+            .unwrap_or_default();
+        Answer::Immediate(Box::new(Immediate {
+            metadata,
             status,
             headers: changes.set,
             body: from.body,
             grpc_status: from.grpc_status.map(|status| status.status),
             details: from.details,
-        })))
+        }))
     }
 
     /// Fields that may not be changed are left out, or fail the message.
@@ -259,18 +321,23 @@ impl ExtProc {
     ) -> Result<Changes, Wrong> {
         let mut out = Changes::default();
         let Some(from) = from else { return Ok(out) };
-        let rejected = || {
+        let rejected = |change: Change| {
             self.counters.rejected_mutations.add(worker);
             if self.rules.is_error {
-                Err(Wrong::Mutation)
+                Err(Wrong::Forbidden(change))
             } else {
                 Ok(())
             }
         };
+        let malformed = |change: Change| {
+            self.counters.rejected_mutations.add(worker);
+            Wrong::Malformed(change)
+        };
         for name in &from.remove_headers {
             match HeaderName::from_bytes(name.as_bytes()) {
                 Ok(name) if self.rules.allows_removal(&name) => out.remove.push(name),
-                _ => rejected()?,
+                Err(_) if !name.starts_with(':') => return Err(malformed(Change::Remove)),
+                _ => rejected(Change::Remove)?,
             }
         }
         for option in &from.set_headers {
@@ -281,9 +348,15 @@ impl ExtProc {
             } else {
                 &given.raw_value
             };
-            // The length is the message's own: bodies are not changed.
-            if !self.rules.allows(&name) || name == "content-length" || name == "transfer-encoding" {
-                rejected()?;
+            // The length is the message's own: bodies are not changed. A request has no status.
+            let own = name == "content-length"
+                || name == "transfer-encoding"
+                || (name == ":status" && about == About::Request);
+            if own {
+                continue;
+            }
+            if !self.rules.allows(&name) {
+                rejected(Change::Set)?;
                 continue;
             }
             let text = String::from_utf8_lossy(text);
@@ -291,15 +364,21 @@ impl ExtProc {
                 (":path", About::Request) => out.path = Some(text.into_owned()),
                 (":status", About::Response) => match text.parse().ok().map(StatusCode::from_u16) {
                     Some(Ok(status)) => out.status = Some(status),
-                    _ => rejected()?,
+                    _ => rejected(Change::Set)?,
                 },
                 (":authority" | "host", About::Request) => match HeaderValue::from_str(&text) {
                     Ok(value) => out.set.push((header::HOST, value, How::Set)),
-                    Err(_) => rejected()?,
+                    Err(_) => return Err(malformed(Change::Set)),
                 },
-                _ => match field(option) {
-                    Some(field) => out.set.push(field),
-                    None => rejected()?,
+                _ => match header_pair(given) {
+                    // Envoy looks at the older `append` alone.
+                    Ok((name, value)) => {
+                        let appends = option.append.as_ref().is_some_and(|append| append.value);
+                        let how = if appends { How::Append } else { How::Set };
+                        out.set.push((name, value, how));
+                    }
+                    Err(_) if name.starts_with(':') => rejected(Change::Set)?,
+                    Err(_) => return Err(malformed(Change::Set)),
                 },
             }
         }

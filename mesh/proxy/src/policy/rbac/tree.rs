@@ -23,7 +23,7 @@ use serin_xds::pb::xds::r#type::v3::CelExpression;
 use super::{Action, Decision};
 use crate::config::convert::{self, each, required};
 use crate::config::listener::Cidr;
-use crate::config::matchers::StringMatch;
+use crate::config::matchers::{StringMatch, percent_decoded};
 use crate::error::{Refusal, Within};
 use crate::policy::cel::Expression;
 use crate::policy::facts::Facts;
@@ -45,12 +45,24 @@ enum Input {
     DnsSan,
     Subject,
     Header(HeaderName),
+    /// `:path` and its like, by the names that HTTP/2 gives them.
+    Pseudo(Pseudo),
     Query(Box<str>),
     State(Box<str>, Box<str>),
     /// Metadata, for matchers of values.
     Metadata(Key),
     /// Everything that CEL knows, for its matcher.
     Attributes,
+}
+
+/// A pseudo header field.
+#[derive(Clone, Copy, Debug)]
+enum Pseudo {
+    /// With the query.
+    Path,
+    Method,
+    Authority,
+    Scheme,
 }
 
 /// `xds.type.matcher.v3.CelMatcher`.
@@ -166,17 +178,7 @@ impl Input {
             _ if type_name == "envoy.type.matcher.v3.HttpRequestHeaderMatchInput" => {
                 let message: matcher::HttpRequestHeaderMatchInput =
                     convert::unpack(any, type_name).within("input")?;
-                let name = message.header_name.to_ascii_lowercase();
-                // `:path` and its like are found by the names that HTTP/2 gives them; a header name has no colon.
-                match HeaderName::from_bytes(name.as_bytes()) {
-                    Ok(name) => Self::Header(name),
-                    Err(_) => {
-                        return Err(Refusal::new(
-                            "input.header_name",
-                            format!("{name:?} is not a header name"),
-                        ));
-                    }
-                }
+                Self::field(&message.header_name.to_ascii_lowercase()).within("input.header_name")?
             }
             _ => {
                 return Err(Refusal::new(
@@ -184,6 +186,19 @@ impl Input {
                     format!("the input {type_name} is not supported"),
                 ));
             }
+        })
+    }
+
+    fn field(name: &str) -> Result<Self, Refusal> {
+        Ok(match name {
+            ":path" => Self::Pseudo(Pseudo::Path),
+            ":method" => Self::Pseudo(Pseudo::Method),
+            ":authority" | "host" => Self::Pseudo(Pseudo::Authority),
+            ":scheme" => Self::Pseudo(Pseudo::Scheme),
+            name => Self::Header(
+                HeaderName::from_bytes(name.as_bytes())
+                    .map_err(|_| Refusal::new("", format!("{name:?} is not a header name")))?,
+            ),
         })
     }
 
@@ -199,7 +214,12 @@ impl Input {
     }
 
     fn value<'a>(&self, facts: &Facts<'a>) -> Option<Cow<'a, str>> {
-        let name = |names: Option<&'a [Box<str>]>| Some(Cow::from(&**names?.first()?));
+        // Several names are one list.
+        let name = |names: Option<&'a [Box<str>]>| match names? {
+            [] => None,
+            [one] => Some(Cow::from(&**one)),
+            several => Some(several.join(",").into()),
+        };
         match self {
             Self::DestinationIp => Some(facts.local.ip().to_string().into()),
             Self::DestinationPort => Some(facts.local.port().to_string().into()),
@@ -224,6 +244,18 @@ impl Input {
             }
             // For matchers of their own.
             Self::Metadata(_) | Self::Attributes => None,
+            Self::Pseudo(which) => {
+                let request = facts.request.as_ref()?;
+                Some(match which {
+                    Pseudo::Path => match request.query {
+                        Some(query) => format!("{}?{query}", request.path).into(),
+                        None => request.path.into(),
+                    },
+                    Pseudo::Method => request.method.into(),
+                    Pseudo::Authority => request.authority().into(),
+                    Pseudo::Scheme => request.scheme().into(),
+                })
+            }
             Self::Header(name) => {
                 let request = facts.request.as_ref()?;
                 let mut values = request.headers.get_all(name).iter();
@@ -238,32 +270,6 @@ impl Input {
             }
         }
     }
-}
-
-/// A part of a query as it was meant; what is no escape stays.
-fn percent_decoded(text: &str) -> Cow<'_, str> {
-    if !text.contains('%') {
-        return text.into();
-    }
-    let bytes = text.as_bytes();
-    let mut out = Vec::with_capacity(bytes.len());
-    let mut index = 0;
-    while index < bytes.len() {
-        let escape = text
-            .get(index + 1..index + 3)
-            .filter(|digits| bytes[index] == b'%' && digits.bytes().all(|byte| byte.is_ascii_hexdigit()));
-        match escape.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
-            Some(byte) => {
-                out.push(byte);
-                index += 3;
-            }
-            None => {
-                out.push(bytes[index]);
-                index += 1;
-            }
-        }
-    }
-    String::from_utf8_lossy(&out).into_owned().into()
 }
 
 /// The ranges of a list.

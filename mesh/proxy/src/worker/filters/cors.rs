@@ -47,7 +47,7 @@ pub(super) fn judge_origin(exchange: &mut Exchange, cors: &Arc<Cors>, parts: &Pa
             Ok(Passed::On)
         }
         CorsVerdict::Preflight(headers) => {
-            let mut reply = LocalReply::new(StatusCode::OK, Flags::default(), "cors_preflight", "");
+            let mut reply = LocalReply::new(StatusCode::OK, Flags::default(), "cors_response", "");
             reply.headers = *headers;
             Err(reply)
         }

@@ -32,7 +32,8 @@ pub(super) fn limit_fields(limit: HeaderValue, remaining: u32, reset_s: HeaderVa
 
 /// The entries of a filter's stage that a request falls under: the filter's own, or those of route and virtual host.
 pub(super) struct Entries<'a> {
-    stage: u32,
+    /// Entries of routes and hosts have a stage, those of filters have none.
+    stage: Option<u32>,
     lists: [&'a [RateLimitEntry]; 2],
 }
 
@@ -45,10 +46,11 @@ impl<'a> Entries<'a> {
     ) -> Self {
         if !own.is_empty() {
             return Self {
-                stage,
+                stage: None,
                 lists: [own, &[]],
             };
         }
+        let stage = Some(stage);
         let (of_route, include) = match &routed.route.action {
             Action::Forward(forward) => (&*forward.rate_limits, forward.include_host_rate_limits),
             // Envoy asks for no descriptors of what it does not forward.
@@ -77,7 +79,7 @@ impl<'a> Entries<'a> {
         first
             .iter()
             .chain(second)
-            .filter(move |entry| entry.stage == stage)
+            .filter(move |entry| stage.is_none_or(|stage| entry.stage == stage))
     }
 
     /// Whether some are for the end of the request.

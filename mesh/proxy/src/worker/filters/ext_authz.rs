@@ -1,17 +1,21 @@
 //! External authorisation on the worker: what is sent, who is asked, what becomes of the answer.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use http::request::Parts;
 use http::uri::Uri;
-use http::{HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serin_xds::pb::envoy::service::auth::v3::CheckRequest;
+use serin_xds::pb::google::protobuf::Struct;
 
 use super::buffer::too_large;
 use super::facts::facts;
 use super::{Encode, Passed, metadata, state};
+use crate::config::headers::Scene;
 use crate::metrics::flags::Flags;
+use crate::observe::record::{Record, Wants};
 use crate::policy::ext_authz::{
     self, Allowed, BodySettings, CheckScene, DEFAULT_TIMEOUT, Denied, ExtAuthz, NAMESPACE, PerRouteAuthz,
     Service, Settings, Verdict, is_valid, read_grpc,
@@ -23,6 +27,7 @@ use crate::worker::call::{CallError, call, grpc};
 use crate::worker::exchange::{Exchange, protocol_text};
 use crate::worker::local::LocalReply;
 use crate::worker::request::Routed;
+use crate::worker::scene::RequestScene;
 
 /// Asks about a request.
 pub(super) async fn ask(
@@ -56,6 +61,7 @@ pub(super) async fn ask(
             let question = grpc_question(exchange, authz, settings, routed, parts, content);
             match grpc(&worker, target, ext_authz::PATH, &question, DEFAULT_TIMEOUT).await {
                 Ok(answer) if authz.validates && !is_valid(&answer) => {
+                    note(exchange, answer.dynamic_metadata);
                     return Err(invalid(authz, worker.id));
                 }
                 Ok(answer) => read_grpc(answer),
@@ -65,7 +71,9 @@ pub(super) async fn ask(
         Service::Http(service) => {
             let question = {
                 let facts = facts(exchange, parts);
-                service.question(&facts, content.bytes, authz, content.partial)
+                let mut added = HeaderMap::new();
+                service.add.apply(&mut added, &Asking { exchange, parts });
+                service.question(&facts, content.bytes, authz, content.partial, added)
             };
             match question {
                 None => Verdict::Failed,
@@ -96,6 +104,13 @@ pub(super) async fn ask(
     }
 }
 
+/// What a service tells later filters and the log.
+fn note(exchange: &mut Exchange, told: Option<Struct>) {
+    if let Some(fields) = told {
+        state(exchange).metadata.merge(NAMESPACE, fields);
+    }
+}
+
 fn refusal(status: StatusCode, details: &'static str) -> LocalReply {
     LocalReply::new(status, Flags::UNAUTHORIZED, details, "")
 }
@@ -116,7 +131,8 @@ fn grpc_question(
         path: parts.uri.path_and_query().map_or("/", |path| path.as_str()),
         id: id.and_then(|id| id.to_str().ok()).unwrap_or(""),
         protocol: protocol_text(parts.version),
-        size: announced(parts),
+        size: i64::try_from(content.received).unwrap_or(i64::MAX),
+        own_principal: tls.and_then(|tls| tls.local_principal()),
         time: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(),
         certificate: tls.and_then(|tls| tls.peer.as_ref()).map(|peer| &peer.der),
         session: tls.map(|_| exchange.conn.server_name().unwrap_or("")),
@@ -133,31 +149,38 @@ fn allow(
     mut allowed: Allowed,
     parts: &mut Parts,
 ) -> super::Verdict {
+    note(exchange, allowed.metadata.take());
     if !authz.restrict(&mut allowed) {
         return Err(invalid(authz, exchange.conn.worker.id));
     }
-    let changed = !allowed.set.is_empty() || !allowed.remove.is_empty();
+    let changed = !allowed.set.is_empty()
+        || !allowed.remove.is_empty()
+        || allowed.path.is_some()
+        || !allowed.query_set.is_empty()
+        || !allowed.query_remove.is_empty();
+    ext_authz::apply(&allowed.set, &mut parts.headers);
     for name in &allowed.remove {
         parts.headers.remove(name);
     }
-    ext_authz::apply(&allowed.set, &mut parts.headers);
+    // What the service sends may be no path; then the request goes on with its own.
+    if let Some(path) = &allowed.path
+        && path.starts_with('/')
+        && let Ok(uri) = path.parse::<Uri>()
+    {
+        parts.uri = uri;
+    }
     change_query(parts, &allowed.query_set, &allowed.query_remove);
     if !allowed.response.is_empty() {
         state(exchange).encode.push(Encode::Fields(allowed.response));
-    }
-    if let Some(fields) = allowed.metadata {
-        state(exchange).metadata.merge(NAMESPACE, fields);
     }
     Ok(Passed::rerouted_if(authz.clear_route && changed))
 }
 
 /// The answer to a request that the service denies.
 fn deny(exchange: &mut Exchange, denied: Denied) -> LocalReply {
-    if let Some(fields) = denied.metadata {
-        state(exchange).metadata.merge(NAMESPACE, fields);
-    }
+    note(exchange, denied.metadata);
     let mut reply = refusal(denied.status, "ext_authz_denied");
-    ext_authz::apply(&denied.headers, &mut reply.headers);
+    ext_authz::apply_denied(&denied.headers, &mut reply.headers);
     reply.headers.remove(header::CONTENT_LENGTH);
     reply.body = denied.body;
     reply
@@ -179,20 +202,29 @@ fn failed(error: &CallError) -> Verdict {
     Verdict::Failed
 }
 
-/// The announced length of the body, or -1.
-fn announced(parts: &Parts) -> i64 {
-    parts
-        .headers
-        .get(header::CONTENT_LENGTH)
-        .and_then(|value| value.to_str().ok())
-        .and_then(|text| text.parse().ok())
-        .unwrap_or(-1)
+/// A question that is being made: what its fields are made of is the request.
+struct Asking<'a> {
+    exchange: &'a Exchange,
+    parts: &'a Parts,
+}
+
+impl Scene for Asking<'_> {
+    fn show(&self, wants: &Wants, _: &HeaderMap, to: &mut dyn FnMut(&Record<'_>)) {
+        let scene = RequestScene {
+            exchange: self.exchange,
+            uri: &self.parts.uri,
+            cluster: None,
+        };
+        scene.show(wants, &self.parts.headers, to);
+    }
 }
 
 /// The content that the service is shown.
 #[derive(Default)]
 struct Content {
     bytes: Bytes,
+    /// Bytes of it that have come.
+    received: usize,
     /// Whether there is more of it; `None` where the service wants none.
     partial: Option<bool>,
     /// Whether it is shown as bytes and not as text.
@@ -205,41 +237,66 @@ async fn read_body(
     wanted: BodySettings,
     idle: Option<Duration>,
 ) -> Result<Content, LocalReply> {
-    let content = |bytes, partial| Content {
-        bytes,
+    let Some(inbound) = body else {
+        return Ok(Content::default());
+    };
+    let content = |inbound: &Inbound, partial| Content {
+        bytes: inbound.first_bytes(wanted.limit),
+        received: inbound.held(),
         partial: Some(partial),
         raw: wanted.raw,
     };
-    let Some(inbound) = body else {
-        return Ok(content(Bytes::new(), false));
-    };
     match inbound.read_ahead(wanted.limit, idle).await {
         Err(error) => Err(LocalReply::of_body(&error)),
-        Ok(Ahead::Whole) if inbound.held() <= wanted.limit => {
-            Ok(content(inbound.first_bytes(wanted.limit), false))
-        }
-        Ok(_) if wanted.partial => Ok(content(inbound.first_bytes(wanted.limit), true)),
+        Ok(Ahead::Whole) if inbound.held() <= wanted.limit => Ok(content(inbound, false)),
+        Ok(_) if wanted.partial => Ok(content(inbound, true)),
         Ok(_) => Err(too_large()),
     }
+}
+
+/// A part of a query without what would be no part of it for whoever reads it next.
+fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_graphic() && !matches!(byte, b'#' | b'"' | b'<' | b'>') {
+            out.push(char::from(byte));
+        } else {
+            out.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    out
 }
 
 fn change_query(parts: &mut Parts, set: &[(String, String)], remove: &[String]) {
     if set.is_empty() && remove.is_empty() {
         return;
     }
-    let name = |pair: &str| pair.split_once('=').map_or(pair, |(name, _)| name).to_owned();
-    let mut pairs: Vec<String> = parts
+    // By name, as Envoy has them; of a name that is set the first value is.
+    let set: Vec<(String, String)> = set
+        .iter()
+        .map(|(name, value)| (escaped(name), escaped(value)))
+        .collect();
+    let mut all: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for pair in parts
         .uri
         .query()
         .unwrap_or("")
         .split('&')
-        .filter(|pair| {
-            let name = name(pair);
-            !pair.is_empty() && !remove.contains(&name) && !set.iter().any(|(key, _)| *key == name)
-        })
-        .map(str::to_owned)
+        .filter(|pair| !pair.is_empty())
+    {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        all.entry(name).or_default().push(value);
+    }
+    for (name, value) in &set {
+        all.insert(name, vec![value]);
+    }
+    for name in remove {
+        all.remove(name.as_str());
+    }
+    let pairs: Vec<String> = all
+        .iter()
+        .flat_map(|(name, values)| values.iter().map(move |value| format!("{name}={value}")))
         .collect();
-    pairs.extend(set.iter().map(|(key, value)| format!("{key}={value}")));
     let target = if pairs.is_empty() {
         parts.uri.path().to_owned()
     } else {

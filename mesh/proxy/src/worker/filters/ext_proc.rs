@@ -17,7 +17,8 @@ use crate::metrics::flags::Flags;
 use crate::policy::cel::{Attribute, Scene as _, Value};
 use crate::policy::ext_authz::apply;
 use crate::policy::ext_proc::{
-    About, Answer, Changes, ExtProc, Immediate, Mode, Namespaces, PATH, PerRouteProc, Question, Wrong, told,
+    About, Answer, Changes, ExtProc, Immediate, Mode, Namespaces, PATH, PerRouteProc, Question, Rejected,
+    Wrong, told,
 };
 use crate::policy::per_route::Override;
 use crate::policy::service::GrpcTarget;
@@ -117,7 +118,7 @@ async fn observe(
 enum Failure {
     Call(CallError),
     Timeout,
-    Wrong(Wrong),
+    Wrong(Rejected),
 }
 
 impl Processing {
@@ -143,7 +144,12 @@ impl Processing {
             };
             let counters = &self.filter.counters;
             counters.messages_received.add(worker.id);
-            let received = Message::decode(received).map_err(|_| Failure::Wrong(Wrong::Spurious))?;
+            let received = Message::decode(received).map_err(|_| {
+                Failure::Wrong(Rejected {
+                    wrong: Wrong::Spurious,
+                    metadata: Vec::new(),
+                })
+            })?;
             let read = self.filter.read(about, &self.namespaces, received, worker.id);
             match read.map_err(Failure::Wrong)? {
                 Answer::Later(Some(time)) if !extended => {
@@ -191,21 +197,21 @@ impl Processing {
         counters.streams_failed.add(worker.id);
         self.stream = None;
         self.over = true;
-        let reason = match failure {
-            Failure::Call(CallError::Grpc(_, status, _)) => format!("gRPC_error_{status}"),
-            Failure::Call(_) => "gRPC_error_14".to_owned(),
-            Failure::Timeout => "per-message_timeout_exceeded".to_owned(),
-            Failure::Wrong(wrong) => wrong.to_string(),
+        let details = match failure {
+            Failure::Call(CallError::Grpc(_, status, _)) => format!("ext_proc_error_gRPC_error_{status}"),
+            Failure::Call(_) => "ext_proc_error_gRPC_error_14".to_owned(),
+            Failure::Timeout => "ext_proc_error_per-message_timeout_exceeded".to_owned(),
+            Failure::Wrong(rejected) => rejected.wrong.to_string(),
         };
         if let Failure::Call(error) = failure {
             tracing::debug!(%error, "the processing service failed");
         }
-        if self.failure_allows {
+        let fatal = matches!(failure, Failure::Wrong(rejected) if rejected.wrong.is_fatal());
+        if self.failure_allows && !fatal {
             counters.failure_allowed.add(worker.id);
             return Ok(());
         }
         let status = self.filter.error_status(matches!(failure, Failure::Timeout));
-        let details = format!("ext_proc_error_{reason}");
         Err(LocalReply::new(status, Flags::default(), details, ""))
     }
 }
@@ -240,10 +246,13 @@ pub(super) async fn request(
                 }
                 change_request(exchange, parts, changes);
             }
-            Ok(Some(Answer::Immediate(answer))) => return Err(immediate(*answer)),
+            Ok(Some(Answer::Immediate(answer))) => return Err(immediate(exchange, *answer)),
             // Waited for above.
             Ok(Some(Answer::Later(_))) => {}
-            Err(failure) => processing.fail(&failure, &worker)?,
+            Err(failure) => {
+                note_rejected(exchange, &failure);
+                processing.fail(&failure, &worker)?;
+            }
         }
     }
     await_response(exchange, processing);
@@ -368,8 +377,10 @@ pub(super) async fn response(
         attributes: told(&processing.filter.response_attributes, |attribute| {
             let text = |text: Option<&str>| text.map(|text| Value::Text(text.to_owned().into()));
             match attribute {
-                Attribute::ResponseCode => Some(Value::Int(i64::from(head.status.as_u16()))),
-                Attribute::ClusterName => text(exchange.cluster_name.as_deref()),
+                Attribute::ResponseCode => Some(Value::Int(i64::from(exchange.code))),
+                Attribute::ClusterName => {
+                    text(exchange.cluster.as_ref().and(exchange.cluster_name.as_deref()))
+                }
                 Attribute::RouteName => text(exchange.route.as_ref().map(|route| &*route.name)),
                 Attribute::UpstreamAddress => text(exchange.host.as_ref().map(|host| &*host.endpoint.text)),
                 _ => None,
@@ -394,8 +405,20 @@ pub(super) async fn response(
             note(exchange, changes);
             Ok(())
         }
-        Ok(Some(Answer::Immediate(answer))) => Err(immediate(*answer)),
-        Err(failure) => processing.fail(&failure, &worker),
+        Ok(Some(Answer::Immediate(answer))) => Err(immediate(exchange, *answer)),
+        Err(failure) => {
+            note_rejected(exchange, &failure);
+            processing.fail(&failure, &worker)
+        }
+    }
+}
+
+/// What a service says beside an answer that cannot be used.
+fn note_rejected(exchange: &mut Exchange, failure: &Failure) {
+    if let Failure::Wrong(rejected) = failure {
+        for (namespace, fields) in &rejected.metadata {
+            state(exchange).metadata.merge(namespace, fields.clone());
+        }
     }
 }
 
@@ -424,7 +447,10 @@ fn change_request(exchange: &mut Exchange, parts: &mut Parts, changes: Changes) 
     note(exchange, changes);
 }
 
-fn immediate(from: Immediate) -> LocalReply {
+fn immediate(exchange: &mut Exchange, from: Immediate) -> LocalReply {
+    for (namespace, fields) in from.metadata {
+        state(exchange).metadata.merge(&namespace, fields);
+    }
     let details = if from.details.is_empty() {
         "ext_proc_immediate_response".to_owned()
     } else {

@@ -49,18 +49,38 @@ pub(super) async fn inject(
     }
     match decision.abort {
         None => Ok(Passed::On),
-        Some(abort) => Err(aborted(exchange, fault, abort)),
+        Some(abort) => Err(aborted(fault, abort)),
     }
 }
 
-fn aborted(exchange: &mut Exchange, fault: &Fault, abort: FaultAbort) -> LocalReply {
+/// The HTTP status of a gRPC status, as Envoy maps them.
+fn http_of_grpc(status: u32) -> StatusCode {
+    match status {
+        0 => StatusCode::OK,
+        // The client has gone (nginx).
+        1 => StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST),
+        3 | 9 | 11 => StatusCode::BAD_REQUEST,
+        4 => StatusCode::GATEWAY_TIMEOUT,
+        5 => StatusCode::NOT_FOUND,
+        6 | 10 => StatusCode::CONFLICT,
+        7 => StatusCode::FORBIDDEN,
+        8 => StatusCode::TOO_MANY_REQUESTS,
+        12 => StatusCode::NOT_IMPLEMENTED,
+        14 => StatusCode::SERVICE_UNAVAILABLE,
+        16 => StatusCode::UNAUTHORIZED,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+fn aborted(fault: &Fault, abort: FaultAbort) -> LocalReply {
     let mut reply = LocalReply::new(StatusCode::OK, Flags::FAULT_INJECTED, "fault_filter_abort", "");
     reply.body = fault.body.clone();
     match abort {
         FaultAbort::Http(status) => reply.status = status,
         FaultAbort::Grpc(status) => {
             reply.grpc_status = Some(status);
-            exchange.grpc = true;
+            // Who does not speak gRPC is told the same as an HTTP status.
+            reply.status = http_of_grpc(status);
         }
     }
     reply

@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use http::request::Parts;
-use http::{HeaderName, HeaderValue, header};
+use http::{HeaderName, HeaderValue, StatusCode, header};
 
 use super::descriptors::{Entries, describe, limit_fields};
 use super::levels::find;
 use super::{Encode, Passed, Verdict, metadata, state};
 use crate::metrics::flags::Flags;
 use crate::policy::descriptors::VirtualHostLimits;
-use crate::policy::ext_authz::How;
+use crate::policy::ext_authz::{How, apply};
 use crate::policy::filter_state::Factory;
 use crate::policy::per_route::Override;
 use crate::policy::rate_limit::{PATH, PerRouteLimit, RateLimit, Said};
@@ -90,6 +90,10 @@ pub(super) async fn ask(
         .headers
         .get("x-envoy-internal")
         .is_some_and(|value| value.as_bytes() == b"true");
+    // Envoy asks about nothing that it does not forward, nor about what it has no cluster for.
+    if routed.known_cluster(conn.worker.id, &parts.headers).is_none() {
+        return Ok(Passed::On);
+    }
     if !limit.enabled.hit(random::next()) || !limit.concerns(internal) {
         return Ok(Passed::On);
     }
@@ -125,7 +129,6 @@ fn unasked(exchange: &mut Exchange, limit: &RateLimit, error: &CallError) -> Ver
     tracing::debug!(%error, "the rate limit service failed");
     let denies = limit.failure_denies.hit(random::next());
     limit.count_error(!denies, exchange.conn.worker.id);
-    exchange.flags.add(Flags::RATE_LIMIT_SERVICE);
     if !denies {
         return Ok(Passed::On);
     }
@@ -145,20 +148,32 @@ fn obey(exchange: &mut Exchange, limit: &RateLimit, said: Said, parts: &mut Part
     let mut fields: Vec<_> = said
         .response_headers
         .into_iter()
-        .map(|(name, value)| (name, value, How::Append))
+        .map(|(name, value)| {
+            // There is one type of content.
+            let how = if name == header::CONTENT_TYPE {
+                How::Set
+            } else {
+                How::Append
+            };
+            (name, value, how)
+        })
         .collect();
-    let reset = said.limit.as_ref().map(|(_, _, reset)| *reset);
     if let Some((text, remaining, reset)) = said.limit
         && let Ok(text) = HeaderValue::from_str(&text)
     {
-        fields.extend(limit_fields(text, remaining, reset.into()));
-    }
-    if !fields.is_empty() {
-        state(exchange).encode.push(Encode::Fields(fields));
+        // Beside what the service itself says of it.
+        let own = limit_fields(text, remaining, reset.into());
+        fields.extend(own.map(|(name, value, _)| (name, value, How::Append)));
     }
     if !said.over || !limit.enforced.hit(random::next()) {
+        if !fields.is_empty() {
+            state(exchange).encode.push(Encode::Fields(fields));
+        }
         for (name, value) in said.request_headers {
-            parts.headers.append(name, value);
+            // A request for two hosts would be refused by whoever reads it next.
+            if name != header::HOST {
+                parts.headers.append(name, value);
+            }
         }
         return Ok(Passed::On);
     }
@@ -170,8 +185,11 @@ fn obey(exchange: &mut Exchange, limit: &RateLimit, said: Said, parts: &mut Part
             .headers
             .insert(X_ENVOY_RATELIMITED.clone(), HeaderValue::from_static("true"));
     }
+    apply(&fields, &mut reply.headers);
     if limit.retry_after
-        && let Some(reset) = reset
+        && limit.status == StatusCode::TOO_MANY_REQUESTS
+        && !reply.headers.contains_key(header::RETRY_AFTER)
+        && let Some(reset) = said.retry_after
     {
         reply
             .headers

@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
+
+use crate::tls::handshake;
 
 /// A request.
 #[derive(Clone, Debug)]
@@ -17,6 +20,8 @@ pub(crate) struct Ask {
     /// Fields in their order, with `host` and `x-case`.
     pub(crate) fields: Vec<(String, String)>,
     pub(crate) body: String,
+    /// Which of the setup's clients asks, where there are several.
+    pub(crate) who: usize,
 }
 
 impl Ask {
@@ -45,18 +50,51 @@ pub(crate) struct Answer {
     pub(crate) length: usize,
 }
 
+/// Who asks over TLS.
+#[derive(Clone)]
+pub(crate) struct Who {
+    pub(crate) config: Arc<rustls::ClientConfig>,
+    pub(crate) server_name: &'static str,
+}
+
+trait Both: AsyncRead + AsyncWrite + Unpin + Send {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Both for T {}
+
+type Stream = Box<dyn Both>;
+
 /// One connection after another to one proxy.
 pub(crate) struct Client {
     at: SocketAddr,
-    stream: Option<TcpStream>,
+    /// Nobody where there is no TLS.
+    people: Vec<Who>,
+    /// A connection, and whose it is.
+    stream: Option<(Stream, usize)>,
 }
 
 impl Client {
     pub(crate) fn new(at: SocketAddr) -> Self {
-        Self { at, stream: None }
+        Self::of(at, &[])
+    }
+
+    pub(crate) fn of(at: SocketAddr, people: &[Who]) -> Self {
+        Self {
+            at,
+            people: people.to_vec(),
+            stream: None,
+        }
+    }
+
+    async fn connect(&self, who: usize) -> Option<Stream> {
+        let Some(who) = self.people.get(who) else {
+            return Some(Box::new(TcpStream::connect(self.at).await.ok()?));
+        };
+        let stream = handshake(self.at, &who.config, who.server_name).await.ok()?;
+        Some(Box::new(stream))
     }
 
     pub(crate) async fn ask(&mut self, ask: &Ask) -> Answer {
+        self.stream = self.stream.take().filter(|(_, whose)| *whose == ask.who);
         let again = self.stream.is_some();
         match tokio::time::timeout(Duration::from_secs(10), self.once(ask)).await {
             Ok(Some(answer)) => answer,
@@ -74,8 +112,8 @@ impl Client {
 
     async fn once(&mut self, ask: &Ask) -> Option<Answer> {
         let mut stream = match self.stream.take() {
-            Some(stream) => stream,
-            None => TcpStream::connect(self.at).await.ok()?,
+            Some((stream, _)) => stream,
+            None => self.connect(ask.who).await?,
         };
         stream.write_all(&ask.bytes()).await.ok()?;
         let mut raw = Vec::new();
@@ -118,7 +156,7 @@ impl Client {
             rest
         };
         if keep {
-            self.stream = Some(stream);
+            self.stream = Some((stream, ask.who));
         }
         Some(Answer {
             status,
@@ -129,14 +167,14 @@ impl Client {
     }
 }
 
-async fn more(stream: &mut TcpStream, raw: &mut Vec<u8>) -> Option<()> {
+async fn more(stream: &mut Stream, raw: &mut Vec<u8>) -> Option<()> {
     match stream.read_buf(raw).await {
         Ok(count) if count > 0 => Some(()),
         _ => None,
     }
 }
 
-async fn chunked(stream: &mut TcpStream, rest: &mut Vec<u8>) -> Option<Vec<u8>> {
+async fn chunked(stream: &mut Stream, rest: &mut Vec<u8>) -> Option<Vec<u8>> {
     let mut out = Vec::new();
     loop {
         let end = loop {

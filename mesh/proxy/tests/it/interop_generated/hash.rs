@@ -166,6 +166,7 @@ fn ask(path: &str, number: usize) -> Ask {
         target: format!("/{path}/x?p=1&bare&q={key}"),
         fields,
         body: String::new(),
+        who: 0,
     }
 }
 
@@ -183,6 +184,7 @@ fn setup(name: &str, routes: Vec<Value>, asks: Vec<Ask>) -> Setup {
         table: json!({ "virtual_hosts": [ { "name": "all", "domains": ["*"], "routes": routes } ] }),
         asks,
         more: "%UPSTREAM_HOST%",
+        tls: None,
     }
 }
 

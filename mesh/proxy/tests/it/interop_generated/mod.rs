@@ -6,13 +6,20 @@
 //! `SERIN_GENERATED_DUMP=<folder>` writes the configurations that were refused or told differences. What is pardoned is in
 //! [`pardoned`], and with its reason in `docs/supported/proxy-envoy-differences.md`.
 
+mod access;
+mod authorization;
+mod cel;
 mod client;
 mod compare;
+mod filters;
 mod hash;
+mod limits;
 mod policies;
+mod processing;
 mod random;
 mod requests;
 mod routes;
+mod script;
 mod tokens;
 
 use std::collections::{BTreeMap, HashMap};
@@ -44,6 +51,22 @@ struct Setup {
     asks: Vec<Ask>,
     /// What the line of the log says beside the usual, by commands.
     more: &'static str,
+    /// How it speaks TLS, if it does.
+    tls: Option<Tls>,
+}
+
+/// How a setup speaks TLS.
+struct Tls {
+    /// `transport_socket` of its listener.
+    socket: Value,
+    /// Who asks.
+    people: Vec<client::Who>,
+}
+
+impl Setup {
+    fn people(&self) -> &[client::Who] {
+        self.tls.as_ref().map_or(&[], |tls| &tls.people)
+    }
 }
 
 /// What the log says of each request, by both.
@@ -141,11 +164,15 @@ fn resources(setup: &Setup, log: &str) -> Vec<Resource> {
         logger(format!("{log}.theirs"), "interop.theirs", 0),
     ]);
     manager["route_config"] = table;
+    let mut chain = json!({ "filters": [ {
+        "name": "envoy.filters.network.http_connection_manager", "typed_config": manager } ] });
+    if let Some(tls) = &setup.tls {
+        chain["transport_socket"] = tls.socket.clone();
+    }
     let text = json!({ "static_resources": { "listeners": [ {
         "name": setup.name,
         "address": { "socket_address": { "address": "127.0.0.1", "port_value": 0 } },
-        "filter_chains": [ { "filters": [ {
-            "name": "envoy.filters.network.http_connection_manager", "typed_config": manager } ] } ],
+        "filter_chains": [chain],
     } ] } });
     let plan =
         file::parse(&text.to_string(), 1).unwrap_or_else(|error| panic!("{}: {error}\n{text:#}", setup.name));
@@ -202,6 +229,7 @@ async fn differences(setups: Vec<Setup>, more: Vec<Value>) -> Option<Vec<Differe
     // Whoever is refused by one only is a difference; by both, a waste.
     let mut refused: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut places: HashMap<String, [SocketAddr; 2]> = HashMap::new();
+    let mut late = Vec::new();
     for setup in &setups {
         let found = async {
             let at = pair.listener(&setup.name).await;
@@ -213,8 +241,9 @@ async fn differences(setups: Vec<Setup>, more: Vec<Value>) -> Option<Vec<Differe
                         target: "/ready".into(),
                         fields: vec![("host".into(), "ready.test".into())],
                         body: String::new(),
+                        who: 0,
                     };
-                    let status = Client::new(at).ask(&ready).await.status;
+                    let status = Client::of(at, setup.people()).ask(&ready).await.status;
                     if status != 404 && status != 0 {
                         break;
                     }
@@ -225,6 +254,8 @@ async fn differences(setups: Vec<Setup>, more: Vec<Value>) -> Option<Vec<Differe
         };
         if let Ok(at) = tokio::time::timeout(std::time::Duration::from_secs(5), found).await {
             places.insert(setup.name.clone(), at);
+        } else {
+            late.push(setup.name.clone());
         }
         while let Ok((client, event)) = pair.ads.events.try_recv() {
             if let Event::Refused(resource, reason) = event {
@@ -232,6 +263,9 @@ async fn differences(setups: Vec<Setup>, more: Vec<Value>) -> Option<Vec<Differe
                 refused.entry(resource.name.to_string()).or_default().push(text);
             }
         }
+    }
+    for name in late.iter().filter(|name| !refused.contains_key(*name)) {
+        out.push(Difference::of_setup(format!("{name} was never ready\n")));
     }
     for (name, reasons) in &refused {
         out.push(Difference::of_setup(format!(
@@ -244,7 +278,7 @@ async fn differences(setups: Vec<Setup>, more: Vec<Value>) -> Option<Vec<Differe
             async move { Some((setup, at?)) }
         })
         .map(|(setup, at)| async move {
-            let mut clients = at.map(Client::new);
+            let mut clients = at.map(|at| Client::of(at, setup.people()));
             let mut out = Vec::new();
             for ask in &setup.asks {
                 let [ours, theirs] = &mut clients;
@@ -377,6 +411,7 @@ async fn generated_routes_answer_generated_requests_as_envoy_does() {
                 .map(|number| requests::request(&mut rng, format!("s{seed}-{number}")))
                 .collect(),
             more: "",
+            tls: None,
         }
     };
     let Some((count, differences)) = compare_all(seeds(0..20), setup, &[]).await else {

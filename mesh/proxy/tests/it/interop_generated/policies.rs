@@ -50,6 +50,7 @@ pub(crate) fn ask(case: String, host: &str, target: &str, fields: &[(&str, &str)
         target: target.into(),
         fields: all,
         body: String::new(),
+        who: 0,
     }
 }
 
@@ -84,6 +85,7 @@ fn setup(name: &str, filters: Vec<Value>, asks: Vec<Ask>) -> Setup {
                %DYNAMIC_METADATA(envoy.filters.http.rbac:shadow_shadow_effective_policy_id)% \
                %DYNAMIC_METADATA(envoy.filters.http.rbac:shadow_shadow_engine_result)% \
                %DYNAMIC_METADATA(envoy.filters.http.jwt_authn:payload:sub)%",
+        tls: None,
     }
 }
 

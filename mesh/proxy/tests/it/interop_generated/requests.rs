@@ -175,5 +175,6 @@ pub(crate) fn request(rng: &mut Rng, case: String) -> Ask {
         target,
         fields: kept,
         body,
+        who: 0,
     }
 }

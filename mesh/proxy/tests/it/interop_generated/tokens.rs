@@ -148,6 +148,7 @@ fn generated(seed: u64, each: usize) -> Setup {
         table: every_end(),
         asks,
         more: "%DYNAMIC_METADATA(envoy.filters.http.jwt_authn:payload:sub)%",
+        tls: None,
     }
 }
 

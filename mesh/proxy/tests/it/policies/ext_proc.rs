@@ -400,10 +400,7 @@ async fn an_answer_to_something_else_is_a_failure() {
     })
     .await;
     assert_eq!(get(at, "/").await.0, 500);
-    assert_eq!(
-        harness.line().await["response_code_details"],
-        "ext_proc_error_spurious_message"
-    );
+    assert_eq!(harness.line().await["response_code_details"], "spurious_message");
 }
 
 #[tokio::test]
