@@ -126,7 +126,7 @@ impl Twins {
     }
 
     /// Waits until both say the same wherever both say something, but for names that are pardoned: ends are counted a moment
-    /// later. Returns what this proxy says.
+    /// later, and Envoy looks at some of its gauges every five seconds only. Returns what this proxy says.
     pub(crate) async fn agree(
         &self,
         numbers: impl AsyncFn(&Place) -> BTreeMap<String, String>,
@@ -134,7 +134,7 @@ impl Twins {
     ) -> (BTreeMap<String, String>, usize) {
         let mut differences = Vec::new();
         let mut both = 0;
-        for _ in 0..40 {
+        for _ in 0..400 {
             let (ours, theirs) = (numbers(&self.ours).await, numbers(&self.theirs).await);
             both = ours.keys().filter(|name| theirs.contains_key(*name)).count();
             differences = ours
