@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use arc_swap::ArcSwapOption;
 
 use super::cluster::{Cluster, Priority};
+use super::discovery::Discovery;
 use super::endpoint::EndpointSet;
 use super::listener::Listener;
 use super::route::VirtualHost;
@@ -156,6 +157,15 @@ impl ClusterSlot {
     /// Whether the cluster exists.
     pub fn exists(&self) -> bool {
         self.config.load().is_some()
+    }
+
+    /// Whether it can be used: it exists and, where its endpoints come by EDS, has been told them.
+    pub fn is_live(&self) -> bool {
+        let config = self.config.load();
+        let Some(config) = &*config else {
+            return false;
+        };
+        !matches!(config.discovery, Discovery::Eds(_)) || self.endpoints.load().is_some()
     }
 
     /// A request that would have waited for it was for it.

@@ -161,12 +161,30 @@ async fn get_host(at: SocketAddr, host: &str) -> (u16, String) {
     (status, body)
 }
 
-/// Sends the cluster that somebody waits for once it is asked for, and then its endpoint.
-async fn deliver<T>(link: &mut Link, at: SocketAddr, waiting: &tokio::task::JoinHandle<T>) {
+/// Somebody who comes second, and waits as well.
+async fn second<T: Send + 'static>(
+    proxy: &Followed,
+    work: impl Future<Output = T> + Send + 'static,
+) -> tokio::task::JoinHandle<T> {
+    let one = tokio::spawn(work);
+    while proxy.proxy.on_demand().waiting() < 2 {
+        tokio::task::yield_now().await;
+    }
+    one
+}
+
+/// Sends the cluster that somebody waits for once it is asked for, waits for `between`, and then sends its endpoint.
+async fn deliver<T, B>(
+    link: &mut Link,
+    at: SocketAddr,
+    waiting: &tokio::task::JoinHandle<T>,
+    between: impl Future<Output = B>,
+) -> B {
     link.subscribed(ResourceType::Cluster, "late").await;
     let cluster = resource(ResourceType::Cluster, "late", "1", &eds_cluster("late"));
     link.put(ResourceType::Cluster, vec![cluster]).await;
     link.subscribed(ResourceType::Endpoints, "late").await;
+    let between = soon("what happens in between", between).await;
     assert!(!waiting.is_finished(), "it has no endpoints yet");
     let endpoints = assignment("late", &[(at, "")]);
     link.put(
@@ -174,6 +192,7 @@ async fn deliver<T>(link: &mut Link, at: SocketAddr, waiting: &tokio::task::Join
         vec![resource(ResourceType::Endpoints, "late", "1", &endpoints)],
     )
     .await;
+    between
 }
 
 #[tokio::test]
@@ -358,8 +377,11 @@ async fn a_request_for_an_unknown_cluster_waits_for_it_and_its_endpoints() {
         .await;
     assert_eq!(get_cluster(at, "c").await, (200, "b".to_owned()));
     let waiting = tokio::spawn(get_cluster(at, "late"));
-    deliver(&mut link, late.address, &waiting).await;
-    assert_eq!(waiting.await.unwrap(), (200, "late".to_owned()));
+    let between = second(&proxy, get_cluster(at, "late"));
+    let between = deliver(&mut link, late.address, &waiting, between).await;
+    for one in [waiting, between] {
+        assert_eq!(one.await.unwrap(), (200, "late".to_owned()));
+    }
 }
 
 #[tokio::test]
@@ -396,8 +418,12 @@ async fn a_connection_waits_for_its_cluster_where_its_proxy_says_so() {
     let at = proxy.proxy.listener_address("long").unwrap();
     let request = b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
     let waiting = tokio::spawn(raw(at, request));
-    deliver(&mut link, late.address, &waiting).await;
-    assert!(waiting.await.unwrap().ends_with("late"));
+    // One that comes when the cluster is there and its endpoints are not waits as well.
+    let between = second(&proxy, raw(at, request));
+    let between = deliver(&mut link, late.address, &waiting, between).await;
+    for one in [waiting, between] {
+        assert!(one.await.unwrap().ends_with("late"));
+    }
 }
 
 #[tokio::test]

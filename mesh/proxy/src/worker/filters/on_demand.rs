@@ -52,11 +52,11 @@ pub(in crate::worker) async fn cluster_named(worker: &Worker, rules: &OnDemandCl
     !name.is_empty() && wait(worker, Wanted::Cluster, name, rules.timeout).await
 }
 
-/// The name of the cluster that a field of the request names, if it names one that does not exist.
+/// The name of the cluster that a field of the request names, if it names one that cannot be used yet.
 fn missing(field: &HeaderName, directory: &Directory, parts: &Parts) -> Option<String> {
     let name = parts.headers.get(field)?.to_str().ok()?;
     if let Some(slot) = directory.find(name)
-        && slot.exists()
+        && slot.is_live()
     {
         slot.mark_used();
         return None;
@@ -64,7 +64,7 @@ fn missing(field: &HeaderName, directory: &Directory, parts: &Parts) -> Option<S
     Some(name.to_owned())
 }
 
-/// Waits for the cluster of a request, if it does not exist. Where it does not come the request goes on and finds that out.
+/// Waits for the cluster of a request, if it does not exist or has not been told its endpoints. Where it does not come the request goes on and finds that out.
 pub(super) async fn cluster(conn: &Downstream, rules: &OnDemandClusters, routed: &mut Routed, parts: &Parts) {
     let Action::Forward(forward) = &routed.route.action else {
         return;
@@ -72,7 +72,7 @@ pub(super) async fn cluster(conn: &Downstream, rules: &OnDemandClusters, routed:
     let named;
     let name = match &forward.targets {
         Targets::One(slot) => {
-            if slot.exists() {
+            if slot.is_live() {
                 slot.mark_used();
                 return;
             }
@@ -94,7 +94,7 @@ pub(super) async fn cluster(conn: &Downstream, rules: &OnDemandClusters, routed:
             routed.chosen = Some(index);
             match &targets[index].cluster {
                 TargetCluster::Fixed(slot) => {
-                    if slot.exists() {
+                    if slot.is_live() {
                         slot.mark_used();
                         return;
                     }

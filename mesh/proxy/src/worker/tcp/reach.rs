@@ -260,7 +260,7 @@ async fn target<'a>(
         }
     };
     if let Some(rules) = &proxy.on_demand {
-        if slot.exists() {
+        if slot.is_live() {
             slot.mark_used();
         } else {
             // Boxed: few connections wait.
