@@ -105,7 +105,6 @@ pub mod observe;
 pub mod overload;
 pub mod policy;
 mod random;
-mod right_of_way;
 pub mod stream;
 mod sys;
 pub mod tls;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand, ValueEnum};
 use serin_proxy::bootstrap::{agent, file, inherited};
 use serin_proxy::control::levels;
-use serin_proxy::control::run::{Plan, check, run, runtime};
+use serin_proxy::control::run::{Plan, check, run};
 use serin_proxy::error::Error;
 use serin_proxy::intercept;
 
@@ -249,7 +249,10 @@ fn start(cli: Cli) -> anyhow::Result<()> {
 
 /// Runs on this thread, which becomes the control thread.
 fn control(plan: Plan) -> Result<(), Error> {
-    runtime()
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(4)
+        .build()
         .map_err(|source| Error::Start {
             what: "the control thread's runtime",
             source,

@@ -109,16 +109,6 @@ impl Plan {
     }
 }
 
-/// The runtime of the thread that calls [`run`]: of one thread, to which workers give way while it is awake.
-pub fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .max_blocking_threads(4)
-        .on_thread_unpark(crate::right_of_way::take)
-        .on_thread_park(crate::right_of_way::release)
-        .build()
-}
-
 /// Runs a proxy until it is told to end by SIGTERM, SIGINT or `/quitquitquit`.
 pub async fn run(plan: Plan) -> Result<(), Error> {
     let predecessor = match &plan.restart {

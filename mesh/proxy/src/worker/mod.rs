@@ -218,7 +218,6 @@ impl Worker {
             // thread, so a new connection waits that long; looking more often breaks what goes over one HTTP/2
             // connection into more and smaller writes.
             .event_interval(128)
-            .on_thread_park(crate::right_of_way::offer)
             // A local one: its tasks need not be Send, and no set of tasks stands between them and the scheduler.
             .build_local(tokio::runtime::LocalOptions::default())?;
         hosts::count_as(id, shared.workers);

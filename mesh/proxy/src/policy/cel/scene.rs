@@ -44,7 +44,7 @@ impl Scene for Facts<'_> {
             Attribute::DestinationAddress => Some(Value::Text(self.local.to_string().into())),
             Attribute::DestinationPort => Some(Value::Int(i64::from(self.local.port()))),
             Attribute::ConnectionMtls => Some(Value::Bool(self.peer.is_some())),
-            Attribute::ConnectionServerName => text(self.server_name),
+            Attribute::ConnectionServerName => Some(Value::Text(self.server_name.unwrap_or("").into())),
             // Over TLS (with a server name) a client without a certificate has an empty one, as in Envoy.
             Attribute::ConnectionSubjectPeer => match (self.peer, self.server_name) {
                 (Some(peer), _) => Some(Value::Text(peer.subject.into())),
@@ -135,7 +135,7 @@ impl Scene for Record<'_> {
             Attribute::DestinationPort => Some(Value::Int(i64::from(self.local.port()))),
             Attribute::ConnectionId => Some(Value::Uint(self.connection)),
             Attribute::ConnectionMtls => Some(Value::Bool(self.peer.is_some())),
-            Attribute::ConnectionServerName => text(self.server_name),
+            Attribute::ConnectionServerName => Some(Value::Text(self.server_name.unwrap_or("").into())),
             Attribute::ConnectionTlsVersion => text(self.tls.map(|(version, _)| version)),
             Attribute::ConnectionSubjectPeer => text(self.peer.map(|peer| peer.subject)),
             Attribute::ConnectionDnsSanPeer => name_of(self.peer.map(|peer| peer.dns_sans)),

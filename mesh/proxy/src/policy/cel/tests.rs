@@ -47,6 +47,19 @@ fn holds(expression: &str) -> bool {
 }
 
 #[test]
+fn a_connection_that_named_no_server_has_an_empty_name() {
+    let named = Expression::parse("connection.requested_server_name == ''", None).unwrap();
+    with_facts(|facts| {
+        assert!(!named.holds(facts));
+        let unnamed = Facts {
+            server_name: None,
+            ..*facts
+        };
+        assert!(named.holds(&unnamed));
+    });
+}
+
+#[test]
 fn expressions_are_decided_as_the_language_says() {
     for expression in [
         "request.path == '/a/b?q=1' && request.url_path.startsWith('/a') && request.query == \"q=1\"",
