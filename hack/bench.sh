@@ -9,11 +9,11 @@ all=(kustomize analysis gitops control proxy demo)
 for bench in "${@:-${all[@]}}"; do
     echo "== $bench"
     case $bench in
-        # The proxy as it is shipped; what only measures is built quickly.
+        # The proxy as it is shipped, or the one that SERIN_BENCH_PROXY names; what only measures is built quickly.
         proxy)
-            cargo build --locked -q --release -p serin-proxy
+            [ -n "${SERIN_BENCH_PROXY:-}" ] || cargo build --locked -q --release -p serin-proxy
             # The tables are kept beside the programs; what the parts took and what failed is told on stderr.
-            SERIN_BENCH_PROXY="${CARGO_TARGET_DIR}/release/serin-proxy" \
+            SERIN_BENCH_PROXY="${SERIN_BENCH_PROXY:-${CARGO_TARGET_DIR}/release/serin-proxy}" \
                 cargo bench --locked -q --profile "${PROFILE:-demo}" -p serin-proxy --bench matrix |
                 tee "${CARGO_TARGET_DIR}/bench-proxy.md"
             ;;

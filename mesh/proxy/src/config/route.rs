@@ -298,9 +298,20 @@ impl VirtualHost {
         if from.domains.is_empty() {
             return Err(Refusal::new("domains", "a virtual host needs a domain"));
         }
-        if from.matcher.is_some() {
-            return Err(Refusal::new("matcher", "matcher trees are not supported"));
-        }
+        convert::refuse_present(
+            &[
+                ("matcher", from.matcher.is_some()),
+                (
+                    "request_body_buffer_limit",
+                    from.request_body_buffer_limit.is_some(),
+                ),
+                (
+                    "include_is_timeout_retry_header",
+                    from.include_is_timeout_retry_header,
+                ),
+            ],
+            "not supported",
+        )?;
         let mut per_filter = PerRoute::compile(&from.typed_per_filter_config, context)?;
         if let Some(cors) = &from.cors {
             let cors = Cors::compile_route(cors, &mut context.slots.runtime).within("cors")?;
@@ -361,6 +372,13 @@ impl Route {
             .as_ref()
             .ok_or_else(|| Refusal::new("match", "is missing"))?;
         let matches = RouteMatch::compile(message, &mut context.slots.runtime).within("match")?;
+        convert::refuse_present(
+            &[(
+                "request_body_buffer_limit",
+                from.request_body_buffer_limit.is_some(),
+            )],
+            "not supported: use per_request_buffer_limit_bytes",
+        )?;
         let mut per_filter = PerRoute::compile(&from.typed_per_filter_config, context)?;
         let action = match &from.action {
             Some(route::route::Action::Route(action)) => {

@@ -211,6 +211,29 @@ fn what_cannot_be_honoured_is_refused_with_its_path() {
         error.to_string(),
         "routes[0].route.weighted_clusters.clusters: the weights add up to zero"
     );
+
+    let limited = route::Route {
+        request_body_buffer_limit: Some(serin_xds::pb::google::protobuf::UInt64Value { value: 1 }),
+        ..path_route("r", PathSpecifier::Prefix("/".into()))
+    };
+    assert_eq!(
+        compile(vec![limited]).unwrap_err().path,
+        "routes[0].request_body_buffer_limit"
+    );
+    let mut slots = Slots::default();
+    let mut context = Context {
+        slots: &mut slots,
+        workers: 1,
+        seed: 0,
+    };
+    let told = route::VirtualHost {
+        name: "h".into(),
+        domains: vec!["*".into()],
+        include_is_timeout_retry_header: true,
+        ..Default::default()
+    };
+    let refused = VirtualHost::compile(&told, &mut context).unwrap_err();
+    assert_eq!(refused.path, "include_is_timeout_retry_header");
 }
 
 #[test]
