@@ -71,11 +71,12 @@ impl Report {
     }
 
     async fn held(&self) -> anyhow::Result<Held> {
-        // Connections of clients, of all listeners.
+        // Connections of clients, of all listeners; the one that asks is the admin port's.
         let (_, _, text) = fixture::get(self.admin, "/stats?filter=downstream_cx_active").await;
         let connections = text
             .lines()
             .filter(|line| line.starts_with("http.") || line.starts_with("listener."))
+            .filter(|line| !line.contains(".admin."))
             .filter_map(|line| line.rsplit(' ').next()?.parse::<usize>().ok())
             .max()
             .unwrap_or(0);
