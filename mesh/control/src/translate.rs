@@ -16,6 +16,7 @@ mod endpoint;
 mod inbound;
 mod listener;
 mod outbound;
+mod resolver;
 mod route;
 mod router;
 #[cfg(test)]

@@ -8,7 +8,8 @@ use serin_xds::pb::envoy::config::route::v3 as pb;
 use serin_xds::resource::ResourceType;
 
 use super::listener;
-use super::outbound::{Context, Made, Resolver, destinations, is_for, routes};
+use super::outbound::{Context, Made, destinations, is_for, routes};
+use super::resolver::Resolver;
 use super::view::{Built, Slot};
 use super::wire;
 
