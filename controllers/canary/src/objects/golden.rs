@@ -72,13 +72,13 @@ struct Cluster {
 impl Cluster {
     fn typed<K: serde::de::DeserializeOwned>(&self, key: &str) -> Option<K> {
         let mut object = self.objects.get(key)?.clone();
-        without_placeholders(&mut object);
+        without_symbols(&mut object);
         Some(serde_json::from_value(object).unwrap_or_else(|error| panic!("{key}: {error}")))
     }
 }
 
 /// Times and addresses are normalised in the recordings.
-fn without_placeholders(object: &mut Value) {
+fn without_symbols(object: &mut Value) {
     if let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) {
         metadata.remove("creationTimestamp");
     }
@@ -108,7 +108,7 @@ impl Compared {
     fn exactly(&mut self, what: &str, ours: &Value, theirs: &Value) {
         let normal = |object: &Value| {
             let mut object = object.clone();
-            without_placeholders(&mut object);
+            without_symbols(&mut object);
             object["apiVersion"] = json!("networking.istio.io");
             object
         };
@@ -120,7 +120,7 @@ impl Compared {
         self.count += 1;
         let mut theirs = theirs.clone();
         if ours["spec"].get("clusterIP").is_none() {
-            without_placeholders(&mut theirs);
+            without_symbols(&mut theirs);
         }
         if !covers(&theirs, ours) {
             self.failures
@@ -265,7 +265,7 @@ fn compare(name: &str, compared: &mut Compared) -> Option<()> {
                     // Flagger loses it.
                     ours.as_object_mut().unwrap().remove("binaryData");
                     let mut object = object.clone();
-                    without_placeholders(&mut object);
+                    without_symbols(&mut object);
                     compared.same(&what(key), &ours, &object);
                 }
                 _ => {}
