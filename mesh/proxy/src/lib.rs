@@ -98,6 +98,7 @@ pub mod control;
 pub mod error;
 #[cfg(test)]
 mod given;
+pub mod http1;
 pub mod hygiene;
 pub mod intercept;
 pub mod metrics;
