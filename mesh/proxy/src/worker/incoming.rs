@@ -8,6 +8,7 @@ use http_body::{Body, Frame, SizeHint};
 
 use super::body::BodyError;
 use super::streams::{Received, TunnelIo};
+use crate::upstream::http1;
 
 /// See the module.
 #[derive(Debug)]
@@ -16,6 +17,10 @@ pub enum Incoming {
     Empty,
     /// Over HTTP/1.
     Http1(hyper::body::Incoming),
+    /// An endpoint's over HTTP/1.
+    Answer(http1::Body),
+    /// Not a body: what an endpoint has granted over HTTP/1.
+    Upgraded(Box<http1::Tunnel>),
     /// Over HTTP/2.
     Http2(Received),
     /// Not a body: a tunnel that an endpoint has granted over HTTP/2.
@@ -31,7 +36,8 @@ impl Body for Incoming {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         match self.get_mut() {
-            Self::Empty | Self::Tunnel(_) => Poll::Ready(None),
+            Self::Empty | Self::Tunnel(_) | Self::Upgraded(_) => Poll::Ready(None),
+            Self::Answer(body) => body.poll_frame(cx).map_err(Into::into),
             Self::Http1(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
             Self::Http2(body) => body.poll_frame(cx).map_err(Into::into),
         }
@@ -39,7 +45,8 @@ impl Body for Incoming {
 
     fn is_end_stream(&self) -> bool {
         match self {
-            Self::Empty | Self::Tunnel(_) => true,
+            Self::Empty | Self::Tunnel(_) | Self::Upgraded(_) => true,
+            Self::Answer(body) => body.is_end_stream(),
             Self::Http1(body) => body.is_end_stream(),
             Self::Http2(body) => body.is_end_stream(),
         }
@@ -47,7 +54,8 @@ impl Body for Incoming {
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            Self::Empty | Self::Tunnel(_) => SizeHint::with_exact(0),
+            Self::Empty | Self::Tunnel(_) | Self::Upgraded(_) => SizeHint::with_exact(0),
+            Self::Answer(body) => body.size_hint(),
             Self::Http1(body) => body.size_hint(),
             Self::Http2(body) => body.size_hint(),
         }

@@ -36,6 +36,7 @@ use crate::observe::record::LogType;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::Active;
 use crate::upstream::connect::{self, Speaking};
+use crate::upstream::http1;
 use crate::upstream::metered::Metered;
 use crate::upstream::outlier::Event;
 use crate::upstream::pool::Lease;
@@ -74,7 +75,7 @@ impl Client {
         }
     }
 
-    async fn granted(self) -> Option<Inside> {
+    async fn granted(self) -> Option<Either<TokioIo<Upgraded>, Box<TunnelIo>>> {
         match self {
             Self::Http1(upgrade) => Some(Either::Left(TokioIo::new(upgrade.await.ok()?))),
             Self::Http2(later) => Some(Either::Right(Box::new(later.await.ok()?))),
@@ -165,14 +166,15 @@ pub(super) fn take(
     }))
 }
 
-/// What is inside of a tunnel.
-pub(super) type Inside = Either<TokioIo<Upgraded>, Box<TunnelIo>>;
+/// What is inside of an endpoint's tunnel.
+pub(super) type Inside = Either<Box<http1::Tunnel>, Box<TunnelIo>>;
 
-/// The endpoint's end of a tunnel that it has granted.
-pub(super) async fn inside(response: &mut Response<Incoming>) -> Result<Inside, hyper::Error> {
-    match std::mem::replace(response.body_mut(), Incoming::Empty) {
-        Incoming::Tunnel(io) => Ok(Either::Right(io)),
-        _ => Ok(Either::Left(TokioIo::new(hyper::upgrade::on(response).await?))),
+/// The endpoint's end of a tunnel, if it has granted one.
+pub(super) fn inside(response: Response<Incoming>) -> Option<Inside> {
+    match response.into_body() {
+        Incoming::Upgraded(io) => Some(Either::Left(io)),
+        Incoming::Tunnel(io) => Some(Either::Right(io)),
+        _ => None,
     }
 }
 
@@ -286,7 +288,7 @@ impl Tunnel {
         active: Active,
     ) -> Response<Body> {
         let answer = self.grant(std::mem::take(response.headers_mut()));
-        let upstream = async move { inside(&mut response).await.ok() };
+        let upstream = std::future::ready(inside(response));
         self.join(exchange, answer, upstream, (lease, active))
     }
 
