@@ -53,8 +53,14 @@ impl Parser {
 
 /// Whether a head may begin like that.
 fn begins(bytes: &[u8]) -> bool {
-    let blank = bytes.iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
-    bytes[blank..].iter().zip(b"HTTP/1.").all(|(have, want)| have == want)
+    let blank = bytes
+        .iter()
+        .take_while(|byte| matches!(byte, b'\r' | b'\n'))
+        .count();
+    bytes[blank..]
+        .iter()
+        .zip(b"HTTP/1.")
+        .all(|(have, want)| have == want)
 }
 
 fn parse(head: &Bytes, found: Found, limits: HeadLimits, method: &Method) -> Result<Head, Violation> {
@@ -293,7 +299,11 @@ mod tests {
         }
         for text in ["SSH-2.0-x\n", "\x15\x03\x01", "\n\nHTTP/2"] {
             // Though more may come.
-            assert_eq!(read(text, &Method::GET).unwrap_err(), Violation::BadStartLine, "{text}");
+            assert_eq!(
+                read(text, &Method::GET).unwrap_err(),
+                Violation::BadStartLine,
+                "{text}"
+            );
         }
         let many = format!("HTTP/1.1 200 OK\n{}\n", "a: b\n".repeat(11));
         assert_eq!(read(&many, &Method::GET).unwrap_err(), Violation::HeadTooLarge);

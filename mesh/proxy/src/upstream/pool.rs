@@ -20,8 +20,8 @@ pub use self::lease::{Lease, StreamLease};
 
 use self::lease::{Http1, Http2};
 use super::connect::{self, ConnectOptions, Connected, Speaking, Stream};
-use super::{http1, http2};
 use super::metered::Metered;
+use super::{http1, http2};
 use crate::config::cluster::{Cluster, Priority};
 use crate::config::endpoint::Endpoint;
 use crate::config::slot::ClusterSlot;

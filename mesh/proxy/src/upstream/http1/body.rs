@@ -15,6 +15,8 @@ pub struct Body {
     /// Up to the end: from there on the connection may carry another request.
     conn: Option<Rc<Conn>>,
     decoder: Decoder,
+    /// Why it breaks off.
+    broken: Option<Error>,
 }
 
 impl Drop for Body {
@@ -31,6 +33,7 @@ impl Body {
         Self {
             conn: Some(conn),
             decoder: Decoder::new(framing),
+            broken: None,
         }
     }
 
@@ -39,15 +42,27 @@ impl Body {
         let Some(conn) = &self.conn else {
             return Poll::Ready(None);
         };
-        let next = ready!(conn.state.borrow_mut().poll_body(&mut self.decoder, cx));
-        if next.is_err() {
-            conn.end();
+        if let Some(error) = self.broken.take() {
             self.conn = None;
-        } else if self.decoder.is_done() {
-            conn.state.borrow_mut().used = Use::Idle;
-            self.conn = None;
+            return Poll::Ready(Some(Err(error)));
         }
-        Poll::Ready(next.transpose())
+        let next = ready!(conn.state.borrow_mut().poll_body(&mut self.decoder, cx));
+        match next {
+            Ok(frame) => {
+                if self.decoder.is_done() {
+                    conn.state.borrow_mut().used = Use::Idle;
+                    self.conn = None;
+                }
+                Poll::Ready(frame.map(Ok))
+            }
+            Err(error) => {
+                conn.end();
+                // Whoever passes the answer on is given time to write what came before.
+                self.broken = Some(error);
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }
+        }
     }
 
     /// Whether there is nothing more to read.

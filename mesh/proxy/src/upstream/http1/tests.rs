@@ -198,10 +198,7 @@ async fn a_request_is_written_with_what_is_ready_of_its_body_in_one_piece() {
         let body = UpstreamBody::Full(Some(Bytes::from_static(b"hello")));
         let mut answering = pin!(pair.handle.send(request(body), None));
         assert!(look(answering.as_mut()).is_pending());
-        assert_eq!(
-            pair.heard(),
-            "POST /x HTTP/1.1\r\ncontent-length: 5\r\n\r\nhello"
-        );
+        assert_eq!(pair.heard(), "POST /x HTTP/1.1\r\ncontent-length: 5\r\n\r\nhello");
     })
     .await;
 }
