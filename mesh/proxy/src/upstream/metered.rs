@@ -19,7 +19,7 @@ pub type Metered = Layer<Stream, Meter>;
 #[derive(Debug)]
 pub struct Meter {
     cells: Arc<ClusterCells>,
-    /// Through which the stream is read, always: hyper and h2 ask for bytes whenever they are woken, for whatever it was.
+    /// Through which the stream is read, always: who reads asks for bytes whenever it is woken, for whatever it was.
     ear: Ear,
     /// Told when the endpoint has ended the connection.
     shared: Option<Arc<Shared>>,

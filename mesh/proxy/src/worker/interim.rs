@@ -1,7 +1,7 @@
 //! Interim answers (1xx) of endpoints, passed on to clients over HTTP/1.1 and HTTP/2 where `proxy_100_continue` asks for
 //! it (RFC 9110 section 15.2).
 //!
-//! Endpoints over HTTP/1 tell through hyper ([`hyper::ext::on_informational`]), those over HTTP/2 through `h2`
+//! Endpoints over HTTP/1 tell as their heads are read ([`crate::upstream::http1`]), those over HTTP/2 through `h2`
 //! (`ResponseFuture::poll_informational`). What they tell goes through the client's door: over HTTP/1 to the
 //! connection's [`Interims`](crate::hygiene::interim::Interims), which write it below hyper's server; over HTTP/2 to the
 //! stream's [`Waiting`], from where its task sends it before it sends the final answer.

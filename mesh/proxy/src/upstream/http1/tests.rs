@@ -68,7 +68,7 @@ impl Pair {
 
     /// What the endpoint has been sent by now.
     fn heard(&mut self) -> String {
-        let mut bytes = [0; 64 * 1024];
+        let mut bytes = [0; 4 * 1024];
         let count = self.peer.read(&mut bytes).unwrap();
         String::from_utf8_lossy(&bytes[..count]).into_owned()
     }
