@@ -7,6 +7,7 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 
 use super::body::BodyError;
+use super::http1;
 use super::streams::{Received, TunnelIo};
 
 /// See the module.
@@ -14,8 +15,10 @@ use super::streams::{Received, TunnelIo};
 pub enum Incoming {
     /// None.
     Empty,
-    /// Over HTTP/1.
-    Http1(hyper::body::Incoming),
+    /// A client's, over HTTP/1.
+    Http1(http1::Received),
+    /// An endpoint's, over HTTP/1.
+    Hyper(hyper::body::Incoming),
     /// Over HTTP/2.
     Http2(Received),
     /// Not a body: a tunnel that an endpoint has granted over HTTP/2.
@@ -32,7 +35,8 @@ impl Body for Incoming {
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         match self.get_mut() {
             Self::Empty | Self::Tunnel(_) => Poll::Ready(None),
-            Self::Http1(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+            Self::Http1(body) => body.poll_frame(cx),
+            Self::Hyper(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
             Self::Http2(body) => body.poll_frame(cx).map_err(Into::into),
         }
     }
@@ -41,6 +45,7 @@ impl Body for Incoming {
         match self {
             Self::Empty | Self::Tunnel(_) => true,
             Self::Http1(body) => body.is_end_stream(),
+            Self::Hyper(body) => body.is_end_stream(),
             Self::Http2(body) => body.is_end_stream(),
         }
     }
@@ -49,6 +54,7 @@ impl Body for Incoming {
         match self {
             Self::Empty | Self::Tunnel(_) => SizeHint::with_exact(0),
             Self::Http1(body) => body.size_hint(),
+            Self::Hyper(body) => body.size_hint(),
             Self::Http2(body) => body.size_hint(),
         }
     }

@@ -122,7 +122,7 @@ impl Lease {
         match self {
             Self::Http1(connection, _) => {
                 let response = http1_send(&mut connection.sender, request, tell).await?;
-                Ok(response.map(Incoming::Http1))
+                Ok(response.map(Incoming::Hyper))
             }
             Self::Http2(stream) => Ok(stream.send(request, tell)?.await?),
         }
