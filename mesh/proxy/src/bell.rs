@@ -4,11 +4,16 @@
 //! entering its waker again. What is looked at through an [`Ear`] has a waker of its own, and is looked at only when that
 //! was called.
 
+use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 
 use parking_lot::Mutex;
+use tokio::io::{AsyncRead, ReadBuf};
+
+use crate::stream::Hooks;
 
 #[derive(Debug, Default)]
 struct Bell {
@@ -78,11 +83,25 @@ impl Ear {
     }
 }
 
+/// What lies below is read through the ear, always.
+impl<S> Hooks<S> for Ear {
+    fn poll_read(
+        &mut self,
+        below: Pin<&mut S>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>>
+    where
+        S: AsyncRead,
+    {
+        self.poll(cx, |cx| below.poll_read(cx, buf))
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::pin::Pin;
 
-    use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
+    use tokio::io::AsyncWriteExt;
 
     use super::*;
 

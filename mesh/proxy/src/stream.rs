@@ -5,12 +5,13 @@
 //! otherwise. What a connection may be (with TLS or without) is [`MaybeTls`]. All of it is resolved at compile time: a layer
 //! costs what its hooks do.
 //!
-//! Not here: what makes bytes of its own (`hygiene::strict`, tunnels inside of HTTP/2).
+//! Not here: what makes bytes of its own (`http1`, tunnels inside of HTTP/2).
 
 pub mod frames;
 pub mod keepalive;
 pub mod last_words;
 pub mod linger;
+pub mod traces;
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -25,6 +26,9 @@ pub trait Hooks<S> {
 
     /// So many bytes have been written.
     fn sent(&mut self, _count: usize) {}
+
+    /// Writing has failed.
+    fn unwritten(&mut self) {}
 
     /// See [`AsyncRead::poll_read`].
     fn poll_read(
@@ -103,9 +107,7 @@ impl<S: AsyncWrite + Unpin, H: Hooks<S> + Unpin> AsyncWrite for Layer<S, H> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let Self { below, hooks } = self.get_mut();
         let outcome = Pin::new(below).poll_write(cx, buf);
-        if let Poll::Ready(Ok(count)) = &outcome {
-            hooks.sent(*count);
-        }
+        note_written(hooks, &outcome);
         outcome
     }
 
@@ -117,9 +119,7 @@ impl<S: AsyncWrite + Unpin, H: Hooks<S> + Unpin> AsyncWrite for Layer<S, H> {
     ) -> Poll<io::Result<usize>> {
         let Self { below, hooks } = self.get_mut();
         let outcome = hooks.poll_write_vectored(Pin::new(below), cx, pieces);
-        if let Poll::Ready(Ok(count)) = &outcome {
-            hooks.sent(*count);
-        }
+        note_written(hooks, &outcome);
         outcome
     }
 
@@ -137,6 +137,15 @@ impl<S: AsyncWrite + Unpin, H: Hooks<S> + Unpin> AsyncWrite for Layer<S, H> {
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Self { below, hooks } = self.get_mut();
         hooks.poll_shutdown(Pin::new(below), cx)
+    }
+}
+
+#[inline]
+fn note_written<S, H: Hooks<S>>(hooks: &mut H, outcome: &Poll<io::Result<usize>>) {
+    match outcome {
+        Poll::Ready(Ok(count)) => hooks.sent(*count),
+        Poll::Ready(Err(_)) => hooks.unwritten(),
+        Poll::Pending => {}
     }
 }
 

@@ -187,20 +187,24 @@ async fn queries_and_headers_are_those_that_flagger_was_recorded_with() {
     assert!(compared >= 2, "{compared} metrics were compared");
 }
 
-/// Waits for the line in which Prometheus says that it is ready.
+/// Waits for the line in which Prometheus says that it is ready. What it says later is read as well: it ends when it cannot write.
 async fn ready(child: &mut tokio::process::Child) -> bool {
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-    let waiting = async {
+    let (tell, told) = tokio::sync::oneshot::channel();
+    tokio::spawn(async move {
+        let mut tell = Some(tell);
         while let Ok(Some(line)) = lines.next_line().await {
-            if line.contains("ready to receive web requests") {
-                return true;
+            if line.contains("ready to receive web requests")
+                && let Some(tell) = tell.take()
+            {
+                let _ = tell.send(());
             }
         }
-        false
-    };
-    tokio::time::timeout(Duration::from_secs(30), waiting)
-        .await
-        .unwrap_or(false)
+    });
+    matches!(
+        tokio::time::timeout(Duration::from_secs(30), told).await,
+        Ok(Ok(()))
+    )
 }
 
 #[tokio::test]

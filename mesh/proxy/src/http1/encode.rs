@@ -172,6 +172,23 @@ pub fn request_head(out: &mut Vec<u8>, parts: &Parts, size: Option<&SizeHint>) -
     encoder
 }
 
+/// An interim answer.
+pub fn interim_head(out: &mut Vec<u8>, status: StatusCode, headers: &HeaderMap) {
+    status_line(out, status, false);
+    for (name, value) in headers {
+        write_field(out, name, value.as_bytes());
+    }
+    out.extend_from_slice(b"\r\n");
+}
+
+fn status_line(out: &mut Vec<u8>, status: StatusCode, http_10: bool) {
+    out.extend_from_slice(if http_10 { b"HTTP/1.0 " } else { b"HTTP/1.1 " });
+    out.extend_from_slice(status.as_str().as_bytes());
+    out.push(b' ');
+    out.extend_from_slice(status.canonical_reason().unwrap_or("Unknown").as_bytes());
+    out.extend_from_slice(b"\r\n");
+}
+
 /// Whom a response answers.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked {
@@ -205,11 +222,7 @@ pub fn response_head(
 ) -> Begun {
     out.reserve(room_for(headers));
     let http_10 = asked.version == Version::HTTP_10;
-    out.extend_from_slice(if http_10 { b"HTTP/1.0 " } else { b"HTTP/1.1 " });
-    out.extend_from_slice(status.as_str().as_bytes());
-    out.push(b' ');
-    out.extend_from_slice(status.canonical_reason().unwrap_or("Unknown").as_bytes());
-    out.extend_from_slice(b"\r\n");
+    status_line(out, status, http_10);
     let tunnel = status == StatusCode::SWITCHING_PROTOCOLS || (asked.connect && status.is_success());
     let bodiless = status.is_informational()
         || tunnel
@@ -258,8 +271,11 @@ pub fn response_head(
         }
     };
     keep_alive &= encoder != Encoder::UntilClose && !tunnel;
-    if http_10 && keep_alive && !headers.contains_key(header::CONNECTION) {
-        out.extend_from_slice(b"connection: keep-alive\r\n");
+    if !tunnel && keep_alive == http_10 && !headers.contains_key(header::CONNECTION) {
+        let option: &[u8] = if keep_alive { b"keep-alive" } else { b"close" };
+        out.extend_from_slice(b"connection: ");
+        out.extend_from_slice(option);
+        out.extend_from_slice(b"\r\n");
     }
     if !dated && !status.is_informational() {
         out.extend_from_slice(b"date: ");
@@ -331,6 +347,10 @@ mod tests {
             ..ASKED
         };
         let head = Asked { head: true, ..ASKED };
+        let last = Asked {
+            keep_alive: false,
+            ..ASKED
+        };
         let connect = Asked {
             connect: true,
             ..ASKED
@@ -371,6 +391,15 @@ mod tests {
                 "HTTP/1.1 200 OK|transfer-encoding: chunked||",
                 Encoder::Chunked,
                 true,
+            ),
+            (
+                200,
+                &[],
+                None,
+                last,
+                "HTTP/1.1 200 OK|content-length: 0|connection: close||",
+                Encoder::Empty,
+                false,
             ),
             (
                 200,

@@ -1,9 +1,6 @@
-//! The hygiene layer: what RFC 9110, 9112 and 9113 call ambiguous is refused, never forwarded.
+//! The hygiene layer: what RFC 9110, 9112 and 9113 call ambiguous is refused, never forwarded. What the bytes of HTTP/1 themselves
+//! may look like is decided where they are read (`http1`).
 
-mod chars;
-mod extension;
 pub mod fields;
 pub mod interim;
 pub mod path;
-pub mod scan;
-pub mod strict;

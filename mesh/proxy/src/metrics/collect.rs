@@ -197,11 +197,6 @@ fn own_families(shards: &[Arc<Shard>]) -> Vec<Family> {
             sum(|shard| shard.counters.ejections.get()),
         ),
         counter(
-            "serin_proxy_connections_parked_total",
-            "Idle HTTP/1 connections whose buffers were given back.",
-            sum(|shard| shard.counters.connections_parked.get()),
-        ),
-        counter(
             "serin_proxy_folded_series_total",
             "Metric series folded into unknown for lack of room.",
             sum(|shard| shard.counters.folded_series.get()),

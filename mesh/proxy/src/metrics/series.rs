@@ -214,8 +214,6 @@ pub struct WorkerCounters {
     pub connections: Cell,
     /// Downstream connections closed.
     pub connections_closed: Cell,
-    /// Idle HTTP/1 connections that were parked.
-    pub connections_parked: Cell,
     /// Upstream connections made.
     pub upstream_connections: Cell,
     /// Upstream connections that could not be made.

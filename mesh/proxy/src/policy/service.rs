@@ -45,7 +45,7 @@ impl GrpcTarget {
         }
         let authority = if envoy.authority.is_empty() {
             // A cluster's name may hold characters that no authority has.
-            if crate::hygiene::scan::valid_host(envoy.cluster_name.as_bytes()) {
+            if crate::http1::request::valid_host(envoy.cluster_name.as_bytes()) {
                 envoy.cluster_name.as_str()
             } else {
                 "cluster"

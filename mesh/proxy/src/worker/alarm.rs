@@ -38,11 +38,6 @@ impl Alarms {
         })
         .await
     }
-
-    /// Gives the timers up: the connection rests.
-    pub(super) fn clear(&self) {
-        self.0.take();
-    }
 }
 
 impl Alarm<'_> {
@@ -124,7 +119,5 @@ mod tests {
         let waits = (0..KEPT + 5).map(|_| alarms.within(limit, never()));
         assert!(futures::future::join_all(waits).await.iter().all(Option::is_none));
         assert_eq!(alarms.0.borrow().len(), KEPT);
-        alarms.clear();
-        assert_eq!(alarms.0.borrow().len(), 0);
     }
 }

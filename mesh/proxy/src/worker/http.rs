@@ -9,16 +9,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use http::{HeaderMap, HeaderValue, Version, header};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 
 use super::alarm::Alarms;
+use super::http1::Upgraded;
 use super::io::Io;
 use super::request::append_via;
 use super::{DrainPhase, Worker, http1, http2};
+use crate::bell::Ear;
 use crate::config::hcm::{HttpManager, ServerHeader};
 use crate::config::listener::{Direction, FilterChain};
-use crate::hygiene::scan::{HeadLimits, Scanner};
-use crate::hygiene::strict::{Gate, StrictIo};
+use crate::http1::violation::Violation;
 use crate::metrics::events::{CodecEvent, HttpEvent};
 use crate::overload::Action;
 use crate::policy::facts::PeerIdentity;
@@ -27,7 +28,10 @@ use crate::policy::local_rate_limit::{Buckets, LocalRateLimit};
 use crate::policy::metadata::Metadata;
 use crate::policy::stats::OpenCount;
 use crate::random;
+use crate::stream::Layer;
+use crate::stream::traces::{Traced, Traces};
 use crate::tls::info::ConnectionTls;
+use crate::tls::rewind::Rewind;
 
 /// What every request of a connection shares.
 pub struct Downstream {
@@ -51,8 +55,10 @@ pub struct Downstream {
     pub tls: Option<Arc<ConnectionTls>>,
     /// Server name of the TLS handshake, ours or one that we looked into.
     pub server_name: Option<Box<str>>,
-    /// Shared with the reader.
-    pub gate: Arc<Gate>,
+    /// What reading and writing it tells.
+    traces: Rc<Traces>,
+    /// What is wrong with the head of the present request.
+    violation: Cell<Option<Violation>>,
     /// Token buckets of this connection, by the limit that they belong to.
     buckets: RefCell<Vec<(Arc<LocalRateLimit>, Rc<Buckets>)>>,
     /// What requests know of what was set on the connection: its filter state.
@@ -60,7 +66,10 @@ pub struct Downstream {
     /// For the limits of its requests.
     pub(super) alarms: Alarms,
     remote_text: OnceCell<HeaderValue>,
+    /// What the client gets who asks for an upgrade or a tunnel over HTTP/1.
+    upgrade: Cell<Option<oneshot::Receiver<Upgraded>>>,
     upgrade_asked: Cell<bool>,
+    upgraded: Cell<bool>,
     last: Cell<bool>,
     told_end: Cell<bool>,
     requests: Cell<u32>,
@@ -136,7 +145,27 @@ impl Downstream {
         self.requests.get()
     }
 
-    /// The present request asks for an upgrade; the reader waits for [`Self::decide_upgrade`].
+    /// The present request's head cannot be read: it is refused for that.
+    pub(super) fn refuse(&self, violation: Violation) {
+        self.violation.set(Some(violation));
+    }
+
+    /// What is wrong with the head of the present request, once.
+    pub(super) fn take_violation(&self) -> Option<Violation> {
+        self.violation.take()
+    }
+
+    /// The present request may become a tunnel: that is its client's end.
+    pub(super) fn offer_upgrade(&self, later: oneshot::Receiver<Upgraded>) {
+        self.upgrade.set(Some(later));
+    }
+
+    /// The client's end of the tunnel that the present request may become.
+    pub(super) fn take_upgrade(&self) -> Option<oneshot::Receiver<Upgraded>> {
+        self.upgrade.take()
+    }
+
+    /// The present request asks for an upgrade; who serves the connection waits for [`Self::decide_upgrade`].
     pub fn ask_upgrade(&self) {
         self.upgrade_asked.set(true);
     }
@@ -146,11 +175,17 @@ impl Downstream {
         self.last.set(true);
     }
 
-    /// Answers the reader, if an upgrade was asked for.
+    /// Answers that, if an upgrade was asked for.
     pub fn decide_upgrade(&self, granted: bool) {
         if self.upgrade_asked.replace(false) {
-            self.gate.decide_upgrade(granted);
+            self.upgraded.set(granted);
         }
+    }
+
+    /// Whether the present request has become a tunnel.
+    pub(super) fn take_upgrade_decision(&self) -> bool {
+        self.upgrade.take();
+        self.upgraded.take()
     }
 
     /// A request has ended.
@@ -304,14 +339,7 @@ pub(super) async fn serve(connection: Connection) {
         server_name,
         state,
     } = connection;
-    let gate = Arc::new(Gate::counting(manager.traffic.bytes(worker.id)));
-    let limits = (!http2).then_some(HeadLimits {
-        bytes: manager.max_head,
-        fields: manager.max_header_count,
-    });
-    let scanner = limits.map(|limits| Scanner::new(limits).allowing_connect(manager.connect));
-    let mut io = StrictIo::with(stream, prefix, scanner, gate.clone());
-    io.limit_heads(manager.headers_timeout);
+    let traces = Traces::counting(manager.traffic.bytes(worker.id), prefix.len());
     let now = Instant::now();
     let mut counted = manager.traffic.open(worker.id);
     manager.traffic.speaks(&mut counted, http2, tls.is_some());
@@ -326,12 +354,15 @@ pub(super) async fn serve(connection: Connection) {
         id: addresses.connection,
         tls,
         server_name,
-        gate,
+        traces: traces.clone(),
+        violation: Cell::new(None),
         buckets: RefCell::default(),
         noted: Metadata::of_connection(state),
         alarms: Alarms::default(),
         remote_text: OnceCell::new(),
+        upgrade: Cell::new(None),
         upgrade_asked: Cell::new(false),
+        upgraded: Cell::new(false),
         last: Cell::new(false),
         told_end: Cell::new(false),
         requests: Cell::new(0),
@@ -344,17 +375,18 @@ pub(super) async fn serve(connection: Connection) {
         finish: Notify::new(),
     });
     if http2 {
+        let stream = Layer::over(Traced::over(Rewind::new(prefix, stream), traces), Ear::default());
         // Boxed: HTTP/1 connections, the idle ones above all, do without its two kilobytes.
-        Box::pin(http2::serve(conn, io)).await
+        Box::pin(http2::serve(conn, stream)).await
     } else {
-        http1::serve(conn, io).await
+        http1::serve(conn, Traced::over(stream, traces), &prefix).await
     }
 }
 
 /// Counts the end of a connection, whichever way it comes. One that has become a tunnel goes on as that.
 impl Drop for Downstream {
     fn drop(&mut self) {
-        let by_client = self.gate.ended_by_client();
+        let by_client = self.traces.ended_by_client();
         self.note(if by_client {
             HttpEvent::CxDestroyRemote
         } else {

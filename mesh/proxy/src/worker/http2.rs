@@ -10,13 +10,12 @@
 //! sent, answers without content, CONNECT, and the order of the end (GOAWAY, then what runs, then nothing). Below it, what
 //! clients send is counted ([`crate::stream::frames`]); whether they live is asked where the listener says so.
 
-use std::cell::RefCell;
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use bytes::Bytes;
 use h2::server::{Connection, SendResponse};
@@ -24,26 +23,30 @@ use h2::{Reason, RecvStream};
 use http::request::Parts;
 use http::{HeaderValue, Method, Response, StatusCode, Uri, Version, header};
 use http_body::Body as _;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Sleep;
 
+use super::date;
 use super::exchange::Exchange;
 use super::http::Downstream;
 use super::incoming::Incoming;
 use super::interim::Waiting;
+use super::io;
 use super::local::Body;
 use super::request;
 use super::rest::{End, wait_for_end};
 use super::seldom::Seldom;
 use super::streams::{Pump, Pumped, Received, TunnelIo, content_length, strip};
 use super::tunnel::Later;
-use crate::hygiene::strict::StrictIo;
+use crate::bell::Ear;
 use crate::metrics::events::{CodecEvent, HttpEvent};
 use crate::random;
+use crate::stream::Layer;
 use crate::stream::frames::{Frames, LATE_BODY, Verdict, Watched};
 use crate::stream::keepalive::until_dead;
 use crate::stream::last_words::{Ending, LastWords};
 use crate::stream::linger::Lingering;
+use crate::stream::traces::Traced;
+use crate::tls::rewind::Rewind;
 
 /// Largest frame that is taken.
 const MAX_FRAME: u32 = 16 * 1024;
@@ -53,13 +56,12 @@ const SEND_BUFFER: usize = 400 * 1024;
 const GOODBYE: Duration = Duration::from_secs(1);
 
 /// The bytes of a connection.
-type Io<S> = Frames<LastWords<Lingering<StrictIo<S>>>>;
+type Io = Frames<LastWords<Lingering<Stream>>>;
+/// The connection itself. h2 asks for bytes whenever it is woken, for whatever it was: the ear knows better.
+pub(super) type Stream = Layer<Traced<Rewind<io::Io>>, Ear>;
 
 /// Serves the connection to its end.
-pub(super) async fn serve<S>(conn: Rc<Downstream>, io: StrictIo<S>)
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
+pub(super) async fn serve(conn: Rc<Downstream>, io: Stream) {
     let options = &conn.manager.http2;
     let mut builder = h2::server::Builder::new();
     builder
@@ -90,9 +92,9 @@ where
                 Ok(connection) => break connection,
                 Err(error) => return note_error(&conn, &error),
             },
-            end = Seldom::new(wait_for_end(&conn, false)) => match end {
+            end = Seldom::new(wait_for_end(&conn)) => match end {
                 End::Finish => finishing = true,
-                End::Abort | End::Park => return,
+                End::Abort => return,
             },
         }
     };
@@ -122,9 +124,9 @@ where
                 conn.note_codec(CodecEvent::Http2Keepalive, 1);
                 return;
             }
-            end = Seldom::new(wait_for_end(&conn, false)) => match end {
+            end = Seldom::new(wait_for_end(&conn)) => match end {
                 End::Finish => leave(&mut connection),
-                End::Abort | End::Park => return,
+                End::Abort => return,
             },
         }
     }
@@ -132,15 +134,13 @@ where
 
 /// Accepts streams until the connection has ended: those that came before its end as well, each of which may be the client's
 /// last word. An error means that the client broke off or broke the protocol; its requests have been recorded.
-async fn accept<S>(
+async fn accept(
     conn: &Rc<Downstream>,
-    connection: &mut Connection<Io<S>, Bytes>,
+    connection: &mut Connection<Io, Bytes>,
     ending: &Ending,
     watched: &Watched,
     goodbye: &mut Option<Pin<Box<Sleep>>>,
-) where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
+) {
     poll_fn(|cx| {
         loop {
             if goodbye
@@ -262,7 +262,7 @@ async fn stream(
     };
     let (mut head, body) = response.into_parts();
     strip(&mut head.headers, false);
-    head.headers.entry(header::DATE).or_insert_with(date);
+    head.headers.entry(header::DATE).or_insert_with(date::value);
     if let Some((granted, received)) = tunnel
         && head.status.is_success()
     {
@@ -341,22 +341,4 @@ async fn answer(
         })
     })
     .await
-}
-
-thread_local! {
-    /// The present second and how it is written.
-    static DATE: RefCell<(u64, HeaderValue)> = const { RefCell::new((0, HeaderValue::from_static(""))) };
-}
-
-/// `date` as it is now (RFC 9110 section 6.6.1), written once a second.
-fn date() -> HeaderValue {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    DATE.with_borrow_mut(|(written, value)| {
-        if *written != now.as_secs() {
-            *written = now.as_secs();
-            let text = crate::observe::time::http_date(now.as_secs());
-            *value = HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static(""));
-        }
-        value.clone()
-    })
 }

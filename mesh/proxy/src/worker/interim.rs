@@ -1,10 +1,9 @@
 //! Interim answers (1xx) of endpoints, passed on to clients over HTTP/1.1 and HTTP/2 where `proxy_100_continue` asks for
 //! it (RFC 9110 section 15.2).
 //!
-//! Endpoints over HTTP/1 tell as their heads are read ([`crate::upstream::http1`]), those over HTTP/2 through `h2`
-//! (`ResponseFuture::poll_informational`). What they tell goes through the client's door: over HTTP/1 to the
-//! connection's [`Interims`](crate::hygiene::interim::Interims), which write it below hyper's server; over HTTP/2 to the
-//! stream's [`Waiting`], from where its task sends it before it sends the final answer.
+//! Endpoints tell as they are read: those over HTTP/1 through [`Tell`], those over HTTP/2 through `h2`
+//! (`ResponseFuture::poll_informational`). What they tell waits in the request's [`Waiting`], from where the task that serves the
+//! client sends it before it sends the final answer.
 //!
 //! A client that expects `100 Continue` gets the endpoint's: its head goes on with `Expect`, its body is not asked for
 //! (100 is said when it is) until the endpoint has said 100, or has said nothing for a second.
@@ -22,13 +21,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use h2::server::SendResponse;
-use http::{HeaderMap, Request, Response, StatusCode, Version, header};
+use http::{HeaderMap, Request, Response, StatusCode, header};
 use parking_lot::Mutex;
 
 use super::body::{RequestSource, UpstreamBody};
 use super::upstream::Plan;
 use crate::hygiene::interim::{MAX_PER_REQUEST, MAX_WAITING, passed_on};
-use crate::hygiene::strict::Gate;
 
 /// A client that expects 100 is told to go on after this time, as if its endpoint had said so: many never do, and a
 /// client need not wait for longer either (RFC 9110 section 10.1.1).
@@ -142,57 +140,33 @@ impl Waiting {
         self.any.load(Ordering::Relaxed)
     }
 
+    /// Takes what waits, to be written.
+    pub(super) fn take(&self) -> Vec<Response<()>> {
+        self.any.store(false, Ordering::Relaxed);
+        std::mem::take(&mut self.state.lock().heads)
+    }
+
     /// Sends what waits. The stream must not have been reset, nor its final answer been sent.
     pub(super) fn send(&self, respond: &mut SendResponse<Bytes>) {
-        self.any.store(false, Ordering::Relaxed);
-        for head in std::mem::take(&mut self.state.lock().heads) {
+        for head in self.take() {
             // A client that is gone needs none.
             let _ = respond.send_informational(head);
         }
     }
 }
 
-/// The way of interim answers to the client of one request.
-#[derive(Clone)]
-pub(super) enum Door {
-    /// Of that connection; the number is the request's.
-    Http1(Arc<Gate>, u32),
-    Http2(Arc<Waiting>),
-}
-
-impl Door {
-    /// Where there is a way for them.
-    pub(super) fn of(plan: &Plan<'_>, downstream: Version) -> Option<Self> {
-        if !plan.conn.manager.interim_answers {
-            return None;
-        }
-        match downstream {
-            Version::HTTP_11 => Some(Self::Http1(plan.conn.gate.clone(), plan.conn.request_number())),
-            Version::HTTP_2 => plan.interims.clone().map(Self::Http2),
-            _ => None,
-        }
-    }
-
-    fn expect(&self, waker: &Waker) -> bool {
-        match self {
-            Self::Http1(gate, number) => gate.interims.expect(*number, waker),
-            Self::Http2(waiting) => waiting.expect(waker),
-        }
-    }
-
-    fn offer(&self, status: StatusCode, headers: &HeaderMap, held: bool) {
-        match self {
-            Self::Http1(gate, number) => gate.interims.offer(*number, status, headers, held),
-            Self::Http2(waiting) => waiting.offer(status, headers, held),
-        }
-    }
+/// The way of interim answers to the client of one request, where there is one.
+pub(super) fn door(plan: &Plan<'_>) -> Option<Arc<Waiting>> {
+    plan.interims
+        .clone()
+        .filter(|_| plan.conn.manager.interim_answers)
 }
 
 /// Prepares a request whose interim answers are passed on, or not; who is to be told of them.
 pub(super) fn prepare(
     request: &mut Request<UpstreamBody>,
     source: Option<&Rc<RefCell<RequestSource>>>,
-    door: Option<&Door>,
+    door: Option<&Arc<Waiting>>,
 ) -> Option<Tell> {
     let mut held = false;
     if let Some(expected) = request.headers().get(header::EXPECT) {
@@ -208,19 +182,16 @@ pub(super) fn prepare(
 }
 
 /// Closes the door behind the final answer, or behind an attempt that was given up.
-struct Open<'a>(&'a Door);
+struct Open<'a>(&'a Waiting);
 
 impl Drop for Open<'_> {
     fn drop(&mut self) {
-        match self.0 {
-            Door::Http1(gate, _) => gate.interims.close(),
-            Door::Http2(waiting) => waiting.close(),
-        }
+        self.0.close();
     }
 }
 
 /// Waits for the final answer, and lets interim ones pass meanwhile.
-pub(super) async fn pass<T>(door: &Door, answer: impl Future<Output = T>) -> T {
+pub(super) async fn pass<T>(door: &Waiting, answer: impl Future<Output = T>) -> T {
     let _open = Open(door);
     let mut answer = pin!(answer);
     poll_fn(|cx| {
@@ -232,7 +203,7 @@ pub(super) async fn pass<T>(door: &Door, answer: impl Future<Output = T>) -> T {
 
 /// The same for a request whose body is held until the endpoint has said 100.
 pub(super) async fn pass_held<T>(
-    door: &Door,
+    door: &Waiting,
     source: &RefCell<RequestSource>,
     answer: impl Future<Output = T>,
 ) -> T {

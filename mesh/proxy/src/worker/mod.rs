@@ -36,6 +36,7 @@ mod attempts;
 pub mod body;
 pub mod call;
 mod connection_log;
+mod date;
 pub mod exchange;
 mod failure;
 pub mod filters;
@@ -173,7 +174,7 @@ pub struct Worker {
     phase: Cell<DrainPhase>,
     phase_changed: Notify,
     open: Cell<usize>,
-    /// Connections closed and parked when memory was last given back.
+    /// Connections closed when memory was last given back.
     collected_at: Cell<u64>,
     clusters: RefCell<Vec<Option<Rc<WorkerCluster>>>>,
     peers: RefCell<HashMap<Vec<u8>, Arc<Workload>, foldhash::fast::RandomState>>,
@@ -348,10 +349,10 @@ impl Worker {
     }
 
     fn sweep(&self) {
-        /// Connections that ended or were parked since memory was last given back; some 20 KB each.
+        /// Connections that ended since memory was last given back.
         const MANY: u64 = 16;
         let counters = self.recorder.counters();
-        let ended = counters.connections_closed.get() + counters.connections_parked.get();
+        let ended = counters.connections_closed.get();
         if ended - self.collected_at.get() >= MANY {
             self.collected_at.set(ended);
             crate::sys::collect_memory();

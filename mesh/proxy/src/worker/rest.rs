@@ -1,4 +1,4 @@
-//! When a downstream connection that is served should be taken from hyper: to end, or to rest.
+//! When a downstream connection that is served should end.
 
 use std::time::Duration;
 
@@ -6,8 +6,6 @@ use super::DrainPhase;
 use super::http::Downstream;
 use crate::metrics::events::HttpEvent;
 
-/// Quiet for this long, an HTTP/1 connection is parked: long enough that clients which ask every second never are.
-const PARK_AFTER: Duration = Duration::from_secs(2);
 /// How often a connection of a retired chain, or with an age limit, is looked at.
 const LOOK: Duration = Duration::from_secs(1);
 /// Looked at at least this often without an idle limit.
@@ -20,13 +18,10 @@ pub(super) enum End {
     Finish,
     /// Close now.
     Abort,
-    /// Nothing happens on it: hyper's state and buffers can be given back until something does.
-    Park,
 }
 
-/// Waits until the connection should end or rest: idle for too long, drained, replaced, too old; quiet, if it
-/// `may_park`.
-pub(super) async fn wait_for_end(conn: &Downstream, may_park: bool) -> End {
+/// Waits until the connection should end: idle for too long, drained, replaced, too old.
+pub(super) async fn wait_for_end(conn: &Downstream) -> End {
     loop {
         let told = conn.finishing.get();
         if conn.worker.phase() == DrainPhase::Closing && !told {
@@ -37,9 +32,6 @@ pub(super) async fn wait_for_end(conn: &Downstream, may_park: bool) -> End {
         let mut wait = idle_left(conn).max(LOOK);
         if let Some(left) = conn.age_left().filter(|left| !left.is_zero()) {
             wait = wait.min(left);
-        }
-        if may_park {
-            wait = wait.min(PARK_AFTER);
         }
         tokio::select! {
             () = conn.worker.phase_changed() => {
@@ -66,16 +58,13 @@ pub(super) async fn wait_for_end(conn: &Downstream, may_park: bool) -> End {
                         End::Finish
                     };
                 }
-                if may_park && !told && quiet >= PARK_AFTER && conn.gate.at_rest() {
-                    return End::Park;
-                }
             }
         }
     }
 }
 
 /// How long the connection may still be idle.
-pub(super) fn idle_left(conn: &Downstream) -> Duration {
+fn idle_left(conn: &Downstream) -> Duration {
     match conn.manager.idle_timeout {
         Some(idle) if conn.running.get() == 0 => idle.saturating_sub(conn.last_used.get().elapsed()),
         Some(idle) => idle,

@@ -13,8 +13,6 @@ use base64::Engine as _;
 use h2::ext::Protocol;
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
-use hyper::upgrade::{OnUpgrade, Upgraded};
-use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::oneshot;
@@ -24,6 +22,7 @@ use super::attempts::{Permit, no_healthy_upstream};
 use super::body::{ResponseBody, UpstreamBody};
 use super::exchange::Exchange;
 use super::http::Downstream;
+use super::http1;
 use super::incoming::Incoming;
 use super::local::{Body, LocalReply};
 use super::logging;
@@ -36,7 +35,6 @@ use crate::observe::record::LogType;
 use crate::upstream::balance::Wish;
 use crate::upstream::cluster::Active;
 use crate::upstream::connect::{self, Speaking};
-use crate::upstream::http1;
 use crate::upstream::metered::Metered;
 use crate::upstream::outlier::Event;
 use crate::upstream::pool::Lease;
@@ -63,21 +61,21 @@ impl Later {
 /// The client's end of a tunnel, as each version has it.
 #[derive(Debug)]
 enum Client {
-    Http1(OnUpgrade),
+    Http1(oneshot::Receiver<http1::Upgraded>),
     Http2(oneshot::Receiver<TunnelIo>),
 }
 
 impl Client {
-    fn take(parts: &mut Parts) -> Option<Self> {
+    fn take(conn: &Downstream, parts: &mut Parts) -> Option<Self> {
         match parts.extensions.remove::<Later>() {
             Some(later) => later.0.lock().take().map(Self::Http2),
-            None => parts.extensions.remove::<OnUpgrade>().map(Self::Http1),
+            None => conn.take_upgrade().map(Self::Http1),
         }
     }
 
-    async fn granted(self) -> Option<Either<TokioIo<Upgraded>, Box<TunnelIo>>> {
+    async fn granted(self) -> Option<Either<Box<http1::Upgraded>, Box<TunnelIo>>> {
         match self {
-            Self::Http1(upgrade) => Some(Either::Left(TokioIo::new(upgrade.await.ok()?))),
+            Self::Http1(later) => Some(Either::Left(Box::new(later.await.ok()?))),
             Self::Http2(later) => Some(Either::Right(Box::new(later.await.ok()?))),
         }
     }
@@ -162,12 +160,12 @@ pub(super) fn take(
         key: parts.headers.get(&WEBSOCKET_KEY).cloned(),
         protocol,
         over_http2,
-        client: Client::take(parts),
+        client: Client::take(conn, parts),
     }))
 }
 
 /// What is inside of an endpoint's tunnel.
-pub(super) type Inside = Either<Box<http1::Tunnel>, Box<TunnelIo>>;
+pub(super) type Inside = Either<Box<crate::upstream::http1::Tunnel>, Box<TunnelIo>>;
 
 /// The endpoint's end of a tunnel, if it has granted one.
 pub(super) fn inside(response: Response<Incoming>) -> Option<Inside> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use http::Request;
-use http_body_util::{BodyExt, Full};
+use http_body_util::Full;
 use serin_xds::ResourceType;
 use serin_xds::pb::envoy::config::cluster::v3 as cluster;
 use serin_xds::pb::envoy::config::core::v3 as core;
@@ -575,48 +575,4 @@ async fn a_body_that_stalls_is_given_up_after_the_stream_idle_timeout() {
     assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
     told(&mut harness, "SI", "stream_idle_timeout").await;
     nothing_is_left(&harness).await;
-}
-
-#[tokio::test]
-async fn an_idle_connection_is_parked_and_serves_again() {
-    let backend = Backend::named("b").await;
-    let harness = Harness::start();
-    harness.cluster("c", &[backend.address]).await;
-    let at = harness.serve(vec![prefix_route("/", to_cluster("c"))]).await;
-    let stream = TcpStream::connect(at).await.unwrap();
-    let (mut client, connection) =
-        hyper::client::conn::http1::handshake(hyper_util::rt::TokioIo::new(stream))
-            .await
-            .unwrap();
-    let task = tokio::spawn(connection);
-    for parked in 1..3 {
-        for body in ["", "some body"] {
-            let request = Request::post("/")
-                .header("host", "a")
-                .body(Full::<bytes::Bytes>::from(body))
-                .unwrap();
-            let response = soon("a response", client.send_request(request)).await.unwrap();
-            assert_eq!(response.status(), 200);
-            response.into_body().collect().await.unwrap();
-        }
-        let rests = async {
-            while harness.counter("serin_proxy_connections_parked_total", &[]) < f64::from(parked) {
-                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-            }
-        };
-        soon("the connection to rest", rests).await;
-    }
-    let request = Request::get("/")
-        .header("host", "a")
-        .body(Full::<bytes::Bytes>::from(""))
-        .unwrap();
-    assert_eq!(
-        soon("a response", client.send_request(request))
-            .await
-            .unwrap()
-            .status(),
-        200
-    );
-    assert_eq!(backend.hits(), 5);
-    task.abort();
 }

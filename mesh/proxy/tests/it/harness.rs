@@ -12,8 +12,12 @@ use serin_proxy::bootstrap::file;
 use serin_proxy::config::hcm::EscapedSlashes;
 use serin_proxy::config::matchers::{HeaderMatch, RequestView, StringMatch};
 use serin_proxy::config::store::{Store, Update};
+use serin_proxy::http1::decode::{Decoded, Decoder, Framing};
+use serin_proxy::http1::head::{Finder, HeadLimits};
+use serin_proxy::http1::input::Input;
+use serin_proxy::http1::request::{parse, valid_host};
+use serin_proxy::http1::violation::Violation;
 use serin_proxy::hygiene::path::{Normalized, normalize};
-use serin_proxy::hygiene::scan::{HeadLimits, Scanner, Violation, valid_host};
 use serin_proxy::metrics::peer::Workload;
 use serin_proxy::observe::trace::{Context, Propagation};
 use serin_proxy::policy::jwt::keys::KeySet;
@@ -30,42 +34,61 @@ use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager:
 use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
 use serin_xds::pb::google::protobuf as google;
 
-/// Feeds a stream to the scanner in pieces; how much was passed on, and the verdict.
-pub(crate) fn scan(bytes: &[u8], mut piece: impl FnMut() -> usize) -> (Vec<u8>, Option<Violation>) {
-    let mut scanner = Scanner::new(HeadLimits {
+/// What is read of a stream that comes in pieces: heads with their content and trailers as text, what is left, and the verdict.
+pub(crate) fn read(bytes: &[u8], mut piece: impl FnMut() -> usize) -> (String, Vec<u8>, Option<Violation>) {
+    let limits = HeadLimits {
         bytes: 8_192,
         fields: 30,
-    });
-    let (mut held, mut passed, mut rest) = (Vec::new(), Vec::new(), bytes);
-    while !rest.is_empty() {
+    };
+    let (mut finder, mut input) = (Finder::strict(limits), Input::default());
+    let mut decoder = Decoder::new(Framing::Empty);
+    let (mut found, mut rest) = (String::new(), bytes);
+    let mut undecided = false;
+    while !rest.is_empty() && !undecided {
         let (now, later) = rest.split_at(piece().clamp(1, rest.len()));
         rest = later;
-        held.extend(now);
-        match scanner.advance(&held) {
-            Ok(fine) => passed.extend(held.drain(..fine)),
-            Err((fine, violation)) => {
-                passed.extend(held.drain(..fine));
-                return (passed, Some(violation));
+        input.buf.extend_from_slice(now);
+        let verdict = loop {
+            match decoder.decode(&mut input) {
+                Err(violation) => break Some(violation),
+                Ok(Decoded::More) => break None,
+                // Where content is cut does not matter.
+                Ok(Decoded::Data(data)) => data.iter().for_each(|byte| found.push(char::from(*byte))),
+                Ok(Decoded::Trailers(trailers)) => found.push_str(&format!("{trailers:?}")),
+                Ok(Decoded::End) => match finder.find(&input.buf) {
+                    Err(violation) => break Some(violation),
+                    Ok(None) => break None,
+                    Ok(Some(head)) => match parse(&input.take(head.length), head, limits, false) {
+                        Err(violation) => break Some(violation),
+                        Ok(head) => {
+                            found.push_str(&format!("{:?} {:?}", head.parts, head.framing));
+                            decoder = Decoder::new(head.framing);
+                            undecided = head.undecided;
+                            if undecided {
+                                break None;
+                            }
+                        }
+                    },
+                },
             }
-        }
-        if scanner.undecided() {
-            return (passed, None);
+        };
+        if verdict.is_some() {
+            return (found, Vec::new(), verdict);
         }
     }
-    (passed, None)
+    let left = if undecided { Vec::new() } else { input.buf.to_vec() };
+    (found, left, None)
 }
 
-/// An HTTP/1 stream: the verdict does not depend on how it is cut, and what is passed on is what came.
+/// An HTTP/1 stream: what is read of it does not depend on how it is cut.
 pub(crate) fn http1(data: &[u8]) {
-    let whole = scan(data, || usize::MAX);
+    let whole = read(data, || usize::MAX);
     let mut step = data.len();
-    let cut = scan(data, || {
+    let cut = read(data, || {
         step = step.wrapping_mul(31).wrapping_add(7);
         step % 23
     });
-    assert_eq!(whole.1, cut.1, "the verdict depends on the cut");
-    assert_eq!(whole.0, cut.0, "what is passed on depends on the cut");
-    assert!(data.starts_with(&whole.0), "what is passed on is what came");
+    assert_eq!(whole, cut, "what is read depends on the cut");
     let _ = valid_host(data);
 }
 

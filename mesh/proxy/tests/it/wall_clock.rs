@@ -31,7 +31,7 @@ const LOOKERS: [(&str, &str); 17] = [
         "worker/filters/",
         "tokens are good until a time of day; ext_authz is told it",
     ),
-    ("worker/http2.rs", "`date` of answers, told"),
+    ("worker/date.rs", "`date` of answers, told"),
     ("worker/logging.rs", "times in logs, told"),
     ("worker/tcp_tunnel.rs", "times in fields, told"),
     ("worker/spans.rs", "times in spans, told"),

@@ -18,7 +18,7 @@ use crate::worker::body::RequestSource;
 use crate::worker::exchange::Sent;
 use crate::worker::failure::Failure;
 use crate::worker::incoming::Incoming;
-use crate::worker::interim::{self, Door};
+use crate::worker::interim::{self, Waiting};
 use crate::worker::tunnel::Tunnel;
 use crate::worker::upstream::Plan;
 
@@ -70,7 +70,7 @@ pub(in crate::worker) async fn attempt(
     *try_of.tls.borrow_mut() = lease.tls().cloned();
     let mut request = build(plan, &mut parts.borrow_mut(), try_of, host, &lease);
     let door = match try_of.tunnel {
-        None => Door::of(plan, parts.borrow().version),
+        None => interim::door(plan),
         Some(_) => None,
     };
     let mut tell = None;
@@ -78,7 +78,7 @@ pub(in crate::worker) async fn attempt(
         tell = interim::prepare(&mut request, source, door.as_ref());
     }
     let reused = lease.reused();
-    let door = door.as_ref().map(|door| (door, source));
+    let door = door.as_deref().map(|door| (door, source));
     // What [`Lease::send`] does, but with nothing that holds the request while it waits. The answer is pinned here: each
     // function that it went to by value would keep room for it twice, and whoever makes this future copies all of that.
     let sent = match &mut lease {
@@ -129,7 +129,7 @@ async fn connect(
 async fn answered<T>(
     plan: &Plan<'_>,
     per_try: Option<Instant>,
-    door: Option<(&Door, Option<&Rc<RefCell<RequestSource>>>)>,
+    door: Option<(&Waiting, Option<&Rc<RefCell<RequestSource>>>)>,
     answer: impl Future<Output = T>,
 ) -> Result<T, Failure> {
     match door {

@@ -7,8 +7,9 @@ use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version, header};
 
 use crate::config::hcm::Underscores;
+use crate::http1::request::valid_host;
+use crate::http1::violation::Violation;
 use crate::hygiene::path::{Normalized, normalize};
-use crate::hygiene::scan::{Violation, valid_host};
 use crate::metrics::events::{CodecEvent, HttpEvent};
 use crate::metrics::flags::Flags;
 use crate::worker::exchange::Exchange;
@@ -56,7 +57,7 @@ fn invalid(details: &'static str) -> LocalReply {
 
 /// What the bytes of the head have broken, if they have.
 fn refuse_violation(conn: &Downstream, exchange: &mut Exchange) -> Result<(), LocalReply> {
-    let Some(violation) = conn.gate.violation(conn.request_number()) else {
+    let Some(violation) = conn.take_violation() else {
         return Ok(());
     };
     exchange.headless = true;
