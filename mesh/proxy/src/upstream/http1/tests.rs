@@ -1,3 +1,7 @@
+//! What ends a connection, and what does not.
+
+mod sending;
+
 use std::cell::Cell;
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream as Peer;
@@ -192,18 +196,6 @@ async fn an_exchange_makes_no_task_and_wakes_no_other() {
 }
 
 #[tokio::test]
-async fn a_request_is_written_with_what_is_ready_of_its_body_in_one_piece() {
-    locally(async {
-        let mut pair = Pair::new().await;
-        let body = UpstreamBody::Full(Some(Bytes::from_static(b"hello")));
-        let mut answering = pin!(pair.handle.send(request(body), None));
-        assert!(look(answering.as_mut()).is_pending());
-        assert_eq!(pair.heard(), "POST /x HTTP/1.1\r\ncontent-length: 5\r\n\r\nhello");
-    })
-    .await;
-}
-
-#[tokio::test]
 async fn an_idle_connection_that_is_closed_or_spoken_on_ends_at_once() {
     locally(async {
         for (used, unasked) in [(false, true), (true, true), (false, false), (true, false)] {
@@ -347,106 +339,6 @@ async fn what_is_no_answer_is_refused_without_waiting_for_more_of_it() {
 }
 
 #[tokio::test]
-async fn an_early_answer_is_read_while_the_request_goes_on_and_the_connection_serves_again_when_it_is_sent() {
-    locally(async {
-        let mut pair = Pair::new().await;
-        let (sender, messages) = mpsc::channel(4);
-        let mut answering = pin!(pair.handle.send(request(UpstreamBody::Messages(messages)), None));
-        assert!(look(answering.as_mut()).is_pending());
-        assert!(pair.heard().ends_with("transfer-encoding: chunked\r\n\r\n"));
-        pair.peer.write_all(SHORT.as_bytes()).unwrap();
-        let answer = answering.await.unwrap();
-        assert_eq!(pair.tasks.len(), 2, "the rest is sent by a task of its own");
-        assert_eq!(text(answer.into_body()).await.unwrap(), "ok");
-        assert!(pair.handle.rest() && !pair.handle.is_ready());
-        sender.send(Bytes::from_static(b"more")).await.unwrap();
-        drop(sender);
-        while pair.tasks.len() > 1 {
-            tokio::task::yield_now().await;
-        }
-        assert_eq!(pair.heard(), "4\r\nmore\r\n0\r\n\r\n");
-        assert!(pair.handle.is_ready());
-        assert_eq!(pair.exchange(SHORT).await, "ok");
-    })
-    .await;
-}
-
-#[tokio::test]
-async fn an_answer_that_came_before_the_endpoint_stopped_reading_is_not_lost() {
-    locally(async {
-        // The head of the answer is read before the writing fails, or after.
-        for late in [false, true] {
-            let mut pair = Pair::new().await;
-            let (sender, messages) = mpsc::channel(4);
-            let mut answering = pin!(pair.handle.send(request(UpstreamBody::Messages(messages)), None));
-            assert!(look(answering.as_mut()).is_pending());
-            pair.heard();
-            let answer = SHORT.replace("200", "413");
-            pair.peer.write_all(answer.as_bytes()).unwrap();
-            if late {
-                pair.peer.shutdown(std::net::Shutdown::Both).unwrap();
-                sender.try_send(Bytes::from_static(b"more")).unwrap();
-                assert!(look(answering.as_mut()).is_pending());
-                assert!(pair.handle.conn.state.borrow().unwritten.is_some());
-            }
-            let answer = answering.await.unwrap();
-            assert_eq!(answer.status(), StatusCode::PAYLOAD_TOO_LARGE);
-            if !late {
-                pair.peer.shutdown(std::net::Shutdown::Both).unwrap();
-                sender.try_send(Bytes::from_static(b"more")).unwrap();
-                while pair.tasks.len() > 1 {
-                    tokio::task::yield_now().await;
-                }
-            }
-            assert_eq!(text(answer.into_body()).await.unwrap(), "ok");
-            assert!(!pair.handle.rest());
-        }
-    })
-    .await;
-}
-
-/// The body of a request that breaks off when its source is let go.
-async fn breaking() -> (Rc<RefCell<RequestSource>>, UpstreamBody, Pair) {
-    // Of a client that sends nothing.
-    let other = Pair::new().await;
-    let framing = crate::http1::decode::Framing::Length(9);
-    let incoming = Incoming::Answer(Body::new(other.handle.conn.clone(), framing));
-    let source = RequestSource::new(Inbound::new(incoming), 0, None);
-    let body = UpstreamBody::stream(&source);
-    (source, body, other)
-}
-
-#[tokio::test]
-async fn a_request_that_breaks_off_ends_the_connection_and_its_answer() {
-    locally(async {
-        let pair = Pair::new().await;
-        let (source, body, _client) = breaking().await;
-        let mut answering = pin!(pair.handle.send(request(body), None));
-        assert!(look(answering.as_mut()).is_pending());
-        source.borrow_mut().let_go();
-        assert!(matches!(failure(answering.await), (Error::Body(_), false)));
-        pair.is_closed_soon().await;
-
-        let mut pair = Pair::new().await;
-        let (source, body, _client) = breaking().await;
-        let mut answering = pin!(pair.handle.send(request(body), None));
-        assert!(look(answering.as_mut()).is_pending());
-        pair.heard();
-        let answer = "HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nok";
-        pair.peer.write_all(answer.as_bytes()).unwrap();
-        let answer = answering.await.unwrap();
-        let mut reading = pin!(text(answer.into_body()));
-        assert!(look(reading.as_mut()).is_pending());
-        tokio::task::yield_now().await;
-        source.borrow_mut().let_go();
-        let read = tokio::time::timeout(Duration::from_secs(10), reading).await;
-        assert!(read.expect("woken").is_err());
-        pair.is_closed_soon().await;
-    })
-    .await;
-}
-
-#[tokio::test]
 async fn what_is_given_up_ends_its_connection() {
     locally(async {
         let pair = Pair::new().await;
@@ -475,42 +367,6 @@ async fn what_is_given_up_ends_its_connection() {
             tokio::task::yield_now().await;
         }
         assert_eq!(peer.read(&mut [0]).unwrap(), 0);
-    })
-    .await;
-}
-
-#[tokio::test]
-async fn interim_answers_are_told_in_order_and_not_kept() {
-    const COUNT: usize = 10_000;
-    locally(async {
-        let pair = Pair::new().await;
-        let told = Arc::new(AtomicUsize::new(0));
-        let tell: Tell = {
-            let told = told.clone();
-            Box::new(move |status, _| {
-                assert_eq!(status, StatusCode::EARLY_HINTS);
-                told.fetch_add(1, Ordering::Relaxed);
-            })
-        };
-        let mut answering = pin!(pair.handle.send(request(UpstreamBody::Empty), Some(tell)));
-        assert!(look(answering.as_mut()).is_pending());
-        let mut peer = pair.peer.try_clone().unwrap();
-        let endpoint = std::thread::spawn(move || {
-            let hints = "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n";
-            for _ in 0..COUNT {
-                peer.write_all(hints.as_bytes()).unwrap();
-            }
-            peer.write_all(SHORT.as_bytes()).unwrap();
-        });
-        let answer = poll_fn(|cx| {
-            let polled = answering.as_mut().poll(cx);
-            assert!(pair.handle.conn.state.borrow().input.buf.len() < 64 * 1024);
-            polled
-        });
-        assert_eq!(text(answer.await.unwrap().into_body()).await.unwrap(), "ok");
-        endpoint.join().unwrap();
-        assert_eq!(told.load(Ordering::Relaxed), COUNT);
-        assert!(pair.handle.rest());
     })
     .await;
 }
@@ -547,4 +403,34 @@ async fn a_tunnel_begins_with_what_came_behind_the_head_and_outlives_its_handle(
         assert_eq!(peer.read(&mut bytes).unwrap(), 0);
     })
     .await;
+}
+
+#[tokio::test]
+async fn what_came_before_an_answer_broke_off_can_be_passed_on_before_that_is_told() {
+    locally(async {
+        let mut pair = Pair::new().await;
+        let mut answering = pin!(pair.get());
+        assert!(look(answering.as_mut()).is_pending());
+        pair.peer
+            .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nok")
+            .unwrap();
+        pair.peer.shutdown(std::net::Shutdown::Both).unwrap();
+        let mut body = answering.await.unwrap().into_body();
+        let frame = body.frame().await.unwrap().unwrap();
+        assert_eq!(frame.into_data().unwrap(), "ok");
+        let bell = Arc::new(Bell::default());
+        let waker = Waker::from(bell.clone());
+        let mut cx = Context::from_waker(&waker);
+        let mut next = pin!(body.frame());
+        assert!(next.as_mut().poll(&mut cx).is_pending());
+        assert_eq!(bell.count(), 1, "and it is told at once");
+        assert!(matches!(next.as_mut().poll(&mut cx), Poll::Ready(Some(Err(_)))));
+    })
+    .await;
+}
+
+#[test]
+fn a_connection_costs_less_than_a_kilobyte() {
+    assert!(size_of::<Conn>() <= 640, "{}", size_of::<Conn>());
+    assert!(size_of::<Answering>() <= 16, "{}", size_of::<Answering>());
 }
