@@ -5,17 +5,17 @@
 //! still being sent when its answer has come gets a task for the rest, which ends with the connection at the latest.
 //!
 //! While nobody uses a connection it is watched by a task of its own, made once: an endpoint that closes it, or says something
-//! unasked, ends it there and then and not with the next request. Waking is all that task costs a request, and it is not woken: who
-//! gives the connection back lays the task's waker down where the socket finds it. The same task closes the connection, whoever
-//! ends it, and gives up what is held for it.
+//! unasked, ends it there and then and not with the next request. A request does not wake that task: who gives the connection back
+//! lays the task's waker down where the socket finds it. The same task closes the connection, whoever ends it, and gives up what is
+//! held for it.
 //!
 //! | room | what |
 //! |---|---|
-//! | [`answering`] | a request on its way up to the head of its answer |
-//! | [`upload`] | sending, and the task for what is sent later |
-//! | [`body`] | the answer's body |
-//! | [`tunnel`] | what is inside of an upgrade or a CONNECT |
-//! | [`error`] | why there is no answer |
+//! | `answering` | a request on its way up to the head of its answer |
+//! | `upload` | sending, and the task for what is sent later |
+//! | `body` | the answer's body |
+//! | `tunnel` | what is inside of an upgrade or a CONNECT |
+//! | `error` | why there is no answer |
 
 mod answering;
 mod body;

@@ -4,7 +4,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
-use http::Response;
+use http::{Response, header};
 
 use super::body::Body;
 use super::tunnel::Tunnel;
@@ -120,7 +120,7 @@ impl State {
 
 impl Conn {
     /// The answer with that head.
-    fn answered(self: &Rc<Self>, head: Head) -> Result<Response<Incoming>, Error> {
+    fn answered(self: &Rc<Self>, mut head: Head) -> Result<Response<Incoming>, Error> {
         let state = &mut *self.state.borrow_mut();
         state.tell = None;
         state.keep_alive &= head.keep_alive;
@@ -140,7 +140,13 @@ impl Conn {
                     state.used = Use::Idle;
                     Incoming::Empty
                 }
-                framing => Incoming::Answer(Body::new(self.clone(), framing)),
+                framing => {
+                    if !matches!(framing, Framing::Length(_)) {
+                        // A length that does not hold goes no further (RFC 9112 section 6.3).
+                        head.headers.remove(header::CONTENT_LENGTH);
+                    }
+                    Incoming::Answer(Body::new(self.clone(), framing))
+                }
             }
         };
         let mut response = Response::new(body);

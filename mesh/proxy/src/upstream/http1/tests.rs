@@ -323,6 +323,28 @@ async fn an_answer_that_ends_with_the_connection_is_whole_and_one_that_breaks_of
 }
 
 #[tokio::test]
+async fn a_length_that_does_not_hold_is_not_passed_on() {
+    locally(async {
+        for (answer, length) in [
+            (SHORT, Some("2")),
+            (
+                "HTTP/1.1 200 OK\r\ncontent-length: 9\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+                None,
+            ),
+        ] {
+            let mut pair = Pair::new().await;
+            let mut answering = pin!(pair.get());
+            assert!(look(answering.as_mut()).is_pending());
+            pair.peer.write_all(answer.as_bytes()).unwrap();
+            let answer = answering.await.unwrap();
+            let told = answer.headers().get("content-length");
+            assert_eq!(told.map(|told| told.to_str().unwrap()), length);
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn what_is_no_answer_is_refused_without_waiting_for_more_of_it() {
     locally(async {
         for text in ["SSH-2.0-x\r\n", "\x15\x03\x01", "HTTP/2.0 200 OK\r\n"] {
