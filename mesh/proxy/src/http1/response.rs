@@ -43,11 +43,24 @@ impl Parser {
     /// The head that comes next, if it is all there, of an answer to a request with that method.
     pub fn next(&mut self, input: &mut Input, method: &Method) -> Result<Option<Head>, Violation> {
         let Some(found) = self.0.find(&input.buf)? else {
-            return Ok(None);
+            // Whoever speaks another protocol may wait for an answer of ours.
+            return begins(&input.buf).then_some(None).ok_or(Violation::BadStartLine);
         };
         let head = input.take(found.length);
         parse(&head, found, self.0.limits(), method).map(Some)
     }
+}
+
+/// Whether a head may begin like that.
+fn begins(bytes: &[u8]) -> bool {
+    let blank = bytes
+        .iter()
+        .take_while(|byte| matches!(byte, b'\r' | b'\n'))
+        .count();
+    bytes[blank..]
+        .iter()
+        .zip(b"HTTP/1.")
+        .all(|(have, want)| have == want)
 }
 
 fn parse(head: &Bytes, found: Found, limits: HeadLimits, method: &Method) -> Result<Head, Violation> {
@@ -284,6 +297,14 @@ mod tests {
         ] {
             assert_eq!(read(text, &Method::GET).unwrap_err(), violation, "{text}");
         }
+        for text in ["SSH-2.0-x\n", "\x15\x03\x01", "\n\nHTTP/2"] {
+            // Though more may come.
+            assert_eq!(
+                read(text, &Method::GET).unwrap_err(),
+                Violation::BadStartLine,
+                "{text}"
+            );
+        }
         let many = format!("HTTP/1.1 200 OK\n{}\n", "a: b\n".repeat(11));
         assert_eq!(read(&many, &Method::GET).unwrap_err(), Violation::HeadTooLarge);
     }
@@ -295,7 +316,9 @@ mod tests {
         let mut heads = Vec::new();
         for byte in text.as_bytes() {
             input.buf.extend_from_slice(&[*byte]);
-            heads.extend(parser.next(&mut input, &Method::GET).unwrap());
+            if heads.len() < 2 {
+                heads.extend(parser.next(&mut input, &Method::GET).unwrap());
+            }
         }
         assert_eq!(heads[0].status, 100);
         assert_eq!(

@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use tokio::io::{AsyncRead, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::connect::Stream;
 use crate::bell::Ear;
@@ -19,7 +19,7 @@ pub type Metered = Layer<Stream, Meter>;
 #[derive(Debug)]
 pub struct Meter {
     cells: Arc<ClusterCells>,
-    /// Through which the stream is read, always: hyper and h2 ask for bytes whenever they are woken, for whatever it was.
+    /// Through which the stream is read, always: who reads asks for bytes whenever it is woken, for whatever it was.
     ear: Ear,
     /// Told when the endpoint has ended the connection.
     shared: Option<Arc<Shared>>,
@@ -75,5 +75,14 @@ impl<S> Hooks<S> for Meter {
             self.ended_by_peer();
         }
         outcome
+    }
+
+    /// The end that answers ours is not the endpoint's doing.
+    fn poll_shutdown(&mut self, below: Pin<&mut S>, cx: &mut Context<'_>) -> Poll<io::Result<()>>
+    where
+        S: AsyncWrite,
+    {
+        self.shared = None;
+        below.poll_shutdown(cx)
     }
 }

@@ -1,11 +1,11 @@
 //! The upstream side: what a worker keeps per cluster (hosts, balancing, outliers) and per host (connections).
 //!
 //! ```text
-//! cluster ─▶ subset ─▶ balance (zone, consistent, ewma) ─▶ host ─▶ pool ─▶ connect (proxy_header, metered) ─▶ http2 | hyper
+//! cluster ─▶ subset ─▶ balance (zone, consistent, ewma) ─▶ host ─▶ pool ─▶ connect (proxy_header, metered) ─▶ http1 | http2
 //!                                    outlier, health: which hosts may be chosen
 //! ```
 //! What decides is pure and takes time and randomness as arguments: [`balance`], [`consistent`], [`ewma`], [`outlier`],
-//! [`health`], [`zone`]. What waits is in [`connect`], [`pool`] and [`http2`].
+//! [`health`], [`zone`]. What waits is in [`connect`], [`pool`], [`http1`] and [`http2`].
 
 pub mod balance;
 pub mod cluster;
@@ -13,6 +13,7 @@ pub mod connect;
 pub mod consistent;
 pub mod ewma;
 pub mod health;
+pub mod http1;
 pub mod http2;
 pub mod metered;
 pub mod outlier;

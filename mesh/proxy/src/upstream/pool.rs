@@ -1,8 +1,8 @@
 //! Connections to one endpoint, kept by one worker.
 //!
 //! HTTP/1: idle connections are reused last in, first out, so that the pool shrinks to what is needed. HTTP/2:
-//! connections are shared up to the peer's stream limit. The connection's own task runs on the worker; it ends when the
-//! peer closes or the last handle is dropped.
+//! connections are shared up to the peer's stream limit. Each connection has a task on the worker, which ends when the peer
+//! closes or the last handle is dropped.
 
 mod error;
 mod lease;
@@ -13,24 +13,21 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use hyper::client::conn::http1;
-use hyper_util::rt::TokioIo;
 use tokio::sync::Notify;
 
 pub use self::error::{ConnectError, SendError, Unanswered};
-pub use self::lease::{Lease, StreamLease, http1_send};
+pub use self::lease::{Lease, StreamLease};
 
 use self::lease::{Http1, Http2};
 use super::connect::{self, ConnectOptions, Connected, Speaking, Stream};
-use super::http2;
 use super::metered::Metered;
+use super::{http1, http2};
 use crate::config::cluster::{Cluster, Priority};
 use crate::config::endpoint::Endpoint;
 use crate::config::slot::ClusterSlot;
 use crate::metrics::clusters::{Connection, Shared as Counts};
 use crate::metrics::events::ClusterEvent;
 use crate::worker::Worker;
-use crate::worker::body::UpstreamBody;
 
 /// HTTP/1 connections that one worker keeps idle per endpoint.
 const MAX_IDLE: usize = 256;
@@ -144,18 +141,18 @@ impl Pool {
     fn reuse_http1(self: &Rc<Self>, cluster: &Cluster) -> Option<Lease> {
         let mut idle = self.idle.borrow_mut();
         for index in (0..idle.len()).rev() {
-            let connection = &mut idle[index].connection;
+            let connection = &idle[index].connection;
             if too_old(cluster, connection.born) {
                 connection.counted.note(ClusterEvent::CxMaxDuration);
                 idle.remove(index);
-            } else if connection.sender.is_ready() {
+            } else if connection.handle.is_ready() {
                 let connection = idle.remove(index).connection;
                 connection.counted.begin();
                 return Some(Lease::Http1(connection, self.clone()));
-            } else if connection.sender.is_closed() {
+            } else if connection.handle.is_closed() {
                 idle.remove(index);
             }
-            // Else not ready but open: its task has yet to notice that the last exchange is over.
+            // Else the rest of a request is being sent whose answer came first.
         }
         None
     }
@@ -191,7 +188,7 @@ impl Pool {
             connection.counted.note(ClusterEvent::CxMaxRequests);
             return;
         }
-        if self.retired.get() || connection.sender.is_closed() {
+        if self.retired.get() || !connection.handle.rest() {
             return;
         }
         let mut idle = self.idle.borrow_mut();
@@ -267,36 +264,23 @@ impl Pool {
         if http2 {
             self.start_http2(wanted, connected, counted).await
         } else {
-            self.start_http1(wanted.worker, connected, counted).await
+            Ok(self.start_http1(wanted.worker, connected, counted))
         }
     }
 
-    async fn start_http1(
-        self: &Rc<Self>,
-        worker: &Worker,
-        connected: Connected,
-        counted: Counted,
-    ) -> Result<Lease, ConnectError> {
-        let (sender, connection) = http1::Builder::new()
-            .max_buf_size(64 * 1024)
-            .handshake::<_, UpstreamBody>(TokioIo::new(metered(connected.stream, &counted)))
-            .await?;
+    fn start_http1(self: &Rc<Self>, worker: &Worker, connected: Connected, counted: Counted) -> Lease {
+        let stream = metered(connected.stream, &counted);
         let counts = counted.connection.shared().clone();
         counts.begin();
-        worker.tasks.spawn_local(async move {
-            // An error also reaches the request, which reports it.
-            let _ = connection.with_upgrades().await;
-            drop(counted);
-        });
         let connection = Http1 {
-            sender,
+            handle: http1::connect(stream, &worker.tasks, counted),
             counted: counts,
             served: 0,
             born: Instant::now(),
             tls: connected.tls,
             local: connected.local,
         };
-        Ok(Lease::Http1(connection, self.clone()))
+        Lease::Http1(connection, self.clone())
     }
 
     async fn start_http2(
@@ -339,7 +323,7 @@ impl Pool {
         };
         self.idle.borrow_mut().retain(|idle| {
             let connection = &idle.connection;
-            !connection.sender.is_closed() && within(idle.since, &connection.counted)
+            !connection.handle.is_closed() && within(idle.since, &connection.counted)
         });
         self.shared.borrow_mut().retain(|connection| {
             !connection.handle.is_closed()

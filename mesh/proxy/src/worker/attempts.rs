@@ -23,6 +23,7 @@ use http::{Method, Response, StatusCode};
 use http_body::Body as _;
 use tokio::time::Instant;
 
+use self::judge::note_failure;
 use super::exchange::{Exchange, Sent};
 use super::failure::{Failure, final_reply};
 use super::incoming::Incoming;
@@ -91,11 +92,11 @@ pub(super) async fn attempts(
         };
         give_up(plan, tried);
         course.avoid.add(host, course.policy);
-        if let Some(wait) = wait {
-            let until = Instant::now() + wait;
-            let until = plan.deadline.map_or(until, |deadline| until.min(deadline));
-            // Boxed: few requests wait, and every request's future would carry the timer.
-            Box::pin(tokio::time::sleep_until(until)).await;
+        // Boxed: few requests wait, and every request's future would carry the timer.
+        if let Some(wait) = wait
+            && !Box::pin(back_off(plan, wait)).await
+        {
+            return Err(late(plan, exchange));
         }
     }
 }
@@ -244,6 +245,20 @@ impl<'p> Course<'p> {
         let wait = asked.unwrap_or_else(|| policy.back_off(self.retries, random::next()));
         Next::Again { wait: Some(wait) }
     }
+}
+
+/// Waits before a further try, for which it is too late if this is false.
+pub(super) async fn back_off(plan: &Plan<'_>, wait: Duration) -> bool {
+    let until = Instant::now() + wait;
+    let end = plan.deadline.filter(|deadline| *deadline <= until);
+    tokio::time::sleep_until(end.unwrap_or(until)).await;
+    end.is_none()
+}
+
+/// The reply when the request's time has passed between two tries.
+pub(super) fn late(plan: &Plan<'_>, exchange: &mut Exchange) -> LocalReply {
+    note_failure(plan, &Failure::Timeout);
+    final_reply(exchange, Failure::Timeout)
 }
 
 /// Counts a stream of HTTP/2 that was given up before its answer.

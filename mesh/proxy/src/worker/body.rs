@@ -10,6 +10,8 @@ pub use inbound::{Ahead, Inbound};
 pub use request::{RequestSource, UpstreamBody};
 pub use response::{Encoded, Observer, ResponseBody};
 
+use crate::upstream::http1;
+
 /// The error of a body: what went wrong, for hyper to break the message off.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -34,6 +36,9 @@ impl Fault {
         while let Some(error) = inner {
             if let Some(fault) = error.downcast_ref() {
                 return Some(*fault);
+            }
+            if let Some(error) = error.downcast_ref::<http1::Error>() {
+                return Some(error.fault());
             }
             if let Some(error) = error.downcast_ref::<std::io::Error>() {
                 use std::io::ErrorKind::{InvalidData, InvalidInput};

@@ -245,7 +245,7 @@ fn refused_by_peer(error: &SendError) -> Option<bool> {
 /// Whether what the peer has sent is no answer.
 fn broke_protocol(error: &SendError) -> bool {
     match error {
-        SendError::Http1(error) => error.is_parse(),
+        SendError::Http1(error) => error.is_malformed(),
         // Of our own making: neither received nor detected by `h2`.
         SendError::Http2(error) => {
             error.reason() == Some(h2::Reason::PROTOCOL_ERROR) && !(error.is_reset() || error.is_go_away())

@@ -16,8 +16,8 @@ use http::request::Parts;
 use tokio::time::Instant;
 
 use super::attempts::{
-    Again, Avoid, Permit, Success, Tried, Try, asked_wait, attempt, attempts, judge, no_healthy_upstream,
-    take_retry_permit,
+    Again, Avoid, Permit, Success, Tried, Try, asked_wait, attempt, attempts, back_off, judge, late,
+    no_healthy_upstream, take_retry_permit,
 };
 use super::exchange::{Exchange, Sent};
 use super::failure::final_reply;
@@ -129,11 +129,10 @@ pub(super) async fn hedged(
         retries += 1;
         plan.conn.worker.recorder.counters().retries.add(1);
         plan.cells().retries.add(1);
-        if let Some(wait) = wait {
-            match plan.deadline {
-                Some(deadline) => tokio::time::sleep_until((Instant::now() + wait).min(deadline)).await,
-                None => tokio::time::sleep(wait).await,
-            }
+        if let Some(wait) = wait
+            && !back_off(plan, wait).await
+        {
+            return Err(late(plan, exchange));
         }
     }
 }

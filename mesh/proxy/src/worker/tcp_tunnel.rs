@@ -130,7 +130,7 @@ async fn ask(
             request.headers_mut().insert(header::HOST, authority.clone());
         }
         let reused = lease.reused();
-        let mut response = match lease.send(request, None).await {
+        let response = match lease.send(request, None).await {
             Ok(response) => response,
             // Closed while idle: the next connection, at the latest a new one, tells more.
             Err(_) if reused && stale < MAX_STALE => {
@@ -142,7 +142,7 @@ async fn ask(
         if !response.status().is_success() {
             return Err(Refused::Status(response.status().as_u16()));
         }
-        let stream = inside(&mut response).await.map_err(|error| failed(&error))?;
+        let stream = inside(response).ok_or_else(|| failed(&"the answer to CONNECT has content"))?;
         return Ok(Granted {
             stream: Box::new(stream),
             lease,

@@ -13,8 +13,6 @@ use base64::Engine as _;
 use h2::ext::Protocol;
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
-use hyper::upgrade::Upgraded;
-use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::oneshot;
@@ -166,14 +164,15 @@ pub(super) fn take(
     }))
 }
 
-/// What is inside of a tunnel.
-pub(super) type Inside = Either<TokioIo<Upgraded>, Box<TunnelIo>>;
+/// What is inside of an endpoint's tunnel.
+pub(super) type Inside = Either<Box<crate::upstream::http1::Tunnel>, Box<TunnelIo>>;
 
-/// The endpoint's end of a tunnel that it has granted.
-pub(super) async fn inside(response: &mut Response<Incoming>) -> Result<Inside, hyper::Error> {
-    match std::mem::replace(response.body_mut(), Incoming::Empty) {
-        Incoming::Tunnel(io) => Ok(Either::Right(io)),
-        _ => Ok(Either::Left(TokioIo::new(hyper::upgrade::on(response).await?))),
+/// The endpoint's end of a tunnel, if it has granted one.
+pub(super) fn inside(response: Response<Incoming>) -> Option<Inside> {
+    match response.into_body() {
+        Incoming::Upgraded(io) => Some(Either::Left(io)),
+        Incoming::Tunnel(io) => Some(Either::Right(io)),
+        _ => None,
     }
 }
 
@@ -287,7 +286,7 @@ impl Tunnel {
         active: Active,
     ) -> Response<Body> {
         let answer = self.grant(std::mem::take(response.headers_mut()));
-        let upstream = async move { inside(&mut response).await.ok() };
+        let upstream = std::future::ready(inside(response));
         self.join(exchange, answer, upstream, (lease, active))
     }
 

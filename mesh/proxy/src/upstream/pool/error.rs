@@ -3,9 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use http::Request;
-
-use crate::worker::body::UpstreamBody;
+use crate::upstream::http1;
 
 /// Why there is no connection.
 #[derive(Clone, Debug)]
@@ -34,12 +32,6 @@ impl From<io::Error> for ConnectError {
     }
 }
 
-impl From<hyper::Error> for ConnectError {
-    fn from(error: hyper::Error) -> Self {
-        Self::Io(io::ErrorKind::Other, error.to_string().into())
-    }
-}
-
 impl From<h2::Error> for ConnectError {
     fn from(error: h2::Error) -> Self {
         Self::Io(io::ErrorKind::Other, error.to_string().into())
@@ -51,7 +43,7 @@ impl From<h2::Error> for ConnectError {
 pub enum SendError {
     /// Over HTTP/1.
     #[error(transparent)]
-    Http1(hyper::Error),
+    Http1(http1::Error),
     /// Over HTTP/2.
     #[error("http2 error")]
     Http2(#[source] h2::Error),
@@ -64,18 +56,6 @@ pub struct Unanswered {
     pub error: SendError,
     /// Nothing of it was sent.
     pub unsent: bool,
-}
-
-/// What hyper says of a request over HTTP/1 that was not answered.
-pub(super) type Http1Error = hyper::client::conn::TrySendError<Request<UpstreamBody>>;
-
-impl From<Http1Error> for Unanswered {
-    fn from(mut error: Http1Error) -> Self {
-        Self {
-            unsent: error.take_message().is_some(),
-            error: SendError::Http1(error.into_error()),
-        }
-    }
 }
 
 /// Of a request whose head was sent.

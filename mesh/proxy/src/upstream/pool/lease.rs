@@ -7,13 +7,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use http::{Request, Response};
-use hyper::client::conn::http1;
 
 use super::Pool;
-use super::error::{Http1Error, SendError, Unanswered};
+use super::error::{SendError, Unanswered};
 use crate::metrics::clusters::Shared as Counts;
 use crate::tls::info::ConnectionTls;
-use crate::upstream::http2;
+use crate::upstream::{http1, http2};
 use crate::worker::body::UpstreamBody;
 use crate::worker::incoming::Incoming;
 use crate::worker::interim::Tell;
@@ -22,7 +21,7 @@ use crate::worker::interim::Tell;
 #[derive(Debug)]
 pub struct Http1 {
     /// To send with.
-    pub sender: http1::SendRequest<UpstreamBody>,
+    pub handle: http1::Handle,
     pub(super) counted: Arc<Counts>,
     /// Requests that it has carried before.
     pub(super) served: u32,
@@ -90,20 +89,6 @@ impl Drop for StreamLease {
     }
 }
 
-/// Sends a request over HTTP/1; `tell` is told of interim answers.
-pub fn http1_send(
-    sender: &mut http1::SendRequest<UpstreamBody>,
-    mut request: Request<UpstreamBody>,
-    tell: Option<Tell>,
-) -> impl Future<Output = Result<Response<hyper::body::Incoming>, Http1Error>> + use<> {
-    if let Some(tell) = tell {
-        hyper::ext::on_informational(&mut request, move |answer| {
-            tell(answer.status(), answer.headers());
-        });
-    }
-    sender.try_send_request(request)
-}
-
 impl Lease {
     /// Whether requests went over the connection before: then a failure may be that it was closed while idle.
     pub fn reused(&self) -> bool {
@@ -120,10 +105,7 @@ impl Lease {
         tell: Option<Tell>,
     ) -> Result<Response<Incoming>, Unanswered> {
         match self {
-            Self::Http1(connection, _) => {
-                let response = http1_send(&mut connection.sender, request, tell).await?;
-                Ok(response.map(Incoming::Hyper))
-            }
+            Self::Http1(connection, _) => connection.handle.send(request, tell).await,
             Self::Http2(stream) => Ok(stream.send(request, tell)?.await?),
         }
     }

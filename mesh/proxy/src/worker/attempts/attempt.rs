@@ -13,7 +13,7 @@ use super::head::build;
 use super::permit::Permit;
 use crate::tls::info::ConnectionTls;
 use crate::upstream::cluster::Host;
-use crate::upstream::pool::{ConnectError, Lease, Pool, Unanswered, http1_send};
+use crate::upstream::pool::{ConnectError, Lease, Pool, Unanswered};
 use crate::worker::body::RequestSource;
 use crate::worker::exchange::Sent;
 use crate::worker::failure::Failure;
@@ -83,11 +83,8 @@ pub(in crate::worker) async fn attempt(
     // function that it went to by value would keep room for it twice, and whoever makes this future copies all of that.
     let sent = match &mut lease {
         Lease::Http1(connection, _) => {
-            let answer = pin!(http1_send(&mut connection.sender, request, tell));
-            let answer = answered(plan, per_try, door, answer).await?;
-            answer
-                .map(|response| response.map(Incoming::Hyper))
-                .map_err(Unanswered::from)
+            let answer = pin!(connection.handle.send(request, tell));
+            answered(plan, per_try, door, answer).await?
         }
         Lease::Http2(stream) => match stream.send(request, tell) {
             Ok(answer) => answered(plan, per_try, door, pin!(answer))

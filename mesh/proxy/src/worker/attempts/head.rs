@@ -2,7 +2,7 @@
 
 use http::request::Parts;
 use http::uri::{Authority, PathAndQuery, Scheme};
-use http::{HeaderName, HeaderValue, Method, Request, Uri, Version, header};
+use http::{HeaderName, HeaderValue, Request, Uri, Version, header};
 use tokio::time::Instant;
 
 use super::attempt::Try;
@@ -56,7 +56,7 @@ pub(super) fn build(
         };
         address_http2(plan, &mut request, uri, scheme, try_of);
     } else {
-        address_http1(plan, &mut request, uri, try_of);
+        address_http1(&mut request, uri, try_of);
     }
     request
 }
@@ -98,15 +98,7 @@ fn address_http2(
     }
 }
 
-fn address_http1(plan: &Plan<'_>, request: &mut Request<UpstreamBody>, uri: Uri, try_of: &Try<'_>) {
-    // hyper drops a body of unknown length from methods that usually have none, unless it is told.
-    if plan.source.is_some()
-        && !request.headers().contains_key(header::CONTENT_LENGTH)
-        && matches!(*request.method(), Method::GET | Method::HEAD)
-    {
-        let chunked = HeaderValue::from_static("chunked");
-        request.headers_mut().insert(header::TRANSFER_ENCODING, chunked);
-    }
+fn address_http1(request: &mut Request<UpstreamBody>, uri: Uri, try_of: &Try<'_>) {
     *request.uri_mut() = uri;
     *request.version_mut() = Version::HTTP_11;
     if let Some(tunnel) = try_of.tunnel {

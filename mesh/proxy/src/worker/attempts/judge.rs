@@ -76,7 +76,7 @@ fn record(plan: &Plan<'_>, host: &Host, event: Event) {
 }
 
 /// Counts how an attempt has failed.
-fn note_failure(plan: &Plan<'_>, failure: &Failure) {
+pub(super) fn note_failure(plan: &Plan<'_>, failure: &Failure) {
     match failure {
         Failure::PerTryTimeout => plan.cells().per_try_timeouts.add(1),
         Failure::Timeout if plan.by_stream => plan.note(ClusterEvent::RqMaxDuration),

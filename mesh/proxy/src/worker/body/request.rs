@@ -308,7 +308,7 @@ impl RequestSource {
         self.ended && position >= self.kept.len()
     }
 
-    /// Exact only before anything was read: sizes travel in `content-length`, which hyper goes by.
+    /// Exact only before anything was read: sizes travel in `content-length`, which goes before them.
     fn size_hint(&self) -> SizeHint {
         if self.received == 0 {
             self.incoming.size_hint()
