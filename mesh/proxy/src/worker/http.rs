@@ -375,11 +375,11 @@ pub(super) async fn serve(connection: Connection) {
         finish: Notify::new(),
     });
     if http2 {
-        let stream = Layer::over(Traced::over(Rewind::new(prefix, stream), traces), Ear::default());
+        let stream = Rewind::new(prefix, Traced::over(stream, traces));
         // Boxed: HTTP/1 connections, the idle ones above all, do without its two kilobytes.
-        Box::pin(http2::serve(conn, stream)).await
+        Box::pin(http2::serve(conn, Layer::over(stream, Ear::default()))).await
     } else {
-        http1::serve(conn, Traced::over(stream, traces), &prefix).await
+        http1::serve(conn, Traced::over(stream, traces), prefix).await
     }
 }
 

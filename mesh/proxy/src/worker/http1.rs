@@ -41,8 +41,9 @@ use crate::http1::request::{Head, parse, unreadable};
 use crate::http1::violation::Violation;
 
 /// Serves the connection to its end; `prefix` has been read from it already.
-pub(super) async fn serve(conn: Rc<Downstream>, stream: Stream, prefix: &[u8]) {
-    let wire = Wire::new(stream, prefix);
+pub(super) async fn serve(conn: Rc<Downstream>, stream: Stream, prefix: Vec<u8>) {
+    let wire = Wire::new(stream, &prefix);
+    drop(prefix);
     let mut turn = Turn {
         conn: &conn,
         wire: &wire,
@@ -265,9 +266,10 @@ impl Turn<'_> {
         }
         let drained = poll_fn(|cx| Poll::Ready(self.wire.borrow_mut().drain(cx))).await;
         if drained && begun.keep_alive && !self.closing {
-            After::Next
-        } else {
-            After::Close { owed: !drained }
+            return After::Next;
+        }
+        After::Close {
+            owed: !drained || !self.wire.borrow().input.buf.is_empty(),
         }
     }
 

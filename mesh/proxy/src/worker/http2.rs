@@ -58,7 +58,7 @@ const GOODBYE: Duration = Duration::from_secs(1);
 /// The bytes of a connection.
 type Io = Frames<LastWords<Lingering<Stream>>>;
 /// The connection itself. h2 asks for bytes whenever it is woken, for whatever it was: the ear knows better.
-pub(super) type Stream = Layer<Traced<Rewind<io::Io>>, Ear>;
+pub(super) type Stream = Layer<Rewind<Traced<io::Io>>, Ear>;
 
 /// Serves the connection to its end.
 pub(super) async fn serve(conn: Rc<Downstream>, io: Stream) {
