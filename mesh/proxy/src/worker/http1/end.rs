@@ -27,7 +27,8 @@ pub(super) async fn close(wire: &RefCell<Wire>, owed: bool) {
     poll_fn(|cx| {
         let read = ready!(linger.poll(cx, |cx, buf| Pin::new(&mut io).poll_read(cx, buf)));
         // Nobody is left to be told how it went.
-        std::task::Poll::Ready(drop(read))
+        drop(read);
+        std::task::Poll::Ready(())
     })
     .await;
 }

@@ -178,3 +178,32 @@ async fn a_body_of_any_length_arrives_whole_however_slowly_it_is_taken() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn an_answer_that_comes_in_two_parts_is_read_as_one_that_comes_whole() {
+    const ANSWER: &[u8] = b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\nHTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n\
+        3;x=1\r\nabc\r\n2\r\nde\r\n0\r\nafter: 1\r\n\r\n";
+    locally(async {
+        let mut pair = Pair::new().await;
+        for cut in 1..ANSWER.len() {
+            let answering = pair.get();
+            let reading = tokio::task::spawn_local(async move {
+                let body = answering.await.unwrap().into_body().collect().await.unwrap();
+                let trailers = body.trailers().cloned();
+                (body.to_bytes(), trailers)
+            });
+            tokio::task::yield_now().await;
+            pair.heard();
+            pair.peer.write_all(&ANSWER[..cut]).unwrap();
+            for _ in 0..3 {
+                tokio::task::yield_now().await;
+            }
+            pair.peer.write_all(&ANSWER[cut..]).unwrap();
+            let (body, trailers) = reading.await.unwrap();
+            assert_eq!(body, "abcde", "{cut}");
+            assert_eq!(trailers.unwrap()["after"], "1", "{cut}");
+            assert!(pair.handle.rest() && pair.handle.is_ready());
+        }
+    })
+    .await;
+}
