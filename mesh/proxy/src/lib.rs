@@ -29,8 +29,8 @@
 //!
 //! # Decisions worth knowing
 //! - [`config::weighted`]: weights are exact over any window, per worker.
-//! - [`hygiene`]: a second, strict reader sees HTTP/1 bytes before hyper does; what is ambiguous is answered 4xx/5xx with
-//!   flag `DPE` and never forwarded.
+//! - [`mod@http1`]: HTTP/1 has a codec of its own, which reads clients strictly; what is ambiguous is answered 4xx/5xx with flag `DPE`
+//!   and never forwarded.
 //! - Requests that were provably not processed (refused connection, idle connection closed under us, `REFUSED_STREAM`, a
 //!   mesh peer's `x-serin-unprocessed`) are sent again even if not idempotent; others only as the retry policy says.
 //! - Where a listener switches protocol detection's time limit off, a silent client's connection is opened towards the
@@ -42,7 +42,7 @@
 //! - [`observe`]: access logs and traces keep of a request only what their configuration names. Without configured access
 //!   logs errors are told all the same, as JSON lines.
 //! - The route timeout starts with the request's head, not its last byte (Envoy), and covers retries and the response.
-//! - An HTTP/1 connection that has been quiet for two seconds is taken back from hyper, whose two buffers it would keep;
+//! - An HTTP/1 connection holds buffers only while something waits in them: small messages are read on the stack;
 //!   memory that was freed is given back to the kernel at once while the proxy starts and every five seconds later; huge
 //!   pages are off. So an idle connection costs some 7 KB, a cluster with its virtual host 4 KB and an empty proxy less than 8 MB.
 //! - [`tls`]: secrets rotate under connections; sessions from before a change are not resumed; a host that the chain of a
@@ -56,10 +56,9 @@
 //! - Within the proxy an upgrade is a GET that asks for a protocol, whichever HTTP version it came in; CONNECT, upgrades
 //!   and extended CONNECT differ at the two ends of a tunnel only. Nothing follows a CONNECT that was refused.
 //! - Overload is one flag that requests look at ([`mod@overload`]); what is measured is measured on the control thread.
-//! - HTTP/1 is hyper's; HTTP/2 is `h2` itself on both sides (`worker::http2`, [`upstream::http2`]): a request has one task,
-//!   that of its stream, and interim answers pass.
-//! - Interim answers (1xx) pass from and to HTTP/1.1 and HTTP/2 ([`worker::interim`]), to HTTP/1.1 clients below hyper
-//!   ([`hygiene::interim`]); a client that expects `100 Continue` gets its endpoint's.
+//! - HTTP/1 is ours on both sides (`worker::http1`, [`upstream::http1`]), HTTP/2 is `h2` itself (`worker::http2`,
+//!   [`upstream::http2`]): a request has one task, that of its stream or of its HTTP/1 connection, and wakes no other one.
+//! - Interim answers (1xx) pass from and to HTTP/1.1 and HTTP/2 ([`worker::interim`]); a client that expects `100 Continue` gets its endpoint's.
 //! - Who looks at requests ([`policy::tap`]) gets copies over a bounded queue; while nobody looks, a request reads a flag.
 //! - Statistics of a cluster begin with its first use on a worker ([`metrics::clusters`]); what of it is rare is counted by
 //!   its slot, with the first event ([`metrics::events`]). Clusters that nobody uses are shown by what the configuration says,

@@ -1,4 +1,4 @@
-//! An HTTP/2 connection to an endpoint: `h2` itself, without a client of hyper's above it.
+//! An HTTP/2 connection to an endpoint: `h2` itself.
 //!
 //! A request is handed to `h2` where it is made, and the future that waits for its answer sends its body as well: no
 //! channel, no task per request. Only a body that is still being sent when its answer has come gets a task of its own,

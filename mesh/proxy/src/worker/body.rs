@@ -12,7 +12,7 @@ pub use response::{Encoded, Observer, ResponseBody};
 
 use crate::upstream::http1;
 
-/// The error of a body: what went wrong, for hyper to break the message off.
+/// The error of a body: what went wrong, for which the message is broken off.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
 
 /// What was wrong with a body, or with who sends it.
@@ -42,7 +42,7 @@ impl Fault {
             }
             if let Some(error) = error.downcast_ref::<std::io::Error>() {
                 use std::io::ErrorKind::{InvalidData, InvalidInput};
-                // The latter are hyper's and our own readers'.
+                // The latter are our own readers'.
                 return Some(match error.kind() {
                     InvalidData | InvalidInput => Self::Broken,
                     _ => Self::Gone,

@@ -321,7 +321,7 @@ impl Exchange {
 impl Drop for Exchange {
     fn drop(&mut self) {
         if !self.finished {
-            // Dropped before its end: hyper gave up the request because the client is gone.
+            // Dropped before its end: the request was given up because the client is gone.
             self.conn.note(HttpEvent::RqRxReset);
             if self.version != Version::HTTP_2 {
                 self.conn.lost.set(true);

@@ -1,4 +1,4 @@
-//! HTTP/2 towards clients: `h2` itself, without a server of hyper's above it.
+//! HTTP/2 towards clients: `h2` itself.
 //!
 //! The connection's task reads, writes and accepts; each stream has a task of its own, which serves the request, sends
 //! interim answers while it is served, and then sends the answer, its body and trailers. A stream that its client resets

@@ -97,7 +97,7 @@ pub(super) fn prepare(
             .insert(PEER_METADATA_ID.clone(), conn.worker.shared.peer_id.clone());
     }
     if !conn.manager.interim_answers {
-        // hyper answered it, or will when the body is read; the upstream is not asked.
+        // It is answered when the body is read; the upstream is not asked.
         parts.headers.remove(header::EXPECT);
     }
     Ok(())

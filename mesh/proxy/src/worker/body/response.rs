@@ -98,7 +98,7 @@ impl<O: Observer + Unpin> Encoded<O> {
 }
 
 impl<O: Observer> ResponseBody<O> {
-    /// The upstream's body. One without content is over at once: hyper will not ask for it.
+    /// The upstream's body. One without content is over at once: nobody will ask for it.
     pub fn upstream(incoming: Incoming, mut observer: O) -> Self {
         let done = incoming.is_end_stream();
         if done {
@@ -174,7 +174,7 @@ impl<O: Observer + Unpin> Body for ResponseBody<O> {
                 }
                 Poll::Ready(Some(Ok(frame))) => {
                     observer.frame(&frame);
-                    // hyper does not poll again after the last byte of a sized body.
+                    // Nobody asks again after the last byte of a sized body.
                     if !*done && incoming.is_end_stream() {
                         *done = true;
                         if !*encoded {
