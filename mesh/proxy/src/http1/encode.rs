@@ -1,8 +1,7 @@
 //! Heads and bodies to bytes (RFC 9112 sections 3, 4, 6 and 7).
 
 use bytes::Bytes;
-use http::request::Parts;
-use http::{HeaderMap, HeaderName, Method, StatusCode, Version, header};
+use http::{HeaderMap, HeaderName, Method, Request, StatusCode, Version, header};
 use http_body::SizeHint;
 
 use super::out::Out;
@@ -122,12 +121,12 @@ fn room_for(headers: &HeaderMap) -> usize {
 }
 
 /// The head of a request. `size` is of its body, if it has one. The fields say how the body is framed, if they say anything.
-pub fn request_head(out: &mut Vec<u8>, parts: &Parts, size: Option<&SizeHint>) -> Encoder {
-    out.reserve(room_for(&parts.headers));
-    out.extend_from_slice(parts.method.as_str().as_bytes());
+pub fn request_head<B>(out: &mut Vec<u8>, request: &Request<B>, size: Option<&SizeHint>) -> Encoder {
+    out.reserve(room_for(request.headers()));
+    out.extend_from_slice(request.method().as_str().as_bytes());
     out.push(b' ');
-    match (parts.uri.authority(), parts.uri.path_and_query()) {
-        (Some(authority), _) if parts.method == Method::CONNECT => {
+    match (request.uri().authority(), request.uri().path_and_query()) {
+        (Some(authority), _) if *request.method() == Method::CONNECT => {
             out.extend_from_slice(authority.as_str().as_bytes());
         }
         (_, Some(path)) => out.extend_from_slice(path.as_str().as_bytes()),
@@ -136,7 +135,7 @@ pub fn request_head(out: &mut Vec<u8>, parts: &Parts, size: Option<&SizeHint>) -
     out.extend_from_slice(b" HTTP/1.1\r\n");
     let mut chunked = false;
     let mut length = None;
-    for (name, value) in &parts.headers {
+    for (name, value) in request.headers() {
         match *name {
             header::TRANSFER_ENCODING => {
                 chunked = true;
@@ -306,7 +305,7 @@ fn frame(out: &mut Vec<u8>, size: &SizeHint, http_10: bool, head_only: bool) -> 
 
 #[cfg(test)]
 mod tests {
-    use http::{HeaderValue, Request};
+    use http::HeaderValue;
 
     use super::*;
 
@@ -523,24 +522,18 @@ mod tests {
                 Encoder::Chunked,
             ),
         ] {
-            let mut parts = Request::post("/a?b").body(()).unwrap().into_parts().0;
-            parts.headers = headers(fields);
+            let mut request = Request::post("/a?b").body(()).unwrap();
+            *request.headers_mut() = headers(fields);
             let mut out = Vec::new();
-            let found = request_head(&mut out, &parts, size);
+            let found = request_head(&mut out, &request, size);
             assert_eq!(
                 (String::from_utf8(out).unwrap().replace("\r\n", "|"), found),
                 (text.to_owned(), encoder)
             );
         }
-        let parts = Request::builder()
-            .method("CONNECT")
-            .uri("a:80")
-            .body(())
-            .unwrap()
-            .into_parts()
-            .0;
+        let request = Request::builder().method("CONNECT").uri("a:80").body(()).unwrap();
         let mut out = Vec::new();
-        request_head(&mut out, &parts, None);
+        request_head(&mut out, &request, None);
         assert_eq!(out, b"CONNECT a:80 HTTP/1.1\r\n\r\n");
     }
 

@@ -234,15 +234,16 @@ impl Handle {
         !state.over && state.used == Use::Idle && !state.sending && state.keep_alive
     }
 
-    /// Sends a request; nothing happens before the answer is waited for. `tell` is told of interim answers.
-    pub fn send(&self, request: Request<UpstreamBody>, tell: Option<Tell>) -> Answering {
-        let (head, body) = request.into_parts();
+    /// Sends a request, of which no more than the body is taken: its head is written here and now. Nothing else happens before the
+    /// answer is waited for. `tell` is told of interim answers.
+    pub fn send(&self, request: &mut Request<UpstreamBody>, tell: Option<Tell>) -> Answering {
+        let body = std::mem::replace(request.body_mut(), UpstreamBody::Empty);
         let mut state = self.conn.state.borrow_mut();
         let size = (!body.is_end_stream()).then(|| body.size_hint());
-        let encoder = encode::request_head(state.out.flat(), &head, size.as_ref());
+        let encoder = encode::request_head(state.out.flat(), request, size.as_ref());
         state.upload = size.is_some().then(|| Upload::new(body, encoder));
-        state.keep_alive &= !connection_has(&head.headers, "close");
-        state.method = head.method;
+        state.keep_alive &= !connection_has(request.headers(), "close");
+        state.method = request.method().clone();
         state.tell = tell;
         state.sending = true;
         state.used = Use::Request;

@@ -67,7 +67,7 @@ impl Pair {
     }
 
     fn get(&self) -> Answering {
-        self.handle.send(request(UpstreamBody::Empty), None)
+        self.handle.send(&mut request(UpstreamBody::Empty), None)
     }
 
     /// What the endpoint has been sent by now.
@@ -280,7 +280,7 @@ async fn a_connection_goes_back_when_and_only_when_its_answer_says_that_it_may()
         let mut asks = request(UpstreamBody::Empty);
         asks.headers_mut()
             .insert("connection", http::HeaderValue::from_static("close"));
-        let mut answering = pin!(pair.handle.send(asks, None));
+        let mut answering = pin!(pair.handle.send(&mut asks, None));
         assert!(look(answering.as_mut()).is_pending());
         pair.peer.write_all(SHORT.as_bytes()).unwrap();
         text(answering.await.unwrap().into_body()).await.unwrap();

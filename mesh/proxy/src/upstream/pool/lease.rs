@@ -101,11 +101,11 @@ impl Lease {
     /// Sends a request and waits for its final answer; `tell` is told of interim ones.
     pub async fn send(
         &mut self,
-        request: Request<UpstreamBody>,
+        mut request: Request<UpstreamBody>,
         tell: Option<Tell>,
     ) -> Result<Response<Incoming>, Unanswered> {
         match self {
-            Self::Http1(connection, _) => connection.handle.send(request, tell).await,
+            Self::Http1(connection, _) => connection.handle.send(&mut request, tell).await,
             Self::Http2(stream) => Ok(stream.send(request, tell)?.await?),
         }
     }

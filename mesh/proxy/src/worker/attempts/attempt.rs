@@ -9,7 +9,7 @@ use http::Response;
 use http::request::Parts;
 use tokio::time::Instant;
 
-use super::head::build;
+use super::head::{build, give_back};
 use super::permit::Permit;
 use crate::tls::info::ConnectionTls;
 use crate::upstream::cluster::Host;
@@ -56,7 +56,7 @@ pub(in crate::worker) async fn attempt(
 ) -> Tried {
     let (source, per_try) = (plan.source, try_of.per_try);
     let pool = host.pool.variant(&plan.options);
-    let mut lease = match pool.reuse(plan.speaking, &plan.cluster.config) {
+    let lease = match pool.reuse(plan.speaking, &plan.cluster.config) {
         Some(lease) => lease,
         // Boxed: rare, and large.
         None => Box::pin(connect(plan, &pool, host, per_try)).await?,
@@ -81,10 +81,11 @@ pub(in crate::worker) async fn attempt(
     let door = door.as_deref().map(|door| (door, source));
     // What [`Lease::send`] does, but with nothing that holds the request while it waits. The answer is pinned here: each
     // function that it went to by value would keep room for it twice, and whoever makes this future copies all of that.
-    let sent = match &mut lease {
+    let sent = match &lease {
         Lease::Http1(connection, _) => {
-            let answer = pin!(connection.handle.send(request, tell));
-            answered(plan, per_try, door, answer).await?
+            let answer = connection.handle.send(&mut request, tell);
+            give_back(plan, &mut parts.borrow_mut(), try_of, &lease, request);
+            answered(plan, per_try, door, pin!(answer)).await?
         }
         Lease::Http2(stream) => match stream.send(request, tell) {
             Ok(answer) => answered(plan, per_try, door, pin!(answer))

@@ -13,7 +13,31 @@ use crate::worker::upstream::Plan;
 
 pub(in crate::worker) static X_ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
 
-/// The request as it goes to `host` over `lease`. Its head is copied only if a further attempt is possible.
+/// Whether a further attempt may follow this one.
+fn may_follow(try_of: &Try<'_>, lease: &Lease) -> bool {
+    try_of.again.by_policy || (lease.reused() && try_of.again.quietly)
+}
+
+/// Whether fields that are sent over `lease` can be sent again as they are: then they are lent and not copied.
+fn lends(plan: &Plan<'_>, try_of: &Try<'_>, lease: &Lease) -> bool {
+    !lease.is_http2() && !plan.auto_host && try_of.tunnel.is_none() && !plan.conn.manager.interim_answers
+}
+
+/// Gives lent fields back once they have been written.
+pub(super) fn give_back(
+    plan: &Plan<'_>,
+    parts: &mut Parts,
+    try_of: &Try<'_>,
+    lease: &Lease,
+    request: Request<UpstreamBody>,
+) {
+    if lends(plan, try_of, lease) && may_follow(try_of, lease) {
+        parts.headers = request.into_parts().0.headers;
+    }
+}
+
+/// The request as it goes to `host` over `lease`. Its head is copied only if a further attempt is possible, and not over HTTP/1,
+/// where it is lent until it has been written.
 pub(super) fn build(
     plan: &Plan<'_>,
     parts: &mut Parts,
@@ -21,13 +45,13 @@ pub(super) fn build(
     host: &Host,
     lease: &Lease,
 ) -> Request<UpstreamBody> {
-    let again = try_of.again.by_policy || (lease.reused() && try_of.again.quietly);
+    let copies = may_follow(try_of, lease) && !lends(plan, try_of, lease);
     let mut request = Request::new(match plan.source {
         None => UpstreamBody::Empty,
         Some(source) => UpstreamBody::stream(source),
     });
     *request.method_mut() = parts.method.clone();
-    *request.headers_mut() = if again {
+    *request.headers_mut() = if copies {
         parts.headers.clone()
     } else {
         std::mem::take(&mut parts.headers)

@@ -7,7 +7,7 @@ async fn a_request_is_written_with_what_is_ready_of_its_body_in_one_piece() {
     locally(async {
         let mut pair = Pair::new().await;
         let body = UpstreamBody::Full(Some(Bytes::from_static(b"hello")));
-        let mut answering = pin!(pair.handle.send(request(body), None));
+        let mut answering = pin!(pair.handle.send(&mut request(body), None));
         assert!(look(answering.as_mut()).is_pending());
         assert_eq!(pair.heard(), "POST /x HTTP/1.1\r\ncontent-length: 5\r\n\r\nhello");
     })
@@ -19,7 +19,10 @@ async fn an_early_answer_is_read_while_the_request_goes_on_and_the_connection_se
     locally(async {
         let mut pair = Pair::new().await;
         let (sender, messages) = mpsc::channel(4);
-        let mut answering = pin!(pair.handle.send(request(UpstreamBody::Messages(messages)), None));
+        let mut answering = pin!(
+            pair.handle
+                .send(&mut request(UpstreamBody::Messages(messages)), None)
+        );
         assert!(look(answering.as_mut()).is_pending());
         assert!(pair.heard().ends_with("transfer-encoding: chunked\r\n\r\n"));
         pair.peer.write_all(SHORT.as_bytes()).unwrap();
@@ -46,7 +49,10 @@ async fn an_answer_that_came_before_the_endpoint_stopped_reading_is_not_lost() {
         for late in [false, true] {
             let mut pair = Pair::new().await;
             let (sender, messages) = mpsc::channel(4);
-            let mut answering = pin!(pair.handle.send(request(UpstreamBody::Messages(messages)), None));
+            let mut answering = pin!(
+                pair.handle
+                    .send(&mut request(UpstreamBody::Messages(messages)), None)
+            );
             assert!(look(answering.as_mut()).is_pending());
             pair.heard();
             let answer = SHORT.replace("200", "413");
@@ -89,7 +95,7 @@ async fn a_request_that_breaks_off_ends_the_connection_and_its_answer() {
     locally(async {
         let pair = Pair::new().await;
         let (source, body, _client) = breaking().await;
-        let mut answering = pin!(pair.handle.send(request(body), None));
+        let mut answering = pin!(pair.handle.send(&mut request(body), None));
         assert!(look(answering.as_mut()).is_pending());
         source.borrow_mut().let_go();
         assert!(matches!(failure(answering.await), (Error::Body(_), false)));
@@ -97,7 +103,7 @@ async fn a_request_that_breaks_off_ends_the_connection_and_its_answer() {
 
         let mut pair = Pair::new().await;
         let (source, body, _client) = breaking().await;
-        let mut answering = pin!(pair.handle.send(request(body), None));
+        let mut answering = pin!(pair.handle.send(&mut request(body), None));
         assert!(look(answering.as_mut()).is_pending());
         pair.heard();
         let answer = "HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nok";
@@ -127,7 +133,7 @@ async fn interim_answers_are_told_in_order_and_not_kept() {
                 told.fetch_add(1, Ordering::Relaxed);
             })
         };
-        let mut answering = pin!(pair.handle.send(request(UpstreamBody::Empty), Some(tell)));
+        let mut answering = pin!(pair.handle.send(&mut request(UpstreamBody::Empty), Some(tell)));
         assert!(look(answering.as_mut()).is_pending());
         let mut peer = pair.peer.try_clone().unwrap();
         let endpoint = std::thread::spawn(move || {
@@ -168,7 +174,7 @@ async fn a_body_of_any_length_arrives_whole_however_slowly_it_is_taken() {
                 heard
             });
             let body = UpstreamBody::Full(Some(sent.clone().into()));
-            let answer = pair.handle.send(request(body), None).await.unwrap();
+            let answer = pair.handle.send(&mut request(body), None).await.unwrap();
             assert_eq!(text(answer.into_body()).await.unwrap(), "ok");
             assert!(endpoint.join().unwrap().ends_with(&sent));
             assert!(pair.handle.rest() && pair.handle.is_ready());
