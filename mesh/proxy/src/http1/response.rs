@@ -42,9 +42,12 @@ impl Parser {
 
     /// The head that comes next, if it is all there, of an answer to a request with that method.
     pub fn next(&mut self, input: &mut Input, method: &Method) -> Result<Option<Head>, Violation> {
+        if !begins(&input.buf) {
+            // Not waited for: whoever speaks another protocol may wait for an answer of ours.
+            return Err(Violation::BadStartLine);
+        }
         let Some(found) = self.0.find(&input.buf)? else {
-            // Whoever speaks another protocol may wait for an answer of ours.
-            return begins(&input.buf).then_some(None).ok_or(Violation::BadStartLine);
+            return Ok(None);
         };
         let head = input.take(found.length);
         parse(&head, found, self.0.limits(), method).map(Some)
@@ -145,7 +148,7 @@ fn status_line(line: &[u8]) -> Result<(Version, StatusCode), Violation> {
     let version = match version {
         b"HTTP/1.1" => Version::HTTP_11,
         b"HTTP/1.0" => Version::HTTP_10,
-        other if other.starts_with(b"HTTP/") => return Err(Violation::BadVersion),
+        other if other.starts_with(b"HTTP/1.") => return Err(Violation::BadVersion),
         _ => return Err(Violation::BadStartLine),
     };
     let code = match rest {
@@ -276,7 +279,8 @@ mod tests {
     #[test]
     fn what_is_no_head_or_could_be_read_in_two_ways_is_refused() {
         for (text, violation) in [
-            ("HTTP/2.0 200 OK\n\n", Violation::BadVersion),
+            ("HTTP/1.2 200 OK\n\n", Violation::BadVersion),
+            ("HTTP/2.0 200 OK\n\n", Violation::BadStartLine),
             ("ICY 200 OK\n\n", Violation::BadStartLine),
             ("HTTP/1.1 20 OK\n\n", Violation::BadStartLine),
             ("HTTP/1.1 2000 OK\n\n", Violation::BadStartLine),

@@ -17,7 +17,7 @@ use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::route::v3 as route;
 
 use crate::fixture::*;
-use crate::harness::read;
+use crate::harness::{read, read_answers};
 
 /// splitmix64.
 pub(crate) struct Random(u64);
@@ -231,6 +231,24 @@ fn what_is_read_of_mutated_streams_does_not_depend_on_how_they_are_cut() {
         let whole = read(&stream, || usize::MAX);
         let mut cuts = Random(round as u64);
         let cut = read(&stream, || cuts.below(20));
+        assert_eq!(whole, cut, "{:?}", String::from_utf8_lossy(&stream));
+    }
+}
+
+#[test]
+fn what_is_read_of_mutated_answers_does_not_depend_on_how_they_are_cut() {
+    let corpus = [
+        "HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabcHTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\nHTTP/1.0 204 No\r\n\r\n",
+        "HTTP/1.1 404 Not Found\r\nTransfer-Encoding: chunked\r\n\r\n5;x=1\r\nhello\r\n0\r\nT: v\r\n\r\nHTTP/1.1 304 x\r\n\r\n",
+        "HTTP/1.1 200\nConnection: close, x\nServer: a\n\nuntil it closes",
+    ];
+    let mut random = Random(5);
+    for round in 0..6_000 {
+        let other = corpus[random.below(corpus.len())].as_bytes().to_vec();
+        let stream = random.mutate(corpus[round % corpus.len()].as_bytes(), &other);
+        let whole = read_answers(&stream, || usize::MAX);
+        let mut cuts = Random(round as u64);
+        let cut = read_answers(&stream, || cuts.below(20));
         assert_eq!(whole, cut, "{:?}", String::from_utf8_lossy(&stream));
     }
 }

@@ -6,7 +6,7 @@
 
 use std::net::SocketAddr;
 
-use http::{HeaderMap, HeaderValue};
+use http::{HeaderMap, HeaderValue, Method};
 use prost::{Message, Name};
 use serin_proxy::bootstrap::file;
 use serin_proxy::config::hcm::EscapedSlashes;
@@ -16,6 +16,7 @@ use serin_proxy::http1::decode::{Decoded, Decoder, Framing};
 use serin_proxy::http1::head::{Finder, HeadLimits};
 use serin_proxy::http1::input::Input;
 use serin_proxy::http1::request::{parse, valid_host};
+use serin_proxy::http1::response::Parser;
 use serin_proxy::http1::violation::Violation;
 use serin_proxy::hygiene::path::{Normalized, normalize};
 use serin_proxy::metrics::peer::Workload;
@@ -80,15 +81,63 @@ pub(crate) fn read(bytes: &[u8], mut piece: impl FnMut() -> usize) -> (String, V
     (found, left, None)
 }
 
-/// An HTTP/1 stream: what is read of it does not depend on how it is cut.
+/// The same for answers to requests that are no HEAD.
+pub(crate) fn read_answers(
+    bytes: &[u8],
+    mut piece: impl FnMut() -> usize,
+) -> (String, Vec<u8>, Option<Violation>) {
+    let limits = HeadLimits {
+        bytes: 8_192,
+        fields: 30,
+    };
+    let (mut parser, mut input) = (Parser::new(limits), Input::default());
+    let mut decoder = Decoder::new(Framing::Empty);
+    let (mut found, mut rest) = (String::new(), bytes);
+    while !rest.is_empty() {
+        let (now, later) = rest.split_at(piece().clamp(1, rest.len()));
+        rest = later;
+        input.buf.extend_from_slice(now);
+        let verdict = loop {
+            match decoder.decode(&mut input) {
+                Err(violation) => break Some(violation),
+                Ok(Decoded::More) => break None,
+                Ok(Decoded::Data(data)) => data.iter().for_each(|byte| found.push(char::from(*byte))),
+                Ok(Decoded::Trailers(trailers)) => found.push_str(&format!("{trailers:?}")),
+                Ok(Decoded::End) if input.buf.is_empty() => break None,
+                Ok(Decoded::End) => match parser.next(&mut input, &Method::GET) {
+                    Err(violation) => break Some(violation),
+                    Ok(None) => break None,
+                    Ok(Some(head)) => {
+                        found.push_str(&format!("{head:?}"));
+                        decoder = Decoder::new(head.framing);
+                    }
+                },
+            }
+        };
+        if verdict.is_some() {
+            return (found, Vec::new(), verdict);
+        }
+    }
+    (found, input.buf.to_vec(), None)
+}
+
+/// An HTTP/1 stream: what is read of it does not depend on how it is cut, be it of requests or of answers.
 pub(crate) fn http1(data: &[u8]) {
-    let whole = read(data, || usize::MAX);
-    let mut step = data.len();
-    let cut = read(data, || {
-        step = step.wrapping_mul(31).wrapping_add(7);
-        step % 23
-    });
-    assert_eq!(whole, cut, "what is read depends on the cut");
+    let pieces = || {
+        let mut step = data.len();
+        move || {
+            step = step.wrapping_mul(31).wrapping_add(7);
+            step % 23
+        }
+    };
+    let cut = read(data, pieces());
+    assert_eq!(read(data, || usize::MAX), cut, "what is read depends on the cut");
+    let cut = read_answers(data, pieces());
+    assert_eq!(
+        read_answers(data, || usize::MAX),
+        cut,
+        "what is read of answers depends on the cut"
+    );
     let _ = valid_host(data);
 }
 
