@@ -189,7 +189,6 @@ fn ring_is_nowhere_in_the_tree() {
             "tree",
             "--workspace",
             "--edges=all",
-            "--target=all",
             "--prefix=none",
             "--locked",
             "--offline",
