@@ -35,90 +35,73 @@ use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager:
 use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
 use serin_xds::pb::google::protobuf as google;
 
-/// What is read of a stream that comes in pieces: heads with their content and trailers as text, what is left, and the verdict.
-pub(crate) fn read(bytes: &[u8], mut piece: impl FnMut() -> usize) -> (String, Vec<u8>, Option<Violation>) {
-    let limits = HeadLimits {
-        bytes: 8_192,
-        fields: 30,
-    };
-    let (mut finder, mut input) = (Finder::strict(limits), Input::default());
-    let mut decoder = Decoder::new(Framing::Empty);
-    let (mut found, mut rest) = (String::new(), bytes);
-    let mut undecided = false;
-    while !rest.is_empty() && !undecided {
-        let (now, later) = rest.split_at(piece().clamp(1, rest.len()));
-        rest = later;
-        input.buf.extend_from_slice(now);
-        let verdict = loop {
-            match decoder.decode(&mut input) {
-                Err(violation) => break Some(violation),
-                Ok(Decoded::More) => break None,
-                // Where content is cut does not matter.
-                Ok(Decoded::Data(data)) => data.iter().for_each(|byte| found.push(char::from(*byte))),
-                Ok(Decoded::Trailers(trailers)) => found.push_str(&format!("{trailers:?}")),
-                Ok(Decoded::End) => match finder.find(&input.buf) {
-                    Err(violation) => break Some(violation),
-                    Ok(None) => break None,
-                    Ok(Some(head)) => match parse(&input.take(head.length), head, limits, false) {
-                        Err(violation) => break Some(violation),
-                        Ok(head) => {
-                            found.push_str(&format!("{:?} {:?}", head.parts, head.framing));
-                            decoder = Decoder::new(head.framing);
-                            undecided = head.undecided;
-                            if undecided {
-                                break None;
-                            }
-                        }
-                    },
-                },
-            }
-        };
-        if verdict.is_some() {
-            return (found, Vec::new(), verdict);
-        }
-    }
-    let left = if undecided { Vec::new() } else { input.buf.to_vec() };
-    (found, left, None)
-}
+/// What was read of a stream, heads with their content and trailers as text; what is left of it; the verdict.
+type Read = (String, Vec<u8>, Option<Violation>);
 
-/// The same for answers to requests that are no HEAD.
-pub(crate) fn read_answers(
+/// Of heads that are read so.
+const LIMITS: HeadLimits = HeadLimits {
+    bytes: 8_192,
+    fields: 30,
+};
+
+/// Reads a stream that comes in pieces. `next` reads a head, if it is whole: as text, how it goes on, and whether nothing that
+/// follows it can be read.
+fn read_stream(
     bytes: &[u8],
     mut piece: impl FnMut() -> usize,
-) -> (String, Vec<u8>, Option<Violation>) {
-    let limits = HeadLimits {
-        bytes: 8_192,
-        fields: 30,
-    };
-    let (mut parser, mut input) = (Parser::new(limits), Input::default());
-    let mut decoder = Decoder::new(Framing::Empty);
+    mut next: impl FnMut(&mut Input) -> Result<Option<(String, Framing, bool)>, Violation>,
+) -> Read {
+    let (mut input, mut decoder) = (Input::default(), Decoder::new(Framing::Empty));
     let (mut found, mut rest) = (String::new(), bytes);
     while !rest.is_empty() {
         let (now, later) = rest.split_at(piece().clamp(1, rest.len()));
         rest = later;
         input.buf.extend_from_slice(now);
-        let verdict = loop {
+        loop {
             match decoder.decode(&mut input) {
-                Err(violation) => break Some(violation),
-                Ok(Decoded::More) => break None,
+                Err(violation) => return (found, Vec::new(), Some(violation)),
+                Ok(Decoded::More) => break,
+                // Where content is cut does not matter.
                 Ok(Decoded::Data(data)) => data.iter().for_each(|byte| found.push(char::from(*byte))),
                 Ok(Decoded::Trailers(trailers)) => found.push_str(&format!("{trailers:?}")),
-                Ok(Decoded::End) if input.buf.is_empty() => break None,
-                Ok(Decoded::End) => match parser.next(&mut input, &Method::GET) {
-                    Err(violation) => break Some(violation),
-                    Ok(None) => break None,
-                    Ok(Some(head)) => {
-                        found.push_str(&format!("{head:?}"));
-                        decoder = Decoder::new(head.framing);
+                Ok(Decoded::End) if input.buf.is_empty() => break,
+                Ok(Decoded::End) => match next(&mut input) {
+                    Err(violation) => return (found, Vec::new(), Some(violation)),
+                    Ok(None) => break,
+                    Ok(Some((head, framing, last))) => {
+                        found.push_str(&head);
+                        decoder = Decoder::new(framing);
+                        if last {
+                            return (found, Vec::new(), None);
+                        }
                     }
                 },
             }
-        };
-        if verdict.is_some() {
-            return (found, Vec::new(), verdict);
         }
     }
     (found, input.buf.to_vec(), None)
+}
+
+/// What is read of requests that come in pieces, up to one that asks for an upgrade.
+pub(crate) fn read(bytes: &[u8], piece: impl FnMut() -> usize) -> Read {
+    let mut finder = Finder::strict(LIMITS);
+    read_stream(bytes, piece, |input| {
+        let Some(found) = finder.find(&input.buf)? else {
+            return Ok(None);
+        };
+        let head = parse(&input.take(found.length), found, LIMITS, false)?;
+        let text = format!("{:?} {:?}", head.parts, head.framing);
+        Ok(Some((text, head.framing, head.undecided)))
+    })
+}
+
+/// The same for answers to requests that are no HEAD.
+pub(crate) fn read_answers(bytes: &[u8], piece: impl FnMut() -> usize) -> Read {
+    let mut parser = Parser::new(LIMITS);
+    read_stream(bytes, piece, |input| {
+        let head = parser.next(input, &Method::GET)?;
+        Ok(head.map(|head| (format!("{head:?}"), head.framing, false)))
+    })
 }
 
 /// An HTTP/1 stream: what is read of it does not depend on how it is cut, be it of requests or of answers.
