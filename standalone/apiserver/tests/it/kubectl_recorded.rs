@@ -55,20 +55,22 @@ fn meanwhile(scenario: &str, namespace: &str, args: &[String]) -> Option<Value> 
     }
 }
 
+/// Returns once somebody watches, or once nobody does.
+async fn until_watched(run: &Run, watched: bool) {
+    let metrics = json!({"method": "GET", "path": "/metrics"});
+    loop {
+        let Reply::Whole { body, .. } = run.send(&metrics).await;
+        if String::from_utf8_lossy(&body).contains("apiserver_watchers 0\n") != watched {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
 /// Acts as another client as soon as somebody watches; what is waited for until it exists is asked for again and again instead.
 async fn act(run: &Run, request: &Value) {
-    let metrics = json!({"method": "GET", "path": "/metrics"});
-    let watched = async {
-        loop {
-            let Reply::Whole { body, .. } = run.send(&metrics).await;
-            if !String::from_utf8_lossy(&body).contains("apiserver_watchers 0\n") {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
     if request["method"] != "POST" {
-        watched.await;
+        until_watched(run, true).await;
     }
     run.send(request).await;
 }
@@ -109,15 +111,22 @@ async fn command(
     for (name, value) in recorded["env"].as_object().into_iter().flatten() {
         kubectl.env(name, value.as_str().unwrap_or_default());
     }
+    let other = recorded
+        .get("meanwhile")
+        .map(|_| meanwhile(scenario, namespace, &args).expect("an action of the other client"));
+    if other.is_some() {
+        // The server may not have noticed yet that the watch of the command before has ended; taken for this command's, the
+        // other client would act before this one has looked.
+        tokio::time::timeout(DEADLINE, until_watched(run, false))
+            .await
+            .map_err(|_| "the watch of an ended command lasts".to_owned())?;
+    }
     let mut child = kubectl.spawn().expect("kubectl starts");
     let mut stdin = child.stdin.take().expect("piped");
     let input = run.substitute_text(recorded["stdin"].as_str().unwrap_or_default());
     // A command that reads nothing closes it.
     let _ = stdin.write_all(input.as_bytes()).await;
     drop(stdin);
-    let other = recorded
-        .get("meanwhile")
-        .map(|_| meanwhile(scenario, namespace, &args).expect("an action of the other client"));
     let both = async {
         let acting = async {
             if let Some(request) = &other {
