@@ -13,7 +13,7 @@ use serin_xds::pb::envoy::extensions::filters::http::jwt_authn::v3 as jwt;
 use super::NAMESPACE;
 use super::jwks::Source;
 use super::keys::KeySet;
-use super::places::{Found, Place, Places};
+use super::places::{Place, Places};
 use super::token::{Failure, Token};
 use crate::config::convert::{self, each};
 use crate::config::matchers::StringMatch;
@@ -44,7 +44,8 @@ pub struct Provider {
     pub source: Source,
     /// Whether its tokens stay in the request.
     pub forward: bool,
-    places: Places,
+    /// Where its tokens are.
+    pub places: Places,
     forward_payload: Option<ForwardPayload>,
     claims: Box<[ClaimField]>,
     payload_in_metadata: Box<str>,
@@ -151,7 +152,7 @@ impl Provider {
                 .map(|limit| limit.as_secs()),
             source: Source::compile(from.jwks_source_specifier.as_ref(), name, context)?,
             forward: from.forward,
-            places: Places::compile(from)?,
+            places: Places::compile(std::iter::once((0, from)))?,
             forward_payload: match from.forward_payload_header.as_str() {
                 "" => None,
                 name => Some(ForwardPayload {
@@ -185,11 +186,6 @@ impl Provider {
         for claim in &self.claims {
             headers.remove(&claim.name);
         }
-    }
-
-    /// The tokens that a request brings for this provider.
-    pub fn extract(&self, headers: &HeaderMap, query: Option<&str>) -> Vec<Found> {
-        self.places.find(headers, query)
     }
 
     /// Reads a token and checks everything but its signature. Keys with which the signature was verified before are
@@ -246,19 +242,19 @@ impl Provider {
         Ok(())
     }
 
-    /// Makes of a good token what the provider says: fields, metadata, and its removal from the request. A new query,
-    /// if the token was taken out of it, is returned.
+    /// Makes of a good token what the provider says: fields, beside those of other good tokens, metadata, and its removal
+    /// from the request. A new query, if the token was taken out of it, is returned.
     pub fn accept(
         &self,
         token: &Token,
-        place: &Place,
+        place: Place<'_>,
         headers: &mut HeaderMap,
         query: Option<&str>,
         metadata: &mut Metadata,
     ) -> Option<String> {
         for claim in &self.claims {
             if let Some(value) = token.claim(&claim.path).and_then(field_value) {
-                headers.insert(&claim.name, value);
+                headers.append(&claim.name, value);
             }
         }
         if let Some(payload) = &self.forward_payload {
@@ -271,7 +267,7 @@ impl Provider {
                 URL_SAFE_NO_PAD.encode(bytes)
             };
             if let Ok(value) = HeaderValue::from_str(&text) {
-                headers.insert(&payload.name, value);
+                headers.append(&payload.name, value);
             }
         }
         if !self.payload_in_metadata.is_empty() {

@@ -191,11 +191,12 @@ fn issuer_times_audiences_and_subjects_are_checked() {
 fn tokens_are_found_in_fields_parameters_and_cookies() {
     let mut headers = HeaderMap::new();
     headers.insert("authorization", "Bearer a.b.c".parse().unwrap());
-    headers.insert("x-token", "JWT d.e.f, more".parse().unwrap());
+    headers.insert("x-token", "JWT \"d.e.f".parse().unwrap());
     headers.insert("cookie", "x=1; session=\"g.h.i\"; y=2".parse().unwrap());
     let texts = |message: &jwt::JwtProvider, query: Option<&str>| {
         provider(message)
-            .extract(&headers, query)
+            .places
+            .find(&headers, query)
             .into_iter()
             .map(|found| found.text)
             .collect::<Vec<_>>()
@@ -217,6 +218,29 @@ fn tokens_are_found_in_fields_parameters_and_cookies() {
         texts(&elsewhere, Some("access_token=q.r.s&t=j.k.l")),
         ["d.e.f", "j.k.l", "g.h.i"]
     );
+    assert_eq!(
+        texts(&elsewhere, Some("t=first&t=%73econd&t"))[1..4],
+        ["", "second", "first"],
+        "all of them, the first one last"
+    );
+}
+
+#[test]
+fn what_stands_beside_a_token_in_its_field_is_not_left_out_of_it() {
+    let provider = provider(&jwt::JwtProvider::default());
+    let texts = |values: &[&str]| {
+        let mut headers = HeaderMap::new();
+        for value in values {
+            headers.append("authorization", value.parse().unwrap());
+        }
+        let found = provider.places.find(&headers, None);
+        found.into_iter().map(|found| found.text).collect::<Vec<_>>()
+    };
+    assert_eq!(texts(&["Bearer a.b.c"]), ["a.b.c"]);
+    assert_eq!(texts(&["Bearer a.b.c, d"]), ["a.b.c, d"]);
+    assert_eq!(texts(&["Bearer a.b.c", "Bearer d.e.f"]), ["a.b.c,Bearer d.e.f"]);
+    assert_eq!(texts(&["Bearer "]), ["Bearer "], "no token, and not none");
+    assert!(texts(&["Basic x"]).is_empty());
 }
 
 #[test]
@@ -245,8 +269,8 @@ fn a_good_token_becomes_fields_and_metadata_and_leaves_the_request() {
     headers.insert("x-sub", "eve".parse().unwrap());
     provider.sanitize(&mut headers);
     let mut metadata = Metadata::default();
-    let place = Place::Header(header::AUTHORIZATION);
-    provider.accept(&token, &place, &mut headers, None, &mut metadata);
+    let place = Place::Header(&header::AUTHORIZATION);
+    provider.accept(&token, place, &mut headers, None, &mut metadata);
     assert!(!headers.contains_key("authorization"));
     assert_eq!(
         (&headers["x-sub"], &headers["x-deep"], &headers["x-list"]),
@@ -261,7 +285,7 @@ fn a_good_token_becomes_fields_and_metadata_and_leaves_the_request() {
     assert_eq!(crate::policy::metadata::to_json(scope), json!(["read", "write"]));
     let query = provider.accept(
         &token,
-        &Place::Parameter("access_token".into()),
+        Place::Parameter("access_token"),
         &mut headers,
         Some("a=1&access_token=x&b=2"),
         &mut metadata,

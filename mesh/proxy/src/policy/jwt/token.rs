@@ -59,7 +59,7 @@ pub enum Failure {
 }
 
 impl Failure {
-    /// gRPC-like code that Envoy puts into metadata for the failure.
+    /// Whether there was no token, or none of an issuer that is looked for.
     pub fn is_missing(self) -> bool {
         matches!(self, Self::Missing | Self::UnknownIssuer)
     }
