@@ -3,6 +3,7 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http::{HeaderMap, HeaderValue, header};
 use serde_json::{Value, json};
+use serin_xds::pb::envoy::r#type::matcher::v3::{StringMatcher, string_matcher::MatchPattern};
 
 use super::keys::KeySet;
 use super::token::{Failure, Token};
@@ -122,7 +123,7 @@ fn signatures_of_every_algorithm_are_verified_and_changed_ones_refused() {
         let forged = Token::parse(&parts.join(".")).unwrap();
         assert_eq!(
             forged.check_signature(&all),
-            Err(Failure::Signature),
+            Err(Failure::Verification),
             "{:?}",
             token.algorithm
         );
@@ -185,6 +186,44 @@ fn issuer_times_audiences_and_subjects_are_checked() {
         Err(Failure::TimeType)
     );
     assert_eq!(judge(json!({"iss": 1})), Err(Failure::IssuerType));
+}
+
+#[test]
+fn tokens_that_live_too_long_or_for_ever_and_those_of_others_fail_as_wrong_signatures_do() {
+    let judge = |message: &jwt::JwtProvider, claims: Value| {
+        let text = signed(&json!({"alg": "ES256"}), &claims, |_| vec![0; 64]);
+        provider(message).read(&text, None, 10_000).map(|_| ())
+    };
+    let seconds = |seconds| serin_xds::pb::google::protobuf::Duration { seconds, nanos: 0 };
+    let short = jwt::JwtProvider {
+        max_lifetime: Some(seconds(100)),
+        ..Default::default()
+    };
+    let old = json!({"nbf": 1, "iat": 1, "exp": 10_100});
+    assert_eq!(judge(&short, old), Ok(()), "what is left of it counts");
+    assert_eq!(judge(&short, json!({"exp": 10_101})), Err(Failure::Verification));
+    let ending = jwt::JwtProvider {
+        require_expiration: true,
+        ..Default::default()
+    };
+    for message in [&short, &ending] {
+        assert_eq!(judge(message, json!({})), Err(Failure::Verification));
+        assert_eq!(judge(message, json!({"exp": 0})), Err(Failure::Verification));
+    }
+    assert_eq!(judge(&ending, json!({"exp": 4_000_000_000u64})), Ok(()));
+    let bobs = jwt::JwtProvider {
+        subjects: Some(StringMatcher {
+            match_pattern: Some(MatchPattern::Exact("bob".into())),
+            ..Default::default()
+        }),
+        audiences: vec!["a".into()],
+        ..Default::default()
+    };
+    assert_eq!(judge(&bobs, json!({"sub": "bob", "aud": "a"})), Ok(()));
+    let other = json!({"sub": "eve", "aud": "a"});
+    assert_eq!(judge(&bobs, other), Err(Failure::Verification));
+    let both = json!({"sub": "eve", "aud": "b"});
+    assert_eq!(judge(&bobs, both), Err(Failure::Audience), "that is told first");
 }
 
 #[test]

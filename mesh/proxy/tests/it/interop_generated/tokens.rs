@@ -3,6 +3,7 @@
 //! one Envoy takes any.
 
 use std::collections::BTreeMap;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
@@ -33,11 +34,21 @@ fn provider(rng: &mut Rng, issuer: &str, keys: &Issuer) -> Value {
     if rng.chance(40) {
         out["audiences"] = json!([rng.pick(&["x", "y"])]);
     }
+    for (name, value) in [
+        ("require_expiration", json!(true)),
+        ("max_lifetime", json!("7200s")),
+        ("subjects", json!({ "exact": "s" })),
+    ] {
+        if rng.chance(10) {
+            out[name] = value;
+        }
+    }
     if rng.chance(40) {
         out["forward"] = json!(true);
     }
     if rng.chance(30) {
-        out["from_headers"] = json!([ { "name": "x-jwt", "value_prefix": "Bearer " } ]);
+        out["from_headers"] =
+            json!([ { "name": "x-jwt", "value_prefix": rng.pick(&["Bearer ", "Bearer ", ""]) } ]);
     }
     if rng.chance(30) {
         out["from_params"] = json!(["token"]);
@@ -64,6 +75,11 @@ fn tokens(me: &Issuer, you: &Issuer) -> Vec<String> {
     let claims = |issuer: &str, audience: &str| json!({ "iss": issuer, "aud": audience, "sub": "s", "deep": { "name": "n" }, "exp": 4_000_000_000u64 });
     let mut expired = claims("me", "x");
     expired["exp"] = json!(1_000_000);
+    // It has lived for long, and has an hour left.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let mut soon = claims("me", "x");
+    soon["nbf"] = json!(1_000_000);
+    soon["exp"] = json!(now + 3600);
     let mut early = claims("me", "x");
     early["nbf"] = json!(4_000_000_000u64);
     vec![
@@ -74,6 +90,9 @@ fn tokens(me: &Issuer, you: &Issuer) -> Vec<String> {
         you.token(&claims("me", "x")),
         me.token(&claims("other", "x")),
         me.token(&json!({ "iss": "me", "aud": ["x", "y"] })),
+        me.token(
+            &json!({ "iss": "me", "aud": "x", "sub": "s", "nbf": 3_999_999_000u64, "exp": 4_000_000_000u64 }),
+        ),
         me.token(&expired),
         me.token(&early),
         "bm8.bm8.bm8".into(),
