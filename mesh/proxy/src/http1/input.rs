@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, ReadBuf};
 /// What is read to the stack at a time.
 const SMALL: usize = 8 * 1024;
 /// What is read at a time once that was not enough.
-const LARGE: usize = 64 * 1024;
+const LARGE: usize = 32 * 1024;
 
 /// See the module.
 #[derive(Debug, Default)]
