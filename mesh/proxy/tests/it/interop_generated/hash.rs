@@ -11,17 +11,17 @@ const KEYS: usize = 300;
 
 /// Where the seven hosts are, and how they are.
 #[derive(Clone, Copy)]
-enum Where {
+pub(super) enum Where {
     /// In two localities.
     Localities,
     /// The same, with `hash_key`.
     Keyed,
-    /// In these priorities, from the first host on: a letter a host, `h`ealthy, `u`nhealthy or `d`egraded.
+    /// In these priorities, from the first host on: a letter a host, `h`ealthy or `u`nhealthy.
     Priorities(&'static [&'static str]),
 }
 
 /// Seven hosts with weights from 1 to 4, which hashing knows by their address, or by `hash_key`.
-fn hosts(name: &str, backends: &[Backend], how: Where, more: &Value) -> Value {
+pub(super) fn hosts(name: &str, backends: &[Backend], how: Where, more: &Value) -> Value {
     let endpoint = |index: usize| {
         let at = backends[index].address;
         let mut out = json!({
@@ -53,7 +53,6 @@ fn hosts(name: &str, backends: &[Backend], how: Where, more: &Value) -> Value {
                 for (index, state) in states.chars().enumerate() {
                     out["lb_endpoints"][index]["health_status"] = json!(match state {
                         'u' => "UNHEALTHY",
-                        'd' => "DEGRADED",
                         _ => "HEALTHY",
                     });
                 }
@@ -85,7 +84,6 @@ pub(super) fn newer(name: &str, mut config: Value) -> Value {
 fn balancers() -> Vec<(&'static str, Where, Value)> {
     use Where::{Keyed, Localities, Priorities};
     let named = json!({ "use_hostname_for_hashing": true });
-    let by_hostname = |policy: &str| json!({ "lb_policy": policy, "common_lb_config": { "consistent_hashing_lb_config": named } });
     vec![
         ("ring", Localities, json!({ "lb_policy": "RING_HASH" })),
         (
@@ -126,8 +124,6 @@ fn balancers() -> Vec<(&'static str, Where, Value)> {
             Localities,
             newer("maglev.v3.Maglev", json!({ "table_size": 1021 })),
         ),
-        ("ring-hostnames", Localities, by_hostname("RING_HASH")),
-        ("maglev-hostnames", Localities, by_hostname("MAGLEV")),
         (
             "ring-newer-hostnames",
             Localities,
@@ -155,16 +151,6 @@ fn balancers() -> Vec<(&'static str, Where, Value)> {
             json!({ "lb_policy": "MAGLEV" }),
         ),
         (
-            "ring-degraded",
-            Priorities(&["hudu", "huu"]),
-            json!({ "lb_policy": "RING_HASH" }),
-        ),
-        (
-            "maglev-degraded",
-            Priorities(&["hudu", "huu"]),
-            json!({ "lb_policy": "MAGLEV" }),
-        ),
-        (
             "ring-panic",
             Priorities(&["huuu", "uuu"]),
             json!({ "lb_policy": "RING_HASH" }),
@@ -177,7 +163,7 @@ fn balancers() -> Vec<(&'static str, Where, Value)> {
     ]
 }
 
-fn by_header() -> Value {
+pub(super) fn by_header() -> Value {
     json!([ { "header": { "header_name": "x-key" } } ])
 }
 
@@ -222,7 +208,7 @@ fn policies() -> Vec<(&'static str, Value)> {
     ]
 }
 
-fn route(prefix: &str, cluster: &str, policy: &Value) -> Value {
+pub(super) fn route(prefix: &str, cluster: &str, policy: &Value) -> Value {
     json!({ "match": { "prefix": format!("/{prefix}/") }, "route": { "cluster": cluster, "hash_policy": policy, "timeout": "0s" } })
 }
 
@@ -250,7 +236,7 @@ fn ask(path: &str, number: usize) -> Ask {
     }
 }
 
-fn setup(name: &str, routes: Vec<Value>, asks: Vec<Ask>) -> Setup {
+pub(super) fn setup(name: &str, routes: Vec<Value>, asks: Vec<Ask>) -> Setup {
     Setup {
         name: name.to_owned(),
         manager: json!({
