@@ -155,7 +155,7 @@ fn denial(authn: &JwtAuthn, failure: Failure, parts: &Parts, asked: &Uri) -> Loc
     reply
 }
 
-impl<'a> Trial<'a> {
+impl Trial<'_> {
     fn evaluate<'s>(
         &'s mut self,
         requirement: &'s Requirement,
