@@ -6,6 +6,7 @@
 mod admin;
 mod admin_views;
 mod ads;
+mod application;
 mod authz;
 mod balancing;
 mod bootstrap;
