@@ -18,7 +18,7 @@ use super::router::RouterOptions;
 use super::slot::RouteSlot;
 use super::table::RouteTable;
 use crate::error::{Refusal, Within};
-use crate::observe::access_log::AccessLogs;
+use crate::observe::access_log::{self, AccessLogs};
 use crate::observe::tracer::Tracer;
 use crate::policy::chain::Chain;
 use crate::policy::stats::Traffic;
@@ -111,6 +111,8 @@ pub struct HttpManager {
     pub logs_start: bool,
     /// And of tunnels that have been granted.
     pub logs_tunnels: bool,
+    /// How often lines are written of requests that go on.
+    pub log_interval: Option<Duration>,
     /// `istio.alpn`: what TLS towards endpoints offers.
     pub alpn: Option<Box<AlpnOverrides>>,
     /// Whether Istio's metrics are kept.
@@ -292,6 +294,7 @@ impl HttpManager {
                     .access_log_options
                     .as_ref()
                     .is_some_and(|options| options.flush_access_log_on_new_request),
+            log_interval: log_interval(from)?.filter(|_| !from.access_log.is_empty()),
             logs_tunnels: from
                 .access_log_options
                 .as_ref()
@@ -467,6 +470,13 @@ fn plugin_disables_host(any: &serin_xds::pb::google::protobuf::Any) -> bool {
         .is_ok_and(|config| config.disable_host_header_fallback)
 }
 
+/// How often the log tells of a request that lasts.
+fn log_interval(from: &hcm::HttpConnectionManager) -> Result<Option<Duration>, Refusal> {
+    let options = from.access_log_options.as_ref();
+    let of_options = options.and_then(|options| options.access_log_flush_interval.as_ref());
+    access_log::interval(of_options.or(from.access_log_flush_interval.as_ref()))
+}
+
 /// What a manager may say that nothing here can honour.
 fn refuse_unsupported(from: &hcm::HttpConnectionManager) -> Result<(), Refusal> {
     refuse_present(
@@ -481,16 +491,6 @@ fn refuse_unsupported(from: &hcm::HttpConnectionManager) -> Result<(), Refusal> 
                 from.path_normalization_options.is_some(),
             ),
             ("proxy_status_config", from.proxy_status_config.is_some()),
-            (
-                "access_log_options",
-                from.access_log_options
-                    .as_ref()
-                    .is_some_and(|options| options.access_log_flush_interval.is_some()),
-            ),
-            (
-                "access_log_flush_interval",
-                from.access_log_flush_interval.is_some(),
-            ),
             (
                 "add_user_agent",
                 from.add_user_agent.as_ref().is_some_and(|value| value.value),

@@ -161,6 +161,9 @@ impl Ready<'_> {
         } = self;
         let conn = plan.conn;
         logging::keep_response(&mut exchange, &head.headers, true);
+        if has_body && exchange.policy.is_some() {
+            filters::keep_head(&mut exchange, &head.headers);
+        }
         conn.dress(&mut head.headers, exchange.version);
         if let Some(tap) = &mut exchange.tap {
             tap.response(head.status, &head.headers);

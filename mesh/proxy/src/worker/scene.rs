@@ -30,6 +30,14 @@ pub(super) struct ResponseScene<'a> {
     pub uri: &'a Uri,
 }
 
+/// Trailers of a response that are being changed.
+pub(super) struct TrailerScene<'a> {
+    /// The response that they end.
+    pub of: ResponseScene<'a>,
+    /// The fields of its head.
+    pub response: &'a HeaderMap,
+}
+
 impl<'a> ResponseScene<'a> {
     /// Of a request that is at hand.
     pub(super) fn of(exchange: &'a Exchange, parts: &'a Parts) -> Self {
@@ -77,5 +85,14 @@ impl Scene for ResponseScene<'_> {
         let mut state = state_of(self.exchange, wants, self.request, self.uri);
         state.keep_response(wants, headers);
         show(self.exchange, None, &state, to);
+    }
+}
+
+impl Scene for TrailerScene<'_> {
+    fn show(&self, wants: &Wants, headers: &HeaderMap, to: &mut dyn FnMut(&Record<'_>)) {
+        let mut state = state_of(self.of.exchange, wants, self.of.request, self.of.uri);
+        state.keep_response(wants, self.response);
+        state.keep_trailers(wants, headers);
+        show(self.of.exchange, None, &state, to);
     }
 }

@@ -13,8 +13,8 @@ use crate::policy::compressor::Encoder;
 
 /// What happens to a response body from the upstream.
 pub trait Observer {
-    /// A frame comes from the upstream.
-    fn frame(&mut self, frame: &Frame<Bytes>);
+    /// A frame comes from the upstream; trailers may be changed.
+    fn frame(&mut self, frame: &mut Frame<Bytes>);
     /// So much content goes to the client in the place of what came.
     fn encoded(&mut self, bytes: usize);
     /// Content is encoded from here on: what comes is not what the client gets.
@@ -172,8 +172,8 @@ impl<O: Observer + Unpin> Body for ResponseBody<O> {
                     observer.failed(&error);
                     Poll::Ready(Some(Err(error)))
                 }
-                Poll::Ready(Some(Ok(frame))) => {
-                    observer.frame(&frame);
+                Poll::Ready(Some(Ok(mut frame))) => {
+                    observer.frame(&mut frame);
                     // Nobody asks again after the last byte of a sized body.
                     if !*done && incoming.is_end_stream() {
                         *done = true;

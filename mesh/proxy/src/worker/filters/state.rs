@@ -33,6 +33,8 @@ pub struct PolicyState {
     /// The request's fields, where a change of the response may name them, and its target where that has changed.
     pub(super) request: Option<HeaderMap>,
     pub(super) uri: Option<Uri>,
+    /// The response's fields, where a change of its trailers names them.
+    pub(super) response: Option<HeaderMap>,
     /// What was injected.
     pub(super) fault: Option<ActiveFault>,
     /// Of which services are told when it has ended.
@@ -122,7 +124,11 @@ pub(in crate::worker) fn finish(exchange: &Exchange) {
         && let Some(cluster) = &exchange.cluster_name
     {
         let source = exchange.source.as_ref();
+        // What has no content was sent with its head. Only an endpoint's whole answer is measured.
+        let sent_at = source.map_or(Some(exchange.started), |source| source.borrow().ended_at);
+        let answered = exchange.details == "via_upstream" && exchange.grpc_status.is_some();
         let call = Call {
+            took: sent_at.filter(|_| answered).map(|at| at.elapsed()),
             cluster,
             path: exchange.uri.path(),
             status: exchange.grpc_status,
