@@ -9,7 +9,7 @@ use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager:
 
 use super::alpn::AlpnOverrides;
 use super::client_cert::ClientCert;
-use super::convert::{self, refuse_present};
+use super::convert::{self, each, refuse_present};
 use super::http2::Http2Options;
 use super::listener::Direction;
 use super::origin::Origin;
@@ -21,6 +21,7 @@ use crate::error::{Refusal, Within};
 use crate::observe::access_log::{self, AccessLogs};
 use crate::observe::tracer::Tracer;
 use crate::policy::chain::Chain;
+use crate::policy::header_mutation::HeaderMutation;
 use crate::policy::stats::Traffic;
 use crate::worker::CONNECT;
 
@@ -111,6 +112,8 @@ pub struct HttpManager {
     pub logs_start: bool,
     /// And of tunnels that have been granted.
     pub logs_tunnels: bool,
+    /// Changes of a request's fields before anybody looks at them.
+    pub early: Box<[HeaderMutation]>,
     /// How often lines are written of requests that go on.
     pub log_interval: Option<Duration>,
     /// `istio.alpn`: what TLS towards endpoints offers.
@@ -354,6 +357,11 @@ impl HttpManager {
             .within("http2_protocol_options")?,
             router: RouterOptions::default(),
             origin: Origin::compile(from)?,
+            early: each(
+                &from.early_header_mutation_extensions,
+                "early_header_mutation_extensions",
+                HeaderMutation::compile_early,
+            )?,
             client_cert: ClientCert::compile(from)?,
             generate_request_id: flag(&from.generate_request_id, true),
             preserve_request_id: from.preserve_external_request_id,
@@ -481,10 +489,6 @@ fn log_interval(from: &hcm::HttpConnectionManager) -> Result<Option<Duration>, R
 fn refuse_unsupported(from: &hcm::HttpConnectionManager) -> Result<(), Refusal> {
     refuse_present(
         &[
-            (
-                "early_header_mutation_extensions",
-                !from.early_header_mutation_extensions.is_empty(),
-            ),
             ("local_reply_config", from.local_reply_config.is_some()),
             (
                 "path_normalization_options",
@@ -492,17 +496,12 @@ fn refuse_unsupported(from: &hcm::HttpConnectionManager) -> Result<(), Refusal> 
             ),
             ("proxy_status_config", from.proxy_status_config.is_some()),
             (
-                "add_user_agent",
-                from.add_user_agent.as_ref().is_some_and(|value| value.value),
-            ),
-            (
                 "represent_ipv4_remote_address_as_ipv4_mapped_ipv6",
                 from.represent_ipv4_remote_address_as_ipv4_mapped_ipv6,
             ),
             ("strip_trailing_host_dot", from.strip_trailing_host_dot),
             ("stream_flush_timeout", from.stream_flush_timeout.is_some()),
             ("append_local_overload", from.append_local_overload),
-            ("forward_proto_config", from.forward_proto_config.is_some()),
             (
                 "http1_safe_max_connection_duration",
                 from.http1_safe_max_connection_duration,

@@ -6,12 +6,17 @@ use std::sync::Arc;
 
 use http::{HeaderMap, HeaderName, Uri};
 use serin_xds::pb::envoy::config::common::mutation_rules::v3 as rules;
+use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::extensions::filters::http::header_mutation::v3 as filter;
+use serin_xds::pb::envoy::extensions::http::early_header_mutation::header_mutation::v3 as early;
 
 use self::query::QueryChanges;
+use crate::config::convert::{required, unpack};
 use crate::config::headers::{HeaderOps, Scene, Values};
 use crate::config::matchers::StringMatch;
 use crate::error::{Refusal, Within};
+
+const EARLY: &str = "envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation";
 
 /// Compiled `Mutations`.
 #[derive(Debug, Default)]
@@ -59,6 +64,34 @@ impl HeaderMutation {
                 true,
             )?,
             most_specific_wins: false,
+        })
+    }
+
+    /// Compiles an extension of `early_header_mutation_extensions`.
+    pub(crate) fn compile_early(from: &core::TypedExtensionConfig) -> Result<Self, Refusal> {
+        let any = required(from.typed_config.as_ref(), "typed_config")?;
+        if any.type_url.rsplit('/').next() != Some(EARLY) {
+            let reason = format!("{} is not supported", any.type_url);
+            return Err(Refusal::new("typed_config", reason));
+        }
+        let message: early::HeaderMutation = unpack(any, EARLY)?;
+        // Who asks whom is known by then.
+        let of_host = |mutation: &rules::HeaderMutation| match &mutation.action {
+            Some(rules::header_mutation::Action::Append(option)) => option
+                .header
+                .as_ref()
+                .is_some_and(|header| header.key.starts_with(':') || header.key.eq_ignore_ascii_case("host")),
+            _ => false,
+        };
+        if let Some(index) = message.mutations.iter().position(of_host) {
+            return Err(Refusal::new(
+                format!("typed_config.mutations[{index}]"),
+                "the host and what begins with a colon cannot be changed",
+            ));
+        }
+        Ok(Self {
+            request: changes("mutations", &message.mutations, false).within("typed_config")?,
+            ..Self::default()
         })
     }
 
@@ -201,7 +234,6 @@ fn remove_matching(headers: &mut HeaderMap, test: &StringMatch) {
 
 #[cfg(test)]
 mod tests {
-    use serin_xds::pb::envoy::config::core::v3 as core;
     use serin_xds::pb::envoy::r#type::matcher::v3 as matcher;
 
     use super::*;

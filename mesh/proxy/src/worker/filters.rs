@@ -33,7 +33,7 @@ pub(super) use encode::{encode, encode_trailers, encode_waiting, keep_head, keep
 pub(super) use jwt::fetch_ahead;
 pub use state::PolicyState;
 use state::{Encode, state};
-pub(super) use state::{Outbox, finish, metadata, must_wait, outbox, saw_data};
+pub(super) use state::{Outbox, finish, metadata, must_wait, outbox, response_rate, saw_data};
 
 use std::rc::Rc;
 use std::sync::Arc;

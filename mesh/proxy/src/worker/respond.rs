@@ -193,11 +193,16 @@ impl Ready<'_> {
         } else {
             Limits::default()
         };
+        let rate = filters::response_rate(&exchange);
         let watch = Watch::new(exchange, limits, lease, max_requests, active);
         let body = ResponseBody::upstream(incoming, watch);
         let body = match encoder {
             None => body,
             Some(encoder) => body.encoded(encoder),
+        };
+        let body = match rate {
+            None => body,
+            Some(rate) => body.throttled(rate),
         };
         Response::from_parts(head, body)
     }

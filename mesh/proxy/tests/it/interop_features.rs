@@ -335,3 +335,198 @@ async fn an_authorization_service_that_is_only_listened_to_is_told_of_alike_by_e
     assert!(ours["c1"][0].contains("www-authenticate"), "{ours:?}");
     beside.stop().await;
 }
+
+#[tokio::test]
+async fn what_is_told_and_changed_before_anything_else_is_alike_in_envoy_and_serin_proxy() {
+    let backend = Backend::named("ok").await;
+    let ports = json!({ "https_destination_ports": [443, 8443], "http_destination_ports": [80] });
+    let early = json!([{ "name": "early", "typed_config": {
+        "@type": "type.googleapis.com/envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
+        "mutations": [
+            { "append": { "header": { "key": "x-early", "value":
+                "%REQ(x-forwarded-for)%|%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%|%REQ(x-forwarded-proto)%" } } },
+            { "append": { "header": { "key": "x-forwarded-for", "value": "9.9.9.9" } } },
+            { "append": { "header": { "key": "x-forwarded-proto", "value": "https" }, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD" } },
+            { "remove": "user-agent" },
+        ],
+    }}]);
+    let managers = [
+        json!({ "forward_proto_config": ports }),
+        json!({ "forward_proto_config": ports, "use_remote_address": true }),
+        json!({ "forward_proto_config": ports, "use_remote_address": true, "xff_num_trusted_hops": 1 }),
+        json!({ "forward_proto_config": ports, "scheme_header_transformation": { "scheme_to_overwrite": "https" } }),
+        json!({ "add_user_agent": true, "use_remote_address": true }),
+        json!({ "add_user_agent": true }),
+        json!({ "early_header_mutation_extensions": early, "use_remote_address": true }),
+        json!({ "early_header_mutation_extensions": early, "add_user_agent": true }),
+    ];
+    let format = [
+        "X-CASE",
+        "X-FORWARDED-PROTO",
+        ":SCHEME",
+        "USER-AGENT",
+        "X-ENVOY-DOWNSTREAM-SERVICE-NODE",
+        "X-ENVOY-DOWNSTREAM-SERVICE-CLUSTER",
+        "X-FORWARDED-FOR",
+        "X-EARLY",
+        "X-ENVOY-EXTERNAL-ADDRESS",
+    ]
+    .map(|name| format!("%REQ({name})%"))
+    .join(" ");
+    let beside = Beside::start(managers.len(), |ports, log| {
+        let listeners: Vec<_> = managers
+            .iter()
+            .zip(ports)
+            .map(|(more, port)| listener(&format!("l{port}"), *port, log, &format, more, &to_a()))
+            .collect();
+        json!({ "node": { "id": "node-1", "cluster": "shop" }, "static_resources": {
+            "listeners": listeners, "clusters": [endpoint_at(backend.address)],
+        }})
+    })
+    .await;
+    let Some(beside) = beside else { return };
+    let mut count = 0;
+    for both in &beside.ports {
+        for port in [443, 80, 81] {
+            for fields in [
+                "",
+                "x-forwarded-proto: https\r\nuser-agent: me\r\n",
+                "x-forwarded-proto: http\r\nuser-agent:\r\nx-envoy-downstream-service-cluster: other\r\n",
+            ] {
+                for at in both {
+                    let request = format!(
+                        "PROXY TCP4 10.1.2.3 10.9.9.9 1000 {port}\r\nGET / HTTP/1.1\r\nhost: h\r\nx-case: c{count}\r\n{fields}\r\n"
+                    );
+                    assert_eq!(ask(*at, request.as_bytes()).await.unwrap().status, 200);
+                }
+                count += 1;
+            }
+        }
+    }
+    let [ours, theirs] = beside.lines(count).await;
+    let differences: Vec<_> = ours
+        .iter()
+        .filter(|(case, lines)| theirs.get(*case) != Some(lines))
+        .map(|(case, lines)| format!("{case}\n  ours   {lines:?}\n  theirs {:?}", theirs.get(case)))
+        .collect();
+    assert!(differences.is_empty(), "{}", differences.join("\n"));
+    beside.stop().await;
+}
+
+#[tokio::test]
+async fn preflights_for_private_networks_are_answered_alike_by_envoy_and_serin_proxy() {
+    let backend = Backend::named("ok").await;
+    let filter = json!({ "@type": "type.googleapis.com/envoy.extensions.filters.http.cors.v3.Cors" });
+    let more = with_filter("envoy.filters.http.cors", &filter);
+    let policy = |allowed: bool| {
+        json!({ "envoy.filters.http.cors": {
+            "@type": "type.googleapis.com/envoy.extensions.filters.http.cors.v3.CorsPolicy",
+            "allow_origin_string_match": [{ "exact": "https://a" }],
+            "allow_methods": "GET",
+            "allow_private_network_access": allowed,
+        }})
+    };
+    let routes = json!({ "name": "main", "virtual_hosts": [{ "name": "all", "domains": ["*"],
+        "typed_per_filter_config": policy(true), "routes": [
+            { "match": { "prefix": "/closed" }, "route": { "cluster": "a" }, "typed_per_filter_config": policy(false) },
+            { "match": { "prefix": "/" }, "route": { "cluster": "a" } },
+        ] }] });
+    let beside = Beside::start(1, |ports, log| {
+        json!({ "node": { "id": "n", "cluster": "c" }, "static_resources": {
+            "listeners": [listener("l", ports[0], log, "%REQ(X-CASE)%", &more, &routes)],
+            "clusters": [endpoint_at(backend.address)],
+        }})
+    })
+    .await;
+    let Some(beside) = beside else { return };
+    let mut allowed = Vec::new();
+    for path in ["/", "/closed"] {
+        for asks in ["true", "false", "TRUE", ""] {
+            for origin in ["https://a", "https://b"] {
+                let request = format!(
+                    "{FROM}OPTIONS {path} HTTP/1.1\r\nhost: h\r\norigin: {origin}\r\naccess-control-request-method: GET\r\n\
+                     access-control-request-private-network: {asks}\r\n\r\n"
+                );
+                let mut told = Vec::new();
+                for at in beside.ports[0] {
+                    let answer = ask(at, request.as_bytes()).await.unwrap();
+                    let fields = answer.fields.into_iter();
+                    told.push((
+                        answer.status,
+                        fields
+                            .filter(|(name, _)| name.starts_with("access-control"))
+                            .collect::<Vec<_>>(),
+                    ));
+                }
+                assert_eq!(told[0], told[1], "{path} {asks} {origin}");
+                let of_private = |(name, _): &(String, String)| name.ends_with("private-network");
+                allowed.push(told[0].1.iter().any(of_private));
+            }
+        }
+    }
+    assert_eq!(allowed.iter().filter(|allowed| **allowed).count(), 1);
+    beside.stop().await;
+}
+
+#[tokio::test]
+async fn responses_come_no_faster_than_a_fault_says_in_envoy_and_serin_proxy() {
+    let content = "x".repeat(16 * 1024);
+    let sent = content.clone();
+    let backend =
+        Backend::answering(move |_| http::Response::new(http_body_util::Full::from(sent.clone()))).await;
+    let limits = [
+        json!({ "fixed_limit": { "limit_kbps": 32 }, "percentage": { "numerator": 100 } }),
+        json!({ "header_limit": {}, "percentage": { "numerator": 100 } }),
+    ];
+    let managers = limits.map(|limit| {
+        let filter = json!({
+            "@type": "type.googleapis.com/envoy.extensions.filters.http.fault.v3.HTTPFault",
+            "response_rate_limit": limit,
+        });
+        with_filter("envoy.filters.http.fault", &filter)
+    });
+    let beside = Beside::start(managers.len(), |ports, log| {
+        let listeners: Vec<_> = managers
+            .iter()
+            .zip(ports)
+            .map(|(more, port)| listener(&format!("l{port}"), *port, log, "%REQ(X-CASE)%", more, &to_a()))
+            .collect();
+        json!({ "node": { "id": "n", "cluster": "c" }, "static_resources": {
+            "listeners": listeners, "clusters": [endpoint_at(backend.address)],
+        }})
+    })
+    .await;
+    let Some(beside) = beside else { return };
+    // At 32 KiB a second eight slices of a sixteenth of a second, of which the first comes at once.
+    let slow = Duration::from_millis(350);
+    for (listener, field, is_slow) in [
+        (0, "", true),
+        (1, "x-envoy-fault-throughput-response: 32\r\n", true),
+        (1, "", false),
+        (1, "x-envoy-fault-throughput-response: 0\r\n", false),
+        (
+            1,
+            "x-envoy-fault-throughput-response: 32\r\nx-envoy-fault-throughput-response-percentage: 0\r\n",
+            false,
+        ),
+    ] {
+        for at in beside.ports[listener] {
+            let request = format!("{FROM}GET / HTTP/1.1\r\nhost: h\r\n{field}\r\n");
+            soon("an answer in its time", async {
+                loop {
+                    let began = std::time::Instant::now();
+                    let answer = ask(at, request.as_bytes()).await.unwrap();
+                    let took = began.elapsed();
+                    assert_eq!(answer.body, content, "{field}");
+                    assert!(!is_slow || took >= slow, "{field} {at}: {took:?}");
+                    // A machine that is busy makes others slow as well, now and then.
+                    if is_slow || took < slow {
+                        break;
+                    }
+                }
+            })
+            .await;
+        }
+    }
+    beside.stop().await;
+}

@@ -37,6 +37,8 @@ pub struct PolicyState {
     pub(super) response: Option<HeaderMap>,
     /// What was injected.
     pub(super) fault: Option<ActiveFault>,
+    /// At how many KiB a second the response comes at most.
+    pub(super) rate: Option<u64>,
     /// Of which services are told when it has ended.
     pub(super) later: Vec<rate_limit::Later>,
     /// Where a reply waits that a service must see before it goes to the client.
@@ -55,6 +57,11 @@ pub(super) enum Encode {
     Process(Option<Box<ext_proc::Processing>>),
     /// With how much the client wants the encoding.
     Compress(Arc<Compressor>, u16),
+}
+
+/// At how many KiB a second the response to a request comes at most.
+pub(in crate::worker) fn response_rate(exchange: &Exchange) -> Option<u64> {
+    exchange.policy.as_ref()?.rate
 }
 
 /// Where replies to a request would wait.
