@@ -126,7 +126,11 @@ impl Endpoint {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) => return Err(error.into()),
             };
-            let tls = listening.tls.clone().map(ServerConnection::new).transpose()?;
+            let mut tls = listening.tls.clone().map(ServerConnection::new).transpose()?;
+            if let Some(tls) = &mut tls {
+                // It takes the largest answer whole.
+                tls.set_buffer_limit(None);
+            }
             let slot = self.free.pop().unwrap_or_else(|| {
                 self.connections.push(None);
                 self.connections.len() - 1

@@ -50,6 +50,7 @@ const fn row(name: &'static str, job: Job, load: Load, path: &'static str, peers
 
 const BARE: Job = Job::File(Setup::Bare);
 const H1: Load = Load::Requests(&["--h1", "-c", "32"]);
+const LARGE: Load = Load::Requests(&["--h1", "-c", "8"]);
 const H2: Load = Load::Requests(&["-c", "8", "-m", "10"]);
 
 const ROWS: &[Row] = &[
@@ -62,6 +63,27 @@ const ROWS: &[Row] = &[
         ALL,
     ),
     row("HTTP/1.1, 32 connections, 10 KB, bare", BARE, H1, "/10k", ALL),
+    row(
+        "HTTP/1.1, 8 connections, 1 MB answers, bare",
+        BARE,
+        LARGE,
+        "/1m",
+        ALL,
+    ),
+    row(
+        "HTTP/1.1, TLS 1.3 in, mTLS out, 8 connections, 1 MB answers, sidecar",
+        Job::Mesh(Down::Tls, Up::MutualHttp1),
+        LARGE,
+        "/1m",
+        MESH,
+    ),
+    row(
+        "HTTP/2 → HTTP/1.1, 8 connections, 1 MB answers, sidecar",
+        Job::Mesh(Down::Plain, Up::Http1),
+        Load::Requests(&["-c", "8", "-m", "1"]),
+        "/1m",
+        MESH,
+    ),
     row(
         "HTTP/1.1, 32 connections, sidecar",
         Job::Mesh(Down::Plain, Up::Http1),
@@ -142,7 +164,7 @@ const ROWS: &[Row] = &[
     row(
         "TCP, 8 connections, 1 MB answers",
         Job::File(Setup::Tcp),
-        Load::Requests(&["--h1", "-c", "8"]),
+        LARGE,
         "/1m",
         TCP,
     ),

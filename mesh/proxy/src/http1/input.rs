@@ -11,10 +11,10 @@ use std::task::{Context, Poll, ready};
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, ReadBuf};
 
-/// What is read to the stack at a time.
-const SMALL: usize = 8 * 1024;
+/// What is read to the stack at a time: most messages come whole.
+const SMALL: usize = 16 * 1024;
 /// What is read at a time once that was not enough.
-const LARGE: usize = 64 * 1024;
+const LARGE: usize = 32 * 1024;
 
 /// See the module.
 #[derive(Debug, Default)]

@@ -1,6 +1,6 @@
 //! TCP: a connection and its endpoint joined both ways, counted, with limits of time.
 //!
-//! `reach` connects, `relay` moves the bytes, `splice` those that come in bulk.
+//! `reach` connects, `relay` moves the bytes.
 
 use std::cell::Cell;
 use std::net::SocketAddr;
@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 
 mod reach;
 mod relay;
-mod splice;
 
 pub(super) use reach::{Upstream, open};
 
