@@ -9,6 +9,7 @@ use crate::config::headers::Scene;
 use crate::config::matchers::RequestView;
 use crate::metrics::flags::Flags;
 use crate::observe::record::{Record, Wants};
+use crate::policy::metadata::Metadata;
 
 /// A request whose fields are being changed.
 pub(super) struct RequestScene<'a> {
@@ -28,6 +29,8 @@ pub(super) struct ResponseScene<'a> {
     pub request: &'a HeaderMap,
     /// Path and query of the request as they are now.
     pub uri: &'a Uri,
+    /// What filters have told each other, where the exchange does not know it at this moment.
+    pub metadata: Option<&'a Metadata>,
 }
 
 /// Trailers of a response that are being changed.
@@ -45,7 +48,15 @@ impl<'a> ResponseScene<'a> {
             exchange,
             request: &parts.headers,
             uri: &parts.uri,
+            metadata: None,
         }
+    }
+
+    fn show(&self, state: &LogState, to: &mut dyn FnMut(&Record<'_>)) {
+        show(self.exchange, None, state, &mut |record| match self.metadata {
+            Some(metadata) => to(&Record { metadata, ..*record }),
+            None => to(record),
+        });
     }
 }
 
@@ -84,7 +95,7 @@ impl Scene for ResponseScene<'_> {
     fn show(&self, wants: &Wants, headers: &HeaderMap, to: &mut dyn FnMut(&Record<'_>)) {
         let mut state = state_of(self.exchange, wants, self.request, self.uri);
         state.keep_response(wants, headers);
-        show(self.exchange, None, &state, to);
+        ResponseScene::show(self, &state, to);
     }
 }
 
@@ -93,6 +104,6 @@ impl Scene for TrailerScene<'_> {
         let mut state = state_of(self.of.exchange, wants, self.of.request, self.of.uri);
         state.keep_response(wants, self.response);
         state.keep_trailers(wants, headers);
-        show(self.of.exchange, None, &state, to);
+        ResponseScene::show(&self.of, &state, to);
     }
 }

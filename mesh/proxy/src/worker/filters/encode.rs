@@ -65,6 +65,8 @@ impl PolicyState {
             exchange,
             request: self.request.as_ref().unwrap_or(none),
             uri: self.uri.as_ref().unwrap_or(&exchange.uri),
+            // The state has been taken out of the exchange.
+            metadata: Some(&self.metadata),
         }
     }
 

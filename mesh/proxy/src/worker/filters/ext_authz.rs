@@ -80,6 +80,7 @@ pub(super) async fn ask(
             }
             match answer {
                 Ok(answer) if authz.validates && !is_valid(&answer) => {
+                    tell_asked(exchange, name, began, bytes);
                     note(exchange, answer.dynamic_metadata);
                     authz.count_invalid(worker.id);
                     return unusable(exchange, authz, name);
@@ -108,10 +109,7 @@ pub(super) async fn ask(
         }
     };
     authz.count(&verdict, worker.id);
-    if let Some(began) = began {
-        let took = began.elapsed();
-        keep(exchange, Asked { took, bytes }.report(name));
-    }
+    tell_asked(exchange, name, began, bytes);
     if authz.shadow {
         pass_anyway(
             exchange,
@@ -145,6 +143,14 @@ pub(super) async fn ask(
 /// Keeps what the filter tells of itself.
 fn keep(exchange: &mut Exchange, report: Report) {
     state(exchange).metadata.state.report(report);
+}
+
+/// Keeps how a service was asked, where that is told: since when, and what was said.
+fn tell_asked(exchange: &mut Exchange, name: &str, began: Option<Instant>, bytes: Option<(usize, usize)>) {
+    if let Some(began) = began {
+        let took = began.elapsed();
+        keep(exchange, Asked { took, bytes }.report(name));
+    }
 }
 
 /// Keeps what a service has decided about a request that passes whatever that is.
