@@ -135,7 +135,10 @@ impl Exchange {
             remote: conn.remote,
             internal: false,
             scheme: Scheme::HTTP,
-            intervals: conn.manager.log_interval.map(Intervals::every),
+            intervals: conn
+                .manager
+                .log_interval
+                .map(|interval| Box::new(Intervals::every(interval))),
             conn,
             started: Instant::now(),
             method,

@@ -23,11 +23,11 @@ pub struct Intervals {
 
 impl Intervals {
     /// From now on.
-    pub fn every(interval: Duration) -> Box<Self> {
-        Box::new(Self {
+    pub fn every(interval: Duration) -> Self {
+        Self {
             interval,
             timer: Box::pin(tokio::time::sleep(interval)),
-        })
+        }
     }
 
     /// Whether a line is due; the task is woken for the next one.

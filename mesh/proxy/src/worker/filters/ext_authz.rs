@@ -18,8 +18,8 @@ use crate::hygiene::query::{Names, Query};
 use crate::metrics::flags::Flags;
 use crate::observe::record::{Record, Wants};
 use crate::policy::ext_authz::{
-    self, Allowed, Asked, BodySettings, CheckScene, DEFAULT_TIMEOUT, Decision, Denied, ExtAuthz, NAMESPACE,
-    PerRouteAuthz, Service, Settings, Verdict, is_valid, read_grpc,
+    self, Allowed, Asked, BodySettings, CheckScene, DEFAULT_TIMEOUT, Decision, Denied, ExtAuthz, HttpService,
+    NAMESPACE, PerRouteAuthz, Service, Settings, Verdict, is_valid, read_grpc,
 };
 use crate::policy::filter_state::Report;
 use crate::policy::per_route::Override;
@@ -50,16 +50,7 @@ pub(super) async fn ask(
         _ => None,
     };
     if !authz.applies(metadata(exchange), random::next(), worker.id) {
-        return if authz.deny_at_disable && authz.shadow {
-            authz.count_shadow_denied(worker.id);
-            exchange.flags.add(Flags::UNAUTHORIZED);
-            keep(exchange, Decision::unasked(authz.status_on_error).report(name));
-            Ok(Passed::On)
-        } else if authz.deny_at_disable {
-            Err(refusal(authz.status_on_error, "ext_authz_denied"))
-        } else {
-            Ok(Passed::On)
-        };
+        return not_asked(exchange, authz, name);
     }
     let content = match authz.wanted_body(settings) {
         None => Content::default(),
@@ -90,22 +81,8 @@ pub(super) async fn ask(
             }
         }
         Service::Http(service) => {
-            let question = {
-                let facts = facts(exchange, parts);
-                let mut added = HeaderMap::new();
-                service.add.apply(&mut added, &Asking { exchange, parts });
-                service.question(&facts, content.bytes, authz, content.partial, added)
-            };
-            match question {
-                None => Verdict::Failed,
-                Some(question) => {
-                    let target = &service.target;
-                    match call(&worker, &target.cluster, question, false, target.timeout).await {
-                        Ok(answer) => service.read(&answer.head, answer.body),
-                        Err(error) => failed(&error),
-                    }
-                }
-            }
+            let asking = Asking { exchange, parts };
+            ask_over_http(&asking, authz, service, content).await
         }
     };
     authz.count(&verdict, worker.id);
@@ -137,6 +114,44 @@ pub(super) async fn ask(
             Ok(Passed::On)
         }
         Verdict::Failed => Err(refusal(authz.status_on_error, "ext_authz_error")),
+    }
+}
+
+/// What becomes of a request that the service is not asked about.
+fn not_asked(exchange: &mut Exchange, authz: &ExtAuthz, name: &str) -> super::Verdict {
+    if !authz.deny_at_disable {
+        return Ok(Passed::On);
+    }
+    if !authz.shadow {
+        return Err(refusal(authz.status_on_error, "ext_authz_denied"));
+    }
+    authz.count_shadow_denied(exchange.conn.worker.id);
+    exchange.flags.add(Flags::UNAUTHORIZED);
+    keep(exchange, Decision::unasked(authz.status_on_error).report(name));
+    Ok(Passed::On)
+}
+
+/// Asks a service over HTTP.
+async fn ask_over_http(
+    asking: &Asking<'_>,
+    authz: &ExtAuthz,
+    service: &HttpService,
+    content: Content,
+) -> Verdict {
+    let question = {
+        let facts = facts(asking.exchange, asking.parts);
+        let mut added = HeaderMap::new();
+        service.add.apply(&mut added, asking);
+        service.question(&facts, content.bytes, authz, content.partial, added)
+    };
+    let Some(question) = question else {
+        return Verdict::Failed;
+    };
+    let target = &service.target;
+    let worker = asking.exchange.conn.worker.clone();
+    match call(&worker, &target.cluster, question, false, target.timeout).await {
+        Ok(answer) => service.read(&answer.head, answer.body),
+        Err(error) => failed(&error),
     }
 }
 
