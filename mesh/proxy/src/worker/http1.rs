@@ -13,7 +13,7 @@ pub(super) use self::wire::Upgraded;
 
 use std::cell::RefCell;
 use std::future::poll_fn;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -281,11 +281,12 @@ impl Turn<'_> {
         interims: Option<Arc<Waiting>>,
         undecided: bool,
     ) -> Option<Response<Body>> {
-        let mut service = pin!(request::handle(
+        // Boxed: a connection that waits for its next request holds no room for it.
+        let mut service = Box::pin(request::handle(
             self.conn.clone(),
             parts,
             incoming,
-            interims.clone()
+            interims.clone(),
         ));
         let mut told = false;
         poll_fn(|cx| {
