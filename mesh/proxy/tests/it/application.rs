@@ -27,8 +27,9 @@ fn bootstrap(gateway: SocketAddr, admin: SocketAddr, control: Option<&Path>) -> 
                 "  clusters:
   - name: xds
     http2_protocol_options: {{}}
-    load_assignment: {{cluster_name: xds, endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{pipe: {{path: {socket:?}}}}}}}}}]}}]}}
-"
+    load_assignment: {{cluster_name: xds, endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{pipe: {{path: {socket}}}}}}}}}]}}]}}
+",
+                socket = socket.display(),
             ),
         ),
     };
