@@ -13,7 +13,9 @@ macro_rules! flags {
     };
 }
 
+// In the order in which they are written. Envoy writes them as they were set, and requests are delayed before anything else.
 flags! {
+    DELAY_INJECTED = 13, "DI", "delayed by fault injection";
     UPSTREAM_CONNECTION_FAILURE = 0, "UF", "no connection could be made";
     NO_HEALTHY_UPSTREAM = 1, "UH", "no endpoint may be used";
     NO_ROUTE = 2, "NR", "no route or filter chain";
@@ -27,7 +29,6 @@ flags! {
     DOWNSTREAM_PROTOCOL_ERROR = 10, "DPE", "the client broke the protocol";
     UPSTREAM_PROTOCOL_ERROR = 11, "UPE", "the upstream broke the protocol";
     FAULT_INJECTED = 12, "FI", "aborted by fault injection";
-    DELAY_INJECTED = 13, "DI", "delayed by fault injection";
     DURATION_TIMEOUT = 14, "DT", "the connection or request lasted too long";
     STREAM_IDLE = 15, "SI", "the stream was idle for too long";
     MAX_STREAM_DURATION = 16, "UMSDR", "the upstream stream lasted too long";
@@ -108,5 +109,6 @@ mod tests {
             (Flags::UPSTREAM_CONNECTION_FAILURE | Flags::RETRY_LIMIT).to_string(),
             "UF,URX"
         );
+        assert_eq!((Flags::NO_ROUTE | Flags::DELAY_INJECTED).to_string(), "DI,NR");
     }
 }

@@ -13,12 +13,11 @@ pub mod token;
 
 use std::sync::Arc;
 
-use http::HeaderMap;
 use serin_xds::pb::envoy::extensions::filters::http::jwt_authn::v3 as jwt;
 
-pub use self::places::{Found, Place};
+pub use self::places::{Found, Place, Places};
 pub use self::provider::Provider;
-pub use self::requirement::Requirement;
+pub use self::requirement::{Instead, Requirement};
 
 use self::token::Token;
 use super::stats::Counter;
@@ -36,6 +35,8 @@ pub const NAMESPACE: &str = "envoy.filters.http.jwt_authn";
 pub struct JwtAuthn {
     /// Providers, by index.
     pub providers: Box<[Arc<Provider>]>,
+    /// Where any of them looks for tokens.
+    pub places: Places,
     rules: Box<[Rule]>,
     named: Box<[(Box<str>, Requirement)]>,
     by_state: Option<StateRules>,
@@ -123,6 +124,7 @@ impl JwtAuthn {
         ];
         Ok(Self {
             by_state,
+            places: Places::compile(names.iter().map(|name| &from.providers[*name]).enumerate())?,
             providers,
             rules,
             named,
@@ -155,31 +157,6 @@ impl JwtAuthn {
             .iter()
             .find(|(value, _)| **value == *wanted)
             .map(|(_, requirement)| requirement)
-    }
-
-    /// The tokens that a request brings for these providers (all of them if there are none), each with those that look for
-    /// tokens where it is.
-    pub fn tokens(
-        &self,
-        only: &[usize],
-        headers: &HeaderMap,
-        query: Option<&str>,
-    ) -> Vec<(Found, Vec<&Arc<Provider>>)> {
-        let mut out: Vec<(Found, Vec<&Arc<Provider>>)> = Vec::new();
-        let wanted = self
-            .providers
-            .iter()
-            .enumerate()
-            .filter(|(index, _)| only.is_empty() || only.contains(index));
-        for (_, provider) in wanted {
-            for found in provider.extract(headers, query) {
-                match out.iter_mut().find(|(known, _)| *known == found) {
-                    Some((_, owners)) => owners.push(provider),
-                    None => out.push((found, vec![provider])),
-                }
-            }
-        }
-        out
     }
 
     /// Whose token it is: the provider of its issuer, else one for any issuer.

@@ -176,7 +176,8 @@ impl Balancer {
         // One level without degraded hosts, the usual case, needs none: there are many clusters.
         let shared = levels.len() > 1 || levels.iter().any(|level| !level.degraded.hosts.is_empty());
         let loads = if shared {
-            Loads::new(levels.iter().map(Level::health), overprovisioning, 0)
+            let levels = levels.iter().map(Level::health);
+            Loads::new(levels, overprovisioning, cluster.panic_threshold, 0)
         } else {
             Loads::default()
         };
@@ -307,6 +308,7 @@ impl Balancer {
             fresh = Loads::new(
                 self.levels.iter().map(health),
                 self.overprovisioning,
+                cluster.panic_threshold,
                 wish.tried_priorities,
             );
             &fresh

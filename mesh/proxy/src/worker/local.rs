@@ -22,6 +22,9 @@ static X_RESPONSE_FLAGS: http::HeaderName = http::HeaderName::from_static("x-ser
 /// The body type of every response.
 pub type Body = ResponseBody<Watch>;
 
+/// gRPC's status for what has none.
+const UNKNOWN: u8 = 2;
+
 /// A response of our own.
 #[derive(Debug)]
 pub struct LocalReply {
@@ -37,6 +40,8 @@ pub struct LocalReply {
     pub headers: HeaderMap,
     /// gRPC status to send instead of the one that follows from the HTTP status.
     pub grpc_status: Option<u32>,
+    /// It stays as it is also where the request calls itself gRPC.
+    pub plain: bool,
     /// Whether the connection should end.
     pub close: bool,
 }
@@ -56,6 +61,7 @@ impl LocalReply {
             body: Bytes::from_static(body.as_bytes()),
             headers: HeaderMap::new(),
             grpc_status: None,
+            plain: false,
             close: false,
         }
     }
@@ -157,7 +163,11 @@ impl LocalReply {
         exchange.flags.add(self.flags);
         exchange.details = self.details;
         let mut body = self.body;
-        if exchange.grpc {
+        if exchange.grpc && self.plain {
+            // An answer that says nothing of gRPC.
+            exchange.grpc_status = Some(UNKNOWN);
+            *response.status_mut() = self.status;
+        } else if exchange.grpc {
             let status = self.grpc_status.unwrap_or_else(|| grpc_of_http(self.status));
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
             headers.insert("grpc-status", HeaderValue::from(status));

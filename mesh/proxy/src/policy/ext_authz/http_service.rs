@@ -136,10 +136,13 @@ impl HttpService {
                         || own.as_deref().is_some_and(|list| any(list, text))
                 }
             };
-            let always = *name == header::AUTHORIZATION || *name == header::HOST;
+            let is_host = *name == header::HOST;
+            let always = *name == header::AUTHORIZATION || is_host;
+            // The host has another name in Envoy, by which alone it is left out.
+            let left_out = any(&authz.disallowed, if is_host { ":authority" } else { text });
             let ours = name.as_str() == PARTIAL_BODY;
             let framing = *name == header::CONTENT_LENGTH || *name == header::TRANSFER_ENCODING;
-            if (wanted || always) && !framing && !ours && !any(&authz.disallowed, text) {
+            if (wanted || always) && !framing && !ours && !left_out {
                 joined(headers, name, value);
             }
         }

@@ -355,6 +355,13 @@ impl ExtProc {
             if own {
                 continue;
             }
+            // Whether it may be changed or not (Envoy).
+            let system = name.starts_with(':');
+            if !system && HeaderName::from_bytes(name.as_bytes()).is_err()
+                || HeaderValue::from_bytes(text).is_err()
+            {
+                return Err(malformed(Change::Set));
+            }
             if !self.rules.allows(&name) {
                 rejected(Change::Set)?;
                 continue;

@@ -1,127 +1,187 @@
 //! Where tokens are in a request: header fields, query parameters, cookies.
+//!
+//! Every place is looked at in Envoy's order, which decides whose failure is told: fields by name and prefix, parameters by
+//! name, cookies by name; tokens are judged from the last to the first. Of parameters and cookies of one name Envoy looks at
+//! the first alone; here it comes last, so that it is judged first, and the others are judged as well, since an endpoint may
+//! take any of them. The limits of a request's head bound how many there are.
 
-use http::{HeaderMap, HeaderName, header};
+use std::collections::BTreeMap;
+
+use http::{HeaderMap, HeaderName, HeaderValue, header};
 use serin_xds::pb::envoy::extensions::filters::http::jwt_authn::v3 as jwt;
 
-use super::provider::{header_name, texts};
+use super::provider::header_name;
+use crate::config::matchers::percent_decoded;
 use crate::error::{Refusal, Within};
 
-/// Tokens that one request may bring for a provider.
-const MAX_TOKENS: usize = 8;
-
 /// A token found in a request.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
+#[derive(Debug)]
+pub struct Found<'a> {
     /// Its text.
     pub text: String,
     /// Where it was.
-    pub place: Place,
+    pub place: Place<'a>,
+    /// Indices of the providers that look for tokens there.
+    pub owners: &'a [usize],
 }
 
 /// Where a token was.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place<'a> {
     /// In that field.
-    Header(HeaderName),
+    Header(&'a HeaderName),
     /// In that query parameter.
-    Parameter(Box<str>),
-    /// In that cookie.
+    Parameter(&'a str),
+    /// In some cookie.
     Cookie,
 }
 
-/// The places of a provider (`from_headers`, `from_params`, `from_cookies`).
+/// The places of a provider (`from_headers`, `from_params`, `from_cookies`), or of several.
 #[derive(Debug)]
-pub(super) struct Places {
-    /// Fields, and what comes before the token in each.
-    headers: Box<[(HeaderName, Box<str>)]>,
-    parameters: Box<[Box<str>]>,
-    cookies: Box<[Box<str>]>,
+pub struct Places {
+    headers: Box<[Field]>,
+    parameters: Box<[(Box<str>, Box<[usize]>)]>,
+    cookies: Box<[(Box<str>, Box<[usize]>)]>,
+}
+
+/// A field that holds tokens.
+#[derive(Debug)]
+struct Field {
+    name: HeaderName,
+    /// What comes before the token.
+    prefix: Box<str>,
+    owners: Box<[usize]>,
 }
 
 impl Places {
-    /// Where a provider names none, tokens are where OAuth has them: `authorization: Bearer` and `access_token`.
-    pub(super) fn compile(from: &jwt::JwtProvider) -> Result<Self, Refusal> {
-        let mut headers: Vec<(HeaderName, Box<str>)> = from
-            .from_headers
-            .iter()
-            .map(|header| {
-                Ok((
-                    header_name(&header.name).within("from_headers")?,
-                    header.value_prefix.as_str().into(),
-                ))
-            })
-            .collect::<Result<_, Refusal>>()?;
-        let mut parameters = texts(&from.from_params);
-        let cookies = texts(&from.from_cookies);
-        if headers.is_empty() && parameters.is_empty() && cookies.is_empty() {
-            headers.push((header::AUTHORIZATION, "Bearer ".into()));
-            parameters = Box::new(["access_token".into()]);
+    /// Of these providers. Where one names none, tokens are where OAuth has them: `authorization: Bearer` and `access_token`.
+    pub(super) fn compile<'p>(
+        providers: impl Iterator<Item = (usize, &'p jwt::JwtProvider)>,
+    ) -> Result<Self, Refusal> {
+        let mut headers: BTreeMap<String, (HeaderName, &str, Vec<usize>)> = BTreeMap::new();
+        let (mut parameters, mut cookies) = (BTreeMap::new(), BTreeMap::new());
+        for (index, from) in providers {
+            let mut field = |name: HeaderName, prefix: &'p str| {
+                let key = format!("{name}{prefix}");
+                let (_, _, owners) = headers.entry(key).or_insert_with(|| (name, prefix, Vec::new()));
+                owners.push(index);
+            };
+            let mut default = None;
+            if from.from_headers.is_empty() && from.from_params.is_empty() && from.from_cookies.is_empty() {
+                field(header::AUTHORIZATION, "Bearer ");
+                default = Some("access_token");
+            }
+            for one in &from.from_headers {
+                field(header_name(&one.name).within("from_headers")?, &one.value_prefix);
+            }
+            let named = from.from_params.iter().map(String::as_str);
+            add(&mut parameters, index, named.chain(default));
+            add(&mut cookies, index, from.from_cookies.iter().map(String::as_str));
         }
         Ok(Self {
-            headers: headers.into(),
-            parameters,
-            cookies,
+            headers: headers
+                .into_values()
+                .map(|(name, prefix, owners)| Field {
+                    name,
+                    prefix: prefix.into(),
+                    owners: owners.into(),
+                })
+                .collect(),
+            parameters: boxed(parameters),
+            cookies: boxed(cookies),
         })
     }
 
     /// The tokens that a request brings.
-    pub(super) fn find(&self, headers: &HeaderMap, query: Option<&str>) -> Vec<Found> {
+    pub fn find(&self, headers: &HeaderMap, query: Option<&str>) -> Vec<Found<'_>> {
         let mut out = Vec::new();
-        for (name, prefix) in &self.headers {
-            for value in headers.get_all(name) {
-                let Ok(text) = value.to_str() else { continue };
-                let token = match text.find(&**prefix) {
-                    _ if prefix.is_empty() => text.trim(),
-                    Some(at) => {
-                        let rest = text[at + prefix.len()..].trim_start();
-                        let end = rest
-                            .find(|char: char| !(char.is_ascii_alphanumeric() || "-_.=".contains(char)))
-                            .unwrap_or(rest.len());
-                        &rest[..end]
-                    }
-                    None => continue,
-                };
-                if !token.is_empty() {
+        for field in &self.headers {
+            field.find(headers, &mut out);
+        }
+        for (parameter, owners) in &self.parameters {
+            let pairs = query.into_iter().flat_map(|query| query.rsplit('&'));
+            for (name, value) in pairs.map(|pair| pair.split_once('=').unwrap_or((pair, ""))) {
+                if percent_decoded(name) == **parameter {
                     out.push(Found {
-                        text: token.to_owned(),
-                        place: Place::Header(name.clone()),
+                        text: percent_decoded(value).into_owned(),
+                        place: Place::Parameter(parameter),
+                        owners,
                     });
                 }
             }
         }
-        for (name, value) in query.into_iter().flat_map(pairs) {
-            if self.parameters.iter().any(|parameter| **parameter == *name) && !value.is_empty() {
+        for (cookie, owners) in &self.cookies {
+            let all = headers.get_all(header::COOKIE).iter().rev();
+            let pairs = all
+                .filter_map(|value| value.to_str().ok())
+                .flat_map(|text| text.rsplit(';'))
+                .filter_map(|pair| pair.trim().split_once('='));
+            for (_, value) in pairs.filter(|(name, _)| *name == &**cookie) {
                 out.push(Found {
-                    text: value.to_owned(),
-                    place: Place::Parameter(name.into()),
+                    text: value.trim_matches('"').to_owned(),
+                    place: Place::Cookie,
+                    owners,
                 });
             }
         }
-        if !self.cookies.is_empty() {
-            let all = headers
-                .get_all(header::COOKIE)
-                .iter()
-                .filter_map(|value| value.to_str().ok());
-            for (name, value) in all
-                .flat_map(|text| text.split(';'))
-                .filter_map(|pair| pair.trim().split_once('='))
-            {
-                if self.cookies.iter().any(|cookie| **cookie == *name) {
-                    out.push(Found {
-                        text: value.trim_matches('"').to_owned(),
-                        place: Place::Cookie,
-                    });
-                }
-            }
-        }
-        out.truncate(MAX_TOKENS);
         out
     }
 }
 
-impl Place {
+/// Adds names that provider `index` looks for.
+fn add<'p>(to: &mut BTreeMap<&'p str, Vec<usize>>, index: usize, names: impl Iterator<Item = &'p str>) {
+    for name in names {
+        to.entry(name).or_default().push(index);
+    }
+}
+
+fn boxed(from: BTreeMap<&str, Vec<usize>>) -> Box<[(Box<str>, Box<[usize]>)]> {
+    let names = from.into_iter();
+    names.map(|(name, owners)| (name.into(), owners.into())).collect()
+}
+
+impl Field {
+    fn find<'a>(&'a self, headers: &HeaderMap, out: &mut Vec<Found<'a>>) {
+        let mut add = |value: &str| {
+            if let Some(text) = self.token(value) {
+                out.push(Found {
+                    text: text.to_owned(),
+                    place: Place::Header(&self.name),
+                    owners: &self.owners,
+                });
+            }
+        };
+        let mut values = headers
+            .get_all(&self.name)
+            .iter()
+            .map(HeaderValue::as_bytes)
+            .map(String::from_utf8_lossy);
+        if self.name != header::AUTHORIZATION {
+            values.for_each(|value| add(&value));
+            return;
+        }
+        // It is one field: two of them are read as one value (Envoy), which is no token.
+        let Some(first) = values.next() else { return };
+        let all = values.fold(first, |all, value| all + "," + value);
+        add(&all);
+    }
+
+    /// What follows the prefix, from the first character that a token may have; all of it, since a part of what the client
+    /// sent is not what the client sent.
+    fn token<'v>(&self, value: &'v str) -> Option<&'v str> {
+        if self.prefix.is_empty() {
+            return Some(value);
+        }
+        let at = value.find(&*self.prefix)?;
+        let rest = &value[at + self.prefix.len()..];
+        let begins = |char: char| char.is_ascii_alphanumeric() || matches!(char, '-' | '_' | '.');
+        Some(rest.find(begins).map_or(value, |start| &rest[start..]))
+    }
+}
+
+impl Place<'_> {
     /// Takes the token out of the request. A new query is returned if it was in that.
-    pub(super) fn take_out(&self, headers: &mut HeaderMap, query: Option<&str>) -> Option<String> {
+    pub(super) fn take_out(self, headers: &mut HeaderMap, query: Option<&str>) -> Option<String> {
         match self {
             Place::Header(name) => {
                 headers.remove(name);
@@ -130,7 +190,10 @@ impl Place {
             Place::Parameter(name) => query.map(|query| {
                 let kept: Vec<&str> = query
                     .split('&')
-                    .filter(|pair| pair.split_once('=').map_or(*pair, |(key, _)| key) != &**name)
+                    .filter(|pair| {
+                        let key = pair.split_once('=').map_or(*pair, |(key, _)| key);
+                        percent_decoded(key) != *name
+                    })
                     .collect();
                 kept.join("&")
             }),
@@ -138,8 +201,4 @@ impl Place {
             Place::Cookie => None,
         }
     }
-}
-
-fn pairs(query: &str) -> impl Iterator<Item = (&str, &str)> {
-    query.split('&').filter_map(|pair| pair.split_once('='))
 }

@@ -13,7 +13,7 @@ use serin_xds::pb::envoy::extensions::filters::http::jwt_authn::v3 as jwt;
 use super::NAMESPACE;
 use super::jwks::Source;
 use super::keys::KeySet;
-use super::places::{Found, Place, Places};
+use super::places::{Place, Places};
 use super::token::{Failure, Token};
 use crate::config::convert::{self, each};
 use crate::config::matchers::StringMatch;
@@ -39,12 +39,14 @@ pub struct Provider {
     audiences: Box<[Box<str>]>,
     subjects: Option<StringMatch>,
     require_expiration: bool,
+    /// What may be left of a token's life.
     max_lifetime_s: Option<u64>,
     /// Its keys.
     pub source: Source,
     /// Whether its tokens stay in the request.
     pub forward: bool,
-    places: Places,
+    /// Where its tokens are.
+    pub places: Places,
     forward_payload: Option<ForwardPayload>,
     claims: Box<[ClaimField]>,
     payload_in_metadata: Box<str>,
@@ -151,7 +153,7 @@ impl Provider {
                 .map(|limit| limit.as_secs()),
             source: Source::compile(from.jwks_source_specifier.as_ref(), name, context)?,
             forward: from.forward,
-            places: Places::compile(from)?,
+            places: Places::compile(std::iter::once((0, from)))?,
             forward_payload: match from.forward_payload_header.as_str() {
                 "" => None,
                 name => Some(ForwardPayload {
@@ -187,11 +189,6 @@ impl Provider {
         }
     }
 
-    /// The tokens that a request brings for this provider.
-    pub fn extract(&self, headers: &HeaderMap, query: Option<&str>) -> Vec<Found> {
-        self.places.find(headers, query)
-    }
-
     /// Reads a token and checks everything but its signature. Keys with which the signature was verified before are
     /// returned as well.
     pub fn read(
@@ -209,23 +206,24 @@ impl Provider {
             return Err(Failure::UnknownIssuer);
         }
         token.check_time(now_s, self.skew_s)?;
-        if self.require_expiration && token.time("exp").is_none() {
-            return Err(Failure::NoExpiration);
-        }
-        if let Some(limit) = self.max_lifetime_s {
-            let from = token.time("nbf").or(token.time("iat")).unwrap_or(now_s);
-            let until = token.time("exp").ok_or(Failure::NoExpiration)?;
-            if until.saturating_sub(from) > limit {
-                return Err(Failure::Lifetime);
-            }
-        }
-        if let Some(subjects) = &self.subjects
-            && !subjects.matches(token.subject())
-        {
-            return Err(Failure::Subject);
-        }
         token.check_audience(audiences.unwrap_or(&self.audiences))?;
+        let subject = self.subjects.as_ref();
+        if subject.is_some_and(|subjects| !subjects.matches(token.subject())) || !self.lives(&token, now_s) {
+            return Err(Failure::Verification);
+        }
         Ok((token, verified))
+    }
+
+    /// Whether the token ends, and soon enough: what is left of its life counts, not when it began (Envoy).
+    fn lives(&self, token: &Token, now_s: u64) -> bool {
+        if !self.require_expiration && self.max_lifetime_s.is_none() {
+            return true;
+        }
+        let until = token.time("exp").filter(|until| *until > 0);
+        until.is_some_and(|until| {
+            self.max_lifetime_s
+                .is_none_or(|limit| until.saturating_sub(now_s) <= limit)
+        })
     }
 
     /// Verifies a token's signature, unless these very keys did before, and remembers it if it is good.
@@ -246,19 +244,19 @@ impl Provider {
         Ok(())
     }
 
-    /// Makes of a good token what the provider says: fields, metadata, and its removal from the request. A new query,
-    /// if the token was taken out of it, is returned.
+    /// Makes of a good token what the provider says: fields, beside those of other good tokens, metadata, and its removal
+    /// from the request. A new query, if the token was taken out of it, is returned.
     pub fn accept(
         &self,
         token: &Token,
-        place: &Place,
+        place: Place<'_>,
         headers: &mut HeaderMap,
         query: Option<&str>,
         metadata: &mut Metadata,
     ) -> Option<String> {
         for claim in &self.claims {
             if let Some(value) = token.claim(&claim.path).and_then(field_value) {
-                headers.insert(&claim.name, value);
+                headers.append(&claim.name, value);
             }
         }
         if let Some(payload) = &self.forward_payload {
@@ -271,7 +269,7 @@ impl Provider {
                 URL_SAFE_NO_PAD.encode(bytes)
             };
             if let Ok(value) = HeaderValue::from_str(&text) {
-                headers.insert(&payload.name, value);
+                headers.append(&payload.name, value);
             }
         }
         if !self.payload_in_metadata.is_empty() {

@@ -11,7 +11,7 @@ pub enum Requirement {
     /// A token of a provider, for one of these audiences where they are not the provider's own.
     Provider(usize, Option<Box<[Box<str>]>>),
     /// One of these.
-    Any(Box<[Requirement]>),
+    Any(Box<[Requirement]>, Instead),
     /// All of these.
     All(Box<[Requirement]>),
     /// No token, or good ones.
@@ -20,24 +20,15 @@ pub enum Requirement {
     AllowMissingOrFailed,
 }
 
-impl Requirement {
-    /// Adds the providers that it names, however deep.
-    pub fn providers(&self, out: &mut Vec<usize>) {
-        match self {
-            Self::Provider(index, _) => out.push(*index),
-            Self::Any(list) | Self::All(list) => {
-                for inner in list {
-                    inner.providers(out);
-                }
-            }
-            Self::AllowMissing | Self::AllowMissingOrFailed => {}
-        }
-    }
-
-    /// Whether a request without a token meets it.
-    pub fn is_lenient(&self) -> bool {
-        matches!(self, Self::AllowMissing | Self::AllowMissingOrFailed)
-    }
+/// What meets a list of which one is asked for, where none of it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Instead {
+    /// Nothing.
+    Nothing,
+    /// That there is no token for any of it (`allow_missing` in the list).
+    NoToken,
+    /// Whatever there is (`allow_missing_or_failed` in the list).
+    Anything,
 }
 
 impl Requirement {
@@ -49,7 +40,7 @@ impl Requirement {
                 .position(|own| *own == name)
                 .ok_or_else(|| Refusal::new("provider_name", format!("there is no provider {name:?}")))
         };
-        let list = |list: &[jwt::JwtRequirement], field: &str| {
+        let list = |list: &[jwt::JwtRequirement], field: &str| -> Result<Box<[Self]>, Refusal> {
             each(list, "requirements", |inner| Self::compile(inner, providers)).within(field)
         };
         match &from.requires_type {
@@ -64,7 +55,9 @@ impl Requirement {
                         .collect(),
                 ),
             )),
-            Some(RequiresType::RequiresAny(any)) => Ok(Self::Any(list(&any.requirements, "requires_any")?)),
+            Some(RequiresType::RequiresAny(any)) => {
+                Ok(Self::any(list(&any.requirements, "requires_any")?.into_vec()))
+            }
             Some(RequiresType::RequiresAll(all)) => Ok(Self::All(list(&all.requirements, "requires_all")?)),
             Some(RequiresType::AllowMissing(_)) => Ok(Self::AllowMissing),
             Some(RequiresType::AllowMissingOrFailed(_)) => Ok(Self::AllowMissingOrFailed),
@@ -73,5 +66,23 @@ impl Requirement {
                 "not supported: claims that nobody verified would look like those that were",
             )),
         }
+    }
+
+    /// One of `list`. What a request without a token meets counts for the others of the list, and judges tokens only where
+    /// there are no others (Envoy).
+    fn any(mut list: Vec<Self>) -> Self {
+        let lenience = |one: &Self| match one {
+            Self::AllowMissing => Instead::NoToken,
+            Self::AllowMissingOrFailed => Instead::Anything,
+            Self::Provider(..) | Self::Any(..) | Self::All(_) => Instead::Nothing,
+        };
+        let instead = list.iter().map(lenience).max().unwrap_or(Instead::Nothing);
+        list.retain(|one| lenience(one) == Instead::Nothing);
+        match instead {
+            Instead::NoToken if list.is_empty() => list.push(Self::AllowMissing),
+            Instead::Anything if list.is_empty() => list.push(Self::AllowMissingOrFailed),
+            Instead::Nothing | Instead::NoToken | Instead::Anything => {}
+        }
+        Self::Any(list.into(), instead)
     }
 }

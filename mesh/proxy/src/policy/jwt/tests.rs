@@ -3,6 +3,7 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http::{HeaderMap, HeaderValue, header};
 use serde_json::{Value, json};
+use serin_xds::pb::envoy::r#type::matcher::v3::{StringMatcher, string_matcher::MatchPattern};
 
 use super::keys::KeySet;
 use super::token::{Failure, Token};
@@ -122,7 +123,7 @@ fn signatures_of_every_algorithm_are_verified_and_changed_ones_refused() {
         let forged = Token::parse(&parts.join(".")).unwrap();
         assert_eq!(
             forged.check_signature(&all),
-            Err(Failure::Signature),
+            Err(Failure::Verification),
             "{:?}",
             token.algorithm
         );
@@ -188,14 +189,53 @@ fn issuer_times_audiences_and_subjects_are_checked() {
 }
 
 #[test]
+fn tokens_that_live_too_long_or_for_ever_and_those_of_others_fail_as_wrong_signatures_do() {
+    let judge = |message: &jwt::JwtProvider, claims: Value| {
+        let text = signed(&json!({"alg": "ES256"}), &claims, |_| vec![0; 64]);
+        provider(message).read(&text, None, 10_000).map(|_| ())
+    };
+    let seconds = |seconds| serin_xds::pb::google::protobuf::Duration { seconds, nanos: 0 };
+    let short = jwt::JwtProvider {
+        max_lifetime: Some(seconds(100)),
+        ..Default::default()
+    };
+    let old = json!({"nbf": 1, "iat": 1, "exp": 10_100});
+    assert_eq!(judge(&short, old), Ok(()), "what is left of it counts");
+    assert_eq!(judge(&short, json!({"exp": 10_101})), Err(Failure::Verification));
+    let ending = jwt::JwtProvider {
+        require_expiration: true,
+        ..Default::default()
+    };
+    for message in [&short, &ending] {
+        assert_eq!(judge(message, json!({})), Err(Failure::Verification));
+        assert_eq!(judge(message, json!({"exp": 0})), Err(Failure::Verification));
+    }
+    assert_eq!(judge(&ending, json!({"exp": 4_000_000_000u64})), Ok(()));
+    let bobs = jwt::JwtProvider {
+        subjects: Some(StringMatcher {
+            match_pattern: Some(MatchPattern::Exact("bob".into())),
+            ..Default::default()
+        }),
+        audiences: vec!["a".into()],
+        ..Default::default()
+    };
+    assert_eq!(judge(&bobs, json!({"sub": "bob", "aud": "a"})), Ok(()));
+    let other = json!({"sub": "eve", "aud": "a"});
+    assert_eq!(judge(&bobs, other), Err(Failure::Verification));
+    let both = json!({"sub": "eve", "aud": "b"});
+    assert_eq!(judge(&bobs, both), Err(Failure::Audience), "that is told first");
+}
+
+#[test]
 fn tokens_are_found_in_fields_parameters_and_cookies() {
     let mut headers = HeaderMap::new();
     headers.insert("authorization", "Bearer a.b.c".parse().unwrap());
-    headers.insert("x-token", "JWT d.e.f, more".parse().unwrap());
+    headers.insert("x-token", "JWT \"d.e.f".parse().unwrap());
     headers.insert("cookie", "x=1; session=\"g.h.i\"; y=2".parse().unwrap());
     let texts = |message: &jwt::JwtProvider, query: Option<&str>| {
         provider(message)
-            .extract(&headers, query)
+            .places
+            .find(&headers, query)
             .into_iter()
             .map(|found| found.text)
             .collect::<Vec<_>>()
@@ -217,6 +257,29 @@ fn tokens_are_found_in_fields_parameters_and_cookies() {
         texts(&elsewhere, Some("access_token=q.r.s&t=j.k.l")),
         ["d.e.f", "j.k.l", "g.h.i"]
     );
+    assert_eq!(
+        texts(&elsewhere, Some("t=first&t=%73econd&t"))[1..4],
+        ["", "second", "first"],
+        "all of them, the first one last"
+    );
+}
+
+#[test]
+fn what_stands_beside_a_token_in_its_field_is_not_left_out_of_it() {
+    let provider = provider(&jwt::JwtProvider::default());
+    let texts = |values: &[&str]| {
+        let mut headers = HeaderMap::new();
+        for value in values {
+            headers.append("authorization", value.parse().unwrap());
+        }
+        let found = provider.places.find(&headers, None);
+        found.into_iter().map(|found| found.text).collect::<Vec<_>>()
+    };
+    assert_eq!(texts(&["Bearer a.b.c"]), ["a.b.c"]);
+    assert_eq!(texts(&["Bearer a.b.c, d"]), ["a.b.c, d"]);
+    assert_eq!(texts(&["Bearer a.b.c", "Bearer d.e.f"]), ["a.b.c,Bearer d.e.f"]);
+    assert_eq!(texts(&["Bearer "]), ["Bearer "], "no token, and not none");
+    assert!(texts(&["Basic x"]).is_empty());
 }
 
 #[test]
@@ -245,8 +308,8 @@ fn a_good_token_becomes_fields_and_metadata_and_leaves_the_request() {
     headers.insert("x-sub", "eve".parse().unwrap());
     provider.sanitize(&mut headers);
     let mut metadata = Metadata::default();
-    let place = Place::Header(header::AUTHORIZATION);
-    provider.accept(&token, &place, &mut headers, None, &mut metadata);
+    let place = Place::Header(&header::AUTHORIZATION);
+    provider.accept(&token, place, &mut headers, None, &mut metadata);
     assert!(!headers.contains_key("authorization"));
     assert_eq!(
         (&headers["x-sub"], &headers["x-deep"], &headers["x-list"]),
@@ -261,7 +324,7 @@ fn a_good_token_becomes_fields_and_metadata_and_leaves_the_request() {
     assert_eq!(crate::policy::metadata::to_json(scope), json!(["read", "write"]));
     let query = provider.accept(
         &token,
-        &Place::Parameter("access_token".into()),
+        Place::Parameter("access_token"),
         &mut headers,
         Some("a=1&access_token=x&b=2"),
         &mut metadata,

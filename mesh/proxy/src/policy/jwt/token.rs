@@ -1,7 +1,7 @@
 //! A JSON Web Token, read but not believed.
 
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use base64::{Engine, alphabet};
 use serde_json::{Map, Value};
 
 use super::keys::Algorithm;
@@ -40,14 +40,8 @@ pub enum Failure {
     Expired,
     #[error("Jwt not yet valid")]
     NotYet,
-    #[error("Jwt has no expiration")]
-    NoExpiration,
-    #[error("Jwt lifetime is too long")]
-    Lifetime,
     #[error("Jwt issuer is not configured")]
     UnknownIssuer,
-    #[error("Jwt subject is not allowed")]
-    Subject,
     #[error("Audiences in Jwt are not allowed")]
     Audience,
     #[error("Jwks remote fetch is failed")]
@@ -55,11 +49,11 @@ pub enum Failure {
     #[error("Jwks doesn't have key to match kid or alg from Jwt")]
     NoKey,
     #[error("Jwt verification fails")]
-    Signature,
+    Verification,
 }
 
 impl Failure {
-    /// gRPC-like code that Envoy puts into metadata for the failure.
+    /// Whether there was no token, or none of an issuer that is looked for.
     pub fn is_missing(self) -> bool {
         matches!(self, Self::Missing | Self::UnknownIssuer)
     }
@@ -82,8 +76,22 @@ pub struct Token {
     signature: Vec<u8>,
 }
 
+/// As Envoy reads it: with padding or without, whatever the bits are that belong to no byte.
+const BASE64: GeneralPurpose = GeneralPurpose::new(
+    &alphabet::URL_SAFE,
+    GeneralPurposeConfig::new()
+        .with_decode_padding_mode(DecodePaddingMode::Indifferent)
+        .with_decode_allow_trailing_bits(true),
+);
+
+/// White space within it does not matter (Envoy).
 fn base64(text: &str) -> Option<Vec<u8>> {
-    URL_SAFE_NO_PAD.decode(text.trim_end_matches('=')).ok()
+    let text = text.trim_end_matches('=');
+    if !text.contains(|char: char| char.is_ascii_whitespace()) {
+        return BASE64.decode(text).ok();
+    }
+    let dense: String = text.split_ascii_whitespace().collect();
+    BASE64.decode(dense).ok()
 }
 
 impl Token {
@@ -199,7 +207,7 @@ impl Token {
         )
         .map_err(|rejected| match rejected {
             Rejected::NoKey => Failure::NoKey,
-            Rejected::Wrong => Failure::Signature,
+            Rejected::Wrong => Failure::Verification,
         })
     }
 

@@ -229,7 +229,11 @@ impl Input {
             Self::ServerName => facts.server_name.map(Cow::from),
             Self::UriSan => name(facts.peer.map(|peer| peer.uri_sans)),
             Self::DnsSan => name(facts.peer.map(|peer| peer.dns_sans)),
-            Self::Subject => facts.peer.map(|peer| Cow::from(peer.subject)),
+            // An empty one is none, which no matcher fits (Envoy).
+            Self::Subject => {
+                let subject = facts.peer.map(|peer| peer.subject);
+                subject.filter(|subject| !subject.is_empty()).map(Cow::from)
+            }
             Self::Query(name) => facts.request.as_ref()?.query?.split('&').find_map(|pair| {
                 let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
                 (percent_decoded(key) == **name).then(|| percent_decoded(value))

@@ -2,7 +2,7 @@
 //!
 //! Envoy's rules: a priority takes as much as its usable part times the overprovisioning factor allows; healthy hosts of
 //! all priorities first, then degraded ones. Only where all of them together cannot carry everything may a priority
-//! panic.
+//! panic; where all of them do, each takes as much as it has hosts, however they are.
 
 /// Hosts of one priority.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,18 +41,43 @@ pub(super) struct Loads {
     /// Percent by priority: healthy hosts of all, then degraded hosts of all.
     shares: Vec<usize>,
     availability: usize,
-    hosts: usize,
 }
 
 impl Loads {
-    /// `avoided` has a bit for each priority that gets nothing, unless that leaves nobody.
-    pub(super) fn new(levels: impl Iterator<Item = Health>, overprovisioning: u32, avoided: u128) -> Self {
+    /// `avoided` has a bit for each priority that gets nothing, unless that leaves nobody. A priority panics below
+    /// `threshold` percent.
+    pub(super) fn new(
+        levels: impl Iterator<Item = Health>,
+        overprovisioning: u32,
+        threshold: f64,
+        avoided: u128,
+    ) -> Self {
         let health: Vec<Health> = levels.collect();
         let mut out = Self::share_out(&health, overprovisioning, avoided);
+        let mut left = avoided;
         if out.availability == 0 && avoided != 0 {
             out = Self::share_out(&health, overprovisioning, 0);
+            left = 0;
+        }
+        let panics = |level: &Health| level.total == 0 || level.below(threshold);
+        if left == 0 && out.may_panic() && threshold > 0.0 && health.iter().all(panics) {
+            out.shares = Self::by_number(&health);
         }
         out.health = health;
+        out
+    }
+
+    /// Percent by the number of hosts; what rounding left over goes to the first priority that has any.
+    fn by_number(health: &[Health]) -> Vec<usize> {
+        let hosts: usize = health.iter().map(|level| level.total).sum();
+        let mut out: Vec<usize> = health
+            .iter()
+            .map(|level| (100 * level.total).checked_div(hosts).unwrap_or(0))
+            .collect();
+        let left = 100 - out.iter().sum::<usize>();
+        if let Some(first) = health.iter().position(|level| level.total > 0) {
+            out[first] += left;
+        }
         out
     }
 
@@ -88,26 +113,13 @@ impl Loads {
             health: Vec::new(),
             shares: out,
             availability,
-            hosts: health.iter().map(|level| level.total).sum(),
         }
     }
 
-    /// A priority, and whether its degraded hosts are meant. `below(n)` draws a number below `n`. `None` without hosts.
+    /// A priority, and whether its degraded hosts are meant. `below(n)` draws a number below `n`. `None` where nobody gets
+    /// anything.
     pub(super) fn choose(&self, below: impl Fn(usize) -> usize) -> Option<(usize, bool)> {
         let levels = self.health.len();
-        if self.availability == 0 {
-            // Everybody panics: by the number of hosts.
-            let mut point = below(self.hosts.max(1));
-            return self
-                .health
-                .iter()
-                .position(|level| {
-                    let here = point < level.total;
-                    point = point.saturating_sub(level.total);
-                    here
-                })
-                .map(|index| (index, false));
-        }
         let mut point = below(100);
         let index = self.shares.iter().position(|share| {
             let here = point < *share;
@@ -148,7 +160,7 @@ mod tests {
     }
 
     fn shares(levels: &[Health], avoided: u128) -> Vec<usize> {
-        Loads::new(levels.iter().copied(), 140, avoided).shares
+        Loads::new(levels.iter().copied(), 140, 0.0, avoided).shares
     }
 
     #[test]
@@ -183,6 +195,22 @@ mod tests {
         assert_eq!(shares(&levels, 0b11), [100, 0, 0, 0]);
     }
 
+    #[test]
+    fn where_every_priority_panics_each_takes_as_much_as_it_has_hosts() {
+        let by_number = |levels: &[Health], threshold| {
+            let loads = Loads::new(levels.iter().copied(), 140, threshold, 0);
+            (loads.choose(|_| 56), loads.choose(|_| 58))
+        };
+        let few = [level(1, 0, 4), level(0, 0, 0), level(0, 0, 3)];
+        assert_eq!(by_number(&few, 50.0), (Some((0, false)), Some((2, false))));
+        assert_eq!(by_number(&few, 0.0), (Some((0, false)), Some((0, false))));
+        let enough = [level(1, 0, 4), level(2, 0, 3)];
+        assert_eq!(by_number(&enough, 50.0), (Some((1, false)), Some((1, false))));
+        let nobody = [level(0, 0, 4), level(0, 0, 3)];
+        assert_eq!(by_number(&nobody, 50.0), (Some((0, false)), Some((1, false))));
+        assert_eq!(by_number(&nobody, 0.0), (None, None));
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(128))]
         #[test]
@@ -194,7 +222,7 @@ mod tests {
                 .into_iter()
                 .map(|(healthy, degraded, out)| level(healthy, degraded, healthy + degraded + out))
                 .collect();
-            let loads = Loads::new(levels.iter().copied(), 140, 0);
+            let loads = Loads::new(levels.iter().copied(), 140, 0.0, 0);
             if loads.nobody() {
                 prop_assert!(levels.iter().all(|level| level.healthy + level.degraded == 0));
             } else {

@@ -49,6 +49,7 @@ pub(super) fn judge_origin(exchange: &mut Exchange, cors: &Arc<Cors>, parts: &Pa
         CorsVerdict::Preflight(headers) => {
             let mut reply = LocalReply::new(StatusCode::OK, Flags::default(), "cors_response", "");
             reply.headers = *headers;
+            reply.plain = true;
             Err(reply)
         }
     }

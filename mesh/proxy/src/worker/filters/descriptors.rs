@@ -61,11 +61,13 @@ impl<'a> Entries<'a> {
                 };
             }
         };
-        let of_host = match hosts {
-            VirtualHostLimits::Override => include || of_route.is_empty(),
-            VirtualHostLimits::Include => true,
-            VirtualHostLimits::Ignore => false,
-        };
+        // What the route's action says comes before what the filter's own message says of the route.
+        let of_host = include
+            || match hosts {
+                VirtualHostLimits::Override => of_route.is_empty(),
+                VirtualHostLimits::Include => true,
+                VirtualHostLimits::Ignore => false,
+            };
         let of_host: &[_] = if of_host { &routed.host.rate_limits } else { &[] };
         Self {
             stage,

@@ -55,35 +55,44 @@ pub(super) async fn inject(
     }
 }
 
-/// The HTTP status of a gRPC status, as Envoy maps them.
-fn http_of_grpc(status: u32) -> StatusCode {
-    match status {
-        0 => StatusCode::OK,
-        // The client has gone (nginx).
-        1 => StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST),
-        3 | 9 | 11 => StatusCode::BAD_REQUEST,
-        4 => StatusCode::GATEWAY_TIMEOUT,
-        5 => StatusCode::NOT_FOUND,
-        6 | 10 => StatusCode::CONFLICT,
-        7 => StatusCode::FORBIDDEN,
-        8 => StatusCode::TOO_MANY_REQUESTS,
-        12 => StatusCode::NOT_IMPLEMENTED,
-        14 => StatusCode::SERVICE_UNAVAILABLE,
-        16 => StatusCode::UNAUTHORIZED,
-        _ => StatusCode::INTERNAL_SERVER_ERROR,
-    }
-}
-
 fn aborted(fault: &Fault, abort: FaultAbort) -> LocalReply {
     let mut reply = LocalReply::new(StatusCode::OK, Flags::FAULT_INJECTED, "fault_filter_abort", "");
     reply.body = fault.body.clone();
     match abort {
         FaultAbort::Http(status) => reply.status = status,
-        FaultAbort::Grpc(status) => {
-            reply.grpc_status = Some(status);
-            // Who does not speak gRPC is told the same as an HTTP status.
-            reply.status = http_of_grpc(status);
-        }
+        // Who does not speak gRPC is told 200 (Envoy).
+        FaultAbort::Grpc(status) => reply.grpc_status = Some(status),
     }
     reply
+}
+
+#[cfg(test)]
+mod tests {
+    use serin_xds::pb::envoy::extensions::filters::http::fault::v3 as pb;
+    use serin_xds::pb::envoy::r#type::v3::FractionalPercent;
+
+    use super::*;
+
+    #[test]
+    fn a_grpc_status_is_an_http_status_of_200() {
+        let message = pb::HttpFault {
+            abort: Some(pb::FaultAbort {
+                percentage: Some(FractionalPercent {
+                    numerator: 100,
+                    denominator: 0,
+                }),
+                error_type: Some(pb::fault_abort::ErrorType::GrpcStatus(14)),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let fault = Fault::compile(&message).unwrap().unwrap();
+        let reply = aborted(&fault, FaultAbort::Grpc(14));
+        assert_eq!((reply.status, reply.grpc_status), (StatusCode::OK, Some(14)));
+        let unavailable = FaultAbort::Http(StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(
+            aborted(&fault, unavailable).status,
+            StatusCode::SERVICE_UNAVAILABLE
+        );
+    }
 }

@@ -1,6 +1,5 @@
 //! JWT authentication on the worker: finding keys, evaluating what a request must bring, telling it what it lacks.
 
-use std::cell::RefCell;
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -18,7 +17,7 @@ use crate::metrics::flags::Flags;
 use crate::policy::jwt::jwks::{Need, Remote, Source};
 use crate::policy::jwt::keys::KeySet;
 use crate::policy::jwt::token::{Failure, Token};
-use crate::policy::jwt::{Found, JwtAuthn, PerRouteJwt, Place, Provider, Requirement};
+use crate::policy::jwt::{Found, Instead, JwtAuthn, PerRouteJwt, Provider, Requirement};
 use crate::policy::per_route::Override;
 use crate::random;
 use crate::worker::Worker;
@@ -30,20 +29,15 @@ use crate::worker::request::view;
 /// Bytes of the path in a realm (Envoy).
 const MAX_REALM_PATH: usize = 256;
 
-struct Accepted {
-    provider: Arc<Provider>,
-    token: Arc<Token>,
-    place: Place,
-}
-
-/// One evaluation.
+/// One evaluation. Good tokens are told of as they are found, also where the requirement is not met in the end (Envoy).
 struct Trial<'a> {
-    worker: &'a Rc<Worker>,
+    worker: Rc<Worker>,
     authn: &'a JwtAuthn,
-    parts: &'a Parts,
+    exchange: &'a mut Exchange,
+    parts: &'a mut Parts,
     now_s: u64,
-    accepted: RefCell<Vec<Accepted>>,
-    failures: RefCell<Vec<(Arc<Provider>, Failure)>>,
+    /// A good token's provider wants the route to be searched again.
+    reroute: bool,
 }
 
 /// Checks the tokens of a request.
@@ -74,33 +68,24 @@ pub(super) async fn authenticate(
             return Err(reply);
         }
     };
-    let trial = Trial {
-        worker: &worker,
+    // As it came: a good token may be taken out of it.
+    let asked = parts.uri.clone();
+    let mut trial = Trial {
+        worker: worker.clone(),
         authn,
+        exchange,
         parts,
         now_s: SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()
             .as_secs(),
-        accepted: RefCell::default(),
-        failures: RefCell::default(),
+        reroute: false,
     };
     let result = trial.evaluate(requirement).await;
-    let (accepted, failures) = (trial.accepted.into_inner(), trial.failures.into_inner());
-    for (provider, failure) in failures {
-        provider.note_failure(failure, &mut state(exchange).metadata);
-    }
-    // Good tokens have been told of also where the requirement is not met (Envoy).
-    let asked = result.is_err().then(|| parts.uri.clone());
-    let mut reroute = false;
-    for accepted in accepted {
-        reroute |= accepted.provider.clear_route;
-        accepted.tell(exchange, parts);
-    }
+    let reroute = trial.reroute;
     if let Err(failure) = result {
         authn.denied.add(worker.id);
-        let asked = asked.as_ref().unwrap_or(&parts.uri);
-        return Err(denial(authn, failure, parts, asked));
+        return Err(denial(authn, failure, parts, &asked));
     }
     authn.allowed.add(worker.id);
     Ok(Passed::rerouted_if(reroute))
@@ -140,27 +125,6 @@ fn requirement<'a>(
     }
 }
 
-impl Accepted {
-    /// Tells of a good token by fields and metadata, and takes it off where the provider says so.
-    fn tell(self, exchange: &mut Exchange, parts: &mut Parts) {
-        let query = self.provider.accept(
-            &self.token,
-            &self.place,
-            &mut parts.headers,
-            parts.uri.query(),
-            &mut state(exchange).metadata,
-        );
-        let Some(query) = query else { return };
-        let target = match &*query {
-            "" => parts.uri.path().to_owned(),
-            query => format!("{}?{query}", parts.uri.path()),
-        };
-        if let Ok(uri) = target.parse::<Uri>() {
-            parts.uri = uri;
-        }
-    }
-}
-
 /// The answer to a request for `asked`, as it came.
 fn denial(authn: &JwtAuthn, failure: Failure, parts: &Parts, asked: &Uri) -> LocalReply {
     let status = if failure == Failure::Audience {
@@ -192,127 +156,132 @@ fn denial(authn: &JwtAuthn, failure: Failure, parts: &Parts, asked: &Uri) -> Loc
 }
 
 impl Trial<'_> {
-    fn evaluate<'a>(
-        &'a self,
-        requirement: &'a Requirement,
-    ) -> Pin<Box<dyn Future<Output = Result<(), Failure>> + 'a>> {
+    fn evaluate<'s>(
+        &'s mut self,
+        requirement: &'s Requirement,
+    ) -> Pin<Box<dyn Future<Output = Result<(), Failure>> + 's>> {
         Box::pin(async move {
             match requirement {
-                Requirement::Provider(index, audiences) => {
-                    self.provider(&self.authn.providers[*index], audiences.as_deref())
-                        .await
-                }
+                Requirement::Provider(index, audiences) => self.provider(*index, audiences.as_deref()).await,
                 Requirement::All(all) => {
                     for inner in all {
                         self.evaluate(inner).await?;
                     }
                     Ok(())
                 }
-                Requirement::Any(any) => self.any(any).await,
-                Requirement::AllowMissing => self.every_token(&[], false).await,
-                Requirement::AllowMissingOrFailed => self.every_token(&[], true).await,
+                Requirement::Any(any, instead) => self.any(any, *instead).await,
+                Requirement::AllowMissing => self.every_token().await,
+                Requirement::AllowMissingOrFailed => {
+                    let _ = self.every_token().await;
+                    Ok(())
+                }
             }
         })
     }
 
-    /// One of these. What a request without a token meets comes last, since it judges every token that there is; it looks
-    /// where the providers beside it do (Envoy).
-    async fn any(&self, any: &[Requirement]) -> Result<(), Failure> {
+    /// One of these. A failure that says more than that there is no token for it, or one of somebody else, is the one that
+    /// is told.
+    async fn any(&mut self, any: &[Requirement], instead: Instead) -> Result<(), Failure> {
         let mut reason = Failure::Missing;
-        let mut only_missing = true;
-        let mut note = |failure: Failure| {
-            if !failure.is_missing() {
-                only_missing = false;
-                reason = failure;
-            } else if only_missing && reason == Failure::Missing {
-                reason = failure;
-            }
-        };
-        for inner in any.iter().filter(|inner| !inner.is_lenient()) {
+        for inner in any {
             match self.evaluate(inner).await {
                 Ok(()) => return Ok(()),
-                Err(failure) => note(failure),
+                Err(failure) if !failure.is_missing() || reason == Failure::Missing => reason = failure,
+                Err(_) => {}
             }
         }
-        let pardoned = any
+        match instead {
+            Instead::Anything => Ok(()),
+            Instead::NoToken if reason == Failure::Missing => Ok(()),
+            Instead::NoToken | Instead::Nothing => Err(reason),
+        }
+    }
+
+    /// Every token that the request brings, for whichever provider, must be good; all are judged, and the failure of the
+    /// last one that is judged is told if that fails. Envoy lets requests pass whose last one is good, whatever the others
+    /// are; an endpoint may take one of those.
+    async fn every_token(&mut self) -> Result<(), Failure> {
+        for provider in &self.authn.providers {
+            provider.sanitize(&mut self.parts.headers);
+        }
+        let mut result = Ok(());
+        for found in self
+            .authn
+            .places
+            .find(&self.parts.headers, self.parts.uri.query())
             .iter()
-            .any(|inner| matches!(inner, Requirement::AllowMissingOrFailed));
-        if pardoned || (reason.is_missing() && any.iter().any(Requirement::is_lenient)) {
-            let mut beside = Vec::new();
-            for inner in any {
-                inner.providers(&mut beside);
-            }
-            return self.every_token(&beside, pardoned).await;
+            .rev()
+        {
+            result = self.own(found).await.and(result);
         }
-        Err(reason)
-    }
-
-    /// Every token that the request brings for these providers must be good, unless those that are not are `pardoned`.
-    async fn every_token(&self, only: &[usize], pardoned: bool) -> Result<(), Failure> {
-        let query = self.parts.uri.query();
-        let tokens = self.authn.tokens(only, &self.parts.headers, query);
-        for (found, owners) in tokens.iter().filter(|(found, _)| !self.is_taken(&found.place)) {
-            match self.own(found, owners).await {
-                Ok(accepted) => self.accepted.borrow_mut().push(accepted),
-                Err(_) if pardoned => {}
-                Err(failure) => return Err(failure),
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether the token that was here has been used, and does not stay in the request.
-    fn is_taken(&self, place: &Place) -> bool {
-        let accepted = self.accepted.borrow();
-        let mut taken = accepted.iter().filter(|accepted| !accepted.provider.forward);
-        *place != Place::Cookie && taken.any(|accepted| accepted.place == *place)
+        result
     }
 
     /// A token of whoever issued it, as long as that provider, or one for any issuer, looks for tokens where it was.
-    async fn own(&self, found: &Found, owners: &[&Arc<Provider>]) -> Result<Accepted, Failure> {
+    async fn own(&mut self, found: &Found<'_>) -> Result<(), Failure> {
         let token = Token::parse(&found.text)?;
-        let here = |owner: &&Arc<Provider>| owner.issuer.is_empty() || *owner.issuer == *token.issuer();
-        let provider = self.authn.provider_of(&token).filter(|_| owners.iter().any(here));
+        let here = |owner: &usize| {
+            let issuer = &*self.authn.providers[*owner].issuer;
+            issuer.is_empty() || issuer == token.issuer()
+        };
+        let provider = self
+            .authn
+            .provider_of(&token)
+            .filter(|_| found.owners.iter().any(here));
         let provider = provider.ok_or(Failure::UnknownIssuer)?;
-        match self.verify(provider, &found.text, None).await {
-            Ok(token) => Ok(Accepted {
-                provider: provider.clone(),
-                token,
-                place: found.place.clone(),
-            }),
-            Err(failure) => {
-                self.failures.borrow_mut().push((provider.clone(), failure));
-                Err(failure)
-            }
-        }
+        self.judge(provider, found, None).await
     }
 
     /// Every token that the request brings for a provider must be good, and there must be one.
-    async fn provider(
-        &self,
+    async fn provider(&mut self, index: usize, audiences: Option<&[Box<str>]>) -> Result<(), Failure> {
+        let authn = self.authn;
+        let provider = &authn.providers[index];
+        // Also what another provider's token has made of the request (Envoy).
+        provider.sanitize(&mut self.parts.headers);
+        let all = provider.places.find(&self.parts.headers, self.parts.uri.query());
+        for found in all.iter().rev() {
+            self.judge(provider, found, audiences).await?;
+        }
+        if all.is_empty() {
+            Err(Failure::Missing)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Verifies a token, and tells of it by fields and metadata, or of why it is not good.
+    async fn judge(
+        &mut self,
         provider: &Arc<Provider>,
+        found: &Found<'_>,
         audiences: Option<&[Box<str>]>,
     ) -> Result<(), Failure> {
-        let mut found = provider.extract(&self.parts.headers, self.parts.uri.query());
-        found.retain(|found| !self.is_taken(&found.place));
-        let mut good = Vec::with_capacity(found.len());
-        for found in found {
-            match self.verify(provider, &found.text, audiences).await {
-                Ok(token) => good.push(Accepted {
-                    provider: provider.clone(),
-                    token,
-                    place: found.place,
-                }),
-                Err(failure) => {
-                    self.failures.borrow_mut().push((provider.clone(), failure));
-                    return Err(failure);
-                }
+        let verified = self.verify(provider, &found.text, audiences).await;
+        let metadata = &mut state(self.exchange).metadata;
+        let token = match verified {
+            Ok(token) => token,
+            Err(failure) => {
+                provider.note_failure(failure, metadata);
+                return Err(failure);
             }
+        };
+        self.reroute |= provider.clear_route;
+        let uri = &self.parts.uri;
+        let query = provider.accept(
+            &token,
+            found.place,
+            &mut self.parts.headers,
+            uri.query(),
+            metadata,
+        );
+        let Some(query) = query else { return Ok(()) };
+        let target = match &*query {
+            "" => uri.path().to_owned(),
+            query => format!("{}?{query}", uri.path()),
+        };
+        if let Ok(uri) = target.parse::<Uri>() {
+            self.parts.uri = uri;
         }
-        if good.is_empty() {
-            return Err(Failure::Missing);
-        }
-        self.accepted.borrow_mut().extend(good);
         Ok(())
     }
 
@@ -325,7 +294,7 @@ impl Trial<'_> {
         let (token, verified) = provider.read(text, audiences, self.now_s)?;
         let keys = match &provider.source {
             Source::Local(keys) => keys.clone(),
-            Source::Remote(remote) => fetched(self.worker, remote, token.key_id.as_deref()).await?,
+            Source::Remote(remote) => fetched(&self.worker, remote, token.key_id.as_deref()).await?,
         };
         provider.verify(text, &token, verified.as_ref(), &keys)?;
         Ok(token)

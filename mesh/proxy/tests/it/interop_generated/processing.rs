@@ -451,7 +451,7 @@ async fn a_processor_of_heads_is_told_the_same_and_obeyed_alike_by_envoy_and_ser
     let (at, _served) = processor().await;
     let clusters = [script::grpc_cluster("proc", at)];
     if let Some((count, differences)) =
-        compare_all(seeds(0..20), |seed| generated(seed, each), &clusters).await
+        compare_all(seeds(0..20, &[118, 124]), |seed| generated(seed, each), &clusters).await
     {
         assert_none(count, &differences);
     }
