@@ -31,7 +31,8 @@ ROOTS = ["envoy.config.bootstrap.v3.Bootstrap", "envoy.service.discovery.v3.Disc
          "envoy.type.matcher.v3.HttpRequestQueryParamMatchInput", "xds.type.matcher.v3.CelMatcher",
          "xds.type.matcher.v3.HttpAttributesCelMatchInput", "xds.type.matcher.v3.IPMatcher"]
 EXTENSIONS = ["access_loggers", "compression.brotli", "compression.gzip", "compression.zstd", "filters.http",
-              "filters.listener", "filters.network", "formatter", "http.header_validators", "http.original_ip_detection",
+              "filters.listener", "filters.network", "formatter", "http.early_header_mutation.header_mutation",
+              "http.header_validators", "http.original_ip_detection",
               "internal_redirect", "load_balancing_policies", "network", "path", "rbac", "request_id",
               "resource_monitors", "retry", "transport_sockets", "upstreams", "matching", "tracers", "health_checkers"]
 # What Istio's control plane sends beside Envoy's own types, and the matchers that the crate leaves out: (field, number,

@@ -32,6 +32,15 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// The application that the proxy is to start.
+    #[error("starting the application {program}: {source}; check the words after --")]
+    Application {
+        /// Its program.
+        program: String,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
     /// A listening socket could not be opened.
     #[error("listener {name}: binding {address}: {source}; is another process on that port?")]
     Bind {

@@ -1,10 +1,12 @@
 //! The `serin-proxy` program.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use serin_proxy::bootstrap::{agent, file, inherited};
+use serin_proxy::control::application::Application;
 use serin_proxy::control::levels;
 use serin_proxy::control::run::{Plan, check, run};
 use serin_proxy::error::Error;
@@ -19,9 +21,11 @@ Examples:
   serin-proxy --config bootstrap.yaml --concurrency 2      serve by it with two workers
   serin-proxy --config new.yaml --restart-socket /run/serin/restart.sock
                                                            take over from the process that runs with that socket
+  serin-proxy --config bootstrap.yaml -- ./shop --port 80  start the shop once the proxy serves, and end with it
   serin-proxy intercept --dry-run                          print the packet filter's rules
 
-It ends with 0 when it was told to end, 1 when it cannot start or the file is refused, 2 when it is called wrongly.";
+It ends with 0 when it was told to end, 1 when it cannot start or the file is refused, 2 when it is called wrongly, and with
+the exit code of its application if it has one.";
 
 /// The data plane of Serin: an L4/L7 proxy driven by xDS.
 #[derive(Debug, Parser)]
@@ -45,6 +49,10 @@ struct Cli {
     /// Whether to serve, or only to check the file.
     #[arg(long, value_enum, default_value = "serve")]
     mode: Mode,
+    /// A program with its arguments, to be started once the proxy has its whole configuration and serves. Signals go to it
+    /// first, and the proxy ends with it.
+    #[arg(last = true, value_name = "APPLICATION", conflicts_with = "restart_socket")]
+    application: Vec<OsString>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -176,7 +184,7 @@ fn main() -> ExitCode {
     ALLOCATOR.begin();
     levels::install();
     match start(Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("serin-proxy: {}", told(&error));
             ExitCode::FAILURE
@@ -197,7 +205,8 @@ fn told(error: &anyhow::Error) -> String {
     text
 }
 
-fn start(cli: Cli) -> anyhow::Result<()> {
+/// The exit code.
+fn start(cli: Cli) -> anyhow::Result<u8> {
     let environment: agent::Environment = std::env::vars().collect();
     match cli.command {
         None => {
@@ -209,13 +218,14 @@ fn start(cli: Cli) -> anyhow::Result<()> {
             if cli.mode == Mode::Validate {
                 check(&plan.static_resources).map_err(placed)?;
                 println!("configuration '{}' OK", path.display());
-                return Ok(());
+                return Ok(0);
             }
             if let Some(text) = environment.get(inherited::VARIABLE) {
                 plan.options.inherited = inherited::adopt(text)?;
             }
             plan.options.started_as.config_path = path.display().to_string();
             plan.restart = cli.restart_socket;
+            plan.application = Application::of(cli.application);
             plan.serve_admin_at(cli.admin_socket);
             Ok(control(plan).map_err(placed)?)
         }
@@ -235,20 +245,22 @@ fn start(cli: Cli) -> anyhow::Result<()> {
         }
         Some(Command::Intercept(options)) => {
             if options.remove {
-                return Ok(intercept::remove()?);
+                intercept::remove()?;
+                return Ok(0);
             }
             let rules = options.rules()?;
             if options.dry_run {
                 print!("{}", intercept::script(&rules));
-                return Ok(());
+            } else {
+                intercept::install(&rules)?;
             }
-            Ok(intercept::install(&rules)?)
+            Ok(0)
         }
     }
 }
 
 /// Runs on this thread, which becomes the control thread.
-fn control(plan: Plan) -> Result<(), Error> {
+fn control(plan: Plan) -> Result<u8, Error> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(4)

@@ -191,6 +191,8 @@ pub(crate) fn ask_for_short_turns() -> std::io::Result<()> {
         period: u64,
     }
     const TURN: u64 = 100_000;
+    /// `SCHED_FLAG_RESET_ON_FORK`.
+    const RESET_ON_FORK: u64 = 1;
     let done = |result: nix::libc::c_long| match result {
         0 => Ok(()),
         _ => Err(std::io::Error::last_os_error()),
@@ -213,6 +215,8 @@ pub(crate) fn ask_for_short_turns() -> std::io::Result<()> {
     }
     attributes.size = size;
     attributes.runtime = TURN;
+    // Of this thread alone: an application that it starts is scheduled as all others.
+    attributes.flags |= RESET_ON_FORK;
     // SAFETY: the kernel reads `size` bytes of the structure, which outlives the call; 0 is the calling thread.
     done(unsafe {
         nix::libc::syscall(

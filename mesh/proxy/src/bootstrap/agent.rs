@@ -166,6 +166,7 @@ pub fn plan(role: Role, domain: &str, concurrency: usize, environment: &Environm
         ready: Some(any(15021)),
         drain,
         restart: None,
+        application: None,
     })
 }
 

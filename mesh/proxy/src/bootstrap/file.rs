@@ -227,6 +227,7 @@ fn plan(from: bootstrap::Bootstrap, concurrency: usize) -> Result<Plan, Refusal>
         ready: None,
         drain: DEFAULT_DRAIN,
         restart: None,
+        application: None,
     })
 }
 

@@ -18,8 +18,21 @@ use crate::config::convert::required;
 use crate::error::{Refusal, Within};
 use crate::policy::on_demand::aggregated;
 
+/// Kinds of filters, as statistics have them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// Of HTTP.
+    Http,
+    /// Of connections.
+    Network,
+    /// Of listeners.
+    Listener,
+}
+
 /// A kind of filter whose configuration may come by ECDS.
 pub trait Discoverable: std::fmt::Debug + Send + Sync + Sized + 'static {
+    /// What statistics of its updates call it.
+    const KIND: Kind;
     /// What it takes to compile one, beside its message.
     type Origin: std::fmt::Debug + Send + Sync;
 
@@ -50,6 +63,9 @@ type Commit = Box<dyn FnOnce()>;
 
 /// A place, whatever kind of filter it is for.
 pub trait AnyPlace: std::fmt::Debug + Send + Sync {
+    /// What it is a place for: the kind of filter and its name.
+    fn subject(&self) -> (Kind, &str);
+
     /// Whether its listener can be used as far as this filter is concerned.
     fn is_settled(&self) -> bool;
 
@@ -78,6 +94,10 @@ impl<K: Discoverable> Place<K> {
 }
 
 impl<K: Discoverable> AnyPlace for Place<K> {
+    fn subject(&self) -> (Kind, &str) {
+        (K::KIND, &self.name)
+    }
+
     fn is_settled(&self) -> bool {
         self.settled.load(Ordering::Acquire)
     }
@@ -224,6 +244,11 @@ impl Extensions {
         let places = &self.places;
         self.values.retain(|name, _| places.contains_key(name));
         self.places.keys().map(|name| Arc::from(&**name)).collect()
+    }
+
+    /// The kinds of filters that have such a name.
+    pub fn kinds(&self, name: &str) -> BTreeSet<Kind> {
+        self.live(name).iter().map(|place| place.subject().0).collect()
     }
 
     /// Names of the places that wait.

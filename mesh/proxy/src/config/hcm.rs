@@ -9,7 +9,7 @@ use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager:
 
 use super::alpn::AlpnOverrides;
 use super::client_cert::ClientCert;
-use super::convert::{self, refuse_present};
+use super::convert::{self, each, refuse_present};
 use super::http2::Http2Options;
 use super::listener::Direction;
 use super::origin::Origin;
@@ -18,9 +18,10 @@ use super::router::RouterOptions;
 use super::slot::RouteSlot;
 use super::table::RouteTable;
 use crate::error::{Refusal, Within};
-use crate::observe::access_log::AccessLogs;
+use crate::observe::access_log::{self, AccessLogs};
 use crate::observe::tracer::Tracer;
 use crate::policy::chain::Chain;
+use crate::policy::header_mutation::HeaderMutation;
 use crate::policy::stats::Traffic;
 use crate::worker::CONNECT;
 
@@ -111,6 +112,10 @@ pub struct HttpManager {
     pub logs_start: bool,
     /// And of tunnels that have been granted.
     pub logs_tunnels: bool,
+    /// Changes of a request's fields before anybody looks at them.
+    pub early: Box<[HeaderMutation]>,
+    /// How often lines are written of requests that go on.
+    pub log_interval: Option<Duration>,
     /// `istio.alpn`: what TLS towards endpoints offers.
     pub alpn: Option<Box<AlpnOverrides>>,
     /// Whether Istio's metrics are kept.
@@ -292,6 +297,7 @@ impl HttpManager {
                     .access_log_options
                     .as_ref()
                     .is_some_and(|options| options.flush_access_log_on_new_request),
+            log_interval: log_interval(from)?.filter(|_| !from.access_log.is_empty()),
             logs_tunnels: from
                 .access_log_options
                 .as_ref()
@@ -351,6 +357,11 @@ impl HttpManager {
             .within("http2_protocol_options")?,
             router: RouterOptions::default(),
             origin: Origin::compile(from)?,
+            early: each(
+                &from.early_header_mutation_extensions,
+                "early_header_mutation_extensions",
+                HeaderMutation::compile_early,
+            )?,
             client_cert: ClientCert::compile(from)?,
             generate_request_id: flag(&from.generate_request_id, true),
             preserve_request_id: from.preserve_external_request_id,
@@ -467,14 +478,17 @@ fn plugin_disables_host(any: &serin_xds::pb::google::protobuf::Any) -> bool {
         .is_ok_and(|config| config.disable_host_header_fallback)
 }
 
+/// How often the log tells of a request that lasts.
+fn log_interval(from: &hcm::HttpConnectionManager) -> Result<Option<Duration>, Refusal> {
+    let options = from.access_log_options.as_ref();
+    let of_options = options.and_then(|options| options.access_log_flush_interval.as_ref());
+    access_log::interval(of_options.or(from.access_log_flush_interval.as_ref()))
+}
+
 /// What a manager may say that nothing here can honour.
 fn refuse_unsupported(from: &hcm::HttpConnectionManager) -> Result<(), Refusal> {
     refuse_present(
         &[
-            (
-                "early_header_mutation_extensions",
-                !from.early_header_mutation_extensions.is_empty(),
-            ),
             ("local_reply_config", from.local_reply_config.is_some()),
             (
                 "path_normalization_options",
@@ -482,27 +496,12 @@ fn refuse_unsupported(from: &hcm::HttpConnectionManager) -> Result<(), Refusal> 
             ),
             ("proxy_status_config", from.proxy_status_config.is_some()),
             (
-                "access_log_options",
-                from.access_log_options
-                    .as_ref()
-                    .is_some_and(|options| options.access_log_flush_interval.is_some()),
-            ),
-            (
-                "access_log_flush_interval",
-                from.access_log_flush_interval.is_some(),
-            ),
-            (
-                "add_user_agent",
-                from.add_user_agent.as_ref().is_some_and(|value| value.value),
-            ),
-            (
                 "represent_ipv4_remote_address_as_ipv4_mapped_ipv6",
                 from.represent_ipv4_remote_address_as_ipv4_mapped_ipv6,
             ),
             ("strip_trailing_host_dot", from.strip_trailing_host_dot),
             ("stream_flush_timeout", from.stream_flush_timeout.is_some()),
             ("append_local_overload", from.append_local_overload),
-            ("forward_proto_config", from.forward_proto_config.is_some()),
             (
                 "http1_safe_max_connection_duration",
                 from.http1_safe_max_connection_duration,

@@ -172,19 +172,47 @@ impl HeaderOps {
     /// new authority is returned through the `Host` field of `headers`.
     pub fn apply(&self, headers: &mut HeaderMap, scene: &dyn Scene) {
         if let Some(ops) = &self.0 {
-            ops.apply(headers, scene);
+            ops.remove(headers);
+            let values = ops.values(headers, scene);
+            ops.add(headers, values);
         }
+    }
+
+    /// The values of the fields to add, for [`Self::apply_values`] when the fields that change have come.
+    pub(crate) fn values(&self, headers: &HeaderMap, scene: &dyn Scene) -> Values {
+        Values(match &self.0 {
+            Some(ops) => ops.values(headers, scene),
+            None => Vec::new(),
+        })
+    }
+
+    /// Like [`Self::apply`], with values that were made before.
+    pub(crate) fn apply_values(&self, headers: &mut HeaderMap, values: &Values) {
+        if let Some(ops) = &self.0 {
+            ops.remove(headers);
+            ops.add(headers, values.0.clone());
+        }
+    }
+
+    /// Whether values name fields of responses.
+    pub(crate) fn looks_at_responses(&self) -> bool {
+        let wants = self.0.as_ref().and_then(|ops| ops.wants.as_deref());
+        wants.is_some_and(Wants::looks_at_responses)
     }
 }
 
+/// Values of fields to add, in their order; none where a variable stands for what no field may hold.
+#[derive(Clone, Debug)]
+pub(crate) struct Values(Vec<Option<HeaderValue>>);
+
 impl Ops {
-    fn apply(&self, headers: &mut HeaderMap, scene: &dyn Scene) {
+    fn remove(&self, headers: &mut HeaderMap) {
         for name in &self.remove {
             headers.remove(name);
         }
-        if self.add.is_empty() {
-            return;
-        }
+    }
+
+    fn values(&self, headers: &HeaderMap, scene: &dyn Scene) -> Vec<Option<HeaderValue>> {
         let mut made: Vec<Option<HeaderValue>> = Vec::with_capacity(self.add.len());
         if let Some(wants) = &self.wants {
             scene.show(wants, headers, &mut |record| {
@@ -205,6 +233,10 @@ impl Ops {
                 Template::Variable(_) => None,
             }));
         }
+        made
+    }
+
+    fn add(&self, headers: &mut HeaderMap, mut made: Vec<Option<HeaderValue>>) {
         for (addition, value) in self.add.iter().zip(&mut made) {
             let there = || headers.contains_key(addition.name.name());
             let stays = value

@@ -9,7 +9,7 @@ use serin_xds::pb::envoy::extensions::filters::network::connection_limit::v3 as 
 use serin_xds::pb::google::protobuf as google;
 
 use super::convert;
-use super::extension::{AnyPlace, Discoverable, Extensions, Place};
+use super::extension::{self, AnyPlace, Discoverable, Extensions, Place};
 use super::route::Context;
 use crate::error::{Refusal, Within};
 
@@ -114,6 +114,7 @@ impl ListenerFilter {
 }
 
 impl Discoverable for ListenerFilter {
+    const KIND: extension::Kind = extension::Kind::Listener;
     type Origin = OffPorts;
 
     fn discovered(

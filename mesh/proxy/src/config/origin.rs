@@ -71,6 +71,10 @@ pub struct Origin {
     internal: Box<[Cidr]>,
     /// `x-forwarded-port` says to which port the client connected.
     pub append_port: bool,
+    /// What is spoken with the client where the PROXY protocol says to which port it has connected.
+    ports: Option<Box<hcm::ForwardProtoConfig>>,
+    /// Who we are is told to endpoints (`add_user_agent`).
+    pub tells_itself: bool,
     /// Added to `via` of requests and responses.
     pub via: Option<HeaderValue>,
     /// What `:scheme` is whatever the client says.
@@ -160,6 +164,8 @@ impl Origin {
                 None => Box::default(),
             },
             append_port: from.append_x_forwarded_port,
+            ports: from.forward_proto_config.clone().map(Box::new),
+            tells_itself: from.add_user_agent.as_ref().is_some_and(|value| value.value),
             via: match from.via.as_str() {
                 "" => None,
                 via => Some(
@@ -206,6 +212,18 @@ impl Origin {
             client.is_some_and(|client| self.internal.iter().any(|range| range.contains(client)));
         found.edge = self.use_remote_address && !found.internal;
         Ok(found)
+    }
+
+    /// What is spoken with a client that has connected to a port, by what the configuration says of ports; `None` where it
+    /// says nothing.
+    pub fn spoken_at(&self, port: u16) -> Option<&'static str> {
+        let ports = self.ports.as_deref()?;
+        let has = |list: &[u32]| list.contains(&u32::from(port));
+        match () {
+            () if has(&ports.https_destination_ports) => Some("https"),
+            () if has(&ports.http_destination_ports) => Some("http"),
+            () => None,
+        }
     }
 
     /// Whether a hop that came before is believed about what it says of the client's connection.

@@ -18,6 +18,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use prost::Message;
@@ -29,6 +30,7 @@ use self::names::Names;
 pub use self::received::{Failure, Kept, Received};
 pub(super) use self::routes::compile_inline_routes;
 use self::routes::{RouteState, Staged};
+use self::subscriptions::Came;
 use super::cluster::Cluster;
 use super::endpoint::EndpointSet;
 use super::listener::Listener;
@@ -293,25 +295,45 @@ impl Store {
     }
 
     /// What has been [applied](Self::apply) just now was one delivery of the control plane, of a state that it calls
-    /// `version`; `refused` are the names of which it was refused.
+    /// `version`, and took so long; `refused` are the names of which it was refused.
     pub fn note_delivery<'a>(
         &mut self,
         resource_type: ResourceType,
         version: &str,
         names: impl Iterator<Item = &'a str>,
         refused: &[(Box<str>, Refusal)],
+        took: Duration,
     ) {
         let version = subscriptions::version_hash(version);
         let taken = |name: &str| !refused.iter().any(|(refused, _)| **refused == *name);
+        let came = |taken| Came { taken, version, took };
         let counts = &mut self.counts.subscriptions;
         match resource_type {
             ResourceType::Cluster => {
                 let changed = names.into_iter().any(taken);
-                counts.clusters_came(refused.is_empty(), changed, version);
+                counts.clusters_came(came(refused.is_empty()), changed);
             }
-            ResourceType::Listener => counts.listeners_came(refused.is_empty(), version),
-            ResourceType::Route => names.for_each(|name| counts.routes_came(name, taken(name), version)),
-            ResourceType::Secret => names.for_each(|name| counts.secret_came(name, taken(name), version)),
+            ResourceType::Listener => counts.listeners_came(came(refused.is_empty())),
+            ResourceType::Route => {
+                for name in names {
+                    counts.routes_came(name, came(taken(name)));
+                    let state = self.routes.get(name);
+                    counts.ask_hosts(name, state.is_some_and(|state| state.discovers()));
+                }
+            }
+            ResourceType::VirtualHost => {
+                // Of a delivery there is one for each route configuration of which something was in it.
+                let mut of_routes = BTreeMap::new();
+                for name in names {
+                    let route = name.split_once('/').map_or(name, |(route, _)| route);
+                    *of_routes.entry(route).or_insert(true) &= taken(name);
+                }
+                for (route, taken) in of_routes {
+                    counts.hosts_came(route, came(taken));
+                }
+            }
+            ResourceType::Extension => names.for_each(|name| counts.extension_came(name, came(taken(name)))),
+            ResourceType::Secret => names.for_each(|name| counts.secret_came(name, came(taken(name)))),
             ResourceType::Endpoints => {
                 let now = received::wall_ms();
                 for name in names.filter(|name| taken(name)) {
@@ -322,7 +344,7 @@ impl Store {
                     }
                 }
             }
-            ResourceType::VirtualHost | ResourceType::Extension | ResourceType::Runtime => {}
+            ResourceType::Runtime => {}
         }
     }
 
@@ -379,6 +401,9 @@ impl Store {
             .collect();
         for name in ready {
             if let Some(waiting) = self.warming.clusters.remove(&name) {
+                for secret in waiting.item.0.secrets().filter(|secret| secret.version() == 0) {
+                    self.counts.subscriptions.secret_late(&secret.name);
+                }
                 let slot = self.slots.cluster(&name);
                 self.activate_cluster(slot, waiting.item);
             }
@@ -397,8 +422,15 @@ impl Store {
         let any = !ready.is_empty();
         for name in ready {
             if let Some(waiting) = self.warming.listeners.remove(&name) {
-                let late = waiting.item.discovered().filter(|place| !place.is_settled());
-                late.for_each(|place| place.fall_back());
+                let counts = &mut self.counts.subscriptions;
+                for place in waiting.item.discovered().filter(|place| !place.is_settled()) {
+                    let (kind, name) = place.subject();
+                    counts.extension_late(kind, name);
+                    place.fall_back();
+                }
+                for secret in waiting.item.secrets().filter(|secret| secret.version() == 0) {
+                    counts.secret_late(&secret.name);
+                }
                 self.activate_listener(waiting.item);
             }
         }

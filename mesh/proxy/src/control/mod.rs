@@ -10,9 +10,10 @@
 //! | a name is resolved, a host's health is asked for, an outlier is looked at | [`dns`], [`health`], [`outliers`] |
 //! | statistics are read, or pushed | [`scrape`], [`server_stats`], [`crate::metrics::push`] |
 //! | somebody asks | [`admin`], [`levels`] |
-//! | listeners or the process end; a successor takes over | [`drain`], [`restart`] |
+//! | listeners or the process end; a successor takes over; an application begins and ends | [`drain`], [`restart`], [`application`] |
 
 pub mod admin;
+pub mod application;
 pub mod certs;
 mod changes;
 pub mod dial;

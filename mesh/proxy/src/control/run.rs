@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::signal::Signal as Number;
 use serin_xds::ResourceType;
 use serin_xds::client::Endpoint;
 use tokio::io::AsyncWriteExt;
@@ -15,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::admin::{AdminPort, Port};
+use super::application::{Application, Running};
 use super::restart::{self, Predecessor, Station};
 use super::{Options, Proxy, dial, dns, health, outliers, sds, xds};
 use crate::config::store::{Store, Update};
@@ -97,6 +99,8 @@ pub struct Plan {
     pub drain: Duration,
     /// Unix socket over which sockets are taken from the process before this one, and given to the next.
     pub restart: Option<PathBuf>,
+    /// What is started once the proxy serves, and with which the proxy ends.
+    pub application: Option<Application>,
 }
 
 impl Plan {
@@ -109,8 +113,9 @@ impl Plan {
     }
 }
 
-/// Runs a proxy until it is told to end by SIGTERM, SIGINT or `/quitquitquit`.
-pub async fn run(plan: Plan) -> Result<(), Error> {
+/// Runs a proxy until it is told to end by SIGTERM, SIGINT or `/quitquitquit`, or until its application has ended, whose exit code is
+/// returned.
+pub async fn run(plan: Plan) -> Result<u8, Error> {
     let predecessor = match &plan.restart {
         None => None,
         Some(path) => restart::take(path)?,
@@ -164,12 +169,26 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
         let work = succession(path, predecessor, proxy.clone(), succeed, ends.all.clone());
         tasks.spawn(work);
     }
-    let heir = asked_to_end(&proxy, &mut signals, &ends, succeeded).await;
+    let mut running = None;
+    let (mut heir, mut code) = (None, None);
+    tokio::select! {
+        ended = beside(&proxy, plan.application.as_ref(), &mut running) => code = Some(ended?),
+        asked = asked_to_end(&proxy, &mut signals, &ends, succeeded) => match asked {
+            Asked::Signal(number) => code = end_application(running.as_mut(), number, &mut signals).await,
+            Asked::Successor(stream) => heir = Some(stream),
+        },
+    }
     let ended = CancellationToken::new();
     let report = heir.map(|heir| tokio::spawn(restart::report(proxy.clone(), heir, ended.clone())));
+    // Nobody who is told to go elsewhere would come back to an application that has ended.
+    let discourage = if code.is_some() {
+        Duration::ZERO
+    } else {
+        plan.drain
+    };
     // A second signal means now.
     tokio::select! {
-        () = proxy.shut_down(plan.drain, FINISH) => {}
+        () = proxy.shut_down(discourage, FINISH) => {}
         _ = signals.next() => {}
     }
     ended.cancel();
@@ -183,7 +202,33 @@ pub async fn run(plan: Plan) -> Result<(), Error> {
     proxy.stop().await;
     // Ends with the workers, which held the other ends.
     let _ = log.await;
-    Ok(())
+    Ok(code.unwrap_or(0))
+}
+
+/// Starts the application once the proxy serves, and waits for its end.
+async fn beside(
+    proxy: &Proxy,
+    application: Option<&Application>,
+    running: &mut Option<Running>,
+) -> Result<u8, Error> {
+    let Some(application) = application else {
+        return std::future::pending().await;
+    };
+    proxy.live().await;
+    let code = running.insert(application.start()?).ended().await;
+    tracing::info!(code, "the application has ended");
+    Ok(code)
+}
+
+/// Passes a signal on to the application, if it runs, and goes on serving it until it has ended. With another signal it is waited for
+/// no longer.
+async fn end_application(running: Option<&mut Running>, number: Number, signals: &mut Signals) -> Option<u8> {
+    let running = running?;
+    running.tell(number);
+    tokio::select! {
+        code = running.ended() => Some(code),
+        _ = signals.next() => None,
+    }
 }
 
 /// What ends when.
@@ -226,11 +271,11 @@ impl Signals {
         })
     }
 
-    /// The name of the next one.
-    async fn next(&mut self) -> &'static str {
+    /// The next one.
+    async fn next(&mut self) -> Number {
         tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
+            _ = self.terminate.recv() => Number::SIGTERM,
+            _ = self.interrupt.recv() => Number::SIGINT,
         }
     }
 }
@@ -265,24 +310,37 @@ fn tend(proxy: &Arc<Proxy>, rules: overload::Rules, tasks: &TaskTracker, cancel:
     tasks.spawn(overload::run(rules, proxy.overload(), cancel.clone()));
 }
 
-/// Waits for whoever asks for the end; a successor is returned, which is told what is still counted.
+/// Who asks for the end.
+enum Asked {
+    /// A signal, or what stands for it.
+    Signal(Number),
+    /// A process that serves in the place of this one, and is told what is still counted.
+    Successor(UnixStream),
+}
+
+/// Waits for whoever asks for the end.
 async fn asked_to_end(
     proxy: &Proxy,
     signals: &mut Signals,
     ends: &Ends,
     succeeded: oneshot::Receiver<UnixStream>,
-) -> Option<UnixStream> {
+) -> Asked {
     tokio::select! {
-        name = signals.next() => tracing::info!("{name}: draining"),
-        () = ends.quit.cancelled() => tracing::info!("asked to quit: draining"),
+        number = signals.next() => {
+            tracing::info!("{number}: draining");
+            Asked::Signal(number)
+        }
+        () = ends.quit.cancelled() => {
+            tracing::info!("asked to quit: draining");
+            Asked::Signal(Number::SIGTERM)
+        }
         Ok(heir) = succeeded => {
             tracing::info!("a successor serves: draining");
             ends.ports.cancel();
             proxy.stop_accepting().await;
-            return Some(heir);
+            Asked::Successor(heir)
         }
     }
-    None
 }
 
 /// Takes configuration from the control plane, and streams measurements to it where it is told to.

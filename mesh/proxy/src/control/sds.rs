@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use serin_xds::client::{AdsClient, AdsClientConfig, BackoffRange, Deliveries, Delivery, Interest, Service};
 use serin_xds::{Refusal, ResourceType};
@@ -84,10 +85,12 @@ async fn take(proxy: Arc<Proxy>, service: SdsService, mut deliveries: Deliveries
 
 async fn deliver(proxy: &Proxy, service: &SdsService, delivery: Delivery) {
     let upserted = upserted(&delivery);
+    let began = Instant::now();
     let refused = proxy.apply_secrets_of(service, &upserted).await;
+    let took = began.elapsed();
     proxy.store(|store| {
         let names = delivery.upserted.iter().map(|one| &*one.name);
-        store.note_delivery(ResourceType::Secret, &delivery.version, names, &refused);
+        store.note_delivery(ResourceType::Secret, &delivery.version, names, &refused, took);
     });
     let refusals = refused
         .into_iter()

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serin_xds::client::{
     AdsClient, AdsClientConfig, BackoffRange, ConnectionState, Delivery, Endpoint, Interest,
@@ -211,13 +211,15 @@ pub(super) fn upserted(delivery: &Delivery) -> Vec<Update<'_>> {
 async fn deliver(proxy: &Proxy, on_demand: &OnDemand, delivery: Delivery) {
     let upserted = upserted(&delivery);
     let removed: Vec<&str> = delivery.removed.iter().map(|name| &**name).collect();
+    let began = Instant::now();
     let refused = proxy.apply(delivery.resource_type, &upserted, &removed).await;
+    let took = began.elapsed();
     proxy.store(|store| {
         let versions = delivery.upserted.iter().map(|one| (&*one.name, &one.version));
         store.note_versions(delivery.resource_type, versions);
         let names = delivery.upserted.iter().map(|one| &*one.name);
         let names = names.chain(delivery.removed.iter().map(|name| &**name));
-        store.note_delivery(delivery.resource_type, &delivery.version, names, &refused);
+        store.note_delivery(delivery.resource_type, &delivery.version, names, &refused, took);
     });
     settle(proxy, on_demand, &delivery, |name| {
         refused.iter().any(|(refused, _)| **refused == *name)

@@ -4,3 +4,4 @@
 pub mod fields;
 pub mod interim;
 pub mod path;
+pub(crate) mod query;

@@ -189,6 +189,22 @@ pub fn with_places(family: &str, labels: &Labels) -> (String, Places) {
     {
         rest = inner;
     }
+    if let Some(inner) = rest.strip_prefix("vhds_")
+        && name.out.starts_with("http.")
+        && name.part("vhds.", "route_config", ".")
+    {
+        rest = inner;
+    }
+    for kind in ["http_filter", "network_filter", "tcp_listener_filter"] {
+        if let Some(inner) = rest
+            .strip_prefix("extension_config_discovery_")
+            .and_then(|rest| rest.strip_prefix(kind)?.strip_prefix('_'))
+            && name.part(&format!("extension_config_discovery.{kind}."), "extension", ".")
+        {
+            rest = inner;
+            break;
+        }
+    }
     if let Some(inner) = rest.strip_prefix("sds_")
         && name.out.is_empty()
         && name.part("sds.", "envoy_xds_resource_name", ".")
@@ -513,6 +529,16 @@ mod tests {
                 "envoy_listener_admin_downstream_cx_total",
                 &[],
                 "listener.admin.downstream_cx_total",
+            ),
+            (
+                "envoy_http_vhds_update_success",
+                &[("route_config", "r"), ("envoy_http_conn_manager_prefix", "in")],
+                "http.in.vhds.r.update_success",
+            ),
+            (
+                "envoy_extension_config_discovery_tcp_listener_filter_config_fail",
+                &[("extension", "a.b")],
+                "extension_config_discovery.tcp_listener_filter.a.b.config_fail",
             ),
             (
                 "envoy_sds_update_success",

@@ -6,7 +6,7 @@ use serin_xds::pb::envoy::config::accesslog::v3 as pb;
 use serin_xds::pb::envoy::extensions::access_loggers::{
     file::v3 as file, grpc::v3 as grpc, open_telemetry::v3 as open_telemetry, stream::v3 as stream,
 };
-use serin_xds::pb::google::protobuf::Any;
+use serin_xds::pb::google::protobuf::{Any, Duration};
 
 use super::als::{self, HttpEntry};
 use super::batch::{Batches, Limits, Shape};
@@ -115,6 +115,15 @@ impl AccessLogs {
             }
         }
     }
+}
+
+/// How often lines are written of what goes on (`access_log_flush_interval`).
+pub(crate) fn interval(from: Option<&Duration>) -> Result<Option<std::time::Duration>, Refusal> {
+    let interval = convert::timeout(from).within("access_log_flush_interval")?;
+    if interval.is_some_and(|interval| interval < std::time::Duration::from_millis(1)) {
+        return Err(Refusal::new("access_log_flush_interval", "must be at least 1ms"));
+    }
+    Ok(interval)
 }
 
 fn default_format(wants: &mut Wants) -> Result<Format, Refusal> {

@@ -132,6 +132,8 @@ pub enum LogType {
     TcpConnectionEnd = 3,
     /// A request has come.
     DownstreamStart = 4,
+    /// A request goes on.
+    DownstreamPeriodic = 5,
     /// A request has ended.
     DownstreamEnd = 6,
     /// A tunnel has been granted.
@@ -151,6 +153,7 @@ impl LogType {
             Self::TcpPeriodic => "TcpPeriodic",
             Self::TcpConnectionEnd => "TcpConnectionEnd",
             Self::DownstreamStart => "DownstreamStart",
+            Self::DownstreamPeriodic => "DownstreamPeriodic",
             Self::DownstreamEnd => "DownstreamEnd",
             Self::DownstreamTunnelSuccessfullyEstablished => "DownstreamTunnelSuccessfullyEstablished",
         }

@@ -24,7 +24,7 @@ use super::set_metadata::SetMetadata;
 use super::tap::TapFilter;
 use crate::clock;
 use crate::config::convert;
-use crate::config::extension::{AnyPlace, Discoverable, Extensions, Place, not_by_discovery};
+use crate::config::extension::{self, AnyPlace, Discoverable, Extensions, Place, not_by_discovery};
 use crate::config::route::Context;
 use crate::error::Refusal;
 
@@ -143,6 +143,7 @@ impl Chain {
 }
 
 impl Discoverable for Kind {
+    const KIND: extension::Kind = extension::Kind::Http;
     /// The manager's prefix of statistics.
     type Origin = Box<str>;
 

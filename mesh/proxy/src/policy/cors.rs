@@ -10,6 +10,10 @@ use crate::config::matchers::StringMatch;
 use crate::config::runtime::{Runtime, RuntimeFraction};
 use crate::error::{Refusal, Within};
 
+/// A page of a public network says so when it asks for something within a private one.
+const REQUEST_PRIVATE_NETWORK: &str = "access-control-request-private-network";
+const ALLOW_PRIVATE_NETWORK: &str = "access-control-allow-private-network";
+
 /// A compiled CORS policy.
 #[derive(Clone, Debug)]
 pub struct Cors {
@@ -20,6 +24,8 @@ pub struct Cors {
     max_age: Option<HeaderValue>,
     allow_credentials: Option<bool>,
     forward_unmatched_preflights: Option<bool>,
+    /// Pages of public networks may ask.
+    private_network: Option<bool>,
     /// Share of requests that it is for.
     enabled: RuntimeFraction,
 }
@@ -38,13 +44,6 @@ pub enum CorsVerdict {
 impl Cors {
     /// Compiles the filter's own policy message.
     pub(crate) fn compile(from: &cors_v3::CorsPolicy, runtime: &mut Runtime) -> Result<Self, Refusal> {
-        if from
-            .allow_private_network_access
-            .as_ref()
-            .is_some_and(|value| value.value)
-        {
-            return Err(Refusal::new("allow_private_network_access", "not supported"));
-        }
         let value = |text: &str, field: &str| {
             if text.is_empty() {
                 return Ok(None);
@@ -66,6 +65,7 @@ impl Cors {
             max_age: value(&from.max_age, "max_age")?,
             allow_credentials: flag(from.allow_credentials.as_ref()),
             forward_unmatched_preflights: flag(from.forward_not_matching_preflights.as_ref()),
+            private_network: flag(from.allow_private_network_access.as_ref()),
             enabled: runtime
                 .fraction(from.filter_enabled.as_ref(), Fraction::ALL)
                 .within("filter_enabled")?,
@@ -111,6 +111,7 @@ impl Cors {
             forward_unmatched_preflights: self
                 .forward_unmatched_preflights
                 .or(less.forward_unmatched_preflights),
+            private_network: self.private_network.or(less.private_network),
             enabled: self.enabled.clone(),
         }
     }
@@ -162,6 +163,10 @@ impl Cors {
                 HeaderValue::from_static("true"),
             );
         }
+        let of_private = request.get(REQUEST_PRIVATE_NETWORK);
+        if self.private_network == Some(true) && of_private.is_some_and(|asked| asked == "true") {
+            answer.insert(ALLOW_PRIVATE_NETWORK, HeaderValue::from_static("true"));
+        }
         CorsVerdict::Preflight(Box::new(answer))
     }
 
@@ -205,14 +210,38 @@ mod tests {
 
     #[test]
     fn the_older_message_of_routes_is_compiled_and_refused_like_the_filters_own() {
-        let older = |private: bool| route::CorsPolicy {
-            max_age: "60".into(),
-            allow_private_network_access: Some(BoolValue { value: private }),
+        let older = |age: &str| route::CorsPolicy {
+            max_age: age.into(),
             ..Default::default()
         };
-        let compile = |private| Cors::compile_route(&older(private), &mut Runtime::default());
-        assert_eq!(compile(false).unwrap().max_age.unwrap(), "60");
-        assert_eq!(compile(true).unwrap_err().path, "allow_private_network_access");
+        let compile = |age| Cors::compile_route(&older(age), &mut Runtime::default());
+        assert_eq!(compile("60").unwrap().max_age.unwrap(), "60");
+        assert_eq!(compile("\n").unwrap_err().path, "max_age");
+    }
+
+    #[test]
+    fn pages_of_public_networks_are_let_in_where_the_most_specific_level_says_so() {
+        let with = |allowed: Option<bool>| Cors {
+            private_network: allowed,
+            ..policy()
+        };
+        let asks = |value: &'static str| {
+            headers(&[
+                ("origin", "https://a"),
+                ("access-control-request-method", "POST"),
+                ("access-control-request-private-network", value),
+            ])
+        };
+        let answer = |cors: &Cors, asked: &'static str| match cors.judge(&Method::OPTIONS, &asks(asked)) {
+            CorsVerdict::Preflight(answer) => answer.get(ALLOW_PRIVATE_NETWORK).cloned(),
+            other => panic!("{other:?}"),
+        };
+        let open = with(Some(true));
+        assert_eq!(answer(&open, "true").unwrap(), "true");
+        assert_eq!(answer(&open, "yes"), None);
+        assert_eq!(answer(&with(None), "true"), None);
+        assert_eq!(answer(&with(None).or(&open), "true").unwrap(), "true");
+        assert_eq!(answer(&with(Some(false)).or(&open), "true"), None);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 mod answer;
 mod http_service;
+mod shadow;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -32,6 +33,7 @@ use crate::error::{Refusal, Within};
 
 pub use answer::{Allowed, Denied, Field, How, Verdict, apply, apply_denied, is_valid, read_grpc};
 pub use http_service::HttpService;
+pub use shadow::{Asked, Decision};
 
 /// The method that is called.
 pub const PATH: &str = "/envoy.service.auth.v3.Authorization/Check";
@@ -75,6 +77,10 @@ pub struct ExtAuthz {
     tells_certificate: bool,
     tells_session: bool,
     raw_headers: bool,
+    /// Requests pass whatever the service says.
+    pub shadow: bool,
+    /// How it was asked is kept.
+    pub reports: bool,
     counters: Counters,
 }
 
@@ -85,6 +91,8 @@ struct Counters {
     denied: Arc<Counter>,
     error: Arc<Counter>,
     failure_allowed: Arc<Counter>,
+    shadow_denied: Arc<Counter>,
+    shadow_error: Arc<Counter>,
     disabled: Arc<Counter>,
 }
 
@@ -225,14 +233,12 @@ impl ExtAuthz {
                     "bootstrap_metadata_labels_key",
                     !from.bootstrap_metadata_labels_key.is_empty(),
                 ),
-                ("shadow_mode", from.shadow_mode),
                 (
                     "enable_dynamic_metadata_ingestion",
                     from.enable_dynamic_metadata_ingestion
                         .as_ref()
                         .is_some_and(|value| !value.value),
                 ),
-                ("emit_filter_state_stats", from.emit_filter_state_stats),
             ],
             "not supported",
         )?;
@@ -309,12 +315,16 @@ impl ExtAuthz {
             tells_certificate: from.include_peer_certificate,
             tells_session: from.include_tls_session,
             raw_headers: from.encode_raw_headers,
+            shadow: from.shadow_mode,
+            reports: from.emit_filter_state_stats,
             counters: Counters {
                 invalid: counter("envoy_http_ext_authz_invalid"),
                 ok: counter("envoy_http_ext_authz_ok"),
                 denied: counter("envoy_http_ext_authz_denied"),
                 error: counter("envoy_http_ext_authz_error"),
                 failure_allowed: counter("envoy_http_ext_authz_failure_mode_allowed"),
+                shadow_denied: counter("envoy_http_ext_authz_shadow_denied"),
+                shadow_error: counter("envoy_http_ext_authz_shadow_error"),
                 disabled: counter("envoy_http_ext_authz_disabled"),
             },
         })
@@ -359,11 +369,21 @@ impl ExtAuthz {
             Verdict::Denied(_) => self.counters.denied.add(worker),
             Verdict::Failed => {
                 self.counters.error.add(worker);
-                if self.failure_allows {
+                if self.failure_allows && !self.shadow {
                     self.counters.failure_allowed.add(worker);
                 }
             }
         }
+    }
+
+    /// Counts a request that has passed although the service denied it.
+    pub fn count_shadow_denied(&self, worker: usize) {
+        self.counters.shadow_denied.add(worker);
+    }
+
+    /// Counts a request that has passed although the service failed.
+    pub fn count_shadow_error(&self, worker: usize) {
+        self.counters.shadow_error.add(worker);
     }
 
     /// How much of a request's body the service is shown, where its route says this.

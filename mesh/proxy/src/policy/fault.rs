@@ -1,4 +1,5 @@
-//! Fault injection: delays and aborts for a share of the requests, fixed ones or those that requests ask for by header.
+//! Fault injection: delays, aborts and slow responses for a share of the requests, fixed ones or those that requests ask for
+//! by header.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -6,12 +7,17 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::StatusCode;
+use serin_xds::pb::envoy::extensions::filters::common::fault::v3 as common;
 use serin_xds::pb::envoy::extensions::filters::http::fault::v3 as fault_v3;
 use serin_xds::pb::envoy::r#type::v3::{FractionalPercent, fractional_percent::DenominatorType};
 
 use crate::config::convert::{self, Fraction, each};
 use crate::config::matchers::{HeaderMatch, RequestView};
 use crate::error::{Refusal, Within};
+
+/// By which a request asks for a slow response, in KiB a second, and for how many it does.
+const THROUGHPUT: &str = "x-envoy-fault-throughput-response";
+const THROUGHPUT_SHARE: &str = "x-envoy-fault-throughput-response-percentage";
 
 /// How a request is aborted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +73,8 @@ enum Given<T> {
 pub struct Fault {
     delay: Option<(Share, Given<Duration>)>,
     abort: Option<(Share, Given<FaultAbort>)>,
+    /// KiB a second.
+    rate: Option<(Share, Given<u64>)>,
     headers: Box<[HeaderMatch]>,
     cluster: Option<Box<str>>,
     nodes: Box<[Box<str>]>,
@@ -76,13 +84,15 @@ pub struct Fault {
     active: AtomicU64,
 }
 
-/// What happens to a request: a delay, an abort, or both in that order.
+/// What happens to a request: a delay, an abort, or both in that order; and to its response.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Decision {
     /// How long it waits.
     pub delay: Option<Duration>,
     /// How it ends.
     pub abort: Option<FaultAbort>,
+    /// How fast its response comes at most, in KiB a second.
+    pub rate: Option<u64>,
 }
 
 /// Counts a fault until its request has ended.
@@ -107,14 +117,25 @@ fn status(code: u64) -> Option<StatusCode> {
         .and_then(|code| StatusCode::from_u16(code).ok())
 }
 
+fn rate_limit(from: &common::FaultRateLimit) -> Result<(Share, Given<u64>), Refusal> {
+    use common::fault_rate_limit::LimitType;
+    let share = Share::compile(from.percentage.as_ref()).within("percentage")?;
+    let given = match &from.limit_type {
+        Some(LimitType::FixedLimit(limit)) if limit.limit_kbps > 0 => Given::Fixed(limit.limit_kbps),
+        Some(LimitType::FixedLimit(_)) => {
+            return Err(Refusal::new("fixed_limit.limit_kbps", "must be at least 1"));
+        }
+        Some(LimitType::HeaderLimit(_)) => Given::Header,
+        None => return Err(Refusal::new("", "fixed_limit or header_limit is missing")),
+    };
+    Ok((share, given))
+}
+
 impl Fault {
     /// Compiles the message; `None` when it does nothing.
     pub(crate) fn compile(from: &fault_v3::HttpFault) -> Result<Option<Arc<Self>>, Refusal> {
+        use common::fault_delay::FaultDelaySecifier;
         use fault_v3::fault_abort::ErrorType;
-        use serin_xds::pb::envoy::extensions::filters::common::fault::v3::fault_delay::FaultDelaySecifier;
-        if from.response_rate_limit.is_some() {
-            return Err(Refusal::new("response_rate_limit", "not supported yet"));
-        }
         if !from
             .filter_metadata
             .as_ref()
@@ -158,14 +179,22 @@ impl Fault {
                 Some((share, given))
             }
         };
+        let rate = from
+            .response_rate_limit
+            .as_ref()
+            .map(rate_limit)
+            .transpose()
+            .within("response_rate_limit")?;
         let headers = each(&from.headers, "headers", HeaderMatch::compile)?;
         let active = delay.is_some_and(|(share, _)| !share.fraction.is_none())
-            || abort.is_some_and(|(share, _)| !share.fraction.is_none());
+            || abort.is_some_and(|(share, _)| !share.fraction.is_none())
+            || rate.is_some_and(|(share, _)| !share.fraction.is_none());
         let body = from.abort.as_ref().map_or("", |abort| &abort.response_body);
         Ok(active.then(|| {
             Arc::new(Self {
                 delay,
                 abort,
+                rate,
                 headers,
                 cluster: (!from.upstream_cluster.is_empty()).then(|| from.upstream_cluster.as_str().into()),
                 nodes: from
@@ -187,7 +216,7 @@ impl Fault {
         }))
     }
 
-    /// What happens to a request for `cluster`. `random` is called at most twice.
+    /// What happens to a request for `cluster`. `random` is called at most three times.
     pub fn decide(
         &self,
         request: &RequestView<'_>,
@@ -232,7 +261,17 @@ impl Fault {
             };
             share.hit(random()).then_some(kind)
         });
-        Decision { delay, abort }
+        let rate = self.rate.and_then(|(share, given)| {
+            let (rate, share) = match given {
+                Given::Fixed(rate) => (rate, share.fraction),
+                Given::Header => (
+                    number(request, THROUGHPUT).filter(|rate| *rate > 0)?,
+                    share.asked(request, THROUGHPUT_SHARE),
+                ),
+            };
+            share.hit(random()).then_some(rate)
+        });
+        Decision { delay, abort, rate }
     }
 
     /// Counts a fault that begins; `None` if there are as many as there may be.
@@ -247,7 +286,6 @@ impl Fault {
 mod tests {
     use http::HeaderMap;
     use serin_xds::pb::envoy::config::route::v3 as route;
-    use serin_xds::pb::envoy::extensions::filters::common::fault::v3 as common;
 
     use super::*;
     use crate::given::headers;

@@ -104,10 +104,24 @@ struct Object {
     fields: Option<Arc<Struct>>,
 }
 
+/// What a filter tells of itself.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Report {
+    /// By which it is asked for.
+    pub key: Box<str>,
+    /// Its text, where it has one.
+    pub plain: Option<Box<str>>,
+    /// Its text as JSON.
+    pub typed: Option<Box<str>>,
+    /// What it consists of.
+    pub fields: Struct,
+}
+
 /// See the module. A list, because there are one or two objects.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct FilterState {
     objects: Vec<Object>,
+    reports: Vec<Report>,
     /// What the PROXY protocol has said that endpoints may be told.
     pub tlvs: Option<Tlvs>,
 }
@@ -119,17 +133,32 @@ impl FilterState {
     /// None.
     pub const EMPTY: Self = Self {
         objects: Vec::new(),
+        reports: Vec::new(),
         tlvs: None,
     };
 
     /// Whether there is nothing.
     pub fn is_empty(&self) -> bool {
-        self.objects.is_empty()
+        self.objects.is_empty() && self.reports.is_empty()
     }
 
     /// The text of an object.
     pub fn get(&self, key: &str) -> Option<&str> {
-        self.find(key).map(|object| &*object.value)
+        match self.find(key) {
+            Some(object) => Some(&object.value),
+            None => self.reported(key)?.plain.as_deref(),
+        }
+    }
+
+    /// What a filter tells of itself under this key.
+    pub fn reported(&self, key: &str) -> Option<&Report> {
+        self.reports.iter().find(|report| *report.key == *key)
+    }
+
+    /// A filter tells of itself.
+    pub(crate) fn report(&mut self, report: Report) {
+        self.reports.retain(|own| own.key != report.key);
+        self.reports.push(report);
     }
 
     fn find(&self, key: &str) -> Option<&Object> {
@@ -160,7 +189,10 @@ impl FilterState {
 
     /// The fields of an object.
     pub fn fields(&self, key: &str) -> Option<&Struct> {
-        self.find(key)?.fields.as_deref()
+        match self.find(key) {
+            Some(object) => object.fields.as_deref(),
+            None => self.reported(key).map(|report| &report.fields),
+        }
     }
 
     /// Sets an object that has fields; its text is JSON.

@@ -5,12 +5,14 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use serin_xds::pb::envoy::extensions::filters::http::grpc_stats::v3 as pb;
 
 use crate::error::Refusal;
 use crate::metrics::collect::{Family, Value};
+use crate::metrics::histogram::{Histogram, HistogramValue};
 
 /// Methods that one worker keeps apart.
 const MAX_METHODS: usize = 1024;
@@ -63,7 +65,15 @@ impl Counts {
     }
 }
 
-type Part = Mutex<HashMap<Key, Counts, foldhash::fast::RandomState>>;
+/// What is kept of a method.
+#[derive(Debug, Default)]
+struct Kept {
+    counts: Counts,
+    /// How long endpoints took, where the filter measures that.
+    time: Option<Box<Histogram>>,
+}
+
+type Part = Mutex<HashMap<Key, Kept, foldhash::fast::RandomState>>;
 
 /// All counters. Owned by whoever compiles the configuration.
 #[derive(Debug, Default)]
@@ -83,14 +93,18 @@ impl Table {
 
     /// What was counted.
     pub fn collect(&self) -> Vec<Family> {
-        let mut sums: BTreeMap<Key, Counts> = BTreeMap::new();
+        let mut sums: BTreeMap<Key, (Counts, Option<HistogramValue>)> = BTreeMap::new();
         for part in self.workers.lock().iter() {
-            for (key, counts) in &*part.lock() {
-                sums.entry(key.clone()).or_default().add(counts);
+            for (key, kept) in &*part.lock() {
+                let (counts, time) = sums.entry(key.clone()).or_default();
+                counts.add(&kept.counts);
+                if let Some(more) = &kept.time {
+                    more.read(time.get_or_insert_default());
+                }
             }
         }
         let mut families: BTreeMap<&'static str, Family> = BTreeMap::new();
-        for ((cluster, method), counts) in sums {
+        for ((cluster, method), (counts, time)) in sums {
             let mut labels = vec![("envoy_cluster_name", cluster.to_string())];
             if let Some((service, method)) = method {
                 labels.push(("envoy_grpc_bridge_service", service.into()));
@@ -107,7 +121,16 @@ impl Table {
                 .into_iter()
                 .zip(counts.statuses)
                 .filter(|(_, count)| *count > 0);
-            for (name, count) in always.into_iter().chain(seen) {
+            let counters = always.into_iter().chain(seen);
+            let values = counters
+                .map(|(name, count)| (name, Value::Counter(count as f64)))
+                .chain(time.map(|time| {
+                    (
+                        "envoy_cluster_grpc_upstream_rq_time",
+                        Value::Histogram(Box::new(time)),
+                    )
+                }));
+            for (name, value) in values {
                 families
                     .entry(name)
                     .or_insert_with(|| Family {
@@ -116,7 +139,7 @@ impl Table {
                         metrics: Vec::new(),
                     })
                     .metrics
-                    .push((labels.clone(), Value::Counter(count as f64)));
+                    .push((labels.clone(), value));
             }
         }
         families.into_values().collect()
@@ -137,6 +160,7 @@ enum Methods {
 pub struct GrpcStats {
     methods: Methods,
     replace_dots: bool,
+    measures: bool,
     parts: Arc<[Part]>,
 }
 
@@ -187,15 +211,14 @@ pub struct Call<'a> {
     pub requests: u64,
     /// Messages of the server.
     pub responses: u64,
+    /// From the last byte that the endpoint was sent to the last that it answered.
+    pub took: Option<Duration>,
 }
 
 impl GrpcStats {
     /// Compiles the message.
     pub(crate) fn compile(from: &pb::FilterConfig, workers: usize, table: &Table) -> Result<Self, Refusal> {
         use pb::filter_config::PerMethodStatSpecifier as Spec;
-        if from.enable_upstream_stats {
-            return Err(Refusal::new("enable_upstream_stats", "not supported"));
-        }
         let methods = match &from.per_method_stat_specifier {
             None => Methods::None,
             Some(Spec::StatsForAllMethods(all)) if all.value => Methods::All,
@@ -213,6 +236,7 @@ impl GrpcStats {
         Ok(Self {
             methods,
             replace_dots: from.replace_dots_in_grpc_service_name,
+            measures: from.enable_upstream_stats,
             parts: table.parts(workers),
         })
     }
@@ -238,12 +262,16 @@ impl GrpcStats {
             };
             (service, method.into())
         });
-        let mut counts = part.lock();
+        let mut part = part.lock();
         let mut key: Key = (call.cluster.clone(), apart);
-        if counts.len() >= MAX_METHODS && !counts.contains_key(&key) {
+        if part.len() >= MAX_METHODS && !part.contains_key(&key) {
             key.1 = None;
         }
-        let counts = counts.entry(key).or_default();
+        let Kept { counts, time } = part.entry(key).or_default();
+        if let Some(took) = call.took.filter(|_| self.measures) {
+            let time = time.get_or_insert_default();
+            time.observe_thousandths(took.as_micros() as u64);
+        }
         let succeeded = status == 0;
         counts.add(&Counts {
             total: 1,
@@ -277,6 +305,7 @@ mod tests {
                 status: Some(0),
                 requests: 1,
                 responses: 2,
+                took: None,
             };
             filter.count(&call, 0);
         }
@@ -339,6 +368,7 @@ mod tests {
                 status: Some(0),
                 requests: 0,
                 responses: 0,
+                took: None,
             };
             filter.count(&call, 0);
         }

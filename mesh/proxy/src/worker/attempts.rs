@@ -27,6 +27,7 @@ use self::judge::note_failure;
 use super::exchange::{Exchange, Sent};
 use super::failure::{Failure, final_reply};
 use super::incoming::Incoming;
+use super::intervals;
 use super::local::LocalReply;
 use super::request::view;
 use super::tunnel::Tunnel;
@@ -63,7 +64,7 @@ pub(super) async fn attempts(
             return Err(no_healthy_upstream());
         };
         exchange.attempts += 1;
-        exchange.sent_on = Sent::Not;
+        exchange.sent_on.set(Sent::Not);
         exchange.host = Some(host.clone());
         let active = Active::on(&host);
         let began = plan.cluster.measures().then(Instant::now);
@@ -75,9 +76,17 @@ pub(super) async fn attempts(
             per_try: course.per_try(),
             tls: &tls,
         };
-        let tried = attempt(plan, &parts, &try_of, &host, &mut exchange.sent_on).await;
+        let tried = match exchange.intervals.take() {
+            None => attempt(plan, &parts, &try_of, &host, &exchange.sent_on).await,
+            Some(mut intervals) => {
+                let trying = attempt(plan, &parts, &try_of, &host, &exchange.sent_on);
+                let tried = Box::pin(intervals::meanwhile(exchange, &mut intervals, trying)).await;
+                exchange.intervals = Some(intervals);
+                tried
+            }
+        };
         exchange.upstream_tls = tls.into_inner();
-        if exchange.sent_on == Sent::Http2 {
+        if exchange.sent_on.get() == Sent::Http2 {
             note_reset(plan, &tried);
         }
         if let Some(began) = began.filter(|_| tried.is_ok()) {

@@ -5,10 +5,12 @@
 mod inbound;
 mod request;
 mod response;
+mod throttled;
 
 pub use inbound::{Ahead, Inbound};
 pub use request::{RequestSource, UpstreamBody};
 pub use response::{Encoded, Observer, ResponseBody};
+pub use throttled::Throttled;
 
 use crate::upstream::http1;
 

@@ -1,7 +1,7 @@
 //! One request and its response: what is remembered from the first byte to the last, and what is recorded then.
 
 use std::borrow::Cow;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -14,6 +14,7 @@ use super::body::RequestSource;
 use super::filters::{self, PolicyState};
 use super::http::Downstream;
 use super::interim::Waiting;
+use super::intervals::Intervals;
 use super::logging::{self, LogState};
 use super::spans::{self, SpanState};
 use super::tap::{self, TapState};
@@ -99,7 +100,7 @@ pub struct Exchange {
     /// Attempts made.
     pub attempts: u32,
     /// Whether the last attempt got as far as a connection.
-    pub sent_on: Sent,
+    pub sent_on: Cell<Sent>,
     /// Flags.
     pub flags: Flags,
     /// Status sent.
@@ -118,6 +119,8 @@ pub struct Exchange {
     pub answered: Option<Instant>,
     /// What access logs keep.
     pub log: Option<Box<LogState>>,
+    /// When the next line about it is due, where lines are written while it goes on.
+    pub intervals: Option<Box<Intervals>>,
     /// Its place in a trace.
     pub span: Option<Box<SpanState>>,
     /// Where somebody looks at it.
@@ -132,6 +135,10 @@ impl Exchange {
             remote: conn.remote,
             internal: false,
             scheme: Scheme::HTTP,
+            intervals: conn
+                .manager
+                .log_interval
+                .map(|interval| Box::new(Intervals::every(interval))),
             conn,
             started: Instant::now(),
             method,
@@ -156,7 +163,7 @@ impl Exchange {
             stream_limited: false,
             stream_asked: false,
             attempts: 0,
-            sent_on: Sent::Not,
+            sent_on: Cell::new(Sent::Not),
             flags: Flags::default(),
             code: 0,
             grpc_status: None,
@@ -197,6 +204,7 @@ impl Exchange {
         if std::mem::replace(&mut self.finished, true) {
             return;
         }
+        self.intervals = None;
         let conn = self.conn.clone();
         if let Some(source) = &self.source {
             source.borrow_mut().let_go();
@@ -327,7 +335,7 @@ impl Drop for Exchange {
                 self.conn.lost.set(true);
             }
             if let Some(cluster) = &self.cluster {
-                match self.sent_on {
+                match self.sent_on.get() {
                     Sent::Not => cluster.slot.counted.note(ClusterEvent::RqCancelled),
                     // Over HTTP/1 nothing is reset: the connection ends.
                     Sent::Http1 => {}

@@ -29,11 +29,11 @@ mod rate_limit;
 mod rbac;
 mod state;
 
-pub(super) use encode::{encode, encode_waiting, keep_request, waits};
+pub(super) use encode::{encode, encode_trailers, encode_waiting, keep_head, keep_request, waits};
 pub(super) use jwt::fetch_ahead;
 pub use state::PolicyState;
 use state::{Encode, state};
-pub(super) use state::{Outbox, finish, metadata, must_wait, outbox, saw_data};
+pub(super) use state::{Outbox, finish, metadata, must_wait, outbox, response_rate, saw_data};
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -105,7 +105,7 @@ pub(super) async fn decode(
                 local_rate_limit::limit(exchange, chain.as_ref(), own, routed, parts)
             }
             Kind::HeaderMutation(chain) => {
-                header_mutation::mutate(exchange, filter, chain, routed, parts);
+                header_mutation::mutate(exchange, filter, chain, routed, parts, body.as_mut());
                 Ok(Passed::On)
             }
             Kind::SetMetadata(chain) => {
@@ -124,7 +124,7 @@ pub(super) async fn decode(
             // Whose request has no route is not asked about (Envoy's rule).
             Kind::ExtAuthz(_) if !routed.is_found() => Ok(Passed::On),
             Kind::ExtAuthz(authz) => {
-                Box::pin(ext_authz::ask(exchange, authz, own, routed, parts, body)).await
+                Box::pin(ext_authz::ask(exchange, (authz, name), own, routed, parts, body)).await
             }
             Kind::ExtProc(processor) => {
                 Box::pin(ext_proc::request(exchange, processor, own, parts, body.as_ref())).await

@@ -4,7 +4,7 @@
 //! As in Envoy a further try counts as a retry: the policy's number and the cluster's retry limit hold for it. A bad
 //! answer is passed over as long as another try is running. The losers are dropped with their connections.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -21,6 +21,7 @@ use super::attempts::{
 };
 use super::exchange::{Exchange, Sent};
 use super::failure::final_reply;
+use super::intervals::{self, Intervals};
 use super::local::LocalReply;
 use super::request::view;
 use super::upstream::Plan;
@@ -51,6 +52,27 @@ pub(super) async fn hedged(
     let Some((policy, patience)) = policy.and_then(|policy| Some((policy, plan.times.per_try?))) else {
         return attempts(plan, exchange, parts, None).await;
     };
+    let mut intervals = exchange.intervals.take();
+    let outcome = race(
+        plan,
+        exchange,
+        parts,
+        (policy, patience),
+        intervals.as_deref_mut(),
+    )
+    .await;
+    exchange.intervals = intervals;
+    outcome
+}
+
+/// The same where each try has a limit.
+async fn race(
+    plan: &Plan<'_>,
+    exchange: &mut Exchange,
+    parts: &mut Parts,
+    (policy, patience): (&RetryPolicy, Duration),
+    mut intervals: Option<&mut Intervals>,
+) -> Result<Success, LocalReply> {
     let cluster = plan.cluster;
     let parts = RefCell::new(parts);
     let tls = RefCell::default();
@@ -74,7 +96,7 @@ pub(super) async fn hedged(
             }
         };
         exchange.attempts += 1;
-        exchange.sent_on = Sent::Http1;
+        exchange.sent_on.set(Sent::Http1);
         let number = exchange.attempts;
         let one = Running {
             active: Active::on(&host),
@@ -96,8 +118,8 @@ pub(super) async fn hedged(
                 per_try: None,
                 tls,
             };
-            let mut sent_on = Sent::Not;
-            let result = attempt(plan, parts, &try_of, &one.host, &mut sent_on).await;
+            let sent_on = Cell::new(Sent::Not);
+            let result = attempt(plan, parts, &try_of, &one.host, &sent_on).await;
             (one, result)
         });
         let mut soft = Instant::now() + patience;
@@ -117,6 +139,7 @@ pub(super) async fn hedged(
                         }
                     }
                 }
+                () = intervals::due(intervals.as_deref_mut()) => intervals::write(exchange),
                 () = tokio::time::sleep_until(soft), if may_retry => {
                     permit = beside(plan);
                     if permit.is_some() {

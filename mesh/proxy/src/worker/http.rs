@@ -49,6 +49,8 @@ pub struct Downstream {
     pub local: SocketAddr,
     /// Who connected to us, where that is not the client itself (PROXY protocol).
     pub direct: SocketAddr,
+    /// Whether somebody has told where the client wanted to go.
+    pub restored: bool,
     /// Number of the connection within the process.
     pub id: u64,
     /// TLS, where the connection has it and we end it.
@@ -289,6 +291,8 @@ pub struct Addresses {
     pub direct: SocketAddr,
     /// Where the client wanted to go.
     pub local: SocketAddr,
+    /// Whether that is another place than where it is connected to: somebody has told it.
+    pub restored: bool,
     /// Number of the connection within the process.
     pub connection: u64,
 }
@@ -351,6 +355,7 @@ pub(super) async fn serve(connection: Connection) {
         remote: addresses.remote,
         local: addresses.local,
         direct: addresses.direct,
+        restored: addresses.restored,
         id: addresses.connection,
         tls,
         server_name,

@@ -93,6 +93,11 @@ impl LogState {
     pub(super) fn keep_response(&mut self, wants: &Wants, headers: &HeaderMap) {
         wants.keep_response(headers, &mut self.kept);
     }
+
+    /// Keeps what is wanted of trailers.
+    pub(super) fn keep_trailers(&mut self, wants: &Wants, trailers: &HeaderMap) {
+        wants.keep_trailers(trailers, &mut self.kept);
+    }
 }
 
 /// Path and query, where they are no longer what the client sent.

@@ -47,6 +47,7 @@ mod http1;
 mod http2;
 pub mod incoming;
 pub mod interim;
+mod intervals;
 pub mod io;
 pub mod local;
 mod logging;

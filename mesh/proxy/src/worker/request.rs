@@ -69,6 +69,11 @@ pub(super) async fn handle(
         Ok(tunnel) => tunnel,
         Err(reply) => return Ok(turn_away(exchange, &parts, reply).await),
     };
+    let present = if conn.manager.early.is_empty() {
+        present
+    } else {
+        identify::change_early(&exchange, &mut parts)
+    };
     if let Err(reply) = identify::identify(&mut exchange, &mut parts, present) {
         conn.decide_upgrade(false);
         return Ok(turn_away(exchange, &parts, reply).await);

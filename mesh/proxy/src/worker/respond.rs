@@ -161,6 +161,9 @@ impl Ready<'_> {
         } = self;
         let conn = plan.conn;
         logging::keep_response(&mut exchange, &head.headers, true);
+        if has_body && exchange.policy.is_some() {
+            filters::keep_head(&mut exchange, &head.headers);
+        }
         conn.dress(&mut head.headers, exchange.version);
         if let Some(tap) = &mut exchange.tap {
             tap.response(head.status, &head.headers);
@@ -190,11 +193,16 @@ impl Ready<'_> {
         } else {
             Limits::default()
         };
+        let rate = filters::response_rate(&exchange);
         let watch = Watch::new(exchange, limits, lease, max_requests, active);
         let body = ResponseBody::upstream(incoming, watch);
         let body = match encoder {
             None => body,
             Some(encoder) => body.encoded(encoder),
+        };
+        let body = match rate {
+            None => body,
+            Some(rate) => body.throttled(rate),
         };
         Response::from_parts(head, body)
     }

@@ -9,6 +9,7 @@ use crate::config::headers::Scene;
 use crate::config::matchers::RequestView;
 use crate::metrics::flags::Flags;
 use crate::observe::record::{Record, Wants};
+use crate::policy::metadata::Metadata;
 
 /// A request whose fields are being changed.
 pub(super) struct RequestScene<'a> {
@@ -28,6 +29,16 @@ pub(super) struct ResponseScene<'a> {
     pub request: &'a HeaderMap,
     /// Path and query of the request as they are now.
     pub uri: &'a Uri,
+    /// What filters have told each other, where the exchange does not know it at this moment.
+    pub metadata: Option<&'a Metadata>,
+}
+
+/// Trailers of a response that are being changed.
+pub(super) struct TrailerScene<'a> {
+    /// The response that they end.
+    pub of: ResponseScene<'a>,
+    /// The fields of its head.
+    pub response: &'a HeaderMap,
 }
 
 impl<'a> ResponseScene<'a> {
@@ -37,7 +48,15 @@ impl<'a> ResponseScene<'a> {
             exchange,
             request: &parts.headers,
             uri: &parts.uri,
+            metadata: None,
         }
+    }
+
+    fn show(&self, state: &LogState, to: &mut dyn FnMut(&Record<'_>)) {
+        show(self.exchange, None, state, &mut |record| match self.metadata {
+            Some(metadata) => to(&Record { metadata, ..*record }),
+            None => to(record),
+        });
     }
 }
 
@@ -76,6 +95,15 @@ impl Scene for ResponseScene<'_> {
     fn show(&self, wants: &Wants, headers: &HeaderMap, to: &mut dyn FnMut(&Record<'_>)) {
         let mut state = state_of(self.exchange, wants, self.request, self.uri);
         state.keep_response(wants, headers);
-        show(self.exchange, None, &state, to);
+        ResponseScene::show(self, &state, to);
+    }
+}
+
+impl Scene for TrailerScene<'_> {
+    fn show(&self, wants: &Wants, headers: &HeaderMap, to: &mut dyn FnMut(&Record<'_>)) {
+        let mut state = state_of(self.of.exchange, wants, self.of.request, self.of.uri);
+        state.keep_response(wants, self.response);
+        state.keep_trailers(wants, headers);
+        ResponseScene::show(&self.of, &state, to);
     }
 }

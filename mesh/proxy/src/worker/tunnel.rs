@@ -5,6 +5,10 @@
 //! the same whichever way it came. What differs is at the two ends: how the request is written, which status grants it
 //! (101 in HTTP/1 for an upgrade, 2xx everywhere else), and that HTTP/2 does without the handshake of WebSocket's own.
 
+mod counting;
+
+use std::cell::Cell;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -18,12 +22,14 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::oneshot;
 use tokio_util::either::Either;
 
+use self::counting::Counting;
 use super::attempts::{Permit, no_healthy_upstream};
 use super::body::{ResponseBody, UpstreamBody};
 use super::exchange::Exchange;
 use super::http::Downstream;
 use super::http1;
 use super::incoming::Incoming;
+use super::intervals;
 use super::local::{Body, LocalReply};
 use super::logging;
 use super::streams::TunnelIo;
@@ -372,14 +378,28 @@ impl Tunnel {
         let open = OpenTunnel::of(conn.clone(), self.over_http2);
         let tasks = conn.worker.tasks.clone();
         tasks.spawn_local(async move {
-            let ends = async {
+            let sent = Rc::new(Cell::new(0));
+            let mut moving = pin!(async {
                 let (downstream, upstream) = tokio::join!(async { downstream?.granted().await }, upstream);
-                Some((downstream?, upstream?))
-            };
-            if let Some((mut downstream, mut upstream)) = ends.await
-                && let Ok((_, sent)) = tokio::io::copy_bidirectional(&mut downstream, &mut upstream).await
-            {
-                exchange.sent = sent;
+                let mut downstream = Counting {
+                    stream: downstream?,
+                    written: sent.clone(),
+                };
+                // Whichever side breaks it off ends it.
+                let _ = tokio::io::copy_bidirectional(&mut downstream, &mut upstream?).await;
+                Some(())
+            });
+            let mut intervals = exchange.intervals.take();
+            loop {
+                let ended = tokio::select! {
+                    _ = &mut moving => true,
+                    () = intervals::due(intervals.as_deref_mut()) => false,
+                };
+                exchange.sent = sent.get();
+                if ended {
+                    break;
+                }
+                intervals::write(&exchange);
             }
             drop((held, open));
             exchange.finish();

@@ -13,6 +13,7 @@ use super::body::{BodyError, Observer};
 use super::exchange::Exchange;
 use super::failure;
 use super::filters;
+use super::intervals;
 use super::local::LocalReply;
 use super::logging;
 use crate::metrics::events::{ClusterEvent, HttpEvent};
@@ -131,7 +132,7 @@ impl Watch {
 }
 
 impl Observer for Watch {
-    fn frame(&mut self, frame: &Frame<Bytes>) {
+    fn frame(&mut self, frame: &mut Frame<Bytes>) {
         if let Some(data) = frame.data_ref() {
             if !self.encoded {
                 self.exchange.sent += data.len() as u64;
@@ -140,11 +141,14 @@ impl Observer for Watch {
             if let Some(tap) = &mut self.exchange.tap {
                 tap.answer().data(data);
             }
-        } else if let Some(trailers) = frame.trailers_ref() {
-            self.exchange.note_grpc_status(trailers);
+        } else if let Some(trailers) = frame.trailers_mut() {
             if let (Some(cluster), Some(host)) = (&self.exchange.cluster, &self.exchange.host) {
                 cluster.note_load(host, trailers);
             }
+            if self.exchange.policy.is_some() {
+                filters::encode_trailers(&mut self.exchange, trailers);
+            }
+            self.exchange.note_grpc_status(trailers);
             logging::keep_trailers(&mut self.exchange, trailers);
             if let Some(tap) = &mut self.exchange.tap {
                 tap.answer().trailers(trailers);
@@ -162,6 +166,11 @@ impl Observer for Watch {
     }
 
     fn poll_limits(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {
+        if let Some(intervals) = &mut self.exchange.intervals
+            && intervals.is_due(cx)
+        {
+            intervals::write(&self.exchange);
+        }
         let source = self.exchange.source.as_ref();
         let sent = source.and_then(|source| source.borrow().last_frame);
         let (flag, details) = std::task::ready!(self.limits.poll(cx, sent));

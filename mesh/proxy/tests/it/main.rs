@@ -6,6 +6,7 @@
 mod admin;
 mod admin_views;
 mod ads;
+mod application;
 mod authz;
 mod balancing;
 mod bootstrap;
@@ -38,6 +39,7 @@ mod interim;
 mod interop;
 mod interop_ads;
 mod interop_asked;
+mod interop_features;
 mod interop_generated;
 mod interop_origin;
 mod interop_wire;

@@ -8,6 +8,8 @@ use serin_proxy::control::admin::{AdminPort, Port};
 use serin_xds::pb::envoy::config::cluster::v3 as cluster;
 use serin_xds::pb::envoy::config::core::v3 as core;
 use serin_xds::pb::envoy::config::listener::v3 as listener;
+use serin_xds::pb::envoy::extensions::filters::http::header_mutation::v3 as header_mutation;
+use serin_xds::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
 use serin_xds::server::Event;
 use serin_xds::{Resource, ResourceType};
 use tokio_util::sync::CancellationToken;
@@ -32,7 +34,7 @@ fn number_of(stats: &BTreeMap<String, String>, name: &str) -> u64 {
 }
 
 /// Names that both count of updates, but for times.
-const UPDATES: &str = r"^(cluster_manager\.cds|listener_manager\.lds|http\.test\.rds\.main|cluster\.c)\.(update_(attempt|success|failure|rejected|empty|no_rebuild)|config_reload|version|membership_change)$";
+const UPDATES: &str = r"^(cluster_manager\.cds|listener_manager\.lds|http\.test\.rds\.main|cluster\.c|extension_config_discovery\.http_filter\.added)\.(update_(attempt|success|failure|rejected|empty|no_rebuild)|config_(reload|fail)|version|membership_change)$|^extension_config_discovery.*init_fetch_timeout$";
 
 /// Waits until both say the same of updates, and `done`; what they say last.
 async fn agreed(
@@ -94,6 +96,28 @@ fn endpoints(hosts: &[SocketAddr]) -> Resource {
     resource(ResourceType::Endpoints, "c", &assignment("c", &hosts))
 }
 
+/// A filter whose configuration is a resource.
+fn added() -> hcm::HttpFilter {
+    let source = core::ExtensionConfigSource {
+        config_source: ads_source(),
+        type_urls: vec![any(&header_mutation::HeaderMutation::default()).type_url],
+        ..Default::default()
+    };
+    hcm::HttpFilter {
+        name: "added".into(),
+        config_type: Some(hcm::http_filter::ConfigType::ConfigDiscovery(source)),
+        ..Default::default()
+    }
+}
+
+fn extension<M: prost::Message + prost::Name>(message: &M) -> Resource {
+    let extension = core::TypedExtensionConfig {
+        name: "added".into(),
+        typed_config: Some(any(message)),
+    };
+    resource(ResourceType::Extension, "added", &extension)
+}
+
 async fn admin_of(harness: &Harness) -> (SocketAddr, CancellationToken) {
     let port = AdminPort::bind(&harness.proxy, "127.0.0.1:0".parse().unwrap(), Port::Admin).unwrap();
     let at = port.address().unwrap();
@@ -107,13 +131,14 @@ async fn envoy_and_serin_proxy_count_the_same_updates_of_the_same_control_plane(
     let backend = Backend::named("b").await;
     let mut http = manager("main");
     from_ads(&mut http);
-    http.http_filters = vec![router()];
+    http.http_filters = vec![added(), router()];
     let listener = listener_of("l", core::TrafficDirection::Outbound, vec![http_chain(&http)]);
     let resources = vec![
         resource(ResourceType::Cluster, "c", &discovered("c")),
         endpoints(&[backend.address]),
         resource(ResourceType::Listener, "l", &listener),
         routes(&["*"]),
+        extension(&header_mutation::HeaderMutation::default()),
     ];
     let Some(mut pair) = Pair::start(resources).await else {
         return;
@@ -138,6 +163,17 @@ async fn envoy_and_serin_proxy_count_the_same_updates_of_the_same_control_plane(
     agreed("routes that are refused", both, is(refused, 1)).await;
     source.put_all([routes(&["b"])]);
     agreed("routes that are taken again", both, is(rds, 3)).await;
+    // Not of the type that the manager names.
+    source.put_all([extension(&listener::Listener::default())]);
+    let refused = "extension_config_discovery.http_filter.added.config_fail";
+    agreed("a filter that is refused", both, is(refused, 1)).await;
+    let mutations = header_mutation::HeaderMutation {
+        most_specific_header_mutations_wins: true,
+        ..Default::default()
+    };
+    source.put_all([extension(&mutations)]);
+    let taken = "extension_config_discovery.http_filter.added.config_reload";
+    agreed("a filter that is taken", both, is(taken, 2)).await;
     let bare = listener_of("bare", core::TrafficDirection::Outbound, Vec::new());
     let bare = listener::Listener { ..bare };
     source.put_all([resource(ResourceType::Listener, "bare", &bare)]);
@@ -146,14 +182,17 @@ async fn envoy_and_serin_proxy_count_the_same_updates_of_the_same_control_plane(
     source.put_all([resource(ResourceType::Cluster, "d", &discovered("d"))]);
     source.remove(ResourceType::Listener, "bare");
     let last = agreed("another cluster", both, is("cluster_manager.cluster_added", 2)).await;
-    assert!(last.len() >= 22, "{last:#?}");
+    assert!(last.len() >= 30, "{last:#?}");
     let mut refused = BTreeSet::new();
     while let Ok((_, event)) = pair.ads.events.try_recv() {
         if let Event::Refused(resource, _) = event {
             refused.insert(resource.name.to_string());
         }
     }
-    assert_eq!(refused, BTreeSet::from(["bare".to_owned(), "main".to_owned()]));
+    assert_eq!(
+        refused,
+        BTreeSet::from(["added".to_owned(), "bare".to_owned(), "main".to_owned()])
+    );
     cancel.cancel();
     pair.stop().await;
 }

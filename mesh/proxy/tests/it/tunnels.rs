@@ -414,3 +414,42 @@ async fn a_line_is_written_when_a_request_comes_when_its_tunnel_is_granted_and_w
     drop(stream);
     assert_eq!(crate::late_heads::lines(&log, 3).await, expected);
 }
+
+#[tokio::test]
+async fn lines_of_a_tunnel_that_lasts_tell_what_its_client_has_been_sent() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("log");
+    let harness = Harness::start();
+    harness.put(ResourceType::Cluster, "c", &eds_cluster("c")).await;
+    harness.endpoints("c", &[echo(b"server first\n").await]).await;
+    harness
+        .routes(vec![host("all", "*", vec![connect_route("c", true)])])
+        .await;
+    let mut manager = upgrading(&["CONNECT"]);
+    let line = "%ACCESS_LOG_TYPE% %RESPONSE_CODE% %BYTES_SENT%\n";
+    manager.access_log = vec![file_log(log.to_str().unwrap(), line)];
+    manager.access_log_flush_interval = millis(50);
+    let at = harness.listen(&manager, core::TrafficDirection::Outbound).await;
+    let (mut stream, _) = ask(at, CONNECT).await;
+    let mut greeting = [0; 13];
+    soon("the greeting", stream.read_exact(&mut greeting))
+        .await
+        .unwrap();
+    soon("a line about the tunnel", async {
+        loop {
+            let lines = crate::late_heads::lines(&log, 1).await;
+            if lines.iter().any(|line| line == "DownstreamPeriodic 200 13") {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    drop(stream);
+    soon("the last line", async {
+        while crate::late_heads::lines(&log, 1).await.last().unwrap() != "DownstreamEnd 200 13" {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}

@@ -12,7 +12,7 @@ use serin_xds::pb::google::protobuf::Any;
 
 use super::{Direction, TcpProxy};
 use crate::config::convert;
-use crate::config::extension::{AnyPlace, Discoverable, Extensions, Place, not_by_discovery};
+use crate::config::extension::{self, AnyPlace, Discoverable, Extensions, Place, not_by_discovery};
 use crate::config::hcm::HttpManager;
 use crate::config::listener_filters::ConnectionLimit;
 use crate::config::route::Context;
@@ -306,6 +306,7 @@ impl NetworkPart {
 }
 
 impl Discoverable for NetworkPart {
+    const KIND: extension::Kind = extension::Kind::Network;
     type Origin = NetworkOrigin;
 
     fn discovered(

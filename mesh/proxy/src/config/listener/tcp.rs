@@ -16,7 +16,7 @@ use crate::config::tunneling::Tunneling;
 use crate::config::weighted::{Turn, Weights};
 use crate::error::{Refusal, Within};
 use crate::metrics::events::{TcpEvent, WorkerEvents};
-use crate::observe::access_log::AccessLogs;
+use crate::observe::access_log::{self, AccessLogs};
 use crate::policy::on_demand::OnDemandClusters;
 use crate::policy::stats::Counter;
 
@@ -177,14 +177,8 @@ fn refuse_unsupported(from: &tcp_v3::TcpProxy) -> Result<(), Refusal> {
 /// How often the log tells of a connection that lasts.
 fn log_interval(from: &tcp_v3::TcpProxy) -> Result<Option<Duration>, Refusal> {
     let options = from.access_log_options.as_ref();
-    let interval = options
-        .and_then(|options| options.access_log_flush_interval.as_ref())
-        .or(from.access_log_flush_interval.as_ref());
-    let interval = convert::timeout(interval).within("access_log_flush_interval")?;
-    if interval.is_some_and(|interval| interval < Duration::from_millis(1)) {
-        return Err(Refusal::new("access_log_flush_interval", "must be at least 1ms"));
-    }
-    Ok(interval)
+    let of_options = options.and_then(|options| options.access_log_flush_interval.as_ref());
+    access_log::interval(of_options.or(from.access_log_flush_interval.as_ref()))
 }
 
 /// The subsets that weighted clusters ask for, where they ask for one of their own.

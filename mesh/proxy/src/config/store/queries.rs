@@ -62,7 +62,14 @@ impl Store {
 
     /// Names that the proxy must ask for by ECDS.
     pub fn extension_names(&mut self) -> BTreeSet<Arc<str>> {
-        self.slots.extensions.names()
+        let extensions = &mut self.slots.extensions;
+        let names = extensions.names();
+        let subjects = names.iter().flat_map(|name| {
+            let kinds = extensions.kinds(name).into_iter();
+            kinds.map(|kind| (kind, Box::from(&**name)))
+        });
+        self.counts.subscriptions.ask_extensions(&subjects.collect());
+        names
     }
 
     /// Whether the cluster can be used: it exists and, where its endpoints come by EDS, has been told them.

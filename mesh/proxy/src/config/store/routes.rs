@@ -51,7 +51,8 @@ impl RouteState {
         Ok(())
     }
 
-    fn discovers(&self) -> bool {
+    /// Whether its virtual hosts come as resources of their own.
+    pub(super) fn discovers(&self) -> bool {
         self.base.as_ref().is_some_and(|base| base.vhds.is_some())
     }
 }

@@ -54,14 +54,17 @@ pub(super) async fn classify(
     let local = stream.local_addr().map_err(|_| Closed)?;
     let mut filters = filters_of(&bound, &worker)?;
     let direct = canonical(remote);
+    let own = canonical(local);
+    let wanted = if bound.use_original_dst || filters.original_dst {
+        original_destination(&stream, own)
+    } else {
+        own
+    };
     let addresses = http::Addresses {
         remote: direct,
         direct,
-        local: if bound.use_original_dst || filters.original_dst {
-            original_destination(&stream, canonical(local))
-        } else {
-            canonical(local)
-        },
+        local: wanted,
+        restored: wanted != own,
         connection: http::next_connection(),
     };
     let mut arrival = Arrival {
@@ -103,6 +106,7 @@ impl Arrival<'_> {
             Ok(Some((source, told))) => {
                 self.log.addresses.remote = source;
                 self.log.addresses.local = told;
+                self.log.addresses.restored = true;
                 Ok(())
             }
             Ok(None) => Ok(()),

@@ -1,6 +1,6 @@
 //! One try on one host.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -52,7 +52,7 @@ pub(in crate::worker) async fn attempt(
     parts: &RefCell<&mut Parts>,
     try_of: &Try<'_>,
     host: &Host,
-    sent_on: &mut Sent,
+    sent_on: &Cell<Sent>,
 ) -> Tried {
     let (source, per_try) = (plan.source, try_of.per_try);
     let pool = host.pool.variant(&plan.options);
@@ -61,11 +61,11 @@ pub(in crate::worker) async fn attempt(
         // Boxed: rare, and large.
         None => Box::pin(connect(plan, &pool, host, per_try)).await?,
     };
-    *sent_on = if lease.is_http2() {
+    sent_on.set(if lease.is_http2() {
         Sent::Http2
     } else {
         Sent::Http1
-    };
+    });
     plan.cells().total.add(1);
     *try_of.tls.borrow_mut() = lease.tls().cloned();
     let mut request = build(plan, &mut parts.borrow_mut(), try_of, host, &lease);

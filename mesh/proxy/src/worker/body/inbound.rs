@@ -10,6 +10,7 @@ use http_body::{Body as _, Frame, SizeHint};
 
 use super::{BodyError, Fault};
 use crate::policy::grpc_stats::Messages;
+use crate::policy::header_mutation::TrailerChanges;
 use crate::worker::incoming::Incoming;
 use crate::worker::tap::Capture;
 
@@ -22,6 +23,8 @@ pub struct Inbound {
     pub(super) ended: bool,
     /// gRPC messages, where somebody counts them.
     messages: Option<Box<Messages>>,
+    /// What is done to the trailers.
+    changes: Vec<TrailerChanges>,
     /// What somebody sees of it.
     captured: Option<Box<Capture>>,
 }
@@ -44,6 +47,7 @@ impl Inbound {
             ahead_bytes: 0,
             ended: false,
             messages: None,
+            changes: Vec::new(),
             captured: None,
         }
     }
@@ -99,6 +103,11 @@ impl Inbound {
         self.messages.get_or_insert_default();
     }
 
+    /// Changes the trailers when they come.
+    pub fn change_trailers(&mut self, changes: Vec<TrailerChanges>) {
+        self.changes.extend(changes);
+    }
+
     /// How many gRPC messages went on, where somebody counts them.
     pub(super) fn message_count(&self) -> u64 {
         self.messages.as_ref().map_or(0, |messages| messages.count)
@@ -144,11 +153,20 @@ impl Inbound {
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        match self.ahead.pop_front() {
+        let mut polled = match self.ahead.pop_front() {
             Some(frame) => Poll::Ready(Some(Ok(frame))),
             None if self.ended => Poll::Ready(None),
             None => Pin::new(&mut self.incoming).poll_frame(cx),
+        };
+        if !self.changes.is_empty()
+            && let Poll::Ready(Some(Ok(frame))) = &mut polled
+            && let Some(trailers) = frame.trailers_mut()
+        {
+            for change in &self.changes {
+                change.apply(trailers);
+            }
         }
+        polled
     }
 
     pub(super) fn is_end_stream(&self) -> bool {

@@ -8,13 +8,13 @@ use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 
 use super::super::incoming::Incoming;
-use super::BodyError;
+use super::{BodyError, Throttled};
 use crate::policy::compressor::Encoder;
 
 /// What happens to a response body from the upstream.
 pub trait Observer {
-    /// A frame comes from the upstream.
-    fn frame(&mut self, frame: &Frame<Bytes>);
+    /// A frame comes from the upstream; trailers may be changed.
+    fn frame(&mut self, frame: &mut Frame<Bytes>);
     /// So much content goes to the client in the place of what came.
     fn encoded(&mut self, bytes: usize);
     /// Content is encoded from here on: what comes is not what the client gets.
@@ -45,6 +45,8 @@ pub enum ResponseBody<O> {
     },
     /// Encoded on its way.
     Encoded(Box<Encoded<O>>),
+    /// No faster than a fault says.
+    Throttled(Box<Throttled<O>>),
 }
 
 /// A body that is encoded on its way.
@@ -126,6 +128,11 @@ impl<O: Observer> ResponseBody<O> {
         }
     }
 
+    /// The same body, at so many KiB a second.
+    pub fn throttled(self, kib_per_second: u64) -> Self {
+        Self::Throttled(Box::new(Throttled::new(self, kib_per_second)))
+    }
+
     /// The same body, encoded.
     pub fn encoded(mut self, encoder: Encoder) -> Self {
         if let Self::Upstream {
@@ -154,6 +161,7 @@ impl<O: Observer + Unpin> Body for ResponseBody<O> {
         match self.get_mut() {
             Self::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Self::Encoded(encoded) => encoded.poll_frame(cx),
+            Self::Throttled(throttled) => throttled.poll_frame(cx),
             Self::Upstream {
                 incoming,
                 observer,
@@ -172,8 +180,8 @@ impl<O: Observer + Unpin> Body for ResponseBody<O> {
                     observer.failed(&error);
                     Poll::Ready(Some(Err(error)))
                 }
-                Poll::Ready(Some(Ok(frame))) => {
-                    observer.frame(&frame);
+                Poll::Ready(Some(Ok(mut frame))) => {
+                    observer.frame(&mut frame);
                     // Nobody asks again after the last byte of a sized body.
                     if !*done && incoming.is_end_stream() {
                         *done = true;
@@ -192,6 +200,7 @@ impl<O: Observer + Unpin> Body for ResponseBody<O> {
             Self::Full(bytes) => bytes.is_none(),
             Self::Upstream { incoming, done, .. } => *done || incoming.is_end_stream(),
             Self::Encoded(encoded) => encoded.encoder.is_none() && encoded.trailers.is_none(),
+            Self::Throttled(throttled) => throttled.is_end_stream(),
         }
     }
 
@@ -200,6 +209,7 @@ impl<O: Observer + Unpin> Body for ResponseBody<O> {
             Self::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
             Self::Upstream { incoming, .. } => incoming.size_hint(),
             Self::Encoded(_) => SizeHint::default(),
+            Self::Throttled(throttled) => throttled.size_hint(),
         }
     }
 }

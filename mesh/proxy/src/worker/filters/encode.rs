@@ -9,7 +9,7 @@ use crate::policy::compressor::{Encoder, vary};
 use crate::policy::ext_authz::apply;
 use crate::worker::exchange::Exchange;
 use crate::worker::local::LocalReply;
-use crate::worker::scene::ResponseScene;
+use crate::worker::scene::{ResponseScene, TrailerScene};
 
 impl PolicyState {
     /// The encoding that the client wants most; of equals the first in the chain.
@@ -49,11 +49,7 @@ impl PolicyState {
             Encode::Cors(cors, origin) => cors.decorate(origin.clone(), &mut head.headers),
             Encode::Mutate(mutation) => {
                 let none = HeaderMap::new();
-                let scene = ResponseScene {
-                    exchange,
-                    request: self.request.as_ref().unwrap_or(&none),
-                    uri: self.uri.as_ref().unwrap_or(&exchange.uri),
-                };
+                let scene = self.scene(exchange, &none);
                 mutation.response(&mut head.headers, &scene);
             }
             Encode::Fields(fields) => apply(fields, &mut head.headers),
@@ -61,6 +57,39 @@ impl PolicyState {
             Encode::Process(_) => {}
         }
         None
+    }
+
+    /// A response whose fields are being changed; `none` are the request's where nobody wanted them.
+    fn scene<'a>(&'a self, exchange: &'a Exchange, none: &'a HeaderMap) -> ResponseScene<'a> {
+        ResponseScene {
+            exchange,
+            request: self.request.as_ref().unwrap_or(none),
+            uri: self.uri.as_ref().unwrap_or(&exchange.uri),
+            // The state has been taken out of the exchange.
+            metadata: Some(&self.metadata),
+        }
+    }
+
+    /// Whether trailers are changed by values that name fields of the response's head.
+    fn trailers_name_the_head(&self) -> bool {
+        self.encode.iter().any(|encode| match encode {
+            Encode::Mutate(mutation) => mutation.trailers_name_the_head(),
+            _ => false,
+        })
+    }
+
+    /// Lets the trailers of a response pass the filters.
+    fn pass_trailers(&self, exchange: &Exchange, trailers: &mut HeaderMap) {
+        let none = HeaderMap::new();
+        let scene = TrailerScene {
+            of: self.scene(exchange, &none),
+            response: self.response.as_ref().unwrap_or(&none),
+        };
+        for encode in self.encode.iter().rev() {
+            if let Encode::Mutate(mutation) = encode {
+                mutation.response_trailers(trailers, &scene);
+            }
+        }
     }
 
     /// Lets a response pass the filters. What encodes its body is returned.
@@ -130,6 +159,23 @@ pub(in crate::worker) async fn encode_waiting(
         }
     }
     Ok(encoder)
+}
+
+/// Keeps the head of a response as the client gets it, where a change of its trailers names its fields.
+pub(in crate::worker) fn keep_head(exchange: &mut Exchange, head: &HeaderMap) {
+    if let Some(state) = &mut exchange.policy
+        && state.trailers_name_the_head()
+    {
+        state.response = Some(head.clone());
+    }
+}
+
+/// Lets the trailers of a response pass the chain.
+pub(in crate::worker) fn encode_trailers(exchange: &mut Exchange, trailers: &mut HeaderMap) {
+    if let Some(state) = exchange.policy.take() {
+        state.pass_trailers(exchange, trailers);
+        exchange.policy = Some(state);
+    }
 }
 
 /// Lets the head of a response pass the chain that its request passed. What encodes its body is returned.

@@ -1,25 +1,27 @@
 //! External authorisation on the worker: what is sent, who is asked, what becomes of the answer.
 
-use std::collections::BTreeMap;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use http::request::Parts;
 use http::uri::Uri;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
-use serin_xds::pb::envoy::service::auth::v3::CheckRequest;
+use prost::Message as _;
+use serin_xds::pb::envoy::service::auth::v3::{CheckRequest, CheckResponse};
 use serin_xds::pb::google::protobuf::Struct;
 
 use super::buffer::too_large;
 use super::facts::facts;
 use super::{Encode, Passed, metadata, state};
 use crate::config::headers::Scene;
+use crate::hygiene::query::{Names, Query};
 use crate::metrics::flags::Flags;
 use crate::observe::record::{Record, Wants};
 use crate::policy::ext_authz::{
-    self, Allowed, BodySettings, CheckScene, DEFAULT_TIMEOUT, Denied, ExtAuthz, NAMESPACE, PerRouteAuthz,
-    Service, Settings, Verdict, is_valid, read_grpc,
+    self, Allowed, Asked, BodySettings, CheckScene, DEFAULT_TIMEOUT, Decision, Denied, ExtAuthz, HttpService,
+    NAMESPACE, PerRouteAuthz, Service, Settings, Verdict, is_valid, read_grpc,
 };
+use crate::policy::filter_state::Report;
 use crate::policy::per_route::Override;
 use crate::random;
 use crate::worker::body::{Ahead, Inbound};
@@ -29,10 +31,13 @@ use crate::worker::local::LocalReply;
 use crate::worker::request::Routed;
 use crate::worker::scene::RequestScene;
 
+/// Bytes before a message of gRPC.
+const PREFIX: usize = 5;
+
 /// Asks about a request.
 pub(super) async fn ask(
     exchange: &mut Exchange,
-    authz: &ExtAuthz,
+    (authz, name): (&ExtAuthz, &str),
     own: Option<&Override>,
     routed: &Routed,
     parts: &mut Parts,
@@ -45,51 +50,59 @@ pub(super) async fn ask(
         _ => None,
     };
     if !authz.applies(metadata(exchange), random::next(), worker.id) {
-        return if authz.deny_at_disable {
-            Err(refusal(authz.status_on_error, "ext_authz_denied"))
-        } else {
-            Ok(Passed::On)
-        };
+        return not_asked(exchange, authz, name);
     }
     let content = match authz.wanted_body(settings) {
         None => Content::default(),
         Some(wanted) => read_body(body, wanted, exchange.conn.manager.stream_idle_timeout).await?,
     };
     let service = settings.and_then(|settings| settings.service.as_ref());
-    let verdict = match service.unwrap_or(&authz.service) {
+    let service = service.unwrap_or(&authz.service);
+    let began = authz.reports.then(Instant::now);
+    let mut bytes = None;
+    let verdict = match service {
         Service::Grpc(target) => {
             let question = grpc_question(exchange, authz, settings, routed, parts, content);
-            match grpc(&worker, target, ext_authz::PATH, &question, DEFAULT_TIMEOUT).await {
+            let answer =
+                grpc::<CheckResponse>(&worker, target, ext_authz::PATH, &question, DEFAULT_TIMEOUT).await;
+            if authz.reports {
+                let received = answer.as_ref().map_or(0, |answer| PREFIX + answer.encoded_len());
+                bytes = Some((PREFIX + question.encoded_len(), received));
+            }
+            match answer {
                 Ok(answer) if authz.validates && !is_valid(&answer) => {
+                    tell_asked(exchange, name, began, bytes);
                     note(exchange, answer.dynamic_metadata);
-                    return Err(invalid(authz, worker.id));
+                    authz.count_invalid(worker.id);
+                    return unusable(exchange, authz, name);
                 }
                 Ok(answer) => read_grpc(answer),
                 Err(error) => failed(&error),
             }
         }
         Service::Http(service) => {
-            let question = {
-                let facts = facts(exchange, parts);
-                let mut added = HeaderMap::new();
-                service.add.apply(&mut added, &Asking { exchange, parts });
-                service.question(&facts, content.bytes, authz, content.partial, added)
-            };
-            match question {
-                None => Verdict::Failed,
-                Some(question) => {
-                    let target = &service.target;
-                    match call(&worker, &target.cluster, question, false, target.timeout).await {
-                        Ok(answer) => service.read(&answer.head, answer.body),
-                        Err(error) => failed(&error),
-                    }
-                }
-            }
+            let asking = Asking { exchange, parts };
+            ask_over_http(&asking, authz, service, content).await
         }
     };
     authz.count(&verdict, worker.id);
+    tell_asked(exchange, name, began, bytes);
+    if authz.shadow {
+        pass_anyway(
+            exchange,
+            authz,
+            name,
+            &verdict,
+            matches!(service, Service::Http(_)),
+        );
+    }
     match verdict {
-        Verdict::Allowed(allowed) => allow(exchange, authz, *allowed, parts),
+        Verdict::Allowed(allowed) => allow(exchange, (authz, name), *allowed, parts),
+        Verdict::Denied(denied) if authz.shadow => {
+            note(exchange, denied.metadata);
+            Ok(Passed::On)
+        }
+        Verdict::Failed if authz.shadow => Ok(Passed::On),
         Verdict::Denied(denied) => Err(deny(exchange, *denied)),
         Verdict::Failed if authz.failure_allows => {
             if authz.failure_marks {
@@ -102,6 +115,74 @@ pub(super) async fn ask(
         }
         Verdict::Failed => Err(refusal(authz.status_on_error, "ext_authz_error")),
     }
+}
+
+/// What becomes of a request that the service is not asked about.
+fn not_asked(exchange: &mut Exchange, authz: &ExtAuthz, name: &str) -> super::Verdict {
+    if !authz.deny_at_disable {
+        return Ok(Passed::On);
+    }
+    if !authz.shadow {
+        return Err(refusal(authz.status_on_error, "ext_authz_denied"));
+    }
+    authz.count_shadow_denied(exchange.conn.worker.id);
+    exchange.flags.add(Flags::UNAUTHORIZED);
+    keep(exchange, Decision::unasked(authz.status_on_error).report(name));
+    Ok(Passed::On)
+}
+
+/// Asks a service over HTTP.
+async fn ask_over_http(
+    asking: &Asking<'_>,
+    authz: &ExtAuthz,
+    service: &HttpService,
+    content: Content,
+) -> Verdict {
+    let question = {
+        let facts = facts(asking.exchange, asking.parts);
+        let mut added = HeaderMap::new();
+        service.add.apply(&mut added, asking);
+        service.question(&facts, content.bytes, authz, content.partial, added)
+    };
+    let Some(question) = question else {
+        return Verdict::Failed;
+    };
+    let target = &service.target;
+    let worker = asking.exchange.conn.worker.clone();
+    match call(&worker, &target.cluster, question, false, target.timeout).await {
+        Ok(answer) => service.read(&answer.head, answer.body),
+        Err(error) => failed(&error),
+    }
+}
+
+/// Keeps what the filter tells of itself.
+fn keep(exchange: &mut Exchange, report: Report) {
+    state(exchange).metadata.state.report(report);
+}
+
+/// Keeps how a service was asked, where that is told: since when, and what was said.
+fn tell_asked(exchange: &mut Exchange, name: &str, began: Option<Instant>, bytes: Option<(usize, usize)>) {
+    if let Some(began) = began {
+        let took = began.elapsed();
+        keep(exchange, Asked { took, bytes }.report(name));
+    }
+}
+
+/// Keeps what a service has decided about a request that passes whatever that is.
+fn pass_anyway(exchange: &mut Exchange, authz: &ExtAuthz, name: &str, verdict: &Verdict, over_http: bool) {
+    let worker = exchange.conn.worker.id;
+    let decision = match verdict {
+        Verdict::Allowed(_) => Decision::ALLOWED,
+        Verdict::Denied(denied) => {
+            authz.count_shadow_denied(worker);
+            Decision::denied(denied, over_http)
+        }
+        Verdict::Failed => {
+            authz.count_shadow_error(worker);
+            Decision::failed(authz.status_on_error)
+        }
+    };
+    keep(exchange, decision.report(name));
 }
 
 /// What a service tells later filters and the log.
@@ -145,13 +226,14 @@ fn grpc_question(
 /// Changes an allowed request as the service says.
 fn allow(
     exchange: &mut Exchange,
-    authz: &ExtAuthz,
+    (authz, name): (&ExtAuthz, &str),
     mut allowed: Allowed,
     parts: &mut Parts,
 ) -> super::Verdict {
     note(exchange, allowed.metadata.take());
     if !authz.restrict(&mut allowed) {
-        return Err(invalid(authz, exchange.conn.worker.id));
+        authz.count_invalid(exchange.conn.worker.id);
+        return unusable(exchange, authz, name);
     }
     let changed = !allowed.set.is_empty()
         || !allowed.remove.is_empty()
@@ -187,14 +269,14 @@ fn deny(exchange: &mut Exchange, denied: Denied) -> LocalReply {
 }
 
 /// The answer asks for what must not or cannot be done.
-fn invalid(authz: &ExtAuthz, worker: usize) -> LocalReply {
-    authz.count_invalid(worker);
-    LocalReply::new(
-        StatusCode::INTERNAL_SERVER_ERROR,
-        Flags::UNAUTHORIZED,
-        "ext_authz_invalid",
-        "",
-    )
+fn unusable(exchange: &mut Exchange, authz: &ExtAuthz, name: &str) -> super::Verdict {
+    let status = StatusCode::INTERNAL_SERVER_ERROR;
+    if !authz.shadow {
+        return Err(refusal(status, "ext_authz_invalid"));
+    }
+    authz.count_shadow_error(exchange.conn.worker.id);
+    keep(exchange, Decision::failed(status).report(name));
+    Ok(Passed::On)
 }
 
 fn failed(error: &CallError) -> Verdict {
@@ -271,39 +353,19 @@ fn change_query(parts: &mut Parts, set: &[(String, String)], remove: &[String]) 
     if set.is_empty() && remove.is_empty() {
         return;
     }
-    // By name, as Envoy has them; of a name that is set the first value is.
     let set: Vec<(String, String)> = set
         .iter()
         .map(|(name, value)| (escaped(name), escaped(value)))
         .collect();
-    let mut all: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-    for pair in parts
-        .uri
-        .query()
-        .unwrap_or("")
-        .split('&')
-        .filter(|pair| !pair.is_empty())
-    {
-        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-        all.entry(name).or_default().push(value);
-    }
+    let mut query = Query::of(&parts.uri, Names::AsSent);
     for (name, value) in &set {
-        all.insert(name, vec![value]);
+        query.set(name, name, value);
     }
     for name in remove {
-        all.remove(name.as_str());
+        query.remove(name);
     }
-    let pairs: Vec<String> = all
-        .iter()
-        .flat_map(|(name, values)| values.iter().map(move |value| format!("{name}={value}")))
-        .collect();
-    let target = if pairs.is_empty() {
-        parts.uri.path().to_owned()
-    } else {
-        format!("{}?{}", parts.uri.path(), pairs.join("&"))
-    };
     // What the service sends may be no query; then the request goes on with its own.
-    if let Ok(uri) = target.parse::<Uri>() {
+    if let Some(uri) = query.target(parts.uri.path()) {
         parts.uri = uri;
     }
 }

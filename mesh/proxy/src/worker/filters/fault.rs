@@ -8,7 +8,7 @@ use http::request::Parts;
 
 use super::{Passed, Verdict, state};
 use crate::metrics::flags::Flags;
-use crate::policy::fault::{Fault, FaultAbort};
+use crate::policy::fault::{Decision, Fault, FaultAbort};
 use crate::policy::per_route::Override;
 use crate::random;
 use crate::worker::exchange::Exchange;
@@ -35,13 +35,15 @@ pub(super) async fn inject(
     parts: &Parts,
 ) -> Verdict {
     let decision = fault.decide(&view(parts), cluster, random::next);
-    if decision.delay.is_none() && decision.abort.is_none() {
+    if decision == Decision::default() {
         return Ok(Passed::On);
     }
     let Some(active) = fault.begin() else {
         return Ok(Passed::On);
     };
-    state(exchange).fault = Some(active);
+    let state = state(exchange);
+    state.fault = Some(active);
+    state.rate = decision.rate;
     if let Some(delay) = decision.delay {
         exchange.flags.add(Flags::DELAY_INJECTED);
         // Boxed, because few requests wait and every request's future would carry the timer.

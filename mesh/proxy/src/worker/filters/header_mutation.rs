@@ -9,6 +9,7 @@ use super::{Encode, state};
 use crate::policy::chain::Filter;
 use crate::policy::header_mutation::HeaderMutation;
 use crate::policy::per_route::Override;
+use crate::worker::body::Inbound;
 use crate::worker::exchange::Exchange;
 use crate::worker::request::Routed;
 use crate::worker::scene::RequestScene;
@@ -41,7 +42,9 @@ pub(super) fn mutate(
     chain: &Arc<HeaderMutation>,
     routed: &Routed,
     parts: &mut Parts,
+    body: Option<&mut Inbound>,
 ) {
+    let mut trailers = Vec::new();
     let cluster = routed.known_cluster(exchange.conn.worker.id, &parts.headers);
     for mutation in mutations(filter, chain, routed) {
         let scene = RequestScene {
@@ -50,6 +53,16 @@ pub(super) fn mutate(
             cluster: cluster.as_deref(),
         };
         mutation.request(&mut parts.headers, &scene);
+        let target = mutation.target(&parts.uri, &parts.headers, &scene);
+        if body.is_some() {
+            trailers.extend(mutation.request_trailers(&parts.headers, &scene));
+        }
+        if let Some(target) = target {
+            parts.uri = target;
+        }
+    }
+    if let Some(body) = body {
+        body.change_trailers(trailers);
     }
     remember(exchange, filter, chain, routed, parts);
 }

@@ -33,8 +33,12 @@ pub struct PolicyState {
     /// The request's fields, where a change of the response may name them, and its target where that has changed.
     pub(super) request: Option<HeaderMap>,
     pub(super) uri: Option<Uri>,
+    /// The response's fields, where a change of its trailers names them.
+    pub(super) response: Option<HeaderMap>,
     /// What was injected.
     pub(super) fault: Option<ActiveFault>,
+    /// At how many KiB a second the response comes at most.
+    pub(super) rate: Option<u64>,
     /// Of which services are told when it has ended.
     pub(super) later: Vec<rate_limit::Later>,
     /// Where a reply waits that a service must see before it goes to the client.
@@ -53,6 +57,11 @@ pub(super) enum Encode {
     Process(Option<Box<ext_proc::Processing>>),
     /// With how much the client wants the encoding.
     Compress(Arc<Compressor>, u16),
+}
+
+/// At how many KiB a second the response to a request comes at most.
+pub(in crate::worker) fn response_rate(exchange: &Exchange) -> Option<u64> {
+    exchange.policy.as_ref()?.rate
 }
 
 /// Where replies to a request would wait.
@@ -122,7 +131,11 @@ pub(in crate::worker) fn finish(exchange: &Exchange) {
         && let Some(cluster) = &exchange.cluster_name
     {
         let source = exchange.source.as_ref();
+        // What has no content was sent with its head. Only an endpoint's whole answer is measured.
+        let sent_at = source.map_or(Some(exchange.started), |source| source.borrow().ended_at);
+        let answered = exchange.details == "via_upstream" && exchange.grpc_status.is_some();
         let call = Call {
+            took: sent_at.filter(|_| answered).map(|at| at.elapsed()),
             cluster,
             path: exchange.uri.path(),
             status: exchange.grpc_status,

@@ -12,7 +12,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, header};
 
 use crate::config::listener::Direction;
 use crate::config::origin::{Found, Origin};
-use crate::hygiene::fields::{Present, never_again};
+use crate::hygiene::fields::{Present, join_repeated, never_again, strip_present};
 use crate::metrics::events::HttpEvent;
 use crate::metrics::flags::Flags;
 use crate::metrics::peer::{METADATA_HEADER, METADATA_ID_HEADER};
@@ -20,6 +20,7 @@ use crate::random;
 use crate::worker::exchange::Exchange;
 use crate::worker::http::Downstream;
 use crate::worker::local::LocalReply;
+use crate::worker::scene::RequestScene;
 
 pub(in crate::worker) static X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub(in crate::worker) static PEER_METADATA: HeaderName = HeaderName::from_static(METADATA_HEADER);
@@ -29,6 +30,8 @@ static X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 static X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 static X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
 static X_EXTERNAL_ADDRESS: HeaderName = HeaderName::from_static("x-envoy-external-address");
+static X_SERVICE_CLUSTER: HeaderName = HeaderName::from_static("x-envoy-downstream-service-cluster");
+static X_SERVICE_NODE: HeaderName = HeaderName::from_static("x-envoy-downstream-service-node");
 static X_INTERNAL: HeaderName = HeaderName::from_static("x-envoy-internal");
 
 /// Finds out who asks, and tells it. `present` was found in the head as it came. An answer where the request is refused
@@ -70,6 +73,9 @@ pub(super) fn identify(
     forward_addresses(&conn, exchange, headers, &found);
     forward_scheme(&conn, origin, headers, present);
     exchange.scheme = scheme(&conn, exchange, origin, headers);
+    if origin.tells_itself {
+        tell_itself(&conn, headers);
+    }
     if let Some(via) = &origin.via {
         append_via(headers, via);
     }
@@ -91,6 +97,37 @@ pub(super) fn identify(
         exchange.request_id = Some(value);
     }
     Ok(())
+}
+
+/// Who sends the request on: the cluster and the node that this proxy is of.
+fn tell_itself(conn: &Downstream, headers: &mut HeaderMap) {
+    let shared = &conn.worker.shared;
+    if let Ok(cluster) = HeaderValue::from_str(&shared.cluster) {
+        if headers.get(header::USER_AGENT).is_none_or(HeaderValue::is_empty) {
+            headers.insert(header::USER_AGENT, cluster.clone());
+        }
+        headers.insert(X_SERVICE_CLUSTER.clone(), cluster);
+    }
+    if !shared.peer_id.is_empty() {
+        headers.insert(X_SERVICE_NODE.clone(), shared.peer_id.clone());
+    }
+}
+
+/// Changes fields before anybody looks at them; what is found in them from then on.
+pub(super) fn change_early(exchange: &Exchange, parts: &mut Parts) -> Present {
+    for mutation in &exchange.conn.manager.early {
+        let scene = RequestScene {
+            exchange,
+            uri: &parts.uri,
+            cluster: None,
+        };
+        mutation.request(&mut parts.headers, &scene);
+    }
+    join_repeated(&mut parts.headers, false);
+    let present = Present::of(&parts.headers);
+    // What is of this connection alone cannot be added.
+    strip_present(&mut parts.headers, present);
+    present
 }
 
 /// The addresses of the client and of who is connected.
@@ -123,7 +160,14 @@ fn forward_addresses(conn: &Downstream, exchange: &Exchange, headers: &mut Heade
 
 /// How the client is connected, unless a trusted hop says how its own is.
 fn forward_scheme(conn: &Downstream, origin: &Origin, headers: &mut HeaderMap, present: Present) {
-    let scheme = || HeaderValue::from_static(if conn.tls.is_some() { "https" } else { "http" });
+    let scheme = || {
+        let told = conn
+            .restored
+            .then(|| origin.spoken_at(conn.local.port()))
+            .flatten();
+        let own = if conn.tls.is_some() { "https" } else { "http" };
+        HeaderValue::from_static(told.unwrap_or(own))
+    };
     let believed = origin.believes_hops();
     // `connection` may have taken it off.
     if !(believed && present.has(Present::FORWARDED_PROTO) && headers.contains_key(&X_FORWARDED_PROTO)) {

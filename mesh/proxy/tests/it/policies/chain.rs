@@ -263,8 +263,13 @@ async fn metadata_of_one_filter_is_seen_by_the_next() {
             ..Default::default()
         })),
     );
-    let (_harness, _backend, at) = served(vec![metadata, judge.clone()], to_c()).await;
-    assert_eq!(get(at, "/").await.0, 200);
+    let told = mutating(mutations(
+        Vec::new(),
+        vec![append("x-tier", "%DYNAMIC_METADATA(ns:tier)%")],
+    ));
+    let (_harness, _backend, at) = served(vec![metadata, judge.clone(), told], to_c()).await;
+    let (status, headers, _) = get(at, "/").await;
+    assert_eq!((status, &headers["x-tier"]), (200, &"gold".parse().unwrap()));
     let (_harness, _backend, at) = served(vec![judge], to_c()).await;
     assert_eq!(get(at, "/").await.0, 403);
 }

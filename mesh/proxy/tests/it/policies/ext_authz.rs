@@ -10,7 +10,7 @@ use super::services::{Asked, serve, service_cluster};
 use super::*;
 use crate::failure::told;
 
-fn over_grpc() -> authz::ExtAuthz {
+pub(super) fn over_grpc() -> authz::ExtAuthz {
     authz::ExtAuthz {
         services: Some(authz::ext_authz::Services::GrpcService(core::GrpcService {
             target_specifier: Some(core::grpc_service::TargetSpecifier::EnvoyGrpc(
@@ -50,11 +50,11 @@ fn over_http() -> authz::ExtAuthz {
     }
 }
 
-fn filter(message: &authz::ExtAuthz) -> hcm::HttpFilter {
+pub(super) fn filter(message: &authz::ExtAuthz) -> hcm::HttpFilter {
     http_filter("envoy.filters.http.ext_authz", Some(any(message)))
 }
 
-fn allowed(ok: auth::OkHttpResponse) -> auth::CheckResponse {
+pub(super) fn allowed(ok: auth::OkHttpResponse) -> auth::CheckResponse {
     auth::CheckResponse {
         status: Some(rpc::Status::default()),
         http_response: Some(auth::check_response::HttpResponse::OkResponse(ok)),
@@ -62,7 +62,7 @@ fn allowed(ok: auth::OkHttpResponse) -> auth::CheckResponse {
     }
 }
 
-fn denied(code: i32, body: &str) -> auth::CheckResponse {
+pub(super) fn denied(code: i32, body: &str) -> auth::CheckResponse {
     auth::CheckResponse {
         status: Some(rpc::Status {
             code: 7,
@@ -88,7 +88,7 @@ fn post(path: &str, body: &str) -> Request<Full<bytes::Bytes>> {
 }
 
 /// The request that a service is asked about.
-fn http_of(question: &auth::CheckRequest) -> auth::attribute_context::HttpRequest {
+pub(super) fn http_of(question: &auth::CheckRequest) -> auth::attribute_context::HttpRequest {
     let request = question.attributes.clone().unwrap().request.unwrap();
     request.http.unwrap()
 }

@@ -1,5 +1,6 @@
 //! Counters per gRPC method.
 
+use serin_proxy::metrics::collect::Value;
 use serin_xds::ResourceType;
 use serin_xds::pb::envoy::extensions::filters::http::grpc_stats::v3 as grpc_stats;
 
@@ -30,6 +31,7 @@ async fn calls_are_counted_by_cluster_service_and_method_with_their_messages() {
                     value: true,
                 }),
             ),
+            enable_upstream_stats: true,
             ..Default::default()
         })),
     );
@@ -76,4 +78,16 @@ async fn calls_are_counted_by_cluster_service_and_method_with_their_messages() {
     );
     assert_eq!(count("request_message_count", "Buy"), 1.0);
     assert_eq!(count("response_message_count", "Buy"), 2.0);
+    let families = harness.proxy.metrics();
+    let times = families
+        .iter()
+        .find(|family| family.name == "envoy_cluster_grpc_upstream_rq_time")
+        .expect("times of calls");
+    for (labels, value) in &times.metrics {
+        let Value::Histogram(times) = value else {
+            panic!("{labels:?} is no histogram");
+        };
+        assert_eq!(times.count(), 1, "{labels:?}");
+    }
+    assert_eq!(times.metrics.len(), 2);
 }

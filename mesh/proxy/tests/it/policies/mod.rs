@@ -4,6 +4,7 @@ mod access_log;
 mod chain;
 mod compression;
 mod ext_authz;
+mod ext_authz_shadow;
 mod ext_proc;
 mod ext_proc_calls;
 pub(crate) mod filter_state;

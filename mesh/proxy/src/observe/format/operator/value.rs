@@ -120,6 +120,9 @@ impl Operator {
             }
             What::State(key, typed) => match record.metadata.state.get(key) {
                 None => Datum::Absent,
+                Some(_) if *typed && let Some(report) = record.metadata.state.reported(key) => {
+                    text(report.typed.as_deref())
+                }
                 Some(value) if *typed => Datum::Quoted(value),
                 Some(value) => Datum::Text(value.into()),
             },
