@@ -599,11 +599,11 @@ async fn no_request_is_lost_while_endpoints_come_and_go() {
     harness.cluster("c", &[first.address]).await;
     let at = harness.serve(vec![prefix_route("/", action)]).await;
     let stop = tokio_util::sync::CancellationToken::new();
-    let load: Vec<_> = (0..4)
-        .map(|_| {
-            let stop = stop.clone();
+    let served: Arc<[AtomicUsize; 4]> = Arc::default();
+    let load: Vec<_> = (0..served.len())
+        .map(|client| {
+            let (stop, served) = (stop.clone(), served.clone());
             tokio::spawn(async move {
-                let mut served = 0;
                 let stream = TcpStream::connect(at).await.unwrap();
                 let io = hyper_util::rt::TokioIo::new(stream);
                 let (mut sender, connection) = hyper::client::conn::http1::handshake(io).await.unwrap();
@@ -616,9 +616,8 @@ async fn no_request_is_lost_while_endpoints_come_and_go() {
                     let response = soon("a response", sender.send_request(request)).await.unwrap();
                     assert_eq!(response.status(), 200);
                     response.into_body().collect().await.unwrap();
-                    served += 1;
+                    served[client].fetch_add(1, Ordering::SeqCst);
                 }
-                served
             })
         })
         .collect();
@@ -635,19 +634,26 @@ async fn no_request_is_lost_while_endpoints_come_and_go() {
         if round % 3 == 0 {
             harness.put(ResourceType::Cluster, "c", &eds_cluster("c")).await;
         }
-        // In-flight requests of the old backend finish; only its listener goes, as when a pod is told to end.
+        // Requests that the old backend has finish before it ends with its connections: each client has one at a time.
         let old = std::mem::replace(&mut current, next);
-        let marker = current.hits();
-        while current.hits() < marker + 20 {
-            tokio::task::yield_now().await;
-        }
+        let before: Vec<usize> = served.iter().map(|count| count.load(Ordering::SeqCst)).collect();
+        soon("two answers for each client", async {
+            while served
+                .iter()
+                .zip(&before)
+                .any(|(count, before)| count.load(Ordering::SeqCst) < before + 2)
+            {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
         drop(old);
     }
     stop.cancel();
-    let mut served = 0;
     for task in load {
-        served += soon("the load's end", task).await.unwrap();
+        soon("the load's end", task).await.unwrap();
     }
+    let served: usize = served.iter().map(|count| count.load(Ordering::SeqCst)).sum();
     assert!(served > 100, "{served}");
 }
 
