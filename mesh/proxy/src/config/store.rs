@@ -50,6 +50,8 @@ pub enum ListenerChange {
     Open(Arc<ListenerSlot>),
     /// Stop listening; connections drain.
     Close(Arc<str>),
+    /// It waits for something; what it will be bound to must be free.
+    Try(Arc<Listener>),
 }
 
 /// One resource of a batch.
@@ -262,10 +264,7 @@ impl Store {
                 self.received.fail(resource_type, name, body, refusal);
             }
         }
-        if matches!(
-            resource_type,
-            ResourceType::Secret | ResourceType::Extension | ResourceType::Runtime
-        ) {
+        if self.is_warming() || resource_type == ResourceType::Runtime {
             self.warm(None);
         }
         if resource_type == ResourceType::Listener {
@@ -386,17 +385,15 @@ impl Store {
         self.slots.sweep_rest();
     }
 
-    /// Takes into use what has got its secrets meanwhile, or at `now` (process clock, ms) has waited long enough:
-    /// connections then fail one by one until the secrets come, and everything else works.
+    /// Takes into use what has got meanwhile what it waited for, or at `now` (process clock, ms) has waited long enough:
+    /// connections then fail one by one until the secrets come, requests until the routes do, and everything else works.
     pub fn warm(&mut self, now: Option<u64>) {
         let late = |since: u64| now.is_some_and(|now| now.saturating_sub(since) >= WARMING_LIMIT_MS);
         let ready: Vec<_> = self
             .warming
             .clusters
             .iter()
-            .filter(|(_, waiting)| {
-                late(waiting.since) || waiting.item.0.secrets().all(|secret| secret.version() > 0)
-            })
+            .filter(|(name, waiting)| late(waiting.since) || self.is_cluster_warm(name, &waiting.item.0))
             .map(|(name, _)| name.clone())
             .collect();
         for name in ready {
@@ -416,7 +413,7 @@ impl Store {
             .warming
             .listeners
             .iter()
-            .filter(|(_, waiting)| late(waiting.since) || waiting.item.is_warm())
+            .filter(|(_, waiting)| late(waiting.since) || self.is_listener_warm(&waiting.item))
             .map(|(name, _)| name.clone())
             .collect();
         let any = !ready.is_empty();
@@ -450,7 +447,7 @@ impl Store {
         &mut self.slots.runtime
     }
 
-    /// Whether something waits for secrets, for the configuration of filters or for the runtime.
+    /// Whether something waits for secrets, routes, endpoints, the configuration of filters or the runtime.
     pub fn is_warming(&self) -> bool {
         !self.warming.clusters.is_empty() || !self.warming.listeners.is_empty()
     }

@@ -1,5 +1,6 @@
 //! Configuration into use: resources and secrets into the store, and what follows for sockets and workers.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -106,6 +107,11 @@ impl Proxy {
                         refused.push(((*listener.name).into(), refusal));
                     }
                 }
+                ListenerChange::Try(listener) => {
+                    if let Err(refusal) = self.try_open(&listener) {
+                        refused.push(((*listener.name).into(), refusal));
+                    }
+                }
                 ListenerChange::Close(name) => {
                     self.sockets.close(&name);
                     for worker in &self.workers {
@@ -134,18 +140,33 @@ impl Proxy {
                 Ok(())
             }
             Err((address, source)) => {
-                let error = Error::Bind {
-                    name: name.to_string(),
-                    address,
-                    source,
-                };
                 // Forgotten, so that the control plane's next attempt binds again.
                 let mut store = self.store.lock();
                 store.counts().not_opened();
                 store.apply(ResourceType::Listener, &[], &[name]);
                 store.take_listener_changes();
-                Err(Refusal::new("address", error.to_string()))
+                Err(not_bound(name, address, source))
             }
         }
     }
+
+    /// Whether a listener that waits could be bound now: by the time that it is opened nobody may be left to be told.
+    fn try_open(&self, listener: &Listener) -> Result<(), Refusal> {
+        let Err((address, source)) = self.sockets.try_all(&listener.addresses) else {
+            return Ok(());
+        };
+        let mut store = self.store.lock();
+        store.counts().not_opened();
+        store.give_up_waiting(&listener.name);
+        Err(not_bound(&listener.name, address, source))
+    }
+}
+
+fn not_bound(name: &Arc<str>, address: SocketAddr, source: std::io::Error) -> Refusal {
+    let error = Error::Bind {
+        name: name.to_string(),
+        address,
+        source,
+    };
+    Refusal::new("address", error.to_string())
 }

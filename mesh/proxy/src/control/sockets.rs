@@ -57,6 +57,18 @@ impl ListeningSockets {
         Ok(out)
     }
 
+    /// Whether these addresses could be bound now.
+    pub(super) fn try_all(&self, addresses: &[SocketAddr]) -> Result<(), (SocketAddr, std::io::Error)> {
+        for address in addresses {
+            let ours =
+                self.inherited.contains_key(&address.port()) || self.handed.lock().contains_key(address);
+            if !ours {
+                bound_socket(*address, Port::Shared).map_err(|error| (*address, error))?;
+            }
+        }
+        Ok(())
+    }
+
     /// At least one socket per worker for `address`.
     fn bind(&self, address: SocketAddr, workers: usize) -> std::io::Result<Vec<Vec<TcpListener>>> {
         if let Some(inherited) = self.inherited.get(&address.port()) {
@@ -158,6 +170,12 @@ enum Port {
 
 /// A listening TCP socket, ready for a runtime.
 fn listening_socket(address: SocketAddr, port: Port) -> std::io::Result<TcpListener> {
+    let socket = bound_socket(address, port)?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+fn bound_socket(address: SocketAddr, port: Port) -> std::io::Result<Socket> {
     let socket = Socket::new(
         Domain::for_address(address),
         Type::STREAM.nonblocking().cloexec(),
@@ -168,6 +186,5 @@ fn listening_socket(address: SocketAddr, port: Port) -> std::io::Result<TcpListe
         socket.set_reuse_port(true)?;
     }
     socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    Ok(socket.into())
+    Ok(socket)
 }

@@ -307,11 +307,12 @@ async fn configuration_that_comes_in_any_order_or_contradicts_itself_ends_up_ser
     };
     // Listener first, endpoints before their cluster, routes to what is not there yet.
     let harness = Harness::start();
-    let at = harness
-        .listen(&manager("80"), core::TrafficDirection::Outbound)
-        .await;
+    let chains = vec![http_chain(&manager("80"))];
+    let listener = listener_of("l", core::TrafficDirection::Outbound, chains);
+    harness.put(ResourceType::Listener, "l", &listener).await;
     harness.endpoints("c", &[backend.address]).await;
     harness.put(ResourceType::Route, "80", &table("c")).await;
+    let at = harness.proxy.listener_address("l").expect("bound");
     assert_eq!(get(at, "/").await.0, 503);
     harness.put(ResourceType::Cluster, "c", &eds_cluster("c")).await;
     harness.endpoints("c", &[backend.address]).await;

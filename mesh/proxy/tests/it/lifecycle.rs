@@ -137,8 +137,33 @@ async fn a_listener_on_a_taken_port_is_refused_and_told_why() {
         .await
         .expect("refused");
     assert!(refusal.contains("another process"), "{refusal}");
+    // Also where it could be opened at once.
+    harness.route_all_to("c").await;
+    let refusal = harness.try_put(ResourceType::Listener, "l", &message).await;
+    assert!(refusal.expect("refused").contains("another process"));
     drop(taken);
     assert_eq!(harness.try_put(ResourceType::Listener, "l", &message).await, None);
+    assert!(harness.proxy.listener_address("l").is_some());
+}
+
+#[tokio::test]
+async fn a_listener_that_waits_for_a_taken_port_is_refused_and_the_one_before_serves_on() {
+    let harness = Harness::start();
+    let backend = Backend::named("b").await;
+    harness.cluster("c", &[backend.address]).await;
+    let at = harness.serve(vec![prefix_route("/", to_cluster("c"))]).await;
+    let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let chains = vec![http_chain(&manager("late"))];
+    let mut message = listener_of("l", core::TrafficDirection::Outbound, chains);
+    message.address = address(taken.local_addr().unwrap());
+    let refusal = harness.try_put(ResourceType::Listener, "l", &message).await;
+    assert!(refusal.expect("refused").contains("another process"));
+    assert!(
+        harness.proxy.store(|store| store.is_complete()),
+        "nothing is waited for"
+    );
+    assert_eq!(harness.proxy.listener_address("l"), Some(at));
+    assert_eq!(get(at, "/").await.0, 200);
 }
 
 #[tokio::test]

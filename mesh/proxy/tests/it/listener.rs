@@ -528,6 +528,7 @@ async fn certificates_and_counters_are_shown_as_envoy_shows_them() {
     let backend = Backend::named("hello").await;
     let harness = Harness::start();
     harness.cluster("c", &[backend.address]).await;
+    harness.route_all_to("c").await;
     let issued = authority.issue(&["shop.example", "spiffe://td/shop"]);
     let mut chain = http_chain(&manager("80"));
     chain.transport_socket = server_socket(common(Some(&issued), Some(authority.context()), &[]), false);

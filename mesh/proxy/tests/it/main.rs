@@ -74,4 +74,5 @@ mod tunnels;
 mod twins;
 mod upstream_health;
 mod wall_clock;
+mod warming;
 mod xds;

@@ -139,6 +139,7 @@ async fn a_server_that_speaks_first_is_not_heard_by_whom_the_rules_deny() {
     let harness = Harness::start();
     let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
     harness.cluster("tcp", &[socket.local_addr().unwrap()]).await;
+    harness.route_all_to("tcp").await;
     let mut denied = tcp_chain("tcp");
     denied.filters.insert(
         0,

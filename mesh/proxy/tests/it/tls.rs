@@ -197,6 +197,7 @@ async fn a_client_that_says_nothing_is_let_go_when_the_handshake_takes_too_long(
     let mut harness = Harness::start();
     let server = authority.issue(&["shop.example"]);
     harness.cluster("c", &[backend.address]).await;
+    harness.route_all_to("c").await;
     let mut chain = http_chain(&manager("80"));
     chain.transport_socket = server_socket(common(Some(&server), None, &[]), false);
     chain.transport_socket_connect_timeout = millis(50);

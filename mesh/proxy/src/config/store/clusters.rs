@@ -64,7 +64,7 @@ impl Store {
             slot.updates.lost_before.store(lost, Ordering::Relaxed);
         }
         let name = slot.name.clone();
-        let ready = cluster.secrets().all(|secret| secret.version() > 0);
+        let ready = self.is_cluster_warm(&name, &cluster);
         let waiting = Waiting {
             item: (cluster, own),
             since: now_ms(),
@@ -73,11 +73,24 @@ impl Store {
             self.warming.clusters.remove(&slot.name);
             self.activate_cluster(slot, waiting.item);
         } else {
-            // Until its secrets are here the one before stays in use.
+            // Until then the one before stays in use.
             self.warming.clusters.insert(slot.name.clone(), waiting);
         }
         self.leave_eds_names(&name, before);
         Ok(())
+    }
+
+    /// Whether everything that a cluster needs has come: its secrets, and its endpoints where another one is in use, which
+    /// has some. Requests for a new one are told that it has none yet.
+    pub(super) fn is_cluster_warm(&self, name: &str, cluster: &Cluster) -> bool {
+        let has_endpoints = match &cluster.discovery {
+            Discovery::Eds(endpoints) => {
+                self.eds.is_answered(endpoints)
+                    || self.clusters.get(name).is_none_or(|slot| slot.config().is_none())
+            }
+            _ => true,
+        };
+        has_endpoints && cluster.secrets().all(|secret| secret.version() > 0)
     }
 
     /// The EDS names of a cluster: as it is, and as it will be.

@@ -1,4 +1,4 @@
-//! Listeners: taken, opened once their secrets and filters are here, replaced, removed; and what stands beside them.
+//! Listeners: taken, opened once their routes, secrets and filters are here, replaced, removed; and what stands beside them.
 
 use std::sync::Arc;
 
@@ -35,10 +35,8 @@ impl Store {
                 counts.ask_routes(&name, &manager.stat_prefix);
             }
         }
-        if listener.is_warm() && !self.slots.runtime.is_awaited() {
-            if let Some(waiting) = self.warming.listeners.remove(&listener.name) {
-                self.leave_routes(&waiting.item);
-            }
+        if self.is_listener_warm(&listener) && !self.slots.runtime.is_awaited() {
+            self.give_up_waiting(&listener.name);
             self.activate_listener(listener);
         } else {
             let waiting = Waiting {
@@ -48,8 +46,29 @@ impl Store {
             if let Some(old) = self.warming.listeners.insert(listener.name.clone(), waiting) {
                 self.leave_routes(&old.item);
             }
+            if listener.bind && !self.is_bound_like(&listener) {
+                self.changes.push(ListenerChange::Try(listener));
+            }
         }
         Ok(())
+    }
+
+    /// Whether sockets are open where the listener wants them.
+    fn is_bound_like(&self, listener: &Listener) -> bool {
+        let bound = self.bound.get(&listener.name);
+        bound.is_some_and(|slot| slot.load().addresses == listener.addresses)
+    }
+
+    /// What waits under this name is given up; the listener that is in use stays.
+    pub fn give_up_waiting(&mut self, name: &str) {
+        if let Some(waiting) = self.warming.listeners.remove(name) {
+            self.leave_routes(&waiting.item);
+        }
+    }
+
+    /// Whether everything that a listener needs has come, or the control plane has said that there is no such thing.
+    pub(super) fn is_listener_warm(&self, listener: &Listener) -> bool {
+        listener.is_warm() && listener.route_names().all(|name| self.rds.is_answered(&name))
     }
 
     /// A listener is not in this place any more.
@@ -107,9 +126,7 @@ impl Store {
 
     pub(super) fn remove_listener(&mut self, name: &str) {
         self.slots.secrets.forget(Side::Listener, name);
-        if let Some(waiting) = self.warming.listeners.remove(name) {
-            self.leave_routes(&waiting.item);
-        }
+        self.give_up_waiting(name);
         if let Some(old) = self.listeners.remove(name) {
             self.counts.listeners.removed += 1;
             old.retire();

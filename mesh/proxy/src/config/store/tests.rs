@@ -377,10 +377,22 @@ fn a_cluster_that_changes_its_eds_name_asks_for_the_new_one_and_leaves_the_old_o
     );
     assert!(store.is_complete());
     put(&mut store, ResourceType::Cluster, "c", &named("two"));
-    assert!(store.eds_names().eq(["two"]));
+    assert!(
+        store.eds_names().eq(["one", "two"]),
+        "the old ones serve meanwhile"
+    );
     assert_eq!(store.cold(), ["endpoints two"]);
     assert!(!store.is_complete());
-    assert_eq!(store.assignments().count(), 0, "nobody uses the old ones");
+    put(
+        &mut store,
+        ResourceType::Endpoints,
+        "two",
+        &endpoints("two", &[2]),
+    );
+    assert!(store.is_complete());
+    assert!(store.eds_names().eq(["two"]));
+    let kept: Vec<_> = store.assignments().map(|(name, _)| name.to_string()).collect();
+    assert_eq!(kept, ["two"], "nobody uses the old ones");
 }
 
 mod histories {
