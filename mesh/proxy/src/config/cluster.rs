@@ -328,7 +328,19 @@ impl Sockets {
 }
 
 fn refuse_unsupported(from: &cluster::Cluster) -> Result<(), Refusal> {
+    let preconnects = from.preconnect_policy.as_ref().is_some_and(|policy| {
+        let ratios = [
+            policy.per_upstream_preconnect_ratio.as_ref(),
+            policy.predictive_preconnect_ratio.as_ref(),
+        ];
+        ratios.into_iter().flatten().any(|ratio| ratio.value > 1.0)
+    });
     let unsupported = [
+        (
+            "preconnect_policy",
+            preconnects,
+            "no connections are made ahead of requests; leave it out or set its ratios to 1",
+        ),
         (
             "queuing_policies",
             from.queuing_policies.is_some(),

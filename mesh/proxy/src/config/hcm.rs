@@ -446,11 +446,16 @@ impl HttpManager {
             }
             Some(hcm::http_filter::ConfigType::ConfigDiscovery(_)) | None => None,
         };
+        // As all filters of Envoy it is known by its configuration's type; where that says nothing, by its name.
+        let is_router = match any.map_or("", |any| any.type_url.rsplit('/').next().unwrap_or_default()) {
+            "" | "google.protobuf.Empty" => filter.name == "envoy.filters.http.router",
+            known => known == "envoy.extensions.filters.http.router.v3.Router",
+        };
+        if is_router {
+            self.router = RouterOptions::compile(any)?;
+            return Ok(true);
+        }
         match filter.name.as_str() {
-            "envoy.filters.http.router" => {
-                self.router = RouterOptions::compile(any)?;
-                return Ok(true);
-            }
             _ if filter.disabled && filter.name.starts_with("istio.") => {}
             "istio.metadata_exchange" => self.metadata_exchange = true,
             "istio.stats" => {

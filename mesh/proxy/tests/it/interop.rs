@@ -400,6 +400,13 @@ pub(crate) async fn wait_for(at: SocketAddr) {
     soon("a listener", up).await;
 }
 
+/// The lines of a file that have been written to their end.
+pub(crate) fn whole_lines(path: &std::path::Path) -> String {
+    let mut text = std::fs::read_to_string(path).unwrap_or_default();
+    text.truncate(text.rfind('\n').map_or(0, |end| end + 1));
+    text
+}
+
 /// Names and values that differ for a listed reason, made equal.
 pub(crate) fn pardoned(case: &Case, mut seen: Seen) -> Seen {
     seen.headers.remove("x-serin-response-flags");
@@ -474,7 +481,7 @@ async fn envoy_and_serin_proxy_answer_the_same_requests_alike() {
     let flags: BTreeMap<String, String> = {
         let read = async {
             loop {
-                let text = std::fs::read_to_string(&log).unwrap_or_default();
+                let text = whole_lines(&log);
                 if text.lines().count() >= cases.len() {
                     break text;
                 }

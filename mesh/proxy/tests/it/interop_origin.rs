@@ -18,7 +18,7 @@ use tokio::net::TcpStream;
 
 use crate::envoy;
 use crate::fixture::*;
-use crate::interop::wait_for;
+use crate::interop::{wait_for, whole_lines};
 
 const HCM: &str =
     "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager";
@@ -189,7 +189,7 @@ impl Beside {
             let path = self.folder.path().join(format!("{which}.log"));
             let read = async {
                 loop {
-                    let text = std::fs::read_to_string(&path).unwrap_or_default();
+                    let text = whole_lines(&path);
                     if text.lines().filter(|line| line.starts_with('c')).count() >= count {
                         break text;
                     }

@@ -54,6 +54,7 @@ mod on_demand;
 mod policies;
 mod proxy_tlvs;
 mod reference;
+mod refusals;
 mod reported_load;
 mod resilience;
 mod restart;

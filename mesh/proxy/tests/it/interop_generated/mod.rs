@@ -41,6 +41,7 @@ use self::client::{Answer, Ask, Client};
 use self::compare::{Difference, summary};
 use self::random::Rng;
 use crate::fixture::*;
+use crate::interop::whole_lines;
 use crate::interop_ads::{Pair, ads_source, resource};
 
 /// What both proxies are given, and what they are asked.
@@ -342,8 +343,8 @@ async fn read_log(
     let mut lines = Lines::new();
     let read = async {
         loop {
-            let mut text = std::fs::read_to_string(log).unwrap_or_default();
-            text.push_str(&std::fs::read_to_string(log.with_extension("log.theirs")).unwrap_or_default());
+            let mut text = whole_lines(log);
+            text.push_str(&whole_lines(&log.with_extension("log.theirs")));
             lines = text
                 .lines()
                 .filter_map(|line| {
